@@ -1,0 +1,14 @@
+"""fpipe: pipeline-parallel training for JAX as pure functions."""
+
+from fpipe import schedules as schedules
+from fpipe._layer import Layer as Layer
+from fpipe._layer import Namespace as Namespace
+from fpipe._layer import fn as fn
+from fpipe._layer import peek as peek
+from fpipe._layer import pop as pop
+from fpipe._layer import skippable as skippable
+from fpipe._layer import stash as stash
+from fpipe._microbatch import NoChunk as NoChunk
+from fpipe._model import verify_skippables as verify_skippables
+from fpipe._pipe import Pipe as Pipe
+from fpipe._sequential import sequential as sequential

@@ -1,0 +1,225 @@
+"""What depends on what: a traced function as a flat graph of equations, sliced and run in parts.
+
+Jaxprs are only read here (through `jax.make_jaxpr` and `jax.extend.core`), never constructed: a part
+of a graph is run by binding its equations one after the other under a new trace.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import Literal
+
+# Calls that are inlined, so that what is inside can be sliced. A `jax.checkpoint` is not: XLA keeps
+# its recomputation only while it stays one equation.
+_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+
+# Equations that are redone in the backward instead of keeping their result, if their operand is no larger.
+_CHEAP = {
+    "broadcast_in_dim",
+    "reshape",
+    "squeeze",
+    "expand_dims",
+    "transpose",
+    "convert_element_type",
+    "copy",
+    "rev",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """One equation between numbered values."""
+
+    eqn: Any
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """A function as equations in order. Values are numbers; `consts` has those known when tracing."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    nodes: tuple[Node, ...]
+    consts: Mapping[int, Any]
+    avals: Mapping[int, Any]
+
+    @property
+    def maker(self) -> dict[int, Node]:
+        """The equation that makes each value."""
+        return {v: node for node in self.nodes for v in node.outs}
+
+
+def trace(f: Callable[..., Sequence[Any]], *shapes: jax.ShapeDtypeStruct) -> Graph:
+    """Trace a function of flat arrays into a `Graph`, nested calls inlined."""
+    return inline(jax.make_jaxpr(f)(*shapes))
+
+
+def inline(closed: Any) -> Graph:
+    """A closed jaxpr as a `Graph`."""
+    jaxpr, values = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
+    nodes: list[Node] = []
+    consts: dict[int, Any] = {}
+    avals: dict[int, Any] = {}
+
+    def new(aval: Any) -> int:
+        avals[len(avals)] = aval
+        return len(avals) - 1
+
+    def constant(value: Any, aval: Any) -> int:
+        number = new(aval)
+        consts[number] = value
+        return number
+
+    def visit(jaxpr: Any, args: Sequence[int], known: Sequence[Any]) -> list[int]:
+        env = dict(zip(jaxpr.invars, args, strict=True))
+        for var, value in zip(jaxpr.constvars, known, strict=True):
+            env[var] = constant(value, var.aval)
+
+        def read(atom: Any) -> int:
+            return constant(atom.val, atom.aval) if isinstance(atom, Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            ins = [read(v) for v in eqn.invars]
+            inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
+            if inner is not None:
+                outs = visit(getattr(inner, "jaxpr", inner), ins, getattr(inner, "consts", ()))
+            else:
+                outs = [new(v.aval) for v in eqn.outvars]
+                nodes.append(Node(eqn, tuple(ins), tuple(outs)))
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    inputs = tuple(new(v.aval) for v in jaxpr.invars)
+    outputs = tuple(visit(jaxpr, inputs, values))
+    return Graph(inputs, outputs, tuple(nodes), consts, avals)
+
+
+def masks(graph: Graph, seeds: Mapping[int, int]) -> dict[int, int]:
+    """For each value the union of the bit masks of the seeds that it depends on."""
+    mask = dict(seeds)
+    for node in graph.nodes:
+        union = 0
+        for v in node.ins:
+            union |= mask.get(v, 0)
+        if union:
+            for v in node.outs:
+                mask[v] = mask.get(v, 0) | union
+    return mask
+
+
+def needed(
+    graph: Graph,
+    wanted: Iterable[int],
+    given: Iterable[int] = (),
+    effects: Callable[[Node], bool] | None = None,
+) -> list[Node]:
+    """The equations, in order, that make `wanted` from `given`; with `effects`, those it accepts too."""
+    live, have, out = set(wanted), set(given), list[Node]()
+    for node in reversed(graph.nodes):
+        useful = any(v in live and v not in have for v in node.outs)
+        if useful or (effects is not None and node.eqn.effects and effects(node)):
+            out.append(node)
+            live.update(node.ins)
+    return out[::-1]
+
+
+def evaluate(
+    graph: Graph, nodes: Iterable[Node], given: Mapping[int, Any], wanted: Iterable[int]
+) -> list[Any]:
+    """Bind equations one after the other and return the wanted values."""
+    env = dict(graph.consts)
+    env.update(given)
+    for node in nodes:
+        eqn = node.eqn
+        params = eqn.primitive.get_bind_params(eqn.params)
+        with eqn.ctx.manager:
+            result = eqn.primitive.bind(*(env[v] for v in node.ins), **params)
+        env.update(zip(node.outs, result if eqn.primitive.multiple_results else (result,), strict=True))
+    return [env[v] for v in wanted]
+
+
+def is_zero(graph: Graph, value: int) -> bool:
+    """Whether a value is zero by its making: how a vector-Jacobian product says "no gradient"."""
+    maker = graph.maker
+    while value in maker and maker[value].eqn.primitive.name in (
+        "broadcast_in_dim",
+        "convert_element_type",
+        "copy",
+    ):
+        value = maker[value].ins[0]
+    const = graph.consts.get(value)
+    return const is not None and np.ndim(const) == 0 and not np.any(np.asarray(const))
+
+
+def residuals(
+    graph: Graph, wanted: Sequence[int], late: Mapping[int, int], micro: Mapping[int, int]
+) -> tuple[list[Node], list[int]]:
+    """Cut a joint forward and backward in two.
+
+    Arguments:
+        wanted: the gradients.
+        late: values that depend on a cotangent: they are made in the backward.
+        micro: values that depend on the microbatch.
+
+    Returns:
+        The backward's equations, and the values that it takes from outside: inputs of the graph, or values
+        that the forward must hand over. Handed over is only what depends on the microbatch. What is made
+        from parameters alone is made again, and so is a cheap change of form (a broadcast, a reshape).
+    """
+    maker = graph.maker
+    take: dict[int, None] = {}
+    inside: set[int] = set()  # values made inside the backward
+    stack = list(wanted)
+    while stack:
+        v = stack.pop()
+        if v in inside or v in take or v in graph.consts:
+            continue
+        node = maker.get(v)
+        if node is not None and (late.get(v) or not micro.get(v) or _redo(graph, node)):
+            inside.update(node.outs)
+            stack.extend(node.ins)
+        else:
+            take[v] = None
+    nodes = [n for n in graph.nodes if not inside.isdisjoint(n.outs)]
+    return nodes, sorted(take)
+
+
+def _redo(graph: Graph, node: Node) -> bool:
+    if node.eqn.primitive.name not in _CHEAP:
+        return False
+    size = lambda v: _bytes(graph.avals[v])  # noqa: E731
+    return sum(size(v) for v in node.ins) <= sum(size(v) for v in node.outs)
+
+
+def _bytes(aval: Any) -> int:
+    return int(np.prod(aval.shape, dtype=np.int64)) * getattr(aval.dtype, "itemsize", 8)
+
+
+def hidden_constants(graph: Graph, values: Iterable[int], micro: Mapping[int, int]) -> list[int]:
+    """Those of `values` that a `scan` makes from parameters alone, beside things of the microbatch."""
+    maker = graph.maker
+    found = []
+    for v in values:
+        node = maker.get(v)
+        if node is None or node.eqn.primitive.name != "scan":
+            continue
+        p = node.eqn.params
+        body = inline(p["jaxpr"])
+        carry = slice(p["num_consts"], p["num_consts"] + p["num_carry"])
+        tainted = [bool(micro.get(x)) for x in node.ins]
+        while True:
+            mask = masks(body, {x: 1 for x, t in zip(body.inputs, tainted, strict=True) if t})
+            out = [bool(mask.get(x)) for x in body.outputs]
+            grown = [a or b for a, b in zip(tainted[carry], out[: p["num_carry"]], strict=True)]
+            if grown == tainted[carry]:
+                break
+            tainted[carry] = grown
+        k = node.outs.index(v)
+        if k >= p["num_carry"] and not out[k]:
+            found.append(v)
+    return found

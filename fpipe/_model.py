@@ -1,0 +1,331 @@
+"""The model: layers in order, with every skip and borrowed parameter resolved to its ends."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+
+from fpipe._layer import Layer, Namespace, as_layer, call_layer, keyword_needs
+from fpipe._tree import PyTree, eval_shape, map_arrays, shapes_of, zeros_like
+
+Make: TypeAlias = Callable[[int, PyTree, Mapping[str, Any]], PyTree]
+Put: TypeAlias = Callable[[int, Callable[[], PyTree]], PyTree]
+
+
+class Skip(NamedTuple):
+    """A skip of the whole model: its name and the number of its namespace (-1: none)."""
+
+    namespace: int
+    name: str
+
+    def __str__(self) -> str:
+        return self.name if self.namespace < 0 else f"{self.name}#{self.namespace}"
+
+
+class Route(NamedTuple):
+    """Where a skip goes: the layer that stashes it and the layers that read it, the popping one last."""
+
+    stash: int
+    readers: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Flattened, verified layers.
+
+    Arguments:
+        layers: functions, `Layer`s, or nested sequences of them.
+    """
+
+    layers: tuple[Layer, ...]
+
+    def __init__(self, layers: Iterable[Any]) -> None:
+        flat = flatten(layers)
+        if not flat:
+            raise ValueError("a pipeline needs at least one layer, got none")
+        verify_skippables(flat)
+        object.__setattr__(self, "layers", _number_namespaces(flat))
+        object.__setattr__(self, "routes", _routes(self.layers))
+        object.__setattr__(self, "borrows", _borrows(self.layers))
+
+    routes: Mapping[Skip, Route] = dataclasses.field(init=False, repr=False, compare=False)
+    borrows: tuple[tuple[tuple[str, int], ...], ...] = dataclasses.field(
+        init=False, repr=False, compare=False
+    )
+
+    @property
+    def stateful(self) -> tuple[int, ...]:
+        """The layers with state."""
+        return tuple(k for k, layer in enumerate(self.layers) if "state" in (layer.needs or ()))
+
+    def needing(self, need: str) -> tuple[int, ...]:
+        """The layers that declare a need."""
+        return tuple(k for k, layer in enumerate(self.layers) if need in (layer.needs or ()))
+
+    def apply(
+        self,
+        span: range,
+        params: Mapping[int, PyTree],
+        x: PyTree,
+        *,
+        skips: Mapping[Skip, PyTree],
+        state: Mapping[int, PyTree],
+        side: PyTree = None,
+        key: Any = None,
+        microbatch: Any = 0,
+        train: bool = False,
+        where: str = "",
+    ) -> tuple[PyTree, dict[Skip, PyTree], dict[int, PyTree]]:
+        """Run the layers of `span` on one microbatch.
+
+        Arguments:
+            span: which layers.
+            params: parameters by layer, those of borrowed layers included.
+            x: the boundary before the first layer of the span.
+            skips: what earlier layers stashed.
+            state: state by layer; it is put behind `stop_gradient`, and so is what comes out.
+            key: the call's key. Layer `l` on microbatch `i` gets `fold_in(fold_in(key, l), i)`: nothing
+                but these three decides a dropout mask.
+
+        Returns:
+            `(y, skips, state)`; `skips` has what was given plus what was stashed.
+        """
+        skips, new_state = dict(skips), {}
+        for k in span:
+            layer = self.layers[k]
+            declared = layer.needs or ()
+            needs: dict[str, Any] = {"side": side, "train": train}
+            if "state" in declared:
+                needs["state"] = map_arrays(jax.lax.stop_gradient, state[k])
+            if "key" in declared:
+                needs["key"] = layer_key(key, k, microbatch)
+            if "borrowed" in declared:
+                needs["borrowed"] = {name: params[owner] for name, owner in self.borrows[k]}
+            carry = {name: skips[skip_of(layer, name)] for name in (*layer.pop, *layer.peek)}
+            x, stashed, out = call_layer(layer, k, params[k], x, carry=carry, needs=needs, where=where)
+            for name, value in stashed.items():
+                skips[skip_of(layer, name)] = value
+            if "state" in declared:
+                new_state[k] = map_arrays(jax.lax.stop_gradient, out)
+        return x, skips, new_state
+
+    def init(self, key: Any, x: PyTree, side: PyTree, put: Put) -> tuple[PyTree, ...]:
+        """Parameters of every layer from the shapes of one microbatch; layer `l` gets `fold_in(key, l)`.
+
+        Arguments:
+            key: a PRNG key.
+            x, side: one microbatch, arrays or shapes.
+            put: `put(layer, make)` runs `make()` where the layer belongs.
+        """
+
+        def make(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
+            init = self._init_of(k)
+            lk = jax.random.fold_in(key, k)
+            return put(
+                k, lambda: init(lk, zeros_like(x), **zeros_like({n: needs[n] for n in keyword_needs(init)}))
+            )
+
+        return self._walk(x, side, make, self._abstract_state)[0]
+
+    def init_state(
+        self, x: PyTree, side: PyTree, params: Sequence[PyTree] | None, put: Put
+    ) -> tuple[PyTree, ...]:
+        """State of every layer (`None` for a layer without), from the shapes of one microbatch."""
+
+        def given(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
+            if params is not None:
+                return params[k]
+            init = self._init_of(k)
+            chosen = {n: needs[n] for n in keyword_needs(init)}
+            return eval_shape(lambda x, chosen: init(jax.random.key(0), x, **chosen), x, chosen)
+
+        def make(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
+            init = self._init_state_of(k)
+            return put(
+                k, lambda: init(zeros_like(x), **zeros_like({n: needs[n] for n in keyword_needs(init)}))
+            )
+
+        return self._walk(x, side, given, make)[1]
+
+    def _abstract_state(self, k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
+        init = self._init_state_of(k)
+        chosen = {n: needs[n] for n in keyword_needs(init)}
+        return eval_shape(lambda x, chosen: init(x, **chosen), x, chosen)
+
+    def _init_of(self, k: int) -> Callable[..., PyTree]:
+        layer = self.layers[k]
+        if layer.init is None:
+            raise ValueError(
+                f"`init`: layer {k} {layer.name!r} has no init; give it one with `fpipe.Layer(apply, init)`, "
+                "or make the parameters yourself and call `place`"
+            )
+        return layer.init
+
+    def _init_state_of(self, k: int) -> Callable[..., PyTree]:
+        layer = self.layers[k]
+        if layer.init_state is None:
+            raise ValueError(
+                f"`init_state`: layer {k} {layer.name!r} has state but no init_state; give it one with "
+                "`fpipe.Layer(apply, init_state=...)`"
+            )
+        return layer.init_state
+
+    def _walk(
+        self, x: PyTree, side: PyTree, params_of: Make, state_of: Make
+    ) -> tuple[tuple[PyTree, ...], tuple[PyTree, ...]]:
+        """Parameters and states layer by layer, the shapes of each one's inputs computed on the way."""
+        x, side = shapes_of(x), shapes_of(side)
+        params: dict[int, PyTree] = {}
+        states: dict[int, PyTree] = {}
+        skips: dict[Skip, PyTree] = {}
+        for k, layer in enumerate(self.layers):
+            needs = {
+                "carry": {n: skips[skip_of(layer, n)] for n in (*layer.pop, *layer.peek)},
+                "borrowed": {n: shapes_of(params[owner]) for n, owner in self.borrows[k] if owner in params},
+                "side": side,
+                "train": False,
+            }
+            params[k] = params_of(k, x, needs)
+            states[k] = state_of(k, x, needs) if "state" in (layer.needs or ()) else None
+            # A layer may borrow from a later one, whose parameters are not made yet: its shapes come then.
+            late = [o for _, o in self.borrows[k] if o not in params]
+            if late:
+                names = [self.layers[o].name for o in late]
+                raise ValueError(
+                    f"`init`: layer {k} {layer.name!r} borrows from {names}, which come later; let the first "
+                    "user own the parameters and the later one borrow them"
+                )
+            x, skips = eval_shape(
+                lambda p, x, skips, state, side, k=k: self.apply(
+                    range(k, k + 1), p, x, skips=skips, state=state, side=side
+                )[:2],
+                {o: params[o] for o in (k, *(o for _, o in self.borrows[k]))},
+                x,
+                skips,
+                {k: states[k]},
+                side,
+            )
+        return tuple(params.values()), tuple(states.values())
+
+
+def layer_key(key: Any, layer: int, microbatch: Any) -> Any:
+    """The key of one layer on one microbatch; `None` stays `None`."""
+    return None if key is None else jax.random.fold_in(jax.random.fold_in(key, layer), microbatch)
+
+
+def skip_of(layer: Layer, name: str) -> Skip:
+    """The whole model's name for a skip that a layer knows by its own."""
+    space = dict(layer.namespaces).get(name)
+    return Skip(-1 if space is None else space.number, name)
+
+
+def flatten(layers: Any) -> list[Layer]:
+    """Nested sequences of functions and layers as one list of `Layer`s."""
+    if isinstance(layers, (list, tuple)):
+        return [leaf for item in layers for leaf in flatten(item)]
+    if isinstance(layers, Iterable) and not callable(layers):
+        return flatten(list(layers))
+    return [as_layer(layers)]
+
+
+def verify_skippables(layers: Iterable[Any]) -> None:
+    """Check the skips of a whole model, at any nesting depth, and report all that is wrong at once.
+
+    Arguments:
+        layers: functions, `Layer`s, or nested sequences of them. `Pipe` calls this itself.
+
+    Raises:
+        ValueError: a skip declared both ways in one layer; stashed twice, or popped twice, without a
+            namespace; popped or peeked but never stashed (or stashed only later); peeked after its
+            pop; stashed but never popped.
+    """
+    flat = flatten(layers)
+    wrong: list[str] = []
+    stashed: dict[tuple[Namespace | None, str], int] = {}
+    popped: dict[tuple[Namespace | None, str], int] = {}
+    later = {_key(layer, n): k for k, layer in reversed(list(enumerate(flat))) for n in layer.stash}
+    say = lambda k: f"layer {k} {flat[k].name!r}"  # noqa: E731
+    for k, layer in enumerate(flat):
+        for field in ("pop", "peek"):
+            for name in getattr(layer, field):
+                skip = _key(layer, name)
+                if name in layer.stash or (field == "peek" and name in layer.pop):
+                    other = "stash" if name in layer.stash else "pop"
+                    wrong.append(f"{say(k)} declares {name!r} both as {other} and as {field}; keep one")
+                elif skip not in stashed:
+                    when = f"stashed only later, by {say(later[skip])}" if skip in later else "never stashed"
+                    wrong.append(f"{say(k)} declares {field}=[{name!r}], but it is {when}")
+                elif skip in popped:
+                    how = "pops it again" if field == "pop" else "peeks at it after that"
+                    wrong.append(
+                        f"{name!r} is popped by {say(popped[skip])} and {say(k)} {how}; isolate the pairs "
+                        "with namespaces, or let all readers but the last one peek"
+                    )
+                if field == "pop":
+                    popped.setdefault(skip, k)
+        for name in layer.stash:
+            skip = _key(layer, name)
+            if skip in stashed:
+                wrong.append(
+                    f"{name!r} is stashed by {say(stashed[skip])} and again by {say(k)}; isolate the pairs with "
+                    "namespaces: `layer.isolate(fpipe.Namespace())`"
+                )
+            stashed.setdefault(skip, k)
+    for skip, k in stashed.items():
+        if skip not in popped:
+            wrong.append(f"{skip[1]!r} is stashed by {say(k)}, but no later layer pops it")
+    if wrong:
+        raise ValueError("`verify_skippables`: " + "".join(f"\n  - {w}" for w in wrong))
+
+
+def _key(layer: Layer, name: str) -> tuple[Namespace | None, str]:
+    return dict(layer.namespaces).get(name), name
+
+
+def _number_namespaces(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    """Namespaces numbered by first use: their order and identity no longer depend on objects."""
+    numbers: dict[Namespace, Namespace] = {}
+    out = []
+    for layer in layers:
+        spaces = []
+        for name, space in layer.namespaces:
+            if space not in numbers:
+                numbers[space] = Namespace.numbered(len(numbers))
+            spaces.append((name, numbers[space]))
+        out.append(dataclasses.replace(layer, namespaces=tuple(spaces)) if spaces else layer)
+    return tuple(out)
+
+
+def _routes(layers: Sequence[Layer]) -> dict[Skip, Route]:
+    readers: dict[Skip, list[int]] = {}
+    for k, layer in enumerate(layers):
+        for name in (*layer.peek, *layer.pop):
+            readers.setdefault(skip_of(layer, name), []).append(k)
+    return {
+        (skip := skip_of(layer, name)): Route(k, tuple(readers[skip]))
+        for k, layer in enumerate(layers)
+        for name in layer.stash
+    }
+
+
+def _borrows(layers: Sequence[Layer]) -> tuple[tuple[tuple[str, int], ...], ...]:
+    """For each layer the names that it borrows and the layers that own them."""
+    count = collections.Counter(layer.name for layer in layers)
+    where = {layer.name: k for k, layer in enumerate(layers)}
+    out = []
+    for k, layer in enumerate(layers):
+        for name in layer.borrow:
+            if count[name] != 1:
+                what = "no layer has that name" if not count[name] else f"{count[name]} layers have that name"
+                known = sorted(n for n in count if count[n] == 1)
+                raise ValueError(
+                    f"layer {k} {layer.name!r} borrows {name!r}, but {what}; unique names are {known}"
+                )
+            if where[name] == k:
+                raise ValueError(
+                    f"layer {k} {layer.name!r} borrows from itself; its own parameters are `params`"
+                )
+        out.append(tuple((name, where[name]) for name in layer.borrow))
+    return tuple(out)

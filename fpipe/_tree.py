@@ -1,0 +1,123 @@
+"""Pytrees as flat tuples of arrays, with everything that is no array set aside as static."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+PyTree: TypeAlias = Any
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is data: a JAX or numpy array, or the shape of one. All else is static."""
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether a leaf can carry a derivative."""
+    return bool(jax.dtypes.issubdtype(leaf.dtype, np.inexact))
+
+
+def is_traced(tree: PyTree) -> bool:
+    """Whether any leaf is a tracer: then there is nothing to dispatch."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """The structure of a pytree, its static leaves by position, and how many arrays it holds."""
+
+    treedef: Any
+    static: tuple[tuple[int, Any], ...]
+    arrays: int
+
+    def unpack(self, arrays: Sequence[Any]) -> PyTree:
+        """The inverse of `pack`."""
+        assert len(arrays) == self.arrays, (len(arrays), self.arrays)
+        if not self.static:
+            return self.treedef.unflatten(arrays)
+        rest, static = iter(arrays), dict(self.static)
+        total = self.arrays + len(static)
+        return self.treedef.unflatten([static[k] if k in static else next(rest) for k in range(total)])
+
+    def fill(self, arrays: Sequence[Any], static: Any) -> PyTree:
+        """`unpack` with `static` in the place of every static leaf."""
+        return Spec(self.treedef, tuple((k, static) for k, _ in self.static), self.arrays).unpack(arrays)
+
+
+EMPTY = Spec(jax.tree.structure(()), (), 0)
+
+
+def pack(tree: PyTree) -> tuple[list[Any], Spec]:
+    """Split a pytree into its arrays and its `Spec`."""
+    leaves, treedef = jax.tree.flatten(tree)
+    arrays = [leaf for leaf in leaves if is_array(leaf)]
+    static = tuple((k, leaf) for k, leaf in enumerate(leaves) if not is_array(leaf))
+    return arrays, Spec(treedef, static, len(arrays))
+
+
+def aval(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and weak type of an array: what a program is specialised on."""
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
+
+
+def float0_like(leaf: Any) -> np.ndarray:
+    """The cotangent of an integer array, as JAX spells it."""
+    return np.zeros(leaf.shape, jax.dtypes.float0)
+
+
+def zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array of that shape; PRNG keys are made as keys."""
+    if jax.dtypes.issubdtype(shape.dtype, jax.dtypes.prng_key):
+        keys = jax.random.wrap_key_data(
+            np.zeros((*shape.shape, *jax.random.key_data(jax.random.key(0)).shape), np.uint32)
+        )
+        return keys
+    return jax.numpy.zeros(shape.shape, shape.dtype)
+
+
+def zeros_like(tree: PyTree) -> PyTree:
+    """Zeros in the shapes of a pytree; static leaves stay."""
+    return map_arrays(zeros, tree)
+
+
+def shapes_of(tree: PyTree) -> PyTree:
+    """The shapes of a pytree; static leaves stay."""
+    return map_arrays(aval, tree)
+
+
+def eval_shape(f: Callable[..., PyTree], *args: PyTree) -> PyTree:
+    """`jax.eval_shape` for pytrees with static leaves."""
+    arrays, spec = pack(args)
+    out: list[Spec] = []
+
+    def flat(*leaves: Any) -> list[Any]:
+        result, made = pack(f(*spec.unpack(leaves)))
+        out.append(made)
+        return result
+
+    shapes = jax.eval_shape(flat, *map(aval, arrays))
+    return out[-1].unpack(shapes)
+
+
+def describe(tree: PyTree) -> str:
+    """A pytree in one short line for an error: the shapes of its leaves in their structure."""
+
+    def short(leaf: Any) -> str:
+        if not is_array(leaf):
+            return type(leaf).__name__
+        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+    text = str(jax.tree.map(short, tree)).replace("'", "")
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
+def map_arrays(f: Callable[[Any], Any], tree: PyTree) -> PyTree:
+    """Map the arrays of a pytree; static leaves stay."""
+    return jax.tree.map(lambda leaf: f(leaf) if is_array(leaf) else leaf, tree)

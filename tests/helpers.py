@@ -1,0 +1,199 @@
+"""Models, tables and comparisons that the tests share."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fpipe
+
+WIDTH = 4
+
+
+def dense(width: int = WIDTH, activation: Callable[..., Any] = jnp.tanh) -> fpipe.Layer:
+    def init(key, x):
+        return {"w": jax.random.normal(key, (x.shape[-1], width)) * 0.5, "b": jnp.full((width,), 0.1)}
+
+    def apply(params, x):
+        return activation(x @ params["w"] + params["b"])
+
+    return fpipe.Layer(apply, init, name="dense")
+
+
+def scale_init(key, x):
+    del x
+    return jax.random.uniform(key, (WIDTH,), minval=0.5)
+
+
+def keep(name: str = "skip") -> fpipe.Layer:
+    """Stash the input, pass on a product."""
+
+    @fpipe.skippable(stash=[name])
+    def stash(params, x, *, carry):
+        return jnp.sin(x) * params, fpipe.stash(carry, name, x)
+
+    return dataclasses.replace(stash, init=scale_init)
+
+
+def add(name: str = "skip") -> fpipe.Layer:
+    """Pop a skip and add it."""
+
+    @fpipe.skippable(pop=[name])
+    def pop(params, x, *, carry):
+        skip, carry = fpipe.pop(carry, name)
+        return x * params + skip, carry
+
+    return dataclasses.replace(pop, init=scale_init)
+
+
+def look(name: str = "skip") -> fpipe.Layer:
+    """Peek at a skip and multiply with it."""
+
+    @fpipe.skippable(peek=[name])
+    def peek(params, x, *, carry):
+        return x * params + jnp.cos(fpipe.peek(carry, name)), carry
+
+    return dataclasses.replace(peek, init=scale_init)
+
+
+def dropout() -> fpipe.Layer:
+    def apply(params, x, *, key):
+        return x * params * (jax.random.bernoulli(key, 0.7, x.shape) if key is not None else 1.0)
+
+    return fpipe.Layer(apply, scale_init, name="dropout")
+
+
+def counter() -> fpipe.Layer:
+    """A running mean: what comes out depends on the order of the microbatches."""
+
+    def apply(params, x, *, state, train):
+        mean = x.mean(0)
+        y = (x - state["mean"]) * params
+        return y, {"mean": 0.5 * (state["mean"] + mean), "count": state["count"] + 1} if train else state
+
+    def init_state(x):
+        return {"mean": jnp.zeros(x.shape[-1]), "count": jnp.int32(0)}
+
+    def finish(state):
+        return {**state, "mean": state["mean"] * 2}
+
+    return fpipe.Layer(apply, scale_init, name="counter", init_state=init_state, finish=finish)
+
+
+def split_layer() -> fpipe.Layer:
+    """One array in, a pytree out: with an integer, a boolean, a key, a static leaf."""
+
+    def apply(params, x):
+        kind = jnp.argmax(x, -1)
+        return {"a": x * params, "b": (x[:, :2] + 1, None), "kind": kind, "sign": x > 0, "tag": "left"}
+
+    return fpipe.Layer(apply, scale_init, name="split")
+
+
+def merge_layer() -> fpipe.Layer:
+    def apply(params, x):
+        assert x["tag"] == "left"
+        y = jnp.where(x["sign"], x["a"], 0.1 * x["a"]) + x["b"][0].sum(-1, keepdims=True)
+        return y * params + jax.nn.one_hot(x["kind"], WIDTH)
+
+    return fpipe.Layer(apply, scale_init, name="merge")
+
+
+def sided() -> fpipe.Layer:
+    def apply(params, x, *, side):
+        return x * params + side
+
+    return fpipe.Layer(apply, scale_init, name="sided")
+
+
+def owner() -> fpipe.Layer:
+    return dataclasses.replace(dense(), name="embed")
+
+
+def borrower() -> fpipe.Layer:
+    def apply(params, x, *, borrowed):
+        return (x * params) @ borrowed["embed"]["w"].T
+
+    return fpipe.Layer(apply, scale_init, name="head", borrow=("embed",))
+
+
+def models() -> dict[str, list[fpipe.Layer]]:
+    """Every kind of model, four layers at least, so that each can be cut into four stages."""
+    one, two = fpipe.Namespace(), fpipe.Namespace()
+    return {
+        "plain": [dense(), dense(6), dense(), dense()],
+        "branched": [dense(), split_layer(), merge_layer(), dense()],
+        "nested": [keep().isolate(one), keep().isolate(two), dense(), add().isolate(two), add().isolate(one)],
+        "jump1": [dense(), keep(), add(), dense()],
+        "jump2": [keep(), dense(), add(), dense()],
+        "jump3": [keep(), look(), dense(), add()],
+        "dropout": [dense(), dropout(), dense(), dropout()],
+        "stateful": [counter(), dense(), counter(), dropout()],
+        "sided": [dense(), sided(), dense(), sided()],
+        "tied": [owner(), dense(), dense(), borrower()],
+    }
+
+
+def mse(y, t):
+    return jnp.mean((y - t) ** 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model with everything that a call of it needs."""
+
+    layers: list[fpipe.Layer]
+    chunks: int
+    rows: int = 10
+    dtype: Any = jnp.float32
+
+    @property
+    def x(self):
+        return jax.random.normal(jax.random.key(1), (self.rows, WIDTH)).astype(self.dtype)
+
+    @property
+    def target(self):
+        return jax.random.normal(jax.random.key(2), (self.rows, WIDTH)).astype(self.dtype)
+
+    @property
+    def reference(self):
+        return fpipe.sequential(self.layers, chunks=self.chunks)
+
+    def params(self):
+        made = self.reference.init(jax.random.key(0), self.x, side=self.side)
+        return jax.tree.map(lambda a: a.astype(self.dtype), made)
+
+    @property
+    def side(self):
+        needed = any("side" in layer.needs for layer in self.layers)
+        return jax.random.normal(jax.random.key(3), (self.rows, WIDTH)).astype(self.dtype) if needed else None
+
+    @property
+    def needs(self) -> dict[str, Any]:
+        state = any("state" in layer.needs for layer in self.layers)
+        return {
+            "key": jax.random.key(4),
+            "train": True,
+            "side": self.side,
+            "state": self.reference.init_state(self.x, side=self.side) if state else None,
+        }
+
+
+def assert_same(got: Any, want: Any, tolerance: float = 1e-5) -> None:
+    """The invariant: structure, shape and dtype equal, and `max|a-b| <= tolerance * max|b|` per leaf."""
+    chex.assert_trees_all_equal_structs(got, want)
+    for (path, a), (_, b) in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree_util.tree_leaves_with_path(want), strict=True
+    ):
+        where = jax.tree_util.keystr(path)
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), (where, a.shape, a.dtype, b.shape, b.dtype)
+        if a.dtype == jax.dtypes.float0:
+            continue
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.isfinite(a).all(), where
+        limit = tolerance * np.abs(b).max(initial=0)
+        assert np.abs(a - b).max(initial=0) <= limit, (where, np.abs(a - b).max(), limit)
