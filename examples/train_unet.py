@@ -9,6 +9,7 @@ Run it with no argument. It uses the GPUs of this machine, or else simulated CPU
 """
 
 import argparse
+import itertools
 import pathlib
 import time
 from collections.abc import Iterator
@@ -81,7 +82,10 @@ def head(channels: int) -> fpipe.Layer:
 
 def unet(depth: int, blocks: int, channels: int) -> list[fpipe.Layer]:
     """The layers, in order. Level `d` has `channels * 2**d` channels."""
-    without = lambda layer: fpipe.Layer(layer.apply, lambda key, x: (), layer.name, layer.stash, layer.pop)
+
+    def without(layer):
+        return fpipe.Layer(layer.apply, lambda key, x: (), layer.name, layer.stash, layer.pop)
+
     down_, up_ = without(down), without(up)
     spaces = [fpipe.Namespace() for _ in range(depth)]
     layers: list[fpipe.Layer] = []
@@ -105,7 +109,7 @@ def balance_of(layers: list[fpipe.Layer], stages: int, channels: int) -> list[in
         if len(ends) < stages - 1 and run >= total * (len(ends) + 1) / stages:
             ends.append(k + 1)
     ends = [0, *ends, len(layers)]
-    return [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(ends)]
 
 
 # --- the data --------------------------------------------------------------------------------------
@@ -116,9 +120,7 @@ def photographs() -> list[np.ndarray]:
     return [np.asarray(p, np.float32) / 255 for p in sklearn.datasets.load_sample_images().images]
 
 
-def batches(
-    rng: np.random.Generator, batch: int, size: int, noise: float
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def batches(rng: np.random.Generator, batch: int, size: int, noise: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Noisy patches of the left three quarters of the photographs, flipped at random, and their noise."""
     images = [p[:, :480] for p in photographs()]
     while True:
@@ -152,12 +154,11 @@ def psnr(image: np.ndarray, clean: np.ndarray) -> float:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = lambda *names, **options: parser.add_argument(
-        *names, **options | {"help": options["help"] + " (default: %(default)s)"}
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(*names, **options):
+        return parser.add_argument(*names, **options | {"help": options["help"] + " (default: %(default)s)"})
+
     add("--depth", type=int, default=5, help="levels of the U-Net, one long skip each")
     add("--blocks", type=int, default=1, help="conv blocks per level, B")
     add("--channels", type=int, default=8, help="channels of the outermost level, C")
@@ -219,7 +220,7 @@ def main() -> None:
     rate = optax.warmup_cosine_decay_schedule(0.0, args.rate, max(args.steps // 10, 1), max(args.steps, 2))
     adam = optax.adam(rate)
     ends = np.cumsum([0, *pipe.balance])
-    spans = list(zip(ends, ends[1:], strict=False))
+    spans = list(itertools.pairwise(ends))
     moments = [adam.init(params[a:b]) for a, b in spans]
 
     @jax.jit

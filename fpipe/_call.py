@@ -100,9 +100,7 @@ class Call(abc.ABC):
                 raise ValueError(
                     f"`value_and_grad(argnums={argnums!r})`: there are only {2 + len(targets)} arguments (params, x, *targets)"
                 )
-            value, aux, new, gradients = self._loss(
-                params, x, targets, side, key, state, bool(train), loss, numbers
-            )
+            value, aux, new, gradients = self._loss(params, x, targets, side, key, state, bool(train), loss, numbers)
             value = (value, aux) if has_aux else value
             value = value if state is None else (value, new)
             return value, gradients[0] if isinstance(argnums, int) else gradients
@@ -135,9 +133,7 @@ class Call(abc.ABC):
 def make_loss(call: str, fn: Callable[..., Any], has_aux: bool, reduction: str) -> Loss:
     """A checked `Loss`."""
     if not callable(fn):
-        raise TypeError(
-            f"`{call}(loss_fn)`: {fn!r} is not callable; write `pipe.{call}(loss_fn)(params, x, *targets)`"
-        )
+        raise TypeError(f"`{call}(loss_fn)`: {fn!r} is not callable; write `pipe.{call}(loss_fn)(params, x, *targets)`")
     if reduction not in ("mean", "sum", "weighted"):
         raise ValueError(f'`{call}(reduction={reduction!r})`: it is "mean", "sum" or "weighted"')
     return Loss(fn, bool(has_aux), reduction)  # type: ignore[arg-type]
@@ -147,9 +143,7 @@ def argument_numbers(argnums: int | Sequence[int]) -> tuple[int, ...]:
     """Argument numbers as a checked tuple."""
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     if not numbers or any(type(n) is not int or n < 0 for n in numbers) or len(set(numbers)) < len(numbers):
-        raise ValueError(
-            f"`value_and_grad(argnums={argnums!r})`: numbers of (params, x, *targets), from 0, each once"
-        )
+        raise ValueError(f"`value_and_grad(argnums={argnums!r})`: numbers of (params, x, *targets), from 0, each once")
     return numbers
 
 
@@ -207,9 +201,7 @@ class Cut:
     target_splits: tuple[Split, ...] = ()
 
 
-def cut_inputs(
-    model: Model, params: PyTree, x: PyTree, side: PyTree, targets: Any, state: Any, chunks: int
-) -> Cut:
+def cut_inputs(model: Model, params: PyTree, x: PyTree, side: PyTree, targets: Any, state: Any, chunks: int) -> Cut:
     """Decide the microbatches of a call.
 
     Raises:
@@ -227,9 +219,7 @@ def cut_inputs(
     counts = {name: s.count for name, s in splits.items() if s.count is not None}
     if len(set(counts.values())) > 1:
         trees = {"x": x, "side": side, "targets": targets}
-        told = ", ".join(
-            f"`{name}` gives {n} pieces (rows {_rows(trees[name])})" for name, n in counts.items()
-        )
+        told = ", ".join(f"`{name}` gives {n} pieces (rows {_rows(trees[name])})" for name, n in counts.items())
         raise ValueError(
             f"with chunks={chunks}, {told}; give them the same number of rows, or wrap one in fpipe.NoChunk"
         )

@@ -128,9 +128,7 @@ def needed(
     return out[::-1]
 
 
-def evaluate(
-    graph: Graph, nodes: Iterable[Node], given: Mapping[int, Any], wanted: Iterable[int]
-) -> list[Any]:
+def evaluate(graph: Graph, nodes: Iterable[Node], given: Mapping[int, Any], wanted: Iterable[int]) -> list[Any]:
     """Bind equations one after the other and return the wanted values."""
     env = dict(graph.consts)
     env.update(given)

@@ -97,9 +97,7 @@ class Layer:
             given = names(self.needs, f"`fpipe.Layer(needs=...)` of layer {self.name!r}")
             unknown = [n for n in given if n not in NEEDS]
             if unknown:
-                raise TypeError(
-                    f"layer {self.name!r}: {unknown} are no needs; the needs are {', '.join(NEEDS)}"
-                )
+                raise TypeError(f"layer {self.name!r}: {unknown} are no needs; the needs are {', '.join(NEEDS)}")
             put("needs", tuple(n for n in NEEDS if n in given))
         assert self.needs is not None
         if (self.stash or self.pop or self.peek) and "carry" not in self.needs:
@@ -130,9 +128,7 @@ class Layer:
             only: names of skips that this layer declares; default all of them.
         """
         if not isinstance(namespace, Namespace):
-            raise TypeError(
-                f"`isolate(namespace)` of layer {self.name!r}: {namespace!r} is no fpipe.Namespace"
-            )
+            raise TypeError(f"`isolate(namespace)` of layer {self.name!r}: {namespace!r} is no fpipe.Namespace")
         mine = (*self.stash, *self.pop, *self.peek)
         chosen = mine if only is None else names(only, f"`isolate(only=...)` of layer {self.name!r}")
         for name in chosen:
@@ -210,9 +206,7 @@ def keyword_needs(f: Callable[..., Any]) -> tuple[str, ...]:
     except (TypeError, ValueError):
         return ()
     bound = f.keywords if isinstance(f, functools.partial) else {}
-    return tuple(
-        p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in NEEDS and p.name not in bound
-    )
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in NEEDS and p.name not in bound)
 
 
 def as_layer(value: Any) -> Layer:
@@ -296,9 +290,7 @@ def stash(carry: Mapping[str, PyTree], name: str, value: PyTree) -> dict[str, Py
             f"`@fpipe.skippable(stash={[*layer.stash, name]!r})`"
         )
     if name in carry:
-        raise ValueError(
-            f"`fpipe.stash(carry, {name!r}, ...)` in {who}: {name!r} was stashed before; stash it once"
-        )
+        raise ValueError(f"`fpipe.stash(carry, {name!r}, ...)` in {who}: {name!r} was stashed before; stash it once")
     return {**carry, name: value}
 
 
@@ -340,9 +332,7 @@ def peek(carry: Mapping[str, PyTree], name: str) -> PyTree:
 
 
 def _peek_hint(layer: Layer, name: str) -> str:
-    return (
-        f"; it is declared as peek, read it with `fpipe.peek(carry, {name!r})`" if name in layer.peek else ""
-    )
+    return f"; it is declared as peek, read it with `fpipe.peek(carry, {name!r})`" if name in layer.peek else ""
 
 
 def _who() -> tuple[str, Layer | None]:
@@ -395,14 +385,8 @@ def call_layer(
                 return result, {}, None
             form = f"({', '.join(['y', *parts])})"
             if not isinstance(result, tuple) or len(result) != 1 + len(parts):
-                got = (
-                    f"a tuple of {len(result)}"
-                    if isinstance(result, tuple)
-                    else f"{describe(result)}, no tuple"
-                )
-                raise TypeError(
-                    f"{who} declares {' and '.join(parts)} and must return `{form}`, but returned {got}"
-                )
+                got = f"a tuple of {len(result)}" if isinstance(result, tuple) else f"{describe(result)}, no tuple"
+                raise TypeError(f"{who} declares {' and '.join(parts)} and must return `{form}`, but returned {got}")
             y, returned = result[0], dict(zip(parts, result[1:], strict=True))
             stashed = _check_carry(layer, who, form, returned["carry"]) if "carry" in parts else {}
             return y, stashed, returned.get("state")
@@ -427,7 +411,5 @@ def _check_carry(layer: Layer, who: str, form: str, carry: Any) -> dict[str, PyT
             )
     extra = sorted(set(carry) - set(layer.stash) - set(layer.peek))
     if extra:
-        raise ValueError(
-            f"{who} returned the undeclared skips {extra}; it declares stash={list(layer.stash)}"
-        )
+        raise ValueError(f"{who} returned the undeclared skips {extra}; it declares stash={list(layer.stash)}")
     return {name: carry[name] for name in layer.stash}

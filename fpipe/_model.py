@@ -51,9 +51,7 @@ class Model:
         object.__setattr__(self, "borrows", _borrows(self.layers))
 
     routes: Mapping[Skip, Route] = dataclasses.field(init=False, repr=False, compare=False)
-    borrows: tuple[tuple[tuple[str, int], ...], ...] = dataclasses.field(
-        init=False, repr=False, compare=False
-    )
+    borrows: tuple[tuple[tuple[str, int], ...], ...] = dataclasses.field(init=False, repr=False, compare=False)
 
     @property
     def stateful(self) -> tuple[int, ...]:
@@ -123,15 +121,11 @@ class Model:
         def make(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
             init = self._init_of(k)
             lk = jax.random.fold_in(key, k)
-            return put(
-                k, lambda: init(lk, zeros_like(x), **zeros_like({n: needs[n] for n in keyword_needs(init)}))
-            )
+            return put(k, lambda: init(lk, zeros_like(x), **zeros_like({n: needs[n] for n in keyword_needs(init)})))
 
         return self._walk(x, side, make, self._abstract_state)[0]
 
-    def init_state(
-        self, x: PyTree, side: PyTree, params: Sequence[PyTree] | None, put: Put
-    ) -> tuple[PyTree, ...]:
+    def init_state(self, x: PyTree, side: PyTree, params: Sequence[PyTree] | None, put: Put) -> tuple[PyTree, ...]:
         """State of every layer (`None` for a layer without), from the shapes of one microbatch."""
 
         def given(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
@@ -143,9 +137,7 @@ class Model:
 
         def make(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
             init = self._init_state_of(k)
-            return put(
-                k, lambda: init(zeros_like(x), **zeros_like({n: needs[n] for n in keyword_needs(init)}))
-            )
+            return put(k, lambda: init(zeros_like(x), **zeros_like({n: needs[n] for n in keyword_needs(init)})))
 
         return self._walk(x, side, given, make)[1]
 
@@ -320,12 +312,8 @@ def _borrows(layers: Sequence[Layer]) -> tuple[tuple[tuple[str, int], ...], ...]
             if count[name] != 1:
                 what = "no layer has that name" if not count[name] else f"{count[name]} layers have that name"
                 known = sorted(n for n in count if count[n] == 1)
-                raise ValueError(
-                    f"layer {k} {layer.name!r} borrows {name!r}, but {what}; unique names are {known}"
-                )
+                raise ValueError(f"layer {k} {layer.name!r} borrows {name!r}, but {what}; unique names are {known}")
             if where[name] == k:
-                raise ValueError(
-                    f"layer {k} {layer.name!r} borrows from itself; its own parameters are `params`"
-                )
+                raise ValueError(f"layer {k} {layer.name!r} borrows from itself; its own parameters are `params`")
         out.append(tuple((name, where[name]) for name in layer.borrow))
     return tuple(out)

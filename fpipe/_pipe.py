@@ -12,7 +12,7 @@ from jax.core import Tracer
 from fpipe._call import Call, check_chunks, cut_inputs, fill_gradient, first_microbatch
 from fpipe._model import Model
 from fpipe._placed import Bound, bind
-from fpipe._placement import Place, Placement, placements
+from fpipe._placement import Device, Place, Placement, placements
 from fpipe._plan import Inputs, Plan, Request, build
 from fpipe._sequential import Sequential, map_arrays_numbers
 from fpipe._stage import KEY, SIDE, TARGETS, Leaf, Loss, Port, Shape, Stage, X, Y, stages_of
@@ -72,9 +72,7 @@ class Pipe(Call):
     ) -> None:
         model = Model(layers)
         if executor == "scan":
-            raise NotImplementedError(
-                '`Pipe(executor="scan")` is not in this release; the executor is "placed"'
-            )
+            raise NotImplementedError('`Pipe(executor="scan")` is not in this release; the executor is "placed"')
         if executor != "placed":
             raise ValueError(f'`Pipe(executor={executor!r})`: the executor is "placed"')
         if isinstance(checkpoint, str):
@@ -92,9 +90,7 @@ class Pipe(Call):
                     f"`Pipe(schedule={schedule!r})`: one of {', '.join(SCHEDULES)}, a Schedule, or a function that makes one"
                 )
         elif not isinstance(schedule, Schedule) and not callable(schedule):
-            raise TypeError(
-                f"`Pipe(schedule={schedule!r})`: a name, a Schedule, or a function that makes one"
-            )
+            raise TypeError(f"`Pipe(schedule={schedule!r})`: a name, a Schedule, or a function that makes one")
         count = len(model.layers)
         if balance is None:
             stages = schedule.stages if isinstance(schedule, Schedule) else len(placements(devices, None))
@@ -128,7 +124,7 @@ class Pipe(Call):
         return self.model.layers
 
     @property
-    def devices(self) -> tuple[jax.Device, ...]:
+    def devices(self) -> tuple[Device, ...]:
         """The device of each place of the schedule."""
         return tuple(p.device for p in self.places)
 
@@ -147,9 +143,7 @@ class Pipe(Call):
         x, side = first_microbatch(x, side, self.chunks)
         return self.model.init(key, x, side, self._make)
 
-    def init_state(
-        self, x: PyTree, side: PyTree = None, params: Sequence[PyTree] | None = None
-    ) -> tuple[PyTree, ...]:
+    def init_state(self, x: PyTree, side: PyTree = None, params: Sequence[PyTree] | None = None) -> tuple[PyTree, ...]:
         """State of every layer (`None` for a layer without), made on the layer's device.
 
         Arguments:
@@ -281,18 +275,14 @@ class Pipe(Call):
                 tree, port, start = (x, X, 0) if n == 1 else (targets[n - 2], TARGETS, target_starts[n - 2])
                 arrays, spec = pack(tree)
                 found = [
-                    slots[plan.gradients[Leaf(port, start + k)]]
-                    if Leaf(port, start + k) in plan.gradients
-                    else None
+                    slots[plan.gradients[Leaf(port, start + k)]] if Leaf(port, start + k) in plan.gradients else None
                     for k in range(len(arrays))
                 ]
                 gradients.append(fill_gradient(spec, arrays, found))
         assert plan.loss is not None
         return slots[plan.loss], _entry(plan.aux, slots), _states(plan, slots), tuple(gradients)
 
-    def _differentiable(
-        self, params: PyTree, x: PyTree, side: PyTree, key: Any, state: Any, train: bool
-    ) -> Any:
+    def _differentiable(self, params: PyTree, x: PyTree, side: PyTree, key: Any, state: Any, train: bool) -> Any:
         """The call as a `custom_vjp`: all forwards in the schedule's order, then all backwards in its order."""
         key, state = jax.lax.stop_gradient((key, state))
         arrays, spec = pack((params, x, side))
@@ -319,9 +309,7 @@ class Pipe(Call):
             def wanted(shapes: dict[Port, int]) -> frozenset[Leaf]:
                 return frozenset(leaf for leaf, a in zip(leaves(shapes), asked, strict=True) if a)
 
-            bound, slots, layers = self._prepare(
-                "vjp", p, xx, ss, None, key, state, train, None, wanted, asked
-            )
+            bound, slots, layers = self._prepare("vjp", p, xx, ss, None, key, state, train, None, wanted, asked)
             slots = bound.run(slots, 0, bound.split)
             plan = bound.plan
             flat, made = pack((_entry(plan.y, slots), _states(plan, slots)))
@@ -478,15 +466,11 @@ def _check_balance(balance: Sequence[int], model: Model) -> tuple[int, ...]:
     try:
         given = tuple(int(b) if b == int(b) else b for b in balance)
     except (TypeError, ValueError):
-        raise TypeError(
-            f"`Pipe(balance={balance!r})`: a sequence of layers per stage, such as [{count}]"
-        ) from None
+        raise TypeError(f"`Pipe(balance={balance!r})`: a sequence of layers per stage, such as [{count}]") from None
     if not given or any(type(b) is not int or b < 1 for b in given):
         raise ValueError(f"`Pipe(balance={list(given)})`: every stage has at least one layer")
     if sum(given) != count:
-        raise ValueError(
-            f"`Pipe(balance={list(given)})`: that is {sum(given)} layers, but the model has {count}"
-        )
+        raise ValueError(f"`Pipe(balance={list(given)})`: that is {sum(given)} layers, but the model has {count}")
     return given
 
 

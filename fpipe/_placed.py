@@ -88,9 +88,7 @@ class Bound:
                 "I": "the input gradient",
                 "W": "the weight gradient",
             }[kind]
-            error.add_note(
-                f"fpipe: while dispatching {doing} of stage {s}, microbatch {i}, on {item.place.device}"
-            )
+            error.add_note(f"fpipe: while dispatching {doing} of stage {s}, microbatch {i}, on {item.place.device}")
         else:
             what = item.name if isinstance(item, Run) else "a transfer"
             error.add_note(f"fpipe: while dispatching {what}")

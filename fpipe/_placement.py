@@ -7,7 +7,9 @@ from typing import Any, TypeAlias
 import jax
 from jax.sharding import Sharding, SingleDeviceSharding
 
-Place: TypeAlias = jax.Device | Sharding
+# `jax.Device` is a variable to type checkers: jaxlib does not declare it as a class.
+Device: TypeAlias = Any
+Place: TypeAlias = Device | Sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +32,10 @@ class Placement:
                     f"`devices`: {place} spans {len(place.device_set)} devices; a stage's place is one device for now"
                 )
             return cls(SingleDeviceSharding(next(iter(place.device_set))))
-        raise TypeError(
-            f"`devices`: {place!r} is neither a jax.Device nor a Sharding; take them from `jax.devices()`"
-        )
+        raise TypeError(f"`devices`: {place!r} is neither a jax.Device nor a Sharding; take them from `jax.devices()`")
 
     @property
-    def device(self) -> jax.Device:
+    def device(self) -> Device:
         """The device."""
         return next(iter(self.sharding.device_set))
 
@@ -66,9 +66,7 @@ def placements(devices: Iterable[Place] | None, count: int | None) -> tuple[Plac
     """The first `count` places (all if `None`), default those of `jax.devices()`."""
     given = jax.devices() if devices is None else devices
     if isinstance(given, (jax.Device, Sharding, str)) or not isinstance(given, Iterable):
-        raise TypeError(
-            f"`devices` is a sequence of jax.Device or Sharding, got {given!r}; write [{given!r}]"
-        )
+        raise TypeError(f"`devices` is a sequence of jax.Device or Sharding, got {given!r}; write [{given!r}]")
     places = tuple(Placement.of(d) for d in given)
     if count is not None and len(places) < count:
         raise ValueError(

@@ -6,6 +6,8 @@ place that made them, once per place that reads them, and never where they are a
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -151,13 +153,9 @@ class Plan:
         lines = []
         for item in self.instructions:
             if isinstance(item, Run):
-                lines.append(
-                    f"{item.place.device}: {item.action or item.name} ({show(item.ins)}) -> {show(item.outs)}"
-                )
+                lines.append(f"{item.place.device}: {item.action or item.name} ({show(item.ins)}) -> {show(item.outs)}")
             elif isinstance(item, Move):
-                lines.append(
-                    f"{self.slots[item.ins[0]].place.device} -> {item.place.device}: {show(item.ins)}"
-                )
+                lines.append(f"{self.slots[item.ins[0]].place.device} -> {item.place.device}: {show(item.ins)}")
             else:
                 lines.append(f"free {show(item.slots)}")
         return "\n".join(lines)
@@ -228,7 +226,7 @@ class _Builder:
         self.states: dict[int, list[int]] = {}
         self.warnings: dict[str, None] = {}
         self.outside: list[int] = []  # the cotangents of y, given from outside
-        self.outside_pieces: list[list[int]] = []
+        self.outside_pieces: list[dict[int, int]] = []
         self.programs: dict[Any, tuple[Program, Program | None]] = {}
         self.traced = self._trace()
 
@@ -236,9 +234,7 @@ class _Builder:
 
     def variant(self, i: int) -> tuple[Any, ...]:
         """Microbatches with equal variants have equal shapes."""
-        return tuple(
-            tuple(rows[i] if rows else None for rows in cut.rows) for _, cut in self.inputs.cut.values()
-        )
+        return tuple(tuple(rows[i] if rows else None for rows in cut.rows) for _, cut in self.inputs.cut.values())
 
     def remat(self, s: int, i: int) -> bool:
         """Whether the backward of `(s, i)` recomputes."""
@@ -265,12 +261,8 @@ class _Builder:
                     train=self.request.train,
                     loss=self.request.loss,
                     where=f", stage {stage.index}, microbatch {i}",
-                    wanted=self._wanted(stage, given, reach)
-                    if self.request.mode in ("grad", "vjp")
-                    else None,
-                    whole=frozenset(
-                        leaf for leaf in self._whole(given) if leaf.port != X or stage.index == 0
-                    ),
+                    wanted=self._wanted(stage, given, reach) if self.request.mode in ("grad", "vjp") else None,
+                    whole=frozenset(leaf for leaf in self._whole(given) if leaf.port != X or stage.index == 0),
                     remat=policy if remat else False,
                 )
             for (s, _, _), t in list(traced.items()):
@@ -320,9 +312,7 @@ class _Builder:
             if whole
         ]
 
-    def _wanted(
-        self, stage: Stage, given: Mapping[Port, Shape], reach: Mapping[Leaf, bool]
-    ) -> frozenset[Leaf]:
+    def _wanted(self, stage: Stage, given: Mapping[Port, Shape], reach: Mapping[Leaf, bool]) -> frozenset[Leaf]:
         wanted = set()
         for port, shape in given.items():
             for k, a in enumerate(shape.leaves):
@@ -371,9 +361,7 @@ class _Builder:
 
     def bring(self, slots: Sequence[int], place: Placement) -> list[int]:
         """The slots on a place; those elsewhere are moved together, once."""
-        away = [
-            n for n in dict.fromkeys(slots) if self.slots[n].place != place and (n, place) not in self.copies
-        ]
+        away = [n for n in dict.fromkeys(slots) if self.slots[n].place != place and (n, place) not in self.copies]
         away = [n for n in away if n not in self.constants]
         if away:
             new = [self.new(self.slots[n].name, place) for n in away]
@@ -484,9 +472,7 @@ class _Builder:
         whole = [self.new(f"cotangent of y[{k}]", place) for k in wanted]
         self.outside = whole
         per = [self._find(last.index, i).out[Y] for i in range(self.m)]
-        rows = [
-            [p.leaves[k].shape[0] if p.leaves[k].shape else 0 for p in per] for k in range(len(shape.leaves))
-        ]
+        rows = [[p.leaves[k].shape[0] if p.leaves[k].shape else 0 for p in per] for k in range(len(shape.leaves))]
 
         def split(*cotangents: Any) -> list[Any]:
             out = []
@@ -499,9 +485,7 @@ class _Builder:
 
         names = [f"cotangent of y[{k}] mb{i}" for i in range(self.m) for k in wanted]
         made = self.run("split cotangent", jax.jit(split), whole, names, place) if wanted else []
-        self.outside_pieces = [
-            dict(zip(wanted, made[i * len(wanted) :], strict=False)) for i in range(self.m)
-        ]  # type: ignore[misc]
+        self.outside_pieces = [dict(zip(wanted, made[i * len(wanted) :], strict=False)) for i in range(self.m)]
         return mark
 
     def _forward(self, action: Action) -> None:
@@ -528,9 +512,7 @@ class _Builder:
         self.made[s, i] = local
         for k in stage.stateful:
             port = Port("state", k)
-            self.states[k] = [
-                local[Ref("out", Leaf(port, n))] for n in range(len(self._find(s, i).out[port].leaves))
-            ]
+            self.states[k] = [local[Ref("out", Leaf(port, n))] for n in range(len(self._find(s, i).out[port].leaves))]
 
     def _input(self, stage: Stage, leaf: Leaf, i: int) -> int:
         port, k = leaf
@@ -588,9 +570,7 @@ class _Builder:
         """The slot of an accumulator; the stage's are made together, before its first backward."""
         assert ref.leaf is not None
         if (s, ref.leaf) not in self.sums:
-            leaves = [
-                r.leaf for r in program.ins if r.what == "sum" and r.leaf and (s, r.leaf) not in self.sums
-            ]
+            leaves = [r.leaf for r in program.ins if r.what == "sum" and r.leaf and (s, r.leaf) not in self.sums]
             shapes = [self._leaf_shape(leaf) for leaf in leaves]
 
             def zeros() -> list[Any]:
@@ -645,12 +625,9 @@ class _Builder:
         last, place = self.stages[-1], self.places[-1]
         shape = self._find(last.index, 0).out[Y]
         parts = [
-            [self.made[last.index, i][Ref("out", Leaf(Y, k))] for i in range(self.m)]
-            for k in range(len(shape.leaves))
+            [self.made[last.index, i][Ref("out", Leaf(Y, k))] for i in range(self.m)] for k in range(len(shape.leaves))
         ]
-        leaf_shapes = [
-            [self._find(last.index, i).out[Y].leaves[k] for i in range(self.m)] for k in range(len(parts))
-        ]
+        leaf_shapes = [[self._find(last.index, i).out[Y].leaves[k] for i in range(self.m)] for k in range(len(parts))]
 
         def concatenate(*arrays: Any) -> list[Any]:
             return [join(arrays[k * self.m : (k + 1) * self.m]) for k in range(len(parts))]
@@ -660,9 +637,7 @@ class _Builder:
         if self.m == 1 and all(a.shape for row in leaf_shapes for a in row):
             slots = flat
         else:
-            slots = self.run(
-                "join y", jax.jit(concatenate), flat, [f"y[{k}]" for k in range(len(parts))], place
-            )
+            slots = self.run("join y", jax.jit(concatenate), flat, [f"y[{k}]" for k in range(len(parts))], place)
         return Shape(shape.spec, tuple(map(aval, shapes))), tuple(slots)
 
     def _loss(self) -> tuple[int, int | None, tuple[Shape, tuple[int, ...]] | None]:
@@ -689,9 +664,7 @@ class _Builder:
 
         def reduce(*arrays: Any) -> list[Any]:
             columns = [arrays[n * self.m : (n + 1) * self.m] for n in range(len(ports))]
-            total = sum(
-                v * w if loss.reduction == "mean" else v for v, w in zip(columns[0], scales, strict=True)
-            )
+            total = sum(v * w if loss.reduction == "mean" else v for v, w in zip(columns[0], scales, strict=True))
             rest = columns[1:]
             if not weighted:
                 return [total, *map(jnp.stack, rest)]
@@ -700,9 +673,7 @@ class _Builder:
 
         ins = [self.made[last.index, i][Ref("out", leaf)] for leaf in ports for i in range(self.m)]
         made = self.run("reduce", jax.jit(reduce), ins, [str(leaf.port) for leaf in ports], place)
-        stacked = Shape(
-            aux.spec, tuple(jax.ShapeDtypeStruct((self.m, *a.shape), a.dtype) for a in aux.leaves)
-        )
+        stacked = Shape(aux.spec, tuple(jax.ShapeDtypeStruct((self.m, *a.shape), a.dtype) for a in aux.leaves))
         rest = made[2:] if weighted else made[1:]
         return made[0], made[1] if weighted else None, (stacked, tuple(rest)) if loss.has_aux else None
 
@@ -712,9 +683,7 @@ class _Builder:
         for leaf in sorted(
             self.request.wanted, key=lambda f: (f.port.kind, -1 if f.port.of is None else f.port.of, f.k)
         ):
-            stages = [
-                s.index for s in self.stages if (s.index, leaf) in self.sums or (s.index, leaf) in self.pieces
-            ]
+            stages = [s.index for s in self.stages if (s.index, leaf) in self.sums or (s.index, leaf) in self.pieces]
             parts = []
             for s in stages:
                 if (s, leaf) in self.sums:
@@ -723,11 +692,7 @@ class _Builder:
                     slots = [self.pieces[s, leaf][i] for i in range(self.m)]
                     join_all = jax.jit(lambda *p: [join(p)])
                     name = f"gradient of {leaf.port}[{leaf.k}]"
-                    parts += (
-                        self.run("join gradient", join_all, slots, [name], self.places[s])
-                        if self.m > 1
-                        else slots
-                    )
+                    parts += self.run("join gradient", join_all, slots, [name], self.places[s]) if self.m > 1 else slots
             by_place.setdefault(self._owner(leaf, stages), []).append((leaf, parts))
         out: dict[Leaf, int] = {}
         for place, entries in by_place.items():
@@ -769,7 +734,7 @@ class _Builder:
             out = []
             for a, n in zip(shapes, counts, strict=True):
                 parts = [next(rest) for _ in range(n)]
-                total = sum(parts[1:], parts[0]) if parts else jnp.zeros(a.shape, a.dtype)
+                total = functools.reduce(operator.add, parts) if parts else jnp.zeros(a.shape, a.dtype)
                 total = total if divisor is None else total / divisor
                 out.append(total.astype(a.dtype))
             return out

@@ -26,9 +26,7 @@ class Sequential(Call):
         x, side = first_microbatch(x, side, self.chunks)
         return self.model.init(key, x, side, lambda k, make: map_arrays_numbers(make()))
 
-    def init_state(
-        self, x: PyTree, side: PyTree = None, params: Sequence[PyTree] | None = None
-    ) -> tuple[PyTree, ...]:
+    def init_state(self, x: PyTree, side: PyTree = None, params: Sequence[PyTree] | None = None) -> tuple[PyTree, ...]:
         """State of every layer; see `Pipe.init_state`."""
         x, side = first_microbatch(x, side, self.chunks)
         return self.model.init_state(x, side, params, lambda k, make: make())
@@ -96,11 +94,13 @@ class Sequential(Call):
 
             chosen = [g.split(pieces[n]) for n, g in zip(argnums or (), sums, strict=True)]
             if argnums:
-                (value, (weight, aux, state)), gradients = jax.value_and_grad(f, has_aux=True)(chosen)
+                result: Any = jax.value_and_grad(f, has_aux=True)(chosen)
+                (value, rest), gradients = result
                 for g, part in zip(sums, gradients, strict=True):
                     g.add(part)
             else:
-                value, (weight, aux, state) = f(chosen)
+                value, rest = f(chosen)
+            weight, aux, state = rest
             total, weights = total + value, weights + (1.0 if weight is None else weight)
             auxes.append(aux)
         divisor = weights if loss.reduction == "weighted" else None
@@ -143,8 +143,7 @@ class Sequential(Call):
     def _finish(self, state: Any) -> tuple[PyTree, ...]:
         ends = [layer.finish for layer in self.model.layers]
         return tuple(
-            None if k not in state else state[k] if end is None else end(state[k])
-            for k, end in enumerate(ends)
+            None if k not in state else state[k] if end is None else end(state[k]) for k, end in enumerate(ends)
         )
 
 

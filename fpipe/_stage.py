@@ -22,9 +22,7 @@ Reduction: TypeAlias = Literal["mean", "sum", "weighted"]
 class Port(NamedTuple):
     """The name of what enters or leaves a stage; `of` is a layer or a skip where there are several."""
 
-    kind: Literal[
-        "params", "x", "y", "skip", "side", "targets", "state", "key", "index", "loss", "weight", "aux"
-    ]
+    kind: Literal["params", "x", "y", "skip", "side", "targets", "state", "key", "index", "loss", "weight", "aux"]
     of: Any = None
 
     def __str__(self) -> str:
@@ -84,9 +82,7 @@ class Loss:
         weight = None
         if self.reduction == "weighted":
             if not isinstance(result, tuple) or len(result) != 2:
-                raise TypeError(
-                    f'`loss_fn` with reduction="weighted" returns `(sum, weight)`, got {describe(result)}'
-                )
+                raise TypeError(f'`loss_fn` with reduction="weighted" returns `(sum, weight)`, got {describe(result)}')
             result, weight = result
             weight = jax.lax.stop_gradient(_scalar(weight, "weight"))
         return _scalar(result, "loss"), weight, aux
@@ -140,9 +136,7 @@ class Stage:
         """Its layers with state."""
         return tuple(k for k in self.model.stateful if k in self.span)
 
-    def run(
-        self, given: Mapping[Port, PyTree], train: bool, loss: Loss | None, where: str
-    ) -> dict[Port, PyTree]:
+    def run(self, given: Mapping[Port, PyTree], train: bool, loss: Loss | None, where: str) -> dict[Port, PyTree]:
         """The stage as a function from ports to ports."""
         y, skips, state = self.model.apply(
             self.span,
@@ -277,17 +271,12 @@ def trace_stage(
     if wanted is None:
         graph = _jaxpr.trace(lambda *values: run(values), *shapes)
         leaves = [Leaf(port, k) for port, s in out.items() for k in range(len(s.leaves))]
-        return Traced(
-            stage, graph, inputs, out, dict(zip(leaves, graph.outputs, strict=True)), {}, {}, {}, constant
-        )
+        return Traced(stage, graph, inputs, out, dict(zip(leaves, graph.outputs, strict=True)), {}, {}, {}, constant)
 
     asked = [n for n, leaf in enumerate(inputs) if leaf in wanted]
     jax.eval_shape(lambda *values: run(values), *shapes)
     leaves = [Leaf(port, k) for port, s in out.items() for k in range(len(s.leaves))]
-    carries = [
-        leaf.port.kind in ("y", "skip", "loss") and is_inexact(out[leaf.port].leaves[leaf.k])
-        for leaf in leaves
-    ]
+    carries = [leaf.port.kind in ("y", "skip", "loss") and is_inexact(out[leaf.port].leaves[leaf.k]) for leaf in leaves]
 
     def joint(values: Sequence[Any], cotangents: Sequence[Any]) -> Any:
         def f(chosen: Sequence[Any], values: Sequence[Any]) -> Any:
@@ -300,9 +289,7 @@ def trace_stage(
 
         if remat is not False:
             f = jax.checkpoint(f, policy=None if remat is True else remat)
-        primal, pull, rest = jax.vjp(
-            lambda chosen: f(chosen, values), [values[n] for n in asked], has_aux=True
-        )
+        primal, pull, rest = jax.vjp(lambda chosen: f(chosen, values), [values[n] for n in asked], has_aux=True)
         (gradients,) = pull(list(cotangents))
         one, other = iter(primal), iter(rest)
         return [next(one) if c else next(other) for c in carries] + list(gradients)
@@ -330,7 +317,7 @@ def trace_stage(
 def forward_and_backward(
     traced: Traced,
     *,
-    scale: float | None = None,
+    scale: float = 1.0,
     contributions: Mapping[Leaf, int] | None = None,
     accumulate: bool = False,
 ) -> tuple[Program, Program | None, list[str]]:
@@ -381,9 +368,7 @@ def _forward(traced: Traced, handed: Sequence[int], late: Mapping[int, int]) -> 
     leaves = [leaf for leaf in traced.inputs if number[leaf] in used]
 
     def call(*args: Any) -> Any:
-        return _jaxpr.evaluate(
-            graph, nodes, dict(zip((number[leaf] for leaf in leaves), args, strict=True)), wanted
-        )
+        return _jaxpr.evaluate(graph, nodes, dict(zip((number[leaf] for leaf in leaves), args, strict=True)), wanted)
 
     outs = [Ref("out", leaf) for leaf in traced.outputs] + [Ref("residual", n=n) for n in range(len(handed))]
     name = f"stage{traced.stage.index}_F"
@@ -394,7 +379,7 @@ def _backward(
     traced: Traced,
     nodes: Sequence[_jaxpr.Node],
     refs: Mapping[int, Ref],
-    scale: float | None,
+    scale: float,
     contributions: Mapping[Leaf, int],
     accumulate: bool,
 ) -> Program:
@@ -419,15 +404,9 @@ def _backward(
             else:
                 parts = [values[Ref("cotangent", leaf, n)] for n in range(contributions.get(leaf, 0))]
                 given[v] = sum(parts[1:], parts[0]) if parts else jnp.zeros(shape.shape, shape.dtype)
-        made = dict(
-            zip(
-                traced.gradients, _jaxpr.evaluate(graph, nodes, given, traced.gradients.values()), strict=True
-            )
-        )
+        made = dict(zip(traced.gradients, _jaxpr.evaluate(graph, nodes, given, traced.gradients.values()), strict=True))
         sums = [
-            values[Ref("sum", leaf)] + made[leaf].astype(values[Ref("sum", leaf)].dtype)
-            if accumulate
-            else made[leaf]
+            values[Ref("sum", leaf)] + made[leaf].astype(values[Ref("sum", leaf)].dtype) if accumulate else made[leaf]
             for leaf in summed
         ]
         return [*(made[leaf] for leaf in each), *sums]

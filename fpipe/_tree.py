@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -18,7 +19,7 @@ def is_array(leaf: Any) -> bool:
 
 def is_inexact(leaf: Any) -> bool:
     """Whether a leaf can carry a derivative."""
-    return bool(jax.dtypes.issubdtype(leaf.dtype, np.inexact))
+    return bool(jnp.issubdtype(leaf.dtype, np.inexact))
 
 
 def is_traced(tree: PyTree) -> bool:
@@ -74,12 +75,11 @@ def float0_like(leaf: Any) -> np.ndarray:
 
 def zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
     """An array of that shape; PRNG keys are made as keys."""
-    if jax.dtypes.issubdtype(shape.dtype, jax.dtypes.prng_key):
-        keys = jax.random.wrap_key_data(
-            np.zeros((*shape.shape, *jax.random.key_data(jax.random.key(0)).shape), np.uint32)
+    if jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(
+            jnp.zeros((*shape.shape, *jax.random.key_data(jax.random.key(0)).shape), np.uint32)
         )
-        return keys
-    return jax.numpy.zeros(shape.shape, shape.dtype)
+    return jnp.zeros(shape.shape, shape.dtype)
 
 
 def zeros_like(tree: PyTree) -> PyTree:

@@ -62,7 +62,8 @@ def look(name: str = "skip") -> fpipe.Layer:
 
 def dropout() -> fpipe.Layer:
     def apply(params, x, *, key):
-        return x * params * (jax.random.bernoulli(key, 0.7, x.shape) if key is not None else 1.0)
+        y = x * params
+        return y if key is None else jnp.where(jax.random.bernoulli(key, 0.7, x.shape), y, 0)
 
     return fpipe.Layer(apply, scale_init, name="dropout")
 
@@ -169,12 +170,12 @@ class Case:
 
     @property
     def side(self):
-        needed = any("side" in layer.needs for layer in self.layers)
+        needed = any("side" in (layer.needs or ()) for layer in self.layers)
         return jax.random.normal(jax.random.key(3), (self.rows, WIDTH)).astype(self.dtype) if needed else None
 
     @property
     def needs(self) -> dict[str, Any]:
-        state = any("state" in layer.needs for layer in self.layers)
+        state = any("state" in (layer.needs or ()) for layer in self.layers)
         return {
             "key": jax.random.key(4),
             "train": True,

@@ -17,15 +17,15 @@ def draw(what: Schedule | Timeline, width: int = 120) -> str:
     timeline = simulate(what) if isinstance(what, Schedule) else what
     stages = {(e.device, e.action.stage) for e in timeline.events}
     several = len(stages) > timeline.devices
-    labels = [
-        f"{e.action.stage if several else ''}{e.action.kind}{e.action.microbatch}" for e in timeline.events
-    ]
+    labels = [f"{e.action.stage if several else ''}{e.action.kind}{e.action.microbatch}" for e in timeline.events]
     start = min(e.start for e in timeline.events)
     # The scale at which the tightest label still fits in its box, with one character between boxes.
-    scale = max((len(t) + 1) / (e.end - e.start) for t, e in zip(labels, timeline.events) if e.end > e.start)
+    scale = max(
+        (len(t) + 1) / (e.end - e.start) for t, e in zip(labels, timeline.events, strict=False) if e.end > e.start
+    )
     end = round(timeline.makespan * scale)
     lines = [[" "] * (end + 1) for _ in range(timeline.devices)]
-    for label, e in zip(labels, timeline.events):
+    for label, e in zip(labels, timeline.events, strict=False):
         a, b = round((e.start - start) * scale), round((e.end - start) * scale)
         box = label.ljust(max(b - a - 1, 0), "-")[: max(b - a - 1, 1)]
         lines[e.device][a : a + len(box)] = box
