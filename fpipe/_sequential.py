@@ -94,8 +94,8 @@ class Sequential(Call):
 
             chosen = [g.split(pieces[n]) for n, g in zip(argnums or (), sums, strict=True)]
             if argnums:
-                result: Any = jax.value_and_grad(f, has_aux=True)(chosen)
-                (value, rest), gradients = result
+                differentiate: Callable[..., Any] = jax.value_and_grad(f, has_aux=True)
+                (value, rest), gradients = differentiate(chosen)
                 for g, part in zip(sums, gradients, strict=True):
                     g.add(part)
             else:
