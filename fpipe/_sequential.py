@@ -13,6 +13,9 @@ from fpipe._model import Model
 from fpipe._stage import Loss, sum_dtype
 from fpipe._tree import PyTree, is_array, is_inexact, map_arrays, pack
 
+# Declared, because type checkers cannot follow its own type with `has_aux`.
+_value_and_grad: Callable[..., Any] = jax.value_and_grad
+
 
 @dataclasses.dataclass(frozen=True)
 class Sequential(Call):
@@ -94,8 +97,7 @@ class Sequential(Call):
 
             chosen = [g.split(pieces[n]) for n, g in zip(argnums or (), sums, strict=True)]
             if argnums:
-                differentiate: Callable[..., Any] = jax.value_and_grad(f, has_aux=True)
-                (value, rest), gradients = differentiate(chosen)
+                (value, rest), gradients = _value_and_grad(f, has_aux=True)(chosen)
                 for g, part in zip(sums, gradients, strict=True):
                     g.add(part)
             else:
