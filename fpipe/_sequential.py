@@ -67,13 +67,15 @@ class Sequential(Call):
         argnums: Any,
     ) -> Any:
         cut = cut_inputs(self.model, params, x, side, targets, state, self.chunks)
-        state = _state_map(state)
+        states: Any = _state_map(state)
         wanted = [(params, x, *targets)[n] for n in argnums or ()]
         sums = [
             _Gradient(tree, None if n == 0 else cut.splits["x"] if n == 1 else cut.of_target(n - 2))
             for n, tree in zip(argnums or (), wanted, strict=True)
         ]
-        total, weights, auxes = 0.0, 0.0, []
+        total: Any = 0.0
+        weights: Any = 0.0
+        auxes: list[PyTree] = []
         for i in range(cut.count):
             pieces = (params, cut.piece(x, "x", i), *cut.piece(targets, "targets", i))
             scale = cut.scale(i) if loss.reduction == "mean" else 1.0
@@ -81,7 +83,7 @@ class Sequential(Call):
             def f(
                 chosen: Sequence[Any],
                 pieces: Any = pieces,
-                state: Any = state,
+                state: Any = states,
                 i: int = i,
                 scale: float = scale,
             ) -> Any:
@@ -97,18 +99,18 @@ class Sequential(Call):
 
             chosen = [g.split(pieces[n]) for n, g in zip(argnums or (), sums, strict=True)]
             if argnums:
-                (value, rest), gradients = _value_and_grad(f, has_aux=True)(chosen)
+                (value, (weight, aux, states)), gradients = _value_and_grad(f, has_aux=True)(chosen)
                 for g, part in zip(sums, gradients, strict=True):
                     g.add(part)
             else:
-                value, rest = f(chosen)
-            weight, aux, state = rest
-            total, weights = total + value, weights + (1.0 if weight is None else weight)
+                value, (weight, aux, states) = f(chosen)
+            total = total + value
+            weights = weights + (1.0 if weight is None else weight)
             auxes.append(aux)
         divisor = weights if loss.reduction == "weighted" else None
         total = total if divisor is None else total / divisor
         aux = jax.tree.map(lambda *a: jnp.stack(a), *auxes) if loss.has_aux else None
-        return total, aux, self._finish(state), tuple(g.result(divisor) for g in sums)
+        return total, aux, self._finish(states), tuple(g.result(divisor) for g in sums)
 
     def _microbatch(
         self,
