@@ -98,12 +98,10 @@ class Sequential(Call):
                 return value * scale, (weight, aux, state)
 
             chosen = [g.split(pieces[n]) for n, g in zip(argnums or (), sums, strict=True)]
-            if argnums:
-                (value, (weight, aux, states)), gradients = _value_and_grad(f, has_aux=True)(chosen)
-                for g, part in zip(sums, gradients, strict=True):
-                    g.add(part)
-            else:
-                value, (weight, aux, states) = f(chosen)
+            run: Any = _value_and_grad(f, has_aux=True) if argnums else _value_alone(f)
+            (value, (weight, aux, states)), gradients = run(chosen)
+            for g, part in zip(sums, gradients, strict=True):
+                g.add(part)
             total = total + value
             weights = weights + (1.0 if weight is None else weight)
             auxes.append(aux)
@@ -149,6 +147,10 @@ class Sequential(Call):
         return tuple(
             None if k not in state else state[k] if end is None else end(state[k]) for k, end in enumerate(ends)
         )
+
+
+def _value_alone(f: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda chosen: (f(chosen), ())
 
 
 def _state_map(state: Any) -> dict[int, PyTree]:
