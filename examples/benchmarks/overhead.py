@@ -70,6 +70,7 @@ class Loop:
         self.mean = jax.jit(lambda *losses: sum(losses) / CHUNKS)
 
     def __call__(self, params, x, t):
+        """One training step: the loss and the gradients of every stage."""
         put, devices = jax.device_put, self.devices
         xs, ts = self.split(x), self.split(t)
         totals = [self.zeros[s](params[s]) for s in range(STAGES)]
