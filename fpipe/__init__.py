@@ -2,13 +2,13 @@
 
 from fpipe import schedules as schedules
 from fpipe._layer import Layer as Layer
-from fpipe._layer import Namespace as Namespace
 from fpipe._layer import fn as fn
-from fpipe._layer import peek as peek
-from fpipe._layer import pop as pop
 from fpipe._layer import skippable as skippable
-from fpipe._layer import stash as stash
 from fpipe._microbatch import NoChunk as NoChunk
 from fpipe._model import verify_skippables as verify_skippables
 from fpipe._pipe import Pipe as Pipe
 from fpipe._sequential import sequential as sequential
+from fpipe._skip import Namespace as Namespace
+from fpipe._skip import peek as peek
+from fpipe._skip import pop as pop
+from fpipe._skip import stash as stash

@@ -1,14 +1,39 @@
-"""What `Pipe` and `sequential` share: the calls a user makes, their arguments and their checks."""
+"""What `Pipe` and `sequential` share: the calls that a user makes, their arguments and their checks."""
 
 import abc
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-from fpipe._microbatch import Split, split
+from fpipe._errors import entries
+from fpipe._loss import Loss, Reduction, as_loss
 from fpipe._model import Model
-from fpipe._stage import Loss, Reduction
-from fpipe._tree import PyTree, Spec, float0_like, is_array, is_inexact, map_arrays, pack
+from fpipe._tree import PyTree
+
+
+class Args(NamedTuple):
+    """What a call was given."""
+
+    params: Sequence[PyTree]
+    x: PyTree
+    targets: tuple[PyTree, ...] = ()
+    side: PyTree = None
+    key: Any = None
+    state: Sequence[PyTree] | None = None
+    train: bool = False
+
+    @property
+    def numbered(self) -> tuple[PyTree, ...]:
+        """The arguments that `argnums` counts: `(params, x, *targets)`."""
+        return (self.params, self.x, *self.targets)
+
+
+class Result(NamedTuple):
+    """What a call with a loss gives; `gradients` has one entry per argument number."""
+
+    loss: Any
+    aux: PyTree
+    state: tuple[PyTree, ...]
+    gradients: tuple[PyTree, ...]
 
 
 class Call(abc.ABC):
@@ -18,31 +43,20 @@ class Call(abc.ABC):
     chunks: int
 
     @abc.abstractmethod
-    def _forward(self, params: PyTree, x: PyTree, side: PyTree, key: Any, state: Any, train: bool) -> Any:
+    def _forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         """`(y, state)`."""
 
     @abc.abstractmethod
-    def _loss(
-        self,
-        params: PyTree,
-        x: PyTree,
-        targets: tuple[PyTree, ...],
-        side: PyTree,
-        key: Any,
-        state: Any,
-        train: bool,
-        loss: Loss,
-        argnums: tuple[int, ...] | None,
-    ) -> Any:
-        """`(loss, aux, state, gradients)`."""
+    def _loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
+        """The loss, and the gradients of the numbered arguments."""
 
     def __call__(
         self,
-        params: PyTree,
+        params: Sequence[PyTree],
         x: PyTree,
         side: PyTree = None,
         key: Any = None,
-        state: Any = None,
+        state: Sequence[PyTree] | None = None,
         train: bool = False,
     ) -> Any:
         """The model's output.
@@ -58,8 +72,9 @@ class Call(abc.ABC):
         Returns:
             `y`, or `(y, state)` if state was given.
         """
-        check_call(self.model, params, state)
-        y, new = self._forward(params, x, side, key, state, bool(train))
+        args = Args(params, x, (), side, key, state, bool(train))
+        check_entries(self.model, args)
+        y, new = self._forward(args)
         return y if state is None else (y, new)
 
     def value_and_grad(
@@ -71,6 +86,8 @@ class Call(abc.ABC):
     ) -> Callable[..., Any]:
         """A function that computes a loss and its gradients, forwards and backwards interleaved as scheduled.
 
+        Make it once, outside the training loop: compiled programs are kept for each `loss_fn` object.
+
         Arguments:
             loss_fn: `loss_fn(y, *targets)`, a scalar, on the last stage for each microbatch.
             has_aux: whether it returns `(loss, aux)`; aux comes back stacked on a new axis of `m`.
@@ -81,69 +98,80 @@ class Call(abc.ABC):
         Returns:
             `f(params, x, *targets, side=None, key=None, state=None, train=False)`, which returns
             `loss, grads`; with `has_aux` `(loss, aux), grads`; and with `state` given the first of the
-            two becomes a pair with the new state: `(loss, state), grads`.
+            two becomes a pair with the new state: `(loss, state), grads`, or `((loss, aux), state), grads`.
+
+        Raises:
+            TypeError: `loss_fn` is no function, or returns no scalar; `argnums` are no ints.
+            ValueError: an unknown reduction; argument numbers that are negative, repeated or too large.
         """
-        loss = make_loss("value_and_grad", loss_fn, has_aux, reduction)
-        numbers = argument_numbers(argnums)
+        loss = as_loss("value_and_grad", loss_fn, has_aux, reduction)
+        numbers = _numbers(argnums)
 
         def value_and_grad(
-            params: PyTree,
+            params: Sequence[PyTree],
             x: PyTree,
             *targets: PyTree,
             side: PyTree = None,
             key: Any = None,
-            state: Any = None,
+            state: Sequence[PyTree] | None = None,
             train: bool = False,
         ) -> Any:
-            check_call(self.model, params, state)
-            if max(numbers) >= 2 + len(targets):
+            args = Args(params, x, targets, side, key, state, bool(train))
+            check_entries(self.model, args)
+            if max(numbers) >= len(args.numbered):
                 raise ValueError(
-                    f"`value_and_grad(argnums={argnums!r})`: there are only {2 + len(targets)} arguments (params, x, *targets)"
+                    f"`value_and_grad(argnums={argnums!r})`: the call has {len(args.numbered)} arguments (params, x, "
+                    f"*targets), so numbers go from 0 to {len(args.numbered) - 1}"
                 )
-            value, aux, new, gradients = self._loss(params, x, targets, side, key, state, bool(train), loss, numbers)
-            value = (value, aux) if has_aux else value
-            value = value if state is None else (value, new)
-            return value, gradients[0] if isinstance(argnums, int) else gradients
+            result = self._loss(args, loss, numbers)
+            grads = result.gradients[0] if isinstance(argnums, int) else result.gradients
+            return _value(result, loss, state), grads
 
         return value_and_grad
 
     def evaluate(
         self, loss_fn: Callable[..., Any], has_aux: bool = False, reduction: Reduction = "mean"
     ) -> Callable[..., Any]:
-        """The loss alone: forward only, nothing is kept. Arguments as for `value_and_grad`."""
-        loss = make_loss("evaluate", loss_fn, has_aux, reduction)
+        """The loss alone: forward only, nothing is kept.
+
+        Arguments:
+            loss_fn, has_aux, reduction: as for `value_and_grad`.
+
+        Returns:
+            `f(params, x, *targets, side=None, key=None, state=None, train=False)`, which returns what
+            `value_and_grad`'s function returns first.
+        """
+        loss = as_loss("evaluate", loss_fn, has_aux, reduction)
 
         def evaluate(
-            params: PyTree,
+            params: Sequence[PyTree],
             x: PyTree,
             *targets: PyTree,
             side: PyTree = None,
             key: Any = None,
-            state: Any = None,
+            state: Sequence[PyTree] | None = None,
             train: bool = False,
         ) -> Any:
-            check_call(self.model, params, state)
-            value, aux, new, _ = self._loss(params, x, targets, side, key, state, bool(train), loss, None)
-            value = (value, aux) if has_aux else value
-            return value if state is None else (value, new)
+            args = Args(params, x, targets, side, key, state, bool(train))
+            check_entries(self.model, args)
+            return _value(self._loss(args, loss, ()), loss, state)
 
         return evaluate
 
 
-def make_loss(call: str, fn: Callable[..., Any], has_aux: bool, reduction: str) -> Loss:
-    """A checked `Loss`."""
-    if not callable(fn):
-        raise TypeError(f"`{call}(loss_fn)`: {fn!r} is not callable; write `pipe.{call}(loss_fn)(params, x, *targets)`")
-    if reduction not in ("mean", "sum", "weighted"):
-        raise ValueError(f'`{call}(reduction={reduction!r})`: it is "mean", "sum" or "weighted"')
-    return Loss(fn, bool(has_aux), reduction)  # type: ignore[arg-type]
+def _value(result: Result, loss: Loss, state: Any) -> Any:
+    value = (result.loss, result.aux) if loss.has_aux else result.loss
+    return value if state is None else (value, result.state)
 
 
-def argument_numbers(argnums: int | Sequence[int]) -> tuple[int, ...]:
+def _numbers(argnums: Any) -> tuple[int, ...]:
     """Argument numbers as a checked tuple."""
-    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    if not numbers or any(type(n) is not int or n < 0 for n in numbers) or len(set(numbers)) < len(numbers):
-        raise ValueError(f"`value_and_grad(argnums={argnums!r})`: numbers of (params, x, *targets), from 0, each once")
+    numbers = tuple(argnums) if isinstance(argnums, Sequence) else (argnums,)
+    call = f"`value_and_grad(argnums={argnums!r})`: numbers of (params, x, *targets)"
+    if any(type(n) is not int for n in numbers):
+        raise TypeError(f"{call} are ints")
+    if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
+        raise ValueError(f"{call}, counted from 0, each once, and at least one")
     return numbers
 
 
@@ -156,103 +184,24 @@ def check_chunks(call: str, chunks: Any) -> int:
     return chunks
 
 
-def check_call(model: Model, params: Any, state: Any) -> None:
-    """Parameters and state have one entry per layer, and state is there if it is needed."""
+def check_params(model: Model, params: Any, call: str = "params") -> None:
+    """Parameters have one entry per layer."""
     count = len(model.layers)
     if not isinstance(params, (tuple, list)) or len(params) != count:
-        got = f"{len(params)} entries" if isinstance(params, (tuple, list)) else type(params).__name__
-        raise ValueError(f"params: a tuple with one entry per layer is needed, {count} in all, got {got}")
-    if state is None:
+        raise ValueError(f"{call}: a tuple with one entry per layer is needed, {count} in all, got {entries(params)}")
+
+
+def check_entries(model: Model, args: Args) -> None:
+    """Parameters and state have one entry per layer, and state is there if it is needed."""
+    check_params(model, args.params)
+    count = len(model.layers)
+    if args.state is None:
         if model.stateful:
             names = [model.layers[k].name for k in model.stateful]
             raise ValueError(
                 f"the layers {names} have state: pass `state=pipe.init_state(x)` and take the new state back"
             )
-    elif not isinstance(state, (tuple, list)) or len(state) != count:
-        got = f"{len(state)} entries" if isinstance(state, (tuple, list)) else type(state).__name__
-        raise ValueError(f"state: a tuple with one entry per layer is needed, {count} in all, got {got}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Cut:
-    """How the inputs of a call are cut into `count` microbatches."""
-
-    splits: Mapping[str, Split]
-    count: int
-
-    def piece(self, tree: PyTree, name: str, i: int) -> PyTree:
-        """The `i`-th piece of an input."""
-        how = self.splits[name]
-        return how.piece.unpack([how.cut(k, i, a) for k, a in enumerate(pack(tree)[0])])
-
-    def rows(self) -> tuple[int, ...]:
-        """The rows of each microbatch, by the first array that is cut."""
-        return next((r for s in self.splits.values() for r in s.rows if r), (1,))
-
-    def scale(self, i: int) -> float:
-        """The weight of a microbatch in a mean over rows."""
-        rows = self.rows()
-        return rows[i] / sum(rows)
-
-    def of_target(self, n: int) -> Split:
-        """The split of one target."""
-        return self.target_splits[n]
-
-    target_splits: tuple[Split, ...] = ()
-
-
-def cut_inputs(model: Model, params: PyTree, x: PyTree, side: PyTree, targets: Any, state: Any, chunks: int) -> Cut:
-    """Decide the microbatches of a call.
-
-    Raises:
-        TypeError: no array in `x`.
-        ValueError: unequal numbers of pieces.
-    """
-    del model, params, state
-    if not any(map(is_array, _leaves(x))):
-        raise TypeError(
-            "`pipe(params, x)`: x has no array; a pipeline needs at least one array to cut into microbatches"
-        )
-    splits = {"x": split(x, chunks, "x"), "side": split(side, chunks, "side")}
-    if targets is not None:
-        splits["targets"] = split(targets, chunks, "targets")
-    counts = {name: s.count for name, s in splits.items() if s.count is not None}
-    if len(set(counts.values())) > 1:
-        trees = {"x": x, "side": side, "targets": targets}
-        told = ", ".join(f"`{name}` gives {n} pieces (rows {_rows(trees[name])})" for name, n in counts.items())
+    elif not isinstance(args.state, (tuple, list)) or len(args.state) != count:
         raise ValueError(
-            f"with chunks={chunks}, {told}; give them the same number of rows, or wrap one in fpipe.NoChunk"
+            f"state: a tuple with one entry per layer is needed, {count} in all, got {entries(args.state)}"
         )
-    each = tuple(split(t, chunks, f"targets[{n}]") for n, t in enumerate(targets or ()))
-    return Cut(splits, next(iter(counts.values()), 1), each)
-
-
-def _leaves(tree: PyTree) -> list[Any]:
-    import jax
-
-    return jax.tree.leaves(tree)
-
-
-def _rows(tree: PyTree) -> str:
-    return ", ".join(str(a.shape[0]) for a in pack(tree)[0] if a.shape)
-
-
-def first_microbatch(x: PyTree, side: PyTree, chunks: int) -> tuple[PyTree, PyTree]:
-    """The shapes of the first microbatch."""
-    from fpipe._tree import aval
-
-    cut = cut_inputs(None, None, x, side, None, None, chunks)  # type: ignore[arg-type]
-    out = []
-    for name, tree in (("x", x), ("side", side)):
-        how = cut.splits[name]
-        out.append(how.piece.unpack([how.shape(k, 0, aval(a)) for k, a in enumerate(pack(tree)[0])]))
-    return out[0], out[1]
-
-
-def fill_gradient(spec: Spec, leaves: Sequence[Any], gradients: Sequence[Any]) -> PyTree:
-    """A gradient in the structure of its argument: `float0` for integers, `None` for static leaves."""
-    filled = [g if is_inexact(a) else float0_like(a) for a, g in zip(leaves, gradients, strict=True)]
-    return spec.fill(filled, None)
-
-
-__all__ = ["Call", "Cut", "cut_inputs", "map_arrays"]

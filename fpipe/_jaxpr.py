@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import Literal
+from jax.extend.core import Literal, jaxpr_as_fun
 
 # Calls that are inlined, so that what is inside can be sliced. A `jax.checkpoint` is not: XLA keeps
 # its recomputation only while it stays one equation.
@@ -54,13 +54,18 @@ class Graph:
         return {v: node for node in self.nodes for v in node.outs}
 
 
-def trace(f: Callable[..., Sequence[Any]], *shapes: jax.ShapeDtypeStruct) -> Graph:
-    """Trace a function of flat arrays into a `Graph`, nested calls inlined."""
-    return inline(jax.make_jaxpr(f)(*shapes))
+def trace(f: Callable[..., Sequence[Any]], *shapes: jax.ShapeDtypeStruct) -> Any:
+    """Trace a function of flat arrays into a closed jaxpr."""
+    return jax.make_jaxpr(f)(*shapes)
+
+
+def function(closed: Any) -> Callable[..., list[Any]]:
+    """A closed jaxpr as a function again: it can be differentiated without calling the original once more."""
+    return jaxpr_as_fun(closed)
 
 
 def inline(closed: Any) -> Graph:
-    """A closed jaxpr as a `Graph`."""
+    """A closed jaxpr as a `Graph`, nested calls inlined."""
     jaxpr, values = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
     nodes: list[Node] = []
     consts: dict[int, Any] = {}
@@ -167,23 +172,26 @@ def residuals(
     Returns:
         The backward's equations, and the values that it takes from outside: inputs of the graph, or values
         that the forward must hand over. Handed over is only what depends on the microbatch. What is made
-        from parameters alone is made again, and so is a cheap change of form (a broadcast, a reshape).
+        from parameters alone is made again, and so is a cheap change of form (a broadcast, a reshape); an
+        equation with effects runs once. Effects that depend on a cotangent are the backward's.
     """
     maker = graph.maker
     take: dict[int, None] = {}
     inside: set[int] = set()  # values made inside the backward
-    stack = list(wanted)
+    effects = [n for n in graph.nodes if n.eqn.effects and any(late.get(v) for v in n.ins)]
+    stack = [*wanted, *(v for node in effects for v in node.ins)]
     while stack:
         v = stack.pop()
         if v in inside or v in take or v in graph.consts:
             continue
         node = maker.get(v)
-        if node is not None and (late.get(v) or not micro.get(v) or _redo(graph, node)):
+        if node is not None and (late.get(v) or (not node.eqn.effects and (not micro.get(v) or _redo(graph, node)))):
             inside.update(node.outs)
             stack.extend(node.ins)
         else:
             take[v] = None
-    nodes = [n for n in graph.nodes if not inside.isdisjoint(n.outs)]
+    kept = set(map(id, effects))
+    nodes = [n for n in graph.nodes if id(n) in kept or not inside.isdisjoint(n.outs)]
     return nodes, sorted(take)
 
 

@@ -1,51 +1,16 @@
 """Layers: pure functions `f(params, x, **needs)`, and the frozen record behind one."""
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from fpipe._errors import noting
+from fpipe._skip import Namespace, Scope, scoped
 from fpipe._tree import PyTree, describe
 
 NEEDS = ("carry", "state", "key", "train", "borrowed", "side")
-
-
-class Namespace:
-    """A space of skip names of its own, so that the same layers can be used many times.
-
-    Two namespaces are equal only if they are the same object. Inside a `Pipe` they are numbered by
-    first use, in layer order, so that every process and every run agrees on them.
-    """
-
-    def __init__(self) -> None:
-        self._number: int | None = None
-
-    @classmethod
-    def numbered(cls, number: int) -> "Namespace":
-        """The namespace of that number: equal to every other one of that number."""
-        self = cls()
-        self._number = number
-        return self
-
-    @property
-    def number(self) -> int:
-        """Its number within a model."""
-        assert self._number is not None
-        return self._number
-
-    def __eq__(self, other: object) -> bool:
-        if self._number is None or not isinstance(other, Namespace):
-            return self is other
-        return self._number == other._number
-
-    def __hash__(self) -> int:
-        return id(self) if self._number is None else hash(self._number)
-
-    def __repr__(self) -> str:
-        return f"Namespace({'' if self._number is None else f'#{self._number}'})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +35,14 @@ class Layer:
     Raises:
         TypeError: a need as positional parameter, an unknown required keyword, a string where a
             list of names belongs, skips without the need `carry`.
+        ValueError: a name that is there twice.
+
+    Example:
+        >>> dense = fpipe.Layer(
+        ...     lambda params, x: jnp.tanh(x @ params),
+        ...     init=lambda key, x: jax.random.normal(key, (x.shape[-1], 8)),
+        ...     name="dense",
+        ... )
     """
 
     apply: Callable[..., Any]
@@ -85,40 +58,50 @@ class Layer:
     namespaces: tuple[tuple[str, Namespace], ...] = ()
 
     def __post_init__(self) -> None:
-        if not callable(self.apply):
-            raise TypeError(f"`fpipe.Layer(apply=...)`: {self.apply!r} is not callable")
         put = functools.partial(object.__setattr__, self)
+        for field in ("apply", "init", "init_state", "finish"):
+            value = getattr(self, field)
+            if not callable(value) and (value is not None or field == "apply"):
+                raise TypeError(f"`fpipe.Layer({field}=...)`: {value!r} is not callable")
+        if not isinstance(self.name, str):
+            raise TypeError(f"`fpipe.Layer(name=...)`: a name is a string, got {self.name!r}")
         put("name", self.name or function_name(self.apply))
         for field in ("stash", "pop", "peek", "borrow"):
-            put(field, names(getattr(self, field), f"`fpipe.Layer({field}=...)` of layer {self.name!r}"))
+            put(field, checked_names(getattr(self, field), f"`fpipe.Layer({field}=...)` of layer {self.name!r}"))
+        put("needs", self._checked_needs())
+        form = f"`def {self.name}(params, x, *, "
+        if (self.stash or self.pop or self.peek) and not self.asks("carry"):
+            raise TypeError(
+                f"layer {self.name!r} declares skips but its function has no keyword-only parameter `carry`: write "
+                f"{form}carry)` and return `(y, carry)`"
+            )
+        if self.borrow and not self.asks("borrowed"):
+            raise TypeError(
+                f"layer {self.name!r} borrows {list(self.borrow)} but its function has no keyword-only parameter "
+                f"`borrowed`: write {form}borrowed)`"
+            )
+        if (self.init_state or self.finish) and not self.asks("state"):
+            raise TypeError(
+                f"layer {self.name!r} has init_state or finish but its function has no keyword-only parameter "
+                f"`state`: write {form}state)` and return `(y, state)`"
+            )
+
+    def _checked_needs(self) -> tuple[str, ...]:
         if self.needs is None:
-            put("needs", signature_needs(self.apply, self.name))
-        else:
-            given = names(self.needs, f"`fpipe.Layer(needs=...)` of layer {self.name!r}")
-            unknown = [n for n in given if n not in NEEDS]
-            if unknown:
-                raise TypeError(f"layer {self.name!r}: {unknown} are no needs; the needs are {', '.join(NEEDS)}")
-            put("needs", tuple(n for n in NEEDS if n in given))
-        assert self.needs is not None
-        if (self.stash or self.pop or self.peek) and "carry" not in self.needs:
-            raise TypeError(
-                f"layer {self.name!r} declares skips but its function has no keyword-only parameter "
-                f"`carry`: write `def {self.name}(params, x, *, carry)` and return `(y, carry)`"
-            )
-        if self.borrow and "borrowed" not in self.needs:
-            raise TypeError(
-                f"layer {self.name!r} borrows {list(self.borrow)} but its function has no keyword-only "
-                f"parameter `borrowed`: write `def {self.name}(params, x, *, borrowed)`"
-            )
-        if (self.init_state or self.finish) and "state" not in self.needs:
-            raise TypeError(
-                f"layer {self.name!r} has init_state or finish but its function has no keyword-only "
-                f"parameter `state`: write `def {self.name}(params, x, *, state)` and return `(y, state)`"
-            )
+            return signature_needs(self.apply, self.name)
+        given = checked_names(self.needs, f"`fpipe.Layer(needs=...)` of layer {self.name!r}")
+        unknown = [n for n in given if n not in NEEDS]
+        if unknown:
+            raise TypeError(f"layer {self.name!r}: {unknown} are no needs; the needs are {', '.join(NEEDS)}")
+        return tuple(n for n in NEEDS if n in given)
 
     def __call__(self, params: PyTree, x: PyTree, **needs: Any) -> Any:
         """Call the layer's function as it is."""
         return self.apply(params, x, **needs)
+
+    def asks(self, need: str) -> bool:
+        """Whether the layer declares a need."""
+        return need in (self.needs or ())
 
     def isolate(self, namespace: Namespace, only: Iterable[str] | None = None) -> "Layer":
         """The same layer with its skips (or `only` some of them) in a namespace.
@@ -130,7 +113,7 @@ class Layer:
         if not isinstance(namespace, Namespace):
             raise TypeError(f"`isolate(namespace)` of layer {self.name!r}: {namespace!r} is no fpipe.Namespace")
         mine = (*self.stash, *self.pop, *self.peek)
-        chosen = mine if only is None else names(only, f"`isolate(only=...)` of layer {self.name!r}")
+        chosen = mine if only is None else checked_names(only, f"`isolate(only=...)` of layer {self.name!r}")
         for name in chosen:
             if name not in mine:
                 raise ValueError(
@@ -147,10 +130,12 @@ def function_name(f: Callable[..., Any]) -> str:
     return getattr(f, "__name__", type(f).__name__)
 
 
-def names(value: Iterable[str], where: str) -> tuple[str, ...]:
-    """A tuple of names, or a `TypeError` that says what is wrong with it."""
+def checked_names(value: Iterable[str], where: str) -> tuple[str, ...]:
+    """A tuple of names, or an error that says what is wrong with it."""
     if isinstance(value, str):
         raise TypeError(f"{where}: got the string {value!r} where a list of names belongs: write [{value!r}]")
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{where}: a list of names belongs here, got {value!r}")
     result = tuple(value)
     for name in result:
         if not isinstance(name, str):
@@ -160,53 +145,59 @@ def names(value: Iterable[str], where: str) -> tuple[str, ...]:
     return result
 
 
-def signature_needs(f: Callable[..., Any], name: str) -> tuple[str, ...]:
-    """The needs that a function's signature names."""
-    try:
-        parameters = inspect.signature(f).parameters.values()
-    except (TypeError, ValueError):  # a builtin: it has no signature to read
+def signature_needs(f: Callable[..., Any], name: str, given: tuple[str, ...] = ("params", "x")) -> tuple[str, ...]:
+    """The needs that a function's signature names after the positional parameters `given`.
+
+    Raises:
+        TypeError: too few or too many positional parameters, a need as a positional parameter, a required keyword
+            that is no need.
+    """
+    parameters = _parameters(f)
+    if parameters is None:
         return ()
-    bound = f.keywords if isinstance(f, functools.partial) else {}
+    head = ", ".join(given)
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     for p in positional:
-        if p.name in NEEDS and p.name not in bound:
+        if p.name in NEEDS:
             raise TypeError(
-                f"layer {name!r}: the need {p.name!r} is a positional parameter; make it keyword-only, "
-                f"after a bare `*`: `def {name}(params, x, *, {p.name})`"
+                f"layer {name!r}: the need {p.name!r} is a positional parameter; make it keyword-only, after a bare "
+                f"`*`: `def {name}({head}, *, {p.name})`"
             )
     variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    if len(positional) < 2 and not variadic:
+    if len(positional) < len(given) and not variadic:
+        hint = f"; for a function without parameters write `fpipe.fn({name})`" if len(given) == 2 else ""
         raise TypeError(
-            f"layer {name!r} takes {len(positional)} positional parameter(s), but a layer is "
-            f"`f(params, x)`; for a function without parameters write `fpipe.fn({name})`"
+            f"layer {name!r} takes {len(positional)} positional parameter(s), but it is called as `f({head}){hint}`"
         )
-    required = [p.name for p in positional[2:] if p.default is p.empty]
+    required = [p.name for p in positional[len(given) :] if p.default is p.empty]
     if required:
         raise TypeError(
-            f"layer {name!r}: a layer is `f(params, x, **needs)`, but {required} are required "
-            "positional parameters too; bind them with functools.partial"
+            f"layer {name!r}: a layer is `f({head}, **needs)`, but {required} are required positional parameters too; "
+            "bind them with functools.partial"
         )
-    needs = []
-    for p in parameters:
-        if p.kind is p.KEYWORD_ONLY and p.name not in bound:
-            if p.name in NEEDS:
-                needs.append(p.name)
-            elif p.default is p.empty:
-                raise TypeError(
-                    f"layer {name!r}: the keyword-only parameter {p.name!r} has no default and is no "
-                    f"need; the needs are {', '.join(NEEDS)}. Bind it with functools.partial"
-                )
-    return tuple(n for n in NEEDS if n in needs)
+    keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    for p in keywords:
+        if p.name not in NEEDS and p.default is p.empty:
+            raise TypeError(
+                f"layer {name!r}: the keyword-only parameter {p.name!r} has no default and is no need; the needs are "
+                f"{', '.join(NEEDS)}. Bind it with functools.partial"
+            )
+    return tuple(n for n in NEEDS if any(p.name == n for p in keywords))
 
 
 def keyword_needs(f: Callable[..., Any]) -> tuple[str, ...]:
     """The needs among the keyword-only parameters of an `init` or `init_state`."""
+    return tuple(p.name for p in _parameters(f) or () if p.kind is p.KEYWORD_ONLY and p.name in NEEDS)
+
+
+def _parameters(f: Callable[..., Any]) -> list[inspect.Parameter] | None:
+    """A function's parameters, without those bound by keyword in a partial; `None` for a builtin without signature."""
     try:
         parameters = inspect.signature(f).parameters.values()
     except (TypeError, ValueError):
-        return ()
+        return None
     bound = f.keywords if isinstance(f, functools.partial) else {}
-    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in NEEDS and p.name not in bound)
+    return [p for p in parameters if p.name not in bound]
 
 
 def as_layer(value: Any) -> Layer:
@@ -218,23 +209,34 @@ def as_layer(value: Any) -> Layer:
     return Layer(value)
 
 
-def fn(f: Callable[[PyTree], PyTree], name: str = "") -> Layer:
+def fn(f: Callable[..., Any], name: str = "") -> Layer:
     """A layer without parameters: `fpipe.fn(jnp.tanh)` is `lambda params, x: jnp.tanh(x)`.
 
     Arguments:
-        f: a function of one pytree.
+        f: `f(x, **needs)`; needs as in `Layer`.
         name: default the function's name.
+
+    Example:
+        >>> activation = fpipe.fn(jax.nn.relu)
+        >>> @fpipe.skippable(pop=["skip"])
+        ... @fpipe.fn
+        ... def add(x, *, carry):
+        ...     skip, carry = fpipe.pop(carry, "skip")
+        ...     return x + skip, carry
     """
-    return Layer(_WithoutParams(f), init=_no_params, name=name or function_name(f), needs=())
+    if not callable(f):
+        raise TypeError(f"`fpipe.fn(f)`: {f!r} is not callable")
+    name = name or function_name(f)
+    return Layer(_WithoutParams(f), _no_params, name, needs=signature_needs(f, name, ("x",)))
 
 
 @dataclasses.dataclass(frozen=True)
 class _WithoutParams:
-    f: Callable[[PyTree], PyTree]
+    f: Callable[..., Any]
 
-    def __call__(self, params: PyTree, x: PyTree) -> PyTree:
+    def __call__(self, params: PyTree, x: PyTree, **needs: Any) -> Any:
         del params
-        return self.f(x)
+        return self.f(x, **needs)
 
 
 def _no_params(key: Any, x: PyTree) -> PyTree:
@@ -242,16 +244,10 @@ def _no_params(key: Any, x: PyTree) -> PyTree:
     return ()
 
 
-# --- skips, as a layer sees them -------------------------------------------------------------------
-
-# The layer being traced: only so that an error of `stash` or `pop` can name it.
-_current: contextvars.ContextVar[tuple[int, Layer] | None] = contextvars.ContextVar("layer", default=None)
-
-
 def skippable(
-    stash: Sequence[str] = (), pop: Sequence[str] = (), peek: Sequence[str] = ()
+    stash: Iterable[str] = (), pop: Iterable[str] = (), peek: Iterable[str] = ()
 ) -> Callable[[Callable[..., Any] | Layer], Layer]:
-    """Declare the skips of a layer.
+    """Declare the skips of a layer (torchgpipe's `@skippable`, Kim et al., arXiv 2004.09910).
 
     Arguments:
         stash: names that the layer stashes: each with one `fpipe.stash`.
@@ -259,97 +255,29 @@ def skippable(
         peek: names that the layer reads and leaves for a later layer to pop.
 
     Returns:
-        A decorator from a function with the keyword-only parameter `carry`, or a `Layer`, to a `Layer`.
+        A decorator from a function with the keyword-only parameter `carry`, or a `Layer`, to a `Layer`. What a
+        `Layer` declares already stays.
+
+    Raises:
+        TypeError: a string where a list of names belongs.
+
+    Example:
+        >>> @fpipe.skippable(stash=["skip"])
+        ... def encode(params, x, *, carry):
+        ...     y = jnp.tanh(x @ params)
+        ...     return y, fpipe.stash(carry, "skip", y)
     """
+    declared = {
+        field: checked_names(value, f"`fpipe.skippable({field}=...)`")
+        for field, value in (("stash", stash), ("pop", pop), ("peek", peek))
+    }
 
     def declare(layer: Callable[..., Any] | Layer) -> Layer:
-        if isinstance(layer, Layer):
-            return dataclasses.replace(layer, stash=stash, pop=pop, peek=peek)
-        return Layer(layer, stash=stash, pop=pop, peek=peek)  # type: ignore[arg-type]
+        if not isinstance(layer, Layer):
+            return Layer(layer, stash=declared["stash"], pop=declared["pop"], peek=declared["peek"])
+        return dataclasses.replace(layer, **{f: (*getattr(layer, f), *more) for f, more in declared.items()})
 
-    for field, value in (("stash", stash), ("pop", pop), ("peek", peek)):
-        names(value, f"`fpipe.skippable({field}=...)`")
     return declare
-
-
-def stash(carry: Mapping[str, PyTree], name: str, value: PyTree) -> dict[str, PyTree]:
-    """A new carry with `value` stashed under `name`, for a later layer to pop.
-
-    Arguments:
-        carry: the layer's carry.
-        name: declared in `skippable(stash=[name])`.
-        value: any pytree; `None` and integers too.
-
-    Raises:
-        ValueError: `name` is not declared, or was stashed before.
-    """
-    who, layer = _who()
-    if layer is not None and name not in layer.stash:
-        raise ValueError(
-            f"`fpipe.stash(carry, {name!r}, ...)` in {who}: {name!r} is not declared there; add it: "
-            f"`@fpipe.skippable(stash={[*layer.stash, name]!r})`"
-        )
-    if name in carry:
-        raise ValueError(f"`fpipe.stash(carry, {name!r}, ...)` in {who}: {name!r} was stashed before; stash it once")
-    return {**carry, name: value}
-
-
-def pop(carry: Mapping[str, PyTree], name: str) -> tuple[PyTree, dict[str, PyTree]]:
-    """Take a skip: its value, and a new carry without it.
-
-    Raises:
-        ValueError: `name` is not declared in `skippable(pop=[name])`, or was popped before.
-    """
-    who, layer = _who()
-    if layer is not None and name not in layer.pop:
-        raise ValueError(
-            f"`fpipe.pop(carry, {name!r})` in {who}: {name!r} is not declared there; add it: "
-            f"`@fpipe.skippable(pop={[*layer.pop, name]!r})`" + _peek_hint(layer, name)
-        )
-    if name not in carry:
-        raise ValueError(
-            f"`fpipe.pop(carry, {name!r})` in {who}: the carry holds {sorted(carry)}; {name!r} was popped "
-            "before. Pop it once, and go on with the carry that `pop` returns"
-        )
-    return carry[name], {k: v for k, v in carry.items() if k != name}
-
-
-def peek(carry: Mapping[str, PyTree], name: str) -> PyTree:
-    """Read a skip that a later layer pops.
-
-    Raises:
-        ValueError: `name` is not declared in `skippable(peek=[name])`.
-    """
-    who, layer = _who()
-    if layer is not None and name not in layer.peek:
-        raise ValueError(
-            f"`fpipe.peek(carry, {name!r})` in {who}: {name!r} is not declared there; add it: "
-            f"`@fpipe.skippable(peek={[*layer.peek, name]!r})`"
-        )
-    if name not in carry:
-        raise ValueError(f"`fpipe.peek(carry, {name!r})` in {who}: the carry holds only {sorted(carry)}")
-    return carry[name]
-
-
-def _peek_hint(layer: Layer, name: str) -> str:
-    return f"; it is declared as peek, read it with `fpipe.peek(carry, {name!r})`" if name in layer.peek else ""
-
-
-def _who() -> tuple[str, Layer | None]:
-    current = _current.get()
-    if current is None:
-        return "a function outside a pipeline", None
-    return f"layer {current[0]} {current[1].name!r}", current[1]
-
-
-@contextlib.contextmanager
-def _noting(note: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if not any(n.startswith("fpipe: ") for n in getattr(error, "__notes__", ())):
-            error.add_note(f"fpipe: {note}")
-        raise
 
 
 def call_layer(
@@ -373,28 +301,23 @@ def call_layer(
     Returns:
         `(y, stashed, state)`; `stashed` by the layer's own names; `state` is `None` for a layer without.
     """
-    assert layer.needs is not None
-    given = {n: dict(carry) if n == "carry" else needs[n] for n in layer.needs}
+    given = {n: dict(carry) if n == "carry" else needs[n] for n in layer.needs or ()}
     who = f"layer {index} {layer.name!r}"
-    token = _current.set((index, layer))
-    try:
-        with _noting(f"in {who}{where}"):
-            result = layer.apply(params, x, **given)
-            parts = [n for n in ("carry", "state") if n in layer.needs]
-            if not parts:
-                return result, {}, None
-            form = f"({', '.join(['y', *parts])})"
-            if not isinstance(result, tuple) or len(result) != 1 + len(parts):
-                got = f"a tuple of {len(result)}" if isinstance(result, tuple) else f"{describe(result)}, no tuple"
-                raise TypeError(f"{who} declares {' and '.join(parts)} and must return `{form}`, but returned {got}")
-            y, returned = result[0], dict(zip(parts, result[1:], strict=True))
-            stashed = _check_carry(layer, who, form, returned["carry"]) if "carry" in parts else {}
-            return y, stashed, returned.get("state")
-    finally:
-        _current.reset(token)
+    with noting(f"in {who}{where}"), scoped(Scope(who, layer.stash, layer.pop, layer.peek)):
+        result = layer.apply(params, x, **given)
+        parts = [n for n in ("carry", "state") if n in given]
+        if not parts:
+            return result, {}, None
+        form = f"({', '.join(['y', *parts])})"
+        if type(result) is not tuple or len(result) != 1 + len(parts):
+            got = f"a tuple of {len(result)}" if type(result) is tuple else f"{describe(result)}, no tuple"
+            raise TypeError(f"{who} declares {' and '.join(parts)} and must return `{form}`, but returned {got}")
+        y, returned = result[0], dict(zip(parts, result[1:], strict=True))
+        stashed = _checked_carry(layer, who, form, returned["carry"]) if "carry" in parts else {}
+        return y, stashed, returned.get("state")
 
 
-def _check_carry(layer: Layer, who: str, form: str, carry: Any) -> dict[str, PyTree]:
+def _checked_carry(layer: Layer, who: str, form: str, carry: Any) -> dict[str, PyTree]:
     if not isinstance(carry, dict):
         raise TypeError(f"{who} must return `{form}`, but its carry is {describe(carry)}, no dict")
     for name in layer.pop:
@@ -411,5 +334,8 @@ def _check_carry(layer: Layer, who: str, form: str, carry: Any) -> dict[str, PyT
             )
     extra = sorted(set(carry) - set(layer.stash) - set(layer.peek))
     if extra:
-        raise ValueError(f"{who} returned the undeclared skips {extra}; it declares stash={list(layer.stash)}")
+        raise ValueError(
+            f"{who} returned the undeclared skips {extra}; it declares stash={list(layer.stash)}: add them to "
+            "`@fpipe.skippable(stash=...)`"
+        )
     return {name: carry[name] for name in layer.stash}

@@ -1,4 +1,4 @@
-"""Microbatches: how a batch is split on axis 0 and how outputs are put together again."""
+"""Microbatches: how a batch is cut on axis 0 and how outputs are put together again."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fpipe._tree import PyTree, Spec, is_array, pack
+from fpipe._tree import PyTree, Shape, Spec, aval, is_array, pack
 
 
 @jax.tree_util.register_pytree_node_class
@@ -17,6 +17,9 @@ class NoChunk:
 
     Arguments:
         value: an array, or a pytree of arrays. 0-d arrays need it.
+
+    Example:
+        >>> x = {"image": jnp.ones((8, 32)), "temperature": fpipe.NoChunk(jnp.float32(0.7))}
     """
 
     value: PyTree
@@ -30,103 +33,110 @@ class NoChunk:
         return cls(children[0])
 
 
-def _no_chunk(leaf: Any) -> bool:
-    return isinstance(leaf, NoChunk)
-
-
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """How one pytree is cut into `m` pieces.
+    """How one pytree is cut into pieces.
 
     Attributes:
-        spec: the structure of the whole pytree, `NoChunk`s included.
         piece: the structure that a microbatch gets, with `NoChunk`s unwrapped.
-        whole: for each array whether it goes whole to every microbatch.
-        rows: for each array its rows in each piece; empty for a whole one.
+        rows: for each array its rows in each piece; `None` for one that goes whole to every microbatch.
     """
 
-    spec: Spec
     piece: Spec
-    whole: tuple[bool, ...]
-    rows: tuple[tuple[int, ...], ...]
-
-    @property
-    def count(self) -> int | None:
-        """`m`, or `None` if nothing is cut."""
-        return next((len(r) for r in self.rows if r), None)
+    rows: tuple[tuple[int, ...] | None, ...]
 
     def cut(self, k: int, i: int, leaf: Any) -> Any:
         """The `i`-th piece of the `k`-th array."""
-        if self.whole[k]:
+        rows = self.rows[k]
+        if rows is None:
             return leaf
-        start = sum(self.rows[k][:i])
-        return jax.lax.slice_in_dim(leaf, start, start + self.rows[k][i])
+        start = sum(rows[:i])
+        return jax.lax.slice_in_dim(leaf, start, start + rows[i])
 
-    def shape(self, k: int, i: int, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        """The shape of the `i`-th piece of the `k`-th array."""
-        if self.whole[k]:
-            return leaf
-        return jax.ShapeDtypeStruct((self.rows[k][i], *leaf.shape[1:]), leaf.dtype, weak_type=leaf.weak_type)
+    def shape(self, i: int, leaves: Sequence[jax.ShapeDtypeStruct]) -> Shape:
+        """The shape of the `i`-th piece, from the shapes of the whole arrays."""
+        return Shape(
+            self.piece,
+            tuple(
+                a if rows is None else jax.ShapeDtypeStruct((rows[i], *a.shape[1:]), a.dtype, weak_type=a.weak_type)
+                for a, rows in zip(leaves, self.rows, strict=True)
+            ),
+        )
+
+    def tree(self, i: int, tree: PyTree) -> PyTree:
+        """The `i`-th piece of a pytree of arrays."""
+        return self.piece.unpack([self.cut(k, i, a) for k, a in enumerate(pack(tree)[0])])
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How the inputs of a call are cut into `m` microbatches."""
+
+    x: Split
+    side: Split
+    targets: Split
+    m: int
+
+    @property
+    def columns(self) -> tuple[tuple[int, ...], ...]:
+        """The rows in each piece of every array that is cut, `x` first."""
+        return tuple(rows for how in (self.x, self.side, self.targets) for rows in how.rows if rows)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Each microbatch's share of the rows: its weight in a mean."""
+        rows = next(iter(self.columns), (1,))
+        return tuple(n / sum(rows) for n in rows)
+
+    def variant(self, i: int) -> tuple[int, ...]:
+        """Microbatches with equal variants have equal shapes."""
+        return tuple(rows[i] for rows in self.columns)
+
+
+def cut_inputs(x: PyTree, side: PyTree, targets: tuple[PyTree, ...], chunks: int) -> Cut:
+    """Decide the microbatches of a call.
+
+    Arguments:
+        x, side, targets: arrays (or shapes), static leaves, `None`, `NoChunk`s.
+        chunks: the most pieces.
+
+    Raises:
+        TypeError: no array in `x`.
+        ValueError: a 0-d array outside `NoChunk`, no rows, or arrays that give unequal numbers of pieces.
+    """
+    if not any(map(is_array, jax.tree.leaves(x))):
+        raise TypeError(
+            "`pipe(params, x)`: x has no array; a pipeline needs at least one array to cut into microbatches"
+        )
+    shapes: dict[str, tuple[int, ...]] = {}
+    how = [_split(tree, chunks, name, shapes) for name, tree in (("x", x), ("side", side), ("targets", targets))]
+    counts = {name: len(pieces(shape[0], chunks)) for name, shape in shapes.items()}
+    first = next(iter(counts), "")
+    for name, count in counts.items():
+        if count != counts[first]:
+            raise ValueError(
+                f"with chunks={chunks} `{first}` of shape {shapes[first]} gives {counts[first]} pieces, but `{name}` of "
+                f"shape {shapes[name]} gives {count}; give both the same number of rows, or wrap one in fpipe.NoChunk"
+            )
+    return Cut(*how, m=counts.get(first, 1))
+
+
+def first_microbatch(x: PyTree, side: PyTree, chunks: int) -> tuple[PyTree, PyTree]:
+    """The shapes of the first microbatch."""
+    cut = cut_inputs(x, side, (), chunks)
+    shapes = [how.shape(0, [aval(a) for a in pack(tree)[0]]) for how, tree in ((cut.x, x), (cut.side, side))]
+    return shapes[0].tree, shapes[1].tree
 
 
 def pieces(rows: int, chunks: int) -> tuple[int, ...]:
-    """The rows of each piece: `ceil(rows / chunks)` each, the last one what is left."""
+    """The rows of each piece: `ceil(rows / chunks)` each, the last one what is left.
+
+    Example:
+        >>> pieces(10, 4), pieces(2, 4)
+        ((3, 3, 3, 1), (1, 1))
+    """
     size = -(-rows // chunks)
     return tuple(min(size, rows - start) for start in range(0, rows, size))
-
-
-def split(tree: PyTree, chunks: int, what: str) -> Split:
-    """Decide how a pytree is cut.
-
-    Arguments:
-        tree: arrays (or shapes), static leaves, `None`, `NoChunk`s.
-        chunks: the most pieces.
-        what: its name in errors: `x`, `side`, `targets`.
-
-    Raises:
-        ValueError: a 0-d array outside `NoChunk`, no rows, or leaves that give unequal numbers of pieces.
-    """
-    _, spec = pack(tree)
-    paths = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_no_chunk)[0]
-    whole: list[bool] = []
-    rows: list[tuple[int, ...]] = []
-    named: list[tuple[str, tuple[int, ...]]] = []
-    for path, leaf in paths:
-        if isinstance(leaf, NoChunk):
-            for inner in jax.tree.leaves(leaf.value):
-                if is_array(inner):
-                    whole.append(True)
-                    rows.append(())
-        elif is_array(leaf):
-            name = what + jax.tree_util.keystr(path)
-            if not leaf.shape:
-                raise ValueError(
-                    f"`{name}` is a 0-d array and cannot be cut into microbatches; wrap it in fpipe.NoChunk to send "
-                    "it whole to every microbatch"
-                )
-            if not leaf.shape[0]:
-                raise ValueError(f"`{name}` has no rows: its shape is {leaf.shape}")
-            whole.append(False)
-            rows.append(pieces(leaf.shape[0], chunks))
-            named.append((name, leaf.shape))
-    check_counts(named, chunks)
-    inner = jax.tree.map(lambda leaf: leaf.value if _no_chunk(leaf) else leaf, tree, is_leaf=_no_chunk)
-    return Split(spec, pack(inner)[1], tuple(whole), tuple(rows))
-
-
-def check_counts(named: Sequence[tuple[str, tuple[int, ...]]], chunks: int) -> None:
-    """Every array must give the same number of pieces."""
-    if not named:
-        return
-    first, first_shape = named[0]
-    count = len(pieces(first_shape[0], chunks))
-    for name, shape in named[1:]:
-        got = len(pieces(shape[0], chunks))
-        if got != count:
-            raise ValueError(
-                f"`{first}` of shape {first_shape} gives {count} pieces with chunks={chunks}, but `{name}` of shape "
-                f"{shape} gives {got}; wrap one in fpipe.NoChunk, or give both the same number of rows"
-            )
 
 
 def join(parts: Sequence[Any]) -> Any:
@@ -134,3 +144,28 @@ def join(parts: Sequence[Any]) -> Any:
     if not parts[0].shape:
         return jnp.stack(parts)
     return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+def _is_whole(leaf: Any) -> bool:
+    return isinstance(leaf, NoChunk)
+
+
+def _split(tree: PyTree, chunks: int, what: str, shapes: dict[str, tuple[int, ...]]) -> Split:
+    """Decide how a pytree is cut, and add the shapes of its cut arrays by name to `shapes`."""
+    rows: list[tuple[int, ...] | None] = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_whole)[0]:
+        name = what + jax.tree_util.keystr(path)
+        if _is_whole(leaf):
+            rows += [None for inner in jax.tree.leaves(leaf.value) if is_array(inner)]
+        elif is_array(leaf):
+            if not leaf.shape:
+                raise ValueError(
+                    f"`{name}` is a 0-d array and cannot be cut into microbatches; wrap it in fpipe.NoChunk to send it "
+                    "whole to every microbatch"
+                )
+            if not leaf.shape[0]:
+                raise ValueError(f"`{name}` has no rows: its shape is {leaf.shape}")
+            rows.append(pieces(leaf.shape[0], chunks))
+            shapes[name] = leaf.shape
+    inner = jax.tree.map(lambda leaf: leaf.value if _is_whole(leaf) else leaf, tree, is_leaf=_is_whole)
+    return Split(pack(inner)[1], tuple(rows))

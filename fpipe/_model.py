@@ -7,8 +7,20 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
-from fpipe._layer import Layer, Namespace, as_layer, call_layer, keyword_needs
-from fpipe._tree import PyTree, eval_shape, map_arrays, shapes_of, zeros_like
+from fpipe._errors import noting
+from fpipe._layer import Layer, as_layer, call_layer, keyword_needs
+from fpipe._skip import Namespace
+from fpipe._tree import (
+    PyTree,
+    Shape,
+    describe,
+    eval_shape,
+    map_arrays,
+    numbers_as_arrays,
+    shapes_of,
+    strong,
+    zeros_like,
+)
 
 Make: TypeAlias = Callable[[int, PyTree, Mapping[str, Any]], PyTree]
 Put: TypeAlias = Callable[[int, Callable[[], PyTree]], PyTree]
@@ -56,11 +68,11 @@ class Model:
     @property
     def stateful(self) -> tuple[int, ...]:
         """The layers with state."""
-        return tuple(k for k, layer in enumerate(self.layers) if "state" in (layer.needs or ()))
+        return self.needing("state")
 
     def needing(self, need: str) -> tuple[int, ...]:
         """The layers that declare a need."""
-        return tuple(k for k, layer in enumerate(self.layers) if need in (layer.needs or ()))
+        return tuple(k for k, layer in enumerate(self.layers) if layer.asks(need))
 
     def apply(
         self,
@@ -93,21 +105,30 @@ class Model:
         skips, new_state = dict(skips), {}
         for k in span:
             layer = self.layers[k]
-            declared = layer.needs or ()
             needs: dict[str, Any] = {"side": side, "train": train}
-            if "state" in declared:
+            if layer.asks("state"):
                 needs["state"] = map_arrays(jax.lax.stop_gradient, state[k])
-            if "key" in declared:
+            if layer.asks("key"):
                 needs["key"] = layer_key(key, k, microbatch)
-            if "borrowed" in declared:
+            if layer.asks("borrowed"):
                 needs["borrowed"] = {name: params[owner] for name, owner in self.borrows[k]}
             carry = {name: skips[skip_of(layer, name)] for name in (*layer.pop, *layer.peek)}
             x, stashed, out = call_layer(layer, k, params[k], x, carry=carry, needs=needs, where=where)
             for name, value in stashed.items():
                 skips[skip_of(layer, name)] = value
-            if "state" in declared:
-                new_state[k] = map_arrays(jax.lax.stop_gradient, out)
+            if layer.asks("state"):
+                new_state[k] = map_arrays(lambda a: strong(jax.lax.stop_gradient(a)), out)
+                _check_state(k, layer, needs["state"], new_state[k])
         return x, skips, new_state
+
+    def finish(self, state: Mapping[int, PyTree]) -> dict[int, PyTree]:
+        """The states as they leave a call: each layer's `finish` applied."""
+        out = {}
+        for k, value in state.items():
+            finish = self.layers[k].finish
+            with noting(f"in the finish of layer {k} {self.layers[k].name!r}"):
+                out[k] = value if finish is None else map_arrays(strong, finish(value))
+        return out
 
     def init(self, key: Any, x: PyTree, side: PyTree, put: Put) -> tuple[PyTree, ...]:
         """Parameters of every layer from the shapes of one microbatch; layer `l` gets `fold_in(key, l)`.
@@ -119,11 +140,9 @@ class Model:
         """
 
         def make(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
-            init = self._init_of(k)
-            lk = jax.random.fold_in(key, k)
-            return put(k, lambda: init(lk, zeros_like(x), **zeros_like({n: needs[n] for n in keyword_needs(init)})))
+            return put(k, lambda: self._make_params(k, jax.random.fold_in(key, k), zeros_like(x), zeros_like(needs)))
 
-        return self._walk(x, side, make, self._abstract_state)[0]
+        return self._walk(x, side, make, self._state_shapes)[0]
 
     def init_state(self, x: PyTree, side: PyTree, params: Sequence[PyTree] | None, put: Put) -> tuple[PyTree, ...]:
         """State of every layer (`None` for a layer without), from the shapes of one microbatch."""
@@ -131,38 +150,36 @@ class Model:
         def given(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
             if params is not None:
                 return params[k]
-            init = self._init_of(k)
-            chosen = {n: needs[n] for n in keyword_needs(init)}
-            return eval_shape(lambda x, chosen: init(jax.random.key(0), x, **chosen), x, chosen)
+            return eval_shape(lambda x, needs: self._make_params(k, jax.random.key(0), x, needs), x, needs)
 
         def make(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
-            init = self._init_state_of(k)
-            return put(k, lambda: init(zeros_like(x), **zeros_like({n: needs[n] for n in keyword_needs(init)})))
+            return put(k, lambda: self._make_state(k, zeros_like(x), zeros_like(needs)))
 
         return self._walk(x, side, given, make)[1]
 
-    def _abstract_state(self, k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
-        init = self._init_state_of(k)
-        chosen = {n: needs[n] for n in keyword_needs(init)}
-        return eval_shape(lambda x, chosen: init(x, **chosen), x, chosen)
+    def _state_shapes(self, k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
+        return eval_shape(lambda x, needs: self._make_state(k, x, needs), x, needs)
 
-    def _init_of(self, k: int) -> Callable[..., PyTree]:
-        layer = self.layers[k]
-        if layer.init is None:
+    def _make_params(self, k: int, key: Any, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
+        init = self.layers[k].init
+        if init is None:
             raise ValueError(
-                f"`init`: layer {k} {layer.name!r} has no init; give it one with `fpipe.Layer(apply, init)`, "
-                "or make the parameters yourself and call `place`"
+                f"`init`: layer {k} {self.layers[k].name!r} has no init; give it one with `fpipe.Layer(apply, init)`, "
+                "write `fpipe.fn(f)` for a function without parameters, or make the parameters yourself and call `place`"
             )
-        return layer.init
+        with noting(f"in the init of layer {k} {self.layers[k].name!r}"):
+            return numbers_as_arrays(init(key, x, **{n: needs[n] for n in keyword_needs(init)}))
 
-    def _init_state_of(self, k: int) -> Callable[..., PyTree]:
-        layer = self.layers[k]
-        if layer.init_state is None:
+    def _make_state(self, k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
+        init = self.layers[k].init_state
+        if init is None:
             raise ValueError(
-                f"`init_state`: layer {k} {layer.name!r} has state but no init_state; give it one with "
+                f"`init_state`: layer {k} {self.layers[k].name!r} has state but no init_state; give it one with "
                 "`fpipe.Layer(apply, init_state=...)`"
             )
-        return layer.init_state
+        with noting(f"in the init_state of layer {k} {self.layers[k].name!r}"):
+            made = init(x, **{n: needs[n] for n in keyword_needs(init)})
+            return map_arrays(strong, numbers_as_arrays(made))
 
     def _walk(
         self, x: PyTree, side: PyTree, params_of: Make, state_of: Make
@@ -173,33 +190,41 @@ class Model:
         states: dict[int, PyTree] = {}
         skips: dict[Skip, PyTree] = {}
         for k, layer in enumerate(self.layers):
+            owners = [owner for _, owner in self.borrows[k]]
+            late = [self.layers[owner].name for owner in owners if owner > k]
+            if late:
+                raise ValueError(
+                    f"`init`: layer {k} {layer.name!r} borrows from {late}, which come later; let the first user own the "
+                    "parameters and the later one borrow them, or make them yourself and call `place`"
+                )
             needs = {
                 "carry": {n: skips[skip_of(layer, n)] for n in (*layer.pop, *layer.peek)},
-                "borrowed": {n: shapes_of(params[owner]) for n, owner in self.borrows[k] if owner in params},
+                "borrowed": {n: shapes_of(params[owner]) for n, owner in self.borrows[k]},
                 "side": side,
                 "train": False,
             }
             params[k] = params_of(k, x, needs)
-            states[k] = state_of(k, x, needs) if "state" in (layer.needs or ()) else None
-            # A layer may borrow from a later one, whose parameters are not made yet: its shapes come then.
-            late = [o for _, o in self.borrows[k] if o not in params]
-            if late:
-                names = [self.layers[o].name for o in late]
-                raise ValueError(
-                    f"`init`: layer {k} {layer.name!r} borrows from {names}, which come later; let the first "
-                    "user own the parameters and the later one borrow them"
-                )
+            states[k] = state_of(k, x, needs) if layer.asks("state") else None
             x, skips = eval_shape(
                 lambda p, x, skips, state, side, k=k: self.apply(
                     range(k, k + 1), p, x, skips=skips, state=state, side=side
                 )[:2],
-                {o: params[o] for o in (k, *(o for _, o in self.borrows[k]))},
+                {owner: params[owner] for owner in (k, *owners)},
                 x,
                 skips,
                 {k: states[k]},
                 side,
             )
         return tuple(params.values()), tuple(states.values())
+
+
+def _check_state(k: int, layer: Layer, old: PyTree, new: PyTree) -> None:
+    """A state keeps its type: the next microbatch takes what this one returned."""
+    if Shape.of(map_arrays(strong, old)) != Shape.of(new):
+        raise TypeError(
+            f"layer {k} {layer.name!r} got the state {describe(old)} and returned {describe(new)}; a state keeps its "
+            "structure, shapes and dtypes"
+        )
 
 
 def layer_key(key: Any, layer: int, microbatch: Any) -> Any:

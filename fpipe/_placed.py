@@ -4,14 +4,28 @@ import contextlib
 import contextvars
 import dataclasses
 import operator
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from fpipe._placement import Placement
-from fpipe._plan import Free, Instruction, Move, Plan, Run
-from fpipe._stage import Leaf
+import jax
 
-# One step of the loop: read slots, call, write slots, drop slots.
+from fpipe._call import Args, Result
+from fpipe._errors import add_note
+from fpipe._loss import Loss
+from fpipe._microbatch import cut_inputs
+from fpipe._placement import Placement
+from fpipe._plan import Free, Inputs, Instruction, Layout, Move, Plan, Request, Run, lower
+from fpipe._remat import Remat
+from fpipe._scheduling import Scheduling
+from fpipe._stage import KEY, SIDE, TARGETS, Leaf, Port, X
+from fpipe._tree import PyTree, Shape, Tracer, aval, fill_gradient, float0_like, is_array, is_inexact, is_traced, pack
+from fpipe.schedules import Schedule
+
+# --- the loop ---
+
+# Read slots, call, write slots, drop slots.
 Step: TypeAlias = tuple[
     Callable[[list[Any]], Sequence[Any]], Callable[..., Sequence[Any]], tuple[int, ...], tuple[int, ...]
 ]
@@ -32,98 +46,78 @@ def observing(observer: Observer) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """A plan ready to run: its instructions as steps, with the frees that follow folded in."""
+    """A plan ready to run: its instructions as steps, with the frees that follow folded in.
+
+    Attributes:
+        at: the instruction of each step.
+        half: the first step of the backward half.
+        params: how many parameters there are; they fill the first slots.
+        feeds: what else is put where, in one transfer for each placement.
+        blank: the slots before a call.
+    """
 
     plan: Plan
     steps: tuple[Step, ...]
-    at: tuple[int, ...]  # the instruction of each step
-    split: int  # the first step of the backward half
-    params: int  # parameters fill the first slots
+    at: tuple[int, ...]
+    half: int
+    params: tuple[Placement, ...]
     feeds: tuple[tuple[Placement, tuple[Leaf, ...], tuple[int, ...]], ...]
     blank: tuple[Any, ...]
 
-    def slots(self, params: Sequence[Any], others: Mapping[Any, Sequence[Any]]) -> list[Any]:
+    def slots(self, params: Sequence[Any], others: Mapping[Port, Sequence[Any]]) -> list[Any]:
         """Fresh slots with the inputs in them, each put where it is read."""
         slots = list(self.blank)
-        slots[: self.params] = params
-        for place, leaves, numbers in self.feeds:
-            for n, array in zip(numbers, place.put([others[port][k] for port, k in leaves]), strict=True):
+        slots[: len(params)] = params
+        for placement, leaves, numbers in self.feeds:
+            for n, array in zip(numbers, placement.put([others[port][k] for port, k in leaves]), strict=True):
                 slots[n] = array
         return slots
 
     def run(self, slots: list[Any], start: int = 0, stop: int | None = None) -> list[Any]:
         """Issue the steps in order; returns the slots."""
-        observer = _observer.get()
-        if observer is not None:
-            return self._observed(slots, start, stop, observer)
-        n = start
+        observer, n = _observer.get(), start
         try:
-            for n, (get, call, outs, frees) in enumerate(self.steps[start:stop], start):  # noqa: B007
+            for n, (get, call, outs, frees) in enumerate(self.steps[start:stop], start):
                 for out, array in zip(outs, call(*get(slots))):  # noqa: B905 - strict costs time here
                     slots[out] = array
                 for dead in frees:
                     slots[dead] = None
+                if observer is not None:
+                    observer(self.plan.instructions[self.at[n]], slots)
         except Exception as error:
-            self._note(error, n)
+            add_note(error, f"while dispatching {_described(self.plan.instructions[self.at[n]])}")
             raise
         return slots
-
-    def _observed(self, slots: list[Any], start: int, stop: int | None, observer: Observer) -> list[Any]:
-        for n in range(start, len(self.steps) if stop is None else stop):
-            get, call, outs, frees = self.steps[n]
-            for out, array in zip(outs, call(*get(slots)), strict=True):
-                slots[out] = array
-            for dead in frees:
-                slots[dead] = None
-            observer(self.plan.instructions[self.at[n]], slots)
-        return slots
-
-    def _note(self, error: Exception, n: int) -> None:
-        item = self.plan.instructions[self.at[n]]
-        if isinstance(item, Run) and item.action is not None:
-            kind, s, i = item.action
-            doing = {
-                "F": "the forward",
-                "B": "the backward",
-                "I": "the input gradient",
-                "W": "the weight gradient",
-            }[kind]
-            error.add_note(f"fpipe: while dispatching {doing} of stage {s}, microbatch {i}, on {item.place.device}")
-        else:
-            what = item.name if isinstance(item, Run) else "a transfer"
-            error.add_note(f"fpipe: while dispatching {what}")
 
 
 def bind(plan: Plan) -> Bound:
     """Turn a plan into steps."""
     steps: list[Step] = []
     at: list[int] = []
-    split = 0
+    half = None
     for n, item in enumerate(plan.instructions):
         if n == plan.backward:
-            split = len(steps)
+            half = len(steps)
         if isinstance(item, Free):
             get, call, outs, frees = steps[-1]
             steps[-1] = (get, call, outs, (*frees, *item.slots))
-            continue
-        call = item.call if isinstance(item, Run) else _mover(item)
-        steps.append((_getter(item.ins), call, item.outs, ()))
-        at.append(n)
-    if plan.backward >= len(plan.instructions):
-        split = len(steps)
-    feeds: dict[Placement, list[tuple[Leaf, int]]] = {}
-    params = 0
-    for leaf, slot in plan.feeds:
-        if leaf.port.kind == "params":
-            assert slot == params, "parameters fill the first slots, in order"
-            params += 1
         else:
-            feeds.setdefault(plan.slots[slot].place, []).append((leaf, slot))
-    blank: list[Any] = [None] * len(plan.slots)
-    for slot, value in plan.constants.items():
-        blank[slot] = value
-    grouped = tuple((p, tuple(f for f, _ in e), tuple(n for _, n in e)) for p, e in feeds.items())
-    return Bound(plan, tuple(steps), tuple(at), split, params, grouped, tuple(blank))
+            steps.append((_getter(item.ins), item.call if isinstance(item, Run) else _mover(item), item.outs, ()))
+            at.append(n)
+    params = [feed for feed in plan.feeds if feed.leaf.port.kind == "params"]
+    assert [feed.slot for feed in params] == list(range(len(params))), "parameters fill the first slots, in order"
+    feeds: dict[Placement, list[tuple[Leaf, int]]] = {}
+    for leaf, slot in plan.feeds[len(params) :]:
+        feeds.setdefault(plan.slots[slot].placement, []).append((leaf, slot))
+    return Bound(
+        plan,
+        tuple(steps),
+        tuple(at),
+        len(steps) if half is None else half,
+        tuple(plan.slots[feed.slot].placement for feed in params),
+        tuple((place, tuple(leaf for leaf, _ in e), tuple(n for _, n in e)) for place, e in feeds.items()),
+        tuple(plan.constants.get(n) for n in range(len(plan.slots))),
+    )
 
 
 def _getter(slots: Sequence[int]) -> Callable[[list[Any]], Sequence[Any]]:
@@ -136,5 +130,306 @@ def _getter(slots: Sequence[int]) -> Callable[[list[Any]], Sequence[Any]]:
 
 
 def _mover(item: Move) -> Callable[..., Sequence[Any]]:
-    put = item.place.put
+    put = item.placement.put
     return lambda *arrays: put(arrays)
+
+
+def _described(item: Instruction) -> str:
+    if not isinstance(item, Run):
+        return "a transfer"
+    if item.action is None:
+        return f"{item.name!r} on {item.placement.device}"
+    kind, s, i = item.action
+    doing = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}[kind]
+    return f"the {doing} of stage {s}, microbatch {i}, on {item.placement.device}"
+
+
+# --- calls ---
+
+# Plans of one pipe that are kept; past that the oldest goes, so that a new `loss_fn` at each step costs no memory.
+_KEPT = 256
+
+
+class Placed:
+    """The placed executor of one pipe: plans by the types of what a call is given."""
+
+    def __init__(
+        self, layout: Layout, scheduling: Scheduling, map_: tuple[int, ...], remat: Remat, chunks: int
+    ) -> None:
+        self.layout = layout
+        self._scheduling, self._map, self._remat, self._chunks = scheduling, map_, remat, chunks
+        self._bound: dict[Any, Bound] = {}
+
+    def forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
+        """`(y, state)`; under `jax.grad` and `jax.vjp` as a `custom_vjp`."""
+        if is_traced(args):
+            return self._differentiable(args)
+        bound, slots = self._start("forward", args, None, ())
+        slots = bound.run(slots)
+        assert bound.plan.y is not None
+        return bound.plan.y.read(slots), self._state(bound.plan, slots)
+
+    def loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
+        """The loss, and the gradients of the numbered arguments."""
+        refuse_tracers(args)
+        bound, slots = self._start("grad" if argnums else "loss", args, loss, argnums)
+        plan, slots = bound.plan, bound.run(slots)
+        assert plan.loss is not None
+        numbered = _numbered_leaves(args)
+        gradients = []
+        for n in argnums:
+            arrays, spec = pack(args.numbered[n])
+            found = [slots[plan.gradients[leaf]] if leaf in plan.gradients else None for leaf in numbered[n]]
+            gradients.append(fill_gradient(spec, arrays, found))
+        aux = plan.aux.read(slots) if plan.aux else None
+        return Result(plan.loss.read(slots), aux, self._state(plan, slots), tuple(gradients))
+
+    def schedule(self, microbatches: int) -> Schedule:
+        """The schedule for that many microbatches, checked against the model."""
+        schedule = self._scheduling.make(self._map, microbatches)
+        for stage in self.layout.stages:
+            order = schedule.order("F", stage.index) if stage.stateful else ()
+            if list(order) != sorted(order):
+                raise ValueError(
+                    f"the schedule {schedule.name!r} runs the forwards of stage {stage.index} in the order {order}; layers "
+                    "with state need them in the order of the microbatches"
+                )
+        return schedule
+
+    def _differentiable(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
+        """All forwards in the schedule's order, and a pull-back with all backwards in its order."""
+        key, state = jax.lax.stop_gradient((args.key, args.state))
+        arrays, spec = pack((args.params, args.x, args.side))
+        made: list[Any] = []
+
+        def given(values: Sequence[Any]) -> Args:
+            params, x, side = spec.unpack(values)
+            full = args._replace(params=params, x=x, side=side, key=key, state=state)
+            refuse_tracers(full)
+            return full
+
+        def primal(*values: Any) -> list[Any]:
+            flat, out = pack(self.forward(given(values)))
+            made.append(out)
+            return flat
+
+        def forward(*primals: Any) -> tuple[list[Any], Any]:
+            values = [p.value for p in primals]
+            full = given(values)
+            asked = tuple(bool(p.perturbed) and is_inexact(v) for p, v in zip(primals, values, strict=True))
+            bound, slots = self._start("vjp", full, None, asked)
+            slots = bound.run(slots, 0, bound.half)
+            assert bound.plan.y is not None
+            flat, out = pack((bound.plan.y.read(slots), self._state(bound.plan, slots)))
+            made.append(out)
+            # A pull-back may run twice: it starts from these each time, and donates none of them.
+            kept = {n: v for n, v in enumerate(slots) if v is not None and n not in bound.plan.constants}
+            return flat, (list(kept.values()), _PullBack(bound, tuple(kept), _float0s(values), _vjp_leaves(full)))
+
+        def backward(residual: Any, cotangents: Any) -> tuple[Any, ...]:
+            refuse_tracers(cotangents)
+            values, pull_back = residual
+            return pull_back(values, cotangents)
+
+        f = jax.custom_vjp(primal)
+        f.defvjp(forward, backward, symbolic_zeros=True)
+        flat = f(*arrays)
+        return made[-1].unpack(flat)
+
+    def _start(self, mode: Any, args: Args, loss: Loss | None, asked: tuple[Any, ...]) -> tuple[Bound, list[Any]]:
+        """The bound plan of a call, from the cache or new, and slots with the inputs in them."""
+        params, params_def = jax.tree.flatten(args.params)
+        others = {X: pack(args.x), SIDE: pack(args.side), TARGETS: pack(args.targets)}
+        if args.key is not None:
+            others[KEY] = pack(args.key)
+        if args.state is not None:
+            others |= {Port("state", k): pack(args.state[k]) for s in self.layout.stages for k in s.stateful}
+        identity = (
+            mode,
+            args.train,
+            loss,
+            asked,
+            params_def,
+            tuple([_type(a) for a in params]),
+            tuple([(port, spec, tuple([_type(a) for a in arrays])) for port, (arrays, spec) in others.items()]),
+        )
+        try:
+            bound = self._bound.get(identity)
+        except TypeError as error:
+            static = [leaf for _, spec in others.values() for _, leaf in spec.static]
+            raise TypeError(f"static leaves must be hashable, among {static!r}: {error}") from error
+        if bound is None:
+            self._check_params(args.params)
+            bound = bind(self._plan(mode, args, loss, asked))
+            for text in bound.plan.warnings:
+                warnings.warn(text, stacklevel=5)
+            if len(self._bound) >= _KEPT:
+                del self._bound[next(iter(self._bound))]
+            self._bound[identity] = bound
+        for a, place in zip(params, bound.params, strict=True):
+            if not isinstance(a, jax.Array) or a.sharding != place.sharding:
+                self._check_params(args.params)
+        slots = bound.slots(params, {port: arrays for port, (arrays, _) in others.items()})
+        # Concrete arguments inside a trace (a closed-over batch in a jitted function) become tracers here.
+        refuse_tracers([slots[n] for _, _, numbers in bound.feeds for n in numbers])
+        return bound, slots
+
+    def _plan(self, mode: Any, args: Args, loss: Loss | None, asked: tuple[Any, ...]) -> Plan:
+        cut = cut_inputs(args.x, args.side, args.targets, self._chunks)
+        inputs = Inputs(
+            params=tuple(Shape.of(p) for p in args.params),
+            x=Shape.of(args.x),
+            side=Shape.of(args.side),
+            targets=Shape.of(args.targets),
+            key=None if args.key is None else Shape.of(args.key),
+            state=None if args.state is None else {k: Shape.of(s) for k, s in enumerate(args.state)},
+            cut=cut,
+        )
+        if mode == "vjp":
+            wanted = frozenset(leaf for leaf, a in zip(_vjp_leaves(args), asked, strict=True) if a)
+        else:
+            numbered = _numbered_leaves(args)
+            wanted = frozenset(
+                leaf for n in asked for leaf in numbered[n] if is_inexact(inputs.of(leaf.port).leaves[leaf.k])
+            )
+        schedule = self.schedule(cut.m)
+        if mode in ("grad", "vjp") and not schedule.backwards:
+            raise ValueError(
+                f"the schedule {schedule.name!r} has forwards only, and gradients are asked for; give it a B for every F"
+            )
+        return lower(self.layout, schedule, self._remat, inputs, Request(mode, args.train, loss, wanted))
+
+    def _check_params(self, params: Sequence[PyTree]) -> None:
+        for stage in self.layout.stages:
+            for k in stage.span:
+                place, layer = self.layout.home(k), f"params of layer {k} {stage.model.layers[k].name!r}"
+                for a in jax.tree.leaves(params[k]):
+                    if not is_array(a):
+                        raise TypeError(f"{layer} hold {a!r}, no array; use `params = pipe.place(params)`")
+                    if not place.holds(a):
+                        where = (
+                            ", ".join(map(str, a.devices())) if isinstance(a, jax.Array) else f"the host ({type(a)})"
+                        )
+                        raise ValueError(
+                            f"{layer} are on the wrong device: {where}, but stage {stage.index} is on {place.device}; put "
+                            "them there with `params = pipe.place(params)`"
+                        )
+
+    def _state(self, plan: Plan, slots: Sequence[Any]) -> tuple[PyTree, ...]:
+        layers = range(sum(len(s.span) for s in self.layout.stages))
+        return tuple(plan.state[k].read(slots) if k in plan.state else None for k in layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class _PullBack:
+    """The backward half of a differentiated call.
+
+    Attributes:
+        bound: the plan.
+        slots: where the kept values go.
+        zeros: for each argument its `float0`, or `None` where a symbolic zero will do.
+        leaves: the arguments' leaves.
+    """
+
+    bound: Bound
+    slots: tuple[int, ...]
+    zeros: tuple[Any, ...]
+    leaves: tuple[Leaf, ...]
+
+    def __call__(self, values: Sequence[Any], cotangents: Sequence[Any]) -> tuple[Any, ...]:
+        """The gradients of the arguments."""
+        plan, slots = self.bound.plan, list(self.bound.blank)
+        for n, v in zip(self.slots, values, strict=True):
+            slots[n] = v
+        assert plan.y is not None
+        shapes = plan.y.shape.leaves
+        given = [_instantiated(c, a) for c, a in zip(cotangents, shapes, strict=False) if is_inexact(a)]
+        if given:
+            place = plan.slots[plan.cotangents[0]].placement
+            for n, v in zip(plan.cotangents, place.put(given), strict=True):
+                slots[n] = v
+        slots = self.bound.run(slots, self.bound.half)
+        return tuple(
+            slots[plan.gradients[leaf]] if leaf in plan.gradients else zero
+            for leaf, zero in zip(self.leaves, self.zeros, strict=True)
+        )
+
+    # `custom_vjp` carries it as a static leaf; it is equal to nothing but itself.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+jax.tree_util.register_static(_PullBack)
+
+
+def _float0s(values: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(None if is_inexact(v) else float0_like(v) for v in values)
+
+
+def _instantiated(cotangent: Any, shape: jax.ShapeDtypeStruct) -> Any:
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        return jax.numpy.zeros(shape.shape, shape.dtype)
+    return cotangent
+
+
+def _params_leaves(params: Sequence[PyTree]) -> tuple[Leaf, ...]:
+    return tuple(Leaf(Port("params", k), n) for k, p in enumerate(params) for n in range(len(pack(p)[0])))
+
+
+def _vjp_leaves(args: Args) -> tuple[Leaf, ...]:
+    """The leaves of `(params, x, side)`."""
+    return (
+        *_params_leaves(args.params),
+        *(Leaf(X, k) for k in range(len(pack(args.x)[0]))),
+        *(Leaf(SIDE, k) for k in range(len(pack(args.side)[0]))),
+    )
+
+
+def _numbered_leaves(args: Args) -> list[tuple[Leaf, ...]]:
+    """The leaves of each of `(params, x, *targets)`."""
+    counts, start = [len(pack(t)[0]) for t in args.targets], 0
+    out = [_params_leaves(args.params), tuple(Leaf(X, k) for k in range(len(pack(args.x)[0])))]
+    for count in counts:
+        out.append(tuple(Leaf(TARGETS, k) for k in range(start, start + count)))
+        start += count
+    return out
+
+
+def _type(a: Any) -> Any:
+    """What a program is specialised on."""
+    if isinstance(a, jax.Array):
+        return a.aval
+    return aval(a) if is_array(a) else a
+
+
+def only_shapes(tree: PyTree) -> bool:
+    """Whether this is `jax.eval_shape`'s trace, which wants shapes and never runs anything.
+
+    JAX offers no way to ask; a traced call from anywhere else is refused.
+    """
+    if not is_traced(tree):
+        return False
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "eval_shape" and frame.f_globals.get("__name__", "").startswith("jax."):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def refuse_tracers(tree: PyTree) -> None:
+    """Raise if anything is traced: the placed executor dispatches, so it needs real arrays."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, Tracer):
+            if "Jaxpr" in type(leaf).__name__:
+                raise TypeError(
+                    "a placed Pipe was called inside `jax.jit` (or another tracing transformation): it dispatches one "
+                    "program per stage to several devices, and cannot be part of one program. Call it outside of jit "
+                    '(its programs are compiled all the same), or use `Pipe(..., executor="scan")`, which is one program'
+                )
+            raise TypeError(
+                f"a placed Pipe was called under a transformation that it does not support ({type(leaf).__name__}): "
+                "`jax.grad`, `jax.vjp` and `jax.value_and_grad` of a call work; higher derivatives, forward mode and "
+                "`jax.vmap` do not, and neither does differentiating `value_and_grad` or `evaluate`. `fpipe.sequential` "
+                "supports them all"
+            )

@@ -62,16 +62,23 @@ def _restore(platform: str, number: int) -> Placement:
     raise ValueError(f"unpickling a Pipe: there is no device {platform}:{number} here")
 
 
-def placements(devices: Iterable[Place] | None, count: int | None) -> tuple[Placement, ...]:
-    """The first `count` places (all if `None`), default those of `jax.devices()`."""
+def as_placements(devices: Iterable[Place] | None) -> tuple[Placement, ...]:
+    """Placements of devices, default those of `jax.devices()`."""
     given = jax.devices() if devices is None else devices
     if isinstance(given, (jax.Device, Sharding, str)) or not isinstance(given, Iterable):
-        raise TypeError(f"`devices` is a sequence of jax.Device or Sharding, got {given!r}; write [{given!r}]")
+        raise TypeError(f"`Pipe(devices=...)`: a sequence of jax.Device or Sharding, got {given!r}; write [{given!r}]")
     places = tuple(Placement.of(d) for d in given)
-    if count is not None and len(places) < count:
+    if not places:
+        raise ValueError("`Pipe(devices=[])`: at least one device is needed; leave it out for `jax.devices()`")
+    return places
+
+
+def first_placements(places: Sequence[Placement], count: int) -> tuple[Placement, ...]:
+    """The first `count` of them."""
+    if len(places) < count:
         raise ValueError(
             f"`Pipe(devices=...)`: {count} devices are needed but there are {len(places)}. A device may be named several "
             f"times: `devices=[jax.devices()[0]] * {count}`. To simulate devices on a CPU, set "
             f'`jax.config.update("jax_num_cpu_devices", {count})` before the first use of JAX'
         )
-    return places if count is None else places[:count]
+    return tuple(places[:count])

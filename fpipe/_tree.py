@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
+from jax.core import Tracer as Tracer
 
 PyTree: TypeAlias = Any
 
@@ -68,9 +68,34 @@ def aval(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
 
 
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A pytree's structure and the shapes of its arrays."""
+
+    spec: Spec
+    leaves: tuple[jax.ShapeDtypeStruct, ...]
+
+    @classmethod
+    def of(cls, tree: PyTree) -> "Shape":
+        """The shape of a pytree."""
+        arrays, spec = pack(tree)
+        return cls(spec, tuple(map(aval, arrays)))
+
+    @property
+    def tree(self) -> PyTree:
+        """The shapes in their structure."""
+        return self.spec.unpack(self.leaves)
+
+
 def float0_like(leaf: Any) -> np.ndarray:
     """The cotangent of an integer array, as JAX spells it."""
     return np.zeros(leaf.shape, jax.dtypes.float0)
+
+
+def fill_gradient(spec: Spec, leaves: Sequence[Any], gradients: Sequence[Any]) -> PyTree:
+    """A gradient in the structure of its argument: `float0` for integers, `None` for static leaves."""
+    filled = [g if is_inexact(a) else float0_like(a) for a, g in zip(leaves, gradients, strict=True)]
+    return spec.fill(filled, None)
 
 
 def zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
@@ -116,6 +141,16 @@ def describe(tree: PyTree) -> str:
 
     text = str(jax.tree.map(short, tree)).replace("'", "")
     return text if len(text) <= 200 else text[:199] + "…"
+
+
+def numbers_as_arrays(tree: PyTree) -> PyTree:
+    """Python numbers among the leaves as arrays; other static leaves stay."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, (bool, int, float, complex)) else leaf, tree)
+
+
+def strong(array: Any) -> Any:
+    """An array without weak type, so that a value and what is computed from it have one type."""
+    return jax.lax.convert_element_type(array, array.dtype) if getattr(array, "weak_type", False) else array
 
 
 def map_arrays(f: Callable[[Any], Any], tree: PyTree) -> PyTree:

@@ -75,6 +75,11 @@ class Schedule:
         """`m`, the number of microbatches."""
         return 1 + max(a.microbatch for row in self.actions for a in row)
 
+    @property
+    def backwards(self) -> bool:
+        """Whether there are backwards, or forwards alone."""
+        return any(a.kind != "F" for row in self.actions for a in row)
+
     def order(self, kind: Kind, stage: int) -> tuple[int, ...]:
         """The microbatches in the order in which `stage` runs its actions of `kind`."""
         row = self.actions[self.stage_to_device[stage]]

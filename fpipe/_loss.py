@@ -1,0 +1,61 @@
+"""The loss of one microbatch, checked."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+
+from fpipe._errors import noting
+from fpipe._tree import PyTree, describe, is_inexact, numbers_as_arrays
+
+Reduction: TypeAlias = Literal["mean", "sum", "weighted"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A loss on the last stage: `fn(y, *targets)`."""
+
+    fn: Callable[..., Any]
+    has_aux: bool
+    reduction: Reduction
+
+    def __call__(self, y: PyTree, targets: Sequence[PyTree], where: str) -> tuple[jax.Array, jax.Array | None, PyTree]:
+        """`(loss, weight, aux)` of one microbatch."""
+        with noting(f"in loss_fn{where}"):
+            result, aux = self.fn(y, *targets), None
+            if self.has_aux:
+                if not isinstance(result, tuple) or len(result) != 2:
+                    raise TypeError(f"`loss_fn` with has_aux=True returns `(loss, aux)`, got {describe(result)}")
+                result, aux = result
+            weight = None
+            if self.reduction == "weighted":
+                if not isinstance(result, tuple) or len(result) != 2:
+                    raise TypeError(
+                        f'`loss_fn` with reduction="weighted" returns `(sum, weight)`, got {describe(result)}'
+                    )
+                result, weight = result
+                weight = jax.lax.stop_gradient(_scalar(weight, "weight"))
+            return _scalar(result, "loss"), weight, numbers_as_arrays(aux)
+
+
+def as_loss(call: str, fn: Callable[..., Any], has_aux: bool, reduction: Any) -> Loss:
+    """A checked `Loss`."""
+    if not callable(fn):
+        raise TypeError(f"`{call}(loss_fn)`: {fn!r} is not callable; write `pipe.{call}(loss_fn)(params, x, *targets)`")
+    if reduction not in get_args(Reduction):
+        raise ValueError(f'`{call}(reduction={reduction!r})`: it is "mean", "sum" or "weighted"')
+    return Loss(fn, bool(has_aux), reduction)
+
+
+def _scalar(value: Any, what: str) -> jax.Array:
+    if not hasattr(value, "shape") and not isinstance(value, (int, float)):
+        hint = "; with an auxiliary output say has_aux=True" if isinstance(value, tuple) else ""
+        raise TypeError(f"`loss_fn` must return a scalar {what}, got {describe(value)}{hint}")
+    value = jnp.asarray(value)
+    if value.shape:
+        raise TypeError(
+            f"`loss_fn` must return a scalar {what}, got {describe(value)}: reduce it, with its mean for example"
+        )
+    return value if is_inexact(value) else value.astype(jnp.float32)

@@ -1,0 +1,124 @@
+"""The programs around the schedule, as pure functions of flat arrays: inputs cut, outputs joined, sums finished."""
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from fpipe._microbatch import Split, join
+from fpipe._model import Model
+from fpipe._stage import sum_dtype
+from fpipe._tree import Shape, pack
+
+Arrays: TypeAlias = Callable[..., list[Any]]
+
+
+def cutter(how: Split, chosen: Sequence[int], m: int) -> Arrays:
+    """Arrays to pieces, microbatch by microbatch."""
+
+    def cut(*arrays: Any) -> list[Any]:
+        return [how.cut(k, i, a) for i in range(m) for k, a in zip(chosen, arrays, strict=True)]
+
+    return cut
+
+
+def joiner(leaves: int, m: int) -> Arrays:
+    """Pieces, leaf by leaf, to arrays."""
+
+    def joined(*arrays: Any) -> list[Any]:
+        return [join(arrays[k * m : (k + 1) * m]) for k in range(leaves)]
+
+    return joined
+
+
+def cotangent_cutter(parts: Sequence[Sequence[jax.ShapeDtypeStruct]]) -> Arrays:
+    """The cotangents of joined outputs to those of the pieces; `parts[i][k]` are the pieces' shapes."""
+
+    def cut(*cotangents: Any) -> list[Any]:
+        out, start = [], [0] * len(cotangents)
+        for i, shapes in enumerate(parts):
+            for k, (c, a) in enumerate(zip(cotangents, shapes, strict=True)):
+                rows = a.shape[0] if a.shape else 1
+                out.append(jax.lax.slice_in_dim(c, start[k], start[k] + rows) if a.shape else c[i])
+                start[k] += rows
+        return out
+
+    return cut
+
+
+def zeros(shapes: Sequence[jax.ShapeDtypeStruct]) -> Arrays:
+    """Accumulators for gradients of these shapes."""
+    return lambda: [jnp.zeros(a.shape, sum_dtype(a.dtype)) for a in shapes]
+
+
+def check_aux(parts: Sequence[Shape]) -> None:
+    """What comes back stacked has one shape."""
+    for i, part in enumerate(parts):
+        if (part.spec, [a.shape for a in part.leaves]) != (parts[0].spec, [a.shape for a in parts[0].leaves]):
+            raise ValueError(
+                f"`value_and_grad(has_aux=True)`: aux of microbatch {i} has the shapes {[a.shape for a in part.leaves]}, "
+                f"that of microbatch 0 {[a.shape for a in parts[0].leaves]}; aux is stacked over microbatches, so reduce "
+                "what depends on the number of rows"
+            )
+
+
+def loss_reducer(scales: Sequence[float], weighted: bool, aux: int) -> Arrays:
+    """Losses, weights and aux leaves of the microbatches to the loss, the total weight and stacked leaves."""
+    m = len(scales)
+
+    def reduce(*arrays: Any) -> list[Any]:
+        columns = [arrays[n * m : (n + 1) * m] for n in range(1 + weighted + aux)]
+        total = functools.reduce(operator.add, (v * w for v, w in zip(columns[0], scales, strict=True)))
+        stacked = [jnp.stack(column) for column in columns[1 + weighted :]]
+        if not weighted:
+            return [total, *stacked]
+        weight = functools.reduce(operator.add, columns[1])
+        return [total / weight, weight, *stacked]
+
+    return reduce
+
+
+def gradient_joiner(shapes: Sequence[Sequence[jax.ShapeDtypeStruct]], present: Sequence[Sequence[bool]]) -> Arrays:
+    """Gradients of pieces, leaf by leaf, to those of the whole; what is not `present` is zero."""
+
+    def joined(*arrays: Any) -> list[Any]:
+        rest = iter(arrays)
+        return [
+            join([next(rest) if there else jnp.zeros(a.shape, a.dtype) for a, there in zip(row, have, strict=True)])
+            for row, have in zip(shapes, present, strict=True)
+        ]
+
+    return joined
+
+
+def gradient_finisher(shapes: Sequence[jax.ShapeDtypeStruct], counts: Sequence[int]) -> Arrays:
+    """`counts[n]` contributions to each gradient, and perhaps a weight, to the gradients in their own dtype."""
+
+    def finish(*arrays: Any) -> list[Any]:
+        rest = iter(arrays)
+        totals = [[next(rest) for _ in range(n)] for n in counts]
+        weight = next(rest, None)
+        out = []
+        for a, parts in zip(shapes, totals, strict=True):
+            total = functools.reduce(operator.add, parts) if parts else jnp.zeros(a.shape, a.dtype)
+            out.append((total if weight is None else total / weight).astype(a.dtype))
+        return out
+
+    return finish
+
+
+class Finisher:
+    """A layer's `finish` as a function of flat arrays, and the shape of what it returns."""
+
+    def __init__(self, model: Model, layer: int, shape: Shape) -> None:
+        self._model, self._layer, self._shape = model, layer, shape
+        jax.eval_shape(self, *shape.leaves)
+
+    def __call__(self, *arrays: Any) -> list[Any]:
+        """The finished state's arrays."""
+        state = self._model.finish({self._layer: self._shape.spec.unpack(arrays)})[self._layer]
+        self.out = Shape.of(state)
+        return pack(state)[0]

@@ -1,0 +1,215 @@
+"""The programs of a call: each stage traced once for each shape of microbatch, and cut into forward and backward."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from fpipe._loss import Loss
+from fpipe._microbatch import Cut
+from fpipe._placement import Placement
+from fpipe._program import Flat, Joint, Program, differentiate, flatten, forward_alone, forward_and_backward
+from fpipe._remat import Remat
+from fpipe._stage import INDEX, KEY, SIDE, TARGETS, Leaf, Port, Stage, X, Y
+from fpipe._tree import Shape, is_inexact
+from fpipe.schedules import Action
+
+# What a call wants: the output; a loss; a loss and gradients, forwards and backwards interleaved as scheduled; or the
+# output and its pull-back: all forwards, then all backwards.
+Mode: TypeAlias = Literal["forward", "loss", "grad", "vjp"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The stages and the placement of each."""
+
+    stages: tuple[Stage, ...]
+    placements: tuple[Placement, ...]
+
+    def stage_of(self, layer: int) -> Stage:
+        """The stage of a layer."""
+        return next(s for s in self.stages if layer in s.span)
+
+    def home(self, layer: int) -> Placement:
+        """Where a layer's parameters and state live."""
+        return self.placements[self.stage_of(layer).index]
+
+    def source_of(self, skip: Any) -> int:
+        """The stage that stashes a skip for later stages."""
+        return next(s.index for s in self.stages if skip in s.skips_out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a call asks for; with the shapes of its inputs it decides the plan.
+
+    Attributes:
+        wanted: input leaves (of whole inputs, before they are cut) whose gradient is asked for.
+    """
+
+    mode: Mode
+    train: bool
+    loss: Loss | None
+    wanted: frozenset[Leaf]
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether there are backwards."""
+        return self.mode in ("grad", "vjp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The shapes of a call's inputs, whole, and how they are cut."""
+
+    params: tuple[Shape, ...]
+    x: Shape
+    side: Shape
+    targets: Shape
+    key: Shape | None
+    state: Mapping[int, Shape] | None
+    cut: Cut
+
+    def of(self, port: Port) -> Shape:
+        """The shape of a whole input."""
+        return self.params[port.of] if port.kind == "params" else getattr(self, port.kind)
+
+    def piece(self, port: Port, i: int) -> Shape:
+        """The shape of the `i`-th piece of `x`, `side` or `targets`."""
+        return getattr(self.cut, port.kind).shape(i, self.of(port).leaves)
+
+    def whole(self, port: Port) -> frozenset[Leaf]:
+        """The leaves that go whole to every microbatch."""
+        return frozenset(Leaf(port, k) for k, rows in enumerate(getattr(self.cut, port.kind).rows) if rows is None)
+
+
+def index(i: int) -> np.uint32:
+    """A microbatch's number, as the programs take it."""
+    return np.uint32(i)
+
+
+def direct_pairs(order: Sequence[Action], placements: Sequence[Placement]) -> frozenset[tuple[int, int]]:
+    """The (stage, microbatch) pairs whose backward is the next thing that its device runs after the forward."""
+    last: dict[Placement, Action] = {}
+    found = set()
+    for a in order:
+        place = placements[a.stage]
+        if a.kind == "B" and last.get(place) == Action("F", a.stage, a.microbatch):
+            found.add((a.stage, a.microbatch))
+        last[place] = a
+    return frozenset(found)
+
+
+class Programs:
+    """The programs of a call, by stage and microbatch. Microbatches of one shape share them."""
+
+    def __init__(self, layout: Layout, order: Sequence[Action], remat: Remat, inputs: Inputs, request: Request) -> None:
+        self.layout, self.inputs, self.request, self.warnings = layout, inputs, request, dict[str, None]()
+        self._remat, self._direct = remat, direct_pairs(order, layout.placements)
+        shares = inputs.cut.shares
+        self._scales = shares if request.loss and request.loss.reduction == "mean" else (1.0,) * len(shares)
+        self._flats: dict[Any, Flat] = {}
+        self._joints: dict[Any, Joint] = {}
+        self._cut: dict[Any, tuple[Program, Program | None]] = {}
+        reach = dict[tuple[int, Leaf], bool]()  # of a stage's outputs: does a gradient depend on the cotangent
+        for stage in layout.stages:
+            for i in range(inputs.cut.m):
+                self._trace(stage, i, reach)
+
+    def scale(self, i: int) -> float:
+        """The weight of a microbatch's loss."""
+        return self._scales[i]
+
+    def flat(self, s: int, i: int) -> Flat:
+        """The stage, traced for that microbatch's shape."""
+        return self._flats[s, self.inputs.cut.variant(i)]
+
+    def joint(self, s: int, i: int) -> Joint:
+        """Forward and backward as one graph."""
+        return self._joints[s, self.inputs.cut.variant(i), self._recomputes(s, i)]
+
+    def forward(self, s: int, i: int) -> Program:
+        """The forward's program."""
+        return self._programs(s, i)[0]
+
+    def backward(self, s: int, i: int) -> Program | None:
+        """The backward's program, if any gradient is asked for."""
+        return self._programs(s, i)[1]
+
+    def readers(self, s: int, leaf: Leaf, i: int) -> list[tuple[int, Leaf]]:
+        """The stages that have a gradient for an output leaf, with their name for it."""
+        stages = self.layout.stages
+        if leaf.port == Y:
+            readers = [] if stages[s].last else [(s + 1, Leaf(X, leaf.k))]
+        else:
+            readers = [(t.index, leaf) for t in stages if leaf.port.of in t.skips_in]
+        return [(t, name) for t, name in readers if name in self.joint(t, i).gradients]
+
+    def contributions(self, s: int, leaf: Leaf, i: int) -> int:
+        """How many cotangents an output leaf gets: one of each reader; that of the model's `y` comes from outside."""
+        if leaf.port == Y and self.layout.stages[s].last:
+            return 1
+        return len(self.readers(s, leaf, i))
+
+    def _recomputes(self, s: int, i: int) -> bool:
+        direct = (s, i) in self._direct
+        return self.request.differentiates and self._remat.recomputes(i, self.inputs.cut.m, direct)
+
+    def _trace(self, stage: Stage, i: int, reach: dict[tuple[int, Leaf], bool]) -> None:
+        s, variant, recomputes = stage.index, self.inputs.cut.variant(i), self._recomputes(stage.index, i)
+        if (s, variant) not in self._flats:
+            self._flats[s, variant] = self._flatten(stage, i)
+        if (s, variant, recomputes) in self._joints:
+            return
+        flat = self._flats[s, variant]
+        if self.request.differentiates:
+            joint = differentiate(flat, self._wanted(stage, flat, reach), self._remat if recomputes else None)
+        else:
+            joint = forward_alone(flat)
+        self._joints[s, variant, recomputes] = joint
+        for leaf, reached in joint.reach.items():
+            reach[s, leaf] = reach.get((s, leaf), False) or reached
+
+    def _flatten(self, stage: Stage, i: int) -> Flat:
+        inputs, s = self.inputs, stage.index
+        given = {Port("params", k): inputs.params[k] for k in stage.params}
+        given[X] = inputs.piece(X, i) if s == 0 else self.flat(s - 1, i).out[Y]
+        for skip in stage.skips_in:
+            port = Port("skip", skip)
+            given[port] = self.flat(self.layout.source_of(skip), i).out[port]
+        whole = inputs.whole(X) if s == 0 else frozenset[Leaf]()
+        if stage.asks("side"):
+            given[SIDE], whole = inputs.piece(SIDE, i), whole | inputs.whole(SIDE)
+        if stage.last and self.request.loss is not None:
+            given[TARGETS], whole = inputs.piece(TARGETS, i), whole | inputs.whole(TARGETS)
+        if inputs.state is not None:
+            given |= {Port("state", k): inputs.state[k] for k in stage.stateful}
+        if stage.asks("key") and inputs.key is not None:
+            given |= {KEY: inputs.key, INDEX: Shape.of(index(0))}
+        where = f", stage {s}, microbatch {i}"
+        return flatten(stage, given, train=self.request.train, loss=self.request.loss, whole=whole, where=where)
+
+    def _wanted(self, stage: Stage, flat: Flat, reach: Mapping[tuple[int, Leaf], bool]) -> frozenset[Leaf]:
+        def asked(leaf: Leaf) -> bool:
+            if leaf.port.kind == "skip":
+                return reach.get((self.layout.source_of(leaf.port.of), leaf), False)
+            if leaf.port == X and stage.index > 0:
+                return reach.get((stage.index - 1, Leaf(Y, leaf.k)), False)
+            return leaf in self.request.wanted
+
+        pairs = zip(flat.inputs, flat.shapes, strict=True)
+        return frozenset(leaf for leaf, a in pairs if is_inexact(a) and asked(leaf))
+
+    def _programs(self, s: int, i: int) -> tuple[Program, Program | None]:
+        joint = self.joint(s, i)
+        counts = {leaf: self.contributions(s, leaf, i) for leaf in joint.cotangents}
+        scale = self.scale(i) if self.layout.stages[s].last else 1.0
+        key = (id(joint), scale, tuple(counts.values()))
+        if key not in self._cut:
+            forward, backward, warnings = forward_and_backward(
+                joint, scale=scale, contributions=counts, accumulate=self.inputs.cut.m > 1
+            )
+            self.warnings.update(dict.fromkeys(warnings))
+            self._cut[key] = forward, backward
+        return self._cut[key]
