@@ -266,7 +266,7 @@ def report(pipe: fpipe.Pipe, params, args: argparse.Namespace) -> None:
     matplotlib.image.imsave(args.out, picture)
     print(f"noisy | denoised | clean: {args.out}\n")
     microbatches = -(-args.batch // -(-args.batch // args.chunks))
-    print(fpipe.schedules.draw(pipe.schedule(microbatches)))
+    print(fpipe.schedules.draw(pipe.make_schedule(microbatches)))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ import abc
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from fpipe._errors import entries
 from fpipe._loss import Loss, Reduction, as_loss
 from fpipe._model import Model
-from fpipe._tree import PyTree
+from fpipe._tree import PyTree, describe, numbers_as_arrays
 
 
 class Args(NamedTuple):
@@ -72,8 +74,7 @@ class Call(abc.ABC):
         Returns:
             `y`, or `(y, state)` if state was given.
         """
-        args = Args(params, x, (), side, key, state, bool(train))
-        check_entries(self.model, args)
+        args = checked(self.model, Args(params, x, (), side, key, state, bool(train)))
         y, new = self._forward(args)
         return y if state is None else (y, new)
 
@@ -116,8 +117,7 @@ class Call(abc.ABC):
             state: Sequence[PyTree] | None = None,
             train: bool = False,
         ) -> Any:
-            args = Args(params, x, targets, side, key, state, bool(train))
-            check_entries(self.model, args)
+            args = checked(self.model, Args(params, x, targets, side, key, state, bool(train)))
             if max(numbers) >= len(args.numbered):
                 raise ValueError(
                     f"`value_and_grad(argnums={argnums!r})`: the call has {len(args.numbered)} arguments (params, x, "
@@ -152,8 +152,7 @@ class Call(abc.ABC):
             state: Sequence[PyTree] | None = None,
             train: bool = False,
         ) -> Any:
-            args = Args(params, x, targets, side, key, state, bool(train))
-            check_entries(self.model, args)
+            args = checked(self.model, Args(params, x, targets, side, key, state, bool(train)))
             return _value(self._loss(args, loss, ()), loss, state)
 
         return evaluate
@@ -191,8 +190,8 @@ def check_params(model: Model, params: Any, call: str = "params") -> None:
         raise ValueError(f"{call}: a tuple with one entry per layer is needed, {count} in all, got {entries(params)}")
 
 
-def check_entries(model: Model, args: Args) -> None:
-    """Parameters and state have one entry per layer, and state is there if it is needed."""
+def checked(model: Model, args: Args) -> Args:
+    """Parameters and state have one entry per layer, and state is there if it is needed, and only where."""
     check_params(model, args.params)
     count = len(model.layers)
     if args.state is None:
@@ -201,7 +200,14 @@ def check_entries(model: Model, args: Args) -> None:
             raise ValueError(
                 f"the layers {names} have state: pass `state=pipe.init_state(x)` and take the new state back"
             )
-    elif not isinstance(args.state, (tuple, list)) or len(args.state) != count:
+        return args
+    if not isinstance(args.state, (tuple, list)) or len(args.state) != count:
         raise ValueError(
             f"state: a tuple with one entry per layer is needed, {count} in all, got {entries(args.state)}"
         )
+    for k in set(range(count)) - set(model.stateful):
+        if jax.tree.leaves(args.state[k]):
+            raise ValueError(
+                f"state: entry {k} is {describe(args.state[k])}, but layer {model.layers[k].name!r} has none"
+            )
+    return args._replace(state=tuple(numbers_as_arrays(s) for s in args.state))

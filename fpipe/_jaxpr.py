@@ -5,6 +5,8 @@ of a graph is run by binding its equations one after the other under a new trace
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -206,26 +208,43 @@ def _bytes(aval: Any) -> int:
     return int(np.prod(aval.shape, dtype=np.int64)) * getattr(aval.dtype, "itemsize", 8)
 
 
-def hidden_constants(graph: Graph, values: Iterable[int], micro: Mapping[int, int]) -> list[int]:
-    """Those of `values` that a `scan` makes from parameters alone, beside things of the microbatch."""
-    maker = graph.maker
-    found = []
-    for v in values:
-        node = maker.get(v)
-        if node is None or node.eqn.primitive.name != "scan":
-            continue
-        p = node.eqn.params
-        body = inline(p["jaxpr"])
-        carry = slice(p["num_consts"], p["num_consts"] + p["num_carry"])
-        tainted = [bool(micro.get(x)) for x in node.ins]
-        while True:
-            mask = masks(body, {x: 1 for x, t in zip(body.inputs, tainted, strict=True) if t})
-            out = [bool(mask.get(x)) for x in body.outputs]
-            grown = [a or b for a, b in zip(tainted[carry], out[: p["num_carry"]], strict=True)]
-            if grown == tainted[carry]:
-                break
-            tainted[carry] = grown
-        k = node.outs.index(v)
-        if k >= p["num_carry"] and not out[k]:
-            found.append(v)
-    return found
+def sources(graph: Graph, seeds: Mapping[int, int]) -> dict[int, int]:
+    """`masks`, seen through control flow: what a value's *content* depends on, which branch was taken aside."""
+    mask = dict(seeds)
+    for node in graph.nodes:
+        ins = [mask.get(v, 0) for v in node.ins]
+        mask.update(zip(node.outs, _through(node.eqn, ins, len(node.outs)), strict=True))
+    return mask
+
+
+def _through(eqn: Any, ins: Sequence[int], outs: int) -> list[int]:
+    """The masks of an equation's outputs from those of its inputs."""
+    p = eqn.params
+    if eqn.primitive.name == "cond":
+        branches = [_body(branch, ins[1:]) for branch in p["branches"]]
+        return [functools.reduce(operator.or_, column) for column in zip(*branches, strict=True)]
+    if eqn.primitive.name == "scan":
+        consts, carry = p["num_consts"], p["num_carry"]
+        return _loop(p["jaxpr"], ins[:consts], ins[consts : consts + carry], ins[consts + carry :])
+    if eqn.primitive.name == "while":
+        skip, consts = p["cond_nconsts"], p["body_nconsts"]
+        return _loop(p["body_jaxpr"], ins[skip : skip + consts], ins[skip + consts :], [])
+    if eqn.primitive.name == "checkpoint":
+        return _body(p["jaxpr"], ins)
+    return [functools.reduce(operator.or_, ins, 0)] * outs
+
+
+def _body(jaxpr: Any, ins: Sequence[int]) -> list[int]:
+    graph = inline(jaxpr)
+    mask = sources(graph, dict(zip(graph.inputs, ins, strict=True)))
+    return [mask.get(v, 0) for v in graph.outputs]
+
+
+def _loop(jaxpr: Any, consts: Sequence[int], carry: Sequence[int], xs: Sequence[int]) -> list[int]:
+    """Once round after round, until the masks of the carry grow no more."""
+    while True:
+        out = _body(jaxpr, [*consts, *carry, *xs])
+        grown = [a | b for a, b in zip(carry, out, strict=False)]
+        if grown == list(carry):
+            return out
+        carry = grown

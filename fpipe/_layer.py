@@ -165,9 +165,10 @@ def signature_needs(f: Callable[..., Any], name: str, given: tuple[str, ...] = (
             )
     variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     if len(positional) < len(given) and not variadic:
-        hint = f"; for a function without parameters write `fpipe.fn({name})`" if len(given) == 2 else ""
+        one = len(positional) == 1 and len(given) == 2
+        hint = f"; for a function without parameters write `fpipe.fn({name})`" if one else ""
         raise TypeError(
-            f"layer {name!r} takes {len(positional)} positional parameter(s), but it is called as `f({head}){hint}`"
+            f"layer {name!r} takes {len(positional)} positional parameter(s), but it is called as `f({head})`{hint}"
         )
     required = [p.name for p in positional[len(given) :] if p.default is p.empty]
     if required:
@@ -196,7 +197,11 @@ def _parameters(f: Callable[..., Any]) -> list[inspect.Parameter] | None:
         parameters = inspect.signature(f).parameters.values()
     except (TypeError, ValueError):
         return None
-    bound = f.keywords if isinstance(f, functools.partial) else {}
+    bound = set[str]()
+    while isinstance(f, functools.partial) or hasattr(f, "__wrapped__"):  # a jitted partial hides what it binds
+        if isinstance(f, functools.partial):
+            bound.update(f.keywords)
+        f = f.func if isinstance(f, functools.partial) else getattr(f, "__wrapped__")  # noqa: B009 - typed
     return [p for p in parameters if p.name not in bound]
 
 
@@ -313,11 +318,11 @@ def call_layer(
             got = f"a tuple of {len(result)}" if type(result) is tuple else f"{describe(result)}, no tuple"
             raise TypeError(f"{who} declares {' and '.join(parts)} and must return `{form}`, but returned {got}")
         y, returned = result[0], dict(zip(parts, result[1:], strict=True))
-        stashed = _checked_carry(layer, who, form, returned["carry"]) if "carry" in parts else {}
+        stashed = _checked_carry(layer, who, form, carry, returned["carry"]) if "carry" in parts else {}
         return y, stashed, returned.get("state")
 
 
-def _checked_carry(layer: Layer, who: str, form: str, carry: Any) -> dict[str, PyTree]:
+def _checked_carry(layer: Layer, who: str, form: str, given: Mapping[str, PyTree], carry: Any) -> dict[str, PyTree]:
     if not isinstance(carry, dict):
         raise TypeError(f"{who} must return `{form}`, but its carry is {describe(carry)}, no dict")
     for name in layer.pop:
@@ -332,7 +337,10 @@ def _checked_carry(layer: Layer, who: str, form: str, carry: Any) -> dict[str, P
                 f"{who} declares stash={list(layer.stash)} but did not stash {name!r}: "
                 f"`return y, fpipe.stash(carry, {name!r}, value)`"
             )
-    extra = sorted(set(carry) - set(layer.stash) - set(layer.peek))
+    for name in layer.peek:
+        if name in carry and carry[name] is not given[name]:
+            raise ValueError(f"{who} declares peek={list(layer.peek)} but returned another value of {name!r}")
+    extra = sorted(map(str, set(carry) - set(layer.stash) - set(layer.peek)))
     if extra:
         raise ValueError(
             f"{who} returned the undeclared skips {extra}; it declares stash={list(layer.stash)}: add them to "

@@ -40,12 +40,16 @@ class Loss:
             return _scalar(result, "loss"), weight, numbers_as_arrays(aux)
 
 
-def as_loss(call: str, fn: Callable[..., Any], has_aux: bool, reduction: Any) -> Loss:
+def as_loss(call: str, fn: Any, has_aux: bool, reduction: Any) -> Loss:
     """A checked `Loss`."""
     if not callable(fn):
         raise TypeError(f"`{call}(loss_fn)`: {fn!r} is not callable; write `pipe.{call}(loss_fn)(params, x, *targets)`")
     if reduction not in get_args(Reduction):
         raise ValueError(f'`{call}(reduction={reduction!r})`: it is "mean", "sum" or "weighted"')
+    try:
+        hash(fn)
+    except TypeError:
+        raise TypeError(f"`{call}(loss_fn)`: {fn!r} must be hashable: compiled programs are kept for each") from None
     return Loss(fn, bool(has_aux), reduction)
 
 
@@ -58,4 +62,6 @@ def _scalar(value: Any, what: str) -> jax.Array:
         raise TypeError(
             f"`loss_fn` must return a scalar {what}, got {describe(value)}: reduce it, with its mean for example"
         )
+    if jnp.issubdtype(value.dtype, jnp.complexfloating):
+        raise TypeError(f"`loss_fn` must return a real {what}, got {describe(value)}: take its absolute value")
     return value if is_inexact(value) else value.astype(jnp.float32)

@@ -107,7 +107,7 @@ class Model:
             layer = self.layers[k]
             needs: dict[str, Any] = {"side": side, "train": train}
             if layer.asks("state"):
-                needs["state"] = map_arrays(jax.lax.stop_gradient, state[k])
+                needs["state"] = map_arrays(_still, state[k])
             if layer.asks("key"):
                 needs["key"] = layer_key(key, k, microbatch)
             if layer.asks("borrowed"):
@@ -117,7 +117,7 @@ class Model:
             for name, value in stashed.items():
                 skips[skip_of(layer, name)] = value
             if layer.asks("state"):
-                new_state[k] = map_arrays(lambda a: strong(jax.lax.stop_gradient(a)), out)
+                new_state[k] = map_arrays(_still, out)
                 _check_state(k, layer, needs["state"], new_state[k])
         return x, skips, new_state
 
@@ -164,8 +164,9 @@ class Model:
         init = self.layers[k].init
         if init is None:
             raise ValueError(
-                f"`init`: layer {k} {self.layers[k].name!r} has no init; give it one with `fpipe.Layer(apply, init)`, "
-                "write `fpipe.fn(f)` for a function without parameters, or make the parameters yourself and call `place`"
+                f"layer {k} {self.layers[k].name!r} has no init; give it one with `fpipe.Layer(apply, init)`, write "
+                "`fpipe.fn(f)` for a function without parameters, or make the parameters yourself and call `place(params)` "
+                "(and `init_state(x, params=params)`)"
             )
         with noting(f"in the init of layer {k} {self.layers[k].name!r}"):
             return numbers_as_arrays(init(key, x, **{n: needs[n] for n in keyword_needs(init)}))
@@ -218,9 +219,14 @@ class Model:
         return tuple(params.values()), tuple(states.values())
 
 
+def _still(array: Any) -> Any:
+    """An array of a state: no gradient goes through it, and its type is what it will be."""
+    return strong(jax.lax.stop_gradient(array))
+
+
 def _check_state(k: int, layer: Layer, old: PyTree, new: PyTree) -> None:
     """A state keeps its type: the next microbatch takes what this one returned."""
-    if Shape.of(map_arrays(strong, old)) != Shape.of(new):
+    if Shape.of(old) != Shape.of(new):
         raise TypeError(
             f"layer {k} {layer.name!r} got the state {describe(old)} and returned {describe(new)}; a state keeps its "
             "structure, shapes and dtypes"
@@ -242,8 +248,8 @@ def flatten(layers: Any) -> list[Layer]:
     """Nested sequences of functions and layers as one list of `Layer`s."""
     if isinstance(layers, (list, tuple)):
         return [leaf for item in layers for leaf in flatten(item)]
-    if isinstance(layers, Iterable) and not callable(layers):
-        return flatten(list(layers))
+    if isinstance(layers, Iterable) and not isinstance(layers, (str, bytes, Mapping)) and not hasattr(layers, "shape"):
+        return flatten(list(layers)) if not callable(layers) else [as_layer(layers)]
     return [as_layer(layers)]
 
 
@@ -272,7 +278,11 @@ def verify_skippables(layers: Iterable[Any]) -> None:
                     other = "stash" if name in layer.stash else "pop"
                     wrong.append(f"{say(k)} declares {name!r} both as {other} and as {field}; keep one")
                 elif skip not in stashed:
-                    when = f"stashed only later, by {say(later[skip])}" if skip in later else "never stashed"
+                    when = "never stashed"
+                    if skip in later:
+                        when = f"stashed only later, by {say(later[skip])}"
+                    elif name in {other for _, other in later}:
+                        when = "stashed only in another namespace: isolate both ends with the same one"
                     wrong.append(f"{say(k)} declares {field}=[{name!r}], but it is {when}")
                 elif skip in popped:
                     how = "pops it again" if field == "pop" else "peeks at it after that"

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import jax
 
 from fpipe._call import Args, Call, Result, check_chunks, check_params
+from fpipe._layer import Layer
 from fpipe._loss import Loss
 from fpipe._microbatch import first_microbatch
 from fpipe._model import Model
@@ -26,8 +27,8 @@ from fpipe.schedules import Schedule
 class Pipe(Call):
     """A sequence of layers, cut into stages that live on devices, run microbatch by microbatch.
 
-    A frozen value: it compares, hashes, copies and pickles; nothing to close. At equal `chunks` it computes what
-    `fpipe.sequential` computes.
+    A frozen value: it compares, hashes, copies and pickles, and `dataclasses.replace(pipe, chunks=8)` makes another;
+    nothing to close. At equal `chunks` it computes what `fpipe.sequential` computes.
 
     Arguments:
         layers: functions, `Layer`s, or nested sequences of them.
@@ -58,14 +59,15 @@ class Pipe(Call):
         ((3, 3), (3, 3))
     """
 
-    model: Model
+    layers: tuple[Layer, ...]
     balance: tuple[int, ...]
-    placements: tuple[Placement, ...]
+    devices: tuple[Device, ...]
     chunks: int
-    remat: Remat
-    scheduling: Scheduling
+    checkpoint: Mode | Policy
+    schedule: str | Schedule | Callable[[int, int], Schedule]
     executor: str
-    _placed: ClassVar[Placed]  # set on each instance, but no field: no part of the value
+
+    _placed: ClassVar[Placed]  # set on each instance like `model`, and no field: programs are no part of the value
 
     def __init__(
         self,
@@ -85,41 +87,32 @@ class Pipe(Call):
         places = as_placements(devices)
         balance = _checked_balance(balance, model, scheduling.stages(len(places), chunks))
         stage_to_device = scheduling.stage_to_device(len(balance), len(places), chunks)
-        fields = {
-            "model": model,
+        places = first_placements(places, 1 + max(stage_to_device))
+        layout = Layout(cut_stages(model, balance), tuple(places[d] for d in stage_to_device))
+        attributes = {
+            "layers": model.layers,
             "balance": balance,
-            "placements": first_placements(places, 1 + max(stage_to_device)),
+            "devices": tuple(p.device for p in places),
             "chunks": chunks,
-            "remat": Remat.of(checkpoint),
-            "scheduling": scheduling,
+            "checkpoint": checkpoint,
+            "schedule": schedule,
             "executor": executor,
+            "model": model,
+            "_placed": Placed(layout, scheduling, stage_to_device, Remat.of(checkpoint), chunks),
         }
-        self.__setstate__(fields)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
+        for name, value in attributes.items():
             object.__setattr__(self, name, value)
-        # Compiled programs sit in here, outside the value: not pickled, not compared.
-        stage_to_device = self.scheduling.stage_to_device(len(self.balance), len(self.placements), self.chunks)
-        layout = Layout(cut_stages(self.model, self.balance), tuple(self.placements[d] for d in stage_to_device))
-        placed = Placed(layout, self.scheduling, stage_to_device, self.remat, self.chunks)
-        object.__setattr__(self, "_placed", placed)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    def __reduce__(self) -> Any:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return _remade, (fields | {"devices": as_placements(self.devices)},)
 
-    @property
-    def layers(self) -> tuple[Any, ...]:
-        """The flattened layers."""
-        return self.model.layers
+    def make_schedule(self, microbatches: int) -> Schedule:
+        """The schedule for that many microbatches.
 
-    @property
-    def devices(self) -> tuple[Device, ...]:
-        """The devices of the schedule, in its order."""
-        return tuple(p.device for p in self.placements)
-
-    def schedule(self, microbatches: int) -> Schedule:
-        """The schedule for that many microbatches."""
+        Raises:
+            ValueError: `schedule` does not fit that number, or permutes the forwards of layers with state.
+        """
         return self._placed.schedule(microbatches)
 
     # --- parameters and state ---
@@ -169,7 +162,7 @@ class Pipe(Call):
             ValueError: not one entry per layer.
         """
         check_params(self.model, params, "`gather(params)`")
-        return tuple(_put(p, self.placements[0]) for p in params)
+        return tuple(_put(p, Placement.of(self.devices[0])) for p in params)
 
     # --- calls ---
 
@@ -185,6 +178,11 @@ class Pipe(Call):
 
     def _reference(self) -> Sequential:
         return Sequential(self.model, self.chunks)
+
+
+def _remade(fields: dict[str, Any]) -> Pipe:
+    fields = fields | {"devices": tuple(place.device for place in fields["devices"])}
+    return Pipe(**fields)
 
 
 def _checked_balance(balance: Any, model: Model, stages: int) -> tuple[int, ...]:

@@ -6,8 +6,9 @@ that depend on the microbatch and that the backward cannot have otherwise: no in
 alone.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -168,8 +169,7 @@ def differentiate(flat: Flat, wanted: frozenset[Leaf], remat: Remat | None) -> J
 
     carrying = [leaf for leaf, c in zip(flat.outputs, carries, strict=True) if c]
     cotangent_shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a, c in zip(shapes, carries, strict=True) if c]
-    layers = ", ".join(f"{k} {flat.stage.model.layers[k].name!r}" for k in flat.stage.span)
-    with noting(f"in the backward of layer{'s' * (len(flat.stage.span) > 1)} {layers}{flat.where}"):
+    with noting(f"in the backward of {flat.stage.described}{flat.where}"), _remat_advice(remat):
         graph = _jaxpr.inline(_jaxpr.trace(joint, *flat.shapes, *cotangent_shapes))
     cotangents = dict(zip(carrying, graph.inputs[total:], strict=True))
     late = _jaxpr.masks(graph, {v: 1 << n for n, v in enumerate(cotangents.values())})
@@ -187,6 +187,17 @@ def differentiate(flat: Flat, wanted: frozenset[Leaf], remat: Remat | None) -> J
         gradients,
         {leaf: bool(reached >> n & 1) for n, leaf in enumerate(carrying)},
     )
+
+
+@contextlib.contextmanager
+def _remat_advice(remat: Remat | None) -> Iterator[None]:
+    """JAX cannot recompute some effects (`io_callback`): say what to do."""
+    try:
+        yield
+    except NotImplementedError as error:
+        if remat is not None and "checkpoint" in str(error):
+            error.add_note("an effect in these layers cannot be recomputed: use `Pipe(..., checkpoint='never')`")
+        raise
 
 
 def forward_and_backward(
@@ -211,15 +222,25 @@ def forward_and_backward(
     handed = [v for v in take if v not in given and v not in set(joint.cotangents.values())]
     given |= {v: Ref("residual", n=n) for n, v in enumerate(handed)}
     warnings = [
-        f"stage {flat.stage.index} keeps {graph.avals[v].str_short()} per microbatch, made from parameters alone inside "
-        "a lax.scan; make it before the scan (cast the stacked parameters outside), or use checkpoint='always'"
-        for v in _jaxpr.hidden_constants(graph, handed, micro)
+        f"stage {flat.stage.index} keeps {graph.avals[v].str_short()} per microbatch, made from parameters alone inside a "
+        "lax.scan or lax.cond; make it outside (cast the stacked parameters before the scan, for example), or use "
+        "checkpoint='always'"
+        for v in _weights_kept(joint, handed)
     ]
     forward = _forward(joint, handed, late)
     if not joint.gradients:
         return forward, None, warnings
     taken = {v: ref for v, ref in given.items() if v in take}
     return forward, _backward(joint, nodes, taken, scale, contributions, accumulate), warnings
+
+
+def _weights_kept(joint: Joint, handed: Sequence[int]) -> list[int]:
+    """Handed-over arrays whose content comes from parameters alone: control flow is one equation, and hides it."""
+    params, other = 1, 2
+    kinds = {"params": params, "key": 0}
+    seeds = {v: kinds.get(leaf.port.kind, other) for leaf, v in joint.inputs.items()}
+    found = _jaxpr.sources(joint.graph, seeds)
+    return [v for v in handed if found.get(v, 0) == params and joint.graph.avals[v].size > 1]
 
 
 def _forward(joint: Joint, handed: Sequence[int], late: Mapping[int, int]) -> Program:
@@ -284,7 +305,7 @@ def _backward(
             values[Ref("sum", leaf)] + made[leaf].astype(values[Ref("sum", leaf)].dtype) if accumulate else made[leaf]
             for leaf in summed
         ]
-        return [*(made[ref.leaf] for ref in outs), *sums]
+        return [*(made[ref.leaf] for ref in outs if ref.leaf), *sums]
 
     name = f"stage{joint.flat.stage.index}_B"
     donate = tuple(n for n, ref in enumerate(ins) if ref.what == "sum")

@@ -17,13 +17,14 @@ class Remat:
     @classmethod
     def of(cls, option: Any) -> "Remat":
         """From what `Pipe(checkpoint=...)` was given."""
+        checked: Any = option
         expected = f"one of {', '.join(map(repr, get_args(Mode)))}, or a policy of `jax.checkpoint_policies`"
         if isinstance(option, str):
             if option not in get_args(Mode):
                 raise ValueError(f"`Pipe(checkpoint={option!r})`: {expected}")
         elif not callable(option):
             raise TypeError(f"`Pipe(checkpoint={option!r})`: {expected}")
-        return cls(option)
+        return cls(checked)
 
     @property
     def policy(self) -> Policy | None:

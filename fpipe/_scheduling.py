@@ -20,6 +20,7 @@ class Scheduling:
     @classmethod
     def of(cls, option: Any) -> "Scheduling":
         """Checked."""
+        checked: Any = option
         expected = (
             f"one of {', '.join(map(repr, NAMES))}, a Schedule, or a function `f(devices, microbatches)` that makes one"
         )
@@ -28,7 +29,7 @@ class Scheduling:
                 raise ValueError(f"`Pipe(schedule={option!r})`: {expected}")
         elif not isinstance(option, Schedule) and not callable(option):
             raise TypeError(f"`Pipe(schedule={option!r})`: {expected}")
-        return cls(option)
+        return cls(checked)
 
     def stages(self, available: int, chunks: int) -> int:
         """How many stages it makes on all available devices."""

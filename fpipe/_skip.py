@@ -118,7 +118,7 @@ def pop(carry: Mapping[str, PyTree], name: str) -> tuple[PyTree, dict[str, PyTre
     _check(call, carry, name, "pop")
     if name not in carry:
         raise ValueError(
-            f"{call} in {_who()}: the carry holds {sorted(carry)}; {name!r} was popped before. Pop it once, and go on "
+            f"{call} in {_who()}: the carry holds {sorted(map(str, carry))}; {name!r} was popped before. Pop it once, and go on "
             "with the carry that `pop` returns"
         )
     return carry[name], {k: v for k, v in carry.items() if k != name}
@@ -142,7 +142,7 @@ def peek(carry: Mapping[str, PyTree], name: str) -> PyTree:
     call = f"`fpipe.peek(carry, {name!r})`"
     _check(call, carry, name, "peek")
     if name not in carry:
-        raise ValueError(f"{call} in {_who()}: the carry holds only {sorted(carry)}")
+        raise ValueError(f"{call} in {_who()}: the carry holds only {sorted(map(str, carry))}")
     return carry[name]
 
 

@@ -68,6 +68,12 @@ class Stage:
         borrowed = {owner for k in self.span for _, owner in self.model.borrows[k]} - set(self.span)
         return (*self.span, *sorted(borrowed))
 
+    @property
+    def described(self) -> str:
+        """Its layers by number and name, for errors."""
+        layers = [f"{k} {self.model.layers[k].name!r}" for k in self.span]
+        return f"layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
+
     def asks(self, need: str) -> bool:
         """Whether any of its layers declares a need."""
         return any(k in self.span for k in self.model.needing(need))

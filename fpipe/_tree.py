@@ -27,13 +27,26 @@ def is_traced(tree: PyTree) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Spec:
-    """The structure of a pytree, its static leaves by position, and how many arrays it holds."""
+    """The structure of a pytree, its static leaves by position, and how many arrays it holds.
+
+    Static leaves are told apart as programs must: `1`, `1.0` and `True`, or `0.0` and `-0.0`, are different, and a
+    `nan` is itself.
+    """
 
     treedef: Any
     static: tuple[tuple[int, Any], ...]
     arrays: int
+
+    def _key(self) -> tuple[Any, ...]:
+        return self.treedef, self.arrays, tuple((k, type(v), _exact(v)) for k, v in self.static)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Spec) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
 
     def unpack(self, arrays: Sequence[Any]) -> PyTree:
         """The inverse of `pack`."""
@@ -49,7 +62,10 @@ class Spec:
         return Spec(self.treedef, tuple((k, static) for k, _ in self.static), self.arrays).unpack(arrays)
 
 
-EMPTY = Spec(jax.tree.structure(()), (), 0)
+def _exact(value: Any) -> Any:
+    if isinstance(value, complex):
+        return value.real.hex(), value.imag.hex()
+    return value.hex() if isinstance(value, float) else value
 
 
 def pack(tree: PyTree) -> tuple[list[Any], Spec]:

@@ -101,12 +101,10 @@ def measure(arrays: int, repeats: int) -> tuple[float, float]:
     t = jax.device_put(jnp.zeros((4 * CHUNKS, WIDTH)), devices[-1])
     params = pipe.init(jax.random.key(0), x)
     runs = {"pipe": pipe.value_and_grad(loss_fn), "loop": Loop(devices)}
-    for run in runs.values():
-        value, grads = jax.block_until_ready(run(params, x, t))
-    want = runs["loop"](params, x, t)
-    for a, b in zip(jax.tree.leaves(runs["pipe"](params, x, t)), jax.tree.leaves(want), strict=True):
+    got, want = (jax.block_until_ready(run(params, x, t)) for run in runs.values())
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert jnp.allclose(a, b, rtol=1e-4, atol=1e-6)
-    del value, grads, want
+    del got, want
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():

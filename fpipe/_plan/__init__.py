@@ -6,6 +6,7 @@ from fpipe._plan._instructions import Move as Move
 from fpipe._plan._instructions import Output as Output
 from fpipe._plan._instructions import Plan as Plan
 from fpipe._plan._instructions import Run as Run
+from fpipe._plan._instructions import used_later as used_later
 from fpipe._plan._lower import lower as lower
 from fpipe._plan._programs import Inputs as Inputs
 from fpipe._plan._programs import Layout as Layout

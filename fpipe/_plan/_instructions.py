@@ -134,7 +134,7 @@ def with_frees(code: Sequence[Run | Move], keep: Iterable[int]) -> list[Instruct
     return out[::-1]
 
 
-def used_later(code: Sequence[Run | Move]) -> set[int]:
+def used_later(code: Sequence[Instruction]) -> set[int]:
     """The slots that `code` reads and does not make."""
-    made = {n for item in code for n in item.outs}
-    return {n for item in code for n in item.ins} - made
+    work = [item for item in code if not isinstance(item, Free)]
+    return {n for item in work for n in item.ins} - {n for item in work for n in item.outs}

@@ -83,6 +83,8 @@ class _Emitter:
     ) -> list[int]:
         """Run a program on a placement; returns the slots of what it makes."""
         here = self.bring(ins, placement)
+        if all(n in self.constants for n in here):  # nothing that is placed says where it runs
+            call = jax.jit(call, out_shardings=placement.sharding)
         made = [self.new(name, placement) for name in outs]
         self.code.append(Run(name, call, tuple(here), tuple(made), placement, action))
         return made
@@ -257,7 +259,7 @@ class _Lowering:
         new = [r.leaf for r in program.ins if r.what == "sum" and r.leaf is not None and (s, r.leaf) not in self.sums]
         if new:
             placement = self.layout.placements[s]
-            call = jax.jit(around.zeros([self._shape(leaf) for leaf in new]), out_shardings=placement.sharding)
+            call = around.zeros([self._shape(leaf) for leaf in new])
             made = self.emit.run("zeros", call, [], [f"sum {leaf} stage{s}" for leaf in new], placement)
             self.sums.update({(s, leaf): slot for leaf, slot in zip(new, made, strict=True)})
 
@@ -348,8 +350,9 @@ class _Lowering:
         for owner, entries in rest.items():
             finish = around.gradient_finisher([self._shape(leaf) for leaf in entries], [*map(len, entries.values())])
             ins = [*(n for slots in entries.values() for n in slots), *(() if weight is None else (weight,))]
-            call = jax.jit(finish, out_shardings=owner.sharding)
-            made = self.emit.run("finish gradients", call, ins, [f"gradient {leaf}" for leaf in entries], owner)
+            made = self.emit.run(
+                "finish gradients", jax.jit(finish), ins, [f"gradient {leaf}" for leaf in entries], owner
+            )
             found |= dict(zip(entries, made, strict=True))
         return found
 
@@ -358,14 +361,14 @@ class _Lowering:
         per = [self.values[s, i] for i in range(self.m)]
         leaves = list(
             dict.fromkeys(
-                ref.leaf
+                leaf
                 for values in per
-                for ref in values
-                if ref.what == "gradient" and ref.leaf in self.request.wanted and (s == 0 or ref.leaf.port != X)
+                for what, leaf, _ in values
+                if what == "gradient" and leaf and leaf in self.request.wanted and (s == 0 or leaf.port != X)
             )
         )
         if self.m == 1 or not leaves:
-            return {leaf: per[0][Ref("gradient", leaf)] for leaf in leaves if leaf is not None}
+            return {leaf: per[0][Ref("gradient", leaf)] for leaf in leaves}
         # A piece without gradient (its shape led another way through the layers) is zero.
         present = [[Ref("gradient", leaf) in values for values in per] for leaf in leaves]
         shapes = [[self.inputs.piece(leaf.port, i).leaves[leaf.k] for i in range(self.m)] for leaf in leaves]

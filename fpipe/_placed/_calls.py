@@ -1,150 +1,23 @@
-"""The placed executor: a short loop over a plan's instructions, dispatched asynchronously."""
+"""The placed executor's calls: plans made once for each kind of call and kept, inputs put in, outputs taken out."""
 
-import contextlib
-import contextvars
 import dataclasses
-import operator
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 
 from fpipe._call import Args, Result
-from fpipe._errors import add_note
 from fpipe._loss import Loss
 from fpipe._microbatch import cut_inputs
-from fpipe._placement import Placement
-from fpipe._plan import Free, Inputs, Instruction, Layout, Move, Plan, Request, Run, lower
+from fpipe._placed._loop import Bound, bind
+from fpipe._placed._tracers import refuse_tracers
+from fpipe._plan import Inputs, Layout, Plan, Request, lower
 from fpipe._remat import Remat
 from fpipe._scheduling import Scheduling
 from fpipe._stage import KEY, SIDE, TARGETS, Leaf, Port, X
-from fpipe._tree import PyTree, Shape, Tracer, aval, fill_gradient, float0_like, is_array, is_inexact, is_traced, pack
+from fpipe._tree import PyTree, Shape, fill_gradient, float0_like, is_array, is_inexact, is_traced, map_arrays, pack
 from fpipe.schedules import Schedule
-
-# --- the loop ---
-
-# Read slots, call, write slots, drop slots.
-Step: TypeAlias = tuple[
-    Callable[[list[Any]], Sequence[Any]], Callable[..., Sequence[Any]], tuple[int, ...], tuple[int, ...]
-]
-
-Observer: TypeAlias = Callable[[Instruction, Sequence[Any]], None]
-_observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar("observer", default=None)
-
-
-@contextlib.contextmanager
-def observing(observer: Observer) -> Iterator[None]:
-    """Call `observer(instruction, slots)` after each instruction that is issued meanwhile."""
-    token = _observer.set(observer)
-    try:
-        yield
-    finally:
-        _observer.reset(token)
-
-
-@dataclasses.dataclass(frozen=True)
-class Bound:
-    """A plan ready to run: its instructions as steps, with the frees that follow folded in.
-
-    Attributes:
-        at: the instruction of each step.
-        half: the first step of the backward half.
-        params: how many parameters there are; they fill the first slots.
-        feeds: what else is put where, in one transfer for each placement.
-        blank: the slots before a call.
-    """
-
-    plan: Plan
-    steps: tuple[Step, ...]
-    at: tuple[int, ...]
-    half: int
-    params: tuple[Placement, ...]
-    feeds: tuple[tuple[Placement, tuple[Leaf, ...], tuple[int, ...]], ...]
-    blank: tuple[Any, ...]
-
-    def slots(self, params: Sequence[Any], others: Mapping[Port, Sequence[Any]]) -> list[Any]:
-        """Fresh slots with the inputs in them, each put where it is read."""
-        slots = list(self.blank)
-        slots[: len(params)] = params
-        for placement, leaves, numbers in self.feeds:
-            for n, array in zip(numbers, placement.put([others[port][k] for port, k in leaves]), strict=True):
-                slots[n] = array
-        return slots
-
-    def run(self, slots: list[Any], start: int = 0, stop: int | None = None) -> list[Any]:
-        """Issue the steps in order; returns the slots."""
-        observer, n = _observer.get(), start
-        try:
-            for n, (get, call, outs, frees) in enumerate(self.steps[start:stop], start):
-                for out, array in zip(outs, call(*get(slots))):  # noqa: B905 - strict costs time here
-                    slots[out] = array
-                for dead in frees:
-                    slots[dead] = None
-                if observer is not None:
-                    observer(self.plan.instructions[self.at[n]], slots)
-        except Exception as error:
-            add_note(error, f"while dispatching {_described(self.plan.instructions[self.at[n]])}")
-            raise
-        return slots
-
-
-def bind(plan: Plan) -> Bound:
-    """Turn a plan into steps."""
-    steps: list[Step] = []
-    at: list[int] = []
-    half = None
-    for n, item in enumerate(plan.instructions):
-        if n == plan.backward:
-            half = len(steps)
-        if isinstance(item, Free):
-            get, call, outs, frees = steps[-1]
-            steps[-1] = (get, call, outs, (*frees, *item.slots))
-        else:
-            steps.append((_getter(item.ins), item.call if isinstance(item, Run) else _mover(item), item.outs, ()))
-            at.append(n)
-    params = [feed for feed in plan.feeds if feed.leaf.port.kind == "params"]
-    assert [feed.slot for feed in params] == list(range(len(params))), "parameters fill the first slots, in order"
-    feeds: dict[Placement, list[tuple[Leaf, int]]] = {}
-    for leaf, slot in plan.feeds[len(params) :]:
-        feeds.setdefault(plan.slots[slot].placement, []).append((leaf, slot))
-    return Bound(
-        plan,
-        tuple(steps),
-        tuple(at),
-        len(steps) if half is None else half,
-        tuple(plan.slots[feed.slot].placement for feed in params),
-        tuple((place, tuple(leaf for leaf, _ in e), tuple(n for _, n in e)) for place, e in feeds.items()),
-        tuple(plan.constants.get(n) for n in range(len(plan.slots))),
-    )
-
-
-def _getter(slots: Sequence[int]) -> Callable[[list[Any]], Sequence[Any]]:
-    if len(slots) == 0:
-        return lambda _: ()
-    if len(slots) == 1:
-        (n,) = slots
-        return lambda values: (values[n],)
-    return operator.itemgetter(*slots)
-
-
-def _mover(item: Move) -> Callable[..., Sequence[Any]]:
-    put = item.placement.put
-    return lambda *arrays: put(arrays)
-
-
-def _described(item: Instruction) -> str:
-    if not isinstance(item, Run):
-        return "a transfer"
-    if item.action is None:
-        return f"{item.name!r} on {item.placement.device}"
-    kind, s, i = item.action
-    doing = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}[kind]
-    return f"the {doing} of stage {s}, microbatch {i}, on {item.placement.device}"
-
-
-# --- calls ---
 
 # Plans of one pipe that are kept; past that the oldest goes, so that a new `loss_fn` at each step costs no memory.
 _KEPT = 256
@@ -198,7 +71,7 @@ class Placed:
 
     def _differentiable(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         """All forwards in the schedule's order, and a pull-back with all backwards in its order."""
-        key, state = jax.lax.stop_gradient((args.key, args.state))
+        key, state = map_arrays(jax.lax.stop_gradient, (args.key, args.state))
         arrays, spec = pack((args.params, args.x, args.side))
         made: list[Any] = []
 
@@ -223,7 +96,7 @@ class Placed:
             flat, out = pack((bound.plan.y.read(slots), self._state(bound.plan, slots)))
             made.append(out)
             # A pull-back may run twice: it starts from these each time, and donates none of them.
-            kept = {n: v for n, v in enumerate(slots) if v is not None and n not in bound.plan.constants}
+            kept = {n: slots[n] for n in bound.later}
             return flat, (list(kept.values()), _PullBack(bound, tuple(kept), _float0s(values), _vjp_leaves(full)))
 
         def backward(residual: Any, cotangents: Any) -> tuple[Any, ...]:
@@ -233,7 +106,14 @@ class Placed:
 
         f = jax.custom_vjp(primal)
         f.defvjp(forward, backward, symbolic_zeros=True)
-        flat = f(*arrays)
+        try:
+            flat = f(*arrays)
+        except TypeError as error:
+            error.add_note(
+                "fpipe: a placed Pipe supports `jax.grad`, `jax.vjp` and `jax.value_and_grad`; `fpipe.sequential` supports "
+                "every transformation"
+            )
+            raise
         return made[-1].unpack(flat)
 
     def _start(self, mode: Any, args: Args, loss: Loss | None, asked: tuple[Any, ...]) -> tuple[Bound, list[Any]]:
@@ -245,6 +125,7 @@ class Placed:
         if args.state is not None:
             others |= {Port("state", k): pack(args.state[k]) for s in self.layout.stages for k in s.stateful}
         identity = (
+            _config(),
             mode,
             args.train,
             loss,
@@ -260,15 +141,16 @@ class Placed:
             raise TypeError(f"static leaves must be hashable, among {static!r}: {error}") from error
         if bound is None:
             self._check_params(args.params)
-            bound = bind(self._plan(mode, args, loss, asked))
+            bound = bind(self._plan(mode, args, loss, asked), self.layout)
             for text in bound.plan.warnings:
                 warnings.warn(text, stacklevel=5)
             if len(self._bound) >= _KEPT:
                 del self._bound[next(iter(self._bound))]
             self._bound[identity] = bound
-        for a, place in zip(params, bound.params, strict=True):
-            if not isinstance(a, jax.Array) or a.sharding != place.sharding:
-                self._check_params(args.params)
+        if any(
+            not isinstance(a, jax.Array) or a.sharding != p.sharding for a, p in zip(params, bound.params, strict=True)
+        ):
+            self._check_params(args.params)
         slots = bound.slots(params, {port: arrays for port, (arrays, _) in others.items()})
         # Concrete arguments inside a trace (a closed-over batch in a jitted function) become tracers here.
         refuse_tracers([slots[n] for _, _, numbers in bound.feeds for n in numbers])
@@ -305,7 +187,10 @@ class Placed:
                 place, layer = self.layout.home(k), f"params of layer {k} {stage.model.layers[k].name!r}"
                 for a in jax.tree.leaves(params[k]):
                     if not is_array(a):
-                        raise TypeError(f"{layer} hold {a!r}, no array; use `params = pipe.place(params)`")
+                        raise TypeError(
+                            f"{layer} hold {a!r}, no array; `params = pipe.place(params)` makes arrays of numbers, and what is "
+                            "fixed belongs into the layer's function (functools.partial)"
+                        )
                     if not place.holds(a):
                         where = (
                             ", ".join(map(str, a.devices())) if isinstance(a, jax.Array) else f"the host ({type(a)})"
@@ -399,37 +284,12 @@ def _type(a: Any) -> Any:
     """What a program is specialised on."""
     if isinstance(a, jax.Array):
         return a.aval
-    return aval(a) if is_array(a) else a
+    if isinstance(a, jax.ShapeDtypeStruct):
+        raise TypeError(f"a Pipe was called with the shape {a} in place of an array; use `jax.eval_shape` for shapes")
+    return jax.typeof(a) if is_array(a) else a
 
 
-def only_shapes(tree: PyTree) -> bool:
-    """Whether this is `jax.eval_shape`'s trace, which wants shapes and never runs anything.
-
-    JAX offers no way to ask; a traced call from anywhere else is refused.
-    """
-    if not is_traced(tree):
-        return False
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "eval_shape" and frame.f_globals.get("__name__", "").startswith("jax."):
-            return True
-        frame = frame.f_back
-    return False
-
-
-def refuse_tracers(tree: PyTree) -> None:
-    """Raise if anything is traced: the placed executor dispatches, so it needs real arrays."""
-    for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, Tracer):
-            if "Jaxpr" in type(leaf).__name__:
-                raise TypeError(
-                    "a placed Pipe was called inside `jax.jit` (or another tracing transformation): it dispatches one "
-                    "program per stage to several devices, and cannot be part of one program. Call it outside of jit "
-                    '(its programs are compiled all the same), or use `Pipe(..., executor="scan")`, which is one program'
-                )
-            raise TypeError(
-                f"a placed Pipe was called under a transformation that it does not support ({type(leaf).__name__}): "
-                "`jax.grad`, `jax.vjp` and `jax.value_and_grad` of a call work; higher derivatives, forward mode and "
-                "`jax.vmap` do not, and neither does differentiating `value_and_grad` or `evaluate`. `fpipe.sequential` "
-                "supports them all"
-            )
+def _config() -> tuple[Any, ...]:
+    """The settings of JAX that a trace bakes in."""
+    config: Any = jax.config
+    return config.jax_enable_x64, config.jax_default_matmul_precision, config.jax_numpy_dtype_promotion
