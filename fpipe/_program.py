@@ -18,7 +18,7 @@ from fpipe import _jaxpr
 from fpipe._errors import noting
 from fpipe._loss import Loss
 from fpipe._remat import Remat
-from fpipe._stage import CONSTANT, LOSS, Leaf, Port, Stage
+from fpipe._stage import CONSTANT, INDEX, LOSS, Leaf, Port, Stage
 from fpipe._tree import Shape, is_inexact, pack
 
 
@@ -56,6 +56,27 @@ class Program:
     ins: tuple[Ref, ...]
     outs: tuple[Ref, ...]
     same: Mapping[Ref, Ref]
+
+
+class Window(NamedTuple):
+    """A piece that a program cuts out of a whole array itself, by the microbatch's number.
+
+    So the pieces of a batch never lie beside it, and cutting costs no dispatch of its own.
+
+    Attributes:
+        stride: rows from one piece to the next; all pieces but the last have as many.
+        shape: the piece's shape; 0-d for one element.
+    """
+
+    stride: int
+    shape: tuple[int, ...]
+
+    def cut(self, whole: Any, index: Any) -> Any:
+        """The piece."""
+        start = index.astype(jnp.int32) * self.stride
+        if not self.shape:
+            return jax.lax.dynamic_index_in_dim(whole, start, keepdims=False)
+        return jax.lax.dynamic_slice_in_dim(whole, start, self.shape[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,13 +222,14 @@ def _remat_advice(remat: Remat | None) -> Iterator[None]:
 
 
 def forward_and_backward(
-    joint: Joint, *, scale: float, contributions: Mapping[Leaf, int], accumulate: bool
+    joint: Joint, *, scale: float, contributions: Mapping[Leaf, int], windows: Mapping[Ref, Window], accumulate: bool
 ) -> tuple[Program, Program | None, list[str]]:
     """Cut a stage into its two programs.
 
     Arguments:
         scale: the cotangent of the loss, baked into the last stage's backward.
         contributions: how many cotangents each output leaf gets (summed in the program); none is zero.
+        windows: what the programs take whole, and cut their piece out of.
         accumulate: whether constant leaves' gradients are added to a sum that comes in.
 
     Returns:
@@ -227,11 +249,11 @@ def forward_and_backward(
         "checkpoint='always'"
         for v in _weights_kept(joint, handed)
     ]
-    forward = _forward(joint, handed, late)
+    forward = _forward(joint, handed, late, windows)
     if not joint.gradients:
         return forward, None, warnings
     taken = {v: ref for v, ref in given.items() if v in take}
-    return forward, _backward(joint, nodes, taken, scale, contributions, accumulate), warnings
+    return forward, _backward(joint, nodes, taken, scale, contributions, windows, accumulate), warnings
 
 
 def _weights_kept(joint: Joint, handed: Sequence[int]) -> list[int]:
@@ -243,22 +265,24 @@ def _weights_kept(joint: Joint, handed: Sequence[int]) -> list[int]:
     return [v for v in handed if found.get(v, 0) == params and joint.graph.avals[v].size > 1]
 
 
-def _forward(joint: Joint, handed: Sequence[int], late: Mapping[int, int]) -> Program:
+def _forward(joint: Joint, handed: Sequence[int], late: Mapping[int, int], windows: Mapping[Ref, Window]) -> Program:
     graph = joint.graph
     values = {Ref("out", leaf): v for leaf, v in joint.outputs.items()}
     values |= {Ref("residual", n=n): v for n, v in enumerate(handed)}
-    outs, same = _unrepeated(values, {v: Ref("in", leaf) for leaf, v in joint.inputs.items()})
+    known = {v: Ref("in", leaf) for leaf, v in joint.inputs.items() if Ref("in", leaf) not in windows}
+    outs, same = _unrepeated(values, known)
     wanted = [values[ref] for ref in outs]
     nodes = _jaxpr.needed(graph, wanted, effects=lambda node: not any(late.get(v) for v in node.ins))
     used = {v for node in nodes for v in node.ins} | set(wanted)
     leaves = [leaf for leaf, v in joint.inputs.items() if v in used]
-    numbers = [joint.inputs[leaf] for leaf in leaves]
+    ins = _with_index([Ref("in", leaf) for leaf in leaves], windows)
 
     def call(*args: Any) -> list[Any]:
-        return _jaxpr.evaluate(graph, nodes, dict(zip(numbers, args, strict=True)), wanted)
+        values = _opened(ins, args, windows)
+        return _jaxpr.evaluate(graph, nodes, {joint.inputs[leaf]: values[Ref("in", leaf)] for leaf in leaves}, wanted)
 
     name = f"stage{joint.flat.stage.index}_F"
-    return Program(name, _jit(call, name), tuple(Ref("in", leaf) for leaf in leaves), outs, same)
+    return Program(name, _jit(call, name), ins, outs, same)
 
 
 def _backward(
@@ -267,6 +291,7 @@ def _backward(
     taken: Mapping[int, Ref],
     scale: float,
     contributions: Mapping[Leaf, int],
+    windows: Mapping[Ref, Window],
     accumulate: bool,
 ) -> Program:
     graph, constant = joint.graph, joint.flat.constant
@@ -280,17 +305,15 @@ def _backward(
     }
     # What is a gradient and an input alike goes through as it is, except to the user, who may donate it.
     known = dict(taken) | {v: refs[0] for v, refs in parts.items() if len(refs) == 1}
+    known = {v: ref for v, ref in known.items() if ref not in windows}
     inner = {ref: v for ref, v in each.items() if ref.leaf and _is_internal(joint.flat.stage, ref.leaf)}
     kept, same = _unrepeated(inner, known)
     outs = (*kept, *(ref for ref in each if ref not in inner))
-    ins = (
-        *taken.values(),
-        *(ref for refs in parts.values() for ref in refs),
-        *(Ref("sum", leaf) for leaf in summed if accumulate),
-    )
+    sources = [*taken.values(), *(ref for refs in parts.values() for ref in refs)]
+    ins = (*_with_index(sources, windows), *(Ref("sum", leaf) for leaf in summed if accumulate))
 
     def call(*args: Any) -> list[Any]:
-        values = dict(zip(ins, args, strict=True))
+        values = _opened(ins, args, windows)
         given = {v: values[ref] for v, ref in taken.items()}
         for leaf, v in joint.cotangents.items():
             shape, refs = graph.avals[v], parts.get(v, ())
@@ -312,6 +335,21 @@ def _backward(
     return Program(
         name, _jit(call, name, donate_argnums=donate), ins, (*outs, *(Ref("sum", leaf) for leaf in summed)), same
     )
+
+
+INDEX_REF = Ref("in", Leaf(INDEX, 0))
+
+
+def _with_index(refs: Sequence[Ref], windows: Mapping[Ref, Window]) -> tuple[Ref, ...]:
+    """The refs, and the microbatch's number where something is cut by it."""
+    missing = INDEX_REF not in refs and any(ref in windows for ref in refs)
+    return (*refs, INDEX_REF) if missing else tuple(refs)
+
+
+def _opened(ins: Sequence[Ref], args: Sequence[Any], windows: Mapping[Ref, Window]) -> dict[Ref, Any]:
+    """A program's arguments by name, pieces cut out of whole arrays."""
+    values = dict(zip(ins, args, strict=True))
+    return {ref: windows[ref].cut(v, values[INDEX_REF]) if ref in windows else v for ref, v in values.items()}
 
 
 def _is_internal(stage: Stage, leaf: Leaf) -> bool:

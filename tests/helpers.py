@@ -24,6 +24,17 @@ def dense(width: int = WIDTH, activation: Callable[..., Any] = jnp.tanh) -> fpip
     return fpipe.Layer(apply, init, name="dense")
 
 
+def cast_weights(layer: fpipe.Layer) -> fpipe.Layer:
+    """The same layer on float32 parameters, computed in bfloat16."""
+
+    def apply(params, x):
+        return layer.apply(jax.tree.map(lambda a: a.astype(jnp.bfloat16), params), x.astype(jnp.bfloat16)).astype(
+            x.dtype
+        )
+
+    return dataclasses.replace(layer, apply=apply)
+
+
 def scale_init(key, x):
     del x
     return jax.random.uniform(key, (WIDTH,), minval=0.5)
@@ -77,7 +88,7 @@ def counter() -> fpipe.Layer:
         return y, {"mean": 0.5 * (state["mean"] + mean), "count": state["count"] + 1} if train else state
 
     def init_state(x):
-        return {"mean": jnp.zeros(x.shape[-1]), "count": jnp.int32(0)}
+        return {"mean": jnp.zeros(x.shape[-1], x.dtype), "count": jnp.int32(0)}
 
     def finish(state):
         return {**state, "mean": state["mean"] * 2}
@@ -99,7 +110,7 @@ def merge_layer() -> fpipe.Layer:
     def apply(params, x):
         assert x["tag"] == "left"
         y = jnp.where(x["sign"], x["a"], 0.1 * x["a"]) + x["b"][0].sum(-1, keepdims=True)
-        return y * params + jax.nn.one_hot(x["kind"], WIDTH)
+        return y * params + jax.nn.one_hot(x["kind"], WIDTH, dtype=y.dtype)
 
     return fpipe.Layer(apply, scale_init, name="merge")
 
@@ -165,22 +176,23 @@ class Case:
         return fpipe.sequential(self.layers, chunks=self.chunks)
 
     def params(self):
-        made = self.reference.init(jax.random.key(0), self.x, side=self.side)
+        inputs = [None if a is None else jnp.zeros(a.shape) for a in (self.x, self.side)]  # made in float32
+        made = self.reference.init(jax.random.key(0), *inputs)
         return jax.tree.map(lambda a: a.astype(self.dtype), made)
 
     @property
     def side(self):
-        needed = any("side" in (layer.needs or ()) for layer in self.layers)
+        needed = any(layer.asks("side") for layer in self.layers)
         return jax.random.normal(jax.random.key(3), (self.rows, WIDTH)).astype(self.dtype) if needed else None
 
     @property
     def needs(self) -> dict[str, Any]:
-        state = any("state" in (layer.needs or ()) for layer in self.layers)
+        state = any(layer.asks("state") for layer in self.layers)
         return {
             "key": jax.random.key(4),
             "train": True,
             "side": self.side,
-            "state": self.reference.init_state(self.x, side=self.side) if state else None,
+            "state": self.reference.init_state(self.x, side=self.side, params=self.params()) if state else None,
         }
 
 

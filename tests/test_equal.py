@@ -3,28 +3,27 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import fpipe
-from tests.helpers import Case, assert_same, models, mse
+from tests.helpers import Case, assert_same, cast_weights, models, mse
 
-BALANCES = {n: [b for b in itertools.product(range(1, 6), repeat=n) if sum(b) in (4, 5)] for n in range(1, 5)}
+# Every balance of up to four stages: 8 for four layers, 15 for five. 7 is coprime to both, so that neighbours differ.
+BALANCES = {
+    n: [b for k in range(1, 5) for b in itertools.product(range(1, n + 1), repeat=k) if sum(b) == n] for n in (4, 5)
+}
 POLICY = jax.checkpoint_policies.dots_saveable
 TABLE = {
     "model": list(models()),
-    "cut": list(range(8)),
-    "chunks": [1, 2, 3, 4, 5, 8],
+    "cut": list(range(15)),
+    "chunks": list(range(1, 9)),
     "rows": [8, 10, 3],
     "checkpoint": ["always", "except_last", "never", "policy"],
     "schedule": ["gpipe", "1f1b", "eager_1f1b"],
     "loss": ["inside", "outside"],
 }
-
-
-def cuts(layers: int) -> list[tuple[int, ...]]:
-    """Every balance of up to four stages."""
-    return [b for n in range(1, 5) for b in BALANCES[n] if sum(b) == layers]
 
 
 def covering(table: dict[str, list], seed: int = 0) -> list[dict]:
@@ -53,46 +52,133 @@ def covering(table: dict[str, list], seed: int = 0) -> list[dict]:
     return rows
 
 
-def check(model, cut, chunks, rows, checkpoint, schedule, loss):
-    layers = models()[model]
-    balances = cuts(len(layers))
-    case = Case(layers, chunks, rows)
-    pipe = fpipe.Pipe(
-        layers,
-        balances[cut * 7 % len(balances)],
-        chunks=chunks,
-        checkpoint=POLICY if checkpoint == "policy" else checkpoint,
-        schedule=schedule,
-    )
+def pipe_of(layers, cut, chunks, checkpoint, schedule):
+    balances = BALANCES[len(layers)]
+    policy = POLICY if checkpoint == "policy" else checkpoint
+    return fpipe.Pipe(layers, balances[cut * 7 % len(balances)], chunks=chunks, checkpoint=policy, schedule=schedule)
+
+
+def check(case, pipe, loss, tolerance=1e-5):
+    """One model, one pipe: loss, gradients of everything, states, outputs, evaluation."""
     params, needs = case.params(), case.needs
     placed = pipe.place(params)
     if loss == "inside":
         got = pipe.value_and_grad(mse, argnums=(0, 1, 2))(placed, case.x, case.target, **needs)
         want = case.reference.value_and_grad(mse, argnums=(0, 1, 2))(params, case.x, case.target, **needs)
-        assert_same(got, want)
+        assert_same(got, want, tolerance)
         got = pipe.evaluate(mse)(placed, case.x, case.target, **needs)
-        assert_same(got, want[0])
+        assert_same(got, want[0], tolerance)
         return
 
-    numbers = (0, 1) if needs["side"] is None else (0, 1, 2)
+    side = needs.pop("side")
+    numbers = (0, 1) if side is None else (0, 1, 2)
 
     def loss_of(run):
         def f(params, x, side):
-            kwargs = {k: v for k, v in needs.items() if k != "side"}
-            out = run(params, x, side=side, **kwargs)
+            out = run(params, x, side=side, **needs)
             y, state = out if needs["state"] is not None else (out, None)
-            return (y**2).mean(), (y, state)
+            return mse(y, jnp.zeros_like(y)), (y, state)
 
         return jax.value_and_grad(f, argnums=numbers, has_aux=True)
 
-    got = loss_of(pipe)(placed, case.x, needs["side"])
-    want = loss_of(case.reference)(params, case.x, needs["side"])
-    assert_same(got, want)
-    kwargs = {k: v for k, v in needs.items() if k != "side"}
-    out = pipe(placed, case.x, side=needs["side"], **kwargs)
-    assert_same(out[0] if needs["state"] is not None else out, want[0][1][0])
+    got = loss_of(pipe)(placed, case.x, side)
+    want = loss_of(case.reference)(params, case.x, side)
+    assert_same(got, want, tolerance)
+    out = pipe(placed, case.x, side=side, **needs)
+    (_, (y, state)), _ = want
+    assert_same(out, y if needs["state"] is None else (y, state), tolerance)
+
+
+def check_row(model, cut, chunks, rows, checkpoint, schedule, loss):
+    layers = models()[model]
+    check(Case(layers, chunks, rows), pipe_of(layers, cut, chunks, checkpoint, schedule), loss)
+
+
+def test_the_balances_are_all_there():
+    assert {n: len({b[c * 7 % len(b)] for c in TABLE["cut"]}) for n, b in BALANCES.items()} == {4: 8, 5: 15}
 
 
 @pytest.mark.parametrize("row", covering(TABLE), ids=lambda r: "-".join(str(v) for v in r.values()))
 def test_every_pair(row):
-    check(**row)
+    check_row(**row)
+
+
+def product(model):
+    names = [n for n in TABLE if n != "model"]
+    for values in itertools.product(*(TABLE[n] for n in names)):
+        yield {"model": model} | dict(zip(names, values, strict=True))
+
+
+@pytest.mark.parametrize("model", models())
+def test_a_share_of_the_full_product(model):
+    for row in itertools.islice(product(model), 997, None, 2003):
+        check_row(**row)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("model", models())
+def test_the_full_product(model):
+    for row in product(model):
+        check_row(**row)
+
+
+@pytest.mark.parametrize("loss", ["inside", "outside"])
+@pytest.mark.parametrize("model", models())
+def test_bfloat16_models(model, loss):
+    layers = models()[model]
+    case = Case(layers, chunks=3, dtype=jnp.bfloat16)
+    check(case, pipe_of(layers, 5, 3, "except_last", "1f1b"), loss, tolerance=2e-2)
+
+
+@pytest.mark.parametrize("checkpoint", TABLE["checkpoint"])
+def test_bfloat16_compute_on_float32_parameters(checkpoint):
+    layers = [cast_weights(dense) for dense in models()["plain"]]
+    check(Case(layers, chunks=3), pipe_of(layers, 7, 3, checkpoint, "eager_1f1b"), "inside", tolerance=2e-2)
+
+
+def test_bfloat16_gradients_are_summed_in_float32_and_cast_once():
+    # 1 + 64 · 2⁻⁹ is 1.125; summed in bfloat16 every 2⁻⁹ would be lost beside the 1.
+    scale = np.full((65, 1), 2.0**-9, np.float32)
+    scale[0] = 1
+    layer = fpipe.Layer(lambda p, x: x * p)
+    pipe = fpipe.Pipe([layer], [1], chunks=65, checkpoint="never")
+    x = jnp.asarray(scale, jnp.bfloat16)
+    params = pipe.place((jnp.ones((1,), jnp.bfloat16),))
+    _, (grad,) = pipe.value_and_grad(jnp.sum, reduction="sum")(params, x)
+    assert grad.dtype == jnp.bfloat16
+    assert float(grad[0]) == 1.125
+
+
+@pytest.mark.parametrize("devices", [[0, 0, 0, 0], [3, 1, 0, 2], [1, 0, 1, 0]])
+@pytest.mark.parametrize("model", ["nested", "jump3", "tied", "sided", "stateful"])
+def test_devices_may_repeat_and_come_in_any_order(model, devices):
+    layers = models()[model]
+    balance = [1, 1, 1, len(layers) - 3]
+    pipe = fpipe.Pipe(layers, balance, [jax.devices()[d] for d in devices], chunks=3)
+    check(Case(layers, 3), pipe, "inside")
+
+
+@pytest.mark.parametrize("schedule", TABLE["schedule"])
+def test_dropout_masks_are_equal_whatever_the_partition(schedule):
+    """The very same masks, not only close values: a product of masks is exact."""
+    layers = [fpipe.Layer(lambda p, x, *, key: x * p * jax.random.bernoulli(key, 0.5, x.shape).astype(x.dtype))] * 4
+    x, params = jnp.ones((6, 8)), (jnp.float32(1),) * 4
+    key = jax.random.key(3)
+    want = fpipe.sequential(layers, chunks=3)(params, x, key=key)
+    assert set(np.unique(want)) == {0.0, 1.0}
+    for balance, checkpoint in [((1, 3), "always"), ((2, 1, 1), "except_last"), ((1, 1, 1, 1), "always")]:
+        pipe = fpipe.Pipe(layers, balance, chunks=3, schedule=schedule, checkpoint=checkpoint)
+        np.testing.assert_array_equal(pipe(pipe.place(params), x, key=key), want)
+        # The gradient of the sum with respect to x is the product of the masks too.
+        _, grad = pipe.value_and_grad(jnp.sum, reduction="sum", argnums=1)(pipe.place(params), x, key=key)
+        np.testing.assert_array_equal(grad, want)
+
+
+def test_rank_promotion_is_never_needed():
+    layers = [fpipe.Layer(lambda p, x: x * p)] * 3
+    pipe, x = fpipe.Pipe(layers, [1, 1, 1], chunks=3), jnp.ones((7, 1))
+    params = pipe.place((jnp.ones((1, 1)),) * 3)
+    with jax.numpy_rank_promotion("raise"):
+        loss = pipe.value_and_grad(lambda y: (y.sum(), y.size), reduction="weighted", argnums=(0, 1))
+        assert float(loss(params, x)[0]) == 1.0
+        assert float(pipe.value_and_grad(jnp.mean)(params, x)[0]) == 1.0

@@ -12,6 +12,7 @@ from fpipe._loss import Loss
 from fpipe._microbatch import cut_inputs
 from fpipe._placed._loop import Bound, bind
 from fpipe._placed._tracers import refuse_tracers
+from fpipe._placement import Placement
 from fpipe._plan import Inputs, Layout, Plan, Request, lower
 from fpipe._remat import Remat
 from fpipe._scheduling import Scheduling
@@ -32,6 +33,7 @@ class Placed:
         self.layout = layout
         self._scheduling, self._map, self._remat, self._chunks = scheduling, map_, remat, chunks
         self._bound: dict[Any, Bound] = {}
+        self._constants: dict[tuple[Any, Placement], Any] = {}
 
     def forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         """`(y, state)`; under `jax.grad` and `jax.vjp` as a `custom_vjp`."""
@@ -141,7 +143,7 @@ class Placed:
             raise TypeError(f"static leaves must be hashable, among {static!r}: {error}") from error
         if bound is None:
             self._check_params(args.params)
-            bound = bind(self._plan(mode, args, loss, asked), self.layout)
+            bound = bind(self._plan(mode, args, loss, asked), self.layout, self._constant)
             for text in bound.plan.warnings:
                 warnings.warn(text, stacklevel=5)
             if len(self._bound) >= _KEPT:
@@ -180,6 +182,12 @@ class Placed:
                 f"the schedule {schedule.name!r} has forwards only, and gradients are asked for; give it a B for every F"
             )
         return lower(self.layout, schedule, self._remat, inputs, Request(mode, args.train, loss, wanted))
+
+    def _constant(self, value: Any, placement: Placement) -> Any:
+        """A host value where it is read, put there once for all plans."""
+        if (value, placement) not in self._constants:
+            (self._constants[value, placement],) = placement.put([value])
+        return self._constants[value, placement]
 
     def _check_params(self, params: Sequence[PyTree]) -> None:
         for stage in self.layout.stages:

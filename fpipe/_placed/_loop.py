@@ -90,8 +90,9 @@ class Bound:
         return f"the {doing} of stage {s} ({layers}), microbatch {i}, on {item.placement.device}"
 
 
-def bind(plan: Plan, layout: Layout) -> Bound:
-    """Turn a plan into steps."""
+def bind(plan: Plan, layout: Layout, constant: Callable[[Any, Placement], Any]) -> Bound:
+    """Turn a plan into steps; `constant(value, placement)` is a value that stays where it is read."""
+    constants = {n: constant(value, plan.slots[n].placement) for n, value in plan.constants.items()}
     steps: list[Step] = []
     at: list[int] = []
     half = None
@@ -118,7 +119,7 @@ def bind(plan: Plan, layout: Layout) -> Bound:
         tuple(plan.slots[feed.slot].placement for feed in params),
         tuple((place, tuple(leaf for leaf, _ in e), tuple(n for _, n in e)) for place, e in feeds.items()),
         tuple(sorted(used_later(plan.instructions[plan.backward :]) - set(plan.constants) - set(plan.cotangents))),
-        tuple(plan.constants.get(n) for n in range(len(plan.slots))),
+        tuple(constants.get(n) for n in range(len(plan.slots))),
     )
 
 

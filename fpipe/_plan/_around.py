@@ -8,21 +8,12 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from fpipe._microbatch import Split, join
+from fpipe._microbatch import join
 from fpipe._model import Model
 from fpipe._stage import sum_dtype
 from fpipe._tree import Shape, pack
 
 Arrays: TypeAlias = Callable[..., list[Any]]
-
-
-def cutter(how: Split, chosen: Sequence[int], m: int) -> Arrays:
-    """Arrays to pieces, microbatch by microbatch."""
-
-    def cut(*arrays: Any) -> list[Any]:
-        return [how.cut(k, i, a) for i in range(m) for k, a in zip(chosen, arrays, strict=True)]
-
-    return cut
 
 
 def joiner(leaves: int, m: int) -> Arrays:
@@ -32,21 +23,6 @@ def joiner(leaves: int, m: int) -> Arrays:
         return [join(arrays[k * m : (k + 1) * m]) for k in range(leaves)]
 
     return joined
-
-
-def cotangent_cutter(parts: Sequence[Sequence[jax.ShapeDtypeStruct]]) -> Arrays:
-    """The cotangents of joined outputs to those of the pieces; `parts[i][k]` are the pieces' shapes."""
-
-    def cut(*cotangents: Any) -> list[Any]:
-        out, start = [], [0] * len(cotangents)
-        for i, shapes in enumerate(parts):
-            for k, (c, a) in enumerate(zip(cotangents, shapes, strict=True)):
-                rows = a.shape[0] if a.shape else 1
-                out.append(jax.lax.slice_in_dim(c, start[k], start[k] + rows) if a.shape else c[i])
-                start[k] += rows
-        return out
-
-    return cut
 
 
 def zeros(shapes: Sequence[jax.ShapeDtypeStruct]) -> Arrays:

@@ -16,7 +16,7 @@ from fpipe._plan._instructions import Feed, Instruction, Move, Output, Plan, Run
 from fpipe._plan._programs import Inputs, Layout, Mode, Programs, Request, index
 from fpipe._program import Program, Ref
 from fpipe._remat import Remat
-from fpipe._stage import AUX, INDEX, KEY, LOSS, SIDE, TARGETS, WEIGHT, Leaf, Port, Stage, X, Y, sum_dtype
+from fpipe._stage import AUX, INDEX, LOSS, SIDE, TARGETS, WEIGHT, Leaf, Port, Stage, X, Y, sum_dtype
 from fpipe._tree import Shape, is_inexact
 from fpipe.schedules import Action, Schedule, simulate
 
@@ -64,7 +64,7 @@ class _Emitter:
         away = [
             n
             for n in dict.fromkeys(slots)
-            if self.slots[n].placement != placement and (n, placement) not in self._copies and n not in self.constants
+            if self.slots[n].placement != placement and (n, placement) not in self._copies
         ]
         if away:
             copies = [self.new(self.slots[n].name, placement) for n in away]
@@ -83,7 +83,7 @@ class _Emitter:
     ) -> list[int]:
         """Run a program on a placement; returns the slots of what it makes."""
         here = self.bring(ins, placement)
-        if all(n in self.constants for n in here):  # nothing that is placed says where it runs
+        if not here:  # no argument says where it runs
             call = jax.jit(call, out_shardings=placement.sharding)
         made = [self.new(name, placement) for name in outs]
         self.code.append(Run(name, call, tuple(here), tuple(made), placement, action))
@@ -111,9 +111,8 @@ class _Lowering:
         self.values: dict[tuple[int, int], dict[Ref, int]] = {}  # (stage, microbatch): what it read and made, here
         self.sums: dict[tuple[int, Leaf], int] = {}  # accumulated gradients by stage
         self.states: dict[int, tuple[int, ...]] = {}  # by layer, as the microbatches go by
-        self.cuts: dict[tuple[Port, Placement], list[list[int]]] = {}
-        self.indices: dict[int, int] = {}
-        self.y_cotangents: dict[tuple[int, int], int] = {}  # (microbatch, leaf): pieces of those from outside
+        self.indices: dict[tuple[int, Placement], int] = {}
+        self.y_cotangents: dict[int, int] = {}  # by leaf, from outside
 
     def plan(self) -> Plan:
         emit, request = self.emit, self.request
@@ -222,35 +221,16 @@ class _Lowering:
             return self.values[self.layout.source_of(port.of), i][Ref("out", leaf)]
         if port.kind == "state" and port.of in self.states:
             return self.states[port.of][k]
-        if port.kind == "state" or port == KEY:
-            return self.emit.feed(leaf, placement)
         if port == INDEX:
-            if i not in self.indices:
-                self.indices[i] = self.emit.constant(index(i), f"index {i}", placement)
-            return self.indices[i]
-        return self._pieces(port, placement)[i][k]
-
-    def _pieces(self, port: Port, placement: Placement) -> list[list[int]]:
-        """The pieces of `x`, `side` or `targets` on a placement, `[microbatch][leaf]`, cut there in one program."""
-        if (port, placement) not in self.cuts:
-            how = getattr(self.inputs.cut, port.kind)
-            whole = [self.emit.feed(Leaf(port, k), placement) for k in range(len(how.rows))]
-            pieces = [list(whole) for _ in range(self.m)]
-            chosen = [k for k, rows in enumerate(how.rows) if rows is not None]
-            if chosen and self.m > 1:
-                names = [f"{Leaf(port, k)} mb{i}" for i in range(self.m) for k in chosen]
-                call = jax.jit(around.cutter(how, chosen, self.m))
-                made = iter(self.emit.run(f"cut {port}", call, [whole[k] for k in chosen], names, placement))
-                for i in range(self.m):
-                    for k in chosen:
-                        pieces[i][k] = next(made)
-            self.cuts[port, placement] = pieces
-        return self.cuts[port, placement]
+            if (i, placement) not in self.indices:
+                self.indices[i, placement] = self.emit.constant(index(i), f"index {i}", placement)
+            return self.indices[i, placement]
+        return self.emit.feed(leaf, placement)  # whole: the program cuts its piece out of it
 
     def _cotangent(self, s: int, i: int, leaf: Leaf, n: int) -> int:
         """The slot of the `n`-th cotangent of an output leaf."""
         if leaf.port == Y and self.layout.stages[s].last:
-            return self.y_cotangents[i, leaf.k]
+            return self.y_cotangents[leaf.k]
         reader, name = self.programs.readers(s, leaf, i)[n]
         return self.values[reader, i][Ref("gradient", name)]
 
@@ -281,17 +261,11 @@ class _Lowering:
         return Output(Shape(parts[0].spec, leaves), tuple(made))
 
     def _cotangents(self, y: Output) -> tuple[int, ...]:
-        """Slots for the cotangents of `y`, and their pieces."""
-        last, placement = self.layout.stages[-1].index, self.layout.placements[-1]
+        """Slots for the cotangents of `y`."""
+        placement = self.layout.placements[-1]
         carrying = [k for k, a in enumerate(y.shape.leaves) if is_inexact(a)]
-        whole = tuple(self.emit.new(f"cotangent y[{k}]", placement) for k in carrying)
-        if carrying:
-            parts = [[self.programs.flat(last, i).out[Y].leaves[k] for k in carrying] for i in range(self.m)]
-            names = [f"cotangent y[{k}] mb{i}" for i in range(self.m) for k in carrying]
-            made = self.emit.run("cut cotangent", jax.jit(around.cotangent_cutter(parts)), whole, names, placement)
-            keys = [(i, k) for i in range(self.m) for k in carrying]
-            self.y_cotangents = dict(zip(keys, made, strict=True))
-        return whole
+        self.y_cotangents = {k: self.emit.new(f"cotangent y[{k}]", placement) for k in carrying}
+        return tuple(self.y_cotangents.values())
 
     def _loss(self) -> tuple[Output, int | None, Output | None]:
         """Loss, total weight and stacked aux, in one program on the last stage."""

@@ -9,7 +9,17 @@ import numpy as np
 from fpipe._loss import Loss
 from fpipe._microbatch import Cut
 from fpipe._placement import Placement
-from fpipe._program import Flat, Joint, Program, differentiate, flatten, forward_alone, forward_and_backward
+from fpipe._program import (
+    Flat,
+    Joint,
+    Program,
+    Ref,
+    Window,
+    differentiate,
+    flatten,
+    forward_alone,
+    forward_and_backward,
+)
 from fpipe._remat import Remat
 from fpipe._stage import INDEX, KEY, SIDE, TARGETS, Leaf, Port, Stage, X, Y
 from fpipe._tree import Shape, is_inexact
@@ -201,6 +211,21 @@ class Programs:
         pairs = zip(flat.inputs, flat.shapes, strict=True)
         return frozenset(leaf for leaf, a in pairs if is_inexact(a) and asked(leaf))
 
+    def _windows(self, s: int, i: int) -> dict[Ref, Window]:
+        """What a stage's programs take whole and cut themselves: the call's inputs, and cotangents of its `y`."""
+        if self.inputs.cut.m == 1:
+            return {}
+        flat, first, out = self.flat(s, i), self.flat(s, 0), dict[Ref, Window]()
+        whole = dict(zip(first.inputs, first.shapes, strict=True))
+        for leaf, shape in zip(flat.inputs, flat.shapes, strict=True):
+            outside = leaf.port in (SIDE, TARGETS) or (leaf.port == X and s == 0)
+            if outside and leaf not in flat.constant:
+                out[Ref("in", leaf)] = Window(whole[leaf].shape[0], shape.shape)
+        if flat.stage.last and self.request.mode == "vjp":
+            for k, (a, b) in enumerate(zip(flat.out[Y].leaves, first.out[Y].leaves, strict=True)):
+                out[Ref("cotangent", Leaf(Y, k))] = Window(b.shape[0] if b.shape else 1, a.shape)
+        return out
+
     def _programs(self, s: int, i: int) -> tuple[Program, Program | None]:
         joint = self.joint(s, i)
         counts = {leaf: self.contributions(s, leaf, i) for leaf in joint.cotangents}
@@ -208,7 +233,11 @@ class Programs:
         key = (id(joint), scale, tuple(counts.values()))
         if key not in self._cut:
             forward, backward, warnings = forward_and_backward(
-                joint, scale=scale, contributions=counts, accumulate=self.inputs.cut.m > 1
+                joint,
+                scale=scale,
+                contributions=counts,
+                windows=self._windows(s, i),
+                accumulate=self.inputs.cut.m > 1,
             )
             self.warnings.update(dict.fromkeys(warnings))
             self._cut[key] = forward, backward
