@@ -115,8 +115,8 @@ class Plan:
                 what = item.action or item.name
                 lines.append(f"{item.placement.device}: {what} ({show(item.ins)}) -> {show(item.outs)}")
             elif isinstance(item, Move):
-                source = self.slots[item.ins[0]].placement.device
-                lines.append(f"{source} -> {item.placement.device}: {show(item.ins)}")
+                sources = dict.fromkeys(str(self.slots[n].placement.device) for n in item.ins)
+                lines.append(f"{' and '.join(sources)} -> {item.placement.device}: {show(item.ins)}")
             else:
                 lines.append(f"free {show(item.slots)}")
         return "\n".join(lines)

@@ -1,0 +1,270 @@
+"""What is issued, in which order, where it goes, and how much is alive meanwhile."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import fpipe
+from fpipe._placed import observing
+from fpipe._plan import Free, Move, Run
+from tests.helpers import Case, add, keep, look, models, mse
+
+SCHEDULES = ["gpipe", "1f1b", "eager_1f1b"]
+STAGES = 4
+
+
+def record(run):
+    """The instructions that a call issues, each with the live arrays of all slots right after it."""
+    seen = []
+    with observing(lambda item, slots: seen.append((item, [a for a in slots if a is not None]))):
+        run()
+    return seen
+
+
+def actions(run):
+    return [item.action for item, _ in record(run) if isinstance(item, Run) and item.action is not None]
+
+
+def by_device(schedule, issued):
+    return tuple(tuple(a for a in issued if schedule.stage_to_device[a.stage] == d) for d in range(schedule.devices))
+
+
+def call(layers, balance, chunks, rows=8, **options):
+    """A pipe and its training step as a function of nothing."""
+    case = Case(layers, chunks, rows)
+    pipe = fpipe.Pipe(layers, balance, chunks=chunks, **options)
+    params = pipe.place(case.params())
+    step = pipe.value_and_grad(mse)
+    return pipe, lambda: step(params, case.x, case.target, **case.needs)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_value_and_grad_issues_what_the_schedule_says(schedule):
+    pipe, step = call(models()["plain"], [1, 1, 1, 1], 8, schedule=schedule)
+    assert by_device(pipe.make_schedule(8), actions(step)) == pipe.make_schedule(8).actions
+
+
+def test_a_hand_written_schedule_is_obeyed():
+    rows = [
+        [("F", 0, 1), ("F", 0, 0), ("B", 0, 1), ("B", 0, 0)],
+        [("F", 1, 1), ("B", 1, 1), ("F", 1, 0), ("B", 1, 0)],
+    ]
+    schedule = fpipe.schedules.Schedule(rows)
+    _, step = call(models()["plain"], [2, 2], 2, schedule=schedule)
+    assert by_device(schedule, actions(step)) == schedule.actions
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_differentiated_call_runs_all_forwards_then_all_backwards(schedule):
+    layers = models()["plain"]
+    case, pipe = Case(layers, 4), fpipe.Pipe(layers, [1, 1, 1, 1], chunks=4, schedule=schedule)
+    params = pipe.place(case.params())
+    issued = actions(lambda: jax.grad(lambda p: mse(pipe(p, case.x), 0.0))(params))
+    kinds = "".join(a.kind for a in issued)
+    assert kinds == "F" * 16 + "B" * 16
+    for kind in "FB":
+        for s in range(STAGES):
+            mine = tuple(a.microbatch for a in issued if (a.kind, a.stage) == (kind, s))
+            assert mine == pipe.make_schedule(4).order(kind, s)
+
+
+def test_evaluate_and_a_plain_call_run_forwards_only():
+    layers = models()["plain"]
+    case, pipe = Case(layers, 4), fpipe.Pipe(layers, [2, 2], chunks=4)
+    params = pipe.place(case.params())
+    for run in (lambda: pipe(params, case.x), lambda: pipe.evaluate(mse)(params, case.x, case.target)):
+        assert {(a.kind, a.stage, a.microbatch) for a in actions(run)} == {("F", s, i) for s in (0, 1) for i in range(4)}
+
+
+def test_a_skip_goes_straight_from_its_stash_to_its_pop_and_its_gradient_straight_back():
+    middle = models()["plain"][0]
+    pipe, step = call([middle, keep(), middle, middle, add()], [2, 1, 1, 1], 2)
+    devices, routes = pipe.devices, set()
+    for item, _ in record(step):
+        plan = next(iter(pipe._placed._bound.values())).plan
+        if isinstance(item, Move):
+            skips = [plan.slots[n] for n in item.ins if "skip" in plan.slots[n].name]
+            routes |= {(slot.placement.device, item.placement.device) for slot in skips}
+    assert routes == {(devices[0], devices[3]), (devices[3], devices[0])}
+
+
+def test_no_other_device_ever_holds_a_skip():
+    """Told from the arrays themselves: the skip is the only array with 5 columns."""
+
+    @fpipe.skippable(stash=["wide"])
+    @fpipe.fn
+    def widen(x, *, carry):
+        return x, fpipe.stash(carry, "wide", jnp.concatenate([x, x[:, :1]], 1))
+
+    @fpipe.skippable(pop=["wide"])
+    @fpipe.fn
+    def narrow(x, *, carry):
+        wide, carry = fpipe.pop(carry, "wide")
+        return x * wide[:, 4:] + wide[:, :4], carry
+
+    middle = models()["plain"][0]
+    layers = [middle, widen, middle, narrow]
+    case, pipe = Case(layers, 2), fpipe.Pipe(layers, [1, 1, 1, 1], chunks=2, checkpoint="never")
+    params = pipe.place(case.params())
+    step = pipe.value_and_grad(mse)
+    holders = set()
+    for _, alive in record(lambda: step(params, case.x, case.target)):
+        holders |= {d for a in alive if a.shape == (5, 5) for d in a.devices()}
+    assert holders == {pipe.devices[1], pipe.devices[3]}
+
+
+def test_readers_of_one_skip_each_get_it_once():
+    layers = [keep(), look(), look(), add()]
+    pipe, step = call(layers, [1, 1, 1, 1], 2, checkpoint="always")
+    step()
+    plan = next(iter(pipe._placed._bound.values())).plan
+    moved = [
+        (plan.slots[n].name, item.placement.device)
+        for item in plan.instructions
+        if isinstance(item, Move)
+        for n in item.ins
+    ]
+    assert len(set(moved)) == len(moved)
+    assert {d for name, d in moved if name == "skip skip[0] stage0 mb0"} == set(pipe.devices[1:])
+
+
+def test_nothing_moves_between_stages_on_one_device():
+    layers = models()["nested"]
+    devices = [jax.devices()[0]] * 3
+    _, step = call(layers, [2, 1, 2], 3, devices=devices)
+    assert not [item for item, _ in record(step) if isinstance(item, Move)]
+
+
+def test_each_slot_is_made_once_and_freed_once_after_its_last_use():
+    for name, layers in models().items():
+        case, pipe = Case(layers, 3), fpipe.Pipe(layers, [1, 1, 1, len(layers) - 3], chunks=3)
+        params, needs = pipe.place(case.params()), case.needs
+        pipe.value_and_grad(mse)(params, case.x, case.target, **needs)
+        plan = next(iter(pipe._placed._bound.values())).plan
+        made = [feed.slot for feed in plan.feeds] + list(plan.constants)
+        dead: set[int] = set()
+        for item in plan.instructions:
+            if isinstance(item, Free):
+                assert not dead.intersection(item.slots), name
+                dead.update(item.slots)
+                continue
+            assert not dead.intersection(item.ins), name
+            assert set(item.ins) <= set(made), name
+            made += item.outs
+        assert len(set(made)) == len(made), name
+        outputs = {n for out in (plan.loss, *plan.state.values()) if out for n in out.slots} | set(plan.gradients.values())
+        assert set(range(len(plan.slots))) == dead | outputs | set(plan.constants), name
+        assert not dead & outputs, name
+
+
+def widening():
+    """Four layers whose inputs have 5, 6, 7, 8 columns: a shape tells whose input an array is."""
+
+    def layer(width):
+        return fpipe.Layer(lambda p, x: jnp.tanh(x @ p), lambda key, x: jnp.full((x.shape[-1], width), 0.1))
+
+    return [layer(width) for width in (6, 7, 8, 9)]
+
+
+def peak_alive(schedule, microbatches, checkpoint):
+    """The most microbatch inputs alive at once on each stage, counted among all arrays there are."""
+    pipe = fpipe.Pipe(widening(), [1] * STAGES, chunks=microbatches, schedule=schedule, checkpoint=checkpoint)
+    rows = 3
+    x = jnp.ones((rows * microbatches, 5))
+    params = pipe.init(jax.random.key(0), x)
+    step = pipe.value_and_grad(lambda y: jnp.mean(y**2))
+    jax.block_until_ready(step(params, x))
+    peak = [0] * STAGES
+
+    def count(item, slots):
+        del item, slots
+        arrays = [(a.shape, a.devices()) for a in jax.live_arrays()]
+        for s in range(1, STAGES):
+            peak[s] = max(peak[s], arrays.count(((rows, 5 + s), {pipe.devices[s]})))
+
+    with observing(count):
+        step(params, x)
+    return peak[1:]
+
+
+def test_1f1b_holds_at_most_s_minus_s_microbatches():
+    assert peak_alive("1f1b", 8, "always") == [3, 2, 1]
+
+
+def test_gpipe_holds_all_microbatches():
+    assert peak_alive("gpipe", 8, "always") == [8, 8, 8]
+
+
+def test_eager_1f1b_holds_twice_as_many_as_1f1b_less_one():
+    assert peak_alive("eager_1f1b", 8, "always") == [5, 3, 1]
+
+
+def test_without_remat_1f1b_still_holds_the_schedules_peak():
+    # The residuals are the output tanh(x @ w), of the next stage's width, and the input: no more microbatches.
+    assert peak_alive("1f1b", 8, "never") == [3, 2, 1]
+
+
+def test_a_forward_keeps_nothing():
+    """However many microbatches there are, a stage holds no more inputs than it is working on."""
+    pipe = fpipe.Pipe(widening(), [1] * STAGES, chunks=16)
+    x = jnp.ones((48, 5))
+    params = pipe.init(jax.random.key(0), x)
+    pipe(params, x)
+    for run in (lambda: pipe(params, x), lambda: pipe.evaluate(lambda y: jnp.mean(y))(params, x)):
+        run()
+        peak = 0
+        for _, alive in record(run):
+            inner = [a for a in alive if a.shape in {(3, 6), (3, 7), (3, 8)}]
+            peak = max(peak, len(inner))
+        assert 0 < peak <= 2 * (STAGES - 1)  # one per stage, and one on its way
+
+
+def test_outputs_that_are_inputs_cost_no_copy():
+    """A layer that stashes what it passes on: one array, not two."""
+
+    @fpipe.skippable(stash=["same"])
+    def fork(params, x, *, carry):
+        y = jnp.tanh(x * params)
+        return y, fpipe.stash(carry, "same", y)
+
+    @fpipe.skippable(pop=["same"])
+    def join(params, x, *, carry):
+        same, carry = fpipe.pop(carry, "same")
+        return x * params + same, carry
+
+    pipe = fpipe.Pipe([fork, join], [1, 1], chunks=2)
+    params = pipe.place((jnp.ones(4), jnp.ones(4)))
+    pipe(params, jnp.ones((4, 4)))
+    plan = next(iter(pipe._placed._bound.values())).plan
+    forwards = [item for item in plan.instructions if isinstance(item, Run) and item.name == "stage0_F"]
+    assert [len(item.outs) for item in forwards] == [1, 1]
+    assert [len(item.ins) for item in plan.instructions if isinstance(item, Move)] == [1, 1]
+
+
+def test_borrowed_parameters_are_moved_once_per_call():
+    layers = models()["tied"]
+    pipe, step = call(layers, [1, 1, 1, 1], 4)
+    step()
+    plan = next(iter(pipe._placed._bound.values())).plan
+    moved = [plan.slots[n].name for item in plan.instructions if isinstance(item, Move) for n in item.ins]
+    assert [name for name in moved if name.startswith("params")] == ["params 0[1]"]  # of bias and weight, the weight
+
+
+def test_a_plan_reads_as_text():
+    pipe, step = call([keep(), add()], [1, 1], 1)
+    step()
+    text = str(next(iter(pipe._placed._bound.values())).plan)
+    for line in (f"{pipe.devices[0]}: F(0,0) (", f"{pipe.devices[0]} -> {pipe.devices[1]}: ", "free "):
+        assert line in text
+
+
+def test_orders_are_the_same_in_every_run():
+    layers = [dataclasses.replace(layer) for layer in models()["nested"]]
+    texts = []
+    for _ in range(2):
+        pipe, step = call(layers, [2, 1, 2], 3)
+        step()
+        texts.append(str(next(iter(pipe._placed._bound.values())).plan))
+    assert texts[0] == texts[1]

@@ -1,0 +1,132 @@
+"""Recomputation, counted from what runs: matrix products in the compiled programs, and calls back to the host."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.ad_checkpoint import checkpoint_name
+
+import fpipe
+from fpipe._placed import observing
+from fpipe._plan import Run
+
+M = 4
+W = 8
+
+
+def products(layers, checkpoint, schedule="gpipe", balance=(1, 1), chunks=M, wrt=0):
+    """Matrix products of a training step by (kind, stage), from the compiled programs that it ran."""
+    pipe = fpipe.Pipe(layers, balance, chunks=chunks, checkpoint=checkpoint, schedule=schedule)
+    x = jnp.ones((2 * chunks, W))
+    params = pipe.init(jax.random.key(0), x)
+    counts: dict[tuple[str, int], int] = {}
+
+    def count(item, slots):
+        del slots
+        if isinstance(item, Run) and item.action is not None:
+            shapes = [arguments[n] for n in item.ins]
+            text = item.call.lower(*shapes).compile().as_text()
+            found = text.count(" dot(")
+            key = (item.action.kind, item.action.stage)
+            counts[key] = counts.get(key, 0) + found
+
+    step = pipe.value_and_grad(lambda y: jnp.mean(y**2), argnums=wrt)
+    arguments: dict[int, jax.ShapeDtypeStruct] = {}
+
+    def shapes(item, slots):
+        del item
+        arguments.update({n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in enumerate(slots) if a is not None})
+
+    with observing(shapes):
+        step(params, x)
+    with observing(count):
+        step(params, x)
+    return counts
+
+
+def two_products():
+    """`tanh(x @ a) @ b`: forward 2, backward 4, or 3 without an input gradient."""
+
+    def init(key, x):
+        a, b = jax.random.split(key)
+        return jax.random.normal(a, (W, W)), jax.random.normal(b, (W, W))
+
+    return fpipe.Layer(lambda p, x: jnp.tanh(x @ p[0]) @ p[1], init)
+
+
+# Per microbatch: stage 0 has no input gradient to compute (3), stage 1 has (4). Recomputing costs stage 0 the product in
+# front of the tanh (1), the second one's result is not needed; stage 1 both (2), for the loss squares it.
+@pytest.mark.parametrize(
+    ("checkpoint", "first", "second"),
+    [
+        ("never", 3 * M, 4 * M),
+        ("always", (3 + 1) * M, (4 + 2) * M),
+        ("except_last", (3 + 1) * (M - 1) + 3, (4 + 2) * (M - 1) + 4),
+        (jax.checkpoint_policies.everything_saveable, 3 * M, 4 * M),
+        (jax.checkpoint_policies.nothing_saveable, (3 + 1) * M, (4 + 2) * M),
+        (jax.checkpoint_policies.dots_saveable, 3 * M, 4 * M),
+    ],
+    ids=["never", "always", "except_last", "everything", "nothing", "dots"],
+)
+def test_matrix_products(checkpoint, first, second):
+    counts = products([two_products()] * 2, checkpoint)
+    assert counts == {("F", 0): 2 * M, ("F", 1): 2 * M, ("B", 0): first, ("B", 1): second}
+
+
+def test_where_backward_follows_forward_always_recomputes_nothing():
+    counts = products([two_products()] * 2, "always", schedule="1f1b")
+    assert counts[("B", 1)] == 4 * M
+    assert counts[("B", 0)] == (3 + 1) * M
+
+
+def test_the_last_microbatch_is_the_last_that_was_made():
+    """5 rows in 4 chunks make 3 microbatches (2, 2, 1): the third keeps its residuals."""
+    hits = []
+
+    def layer(p, x):
+        jax.debug.callback(lambda: hits.append(1))
+        return jnp.sin(x @ p)
+
+    layers = [fpipe.Layer(layer)] * 2
+    for checkpoint, expected in (("never", 6), ("except_last", 6 + 2 + 2), ("always", 6 + 3 + 3)):
+        pipe = fpipe.Pipe(layers, [1, 1], chunks=4, checkpoint=checkpoint, schedule="gpipe")
+        params = pipe.place((jnp.eye(4), jnp.eye(4)))
+        hits.clear()
+        jax.block_until_ready(pipe.value_and_grad(jnp.mean)(params, jnp.ones((5, 4))))
+        jax.effects_barrier()
+        assert len(hits) == expected, checkpoint
+
+
+def test_what_is_not_asked_for_is_not_computed():
+    layers = [two_products()] * 2
+    # Only x: no weight gradients, 2 products per backward.
+    counts = products(layers, "never", wrt=1)
+    assert counts == {("F", 0): 2 * M, ("F", 1): 2 * M, ("B", 0): 2 * M, ("B", 1): 2 * M}
+
+
+@pytest.mark.parametrize("checkpoint", ["never", "always"])
+def test_parameters_behind_stop_gradient_cost_no_weight_gradient(checkpoint):
+    frozen = fpipe.Layer(lambda p, x: jnp.tanh(x @ jax.lax.stop_gradient(p)), lambda key, x: jnp.eye(W))
+    trained = fpipe.Layer(lambda p, x: jnp.tanh(x @ p), lambda key, x: jnp.eye(W))
+    counts = products([trained, frozen, trained], checkpoint, schedule="1f1b", balance=(1, 1, 1))
+    again = M if checkpoint == "always" else 0
+    assert counts[("B", 1)] == M + again  # the input gradient alone
+    # In front, nothing needs a gradient at all: no backward runs there.
+    counts = products([frozen, trained], checkpoint, schedule="1f1b", balance=(1, 1))
+    assert counts == {("F", 0): M, ("F", 1): M, ("B", 1): M}
+
+
+def test_a_named_policy_saves_what_it_names():
+    def layer(p, x):
+        return jnp.tanh(jnp.tanh(checkpoint_name(x @ p[0], "kept")) @ p[1]) @ p[0]
+
+    layers = [fpipe.Layer(layer, two_products().init)] * 2
+    policies = jax.checkpoint_policies
+    counts = {
+        name: products(layers, policy)[("B", 0)]
+        for name, policy in {
+            "nothing": policies.nothing_saveable,
+            "kept": policies.save_only_these_names("kept"),
+            "dots": policies.dots_saveable,
+        }.items()
+    }
+    assert counts["dots"] == counts["kept"] - M == counts["nothing"] - 2 * M
