@@ -9,6 +9,7 @@ Run it with no argument. It uses the GPUs of this machine, or else simulated CPU
 """
 
 import argparse
+import functools
 import itertools
 import pathlib
 import time
@@ -55,17 +56,17 @@ def convolve(x, kernel):
 
 
 @fpipe.skippable(stash=["skip"])
-def down(params, x, *, carry):
+@fpipe.fn
+def down(x, *, carry):
     """Stash the level's features, then halve the resolution by max pooling."""
-    del params
     pooled = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
     return pooled, fpipe.stash(carry, "skip", x)
 
 
 @fpipe.skippable(pop=["skip"])
-def up(params, x, *, carry):
+@fpipe.fn
+def up(x, *, carry):
     """Double the resolution and put the level's features beside it."""
-    del params
     skip, carry = fpipe.pop(carry, "skip")
     return jnp.concatenate([x.repeat(2, 1).repeat(2, 2), skip], -1), carry
 
@@ -82,34 +83,40 @@ def head(channels: int) -> fpipe.Layer:
 
 def unet(depth: int, blocks: int, channels: int) -> list[fpipe.Layer]:
     """The layers, in order. Level `d` has `channels * 2**d` channels."""
-
-    def without(layer):
-        return fpipe.Layer(layer.apply, lambda key, x: (), layer.name, layer.stash, layer.pop)
-
-    down_, up_ = without(down), without(up)
     spaces = [fpipe.Namespace() for _ in range(depth)]
     layers: list[fpipe.Layer] = []
     for d in range(depth):
-        layers += [conv_block(channels * 2**d)] * blocks + [down_.isolate(spaces[d])]
+        layers += [conv_block(channels * 2**d)] * blocks + [down.isolate(spaces[d])]
     layers += [conv_block(channels * 2**depth)] * blocks
     for d in reversed(range(depth)):
-        layers += [up_.isolate(spaces[d])] + [conv_block(channels * 2**d)] * blocks
+        layers += [up.isolate(spaces[d])] + [conv_block(channels * 2**d)] * blocks
     return [*layers, head(3)]
 
 
-def balance_of(layers: list[fpipe.Layer], stages: int, channels: int) -> list[int]:
-    """Cut where the work of the convolutions is about even: level `d` costs the same at each `d`, halved once going up."""
-    size, cost = 1.0, []
-    for layer in layers:
-        size *= {"down": 0.5, "up": 2.0}.get(layer.name, 1.0)
-        cost.append({"conv": 1.0, "up": 0.5, "down": 0.2, "head": 0.1}[layer.name] * (1 + 0.5 * (size == 1)))
-    total, ends, run = sum(cost), [], 0.0
-    for k, c in enumerate(cost):
-        run += c
-        if len(ends) < stages - 1 and run >= total * (len(ends) + 1) / stages:
-            ends.append(k + 1)
-    ends = [0, *ends, len(layers)]
-    return [b - a for a, b in itertools.pairwise(ends)]
+def multiplications(layers: list[fpipe.Layer], size: int) -> list[float]:
+    """Of each layer for one patch, from shapes alone: a kernel is applied once for each pixel."""
+    model, area, costs = fpipe.sequential(layers), float(size * size), []
+    params = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
+    for layer, shapes in zip(layers, params, strict=True):
+        area *= {"down": 0.25, "up": 4.0}.get(layer.name, 1.0)
+        costs.append(area * sum(a.size for a in jax.tree.leaves(shapes)))
+    return costs
+
+
+def balance_of(costs: list[float], stages: int) -> list[int]:
+    """Layers per stage such that the dearest stage is as cheap as can be: exact, by dynamic programming."""
+
+    @functools.cache
+    def best(first: int, stages: int) -> tuple[float, tuple[int, ...]]:
+        if stages == 1:
+            return sum(costs[first:]), (len(costs) - first,)
+        options = []
+        for count in range(1, len(costs) - first - stages + 2):
+            dearest, rest = best(first + count, stages - 1)
+            options.append((max(sum(costs[first : first + count]), dearest), (count, *rest)))
+        return min(options)
+
+    return list(best(0, stages)[1])
 
 
 # --- the data --------------------------------------------------------------------------------------
@@ -189,68 +196,72 @@ def arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="seed of everything random")
     add("--out", type=pathlib.Path, default=pathlib.Path("unet.png"), help="where the picture goes")
     args = parser.parse_args()
-    if args.size % 2**args.depth:
-        parser.error(f"--size {args.size} is no multiple of 2**depth = {2**args.depth}")
+    for name in ("depth", "blocks", "channels", "stages", "chunks", "batch", "steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: at least 1")
+    layers = len(unet(args.depth, args.blocks, args.channels))
+    if args.stages > layers:
+        parser.error(f"--stages {args.stages}: the model has only {layers} layers")
+    if args.size % 2**args.depth or not 0 < args.size <= 160:
+        parser.error(f"--size {args.size}: a multiple of 2**depth = {2**args.depth}, up to the held-out strip's 160")
+    if not args.out.resolve().parent.is_dir():
+        parser.error(f"--out {args.out}: there is no folder {args.out.resolve().parent}")
     return args
 
 
-def main() -> None:
-    args = arguments()
-    jax.config.update("jax_num_cpu_devices", args.stages)  # counts only where there is no GPU
-    devices = [jax.devices()[s % len(jax.devices())] for s in range(args.stages)]
+def build(args: argparse.Namespace) -> fpipe.Pipe:
+    """The U-Net, cut over GPUs if there are some, else over simulated CPU devices."""
+    jax.config.update("jax_num_cpu_devices", args.stages)
     layers = unet(args.depth, args.blocks, args.channels)
-    pipe = fpipe.Pipe(
+    return fpipe.Pipe(
         layers,
-        balance=balance_of(layers, args.stages, args.channels),
-        devices=devices,
+        balance=balance_of(multiplications(layers, args.size), args.stages),
+        devices=[jax.devices()[s % len(jax.devices())] for s in range(args.stages)],
         chunks=args.chunks,
         checkpoint=args.checkpoint,
         schedule=args.schedule,
     )
+
+
+def train(pipe: fpipe.Pipe, args: argparse.Namespace):
+    """The trained parameters; what there is of them after Ctrl-C."""
     key = jax.random.key(args.seed)
     data = batches(np.random.default_rng(args.seed), args.batch, args.size, args.noise)
     params = pipe.init(key, next(data)[0])
     count = sum(p.size for p in jax.tree.leaves(params))
-    print(
-        f"U-Net of {len(layers)} layers, {count:,} parameters, {args.depth} long skips; layers per stage {list(pipe.balance)}"
-    )
-    print("devices:", ", ".join(map(str, pipe.devices)))
+    print(f"U-Net of {len(pipe.layers)} layers, {count:,} parameters, {args.depth} long skips")
+    print(f"layers per stage {list(pipe.balance)} on {', '.join(map(str, pipe.devices))}")
 
     # One optimizer per stage: each update is one program on the stage's own device.
-    rate = optax.warmup_cosine_decay_schedule(0.0, args.rate, max(args.steps // 10, 1), max(args.steps, 2))
-    adam = optax.adam(rate)
-    ends = np.cumsum([0, *pipe.balance])
-    spans = list(itertools.pairwise(ends))
+    adam = optax.adam(optax.warmup_cosine_decay_schedule(0.0, args.rate, max(args.steps // 10, 1), max(args.steps, 2)))
+    spans = list(itertools.pairwise(np.cumsum([0, *pipe.balance])))
     moments = [adam.init(params[a:b]) for a, b in spans]
 
-    @jax.jit
-    def update(grads, state, params):
-        updates, state = adam.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def update(grads, moments, params):
+        updates, moments = adam.update(grads, moments, params)
+        return optax.apply_updates(params, updates), moments
 
     step = pipe.value_and_grad(lambda y, noise: jnp.mean((y - noise) ** 2))
+    bar = tqdm.tqdm(total=args.steps, desc="training", unit="step")
     started = time.perf_counter()
-    done = 0
-    bar = tqdm.trange(args.steps, desc="training", unit="step", smoothing=0.1)
     try:
-        for n in bar:
-            noisy, grain = next(data)
-            loss, grads = step(params, noisy, grain, key=jax.random.fold_in(key, n), train=True)
+        for n in range(args.steps):
+            noisy, noise = next(data)
+            loss, grads = step(params, noisy, noise, key=jax.random.fold_in(key, n), train=True)
             new = [update(grads[a:b], m, params[a:b]) for (a, b), m in zip(spans, moments, strict=True)]
-            params, moments = tuple(p for ps, _ in new for p in ps), [m for _, m in new]
-            done = n + 1
-            if n % 10 == 0 or done == args.steps:
-                bar.set_postfix(
-                    loss=f"{float(loss):.5f}",
-                    patches_per_s=f"{done * args.batch / (time.perf_counter() - started):.0f}",
-                )
+            params, moments = tuple(p for part, _ in new for p in part), [m for _, m in new]
+            if n == 0:
+                jax.block_until_ready(params)
+                started = time.perf_counter()  # what was compiled is no part of the rate
+            elif n % 10 == 0 or n == args.steps - 1:
+                rate = n * args.batch / (time.perf_counter() - started)
+                bar.set_postfix(loss=f"{float(loss):.5f}", patches_per_s=f"{rate:.0f}", refresh=False)
+            bar.update()
     except KeyboardInterrupt:
-        bar.close()
-        print(f"stopped after {done} steps")
-        if not done:
-            return
+        bar.write(f"stopped after {bar.n} steps")
     bar.close()
-    report(pipe, params, args)
+    return params
 
 
 def report(pipe: fpipe.Pipe, params, args: argparse.Namespace) -> None:
@@ -260,13 +271,24 @@ def report(pipe: fpipe.Pipe, params, args: argparse.Namespace) -> None:
     denoised = noisy - np.asarray(pipe(params, noisy))
     before, after = psnr(noisy, clean), psnr(denoised, clean)
     print(f"held-out patches: {before:.2f} dB noisy, {after:.2f} dB denoised: {after - before:+.2f} dB")
-    chosen = np.linspace(0, len(clean) - 1, 4).astype(int)
+    # The two liveliest patches of each photograph.
+    halves = np.split(clean.std((1, 2, 3)), 2)
+    chosen = np.concatenate([np.argsort(std)[-2:] + n * len(std) for n, std in enumerate(halves)])
     columns = [np.concatenate(list(images[chosen])) for images in (noisy, denoised, clean)]
     picture = np.clip(np.concatenate(columns, 1), 0, 1).repeat(3, 0).repeat(3, 1)
     matplotlib.image.imsave(args.out, picture)
     print(f"noisy | denoised | clean: {args.out}\n")
     microbatches = -(-args.batch // -(-args.batch // args.chunks))
     print(fpipe.schedules.draw(pipe.make_schedule(microbatches)))
+
+
+def main() -> None:
+    args = arguments()
+    try:
+        pipe = build(args)
+        report(pipe, train(pipe, args), args)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped") from None
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from fpipe._model import Model
 from fpipe._placed import Placed, only_shapes
 from fpipe._placement import Device, Place, Placement, as_placements, first_placements
 from fpipe._plan import Layout
-from fpipe._remat import Mode, Policy, Remat
+from fpipe._remat import Policy, Remat
 from fpipe._scheduling import Scheduling
 from fpipe._sequential import Sequential
 from fpipe._stage import cut_stages
@@ -63,7 +63,7 @@ class Pipe(Call):
     balance: tuple[int, ...]
     devices: tuple[Device, ...]
     chunks: int
-    checkpoint: Mode | Policy
+    checkpoint: str | Policy
     schedule: str | Schedule | Callable[[int, int], Schedule]
     executor: str
 
@@ -75,7 +75,7 @@ class Pipe(Call):
         balance: Sequence[int] | None = None,
         devices: Iterable[Place] | None = None,
         chunks: int = 1,
-        checkpoint: Mode | Policy = "except_last",
+        checkpoint: str | Policy = "except_last",
         schedule: str | Schedule | Callable[[int, int], Schedule] = "eager_1f1b",
         executor: str = "placed",
     ) -> None:

@@ -160,8 +160,8 @@ class counting:  # noqa: N801 - reads as a function
     def __exit__(self, *error):
         jax.monitoring.unregister_event_duration_listener(self.listen)
 
-    def listen(self, event, duration, **_):
-        del duration
+    def listen(self, event: str, duration_secs: float, **_: str | int) -> None:
+        del duration_secs
         if "compile" in event or "trace" in event:
             self.events.append(event)
 

@@ -75,7 +75,9 @@ def test_evaluate_and_a_plain_call_run_forwards_only():
     case, pipe = Case(layers, 4), fpipe.Pipe(layers, [2, 2], chunks=4)
     params = pipe.place(case.params())
     for run in (lambda: pipe(params, case.x), lambda: pipe.evaluate(mse)(params, case.x, case.target)):
-        assert {(a.kind, a.stage, a.microbatch) for a in actions(run)} == {("F", s, i) for s in (0, 1) for i in range(4)}
+        assert {(a.kind, a.stage, a.microbatch) for a in actions(run)} == {
+            ("F", s, i) for s in (0, 1) for i in range(4)
+        }
 
 
 def test_a_skip_goes_straight_from_its_stash_to_its_pop_and_its_gradient_straight_back():
@@ -154,7 +156,9 @@ def test_each_slot_is_made_once_and_freed_once_after_its_last_use():
             assert set(item.ins) <= set(made), name
             made += item.outs
         assert len(set(made)) == len(made), name
-        outputs = {n for out in (plan.loss, *plan.state.values()) if out for n in out.slots} | set(plan.gradients.values())
+        outputs = {n for out in (plan.loss, *plan.state.values()) if out for n in out.slots} | set(
+            plan.gradients.values()
+        )
         assert set(range(len(plan.slots))) == dead | outputs | set(plan.constants), name
         assert not dead & outputs, name
 

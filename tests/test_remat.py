@@ -1,5 +1,7 @@
 """Recomputation, counted from what runs: matrix products in the compiled programs, and calls back to the host."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -24,7 +26,8 @@ def products(layers, checkpoint, schedule="gpipe", balance=(1, 1), chunks=M, wrt
         del slots
         if isinstance(item, Run) and item.action is not None:
             shapes = [arguments[n] for n in item.ins]
-            text = item.call.lower(*shapes).compile().as_text()
+            program: Any = item.call
+            text = program.lower(*shapes).compile().as_text()
             found = text.count(" dot(")
             key = (item.action.kind, item.action.stage)
             counts[key] = counts.get(key, 0) + found

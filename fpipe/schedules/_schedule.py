@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 Kind: TypeAlias = Literal["F", "B", "I", "W"]
 KINDS: tuple[Kind, ...] = ("F", "B", "I", "W")
@@ -48,7 +48,7 @@ class Schedule:
 
     def __init__(
         self,
-        actions: Iterable[Iterable[Action | tuple[Kind, int, int]]],
+        actions: Iterable[Iterable[Action | tuple[str, int, int]]],
         stage_to_device: Iterable[int] | None = None,
         name: str = "custom",
     ) -> None:
@@ -80,7 +80,7 @@ class Schedule:
         """Whether there are backwards, or forwards alone."""
         return any(a.kind != "F" for row in self.actions for a in row)
 
-    def order(self, kind: Kind, stage: int) -> tuple[int, ...]:
+    def order(self, kind: str, stage: int) -> tuple[int, ...]:
         """The microbatches in the order in which `stage` runs its actions of `kind`."""
         row = self.actions[self.stage_to_device[stage]]
         return tuple(a.microbatch for a in row if a.kind == kind and a.stage == stage)
@@ -100,7 +100,7 @@ def dependencies(action: Action, stages: int, split: bool = False) -> tuple[Acti
     return own if s == stages - 1 else (*own, Action("I" if split else "B", s + 1, i))
 
 
-def _action(value: Action | tuple[Kind, int, int]) -> Action:
+def _action(value: Any) -> Action:
     if not isinstance(value, tuple) or len(value) != 3:
         raise TypeError(f"`Schedule(actions=...)`: {value!r} is no Action(kind, stage, microbatch)")
     kind, stage, microbatch = value

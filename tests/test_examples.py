@@ -1,0 +1,79 @@
+"""The examples run, at sizes that take seconds, and say what they are meant to say."""
+
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import matplotlib.image
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMALL = ["--depth", "2", "--channels", "4", "--size", "16", "--batch", "8"]
+
+
+def run(script, *arguments):
+    command = [sys.executable, script, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_u_net_trains_and_draws(tmp_path):
+    picture = tmp_path / "out.png"
+    done = run("examples/train_unet.py", *SMALL, "--steps", "60", "--rate", "2e-2", "--out", picture)
+    assert done.returncode == 0, done.stderr
+    gained = re.search(r"held-out patches: \S+ dB noisy, \S+ dB denoised: ([+-]\S+) dB", done.stdout)
+    assert gained
+    assert float(gained[1]) > 1
+    assert re.search(r"^device 0 F0", done.stdout, re.MULTILINE)
+    assert "loss=" in done.stderr  # the progress bar
+    assert matplotlib.image.imread(picture).shape[:2] == (4 * 16 * 3, 3 * 16 * 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "20"], "--size 20: a multiple of 2**depth = 32"),
+        (["--stages", "99"], "--stages 99: the model has only 22 layers"),
+        (["--chunks", "0"], "--chunks 0: at least 1"),
+        (["--schedule", "fast"], "invalid choice: 'fast'"),
+    ],
+)
+def test_wrong_flags_get_one_line(arguments, message):
+    done = run("examples/train_unet.py", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+
+
+def test_help_explains_each_flag():
+    text = run("examples/train_unet.py", "--help").stdout
+    flags = set(re.findall(r"--\w+", text)) - {"--help"}
+    assert {"--depth", "--blocks", "--channels", "--chunks", "--checkpoint"} < flags
+    assert text.count("(default:") == len(flags)
+
+
+def test_ctrl_c_ends_training_cleanly(tmp_path):
+    picture = tmp_path / "out.png"
+    command = [sys.executable, "examples/train_unet.py", *SMALL, "--steps", "100000", "--out", str(picture)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        seen = ""
+        while "loss=" not in seen:
+            letter = process.stderr.read(1)
+            assert letter, seen
+            seen += letter
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        out, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    assert "stopped after" in error + out
+    assert "Traceback" not in error
+    assert picture.exists()
+    assert time.monotonic() - started < 60
+
+
+def test_the_overhead_benchmark_runs():
+    done = run("examples/benchmarks/overhead.py", "--repeats", 2, "--rounds", 1)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^ +(5|50) .*\d\.\d\d$", done.stdout, re.MULTILINE)) == 2
