@@ -259,6 +259,8 @@ def train(pipe: fpipe.Pipe, args: argparse.Namespace):
                 bar.set_postfix(loss=f"{float(loss):.5f}", patches_per_s=f"{rate:.0f}", refresh=False)
             bar.update()
     except KeyboardInterrupt:
+        if not bar.n:
+            raise
         bar.write(f"stopped after {bar.n} steps")
     bar.close()
     return params

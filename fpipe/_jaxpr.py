@@ -221,29 +221,38 @@ def _through(eqn: Any, ins: Sequence[int], outs: int) -> list[int]:
     """The masks of an equation's outputs from those of its inputs."""
     p = eqn.params
     if eqn.primitive.name == "cond":
-        branches = [_body(branch, ins[1:]) for branch in p["branches"]]
+        branches = [_body(inline(branch), ins[1:]) for branch in p["branches"]]
         return [functools.reduce(operator.or_, column) for column in zip(*branches, strict=True)]
     if eqn.primitive.name == "scan":
-        consts, carry = p["num_consts"], p["num_carry"]
-        return _loop(p["jaxpr"], ins[:consts], ins[consts : consts + carry], ins[consts + carry :])
+        # Told from the shapes, for the names of a scan's parameters are not stable: what is scanned over, or stacked,
+        # has one axis more outside than inside.
+        body = inline(p["jaxpr"])
+        ndim = [body.avals[v].ndim for v in (*body.inputs, *body.outputs)]
+        same = [v.aval.ndim == n for v, n in zip((*eqn.invars, *eqn.outvars), ndim, strict=True)]
+        xs, carry = len(ins) - sum(same[: len(ins)]), sum(same[len(ins) :])
+        consts = len(ins) - xs - carry
+        return _loop(body, ins[:consts], ins[consts : consts + carry], ins[consts + carry :])
     if eqn.primitive.name == "while":
-        skip, consts = p["cond_nconsts"], p["body_nconsts"]
-        return _loop(p["body_jaxpr"], ins[skip : skip + consts], ins[skip + consts :], [])
+        body = inline(p["body_jaxpr"])
+        carry, consts = (
+            len(ins) - outs,
+            len(body.inputs) - outs,
+        )  # where the carry begins; the condition's consts are first
+        return _loop(body, ins[carry - consts : carry], ins[carry:], [])
     if eqn.primitive.name == "checkpoint":
-        return _body(p["jaxpr"], ins)
+        return _body(inline(p["jaxpr"]), ins)
     return [functools.reduce(operator.or_, ins, 0)] * outs
 
 
-def _body(jaxpr: Any, ins: Sequence[int]) -> list[int]:
-    graph = inline(jaxpr)
+def _body(graph: Graph, ins: Sequence[int]) -> list[int]:
     mask = sources(graph, dict(zip(graph.inputs, ins, strict=True)))
     return [mask.get(v, 0) for v in graph.outputs]
 
 
-def _loop(jaxpr: Any, consts: Sequence[int], carry: Sequence[int], xs: Sequence[int]) -> list[int]:
+def _loop(body: Graph, consts: Sequence[int], carry: Sequence[int], xs: Sequence[int]) -> list[int]:
     """Once round after round, until the masks of the carry grow no more."""
     while True:
-        out = _body(jaxpr, [*consts, *carry, *xs])
+        out = _body(body, [*consts, *carry, *xs])
         grown = [a | b for a, b in zip(carry, out, strict=False)]
         if grown == list(carry):
             return out

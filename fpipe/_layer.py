@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fpipe._errors import noting
@@ -48,11 +48,11 @@ class Layer:
     apply: Callable[..., Any]
     init: Callable[..., PyTree] | None = None
     name: str = ""
-    stash: tuple[str, ...] = ()
-    pop: tuple[str, ...] = ()
-    peek: tuple[str, ...] = ()
-    needs: tuple[str, ...] | None = None
-    borrow: tuple[str, ...] = ()
+    stash: Sequence[str] = ()
+    pop: Sequence[str] = ()
+    peek: Sequence[str] = ()
+    needs: Sequence[str] | None = None
+    borrow: Sequence[str] = ()
     init_state: Callable[..., PyTree] | None = None
     finish: Callable[[PyTree], PyTree] | None = None
     namespaces: tuple[tuple[str, Namespace], ...] = ()
@@ -308,7 +308,7 @@ def call_layer(
     """
     given = {n: dict(carry) if n == "carry" else needs[n] for n in layer.needs or ()}
     who = f"layer {index} {layer.name!r}"
-    with noting(f"in {who}{where}"), scoped(Scope(who, layer.stash, layer.pop, layer.peek)):
+    with noting(f"in {who}{where}"), scoped(Scope(who, tuple(layer.stash), tuple(layer.pop), tuple(layer.peek))):
         result = layer.apply(params, x, **given)
         parts = [n for n in ("carry", "state") if n in given]
         if not parts:

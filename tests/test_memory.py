@@ -82,7 +82,7 @@ def test_a_cast_inside_a_scan_is_the_exception_and_a_warning_names_the_cure(cast
 
 def test_a_branch_that_keeps_weights_is_warned_about_too():
     def layer(w, x):
-        return jax.lax.cond(x[0, 0] > 0, lambda x: jnp.sin(x @ w), lambda x: x, x)
+        return jax.lax.cond(x[0, 0] > 0, lambda x: jnp.sin(x @ jnp.cos(w)), lambda x: x, x)
 
     pipe = fpipe.Pipe([fpipe.Layer(layer)], [1], chunks=2, checkpoint="never")
     with pytest.warns(UserWarning, match=r"keeps float32\[16,16\] per microbatch.*lax.cond"):

@@ -111,10 +111,11 @@ class Placed:
         try:
             flat = f(*arrays)
         except TypeError as error:
-            error.add_note(
-                "fpipe: a placed Pipe supports `jax.grad`, `jax.vjp` and `jax.value_and_grad`; `fpipe.sequential` supports "
-                "every transformation"
-            )
+            if "custom_vjp" in str(error):  # JAX's own refusal of forward mode
+                error.add_note(
+                    "fpipe: a placed Pipe supports `jax.grad`, `jax.vjp` and `jax.value_and_grad`; `fpipe.sequential` "
+                    "supports every transformation"
+                )
             raise
         return made[-1].unpack(flat)
 
