@@ -237,7 +237,7 @@ def train(pipe: fpipe.Pipe, args: argparse.Namespace):
     spans = list(itertools.pairwise(np.cumsum([0, *pipe.balance])))
     moments = [adam.init(params[a:b]) for a, b in spans]
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(grads, moments, params):
         updates, moments = adam.update(grads, moments, params)
         return optax.apply_updates(params, updates), moments
@@ -255,8 +255,9 @@ def train(pipe: fpipe.Pipe, args: argparse.Namespace):
                 jax.block_until_ready(params)
                 started = time.perf_counter()  # what was compiled is no part of the rate
             elif n % 10 == 0 or n == args.steps - 1:
+                value = float(loss)  # waits, so that the clock counts finished steps
                 rate = n * args.batch / (time.perf_counter() - started)
-                bar.set_postfix(loss=f"{float(loss):.5f}", patches_per_s=f"{rate:.0f}", refresh=False)
+                bar.set_postfix(loss=f"{value:.5f}", patches_per_s=f"{rate:.0f}", refresh=False)
             bar.update()
     except KeyboardInterrupt:
         if not bar.n:

@@ -1,6 +1,7 @@
 """What `Pipe` and `sequential` share: the calls that a user makes, their arguments and their checks."""
 
 import abc
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -98,7 +99,7 @@ class Call(abc.ABC):
 
         Returns:
             `f(params, x, *targets, side=None, key=None, state=None, train=False)`, which returns
-            `loss, grads`; with `has_aux` `(loss, aux), grads`; and with `state` given the first of the
+            `loss, grads` (of a total weight of 0: nan, as the formula says; mask with `jnp.maximum(weight, 1)`); with `has_aux` `(loss, aux), grads`; and with `state` given the first of the
             two becomes a pair with the new state: `(loss, state), grads`, or `((loss, aux), state), grads`.
 
         Raises:
@@ -176,14 +177,18 @@ def _numbers(argnums: Any) -> tuple[int, ...]:
 
 def check_chunks(call: str, chunks: Any) -> int:
     """The number of chunks, checked."""
-    if type(chunks) is not int:
-        raise TypeError(f"`{call}(chunks={chunks!r})`: chunks is an int")
+    try:
+        if isinstance(chunks, bool):
+            raise TypeError
+        chunks = operator.index(chunks)
+    except TypeError:
+        raise TypeError(f"`{call}(chunks={chunks!r})`: chunks is an int") from None
     if chunks < 1:
         raise ValueError(f"`{call}(chunks={chunks})`: chunks is at least 1")
     return chunks
 
 
-def check_params(model: Model, params: Any, call: str = "params") -> None:
+def check_params(model: Model, params: Any, call: str) -> None:
     """Parameters have one entry per layer."""
     count = len(model.layers)
     if not isinstance(params, (tuple, list)) or len(params) != count:
@@ -192,7 +197,9 @@ def check_params(model: Model, params: Any, call: str = "params") -> None:
 
 def checked(model: Model, args: Args) -> Args:
     """Parameters and state have one entry per layer, and state is there if it is needed, and only where."""
-    check_params(model, args.params)
+    check_params(model, args.params, "a call's params")
+    if args.key is not None and not hasattr(args.key, "dtype"):
+        raise TypeError(f"`key={args.key!r}`: a PRNG key is needed; write `jax.random.key({args.key!r})`")
     count = len(model.layers)
     if args.state is None:
         if model.stateful:

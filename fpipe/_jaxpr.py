@@ -200,8 +200,8 @@ def residuals(
 def _redo(graph: Graph, node: Node) -> bool:
     if node.eqn.primitive.name not in _CHEAP:
         return False
-    size = lambda v: _bytes(graph.avals[v])  # noqa: E731
-    return sum(size(v) for v in node.ins) <= sum(size(v) for v in node.outs)
+    ins, outs = (sum(_bytes(graph.avals[v]) for v in values) for values in (node.ins, node.outs))
+    return ins <= outs
 
 
 def _bytes(aval: Any) -> int:

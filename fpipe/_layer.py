@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import importlib
 import inspect
+import operator
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -99,6 +102,19 @@ class Layer:
         """Call the layer's function as it is."""
         return self.apply(params, x, **needs)
 
+    def __reduce__(self) -> Any:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        f = self.apply.f if isinstance(self.apply, _WithoutParams) else self.apply
+        name = getattr(f, "__module__", None), getattr(f, "__qualname__", None)
+        try:
+            found = _by_name(*name)
+        except (KeyError, AttributeError, TypeError):
+            found = None
+        if isinstance(found, Layer) and found.apply == self.apply:
+            # A decorated function: its name leads to the layer, which has it.
+            return _remade, (fields | {"apply": None}, name)
+        return _remade, (fields, None)
+
     def asks(self, need: str) -> bool:
         """Whether the layer declares a need."""
         return need in (self.needs or ())
@@ -121,6 +137,17 @@ class Layer:
                 )
         spaces = dict(self.namespaces) | dict.fromkeys(chosen, namespace)
         return dataclasses.replace(self, namespaces=tuple(spaces.items()))
+
+
+def _by_name(module: Any, name: Any) -> Any:
+    return operator.attrgetter(name)(sys.modules[module])
+
+
+def _remade(fields: dict[str, Any], name: tuple[str, str] | None) -> Layer:
+    if name is not None:
+        importlib.import_module(name[0])
+        fields = fields | {"apply": _by_name(*name).apply}
+    return Layer(**fields)
 
 
 def function_name(f: Callable[..., Any]) -> str:
@@ -152,6 +179,8 @@ def signature_needs(f: Callable[..., Any], name: str, given: tuple[str, ...] = (
         TypeError: too few or too many positional parameters, a need as a positional parameter, a required keyword
             that is no need.
     """
+    if isinstance(f, Layer):
+        return tuple(f.needs or ())
     parameters = _parameters(f)
     if parameters is None:
         return ()

@@ -20,6 +20,7 @@ class Loss:
     fn: Callable[..., Any]
     has_aux: bool
     reduction: Reduction
+    call: str  # `value_and_grad` or `evaluate`, for errors
 
     def __call__(self, y: PyTree, targets: Sequence[PyTree], where: str) -> tuple[jax.Array, jax.Array | None, PyTree]:
         """`(loss, weight, aux)` of one microbatch."""
@@ -50,7 +51,22 @@ def as_loss(call: str, fn: Any, has_aux: bool, reduction: Any) -> Loss:
         hash(fn)
     except TypeError:
         raise TypeError(f"`{call}(loss_fn)`: {fn!r} must be hashable: compiled programs are kept for each") from None
-    return Loss(fn, bool(has_aux), reduction)
+    return Loss(fn, bool(has_aux), reduction, call)
+
+
+def sum_dtype(dtype: Any) -> Any:
+    """The dtype in which gradients, losses and weights are summed: float32 for the 16-bit floats."""
+    return jnp.float32 if dtype in (jnp.bfloat16, jnp.float16) else dtype
+
+
+def wide(value: Any) -> Any:
+    """A value in the dtype that it is summed in."""
+    return value.astype(sum_dtype(value.dtype))
+
+
+def divided(total: Any, weight: Any) -> Any:
+    """A sum over a total weight, in the sum's dtype."""
+    return total / weight.astype(total.dtype)
 
 
 def _scalar(value: Any, what: str) -> jax.Array:

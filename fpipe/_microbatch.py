@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fpipe._tree import PyTree, Shape, Spec, aval, is_array, pack
+from fpipe._tree import PyTree, Shape, Spec, aval, describe, is_array, pack
 
 
 @jax.tree_util.register_pytree_node_class
@@ -137,6 +137,34 @@ def pieces(rows: int, chunks: int) -> tuple[int, ...]:
     """
     size = -(-rows // chunks)
     return tuple(min(size, rows - start) for start in range(0, rows, size))
+
+
+def check_alike(parts: Sequence[Shape], what: str, stacked: bool) -> None:
+    """What is put together again has one structure, the same static leaves, and shapes that fit.
+
+    Arguments:
+        parts: the shape of each microbatch's part.
+        what: its name in errors, with the call.
+        stacked: on a new axis, or concatenated on axis 0.
+
+    Raises:
+        ValueError: a part that differs from the first.
+    """
+    first = parts[0]
+    for i, part in enumerate(parts[1:], 1):
+        if part.spec != first.spec:
+            raise ValueError(
+                f"{what} of microbatch {i} is {describe(part.tree)}, that of microbatch 0 {describe(first.tree)}: they are "
+                "put together again, so structure and static leaves must not depend on the number of rows"
+            )
+        shapes = [[a.shape if stacked or not a.shape else a.shape[1:] for a in p.leaves] for p in (part, first)]
+        dtypes = [[a.dtype for a in p.leaves] for p in (part, first)]
+        if shapes[0] != shapes[1] or dtypes[0] != dtypes[1]:
+            how = "aux is stacked over microbatches" if stacked else "they are concatenated on axis 0"
+            raise ValueError(
+                f"{what} of microbatch {i} has the shapes {[a.shape for a in part.leaves]}, that of microbatch 0 "
+                f"{[a.shape for a in first.leaves]}; {how}, so reduce what depends on the number of rows"
+            )
 
 
 def join(parts: Sequence[Any]) -> Any:

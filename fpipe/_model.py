@@ -23,7 +23,7 @@ from fpipe._tree import (
 )
 
 Make: TypeAlias = Callable[[int, PyTree, Mapping[str, Any]], PyTree]
-Put: TypeAlias = Callable[[int, Callable[[], PyTree]], PyTree]
+Put: TypeAlias = Callable[[int, Callable[[Any], PyTree], Any], PyTree]
 
 
 class Skip(NamedTuple):
@@ -118,7 +118,8 @@ class Model:
                 skips[skip_of(layer, name)] = value
             if layer.asks("state"):
                 new_state[k] = map_arrays(_still, out)
-                _check_state(k, layer, needs["state"], new_state[k])
+                with noting(f"in layer {k} {layer.name!r}{where}"):
+                    _check_state(k, layer, needs["state"], new_state[k])
         return x, skips, new_state
 
     def finish(self, state: Mapping[int, PyTree]) -> dict[int, PyTree]:
@@ -136,11 +137,13 @@ class Model:
         Arguments:
             key: a PRNG key.
             x, side: one microbatch, arrays or shapes.
-            put: `put(layer, make)` runs `make()` where the layer belongs.
+            put: `put(layer, make, key)` runs `make(key)` where the layer belongs.
         """
 
         def make(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
-            return put(k, lambda: self._make_params(k, jax.random.fold_in(key, k), zeros_like(x), zeros_like(needs)))
+            return put(
+                k, lambda key: self._make_params(k, jax.random.fold_in(key, k), zeros_like(x), zeros_like(needs)), key
+            )
 
         return self._walk(x, side, make, self._state_shapes)[0]
 
@@ -153,7 +156,7 @@ class Model:
             return eval_shape(lambda x, needs: self._make_params(k, jax.random.key(0), x, needs), x, needs)
 
         def make(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
-            return put(k, lambda: self._make_state(k, zeros_like(x), zeros_like(needs)))
+            return put(k, lambda _: self._make_state(k, zeros_like(x), zeros_like(needs)), None)
 
         return self._walk(x, side, given, make)[1]
 
@@ -169,7 +172,7 @@ class Model:
                 "(and `init_state(x, params=params)`)"
             )
         with noting(f"in the init of layer {k} {self.layers[k].name!r}"):
-            return numbers_as_arrays(init(key, x, **{n: needs[n] for n in keyword_needs(init)}))
+            return numbers_as_arrays(init(key, x, **self._needs_of("init", k, init, needs)))
 
     def _make_state(self, k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
         init = self.layers[k].init_state
@@ -179,8 +182,18 @@ class Model:
                 "`fpipe.Layer(apply, init_state=...)`"
             )
         with noting(f"in the init_state of layer {k} {self.layers[k].name!r}"):
-            made = init(x, **{n: needs[n] for n in keyword_needs(init)})
+            made = init(x, **self._needs_of("init_state", k, init, needs))
             return map_arrays(strong, numbers_as_arrays(made))
+
+    def _needs_of(self, what: str, k: int, f: Callable[..., Any], needs: Mapping[str, Any]) -> dict[str, Any]:
+        """What an `init` or `init_state` names."""
+        named = keyword_needs(f)
+        for name in named:
+            if name not in needs:
+                raise TypeError(
+                    f"the {what} of layer {k} {self.layers[k].name!r} names the need {name!r}; it can name {', '.join(needs)}"
+                )
+        return {name: needs[name] for name in named}
 
     def _walk(
         self, x: PyTree, side: PyTree, params_of: Make, state_of: Make
@@ -269,7 +282,10 @@ def verify_skippables(layers: Iterable[Any]) -> None:
     stashed: dict[tuple[Namespace | None, str], int] = {}
     popped: dict[tuple[Namespace | None, str], int] = {}
     later = {_key(layer, n): k for k, layer in reversed(list(enumerate(flat))) for n in layer.stash}
-    say = lambda k: f"layer {k} {flat[k].name!r}"  # noqa: E731
+
+    def say(k: int) -> str:
+        return f"layer {k} {flat[k].name!r}"
+
     for k, layer in enumerate(flat):
         for field in ("pop", "peek"):
             for name in getattr(layer, field):

@@ -12,7 +12,7 @@ from fpipe._layer import Layer
 from fpipe._loss import Loss
 from fpipe._microbatch import first_microbatch
 from fpipe._model import Model
-from fpipe._placed import Placed, only_shapes
+from fpipe._placed import Placed, TracedCallError, only_shapes
 from fpipe._placement import Device, Place, Placement, as_placements, first_placements
 from fpipe._plan import Layout
 from fpipe._remat import Policy, Remat
@@ -42,8 +42,9 @@ class Pipe(Call):
         checkpoint: what a backward recomputes: `"always"`, `"except_last"` (default: all but the last
             microbatch), `"never"`, or a policy of `jax.checkpoint_policies`.
         schedule: `"gpipe"`, `"1f1b"`, `"eager_1f1b"` (default), a `Schedule`, or a function
-            `f(devices, microbatches) -> Schedule`; it is called once with `chunks` microbatches to learn where the
-            stages are, and again whenever a batch gives another number.
+            `f(devices, microbatches) -> Schedule`; it is asked at construction, with `chunks` microbatches, for the
+            largest number of `devices` on which it makes one stage for each entry of `balance`, and again when a batch
+            is cut.
         executor: `"placed"`.
 
     Raises:
@@ -85,7 +86,7 @@ class Pipe(Call):
             raise ValueError(f'`Pipe(executor={executor!r})`: the executor is "placed"')
         model, scheduling, chunks = Model(layers), Scheduling.of(schedule), check_chunks("Pipe", chunks)
         places = as_placements(devices)
-        balance = _checked_balance(balance, model, scheduling.stages(len(places), chunks))
+        balance = _checked_balance(balance, model, lambda: scheduling.stages(len(places), chunks))
         stage_to_device = scheduling.stage_to_device(len(balance), len(places), chunks)
         places = first_placements(places, 1 + max(stage_to_device))
         layout = Layout(cut_stages(model, balance), tuple(places[d] for d in stage_to_device))
@@ -141,10 +142,10 @@ class Pipe(Call):
         """
         return self.model.init_state(*first_microbatch(x, side, self.chunks), params, self._make)
 
-    def _make(self, layer: int, make: Callable[[], PyTree]) -> PyTree:
+    def _make(self, layer: int, make: Callable[[Any], PyTree], key: Any) -> PyTree:
         place = self._placed.layout.home(layer)
-        with jax.default_device(place.device):
-            return _put(make(), place)
+        with jax.default_device(place.device):  # which does not move a committed key
+            return _put(make(None if key is None else place.put([key])[0]), place)
 
     def place(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
         """Put the parameters of each layer on its device. The structure stays; Python numbers become arrays.
@@ -167,14 +168,20 @@ class Pipe(Call):
     # --- calls ---
 
     def _forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
-        if only_shapes(args):
-            return self._reference()._forward(args)
-        return self._placed.forward(args)
+        try:
+            return self._placed.forward(args)
+        except TracedCallError:
+            if only_shapes():
+                return self._reference()._forward(args)
+            raise
 
     def _loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
-        if only_shapes(args):
-            return self._reference()._loss(args, loss, argnums)
-        return self._placed.loss(args, loss, argnums)
+        try:
+            return self._placed.loss(args, loss, argnums)
+        except TracedCallError:
+            if only_shapes():
+                return self._reference()._loss(args, loss, argnums)
+            raise
 
     def _reference(self) -> Sequential:
         return Sequential(self.model, self.chunks)
@@ -185,12 +192,12 @@ def _remade(fields: dict[str, Any]) -> Pipe:
     return Pipe(**fields)
 
 
-def _checked_balance(balance: Any, model: Model, stages: int) -> tuple[int, ...]:
+def _checked_balance(balance: Any, model: Model, stages: Callable[[], int]) -> tuple[int, ...]:
     """Layers per stage, each at least one, all of them; by default as even as possible over `stages`."""
     count = len(model.layers)
     if balance is None:
-        stages = min(stages, count)
-        return tuple(count // stages + (s < count % stages) for s in range(stages))
+        several = min(stages(), count)
+        return tuple(count // several + (s < count % several) for s in range(several))
     call = f"`Pipe(balance={balance!r})`"
     if isinstance(balance, (str, bytes)) or not isinstance(balance, Iterable):
         raise TypeError(f"{call}: a sequence of layers per stage is needed, such as [{count}]")

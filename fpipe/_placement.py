@@ -65,8 +65,14 @@ def _restore(platform: str, number: int) -> Placement:
 def as_placements(devices: Iterable[Place] | None) -> tuple[Placement, ...]:
     """Placements of devices, default those of `jax.devices()`."""
     given = jax.devices() if devices is None else devices
-    if isinstance(given, (jax.Device, Sharding, str)) or not isinstance(given, Iterable):
-        raise TypeError(f"`Pipe(devices=...)`: a sequence of jax.Device or Sharding, got {given!r}; write [{given!r}]")
+    if isinstance(given, (jax.Device, Sharding)):
+        raise TypeError(
+            f"`Pipe(devices=...)`: a sequence of jax.Device or Sharding, got {given!r} alone; write [device]"
+        )
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(
+            f"`Pipe(devices=...)`: a sequence of jax.Device or Sharding, got {given!r}; try `jax.devices()`"
+        )
     places = tuple(Placement.of(d) for d in given)
     if not places:
         raise ValueError("`Pipe(devices=[])`: at least one device is needed; leave it out for `jax.devices()`")

@@ -79,7 +79,7 @@ class Window(NamedTuple):
         return jax.lax.dynamic_slice_in_dim(whole, start, self.shape[0])
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Flat:
     """A stage as a flat function, for microbatches of one shape.
 
@@ -103,7 +103,7 @@ class Flat:
     where: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Joint:
     """A stage's forward, and its backward where one is asked for, as one graph.
 
@@ -222,13 +222,20 @@ def _remat_advice(remat: Remat | None) -> Iterator[None]:
 
 
 def forward_and_backward(
-    joint: Joint, *, scale: float, contributions: Mapping[Leaf, int], windows: Mapping[Ref, Window], accumulate: bool
+    joint: Joint,
+    *,
+    scale: float,
+    contributions: Mapping[Leaf, int],
+    returned: frozenset[Leaf],
+    windows: Mapping[Ref, Window],
+    accumulate: bool,
 ) -> tuple[Program, Program | None, list[str]]:
     """Cut a stage into its two programs.
 
     Arguments:
         scale: the cotangent of the loss, baked into the last stage's backward.
         contributions: how many cotangents each output leaf gets (summed in the program); none is zero.
+        returned: output leaves that the user gets: buffers of their own, for the user may donate them.
         windows: what the programs take whole, and cut their piece out of.
         accumulate: whether constant leaves' gradients are added to a sum that comes in.
 
@@ -239,7 +246,7 @@ def forward_and_backward(
     late = _jaxpr.masks(graph, dict.fromkeys(joint.cotangents.values(), 1))
     micro = _jaxpr.masks(graph, {v: 1 for leaf, v in joint.inputs.items() if leaf not in flat.constant})
     nodes, take = _jaxpr.residuals(graph, list(joint.gradients.values()), late, micro)
-    given = {v: Ref("out", leaf) for leaf, v in joint.outputs.items()}
+    given = {v: Ref("out", leaf) for leaf, v in joint.outputs.items() if leaf not in returned}
     given |= {v: Ref("in", leaf) for leaf, v in joint.inputs.items()}
     handed = [v for v in take if v not in given and v not in set(joint.cotangents.values())]
     given |= {v: Ref("residual", n=n) for n, v in enumerate(handed)}
@@ -249,7 +256,7 @@ def forward_and_backward(
         "checkpoint='always'"
         for v in _weights_kept(joint, handed)
     ]
-    forward = _forward(joint, handed, late, windows)
+    forward = _forward(joint, handed, late, returned, windows)
     if not joint.gradients:
         return forward, None, warnings
     taken = {v: ref for v, ref in given.items() if v in take}
@@ -265,12 +272,20 @@ def _weights_kept(joint: Joint, handed: Sequence[int]) -> list[int]:
     return [v for v in handed if found.get(v, 0) == params and joint.graph.avals[v].size > 1]
 
 
-def _forward(joint: Joint, handed: Sequence[int], late: Mapping[int, int], windows: Mapping[Ref, Window]) -> Program:
+def _forward(
+    joint: Joint,
+    handed: Sequence[int],
+    late: Mapping[int, int],
+    returned: frozenset[Leaf],
+    windows: Mapping[Ref, Window],
+) -> Program:
     graph = joint.graph
     values = {Ref("out", leaf): v for leaf, v in joint.outputs.items()}
     values |= {Ref("residual", n=n): v for n, v in enumerate(handed)}
+    own = [Ref("out", leaf) for leaf in joint.outputs if leaf in returned]
     known = {v: Ref("in", leaf) for leaf, v in joint.inputs.items() if Ref("in", leaf) not in windows}
-    outs, same = _unrepeated(values, known)
+    outs, same = _unrepeated({ref: v for ref, v in values.items() if ref not in own}, known)
+    outs = (*outs, *own)
     wanted = [values[ref] for ref in outs]
     nodes = _jaxpr.needed(graph, wanted, effects=lambda node: not any(late.get(v) for v in node.ins))
     used = {v for node in nodes for v in node.ins} | set(wanted)

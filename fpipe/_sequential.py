@@ -1,18 +1,19 @@
 """The reference: what a `Pipe` must compute, as the plain composition of its layers."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import functools
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fpipe._call import Args, Call, Result, check_chunks
-from fpipe._loss import Loss
-from fpipe._microbatch import Cut, cut_inputs, first_microbatch, join
+from fpipe._loss import Loss, divided, sum_dtype, wide
+from fpipe._microbatch import Cut, check_alike, cut_inputs, first_microbatch, join
 from fpipe._model import Model
-from fpipe._stage import sum_dtype
-from fpipe._tree import PyTree, fill_gradient, is_inexact, numbers_as_arrays, pack
+from fpipe._tree import PyTree, Shape, fill_gradient, is_inexact, numbers_as_arrays, pack
 
 
 def sequential(layers: Iterable[Any], chunks: int = 1) -> "Sequential":
@@ -46,11 +47,11 @@ class Sequential(Call):
 
     def init(self, key: Any, x: PyTree, side: PyTree = None) -> tuple[PyTree, ...]:
         """Parameters of every layer; see `Pipe.init`."""
-        return self.model.init(key, *first_microbatch(x, side, self.chunks), lambda _, make: make())
+        return self.model.init(key, *first_microbatch(x, side, self.chunks), lambda _, make, key: make(key))
 
     def init_state(self, x: PyTree, side: PyTree = None, params: Sequence[PyTree] | None = None) -> tuple[PyTree, ...]:
         """State of every layer; see `Pipe.init_state`."""
-        return self.model.init_state(*first_microbatch(x, side, self.chunks), params, lambda _, make: make())
+        return self.model.init_state(*first_microbatch(x, side, self.chunks), params, lambda _, make, key: make(key))
 
     def place(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
         """The parameters as they are, Python numbers among them as arrays."""
@@ -66,7 +67,7 @@ class Sequential(Call):
         for i in range(cut.m):
             y, state = self._microbatch(args, cut, i, state)
             parts.append(y)
-        return _joined(parts), self._last_state(state)
+        return _together(parts, join, "`pipe(params, x)`: y", stacked=False), self._last_state(state)
 
     def _loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
         cut = cut_inputs(args.x, args.side, args.targets, self.chunks)
@@ -83,27 +84,35 @@ class Sequential(Call):
             )
             y, state = self._microbatch(own, cut, i, state)
             value, weight, aux = loss(y, cut.targets.tree(i, own.targets), f", microbatch {i}")
-            return value * scales[i], (1.0 if weight is None else weight, aux, state)
+            return value * scales[i], (value, weight, aux, state)
 
         # Gradients of whole arguments: each microbatch adds to its own rows, and to all of what goes whole.
-        state, auxes = self._first_state(args), []
-        total: Any = 0.0
-        weights: Any = 0.0
+        state, auxes, values, weights = self._first_state(args), [], [], []
+        dtype: Any = None
         sums: list[Any] = [jnp.zeros(a.shape, sum_dtype(a.dtype)) for a in chosen]
         differentiated = jax.value_and_grad(microbatch, has_aux=True)
         for i in range(cut.m):
             if chosen:
-                (value, (weight, aux, state)), parts = differentiated(chosen, i, state)
+                (_, (value, weight, aux, state)), parts = differentiated(chosen, i, state)
                 sums = [a + b.astype(a.dtype) for a, b in zip(sums, parts, strict=True)]
             else:
-                value, (weight, aux, state) = microbatch(chosen, i, state)
-            total, weights = total + value, weights + weight
+                _, (value, weight, aux, state) = microbatch(chosen, i, state)
+            dtype = value.dtype
+            values.append(wide(value) * scales[i])
+            weights.append(weight)
             auxes.append(aux)
+        total = functools.reduce(operator.add, values)
         if loss.reduction == "weighted":
-            total, sums = total / weights, [g / weights for g in sums]
+            weight = functools.reduce(operator.add, map(wide, weights))
+            total, sums = divided(total, weight), [divided(g, weight) for g in sums]
         found = iter(g.astype(a.dtype) for g, a in zip(sums, chosen, strict=True))
         gradients = fill_gradient(spec, arrays, [next(found) if is_inexact(a) else None for a in arrays])
-        return Result(total, _stacked(auxes), self._last_state(state), gradients)
+        return Result(
+            total.astype(dtype),
+            _together(auxes, jnp.stack, f"`{loss.call}(has_aux=True)`: aux", stacked=True),
+            self._last_state(state),
+            gradients,
+        )
 
     def _microbatch(self, args: Args, cut: Cut, i: int, state: Any) -> tuple[PyTree, Any]:
         y, _, state = self.model.apply(
@@ -128,11 +137,8 @@ class Sequential(Call):
         return tuple(ended.get(k) for k in range(len(self.model.layers)))
 
 
-def _joined(parts: Sequence[PyTree]) -> PyTree:
+def _together(parts: Sequence[PyTree], join: Callable[[Sequence[Any]], Any], what: str, stacked: bool) -> PyTree:
+    """The parts of all microbatches as one pytree."""
+    check_alike([Shape.of(part) for part in parts], what, stacked)
     arrays, specs = zip(*map(pack, parts), strict=True)
     return specs[0].unpack([join(column) for column in zip(*arrays, strict=True)])
-
-
-def _stacked(parts: Sequence[PyTree]) -> PyTree:
-    arrays, specs = zip(*map(pack, parts), strict=True)
-    return specs[0].unpack([jnp.stack(column) for column in zip(*arrays, strict=True)])

@@ -9,8 +9,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import jax.numpy as jnp
-
 from fpipe._loss import Loss
 from fpipe._model import Model, Skip
 from fpipe._tree import PyTree, describe, pack
@@ -127,8 +125,3 @@ def cut_stages(model: Model, balance: Sequence[int]) -> tuple[Stage, ...]:
         )
         for s, end in enumerate(ends)
     )
-
-
-def sum_dtype(dtype: Any) -> Any:
-    """The dtype in which gradients are accumulated: float32 for the 16-bit floats."""
-    return jnp.float32 if dtype in (jnp.bfloat16, jnp.float16) else dtype

@@ -115,11 +115,7 @@ def fill_gradient(spec: Spec, leaves: Sequence[Any], gradients: Sequence[Any]) -
 
 
 def zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
-    """An array of that shape; PRNG keys are made as keys."""
-    if jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(
-            jnp.zeros((*shape.shape, *jax.random.key_data(jax.random.key(0)).shape), np.uint32)
-        )
+    """An array of that shape; PRNG keys too."""
     return jnp.zeros(shape.shape, shape.dtype)
 
 
@@ -147,15 +143,22 @@ def eval_shape(f: Callable[..., PyTree], *args: PyTree) -> PyTree:
     return out[-1].unpack(shapes)
 
 
+class _Short(str):
+    """Text that shows itself without quotes inside a structure."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 def describe(tree: PyTree) -> str:
-    """A pytree in one short line for an error: the shapes of its leaves in their structure."""
+    """A pytree in one short line for an error: shapes of arrays and static leaves in their structure."""
 
     def short(leaf: Any) -> str:
         if not is_array(leaf):
-            return type(leaf).__name__
+            return repr(leaf)
         return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
-    text = str(jax.tree.map(short, tree)).replace("'", "")
+    text = str(jax.tree.map(lambda leaf: _Short(short(leaf)), tree))
     return text if len(text) <= 200 else text[:199] + "…"
 
 

@@ -20,7 +20,7 @@ LEVELS = [
     ["fpipe._model", "fpipe._loss"],
     ["fpipe._layer", "fpipe._jaxpr", "fpipe._microbatch", "fpipe._remat"],
     ["fpipe._skip", "fpipe.schedules"],
-    ["fpipe._tree", "fpipe._errors"],
+    ["fpipe._tree", "fpipe._errors", "fpipe._recent"],
 ]
 LEVEL = {name: k for k, names in enumerate(LEVELS) for name in names}
 

@@ -182,7 +182,7 @@ def test_each_layer_is_traced_once_per_shape():
 
 
 def test_a_new_loss_function_at_each_step_costs_bounded_memory(monkeypatch):
-    monkeypatch.setattr("fpipe._placed._calls._KEPT", 3)
+    monkeypatch.setattr("fpipe._placed._calls._PLANS", 3)
     pipe = fpipe.Pipe([fpipe.fn(jnp.sin)], [1])
     held = []
     for k in range(6):
@@ -251,7 +251,7 @@ def test_only_sums_are_donated():
 
     def watch(item, slots):
         del item
-        plan = next(iter(pipe._placed._bound.values())).plan
+        plan = pipe._placed._bound.values()[0].plan
         seen.update({n: (plan.slots[n].name, a) for n, a in enumerate(slots) if a is not None})
         deleted.update(name for name, a in seen.values() if isinstance(a, jax.Array) and a.is_deleted())
 

@@ -14,14 +14,16 @@ from fpipe._placed._loop import Bound, bind
 from fpipe._placed._tracers import refuse_tracers
 from fpipe._placement import Placement
 from fpipe._plan import Inputs, Layout, Plan, Request, lower
+from fpipe._recent import Key, Recent
 from fpipe._remat import Remat
 from fpipe._scheduling import Scheduling
 from fpipe._stage import KEY, SIDE, TARGETS, Leaf, Port, X
 from fpipe._tree import PyTree, Shape, fill_gradient, float0_like, is_array, is_inexact, is_traced, map_arrays, pack
 from fpipe.schedules import Schedule
 
-# Plans of one pipe that are kept; past that the oldest goes, so that a new `loss_fn` at each step costs no memory.
-_KEPT = 256
+# Plans, and programs that do not depend on a loss, that one pipe keeps: enough for a training loop with several batch
+# shapes and losses; few enough that a new `loss_fn` at each step (which compiles anew each time) does not pile up.
+_PLANS, _PROGRAMS = 32, 1024
 
 
 class Placed:
@@ -32,7 +34,7 @@ class Placed:
     ) -> None:
         self.layout = layout
         self._scheduling, self._map, self._remat, self._chunks = scheduling, map_, remat, chunks
-        self._bound: dict[Any, Bound] = {}
+        self._bound, self._kept = Recent(_PLANS), Recent(_PROGRAMS)
         self._constants: dict[tuple[Any, Placement], Any] = {}
 
     def forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
@@ -128,7 +130,7 @@ class Placed:
         if args.state is not None:
             others |= {Port("state", k): pack(args.state[k]) for s in self.layout.stages for k in s.stateful}
         identity = (
-            _config(),
+            _settings(),
             mode,
             args.train,
             loss,
@@ -138,18 +140,15 @@ class Placed:
             tuple([(port, spec, tuple([_type(a) for a in arrays])) for port, (arrays, spec) in others.items()]),
         )
         try:
-            bound = self._bound.get(identity)
+            key = Key(identity)
         except TypeError as error:
-            static = [leaf for _, spec in others.values() for _, leaf in spec.static]
+            static = [
+                leaf
+                for leaf in (*params, *(v for _, spec in others.values() for _, v in spec.static))
+                if not is_array(leaf)
+            ]
             raise TypeError(f"static leaves must be hashable, among {static!r}: {error}") from error
-        if bound is None:
-            self._check_params(args.params)
-            bound = bind(self._plan(mode, args, loss, asked), self.layout, self._constant)
-            for text in bound.plan.warnings:
-                warnings.warn(text, stacklevel=5)
-            if len(self._bound) >= _KEPT:
-                del self._bound[next(iter(self._bound))]
-            self._bound[identity] = bound
+        bound = self._bound.get(key, lambda: self._new(mode, args, loss, asked))
         if any(
             not isinstance(a, jax.Array) or a.sharding != p.sharding for a, p in zip(params, bound.params, strict=True)
         ):
@@ -158,6 +157,13 @@ class Placed:
         # Concrete arguments inside a trace (a closed-over batch in a jitted function) become tracers here.
         refuse_tracers([slots[n] for _, _, numbers in bound.feeds for n in numbers])
         return bound, slots
+
+    def _new(self, mode: Any, args: Args, loss: Loss | None, asked: tuple[Any, ...]) -> Bound:
+        self._check_params(args.params)
+        plan = self._plan(mode, args, loss, asked)
+        for text in plan.warnings:
+            warnings.warn(text, stacklevel=7)
+        return bind(plan, self.layout, self._constant)
 
     def _plan(self, mode: Any, args: Args, loss: Loss | None, asked: tuple[Any, ...]) -> Plan:
         cut = cut_inputs(args.x, args.side, args.targets, self._chunks)
@@ -182,12 +188,16 @@ class Placed:
             raise ValueError(
                 f"the schedule {schedule.name!r} has forwards only, and gradients are asked for; give it a B for every F"
             )
-        return lower(self.layout, schedule, self._remat, inputs, Request(mode, args.train, loss, wanted))
+        return lower(
+            self.layout, schedule, self._remat, inputs, Request(mode, args.train, loss, wanted, _settings()), self._kept
+        )
 
     def _constant(self, value: Any, placement: Placement) -> Any:
         """A host value where it is read, put there once for all plans."""
         if (value, placement) not in self._constants:
-            (self._constants[value, placement],) = placement.put([value])
+            (placed,) = placement.put([value])
+            refuse_tracers(placed)
+            self._constants[value, placement] = placed
         return self._constants[value, placement]
 
     def _check_params(self, params: Sequence[PyTree]) -> None:
@@ -298,7 +308,17 @@ def _type(a: Any) -> Any:
     return jax.typeof(a) if is_array(a) else a
 
 
-def _config() -> tuple[Any, ...]:
-    """The settings of JAX that a trace bakes in."""
-    config: Any = jax.config
-    return config.jax_enable_x64, config.jax_default_matmul_precision, config.jax_numpy_dtype_promotion
+# The settings of JAX that a trace bakes in, or that decide what it raises.
+_SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_enable_custom_prng",
+    "jax_numpy_dtype_promotion",
+    "jax_numpy_rank_promotion",
+    "jax_threefry_partitionable",
+)
+
+
+def _settings() -> tuple[Any, ...]:
+    return tuple([getattr(jax.config, name, None) for name in _SETTINGS])

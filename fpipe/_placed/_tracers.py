@@ -4,16 +4,18 @@ import sys
 
 import jax
 
-from fpipe._tree import PyTree, Tracer, is_traced
+from fpipe._tree import PyTree, Tracer
 
 
-def only_shapes(tree: PyTree) -> bool:
-    """Whether this is `jax.eval_shape`'s trace, which wants shapes and never runs anything.
+class TracedCallError(TypeError):
+    """A placed `Pipe` was called where it cannot dispatch."""
+
+
+def only_shapes() -> bool:
+    """Whether this is called by `jax.eval_shape`, which wants shapes and never runs anything.
 
     JAX offers no way to ask; a traced call from anywhere else is refused.
     """
-    if not is_traced(tree):
-        return False
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "eval_shape" and frame.f_globals.get("__name__", "").startswith("jax."):
@@ -27,12 +29,13 @@ def refuse_tracers(tree: PyTree) -> None:
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, Tracer):
             if "Jaxpr" in type(leaf).__name__:
-                raise TypeError(
+                raise TracedCallError(
                     "a placed Pipe was called inside `jax.jit` (or another tracing transformation): it dispatches one "
                     "program per stage to several devices, and cannot be part of one program. Call it outside of jit "
-                    '(its programs are compiled all the same), or use `Pipe(..., executor="scan")`, which is one program'
+                    "(its programs are compiled all the same), or use `fpipe.sequential` inside. The executor that is one "
+                    'program, `Pipe(..., executor="scan")`, is not in this release'
                 )
-            raise TypeError(
+            raise TracedCallError(
                 f"a placed Pipe was called under a transformation that it does not support ({type(leaf).__name__}): "
                 "`jax.grad`, `jax.vjp` and `jax.value_and_grad` of a call work; higher derivatives, forward mode and "
                 "`jax.vmap` do not, and neither does differentiating `value_and_grad` or `evaluate`. `fpipe.sequential` "

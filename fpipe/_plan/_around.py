@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from fpipe._loss import divided, sum_dtype, wide
 from fpipe._microbatch import join
 from fpipe._model import Model
-from fpipe._stage import sum_dtype
 from fpipe._tree import Shape, pack
 
 Arrays: TypeAlias = Callable[..., list[Any]]
@@ -30,29 +30,19 @@ def zeros(shapes: Sequence[jax.ShapeDtypeStruct]) -> Arrays:
     return lambda: [jnp.zeros(a.shape, sum_dtype(a.dtype)) for a in shapes]
 
 
-def check_aux(parts: Sequence[Shape]) -> None:
-    """What comes back stacked has one shape."""
-    for i, part in enumerate(parts):
-        if (part.spec, [a.shape for a in part.leaves]) != (parts[0].spec, [a.shape for a in parts[0].leaves]):
-            raise ValueError(
-                f"`value_and_grad(has_aux=True)`: aux of microbatch {i} has the shapes {[a.shape for a in part.leaves]}, "
-                f"that of microbatch 0 {[a.shape for a in parts[0].leaves]}; aux is stacked over microbatches, so reduce "
-                "what depends on the number of rows"
-            )
-
-
 def loss_reducer(scales: Sequence[float], weighted: bool, aux: int) -> Arrays:
     """Losses, weights and aux leaves of the microbatches to the loss, the total weight and stacked leaves."""
     m = len(scales)
 
     def reduce(*arrays: Any) -> list[Any]:
         columns = [arrays[n * m : (n + 1) * m] for n in range(1 + weighted + aux)]
-        total = functools.reduce(operator.add, (v * w for v, w in zip(columns[0], scales, strict=True)))
+        dtype = columns[0][0].dtype
+        total = functools.reduce(operator.add, (wide(v) * w for v, w in zip(columns[0], scales, strict=True)))
         stacked = [jnp.stack(column) for column in columns[1 + weighted :]]
         if not weighted:
-            return [total, *stacked]
-        weight = functools.reduce(operator.add, columns[1])
-        return [total / weight, weight, *stacked]
+            return [total.astype(dtype), *stacked]
+        weight = functools.reduce(operator.add, map(wide, columns[1]))
+        return [divided(total, weight).astype(dtype), weight, *stacked]
 
     return reduce
 
@@ -80,7 +70,7 @@ def gradient_finisher(shapes: Sequence[jax.ShapeDtypeStruct], counts: Sequence[i
         out = []
         for a, parts in zip(shapes, totals, strict=True):
             total = functools.reduce(operator.add, parts) if parts else jnp.zeros(a.shape, a.dtype)
-            out.append((total if weight is None else total / weight).astype(a.dtype))
+            out.append((total if weight is None else divided(wide(total), weight)).astype(a.dtype))
         return out
 
     return finish

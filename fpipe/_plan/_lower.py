@@ -10,21 +10,24 @@ from typing import Any
 
 import jax
 
+from fpipe._loss import sum_dtype
+from fpipe._microbatch import check_alike
 from fpipe._placement import Placement
 from fpipe._plan import _around as around
 from fpipe._plan._instructions import Feed, Instruction, Move, Output, Plan, Run, Slot, used_later, with_frees
 from fpipe._plan._programs import Inputs, Layout, Mode, Programs, Request, index
 from fpipe._program import Program, Ref
+from fpipe._recent import Recent
 from fpipe._remat import Remat
-from fpipe._stage import AUX, INDEX, LOSS, SIDE, TARGETS, WEIGHT, Leaf, Port, Stage, X, Y, sum_dtype
+from fpipe._stage import AUX, INDEX, LOSS, SIDE, TARGETS, WEIGHT, Leaf, Port, Stage, X, Y
 from fpipe._tree import Shape, is_inexact
 from fpipe.schedules import Action, Schedule, simulate
 
 
-def lower(layout: Layout, schedule: Schedule, remat: Remat, inputs: Inputs, request: Request) -> Plan:
-    """Lower a call to a plan."""
+def lower(layout: Layout, schedule: Schedule, remat: Remat, inputs: Inputs, request: Request, kept: Recent) -> Plan:
+    """Lower a call to a plan; `kept` has the programs of earlier calls."""
     order = issue_order(schedule, request.mode)
-    return _Lowering(layout, order, Programs(layout, order, remat, inputs, request)).plan()
+    return _Lowering(layout, order, Programs(layout, order, remat, inputs, request, kept)).plan()
 
 
 def issue_order(schedule: Schedule, mode: Mode) -> list[Action]:
@@ -251,6 +254,7 @@ class _Lowering:
     def _y(self) -> Output:
         last, placement = self.layout.stages[-1].index, self.layout.placements[-1]
         parts = [self.programs.flat(last, i).out[Y] for i in range(self.m)]
+        check_alike(parts, "`pipe(params, x)`: y", stacked=False)
         count = len(parts[0].leaves)
         slots = [self.values[last, i][Ref("out", Leaf(Y, k))] for k in range(count) for i in range(self.m)]
         if self.m == 1 and all(a.shape for a in parts[0].leaves):
@@ -272,7 +276,7 @@ class _Lowering:
         loss, last, placement = self.request.loss, self.layout.stages[-1].index, self.layout.placements[-1]
         assert loss is not None
         outs = [self.programs.flat(last, i).out for i in range(self.m)]
-        around.check_aux([out[AUX] for out in outs])
+        check_alike([out[AUX] for out in outs], f"`{loss.call}(has_aux=True)`: aux", stacked=True)
         weighted, aux = WEIGHT in outs[0], outs[0][AUX]
         leaves = [
             Leaf(LOSS, 0),

@@ -1,7 +1,7 @@
 """The programs of a call: each stage traced once for each shape of microbatch, and cut into forward and backward."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -20,6 +20,7 @@ from fpipe._program import (
     forward_alone,
     forward_and_backward,
 )
+from fpipe._recent import Key, Recent
 from fpipe._remat import Remat
 from fpipe._stage import INDEX, KEY, SIDE, TARGETS, Leaf, Port, Stage, X, Y
 from fpipe._tree import Shape, is_inexact
@@ -56,12 +57,14 @@ class Request:
 
     Attributes:
         wanted: input leaves (of whole inputs, before they are cut) whose gradient is asked for.
+        settings: those of JAX that a trace bakes in.
     """
 
     mode: Mode
     train: bool
     loss: Loss | None
     wanted: frozenset[Leaf]
+    settings: tuple[Any, ...]
 
     @property
     def differentiates(self) -> bool:
@@ -112,10 +115,15 @@ def direct_pairs(order: Sequence[Action], placements: Sequence[Placement]) -> fr
 
 
 class Programs:
-    """The programs of a call, by stage and microbatch. Microbatches of one shape share them."""
+    """The programs of a call, by stage and microbatch. Microbatches of one shape share them, and so do calls: `kept` has
+    what other calls made.
+    """
 
-    def __init__(self, layout: Layout, order: Sequence[Action], remat: Remat, inputs: Inputs, request: Request) -> None:
+    def __init__(
+        self, layout: Layout, order: Sequence[Action], remat: Remat, inputs: Inputs, request: Request, kept: Recent
+    ) -> None:
         self.layout, self.inputs, self.request, self.warnings = layout, inputs, request, dict[str, None]()
+        self._kept = kept
         self._remat, self._direct = remat, direct_pairs(order, layout.placements)
         shares = inputs.cut.shares
         self._scales = shares if request.loss and request.loss.reduction == "mean" else (1.0,) * len(shares)
@@ -174,9 +182,10 @@ class Programs:
             return
         flat = self._flats[s, variant]
         if self.request.differentiates:
-            joint = differentiate(flat, self._wanted(stage, flat, reach), self._remat if recomputes else None)
+            wanted, remat = self._wanted(stage, flat, reach), self._remat if recomputes else None
+            joint = self._shared(s, (flat, wanted, remat), lambda: differentiate(flat, wanted, remat))
         else:
-            joint = forward_alone(flat)
+            joint = self._shared(s, (flat,), lambda: forward_alone(flat))
         self._joints[s, variant, recomputes] = joint
         for leaf, reached in joint.reach.items():
             reach[s, leaf] = reach.get((s, leaf), False) or reached
@@ -198,7 +207,9 @@ class Programs:
         if stage.asks("key") and inputs.key is not None:
             given |= {KEY: inputs.key, INDEX: Shape.of(index(0))}
         where = f", stage {s}, microbatch {i}"
-        return flatten(stage, given, train=self.request.train, loss=self.request.loss, whole=whole, where=where)
+        train, loss = self.request.train, self.request.loss
+        key = (tuple(given.items()), train, whole, self.request.settings)
+        return self._shared(s, key, lambda: flatten(stage, given, train=train, loss=loss, whole=whole, where=where))
 
     def _wanted(self, stage: Stage, flat: Flat, reach: Mapping[tuple[int, Leaf], bool]) -> frozenset[Leaf]:
         def asked(leaf: Leaf) -> bool:
@@ -226,19 +237,39 @@ class Programs:
                 out[Ref("cotangent", Leaf(Y, k))] = Window(b.shape[0] if b.shape else 1, a.shape)
         return out
 
+    def _returned(self, s: int) -> frozenset[Leaf]:
+        """A stage's outputs that the user gets as they are: its states, and the `y` of a single microbatch."""
+        stage, outputs = self.layout.stages[s], self.flat(s, 0).outputs
+        whole = stage.last and self.inputs.cut.m == 1
+        return frozenset(leaf for leaf in outputs if leaf.port.kind == "state" or (whole and leaf.port == Y))
+
     def _programs(self, s: int, i: int) -> tuple[Program, Program | None]:
         joint = self.joint(s, i)
         counts = {leaf: self.contributions(s, leaf, i) for leaf in joint.cotangents}
         scale = self.scale(i) if self.layout.stages[s].last else 1.0
         key = (id(joint), scale, tuple(counts.values()))
         if key not in self._cut:
-            forward, backward, warnings = forward_and_backward(
+            options = {
+                "scale": scale,
+                "contributions": counts,
+                "returned": self._returned(s),
+                "windows": self._windows(s, i),
+                "accumulate": self.inputs.cut.m > 1,
+            }
+            identity = (
                 joint,
-                scale=scale,
-                contributions=counts,
-                windows=self._windows(s, i),
-                accumulate=self.inputs.cut.m > 1,
+                scale,
+                *(tuple(d.items()) for d in (counts, options["windows"])),
+                options["returned"],
+                options["accumulate"],
             )
+            forward, backward, warnings = self._shared(s, identity, lambda: forward_and_backward(joint, **options))
             self.warnings.update(dict.fromkeys(warnings))
             self._cut[key] = forward, backward
         return self._cut[key]
+
+    def _shared(self, s: int, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What does not depend on the loss is kept for other calls."""
+        if self.layout.stages[s].last and self.request.loss is not None:
+            return make()
+        return self._kept.get(Key((s, *key)), make)

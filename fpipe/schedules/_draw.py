@@ -20,9 +20,8 @@ def draw(what: Schedule | Timeline, width: int = 120) -> str:
     labels = [f"{e.action.stage if several else ''}{e.action.kind}{e.action.microbatch}" for e in timeline.events]
     start = min(e.start for e in timeline.events)
     # The scale at which the tightest label still fits in its box, with one character between boxes.
-    scale = max(
-        (len(t) + 1) / (e.end - e.start) for t, e in zip(labels, timeline.events, strict=False) if e.end > e.start
-    )
+    widths = [(len(t) + 1) / (e.end - e.start) for t, e in zip(labels, timeline.events, strict=True) if e.end > e.start]
+    scale = max(widths, default=1.0)
     end = round(timeline.makespan * scale)
     lines = [[" "] * (end + 1) for _ in range(timeline.devices)]
     for label, e in zip(labels, timeline.events, strict=False):

@@ -4,6 +4,8 @@
 backward of one microbatch on one device. Idle time is the makespan minus the work.
 """
 
+from collections.abc import Callable
+
 from fpipe.schedules._schedule import Action, Schedule
 
 
@@ -38,7 +40,7 @@ def eager_1f1b(devices: int, microbatches: int) -> Schedule:
     return _one_stage_each("eager_1f1b", devices, microbatches, lambda d: 2 * (devices - 1 - d))
 
 
-def _one_stage_each(name: str, devices: int, microbatches: int, warm_up) -> Schedule:  # type: ignore[no-untyped-def]
+def _one_stage_each(name: str, devices: int, microbatches: int, warm_up: Callable[[int], int]) -> Schedule:
     call = f"`{name}(devices={devices!r}, microbatches={microbatches!r})`"
     for what, value in (("devices", devices), ("microbatches", microbatches)):
         if type(value) is not int:
