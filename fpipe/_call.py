@@ -66,14 +66,21 @@ class Call(abc.ABC):
 
         Arguments:
             params: one entry per layer, placed.
-            x: a pytree; every array is cut on axis 0 into microbatches.
+            x: a pytree; every array is cut on axis 0 into microbatches of `ceil(rows / chunks)` rows, the last one
+                smaller (10 rows, 4 chunks: 3, 3, 3, 1), unless it stands in an `fpipe.NoChunk`. Leaves that are no
+                arrays, and `None`, go to every microbatch and are static.
             side: side inputs for the layers that ask for them, cut like `x`.
             key: a PRNG key; without one, layers that ask for a key get `None`.
             state: the layers' state, needed if any layer has state.
             train: handed to the layers that ask.
 
         Returns:
-            `y`, or `(y, state)` if state was given.
+            `y`, or `(y, state)` if state was given. Pieces of `y` are concatenated on axis 0; 0-d ones stacked to `(m,)`.
+
+        Raises:
+            TypeError: no array in `x`; a traced call, where the executor cannot be part of a trace.
+            ValueError: arrays that cannot be cut into equal numbers of pieces; parameters or state that do not have one
+                entry per layer; parameters on the wrong device.
         """
         args = checked(self.model, Args(params, x, (), side, key, state, bool(train)))
         y, new = self._forward(args)

@@ -22,8 +22,18 @@ class Layer:
 
     Arguments:
         apply: `apply(params, x, **needs)`; `x` is any pytree. A need is asked for by naming it as a
-            keyword-only parameter: `carry`, `state`, `key`, `train`, `borrowed`, `side`. It returns
-            `y`; with `carry` `(y, carry)`; with `state` `(y, state)`; with both `(y, carry, state)`.
+            keyword-only parameter:
+
+            - `carry`: a dict of the skips that the layer pops or peeks; see `fpipe.stash` and `fpipe.pop`.
+            - `state`: the layer's state, from microbatch to microbatch in order, behind `stop_gradient`. It keeps its
+              structure, shapes and dtypes.
+            - `key`: a PRNG key of this layer and microbatch, `fold_in(fold_in(key, layer), microbatch)`; `None` if the call
+              was given none.
+            - `train`: `True` or `False`, as the call was given it.
+            - `borrowed`: a dict of the parameters of the layers in `borrow`, by name.
+            - `side`: this microbatch's piece of the call's `side`.
+
+            It returns `y`; with `carry` `(y, carry)`; with `state` `(y, state)`; with both `(y, carry, state)`.
         init: `init(key, x, **needs) -> params`, where `x` is a microbatch of zeros; it may name
             needs too. `fpipe.fn` layers need none.
         name: for errors, drawings and `borrow`; default the function's name.
@@ -34,6 +44,7 @@ class Layer:
         borrow: names of the layers whose parameters come as `borrowed[name]` (tied weights).
         init_state: `init_state(x, **needs) -> state`, for a layer with state.
         finish: `finish(state) -> state`, applied once at the end of a call.
+        namespaces: the namespace of each isolated skip; `isolate` sets it.
 
     Raises:
         TypeError: a need as positional parameter, an unknown required keyword, a string where a
