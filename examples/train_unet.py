@@ -188,7 +188,7 @@ def arguments() -> argparse.Namespace:
         choices=["always", "except_last", "never"],
         help="which microbatches recompute in the backward",
     )
-    add("--steps", type=int, default=200, help="training steps")
+    add("--steps", type=int, default=150, help="training steps")
     add("--batch", type=int, default=16, help="patches per step")
     add("--size", type=int, default=64, help="side of a patch in pixels, a multiple of 2**depth")
     add("--noise", type=float, default=0.1, help="standard deviation of the noise, for colours in [0, 1]")

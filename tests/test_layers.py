@@ -636,10 +636,25 @@ def test_a_state_that_changes_its_type_says_in_which_microbatch(make):
 
 @both
 def test_a_weakly_typed_state_keeps_its_type(make):
-    pipe = make([fpipe.Layer(lambda p, x, *, state: (x, state * 2 + 1))], chunks=3)
-    _, (state,) = pipe(((),), jnp.ones((3, 1)), state=(1,))
-    assert_same(state, jnp.int32(15))
+    pipe = make([fpipe.Layer(lambda p, x, *, state: (x * state, jnp.asarray(3)))], chunks=3)
+    y, (state,) = pipe(((),), jnp.ones((3, 1), jnp.int32), state=(1,))
+    assert_same((y, state), (jnp.array([[1], [3], [3]]), jnp.int32(3)))
     assert not state.weak_type
+
+
+@both
+def test_no_gradient_goes_through_a_state(make):
+    pipe, x = make([fpipe.Layer(count), plain], chunks=3), jnp.arange(1.0, 4).reshape(3, 1)
+    params, state = pipe.place(((), jnp.ones(1))), (init_stats(x), None)
+
+    def output(x):
+        return (pipe(params, x, state=state)[0] * jnp.array([[2.0], [3.0], [4.0]])).sum()
+
+    def new_state(x):
+        return pipe(params, x, state=state)[1][0].total.sum()
+
+    assert_same(jax.grad(output)(x), jnp.array([[2.0], [3.0], [4.0]]))
+    assert_same(jax.grad(new_state)(x), jnp.zeros((3, 1)))
 
 
 # --- what a layer returns ---
