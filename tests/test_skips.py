@@ -141,6 +141,10 @@ WRONG_VALUES = {
         peeking(lambda x, c: (x, {"a": x + fpipe.peek(c, "a")})),
         f"{BAD} declares peek=['a'] but returned another value of 'a'",
     ),
+    "a peeked value replaced in place": (
+        peeking(lambda x, c: (x, [c.update(a=x + 1), c][1])),
+        f"{BAD} declares peek=['a'] but returned another value of 'a'",
+    ),
     "a peek at what was taken out by hand": (
         peeking(lambda x, c: (fpipe.peek({}, "a"), c)),
         f"`fpipe.peek(carry, 'a')` in {BAD}: the carry holds only []",
