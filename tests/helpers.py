@@ -1,5 +1,6 @@
 """Models, tables and comparisons that the tests share."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import fpipe
 
@@ -194,6 +196,15 @@ class Case:
             "side": self.side,
             "state": self.reference.init_state(self.x, side=self.side, params=self.params()) if state else None,
         }
+
+
+@contextlib.contextmanager
+def raises(kind, text):
+    """Exactly that type and that message; `match` would search in the notes too."""
+    with pytest.raises(kind) as error:
+        yield error
+    assert type(error.value) is kind
+    assert str(error.value) == text
 
 
 def assert_same(got: Any, want: Any, tolerance: float = 1e-5) -> None:

@@ -1,6 +1,5 @@
 """Layers: what a signature says, what `Layer`, `fn` and `skippable` refuse, and what an error in a layer says."""
 
-import contextlib
 import dataclasses
 import functools
 import operator
@@ -15,18 +14,9 @@ import pytest
 from jax.extend.core import Primitive
 
 import fpipe
-from tests.helpers import assert_same
+from tests.helpers import assert_same, raises
 
 untyped: Any = lambda value: value  # noqa: E731 - what a type checker would refuse is tested here
-
-
-@contextlib.contextmanager
-def raises(kind, text):
-    """Exactly that type and that message; `match` would search in the notes too."""
-    with pytest.raises(kind) as error:
-        yield error
-    assert type(error.value) is kind
-    assert str(error.value) == text
 
 
 both = pytest.mark.parametrize("make", [fpipe.sequential, fpipe.Pipe])

@@ -1,6 +1,5 @@
 """Microbatches: how inputs of every kind are cut, sent through stages, and put together again."""
 
-import contextlib
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -14,19 +13,10 @@ from hypothesis import strategies as st
 
 import fpipe
 from fpipe._microbatch import cut_inputs, pieces
-from tests.helpers import assert_same
+from tests.helpers import assert_same, raises
 
 untyped: Any = lambda value: value  # noqa: E731 - what a type checker would refuse is tested here
 both = pytest.mark.parametrize("make", [fpipe.sequential, fpipe.Pipe])
-
-
-@contextlib.contextmanager
-def raises(kind, text):
-    """Exactly that type and that message; `match` would search in the notes too."""
-    with pytest.raises(kind) as error:
-        yield error
-    assert type(error.value) is kind
-    assert str(error.value) == text
 
 
 def rows(n, width=2, start=1.0):

@@ -1,6 +1,5 @@
 """Skips: what is refused while tracing, what `verify_skippables` finds, namespaces, and values of every kind."""
 
-import contextlib
 import dataclasses
 import functools
 import pickle
@@ -15,20 +14,11 @@ import numpy as np
 import pytest
 
 import fpipe
-from tests.helpers import add, assert_same, dense, keep, look, mse
+from tests.helpers import add, assert_same, dense, keep, look, mse, raises
 
 untyped: Any = lambda value: value  # noqa: E731 - what a type checker would refuse is tested here
 both = pytest.mark.parametrize("make", [fpipe.sequential, fpipe.Pipe])
 X = jnp.arange(1.0, 7).reshape(3, 2)
-
-
-@contextlib.contextmanager
-def raises(kind, text):
-    """Exactly that type and that message; `match` would search in the notes too."""
-    with pytest.raises(kind) as error:
-        yield error
-    assert type(error.value) is kind
-    assert str(error.value) == text
 
 
 # --- what is refused while tracing ---
