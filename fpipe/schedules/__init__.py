@@ -4,6 +4,8 @@ from fpipe.schedules._draw import draw as draw
 from fpipe.schedules._generators import eager_1f1b as eager_1f1b
 from fpipe.schedules._generators import gpipe as gpipe
 from fpipe.schedules._generators import one_f_one_b as one_f_one_b
+from fpipe.schedules._names import NAMES as NAMES
+from fpipe.schedules._names import named as named
 from fpipe.schedules._schedule import Action as Action
 from fpipe.schedules._schedule import Kind as Kind
 from fpipe.schedules._schedule import Schedule as Schedule
