@@ -7,12 +7,12 @@ of a graph is run by binding its equations one after the other under a new trace
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 # Calls that are inlined, so that what is inside can be sliced. A `jax.checkpoint` is not: XLA keeps
 # its recomputation only while it stays one equation.
@@ -28,16 +28,18 @@ _CHEAP = {
     "convert_element_type",
     "copy",
     "rev",
+    "optimization_barrier",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """One equation between numbered values."""
+    """One equation between numbered values; `again` if it recomputes what the forward has computed."""
 
     eqn: Any
     ins: tuple[int, ...]
     outs: tuple[int, ...]
+    again: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +121,20 @@ def masks(graph: Graph, seeds: Mapping[int, int]) -> dict[int, int]:
     return mask
 
 
+def late_values(graph: Graph, cotangents: Iterable[int]) -> set[int]:
+    """The values that only a backward has: they depend on a cotangent, or are recomputed."""
+    late = set(cotangents)
+    for node in graph.nodes:
+        if node.again or not late.isdisjoint(node.ins):
+            late.update(node.outs)
+    return late
+
+
+def is_late(node: Node, late: Set[int]) -> bool:
+    """Whether an equation belongs to the backward."""
+    return node.again or not late.isdisjoint(node.ins)
+
+
 def needed(
     graph: Graph,
     wanted: Iterable[int],
@@ -162,32 +178,32 @@ def is_zero(graph: Graph, value: int) -> bool:
 
 
 def residuals(
-    graph: Graph, wanted: Sequence[int], late: Mapping[int, int], micro: Mapping[int, int]
+    graph: Graph, wanted: Sequence[int], late: Set[int], micro: Mapping[int, int]
 ) -> tuple[list[Node], list[int]]:
     """Cut a joint forward and backward in two.
 
     Arguments:
         wanted: the gradients.
-        late: values that depend on a cotangent: they are made in the backward.
+        late: `late_values`: they are made in the backward.
         micro: values that depend on the microbatch.
 
     Returns:
         The backward's equations, and the values that it takes from outside: inputs of the graph, or values
         that the forward must hand over. Handed over is only what depends on the microbatch. What is made
         from parameters alone is made again, and so is a cheap change of form (a broadcast, a reshape); an
-        equation with effects runs once. Effects that depend on a cotangent are the backward's.
+        equation with effects runs once. Effects that are late are the backward's.
     """
     maker = graph.maker
     take: dict[int, None] = {}
     inside: set[int] = set()  # values made inside the backward
-    effects = [n for n in graph.nodes if n.eqn.effects and any(late.get(v) for v in n.ins)]
+    effects = [n for n in graph.nodes if n.eqn.effects and is_late(n, late)]
     stack = [*wanted, *(v for node in effects for v in node.ins)]
     while stack:
         v = stack.pop()
         if v in inside or v in take or v in graph.consts:
             continue
         node = maker.get(v)
-        if node is not None and (late.get(v) or (not node.eqn.effects and (not micro.get(v) or _redo(graph, node)))):
+        if node is not None and (v in late or (not node.eqn.effects and (not micro.get(v) or _redo(graph, node)))):
             inside.update(node.outs)
             stack.extend(node.ins)
         else:
@@ -195,6 +211,108 @@ def residuals(
     kept = set(map(id, effects))
     nodes = [n for n in graph.nodes if id(n) in kept or not inside.isdisjoint(n.outs)]
     return nodes, sorted(take)
+
+
+def halves(
+    graph: Graph,
+    nodes: Sequence[Node],
+    first: Sequence[int],
+    second: Sequence[int],
+    given: Mapping[int, bool],
+    micro: Mapping[int, int],
+) -> tuple[list[Node], list[Node], list[int], list[int]]:
+    """Cut a backward in two, so that nothing is computed twice: `I` makes `first`, `W` makes `second` from what is left.
+
+    Arguments:
+        nodes: the backward's equations, as `residuals` gives them.
+        first, second: gradients of the inputs, and of the weights.
+        given: what the backward takes from outside; whether `W` can take it from there too.
+        micro: values that depend on the microbatch.
+
+    Returns:
+        The equations of both; the values that `I` hands to `W`; and those of `second` that `I` makes all the same, for
+        an equation gives both (a `scan`, a custom call). Effects are `I`'s.
+    """
+    part = dataclasses.replace(graph, nodes=tuple(nodes))
+    maker = part.maker
+    late = needed(part, first, given, effects=lambda node: True)
+    several = {v for node in late for v in node.outs if len(node.outs) > 1}
+    both = [v for v in second if _form_of(graph, maker, v) in several]
+    if both:
+        late = needed(part, [*first, *both], given, effects=lambda node: True)
+    made = {v for node in late for v in node.outs}
+    used = {v for node in late for v in node.ins} | set(first) | set(both)
+    handed: dict[int, None] = {}
+    inside: set[int] = set()
+    stack = [v for v in second if v not in both]
+    while stack:
+        v = stack.pop()
+        if v in inside or v in handed or v in graph.consts or (v in given and (given[v] or v not in used)):
+            continue
+        node = maker.get(v)
+        if node is None or (v in made and (node.eqn.effects or (micro.get(v) and not _redo(graph, node)))):
+            handed[v] = None
+        else:
+            inside.update(node.outs)
+            stack.extend(node.ins)
+    return late, [n for n in nodes if not inside.isdisjoint(n.outs)], sorted(handed), both
+
+
+def _form_of(graph: Graph, maker: Mapping[int, Node], v: int) -> int:
+    """The value that `v` is but another form of: a transpose, a reshape."""
+    while v in maker and _redo(graph, maker[v]):
+        v = maker[v].ins[0]
+    return v
+
+
+def opened(graph: Graph, cotangents: Iterable[int]) -> tuple[Graph, dict[int, int]]:
+    """A graph with the recomputations in it inlined, so that they can be sliced.
+
+    A `jax.checkpoint` of the backward is one equation: recomputation and backward together. Its inputs go through
+    barriers, so that XLA does not find the recomputation equal to the forward of another. A `jax.checkpoint` that
+    depends on no cotangent is of the forward, and stays.
+
+    Returns:
+        The graph, and what its values are called that have another number now.
+    """
+    late, new = set(cotangents), dict[int, int]()
+    avals, consts = dict(graph.avals), dict(graph.consts)
+    nodes: list[Node] = []
+
+    def visit(node: Node) -> None:
+        ins = tuple(new.get(v, v) for v in node.ins)
+        body = _recomputation(node.eqn) if not late.isdisjoint(ins) else None
+        if body is None:
+            nodes.append(dataclasses.replace(node, ins=ins))
+            if not late.isdisjoint(ins):
+                late.update(node.outs)
+            return
+        base = max(avals) + 1
+        avals.update({base + v: aval for v, aval in body.avals.items()})
+        consts.update({base + v: value for v, value in body.consts.items()})
+        for v, outer in zip(body.inputs, ins, strict=True):
+            visit(Node(_barrier(avals[outer]), (outer,), (base + v,), again=True))
+        for n in body.nodes:
+            visit(Node(n.eqn, tuple(base + v for v in n.ins), tuple(base + v for v in n.outs), again=True))
+        for v, outer in zip(body.outputs, node.outs, strict=True):
+            new[outer] = new.get(base + v, base + v)
+            late.add(new[outer])
+
+    for node in graph.nodes:
+        visit(node)
+    outputs = tuple(new.get(v, v) for v in graph.outputs)
+    return Graph(graph.inputs, outputs, tuple(nodes), consts, avals), new
+
+
+def _recomputation(eqn: Any) -> Graph | None:
+    """The body of a `jax.checkpoint`, whatever this release calls it."""
+    return inline(eqn.params["jaxpr"]) if {"jaxpr", "policy", "prevent_cse"} <= set(eqn.params) else None
+
+
+def _barrier(aval: Any) -> Any:
+    closed = trace(lambda a: [jax.lax.optimization_barrier(a)], jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+    (eqn,) = getattr(closed, "jaxpr", closed).eqns
+    return eqn
 
 
 def _redo(graph: Graph, node: Node) -> bool:
@@ -239,8 +357,9 @@ def _through(eqn: Any, ins: Sequence[int], outs: int) -> list[int]:
             len(body.inputs) - outs,
         )  # where the carry begins; the condition's consts are first
         return _loop(body, ins[carry - consts : carry], ins[carry:], [])
-    if eqn.primitive.name == "checkpoint":
-        return _body(inline(p["jaxpr"]), ins)
+    body = _recomputation(eqn)
+    if body is not None:
+        return _body(body, ins)
     return [functools.reduce(operator.or_, ins, 0)] * outs
 
 
@@ -257,3 +376,66 @@ def _loop(body: Graph, consts: Sequence[int], carry: Sequence[int], xs: Sequence
         if grown == list(carry):
             return out
         carry = grown
+
+
+class _Same:
+    """An object that is equal to itself alone."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __hash__(self) -> int:
+        return id(self._value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._value is other._value
+
+
+def identity(graph: Graph, nodes: Iterable[Node], given: Sequence[int], wanted: Sequence[int]) -> Hashable:
+    """What `nodes` compute, from values `given` in order to values `wanted` in order: equal for equal computations."""
+    number: dict[int, int] = {}
+    consts: list[Hashable] = []
+
+    def of(v: int) -> int:
+        if v not in number:
+            number[v] = len(number)
+            if v in graph.consts:
+                consts.append((number[v], _type(graph.avals[v]), _content(graph.consts[v])))
+        return number[v]
+
+    ins = tuple((of(v), _type(graph.avals[v])) for v in given)
+    code = tuple(
+        (
+            node.eqn.primitive,
+            node.eqn.ctx,
+            tuple((name, _content(value)) for name, value in sorted(node.eqn.params.items())),
+            tuple(map(of, node.ins)),
+            tuple(map(of, node.outs)),
+        )
+        for node in nodes
+    )
+    return ins, code, tuple(map(of, wanted)), tuple(consts)
+
+
+def _type(aval: Any) -> Hashable:
+    return getattr(aval, "shape", None), str(getattr(aval, "dtype", aval)), getattr(aval, "weak_type", False)
+
+
+def _content(value: Any) -> Hashable:
+    """A value by what it is, as far as that can be told; else the very object."""
+    if isinstance(value, (Jaxpr, ClosedJaxpr)) and (hasattr(value, "consts") or not value.constvars):
+        graph = inline(value)
+        return identity(graph, graph.nodes, graph.inputs, graph.outputs)
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple(map(_content, value))
+    if isinstance(value, dict):
+        return tuple((_content(k), _content(v)) for k, v in value.items())
+    if isinstance(value, (np.ndarray, np.generic)) and value.size <= 1024 and value.dtype != object:
+        return value.shape, str(value.dtype), value.tobytes()
+    try:
+        hash(value)
+    except TypeError:
+        return _Same(value)
+    return type(value), value

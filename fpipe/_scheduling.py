@@ -72,7 +72,6 @@ class Scheduling:
 
         Raises:
             ValueError: it is for another number of stages or microbatches, puts a stage elsewhere, or has no backwards.
-            NotImplementedError: it splits backwards into `I` and `W`.
         """
         schedule = self.option
         if not isinstance(schedule, Schedule):
@@ -88,10 +87,6 @@ class Scheduling:
             raise ValueError(
                 f"the schedule {schedule.name!r} for {microbatches} microbatches puts the stages on the devices "
                 f"{schedule.stage_to_device}, but the parameters are placed on {stage_to_device}"
-            )
-        if any(a.kind in "IW" for row in schedule.actions for a in row):
-            raise NotImplementedError(
-                f"the schedule {schedule.name!r} splits backwards into I and W; the placed executor runs F and B so far"
             )
         return schedule
 

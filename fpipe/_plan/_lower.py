@@ -169,9 +169,9 @@ class _Lowering:
     def _forward(self, action: Action) -> None:
         _, s, i = action
         stage, placement = self.layout.stages[s], self.layout.placements[s]
-        program, backward = self.programs.forward(s, i), self.programs.backward(s, i)
+        program, *backwards = self.programs.of(s, i).values()
         # A backward may read inputs that its forward does not, and an output may be an input as it is.
-        refs = [*program.ins, *(r for r in (backward.ins if backward else ()) if r.what == "in")]
+        refs = [*program.ins, *(r for backward in backwards for r in backward.ins if r.what == "in")]
         refs += [r for r in program.same.values() if r.what == "in"]
         slots = {ref: self._input(stage, ref.leaf, i) for ref in dict.fromkeys(refs) if ref.leaf is not None}
         local = dict(zip(slots, self.emit.bring(list(slots.values()), placement), strict=True))
@@ -183,8 +183,8 @@ class _Lowering:
             self.states[k] = tuple(local[Ref("out", Leaf(port, n))] for n in range(count))
 
     def _backward(self, action: Action) -> None:
-        _, s, i = action
-        program = self.programs.backward(s, i)
+        kind, s, i = action
+        program = self.programs.of(s, i).get(kind)
         if program is None:
             return
         local = self.values[s, i]
@@ -207,9 +207,10 @@ class _Lowering:
 
     def _run(self, program: Program, local: dict[Ref, int], s: int, i: int, ins: Sequence[int], action: Action) -> None:
         """Run a stage's program and add what it makes to `local`."""
-        names = [f"{ref} stage{s} mb{i}" for ref in program.outs]
-        made = self.emit.run(program.name, program.call, ins, names, self.layout.placements[s], action)
-        local |= dict(zip(program.outs, made, strict=True))
+        if program.call is not None:
+            names = [f"{ref} stage{s} mb{i}" for ref in program.outs]
+            made = self.emit.run(program.name, program.call, ins, names, self.layout.placements[s], action)
+            local |= dict(zip(program.outs, made, strict=True))
         local |= {ref: local[other] for ref, other in program.same.items()}
 
     def _input(self, stage: Stage, leaf: Leaf, i: int) -> int:

@@ -1,4 +1,4 @@
-"""The programs of a call: each stage traced once for each shape of microbatch, and cut into forward and backward."""
+"""The programs of a call: each stage traced once for each shape of microbatch, and cut into programs."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -10,21 +10,24 @@ from fpipe._loss import Loss
 from fpipe._microbatch import Cut
 from fpipe._placement import Placement
 from fpipe._program import (
+    Code,
     Flat,
     Joint,
+    Options,
     Program,
     Ref,
+    StagePrograms,
     Window,
+    cut,
     differentiate,
     flatten,
     forward_alone,
-    forward_and_backward,
 )
 from fpipe._recent import Key, Recent
 from fpipe._remat import Remat
 from fpipe._stage import INDEX, KEY, SIDE, TARGETS, Leaf, Port, Stage, X, Y
 from fpipe._tree import Shape, is_inexact
-from fpipe.schedules import Action
+from fpipe.schedules import Action, Kind
 
 # What a call wants: the output; a loss; a loss and gradients, forwards and backwards interleaved as scheduled; or the
 # output and its pull-back: all forwards, then all backwards.
@@ -103,12 +106,12 @@ def index(i: int) -> np.uint32:
 
 
 def direct_pairs(order: Sequence[Action], placements: Sequence[Placement]) -> frozenset[tuple[int, int]]:
-    """The (stage, microbatch) pairs whose backward is the next thing that its device runs after the forward."""
+    """The (stage, microbatch) pairs whose backward, or input gradient, is what their device runs next after the forward."""
     last: dict[Placement, Action] = {}
     found = set()
     for a in order:
         place = placements[a.stage]
-        if a.kind == "B" and last.get(place) == Action("F", a.stage, a.microbatch):
+        if a.kind in "BI" and last.get(place) == Action("F", a.stage, a.microbatch):
             found.add((a.stage, a.microbatch))
         last[place] = a
     return frozenset(found)
@@ -125,11 +128,12 @@ class Programs:
         self.layout, self.inputs, self.request, self.warnings = layout, inputs, request, dict[str, None]()
         self._kept = kept
         self._remat, self._direct = remat, direct_pairs(order, layout.placements)
+        self._split = frozenset((a.stage, a.microbatch) for a in order if a.kind == "I")
         shares = inputs.cut.shares
         self._scales = shares if request.loss and request.loss.reduction == "mean" else (1.0,) * len(shares)
         self._flats: dict[Any, Flat] = {}
         self._joints: dict[Any, Joint] = {}
-        self._cut: dict[Any, tuple[Program, Program | None]] = {}
+        self._cut: dict[Any, StagePrograms] = {}
         reach = dict[tuple[int, Leaf], bool]()  # of a stage's outputs: does a gradient depend on the cotangent
         for stage in layout.stages:
             for i in range(inputs.cut.m):
@@ -147,13 +151,20 @@ class Programs:
         """Forward and backward as one graph."""
         return self._joints[s, self.inputs.cut.variant(i), self._recomputes(s, i)]
 
-    def forward(self, s: int, i: int) -> Program:
-        """The forward's program."""
-        return self._programs(s, i)[0]
-
-    def backward(self, s: int, i: int) -> Program | None:
-        """The backward's program, if any gradient is asked for."""
-        return self._programs(s, i)[1]
+    def of(self, s: int, i: int) -> Mapping[Kind, Program]:
+        """The programs of a stage for that microbatch, by kind; what has nothing to compute is not there."""
+        joint = self.joint(s, i)
+        counts = tuple((leaf, self.contributions(s, leaf, i)) for leaf in joint.cotangents)
+        scale = self.scale(i) if self.layout.stages[s].last else 1.0
+        split = (s, i) in self._split
+        key = (id(joint), scale, counts, split)
+        if key not in self._cut:
+            windows = tuple(self._windows(s, i).items())
+            options = Options(split, scale, counts, self._returned(s), windows, self.inputs.cut.m > 1)
+            made = self._shared(s, (joint, options), lambda: cut(joint, options, lambda code: self._compile(s, code)))
+            self.warnings.update(dict.fromkeys(made.warnings))
+            self._cut[key] = made
+        return self._cut[key].of
 
     def readers(self, s: int, leaf: Leaf, i: int) -> list[tuple[int, Leaf]]:
         """The stages that have a gradient for an output leaf, with their name for it."""
@@ -243,33 +254,18 @@ class Programs:
         whole = stage.last and self.inputs.cut.m == 1
         return frozenset(leaf for leaf in outputs if leaf.port.kind == "state" or (whole and leaf.port == Y))
 
-    def _programs(self, s: int, i: int) -> tuple[Program, Program | None]:
-        joint = self.joint(s, i)
-        counts = {leaf: self.contributions(s, leaf, i) for leaf in joint.cotangents}
-        scale = self.scale(i) if self.layout.stages[s].last else 1.0
-        key = (id(joint), scale, tuple(counts.values()))
-        if key not in self._cut:
-            options = {
-                "scale": scale,
-                "contributions": counts,
-                "returned": self._returned(s),
-                "windows": self._windows(s, i),
-                "accumulate": self.inputs.cut.m > 1,
-            }
-            identity = (
-                joint,
-                scale,
-                *(tuple(d.items()) for d in (counts, options["windows"])),
-                options["returned"],
-                options["accumulate"],
-            )
-            forward, backward, warnings = self._shared(s, identity, lambda: forward_and_backward(joint, **options))
-            self.warnings.update(dict.fromkeys(warnings))
-            self._cut[key] = forward, backward
-        return self._cut[key]
+    def _compile(self, s: int, code: Code) -> Callable[..., Sequence[Any]]:
+        """The function of a code; stages that compute the same share it, and its trace."""
+        if self._loses(s):
+            return code.compile()
+        return self._kept.get(Key(code.identity), code.compile)
+
+    def _loses(self, s: int) -> bool:
+        """Whether a stage contains the loss: a function that may be another one in the next call."""
+        return self.layout.stages[s].last and self.request.loss is not None
 
     def _shared(self, s: int, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """What does not depend on the loss is kept for other calls."""
-        if self.layout.stages[s].last and self.request.loss is not None:
+        if self._loses(s):
             return make()
         return self._kept.get(Key((s, *key)), make)
