@@ -623,16 +623,6 @@ def test_a_schedule_of_forwards_evaluates_and_refuses_gradients():
         jax.grad(lambda p: jnp.mean(pipe(p, case.x)))(placed)
 
 
-def test_a_schedule_that_splits_backwards_is_refused():
-    schedule = Schedule([[("F", 0, 0), ("I", 0, 0), ("W", 0, 0)]], name="split")
-    pipe = fpipe.Pipe([SCALED], [1], schedule=schedule)
-    text = "the schedule 'split' splits backwards into I and W; the placed executor runs F and B so far"
-    with pytest.raises(NotImplementedError, match=text):
-        pipe.make_schedule(1)
-    with pytest.raises(NotImplementedError, match=text):
-        pipe.value_and_grad(jnp.mean)(pipe.place((jnp.ones(2),)), jnp.ones((2, 2)))
-
-
 def test_forwards_out_of_order_are_refused_where_layers_have_state():
     layers = models()["stateful"]
     case = Case(layers, 2)
