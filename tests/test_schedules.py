@@ -3,7 +3,7 @@
 import pytest
 
 from fpipe import schedules
-from fpipe.schedules import Costs, Schedule, simulate
+from fpipe.schedules import Costs, simulate
 
 GENERATORS = {"gpipe": schedules.gpipe, "1f1b": schedules.one_f_one_b, "eager_1f1b": schedules.eager_1f1b}
 
@@ -37,41 +37,6 @@ def test_order_of_gpipe_and_eager_as_drawn():
         "F0 F1 F2 B0 F3 B1 F4 B2 F5 B3 B4 B5",
         "F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 F5 B5",
     ]
-
-
-BROKEN = {
-    "missing forward": ([[("B", 0, 0)]], "has B; a schedule with backwards needs|F\\(0,0\\) is missing"),
-    "missing backward": ([[("F", 0, 0), ("B", 0, 0), ("F", 0, 1)]], "stage 0, microbatch 1 has F;"),
-    "repeated": ([[("F", 0, 0), ("F", 0, 0), ("B", 0, 0)]], "position 1: F\\(0,0\\) is there twice"),
-    "gap": ([[("F", 0, 0), ("B", 0, 0), ("F", 0, 2), ("B", 0, 2)]], "F\\(0,1\\) is missing"),
-    "wrong device": ([[("F", 1, 0)], [("F", 0, 0)]], "but stage 1 is on device 1"),
-    "unknown stage": ([[("F", 3, 0)]], "of stage 3, but there are 1 stages"),
-    "unknown kind": ([[("X", 0, 0)]], "the kinds are F, B, I, W"),
-    "half split": ([[("F", 0, 0), ("I", 0, 0)]], "either B, or both I and W"),
-    "W before I": ([[("F", 0, 0), ("W", 0, 0), ("I", 0, 0)]], "deadlock: device 0 at W\\(0,0\\)"),
-    "B before F": ([[("B", 0, 0), ("F", 0, 0)]], "waits for F\\(0,0\\), which device 0 itself has later"),
-    "nothing": ([[]], "nothing to run"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_schedules_are_refused(name):
-    rows, message = BROKEN[name]
-    with pytest.raises(ValueError, match=message):
-        Schedule(rows)
-
-
-def test_deadlock_names_both_devices():
-    with pytest.raises(
-        ValueError,
-        match=r"device 0 at B\(0,0\), position 1, waits for B\(1,0\), which device 1 has at position 2",
-    ):
-        Schedule(
-            [
-                [("F", 0, 0), ("B", 0, 0), ("F", 0, 1), ("B", 0, 1)],
-                [("F", 1, 1), ("F", 1, 0), ("B", 1, 0), ("B", 1, 1)],
-            ]
-        )
 
 
 @pytest.mark.parametrize("bad", [(0, 4), (4, 0), (-1, 2)])
