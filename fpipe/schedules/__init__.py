@@ -2,7 +2,10 @@
 
 from fpipe.schedules._draw import draw as draw
 from fpipe.schedules._generators import eager_1f1b as eager_1f1b
+from fpipe.schedules._generators import forward_only as forward_only
 from fpipe.schedules._generators import gpipe as gpipe
+from fpipe.schedules._generators import interleaved_1f1b as interleaved_1f1b
+from fpipe.schedules._generators import looped_bfs as looped_bfs
 from fpipe.schedules._generators import one_f_one_b as one_f_one_b
 from fpipe.schedules._names import NAMES as NAMES
 from fpipe.schedules._names import named as named
@@ -13,3 +16,9 @@ from fpipe.schedules._simulate import Costs as Costs
 from fpipe.schedules._simulate import Event as Event
 from fpipe.schedules._simulate import Timeline as Timeline
 from fpipe.schedules._simulate import simulate as simulate
+from fpipe.schedules._zero_bubble import dualpipe_v as dualpipe_v
+from fpipe.schedules._zero_bubble import v_half as v_half
+from fpipe.schedules._zero_bubble import v_min as v_min
+from fpipe.schedules._zero_bubble import zb_h1 as zb_h1
+from fpipe.schedules._zero_bubble import zb_h2 as zb_h2
+from fpipe.schedules._zero_bubble import zb_v as zb_v

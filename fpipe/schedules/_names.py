@@ -3,26 +3,45 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fpipe.schedules._generators import eager_1f1b, gpipe, one_f_one_b
+from fpipe.schedules._generators import (
+    eager_1f1b,
+    forward_only,
+    gpipe,
+    interleaved_1f1b,
+    looped_bfs,
+    one_f_one_b,
+)
 from fpipe.schedules._schedule import Schedule
+from fpipe.schedules._zero_bubble import dualpipe_v, v_half, v_min, zb_h1, zb_h2, zb_v
 
 
 class Named(NamedTuple):
     """A generator by name.
 
     Attributes:
-        generator: `f(devices, microbatches)`; also `virtual=` where `per_device` is `None`.
-        per_device: the stages on each device; `None`: several, as many as `virtual` says.
+        generator: `f(devices, microbatches)`; also `virtual=` where that is so.
+        per_device: the stages on each device unless told otherwise; `None`: several, at least two by default.
+        virtual: whether the generator takes another number of them.
     """
 
     generator: Callable[..., Schedule]
     per_device: int | None
+    virtual: bool = False
 
 
 NAMES: dict[str, Named] = {
     "gpipe": Named(gpipe, 1),
     "1f1b": Named(one_f_one_b, 1),
     "eager_1f1b": Named(eager_1f1b, 1),
+    "interleaved_1f1b": Named(interleaved_1f1b, None, virtual=True),
+    "looped_bfs": Named(looped_bfs, None, virtual=True),
+    "zb_h1": Named(zb_h1, 1, virtual=True),
+    "zb_h2": Named(zb_h2, 1),
+    "zb_v": Named(zb_v, 2),
+    "v_half": Named(v_half, 2),
+    "v_min": Named(v_min, 2),
+    "dualpipe_v": Named(dualpipe_v, 2),
+    "forward_only": Named(forward_only, 1, virtual=True),
 }
 
 
@@ -36,14 +55,19 @@ def named(name: str, devices: int, microbatches: int, virtual: int | None = None
         virtual: `v`, stages per device; default what the schedule prescribes, 2 where it takes several.
 
     Raises:
+        TypeError: a size that is no int.
         ValueError: no such name, or sizes that the schedule cannot have.
     """
     if name not in NAMES:
         raise ValueError(f"no schedule is named {name!r}; there are {', '.join(NAMES)}")
-    generator, per_device = NAMES[name]
-    if per_device is None:
-        return generator(devices, microbatches, virtual=2 if virtual is None else virtual)
-    if virtual not in (None, per_device):
+    generator, per_device, takes_virtual = NAMES[name]
+    if virtual is None:
+        return generator(devices, microbatches)
+    if takes_virtual:
+        return generator(devices, microbatches, virtual=virtual)
+    if type(virtual) is not int:
+        raise TypeError(f"`{name}`: virtual is an int, not {virtual!r}")
+    if virtual != per_device:
         number = "one stage" if per_device == 1 else f"{per_device} stages"
         raise ValueError(f"`{name}` puts {number} on each device, not {virtual}")
     return generator(devices, microbatches)
