@@ -1,17 +1,23 @@
 """When everything runs: a schedule under given costs becomes a timeline."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+import math
+import numbers
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any, NamedTuple, TypeAlias
 
-from fpipe.schedules._schedule import Action, Schedule, dependencies
+from fpipe.schedules._schedule import KINDS, Action, Schedule
 
 Cost: TypeAlias = float | Sequence[float]
+
+_F, _B, _I, _W = range(len(KINDS))
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What each action takes, in any unit of time: one number, or one number per stage.
+    """What each action takes, in any unit of time, and what it holds, in any unit of memory.
+
+    Each is one number, or one number per stage; `transfer` is one number. All are finite and not negative.
 
     Arguments:
         F: a forward.
@@ -19,6 +25,13 @@ class Costs:
         I: an input gradient.
         W: a weight gradient.
         transfer: latency between two different devices.
+        memory: what a microbatch holds on a stage from the start of its `F` to the end of its `B`
+            or `I`.
+        memory_w: what it holds from there to the end of its `W`; left out, all of `memory`.
+
+    Raises:
+        TypeError: something that is neither a number nor a sequence of numbers.
+        ValueError: a number that is negative, infinite or NaN.
     """
 
     F: Cost = 1.0
@@ -26,13 +39,33 @@ class Costs:
     I: Cost = 1.0  # noqa: E741 - the letter of the literature
     W: Cost = 1.0
     transfer: float = 0.0
+    memory: Cost = 1.0
+    memory_w: Cost | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            object.__setattr__(self, field.name, _cost(field.name, value))
 
     def of(self, action: Action) -> float:
         """The cost of one action."""
         if action.kind == "B" and self.B is None:
             return _at(self.I, action.stage) + _at(self.W, action.stage)
-        cost = getattr(self, action.kind)
-        return _at(cost, action.stage)
+        return _at(getattr(self, action.kind), action.stage)
+
+    def holds(self, stage: int) -> tuple[float, float]:
+        """What a microbatch holds on a stage from `F` to `B` or `I`, and from `I` to `W`."""
+        memory = _at(self.memory, stage)
+        return memory, memory if self.memory_w is None else _at(self.memory_w, stage)
+
+    def check(self, stages: int) -> None:
+        """Refuse costs per stage that are not those of `stages` stages, with a `ValueError`."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, tuple) and len(value) != stages:
+                raise ValueError(f"`Costs({field.name}={value!r})`: {len(value)} numbers for {stages} stages")
 
 
 class Event(NamedTuple):
@@ -46,16 +79,35 @@ class Event(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """Events in the order in which they start (ties by device), predicted or measured."""
+    """What ran when, predicted or measured.
+
+    Arguments:
+        events: in the order in which they start, ties by device; where actions take no time, what
+            waits for another comes after it.
+        devices: `D`.
+        name: for drawings.
+        memory: for each stage what a microbatch holds there from `F` to `B` or `I`, and from `I`
+            to `W`; left out, 1 and 1.
+    """
 
     events: tuple[Event, ...]
     devices: int
     name: str = "custom"
+    memory: tuple[tuple[float, float], ...] = ()
 
     @property
     def makespan(self) -> float:
         """From the first start to the last end."""
         return max(e.end for e in self.events) - min(e.start for e in self.events)
+
+    @property
+    def idle(self) -> tuple[float, ...]:
+        """For each device the makespan minus its work."""
+        work = [0.0] * self.devices
+        for e in self.events:
+            work[e.device] += e.end - e.start
+        makespan = self.makespan
+        return tuple(makespan - w for w in work)
 
     @property
     def bubble(self) -> float:
@@ -68,13 +120,44 @@ class Timeline:
     def peak_live(self) -> tuple[int, ...]:
         """For each device the most (stage, microbatch) pairs held at once, from `F` to `B` or `W`."""
         live, peak = [0] * self.devices, [0] * self.devices
-        for e in sorted(self.events, key=lambda e: (e.start, e.end)):
+        for e in self._in_order():
             if e.action.kind == "F":
                 live[e.device] += 1
                 peak[e.device] = max(peak[e.device], live[e.device])
             elif e.action.kind in "BW":
                 live[e.device] -= 1
         return tuple(peak)
+
+    @property
+    def peak_memory(self) -> tuple[float, ...]:
+        """For each device the most memory held at once; forwards alone hold theirs to the end."""
+        # Counted, and multiplied afresh each time: a running sum of floats would drift.
+        first: list[dict[int, int]] = [{} for _ in range(self.devices)]
+        second: list[dict[int, int]] = [{} for _ in range(self.devices)]
+        peak = [0.0] * self.devices
+        for d, (kind, s, _), _, _ in self._in_order():
+            before, after = first[d], second[d]
+            if kind == "F":
+                before[s] = before.get(s, 0) + 1
+            elif kind == "W":
+                after[s] -= 1
+            else:
+                before[s] -= 1
+                if kind == "I":
+                    after[s] = after.get(s, 0) + 1
+            if kind in "FI":
+                held = math.fsum(n * self._holds(s)[0] for s, n in before.items())
+                held += math.fsum(n * self._holds(s)[1] for s, n in after.items())
+                peak[d] = max(peak[d], held)
+        return tuple(peak)
+
+    def _holds(self, stage: int) -> tuple[float, float]:
+        return self.memory[stage] if self.memory else (1.0, 1.0)
+
+    def _in_order(self) -> list[Event]:
+        # A device runs one action after the other, so at equal starts its events already stand in
+        # their order; times alone cannot tell it where an action takes none.
+        return sorted(self.events, key=lambda e: e.start)
 
 
 def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
@@ -86,37 +169,81 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
 
     Returns:
         The `Timeline`.
+
+    Raises:
+        ValueError: costs per stage, but not as many as there are stages.
     """
     costs = Costs() if costs is None else costs
-    split = {a[1:] for row in schedule.actions for a in row if a.kind == "I"}
-    places = schedule.stage_to_device
-    ends: dict[Action, float] = {}
-    events: list[Event] = []
-    free = [0.0] * schedule.devices
-    next_ = [0] * schedule.devices
-    waiting: dict[Action, list[int]] = {}
+    stages, m, places = schedule.stages, schedule.microbatches, schedule.stage_to_device
+    costs.check(stages)
+    # Actions are numbers here, `(kind * S + stage) * m + microbatch`: a large schedule has 10^5 of them.
+    size = stages * m
+    base = {(k, s): n * size + s * m for n, k in enumerate(KINDS) for s in range(stages)}
+    rows = [[base[k, s] + i for k, s, i in row] for row in schedule.actions]
+    took = [costs.of(Action(k, s, 0)) for k in KINDS for s in range(stages)]
+    split = {a - _I * size for row in rows for a in row if a // size == _I}
+    starts, ends, level = [0.0] * (4 * size), [-1.0] * (4 * size), [0] * (4 * size)
+    free, last, next_ = [0.0] * schedule.devices, [-1] * schedule.devices, [0] * schedule.devices
+    waiting: dict[int, int] = {}
     ready = list(range(schedule.devices))
     while ready:
         d = ready.pop()
-        row = schedule.actions[d]
-        while next_[d] < len(row):
-            a = row[next_[d]]
-            start, missing = free[d], None
-            for n in dependencies(a, schedule.stages, (a.stage + 1, a.microbatch) in split):
-                if n not in ends:
-                    missing = n
+        row, n, start_of_last = rows[d], next_[d], last[d]
+        while n < len(row):
+            a = row[n]
+            kind, at = divmod(a, size)
+            # What it needs from another stage; its own forward, or `I`, is earlier in this very row.
+            if kind == _F:
+                need = a - m
+                other = at // m - 1
+            elif kind == _W:
+                need = other = -1
+            else:
+                other = at // m + 1
+                need = -1 if other == stages else (_I if at + m in split else _B) * size + at + m
+            start, rank = free[d], 0
+            if other >= 0 and need >= 0:
+                there = ends[need]
+                if there < 0.0:
+                    waiting[need] = d
                     break
-                start = max(start, ends[n] + (costs.transfer if places[n.stage] != d else 0.0))
-            if missing is not None:
-                waiting.setdefault(missing, []).append(d)
-                break
-            free[d] = ends[a] = start + costs.of(a)
-            events.append(Event(d, a, start, free[d]))
-            next_[d] += 1
-            ready.extend(waiting.pop(a, ()))
-    events.sort(key=lambda e: (e.start, e.device, e.end))
-    return Timeline(tuple(events), schedule.devices, schedule.name)
+                if places[other] != d:
+                    there += costs.transfer
+                start = max(start, there)
+                if starts[need] == start:
+                    rank = level[need] + 1
+            if n and starts[start_of_last] == start:
+                rank = max(rank, level[start_of_last] + 1)
+            starts[a], level[a], start_of_last = start, rank, a
+            free[d] = ends[a] = start + took[a // m]
+            n += 1
+            if a in waiting:
+                ready.append(waiting.pop(a))
+        next_[d], last[d] = n, start_of_last
+    # At equal starts by device, except that what waits for an action that takes no time is behind it.
+    order = sorted(
+        (starts[a], level[a], d, n, a) for d, row in enumerate(rows) for n, a in enumerate(row)
+    )
+    events = tuple(Event(d, schedule.actions[d][n], start, ends[a]) for start, _, d, n, a in order)
+    return Timeline(events, schedule.devices, schedule.name, tuple(costs.holds(s) for s in range(stages)))
+
+
+def _cost(field: str, value: Any) -> float | tuple[float, ...]:
+    """A cost as a float, or a tuple of floats."""
+    several = isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping, Set))
+    if several and field != "transfer" and getattr(value, "ndim", 1):
+        return tuple(_number(field, value, v) for v in value)
+    return _number(field, value, value)
+
+
+def _number(field: str, given: Any, value: Any) -> float:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        numbers_ = "a number" if field == "transfer" else "a number, or one number per stage"
+        raise TypeError(f"`Costs({field}={given!r})`: {numbers_}")
+    if not 0.0 <= float(value) < math.inf:
+        raise ValueError(f"`Costs({field}={given!r})`: finite and not negative")
+    return float(value)
 
 
 def _at(cost: Cost, stage: int) -> float:
-    return float(cost[stage]) if isinstance(cost, Sequence) else float(cost)
+    return cost[stage] if isinstance(cost, Sequence) else cost
