@@ -1,5 +1,6 @@
 """Schedules are data: which device works on which (stage, microbatch), in which order. No JAX here."""
 
+from fpipe.schedules._csv import from_csv as from_csv
 from fpipe.schedules._draw import draw as draw
 from fpipe.schedules._generators import eager_1f1b as eager_1f1b
 from fpipe.schedules._generators import forward_only as forward_only

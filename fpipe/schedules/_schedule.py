@@ -104,6 +104,34 @@ class Schedule:
         row = self.actions[self.stage_to_device[stage]]
         return tuple(a.microbatch for a in row if a.kind == kind and a.stage == stage)
 
+    def to_csv(self) -> str:
+        """The table that `torch.distributed.pipelining` reads as `compute_only`, and `from_csv` here.
+
+        A row for each device, a column for each step of a clock in which every action takes one step; a cell such as
+        `2F0` is stage 2, forward, microbatch 0. Lines end in a newline alone.
+
+        >>> print(fpipe.schedules.one_f_one_b(devices=2, microbatches=2).to_csv(), end="")
+        0F0,0F1,,0B0,,0B1
+        ,1F0,1B0,1F1,1B1
+        """
+        split = {a[1:] for row in self.actions for a in row if a.kind == "I"}
+        done: set[Action] = set()
+        rows: list[list[str]] = [[] for _ in self.actions]
+        left = {d: list(reversed(row)) for d, row in enumerate(self.actions) if row}
+        while left:
+            step = []
+            for d, row in left.items():
+                a = row[-1]
+                needs = dependencies(a, self.stages, (a.stage + 1, a.microbatch) in split)
+                ready = done.issuperset(needs)
+                rows[d].append(f"{a.stage}{a.kind}{a.microbatch}" if ready else "")
+                if ready:
+                    step.append(row.pop())
+            done.update(step)
+            left = {d: row for d, row in left.items() if row}
+        # A line of nothing is no row for a reader of CSV, so a device without actions gets an empty cell.
+        return "".join((",".join(row) or '""') + "\n" for row in rows)
+
     def __hash__(self) -> int:
         return self._hash
 
