@@ -142,7 +142,7 @@ BAD = {
     "no microbatch": ("0F0,0F", "row 1, column 2: '0F' is no action; one looks like 2F0"),
     "something after": ("0F0x", "row 1, column 1: '0F0x' is no action"),
     "small letters": ("0f0", "row 1, column 1: '0f0' is no action"),
-    "other digits": ("٠F٠", "is no action"),
+    "other digits": ("\u0660F\u0660", "is no action"),
     "semicolons": ("0F0;0B0", "row 1, column 1: '0F0;0B0' is no action"),
     "half an overlap": ("(0F0;)OVERLAP_F_B", "is no action"),
     "a path": ("schedule.csv", "row 1, column 1: 'schedule.csv' is no action"),

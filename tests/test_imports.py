@@ -11,6 +11,8 @@ ROOT = pathlib.Path(fpipe.__file__).parent
 
 # From the top down: a module may import what stands in a later line, and its neighbours only within a package.
 LEVELS = [
+    ["fpipe.__main__"],
+    ["fpipe.plot"],
     ["fpipe"],
     ["fpipe._pipe"],
     ["fpipe._placed", "fpipe._sequential"],
@@ -74,6 +76,29 @@ def test_that_test_can_fail():
     assert not list(upward([("fpipe._plan._lower", "from fpipe._plan._programs import Inputs")]))
 
 
+LEAVES = {"fpipe.__main__", "fpipe.plot"}
+
+
+def onto_leaves(sources):
+    """The imports of optional leaves, but for those of the command line, which nobody imports."""
+    for module, source in sources:
+        for target in imports(source):
+            if home(target) in LEAVES and module != "fpipe.__main__":
+                yield module, target
+
+
+def test_nobody_imports_the_leaves():
+    assert list(onto_leaves(modules())) == []
+    assert list(onto_leaves([("fpipe", "from fpipe import plot")]))
+    assert list(onto_leaves([("fpipe.plot", "from fpipe.__main__ import main")]))
+
+
+def test_only_the_plot_knows_matplotlib():
+    assert {m for m, source in modules() if "matplotlib" in source.replace('"matplotlib', "")} <= LEAVES
+    code = "import sys, fpipe, fpipe.plot, fpipe.__main__; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_nobody_imports_the_facade():
     for module, source in modules():
         assert "fpipe" not in {t for t in imports(source) if t == "fpipe"} or module == "fpipe" or _only_modules(source)
@@ -89,7 +114,9 @@ def test_schedules_know_no_jax():
     code = (
         "import sys, types; sys.modules['fpipe'] = types.ModuleType('fpipe'); sys.modules['fpipe'].__path__ = [{!r}]\n"
     )
-    code += "import fpipe.schedules; assert not any(m.split('.')[0] in ('jax', 'numpy') for m in sys.modules)"
+    code += (
+        "import fpipe.schedules; assert not any(m.split('.')[0] in ('jax', 'numpy', 'matplotlib') for m in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code.format(str(ROOT))], check=True)
 
 

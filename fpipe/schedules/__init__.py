@@ -17,6 +17,7 @@ from fpipe.schedules._simulate import Costs as Costs
 from fpipe.schedules._simulate import Event as Event
 from fpipe.schedules._simulate import Timeline as Timeline
 from fpipe.schedules._simulate import simulate as simulate
+from fpipe.schedules._svg import svg as svg
 from fpipe.schedules._zero_bubble import dualpipe_v as dualpipe_v
 from fpipe.schedules._zero_bubble import v_half as v_half
 from fpipe.schedules._zero_bubble import v_min as v_min

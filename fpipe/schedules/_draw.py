@@ -1,40 +1,94 @@
 """A timeline as text: one line per device, one column per unit of time."""
 
-from fpipe.schedules._schedule import Schedule
-from fpipe.schedules._simulate import Timeline, simulate
+import itertools
+import os
+import sys
+import textwrap
+
+from fpipe.schedules._picture import Picture, median, picture
+from fpipe.schedules._schedule import Kind, Schedule
+from fpipe.schedules._simulate import Timeline
+
+# For each kind two backgrounds of the 256 colours of terminals, near to those of the other drawings.
+SHADES: dict[Kind, tuple[int, int]] = {"F": (75, 153), "B": (214, 223), "I": (175, 219), "W": (72, 157)}
+WIDEST = 40  # columns of the longest box, where a timeline is too long for the line anyway
 
 
-def draw(what: Schedule | Timeline, width: int = 120) -> str:
+def draw(what: Schedule | Timeline, width: int = 120, colour: bool | None = False) -> str:
     """Draw a schedule, or a timeline, for a terminal.
 
     Each box is as wide as its action is long; `F3` is the forward of microbatch 3. Where a device
-    has several stages the stage stands before the letter.
+    has several stages the stage stands before the letter. A box too small for that has the letter alone.
 
     Arguments:
         what: a `Schedule` (drawn with a forward of 1 and a backward of 2) or a `Timeline`.
         width: at most this many characters a line; what does not fit is cut with `…`.
+        colour: a colour for each kind, with a second shade for every other stage of a device, or where a
+            device has one stage, for every other microbatch; `None`: if standard output is a terminal and
+            the variable `NO_COLOR` is not set.
+
+    Raises:
+        TypeError: neither a `Schedule` nor a `Timeline`.
+        ValueError: a width below 1, or a timeline without events.
+
+    >>> print(fpipe.schedules.draw(fpipe.schedules.gpipe(devices=2, microbatches=2)))
+    device 0 F0 F1          B0--- B1---
+    device 1    F0 F1 B0--- B1---
+    gpipe: makespan 9, bubble 33.3%, peak live microbatches 2, 2
     """
-    timeline = simulate(what) if isinstance(what, Schedule) else what
-    stages = {(e.device, e.action.stage) for e in timeline.events}
-    several = len(stages) > timeline.devices
-    labels = [f"{e.action.stage if several else ''}{e.action.kind}{e.action.microbatch}" for e in timeline.events]
-    start = min(e.start for e in timeline.events)
-    # The scale at which the tightest label still fits in its box, with one character between boxes.
-    widths = [(len(t) + 1) / (e.end - e.start) for t, e in zip(labels, timeline.events, strict=True) if e.end > e.start]
-    scale = max(widths, default=1.0)
-    end = round(timeline.makespan * scale)
-    lines = [[" "] * (end + 1) for _ in range(timeline.devices)]
-    for label, e in zip(labels, timeline.events, strict=False):
-        a, b = round((e.start - start) * scale), round((e.end - start) * scale)
-        box = label.ljust(max(b - a - 1, 0), "-")[: max(b - a - 1, 1)]
-        lines[e.device][a : a + len(box)] = box
-    head = len(str(timeline.devices - 1)) + len("device  ")
+    if width < 1:
+        raise ValueError(f"`draw(width={width})`: a width is at least 1")
+    shown = picture(what, "draw")
+    if colour is None:
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    head = len(f"device {shown.devices - 1} ")
+    labels = [f"{b.stage if shown.chunks > 1 else ''}{b.kind}{b.microbatch}" for b in shown.boxes]
+    scale = _scale(shown, labels, width - head)
+    lines = [f"device {d}".ljust(head) for d in range(shown.devices)]
+    columns = min(round(shown.span * scale), width) + 1  # one more than fits shows that something is cut
+    characters = [[" "] * columns for _ in lines]
+    shades = [[0] * columns for _ in lines]
+    for label, box in zip(labels, shown.boxes, strict=True):
+        a, b = round(box.start * scale), round(box.end * scale)
+        if a >= columns:
+            characters[box.device][-1] = "…"
+            continue
+        room = max(b - a - 1, 1)
+        text = label if len(label) <= room else box.kind
+        text = text.ljust(min(room, columns - a), "-")[: columns - a]
+        shade = SHADES[box.kind][(box.chunk if shown.chunks > 1 else box.microbatch) % 2]
+        characters[box.device][a : a + len(text)] = text
+        shades[box.device][a : a + len(text)] = [shade] * len(text)
+    for d, row in enumerate(characters):
+        text = lines[d] + "".join(row).rstrip()
+        text = text if len(text) <= width else text[: width - 1] + "…"
+        lines[d] = _paint(text, [0] * head + shades[d]) if colour else text
+    return "\n".join([*lines, *textwrap.wrap(shown.caption, width, break_on_hyphens=False)])
+
+
+def _scale(shown: Picture, labels: list[str], room: int) -> float:
+    """Columns a unit of time."""
+    # Enough for the labels of each kind and stage in a box of that kind's usual length, and a column between
+    # boxes. The usual length, not the shortest: one short event of a measured timeline must not stretch all.
+    sizes: dict[tuple[str, int], list[float]] = {}
+    longest: dict[tuple[str, int], int] = {}
+    for label, box in zip(labels, shown.boxes, strict=True):
+        of = box.kind, box.stage
+        sizes.setdefault(of, []).append(box.end - box.start)
+        longest[of] = max(longest.get(of, 0), len(label))
+    usual = {of: m for of, values in sizes.items() if (m := median(values)) > 0}
+    if not usual:
+        return max(room, 1) / shown.span if shown.span else 1.0
+    scale = max((longest[of] + 1) / size for of, size in usual.items())
+    if shown.span * scale <= room:
+        return scale
+    return max(room / shown.span, min(scale, WIDEST / max(usual.values())))
+
+
+def _paint(text: str, shades: list[int]) -> str:
+    """Dark text on the shades, 0 for none."""
     out = []
-    for d, line in enumerate(lines):
-        text = f"device {d}".ljust(head) + "".join(line).rstrip()
-        out.append(text if len(text) <= width else text[: width - 1] + "…")
-    out.append(
-        f"{timeline.name}: makespan {timeline.makespan:g}, bubble {timeline.bubble:.1%}, "
-        f"peak live microbatches {', '.join(map(str, timeline.peak_live))}"
-    )
-    return "\n".join(out)
+    for shade, run in itertools.groupby(zip(text, shades, strict=False), key=lambda pair: pair[1]):
+        part = "".join(character for character, _ in run)
+        out.append(f"\x1b[38;5;16;48;5;{shade}m{part}\x1b[0m" if shade else part)
+    return "".join(out)

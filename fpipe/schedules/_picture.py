@@ -1,0 +1,123 @@
+"""What every drawing of a timeline shows, as plain data: boxes, colours, ticks, words."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from fpipe.schedules._schedule import KINDS, Kind, Schedule
+from fpipe.schedules._simulate import Timeline, simulate
+
+WORDS: dict[Kind, str] = {
+    "F": "forward (F)",
+    "B": "backward (B)",
+    "I": "input gradient (I)",
+    "W": "weight gradient (W)",
+}
+LIGHTER = "lighter: later stages of the device"
+# Okabe and Ito's colours, which the colour-blind tell apart; all are light enough for dark text.
+COLOURS: dict[Kind, str] = {"F": "#56b4e9", "B": "#e69f00", "I": "#d684b3", "W": "#19aa82"}
+INK, IDLE = "#1a1a1a", "#efefef"
+# How white the last of a device's stages is; the first has the plain colour.
+LIGHTEST = 0.62
+
+
+class Box(NamedTuple):
+    """One event, drawn.
+
+    Attributes:
+        device: its row.
+        start: from the start of the timeline.
+        end: from the start of the timeline.
+        kind: its colour.
+        chunk: which of the device's stages it is of, from 0: its shade.
+        stage: its stage.
+        microbatch: its label.
+    """
+
+    device: int
+    start: float
+    end: float
+    kind: Kind
+    chunk: int
+    stage: int
+    microbatch: int
+
+    @property
+    def title(self) -> str:
+        """Everything about it, for a tooltip."""
+        return (
+            f"{self.kind} of stage {self.stage}, microbatch {self.microbatch}, "
+            f"device {self.device}: {self.start:g} to {self.end:g}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A timeline, ready to be drawn by anything.
+
+    Attributes:
+        boxes: in the order of the events.
+        devices: the number of rows.
+        span: the makespan.
+        chunks: the most stages on a device.
+        kinds: those that occur.
+        caption: name, makespan, bubble, peak of live microbatches.
+    """
+
+    boxes: tuple[Box, ...]
+    devices: int
+    span: float
+    chunks: int
+    kinds: tuple[Kind, ...]
+    caption: str
+
+    def fill(self, kind: Kind, chunk: int) -> str:
+        """The colour of a kind, the lighter the later the chunk."""
+        white = LIGHTEST * chunk / max(self.chunks - 1, 1)
+        parts = (int(COLOURS[kind][n : n + 2], 16) for n in (1, 3, 5))
+        return "#" + "".join(f"{round(p + (255 - p) * white):02x}" for p in parts)
+
+    def ticks(self, most: int) -> list[float]:
+        """At most `most` round times from 0 to `span`, or a few more."""
+        if not self.span > 0:
+            return [0.0]
+        rough = self.span / max(most, 1)
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = next(power * n for n in (1, 2, 5, 10) if power * n >= rough * (1 - 1e-9))
+        return [n * step for n in range(math.floor(self.span / step * (1 + 1e-9)) + 1)]
+
+
+def picture(what: Schedule | Timeline, call: str) -> Picture:
+    """What to draw of a schedule, under the default costs, or of a timeline; `call` is for errors."""
+    timeline = simulate(what) if isinstance(what, Schedule) else what
+    if not isinstance(timeline, Timeline):
+        raise TypeError(f"`{call}`: a Schedule or a Timeline can be drawn, not {what!r}")
+    if not timeline.events:
+        raise ValueError(f"`{call}`: the timeline {timeline.name!r} has no events")
+    start = min(e.start for e in timeline.events)
+    stages = [sorted({e.action.stage for e in timeline.events if e.device == d}) for d in range(timeline.devices)]
+    chunk = {(d, s): n for d, row in enumerate(stages) for n, s in enumerate(row)}
+    boxes = tuple(
+        Box(d, a - start, b - start, kind, chunk[d, stage], stage, microbatch)
+        for d, (kind, stage, microbatch), a, b in timeline.events
+    )
+    kinds = {b.kind for b in boxes}
+    caption = (
+        f"{timeline.name}: makespan {timeline.makespan:g}, bubble {max(timeline.bubble, 0.0):.1%}, "
+        f"peak live microbatches {', '.join(map(str, timeline.peak_live))}"
+    )
+    return Picture(
+        boxes,
+        timeline.devices,
+        timeline.makespan,
+        max(map(len, stages)),
+        tuple(k for k in KINDS if k in kinds),
+        caption,
+    )
+
+
+def median(values: Iterable[float]) -> float:
+    """The middle value, the upper one of two."""
+    ordered: Sequence[float] = sorted(values)
+    return ordered[len(ordered) // 2]
