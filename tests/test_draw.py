@@ -1,5 +1,6 @@
 """Drawings of timelines: text, SVG, and what matplotlib makes."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -130,7 +131,7 @@ def test_colour_changes_no_character(name):
 
 def coloured(text):
     """Each coloured box with its colour."""
-    return dict(reversed(pair) for pair in re.findall(r"\x1b\[([0-9;]+)m([^\x1b]*)\x1b\[0m", text))
+    return {box: colour for colour, box in re.findall(r"\x1b\[([0-9;]+)m([^\x1b]*)\x1b\[0m", text)}
 
 
 def test_a_colour_for_each_kind_and_a_shade_for_the_next_microbatch_or_stage():
@@ -209,13 +210,13 @@ def test_svg_has_a_box_for_each_event(name, width):
     )
     for rect in root.iter(f"{NS}rect"):
         x, y = float(rect.get("x", 0)), float(rect.get("y", 0))
-        assert 0 <= x
+        assert x >= 0
         assert x + float(rect.attrib["width"]) <= width + 0.6
         assert y + float(rect.attrib["height"]) <= height
         assert float(rect.attrib["width"]) > 0
     if timeline.makespan:
         for row in rows:
-            assert all(a[0] + a[1] <= b[0] + 0.6 for a, b in zip(row, row[1:], strict=False))
+            assert all(a[0] + a[1] <= b[0] + 0.6 for a, b in itertools.pairwise(row))
 
 
 def test_svg_is_to_scale():
