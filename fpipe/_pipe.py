@@ -41,8 +41,10 @@ class Pipe(Call):
     Other Arguments:
         checkpoint: what a backward recomputes: `"always"`, `"except_last"` (default: all but the last
             microbatch), `"never"`, or a policy of `jax.checkpoint_policies`.
-        schedule: `"gpipe"`, `"1f1b"`, `"eager_1f1b"` (default), a `Schedule`, or a function
-            `f(devices, microbatches) -> Schedule`; it is asked at construction, with `chunks` microbatches, for the
+        schedule: a name from `fpipe.schedules.NAMES` (`"gpipe"`, `"1f1b"`, `"eager_1f1b"`, the default, `"zb_h1"`, …), a
+            `Schedule`, or a function `f(devices, microbatches) -> Schedule`. Names put one stage on each device;
+            `"zb_v"`, `"v_half"`, `"v_min"` and `"dualpipe_v"` two, `"interleaved_1f1b"` and `"looped_bfs"` the same number,
+            at least two, on as many devices as that allows. A function is asked at construction, with `chunks` microbatches, for the
             largest number of `devices` on which it makes one stage for each entry of `balance`, and again when a batch
             is cut.
         executor: `"placed"`.
@@ -86,7 +88,7 @@ class Pipe(Call):
             raise ValueError(f'`Pipe(executor={executor!r})`: the executor is "placed"')
         model, scheduling, chunks = Model(layers), Scheduling.of(schedule), check_chunks("Pipe", chunks)
         places = as_placements(devices)
-        balance = _checked_balance(balance, model, lambda: scheduling.stages(len(places), chunks))
+        balance = _checked_balance(balance, model, lambda layers: scheduling.stages(len(places), chunks, layers))
         stage_to_device = scheduling.stage_to_device(len(balance), len(places), chunks)
         places = first_placements(places, 1 + max(stage_to_device))
         layout = Layout(cut_stages(model, balance), tuple(places[d] for d in stage_to_device))
@@ -192,11 +194,11 @@ def _remade(fields: dict[str, Any]) -> Pipe:
     return Pipe(**fields)
 
 
-def _checked_balance(balance: Any, model: Model, stages: Callable[[], int]) -> tuple[int, ...]:
+def _checked_balance(balance: Any, model: Model, stages: Callable[[int], int]) -> tuple[int, ...]:
     """Layers per stage, each at least one, all of them; by default as even as possible over `stages`."""
     count = len(model.layers)
     if balance is None:
-        several = min(stages(), count)
+        several = stages(count)
         return tuple(count // several + (s < count % several) for s in range(several))
     call = f"`Pipe(balance={balance!r})`"
     if isinstance(balance, (str, bytes)) or not isinstance(balance, Iterable):

@@ -4,11 +4,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from fpipe.schedules import Schedule, eager_1f1b, gpipe, one_f_one_b
+from fpipe.schedules import NAMES, Schedule, named
 
 Generator: TypeAlias = Callable[[int, int], Schedule]
-
-NAMES: dict[str, Generator] = {"gpipe": gpipe, "1f1b": one_f_one_b, "eager_1f1b": eager_1f1b}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,24 +29,31 @@ class Scheduling:
             raise TypeError(f"`Pipe(schedule={option!r})`: {expected}")
         return cls(checked)
 
-    def stages(self, available: int, chunks: int) -> int:
-        """How many stages it makes on all available devices."""
+    def stages(self, available: int, chunks: int, layers: int) -> int:
+        """How many stages it makes of that many layers, on as many of the available devices as it can use."""
         if isinstance(self.option, str):
-            return available
+            each = NAMES[self.option].per_device or 2
+            if layers < each:
+                raise ValueError(
+                    f"`Pipe(schedule={self.option!r})` puts {each} stages on each device, but the model has {layers} layer"
+                )
+            return each * min(available, layers // each)
         schedule = self.option if isinstance(self.option, Schedule) else _called(self.option, available, chunks)
-        return schedule.stages
+        return min(schedule.stages, layers)
 
     def stage_to_device(self, stages: int, available: int, chunks: int) -> tuple[int, ...]:
         """The map of a pipe with that many stages.
 
-        A named schedule puts one stage on each device. A function is asked, with `chunks` microbatches, for the
-        largest number of devices, up to `available`, on which it makes `stages` stages.
+        A named schedule puts one stage on each device, or two, or, where it takes any number, at least two on as many
+        devices as that allows. A function is asked, with `chunks` microbatches, for the largest number of devices, up to
+        `available`, on which it makes `stages` stages.
 
         Raises:
             ValueError: the schedule is for another number of stages.
         """
         if isinstance(self.option, str):
-            return tuple(range(stages))
+            devices = _devices_of(self.option, stages, available)
+            return _named(self.option, devices, chunks, stages).stage_to_device
         if isinstance(self.option, Schedule):
             if self.option.stages != stages:
                 raise ValueError(
@@ -74,9 +79,10 @@ class Scheduling:
             ValueError: it is for another number of stages or microbatches, puts a stage elsewhere, or has no backwards.
         """
         schedule = self.option
+        if isinstance(schedule, str):
+            return _named(schedule, 1 + max(stage_to_device), microbatches, len(stage_to_device))
         if not isinstance(schedule, Schedule):
-            f = NAMES[schedule] if isinstance(schedule, str) else schedule
-            schedule = _called(f, 1 + max(stage_to_device), microbatches)
+            schedule = _called(schedule, 1 + max(stage_to_device), microbatches)
         if (schedule.stages, schedule.microbatches) != (len(stage_to_device), microbatches):
             raise ValueError(
                 f"the schedule {schedule.name!r} is for {schedule.stages} stages and {schedule.microbatches} microbatches, "
@@ -96,3 +102,27 @@ def _called(f: Generator, devices: int, microbatches: int) -> Schedule:
     if not isinstance(schedule, Schedule):
         raise TypeError(f"`Pipe(schedule=...)`: the function returned {schedule!r}, no fpipe.schedules.Schedule")
     return schedule
+
+
+def _named(name: str, devices: int, microbatches: int, stages: int) -> Schedule:
+    return named(name, devices, microbatches, stages // devices if NAMES[name].virtual else None)
+
+
+def _devices_of(name: str, stages: int, available: int) -> int:
+    """On how many devices a named schedule puts that many stages."""
+    each, call = NAMES[name].per_device, f"`Pipe(schedule={name!r})`"
+    if each is not None:
+        if stages % each:
+            raise ValueError(
+                f"{call} puts {each} stages on each device, but the pipe has {stages}: give `balance` {stages + 1} entries"
+            )
+        return stages // each
+    if available == 1:
+        return 1
+    for devices in range(min(available, stages // 2), 1, -1):
+        if stages % devices == 0:
+            return devices
+    raise ValueError(
+        f"{call} puts at least 2 stages on each device, the same number on all, but the pipe has {stages} stages and "
+        f"{available} devices: give `balance` 4 entries, or another multiple of the number of devices"
+    )

@@ -221,9 +221,7 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
                 ready.append(waiting.pop(a))
         next_[d], last[d] = n, start_of_last
     # At equal starts by device, except that what waits for an action that takes no time is behind it.
-    order = sorted(
-        (starts[a], level[a], d, n, a) for d, row in enumerate(rows) for n, a in enumerate(row)
-    )
+    order = sorted((starts[a], level[a], d, n, a) for d, row in enumerate(rows) for n, a in enumerate(row))
     events = tuple(Event(d, schedule.actions[d][n], start, ends[a]) for start, _, d, n, a in order)
     return Timeline(events, schedule.devices, schedule.name, tuple(costs.holds(s) for s in range(stages)))
 
