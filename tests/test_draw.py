@@ -109,9 +109,9 @@ def test_one_short_event_does_not_stretch_the_rest():
 
 
 def test_a_label_that_does_not_fit_is_never_cut_to_another():
-    events = (Event(0, Action("F", 0, 12), 0.0, 10.0), Event(0, Action("B", 0, 12), 10.0, 1000.0))
-    text = draw(Timeline(events, 1), width=60).splitlines()[0]
-    assert text.startswith("device 0 FB12---")
+    ends = [0.0, 1.0, 2.0, 2.75, 3.75]
+    events = [Event(0, Action("F", 0, 10 + n), a, b) for n, (a, b) in enumerate(itertools.pairwise(ends))]
+    assert draw(Timeline(tuple(events), 1)).splitlines()[0] == "device 0 F10 F11 F- F13"
 
 
 def test_a_very_long_timeline_is_cheap():
@@ -288,7 +288,7 @@ def test_dark_text_on_every_box_is_readable(chunks):
 def test_ticks_are_few_and_round(span, most):
     ticks = Picture((), 1, span, 1, ("F",), "").ticks(most)
     assert ticks[0] == 0
-    assert span / 10 <= ticks[-1] * (1 + 1e-9) or most < 2
+    assert span / 10 <= ticks[-1] * (1 + 1e-9) or most < 3
     assert ticks[-1] <= span * (1 + 1e-9)
     assert len(ticks) <= most + 2
     if len(ticks) > 1:
@@ -342,6 +342,7 @@ def test_files(tmp_path, suffix):
     again = tmp_path / f"again{suffix}"
     fpipe.plot.save(simulate(SPLIT), str(again))
     assert path.read_bytes() == again.read_bytes()
+    assert b"Date" not in path.read_bytes()
 
 
 @pytest.mark.parametrize("name", ["drawn", "drawn.jpg", "drawn.csv", ".svg"])

@@ -131,11 +131,12 @@ def test_schedules_that_refuse_the_sizes_are_named_with_the_reason(capsys, monke
     one = schedules.NAMES["gpipe"]
     monkeypatch.setitem(schedules.NAMES, "picky", one._replace(generator=picky))
     monkeypatch.setitem(schedules.NAMES, "several", one._replace(generator=several, per_device=None))
-    out = printed(capsys, "compare", "--devices", "2", "--microbatches", "6", "--virtual", "3")
+    out = printed(capsys, "compare", "--devices", "2", "--microbatches", "6", "--virtual", "3", "--costs", "transfer=9")
     assert "\nnot of these sizes:\n" in out
     assert "\npicky: `picky(devices=2, microbatches=6)`: not these\n" in out
-    # Forwards of 3 stages a device, of a third each; the second device starts a third later, and ends last.
-    assert table(out)["several"] == ["3", f"{6 + 1 / 3:g}", f"{1 / 3:g}", "5.3%", "6"]
+    # Forwards of a third each; the last of 6 stages starts after 5 and 5 transfers, and has 6 microbatches.
+    assert table(out)["several"][:2] == ["3", f"{(5 + 6) / 3 + 5 * 9:g}"]
+    assert table(out)["several"][4] == "6"
     assert "picky" not in table(out)
     assert printed(capsys, "schedule", "several", *SIZES, "--virtual", "2").count("\n") == 5
     assert "not these" in refused(capsys, "schedule", "picky", *SIZES)
