@@ -74,7 +74,7 @@ def _parser() -> _Parser:
         metavar="FILE",
         help=f"also write a file, by its suffix: {', '.join(SUFFIXES)} or .csv (default: none)",
     )
-    many = _command(commands, "compare", _compare, "a table of all schedules, the shortest first")
+    many = _command(commands, "compare", _compare, "a table of all schedules with backwards, the shortest first")
     _sizes(many, "stages per device of the schedules that take several (default: 2)")
     many.add_argument(
         "--costs",
@@ -122,13 +122,16 @@ def _write(path: pathlib.Path, schedule: Schedule, timeline: Timeline) -> None:
 
 def _compare(arguments: argparse.Namespace) -> str:
     costs = {"F": 1.0, "I": 1.0, "W": 1.0, **arguments.costs}
-    rows, refused = [], []
+    rows, left_out = [], []
     for name in NAMES:
         virtual = arguments.virtual if NAMES[name].per_device is None else None
         try:
             schedule = named(name, arguments.devices, arguments.microbatches, virtual)
         except ValueError as error:
-            refused.append(f"{name}: {' '.join(str(error).split())}")
+            left_out.append(f"{name}: {' '.join(str(error).split())}")
+            continue
+        if not schedule.backwards:
+            left_out.append(f"{name}: forwards alone")
             continue
         v = schedule.stages // schedule.devices
         timeline = simulate(schedule, Costs(**{k: c if k == "transfer" else c / v for k, c in costs.items()}))
@@ -144,12 +147,12 @@ def _compare(arguments: argparse.Namespace) -> str:
     for name, *cells in table:
         right = (cell.rjust(size) for cell, size in zip(cells, sizes[1:], strict=True))
         lines.append("  ".join([name.ljust(sizes[0]), *right]))
-    if refused:
-        lines += ["", "not of these sizes:", *refused]
+    if left_out:
+        lines += ["", "left out:", *left_out]
     lines += [
         "",
-        "idle: time of a device, on average; peak live: microbatches, each of all the stages of a device,",
-        "on the device that holds most of them",
+        "idle: time of a device, on average",
+        "peak live: microbatches held, each on all the stages of a device, where there are most of them",
     ]
     return "\n".join(lines)
 

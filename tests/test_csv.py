@@ -118,13 +118,6 @@ def test_forms_that_are_read(form):
     assert from_csv(FORMS[form], name="custom") == WANT
 
 
-def test_a_device_without_actions_stays():
-    schedule = Schedule([[], [("F", 0, 0)], []], [1])
-    assert schedule.to_csv() == '""\n0F0\n""\n'
-    assert from_csv(schedule.to_csv(), name="custom") == schedule
-    assert from_csv(",,\n0F0\n,\n", name="custom") == schedule
-
-
 def test_where_the_stages_are():
     text = "1F0\n0F0\n"
     assert from_csv(text).stage_to_device == (1, 0)

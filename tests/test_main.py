@@ -80,6 +80,9 @@ def test_costs(capsys, text):
     )
 
 
+FORWARDS = schedules.Schedule([[("F", 0, 0)]])
+
+
 def table(text):
     """The rows of the comparison by name, in order."""
     lines = text.splitlines()
@@ -122,20 +125,29 @@ def test_schedules_that_refuse_the_sizes_are_named_with_the_reason(capsys, monke
     def picky(devices, microbatches):
         raise ValueError(f"`picky(devices={devices}, microbatches={microbatches})`:\n  not these")
 
-    def several(devices, microbatches, virtual):
+    def several(name, devices, microbatches, virtual):
+        if name != "several":
+            return schedules.named(name, devices, microbatches)
+        s, m = devices * virtual, range(microbatches)
         rows = [
-            [("F", s * devices + d, i) for s in range(virtual) for i in range(microbatches)] for d in range(devices)
+            [(k, j, i) for k in "FB" for j in range(d, s, devices)[:: 1 if k == "F" else -1] for i in m]
+            for d in range(devices)
         ]
-        return schedules.Schedule(rows, [s % devices for s in range(devices * virtual)])
+        return schedules.Schedule(rows, [j % devices for j in range(s)])
 
     one = schedules.NAMES["gpipe"]
     monkeypatch.setitem(schedules.NAMES, "picky", one._replace(generator=picky))
-    monkeypatch.setitem(schedules.NAMES, "several", one._replace(generator=several, per_device=None))
+    monkeypatch.setitem(schedules.NAMES, "several", one._replace(per_device=None))
+    monkeypatch.setitem(schedules.NAMES, "half", one._replace(generator=lambda devices, microbatches: FORWARDS))
+    monkeypatch.setattr("fpipe.__main__.named", several)
     out = printed(capsys, "compare", "--devices", "2", "--microbatches", "6", "--virtual", "3", "--costs", "transfer=9")
-    assert "\nnot of these sizes:\n" in out
+    assert "\nleft out:\n" in out
+    assert "\nhalf: forwards alone\n" in out
+    assert "half" not in table(out)
     assert "\npicky: `picky(devices=2, microbatches=6)`: not these\n" in out
-    # Forwards of a third each; the last of 6 stages starts after 5 and 5 transfers, and has 6 microbatches.
-    assert table(out)["several"][:2] == ["3", f"{(5 + 6) / 3 + 5 * 9:g}"]
+    # Thirds of 1 and 2, in lots of 6: of 6 stages the last starts after 5 first forwards and 5 transfers, and after
+    # its 6 the backwards come down in the same way.
+    assert table(out)["several"][:2] == ["3", f"{(5 + 6) * 1 / 3 + (5 + 6) * 2 / 3 + 10 * 9:g}"]
     assert table(out)["several"][4] == "6"
     assert "picky" not in table(out)
     assert printed(capsys, "schedule", "several", *SIZES, "--virtual", "2").count("\n") == 5

@@ -55,8 +55,8 @@ def _lines(text: str) -> Iterator[tuple[int, list[str]]]:
     reader = csv.reader(text.splitlines())
     try:
         for cells in reader:
-            # `""` is a device that does nothing, as `to_csv` writes it; a line of nothing is no row.
-            if cells and (len(cells) > 1 or not cells[0] or cells[0].strip()):
+            # A line of spaces is no row; one of commas is, of a device that does nothing.
+            if len(cells) > 1 or (cells and cells[0].strip()):
                 yield reader.line_num, [cell.strip() for cell in cells]
     except csv.Error as error:
         raise ValueError(f"`from_csv`: row {reader.line_num}: {error}") from None

@@ -129,8 +129,7 @@ class Schedule:
                     step.append(row.pop())
             done.update(step)
             left = {d: row for d, row in left.items() if row}
-        # A line of nothing is no row for a reader of CSV, so a device without actions gets an empty cell.
-        return "".join((",".join(row) or '""') + "\n" for row in rows)
+        return "".join(",".join(row) + "\n" for row in rows)
 
     def __hash__(self) -> int:
         return self._hash
