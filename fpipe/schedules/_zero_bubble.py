@@ -182,12 +182,12 @@ def _squeezed(
     and `W` take the ticks that are left.
     """
     last = 2 * devices - 1
-    orders: list[list[tuple[Kind, int, int]]] = []
+    orders: list[list[Action]] = []
     for d in range(devices):
         f0, f1, i1, i0 = offsets(d)
         block: list[tuple[int, Kind, int]] = [(f0, "F", d), (f1, "F", last - d), (i1, "I", last - d), (i0, "I", d)]
-        ticks = sorted((t + 6 * i, kind, s, i) for t, kind, s in block for i in range(microbatches))
-        orders.append([a[1:] for a in ticks])
+        ticks = sorted((t + 6 * i, Action(kind, s, i)) for t, kind, s in block for i in range(microbatches))
+        orders.append([a for _, a in ticks])
     rows: list[list[Action]] = [[] for _ in range(devices)]
     weights: list[list[Action]] = [[] for _ in range(devices)]
     next_, done_weights, live = [0] * devices, [0] * devices, [0] * devices
@@ -198,13 +198,14 @@ def _squeezed(
         for d in range(devices):
             order = orders[d]
             if next_[d] < len(order):
-                kind, s, i = order[next_[d]]
+                action = order[next_[d]]
+                kind, s, i = action
                 if kind == "F":
                     ready = live[d] < limit and (s == 0 or forwards[s - 1] > i)
                 else:
                     ready = (forwards if s == last else inputs)[min(s + 1, last)] > i
                 if ready:
-                    rows[d].append(Action(kind, s, i))
+                    rows[d].append(action)
                     next_[d] += 1
                     left -= 1
                     if kind == "F":
