@@ -15,7 +15,7 @@ UNIT = Costs(F=1, I=1, W=1)
 
 
 def idle(schedule, costs=UNIT):
-    """The makespan minus the work of one device, with equal stages: in units of a stage, exact for costs that are ints."""
+    """The makespan minus the work of one device, with equal stages; exact for costs that are ints."""
     work = sum(costs.of(a) for a in schedule.actions[0])
     timeline = simulate(schedule, costs)
     assert timeline.bubble == pytest.approx(1 - work / timeline.makespan, abs=1e-12)
@@ -110,7 +110,8 @@ def test_peak(name):
 @pytest.mark.parametrize("name", ["v_half", "v_min"])
 def test_v_half_and_v_min_beside_1f1b(name):
     share, peak = {"v_half": (1 / 2, 1 / 2), "v_min": (2 / 3, 1 / 3)}[name]
-    for d, m in [(d, m) for d in range(2, 13) for m in (d, 2 * d + 1, 4 * d)]:  # noqa
+    for d, rounds in itertools.product(range(2, 13), (1, 2, 4)):
+        m = rounds * d
         schedule = named(name, d, m)
         base = 2 * idle(schedules.one_f_one_b(d, m))  # a stage of a V is half as long
         assert abs(idle(schedule) - share * base) <= 1
@@ -135,13 +136,24 @@ def test_one_stage_each_of_those_for_several():
 
 def test_unequal_stages():
     rng = random.Random(0)
-    for _ in range(200):
+    for _ in range(300):
         d, m = rng.randint(1, 6), rng.randint(1, 12)
         f, b = [rng.randint(1, 9) for _ in range(d)], [rng.randint(1, 9) for _ in range(d)]
-        costs, fill = Costs(F=f, B=b), sum(f) + sum(b)
-        assert simulate(schedules.gpipe(d, m), costs).makespan == fill + (m - 1) * (max(f) + max(b))
-        most = max(x + y for x, y in zip(f, b, strict=True))
-        assert simulate(schedules.one_f_one_b(d, m), costs).makespan <= fill + (m - 1) * most
+        costs = Costs(F=f, B=b)
+        gpipe = sum(f) + sum(b) + (m - 1) * (max(f) + max(b))
+        assert simulate(schedules.gpipe(d, m), costs).makespan == gpipe
+        assert simulate(schedules.one_f_one_b(d, m), costs).makespan <= gpipe
+        for k in (1, 2, 3):  # backwards in proportion to forwards
+            costs = Costs(F=f, B=[k * x for x in f])
+            most = (sum(f) + (m - 1) * max(f)) * (1 + k)
+            assert simulate(schedules.one_f_one_b(d, m), costs).makespan <= most
+
+
+def test_unequal_stages_out_of_proportion():
+    """`sum(f+b) + (m-1) max(f+b)` is no bound where the slowest forward and the slowest backward are apart."""
+    f, b = [1, 6, 8, 7, 1], [9, 2, 2, 7, 1]
+    makespan = simulate(schedules.one_f_one_b(5, 4), Costs(F=f, B=b)).makespan
+    assert makespan == 87 > sum(f) + sum(b) + 3 * max(x + y for x, y in zip(f, b, strict=True))
 
 
 def test_latency():
@@ -280,7 +292,7 @@ def drawn(schedule):
 @pytest.mark.parametrize("name", NAMES)
 def test_drawn_as_in_the_docstring(name):
     generator = NAMES[name].generator
-    doc = generator.__doc__
+    doc = generator.__doc__ or ""
     (call,) = re.findall(r"`(\w+)\((\d+), (\d+)\)`:\n\n", doc)
     assert call[0] == generator.__name__
     table = [line.strip() for line in doc.splitlines() if re.match(r"\s+\d: ", line)]

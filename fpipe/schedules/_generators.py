@@ -31,8 +31,8 @@ def gpipe(devices: int, microbatches: int) -> Schedule:
 def one_f_one_b(devices: int, microbatches: int) -> Schedule:
     """Few forwards to warm up, then one forward, one backward (1F1B, PipeDream-flush, arXiv 2006.09503).
 
-    Idle time `(D-1)(F+B)`; with unequal stages of times `f` and `b` the makespan is at most
-    `sum(f+b) + (m-1) max(f+b)`. Peak live microbatches `min(m, D-d)`. `one_f_one_b(2, 4)`:
+    Idle time `(D-1)(F+B)`; with unequal stages no longer than GPipe, and at most `sum(f+b) + (m-1) max(f+b)` where
+    every `b` is the same multiple of its `f`. Peak live microbatches `min(m, D-d)`. `one_f_one_b(2, 4)`:
 
         0: F0 F1 .  .  B0--- F2 B1--- F3 B2--- .  B3---
         1: .  F0 B0--- F1 B1--- F2 B2--- F3 B3--- .  .
@@ -44,8 +44,8 @@ def one_f_one_b(devices: int, microbatches: int) -> Schedule:
 def eager_1f1b(devices: int, microbatches: int) -> Schedule:
     """1F1B with twice the warm-up, which hides the transfers (Zhuang et al., arXiv 2211.05322).
 
-    Idle time `(D-1)(F+B)`, and transfers of latency `c`, up to `(F+B)/2`, add at most `2(D-1)c`, where 1F1B pays `c`
-    and more for nearly every microbatch. Peak live microbatches `min(m, 2(D-1-d)+1)`. `eager_1f1b(2, 4)`:
+    Idle time `(D-1)(F+B)`, and transfers of latency `c`, up to `(F+B)/2`, add `2(D-1)c`, where 1F1B pays `m*c` and
+    more. Peak live microbatches `min(m, 2(D-1-d)+1)`. `eager_1f1b(2, 4)`:
 
         0: F0 F1 F2 .  B0--- F3 B1--- .  B2--- .  B3---
         1: .  F0 B0--- F1 B1--- F2 B2--- F3 B3--- .  .
