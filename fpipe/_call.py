@@ -114,7 +114,7 @@ class Call(abc.ABC):
             ValueError: an unknown reduction; argument numbers that are negative, repeated or too large.
         """
         loss = as_loss("value_and_grad", loss_fn, has_aux, reduction)
-        numbers = _numbers(argnums)
+        _numbers(argnums)
 
         def value_and_grad(
             params: Sequence[PyTree],
@@ -126,12 +126,7 @@ class Call(abc.ABC):
             train: bool = False,
         ) -> Any:
             args = checked(self.model, Args(params, x, targets, side, key, state, bool(train)))
-            if max(numbers) >= len(args.numbered):
-                raise ValueError(
-                    f"`value_and_grad(argnums={argnums!r})`: the call has {len(args.numbered)} arguments (params, x, "
-                    f"*targets), so numbers go from 0 to {len(args.numbered) - 1}"
-                )
-            result = self._loss(args, loss, numbers)
+            result = self._loss(args, loss, as_argnums(argnums, args))
             grads = result.gradients[0] if isinstance(argnums, int) else result.gradients
             return _value(result, loss, state), grads
 
@@ -169,6 +164,17 @@ class Call(abc.ABC):
 def _value(result: Result, loss: Loss, state: Any) -> Any:
     value = (result.loss, result.aux) if loss.has_aux else result.loss
     return value if state is None else (value, result.state)
+
+
+def as_argnums(argnums: Any, args: Args) -> tuple[int, ...]:
+    """Argument numbers as a tuple, checked against the call."""
+    numbers = _numbers(argnums)
+    if max(numbers) >= len(args.numbered):
+        raise ValueError(
+            f"`value_and_grad(argnums={argnums!r})`: the call has {len(args.numbered)} arguments (params, x, *targets), so "
+            f"numbers go from 0 to {len(args.numbered) - 1}"
+        )
+    return numbers
 
 
 def _numbers(argnums: Any) -> tuple[int, ...]:

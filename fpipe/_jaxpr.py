@@ -378,6 +378,18 @@ def _loop(body: Graph, consts: Sequence[int], carry: Sequence[int], xs: Sequence
         carry = grown
 
 
+def calls_host(nodes: Iterable[Node]) -> bool:
+    """Whether an equation, at any depth, calls Python while it runs."""
+    return any("callback" in node.eqn.primitive.name or any(map(_calls, node.eqn.params.values())) for node in nodes)
+
+
+def _calls(value: Any) -> bool:
+    if isinstance(value, (Jaxpr, ClosedJaxpr)):
+        eqns = getattr(value, "jaxpr", value).eqns
+        return any("callback" in eqn.primitive.name or any(map(_calls, eqn.params.values())) for eqn in eqns)
+    return isinstance(value, (tuple, list)) and any(map(_calls, value))
+
+
 class _Same:
     """An object that is equal to itself alone."""
 

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 import jax
 
-from fpipe._call import Args, Call, Result, check_chunks, check_params
+from fpipe._call import Args, Call, Result, as_argnums, check_chunks, check_params, checked
 from fpipe._layer import Layer
-from fpipe._loss import Loss
+from fpipe._loss import Loss, Reduction, as_loss
 from fpipe._microbatch import first_microbatch
 from fpipe._model import Model
-from fpipe._placed import Placed, TracedCallError, only_shapes
+from fpipe._placed import DISPATCH, Dispatch, Placed, Progress, TracedCallError, as_progress, only_shapes
 from fpipe._placement import Device, Place, Placement, as_placements, first_placements
 from fpipe._plan import Layout
 from fpipe._remat import Policy, Remat
@@ -43,11 +43,15 @@ class Pipe(Call):
             microbatch), `"never"`, or a policy of `jax.checkpoint_policies`.
         schedule: a name from `fpipe.schedules.NAMES` (`"gpipe"`, `"1f1b"`, `"eager_1f1b"`, the default, `"zb_h1"`, …), a
             `Schedule`, or a function `f(devices, microbatches) -> Schedule`. Names put one stage on each device;
-            `"zb_v"`, `"v_half"`, `"v_min"` and `"dualpipe_v"` two, `"interleaved_1f1b"` and `"looped_bfs"` the same number,
-            at least two, on as many devices as that allows. A function is asked at construction, with `chunks` microbatches, for the
-            largest number of `devices` on which it makes one stage for each entry of `balance`, and again when a batch
-            is cut.
+            `"zb_v"`, `"v_half"`, `"v_min"` and `"dualpipe_v"` two; `"interleaved_1f1b"` and `"looped_bfs"` the same number,
+            at least two, on as many devices as that allows. A function is asked at construction, with `chunks`
+            microbatches, for the largest number of `devices` on which it makes one stage for each entry of `balance`, and
+            again when a batch is cut.
         executor: `"placed"`.
+        dispatch: who hands programs to the devices. `"one_thread"`: the calling thread, in clock order.
+            `"thread_per_device"`: a thread for each device, which ends with the call; it keeps the devices busy where
+            handing over a program waits for it, and costs more on the host. `"auto"` (default): threads if a layer calls
+            Python while it runs (`jax.pure_callback`, `io_callback`, `jax.debug.print`), for that waits.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message says what was given and what would be right.
@@ -69,6 +73,7 @@ class Pipe(Call):
     checkpoint: str | Policy
     schedule: str | Schedule | Callable[[int, int], Schedule]
     executor: str
+    dispatch: Dispatch
 
     _placed: ClassVar[Placed]  # set on each instance like `model`, and no field: programs are no part of the value
 
@@ -81,11 +86,14 @@ class Pipe(Call):
         checkpoint: str | Policy = "except_last",
         schedule: str | Schedule | Callable[[int, int], Schedule] = "eager_1f1b",
         executor: str = "placed",
+        dispatch: Dispatch = "auto",
     ) -> None:
         if executor == "scan":
             raise NotImplementedError('`Pipe(executor="scan")` is not in this release; the executor is "placed"')
         if executor != "placed":
             raise ValueError(f'`Pipe(executor={executor!r})`: the executor is "placed"')
+        if dispatch not in DISPATCH:
+            raise ValueError(f"`Pipe(dispatch={dispatch!r})`: one of {', '.join(map(repr, DISPATCH))}")
         model, scheduling, chunks = Model(layers), Scheduling.of(schedule), check_chunks("Pipe", chunks)
         places = as_placements(devices)
         balance = _checked_balance(balance, model, lambda layers: scheduling.stages(len(places), chunks, layers))
@@ -100,8 +108,9 @@ class Pipe(Call):
             "checkpoint": checkpoint,
             "schedule": schedule,
             "executor": executor,
+            "dispatch": dispatch,
             "model": model,
-            "_placed": Placed(layout, scheduling, stage_to_device, Remat.of(checkpoint), chunks),
+            "_placed": Placed(layout, scheduling, stage_to_device, Remat.of(checkpoint), chunks, dispatch),
         }
         for name, value in attributes.items():
             object.__setattr__(self, name, value)
@@ -168,6 +177,51 @@ class Pipe(Call):
         return tuple(_put(p, Placement.of(self.devices[0])) for p in params)
 
     # --- calls ---
+
+    def compile(
+        self,
+        params: Sequence[PyTree],
+        x: PyTree,
+        *targets: PyTree,
+        loss_fn: Callable[..., Any] | None = None,
+        has_aux: bool = False,
+        reduction: Reduction = "mean",
+        argnums: int | Sequence[int] = 0,
+        side: PyTree = None,
+        key: Any = None,
+        state: Sequence[PyTree] | None = None,
+        train: bool = False,
+        threads: int | None = None,
+        progress: bool | Progress | None = None,
+    ) -> int:
+        """Compile all programs of a call before it is made, several at once.
+
+        The call then finds them: nothing compiles any more. Calls compile by themselves too, but one program after the
+        other.
+
+        Arguments:
+            params, x, targets, side, key, state, train: as for the call; shapes (`jax.ShapeDtypeStruct`) will do.
+            loss_fn, has_aux, reduction, argnums: the call is `value_and_grad(loss_fn, …)(params, x, *targets)`. Without
+                `loss_fn` it is `pipe(params, x)`.
+            threads: at most so many compile at once; default one for each core.
+            progress: `True` for a bar on stderr, or a function `f(done, total)`; default a bar if stderr is a terminal.
+
+        Returns:
+            The number of programs.
+
+        Example:
+            >>> dense = fpipe.Layer(lambda w, x: jnp.tanh(x @ w), init=lambda key, x: jnp.eye(3))
+            >>> pipe = fpipe.Pipe([dense, dense], devices=[jax.devices()[0]] * 2, chunks=4)
+            >>> x = jnp.ones((8, 3))
+            >>> pipe.compile(pipe.init(jax.random.key(0), x), x)
+            3
+        """
+        if loss_fn is None and targets:
+            raise TypeError("`pipe.compile(params, x, *targets)`: targets belong to a loss: give `loss_fn=` too")
+        loss = None if loss_fn is None else as_loss("value_and_grad", loss_fn, has_aux, reduction)
+        args = checked(self.model, Args(params, x, targets, side, key, state, bool(train)))
+        numbers = () if loss is None else as_argnums(argnums, args)
+        return self._placed.compile(args, loss, numbers, threads, as_progress(progress))
 
     def _forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         try:

@@ -10,7 +10,8 @@ import jax
 from fpipe._call import Args, Result
 from fpipe._loss import Loss
 from fpipe._microbatch import cut_inputs
-from fpipe._placed._loop import Bound, bind
+from fpipe._placed._compile import Progress
+from fpipe._placed._loop import Bound, Dispatch, bind
 from fpipe._placed._tracers import refuse_tracers
 from fpipe._placement import Placement
 from fpipe._plan import Inputs, Layout, Plan, Request, lower
@@ -30,9 +31,16 @@ class Placed:
     """The placed executor of one pipe: plans by the types of what a call is given."""
 
     def __init__(
-        self, layout: Layout, scheduling: Scheduling, map_: tuple[int, ...], remat: Remat, chunks: int
+        self,
+        layout: Layout,
+        scheduling: Scheduling,
+        map_: tuple[int, ...],
+        remat: Remat,
+        chunks: int,
+        dispatch: Dispatch,
     ) -> None:
         self.layout = layout
+        self._dispatch: Dispatch = dispatch
         self._scheduling, self._map, self._remat, self._chunks = scheduling, map_, remat, chunks
         self._bound, self._kept = Recent(_PLANS), Recent(_PROGRAMS)
         self._constants: dict[tuple[Any, Placement], Any] = {}
@@ -95,7 +103,7 @@ class Placed:
             full = given(values)
             asked = tuple(bool(p.perturbed) and is_inexact(v) for p, v in zip(primals, values, strict=True))
             bound, slots = self._start("vjp", full, None, asked)
-            slots = bound.run(slots, 0, bound.half)
+            slots = bound.run(slots, "forward")
             assert bound.plan.y is not None
             flat, out = pack((bound.plan.y.read(slots), self._state(bound.plan, slots)))
             made.append(out)
@@ -121,8 +129,34 @@ class Placed:
             raise
         return made[-1].unpack(flat)
 
+    def compile(
+        self, args: Args, loss: Loss | None, argnums: tuple[int, ...], threads: int | None, progress: Progress | None
+    ) -> int:
+        """Compile the programs of a call; arrays or their shapes will do. Returns how many there are."""
+        refuse_tracers(args)
+        mode = "forward" if loss is None else "grad" if argnums else "loss"
+        return self._found(mode, args, loss, argnums)[0].compile(threads, progress)
+
     def _start(self, mode: Any, args: Args, loss: Loss | None, asked: tuple[Any, ...]) -> tuple[Bound, list[Any]]:
-        """The bound plan of a call, from the cache or new, and slots with the inputs in them."""
+        """The bound plan of a call, and slots with the inputs in them."""
+        bound, params, others = self._found(mode, args, loss, asked)
+        given = [*params, *(a for arrays, _ in others.values() for a in arrays)]
+        shape = next((a for a in given if isinstance(a, jax.ShapeDtypeStruct)), None)
+        if shape is not None:
+            raise TypeError(
+                f"a Pipe was called with the shape {shape} in place of an array; use `jax.eval_shape` for shapes"
+            )
+        if any(
+            not isinstance(a, jax.Array) or a.sharding != p.sharding for a, p in zip(params, bound.params, strict=True)
+        ):
+            self._check_params(args.params)
+        slots = bound.slots(params, {port: arrays for port, (arrays, _) in others.items()})
+        # Concrete arguments inside a trace (a closed-over batch in a jitted function) become tracers here.
+        refuse_tracers([slots[n] for _, _, numbers in bound.feeds for n in numbers])
+        return bound, slots
+
+    def _found(self, mode: Any, args: Args, loss: Loss | None, asked: tuple[Any, ...]) -> tuple[Bound, list[Any], Any]:
+        """The bound plan of a call, from the cache or new; its parameters, and its other inputs by port."""
         params, params_def = jax.tree.flatten(args.params)
         others = {X: pack(args.x), SIDE: pack(args.side), TARGETS: pack(args.targets)}
         if args.key is not None:
@@ -149,23 +183,16 @@ class Placed:
             ]
             raise TypeError(f"static leaves must be hashable, among {static!r}: {error}") from error
         bound = self._bound.get(key, lambda: self._new(mode, args, loss, asked))
-        if any(
-            not isinstance(a, jax.Array) or a.sharding != p.sharding for a, p in zip(params, bound.params, strict=True)
-        ):
-            self._check_params(args.params)
-        slots = bound.slots(params, {port: arrays for port, (arrays, _) in others.items()})
-        # Concrete arguments inside a trace (a closed-over batch in a jitted function) become tracers here.
-        refuse_tracers([slots[n] for _, _, numbers in bound.feeds for n in numbers])
-        return bound, slots
+        return bound, params, others
 
     def _new(self, mode: Any, args: Args, loss: Loss | None, asked: tuple[Any, ...]) -> Bound:
         self._check_params(args.params)
-        plan = self._plan(mode, args, loss, asked)
+        plan, inputs = self._plan(mode, args, loss, asked)
         for text in plan.warnings:
             warnings.warn(text, stacklevel=7)
-        return bind(plan, self.layout, self._constant)
+        return bind(plan, self.layout, inputs, self._dispatch, self._constant)
 
-    def _plan(self, mode: Any, args: Args, loss: Loss | None, asked: tuple[Any, ...]) -> Plan:
+    def _plan(self, mode: Any, args: Args, loss: Loss | None, asked: tuple[Any, ...]) -> tuple[Plan, Inputs]:
         cut = cut_inputs(args.x, args.side, args.targets, self._chunks)
         inputs = Inputs(
             params=tuple(Shape.of(p) for p in args.params),
@@ -188,9 +215,8 @@ class Placed:
             raise ValueError(
                 f"the schedule {schedule.name!r} has forwards only, and gradients are asked for; give it a B for every F"
             )
-        return lower(
-            self.layout, schedule, self._remat, inputs, Request(mode, args.train, loss, wanted, _settings()), self._kept
-        )
+        request = Request(mode, args.train, loss, wanted, _settings())
+        return lower(self.layout, schedule, self._remat, inputs, request, self._kept), inputs
 
     def _constant(self, value: Any, placement: Placement) -> Any:
         """A host value where it is read, put there once for all plans."""
@@ -210,7 +236,7 @@ class Placed:
                             f"{layer} hold {a!r}, no array; `params = pipe.place(params)` makes arrays of numbers, and what is "
                             "fixed belongs into the layer's function (functools.partial)"
                         )
-                    if not place.holds(a):
+                    if not isinstance(a, jax.ShapeDtypeStruct) and not place.holds(a):
                         where = (
                             ", ".join(map(str, a.devices())) if isinstance(a, jax.Array) else f"the host ({type(a)})"
                         )
@@ -252,7 +278,7 @@ class _PullBack:
             place = plan.slots[plan.cotangents[0]].placement
             for n, v in zip(plan.cotangents, place.put(given), strict=True):
                 slots[n] = v
-        slots = self.bound.run(slots, self.bound.half)
+        slots = self.bound.run(slots, "backward")
         return tuple(
             slots[plan.gradients[leaf]] if leaf in plan.gradients else zero
             for leaf, zero in zip(self.leaves, self.zeros, strict=True)
@@ -304,7 +330,8 @@ def _type(a: Any) -> Any:
     if isinstance(a, jax.Array):
         return a.aval
     if isinstance(a, jax.ShapeDtypeStruct):
-        raise TypeError(f"a Pipe was called with the shape {a} in place of an array; use `jax.eval_shape` for shapes")
+        closed = jax.make_jaxpr(lambda a: a)(a)
+        return closed.in_avals[0]
     return jax.typeof(a) if is_array(a) else a
 
 

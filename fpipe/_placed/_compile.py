@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -13,6 +14,19 @@ from fpipe._plan import Free, Move, Plan
 
 # How many programs are compiled, of how many.
 Progress: TypeAlias = Callable[[int, int], None]
+
+
+def as_progress(progress: bool | Progress | None) -> Progress | None:
+    """What `Pipe.compile(progress=...)` was given."""
+    if progress is None:
+        progress = sys.stderr.isatty()
+    return (_bar if progress else None) if isinstance(progress, bool) else progress
+
+
+def _bar(done: int, total: int) -> None:
+    full = 30 * done // max(total, 1)
+    end = "\n" if done == total else ""
+    print(f"\rcompiling [{'#' * full}{'.' * (30 - full)}] {done}/{total}", end=end, file=sys.stderr, flush=True)
 
 
 def compile_plan(

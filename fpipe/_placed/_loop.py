@@ -1,21 +1,35 @@
-"""The placed executor's loop: a plan's instructions, dispatched asynchronously one after the other."""
+"""A plan ready to run: its instructions dispatched asynchronously, by one thread or by one for each device."""
 
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
+
+import jax
 
 from fpipe._errors import add_note
+from fpipe._placed._compile import Progress, compile_plan
+from fpipe._placed._threads import Crew, Part, divide
 from fpipe._placement import Placement
-from fpipe._plan import Free, Instruction, Layout, Move, Plan, Run, used_later
+from fpipe._plan import Free, Inputs, Instruction, Layout, Move, Plan, Run, used_later
 from fpipe._stage import Leaf, Port
+from fpipe._tree import is_inexact
+
+# Who dispatches. One thread is enough where a dispatch returns at once. A thread for each device costs more on the host,
+# and is needed where a dispatch may wait for the program: then the other devices would stand idle meanwhile.
+Dispatch: TypeAlias = Literal["auto", "one_thread", "thread_per_device"]
+DISPATCH: tuple[Dispatch, ...] = get_args(Dispatch)
 
 # Read slots, call, write slots, drop slots.
 Step: TypeAlias = tuple[
     Callable[[list[Any]], Sequence[Any]], Callable[..., Sequence[Any]], tuple[int, ...], tuple[int, ...]
 ]
+
+# The halves of a differentiated call; every other call is one whole.
+Half: TypeAlias = Literal["whole", "forward", "backward"]
 
 Observer: TypeAlias = Callable[[Instruction, Sequence[Any]], None]
 _observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar("observer", default=None)
@@ -23,7 +37,7 @@ _observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar("obs
 
 @contextlib.contextmanager
 def observing(observer: Observer) -> Iterator[None]:
-    """Call `observer(instruction, slots)` after each instruction that is issued meanwhile."""
+    """Call `observer(instruction, slots)` after each instruction that is issued meanwhile; one call at a time."""
     token = _observer.set(observer)
     try:
         yield
@@ -31,15 +45,17 @@ def observing(observer: Observer) -> Iterator[None]:
         _observer.reset(token)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Bound:
     """A plan ready to run: its instructions as steps, with the frees that follow folded in.
 
     Attributes:
-        at: the instruction of each step.
+        steps, at: what one thread does, and the instruction of each step.
         half: the first step of the backward half.
+        threaded: whether each device has a dispatching thread.
         params: how many parameters there are; they fill the first slots.
         feeds: what else is put where, in one transfer for each placement.
+        given: the shapes of all inputs, by slot.
         later: the slots that the backward half reads and does not make.
         blank: the slots before a call.
     """
@@ -49,8 +65,10 @@ class Bound:
     steps: tuple[Step, ...]
     at: tuple[int, ...]
     half: int
+    threaded: bool
     params: tuple[Placement, ...]
     feeds: tuple[tuple[Placement, tuple[Leaf, ...], tuple[int, ...]], ...]
+    given: Mapping[int, jax.ShapeDtypeStruct]
     later: tuple[int, ...]
     blank: tuple[Any, ...]
 
@@ -63,9 +81,16 @@ class Bound:
                 slots[n] = array
         return slots
 
-    def run(self, slots: list[Any], start: int = 0, stop: int | None = None) -> list[Any]:
+    def compile(self, threads: int | None = None, progress: Progress | None = None) -> int:
+        """Compile everything that the plan runs; returns how many programs that is."""
+        return len(set(map(id, compile_plan(self.plan, self.given, threads, progress).values())))
+
+    def run(self, slots: list[Any], half: Half = "whole") -> list[Any]:
         """Issue the steps in order; returns the slots."""
-        observer, n = _observer.get(), start
+        if self.threaded:
+            return self._run_in_threads(slots, half)
+        observer, n = _observer.get(), 0
+        start, stop = {"whole": (0, None), "forward": (0, self.half), "backward": (self.half, None)}[half]
         try:
             for n, (get, call, outs, frees) in enumerate(self.steps[start:stop], start):
                 for out, array in zip(outs, call(*get(slots))):  # noqa: B905 - strict costs time here
@@ -75,9 +100,45 @@ class Bound:
                 if observer is not None:
                     observer(self.plan.instructions[self.at[n]], slots)
         except Exception as error:
-            add_note(error, f"while dispatching {self._described(self.plan.instructions[self.at[n]])}")
+            self._note(error, self.at[n])
             raise
         return slots
+
+    def _run_in_threads(self, slots: list[Any], half: Half) -> list[Any]:
+        parts, observer = self._parts[half], _observer.get()
+        observe = observer and (lambda n, own: observer(self.plan.instructions[n], own))
+        crew = Crew(parts, observe)
+        crew.run(slots)
+        if crew.failure is not None:
+            n, error = crew.failure
+            if n >= 0:
+                self._note(error, n)
+            try:
+                raise error
+            finally:
+                del crew, error  # no circle through the traceback: what the run held is dropped now
+        return slots
+
+    @functools.cached_property
+    def _parts(self) -> Mapping[Half, list[Part]]:
+        # Compiled here: settings such as `jax.enable_x64` are the calling thread's, and tracing depends on them.
+        compiled, plan = compile_plan(self.plan, self.given), self.plan
+        end = len(plan.instructions)
+        ranges: dict[Half, tuple[int, int]] = {
+            "whole": (0, end),
+            "forward": (0, plan.backward),
+            "backward": (plan.backward, end),
+        }
+
+        def step(n: int, item: Instruction) -> Any:
+            assert not isinstance(item, Free)
+            return _getter(item.ins), _mover(item) if isinstance(item, Move) else compiled[n]
+
+        whole: tuple[Half, ...] = ("whole",) if plan.backward == end else ("forward", "backward")
+        return {half: divide(plan, *ranges[half], step) for half in whole}
+
+    def _note(self, error: Any, n: int) -> None:
+        add_note(error, f"while dispatching {self._described(self.plan.instructions[n])}")
 
     def _described(self, item: Instruction) -> str:
         if not isinstance(item, Run):
@@ -90,7 +151,9 @@ class Bound:
         return f"the {doing} of stage {s} ({layers}), microbatch {i}, on {item.placement.device}"
 
 
-def bind(plan: Plan, layout: Layout, constant: Callable[[Any, Placement], Any]) -> Bound:
+def bind(
+    plan: Plan, layout: Layout, inputs: Inputs, dispatch: Dispatch, constant: Callable[[Any, Placement], Any]
+) -> Bound:
     """Turn a plan into steps; `constant(value, placement)` is a value that stays where it is read."""
     constants = {n: constant(value, plan.slots[n].placement) for n, value in plan.constants.items()}
     steps: list[Step] = []
@@ -110,17 +173,30 @@ def bind(plan: Plan, layout: Layout, constant: Callable[[Any, Placement], Any]) 
     feeds: dict[Placement, list[tuple[Leaf, int]]] = {}
     for leaf, slot in plan.feeds[len(params) :]:
         feeds.setdefault(plan.slots[slot].placement, []).append((leaf, slot))
+    given = {slot: inputs.of(leaf.port).leaves[leaf.k] for leaf, slot in plan.feeds}
+    given |= {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in constants.items()}
+    carrying = [a for a in plan.y.shape.leaves if is_inexact(a)] if plan.y and plan.cotangents else []
+    given |= dict(zip(plan.cotangents, carrying, strict=True))
     return Bound(
         plan,
         layout,
         tuple(steps),
         tuple(at),
         len(steps) if half is None else half,
+        _threaded(plan, dispatch),
         tuple(plan.slots[feed.slot].placement for feed in params),
         tuple((place, tuple(leaf for leaf, _ in e), tuple(n for _, n in e)) for place, e in feeds.items()),
+        given,
         tuple(sorted(used_later(plan.instructions[plan.backward :]) - set(plan.constants) - set(plan.cotangents))),
         tuple(constants.get(n) for n in range(len(plan.slots))),
     )
+
+
+def _threaded(plan: Plan, dispatch: Dispatch) -> bool:
+    runs = [item for item in plan.instructions if isinstance(item, Run)]
+    if dispatch == "auto" and not any(run.calls_host for run in runs):
+        return False
+    return dispatch != "one_thread" and len({run.placement for run in runs}) > 1
 
 
 def _getter(slots: Sequence[int]) -> Callable[[list[Any]], Sequence[Any]]:

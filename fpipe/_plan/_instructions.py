@@ -16,7 +16,7 @@ from fpipe.schedules import Action
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Run a program on its placement. `action` is `None` for the work around the schedule."""
+    """Run a program on its placement. `action` is `None` for the work around the schedule; `calls_host` as in `Program`."""
 
     name: str
     call: Callable[..., Sequence[Any]]
@@ -24,6 +24,7 @@ class Run:
     outs: tuple[int, ...]
     placement: Placement
     action: Action | None = None
+    calls_host: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,13 +83,14 @@ class _Emitter:
         outs: Sequence[str],
         placement: Placement,
         action: Action | None = None,
+        calls_host: bool = False,
     ) -> list[int]:
         """Run a program on a placement; returns the slots of what it makes."""
         here = self.bring(ins, placement)
         if not here:  # no argument says where it runs
             call = jax.jit(call, out_shardings=placement.sharding)
         made = [self.new(name, placement) for name in outs]
-        self.code.append(Run(name, call, tuple(here), tuple(made), placement, action))
+        self.code.append(Run(name, call, tuple(here), tuple(made), placement, action, calls_host))
         return made
 
     def feed(self, leaf: Leaf, placement: Placement) -> int:
@@ -209,7 +210,8 @@ class _Lowering:
         """Run a stage's program and add what it makes to `local`."""
         if program.call is not None:
             names = [f"{ref} stage{s} mb{i}" for ref in program.outs]
-            made = self.emit.run(program.name, program.call, ins, names, self.layout.placements[s], action)
+            place = self.layout.placements[s]
+            made = self.emit.run(program.name, program.call, ins, names, place, action, program.calls_host)
             local |= dict(zip(program.outs, made, strict=True))
         local |= {ref: local[other] for ref, other in program.same.items()}
 

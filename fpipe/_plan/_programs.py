@@ -89,7 +89,8 @@ class Inputs:
 
     def of(self, port: Port) -> Shape:
         """The shape of a whole input."""
-        return self.params[port.of] if port.kind == "params" else getattr(self, port.kind)
+        of = getattr(self, port.kind)
+        return of if port.of is None else of[port.of]
 
     def piece(self, port: Port, i: int) -> Shape:
         """The shape of the `i`-th piece of `x`, `side` or `targets`."""

@@ -59,6 +59,7 @@ class Program:
         ins, outs: what it takes and returns.
         same: outputs that are another value as it is: an input, or another output. They need no slot of their own
             (`jit` would copy them).
+        calls_host: whether it calls Python while it runs: then whoever dispatches it may have to wait for it.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Program:
     ins: tuple[Ref, ...]
     outs: tuple[Ref, ...]
     same: Mapping[Ref, Ref]
+    calls_host: bool
 
 
 class Arg(NamedTuple):

@@ -204,6 +204,7 @@ class _Cut:
             (*refs, *(sums if self.options.accumulate else ())),
             (*outs, *sums),
             same,
+            _jaxpr.calls_host(nodes),
         )
 
 
