@@ -446,6 +446,8 @@ def _content(value: Any) -> Hashable:
         return tuple((_content(k), _content(v)) for k, v in value.items())
     if isinstance(value, (np.ndarray, np.generic)) and value.size <= 1024 and value.dtype != object:
         return value.shape, str(value.dtype), value.tobytes()
+    if isinstance(value, (float, complex)):
+        return type(value), repr(value)  # 0.0 == -0.0, and nan is not nan
     try:
         hash(value)
     except TypeError:
