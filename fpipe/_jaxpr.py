@@ -227,7 +227,7 @@ def halves(
         nodes: the backward's equations, as `residuals` gives them.
         first, second: gradients of the inputs, and of the weights.
         given: what the backward takes from outside; whether `W` can take it from there too.
-        micro: values that depend on the microbatch.
+        micro: values that depend on the microbatch, its cotangents included.
 
     Returns:
         The equations of both; the values that `I` hands to `W`; and those of `second` that `I` makes all the same, for
@@ -235,34 +235,54 @@ def halves(
     """
     part = dataclasses.replace(graph, nodes=tuple(nodes))
     maker = part.maker
-    late = needed(part, first, given, effects=lambda node: True)
-    several = {v for node in late for v in node.outs if len(node.outs) > 1}
-    both = [v for v in second if _form_of(graph, maker, v) in several]
+
+    def halve(also: Sequence[int]) -> tuple[list[Node], Callable[[Iterable[int]], tuple[set[int], list[int]]]]:
+        early = needed(part, [*first, *also], given, effects=lambda node: True)
+        made = {v for node in early for v in node.outs}
+        used = {v for node in early for v in node.ins} | set(first) | set(also)
+
+        def rest(wanted: Iterable[int]) -> tuple[set[int], list[int]]:
+            """What `W` makes for `wanted`, and what it is handed."""
+            handed: dict[int, None] = {}
+            inside: set[int] = set()
+            stack = list(wanted)
+            while stack:
+                v = stack.pop()
+                if v in inside or v in handed or v in graph.consts or (v in given and (given[v] or v not in used)):
+                    continue
+                node = maker.get(v)
+                if node is None or (v in made and (node.eqn.effects or (micro.get(v) and not _redo(graph, node)))):
+                    handed[v] = None
+                else:
+                    inside.update(node.outs)
+                    stack.extend(node.ins)
+            return inside, sorted(handed)
+
+        return early, rest
+
+    early, rest = halve([])
+    # A gradient that is such an equation's result, or as large a value made from it: `I` makes it, lest an array of the
+    # weights' size wait for `W` for each microbatch.
+    several = {v for node in early if len(node.outs) > 1 and _is_opaque(node.eqn) for v in node.outs}
+    sizes = {v: _size(graph.avals[v]) for v in (*second, *several)}
+    both = [v for v in second if several and any(h in several and sizes[h] == sizes[v] for h in rest([v])[1])]
     if both:
-        late = needed(part, [*first, *both], given, effects=lambda node: True)
-    made = {v for node in late for v in node.outs}
-    used = {v for node in late for v in node.ins} | set(first) | set(both)
-    handed: dict[int, None] = {}
-    inside: set[int] = set()
-    stack = [v for v in second if v not in both]
-    while stack:
-        v = stack.pop()
-        if v in inside or v in handed or v in graph.consts or (v in given and (given[v] or v not in used)):
-            continue
-        node = maker.get(v)
-        if node is None or (v in made and (node.eqn.effects or (micro.get(v) and not _redo(graph, node)))):
-            handed[v] = None
-        else:
-            inside.update(node.outs)
-            stack.extend(node.ins)
-    return late, [n for n in nodes if not inside.isdisjoint(n.outs)], sorted(handed), both
+        early, rest = halve(both)
+    inside, handed = rest(v for v in second if v not in both)
+    return early, [n for n in nodes if not inside.isdisjoint(n.outs)], handed, both
 
 
-def _form_of(graph: Graph, maker: Mapping[int, Node], v: int) -> int:
-    """The value that `v` is but another form of: a transpose, a reshape."""
-    while v in maker and _redo(graph, maker[v]):
-        v = maker[v].ins[0]
-    return v
+def _is_opaque(eqn: Any) -> bool:
+    """Whether an equation is more than one operation: control flow, or a call of something foreign."""
+    return "call" in eqn.primitive.name or any(map(_is_jaxpr, eqn.params.values()))
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return isinstance(value, (Jaxpr, ClosedJaxpr)) or (isinstance(value, tuple) and any(map(_is_jaxpr, value)))
+
+
+def _size(aval: Any) -> int:
+    return int(np.prod(aval.shape, dtype=np.int64))
 
 
 def opened(graph: Graph, cotangents: Iterable[int]) -> tuple[Graph, dict[int, int]]:
@@ -323,7 +343,7 @@ def _redo(graph: Graph, node: Node) -> bool:
 
 
 def _bytes(aval: Any) -> int:
-    return int(np.prod(aval.shape, dtype=np.int64)) * getattr(aval.dtype, "itemsize", 8)
+    return _size(aval) * getattr(aval.dtype, "itemsize", 8)
 
 
 def sources(graph: Graph, seeds: Mapping[int, int]) -> dict[int, int]:
@@ -380,14 +400,22 @@ def _loop(body: Graph, consts: Sequence[int], carry: Sequence[int], xs: Sequence
 
 def calls_host(nodes: Iterable[Node]) -> bool:
     """Whether an equation, at any depth, calls Python while it runs."""
-    return any("callback" in node.eqn.primitive.name or any(map(_calls, node.eqn.params.values())) for node in nodes)
+    return any(_calls_host(node.eqn) for node in nodes)
+
+
+def _calls_host(eqn: Any) -> bool:
+    name = eqn.primitive.name
+    return "callback" in name or name == "debug_print" or any(map(_calls, eqn.params.values()))
 
 
 def _calls(value: Any) -> bool:
     if isinstance(value, (Jaxpr, ClosedJaxpr)):
-        eqns = getattr(value, "jaxpr", value).eqns
-        return any("callback" in eqn.primitive.name or any(map(_calls, eqn.params.values())) for eqn in eqns)
+        return any(map(_calls_host, getattr(value, "jaxpr", value).eqns))
     return isinstance(value, (tuple, list)) and any(map(_calls, value))
+
+
+# How to differentiate a custom function: made anew by each trace, and of no use in programs that are only run.
+_RULES = ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd")
 
 
 class _Same:
@@ -422,7 +450,7 @@ def identity(graph: Graph, nodes: Iterable[Node], given: Sequence[int], wanted: 
         (
             node.eqn.primitive,
             node.eqn.ctx,
-            tuple((name, _content(value)) for name, value in sorted(node.eqn.params.items())),
+            tuple((name, _content(value)) for name, value in sorted(node.eqn.params.items()) if name not in _RULES),
             tuple(map(of, node.ins)),
             tuple(map(of, node.outs)),
         )

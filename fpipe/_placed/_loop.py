@@ -107,16 +107,14 @@ class Bound:
     def _run_in_threads(self, slots: list[Any], half: Half) -> list[Any]:
         parts, observer = self._parts[half], _observer.get()
         observe = observer and (lambda n, own: observer(self.plan.instructions[n], own))
-        crew = Crew(parts, observe)
-        crew.run(slots)
-        if crew.failure is not None:
-            n, error = crew.failure
-            if n >= 0:
-                self._note(error, n)
+        failure = Crew(parts, observe).run(slots)
+        if failure is not None:
+            n, error = failure
+            self._note(error, n)
             try:
                 raise error
             finally:
-                del crew, error  # no circle through the traceback: what the run held is dropped now
+                del failure, error  # no circle through the traceback: what the run held is dropped now
         return slots
 
     @functools.cached_property

@@ -38,11 +38,18 @@ class Step(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A thread's share of a plan: its steps, the slots that it starts with, and those that it leaves."""
+    """A thread's share of a plan.
+
+    Attributes:
+        starts: the slots that it starts with.
+        ends: those of them that nobody reads later.
+        leaves: the slots that it makes and leaves.
+    """
 
     placement: Placement
     steps: tuple[Step, ...]
     starts: tuple[int, ...]
+    ends: tuple[int, ...]
     leaves: tuple[int, ...]
 
 
@@ -78,11 +85,13 @@ def divide(
         others = sorted({r for k in item.outs for r in readers.get(k, ()) if r != t})
         posts = tuple((r, tuple(k for k in item.outs if r in readers.get(k, ()))) for r in others)
         steps[t].append(Step(n, *step(n, item), item.outs, waits, posts, tuple(ends.get(n, ()))))
+    starts = [sorted(k for k, users in readers.items() if t in users and k not in maker) for t in range(len(places))]
     return [
         Part(
             place,
             tuple(steps[t]),
-            tuple(sorted(k for k, users in readers.items() if t in users and k not in maker)),
+            tuple(starts[t]),
+            tuple(k for k in starts[t] if k in dead),
             tuple(sorted(k for k, by in maker.items() if by == t and k not in dead)),
         )
         for t, place in enumerate(places)
@@ -90,7 +99,7 @@ def divide(
 
 
 class Failure(NamedTuple):
-    """The first exception, and the instruction that raised it."""
+    """An exception, and the instruction that raised it."""
 
     at: int
     error: BaseException
@@ -103,15 +112,15 @@ class Crew:
         self._parts, self._observe = parts, observe
         self._inboxes: list[queue.SimpleQueue[Message]] = [queue.SimpleQueue() for _ in parts]
         self._lock, self._stopped = threading.Lock(), False
-        self.failure: Failure | None = None
+        self._failures: list[Failure] = []
 
-    def run(self, slots: list[Any]) -> None:
-        """Run all parts, from `slots` and back into them; `failure` says what went wrong."""
+    def run(self, slots: list[Any]) -> Failure | None:
+        """Run all parts, from `slots` and back into them; returns what went wrong first, in the plan's order."""
         own = [[None] * len(slots) for _ in self._parts]
         for mine, part in zip(own, self._parts, strict=True):
             for k in part.starts:
                 mine[k] = slots[k]
-        for k in {k for part in self._parts for k in part.starts}:
+        for k in {k for part in self._parts for k in part.ends}:
             slots[k] = None
         threads = [
             threading.Thread(target=self._work, args=(t, mine), name=f"fpipe {part.placement.device}")
@@ -132,6 +141,8 @@ class Crew:
         for mine, part in zip(own, self._parts, strict=True):
             for k in part.leaves:
                 slots[k] = mine[k]
+        # What reads the result of a program that failed may fail too, and earlier.
+        return min(self._failures, key=lambda failure: failure.at, default=None)
 
     def _stop(self) -> None:
         self._stopped = True
@@ -139,7 +150,7 @@ class Crew:
             inbox.put(None)
 
     def _work(self, t: int, slots: list[Any]) -> None:
-        inbox, at = self._inboxes[t], -1
+        inbox, at = self._inboxes[t], self._parts[t].steps[0].at
         try:
             for at, get, call, outs, waits, posts, frees in self._parts[t].steps:
                 for k in waits:
@@ -161,7 +172,5 @@ class Crew:
                     with self._lock:
                         self._observe(at, slots)
         except BaseException as error:
-            with self._lock:
-                if self.failure is None:
-                    self.failure = Failure(at, error)
+            self._failures.append(Failure(at, error))
             self._stop()

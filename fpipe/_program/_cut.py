@@ -95,8 +95,9 @@ class _Cut:
             of["B"] = self._backward("B", self.nodes, each, sums)
             return StagePrograms(of, tuple(warnings))
         given = {v: len(self.terms.get(v, ())) < 2 for v in self.take}
+        micro = _jaxpr.masks(self.graph, self.micro | dict.fromkeys(self.joint.cotangents.values(), 1))
         first, second, handed, both = _jaxpr.halves(
-            self.graph, self.nodes, list(each.values()), [gradients[leaf] for leaf in sums], given, self.micro
+            self.graph, self.nodes, list(each.values()), [gradients[leaf] for leaf in sums], given, micro
         )
         early = [leaf for leaf in sums if gradients[leaf] in both]
         if early:
