@@ -339,6 +339,24 @@ def test_a_deadlock_names_its_root_and_not_those_who_wait_behind_it():
         Schedule(rows)
 
 
+def test_of_two_reasons_a_deadlock_names_the_one_on_fewer_devices():
+    own = "waits for F({0},0), which device {0} itself has later, at position 1; 2 more devices are stuck"
+    two, _ = BROKEN["two devices"]
+    with raises(ValueError, "`Schedule`: deadlock: device 2 at B(2,0), position 0, " + own.format(2)):
+        Schedule([*two, [("B", 2, 0), ("F", 2, 0), ("F", 2, 1), ("B", 2, 1)]])
+    with raises(ValueError, "`Schedule`: deadlock: device 1 at B(1,0), position 0, " + own.format(1)):
+        Schedule(parse("0F0 0B0", "1B0 1F0", "2F0 2B0"))  # B(1,0) waits for B(2,0) too
+
+
+def test_of_two_reasons_alike_a_deadlock_names_the_one_on_the_lower_device():
+    with raises(
+        ValueError,
+        "`Schedule`: deadlock: device 0 at W(0,0), position 1, waits for I(0,0), which device 0 itself has later, "
+        "at position 2; 1 more device is stuck",
+    ):
+        Schedule(parse("0F0 0W0 0I0", "1F0 1W0 1I0"))
+
+
 def test_a_long_circle_is_cut_in_the_middle():
     rows = [[("F", d + 64, 0), ("F", d, 0)] for d in range(64)]
     rows[0] = [("F", 64, 0), ("F", 0, 0)]

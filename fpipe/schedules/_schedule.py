@@ -337,7 +337,7 @@ def _deadlock(rows: Sequence[Sequence[Action]], places: Sequence[int], stuck: di
         needs = dependencies(a, len(places), (a.stage + 1, a.microbatch) in split)
         waits[d] = next(n for n in needs if n not in done)
     after = {d: places[n.stage] for d, n in waits.items()}
-    circle = min((_circle(d, after) for d in stuck), key=lambda c: (len(c), c))
+    circle = min((_circle(d, after) for d in stuck), key=lambda c: (len(c), c))  # from its lowest device on
     story = []
     for d in circle:
         n, e = waits[d], places[waits[d].stage]
@@ -357,10 +357,8 @@ def _deadlock(rows: Sequence[Sequence[Action]], places: Sequence[int], stuck: di
 
 
 def _circle(device: int, after: dict[int, int]) -> list[int]:
-    """Where following `after` from `device` ends up going round, from the lowest device on."""
+    """Where following `after` from `device` ends up going round."""
     path = [device]
     while (device := after[device]) not in path:
         path.append(device)
-    circle = path[path.index(device) :]
-    lowest = circle.index(min(circle))
-    return circle[lowest:] + circle[:lowest]
+    return path[path.index(device) :]
