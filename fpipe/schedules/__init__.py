@@ -13,6 +13,7 @@ from fpipe.schedules._names import named as named
 from fpipe.schedules._schedule import Action as Action
 from fpipe.schedules._schedule import Kind as Kind
 from fpipe.schedules._schedule import Schedule as Schedule
+from fpipe.schedules._search import zero_bubble as zero_bubble
 from fpipe.schedules._simulate import Costs as Costs
 from fpipe.schedules._simulate import Event as Event
 from fpipe.schedules._simulate import Timeline as Timeline

@@ -47,7 +47,8 @@ class Costs:
             value = getattr(self, field.name)
             if value is None and field.default is None:
                 continue
-            object.__setattr__(self, field.name, _cost(field.name, value))
+            each = "" if field.name == "transfer" else "stage"
+            object.__setattr__(self, field.name, checked(f"Costs({field.name}={value!r})", each, value))
 
     def of(self, action: Action) -> float:
         """The cost of one action."""
@@ -226,20 +227,19 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     return Timeline(events, schedule.devices, schedule.name, tuple(costs.holds(s) for s in range(stages)))
 
 
-def _cost(field: str, value: Any) -> float | tuple[float, ...]:
-    """A cost as a float, or a tuple of floats."""
+def checked(call: str, each: str, value: Any) -> float | tuple[float, ...]:
+    """A number as a float, or numbers, one per `each`, as a tuple of floats; `call` is for the message."""
     several = isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping, Set))
-    if several and field != "transfer" and getattr(value, "ndim", 1):
-        return tuple(_number(field, value, v) for v in value)
-    return _number(field, value, value)
+    if several and each and getattr(value, "ndim", 1):
+        return tuple(_number(call, each, v) for v in value)
+    return _number(call, each, value)
 
 
-def _number(field: str, given: Any, value: Any) -> float:
+def _number(call: str, each: str, value: Any) -> float:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        numbers_ = "a number" if field == "transfer" else "a number, or one number per stage"
-        raise TypeError(f"`Costs({field}={given!r})`: {numbers_}")
+        raise TypeError(f"`{call}`: a number{f', or one number per {each}' if each else ''}")
     if not 0.0 <= float(value) < math.inf:
-        raise ValueError(f"`Costs({field}={given!r})`: finite and not negative")
+        raise ValueError(f"`{call}`: finite and not negative")
     return float(value)
 
 
