@@ -57,9 +57,8 @@ def oracle(schedule, costs):
     took |= {a: number(costs.I, a.stage) + number(costs.W, a.stage) for a in actions if a not in took}
     arcs = [(x, y, 0.0) for row in schedule.actions for x, y in itertools.pairwise(row)]
     for y in actions:
-        for x in itertools.chain(*needs(y, stages)):
-            if x in took:
-                arcs.append((x, y, costs.transfer if place[x.stage] != place[y.stage] else 0.0))
+        others = [x for x in itertools.chain(*needs(y, stages)) if x in took]
+        arcs += [(x, y, costs.transfer if place[x.stage] != place[y.stage] else 0.0) for x in others]
     start = dict.fromkeys(actions, 0.0)
     changed = True
     while changed:

@@ -10,20 +10,17 @@ job-shop scheduling (Nowicki and Smutnicki), where a `W` is what moves most free
 Everything is decided by counts, never by the clock: the same call gives the same schedule.
 """
 
-import dataclasses
 import heapq
 import itertools
 import math
-import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from fpipe.schedules._improve import anneal, cheaper, promise, toggle
 from fpipe.schedules._names import NAMES
+from fpipe.schedules._problem import ROUNDING, B, F, Found, I, Problem, Rows, W, best_first
 from fpipe.schedules._schedule import KINDS, Action, Schedule
-from fpipe.schedules._simulate import Costs, checked
-
-_F, _B, _I, _W = range(len(KINDS))
-_ROUNDING = 1.0 + 1e-9
+from fpipe.schedules._simulate import Costs
 
 
 def zero_bubble(
@@ -68,16 +65,18 @@ def zero_bubble(
             raise TypeError(f"`zero_bubble({what}={value!r})`: an int")
         if value < 1:
             raise ValueError(f"`zero_bubble({what}={value!r})`: at least 1")
-    p = _Problem(devices, microbatches, _places(devices, placement, virtual), costs or Costs(), memory)
-    found = [_Found.of(p, rows) for rows in _fixed(p) if p.fits(rows)]
+    p = Problem(devices, microbatches, _places(devices, placement, virtual), costs or Costs(), memory)
+    found = [Found.of(p, rows) for rows in _fixed(p) if p.fits(rows)]
     found += _grid(p)
-    found = _best(found)
-    bound = p.bound() * _ROUNDING
-    for n, one in enumerate(found[:3]):
-        if found[0].makespan <= bound:
-            break
-        found.append(_anneal(p, _toggle(p, one), bound, seed=n))
-    best = _best(found)[0]
+    found = best_first(found)
+    bound = p.bound() * ROUNDING
+    if found[0].makespan > bound:
+        finalists = found[:3]
+        if cheaper(p):
+            whole = [x for x in found if x.rule and not x.rule.split]
+            finalists = [found[0], *sorted(found, key=lambda x: promise(p, x))[:2], *whole[:1]]
+        found += [anneal(p, toggle(p, x), bound, seed) for seed, x in enumerate(finalists)]
+    best = best_first(found)[0]
     actions = [[Action(KINDS[k], *divmod(at, p.m)) for k, at in (divmod(a, p.size) for a in row)] for row in best.rows]
     return Schedule(actions, p.places, name="zero_bubble")
 
@@ -90,7 +89,7 @@ def _places(devices: int, placement: Any, virtual: int) -> tuple[int, ...]:
         if placement not in named:
             raise ValueError(f"{call}: {', '.join(map(repr, named))}, or the device of each stage")
         return named[placement]
-    places = tuple(placement) if isinstance(placement, Iterable) else (None,)
+    places: tuple[Any, ...] = tuple(placement) if isinstance(placement, Iterable) else (None,)
     if any(type(d) is not int for d in places):
         raise TypeError(f"{call}: {', '.join(map(repr, named))}, or the device of each stage")
     if set(places) != set(ups):
@@ -98,145 +97,7 @@ def _places(devices: int, placement: Any, virtual: int) -> tuple[int, ...]:
     return places
 
 
-Rows = list[list[int]]
-
-
-class _Problem:
-    """Sizes, costs and limit as tables; actions are numbers, `(kind * S + stage) * m + microbatch`."""
-
-    def __init__(self, devices: int, m: int, places: tuple[int, ...], costs: Costs, memory: Any) -> None:
-        self.devices, self.m, self.places = devices, m, places
-        self.stages = stages = len(places)
-        self.size = size = stages * m
-        self.of = [[s for s in range(stages) if places[s] == d] for d in range(devices)]
-        costs.check(stages)
-        self.cost = [[costs.of(Action(k, s, 0)) for s in range(stages)] for k in KINDS]
-        self.first, self.second = zip(*(costs.holds(s) for s in range(stages)), strict=True)
-        call = f"zero_bubble(memory={memory!r})"
-        limit = math.inf if memory is None else checked(call, "device", memory)
-        self.limit = limit if isinstance(limit, tuple) else (limit,) * devices
-        if len(self.limit) != devices:
-            raise ValueError(f"`{call}`: {len(self.limit)} numbers for {devices} devices")
-        self.whole = [math.fsum(self.first[s] for s in of) for of in self.of]
-        self.slack = [limit * _ROUNDING for limit in self.limit]
-        for d, (whole, slack) in enumerate(zip(self.whole, self.slack, strict=True)):
-            if whole > slack:
-                raise ValueError(
-                    f"`{call}`: device {d} needs at least {whole:g}, what one microbatch holds on its "
-                    f"stages {', '.join(map(str, self.of[d]))}; all devices: {', '.join(f'{w:g}' for w in self.whole)}"
-                )
-        self.took = [cost for of_kind in self.cost for cost in of_kind for _ in range(m)]
-        self.up = [costs.transfer if a != b else 0.0 for a, b in itertools.pairwise(places)]
-        self.lag = [0.0] * (4 * size)
-        for s, lag in enumerate(self.up):
-            self.lag[(s + 1) * m : (s + 2) * m] = [lag] * m
-            for k in (_B, _I):
-                self.lag[k * size + s * m : k * size + (s + 1) * m] = [lag] * m
-
-    def needs(self, rows: Rows) -> list[int]:
-        """For each action what it needs from another stage, or -1."""
-        need = [-1] * (4 * self.size)
-        need[self.m : self.size] = range(self.size - self.m)
-        later = [0] * self.size
-        for row in rows:
-            for a in row:
-                if self.size <= a < _W * self.size:
-                    later[a % self.size] = a
-        for at in range(self.size - self.m):
-            need[later[at]] = later[at + self.m]
-        return need
-
-    def run(self, rows: Rows, need: list[int]) -> tuple[list[float], list[float]] | None:
-        """Starts and ends of all actions, as `simulate` has them; `None` if it is a deadlock."""
-        starts, ends = [0.0] * (4 * self.size), [-1.0] * (4 * self.size)
-        took, lag = self.took, self.lag
-        free, next_ = [0.0] * self.devices, [0] * self.devices
-        waiting: dict[int, int] = {}
-        ready = list(range(self.devices))
-        while ready:
-            d = ready.pop()
-            row, t = rows[d], free[d]
-            for n in range(next_[d], len(row)):
-                a = row[n]
-                if need[a] >= 0:
-                    there = ends[need[a]]
-                    if there < 0.0:
-                        waiting[need[a]], next_[d], free[d] = d, n, t
-                        break
-                    there += lag[a]
-                    if there > t:
-                        t = there
-                starts[a] = t
-                t += took[a]
-                ends[a] = t
-                if a in waiting:
-                    ready.append(waiting.pop(a))
-        return None if waiting else (starts, ends)
-
-    def peak(self, row: Sequence[int]) -> float:
-        """The most that a device holds, whatever the times."""
-        held = peak = 0.0
-        for a in row:
-            kind, at = divmod(a, self.size)
-            s = at // self.m
-            if kind == _F:
-                held += self.first[s]
-            elif kind == _I:
-                held += self.second[s] - self.first[s]
-            else:
-                held -= self.first[s] if kind == _B else self.second[s]
-            if held > peak:
-                peak = held
-        return peak
-
-    def fits(self, rows: Rows) -> bool:
-        return all(self.peak(row) <= slack for row, slack in zip(rows, self.slack, strict=True))
-
-    def bound(self) -> float:
-        """No schedule with these costs ends before this, whatever its memory.
-
-        A device cannot start before its first stage's input is there, then has all its work to do; and
-        after the last of its forwards and backwards the cotangent has its way to stage 0 before it.
-        """
-        f, b, i, w = self.cost
-        back = [min(x, y) for x, y in zip(b, i, strict=True)]
-        most = 0.0
-        for of in self.of:
-            head = math.fsum(f[: of[0]]) + math.fsum(self.up[: of[0]])
-            work = math.fsum(f[s] + min(b[s], i[s] + w[s]) for s in of)
-            chain = math.fsum(f[s] + back[s] for s in of)
-            tail = math.fsum(back[1 : of[0]]) + math.fsum(self.up[: of[0]])
-            tail += min(b[0], i[0] + w[0]) if of[0] else 0.0
-            most = max(most, head + self.m * work, head + self.m * chain + tail)
-        return most
-
-
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    """A schedule that was found, with what it is judged by."""
-
-    makespan: float
-    peak: tuple[float, float]
-    rows: Rows
-    rule: "_Rule | None" = None
-
-    @staticmethod
-    def of(p: _Problem, rows: Rows, rule: "_Rule | None" = None) -> "_Found":
-        times = p.run(rows, p.needs(rows))
-        assert times is not None, "a deadlock"
-        peaks = [p.peak(row) for row in rows]
-        return _Found(max(times[1]), (max(peaks), math.fsum(peaks)), rows, rule)
-
-
-def _best(found: list[_Found]) -> list[_Found]:
-    """The best first: by makespan, then by peak memory; rounding does not decide."""
-    found = sorted(found, key=lambda x: x.makespan)
-    limit = found[0].makespan * _ROUNDING
-    equal = [x for x in found if x.makespan <= limit]
-    return sorted(equal, key=lambda x: x.peak) + found[len(equal) :]
-
-
-def _fixed(p: _Problem) -> Iterable[Rows]:
+def _fixed(p: Problem) -> Iterable[Rows]:
     """The schedules with a name that have this map and these sizes."""
     per_device = len(p.of[0])
     for generator, number in NAMES.values():
@@ -278,20 +139,27 @@ class _Rule(NamedTuple):
     split: bool = True
 
 
-def _grid(p: _Problem) -> list[_Found]:
+def _grid(p: Problem) -> list[Found]:
     """The list scheduler over its parameters; the best of them again with less memory."""
-    several = (False, True) if p.stages > p.devices else (False,)
     slopes, patience = (0.0, 0.5, 1.0, 1.25, 1.5, 2.0, 2.5), (0.0, 0.5)
-    rules = [_Rule(*x, split=False) for x in itertools.product(slopes, (0.0,), patience, (False,), several)]
     dues = (False, True) if min(p.limit) < math.inf else (False,)
-    rules += [_Rule(*x) for x in itertools.product(slopes, (0.0, 0.5, 1.0), patience, dues, several)]
+    orders = [(slope, False) for slope in slopes]
+    if p.stages > p.devices:
+        orders += [(2.0, True), (2.5, True)]
+    rules = [
+        _Rule(slope, 0.0, x, False, groups, split=False) for (slope, groups), x in itertools.product(orders, patience)
+    ]
+    rules += [
+        _Rule(slope, fill, x, due, groups)
+        for (slope, groups), fill, x, due in itertools.product(orders, (0.0, 0.5, 1.0), patience, dues)
+    ]
     found = [x for rule in rules if (x := _try(p, rule))]
-    best = [x.rule for x in _best(found)[:12] if x.rule]
-    less = [rule._replace(share=share, due=True) for rule in best for share in (0.9, 0.75, 0.6, 0.5, 0.4, 0.25)]
+    best = [x.rule for x in best_first(found)[:8] if x.rule]
+    less = [rule._replace(share=share, due=True) for rule in best for share in (0.9, 0.75, 0.6, 0.5, 0.35)]
     return found + [x for rule in less if (x := _try(p, rule))]
 
 
-def _try(p: _Problem, rule: _Rule) -> _Found | None:
+def _try(p: Problem, rule: _Rule) -> Found | None:
     first, second = p.first, p.second
     size = [max(x) for x in zip(first, second, strict=True)] if rule.split else list(first)
     caps = []
@@ -299,19 +167,19 @@ def _try(p: _Problem, rule: _Rule) -> _Found | None:
         # Without a limit the shares are of two rounds of the pipeline, which is what it takes to hide all.
         full = p.limit[d] if p.limit[d] < math.inf else 2.5 * p.devices * p.whole[d]
         caps.append(p.limit[d] if rule.share == 1.0 else full * rule.share)
-        if caps[d] * _ROUNDING < math.fsum(size[s] for s in of):
+        if caps[d] * ROUNDING < math.fsum(size[s] for s in of):
             return None
-    return _Found.of(p, _list(p, rule, size, caps), rule)
+    return Found.of(p, _list(p, rule, size, caps), rule)
 
 
-def _due(p: _Problem, rule: _Rule, caps: list[float]) -> list[list[float]]:
+def _due(p: Problem, rule: _Rule, caps: list[float]) -> list[list[float]]:
     """When each action is due, by `kind * S + stage` and microbatch, on one clock for all."""
     m, stages = p.m, p.stages
     virtual = stages / p.devices
     clock = [float(i) for i in range(m)]
     if rule.groups:
         clock = [i - i % p.devices + (i % p.devices) / virtual for i in range(m)]
-    step = max(rule.slope, 2.0 if rule.groups else 0.0) / 2.0 / virtual
+    step = rule.slope / 2.0 / virtual
     due = [[0.0] * m for _ in range(4 * stages)]
     for d, of in enumerate(p.of):
         ahead = [1.0 + 2.0 * step * (stages - 1 - s) for s in of]
@@ -320,33 +188,33 @@ def _due(p: _Problem, rule: _Rule, caps: list[float]) -> list[list[float]]:
         for s, lead in zip(of, ahead, strict=True):
             forward = [t + step * s for t in clock]
             # At equal dues the input gradient goes first, then what is deeper.
-            due[_F * stages + s] = [t - 1e-3 * s for t in forward]
+            due[F * stages + s] = [t - 1e-3 * s for t in forward]
             backward = [t + lead - 0.5 - 1e-4 * s for t in forward]
-            due[_B * stages + s] = due[_I * stages + s] = backward
-            due[_W * stages + s] = [t + 0.5 + late for t in backward]
+            due[B * stages + s] = due[I * stages + s] = backward
+            due[W * stages + s] = [t + 0.5 + late for t in backward]
     return due
 
 
-def _list(p: _Problem, rule: _Rule, size: list[float], caps: list[float]) -> Rows:
+def _list(p: Problem, rule: _Rule, size: list[float], caps: list[float]) -> Rows:
     """Each device, whenever it is free, takes the action that is due first of those that could start."""
     m, stages, places = p.m, p.stages, p.places
-    backward = _I if rule.split else _B
+    backward = I if rule.split else B
     due = _due(p, rule, caps)
-    due_f, due_b, due_w = (due[k * stages : (k + 1) * stages] for k in (_F, backward, _W))
-    took_f, took_b, took_w = p.cost[_F], p.cost[backward], p.cost[_W]
+    due_f, due_b, due_w = (due[k * stages : (k + 1) * stages] for k in (F, backward, W))
+    took_f, took_b, took_w = p.cost[F], p.cost[backward], p.cost[W]
     forward_at = [[0.0] * m, *([math.inf] * m for _ in range(stages - 1))]
     backward_at = [[math.inf] * m for _ in range(stages)]
     forwards, backwards, weights = [0] * stages, [0] * stages, [0] * stages
     done = weights if rule.split else backwards
     second = p.second if rule.split else [0.0] * stages
     free, held = [0.0] * p.devices, [0.0] * p.devices
-    caps = [cap * _ROUNDING for cap in caps]
+    caps = [cap * ROUNDING for cap in caps]
     rows: Rows = [[] for _ in range(p.devices)]
 
     def admits(d: int, stage: int) -> bool:
         """Whether the forward fits, and every microbatch can still be finished, the oldest first."""
         room = caps[d] - held[d] - size[stage]
-        if room < 0.0 or len(p.of[d]) == 1:
+        if room < 0.0 or room == math.inf or len(p.of[d]) == 1:
             return room >= 0.0
         of, new = p.of[d], forwards[stage]
         for i in range(min(done[s] for s in of), max(forwards[s] for s in of) + 1):
@@ -384,29 +252,29 @@ def _list(p: _Problem, rule: _Rule, size: list[float], caps: list[float]) -> Row
                 if at > now:
                     arrival = min(arrival, at)
                 else:
-                    best, best_due = (_F, s), due_f[s][n]
+                    best, best_due = (F, s), due_f[s][n]
             if rule.split and weights[s] < backwards[s] and (weight < 0 or due_w[s][weights[s]] < weight_due):
                 weight, weight_due = s, due_w[s][weights[s]]
         arrival = min(arrival, gradient)
-        if best[0] == _F and gradient < now + rule.patience * took_f[best[1]]:
+        if best[0] == F and gradient < now + rule.patience * took_f[best[1]]:
             best, arrival = (-1, -1), gradient
         if weight >= 0:
             late = weight_due < best_due
             if late if best[0] >= 0 else arrival - now >= rule.fill * took_w[weight]:
-                best = (_W, weight)
+                best = (W, weight)
         kind, s = best
         if kind < 0:
             if arrival < math.inf:
                 heapq.heappush(wakes, (arrival, d))
             continue
-        counts, took = {_F: (forwards, took_f), backward: (backwards, took_b), _W: (weights, took_w)}[kind]
+        counts, took = {F: (forwards, took_f), backward: (backwards, took_b), W: (weights, took_w)}[kind]
         i = counts[s]
         counts[s] += 1
         end = free[d] = now + took[s]
         rows[d].append((kind * stages + s) * m + i)
         heapq.heappush(wakes, (end, d))
         other = -1
-        if kind == _F:
+        if kind == F:
             held[d] += size[s]
             if s + 1 < stages:
                 forward_at[s + 1][i] = at = end + p.up[s]
@@ -426,134 +294,3 @@ def _list(p: _Problem, rule: _Rule, size: list[float], caps: list[float]) -> Row
             heapq.heappush(wakes, (max(at, free[other]), other))
     assert sum(map(len, rows)) == (2 + rule.split) * p.size, "stuck"
     return rows
-
-
-def _toggle(p: _Problem, found: _Found) -> _Found:
-    """Fuse each `I` and the `W` right behind it to a `B`, or split a `B`, where the makespan gains."""
-    f_, b, i, w = p.cost
-    cheaper = [x < y + z for x, y, z in zip(b, i, w, strict=True)]
-
-    def pairs(rows: Rows) -> list[int]:
-        together = []
-        for row in rows:
-            for x, y in itertools.pairwise(row):
-                if x // p.size == _I and y - x == p.size and cheaper[x % p.size // p.m]:
-                    together.append(x % p.size)
-        return together
-
-    def fused(rows: Rows, which: set[int]) -> Rows:
-        return [
-            [a - p.size if a // p.size == _I and a % p.size in which else a
-             for a in row if a // p.size < _W or a % p.size not in which]
-            for row in rows
-        ]  # fmt: skip
-
-    def split(rows: Rows, which: set[int]) -> Rows:
-        out: Rows = []
-        for row in rows:
-            new: list[int] = []
-            for a in row:
-                new += (a + p.size, a + 2 * p.size) if a // p.size == _B and a % p.size in which else (a,)
-            out.append(new)
-        return out
-
-    if any(cheaper):
-        found = _halving(p, found, pairs(found.rows), fused)
-    return _halving(p, found, [a % p.size for row in found.rows for a in row if a // p.size == _B], split)
-
-
-def _halving(p: _Problem, found: _Found, which: list[int], change: Callable[[Rows, set[int]], Rows]) -> _Found:
-    """Change as many as make it better, a half at a time."""
-    todo = [which] if which else []
-    trials = 0
-    while todo and trials < 64:
-        some = todo.pop()
-        trials += 1
-        rows = change(found.rows, set(some))
-        if p.fits(rows) and (changed := _Found.of(p, rows)).makespan < found.makespan:
-            found = changed
-        elif len(some) > 1:
-            todo += [some[len(some) // 2 :], some[: len(some) // 2]]
-    return found
-
-
-def _anneal(p: _Problem, found: _Found, bound: float, seed: int) -> _Found:
-    """Move one action at a time on the critical path, at first also where it gets a little worse."""
-    rng = random.Random(seed)
-    pick = lambda n: int(rng.random() * n)  # noqa: E731 - the same in every release of Python
-    rows, need = [list(row) for row in found.rows], p.needs(found.rows)
-    times = p.run(rows, need)
-    assert times is not None
-    starts, ends = times
-    now = best = found.makespan
-    best_rows = found.rows
-    where = {a: (d, n) for d, row in enumerate(rows) for n, a in enumerate(row)}
-    trials = max(200, min(2000, 1_000_000 // len(where)))
-    hot = 0.05 * math.fsum(p.took) / len(p.took)
-    tried = 0
-    for _ in range(10 * trials):
-        if tried == trials or best <= bound:
-            break
-        blocks = _critical(rows, need, starts, ends, p.lag, where, pick)
-        if not blocks:
-            break
-        d, low, high = blocks[pick(len(blocks))]
-        row = rows[d]
-        x = low + pick(high - low + 1)
-        y = (x + 1, low, high, x - 6 + pick(13), x - 6 + pick(13), x + 1)[pick(6)]
-        y = max(0, min(len(row) - 1, y))
-        new = row[:x] + row[x + 1 :]
-        new.insert(y, row[x])
-        a, z = min(x, y), max(x, y) + 1
-        if x == y or not _keeps_order(new[a:z], p.size) or p.peak(new) > p.slack[d]:
-            continue
-        tried += 1
-        rows[d] = new
-        times = p.run(rows, need)
-        if times is None or max(times[1]) > now + hot * rng.random() * (1.0 - tried / trials):
-            rows[d] = row
-            continue
-        starts, ends = times
-        now = max(ends)
-        where.update((new[n], (d, n)) for n in range(a, z))
-        if now < best:
-            best, best_rows = now, [list(row) for row in rows]
-    return _Found.of(p, best_rows)
-
-
-def _critical(
-    rows: Rows,
-    need: list[int],
-    starts: list[float],
-    ends: list[float],
-    lag: list[float],
-    where: dict[int, tuple[int, int]],
-    pick: Callable[[int], int],
-) -> list[tuple[int, int, int]]:
-    """A critical path from its end, as the stretches `(device, first, last)` that it runs without a gap."""
-    d = max(range(len(rows)), key=lambda d: ends[rows[d][-1]])
-    n = high = len(rows[d]) - 1
-    blocks = []
-    while True:
-        a = rows[d][n]
-        in_row = n > 0 and ends[rows[d][n - 1]] == starts[a]
-        from_other = need[a] >= 0 and ends[need[a]] + lag[a] == starts[a]
-        if in_row and not (from_other and pick(2)):
-            n -= 1
-            continue
-        if high > n:
-            blocks.append((d, n, high))
-        if not from_other:
-            return blocks
-        d, n = where[need[a]]
-        high = n
-
-
-def _keeps_order(part: list[int], size: int) -> bool:
-    """Whether each `F` is before its `B` or `I`, and each `I` before its `W`, as far as they are here."""
-    last: dict[int, int] = {}
-    for a in part:
-        if last.get(a % size, -1) > a:
-            return False
-        last[a % size] = a
-    return True
