@@ -8,7 +8,7 @@ import random
 import pytest
 
 from fpipe import schedules
-from fpipe.schedules import Costs, Schedule, simulate, zero_bubble
+from fpipe.schedules import Costs, Schedule, _search, simulate, zero_bubble
 from fpipe.schedules._names import NAMES, Named
 from fpipe.schedules._problem import Problem
 
@@ -80,6 +80,15 @@ def test_never_worse_and_within_the_limit(with_zb_h1, name, devices, m, share):
     assert timeline.makespan >= bound(devices, m, costs, tuple(range(devices))) * (1 - 1e-9)
 
 
+def test_the_fixed_ones_take_part(with_zb_h1, monkeypatch):
+    """With all else switched off one of them is the result."""
+    monkeypatch.setattr(_search, "_grid", lambda p: [])
+    monkeypatch.setattr(_search, "anneal", lambda p, found, bound, seed: found)
+    assert zero_bubble(4, 8, memory=4).actions == zb_h1(4, 8).actions
+    costs = Costs(B=1.0)
+    assert zero_bubble(4, 8, costs, memory=4).actions == schedules.one_f_one_b(4, 8).actions
+
+
 @pytest.mark.parametrize(("placement", "virtual"), [("v", 2), ("looped", 2), ("looped", 3), ((1, 0, 1, 1, 2), 0)])
 @pytest.mark.parametrize("name", ["typical", "uneven"])
 @pytest.mark.parametrize("memory", [1.0, 1.6, None])
@@ -87,8 +96,8 @@ def test_several_stages_on_a_device(placement, virtual, name, memory):
     devices, m = 3 if not isinstance(placement, str) or virtual == 3 else 4, 5
     stages = devices * virtual if virtual else 5
     costs = COSTS[name](stages) if stages <= len(UNEVEN) else Costs(I=1.2, W=0.8, memory=[1.0, 2.0, 5.0] * 3)
-    places = placement if virtual == 0 else (*range(devices), *range(devices)[::-1])
-    places = tuple(range(devices)) * virtual if placement == "looped" else tuple(places)
+    ups = tuple(range(devices))
+    places = {"v": ups + ups[::-1], "looped": ups * virtual}[placement] if isinstance(placement, str) else placement
     # As little as one microbatch alone holds, where a scheduler that admits too early is stuck.
     whole = Problem(devices, m, places, costs, None).whole
     limit = None if memory is None else max(whole) * memory

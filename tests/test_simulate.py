@@ -3,6 +3,7 @@
 import itertools
 import math
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpipe import schedules
-from fpipe.schedules import Action, Costs, Event, Schedule, Timeline, simulate
+from fpipe.schedules import Action, Costs, Event, Kind, Schedule, Timeline, simulate
 
 LOOPED = {"one": lambda d: range(d), "looped": lambda d: [*range(d)] * 2, "v": lambda d: [*range(d), *range(d)[::-1]]}
+
+
+KINDS: dict[bool, tuple[Kind, ...]] = {False: ("B",), True: ("I", "W")}
 
 
 def some_schedule(devices, microbatches, place="one", split="none", backwards=True, choose=lambda n: 0):
@@ -23,7 +27,7 @@ def some_schedule(devices, microbatches, place="one", split="none", backwards=Tr
     pairs = list(itertools.product(range(stages), range(microbatches)))
     todo = [Action("F", s, i) for s, i in pairs]
     if backwards:
-        todo += [Action(k, s, i) for s, i in pairs for k in ("IW" if is_split(s, i) else "B")]
+        todo += [Action(k, s, i) for s, i in pairs for k in KINDS[is_split(s, i)]]
     rows, done = [[] for _ in range(devices)], set()
     while todo:
         runnable = [a for a in todo if all(any(n in done for n in ns) for ns in needs(a, stages))]
@@ -184,7 +188,8 @@ def test_a_timeline_that_takes_no_time():
 
 
 def test_costs_are_values():
-    costs = Costs(F=[1, 2], memory=np.array([1, 2], np.int32), W=np.float32(0.5))
+    given: Any = {"F": [1, 2], "memory": np.array([1, 2], np.int32), "W": np.float32(0.5)}
+    costs = Costs(**given)
     assert costs.F == costs.memory == (1.0, 2.0)
     assert hash(costs) == hash(Costs(F=(1.0, 2.0), W=0.5, memory=(1, 2)))
     assert costs.of(Action("B", 1, 0)) == 1.5
@@ -199,9 +204,10 @@ FIELDS = ["F", "B", "I", "W", "transfer", "memory", "memory_w"]
 def test_numbers_that_are_no_cost(field, bad):
     with pytest.raises(ValueError, match=rf"`Costs\({field}={bad}\)`: finite and not negative"):
         Costs(**{field: bad})
+    several: Any = {field: [1.0, bad]}
     if field != "transfer":
         with pytest.raises(ValueError, match=rf"`Costs\({field}=\[1.0, {bad}\]\)`: finite and not negative"):
-            Costs(**{field: [1.0, bad]})
+            Costs(**several)
 
 
 @pytest.mark.parametrize("field", FIELDS)
