@@ -9,7 +9,8 @@ side by side however few cores there are. Four tables:
    than half a unit earlier on paper also started in that order.
 2. Memory: the peak of live stage inputs on each device, counted among all live arrays (`jax.live_arrays()`) right after each
    forward is dispatched, in a model without sleep. Counted are the inputs of stages that get them from another device; the first
-   stage cuts its own out of the batch, and a stage behind one on the same device reads that one's output. The formula
+   stage cuts its own out of the batch, and a stage behind one on the same device reads that one's output. Gradients of
+   inputs are not counted (one waits where it was made until the other device takes it). The formula
    is the simulated timeline's peak for the same stages, from the start of `F` to the end of `B` or `W`.
 3. Dispatch: one thread beside a thread for each device.
 """
@@ -162,7 +163,8 @@ def matmul(width: int) -> fpipe.Layer:
 
 def memory_table(m: int) -> None:
     print(f"\nBytes of live stage inputs, peak for each device: m={m}, checkpoint='never', {ROWS} rows of {WIDTH} or more")
-    print("schedule            measured KiB, by device      formula KiB, by device       as in the formula")
+    columns = "".join(f"{text:>28s}" for text in ("measured KiB, by device", "formula KiB, by device"))
+    print(f"{'schedule':18s}{columns}   equal")
     for name in NAMES:
         stages = stages_of(name)
         pipe = fpipe.Pipe(
@@ -182,11 +184,14 @@ def memory_table(m: int) -> None:
         jax.block_until_ready(step(params, x))
         peak = [0] * DEVICES
 
-        def count(item, slots, peak=peak, counted=counted, size=size, places=places, pipe=pipe):
-            del slots
+        plan = pipe._placed._bound.values()[0].plan
+
+        def count(item, slots, peak=peak, counted=counted, size=size, places=places, pipe=pipe, plan=plan):
             if not isinstance(item, Run) or item.action is None or item.action.kind != "F":
                 return
-            alive = [(a.shape, a.device) for a in jax.live_arrays()]
+            # The gradient of an input has its shape, and waits where it was made until the other device takes it.
+            gradients = {id(a) for a, slot in zip(slots, plan.slots, strict=True) if slot.name.startswith("gradient")}
+            alive = [(a.shape, a.device) for a in jax.live_arrays() if id(a) not in gradients]
             now = [0] * DEVICES
             for s in counted:
                 now[places[s]] += size[s] * alive.count(((ROWS, WIDTH + s), pipe.devices[places[s]]))
@@ -197,8 +202,9 @@ def memory_table(m: int) -> None:
         simulated = schedules.simulate(schedule, schedules.Costs(memory=size))
         events = tuple(e for e in simulated.events if e.action.stage in counted)
         formula = dataclasses.replace(simulated, events=events).peak_memory
-        left, right = (" ".join(f"{b / 1024:5.1f}" for b in row) for row in (peak, formula))
-        print(f"{name:18s}  {left:25s}    {right:25s}    {'yes' if peak == list(formula) else 'no'}", flush=True)
+        columns = [" ".join(f"{b / 1024:5.1f}" for b in row) for row in (peak, formula)]
+        equal = "yes" if peak == list(formula) else "no"
+        print(f"{name:18s}" + "".join(f"{text:>28s}" for text in columns) + f"   {equal}", flush=True)
 
 
 # --- who dispatches ---
