@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
+
 from fpipe._placement import Placement
 from fpipe._plan import Free, Instruction, Plan
 
@@ -41,8 +43,10 @@ class Part(NamedTuple):
     """A thread's share of a plan.
 
     Attributes:
+        placement: the device.
+        steps: what it does.
         starts: the slots that it starts with.
-        ends: those of them that nobody reads later.
+        ends: those of them that nobody reads afterwards.
         leaves: the slots that it makes and leaves.
     """
 
@@ -113,6 +117,7 @@ class Crew:
         self._inboxes: list[queue.SimpleQueue[Message]] = [queue.SimpleQueue() for _ in parts]
         self._lock, self._stopped = threading.Lock(), False
         self._failures: list[Failure] = []
+        self._x64 = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
 
     def run(self, slots: list[Any]) -> Failure | None:
         """Run all parts, from `slots` and back into them; returns what went wrong first, in the plan's order."""
@@ -150,6 +155,10 @@ class Crew:
             inbox.put(None)
 
     def _work(self, t: int, slots: list[Any]) -> None:
+        with jax.enable_x64(self._x64):  # a thread's own; transfers and callbacks look at it
+            self._dispatch(t, slots)
+
+    def _dispatch(self, t: int, slots: list[Any]) -> None:
         inbox, at = self._inboxes[t], self._parts[t].steps[0].at
         try:
             for at, get, call, outs, waits, posts, frees in self._parts[t].steps:
