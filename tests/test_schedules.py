@@ -24,7 +24,7 @@ def idle(schedule, costs=UNIT):
 
 def several(name):
     """The stages per device to try."""
-    return (1, 2, 3) if NAMES[name].virtual else (NAMES[name].per_device,)
+    return (1, 2, 3) if NAMES[name].virtual else (NAMES[name].per_device or 1,)
 
 
 def longest_round(d, m):

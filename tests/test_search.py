@@ -8,8 +8,7 @@ import random
 import pytest
 
 from fpipe import schedules
-from fpipe.schedules import Costs, Schedule, _search, simulate, zero_bubble
-from fpipe.schedules._names import NAMES, Named
+from fpipe.schedules import NAMES, Costs, _search, named, simulate, zb_h1, zero_bubble
 from fpipe.schedules._problem import Problem
 
 UNEVEN = [1.0, 1.7, 1.1, 1.4, 1.2, 0.9, 1.3, 1.6]
@@ -23,30 +22,14 @@ COSTS = {
 }
 
 
-def zb_h1(devices, m):
-    """1F1B with `I` for `B`; on device `d` the `W` lags `d` positions behind."""
-    rows = []
-    for d in range(devices):
-        row = [("F", d, i) for i in range(min(devices - d, m))]
-        for i in range(m + d):
-            row += [("I", d, i)] if i < m else []
-            row += [("W", d, i - d)] if i >= d else []
-            row += [("F", d, i + devices - d)] if i + devices - d < m else []
-        rows.append(row)
-    return Schedule(rows)
-
-
 def fixed(devices, m, places):
-    """The schedules with a name on this map, and ZB-H1."""
-    if places == tuple(range(devices)):
-        yield zb_h1(devices, m)
-    virtual = len(places) // devices
-    for generator, per_device in NAMES.values():
+    """The schedules with a name on this map."""
+    for name in NAMES:
         try:
-            schedule = generator(devices, m) if per_device else generator(devices, m, virtual=virtual)
+            schedule = named(name, devices, m, len(places) // devices)
         except ValueError:
             continue
-        if schedule.stage_to_device == places:
+        if schedule.stage_to_device == places and schedule.backwards:
             yield schedule
 
 
@@ -58,15 +41,10 @@ def bound(devices, m, costs, places):
     return Problem(devices, m, places, costs, None).bound()
 
 
-@pytest.fixture
-def with_zb_h1(monkeypatch):
-    monkeypatch.setitem(NAMES, "zb_h1", Named(zb_h1, 1))
-
-
 @pytest.mark.parametrize("name", COSTS)
 @pytest.mark.parametrize(("devices", "m"), [(1, 1), (1, 4), (3, 1), (4, 2), (3, 5), (4, 8)])
 @pytest.mark.parametrize("share", [0.0, 0.4, None])
-def test_never_worse_and_within_the_limit(with_zb_h1, name, devices, m, share):
+def test_never_worse_and_within_the_limit(name, devices, m, share):
     costs = COSTS[name](devices)
     others = [simulate(s, costs) for s in fixed(devices, m, tuple(range(devices)))]
     peaks = [max(t.peak_memory) for t in others]
@@ -80,7 +58,7 @@ def test_never_worse_and_within_the_limit(with_zb_h1, name, devices, m, share):
     assert timeline.makespan >= bound(devices, m, costs, tuple(range(devices))) * (1 - 1e-9)
 
 
-def test_the_fixed_ones_take_part(with_zb_h1, monkeypatch):
+def test_the_fixed_ones_take_part(monkeypatch):
     """With all else switched off one of them is the result."""
     monkeypatch.setattr(_search, "_grid", lambda p: [])
     monkeypatch.setattr(_search, "anneal", lambda p, found, bound, seed: found)
@@ -154,7 +132,7 @@ BETTER = [
 
 
 @pytest.mark.parametrize("case", BETTER)
-def test_better_than_every_fixed_one(with_zb_h1, case):
+def test_better_than_every_fixed_one(case):
     devices, m, limit, (f, i, w, transfer), best, reached, least = case
     costs = Costs(F=f, I=i, W=w, transfer=transfer)
     places = tuple(range(devices))

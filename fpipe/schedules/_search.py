@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from fpipe.schedules._improve import anneal, cheaper, promise, toggle
-from fpipe.schedules._names import NAMES
+from fpipe.schedules._names import NAMES, named
 from fpipe.schedules._problem import ROUNDING, B, F, Found, I, Problem, Rows, W, best_first
 from fpipe.schedules._schedule import KINDS, Action, Schedule
 from fpipe.schedules._simulate import Costs
@@ -100,15 +100,12 @@ def _places(devices: int, placement: Any, virtual: int) -> tuple[int, ...]:
 def _fixed(p: Problem) -> Iterable[Rows]:
     """The schedules with a name that have this map and these sizes."""
     per_device = len(p.of[0])
-    for generator, number in NAMES.values():
-        if generator is zero_bubble or number not in (None, per_device):
-            continue
+    for name in NAMES:
         try:
-            more = {"virtual": per_device} if number is None else {}
-            schedule = generator(p.devices, p.m, **more)
+            schedule = named(name, p.devices, p.m, per_device)
         except ValueError:  # sizes that it cannot have
             continue
-        if schedule.stage_to_device == p.places:
+        if schedule.stage_to_device == p.places and schedule.backwards:
             yield [[(KINDS.index(k) * p.stages + s) * p.m + i for k, s, i in row] for row in schedule.actions]
 
 
