@@ -67,6 +67,17 @@ def test_i_and_w_together_are_b(checkpoint, wrt):
         assert halves["I", s] + halves["W", s] == whole["B", s] > 0
 
 
+@pytest.mark.parametrize("checkpoint", ["never", "always"])
+def test_products_in_a_row_are_not_done_twice(checkpoint):
+    """Cotangents that depend on weights and a cotangent alone, not on the microbatch otherwise."""
+    layers = [fpipe.Layer(lambda p, x: x @ p[0] @ p[1] @ p[2], chain(3).init)] * 3
+    whole, halves = (products(layers, checkpoint, schedule, (0, 1)) for schedule in ("1f1b", "zb_h1"))
+    for s in range(3):
+        assert halves["I", s] + halves["W", s] == whole["B", s]
+    if checkpoint == "never":
+        assert halves["I", 1] == halves["W", 1] == 3 * M
+
+
 def test_without_remat_f_i_and_w_are_a_plain_step():
     layers = [chain(2), chain(3), chain(2)]
     counts = products(layers, "never", "zb_h1", (0, 1))
@@ -159,6 +170,34 @@ def test_a_scan_gives_both_in_i_and_the_plan_says_so():
     }
     assert ("I", 1) in kinds
     assert ("W", 1) not in kinds  # nothing is left for it
+
+
+def scan(ws, x):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0]
+
+
+@pytest.mark.filterwarnings("default:stage . *. I makes")
+@pytest.mark.parametrize(
+    "apply",
+    [scan, lambda ws, x: scan(ws * 0.5, x), lambda ws, x: scan(ws, x) @ ws[0]],
+    ids=["scan", "scaled", "used outside too"],
+)
+def test_no_array_of_the_weights_size_waits_for_w(apply):
+    shape = (3, W, W)
+    layers = [fpipe.Layer(apply, lambda key, x: jax.random.normal(key, shape) * 0.3)] * 2
+    pipe = fpipe.Pipe(layers, [1, 1], chunks=4, schedule="zb_h2", checkpoint="never")
+    x = jnp.ones((8, W))
+    params, peak = pipe.init(jax.random.key(0), x), 0
+
+    def count(item, slots):
+        nonlocal peak
+        here = [a for a in slots if a is not None and a.shape == shape and a.devices() == {pipe.devices[1]}]
+        peak = max(peak, sum(not a.is_deleted() for a in here))
+
+    with observing(count), pytest.warns(UserWarning, match="I makes 1 of its 1 weight gradients"):
+        got = pipe.value_and_grad(mse)(params, x, x)
+    assert_same(got, fpipe.sequential(layers, chunks=4).value_and_grad(mse)(pipe.gather(params), x, x))
+    assert peak == 2  # the weights, and the sum of their gradients
 
 
 def test_effects_run_in_i_as_often_as_in_b():
@@ -265,6 +304,16 @@ def test_stages_that_compute_the_same_share_their_programs():
         ("W", middle),
         ("W", [5]),
     ]
+
+
+@pytest.mark.parametrize("activation", [jax.nn.relu, jax.nn.gelu, jax.nn.softmax], ids=lambda f: f.__name__)
+def test_custom_derivatives_are_no_difference(activation):
+    layers = [dense(activation=activation) for _ in range(4)]
+    pipe = fpipe.Pipe(layers, [1] * 4, [jax.devices()[0]] * 4, chunks=2, checkpoint="never", schedule="gpipe")
+    x = jnp.ones((4, 4))
+    pipe.value_and_grad(mse)(pipe.init(jax.random.key(0), x), x, x)
+    assert ("F", [1, 2]) in programs(pipe)
+    assert ("B", [1, 2]) in programs(pipe)
 
 
 def test_shared_programs_are_compiled_once_for_each_device():

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 
 import fpipe
 from fpipe.schedules import Schedule
-from tests.helpers import Case, assert_same, dense, models, mse
+from tests.helpers import Case, assert_same, dense, models, mse, raises
 
 DEVICES = jax.devices()
 SIN = fpipe.fn(jnp.sin)
@@ -72,8 +72,9 @@ WRONG = {
     "schedule": (
         {"schedule": "zigzag"},
         ValueError,
-        "`Pipe(schedule='zigzag')`: one of 'gpipe', '1f1b', 'eager_1f1b', a Schedule, or a function "
-        "`f(devices, microbatches)`",
+        "`Pipe(schedule='zigzag')`: one of 'gpipe', '1f1b', 'eager_1f1b', 'interleaved_1f1b', 'looped_bfs', 'zb_h1', "
+        "'zb_h2', 'zb_v', 'v_half', 'v_min', 'dualpipe_v', 'forward_only', a Schedule, or a function `f(devices, "
+        "microbatches)` that makes one",
     ),
     "schedule type": ({"schedule": 3}, TypeError, "`Pipe(schedule=3)`: one of 'gpipe', '1f1b', 'eager_1f1b'"),
     "schedule made": (
@@ -649,3 +650,53 @@ def test_a_stage_without_state_may_have_its_forwards_out_of_order():
     pipe = fpipe.Pipe(layers, [1, 1], chunks=2, schedule=Schedule(rows))
     got = pipe.value_and_grad(mse)(pipe.place(case.params()), case.x, case.target, **case.needs)
     assert_same(got, case.reference.value_and_grad(mse)(case.params(), case.x, case.target, **case.needs))
+
+
+# --- several stages on a device ---
+
+
+@pytest.mark.parametrize(
+    ("schedule", "balance", "devices", "text"),
+    [
+        ("zb_v", [1, 1, 2], 4, "puts 2 stages on each device, but the pipe has 3: give `balance` 4 entries"),
+        ("dualpipe_v", [4], 4, "puts 2 stages on each device, but the pipe has 1: give `balance` 2 entries"),
+        (
+            "interleaved_1f1b",
+            [1, 1, 2],
+            4,
+            "puts at least 2 stages on each device, the same number on all, but the pipe has 3 stages and 4 devices: give "
+            "`balance` 4 entries, or another multiple of the number of devices",
+        ),
+    ],
+)
+def test_a_number_of_stages_that_a_named_schedule_cannot_have(schedule, balance, devices, text):
+    with raises(ValueError, f"`Pipe(schedule={schedule!r})` {text}"):
+        fpipe.Pipe([dense()] * 4, balance, jax.devices()[:devices], schedule=schedule)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "devices", "layers", "stages", "used"),
+    [
+        ("1f1b", 4, 8, 4, 4),
+        ("interleaved_1f1b", 4, 8, 8, 4),
+        ("interleaved_1f1b", 4, 6, 6, 3),
+        ("interleaved_1f1b", 1, 3, 2, 1),
+        ("zb_v", 4, 5, 4, 2),
+        ("zb_v", 2, 9, 4, 2),
+    ],
+)
+def test_without_a_balance_as_many_devices_as_can_be_used(schedule, devices, layers, stages, used):
+    pipe = fpipe.Pipe([dense()] * layers, None, jax.devices()[:devices], schedule=schedule, chunks=2)
+    assert (len(pipe.balance), len(pipe.devices)) == (stages, used)
+
+
+def test_a_layer_too_few_for_two_stages():
+    with raises(ValueError, "`Pipe(schedule='zb_v')` puts 2 stages on each device, but the model has 1 layer"):
+        fpipe.Pipe([dense()], schedule="zb_v")
+
+
+def test_the_map_follows_from_balance_and_devices():
+    pipe = fpipe.Pipe([dense()] * 6, [1] * 6, jax.devices()[:2], schedule="interleaved_1f1b", chunks=2)
+    assert pipe.make_schedule(2).stage_to_device == (0, 1) * 3
+    pipe = fpipe.Pipe([dense()] * 6, [1] * 6, schedule="zb_v", chunks=2)
+    assert pipe.make_schedule(2).stage_to_device == (0, 1, 2, 2, 1, 0)
