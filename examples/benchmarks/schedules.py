@@ -61,7 +61,10 @@ class Recorder:
         events = []
         for d, row in enumerate(schedule.actions):
             for action in row:
-                parts = [self.times[k, action.stage, action.microbatch] for k in ("IW" if action.kind == "B" else action.kind)]
+                parts = [
+                    self.times[k, action.stage, action.microbatch]
+                    for k in ("IW" if action.kind == "B" else action.kind)
+                ]
                 events.append(schedules.Event(d, action, min(a for a, _ in parts), max(b for _, b in parts)))
         return schedules.Timeline(tuple(sorted(events, key=lambda e: e.start)), schedule.devices, schedule.name)
 
@@ -121,9 +124,7 @@ def time_table(sizes: list[int], unit: float, repeats: int) -> None:
         recorder = Recorder()
         layers = [sleeping(recorder, s, u) for s, u in enumerate(units)]
         # One row for each microbatch: fewer rows are fewer microbatches, of the same shape.
-        pipe = fpipe.Pipe(
-            layers, [1] * stages, jax.devices(), chunks=max(sizes), checkpoint="never", schedule=name
-        )
+        pipe = fpipe.Pipe(layers, [1] * stages, jax.devices(), chunks=max(sizes), checkpoint="never", schedule=name)
         # With the gradient of `x`: else the first stage would have no input gradient to compute.
         step = pipe.value_and_grad(jnp.mean, argnums=(0, 1))
         for m in sizes:
@@ -162,7 +163,9 @@ def matmul(width: int) -> fpipe.Layer:
 
 
 def memory_table(m: int) -> None:
-    print(f"\nBytes of live stage inputs, peak for each device: m={m}, checkpoint='never', {ROWS} rows of {WIDTH} or more")
+    print(
+        f"\nBytes of live stage inputs, peak for each device: m={m}, checkpoint='never', {ROWS} rows of {WIDTH} or more"
+    )
     columns = "".join(f"{text:>28s}" for text in ("measured KiB, by device", "formula KiB, by device"))
     print(f"{'schedule':18s}{columns}   equal")
     for name in NAMES:
@@ -228,7 +231,9 @@ def medium() -> fpipe.Layer:
 def dispatch_table(unit: float, repeats: int) -> None:
     recorder, m = Recorder(), 8
     actions = 2 * DEVICES * m
-    print(f"\nWho dispatches: 1F1B, S={DEVICES}, m={m}, medians over {repeats} (sleep) or {10 * repeats} alternating repeats")
+    print(
+        f"\nWho dispatches: 1F1B, S={DEVICES}, m={m}, medians over {repeats} (sleep) or {10 * repeats} alternating repeats"
+    )
     print("                                            one thread   thread per device   ratio")
     sleep = [sleeping(recorder, s, 1.0) for s in range(DEVICES)]
     rows = [
@@ -240,9 +245,7 @@ def dispatch_table(unit: float, repeats: int) -> None:
         runs, took = {}, {}
         recorder.unit = 0.0
         for dispatch in ("one_thread", "thread_per_device"):
-            pipe = fpipe.Pipe(
-                layers, [1] * DEVICES, chunks=m, checkpoint="never", schedule="1f1b", dispatch=dispatch
-            )
+            pipe = fpipe.Pipe(layers, [1] * DEVICES, chunks=m, checkpoint="never", schedule="1f1b", dispatch=dispatch)
             runs[dispatch] = pipe.value_and_grad(jnp.mean, argnums=(0, 1)), pipe.init(jax.random.key(0), x)
             took[dispatch] = []
             jax.block_until_ready(runs[dispatch][0](runs[dispatch][1], x))

@@ -5,6 +5,7 @@ thread needs is posted to that thread's inbox. A thread waits only for what stan
 in a circle.
 """
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -117,6 +118,8 @@ class Crew:
         self._inboxes: list[queue.SimpleQueue[Message]] = [queue.SimpleQueue() for _ in parts]
         self._lock, self._stopped = threading.Lock(), False
         self._failures: list[Failure] = []
+        self._ended: list[int] = []
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # rung when a thread ends
         self._x64 = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
 
     def run(self, slots: list[Any]) -> Failure | None:
@@ -131,23 +134,34 @@ class Crew:
             threading.Thread(target=self._work, args=(t, mine), name=f"fpipe {part.placement.device}")
             for t, (part, mine) in enumerate(zip(self._parts, own, strict=True))
         ]
-        started: list[threading.Thread] = []
         try:
             for thread in threads:
                 thread.start()
-                started.append(thread)
-            for thread in started:
-                thread.join()
-        finally:
-            if any(thread.is_alive() for thread in started):  # Ctrl-C: what is being dispatched is let through
-                self._stop()
-                for thread in started:
-                    thread.join()
+            self._wait(threads)
+        except BaseException:  # Ctrl-C, or no thread to be had: what is being dispatched is let through
+            self._stop()
+            while True:
+                with contextlib.suppress(KeyboardInterrupt):  # once is enough
+                    self._wait(threads)
+                    break
+            raise
         for mine, part in zip(own, self._parts, strict=True):
             for k in part.leaves:
                 slots[k] = mine[k]
         # What reads the result of a program that failed may fail too, and earlier.
         return min(self._failures, key=lambda failure: failure.at, default=None)
+
+    def _wait(self, threads: Sequence[threading.Thread]) -> None:
+        """Until all threads that were started are at their end.
+
+        Not by `join` alone: one that a signal interrupts takes the thread for ended (CPython 3.11, bpo-45274).
+        """
+        started = [thread for thread in threads if thread.ident is not None]
+        while len(self._ended) < len(started):
+            with contextlib.suppress(queue.Empty):
+                self._bell.get(timeout=1.0)
+        for thread in started:
+            thread.join()
 
     def _stop(self) -> None:
         self._stopped = True
@@ -155,8 +169,12 @@ class Crew:
             inbox.put(None)
 
     def _work(self, t: int, slots: list[Any]) -> None:
-        with jax.enable_x64(self._x64):  # a thread's own; transfers and callbacks look at it
-            self._dispatch(t, slots)
+        try:
+            with jax.enable_x64(self._x64):  # a thread's own; transfers and callbacks look at it
+                self._dispatch(t, slots)
+        finally:
+            self._ended.append(t)
+            self._bell.put(None)
 
     def _dispatch(self, t: int, slots: list[Any]) -> None:
         inbox, at = self._inboxes[t], self._parts[t].steps[0].at
