@@ -1,10 +1,13 @@
-"""The README is true: its code runs, its commands are the ones that CI and a new user run, its names exist."""
+"""README and docs are true: their code runs, it prints what they show, names, links and pictures exist."""
 
 import doctest
 import importlib
+import importlib.util
+import os
 import pathlib
 import pkgutil
 import re
+import shlex
 import subprocess
 import sys
 
@@ -13,51 +16,160 @@ import jax.numpy as jnp
 import pytest
 
 import fpipe
+from fpipe.schedules import NAMES
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+MEASURED = "docs/benchmarks.md"  # its text is what was measured once
+PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md"))]
+TESTED = [page for page in PAGES if page != MEASURED]
+# What a new user and CI run; all other commands are run here.
+INSTALL = [
+    'pip install -e ".[examples]" && python examples/train_unet.py',
+    'pip install -e ".[test]" && python -m pytest -n 2',
+]
 
 
-def test_the_python_blocks_run_one_after_the_other_and_print_what_the_text_blocks_show():
-    code = "\n".join(text for language, text in BLOCKS if language == "python")
+def blocks(page):
+    """Language and content of the fenced blocks, in order."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def shown_after(page, language):
+    """Every block of a language, with the text block that follows it, if one does."""
+    found = [*blocks(page), ("", "")]
+    return [
+        (text, found[n + 1][1] if found[n + 1][0] == "text" else "")
+        for n, (kind, text) in enumerate(found)
+        if kind == language
+    ]
+
+
+def python(arguments, folder):
+    """Run Python with fpipe in an empty folder, and return what it prints."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "error", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, "PYTHONUTF8": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "".join(text for language, text in BLOCKS if language == "text")
+    return done.stdout
 
 
-def test_all_blocks_are_of_a_kind_that_is_tested():
-    assert {language for language, _ in BLOCKS} == {"python", "bash", "text"}
+def command(text):
+    """The arguments of `python -m fpipe ...`, the one program that a page may run."""
+    words = shlex.split(text)
+    assert words[:3] == ["python", "-m", "fpipe"], text
+    return words[1:]
+
+
+@pytest.mark.parametrize("page", TESTED)
+def test_the_python_blocks_run_one_after_the_other_and_print_what_the_text_blocks_show(page, tmp_path):
+    code = shown_after(page, "python")
+    between = "print('-' * 8)"
+    printed = python(["-c", f"\n{between}\n".join(text for text, _ in code)], tmp_path)
+    assert printed == f"{'-' * 8}\n".join(text for _, text in code)
+
+
+@pytest.mark.parametrize("page", TESTED)
+def test_the_commands_run_and_print_what_the_text_blocks_show(page, tmp_path):
+    for text, shown in shown_after(page, "bash"):
+        if text.strip() not in INSTALL:
+            assert shown, f"{text!r}: no text block follows"
+            assert python(command(text), tmp_path) == shown
+    for text in re.findall(r"`(python -m fpipe [^`\n]+)`", (ROOT / page).read_text()):
+        python(command(text), tmp_path)
+
+
+@pytest.mark.parametrize("page", TESTED)
+def test_all_blocks_are_of_a_kind_that_is_tested(page):
+    found = blocks(page)
+    assert {language for language, _ in found} <= {"python", "bash", "text"}
+    before = ["", *(language for language, _ in found)]
+    assert [text for (language, text), last in zip(found, before, strict=False) if language == "text" == last] == []
+    assert (ROOT / page).read_text().count("```") == 2 * len(found)
 
 
 def test_the_commands_name_what_is_there():
-    commands = [text.strip() for language, text in BLOCKS if language == "bash"]
-    assert commands == [
-        'pip install -e ".[examples]" && python examples/train_unet.py',
-        'pip install -e ".[test]" && python -m pytest -n 2',
-    ]
+    assert [text.strip() for language, text in blocks("README.md") if language == "bash"][:2] == INSTALL
     assert (ROOT / "examples/train_unet.py").exists()
 
 
 def test_the_u_net_is_twenty_lines_long():
     """From the convolution to the pipe, without blank lines."""
-    block = next(text for language, text in BLOCKS if "def conv" in text)
+    block = next(text for language, text in blocks("README.md") if "def conv" in text)
     code = block[block.index("def conv") :]
     assert "fpipe.Pipe(" in code
     assert len([line for line in code.splitlines() if line.strip()]) == 20
 
 
-def test_every_name_in_the_table_exists():
-    for name in set(re.findall(r"fpipe\.([A-Za-z_]+)", README)):
-        assert hasattr(fpipe, name), name
+@pytest.mark.parametrize("page", PAGES)
+def test_every_name_exists(page):
+    for name in sorted(set(re.findall(r"\bfpipe(?:\.[A-Za-z_]\w*)+", (ROOT / page).read_text()))):
+        pkgutil.resolve_name(name)
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+def anchors(page):
+    """Of the headings, as they are made on GitHub."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (ROOT / page).parent / path if path else ROOT / page
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there.relative_to(ROOT)), target
+
+
+# --- docs/schedules.md ---
+
+PICTURES = ROOT / "docs/pictures"
+
+
+def test_pictures_are_what_the_script_makes():
+    spec = importlib.util.spec_from_file_location("make", PICTURES / "make.py")
+    assert spec is not None and spec.loader is not None  # noqa: PT018 - for the type checker
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    made = {name: text.encode() for name, text in make.pictures().items()}
+    assert {p.name: p.read_bytes() for p in PICTURES.glob("*.svg")} == made, "run python docs/pictures/make.py"
+    assert max(map(len, made.values())) < 60_000
+    page = (ROOT / "docs/schedules.md").read_text()
+    assert sorted(re.findall(r"\]\(pictures/(.*?)\)", page)) == sorted(made)  # each is shown once
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_schedule_has_a_section(name):
+    page = (ROOT / "docs/schedules.md").read_text()
+    found = re.search(rf"^## {name}\n(.*?)(?=^## )", page, re.MULTILINE | re.DOTALL)
+    assert found, name
+    section = found[1]
+    assert section.startswith(f"\n![Timeline of {name}](pictures/{name}.svg)\n")
+    for part in ("- **Idle time** ", "- **Peak live** ", "- **Why it is good.** ", "- **Why it is annoying.** "):
+        assert section.count(part) == 1, part
+    assert f'`Pipe(schedule="{name}")`' in section
+    each = NAMES[name].per_device
+    number = "2 or more stages" if each is None else "1 stage" if each == 1 else f"{each} stages"
+    assert f"{number} per device" in section
+    # Its paper, as the docstring has it.
+    assert set(re.findall(r"\d{4}\.\d{5}", NAMES[name].generator.__doc__ or "")) == set(
+        re.findall(r"\d{4}\.\d{5}", section)
+    )
+    row = re.search(rf"^\| \[`{name}`\]\(#{name}\) \|", page, re.MULTILINE)
+    assert row, name
+    assert f'`"{name}"`' in README
+
+
+# --- docstrings ---
 
 MODULES = sorted(m.name for m in pkgutil.walk_packages(fpipe.__path__, "fpipe."))
 
