@@ -166,6 +166,15 @@ def test_latency():
             assert idle(schedules.gpipe(d, m), costs) - 3 * (d - 1) == 2 * (d - 1) * c
 
 
+def test_how_dear_a_split_may_be():
+    """ZB-H1 gains on 1F1B while `I + W = (1+x) B` with `x < 2(D-1) / (2m+D-1)`."""
+    for d, m in [(2, 8), (8, 64), (8, 16), (4, 16)]:
+        x = 2 * (d - 1) / (2 * m + d - 1)
+        whole = simulate(schedules.one_f_one_b(d, m), Costs(F=1, B=2)).makespan
+        half = [simulate(schedules.zb_h1(d, m), Costs(F=1, I=y, W=y)).makespan for y in (1 + 0.99 * x, 1 + 1.01 * x)]
+        assert half[0] < whole < half[1]
+
+
 # Four devices, eight microbatches: a line per device, chunk 1 in small letters.
 ORDERS = {
     "gpipe": ["F0 F1 F2 F3 F4 F5 F6 F7 B0 B1 B2 B3 B4 B5 B6 B7"] * 4,

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from fpipe.schedules import NAMES, Costs, Schedule, Timeline, named, simulate, svg
+from fpipe.schedules import NAMES, Costs, Schedule, Timeline, named, simulate, svg, zero_bubble
 
 DEVICES, MICROBATCHES = 4, 8
 SCALE = 22  # pixels for a unit of time
@@ -20,6 +20,7 @@ def timelines() -> dict[str, Timeline]:
     made = {name: at_unit_costs(named(name, DEVICES, MICROBATCHES)) for name in NAMES}
     for name in ("1f1b", "eager_1f1b"):
         made[f"{name}_latency"] = at_unit_costs(named(name, DEVICES, MICROBATCHES), transfer=0.25)
+    made["zero_bubble"] = at_unit_costs(zero_bubble(DEVICES, MICROBATCHES, memory=3))
     return made
 
 
