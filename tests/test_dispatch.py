@@ -113,7 +113,8 @@ class Host:
     """Layers `x * p` that tell the host what they do: kind, stage and microbatch."""
 
     def __init__(self):
-        self.trigger, self.seen = Trigger(), []
+        self.trigger: Any = Trigger()
+        self.seen: list[tuple[str, int, int]] = []
 
     def tell(self, kind, stage, value, x):
         def host(value, number):

@@ -10,6 +10,8 @@ import time
 import matplotlib.image
 import pytest
 
+import fpipe
+
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = ["--depth", "2", "--channels", "4", "--size", "16", "--batch", "8"]
 
@@ -76,4 +78,13 @@ def test_ctrl_c_ends_training_cleanly(tmp_path):
 def test_the_overhead_benchmark_runs():
     done = run("examples/benchmarks/overhead.py", "--repeats", 2, "--rounds", 1)
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"^ +(5|50) .*\d\.\d\d$", done.stdout, re.MULTILINE)) == 2
+    assert len(re.findall(r"^ +(5|50|zb_h1 5|zb_h1 50) .*\d\.\d\d$", done.stdout, re.MULTILINE)) == 4
+
+
+def test_the_benchmark_of_schedules_runs():
+    done = run("examples/benchmarks/schedules.py", "--repeats", 1, "--unit", 4, "--sizes", 4)
+    assert done.returncode == 0, done.stderr
+    for name in set(fpipe.schedules.NAMES) - {"forward_only"}:
+        assert re.search(rf"^{name} +4 .* 1/1 +[01]/1$", done.stdout, re.MULTILINE), name  # started in its order
+        assert re.search(rf"^{name} .* yes$", done.stdout, re.MULTILINE), name  # holds what the formula says
+    assert re.search(r"^tiny stages, host us an action +\d", done.stdout, re.MULTILINE)

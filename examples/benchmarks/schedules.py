@@ -265,7 +265,7 @@ def dispatch_table(unit: float, repeats: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of each (default: %(default)s)")
-    parser.add_argument("--unit", type=float, default=20.0, help="milliseconds of sleep (default: %(default)s)")
+    parser.add_argument("--unit", type=float, default=40.0, help="milliseconds of sleep (default: %(default)s)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 16], help="microbatches (default: 8 16)")
     args = parser.parse_args()
     if args.repeats < 1:
