@@ -298,6 +298,7 @@ def test_an_exception_at_dispatch_stops_all_threads():
     assert_same(step(params, case.x, case.target), want)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_a_layer_sleeps_ends_the_call_and_the_pipe_works():
     host = Host()
     pipe = host.pipe("1f1b")

@@ -55,6 +55,7 @@ def test_help_explains_each_flag():
     assert text.count("(default:") == len(flags)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_training_cleanly(tmp_path):
     picture = tmp_path / "out.png"
     command = [sys.executable, "examples/train_unet.py", *SMALL, "--steps", "100000", "--out", str(picture)]
