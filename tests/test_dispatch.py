@@ -7,6 +7,7 @@ import gc
 import logging
 import pickle
 import threading
+import time
 import weakref
 from typing import Any
 
@@ -137,17 +138,16 @@ class Host:
         times.defvjp(lambda p, x: (times(p, x), (p, x)), backward)
         return fpipe.Layer(times, lambda key, x: jnp.ones(x.shape[-1]), f"host{stage}")
 
-    def pipe(
-        self, schedule: Any, stages: int = STAGES, dispatch: Any = "auto", checkpoint: Any = "never"
-    ) -> fpipe.Pipe:
+    def pipe(self, schedule, stages=STAGES):
         layers = [self.layer(s) for s in range(stages)]
-        return fpipe.Pipe(layers, [1] * stages, chunks=M, checkpoint=checkpoint, schedule=schedule, dispatch=dispatch)
+        return fpipe.Pipe(layers, [1] * stages, chunks=M, checkpoint="never", schedule=schedule)
 
 
-def started(host, kinds):
-    """The actions in the order in which their first callback started."""
-    wheres: list[Any] = [(("B", *where[1:]) if "B" in kinds and where[0] in "IW" else where) for where in host.seen]
-    return list(dict.fromkeys(fpipe.schedules.Action(*where) for where in wheres))
+def started(seen, schedule):
+    """The actions in the order in which their first callback started; a full backward is `I` and `W` at once."""
+    whole = {(a.stage, a.microbatch) for row in schedule.actions for a in row if a.kind == "B"}
+    names: list[Any] = [("B" if k in "IW" and (s, i) in whole else k, s, i) for k, s, i in seen]
+    return list(dict.fromkeys(fpipe.schedules.Action(*name) for name in names))
 
 
 @pytest.mark.parametrize(
@@ -161,14 +161,7 @@ def test_each_device_starts_its_actions_in_the_schedules_order(schedule):
     jax.block_until_ready(pipe.value_and_grad(jnp.mean, argnums=(0, 1))(params, NUMBERED))
     assert threaded(pipe)
     made = pipe.make_schedule(M)
-    kinds = {a.kind for row in made.actions for a in row}
-    if kinds == set("FBIW"):  # full and split backwards: told apart by the schedule
-        whole = {a[1:] for row in made.actions for a in row if a.kind == "B"}
-        wheres: list[Any] = [(("B", s, i) if k in "IW" and (s, i) in whole else (k, s, i)) for k, s, i in host.seen]
-        issued = list(dict.fromkeys(fpipe.schedules.Action(*where) for where in wheres))
-    else:
-        issued = started(host, kinds)
-    assert by_device(made, issued) == made.actions
+    assert by_device(made, started(host.seen, made)) == made.actions
     assert len(host.seen) == 3 * stages * M
 
 
@@ -193,6 +186,10 @@ def identity(x):
     return np.asarray(x)
 
 
+def ignore(x):
+    del x
+
+
 def shape(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
@@ -204,7 +201,7 @@ def pure(x):
 CALLING = {
     "pure_callback": pure,
     "io_callback": lambda x: io_callback(identity, shape(x), x),
-    "debug": lambda x: jax.debug.callback(lambda _: None, x) or x,
+    "debug": lambda x: jax.debug.callback(ignore, x) or x,
     "jit": jax.jit(pure),
     "scan": lambda x: jax.lax.scan(lambda x, _: (pure(x), None), x, None, 2)[0],
     "cond": lambda x: jax.lax.cond(x[0, 0] > 0, pure, jnp.sin, x),
@@ -305,7 +302,13 @@ def test_ctrl_c_while_a_layer_sleeps_ends_the_call_and_the_pipe_works():
     params, step = pipe.init(jax.random.key(0), NUMBERED), pipe.value_and_grad(jnp.mean)
     want = jax.tree.map(np.asarray, step(params, NUMBERED))
     host.seen.clear()
-    host.trigger = lambda *where: _thread.interrupt_main() if where == ("F", 1, 1) else None
+
+    def interrupt(*where):
+        if where == ("F", 1, 1):
+            _thread.interrupt_main()
+            time.sleep(0.3)  # still at it when the main thread is interrupted
+
+    host.trigger = interrupt
     with pytest.raises(KeyboardInterrupt) as caught:
         jax.block_until_ready(step(params, NUMBERED))
     assert threads() == []
