@@ -100,7 +100,7 @@ def forward_only(devices: int, microbatches: int, virtual: int = 1) -> Schedule:
     rows = [
         [Action("F", c * devices + d, i) for r in rounds for c in range(virtual) for i in r] for d in range(devices)
     ]
-    return Schedule(rows, _looped_map(devices, virtual), "forward_only")
+    return Schedule(rows, looped_map(devices, virtual), "forward_only")
 
 
 def check_sizes(name: str, /, **sizes: int) -> None:
@@ -153,8 +153,9 @@ def looped(
         if lag is not None:
             row.extend(Action("W", *b) for b in backwards[max(0, n - lag(d)) :])
         rows.append(row)
-    return Schedule(rows, _looped_map(devices, virtual), name)
+    return Schedule(rows, looped_map(devices, virtual), name)
 
 
-def _looped_map(devices: int, virtual: int) -> list[int]:
+def looped_map(devices: int, virtual: int) -> list[int]:
+    """The device of each stage, round and round."""
     return list(range(devices)) * virtual

@@ -7,12 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from fpipe.schedules._schedule import KINDS, Action
-from fpipe.schedules._simulate import Costs, checked
+from fpipe.schedules._simulate import B, Costs, F, I, Rows, checked, durations, lags, needs, play
 
-F, B, I, W = range(len(KINDS))  # noqa: E741 - the letter of the literature
 ROUNDING = 1.0 + 1e-9
-
-Rows = list[list[int]]
 
 
 class Problem:
@@ -21,7 +18,7 @@ class Problem:
     def __init__(self, devices: int, m: int, places: tuple[int, ...], costs: Costs, memory: Any) -> None:
         self.devices, self.m, self.places = devices, m, places
         self.stages = stages = len(places)
-        self.size = size = stages * m
+        self.size = stages * m
         self.of = [[s for s in range(stages) if places[s] == d] for d in range(devices)]
         costs.check(stages)
         self.cost = [[costs.of(Action(k, s, 0)) for s in range(stages)] for k in KINDS]
@@ -39,53 +36,17 @@ class Problem:
                     f"`{call}`: device {d} needs at least {whole:g}, what one microbatch holds on its "
                     f"stages {', '.join(map(str, self.of[d]))}; all devices: {', '.join(f'{w:g}' for w in self.whole)}"
                 )
-        self.took = [cost for of_kind in self.cost for cost in of_kind for _ in range(m)]
+        self.took, self.lag = durations(costs, stages, m), lags(costs, places, m)
         self.up = [costs.transfer if a != b else 0.0 for a, b in itertools.pairwise(places)]
-        self.lag = [0.0] * (4 * size)
-        for s, lag in enumerate(self.up):
-            self.lag[(s + 1) * m : (s + 2) * m] = [lag] * m
-            for k in (B, I):
-                self.lag[k * size + s * m : k * size + (s + 1) * m] = [lag] * m
 
     def needs(self, rows: Rows) -> list[int]:
         """For each action what it needs from another stage, or -1."""
-        need = [-1] * (4 * self.size)
-        need[self.m : self.size] = range(self.size - self.m)
-        later = [0] * self.size
-        for row in rows:
-            for a in row:
-                if self.size <= a < W * self.size:
-                    later[a % self.size] = a
-        for at in range(self.size - self.m):
-            need[later[at]] = later[at + self.m]
-        return need
+        return needs(rows, self.stages, self.m)
 
     def run(self, rows: Rows, need: list[int]) -> tuple[list[float], list[float]] | None:
         """Starts and ends of all actions, as `simulate` has them; `None` if it is a deadlock."""
-        starts, ends = [0.0] * (4 * self.size), [-1.0] * (4 * self.size)
-        took, lag = self.took, self.lag
-        free, next_ = [0.0] * self.devices, [0] * self.devices
-        waiting: dict[int, int] = {}
-        ready = list(range(self.devices))
-        while ready:
-            d = ready.pop()
-            row, t = rows[d], free[d]
-            for n in range(next_[d], len(row)):
-                a = row[n]
-                if need[a] >= 0:
-                    there = ends[need[a]]
-                    if there < 0.0:
-                        waiting[need[a]], next_[d], free[d] = d, n, t
-                        break
-                    there += lag[a]
-                    if there > t:
-                        t = there
-                starts[a] = t
-                t += took[a]
-                ends[a] = t
-                if a in waiting:
-                    ready.append(waiting.pop(a))
-        return None if waiting else (starts, ends)
+        ran = play(rows, need, self.took, self.lag)
+        return None if ran is None else ran[1:]
 
     def peak(self, row: Sequence[int]) -> float:
         """The most that a device holds, whatever the times."""

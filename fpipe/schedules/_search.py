@@ -16,11 +16,13 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from fpipe.schedules._generators import looped_map
 from fpipe.schedules._improve import anneal, cheaper, promise, toggle
 from fpipe.schedules._names import NAMES, named
-from fpipe.schedules._problem import ROUNDING, B, F, Found, I, Problem, Rows, W, best_first
+from fpipe.schedules._problem import ROUNDING, Found, Problem, best_first
 from fpipe.schedules._schedule import KINDS, Action, Schedule
-from fpipe.schedules._simulate import Costs
+from fpipe.schedules._simulate import B, Costs, F, I, Rows, W, numbered
+from fpipe.schedules._zero_bubble import v_map
 
 
 def zero_bubble(
@@ -82,17 +84,16 @@ def zero_bubble(
 
 
 def _places(devices: int, placement: Any, virtual: int) -> tuple[int, ...]:
-    ups = tuple(range(devices))
-    named = {"one": ups, "v": ups + ups[::-1], "looped": ups * virtual}
+    known = {"one": looped_map(devices, 1), "v": v_map(devices), "looped": looped_map(devices, virtual)}
     call = f"`zero_bubble(placement={placement!r})`"
     if isinstance(placement, str):
-        if placement not in named:
-            raise ValueError(f"{call}: {', '.join(map(repr, named))}, or the device of each stage")
-        return named[placement]
+        if placement not in known:
+            raise ValueError(f"{call}: {', '.join(map(repr, known))}, or the device of each stage")
+        return tuple(known[placement])
     places: tuple[Any, ...] = tuple(placement) if isinstance(placement, Iterable) else (None,)
     if any(type(d) is not int for d in places):
-        raise TypeError(f"{call}: {', '.join(map(repr, named))}, or the device of each stage")
-    if set(places) != set(ups):
+        raise TypeError(f"{call}: {', '.join(map(repr, known))}, or the device of each stage")
+    if set(places) != set(range(devices)):
         raise ValueError(f"{call}: each of the devices 0 to {devices - 1} has a stage, and there are no others")
     return places
 
@@ -106,7 +107,7 @@ def _fixed(p: Problem) -> Iterable[Rows]:
         except ValueError:  # sizes that it cannot have
             continue
         if schedule.stage_to_device == p.places and schedule.backwards:
-            yield [[(KINDS.index(k) * p.stages + s) * p.m + i for k, s, i in row] for row in schedule.actions]
+            yield numbered(schedule)
 
 
 class _Rule(NamedTuple):

@@ -1,6 +1,7 @@
 """When everything runs: a schedule under given costs becomes a timeline."""
 
 import dataclasses
+import itertools
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -10,7 +11,9 @@ from fpipe.schedules._schedule import KINDS, Action, Schedule
 
 Cost: TypeAlias = float | Sequence[float]
 
-_F, _B, _I, _W = range(len(KINDS))
+F, B, I, W = range(len(KINDS))  # noqa: E741 - the letter of the literature
+
+Rows: TypeAlias = list[list[int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,54 +180,94 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     costs = Costs() if costs is None else costs
     stages, m, places = schedule.stages, schedule.microbatches, schedule.stage_to_device
     costs.check(stages)
-    # Actions are numbers here, `(kind * S + stage) * m + microbatch`: a large schedule has 10^5 of them.
-    size = stages * m
-    base = {(k, s): n * size + s * m for n, k in enumerate(KINDS) for s in range(stages)}
-    rows = [[base[k, s] + i for k, s, i in row] for row in schedule.actions]
-    took = [costs.of(Action(k, s, 0)) for k in KINDS for s in range(stages)]
-    split = {a - _I * size for row in rows for a in row if a // size == _I}
-    starts, ends, level = [0.0] * (4 * size), [-1.0] * (4 * size), [0] * (4 * size)
-    free, last, next_ = [0.0] * schedule.devices, [-1] * schedule.devices, [0] * schedule.devices
-    waiting: dict[int, int] = {}
-    ready = list(range(schedule.devices))
-    while ready:
-        d = ready.pop()
-        row, n, start_of_last = rows[d], next_[d], last[d]
-        while n < len(row):
-            a = row[n]
-            kind, at = divmod(a, size)
-            # What it needs from another stage; its own forward, or `I`, is earlier in this very row.
-            if kind == _F:
-                need = a - m
-                other = at // m - 1
-            elif kind == _W:
-                need = other = -1
-            else:
-                other = at // m + 1
-                need = -1 if other == stages else (_I if at + m in split else _B) * size + at + m
-            start, rank = free[d], 0
-            if other >= 0 and need >= 0:
-                there = ends[need]
-                if there < 0.0:
-                    waiting[need] = d
-                    break
-                if places[other] != d:
-                    there += costs.transfer
-                start = max(start, there)
-                if starts[need] == start:
-                    rank = level[need] + 1
-            if n and starts[start_of_last] == start:
-                rank = max(rank, level[start_of_last] + 1)
-            starts[a], level[a], start_of_last = start, rank, a
-            free[d] = ends[a] = start + took[a // m]
-            n += 1
-            if a in waiting:
-                ready.append(waiting.pop(a))
-        next_[d], last[d] = n, start_of_last
+    rows = numbered(schedule)
+    need = needs(rows, stages, m)
+    ran = play(rows, need, durations(costs, stages, m), lags(costs, places, m))
+    assert ran is not None, "a deadlock"
+    done, starts, ends = ran
     # At equal starts by device, except that what waits for an action that takes no time is behind it.
+    level = [0] * len(starts)
+    before = {b: a for row in rows for a, b in itertools.pairwise(row)}
+    for a in done:
+        for first in (need[a], before.get(a, -1)):
+            if first >= 0 and starts[first] == starts[a]:
+                level[a] = max(level[a], level[first] + 1)
     order = sorted((starts[a], level[a], d, n, a) for d, row in enumerate(rows) for n, a in enumerate(row))
     events = tuple(Event(d, schedule.actions[d][n], start, ends[a]) for start, _, d, n, a in order)
     return Timeline(events, schedule.devices, schedule.name, tuple(costs.holds(s) for s in range(stages)))
+
+
+# --- the clock, on actions as numbers, `(kind * S + stage) * m + microbatch`: a large schedule has 10^5 of them ---
+
+
+def numbered(schedule: Schedule) -> Rows:
+    """The actions of each device as numbers."""
+    stages, m = schedule.stages, schedule.microbatches
+    base = {(k, s): (n * stages + s) * m for n, k in enumerate(KINDS) for s in range(stages)}
+    return [[base[k, s] + i for k, s, i in row] for row in schedule.actions]
+
+
+def needs(rows: Rows, stages: int, m: int) -> list[int]:
+    """For each action what it needs from another stage, or -1; its own forward, or `I`, is earlier in its very row."""
+    size = stages * m
+    need = [-1] * (4 * size)
+    need[m:size] = range(size - m)
+    backward = [0] * size
+    for row in rows:
+        for a in row:
+            if size <= a < W * size:
+                backward[a % size] = a
+    if any(backward):  # else forwards alone
+        for at in range(size - m):
+            need[backward[at]] = backward[at + m]
+    return need
+
+
+def durations(costs: Costs, stages: int, m: int) -> list[float]:
+    """What each action takes."""
+    return [took for k in KINDS for s in range(stages) for took in [costs.of(Action(k, s, 0))] * m]
+
+
+def lags(costs: Costs, places: Sequence[int], m: int) -> list[float]:
+    """The latency of what each action needs from another stage."""
+    up = [costs.transfer if a != b else 0.0 for a, b in itertools.pairwise(places)]
+    down = [lag for lag in (*up, 0.0) for _ in range(m)]
+    return [*(lag for lag in (0.0, *up) for _ in range(m)), *down, *down, *([0.0] * len(down))]
+
+
+def play(
+    rows: Rows, need: Sequence[int], took: Sequence[float], lag: Sequence[float]
+) -> tuple[list[int], list[float], list[float]] | None:
+    """Every action as soon as its device is free and what it needs is there.
+
+    Returns:
+        The actions in an order in which each is behind what it waits for, and all starts and ends by action; `None`
+        if it is a deadlock.
+    """
+    starts, ends, done = [0.0] * len(need), [-1.0] * len(need), list[int]()
+    free, next_ = [0.0] * len(rows), [0] * len(rows)
+    waiting: dict[int, int] = {}
+    ready = list(range(len(rows)))
+    while ready:
+        d = ready.pop()
+        row, t = rows[d], free[d]
+        for n in range(next_[d], len(row)):
+            a = row[n]
+            if need[a] >= 0:
+                there = ends[need[a]]
+                if there < 0.0:
+                    waiting[need[a]], next_[d], free[d] = d, n, t
+                    break
+                there += lag[a]
+                if there > t:
+                    t = there
+            starts[a] = t
+            t += took[a]
+            ends[a] = t
+            done.append(a)
+            if a in waiting:
+                ready.append(waiting.pop(a))
+    return None if waiting else (done, starts, ends)
 
 
 def checked(call: str, each: str, value: Any) -> float | tuple[float, ...]:

@@ -169,7 +169,7 @@ def _scripted(
         # The script is for the next number of microbatches that it works for. Whole microbatches are dropped again,
         # which leaves the order and the needs of all others as they were: what remains can run whenever it could.
         rows.append([a for a in row if a.microbatch < microbatches])
-    return Schedule(rows, _v_map(devices), name)
+    return Schedule(rows, v_map(devices), name)
 
 
 def _squeezed(
@@ -224,8 +224,9 @@ def _squeezed(
         assert finished, (name, devices, microbatches)
         for count, s in finished:  # others see it from the next tick on
             count[s] += 1
-    return Schedule(rows, _v_map(devices), name)
+    return Schedule(rows, v_map(devices), name)
 
 
-def _v_map(devices: int) -> list[int]:
+def v_map(devices: int) -> list[int]:
+    """The device of each stage, down and up again."""
     return [*range(devices), *reversed(range(devices))]
