@@ -61,13 +61,7 @@ def _parser() -> _Parser:
     )
     one.add_argument("name", help=f"one of {', '.join(NAMES)} (required)")
     _sizes(one, "stages per device (default: what the schedule prescribes, 2 where it takes several)")
-    one.add_argument(
-        "--costs",
-        type=_costs,
-        default={},
-        help="times of the actions of a stage, and of a transfer between devices "
-        "(default: F=1,I=1,W=1,transfer=0, and B is I + W; where B is given alone, I and W are halves of it)",
-    )
+    _times(one, "times of the actions of a stage, and of a transfer between devices")
     one.add_argument(
         "--out",
         type=_out,
@@ -76,13 +70,10 @@ def _parser() -> _Parser:
     )
     many = _command(commands, "compare", _compare, "a table of all schedules with backwards, the shortest first")
     _sizes(many, "stages per device of the schedules that take several (default: 2)")
-    many.add_argument(
-        "--costs",
-        type=_costs,
-        default={},
-        help="times of the actions of all the stages of a device together, so that each schedule has the same work, "
-        "and of a transfer between devices "
-        "(default: F=1,I=1,W=1,transfer=0, and B is I + W; where B is given alone, I and W are halves of it)",
+    _times(
+        many,
+        "times of the actions of all the stages of a device together, so that each schedule has the same work, and of a "
+        "transfer between devices",
     )
     return parser
 
@@ -99,6 +90,11 @@ def _sizes(parser: argparse.ArgumentParser, virtual: str) -> None:
         "--microbatches", type=_count, required=True, metavar="M", help="number of microbatches (required)"
     )
     parser.add_argument("--virtual", type=_count, metavar="V", help=virtual)
+
+
+def _times(parser: argparse.ArgumentParser, what: str) -> None:
+    default = "F=1,I=1,W=1,transfer=0, and B is I + W; where B is given alone, I and W are halves of it"
+    parser.add_argument("--costs", type=_costs, default={}, help=f"{what} (default: {default})")
 
 
 def _schedule(arguments: argparse.Namespace) -> str:

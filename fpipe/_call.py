@@ -114,7 +114,7 @@ class Call(abc.ABC):
             ValueError: an unknown reduction; argument numbers that are negative, repeated or too large.
         """
         loss = as_loss("value_and_grad", loss_fn, has_aux, reduction)
-        _numbers(argnums)
+        numbers = as_argnums(argnums)
 
         def value_and_grad(
             params: Sequence[PyTree],
@@ -126,7 +126,8 @@ class Call(abc.ABC):
             train: bool = False,
         ) -> Any:
             args = checked(self.model, Args(params, x, targets, side, key, state, bool(train)))
-            result = self._loss(args, loss, as_argnums(argnums, args))
+            check_argnums(argnums, numbers, args)
+            result = self._loss(args, loss, numbers)
             grads = result.gradients[0] if isinstance(argnums, int) else result.gradients
             return _value(result, loss, state), grads
 
@@ -166,18 +167,16 @@ def _value(result: Result, loss: Loss, state: Any) -> Any:
     return value if state is None else (value, result.state)
 
 
-def as_argnums(argnums: Any, args: Args) -> tuple[int, ...]:
-    """Argument numbers as a tuple, checked against the call."""
-    numbers = _numbers(argnums)
+def check_argnums(argnums: Any, numbers: tuple[int, ...], args: Args) -> None:
+    """The call has as many arguments; `argnums` is what was given."""
     if max(numbers) >= len(args.numbered):
         raise ValueError(
             f"`value_and_grad(argnums={argnums!r})`: the call has {len(args.numbered)} arguments (params, x, *targets), so "
             f"numbers go from 0 to {len(args.numbered) - 1}"
         )
-    return numbers
 
 
-def _numbers(argnums: Any) -> tuple[int, ...]:
+def as_argnums(argnums: Any) -> tuple[int, ...]:
     """Argument numbers as a checked tuple."""
     numbers = tuple(argnums) if isinstance(argnums, Sequence) else (argnums,)
     call = f"`value_and_grad(argnums={argnums!r})`: numbers of (params, x, *targets)"

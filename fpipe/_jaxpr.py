@@ -7,7 +7,7 @@ of a graph is run by binding its equations one after the other under a new trace
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -125,7 +125,7 @@ def late_values(graph: Graph, cotangents: Iterable[int]) -> set[int]:
     """The values that only a backward has: they depend on a cotangent, or are recomputed."""
     late = set(cotangents)
     for node in graph.nodes:
-        if node.again or not late.isdisjoint(node.ins):
+        if is_late(node, late):
             late.update(node.outs)
     return late
 
@@ -274,11 +274,16 @@ def halves(
 
 def _is_opaque(eqn: Any) -> bool:
     """Whether an equation is more than one operation: control flow, or a call of something foreign."""
-    return "call" in eqn.primitive.name or any(map(_is_jaxpr, eqn.params.values()))
+    return "call" in eqn.primitive.name or any(True for _ in _bodies(eqn.params.values()))
 
 
-def _is_jaxpr(value: Any) -> bool:
-    return isinstance(value, (Jaxpr, ClosedJaxpr)) or (isinstance(value, tuple) and any(map(_is_jaxpr, value)))
+def _bodies(values: Iterable[Any]) -> Iterator[Any]:
+    """The jaxprs among the parameters of an equation, open."""
+    for value in values:
+        if isinstance(value, (Jaxpr, ClosedJaxpr)):
+            yield getattr(value, "jaxpr", value)
+        elif isinstance(value, (tuple, list)):
+            yield from _bodies(value)
 
 
 def _size(aval: Any) -> int:
@@ -404,14 +409,8 @@ def calls_host(nodes: Iterable[Node]) -> bool:
 
 
 def _calls_host(eqn: Any) -> bool:
-    name = eqn.primitive.name
-    return "callback" in name or name == "debug_print" or any(map(_calls, eqn.params.values()))
-
-
-def _calls(value: Any) -> bool:
-    if isinstance(value, (Jaxpr, ClosedJaxpr)):
-        return any(map(_calls_host, getattr(value, "jaxpr", value).eqns))
-    return isinstance(value, (tuple, list)) and any(map(_calls, value))
+    name, bodies = eqn.primitive.name, _bodies(eqn.params.values())
+    return "callback" in name or name == "debug_print" or any(_calls_host(e) for body in bodies for e in body.eqns)
 
 
 # How to differentiate a custom function: made anew by each trace, and of no use in programs that are only run.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import jax
 
-from fpipe._call import Args, Call, Result, as_argnums, check_chunks, check_params, checked
+from fpipe._call import Args, Call, Result, as_argnums, check_argnums, check_chunks, check_params, checked
 from fpipe._layer import Layer
 from fpipe._loss import Loss, Reduction, as_loss
 from fpipe._microbatch import first_microbatch
@@ -220,7 +220,9 @@ class Pipe(Call):
             raise TypeError("`pipe.compile(params, x, *targets)`: targets belong to a loss: give `loss_fn=` too")
         loss = None if loss_fn is None else as_loss("value_and_grad", loss_fn, has_aux, reduction)
         args = checked(self.model, Args(params, x, targets, side, key, state, bool(train)))
-        numbers = () if loss is None else as_argnums(argnums, args)
+        numbers = () if loss is None else as_argnums(argnums)
+        if numbers:
+            check_argnums(argnums, numbers, args)
         return self._placed.compile(args, loss, numbers, threads, as_progress(progress))
 
     def _forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:

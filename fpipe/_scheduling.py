@@ -53,7 +53,8 @@ class Scheduling:
         """
         if isinstance(self.option, str):
             devices = _devices_of(self.option, stages, available)
-            return _named(self.option, devices, chunks, stages).stage_to_device
+            # The map is the same for any number of microbatches, and one is the cheapest to make.
+            return named(self.option, devices, 1, stages // devices).stage_to_device
         if isinstance(self.option, Schedule):
             if self.option.stages != stages:
                 raise ValueError(
@@ -80,7 +81,8 @@ class Scheduling:
         """
         schedule = self.option
         if isinstance(schedule, str):
-            return _named(schedule, 1 + max(stage_to_device), microbatches, len(stage_to_device))
+            devices = 1 + max(stage_to_device)
+            return named(schedule, devices, microbatches, len(stage_to_device) // devices)
         if not isinstance(schedule, Schedule):
             schedule = _called(schedule, 1 + max(stage_to_device), microbatches)
         if (schedule.stages, schedule.microbatches) != (len(stage_to_device), microbatches):
@@ -102,10 +104,6 @@ def _called(f: Generator, devices: int, microbatches: int) -> Schedule:
     if not isinstance(schedule, Schedule):
         raise TypeError(f"`Pipe(schedule=...)`: the function returned {schedule!r}, no fpipe.schedules.Schedule")
     return schedule
-
-
-def _named(name: str, devices: int, microbatches: int, stages: int) -> Schedule:
-    return named(name, devices, microbatches, stages // devices if NAMES[name].virtual else None)
 
 
 def _devices_of(name: str, stages: int, available: int) -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -135,17 +135,11 @@ class Placed:
         """Compile the programs of a call; arrays or their shapes will do. Returns how many there are."""
         refuse_tracers(args)
         mode = "forward" if loss is None else "grad" if argnums else "loss"
-        return self._found(mode, args, loss, argnums)[0].compile(threads, progress)
+        return self._found(mode, args, loss, argnums, _type_or_shape)[0].compile(threads, progress)
 
     def _start(self, mode: Any, args: Args, loss: Loss | None, asked: tuple[Any, ...]) -> tuple[Bound, list[Any]]:
         """The bound plan of a call, and slots with the inputs in them."""
-        bound, params, others = self._found(mode, args, loss, asked)
-        given = [*params, *(a for arrays, _ in others.values() for a in arrays)]
-        shape = next((a for a in given if isinstance(a, jax.ShapeDtypeStruct)), None)
-        if shape is not None:
-            raise TypeError(
-                f"a Pipe was called with the shape {shape} in place of an array; use `jax.eval_shape` for shapes"
-            )
+        bound, params, others = self._found(mode, args, loss, asked, _type)
         if any(
             not isinstance(a, jax.Array) or a.sharding != p.sharding for a, p in zip(params, bound.params, strict=True)
         ):
@@ -155,7 +149,14 @@ class Placed:
         refuse_tracers([slots[n] for _, _, numbers in bound.feeds for n in numbers])
         return bound, slots
 
-    def _found(self, mode: Any, args: Args, loss: Loss | None, asked: tuple[Any, ...]) -> tuple[Bound, list[Any], Any]:
+    def _found(
+        self,
+        mode: Any,
+        args: Args,
+        loss: Loss | None,
+        asked: tuple[Any, ...],
+        type_of: Callable[[Any], Any],
+    ) -> tuple[Bound, list[Any], Any]:
         """The bound plan of a call, from the cache or new; its parameters, and its other inputs by port."""
         params, params_def = jax.tree.flatten(args.params)
         others = {X: pack(args.x), SIDE: pack(args.side), TARGETS: pack(args.targets)}
@@ -170,8 +171,8 @@ class Placed:
             loss,
             asked,
             params_def,
-            tuple([_type(a) for a in params]),
-            tuple([(port, spec, tuple([_type(a) for a in arrays])) for port, (arrays, spec) in others.items()]),
+            tuple([type_of(a) for a in params]),
+            tuple([(port, spec, tuple([type_of(a) for a in arrays])) for port, (arrays, spec) in others.items()]),
         )
         try:
             key = Key(identity)
@@ -330,9 +331,13 @@ def _type(a: Any) -> Any:
     if isinstance(a, jax.Array):
         return a.aval
     if isinstance(a, jax.ShapeDtypeStruct):
-        closed = jax.make_jaxpr(lambda a: a)(a)
-        return closed.in_avals[0]
+        raise TypeError(f"a Pipe was called with the shape {a} in place of an array; use `jax.eval_shape` for shapes")
     return jax.typeof(a) if is_array(a) else a
+
+
+def _type_or_shape(a: Any) -> Any:
+    """`_type`, and for a shape that of an array of it."""
+    return jax.make_jaxpr(lambda a: a)(a).in_avals[0] if isinstance(a, jax.ShapeDtypeStruct) else _type(a)
 
 
 # The settings of JAX that a trace bakes in, or that decide what it raises.

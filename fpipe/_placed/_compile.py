@@ -3,7 +3,7 @@
 import concurrent.futures
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -47,10 +47,10 @@ def compile_plan(
     """
     lowered: dict[Any, tuple[Any, str]] = {}
     keys = dict[int, Any]()
-    for n, key, lower, name in _runs(plan, given):
+    for n, key, traced, name in _runs(plan, given):
         keys[n] = key
         if key not in lowered:
-            lowered[key] = lower(), name
+            lowered[key] = traced.lower(), name
     done: dict[Any, Any] = {}
     workers = min(threads or os.cpu_count() or 1, len(lowered))
     if progress is not None:
@@ -73,8 +73,8 @@ def compile_plan(
     return {n: done[key] for n, key in keys.items()}
 
 
-def _runs(plan: Plan, given: Mapping[int, jax.ShapeDtypeStruct]) -> Any:
-    """For each run its number, what tells it from others, a function that lowers it, and a name for it."""
+def _runs(plan: Plan, given: Mapping[int, jax.ShapeDtypeStruct]) -> Iterator[tuple[int, Any, Any, str]]:
+    """For each run its number, what tells it from others, its trace, and a name for it."""
     shapes = {n: _at(a, plan.slots[n].placement) for n, a in given.items()}
     results: dict[Any, Any] = {}
     for n, item in enumerate(plan.instructions):
@@ -90,7 +90,7 @@ def _runs(plan: Plan, given: Mapping[int, jax.ShapeDtypeStruct]) -> Any:
             if key not in results:
                 results[key] = call.trace(*args)
             traced = results[key]
-            yield n, key, traced.lower, f"{item.name} for {item.placement.device}"
+            yield n, key, traced, f"{item.name} for {item.placement.device}"
             shapes |= {k: _at(a, item.placement) for k, a in zip(item.outs, traced.out_info, strict=True)}
 
 

@@ -66,13 +66,15 @@ def divide(
 ) -> list[Part]:
     """Divide instructions `start` to `stop` among threads; `step` is how to read the slots of one, and its call."""
     work = [(n, item) for n, item in enumerate(plan.instructions[start:stop], start) if not isinstance(item, Free)]
-    places = list(dict.fromkeys(item.placement for _, item in work))
+    number: dict[Placement, int] = {}  # of the thread of each placement
+    for _, item in work:
+        number.setdefault(item.placement, len(number))
     dead = {k for item in plan.instructions[start:stop] if isinstance(item, Free) for k in item.slots}
-    maker = {k: places.index(item.placement) for _, item in work for k in item.outs}
+    maker = {k: number[item.placement] for _, item in work for k in item.outs}
     readers: dict[int, set[int]] = {}
     last: dict[tuple[int, int], int] = {}  # a slot's last use by each thread
     for n, item in work:
-        t = places.index(item.placement)
+        t = number[item.placement]
         for k in item.ins:
             readers.setdefault(k, set()).add(t)
         for k in (*item.ins, *item.outs):
@@ -81,16 +83,16 @@ def divide(
     for (t, k), n in last.items():
         if k in dead or maker.get(k) != t:
             ends.setdefault(n, []).append(k)
-    steps: list[list[Step]] = [[] for _ in places]
-    have: list[set[int]] = [set() for _ in places]
+    steps: list[list[Step]] = [[] for _ in number]
+    have: list[set[int]] = [set() for _ in number]
     for n, item in work:
-        t = places.index(item.placement)
+        t = number[item.placement]
         waits = tuple(k for k in dict.fromkeys(item.ins) if k not in have[t] and maker.get(k, t) != t)
         have[t].update(waits)
         others = sorted({r for k in item.outs for r in readers.get(k, ()) if r != t})
         posts = tuple((r, tuple(k for k in item.outs if r in readers.get(k, ()))) for r in others)
         steps[t].append(Step(n, *step(n, item), item.outs, waits, posts, tuple(ends.get(n, ()))))
-    starts = [sorted(k for k, users in readers.items() if t in users and k not in maker) for t in range(len(places))]
+    starts = [sorted(k for k, users in readers.items() if t in users and k not in maker) for t in number.values()]
     return [
         Part(
             place,
@@ -99,7 +101,7 @@ def divide(
             tuple(k for k in starts[t] if k in dead),
             tuple(sorted(k for k, by in maker.items() if by == t and k not in dead)),
         )
-        for t, place in enumerate(places)
+        for place, t in number.items()
     ]
 
 

@@ -2,10 +2,11 @@
 
 import itertools
 import os
+import statistics
 import sys
 import textwrap
 
-from fpipe.schedules._picture import Picture, median, picture
+from fpipe.schedules._picture import Picture, picture
 from fpipe.schedules._schedule import Kind, Schedule
 from fpipe.schedules._simulate import Timeline
 
@@ -76,7 +77,7 @@ def _scale(shown: Picture, labels: list[str], room: int) -> float:
         of = box.kind, box.stage
         sizes.setdefault(of, []).append(box.end - box.start)
         longest[of] = max(longest.get(of, 0), len(label))
-    usual = {of: m for of, values in sizes.items() if (m := median(values)) > 0}
+    usual = {of: m for of, values in sizes.items() if (m := statistics.median_high(values)) > 0}
     if not usual:
         return max(room, 1) / shown.span if shown.span else 1.0
     scale = max((longest[of] + 1) / size for of, size in usual.items())

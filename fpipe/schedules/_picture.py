@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from fpipe.schedules._schedule import KINDS, Kind, Schedule
@@ -115,9 +114,3 @@ def picture(what: Schedule | Timeline, call: str) -> Picture:
         tuple(k for k in KINDS if k in kinds),
         caption,
     )
-
-
-def median(values: Iterable[float]) -> float:
-    """The middle value, the upper one of two."""
-    ordered: Sequence[float] = sorted(values)
-    return ordered[len(ordered) // 2]
