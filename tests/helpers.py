@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 
 import fpipe
+from fpipe._placed._compile import compile_plan
+from fpipe._plan import Run
 
 WIDTH = 4
 
@@ -221,3 +224,28 @@ def assert_same(got: Any, want: Any, tolerance: float = 1e-5) -> None:
         assert np.isfinite(a).all(), where
         limit = tolerance * np.abs(b).max(initial=0)
         assert np.abs(a - b).max(initial=0) <= limit, (where, np.abs(a - b).max(), limit)
+
+
+def products(
+    layers: Any,
+    checkpoint: Any,
+    schedule: Any = "gpipe",
+    balance: Any = None,
+    chunks: int = 4,
+    wrt: Any = 0,
+    width: int = 8,
+) -> Counter[tuple[str, int]]:
+    """Matrix products of a training step by (kind, stage), in the compiled programs that it runs."""
+    balance = [1] * len(layers) if balance is None else balance
+    pipe = fpipe.Pipe(layers, balance, chunks=chunks, checkpoint=checkpoint, schedule=schedule)
+    x = jnp.ones((2 * chunks, width))
+    params = pipe.init(jax.random.key(0), x)
+    pipe.compile(params, x, loss_fn=lambda y: jnp.mean(y**2), argnums=wrt)
+    bound = pipe._placed._bound.values()[0]
+    counts: Counter[tuple[str, int]] = Counter()
+    for n, program in compile_plan(bound.plan, bound.given).items():
+        item = bound.plan.instructions[n]
+        assert isinstance(item, Run)
+        if item.action is not None:
+            counts[item.action.kind, item.action.stage] += program.as_text().count(" dot(")
+    return counts

@@ -1,8 +1,5 @@
 """Input gradient and weight gradient apart: nothing is computed twice, counted in the compiled programs."""
 
-from collections import Counter
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,11 +7,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 import fpipe
 from fpipe._placed import observing
-from fpipe._placed._compile import compile_plan
 from fpipe._plan import Move, Run
 from fpipe.schedules import Schedule
-from tests.helpers import Case, assert_same, dense, dropout, models, mse
+from tests.helpers import Case, assert_same, dense, dropout, models, mse, products
 from tests.test_equal import pipe_of
+from tests.test_plan import actions, by_device
 
 W, M = 8, 4
 EVERYTHING, NOTHING = jax.checkpoint_policies.everything_saveable, jax.checkpoint_policies.nothing_saveable
@@ -41,27 +38,11 @@ def plan_of(pipe):
     return pipe._placed._bound.values()[0].plan
 
 
-def products(layers: Any, checkpoint: Any, schedule: Any, wrt: Any = 0, chunks: int = M, loss: Any = None):
-    """Matrix products of a training step by (kind, stage), in the compiled programs that it runs."""
-    pipe = fpipe.Pipe(layers, [1] * len(layers), chunks=chunks, checkpoint=checkpoint, schedule=schedule)
-    x = jnp.ones((2 * chunks, W))
-    params = pipe.init(jax.random.key(0), x)
-    pipe.compile(params, x, loss_fn=loss or (lambda y: jnp.mean(y**2)), argnums=wrt)
-    bound = pipe._placed._bound.values()[0]
-    counts: Counter[tuple[str, int]] = Counter()
-    for n, program in compile_plan(bound.plan, bound.given).items():
-        item = bound.plan.instructions[n]
-        assert isinstance(item, Run)
-        if item.action is not None:
-            counts[item.action.kind, item.action.stage] += program.as_text().count(" dot(")
-    return counts
-
-
 @pytest.mark.parametrize("wrt", [0, (0, 1)], ids=["params", "params and x"])
 @pytest.mark.parametrize("checkpoint", MODES, ids=IDS)
 def test_i_and_w_together_are_b(checkpoint, wrt):
     layers = [chain(2), chain(3), chain(2)]
-    whole, halves = (products(layers, checkpoint, schedule, wrt) for schedule in ("1f1b", "zb_h1"))
+    whole, halves = (products(layers, checkpoint, schedule, wrt=wrt) for schedule in ("1f1b", "zb_h1"))
     for s in range(3):
         assert halves["F", s] == whole["F", s]
         assert halves["I", s] + halves["W", s] == whole["B", s] > 0
@@ -71,7 +52,7 @@ def test_i_and_w_together_are_b(checkpoint, wrt):
 def test_products_in_a_row_are_not_done_twice(checkpoint):
     """Cotangents that depend on weights and a cotangent alone, not on the microbatch otherwise."""
     layers = [fpipe.Layer(lambda p, x: x @ p[0] @ p[1] @ p[2], chain(3).init)] * 3
-    whole, halves = (products(layers, checkpoint, schedule, (0, 1)) for schedule in ("1f1b", "zb_h1"))
+    whole, halves = (products(layers, checkpoint, schedule, wrt=(0, 1)) for schedule in ("1f1b", "zb_h1"))
     for s in range(3):
         assert halves["I", s] + halves["W", s] == whole["B", s]
     if checkpoint == "never":
@@ -80,7 +61,7 @@ def test_products_in_a_row_are_not_done_twice(checkpoint):
 
 def test_without_remat_f_i_and_w_are_a_plain_step():
     layers = [chain(2), chain(3), chain(2)]
-    counts = products(layers, "never", "zb_h1", (0, 1))
+    counts = products(layers, "never", "zb_h1", wrt=(0, 1))
     x, params = jnp.ones((2, W)), fpipe.sequential(layers, chunks=1).init(jax.random.key(0), jnp.ones((2, W)))
 
     def loss(params, x):
@@ -247,18 +228,9 @@ def test_every_action_of_the_schedule_is_issued_in_its_order(schedule):
     layers = models()["plain"]
     case, pipe = Case(layers, 4, rows=8), pipe_of(layers, 1, 4, "never", schedule)
     assert len(pipe.balance) in (2, 4)
-    params, issued = pipe.place(case.params()), []
-
-    def note(item, slots):
-        del slots
-        if isinstance(item, Run) and item.action is not None:
-            issued.append(item.action)
-
-    with observing(note):
-        pipe.value_and_grad(mse, argnums=(0, 1))(params, case.x, case.target)
+    params, step = pipe.place(case.params()), pipe.value_and_grad(mse, argnums=(0, 1))
     made = pipe.make_schedule(4)
-    got = tuple(tuple(a for a in issued if made.stage_to_device[a.stage] == d) for d in range(made.devices))
-    assert got == made.actions
+    assert by_device(made, actions(lambda: step(params, case.x, case.target))) == made.actions
 
 
 @pytest.mark.parametrize(

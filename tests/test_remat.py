@@ -1,49 +1,15 @@
 """Recomputation, counted from what runs: matrix products in the compiled programs, and calls back to the host."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 import fpipe
-from fpipe._placed import observing
-from fpipe._plan import Run
+from tests.helpers import products
 
 M = 4
 W = 8
-
-
-def products(layers, checkpoint, schedule="gpipe", balance=(1, 1), chunks=M, wrt=0):
-    """Matrix products of a training step by (kind, stage), from the compiled programs that it ran."""
-    pipe = fpipe.Pipe(layers, balance, chunks=chunks, checkpoint=checkpoint, schedule=schedule)
-    x = jnp.ones((2 * chunks, W))
-    params = pipe.init(jax.random.key(0), x)
-    counts: dict[tuple[str, int], int] = {}
-
-    def count(item, slots):
-        del slots
-        if isinstance(item, Run) and item.action is not None:
-            shapes = [arguments[n] for n in item.ins]
-            program: Any = item.call
-            text = program.lower(*shapes).compile().as_text()
-            found = text.count(" dot(")
-            key = (item.action.kind, item.action.stage)
-            counts[key] = counts.get(key, 0) + found
-
-    step = pipe.value_and_grad(lambda y: jnp.mean(y**2), argnums=wrt)
-    arguments: dict[int, jax.ShapeDtypeStruct] = {}
-
-    def shapes(item, slots):
-        del item
-        arguments.update({n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in enumerate(slots) if a is not None})
-
-    with observing(shapes):
-        step(params, x)
-    with observing(count):
-        step(params, x)
-    return counts
 
 
 def two_products():
