@@ -231,21 +231,23 @@ def medium() -> fpipe.Layer:
 def dispatch_table(unit: float, repeats: int) -> None:
     recorder, m = Recorder(), 8
     actions = 2 * DEVICES * m
-    print(
-        f"\nWho dispatches: 1F1B, S={DEVICES}, m={m}, medians over {repeats} (sleep) or {10 * repeats} alternating repeats"
-    )
+    times = f"medians over {repeats} (sleep), {10 * repeats} or {3 * repeats} (last) alternating repeats"
+    print(f"\nWho dispatches: 1F1B, S={DEVICES}, m={m}, {times}")
     print("                                            one thread   thread per device   ratio")
     sleep = [sleeping(recorder, s, 1.0) for s in range(DEVICES)]
+    many = 8 * m  # more programs than a device's queue takes (32) before it makes the thread wait that hands them over
     rows = [
-        ("sleeping stages, ms a step", sleep, batch(m), repeats, 1e3),
-        ("tiny stages, host us an action", [tiny()] * DEVICES, jnp.ones((4 * m, 4)), 10 * repeats, 1e6 / actions),
-        ("256x256 products, ms a step", [medium()] * DEVICES, jnp.ones((256 * m, 256)), 10 * repeats, 1e3),
+        ("sleeping stages, ms a step", m, sleep, batch(m), repeats, 1e3),
+        ("tiny stages, host us an action", m, [tiny()] * DEVICES, jnp.ones((4 * m, 4)), 10 * repeats, 1e6 / actions),
+        ("256x256 products, ms a step", m, [medium()] * DEVICES, jnp.ones((256 * m, 256)), 10 * repeats, 1e3),
+        (f"the same, m={many}, ms a step", many, [medium()] * DEVICES, jnp.ones((256 * many, 256)), 3 * repeats, 1e3),
     ]
-    for label, layers, x, times, scale in rows:
+    for label, chunks, layers, x, times, scale in rows:
         runs, took = {}, {}
         recorder.unit = 0.0
         for dispatch in ("one_thread", "thread_per_device"):
-            pipe = fpipe.Pipe(layers, [1] * DEVICES, chunks=m, checkpoint="never", schedule="1f1b", dispatch=dispatch)
+            stages = [1] * DEVICES
+            pipe = fpipe.Pipe(layers, stages, chunks=chunks, checkpoint="never", schedule="1f1b", dispatch=dispatch)
             runs[dispatch] = pipe.value_and_grad(jnp.mean, argnums=(0, 1)), pipe.init(jax.random.key(0), x)
             took[dispatch] = []
             jax.block_until_ready(runs[dispatch][0](runs[dispatch][1], x))
