@@ -85,6 +85,7 @@ class Model:
         side: PyTree = None,
         key: Any = None,
         microbatch: Any = 0,
+        numbers: Mapping[int, Any] | None = None,
         train: bool = False,
         where: str = "",
     ) -> tuple[PyTree, dict[Skip, PyTree], dict[int, PyTree]]:
@@ -98,6 +99,7 @@ class Model:
             state: state by layer; it is put behind `stop_gradient`, and so is what comes out.
             key: the call's key. Layer `l` on microbatch `i` gets `fold_in(fold_in(key, l), i)`: nothing
                 but these three decides a dropout mask.
+            numbers: the layers' own numbers as arrays, so that layers that do the same are the same program.
 
         Returns:
             `(y, skips, state)`; `skips` has what was given plus what was stashed.
@@ -109,7 +111,7 @@ class Model:
             if layer.asks("state"):
                 needs["state"] = map_arrays(_still, state[k])
             if layer.asks("key"):
-                needs["key"] = layer_key(key, k, microbatch)
+                needs["key"] = layer_key(key, (numbers or {}).get(k, k), microbatch)
             if layer.asks("borrowed"):
                 needs["borrowed"] = {name: params[owner] for name, owner in self.borrows[k]}
             carry = {name: skips[skip_of(layer, name)] for name in (*layer.pop, *layer.peek)}
@@ -246,7 +248,7 @@ def _check_state(k: int, layer: Layer, old: PyTree, new: PyTree) -> None:
         )
 
 
-def layer_key(key: Any, layer: int, microbatch: Any) -> Any:
+def layer_key(key: Any, layer: Any, microbatch: Any) -> Any:
     """The key of one layer on one microbatch; `None` stays `None`."""
     return None if key is None else jax.random.fold_in(jax.random.fold_in(key, layer), microbatch)
 

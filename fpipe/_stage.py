@@ -17,7 +17,9 @@ from fpipe._tree import PyTree, describe, pack
 class Port(NamedTuple):
     """The name of what enters or leaves a stage; `of` is a layer or a skip where there are several."""
 
-    kind: Literal["params", "x", "y", "skip", "side", "targets", "state", "key", "index", "loss", "weight", "aux"]
+    kind: Literal[
+        "params", "x", "y", "skip", "side", "targets", "state", "key", "index", "number", "loss", "weight", "aux"
+    ]
     of: Any = None
 
     def __str__(self) -> str:
@@ -38,7 +40,7 @@ X, Y, SIDE, TARGETS, KEY, INDEX = (Port(k) for k in ("x", "y", "side", "targets"
 LOSS, WEIGHT, AUX = (Port(k) for k in ("loss", "weight", "aux"))
 
 # Ports that are the same for every microbatch of a call.
-CONSTANT = ("params", "key")
+CONSTANT = ("params", "key", "number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +72,16 @@ class Stage:
     def described(self) -> str:
         """Its layers by number and name, for errors."""
         layers = [f"{k} {self.model.layers[k].name!r}" for k in self.span]
-        return f"layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
+        return "no layers" if not layers else f"layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
 
     def asks(self, need: str) -> bool:
         """Whether any of its layers declares a need."""
         return any(k in self.span for k in self.model.needing(need))
+
+    @property
+    def keyed(self) -> tuple[int, ...]:
+        """Its layers that ask for a key."""
+        return tuple(k for k in self.model.needing("key") if k in self.span)
 
     @property
     def stateful(self) -> tuple[int, ...]:
@@ -92,6 +99,7 @@ class Stage:
             side=given.get(SIDE),
             key=given.get(KEY),
             microbatch=given.get(INDEX, 0),
+            numbers={k: given[Port("number", k)] for k in self.span if Port("number", k) in given},
             train=train,
             where=where,
         )

@@ -227,10 +227,11 @@ class _Lowering:
             return self.values[self.layout.source_of(port.of), i][Ref("out", leaf)]
         if port.kind == "state" and port.of in self.states:
             return self.states[port.of][k]
-        if port == INDEX:
-            if (i, placement) not in self.indices:
-                self.indices[i, placement] = self.emit.constant(index(i), f"index {i}", placement)
-            return self.indices[i, placement]
+        if port == INDEX or port.kind == "number":
+            n = i if port == INDEX else port.of
+            if (n, placement) not in self.indices:
+                self.indices[n, placement] = self.emit.constant(index(n), f"number {n}", placement)
+            return self.indices[n, placement]
         return self.emit.feed(leaf, placement)  # whole: the program cuts its piece out of it
 
     def _cotangent(self, s: int, i: int, leaf: Leaf, n: int) -> int:

@@ -102,7 +102,7 @@ class Inputs:
 
 
 def index(i: int) -> np.uint32:
-    """A microbatch's number, as the programs take it."""
+    """A number of a microbatch or of a layer, as the programs take it."""
     return np.uint32(i)
 
 
@@ -218,6 +218,7 @@ class Programs:
             given |= {Port("state", k): inputs.state[k] for k in stage.stateful}
         if stage.asks("key") and inputs.key is not None:
             given |= {KEY: inputs.key, INDEX: Shape.of(index(0))}
+            given |= {Port("number", k): Shape.of(index(k)) for k in stage.keyed}
         where = f", stage {s}, microbatch {i}"
         train, loss = self.request.train, self.request.loss
         key = (tuple(given.items()), train, whole, self.request.settings)

@@ -117,7 +117,7 @@ class _Cut:
     def _weights_kept(self) -> list[str]:
         """Handed-over arrays whose content comes from parameters alone: control flow is one equation, and hides it."""
         params, other = 1, 2
-        kinds = {"params": params, "key": 0}
+        kinds = {"params": params, "key": 0, "number": 0}
         found = _jaxpr.sources(
             self.graph, {v: kinds.get(leaf.port.kind, other) for leaf, v in self.joint.inputs.items()}
         )
