@@ -53,6 +53,11 @@ class Call(abc.ABC):
     def _loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
         """The loss, and the gradients of the numbered arguments."""
 
+    def _checked(self, args: Args) -> Args:
+        """The arguments, or an error that says which is wrong."""
+        check_params(self.model, args.params, "a call's params")
+        return checked(self.model, args)
+
     def __call__(
         self,
         params: Sequence[PyTree],
@@ -82,7 +87,7 @@ class Call(abc.ABC):
             ValueError: arrays that cannot be cut into equal numbers of pieces; parameters or state that do not have one
                 entry per layer; parameters on the wrong device.
         """
-        args = checked(self.model, Args(params, x, (), side, key, state, bool(train)))
+        args = self._checked(Args(params, x, (), side, key, state, bool(train)))
         y, new = self._forward(args)
         return y if state is None else (y, new)
 
@@ -125,7 +130,7 @@ class Call(abc.ABC):
             state: Sequence[PyTree] | None = None,
             train: bool = False,
         ) -> Any:
-            args = checked(self.model, Args(params, x, targets, side, key, state, bool(train)))
+            args = self._checked(Args(params, x, targets, side, key, state, bool(train)))
             check_argnums(argnums, numbers, args)
             result = self._loss(args, loss, numbers)
             grads = result.gradients[0] if isinstance(argnums, int) else result.gradients
@@ -156,7 +161,7 @@ class Call(abc.ABC):
             state: Sequence[PyTree] | None = None,
             train: bool = False,
         ) -> Any:
-            args = checked(self.model, Args(params, x, targets, side, key, state, bool(train)))
+            args = self._checked(Args(params, x, targets, side, key, state, bool(train)))
             return _value(self._loss(args, loss, ()), loss, state)
 
         return evaluate
@@ -208,8 +213,7 @@ def check_params(model: Model, params: Any, call: str) -> None:
 
 
 def checked(model: Model, args: Args) -> Args:
-    """Parameters and state have one entry per layer, and state is there if it is needed, and only where."""
-    check_params(model, args.params, "a call's params")
+    """State has one entry per layer, and is there if it is needed, and only where; a key is a key."""
     if args.key is not None and not hasattr(args.key, "dtype"):
         raise TypeError(f"`key={args.key!r}`: a PRNG key is needed; write `jax.random.key({args.key!r})`")
     count = len(model.layers)

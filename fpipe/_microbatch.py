@@ -121,6 +121,24 @@ def cut_inputs(x: PyTree, side: PyTree, targets: tuple[PyTree, ...], chunks: int
     return Cut(*how, m=counts.get(first, 1))
 
 
+def check_equal_pieces(cut: Cut, chunks: int) -> None:
+    """Refuse pieces of different sizes, which one program cannot take.
+
+    Raises:
+        ValueError: it says which numbers of chunks would do.
+    """
+    for rows in cut.columns:
+        if len(set(rows)) > 1:
+            total = sum(rows)
+            fit = [n for n in range(1, total + 1) if total % n == 0]
+            near = sorted(sorted(fit, key=lambda n: (abs(n - chunks), n))[:6])
+            raise ValueError(
+                f'executor="scan" needs microbatches of equal size, but {total} rows in {chunks} chunks give pieces of '
+                f"{rows[0]} rows and a last one of {rows[-1]}; chunks={', '.join(map(str, near))} would do, or "
+                "pad the batch"
+            )
+
+
 def first_microbatch(x: PyTree, side: PyTree, chunks: int) -> tuple[PyTree, PyTree]:
     """The shapes of the first microbatch."""
     cut = cut_inputs(x, side, (), chunks)

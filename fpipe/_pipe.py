@@ -5,7 +5,8 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
-import jax
+import numpy as np
+from jax.sharding import Mesh
 
 from fpipe._call import Args, Call, Result, as_argnums, check_argnums, check_chunks, check_params, checked
 from fpipe._layer import Layer
@@ -16,10 +17,11 @@ from fpipe._placed import DISPATCH, Dispatch, Placed, Progress, TracedCallError,
 from fpipe._placement import Device, Place, Placement, as_placements, first_placements
 from fpipe._plan import Layout
 from fpipe._remat import Policy, Remat
+from fpipe._scan import Scan, as_mesh, stage_devices
 from fpipe._scheduling import Scheduling
 from fpipe._sequential import Sequential
 from fpipe._stage import cut_stages
-from fpipe._tree import PyTree, numbers_as_arrays, pack
+from fpipe._tree import PyTree, numbers_as_arrays
 from fpipe.schedules import Schedule
 
 
@@ -47,7 +49,11 @@ class Pipe(Call):
             at least two, on as many devices as that allows. A function is asked at construction, with `chunks`
             microbatches, for the largest number of `devices` on which it makes one stage for each entry of `balance`, and
             again when a batch is cut.
-        executor: `"placed"`.
+        executor: `"placed"` (default): one program for each stage and kind of action, dispatched to the devices. `"scan"`: the
+            whole call as one program, which may stand inside `jax.jit` and run on several processes; then parameters are
+            `fpipe.Packed`, and microbatches have equal size.
+        mesh: for `"scan"`: a `jax.sharding.Mesh` with an axis `"stage"`, in place of `devices`. Its other axes stay
+            automatic: over an axis `"data"` batches are sharded. Default a mesh of the devices alone.
         dispatch: who hands programs to the devices. `"one_thread"`: the calling thread, in clock order.
             `"thread_per_device"`: a thread for each device, which ends with the call; it keeps the devices busy where
             handing over a program waits for it, and costs more on the host. `"auto"` (default): threads if a layer calls
@@ -74,8 +80,9 @@ class Pipe(Call):
     schedule: str | Schedule | Callable[[int, int], Schedule]
     executor: str
     dispatch: Dispatch
+    mesh: Mesh | None
 
-    _placed: ClassVar[Placed]  # set on each instance like `model`, and no field: programs are no part of the value
+    _executor: ClassVar[Placed | Scan]  # set on each instance like `model`, and no field: programs are no part of the value
 
     def __init__(
         self,
@@ -87,19 +94,26 @@ class Pipe(Call):
         schedule: str | Schedule | Callable[[int, int], Schedule] = "eager_1f1b",
         executor: str = "placed",
         dispatch: Dispatch = "auto",
+        mesh: Mesh | None = None,
     ) -> None:
-        if executor == "scan":
-            raise NotImplementedError('`Pipe(executor="scan")` is not in this release; the executor is "placed"')
-        if executor != "placed":
-            raise ValueError(f'`Pipe(executor={executor!r})`: the executor is "placed"')
+        if executor not in ("placed", "scan"):
+            raise ValueError(f'`Pipe(executor={executor!r})`: the executor is "placed" or "scan"')
+        if mesh is not None and executor != "scan":
+            raise ValueError('`Pipe(mesh=...)`: a mesh is for executor="scan"')
         if dispatch not in DISPATCH:
             raise ValueError(f"`Pipe(dispatch={dispatch!r})`: one of {', '.join(map(repr, DISPATCH))}")
         model, scheduling, chunks = Model(layers), Scheduling.of(schedule), check_chunks("Pipe", chunks)
-        places = as_placements(devices)
+        remat = Remat.of(checkpoint)
+        places = as_placements(devices if mesh is None else stage_devices(mesh, devices))
         balance = _checked_balance(balance, model, lambda layers: scheduling.stages(len(places), chunks, layers))
         stage_to_device = scheduling.stage_to_device(len(balance), len(places), chunks)
         places = first_placements(places, 1 + max(stage_to_device))
-        layout = Layout(cut_stages(model, balance), tuple(places[d] for d in stage_to_device))
+        if executor == "scan":
+            mesh = as_mesh([place.device for place in places], mesh, len(balance))
+            run: Placed | Scan = Scan(model, balance, stage_to_device, mesh, scheduling, remat, chunks)
+        else:
+            layout = Layout(cut_stages(model, balance), tuple(places[d] for d in stage_to_device))
+            run = Placed(layout, scheduling, stage_to_device, remat, chunks, dispatch)
         attributes = {
             "layers": model.layers,
             "balance": balance,
@@ -109,15 +123,22 @@ class Pipe(Call):
             "schedule": schedule,
             "executor": executor,
             "dispatch": dispatch,
+            "mesh": mesh,
             "model": model,
-            "_placed": Placed(layout, scheduling, stage_to_device, Remat.of(checkpoint), chunks, dispatch),
+            "_executor": run,
         }
         for name, value in attributes.items():
             object.__setattr__(self, name, value)
 
     def __reduce__(self) -> Any:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return _remade, (fields | {"devices": as_placements(self.devices)},)
+        fields["devices"] = as_placements(self.devices)
+        if self.mesh is not None:
+            grid = np.empty(self.mesh.devices.shape, object)
+            for at, device in np.ndenumerate(self.mesh.devices):
+                grid[at] = Placement.of(device)
+            fields["mesh"] = (grid, self.mesh.axis_names, self.mesh.axis_types)
+        return _remade, (fields,)
 
     def make_schedule(self, microbatches: int) -> Schedule:
         """The schedule for that many microbatches.
@@ -125,11 +146,11 @@ class Pipe(Call):
         Raises:
             ValueError: `schedule` does not fit that number, or permutes the forwards of layers with state.
         """
-        return self._placed.schedule(microbatches)
+        return self._executor.schedule(microbatches)
 
     # --- parameters and state ---
 
-    def init(self, key: Any, x: PyTree, side: PyTree = None) -> tuple[PyTree, ...]:
+    def init(self, key: Any, x: PyTree, side: PyTree = None) -> Any:
         """Parameters of every layer, made on the layer's device.
 
         Arguments:
@@ -137,12 +158,13 @@ class Pipe(Call):
             x, side: inputs as for a call, or their shapes.
 
         Returns:
-            A tuple with one entry per layer.
+            A tuple with one entry per layer; with `executor="scan"` the same, packed.
 
         Raises:
             ValueError: a layer without `init`, or one that borrows from a later layer.
         """
-        return self.model.init(key, *first_microbatch(x, side, self.chunks), self._make)
+        made = self.model.init(key, *first_microbatch(x, side, self.chunks), self._executor.make)
+        return self._executor.place(made)
 
     def init_state(self, x: PyTree, side: PyTree = None, params: Sequence[PyTree] | None = None) -> tuple[PyTree, ...]:
         """State of every layer (`None` for a layer without), made on the layer's device.
@@ -151,30 +173,31 @@ class Pipe(Call):
             x, side: inputs as for a call, or their shapes.
             params: needed if some layer has no `init`: then the shapes cannot be told without them.
         """
-        return self.model.init_state(*first_microbatch(x, side, self.chunks), params, self._make)
+        return self.model.init_state(*first_microbatch(x, side, self.chunks), params, self._executor.make)
 
-    def _make(self, layer: int, make: Callable[[Any], PyTree], key: Any) -> PyTree:
-        place = self._placed.layout.home(layer)
-        with jax.default_device(place.device):  # which does not move a committed key
-            return _put(make(None if key is None else place.put([key])[0]), place)
+    def place(self, params: Sequence[PyTree]) -> Any:
+        """Put the parameters of each layer on its device; Python numbers become arrays.
 
-    def place(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
-        """Put the parameters of each layer on its device. The structure stays; Python numbers become arrays.
+        Returns:
+            With `executor="placed"` the same structure. With `"scan"` an `fpipe.Packed`: one array over the mesh for each
+            parameter that all stages have, and for what they do not have alike arrays that are padded.
 
         Raises:
             ValueError: not one entry per layer.
         """
         check_params(self.model, params, "`place(params)`")
-        return tuple(_put(numbers_as_arrays(p), self._placed.layout.home(k)) for k, p in enumerate(params))
+        return self._executor.place(tuple(numbers_as_arrays(p) for p in params))
 
-    def gather(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
+    def gather(self, params: Any) -> tuple[PyTree, ...]:
         """The exact inverse of `place`: the parameters as for the plain composition, on the first device.
 
+        With a mesh over several processes they are on every device.
+
         Raises:
-            ValueError: not one entry per layer.
+            ValueError: not one entry per layer, or packed for another partition.
         """
-        check_params(self.model, params, "`gather(params)`")
-        return tuple(_put(p, Placement.of(self.devices[0])) for p in params)
+        self._executor.check(params, "`gather(params)`")
+        return self._executor.gather(params)
 
     # --- calls ---
 
@@ -219,15 +242,21 @@ class Pipe(Call):
         if loss_fn is None and targets:
             raise TypeError("`pipe.compile(params, x, *targets)`: targets belong to a loss: give `loss_fn=` too")
         loss = None if loss_fn is None else as_loss("value_and_grad", loss_fn, has_aux, reduction)
-        args = checked(self.model, Args(params, x, targets, side, key, state, bool(train)))
+        args = self._checked(Args(params, x, targets, side, key, state, bool(train)))
         numbers = () if loss is None else as_argnums(argnums)
         if numbers:
             check_argnums(argnums, numbers, args)
-        return self._placed.compile(args, loss, numbers, threads, as_progress(progress))
+        if isinstance(self._executor, Scan):
+            return self._executor.compile(args, loss, numbers)
+        return self._executor.compile(args, loss, numbers, threads, as_progress(progress))
+
+    def _checked(self, args: Args) -> Args:
+        self._executor.check(args.params, "a call's params")
+        return checked(self.model, args)
 
     def _forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         try:
-            return self._placed.forward(args)
+            return self._executor.forward(args)
         except TracedCallError:
             if only_shapes():
                 return self._reference()._forward(args)
@@ -235,7 +264,7 @@ class Pipe(Call):
 
     def _loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
         try:
-            return self._placed.loss(args, loss, argnums)
+            return self._executor.loss(args, loss, argnums)
         except TracedCallError:
             if only_shapes():
                 return self._reference()._loss(args, loss, argnums)
@@ -247,6 +276,10 @@ class Pipe(Call):
 
 def _remade(fields: dict[str, Any]) -> Pipe:
     fields = fields | {"devices": tuple(place.device for place in fields["devices"])}
+    if fields["mesh"] is not None:
+        grid, names, types = fields["mesh"]
+        devices = np.array([place.device for place in grid.flat]).reshape(grid.shape)
+        fields["mesh"] = Mesh(devices, names, axis_types=types)
     return Pipe(**fields)
 
 
@@ -271,8 +304,3 @@ def _checked_balance(balance: Any, model: Model, stages: Callable[[int], int]) -
     if sum(counts) != count:
         raise ValueError(f"{call}: that is {sum(counts)} layers, but the model has {count}")
     return counts
-
-
-def _put(tree: PyTree, place: Placement) -> PyTree:
-    arrays, spec = pack(tree)
-    return spec.unpack(place.put(arrays))

@@ -7,6 +7,8 @@ from typing import Any, TypeAlias
 import jax
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from fpipe._tree import PyTree, pack
+
 # `jax.Device` is a variable to type checkers: jaxlib does not declare it as a class.
 Device: TypeAlias = Any
 Place: TypeAlias = Device | Sharding
@@ -43,6 +45,11 @@ class Placement:
         """Arrays on this place, without a copy where they are there already."""
         # A `Device` is three times cheaper to dispatch to than a `Sharding`.
         return jax.device_put(list(arrays), self.device)
+
+    def put_tree(self, tree: PyTree) -> PyTree:
+        """A pytree's arrays on this place; what is no array stays."""
+        arrays, spec = pack(tree)
+        return spec.unpack(self.put(arrays))
 
     def holds(self, array: Any) -> bool:
         """Whether an array lives here."""

@@ -7,9 +7,17 @@ from typing import Any
 
 import jax
 
-from fpipe._call import Args, Result
+from fpipe._call import Args, Result, check_params
+from fpipe._given import (
+    check_backwards,
+    inputs_of,
+    numbered_leaves,
+    outer_leaves,
+    schedule_of,
+    settings,
+    wanted_leaves,
+)
 from fpipe._loss import Loss
-from fpipe._microbatch import cut_inputs
 from fpipe._placed._compile import Progress
 from fpipe._placed._loop import Bound, Dispatch, bind
 from fpipe._placed._tracers import refuse_tracers
@@ -45,6 +53,24 @@ class Placed:
         self._bound, self._kept = Recent(_PLANS), Recent(_PROGRAMS)
         self._constants: dict[tuple[Any, Placement], Any] = {}
 
+    def make(self, layer: int, f: Callable[[Any], PyTree], key: Any) -> PyTree:
+        """Run `f(key)` where a layer belongs."""
+        place = self.layout.home(layer)
+        with jax.default_device(place.device):  # which does not move a committed key
+            return place.put_tree(f(None if key is None else place.put([key])[0]))
+
+    def place(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
+        """The parameters of each layer on its device."""
+        return tuple(self.layout.home(k).put_tree(p) for k, p in enumerate(params))
+
+    def gather(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
+        """The parameters on the first device."""
+        return tuple(self.layout.home(0).put_tree(p) for p in params)
+
+    def check(self, params: Any, call: str) -> None:
+        """Refuse parameters that do not have one entry per layer. Where they are is looked at when a plan is."""
+        check_params(self.layout.stages[0].model, params, call)
+
     def forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         """`(y, state)`; under `jax.grad` and `jax.vjp` as a `custom_vjp`."""
         if is_traced(args):
@@ -60,7 +86,7 @@ class Placed:
         bound, slots = self._start("grad" if argnums else "loss", args, loss, argnums)
         plan, slots = bound.plan, bound.run(slots)
         assert plan.loss is not None
-        numbered = _numbered_leaves(args)
+        numbered = numbered_leaves(_counts(args), args)
         gradients = []
         for n in argnums:
             arrays, spec = pack(args.numbered[n])
@@ -71,15 +97,7 @@ class Placed:
 
     def schedule(self, microbatches: int) -> Schedule:
         """The schedule for that many microbatches, checked against the model."""
-        schedule = self._scheduling.make(self._map, microbatches)
-        for stage in self.layout.stages:
-            order = schedule.order("F", stage.index) if stage.stateful else ()
-            if list(order) != sorted(order):
-                raise ValueError(
-                    f"the schedule {schedule.name!r} runs the forwards of stage {stage.index} in the order {order}; layers "
-                    "with state need them in the order of the microbatches"
-                )
-        return schedule
+        return schedule_of(self._scheduling, self._map, self.layout.stages, microbatches)
 
     def _differentiable(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         """All forwards in the schedule's order, and a pull-back with all backwards in its order."""
@@ -109,7 +127,10 @@ class Placed:
             made.append(out)
             # A pull-back may run twice: it starts from these each time, and donates none of them.
             kept = {n: slots[n] for n in bound.later}
-            return flat, (list(kept.values()), _PullBack(bound, tuple(kept), _float0s(values), _vjp_leaves(full)))
+            return flat, (
+                list(kept.values()),
+                _PullBack(bound, tuple(kept), _float0s(values), outer_leaves(_counts(full), full)),
+            )
 
         def backward(residual: Any, cotangents: Any) -> tuple[Any, ...]:
             refuse_tracers(cotangents)
@@ -165,7 +186,7 @@ class Placed:
         if args.state is not None:
             others |= {Port("state", k): pack(args.state[k]) for s in self.layout.stages for k in s.stateful}
         identity = (
-            _settings(),
+            settings(),
             mode,
             args.train,
             loss,
@@ -194,29 +215,17 @@ class Placed:
         return bind(plan, self.layout, inputs, self._dispatch, self._constant)
 
     def _plan(self, mode: Any, args: Args, loss: Loss | None, asked: tuple[Any, ...]) -> tuple[Plan, Inputs]:
-        cut = cut_inputs(args.x, args.side, args.targets, self._chunks)
-        inputs = Inputs(
-            params=tuple(Shape.of(p) for p in args.params),
-            x=Shape.of(args.x),
-            side=Shape.of(args.side),
-            targets=Shape.of(args.targets),
-            key=None if args.key is None else Shape.of(args.key),
-            state=None if args.state is None else {k: Shape.of(s) for k, s in enumerate(args.state)},
-            cut=cut,
-        )
+        inputs = inputs_of(args, [Shape.of(p) for p in args.params], self._chunks)
         if mode == "vjp":
-            wanted = frozenset(leaf for leaf, a in zip(_vjp_leaves(args), asked, strict=True) if a)
+            leaves = [leaf for leaf, a in zip(outer_leaves(_counts(args), args), asked, strict=True) if a]
         else:
-            numbered = _numbered_leaves(args)
-            wanted = frozenset(
-                leaf for n in asked for leaf in numbered[n] if is_inexact(inputs.of(leaf.port).leaves[leaf.k])
-            )
-        schedule = self.schedule(cut.m)
-        if mode in ("grad", "vjp") and not schedule.backwards:
-            raise ValueError(
-                f"the schedule {schedule.name!r} has forwards only, and gradients are asked for; give it a B for every F"
-            )
-        request = Request(mode, args.train, loss, wanted, _settings())
+            numbered = numbered_leaves(_counts(args), args)
+            leaves = [leaf for n in asked for leaf in numbered[n]]
+        wanted = wanted_leaves(inputs, leaves)
+        schedule = self.schedule(inputs.cut.m)
+        if mode in ("grad", "vjp"):
+            check_backwards(schedule)
+        request = Request(mode, args.train, loss, wanted, settings())
         return lower(self.layout, schedule, self._remat, inputs, request, self._kept), inputs
 
     def _constant(self, value: Any, placement: Placement) -> Any:
@@ -303,27 +312,9 @@ def _instantiated(cotangent: Any, shape: jax.ShapeDtypeStruct) -> Any:
     return cotangent
 
 
-def _params_leaves(params: Sequence[PyTree]) -> tuple[Leaf, ...]:
-    return tuple(Leaf(Port("params", k), n) for k, p in enumerate(params) for n in range(len(pack(p)[0])))
-
-
-def _vjp_leaves(args: Args) -> tuple[Leaf, ...]:
-    """The leaves of `(params, x, side)`."""
-    return (
-        *_params_leaves(args.params),
-        *(Leaf(X, k) for k in range(len(pack(args.x)[0]))),
-        *(Leaf(SIDE, k) for k in range(len(pack(args.side)[0]))),
-    )
-
-
-def _numbered_leaves(args: Args) -> list[tuple[Leaf, ...]]:
-    """The leaves of each of `(params, x, *targets)`."""
-    counts, start = [len(pack(t)[0]) for t in args.targets], 0
-    out = [_params_leaves(args.params), tuple(Leaf(X, k) for k in range(len(pack(args.x)[0])))]
-    for count in counts:
-        out.append(tuple(Leaf(TARGETS, k) for k in range(start, start + count)))
-        start += count
-    return out
+def _counts(args: Args) -> list[int]:
+    """How many arrays each layer's parameters have."""
+    return [len(pack(p)[0]) for p in args.params]
 
 
 def _type(a: Any) -> Any:
@@ -338,19 +329,3 @@ def _type(a: Any) -> Any:
 def _type_or_shape(a: Any) -> Any:
     """`_type`, and for a shape that of an array of it."""
     return jax.make_jaxpr(lambda a: a)(a).in_avals[0] if isinstance(a, jax.ShapeDtypeStruct) else _type(a)
-
-
-# The settings of JAX that a trace bakes in, or that decide what it raises.
-_SETTINGS = (
-    "jax_enable_x64",
-    "jax_default_matmul_precision",
-    "jax_default_prng_impl",
-    "jax_enable_custom_prng",
-    "jax_numpy_dtype_promotion",
-    "jax_numpy_rank_promotion",
-    "jax_threefry_partitionable",
-)
-
-
-def _settings() -> tuple[Any, ...]:
-    return tuple([getattr(jax.config, name, None) for name in _SETTINGS])

@@ -10,4 +10,7 @@ from fpipe._plan._instructions import used_later as used_later
 from fpipe._plan._lower import lower as lower
 from fpipe._plan._programs import Inputs as Inputs
 from fpipe._plan._programs import Layout as Layout
+from fpipe._plan._programs import Programs as Programs
 from fpipe._plan._programs import Request as Request
+from fpipe._plan._programs import direct_pairs as direct_pairs
+from fpipe._plan._programs import split_pairs as split_pairs

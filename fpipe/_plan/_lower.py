@@ -15,7 +15,7 @@ from fpipe._microbatch import check_alike
 from fpipe._placement import Placement
 from fpipe._plan import _around as around
 from fpipe._plan._instructions import Feed, Instruction, Move, Output, Plan, Run, Slot, used_later, with_frees
-from fpipe._plan._programs import Inputs, Layout, Mode, Programs, Request, index
+from fpipe._plan._programs import Inputs, Layout, Mode, Programs, Request, direct_pairs, index, split_pairs
 from fpipe._program import Program, Ref
 from fpipe._recent import Recent
 from fpipe._remat import Remat
@@ -27,7 +27,8 @@ from fpipe.schedules import Action, Schedule, simulate
 def lower(layout: Layout, schedule: Schedule, remat: Remat, inputs: Inputs, request: Request, kept: Recent) -> Plan:
     """Lower a call to a plan; `kept` has the programs of earlier calls."""
     order = issue_order(schedule, request.mode)
-    return _Lowering(layout, order, Programs(layout, order, remat, inputs, request, kept)).plan()
+    direct, split = direct_pairs(order, layout.placements), split_pairs(order)
+    return _Lowering(layout, order, Programs(layout, direct, split, remat, inputs, request, kept)).plan()
 
 
 def issue_order(schedule: Schedule, mode: Mode) -> list[Action]:

@@ -1,7 +1,7 @@
 """The programs of a call: each stage traced once for each shape of microbatch, and cut into programs."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -106,9 +106,14 @@ def index(i: int) -> np.uint32:
     return np.uint32(i)
 
 
-def direct_pairs(order: Sequence[Action], placements: Sequence[Placement]) -> frozenset[tuple[int, int]]:
+def split_pairs(order: Iterable[Action]) -> frozenset[tuple[int, int]]:
+    """The (stage, microbatch) pairs whose backward is cut into `I` and `W`."""
+    return frozenset((a.stage, a.microbatch) for a in order if a.kind == "I")
+
+
+def direct_pairs(order: Iterable[Action], placements: Sequence[Hashable]) -> frozenset[tuple[int, int]]:
     """The (stage, microbatch) pairs whose backward, or input gradient, is what their device runs next after the forward."""
-    last: dict[Placement, Action] = {}
+    last: dict[Hashable, Action] = {}
     found = set()
     for a in order:
         place = placements[a.stage]
@@ -119,17 +124,29 @@ def direct_pairs(order: Sequence[Action], placements: Sequence[Placement]) -> fr
 
 
 class Programs:
-    """The programs of a call, by stage and microbatch. Microbatches of one shape share them, and so do calls: `kept` has
-    what other calls made.
+    """The programs of a call, by stage and microbatch. Microbatches of one shape share them, and so do calls.
+
+    Arguments:
+        direct, split: (stage, microbatch) pairs, see `direct_pairs` and `split_pairs`.
+        kept: what other calls made.
     """
 
+    # Whether programs take the call's inputs whole and cut their piece out themselves, and add to sums that come in.
+    whole = True
+
     def __init__(
-        self, layout: Layout, order: Sequence[Action], remat: Remat, inputs: Inputs, request: Request, kept: Recent
+        self,
+        layout: Layout,
+        direct: Set[tuple[int, int]],
+        split: Set[tuple[int, int]],
+        remat: Remat,
+        inputs: Inputs,
+        request: Request,
+        kept: Recent,
     ) -> None:
         self.layout, self.inputs, self.request, self.warnings = layout, inputs, request, dict[str, None]()
         self._kept = kept
-        self._remat, self._direct = remat, direct_pairs(order, layout.placements)
-        self._split = frozenset((a.stage, a.microbatch) for a in order if a.kind == "I")
+        self._remat, self._direct, self._split = remat, direct, split
         shares = inputs.cut.shares
         self._scales = shares if request.loss and request.loss.reduction == "mean" else (1.0,) * len(shares)
         self._flats: dict[Any, Flat] = {}
@@ -150,7 +167,7 @@ class Programs:
 
     def joint(self, s: int, i: int) -> Joint:
         """Forward and backward as one graph."""
-        return self._joints[s, self.inputs.cut.variant(i), self._recomputes(s, i)]
+        return self._joints[s, self.inputs.cut.variant(i), self.recomputes(s, i)]
 
     def of(self, s: int, i: int) -> Mapping[Kind, Program]:
         """The programs of a stage for that microbatch, by kind; what has nothing to compute is not there."""
@@ -161,7 +178,7 @@ class Programs:
         key = (id(joint), scale, counts, split)
         if key not in self._cut:
             windows = tuple(self._windows(s, i).items())
-            options = Options(split, scale, counts, self._returned(s), windows, self.inputs.cut.m > 1)
+            options = Options(split, scale, counts, self._returned(s), windows, self._accumulates)
             made = self._shared(s, (joint, options), lambda: cut(joint, options, lambda code: self._compile(s, code)))
             self.warnings.update(dict.fromkeys(made.warnings))
             self._cut[key] = made
@@ -182,12 +199,17 @@ class Programs:
             return 1
         return len(self.readers(s, leaf, i))
 
-    def _recomputes(self, s: int, i: int) -> bool:
+    @property
+    def _accumulates(self) -> bool:
+        return self.whole and self.inputs.cut.m > 1
+
+    def recomputes(self, s: int, i: int) -> bool:
+        """Whether the backward of that microbatch recomputes its forward."""
         direct = (s, i) in self._direct
         return self.request.differentiates and self._remat.recomputes(i, self.inputs.cut.m, direct)
 
     def _trace(self, stage: Stage, i: int, reach: dict[tuple[int, Leaf], bool]) -> None:
-        s, variant, recomputes = stage.index, self.inputs.cut.variant(i), self._recomputes(stage.index, i)
+        s, variant, recomputes = stage.index, self.inputs.cut.variant(i), self.recomputes(stage.index, i)
         if (s, variant) not in self._flats:
             self._flats[s, variant] = self._flatten(stage, i)
         if (s, variant, recomputes) in self._joints:
@@ -237,7 +259,7 @@ class Programs:
 
     def _windows(self, s: int, i: int) -> dict[Ref, Window]:
         """What a stage's programs take whole and cut themselves: the call's inputs, and cotangents of its `y`."""
-        if self.inputs.cut.m == 1:
+        if self.inputs.cut.m == 1 or not self.whole:
             return {}
         flat, first, out = self.flat(s, i), self.flat(s, 0), dict[Ref, Window]()
         whole = dict(zip(first.inputs, first.shapes, strict=True))
@@ -253,6 +275,8 @@ class Programs:
     def _returned(self, s: int) -> frozenset[Leaf]:
         """A stage's outputs that the user gets as they are: its states, and the `y` of a single microbatch."""
         stage, outputs = self.layout.stages[s], self.flat(s, 0).outputs
+        if not self.whole:
+            return frozenset()
         whole = stage.last and self.inputs.cut.m == 1
         return frozenset(leaf for leaf in outputs if leaf.port.kind == "state" or (whole and leaf.port == Y))
 

@@ -1,0 +1,357 @@
+"""A machine as one program: `lax.scan` over its ticks inside `jax.shard_map` over the mesh axis `"stage"`.
+
+Every operation is a `lax.cond` whose other branch passes its buffers on. XLA then updates them in place; a `lax.switch`
+over several operations would copy every buffer at each tick (measured on jax 0.10.2, CPU).
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from fpipe._loss import sum_dtype
+from fpipe._scan._machine import (
+    Add,
+    Held,
+    Machine,
+    Number,
+    Op,
+    Param,
+    Piece,
+    PoolName,
+    Put,
+    Segment,
+    Send,
+    SetState,
+    Slotted,
+    Source,
+    StateLeaf,
+    Write,
+)
+from fpipe._scan._mesh import AXIS
+from fpipe._scan._packing import Row
+from fpipe._scan._storage import Storage, is_key
+from fpipe._stage import Port
+
+# What a segment carries from tick to tick, and its parts by name.
+Name: TypeAlias = tuple[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Runner:
+    """Runs a machine on a mesh.
+
+    Attributes:
+        rows: of a microbatch.
+        idle: what fills everything that nothing has been put in.
+    """
+
+    machine: Machine
+    mesh: Mesh
+    rows: int
+    idle: float = 0.0
+
+    @property
+    def left(self) -> list[Name]:
+        """What a segment leaves for the next."""
+        state = self.machine.state
+        rows = () if state is None else range(len(state.rows))
+        return [*(("pool", name) for name in self.machine.pools), *(("state", r) for r in rows)]
+
+    def __call__(
+        self,
+        n: int,
+        params: Sequence[Any],
+        state: Sequence[Any] | None,
+        inputs: Mapping[Port, Sequence[Any]],
+        carried: Mapping[Name, Any] | None = None,
+    ) -> tuple[dict[Any, Any], dict[Name, Any], list[Any], dict[Name, Any]]:
+        """Run the `n`-th segment.
+
+        Arguments:
+            params, state: rows.
+            inputs: arrays by port; those that are cut have a first axis of microbatches.
+            carried: what the segment before left.
+
+        Returns:
+            Outputs by name, with a first axis of microbatches; gradients by name (`("row", r)` has an axis of devices);
+            the state's rows; and what the next segment needs.
+        """
+        segment = _Segment(self, self.machine.segments[n], last=n == len(self.machine.segments) - 1)
+        return segment.run(params, state, inputs, carried)
+
+
+class _Segment:
+    def __init__(self, runner: Runner, segment: Segment, last: bool) -> None:
+        self.machine, self.mesh, self.rows = runner.machine, runner.mesh, runner.rows
+        self.segment, self.idle, self.last, self.left = segment, runner.idle, last, runner.left
+        machine = self.machine
+        ops = [s.op for phase in segment.ops for s in phase]
+        targets = [t for op in ops for t in op.targets]
+        self.storage = {name: Storage(pool.avals, self.rows) for name, pool in machine.pools.items()}
+        self.outputs = [n for n in machine.outputs if any(isinstance(t, Write) and t.output == n for t in targets)]
+        wires = {a.wire for phase in segment.wires for a in phase}
+        self.names: list[Name] = [("pool", name) for name in machine.pools]
+        self.names += [("outbox", name) for name in machine.wires if name in wires]
+        self.names += [("output", name) for name in self.outputs]
+        adds = dict.fromkeys((t.to, t.of) for t in targets if isinstance(t, Add))
+        self.grads: list[Name] = list(adds)
+        self.names += self.grads
+        self.stateful = any(isinstance(t, SetState) for t in targets)
+        if machine.state is not None:
+            self.names += [("state", r) for r in range(len(machine.state.rows))]
+        self.at = {name: n for n, name in enumerate(self.names)}
+
+    # --- outside the mesh ---
+
+    def run(self, params: Any, state: Any, inputs: Any, carried: Any) -> Any:
+        """Under `shard_map`."""
+        table = jnp.asarray(self.segment.table)
+        ports = list(inputs)
+        flat = [list(inputs[port]) for port in ports]
+        # Keys cross the boundary as numbers.
+        keys = [[a.dtype if is_key(a.dtype) else None for a in arrays] for arrays in flat]
+        flat = [[jax.random.key_data(a) if is_key(a.dtype) else a for a in arrays] for arrays in flat]
+        left = list(carried or ())
+        kept = [] if self.last else self.left
+
+        def local(table: Any, params: Any, state: Any, flat: Any, before: Any) -> Any:
+            arrays = {
+                port: [
+                    a if dtype is None else jax.random.wrap_key_data(a, impl=jax.random.key_impl(jnp.zeros((), dtype)))
+                    for a, dtype in zip(own, dtypes, strict=True)
+                ]
+                for port, own, dtypes in zip(ports, flat, keys, strict=True)
+            }
+            first = {name: [a[0] for a in value] for name, value in zip(left, before, strict=True)}
+            params, state = [a[0] for a in params], None if state is None else [a[0] for a in state]
+            out = self._scan(table[0], params, state, arrays, first)
+            outputs = [self._everywhere(out["output", name]) for name in self.outputs]
+            grads = self._gradients(out)
+            rows = [] if self.machine.state is None else [out["state", r] for r in range(len(self.machine.state.rows))]
+            after = [[a[None] for a in (out[n] if isinstance(out[n], list) else [out[n]])] for n in kept]
+            return (
+                outputs,
+                [grads[n] for n in grads if n[0] != "row"],
+                [grads[n][None] for n in grads if n[0] == "row"],
+                [a[None] for a in rows],
+                after,
+            )
+
+        split = P(AXIS)
+        run = jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=(split, split, split, P(), split),
+            out_specs=(P(), P(), split, split, split),
+            axis_names={AXIS},
+            check_vma=False,
+        )
+        before = [carried[name] for name in left] if carried else []
+        outputs, whole, rows, new_state, after = run(table, list(params), state, flat, before)
+        names = self._gradient_names()
+        grads = dict(zip([n for n in names if n[0] != "row"], whole, strict=True))
+        grads |= dict(zip([n for n in names if n[0] == "row"], rows, strict=True))
+        return (
+            dict(zip(self.outputs, outputs, strict=True)),
+            grads,
+            new_state,
+            dict(zip(kept, after, strict=True)),
+        )
+
+    # --- on one device ---
+
+    def _scan(self, table: Any, params: Any, state: Any, arrays: Any, first: Mapping[Name, Any]) -> dict[Name, Any]:
+        loans = [self._lend(params, n) for n in range(len(self.machine.loans))]
+        start = [first[name] if name[0] == "pool" and name in first else self._start(name, state, first) for name in self.names]
+
+        def tick(carry: list[Any], row: Any) -> tuple[list[Any], None]:
+            for p, ops in enumerate(self.segment.ops):
+                if self.idle:
+                    for name in self.names:
+                        if name[0] == "outbox":
+                            carry[self.at[name]] = self._blank(name[1], ())
+                for slotted in ops:
+                    carry = self._operate(slotted, carry, row[p], params, loans, arrays)
+                for wire, column, used in self.segment.wires[p]:
+                    carry = self._carry(wire, carry, row[p, column], row[p, used] > 0)
+            return carry, None
+
+        carry, _ = jax.lax.scan(tick, start, table)
+        return dict(zip(self.names, carry, strict=True))
+
+    def _start(self, name: Name, state: Any, first: Mapping[Name, Any]) -> Any:
+        what, of = name
+        if what == "pool":
+            return self._blank(of, (self.machine.pools[of].slots,))
+        if what == "outbox":
+            return self._blank(of, ())
+        if what == "output":
+            aval = self.machine.outputs[of][0]
+            return jnp.zeros((self.machine.microbatches, *aval.shape), aval.dtype)
+        if what == "state":
+            return first[name][0] if name in first else state[of]
+        shape, dtype = self._gradient_shape(name)
+        return jnp.zeros(shape, sum_dtype(dtype))
+
+    def _blank(self, pool: PoolName, slots: tuple[int, ...]) -> list[Any]:
+        def fill(dtype: Any) -> Any:
+            inexact = jnp.issubdtype(dtype, jnp.inexact)
+            return self.idle if inexact else (1 if self.idle else 0)
+
+        return [jnp.full((*slots, *a.shape), fill(a.dtype), a.dtype) for a in self.storage[pool].shapes]
+
+    def _gradient_shape(self, name: Name) -> tuple[tuple[int, ...], Any]:
+        to, of = name
+        if to == "row":
+            return self.machine.params.rows[of].shape, self.machine.params.rows[of].dtype
+        if to == "borrowed":
+            return self.machine.loans[of].aval.shape, self.machine.loans[of].aval.dtype
+        aval = self.machine.inputs[of]
+        return aval.shape, aval.dtype
+
+    def _lend(self, params: Sequence[Any], n: int) -> Any:
+        row, owner, borrower, aval = self.machine.loans[n]
+        own = self.machine.params.rows[row].take(params[row], aval.shape)
+        return jax.lax.ppermute(own, AXIS, [(owner, borrower)])
+
+    def _operate(self, slotted: Slotted, carry: list[Any], row: Any, params: Any, loans: Any, arrays: Any) -> list[Any]:
+        """An operation, where the table says so."""
+        op, column, first = slotted
+        written = sorted({self.at[name] for name in map(_written, op.targets) if name in self.at})
+
+        def run(own: list[Any]) -> list[Any]:
+            view = list(carry)
+            for n, value in zip(written, own, strict=True):
+                view[n] = value
+            with jax.named_scope(op.name):
+                self._apply(op, view, row[first:], params, loans, arrays)
+            return [view[n] for n in written]
+
+        new = jax.lax.cond(row[column] > 0, run, lambda own: own, [carry[n] for n in written])
+        out = list(carry)
+        for n, value in zip(written, new, strict=True):
+            out[n] = value
+        return out
+
+    def _apply(self, op: Op, view: list[Any], args: Any, params: Any, loans: Any, arrays: Any) -> None:
+        values = [self._fetch(source, view, args, params, loans, arrays) for source in op.fetch]
+        if op.code is not None:
+            values += op.code(*[values[n] for n in op.ins])
+        for target in op.targets:
+            if isinstance(target, Put):
+                n = self.at["pool", target.pool]
+                own = [values[v] for v in target.values]
+                view[n] = self.storage[target.pool].put(target.avals, own, view[n], args[target.arg])
+            elif isinstance(target, Send):
+                n = self.at["outbox", target.wire]
+                view[n] = self.storage[target.wire].pack(target.avals, [values[v] for v in target.values], view[n])
+            elif isinstance(target, Add):
+                n = self.at[target.to, target.of]
+                view[n] = _added(view[n], values[target.value])
+            elif isinstance(target, Write):
+                n = self.at["output", target.output]
+                value = values[target.value]
+                if target.add:
+                    value = value + jax.lax.dynamic_index_in_dim(view[n], args[0], keepdims=False)
+                view[n] = jax.lax.dynamic_update_index_in_dim(view[n], value, args[0], 0)
+            else:
+                assert self.machine.state is not None
+                row = self.machine.state.rows[target.row]
+                view[self.at["state", target.row]] = _into(row, view[self.at["state", target.row]], values[target.value])
+
+    def _fetch(self, source: Source, view: list[Any], args: Any, params: Any, loans: Any, arrays: Any) -> Any:
+        if isinstance(source, Param):
+            if source.borrowed:
+                return loans[source.row]
+            return self.machine.params.rows[source.row].take(params[source.row], source.aval.shape)
+        if isinstance(source, StateLeaf):
+            assert self.machine.state is not None
+            return self.machine.state.rows[source.row].take(view[self.at["state", source.row]], source.aval.shape)
+        if isinstance(source, Number):
+            return args[source.arg].astype(jnp.uint32)
+        if isinstance(source, Held):
+            pool = view[self.at["pool", source.pool]]
+            return self.storage[source.pool].take(source.avals, source.k, pool, args[source.arg])
+        whole = arrays[source.port][source.k]
+        return whole if source.whole else jax.lax.dynamic_index_in_dim(whole, args[0], keepdims=False)
+
+    def _carry(self, wire: PoolName, carry: list[Any], slot: Any, used: Any) -> list[Any]:
+        """What the outboxes hold goes to the pools of the receivers."""
+        box, pool = self.at["outbox", wire], self.at["pool", wire]
+        pairs = self.machine.wires[wire].pairs
+
+        def move(own: list[Any]) -> list[Any]:
+            arrived = [jax.lax.ppermute(a, AXIS, pairs) for a in carry[box]]
+            return [jax.lax.dynamic_update_index_in_dim(p, a, slot, 0) for p, a in zip(own, arrived, strict=True)]
+
+        out = list(carry)
+        if self.machine.wires[wire].always:
+            out[pool] = move(carry[pool])
+        else:  # the same on every device, so all of them are there or none
+            out[pool] = jax.lax.cond(used, move, lambda own: own, carry[pool])
+        return out
+
+    # --- afterwards ---
+
+    def _everywhere(self, value: Any) -> Any:
+        """What some devices wrote, on all of them."""
+        if self.machine.devices == 1:
+            return value
+        if value.dtype == jnp.bool_:
+            return jax.lax.psum(value.astype(jnp.uint8), AXIS) > 0
+        return jax.lax.psum(value, AXIS)
+
+    def _gradient_names(self) -> list[Name]:
+        """The gradients that leave: rows, those to which lent parameters add included, and whole inputs."""
+        rows = {of for to, of in self.grads if to == "row"}
+        rows |= {self.machine.loans[of].row for to, of in self.grads if to == "borrowed"}
+        return [("row", r) for r in sorted(rows)] + [n for n in self.grads if n[0] == "input"]
+
+    def _gradients(self, out: Mapping[Name, Any]) -> dict[Name, Any]:
+        grads = {}
+        for name in self._gradient_names():
+            if name in out:
+                grads[name] = out[name] if name[0] == "row" else self._everywhere(out[name])
+            else:
+                shape, dtype = self._gradient_shape(name)
+                grads[name] = jnp.zeros(shape, sum_dtype(dtype))
+        for to, of in self.grads:
+            if to == "borrowed":
+                row, owner, borrower, _ = self.machine.loans[of]
+                back = jax.lax.ppermute(out[to, of], AXIS, [(borrower, owner)])
+                grads["row", row] = _added(grads["row", row], back)
+        return grads
+
+
+def _written(target: Any) -> Name:
+    """The part of the carry that a target writes."""
+    if isinstance(target, Put):
+        return "pool", target.pool
+    if isinstance(target, Send):
+        return "outbox", target.wire
+    if isinstance(target, Add):
+        return target.to, target.of
+    if isinstance(target, Write):
+        return "output", target.output
+    return "state", target.row
+
+
+def _added(total: Any, value: Any) -> Any:
+    """A sum in a row's block, which may be longer and flat."""
+    value = value.astype(total.dtype)
+    if value.shape == total.shape:
+        return total + value
+    flat = value.reshape(-1)
+    return total + flat if flat.shape == total.shape else total.at[: flat.shape[0]].add(flat)
+
+
+def _into(row: Row, block: Any, value: Any) -> Any:
+    """A value in a row's block."""
+    if value.shape == row.shape:
+        return value
+    return jax.lax.dynamic_update_slice_in_dim(block, value.reshape(-1), 0, 0)
