@@ -115,7 +115,8 @@ class Scan:
     def loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
         """The loss, and the gradients of the numbered arguments."""
         step = self.step("grad" if argnums else "loss", args, loss, argnums)
-        value, aux, state, found = step.loss(*self._flat(args))
+        value, aux, state, made = step.loss(*self._flat(args))
+        found = dict(zip(step.gradient_names, made, strict=True))
         counts = [len(shape.leaves) for shape in args.params.packing.shapes]
         leaves, gradients = numbered_leaves(counts, args), []
         for n in argnums:
@@ -215,7 +216,8 @@ class _PullBack:
         """The gradients of the arguments."""
         shapes = self.step.out[Y].leaves
         given = [_instantiated(c, a) for c, a in zip(cotangents, shapes, strict=False)]
-        found = self.step.backward(*scan._flat(args), left, given)
+        made = self.step.backward(*scan._flat(args), left, given)
+        found = dict(zip(self.step.gradient_names, made, strict=True))
         counts = [len(shape.leaves) for shape in self.packing.shapes]
         outer = [leaf for leaf in outer_leaves(counts, args) if leaf.port.kind != "params"]
         keys: list[Any] = [*range(len(self.packing.rows)), *outer]

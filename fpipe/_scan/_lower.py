@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from fpipe._plan import Inputs, Layout, Programs, Request, direct_pairs, split_pairs
-from fpipe._program import Code, Program, Ref
+from fpipe._program import Code, Flat, Program, Ref
 from fpipe._recent import Recent
 from fpipe._remat import Remat
 from fpipe._scan._coloring import edge_colors, slots
@@ -40,8 +40,8 @@ from fpipe._scan._machine import (
 from fpipe._scan._packing import Packing
 from fpipe._scan._ticks import Ticks, cheaper
 from fpipe._scan._units import Units
-from fpipe._stage import INDEX, KEY, SIDE, TARGETS, Leaf, Port, X, Y
-from fpipe._tree import Shape
+from fpipe._stage import INDEX, KEY, SIDE, TARGETS, Leaf, Port, Stage, X, Y
+from fpipe._tree import Shape, is_inexact
 from fpipe.schedules import Action, Costs, Schedule
 
 # What a bundle is: its direction, the unit that makes it, the port as its maker calls it, and the unit that it is a gradient
@@ -53,6 +53,19 @@ class UnitPrograms(Programs):
     """Programs as bare code, which takes pieces and adds nothing up."""
 
     whole = False
+
+    def __init__(self, units: Units, *args: Any) -> None:
+        self._roles = units.roles
+        super().__init__(Layout(units.stages, ()), *args)
+
+    def _wanted(self, stage: Stage, flat: Flat, reach: Mapping[tuple[int, Leaf], bool]) -> frozenset[Leaf]:
+        """A core's input gradient is always made: the first core is then the same program as the others, and a tick takes
+        as long as theirs anyway."""
+        wanted = super()._wanted(stage, flat, reach)
+        if self._roles[stage.index] != "core" or not self.request.wanted:
+            return wanted
+        pairs = zip(flat.inputs, flat.shapes, strict=True)
+        return wanted | {leaf for leaf, a in pairs if leaf.port == X and is_inexact(a)}
 
     def _compile(self, s: int, code: Code) -> Any:
         del s
@@ -133,8 +146,7 @@ class _Lowering:
         # Of several units of a stage only the last one's backward follows its forward.
         direct_units = {(units.of_stage[s][-1], i) for s, i in direct}
         split = {(u, i) for s, i in split_pairs(order) for u in units.of_stage[s]}
-        layout = Layout(units.stages, ())
-        self.programs = UnitPrograms(layout, direct_units, split, remat, inputs, request, kept)
+        self.programs = UnitPrograms(units, direct_units, split, remat, inputs, request, kept)
         self.kinds = {
             (s, i): tuple(k for k in "FBIW" if Action(k, s, i) in self.position)  # type: ignore[arg-type]
             for s in range(len(units.of_stage))

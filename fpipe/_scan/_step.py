@@ -82,7 +82,7 @@ class Step:
         given: Mapping[Port, Sequence[Any]],
         left: Sequence[Any],
         cotangents: Sequence[Any],
-    ) -> dict[Leaf | int, Any]:
+    ) -> list[Any]:
         pieces = self._pieces(given)
         shapes = self.out[Y].leaves
         pieces[Port("y")] = [
@@ -152,27 +152,30 @@ class Step:
         return Shape.of(jax.eval_shape(lambda s: tuple(self._finished(dict(enumerate(s))).values()), packing.trees([
             packing.shape(e) for e in packing.entries])))
 
-    def _gradients(self, outputs: Mapping[Any, Any], found: Mapping[Any, Any], weight: Any) -> dict[Any, Any]:
-        """Gradients by row and by leaf of an input, in their own dtype."""
+    @cached_property
+    def gradient_names(self) -> list[int | Leaf]:
+        """What a backward returns: rows, and leaves of inputs. A leaf that nothing depends on is not there."""
+        params, leaves = self.machine.params, sorted(self.request.wanted, key=str)
+        rows = {params.where[leaf.port.of, leaf.k][0] for leaf in leaves if leaf.port.kind == "params"}
+        made = [leaf for leaf in leaves if tuple(leaf) in self.machine.inputs or leaf in self.machine.outputs]
+        return [*sorted(rows), *(leaf for leaf in made if leaf.port.kind != "params")]
+
+    def _gradients(self, outputs: Mapping[Any, Any], found: Mapping[Any, Any], weight: Any) -> list[Any]:
+        """Gradients in the order of `gradient_names`, in their own dtype."""
 
         def finish(a: Any, dtype: Any) -> Any:
             return (a if weight is None else divided(wide(a), weight)).astype(dtype)
 
-        out: dict[Any, Any] = {}
-        for leaf in self.request.wanted:
-            port, k = leaf
-            if port.kind == "params":
-                row = self.machine.params.where[port.of, k][0]
-                if row not in out:
-                    out[row] = finish(self._row(row, found), self.machine.params.rows[row].dtype)
+        out = []
+        for name in self.gradient_names:
+            if isinstance(name, int):
+                out.append(finish(self._row(name, found), self.machine.params.rows[name].dtype))
                 continue
-            shape = self.inputs.of(port).leaves[k]
-            if (port, k) in self.machine.inputs:
-                out[leaf] = finish(found["input", (port, k)], shape.dtype)
-            elif leaf in outputs and port.kind in ("x", "side", "targets"):
-                out[leaf] = finish(outputs[leaf].reshape(shape.shape), shape.dtype)
+            shape = self.inputs.of(name.port).leaves[name.k]
+            whole = tuple(name) in self.machine.inputs
+            made = found["input", tuple(name)] if whole else outputs[name].reshape(shape.shape)
+            out.append(finish(made, shape.dtype))
         return out
-
 
     def _row(self, row: int, found: Mapping[Any, Any]) -> Any:
         if ("row", row) in found:
