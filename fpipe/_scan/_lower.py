@@ -152,6 +152,7 @@ class _Lowering:
             for s in range(len(units.of_stage))
             for i in range(self.m)
         }
+        self.groups = self._groups()
         self.identities: dict[int, Hashable] = {}
         self.loans: dict[tuple[tuple[int, int], int], int] = {}
         self.outputs: dict[Any, tuple[jax.ShapeDtypeStruct, set[int]]] = {}
@@ -167,12 +168,14 @@ class _Lowering:
         programs = self.programs.of(u, i)
         return {k: programs[k] for k in self.kinds[self.units.stage_of[u], i] if k in programs}
 
-    def variants(self, u: int) -> dict[int, list[int]]:
-        """Microbatches by the programs that they share."""
-        out: dict[int, list[int]] = {}
+    def _groups(self) -> list[list[int]]:
+        """Microbatches for which every unit runs the same programs."""
+        out: dict[Hashable, list[int]] = {}
         for i in range(self.m):
-            out.setdefault(id(self.programs.of(u, i)), []).append(i)
-        return out
+            programs = [id(self.programs.of(u, i)) for u in range(len(self.units.stages))]
+            kinds = [self.kinds[s, i] for s in range(len(self.units.of_stage))]
+            out.setdefault((*programs, *kinds), []).append(i)
+        return list(out.values())
 
     def resolved(self, u: int, i: int, kind: str, ref: Ref) -> Ref:
         """What a reference stands for that is another value as it is."""
@@ -289,12 +292,11 @@ class _Lowering:
         """Colour what goes between devices into the fewest wires."""
         self.route: dict[tuple[Value, int], PoolName] = {}
         self.pairs: dict[PoolName, set[tuple[int, int]]] = collections.defaultdict(set)
-        last = {s: [g[0] for g in self._stage_variants(s).values()] for s in range(len(self.units.of_stage))}
         for direction, kinds in (("forward", "F"), ("backward", "BI")):
             sent = [
                 (self.units.device[self.units.of_stage[s][0]], d, values)
-                for s, some in last.items()
-                for i in some
+                for s in range(len(self.units.of_stage))
+                for i, *_ in self.groups
                 for kind in kinds
                 if kind in self.kinds[s, i]
                 for d, values in self.messages(s, i, kind).items()
@@ -316,13 +318,6 @@ class _Lowering:
             for a, b, values in sent:
                 for value, color in zip(values, of[a, b], strict=False):
                     self.route[value, b] = PoolName(direction, color)  # type: ignore[arg-type]
-
-    def _stage_variants(self, s: int) -> dict[Any, list[int]]:
-        out: dict[Any, list[int]] = {}
-        for i in range(self.m):
-            key = tuple(id(self.programs.of(u, i)) for u in self.units.of_stage[s])
-            out.setdefault((key, self.kinds[s, i]), []).append(i)
-        return out
 
     # --- classes: units whose code is the same ---
 
@@ -359,7 +354,7 @@ class _Lowering:
     def place(self) -> None:
         """Where each value waits for each unit that reads it, and the slots of each pool."""
         self.waits: dict[tuple[Value, int], PoolName] = {}
-        groups = [(u, g[0]) for u in range(len(self.units.stages)) for g in self.variants(u).values()]
+        groups = [(u, i) for u in range(len(self.units.stages)) for i, *_ in self.groups]
         remote: dict[Hashable, PoolName] = {}
         local: list[tuple[Hashable, Value, int]] = []
         for u, i in groups:
@@ -400,7 +395,7 @@ class _Lowering:
         intervals: dict[tuple[PoolName, int], list[tuple[int, int, Any]]] = collections.defaultdict(list)
         self.shapes: dict[PoolName, dict[Avals, None]] = collections.defaultdict(dict)
         for s in range(len(self.units.of_stage)):
-            for microbatches in self._stage_variants(s).values():
+            for microbatches in self.groups:
                 self._intervals(s, microbatches, intervals)
         self.slot: dict[tuple[PoolName, int, Value, int], int] = {}
         self.count: dict[PoolName, int] = {name: 0 for name, _ in intervals}
@@ -444,8 +439,7 @@ class _Lowering:
         the table tells who looks."""
         self.targets: dict[Hashable, dict[PoolName, bool]] = collections.defaultdict(dict)
         for u in range(len(self.units.stages)):
-            for g in self.variants(u).values():
-                i = g[0]
+            for i, *_ in self.groups:
                 for kind in self.of(u, i):
                     for value in self.made(u, i, kind):
                         role = self._maker_role(value, i)
@@ -477,7 +471,7 @@ class _Lowering:
             return args.index(what)
 
         fetched = self.fetched(u, i, kind)
-        sources = tuple(self._source(u, i, ref, arg) for ref in fetched)
+        sources = tuple(self._source(u, i, kind, ref, arg) for ref in fetched)
         where = {ref: n for n, ref in enumerate(fetched)}
         where |= {ref: len(fetched) + n for n, ref in enumerate(program.outs)}
         code = program.call
@@ -514,14 +508,11 @@ class _Lowering:
         )
         return _Ready(op, tuple(args))
 
-    def _source(self, u: int, i: int, ref: Ref, arg: Callable[[Any], int]) -> Source:
-        refs: list[Ref]
-        for n, kept in enumerate(("saved", "shared")):
-            if ref in self.saved(u, i)[n]:
-                value = (kept, u, None)
-                refs, avals = self.bundle(value, i)
-                name = self.pool_of(value, u, i)
-                return Held(name, arg((name, value)), avals, refs.index(ref))
+    def _source(self, u: int, i: int, kind: str, ref: Ref, arg: Callable[[Any], int]) -> Source:
+        earlier = {"F": (), "W": ("saved", "shared")}.get(kind, ("saved",))
+        for kept in earlier:
+            if ref in self.saved(u, i)[kept == "shared"]:
+                return self._held((kept, u, None), ref, u, i, arg)
         assert ref.leaf is not None, ref
         port, k = ref.leaf
         flat, stage = self.programs.flat(u, i), self.units.stages[u]
