@@ -102,7 +102,7 @@ class Maker:
                 return lambda: None, 0, 0
             if schedule not in self.params:
                 keys = [jax.random.fold_in(self.key, k) for k in range(BLOCKS)]
-                self.params[schedule] = [layer.init(key, shape) for layer, key in zip(self.layers, keys, strict=True)]
+                self.params[schedule] = [init(key, shape) for key in keys]
             call = unpipelined(checkpoint == "always", m)
             x, t = map(jnp.asarray, self.arrays)
         else:

@@ -159,6 +159,7 @@ class Workers:
         return f"the {self.library} worker {rank} {what} at {line or 'its start'!r}; the end of its stderr:\n{tail}"
 
     def close(self) -> None:
+        """End both, whatever they are doing."""
         for process in self.processes:
             process.kill()
         for process in self.processes:
@@ -226,7 +227,7 @@ def warm_up(rows: list[Row], workers: dict[str, Workers]) -> None:
     """Compile and run each once; pipelined and unpipelined steps of a library must compute the same."""
     want: dict[str, list[float]] = {}
     for k, row in enumerate(rows):
-        library, schedule, _, _ = row
+        library = row[0]
         print(f"warming up {k + 1}/{len(rows)}: {library} {name_of(row)}", file=sys.stderr, flush=True)
         got = [float(word) for word in workers[library].ask(f"warm {name_of(row)}")[0]]
         expected = want.setdefault(library, got)
