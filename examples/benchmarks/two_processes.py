@@ -101,10 +101,10 @@ class Workers:
         self.processes: list[subprocess.Popen[str]] = []
         self.errors = [tempfile.TemporaryFile() for _ in cores]  # noqa: SIM115
         everywhere = os.sched_getaffinity(0)
-        # gloo over loopback, for a host's name may lead to an address that does not answer.
-        env = os.environ | {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
+        env = os.environ | {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
         if library == "torch":
             env.pop("PYTHONPATH", None)  # that is for the other environment
+            env["GLOO_SOCKET_IFNAME"] = "lo"  # a host's name may lead to an address that does not answer
         port = free_port()
         for rank, core in enumerate(cores):
             given = json.dumps(options | {"rank": rank, "port": port})
