@@ -261,7 +261,7 @@ def print_tables(seconds: dict[Row, float], args: argparse.Namespace) -> None:
             speed_up = seconds[library, "", checkpoint, m] / seconds[row]
             top = ideal(schedule, m)
             text += f"   {speed_up:8.2f}   {top:5.2f}   {speed_up / top:5.0%}" if schedule else " " * 27
-            print(text + (f"   {seconds[row] / best:10.2f}" if best else "").rstrip())
+            print((text + (f"   {seconds[row] / best:10.2f}" if best else "")).rstrip())
 
 
 def parsed() -> argparse.Namespace:
