@@ -133,6 +133,8 @@ class Programs:
 
     # Whether programs take the call's inputs whole and cut their piece out themselves, and add to sums that come in.
     whole = True
+    # Whether recomputations are inlined.
+    opened = False
 
     def __init__(
         self,
@@ -178,7 +180,7 @@ class Programs:
         key = (id(joint), scale, counts, split)
         if key not in self._cut:
             windows = tuple(self._windows(s, i).items())
-            options = Options(split, scale, counts, self._returned(s), windows, self._accumulates)
+            options = Options(split, self.opened, scale, counts, self._returned(s), windows, self._accumulates)
             made = self._shared(s, (joint, options), lambda: cut(joint, options, lambda code: self._compile(s, code)))
             self.warnings.update(dict.fromkeys(made.warnings))
             self._cut[key] = made

@@ -107,17 +107,21 @@ class Code:
 
     def __call__(self, *arrays: Any) -> list[Any]:
         """Bind the equations."""
+        made = self.values(arrays, (*self.outs, *self.sums))
+        outs, new = made[: len(self.outs)], made[len(self.outs) :]
+        if not self.accumulate:
+            return made
+        return [*outs, *(total + a.astype(total.dtype) for total, a in zip(arrays[len(self.args) :], new, strict=True))]
+
+    def values(self, arrays: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
+        """Any values of the graph, from the arguments."""
         shapes = self.graph.avals
         given = {v: jnp.full(shapes[v].shape, fill, shapes[v].dtype) for v, fill in self.fills}
         for (v, window), array in zip(self.args, arrays, strict=False):
             if v is not None:
                 piece = array if window is None or self.index is None else window.cut(array, arrays[self.index])
                 given[v] = given[v] + piece if v in given else piece
-        made = _jaxpr.evaluate(self.graph, self.nodes, given, (*self.outs, *self.sums))
-        outs, new = made[: len(self.outs)], made[len(self.outs) :]
-        if not self.accumulate:
-            return made
-        return [*outs, *(total + a.astype(total.dtype) for total, a in zip(arrays[len(self.args) :], new, strict=True))]
+        return _jaxpr.evaluate(self.graph, self.nodes, given, wanted)
 
     @property
     def identity(self) -> Hashable:

@@ -18,6 +18,7 @@ class Options:
 
     Attributes:
         split: whether the backward is cut into `I` and `W`.
+        opened: whether recomputations are inlined, so that equations in them can be told apart; a cut needs that too.
         scale: the cotangent of the loss, baked into the last stage's backward.
         contributions: how many cotangents each output leaf gets (summed in the program); none is zero.
         returned: output leaves that the user gets: buffers of their own, for the user may donate them.
@@ -26,6 +27,7 @@ class Options:
     """
 
     split: bool
+    opened: bool
     scale: float
     contributions: tuple[tuple[Leaf, int], ...]
     returned: frozenset[Leaf]
@@ -48,7 +50,7 @@ class StagePrograms:
 
 def cut(joint: Joint, options: Options, compile: Compile) -> StagePrograms:  # noqa: A002 - what it does
     """Cut a stage into its programs; `compile` makes, or finds, the function of a code."""
-    return _Cut(_opened(joint) if options.split else joint, options, compile).programs()
+    return _Cut(_opened(joint) if options.split or options.opened else joint, options, compile).programs()
 
 
 def _opened(joint: Joint) -> Joint:

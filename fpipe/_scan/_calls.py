@@ -27,7 +27,7 @@ from fpipe._plan import Request
 from fpipe._recent import Key, Recent
 from fpipe._remat import Remat
 from fpipe._scan._lower import lower
-from fpipe._scan._mesh import by_stage, on_mesh
+from fpipe._scan._mesh import DATA, on_mesh
 from fpipe._scan._packing import Packed, Packing
 from fpipe._scan._parameters import Parameters
 from fpipe._scan._step import Step
@@ -172,7 +172,7 @@ class Scan:
             check_backwards(schedule)
         request = Request(mode, args.train, loss, wanted_leaves(inputs, leaves), settings())
         state = None if args.state is None else Packing.of(units, [Shape.of(s) for s in args.state])
-        machine, out = lower(units, schedule, self._remat, inputs, request, packing, state, self._kept)
+        machine, out = lower(units, schedule, self._remat, inputs, request, packing, state, self.mesh.shape.get(DATA, 1) > 1, self._kept)
         for text in machine.warnings:
             warnings.warn(text, stacklevel=7)
         return Step(machine, self.mesh, inputs, request, self._model, out)

@@ -54,8 +54,8 @@ class UnitPrograms(Programs):
 
     whole = False
 
-    def __init__(self, units: Units, *args: Any) -> None:
-        self._roles = units.roles
+    def __init__(self, units: Units, opened: bool, *args: Any) -> None:
+        self._roles, self.opened = units.roles, opened
         super().__init__(Layout(units.stages, ()), *args)
 
     def _wanted(self, stage: Stage, flat: Flat, reach: Mapping[tuple[int, Leaf], bool]) -> frozenset[Leaf]:
@@ -95,10 +95,16 @@ def lower(
     request: Request,
     params: Packing,
     state: Packing | None,
+    opened: bool,
     kept: Recent,
 ) -> tuple[Machine, Mapping[Port, Shape]]:
-    """Lower a call; `kept` has the traces of earlier calls. Also what the last unit returns for one microbatch."""
-    lowering = _Lowering(units, schedule, remat, inputs, request, params, state, kept)
+    """Lower a call. Also what the last unit returns for one microbatch.
+
+    Arguments:
+        opened: whether recomputations are inlined.
+        kept: the traces of earlier calls.
+    """
+    lowering = _Lowering(units, schedule, remat, inputs, request, params, state, opened, kept)
     return lowering.machine(), lowering.programs.flat(len(units.stages) - 1, 0).out
 
 
@@ -127,6 +133,7 @@ class _Lowering:
         request: Request,
         params: Packing,
         state: Packing | None,
+        opened: bool,
         kept: Recent,
     ) -> None:
         self.units, self.inputs, self.request = units, inputs, request
@@ -146,7 +153,7 @@ class _Lowering:
         # Of several units of a stage only the last one's backward follows its forward.
         direct_units = {(units.of_stage[s][-1], i) for s, i in direct}
         split = {(u, i) for s, i in split_pairs(order) for u in units.of_stage[s]}
-        self.programs = UnitPrograms(units, direct_units, split, remat, inputs, request, kept)
+        self.programs = UnitPrograms(units, opened, direct_units, split, remat, inputs, request, kept)
         self.kinds = {
             (s, i): tuple(k for k in "FBIW" if Action(k, s, i) in self.position)  # type: ignore[arg-type]
             for s in range(len(units.of_stage))

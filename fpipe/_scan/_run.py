@@ -32,10 +32,11 @@ from fpipe._scan._machine import (
     StateLeaf,
     Write,
 )
-from fpipe._scan._mesh import AXIS
+from fpipe._scan._mesh import AXIS, DATA
 from fpipe._scan._packing import Row
 from fpipe._scan._storage import Storage, is_key
 from fpipe._stage import Port
+from fpipe._sums import Parts, parts_of, summed, values_of
 
 # What a segment carries from tick to tick, and its parts by name.
 Name: TypeAlias = tuple[str, Any]
@@ -105,6 +106,7 @@ class _Segment:
         if machine.state is not None:
             self.names += [("state", r) for r in range(len(machine.state.rows))]
         self.at = {name: n for n, name in enumerate(self.names)}
+        self.parts = self._find_parts(ops)
 
     # --- outside the mesh ---
 
@@ -196,7 +198,28 @@ class _Segment:
         if what == "state":
             return first[name][0] if name in first else state[of]
         shape, dtype = self._gradient_shape(name)
-        return jnp.zeros(shape, sum_dtype(dtype))
+        if name not in self.parts:
+            return jnp.zeros(shape, sum_dtype(dtype))
+        # One part for each shard of the batch, added up at the end.
+        zeros = jnp.zeros((self.mesh.shape[DATA], *shape), sum_dtype(dtype))
+        return jax.lax.with_sharding_constraint(zeros, P(DATA))
+
+    def _find_parts(self, ops: Sequence[Op]) -> dict[Name, dict[int, Parts]]:
+        """The gradients that are kept as parts over the mesh's data axis, with how each operation makes them."""
+        size = self.mesh.shape.get(DATA, 1)
+        found: dict[Name, dict[int, Parts | None]] = {}
+        for op in ops:
+            for target in op.targets:
+                if size > 1 and isinstance(target, Add) and op.code is not None:
+                    n = target.value - len(op.fetch)
+                    code, value = op.code, (*op.code.outs, *op.code.sums)[n]
+                    parts = parts_of(code.graph, code.nodes, value, self.rows, size)
+                    found.setdefault((target.to, target.of), {})[id(op)] = parts
+        return {
+            name: {n: parts for n, parts in of.items() if parts is not None}
+            for name, of in found.items()
+            if all(parts is not None for parts in of.values())
+        }
 
     def _blank(self, pool: PoolName, slots: tuple[int, ...]) -> list[Any]:
         def fill(dtype: Any) -> Any:
@@ -241,7 +264,7 @@ class _Segment:
     def _apply(self, op: Op, view: list[Any], args: Any, params: Any, loans: Any, arrays: Any) -> None:
         values = [self._fetch(source, view, args, params, loans, arrays) for source in op.fetch]
         if op.code is not None:
-            values += op.code(*[values[n] for n in op.ins])
+            values += self._compute(op, [values[n] for n in op.ins])
         for target in op.targets:
             if isinstance(target, Put):
                 n = self.at["pool", target.pool]
@@ -252,7 +275,8 @@ class _Segment:
                 view[n] = self.storage[target.wire].pack(target.avals, [values[v] for v in target.values], view[n])
             elif isinstance(target, Add):
                 n = self.at[target.to, target.of]
-                view[n] = _added(view[n], values[target.value])
+                add = jax.vmap(_added) if (target.to, target.of) in self.parts else _added
+                view[n] = add(view[n], values[target.value])
             elif isinstance(target, Write):
                 n = self.at["output", target.output]
                 value = values[target.value]
@@ -263,6 +287,23 @@ class _Segment:
                 assert self.machine.state is not None
                 row = self.machine.state.rows[target.row]
                 view[self.at["state", target.row]] = _into(row, view[self.at["state", target.row]], values[target.value])
+
+    def _compute(self, op: Op, arrays: Sequence[Any]) -> list[Any]:
+        """What an operation's code makes; a gradient that is kept as parts, as parts."""
+        code = op.code
+        assert code is not None
+        wanted: list[int] = [*code.outs, *code.sums]
+        parts = {
+            t.value - len(op.fetch): self.parts[t.to, t.of][id(op)]
+            for t in op.targets
+            if isinstance(t, Add) and (t.to, t.of) in self.parts
+        }
+        if not parts:
+            return code(*arrays)
+        inner = list(dict.fromkeys(v for p in parts.values() for v in values_of(p)))
+        made = code.values(arrays, [*wanted, *inner])
+        env = dict(zip(inner, made[len(wanted) :], strict=True))
+        return [summed(parts[n], env, DATA) if n in parts else made[n] for n in range(len(wanted))]
 
     def _fetch(self, source: Source, view: list[Any], args: Any, params: Any, loans: Any, arrays: Any) -> Any:
         if isinstance(source, Param):
@@ -314,6 +355,7 @@ class _Segment:
 
     def _gradients(self, out: Mapping[Name, Any]) -> dict[Name, Any]:
         grads = {}
+        out = {name: value.sum(0) if name in self.parts else value for name, value in out.items()}
         for name in self._gradient_names():
             if name in out:
                 grads[name] = out[name] if name[0] == "row" else self._everywhere(out[name])
