@@ -82,7 +82,9 @@ class Pipe(Call):
     dispatch: Dispatch
     mesh: Mesh | None
 
-    _executor: ClassVar[Placed | Scan]  # set on each instance like `model`, and no field: programs are no part of the value
+    _executor: ClassVar[
+        Placed | Scan
+    ]  # set on each instance like `model`, and no field: programs are no part of the value
 
     def __init__(
         self,

@@ -16,7 +16,17 @@ from jax.sharding import PartitionSpec as P
 from fpipe._jaxpr import Graph, Node, is_zero
 
 # Equations of one array that commute with a sum over parts.
-_LINEAR = {"transpose", "reshape", "convert_element_type", "squeeze", "expand_dims", "neg", "copy", "broadcast_in_dim", "rev"}
+_LINEAR = {
+    "transpose",
+    "reshape",
+    "convert_element_type",
+    "squeeze",
+    "expand_dims",
+    "neg",
+    "copy",
+    "broadcast_in_dim",
+    "rev",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +106,11 @@ def _rows(graph: Graph, node: Node, rows: int, size: int) -> tuple[int | None, .
         return (a, b) if fits(0, a) else None
     if name in ("scatter-add", "scatter_add") and is_zero(graph, node.ins[0]):
         windows = params["dimension_numbers"].update_window_dims
-        both = shapes[1][:1] == shapes[2][:1] and 0 not in windows and not params["dimension_numbers"].operand_batching_dims
+        both = (
+            shapes[1][:1] == shapes[2][:1]
+            and 0 not in windows
+            and not params["dimension_numbers"].operand_batching_dims
+        )
         return (None, 0, 0) if both and len(shapes[1]) > 1 and fits(1, 0) else None
     return None
 

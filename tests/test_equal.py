@@ -24,6 +24,7 @@ TABLE = {
     "rows": [8, 10, 3],
     "checkpoint": ["always", "except_last", "never", "policy"],
     "schedule": [name for name in NAMES if name != "forward_only"],  # that one has a test of its own
+    "executor": ["placed", "scan"],
     "loss": ["inside", "outside"],
 }
 
@@ -54,7 +55,7 @@ def covering(table: dict[str, list], seed: int = 0) -> list[dict]:
     return rows
 
 
-def pipe_of(layers, cut, chunks, checkpoint, schedule):
+def pipe_of(layers, cut, chunks, checkpoint, schedule, executor="placed"):
     """A pipe with that cut; where a device has several stages, one with an even number of them."""
     balances, several = BALANCES[len(layers)], NAMES[schedule].per_device != 1
     if several:
@@ -67,6 +68,7 @@ def pipe_of(layers, cut, chunks, checkpoint, schedule):
         chunks=chunks,
         checkpoint=POLICY if checkpoint == "policy" else checkpoint,
         schedule=schedule,
+        executor=executor,
     )
 
 
@@ -77,7 +79,7 @@ def check(case, pipe, loss, tolerance=1e-5):
     if loss == "inside":
         got = pipe.value_and_grad(mse, argnums=(0, 1, 2))(placed, case.x, case.target, **needs)
         want = case.reference.value_and_grad(mse, argnums=(0, 1, 2))(params, case.x, case.target, **needs)
-        assert_same(got, want, tolerance)
+        assert_same(gathered(pipe, got), want, tolerance)
         got = pipe.evaluate(mse)(placed, case.x, case.target, **needs)
         assert_same(got, want[0], tolerance)
         return
@@ -95,15 +97,23 @@ def check(case, pipe, loss, tolerance=1e-5):
 
     got = loss_of(pipe)(placed, case.x, side)
     want = loss_of(case.reference)(params, case.x, side)
-    assert_same(got, want, tolerance)
+    assert_same(gathered(pipe, got), want, tolerance)
     out = pipe(placed, case.x, side=side, **needs)
     (_, (y, state)), _ = want
     assert_same(out, y if needs["state"] is None else (y, state), tolerance)
 
 
-def check_row(model, cut, chunks, rows, checkpoint, schedule, loss):
+def gathered(pipe, got):
+    """A loss and its gradients, those of the parameters layer by layer."""
+    value, (params, *others) = got
+    return value, (params if pipe.executor == "placed" else pipe.gather(params), *others)
+
+
+def check_row(model, cut, chunks, rows, checkpoint, schedule, executor, loss):
     layers = models()[model]
-    check(Case(layers, chunks, rows), pipe_of(layers, cut, chunks, checkpoint, schedule), loss)
+    if executor == "scan":  # microbatches of equal size
+        rows = chunks * -(-rows // chunks)
+    check(Case(layers, chunks, rows), pipe_of(layers, cut, chunks, checkpoint, schedule, executor), loss)
 
 
 def test_the_balances_are_all_there():
@@ -117,7 +127,12 @@ def test_the_balances_are_all_there():
 @pytest.mark.parametrize("cut", range(15))
 def test_every_balance_of_five_layers(cut):
     schedule = ["eager_1f1b", "zb_h1"][cut % 2]
-    check_row("nested", cut, 1 + cut % 4, 8, TABLE["checkpoint"][cut % 4], schedule, TABLE["loss"][cut // 2 % 2])
+    checkpoint, executor, loss = (
+        TABLE["checkpoint"][cut % 4],
+        TABLE["executor"][cut // 4 % 2],
+        TABLE["loss"][cut // 2 % 2],
+    )
+    check_row("nested", cut, 1 + cut % 4, 8, checkpoint, schedule, executor, loss)
 
 
 @pytest.mark.parametrize("model", models())

@@ -33,7 +33,7 @@ from fpipe._scan._parameters import Parameters
 from fpipe._scan._step import Step
 from fpipe._scheduling import Scheduling
 from fpipe._stage import AUX, KEY, SIDE, TARGETS, Leaf, Port, X, Y, cut_stages
-from fpipe._tree import PyTree, Shape, Spec, aval, float0_like, is_array, is_inexact, pack
+from fpipe._tree import PyTree, Shape, Spec, aval, float0_like, is_inexact, pack
 from fpipe.schedules import Schedule
 
 # Programs of calls that one pipe keeps, and traces that do not depend on a loss.
@@ -57,6 +57,7 @@ class Scan:
         self._model, self._stages, self._map = model, cut_stages(model, balance), stage_to_device
         self._scheduling, self._remat, self._chunks = scheduling, remat, chunks
         self._steps, self._kept = Recent(_STEPS), Recent(_TRACES)
+        self.idle = 0.0  # what fills buffers before anything is in them; tests put NaN there
 
     def schedule(self, microbatches: int) -> Schedule:
         """The schedule for that many microbatches, checked against the model."""
@@ -172,10 +173,12 @@ class Scan:
             check_backwards(schedule)
         request = Request(mode, args.train, loss, wanted_leaves(inputs, leaves), settings())
         state = None if args.state is None else Packing.of(units, [Shape.of(s) for s in args.state])
-        machine, out = lower(units, schedule, self._remat, inputs, request, packing, state, self.mesh.shape.get(DATA, 1) > 1, self._kept)
+        machine, out = lower(
+            units, schedule, self._remat, inputs, request, packing, state, self.mesh.shape.get(DATA, 1) > 1, self._kept
+        )
         for text in machine.warnings:
             warnings.warn(text, stacklevel=7)
-        return Step(machine, self.mesh, inputs, request, self._model, out)
+        return Step(machine, self.mesh, inputs, request, self._model, out, self.idle)
 
     def _flat(self, args: Args) -> tuple[list[Any], list[Any], dict[Port, list[Any]]]:
         """Parameters, states and other inputs as arrays, on the mesh."""
@@ -222,9 +225,7 @@ class _PullBack:
         outer = [leaf for leaf in outer_leaves(counts, args) if leaf.port.kind != "params"]
         keys: list[Any] = [*range(len(self.packing.rows)), *outer]
         keys += [None] * (len(values) - len(keys))
-        return tuple(
-            found.get(key) if is_inexact(v) else float0_like(v) for key, v in zip(keys, values, strict=True)
-        )
+        return tuple(found.get(key) if is_inexact(v) else float0_like(v) for key, v in zip(keys, values, strict=True))
 
 
 jax.tree_util.register_static(_PullBack)

@@ -60,7 +60,8 @@ class UnitPrograms(Programs):
 
     def _wanted(self, stage: Stage, flat: Flat, reach: Mapping[tuple[int, Leaf], bool]) -> frozenset[Leaf]:
         """A core's input gradient is always made: the first core is then the same program as the others, and a tick takes
-        as long as theirs anyway."""
+        as long as theirs anyway.
+        """
         wanted = super()._wanted(stage, flat, reach)
         if self._roles[stage.index] != "core" or not self.request.wanted:
             return wanted
@@ -196,7 +197,9 @@ class _Lowering:
     def fetched(self, u: int, i: int, kind: str) -> list[Ref]:
         """What a program takes from outside, each once."""
         program = self.of(u, i)[kind]
-        passed = [r for r in map(lambda v: self.resolved(u, i, kind, v), program.same.values()) if r not in program.outs]
+        passed = [
+            r for r in (self.resolved(u, i, kind, v) for v in program.same.values()) if r not in program.outs
+        ]
         taken = [self.resolved(u, i, kind, ref) for ref in program.ins if ref.what != "sum"]
         return list(dict.fromkeys([*taken, *passed]))
 
@@ -215,7 +218,7 @@ class _Lowering:
 
     def bundle(self, value: Value, i: int) -> tuple[list[Ref], Avals]:
         """What a value consists of, as its maker calls it."""
-        direction, u, port, *rest = value
+        direction, u, port, *_ = value
         if direction == "f":
             shapes = self.programs.flat(u, i).out[port].leaves
             return [Ref("out", Leaf(port, k)) for k in range(len(shapes))], tuple(shapes)
@@ -263,9 +266,8 @@ class _Lowering:
             ports = {leaf.port for leaf in self.programs.joint(u, i).gradients}
             if X in ports and u > 0:
                 out.append(("b", u, Y, u - 1))
-            for skip in stage.skips_in:
-                if Port("skip", skip) in ports:
-                    out.append(("b", u, Port("skip", skip), self.programs.layout.source_of(skip)))
+            skips = [skip for skip in stage.skips_in if Port("skip", skip) in ports]
+            out += [("b", u, Port("skip", skip), self.programs.layout.source_of(skip)) for skip in skips]
         return out
 
     def reads(self, t: int, i: int, kind: str, value: Value) -> bool:
@@ -395,7 +397,11 @@ class _Lowering:
             leaf = Leaf(X if port == Y else port, 0)
             return self.identity(t, i), self.relative(t, Ref("in", leaf))
         index = [r for r, _ in self.programs.readers(t, Leaf(port, 0), i)]
-        return self.identity(t, i), self.relative(t, Ref("cotangent", Leaf(port, 0))), index.index(u) if u in index else -1
+        return (
+            self.identity(t, i),
+            self.relative(t, Ref("cotangent", Leaf(port, 0))),
+            index.index(u) if u in index else -1,
+        )
 
     def fill(self) -> None:
         """Slots by the intervals from a value's arrival to its last use."""
@@ -443,7 +449,8 @@ class _Lowering:
 
     def unite(self) -> None:
         """Where the values of a class go, for all its units together: an operation that serves several sends everywhere, and
-        the table tells who looks."""
+        the table tells who looks.
+        """
         self.targets: dict[Hashable, dict[PoolName, bool]] = collections.defaultdict(dict)
         for u in range(len(self.units.stages)):
             for i, *_ in self.groups:
@@ -557,9 +564,7 @@ class _Lowering:
     def _loan(self, entry: tuple[int, int], borrower: int) -> int:
         return self.loans.setdefault((entry, borrower), len(self.loans))
 
-    def _results(
-        self, u: int, i: int, kind: str, program: Program, value_of: Callable[[Ref], int]
-    ) -> Iterable[Target]:
+    def _results(self, u: int, i: int, kind: str, program: Program, value_of: Callable[[Ref], int]) -> Iterable[Target]:
         """What goes to the user, and what is summed."""
         flat, d = self.programs.flat(u, i), self.units.device[u]
 
@@ -666,9 +671,7 @@ class _Lowering:
         self.fill()
         self.unite()
         self._ready: dict[Any, _Ready] = {}
-        segments = tuple(
-            self.segment(ticks, start) for ticks, start in zip(self.ticks, self.starts, strict=True)
-        )
+        segments = tuple(self.segment(ticks, start) for ticks, start in zip(self.ticks, self.starts, strict=True))
         pools = {name: Pool(n + 1, tuple(self.shapes[name])) for name, n in self.count.items()}
         wires = {
             name: Wire(tuple(sorted(self.pairs[name])), pools[name].avals, self._often(name, segments))
@@ -699,7 +702,11 @@ class _Lowering:
     def _often(name: PoolName, segments: Sequence[Segment]) -> bool:
         """Whether a wire carries something in more than half of the phases in which it may."""
         used = [
-            s.table[0, :, p, a.used] for s in segments for p, arrivals in enumerate(s.wires) for a in arrivals if a.wire == name
+            s.table[0, :, p, a.used]
+            for s in segments
+            for p, arrivals in enumerate(s.wires)
+            for a in arrivals
+            if a.wire == name
         ]
         return bool(np.mean(np.concatenate(used)) > 0.5) if used else False
 
@@ -714,4 +721,6 @@ class _Once:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Once) and (self is other or (self._hash == other._hash and self._value == other._value))
+        return isinstance(other, _Once) and (
+            self is other or (self._hash == other._hash and self._value == other._value)
+        )

@@ -26,7 +26,8 @@ Avals: TypeAlias = tuple[jax.ShapeDtypeStruct, ...]
 
 class PoolName(NamedTuple):
     """A pool. `forward` and `backward`: of a wire; -1 for what stays on its device. `saved`: what a forward keeps for its
-    backward, `shared`: what an `I` keeps for its `W`; `of` tells kinds of them apart."""
+    backward, `shared`: what an `I` keeps for its `W`; `of` tells kinds of them apart.
+    """
 
     kind: Literal["forward", "backward", "saved", "shared"]
     of: Any

@@ -21,7 +21,6 @@ from fpipe._scan._machine import (
     Number,
     Op,
     Param,
-    Piece,
     PoolName,
     Put,
     Segment,
@@ -169,7 +168,10 @@ class _Segment:
 
     def _scan(self, table: Any, params: Any, state: Any, arrays: Any, first: Mapping[Name, Any]) -> dict[Name, Any]:
         loans = [self._lend(params, n) for n in range(len(self.machine.loans))]
-        start = [first[name] if name[0] == "pool" and name in first else self._start(name, state, first) for name in self.names]
+        start = [
+            first[name] if name[0] == "pool" and name in first else self._start(name, state, first)
+            for name in self.names
+        ]
 
         def tick(carry: list[Any], row: Any) -> tuple[list[Any], None]:
             for p, ops in enumerate(self.segment.ops):
@@ -286,7 +288,9 @@ class _Segment:
             else:
                 assert self.machine.state is not None
                 row = self.machine.state.rows[target.row]
-                view[self.at["state", target.row]] = _into(row, view[self.at["state", target.row]], values[target.value])
+                view[self.at["state", target.row]] = _into(
+                    row, view[self.at["state", target.row]], values[target.value]
+                )
 
     def _compute(self, op: Op, arrays: Sequence[Any]) -> list[Any]:
         """What an operation's code makes; a gradient that is kept as parts, as parts."""

@@ -16,7 +16,7 @@ from fpipe._plan import Inputs, Request
 from fpipe._scan._machine import Machine
 from fpipe._scan._mesh import AXIS, DATA, by_stage
 from fpipe._scan._run import Runner
-from fpipe._stage import AUX, KEY, LOSS, SIDE, TARGETS, WEIGHT, Leaf, Port, X, Y
+from fpipe._stage import AUX, LOSS, SIDE, TARGETS, WEIGHT, Leaf, Port, X, Y
 from fpipe._tree import PyTree, Shape, is_inexact, pack
 
 
@@ -121,7 +121,8 @@ class Step:
 
     def _sharded(self, array: Any) -> Any:
         """Every microbatch's rows over the data axis, if the mesh has one. Without this a microbatch, rows that follow each
-        other, would be on one shard of the batch alone."""
+        other, would be on one shard of the batch alone.
+        """
         size = self.mesh.shape.get(DATA, 1)
         if size == 1 or array.shape[1] % size or jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
             return array
@@ -149,8 +150,12 @@ class Step:
         packing = self.machine.state
         if packing is None:
             return None
-        return Shape.of(jax.eval_shape(lambda s: tuple(self._finished(dict(enumerate(s))).values()), packing.trees([
-            packing.shape(e) for e in packing.entries])))
+        return Shape.of(
+            jax.eval_shape(
+                lambda s: tuple(self._finished(dict(enumerate(s))).values()),
+                packing.trees([packing.shape(e) for e in packing.entries]),
+            )
+        )
 
     @cached_property
     def gradient_names(self) -> list[int | Leaf]:

@@ -55,10 +55,12 @@ class Storage:
                 sizes[key] = max(sizes.get(key, 0), end)
         groups = sorted(sizes)
         shapes = [
-            jax.ShapeDtypeStruct((self.rows, sizes[key]) if key[1] else (sizes[key],), jnp.dtype(key[0])) for key in groups
+            jax.ShapeDtypeStruct((self.rows, sizes[key]) if key[1] else (sizes[key],), jnp.dtype(key[0]))
+            for key in groups
         ]
         places = {
-            kind: [_Place(groups.index(key), start, stop) for key, start, stop in entries] for kind, entries in where.items()
+            kind: [_Place(groups.index(key), start, stop) for key, start, stop in entries]
+            for kind, entries in where.items()
         }
         return shapes, places
 
@@ -130,4 +132,8 @@ def _unwrapped(array: Any) -> Any:
 
 
 def _wrapped(array: Any, aval: jax.ShapeDtypeStruct) -> Any:
-    return jax.random.wrap_key_data(array, impl=jax.random.key_impl(jnp.zeros((), aval.dtype))) if is_key(aval.dtype) else array
+    return (
+        jax.random.wrap_key_data(array, impl=jax.random.key_impl(jnp.zeros((), aval.dtype)))
+        if is_key(aval.dtype)
+        else array
+    )

@@ -48,9 +48,7 @@ class Ticks:
         return out
 
 
-def cheaper(
-    actions: Sequence[Sequence[Action]], stages: int, costs: Costs, done: Sequence[Action] = ()
-) -> Ticks:
+def cheaper(actions: Sequence[Sequence[Action]], stages: int, costs: Costs, done: Sequence[Action] = ()) -> Ticks:
     """The cheaper of the two forms; of equal ones the one with a single phase.
 
     Arguments:

@@ -46,9 +46,7 @@ class Units:
         return next(u.index for u in self.stages if layer in u.span)
 
 
-def cut_units(
-    model: Model, balance: Sequence[int], stage_to_device: Sequence[int], shapes: Sequence[Shape]
-) -> Units:
+def cut_units(model: Model, balance: Sequence[int], stage_to_device: Sequence[int], shapes: Sequence[Shape]) -> Units:
     """Cut a model into units; `shapes` are those of each layer's parameters."""
     ends = _ends(model, balance, shapes)
     stages = range(len(balance))
