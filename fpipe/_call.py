@@ -16,7 +16,7 @@ from fpipe._tree import PyTree, describe, numbers_as_arrays
 class Args(NamedTuple):
     """What a call was given."""
 
-    params: Sequence[PyTree]
+    params: Any  # one entry per layer, or packed
     x: PyTree
     targets: tuple[PyTree, ...] = ()
     side: PyTree = None

@@ -248,9 +248,19 @@ class Pipe(Call):
         numbers = () if loss is None else as_argnums(argnums)
         if numbers:
             check_argnums(argnums, numbers, args)
-        if isinstance(self._executor, Scan):
-            return self._executor.compile(args, loss, numbers)
-        return self._executor.compile(args, loss, numbers, threads, as_progress(progress))
+        if self.executor == "scan":
+            return self._scan.compile(args, loss, numbers)
+        return self._placed.compile(args, loss, numbers, threads, as_progress(progress))
+
+    @property
+    def _placed(self) -> Placed:
+        assert isinstance(self._executor, Placed)
+        return self._executor
+
+    @property
+    def _scan(self) -> Scan:
+        assert isinstance(self._executor, Scan)
+        return self._executor
 
     def _checked(self, args: Args) -> Args:
         self._executor.check(args.params, "a call's params")

@@ -44,6 +44,18 @@ def compiled(pipe, loss, params, x, *targets, **options):
     return jax.jit(pipe.value_and_grad(loss, **options)).lower(params, x, *targets).compile()
 
 
+def text_of(program) -> str:
+    text = program.as_text()
+    assert text is not None
+    return text
+
+
+def temporary_memory(program) -> int:
+    analysis = program.memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
+
+
 def computations(text):
     """The lines of each computation of a compiled program, and its entry's name."""
     out, name, entry = {}, "", ""
@@ -85,7 +97,7 @@ def collectives(lines):
 
 
 def ops_of(pipe):
-    machine = pipe._executor._steps.values()[-1].machine
+    machine = pipe._scan._steps.values()[-1].machine
     return [[slotted.op for slotted in phase] for segment in machine.segments for phase in segment.ops]
 
 
@@ -225,7 +237,7 @@ def test_one_trace_for_many_calls():
     run = pipe.value_and_grad(count)
     for _ in range(3):
         run(placed, case.x, case.target)
-    assert len(pipe._executor._steps.values()) == 1
+    assert len(pipe._scan._steps.values()) == 1
 
 
 def test_shapes_alone():
@@ -326,7 +338,7 @@ def test_no_conditional_has_more_than_two_branches():
     for layers in ([dense()] * 4, models()["plain"]):
         pipe = pipe_of(layers)
         placed = pipe.init(jax.random.key(0), jnp.ones((8, WIDTH)))
-        text = compiled(pipe, lambda y: jnp.mean(y**2), placed, jnp.ones((8, WIDTH))).as_text()
+        text = text_of(compiled(pipe, lambda y: jnp.mean(y**2), placed, jnp.ones((8, WIDTH))))
         conditionals = re.findall(r" conditional\(.*", text)
         assert conditionals
         assert not any(
@@ -342,12 +354,12 @@ def test_buffers_are_updated_in_place(checkpoint):
     pipe = pipe_of(layers, devices=jax.devices()[:2], schedule="interleaved_1f1b", checkpoint=checkpoint, chunks=4)
     x = jnp.ones((4 * rows, width))
     placed = pipe.init(jax.random.key(0), x)
-    text = compiled(pipe, lambda y: jnp.mean(y**2), placed, x).as_text()
+    text = text_of(compiled(pipe, lambda y: jnp.mean(y**2), placed, x))
     body = loop_body(text)
     weights = rf"f32\[(?:\d+,)*{width},{width}\]"
     assert any(re.search(weights, line) for line in body)
     assert not [line for line in body if re.search(rf"= {weights}\S* (copy|dynamic-slice)\(", line)]
-    slots = {pool.slots for pool in pipe._executor._steps.values()[-1].machine.pools.values()}
+    slots = {pool.slots for pool in pipe._scan._steps.values()[-1].machine.pools.values()}
     pools = "|".join(rf"f32\[{n},{rows},{width}\]" for n in slots)
     assert any(re.search(pools, line) for line in body)
     assert not [line for line in body if re.search(rf"= (?:{pools})\S* copy\(", line)]
@@ -368,7 +380,7 @@ def test_idle_ticks_are_harmless(model, schedule):
     for idle in (0.0, float("nan")):
         devices = jax.devices()[: 2 if schedule == "interleaved_1f1b" else 4]
         pipe = pipe_of(layers, balance, 3, devices=devices, schedule=schedule, checkpoint="never")
-        pipe._executor.idle = idle
+        pipe._scan.idle = idle
         out.append(pipe.value_and_grad(mse, argnums=(0, 1))(pipe.place(params), case.x, case.target, **needs))
     chex.assert_trees_all_equal(*jax.tree.map(np.asarray, out))
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(out[1]) if a.dtype != jax.dtypes.float0)
@@ -385,8 +397,8 @@ def test_memory_and_program_size_do_not_grow_with_the_microbatches():
             pipe = pipe_of(layers, chunks=m, checkpoint=checkpoint)
             x = jnp.ones((64 * m, 64))
             program = compiled(pipe, lambda y: jnp.mean(y**2), pipe.init(jax.random.key(0), x), x)
-            memory.append(program.memory_analysis().temp_size_in_bytes)
-            size.append(sum("=" in line for line in program.as_text().splitlines()))
+            memory.append(temporary_memory(program))
+            size.append(sum("=" in line for line in text_of(program).splitlines()))
         assert max(memory) <= 1.05 * min(memory), memory
         assert max(size) <= 1.05 * min(size), size
 
@@ -396,7 +408,7 @@ def test_skips_wait_in_as_many_slots_as_the_schedule_needs():
     pipe = pipe_of(layers, chunks=8, schedule="eager_1f1b", checkpoint="never")
     x = jnp.ones((8, WIDTH))
     pipe.compile(pipe.init(jax.random.key(0), x), x, loss_fn=lambda y: jnp.mean(y**2))
-    machine = pipe._executor._steps.values()[-1].machine
+    machine = pipe._scan._steps.values()[-1].machine
     forward = {name: wire.pairs for name, wire in machine.wires.items() if name.kind == "forward"}
     # Straight from the first device to the last, beside the ring; two are the fewest, for device 0 sends to two.
     assert sorted(forward.values()) == [((0, 1), (1, 2), (2, 3)), ((0, 3),)]
@@ -448,7 +460,7 @@ def test_a_sharded_batch_is_data_parallelism_around_the_pipeline(model, checkpoi
     run = jax.jit(pipe.value_and_grad(lambda y: jnp.mean(y**2)))
     value, grads = run(placed, sharded)
     assert_same((value, pipe.gather(grads)), ref.value_and_grad(lambda y: jnp.mean(y**2))(params, x))
-    text = run.lower(placed, sharded).compile().as_text()
+    text = text_of(run.lower(placed, sharded).compile())
     inside, all_ = collectives(loop_body(text)), collectives(text.splitlines())
     # In the loop only boundaries and cotangents move, and the loss of a microbatch, one number, is added up.
     assert inside == {"collective-permute": 2, "all-reduce": 1}, inside

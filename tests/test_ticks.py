@@ -52,7 +52,7 @@ def test_every_action_runs_once_in_order_behind_what_it_needs(name, form):
             if kind == "F" and s:
                 assert where[Action("F", s - 1, i)] < at
             if kind in "BI" and s + 1 < schedule.stages:
-                later = [where[a] for k in "BI" if (a := Action(k, s + 1, i)) in where]
+                later = [at for a, at in where.items() if a.kind in "BI" and a[1:] == (s + 1, i)]
                 assert later[0] < at
             if kind in "BI":
                 assert where[Action("F", s, i)] < at

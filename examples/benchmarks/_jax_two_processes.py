@@ -118,6 +118,7 @@ class Maker:
             if schedule not in self.params:
                 self.params[schedule] = pipe.init(self.key, shape)
             call = jax.jit(pipe.value_and_grad(loss_fn))
+            assert pipe.mesh is not None
             everywhere = NamedSharding(pipe.mesh, P())
             x, t = (jax.make_array_from_process_local_data(everywhere, a) for a in self.arrays)
         step = functools.partial(call, self.params[schedule], x, t)

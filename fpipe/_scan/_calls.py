@@ -236,7 +236,7 @@ def _instantiated(cotangent: Any, piece: jax.ShapeDtypeStruct) -> Any:
     if not is_inexact(piece):
         return jnp.zeros(())
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        return jnp.zeros(cotangent.shape, cotangent.dtype)
+        return jnp.zeros(cotangent.shape, piece.dtype)
     return cotangent
 
 

@@ -55,7 +55,7 @@ class Parameters:
         shards: list[list[Any]] = [[] for _ in packing.rows]
         for d, here in enumerate(self._columns):
             if here:
-                layers = {row.entries[d][0] for row in packing.rows if row.entries[d]}
+                layers = {entry[0] for row in packing.rows if (entry := row.entries[d])}
                 with jax.default_device(here[0]):
                     own = {k: map_arrays(lambda a, to=here[0]: jax.device_put(a, to), params[k]) for k in layers}
                     blocks = packing.blocks(d, own)

@@ -128,7 +128,7 @@ class _Segment:
                 ]
                 for port, own, dtypes in zip(ports, flat, keys, strict=True)
             }
-            first = {name: [a[0] for a in value] for name, value in zip(left, before, strict=True)}
+            first: dict[Name, Any] = {name: [a[0] for a in value] for name, value in zip(left, before, strict=True)}
             params, state = [a[0] for a in params], None if state is None else [a[0] for a in state]
             out = self._scan(table[0], params, state, arrays, first)
             outputs = [self._everywhere(out["output", name]) for name in self.outputs]

@@ -10,7 +10,7 @@ each is one unit, `whole`.
 import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from fpipe._model import Model
 from fpipe._stage import Stage, cut_stages
@@ -52,7 +52,7 @@ def cut_units(model: Model, balance: Sequence[int], stage_to_device: Sequence[in
     stages = range(len(balance))
     position = [sum(stage_to_device[t] == stage_to_device[s] for t in range(s)) for s in stages]
     sizes: list[int] = []
-    roles: list[Role] = []
+    roles: list[Any] = []
     of_stage: list[tuple[int, ...]] = []
     for s in stages:
         parts: list[tuple[int, Role]] = [(balance[s], "whole")]
