@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
+from fpipe._mincut import cheapest
+
 # Calls that are inlined, so that what is inside can be sliced. A `jax.checkpoint` is not: XLA keeps
 # its recomputation only while it stays one equation.
 _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
@@ -29,6 +31,30 @@ _CHEAP = {
     "copy",
     "rev",
     "optimization_barrier",
+}
+
+# Equations that are redone in the backward where that keeps fewer bytes: changes of form, and arithmetic that is bound by
+# memory. Sums, products of matrices and transcendental functions are not.
+_AGAIN = _CHEAP | {
+    *("abs", "add", "add_any", "and", "ceil", "clamp", "div", "eq", "floor", "ge", "gt", "imag", "integer_pow", "iota"),
+    *(
+        "is_finite",
+        "le",
+        "lt",
+        "max",
+        "min",
+        "mul",
+        "ne",
+        "neg",
+        "not",
+        "or",
+        "real",
+        "rem",
+        "round",
+        "select_n",
+        "sign",
+    ),
+    *("slice", "square", "stop_gradient", "sub", "xor"),
 }
 
 
@@ -189,21 +215,36 @@ def residuals(
 
     Returns:
         The backward's equations, and the values that it takes from outside: inputs of the graph, or values
-        that the forward must hand over. Handed over is only what depends on the microbatch. What is made
-        from parameters alone is made again, and so is a cheap change of form (a broadcast, a reshape); an
-        equation with effects runs once. Effects that are late are the backward's.
+        that the forward must hand over. Handed over is only what depends on the microbatch, and of that the fewest
+        bytes from which all else is cheap to make again (`_AGAIN`). What is made from parameters alone is made again;
+        an equation with effects runs once. Effects that are late are the backward's.
     """
     maker = graph.maker
+    effects = [n for n in graph.nodes if n.eqn.effects and is_late(n, late)]
+    first = [*wanted, *(v for node in effects for v in node.ins)]
+
+    def early(v: int) -> bool:
+        return v not in late and bool(micro.get(v)) and v not in graph.consts
+
+    ends = {v for node in needed(graph, first) if is_late(node, late) for v in node.ins} | set(first)
+    again = {
+        v: [u for u in node.ins if early(u)]
+        for node in graph.nodes
+        if node.eqn.primitive.name in _AGAIN and not node.eqn.effects
+        for v in node.outs
+        if early(v)
+    }
+    costs = {v: max(1, _bytes(graph.avals[v])) for v in micro if early(v)}
+    keep = cheapest(costs, again, [v for v in sorted(ends) if early(v)])
     take: dict[int, None] = {}
     inside: set[int] = set()  # values made inside the backward
-    effects = [n for n in graph.nodes if n.eqn.effects and is_late(n, late)]
-    stack = [*wanted, *(v for node in effects for v in node.ins)]
+    stack = first
     while stack:
         v = stack.pop()
         if v in inside or v in take or v in graph.consts:
             continue
         node = maker.get(v)
-        if node is not None and (v in late or (not node.eqn.effects and (not micro.get(v) or _redo(graph, node)))):
+        if node is not None and v not in keep and (v in late or not node.eqn.effects):
             inside.update(node.outs)
             stack.extend(node.ins)
         else:

@@ -15,14 +15,15 @@ LEVELS = [
     ["fpipe.plot"],
     ["fpipe"],
     ["fpipe._pipe"],
-    ["fpipe._placed", "fpipe._sequential"],
+    ["fpipe._placed", "fpipe._scan", "fpipe._sequential"],
+    ["fpipe._given"],
     ["fpipe._plan", "fpipe._call"],
     ["fpipe._program", "fpipe._placement"],
-    ["fpipe._stage", "fpipe._scheduling"],
+    ["fpipe._stage", "fpipe._scheduling", "fpipe._sums"],
     ["fpipe._model", "fpipe._loss"],
     ["fpipe._layer", "fpipe._jaxpr", "fpipe._microbatch", "fpipe._remat"],
     ["fpipe._skip", "fpipe.schedules"],
-    ["fpipe._tree", "fpipe._errors", "fpipe._recent"],
+    ["fpipe._tree", "fpipe._errors", "fpipe._recent", "fpipe._mincut"],
 ]
 LEVEL = {name: k for k, names in enumerate(LEVELS) for name in names}
 

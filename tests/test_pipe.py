@@ -82,8 +82,7 @@ WRONG = {
         TypeError,
         "the function returned 4, no fpipe.schedules.Schedule",
     ),
-    "executor": ({"executor": "gpu"}, ValueError, "`Pipe(executor='gpu')`: the executor is \"placed\""),
-    "scan": ({"executor": "scan"}, NotImplementedError, '`Pipe(executor="scan")` is not in this release'),
+    "executor": ({"executor": "gpu"}, ValueError, '`Pipe(executor=\'gpu\')`: the executor is "placed" or "scan"'),
     "no device": ({"devices": []}, ValueError, "`Pipe(devices=[])`: at least one device is needed"),
     "one device": (
         {"devices": DEVICES[0]},

@@ -32,8 +32,8 @@ def refuse_tracers(tree: PyTree) -> None:
                 raise TracedCallError(
                     "a placed Pipe was called inside `jax.jit` (or another tracing transformation): it dispatches one "
                     "program per stage to several devices, and cannot be part of one program. Call it outside of jit "
-                    "(its programs are compiled all the same), or use `fpipe.sequential` inside. The executor that is one "
-                    'program, `Pipe(..., executor="scan")`, is not in this release'
+                    "(its programs are compiled all the same), or use the executor that is one program, "
+                    '`Pipe(..., executor="scan")`, or `fpipe.sequential`'
                 )
             raise TracedCallError(
                 f"a placed Pipe was called under a transformation that it does not support ({type(leaf).__name__}): "
