@@ -2,7 +2,7 @@
 
 import collections
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fpipe._program import Ref
 from fpipe._scan._coloring import edge_colors, slots
@@ -38,70 +38,57 @@ class Places:
 
     # --- wires ---
 
-    def _messages(self, s: int, i: int, kind: str) -> dict[int, list[Value]]:
-        """What an action sends to each other device, in order."""
-        out: dict[int, list[Value]] = {}
-        for u in self.values.units.of_stage[s]:
-            for value in self.values.made(u, i, kind):
-                for d in sorted(
-                    {self.values.units.device[t] for t in self.values.readers(value, i)} - {self.values.units.device[u]}
-                ):
-                    out.setdefault(d, []).append(value)
-        return {d: sorted(values, key=lambda v: v[2] != Y) for d, values in out.items()}
-
     def _wire(self) -> None:
         """Colour what goes between devices into the fewest wires."""
-        for direction, kinds in (("forward", "F"), ("backward", "BI")):
-            sent = [
-                (self.values.units.device[self.values.units.of_stage[s][0]], d, values)
-                for s in range(len(self.values.units.of_stage))
-                for i, *_ in self.values.groups
-                for kind in kinds
-                if kind in self.values.kinds[s, i]
-                for d, values in self._messages(s, i, kind).items()
-            ]
+        directions: tuple[tuple[Literal["forward", "backward"], str], ...] = (("forward", "F"), ("backward", "BI"))
+        for direction, kinds in directions:
+            sent = [self._sent(s, kinds) for s in range(len(self.values.units.of_stage))]
             most: dict[tuple[int, int], int] = {}
-            for a, b, values in sent:
-                most[a, b] = max(most.get((a, b), 0), len(values))
-            edges = [
-                (n, (b - a if direction == "forward" else a - b) % self.values.devices, a, b)
-                for (a, b), count in most.items()
-                for n in range(count)
-            ]
-            edges.sort()
-            colors = edge_colors([(a, b) for *_, a, b in edges])
-            of: dict[tuple[int, int], list[int]] = {}
-            for (*_, a, b), color in zip(edges, colors, strict=True):
-                of.setdefault((a, b), []).append(color)
-                self.pairs[PoolName(direction, color)].add((a, b))  # type: ignore[arg-type]
-            for a, b, values in sent:
-                for value, color in zip(values, of[a, b], strict=False):
-                    self.route[value, b] = PoolName(direction, color)  # type: ignore[arg-type]
+            for pair, values in (entry for own in sent for entry in own.items()):
+                most[pair] = max(most.get(pair, 0), len(values))
+            # The first ones between neighbours in the schedule's direction come first: a ring is one wire.
+            step = 1 if direction == "forward" else -1
+            edges = sorted(
+                ((a, b) for (a, b), count in most.items() for _ in range(count)),
+                key=lambda edge: step * (edge[1] - edge[0]) % self.values.devices,
+            )
+            wires: dict[tuple[int, int], list[PoolName]] = {}
+            for pair, color in zip(edges, edge_colors(edges), strict=True):
+                wires.setdefault(pair, []).append(PoolName(direction, color))
+                self.pairs[PoolName(direction, color)].add(pair)
+            for (a, b), values in (entry for own in sent for entry in own.items()):
+                self.route.update({(value, b): name for value, name in zip(values, wires[a, b], strict=False)})
+
+    def _sent(self, s: int, kinds: str) -> dict[tuple[int, int], list[Value]]:
+        """What a stage's actions of these kinds send, by the two devices; boundaries first."""
+        units, found = self.values.units, dict[tuple[int, int], dict[Value, None]]()
+        for u in units.of_stage[s]:
+            for i, *_ in self.values.groups:
+                for value in (
+                    v for kind in self.values.of(u, i) if kind in kinds for v in self.values.made(u, i, kind)
+                ):
+                    for d in sorted({units.device[t] for t in self.values.readers(value, i)} - {units.device[u]}):
+                        found.setdefault((units.device[u], d), {})[value] = None
+        return {pair: sorted(values, key=lambda v: v[2] != Y) for pair, values in found.items()}
 
     # --- pools ---
 
     def _place(self) -> None:
-        """Where each value waits for each unit that reads it, and the slots of each pool."""
-        groups = [(u, i) for u in range(len(self.values.units.stages)) for i, *_ in self.values.groups]
-        remote: dict[Hashable, PoolName] = {}
-        local: list[tuple[Hashable, Value, int]] = []
-        for u, i in groups:
-            for kind in self.values.of(u, i):
-                for value in self.values.made(u, i, kind):
-                    for t in self.values.readers(value, i):
-                        role = self._role(value, t, i)
-                        if (value, self.values.units.device[t]) in self.route:
-                            self.waits[value, t] = self.route[value, self.values.units.device[t]]
-                            remote.setdefault(role, self.waits[value, t])
+        """Where each value waits for each unit that reads it."""
+        values, remote, local = self.values, dict[Hashable, PoolName](), list[tuple[Hashable, Value, int]]()
+        for u in range(len(values.units.stages)):
+            for i, *_ in values.groups:
+                for value in (value for kind in values.of(u, i) for value in values.made(u, i, kind)):
+                    for t in values.readers(value, i):
+                        role, away = self._role(value, t, i), (value, values.units.device[t])
+                        if away in self.route:
+                            self.waits[value, t] = self.route[away]
+                            remote.setdefault(role, self.route[away])
                         else:
                             local.append((role, value, t))
-            for n, direction in enumerate(("saved", "shared")):
-                if self.values.saved(u, i)[n]:
-                    of = (self.values.units.roles[u], self.values.programs.recomputes(u, i))
-                    self.waits[(direction, u), u, i] = PoolName(direction, of)  # type: ignore[index, arg-type]
+        # What stays on its device waits where the reader's class looks for what comes from others.
         for role, value, t in local:
-            kind = "forward" if value[0] == "f" else "backward"
-            self.waits[value, t] = remote.get(role, PoolName(kind, -1))
+            self.waits[value, t] = remote.get(role, PoolName("forward" if value[0] == "f" else "backward", -1))
 
     def pool_of(self, value: Value, t: int, i: int) -> PoolName:
         """The pool in which a value waits for a unit."""
