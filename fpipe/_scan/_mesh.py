@@ -73,6 +73,13 @@ def by_stage(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(AXIS))
 
 
+def on_device(a: Any, device: Any) -> Any:
+    """An array on a device of this process. Of an array that is whole on several processes its own copy is taken."""
+    if isinstance(a, jax.Array) and a.is_fully_replicated and not a.is_fully_addressable:
+        a = a.addressable_data(0)
+    return jax.device_put(a, device)
+
+
 def on_mesh(arrays: Sequence[Any], mesh: Mesh) -> list[Any]:
     """Arrays where the program finds them: those of other devices are copied to all devices of the mesh."""
     there = set(mesh.devices.flat)

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from fpipe._model import Model
 from fpipe._recent import Key, Recent
-from fpipe._scan._mesh import by_stage, columns, replicated
+from fpipe._scan._mesh import by_stage, columns, on_device, replicated
 from fpipe._scan._packing import Packed, Packing
 from fpipe._scan._units import Units, cut_units
 from fpipe._tree import PyTree, Shape, float0_like, is_traced, map_arrays
@@ -57,7 +57,7 @@ class Parameters:
             if here:
                 layers = {entry[0] for row in packing.rows if (entry := row.entries[d])}
                 with jax.default_device(here[0]):
-                    own = {k: map_arrays(lambda a, to=here[0]: jax.device_put(a, to), params[k]) for k in layers}
+                    own = {k: map_arrays(lambda a, to=here[0]: on_device(a, to), params[k]) for k in layers}
                     blocks = packing.blocks(d, own)
                 for shard, block in zip(shards, blocks, strict=True):
                     shard += [jax.device_put(block[None], device) for device in here]
