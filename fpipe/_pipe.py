@@ -175,7 +175,7 @@ class Pipe(Call):
             x, side: inputs as for a call, or their shapes.
             params: needed if some layer has no `init`: then the shapes cannot be told without them.
         """
-        return self.model.init_state(*first_microbatch(x, side, self.chunks), params, self._executor.make)
+        return self.model.init_state(*first_microbatch(x, side, self.chunks), params, self._executor.make_state)
 
     def place(self, params: Sequence[PyTree]) -> Any:
         """Put the parameters of each layer on its device; Python numbers become arrays.

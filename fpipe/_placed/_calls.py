@@ -59,6 +59,8 @@ class Placed:
         with jax.default_device(place.device):  # which does not move a committed key
             return place.put_tree(f(None if key is None else place.put([key])[0]))
 
+    make_state = make
+
     def place(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
         """The parameters of each layer on its device."""
         return tuple(self.layout.home(k).put_tree(p) for k, p in enumerate(params))

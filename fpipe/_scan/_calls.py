@@ -67,6 +67,10 @@ class Scan:
         """Run `f(key)` where a layer belongs."""
         return self.parameters.make(layer, f, key)
 
+    def make_state(self, layer: int, f: Callable[[Any], PyTree], key: Any) -> PyTree:
+        """Run `f(key)` where a layer belongs, and in every process."""
+        return self.parameters.make_state(layer, f, key)
+
     def place(self, params: Sequence[PyTree]) -> Packed:
         """Every device its own stages' parameters."""
         return self.parameters.place(params)

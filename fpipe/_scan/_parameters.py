@@ -38,6 +38,11 @@ class Parameters:
 
         return self._kept.get(Key(shapes), make)
 
+    def make_state(self, layer: int, f: Callable[[Any], PyTree], key: Any) -> PyTree:
+        """Run `f(key)` where a layer belongs, or in a process that has no part of it: a call takes whole states."""
+        with jax.default_device(next(iter(self._here[layer]), None)):
+            return f(key)
+
     def make(self, layer: int, f: Callable[[Any], PyTree], key: Any) -> PyTree:
         """Run `f(key)` where a layer belongs; where this process has no part of it, only its shapes."""
         here = self._here[layer]
