@@ -1,0 +1,160 @@
+"""One of the processes that `test_multiprocess.py` starts: it joins the others and prints what it computed as JSON lines."""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import fpipe
+from tests.helpers import Case, add, borrower, counter, dense, dropout, keep, mse, owner
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A model, how it is cut over 2 or over 4 devices, and the schedule."""
+
+    layers: list[fpipe.Layer]
+    balance: dict[int, list[int]]
+    schedule: str = "eager_1f1b"
+
+    @property
+    def case(self) -> Case:
+        return Case(self.layers, chunks=4, rows=8)
+
+
+# A skip over several stages, a tied weight, states, dropout, and a width of its own: no two stages are alike.
+DIFFERENT = [owner(), keep(), counter(), dense(6), dense(), add(), dropout(), borrower()]
+PROBLEMS = {
+    "uniform": Problem([dense()] * 4, {2: [2, 2], 4: [1, 1, 1, 1]}),
+    "different": Problem(DIFFERENT, {2: [4, 4], 4: [2, 2, 2, 2]}),
+    "interleaved": Problem([dense()] * 8, {2: [2] * 4, 4: [1] * 8}, "interleaved_1f1b"),
+}
+
+
+def encoded(tree):
+    """The leaves of a pytree; floats survive JSON exactly."""
+    return [{"dtype": str(a.dtype), "shape": a.shape, "values": np.asarray(a).ravel().tolist()} for a in jax.tree.leaves(tree)]
+
+
+def decoded(leaves, like):
+    """The inverse, in the structure of another pytree."""
+    arrays = [np.array(a["values"], a["dtype"]).reshape(a["shape"]) for a in leaves]
+    return jax.tree.unflatten(jax.tree.structure(like), arrays)
+
+
+def recording(layers, seen):
+    """The same layers, whose `init` notes that it made real arrays."""
+
+    def record(k, layer):
+        def init(key, x):
+            if not isinstance(key, jax.core.Tracer):
+                seen.append(k)
+            return layer.init(key, x)
+
+        return dataclasses.replace(layer, init=init)
+
+    return [record(k, layer) for k, layer in enumerate(layers)]
+
+
+def solve(name):
+    """Parameters, loss, gradients and states of a problem, each gathered."""
+    problem, made = PROBLEMS[name], []
+    case = problem.case
+    devices = jax.devices()
+    pipe = fpipe.Pipe(
+        recording(case.layers, made),
+        problem.balance[len(devices)],
+        devices,
+        chunks=case.chunks,
+        schedule=problem.schedule,
+        executor="scan",
+    )
+    params = pipe.init(jax.random.key(0), case.x)
+    gathered = pipe.gather(params)
+    placed = pipe.place(gathered)
+    for a, b in zip(params.arrays, placed.arrays, strict=True):
+        assert a.sharding == b.sharding
+        for own, again in zip(a.addressable_shards, b.addressable_shards, strict=True):
+            assert own.device == again.device
+            np.testing.assert_array_equal(own.data, again.data)
+
+    needs = case.needs
+    if needs["state"] is not None:
+        needs["state"] = pipe.init_state(case.x)
+    step = pipe.value_and_grad(mse)
+    # As a call by itself, with arrays of this process, and inside a program, with arrays on the mesh.
+    everywhere = NamedSharding(pipe.mesh, P())
+    x, target = (jax.make_array_from_process_local_data(everywhere, np.asarray(a)) for a in (case.x, case.target))
+    result, grads = step(placed, case.x, case.target, **needs)
+    train = needs.pop("train")
+    inside, inside_grads = jax.jit(lambda p, x, t, needs: step(p, x, t, **needs, train=train))(placed, x, target, needs)
+    stateful = needs["state"] is not None
+
+    def loss_of(p):
+        y = pipe(p, x, **needs, train=train)
+        return mse(y[0] if stateful else y, target)
+
+    return {
+        "made": sorted(set(made)),
+        "params": encoded(gathered),
+        "called": encoded((result, pipe.gather(grads))),
+        "inside": encoded((inside, pipe.gather(inside_grads))),
+        "outside": encoded(pipe.gather(jax.grad(loss_of)(placed))),
+    }
+
+
+def train_for_ever():
+    """Steps until somebody dies."""
+    case = PROBLEMS["uniform"].case
+    pipe = fpipe.Pipe(case.layers, devices=jax.devices(), chunks=case.chunks, executor="scan")
+    params, step = pipe.init(jax.random.key(0), case.x), jax.jit(pipe.value_and_grad(mse))
+    everywhere = NamedSharding(pipe.mesh, P())
+    x, target = (jax.make_array_from_process_local_data(everywhere, np.asarray(a)) for a in (case.x, case.target))
+    for n in range(10**9):
+        loss, grads = step(params, x, target)
+        params = jax.tree.map(lambda p, g: p - 0.01 * g, params, grads)
+        print(json.dumps({"step": n, "loss": float(loss)}), flush=True)
+        time.sleep(0.05)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--coordinator")
+    parser.add_argument("--process", type=int)
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--heartbeat", type=int, default=10)
+    parser.add_argument("what", nargs="+")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_num_cpu_devices", args.devices)
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.distributed.initialize(
+        args.coordinator,
+        2,
+        args.process,
+        initialization_timeout=60,
+        heartbeat_timeout_seconds=args.heartbeat,
+        shutdown_timeout_seconds=args.heartbeat,
+    )
+    for what in args.what:
+        if what == "forever":
+            train_for_ever()
+        started = time.monotonic()
+        result = solve(what)
+        print(json.dumps({"problem": what, "seconds": time.monotonic() - started, **result}), flush=True)
+    jax.distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()
