@@ -89,7 +89,9 @@ def on_mesh(arrays: Sequence[Any], mesh: Mesh) -> list[Any]:
             return a
         if mesh.is_multi_process and isinstance(a, jax.Array):
             if jax.numpy.issubdtype(a.dtype, jax.dtypes.prng_key):
-                data = jax.device_put(np.asarray(jax.random.key_data(a)), replicated(mesh))
+                with jax.ensure_compile_time_eval():  # a key that a traced function closes over is known
+                    data = np.asarray(jax.random.key_data(a))
+                data = jax.device_put(data, replicated(mesh))
                 return jax.random.wrap_key_data(data, impl=jax.random.key_impl(a))
             a = np.asarray(a)
         return jax.device_put(a, replicated(mesh))
