@@ -1,0 +1,185 @@
+"""Train a classifier of handwritten digits, cut over the devices of several processes.
+
+Run this same script once for every process, with the same flags but for `--process`. `launch.py` does so on one machine; the
+README beside it has the lines for Slurm and Kubernetes. Under Slurm and Open MPI the flags for joining may be left out.
+
+The whole training step, optimizer included, is one program: the pipeline runs inside `jax.jit`, and adam updates the packed
+parameters where they lie.
+"""
+
+import argparse
+import functools
+import os
+import time
+import traceback
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import sklearn.datasets
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import fpipe
+
+# --- the model -------------------------------------------------------------------------------------
+
+
+def dense_init(key, fan_in: int, fan_out: int):
+    return jax.random.normal(key, (fan_in, fan_out)) / fan_in**0.5, jnp.zeros(fan_out)
+
+
+def dense(params, x):
+    weights, bias = params
+    return x @ weights + bias
+
+
+def linear(width: int, name: str) -> fpipe.Layer:
+    return fpipe.Layer(dense, lambda key, x: dense_init(key, x.shape[-1], width), name=name)
+
+
+def block_init(key, x):
+    up, down = jax.random.split(key)
+    width = x.shape[-1]
+    return {
+        "scale": jnp.ones(width),
+        "up": dense_init(up, width, 4 * width),
+        "down": dense_init(down, 4 * width, width),
+    }
+
+
+def block(params, x):
+    """x plus a two-layer perceptron of the normalised x."""
+    h = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5) * params["scale"]
+    return x + dense(params["down"], jax.nn.gelu(dense(params["up"], h)))
+
+
+def classifier(args: argparse.Namespace) -> list[fpipe.Layer]:
+    # Blocks that are equal on all devices run by one piece of code; the two ends may differ.
+    blocks = [fpipe.Layer(block, block_init, name="block")] * args.blocks
+    return [linear(args.width, "embed"), *blocks, linear(10, "head")]
+
+
+def cross_entropy(logits, labels):
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+# --- the processes ---------------------------------------------------------------------------------
+
+
+def join(args: argparse.Namespace) -> None:
+    """Join the other processes. Nothing before this may use a device."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # says nothing to GPUs
+    # JAX's preemption service would catch SIGTERM, for scripts that then save a checkpoint. This one may simply end.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        args.coordinator,
+        args.processes,
+        args.process,
+        initialization_timeout=args.patience,
+        heartbeat_timeout_seconds=args.patience,
+        shutdown_timeout_seconds=args.patience,
+    )
+
+
+def on_all(pipe: fpipe.Pipe, a: np.ndarray) -> jax.Array:
+    """An array that every process has, as one array on all devices."""
+    assert pipe.mesh is not None
+    return jax.make_array_from_process_local_data(NamedSharding(pipe.mesh, P()), a)
+
+
+def say(text: str) -> None:
+    """Print, in one process."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+# --- training --------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace) -> None:
+    pipe = fpipe.Pipe(
+        classifier(args), devices=jax.devices(), chunks=args.chunks, schedule=args.schedule, executor="scan"
+    )
+    say(
+        f"{jax.process_count()} processes, {len(pipe.devices)} {jax.default_backend()} devices, "
+        f"layers of the stages: {list(pipe.balance)}"
+    )
+    digits = sklearn.datasets.load_digits()
+    images, labels = (digits.data / 16).astype(np.float32), digits.target.astype(np.int32)
+    count = len(images) * 4 // 5  # the others are held out
+
+    # Every process makes the parameters of its own stages, and no others.
+    params = pipe.init(jax.random.key(args.seed), jax.ShapeDtypeStruct((args.batch, images.shape[1]), jnp.float32))
+    adam = optax.adam(args.rate)
+    # The moments lie beside their parameters. Adam's counter has no device yet.
+    moments = jax.tree.map(
+        lambda a: a if isinstance(a.sharding, NamedSharding) else on_all(pipe, np.asarray(a)), adam.init(params)
+    )
+    loss_and_gradients = pipe.value_and_grad(cross_entropy)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, moments, x, labels):
+        loss, gradients = loss_and_gradients(params, x, labels)
+        updates, moments = adam.update(gradients, moments, params)
+        return optax.apply_updates(params, updates), moments, loss
+
+    # The same seed in every process, so the same batches.
+    random = np.random.default_rng(args.seed)
+    started = time.monotonic()
+    for n in range(args.steps):
+        rows = random.choice(count, args.batch, replace=False)
+        params, moments, loss = step(params, moments, on_all(pipe, images[rows]), on_all(pipe, labels[rows]))
+        if n % args.every == 0 or n == args.steps - 1:
+            # Every process waits here, so none runs far ahead of the others.
+            say(f"step {n}: loss {float(loss):.4f} after {time.monotonic() - started:.1f} s")
+
+    # All parameters on every device: for a checkpoint, or to go on without a pipeline.
+    whole = jax.tree.map(np.asarray, pipe.gather(params))
+    if jax.process_index() == 0:
+        logits = jax.jit(fpipe.sequential(classifier(args)))(whole, images[count:])
+        accuracy = float(np.mean(np.argmax(logits, -1) == labels[count:]))
+        norm = float(np.sqrt(sum(np.sum(np.square(a, dtype=np.float64)) for a in jax.tree.leaves(whole))))
+        say(f"held-out accuracy {accuracy:.3f}, norm of the parameters {norm:.4f}")
+
+
+def parsed() -> argparse.Namespace:
+    show = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=show)
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens; left out: detected")
+    parser.add_argument("--processes", type=int, help="how many there are; left out: detected")
+    parser.add_argument("--process", type=int, help="the number of this one, from 0; left out: detected")
+    parser.add_argument("--patience", type=int, default=60, help="seconds until a silent process counts as dead")
+    parser.add_argument("--blocks", type=int, default=8, help="equal blocks between the two ends")
+    parser.add_argument("--width", type=int, default=128, help="of the blocks")
+    parser.add_argument("--batch", type=int, default=256, help="images in a step")
+    parser.add_argument("--chunks", type=int, default=8, help="microbatches in a step")
+    parser.add_argument("--schedule", default="eager_1f1b", choices=fpipe.schedules.NAMES, help="order of the work")
+    parser.add_argument("--steps", type=int, default=100, help="training steps")
+    parser.add_argument("--every", type=int, default=20, help="steps between two lines of output")
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of adam")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and batches")
+    args = parser.parse_args()
+    for flag in ("patience", "blocks", "width", "batch", "chunks", "steps", "every"):
+        if getattr(args, flag) < 1:
+            parser.error(f"--{flag} {getattr(args, flag)}: at least 1")
+    if args.batch % args.chunks:
+        parser.error(f"--batch {args.batch}: a multiple of --chunks {args.chunks}, for microbatches have equal size")
+    return args
+
+
+def main() -> None:
+    args = parsed()
+    join(args)
+    try:
+        train(args)
+    except BaseException:
+        # An ordinary exit would first wait for the others, and they wait for this process in the middle of a step.
+        traceback.print_exc()
+        os._exit(1)
+    jax.distributed.shutdown()  # waits until all are here
+
+
+if __name__ == "__main__":
+    main()
