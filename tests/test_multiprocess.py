@@ -1,7 +1,10 @@
 """Several processes, joined by `jax.distributed`: the same numbers as without a pipeline, and no hang when one dies."""
 
+import contextlib
 import json
+import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +15,7 @@ from queue import Queue
 
 import jax
 import pytest
+import yaml
 
 from tests.helpers import assert_same, mse
 from tests.multiprocess_worker import PROBLEMS, decoded
@@ -112,7 +116,7 @@ def test_two_processes_compute_what_one_does(tmp_path, devices, names):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_process_ends_the_other(tmp_path, victim):
-    with Workers(tmp_path, "--heartbeat", "10", "forever") as workers:
+    with Workers(tmp_path, "--heartbeat", "6", "forever") as workers:
         steps = [-1, -1]
         while min(steps) < 3:
             k, line = workers.lines.get(timeout=60)
@@ -122,4 +126,87 @@ def test_a_dead_process_ends_the_other(tmp_path, victim):
         ended = workers.ends(timeout=30)
     assert ended[victim] == -signal.SIGKILL
     assert ended[1 - victim] != 0
-    assert workers.errors[1 - victim].read_text()
+    # Gloo notices at once, and so does JAX when its coordinator is gone.
+    assert re.search("Gloo .* (closed|reset) by peer|another task died", workers.errors[1 - victim].read_text())
+
+
+# --- the example ---
+
+LAUNCH = [sys.executable, "examples/multiprocess/launch.py"]
+TINY = ["--blocks", "2", "--width", "8", "--batch", "16", "--chunks", "2", "--steps", "2", "--every", "1"]
+
+
+@contextlib.contextmanager
+def launched(*arguments):
+    """The launcher, and the numbers of the processes that it has started."""
+    with subprocess.Popen(
+        [*LAUNCH, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as launcher:
+        try:
+            assert launcher.stderr is not None
+            found = [re.fullmatch(r"process \d is (\d+)\n", launcher.stderr.readline()) for _ in range(2)]
+            yield launcher, [int(match[1]) for match in found if match]
+        finally:
+            launcher.terminate()
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_the_example_trains():
+    command = [*LAUNCH, "-n", "2", "--timeout", "100", *TINY]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes, 2 cpu devices, layers of the stages: [2, 2]" in done.stdout
+    losses = [float(text) for text in re.findall(r"^step \d: loss (\S+)", done.stdout, re.MULTILINE)]
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
+    assert re.search(r"^held-out accuracy \S+, norm of the parameters \S+$", done.stdout, re.MULTILINE)
+
+
+def ended(launcher, pids):
+    """The launcher's exit status and the last line of its stderr; nothing that it started is left."""
+    _, error = launcher.communicate(timeout=20)
+    assert "Traceback" not in error
+    assert len(pids) == 2
+    assert not any(map(is_alive, pids))
+    return launcher.returncode, error.splitlines()[-1]
+
+
+def test_the_launcher_ends_all_when_one_dies():
+    with launched("--timeout", "100") as (launcher, pids):
+        os.kill(pids[1], signal.SIGKILL)
+        assert ended(launcher, pids) == (1, "process 1 was killed by SIGKILL; all are stopped")
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_the_launcher_ends_all_when_interrupted(how):
+    with launched("--timeout", "100") as (launcher, pids):
+        launcher.send_signal(how)
+        assert ended(launcher, pids) == (130, "interrupted; all are stopped")
+
+
+def test_the_launcher_does_not_wait_for_ever():
+    with launched("--timeout", "0.2") as (launcher, pids):
+        assert ended(launcher, pids) == (1, "not done in 0.2 s; all are stopped")
+
+
+def test_the_job_is_consistent():
+    service, job = yaml.safe_load_all((ROOT / "examples/multiprocess/job.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    assert service["metadata"]["name"] == pod["subdomain"]
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": job["metadata"]["name"]}
+    (container,) = pod["containers"]
+    flags = dict(arg.split("=") for arg in container["args"])
+    host, port = flags["--coordinator"].split(":")
+    assert host == f"{job['metadata']['name']}-0.{pod['subdomain']}"
+    assert int(port) == container["ports"][0]["containerPort"]
+    assert int(flags["--processes"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
+    text = (ROOT / container["command"][1]).read_text()
+    assert all(f'"{flag}"' in text for flag in flags)

@@ -35,7 +35,7 @@ def how(status: int) -> str:
 
 
 def start(args: argparse.Namespace, rest: list[str], started: list[subprocess.Popen[str]]) -> list[threading.Thread]:
-    """Start the processes, into a list that is right at any moment; returns the threads that pass on their stderr."""
+    """Start the processes, each put into the list at once; returns the threads that pass on their stderr."""
     coordinator, readers = f"127.0.0.1:{free_port()}", []
     for k in range(args.n):
         env = os.environ | {"JAX_PLATFORMS": args.platform}

@@ -50,7 +50,7 @@ def block_init(key, x):
 
 
 def block(params, x):
-    """x plus a two-layer perceptron of the normalised x."""
+    """Add a two-layer perceptron of the normalised input."""
     h = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5) * params["scale"]
     return x + dense(params["down"], jax.nn.gelu(dense(params["up"], h)))
 
@@ -77,7 +77,6 @@ def join(args: argparse.Namespace) -> None:
         args.coordinator,
         args.processes,
         args.process,
-        initialization_timeout=args.patience,
         heartbeat_timeout_seconds=args.patience,
         shutdown_timeout_seconds=args.patience,
     )
