@@ -8,6 +8,7 @@ import time
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -56,7 +57,7 @@ def recording(layers, seen):
 
     def record(k, layer):
         def init(key, x):
-            if not isinstance(key, jax.core.Tracer):
+            if not isinstance(key, Tracer):
                 seen.append(k)
             return layer.init(key, x)
 

@@ -133,7 +133,22 @@ def test_a_dead_process_ends_the_other(tmp_path, victim):
 # --- the example ---
 
 LAUNCH = [sys.executable, "examples/multiprocess/launch.py"]
-TINY = ["--blocks", "2", "--width", "8", "--batch", "16", "--chunks", "2", "--steps", "2", "--every", "1"]
+TINY = [
+    "--blocks",
+    "2",
+    "--width",
+    "8",
+    "--batch",
+    "16",
+    "--chunks",
+    "2",
+    "--steps",
+    "20",
+    "--every",
+    "19",
+    "--rate",
+    "3e-2",
+]
 
 
 @contextlib.contextmanager
@@ -163,9 +178,9 @@ def test_the_example_trains():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "2 processes, 2 cpu devices, layers of the stages: [2, 2]" in done.stdout
-    losses = [float(text) for text in re.findall(r"^step \d: loss (\S+)", done.stdout, re.MULTILINE)]
+    losses = [float(text) for text in re.findall(r"^step \d+: loss (\S+)", done.stdout, re.MULTILINE)]
     assert len(losses) == 2
-    assert losses[1] < losses[0]
+    assert losses[1] < 0.9 * losses[0]
     assert re.search(r"^held-out accuracy \S+, norm of the parameters \S+$", done.stdout, re.MULTILINE)
 
 

@@ -105,8 +105,8 @@ def train(args: argparse.Namespace) -> None:
         f"{jax.process_count()} processes, {len(pipe.devices)} {jax.default_backend()} devices, "
         f"layers of the stages: {list(pipe.balance)}"
     )
-    digits = sklearn.datasets.load_digits()
-    images, labels = (digits.data / 16).astype(np.float32), digits.target.astype(np.int32)
+    images, labels = map(np.asarray, sklearn.datasets.load_digits(return_X_y=True))
+    images, labels = (images / 16).astype(np.float32), labels.astype(np.int32)
     count = len(images) * 4 // 5  # the others are held out
 
     # Every process makes the parameters of its own stages, and no others.
@@ -145,7 +145,7 @@ def train(args: argparse.Namespace) -> None:
 
 def parsed() -> argparse.Namespace:
     show = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=show)
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0], formatter_class=show)
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens; left out: detected")
     parser.add_argument("--processes", type=int, help="how many there are; left out: detected")
     parser.add_argument("--process", type=int, help="the number of this one, from 0; left out: detected")
