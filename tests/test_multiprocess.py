@@ -175,7 +175,12 @@ def is_alive(pid):
 
 def test_the_example_trains():
     command = [*LAUNCH, "-n", "2", "--timeout", "100", *TINY]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    env = os.environ | cache
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120, env=env)
     assert done.returncode == 0, done.stderr
     assert "2 processes, 2 cpu devices, layers of the stages: [2, 2]" in done.stdout
     losses = [float(text) for text in re.findall(r"^step \d+: loss (\S+)", done.stdout, re.MULTILINE)]
