@@ -33,8 +33,8 @@ _CHEAP = {
     "optimization_barrier",
 }
 
-# Equations that are redone in the backward where that keeps fewer bytes: changes of form, and arithmetic that is bound by
-# memory. Sums, products of matrices and transcendental functions are not.
+# Equations that are redone in the backward where that keeps fewer bytes: changes of form, and what works number by number,
+# for that is bound by memory (a tanh takes less time than writing and reading its result). Sums and products are not.
 _AGAIN = _CHEAP | {
     *("abs", "add", "add_any", "and", "ceil", "clamp", "div", "eq", "floor", "ge", "gt", "imag", "integer_pow", "iota"),
     *(
@@ -55,6 +55,23 @@ _AGAIN = _CHEAP | {
         "sign",
     ),
     *("slice", "square", "stop_gradient", "sub", "xor"),
+    *(
+        "cbrt",
+        "cos",
+        "erf",
+        "exp",
+        "exp2",
+        "expm1",
+        "log",
+        "log1p",
+        "logistic",
+        "pow",
+        "rsqrt",
+        "sin",
+        "sqrt",
+        "tan",
+        "tanh",
+    ),
 }
 
 

@@ -324,7 +324,11 @@ class _Lowering:
     def machine(self) -> Machine:
         """All of it."""
         segments = tuple(self._segment(ticks) for ticks in self.ticks)
-        pools = {name: Pool(n + 1, tuple(self.places.shapes[name])) for name, n in self.places.count.items()}
+        pools = {
+            # What stays in its unit is always read; for the rest there is a slot of what nobody reads.
+            name: Pool(n + (name.kind in ("forward", "backward")), tuple(self.places.shapes[name]))
+            for name, n in self.places.count.items()
+        }
         wires = {
             name: Wire(tuple(sorted(self.places.pairs[name])), pools[name].avals, self._often(name, segments))
             for name in self.places.pairs
@@ -352,7 +356,7 @@ class _Lowering:
 
     @staticmethod
     def _often(name: PoolName, segments: Sequence[Segment]) -> bool:
-        """Whether a wire carries something in more than half of the phases in which it may."""
+        """Whether a wire carries something in nearly all of the phases in which it may: then it need not be asked."""
         used = [
             s.table[0, :, p, a.used]
             for s in segments
@@ -360,4 +364,4 @@ class _Lowering:
             for a in arrivals
             if a.wire == name
         ]
-        return bool(np.mean(np.concatenate(used)) > 0.5) if used else False
+        return bool(np.mean(np.concatenate(used)) > 0.9) if used else False

@@ -163,7 +163,7 @@ class Wire:
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Slots for bundles; the last slot is for what nobody reads."""
+    """Slots for bundles."""
 
     slots: int
     avals: tuple[Avals, ...]

@@ -36,6 +36,7 @@ from fpipe._scan._packing import Row
 from fpipe._scan._storage import Storage, is_key
 from fpipe._stage import Port
 from fpipe._sums import Parts, parts_of, summed, values_of
+from fpipe._tree import is_inexact
 
 # What a segment carries from tick to tick, and its parts by name.
 Name: TypeAlias = tuple[str, Any]
@@ -224,11 +225,10 @@ class _Segment:
         }
 
     def _blank(self, pool: PoolName, slots: tuple[int, ...]) -> list[Any]:
-        def fill(dtype: Any) -> Any:
-            inexact = jnp.issubdtype(dtype, jnp.inexact)
-            return self.idle if inexact else (1 if self.idle else 0)
-
-        return [jnp.full((*slots, *a.shape), fill(a.dtype), a.dtype) for a in self.storage[pool].shapes]
+        shapes = [jax.ShapeDtypeStruct((*slots, *a.shape), a.dtype) for a in self.storage[pool].shapes]
+        if not self.idle:
+            return [jnp.empty(a.shape, a.dtype) for a in shapes]
+        return [jnp.full(a.shape, self.idle if is_inexact(a) else 1, a.dtype) for a in shapes]
 
     def _gradient_shape(self, name: Name) -> tuple[tuple[int, ...], Any]:
         to, of = name
