@@ -329,8 +329,11 @@ class _Lowering:
             name: Pool(n + (name.kind in ("forward", "backward")), tuple(self.places.shapes[name]))
             for name, n in self.places.count.items()
         }
+        # With a phase for each direction every wire carries something in nearly every tick. It then runs unasked, which lets
+        # XLA move it beside the other phase.
+        always = all(len(ticks.phases) == 2 for ticks in self.ticks)
         wires = {
-            name: Wire(tuple(sorted(self.places.pairs[name])), pools[name].avals, self._often(name, segments))
+            name: Wire(tuple(sorted(self.places.pairs[name])), pools[name].avals, always)
             for name in self.places.pairs
             if name in pools
         }
@@ -353,15 +356,3 @@ class _Lowering:
             {of: self.values.inputs.of(of[0]).leaves[of[1]] for of in sorted(found, key=str)},
             tuple(self.values.programs.warnings),
         )
-
-    @staticmethod
-    def _often(name: PoolName, segments: Sequence[Segment]) -> bool:
-        """Whether a wire carries something in nearly all of the phases in which it may: then it need not be asked."""
-        used = [
-            s.table[0, :, p, a.used]
-            for s in segments
-            for p, arrivals in enumerate(s.wires)
-            for a in arrivals
-            if a.wire == name
-        ]
-        return bool(np.mean(np.concatenate(used)) > 0.9) if used else False
