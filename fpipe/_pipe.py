@@ -17,7 +17,7 @@ from fpipe._placed import DISPATCH, Dispatch, Placed, Progress, TracedCallError,
 from fpipe._placement import Device, Place, Placement, as_placements, first_placements
 from fpipe._plan import Layout
 from fpipe._remat import Policy, Remat
-from fpipe._scan import Scan, as_mesh, stage_devices
+from fpipe._scan import Packed, Scan, as_mesh, stage_devices
 from fpipe._scheduling import Scheduling
 from fpipe._sequential import Sequential
 from fpipe._stage import cut_stages
@@ -175,6 +175,8 @@ class Pipe(Call):
             x, side: inputs as for a call, or their shapes.
             params: needed if some layer has no `init`: then the shapes cannot be told without them.
         """
+        if isinstance(params, Packed):
+            params = tuple(shape.tree for shape in params.packing.shapes)
         return self.model.init_state(*first_microbatch(x, side, self.chunks), params, self._executor.make_state)
 
     def place(self, params: Sequence[PyTree]) -> Any:

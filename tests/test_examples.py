@@ -89,3 +89,17 @@ def test_the_benchmark_of_schedules_runs():
         assert re.search(rf"^{name} +4 .* 1/1 +[01]/1$", done.stdout, re.MULTILINE), name  # started in its order
         assert re.search(rf"^{name} .* yes$", done.stdout, re.MULTILINE), name  # holds what the formula says
     assert re.search(r"^tiny stages, host us an action +\d", done.stdout, re.MULTILINE)
+
+
+def test_the_benchmark_of_two_processes_runs():
+    flags = ["--quick", "--no-torch", "--microbatches", 4, "--repeats", 1, "--schedules", "eager_1f1b"]
+    done = run("examples/benchmarks/two_processes.py", *flags)
+    assert done.returncode == 0, done.stderr
+    for name in ("jax eager_1f1b", "jax eager_1f1b, remat"):
+        assert re.search(rf"^{name} +\d\S+ +\d\S+ +1\.60 +\d+%", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_the_benchmark_of_one_device_runs():
+    done = run("examples/benchmarks/one_device.py", "--width", 16, "--tokens", 8, "--repeats", 1, "--microbatches", 2)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^(?:never|always) +(?:plain|2|4|8) +\d\S+ +\d\.\d\d$", done.stdout, re.MULTILINE)) == 8

@@ -35,6 +35,10 @@ def twice(params, x):
     return 2 * x * params
 
 
+def made_by(layer, x):
+    return fpipe.sequential([layer]).init(jax.random.key(0), x)[0]
+
+
 def pipe_of(layers, balance=(1, 1, 1, 1), chunks=4, **options):
     options.setdefault("devices", jax.devices()[: len(balance)])
     return fpipe.Pipe(layers, list(balance), chunks=chunks, executor="scan", **options)
@@ -179,6 +183,66 @@ def test_inputs_that_go_whole_keys_and_integers():
     assert_same(dx["t"].value, wx["t"].value)
     assert dx["key"].value.dtype == jax.dtypes.float0
     assert dx["s"] is None
+
+
+def test_keys_and_booleans_come_out():
+    def apply(params, x, *, key):
+        return {"y": x * params, "key": jax.random.split(key, x.shape[0]), "up": x > 0, "n": jnp.argmax(x, -1)}
+
+    layers, x = [dense(), fpipe.Layer(apply)], jax.random.normal(jax.random.key(1), (6, WIDTH))
+    ref = fpipe.sequential(layers, chunks=3)
+    params = (made_by(dense(), x), jnp.ones(WIDTH))
+    pipe = pipe_of(layers, (1, 1), 3)
+    got, want = (run(p, x, key=jax.random.key(2)) for run, p in ((pipe, pipe.place(params)), (ref, params)))
+    got["key"], want["key"] = jax.random.key_data(got["key"]), jax.random.key_data(want["key"])
+    assert_same(got, want)
+
+
+def test_a_state_may_hold_a_key():
+    def apply(params, x, *, state):
+        new, use = jax.random.split(state["key"])
+        return x * params + jax.random.normal(use, x.shape), {"key": new}
+
+    noise = fpipe.Layer(apply, init_state=lambda x: {"key": jax.random.key(7)})
+    layers, x = [noise, noise, dense()], jnp.ones((6, WIDTH))
+    params = (jnp.ones(WIDTH), jnp.ones(WIDTH), made_by(dense(), x))
+    pipe, ref = pipe_of(layers, (1, 1, 1), 3, checkpoint="always"), fpipe.sequential(layers, chunks=3)
+    state = ref.init_state(x, params=params)
+    loss = lambda y: jnp.mean(y**2)  # noqa: E731
+    (value, new), grads = pipe.value_and_grad(loss)(pipe.place(params), x, state=state)
+    (want, old), expected = ref.value_and_grad(loss)(params, x, state=state)
+    assert_same((value, pipe.gather(grads)), (want, expected))
+    data = lambda states: [jax.random.key_data(s["key"]) for s in states[:2]]  # noqa: E731
+    chex.assert_trees_all_equal(data(new), data(old))
+
+
+def test_a_u_net_of_convolutions():
+    """Stages of different shapes and two skips, each straight to the other side."""
+    outer, inner = fpipe.Namespace(), fpipe.Namespace()
+
+    @fpipe.skippable(stash=["skip"])
+    @fpipe.fn
+    def down(x, *, carry):
+        return x[:, ::2, ::2], fpipe.stash(carry, "skip", x)
+
+    @fpipe.skippable(pop=["skip"])
+    @fpipe.fn
+    def up(x, *, carry):
+        skip, carry = fpipe.pop(carry, "skip")
+        return jnp.concatenate([x.repeat(2, 1).repeat(2, 2), skip], axis=-1), carry
+
+    layers = [convolution(3), down.isolate(outer), convolution(4), down.isolate(inner), convolution(6)]
+    layers += [up.isolate(inner), convolution(4), up.isolate(outer), convolution(2)]
+    x = jax.random.normal(jax.random.key(1), (4, 8, 8, 2))
+    pipe, ref = pipe_of(layers, (2, 2, 3, 2), 2), fpipe.sequential(layers, chunks=2)
+    params = ref.init(jax.random.key(0), x)
+    value, grads = pipe.value_and_grad(mse)(pipe.place(params), x, x)
+    assert_same((value, pipe.gather(grads)), ref.value_and_grad(mse)(params, x, x))
+    wires = pipe._scan._steps.values()[-1].machine.wires
+    assert sorted(wire.pairs for name, wire in wires.items() if name.kind == "forward") == [
+        ((0, 1), (1, 2), (2, 3)),
+        ((0, 3), (1, 2)),
+    ]
 
 
 def test_a_pull_back_may_run_twice():

@@ -25,7 +25,6 @@ from fpipe._scan._machine import (
     Put,
     Segment,
     Send,
-    SetState,
     Slotted,
     Source,
     StateLeaf,
@@ -33,7 +32,7 @@ from fpipe._scan._machine import (
 )
 from fpipe._scan._mesh import AXIS, DATA
 from fpipe._scan._packing import Row
-from fpipe._scan._storage import Storage, is_key
+from fpipe._scan._storage import Storage, raw, unwrapped, wrapped
 from fpipe._stage import Port
 from fpipe._sums import Parts, parts_of, summed, values_of
 from fpipe._tree import is_inexact
@@ -102,7 +101,6 @@ class _Segment:
         adds = dict.fromkeys((t.to, t.of) for t in targets if isinstance(t, Add))
         self.grads: list[Name] = list(adds)
         self.names += self.grads
-        self.stateful = any(isinstance(t, SetState) for t in targets)
         if machine.state is not None:
             self.names += [("state", r) for r in range(len(machine.state.rows))]
         self.at = {name: n for n, name in enumerate(self.names)}
@@ -115,19 +113,16 @@ class _Segment:
         table = jnp.asarray(self.segment.table)
         ports = list(inputs)
         flat = [list(inputs[port]) for port in ports]
-        # Keys cross the boundary as numbers.
-        keys = [[a.dtype if is_key(a.dtype) else None for a in arrays] for arrays in flat]
-        flat = [[jax.random.key_data(a) if is_key(a.dtype) else a for a in arrays] for arrays in flat]
+        # PRNG keys cross the boundary as numbers, and are written so.
+        avals = [[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays] for arrays in flat]
+        flat = [[unwrapped(a) for a in arrays] for arrays in flat]
         left = list(carried or ())
         kept = [] if self.last else self.left
 
         def local(table: Any, params: Any, state: Any, flat: Any, before: Any) -> Any:
             arrays = {
-                port: [
-                    a if dtype is None else jax.random.wrap_key_data(a, impl=jax.random.key_impl(jnp.zeros((), dtype)))
-                    for a, dtype in zip(own, dtypes, strict=True)
-                ]
-                for port, own, dtypes in zip(ports, flat, keys, strict=True)
+                port: [wrapped(a, aval) for a, aval in zip(own, of, strict=True)]
+                for port, own, of in zip(ports, flat, avals, strict=True)
             }
             first: dict[Name, Any] = {name: [a[0] for a in value] for name, value in zip(left, before, strict=True)}
             params, state = [a[0] for a in params], None if state is None else [a[0] for a in state]
@@ -159,7 +154,7 @@ class _Segment:
         grads = dict(zip([n for n in names if n[0] != "row"], whole, strict=True))
         grads |= dict(zip([n for n in names if n[0] == "row"], rows, strict=True))
         return (
-            dict(zip(self.outputs, outputs, strict=True)),
+            {n: wrapped(a, self.machine.outputs[n][0]) for n, a in zip(self.outputs, outputs, strict=True)},
             grads,
             new_state,
             dict(zip(kept, after, strict=True)),
@@ -196,7 +191,7 @@ class _Segment:
         if what == "outbox":
             return self._blank(of, ())
         if what == "output":
-            aval = self.machine.outputs[of][0]
+            aval = raw(self.machine.outputs[of][0])
             return jnp.zeros((self.machine.microbatches, *aval.shape), aval.dtype)
         if what == "state":
             return first[name][0] if name in first else state[of]
@@ -281,7 +276,7 @@ class _Segment:
                 view[n] = add(view[n], values[target.value])
             elif isinstance(target, Write):
                 n = self.at["output", target.output]
-                value = values[target.value]
+                value = unwrapped(values[target.value])
                 if target.add:
                     value = value + jax.lax.dynamic_index_in_dim(view[n], args[0], keepdims=False)
                 view[n] = jax.lax.dynamic_update_index_in_dim(view[n], value, args[0], 0)

@@ -39,14 +39,14 @@ class Storage:
     @cached_property
     def _layout(self) -> tuple[list[jax.ShapeDtypeStruct], dict[Avals, list[_Place]]]:
         if len(self.kinds) == 1:
-            raw = [_raw(a) for a in self.kinds[0]]
-            return raw, {self.kinds[0]: [_Place(n, 0, 0) for n in range(len(raw))]}
+            alone = [raw(a) for a in self.kinds[0]]
+            return alone, {self.kinds[0]: [_Place(n, 0, 0) for n in range(len(alone))]}
         sizes: dict[tuple[str, bool], int] = {}
         where: dict[Avals, list[tuple[tuple[str, bool], int, int]]] = {}
         for kind in self.kinds:
             ends: dict[tuple[str, bool], int] = {}
             where[kind] = []
-            for a in map(_raw, kind):
+            for a in map(raw, kind):
                 key = (str(a.dtype), self._has_rows(a.shape))
                 start, size = ends.get(key, 0), _size(a.shape[1:] if key[1] else a.shape)
                 ends[key] = start + size
@@ -71,11 +71,11 @@ class Storage:
 
     def pack(self, avals: Avals, arrays: Sequence[Any], old: Sequence[Any]) -> list[Any]:
         """A bundle as the arrays of a slot; what it does not fill keeps what is there."""
-        raw = [_unwrapped(a) for a in arrays]
+        given = [unwrapped(a) for a in arrays]
         if len(self.kinds) == 1:
-            return raw
+            return given
         out = list(old)
-        for a, place in zip(raw, self._layout[1][avals], strict=True):
+        for a, place in zip(given, self._layout[1][avals], strict=True):
             rows = len(self.shapes[place.group].shape) == 2
             flat = a.reshape(self.rows, -1) if rows else a.reshape(-1)
             out[place.group] = jax.lax.dynamic_update_slice_in_dim(out[place.group], flat, place.start, -1)
@@ -83,9 +83,9 @@ class Storage:
 
     def put(self, avals: Avals, arrays: Sequence[Any], pool: Sequence[Any], slot: Any) -> list[Any]:
         """A bundle into a slot of a pool."""
-        raw = [_unwrapped(a) for a in arrays]
+        given = [unwrapped(a) for a in arrays]
         out = list(pool)
-        for a, place in zip(raw, self._layout[1][avals], strict=True):
+        for a, place in zip(given, self._layout[1][avals], strict=True):
             shape = self.shapes[place.group].shape
             if len(self.kinds) > 1:
                 a = a.reshape(self.rows, -1) if len(shape) == 2 else a.reshape(-1)
@@ -98,10 +98,10 @@ class Storage:
         place, aval = self._layout[1][avals][k], avals[k]
         whole, shape = pool[place.group], self.shapes[place.group].shape
         if len(self.kinds) == 1:
-            return _wrapped(jax.lax.dynamic_index_in_dim(whole, slot, keepdims=False), aval)
+            return wrapped(jax.lax.dynamic_index_in_dim(whole, slot, keepdims=False), aval)
         at = [slot, *([0] * (len(shape) - 1)), place.start]
         part = jax.lax.dynamic_slice(whole, _indices(at), (1, *shape[:-1], place.stop - place.start))
-        return _wrapped(part.reshape(_raw(aval).shape), aval)
+        return wrapped(part.reshape(raw(aval).shape), aval)
 
     def _has_rows(self, shape: tuple[int, ...]) -> bool:
         return bool(shape) and shape[0] == self.rows
@@ -120,20 +120,20 @@ def is_key(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
 
 
-def _raw(aval: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def raw(aval: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """The shape of an array as it is stored: PRNG keys as numbers."""
     if not is_key(aval.dtype):
         return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
     return jax.eval_shape(jax.random.key_data, aval)
 
 
-def _unwrapped(array: Any) -> Any:
+def unwrapped(array: Any) -> Any:
+    """An array as it is stored."""
     return jax.random.key_data(array) if is_key(array.dtype) else array
 
 
-def _wrapped(array: Any, aval: jax.ShapeDtypeStruct) -> Any:
-    return (
-        jax.random.wrap_key_data(array, impl=jax.random.key_impl(jnp.zeros((), aval.dtype)))
-        if is_key(aval.dtype)
-        else array
-    )
+def wrapped(array: Any, aval: Any) -> Any:
+    """The inverse; of `aval` only the dtype counts."""
+    if not is_key(aval.dtype):
+        return array
+    return jax.random.wrap_key_data(array, impl=jax.random.key_impl(jnp.zeros((), aval.dtype)))

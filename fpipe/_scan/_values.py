@@ -7,7 +7,7 @@ import jax
 
 from fpipe._plan import Inputs, Layout, Programs, Request, direct_pairs, split_pairs
 from fpipe._program import Code, Flat, Program, Ref
-from fpipe._recent import Recent
+from fpipe._recent import Key, Recent
 from fpipe._remat import Remat
 from fpipe._scan._machine import Avals
 from fpipe._scan._units import Units
@@ -131,13 +131,13 @@ class Values:
         direction, u, port, *_ = value
         if direction == "f":
             shapes = self.programs.flat(u, i).out[port].leaves
-            return [Ref("out", Leaf(port, k)) for k in range(len(shapes))], tuple(shapes)
+            return [Ref("out", Leaf(port, k)) for k in range(len(shapes))], tuple(map(_plain, shapes))
         if direction == "b":
             name = X if port == Y else port
             flat = self.programs.flat(u, i)
             known = dict(zip(flat.inputs, flat.shapes, strict=True))
             leaves = [leaf for leaf in known if leaf.port == name and leaf in self.programs.joint(u, i).gradients]
-            return [Ref("gradient", leaf) for leaf in leaves], tuple(known[leaf] for leaf in leaves)
+            return [Ref("gradient", leaf) for leaf in leaves], tuple(_plain(known[leaf]) for leaf in leaves)
         refs = self.saved(u, i)[direction == "shared"]
         return refs, tuple(self.aval(u, i, ref) for ref in refs)
 
@@ -145,14 +145,13 @@ class Values:
         """The shape of what is kept."""
         flat = self.programs.flat(u, i)
         if ref.what == "in" and ref.leaf is not None:
-            return dict(zip(flat.inputs, flat.shapes, strict=True))[ref.leaf]
+            return _plain(dict(zip(flat.inputs, flat.shapes, strict=True))[ref.leaf])
         if ref.what == "out" and ref.leaf is not None:
-            return flat.out[ref.leaf.port].leaves[ref.leaf.k]
+            return _plain(flat.out[ref.leaf.port].leaves[ref.leaf.k])
         program = self.of(u, i)["F" if ref.what == "residual" else "I"]
         code = program.call
         assert isinstance(code, Code)
-        a = code.graph.avals[code.outs[program.outs.index(ref)]]
-        return jax.ShapeDtypeStruct(a.shape, a.dtype)
+        return _plain(code.graph.avals[code.outs[program.outs.index(ref)]])
 
     # --- who reads what ---
 
@@ -213,7 +212,7 @@ class Values:
     def identity(self, u: int, i: int) -> Hashable:
         """Equal for units and microbatches whose programs compute the same."""
         programs = self.of(u, i)
-        key = hash(id(self.programs.of(u, i)))
+        key = id(self.programs.of(u, i))
         if key not in self._identities:
             parts = []
             for kind, p in programs.items():
@@ -221,20 +220,10 @@ class Values:
                 code = p.call.identity if isinstance(p.call, Code) else None
                 same = tuple((self.relative(u, a), self.relative(u, b)) for a, b in p.same.items())
                 parts.append((kind, code, name(p.ins), name(p.outs), same))
-            self._identities[key] = _Once(tuple(parts))
+            self._identities[key] = Key(tuple(parts))
         return self._identities[key]
 
 
-class _Once:
-    """A key that is hashed once."""
-
-    def __init__(self, value: Hashable) -> None:
-        self._value, self._hash = value, hash(value)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Once) and (
-            self is other or (self._hash == other._hash and self._value == other._value)
-        )
+def _plain(a: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype: what is weak about a type is of no matter where it waits."""
+    return jax.ShapeDtypeStruct(a.shape, a.dtype)
