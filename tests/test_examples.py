@@ -92,14 +92,25 @@ def test_the_benchmark_of_schedules_runs():
 
 
 def test_the_benchmark_of_two_processes_runs():
-    flags = ["--quick", "--no-torch", "--microbatches", 4, "--repeats", 1, "--schedules", "eager_1f1b"]
+    flags = ["--quick", "--no-torch", "--microbatches", 4, "--repeats", 1, "--schedules", "eager_1f1b", "--checkpoints", "never"]
     done = run("examples/benchmarks/two_processes.py", *flags)
     assert done.returncode == 0, done.stderr
-    for name in ("jax eager_1f1b", "jax eager_1f1b, remat"):
-        assert re.search(rf"^{name} +\d\S+ +\d\S+ +1\.60 +\d+%", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^jax eager_1f1b +\d\S+ +\d\S+ +1\.60 +\d+%", done.stdout, re.MULTILINE), done.stdout
 
 
 def test_the_benchmark_of_one_device_runs():
-    done = run("examples/benchmarks/one_device.py", "--width", 16, "--tokens", 8, "--repeats", 1, "--microbatches", 2)
+    done = run(
+        "examples/benchmarks/one_device.py",
+        "--width",
+        16,
+        "--tokens",
+        8,
+        "--repeats",
+        1,
+        "--microbatches",
+        2,
+        "--stages",
+        2,
+    )
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"^(?:never|always) +(?:plain|2|4|8) +\d\S+ +\d\.\d\d$", done.stdout, re.MULTILINE)) == 8
+    assert len(re.findall(r"^(?:never|always) +(?:plain|2) +\d\S+ +\d\.\d\d$", done.stdout, re.MULTILINE)) == 4

@@ -19,7 +19,7 @@ from _jax_two_processes import BLOCKS, apply, init, loss_fn, unpipelined
 import fpipe
 
 
-def times(width: int, tokens: int, m: int, repeats: int) -> None:
+def times(width: int, tokens: int, m: int, repeats: int, counts: list[int]) -> None:
     x, t = map(jnp.asarray, np.random.default_rng(0).standard_normal((2, 32, tokens, width), np.float32))
     params = [init(jax.random.fold_in(jax.random.key(0), k), x[:1]) for k in range(BLOCKS)]
     layers = [fpipe.Layer(apply, init, name="block")] * BLOCKS
@@ -28,7 +28,7 @@ def times(width: int, tokens: int, m: int, repeats: int) -> None:
     for checkpoint in ("never", "always"):
         plain = unpipelined(checkpoint == "always", m)
         runs = {0: lambda plain=plain: plain(params, x, t)}
-        for stages in (2, 4, 8):
+        for stages in counts:
             pipe = fpipe.Pipe(
                 layers,
                 [BLOCKS // stages] * stages,
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--microbatches", type=int, default=8)
+    parser.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--memory", action="store_true", help="the second table, with all cores")
     options = parser.parse_args()
@@ -86,7 +87,7 @@ def main() -> None:
     if options.memory:
         memory(options.width, options.tokens, rows=4)
     else:
-        times(options.width, options.tokens, options.microbatches, options.repeats)
+        times(options.width, options.tokens, options.microbatches, options.repeats, options.stages)
 
 
 if __name__ == "__main__":
