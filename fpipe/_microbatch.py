@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -77,7 +78,7 @@ class Cut:
     targets: Split
     m: int
 
-    @property
+    @cached_property
     def columns(self) -> tuple[tuple[int, ...], ...]:
         """The rows in each piece of every array that is cut, `x` first."""
         return tuple(rows for how in (self.x, self.side, self.targets) for rows in how.rows if rows)

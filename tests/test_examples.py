@@ -92,7 +92,18 @@ def test_the_benchmark_of_schedules_runs():
 
 
 def test_the_benchmark_of_two_processes_runs():
-    flags = ["--quick", "--no-torch", "--microbatches", 4, "--repeats", 1, "--schedules", "eager_1f1b", "--checkpoints", "never"]
+    flags = [
+        "--quick",
+        "--no-torch",
+        "--microbatches",
+        4,
+        "--repeats",
+        1,
+        "--schedules",
+        "eager_1f1b",
+        "--checkpoints",
+        "never",
+    ]
     done = run("examples/benchmarks/two_processes.py", *flags)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^jax eager_1f1b +\d\S+ +\d\S+ +1\.60 +\d+%", done.stdout, re.MULTILINE), done.stdout

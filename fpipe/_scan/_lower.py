@@ -47,11 +47,12 @@ from fpipe.schedules import Action, Costs, Kind, Schedule
 
 @dataclasses.dataclass(frozen=True)
 class _Ready:
-    """An operation of a unit, and what its arguments are: `None` for the microbatch, `("number", position, layer)`, or a pool
+    """An operation of a unit, its number among all, and what its arguments are: `None` for the microbatch, `("number", position, layer)`, or a pool
     and the value whose slot it is.
     """
 
     op: Op
+    number: int
     args: tuple[Any, ...]
 
 
@@ -104,6 +105,7 @@ class _Lowering:
         self.loans: dict[tuple[tuple[int, int], int], int] = {}
         self.outputs: dict[Any, tuple[jax.ShapeDtypeStruct, set[int]]] = {}
         self._ready: dict[Any, _Ready] = {}
+        self._ops: dict[Op, int] = {}
         self._targets = self._united()
 
     # --- operations ---
@@ -177,7 +179,7 @@ class _Lowering:
             self.values.identity(u, i),
             f"{kind} {self.values.units.stages[u].described}",
         )
-        return _Ready(op, tuple(args))
+        return _Ready(op, self._ops.setdefault(op, len(self._ops)), tuple(args))
 
     def _source(self, u: int, i: int, kind: str, ref: Ref, arg: Callable[[Any], int]) -> Source:
         earlier = {"F": (), "W": ("saved", "shared")}.get(kind, ("saved",))
@@ -259,8 +261,9 @@ class _Lowering:
 
     def _segment(self, ticks: Ticks) -> Segment:
         """The table of a scan."""
-        ops: list[dict[Op, tuple[int, int]]] = [{} for _ in ticks.phases]  # with where they sort
-        filled: list[dict[Op, list[tuple[int, int, list[int]]]]] = [{} for _ in ticks.phases]
+        # By number, for an operation is dear to hash; with where they sort.
+        ops: list[dict[int, tuple[int, int]]] = [{} for _ in ticks.phases]
+        filled: list[dict[int, list[tuple[int, int, list[int]]]]] = [{} for _ in ticks.phases]
         arriving: list[dict[PoolName, list[tuple[int, int, int]]]] = [{} for _ in ticks.phases]
         for t, row in enumerate(ticks.rows):
             for p, phase in enumerate(row):
@@ -271,10 +274,10 @@ class _Lowering:
         width = 0
         for p in range(len(ticks.phases)):
             column, slotted, arrivals = 0, [], []
-            for op in sorted(ops[p], key=lambda op: ops[p][op]):
-                count = max(len(args) for _, _, args in filled[p][op])
-                slotted.append(Slotted(op, column, column + 1))
-                column += 1 + count
+            every = list(self._ops)
+            for n in sorted(ops[p], key=lambda n: ops[p][n]):
+                slotted.append(Slotted(every[n], column, column + 1))
+                column += 1 + max(len(args) for _, _, args in filled[p][n])
             for name in arriving[p]:
                 arrivals.append(Arrival(name, column, column + 1))
                 column += 2
@@ -283,7 +286,7 @@ class _Lowering:
         table = np.zeros((self.values.devices, len(ticks.rows), len(ticks.phases), width), np.int32)
         for p, (slotted, arrivals) in enumerate(tables):
             for op, column, first in slotted:
-                for t, d, args in filled[p][op]:
+                for t, d, args in filled[p][self._ops[op]]:
                     table[d, t, p, column] = 1
                     table[d, t, p, first : first + len(args)] = args
             for name, column, used in arrivals:
@@ -302,11 +305,11 @@ class _Lowering:
             key = (u, id(self.values.programs.of(u, i)), kind)
             if key not in self._ready:
                 self._ready[key] = self._make_ready(u, i, kind)
-            op, args = self._ready[key].op, self._ready[key].args
-            if op.code is not None or op.targets:
+            ready = self._ready[key]
+            if ready.op.code is not None or ready.op.targets:
                 at = ("FBIW".index(kind), u if kind == "F" else -u)
-                ops[p][op] = min(ops[p].get(op, at), at)
-                filled[p].setdefault(op, []).append((t, d, [self._number(a, d, i) for a in args]))
+                ops[p][ready.number] = min(ops[p].get(ready.number, at), at)
+                filled[p].setdefault(ready.number, []).append((t, d, [self._number(a, d, i) for a in ready.args]))
             for value in self.values.made(u, i, kind):
                 for e in {self.values.units.device[r] for r in self.values.readers(value, i)} - {d}:
                     name = self.places.route[value, e]

@@ -81,12 +81,15 @@ class Values:
             for i in range(self.m)
         }
         self._identities: dict[int, Hashable] = {}
+        self._of: dict[tuple[int, int], Mapping[Any, Program]] = {}
         self.groups = self._groups()
 
     def of(self, u: int, i: int) -> Mapping[Any, Program]:
         """The programs of a unit that the schedule runs, by kind."""
-        programs = self.programs.of(u, i)
-        return {k: programs[k] for k in self.kinds[self.units.stage_of[u], i] if k in programs}
+        if (u, i) not in self._of:
+            programs = self.programs.of(u, i)
+            self._of[u, i] = {k: programs[k] for k in self.kinds[self.units.stage_of[u], i] if k in programs}
+        return self._of[u, i]
 
     def _groups(self) -> list[list[int]]:
         """Microbatches for which every unit runs the same programs."""
