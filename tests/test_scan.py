@@ -631,3 +631,13 @@ def test_it_is_a_value():
         assert hash(pipe) == hash(copy.copy(pipe))
     pipe = fpipe.Pipe([fpipe.Layer(twice)] * 2, executor="scan", mesh=mesh)
     assert pickle.loads(pickle.dumps(pipe)) == pipe
+
+
+def test_stages_that_send_different_values_on_one_wire():
+    """Two equal stages, one of which sends its boundary where the other sends its skip: they do not share an operation."""
+    layers = models()["nested"]
+    case = Case(layers, 1, rows=8)
+    pipe, params = pipe_of(layers, (1, 1, 1, 2), 1, devices=jax.devices()[:2], schedule="zb_v"), case.params()
+    assert_same(pipe(pipe.place(params), case.x), case.reference(params, case.x))
+    value, grads = pipe.value_and_grad(mse)(pipe.place(params), case.x, case.target)
+    assert_same((value, pipe.gather(grads)), case.reference.value_and_grad(mse)(params, case.x, case.target))

@@ -113,25 +113,49 @@ class _Lowering:
     def _united(self) -> dict[Hashable, dict[tuple[PoolName, bool], None]]:
         """Where the values of a class go, for all its units together, and whether that is away.
 
-        An operation that serves several units puts its values wherever one of them does, and the table tells who looks.
+        An operation that serves several units puts its values wherever one of them does, and the table tells who looks. That
+        must not be where another value of the same action goes: a class in which it would be is no class.
         """
         values, places = self.values, self.places
-        out: dict[Hashable, dict[tuple[PoolName, bool], None]] = collections.defaultdict(dict)
+        own: dict[tuple[Value, int], dict[tuple[PoolName, bool], None]] = {}
         for u, d in enumerate(values.units.device):
             for i, *_ in values.groups:
                 for value in (value for kind in values.of(u, i) for value in values.made(u, i, kind)):
-                    for t in values.readers(value, i):
-                        name, e = places.pool_of(value, t, i), values.units.device[t]
-                        if (name, e, value, i) in places.slot:
-                            out[self._target_key(value, i)][name, d != e] = None
-        return out
+                    own[value, i] = {
+                        (name, values.units.device[t] != d): None
+                        for t in values.readers(value, i)
+                        for name in [places.pool_of(value, t, i)]
+                        if (name, values.units.device[t], value, i) in places.slot
+                    }
+        self._alone: set[Hashable] = set()
+        while True:
+            out: dict[Hashable, dict[tuple[PoolName, bool], None]] = collections.defaultdict(dict)
+            for (value, i), targets in own.items():
+                out[self._target_key(value, i)] |= targets
+            # The wires that each stage's action really uses, and by which value.
+            used = {
+                (values.units.stage_of[value[1]], i, name): value
+                for (value, i), targets in own.items()
+                for name, away in targets
+                if away
+            }
+            clash = {
+                values.identity(value[1], i)
+                for value, i in own
+                for name, away in out[self._target_key(value, i)]
+                if away and used.get((values.units.stage_of[value[1]], i, name), value) != value
+            }
+            if clash <= self._alone:
+                return out
+            self._alone |= clash
 
     def _target_key(self, value: Value, i: int) -> Hashable:
         """How the class of its maker calls a value."""
         direction, u, port, *_ = value
         refs, avals = self.values.bundle(value, i)
-        names = tuple(self.values.relative(u, ref) for ref in refs)
-        return direction, self.values.identity(u, i), self.values.relative(u, Ref("out", Leaf(port, 0))), names, avals
+        names, identity = tuple(self.values.relative(u, ref) for ref in refs), self.values.identity(u, i)
+        only = u if identity in self._alone else None
+        return direction, identity, only, self.values.relative(u, Ref("out", Leaf(port, 0))), names, avals
 
     def _make_ready(self, u: int, i: int, kind: Kind) -> _Ready:
         """The operation of a unit's program."""
