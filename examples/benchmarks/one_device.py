@@ -7,6 +7,7 @@
 """
 
 import argparse
+import functools
 import os
 import statistics
 import time
@@ -27,7 +28,7 @@ def times(width: int, tokens: int, m: int, repeats: int, counts: list[int]) -> N
     print("checkpoint   stages   seconds   over plain")
     for checkpoint in ("never", "always"):
         plain = unpipelined(checkpoint == "always", m)
-        runs = {0: lambda plain=plain: plain(params, x, t)}
+        runs = {0: functools.partial(plain, params, x, t)}
         for stages in counts:
             pipe = fpipe.Pipe(
                 layers,
@@ -39,7 +40,7 @@ def times(width: int, tokens: int, m: int, repeats: int, counts: list[int]) -> N
                 executor="scan",
             )
             step, placed = jax.jit(pipe.value_and_grad(loss_fn)), pipe.place(params)
-            runs[stages] = lambda step=step, placed=placed: step(placed, x, t)
+            runs[stages] = functools.partial(step, placed, x, t)
         taken: dict[int, list[float]] = {n: [] for n in runs}
         for n in range(repeats + 1):
             for stages, run in runs.items():
