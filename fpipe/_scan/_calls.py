@@ -33,7 +33,7 @@ from fpipe._scan._parameters import Parameters
 from fpipe._scan._step import Step
 from fpipe._scheduling import Scheduling
 from fpipe._stage import AUX, KEY, SIDE, TARGETS, Leaf, Port, X, Y, cut_stages
-from fpipe._tree import PyTree, Shape, Spec, aval, float0_like, is_inexact, pack
+from fpipe._tree import PyTree, Shape, Spec, aval, fill_gradient, float0_like, is_inexact, pack
 from fpipe.schedules import Schedule
 
 # Programs of calls that one pipe keeps, and traces that do not depend on a loss.
@@ -129,11 +129,8 @@ class Scan:
                 gradients.append(self._packed(step, found))
                 continue
             arrays, spec = pack(args.numbered[n])
-            filled = [
-                _gradient(found.get(leaf), a) if is_inexact(a) else float0_like(a)
-                for leaf, a in zip(leaves[n], arrays, strict=True)
-            ]
-            gradients.append(spec.fill(filled, None))
+            made = [_gradient(found.get(leaf), a) for leaf, a in zip(leaves[n], arrays, strict=True)]
+            gradients.append(fill_gradient(spec, arrays, made))
         tree = step.out[AUX].spec.unpack(aux) if loss.has_aux else None
         return Result(value, tree, self._state(step, state), tuple(gradients))
 

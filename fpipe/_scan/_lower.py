@@ -47,8 +47,8 @@ from fpipe.schedules import Action, Costs, Kind, Schedule
 
 @dataclasses.dataclass(frozen=True)
 class _Ready:
-    """An operation of a unit, its number among all, and what its arguments are: `None` for the microbatch, `("number", position, layer)`, or a pool
-    and the value whose slot it is.
+    """An operation of a unit, its number among all, and what its arguments are: `None` for the microbatch,
+    `("number", position, layer)`, or a pool and the value whose slot it is.
     """
 
     op: Op

@@ -16,6 +16,7 @@ from fpipe._plan import Inputs, Request
 from fpipe._scan._machine import Machine
 from fpipe._scan._mesh import AXIS, DATA, by_stage
 from fpipe._scan._run import Runner
+from fpipe._scan._storage import is_key
 from fpipe._stage import AUX, LOSS, SIDE, TARGETS, WEIGHT, Leaf, Port, X, Y
 from fpipe._tree import PyTree, Shape, is_inexact, pack
 
@@ -97,9 +98,7 @@ class Step:
         loss = self.request.loss
         assert loss is not None
         values, weight = outputs[Leaf(LOSS, 0)], None
-        total = jnp.sum(wide(values), 0)
-        if loss.reduction == "mean":
-            total = jnp.sum(wide(values) * (1 / self.m), 0)
+        total = jnp.sum(wide(values) * (1 / self.m if loss.reduction == "mean" else 1.0), 0)
         if loss.reduction == "weighted":
             weight = jnp.sum(wide(outputs[Leaf(WEIGHT, 0)]), 0)
             total = divided(total, weight)
@@ -124,7 +123,7 @@ class Step:
         other, would be on one shard of the batch alone.
         """
         size = self.mesh.shape.get(DATA, 1)
-        if size == 1 or array.shape[1] % size or jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        if size == 1 or array.shape[1] % size or is_key(array.dtype):
             return array
         return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, P(None, DATA)))
 

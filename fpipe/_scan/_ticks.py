@@ -48,23 +48,20 @@ class Ticks:
         return out
 
 
-def cheaper(actions: Sequence[Sequence[Action]], stages: int, costs: Costs, done: Sequence[Action] = ()) -> Ticks:
+def cheaper(actions: Sequence[Sequence[Action]], stages: int, costs: Costs) -> Ticks:
     """The cheaper of the two forms; of equal ones the one with a single phase.
 
     Arguments:
         actions: of each device, in order.
-        done: what has run before.
     """
     kinds = {a.kind for row in actions for a in row}
     forms = [ONE] if kinds == {"F"} or "F" not in kinds else [ONE, TWO]
-    return min((lock_step(actions, stages, form, done) for form in forms), key=lambda t: t.cost(costs))
+    return min((lock_step(actions, stages, form) for form in forms), key=lambda t: t.cost(costs))
 
 
-def lock_step(
-    actions: Sequence[Sequence[Action]], stages: int, phases: tuple[str, ...], done: Sequence[Action] = ()
-) -> Ticks:
+def lock_step(actions: Sequence[Sequence[Action]], stages: int, phases: tuple[str, ...]) -> Ticks:
     """Every action in the first phase in which its turn has come and what it needs is there."""
-    ready: set[tuple[bool, int, int]] = {(a.kind == "F", a.stage, a.microbatch) for a in done if a.kind != "W"}
+    ready: set[tuple[bool, int, int]] = set()
     next_ = [0] * len(actions)
     rows: list[tuple[Phase, ...]] = []
     while any(n < len(row) for n, row in zip(next_, actions, strict=True)):
