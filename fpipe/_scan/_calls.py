@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from fpipe._call import Args, Result
 from fpipe._given import (
@@ -26,8 +26,9 @@ from fpipe._model import Model
 from fpipe._plan import Request
 from fpipe._recent import Key, Recent
 from fpipe._remat import Remat
+from fpipe._scan._feeds import LARGE, is_large
 from fpipe._scan._lower import lower
-from fpipe._scan._mesh import DATA, on_mesh
+from fpipe._scan._mesh import AXIS, DATA, by_stage, on_mesh, replicated
 from fpipe._scan._packing import Packed, Packing
 from fpipe._scan._parameters import Parameters
 from fpipe._scan._step import Step
@@ -57,6 +58,7 @@ class Scan:
         self._model, self._stages, self._map = model, cut_stages(model, balance), stage_to_device
         self._scheduling, self._remat, self._chunks = scheduling, remat, chunks
         self._steps, self._kept = Recent(_STEPS), Recent(_TRACES)
+        self.large = LARGE  # see `lower`; tests make it small
         self.idle = 0.0  # what fills buffers before anything is in them; tests put NaN there
 
     def schedule(self, microbatches: int) -> Schedule:
@@ -114,7 +116,7 @@ class Scan:
 
         f = jax.custom_vjp(primal)
         f.defvjp(forward, backward, symbolic_zeros=True)
-        flat = f(*on_mesh(arrays, self.mesh))
+        flat = f(*self._put(arrays))
         return made[-1].unpack(flat)
 
     def loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
@@ -174,8 +176,9 @@ class Scan:
             check_backwards(schedule)
         request = Request(mode, args.train, loss, wanted_leaves(inputs, leaves), settings())
         state = None if args.state is None else Packing.of(units, [Shape.of(s) for s in args.state])
+        opened = self.mesh.shape.get(DATA, 1) > 1
         machine, out = lower(
-            units, schedule, self._remat, inputs, request, packing, state, self.mesh.shape.get(DATA, 1) > 1, self._kept
+            units, schedule, self._remat, inputs, request, packing, state, opened, self._kept, self.large
         )
         for text in machine.warnings:
             warnings.warn(text, stacklevel=7)
@@ -186,8 +189,18 @@ class Scan:
         state = [] if args.state is None else pack(tuple(args.state))[0]
         given = {X: pack(args.x)[0], SIDE: pack(args.side)[0], TARGETS: pack(args.targets)[0]}
         given |= {KEY: pack(args.key)[0]} if args.key is not None else {}
-        put = {port: on_mesh(arrays, self.mesh) for port, arrays in given.items()}
-        return on_mesh(args.params.arrays, self.mesh), on_mesh(state, self.mesh), put
+        put = {port: self._put(arrays) for port, arrays in given.items()}
+        return self._put(args.params.arrays), self._put(state), put
+
+    def _put(self, arrays: Sequence[Any]) -> list[Any]:
+        """Arrays where the program finds them: large ones from elsewhere over the devices, by rows."""
+        devices = self.mesh.shape[AXIS]
+
+        def sharding(a: Any) -> NamedSharding:
+            over = is_large(a, devices, self.large) and a.shape[0] % devices == 0
+            return by_stage(self.mesh) if over else replicated(self.mesh)
+
+        return on_mesh(arrays, self.mesh, sharding)
 
     def _state(self, step: Step, arrays: Sequence[Any]) -> tuple[PyTree, ...]:
         shape = step.state_shape
@@ -196,7 +209,7 @@ class Scan:
     def _packed(self, step: Step, found: Mapping[Any, Any]) -> Packed:
         """Gradients in the form of the parameters."""
         packing = step.machine.params
-        devices = self.mesh.shape["stage"]
+        devices = self.mesh.shape[AXIS]
         arrays = []
         for r, row in enumerate(packing.rows):
             if not jnp.issubdtype(row.dtype, jnp.inexact):

@@ -1,7 +1,8 @@
 """From a schedule to a machine: ticks, wires, pools, operations and the table."""
 
-import collections
 import dataclasses
+import itertools
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,11 @@ from fpipe._plan import Inputs, Request
 from fpipe._program import Code, Program, Ref
 from fpipe._recent import Recent
 from fpipe._remat import Remat
+from fpipe._scan._feeds import is_large, steps
 from fpipe._scan._machine import (
     Add,
     Arrival,
+    Feed,
     Held,
     Loan,
     Machine,
@@ -48,12 +51,32 @@ from fpipe.schedules import Action, Costs, Kind, Schedule
 @dataclasses.dataclass(frozen=True)
 class _Ready:
     """An operation of a unit, its number among all, and what its arguments are: `None` for the microbatch,
-    `("number", position, layer)`, or a pool and the value whose slot it is.
+    `("number", position, layer)`, or a pool and the value whose slot it is. `spread`: what it reads that a feed brings.
     """
 
     op: Op
     number: int
     args: tuple[Any, ...]
+    spread: tuple[Leaf, ...]
+
+
+@dataclasses.dataclass
+class _Entries:
+    """What is to be in the table for one phase of each tick.
+
+    Attributes:
+        ops: by number, for an operation is dear to hash; with where they sort.
+        filled: for each, ticks, devices and arguments.
+        arriving: for each wire, ticks, devices and slots.
+        read: for each feed, the microbatch that is read in a tick.
+        arrays: for each feed, which of the port's.
+    """
+
+    ops: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    filled: dict[int, list[tuple[int, int, list[int]]]] = dataclasses.field(default_factory=lambda: defaultdict(list))
+    arriving: dict[PoolName, list[tuple[int, int, int]]] = dataclasses.field(default_factory=lambda: defaultdict(list))
+    read: dict[tuple[Port, str], dict[int, int]] = dataclasses.field(default_factory=lambda: defaultdict(dict))
+    arrays: dict[tuple[Port, str], set[int]] = dataclasses.field(default_factory=lambda: defaultdict(set))
 
 
 def lower(
@@ -66,19 +89,21 @@ def lower(
     state: Packing | None,
     opened: bool,
     kept: Recent,
+    large: int,
 ) -> tuple[Machine, Mapping[Port, Shape]]:
     """Lower a call. Also what the last unit returns for one microbatch.
 
     Arguments:
         opened: whether recomputations are inlined.
         kept: the traces of earlier calls.
+        large: the bytes that an input must take on every device before it lies over them.
     """
     ticks = ticks_of(schedule, request.mode, remat.recomputes(0, 2, direct=False))
     position: dict[Action, int] = {}
     for t in ticks:
         position |= t.positions(1 + max(position.values(), default=-1))
     values = Values(units, schedule, remat, inputs, request, position, opened, kept)
-    return _Lowering(values, ticks, params, state).machine(), values.programs.flat(len(units.stages) - 1, 0).out
+    return _Lowering(values, ticks, params, state, large).machine(), values.programs.flat(len(units.stages) - 1, 0).out
 
 
 def ticks_of(schedule: Schedule, mode: str, recomputes: bool) -> list[Ticks]:
@@ -99,8 +124,16 @@ def ticks_of(schedule: Schedule, mode: str, recomputes: bool) -> list[Ticks]:
 class _Lowering:
     """A call while it is lowered."""
 
-    def __init__(self, values: Values, ticks: Sequence[Ticks], params: Packing, state: Packing | None) -> None:
+    def __init__(
+        self, values: Values, ticks: Sequence[Ticks], params: Packing, state: Packing | None, large: int
+    ) -> None:
         self.values, self.places, self.ticks = values, Places(values), ticks
+        self.spread = frozenset(
+            Leaf(port, k)
+            for port in (X, TARGETS)
+            for k, a in enumerate(values.inputs.of(port).leaves)
+            if Leaf(port, k) not in values.inputs.whole(port) and is_large(a, values.devices, large)
+        )
         self.params, self.state = params, state
         self.loans: dict[tuple[tuple[int, int], int], int] = {}
         self.outputs: dict[Any, tuple[jax.ShapeDtypeStruct, set[int]]] = {}
@@ -129,7 +162,7 @@ class _Lowering:
                     }
         self._alone: set[Hashable] = set()
         while True:
-            out: dict[Hashable, dict[tuple[PoolName, bool], None]] = collections.defaultdict(dict)
+            out: dict[Hashable, dict[tuple[PoolName, bool], None]] = defaultdict(dict)
             for (value, i), targets in own.items():
                 out[self._target_key(value, i)] |= targets
             # The wires that each stage's action really uses, and by which value.
@@ -203,7 +236,8 @@ class _Lowering:
             self.values.identity(u, i),
             f"{kind} {self.values.units.stages[u].described}",
         )
-        return _Ready(op, self._ops.setdefault(op, len(self._ops)), tuple(args))
+        fed = tuple(Leaf(a.port, a.k) for a in sources if isinstance(a, Piece) and Leaf(a.port, a.k) in self.spread)
+        return _Ready(op, self._ops.setdefault(op, len(self._ops)), tuple(args), fed)
 
     def _source(self, u: int, i: int, kind: str, ref: Ref, arg: Callable[[Any], int]) -> Source:
         earlier = {"F": (), "W": ("saved", "shared")}.get(kind, ("saved",))
@@ -285,42 +319,49 @@ class _Lowering:
 
     def _segment(self, ticks: Ticks) -> Segment:
         """The table of a scan."""
-        # By number, for an operation is dear to hash; with where they sort.
-        ops: list[dict[int, tuple[int, int]]] = [{} for _ in ticks.phases]
-        filled: list[dict[int, list[tuple[int, int, list[int]]]]] = [{} for _ in ticks.phases]
-        arriving: list[dict[PoolName, list[tuple[int, int, int]]]] = [{} for _ in ticks.phases]
+        entries = [_Entries() for _ in ticks.phases]
         for t, row in enumerate(ticks.rows):
             for p, phase in enumerate(row):
                 for d, action in enumerate(phase):
                     if action is not None:
-                        self._enter(action, t, p, d, ops, filled, arriving)
-        tables: list[tuple[tuple[Slotted, ...], tuple[Arrival, ...]]] = []
-        width = 0
-        for p in range(len(ticks.phases)):
-            column, slotted, arrivals = 0, [], []
-            every = list(self._ops)
-            for n in sorted(ops[p], key=lambda n: ops[p][n]):
-                slotted.append(Slotted(every[n], column, column + 1))
-                column += 1 + max(len(args) for _, _, args in filled[p][n])
-            for name in arriving[p]:
-                arrivals.append(Arrival(name, column, column + 1))
-                column += 2
-            tables.append((tuple(slotted), tuple(arrivals)))
-            width = max(width, column)
-        table = np.zeros((self.values.devices, len(ticks.rows), len(ticks.phases), width), np.int32)
-        for p, (slotted, arrivals) in enumerate(tables):
-            for op, column, first in slotted:
-                for t, d, args in filled[p][self._ops[op]]:
-                    table[d, t, p, column] = 1
-                    table[d, t, p, first : first + len(args)] = args
-            for name, column, used in arrivals:
+                        self._enter(action, t, d, entries[p])
+        moves = [{key: self._moves(key[0], reads) for key, reads in own.read.items()} for own in entries]
+        # What is on its way before the first tick needs ticks of its own.
+        lead = max(0, 0, *(-t for own in moves for feed in own.values() for t, _ in feed))
+        every, width, slotted, arrivals, feeds = list(self._ops), 0, [], [], []
+        for p, own in enumerate(entries):
+            columns = itertools.count()
+            slotted.append([])
+            for n in sorted(own.ops, key=lambda n: own.ops[n]):
+                slotted[p].append(Slotted(every[n], next(columns), next(columns)))
+                for _ in range(max(len(args) for _, _, args in own.filled[n]) - 1):
+                    next(columns)
+            arrivals.append([Arrival(name, next(columns), next(columns)) for name in own.arriving])
+            feeds.append(
+                [
+                    Feed(*key, tuple(sorted(own.arrays[key])), self._reader(key[0]), next(columns), next(columns))
+                    for key in moves[p]
+                ]
+            )
+            width = max(width, next(columns))
+        table = np.zeros((self.values.devices, lead + len(ticks.rows), len(ticks.phases), width), np.int32)
+        for p, own in enumerate(entries):
+            for op, column, first in slotted[p]:
+                for t, d, args in own.filled[self._ops[op]]:
+                    table[d, lead + t, p, column] = 1
+                    table[d, lead + t, p, first : first + len(args)] = args
+            for name, column, used in arrivals[p]:
                 table[:, :, p, column] = self.places.count[name]
-                for t, d, n in arriving[p][name]:
-                    table[d, t, p, column] = n
-                    table[:, t, p, used] = 1
-        return Segment(tuple(s for s, _ in tables), tuple(a for _, a in tables), table)
+                for t, d, n in own.arriving[name]:
+                    table[d, lead + t, p, column] = n
+                    table[:, lead + t, p, used] = 1
+            for feed in feeds[p]:
+                for t, row in moves[p][feed.port, feed.kind]:
+                    table[:, lead + t, p, feed.column] = row
+                    table[:, lead + t, p, feed.used] = 1
+        return Segment(tuple(map(tuple, slotted)), tuple(map(tuple, arrivals)), tuple(map(tuple, feeds)), table)
 
-    def _enter(self, action: Action, t: int, p: int, d: int, ops: Any, filled: Any, arriving: Any) -> None:
+    def _enter(self, action: Action, t: int, d: int, own: "_Entries") -> None:
         kind, s, i = action
         for u in self.values.units.of_stage[s]:
             programs = self.values.of(u, i)
@@ -332,13 +373,26 @@ class _Lowering:
             ready = self._ready[key]
             if ready.op.code is not None or ready.op.targets:
                 at = ("FBIW".index(kind), u if kind == "F" else -u)
-                ops[p][ready.number] = min(ops[p].get(ready.number, at), at)
-                filled[p].setdefault(ready.number, []).append((t, d, [self._number(a, d, i) for a in ready.args]))
+                own.ops[ready.number] = min(own.ops.get(ready.number, at), at)
+                own.filled[ready.number].append((t, d, [self._number(a, d, i) for a in ready.args]))
+                for port, k in ready.spread:
+                    own.read[port, kind][t] = i
+                    own.arrays[port, kind].add(k)
             for value in self.values.made(u, i, kind):
                 for e in {self.values.units.device[r] for r in self.values.readers(value, i)} - {d}:
                     name = self.places.route[value, e]
                     if (name, e, value, i) in self.places.slot:
-                        arriving[p].setdefault(name, []).append((t, e, self.places.slot[name, e, value, i]))
+                        own.arriving[name].append((t, e, self.places.slot[name, e, value, i]))
+
+    def _reader(self, port: Port) -> int:
+        """The device that reads `x` or the targets."""
+        return self.values.units.device[0 if port == X else -1]
+
+    def _moves(self, port: Port, reads: Mapping[int, int]) -> list[tuple[int, list[int]]]:
+        """When a feed moves, and what each device puts in: ticks before the first are negative."""
+        times = sorted(reads)
+        rows, early = steps([reads[t] for t in times], self.values.m, self.values.devices, self._reader(port))
+        return list(zip([*range(times[0] - early, times[0]), *times], rows, strict=True))
 
     def _number(self, arg: Any, d: int, i: int) -> int:
         if arg is None:
@@ -381,5 +435,6 @@ class _Lowering:
             tuple(loans),
             {name: (aval, frozenset(devices)) for name, (aval, devices) in self.outputs.items()},
             {of: self.values.inputs.of(of[0]).leaves[of[1]] for of in sorted(found, key=str)},
+            self.spread,
             tuple(self.values.programs.warnings),
         )

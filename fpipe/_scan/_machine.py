@@ -19,7 +19,7 @@ import numpy as np
 
 from fpipe._program import Code
 from fpipe._scan._packing import Packing
-from fpipe._stage import Port
+from fpipe._stage import Leaf, Port
 
 Avals: TypeAlias = tuple[jax.ShapeDtypeStruct, ...]
 
@@ -52,7 +52,7 @@ class StateLeaf(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """The microbatch's piece of an input of the call, or all of it."""
+    """The microbatch's piece of an input of the call, or all of it. What lies over the devices is brought by a feed."""
 
     port: Port
     k: int
@@ -177,12 +177,14 @@ class Segment:
         ops: for each phase of a tick the operations in the order in which they are tried, with the column that tells
             whether they run.
         wires: for each phase the wires that carry something.
+        feeds: for each phase those that move.
         table: `(devices, ticks, phases, columns)`. An operation's column is 1 where it runs; its arguments begin in its
             first argument column.
     """
 
     ops: tuple[tuple["Slotted", ...], ...]
     wires: tuple[tuple["Arrival", ...], ...]
+    feeds: tuple[tuple["Feed", ...], ...]
     table: np.ndarray
 
 
@@ -198,6 +200,19 @@ class Arrival(NamedTuple):
     """A wire in the table: the column of the slot where its bundle goes, and that of whether it carries any."""
 
     wire: PoolName
+    column: int
+    used: int
+
+
+class Feed(NamedTuple):
+    """What brings the arrays of `port` that lie over the devices to the actions of one kind that read them. The columns: which
+    microbatch of its own a device puts in, and whether the feed moves at all.
+    """
+
+    port: Port
+    kind: str
+    arrays: tuple[int, ...]
+    reader: int
     column: int
     used: int
 
@@ -221,6 +236,7 @@ class Machine:
         outputs: by name the shape of one microbatch's piece, and the devices that write it.
         loans: parameters that other devices use too.
         inputs: those that go whole to every microbatch and whose gradient is made.
+        spread: those of which each device has its share of the microbatches.
     """
 
     devices: int
@@ -233,4 +249,5 @@ class Machine:
     loans: tuple[Loan, ...]
     outputs: dict[Any, tuple[jax.ShapeDtypeStruct, frozenset[int]]]
     inputs: dict[tuple[Port, int], jax.ShapeDtypeStruct]
+    spread: frozenset[Leaf]
     warnings: Sequence[str]

@@ -1,6 +1,6 @@
 """The mesh of the scan executor: which devices it has, and what lies on it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -80,8 +80,12 @@ def on_device(a: Any, device: Any) -> Any:
     return jax.device_put(a, device)
 
 
-def on_mesh(arrays: Sequence[Any], mesh: Mesh) -> list[Any]:
-    """Arrays where the program finds them: those of other devices are copied to all devices of the mesh."""
+def on_mesh(arrays: Sequence[Any], mesh: Mesh, sharding: Callable[[Any], NamedSharding]) -> list[Any]:
+    """Arrays where the program finds them: those of other devices are copied to the mesh.
+
+    Arguments:
+        sharding: how such an array is to lie.
+    """
     there = set(mesh.devices.flat)
 
     def put(a: Any) -> Any:
@@ -94,6 +98,6 @@ def on_mesh(arrays: Sequence[Any], mesh: Mesh) -> list[Any]:
                 data = jax.device_put(data, replicated(mesh))
                 return jax.random.wrap_key_data(data, impl=jax.random.key_impl(a))
             a = np.asarray(a)
-        return jax.device_put(a, replicated(mesh))
+        return jax.device_put(a, sharding(a))
 
     return [put(a) for a in arrays]

@@ -6,7 +6,7 @@ over several operations would copy every buffer at each tick (measured on jax 0.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from fpipe._loss import sum_dtype
 from fpipe._scan._machine import (
     Add,
+    Feed,
     Held,
     Machine,
     Number,
@@ -33,12 +34,13 @@ from fpipe._scan._machine import (
 from fpipe._scan._mesh import AXIS, DATA
 from fpipe._scan._packing import Row
 from fpipe._scan._storage import Storage, raw, unwrapped, wrapped
-from fpipe._stage import Port
+from fpipe._stage import Leaf, Port
 from fpipe._sums import Parts, parts_of, summed, values_of
-from fpipe._tree import is_inexact
 
 # What a segment carries from tick to tick, and its parts by name.
 Name: TypeAlias = tuple[str, Any]
+
+_TURN: Name = ("turn", None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Runner:
 
         Arguments:
             params, state: rows.
-            inputs: arrays by port; those that are cut have a first axis of microbatches.
+            inputs: arrays by port; those that are cut have a first axis of microbatches, those that lie over the devices one
+                that the devices divide.
             carried: what the segment before left.
 
         Returns:
@@ -97,6 +100,8 @@ class _Segment:
         wires = {a.wire for phase in segment.wires for a in phase}
         self.names: list[Name] = [("pool", name) for name in machine.pools]
         self.names += [("outbox", name) for name in machine.wires if name in wires]
+        self.names += [("feed", feed) for own in segment.feeds for feed in own]
+        self.names.append(_TURN)
         self.names += [("output", name) for name in self.outputs]
         adds = dict.fromkeys((t.to, t.of) for t in targets if isinstance(t, Add))
         self.grads: list[Name] = list(adds)
@@ -116,6 +121,11 @@ class _Segment:
         # PRNG keys cross the boundary as numbers, and are written so.
         avals = [[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays] for arrays in flat]
         flat = [[unwrapped(a) for a in arrays] for arrays in flat]
+        # Keys do not lie over the devices, so what does is what it was.
+        lie = [
+            [P(AXIS) if Leaf(port, k) in self.machine.spread else P() for k in range(len(inputs[port]))]
+            for port in ports
+        ]
         left = list(carried or ())
         kept = [] if self.last else self.left
 
@@ -143,7 +153,7 @@ class _Segment:
         run = jax.shard_map(
             local,
             mesh=self.mesh,
-            in_specs=(split, split, split, P(), split),
+            in_specs=(split, split, split, lie, split),
             out_specs=(P(), P(), split, split, split),
             axis_names={AXIS},
             check_vma=False,
@@ -165,31 +175,40 @@ class _Segment:
     def _scan(self, table: Any, params: Any, state: Any, arrays: Any, first: Mapping[Name, Any]) -> dict[Name, Any]:
         loans = [self._lend(params, n) for n in range(len(self.machine.loans))]
         start = [
-            first[name] if name[0] == "pool" and name in first else self._start(name, state, first)
+            first[name] if name[0] == "pool" and name in first else self._start(name, state, arrays, first)
             for name in self.names
         ]
 
         def tick(carry: list[Any], row: Any) -> tuple[list[Any], None]:
             for p, ops in enumerate(self.segment.ops):
+                fed: dict[tuple[str, Port, int], Any] = {}
+                for feed in self.segment.feeds[p]:
+                    carry, pieces = self._move(feed, carry, row[p], arrays)
+                    fed |= {(feed.kind, feed.port, k): a for k, a in zip(feed.arrays, pieces, strict=True)}
+                given = _Given(params, loans, arrays, fed)
                 if self.idle:
                     for name in self.names:
                         if name[0] == "outbox":
                             carry[self.at[name]] = self._blank(name[1], ())
                 for slotted in ops:
-                    carry = self._operate(slotted, carry, row[p], params, loans, arrays)
+                    carry = self._operate(slotted, carry, row[p], given)
                 for wire, column, used in self.segment.wires[p]:
-                    carry = self._carry(wire, carry, row[p, column], row[p, used] > 0)
+                    carry = self._carry(wire, carry, row[p, column], row[p, used])
             return carry, None
 
         carry, _ = jax.lax.scan(tick, start, table)
         return dict(zip(self.names, carry, strict=True))
 
-    def _start(self, name: Name, state: Any, first: Mapping[Name, Any]) -> Any:
+    def _start(self, name: Name, state: Any, arrays: Any, first: Mapping[Name, Any]) -> Any:
         what, of = name
         if what == "pool":
             return self._blank(of, (self.machine.pools[of].slots,))
         if what == "outbox":
             return self._blank(of, ())
+        if what == "turn":
+            return jnp.int32(0)
+        if what == "feed":
+            return [self._filled(a.shape[1:], a.dtype) for a in (arrays[of.port][k] for k in of.arrays)]
         if what == "output":
             aval = raw(self.machine.outputs[of][0])
             return jnp.zeros((self.machine.microbatches, *aval.shape), aval.dtype)
@@ -220,10 +239,13 @@ class _Segment:
         }
 
     def _blank(self, pool: PoolName, slots: tuple[int, ...]) -> list[Any]:
-        shapes = [jax.ShapeDtypeStruct((*slots, *a.shape), a.dtype) for a in self.storage[pool].shapes]
+        return [self._filled((*slots, *a.shape), a.dtype) for a in self.storage[pool].shapes]
+
+    def _filled(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """What nothing has been put in."""
         if not self.idle:
-            return [jnp.empty(a.shape, a.dtype) for a in shapes]
-        return [jnp.full(a.shape, self.idle if is_inexact(a) else 1, a.dtype) for a in shapes]
+            return jnp.empty(shape, dtype)
+        return jnp.full(shape, self.idle if jnp.issubdtype(dtype, jnp.inexact) else 1, dtype)
 
     def _gradient_shape(self, name: Name) -> tuple[tuple[int, ...], Any]:
         to, of = name
@@ -239,7 +261,34 @@ class _Segment:
         own = self.machine.params.rows[row].take(params[row], aval.shape)
         return jax.lax.ppermute(own, AXIS, [(owner, borrower)])
 
-    def _operate(self, slotted: Slotted, carry: list[Any], row: Any, params: Any, loans: Any, arrays: Any) -> list[Any]:
+    def _move(self, feed: Feed, carry: list[Any], row: Any, arrays: Any) -> tuple[list[Any], list[Any]]:
+        """What a feed brings moves on by one device. Also what is there before: for the reader, what it reads."""
+        n, turn, devices = self.at["feed", feed], self.at[_TURN], self.machine.devices
+        pairs = [(d, (d - 1) % devices) for d in range(devices) if d != feed.reader]
+        own = row[feed.column]
+
+        def move(come: list[Any]) -> tuple[list[Any], list[Any]]:
+            here = []
+            for k, a in zip(feed.arrays, come, strict=True):
+                whole = arrays[feed.port][k]
+                here.append(jnp.where(own < whole.shape[0], _piece(whole, own), a))
+            return [jax.lax.ppermute(a, AXIS, pairs) for a in here], here
+
+        out = list(carry)
+        out[n], here, out[turn] = self._together(row[feed.used], carry, move, lambda come: (come, come), carry[n])
+        return out, here
+
+    def _together(self, used: Any, carry: list[Any], move: Any, rest: Any, own: Any) -> Any:
+        """What moves where the table says so: on every device or on none.
+
+        One after the other: each hands on a zero that the next one needs. XLA would keep the order of independent conditionals
+        too, but not on CPU in a program that was loaded from the compilation cache (jax 0.10.2), where devices then wait for
+        each other in different ones.
+        """
+        turn = carry[self.at[_TURN]]
+        return jax.lax.cond(used > turn, lambda own: (*move(own), jnp.int32(0)), lambda own: (*rest(own), turn), own)
+
+    def _operate(self, slotted: Slotted, carry: list[Any], row: Any, given: "_Given") -> list[Any]:
         """An operation, where the table says so."""
         op, column, first = slotted
         written = sorted({self.at[name] for name in map(_written, op.targets) if name in self.at})
@@ -249,7 +298,7 @@ class _Segment:
             for n, value in zip(written, own, strict=True):
                 view[n] = value
             with jax.named_scope(op.name):
-                self._apply(op, view, row[first:], params, loans, arrays)
+                self._apply(op, view, row[first:], given)
             return [view[n] for n in written]
 
         new = jax.lax.cond(row[column] > 0, run, lambda own: own, [carry[n] for n in written])
@@ -258,8 +307,8 @@ class _Segment:
             out[n] = value
         return out
 
-    def _apply(self, op: Op, view: list[Any], args: Any, params: Any, loans: Any, arrays: Any) -> None:
-        values = [self._fetch(source, view, args, params, loans, arrays) for source in op.fetch]
+    def _apply(self, op: Op, view: list[Any], args: Any, given: "_Given") -> None:
+        values = [self._fetch(op.kind, source, view, args, given) for source in op.fetch]
         if op.code is not None:
             values += self._compute(op, [values[n] for n in op.ins])
         for target in op.targets:
@@ -278,7 +327,7 @@ class _Segment:
                 n = self.at["output", target.output]
                 value = unwrapped(values[target.value])
                 if target.add:
-                    value = value + jax.lax.dynamic_index_in_dim(view[n], args[0], keepdims=False)
+                    value = value + _piece(view[n], args[0])
                 view[n] = jax.lax.dynamic_update_index_in_dim(view[n], value, args[0], 0)
             else:
                 assert self.machine.state is not None
@@ -304,11 +353,11 @@ class _Segment:
         env = dict(zip(inner, made[len(wanted) :], strict=True))
         return [summed(parts[n], env, DATA) if n in parts else made[n] for n in range(len(wanted))]
 
-    def _fetch(self, source: Source, view: list[Any], args: Any, params: Any, loans: Any, arrays: Any) -> Any:
+    def _fetch(self, kind: str, source: Source, view: list[Any], args: Any, given: "_Given") -> Any:
         if isinstance(source, Param):
             if source.borrowed:
-                return loans[source.row]
-            return self.machine.params.rows[source.row].take(params[source.row], source.aval.shape)
+                return given.loans[source.row]
+            return self.machine.params.rows[source.row].take(given.params[source.row], source.aval.shape)
         if isinstance(source, StateLeaf):
             assert self.machine.state is not None
             return self.machine.state.rows[source.row].take(view[self.at["state", source.row]], source.aval.shape)
@@ -317,23 +366,25 @@ class _Segment:
         if isinstance(source, Held):
             pool = view[self.at["pool", source.pool]]
             return self.storage[source.pool].take(source.avals, source.k, pool, args[source.arg])
-        whole = arrays[source.port][source.k]
-        return whole if source.whole else jax.lax.dynamic_index_in_dim(whole, args[0], keepdims=False)
+        if Leaf(source.port, source.k) in self.machine.spread:
+            return given.fed[kind, source.port, source.k]
+        whole = given.arrays[source.port][source.k]
+        return whole if source.whole else _piece(whole, args[0])
 
     def _carry(self, wire: PoolName, carry: list[Any], slot: Any, used: Any) -> list[Any]:
         """What the outboxes hold goes to the pools of the receivers."""
         box, pool = self.at["outbox", wire], self.at["pool", wire]
         pairs = self.machine.wires[wire].pairs
 
-        def move(own: list[Any]) -> list[Any]:
+        def move(own: list[Any]) -> tuple[list[Any]]:
             arrived = [jax.lax.ppermute(a, AXIS, pairs) for a in carry[box]]
-            return [jax.lax.dynamic_update_index_in_dim(p, a, slot, 0) for p, a in zip(own, arrived, strict=True)]
+            return ([jax.lax.dynamic_update_index_in_dim(p, a, slot, 0) for p, a in zip(own, arrived, strict=True)],)
 
-        out = list(carry)
+        out, turn = list(carry), self.at[_TURN]
         if self.machine.wires[wire].always:
-            out[pool] = move(carry[pool])
-        else:  # the same on every device, so all of them are there or none
-            out[pool] = jax.lax.cond(used, move, lambda own: own, carry[pool])
+            (out[pool],) = move(carry[pool])
+        else:
+            out[pool], out[turn] = self._together(used, carry, move, lambda own: (own,), carry[pool])
         return out
 
     # --- afterwards ---
@@ -367,6 +418,21 @@ class _Segment:
                 back = jax.lax.ppermute(out[to, of], AXIS, [(borrower, owner)])
                 grads["row", row] = _added(grads["row", row], back)
         return grads
+
+
+class _Given(NamedTuple):
+    """What the operations of a phase take from outside: rows, what is lent, inputs, and what feeds have brought to the actions
+    of a kind.
+    """
+
+    params: Any
+    loans: Any
+    arrays: Any
+    fed: Mapping[tuple[str, Port, int], Any]
+
+
+def _piece(whole: Any, i: Any) -> Any:
+    return jax.lax.dynamic_index_in_dim(whole, i, keepdims=False)
 
 
 def _written(target: Any) -> Name:

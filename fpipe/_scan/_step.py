@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from fpipe._loss import divided, wide
 from fpipe._model import Model
 from fpipe._plan import Inputs, Request
+from fpipe._scan._feeds import share
 from fpipe._scan._machine import Machine
 from fpipe._scan._mesh import AXIS, DATA, by_stage
 from fpipe._scan._run import Runner
@@ -108,24 +109,36 @@ class Step:
     # --- parts ---
 
     def _pieces(self, given: Mapping[Port, Sequence[Any]]) -> dict[Port, list[Any]]:
-        """Inputs with a first axis of microbatches; what goes whole stays."""
+        """Inputs with a first axis of microbatches, those that lie over the devices with one that these divide; what goes
+        whole stays.
+        """
         out: dict[Port, list[Any]] = {}
         for port, arrays in given.items():
             cut = getattr(self.inputs.cut, port.kind).rows if port in (X, SIDE, TARGETS) else [None] * len(arrays)
             out[port] = [
-                a if rows is None else self._sharded(a.reshape(self.m, rows[0], *a.shape[1:]))
-                for a, rows in zip(arrays, cut, strict=True)
+                a
+                if rows is None
+                else self._sharded(a.reshape(self.m, rows[0], *a.shape[1:]), Leaf(port, k) in self.machine.spread)
+                for k, (a, rows) in enumerate(zip(arrays, cut, strict=True))
             ]
         return out
 
-    def _sharded(self, array: Any) -> Any:
+    def _sharded(self, array: Any, spread: bool) -> Any:
         """Every microbatch's rows over the data axis, if the mesh has one. Without this a microbatch, rows that follow each
         other, would be on one shard of the batch alone.
+
+        Arguments:
+            spread: the microbatches lie over the stages' devices.
         """
         size = self.mesh.shape.get(DATA, 1)
-        if size == 1 or array.shape[1] % size or is_key(array.dtype):
+        data = None if size == 1 or array.shape[1] % size or is_key(array.dtype) else DATA
+        if spread:
+            devices = self.machine.devices
+            missing = share(self.m, devices) * devices - self.m
+            array = jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) if missing else array
+        elif data is None:
             return array
-        return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, P(None, DATA)))
+        return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, P(AXIS if spread else None, data)))
 
     def _packed(self, state: Sequence[Any]) -> list[Any] | None:
         packing = self.machine.state
