@@ -1,14 +1,19 @@
 """What `Pipe` and `sequential` share: the calls that a user makes, their arguments and their checks."""
 
 import abc
+import dataclasses
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from fpipe._after import as_scale, finished
 from fpipe._errors import entries
+from fpipe._frozen import Frozen, FrozenLeaves
 from fpipe._loss import Loss, Reduction, as_loss
+from fpipe._microbatch import NoChunk
 from fpipe._model import Model
 from fpipe._tree import PyTree, describe, numbers_as_arrays
 
@@ -23,6 +28,7 @@ class Args(NamedTuple):
     key: Any = None
     state: Sequence[PyTree] | None = None
     train: bool = False
+    frozen: frozenset[tuple[int, int]] = frozenset()  # parameters without gradient: layer, and number of the array
 
     @property
     def numbered(self) -> tuple[PyTree, ...]:
@@ -97,6 +103,7 @@ class Call(abc.ABC):
         has_aux: bool = False,
         reduction: Reduction = "mean",
         argnums: int | Sequence[int] = 0,
+        frozen: Frozen | None = None,
     ) -> Callable[..., Any]:
         """A function that computes a loss and its gradients, forwards and backwards interleaved as scheduled.
 
@@ -108,18 +115,25 @@ class Call(abc.ABC):
             reduction: `"mean"` weighs microbatches by their rows (of the first array of `x`), `"sum"` adds,
                 `"weighted"` takes `(sum, weight)` from `loss_fn` and divides by the total weight once.
             argnums: which of `(params, x, *targets)` to differentiate; the rest is not computed.
+            frozen: the parameters that get no gradient, as `frozen(path, array)` with a path such as `"[0]['w']"` (layer 0), or
+                as a pytree of bools that the parameters begin with (`(True, False, {"w": True, "b": False})`). Nothing is
+                computed for them; their gradients are `float0`, as those of integers are.
 
         Returns:
-            `f(params, x, *targets, side=None, key=None, state=None, train=False)`, which returns
+            `f(params, x, *targets, side=None, key=None, state=None, train=False, grads=None, loss_scale=None)`, which returns
             `loss, grads` (of a total weight of 0: nan, as the formula says; mask with `jnp.maximum(weight, 1)`); with `has_aux` `(loss, aux), grads`; and with `state` given the first of the
             two becomes a pair with the new state: `(loss, state), grads`, or `((loss, aux), state), grads`.
+            With `grads` (what an earlier call returned, which is not consumed) the gradients are added to those. With
+            `loss_scale`, a number or a 0-d array, the loss is multiplied by it before the backward, and gradients are
+            divided by it when they have been summed (Micikevicius et al., arXiv 1710.03740): for float16, whose small
+            gradients would vanish.
 
         Raises:
             TypeError: `loss_fn` is no function, or returns no scalar; `argnums` are no ints.
             ValueError: an unknown reduction; argument numbers that are negative, repeated or too large.
         """
         loss = as_loss("value_and_grad", loss_fn, has_aux, reduction)
-        numbers = as_argnums(argnums)
+        numbers, which = as_argnums(argnums), FrozenLeaves(frozen)
 
         def value_and_grad(
             params: Sequence[PyTree],
@@ -129,12 +143,16 @@ class Call(abc.ABC):
             key: Any = None,
             state: Sequence[PyTree] | None = None,
             train: bool = False,
+            grads: Any = None,
+            loss_scale: Any = None,
         ) -> Any:
             args = self._checked(Args(params, x, targets, side, key, state, bool(train)))
             check_argnums(argnums, numbers, args)
-            result = self._loss(args, loss, numbers)
-            grads = result.gradients[0] if isinstance(argnums, int) else result.gradients
-            return _value(result, loss, state), grads
+            args, own = scaled(args._replace(frozen=which.of(args.params)), loss, loss_scale)
+            result = self._loss(args, own, numbers)
+            new = result.gradients[0] if isinstance(argnums, int) else result.gradients
+            result = result._replace(loss=finished(result.loss, loss_scale, None, ""))
+            return _value(result, loss, state), finished(new, loss_scale, grads, "`grads=`")
 
         return value_and_grad
 
@@ -165,6 +183,13 @@ class Call(abc.ABC):
             return _value(self._loss(args, loss, ()), loss, state)
 
         return evaluate
+
+
+def scaled(args: Args, loss: Loss, scale: Any) -> tuple[Args, Loss]:
+    """A call whose loss is multiplied by a last target, if there is a scale."""
+    if scale is None:
+        return args, loss
+    return args._replace(targets=(*args.targets, NoChunk(as_scale(scale)))), dataclasses.replace(loss, scaled=True)
 
 
 def _value(result: Result, loss: Loss, state: Any) -> Any:
@@ -203,6 +228,19 @@ def check_chunks(call: str, chunks: Any) -> int:
     if chunks < 1:
         raise ValueError(f"`{call}(chunks={chunks})`: chunks is at least 1")
     return chunks
+
+
+def as_compute_dtype(call: str, dtype: Any) -> Any:
+    """The dtype that a model computes in, checked; `None` stays."""
+    if dtype is None:
+        return None
+    try:
+        made = jnp.dtype(dtype)
+    except TypeError:
+        made = None
+    if made is None or not jnp.issubdtype(made, jnp.floating):
+        raise TypeError(f"`{call}(compute_dtype={dtype!r})`: a floating dtype is needed, such as jnp.bfloat16")
+    return made
 
 
 def check_params(model: Model, params: Any, call: str) -> None:

@@ -1,6 +1,6 @@
 """What a call was given, as the executors see it: inputs by leaf, what is wanted, and the schedule that fits."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -89,9 +89,14 @@ def numbered_leaves(counts: Sequence[int], args: Args) -> list[tuple[Leaf, ...]]
     return out
 
 
-def wanted_leaves(inputs: Inputs, leaves: Iterable[Leaf]) -> frozenset[Leaf]:
-    """Those that can have a gradient."""
-    return frozenset(leaf for leaf in leaves if is_inexact(inputs.of(leaf.port).leaves[leaf.k]))
+def wanted_leaves(inputs: Inputs, leaves: Iterable[Leaf], frozen: Container[tuple[int, int]]) -> frozenset[Leaf]:
+    """Those that can have a gradient and are not frozen."""
+    return frozenset(
+        leaf
+        for leaf in leaves
+        if is_inexact(inputs.of(leaf.port).leaves[leaf.k])
+        and not (leaf.port.kind == "params" and (leaf.port.of, leaf.k) in frozen)
+    )
 
 
 def _leaves(port: Port, tree: PyTree, start: int = 0) -> tuple[Leaf, ...]:

@@ -15,16 +15,18 @@ Reduction: TypeAlias = Literal["mean", "sum", "weighted"]
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """A loss on the last stage: `fn(y, *targets)`."""
+    """A loss on the last stage: `fn(y, *targets)`; if it is scaled, the last target is what it is multiplied by."""
 
     fn: Callable[..., Any]
     has_aux: bool
     reduction: Reduction
     call: str  # `value_and_grad` or `evaluate`, for errors
+    scaled: bool = False
 
     def __call__(self, y: PyTree, targets: Sequence[PyTree], where: str) -> tuple[jax.Array, jax.Array | None, PyTree]:
         """`(loss, weight, aux)` of one microbatch."""
         with noting(f"in loss_fn{where}"):
+            targets, scale = (targets[:-1], targets[-1]) if self.scaled else (targets, None)
             result, aux = self.fn(y, *targets), None
             if self.has_aux:
                 if not isinstance(result, tuple) or len(result) != 2:
@@ -38,7 +40,9 @@ class Loss:
                     )
                 result, weight = result
                 weight = jax.lax.stop_gradient(_scalar(weight, "weight"))
-            return _scalar(result, "loss"), weight, numbers_as_arrays(aux)
+            result = _scalar(result, "loss")
+            result = result if scale is None else wide(result) * scale
+            return result, weight, numbers_as_arrays(aux)
 
 
 def as_loss(call: str, fn: Any, has_aux: bool, reduction: Any) -> Loss:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 from fpipe._errors import noting
 from fpipe._layer import Layer, as_layer, call_layer, keyword_needs
@@ -49,16 +50,20 @@ class Model:
 
     Arguments:
         layers: functions, `Layer`s, or nested sequences of them.
+        compute_dtype: what parameters, boundaries, skips and side inputs are cast to where a layer takes them, if they are
+            real floats; what comes out of the last layer in it is cast to float32.
     """
 
     layers: tuple[Layer, ...]
+    compute_dtype: Any
 
-    def __init__(self, layers: Iterable[Any]) -> None:
+    def __init__(self, layers: Iterable[Any], compute_dtype: Any = None) -> None:
         flat = flatten(layers)
         if not flat:
             raise ValueError("a pipeline needs at least one layer, got none")
         verify_skippables(flat)
         object.__setattr__(self, "layers", _number_namespaces(flat))
+        object.__setattr__(self, "compute_dtype", compute_dtype)
         object.__setattr__(self, "routes", _routes(self.layers))
         object.__setattr__(self, "borrows", _borrows(self.layers))
 
@@ -107,22 +112,32 @@ class Model:
         skips, new_state = dict(skips), {}
         for k in span:
             layer = self.layers[k]
-            needs: dict[str, Any] = {"side": side, "train": train}
+            needs: dict[str, Any] = {"side": self._cast(side), "train": train}
             if layer.asks("state"):
                 needs["state"] = map_arrays(_still, state[k])
             if layer.asks("key"):
                 needs["key"] = layer_key(key, (numbers or {}).get(k, k), microbatch)
             if layer.asks("borrowed"):
-                needs["borrowed"] = {name: params[owner] for name, owner in self.borrows[k]}
-            carry = {name: skips[skip_of(layer, name)] for name in (*layer.pop, *layer.peek)}
-            x, stashed, out = call_layer(layer, k, params[k], x, carry=carry, needs=needs, where=where)
+                needs["borrowed"] = {name: self._cast(params[owner]) for name, owner in self.borrows[k]}
+            carry = {name: self._cast(skips[skip_of(layer, name)]) for name in (*layer.pop, *layer.peek)}
+            own = self._cast(params[k])
+            x, stashed, out = call_layer(layer, k, own, self._cast(x), carry=carry, needs=needs, where=where)
             for name, value in stashed.items():
                 skips[skip_of(layer, name)] = value
             if layer.asks("state"):
                 new_state[k] = map_arrays(_still, out)
                 with noting(f"in layer {k} {layer.name!r}{where}"):
                     _check_state(k, layer, needs["state"], new_state[k])
+        if self.compute_dtype is not None and span.stop == len(self.layers):
+            x = map_arrays(lambda a: a.astype(jnp.float32) if a.dtype == self.compute_dtype else a, x)
         return x, skips, new_state
+
+    def _cast(self, tree: PyTree) -> PyTree:
+        """Real floats in the dtype that the model computes in."""
+        if self.compute_dtype is None:
+            return tree
+        real = lambda a: jnp.issubdtype(a.dtype, jnp.floating)  # noqa: E731
+        return map_arrays(lambda a: a.astype(self.compute_dtype) if real(a) else a, tree)
 
     def finish(self, state: Mapping[int, PyTree]) -> dict[int, PyTree]:
         """The states as they leave a call: each layer's `finish` applied."""
@@ -201,6 +216,8 @@ class Model:
         self, x: PyTree, side: PyTree, params_of: Make, state_of: Make
     ) -> tuple[tuple[PyTree, ...], tuple[PyTree, ...]]:
         """Parameters and states layer by layer, the shapes of each one's inputs computed on the way."""
+        # Parameters and states are those of the model that computes in their own dtype.
+        plain = Model(self.layers)
         x, side = shapes_of(x), shapes_of(side)
         params: dict[int, PyTree] = {}
         states: dict[int, PyTree] = {}
@@ -222,7 +239,7 @@ class Model:
             params[k] = params_of(k, x, needs)
             states[k] = state_of(k, x, needs) if layer.asks("state") else None
             x, skips = eval_shape(
-                lambda p, x, skips, state, side, k=k: self.apply(
+                lambda p, x, skips, state, side, k=k: plain.apply(
                     range(k, k + 1), p, x, skips=skips, state=state, side=side
                 )[:2],
                 {owner: params[owner] for owner in (k, *owners)},

@@ -8,7 +8,19 @@ from typing import Any, ClassVar
 import numpy as np
 from jax.sharding import Mesh
 
-from fpipe._call import Args, Call, Result, as_argnums, check_argnums, check_chunks, check_params, checked
+from fpipe._call import (
+    Args,
+    Call,
+    Result,
+    as_argnums,
+    as_compute_dtype,
+    check_argnums,
+    check_chunks,
+    check_params,
+    checked,
+    scaled,
+)
+from fpipe._frozen import Frozen, FrozenLeaves
 from fpipe._layer import Layer
 from fpipe._loss import Loss, Reduction, as_loss
 from fpipe._microbatch import first_microbatch
@@ -58,6 +70,10 @@ class Pipe(Call):
             `"thread_per_device"`: a thread for each device, which ends with the call; it keeps the devices busy where
             handing over a program waits for it, and costs more on the host. `"auto"` (default): threads if a layer calls
             Python while it runs (`jax.pure_callback`, `io_callback`, `jax.debug.print`), for that waits.
+        compute_dtype: mixed precision: layers get their parameters, inputs, skips and side inputs in this dtype (real floats
+            only; state stays), so boundaries have it too; what the last layer returns in it becomes float32. Parameters keep
+            their own dtype and gradients have that. `jnp.bfloat16`, or `jnp.float16` with a `loss_scale`. Default: everything
+            as it is.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message says what was given and what would be right.
@@ -81,6 +97,7 @@ class Pipe(Call):
     executor: str
     dispatch: Dispatch
     mesh: Mesh | None
+    compute_dtype: Any
 
     _executor: ClassVar[
         Placed | Scan
@@ -97,6 +114,7 @@ class Pipe(Call):
         executor: str = "placed",
         dispatch: Dispatch = "auto",
         mesh: Mesh | None = None,
+        compute_dtype: Any = None,
     ) -> None:
         if executor not in ("placed", "scan"):
             raise ValueError(f'`Pipe(executor={executor!r})`: the executor is "placed" or "scan"')
@@ -104,8 +122,9 @@ class Pipe(Call):
             raise ValueError('`Pipe(mesh=...)`: a mesh is for executor="scan"')
         if dispatch not in DISPATCH:
             raise ValueError(f"`Pipe(dispatch={dispatch!r})`: one of {', '.join(map(repr, DISPATCH))}")
-        model, scheduling, chunks = Model(layers), Scheduling.of(schedule), check_chunks("Pipe", chunks)
-        remat = Remat.of(checkpoint)
+        compute_dtype = as_compute_dtype("Pipe", compute_dtype)
+        model, scheduling, remat = Model(layers, compute_dtype), Scheduling.of(schedule), Remat.of(checkpoint)
+        chunks = check_chunks("Pipe", chunks)
         places = as_placements(devices if mesh is None else stage_devices(mesh, devices))
         balance = _checked_balance(balance, model, lambda layers: scheduling.stages(len(places), chunks, layers))
         stage_to_device = scheduling.stage_to_device(len(balance), len(places), chunks)
@@ -126,6 +145,7 @@ class Pipe(Call):
             "executor": executor,
             "dispatch": dispatch,
             "mesh": mesh,
+            "compute_dtype": compute_dtype,
             "model": model,
             "_executor": run,
         }
@@ -214,10 +234,12 @@ class Pipe(Call):
         has_aux: bool = False,
         reduction: Reduction = "mean",
         argnums: int | Sequence[int] = 0,
+        frozen: Frozen | None = None,
         side: PyTree = None,
         key: Any = None,
         state: Sequence[PyTree] | None = None,
         train: bool = False,
+        loss_scale: Any = None,
         threads: int | None = None,
         progress: bool | Progress | None = None,
     ) -> int:
@@ -228,8 +250,9 @@ class Pipe(Call):
 
         Arguments:
             params, x, targets, side, key, state, train: as for the call; shapes (`jax.ShapeDtypeStruct`) will do.
-            loss_fn, has_aux, reduction, argnums: the call is `value_and_grad(loss_fn, …)(params, x, *targets)`. Without
-                `loss_fn` it is `pipe(params, x)`.
+            loss_fn, has_aux, reduction, argnums, frozen: the call is `value_and_grad(loss_fn, …)(params, x, *targets)`.
+                Without `loss_fn` it is `pipe(params, x)`.
+            loss_scale: whether the call is given one.
             threads: at most so many compile at once; default one for each core.
             progress: `True` for a bar on stderr, or a function `f(done, total)`; default a bar if stderr is a terminal.
 
@@ -248,8 +271,9 @@ class Pipe(Call):
         loss = None if loss_fn is None else as_loss("value_and_grad", loss_fn, has_aux, reduction)
         args = self._checked(Args(params, x, targets, side, key, state, bool(train)))
         numbers = () if loss is None else as_argnums(argnums)
-        if numbers:
+        if loss is not None:
             check_argnums(argnums, numbers, args)
+            args, loss = scaled(args._replace(frozen=FrozenLeaves(frozen).of(params)), loss, loss_scale)
         if self.executor == "scan":
             return self._scan.compile(args, loss, numbers)
         return self._placed.compile(args, loss, numbers, threads, as_progress(progress))

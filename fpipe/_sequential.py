@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fpipe._call import Args, Call, Result, check_chunks
+from fpipe._call import Args, Call, Result, as_compute_dtype, check_chunks
 from fpipe._loss import Loss, divided, sum_dtype, wide
 from fpipe._microbatch import Cut, check_alike, cut_inputs, first_microbatch, join
 from fpipe._model import Model
 from fpipe._tree import PyTree, Shape, fill_gradient, is_inexact, numbers_as_arrays, pack
 
 
-def sequential(layers: Iterable[Any], chunks: int = 1) -> "Sequential":
+def sequential(layers: Iterable[Any], chunks: int = 1, compute_dtype: Any = None) -> "Sequential":
     """The plain composition of layers, with the calls, microbatches, keys and state order of a `Pipe`.
 
     It is plain JAX: `jax.jit`, `jax.grad`, `jax.vmap` and `jax.eval_shape` work on it. At equal `chunks`
@@ -25,6 +25,7 @@ def sequential(layers: Iterable[Any], chunks: int = 1) -> "Sequential":
     Arguments:
         layers: functions, `Layer`s, or nested sequences of them.
         chunks: the number of microbatches asked for.
+        compute_dtype: see `Pipe`.
 
     Returns:
         An object with `init`, `init_state`, `place`, `gather`, a call, `value_and_grad` and `evaluate`.
@@ -35,7 +36,7 @@ def sequential(layers: Iterable[Any], chunks: int = 1) -> "Sequential":
         >>> model(params, jnp.zeros((4, 3))).shape
         (4, 3)
     """
-    return Sequential(Model(layers), check_chunks("sequential", chunks))
+    return Sequential(Model(layers, as_compute_dtype("sequential", compute_dtype)), check_chunks("sequential", chunks))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +74,15 @@ class Sequential(Call):
         cut = cut_inputs(args.x, args.side, args.targets, self.chunks)
         scales = cut.shares if loss.reduction == "mean" else (1.0,) * cut.m
         arrays, spec = pack(tuple(args.numbered[n] for n in argnums))
-        chosen = [a for a in arrays if is_inexact(a)]
+        frozen = [
+            still for n in argnums for still in (_frozen(args) if n == 0 else [False] * len(pack(args.numbered[n])[0]))
+        ]
+        asked = [is_inexact(a) and not still for a, still in zip(arrays, frozen, strict=True)]
+        chosen = [a for a, take in zip(arrays, asked, strict=True) if take]
 
         def microbatch(chosen: Sequence[Any], i: int, state: Any) -> Any:
             rest = iter(chosen)
-            given = spec.unpack([next(rest) if is_inexact(a) else a for a in arrays])
+            given = spec.unpack([next(rest) if take else a for a, take in zip(arrays, asked, strict=True)])
             numbered = dict(enumerate(args.numbered)) | dict(zip(argnums, given, strict=True))
             own = args._replace(
                 params=numbered[0], x=numbered[1], targets=tuple(numbered[n] for n in range(2, len(numbered)))
@@ -106,7 +111,7 @@ class Sequential(Call):
             weight = functools.reduce(operator.add, map(wide, weights))
             total, sums = divided(total, weight), [divided(g, weight) for g in sums]
         found = iter(g.astype(a.dtype) for g, a in zip(sums, chosen, strict=True))
-        gradients = fill_gradient(spec, arrays, [next(found) if is_inexact(a) else None for a in arrays])
+        gradients = fill_gradient(spec, arrays, [next(found) if take else None for take in asked])
         return Result(
             total.astype(dtype),
             _together(auxes, jnp.stack, f"`{loss.call}(has_aux=True)`: aux", stacked=True),
@@ -135,6 +140,11 @@ class Sequential(Call):
     def _last_state(self, state: dict[int, PyTree]) -> tuple[PyTree, ...]:
         ended = self.model.finish(state)
         return tuple(ended.get(k) for k in range(len(self.model.layers)))
+
+
+def _frozen(args: Args) -> list[bool]:
+    """Whether each array of the parameters is frozen."""
+    return [(k, n) in args.frozen for k, entry in enumerate(args.params) for n in range(len(pack(entry)[0]))]
 
 
 def _together(parts: Sequence[PyTree], join: Callable[[Sequence[Any]], Any], what: str, stacked: bool) -> PyTree:

@@ -109,8 +109,8 @@ def float0_like(leaf: Any) -> np.ndarray:
 
 
 def fill_gradient(spec: Spec, leaves: Sequence[Any], gradients: Sequence[Any]) -> PyTree:
-    """A gradient in the structure of its argument: `float0` for integers, `None` for static leaves."""
-    filled = [g if is_inexact(a) else float0_like(a) for a, g in zip(leaves, gradients, strict=True)]
+    """A gradient in the structure of its argument: `float0` where there is none, `None` for static leaves."""
+    filled = [float0_like(a) if g is None else g for a, g in zip(leaves, gradients, strict=True)]
     return spec.fill(filled, None)
 
 

@@ -1,5 +1,6 @@
 """The examples run, at sizes that take seconds, and say what they are meant to say."""
 
+import os
 import pathlib
 import re
 import signal
@@ -13,12 +14,18 @@ import pytest
 import fpipe
 
 ROOT = pathlib.Path(__file__).parent.parent
+# The scripts share compiled programs with each other, and with earlier runs.
+CACHE = {
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 SMALL = ["--depth", "2", "--channels", "4", "--size", "16", "--batch", "8"]
 
 
 def run(script, *arguments):
     command = [sys.executable, script, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=ROOT, env=os.environ | CACHE, capture_output=True, text=True, check=False)
 
 
 def test_the_u_net_trains_and_draws(tmp_path):
@@ -59,7 +66,8 @@ def test_help_explains_each_flag():
 def test_ctrl_c_ends_training_cleanly(tmp_path):
     picture = tmp_path / "out.png"
     command = [sys.executable, "examples/train_unet.py", *SMALL, "--steps", "100000", "--out", str(picture)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | CACHE, text=True, stdout=pipe, stderr=pipe) as process:
         assert process.stderr is not None
         seen = ""
         while "loss=" not in seen:

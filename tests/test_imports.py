@@ -18,11 +18,12 @@ LEVELS = [
     ["fpipe._placed", "fpipe._scan", "fpipe._sequential"],
     ["fpipe._given"],
     ["fpipe._plan", "fpipe._call"],
+    ["fpipe._after"],
     ["fpipe._program", "fpipe._placement"],
     ["fpipe._stage", "fpipe._scheduling", "fpipe._sums"],
     ["fpipe._model", "fpipe._loss"],
     ["fpipe._layer", "fpipe._jaxpr", "fpipe._microbatch", "fpipe._remat"],
-    ["fpipe._skip", "fpipe.schedules"],
+    ["fpipe._skip", "fpipe.schedules", "fpipe._frozen"],
     ["fpipe._tree", "fpipe._errors", "fpipe._recent", "fpipe._mincut"],
 ]
 LEVEL = {name: k for k, names in enumerate(LEVELS) for name in names}

@@ -191,6 +191,7 @@ class Placed:
             settings(),
             mode,
             args.train,
+            args.frozen,
             loss,
             asked,
             params_def,
@@ -223,7 +224,7 @@ class Placed:
         else:
             numbered = numbered_leaves(_counts(args), args)
             leaves = [leaf for n in asked for leaf in numbered[n]]
-        wanted = wanted_leaves(inputs, leaves)
+        wanted = wanted_leaves(inputs, leaves, args.frozen)
         schedule = self.schedule(inputs.cut.m)
         if mode in ("grad", "vjp"):
             check_backwards(schedule)

@@ -174,7 +174,7 @@ class Scan:
         schedule = self.schedule(inputs.cut.m)
         if mode in ("grad", "vjp"):
             check_backwards(schedule)
-        request = Request(mode, args.train, loss, wanted_leaves(inputs, leaves), settings())
+        request = Request(mode, args.train, loss, wanted_leaves(inputs, leaves, args.frozen), settings())
         state = None if args.state is None else Packing.of(units, [Shape.of(s) for s in args.state])
         opened = self.mesh.shape.get(DATA, 1) > 1
         machine, out = lower(
@@ -212,10 +212,8 @@ class Scan:
         devices = self.mesh.shape[AXIS]
         arrays = []
         for r, row in enumerate(packing.rows):
-            if not jnp.issubdtype(row.dtype, jnp.inexact):
-                arrays.append(np.zeros((devices, *row.shape), jax.dtypes.float0))
-            else:
-                arrays.append(found[r])
+            # A row of integers or frozen arrays alone has none.
+            arrays.append(found[r] if r in found else np.zeros((devices, *row.shape), jax.dtypes.float0))
         return Packed(tuple(arrays), packing)
 
 
