@@ -1,0 +1,278 @@
+"""The front: one module, a whole model, or a borrowed module as layers."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax import nnx
+
+from fpipe._errors import noting
+from fpipe._layer import Layer, fn, function_name, keyword_needs
+from fpipe._tree import PyTree, eval_shape, shapes_of
+from fpipe.flax._borrow import Borrow, borrows
+from fpipe.flax._linen import linen_layer
+from fpipe.flax._nnx import is_factory, nnx_layer
+
+
+def layer(
+    module: Any,
+    x: PyTree = None,
+    *,
+    name: str = "",
+    rngs: Iterable[str] | None = None,
+    state: Iterable[str] | None = None,
+    train: str | bool | None = None,
+    method: str | Callable[..., Any] | None = None,
+    borrow: Mapping[str, str] | None = None,
+) -> Layer:
+    """A Flax module as a layer.
+
+    Its parameters are what Flax calls so, with Flax's names: of a linen module the collection `params`, of an NNX
+    module the `nnx.Param`s as nested dicts. All other variables, but for what is sown into `intermediates`, are the
+    layer's state. A tuple that comes in is several inputs if the module's call has several required ones.
+
+    Arguments:
+        module: a linen module; an NNX module, whose own values are what `init` and `init_state` return, whatever the
+            key; or the type of an NNX module or a `functools.partial` of it, called as `module(rngs=nnx.Rngs(key))`.
+        x: a sample input of a linen module, arrays or `jax.ShapeDtypeStruct`s. The module is traced on it, in
+            training, to see what it uses. An NNX module shows that itself.
+
+    Other Arguments:
+        name: for errors, drawings and `borrow`; default the module's name, or its type's.
+        rngs: the random streams of a linen module, `()` for none; default those seen with `x`, else all that it asks
+            for. Each gets the key `stream_key(key, name)`.
+        state: the collections of a linen module that are state; default those seen with `x`, else `["batch_stats"]` if
+            an `nn.BatchNorm` is among the fields, else none.
+        train: the name of the argument that says whether the module trains (`"not frozen"` where it says the
+            opposite); `True` or `False` for a layer that always or never trains. Default `train`, `training`,
+            `deterministic` or `use_running_average`, where the call has them; of an NNX module also the attributes that
+            `module.train()` and `module.eval()` set.
+        method: the method to call; default `__call__`. A name; of a linen module also a function.
+        borrow: parts of the parameters that other layers own: `{"embed": "tokens"}` puts the parameters of the layer
+            `"tokens"` in the place of the module's own `embed`; `"tokens/table"` is a part of them. See `tied`.
+
+    Returns:
+        A `fpipe.Layer` that declares what it needs of `key`, `state`, `train` and `borrowed`.
+
+    Raises:
+        TypeError: no Flax module; an argument that this kind of module does not have.
+        ValueError: `train` names no argument. Later, in `Pipe.init` or a call: a random stream without a key, a
+            collection that is not the layer's state, borrowed parameters that do not fit.
+
+    Example:
+        >>> from flax import linen as nn
+        >>> dense = fpipe.flax.layer(nn.Dense(2))
+        >>> jax.tree.map(jnp.shape, dense.init(jax.random.key(0), jnp.ones((4, 3)), borrowed={}))
+        {'bias': (2,), 'kernel': (3, 2)}
+        >>> fpipe.flax.layer(nn.BatchNorm()).needs
+        ('state', 'key', 'train')
+    """
+    return _layer(module, x, name, rngs, state, train, method, borrows(borrow, "`fpipe.flax.layer(borrow=...)`"), False)
+
+
+def tied(
+    module: Any,
+    owner: str,
+    *,
+    method: str | Callable[..., Any] | None = None,
+    name: str = "",
+    train: str | bool | None = None,
+) -> Layer:
+    """A layer that owns no parameters and runs a module with those of another layer.
+
+    Arguments:
+        module: as in `layer`.
+        owner: the name of an earlier layer, which must be unique; `"tokens/table"` is a part of its parameters.
+        method: the method to call, such as `"attend"` of `nn.Embed`; default `__call__`.
+        name, train: as in `layer`.
+
+    Returns:
+        A `fpipe.Layer`; the gradient of the parameters is summed where they are owned.
+
+    Raises:
+        ValueError: in `Pipe.init` or a call: the owner's parameters are not those that the module needs.
+
+    Example:
+        >>> from flax import linen as nn
+        >>> embed = nn.Embed(50, 8)
+        >>> model = [fpipe.flax.layer(embed, name="embed"), fpipe.flax.tied(embed, "embed", method="attend")]
+        >>> sequential = fpipe.sequential(model)
+        >>> tokens = jnp.zeros((4, 3), jnp.int32)
+        >>> sequential(sequential.init(jax.random.key(0), tokens), tokens).shape
+        (4, 3, 50)
+    """
+    if not isinstance(owner, str) or not owner:
+        raise TypeError(f"`fpipe.flax.tied(module, owner)`: the owner is the name of a layer, got {owner!r}")
+    name = name or f"{_name(module)}_of_{owner}"
+    return _layer(module, None, name, None, None, train, method, borrows({"": owner}, ""), False)
+
+
+def layers(model: Any, x: PyTree = None, *, train: str | bool | None = None) -> list[Layer]:
+    """The layers of a whole model, named as Flax names their parameters: `layers_0`, `layers_1`, …
+
+    In a Flax `Sequential` a tuple that comes out of a module is several inputs of the next, and a dict is inputs by
+    name. A module that is there twice is tied to its first place.
+
+    Arguments:
+        model: an `nn.Sequential`, an `nnx.Sequential`, or a list or tuple of modules, functions of `x`, and
+            `fpipe.Layer`s (which are left as they are).
+        x: a sample input, arrays or shapes, with which linen modules are seen through one after the other.
+        train: as in `layer`, for all modules.
+
+    Returns:
+        A list of `fpipe.Layer`s, one for each entry.
+
+    Raises:
+        TypeError: none of these.
+        ValueError: a module with state that is there twice; a parameter that two NNX modules share; with `x`, a layer
+            with skips or side inputs.
+
+    Example:
+        >>> from flax import linen as nn
+        >>> [layer.name for layer in fpipe.flax.layers(nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]))]
+        ['layers_0', 'relu', 'layers_2']
+    """
+    chained = isinstance(model, (nn.Sequential, nnx.Sequential))
+    if not chained and not isinstance(model, (list, tuple)):
+        raise TypeError(
+            f"`fpipe.flax.layers(model)`: a Sequential or a list of modules and functions belongs here, got {model!r}; "
+            "for one module use `fpipe.flax.layer(module)`"
+        )
+    modules = list(model.layers) if chained else list(model)
+    _check_shared(modules)
+    out: list[Layer] = []
+    params: dict[str, PyTree] = {}
+    first: dict[int, Layer] = {}
+    for k, module in enumerate(modules):
+        if isinstance(module, Layer):
+            out.append(module)
+        elif not _is_module(module):
+            out.append(fn(Chained(module), function_name(module)) if chained else fn(module))
+        elif id(module) in first:
+            out.append(_again(module, first[id(module)], k, x, train, chained))
+        else:
+            out.append(_layer(module, x, entry(module, k), None, None, train, None, (), chained))
+            first[id(module)] = out[-1]
+        if x is not None:
+            x = _through(out[-1], k, params, x)
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Chained:
+    """A function in a Flax `Sequential`: a tuple is its arguments, a dict its arguments by name."""
+
+    f: Callable[..., Any]
+
+    def __call__(self, x: PyTree) -> PyTree:
+        """Call it."""
+        if isinstance(x, tuple):
+            return self.f(*x)
+        return self.f(**x) if isinstance(x, dict) else self.f(x)
+
+
+def entry(module: Any, k: int) -> str:
+    """Under which name a `Sequential` keeps the variables of its `k`-th module."""
+    return getattr(module, "name", None) or f"layers_{k}" if isinstance(module, nn.Module) else f"layers_{k}"
+
+
+def _again(module: Any, owner: Layer, k: int, x: PyTree, train: str | bool | None, chained: bool) -> Layer:
+    if owner.asks("state"):
+        raise ValueError(
+            f"`fpipe.flax.layers`: layer {owner.name!r} is there again as layer {k}, but it has state, which has one place "
+            "only; make it two modules"
+        )
+    return _layer(module, x, f"layers_{k}", None, None, train, None, (Borrow((), owner.name, ()),), chained)
+
+
+def _layer(
+    module: Any,
+    x: PyTree,
+    name: str,
+    rngs: Iterable[str] | None,
+    state: Iterable[str] | None,
+    train: str | bool | None,
+    method: Any,
+    borrow: Sequence[Borrow],
+    chained: bool,
+) -> Layer:
+    name = name or _name(module)
+    if isinstance(module, nn.Module):
+        with noting(f"in `fpipe.flax.layer` of layer {name!r}"):
+            return linen_layer(
+                module,
+                x,
+                name=name,
+                rngs=rngs,
+                state=state,
+                train=train,
+                method=method,
+                borrow=tuple(borrow),
+                chained=chained,
+            )
+    if not _is_module(module):
+        raise TypeError(
+            f"`fpipe.flax.layer(module)`: a linen or NNX module belongs here, got {module!r}; a function without "
+            "parameters is `fpipe.fn(f)`"
+        )
+    if rngs is not None or state is not None or callable(method):
+        raise TypeError(
+            f"`fpipe.flax.layer(module)` of layer {name!r}: rngs=, state= and a function as method= are for linen "
+            "modules; an NNX module shows its variables itself"
+        )
+    return nnx_layer(module, name=name, train=train, method=method, borrow=tuple(borrow), chained=chained)
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, (nn.Module, nnx.Module)) or is_factory(value)
+
+
+def _name(module: Any) -> str:
+    own = getattr(module, "name", None) if isinstance(module, nn.Module) else None
+    made = isinstance(module, (nn.Module, nnx.Module))
+    return own or (type(module).__name__ if made else function_name(module))
+
+
+def _check_shared(modules: Sequence[Any]) -> None:
+    """Two layers cannot both own a variable."""
+    at: dict[int, tuple[int, Any]] = {}
+    for k, module in enumerate(modules):
+        if not isinstance(module, nnx.Module):
+            continue
+        for path, node in nnx.iter_graph(module):
+            if isinstance(node, nnx.Variable) and not isinstance(node, nnx.RngState):
+                first, owner = at.setdefault(id(node), (k, module))
+                if owner is not module:
+                    where = "/".join(map(str, path))
+                    raise ValueError(
+                        f"`fpipe.flax.layers`: layers {first} and {k} share {where!r} of layer {k}; make layer {k} with "
+                        f"`fpipe.flax.layer(module, borrow=...)`, so that one of them owns it"
+                    )
+
+
+def _through(layer: Layer, k: int, params: dict[str, PyTree], x: PyTree) -> PyTree:
+    """The shapes of what comes out of a layer."""
+    other = [need for need in ("carry", "side") if layer.asks(need)]
+    if other or layer.init is None:
+        raise ValueError(
+            f"`fpipe.flax.layers(model, x)`: layer {k} {layer.name!r} asks for {other} or has no init, so nobody knows "
+            "what comes out of it; leave x out, and give it to `fpipe.flax.layer(module, x)` where it is needed"
+        )
+    assert layer.init is not None
+    init, init_state = layer.init, layer.init_state
+    known = {name: params[name] for name in layer.borrow}
+
+    def run(key: Any, x: PyTree, borrowed: Mapping[str, PyTree]) -> tuple[PyTree, PyTree]:
+        given: dict[str, Any] = {"borrowed": borrowed, "train": False, "key": None}
+        own = init(key, x, borrowed=borrowed) if "borrowed" in keyword_needs(init) else init(key, x)
+        if layer.asks("state"):
+            assert init_state is not None
+            given["state"] = init_state(x)
+        out = layer.apply(own, x, **{n: given[n] for n in layer.needs or ()})
+        return own, out[0] if layer.asks("state") else out
+
+    with noting(f"in layer {k} {layer.name!r}"):
+        params[layer.name], y = eval_shape(run, jax.random.key(0), shapes_of(x), known)
+    return y

@@ -1,0 +1,233 @@
+"""Linen modules as layers."""
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import flax.core
+import flax.errors
+import jax
+from flax import linen as nn
+
+from fpipe._layer import Layer, checked_names
+from fpipe._tree import PyTree, eval_shape, shapes_of
+from fpipe.flax._borrow import Borrow, check_fit, keep_own, lend, owners
+from fpipe.flax._calling import Calling, calling
+from fpipe.flax._streams import no_key, stream_key
+
+# What a module sows for people to look at: a layer has no place for it.
+IGNORED = ("intermediates", "perturbations")
+
+
+@dataclasses.dataclass(frozen=True)
+class Linen:
+    """The function of a layer: a linen module, applied.
+
+    Attributes:
+        module: the module, unbound.
+        name: the layer's.
+        calling: how it is called.
+        method: which of its methods; `None`: `__call__`.
+        streams: its random streams; `None`: those that it asks for.
+        collections: the collections that are the layer's state.
+        known: whether those are all that the module has, as the user or a sample input says.
+        borrow: parts of the parameters that other layers own.
+    """
+
+    module: nn.Module
+    name: str
+    calling: Calling
+    method: str | Callable[..., Any] | None
+    streams: tuple[str, ...] | None
+    collections: tuple[str, ...]
+    known: bool
+    borrow: tuple[Borrow, ...]
+
+    def __hash__(self) -> int:
+        # A module with a list among its fields, like `nn.Sequential`, has no hash of its own.
+        return hash((type(self.module), self.name, self.calling, self.collections))
+
+    def __call__(
+        self,
+        params: PyTree,
+        x: PyTree,
+        *,
+        state: PyTree = None,
+        key: Any = None,
+        train: bool = False,
+        borrowed: Mapping[str, PyTree] | None = None,
+    ) -> Any:
+        """The layer on one microbatch."""
+        variables = {"params": lend(self.borrow, params, borrowed or {}), **(state or {})}
+        with self._explained(x, borrowed or {}):
+            y, new_state, _ = self.run(variables, x, key, train)
+        return (y, new_state) if self.collections else y
+
+    def run(self, variables: PyTree, x: PyTree, key: Any, train: bool) -> tuple[PyTree, PyTree, tuple[str, ...]]:
+        """Apply the module.
+
+        Returns:
+            `(y, collections, streams)`: the layer's collections as they are now, and the streams that were given.
+        """
+        args, kwargs = self.calling.arguments(x, train)
+        streams = () if key is None else self.streams or ()
+        while True:
+            rngs = {name: stream_key(key, name) for name in streams}
+            try:
+                y, new_state = self.module.apply(
+                    variables, *args, rngs=rngs, mutable=list(self.collections), method=self.method, **kwargs
+                )
+                return y, flax.core.unfreeze(new_state), streams  # pyright: ignore[reportArgumentType]
+            except flax.errors.InvalidRngError as error:
+                # Flax takes no "any stream": it says which one is missing.
+                found = re.search(r'PRNG for "(.+?)"', str(error))
+                if found is None or found[1] in streams:
+                    raise
+                if key is None and self.streams != ():
+                    raise no_key(self.name, found[1], self.calling.trains(train)) from error
+                if self.streams is not None:
+                    raise ValueError(
+                        f"layer {self.name!r}: its module draws from the random stream {found[1]!r}, but its streams are "
+                        f"{list(self.streams)}: write `fpipe.flax.layer(module, rngs={[*self.streams, found[1]]})`"
+                    ) from error
+                streams = (*streams, found[1])
+
+    def variables(self, key: Any, x: PyTree) -> dict[str, PyTree]:
+        """All variables of the module as it makes them, but for what it sows."""
+        args, kwargs = self.calling.arguments(x, False)
+        made = self.module.init({"params": key}, *args, method=self.method, **kwargs)
+        return {name: value for name, value in flax.core.unfreeze(made).items() if name not in IGNORED}
+
+    def unknown(self, collection: Iterable[str]) -> ValueError:
+        """The error of a module with collections that the layer does not keep."""
+        more = [*self.collections, *collection]
+        return ValueError(
+            f"layer {self.name!r}: its module uses {sorted(collection)}, which the layer does not keep as its state: write "
+            f"`fpipe.flax.layer(module, state={more})`, or give a sample input: `fpipe.flax.layer(module, x)`"
+        )
+
+    @contextlib.contextmanager
+    def _explained(self, x: PyTree, borrowed: Mapping[str, PyTree]) -> Iterator[None]:
+        """Flax's errors about variables that are not there, in the words of layers."""
+        try:
+            yield
+        except (flax.errors.ModifyScopeVariableError, flax.errors.ScopeCollectionNotFound) as error:
+            found = re.search(r'collection "(.+?)"', str(error))
+            if found is not None and found[1] not in ("params", *self.collections):
+                raise self.unknown([found[1]]) from error
+            self._check_fit(x, borrowed)
+            raise
+        except (flax.errors.ScopeParamNotFoundError, flax.errors.ScopeParamShapeError):
+            self._check_fit(x, borrowed)
+            raise
+
+    def _check_fit(self, x: PyTree, borrowed: Mapping[str, PyTree]) -> None:
+        if self.borrow:
+            needed = eval_shape(lambda x: self.variables(jax.random.key(0), x), shapes_of(x))
+            check_fit(self.borrow, self.name, needed.get("params", {}), borrowed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """The parameters of a layer, as `module.init` makes them."""
+
+    of: Linen
+
+    def __call__(self, key: Any, x: PyTree, *, borrowed: Mapping[str, PyTree]) -> PyTree:
+        """The layer's own parameters."""
+        made = self.of.variables(key, x)
+        params = made.pop("params", {})
+        if not self.of.known and made.keys() - set(self.of.collections):
+            raise self.of.unknown(sorted(made.keys() - set(self.of.collections)))
+        check_fit(self.of.borrow, self.of.name, params, borrowed)
+        return keep_own(self.of.borrow, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class InitState:
+    """The state of a layer, as `module.init` makes it."""
+
+    of: Linen
+
+    def __call__(self, x: PyTree) -> PyTree:
+        """The layer's collections; what is random in them comes from `jax.random.key(0)`."""
+        made = self.of.variables(jax.random.key(0), x)
+        return {name: made[name] for name in self.of.collections if name in made}
+
+
+def linen_layer(
+    module: nn.Module,
+    x: PyTree,
+    *,
+    name: str,
+    rngs: Iterable[str] | None,
+    state: Iterable[str] | None,
+    train: str | bool | None,
+    method: str | Callable[..., Any] | None,
+    borrow: tuple[Borrow, ...],
+    chained: bool,
+) -> Layer:
+    """See `fpipe.flax.layer`."""
+    who = f"`fpipe.flax.layer(module)` of layer {name!r}"
+    f = getattr(type(module), method or "__call__") if not callable(method) else method
+    how = calling(f, train, chained, {n: getattr(module, n, None) for n in module.__dataclass_fields__}, who)
+    streams = None if rngs is None else checked_names(rngs, f"{who}: rngs=")
+    collections = None if state is None else checked_names(state, f"{who}: state=")
+    apply = Linen(
+        module, name, how, method, streams, collections or (), state is not None or x is not None, borrow
+    )
+    if x is not None:
+        found, drawn = _observed(apply, x)
+        apply = dataclasses.replace(
+            apply,
+            collections=found if collections is None else collections,
+            streams=drawn if streams is None else streams,
+        )
+    elif collections is None and _has_batch_stats(module):
+        apply = dataclasses.replace(apply, collections=("batch_stats",))
+    needs = {
+        "state": bool(apply.collections),
+        "key": apply.streams != (),
+        "train": bool(how.switches) and how.train is None,
+        "borrowed": bool(borrow),
+    }
+    return Layer(
+        apply,
+        Init(apply),
+        name,
+        needs=[n for n, needed in needs.items() if needed],
+        borrow=owners(borrow),
+        init_state=InitState(apply) if apply.collections else None,
+    )
+
+
+def _observed(apply: Linen, x: PyTree) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The collections that are state, and the random streams, of a module called in training on `x`."""
+    found: list[tuple[str, ...]] = []
+
+    def call(key: Any, x: PyTree) -> PyTree:
+        made = apply.variables(key, x)
+        names = tuple(n for n in made if n != "params")
+        trial = dataclasses.replace(apply, collections=names, streams=None, borrow=())
+        _, state, streams = trial.run(made, x, key, True)
+        # What is sown grows from call to call, so it can be no state.
+        kept = [n for n in names if jax.tree.structure(state.get(n)) == jax.tree.structure(made[n])]
+        found.append((tuple(kept), tuple(streams)))
+        return ()
+
+    eval_shape(call, jax.random.key(0), shapes_of(x))
+    return found[-1]
+
+
+def _has_batch_stats(value: Any) -> bool:
+    """Whether batch statistics can be seen in a module, without calling it."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_batch_stats, value))
+    if not isinstance(value, nn.Module):
+        return False
+    fields = [n for n in value.__dataclass_fields__ if n not in ("parent", "name")]
+    return isinstance(value, (nn.BatchNorm, nn.SpectralNorm)) or any(
+        _has_batch_stats(getattr(value, n, None)) for n in fields
+    )
