@@ -12,7 +12,7 @@ ROOT = pathlib.Path(fpipe.__file__).parent
 # From the top down: a module may import what stands in a later line, and its neighbours only within a package.
 LEVELS = [
     ["fpipe.__main__"],
-    ["fpipe.plot", "fpipe.testing"],
+    ["fpipe.flax", "fpipe.plot", "fpipe.testing"],
     ["fpipe"],
     ["fpipe._pipe"],
     ["fpipe._placed", "fpipe._scan", "fpipe._sequential"],
@@ -78,14 +78,14 @@ def test_that_test_can_fail():
     assert not list(upward([("fpipe._plan._lower", "from fpipe._plan._programs import Inputs")]))
 
 
-LEAVES = {"fpipe.__main__", "fpipe.plot", "fpipe.testing"}
+LEAVES = {"fpipe.__main__", "fpipe.flax", "fpipe.plot", "fpipe.testing"}
 
 
 def onto_leaves(sources):
     """The imports of optional leaves, but for those of the command line, which nobody imports."""
     for module, source in sources:
         for target in imports(source):
-            if home(target) in LEAVES and module != "fpipe.__main__":
+            if home(target) in LEAVES - {home(module)} and module != "fpipe.__main__":
                 yield module, target
 
 

@@ -24,6 +24,11 @@ class Borrow(NamedTuple):
     source: Path
 
     @property
+    def what(self) -> str:
+        """What is borrowed, for errors."""
+        return repr("/".join(map(str, self.path))) if self.path else "its parameters"
+
+    @property
     def owner(self) -> str:
         """As the user wrote it."""
         return "/".join(map(str, (self.layer, *self.source)))
@@ -84,7 +89,9 @@ def with_value(tree: PyTree, path: Path, value: PyTree) -> PyTree:
 def lend(parts: Sequence[Borrow], params: PyTree, borrowed: Mapping[str, PyTree]) -> PyTree:
     """The module's own parameters and the borrowed ones together."""
     for part in parts:
-        params = with_value(params, part.path, find(borrowed[part.layer], part.source))
+        lent = find(borrowed[part.layer], part.source)
+        if lent is not None:
+            params = with_value(params, part.path, lent)
     return params
 
 
@@ -103,13 +110,24 @@ def check_fit(parts: Sequence[Borrow], name: str, needed: PyTree, borrowed: Mapp
     """
     for part in parts:
         want, got = find(needed, part.path), find(borrowed[part.layer], part.source)
-        what = f"layer {name!r} borrows {'/'.join(part.path) or 'its parameters'} from layer {part.owner!r}"
         if want is None:
-            raise ValueError(f"{what}, but its module has no such parameters, only {describe(needed)}")
-        if not _fits(want, got):
             raise ValueError(
-                f"{what}, but they do not fit: its module needs {describe(want)}, and the owner has {describe(got)}"
+                f"layer {name!r} borrows {part.what} from layer {part.owner!r}, but its module has no such parameters, only "
+                f"{describe(needed)}"
             )
+        if not _fits(want, got):
+            raise misfit([part], name, borrowed, f"its module needs {describe(want)}")
+
+
+def misfit(parts: Sequence[Borrow], name: str, borrowed: Mapping[str, PyTree], why: str) -> ValueError:
+    """The error of borrowed parameters that a module cannot use."""
+    return ValueError(
+        "; ".join(
+            f"layer {name!r} borrows {part.what} from layer {part.owner!r}, but the owner has "
+            f"{describe(find(borrowed[part.layer], part.source))}, which does not fit: {why}"
+            for part in parts
+        )
+    )
 
 
 def _fits(want: PyTree, got: PyTree) -> bool:

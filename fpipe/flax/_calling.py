@@ -61,7 +61,9 @@ class Calling:
         return args, kwargs
 
 
-def calling(f: Callable[..., Any], train: str | bool | None, chained: bool, fields: Mapping[str, Any], who: str) -> Calling:
+def calling(
+    f: Callable[..., Any], train: str | bool | None, chained: bool, fields: Mapping[str, Any], who: str
+) -> Calling:
     """How to call the method `f(self, ...)` of a module.
 
     Arguments:

@@ -110,10 +110,11 @@ def tied(
 
 
 def layers(model: Any, x: PyTree = None, *, train: str | bool | None = None) -> list[Layer]:
-    """The layers of a whole model, named as Flax names their parameters: `layers_0`, `layers_1`, …
+    """The layers of a whole model.
 
-    In a Flax `Sequential` a tuple that comes out of a module is several inputs of the next, and a dict is inputs by
-    name. A module that is there twice is tied to its first place.
+    A module's layer is named as Flax names its parameters: `layers_0`, `layers_1` and so on. In a Flax `Sequential` a
+    tuple that comes out of a module is several inputs of the next, and a dict is inputs by name. A module that is there
+    twice is tied to its first place.
 
     Arguments:
         model: an `nn.Sequential`, an `nnx.Sequential`, or a list or tuple of modules, functions of `x`, and
@@ -153,7 +154,7 @@ def layers(model: Any, x: PyTree = None, *, train: str | bool | None = None) -> 
         elif id(module) in first:
             out.append(_again(module, first[id(module)], k, x, train, chained))
         else:
-            out.append(_layer(module, x, entry(module, k), None, None, train, None, (), chained))
+            out.append(_layer(module, x, entry(k), None, None, train, None, (), chained))
             first[id(module)] = out[-1]
         if x is not None:
             x = _through(out[-1], k, params, x)
@@ -173,9 +174,9 @@ class Chained:
         return self.f(**x) if isinstance(x, dict) else self.f(x)
 
 
-def entry(module: Any, k: int) -> str:
-    """Under which name a `Sequential` keeps the variables of its `k`-th module."""
-    return getattr(module, "name", None) or f"layers_{k}" if isinstance(module, nn.Module) else f"layers_{k}"
+def entry(k: int) -> str:
+    """Under which name an `nn.Sequential` keeps the variables of its `k`-th module, whatever name that has."""
+    return f"layers_{k}"
 
 
 def _again(module: Any, owner: Layer, k: int, x: PyTree, train: str | bool | None, chained: bool) -> Layer:
@@ -184,7 +185,7 @@ def _again(module: Any, owner: Layer, k: int, x: PyTree, train: str | bool | Non
             f"`fpipe.flax.layers`: layer {owner.name!r} is there again as layer {k}, but it has state, which has one place "
             "only; make it two modules"
         )
-    return _layer(module, x, f"layers_{k}", None, None, train, None, (Borrow((), owner.name, ()),), chained)
+    return _layer(module, x, entry(k), None, None, train, None, (Borrow((), owner.name, ()),), chained)
 
 
 def _layer(

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from fpipe._layer import Layer, checked_names
 from fpipe._tree import PyTree, eval_shape, shapes_of
-from fpipe.flax._borrow import Borrow, check_fit, keep_own, lend, owners
+from fpipe.flax._borrow import Borrow, check_fit, keep_own, lend, misfit, owners
 from fpipe.flax._calling import Calling, calling
 from fpipe.flax._streams import no_key, stream_key
 
@@ -61,7 +61,7 @@ class Linen:
     ) -> Any:
         """The layer on one microbatch."""
         variables = {"params": lend(self.borrow, params, borrowed or {}), **(state or {})}
-        with self._explained(x, borrowed or {}):
+        with self.explained(borrowed or {}):
             y, new_state, _ = self.run(variables, x, key, train)
         return (y, new_state) if self.collections else y
 
@@ -94,6 +94,11 @@ class Linen:
                     ) from error
                 streams = (*streams, found[1])
 
+    @property
+    def owns_nothing(self) -> bool:
+        """Whether other layers own all of the parameters."""
+        return any(part.path == () for part in self.borrow)
+
     def variables(self, key: Any, x: PyTree) -> dict[str, PyTree]:
         """All variables of the module as it makes them, but for what it sows."""
         args, kwargs = self.calling.arguments(x, False)
@@ -109,7 +114,7 @@ class Linen:
         )
 
     @contextlib.contextmanager
-    def _explained(self, x: PyTree, borrowed: Mapping[str, PyTree]) -> Iterator[None]:
+    def explained(self, borrowed: Mapping[str, PyTree]) -> Iterator[None]:
         """Flax's errors about variables that are not there, in the words of layers."""
         try:
             yield
@@ -117,16 +122,13 @@ class Linen:
             found = re.search(r'collection "(.+?)"', str(error))
             if found is not None and found[1] not in ("params", *self.collections):
                 raise self.unknown([found[1]]) from error
-            self._check_fit(x, borrowed)
+            if found is not None and found[1] == "params" and self.borrow:
+                raise misfit(self.borrow, self.name, borrowed, _said(error)) from error
             raise
-        except (flax.errors.ScopeParamNotFoundError, flax.errors.ScopeParamShapeError):
-            self._check_fit(x, borrowed)
+        except (flax.errors.ScopeParamNotFoundError, flax.errors.ScopeParamShapeError) as error:
+            if self.borrow:
+                raise misfit(self.borrow, self.name, borrowed, _said(error)) from error
             raise
-
-    def _check_fit(self, x: PyTree, borrowed: Mapping[str, PyTree]) -> None:
-        if self.borrow:
-            needed = eval_shape(lambda x: self.variables(jax.random.key(0), x), shapes_of(x))
-            check_fit(self.borrow, self.name, needed.get("params", {}), borrowed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,12 +139,23 @@ class Init:
 
     def __call__(self, key: Any, x: PyTree, *, borrowed: Mapping[str, PyTree]) -> PyTree:
         """The layer's own parameters."""
+        if self.of.owns_nothing:
+            return {}
+        if self.of.borrow:
+            # What does not fit shows before the module computes with parameters of its own in that place.
+            eval_shape(self._with_borrowed, shapes_of(x), shapes_of(dict(borrowed)))
         made = self.of.variables(key, x)
         params = made.pop("params", {})
         if not self.of.known and made.keys() - set(self.of.collections):
             raise self.of.unknown(sorted(made.keys() - set(self.of.collections)))
         check_fit(self.of.borrow, self.of.name, params, borrowed)
         return keep_own(self.of.borrow, params)
+
+    def _with_borrowed(self, x: PyTree, borrowed: Mapping[str, PyTree]) -> PyTree:
+        args, kwargs = self.of.calling.arguments(x, False)
+        lent, rngs = {"params": lend(self.of.borrow, {}, borrowed)}, {"params": jax.random.key(0)}
+        with self.of.explained(borrowed):
+            return self.of.module.apply(lent, *args, rngs=rngs, mutable=True, method=self.of.method, **kwargs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,9 +188,7 @@ def linen_layer(
     how = calling(f, train, chained, {n: getattr(module, n, None) for n in module.__dataclass_fields__}, who)
     streams = None if rngs is None else checked_names(rngs, f"{who}: rngs=")
     collections = None if state is None else checked_names(state, f"{who}: state=")
-    apply = Linen(
-        module, name, how, method, streams, collections or (), state is not None or x is not None, borrow
-    )
+    apply = Linen(module, name, how, method, streams, collections or (), state is not None or x is not None, borrow)
     if x is not None:
         found, drawn = _observed(apply, x)
         apply = dataclasses.replace(
@@ -203,9 +214,14 @@ def linen_layer(
     )
 
 
+def _said(error: Exception) -> str:
+    """A message of Flax without the address of its page."""
+    return re.sub(r"\.? \(https://.*", "", str(error), flags=re.DOTALL)
+
+
 def _observed(apply: Linen, x: PyTree) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The collections that are state, and the random streams, of a module called in training on `x`."""
-    found: list[tuple[str, ...]] = []
+    found: list[Any] = []
 
     def call(key: Any, x: PyTree) -> PyTree:
         made = apply.variables(key, x)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 
 from fpipe._layer import Layer
 from fpipe._tree import PyTree
@@ -73,9 +74,8 @@ class Factory:
         return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
 
 
-def split(module: nnx.Module) -> tuple[Any, nnx.State, nnx.State, nnx.State]:
-    """Graph, parameters, random state and the other variables of a module; what it has sown is left out."""
-    module = nnx.clone(module)
+def split(module: nnx.Module) -> tuple[Any, ...]:
+    """Graph, parameters, random state and the other variables of a module; what it has sown is thrown away."""
     nnx.pop(module, nnx.Intermediate)
     return nnx.split(module, nnx.Param, nnx.RngState, ...)
 
@@ -154,7 +154,7 @@ class NNX:
             else:
                 own = stream_key(base, "/".join(map(str, path[:-1])))
                 flat[path] = jax.random.split(own, shape) if shape else own
-        return nnx.to_pure_dict(nnx.State.from_flat_path(flat))
+        return unflatten_dict(flat)
 
     def _state(self, module: nnx.Module) -> PyTree:
         _, _, _, rest = split(module)
@@ -219,7 +219,7 @@ def nnx_layer(
     """See `fpipe.flax.layer`."""
     who = f"`fpipe.flax.layer(module)` of layer {name!r}"
     made = module if isinstance(module, nnx.Module) else nnx.eval_shape(lambda: module(rngs=nnx.Rngs(0)))
-    graph, params, random, rest = split(made)
+    graph, params, random, rest = split(nnx.clone(made))
     f = getattr(type(made), method or "__call__")
     how = calling(f, train, chained, {}, who)
     modes = not isinstance(train, str) and any(

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.core
-import jax
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fpipe._layer import Layer
 from fpipe._tree import PyTree
-from fpipe.flax._borrow import Path
+from fpipe.flax._borrow import Path, keep_own
 from fpipe.flax._layers import entry, layers
 from fpipe.flax._linen import IGNORED, Linen
 from fpipe.flax._nnx import NNX
@@ -50,8 +50,8 @@ def split_variables(model: Any, variables: Any) -> tuple[tuple[PyTree, ...], tup
             params.append(())
             state.append(None)
             continue
-        name = entry(layer.apply.module, k)
-        params.append(collections.get("params", {}).pop(name, {}) if not _all_borrowed(layer) else {})
+        name = entry(k)
+        params.append({} if layer.apply.owns_nothing else collections.get("params", {}).pop(name, {}))
         found = {c: tree.pop(name) for c, tree in collections.items() if c != "params" and name in tree}
         if layer.asks("state") and not found:
             raise ValueError(
@@ -61,13 +61,13 @@ def split_variables(model: Any, variables: Any) -> tuple[tuple[PyTree, ...], tup
         state.append(found or None)
     left = [f"{c}/{name}" for c, tree in collections.items() for name in tree]
     if left:
-        raise ValueError(f"`fpipe.flax.split_variables`: no layer owns {left}; the layers are {[x.name for x in given]}")
+        raise ValueError(
+            f"`fpipe.flax.split_variables`: no layer owns {left}; the layers are {[x.name for x in given]}"
+        )
     return tuple(params), tuple(state)
 
 
-def merge_variables(
-    model: Any, params: Sequence[PyTree], state: Sequence[PyTree] | None = None
-) -> dict[str, PyTree]:
+def merge_variables(model: Any, params: Sequence[PyTree], state: Sequence[PyTree] | None = None) -> dict[str, PyTree]:
     """The variables of the whole Flax model: the inverse of `split_variables`.
 
     Arguments:
@@ -102,7 +102,7 @@ def merge_variables(
     out: dict[str, PyTree] = {}
     for k, (layer, own, kept) in enumerate(zip(given, params, states, strict=True)):
         if isinstance(layer.apply, Linen):
-            name = entry(layer.apply.module, k)
+            name = entry(k)
             for collection, tree in ({"params": own} | (kept or {})).items():
                 if tree:
                     out.setdefault(collection, {})[name] = tree
@@ -110,15 +110,11 @@ def merge_variables(
 
 
 def _layers(model: Any, call: str) -> list[Layer]:
-    made = layers(model)
-    for k, layer in enumerate(made):
-        if not isinstance(layer.apply, (Linen, NNX)) and jax.tree.leaves(layer.init and None):
-            raise ValueError(f"`fpipe.flax.{call}`: layer {k} {layer.name!r} is no Flax module")
-    return made
-
-
-def _all_borrowed(layer: Layer) -> bool:
-    return any(part.path == () for part in layer.apply.borrow)
+    given = layers(model)
+    kinds = {type(layer.apply) for layer in given} & {Linen, NNX}
+    if len(kinds) > 1:
+        raise ValueError(f"`fpipe.flax.{call}`: the model has linen and NNX modules; Flax has no variables for both")
+    return given
 
 
 def _split_nnx(given: Sequence[Layer], variables: Any) -> tuple[tuple[PyTree, ...], tuple[PyTree, ...]]:
@@ -131,25 +127,28 @@ def _split_nnx(given: Sequence[Layer], variables: Any) -> tuple[tuple[PyTree, ..
             params.append(())
             state.append(None)
             continue
-        own = [path for path, _ in nnx.to_flat_state(nnx.State(layer.apply.params.tree))]
-        params.append({} if _all_borrowed(layer) else _pick(tree, own, k, layer))
+        needed = keep_own(layer.apply.borrow, layer.apply.params.tree)
+        own = list(flatten_dict(needed))
+        params.append(_pick(tree, own, k, layer))
         state.append(_pick(tree, layer.apply.rest, k, layer) if layer.asks("state") else None)
     return tuple(params), tuple(state)
 
 
 def _pick(tree: Mapping[Any, Any], wanted: Sequence[Path], k: int, layer: Layer) -> PyTree:
-    flat = dict(nnx.to_flat_state(nnx.State(dict(tree))))
+    flat = flatten_dict(tree)
     missing = ["/".join(map(str, path)) for path in wanted if path not in flat]
     if missing:
-        raise ValueError(f"`fpipe.flax.split_variables`: layer {k} {layer.name!r} has {missing}, the variables have not")
-    return nnx.to_pure_dict(nnx.State.from_flat_path({path: flat[path] for path in wanted}))
+        raise ValueError(
+            f"`fpipe.flax.split_variables`: layer {k} {layer.name!r} has {missing}, the variables have not"
+        )
+    return unflatten_dict({path: flat[path] for path in wanted})
 
 
 def _merge_nnx(given: Sequence[Layer], params: Sequence[PyTree], states: Sequence[PyTree]) -> dict[str, PyTree]:
     out = {}
     for k, (layer, own, kept) in enumerate(zip(given, params, states, strict=True)):
         if isinstance(layer.apply, NNX):
-            flat = {**dict(nnx.to_flat_state(nnx.State(own))), **dict(nnx.to_flat_state(nnx.State(kept or {})))}
+            flat = flatten_dict(own) | flatten_dict(kept or {})
             if flat:
-                out[k] = nnx.to_pure_dict(nnx.State.from_flat_path(flat))
+                out[k] = unflatten_dict(flat)
     return {"layers": out}

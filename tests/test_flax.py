@@ -1,0 +1,744 @@
+"""Flax modules as layers: against Flax itself, called by hand."""
+
+import copy
+import functools
+import pickle
+import subprocess
+import sys
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import fpipe
+import fpipe.flax
+from fpipe._tree import shapes_of
+from tests.helpers import assert_same, mse, raises
+
+EXECUTORS = ["placed", "scan"]
+CHUNKS = 2
+X = jax.random.normal(jax.random.key(1), (4, 3))
+TARGET = jnp.cos(X)
+KEY = jax.random.key(7)
+
+
+class Block(nn.Module):
+    """A compact module with everything: parameters, batch statistics, a random stream."""
+
+    width: int = 3
+    rate: float = 0.5
+    stream: str = "dropout"
+
+    @nn.compact
+    def __call__(self, x, train):
+        y = nn.Dense(self.width)(x)
+        y = nn.BatchNorm(use_running_average=not train, momentum=0.9)(y)
+        y = nn.Dropout(self.rate, rng_collection=self.stream)(jnp.tanh(y), deterministic=not train)
+        self.sow("intermediates", "seen", y)
+        return x + y
+
+
+class Mixed(nn.Module):
+    """Two inputs, two outputs."""
+
+    @nn.compact
+    def __call__(self, a, b):
+        shared = nn.Dense(3)
+        return shared(a) + b, jnp.sin(shared(b))
+
+
+class Scanned(nn.Module):
+    """Equal layers in a `lax.scan`, each rematerialised, their dropout masks split."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        def body(block, x, _):
+            return block(x), None
+
+        block = nn.remat(Deep)(train)
+        each = {"params": 0}, {"params": True, "dropout": True}
+        return nn.scan(body, variable_axes=each[0], split_rngs=each[1], length=3)(block, x, None)[0]
+
+
+class Deep(nn.Module):
+    train: bool
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dropout(0.3, deterministic=not self.train)(jnp.sin(nn.Dense(3)(x)))
+
+
+class NBlock(nnx.Module):
+    """The same as `Block`, in NNX, with a layer that is used twice."""
+
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(3, 3, rngs=rngs)
+        self.again = self.dense
+        self.norm = nnx.BatchNorm(3, momentum=0.9, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        y = self.dropout(jnp.tanh(self.norm(self.again(self.dense(x)))))
+        self.sow(nnx.Intermediate, "seen", y)
+        return x + y
+
+
+class NMixed(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(3, 3, rngs=rngs)
+
+    def __call__(self, a, b):
+        return self.dense(a) + b, jnp.sin(self.dense(b))
+
+
+def pipe_of(layers, executor, chunks=CHUNKS, stages=2):
+    n = len(layers)
+    balance = [n // stages] * (stages - 1) + [n - n // stages * (stages - 1)]
+    return fpipe.Pipe(layers, balance, chunks=chunks, executor=executor)
+
+
+def trained(layers, executor, params, x, target, state=None, key=None, train=False, loss=mse):
+    """Loss, gradients by layer and states of one step."""
+    pipe = pipe_of(layers, executor)
+    placed = pipe.place(params)
+    result, grads = pipe.value_and_grad(loss)(placed, x, target, state=state, key=key, train=train)
+    grads = pipe.gather(grads) if executor == "scan" else grads
+    return result, grads
+
+
+def layer_key(layer, microbatch):
+    return jax.random.fold_in(jax.random.fold_in(KEY, layer), microbatch)
+
+
+def stream_key(layer, microbatch, stream):
+    return jax.random.fold_in(layer_key(layer, microbatch), zlib.crc32(stream.encode()))
+
+
+def by_hand(call, params, state, x, target):
+    """A step of the plain model, microbatch by microbatch: `call(params, state, x, microbatch) -> y, state`."""
+
+    def loss(params):
+        total, now = 0.0, state
+        for i, (a, b) in enumerate(zip(jnp.split(x, CHUNKS), jnp.split(target, CHUNKS), strict=True)):
+            y, now = call(params, now, a, i)
+            total += mse(y, b) / CHUNKS
+            now = jax.lax.stop_gradient(now)
+        return total, now
+
+    (value, state), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return (value, state), grads
+
+
+# --- linen ---
+
+
+def sequential():
+    return nn.Sequential([nn.Dense(5), nn.relu, nn.Dense(4, name="middle"), nn.LayerNorm(), nn.Dense(3)])
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_linen_sequential_is_what_it_is_without_a_pipeline(executor):
+    model = sequential()
+    variables = model.init(jax.random.key(0), X)
+    layers = fpipe.flax.layers(model)
+    params, state = fpipe.flax.split_variables(model, variables)
+    assert state == (None,) * 5
+    assert [layer.name for layer in layers] == ["layers_0", "relu", "layers_2", "layers_3", "layers_4"]
+    pipe = pipe_of(layers, executor)
+    made = pipe.gather(pipe.init(jax.random.key(0), X))
+    assert shapes_of(made) == shapes_of(params)
+
+    assert_same(pipe(pipe.place(params), X), model.apply(variables, X))
+    got, grads = trained(layers, executor, params, X, TARGET)
+    want = jax.value_and_grad(lambda v: mse(model.apply(v, X), TARGET))(variables)
+    assert_same((got, fpipe.flax.merge_variables(model, grads)), want)
+
+
+def test_init_is_what_flax_makes_with_the_key_of_the_layer():
+    layers = fpipe.flax.layers(sequential())
+    params = fpipe.sequential(layers).init(KEY, X)
+    want = nn.Dense(5).init(jax.random.fold_in(KEY, 0), X)["params"]
+    jax.tree.map(np.testing.assert_array_equal, params[0], want)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("stream", ["dropout", "noise"])
+def test_batch_statistics_and_dropout_of_linen(executor, stream):
+    """State goes from microbatch to microbatch, a mask comes from call, layer, microbatch and stream."""
+    modules = [Block(stream=stream), nn.Dense(3), Block(stream=stream)]
+    layers = fpipe.flax.layers(modules, X)
+    assert [layer.needs for layer in layers] == [("state", "key", "train"), (), ("state", "key", "train")]
+    pipe = pipe_of(layers, executor)
+    params = pipe.gather(pipe.init(jax.random.key(0), X))
+    state = pipe.init_state(X)
+    assert jax.tree.map(jnp.shape, jax.device_get(state[0])) == {
+        "batch_stats": {"BatchNorm_0": {"mean": (3,), "var": (3,)}}
+    }
+    assert state[1] is None
+
+    def call(params, state, x, i):
+        new = list(state)
+        for n, module in enumerate(modules):
+            if n == 1:
+                x = module.apply({"params": params[n]}, x)
+            else:
+                rngs = {stream: stream_key(n, i, stream)}
+                x, new[n] = module.apply(
+                    {"params": params[n], **state[n]}, x, True, rngs=rngs, mutable=["batch_stats"]
+                )
+        return x, tuple(new)
+
+    (value, now), grads = trained(layers, executor, params, X, TARGET, state, KEY, True)
+    assert_same(((value, now), grads), by_hand(call, params, jax.device_get(state), X, TARGET))
+
+    placed = pipe.place(params)
+    y, same = pipe(placed, X, state=now)
+    now = jax.device_get(now)
+    want = X
+    for n, module in enumerate(modules):
+        extra = () if n == 1 else (False,)
+        want = module.apply({"params": params[n], **(now[n] or {})}, want, *extra)
+    assert_same((y, same), (want, now))
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_masks_differ_between_layers_and_microbatches(executor):
+    layers = fpipe.flax.layers([nn.Dropout(0.5), nn.Dropout(0.5)])
+    pipe = pipe_of([layers[0]], executor, stages=1)
+    x = jnp.ones((4, 16))
+    got = pipe(pipe.place([{}]), x, key=KEY, train=True)
+    want = [
+        nn.Dropout(0.5).apply({}, x[:2], deterministic=False, rngs={"dropout": stream_key(0, i, "dropout")})
+        for i in range(2)
+    ]
+    np.testing.assert_array_equal(got, jnp.concatenate(want))
+    assert not np.array_equal(want[0], want[1])
+    assert fpipe.flax.stream_key(KEY, "dropout") == jax.random.fold_in(KEY, 0x6ACB2E46)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_two_inputs_and_two_outputs(kind, executor):
+    pair = (X, 2 * X + 1)
+    modules = [Mixed(), Mixed()] if kind == "linen" else [NMixed(nnx.Rngs(0)), NMixed(nnx.Rngs(1))]
+    layers = fpipe.flax.layers(modules, pair)
+
+    def loss(y, target):
+        return mse(y[0], target) + mse(y[1], target)
+
+    params = fpipe.sequential(layers).init(KEY, pair)
+
+    def plain(params):
+        y = pair
+        for module, p in zip(modules, params, strict=True):
+            if kind == "linen":
+                y = module.apply({"params": p}, *y)
+            else:
+                y = nnx.merge(nnx.split(module)[0], p)(*y)
+        return loss(y, TARGET)
+
+    got = trained(layers, executor, params, pair, TARGET, loss=loss)
+    assert_same(got, jax.value_and_grad(plain)(params))
+
+
+def test_in_a_sequential_tuples_and_dicts_are_arguments_as_in_flax():
+    class Named(nn.Module):
+        @nn.compact
+        def __call__(self, b, a=None, scale=1.0):
+            return {"x": nn.Dense(3)(a) * scale + b}
+
+    class Take(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x, x + 1
+
+    model = nn.Sequential([Take(), lambda a, b: {"a": a, "b": b}, Named(), lambda x: x * 2])
+    variables = model.init(KEY, X)
+    params, _ = fpipe.flax.split_variables(model, variables)
+    assert_same(fpipe.sequential(fpipe.flax.layers(model, X))(params, X), model.apply(variables, X))
+
+
+def test_a_tuple_or_dict_is_one_input_of_a_module_with_one():
+    class One(nn.Module):
+        @nn.compact
+        def __call__(self, pair, mask=None):
+            assert mask is None
+            return jax.tree.map(jnp.sin, pair)
+
+    sequential = fpipe.sequential([fpipe.flax.layer(One())])
+    for x in ((X, X), {"a": X, "b": X}):
+        assert_same(sequential(({},), x), jax.tree.map(jnp.sin, x))
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_scanned_rematerialised_and_shared_modules_inside_a_layer(executor):
+    module = Scanned()
+    layers = fpipe.flax.layers([module, nn.Dense(3)], X)
+    assert layers[0].needs == ("key", "train")
+    params = fpipe.sequential(layers).init(KEY, X)
+    assert jax.tree.leaves(params[0])[0].shape == (3, 3)
+
+    def call(params, state, x, i):
+        y = module.apply({"params": params[0]}, x, True, rngs={"dropout": stream_key(0, i, "dropout")})
+        return nn.Dense(3).apply({"params": params[1]}, y), state
+
+    (want, _), grads = by_hand(call, params, (), X, TARGET)
+    assert_same(trained(layers, executor, params, X, TARGET, key=KEY, train=True), (want, grads))
+
+
+def test_the_argument_that_says_whether_it_trains():
+    class Says(nn.Module):
+        @nn.compact
+        def __call__(self, x, mask=None, *, frozen=True, train=None):
+            return x * (0.0 if frozen else 1.0), train
+
+    def outputs(layer):
+        return [layer(({}), 1.0, **({"train": t} if layer.asks("train") else {})) for t in (False, True)]
+
+    assert outputs(fpipe.flax.layer(Says())) == [(0.0, False), (0.0, True)]
+    assert outputs(fpipe.flax.layer(Says(), train="not frozen")) == [(0.0, None), (1.0, None)]
+    assert outputs(fpipe.flax.layer(Says(), train=True)) == [(0.0, True), (0.0, True)]
+    assert not fpipe.flax.layer(Says(), train=True).asks("train")
+    # Set among the fields: Flax refuses it as an argument too.
+    assert not fpipe.flax.layer(nn.Dropout(0.5, deterministic=True)).asks("train")
+    with raises(
+        ValueError,
+        "`fpipe.flax.layer(module)` of layer 'Says': train='training', but the arguments are ['x', 'mask', 'frozen', "
+        "'train']",
+    ):
+        fpipe.flax.layer(Says(), train="training")
+
+
+def test_static_arguments_of_remat_are_positions():
+    block = nn.remat(Block, static_argnums=(2,))(rate=0.0)
+    layer = fpipe.flax.layer(block, X)
+    model = fpipe.sequential([layer])
+    params, state = model.init(KEY, X), model.init_state(X)
+    (got, _), _ = model.value_and_grad(mse)(params, X, TARGET, state=state, key=KEY, train=True)
+    y, _ = Block(rate=0.0).apply({"params": params[0], **state[0]}, X, True, mutable=["batch_stats"])
+    assert_same(got, mse(y, TARGET))
+
+
+def test_a_collection_of_any_name_is_state():
+    class Counts(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            count = self.variable("mine", "count", lambda: jnp.zeros((), jnp.int32))
+            if not self.is_initializing():
+                count.value += 1
+            self.sow("losses", "norm", jnp.sum(x))
+            return nn.Dense(3)(x) + count.value.astype(x.dtype)
+
+    for layer in (fpipe.flax.layer(Counts(), X), fpipe.flax.layer(Counts(), state=["mine"], rngs=[])):
+        assert layer.needs == ("state",)
+        pipe = pipe_of([layer, layer], "placed")
+        state = pipe.init_state(X)
+        assert state == ({"mine": {"count": 0}},) * 2
+        (_, state), _ = pipe.value_and_grad(mse)(pipe.init(KEY, X), X, TARGET, state=state)
+        assert state == ({"mine": {"count": CHUNKS}},) * 2
+
+
+# --- NNX ---
+
+
+def nnx_model():
+    rngs = nnx.Rngs(0)
+    return nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), nnx.relu, nnx.Linear(4, 3, rngs=rngs), NBlock(rngs))
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_an_nnx_sequential_is_what_it_is_without_a_pipeline(executor):
+    model = nnx_model()
+    model.eval()
+    layers = fpipe.flax.layers(model)
+    assert [layer.needs for layer in layers] == [(), (), (), ("state", "key", "train")]
+    pipe = pipe_of(layers, executor)
+    params, state = fpipe.flax.split_variables(model, nnx.state(model))
+    made = pipe.gather(pipe.init(KEY, X)), pipe.init_state(X)
+    assert_same(jax.device_get(made), jax.device_get((params, state)), 0.0)
+
+    def loss(model):
+        return mse(model(X), TARGET)
+
+    want, want_grads = nnx.value_and_grad(loss)(model)
+    (got, same), grads = trained(layers, executor, params, X, TARGET, state)
+    want_grads = nnx.to_pure_dict(nnx.state(want_grads, nnx.Param))
+    assert_same((got, fpipe.flax.merge_variables(model, grads)), (want, want_grads))
+    assert_same(same, state, 0.0)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_batch_statistics_and_dropout_of_nnx(executor):
+    modules = [NBlock(nnx.Rngs(0)), NBlock(nnx.Rngs(1))]
+    layers = fpipe.flax.layers(modules)
+    params, state = zip(*((layer.init(KEY, X), layer.init_state(X)) for layer in layers), strict=True)
+    assert jax.tree.map(jnp.shape, state[0]) == {"norm": {"mean": (3,), "var": (3,)}}
+    assert set(params[0]) == {"again", "norm"}  # `dense` and `again` are one module
+
+    def call(params, state, x, i):
+        out = []
+        for n, module in enumerate(modules):
+            key = stream_key(n, i, "dropout/rngs")
+            random = {"dropout": {"rngs": {"key": key, "count": jnp.uint32(0)}}}
+            made = nnx.merge(nnx.split(module)[0], params[n], state[n], random)
+            made.train()
+            x = made(x)
+            out.append(nnx.to_pure_dict(nnx.state(made, nnx.BatchStat)))
+        return x, tuple(out)
+
+    got = trained(layers, executor, params, X, TARGET, state, KEY, True)
+    assert_same(got, by_hand(call, params, state, X, TARGET))
+    assert not np.array_equal(got[0][1][0]["norm"]["mean"], state[0]["norm"]["mean"])
+    # The module itself is as it was.
+    assert_same(nnx.to_pure_dict(nnx.state(modules[0], nnx.Param)), params[0], 0.0)
+    assert "seen" not in vars(modules[0])
+
+
+def test_an_nnx_module_that_is_made_where_it_belongs():
+    make = functools.partial(NBlock)
+    model = fpipe.sequential([fpipe.flax.layer(make), fpipe.flax.layer(NBlock, name="second")])
+    assert [layer.name for layer in model.model.layers] == ["NBlock", "second"]
+    params = model.init(KEY, X)
+    want = nnx.to_pure_dict(nnx.state(NBlock(nnx.Rngs(jax.random.fold_in(KEY, 1))), nnx.Param))
+    assert_same(params[1], want, 0.0)
+    y, _ = model(params, X, state=model.init_state(X))
+    assert y.shape == X.shape
+
+
+def test_an_nnx_module_of_shapes_has_no_values_to_begin_with():
+    shapes = nnx.eval_shape(lambda: nnx.Linear(3, 3, rngs=nnx.Rngs(0)))
+    layer = fpipe.flax.layer(shapes)
+    assert layer.init is None
+    own = nnx.to_pure_dict(nnx.state(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), nnx.Param))
+    assert_same(fpipe.sequential([layer])((own,), X), nnx.Linear(3, 3, rngs=nnx.Rngs(0))(X))
+
+
+def test_streams_that_an_nnx_module_takes_in_its_call():
+    class Takes(nnx.Module):
+        def __init__(self, rngs):
+            self.dropout = nnx.Dropout(0.5)
+
+        def __call__(self, x, rngs):
+            return self.dropout(x, rngs=rngs)
+
+    layer = fpipe.flax.layer(Takes)
+    assert layer.needs == ("key", "train")
+    x = jnp.ones((2, 16))
+    got = layer({}, x, key=layer_key(0, 0), train=True)
+    want = nnx.Dropout(0.5)(x, rngs=nnx.Rngs(stream_key(0, 0, "rngs")))
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(layer({}, x, key=None, train=False), x)
+    with raises(
+        ValueError,
+        "layer 'Takes': its module draws from the random stream 'default', but the call was given no key: pass `key=`, "
+        "or `train=False`",
+    ):
+        layer({}, x, key=None, train=True)
+
+
+def test_transforms_inside_an_nnx_layer_run_without_a_key():
+    class Remat(nnx.Module):
+        def __init__(self, rngs):
+            self.block = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return nnx.remat(lambda block, x: block(x))(self.block, x)
+
+    layer = fpipe.flax.layer(Remat)
+    assert_same(layer({}, X, key=None, train=False), X)
+    assert not np.array_equal(layer({}, X, key=KEY, train=True), X)
+    with pytest.raises(ValueError, match="draws from the random stream 'default'"):
+        layer({}, X, key=None, train=True)
+
+
+# --- tied weights ---
+
+
+class Tokens(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        return nn.Embed(6, 3, name="table")(tokens) + nn.Embed(2, 3, name="place")(jnp.arange(2))
+
+
+class Head(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Embed(6, 3, name="table").attend(nn.LayerNorm()(x))
+
+
+TOKENS = jnp.array([[0, 1], [2, 5], [4, 4], [3, 0]])
+
+
+def token_loss(y, target):
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(y), target[..., None], -1))
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("kind", ["whole", "part", "beside", "nnx"])
+def test_tied_embeddings(kind, executor):
+    embed, head = nn.Embed(6, 3), Head()
+    first: object = {"whole": embed, "nnx": nnx.Embed(6, 3, rngs=nnx.Rngs(0))}.get(kind, Tokens())
+    last = {
+        "whole": lambda: fpipe.flax.tied(embed, "embed", method="attend"),
+        "part": lambda: fpipe.flax.tied(embed, "embed/table", method=nn.Embed.attend),
+        "beside": lambda: fpipe.flax.layer(head, borrow={"table": "embed/table"}),
+        "nnx": lambda: fpipe.flax.tied(first, "embed", method="attend"),
+    }[kind]()
+    layers = [fpipe.flax.layer(first, name="embed"), fpipe.flax.layer(nn.Dense(3)), last]
+    params = fpipe.sequential(layers).init(KEY, TOKENS)
+    assert set(params[2]) == ({"LayerNorm_0"} if kind == "beside" else set())
+
+    def plain(params):
+        x = first.apply({"params": params[0]}, TOKENS) if kind != "nnx" else params[0]["embedding"][TOKENS]
+        x = nn.Dense(3).apply({"params": params[1]}, x)
+        table = params[0]["table"] if kind in ("part", "beside") else params[0]
+        if kind == "beside":
+            y = head.apply({"params": {**params[2], "table": table}}, x)
+        else:
+            y = embed.apply({"params": table}, x, method="attend")
+        return token_loss(y, TOKENS)
+
+    got = trained(layers, executor, params, TOKENS, TOKENS, loss=token_loss)
+    assert_same(got, jax.value_and_grad(plain)(params))
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_a_module_that_is_there_twice_is_tied(kind):
+    dense = nn.Dense(3) if kind == "linen" else nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+    model = nn.Sequential([dense, nn.relu, dense]) if kind == "linen" else nnx.Sequential(dense, nnx.relu, dense)
+    layers = fpipe.flax.layers(model, X)
+    variables = model.init(KEY, X) if kind == "linen" else nnx.state(model)
+    params, _ = fpipe.flax.split_variables(model, variables)
+    assert params[1:] == ((), {})
+
+    def loss(variables):
+        y = model.apply(variables, X) if kind == "linen" else nnx.merge(nnx.split(model)[0], variables)(X)
+        return mse(y, TARGET)
+
+    want = jax.value_and_grad(loss)(variables if kind == "linen" else nnx.to_pure_dict(variables))
+    got, grads = trained(layers, "placed", params, X, TARGET)
+    assert_same((got, fpipe.flax.merge_variables(model, grads)), want)
+
+
+@pytest.mark.parametrize("module", [nn.Embed(6, 5), nnx.Embed(6, 5, rngs=nnx.Rngs(0))], ids=["linen", "nnx"])
+def test_an_owner_that_does_not_fit(module):
+    kind = "linen" if isinstance(module, nn.Module) else "nnx"
+    small = nn.Embed(6, 3) if kind == "linen" else nnx.Embed(6, 3, rngs=nnx.Rngs(0))
+    why = {
+        "linen": 'For parameter "embedding" in "/", the given initializer is expected to generate shape (6, 3), but the '
+        "existing parameter it received has shape (6, 5)",
+        "nnx": "its module needs {'embedding': float32[6,3]}",
+    }[kind]
+    message = (
+        "layer 'head' borrows its parameters from layer 'embed', but the owner has {'embedding': float32[6,5]}, which does "
+        f"not fit: {why}"
+    )
+    model = [fpipe.flax.layer(module, name="embed"), fpipe.flax.tied(small, "embed", method="attend", name="head")]
+    sequential = fpipe.sequential(model)
+    with raises(ValueError, message):
+        sequential.init(KEY, TOKENS)
+    with raises(ValueError, message):
+        sequential(({"embedding": jnp.ones((6, 5))}, {}), TOKENS)
+    missing = [model[0], fpipe.flax.tied(small, "embed/nowhere", method="attend", name="head")]
+    with pytest.raises(ValueError, match="from layer 'embed/nowhere', but the owner has None, which does not fit: "):
+        fpipe.sequential(missing)(({"embedding": jnp.ones((6, 5))}, {}), TOKENS)
+
+
+# --- checkpoints ---
+
+
+def stateful(kind):
+    """A model with statistics, and a variable tree of it."""
+    if kind == "nnx":
+        rngs = nnx.Rngs(0)
+        norm = nnx.BatchNorm(4, rngs=rngs)
+        model = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), norm, nnx.relu, nnx.Linear(4, 3, rngs=rngs))
+        return model, nnx.state(model)
+    norm = nn.BatchNorm(use_running_average=True, name="norm")
+    model = nn.Sequential([nn.Dense(4), norm, nn.relu, nn.Dropout(0.1, deterministic=True), nn.Dense(3)])
+    return model, model.init(KEY, X)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_a_checkpoint_goes_both_ways(kind, executor):
+    model, variables = stateful(kind)
+    layers = fpipe.flax.layers(model, X)
+    params, state = fpipe.flax.split_variables(layers, variables)
+    assert [s is not None for s in state] == [layer.asks("state") for layer in layers]
+    pipe = pipe_of(layers, executor)
+    placed = pipe.place(params)
+    y, _ = pipe(placed, X, state=state)
+    if kind == "nnx":
+        model.eval()
+    assert_same(y, model.apply(variables, X) if kind == "linen" else model(X))
+    again = fpipe.flax.merge_variables(layers, pipe.gather(placed), state)
+    pure = variables if kind == "linen" else nnx.to_pure_dict(variables)
+    assert_same(jax.device_get(again), jax.device_get(pure), 0.0)
+    assert_same(fpipe.flax.split_variables(model, again), (params, state), 0.0)
+    if kind == "nnx":
+        nnx.update(model, jax.tree.map(jnp.zeros_like, again))
+        assert_same(model(X), jnp.zeros_like(X))
+
+
+def test_variables_that_do_not_fit_the_layers():
+    model, variables = stateful("linen")
+    other = {**variables, "params": {**variables["params"], "layers_9": {}}}
+    names = ["layers_0", "layers_1", "relu", "layers_3", "layers_4"]
+    with raises(
+        ValueError, f"`fpipe.flax.split_variables`: no layer owns ['params/layers_9']; the layers are {names}"
+    ):
+        fpipe.flax.split_variables(model, other)
+    with raises(
+        ValueError,
+        "`fpipe.flax.split_variables`: layer 1 'layers_1' has state, but the variables have none under 'layers_1'; they have the "
+        "collections ['params']",
+    ):
+        fpipe.flax.split_variables(model, {"params": variables["params"]})
+    with raises(ValueError, "`fpipe.flax.merge_variables`: params has 1 entries, but there are 5 layers"):
+        fpipe.flax.merge_variables(model, ({},))
+    model, _ = stateful("nnx")
+    with raises(
+        ValueError, "`fpipe.flax.split_variables`: layer 0 'layers_0' has ['bias', 'kernel'], the variables have not"
+    ):
+        fpipe.flax.split_variables(model, {"layers": {}})
+    with raises(
+        ValueError,
+        "`fpipe.flax.split_variables`: the model has linen and NNX modules; Flax has no variables for both",
+    ):
+        fpipe.flax.split_variables([nn.Dense(3), nnx.Linear(3, 3, rngs=nnx.Rngs(0))], {})
+
+
+# --- errors ---
+
+
+def test_a_random_stream_without_a_key():
+    message = (
+        "layer 'layers_1': its module draws from the random stream 'dropout', but the call was given no key: pass `key=`, "
+        "or `train=False`"
+    )
+    layers = fpipe.flax.layers([nn.Dense(3), nn.Dropout(0.5)])
+    pipe = pipe_of(layers, "placed")
+    params = pipe.init(KEY, X)
+    with raises(ValueError, message) as error:
+        pipe(params, X, train=True)
+    assert "fpipe: in layer 1 'layers_1', stage 1, microbatch 0" in error.value.__notes__
+    assert_same(pipe(params, X), pipe(params, X, key=KEY))
+    layer = fpipe.flax.layer(nnx.Dropout(0.5, rngs=nnx.Rngs(0)), name="layers_1")
+    with raises(ValueError, message.replace("'dropout'", "'default'")):
+        layer({}, X, key=None, train=True)
+    layer = fpipe.flax.layer(nn.Dropout(0.5, deterministic=False), rngs=["noise"])
+    with raises(
+        ValueError,
+        "layer 'Dropout': its module draws from the random stream 'dropout', but its streams are ['noise']: write "
+        "`fpipe.flax.layer(module, rngs=['noise', 'dropout'])`",
+    ):
+        layer({}, X, key=KEY)
+
+
+def test_a_collection_that_is_not_the_state():
+    message = (
+        "layer 'Block': its module uses ['batch_stats'], which the layer does not keep as its state: write "
+        "`fpipe.flax.layer(module, state=['batch_stats'])`, or give a sample input: `fpipe.flax.layer(module, x)`"
+    )
+    layer = fpipe.flax.layer(Block())
+    with raises(ValueError, message):
+        fpipe.sequential([layer]).init(KEY, X)
+    params = Block().init(KEY, X, False)["params"]
+    for train in (False, True):
+        with raises(ValueError, message):
+            fpipe.sequential([layer])((params,), X, train=train, key=KEY)
+
+    class Late(nnx.Module):
+        def __call__(self, x):
+            self.late = nnx.BatchStat(x)
+            return x
+
+    with raises(
+        ValueError,
+        "layer 'Late': its module made the variables ['late'] while it ran, which the layer does not keep as its state: "
+        "make them in `__init__`, or as `nnx.Intermediate`",
+    ):
+        fpipe.flax.layer(Late())({}, X)
+
+
+def test_what_is_no_module_or_does_not_belong_together():
+    with raises(
+        TypeError,
+        "`fpipe.flax.layer(module)`: a linen or NNX module belongs here, got 3; a function without parameters is "
+        "`fpipe.fn(f)`",
+    ):
+        fpipe.flax.layer(3, name="three")
+    with pytest.raises(TypeError, match="rngs=, state= and a function as method= are for linen modules"):
+        fpipe.flax.layer(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), state=["a"])
+    with pytest.raises(TypeError, match="for one module use `fpipe.flax.layer"):
+        fpipe.flax.layers(nn.Dense(3))
+    with pytest.raises(TypeError, match="the owner is the name of a layer, got None"):
+        fpipe.flax.tied(nn.Dense(3), None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="use `fpipe.flax.tied"):
+        fpipe.flax.layer(nn.Dense(3), borrow="embed")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="train= is the name of an argument"):
+        fpipe.flax.layer(nn.Dense(3), train=3)  # pyright: ignore[reportArgumentType]
+    norm = nn.BatchNorm()
+    with pytest.raises(ValueError, match="layer 'layers_0' is there again as layer 1, but it has state"):
+        fpipe.flax.layers([norm, norm])
+    one, two = nnx.Linear(3, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+    two.kernel = one.kernel
+    with pytest.raises(ValueError, match="layers 0 and 1 share 'kernel' of layer 1"):
+        fpipe.flax.layers([one, two])
+    with pytest.raises(ValueError, match=r"layer 0 'stash' asks for \['carry'\]"):
+        stash = fpipe.skippable(stash=["a"])(fpipe.fn(lambda x, *, carry: (x, fpipe.stash(carry, "a", x)), "stash"))
+        fpipe.flax.layers([stash, nn.Dense(3)], X)
+
+
+# --- values ---
+
+
+def some_layers():
+    return [
+        fpipe.flax.layer(nn.Dense(3), name="dense"),
+        fpipe.flax.layer(Block(), X, rngs=["dropout"]),
+        fpipe.flax.tied(nn.Dense(3), "dense"),
+        fpipe.flax.layer(nn.Sequential([nn.Dense(3), nn.tanh])),
+        fpipe.flax.layer(NBlock(nnx.Rngs(0))),
+        fpipe.flax.layer(functools.partial(NBlock)),
+        *fpipe.flax.layers(nn.Sequential([nn.tanh, nn.relu])),
+    ]
+
+
+def test_layers_are_values():
+    one, two = some_layers(), some_layers()
+    assert one[-4] == two[-4]
+    for n in (0, 1, 2, 3, 4, 6, 7):  # two `functools.partial`s are never equal
+        a, b = one[n], two[n]
+        assert a == b
+        assert hash(a) == hash(b)
+        assert pickle.loads(pickle.dumps(a)) == a
+        assert copy.deepcopy(a) == a
+    assert fpipe.flax.layer(nn.Dense(4), name="dense") != one[0]
+    assert fpipe.flax.layer(nn.Dense(3), name="dense", train=True) != one[0]
+    assert fpipe.flax.layer(NBlock(nnx.Rngs(1))) != one[4]
+    pipe = pipe_of(one[:4], "placed")
+    assert pickle.loads(pickle.dumps(pipe)) == pipe
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_equal_stages_share_their_programs(kind, monkeypatch):
+    from fpipe._program import Code
+
+    compiled = []
+    compile_code = Code.compile
+    monkeypatch.setattr(Code, "compile", lambda code: compiled.append(code.kind) or compile_code(code))
+    modules = [nn.Dense(3) if kind == "linen" else nnx.Linear(3, 3, rngs=nnx.Rngs(k)) for k in range(4)]
+    pipe = pipe_of(fpipe.flax.layers(modules), "placed", stages=4)
+    pipe(pipe.init(KEY, X), X, key=KEY, train=True)
+    assert compiled == ["F"]
+
+
+def test_the_core_does_not_know_flax():
+    code = "import sys, fpipe, fpipe.plot, fpipe.__main__; assert 'flax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
