@@ -155,7 +155,8 @@ def layers(model: Any, x: PyTree = None, *, train: str | bool | None = None) -> 
             out.append(_again(module, first[id(module)], k, x, train, chained))
         else:
             out.append(_layer(module, x, entry(k), None, None, train, None, (), chained))
-            first[id(module)] = out[-1]
+            if not is_factory(module):  # which makes another module each time
+                first[id(module)] = out[-1]
         if x is not None:
             x = _through(out[-1], k, params, x)
     return out
