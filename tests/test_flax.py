@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -187,9 +188,7 @@ def test_batch_statistics_and_dropout_of_linen(executor, stream):
                 x = module.apply({"params": params[n]}, x)
             else:
                 rngs = {stream: stream_key(n, i, stream)}
-                x, new[n] = module.apply(
-                    {"params": params[n], **state[n]}, x, True, rngs=rngs, mutable=["batch_stats"]
-                )
+                x, new[n] = module.apply({"params": params[n], **state[n]}, x, True, rngs=rngs, mutable=["batch_stats"])
         return x, tuple(new)
 
     (value, now), grads = trained(layers, executor, params, X, TARGET, state, KEY, True)
@@ -211,7 +210,7 @@ def test_masks_differ_between_layers_and_microbatches(executor):
     pipe = pipe_of([layers[0]], executor, stages=1)
     x = jnp.ones((4, 16))
     got = pipe(pipe.place([{}]), x, key=KEY, train=True)
-    want = [
+    want: list[Any] = [
         nn.Dropout(0.5).apply({}, x[:2], deterministic=False, rngs={"dropout": stream_key(0, i, "dropout")})
         for i in range(2)
     ]
@@ -224,7 +223,7 @@ def test_masks_differ_between_layers_and_microbatches(executor):
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
 def test_two_inputs_and_two_outputs(kind, executor):
     pair = (X, 2 * X + 1)
-    modules = [Mixed(), Mixed()] if kind == "linen" else [NMixed(nnx.Rngs(0)), NMixed(nnx.Rngs(1))]
+    modules: list[Any] = [Mixed(), Mixed()] if kind == "linen" else [NMixed(nnx.Rngs(0)), NMixed(nnx.Rngs(1))]
     layers = fpipe.flax.layers(modules, pair)
 
     def loss(y, target):
@@ -235,10 +234,7 @@ def test_two_inputs_and_two_outputs(kind, executor):
     def plain(params):
         y = pair
         for module, p in zip(modules, params, strict=True):
-            if kind == "linen":
-                y = module.apply({"params": p}, *y)
-            else:
-                y = nnx.merge(nnx.split(module)[0], p)(*y)
+            y = module.apply({"params": p}, *y) if kind == "linen" else nnx.merge(nnx.split(module)[0], p)(*y)
         return loss(y, TARGET)
 
     got = trained(layers, executor, params, pair, TARGET, loss=loss)
@@ -375,7 +371,8 @@ def test_an_nnx_sequential_is_what_it_is_without_a_pipeline(executor):
 def test_batch_statistics_and_dropout_of_nnx(executor):
     modules = [NBlock(nnx.Rngs(0)), NBlock(nnx.Rngs(1))]
     layers = fpipe.flax.layers(modules)
-    params, state = zip(*((layer.init(KEY, X), layer.init_state(X)) for layer in layers), strict=True)
+    sequential = fpipe.sequential(layers)
+    params, state = sequential.init(KEY, X), sequential.init_state(X)
     assert jax.tree.map(jnp.shape, state[0]) == {"norm": {"mean": (3,), "var": (3,)}}
     assert set(params[0]) == {"again", "norm"}  # `dense` and `again` are one module
 
@@ -483,7 +480,7 @@ def token_loss(y, target):
 @pytest.mark.parametrize("kind", ["whole", "part", "beside", "nnx"])
 def test_tied_embeddings(kind, executor):
     embed, head = nn.Embed(6, 3), Head()
-    first: object = {"whole": embed, "nnx": nnx.Embed(6, 3, rngs=nnx.Rngs(0))}.get(kind, Tokens())
+    first: Any = {"whole": embed, "nnx": nnx.Embed(6, 3, rngs=nnx.Rngs(0))}.get(kind, Tokens())
     last = {
         "whole": lambda: fpipe.flax.tied(embed, "embed", method="attend"),
         "part": lambda: fpipe.flax.tied(embed, "embed/table", method=nn.Embed.attend),
@@ -510,10 +507,10 @@ def test_tied_embeddings(kind, executor):
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
 def test_a_module_that_is_there_twice_is_tied(kind):
-    dense = nn.Dense(3) if kind == "linen" else nnx.Linear(3, 3, rngs=nnx.Rngs(0))
-    model = nn.Sequential([dense, nn.relu, dense]) if kind == "linen" else nnx.Sequential(dense, nnx.relu, dense)
+    dense: Any = nn.Dense(3) if kind == "linen" else nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+    model: Any = nn.Sequential([dense, nn.relu, dense]) if kind == "linen" else nnx.Sequential(dense, nnx.relu, dense)
     layers = fpipe.flax.layers(model, X)
-    variables = model.init(KEY, X) if kind == "linen" else nnx.state(model)
+    variables: Any = model.init(KEY, X) if kind == "linen" else nnx.state(model)
     params, _ = fpipe.flax.split_variables(model, variables)
     assert params[1:] == ((), {})
 
@@ -553,7 +550,7 @@ def test_an_owner_that_does_not_fit(module):
 # --- checkpoints ---
 
 
-def stateful(kind):
+def stateful(kind) -> tuple[Any, Any]:
     """A model with statistics, and a variable tree of it."""
     if kind == "nnx":
         rngs = nnx.Rngs(0)
@@ -591,9 +588,7 @@ def test_variables_that_do_not_fit_the_layers():
     model, variables = stateful("linen")
     other = {**variables, "params": {**variables["params"], "layers_9": {}}}
     names = ["layers_0", "layers_1", "relu", "layers_3", "layers_4"]
-    with raises(
-        ValueError, f"`fpipe.flax.split_variables`: no layer owns ['params/layers_9']; the layers are {names}"
-    ):
+    with raises(ValueError, f"`fpipe.flax.split_variables`: no layer owns ['params/layers_9']; the layers are {names}"):
         fpipe.flax.split_variables(model, other)
     with raises(
         ValueError,
@@ -677,11 +672,11 @@ def test_what_is_no_module_or_does_not_belong_together():
         fpipe.flax.layer(3, name="three")
     with pytest.raises(TypeError, match="rngs=, state= and a function as method= are for linen modules"):
         fpipe.flax.layer(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), state=["a"])
-    with pytest.raises(TypeError, match="for one module use `fpipe.flax.layer"):
+    with pytest.raises(TypeError, match=r"for one module use `fpipe\.flax\.layer"):
         fpipe.flax.layers(nn.Dense(3))
     with pytest.raises(TypeError, match="the owner is the name of a layer, got None"):
         fpipe.flax.tied(nn.Dense(3), None)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(TypeError, match="use `fpipe.flax.tied"):
+    with pytest.raises(TypeError, match=r"use `fpipe\.flax\.tied"):
         fpipe.flax.layer(nn.Dense(3), borrow="embed")  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="train= is the name of an argument"):
         fpipe.flax.layer(nn.Dense(3), train=3)  # pyright: ignore[reportArgumentType]
@@ -692,8 +687,8 @@ def test_what_is_no_module_or_does_not_belong_together():
     two.kernel = one.kernel
     with pytest.raises(ValueError, match="layers 0 and 1 share 'kernel' of layer 1"):
         fpipe.flax.layers([one, two])
+    stash = fpipe.skippable(stash=["a"])(fpipe.fn(lambda x, *, carry: (x, fpipe.stash(carry, "a", x)), "stash"))
     with pytest.raises(ValueError, match=r"layer 0 'stash' asks for \['carry'\]"):
-        stash = fpipe.skippable(stash=["a"])(fpipe.fn(lambda x, *, carry: (x, fpipe.stash(carry, "a", x)), "stash"))
         fpipe.flax.layers([stash, nn.Dense(3)], X)
 
 
