@@ -61,8 +61,9 @@ class Scanned(nn.Module):
             return block(x), None
 
         block = nn.remat(Deep)(train)
-        each = {"params": 0}, {"params": True, "dropout": True}
-        return nn.scan(body, variable_axes=each[0], split_rngs=each[1], length=3)(block, x, None)[0]
+        axes: Any = {"params": 0}
+        split: Any = {"params": True, "dropout": True}
+        return nn.scan(body, variable_axes=axes, split_rngs=split, length=3)(block, x, None)[0]
 
 
 class Deep(nn.Module):
@@ -521,6 +522,16 @@ def test_a_module_that_is_there_twice_is_tied(kind):
     want = jax.value_and_grad(loss)(variables if kind == "linen" else nnx.to_pure_dict(variables))
     got, grads = trained(layers, "placed", params, X, TARGET)
     assert_same((got, fpipe.flax.merge_variables(model, grads)), want)
+
+
+def test_a_tied_layer_makes_no_parameters():
+    def ones(key, shape, dtype):
+        assert isinstance(key, jax.core.Tracer)  # shapes may be looked at
+        return jnp.ones(shape, dtype)
+
+    layer = fpipe.flax.tied(nn.Dense(3, kernel_init=ones), "dense")
+    assert layer.init is not None
+    assert layer.init(KEY, X, borrowed={"dense": {"kernel": X[:3], "bias": X[0]}}) == {}
 
 
 @pytest.mark.parametrize("module", [nn.Embed(6, 5), nnx.Embed(6, 5, rngs=nnx.Rngs(0))], ids=["linen", "nnx"])

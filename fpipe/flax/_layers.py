@@ -267,7 +267,7 @@ def _through(layer: Layer, k: int, params: dict[str, PyTree], x: PyTree) -> PyTr
     known = {name: params[name] for name in layer.borrow}
 
     def run(key: Any, x: PyTree, borrowed: Mapping[str, PyTree]) -> tuple[PyTree, PyTree]:
-        given: dict[str, Any] = {"borrowed": borrowed, "train": False, "key": None}
+        given: dict[str, Any] = {"borrowed": borrowed, "train": False, "key": key}
         own = init(key, x, borrowed=borrowed) if "borrowed" in keyword_needs(init) else init(key, x)
         if layer.asks("state"):
             assert init_state is not None

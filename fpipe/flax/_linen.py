@@ -140,7 +140,7 @@ class Init:
     def __call__(self, key: Any, x: PyTree, *, borrowed: Mapping[str, PyTree]) -> PyTree:
         """The layer's own parameters."""
         if self.of.owns_nothing:
-            return {}
+            return {}  # a second embedding table would only be made to be thrown away
         if self.of.borrow:
             # What does not fit shows before the module computes with parameters of its own in that place.
             eval_shape(self._with_borrowed, shapes_of(x), shapes_of(dict(borrowed)))
