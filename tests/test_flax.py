@@ -17,7 +17,7 @@ from flax import nnx
 
 import fpipe
 import fpipe.flax
-from fpipe._tree import shapes_of
+from fpipe._tree import Tracer, shapes_of
 from tests.helpers import assert_same, mse, raises
 
 EXECUTORS = ["placed", "scan"]
@@ -524,9 +524,29 @@ def test_a_module_that_is_there_twice_is_tied(kind):
     assert_same((got, fpipe.flax.merge_variables(model, grads)), want)
 
 
+def test_parts_of_lists_of_nnx_are_borrowed_by_number():
+    class Two(nnx.Module):
+        def __init__(self, rngs):
+            self.each = nnx.List([nnx.Linear(3, 3, rngs=rngs), nnx.Linear(3, 3, rngs=rngs)])
+
+        def __call__(self, x):
+            return self.each[1](jnp.sin(self.each[0](x)))
+
+    first = fpipe.flax.layer(Two, name="first")
+    model = fpipe.sequential([first, fpipe.flax.layer(Two, borrow={"each/0": "first/each/1"})])
+    params = model.init(KEY, X)
+    assert list(params[1]["each"]) == [1]
+    whole = params[0], {"each": {0: params[0]["each"][1], 1: params[1]["each"][1]}}
+    assert_same(model(params, X), fpipe.sequential([first, fpipe.flax.layer(Two)])(whole, X))
+    with pytest.raises(
+        ValueError, match="layer 'Two' borrows 'each/7' from layer 'first/each/1', but its module has no such"
+    ):
+        fpipe.sequential([first, fpipe.flax.layer(Two, borrow={"each/7": "first/each/1"})])(params, X)
+
+
 def test_a_tied_layer_makes_no_parameters():
     def ones(key, shape, dtype):
-        assert isinstance(key, jax.core.Tracer)  # shapes may be looked at
+        assert isinstance(key, Tracer)  # shapes may be looked at
         return jnp.ones(shape, dtype)
 
     layer = fpipe.flax.tied(nn.Dense(3, kernel_init=ones), "dense")

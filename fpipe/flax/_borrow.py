@@ -33,6 +33,11 @@ class Borrow(NamedTuple):
         """As the user wrote it."""
         return "/".join(map(str, (self.layer, *self.source)))
 
+    def lent(self, borrowed: Mapping[str, PyTree]) -> PyTree:
+        """What the owner has there; `None` if nothing."""
+        tree = borrowed[self.layer]
+        return find(tree, numbered(tree, self.source))
+
 
 def borrows(borrow: Mapping[str, str] | None, who: str) -> tuple[Borrow, ...]:
     """The borrowed parts from `{"path/in/the/module": "layer/path/in/its/parameters"}`."""
@@ -58,14 +63,20 @@ def owners(parts: Sequence[Borrow]) -> tuple[str, ...]:
 def find(tree: PyTree, path: Path) -> PyTree:
     """What is at a path of nested dicts; `None` if nothing is."""
     for name in path:
-        if not isinstance(tree, Mapping):
-            return None
-        if name not in tree and str(name).isdigit():
-            name = int(name)  # as NNX names what is in a list
-        if name not in tree:
+        if not isinstance(tree, Mapping) or name not in tree:
             return None
         tree = tree[name]
     return tree
+
+
+def numbered(tree: PyTree, path: Path) -> Path:
+    """A path with numbers where the dicts have numbers, as NNX names what is in a list."""
+    out = list[Any]()
+    for name in path:
+        here = find(tree, tuple(out))
+        number = isinstance(here, Mapping) and name not in here and str(name).isdigit()
+        out.append(int(name) if number else name)
+    return tuple(out)
 
 
 def without(tree: PyTree, path: Path) -> PyTree:
@@ -89,7 +100,7 @@ def with_value(tree: PyTree, path: Path, value: PyTree) -> PyTree:
 def lend(parts: Sequence[Borrow], params: PyTree, borrowed: Mapping[str, PyTree]) -> PyTree:
     """The module's own parameters and the borrowed ones together."""
     for part in parts:
-        lent = find(borrowed[part.layer], part.source)
+        lent = part.lent(borrowed)
         if lent is not None:
             params = with_value(params, part.path, lent)
     return params
@@ -109,7 +120,7 @@ def check_fit(parts: Sequence[Borrow], name: str, needed: PyTree, borrowed: Mapp
         ValueError: there is nothing there, something is missing, or has another shape.
     """
     for part in parts:
-        want, got = find(needed, part.path), find(borrowed[part.layer], part.source)
+        want, got = find(needed, part.path), part.lent(borrowed)
         if want is None:
             raise ValueError(
                 f"layer {name!r} borrows {part.what} from layer {part.owner!r}, but its module has no such parameters, only "
@@ -124,7 +135,7 @@ def misfit(parts: Sequence[Borrow], name: str, borrowed: Mapping[str, PyTree], w
     return ValueError(
         "; ".join(
             f"layer {name!r} borrows {part.what} from layer {part.owner!r}, but the owner has "
-            f"{describe(find(borrowed[part.layer], part.source))}, which does not fit: {why}"
+            f"{describe(part.lent(borrowed))}, which does not fit: {why}"
             for part in parts
         )
     )

@@ -13,7 +13,7 @@ from flax.traverse_util import unflatten_dict
 
 from fpipe._layer import Layer
 from fpipe._tree import PyTree
-from fpipe.flax._borrow import Borrow, Path, check_fit, keep_own, lend, owners
+from fpipe.flax._borrow import Borrow, Path, check_fit, keep_own, lend, numbered, owners
 from fpipe.flax._calling import Calling, calling, parameters_of
 from fpipe.flax._streams import no_key, stream_key, typed
 
@@ -226,19 +226,21 @@ def nnx_layer(
         hasattr(node, mode) for _, node in nnx.iter_graph(made) if isinstance(node, nnx.Module) for mode in MODES
     )
     leaves = nnx.to_flat_state(random)
+    own = nnx.to_pure_dict(params)
+    borrow = tuple(part._replace(path=numbered(own, part.path)) for part in borrow)
     apply = NNX(
         graph,
         name,
         how,
         method or "__call__",
-        Values(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), nnx.to_pure_dict(params))),
+        Values(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), own)),
         tuple((path, tuple(v.get_value().shape)) for path, v in leaves),
         paths(rest),
         modes,
         not leaves and any(p.name == "rngs" for p in parameters_of(f)),
         borrow,
     )
-    variables = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+    variables = own, nnx.to_pure_dict(rest)
     abstract = any(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(variables))
     source = Given(Values(variables)) if module is made else Factory(module)
     there = module is not made or not abstract
