@@ -1,6 +1,7 @@
 """fpipe: pipeline-parallel training for JAX as pure functions."""
 
 from fpipe import schedules as schedules
+from fpipe._batch_norm import DeferredBatchNorm as DeferredBatchNorm
 from fpipe._layer import Layer as Layer
 from fpipe._layer import fn as fn
 from fpipe._layer import skippable as skippable

@@ -44,6 +44,8 @@ class Layer:
         borrow: names of the layers whose parameters come as `borrowed[name]` (tied weights).
         init_state: `init_state(x, **needs) -> state`, for a layer with state.
         finish: `finish(state) -> state`, applied once at the end of a call.
+        defer: `defer() -> Layer`, the same layer with its batch norms deferred: for `Pipe(deferred_batch_norm=True)`, which
+            takes that layer's `apply`, `needs`, `init_state` and `finish` in place of this one's.
         namespaces: the namespace of each isolated skip; `isolate` sets it.
 
     Raises:
@@ -69,11 +71,12 @@ class Layer:
     borrow: Sequence[str] = ()
     init_state: Callable[..., PyTree] | None = None
     finish: Callable[[PyTree], PyTree] | None = None
+    defer: Callable[[], "Layer"] | None = None
     namespaces: tuple[tuple[str, Namespace], ...] = ()
 
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)
-        for field in ("apply", "init", "init_state", "finish"):
+        for field in ("apply", "init", "init_state", "finish", "defer"):
             value = getattr(self, field)
             if not callable(value) and (value is not None or field == "apply"):
                 raise TypeError(f"`fpipe.Layer({field}=...)`: {value!r} is not callable")

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jax.sharding import Mesh
 
+from fpipe._batch_norm import deferred
 from fpipe._call import (
     Args,
     Call,
@@ -74,6 +75,8 @@ class Pipe(Call):
             only; state stays), so boundaries have it too; what the last layer returns in it becomes float32. Parameters keep
             their own dtype and gradients have that. `jnp.bfloat16`, or `jnp.float16` with a `loss_scale`. Default: everything
             as it is.
+        deferred_batch_norm: whether layers that can (`fpipe.Layer(defer=...)`) update their batch norms' running statistics
+            once per call, with those of the whole batch; default `False`: once per microbatch.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message says what was given and what would be right.
@@ -98,6 +101,7 @@ class Pipe(Call):
     dispatch: Dispatch
     mesh: Mesh | None
     compute_dtype: Any
+    deferred_batch_norm: bool
 
     _executor: ClassVar[
         Placed | Scan
@@ -115,6 +119,7 @@ class Pipe(Call):
         dispatch: Dispatch = "auto",
         mesh: Mesh | None = None,
         compute_dtype: Any = None,
+        deferred_batch_norm: bool = False,
     ) -> None:
         if executor not in ("placed", "scan"):
             raise ValueError(f'`Pipe(executor={executor!r})`: the executor is "placed" or "scan"')
@@ -122,9 +127,11 @@ class Pipe(Call):
             raise ValueError('`Pipe(mesh=...)`: a mesh is for executor="scan"')
         if dispatch not in DISPATCH:
             raise ValueError(f"`Pipe(dispatch={dispatch!r})`: one of {', '.join(map(repr, DISPATCH))}")
-        compute_dtype = as_compute_dtype("Pipe", compute_dtype)
+        compute_dtype, chunks = as_compute_dtype("Pipe", compute_dtype), check_chunks("Pipe", chunks)
         model, scheduling, remat = Model(layers, compute_dtype), Scheduling.of(schedule), Remat.of(checkpoint)
-        chunks = check_chunks("Pipe", chunks)
+        layers = model.layers
+        if deferred_batch_norm:
+            model = Model(deferred(layers, "Pipe"), compute_dtype)
         places = as_placements(devices if mesh is None else stage_devices(mesh, devices))
         balance = _checked_balance(balance, model, lambda layers: scheduling.stages(len(places), chunks, layers))
         stage_to_device = scheduling.stage_to_device(len(balance), len(places), chunks)
@@ -136,7 +143,7 @@ class Pipe(Call):
             layout = Layout(cut_stages(model, balance), tuple(places[d] for d in stage_to_device))
             run = Placed(layout, scheduling, stage_to_device, remat, chunks, dispatch)
         attributes = {
-            "layers": model.layers,
+            "layers": layers,  # as given: `dataclasses.replace` defers them again
             "balance": balance,
             "devices": tuple(p.device for p in places),
             "chunks": chunks,
@@ -146,6 +153,7 @@ class Pipe(Call):
             "dispatch": dispatch,
             "mesh": mesh,
             "compute_dtype": compute_dtype,
+            "deferred_batch_norm": deferred_batch_norm,
             "model": model,
             "_executor": run,
         }

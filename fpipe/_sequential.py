@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fpipe._batch_norm import deferred
 from fpipe._call import Args, Call, Result, as_compute_dtype, check_chunks
 from fpipe._loss import Loss, divided, sum_dtype, wide
 from fpipe._microbatch import Cut, check_alike, cut_inputs, first_microbatch, join
@@ -16,7 +17,9 @@ from fpipe._model import Model
 from fpipe._tree import PyTree, Shape, fill_gradient, is_inexact, numbers_as_arrays, pack
 
 
-def sequential(layers: Iterable[Any], chunks: int = 1, compute_dtype: Any = None) -> "Sequential":
+def sequential(
+    layers: Iterable[Any], chunks: int = 1, compute_dtype: Any = None, deferred_batch_norm: bool = False
+) -> "Sequential":
     """The plain composition of layers, with the calls, microbatches, keys and state order of a `Pipe`.
 
     It is plain JAX: `jax.jit`, `jax.grad`, `jax.vmap` and `jax.eval_shape` work on it. At equal `chunks`
@@ -25,7 +28,7 @@ def sequential(layers: Iterable[Any], chunks: int = 1, compute_dtype: Any = None
     Arguments:
         layers: functions, `Layer`s, or nested sequences of them.
         chunks: the number of microbatches asked for.
-        compute_dtype: see `Pipe`.
+        compute_dtype, deferred_batch_norm: as for `Pipe`.
 
     Returns:
         An object with `init`, `init_state`, `place`, `gather`, a call, `value_and_grad` and `evaluate`.
@@ -36,7 +39,10 @@ def sequential(layers: Iterable[Any], chunks: int = 1, compute_dtype: Any = None
         >>> model(params, jnp.zeros((4, 3))).shape
         (4, 3)
     """
-    return Sequential(Model(layers, as_compute_dtype("sequential", compute_dtype)), check_chunks("sequential", chunks))
+    model = Model(layers, as_compute_dtype("sequential", compute_dtype))
+    if deferred_batch_norm:
+        model = Model(deferred(model.layers, "sequential"), model.compute_dtype)
+    return Sequential(model, check_chunks("sequential", chunks))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ LEVELS = [
     ["fpipe._after"],
     ["fpipe._program", "fpipe._placement"],
     ["fpipe._stage", "fpipe._scheduling", "fpipe._sums"],
-    ["fpipe._model", "fpipe._loss"],
+    ["fpipe._model", "fpipe._loss", "fpipe._batch_norm"],
     ["fpipe._layer", "fpipe._jaxpr", "fpipe._microbatch", "fpipe._remat"],
     ["fpipe._skip", "fpipe.schedules", "fpipe._frozen"],
     ["fpipe._tree", "fpipe._errors", "fpipe._recent", "fpipe._mincut"],
