@@ -34,7 +34,7 @@ def moments(x: Any, axes: Sequence[int]) -> Moments:
 
     The corrected two-pass algorithm: distances are taken from a first mean, and what that mean was off by is put right.
     """
-    x = x.astype(_wide(x.dtype))
+    x = x.astype(statistics_dtype(x.dtype))
     count = math.prod(x.shape[a] for a in axes)
     # The result is the same from any origin, so no gradient needs to go through it.
     origin = jax.lax.stop_gradient(x.mean(axes, keepdims=True))
@@ -199,7 +199,7 @@ class _InitState:
     norm: _Norm
 
     def __call__(self, x: Any) -> dict[str, Any]:
-        shape, wide = tuple(x.shape[a] for a in self.norm.features(x)), _wide(x.dtype)
+        shape, wide = tuple(x.shape[a] for a in self.norm.features(x)), statistics_dtype(x.dtype)
         none = no_moments(shape, wide)
         return {"mean": jnp.zeros(shape, wide), "var": jnp.ones(shape, wide), "calls": jnp.int32(0), "moments": none}
 
@@ -221,7 +221,7 @@ class _Finish:
         }
 
 
-def _wide(dtype: Any) -> Any:
+def statistics_dtype(dtype: Any) -> Any:
     """What statistics are computed in."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
