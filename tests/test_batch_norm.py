@@ -508,7 +508,11 @@ class Net(linen.Module):
                 return make(linen.jit(linen.BatchNorm))(x)
             case "vmap":
                 apart = linen.vmap(
-                    linen.BatchNorm, 2, 2, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}
+                    linen.BatchNorm,
+                    in_axes=2,
+                    out_axes=2,
+                    variable_axes={"params": 0, "batch_stats": 0},
+                    split_rngs={"params": True},
                 )
                 return make(apart)(x.reshape(-1, 2, 2)).reshape(-1, 4)
             case "scan":
@@ -642,7 +646,7 @@ def test_what_linen_cannot_defer():
         fb.deferred_apply(Net("one"), variables, x)
     norm = linen.BatchNorm(use_running_average=False, axis_name="rows")
     stats = fb.defer_stats(norm.init(KEY(0), x)["batch_stats"])
-    with pytest.raises(ValueError, match="the linen.BatchNorm '' has axis_name='rows'"):
+    with pytest.raises(ValueError, match=r"the linen\.BatchNorm '' has axis_name='rows'"):
         fb.deferred_apply(norm, {"params": {}, "batch_stats": stats}, x)
 
 
@@ -693,13 +697,13 @@ def test_nnx(kind, rows, chunks):
     before, ys = stats_of(deferred), []
 
     @jax.jit
-    def microbatch(state, piece):
+    def microbatch(params, state, piece):
         module = nnx.merge(graph, params, state)
         y = module(piece)
         return y, nnx.state(module, nnx.Not(nnx.Param))
 
     for piece in pieces(x, chunks):
-        y, new = microbatch(state, piece)
+        y, new = microbatch(params, state, piece)
         assert jax.tree.structure(new) == jax.tree.structure(state)
         ys.append(y)
         state = new
@@ -739,8 +743,8 @@ def test_what_nnx_cannot_defer():
 
     holder = nnx.List([Own(4, rngs=nnx.Rngs(0))])
     with pytest.raises(
-        TypeError, match="`defer_module`: '0' is a Own, a subclass of nnx.BatchNorm that may do anything"
+        TypeError, match=r"`defer_module`: '0' is a Own, a subclass of nnx\.BatchNorm that may do anything"
     ):
         fb.defer_module(holder)
-    with pytest.raises(ValueError, match="the nnx.BatchNorm '' has axis_name='rows'"):
+    with pytest.raises(ValueError, match=r"the nnx\.BatchNorm '' has axis_name='rows'"):
         fb.defer_module(nnx.BatchNorm(4, axis_name="rows", rngs=nnx.Rngs(0)))
