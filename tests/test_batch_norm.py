@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import pickle
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -314,11 +315,12 @@ def test_equal_options_are_equal_layers_and_pickle():
     assert one == other == pickle.loads(pickle.dumps(one))
     assert hash(one) == hash(other)
     assert one.name == "batch_norm"
-    for option in ({"momentum": 0.5}, {"epsilon": 1.0}, {"unbiased": True}, {"use_bias": False}, {"axis": 0}):
+    others: Any = ({"momentum": 0.5}, {"epsilon": 1.0}, {"unbiased": True}, {"use_bias": False}, {"axis": 0})
+    for option in others:
         assert fpipe.DeferredBatchNorm(**option) != fpipe.DeferredBatchNorm()
 
 
-WRONG = {
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "momentum": ({"momentum": 1.5}, "`fpipe.DeferredBatchNorm(momentum=1.5)`: from 0 to 1, or None for the average"),
     "nan": ({"momentum": math.nan}, "`fpipe.DeferredBatchNorm(momentum=nan)`: from 0 to 1"),
     "epsilon": ({"epsilon": -1e-5}, "`fpipe.DeferredBatchNorm(epsilon=-1e-05)`: at least 0"),
@@ -516,7 +518,7 @@ class Net(linen.Module):
                 )
                 return make(apart)(x.reshape(-1, 2, 2)).reshape(-1, 4)
             case "scan":
-                axes = {"params": 0, "batch_stats": 0}
+                axes: Any = {"params": 0, "batch_stats": 0}
                 body = linen.scan(
                     lambda norm, c, _: (norm(c), None), variable_axes=axes, split_rngs={"params": True}, length=2
                 )
@@ -604,6 +606,26 @@ def test_linen_gradients():
     deferred = functools.partial(loss, functools.partial(fb.deferred_apply, module), stats)
     got, want = (jax.jit(jax.grad(f, (0, 1)))(variables["params"], x) for f in (deferred, plain))
     assert_same(got, want)
+
+
+def test_a_large_mean_in_flax():
+    x = data(64, mean=1000.0, std=0.01)
+    want = np.asarray(x, np.float64).var(0)
+    module = linen.BatchNorm(use_running_average=False, momentum=0.0)
+    _, stats = linen_run(module, module.init(KEY(0), x), x, 3)
+    norm = fb.defer_module(nnx.BatchNorm(WIDTH, momentum=0.0, rngs=nnx.Rngs(0)))
+    for piece in pieces(x, 3):
+        norm(piece)
+    fb.finish_module(norm)
+    for var in (stats["var"], norm.var[...]):
+        np.testing.assert_allclose(var, want, rtol=1e-2)
+
+
+def test_linen_modules_that_are_called_mean_and_var():
+    stats = {"mean": {"norm": {"mean": jnp.zeros(2), "var": jnp.ones(2)}}, "var": {"sigma": jnp.ones(())}}
+    deferred = fb.defer_stats(stats)
+    assert set(deferred["mean"]["norm"]) == {"mean", "var", "deferred"}
+    assert_same(fb.plain_stats(fb.finish_stats(deferred)), stats, 0)
 
 
 class Twice(linen.Module):

@@ -91,7 +91,7 @@ def deferred_apply(
             )
         old = {n: norm.get_variable("batch_stats", n) for n in ("mean", "var")}
         # With a momentum of 0 the running statistics become the microbatch's own: they are read there and put back.
-        own = norm.clone(parent=norm.scope.rewound(), momentum=0.0, use_fast_variance=False)
+        own = norm.clone(parent=norm.scope, momentum=0.0, use_fast_variance=False)
         inside.append(own)
         y = own(*args, **kwargs)
         mean, var = (norm.get_variable("batch_stats", n) for n in old)
@@ -102,7 +102,8 @@ def deferred_apply(
         return y
 
     with linen.intercept_methods(intercept):
-        return module.apply(variables, *args, rngs=rngs, mutable=list(mutable), method=method, **kwargs)
+        y, collections = module.apply(variables, *args, rngs=rngs, mutable=list(mutable), method=method, **kwargs)
+    return y, dict(collections)
 
 
 def finish_stats(batch_stats: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +127,7 @@ _CALL = inspect.signature(linen.BatchNorm.__call__)
 
 def _mapped(stats: Mapping[str, Any], f: Any) -> dict[str, Any]:
     """Map the statistics of the norms in a nested dict."""
-    if "mean" in stats and "var" in stats:
+    if "mean" in stats and "var" in stats and not isinstance(stats["mean"], Mapping):  # no modules of these names
         return f(stats)
     return {name: _mapped(value, f) if isinstance(value, Mapping) else value for name, value in stats.items()}
 
@@ -201,7 +202,7 @@ class DeferredNorm(nnx.BatchNorm):
         self.batch_count[...], self.batch_mean[...], self.batch_m2[...] = moments
 
 
-def defer_module(module: nnx.Module) -> nnx.Module:
+def defer_module(module: nnx.Module) -> Any:
     """An nnx module in which no `nnx.BatchNorm` updates its running statistics before `finish_module`.
 
     Arguments:
