@@ -61,7 +61,9 @@ def assert_equals_sequential(
         >>> pipe = fpipe.Pipe([dense, dense], devices=[jax.devices()[0]] * 2, chunks=4)
         >>> assert_equals_sequential(pipe, jnp.ones((8, 3)), loss_fn=lambda y: jnp.mean(y**2))
     """
-    reference = sequential(pipe.layers, pipe.chunks, pipe.compute_dtype)
+    reference = sequential(
+        pipe.layers, pipe.chunks, compute_dtype=pipe.compute_dtype, deferred_batch_norm=pipe.deferred_batch_norm
+    )
     params = reference.init(jax.random.key(0), x, side) if params is None else reference.place(params)
     if state is None and pipe.model.stateful:
         state = reference.init_state(x, side, params)

@@ -593,6 +593,90 @@ def stateful(kind) -> tuple[Any, Any]:
     return model, model.init(KEY, X)
 
 
+# --- deferred batch norms ---
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dense(3)(nn.BatchNorm(use_running_average=not train, momentum=0.9, use_fast_variance=False)(x))
+
+
+class NNormed(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(3, momentum=0.9, use_fast_variance=False, rngs=rngs)
+        self.dense = nnx.Linear(3, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dense(self.norm(x))
+
+
+NORMED = {
+    "linen": lambda: [Normed(), nn.Dense(3)],
+    "nnx": lambda: [NNormed(nnx.Rngs(0)), nnx.Linear(3, 3, rngs=nnx.Rngs(1))],
+    "nnx factory": lambda: [NNormed, functools.partial(nnx.Linear, 3, 3)],
+}
+
+
+@pytest.mark.parametrize("checkpoint", ["always", "never"])
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("kind", NORMED)
+def test_deferred_statistics_are_those_of_the_whole_batch(kind, executor, checkpoint):
+    """As Flax has them after one call with all rows; outputs and gradients are those of the plain composition."""
+    layers = fpipe.flax.layers(NORMED[kind](), None if kind != "linen" else X)
+    options: dict[str, Any] = {"chunks": 4, "deferred_batch_norm": True}
+    pipe = fpipe.Pipe(layers, [1, 1], executor=executor, checkpoint=checkpoint, **options)
+    params, state = pipe.init(jax.random.key(0), X), pipe.init_state(X)
+    (loss, new), grads = pipe.value_and_grad(mse)(params, X, TARGET, state=state, train=True)
+    ref = fpipe.sequential(layers, **options)
+    want = ref.value_and_grad(mse)(pipe.gather(params), X, TARGET, state=ref.init_state(X), train=True)
+    assert_same(((loss, new), pipe.gather(grads)), want)
+
+    # Momentum 0.9, from mean 0 and variance 1.
+    if kind == "linen":
+        found = fpipe.flax.merge_variables(layers, pipe.gather(params), new)["batch_stats"]["layers_0"]["BatchNorm_0"]
+    else:
+        found = fpipe.flax.merge_variables(layers, pipe.gather(params), new)["layers"][0]["norm"]
+        found = {name: found[name] for name in ("mean", "var")}
+    assert_same(found, {"mean": 0.1 * X.mean(0), "var": 0.9 + 0.1 * X.var(0)})
+    # Nothing is left of the call, and without training nothing changes.
+    again = pipe(params, X, state=new, train=False)[1]
+    assert_same(again, new)
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_checkpoints_of_plain_statistics_load_into_deferred_ones(kind):
+    layers = fpipe.flax.layers(NORMED[kind](), None if kind != "linen" else X)
+    options: dict[str, Any] = {"chunks": 4, "deferred_batch_norm": True}
+    ref = fpipe.sequential(layers, **options)
+    params, state = ref.init(jax.random.key(0), X), ref.init_state(X)
+    _, state = ref(params, X, state=state, train=True)
+    plain = fpipe.flax.merge_variables(layers, params, state)
+    loaded = fpipe.flax.split_variables(layers, plain, deferred_batch_norm=True)
+    assert_same(loaded, (params, state))
+    assert_same(fpipe.flax.split_variables(layers, plain)[1], (layers_state(plain, kind), None))
+
+
+def layers_state(plain, kind):
+    if kind == "linen":
+        return {"batch_stats": plain["batch_stats"]["layers_0"]}
+    return {"norm": {name: plain["layers"][0]["norm"][name] for name in ("mean", "var")}}
+
+
+def test_layers_without_batch_norms_have_nothing_to_defer():
+    layers = fpipe.flax.layers([nn.Dense(3), nn.Dense(3)])
+    with pytest.raises(ValueError, match="no layer can defer its batch norms"):
+        fpipe.Pipe(layers, [1, 1], deferred_batch_norm=True)
+    assert all(layer.defer is None for layer in layers)
+
+
+def test_deferred_layers_are_values_too():
+    for made in (lambda: fpipe.flax.layers(NORMED["linen"](), X), lambda: fpipe.flax.layers(NORMED["nnx"]())):
+        one, two = (fpipe.Pipe(made(), [1, 1], deferred_batch_norm=True) for _ in range(2))
+        assert one == two
+        assert one.model == two.model
+
+
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
 def test_a_checkpoint_goes_both_ways(kind, executor):

@@ -144,6 +144,10 @@ def _moments(room: Mapping[str, Any]) -> Moments:
 # --- nnx ---
 
 
+MOMENTS = ("batch_count", "batch_mean", "batch_m2")
+"""What a deferred norm keeps beside Flax's variables, by name."""
+
+
 class BatchMoments(nnx.BatchStat):
     """The moments of the microbatches of a call, of one norm."""
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -13,12 +14,16 @@ from flax import linen as nn
 
 from fpipe._layer import Layer, checked_names
 from fpipe._tree import PyTree, eval_shape, shapes_of
+from fpipe.flax._batch_norm import defer_stats, deferred_apply, finish_stats
 from fpipe.flax._borrow import Borrow, check_fit, keep_own, lend, misfit, owners
 from fpipe.flax._calling import Calling, calling
 from fpipe.flax._streams import no_key, stream_key
 
 # What a module sows for people to look at: a layer has no place for it.
 IGNORED = ("intermediates", "perturbations")
+
+# Where batch norms keep their running statistics.
+STATS = "batch_stats"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Linen:
         collections: the collections that are the layer's state.
         known: whether those are all that the module has, as the user or a sample input says.
         borrow: parts of the parameters that other layers own.
+        deferred: whether its batch norms update their running statistics once per call.
     """
 
     module: nn.Module
@@ -44,6 +50,7 @@ class Linen:
     collections: tuple[str, ...]
     known: bool
     borrow: tuple[Borrow, ...]
+    deferred: bool = False
 
     def __hash__(self) -> int:
         # A module with a list among its fields, like `nn.Sequential`, has no hash of its own.
@@ -73,10 +80,11 @@ class Linen:
         """
         args, kwargs = self.calling.arguments(x, train)
         streams = () if key is None else self.streams or ()
+        apply = functools.partial(deferred_apply, self.module) if self.deferred else self.module.apply
         while True:
             rngs = {name: stream_key(key, name) for name in streams}
             try:
-                y, new_state = self.module.apply(
+                y, new_state = apply(
                     variables, *args, rngs=rngs, mutable=list(self.collections), method=self.method, **kwargs
                 )
                 return y, flax.core.unfreeze(new_state), streams  # pyright: ignore[reportArgumentType]
@@ -98,6 +106,12 @@ class Linen:
     def owns_nothing(self) -> bool:
         """Whether other layers own all of the parameters."""
         return any(part.path == () for part in self.borrow)
+
+    def kept(self, collections: PyTree) -> PyTree:
+        """The layer's state from the collections as Flax makes them."""
+        if not self.deferred or STATS not in collections:
+            return collections
+        return {**collections, STATS: defer_stats(collections[STATS])}
 
     def variables(self, key: Any, x: PyTree) -> dict[str, PyTree]:
         """All variables of the module as it makes them, but for what it sows."""
@@ -167,7 +181,37 @@ class InitState:
     def __call__(self, x: PyTree) -> PyTree:
         """The layer's collections; what is random in them comes from `jax.random.key(0)`."""
         made = self.of.variables(jax.random.key(0), x)
-        return {name: made[name] for name in self.of.collections if name in made}
+        return self.of.kept({name: made[name] for name in self.of.collections if name in made})
+
+
+@dataclasses.dataclass(frozen=True)
+class Defer:
+    """The layer whose batch norms are deferred."""
+
+    of: Linen
+
+    def __call__(self) -> Layer:
+        """Another function, state and end of a call."""
+        apply = dataclasses.replace(self.of, deferred=True)
+        return Layer(
+            apply, needs=needs_of(apply), init_state=InitState(apply), finish=finish, borrow=owners(apply.borrow)
+        )
+
+
+def finish(state: PyTree) -> PyTree:
+    """The state of a layer whose batch norms are deferred, at the end of a call."""
+    return {name: finish_stats(value) if name == STATS else value for name, value in state.items()}
+
+
+def needs_of(apply: Linen) -> list[str]:
+    """What a layer of this function declares."""
+    needs = {
+        "state": bool(apply.collections),
+        "key": apply.streams != (),
+        "train": bool(apply.calling.switches) and apply.calling.train is None,
+        "borrowed": bool(apply.borrow),
+    }
+    return [n for n, needed in needs.items() if needed]
 
 
 def linen_layer(
@@ -197,20 +241,15 @@ def linen_layer(
             streams=drawn if streams is None else streams,
         )
     elif collections is None and _has_batch_stats(module):
-        apply = dataclasses.replace(apply, collections=("batch_stats",))
-    needs = {
-        "state": bool(apply.collections),
-        "key": apply.streams != (),
-        "train": bool(how.switches) and how.train is None,
-        "borrowed": bool(borrow),
-    }
+        apply = dataclasses.replace(apply, collections=(STATS,))
     return Layer(
         apply,
         Init(apply),
         name,
-        needs=[n for n, needed in needs.items() if needed],
+        needs=needs_of(apply),
         borrow=owners(borrow),
         init_state=InitState(apply) if apply.collections else None,
+        defer=Defer(apply) if STATS in apply.collections else None,
     )
 
 

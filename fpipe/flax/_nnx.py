@@ -13,6 +13,7 @@ from flax.traverse_util import unflatten_dict
 
 from fpipe._layer import Layer
 from fpipe._tree import PyTree
+from fpipe.flax._batch_norm import DeferredNorm, defer_module, finish_module
 from fpipe.flax._borrow import Borrow, Path, check_fit, keep_own, lend, numbered, owners
 from fpipe.flax._calling import Calling, calling, parameters_of
 from fpipe.flax._streams import no_key, stream_key, typed
@@ -126,7 +127,7 @@ class NNX:
         """The layer on one microbatch."""
         check_fit(self.borrow, self.name, self.params.tree, borrowed or {})
         params = lend(self.borrow, params, borrowed or {})
-        module = nnx.merge(self.graph, params, self._random(key), state or {})
+        module = self.merged(params, state or {}, key)
         trains = self.calling.trains(train)
         if self.modes:
             module.train() if trains else module.eval()
@@ -141,8 +142,12 @@ class NNX:
             y = getattr(module, self.method)(*args, **kwargs)
         except _Drawn as error:
             raise no_key(self.name, str(error), trains) from None
-        state = self._state(module)
+        state = self.state(module)
         return (y, state) if self.rest else y
+
+    def merged(self, params: PyTree, state: PyTree, key: Any = None) -> Any:
+        """The module of these variables."""
+        return nnx.merge(self.graph, params, self._random(key), state)
 
     def _random(self, key: Any) -> PyTree:
         """Random state: each stream gets a key of its own, by its path, and starts to count at zero."""
@@ -156,7 +161,8 @@ class NNX:
                 flat[path] = jax.random.split(own, shape) if shape else own
         return unflatten_dict(flat)
 
-    def _state(self, module: nnx.Module) -> PyTree:
+    def state(self, module: nnx.Module) -> PyTree:
+        """The layer's state, from the module."""
         _, _, _, rest = split(module)
         more = [path for path in paths(rest) if path not in self.rest]
         if more:
@@ -200,10 +206,61 @@ class InitState:
         return self.source(jax.random.key(0))[1]
 
 
+@dataclasses.dataclass(frozen=True)
+class Deferred:
+    """A factory of modules whose batch norms are deferred."""
+
+    make: Callable[..., nnx.Module]
+
+    def __call__(self, rngs: nnx.Rngs) -> nnx.Module:
+        """Make one."""
+        return defer_module(self.make(rngs=rngs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Defer:
+    """The layer whose batch norms are deferred.
+
+    Attributes:
+        train, chained: as the layer was made.
+    """
+
+    of: NNX
+    source: Given | Factory
+    train: str | bool | None
+    chained: bool
+
+    def __call__(self) -> Layer:
+        """A layer of another module, with the same parameters."""
+        of = self.of
+        if isinstance(self.source, Factory):
+            module = Deferred(self.source.make)
+        else:
+            module = defer_module(of.merged(*self.source(None)))
+        return nnx_layer(
+            module, name=of.name, train=self.train, method=of.method, borrow=of.borrow, chained=self.chained
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Finish:
+    """The end of a call, of a layer whose batch norms are deferred."""
+
+    of: NNX
+
+    def __call__(self, state: PyTree) -> PyTree:
+        """The state with its running statistics updated."""
+        module = self.of.merged(self.of.params.tree, state)
+        finish_module(module)
+        return self.of.state(module)
+
+
 def is_factory(value: Any) -> bool:
     """Whether a value is an NNX module's type, or a `functools.partial` of one."""
     while isinstance(value, functools.partial):
         value = value.func
+    if isinstance(value, Deferred):
+        return True
     return isinstance(value, type) and issubclass(value, nnx.Module)
 
 
@@ -219,6 +276,7 @@ def nnx_layer(
     """See `fpipe.flax.layer`."""
     who = f"`fpipe.flax.layer(module)` of layer {name!r}"
     made = module if isinstance(module, nnx.Module) else nnx.eval_shape(lambda: module(rngs=nnx.Rngs(0)))
+    norms = {isinstance(n, DeferredNorm) for _, n in nnx.iter_graph(made) if isinstance(n, nnx.BatchNorm)}
     graph, params, random, rest = split(nnx.clone(made))
     f = getattr(type(made), method or "__call__")
     how = calling(f, train, chained, {}, who)
@@ -257,4 +315,6 @@ def nnx_layer(
         needs=[n for n, needed in needs.items() if needed],
         borrow=owners(borrow),
         init_state=InitState(source) if apply.rest and there else None,
+        finish=Finish(apply) if True in norms else None,
+        defer=Defer(apply, source, train, chained) if False in norms else None,
     )

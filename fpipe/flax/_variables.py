@@ -1,21 +1,26 @@
 """Checkpoints: the variables of the whole Flax model and those of its layers, into each other."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.core
+import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fpipe._layer import Layer
 from fpipe._tree import PyTree
+from fpipe.flax._batch_norm import MOMENTS, plain_stats
 from fpipe.flax._borrow import Path, keep_own
 from fpipe.flax._layers import entry, layers
-from fpipe.flax._linen import IGNORED, Linen
+from fpipe.flax._linen import IGNORED, STATS, Linen
 from fpipe.flax._nnx import NNX
 
 
-def split_variables(model: Any, variables: Any) -> tuple[tuple[PyTree, ...], tuple[PyTree, ...]]:
+def split_variables(
+    model: Any, variables: Any, *, deferred_batch_norm: bool = False
+) -> tuple[tuple[PyTree, ...], tuple[PyTree, ...]]:
     """Parameters and states of the layers, from the variables of the whole Flax model.
 
     Arguments:
@@ -23,6 +28,7 @@ def split_variables(model: Any, variables: Any) -> tuple[tuple[PyTree, ...], tup
         variables: of an `nn.Sequential` `{"params": {"layers_0": …}, "batch_stats": {…}}`; of an `nnx.Sequential` its
             `nnx.state(model)`, or that as nested dicts `{"layers": {0: …}}`. What has the structure of variables, such as
             the moments of an optimizer, will do.
+        deferred_batch_norm: as the pipe has it: batch norms that are deferred keep more in their state.
 
     Returns:
         `(params, state)`: a tuple each with one entry per layer, for `pipe.place(params)` and `state=`. The state of a
@@ -41,6 +47,8 @@ def split_variables(model: Any, variables: Any) -> tuple[tuple[PyTree, ...], tup
         (None, None, None)
     """
     given = _layers(model, "split_variables")
+    if deferred_batch_norm:
+        given = [one if one.defer is None else dataclasses.replace(one, apply=one.defer().apply) for one in given]
     if any(isinstance(layer.apply, NNX) for layer in given):
         return _split_nnx(given, variables)
     collections = {name: dict(tree) for name, tree in flax.core.unfreeze(variables).items() if name not in IGNORED}
@@ -58,7 +66,7 @@ def split_variables(model: Any, variables: Any) -> tuple[tuple[PyTree, ...], tup
                 f"`fpipe.flax.split_variables`: layer {k} {layer.name!r} has state, but the variables have none under "
                 f"{name!r}; they have the collections {list(collections)}"
             )
-        state.append(found or None)
+        state.append(layer.apply.kept(found) or None)
     left = [f"{c}/{name}" for c, tree in collections.items() for name in tree]
     if left:
         raise ValueError(
@@ -105,7 +113,7 @@ def merge_variables(model: Any, params: Sequence[PyTree], state: Sequence[PyTree
             name = entry(k)
             for collection, tree in ({"params": own} | (kept or {})).items():
                 if tree:
-                    out.setdefault(collection, {})[name] = tree
+                    out.setdefault(collection, {})[name] = plain_stats(tree) if collection == STATS else tree
     return out
 
 
@@ -130,7 +138,14 @@ def _split_nnx(given: Sequence[Layer], variables: Any) -> tuple[tuple[PyTree, ..
         needed = keep_own(layer.apply.borrow, layer.apply.params.tree)
         own = list(flatten_dict(needed))
         params.append(_pick(tree, own, k, layer))
-        state.append(_pick(tree, layer.apply.rest, k, layer) if layer.asks("state") else None)
+        if not layer.asks("state"):
+            state.append(None)
+            continue
+        # What a deferred norm keeps beside the running statistics is empty between calls.
+        flat: dict[Path, Any] = flatten_dict(tree)
+        missing = [path for path in layer.apply.rest if path[-1] in MOMENTS and path not in flat]
+        flat |= {path: jnp.zeros_like(flat[(*path[:-1], "mean")]) for path in missing if (*path[:-1], "mean") in flat}
+        state.append(_pick(unflatten_dict(flat), layer.apply.rest, k, layer))
     return tuple(params), tuple(state)
 
 
@@ -148,7 +163,8 @@ def _merge_nnx(given: Sequence[Layer], params: Sequence[PyTree], states: Sequenc
     out = {}
     for k, (layer, own, kept) in enumerate(zip(given, params, states, strict=True)):
         if isinstance(layer.apply, NNX):
-            flat = flatten_dict(own) | flatten_dict(kept or {})
+            rest = {path: a for path, a in flatten_dict(kept or {}).items() if path in layer.apply.rest}
+            flat = flatten_dict(own) | rest
             if flat:
                 out[k] = unflatten_dict(flat)
     return {"layers": out}
