@@ -12,7 +12,7 @@ ROOT = pathlib.Path(fpipe.__file__).parent
 # From the top down: a module may import what stands in a later line, and its neighbours only within a package.
 LEVELS = [
     ["fpipe.__main__"],
-    ["fpipe.flax", "fpipe.plot", "fpipe.testing"],
+    ["fpipe.flax", "fpipe.optim", "fpipe.plot", "fpipe.testing"],
     ["fpipe"],
     ["fpipe._pipe"],
     ["fpipe._placed", "fpipe._scan", "fpipe._sequential"],
@@ -78,7 +78,7 @@ def test_that_test_can_fail():
     assert not list(upward([("fpipe._plan._lower", "from fpipe._plan._programs import Inputs")]))
 
 
-LEAVES = {"fpipe.__main__", "fpipe.flax", "fpipe.plot", "fpipe.testing"}
+LEAVES = {"fpipe.__main__", "fpipe.flax", "fpipe.optim", "fpipe.plot", "fpipe.testing"}
 
 
 def onto_leaves(sources):

@@ -1,0 +1,8 @@
+"""optax over the parameters of a pipe, wherever they are: `import fpipe.optim` to use it (it needs optax)."""
+
+from fpipe.optim._transform import PerStage as PerStage
+from fpipe.optim._transform import apply_updates as apply_updates
+from fpipe.optim._transform import gather as gather
+from fpipe.optim._transform import global_norm as global_norm
+from fpipe.optim._transform import per_stage as per_stage
+from fpipe.optim._transform import place as place
