@@ -15,7 +15,6 @@ from fpipe.optim._run import Run
 from fpipe.optim._steps import opened
 from fpipe.optim._view import Chosen, Frozen, owners
 
-
 FIX = "make one with `tx.init(params)`, or move this one with `fpipe.optim.place(state, params)`"
 
 

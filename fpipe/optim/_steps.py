@@ -110,7 +110,7 @@ def _live(steps: Sequence[Step], outputs: Iterable[int], index: Mapping[int, int
     """Without the steps that nothing needs."""
     needed, kept = set(outputs), list[Step]()
     for step in reversed(steps):
-        if step.eqn is not None and step.eqn.effects or not needed.isdisjoint(step.outs):
+        if (step.eqn is not None and step.eqn.effects) or not needed.isdisjoint(step.outs):
             kept.append(step)
             needed.update(step.ins)
             needed.update(index[c] for c, _ in step.guards)

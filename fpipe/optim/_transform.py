@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -74,7 +73,7 @@ class _Engine:
             _refuse("per_stage(tx).update")
             return self._shapes(grads, state, params, extra)
         packs = [pack(part) for part in (grads, state, params, extra)]
-        key = Key((tuple((spec, tuple(map(form, arrays))) for arrays, spec in packs)))
+        key = Key(tuple((spec, tuple(map(form, arrays))) for arrays, spec in packs))
         planned = self.plans.get(
             key, lambda: plan_update(self.tx, grads, state, params, extra, self.frozen, self.donate)
         )
