@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from fpipe._placement import Device
+from fpipe._tree import strong
 from fpipe.optim._cut import Cut, Move, Part, Slot
 from fpipe.optim._steps import evaluate
 
@@ -75,7 +76,9 @@ class Run:
             for slot, array in zip(takes, arrays, strict=True):
                 given.update(_split(cut, slot, array))
             made = iter(self._evaluate(part, given, wanted))
-            return [_joined(slot, [next(made) for _ in slot.values]) for slot in gives]
+            joined = [_joined(slot, [next(made) for _ in slot.values]) for slot in gives]
+            # A weak type would make the next step a new one to compile.
+            return [a if slot.output is None else strong(a) for slot, a in zip(gives, joined, strict=True)]
 
         run.__name__ = run.__qualname__ = f"fpipe_optim_{part.round}"
         place = SingleDeviceSharding(self.devices[part.device])

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fpipe._placed import only_shapes
 from fpipe._recent import Key, Recent
-from fpipe._tree import PyTree, is_array, is_inexact, is_traced, numbers_as_arrays, pack
+from fpipe._tree import PyTree, is_array, is_inexact, is_traced, map_arrays, numbers_as_arrays, pack, strong
 from fpipe.optim import _packed
 from fpipe.optim._placed import device_of, first_devices, form, named, plan, plan_init, plan_update
 from fpipe.optim._run import Run
@@ -56,6 +56,7 @@ class _Engine:
             _refuse("per_stage(tx).init")
             chosen = Chosen.of(params, self.frozen)
             return numbers_as_arrays(self.tx.init(chosen.seen(chosen.select(jax.tree.leaves(params)))))
+        params = map_arrays(strong, params)
         arrays, spec = pack(params)
         key = Key(("init", spec, tuple(map(form, arrays))))
         planned = self.plans.get(key, lambda: plan_init(self.tx, params, self.frozen))
@@ -72,6 +73,7 @@ class _Engine:
         if is_traced((grads, state, params, extra)):
             _refuse("per_stage(tx).update")
             return self._shapes(grads, state, params, extra)
+        grads, state, params = map_arrays(strong, (grads, state, params))
         packs = [pack(part) for part in (grads, state, params, extra)]
         key = Key(tuple((spec, tuple(map(form, arrays))) for arrays, spec in packs))
         planned = self.plans.get(
@@ -216,7 +218,7 @@ def apply_updates(params: PyTree, updates: PyTree, donate: Iterable[str] = ()) -
     moving = [
         n for n, u in enumerate(changes) if isinstance(u, jax.Array) and is_array(leaves[n]) and is_inexact(leaves[n])
     ]
-    p, u = [leaves[n] for n in moving], [changes[n] for n in moving]
+    p, u = map_arrays(strong, ([leaves[n] for n in moving], [changes[n] for n in moving]))
     packed = any_packed(params)
     if packed and is_traced((p, u)):
         made = _add(p, u)
