@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from fpipe._scan import AXIS, Packed
 from fpipe._scan._packing import Entry, Packing, Row
-from fpipe._tree import PyTree, Shape, Tracer, aval, is_array, is_inexact
+from fpipe._tree import PyTree, Shape, Tracer, aval, is_array, is_inexact, map_arrays, strong
 
 Path = tuple[Any, ...]
 
@@ -209,7 +209,8 @@ class Template:
         return Packing(shapes, tuple(row for old in self.packing.rows for row in self._rows(old, entries, shapes)))
 
     def pack(self, layers: tuple[PyTree, ...], mesh: Any) -> Packed:
-        """A tuple of layers, packed."""
+        """A tuple of layers, packed; without weak types, so that a state has one structure in all steps."""
+        layers = map_arrays(strong, layers)
         packing = self.packing_of(layers)
         leaves = {(k, n): leaf for k, layer in enumerate(layers) for n, leaf in enumerate(jax.tree.leaves(layer))}
         stacked = [_stacked(row, [None if e is None else leaves[e] for e in row.entries]) for row in packing.rows]
