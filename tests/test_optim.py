@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+from typing import Any
 
 import chex
 import jax
@@ -189,7 +190,8 @@ def test_programs_are_compiled_once():
         updates, state = tx.update(grads, state, params)
         params = fpipe.optim.apply_updates(params, updates, donate=["params", "updates"])
     assert len(tx.runs) == 2  # of init, of update
-    assert [call._cache_size() for call in tx.runs[-1].calls] == [1] * 6
+    calls: list[Any] = tx.runs[-1].calls
+    assert [call._cache_size() for call in calls] == [1] * 6
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -207,7 +209,7 @@ def test_donation_deletes_and_nothing_else_does(executor):
     new = fpipe.optim.apply_updates(params, updates)
     assert not any(deleted((state, grads[0], params, updates)))
     tx = fpipe.optim.per_stage(CLIP(), donate=["state", "grads"])
-    state = tx.init(params)
+    state: Any = tx.init(params)
     got, after = tx.update(grads[0], state, params)
     assert all(deleted((state[1][0].mu, state[1][0].nu, grads[0])))
     assert not any(deleted((params, got, after)))
@@ -254,6 +256,7 @@ def test_frozen_leaves_have_no_state_and_do_not_change(executor, frozen):
     kept = [start[1]["b"], start[1]["w"], start[2], start[3]["b"]]
     assert_same(jax.tree.leaves(fpipe.optim.gather(state)[1][0].mu), [jnp.zeros_like(a) for a in kept])
     grads = grads_of(start, 0)
+    updates: Any
     updates, state = tx.update(pipe.place(grads), state, params)
     plain = CLIP()
     of = [grads[1]["b"], grads[1]["w"], grads[2], grads[3]["b"]]

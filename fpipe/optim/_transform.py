@@ -156,7 +156,8 @@ def per_stage(
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise TypeError(f"`per_stage(tx)`: an optax.GradientTransformation, such as `optax.adam(1e-3)`, got {tx!r}")
     engine = _Engine(optax.with_extra_args_support(tx), frozen, _names("per_stage", donate, _DONATE))
-    return PerStage(engine.init, engine.update)
+    update: Any = engine.update
+    return PerStage(engine.init, update)
 
 
 def _names(call: str, donate: Any, known: tuple[str, ...]) -> tuple[str, ...]:
@@ -252,7 +253,8 @@ def apply_updates(params: PyTree, updates: PyTree, donate: Iterable[str] = ()) -
 
 
 def _add(params: Any, updates: Any) -> list[Any]:
-    return optax.apply_updates(list(params), list(updates))
+    made: Any = optax.apply_updates(list(params), list(updates))
+    return made
 
 
 @functools.cache
