@@ -220,6 +220,46 @@ def test_donation_deletes_and_nothing_else_does(executor):
     tx.update(grads[1], after, got)
 
 
+def neighbours():
+    """Every update takes the gradient of the next layer too, and the state is a number without a type of its own."""
+
+    def update(grads, state, params=None):
+        del params
+        mixed = tuple(g + jax.nn.relu(grads[(k + 1) % len(grads)]) for k, g in enumerate(grads))
+        return mixed, state * 0.5
+
+    return optax.GradientTransformation(lambda params: jnp.asarray(1.0), update)
+
+
+@pytest.mark.parametrize("width", [2, 40])
+def test_what_needs_large_arrays_of_two_devices_is_right_too(width):
+    params = tuple(jax.device_put(jnp.full((width, width), float(d)), jax.devices()[d]) for d in range(3))
+    tx = fpipe.optim.per_stage(neighbours())
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(params, state)
+        assert not any(a.weak_type for a in jax.tree.leaves(state))
+    assert on_their_devices(updates, params) == []
+    here = jax.device_put(params, jax.devices()[0])
+    assert_same(jax.device_put(updates, jax.devices()[0]), neighbours().update(here, jnp.float32(1.0))[0])
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_arguments_of_update_go_through(executor):
+    def make():
+        return optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1, factor=0.5))
+
+    pipe, tx, plain = pipe_of(executor), fpipe.optim.per_stage(make()), make()
+    params = pipe.place(whole())
+    state, other = tx.init(params), plain.init(whole())
+    for n, value in enumerate([1.0, 2.0, 3.0, 4.0]):
+        updates, state = tx.update(pipe.place(grads_of(whole(), n)), state, params, value=value)
+        want, other = plain.update(grads_of(whole(), n), other, whole(), value=value)
+        assert_same(pipe.gather(updates), want)
+        assert_same(fpipe.optim.gather(state)[1].scale, other[1].scale)  # pyright: ignore
+    assert len(tx.runs) == (2 if executor == "placed" else 0)
+
+
 def test_an_array_given_twice_is_donated_once():
     params = jax.device_put((jnp.ones(3), jnp.ones(3)), jax.devices()[0])
     tx = fpipe.optim.per_stage(optax.sgd(0.1), donate=["grads"])
