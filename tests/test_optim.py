@@ -156,6 +156,7 @@ def test_scan_outside_of_jit_and_the_state_is_packed():
     params = pipe.place(whole())
     lamb = fpipe.optim.per_stage(optax.lamb(1e-2))
     for state in (lamb.init(params), jax.jit(lamb.init)(params)):
+        assert all(a.sharding.spec[0] == "stage" for a in state[0].mu.arrays)
         _, state = jax.jit(lamb.update)(pipe.place(grads_of(whole(), 0)), state, params)
         mu = state[0].mu
         assert isinstance(mu, fpipe.Packed)
@@ -226,7 +227,7 @@ def neighbours():
     def update(grads, state, params=None):
         del params
         mixed = tuple(g + jax.nn.relu(grads[(k + 1) % len(grads)]) for k, g in enumerate(grads))
-        return mixed, state * 0.5
+        return mixed, jnp.where(state > 0, 1.0, 2.0)
 
     return optax.GradientTransformation(lambda params: jnp.asarray(1.0), update)
 
@@ -242,6 +243,20 @@ def test_what_needs_large_arrays_of_two_devices_is_right_too(width):
     assert on_their_devices(updates, params) == []
     here = jax.device_put(params, jax.devices()[0])
     assert_same(jax.device_put(updates, jax.devices()[0]), neighbours().update(here, jnp.float32(1.0))[0])
+
+
+def test_an_output_made_on_a_later_device_comes_back():
+    def update(grads, state, params=None):
+        vector, matrix = grads
+        return (matrix @ vector, matrix), state
+
+    params = (jax.device_put(jnp.ones(300), jax.devices()[0]), jax.device_put(jnp.ones((300, 300)), jax.devices()[1]))
+    tx = fpipe.optim.per_stage(optax.GradientTransformation(lambda params: (), update))
+    updates, _ = tx.update(params, tx.init(params))
+    assert on_their_devices(updates, params) == []
+    assert_same(updates[0], jax.device_put(jnp.full(300, 300.0), jax.devices()[0]))
+    assert updates[1] is params[1]  # handed through
+    assert sum(move.bytes for move in tx.runs[-1].cut.moves) == 2 * 1200  # the vector, not the matrix; there and back
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

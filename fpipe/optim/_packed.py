@@ -26,7 +26,9 @@ def init(tx: Any, params: PyTree, frozen: Frozen, mesh: Any) -> PyTree:
     full = unpacked(params)
     chosen = Chosen.of(full, frozen)
     state = numbers_as_arrays(tx.init(chosen.seen(chosen.select(jax.tree.leaves(full)))))
-    return packed_state(state, templates(params), mesh)
+    # Zeros depend on nothing: without the barrier `jit` would drop the parameters, and with them the devices of the mesh.
+    packed = packed_state(state, templates(params), mesh)
+    return jax.lax.optimization_barrier((packed, jax.tree.leaves(params)[:1]))[0]
 
 
 def update(

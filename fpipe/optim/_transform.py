@@ -42,8 +42,7 @@ class _Engine:
         self.tx, self.frozen, self.donate = tx, frozen, donate
         self.plans = Recent(_KEPT)
         numbers = tuple(n for n, name in ((1, "grads"), (2, "state")) if name in donate)
-        # `keep_unused`: arrays say on which mesh the program runs.
-        self._init = jax.jit(self._packed_init, static_argnums=(0, 1), keep_unused=True)
+        self._init = jax.jit(self._packed_init, static_argnums=(0, 1))
         self._update = jax.jit(self._packed_update, static_argnums=0, donate_argnums=numbers)
 
     def init(self, params: PyTree) -> PyTree:
@@ -118,9 +117,10 @@ def per_stage(
     be inside `jax.jit`.
 
     With `executor="scan"` `update` is a function for your own `jax.jit` (outside, it is compiled by itself). Every part of
-    the state that is like the parameters is an `fpipe.Packed`, so each device holds that of its own stages. The leaves are
-    taken out of it and put back by XLA: each device computes the updates of all stages, from parameters and states that
-    come to it one leaf at a time. Optimizers that work number by number need none of this, and take a `Packed` as it is.
+    the state that is like the parameters is an `fpipe.Packed`, so that between updates each device holds that of its own
+    stages. During an update XLA sends all of it to all: every device computes the updates of all stages, and has room for
+    their gradients and states, and for their parameters if the transformation reads these. Optimizers that work number by
+    number (SGD, Adam) need none of this: give them the `Packed` as it is.
 
     Arguments:
         tx: the transformation.
