@@ -239,8 +239,9 @@ class Model:
             params[k] = params_of(k, x, needs)
             states[k] = state_of(k, x, needs) if layer.asks("state") else None
             x, skips = eval_shape(
+                # With a key: some layers always draw, and shapes are the same with and without.
                 lambda p, x, skips, state, side, k=k: plain.apply(
-                    range(k, k + 1), p, x, skips=skips, state=state, side=side
+                    range(k, k + 1), p, x, skips=skips, state=state, side=side, key=jax.random.key(0)
                 )[:2],
                 {owner: params[owner] for owner in (k, *owners)},
                 x,
