@@ -222,6 +222,10 @@ def test_donation_deletes_and_nothing_else_does(executor):
     tx.update(grads[1], after, got)
 
 
+def transformation(init: Any, update: Any) -> optax.GradientTransformation:
+    return optax.GradientTransformation(init, update)
+
+
 def neighbours():
     """Every update takes the gradient of the next layer too, and the state is a number without a type of its own."""
 
@@ -230,14 +234,14 @@ def neighbours():
         mixed = tuple(g + jax.nn.relu(grads[(k + 1) % len(grads)]) for k, g in enumerate(grads))
         return mixed, jnp.where(state > 0, 1.0, 2.0)
 
-    return optax.GradientTransformation(lambda params: jnp.asarray(1.0), update)
+    return transformation(lambda params: jnp.asarray(1.0), update)
 
 
 @pytest.mark.parametrize("width", [2, 40])
 def test_what_needs_large_arrays_of_two_devices_is_right_too(width):
     params = tuple(jax.device_put(jnp.full((width, width), float(d)), jax.devices()[d]) for d in range(3))
     tx = fpipe.optim.per_stage(neighbours())
-    state = tx.init(params)
+    state, updates = tx.init(params), None
     for _ in range(2):
         updates, state = tx.update(params, state)
         assert not any(a.weak_type for a in jax.tree.leaves(state))
@@ -252,7 +256,7 @@ def test_an_output_made_on_a_later_device_comes_back():
         return (matrix @ vector, matrix), state
 
     params = (jax.device_put(jnp.ones(300), jax.devices()[0]), jax.device_put(jnp.ones((300, 300)), jax.devices()[1]))
-    tx = fpipe.optim.per_stage(optax.GradientTransformation(lambda params: (), update))
+    tx = fpipe.optim.per_stage(transformation(lambda params: (), update))
     updates: Any = tx.update(params, tx.init(params))[0]
     assert on_their_devices(updates, params) == []
     assert_same(updates[0], jax.device_put(jnp.full(300, 300.0), jax.devices()[0]))
