@@ -34,7 +34,7 @@ from fpipe._scan import Packed, Scan, as_mesh, stage_devices
 from fpipe._scheduling import Scheduling
 from fpipe._sequential import Sequential
 from fpipe._stage import cut_stages
-from fpipe._tree import PyTree, numbers_as_arrays
+from fpipe._tree import PyTree, map_arrays, numbers_as_arrays, strong
 from fpipe.schedules import Schedule
 
 
@@ -193,8 +193,7 @@ class Pipe(Call):
         Raises:
             ValueError: a layer without `init`, or one that borrows from a later layer.
         """
-        made = self.model.init(key, *first_microbatch(x, side, self.chunks), self._executor.make)
-        return self._executor.place(made)
+        return self.place(self.model.init(key, *first_microbatch(x, side, self.chunks), self._executor.make))
 
     def init_state(self, x: PyTree, side: PyTree = None, params: Sequence[PyTree] | None = None) -> tuple[PyTree, ...]:
         """State of every layer (`None` for a layer without), made on the layer's device.
@@ -218,7 +217,8 @@ class Pipe(Call):
             ValueError: not one entry per layer.
         """
         check_params(self.model, params, "`place(params)`")
-        return self._executor.place(tuple(numbers_as_arrays(p) for p in params))
+        # A weak type would come back strong from the first update, and be compiled for again.
+        return self._executor.place(tuple(map_arrays(strong, numbers_as_arrays(p)) for p in params))
 
     def gather(self, params: Any) -> tuple[PyTree, ...]:
         """The exact inverse of `place`: the parameters as for the plain composition, on the first device.

@@ -186,7 +186,7 @@ def test_every_leaf_is_on_its_device_and_only_numbers_move():
 def test_programs_are_compiled_once():
     pipe = pipe_of("placed")
     params, tx = pipe.init(jax.random.key(0), X), fpipe.optim.per_stage(CLIP(), donate=["state"])
-    assert any(a.weak_type for a in jax.tree.leaves(params))  # the first step is like the others all the same
+    assert not any(a.weak_type for a in jax.tree.leaves(params))  # so that the first step is like the others
     state, grads = tx.init(params), pipe.place(grads_of(whole(), 0))
     for _ in range(3):
         updates, state = tx.update(grads, state, params)
@@ -302,7 +302,7 @@ def test_bfloat16_parameters_with_a_float32_state(executor):
 
 FROZEN = {
     "prefix": (True, False, False, {"w": True, "b": False}),
-    "predicate": lambda path, leaf: path[0].idx == 0 or (path[0].idx == 3 and leaf.ndim == 2),
+    "predicate": lambda path, leaf: path.startswith("[0]") or (path.startswith("[3]") and leaf.ndim == 2),
 }
 
 
@@ -358,16 +358,15 @@ def test_integers_are_passed_over_with_float0_gradients():
 def test_train_state(executor):
     pipe = pipe_of(executor)
     start = whole()
-    # `TrainState` asks whether a name is in the parameters, so those of the pipe are an entry of a dict.
-    state = TrainState.create(apply_fn=pipe, params={"pipe": pipe.place(start)}, tx=fpipe.optim.per_stage(CLIP()))
-    plain = TrainState.create(apply_fn=None, params={"pipe": start}, tx=CLIP())
+    state = TrainState.create(apply_fn=pipe, params=pipe.place(start), tx=fpipe.optim.per_stage(CLIP()))
+    plain = TrainState.create(apply_fn=None, params=start, tx=CLIP())
     placement = jax.tree.map(lambda a: getattr(a, "sharding", None), (state.params, state.opt_state))
     for _ in range(3):
-        _, grads = pipe.value_and_grad(mse)(state.params["pipe"], X, X * 0.5)
-        state = state.apply_gradients(grads={"pipe": grads})
-        _, grads = fpipe.sequential(layers(), chunks=2).value_and_grad(mse)(plain.params["pipe"], X, X * 0.5)
-        plain = plain.apply_gradients(grads={"pipe": grads})
-    assert_same(pipe.gather(state.params["pipe"]), plain.params["pipe"], 1e-4)
+        _, grads = pipe.value_and_grad(mse)(state.params, X, X * 0.5)
+        state = state.apply_gradients(grads=grads)
+        _, grads = fpipe.sequential(layers(), chunks=2).value_and_grad(mse)(plain.params, X, X * 0.5)
+        plain = plain.apply_gradients(grads=grads)
+    assert_same(pipe.gather(state.params), plain.params, 1e-4)
     assert state.step == 3
     if executor == "placed":
         assert jax.tree.map(lambda a: a.sharding, (state.params, state.opt_state)) == placement

@@ -282,7 +282,7 @@ def test_a_training_step_inside_jit_with_donation():
 
 def train(case, pipe, params, placed, tx, make):
     step = jax.jit(make(pipe), donate_argnums=(0, 1))
-    state = placed, jax.jit(tx.init)(placed)
+    state = placed, tx.init(placed)
     want = params, tx.init(params)
     plain = make(case.reference)
     for _ in range(3):

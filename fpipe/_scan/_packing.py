@@ -182,6 +182,10 @@ class Packed:
         """The bytes on all devices together that hold nothing, because the stages' parameters differ."""
         return self.packing.padding
 
+    def __contains__(self, name: object) -> bool:
+        """`False`: arrays have no names that could be asked for. Flax's `TrainState` asks all parameters."""
+        return False
+
     def __repr__(self) -> str:
         rows = ", ".join(f"{path}: {array}" for path, array in zip(self.packing.paths, map(_short, self.arrays)))  # noqa: B905
         return f"Packed({rows}; {self.padding} bytes of padding)"

@@ -9,13 +9,14 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fpipe._frozen import Frozen
 from fpipe._placed import only_shapes
 from fpipe._recent import Key, Recent
 from fpipe._tree import PyTree, is_array, is_inexact, is_traced, map_arrays, numbers_as_arrays, pack, strong
 from fpipe.optim import _packed
 from fpipe.optim._placed import device_of, first_devices, form, named, plan, plan_init, plan_update
 from fpipe.optim._run import Run
-from fpipe.optim._view import Chosen, Frozen, any_packed, mesh_of, owners, packed_state, templates, unpacked
+from fpipe.optim._view import Chosen, any_packed, mesh_of, owners, packed_state, templates, unpacked
 
 # Plans that one transformation keeps, and that `apply_updates` and `global_norm` keep for all.
 _KEPT = 32
@@ -38,7 +39,7 @@ class PerStage(optax.GradientTransformationExtraArgs):
 class _Engine:
     """`init` and `update` of a transformation, on whatever they are given."""
 
-    def __init__(self, tx: Any, frozen: Frozen, donate: tuple[str, ...]) -> None:
+    def __init__(self, tx: Any, frozen: Frozen | None, donate: tuple[str, ...]) -> None:
         self.tx, self.frozen, self.donate = tx, frozen, donate
         self.plans = Recent(_KEPT)
         numbers = tuple(n for n, name in ((1, "grads"), (2, "state")) if name in donate)
@@ -102,9 +103,7 @@ class _Engine:
         return _packed.update(self.tx, g, s, p, e, self.frozen)
 
 
-def per_stage(
-    tx: optax.GradientTransformation, frozen: Callable[[Any, Any], Any] | PyTree = None, donate: Iterable[str] = ()
-) -> PerStage:
+def per_stage(tx: optax.GradientTransformation, frozen: Frozen | None = None, donate: Iterable[str] = ()) -> PerStage:
     """Any optax transformation for the parameters of a pipe, on the devices where they are.
 
     It computes what `tx` computes on `pipe.gather(params)`: what looks at a whole leaf (LAMB, Adafactor, decay masks by
@@ -124,9 +123,9 @@ def per_stage(
 
     Arguments:
         tx: the transformation.
-        frozen: which parameters are not trained: a function of a leaf's key path and its shape (a
-            `jax.ShapeDtypeStruct`), or bools in the structure of the parameters or of its first levels (one per layer).
-            Frozen ones have no state and an update of zero, and their gradients may be `float0`. Default none.
+        frozen: which parameters are not trained, as for `pipe.value_and_grad`: `frozen(path, shape)` with a path such as
+            `"[0]['w']"` and a `jax.ShapeDtypeStruct`, or bools in the structure of the parameters or of its first levels (one
+            per layer). Frozen ones have no state and an update of zero, and their gradients may be `float0`. Default none.
 
     Other Arguments:
         donate: what `update` may reuse the memory of: `"state"`, `"grads"`, or both. It is deleted, where an output of the

@@ -1,7 +1,7 @@
 """Trees as a transformation is to see them: one entry per layer, without what it has no business with."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fpipe._frozen import Frozen
 from fpipe._scan import AXIS, Packed
 from fpipe._scan._packing import Entry, Packing, Row
 from fpipe._tree import PyTree, Shape, Tracer, aval, is_array, is_inexact, map_arrays, strong
@@ -52,9 +53,6 @@ def _is_empty(array: Any) -> bool:
     return getattr(array, "dtype", None) == jax.dtypes.float0 or np.ndim(array) == 0
 
 
-Frozen = Callable[[Path, Any], Any] | PyTree
-
-
 @dataclasses.dataclass(frozen=True)
 class Chosen:
     """Which leaves of a tree a transformation sees.
@@ -75,7 +73,7 @@ class Chosen:
         if frozen is None:
             flags = [False] * len(named)
         elif callable(frozen):
-            flags = [is_array(leaf) and bool(frozen(path, aval(leaf))) for path, leaf in named]
+            flags = [is_array(leaf) and bool(frozen(jax.tree_util.keystr(path), aval(leaf))) for path, leaf in named]
         else:
             flags = _broadcast(frozen, tree)
         kept = tuple(
