@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,3 +134,24 @@ def test_the_benchmark_of_one_device_runs():
     )
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^(?:never|always) +(?:plain|2) +\d\S+ +\d\.\d\d$", done.stdout, re.MULTILINE)) == 4
+
+
+def test_the_language_model_prints_the_same_losses_whatever_the_executor_and_goes_on_from_a_checkpoint(tmp_path):
+    small = ["--blocks", 2, "--width", 16, "--heads", 2, "--context", 16, "--batch", 8, "--steps", 6, "--every", 3]
+    small += ["--sample", 12, "--checkpoints", tmp_path]
+
+    def losses(*arguments):
+        done = run("examples/train_lm.py", *small, *arguments)
+        assert done.returncode == 0, done.stderr
+        found = dict(re.findall(r"step (\d): loss (\d\.\d+, held-out loss \d\.\d+)", done.stdout + done.stderr))
+        assert "\nThe " in done.stdout  # the sample
+        return found, done.stdout
+
+    want, printed = losses()
+    assert list(want) == ["3", "6"]
+    assert "2 blocks, 10,944 parameters; layers per stage [2, 2], scan" in printed
+    shutil.rmtree(tmp_path / "6")
+    # Another executor and number of stages go on where that one was.
+    again, printed = losses("--executor", "placed", "--stages", 3)
+    assert "going on from step 3" in printed
+    assert again == {"6": want["6"]}
