@@ -174,16 +174,17 @@ def plan_update(
     return Planned(run, chosen, states[-1][1])
 
 
-def check_state(tx: Any, params: PyTree, state: PyTree, fix: str) -> None:
+def check_state(tx: Any, params: PyTree, state: PyTree, fix: str, call: str = "per_stage(tx).update") -> None:
     """Refuse a state that is not what `init` gives for these parameters.
 
     Arguments:
         params: what the transformation sees of them, or the shapes of that.
         state: unpacked.
+        call: for the error.
     """
     want = jax.tree_util.tree_flatten_with_path(eval_shape(lambda p: numbers_as_arrays(tx.init(p)), shapes_of(params)))
     have = jax.tree_util.tree_flatten_with_path(state)
-    call = "`per_stage(tx).update`: "
+    call = f"`{call}`: "
     paths, others = [path for path, _ in have[0]], [path for path, _ in want[0]]
     if paths != others:
         wrong = [path for path in paths if path not in others] + [path for path in others if path not in paths]

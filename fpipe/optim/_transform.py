@@ -12,11 +12,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fpipe._frozen import Frozen
 from fpipe._placed import only_shapes
 from fpipe._recent import Key, Recent
-from fpipe._tree import PyTree, is_array, is_inexact, is_traced, map_arrays, numbers_as_arrays, pack, strong
+from fpipe._tree import PyTree, is_array, is_inexact, is_traced, map_arrays, numbers_as_arrays, pack, shapes_of, strong
 from fpipe.optim import _packed
-from fpipe.optim._placed import device_of, first_devices, form, named, plan, plan_init, plan_update
+from fpipe.optim._placed import check_state, device_of, first_devices, form, named, plan, plan_init, plan_update
 from fpipe.optim._run import Run
-from fpipe.optim._view import Chosen, any_packed, mesh_of, owners, packed_state, templates, unpacked
+from fpipe.optim._view import Chosen, any_packed, is_packed, mesh_of, owners, packed_state, templates, unpacked
 
 # Plans that one transformation keeps, and that `apply_updates` and `global_norm` keep for all.
 _KEPT = 32
@@ -152,11 +152,15 @@ def per_stage(tx: optax.GradientTransformation, frozen: Frozen | None = None, do
         >>> updates, state = tx.update(grads, state, params)
         >>> params = fpipe.optim.apply_updates(params, updates, donate=["params"])
     """
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise TypeError(f"`per_stage(tx)`: an optax.GradientTransformation, such as `optax.adam(1e-3)`, got {tx!r}")
+    _check_transformation("per_stage(tx)", tx)
     engine = _Engine(optax.with_extra_args_support(tx), frozen, _names("per_stage", donate, _DONATE))
     update: Any = engine.update
     return PerStage(engine.init, update)
+
+
+def _check_transformation(call: str, tx: Any) -> None:
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(f"`{call}`: an optax.GradientTransformation, such as `optax.adam(1e-3)`, got {tx!r}")
 
 
 def _names(call: str, donate: Any, known: tuple[str, ...]) -> tuple[str, ...]:
@@ -316,34 +320,64 @@ def global_norm(tree: PyTree) -> Any:
 def gather(state: PyTree) -> PyTree:
     """An optimizer state as plain optax has it for `pipe.gather(params)`: nothing packed, all on one device.
 
-    So a checkpoint of one partition or executor is loaded in another: `place(gather(state), params)`.
+    So a checkpoint of one partition or executor is loaded in another: `place(gather(state), params, tx)`.
 
     Arguments:
-        state: of `per_stage`.
+        state: of `per_stage`, or of plain optax over an `fpipe.Packed`.
 
     Returns:
-        The state, every array on the device of the first.
+        The state, every array on the device of the first. With a mesh over several processes it is on every device.
     """
+    arrays, spec = pack(state)
+    own = [a for a in arrays if isinstance(a, jax.Array)]
+    if not all(a.is_fully_addressable for a in own):
+        return _replicated(arrays, spec, mesh_of(state))
     arrays, spec = pack(unpacked(state))
     devices = [d for a in arrays if isinstance(a, jax.Array) for d in a.devices()]
     return spec.unpack(jax.device_put(arrays, devices[0]) if devices else arrays)
 
 
-def place(state: PyTree, params: PyTree) -> PyTree:
+def _replicated(arrays: list[Any], spec: Any, mesh: Any) -> PyTree:
+    """Unpacked on every device: no process may take a block of another one by itself."""
+    if mesh is None:
+        return spec.unpack(arrays)  # nothing is packed, and what is not is whole on every device
+    made: list[Any] = []
+
+    def unpack(arrays: list[Any]) -> list[Any]:
+        out, spec_out = pack(unpacked(spec.unpack(arrays)))
+        made.append(spec_out)
+        return out
+
+    def compiled() -> tuple[Any, Any]:
+        whole = NamedSharding(mesh, PartitionSpec())
+        run = jax.jit(unpack, out_shardings=whole).lower(arrays).compile()
+        return run, made[-1]
+
+    key = Key(("gather", spec, tuple((a.shape, a.dtype, getattr(a, "sharding", None)) for a in arrays), mesh))
+    run, out = _plans.get(key, compiled)
+    return out.unpack(run(arrays))
+
+
+def place(state: PyTree, params: PyTree, tx: Any = None) -> PyTree:
     """Put an optimizer state where `per_stage(tx).init(params)` has it: the inverse of `gather`.
 
     Arguments:
         state: from `gather`, from plain optax on `pipe.gather(params)` (without `frozen` and integers), or of another
-            partition.
+            partition. Numpy arrays too, as a checkpoint has them.
         params: parameters, placed or packed.
+        tx: the transformation that the state is of: then a state of another one, or of another model, is refused. Default
+            not looked at.
 
     Returns:
         The state, on its parameters' devices, or packed.
 
     Raises:
-        ValueError: parameters that are not placed.
+        TypeError: `tx` is no transformation.
+        ValueError: parameters that are not placed; a state that is not of `tx` and these parameters.
     """
     state = unpacked(state)
+    if tx is not None:
+        _check_of(tx, state, params)
     if any_packed(params):
         mesh = mesh_of(params)
         arrays, spec = pack(state)
@@ -361,3 +395,29 @@ def place(state: PyTree, params: PyTree) -> PyTree:
         for n, a in zip(own, leaves, strict=True)
     ]
     return treedef.unflatten(put)
+
+
+_OTHER = "load it with the model and the transformation that it was saved with, or begin anew with `tx.init(params)`"
+
+
+def _check_of(tx: Any, state: PyTree, params: PyTree) -> None:
+    """Refuse an unpacked state that is not of a transformation and parameters."""
+    call = "fpipe.optim.place(state, params, tx)"
+    _check_transformation(call, tx)
+    seen = _shapes_unpacked(params)
+    if isinstance(tx, PerStage):
+        engine: Any = getattr(tx.init, "__self__", None)
+        chosen = Chosen.of(seen, engine.frozen)
+        tx, seen = engine.tx, chosen.seen(chosen.select(jax.tree.leaves(seen)))
+    check_state(tx, seen, state, _OTHER, call)
+
+
+def _shapes_unpacked(params: PyTree) -> PyTree:
+    """The shapes of parameters, packed or not, without their values."""
+    return shapes_of(
+        jax.tree.map(
+            lambda node: tuple(shape.tree for shape in node.packing.shapes) if is_packed(node) else node,
+            params,
+            is_leaf=is_packed,
+        )
+    )
