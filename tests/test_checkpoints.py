@@ -1,0 +1,333 @@
+"""Checkpoints with orbax: training that goes on under another partition, executor or number of processes is the same."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import fpipe
+import fpipe.optim
+from tests.helpers import WIDTH, assert_same, counter, dense, dropout, mse, raises
+
+ROOT = pathlib.Path(__file__).parent.parent
+ROWS = 8
+
+
+def times() -> fpipe.Layer:
+    """A parameter that is an integer, one in bfloat16."""
+
+    def init(key, x):
+        return {"n": jnp.full(3, 1, jnp.int32), "scale": jax.random.uniform(key, x.shape[-1:], jnp.bfloat16, 0.5)}
+
+    def apply(params, x):
+        return x * (params["scale"] * params["n"][0].astype(jnp.bfloat16)).astype(x.dtype)
+
+    return fpipe.Layer(apply, init, name="times")
+
+
+LAYERS = [dense(), counter(), dense(6), fpipe.fn(jnp.tanh), dense(), times(), dropout()]
+PARTITIONS = {
+    "placed": {"balance": [2, 1, 1, 3]},
+    "scan": {"balance": [1, 3, 3], "executor": "scan"},
+    "placed on other devices": {"balance": [3, 4], "devices": (3, 1)},
+    "scan on other devices": {"balance": [5, 2], "executor": "scan", "devices": (2, 0)},
+}
+
+
+def pipe_of(name):
+    options = dict(PARTITIONS[name])
+    devices = [jax.devices()[n] for n in options.pop("devices", range(len(options["balance"])))]
+    return fpipe.Pipe(LAYERS, devices=devices, chunks=4, **options)
+
+
+def transformation():
+    """Frozen parameters, the norm of all gradients, two moments."""
+    tx = optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-2))
+    return fpipe.optim.per_stage(tx, frozen=lambda path, leaf: path[0].idx == 2)
+
+
+def start(pipe):
+    x = jnp.zeros((ROWS, WIDTH))
+    params = pipe.init(jax.random.key(0), x)
+    return params, pipe.init_state(x), transformation().init(params), jax.random.key(5), 0
+
+
+def train(pipe, now, steps=2):
+    params, state, moments, key, step = now
+    tx = transformation()
+    for _ in range(steps):
+        x = np.random.default_rng(step).normal(size=(ROWS, WIDTH)).astype(np.float32)
+        key, own = jax.random.split(key)
+        (_, state), grads = pipe.value_and_grad(mse)(params, x, np.sin(x), state=state, key=own, train=True)
+        updates, moments = tx.update(grads, moments, params)
+        params, step = fpipe.optim.apply_updates(params, updates), step + 1
+    return params, state, moments, key, step
+
+
+def canonical(pipe, now):
+    params, state, moments, key, step = now
+    tree = {"params": pipe.gather(params), "state": state, "moments": fpipe.optim.gather(moments)}
+    return jax.device_get({**tree, "key": jax.random.key_data(key), "step": np.int32(step)})
+
+
+def save(manager, pipe, now):
+    manager.save(now[-1], args=ocp.args.StandardSave(canonical(pipe, now)))
+    manager.wait_until_finished()
+
+
+def load(manager, pipe):
+    like = canonical(pipe, start(pipe))
+    saved = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(like))
+    params = pipe.place(saved["params"])
+    moments = fpipe.optim.place(saved["moments"], params, transformation())
+    return params, saved["state"], moments, jax.random.wrap_key_data(saved["key"]), int(saved["step"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def promotion():
+    """The bias correction of optax's Adam needs it."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(promotion):
+    """Four steps, and what is after two."""
+    pipe = pipe_of("placed")
+    half = train(pipe, start(pipe))
+    return canonical(pipe, half), canonical(pipe, train(pipe, half))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("placed", "placed"),
+        ("placed", "scan"),
+        ("scan", "placed"),
+        ("placed", "placed on other devices"),
+        ("scan", "scan on other devices"),
+    ],
+)
+def test_training_goes_on_in_another_form(before, after, uninterrupted, tmp_path):
+    one, other = pipe_of(before), pipe_of(after)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        save(manager, one, train(one, start(one)))
+        loaded = load(manager, other)
+    exact = before == after == "placed"
+    assert_same(canonical(other, loaded), uninterrupted[0], 0 if before == "placed" else 1e-4)
+    # In the very form that the pipe itself makes, so that nothing compiles anew for it.
+    assert jax.tree.structure(loaded[2]) == jax.tree.structure(transformation().init(loaded[0]))
+    assert_same(canonical(other, train(other, loaded)), uninterrupted[1], 0 if exact else 1e-4)
+
+
+def test_the_numbers_change_in_every_part(uninterrupted):
+    """Or the test above could not tell."""
+    half, full = uninterrupted
+    for name in ("params", "state", "moments", "key", "step"):
+        with pytest.raises(AssertionError):
+            assert_same(half[name], full[name], 1e-2)
+    assert [a.dtype for a in jax.tree.leaves(full["moments"])].count(jnp.bfloat16) == 2
+    assert isinstance(full["moments"][1][0].mu[2]["w"], optax.MaskedNode)
+
+
+def test_inside_jit(tmp_path):
+    """Loaded states and keys stand beside parameters on a mesh; plain optax as it is."""
+    pipe, tx = pipe_of("scan on other devices"), optax.sgd(1e-2, momentum=0.9)
+    x = jnp.ones((ROWS, WIDTH))
+    layers = [layer for layer in LAYERS if layer.name != "times"]  # plain optax wants no integers
+    pipe = fpipe.Pipe(layers, [4, 2], pipe.devices, chunks=4, executor="scan")
+
+    @jax.jit
+    def step(params, state, moments, key):
+        (_, state), grads = pipe.value_and_grad(mse)(params, x, x, state=state, key=key, train=True)
+        updates, moments = tx.update(grads, moments, params)
+        return optax.apply_updates(params, updates), state, moments, jax.random.fold_in(key, 1)
+
+    params = pipe.init(jax.random.key(0), x)
+    now = step(params, pipe.init_state(x), jax.jit(tx.init)(params), jax.random.key(1))
+    tree = canonical(pipe, (*now, 1))
+    assert jax.tree.structure(tree["moments"]) == jax.tree.structure(tx.init(tree["params"]))
+    with ocp.CheckpointManager(tmp_path) as manager:
+        save(manager, pipe, (*now, 1))
+        saved = manager.restore(1, args=ocp.args.StandardRestore(tree))
+    params = pipe.place(saved["params"])
+    moments = fpipe.optim.place(saved["moments"], params, tx)
+    again = step(params, saved["state"], moments, jax.random.wrap_key_data(saved["key"]))
+    assert_same(canonical(pipe, (*again, 2)), canonical(pipe, (*step(*now), 2)), 0)
+
+
+def test_on_disk_is_one_entry_per_layer(tmp_path):
+    found = []
+    for name in ("placed", "scan"):
+        pipe = pipe_of(name)
+        with ocp.CheckpointManager(tmp_path / name) as manager:
+            save(manager, pipe, start(pipe))
+        with ocp.CheckpointManager(tmp_path / name) as manager:
+            found.append(manager.restore(0, args=ocp.args.StandardRestore()))  # as it is there, without a target
+    assert_same(found[1], found[0], 0)
+    x = jnp.zeros((ROWS, WIDTH))
+    plain = fpipe.sequential(LAYERS, chunks=4).init(jax.random.key(0), x)
+    kept = jax.tree.leaves(plain)
+    assert_same(jax.tree.leaves(found[0]["params"]), kept, 0)
+    assert len(found[0]["params"]) == len(found[0]["state"]) == len(found[0]["moments"][1][0]["mu"]) == len(LAYERS)
+
+
+# --- interrupted ---
+
+
+SAVE = """
+import itertools, sys, pathlib, jax, jax.numpy as jnp, orbax.checkpoint as ocp, fpipe
+pipe = fpipe.Pipe([fpipe.Layer(lambda p, x: x @ p, lambda key, x: jnp.zeros((512, 512)))] * 4, [2, 2], chunks=2)
+params = pipe.init(jax.random.key(0), jnp.zeros((4, 512)))
+manager = ocp.CheckpointManager(sys.argv[1])
+for step in itertools.count():
+    tree = pipe.gather(jax.tree.map(lambda a: a + step, params))
+    manager.save(step, args=ocp.args.StandardSave(tree))
+    manager.wait_until_finished()
+"""
+
+
+def unfinished(folder):
+    """Whether a save is under way."""
+    return any("tmp" in path.name for path in folder.iterdir())
+
+
+def test_killed_while_it_saves(tmp_path):
+    """The last whole checkpoint is there, and loads; the next one is saved beside what is left."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    code = f"import jax; jax.config.update('jax_num_cpu_devices', 2){SAVE}"
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=ROOT) as process:
+        try:
+            until = time.monotonic() + 40
+            while True:
+                assert time.monotonic() < until, "no save was caught"
+                assert process.poll() is None
+                names = {path.name for path in folder.iterdir()}
+                if len(names & {"1", "2"}) == 2 and unfinished(folder):
+                    os.kill(process.pid, signal.SIGSTOP)  # to look at it in peace
+                    time.sleep(0.05)
+                    if unfinished(folder):
+                        break
+                    os.kill(process.pid, signal.SIGCONT)
+                time.sleep(0.001)
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert unfinished(folder)
+    pipe = fpipe.Pipe([fpipe.Layer(lambda p, x: x @ p)] * 4, [1, 3], chunks=2)
+    with ocp.CheckpointManager(folder) as manager:
+        step = manager.latest_step()
+        assert step is not None
+        assert step >= 2
+        like = (np.zeros((512, 512), np.float32),) * 4
+        saved = manager.restore(step, args=ocp.args.StandardRestore(like))
+        assert_same(pipe.gather(pipe.place(saved)), tuple(a + step for a in like), 0)
+        manager.save(step + 1, args=ocp.args.StandardSave(like))
+        manager.wait_until_finished()
+        assert manager.latest_step() == step + 1
+        assert_same(manager.restore(step + 1, args=ocp.args.StandardRestore(like)), like, 0)
+
+
+# --- of something else ---
+
+CALL = "`fpipe.optim.place(state, params, tx)`: "
+FIX = "; load it with the model and the transformation that it was saved with, or begin anew with `tx.init(params)`"
+
+
+@pytest.mark.parametrize("executor", ["placed", "scan"])
+def test_a_state_of_something_else(executor):
+    pipe = fpipe.Pipe([dense(), dense()], [1, 1], chunks=2, executor=executor)
+    x = jnp.zeros((4, WIDTH))
+    params = pipe.init(jax.random.key(0), x)
+    adam, sgd = optax.adam(1e-2), optax.sgd(1e-2)
+    state = jax.device_get(fpipe.optim.gather(fpipe.optim.per_stage(adam).init(params)))
+    for tx in (adam, fpipe.optim.per_stage(adam)):
+        assert_same(fpipe.optim.gather(fpipe.optim.place(state, params, tx)), state, 0)
+    for tx in (sgd, fpipe.optim.per_stage(sgd)):
+        with raises(
+            ValueError,
+            f"{CALL}state[0].count: the optimizer state is not of this transformation, these parameters and `frozen`: 9 "
+            f"leaves, and `init(params)` gives 0{FIX}",
+        ):
+            fpipe.optim.place(state, params, tx)
+    with raises(
+        ValueError,
+        f"{CALL}state[0].mu[0]['b']: the optimizer state is not of this transformation, these parameters and `frozen`: 9 "
+        f"leaves, and `init(params)` gives 1{FIX}",
+    ):
+        fpipe.optim.place(state, params, fpipe.optim.per_stage(adam, frozen=lambda path, leaf: True))
+    longer = fpipe.Pipe([dense()] * 3, [1, 2], chunks=2, executor=executor).init(jax.random.key(0), x)
+    with raises(
+        ValueError,
+        f"{CALL}state[0].mu[2]['b']: the optimizer state is not of this transformation, these parameters and `frozen`: 9 "
+        f"leaves, and `init(params)` gives 13{FIX}",
+    ):
+        fpipe.optim.place(state, longer, adam)
+    wider = fpipe.Pipe([dense(6), dense()], [1, 1], chunks=2, executor=executor).init(jax.random.key(0), x)
+    with raises(
+        ValueError,
+        f"{CALL}state[0].mu[0]['b'] has the shape (4,), and `init(params)` gives (6,): a state of other parameters{FIX}",
+    ):
+        fpipe.optim.place(state, wider, adam)
+    with raises(TypeError, f"{CALL}an optax.GradientTransformation, such as `optax.adam(1e-3)`, got 0.1"):
+        fpipe.optim.place(state, params, 0.1)
+
+
+def test_orbax_refuses_another_structure(tmp_path):
+    pipe = pipe_of("placed")
+    now = start(pipe)
+    like = canonical(pipe, now)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        save(manager, pipe, now)
+        for part, other in (("moments", optax.sgd(1e-2).init(like["params"])), ("params", like["params"][:-1])):
+            with pytest.raises(ValueError, match=rf"(?sm)tree structures do not match.*^{part}"):
+                manager.restore(0, args=ocp.args.StandardRestore({**like, part: other}))
+
+
+# --- several processes ---
+
+
+def work(address, process, folder):
+    """One of two processes: two more steps from what is there, saved."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.config.update("jax_num_cpu_devices", 1)
+    jax.distributed.initialize(address, 2, process)
+    pipe = fpipe.Pipe(LAYERS, [4, 3], jax.devices(), chunks=4, executor="scan")
+    with ocp.CheckpointManager(folder) as manager:
+        save(manager, pipe, train(pipe, load(manager, pipe)))
+
+
+def test_two_processes_load_and_save(uninterrupted, tmp_path):
+    pipe, folder = pipe_of("placed"), tmp_path / "run"
+    with ocp.CheckpointManager(folder) as manager:
+        save(manager, pipe, train(pipe, start(pipe)))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    with contextlib.ExitStack() as stack:
+        both = []
+        for k in range(2):
+            code = f"from tests.test_checkpoints import work; work({address!r}, {k}, {str(folder)!r})"
+            error = stack.enter_context((tmp_path / f"stderr{k}").open("w"))
+            both.append(stack.enter_context(subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=error)))
+            stack.callback(both[-1].kill)
+        for k, process in enumerate(both):
+            assert process.wait(50) == 0, (tmp_path / f"stderr{k}").read_text()[-3000:]
+    with ocp.CheckpointManager(folder) as manager:
+        loaded = load(manager, pipe)
+    assert_same(canonical(pipe, loaded), uninterrupted[1], 1e-4)
