@@ -90,13 +90,8 @@ def load(manager, pipe):
     new = start(pipe)
     saved = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(canonical(pipe, new)))
     moments = fpipe.optim.place(saved["moments"], new[0], transformation())
-    return (
-        pipe.place(saved["params"]),
-        saved["state"],
-        moments,
-        jax.random.wrap_key_data(saved["key"]),
-        int(saved["step"]),
-    )
+    params, key = pipe.place(saved["params"]), jax.random.wrap_key_data(saved["key"])
+    return params, saved["state"], moments, key, int(saved["step"])
 
 
 @pytest.fixture(scope="module", autouse=True)
