@@ -167,6 +167,15 @@ def test_inside_jit(tmp_path):
     assert_same(canonical(pipe, (*again, 2)), canonical(pipe, (*step(*now), 2)), 0)
 
 
+@pytest.mark.parametrize("name", PARTITIONS)
+def test_all_is_gathered_on_one_device(name):
+    """So that plain optax goes on with it."""
+    pipe = pipe_of(name)
+    params, _, moments, _, _ = start(pipe)
+    trees = pipe.gather(params), fpipe.optim.gather(moments)
+    assert {device for a in jax.tree.leaves(trees) for device in a.devices()} == {pipe.devices[0]}
+
+
 def test_on_disk_is_one_entry_per_layer(tmp_path):
     found = []
     for name in ("placed", "scan"):

@@ -326,13 +326,15 @@ def gather(state: PyTree) -> PyTree:
         state: of `per_stage`, or of plain optax over an `fpipe.Packed`.
 
     Returns:
-        The state, every array on the device of the first. With a mesh over several processes it is on every device.
+        The state, every array on the device of the first, or on the first of the mesh. With a mesh over several processes it
+        is on every device.
     """
-    arrays, spec = pack(state)
-    own = [a for a in arrays if isinstance(a, jax.Array)]
-    if not all(a.is_fully_addressable for a in own):
-        return _replicated(arrays, spec, mesh_of(state))
+    (arrays, spec), mesh = pack(state), mesh_of(state)
+    if not all(a.is_fully_addressable for a in arrays if isinstance(a, jax.Array)):
+        return _replicated(arrays, spec, mesh)
     arrays, spec = pack(unpacked(state))
+    if mesh is not None:
+        return spec.unpack(jax.device_put(arrays, mesh.devices.flat[0]))
     devices = [d for a in arrays if isinstance(a, jax.Array) for d in a.devices()]
     return spec.unpack(jax.device_put(arrays, devices[0]) if devices else arrays)
 
