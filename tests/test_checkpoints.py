@@ -54,7 +54,7 @@ def pipe_of(name):
 def transformation():
     """Frozen parameters, the norm of all gradients, two moments."""
     tx = optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-2))
-    return fpipe.optim.per_stage(tx, frozen=lambda path, leaf: path[0].idx == 2)
+    return fpipe.optim.per_stage(tx, frozen=lambda path, leaf: path.startswith("[2]"))
 
 
 def start(pipe):
