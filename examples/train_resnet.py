@@ -32,22 +32,25 @@ FORMS = {14: (1, 1, 1, 1), 20: (1, 2, 2, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3),
 
 
 class Conv(NamedTuple):
-    """A convolution without bias: a norm follows, which takes it away."""
+    """A convolution without bias: the norm behind it would take that away."""
 
     channels: int
     side: int
     stride: int = 1
 
     def init(self, key, x):
+        """A kernel of variance 2 / inputs."""
         shape = (self.side, self.side, x.shape[-1], self.channels)
         return jax.random.normal(key, shape) * (2 / np.prod(shape[:3])) ** 0.5
 
-    def __call__(self, kernel, x):
+    def apply(self, kernel, x):
+        """Convolve."""
         numbers = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x, kernel, (self.stride, self.stride), "SAME", dimension_numbers=numbers)
 
     def layer(self) -> fpipe.Layer:
-        return fpipe.Layer(self.__call__, self.init, name="halve" if self.stride == 2 else "conv")
+        """A layer that does this and no more."""
+        return fpipe.Layer(self.apply, self.init, name="halve" if self.stride == 2 else "conv")
 
 
 def norm(first: float = 1.0) -> fpipe.Layer:
@@ -79,14 +82,15 @@ def project_and_add(channels: int, stride: int) -> fpipe.Layer:
     The norm is a layer within this layer: its state and what finishes it are this layer's.
     """
     conv, inner = Conv(channels, 1, stride), norm()
-    assert inner.init is not None
+    init_norm = inner.init
+    assert init_norm is not None
 
     def init(key, x, *, carry):
-        return {"conv": conv.init(key, carry["input"]), "norm": inner.init(key, x)}
+        return {"conv": conv.init(key, carry["input"]), "norm": init_norm(key, x)}
 
     def project(params, x, *, carry, state, train):
         shortcut, carry = fpipe.pop(carry, "input")
-        shortcut, state = inner(params["norm"], conv(params["conv"], shortcut), state=state, train=train)
+        shortcut, state = inner(params["norm"], conv.apply(params["conv"], shortcut), state=state, train=train)
         return jax.nn.relu(x + shortcut), carry, state
 
     return fpipe.Layer(project, init, pop=["input"], init_state=inner.init_state, finish=inner.finish)
@@ -155,9 +159,10 @@ def digits() -> list[np.ndarray]:
     """Images to train on, held-out ones, and the labels of both. A fifth of each digit is held out, always the same."""
     images, labels = sklearn.datasets.load_digits(return_X_y=True)
     images = images.reshape(-1, SIZE, SIZE, 1).astype(np.float32) / 16
-    return sklearn.model_selection.train_test_split(
+    parts = sklearn.model_selection.train_test_split(
         images, labels.astype(np.int32), test_size=0.2, stratify=labels, random_state=0
     )
+    return [np.asarray(part) for part in parts]
 
 
 def batches(
