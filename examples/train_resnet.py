@@ -27,8 +27,8 @@ import fpipe.optim
 
 # --- the model -------------------------------------------------------------------------------------
 
-# How many blocks each of the four levels has; with a convolution before and a dense layer behind, they count as so many layers.
-FORMS = {14: (1, 1, 1, 1), 20: (1, 2, 2, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+# Blocks of each level. With a convolution before and a dense layer behind they are so many layers with weights.
+FORMS = {8: (1, 1), 14: (1, 1, 1, 1), 20: (1, 2, 2, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
 class Conv(NamedTuple):
@@ -53,11 +53,7 @@ class Conv(NamedTuple):
         return fpipe.Layer(self.apply, self.init, name="halve" if self.stride == 2 else "conv")
 
 
-def norm(first: float = 1.0) -> fpipe.Layer:
-    """A batch norm, its scale `first` at first."""
-    return fpipe.DeferredBatchNorm(momentum=0.9, scale_init=jax.nn.initializers.constant(first))
-
-
+norm = fpipe.DeferredBatchNorm(momentum=0.9)
 relu = fpipe.fn(jax.nn.relu)
 
 
@@ -70,19 +66,18 @@ def enter(x, *, carry):
 
 @fpipe.skippable(pop=["input"])
 @fpipe.fn
-def add(x, *, carry):
+def leave(x, *, carry):
     """Add the block's input."""
     shortcut, carry = fpipe.pop(carry, "input")
     return jax.nn.relu(x + shortcut), carry
 
 
-def project_and_add(channels: int, stride: int) -> fpipe.Layer:
+def project_and_leave(channels: int, stride: int) -> fpipe.Layer:
     """Add the block's input after a 1x1 convolution and a norm, where a block changes the shape.
 
     The norm is a layer within this layer: its state and what finishes it are this layer's.
     """
-    conv, inner = Conv(channels, 1, stride), norm()
-    init_norm = inner.init
+    conv, init_norm = Conv(channels, 1, stride), norm.init
     assert init_norm is not None
 
     def init(key, x, *, carry):
@@ -90,21 +85,21 @@ def project_and_add(channels: int, stride: int) -> fpipe.Layer:
 
     def project(params, x, *, carry, state, train):
         shortcut, carry = fpipe.pop(carry, "input")
-        shortcut, state = inner(params["norm"], conv.apply(params["conv"], shortcut), state=state, train=train)
+        shortcut, state = norm(params["norm"], conv.apply(params["conv"], shortcut), state=state, train=train)
         return jax.nn.relu(x + shortcut), carry, state
 
-    return fpipe.Layer(project, init, pop=["input"], init_state=inner.init_state, finish=inner.finish)
+    return fpipe.Layer(project, init, pop=["input"], init_state=norm.init_state, finish=norm.finish)
 
 
 def block(inside: int, channels: int, stride: int, project: bool) -> list[fpipe.Layer]:
-    """A bottleneck block. Its last norm starts at zero, so that the block starts as the identity."""
+    """A bottleneck block: 1x1, 3x3 and 1x1 convolutions. The last one's ReLU comes after the addition."""
     space = fpipe.Namespace()
-    last = project_and_add(channels, stride) if project else add
+    last = project_and_leave(channels, stride) if project else leave
     return [
         enter.isolate(space),
-        *[Conv(inside, 1).layer(), norm(), relu],
-        *[Conv(inside, 3, stride).layer(), norm(), relu],
-        *[Conv(channels, 1).layer(), norm(0.0)],
+        *[Conv(inside, 1).layer(), norm, relu],
+        *[Conv(inside, 3, stride).layer(), norm, relu],
+        *[Conv(channels, 1).layer(), norm],
         last.isolate(space),
     ]
 
@@ -120,7 +115,7 @@ def head(classes: int) -> fpipe.Layer:
 
 def resnet(blocks: tuple[int, ...], width: int) -> list[fpipe.Layer]:
     """The layers, in order. Level `d` has `width * 2**d` channels inside its blocks, four times as many between them."""
-    layers = [Conv(width, 3).layer(), norm(), relu]
+    layers = [Conv(width, 3).layer(), norm, relu]
     for d, count in enumerate(blocks):
         for n in range(count):
             layers += block(width * 2**d, 4 * width * 2**d, stride=2 if d and not n else 1, project=not n)
@@ -214,7 +209,7 @@ def arguments() -> argparse.Namespace:
         choices=["always", "except_last", "never"],
         help="which microbatches recompute in the backward",
     )
-    add("--steps", type=int, default=300, help="training steps; 0 describes the model and ends")
+    add("--steps", type=int, default=200, help="training steps; 0 describes the model and ends")
     add("--batch", type=int, default=128, help="images per step")
     add("--rate", type=float, default=0.1, help="peak learning rate of SGD with momentum 0.9")
     add("--decay", type=float, default=5e-4, help="weight decay of the kernels")

@@ -155,3 +155,54 @@ def test_the_language_model_prints_the_same_losses_whatever_the_executor_and_goe
     again, printed = losses("--executor", "placed", "--stages", 3)
     assert "going on from step 3" in printed
     assert again == {"6": want["6"]}
+
+
+def test_the_resnet_trains_with_running_statistics():
+    small = [
+        "--layers",
+        "8",
+        "--width",
+        "8",
+        "--stages",
+        "2",
+        "--batch",
+        "64",
+        "--chunks",
+        "2",
+        "--checkpoint",
+        "always",
+    ]
+    done = run("examples/train_resnet.py", *small, "--steps", "80")
+    assert done.returncode == 0, done.stderr
+    right = re.search(r"held-out digits: (\S+)% of 360 are read right", done.stdout)
+    assert right
+    assert float(right[1]) > 40  # chance is 10
+    assert "ResNet-8: 24 layers in 2 stages" in done.stdout
+    assert re.search(r"^2 skips, [01] of them from one stage to another$", done.stdout, re.MULTILINE)
+    assert re.search(r"^device 0 F0", done.stdout, re.MULTILINE)
+    assert "loss=" in done.stderr
+
+
+@pytest.mark.parametrize("executor", ["placed", "scan"])
+def test_a_resnet_of_101_layers_has_33_skips(executor):
+    done = run("examples/train_resnet.py", "--layers", "101", "--steps", "0", "--executor", executor)
+    assert done.returncode == 0, done.stderr
+    assert "ResNet-101: 334 layers in 4 stages" in done.stdout
+    assert re.search(r"^33 skips, [1-3] of them from one stage to another$", done.stdout, re.MULTILINE)
+    assert "held-out" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layers", "12"], "invalid choice: 12"),
+        (["--steps", "-1"], "--steps -1: at least 0"),
+        (["--stages", "99"], "--stages 99: the model has only 44 layers"),
+        (["--batch", "9999"], "--batch 9999: there are only 1437 images to train on"),
+        (["--executor", "scan", "--chunks", "3"], "--chunks 3: with --executor scan it divides --batch 128"),
+    ],
+)
+def test_wrong_flags_of_the_resnet_get_one_line(arguments, message):
+    done = run("examples/train_resnet.py", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
