@@ -200,7 +200,7 @@ def arguments() -> argparse.Namespace:
         "--executor",
         default="placed",
         choices=["placed", "scan"],
-        help="a program for each stage and action, or one for all",
+        help="a program for each stage and action, or one for all (then XLA is slow at convolutions on CPUs)",
     )
     add("--schedule", default="eager_1f1b", choices=["gpipe", "1f1b", "eager_1f1b"], help="the pipeline schedule")
     add(
