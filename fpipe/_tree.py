@@ -168,7 +168,9 @@ def numbers_as_arrays(tree: PyTree) -> PyTree:
 
 
 def strong(array: Any) -> Any:
-    """An array without weak type, so that a value and what is computed from it have one type."""
+    """An array (or its shape) without weak type, so that a value and what is computed from it have one type."""
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return array.update(weak_type=False)
     return jax.lax.convert_element_type(array, array.dtype) if getattr(array, "weak_type", False) else array
 
 
