@@ -327,7 +327,7 @@ class _Lowering:
                         self._enter(action, t, d, entries[p])
         moves = [{key: self._moves(key[0], reads) for key, reads in own.read.items()} for own in entries]
         # What is on its way before the first tick needs ticks of its own.
-        lead = max(0, 0, *(-t for own in moves for feed in own.values() for t, _ in feed))
+        lead = max([0, *(-t for own in moves for feed in own.values() for t, _ in feed)])
         every, width, slotted, arrivals, feeds = list(self._ops), 0, [], [], []
         for p, own in enumerate(entries):
             columns = itertools.count()
