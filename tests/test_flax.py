@@ -11,12 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
 
 import fpipe
 import fpipe.flax
+import fpipe.optim
 from fpipe._tree import Tracer, shapes_of
 from tests.helpers import assert_same, mse, raises
 
@@ -591,6 +593,61 @@ def stateful(kind) -> tuple[Any, Any]:
     norm = nn.BatchNorm(use_running_average=True, name="norm")
     model = nn.Sequential([nn.Dense(4), norm, nn.relu, nn.Dropout(0.1, deterministic=True), nn.Dense(3)])
     return model, model.init(KEY, X)
+
+
+# --- NNX's optimizer ---
+
+
+@pytest.fixture
+def standard_promotion():
+    """optax does not run under strict dtype promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_an_nnx_optimizer_over_placed_stages():
+    """The model's own variables lie on the stages' devices, and what the optimizer makes stays there."""
+
+    def made():
+        blocks = [NNormed(nnx.Rngs(k)) for k in range(3)]
+        for block in blocks:
+            # Not zero: what has no gradient would then be compared with nothing.
+            block.dense.bias[...] = block.norm.bias[...] = jnp.ones(3)
+        return nnx.Sequential(*blocks)
+
+    def tx():
+        # Biases before a norm have no gradient but rounding, which Adam would make large.
+        return optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(1e-2, momentum=0.9))
+
+    model = made()
+    layers = fpipe.flax.layers(model)
+    pipe = fpipe.Pipe(layers, [1, 1, 1], chunks=1)
+    params, state = fpipe.flax.split_variables(layers, nnx.state(model))
+    nnx.update(model, fpipe.flax.merge_variables(layers, pipe.place(params)))
+    optimizer = nnx.Optimizer(model, fpipe.optim.per_stage(tx()), wrt=nnx.Param)
+    step = pipe.value_and_grad(mse)
+
+    plain = made()
+    whole = nnx.Optimizer(plain, tx(), wrt=nnx.Param)
+
+    @nnx.jit
+    def plain_step(model, whole):
+        loss, grads = nnx.value_and_grad(lambda model: mse(model(X), TARGET))(model)
+        whole.update(model, grads)
+        return loss
+
+    for _ in range(3):
+        params, _ = fpipe.flax.split_variables(layers, nnx.state(model))
+        (loss, state), grads = step(params, X, TARGET, state=state, train=True)
+        of = nnx.state(model, nnx.Param)
+        nnx.replace_by_pure_dict(of, fpipe.flax.merge_variables(layers, grads))
+        optimizer.update(model, of)
+        assert_same(loss, plain_step(plain, whole))
+    got, want = (nnx.to_pure_dict(nnx.state(m, nnx.Param)) for m in (model, plain))
+    assert_same(got, want, 1e-4)
+    for k in range(3):
+        assert {d for a in jax.tree.leaves(got["layers"][k]) for d in a.devices()} == {pipe.devices[k]}
 
 
 # --- deferred batch norms ---
