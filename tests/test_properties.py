@@ -35,13 +35,13 @@ def _check(data, executor):
     )
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=SLOW)
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=SLOW)
 @given(st.data())
 def test_random_models_on_random_partitions(data):
     check(data, "placed")
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=SLOW)
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=SLOW)
 @given(st.data())
 def test_random_models_in_one_program(data):
     check(data, "scan")

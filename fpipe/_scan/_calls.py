@@ -253,4 +253,5 @@ def _instantiated(cotangent: Any, piece: jax.ShapeDtypeStruct) -> Any:
 
 
 def _gradient(found: Any, a: Any) -> Any:
-    return jnp.zeros(a.shape, a.dtype) if found is None else found
+    """Zeros where nothing depends on an array; `None` where it can have no gradient."""
+    return jnp.zeros(a.shape, a.dtype) if found is None and is_inexact(a) else found
