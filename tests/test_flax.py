@@ -613,7 +613,9 @@ def test_an_nnx_optimizer_over_placed_stages():
         blocks = [NNormed(nnx.Rngs(k)) for k in range(3)]
         for block in blocks:
             # Not zero: what has no gradient would then be compared with nothing.
-            block.dense.bias[...] = block.norm.bias[...] = jnp.ones(3)
+            for bias in (block.dense.bias, block.norm.bias):
+                assert bias is not None
+                bias[...] = jnp.ones(3)
         return nnx.Sequential(*blocks)
 
     def tx():
