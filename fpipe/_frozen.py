@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import jax
 
 from fpipe._recent import Recent
-from fpipe._tree import PyTree, is_array
+from fpipe._tree import PyTree, aval, is_array
 
 # `frozen(path, array)`, or a pytree of bools that the parameters begin with.
 Frozen: TypeAlias = Callable[[str, Any], bool] | PyTree
@@ -46,21 +46,32 @@ class FrozenLeaves:
         return frozenset(out)
 
 
+def spread(frozen: Frozen, tree: PyTree) -> list[Any]:
+    """What `frozen` says of each leaf of a tree: of a function's answers, or of the flags of a prefix.
+
+    A function gets shapes: what it says is kept for all arrays of these.
+
+    Raises:
+        ValueError, TypeError: the tree does not begin with the prefix.
+    """
+    if callable(frozen):
+        named = jax.tree_util.tree_leaves_with_path(tree)
+        return [is_array(a) and bool(frozen(jax.tree_util.keystr(path), aval(a))) for path, a in named]
+    return jax.tree.leaves(jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), frozen, tree))
+
+
 def _flags(frozen: Any, trees: tuple[PyTree, ...]) -> list[bool]:
     """A bool for each array."""
-    with_paths = jax.tree_util.tree_leaves_with_path(trees)
-    if callable(frozen):
-        return [bool(frozen(jax.tree_util.keystr(path), a)) for path, a in with_paths if is_array(a)]
     try:
-        spread = jax.tree.leaves(
-            jax.tree.map(lambda flag, tree: jax.tree.map(lambda _: flag, tree), tuple(frozen), trees)
-        )
+        flags = spread(frozen if callable(frozen) else tuple(frozen), trees)
     except (TypeError, ValueError) as error:
+        if callable(frozen):
+            raise
         raise ValueError(
             "`value_and_grad(frozen=...)`: a function of a path and an array, or a pytree of bools with one entry per layer "
             f"that the parameters begin with, got {frozen!r}: {error}"
         ) from None
-    wrong = [flag for flag in spread if not isinstance(flag, bool)]
+    wrong = [flag for flag in flags if not isinstance(flag, bool)]
     if wrong:
         raise TypeError(f"`value_and_grad(frozen=...)`: bools are needed, got {wrong[0]!r}")
-    return [flag for flag, (_, a) in zip(spread, with_paths, strict=True) if is_array(a)]
+    return [flag for flag, a in zip(flags, jax.tree.leaves(trees), strict=True) if is_array(a)]

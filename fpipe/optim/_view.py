@@ -11,10 +11,10 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fpipe._frozen import Frozen
+from fpipe._frozen import Frozen, spread
 from fpipe._scan import AXIS, Packed
 from fpipe._scan._packing import Entry, Packing, Row
-from fpipe._tree import PyTree, Shape, Tracer, aval, is_array, is_inexact, map_arrays, strong
+from fpipe._tree import PyTree, Shape, Tracer, is_array, is_inexact, map_arrays, strong
 
 Path = tuple[Any, ...]
 
@@ -70,12 +70,7 @@ class Chosen:
     def of(cls, tree: PyTree, frozen: Frozen) -> "Chosen":
         """Of the unpacked parameters; what cannot be trained is passed over."""
         named, treedef = jax.tree_util.tree_flatten_with_path(tree)
-        if frozen is None:
-            flags = [False] * len(named)
-        elif callable(frozen):
-            flags = [is_array(leaf) and bool(frozen(jax.tree_util.keystr(path), aval(leaf))) for path, leaf in named]
-        else:
-            flags = _broadcast(frozen, tree)
+        flags = [False] * len(named) if frozen is None else _flags(frozen, tree)
         kept = tuple(
             is_array(leaf) and is_inexact(leaf) and not flag for (_, leaf), flag in zip(named, flags, strict=True)
         )
@@ -111,15 +106,16 @@ class Chosen:
         return self.select(self.paths)
 
 
-def _broadcast(prefix: PyTree, tree: PyTree) -> list[bool]:
+def _flags(frozen: Frozen, tree: PyTree) -> list[bool]:
     try:
-        flags = jax.tree.map(lambda flag, part: jax.tree.map(lambda _: bool(flag), part), prefix, tree)
+        return [bool(flag) for flag in spread(frozen, tree)]
     except ValueError as error:
+        if callable(frozen):
+            raise
         raise ValueError(
             f"`per_stage(frozen=...)`: bools in the structure of the parameters, or of their first levels, are needed "
             f"({error}); the parameters are one entry per layer"
         ) from error
-    return jax.tree.leaves(flags)
 
 
 def zero(leaf: Any) -> Any:
