@@ -652,6 +652,67 @@ def test_an_nnx_optimizer_over_placed_stages():
         assert {d for a in jax.tree.leaves(got["layers"][k]) for d in a.devices()} == {pipe.devices[k]}
 
 
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_an_nnx_optimizer_over_the_parameters_of_a_pipe(executor):
+    """Under both executors it is plain optax on the whole leaves, and state and parameters stay where they were."""
+    scale = fpipe.Layer(lambda n, x: x * n, init=lambda key, x: jnp.int32(2), name="scale")
+    layers = [*fpipe.flax.layers([NNormed(nnx.Rngs(k)) for k in range(3)]), scale]
+    pipe = fpipe.Pipe(layers, [1, 1, 1, 1], chunks=CHUNKS, executor=executor)
+    reference = fpipe.sequential(layers, chunks=CHUNKS)
+    # Not zero, as biases are: what has no gradient would be compared with nothing.
+    params = jax.tree.map(lambda a: a + 1 if a.dtype == jnp.float32 else a, pipe.init(KEY, X))
+    state = pipe.init_state(X)
+
+    def tx():
+        # A decay for matrices alone asks for leaves as the layer knows them: packed ones have an axis more.
+        matrices = optax.add_decayed_weights(0.1, lambda params: jax.tree.map(lambda p: p.ndim > 1, params))
+        return optax.chain(optax.clip_by_global_norm(0.1), matrices, optax.sgd(1e-2, momentum=0.9))
+
+    model = fpipe.flax.Parameters(params)
+    optimizer = nnx.Optimizer(model, model.transformation(fpipe.optim.per_stage(tx())), wrt=nnx.Param)
+
+    def step(model, optimizer, state):
+        (loss, state), grads = pipe.value_and_grad(mse)(model.params, X, TARGET, state=state, train=True)
+        optimizer.update(model, model.gradients(grads))
+        return loss, state
+
+    plain, plain_state = pipe.gather(params), reference.init_state(X)
+    frozen = plain[3]
+    moments = tx().init(plain[:3])
+
+    @jax.jit
+    def plain_step(plain, moments, plain_state):
+        both = reference.value_and_grad(mse)((*plain, frozen), X, TARGET, state=plain_state, train=True)
+        (loss, plain_state), grads = both
+        updates, moments = tx().update(grads[:3], moments, plain)
+        return optax.apply_updates(plain, updates), moments, loss, plain_state
+
+    step = nnx.jit(step) if executor == "scan" else step
+    whole = plain[:3]
+    for _ in range(3):
+        loss, state = step(model, optimizer, state)
+        whole, moments, want, plain_state = plain_step(whole, moments, plain_state)
+        assert_same(loss, want)
+    assert_same(pipe.gather(model.params), (*whole, frozen), 1e-4)
+    assert int(optimizer.step[...]) == 3
+    assert [a.sharding for a in jax.tree.leaves(model.params)] == [a.sharding for a in jax.tree.leaves(params)]
+    trained = {a.sharding for a in jax.tree.leaves(params) if a.dtype == jnp.float32}
+    kept = [a for a in jax.tree.leaves(nnx.as_pure(nnx.state(optimizer))) if a.dtype == jnp.float32]
+    assert len(kept) == len([a for a in jax.tree.leaves(params) if a.dtype == jnp.float32])
+    assert {a.sharding for a in kept} == trained
+
+
+def test_gradients_of_another_model_for_an_nnx_optimizer():
+    model = fpipe.flax.Parameters(({"kernel": jnp.ones((2, 2))}, ()))
+    message = (
+        "`fpipe.flax.Parameters.gradients(grads)`: not of these parameters, which differ in "
+        "[\"[0]['bias']\", \"[0]['kernel']\"]; give it what `pipe.value_and_grad` returns for `model.params`"
+    )
+    with raises(ValueError, message):
+        model.gradients(({"bias": jnp.ones(2)}, ()))
+
+
 # --- deferred batch norms ---
 
 

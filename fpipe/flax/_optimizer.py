@@ -1,0 +1,109 @@
+"""The parameters of a pipe as an NNX module: what `nnx.Optimizer` and `nnx.jit` work on."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from fpipe._tree import PyTree, eval_shape, is_array, is_inexact, pack
+
+
+class Parameters(nnx.Module):
+    """The parameters of a pipe, placed or packed, as an NNX module.
+
+    Each array is an `nnx.Param` under its path in the parameters, where it lies; those that cannot be trained (integers) are an
+    `nnx.Variable`. So NNX's optimizer holds no more than they do, whatever the executor; with `executor="scan"` the step
+    may stand inside `nnx.jit`.
+
+    Arguments:
+        params: from `pipe.init` or `pipe.place`.
+
+    Example:
+        >>> import optax
+        >>> from flax import nnx
+        >>> pipe = fpipe.Pipe(fpipe.flax.layers([nnx.Linear(3, 3, rngs=nnx.Rngs(0))] * 2), executor="scan")
+        >>> x = jnp.ones((8, 3))
+        >>> model = fpipe.flax.Parameters(pipe.init(jax.random.key(0), x))
+        >>> optimizer = nnx.Optimizer(model, model.transformation(optax.adam(1e-3)), wrt=nnx.Param)
+        >>> @nnx.jit
+        ... def step(model, optimizer, x, target):
+        ...     loss, grads = pipe.value_and_grad(lambda y, t: jnp.mean((y - t) ** 2))(model.params, x, target)
+        ...     optimizer.update(model, model.gradients(grads))
+        ...     return loss
+        >>> loss = step(model, optimizer, x, x)
+    """
+
+    def __init__(self, params: PyTree) -> None:
+        arrays, self._spec = pack(params)
+        self._paths = _paths(params)
+        self._arrays = nnx.Dict(
+            {
+                path: nnx.Param(a) if is_inexact(a) else nnx.Variable(a)
+                for path, a in zip(self._paths, arrays, strict=True)
+            }
+        )
+
+    @property
+    def params(self) -> PyTree:
+        """The parameters as the pipe takes them."""
+        return self._spec.unpack([self._arrays[path].get_value() for path in self._paths])
+
+    def gradients(self, grads: PyTree) -> nnx.State:
+        """Gradients, as the pipe returns them, for `nnx.Optimizer.update(model, ...)`.
+
+        Raises:
+            ValueError: they are not of these parameters.
+        """
+        paths = _paths(grads)
+        if paths != self._paths:
+            wrong = sorted(set(paths) ^ set(self._paths))
+            raise ValueError(
+                f"`fpipe.flax.Parameters.gradients(grads)`: not of these parameters, which differ in {wrong or 'their order'}; "
+                "give it what `pipe.value_and_grad` returns for `model.params`"
+            )
+        arrays = zip(paths, pack(grads)[0], strict=True)
+        return nnx.State({"_arrays": {path: nnx.Param(a) for path, a in arrays if self._trained(path)}})
+
+    def transformation(self, tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+        """An optax transformation that sees the parameters as the pipe has them, for `nnx.Optimizer(model, …, wrt=nnx.Param)`.
+
+        Arguments:
+            tx: any transformation, or `fpipe.optim.per_stage(tx)`: see there which needs it.
+        """
+        tx = optax.with_extra_args_support(tx)
+        like = eval_shape(tx.init, self.params)
+        names, spec = _paths(like), pack(like)[1]
+
+        def whole(seen: Any, others: Callable[[str], Any]) -> PyTree:
+            given = {path: nnx.as_pure(a) for path, a in seen["_arrays"].items()}
+            return self._spec.unpack([given[path] if self._trained(path) else others(path) for path in self._paths])
+
+        def tree(params: Any) -> PyTree:
+            return whole(params, lambda path: self._arrays[path].get_value())
+
+        def flat(state: PyTree) -> dict[str, Any]:
+            return dict(zip(_paths(state), pack(state)[0], strict=True))
+
+        def init(params: Any) -> dict[str, Any]:
+            return flat(tx.init(tree(params)))
+
+        def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, dict[str, Any]]:
+            grads = whole(updates, lambda path: np.zeros((), jax.dtypes.float0))
+            old = spec.unpack([state[name] for name in names])
+            made, new = tx.update(grads, old, None if params is None else tree(params), **extra)
+            by_path = dict(zip(self._paths, pack(made)[0], strict=True))
+            return nnx.State({"_arrays": {path: by_path[path] for path in updates["_arrays"]}}), flat(new)
+
+        return optax.GradientTransformationExtraArgs(init, update)
+
+    def _trained(self, path: str) -> bool:
+        return isinstance(self._arrays[path], nnx.Param)
+
+
+def _paths(tree: PyTree) -> tuple[str, ...]:
+    """The names of the arrays of a pytree, in their order."""
+    named = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return tuple(jax.tree_util.keystr(path) for path, leaf in named if is_array(leaf))
