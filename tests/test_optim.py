@@ -1,6 +1,8 @@
 """Optimizers per stage: what plain optax computes on the gathered tree, on the devices of the stages."""
 
 import functools
+import itertools
+import re
 import subprocess
 import sys
 from typing import Any
@@ -167,6 +169,32 @@ def test_scan_outside_of_jit_and_the_state_is_packed():
             for d, entry in enumerate(row.entries):  # padding stays zero
                 size = 0 if entry is None else int(np.prod(mu.packing.shape(entry).shape))
                 assert not np.asarray(array[d]).reshape(-1)[size:].any()
+
+
+def crossing(compiled):
+    """The bytes of everything that devices send each other in a compiled program."""
+    moves = re.findall(r"= (\w+)\[([\d,]*)\]\S* (?:all-|collective-|reduce-scatter)", compiled.as_text())
+    return sum(4 * int(np.prod([int(n) for n in shape.split(",") if n])) for _, shape in moves)
+
+
+@pytest.mark.parametrize("widths", [(64,) * 5, (64, 32, 64, 64, 16)], ids=["equal stages", "different stages"])
+def test_under_scan_each_device_updates_its_own_stages_and_only_numbers_cross(widths):
+    weights = [fpipe.Layer(lambda w, x: x @ w, name="dense")] * 4
+    pipe = fpipe.Pipe(weights, [1] * 4, chunks=2, executor="scan")
+    params = pipe.place([jnp.ones(shape) for shape in itertools.pairwise(widths)])
+    tx = fpipe.optim.per_stage(optax.chain(optax.clip_by_global_norm(1.0), optax.lamb(1e-2)))
+    state = tx.init(params)
+    compiled = jax.jit(tx.update, donate_argnums=1).lower(params, state, params).compile()
+    assert 0 < crossing(compiled) <= 4 * 4 * 4
+    # In and out are a device's own rows and no others, and in between it keeps no more than a few of them.
+    row = max(a.nbytes // 4 for a in params.arrays)
+    memory = compiled.memory_analysis()
+    assert memory.argument_size_in_bytes < 4.1 * row
+    assert memory.temp_size_in_bytes < 4 * row
+    # Equal stages have one path where nothing is added up over stages.
+    alone = fpipe.optim.per_stage(optax.lamb(1e-2))
+    text = jax.jit(alone.update).lower(params, alone.init(params), params).compile().as_text()
+    assert (" conditional(" in text) == (len(set(widths)) > 1)
 
 
 def test_every_leaf_is_on_its_device_and_only_numbers_move():

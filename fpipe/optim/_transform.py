@@ -116,10 +116,9 @@ def per_stage(tx: optax.GradientTransformation, frozen: Frozen | None = None, do
     be inside `jax.jit`.
 
     With `executor="scan"` `update` is a function for your own `jax.jit` (outside, it is compiled by itself). Every part of
-    the state that is like the parameters is an `fpipe.Packed`, so that between updates each device holds that of its own
-    stages. During an update XLA sends all of it to all: every device computes the updates of all stages, and has room for
-    their gradients and states, and for their parameters if the transformation reads these. Optimizers that work number by
-    number (SGD, Adam) need none of this: give them the `Packed` as it is.
+    the state that is like the parameters is an `fpipe.Packed`: each device holds that of its own stages, updates its own
+    stages, and only numbers cross devices. Optimizers that work number by number (SGD, Adam) need none of this: give them
+    the `Packed` as it is.
 
     Arguments:
         tx: the transformation.

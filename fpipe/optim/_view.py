@@ -40,7 +40,7 @@ def unpacked(tree: PyTree) -> PyTree:
             [
                 # A row without a gradient is handed on as it is: nothing looks at it.
                 rows[node.packing.where[e][0]]
-                if _is_empty(rows[node.packing.where[e][0]])
+                if is_empty(rows[node.packing.where[e][0]])
                 else node.packing.take(rows, e)
                 for e in node.packing.entries
             ]
@@ -49,7 +49,8 @@ def unpacked(tree: PyTree) -> PyTree:
     return jax.tree.map(unpack, tree, is_leaf=is_packed)
 
 
-def _is_empty(array: Any) -> bool:
+def is_empty(array: Any) -> bool:
+    """Whether a row is none: no gradient, or an update that changes nothing."""
     return getattr(array, "dtype", None) == jax.dtypes.float0 or np.ndim(array) == 0
 
 
@@ -155,16 +156,6 @@ def lay(rows: Sequence[Any], mesh: Any) -> tuple[Any, ...]:
         return tuple(rows)
     sharding = NamedSharding(mesh, P(AXIS))
     return tuple(jax.lax.with_sharding_constraint(a, sharding) if np.ndim(a) else a for a in rows)
-
-
-def packed_like(packing: Packing, leaves: Mapping[Entry, Any], mesh: Any) -> Packed:
-    """Leaves in the rows of a packing; zero where there is none."""
-    rows = []
-    for row in packing.rows:
-        own = [leaves.get(e) if e is not None else None for e in row.entries]
-        nothing = all(a is None for a in own)
-        rows.append(zero(jax.ShapeDtypeStruct((), row.dtype)) if nothing else _stacked(row, own))
-    return Packed(lay(rows, mesh), packing)
 
 
 def _stacked(row: Row, own: Sequence[Any]) -> Any:
