@@ -43,6 +43,7 @@ def pipe_of(executor, count=STAGES):
 
 
 X = jax.random.normal(jax.random.key(1), (4, WIDTH))
+TARGET = jnp.cos(X)
 EXECUTORS = ["placed", "scan"]
 
 
@@ -472,3 +473,57 @@ def test_errors_of_packed_states():
 def test_the_core_does_not_know_optax():
     code = "import sys, fpipe; assert 'optax' not in sys.modules; import fpipe.optim"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- loss scale ---
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_dynamic_loss_scale_is_what_one_by_hand_is(executor):
+    half = jnp.float16
+    model = [dense(), dense(6), dense()]
+    pipe = fpipe.Pipe(model, [1] * 3, chunks=2, executor=executor, compute_dtype=half)
+    reference = fpipe.sequential(model, chunks=2, compute_dtype=half)
+
+    def plain():
+        return optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), 50)
+
+    def loss_fn(y, target):
+        return 40 * mse(y, target)
+
+    start = reference.init(jax.random.key(0), X)
+    tx = fpipe.optim.per_stage(plain())
+    params, want = pipe.place(start), start
+    state, moments = tx.init(params), plain().init(want)
+    first, period = 2.0**17, 2
+    scale, by_hand, good = fpipe.optim.DynamicLossScale(jnp.float32(first), period=period), first, 0
+    adjusted = jax.jit(lambda scale, grads: scale.adjusted(grads)) if executor == "scan" else None
+    seen = []
+    for _ in range(12):
+        loss, grads = pipe.value_and_grad(loss_fn)(params, X, TARGET, loss_scale=scale.scale)
+        updates, state = tx.update(grads, state, params)
+        params = fpipe.optim.apply_updates(params, updates)
+        scale = scale.adjusted(grads) if adjusted is None else adjusted(scale, grads)
+
+        loss0, grads = reference.value_and_grad(loss_fn)(want, X, TARGET, loss_scale=by_hand)
+        updates, moments = plain().update(grads, moments, want)
+        want = optax.apply_updates(want, updates)
+        finite = all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
+        good = good + 1 if finite else 0
+        by_hand = by_hand if finite else by_hand / 2
+        if good == period:
+            by_hand, good = by_hand * 2, 0
+        seen.append(finite)
+        assert (float(scale.scale), int(scale.steps)) == (by_hand, good)
+        assert_same(loss, loss0, 2e-3)
+    assert_same(pipe.gather(params), want, 2e-3)
+    # It overflowed at first, then did not, was doubled, and overflowed again.
+    assert not seen[0]
+    assert any(a and not b for a, b in itertools.pairwise(seen))
+
+
+def test_a_loss_scale_stays_between_one_and_the_largest_number():
+    overflow, fine = jnp.array([jnp.inf]), jnp.array([1.0])
+    assert fpipe.optim.DynamicLossScale(jnp.float32(1.0)).adjusted(overflow).scale == 1
+    assert fpipe.optim.DynamicLossScale(jnp.float32(2.0**127), period=1).adjusted(fine).scale == 2.0**127
+    assert fpipe.optim.DynamicLossScale(jnp.float32(2.0), period=1, factor=4.0).adjusted(fine).scale == 8
