@@ -10,7 +10,6 @@ Run it with no argument. It uses the GPUs of this machine, or else simulated CPU
 
 import argparse
 import functools
-import itertools
 import pathlib
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ import sklearn.datasets
 import tqdm
 
 import fpipe
+import fpipe.optim
 
 # --- the model -------------------------------------------------------------------------------------
 
@@ -232,16 +232,10 @@ def train(pipe: fpipe.Pipe, args: argparse.Namespace):
     print(f"U-Net of {len(pipe.layers)} layers, {count:,} parameters, {args.depth} long skips")
     print(f"layers per stage {list(pipe.balance)} on {', '.join(map(str, pipe.devices))}")
 
-    # One optimizer per stage: each update is one program on the stage's own device.
+    # Each stage's update is one program on the stage's own device.
     adam = optax.adam(optax.warmup_cosine_decay_schedule(0.0, args.rate, max(args.steps // 10, 1), max(args.steps, 2)))
-    spans = list(itertools.pairwise(np.cumsum([0, *pipe.balance])))
-    moments = [adam.init(params[a:b]) for a, b in spans]
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def update(grads, moments, params):
-        updates, moments = adam.update(grads, moments, params)
-        return optax.apply_updates(params, updates), moments
-
+    tx = fpipe.optim.per_stage(adam, donate=["state", "grads"])
+    moments = tx.init(params)
     step = pipe.value_and_grad(lambda y, noise: jnp.mean((y - noise) ** 2))
     bar = tqdm.tqdm(total=args.steps, desc="training", unit="step")
     started = time.perf_counter()
@@ -249,8 +243,8 @@ def train(pipe: fpipe.Pipe, args: argparse.Namespace):
         for n in range(args.steps):
             noisy, noise = next(data)
             loss, grads = step(params, noisy, noise, key=jax.random.fold_in(key, n), train=True)
-            new = [update(grads[a:b], m, params[a:b]) for (a, b), m in zip(spans, moments, strict=True)]
-            params, moments = tuple(p for part, _ in new for p in part), [m for _, m in new]
+            updates, moments = tx.update(grads, moments, params)
+            params = fpipe.optim.apply_updates(params, updates, donate=["params"])
             if n == 0:
                 jax.block_until_ready(params)
                 started = time.perf_counter()  # what was compiled is no part of the rate

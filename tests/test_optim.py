@@ -189,12 +189,12 @@ def test_under_scan_each_device_updates_its_own_stages_and_only_numbers_cross(wi
     assert 0 < crossing(compiled) <= 4 * 4 * 4
     # In and out are a device's own rows and no others, and in between it keeps no more than a few of them.
     row = max(a.nbytes // 4 for a in params.arrays)
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     assert memory.argument_size_in_bytes < 4.1 * row
     assert memory.temp_size_in_bytes < 4 * row
     # Equal stages have one path where nothing is added up over stages.
     alone = fpipe.optim.per_stage(optax.lamb(1e-2))
-    text = jax.jit(alone.update).lower(params, alone.init(params), params).compile().as_text()
+    text = str(jax.jit(alone.update).lower(params, alone.init(params), params).compile().as_text())
     assert (" conditional(" in text) == (len(set(widths)) > 1)
 
 
