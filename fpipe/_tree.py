@@ -1,6 +1,7 @@
 """Pytrees as flat tuples of arrays, with everything that is no array set aside as static."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -112,6 +113,11 @@ def fill_gradient(spec: Spec, leaves: Sequence[Any], gradients: Sequence[Any]) -
     """A gradient in the structure of its argument: `float0` where there is none, `None` for static leaves."""
     filled = [float0_like(a) if g is None else g for a, g in zip(leaves, gradients, strict=True)]
     return spec.fill(filled, None)
+
+
+def nbytes(a: Any) -> int:
+    """The bytes of an array, or of one of that shape."""
+    return math.prod(a.shape) * a.dtype.itemsize
 
 
 def zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:

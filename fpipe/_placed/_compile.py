@@ -47,7 +47,7 @@ def compile_plan(
     """
     lowered: dict[Any, tuple[Any, str]] = {}
     keys = dict[int, Any]()
-    for n, key, traced, name in _runs(plan, given):
+    for n, key, traced, name in runs(plan, given):
         keys[n] = key
         if key not in lowered:
             lowered[key] = traced.lower(), name
@@ -73,8 +73,8 @@ def compile_plan(
     return {n: done[key] for n, key in keys.items()}
 
 
-def _runs(plan: Plan, given: Mapping[int, jax.ShapeDtypeStruct]) -> Iterator[tuple[int, Any, Any, str]]:
-    """For each run its number, what tells it from others, its trace, and a name for it."""
+def runs(plan: Plan, given: Mapping[int, jax.ShapeDtypeStruct]) -> Iterator[tuple[int, Any, Any, str]]:
+    """For each run its number, what tells it from others, its trace, and a name for it. Nothing is compiled."""
     shapes = {n: _at(a, plan.slots[n].placement) for n, a in given.items()}
     results: dict[Any, Any] = {}
     for n, item in enumerate(plan.instructions):

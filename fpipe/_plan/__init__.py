@@ -5,6 +5,7 @@ from fpipe._plan._instructions import Instruction as Instruction
 from fpipe._plan._instructions import Move as Move
 from fpipe._plan._instructions import Output as Output
 from fpipe._plan._instructions import Plan as Plan
+from fpipe._plan._instructions import Role as Role
 from fpipe._plan._instructions import Run as Run
 from fpipe._plan._instructions import used_later as used_later
 from fpipe._plan._lower import lower as lower

@@ -6,12 +6,15 @@ placement, or frees slots.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from fpipe._placement import Placement
 from fpipe._stage import Leaf
 from fpipe._tree import PyTree, Shape
 from fpipe.schedules import Action
+
+# What an array is for. `boundaries` and `skips` cross stages, cotangents included; `outputs` are states, losses and `y`.
+Role: TypeAlias = Literal["parameters", "gradients", "boundaries", "skips", "residuals", "inputs", "outputs"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +50,11 @@ Instruction: TypeAlias = Run | Move | Free
 
 
 class Slot(NamedTuple):
-    """What a slot holds, and where."""
+    """What a slot holds, for what, and where."""
 
     name: str
     placement: Placement
+    role: Role
 
 
 class Feed(NamedTuple):

@@ -14,7 +14,7 @@ from fpipe._loss import sum_dtype
 from fpipe._microbatch import check_alike
 from fpipe._placement import Placement
 from fpipe._plan import _around as around
-from fpipe._plan._instructions import Feed, Instruction, Move, Output, Plan, Run, Slot, used_later, with_frees
+from fpipe._plan._instructions import Feed, Instruction, Move, Output, Plan, Role, Run, Slot, used_later, with_frees
 from fpipe._plan._programs import Inputs, Layout, Mode, Programs, Request, direct_pairs, index, split_pairs
 from fpipe._program import Program, Ref
 from fpipe._recent import Recent
@@ -59,8 +59,8 @@ class _Emitter:
         self._copies: dict[tuple[int, Placement], int] = {}
         self._fed: dict[tuple[Leaf, Placement], int] = {}
 
-    def new(self, name: str, placement: Placement) -> int:
-        self.slots.append(Slot(name, placement))
+    def new(self, name: str, placement: Placement, role: Role) -> int:
+        self.slots.append(Slot(name, placement, role))
         return len(self.slots) - 1
 
     def bring(self, slots: Sequence[int], placement: Placement) -> list[int]:
@@ -71,7 +71,7 @@ class _Emitter:
             if self.slots[n].placement != placement and (n, placement) not in self._copies
         ]
         if away:
-            copies = [self.new(self.slots[n].name, placement) for n in away]
+            copies = [self.new(self.slots[n].name, placement, self.slots[n].role) for n in away]
             self.code.append(Move(tuple(away), tuple(copies), placement))
             self._copies.update({(n, placement): copy for n, copy in zip(away, copies, strict=True)})
         return [self._copies.get((n, placement), n) for n in slots]
@@ -81,7 +81,7 @@ class _Emitter:
         name: str,
         call: Callable[..., Sequence[Any]],
         ins: Sequence[int],
-        outs: Sequence[str],
+        outs: Sequence[tuple[str, Role]],
         placement: Placement,
         action: Action | None = None,
         calls_host: bool = False,
@@ -90,20 +90,22 @@ class _Emitter:
         here = self.bring(ins, placement)
         if not here:  # no argument says where it runs
             call = jax.jit(call, out_shardings=placement.sharding)
-        made = [self.new(name, placement) for name in outs]
+        made = [self.new(name, placement, role) for name, role in outs]
         self.code.append(Run(name, call, tuple(here), tuple(made), placement, action, calls_host))
         return made
 
     def feed(self, leaf: Leaf, placement: Placement) -> int:
         """The slot of an input of the call, put on a placement."""
         if (leaf, placement) not in self._fed:
-            slot = self._fed[leaf, placement] = self.new(str(leaf), placement)
+            slot = self._fed[leaf, placement] = self.new(
+                str(leaf), placement, "parameters" if leaf.port.kind == "params" else "inputs"
+            )
             self.feeds.append(Feed(leaf, slot))
         return self._fed[leaf, placement]
 
     def constant(self, value: Any, name: str, placement: Placement) -> int:
         """A slot that holds a host value."""
-        slot = self.new(name, placement)
+        slot = self.new(name, placement, "inputs")
         self.constants[slot] = value
         return slot
 
@@ -210,9 +212,9 @@ class _Lowering:
     def _run(self, program: Program, local: dict[Ref, int], s: int, i: int, ins: Sequence[int], action: Action) -> None:
         """Run a stage's program and add what it makes to `local`."""
         if program.call is not None:
-            names = [f"{ref} stage{s} mb{i}" for ref in program.outs]
-            place = self.layout.placements[s]
-            made = self.emit.run(program.name, program.call, ins, names, place, action, program.calls_host)
+            last, place = self.layout.stages[s].last, self.layout.placements[s]
+            outs: list[tuple[str, Role]] = [(f"{ref} stage{s} mb{i}", _role(ref, s, last)) for ref in program.outs]
+            made = self.emit.run(program.name, program.call, ins, outs, place, action, program.calls_host)
             local |= dict(zip(program.outs, made, strict=True))
         local |= {ref: local[other] for ref, other in program.same.items()}
 
@@ -248,7 +250,7 @@ class _Lowering:
         if new:
             placement = self.layout.placements[s]
             call = around.zeros([self._shape(leaf) for leaf in new])
-            made = self.emit.run("zeros", call, [], [f"sum {leaf} stage{s}" for leaf in new], placement)
+            made = self.emit.run("zeros", call, [], [(f"sum {leaf} stage{s}", "gradients") for leaf in new], placement)
             self.sums.update({(s, leaf): slot for leaf, slot in zip(new, made, strict=True)})
 
     def _shape(self, leaf: Leaf) -> jax.ShapeDtypeStruct:
@@ -266,14 +268,14 @@ class _Lowering:
             return Output(parts[0], tuple(slots))
         join = around.joiner(count, self.m)
         leaves = tuple(jax.eval_shape(join, *(p.leaves[k] for k in range(count) for p in parts)))
-        made = self.emit.run("join y", jax.jit(join), slots, [f"y[{k}]" for k in range(count)], placement)
+        made = self.emit.run("join y", jax.jit(join), slots, [(f"y[{k}]", "outputs") for k in range(count)], placement)
         return Output(Shape(parts[0].spec, leaves), tuple(made))
 
     def _cotangents(self, y: Output) -> tuple[int, ...]:
         """Slots for the cotangents of `y`."""
         placement = self.layout.placements[-1]
         carrying = [k for k, a in enumerate(y.shape.leaves) if is_inexact(a)]
-        self.y_cotangents = {k: self.emit.new(f"cotangent y[{k}]", placement) for k in carrying}
+        self.y_cotangents = {k: self.emit.new(f"cotangent y[{k}]", placement, "inputs") for k in carrying}
         return tuple(self.y_cotangents.values())
 
     def _loss(self) -> tuple[Output, int | None, Output | None]:
@@ -290,7 +292,7 @@ class _Lowering:
         ]
         ins = [self.values[last, i][Ref("out", leaf)] for leaf in leaves for i in range(self.m)]
         call = jax.jit(around.loss_reducer([self.programs.scale(i) for i in range(self.m)], weighted, len(aux.leaves)))
-        total, *rest = self.emit.run("reduce loss", call, ins, [str(leaf) for leaf in leaves], placement)
+        total, *rest = self.emit.run("reduce loss", call, ins, [(str(leaf), "outputs") for leaf in leaves], placement)
         weight = rest.pop(0) if weighted else None
         return Output(outs[0][LOSS], (total,)), weight, Output(aux, tuple(rest)) if loss.has_aux else None
 
@@ -303,8 +305,8 @@ class _Lowering:
                 out[k] = Output(shape, slots)
                 continue
             finish = around.Finisher(stage.model, k, shape)
-            names = [f"state {k}[{n}]" for n in range(len(finish.out.leaves))]
-            made = self.emit.run(f"finish state {k}", jax.jit(finish), slots, names, self.layout.home(k))
+            outs: list[tuple[str, Role]] = [(f"state {k}[{n}]", "outputs") for n in range(len(finish.out.leaves))]
+            made = self.emit.run(f"finish state {k}", jax.jit(finish), slots, outs, self.layout.home(k))
             out[k] = Output(finish.out, tuple(made))
         return out
 
@@ -333,9 +335,8 @@ class _Lowering:
         for owner, entries in rest.items():
             finish = around.gradient_finisher([self._shape(leaf) for leaf in entries], [*map(len, entries.values())])
             ins = [*(n for slots in entries.values() for n in slots), *(() if weight is None else (weight,))]
-            made = self.emit.run(
-                "finish gradients", jax.jit(finish), ins, [f"gradient {leaf}" for leaf in entries], owner
-            )
+            outs: list[tuple[str, Role]] = [(f"gradient {leaf}", "gradients") for leaf in entries]
+            made = self.emit.run("finish gradients", jax.jit(finish), ins, outs, owner)
             found |= dict(zip(entries, made, strict=True))
         return found
 
@@ -357,7 +358,8 @@ class _Lowering:
         shapes = [[self.inputs.piece(leaf.port, i).leaves[leaf.k] for i in range(self.m)] for leaf in leaves]
         ins = [values[Ref("gradient", leaf)] for leaf in leaves for values in per if Ref("gradient", leaf) in values]
         call = jax.jit(around.gradient_joiner(shapes, present))
-        made = self.emit.run("join gradients", call, ins, [f"gradient {n}" for n in leaves], self.layout.placements[s])
+        outs: list[tuple[str, Role]] = [(f"gradient {n}", "gradients") for n in leaves]
+        made = self.emit.run("join gradients", call, ins, outs, self.layout.placements[s])
         return dict(zip(leaves, made, strict=True))
 
     def _owner(self, leaf: Leaf) -> Placement:
@@ -368,6 +370,18 @@ class _Lowering:
             return self.layout.placements[-1]
         asking = [s.index for s in self.layout.stages if s.asks("side")] if leaf.port == SIDE else []
         return self.layout.placements[next(iter(asking), 0)]
+
+
+def _role(ref: Ref, stage: int, last: bool) -> Role:
+    """What an array that a stage's program makes is for."""
+    if ref.what in ("residual", "shared"):
+        return "residuals"
+    if ref.leaf is not None and ref.leaf.port.kind == "skip":
+        return "skips"
+    if ref.what == "out":
+        return "boundaries" if ref.leaf is not None and ref.leaf.port == Y and not last else "outputs"
+    inner = ref.what == "gradient" and ref.leaf is not None and ref.leaf.port == X and stage > 0
+    return "boundaries" if inner else "gradients"
 
 
 def _leaf_order(leaf: Leaf) -> tuple[str, int, int]:
