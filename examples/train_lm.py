@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 import tqdm
 from flax import linen as nn
 from flax.training.train_state import TrainState
+from jax.sharding import NamedSharding, PartitionSpec
 
 import fpipe
 import fpipe.flax
@@ -123,7 +124,7 @@ def arguments() -> argparse.Namespace:
     add("--heads", type=int, default=4, help="attention heads, a divisor of the width")
     add("--context", type=int, default=64, help="bytes that the model sees")
     add("--dropout", type=float, default=0.05, help="dropout rate")
-    add("--stages", type=int, default=2, help="stages that the model is cut into, one device each")
+    add("--stages", type=int, default=2, help="stages that the model is cut into, one device each if there are so many")
     add("--chunks", type=int, default=4, help="microbatches that a batch is cut into, a divisor of it")
     add("--steps", type=int, default=400, help="training steps in all")
     add("--batch", type=int, default=32, help="windows per step")
@@ -148,9 +149,14 @@ def arguments() -> argparse.Namespace:
 def build(args: argparse.Namespace) -> fpipe.Pipe:
     """The model over GPUs if there are some, else over simulated CPU devices; blocks as even as can be."""
     jax.config.update("jax_num_cpu_devices", args.stages)
-    if len(jax.devices()) < args.stages:
-        raise SystemExit(f"--stages {args.stages}: there are only {len(jax.devices())} devices")
-    return fpipe.Pipe(gpt(args), devices=jax.devices()[: args.stages], chunks=args.chunks, executor=args.executor)
+    layers, devices = gpt(args), jax.devices()[: args.stages]
+    rest = len(layers) % args.stages
+    balance = [len(layers) // args.stages + (s < rest) for s in range(args.stages)]
+    if args.stages % len(devices):
+        raise SystemExit(f"--stages {args.stages}: a multiple of the {len(devices)} devices is needed")
+    # On fewer devices than stages each has several of them.
+    schedule = "eager_1f1b" if args.stages == len(devices) else "interleaved_1f1b"
+    return fpipe.Pipe(layers, balance, devices, args.chunks, schedule=schedule, executor=args.executor)
 
 
 def start(pipe: fpipe.Pipe, args: argparse.Namespace) -> TrainState:
@@ -159,7 +165,11 @@ def start(pipe: fpipe.Pipe, args: argparse.Namespace) -> TrainState:
     adamw = optax.adamw(rate, weight_decay=0.01, mask=lambda p: jax.tree.map(lambda a: a.ndim > 1, p))
     tx = fpipe.optim.per_stage(optax.chain(optax.clip_by_global_norm(1.0), adamw))
     params = pipe.init(jax.random.key(args.seed), jax.ShapeDtypeStruct((args.batch, args.context), jnp.int32))
-    return TrainState.create(apply_fn=pipe, params=params, tx=tx)
+    state = TrainState.create(apply_fn=pipe, params=params, tx=tx)
+    if pipe.mesh is not None:
+        # It comes out of the first step on the mesh: going in elsewhere the step would be compiled twice.
+        state = state.replace(step=jax.device_put(jnp.int32(0), NamedSharding(pipe.mesh, PartitionSpec())))
+    return state
 
 
 def stepper(pipe: fpipe.Pipe):

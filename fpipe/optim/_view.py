@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from fpipe._frozen import Frozen, spread
 from fpipe._scan import AXIS, Packed
+from fpipe._scan._mesh import by_stage
 from fpipe._scan._packing import Entry, Packing, Row
 from fpipe._tree import PyTree, Shape, Tracer, is_array, is_inexact, map_arrays, strong
 
@@ -154,7 +153,7 @@ def lay(rows: Sequence[Any], mesh: Any) -> tuple[Any, ...]:
     """Rows over the stages of the mesh."""
     if mesh is None:
         return tuple(rows)
-    sharding = NamedSharding(mesh, P(AXIS))
+    sharding = by_stage(mesh)
     return tuple(jax.lax.with_sharding_constraint(a, sharding) if np.ndim(a) else a for a in rows)
 
 
