@@ -42,7 +42,7 @@ class Layer:
         stash, pop, peek: names of the skips that the layer stashes, pops, or reads without popping.
         needs: overrides what the signature says, for wrappers that hide it.
         borrow: names of the layers whose parameters come as `borrowed[name]` (tied weights).
-        init_state: `init_state(x, **needs) -> state`, for a layer with state.
+        init_state: `init_state(x, **needs) -> state`, for a layer with state; its `key` is the layer's own.
         finish: `finish(state) -> state`, applied once at the end of a call.
         defer: `defer() -> Layer`, the same layer with its batch norms deferred: for `Pipe(deferred_batch_norm=True)`, which
             takes that layer's `apply`, `needs`, `init_state` and `finish` in place of this one's.
@@ -50,7 +50,7 @@ class Layer:
 
     Raises:
         TypeError: a need as positional parameter, an unknown required keyword, a string where a
-            list of names belongs, skips without the need `carry`.
+            list of names belongs, skips without the need `carry`; another `Layer`, or a Flax module, as `apply`.
         ValueError: a name that is there twice.
 
     Example:
@@ -80,6 +80,7 @@ class Layer:
             value = getattr(self, field)
             if not callable(value) and (value is not None or field == "apply"):
                 raise TypeError(f"`fpipe.Layer({field}=...)`: {value!r} is not callable")
+        _check_function(self.apply, "`fpipe.Layer(f)`")
         if not isinstance(self.name, str):
             raise TypeError(f"`fpipe.Layer(name=...)`: a name is a string, got {self.name!r}")
         put("name", self.name or function_name(self.apply))
@@ -171,6 +172,21 @@ def function_name(f: Callable[..., Any]) -> str:
     return getattr(f, "__name__", type(f).__name__)
 
 
+def _check_function(f: Callable[..., Any], call: str) -> None:
+    """Refuse what looks like a function and has more than its call: that would be lost."""
+    if isinstance(f, Layer):
+        raise TypeError(
+            f"{call}: {f.name!r} is an fpipe.Layer already, and its init, state, skips and borrowed parameters would be lost: "
+            "use it as it is; `dataclasses.replace(layer, name=...)` changes a part of it"
+        )
+    kind: type = type(f)
+    if any(base.__module__.partition(".")[0] == "flax" for base in kind.__mro__):  # by name: the core imports no Flax
+        raise TypeError(
+            f"{call}: a {kind.__name__} is a Flax module, whose parameters would not be seen: write "
+            "`fpipe.flax.layer(module)`, or `fpipe.flax.layers(...)` for a Sequential or a list of modules"
+        )
+
+
 def checked_names(value: Iterable[str], where: str) -> tuple[str, ...]:
     """A tuple of names, or an error that says what is wrong with it."""
     if isinstance(value, str):
@@ -193,8 +209,6 @@ def signature_needs(f: Callable[..., Any], name: str, given: tuple[str, ...] = (
         TypeError: too few or too many positional parameters, a need as a positional parameter, a required keyword
             that is no need.
     """
-    if isinstance(f, Layer):
-        return tuple(f.needs or ())
     parameters = _parameters(f)
     if parameters is None:
         return ()
@@ -264,6 +278,9 @@ def fn(f: Callable[..., Any], name: str = "") -> Layer:
         f: `f(x, **needs)`; needs as in `Layer`.
         name: default the function's name.
 
+    Raises:
+        TypeError: no function, or a `Layer` or Flax module; parameters that `f` cannot be called with.
+
     Example:
         >>> activation = fpipe.fn(jax.nn.relu)
         >>> @fpipe.skippable(pop=["skip"])
@@ -274,6 +291,7 @@ def fn(f: Callable[..., Any], name: str = "") -> Layer:
     """
     if not callable(f):
         raise TypeError(f"`fpipe.fn(f)`: {f!r} is not callable")
+    _check_function(f, "`fpipe.fn(f)`")
     name = name or function_name(f)
     return Layer(_WithoutParams(f), _no_params, name, needs=signature_needs(f, name, ("x",)))
 

@@ -164,8 +164,15 @@ class Model:
 
         return self._walk(x, side, make, self._state_shapes)[0]
 
-    def init_state(self, x: PyTree, side: PyTree, params: Sequence[PyTree] | None, put: Put) -> tuple[PyTree, ...]:
-        """State of every layer (`None` for a layer without), from the shapes of one microbatch."""
+    def init_state(
+        self, x: PyTree, side: PyTree, params: Sequence[PyTree] | None, key: Any, put: Put
+    ) -> tuple[PyTree, ...]:
+        """State of every layer (`None` for a layer without), from the shapes of one microbatch.
+
+        Arguments:
+            key: layer `l` gets `fold_in(key, l)`, as in `init`; `None` is `jax.random.key(0)`.
+        """
+        key = jax.random.key(0) if key is None else key
 
         def given(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
             if params is not None:
@@ -173,12 +180,14 @@ class Model:
             return eval_shape(lambda x, needs: self._make_params(k, jax.random.key(0), x, needs), x, needs)
 
         def make(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
-            return put(k, lambda _: self._make_state(k, zeros_like(x), zeros_like(needs)), None)
+            return put(
+                k, lambda key: self._make_state(k, jax.random.fold_in(key, k), zeros_like(x), zeros_like(needs)), key
+            )
 
         return self._walk(x, side, given, make)[1]
 
     def _state_shapes(self, k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
-        return eval_shape(lambda x, needs: self._make_state(k, x, needs), x, needs)
+        return eval_shape(lambda x, needs: self._make_state(k, jax.random.key(0), x, needs), x, needs)
 
     def _make_params(self, k: int, key: Any, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
         init = self.layers[k].init
@@ -191,7 +200,7 @@ class Model:
         with noting(f"in the init of layer {k} {self.layers[k].name!r}"):
             return numbers_as_arrays(init(key, x, **self._needs_of("init", k, init, needs)))
 
-    def _make_state(self, k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
+    def _make_state(self, k: int, key: Any, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
         init = self.layers[k].init_state
         if init is None:
             raise ValueError(
@@ -199,7 +208,7 @@ class Model:
                 "`fpipe.Layer(apply, init_state=...)`"
             )
         with noting(f"in the init_state of layer {k} {self.layers[k].name!r}"):
-            made = init(x, **self._needs_of("init_state", k, init, needs))
+            made = init(x, **self._needs_of("init_state", k, init, {**needs, "key": key}))
             return map_arrays(strong, numbers_as_arrays(made))
 
     def _needs_of(self, what: str, k: int, f: Callable[..., Any], needs: Mapping[str, Any]) -> dict[str, Any]:

@@ -195,16 +195,20 @@ class Pipe(Call):
         """
         return self.place(self.model.init(key, *first_microbatch(x, side, self.chunks), self._executor.make))
 
-    def init_state(self, x: PyTree, side: PyTree = None, params: Sequence[PyTree] | None = None) -> tuple[PyTree, ...]:
+    def init_state(
+        self, x: PyTree, side: PyTree = None, params: Sequence[PyTree] | None = None, key: Any = None
+    ) -> tuple[PyTree, ...]:
         """State of every layer (`None` for a layer without), made on the layer's device.
 
         Arguments:
             x, side: inputs as for a call, or their shapes.
             params: needed if some layer has no `init`: then the shapes cannot be told without them.
+            key: for states that begin with random numbers; layer `l` gets `fold_in(key, l)`, as in `init`. Default
+                `jax.random.key(0)`.
         """
         if isinstance(params, Packed):
             params = tuple(shape.tree for shape in params.packing.shapes)
-        return self.model.init_state(*first_microbatch(x, side, self.chunks), params, self._executor.make_state)
+        return self.model.init_state(*first_microbatch(x, side, self.chunks), params, key, self._executor.make_state)
 
     def place(self, params: Sequence[PyTree]) -> Any:
         """Put the parameters of each layer on its device; Python numbers become arrays.

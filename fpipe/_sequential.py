@@ -56,9 +56,12 @@ class Sequential(Call):
         """Parameters of every layer; see `Pipe.init`."""
         return self.model.init(key, *first_microbatch(x, side, self.chunks), lambda _, make, key: make(key))
 
-    def init_state(self, x: PyTree, side: PyTree = None, params: Sequence[PyTree] | None = None) -> tuple[PyTree, ...]:
+    def init_state(
+        self, x: PyTree, side: PyTree = None, params: Sequence[PyTree] | None = None, key: Any = None
+    ) -> tuple[PyTree, ...]:
         """State of every layer; see `Pipe.init_state`."""
-        return self.model.init_state(*first_microbatch(x, side, self.chunks), params, lambda _, make, key: make(key))
+        cut = first_microbatch(x, side, self.chunks)
+        return self.model.init_state(*cut, params, key, lambda _, make, key: make(key))
 
     def place(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
         """The parameters as they are, Python numbers among them as arrays."""

@@ -341,6 +341,31 @@ def test_a_collection_of_any_name_is_state():
         assert state == ({"mine": {"count": CHUNKS}},) * 2
 
 
+class Noise(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x + self.variable("noise", "table", lambda: jax.random.normal(self.make_rng("params"), (3,))).value
+
+
+class NNoise(nnx.Module):
+    def __init__(self, rngs):
+        self.table = nnx.BatchStat(jax.random.normal(rngs.params(), (3,)))
+
+    def __call__(self, x):
+        return x + self.table[...]
+
+
+def test_random_state_differs_from_layer_to_layer_and_is_what_flax_makes_with_the_key_of_the_layer():
+    model = fpipe.sequential(fpipe.flax.layers([Noise(), Noise(), NNoise, NNoise], X))
+    state = model.init_state(X, key=KEY)
+    for k in range(4):
+        own = jax.random.fold_in(KEY, k)
+        want = {"noise": Noise().init(own, X)["noise"]} if k < 2 else {"table": NNoise(nnx.Rngs(own)).table[...]}
+        assert_same(state[k], want, 0.0)
+    assert not np.array_equal(state[0]["noise"]["table"], state[1]["noise"]["table"])
+    assert not np.array_equal(state[2]["table"], state[3]["table"])
+
+
 # --- NNX ---
 
 
@@ -923,8 +948,19 @@ def test_what_is_no_module_or_does_not_belong_together():
     with pytest.raises(ValueError, match="layers 0 and 1 share 'kernel' of layer 1"):
         fpipe.flax.layers([one, two])
     stash = fpipe.skippable(stash=["a"])(fpipe.fn(lambda x, *, carry: (x, fpipe.stash(carry, "a", x)), "stash"))
-    with pytest.raises(ValueError, match=r"layer 0 'stash' asks for \['carry'\]"):
+    with pytest.raises(ValueError, match="layer 0 'stash' asks for 'carry', so nobody knows what comes out of it"):
         fpipe.flax.layers([stash, nn.Dense(3)], X)
+    with pytest.raises(ValueError, match="'Dense_of_typo' borrows from 'typo', which is no earlier layer, so nobody"):
+        fpipe.flax.layers([nn.Dense(3), fpipe.flax.tied(nn.Dense(3), "typo")], X)
+    bare = fpipe.Layer(lambda params, x, *, state: (x, state), name="bare")
+    with pytest.raises(ValueError, match="layer 0 'bare' has no init and has no init_state, so nobody knows"):
+        fpipe.flax.layers([bare, nn.Dense(3)], X)
+    for module in (nn.Dense(3), one, nn.Sequential([nn.Dense(3)])):
+        for make in (fpipe.Layer, fpipe.fn, lambda module: fpipe.Pipe([module])):
+            with pytest.raises(
+                TypeError, match=r"is a Flax module, whose parameters would not be seen: write `fpipe\.flax"
+            ):
+                make(module)
 
 
 # --- values ---

@@ -438,10 +438,15 @@ def test_skippable_adds_to_what_a_layer_declares():
     assert (more.stash, more.pop, more.peek, more.name) == (("a", "c"), ("d",), ("b",), "x")
 
 
-def test_a_layer_around_a_layer_keeps_its_needs():
-    inner = fpipe.fn(optional_fn)
-    assert inner.needs == ("train",)
-    assert fpipe.Layer(inner, name="outer").needs == ("train",)
+@pytest.mark.parametrize(("wrap", "call"), [(fpipe.Layer, "fpipe.Layer(f)"), (fpipe.fn, "fpipe.fn(f)")])
+def test_a_layer_around_a_layer_would_lose_what_the_inner_one_declares(wrap, call):
+    inner = fpipe.Layer(plain, lambda key, x: jnp.ones(3), "inner")
+    text = (
+        f"`{call}`: 'inner' is an fpipe.Layer already, and its init, state, skips and borrowed parameters would be lost: use "
+        "it as it is; `dataclasses.replace(layer, name=...)` changes a part of it"
+    )
+    with raises(TypeError, text):
+        wrap(inner)
 
 
 # --- init, state, finish ---
@@ -533,6 +538,18 @@ def test_an_init_state_gets_the_needs_that_it_names(make):
 
 
 @both
+def test_an_init_state_that_names_key_gets_that_of_its_layer(make):
+    layer = fpipe.Layer(
+        count, lambda key, x: (), init_state=lambda x, *, key: Stats(jax.random.normal(key, (1,)), jnp.int32(0))
+    )
+    key = jax.random.key(3)
+    for given, base in (({"key": key}, key), ({}, jax.random.key(0))):
+        state = make([layer, layer]).init_state(jnp.ones((2, 1)), **given)
+        want = tuple(Stats(jax.random.normal(jax.random.fold_in(base, k), (1,)), jnp.int32(0)) for k in range(2))
+        assert_same(state, want, 0.0)
+
+
+@both
 def test_numbers_of_an_init_become_arrays(make):
     layer = fpipe.Layer(lambda p, x, *, state: (x * p["a"], state), lambda key, x: {"a": 2.0, "b": 3}, init_state=zero)
     pipe = make([layer])
@@ -590,11 +607,13 @@ def test_a_layer_without_init_is_told_what_to_do(make):
 
 
 @both
-@pytest.mark.parametrize("need", ["key", "state"])
-def test_an_init_that_names_a_need_that_it_cannot_get_is_refused_in_words(make, need):
-    forms = {"key": lambda x, *, key: (), "state": lambda x, *, state: ()}
-    with pytest.raises((TypeError, ValueError), match=f"'count'.*{need}"):
-        make([fpipe.Layer(count, lambda key, x: (), init_state=forms[need])]).init_state(jnp.ones((2, 1)))
+def test_an_init_that_names_a_need_that_it_cannot_get_is_refused_in_words(make):
+    layer = fpipe.Layer(count, lambda key, x: (), init_state=lambda x, *, state: ())
+    with raises(
+        TypeError,
+        "the init_state of layer 0 'count' names the need 'state'; it can name borrowed, carry, side, train, key",
+    ):
+        make([layer]).init_state(jnp.ones((2, 1)))
 
 
 CHANGED = {

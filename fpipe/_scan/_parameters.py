@@ -40,8 +40,9 @@ class Parameters:
 
     def make_state(self, layer: int, f: Callable[[Any], PyTree], key: Any) -> PyTree:
         """Run `f(key)` where a layer belongs, or in a process that has no part of it: a call takes whole states."""
-        with jax.default_device(next(iter(self._here[layer]), None)):
-            return f(key)
+        device = next(iter(self._here[layer]), None)
+        with jax.default_device(device):
+            return f(key if device is None else jax.device_put(key, device))
 
     def make(self, layer: int, f: Callable[[Any], PyTree], key: Any) -> PyTree:
         """Run `f(key)` where a layer belongs; where this process has no part of it, only its shapes."""

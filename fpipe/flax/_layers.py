@@ -256,22 +256,23 @@ def _check_shared(modules: Sequence[Any]) -> None:
 
 def _through(layer: Layer, k: int, params: dict[str, PyTree], x: PyTree) -> PyTree:
     """The shapes of what comes out of a layer."""
-    other = [need for need in ("carry", "side") if layer.asks(need)]
-    if other or layer.init is None:
-        raise ValueError(
-            f"`fpipe.flax.layers(model, x)`: layer {k} {layer.name!r} asks for {other} or has no init, so nobody knows "
-            "what comes out of it; leave x out, and give it to `fpipe.flax.layer(module, x)` where it is needed"
-        )
-    assert layer.init is not None
     init, init_state = layer.init, layer.init_state
+    why = [f"asks for {need!r}" for need in ("carry", "side") if layer.asks(need)]
+    why += [f"borrows from {name!r}, which is no earlier layer" for name in layer.borrow if name not in params]
+    why += ["has no init"] if init is None else []
+    why += ["has no init_state"] if init_state is None and layer.asks("state") else []
+    if why or init is None:
+        raise ValueError(
+            f"`fpipe.flax.layers(model, x)`: layer {k} {layer.name!r} {' and '.join(why)}, so nobody knows what comes out of "
+            "it; leave x out, and give it to `fpipe.flax.layer(module, x)` where it is needed"
+        )
     known = {name: params[name] for name in layer.borrow}
 
     def run(key: Any, x: PyTree, borrowed: Mapping[str, PyTree]) -> tuple[PyTree, PyTree]:
-        given: dict[str, Any] = {"borrowed": borrowed, "train": False, "key": key}
-        own = init(key, x, borrowed=borrowed) if "borrowed" in keyword_needs(init) else init(key, x)
-        if layer.asks("state"):
-            assert init_state is not None
-            given["state"] = init_state(x)
+        given: dict[str, Any] = {"carry": {}, "side": None, "borrowed": borrowed, "train": False, "key": key}
+        own = init(key, x, **{n: given[n] for n in keyword_needs(init)})
+        if init_state is not None:
+            given["state"] = init_state(x, **{n: given[n] for n in keyword_needs(init_state)})
         out = layer.apply(own, x, **{n: given[n] for n in layer.needs or ()})
         return own, out[0] if layer.asks("state") else out
 

@@ -178,9 +178,9 @@ class InitState:
 
     of: Linen
 
-    def __call__(self, x: PyTree) -> PyTree:
-        """The layer's collections; what is random in them comes from `jax.random.key(0)`."""
-        made = self.of.variables(jax.random.key(0), x)
+    def __call__(self, x: PyTree, *, key: Any) -> PyTree:
+        """The layer's collections."""
+        made = self.of.variables(key, x)
         return self.of.kept({name: made[name] for name in self.of.collections if name in made})
 
 

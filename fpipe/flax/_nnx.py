@@ -200,10 +200,10 @@ class InitState:
 
     source: Given | Factory
 
-    def __call__(self, x: PyTree) -> PyTree:
+    def __call__(self, x: PyTree, *, key: Any) -> PyTree:
         """The layer's variables that are no parameters."""
         del x
-        return self.source(jax.random.key(0))[1]
+        return self.source(key)[1]
 
 
 @dataclasses.dataclass(frozen=True)
