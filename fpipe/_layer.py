@@ -305,6 +305,11 @@ class _WithoutParams:
         return self.f(x, **needs)
 
 
+def without_params(layer: Layer) -> bool:
+    """Whether a layer is a function without parameters, as `fn` makes them."""
+    return isinstance(layer.apply, _WithoutParams)
+
+
 def _no_params(key: Any, x: PyTree) -> PyTree:
     del key, x
     return ()

@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import re
 import subprocess
 import sys
 import zlib
@@ -852,22 +853,78 @@ def test_variables_that_do_not_fit_the_layers():
         fpipe.flax.split_variables(model, other)
     with raises(
         ValueError,
-        "`fpipe.flax.split_variables`: layer 1 'layers_1' has state, but the variables have none under 'layers_1'; they have the "
-        "collections ['params']",
+        "`fpipe.flax.split_variables`: layer 1 'layers_1' has state, but the variables have none; give the other collections "
+        "beside the parameters, or say `state=False` where there are none, as of gradients and moments",
     ):
         fpipe.flax.split_variables(model, {"params": variables["params"]})
+    params, state = fpipe.flax.split_variables(model, {"params": variables["params"]}, state=False)
+    assert_same((params, state), (fpipe.flax.split_variables(model, variables)[0], (None,) * 5), 0.0)
+    wrong = {**variables, "params": {**variables["params"], "layers_2": {}}}
+    with raises(ValueError, f"`fpipe.flax.split_variables`: no layer owns ['params/layers_2']; the layers are {names}"):
+        fpipe.flax.split_variables(model, wrong)
     with raises(ValueError, "`fpipe.flax.merge_variables`: params has 1 entries, but there are 5 layers"):
         fpipe.flax.merge_variables(model, ({},))
-    model, _ = stateful("nnx")
+    with pytest.raises(TypeError, match=r"got a Packed; what is packed is `pipe\.gather\(params\)` first"):
+        fpipe.flax.merge_variables(model, fpipe.Pipe([fpipe.fn(double)], [1], executor="scan").place(((),)))
+    model, variables = stateful("nnx")
+    params, state = fpipe.flax.split_variables(model, nnx.state(model, nnx.Param), state=False)
+    assert_same((params, state), (fpipe.flax.split_variables(model, variables)[0], (None,) * 4), 0.0)
+    with raises(
+        TypeError,
+        "`fpipe.flax.split_variables(model, variables)`: the variables are nested dicts or an nnx.State, "
+        "got a Sequential; of an NNX model they are `nnx.state(model)`",
+    ):
+        fpipe.flax.split_variables(model, model)
+    pure = nnx.to_pure_dict(variables)
+    names = ["layers_0", "layers_1", "relu", "layers_3"]
+    for k in (2, 4):
+        with raises(ValueError, f"`fpipe.flax.split_variables`: no layer owns ['layers/{k}']; the layers are {names}"):
+            fpipe.flax.split_variables(model, {"layers": {**pure["layers"], k: {"kernel": X}}})
     with raises(
         ValueError, "`fpipe.flax.split_variables`: layer 0 'layers_0' has ['bias', 'kernel'], the variables have not"
     ):
         fpipe.flax.split_variables(model, {"layers": {}})
-    with raises(
-        ValueError,
-        "`fpipe.flax.split_variables`: the model has linen and NNX modules; Flax has no variables for both",
-    ):
-        fpipe.flax.split_variables([nn.Dense(3), nnx.Linear(3, 3, rngs=nnx.Rngs(0))], {})
+
+
+class Listed(nnx.Module):
+    def __init__(self, rngs):
+        self.each = nnx.List([nnx.Linear(3, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs)])
+
+    def __call__(self, x):
+        return self.each[1](self.each[0](x))
+
+
+def scaled(params, x, *, state):
+    return x * params, state + 1
+
+
+@pytest.mark.parametrize("kinds", ["linen", "nnx", "both"])
+def test_layers_of_every_kind_go_into_one_checkpoint_and_back(kinds):
+    """Hand-written layers, and linen and NNX modules in one list; numbers may come back as strings."""
+    own = fpipe.Layer(scaled, lambda key, x: jax.random.normal(key, (3,)), init_state=lambda x: jnp.int32(0))
+    modules: list[Any] = [own, nn.relu, fpipe.DeferredBatchNorm()]
+    modules += [Normed(), nn.Dropout(0.1)] if kinds != "nnx" else []
+    modules += [Listed(nnx.Rngs(0)), nnx.Dropout(0.1, rngs=nnx.Rngs(0))] if kinds != "linen" else []
+    layers = fpipe.flax.layers(modules, X)
+    for deferred in (False, True):
+        model = fpipe.sequential(layers, deferred_batch_norm=deferred)
+        params = model.init(KEY, X)
+        state = model(params, X, state=model.init_state(X), train=True, key=KEY)[1]
+        state = (jnp.zeros(3), *state[1:])
+        merged = fpipe.flax.merge_variables(layers, params, state)
+        for again in (merged, strings(merged)):
+            got = fpipe.flax.split_variables(layers, again, deferred_batch_norm=deferred)
+            assert_same(got, (params, state), 0.0)
+        assert_same(
+            fpipe.flax.merge_variables(layers, params),
+            fpipe.flax.merge_variables(layers, params, (None,) * len(layers)),
+        )
+    with pytest.raises(ValueError, match="layer 0 'scaled' has state, but the variables have none"):
+        fpipe.flax.split_variables(layers, {name: tree for name, tree in merged.items() if name != "state"})
+
+
+def strings(tree):
+    return {str(name): strings(value) for name, value in tree.items()} if isinstance(tree, dict) else tree
 
 
 # --- errors ---
@@ -947,6 +1004,14 @@ def test_what_is_no_module_or_does_not_belong_together():
     two.kernel = one.kernel
     with pytest.raises(ValueError, match="layers 0 and 1 share 'kernel' of layer 1"):
         fpipe.flax.layers([one, two])
+    dense, dropout = nn.Dense(3), nn.Dropout(0.5)
+    within = "layers 0 and 1 share 'layers/0' of layer 1; make layer 1 with `fpipe.flax.layer(module, borrow=...)`, so that one"
+    for first in (dense, nn.Sequential([nn.relu, dense])):
+        with pytest.raises(ValueError, match=re.escape(within)):
+            fpipe.flax.layers(nn.Sequential([first, nn.Sequential([dense])]))
+    with pytest.raises(ValueError, match="layers 0 and 1 share all of layer 1; make layer 1 with"):
+        fpipe.flax.layers([nn.Sequential([dense]), dense])
+    fpipe.flax.layers([nn.Sequential([dropout]), nn.Sequential([dropout])])
     stash = fpipe.skippable(stash=["a"])(fpipe.fn(lambda x, *, carry: (x, fpipe.stash(carry, "a", x)), "stash"))
     with pytest.raises(ValueError, match="layer 0 'stash' asks for 'carry', so nobody knows what comes out of it"):
         fpipe.flax.layers([stash, nn.Dense(3)], X)

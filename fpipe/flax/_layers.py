@@ -1,7 +1,7 @@
 """The front: one module, a whole model, or a borrowed module as layers."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from fpipe._errors import noting
 from fpipe._layer import Layer, fn, function_name, keyword_needs
 from fpipe._tree import PyTree, eval_shape, shapes_of
 from fpipe.flax._borrow import Borrow, borrows
-from fpipe.flax._linen import linen_layer
+from fpipe.flax._linen import inside, linen_layer
 from fpipe.flax._nnx import is_factory, nnx_layer
 
 
@@ -127,8 +127,8 @@ def layers(model: Any, x: PyTree = None, *, train: str | bool | None = None) -> 
 
     Raises:
         TypeError: none of these.
-        ValueError: a module with state that is there twice; a parameter that two NNX modules share; with `x`, a layer
-            with skips or side inputs.
+        ValueError: a module with state that is there twice; a parameter that two NNX modules share, or a module that is a
+            field of two linen ones; with `x`, a layer with skips or side inputs.
 
     Example:
         >>> from flax import linen as nn
@@ -238,20 +238,32 @@ def _name(module: Any) -> str:
 
 
 def _check_shared(modules: Sequence[Any]) -> None:
-    """Two layers cannot both own a variable."""
+    """Two layers cannot both own a variable, or a linen module that may have variables."""
     at: dict[int, tuple[int, Any]] = {}
     for k, module in enumerate(modules):
-        if not isinstance(module, nnx.Module):
-            continue
+        for path, node in _owned(module):
+            first, owner = at.setdefault(id(node), (k, module))
+            if owner is not module:
+                what = repr("/".join(map(str, path))) if path else "all"
+                other = (
+                    ""
+                    if isinstance(node, nnx.Variable)
+                    else ", or with `fpipe.flax.layer(module)` if it has no parameters"
+                )
+                raise ValueError(
+                    f"`fpipe.flax.layers`: layers {first} and {k} share {what} of layer {k}; make layer {k} with "
+                    f"`fpipe.flax.layer(module, borrow=...)`, so that one of them owns it{other}"
+                )
+
+
+def _owned(module: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """The variables of an NNX module, or the modules that are among the fields of a linen one and it itself, with paths."""
+    if isinstance(module, nnx.Module):
         for path, node in nnx.iter_graph(module):
             if isinstance(node, nnx.Variable) and not isinstance(node, nnx.RngState):
-                first, owner = at.setdefault(id(node), (k, module))
-                if owner is not module:
-                    where = "/".join(map(str, path))
-                    raise ValueError(
-                        f"`fpipe.flax.layers`: layers {first} and {k} share {where!r} of layer {k}; make layer {k} with "
-                        f"`fpipe.flax.layer(module, borrow=...)`, so that one of them owns it"
-                    )
+                yield path, node
+    elif isinstance(module, nn.Module):
+        yield from ((path, node) for path, node in inside(module) if not isinstance(node, nn.Dropout))
 
 
 def _through(layer: Layer, k: int, params: dict[str, PyTree], x: PyTree) -> PyTree:

@@ -15,7 +15,7 @@ from flax import linen as nn
 from fpipe._layer import Layer, checked_names
 from fpipe._tree import PyTree, eval_shape, shapes_of
 from fpipe.flax._batch_norm import defer_stats, deferred_apply, finish_stats
-from fpipe.flax._borrow import Borrow, check_fit, keep_own, lend, misfit, owners
+from fpipe.flax._borrow import Borrow, Path, check_fit, keep_own, lend, misfit, owners
 from fpipe.flax._calling import Calling, calling
 from fpipe.flax._streams import no_key, stream_key
 
@@ -240,7 +240,7 @@ def linen_layer(
             collections=found if collections is None else collections,
             streams=drawn if streams is None else streams,
         )
-    elif collections is None and _has_batch_stats(module):
+    elif collections is None and any(isinstance(m, (nn.BatchNorm, nn.SpectralNorm)) for _, m in inside(module)):
         apply = dataclasses.replace(apply, collections=(STATS,))
     return Layer(
         apply,
@@ -276,13 +276,14 @@ def _observed(apply: Linen, x: PyTree) -> tuple[tuple[str, ...], tuple[str, ...]
     return found[-1]
 
 
-def _has_batch_stats(value: Any) -> bool:
-    """Whether batch statistics can be seen in a module, without calling it."""
-    if isinstance(value, (list, tuple)):
-        return any(map(_has_batch_stats, value))
-    if not isinstance(value, nn.Module):
-        return False
-    fields = [n for n in value.__dataclass_fields__ if n not in ("parent", "name")]
-    return isinstance(value, (nn.BatchNorm, nn.SpectralNorm)) or any(
-        _has_batch_stats(getattr(value, n, None)) for n in fields
-    )
+def inside(value: Any, path: Path = ()) -> Iterator[tuple[Path, nn.Module]]:
+    """The modules that can be seen in a module without calling it, itself first: its fields, and lists and dicts of them."""
+    if isinstance(value, nn.Module):
+        yield path, value
+        fields = [n for n in value.__dataclass_fields__ if n not in ("parent", "name")]
+        value = {n: getattr(value, n, None) for n in fields}
+    elif isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from inside(inner, (*path, name))

@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.core
 import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fpipe._layer import Layer
+from fpipe._layer import Layer, without_params
 from fpipe._tree import PyTree
 from fpipe.flax._batch_norm import MOMENTS, plain_stats
 from fpipe.flax._borrow import Path, keep_own
@@ -17,25 +17,33 @@ from fpipe.flax._layers import entry, layers
 from fpipe.flax._linen import IGNORED, STATS, Linen
 from fpipe.flax._nnx import NNX
 
+# Where the state of a layer that is no linen module stands in the variables of a whole model.
+STATE = "state"
+
+Entry: TypeAlias = dict[str, PyTree]  # what the variables have of one layer, by collection
+
 
 def split_variables(
-    model: Any, variables: Any, *, deferred_batch_norm: bool = False
+    model: Any, variables: Any, *, deferred_batch_norm: bool = False, state: bool = True
 ) -> tuple[tuple[PyTree, ...], tuple[PyTree, ...]]:
     """Parameters and states of the layers, from the variables of the whole Flax model.
 
     Arguments:
         model: what `layers` takes, or the list that it returned.
         variables: of an `nn.Sequential` `{"params": {"layers_0": …}, "batch_stats": {…}}`; of an `nnx.Sequential` its
-            `nnx.state(model)`, or that as nested dicts `{"layers": {0: …}}`. What has the structure of variables, such as
-            the moments of an optimizer, will do.
+            `nnx.state(model)`, or that as nested dicts `{"layers": {0: …}}`, numbers as strings too. In a list stands beside
+            them what `merge_variables` makes of layers that are no Flax modules.
         deferred_batch_norm: as the pipe has it: batch norms that are deferred keep more in their state.
+        state: `False` for what has the structure of parameters alone, such as gradients or the moments of an optimizer.
 
     Returns:
         `(params, state)`: a tuple each with one entry per layer, for `pipe.place(params)` and `state=`. The state of a
-        layer without state is `None`. What is sown, and random state, is left out.
+        layer without state is `None`, and the parameters of one that is no Flax module are `()` if there are none. What is
+        sown, and random state, is left out.
 
     Raises:
-        ValueError: variables of no layer; a layer whose state is not there.
+        TypeError: `variables` is no dict.
+        ValueError: variables of no layer; a layer whose state, or an NNX module whose parameter, is not there.
 
     Example:
         >>> from flax import linen as nn
@@ -46,33 +54,28 @@ def split_variables(
         >>> state
         (None, None, None)
     """
-    given = _layers(model, "split_variables")
+    given = layers(model)
     if deferred_batch_norm:
         given = [one if one.defer is None else dataclasses.replace(one, apply=one.defer().apply) for one in given]
-    if any(isinstance(layer.apply, NNX) for layer in given):
-        return _split_nnx(given, variables)
-    collections = {name: dict(tree) for name, tree in flax.core.unfreeze(variables).items() if name not in IGNORED}
-    params, state = list[PyTree](), list[PyTree]()
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            f"`fpipe.flax.split_variables(model, variables)`: the variables are nested dicts or an nnx.State, got a "
+            f"{type(variables).__name__}; of an NNX model they are `nnx.state(model)`"
+        )
+    whole = _is_nnx(given)
+    collections = _collections_nnx(variables) if whole else _collections(variables)
+    split, left = [], list[str]()
     for k, layer in enumerate(given):
-        if not isinstance(layer.apply, Linen):
-            params.append(())
-            state.append(None)
-            continue
-        name = entry(k)
-        params.append({} if layer.apply.owns_nothing else collections.get("params", {}).pop(name, {}))
-        found = {c: tree.pop(name) for c, tree in collections.items() if c != "params" and name in tree}
-        if layer.asks("state") and not found:
-            raise ValueError(
-                f"`fpipe.flax.split_variables`: layer {k} {layer.name!r} has state, but the variables have none under "
-                f"{name!r}; they have the collections {list(collections)}"
-            )
-        state.append(layer.apply.kept(found) or None)
-    left = [f"{c}/{name}" for c, tree in collections.items() for name in tree]
+        found = {c: tree.pop(name) for c, tree in collections.items() if (name := str(_place(c, k, whole)[1])) in tree}
+        split.append(_split(layer, k, found, state))
+        left += ["/".join(map(str, _place(c, k, whole))) for c in found]
+    left += [f"{_place(c, 0, whole)[0]}/{name}" for c, tree in collections.items() for name in tree]
     if left:
         raise ValueError(
             f"`fpipe.flax.split_variables`: no layer owns {left}; the layers are {[x.name for x in given]}"
         )
-    return tuple(params), tuple(state)
+    params, states = zip(*split, strict=True) if split else ((), ())
+    return params, states
 
 
 def merge_variables(model: Any, params: Sequence[PyTree], state: Sequence[PyTree] | None = None) -> dict[str, PyTree]:
@@ -85,9 +88,11 @@ def merge_variables(model: Any, params: Sequence[PyTree], state: Sequence[PyTree
 
     Returns:
         Of linen modules `{"params": {"layers_0": …}, "batch_stats": {…}}`; of NNX modules nested dicts for
-        `nnx.update(model, …)`.
+        `nnx.update(model, …)`. Layers of a list that are no Flax modules have their parameters there as they are, and
+        their state in a collection `"state"`; so have NNX modules in a list with linen ones.
 
     Raises:
+        TypeError: packed parameters.
         ValueError: not one entry for each layer.
 
     Example:
@@ -98,73 +103,105 @@ def merge_variables(model: Any, params: Sequence[PyTree], state: Sequence[PyTree
         >>> jax.tree.structure(again) == jax.tree.structure(variables)
         True
     """
-    given = _layers(model, "merge_variables")
-    states = [None] * len(given) if state is None else list(state)
+    given = layers(model)
+    states = [None] * len(given) if state is None else state
     for what, entries in (("params", params), ("state", states)):
+        if not isinstance(entries, Sequence):
+            raise TypeError(
+                f"`fpipe.flax.merge_variables`: {what} is a tuple with one entry per layer, got a {type(entries).__name__}; "
+                "what is packed is `pipe.gather(params)` first"
+            )
         if len(entries) != len(given):
             raise ValueError(
                 f"`fpipe.flax.merge_variables`: {what} has {len(entries)} entries, but there are {len(given)} layers"
             )
-    if any(isinstance(layer.apply, NNX) for layer in given):
-        return _merge_nnx(given, params, states)
-    out: dict[str, PyTree] = {}
+    whole = _is_nnx(given)
+    out: dict[str, PyTree] = {"layers": {}} if whole else {}
     for k, (layer, own, kept) in enumerate(zip(given, params, states, strict=True)):
-        if isinstance(layer.apply, Linen):
-            name = entry(k)
-            for collection, tree in ({"params": own} | (kept or {})).items():
-                if tree:
-                    out.setdefault(collection, {})[name] = plain_stats(tree) if collection == STATS else tree
+        for collection, tree in _merge(layer, own, kept, whole).items():
+            place, name = _place(collection, k, whole)
+            out.setdefault(place, {})[name] = tree
     return out
 
 
-def _layers(model: Any, call: str) -> list[Layer]:
-    given = layers(model)
-    kinds = {type(layer.apply) for layer in given} & {Linen, NNX}
-    if len(kinds) > 1:
-        raise ValueError(f"`fpipe.flax.{call}`: the model has linen and NNX modules; Flax has no variables for both")
-    return given
+def _is_nnx(given: Sequence[Layer]) -> bool:
+    """Whether the variables are those of an NNX model."""
+    kinds = {type(layer.apply) for layer in given}
+    return NNX in kinds and Linen not in kinds
 
 
-def _split_nnx(given: Sequence[Layer], variables: Any) -> tuple[tuple[PyTree, ...], tuple[PyTree, ...]]:
-    pure = nnx.to_pure_dict(variables) if isinstance(variables, nnx.State) else dict(variables)
-    entries = pure.get("layers", pure)
-    params, state = list[PyTree](), list[PyTree]()
-    for k, layer in enumerate(given):
-        tree = entries.get(k, entries.get(str(k), {}))
-        if not isinstance(layer.apply, NNX):
-            params.append(())
-            state.append(None)
-            continue
-        needed = keep_own(layer.apply.borrow, layer.apply.params.tree)
-        own = list(flatten_dict(needed))
-        params.append(_pick(tree, own, k, layer))
-        if not layer.asks("state"):
-            state.append(None)
-            continue
+def _place(collection: str, k: int, whole: bool) -> tuple[str, str | int]:
+    """Where the variables of a model (`whole`: of an NNX model) have a collection of layer `k`."""
+    return ("layers" if collection == "params" else collection, k) if whole else (collection, entry(k))
+
+
+def _collections(variables: Mapping[str, Any]) -> dict[str, dict[str, PyTree]]:
+    """Linen's variables, by collection and layer."""
+    return {c: dict(tree) for c, tree in flax.core.unfreeze(dict(variables)).items() if c not in IGNORED}
+
+
+def _collections_nnx(variables: Mapping[Any, Any]) -> dict[str, dict[str, PyTree]]:
+    """The same of NNX's variables; numbers are strings where a file gives them back."""
+    pure = nnx.to_pure_dict(variables) if isinstance(variables, nnx.State) else variables
+    own = pure.get("layers", {name: tree for name, tree in pure.items() if name != STATE})
+    return {
+        c: {str(k): tree for k, tree in tree.items()} for c, tree in (("params", own), (STATE, pure.get(STATE, {})))
+    }
+
+
+def _split(layer: Layer, k: int, found: Entry, state: bool) -> tuple[PyTree, PyTree]:
+    """Parameters and state of a layer, taken out of what was found of it."""
+    asked = state and layer.asks("state")
+    if isinstance(layer.apply, NNX):
+        own = list(flatten_dict(keep_own(layer.apply.borrow, layer.apply.params.tree)))
+        flat: dict[Any, Any] = {
+            _said(path): a for c in ("params", STATE) for path, a in flatten_dict(found.pop(c, {})).items()
+        }
         # What a deferred norm keeps beside the running statistics is empty between calls.
-        flat: dict[Path, Any] = flatten_dict(tree)
-        missing = [path for path in layer.apply.rest if path[-1] in MOMENTS and path not in flat]
-        flat |= {path: jnp.zeros_like(flat[(*path[:-1], "mean")]) for path in missing if (*path[:-1], "mean") in flat}
-        state.append(_pick(unflatten_dict(flat), layer.apply.rest, k, layer))
-    return tuple(params), tuple(state)
+        for *norm, name in map(_said, layer.apply.rest):
+            if name in MOMENTS and (mean := flat.get((*norm, "mean"))) is not None:
+                flat.setdefault((*norm, name), jnp.zeros_like(mean))
+        return _pick(flat, own, k, layer), _pick(flat, layer.apply.rest, k, layer) if asked else None
+    if isinstance(layer.apply, Linen):
+        params = {} if layer.apply.owns_nothing else found.pop("params", {})
+        kept = layer.apply.kept({c: found.pop(c) for c in list(found) if c != "params"})
+    else:
+        params = () if without_params(layer) else found.pop("params", ())
+        kept = found.pop(STATE, None)
+    if asked and _empty(kept):
+        raise ValueError(
+            f"`fpipe.flax.split_variables`: layer {k} {layer.name!r} has state, but the variables have none; give the other "
+            "collections beside the parameters, or say `state=False` where there are none, as of gradients and moments"
+        )
+    return params, None if not state or _empty(kept) else kept
 
 
-def _pick(tree: Mapping[Any, Any], wanted: Sequence[Path], k: int, layer: Layer) -> PyTree:
-    flat = flatten_dict(tree)
-    missing = ["/".join(map(str, path)) for path in wanted if path not in flat]
+def _merge(layer: Layer, own: PyTree, kept: PyTree, whole: bool) -> Entry:
+    """What the variables have of a layer: the inverse of `_split`."""
+    if isinstance(layer.apply, NNX):
+        kept = unflatten_dict({path: a for path, a in flatten_dict(kept or {}).items() if path in layer.apply.rest})
+        if whole:
+            own, kept = unflatten_dict(flatten_dict(own) | flatten_dict(kept)), None
+    if isinstance(layer.apply, Linen):
+        rest = {c: plain_stats(tree) if c == STATS else tree for c, tree in (kept or {}).items()}
+    else:
+        rest = {STATE: kept}
+    return {c: tree for c, tree in {"params": own, **rest}.items() if not _empty(tree)}
+
+
+def _empty(tree: PyTree) -> bool:
+    return tree is None or (isinstance(tree, (Mapping, tuple)) and not tree)
+
+
+def _said(path: Path) -> tuple[str, ...]:
+    """A path with strings for numbers, as a file gives them back."""
+    return tuple(map(str, path))
+
+
+def _pick(flat: Mapping[Path, Any], wanted: Sequence[Path], k: int, layer: Layer) -> PyTree:
+    missing = ["/".join(_said(path)) for path in wanted if _said(path) not in flat]
     if missing:
         raise ValueError(
             f"`fpipe.flax.split_variables`: layer {k} {layer.name!r} has {missing}, the variables have not"
         )
-    return unflatten_dict({path: flat[path] for path in wanted})
-
-
-def _merge_nnx(given: Sequence[Layer], params: Sequence[PyTree], states: Sequence[PyTree]) -> dict[str, PyTree]:
-    out = {}
-    for k, (layer, own, kept) in enumerate(zip(given, params, states, strict=True)):
-        if isinstance(layer.apply, NNX):
-            rest = {path: a for path, a in flatten_dict(kept or {}).items() if path in layer.apply.rest}
-            flat = flatten_dict(own) | rest
-            if flat:
-                out[k] = unflatten_dict(flat)
-    return {"layers": out}
+    return unflatten_dict({path: flat[_said(path)] for path in wanted})
