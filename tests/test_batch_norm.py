@@ -659,6 +659,46 @@ def test_a_linen_norm_that_is_called_twice_counts_both():
     assert_same(y, module.apply(variables, x, train=False, mutable=["losses"])[0])
 
 
+class Scaled(linen.BatchNorm):
+    """A subclass that is called in its own way."""
+
+    def __call__(self, x, train, *, scale):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return scale * super().__call__(x + 1, use_running_average=not train)
+
+
+class Replaced(linen.BatchNorm):
+    """A subclass that is no batch norm any more."""
+
+    @linen.compact
+    def __call__(self, x, train):  # pyright: ignore[reportIncompatibleMethodOverride]
+        mean = self.variable("batch_stats", "mean", lambda: jnp.zeros(WIDTH))
+        self.variable("batch_stats", "var", lambda: jnp.ones(WIDTH))
+        mean.value = mean.value + x.sum(0)
+        return x
+
+
+def test_a_subclass_of_a_linen_norm_is_deferred_where_it_calls_flax():
+    x = data(6)
+    module = Scaled(momentum=0.75)
+    variables = module.init(KEY(0), x, True, scale=3.0)
+    stats, ys = fb.defer_stats(variables["batch_stats"]), []
+    for piece in pieces(x, 2):
+        given = {**variables, "batch_stats": stats}
+        y, new = fb.deferred_apply(module, given, piece, True, scale=3.0)
+        ys.append(y)
+        stats = new["batch_stats"]
+        assert_same(y, module.apply(variables, piece, True, scale=3.0, mutable=["batch_stats"])[0])
+    got = fb.plain_stats(fb.finish_stats(stats))
+    assert_same(got, {"mean": 0.25 * (x + 1).mean(0), "var": 0.75 + 0.25 * x.var(0)})
+
+    module = Replaced()
+    variables = module.init(KEY(0), x, True)
+    given = {**variables, "batch_stats": fb.defer_stats(variables["batch_stats"])}
+    stats = fb.deferred_apply(module, given, x, True)[1]["batch_stats"]
+    want = module.apply(variables, x, True, mutable=["batch_stats"])[1]["batch_stats"]
+    assert_same(fb.plain_stats(fb.finish_stats(stats)), want)
+
+
 def test_what_linen_cannot_defer():
     x = data(4)
     variables = start(Net("one"), x)

@@ -57,7 +57,8 @@ def deferred_apply(
     """`module.apply`, in which no `linen.BatchNorm` updates its running statistics.
 
     A norm that would, because it is called with `use_running_average=False`, normalises by the microbatch, and merges the
-    microbatch's moments into what `defer_stats` made room for. A norm that is called several times counts each time.
+    microbatch's moments into what `defer_stats` made room for. A norm that is called several times counts each time. Of
+    a subclass of `linen.BatchNorm` that is so if it calls `super().__call__`; one that does not stays as it is.
 
     Arguments:
         module: an unbound module.
@@ -75,7 +76,8 @@ def deferred_apply(
 
     def intercept(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
         norm = context.module
-        if not isinstance(norm, linen.BatchNorm) or context.method_name != "__call__" or norm in inside:
+        # Of a subclass it is Flax's own `__call__` that counts, with what the subclass gives it.
+        if getattr(context.orig_method, "func", None) is not _NORM or any(norm is own for own in inside):
             return call(*args, **kwargs)
         given = _CALL.bind(norm, *args, **kwargs).arguments
         average = linen.merge_param("use_running_average", norm.use_running_average, given.get("use_running_average"))
@@ -91,7 +93,8 @@ def deferred_apply(
             )
         old = {n: norm.get_variable("batch_stats", n) for n in ("mean", "var")}
         # With a momentum of 0 the running statistics become the microbatch's own: they are read there and put back.
-        own = norm.clone(parent=norm.scope, momentum=0.0, use_fast_variance=False)
+        fields = {n: getattr(norm, n) for n in linen.BatchNorm.__dataclass_fields__ if n not in ("parent", "name")}
+        own = linen.BatchNorm(**{**fields, "momentum": 0.0, "use_fast_variance": False}, parent=norm.scope)
         inside.append(own)
         y = own(*args, **kwargs)
         mean, var = (norm.get_variable("batch_stats", n) for n in old)
@@ -123,6 +126,7 @@ def finish_stats(batch_stats: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _CALL = inspect.signature(linen.BatchNorm.__call__)
+_NORM = inspect.unwrap(linen.BatchNorm.__call__)  # what Flax calls, inside of what it wraps around methods
 
 
 def _mapped(stats: Mapping[str, Any], f: Any) -> dict[str, Any]:
