@@ -17,7 +17,7 @@ from fpipe._microbatch import first_microbatch, pieces
 from fpipe._pipe import Pipe
 from fpipe._sequential import sequential
 from fpipe._skip import peek, pop, stash
-from fpipe._tree import PyTree, describe, is_array, pack
+from fpipe._tree import PyTree, describe, is_array, is_inexact, pack
 from fpipe.schedules import Action, Kind, Schedule
 
 if TYPE_CHECKING:
@@ -51,7 +51,9 @@ def assert_equals_sequential(
         params: one entry per layer, as for the plain composition; default what `init` makes from `jax.random.key(0)`.
         tolerance: the largest difference of an array, as a share of its largest number: `max|a - b| <= tolerance * max|b|`.
             Default 1e-5, and 2e-2 where 16-bit floats are computed in. Where an array of gradients is a small difference of large
-            numbers, compare in float64 (`with jax.enable_x64(True):`) rather than with a large tolerance.
+            numbers, compare in float64 (`with jax.enable_x64(True):`) rather than with a large tolerance. Gradients that are
+            nothing but rounding (of a bias before a batch norm, of the keys' bias in attention) are no difference: 16 roundings
+            of the largest number among the gradients of the layer's parameters, or `tolerance` of it if that is less.
 
     Raises:
         AssertionError: it names the first array that differs, with its stage and layer.
@@ -91,13 +93,19 @@ def assert_equals_sequential(
     compare.tree("the loss", got, want)
     for n, a, b in zip(numbers, gradients, others, strict=True):
         if n == 0:
-            compare.layers("the gradient of params", pipe.gather(a), b)
+            compare.layers("the gradient of params", pipe.gather(a), b, gradients=True)
         else:
             compare.tree("the gradient of x" if n == 1 else f"the gradient of target {n - 2}", a, b)
 
 
 def _rows(x: PyTree) -> int:
     return next(a.shape[0] for a in pack(x)[0] if a.shape)
+
+
+def _largest(array: Any) -> float:
+    """The largest finite number, without its sign."""
+    numbers = np.abs(np.asarray(array, np.complex128 if jnp.iscomplexobj(array) else np.float64))
+    return float(numbers[np.isfinite(numbers)].max(initial=0))
 
 
 class _Comparison(NamedTuple):
@@ -107,16 +115,17 @@ class _Comparison(NamedTuple):
     microbatches: int
     tolerance: float | None
 
-    def layers(self, what: str, got: Sequence[PyTree], want: Sequence[PyTree]) -> None:
-        """One entry per layer."""
+    def layers(self, what: str, got: Sequence[PyTree], want: Sequence[PyTree], gradients: bool = False) -> None:
+        """One entry per layer; in gradients the rounding of the layer's largest number is no difference."""
         stages = [s for s, count in enumerate(self.pipe.balance) for _ in range(count)]
         where = self.pipe.make_schedule(self.microbatches).stage_to_device
         for k, layer in enumerate(self.pipe.layers):
             place = f"layer {k} {layer.name!r} (stage {stages[k]} on {self.pipe.devices[where[stages[k]]]})"
-            self.tree(f"{what}, {place}", got[k], want[k])
+            numbers = [_largest(a) for a in jax.tree.leaves(want[k]) if gradients and is_inexact(a)]
+            self.tree(f"{what}, {place}", got[k], want[k], max(numbers, default=0.0))
 
-    def tree(self, what: str, got: PyTree, want: PyTree) -> None:
-        """Any pytree."""
+    def tree(self, what: str, got: PyTree, want: PyTree, beside: float = 0.0) -> None:
+        """Any pytree; the rounding of the number `beside` is no difference."""
         if jax.tree.structure(got) != jax.tree.structure(want):
             raise AssertionError(f"{what}: the pipe gives {describe(got)}, the plain composition {describe(want)}")
         others = jax.tree.leaves(want)
@@ -129,21 +138,21 @@ class _Comparison(NamedTuple):
             if (a.shape, a.dtype) != (b.shape, b.dtype):
                 raise AssertionError(f"{where}: the pipe gives {describe(a)}, the plain composition {describe(b)}")
             if a.dtype != jax.dtypes.float0:
-                self._values(where, a, b)
+                self._values(where, a, b, beside)
 
-    def _values(self, where: str, a: Any, b: Any) -> None:
-        low = (jnp.bfloat16, jnp.float16)
+    def _values(self, where: str, a: Any, b: Any, beside: float) -> None:
+        low = [d for d in (a.dtype, self.pipe.compute_dtype) if d in (jnp.bfloat16, jnp.float16)]
         share = self.tolerance
         if share is None:
-            share = 2e-2 if a.dtype in low or self.pipe.compute_dtype in low else 1e-5
+            share = 2e-2 if low else 1e-5
         if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
             a, b = jax.random.key_data(a), jax.random.key_data(b)
         exact = not jnp.issubdtype(a.dtype, jnp.inexact)
+        rounding = 0.0 if exact else 16 * float(jnp.finfo(low[0] if low else a.dtype).eps)
         a, b = (np.asarray(v, np.complex128 if jnp.iscomplexobj(v) else np.float64) for v in (a, b))
         wrong = np.isfinite(a) != np.isfinite(b)
         off = np.where(np.isfinite(a) & np.isfinite(b), np.abs(a - b), 0.0)
-        most = np.abs(b[np.isfinite(b)]).max(initial=0)
-        limit = 0.0 if exact else share * most
+        limit = 0.0 if exact else max(share * _largest(b), min(rounding, share) * beside)
         wrong |= off > limit
         if wrong.any():
             at = np.unravel_index(np.argmax(np.where(wrong, np.where(off > 0, off, np.inf), -1)), a.shape)

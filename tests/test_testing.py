@@ -42,6 +42,29 @@ def test_mixed_precision_has_its_own_tolerance():
     fpipe.testing.assert_equals_sequential(pipe, case.x, case.target, loss_fn=mse)
 
 
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_a_gradient_that_is_nothing_but_rounding_is_no_difference(dtype):
+    """A bias before a batch norm, for one: the pipe and the plain composition round it in their own ways."""
+    layers = [dense(activation=lambda x: x), fpipe.DeferredBatchNorm(), dense(), dense()]
+    pipe, case = pipe_of(layers, compute_dtype=dtype), Case([dense()] * 4, 4, rows=16)
+    params, state = fpipe.sequential(layers, 4).init(jax.random.key(0), case.x), pipe.init_state(case.x)
+
+    def off(share):
+        def loss(result):
+            b = result.gradients[0][0]["b"]
+            b = b.at[0].set(share * jnp.abs(result.gradients[0][0]["w"]).max())
+            return result._replace(
+                gradients=(({**result.gradients[0][0], "b": b}, *result.gradients[0][1:]), *result.gradients[1:])
+            )
+
+        return changed(pipe_of(layers, compute_dtype=dtype), loss=loss)
+
+    given = {"loss_fn": mse, "params": params, "train": True, "state": state}
+    fpipe.testing.assert_equals_sequential(off(1e-2 if dtype else 1e-6), case.x, case.target, **given)
+    with pytest.raises(AssertionError, match=r"the gradient of params, layer 0 .* at \['b'\]"):
+        fpipe.testing.assert_equals_sequential(off(5e-2 if dtype else 3e-6), case.x, case.target, **given)
+
+
 def changed(pipe, **change):
     """The pipe with something wrong in what it computes."""
     executor = pipe._executor
