@@ -262,6 +262,26 @@ def test_in_a_sequential_tuples_and_dicts_are_arguments_as_in_flax():
     assert_same(fpipe.sequential(fpipe.flax.layers(model, X))(params, X), model.apply(variables, X))
 
 
+def test_a_method_may_be_given_by_name_as_a_function_or_bound():
+    class Several(nn.Module):
+        @nn.compact
+        def both(self, a, b, train=False):
+            return nn.Dense(3)(a) + b, jnp.float32(train)
+
+    module = Several()
+    layers = [fpipe.flax.layer(module, method=method) for method in ("both", Several.both, module.both)]
+    params, y = layers[0].init(KEY, (X, X), borrowed={}), None
+    for layer in layers:
+        y = layer(params, (X, 2 * X), key=None, train=True)
+        assert_same(y, module.apply({"params": params}, X, 2 * X, True, method="both"))
+    assert layers[1] == layers[2]
+
+
+def test_nested_lists_are_flat():
+    layers = fpipe.flax.layers([nn.Dense(4), [nn.relu, (nn.Dense(3),)]], X)
+    assert [layer.name for layer in layers] == ["layers_0", "relu", "layers_2"]
+
+
 def test_a_tuple_or_dict_is_one_input_of_a_module_with_one():
     class One(nn.Module):
         @nn.compact
@@ -979,6 +999,16 @@ def test_a_collection_that_is_not_the_state():
     ):
         fpipe.flax.layer(Late())({}, X)
 
+    class LateParameter(nnx.Module):
+        def __call__(self, x):
+            self.late = nnx.Param(x)
+            return x
+
+    with pytest.raises(
+        ValueError, match=r"layer 'LateParameter': its module made the variables \['late'\] while it ran"
+    ):
+        fpipe.flax.layer(LateParameter())({}, X)
+
 
 def test_what_is_no_module_or_does_not_belong_together():
     with raises(
@@ -997,6 +1027,18 @@ def test_what_is_no_module_or_does_not_belong_together():
         fpipe.flax.layer(nn.Dense(3), borrow="embed")  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="train= is the name of an argument"):
         fpipe.flax.layer(nn.Dense(3), train=3)  # pyright: ignore[reportArgumentType]
+    for module in (nn.Dense(3), nnx.Linear(3, 3, rngs=nnx.Rngs(0)), functools.partial(nnx.Linear, 3, 3)):
+        with pytest.raises(
+            TypeError, match=r"of layer 'a': (Dense|Linear) has no method 'atend'; name the one to call"
+        ):
+            fpipe.flax.layer(module, name="a", method="atend")
+        with pytest.raises(
+            TypeError, match="of layer 'a': method= is the name of a method, or of a linen module a function"
+        ):
+            fpipe.flax.layer(module, name="a", method=3)  # pyright: ignore[reportArgumentType]
+    for module in (type("Bare", (nn.Module,), {})(), type("Bare", (nnx.Module,), {})()):
+        with pytest.raises(TypeError, match="of layer 'Bare': Bare has no method '__call__'"):
+            fpipe.flax.layer(module)
     norm = nn.BatchNorm()
     with pytest.raises(ValueError, match="layer 'layers_0' is there again as layer 1, but it has state"):
         fpipe.flax.layers([norm, norm])

@@ -94,6 +94,22 @@ def calling(
     return Calling(several, chained, switches, train if isinstance(train, bool) else None)
 
 
+def method_of(kind: type, method: str | Callable[..., Any] | None, who: str) -> Callable[..., Any]:
+    """The method of a module that a layer calls, as a function of `self`.
+
+    Raises:
+        TypeError: neither a name nor a function; a module without that method.
+    """
+    if callable(method):
+        return getattr(method, "__func__", method)  # of a bound method its function
+    if not isinstance(method, (str, type(None))):
+        raise TypeError(f"{who}: method= is the name of a method, or of a linen module a function, got {method!r}")
+    name = method or "__call__"
+    if not any(name in vars(base) for base in kind.__mro__):  # `getattr` would find that of the metaclass
+        raise TypeError(f"{who}: {kind.__name__} has no method {name!r}; name the one to call: `method=...`")
+    return getattr(kind, name)
+
+
 def parameters_of(f: Callable[..., Any]) -> list[inspect.Parameter]:
     """The parameters of a method after `self`."""
     return list(inspect.signature(f).parameters.values())[1:]

@@ -117,8 +117,8 @@ def layers(model: Any, x: PyTree = None, *, train: str | bool | None = None) -> 
     twice is tied to its first place.
 
     Arguments:
-        model: an `nn.Sequential`, an `nnx.Sequential`, or a list or tuple of modules, functions of `x`, and
-            `fpipe.Layer`s (which are left as they are).
+        model: an `nn.Sequential`, an `nnx.Sequential`, or a list or tuple, nested or not, of modules, functions of `x`,
+            and `fpipe.Layer`s (which are left as they are).
         x: a sample input, arrays or shapes, with which linen modules are seen through one after the other.
         train: as in `layer`, for all modules.
 
@@ -141,7 +141,7 @@ def layers(model: Any, x: PyTree = None, *, train: str | bool | None = None) -> 
             f"`fpipe.flax.layers(model)`: a Sequential or a list of modules and functions belongs here, got {model!r}; "
             "for one module use `fpipe.flax.layer(module)`"
         )
-    modules = list(model.layers) if chained else list(model)
+    modules = list(model.layers) if chained else list(_flat(model))
     _check_shared(modules)
     out: list[Layer] = []
     params: dict[str, PyTree] = {}
@@ -160,6 +160,14 @@ def layers(model: Any, x: PyTree = None, *, train: str | bool | None = None) -> 
         if x is not None:
             x = _through(out[-1], k, params, x)
     return out
+
+
+def _flat(model: Iterable[Any]) -> Iterator[Any]:
+    for value in model:
+        if isinstance(value, (list, tuple)):
+            yield from _flat(value)
+        else:
+            yield value
 
 
 @dataclasses.dataclass(frozen=True)

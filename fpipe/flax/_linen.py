@@ -16,7 +16,7 @@ from fpipe._layer import Layer, checked_names
 from fpipe._tree import PyTree, eval_shape, shapes_of
 from fpipe.flax._batch_norm import defer_stats, deferred_apply, finish_stats
 from fpipe.flax._borrow import Borrow, Path, check_fit, keep_own, lend, misfit, owners
-from fpipe.flax._calling import Calling, calling
+from fpipe.flax._calling import Calling, calling, method_of
 from fpipe.flax._streams import no_key, stream_key
 
 # What a module sows for people to look at: a layer has no place for it.
@@ -228,7 +228,8 @@ def linen_layer(
 ) -> Layer:
     """See `fpipe.flax.layer`."""
     who = f"`fpipe.flax.layer(module)` of layer {name!r}"
-    f = getattr(type(module), method or "__call__") if not callable(method) else method
+    f = method_of(type(module), method, who)
+    method = f if callable(method) else method
     how = calling(f, train, chained, {n: getattr(module, n, None) for n in module.__dataclass_fields__}, who)
     streams = None if rngs is None else checked_names(rngs, f"{who}: rngs=")
     collections = None if state is None else checked_names(state, f"{who}: state=")

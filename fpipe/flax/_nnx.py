@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fpipe._layer import Layer
 from fpipe._tree import PyTree
 from fpipe.flax._batch_norm import DeferredNorm, defer_module, finish_module
 from fpipe.flax._borrow import Borrow, Path, check_fit, keep_own, lend, numbered, owners
-from fpipe.flax._calling import Calling, calling, parameters_of
+from fpipe.flax._calling import Calling, calling, method_of, parameters_of
 from fpipe.flax._streams import no_key, stream_key, typed
 
 MODES = ("deterministic", "use_running_average")  # the attributes that `nnx.Module.train` and `eval` set
@@ -163,8 +163,9 @@ class NNX:
 
     def state(self, module: nnx.Module) -> PyTree:
         """The layer's state, from the module."""
-        _, _, _, rest = split(module)
-        more = [path for path in paths(rest) if path not in self.rest]
+        _, params, _, rest = split(module)
+        known = {*self.rest, *flatten_dict(self.params.tree)}
+        more = [path for path in (*paths(rest), *paths(params)) if path not in known]
         if more:
             names = ["/".join(map(str, path)) for path in more]
             raise ValueError(
@@ -278,7 +279,7 @@ def nnx_layer(
     made = module if isinstance(module, nnx.Module) else nnx.eval_shape(lambda: module(rngs=nnx.Rngs(0)))
     norms = {isinstance(n, DeferredNorm) for _, n in nnx.iter_graph(made) if isinstance(n, nnx.BatchNorm)}
     graph, params, random, rest = split(nnx.clone(made))
-    f = getattr(type(made), method or "__call__")
+    f = method_of(type(made), method, who)
     how = calling(f, train, chained, {}, who)
     modes = not isinstance(train, str) and any(
         hasattr(node, mode) for _, node in nnx.iter_graph(made) if isinstance(node, nnx.Module) for mode in MODES
