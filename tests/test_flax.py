@@ -270,7 +270,7 @@ def test_a_method_may_be_given_by_name_as_a_function_or_bound():
 
     module = Several()
     layers = [fpipe.flax.layer(module, method=method) for method in ("both", Several.both, module.both)]
-    params, y = layers[0].init(KEY, (X, X), borrowed={}), None
+    params = fpipe.sequential(layers[:1]).init(KEY, (X, X))[0]
     for layer in layers:
         y = layer(params, (X, 2 * X), key=None, train=True)
         assert_same(y, module.apply({"params": params}, X, 2 * X, True, method="both"))
