@@ -180,7 +180,8 @@ def _check_function(f: Callable[..., Any], call: str) -> None:
             "use it as it is; `dataclasses.replace(layer, name=...)` changes a part of it"
         )
     kind: type = type(f)
-    if any(base.__module__.partition(".")[0] == "flax" for base in kind.__mro__):  # by name: the core imports no Flax
+    # By name, as the core imports no Flax; what else Flax has, such as `nnx.jit` of a function, is a function.
+    if any(base.__name__ == "Module" and base.__module__.startswith("flax.") for base in kind.__mro__):
         raise TypeError(
             f"{call}: a {kind.__name__} is a Flax module, whose parameters would not be seen: write "
             "`fpipe.flax.layer(module)`, or `fpipe.flax.layers(...)` for a Sequential or a list of modules"

@@ -1068,6 +1068,7 @@ def test_what_is_no_module_or_does_not_belong_together():
                 TypeError, match=r"is a Flax module, whose parameters would not be seen: write `fpipe\.flax"
             ):
                 make(module)
+    assert fpipe.fn(nnx.jit(double), "double").needs == ()
 
 
 # --- values ---
