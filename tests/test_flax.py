@@ -976,8 +976,9 @@ def test_a_random_stream_without_a_key():
 
 def test_a_collection_that_is_not_the_state():
     message = (
-        "layer 'Block': its module uses ['batch_stats'], which the layer does not keep as its state: write "
-        "`fpipe.flax.layer(module, state=['batch_stats'])`, or give a sample input: `fpipe.flax.layer(module, x)`"
+        "layer 'Block': its module uses ['batch_stats'], which the layer does not keep as its state: give a "
+        "sample input, `fpipe.flax.layer(module, x)`, or write `fpipe.flax.layer(module, state=['batch_stats'])` if it is not only "
+        "sown"
     )
     layer = fpipe.flax.layer(Block())
     with raises(ValueError, message):

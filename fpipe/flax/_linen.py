@@ -123,8 +123,8 @@ class Linen:
         """The error of a module with collections that the layer does not keep."""
         more = [*self.collections, *collection]
         return ValueError(
-            f"layer {self.name!r}: its module uses {sorted(collection)}, which the layer does not keep as its state: write "
-            f"`fpipe.flax.layer(module, state={more})`, or give a sample input: `fpipe.flax.layer(module, x)`"
+            f"layer {self.name!r}: its module uses {sorted(collection)}, which the layer does not keep as its state: give "
+            f"a sample input, `fpipe.flax.layer(module, x)`, or write `fpipe.flax.layer(module, state={more})` if it is not only sown"
         )
 
     @contextlib.contextmanager
