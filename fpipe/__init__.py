@@ -1,7 +1,10 @@
 """fpipe: pipeline-parallel training for JAX as pure functions."""
 
 from fpipe import schedules as schedules
+from fpipe._balancing import balance as balance
 from fpipe._batch_norm import DeferredBatchNorm as DeferredBatchNorm
+from fpipe._costs import LayerCosts as LayerCosts
+from fpipe._costs import layer_costs as layer_costs
 from fpipe._layer import Layer as Layer
 from fpipe._layer import fn as fn
 from fpipe._layer import skippable as skippable

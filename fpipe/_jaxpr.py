@@ -336,10 +336,10 @@ def _is_opaque(eqn: Any) -> bool:
 
 
 def _bodies(values: Iterable[Any]) -> Iterator[Any]:
-    """The jaxprs among the parameters of an equation, open."""
+    """The jaxprs among the parameters of an equation."""
     for value in values:
         if isinstance(value, (Jaxpr, ClosedJaxpr)):
-            yield getattr(value, "jaxpr", value)
+            yield value
         elif isinstance(value, (tuple, list)):
             yield from _bodies(value)
 
@@ -468,7 +468,31 @@ def calls_host(nodes: Iterable[Node]) -> bool:
 
 def _calls_host(eqn: Any) -> bool:
     name, bodies = eqn.primitive.name, _bodies(eqn.params.values())
-    return "callback" in name or name == "debug_print" or any(_calls_host(e) for body in bodies for e in body.eqns)
+    return "callback" in name or name == "debug_print" or any(_calls_host(e) for body in bodies for e in _eqns(body))
+
+
+def _eqns(body: Any) -> Sequence[Any]:
+    return getattr(body, "jaxpr", body).eqns
+
+
+def loops(node: Node) -> bool:
+    """Whether an equation is a loop, or has one in it, at any depth."""
+    return _loops(node.eqn)
+
+
+def _loops(eqn: Any) -> bool:
+    bodies = _bodies(eqn.params.values())
+    return eqn.primitive.name in ("scan", "while") or any(_loops(e) for body in bodies for e in _eqns(body))
+
+
+def bodies(node: Node) -> list[Graph]:
+    """What an equation runs: a loop's body, the branches of a `cond`, the function of a call."""
+    return [inline(body) for body in _bodies(node.eqn.params.values())]
+
+
+def rounds(node: Node) -> int:
+    """How often an equation runs its body; a `while`, of which nobody knows, counts as once."""
+    return node.eqn.params["length"] if node.eqn.primitive.name == "scan" else 1
 
 
 # How to differentiate a custom function: made anew by each trace, and of no use in programs that are only run.

@@ -15,7 +15,8 @@ LEVELS = [
     ["fpipe.flax", "fpipe.optim", "fpipe.plot", "fpipe.testing"],
     ["fpipe"],
     ["fpipe._pipe"],
-    ["fpipe._placed", "fpipe._scan", "fpipe._sequential"],
+    ["fpipe._balancing"],
+    ["fpipe._placed", "fpipe._scan", "fpipe._sequential", "fpipe._costs"],
     ["fpipe._given"],
     ["fpipe._plan", "fpipe._call"],
     ["fpipe._after"],
@@ -24,7 +25,7 @@ LEVELS = [
     ["fpipe._model", "fpipe._loss", "fpipe._batch_norm"],
     ["fpipe._layer", "fpipe._jaxpr", "fpipe._microbatch", "fpipe._remat"],
     ["fpipe._skip", "fpipe.schedules", "fpipe._frozen"],
-    ["fpipe._tree", "fpipe._errors", "fpipe._recent", "fpipe._mincut"],
+    ["fpipe._tree", "fpipe._errors", "fpipe._recent", "fpipe._mincut", "fpipe._balance"],
 ]
 LEVEL = {name: k for k, names in enumerate(LEVELS) for name in names}
 
