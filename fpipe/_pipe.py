@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jax.sharding import Mesh
 
+from fpipe._balancing import balanced
 from fpipe._batch_norm import deferred
 from fpipe._call import (
     Args,
@@ -21,6 +22,7 @@ from fpipe._call import (
     checked,
     scaled,
 )
+from fpipe._costs import UNITS, By, costs_of
 from fpipe._frozen import Frozen, FrozenLeaves
 from fpipe._layer import Layer
 from fpipe._loss import Loss, Reduction, as_loss
@@ -47,7 +49,9 @@ class Pipe(Call):
 
     Arguments:
         layers: functions, `Layer`s, or nested sequences of them.
-        balance: layers per stage; default as even as possible over the devices.
+        balance: layers per stage, such as `fpipe.balance` returns. Default as even as possible over the devices, in number;
+            with a `sample` in FLOPs. Also, with a `sample`, `"flops"`, `"bytes"`, `"time"` (measured on the first device)
+            or `"memory"`. The field is always the numbers.
         devices: one per stage (one per device of the schedule, if that puts several stages on each), a `jax.Device`
             or a `Sharding` of one device; repeats and any order are allowed, extra ones ignored. Default
             `jax.devices()`.
@@ -77,6 +81,7 @@ class Pipe(Call):
             as it is.
         deferred_batch_norm: whether layers that can (`fpipe.Layer(defer=...)`) update their batch norms' running statistics
             once per call, with those of the whole batch; default `False`: once per microbatch.
+        sample: a batch, or its shapes, for the balance to be found by; no field, and not kept.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message says what was given and what would be right.
@@ -110,7 +115,7 @@ class Pipe(Call):
     def __init__(
         self,
         layers: Iterable[Any],
-        balance: Sequence[int] | None = None,
+        balance: Sequence[int] | By | None = None,
         devices: Iterable[Place] | None = None,
         chunks: int = 1,
         checkpoint: str | Policy = "except_last",
@@ -120,6 +125,8 @@ class Pipe(Call):
         mesh: Mesh | None = None,
         compute_dtype: Any = None,
         deferred_batch_norm: bool = False,
+        *,
+        sample: PyTree = None,
     ) -> None:
         if executor not in ("placed", "scan"):
             raise ValueError(f'`Pipe(executor={executor!r})`: the executor is "placed" or "scan"')
@@ -133,6 +140,8 @@ class Pipe(Call):
         if deferred_batch_norm:
             model = Model(deferred(layers, "Pipe"), compute_dtype)
         places = as_placements(devices if mesh is None else stage_devices(mesh, devices))
+        if sample is not None or (isinstance(balance, str) and balance in UNITS):
+            balance = _found_balance(balance, sample, model, scheduling, remat, places, chunks)
         balance = _checked_balance(balance, model, lambda layers: scheduling.stages(len(places), chunks, layers))
         stage_to_device = scheduling.stage_to_device(len(balance), len(places), chunks)
         places = first_placements(places, 1 + max(stage_to_device))
@@ -331,6 +340,30 @@ def _remade(fields: dict[str, Any]) -> Pipe:
         devices = np.array([place.device for place in grid.flat]).reshape(grid.shape)
         fields["mesh"] = Mesh(devices, names, axis_types=types)
     return Pipe(**fields)
+
+
+def _found_balance(
+    balance: Any,
+    sample: PyTree,
+    model: Model,
+    scheduling: Scheduling,
+    remat: Remat,
+    places: Sequence[Placement],
+    chunks: int,
+) -> tuple[int, ...]:
+    """Layers per stage by what a sample says that they cost."""
+    call, by = f"`Pipe(balance={balance!r})`", "flops" if balance is None else balance
+    if not isinstance(by, str) or by not in UNITS:
+        raise TypeError(f"{call} and `sample`: a sample is there to find a balance by: {', '.join(map(repr, UNITS))}")
+    if sample is None:
+        raise TypeError(f"{call}: a batch, or its shapes, is needed to find a balance: `Pipe(..., sample=x)`")
+    if model.needing("side"):
+        raise ValueError(
+            f"{call} and `sample`: layers ask for side inputs; write `balance=fpipe.balance(layers, x, side=side, ...)`"
+        )
+    costs = costs_of(model, sample, by, None, chunks, None, remat, device=places[0].device)
+    stages = scheduling.stages(len(places), chunks, len(model.layers))
+    return balanced(costs, scheduling, stages, len(places), by == "memory")
 
 
 def _checked_balance(balance: Any, model: Model, stages: Callable[[int], int]) -> tuple[int, ...]:

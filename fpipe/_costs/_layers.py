@@ -18,7 +18,7 @@ from fpipe._stage import Port
 from fpipe._tree import PyTree, Shape, is_inexact, map_arrays, numbers_as_arrays, strong
 
 By: TypeAlias = Literal["flops", "bytes", "time", "memory"]
-UNITS: dict[str, str] = {"flops": "FLOP", "bytes": "byte", "time": "second", "memory": "nothing"}
+UNITS: dict[By, str] = {"flops": "FLOP", "bytes": "byte", "time": "second", "memory": "nothing"}
 
 
 def layer_costs(

@@ -1,7 +1,6 @@
 """`balance`: how many layers go into each stage, for costs, devices, limits and a schedule."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
@@ -10,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from fpipe._balance import Short, Table, Task, arriving, best_cut, leaving, total
+from fpipe._balance import Short, Table, Task, best_cut
+from fpipe._balancing._tables import Tables
 from fpipe._call import check_chunks
 from fpipe._costs import UNITS, By, LayerCosts, layer_costs
-from fpipe._plan import direct_pairs
-from fpipe._remat import Policy, Remat
+from fpipe._remat import Policy
 from fpipe._scheduling import Generator, Scheduling
 from fpipe._tree import PyTree
 from fpipe.schedules import Schedule
@@ -145,7 +144,7 @@ def balanced(
             f"`balance(bandwidth=...)`: bytes per second cannot be weighed against {costs.unit}s: give `speeds=` too, in "
             f"{costs.unit}s per second"
         )
-    tables = _Tables(costs, places, scheduling, optimizer)
+    tables = Tables(costs, places, scheduling, optimizer)
     if by_memory:
         share = [1.0 if math.isinf(limit) else max(limit, 1.0) for limit in limits]
 
@@ -162,80 +161,6 @@ def balanced(
     if isinstance(cut, Short):
         raise ValueError(_unfit(cut, costs, scheduling))
     return cut
-
-
-class _Tables:
-    """What each span of layers costs as one of the stages."""
-
-    def __init__(self, costs: LayerCosts, places: tuple[int, ...], scheduling: Scheduling, optimizer: float) -> None:
-        self.costs, self.places, self.scheduling, self.optimizer = costs, places, scheduling, optimizer
-        self.remat, self.layers, self.m = Remat.of(costs.checkpoint), len(costs.names), costs.microbatches
-        sends = [*costs.skips, *(b._replace(bytes=b.bytes / self.m) for b in costs.borrowed)]
-        self.skips_in = arriving(self.layers, costs.skips)
-        self.sent_in, self.sent_out = arriving(self.layers, sends), leaving(self.layers, sends)
-        # What the layer before a span hands to it, and what its last layer hands on.
-        self.before = np.array([0, *costs.boundaries])[:, None] * np.ones(self.layers + 1)[None, :]
-        self.behind = np.array([0, *costs.boundaries[:-1], 0])[None, :] * np.ones(self.layers + 1)[:, None]
-        self.before[-1] = 0
-        self._schedule: Schedule | None = None
-
-    @property
-    def schedule(self) -> Schedule:
-        """The schedule, made when it is first looked at: a large one takes its time."""
-        if self._schedule is None:
-            self._schedule = self.scheduling.make(self.places, self.m)
-        return self._schedule
-
-    def work(self, s: int) -> Table:
-        """Forward, backward, and the forward again where it is recomputed, of a microbatch in the mean."""
-        forward, backward = total(self.costs.forward), total(self.costs.backward)
-        if not any(self.costs.forward):
-            return backward
-        if not self.schedule.backwards:
-            return forward
-        direct = direct_pairs(itertools.chain(*self.schedule.actions), self.places)
-        again = sum(self.remat.recomputes(i, self.m, (s, i) in direct) for i in range(self.m)) / self.m
-        return forward * (1 + again) + backward
-
-    def received(self, s: int) -> Table:
-        """Bytes that come in from other devices in a microbatch's forward; as many go back in its backward."""
-        apart = s > 0 and self.places[s - 1] != self.places[s]
-        return self.sent_in + self.before * apart
-
-    def link(self, s: int) -> Table:
-        """Bytes that go in and out in a microbatch's forward: each way as many as that, with the backward."""
-        apart = s + 1 < len(self.places) and self.places[s + 1] != self.places[s]
-        return self.received(s) + self.sent_out + self.behind * apart
-
-    def memory(self, s: int) -> Table:
-        """Bytes that the stage needs on its device."""
-        costs, borrowed = self.costs, arriving(self.layers, self.costs.borrowed)
-        params, batch = total(costs.params), np.zeros_like(borrowed)
-        batch[0] = self.m * costs.inputs
-        ends = batch + self.before + self.behind
-        if not self.schedule.backwards:
-            return params + borrowed + ends + self.skips_in * len(self.places)
-        fixed = params * (1 + self.optimizer) + total(costs.gradients) + 2 * borrowed
-        residuals = total(costs.residuals)
-        residuals[:, 1:] -= total(costs.shared)[:, :-1]
-        live, before = self.live[s], self.live[:s]
-        if self.remat.option == "never":
-            held, working = residuals, 0
-        else:
-            held = self.before + self.skips_in + total(costs.saved)
-            working = residuals * (min(2, live) if self.remat.option == "except_last" else 1)
-        # What is sent waits here while it counts as held where it was made.
-        early, earliest = (max(0, *counts, live) - live for counts in (before[-1:], before))
-        return fixed + held * live + working + self.before * early + self.skips_in * earliest + ends
-
-    @property
-    def live(self) -> tuple[int, ...]:
-        """For each stage the most microbatches between its forward and the end of its backward."""
-        live, peak = [0] * len(self.places), [0] * len(self.places)
-        for a in itertools.chain(*self.schedule.actions):
-            live[a.stage] += {"F": 1, "B": -1, "W": -1}.get(a.kind, 0)
-            peak[a.stage] = max(peak[a.stage], live[a.stage])
-        return tuple(peak)
 
 
 def _known(layers: Any) -> LayerCosts | None:
