@@ -291,7 +291,7 @@ class _Search:
         together = used.sum() + self.memory[s][i] + self.sums[s + 1]
         over = np.maximum(over, (together - self.limits.sum()) / len(self.limits))
         for bound, j, new in self.branches(s, i, value, over):
-            if self.left <= 0:
+            if self.left <= 0 and (self.limited or self.best is not None):
                 return
             if math.isinf(bound[0]) or (self.limited and over[j] > 0) or (self.best is not None and bound >= self.best):
                 continue

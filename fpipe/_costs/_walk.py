@@ -91,9 +91,11 @@ class Walk:
         key = jax.eval_shape(lambda: jax.random.key(0))
         if params is None:
             params = model.init(key, x, side, lambda k, make, key: eval_shape(make, key))
-        states = model.init_state(x, side, params, lambda k, make, _: eval_shape(make, None))
         self.params = tuple(map(Shape.of, params))
-        self.states = {k: Shape.of(states[k]) for k in model.stateful}
+        self.states: dict[int, Shape] = {}
+        if model.stateful:
+            states = model.init_state(x, side, params, lambda k, make, _: eval_shape(make, None))
+            self.states = {k: Shape.of(states[k]) for k in model.stateful}
         self.key = Shape.of(key)
         self.stages = cut_stages(model, [1] * len(model.layers))
         self.at: list[Shape] = [Shape.of(x)]  # before each layer, and behind the last
@@ -110,7 +112,7 @@ class Walk:
         layer = dataclasses.replace(stage.model.layers[k], name="layer", namespaces=())
         key: Hashable = (
             _comparable(layer),
-            stage.last,
+            stage.last and self.model.compute_dtype is not None,  # then what it returns is cast
             tuple((local(port), shape) for port, shape in given.items()),
             frozenset((local(leaf.port), leaf.k) for leaf in wanted),
             frozenset(map(str, map(local, (Port("skip", skip) for skip in stage.skips_out)))),
