@@ -9,7 +9,6 @@ Run it with no argument. It uses the GPUs of this machine, or else simulated CPU
 """
 
 import argparse
-import itertools
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -122,29 +121,6 @@ def resnet(blocks: tuple[int, ...], width: int) -> list[fpipe.Layer]:
     return [*layers, head(10)]
 
 
-def multiplications(layers: list[fpipe.Layer], size: int) -> list[float]:
-    """Of each layer for one image, from shapes alone: a parameter is used once for each pixel."""
-    area, costs = float(size * size), []
-    params = jax.eval_shape(fpipe.sequential(layers).init, jax.random.key(0), shape_of_images(1))
-    for layer, shapes in zip(layers, params, strict=True):
-        area *= {"halve": 0.25}.get(layer.name, 1.0)
-        costs.append(area * sum(a.size for a in jax.tree.leaves(shapes)))
-    return costs
-
-
-def balance_of(costs: list[float], stages: int) -> list[int]:
-    """Layers per stage such that the dearest stage is as cheap as can be: exact, by dynamic programming."""
-    ends = [0.0, *itertools.accumulate(costs)]
-    # For the first `n` layers: the dearest stage, and the layers per stage. First all in one stage, then in one more each time.
-    best = {n: (ends[n], [n]) for n in range(1, len(ends))}
-    for s in range(2, stages + 1):
-        best = {
-            n: min((max(best[k][0], ends[n] - ends[k]), [*best[k][1], n - k]) for k in range(s - 1, n))
-            for n in range(s, len(ends))
-        }
-    return best[len(costs)][1]
-
-
 # --- the data --------------------------------------------------------------------------------------
 
 SIZE = 8
@@ -240,7 +216,14 @@ def build(args: argparse.Namespace) -> fpipe.Pipe:
     layers = resnet(FORMS[args.layers], args.width)
     return fpipe.Pipe(
         layers,
-        balance=balance_of(multiplications(layers, SIZE), args.stages),
+        balance=fpipe.balance(
+            layers,
+            shape_of_images(args.batch),
+            stages=args.stages,
+            chunks=args.chunks,
+            checkpoint=args.checkpoint,
+            schedule=args.schedule,
+        ),
         devices=[jax.devices()[s % len(jax.devices())] for s in range(args.stages)],
         chunks=args.chunks,
         checkpoint=args.checkpoint,

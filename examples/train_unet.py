@@ -93,32 +93,6 @@ def unet(depth: int, blocks: int, channels: int) -> list[fpipe.Layer]:
     return [*layers, head(3)]
 
 
-def multiplications(layers: list[fpipe.Layer], size: int) -> list[float]:
-    """Of each layer for one patch, from shapes alone: a kernel is applied once for each pixel."""
-    model, area, costs = fpipe.sequential(layers), float(size * size), []
-    params = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
-    for layer, shapes in zip(layers, params, strict=True):
-        area *= {"down": 0.25, "up": 4.0}.get(layer.name, 1.0)
-        costs.append(area * sum(a.size for a in jax.tree.leaves(shapes)))
-    return costs
-
-
-def balance_of(costs: list[float], stages: int) -> list[int]:
-    """Layers per stage such that the dearest stage is as cheap as can be: exact, by dynamic programming."""
-
-    @functools.cache
-    def best(first: int, stages: int) -> tuple[float, tuple[int, ...]]:
-        if stages == 1:
-            return sum(costs[first:]), (len(costs) - first,)
-        options = []
-        for count in range(1, len(costs) - first - stages + 2):
-            dearest, rest = best(first + count, stages - 1)
-            options.append((max(sum(costs[first : first + count]), dearest), (count, *rest)))
-        return min(options)
-
-    return list(best(0, stages)[1])
-
-
 # --- the data --------------------------------------------------------------------------------------
 
 
@@ -215,7 +189,14 @@ def build(args: argparse.Namespace) -> fpipe.Pipe:
     layers = unet(args.depth, args.blocks, args.channels)
     return fpipe.Pipe(
         layers,
-        balance=balance_of(multiplications(layers, args.size), args.stages),
+        balance=fpipe.balance(
+            layers,
+            jax.ShapeDtypeStruct((args.batch, args.size, args.size, 3), jnp.float32),
+            stages=args.stages,
+            chunks=args.chunks,
+            checkpoint=args.checkpoint,
+            schedule=args.schedule,
+        ),
         devices=[jax.devices()[s % len(jax.devices())] for s in range(args.stages)],
         chunks=args.chunks,
         checkpoint=args.checkpoint,
