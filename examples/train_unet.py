@@ -9,7 +9,6 @@ Run it with no argument. It uses the GPUs of this machine, or else simulated CPU
 """
 
 import argparse
-import functools
 import pathlib
 import time
 from collections.abc import Iterator

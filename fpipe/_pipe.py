@@ -3,8 +3,9 @@
 import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -31,12 +32,13 @@ from fpipe._model import Model
 from fpipe._placed import DISPATCH, Dispatch, Placed, Progress, TracedCallError, as_progress, only_shapes
 from fpipe._placement import Device, Place, Placement, as_placements, first_placements
 from fpipe._plan import Layout
+from fpipe._prediction import Options, Prediction, mean_square, predict
 from fpipe._remat import Policy, Remat
 from fpipe._scan import Packed, Scan, as_mesh, stage_devices
 from fpipe._scheduling import Scheduling
 from fpipe._sequential import Sequential
 from fpipe._stage import cut_stages
-from fpipe._tree import PyTree, map_arrays, numbers_as_arrays, strong
+from fpipe._tree import PyTree, eval_shape, map_arrays, numbers_as_arrays, strong
 from fpipe.schedules import Schedule
 
 
@@ -298,6 +300,96 @@ class Pipe(Call):
         if self.executor == "scan":
             return self._scan.compile(args, loss, numbers)
         return self._placed.compile(args, loss, numbers, threads, as_progress(progress))
+
+    def plan(
+        self,
+        params: Sequence[PyTree] | None,
+        x: PyTree,
+        *targets: PyTree,
+        loss_fn: Callable[..., Any] | None = None,
+        has_aux: bool = False,
+        reduction: Reduction = "mean",
+        argnums: int | Sequence[int] = 0,
+        frozen: Frozen | None = None,
+        side: PyTree = None,
+        key: Any = None,
+        state: Sequence[PyTree] | None = None,
+        train: bool = False,
+        by: Literal["flops", "time"] = "flops",
+        speed: float | Sequence[float] | None = None,
+        latency: float = 0.0,
+        bandwidth: float | None = None,
+        optimizer: float = 2.0,
+        memory: float | Sequence[float] | None = None,
+        compiled: bool = False,
+    ) -> Prediction:
+        """What a training step will take, before it runs: `print(pipe.plan(params, x))`.
+
+        Nothing runs and nothing is allocated, but for `by="time"`. Memory is that of arrays: of the placed executor it is
+        exact, instruction by instruction, as an allocator takes and gives it; of the scan executor it is the
+        sizes of the buffers.
+
+        Arguments:
+            params: placed or not, or their shapes; `None`: what `init` makes.
+            x, targets, side, key, state, train: as for the call; shapes (`jax.ShapeDtypeStruct`) will do. Layers with state
+                get what `init_state` makes, if none is given. Inputs that are no arrays yet are taken to lie where they are read.
+            loss_fn, has_aux, reduction, argnums, frozen: the step is `value_and_grad(loss_fn, …)(params, x, *targets)`.
+                Without `loss_fn` the loss is the mean of the squares of the output.
+
+        Other Arguments:
+            by: what work is: `"flops"` (default), counted in the programs, or `"time"`: each program is compiled and run some
+                times on its device.
+            speed: FLOP per second of a device, one number or one for each: then times are in seconds.
+            latency, bandwidth: seconds, and bytes per second, between devices, where times are in seconds; default 0 and no limit.
+            optimizer: bytes of optimizer state for each byte of parameters; default 2, as Adam has it.
+            memory: bytes that a device has, one number or one for each; more than that is a warning.
+            compiled: whether to compile the programs, for the memory that they need for themselves.
+
+        Returns:
+            A `fpipe.Prediction`.
+
+        Example:
+            >>> dense = fpipe.Layer(lambda w, x: jnp.tanh(x @ w), init=lambda key, x: jnp.eye(3))
+            >>> pipe = fpipe.Pipe([dense, dense], devices=[jax.devices()[0]] * 2, chunks=4)
+            >>> plan = pipe.plan(None, jax.ShapeDtypeStruct((8, 3), jnp.float32))
+            >>> plan.stages[0].work["F"], f"{plan.bubble:.0%}"
+            (42.0, '25%')
+        """
+        if loss_fn is None and targets:
+            raise TypeError("`pipe.plan(params, x, *targets)`: targets belong to a loss: give `loss_fn=` too")
+        given = {"by": by, "speed": speed, "latency": latency, "bandwidth": bandwidth, "optimizer": optimizer}
+        options = Options.of("pipe.plan", len(self.devices), **given, memory=memory, compiled=compiled)
+        params, state = self._shaped(params, state, x, side)
+        loss = as_loss("plan", mean_square if loss_fn is None else loss_fn, has_aux, reduction)
+        args = self._reference()._checked(Args(params, x, targets, side, key, state, bool(train)))
+        numbers = as_argnums(argnums)
+        check_argnums(argnums, numbers, args)
+        args = args._replace(frozen=FrozenLeaves(frozen).of(params))
+        remat, scan = Remat.of(self.checkpoint), None
+        if self.executor == "scan":
+            packed = eval_shape(self.place, params)
+            scan = self._scan, args._replace(params=packed)
+        return predict(self._as_placed(), scan, args, loss, numbers, remat, options)
+
+    def _shaped(self, params: Any, state: Any, x: PyTree, side: PyTree) -> tuple[Any, Any]:
+        """Parameters and states for a prediction: those that are given, else their shapes."""
+        first, nothing = first_microbatch(x, side, self.chunks), jax.random.key(0)
+        if isinstance(params, Packed):
+            params = tuple(shape.tree for shape in params.packing.shapes)
+        elif params is None:
+            params = self.model.init(nothing, *first, lambda k, make, key: eval_shape(make, key))
+        if state is None and self.model.stateful:
+            state = self.model.init_state(*first, params, None, lambda k, make, key: eval_shape(make, key))
+        return params, state
+
+    def _as_placed(self) -> Placed:
+        """The placed executor for the same stages."""
+        if isinstance(self._executor, Placed):
+            return self._executor
+        scheduling, places = Scheduling.of(self.schedule), as_placements(self.devices)
+        stage_to_device = scheduling.stage_to_device(len(self.balance), len(places), self.chunks)
+        layout = Layout(cut_stages(self.model, self.balance), tuple(places[d] for d in stage_to_device))
+        return Placed(layout, scheduling, stage_to_device, Remat.of(self.checkpoint), self.chunks, "one_thread")
 
     @property
     def _placed(self) -> Placed:

@@ -15,6 +15,7 @@ LEVELS = [
     ["fpipe.flax", "fpipe.optim", "fpipe.plot", "fpipe.testing"],
     ["fpipe"],
     ["fpipe._pipe"],
+    ["fpipe._prediction"],
     ["fpipe._balancing"],
     ["fpipe._placed", "fpipe._scan", "fpipe._sequential", "fpipe._costs"],
     ["fpipe._given"],

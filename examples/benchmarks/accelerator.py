@@ -9,6 +9,7 @@
 """
 
 import argparse
+import dataclasses
 import functools
 import statistics
 import time
@@ -43,8 +44,8 @@ def model() -> list[fpipe.Layer]:
         skip, carry = fpipe.pop(carry, "skip")
         return apply(params, x + skip.astype(x.dtype)), carry
 
-    ends = [fpipe.Layer(f, init, stash=f.stash, pop=f.pop, name=name) for f, name in ((first, "first"), (last, "last"))]
-    return [ends[0], fpipe.fn(drop), fpipe.Layer(apply, init, name="block"), fpipe.fn(drop), ends[1], fpipe.fn(drop)]
+    begin, end = (dataclasses.replace(layer, init=init) for layer in (first, last))
+    return [begin, fpipe.fn(drop), fpipe.Layer(apply, init, name="block"), fpipe.fn(drop), end, fpipe.fn(drop)]
 
 
 def check(pipe: fpipe.Pipe, x: jax.Array, t: jax.Array, tolerance: float | None) -> str:

@@ -49,7 +49,8 @@ class Placed:
     ) -> None:
         self.layout = layout
         self._dispatch: Dispatch = dispatch
-        self._scheduling, self._map, self._remat, self._chunks = scheduling, map_, remat, chunks
+        self.scheduling, self.stage_to_device, self.chunks = scheduling, map_, chunks
+        self._remat = remat
         self._bound, self._kept = Recent(_PLANS), Recent(_PROGRAMS)
         self._constants: dict[tuple[Any, Placement], Any] = {}
 
@@ -99,7 +100,7 @@ class Placed:
 
     def schedule(self, microbatches: int) -> Schedule:
         """The schedule for that many microbatches, checked against the model."""
-        return schedule_of(self._scheduling, self._map, self.layout.stages, microbatches)
+        return schedule_of(self.scheduling, self.stage_to_device, self.layout.stages, microbatches)
 
     def _differentiable(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         """All forwards in the schedule's order, and a pull-back with all backwards in its order."""
@@ -156,9 +157,13 @@ class Placed:
         self, args: Args, loss: Loss | None, argnums: tuple[int, ...], threads: int | None, progress: Progress | None
     ) -> int:
         """Compile the programs of a call; arrays or their shapes will do. Returns how many there are."""
+        return self.bound(args, loss, argnums).compile(threads, progress)
+
+    def bound(self, args: Args, loss: Loss | None, argnums: tuple[int, ...]) -> Bound:
+        """The plan of a call, ready to run; arrays or their shapes will do."""
         refuse_tracers(args)
         mode = "forward" if loss is None else "grad" if argnums else "loss"
-        return self._found(mode, args, loss, argnums, _type_or_shape)[0].compile(threads, progress)
+        return self._found(mode, args, loss, argnums, _type_or_shape)[0]
 
     def _start(self, mode: Any, args: Args, loss: Loss | None, asked: tuple[Any, ...]) -> tuple[Bound, list[Any]]:
         """The bound plan of a call, and slots with the inputs in them."""
@@ -218,7 +223,7 @@ class Placed:
         return bind(plan, self.layout, inputs, self._dispatch, self._constant)
 
     def _plan(self, mode: Any, args: Args, loss: Loss | None, asked: tuple[Any, ...]) -> tuple[Plan, Inputs]:
-        inputs = inputs_of(args, [Shape.of(p) for p in args.params], self._chunks)
+        inputs = inputs_of(args, [Shape.of(p) for p in args.params], self.chunks)
         if mode == "vjp":
             leaves = [leaf for leaf, a in zip(outer_leaves(_counts(args), args), asked, strict=True) if a]
         else:

@@ -11,7 +11,7 @@ import jax
 
 from fpipe._placed._compile import runs
 from fpipe._placement import Placement
-from fpipe._plan import Free, Move, Plan, Role
+from fpipe._plan import Free, Move, Plan, Role, Run
 from fpipe._tree import nbytes
 
 
@@ -85,12 +85,15 @@ def peaks(
     """The peak of each place; `temporary` is what a run needs for itself, by the number of its instruction."""
     found: dict[Placement, Peak] = {}
     for n, now in levels(plan, given, kept):
-        item = plan.instructions[n] if n >= 0 else None
-        here = now if item is None else () if isinstance(item, Free) else (item.placement,)
-        for place in here:
-            running = item is not None and not isinstance(item, (Free, Move))
-            extra = temporary(n) if running else 0
-            if place not in found or sum(now[place].values()) + extra > found[place].total:
-                doing = "the start" if item is None else str(item.action or item.name) if running else "a transfer"
-                found[place] = Peak(dict(now[place]), extra, doing)
+        if n < 0:
+            found |= {place: Peak(dict(roles), 0, "the start") for place, roles in now.items()}
+            continue
+        item = plan.instructions[n]
+        if isinstance(item, Free):
+            continue
+        running = isinstance(item, Run)
+        place, extra = item.placement, temporary(n) if running else 0
+        if place not in found or sum(now[place].values()) + extra > found[place].total:
+            doing = str(item.action or item.name) if running else "a transfer"
+            found[place] = Peak(dict(now[place]), extra, doing)
     return found

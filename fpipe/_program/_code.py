@@ -147,6 +147,7 @@ class Code:
             return self(*arrays)
 
         call.__name__ = call.__qualname__ = f"fpipe_{self.kind}"
+        vars(call)["code"] = self  # for who counts what it computes
         first = len(self.args)
         return jax.jit(call, donate_argnums=tuple(range(first, first + len(self.sums))) if self.accumulate else ())
 

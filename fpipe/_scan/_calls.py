@@ -142,6 +142,12 @@ class Scan:
         (step.forward if loss is None else step.loss).lower(*self._flat(args)).compile()
         return 1
 
+    def compiled_bytes(self, step: Step, args: Args) -> int:
+        """What the compiled program of a call with a loss needs on each device: all that goes in and out, and its own."""
+        analysis = step.loss.lower(*self._flat(args)).compile().memory_analysis()
+        sizes = (analysis.argument_size_in_bytes, analysis.output_size_in_bytes, analysis.temp_size_in_bytes)
+        return sum(sizes) - analysis.alias_size_in_bytes
+
     def step(self, mode: Any, args: Args, loss: Loss | None, asked: tuple[Any, ...]) -> Step:
         """The program of a call, from the cache or new.
 
@@ -190,7 +196,7 @@ class Scan:
         given = {X: pack(args.x)[0], SIDE: pack(args.side)[0], TARGETS: pack(args.targets)[0]}
         given |= {KEY: pack(args.key)[0]} if args.key is not None else {}
         put = {port: self._put(arrays) for port, arrays in given.items()}
-        return self._put(args.params.arrays), self._put(state), put
+        return on_mesh(args.params.arrays, self.mesh, lambda _: by_stage(self.mesh)), self._put(state), put
 
     def _put(self, arrays: Sequence[Any]) -> list[Any]:
         """Arrays where the program finds them: large ones from elsewhere over the devices, by rows."""

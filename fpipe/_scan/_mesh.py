@@ -82,7 +82,7 @@ def on_device(a: Any, device: Any) -> Any:
 
 
 def on_mesh(arrays: Sequence[Any], mesh: Mesh, sharding: Callable[[Any], NamedSharding]) -> list[Any]:
-    """Arrays where the program finds them: those of other devices are copied to the mesh.
+    """Arrays where the program finds them: those of other devices are copied to the mesh. Shapes will do.
 
     Arguments:
         sharding: how such an array is to lie.
@@ -92,6 +92,8 @@ def on_mesh(arrays: Sequence[Any], mesh: Mesh, sharding: Callable[[Any], NamedSh
     def put(a: Any) -> Any:
         if isinstance(a, Tracer) or (isinstance(a, jax.Array) and a.sharding.device_set == there):
             return a
+        if isinstance(a, jax.ShapeDtypeStruct):
+            return a if a.sharding is not None else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(a))
         if mesh.is_multi_process and isinstance(a, jax.Array):
             if jax.numpy.issubdtype(a.dtype, jax.dtypes.prng_key):
                 with jax.ensure_compile_time_eval():  # a key that a traced function closes over is known

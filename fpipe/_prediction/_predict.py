@@ -1,0 +1,321 @@
+"""A prediction from the plan of a call: the work of its programs, when they run, and what is alive meanwhile."""
+
+import dataclasses
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Real
+from typing import Any, Literal, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+
+from fpipe._balancing import balanced
+from fpipe._call import Args
+from fpipe._costs import LayerCosts, costs_of
+from fpipe._costs._flops import count
+from fpipe._given import inputs_of
+from fpipe._loss import Loss
+from fpipe._placed import Bound, Placed
+from fpipe._placed._compile import compile_plan, runs
+from fpipe._placed._memory import peaks
+from fpipe._placement import Placement
+from fpipe._plan import Inputs, Plan, Run
+from fpipe._prediction._advice import few, ragged, short, uneven
+from fpipe._prediction._data import Crossing, DeviceRow, Prediction, StageRow
+from fpipe._remat import Remat
+from fpipe._scan import Scan
+from fpipe._scan._memory import held
+from fpipe._stage import SIDE, TARGETS, Leaf, Stage, X
+from fpipe._tree import PyTree, Shape, is_inexact, nbytes, pack, zeros
+from fpipe.schedules import Costs, simulate
+
+By: TypeAlias = Literal["flops", "time"]
+
+# How often a program is run for its time, after one time that is not counted.
+_REPEATS = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a prediction is asked for: see `Pipe.plan`."""
+
+    by: By = "flops"
+    speed: tuple[float, ...] | None = None
+    latency: float = 0.0
+    bandwidth: float | None = None
+    optimizer: float = 2.0
+    memory: tuple[float, ...] | None = None
+    compiled: bool = False
+
+    @classmethod
+    def of(cls, call: str, devices: int, **given: Any) -> "Options":
+        """Checked; `speed` and `memory` for each device."""
+        if given["by"] not in get_args(By):
+            raise ValueError(f"`{call}(by={given['by']!r})`: one of {', '.join(map(repr, get_args(By)))}")
+        for name in ("speed", "memory"):
+            value = given[name]
+            if value is not None:
+                each = tuple(value) if isinstance(value, Iterable) else (value,) * devices
+                if len(each) < devices or not all(_is_number(v) and v > 0 for v in each):
+                    raise ValueError(
+                        f"`{call}({name}={value!r})`: a number more than 0, or one for each of {devices} devices"
+                    )
+                given[name] = each[:devices]
+        for name in ("latency", "optimizer"):
+            if not _is_number(given[name]) or given[name] < 0:
+                raise ValueError(f"`{call}({name}={given[name]!r})`: a number, 0 or more")
+        width = given["bandwidth"]
+        if width is not None and not (_is_number(width) and width > 0):
+            raise ValueError(f"`{call}(bandwidth={width!r})`: bytes per second, more than 0")
+        return cls(**given)
+
+    @property
+    def unit(self) -> str:
+        """What work is counted in."""
+        return "second" if self.by == "time" or self.speed is not None else "FLOP"
+
+
+def predict(
+    placed: Placed,
+    scan: tuple[Scan, Args] | None,
+    args: Args,
+    loss: Loss,
+    argnums: tuple[int, ...],
+    remat: Remat,
+    options: Options,
+) -> Prediction:
+    """What a call will take.
+
+    Arguments:
+        placed: the pipe's executor; for the scan executor one for the same stages, whose programs its ticks run.
+        scan: the scan executor, and the call's arguments as it takes them.
+        args: the call's arguments, or their shapes.
+    """
+    bound = placed.bound(args, loss, argnums)
+    plan, stages_of, places = bound.plan, bound.layout.stages, placed.stage_to_device
+    inputs = inputs_of(args, [Shape.of(p) for p in args.params], placed.chunks)
+    schedule = placed.schedule(inputs.cut.m)
+    compiled = compile_plan(plan, bound.given) if options.compiled or options.by == "time" else {}
+    work = _work(bound, places, compiled, options)
+    shapes = costs_of(stages_of[0].model, args.x, "memory", args.side, placed.chunks, args.params, remat, args.train)
+    stages = _stages(stages_of, places, args.params, shapes, work)
+    costs = _costs(stages, options)
+    timeline = simulate(schedule, costs)
+    devices = (
+        _devices(bound, args, places, options, compiled) if scan is None else _on_mesh(*scan, loss, argnums, options)
+    )
+    words = [
+        *uneven(stages, lambda: _best(placed, args, remat, stages, options)),
+        *few(stages, timeline, inputs.cut.m, _more(placed, inputs, costs)),
+        *ragged(inputs.cut.shares),
+        *short(devices),
+    ]
+    return Prediction(
+        executor="placed" if scan is None else "scan",
+        checkpoint=str(getattr(remat.option, "__name__", remat.option)),
+        microbatches=inputs.cut.m,
+        unit=options.unit,
+        stages=stages,
+        devices=devices,
+        schedule=schedule,
+        timeline=timeline,
+        compiled=options.compiled,
+        warnings=(*plan.warnings, *words),
+    )
+
+
+def mean_square(y: PyTree) -> Any:
+    """The loss of a step for which none was given."""
+    return sum(jnp.mean(jnp.square(a.astype(jnp.float32))) for a in pack(y)[0] if is_inexact(a))
+
+
+# --- work ---
+
+
+def _work(
+    bound: Bound, places: Sequence[int], compiled: Mapping[int, Any], options: Options
+) -> dict[tuple[str, int], float]:
+    """The work of each kind of action on each stage: that of its first microbatch. What is equal is looked at once."""
+    traces = {n: traced for n, _, traced, _ in runs(bound.plan, bound.given)} if options.by == "time" else {}
+    found: dict[tuple[str, int], float] = {}
+    seen: dict[int, float] = {}
+    for n, item in enumerate(bound.plan.instructions):
+        if not isinstance(item, Run) or item.action is None or (item.action.kind, item.action.stage) in found:
+            continue
+        kind, s, _ = item.action
+        key = id(compiled[n]) if options.by == "time" else id(item.call)
+        if key not in seen:
+            timed = options.by == "time"
+            seen[key] = _seconds(compiled[n], traces[n], item.placement) if timed else _flops(item.call)
+        found[kind, s] = seen[key]
+    if options.by == "flops" and options.speed is not None:
+        return {(kind, s): value / options.speed[places[s]] for (kind, s), value in found.items()}
+    return found
+
+
+def _flops(call: Any) -> float:
+    return count(call.__wrapped__.code, "flops")
+
+
+def _seconds(compiled: Any, traced: Any, place: Placement) -> float:
+    """The median of some runs, on zeros; what a run consumes is made anew."""
+    infos = traced.args_info[0]
+    arrays = place.put([zeros(info) for info in infos])
+    taken = []
+    for _ in range(1 + _REPEATS):
+        given = [place.put([zeros(i)])[0] if i.donated else a for i, a in zip(infos, arrays, strict=True)]
+        jax.block_until_ready(given)
+        started = time.perf_counter()
+        jax.block_until_ready(compiled(*given))
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken[1:])
+
+
+def _costs(stages: Sequence[StageRow], options: Options) -> Costs:
+    """Of the simulation: a stage has whole backwards, or such that are cut, or both."""
+    each = {kind: [row.work.get(kind, 0.0) for row in stages] for kind in "FIW"}
+    whole = [row.work.get("B", row.work.get("I", 0.0) + row.work.get("W", 0.0)) for row in stages]
+    size = max((row.boundary for row in stages), default=0)
+    lag = options.latency + (size / options.bandwidth if options.bandwidth else 0.0)
+    return Costs(F=each["F"], B=whole, I=each["I"], W=each["W"], transfer=lag if options.unit == "second" else 0.0)
+
+
+# --- stages ---
+
+
+def _stages(
+    stages: Sequence[Stage],
+    places: Sequence[int],
+    params: Sequence[PyTree],
+    costs: LayerCosts,
+    work: Mapping[tuple[str, int], float],
+) -> tuple[StageRow, ...]:
+    at, model = {k: stage.index for stage in stages for k in stage.span}, stages[0].model
+    sent = [(str(skip), own) for skip, own in zip(model.routes, costs.skips, strict=True)]
+    sent += [(costs.names[lent.source], lent) for lent in costs.borrowed]
+    crossings = [
+        (name, at[own.source], reader, int(own.bytes))
+        for name, own in sent
+        for reader in sorted({at[r] for r in own.readers} - {at[own.source]})
+    ]
+    return tuple(
+        StageRow(
+            stage=s,
+            device=places[s],
+            first=stage.span.start,
+            layers=tuple(model.layers[k].name for k in stage.span),
+            params=sum(math.prod(a.shape) for k in stage.span for a in pack(params[k])[0]),
+            work={kind: value for (kind, own), value in sorted(work.items()) if own == s},
+            boundary=0 if stage.last else int(costs.boundaries[stage.span[-1]]),
+            stashed=tuple(Crossing(name, b, size) for name, a, b, size in crossings if a == s),
+            popped=tuple(Crossing(name, a, size) for name, a, b, size in crossings if b == s),
+        )
+        for s, stage in enumerate(stages)
+    )
+
+
+# --- memory ---
+
+
+def _devices(
+    bound: Bound, args: Args, places: Sequence[int], options: Options, compiled: Mapping[int, Any]
+) -> tuple[DeviceRow, ...]:
+    def temporary(n: int) -> int:
+        analysis = compiled[n].memory_analysis() if options.compiled else None
+        return 0 if analysis is None else analysis.temp_size_in_bytes
+
+    plan, layout = bound.plan, bound.layout
+    found = peaks(plan, bound.given, _kept(bound, args), temporary)
+    rows = []
+    for place in dict.fromkeys(layout.placements):
+        d = min(d for s, d in enumerate(places) if layout.placements[s] == place)
+        peak = found[place]
+        own = sum(nbytes(bound.given[f.slot]) for f in plan.feeds if _is_own(f, plan, place))
+        memory: dict[str, int] = {**peak.roles, "optimizer": int(options.optimizer * own)}
+        if options.compiled:
+            memory["temporary"] = peak.temporary
+        rows.append(DeviceRow(d, str(place.device), _ordered(memory), peak.doing, _limit(options, d)))
+    return tuple(sorted(rows, key=lambda row: row.device))
+
+
+def _is_own(feed: Any, plan: Plan, place: Placement) -> bool:
+    return feed.leaf.port.kind == "params" and plan.slots[feed.slot].placement == place
+
+
+def _kept(bound: Bound, args: Args) -> set[int]:
+    """The slots of what stays: parameters, constants, and inputs that the caller has where they are read."""
+    given = {X: pack(args.x)[0], SIDE: pack(args.side)[0], TARGETS: pack(args.targets)[0]}
+
+    def stays(leaf: Leaf, place: Placement) -> bool:
+        if leaf.port not in given:
+            return True
+        array = given[leaf.port][leaf.k]
+        return isinstance(array, jax.ShapeDtypeStruct) or place.holds(array)
+
+    plan = bound.plan
+    return set(plan.constants) | {f.slot for f in plan.feeds if stays(f.leaf, plan.slots[f.slot].placement)}
+
+
+def _on_mesh(scan: Scan, args: Args, loss: Loss, argnums: tuple[int, ...], options: Options) -> tuple[DeviceRow, ...]:
+    step = scan.step("grad" if argnums else "loss", args, loss, argnums)
+    memory: dict[str, int] = {**held(step)}
+    memory["optimizer"] = int(options.optimizer * memory["parameters"])
+    if options.compiled:
+        memory["temporary"] = max(0, scan.compiled_bytes(step, args) - sum(memory.values()) + memory["optimizer"])
+    return tuple(
+        DeviceRow(d, str(device), _ordered(memory), "all along", _limit(options, d))
+        for d, device in enumerate(scan.mesh.devices.flat)
+    )
+
+
+_ORDER = ("parameters", "gradients", "optimizer", "boundaries", "skips", "residuals", "inputs", "outputs", "temporary")
+
+
+def _ordered(memory: Mapping[str, int]) -> dict[str, int]:
+    return {role: memory[role] for role in _ORDER if role in memory}
+
+
+def _limit(options: Options, device: int) -> int | None:
+    return None if options.memory is None else int(options.memory[device])
+
+
+# --- what would be better ---
+
+
+def _best(
+    placed: Placed, args: Args, remat: Remat, stages: Sequence[StageRow], options: Options
+) -> tuple[tuple[int, ...], float]:
+    """The best balance by FLOPs, and what is left of the dearest stage's work with it, as a share."""
+    costs = costs_of(
+        placed.layout.stages[0].model, args.x, "flops", args.side, placed.chunks, args.params, remat, args.train
+    )
+    speeds, places = options.speed, placed.stage_to_device
+    cut = balanced(costs, placed.scheduling, len(stages), 1 + max(places), speeds=speeds)
+    each = [a + b for a, b in zip(costs.forward, costs.backward, strict=True)]
+
+    def dearest(balance: Sequence[int]) -> float:
+        ends = list(itertools.accumulate(balance))
+        sums = [sum(each[end - n : end]) for n, end in zip(balance, ends, strict=True)]
+        return max(v / (speeds[places[s]] if speeds else 1.0) for s, v in enumerate(sums))
+
+    now = dearest([len(row.layers) for row in stages])
+    return cut, dearest(cut) / now if now else 1.0
+
+
+def _more(placed: Placed, inputs: Inputs, costs: Costs) -> Iterator[tuple[int, float]]:
+    """Larger numbers of microbatches that divide the batch, and the bubble with each."""
+    rows = next((a.shape[0] for a in inputs.x.leaves if a.shape), 1)
+    m = 2 * inputs.cut.m
+    while m <= rows and rows % m == 0:
+        try:
+            yield m, simulate(placed.schedule(m), costs).bubble
+        except ValueError:  # a schedule for one number of microbatches alone
+            return
+        m *= 2
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
