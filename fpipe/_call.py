@@ -18,6 +18,9 @@ from fpipe._model import Model
 from fpipe._tree import PyTree, describe, numbers_as_arrays
 
 
+OF_X = -1
+
+
 class Args(NamedTuple):
     """What a call was given."""
 
@@ -28,7 +31,8 @@ class Args(NamedTuple):
     key: Any = None
     state: Sequence[PyTree] | None = None
     train: bool = False
-    frozen: frozenset[tuple[int, int]] = frozenset()  # parameters without gradient: layer, and number of the array
+    # What gets no gradient: the layer, and the number of an array of its parameters; layer `OF_X` for arrays of x.
+    frozen: frozenset[tuple[int, int]] = frozenset()
 
     @property
     def numbered(self) -> tuple[PyTree, ...]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from fpipe._call import Args
+from fpipe._call import OF_X, Args
 from fpipe._microbatch import cut_inputs
 from fpipe._plan import Inputs
 from fpipe._scheduling import Scheduling
@@ -91,12 +91,12 @@ def numbered_leaves(counts: Sequence[int], args: Args) -> list[tuple[Leaf, ...]]
 
 def wanted_leaves(inputs: Inputs, leaves: Iterable[Leaf], frozen: Container[tuple[int, int]]) -> frozenset[Leaf]:
     """Those that can have a gradient and are not frozen."""
-    return frozenset(
-        leaf
-        for leaf in leaves
-        if is_inexact(inputs.of(leaf.port).leaves[leaf.k])
-        and not (leaf.port.kind == "params" and (leaf.port.of, leaf.k) in frozen)
-    )
+
+
+    def still(leaf: Leaf) -> bool:
+        return leaf.port.kind in ("params", "x") and (OF_X if leaf.port == X else leaf.port.of, leaf.k) in frozen
+
+    return frozenset(leaf for leaf in leaves if is_inexact(inputs.of(leaf.port).leaves[leaf.k]) and not still(leaf))
 
 
 def _leaves(port: Port, tree: PyTree, start: int = 0) -> tuple[Leaf, ...]:

@@ -128,16 +128,10 @@ class Model:
                 new_state[k] = map_arrays(_still, out)
                 with noting(f"in layer {k} {layer.name!r}{where}"):
                     _check_state(k, layer, needs["state"], new_state[k])
-        if self.compute_dtype is not None and span.stop == len(self.layers):
-            x = map_arrays(lambda a: a.astype(jnp.float32) if a.dtype == self.compute_dtype else a, x)
-        return x, skips, new_state
+        return wide_output(x, self.compute_dtype) if span.stop == len(self.layers) else x, skips, new_state
 
     def _cast(self, tree: PyTree) -> PyTree:
-        """Real floats in the dtype that the model computes in."""
-        if self.compute_dtype is None:
-            return tree
-        real = lambda a: jnp.issubdtype(a.dtype, jnp.floating)  # noqa: E731
-        return map_arrays(lambda a: a.astype(self.compute_dtype) if real(a) else a, tree)
+        return cast(tree, self.compute_dtype)
 
     def finish(self, state: Mapping[int, PyTree]) -> dict[int, PyTree]:
         """The states as they leave a call: each layer's `finish` applied."""
@@ -259,6 +253,21 @@ class Model:
                 side,
             )
         return tuple(params.values()), tuple(states.values())
+
+
+def cast(tree: PyTree, compute_dtype: Any) -> PyTree:
+    """Real floats in the dtype that a model computes in."""
+    if compute_dtype is None:
+        return tree
+    real = lambda a: jnp.issubdtype(a.dtype, jnp.floating)  # noqa: E731
+    return map_arrays(lambda a: a.astype(compute_dtype) if real(a) else a, tree)
+
+
+def wide_output(y: PyTree, compute_dtype: Any) -> PyTree:
+    """What a model returns: in float32 where it is in the dtype that the model computes in."""
+    if compute_dtype is None:
+        return y
+    return map_arrays(lambda a: a.astype(jnp.float32) if a.dtype == compute_dtype else a, y)
 
 
 def _still(array: Any) -> Any:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from fpipe._anomaly import Detector
 from fpipe._balancing import balanced
 from fpipe._batch_norm import deferred
 from fpipe._call import (
@@ -83,6 +84,10 @@ class Pipe(Call):
             as it is.
         deferred_batch_norm: whether layers that can (`fpipe.Layer(defer=...)`) update their batch norms' running statistics
             once per call, with those of the whole batch; default `False`: once per microbatch.
+        detect_anomaly: whether a call that makes a NaN or an infinity raises `FloatingPointError`, which names the first
+            stage, layer and microbatch that did, forward or backward (inside `jax.jit` the program fails with that message
+            when it runs). It costs a look at everything that a layer takes and returns, and a wait for the result of each
+            call. Default `False`, which costs nothing: the programs are the same as without it.
         sample: a batch, or its shapes, for the balance to be found by; no field, and not kept.
 
     Raises:
@@ -109,10 +114,12 @@ class Pipe(Call):
     mesh: Mesh | None
     compute_dtype: Any
     deferred_batch_norm: bool
+    detect_anomaly: bool
 
     _executor: ClassVar[
         Placed | Scan
     ]  # set on each instance like `model`, and no field: programs are no part of the value
+    _detector: ClassVar[Detector | None]
 
     def __init__(
         self,
@@ -127,6 +134,7 @@ class Pipe(Call):
         mesh: Mesh | None = None,
         compute_dtype: Any = None,
         deferred_batch_norm: bool = False,
+        detect_anomaly: bool = False,
         *,
         sample: PyTree = None,
     ) -> None:
@@ -147,11 +155,13 @@ class Pipe(Call):
         balance = _checked_balance(balance, model, lambda layers: scheduling.stages(len(places), chunks, layers))
         stage_to_device = scheduling.stage_to_device(len(balance), len(places), chunks)
         places = first_placements(places, 1 + max(stage_to_device))
+        detector = Detector("Pipe", model, balance, chunks) if detect_anomaly else None
+        runs = model if detector is None else detector.watched
         if executor == "scan":
             mesh = as_mesh([place.device for place in places], mesh, len(balance))
-            run: Placed | Scan = Scan(model, balance, stage_to_device, mesh, scheduling, remat, chunks)
+            run: Placed | Scan = Scan(runs, balance, stage_to_device, mesh, scheduling, remat, chunks)
         else:
-            layout = Layout(cut_stages(model, balance), tuple(places[d] for d in stage_to_device))
+            layout = Layout(cut_stages(runs, balance), tuple(places[d] for d in stage_to_device))
             run = Placed(layout, scheduling, stage_to_device, remat, chunks, dispatch)
         attributes = {
             "layers": layers,  # as given: `dataclasses.replace` defers them again
@@ -165,8 +175,10 @@ class Pipe(Call):
             "mesh": mesh,
             "compute_dtype": compute_dtype,
             "deferred_batch_norm": deferred_batch_norm,
+            "detect_anomaly": detect_anomaly,
             "model": model,
             "_executor": run,
+            "_detector": detector,
         }
         for name, value in attributes.items():
             object.__setattr__(self, name, value)
@@ -297,6 +309,8 @@ class Pipe(Call):
         if loss is not None:
             check_argnums(argnums, numbers, args)
             args, loss = scaled(args._replace(frozen=FrozenLeaves(frozen).of(params)), loss, loss_scale)
+        if self._detector is not None:
+            args, loss, numbers = self._detector.given(args, loss, numbers)
         if self.executor == "scan":
             return self._scan.compile(args, loss, numbers)
         return self._placed.compile(args, loss, numbers, threads, as_progress(progress))
@@ -407,6 +421,8 @@ class Pipe(Call):
 
     def _forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         try:
+            if self._detector is not None:
+                return self._detector.forward(self._executor.forward, args)
             return self._executor.forward(args)
         except TracedCallError:
             if only_shapes():
@@ -415,6 +431,8 @@ class Pipe(Call):
 
     def _loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
         try:
+            if self._detector is not None:
+                return self._detector.loss(self._executor.loss, args, loss, argnums)
             return self._executor.loss(args, loss, argnums)
         except TracedCallError:
             if only_shapes():

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from fpipe._batch_norm import deferred
-from fpipe._call import Args, Call, Result, as_compute_dtype, check_chunks
+from fpipe._anomaly import Detector
+from fpipe._call import OF_X, Args, Call, Result, as_compute_dtype, check_chunks
 from fpipe._loss import Loss, divided, sum_dtype, wide
 from fpipe._microbatch import Cut, check_alike, cut_inputs, first_microbatch, join
 from fpipe._model import Model
@@ -18,7 +19,11 @@ from fpipe._tree import PyTree, Shape, fill_gradient, is_inexact, numbers_as_arr
 
 
 def sequential(
-    layers: Iterable[Any], chunks: int = 1, compute_dtype: Any = None, deferred_batch_norm: bool = False
+    layers: Iterable[Any],
+    chunks: int = 1,
+    compute_dtype: Any = None,
+    deferred_batch_norm: bool = False,
+    detect_anomaly: bool = False,
 ) -> "Sequential":
     """The plain composition of layers, with the calls, microbatches, keys and state order of a `Pipe`.
 
@@ -28,7 +33,7 @@ def sequential(
     Arguments:
         layers: functions, `Layer`s, or nested sequences of them.
         chunks: the number of microbatches asked for.
-        compute_dtype, deferred_batch_norm: as for `Pipe`.
+        compute_dtype, deferred_batch_norm, detect_anomaly: as for `Pipe`.
 
     Returns:
         An object with `init`, `init_state`, `place`, `gather`, a call, `value_and_grad` and `evaluate`.
@@ -42,7 +47,8 @@ def sequential(
     model = Model(layers, as_compute_dtype("sequential", compute_dtype))
     if deferred_batch_norm:
         model = Model(deferred(model.layers, "sequential"), model.compute_dtype)
-    return Sequential(model, check_chunks("sequential", chunks))
+    chunks = check_chunks("sequential", chunks)
+    return Sequential(model, chunks, Detector("fpipe.sequential", model, None, chunks) if detect_anomaly else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Sequential(Call):
 
     model: Model
     chunks: int
+    detector: Detector | None = None
 
     def init(self, key: Any, x: PyTree, side: PyTree = None) -> tuple[PyTree, ...]:
         """Parameters of every layer; see `Pipe.init`."""
@@ -72,6 +79,8 @@ class Sequential(Call):
         return tuple(params)
 
     def _forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
+        if self.detector is not None:
+            return self.detector.forward(Sequential(self.detector.watched, self.chunks)._forward, args)
         cut = cut_inputs(args.x, args.side, (), self.chunks)
         state, parts = self._first_state(args), []
         for i in range(cut.m):
@@ -80,12 +89,12 @@ class Sequential(Call):
         return _together(parts, join, "`pipe(params, x)`: y", stacked=False), self._last_state(state)
 
     def _loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
+        if self.detector is not None:
+            return self.detector.loss(Sequential(self.detector.watched, self.chunks)._loss, args, loss, argnums)
         cut = cut_inputs(args.x, args.side, args.targets, self.chunks)
         scales = cut.shares if loss.reduction == "mean" else (1.0,) * cut.m
         arrays, spec = pack(tuple(args.numbered[n] for n in argnums))
-        frozen = [
-            still for n in argnums for still in (_frozen(args) if n == 0 else [False] * len(pack(args.numbered[n])[0]))
-        ]
+        frozen = [still for n in argnums for still in _frozen(args, n)]
         asked = [is_inexact(a) and not still for a, still in zip(arrays, frozen, strict=True)]
         chosen = [a for a, take in zip(arrays, asked, strict=True) if take]
 
@@ -151,9 +160,10 @@ class Sequential(Call):
         return tuple(ended.get(k) for k in range(len(self.model.layers)))
 
 
-def _frozen(args: Args) -> list[bool]:
-    """Whether each array of the parameters is frozen."""
-    return [(k, n) in args.frozen for k, entry in enumerate(args.params) for n in range(len(pack(entry)[0]))]
+def _frozen(args: Args, number: int) -> list[bool]:
+    """Whether each array of an argument is frozen."""
+    entries = dict(enumerate(args.params)) if number == 0 else {OF_X if number == 1 else None: args.numbered[number]}
+    return [(k, n) in args.frozen for k, entry in entries.items() for n in range(len(pack(entry)[0]))]
 
 
 def _together(parts: Sequence[PyTree], join: Callable[[Sequence[Any]], Any], what: str, stacked: bool) -> PyTree:
