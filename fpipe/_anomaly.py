@@ -12,6 +12,7 @@ compute the same stay the same program.
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -35,6 +36,11 @@ _GIVEN = {"params": 8, "borrowed": 16, "side": 32, "x": 64, "state": 128}
 # layer asks for it: a layer that comes first may well have an infinite derivative that nobody uses.
 _GRADIENT = {"params": 1, "borrowed": 2, "side": 4, "x": 8, "carry": 8}
 _OPEN = 16
+# A microbatch whose backward starts with something wrong.
+_SAID = -1
+
+
+_LOGGER = logging.getLogger("fpipe")
 
 
 class Watched(NamedTuple):
@@ -201,12 +207,14 @@ class Detector:
         model: the layers as they were given.
         balance: layers per stage; `None` without stages.
         chunks: the number of microbatches asked for.
+        found: the first fault of traced calls that was not raised yet.
     """
 
     call: str
     model: Model
     balance: tuple[int, ...] | None
     chunks: int
+    found: list[str] = dataclasses.field(default_factory=list, compare=False, repr=False)
 
     @functools.cached_property
     def watched(self) -> Model:
@@ -276,7 +284,7 @@ class Detector:
             return y.value, state
         tap = self._entry(args)
         y, state = run(self.given(args, None, (), tap)[0])
-        return self._exit(y.value, y.fault), state
+        return self._exit(y), state
 
     def _entry(self, args: Args) -> Any:
         """A tap that is differentiated if anything is, and whose pull-back reports."""
@@ -298,34 +306,60 @@ class Detector:
         f.defvjp(forward, backward, symbolic_zeros=True)
         return f(*first, *others)
 
-    def _exit(self, y: PyTree, fault: Any) -> PyTree:
+    def _exit(self, y: Watched) -> PyTree:
         """The output, after its fault was reported; the pull-back looks at what it is given."""
-        arrays, spec = pack(y)
+        arrays, spec = pack(y.value)
 
-        def primal(fault: Any, *arrays: Any) -> list[Any]:
+        def primal(fault: Any, tap: Any, *arrays: Any) -> list[Any]:
+            del tap
             self._report({"fault": fault})
             return list(arrays)
 
-        def forward(fault: Any, *arrays: Any) -> Any:
-            return primal(fault, *arrays), fault
+        def forward(fault: Any, tap: Any, *arrays: Any) -> Any:
+            return primal(fault, tap, *arrays), (fault, tap)
 
-        def backward(fault: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
-            self._report({"cotangent": _bad([c for c in cotangents if c.dtype != jax.dtypes.float0])})
-            return (float0_like(fault), *cotangents)
+        def backward(kept: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
+            fault, tap = kept
+            bad = _bad(list(cotangents))
+            self._report({"cotangent": bad})
+            # What was said already is not said of the backward too.
+            said = jnp.where((fault != 0) | bad, _SAID, 0).astype(tap.dtype)
+            return (float0_like(fault), said, *cotangents)
 
         f = jax.custom_vjp(primal)
         f.defvjp(forward, backward)
-        return spec.unpack(f(fault, *arrays))
+        return spec.unpack(f(y.fault, y.tap, *arrays))
+
+    def raise_found(self) -> None:
+        """Raise what traced calls have found since this was called last.
+
+        Raises:
+            FloatingPointError: it is the first that was found.
+        """
+        jax.effects_barrier()
+        if self.found:
+            text = self.found[0]
+            self.found.clear()
+            raise FloatingPointError(text)
 
     def _report(self, evidence: dict[str, Any], asked: bool = False) -> None:
-        """Raise what the evidence says: now, or inside a trace when the program runs."""
-        judge = functools.partial(self._judge, asked)
+        """Raise what the evidence says; inside a trace, have it noted when the program runs."""
         if is_traced(evidence):
-            jax.debug.callback(judge, evidence)
-        else:
-            judge(evidence)
+            jax.debug.callback(functools.partial(self._note, asked), evidence)
+            return
+        text = self._verdict(asked, evidence)
+        if text is not None:
+            raise FloatingPointError(text)
 
-    def _judge(self, asked: bool, evidence: dict[str, Any]) -> None:
+    def _note(self, asked: bool, evidence: dict[str, Any]) -> None:
+        # Nothing is raised here: that would stop one device, and the others of the program would wait for it for ever.
+        text = self._verdict(asked, evidence)
+        if text is not None and not self.found:
+            self.found.append(text)
+            _LOGGER.error("%s", text)
+
+    def _verdict(self, asked: bool, evidence: dict[str, Any]) -> str | None:
+        """What there is to say of a call, if anything is wrong."""
         text, evidence = None, jax.tree.map(np.asarray, evidence)
         fault, tap, weight = (evidence.get(n) for n in ("fault", "tap", "weight"))
         if fault is not None and fault.any():
@@ -340,8 +374,7 @@ class Detector:
         sums = [name for name, bad in evidence.get("sums", {}).items() if bad]
         if text is None and sums:
             text = f"the gradient of {sums[0]} is not finite, though that of every microbatch is: their sum overflows"
-        if text is not None:
-            raise FloatingPointError(f"`{self.call}(detect_anomaly=True)`: {text}")
+        return text if text is None else f"`{self.call}(detect_anomaly=True)`: {text}"
 
     def _forward_text(self, fault: np.ndarray) -> str:
         i = int(np.flatnonzero(fault)[0])
@@ -369,7 +402,7 @@ class Detector:
         return f"{who}: {cause}{_others(fault, i)}"
 
     def _backward_text(self, codes: np.ndarray, asked: bool) -> str | None:
-        codes = np.where((codes % _BACKWARD >= _OPEN) & (not asked), 0, codes)
+        codes = np.where((codes < 0) | ((codes % _BACKWARD >= _OPEN) & (not asked)), 0, codes)
         if not codes.any():
             return None
         i = int(np.flatnonzero(codes)[0])

@@ -85,8 +85,7 @@ class Pipe(Call):
         deferred_batch_norm: whether layers that can (`fpipe.Layer(defer=...)`) update their batch norms' running statistics
             once per call, with those of the whole batch; default `False`: once per microbatch.
         detect_anomaly: whether a call that makes a NaN or an infinity raises `FloatingPointError`, which names the first
-            stage, layer and microbatch that did, forward or backward (inside `jax.jit` the program fails with that message
-            when it runs). It costs a look at everything that a layer takes and returns, and a wait for the result of each
+            stage, layer and microbatch that did, forward or backward (inside `jax.jit` see `raise_anomaly`). It costs a look at everything that a layer takes and returns, and a wait for the result of each
             call. Default `False`, which costs nothing: the programs are the same as without it.
         sample: a batch, or its shapes, for the balance to be found by; no field, and not kept.
 
@@ -259,6 +258,18 @@ class Pipe(Call):
         return self._executor.gather(params)
 
     # --- calls ---
+
+    def raise_anomaly(self) -> None:
+        """Raise what calls inside `jax.jit` have found since this was called last, of a pipe with `detect_anomaly`.
+
+        A program that runs on several devices cannot raise: inside `jax.jit` the fault is logged (`logging`'s `"fpipe"`) when
+        the program runs, and kept for this method, which waits for what is running. Without `detect_anomaly` it does nothing.
+
+        Raises:
+            FloatingPointError: the first that was found.
+        """
+        if self._detector is not None:
+            self._detector.raise_found()
 
     def compile(
         self,

@@ -78,6 +78,11 @@ class Sequential(Call):
         """The parameters as they are."""
         return tuple(params)
 
+    def raise_anomaly(self) -> None:
+        """Raise what calls inside `jax.jit` have found; see `Pipe.raise_anomaly`."""
+        if self.detector is not None:
+            self.detector.raise_found()
+
     def _forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         if self.detector is not None:
             return self.detector.forward(Sequential(self.detector.watched, self.chunks)._forward, args)
