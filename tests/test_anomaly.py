@@ -1,0 +1,333 @@
+"""`detect_anomaly`: the first stage, layer and microbatch that made a NaN or an infinity, forward or backward."""
+
+import dataclasses
+import logging
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fpipe
+import fpipe._anomaly
+from fpipe._plan import Run
+from tests.helpers import WIDTH, add, dense, keep, models, scale_init
+
+CALL = r"^`Pipe\(detect_anomaly=True\)`: "
+ROWS, CHUNKS, ROW, BAD = 8, 4, 5, 2  # row 5 is in microbatch 2
+
+
+def steep(here, x):
+    """A square root whose derivative is infinite where `here`."""
+    return jnp.sqrt(jnp.where(here, x - jax.lax.stop_gradient(x), 1.0))
+
+
+def fragile(params, x, *, side):
+    """1 in `side` makes an infinity of the output, 2 of the input's cotangent, 3 of the parameters' gradient."""
+    how = side[:, None]
+    return x * params + jnp.where(how == 1, jnp.inf, 0.0) + steep(how == 2, x) + steep(how == 3, params)
+
+
+def loss_fn(y, target):
+    """A target of 7 makes an infinity of the loss, 8 of its gradient."""
+    value = jnp.mean((y - target) ** 2) + jnp.where(target == 7, jnp.inf, 0.0).sum()
+    return value + steep(target == 8, y).sum()
+
+
+def weighted(y, target):
+    return loss_fn(y, target) * 3.0, jnp.float32(3.0)
+
+
+LAYERS = [dense(), keep(), fpipe.Layer(fragile, scale_init, "fragile"), add()]
+FRAGILE = r"stage 2, layer 2 'fragile', microbatch 2, "
+FINE = "fine"
+
+# What is put into row 5 of x, side and target, or into the parameters of which layer; and what is said of it.
+CASES = {
+    FINE: ({}, None),
+    "output": ({"side": 1}, FRAGILE + r"forward \(F\): its output is not finite, of finite inputs"),
+    "input": ({"side": 2}, FRAGILE + r"backward \(B\): the gradient of its input is not finite"),
+    "parameters": ({"side": 3}, FRAGILE + r"backward \(B\): the gradient of its parameters is not finite"),
+    "loss": ({"target": 7}, r"stage 3, the loss, microbatch 2, forward \(F\): the loss is not finite, of finite"),
+    "loss_backward": (
+        {"target": 8},
+        r"stage 3, the loss, microbatch 2, backward \(B\): the gradient of the model's output",
+    ),
+    "target": ({"target": jnp.nan}, "stage 3, the loss, microbatch 2, .* before that targets had"),
+    "x": ({"x": jnp.nan}, "stage 0, layer 0 'dense', microbatch 2, .* before that the call's x had"),
+    "given": ({"params": 1}, "stage 1, layer 1 'stash', microbatch 0, .* before that its parameters had"),
+}
+
+
+def inputs(pipe, case):
+    put = CASES[case][0]
+    x = np.array(jax.random.normal(jax.random.key(1), (ROWS, WIDTH)))
+    side, target = np.zeros(ROWS, np.int32), np.zeros((ROWS, WIDTH), np.float32)
+    arrays = {"x": x, "side": side, "target": target}
+    params = list(fpipe.sequential(LAYERS).init(jax.random.key(0), x, side))
+    for name, value in put.items():
+        if name == "params":
+            params[value] = params[value].at[0].set(jnp.nan)
+        else:
+            arrays[name][ROW] = value
+    return pipe.place(tuple(params)), arrays["x"], arrays["target"], arrays["side"]
+
+
+def says(case):
+    return pytest.raises(FloatingPointError, match=CALL + CASES[case][1])
+
+
+SETTINGS = {
+    "eager_1f1b": {},
+    "zb_h1": {"schedule": "zb_h1", "checkpoint": "never"},
+    "interleaved_1f1b": {"schedule": "interleaved_1f1b", "checkpoint": "always", "devices": jax.devices()[:2]},
+}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Loss and gradients of the plain composition, with both losses."""
+    model = fpipe.sequential(LAYERS, chunks=CHUNKS)
+    params, x, target, side = inputs(model, FINE)
+    return {
+        reduction: jax.jit(model.value_and_grad(loss, reduction=reduction))(params, x, target, side=side)
+        for loss, reduction in ((loss_fn, "mean"), (weighted, "weighted"))
+    }
+
+
+@pytest.mark.parametrize("executor", ["placed", "scan"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_first_fault_is_named(setting, executor, plain):
+    pipe = fpipe.Pipe(LAYERS, chunks=CHUNKS, executor=executor, detect_anomaly=True, **SETTINGS[setting])
+    loss, reduction = (weighted, "weighted") if setting == "zb_h1" else (loss_fn, "mean")
+    step = pipe.value_and_grad(loss, reduction=reduction)
+    for case in CASES:
+        params, x, target, side = inputs(pipe, case)
+        if case != FINE:
+            with says(case):
+                step(params, x, target, side=side)
+            continue
+        value, grads = step(params, x, target, side=side)
+        assert all(
+            g.sharding == p.sharding for g, p in zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True)
+        )
+        got, want = (value, pipe.gather(grads)), plain[reduction]
+        assert jax.tree.structure(got) == jax.tree.structure(want)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("executor", ["placed", "scan"])
+def test_calls_without_a_loss(executor):
+    pipe = fpipe.Pipe(LAYERS, chunks=CHUNKS, executor=executor, detect_anomaly=True)
+    forward = lambda params, x, target, side: pipe(params, x, side=side)  # noqa: E731
+    outside = jax.grad(lambda params, x, target, side: loss_fn(pipe(params, x, side=side), target))
+    for case in (FINE, "output", "input", "parameters", "target"):
+        args = inputs(pipe, case)
+        if case == "output":
+            with says(case):
+                forward(*args)
+        if case == "target":
+            with pytest.raises(FloatingPointError, match="was given a cotangent of the output that has a NaN"):
+                outside(*args)
+        elif case != FINE:
+            with says(case):
+                outside(*args)
+        else:
+            assert np.isfinite(forward(*args)).all()
+            outside(*args)
+
+
+def test_evaluate():
+    pipe = fpipe.Pipe(LAYERS, chunks=CHUNKS, detect_anomaly=True)
+    for case in (FINE, "output", "loss", "parameters"):
+        params, x, target, side = inputs(pipe, case)
+        call = lambda: pipe.evaluate(loss_fn)(params, x, target, side=side)  # noqa: E731, B023
+        if case in ("output", "loss"):
+            with says(case):
+                call()
+        else:  # there is no backward
+            assert np.isfinite(call())
+
+
+def test_traced_calls_note_what_they_find(caplog):
+    pipe = fpipe.Pipe(LAYERS, chunks=CHUNKS, executor="scan", detect_anomaly=True)
+    step = jax.jit(pipe.value_and_grad(loss_fn))
+    outside = jax.jit(jax.grad(lambda params, x, target, side: loss_fn(pipe(params, x, side=side), target)))
+    for case in (FINE, "output", "parameters", "input"):
+        params, x, target, side = inputs(pipe, case)
+        for call in (
+            lambda: step(params, x, target, side=side),  # noqa: B023
+            lambda: outside(params, x, target, side),  # noqa: B023
+        ):
+            caplog.clear()
+            with caplog.at_level(logging.ERROR, "fpipe"):
+                jax.block_until_ready(call())
+                if case != FINE:
+                    with says(case):
+                        pipe.raise_anomaly()
+            pipe.raise_anomaly()  # it says so once
+            assert len(caplog.records) == (case != FINE)
+
+
+def test_off_is_as_if_it_were_not_there(monkeypatch):
+    def traced(pipe):
+        params, x, target, side = inputs(pipe, FINE)
+        return str(jax.make_jaxpr(pipe.value_and_grad(loss_fn))(params, x, target, side=side))
+
+    assert "is_finite" in traced(fpipe.Pipe(LAYERS, chunks=CHUNKS, executor="scan", detect_anomaly=True))
+    monkeypatch.setattr(fpipe._anomaly.Detector, "__init__", None)  # it cannot be made
+    scan, placed = (fpipe.Pipe(LAYERS, chunks=CHUNKS, executor=executor) for executor in ("scan", "placed"))
+    assert "is_finite" not in traced(scan)
+    assert all(stage.model is placed.model for stage in placed._placed.layout.stages)
+    assert fpipe.sequential(LAYERS).detector is None
+    placed.raise_anomaly()
+
+
+def test_stages_that_compute_the_same_share_their_programs():
+    x = jnp.ones((4, WIDTH))
+    pipe = fpipe.Pipe([dense()] * 4, chunks=2, detect_anomaly=True)
+    pipe.compile(pipe.init(jax.random.key(0), x), x, x, loss_fn=loss_fn)
+    (bound,) = pipe._placed._bound.values()
+    runs = [item for item in bound.plan.instructions if isinstance(item, Run) and item.action is not None]
+    for kind in "FB":
+        calls = {item.action.stage: item.program.call for item in runs if item.action.kind == kind}
+        assert calls[1] is calls[2], kind
+
+
+def double(x):
+    return 2 * x
+
+
+def spike(x):
+    """An infinite derivative at 10."""
+    return steep(x == 10, x) + x
+
+
+def scale(params, x):
+    return x * params
+
+
+@pytest.mark.parametrize("make", [fpipe.Pipe, fpipe.sequential])
+def test_a_gradient_that_nobody_asks_for_is_no_fault(make):
+    x = jnp.ones((4, WIDTH)).at[3].set(5)
+    fault = "layer 1 'spike', microbatch 1, backward .B.: the gradient of its input"
+    pipe = make([fpipe.fn(double), fpipe.fn(spike), dense(), dense()], chunks=2, detect_anomaly=True)
+    params = pipe.init(jax.random.key(0), x)
+    pipe.value_and_grad(loss_fn)(params, x, x)
+    jax.grad(lambda params: pipe(params, x).sum())(params)
+    with pytest.raises(FloatingPointError, match=fault):
+        pipe.value_and_grad(loss_fn, argnums=(0, 1))(params, x, x)
+    with pytest.raises(FloatingPointError, match=fault):
+        jax.grad(lambda x: pipe(params, x).sum())(x)
+
+    layers = [fpipe.Layer(scale, lambda key, x: jnp.full(WIDTH, 2.0)), fpipe.fn(spike), dense(), dense()]
+    pipe = make(layers, chunks=2, detect_anomaly=True)
+    params = pipe.init(jax.random.key(0), x)
+    pipe.value_and_grad(loss_fn, frozen=lambda path, a: path.startswith("[0]"))(params, x, x)
+    with pytest.raises(FloatingPointError, match=fault):
+        pipe.value_and_grad(loss_fn)(params, x, x)
+
+
+def test_an_infinity_that_does_not_leave_a_layer_is_no_fault():
+    """A mask of -inf in `side`; a state that starts with an infinity."""
+
+    def attend(params, x, *, side, state):
+        low = jnp.minimum(state, x.min(0))
+        return jax.nn.softmax(x * params + side) + low, low
+
+    layer = fpipe.Layer(attend, scale_init, "attend", init_state=lambda x: jnp.full(WIDTH, jnp.inf))
+    pipe = fpipe.Pipe([layer, dense()], chunks=2, detect_anomaly=True)
+    x = jnp.ones((4, WIDTH))
+    mask = x.at[:, 1].set(-jnp.inf)
+    params, state = pipe.init(jax.random.key(0), x, mask), pipe.init_state(x, mask)
+    (_, new), _ = pipe.value_and_grad(loss_fn)(params, x, x, side=mask, state=state)
+    assert (new[0] == 1).all()
+    with pytest.raises(FloatingPointError, match=r"layer 0 'attend', microbatch 1, forward .F.: its output and its new"):
+        pipe(params, x.at[3].set(-jnp.inf), side=x, state=(x[0], None))
+
+
+def test_skips_and_borrowed_parameters():
+    @fpipe.skippable(stash=["skip"])
+    def stash(params, x, *, carry):
+        return x * params, fpipe.stash(carry, "skip", jnp.log(x))
+
+    @fpipe.skippable(pop=["skip"])
+    def pop(params, x, *, carry, borrowed):
+        skip, carry = fpipe.pop(carry, "skip")
+        return x + skip + steep(x == 3, borrowed["stash"] * x), carry
+
+    pop = dataclasses.replace(pop, needs=("carry", "borrowed"), borrow=["stash"], init=lambda key, x, **_: ())
+    ones = lambda key, x: jnp.ones(())  # noqa: E731
+    model = fpipe.sequential([dataclasses.replace(stash, init=ones), pop], chunks=2, detect_anomaly=True)
+    x = jnp.ones((4, 1))
+    params = (jnp.ones(()), ())
+    assert model(params, x).shape == (4, 1)
+    with pytest.raises(FloatingPointError, match="layer 0 'stash', microbatch 1, forward .F.: what it stashes is"):
+        model(params, x.at[2].set(0.0))
+    with pytest.raises(FloatingPointError, match="layer 1 'pop', microbatch 1, backward .B.: the gradient of its borrowed"):
+        model.value_and_grad(loss_fn)(params, x.at[2].set(3.0), x)
+
+
+def test_codes_of_late_layers_in_bfloat16():
+    layers = [dense()] * 40 + [fpipe.Layer(fragile, scale_init, "fragile")]
+    model = fpipe.sequential(layers, compute_dtype=jnp.bfloat16, detect_anomaly=True)
+    x, side = jnp.ones((1, WIDTH)), jnp.array([3])
+    params = model.init(jax.random.key(0), x, side)
+    with pytest.raises(FloatingPointError, match="layer 40 'fragile', microbatch 0, backward .B.: .* its parameters"):
+        jax.jit(model.value_and_grad(loss_fn))(params, x, x, side=side)
+        model.raise_anomaly()
+
+
+def test_a_sum_that_overflows():
+    model = fpipe.sequential([fpipe.fn(double)], chunks=2, detect_anomaly=True)
+    x = jnp.full((4, WIDTH), 1e38)
+    with pytest.raises(FloatingPointError, match="the loss is not finite, though that of every microbatch is"):
+        model.evaluate(lambda y: y.max(), reduction="sum")(((),), x)
+    with pytest.raises(FloatingPointError, match=r"the gradient of argument 2 is not finite, though that of every"):
+        t = fpipe.NoChunk(jnp.ones(()))
+        model.value_and_grad(lambda y, t: 1e38 * 3 * t, argnums=2, reduction="sum")(((),), x / 10, t)
+    with pytest.raises(FloatingPointError, match="the total weight"):
+        model.value_and_grad(lambda y: (y.sum(), 0.0), argnums=1, reduction="weighted")(((),), x / 100)
+
+
+@pytest.mark.parametrize("name", ["nested", "jump3", "stateful", "branched", "tied"])
+def test_every_kind_of_model_runs_as_before(name):
+    layers = models()[name]
+    x = jax.random.normal(jax.random.key(1), (4, WIDTH))
+    outs = []
+    for detect in (False, True):
+        model = fpipe.sequential(layers, chunks=2, detect_anomaly=detect)
+        params, state = model.init(jax.random.key(0), x, x), model.init_state(x, x)
+        state = {"state": state} if model.model.stateful else {}
+        outs.append(model.value_and_grad(loss_fn, argnums=(0, 1))(params, x, x, side=x, key=jax.random.key(2), **state))
+    assert jax.tree.structure(outs[0]) == jax.tree.structure(outs[1])
+    for a, b in zip(*map(jax.tree.leaves, outs), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_what_is_wrong_is_said_as_before():
+    def messages(detect):
+        wrong = fpipe.Layer(lambda params, x, *, carry: x, stash=["a"], name="wrong")
+        late = fpipe.Layer(lambda params, x, *, carry: (x, 3), stash=["a"], name="late")
+        end = fpipe.Layer(lambda params, x, *, carry: (x, {}), pop=["a"], name="end")
+        fails = fpipe.Layer(lambda params, x: x @ x, name="fails")
+        x = jnp.ones((4, 3))
+        for layers in ([wrong, end], [late, end], [fails]):
+            with pytest.raises((TypeError, ValueError)) as caught:
+                fpipe.sequential(layers, detect_anomaly=detect)(((),) * len(layers), x)
+            yield str(caught.value), caught.value.__notes__
+        for has_aux, reduction in ((True, "mean"), (False, "weighted"), (False, "mean")):
+            with pytest.raises(TypeError) as caught:
+                model = fpipe.sequential([fpipe.fn(double)], detect_anomaly=detect)
+                model.evaluate(lambda y: (y,) if reduction != "mean" or has_aux else y, has_aux, reduction)(((),), x)  # noqa: B023
+            yield str(caught.value), caught.value.__notes__
+
+    assert list(messages(True)) == list(messages(False))
+
+
+def test_it_is_part_of_the_value():
+    pipe = fpipe.Pipe([fpipe.fn(jnp.tanh)], detect_anomaly=True)
+    assert pickle.loads(pickle.dumps(pipe)) == pipe == dataclasses.replace(pipe, chunks=1)
+    assert pipe != dataclasses.replace(pipe, detect_anomaly=False)
