@@ -171,7 +171,9 @@ def _tapped(given: Mapping[str, PyTree], tap: Any, layer: Any) -> tuple[dict[str
     def backward(kept: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
         layer, asked = kept
         later, *own = [None if isinstance(c, jax.custom_derivatives.SymbolicZero) else c for c in cotangents]
-        found = {bit: [c for c, b in zip(own, asked.bits, strict=True) if b == bit and c is not None] for bit in asked.bits}
+        found = {
+            bit: [c for c, b in zip(own, asked.bits, strict=True) if b == bit and c is not None] for bit in asked.bits
+        }
         code = sum(_bad(cs).astype(jnp.int32) * bit for bit, cs in found.items() if bit) + jnp.zeros((), jnp.int32)
         # Parameters are asked for or not; values are always, for the sake of the tap.
         code = jnp.where(code == 0, 0, layer * _BACKWARD + code + jnp.where(code == _GRADIENT["x"], _OPEN, 0))
@@ -436,4 +438,6 @@ def _named(bits: int, names: Mapping[int, str]) -> str:
 
 def _others(codes: np.ndarray, first: int) -> str:
     more = [int(i) for i in np.flatnonzero(codes) if i != first]
-    return f". Faults in microbatches {', '.join(map(str, more[:8]))}{' …' if len(more) > 8 else ''} too" if more else ""
+    return (
+        f". Faults in microbatches {', '.join(map(str, more[:8]))}{' …' if len(more) > 8 else ''} too" if more else ""
+    )

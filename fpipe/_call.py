@@ -17,7 +17,7 @@ from fpipe._microbatch import NoChunk
 from fpipe._model import Model
 from fpipe._tree import PyTree, describe, numbers_as_arrays
 
-
+# The layer that `Args.frozen` has for arrays of x.
 OF_X = -1
 
 

@@ -92,7 +92,6 @@ def numbered_leaves(counts: Sequence[int], args: Args) -> list[tuple[Leaf, ...]]
 def wanted_leaves(inputs: Inputs, leaves: Iterable[Leaf], frozen: Container[tuple[int, int]]) -> frozenset[Leaf]:
     """Those that can have a gradient and are not frozen."""
 
-
     def still(leaf: Leaf) -> bool:
         return leaf.port.kind in ("params", "x") and (OF_X if leaf.port == X else leaf.port.of, leaf.k) in frozen
 

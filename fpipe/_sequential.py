@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fpipe._batch_norm import deferred
 from fpipe._anomaly import Detector
+from fpipe._batch_norm import deferred
 from fpipe._call import OF_X, Args, Call, Result, as_compute_dtype, check_chunks
 from fpipe._loss import Loss, divided, sum_dtype, wide
 from fpipe._microbatch import Cut, check_alike, cut_inputs, first_microbatch, join
