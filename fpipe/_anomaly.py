@@ -323,8 +323,8 @@ class Detector:
         def backward(kept: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
             fault, tap = kept
             bad = _bad(list(cotangents))
-            self._report({"cotangent": bad})
-            # What was said already is not said of the backward too.
+            # What was said of the forward is not said again of what follows from it.
+            self._report({"cotangent": bad & (fault == 0).all()})
             said = jnp.where((fault != 0) | bad, _SAID, 0).astype(tap.dtype)
             return (float0_like(fault), said, *cotangents)
 
@@ -437,7 +437,7 @@ def _named(bits: int, names: Mapping[int, str]) -> str:
 
 
 def _others(codes: np.ndarray, first: int) -> str:
-    more = [int(i) for i in np.flatnonzero(codes) if i != first]
-    return (
-        f". Faults in microbatches {', '.join(map(str, more[:8]))}{' …' if len(more) > 8 else ''} too" if more else ""
-    )
+    found = [int(i) for i in np.flatnonzero(codes)]
+    if found == [first]:
+        return ""
+    return f". Microbatches with faults: {', '.join(map(str, found[:8]))}{', …' if len(found) > 8 else ''}"
