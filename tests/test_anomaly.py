@@ -12,6 +12,7 @@ import pytest
 
 import fpipe
 import fpipe._anomaly
+from fpipe._placed._compile import compile_plan
 from fpipe._plan import Run
 from tests.helpers import WIDTH, add, dense, keep, models, scale_init
 
@@ -195,15 +196,22 @@ def test_off_is_as_if_it_were_not_there(monkeypatch):
     placed.raise_anomaly()
 
 
-def test_stages_that_compute_the_same_share_their_programs():
-    x = jnp.ones((4, WIDTH))
-    pipe = fpipe.Pipe([dense()] * 4, chunks=2, detect_anomaly=True)
-    pipe.value_and_grad(loss_fn)(pipe.init(jax.random.key(0), x), x, x)
-    (bound,) = pipe._placed._bound.values()
-    runs = [(item.action, item.call) for item in bound.plan.instructions if isinstance(item, Run) and item.action]
+def test_programs_do_no_more_products_and_are_shared():
+    """Of x the tap alone is differentiated; no program has the number of its layer in it."""
+    x, found = jnp.ones((4, WIDTH)), {}
+    for detect in (False, True):
+        pipe = fpipe.Pipe([dense()] * 4, chunks=2, checkpoint="never", detect_anomaly=detect)
+        pipe.compile(pipe.init(jax.random.key(0), x), x, x, loss_fn=loss_fn)
+        (bound,) = pipe._placed._bound.values()
+        for n, program in compile_plan(bound.plan, bound.given).items():
+            item = bound.plan.instructions[n]
+            if isinstance(item, Run) and item.action:
+                found[detect, item.action.kind, item.action.stage] = item.call, program.as_text().count(" dot(")
+    count = {key: products for key, (_, products) in found.items()}
     for kind in "FB":
-        calls = {action.stage: call for action, call in runs if action.kind == kind}
-        assert calls[1] is calls[2], kind
+        assert [count[True, kind, s] for s in range(4)] == [count[False, kind, s] for s in range(4)], kind
+        assert found[True, kind, 1][0] is found[True, kind, 2][0], kind
+    assert count[True, "B", 1] > count[True, "B", 0] > 0
 
 
 def double(x):
@@ -244,20 +252,21 @@ def test_an_infinity_that_does_not_leave_a_layer_is_no_fault():
     """A mask of -inf in `side`; a state that starts with an infinity."""
 
     def attend(params, x, *, side, state):
-        low = jnp.minimum(state, x.min(0))
-        return jax.nn.softmax(x * params + side) + low, low
+        low, never = state
+        low = jnp.minimum(low, x.min(0))
+        return jax.nn.softmax(x * params + side) + low, (low, never)
 
-    layer = fpipe.Layer(attend, scale_init, "attend", init_state=lambda x: jnp.full(WIDTH, jnp.inf))
+    layer = fpipe.Layer(attend, scale_init, "attend", init_state=lambda x: (jnp.full(WIDTH, jnp.inf), jnp.inf))
     pipe = fpipe.Pipe([layer, dense()], chunks=2, detect_anomaly=True)
     x = jnp.ones((4, WIDTH))
     mask = x.at[:, 1].set(-jnp.inf)
     params, state = pipe.init(jax.random.key(0), x, mask), pipe.init_state(x, mask)
     (_, new), _ = pipe.value_and_grad(loss_fn)(params, x, x, side=mask, state=state)
-    assert (new[0] == 1).all()
+    assert (new[0][0] == 1).all()
     with pytest.raises(
         FloatingPointError, match=r"layer 0 'attend', microbatch 1, forward \(F\): its output and its new"
     ):
-        pipe(params, x.at[3].set(-jnp.inf), side=x, state=(x[0], None))
+        pipe(params, x.at[3].set(-jnp.inf), side=x, state=((x[0], jnp.ones(())), None))
 
 
 def test_skips_and_borrowed_parameters():
