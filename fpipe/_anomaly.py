@@ -421,7 +421,7 @@ class Detector:
     def _sum_text(self, weight: Any) -> str:
         if weight is not None and not weight.sum():
             return 'the total weight of `reduction="weighted"` is 0: write `jnp.maximum(weight, 1)` in the loss'
-        return "the loss is not finite, though that of every microbatch is: their sum overflows"
+        return "the loss is not finite, though that of every microbatch is: their sum, or a `loss_scale`, overflows"
 
     def _who(self, k: int) -> str:
         layers = self.model.layers
