@@ -382,19 +382,19 @@ class Pipe(Call):
         """
         if loss_fn is None and targets:
             raise TypeError("`pipe.plan(params, x, *targets)`: targets belong to a loss: give `loss_fn=` too")
+        pipe = dataclasses.replace(self, detect_anomaly=False)  # whose programs are those of the model alone
         given = {"by": by, "speed": speed, "latency": latency, "bandwidth": bandwidth, "optimizer": optimizer}
         options = Options.of("pipe.plan", len(self.devices), **given, memory=memory, compiled=compiled)
-        params, state = self._shaped(params, state, x, side)
+        params, state = pipe._shaped(params, state, x, side)
         loss = as_loss("plan", mean_square if loss_fn is None else loss_fn, has_aux, reduction)
-        args = self._reference()._checked(Args(params, x, targets, side, key, state, bool(train)))
+        args = checked(pipe.model, Args(params, x, targets, side, key, state, bool(train)))
         numbers = as_argnums(argnums)
         check_argnums(argnums, numbers, args)
         args = args._replace(frozen=FrozenLeaves(frozen).of(params))
-        remat, scan = Remat.of(self.checkpoint), None
+        scan = None
         if self.executor == "scan":
-            packed = eval_shape(self.place, params)
-            scan = self._scan, args._replace(params=packed)
-        return predict(self._as_placed(), scan, args, loss, numbers, remat, options)
+            scan = pipe._scan, args._replace(params=eval_shape(pipe.place, params))
+        return predict(pipe._as_placed(), scan, args, loss, numbers, Remat.of(self.checkpoint), options)
 
     def _shaped(self, params: Any, state: Any, x: PyTree, side: PyTree) -> tuple[Any, Any]:
         """Parameters and states for a prediction: those that are given, else their shapes."""

@@ -8,6 +8,9 @@ from fpipe.schedules import Timeline
 # Shares from which something is worth a word.
 _UNEVEN, _IDLE, _BETTER = 1.25, 0.2, 0.05
 
+# Microbatches for each stage, beyond which more gain little.
+_ENOUGH = 4
+
 
 def uneven(stages: Sequence[StageRow], best: Callable[[], tuple[tuple[int, ...], float]]) -> Iterator[str]:
     """A stage that the others wait for.
@@ -36,7 +39,8 @@ def few(
         return
     found = None
     for found in more:
-        if found[1] <= _IDLE:
+        # Smaller and smaller microbatches keep a device less and less busy.
+        if found[1] <= _IDLE or found[0] >= _ENOUGH * len(stages):
             break
     if found is not None and timeline.bubble - found[1] > _BETTER:
         yield (
