@@ -84,7 +84,7 @@ def balance(
         (2, 3)
         >>> dense = fpipe.Layer(lambda w, x: x @ w, init=lambda key, x: jnp.zeros((3, 3)))
         >>> fpipe.balance([dense] * 5, jax.ShapeDtypeStruct((8, 3), jnp.float32), stages=2, chunks=4)
-        (3, 2)
+        (2, 3)
     """
     known = _known(layers)
     if by is not None and by not in UNITS:
