@@ -382,14 +382,12 @@ def test_time_is_measured():
     assert fpipe.balance(layers, shape(2, 3), by="time", stages=2) in [(1, 4), (2, 3)]
 
 
-def test_time_of_a_backward_takes_what_the_forward_made():
-    layers, params = [dense(W), keep(), dense(W), add(), models()["branched"][1]], None
-    layers = [
-        dataclasses.replace(layer, init=lambda key, x: jnp.ones(x.shape[-1:])) if k in (1, 3, 4) else layer
-        for k, layer in enumerate(layers)
-    ]
-    for params in (None, fpipe.sequential(layers).init(jax.random.key(0), shape(2, W))):
-        known = fpipe.layer_costs(layers, shape(2, W), by="time", repeats=1, params=params)
+def test_time_of_layers_of_every_kind():
+    """What a backward takes from its forward, keys, states and borrowed parameters are all there."""
+    tied, dropped, counts = models()["tied"], models()["dropout"][1], models()["stateful"][0]
+    layers = [tied[0], keep(), counts, dropped, add(), *models()["branched"][1:3], tied[3]]
+    for params in (None, fpipe.sequential(layers).init(jax.random.key(0), shape(2, 4))):
+        known = fpipe.layer_costs(layers, shape(2, 4), by="time", repeats=1, params=params)
         assert min(known.forward) > 0
         assert min(known.backward) > 0
 

@@ -39,12 +39,14 @@ def _count(graph: _jaxpr.Graph, nodes: Sequence[_jaxpr.Node], wanted: Iterable[i
 
 
 def _lowered(call: Any, shapes: Sequence[jax.ShapeDtypeStruct], what: What) -> float:
-    """XLA's count; a program of which it knows nothing, an empty one for example, takes nothing."""
-    found: Any = jax.jit(call).lower(*shapes).cost_analysis()
-    if isinstance(found, (list, tuple)):
-        found = found[0] if found else {}
-    value = float((found or {}).get(what, 0.0))
-    return max(0.0, value)
+    """XLA's count; what it knows nothing of, a program that only returns constants for example, takes nothing."""
+    lowered = jax.jit(call).lower(*shapes)
+    found: Any = lowered.cost_analysis()
+    if found is None:  # a backend that counts compiled programs only
+        found = lowered.compile().cost_analysis()
+    # Some backends give one count for each of several programs.
+    counts = found if isinstance(found, (list, tuple)) else [found or {}]
+    return max(0.0, sum(float(c.get(what, 0.0)) for c in counts))
 
 
 def _apart(node: _jaxpr.Node, what: What) -> float:
