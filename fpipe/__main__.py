@@ -13,6 +13,7 @@ from fpipe.plot import SUFFIXES, save
 from fpipe.schedules import NAMES, Costs, Schedule, Timeline, draw, named, simulate
 
 WIDTH = 120
+UNIT = 1000.0  # microseconds of a trace for a unit of time: viewers show milliseconds
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,7 +67,7 @@ def _parser() -> _Parser:
         "--out",
         type=_out,
         metavar="FILE",
-        help=f"also write a file, by its suffix: {', '.join(SUFFIXES)} or .csv (default: none)",
+        help=f"also write a file, by its suffix: {', '.join(SUFFIXES)}, .csv, or .json for a trace (default: none)",
     )
     many = _command(commands, "compare", _compare, "a table of all schedules with backwards, the shortest first")
     _sizes(many, "stages per device of the schedules that take several (default: 2)")
@@ -110,6 +111,8 @@ def _write(path: pathlib.Path, schedule: Schedule, timeline: Timeline) -> None:
     try:
         if path.suffix.lower() == ".csv":
             path.write_text(schedule.to_csv(), encoding="utf-8")
+        elif path.suffix.lower() == ".json":
+            path.write_text(timeline.to_trace(unit=UNIT), encoding="utf-8")
         else:
             save(timeline, path)
     except OSError as error:
@@ -189,8 +192,8 @@ def _costs(text: str) -> dict[str, float]:
 
 def _out(text: str) -> pathlib.Path:
     path = pathlib.Path(text)
-    if path.suffix.lower() not in (*SUFFIXES, ".csv"):
-        raise argparse.ArgumentTypeError(f"{text!r} ends in none of {', '.join(SUFFIXES)}, .csv")
+    if path.suffix.lower() not in (*SUFFIXES, ".csv", ".json"):
+        raise argparse.ArgumentTypeError(f"{text!r} ends in none of {', '.join(SUFFIXES)}, .csv, .json")
     return path
 
 

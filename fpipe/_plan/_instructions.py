@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from fpipe._placement import Placement
 from fpipe._stage import Leaf
 from fpipe._tree import PyTree, Shape
-from fpipe.schedules import Action
+from fpipe.schedules import Action, Schedule
 
 # What an array is for. `boundaries` and `skips` cross stages, cotangents included; `outputs` are states, losses and `y`.
 Role: TypeAlias = Literal["parameters", "gradients", "boundaries", "skips", "residuals", "inputs", "outputs"]
@@ -19,7 +19,9 @@ Role: TypeAlias = Literal["parameters", "gradients", "boundaries", "skips", "res
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Run a program on its placement. `action` is `None` for the work around the schedule; `calls_host` as in `Program`."""
+    """Run a program on its placement. `action` is `None` for the work around the schedule; `calls_host` as in `Program`;
+    `donates`: those of `ins` whose arrays it consumes.
+    """
 
     name: str
     call: Callable[..., Sequence[Any]]
@@ -28,6 +30,7 @@ class Run:
     placement: Placement
     action: Action | None = None
     calls_host: bool = False
+    donates: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +83,8 @@ class Plan:
     """Instructions in order, and the slots of what comes in and goes out.
 
     Attributes:
+        schedule: what it was made from.
+        order: the actions in the order in which they are issued, also those that have nothing to run.
         instructions: everything, in the order in which it is issued.
         slots: what each slot holds.
         feeds: the inputs; parameters first, in the slots 0, 1, ….
@@ -92,6 +97,8 @@ class Plan:
         warnings: what the user should know.
     """
 
+    schedule: Schedule
+    order: tuple[Action, ...]
     instructions: tuple[Instruction, ...]
     slots: tuple[Slot, ...]
     feeds: tuple[Feed, ...]

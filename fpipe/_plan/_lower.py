@@ -28,7 +28,7 @@ def lower(layout: Layout, schedule: Schedule, remat: Remat, inputs: Inputs, requ
     """Lower a call to a plan; `kept` has the programs of earlier calls."""
     order = issue_order(schedule, request.mode)
     direct, split = direct_pairs(order, layout.placements), split_pairs(order)
-    return _Lowering(layout, order, Programs(layout, direct, split, remat, inputs, request, kept)).plan()
+    return _Lowering(layout, schedule, order, Programs(layout, direct, split, remat, inputs, request, kept)).plan()
 
 
 def issue_order(schedule: Schedule, mode: Mode) -> list[Action]:
@@ -85,13 +85,14 @@ class _Emitter:
         placement: Placement,
         action: Action | None = None,
         calls_host: bool = False,
+        donates: Sequence[int] = (),
     ) -> list[int]:
         """Run a program on a placement; returns the slots of what it makes."""
         here = self.bring(ins, placement)
         if not here:  # no argument says where it runs
             call = jax.jit(call, out_shardings=placement.sharding)
         made = [self.new(name, placement, role) for name, role in outs]
-        self.code.append(Run(name, call, tuple(here), tuple(made), placement, action, calls_host))
+        self.code.append(Run(name, call, tuple(here), tuple(made), placement, action, calls_host, tuple(donates)))
         return made
 
     def feed(self, leaf: Leaf, placement: Placement) -> int:
@@ -111,8 +112,8 @@ class _Emitter:
 
 
 class _Lowering:
-    def __init__(self, layout: Layout, order: Sequence[Action], programs: Programs) -> None:
-        self.layout, self.order, self.programs = layout, order, programs
+    def __init__(self, layout: Layout, schedule: Schedule, order: Sequence[Action], programs: Programs) -> None:
+        self.layout, self.schedule, self.order, self.programs = layout, schedule, order, programs
         self.inputs, self.request, self.m = programs.inputs, programs.request, programs.inputs.cut.m
         self.emit = _Emitter()
         self.values: dict[tuple[int, int], dict[Ref, int]] = {}  # (stage, microbatch): what it read and made, here
@@ -147,6 +148,8 @@ class _Lowering:
         keep = {*gradients.values(), *emit.constants, *(n for entry in outputs for n in entry.slots)}
         first: list[Instruction] = with_frees(emit.code[:half], keep | used_later(emit.code[half:]))
         return Plan(
+            schedule=self.schedule,
+            order=tuple(self.order),
             instructions=(*first, *with_frees(emit.code[half:], keep)),
             slots=tuple(emit.slots),
             feeds=tuple(emit.feeds),
@@ -214,7 +217,8 @@ class _Lowering:
         if program.call is not None:
             last, place = self.layout.stages[s].last, self.layout.placements[s]
             outs: list[tuple[str, Role]] = [(f"{ref} stage{s} mb{i}", _role(ref, s, last)) for ref in program.outs]
-            made = self.emit.run(program.name, program.call, ins, outs, place, action, program.calls_host)
+            sums = [slot for ref, slot in zip(program.ins, ins, strict=True) if ref.what == "sum"]
+            made = self.emit.run(program.name, program.call, ins, outs, place, action, program.calls_host, sums)
             local |= dict(zip(program.outs, made, strict=True))
         local |= {ref: local[other] for ref, other in program.same.items()}
 

@@ -10,6 +10,9 @@ from fpipe.schedules._generators import looped_bfs as looped_bfs
 from fpipe.schedules._generators import one_f_one_b as one_f_one_b
 from fpipe.schedules._names import NAMES as NAMES
 from fpipe.schedules._names import named as named
+from fpipe.schedules._recording import ProgramRun as ProgramRun
+from fpipe.schedules._recording import Recording as Recording
+from fpipe.schedules._recording import Transfer as Transfer
 from fpipe.schedules._schedule import Action as Action
 from fpipe.schedules._schedule import Kind as Kind
 from fpipe.schedules._schedule import Schedule as Schedule

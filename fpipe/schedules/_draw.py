@@ -15,7 +15,12 @@ SHADES: dict[Kind, tuple[int, int]] = {"F": (75, 153), "B": (214, 223), "I": (17
 WIDEST = 40  # columns of the longest box, where a timeline is too long for the line anyway
 
 
-def draw(what: Schedule | Timeline, width: int = 120, colour: bool | None = False) -> str:
+def draw(
+    what: Schedule | Timeline,
+    width: int = 120,
+    colour: bool | None = False,
+    over: Schedule | Timeline | None = None,
+) -> str:
     """Draw a schedule, or a timeline, for a terminal.
 
     Each box is as wide as its action is long; `F3` is the forward of microbatch 3. Where a device
@@ -27,10 +32,12 @@ def draw(what: Schedule | Timeline, width: int = 120, colour: bool | None = Fals
         colour: a colour for each kind, with a second shade for every other stage of a device, or where a
             device has one stage, for every other microbatch; `None`: if standard output is a terminal and
             the variable `NO_COLOR` is not set.
+        over: another schedule or timeline, such as the simulated one of what was recorded. Each device has a second line
+            for it, in which a unit of time is as long as makes the work of both the same.
 
     Raises:
         TypeError: neither a `Schedule` nor a `Timeline`.
-        ValueError: a width below 1, or a timeline without events.
+        ValueError: a width below 1, a timeline without events, or one over another with more or fewer devices.
 
     >>> print(fpipe.schedules.draw(fpipe.schedules.gpipe(devices=2, microbatches=2)))
     device 0 F0 F1          B0--- B1---
@@ -39,31 +46,35 @@ def draw(what: Schedule | Timeline, width: int = 120, colour: bool | None = Fals
     """
     if width < 1:
         raise ValueError(f"`draw(width={width})`: a width is at least 1")
-    shown = picture(what, "draw")
+    shown = picture(what, "draw", over)
     if colour is None:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     head = len(f"device {shown.devices - 1} ")
-    labels = [f"{b.stage if shown.chunks > 1 else ''}{b.kind}{b.microbatch}" for b in shown.boxes]
-    scale = _scale(shown, labels, width - head)
-    lines = [f"device {d}".ljust(head) for d in range(shown.devices)]
+    layers = [shown.boxes, *([] if over is None else [shown.beneath])]
+    labels = [[f"{b.stage if shown.chunks > 1 else ''}{b.kind}{b.microbatch}" for b in boxes] for boxes in layers]
+    scale = _scale(shown, [label for own in labels for label in own], width - head)
+    lines = [
+        title.ljust(head) for d in range(shown.devices) for title in (f"device {d}", "over".rjust(head - 1))[: len(layers)]
+    ]
     columns = min(round(shown.span * scale), width) + 1  # one more than fits shows that something is cut
     characters = [[" "] * columns for _ in lines]
     shades = [[0] * columns for _ in lines]
-    for label, box in zip(labels, shown.boxes, strict=True):
-        a, b = round(box.start * scale), round(box.end * scale)
-        if a >= columns:
-            characters[box.device][-1] = "…"
-            continue
-        room = max(b - a - 1, 1)
-        text = label if len(label) <= room else box.kind
-        text = text.ljust(min(room, columns - a), "-")[: columns - a]
-        shade = SHADES[box.kind][(box.chunk if shown.chunks > 1 else box.microbatch) % 2]
-        characters[box.device][a : a + len(text)] = text
-        shades[box.device][a : a + len(text)] = [shade] * len(text)
-    for d, row in enumerate(characters):
-        text = lines[d] + "".join(row).rstrip()
+    for n, (boxes, own) in enumerate(zip(layers, labels, strict=True)):
+        for label, box in zip(own, boxes, strict=True):
+            row, a, b = box.device * len(layers) + n, round(box.start * scale), round(box.end * scale)
+            if a >= columns:
+                characters[row][-1] = "…"
+                continue
+            room = max(b - a - 1, 1)
+            text = label if len(label) <= room else box.kind
+            text = text.ljust(min(room, columns - a), "-")[: columns - a]
+            shade = SHADES[box.kind][(box.chunk if shown.chunks > 1 else box.microbatch) % 2]
+            characters[row][a : a + len(text)] = text
+            shades[row][a : a + len(text)] = [shade] * len(text)
+    for n, row in enumerate(characters):
+        text = lines[n] + "".join(row).rstrip()
         text = text if len(text) <= width else text[: width - 1] + "…"
-        lines[d] = _paint(text, [0] * head + shades[d]) if colour else text
+        lines[n] = _paint(text, [0] * head + shades[n]) if colour else text
     return "\n".join([*lines, *textwrap.wrap(shown.caption, width, break_on_hyphens=False)])
 
 
@@ -73,7 +84,7 @@ def _scale(shown: Picture, labels: list[str], room: int) -> float:
     # boxes. The usual length, not the shortest: one short event of a measured timeline must not stretch all.
     sizes: dict[tuple[str, int], list[float]] = {}
     longest: dict[tuple[str, int], int] = {}
-    for label, box in zip(labels, shown.boxes, strict=True):
+    for label, box in zip(labels, (*shown.boxes, *shown.beneath), strict=True):
         of = box.kind, box.stage
         sizes.setdefault(of, []).append(box.end - box.start)
         longest[of] = max(longest.get(of, 0), len(label))

@@ -62,6 +62,7 @@ class Picture:
         chunks: the most stages on a device.
         kinds: those that occur.
         caption: name, makespan, bubble, peak of live microbatches.
+        beneath: the boxes of the timeline that this one is laid over.
     """
 
     boxes: tuple[Box, ...]
@@ -70,6 +71,7 @@ class Picture:
     chunks: int
     kinds: tuple[Kind, ...]
     caption: str
+    beneath: tuple[Box, ...] = ()
 
     def fill(self, kind: Kind, chunk: int) -> str:
         """The colour of a kind, the lighter the later the chunk."""
@@ -87,30 +89,48 @@ class Picture:
         return [n * step for n in range(math.floor(self.span / step * (1 + 1e-9)) + 1)]
 
 
-def picture(what: Schedule | Timeline, call: str) -> Picture:
-    """What to draw of a schedule, under the default costs, or of a timeline; `call` is for errors."""
+def picture(what: Schedule | Timeline, call: str, over: Schedule | Timeline | None = None) -> Picture:
+    """What to draw of a schedule, under the default costs, or of a timeline, over another; `call` is for errors."""
+    timeline = _timeline(what, call)
+    boxes, span, caption = _boxes(timeline, 1.0), timeline.makespan, _caption(timeline)
+    beneath: tuple[Box, ...] = ()
+    if over is not None:
+        other = _timeline(over, f"{call}(over=...)")
+        if other.devices != timeline.devices:
+            raise ValueError(
+                f"`{call}(over=...)`: a timeline of {timeline.devices} devices lies over one of as many, not {other.devices}"
+            )
+        # The same work in both, so that what differs is when it is done.
+        work = [sum(e.end - e.start for e in t.events) for t in (timeline, other)]
+        scale = work[0] / work[1] if min(work) > 0 else 1.0
+        beneath, span = _boxes(other, scale), max(span, other.makespan * scale)
+        caption += f"; over {_caption(other)}; 1 there is {scale:.3g} here"
+    kinds = {b.kind for b in (*boxes, *beneath)}
+    chunks = max(b.chunk for b in (*boxes, *beneath)) + 1
+    return Picture(boxes, timeline.devices, span, chunks, tuple(k for k in KINDS if k in kinds), caption, beneath)
+
+
+def _timeline(what: Schedule | Timeline, call: str) -> Timeline:
     timeline = simulate(what) if isinstance(what, Schedule) else what
     if not isinstance(timeline, Timeline):
         raise TypeError(f"`{call}`: a Schedule or a Timeline can be drawn, not {what!r}")
     if not timeline.events:
         raise ValueError(f"`{call}`: the timeline {timeline.name!r} has no events")
+    return timeline
+
+
+def _boxes(timeline: Timeline, scale: float) -> tuple[Box, ...]:
     start = min(e.start for e in timeline.events)
     stages = [sorted({e.action.stage for e in timeline.events if e.device == d}) for d in range(timeline.devices)]
     chunk = {(d, s): n for d, row in enumerate(stages) for n, s in enumerate(row)}
-    boxes = tuple(
-        Box(d, a - start, b - start, kind, chunk[d, stage], stage, microbatch)
+    return tuple(
+        Box(d, (a - start) * scale, (b - start) * scale, kind, chunk[d, stage], stage, microbatch)
         for d, (kind, stage, microbatch), a, b in timeline.events
     )
-    kinds = {b.kind for b in boxes}
-    caption = (
+
+
+def _caption(timeline: Timeline) -> str:
+    return (
         f"{timeline.name}: makespan {timeline.makespan:g}, bubble {max(timeline.bubble, 0.0):.1%}, "
         f"peak live microbatches {', '.join(map(str, timeline.peak_live))}"
-    )
-    return Picture(
-        boxes,
-        timeline.devices,
-        timeline.makespan,
-        max(map(len, stages)),
-        tuple(k for k in KINDS if k in kinds),
-        caption,
     )

@@ -24,6 +24,11 @@ class Action(NamedTuple):
     stage: int
     microbatch: int
 
+    @property
+    def name(self) -> str:
+        """As profiles and traces call it: `stage2 F mb3`."""
+        return f"stage{self.stage} {self.kind} mb{self.microbatch}"
+
     def __str__(self) -> str:
         return f"{self.kind}({self.stage},{self.microbatch})"
 

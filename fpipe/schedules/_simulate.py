@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple, TypeAlias
 
 from fpipe.schedules._schedule import KINDS, Action, Schedule
+from fpipe.schedules._trace import Span, trace
 
 Cost: TypeAlias = float | Sequence[float]
 
@@ -154,6 +155,20 @@ class Timeline:
                 held += math.fsum(n * self._holds(s)[1] for s, n in after.items())
                 peak[d] = max(peak[d], held)
         return tuple(peak)
+
+    def to_trace(self, unit: float = 1e6) -> str:
+        """The timeline as JSON that https://ui.perfetto.dev and `chrome://tracing` show, a process for each device.
+
+        Arguments:
+            unit: microseconds that a unit of time takes; the default is for seconds.
+        """
+        return trace([f"device {d}" for d in range(self.devices)], {"actions": self._spans()}, unit)
+
+    def _spans(self) -> list[Span]:
+        return [
+            Span(d, a.name, a.kind, start, end, {"stage": a.stage, "microbatch": a.microbatch})
+            for d, a, start, end in self.events
+        ]
 
     def _holds(self, stage: int) -> tuple[float, float]:
         return self.memory[stage] if self.memory else (1.0, 1.0)

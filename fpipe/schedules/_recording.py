@@ -1,0 +1,89 @@
+"""A timeline that was measured: besides the schedule's actions every program and every transfer."""
+
+import dataclasses
+from typing import NamedTuple
+
+from fpipe.schedules._simulate import Timeline
+from fpipe.schedules._trace import Span, trace
+
+
+class ProgramRun(NamedTuple):
+    """One run of a program.
+
+    Attributes:
+        device: its number in the schedule.
+        name: `stage2 F mb3` for an action, else what it does.
+        start, end: in seconds.
+    """
+
+    device: int
+    name: str
+    start: float
+    end: float
+
+
+class Transfer(NamedTuple):
+    """Arrays that went from one device to another.
+
+    Attributes:
+        source, target: devices' numbers in the schedule.
+        what: names of the arrays.
+        bytes: of all of them.
+        start, end: in seconds: from when they were there and the transfer had been asked for, until they had arrived.
+    """
+
+    source: int
+    target: int
+    what: tuple[str, ...]
+    bytes: int
+    start: float
+    end: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recording(Timeline):
+    """What really ran when: a `Timeline` in seconds, counted from the first start.
+
+    It is empty until the block of `fpipe.record` ends. Then it is the last of the calls that were made in the block, and
+    `calls` has all of them.
+
+    Arguments:
+        events: the schedule's actions. One that has nothing to compute (such as the input gradient of the first stage, where
+            nobody asks for it) has no program, and takes no time.
+        devices: `D`.
+        name: for drawings.
+        memory: as in `Timeline`.
+        programs: every program, also those around the schedule.
+        transfers: every transfer between devices.
+        places: what each device is.
+        calls: one recording for each call.
+    """
+
+    programs: tuple[ProgramRun, ...] = ()
+    transfers: tuple[Transfer, ...] = ()
+    places: tuple[str, ...] = ()
+    calls: tuple["Recording", ...] = ()
+
+    def to_trace(self, unit: float = 1e6) -> str:
+        """As `Timeline.to_trace`, with every program and every transfer; a transfer stands at its target."""
+        actions = {e.action.name for e in self.events}
+        around = [
+            Span(p.device, p.name, "around", p.start, p.end, {}) for p in self.programs if p.name not in actions
+        ]
+        transfers = [
+            Span(
+                t.target,
+                f"from device {t.source}",
+                "transfer",
+                t.start,
+                t.end,
+                {"source": t.source, "what": ", ".join(t.what), "bytes": t.bytes},
+            )
+            for t in self.transfers
+        ]
+        names = [f"device {d}{f' ({p})' if p else ''}" for d, p in enumerate(self.places or [""] * self.devices)]
+        return trace(names, {"programs": [*self._spans(), *around], "transfers": transfers}, unit)
+
+    # It is filled when the block ends: equal to nothing but itself.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
