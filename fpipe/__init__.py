@@ -12,6 +12,7 @@ from fpipe._microbatch import NoChunk as NoChunk
 from fpipe._model import verify_skippables as verify_skippables
 from fpipe._pipe import Pipe as Pipe
 from fpipe._prediction import Prediction as Prediction
+from fpipe._record import record as record
 from fpipe._scan import Packed as Packed
 from fpipe._sequential import sequential as sequential
 from fpipe._skip import Namespace as Namespace

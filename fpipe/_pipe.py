@@ -34,13 +34,14 @@ from fpipe._placed import DISPATCH, Dispatch, Placed, Progress, TracedCallError,
 from fpipe._placement import Device, Place, Placement, as_placements, first_placements
 from fpipe._plan import Layout
 from fpipe._prediction import Options, Prediction, mean_square, predict
+from fpipe._record import record
 from fpipe._remat import Policy, Remat
 from fpipe._scan import Packed, Scan, as_mesh, stage_devices
 from fpipe._scheduling import Scheduling
 from fpipe._sequential import Sequential
 from fpipe._stage import cut_stages
 from fpipe._tree import PyTree, eval_shape, map_arrays, numbers_as_arrays, strong
-from fpipe.schedules import Schedule
+from fpipe.schedules import Recording, Schedule
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -395,6 +396,33 @@ class Pipe(Call):
         if self.executor == "scan":
             scan = pipe._scan, args._replace(params=eval_shape(pipe.place, params))
         return predict(pipe._as_placed(), scan, args, loss, numbers, Remat.of(self.checkpoint), options)
+
+    def record(self, f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Recording]:
+        """Run `f(*args, **kwargs)`, a step that calls this pipe, and record its last call, as `fpipe.record` does.
+
+        Returns:
+            What `f` returns, and the `fpipe.schedules.Recording`.
+
+        Raises:
+            ValueError: `f` has not called this pipe.
+
+        Example:
+            >>> dense = fpipe.Layer(lambda w, x: jnp.tanh(x @ w), init=lambda key, x: jnp.eye(3))
+            >>> pipe = fpipe.Pipe([dense, dense], devices=[jax.devices()[0]] * 2, chunks=4)
+            >>> x = jnp.ones((8, 3))
+            >>> step = pipe.value_and_grad(lambda y: jnp.mean(y**2))
+            >>> (loss, grads), timeline = pipe.record(step, pipe.init(jax.random.key(0), x), x)
+            >>> len(timeline.events)
+            16
+        """
+        with record(self) as timeline:
+            result = f(*args, **kwargs)
+        return result, timeline
+
+    @property
+    def owner(self) -> object:
+        """What tells this pipe from others where calls are recorded."""
+        return self._executor.owner
 
     def _shaped(self, params: Any, state: Any, x: PyTree, side: PyTree) -> tuple[Any, Any]:
         """Parameters and states for a prediction: those that are given, else their shapes."""

@@ -66,7 +66,16 @@ def draw(what: Schedule | Timeline, ax: "Axes | None" = None, over: Schedule | T
         label = str(b.microbatch)
         if len(label) * size * 0.62 + 1.5 <= (b.end - b.start) * points:
             middle = (b.start + b.end) / 2
-            ax.text(middle, b.device - 0.46 + high / 2, label, ha="center", va="center_baseline", fontsize=size, color=INK, clip_on=True)
+            ax.text(
+                middle,
+                b.device - 0.46 + high / 2,
+                label,
+                ha="center",
+                va="center_baseline",
+                fontsize=size,
+                color=INK,
+                clip_on=True,
+            )
 
     ax.set_yticks(range(shown.devices), [f"device {d}" for d in range(shown.devices)], fontsize=max(size, 5.0))
     ax.set_xticks(shown.ticks(14))
@@ -89,9 +98,7 @@ def draw(what: Schedule | Timeline, ax: "Axes | None" = None, over: Schedule | T
     return ax
 
 
-def save(
-    what: Schedule | Timeline, path: str | os.PathLike[str], over: Schedule | Timeline | None = None
-) -> None:
+def save(what: Schedule | Timeline, path: str | os.PathLike[str], over: Schedule | Timeline | None = None) -> None:
     """Draw a schedule, or a timeline, into a file.
 
     Arguments:

@@ -18,7 +18,7 @@ LEVELS = [
     ["fpipe._prediction"],
     ["fpipe._balancing"],
     ["fpipe._placed", "fpipe._scan", "fpipe._sequential", "fpipe._costs"],
-    ["fpipe._given", "fpipe._anomaly"],
+    ["fpipe._given", "fpipe._anomaly", "fpipe._record"],
     ["fpipe._plan", "fpipe._call"],
     ["fpipe._after"],
     ["fpipe._program", "fpipe._placement"],

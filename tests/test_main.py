@@ -188,7 +188,10 @@ WRONG = {
     "cost empty": (["compare", *SIZES, "--costs", ""], "--costs: '' is not one of"),
     "cost trailing": (["compare", *SIZES, "--costs", "F=1,"], "--costs: '' is not one of"),
     "cost too large": (["compare", *SIZES, "--costs", "B=1,W=2"], "--costs: .*W is larger than B"),
-    "suffix": (["schedule", "1f1b", *SIZES, "--out", "a.jpg"], "--out: 'a.jpg' ends in none of .svg, .png, .pdf, .csv, .json"),
+    "suffix": (
+        ["schedule", "1f1b", *SIZES, "--out", "a.jpg"],
+        "--out: 'a.jpg' ends in none of .svg, .png, .pdf, .csv, .json",
+    ),
     "no suffix": (["schedule", "1f1b", *SIZES, "--out", "a"], "--out: 'a' ends in none of"),
     "unknown flag": (["compare", *SIZES, "--colour"], "unrecognized arguments: --colour"),
 }

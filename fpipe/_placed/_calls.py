@@ -47,7 +47,7 @@ class Placed:
         chunks: int,
         dispatch: Dispatch,
     ) -> None:
-        self.layout = layout
+        self.layout = self.owner = layout
         self._dispatch: Dispatch = dispatch
         self.scheduling, self.stage_to_device, self.chunks = scheduling, map_, chunks
         self._remat = remat

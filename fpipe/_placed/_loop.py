@@ -13,8 +13,10 @@ import jax
 from fpipe._errors import add_note
 from fpipe._placed._compile import Progress, compile_plan
 from fpipe._placed._threads import Crew, Part, divide
+from fpipe._placed._watch import Half, Ran, Watch, Way, ways_of
 from fpipe._placement import Placement
 from fpipe._plan import Free, Inputs, Instruction, Layout, Move, Plan, Run, used_later
+from fpipe._record import recorders_of
 from fpipe._stage import Leaf, Port
 from fpipe._tree import is_inexact
 
@@ -28,8 +30,8 @@ Step: TypeAlias = tuple[
     Callable[[list[Any]], Sequence[Any]], Callable[..., Sequence[Any]], tuple[int, ...], tuple[int, ...]
 ]
 
-# The halves of a differentiated call; every other call is one whole.
-Half: TypeAlias = Literal["whole", "forward", "backward"]
+# What is called in place of an instruction's call.
+Through: TypeAlias = Callable[[int, Callable[..., Sequence[Any]]], Callable[..., Sequence[Any]]]
 
 Observer: TypeAlias = Callable[[Instruction, Sequence[Any]], None]
 _observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar("observer", default=None)
@@ -87,12 +89,42 @@ class Bound:
 
     def run(self, slots: list[Any], half: Half = "whole") -> list[Any]:
         """Issue the steps in order; returns the slots."""
+        through = self._annotated if _profiled() else None
+        recorders = recorders_of(self.layout)
+        if not recorders:
+            return self._run(slots, half, through)
+        ways = self._ways  # compiles
+        jax.block_until_ready([a for a in slots if a is not None])
+        with Watch(self.plan, ways) as watch:
+            slots = self._run(slots, half, _chained(through, watch.through))
+        if watch.failures:
+            n, error = min(watch.failures, key=lambda failure: failure[0])
+            add_note(error, f"while running {self._described(self.plan.instructions[n])}")
+            try:
+                raise error
+            finally:
+                del watch, error  # no circle through the traceback
+        ran = Ran(self.plan, half, watch.issued, watch.ended, watch.moved)
+        for recorder in recorders:
+            last = recorder.calls[-1] if recorder.calls else None
+            if half == "backward" and isinstance(last, Ran) and last.half == "forward" and last.plan is self.plan:
+                recorder.calls[-1] = last.joined(ran)
+            else:
+                recorder.calls.append(ran)
+        return slots
+
+    def _run(self, slots: list[Any], half: Half, through: Through | None) -> list[Any]:
         if self.threaded:
-            return self._run_in_threads(slots, half)
+            return self._run_in_threads(slots, half, through)
         observer, n = _observer.get(), 0
         start, stop = {"whole": (0, None), "forward": (0, self.half), "backward": (self.half, None)}[half]
+        steps = self.steps[start:stop]
+        if through is not None:
+            steps = [
+                (get, through(self.at[n], call), outs, frees) for n, (get, call, outs, frees) in enumerate(steps, start)
+            ]
         try:
-            for n, (get, call, outs, frees) in enumerate(self.steps[start:stop], start):
+            for n, (get, call, outs, frees) in enumerate(steps, start):
                 for out, array in zip(outs, call(*get(slots))):  # noqa: B905 - strict costs time here
                     slots[out] = array
                 for dead in frees:
@@ -104,8 +136,13 @@ class Bound:
             raise
         return slots
 
-    def _run_in_threads(self, slots: list[Any], half: Half) -> list[Any]:
+    def _run_in_threads(self, slots: list[Any], half: Half, through: Through | None) -> list[Any]:
         parts, observer = self._parts[half], _observer.get()
+        if through is not None:
+            parts = [
+                part._replace(steps=tuple(step._replace(call=through(step.at, step.call)) for step in part.steps))
+                for part in parts
+            ]
         observe = observer and (lambda n, own: observer(self.plan.instructions[n], own))
         failure = Crew(parts, observe).run(slots)
         if failure is not None:
@@ -118,9 +155,31 @@ class Bound:
         return slots
 
     @functools.cached_property
+    def _compiled(self) -> Mapping[int, Any]:
+        return compile_plan(self.plan, self.given)
+
+    @functools.cached_property
+    def _ways(self) -> Mapping[int, Way]:
+        return ways_of(self.plan, lambda n: self._compiled[n].out_info)
+
+    def _annotated(self, n: int, call: Callable[..., Sequence[Any]]) -> Callable[..., Sequence[Any]]:
+        """The call of an instruction with a name in profiles, `stage2 F mb3`."""
+        item = self.plan.instructions[n]
+        assert not isinstance(item, Free)
+        name = f"transfer to {item.placement.device}"
+        if isinstance(item, Run):
+            name = f"{item.name} on {item.placement.device}" if item.action is None else item.action.name
+
+        def annotated(*arrays: Any) -> Sequence[Any]:
+            with jax.profiler.TraceAnnotation(name):
+                return call(*arrays)
+
+        return annotated
+
+    @functools.cached_property
     def _parts(self) -> Mapping[Half, list[Part]]:
         # Compiled here: settings such as `jax.enable_x64` are the calling thread's, and tracing depends on them.
-        compiled, plan = compile_plan(self.plan, self.given), self.plan
+        compiled, plan = self._compiled, self.plan
         end = len(plan.instructions)
         ranges: dict[Half, tuple[int, int]] = {
             "whole": (0, end),
@@ -147,6 +206,15 @@ class Bound:
         doing = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}[kind]
         layers = self.layout.stages[s].described
         return f"the {doing} of stage {s} ({layers}), microbatch {i}, on {item.placement.device}"
+
+
+def _profiled() -> bool:
+    """Whether a profile is being taken. Names cost little, and nothing where nobody looks."""
+    return jax.profiler.TraceAnnotation.is_enabled()
+
+
+def _chained(outer: Through | None, inner: Through) -> Through:
+    return inner if outer is None else lambda n, call: outer(n, inner(n, call))
 
 
 def bind(

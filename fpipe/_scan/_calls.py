@@ -3,7 +3,7 @@
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,9 @@ from fpipe._microbatch import check_equal_pieces
 from fpipe._model import Model
 from fpipe._plan import Request
 from fpipe._recent import Key, Recent
+from fpipe._record import recorders_of
 from fpipe._remat import Remat
+from fpipe._scan._clock import Ran
 from fpipe._scan._feeds import LARGE, is_large
 from fpipe._scan._lower import lower
 from fpipe._scan._mesh import AXIS, DATA, by_stage, on_mesh, replicated
@@ -34,7 +36,7 @@ from fpipe._scan._parameters import Parameters
 from fpipe._scan._step import Step
 from fpipe._scheduling import Scheduling
 from fpipe._stage import AUX, KEY, SIDE, TARGETS, Leaf, Port, X, Y, cut_stages
-from fpipe._tree import PyTree, Shape, Spec, aval, fill_gradient, float0_like, is_inexact, pack
+from fpipe._tree import PyTree, Shape, Spec, aval, fill_gradient, float0_like, is_inexact, is_traced, pack
 from fpipe.schedules import Schedule
 
 # Programs of calls that one pipe keeps, and traces that do not depend on a loss.
@@ -58,6 +60,7 @@ class Scan:
         self._model, self._stages, self._map = model, cut_stages(model, balance), stage_to_device
         self._scheduling, self._remat, self._chunks = scheduling, remat, chunks
         self._steps, self._kept = Recent(_STEPS), Recent(_TRACES)
+        self.owner = self
         self.large = LARGE  # see `lower`; tests make it small
         self.idle = 0.0  # what fills buffers before anything is in them; tests put NaN there
 
@@ -96,7 +99,7 @@ class Scan:
 
         def run(mode: str, full: Args, asked: tuple[bool, ...]) -> tuple[list[Any], Any, Step]:
             step = self.step(mode, full, None, asked)
-            y, state, left = step.forward(*self._flat(full))
+            y, state, left = self._called(step, "forward", *self._flat(full))
             flat, out = pack((step.out[Y].spec.unpack(y), self._state(step, state)))
             made.append(out)
             return flat, left, step
@@ -122,7 +125,7 @@ class Scan:
     def loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
         """The loss, and the gradients of the numbered arguments."""
         step = self.step("grad" if argnums else "loss", args, loss, argnums)
-        value, aux, state, made = step.loss(*self._flat(args))
+        value, aux, state, made = self._called(step, "loss", *self._flat(args))
         found = dict(zip(step.gradient_names, made, strict=True))
         counts = [len(shape.leaves) for shape in args.params.packing.shapes]
         leaves, gradients = numbered_leaves(counts, args), []
@@ -147,6 +150,41 @@ class Scan:
         analysis = step.loss.lower(*self._flat(args)).compile().memory_analysis()
         sizes = (analysis.argument_size_in_bytes, analysis.output_size_in_bytes, analysis.temp_size_in_bytes)
         return sum(sizes) - analysis.alias_size_in_bytes
+
+    def _called(self, step: Step, name: Literal["forward", "backward", "loss"], *given: Any) -> Any:
+        """Call a function of a step; recorded, where somebody records."""
+        recorders = recorders_of(self)
+        if not recorders:
+            return getattr(step, name)(*given)
+        self._check_recorded(given)
+        clocked = step.clocked
+        assert clocked.clock is not None
+        f = getattr(clocked, name).lower(*given).compile()
+        out, stamps = clocked.clock.run(f, *jax.block_until_ready(given))
+        n, places = int(name == "backward"), tuple(map(str, self.mesh.devices.flat))
+        ran = Ran(self.schedule(step.m), step, (step.machine.segments[n],), (tuple(stamps),), places)
+        for recorder in recorders:
+            last = recorder.calls[-1] if recorder.calls else None
+            if name == "backward" and isinstance(last, Ran) and last.step is step and len(last.segments) == 1:
+                recorder.calls[-1] = last.joined(ran)
+            else:
+                recorder.calls.append(ran)
+        return out
+
+    def _check_recorded(self, given: Any) -> None:
+        """Refuse to record where the host cannot be asked."""
+        why = ""
+        if any(is_traced(a) for a in jax.tree.leaves(given)):
+            why = "the call is inside `jax.jit`, or under another transformation; make it outside"
+        elif self.mesh.size > self.mesh.shape[AXIS]:
+            why = f"the mesh has other axes than {AXIS!r}; record over a mesh of that axis alone"
+        elif jax.process_count() > 1:
+            why = "there are several processes; record in one"
+        if why:
+            raise ValueError(
+                f'`fpipe.record(pipe)` of a Pipe with executor="scan": {why}. `jax.profiler.trace` works there: its '
+                "operations are named `stage2 F`"
+            )
 
     def step(self, mode: Any, args: Args, loss: Loss | None, asked: tuple[Any, ...]) -> Step:
         """The program of a call, from the cache or new.
@@ -237,7 +275,7 @@ class _PullBack:
         """The gradients of the arguments."""
         shapes = self.step.out[Y].leaves
         given = [_instantiated(c, a) for c, a in zip(cotangents, shapes, strict=False)]
-        made = self.step.backward(*scan._flat(args), left, given)
+        made = scan._called(self.step, "backward", *scan._flat(args), left, given)
         found = dict(zip(self.step.gradient_names, made, strict=True))
         counts = [len(shape.leaves) for shape in self.packing.shapes]
         outer = [leaf for leaf in outer_leaves(counts, args) if leaf.port.kind != "params"]

@@ -68,6 +68,7 @@ class _Entries:
         ops: by number, for an operation is dear to hash; with where they sort.
         filled: for each, ticks, devices and arguments.
         arriving: for each wire, ticks, devices and slots.
+        stages: whose they are.
         read: for each feed, the microbatch that is read in a tick.
         arrays: for each feed, which of the port's.
     """
@@ -75,6 +76,7 @@ class _Entries:
     ops: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
     filled: dict[int, list[tuple[int, int, list[int]]]] = dataclasses.field(default_factory=lambda: defaultdict(list))
     arriving: dict[PoolName, list[tuple[int, int, int]]] = dataclasses.field(default_factory=lambda: defaultdict(list))
+    stages: dict[int, set[int]] = dataclasses.field(default_factory=lambda: defaultdict(set))
     read: dict[tuple[Port, str], dict[int, int]] = dataclasses.field(default_factory=lambda: defaultdict(dict))
     arrays: dict[tuple[Port, str], set[int]] = dataclasses.field(default_factory=lambda: defaultdict(set))
 
@@ -234,7 +236,7 @@ class _Lowering:
             ins,
             tuple(targets),
             self.values.identity(u, i),
-            f"{kind} {self.values.units.stages[u].described}",
+            kind,
         )
         fed = tuple(Leaf(a.port, a.k) for a in sources if isinstance(a, Piece) and Leaf(a.port, a.k) in self.spread)
         return _Ready(op, self._ops.setdefault(op, len(self._ops)), tuple(args), fed)
@@ -333,7 +335,8 @@ class _Lowering:
             columns = itertools.count()
             slotted.append([])
             for n in sorted(own.ops, key=lambda n: own.ops[n]):
-                slotted[p].append(Slotted(every[n], next(columns), next(columns)))
+                op = dataclasses.replace(every[n], name=_name(own.stages[n], every[n].kind))
+                slotted[p].append(Slotted(op, next(columns), next(columns)))
                 for _ in range(max(len(args) for _, _, args in own.filled[n]) - 1):
                     next(columns)
             arrivals.append([Arrival(name, next(columns), next(columns)) for name in own.arriving])
@@ -359,7 +362,10 @@ class _Lowering:
                 for t, row in moves[p][feed.port, feed.kind]:
                     table[:, lead + t, p, feed.column] = row
                     table[:, lead + t, p, feed.used] = 1
-        return Segment(tuple(map(tuple, slotted)), tuple(map(tuple, arrivals)), tuple(map(tuple, feeds)), table)
+        actions = (((None,) * self.values.devices,) * len(ticks.phases),) * lead + ticks.rows
+        return Segment(
+            tuple(map(tuple, slotted)), tuple(map(tuple, arrivals)), tuple(map(tuple, feeds)), actions, table
+        )
 
     def _enter(self, action: Action, t: int, d: int, own: "_Entries") -> None:
         kind, s, i = action
@@ -374,6 +380,7 @@ class _Lowering:
             if ready.op.code is not None or ready.op.targets:
                 at = ("FBIW".index(kind), u if kind == "F" else -u)
                 own.ops[ready.number] = min(own.ops.get(ready.number, at), at)
+                own.stages[ready.number].add(s)
                 own.filled[ready.number].append((t, d, [self._number(a, d, i) for a in ready.args]))
                 for port, k in ready.spread:
                     own.read[port, kind][t] = i
@@ -438,3 +445,14 @@ class _Lowering:
             self.spread,
             tuple(self.values.programs.warnings),
         )
+
+
+def _name(stages: Iterable[int], kind: str) -> str:
+    """What profiles call an operation: `stage2 F`, or, where it serves several stages, `stage0-3 F`."""
+    runs: list[list[int]] = []
+    for s in sorted(stages):
+        if runs and runs[-1][-1] == s - 1:
+            runs[-1].append(s)
+        else:
+            runs.append([s])
+    return f"stage{','.join(str(r[0]) if len(r) == 1 else f'{r[0]}-{r[-1]}' for r in runs)} {kind}"

@@ -19,6 +19,7 @@ import numpy as np
 
 from fpipe._program import Code
 from fpipe._scan._packing import Packing
+from fpipe._scan._ticks import Phase
 from fpipe._stage import Leaf, Port
 
 Avals: TypeAlias = tuple[jax.ShapeDtypeStruct, ...]
@@ -178,6 +179,7 @@ class Segment:
             whether they run.
         wires: for each phase the wires that carry something.
         feeds: for each phase those that move.
+        actions: for each tick and phase what each device does.
         table: `(devices, ticks, phases, columns)`. An operation's column is 1 where it runs; its arguments begin in its
             first argument column.
     """
@@ -185,6 +187,7 @@ class Segment:
     ops: tuple[tuple["Slotted", ...], ...]
     wires: tuple[tuple["Arrival", ...], ...]
     feeds: tuple[tuple["Feed", ...], ...]
+    actions: tuple[tuple[Phase, ...], ...]
     table: np.ndarray
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from fpipe._loss import sum_dtype
+from fpipe._scan._clock import Clock
 from fpipe._scan._machine import (
     Add,
     Feed,
@@ -41,6 +42,7 @@ from fpipe._sums import Parts, parts_of, summed, values_of
 Name: TypeAlias = tuple[str, Any]
 
 _TURN: Name = ("turn", None)
+_TOKEN: Name = ("token", None)  # goes from one call of the clock to the next
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +52,14 @@ class Runner:
     Attributes:
         rows: of a microbatch.
         idle: what fills everything that nothing has been put in.
+        clock: who is told when each operation starts and ends.
     """
 
     machine: Machine
     mesh: Mesh
     rows: int
     idle: float = 0.0
+    clock: Clock | None = None
 
     @property
     def left(self) -> list[Name]:
@@ -92,6 +96,7 @@ class _Segment:
     def __init__(self, runner: Runner, segment: Segment, last: bool) -> None:
         self.machine, self.mesh, self.rows = runner.machine, runner.mesh, runner.rows
         self.segment, self.idle, self.last, self.left = segment, runner.idle, last, runner.left
+        self.clock = runner.clock
         machine = self.machine
         ops = [s.op for phase in segment.ops for s in phase]
         targets = [t for op in ops for t in op.targets]
@@ -101,7 +106,7 @@ class _Segment:
         self.names: list[Name] = [("pool", name) for name in machine.pools]
         self.names += [("outbox", name) for name in machine.wires if name in wires]
         self.names += [("feed", feed) for own in segment.feeds for feed in own]
-        self.names.append(_TURN)
+        self.names += [_TURN] if self.clock is None else [_TURN, _TOKEN]
         self.names += [("output", name) for name in self.outputs]
         adds = dict.fromkeys((t.to, t.of) for t in targets if isinstance(t, Add))
         self.grads: list[Name] = list(adds)
@@ -179,7 +184,8 @@ class _Segment:
             for name in self.names
         ]
 
-        def tick(carry: list[Any], row: Any) -> tuple[list[Any], None]:
+        def tick(carry: list[Any], now: Any) -> tuple[list[Any], None]:
+            t, row = now
             for p, ops in enumerate(self.segment.ops):
                 fed: dict[tuple[str, Port, int], Any] = {}
                 for feed in self.segment.feeds[p]:
@@ -191,12 +197,16 @@ class _Segment:
                         if name[0] == "outbox":
                             carry[self.at[name]] = self._blank(name[1], ())
                 for slotted in ops:
-                    carry = self._operate(slotted, carry, row[p], given)
+                    carry = self._timed(slotted, carry, row[p], given, (t, p))
                 for wire, column, used in self.segment.wires[p]:
                     carry = self._carry(wire, carry, row[p, column], row[p, used])
             return carry, None
 
-        carry, _ = jax.lax.scan(tick, start, table)
+        carry, _ = jax.lax.scan(tick, start, (jnp.arange(table.shape[0]), table))
+        if self.clock is not None:
+            # What is returned needs the last call of the clock too, or XLA might drop it.
+            told = carry[self.at[_TOKEN]] >= 0
+            carry = jax.tree.map(lambda a: jnp.where(told, a, jnp.zeros_like(a)), carry)
         return dict(zip(self.names, carry, strict=True))
 
     def _start(self, name: Name, state: Any, arrays: Any, first: Mapping[Name, Any]) -> Any:
@@ -205,7 +215,7 @@ class _Segment:
             return self._blank(of, (self.machine.pools[of].slots,))
         if what == "outbox":
             return self._blank(of, ())
-        if what == "turn":
+        if what in ("turn", "token"):
             return jnp.int32(0)
         if what == "feed":
             return [self._filled(a.shape[1:], a.dtype) for a in (arrays[of.port][k] for k in of.arrays)]
@@ -288,9 +298,31 @@ class _Segment:
         turn = carry[self.at[_TURN]]
         return jax.lax.cond(used > turn, lambda own: (*move(own), jnp.int32(0)), lambda own: (*rest(own), turn), own)
 
-    def _operate(self, slotted: Slotted, carry: list[Any], row: Any, given: "_Given") -> list[Any]:
-        """An operation, where the table says so."""
-        op, column, first = slotted
+    def _timed(self, slotted: Slotted, carry: list[Any], row: Any, given: "_Given", when: tuple[Any, int]) -> list[Any]:
+        """An operation, between two calls of the clock if there is one."""
+        op, column, _ = slotted
+        written = [self.at[name] for name in map(_written, op.targets) if name in self.at]
+        if self.clock is None or not written:
+            return self._operate(slotted, carry, row, given, row[column] > 0)
+        clock, where = self.clock, (*when, jax.lax.axis_index(AXIS))
+        pools = dict.fromkeys(self.at["pool", source.pool] for source in op.fetch if isinstance(source, Held))
+        reads = [a for n in pools for a in carry[n]] + list(map(unwrapped, given.fed.values()))
+
+        def stamp(end: int, token: Any, after: list[Any]) -> Any:
+            return jax.lax.cond(
+                row[column] > 0, lambda token: clock.stamp(where, end, token, after), lambda token: token, token
+            )
+
+        n = self.at[_TOKEN]
+        token = stamp(0, carry[n], reads)
+        out = self._operate(slotted, carry, row, given, (row[column] > 0) & (token >= 0))
+        made = out[written[0]]
+        out[n] = stamp(1, token, made[:1] if isinstance(made, list) else [made])
+        return out
+
+    def _operate(self, slotted: Slotted, carry: list[Any], row: Any, given: "_Given", runs: Any) -> list[Any]:
+        """An operation, where it runs."""
+        op, _, first = slotted
         written = sorted({self.at[name] for name in map(_written, op.targets) if name in self.at})
 
         def run(own: list[Any]) -> list[Any]:
@@ -301,7 +333,7 @@ class _Segment:
                 self._apply(op, view, row[first:], given)
             return [view[n] for n in written]
 
-        new = jax.lax.cond(row[column] > 0, run, lambda own: own, [carry[n] for n in written])
+        new = jax.lax.cond(runs, run, lambda own: own, [carry[n] for n in written])
         out = list(carry)
         for n, value in zip(written, new, strict=True):
             out[n] = value

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from fpipe._loss import divided, wide
 from fpipe._model import Model
 from fpipe._plan import Inputs, Request
+from fpipe._scan._clock import Clock
 from fpipe._scan._feeds import share
 from fpipe._scan._machine import Machine
 from fpipe._scan._mesh import AXIS, DATA, by_stage
@@ -28,7 +29,7 @@ class Step:
 
     Attributes:
         out: the shapes of what the last unit returns, for one microbatch.
-        idle: see `Runner`.
+        idle, clock: see `Runner`.
     """
 
     machine: Machine
@@ -38,6 +39,12 @@ class Step:
     model: Model
     out: Mapping[Port, Shape]
     idle: float = 0.0
+    clock: Clock | None = None
+
+    @cached_property
+    def clocked(self) -> "Step":
+        """The same, telling a clock."""
+        return dataclasses.replace(self, clock=Clock())
 
     @property
     def m(self) -> int:
@@ -53,7 +60,7 @@ class Step:
     @cached_property
     def runner(self) -> Runner:
         """What runs the machine."""
-        return Runner(self.machine, self.mesh, self.rows, self.idle)
+        return Runner(self.machine, self.mesh, self.rows, self.idle, self.clock)
 
     # --- what is jitted, once ---
 

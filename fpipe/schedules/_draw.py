@@ -54,7 +54,9 @@ def draw(
     labels = [[f"{b.stage if shown.chunks > 1 else ''}{b.kind}{b.microbatch}" for b in boxes] for boxes in layers]
     scale = _scale(shown, [label for own in labels for label in own], width - head)
     lines = [
-        title.ljust(head) for d in range(shown.devices) for title in (f"device {d}", "over".rjust(head - 1))[: len(layers)]
+        title.ljust(head)
+        for d in range(shown.devices)
+        for title in (f"device {d}", "over".rjust(head - 1))[: len(layers)]
     ]
     columns = min(round(shown.span * scale), width) + 1  # one more than fits shows that something is cut
     characters = [[" "] * columns for _ in lines]

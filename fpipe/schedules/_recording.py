@@ -67,9 +67,7 @@ class Recording(Timeline):
     def to_trace(self, unit: float = 1e6) -> str:
         """As `Timeline.to_trace`, with every program and every transfer; a transfer stands at its target."""
         actions = {e.action.name for e in self.events}
-        around = [
-            Span(p.device, p.name, "around", p.start, p.end, {}) for p in self.programs if p.name not in actions
-        ]
+        around = [Span(p.device, p.name, "around", p.start, p.end, {}) for p in self.programs if p.name not in actions]
         transfers = [
             Span(
                 t.target,
@@ -85,5 +83,8 @@ class Recording(Timeline):
         return trace(names, {"programs": [*self._spans(), *around], "transfers": transfers}, unit)
 
     # It is filled when the block ends: equal to nothing but itself.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)

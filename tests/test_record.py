@@ -1,0 +1,548 @@
+"""Recording: what ran when, as it was and as it is drawn, and names in profiles."""
+
+import dataclasses
+import functools
+import gc
+import itertools
+import json
+import math
+import threading
+import time
+import weakref
+import xml.etree.ElementTree as ET
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fpipe
+import fpipe.plot
+from fpipe._placed import _watch, observing
+from fpipe.schedules import Action, Costs, Event, Timeline, draw, simulate, svg
+from tests.helpers import Case, dense, models, mse, raises
+from tests.test_calls import BoomError, notes
+from tests.test_dispatch import ERRORS, Host
+
+M = 4
+X = jnp.arange(M, dtype=jnp.float32)[:, None] + jnp.zeros((1, 2))  # a row for each microbatch: its number
+TIMES = {"F": 0.004, "I": 0.006, "W": 0.005}
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    yield
+    assert [t.name for t in threading.enumerate() if t.name.startswith("fpipe")] == []
+
+
+def sleepers(stages):
+    """Layers that sleep: in a forward, in an input gradient, in a weight gradient."""
+    host = Host()
+    host.trigger = lambda kind, stage, microbatch: time.sleep(TIMES[kind])
+    return [host.layer(s) for s in range(stages)]
+
+
+@functools.cache
+def slept(schedule, executor="placed"):
+    """A recorded step of layers that sleep, the pipe, and the step's results, recorded and not."""
+    stages = fpipe.schedules.named(schedule, 2, M).stages if executor == "scan" else None
+    stages = (
+        stages or fpipe.schedules.named(schedule, 2 if fpipe.schedules.NAMES[schedule].per_device != 1 else 3, M).stages
+    )
+    pipe = fpipe.Pipe(sleepers(stages), chunks=M, checkpoint="never", schedule=schedule, executor=executor)
+    params = pipe.init(jax.random.key(0), X)
+    step = (lambda p, x: pipe(p, x)) if schedule == "forward_only" else pipe.value_and_grad(jnp.mean, argnums=(0, 1))
+    want = jax.tree.map(np.asarray, step(params, X))
+    got, timeline = pipe.record(step, params, X)
+    return timeline, pipe, got, want
+
+
+def rows(timeline):
+    """The actions of each device in the order in which they ran."""
+    out: Any = [[] for _ in range(timeline.devices)]
+    assert sorted(timeline.events, key=lambda e: e.start) == list(timeline.events)
+    for e in timeline.events:
+        out[e.device].append(e.action)
+    return tuple(map(tuple, out))
+
+
+def check_dependencies(timeline, stages):
+    at = {e.action: e for e in timeline.events}
+    for (kind, s, i), e in at.items():
+        if kind == "F":
+            needs = [Action("F", s - 1, i)]
+        elif kind == "W":
+            needs = [Action("I", s, i)]
+        else:
+            needs = [Action("F", s, i), *([Action("B", s + 1, i), Action("I", s + 1, i)] if s + 1 < stages else [])]
+        for need in needs:
+            assert need not in at or at[need].end <= e.start, (need, e.action)
+
+
+def check_devices(timeline):
+    """On each device one program after the other."""
+    for d in range(timeline.devices):
+        own = [p for p in timeline.programs if p.device == d]
+        assert all(a.end <= b.start for a, b in itertools.pairwise(own))
+        assert all(p.start <= p.end for p in own)
+
+
+# --- what is recorded ---
+
+
+@pytest.mark.parametrize("schedule", fpipe.schedules.NAMES)
+def test_a_recorded_step_is_the_schedule(schedule):
+    timeline, pipe, got, want = slept(schedule)
+    made = pipe.make_schedule(M)
+    assert isinstance(timeline, Timeline)
+    assert timeline.devices == made.devices
+    assert rows(timeline) == made.actions
+    check_dependencies(timeline, made.stages)
+    check_devices(timeline)
+    assert timeline.makespan >= 0.95 * simulate(made, Costs(**TIMES)).makespan  # nothing is shorter than it slept
+    assert min(p.start for p in timeline.programs) == 0.0
+    assert timeline.peak_live == simulate(made).peak_live
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert {e.action.name for e in timeline.events} <= {p.name for p in timeline.programs}
+    assert timeline.places == tuple(str(d) for d in pipe.devices)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_v"])
+def test_the_idle_time_is_near_the_simulated_one(schedule):
+    timeline, pipe, _, _ = slept(schedule)
+    predicted = simulate(pipe.make_schedule(M), Costs(**TIMES))
+    assert predicted.bubble - 0.1 < timeline.bubble < predicted.bubble + 0.4
+
+
+@pytest.mark.parametrize("schedule", ["zb_h1", "interleaved_1f1b"])
+def test_the_scan_executor_is_recorded_in_its_ticks(schedule):
+    timeline, pipe, got, want = slept(schedule, "scan")
+    made = pipe.make_schedule(M)
+    assert rows(timeline) == made.actions
+    check_dependencies(timeline, made.stages)
+    check_devices(timeline)
+    assert timeline.makespan >= 0.95 * simulate(made, Costs(**TIMES)).makespan
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert timeline.transfers == ()
+
+
+def test_transfers_are_those_of_the_plan_and_stand_between_what_makes_and_reads_them():
+    timeline, pipe, _, _ = slept("1f1b")
+    at = {e.action: e for e in timeline.events}
+    assert len(timeline.transfers) == 2 * M * (len(pipe.devices) - 1)
+    for t in timeline.transfers:
+        assert t.bytes == 2 * 4  # a row of a microbatch
+        (what,) = t.what
+        i = int(what.split("mb")[1])
+        kind = "F" if t.target > t.source else "B"
+        assert at[Action(kind, t.source, i)].end <= t.start <= t.end <= at[Action(kind, t.target, i)].start
+
+
+def test_an_action_with_nothing_to_run_takes_no_time():
+    """Nobody asks for the input gradient of the first stage."""
+    case = Case(models()["plain"], 3)
+    pipe = fpipe.Pipe(case.layers, [1, 1, 2], chunks=3, checkpoint="never", schedule="zb_h1")
+    step = pipe.value_and_grad(mse)
+    _, timeline = pipe.record(step, pipe.place(case.params()), case.x, case.target)
+    made = pipe.make_schedule(3)
+    assert {e.action for e in timeline.events} == {a for row in made.actions for a in row}
+    none = [e for e in timeline.events if e.action.kind == "I" and e.action.stage == 0]
+    assert len(none) == 3
+    assert all(e.start == e.end for e in none)
+    assert {e.action.name for e in none} & {p.name for p in timeline.programs} == set()
+    check_dependencies(timeline, 3)
+    assert {"zeros", "reduce loss"} <= {p.name for p in timeline.programs}
+
+
+# Weight gradients and the first stage's backwards make nothing but sums, which the next one consumes.
+@pytest.mark.parametrize("dispatch", ["one_thread", "thread_per_device"])
+@pytest.mark.parametrize(("model", "schedule"), [("plain", "1f1b"), ("tied", "zb_h1"), ("jump3", "zb_v")])
+def test_what_is_donated_is_recorded_too_and_results_are_the_same(model, schedule, dispatch):
+    case = Case(models()[model], 3)
+    devices = jax.devices()[: 2 if schedule == "zb_v" else 4]
+    pipe = fpipe.Pipe(case.layers, [1] * 4, devices, 3, "never", schedule, dispatch=dispatch)
+    step, params = pipe.value_and_grad(mse), pipe.place(case.params())
+    with fpipe.record(pipe) as timeline:
+        got = step(params, case.x, case.target, **case.needs)
+    (bound,) = pipe._placed._bound.values()
+    marks = [way for way in bound._ways.values() if way.mark is not None]
+    assert len(marks) >= 3
+    assert {e.action for e in timeline.events} == {a for row in pipe.make_schedule(3).actions for a in row}
+    assert len(timeline.programs) == sum(hasattr(item, "name") for item in bound.plan.instructions)
+    jax.tree.map(np.testing.assert_array_equal, got, step(params, case.x, case.target, **case.needs))
+    check_devices(timeline)
+
+
+def test_a_device_that_is_several_runs_one_program_after_the_other():
+    case = Case(models()["plain"], 3)
+    pipe = fpipe.Pipe(case.layers, [1] * 4, [jax.devices()[d] for d in (0, 1, 0, 1)], 3, schedule="1f1b")
+    _, timeline = pipe.record(pipe.value_and_grad(mse), pipe.place(case.params()), case.x, case.target)
+    assert {e.action for e in timeline.events} == {a for row in pipe.make_schedule(3).actions for a in row}
+    for real in (0, 1):
+        own = sorted((e.start, e.end) for e in timeline.events if e.device % 2 == real)
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(own))
+
+
+@pytest.mark.parametrize("executor", ["placed", "scan"])
+def test_a_forward_and_its_pull_back_are_one_timeline(executor):
+    pipe = fpipe.Pipe([dense()] * 2, chunks=2, executor=executor)
+    x = jnp.ones((4, 4))
+    params = pipe.init(jax.random.key(0), x)
+    with fpipe.record(pipe) as timeline:
+        y, pull = jax.vjp(lambda p: pipe(p, x), params)
+        first, again = pull(y), pull(y)
+    assert [len(call.events) for call in timeline.calls] == [8, 4]
+    assert [e.action.kind for e in timeline.calls[0].events].count("F") == 4
+    assert {e.action.kind for e in timeline.events} == {"B"}  # the last call
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    check_dependencies(timeline.calls[0], 2)
+
+
+@pytest.mark.parametrize("executor", ["placed", "scan"])
+def test_forwards_alone(executor):
+    pipe = fpipe.Pipe([dense()] * 2, chunks=2, executor=executor)
+    x = jnp.ones((4, 4))
+    params = pipe.init(jax.random.key(0), x)
+    with fpipe.record(pipe) as timeline:
+        pipe(params, x)
+        pipe.evaluate(jnp.mean)(params, x)
+    for call in timeline.calls:
+        assert sorted(e.action for e in call.events) == [("F", s, i) for s in range(2) for i in range(2)]
+
+
+# --- the block ---
+
+
+def small(**kwargs):
+    pipe = fpipe.Pipe([dense()] * 2, chunks=2, **kwargs)
+    return pipe, pipe.init(jax.random.key(0), jnp.ones((4, 4))), jnp.ones((4, 4))
+
+
+def test_a_timeline_is_empty_until_the_block_ends_and_then_the_last_of_all_calls():
+    pipe, params, x = small()
+    other, _, _ = small()
+    with fpipe.record(pipe) as timeline:
+        for _ in range(3):
+            pipe(params, x)
+        pipe.value_and_grad(jnp.mean)(params, x)
+        other(params, x)
+        assert timeline.events == ()
+    assert [len(call.events) for call in timeline.calls] == [4, 4, 4, 8]
+    assert timeline.events == timeline.calls[-1].events
+    assert timeline.name == "eager_1f1b, recorded"
+    pipe(params, x)
+    assert len(timeline.calls) == 4
+
+
+def test_blocks_may_be_nested():
+    pipe, params, x = small()
+    other, _, _ = small()
+    with fpipe.record(pipe) as outer, fpipe.record(other) as beside:
+        pipe(params, x)
+        with fpipe.record(pipe) as inner:
+            other(params, x)
+            pipe(params, x)
+    assert [len(t.calls) for t in (outer, inner, beside)] == [2, 1, 1]
+    assert outer.events == inner.events
+
+
+def test_another_threads_calls_are_its_own():
+    pipe, params, x = small()
+    thread = threading.Thread(target=lambda: pipe(params, x))
+    with fpipe.record(pipe) as timeline:
+        thread.start()
+        thread.join()
+        pipe(params, x)
+    assert len(timeline.calls) == 1
+
+
+NONE = (
+    "`fpipe.record(pipe)`: no call of this pipe has run in the block. Call the pipe, or a function that "
+    "`pipe.value_and_grad` or `pipe.evaluate` made of it, in the block and in its thread; a pipe made anew "
+    "(`dataclasses.replace`, `copy`) is another pipe"
+)
+
+
+def test_a_block_without_a_call_is_an_error():
+    pipe, params, x = small()
+    with raises(ValueError, NONE), fpipe.record(pipe):
+        dataclasses.replace(pipe)(params, x)
+    with raises(ValueError, NONE):
+        pipe.record(lambda: None)
+
+
+def test_what_is_no_pipe_is_an_error():
+    with raises(TypeError, "`fpipe.record(3)`: a Pipe is needed"), fpipe.record(3):
+        pass
+
+
+@pytest.mark.parametrize("why", ["jit", "mesh"])
+def test_what_the_scan_executor_cannot_record_says_so(why):
+    mesh = jax.make_mesh((2, 2), ("data", "stage"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    pipe, params, x = small(executor="scan", mesh=mesh if why == "mesh" else None)
+    reason = {
+        "jit": "the call is inside `jax.jit`, or under another transformation; make it outside",
+        "mesh": "the mesh has other axes than 'stage'; record over a mesh of that axis alone",
+    }[why]
+    text = (
+        f'`fpipe.record(pipe)` of a Pipe with executor="scan": {reason}. `jax.profiler.trace` works there: its operations are '
+        "named `stage2 F`"
+    )
+    with raises(ValueError, text), fpipe.record(pipe):
+        (jax.jit(pipe.__call__) if why == "jit" else pipe)(params, x)
+
+
+def test_an_exception_in_a_layer_ends_the_call_and_is_not_recorded():
+    host = Host()
+    layers = [host.layer(s) for s in range(3)]
+    pipe = fpipe.Pipe(layers, chunks=M, checkpoint="never", schedule="1f1b")
+    params, step = pipe.init(jax.random.key(0), X), pipe.value_and_grad(jnp.mean, argnums=(0, 1))
+    seen = []
+
+    def twice():
+        with fpipe.record(pipe) as timeline:
+            seen.append(timeline)
+            step(params, X)
+            host.trigger.at = ("F", 1, 2)
+            step(params, X)
+
+    with pytest.raises(ERRORS, match="BoomError: at") as caught:
+        twice()
+    (timeline,) = seen
+    assert len(timeline.calls) == 1
+    assert len(timeline.events) == 2 * 3 * M
+    (note,) = notes(caught.value)
+    assert "the forward of stage 1 (layer 1 'host1'), microbatch 2, on" in note
+    host.trigger.at = None
+    _, timeline = pipe.record(step, params, X)
+    assert len(timeline.events) == 2 * 3 * M
+
+
+def test_an_exception_on_a_device_says_where(monkeypatch):
+    """One that shows only where a result is waited for."""
+    pipe, params, x = small()
+    step, wait = pipe.value_and_grad(jnp.mean), _watch.Watch._wait
+
+    class Bad:
+        def block_until_ready(self):
+            raise BoomError("on the device")
+
+    def broken(self, n, array, seen):
+        bad = getattr(self._plan.instructions[n], "action", None) == ("F", 1, 1)
+        wait(self, n, Bad() if bad else array, seen)
+
+    with monkeypatch.context() as patch, raises(BoomError, "on the device") as caught:
+        patch.setattr(_watch.Watch, "_wait", broken)
+        pipe.record(step, params, x)
+    (note,) = notes(caught.value)
+    assert note.startswith("fpipe: while running the forward of stage 1 (layer 1 'dense'), microbatch 1, on")
+    assert pipe.record(step, params, x)[1].events
+
+
+def test_nothing_is_kept_alive():
+    case = Case(models()["nested"], 3)
+    pipe = fpipe.Pipe(case.layers, [1, 1, 3], chunks=3, schedule="1f1b")
+    params, x, target, step = pipe.place(case.params()), case.x, case.target, pipe.value_and_grad(mse)
+
+    def recorded():
+        out, timeline = pipe.record(step, params, x, target)
+        return [weakref.ref(a) for a in jax.tree.leaves(out)], timeline
+
+    recorded()
+    gc.collect()
+    before = len(jax.live_arrays())
+    refs, timeline = recorded()
+    assert timeline.events
+    assert [r() for r in refs if r() is not None] == []  # without the garbage collector
+    assert len(jax.live_arrays()) == before
+
+
+def test_during_a_recorded_call_no_more_is_alive_than_otherwise():
+    """An array that a thread waits for is one that has not been made: what is dropped meanwhile goes when it is there."""
+    peaks = []
+    case = Case([dense()] * 3, 4)
+    pipe = fpipe.Pipe(case.layers, [1] * 3, chunks=4, schedule="1f1b")
+    params, x, target, step = pipe.place(case.params()), case.x, case.target, pipe.value_and_grad(mse)
+
+    def look(item, slots):
+        del item
+        jax.block_until_ready(slots)
+        time.sleep(0.001)  # until those that wait have seen it
+        peaks[-1] = max(peaks[-1], len(jax.live_arrays()))
+
+    for recorded in (False, True):
+        peaks.append(0)
+        with observing(look):
+            pipe.record(step, params, x, target) if recorded else step(params, x, target)
+    assert peaks[1] <= peaks[0] + 4  # a sum's mark on each device
+
+
+def test_everything_is_compiled_before_the_clock_starts(caplog):
+    pipe, params, x = small()
+    issued = []
+    watch = _watch.Watch.__enter__
+
+    def enter(self):
+        caplog.clear()
+        return watch(self)
+
+    with pytest.MonkeyPatch.context() as patch, jax.log_compiles(), caplog.at_level("WARNING"):
+        patch.setattr(_watch.Watch, "__enter__", enter)
+        pipe.record(pipe.value_and_grad(jnp.mean), params, x)
+        issued += [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage() or "XLA" in r.getMessage()]
+    assert issued == []
+
+
+# --- times ---
+
+
+def test_what_is_seen_late_is_put_right():
+    """An end is no later than that of what needs it; a start is when a program is issued, its device free, its inputs there."""
+    pipe, params, x = small(schedule="gpipe")
+    pipe(params, x)
+    (bound,) = pipe._placed._bound.values()
+    plan = bound.plan
+    of = {item.action: n for n, item in enumerate(plan.instructions) if getattr(item, "action", None)}
+    numbers = sorted(bound._ways)
+    issued = {n: 0.1 * k for k, n in enumerate(numbers)}
+    ended = {n: 10.0 + k for k, n in enumerate(numbers)}
+    ended[of["F", 0, 0]] = 99.0  # its thread overslept
+    ran = _watch.Ran(plan, "whole", issued, ended, {n: [1] * len(plan.instructions[n].outs) for n in numbers})
+    timeline = ran.timeline()
+    check_devices(timeline)
+    check_dependencies(timeline, 2)
+    at = {e.action: e for e in timeline.events}
+    assert at["F", 0, 0].end == at["F", 0, 1].start
+    (first, *_) = [t for t in timeline.transfers if "mb0" in t.what[0]]
+    assert first.start == at["F", 0, 0].end
+    assert first.end == at["F", 1, 0].start
+
+
+# --- drawings ---
+
+RECORDED = Timeline(
+    tuple(Event(e.device, e.action, 7 + 0.01 * e.start, 7 + 0.01 * e.end + (0.002 if e.action.kind == "F" else 0)) for e in
+          simulate(fpipe.schedules.one_f_one_b(2, 2), Costs(transfer=0.3)).events),
+    2, "1f1b, recorded",
+)  # fmt: skip
+
+
+def test_drawn_over_the_simulated_one_as_text():
+    assert draw(RECORDED, over=fpipe.schedules.one_f_one_b(2, 2)) == (
+        "device 0 F0- F1-         B0-----       B1-----\n"
+        "    over F0 F1       B0-----  B1----\n"
+        "device 1      F0- B0----- F1- B1-----\n"
+        "    over    F0 B0----- F1 B1-----\n"
+        "1f1b, recorded: makespan 0.103, bubble 33.0%, peak live microbatches 2, 1; over 1f1b: makespan 9, bubble 33.3%, peak\n"
+        "live microbatches 2, 1; 1 there is 0.0107 here"
+    )
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_v"])
+def test_a_recording_is_drawn_with_all_its_events(schedule, tmp_path):
+    timeline, pipe, _, _ = slept(schedule)
+    made = pipe.make_schedule(M)
+    n = len(timeline.events)
+    text = draw(timeline, width=1000, over=made).splitlines()
+    labels = [f"{s if made.stages > made.devices else ''}{k}{i}" for k, s, i in (e.action for e in timeline.events)]
+    for d in range(made.devices):
+        own = [label for label, e in zip(labels, timeline.events, strict=True) if e.device == d]
+        assert [w.rstrip("-") for w in text[2 * d + 1].split()[1:]] == own or set(own) == {
+            w.rstrip("-") for w in text[2 * d + 1].split()[1:]
+        }
+    for drawing, titles in ((svg(timeline), n), (svg(timeline, over=made), 2 * n)):
+        root = ET.fromstring(drawing)
+        assert len(list(root.iter("{http://www.w3.org/2000/svg}title"))) == titles
+    axes = fpipe.plot.draw(timeline, over=made)
+    drawn = sum(len(c.get_paths()) for c in axes.collections) - made.devices
+    assert drawn == 2 * n
+    fpipe.plot.save(timeline, tmp_path / "a.svg", over=made)
+    assert (tmp_path / "a.svg").read_text() == svg(timeline, over=made)
+
+
+def test_over_as_many_devices_and_the_same_work():
+    with raises(ValueError, "`draw(over=...)`: a timeline of 2 devices lies over one of as many, not 3"):
+        draw(RECORDED, over=fpipe.schedules.gpipe(3, 2))
+    with raises(TypeError, "`svg(over=...)`: a Schedule or a Timeline can be drawn, not 'gpipe'"):
+        svg(RECORDED, over="gpipe")  # type: ignore[arg-type]
+
+
+# --- traces ---
+
+
+def test_a_trace_has_every_program_and_every_transfer():
+    timeline, pipe, _, _ = slept("1f1b")
+    found = json.loads(timeline.to_trace())["traceEvents"]
+    spans = [e for e in found if e["ph"] == "X"]
+    names = {e["pid"]: e["args"]["name"] for e in found if e["name"] == "process_name"}
+    assert names == {d: f"device {d} ({device})" for d, device in enumerate(pipe.devices)}
+    actions = {(e["name"], e["cat"], e["pid"]): e for e in spans if e["cat"] in "FBIW"}
+    assert set(actions) == {(e.action.name, e.action.kind, e.device) for e in timeline.events}
+    for e in timeline.events:
+        shown = actions[e.action.name, e.action.kind, e.device]
+        assert shown["args"] == {"stage": e.action.stage, "microbatch": e.action.microbatch}
+        assert math.isclose(shown["ts"], e.start * 1e6)
+        assert math.isclose(shown["dur"], (e.end - e.start) * 1e6)
+    assert sum(e["cat"] == "transfer" for e in spans) == len(timeline.transfers)
+    assert sum(e["cat"] == "around" for e in spans) == len(timeline.programs) - len(timeline.events) > 0
+    for _, row in itertools.groupby(
+        sorted(spans, key=lambda e: (e["pid"], e["tid"], e["ts"])), lambda e: (e["pid"], e["tid"])
+    ):
+        assert all(
+            a["ts"] + a["dur"] <= b["ts"] + 1e-3 for a, b in itertools.pairwise(row)
+        )  # a viewer nests what overlaps
+
+
+def test_a_simulated_timeline_has_a_trace_too():
+    made = simulate(fpipe.schedules.zb_h1(2, 2))
+    spans = [e for e in json.loads(made.to_trace(unit=1000.0))["traceEvents"] if e["ph"] == "X"]
+    assert [(e["name"], e["ts"], e["dur"]) for e in spans[:2]] == [
+        ("stage0 F mb0", 0.0, 1000.0),
+        ("stage0 F mb1", 1000.0, 1000.0),
+    ]
+    assert len(spans) == len(made.events)
+
+
+# --- names in profiles ---
+
+
+@pytest.mark.parametrize("dispatch", ["one_thread", "thread_per_device"])
+def test_a_profile_of_the_placed_executor_has_the_names_of_the_actions(dispatch, tmp_path):
+    pipe, params, x = small(dispatch=dispatch)
+    step = pipe.value_and_grad(jnp.mean)
+    jax.block_until_ready(step(params, x))
+    with jax.profiler.trace(str(tmp_path)):
+        jax.block_until_ready(step(params, x))
+    (path,) = tmp_path.rglob("*.xplane.pb")
+    found = path.read_bytes()
+    for row in pipe.make_schedule(2).actions:
+        for action in row:
+            assert action.name.encode() in found, action
+    assert b"reduce loss on" in found
+    assert b"transfer to" in found
+
+
+def test_a_profile_of_the_scan_executor_has_stages_and_kinds(tmp_path):
+    pipe, params, x = small(executor="scan")
+    step = pipe.value_and_grad(jnp.mean)
+    jax.block_until_ready(step(params, x))
+    with jax.profiler.trace(str(tmp_path)):
+        jax.block_until_ready(step(params, x))
+    (path,) = tmp_path.rglob("*.xplane.pb")
+    found = path.read_bytes()
+    assert b"stage0-1 F" in found or (b"stage0 F" in found and b"stage1 F" in found)
+    assert b"stage0-1 B" in found or (b"stage0 B" in found and b"stage1 B" in found)
+
+
+def test_nothing_is_wrapped_where_nobody_looks(monkeypatch):
+    pipe, params, x = small()
+    pipe(params, x)
+    (bound,) = pipe._placed._bound.values()
+    seen = []
+    run = type(bound)._run
+    monkeypatch.setattr(
+        type(bound), "_run", lambda self, slots, half, through: seen.append(through) or run(self, slots, half, through)
+    )
+    pipe(params, x)
+    assert seen == [None]
