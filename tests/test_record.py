@@ -412,7 +412,7 @@ def test_what_is_seen_late_is_put_right():
     timeline = ran.timeline()
     check_devices(timeline)
     check_dependencies(timeline, 2)
-    at = {e.action: e for e in timeline.events}
+    at: Any = {e.action: e for e in timeline.events}
     assert at["F", 0, 0].end == at["F", 0, 1].start
     (first, *_) = [t for t in timeline.transfers if "mb0" in t.what[0]]
     assert first.start == at["F", 0, 0].end
@@ -421,21 +421,24 @@ def test_what_is_seen_late_is_put_right():
 
 # --- drawings ---
 
-RECORDED = Timeline(
-    tuple(Event(e.device, e.action, 7 + 0.01 * e.start, 7 + 0.01 * e.end + (0.002 if e.action.kind == "F" else 0)) for e in
-          simulate(fpipe.schedules.one_f_one_b(2, 2), Costs(transfer=0.3)).events),
-    2, "1f1b, recorded",
-)  # fmt: skip
+MEASURED = Timeline(
+    tuple(
+        Event(d, action, 7 + 0.01 * start, 7 + 0.01 * end)
+        for d, action, start, end in simulate(fpipe.schedules.one_f_one_b(2, 2), Costs(F=1.4, transfer=0.5)).events
+    ),
+    2,
+    "measured",
+)
 
 
 def test_drawn_over_the_simulated_one_as_text():
-    assert draw(RECORDED, over=fpipe.schedules.one_f_one_b(2, 2)) == (
-        "device 0 F0- F1-         B0-----       B1-----\n"
-        "    over F0 F1       B0-----  B1----\n"
-        "device 1      F0- B0----- F1- B1-----\n"
-        "    over    F0 B0----- F1 B1-----\n"
-        "1f1b, recorded: makespan 0.103, bubble 33.0%, peak live microbatches 2, 1; over 1f1b: makespan 9, bubble 33.3%, peak\n"
-        "live microbatches 2, 1; 1 there is 0.0107 here"
+    assert draw(MEASURED, over=fpipe.schedules.one_f_one_b(2, 2)) == (
+        "device 0 F0- F1         B0---    B1---\n"
+        "    over F0 F1       B0---    B1---\n"
+        "device 1      F0- B0-- F1- B1--\n"
+        "    over    F0 B0--- F1 B1---\n"
+        "measured: makespan 0.112, bubble 39.3%, peak live microbatches 2, 1; over 1f1b: makespan 9, bubble 33.3%, peak live\n"
+        "microbatches 2, 1; 1 there is 0.0113 here"
     )
 
 
@@ -463,9 +466,9 @@ def test_a_recording_is_drawn_with_all_its_events(schedule, tmp_path):
 
 def test_over_as_many_devices_and_the_same_work():
     with raises(ValueError, "`draw(over=...)`: a timeline of 2 devices lies over one of as many, not 3"):
-        draw(RECORDED, over=fpipe.schedules.gpipe(3, 2))
+        draw(MEASURED, over=fpipe.schedules.gpipe(3, 2))
     with raises(TypeError, "`svg(over=...)`: a Schedule or a Timeline can be drawn, not 'gpipe'"):
-        svg(RECORDED, over="gpipe")  # type: ignore[arg-type]
+        svg(MEASURED, over="gpipe")  # type: ignore[arg-type]
 
 
 # --- traces ---

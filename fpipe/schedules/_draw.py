@@ -6,7 +6,7 @@ import statistics
 import sys
 import textwrap
 
-from fpipe.schedules._picture import Picture, picture
+from fpipe.schedules._picture import Box, picture
 from fpipe.schedules._schedule import Kind, Schedule
 from fpipe.schedules._simulate import Timeline
 
@@ -52,7 +52,7 @@ def draw(
     head = len(f"device {shown.devices - 1} ")
     layers = [shown.boxes, *([] if over is None else [shown.beneath])]
     labels = [[f"{b.stage if shown.chunks > 1 else ''}{b.kind}{b.microbatch}" for b in boxes] for boxes in layers]
-    scale = _scale(shown, [label for own in labels for label in own], width - head)
+    scale = _scale(shown.span, layers, labels, width - head)
     lines = [
         title.ljust(head)
         for d in range(shown.devices)
@@ -80,23 +80,24 @@ def draw(
     return "\n".join([*lines, *textwrap.wrap(shown.caption, width, break_on_hyphens=False)])
 
 
-def _scale(shown: Picture, labels: list[str], room: int) -> float:
+def _scale(span: float, layers: list[tuple[Box, ...]], labels: list[list[str]], room: int) -> float:
     """Columns a unit of time."""
     # Enough for the labels of each kind and stage in a box of that kind's usual length, and a column between
     # boxes. The usual length, not the shortest: one short event of a measured timeline must not stretch all.
-    sizes: dict[tuple[str, int], list[float]] = {}
-    longest: dict[tuple[str, int], int] = {}
-    for label, box in zip(labels, (*shown.boxes, *shown.beneath), strict=True):
-        of = box.kind, box.stage
-        sizes.setdefault(of, []).append(box.end - box.start)
-        longest[of] = max(longest.get(of, 0), len(label))
+    sizes: dict[tuple[int, str, int], list[float]] = {}
+    longest: dict[tuple[int, str, int], int] = {}
+    for n, (boxes, own) in enumerate(zip(layers, labels, strict=True)):
+        for label, box in zip(own, boxes, strict=True):
+            of = n, box.kind, box.stage
+            sizes.setdefault(of, []).append(box.end - box.start)
+            longest[of] = max(longest.get(of, 0), len(label))
     usual = {of: m for of, values in sizes.items() if (m := statistics.median_high(values)) > 0}
     if not usual:
-        return max(room, 1) / shown.span if shown.span else 1.0
+        return max(room, 1) / span if span else 1.0
     scale = max((longest[of] + 1) / size for of, size in usual.items())
-    if shown.span * scale <= room:
+    if span * scale <= room:
         return scale
-    return max(room / shown.span, min(scale, WIDEST / max(usual.values())))
+    return max(room / span, min(scale, WIDEST / max(usual.values())))
 
 
 def _paint(text: str, shades: list[int]) -> str:

@@ -104,7 +104,9 @@ def picture(what: Schedule | Timeline, call: str, over: Schedule | Timeline | No
         work = [sum(e.end - e.start for e in t.events) for t in (timeline, other)]
         scale = work[0] / work[1] if min(work) > 0 else 1.0
         beneath, span = _boxes(other, scale), max(span, other.makespan * scale)
-        caption += f"; over {_caption(other)}; 1 there is {scale:.3g} here"
+        caption += f"; over {_caption(other)}"
+        if not math.isclose(scale, 1.0):
+            caption += f"; 1 there is {scale:.3g} here"
     kinds = {b.kind for b in (*boxes, *beneath)}
     chunks = max(b.chunk for b in (*boxes, *beneath)) + 1
     return Picture(boxes, timeline.devices, span, chunks, tuple(k for k in KINDS if k in kinds), caption, beneath)
