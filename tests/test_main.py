@@ -157,12 +157,19 @@ def test_schedules_that_refuse_the_sizes_are_named_with_the_reason(capsys, monke
 def test_files(capsys, tmp_path):
     schedule = schedules.one_f_one_b(4, 8)
     costs = ["--costs", "F=2"]
-    for suffix, head in {".svg": b"<svg", ".png": b"\x89PNG", ".pdf": b"%PDF", ".csv": b"0F0,0F1,0F2,0F3,,"}.items():
+    for suffix, head in {
+        ".svg": b"<svg",
+        ".png": b"\x89PNG",
+        ".pdf": b"%PDF",
+        ".csv": b"0F0,0F1,0F2,0F3,,",
+        ".json": b"{",
+    }.items():
         path = tmp_path / f"out{suffix}"
         out = printed(capsys, "schedule", "1f1b", *SIZES, *costs, "--out", str(path))
         assert out == draw(simulate(schedule, Costs(F=2))) + "\n"
         assert path.read_bytes().startswith(head)
     assert (tmp_path / "out.svg").read_text() == schedules.svg(simulate(schedule, Costs(F=2)))
+    assert (tmp_path / "out.json").read_text() == simulate(schedule, Costs(F=2)).to_trace(unit=1000.0)
     assert schedules.from_csv((tmp_path / "out.csv").read_text(), name="1f1b") == schedule
 
 
@@ -203,7 +210,7 @@ def test_wrong_arguments_are_one_line(capsys, name):
     assert re.search(message, refused(capsys, *argv))
 
 
-@pytest.mark.parametrize("suffix", [".svg", ".png", ".pdf", ".csv"])
+@pytest.mark.parametrize("suffix", [".svg", ".png", ".pdf", ".csv", ".json"])
 def test_files_that_cannot_be_written(capsys, tmp_path, suffix):
     path = tmp_path / "absent" / f"a{suffix}"
     message = refused(capsys, "schedule", "1f1b", *SIZES, "--out", str(path))

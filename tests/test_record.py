@@ -20,7 +20,9 @@ import pytest
 import fpipe
 import fpipe.plot
 from fpipe._placed import _watch, observing
+from fpipe._scan import _clock
 from fpipe.schedules import Action, Costs, Event, Timeline, draw, simulate, svg
+from fpipe.schedules._trace import Span, trace
 from tests.helpers import Case, dense, models, mse, raises
 from tests.test_calls import BoomError, notes
 from tests.test_dispatch import ERRORS, Host
@@ -28,6 +30,7 @@ from tests.test_dispatch import ERRORS, Host
 M = 4
 X = jnp.arange(M, dtype=jnp.float32)[:, None] + jnp.zeros((1, 2))  # a row for each microbatch: its number
 TIMES = {"F": 0.004, "I": 0.006, "W": 0.005}
+LEAST = {**TIMES, "B": 0.006}  # its two callbacks may run at once
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +103,7 @@ def test_a_recorded_step_is_the_schedule(schedule):
     assert rows(timeline) == made.actions
     check_dependencies(timeline, made.stages)
     check_devices(timeline)
-    assert timeline.makespan >= 0.95 * simulate(made, Costs(**TIMES)).makespan  # nothing is shorter than it slept
+    assert timeline.makespan >= 0.95 * simulate(made, Costs(**LEAST)).makespan  # nothing is shorter than it slept
     assert min(p.start for p in timeline.programs) == 0.0
     assert timeline.peak_live == simulate(made).peak_live
     jax.tree.map(np.testing.assert_array_equal, got, want)
@@ -122,9 +125,26 @@ def test_the_scan_executor_is_recorded_in_its_ticks(schedule):
     assert rows(timeline) == made.actions
     check_dependencies(timeline, made.stages)
     check_devices(timeline)
-    assert timeline.makespan >= 0.95 * simulate(made, Costs(**TIMES)).makespan
+    # Nothing is shorter than it slept: the clock is asked before an action starts, with its inputs there, and after it.
+    assert all(e.end - e.start >= 0.95 * LEAST[e.action.kind] for e in timeline.events)
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert timeline.transfers == ()
+
+
+def test_the_clock_is_asked_when_the_inputs_of_an_operation_are_there(monkeypatch):
+    """Which other devices send: without that, waiting for them would count as work."""
+    pipe, params, x = small(executor="scan")
+    seen, stamp = [], _clock.Clock.stamp
+
+    def looked(self, where, end, token, after):
+        seen.append((end, len(after)))
+        return stamp(self, where, end, token, after)
+
+    monkeypatch.setattr(_clock.Clock, "stamp", looked)
+    pipe.record(pipe.evaluate(jnp.mean), params, x)
+    starts, ends = ([n for end, n in seen if end == which] for which in (0, 1))
+    assert ends == [1] * len(ends)
+    assert max(starts) > 0
 
 
 def test_transfers_are_those_of_the_plan_and_stand_between_what_makes_and_reads_them():
@@ -358,6 +378,29 @@ def test_nothing_is_kept_alive():
     assert len(jax.live_arrays()) == before
 
 
+def test_a_thread_that_waits_for_nothing_holds_nothing():
+    seen = threading.Event()
+
+    class Thing:
+        pass
+
+    lane = _watch._Lane(lambda n, array, at: seen.set(), "fpipe record")
+    lane.thread.start()
+    thing = Thing()
+    ref = weakref.ref(thing)
+    lane.queue.put((0, thing, None))  # type: ignore[arg-type]
+    del thing
+    seen.wait()
+    for _ in range(1000):
+        if ref() is None:
+            break
+        time.sleep(0.001)
+    alive = ref() is not None
+    lane.queue.put(None)
+    lane.thread.join()
+    assert not alive
+
+
 def test_during_a_recorded_call_no_more_is_alive_than_otherwise():
     """An array that a thread waits for is one that has not been made: what is dropped meanwhile goes when it is there."""
     peaks = []
@@ -495,6 +538,17 @@ def test_a_trace_has_every_program_and_every_transfer():
         assert all(
             a["ts"] + a["dur"] <= b["ts"] + 1e-3 for a, b in itertools.pairwise(row)
         )  # a viewer nests what overlaps
+
+
+def test_what_overlaps_in_a_trace_has_a_row_of_its_own():
+    spans = [Span(0, name, "F", a, b, {}) for name, a, b in (("a", 0, 2), ("b", 1, 3), ("c", 2, 4), ("d", 0, 1))]
+    found = json.loads(trace(["one"], {"x": spans, "y": spans[:1]}, 1.0))["traceEvents"]
+    assert {e["name"]: e["tid"] for e in found if e["ph"] == "X" and e["tid"] < 2} == {"a": 1, "b": 0, "c": 1, "d": 0}
+    assert [(e["tid"], e["args"]["name"]) for e in found if e["name"] == "thread_name"] == [
+        (0, "x"),
+        (1, "x"),
+        (2, "y"),
+    ]
 
 
 def test_a_simulated_timeline_has_a_trace_too():
