@@ -419,11 +419,6 @@ class Pipe(Call):
             result = f(*args, **kwargs)
         return result, timeline
 
-    @property
-    def owner(self) -> object:
-        """What tells this pipe from others where calls are recorded."""
-        return self._executor.owner
-
     def _shaped(self, params: Any, state: Any, x: PyTree, side: PyTree) -> tuple[Any, Any]:
         """Parameters and states for a prediction: those that are given, else their shapes."""
         first, nothing = first_microbatch(x, side, self.chunks), jax.random.key(0)

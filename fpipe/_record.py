@@ -65,7 +65,7 @@ def record(pipe: Any) -> Iterator[Recording]:
         >>> sorted(event.action.name for event in timeline.events)
         ['stage0 F mb0', 'stage0 F mb1', 'stage1 F mb0', 'stage1 F mb1']
     """
-    owner = getattr(pipe, "owner", None)
+    owner = getattr(getattr(pipe, "_executor", None), "owner", None)
     if owner is None:
         raise TypeError(f"`fpipe.record({pipe!r})`: a Pipe is needed")
     recorder, timeline = Recorder(owner), Recording((), len(pipe.devices))

@@ -1,5 +1,6 @@
 """Recording: what ran when, as it was and as it is drawn, and names in profiles."""
 
+import _thread
 import dataclasses
 import functools
 import gc
@@ -24,7 +25,7 @@ from fpipe._scan import _clock
 from fpipe.schedules import Action, Costs, Event, Timeline, draw, simulate, svg
 from fpipe.schedules._trace import Span, trace
 from tests.helpers import Case, dense, models, mse, raises
-from tests.test_calls import BoomError, notes
+from tests.test_calls import BoomError, Trigger, notes
 from tests.test_dispatch import ERRORS, Host
 
 M = 4
@@ -115,7 +116,7 @@ def test_a_recorded_step_is_the_schedule(schedule):
 def test_the_idle_time_is_near_the_simulated_one(schedule):
     timeline, pipe, _, _ = slept(schedule)
     predicted = simulate(pipe.make_schedule(M), Costs(**TIMES))
-    assert predicted.bubble - 0.1 < timeline.bubble < predicted.bubble + 0.4
+    assert predicted.bubble - 0.25 < timeline.bubble < predicted.bubble + 0.4
 
 
 @pytest.mark.parametrize("schedule", ["zb_h1", "interleaved_1f1b"])
@@ -136,9 +137,9 @@ def test_the_clock_is_asked_when_the_inputs_of_an_operation_are_there(monkeypatc
     pipe, params, x = small(executor="scan")
     seen, stamp = [], _clock.Clock.stamp
 
-    def looked(self, where, end, token, after):
+    def looked(self, runs, where, end, token, after):
         seen.append((end, len(after)))
-        return stamp(self, where, end, token, after)
+        return stamp(self, runs, where, end, token, after)
 
     monkeypatch.setattr(_clock.Clock, "stamp", looked)
     pipe.record(pipe.evaluate(jnp.mean), params, x)
@@ -358,6 +359,43 @@ def test_an_exception_on_a_device_says_where(monkeypatch):
     (note,) = notes(caught.value)
     assert note.startswith("fpipe: while running the forward of stage 1 (layer 1 'dense'), microbatch 1, on")
     assert pipe.record(step, params, x)[1].events
+
+
+def test_without_threads_to_be_had_none_is_left(monkeypatch):
+    pipe, params, x = small()
+    pipe(params, x)
+    start, started = threading.Thread.start, []
+
+    def few(self):
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(self)
+        start(self)
+
+    with monkeypatch.context() as patch, raises(RuntimeError, "can't start new thread"):
+        patch.setattr(threading.Thread, "start", few)
+        pipe.record(pipe, params, x)
+    assert not any(thread.is_alive() for thread in started)
+    assert pipe.record(pipe, params, x)[1].events
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_in_a_recorded_call_ends_it_and_no_thread_is_left():
+    host = Host()
+    pipe = fpipe.Pipe([host.layer(s) for s in range(3)], chunks=M, checkpoint="never", schedule="1f1b")
+    params, step = pipe.init(jax.random.key(0), X), pipe.value_and_grad(jnp.mean)
+    jax.block_until_ready(step(params, X))
+
+    def interrupt(*where):
+        if where == ("F", 1, 1):
+            _thread.interrupt_main()
+            time.sleep(0.3)
+
+    host.trigger = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        pipe.record(step, params, X)
+    host.trigger = Trigger()
+    assert len(pipe.record(step, params, X)[1].events) == 2 * 3 * M
 
 
 def test_nothing_is_kept_alive():

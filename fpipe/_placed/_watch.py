@@ -100,15 +100,20 @@ class Watch:
         return watched
 
     def __enter__(self) -> "Watch":
-        for lane in self._lanes.values():
-            lane.thread.start()
+        try:
+            for lane in self._lanes.values():
+                lane.thread.start()
+        except BaseException:  # no thread to be had, or Ctrl-C: those that are there end
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         for lane in self._lanes.values():
             lane.queue.put(None)
         for lane in self._lanes.values():
-            lane.thread.join()
+            if lane.thread.ident is not None:
+                lane.thread.join()
 
     def _lane(self, item: Instruction) -> Any:
         """What runs one after the other: a device's programs, and transfers from the same devices to the same one."""

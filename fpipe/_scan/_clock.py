@@ -37,11 +37,19 @@ class Clock:
             out = jax.block_until_ready(f(*args))
             return out, list(self._stamps)
 
-    def stamp(self, where: Sequence[Any], end: int, token: Any, after: Sequence[Any]) -> Any:
-        """Inside a program: a stamp for tick, phase and device, when the token and all of `after` are there. The next token."""
-        probes = [a.reshape(-1)[:1] for a in after]
-        number = jnp.stack([*(jnp.asarray(n, jnp.int32) for n in where), jnp.int32(end)])
-        return jax.pure_callback(self._look, jax.ShapeDtypeStruct((), jnp.int32), number, token, *probes)
+    def stamp(self, runs: Any, where: Sequence[Any], end: int, token: Any, after: Sequence[Any]) -> Any:
+        """Inside a program: where it `runs`, a stamp for tick, phase and device, when the token and all of `after` are there.
+
+        Returns:
+            The next token.
+        """
+
+        def ask(token: Any) -> Any:
+            probes = [a.reshape(-1)[:1] for a in after]
+            number = jnp.stack([*(jnp.asarray(n, jnp.int32) for n in where), jnp.int32(end)])
+            return jax.pure_callback(self._look, jax.ShapeDtypeStruct((), jnp.int32), number, token, *probes)
+
+        return jax.lax.cond(runs, ask, lambda token: token, token)
 
     def _look(self, number: Any, *_: Any) -> Any:
         now = time.perf_counter()

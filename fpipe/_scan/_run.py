@@ -301,23 +301,16 @@ class _Segment:
     def _timed(self, slotted: Slotted, carry: list[Any], row: Any, given: "_Given", when: tuple[Any, int]) -> list[Any]:
         """An operation, between two calls of the clock if there is one."""
         op, column, _ = slotted
-        written = [self.at[name] for name in map(_written, op.targets) if name in self.at]
+        runs, written = row[column] > 0, [self.at[name] for name in map(_written, op.targets) if name in self.at]
         if self.clock is None or not written:
-            return self._operate(slotted, carry, row, given, row[column] > 0)
-        clock, where = self.clock, (*when, jax.lax.axis_index(AXIS))
+            return self._operate(slotted, carry, row, given, runs)
+        n, where = self.at[_TOKEN], (*when, jax.lax.axis_index(AXIS))
         pools = dict.fromkeys(self.at["pool", source.pool] for source in op.fetch if isinstance(source, Held))
-        reads = [a for n in pools for a in carry[n]] + list(map(unwrapped, given.fed.values()))
-
-        def stamp(end: int, token: Any, after: list[Any]) -> Any:
-            return jax.lax.cond(
-                row[column] > 0, lambda token: clock.stamp(where, end, token, after), lambda token: token, token
-            )
-
-        n = self.at[_TOKEN]
-        token = stamp(0, carry[n], reads)
-        out = self._operate(slotted, carry, row, given, (row[column] > 0) & (token >= 0))
+        reads = [a for pool in pools for a in carry[pool]] + list(map(unwrapped, given.fed.values()))
+        token = self.clock.stamp(runs, where, 0, carry[n], reads)
+        out = self._operate(slotted, carry, row, given, runs & (token >= 0))
         made = out[written[0]]
-        out[n] = stamp(1, token, made[:1] if isinstance(made, list) else [made])
+        out[n] = self.clock.stamp(runs, where, 1, token, made[:1] if isinstance(made, list) else [made])
         return out
 
     def _operate(self, slotted: Slotted, carry: list[Any], row: Any, given: "_Given", runs: Any) -> list[Any]:
