@@ -174,7 +174,7 @@ class Scan:
     def _check_recorded(self, given: Any) -> None:
         """Refuse to record where the host cannot be asked."""
         why = ""
-        if any(is_traced(a) for a in jax.tree.leaves(given)):
+        if is_traced(given):
             why = "the call is inside `jax.jit`, or under another transformation; make it outside"
         elif self.mesh.size > self.mesh.shape[AXIS]:
             why = f"the mesh has other axes than {AXIS!r}; record over a mesh of that axis alone"
