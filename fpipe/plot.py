@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SUFFIXES = (".svg", ".png", ".pdf")
-WIDTH = 12.0  # inches
+"""What `save` writes, by the suffix of the file."""
+WIDTH = 12.0
+"""Of a new figure, in inches."""
 
 
 def draw(what: Schedule | Timeline, ax: "Axes | None" = None, over: Schedule | Timeline | None = None) -> "Axes":

@@ -19,6 +19,12 @@ import fpipe
 from fpipe.schedules import NAMES
 
 ROOT = pathlib.Path(__file__).parent.parent
+# Pages run in processes of their own, which share compiled programs with the tests and with each other.
+CACHE = {
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 README = (ROOT / "README.md").read_text()
 MEASURED = "docs/benchmarks.md"  # its text is what was measured once
 PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md"))]
@@ -51,7 +57,7 @@ def python(arguments, folder):
     done = subprocess.run(
         [sys.executable, "-W", "error", *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": path, "PYTHONUTF8": "1"},
+        env={**os.environ, **CACHE, "PYTHONPATH": path, "PYTHONUTF8": "1"},
         capture_output=True,
         encoding="utf-8",
         check=False,
@@ -130,7 +136,7 @@ def test_links_and_pictures_lead_somewhere(page):
         assert not anchor or anchor in anchors(there.relative_to(ROOT)), target
 
 
-# --- docs/schedules.md ---
+# --- pictures, and docs/schedules.md ---
 
 PICTURES = ROOT / "docs/pictures"
 
@@ -143,8 +149,8 @@ def test_pictures_are_what_the_script_makes():
     made = {name: text.encode() for name, text in make.pictures().items()}
     assert {p.name: p.read_bytes() for p in PICTURES.glob("*.svg")} == made, "run python docs/pictures/make.py"
     assert max(map(len, made.values())) < 60_000
-    page = (ROOT / "docs/schedules.md").read_text()
-    assert sorted(re.findall(r"\]\(pictures/(.*?)\)", page)) == sorted(made)  # each is shown once
+    shown = [name for page in PAGES for name in re.findall(r"\]\(pictures/(.*?)\)", (ROOT / page).read_text())]
+    assert sorted(shown) == sorted(made)  # each is shown once
 
 
 @pytest.mark.parametrize("name", NAMES)

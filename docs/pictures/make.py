@@ -1,4 +1,4 @@
-"""Makes the pictures of docs/schedules.md: `python docs/pictures/make.py`."""
+"""Makes the pictures of the documentation: `python docs/pictures/make.py`."""
 
 import pathlib
 
@@ -7,6 +7,7 @@ from fpipe.schedules import NAMES, Costs, Schedule, Timeline, named, simulate, s
 DEVICES, MICROBATCHES = 4, 8
 SCALE = 22  # pixels for a unit of time
 BESIDE = 88  # pixels for the names of the devices and the margins
+BATCH = 16  # what the forwards of a whole batch take on a device, in the pictures of docs/concepts.md
 
 
 def at_unit_costs(schedule: Schedule, transfer: float = 0.0) -> Timeline:
@@ -15,8 +16,8 @@ def at_unit_costs(schedule: Schedule, transfer: float = 0.0) -> Timeline:
     return simulate(schedule, Costs(F=each, I=each, W=each, transfer=transfer))
 
 
-def timelines() -> dict[str, Timeline]:
-    """What is drawn, by the name of the file."""
+def schedules() -> dict[str, Timeline]:
+    """What is drawn for docs/schedules.md, by the name of the file."""
     made = {name: at_unit_costs(named(name, DEVICES, MICROBATCHES)) for name in NAMES}
     for name in ("1f1b", "eager_1f1b"):
         made[f"{name}_latency"] = at_unit_costs(named(name, DEVICES, MICROBATCHES), transfer=0.25)
@@ -24,12 +25,30 @@ def timelines() -> dict[str, Timeline]:
     return made
 
 
-def pictures() -> dict[str, str]:
-    """All pictures, as SVG, to one scale."""
+def one_batch(microbatches: int) -> Timeline:
+    """The same batch in so many pieces."""
+    each = BATCH / microbatches
+    return simulate(named("gpipe", DEVICES, microbatches), Costs(F=each, B=2 * each))
+
+
+def recomputing(forward: float) -> Timeline:
+    """1F1B, whose backwards take `forward` longer."""
+    return simulate(named("1f1b", DEVICES, MICROBATCHES), Costs(F=1, B=2 + forward))
+
+
+def drawn(scale: float, timelines: dict[str, Timeline]) -> dict[str, str]:
+    """SVGs to one scale: pixels for a unit of time."""
     return {
-        f"{name}.svg": svg(timeline, width=BESIDE + round(SCALE * timeline.makespan))
-        for name, timeline in timelines().items()
+        f"{name}.svg": svg(timeline, width=BESIDE + round(scale * timeline.makespan))
+        for name, timeline in timelines.items()
     }
+
+
+def pictures() -> dict[str, str]:
+    """All pictures, by the name of the file."""
+    pieces = {f"microbatches_{m}": one_batch(m) for m in (1, 4, 16)}
+    remat = {"remat_never": recomputing(0), "remat_always": recomputing(1)}
+    return drawn(SCALE, schedules()) | drawn(4, pieces) | drawn(17, remat)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,10 @@ def from_csv(text: str, stage_to_device: Iterable[int] | None = None, name: str 
         ValueError: a cell that is no action, or is communication, with its row and column, which count from 1; a
             stage in two rows; or what `Schedule` refuses.
 
-    >>> schedule = fpipe.schedules.from_csv("0F0,0F1,,0B0,,0B1\n,1F0,1B0,1F1,1B1\n")
-    >>> schedule == fpipe.schedules.from_csv(schedule.to_csv())
-    True
+    Example:
+        >>> schedule = fpipe.schedules.from_csv("0F0,0F1,,0B0,,0B1\n,1F0,1B0,1F1,1B1\n")
+        >>> schedule == fpipe.schedules.from_csv(schedule.to_csv())
+        True
     """
     if not isinstance(text, str):
         raise TypeError(f"`from_csv(text)`: text is the content of a file, a str, not {text!r}")

@@ -39,10 +39,11 @@ def draw(
         TypeError: neither a `Schedule` nor a `Timeline`.
         ValueError: a width below 1, a timeline without events, or one over another with more or fewer devices.
 
-    >>> print(fpipe.schedules.draw(fpipe.schedules.gpipe(devices=2, microbatches=2)))
-    device 0 F0 F1          B0--- B1---
-    device 1    F0 F1 B0--- B1---
-    gpipe: makespan 9, bubble 33.3%, peak live microbatches 2, 2
+    Example:
+        >>> print(fpipe.schedules.draw(fpipe.schedules.gpipe(devices=2, microbatches=2)))
+        device 0 F0 F1          B0--- B1---
+        device 1    F0 F1 B0--- B1---
+        gpipe: makespan 9, bubble 33.3%, peak live microbatches 2, 2
     """
     if width < 1:
         raise ValueError(f"`draw(width={width})`: a width is at least 1")

@@ -43,6 +43,7 @@ NAMES: dict[str, Named] = {
     "dualpipe_v": Named(dualpipe_v, 2),
     "forward_only": Named(forward_only, 1, virtual=True),
 }
+"""The generators by the names that `fpipe.Pipe(schedule=...)` takes."""
 
 
 def named(name: str, devices: int, microbatches: int, virtual: int | None = None) -> Schedule:

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 Kind: TypeAlias = Literal["F", "B", "I", "W"]
+"""What an action does: forward, whole backward, input gradient, weight gradient."""
 KINDS: tuple[Kind, ...] = ("F", "B", "I", "W")
 
 
