@@ -19,8 +19,9 @@ import fpipe
 from fpipe.schedules import NAMES
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Pages run in processes of their own, which share compiled programs with the tests and with each other.
-CACHE = {
+# Pages run in processes of their own, which share compiled programs. To optimize these takes longer than running them.
+FAST = {
+    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0",
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -57,7 +58,7 @@ def python(arguments, folder):
     done = subprocess.run(
         [sys.executable, "-W", "error", *arguments],
         cwd=folder,
-        env={**os.environ, **CACHE, "PYTHONPATH": path, "PYTHONUTF8": "1"},
+        env={**os.environ, **FAST, "PYTHONPATH": path, "PYTHONUTF8": "1"},
         capture_output=True,
         encoding="utf-8",
         check=False,
