@@ -70,7 +70,7 @@ def missing(page: str | None = None) -> list[str]:
         *(f"{name} is public and not in docs/api.md: add `::: {name}`" for name in names if name not in shown),
         *(f"{name} is in docs/api.md and not public" for name in shown if name not in names),
         *(f"{name} is twice in docs/api.md" for name in sorted(set(shown)) if shown.count(name) > 1),
-        *(f"{name} has no docstring" for name in names if not described(*name.rsplit(".", 1))),
+        *(f"{name}, or a method of it, has no docstring" for name in names if not described(*name.rsplit(".", 1))),
     ]
 
 

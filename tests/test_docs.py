@@ -50,7 +50,9 @@ NUMBER = 1
     read = hooks().source
     more = ast.parse(undocumented).body
     monkeypatch.setattr(hooks(), "source", lambda module: [*read(module), *(more if module == "fpipe" else [])])
-    assert hooks().missing(page) == [f"fpipe.{name} has no docstring" for name in ("new", "Other", "NUMBER")]
+    assert hooks().missing(page) == [
+        f"fpipe.{name}, or a method of it, has no docstring" for name in ("new", "Other", "NUMBER")
+    ]
 
 
 @pytest.mark.parametrize(
