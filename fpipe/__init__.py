@@ -19,3 +19,6 @@ from fpipe._skip import Namespace as Namespace
 from fpipe._skip import peek as peek
 from fpipe._skip import pop as pop
 from fpipe._skip import stash as stash
+from fpipe._tune import Candidate as Candidate
+from fpipe._tune import Tuning as Tuning
+from fpipe._tune import tune as tune

@@ -24,7 +24,7 @@ from fpipe._call import (
     checked,
     scaled,
 )
-from fpipe._costs import UNITS, By, costs_of
+from fpipe._costs import UNITS, By, LayerCosts, costs_of
 from fpipe._frozen import Frozen, FrozenLeaves
 from fpipe._layer import Layer
 from fpipe._loss import Loss, Reduction, as_loss
@@ -34,6 +34,7 @@ from fpipe._placed import DISPATCH, Dispatch, Placed, Progress, TracedCallError,
 from fpipe._placement import Device, Place, Placement, as_placements, first_placements
 from fpipe._plan import Layout
 from fpipe._prediction import Options, Prediction, mean_square, predict
+from fpipe._recent import Recent
 from fpipe._record import record
 from fpipe._remat import Policy, Remat
 from fpipe._scan import Packed, Scan, as_mesh, stage_devices
@@ -383,19 +384,39 @@ class Pipe(Call):
         """
         if loss_fn is None and targets:
             raise TypeError("`pipe.plan(params, x, *targets)`: targets belong to a loss: give `loss_fn=` too")
-        pipe = dataclasses.replace(self, detect_anomaly=False)  # whose programs are those of the model alone
         given = {"by": by, "speed": speed, "latency": latency, "bandwidth": bandwidth, "optimizer": optimizer}
         options = Options.of("pipe.plan", len(self.devices), **given, memory=memory, compiled=compiled)
-        params, state = pipe._shaped(params, state, x, side)
         loss = as_loss("plan", mean_square if loss_fn is None else loss_fn, has_aux, reduction)
-        args = checked(pipe.model, Args(params, x, targets, side, key, state, bool(train)))
+        args = Args(params, x, targets, side, key, state, bool(train))
+        return self.predicted(args, loss, argnums, frozen, options)
+
+    def predicted(
+        self,
+        args: Args,
+        loss: Loss,
+        argnums: int | Sequence[int],
+        frozen: Frozen | None,
+        options: Options,
+        kept: Recent | None = None,
+        costs: LayerCosts | None = None,
+    ) -> Prediction:
+        """`plan` of checked options.
+
+        Arguments:
+            kept: traces of other pipes of the same layers, for this one and from it.
+            costs: of the layers, if they are known.
+        """
+        pipe = dataclasses.replace(self, detect_anomaly=False)  # whose programs are those of the model alone
+        params, state = pipe._shaped(args.params, args.state, args.x, args.side)
+        args = checked(pipe.model, args._replace(params=params, state=state))
         numbers = as_argnums(argnums)
         check_argnums(argnums, numbers, args)
         args = args._replace(frozen=FrozenLeaves(frozen).of(params))
         scan = None
         if self.executor == "scan":
             scan = pipe._scan, args._replace(params=eval_shape(pipe.place, params))
-        return predict(pipe._as_placed(), scan, args, loss, numbers, Remat.of(self.checkpoint), options)
+        remat = Remat.of(self.checkpoint)
+        return predict(pipe._as_placed(kept), scan, args, loss, numbers, remat, options, costs)
 
     def record(self, f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Recording]:
         """Run `f(*args, **kwargs)`, a step that calls this pipe, and record its last call, as `fpipe.record` does.
@@ -430,14 +451,14 @@ class Pipe(Call):
             state = self.model.init_state(*first, params, None, lambda k, make, key: eval_shape(make, key))
         return params, state
 
-    def _as_placed(self) -> Placed:
+    def _as_placed(self, kept: Recent | None) -> Placed:
         """The placed executor for the same stages."""
-        if isinstance(self._executor, Placed):
+        if isinstance(self._executor, Placed) and kept is None:
             return self._executor
         scheduling, places = Scheduling.of(self.schedule), as_placements(self.devices)
-        stage_to_device = scheduling.stage_to_device(len(self.balance), len(places), self.chunks)
-        layout = Layout(cut_stages(self.model, self.balance), tuple(places[d] for d in stage_to_device))
-        return Placed(layout, scheduling, stage_to_device, Remat.of(self.checkpoint), self.chunks, "one_thread")
+        map_ = scheduling.stage_to_device(len(self.balance), len(places), self.chunks)
+        layout = Layout(cut_stages(self.model, self.balance), tuple(places[d] for d in map_))
+        return Placed(layout, scheduling, map_, Remat.of(self.checkpoint), self.chunks, "one_thread", kept)
 
     @property
     def _placed(self) -> Placed:

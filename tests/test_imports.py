@@ -14,6 +14,7 @@ LEVELS = [
     ["fpipe.__main__"],
     ["fpipe.flax", "fpipe.optim", "fpipe.plot", "fpipe.testing"],
     ["fpipe"],
+    ["fpipe._tune"],
     ["fpipe._pipe"],
     ["fpipe._prediction"],
     ["fpipe._balancing"],

@@ -46,12 +46,14 @@ class Placed:
         remat: Remat,
         chunks: int,
         dispatch: Dispatch,
+        kept: Recent | None = None,
     ) -> None:
+        """`kept` has the traces and programs of other pipes of the same layers, if it is shared with them."""
         self.layout = self.owner = layout
         self._dispatch: Dispatch = dispatch
         self.scheduling, self.stage_to_device, self.chunks = scheduling, map_, chunks
         self._remat = remat
-        self._bound, self._kept = Recent(_PLANS), Recent(_PROGRAMS)
+        self._bound, self._kept = Recent(_PLANS), Recent(_PROGRAMS) if kept is None else kept
         self._constants: dict[tuple[Any, Placement], Any] = {}
 
     def make(self, layer: int, f: Callable[[Any], PyTree], key: Any) -> PyTree:

@@ -293,7 +293,8 @@ class Programs:
         return self.layout.stages[s].last and self.request.loss is not None
 
     def _shared(self, s: int, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """What does not depend on the loss is kept for other calls."""
+        """What does not depend on the loss is kept for other calls, also of pipes of the same layers."""
         if self._loses(s):
             return make()
-        return self._kept.get(Key((s, *key)), make)
+        stage = self.layout.stages[s]
+        return self._kept.get(Key((stage.span, stage.skips_in, stage.skips_out, *key)), make)

@@ -61,10 +61,10 @@ def ragged(shares: Sequence[float]) -> Iterator[str]:
 def short(devices: Sequence[DeviceRow]) -> Iterator[str]:
     """Devices that have less memory than they need."""
     for row in devices:
-        if row.limit is not None and row.peak > row.limit:
+        if row.missing:
             largest = max(row.memory, key=lambda role: row.memory[role])
             cure = _CURES.get(largest, "more devices, or a balance with memory=")
-            yield f"device {row.device} ({row.name}) is short of {size(row.peak - row.limit)}; most of it is {largest}: {cure}"
+            yield f"device {row.device} ({row.name}) is short of {size(row.missing)}; most of it is {largest}: {cure}"
 
 
 _CURES = {

@@ -75,6 +75,11 @@ class DeviceRow:
         """All of it, in bytes."""
         return sum(self.memory.values())
 
+    @property
+    def missing(self) -> int:
+        """What it needs more than it has, in bytes."""
+        return 0 if self.limit is None else max(0, self.peak - self.limit)
+
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:

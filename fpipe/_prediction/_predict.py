@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from fpipe._balancing import balanced
 from fpipe._call import Args
+from fpipe._costs import By as CostsBy
 from fpipe._costs import LayerCosts, costs_of
 from fpipe._costs._flops import count
 from fpipe._given import inputs_of
@@ -86,6 +87,7 @@ def predict(
     argnums: tuple[int, ...],
     remat: Remat,
     options: Options,
+    known: LayerCosts | None = None,
 ) -> Prediction:
     """What a call will take.
 
@@ -93,6 +95,7 @@ def predict(
         placed: the pipe's executor; for the scan executor one for the same stages, whose programs its ticks run.
         scan: the scan executor, and the call's arguments as it takes them.
         args: the call's arguments, or their shapes.
+        known: what the layers cost in FLOPs, if somebody has counted.
     """
     bound = placed.bound(args, loss, argnums)
     plan, stages_of, places = bound.plan, bound.layout.stages, placed.stage_to_device
@@ -100,15 +103,19 @@ def predict(
     schedule = placed.schedule(inputs.cut.m)
     compiled = compile_plan(plan, bound.given) if options.compiled or options.by == "time" else {}
     work = _work(bound, places, compiled, options)
-    shapes = costs_of(stages_of[0].model, args.x, "memory", args.side, placed.chunks, args.params, remat, args.train)
-    stages = _stages(stages_of, places, args.params, shapes, work)
+
+    def layers(by: CostsBy) -> LayerCosts:
+        model = stages_of[0].model
+        return known or costs_of(model, args.x, by, args.side, placed.chunks, args.params, remat, args.train)
+
+    stages = _stages(stages_of, places, args.params, layers("memory"), work)
     costs = _costs(stages, options)
     timeline = simulate(schedule, costs)
     devices = (
         _devices(bound, args, places, options, compiled) if scan is None else _on_mesh(*scan, loss, argnums, options)
     )
     words = [
-        *uneven(stages, lambda: _best(placed, args, remat, stages, options)),
+        *uneven(stages, lambda: _best(placed, layers("flops"), stages, options)),
         *few(stages, timeline, inputs.cut.m, _more(placed, inputs, costs)),
         *ragged(inputs.cut.shares),
         *short(devices),
@@ -286,12 +293,9 @@ def _limit(options: Options, device: int) -> int | None:
 
 
 def _best(
-    placed: Placed, args: Args, remat: Remat, stages: Sequence[StageRow], options: Options
+    placed: Placed, costs: LayerCosts, stages: Sequence[StageRow], options: Options
 ) -> tuple[tuple[int, ...], float]:
     """The best balance by FLOPs, and what is left of the dearest stage's work with it, as a share."""
-    costs = costs_of(
-        placed.layout.stages[0].model, args.x, "flops", args.side, placed.chunks, args.params, remat, args.train
-    )
     speeds, places = options.speed, placed.stage_to_device
     cut = balanced(costs, placed.scheduling, len(stages), 1 + max(places), speeds=speeds)
     each = [a + b for a, b in zip(costs.forward, costs.backward, strict=True)]
