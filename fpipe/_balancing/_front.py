@@ -64,7 +64,7 @@ def balance(
 
     A stage needs memory for its parameters, their gradients and the optimizer's state; for each microbatch that the
     schedule holds, what the backward keeps (with recomputation the stage's inputs, and the residuals of the microbatch at work,
-    of one more with `"except_last"`); for what has arrived and waits; and for one array at each end. Borrowed parameters count
+    of one more with `"except_last"`); for what waits on its way; and for one array at each end. Borrowed parameters count
     again where they are borrowed, the batch on the first stage. Not counted: side inputs and targets, what XLA needs
     inside a program, and casts of parameters to `compute_dtype`.
 

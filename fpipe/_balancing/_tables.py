@@ -17,17 +17,18 @@ from fpipe.schedules import Schedule, simulate
 class Waits(NamedTuple):
     """How many microbatches a stage holds something of, at most, where a forward takes 1 and a backward 2.
 
+    What goes from stage to stage waits somewhere for its turn: where it was made (so does the placed executor, which sends
+    it when it is asked for), or where it goes (so does the scan executor).
+
     Attributes:
         live: from the stage's forward to the end of its backward.
-        x, skips: from the forward of the stage before, or of any before, to there: what has come waits.
-        cotangent, cotangents: from the backward of the stage behind, or of any behind, to there.
+        there, here: how many wait where they go, or where they were made, besides those that are live: of the boundary
+            before the stage, of skips that it takes, of the boundary behind it, and of skips that it sends; forth and back.
     """
 
     live: int
-    x: int
-    skips: int
-    cotangent: int
-    cotangents: int
+    there: tuple[int, ...]
+    here: tuple[int, ...]
 
 
 class Tables:
@@ -88,40 +89,48 @@ class Tables:
         else:
             held = self.before + self.skips_in + total(costs.saved)
             working = residuals * (min(2, waits.live) if self.remat.option == "except_last" else 1)
-        forth = self.before * (waits.x - waits.live) + self.skips_in * (waits.skips - waits.live)
-        back = self.behind * waits.cotangent + self.skips_out * waits.cotangents
-        return fixed + held * waits.live + working + forth + back + ends
+        moved = (self.before, self.skips_in, self.behind, self.skips_out)
+        there, here = (
+            sum(table * n for table, n in zip(moved, counts, strict=True)) for counts in (waits.there, waits.here)
+        )
+        return fixed + held * waits.live + working + np.maximum(there, here) + ends
 
     def waits(self, s: int) -> Waits:
         """What a stage holds while the schedule runs."""
-        made, begun, done = self._times
-
-        def most(starts: np.ndarray, least: int) -> int:
-            return max([least, *(_most(start, done[s]) for start in starts)])
-
-        live = _most(begun[s], done[s])
-        far = None if self.costs.skips else 0  # without skips nobody looks that far
-        return Waits(
-            live,
-            most(made[max(0, s - 1) : s], live),
-            most(made[:s][:far], live),
-            most(done[s + 1 : s + 2], 0),
-            most(done[s + 1 :][:far], 0),
-        )
+        begun, made, back, done = self._times
+        last = len(self.places) - 1
+        live = _most(begun[[s]], done[[s]])
+        near = slice(max(0, s - 1), s), slice(s + 1, min(last, s + 1) + 1)
+        far = (slice(0, s), slice(s + 1, last + 1)) if self.costs.skips else (slice(0), slice(0))
+        there, here = list[int](), list[int]()
+        for before, behind in (near, far):
+            there += [max(live, _most(made[before], done[[s]])) - live, _most(done[behind], done[[s]])]
+            here += [_most(done[[s]], back[before]), _most(made[[s]], begun[behind])]
+        order = (0, 2, 1, 3)
+        return Waits(live, *(tuple(counts[n] for n in order) for counts in (there, here)))
 
     @cached_property
-    def _times(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For each stage and microbatch: when its forward ends and starts, and when its backward has ended."""
-        made, begun, done = (np.zeros((len(self.places), self.m)) for _ in range(3))
+    def _times(self) -> np.ndarray:
+        """For each stage and microbatch: when its forward begins and ends, and when its backward does."""
+        times = np.zeros((4, len(self.places), self.m))
+        times[2] = np.inf
         for _, (kind, s, i), start, end in simulate(self.schedule).events:
             if kind == "F":
-                made[s, i], begun[s, i] = end, start
+                times[:2, s, i] = start, end
             else:
-                done[s, i] = max(done[s, i], end)
-        return made, begun, done
+                times[2, s, i] = min(times[2, s, i], start)
+                times[3, s, i] = max(times[3, s, i], end)
+        return times
 
 
 def _most(starts: np.ndarray, ends: np.ndarray) -> int:
-    """The most intervals that are open at once; where one ends, another may start."""
-    starts, ends = np.sort(starts), np.sort(ends)
-    return int(np.max(np.arange(1, len(starts) + 1) - np.searchsorted(ends, starts, side="right")))
+    """The most microbatches between a start and an end, for the worst of several stages.
+
+    Arguments:
+        starts, ends: by stage and microbatch; one of them is of one stage. Where one ends, another may start.
+    """
+    counts = [0]
+    for start, end in itertools.product(np.sort(starts, 1), np.sort(ends, 1)):
+        started = np.arange(1, len(start) + 1)
+        counts.append(int(np.max(started - np.searchsorted(end, start, side="right"))))
+    return max(counts)
