@@ -405,6 +405,7 @@ def test_forwards_that_run_twice_count_twice():
     assert fpipe.balance(known, stages=2, checkpoint="always", schedule="gpipe") == (4, 3)
     assert fpipe.balance(known, stages=2, checkpoint="always", schedule="1f1b", chunks=1) == (4, 3)
     assert fpipe.balance(dataclasses.replace(known, backward=range(7)), stages=2, schedule="forward_only") == (4, 3)
+    assert fpipe.balance([1, 1, 4], stages=2, schedule="forward_only") == (2, 1)  # given numbers are all of the work
 
 
 def test_skips_of_a_u_net_and_borrowed_weights():
@@ -572,8 +573,9 @@ def test_a_pipe_finds_its_balance_by_a_sample():
     wide = [linear()] * 4 + [linear(64)]
     assert fpipe.Pipe(wide, "memory", jax.devices()[:2], sample=shape(1, W)).balance == (4, 1)
     many = fpipe.Layer(lambda w, x: jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=5)[0], linear().init)
-    for by, sizes in {"flops": (1, 5), "memory": (3, 3)}.items():
-        assert fpipe.Pipe([many, *[linear()] * 5], by, jax.devices()[:2], sample=shape(1, W)).balance == sizes
+    mixed, two = [many, *[linear()] * 5], jax.devices()[:2]
+    assert fpipe.Pipe(mixed, "flops", two, sample=shape(1, W)).balance == (1, 5)
+    assert fpipe.Pipe(mixed, "memory", two, sample=shape(1, W)).balance == (3, 3)
     scan = fpipe.Pipe(layers, None, jax.devices()[:2], chunks=2, executor="scan", sample=x)
     assert scan.balance == (2, 3)
 
