@@ -405,7 +405,7 @@ def test_forwards_that_run_twice_count_twice():
     assert fpipe.balance(known, stages=2, checkpoint="always", schedule="gpipe") == (4, 3)
     assert fpipe.balance(known, stages=2, checkpoint="always", schedule="1f1b", chunks=1) == (4, 3)
     assert fpipe.balance(dataclasses.replace(known, backward=range(7)), stages=2, schedule="forward_only") == (4, 3)
-    assert fpipe.balance([1, 1, 4], stages=2, schedule="forward_only") == (2, 1)  # given numbers are all of the work
+    assert fpipe.balance([4, 1, 1], stages=2, schedule="forward_only") == (1, 2)  # given numbers are all of the work
 
 
 def test_skips_of_a_u_net_and_borrowed_weights():
