@@ -41,7 +41,7 @@ from fpipe._scan import Packed, Scan, as_mesh, stage_devices
 from fpipe._scheduling import Scheduling
 from fpipe._sequential import Sequential
 from fpipe._stage import cut_stages
-from fpipe._tree import PyTree, eval_shape, map_arrays, numbers_as_arrays, strong
+from fpipe._tree import PyTree, eval_shape, map_arrays, numbers_as_arrays, shapes_of, strong
 from fpipe.schedules import Recording, Schedule
 
 
@@ -441,12 +441,14 @@ class Pipe(Call):
         return result, timeline
 
     def _shaped(self, params: Any, state: Any, x: PyTree, side: PyTree) -> tuple[Any, Any]:
-        """Parameters and states for a prediction: those that are given, else their shapes."""
+        """The shapes of parameters, and states, for a prediction; those that `init` makes, if none are given."""
         first, nothing = first_microbatch(x, side, self.chunks), jax.random.key(0)
         if isinstance(params, Packed):
             params = tuple(shape.tree for shape in params.packing.shapes)
         elif params is None:
             params = self.model.init(nothing, *first, lambda k, make, key: eval_shape(make, key))
+        check_params(self.model, params, "`plan(params, x)`")
+        params = tuple(shapes_of(map_arrays(strong, numbers_as_arrays(p))) for p in params)
         if state is None and self.model.stateful:
             state = self.model.init_state(*first, params, None, lambda k, make, key: eval_shape(make, key))
         return params, state

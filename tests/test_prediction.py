@@ -1,0 +1,289 @@
+"""Predictions: against what a run really holds, against formulas, and against the simulation."""
+
+import dataclasses
+import gc
+import json
+import time
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fpipe
+from fpipe._call import Args
+from fpipe._loss import as_loss
+from fpipe._placed import observing
+from fpipe._placed._memory import levels
+from fpipe._plan import Free
+from fpipe._prediction._predict import _kept
+from fpipe._tree import Shape
+from tests.helpers import add, counter, dense, dropout, keep, look, mse, raises
+
+ROWS, WIDTH = 16, 4
+X = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
+
+
+def skips():
+    """A skip over two cuts with two readers, and a random layer."""
+    return [dense(), keep(), dropout(), look(), dense(6), dense(WIDTH), add()]
+
+
+def held():
+    """The bytes on each device, each buffer once."""
+    found, seen = {}, set()
+    for a in jax.live_arrays():
+        if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key) and a.unsafe_buffer_pointer() not in seen:
+            seen.add(a.unsafe_buffer_pointer())
+            (device,) = a.devices()
+            found[device] = found.get(device, 0) + a.nbytes
+    return found
+
+
+@pytest.mark.parametrize("checkpoint", ["always", "except_last", "never"])
+@pytest.mark.parametrize("schedule", ["gpipe", "eager_1f1b", "zb_h1", "interleaved_1f1b", "dualpipe_v"])
+def test_what_is_alive_is_predicted_to_the_byte_after_every_instruction(schedule, checkpoint):
+    several = schedule in ("interleaved_1f1b", "dualpipe_v")
+    balance = [2, 2, 2, 1] if several else [2, 2, 3]
+    pipe = fpipe.Pipe(skips(), balance, jax.devices()[: 2 if several else 3], 4, checkpoint, schedule)
+    x = jnp.ones((ROWS, WIDTH))
+    target = jax.device_put(jnp.ones((ROWS, WIDTH)), pipe.devices[pipe.make_schedule(4).stage_to_device[-1]])
+    params, step = pipe.init(jax.random.key(0), x), pipe.value_and_grad(mse)
+    jax.block_until_ready(step(params, x, target))
+
+    loss = as_loss("value_and_grad", mse, False, "mean")
+    bound = pipe._placed.bound(Args(params, x, (target,), None, None, None, False), loss, (0,))
+    plan = bound.plan
+    want, kept = [], {f.slot for f in plan.feeds} | set(plan.constants)
+    for n, now in levels(plan, bound.given, kept):
+        total = {place.device: sum(roles.values()) for place, roles in now.items()}
+        if n >= 0 and isinstance(plan.instructions[n], Free):
+            want[-1] = total  # a call drops references with the instruction before
+        elif n >= 0:
+            want.append(total)
+
+    got = []
+    gc.collect()
+    before = held()
+    others = {
+        d: before.get(d, 0) - sum(a.nbytes for a in jax.tree.leaves((params, x, target)) if a.devices() == {d})
+        for d in pipe.devices
+    }
+    with observing(lambda item, slots: got.append(held())):
+        step(params, x, target)
+    # Constants are arrays of the pipe, there before too.
+    constants = {d: sum(4 for n in plan.constants if plan.slots[n].placement.device == d) for d in pipe.devices}
+    got = [{d: now.get(d, 0) - others[d] + constants[d] for d in pipe.devices} for now in got]
+    assert got == want
+    row = {d.name: d for d in pipe.plan(params, x, target, loss_fn=mse, optimizer=0).devices}
+    for d in pipe.devices:  # what is alive between an instruction and its frees comes on top
+        assert row[str(d)].peak >= max(now[d] for now in got)
+
+
+def test_the_rows_of_the_stages():
+    pipe = fpipe.Pipe(skips(), [2, 2, 3], chunks=4, schedule="1f1b", checkpoint="never")
+    plan = pipe.plan(None, X)
+    first, second, third = plan.stages
+    assert [row.layers for row in plan.stages] == [("dense", "stash"), ("dropout", "peek"), ("dense", "dense", "pop")]
+    assert [row.first for row in plan.stages] == [0, 2, 4]
+    assert [row.params for row in plan.stages] == [4 * 4 + 4 + 4, 4 + 4, 4 * 6 + 6 + 6 * 4 + 4 + 4]
+    piece = ROWS // 4 * WIDTH * 4
+    assert [row.boundary for row in plan.stages] == [piece, piece, 0]
+    assert first.stashed == (("skip", 1, piece), ("skip", 2, piece))
+    assert second.popped == (("skip", 0, piece),)
+    assert third.popped == (("skip", 0, piece),)
+    # Two products of 4 rows, and what is added to them.
+    assert third.work["F"] >= 2 * 4 * (4 * 6 + 6 * 4)
+    assert set(first.work) == {"F", "B"}
+
+
+def test_work_is_that_of_the_products_and_time_that_of_the_simulation():
+    width, rows = 64, 32
+    wide = fpipe.Layer(lambda w, x: x @ w, lambda key, x: jnp.zeros((width, width)))
+    x = jax.ShapeDtypeStruct((rows, width), jnp.float32)
+    product = 2 * (rows // 8) * width * width
+    for checkpoint in ("never", "always"):
+        pipe = fpipe.Pipe([wide] * 4, chunks=8, schedule="1f1b", checkpoint=checkpoint)
+        plan = pipe.plan(None, x)
+        assert [row.work["F"] for row in plan.stages[:3]] == [product] * 3
+        # The first makes no gradient of its input, and a product alone is never run again: nobody needs its result.
+        assert [row.work["B"] // product for row in plan.stages] == [1, 2, 2, 2]
+    costs = fpipe.schedules.Costs(
+        F=[row.work["F"] for row in plan.stages], B=[row.work["B"] for row in plan.stages], transfer=0
+    )
+    timeline = fpipe.schedules.simulate(pipe.make_schedule(8), costs)
+    assert (plan.step, plan.bubble) == (timeline.makespan, timeline.bubble)
+    fast = pipe.plan(None, x, speed=[product, product, product, 2 * product], latency=0.5, bandwidth=8 * width * 4)
+    assert fast.unit == "second"
+    assert [row.work["F"] for row in fast.stages[:3]] == [1.0] * 3
+    lag = 0.5 + (rows // 8) * width * 4 / (8 * width * 4)
+    costs = dataclasses.replace(
+        costs, F=[row.work["F"] for row in fast.stages], B=[row.work["B"] for row in fast.stages], transfer=lag
+    )
+    assert fast.step == fpipe.schedules.simulate(pipe.make_schedule(8), costs).makespan
+
+
+@pytest.mark.parametrize("executor", ["placed", "scan"])
+def test_a_plan_from_shapes_allocates_and_compiles_nothing(executor):
+    pipe = fpipe.Pipe([dense(), counter(), dropout(), dense()], [1, 1, 2], chunks=4, executor=executor)
+    events = []
+    gc.collect()
+    before = len(jax.live_arrays())
+    jax.monitoring.register_event_duration_secs_listener(lambda event, duration_secs, **_: events.append(event))
+    try:
+        plan = pipe.plan(None, X, train=True)
+        str(plan), plan.to_json()
+    finally:
+        jax.monitoring.clear_event_listeners()
+    compiled = [name for name in events if "backend_compile" in name]
+    # A key, and the numbers of the microbatches that the programs will be given.
+    assert len(jax.live_arrays()) - before <= 12
+    assert len(compiled) <= 2
+    assert plan.executor == executor
+
+
+def test_it_is_the_same_from_arrays_shapes_and_placed_or_packed_parameters():
+    for executor in ("placed", "scan"):
+        pipe = fpipe.Pipe(skips(), [2, 2, 3], chunks=4, executor=executor)
+        x = jnp.ones((ROWS, WIDTH))
+        want = pipe.plan(None, X).as_dict()
+        params = pipe.init(jax.random.key(0), x)
+        assert pipe.plan(params, X).as_dict() == want
+        assert pipe.plan(pipe.gather(params), X).as_dict() == want
+        assert dataclasses.replace(pipe, detect_anomaly=True).plan(params, X).as_dict() == want
+
+
+def test_inputs_that_lie_elsewhere_are_copied_and_freed():
+    pipe = fpipe.Pipe([dense()] * 3, chunks=4)
+    here, there = (jax.device_put(jnp.ones((ROWS, WIDTH)), pipe.devices[d]) for d in (0, 2))
+    loss = as_loss("value_and_grad", mse, False, "mean")
+    params = tuple(map(Shape.of, pipe.gather(pipe.init(jax.random.key(0), X))))
+    left = []
+    for x, target in ((here, there), (here, here), (here.__array__(), there), (X, X)):
+        args = Args(tuple(p.tree for p in params), x, (target,), None, None, None, False)
+        bound = pipe._placed.bound(args, loss, (0,))
+        *_, (_, now) = levels(bound.plan, bound.given, _kept(bound, args))
+        inputs = {place.device: roles.get("inputs", 0) for place, roles in now.items()}
+        left.append([inputs[d] >= ROWS * WIDTH * 4 for d in pipe.devices])
+    assert left == [[True, False, True], [True, False, False], [False, False, True], [True, False, True]]
+
+
+def test_under_scan_every_device_has_the_buffers_of_the_machine():
+    pipe = fpipe.Pipe([dense()] * 4, chunks=4, executor="scan", schedule="1f1b", checkpoint="never")
+    plan = pipe.plan(None, X, optimizer=3.0)
+    each = (WIDTH * WIDTH + WIDTH) * 4
+    assert [d.name for d in plan.devices] == [str(d) for d in pipe.devices]
+    for row in plan.devices:
+        assert row.memory["parameters"] == row.memory["gradients"] == each
+        assert row.memory["optimizer"] == 3 * each
+        assert row.memory["residuals"] > 0
+    compiled = pipe.plan(None, X, optimizer=3.0, compiled=True)
+    params = pipe.init(jax.random.key(0), X)
+    x = jnp.ones((ROWS, WIDTH))
+
+    def mean_square(y):
+        return jnp.mean(jnp.square(y))
+
+    memory = jax.jit(pipe.value_and_grad(mean_square)).lower(params, x).compile().memory_analysis()
+    assert memory is not None
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    assert abs(compiled.devices[0].peak - 3 * each - (total - memory.alias_size_in_bytes)) <= 0.05 * total
+
+
+def test_compiled_programs_say_what_they_need_for_themselves():
+    plain, compiled = (
+        fpipe.Pipe([dense()] * 3, chunks=4).plan(None, X, compiled=compiled) for compiled in (False, True)
+    )
+    assert not any("temporary" in d.memory for d in plain.devices)
+    assert all("temporary" in d.memory for d in compiled.devices)
+    assert "for themselves" in str(plain)
+    assert "for themselves" not in str(compiled)
+
+
+def test_measured_work_has_the_order_of_the_stages():
+    def sleeping(seconds):
+        def wait(x):
+            time.sleep(seconds)
+            return np.asarray(x)
+
+        def apply(w, x):
+            shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+            return w * x + jax.lax.stop_gradient(jax.pure_callback(wait, shape, jax.lax.stop_gradient(x)))
+
+        return fpipe.Layer(apply, lambda key, x: jnp.float32(1), name="sleep")
+
+    pipe = fpipe.Pipe([sleeping(0.001), sleeping(0.02)], chunks=2, checkpoint="never")
+    plan = pipe.plan(None, X, by="time")
+    assert plan.unit == "second"
+    assert plan.stages[1].work["F"] > plan.stages[0].work["F"]
+    assert plan.stages[1].work["F"] >= 0.02
+
+
+def test_json_has_all_that_is_shown():
+    plan = fpipe.Pipe(skips(), [2, 2, 3], chunks=4).plan(None, X, memory=1e9)
+    data = json.loads(plan.to_json())
+    assert data["stages"][0]["stashed"] == [
+        {"name": "skip", "stage": 1, "bytes": 64},
+        {"name": "skip", "stage": 2, "bytes": 64},
+    ]
+    assert [d["peak"] for d in data["devices"]] == [d.peak for d in plan.devices]
+    assert data["bubble"] == plan.bubble
+    text = str(plan)
+    for word in (
+        "0-1 dense, stash",
+        "skip to 1 (64 B), skip to 2 (64 B)",
+        "eager_1f1b",
+        "limit",
+        "residuals",
+        "device 2",
+    ):
+        assert word in text, word
+
+
+# --- advice ---
+
+
+def test_an_uneven_cut_is_told_with_a_better_one():
+    layers = [dense()] * 6
+    uneven = fpipe.Pipe(layers, [4, 1, 1], chunks=8).plan(None, X)
+    assert "stage 0 takes 2.0 times the mean of the stages: balance=[2, 2, 2]" in "\n".join(uneven.warnings)
+    even = fpipe.Pipe(layers, [2, 2, 2], chunks=8).plan(None, X)
+    assert not any("times the mean" in text for text in even.warnings)
+    large = fpipe.Pipe([dense(), dense(400), dense()], [1, 1, 1], chunks=8).plan(None, X)
+    assert any("no other balance is better" in text for text in large.warnings)
+
+
+def test_few_microbatches_are_told_with_how_many_would_do():
+    layers = [dense()] * 4
+    few = fpipe.Pipe(layers, chunks=2).plan(None, X).warnings
+    assert any("2 microbatches are few for 4 stages; chunks=16 makes it" in text for text in few), few
+    many = fpipe.Pipe(layers[:1], chunks=2).plan(None, X).warnings
+    assert not any("microbatches are few" in text for text in many)
+    (ragged,) = (t for t in fpipe.Pipe(layers, chunks=3).plan(None, X).warnings if "smaller" in t)
+    assert ragged.startswith("the last microbatch is smaller than the others")
+
+
+def test_too_little_memory_is_told_with_what_is_missing():
+    pipe = fpipe.Pipe([dense()] * 3, chunks=4)
+    peak = pipe.plan(None, X).devices[1].peak
+    plan = pipe.plan(None, X, memory=[1e9, peak - 8, 1e9])
+    (text,) = (t for t in plan.warnings if "short of" in t)
+    assert text.startswith("device 1 (cpu:1) is short of 8 B; most of it is boundaries: more chunks")
+    assert [d.missing for d in plan.devices] == [0, 8, 0]
+
+
+def test_wrong_arguments():
+    pipe = fpipe.Pipe([dense()] * 2, chunks=2)
+    with raises(ValueError, "`pipe.plan(by='flop')`: one of 'flops', 'time'"):
+        pipe.plan(None, X, by="flop")  # type: ignore[arg-type]
+    with raises(ValueError, "`pipe.plan(speed=[1.0])`: a number more than 0, or one for each of 2 devices"):
+        pipe.plan(None, X, speed=[1.0])
+    with raises(ValueError, "`pipe.plan(memory=-1)`: a number more than 0, or one for each of 2 devices"):
+        pipe.plan(None, X, memory=-1)
+    with raises(ValueError, "`pipe.plan(optimizer=-1)`: a number, 0 or more"):
+        pipe.plan(None, X, optimizer=-1)
+    with raises(ValueError, "`pipe.plan(bandwidth=0)`: bytes per second, more than 0"):
+        pipe.plan(None, X, bandwidth=0)
+    with raises(TypeError, "`pipe.plan(params, x, *targets)`: targets belong to a loss: give `loss_fn=` too"):
+        pipe.plan(None, X, X)
