@@ -14,10 +14,11 @@ import pytest
 import fpipe
 from fpipe._call import Args
 from fpipe._loss import as_loss
-from fpipe._placed import observing
 from fpipe._placed._memory import levels
 from fpipe._plan import Free
 from fpipe._prediction._predict import _kept
+from fpipe._stage import TARGETS
+from fpipe._stage import X as XPORT
 from fpipe._tree import Shape
 from tests.helpers import add, counter, dense, dropout, keep, look, mse, raises
 
@@ -43,7 +44,7 @@ def held():
 
 @pytest.mark.parametrize("checkpoint", ["always", "except_last", "never"])
 @pytest.mark.parametrize("schedule", ["gpipe", "eager_1f1b", "zb_h1", "interleaved_1f1b", "dualpipe_v"])
-def test_what_is_alive_is_predicted_to_the_byte_after_every_instruction(schedule, checkpoint):
+def test_what_is_alive_is_predicted_to_the_byte_at_every_instruction(schedule, checkpoint):
     several = schedule in ("interleaved_1f1b", "dualpipe_v")
     balance = [2, 2, 2, 1] if several else [2, 2, 3]
     pipe = fpipe.Pipe(skips(), balance, jax.devices()[: 2 if several else 3], 4, checkpoint, schedule)
@@ -55,30 +56,35 @@ def test_what_is_alive_is_predicted_to_the_byte_after_every_instruction(schedule
     loss = as_loss("value_and_grad", mse, False, "mean")
     bound = pipe._placed.bound(Args(params, x, (target,), None, None, None, False), loss, (0,))
     plan = bound.plan
-    want, kept = [], {f.slot for f in plan.feeds} | set(plan.constants)
-    for n, now in levels(plan, bound.given, kept):
-        total = {place.device: sum(roles.values()) for place, roles in now.items()}
-        if n >= 0 and isinstance(plan.instructions[n], Free):
-            want[-1] = total  # a call drops references with the instruction before
-        elif n >= 0:
-            want.append(total)
+    kept = {f.slot for f in plan.feeds} | set(plan.constants)
+    want = [
+        {place.device: sum(roles.values()) for place, roles in now.items()}
+        for n, now in levels(plan, bound.given, kept)
+        if n >= 0 and not isinstance(plan.instructions[n], Free)
+    ]
 
     got = []
+
+    def watched(call):
+        def run(*arrays):
+            made = call(*arrays)  # what is dropped after it is still there, what it consumes is not
+            got.append(held())
+            return made
+
+        return run
+
+    steps = tuple((get, watched(call), outs, frees) for get, call, outs, frees in bound.steps)
+    slots = bound.slots(jax.tree.leaves(params), {port: [a] for port, a in ((XPORT, x), (TARGETS, target))})
+    given = [a for a in slots if a is not None]
     gc.collect()
     before = held()
-    others = {
-        d: before.get(d, 0) - sum(a.nbytes for a in jax.tree.leaves((params, x, target)) if a.devices() == {d})
-        for d in pipe.devices
-    }
-    with observing(lambda item, slots: got.append(held())):
-        step(params, x, target)
-    # Constants are arrays of the pipe, there before too.
-    constants = {d: sum(4 for n in plan.constants if plan.slots[n].placement.device == d) for d in pipe.devices}
-    got = [{d: now.get(d, 0) - others[d] + constants[d] for d in pipe.devices} for now in got]
-    assert got == want
-    row = {d.name: d for d in pipe.plan(params, x, target, loss_fn=mse, optimizer=0).devices}
-    for d in pipe.devices:  # what is alive between an instruction and its frees comes on top
-        assert row[str(d)].peak >= max(now[d] for now in got)
+    others = {d: before.get(d, 0) - sum(a.nbytes for a in given if a.devices() == {d}) for d in pipe.devices}
+    dataclasses.replace(bound, steps=steps).run(slots)
+    assert [{d: now.get(d, 0) - others[d] for d in pipe.devices} for now in got] == want
+    rows = {row.name: row for row in pipe.plan(params, x, target, loss_fn=mse, optimizer=0).devices}
+    start = {d: sum(a.nbytes for a in given if a.devices() == {d}) for d in pipe.devices}
+    for d in pipe.devices:
+        assert rows[str(d)].peak == max(start[d], *(now[d] for now in want))
 
 
 def test_the_rows_of_the_stages():
