@@ -103,7 +103,7 @@ class Tuning:
         short = [c for c in self.candidates if c.refused and c.prediction is not None]
         if short:
             reasons.append(f"{len(short)} candidates do not fit")
-        return "; ".join([text, *reasons])
+        return "\n- ".join([text, *reasons])
 
     def __str__(self) -> str:
         head = ["schedule", "chunks", "checkpoint", "balance", "step", "bubble", "peak", ""]

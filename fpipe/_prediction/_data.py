@@ -91,7 +91,10 @@ class Prediction:
         executor, checkpoint: as in the pipe.
         microbatches: their number.
         unit: of work and time: `"FLOP"` or `"second"`.
-        stages, devices: one row each.
+        stages: a row each: `stage`, `device`, `layers`, `params` (how many numbers), `work` (by kind of action, for one
+            microbatch), `boundary` (bytes for one microbatch), `stashed` and `popped` (skips: name, other stage, bytes).
+        devices: a row each: `name`, `memory` (bytes by what they are for, when it is fullest), `peak`, `doing` (what runs then),
+            `limit`, `missing`.
         schedule: what runs.
         timeline: when it runs, under the work of the stages.
         compiled: whether `temporary` memory is in the devices' rows, as compiled programs say it.
