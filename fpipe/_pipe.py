@@ -1,7 +1,6 @@
 """`Pipe`: a model cut into stages on devices, run by a schedule."""
 
 import dataclasses
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -10,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fpipe._anomaly import Detector
-from fpipe._balancing import balanced
+from fpipe._balancing import given_balance
 from fpipe._batch_norm import deferred
 from fpipe._call import (
     Args,
@@ -24,7 +23,7 @@ from fpipe._call import (
     checked,
     scaled,
 )
-from fpipe._costs import UNITS, By, LayerCosts, costs_of
+from fpipe._costs import By, LayerCosts
 from fpipe._frozen import Frozen, FrozenLeaves
 from fpipe._layer import Layer
 from fpipe._loss import Loss, Reduction, as_loss
@@ -151,9 +150,7 @@ class Pipe(Call):
         if deferred_batch_norm:
             model = Model(deferred(layers, "Pipe"), compute_dtype)
         places = as_placements(devices if mesh is None else stage_devices(mesh, devices))
-        if sample is not None or (isinstance(balance, str) and balance in UNITS):
-            balance = _found_balance(balance, sample, model, scheduling, remat, places, chunks)
-        balance = _checked_balance(balance, model, lambda layers: scheduling.stages(len(places), chunks, layers))
+        balance = given_balance(balance, sample, model, scheduling, remat, places, chunks)
         stage_to_device = scheduling.stage_to_device(len(balance), len(places), chunks)
         places = first_placements(places, 1 + max(stage_to_device))
         detector = Detector("Pipe", model, balance, chunks) if detect_anomaly else None
@@ -507,50 +504,3 @@ def _remade(fields: dict[str, Any]) -> Pipe:
         devices = np.array([place.device for place in grid.flat]).reshape(grid.shape)
         fields["mesh"] = Mesh(devices, names, axis_types=types)
     return Pipe(**fields)
-
-
-def _found_balance(
-    balance: Any,
-    sample: PyTree,
-    model: Model,
-    scheduling: Scheduling,
-    remat: Remat,
-    places: Sequence[Placement],
-    chunks: int,
-) -> tuple[int, ...]:
-    """Layers per stage by what a sample says that they cost."""
-    call, by = f"`Pipe(balance={balance!r})`", "flops" if balance is None else balance
-    if not isinstance(by, str) or by not in UNITS:
-        raise TypeError(f"{call} and `sample`: a sample is there to find a balance by: {', '.join(map(repr, UNITS))}")
-    if sample is None:
-        raise TypeError(f"{call}: a batch, or its shapes, is needed to find a balance: `Pipe(..., sample=x)`")
-    if model.needing("side"):
-        raise ValueError(
-            f"{call} and `sample`: layers ask for side inputs; write `balance=fpipe.balance(layers, x, side=side, ...)`"
-        )
-    costs = costs_of(model, sample, by, None, chunks, None, remat, device=places[0].device)
-    stages = scheduling.stages(len(places), chunks, len(model.layers))
-    return balanced(costs, scheduling, stages, len(places), by == "memory")
-
-
-def _checked_balance(balance: Any, model: Model, stages: Callable[[int], int]) -> tuple[int, ...]:
-    """Layers per stage, each at least one, all of them; by default as even as possible over `stages`."""
-    count = len(model.layers)
-    if balance is None:
-        several = stages(count)
-        return tuple(count // several + (s < count % several) for s in range(several))
-    call = f"`Pipe(balance={balance!r})`"
-    if isinstance(balance, (str, bytes)) or not isinstance(balance, Iterable):
-        raise TypeError(f"{call}: a sequence of layers per stage is needed, such as [{count}]")
-    given = list(balance)
-    try:
-        counts = tuple(operator.index(b) for b in given if not isinstance(b, bool))
-    except TypeError:
-        counts = ()
-    if len(counts) < len(given):
-        raise TypeError(f"{call}: layers per stage are ints")
-    if not counts or min(counts) < 1:
-        raise ValueError(f"{call}: every stage has at least one layer")
-    if sum(counts) != count:
-        raise ValueError(f"{call}: that is {sum(counts)} layers, but the model has {count}")
-    return counts

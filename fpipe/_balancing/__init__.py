@@ -2,3 +2,4 @@
 
 from fpipe._balancing._front import balance as balance
 from fpipe._balancing._front import balanced as balanced
+from fpipe._balancing._given import given_balance as given_balance
