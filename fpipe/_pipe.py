@@ -377,7 +377,7 @@ class Pipe(Call):
             >>> pipe = fpipe.Pipe([dense, dense], devices=[jax.devices()[0]] * 2, chunks=4)
             >>> plan = pipe.plan(None, jax.ShapeDtypeStruct((8, 3), jnp.float32))
             >>> plan.stages[0].work["F"], f"{plan.bubble:.0%}"
-            (42.0, '25%')
+            (36.0, '28%')
         """
         if loss_fn is None and targets:
             raise TypeError("`pipe.plan(params, x, *targets)`: targets belong to a loss: give `loss_fn=` too")
