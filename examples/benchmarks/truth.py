@@ -51,6 +51,8 @@ CHECKPOINTS = ("always", "except_last", "never")
 MODELS = ("unet", "lm", "resnet")
 SCHEDULES = ("gpipe", "1f1b", "eager_1f1b", "zb_h1", "interleaved_1f1b")
 SCAN_SCHEDULES = ("gpipe", "eager_1f1b")
+ORDERED = ("gpipe", "1f1b", "eager_1f1b", "interleaved_1f1b", "looped_bfs", "zb_h1", "zb_h2", "zb_v", "v_min")
+PARTS = ("arrays", "scan", "allocator", "order", "seconds")
 NEAR, APART = 0.05, 0.03
 MIB = 2**20
 
@@ -94,12 +96,16 @@ class Example:
 
 
 def example(name: str, scale: int) -> Example:
-    """The model of an example file; `scale` makes it and its batch larger."""
+    """The model of an example file; `scale` makes it and its batch larger. "dense" is a tiny one, in no file."""
+    rng = np.random.default_rng(0)
+    if name == "dense":
+        layer = fpipe.Layer(lambda w, x: jnp.tanh(x @ w), lambda key, x: jax.random.normal(key, (32, 32)) / 6)
+        x = rng.normal(size=(2 * CHUNKS, 32)).astype(np.float32)
+        return Example([layer] * 8, x, x, lambda y, target: jnp.mean((y - target) ** 2), {})
     folder = str(pathlib.Path(__file__).parent.parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
     module = importlib.import_module(f"train_{name}")
-    rng = np.random.default_rng(0)
     key = {"key": jax.random.key(0), "train": True}
     if name == "unet":
         x = rng.normal(size=(2 * CHUNKS * scale, 16, 16, 3)).astype(np.float32)
@@ -226,12 +232,12 @@ def scan_table(names: Sequence[str], schedules: Sequence[str], checkpoints: Sequ
         pipe = model.pipe(schedule, checkpoint, "scan")
         params, needs = model.given(pipe)
         step = pipe.value_and_grad(model.loss_fn)
-        static = {"train": needs.pop("train")}
+        static = {"train": needs.pop("train", False)}
 
         def call(params: Any, x: Any, target: Any, needs: Any, step: Any = step, static: Any = static) -> Any:
             return step(params, x, target, **needs, **static)
 
-        used = jax.jit(call).lower(params, model.x, model.target, needs).compile().memory_analysis()
+        used: Any = jax.jit(call).lower(params, model.x, model.target, needs).compile().memory_analysis()
         measured = used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes
         measured -= used.alias_size_in_bytes
         compiled, shapes = (model.plan(pipe, compiled=c).peak / measured for c in (True, False))
@@ -312,7 +318,7 @@ def sleeping(seconds: float) -> fpipe.Layer:
 UNITS = (1.0, 0.5, 1.5, 1.0, 0.5, 0.5, 1.0, 2.0)
 
 
-def order_table(schedules: Sequence[str], checkpoints: Sequence[str], unit: float, repeats: int) -> bool:
+def order_table(cases: Sequence[tuple[str, str]], unit: float, repeats: int) -> bool:
     """Whether all pairs are in the right order."""
     print(
         f"\nTime, stages that sleep: eight layers of {', '.join(f'{u:g}' for u in UNITS)} times {unit * 1e3:g} ms, m={CHUNKS};"
@@ -321,7 +327,7 @@ def order_table(schedules: Sequence[str], checkpoints: Sequence[str], unit: floa
     print("schedule           checkpoint    planned ms   measured ms   ratio")
     layers, x = [sleeping(u * unit) for u in UNITS], jnp.ones((CHUNKS, 2))
     planned, run, took = {}, {}, collections.defaultdict[Any, list[float]](list)
-    for case in itertools.product(schedules, checkpoints):
+    for case in cases:
         stages = fpipe.schedules.named(case[0], DEVICES, CHUNKS).stages
         balance = [len(layers) // stages] * stages
         pipe = fpipe.Pipe(layers, balance, jax.devices(), CHUNKS, schedule=case[0], checkpoint=case[1])
@@ -378,7 +384,7 @@ def seconds_table(names: Sequence[str], schedules: Sequence[str], repeats: int, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--quick", action="store_true", help="a few cases of each part, in seconds")
+    add("--quick", action="store_true", help="a few cases of a tiny model, in seconds")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all; 'allocator' on GPUs alone")
     add("--models", nargs="+", choices=MODELS, default=MODELS, help="default: all three")
     add("--schedules", nargs="+", default=SCHEDULES, help="of the placed executor's tables (default: %(default)s)")
@@ -395,43 +401,42 @@ def main() -> None:
         if schedule not in fpipe.schedules.NAMES:
             parser.exit(2, f"--schedules {schedule}: one of {', '.join(fpipe.schedules.NAMES)}\n")
     if args.one:
-        return one(*args.one, args.scale)
+        name, schedule, checkpoint = args.one
+        return one(name, schedule, checkpoint, args.scale)
     jax.config.update("jax_num_cpu_devices", DEVICES)
     first = jax.devices()[0]
     on_gpu = first.memory_stats() is not None
     print(f"jax {jax.__version__}, {first.device_kind}, {DEVICES} devices, m={CHUNKS}")
-    quick, good = args.quick, []
-    models = args.models[:1] if quick else args.models
     with tempfile.TemporaryDirectory() as folder:
-        if jax.config.jax_compilation_cache_dir is None:
+        if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
             # Pipes share no programs; those of two schedules are often the same.
             jax.config.update("jax_compilation_cache_dir", folder)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
             jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-        if "arrays" in args.parts and len(jax.devices()) >= DEVICES:
-            good.append(
-                placed_table(models, ("1f1b",) if quick else args.schedules, CHECKPOINTS[1:2] if quick else CHECKPOINTS)
-            )
-        if "scan" in args.parts and len(jax.devices()) >= DEVICES:
-            good.append(
-                scan_table(
-                    models,
-                    SCAN_SCHEDULES[1:] if quick else SCAN_SCHEDULES,
-                    ("always",) if quick else ("always", "never"),
-                )
-            )
-        if "allocator" in args.parts and on_gpu:
-            good.append(allocator_table(models, args.schedules, CHECKPOINTS, args.scale))
-        if "order" in args.parts and len(jax.devices()) >= DEVICES:
-            names = ("gpipe", "zb_h1") if quick else ORDERED
-            good.append(order_table(names, ("never",) if quick else ("always", "never"), args.unit / 1e3, args.repeats))
-        if "seconds" in args.parts and not quick:
-            seconds_table(models, ("gpipe", "eager_1f1b"), args.repeats, args.scale if on_gpu else 2)
+        good = parts(args, len(jax.devices()) >= DEVICES, on_gpu)
     raise SystemExit(not all(good))
 
 
-PARTS = ("arrays", "scan", "allocator", "order", "seconds")
-ORDERED = ("gpipe", "1f1b", "eager_1f1b", "interleaved_1f1b", "looped_bfs", "zb_h1", "zb_h2", "zb_v", "v_min")
+def parts(args: argparse.Namespace, simulated: bool, on_gpu: bool) -> list[bool]:
+    """Whether each part that was asked for, and can run here, has reached its goal."""
+    unit, good = args.unit / 1e3, []
+    if args.quick:
+        return [
+            placed_table(["dense"], ["1f1b", "zb_h1"], ["except_last"]),
+            scan_table(["dense"], ["eager_1f1b"], ["always"]),
+            order_table([("gpipe", "always"), ("eager_1f1b", "never")], unit, args.repeats),
+        ]
+    if "arrays" in args.parts and simulated:
+        good.append(placed_table(args.models, args.schedules, CHECKPOINTS))
+    if "scan" in args.parts and simulated:
+        good.append(scan_table(args.models, SCAN_SCHEDULES, ("always", "never")))
+    if "allocator" in args.parts and on_gpu:
+        good.append(allocator_table(args.models, args.schedules, CHECKPOINTS, args.scale))
+    if "order" in args.parts and simulated:
+        good.append(order_table(list(itertools.product(ORDERED, ("always", "never"))), unit, args.repeats))
+    if "seconds" in args.parts:
+        seconds_table(args.models, SCAN_SCHEDULES, args.repeats, args.scale if on_gpu else 2)
+    return good
 
 
 if __name__ == "__main__":

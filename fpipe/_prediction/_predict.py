@@ -101,7 +101,9 @@ def predict(
     plan, stages_of, places = bound.plan, bound.layout.stages, placed.stage_to_device
     inputs = inputs_of(args, [Shape.of(p) for p in args.params], placed.chunks)
     schedule = placed.schedule(inputs.cut.m)
-    compiled = compile_plan(plan, bound.given) if options.compiled or options.by == "time" else {}
+    # The scan executor's memory is that of its own program.
+    needed = options.by == "time" or (options.compiled and scan is None)
+    compiled = compile_plan(plan, bound.given) if needed else {}
     work = _work(bound, places, compiled, options)
 
     def layers(by: CostsBy) -> LayerCosts:

@@ -2,10 +2,14 @@
 
 from collections.abc import Mapping
 
+import jax
+import numpy as np
+
 from fpipe._loss import sum_dtype
 from fpipe._plan import Role
 from fpipe._scan._machine import Wire
 from fpipe._scan._mesh import AXIS
+from fpipe._scan._packing import Row
 from fpipe._scan._step import Step
 from fpipe._scan._storage import Storage, raw
 from fpipe._stage import SIDE, TARGETS, Leaf, X
@@ -15,11 +19,15 @@ from fpipe._tree import nbytes
 def held(step: Step) -> Mapping[Role, int]:
     """The bytes on each device, by what they are for; all devices have the same."""
     machine, inputs = step.machine, step.inputs
-    roles: dict[Role, int] = {"parameters": sum(nbytes(row) for row in machine.params.rows)}
+    # What one device lends, all have: every device runs the same program.
+    lent = sum(nbytes(loan.aval) for loan in machine.loans)
+    roles: dict[Role, int] = {"parameters": sum(nbytes(row) for row in machine.params.rows) + lent}
     if step.request.differentiates:
         rows = [machine.params.rows[name] for name in step.gradient_names if isinstance(name, int)]
         summed = [*rows, *(loan.aval for loan in machine.loans), *machine.inputs.values()]
-        roles["gradients"] = sum(nbytes(a) // a.dtype.itemsize * sum_dtype(a.dtype).itemsize for a in summed)
+        # Sums in another dtype than their own are there beside what is made of them in the end.
+        returned = [a for a in (*rows, *machine.inputs.values()) if sum_dtype(a.dtype) != a.dtype]
+        roles["gradients"] = sum(map(_summed, summed)) + sum(map(nbytes, returned))
     slots = {
         name: sum(map(nbytes, Storage(pool.avals, step.rows).shapes)) * pool.slots
         for name, pool in machine.pools.items()
@@ -28,15 +36,26 @@ def held(step: Step) -> Mapping[Role, int]:
     roles["boundaries"] = wires + sum(size for name, size in slots.items() if name.kind in ("forward", "backward"))
     roles["residuals"] = sum(size for name, size in slots.items() if name.kind in ("saved", "shared"))
     devices = step.mesh.shape[AXIS]
-    roles["inputs"] = sum(
+    given = sum(
         nbytes(a) // (devices if Leaf(port, k) in machine.spread else 1)
         for port in (X, SIDE, TARGETS)
         for k, a in enumerate(inputs.of(port).leaves)
     )
-    states = () if machine.state is None else machine.state.rows
+    feeds = [feed for segment in machine.segments for own in segment.feeds for feed in own]
+    moving = sum(nbytes(inputs.of(feed.port).leaves[k]) // step.m for feed in feeds for k in feed.arrays)
+    # States come and go whole, on every device; between, each device has its own.
+    state, left = machine.state, step.state_shape
+    states = [] if state is None else [state.shape(entry) for entry in state.entries]
+    roles["inputs"] = given + moving + sum(map(nbytes, states))
     outputs = sum(nbytes(raw(a)) for a, _ in machine.outputs.values()) * machine.microbatches
-    roles["outputs"] = outputs + sum(map(nbytes, states))
+    own = [] if state is None or left is None else [*state.rows, *left.leaves]
+    roles["outputs"] = outputs + sum(map(nbytes, own))
     return roles
+
+
+def _summed(a: jax.ShapeDtypeStruct | Row) -> int:
+    """The bytes of a sum of gradients."""
+    return nbytes(a) // a.dtype.itemsize * np.dtype(sum_dtype(a.dtype)).itemsize
 
 
 def _slot(wire: Wire, rows: int) -> list:
