@@ -222,3 +222,11 @@ def test_a_forward_only_schedule_gives_no_gradients_of_zero():
     assert float(pipe.evaluate(jnp.mean)(params, X)) == pytest.approx(0, abs=1e-6)
     with pytest.raises(ValueError, match="has forwards only, and gradients are asked for"):
         pipe.value_and_grad(jnp.mean)(params, X)
+
+
+def test_a_plan_of_the_scan_executor_takes_parameters_in_16_bits():
+    """It looked for the size of `jnp.float32`, which has none: the sums of their gradients are float32."""
+    layer = fpipe.Layer(lambda w, x: x @ w, lambda key, x: jnp.ones((64, 64), jnp.bfloat16))
+    pipe = fpipe.Pipe([layer] * 2, [1, 1], chunks=2, executor="scan")
+    plan = pipe.plan(None, jax.ShapeDtypeStruct((4, 64), jnp.bfloat16))
+    assert plan.devices[0].memory["gradients"] == 64 * 64 * (4 + 2)  # the sum, and what is returned

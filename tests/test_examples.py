@@ -136,6 +136,16 @@ def test_the_benchmark_of_one_device_runs():
     assert len(re.findall(r"^(?:never|always) +(?:plain|2) +\d\S+ +\d\.\d\d$", done.stdout, re.MULTILINE)) == 4
 
 
+def test_plans_say_what_is_measured():
+    done = run("examples/benchmarks/truth.py", "--quick", "--unit", 6)
+    assert done.returncode == 0, done.stdout + done.stderr
+    arrays, scan = re.findall(r"^worst of (\d+) ratios: (\S+), goal within 5%: yes$", done.stdout, re.MULTILINE)
+    assert (arrays[0], scan[0]) == ("8", "1")  # two schedules on four devices; a program
+    assert abs(float(arrays[1]) - 1) <= 0.05
+    assert abs(float(scan[1]) - 1) <= 0.05
+    assert "pairs in the right order: 1 of 1, goal all: yes" in done.stdout
+
+
 def test_the_language_model_prints_the_same_losses_whatever_the_executor_and_goes_on_from_a_checkpoint(tmp_path):
     small = ["--blocks", 2, "--width", 16, "--heads", 2, "--context", 16, "--batch", 8, "--steps", 6, "--every", 3]
     small += ["--sample", 12, "--checkpoints", tmp_path]

@@ -259,3 +259,18 @@ def test_only_sums_are_donated():
         step(params, case.x, case.target)
     assert deleted
     assert {name.split()[0] for name in deleted} == {"sum"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_where_weights_are_all_there_is_a_plan_of_the_scan_executor_from_shapes_is_near_the_compiled_one(tied):
+    def init(key, x):
+        return jnp.ones((x.shape[-1], 256))
+
+    layers = [fpipe.Layer(lambda w, x: jnp.tanh(x @ w), init, name="owner")] * 2
+    if tied:  # a second weight on every device, and its gradient
+        borrower = fpipe.Layer(lambda _, x, *, borrowed: x @ borrowed["owner"].T, lambda key, x: (), borrow=("owner",))
+        layers = [layers[0], borrower]
+    pipe = fpipe.Pipe(layers, [1, 1], chunks=4, checkpoint="always", executor="scan")
+    x = jax.ShapeDtypeStruct((4, 256), jnp.float32)
+    shapes, compiled = (pipe.plan(None, x, optimizer=0.0, compiled=c).peak for c in (False, True))
+    assert 4 * 256 * 256 * (4 if tied else 2) < shapes <= compiled < 1.05 * shapes
