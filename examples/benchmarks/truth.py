@@ -36,7 +36,7 @@ import sys
 import tempfile
 import time
 import unittest.mock
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -65,15 +65,21 @@ class Example:
     """A model with what a training step of it needs.
 
     Attributes:
-        needs: further keyword arguments of the step; `state` is made by the pipe.
+        train, keyed, stateful: which further arguments a step takes.
     """
 
     layers: list[fpipe.Layer]
     x: np.ndarray
     target: np.ndarray
     loss_fn: Callable[..., Any]
-    needs: Mapping[str, Any]
+    train: bool = True
+    keyed: bool = True
     stateful: bool = False
+
+    @property
+    def needs(self) -> dict[str, Any]:
+        """Keyword arguments of the step, but for the state."""
+        return {"train": self.train} | ({"key": jax.random.key(0)} if self.keyed else {})
 
     def pipe(self, schedule: str, checkpoint: str, executor: Any = "placed") -> fpipe.Pipe:
         """Cut evenly by FLOPs."""
@@ -102,23 +108,22 @@ def example(name: str, scale: int) -> Example:
     if name == "dense":
         layer = fpipe.Layer(lambda w, x: jnp.tanh(x @ w), lambda key, x: jax.random.normal(key, (32, 32)) / 6)
         x = rng.normal(size=(2 * CHUNKS, 32)).astype(np.float32)
-        return Example([layer] * 8, x, x, lambda y, target: jnp.mean((y - target) ** 2), {})
+        return Example([layer] * 8, x, x, lambda y, target: jnp.mean((y - target) ** 2), train=False, keyed=False)
     folder = str(pathlib.Path(__file__).parent.parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
     module = importlib.import_module(f"train_{name}")
-    key = {"key": jax.random.key(0), "train": True}
     if name == "unet":
         x = rng.normal(size=(2 * CHUNKS * scale, 16, 16, 3)).astype(np.float32)
-        return Example(module.unet(2, 1, 4 * scale), x, x, lambda y, noise: jnp.mean((y - noise) ** 2), key)
+        return Example(module.unet(2, 1, 4 * scale), x, x, lambda y, noise: jnp.mean((y - noise) ** 2))
     if name == "lm":
         sizes = argparse.Namespace(blocks=6, width=32 * scale, heads=2, context=32 * scale, dropout=0.05)
         x = rng.integers(256, size=(2 * CHUNKS, sizes.context + 1)).astype(np.int32)
-        return Example(module.gpt(sizes), x[:, :-1], x[:, 1:], module.cross_entropy, key)
+        return Example(module.gpt(sizes), x[:, :-1], x[:, 1:], module.cross_entropy)
     x = rng.normal(size=(4 * CHUNKS * scale, module.SIZE, module.SIZE, 1)).astype(np.float32)
     labels = rng.integers(10, size=len(x)).astype(np.int32)
     layers = module.resnet(module.FORMS[8], 4 * scale)
-    return Example(layers, x, labels, module.cross_entropy, {"train": True}, stateful=True)
+    return Example(layers, x, labels, module.cross_entropy, keyed=False, stateful=True)
 
 
 # --- the placed executor's arrays ------------------------------------------------------------------
@@ -233,7 +238,7 @@ def scan_table(names: Sequence[str], schedules: Sequence[str], checkpoints: Sequ
         pipe = model.pipe(schedule, checkpoint, "scan")
         params, needs = model.given(pipe)
         step = pipe.value_and_grad(model.loss_fn)
-        static = {"train": needs.pop("train", False)}
+        static = {"train": needs.pop("train")}
 
         def call(params: Any, x: Any, target: Any, needs: Any, step: Any = step, static: Any = static) -> Any:
             return step(params, x, target, **needs, **static)
@@ -405,6 +410,9 @@ def main() -> None:
         name, schedule, checkpoint = args.one
         return one(name, schedule, checkpoint, args.scale)
     jax.config.update("jax_num_cpu_devices", DEVICES)
+    os.environ.setdefault(
+        "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
+    )  # leave a GPU's memory to the processes of the cases
     first = jax.devices()[0]
     on_gpu = first.memory_stats() is not None
     print(f"jax {jax.__version__}, {first.device_kind}, {DEVICES} devices, m={CHUNKS}")
