@@ -14,7 +14,7 @@ import fpipe
 import fpipe._anomaly
 from fpipe._placed._compile import compile_plan
 from fpipe._plan import Run
-from tests.helpers import WIDTH, add, dense, keep, models, scale_init
+from tests.helpers import WIDTH, add, dense, keep, models, noise, scale_init
 
 CALL = r"^`Pipe\(detect_anomaly=True\)`: "
 ROWS, CHUNKS, ROW, BAD = 8, 4, 5, 2  # row 5 is in microbatch 2
@@ -65,7 +65,7 @@ CASES = {
 
 def inputs(pipe, case):
     put = CASES[case][0]
-    x = np.array(jax.random.normal(jax.random.key(1), (ROWS, WIDTH)))
+    x = np.array(noise(jax.random.key(1), (ROWS, WIDTH)))
     side, target = np.zeros(ROWS, np.int32), np.zeros((ROWS, WIDTH), np.float32)
     arrays = {"x": x, "side": side, "target": target}
     params = list(fpipe.sequential(LAYERS).init(jax.random.key(0), x, side))
@@ -319,7 +319,7 @@ def test_a_sum_that_overflows():
 @pytest.mark.parametrize("name", ["nested", "jump3", "stateful", "branched", "tied"])
 def test_every_kind_of_model_runs_as_before(name):
     layers = models()[name]
-    x = jax.random.normal(jax.random.key(1), (4, WIDTH))
+    x = noise(jax.random.key(1), (4, WIDTH))
     outs = []
     for detect in (False, True):
         model = fpipe.sequential(layers, chunks=2, detect_anomaly=detect)

@@ -21,7 +21,7 @@ from fpipe._costs import Sent
 from fpipe._placed import observing
 from fpipe._plan import Run
 from fpipe._scheduling import Scheduling
-from tests.helpers import Case, add, dense, keep, models, mse, raises
+from tests.helpers import Case, add, dense, keep, models, mse, noise, raises
 
 W = 8
 MIB = 2**20
@@ -32,7 +32,7 @@ def shape(*sizes, dtype=jnp.float32):
 
 
 def linear(width=W):
-    return fpipe.Layer(lambda w, x: x @ w, lambda key, x: jax.random.normal(key, (x.shape[-1], width)), name="linear")
+    return fpipe.Layer(lambda w, x: x @ w, lambda key, x: noise(key, (x.shape[-1], width)), name="linear")
 
 
 def costs(forward, **fields):
@@ -273,7 +273,7 @@ def test_from_shapes_alone_nothing_is_allocated_or_compiled():
         seen.extend(a for a in jax.live_arrays() if id(a) not in before)
         return x @ w
 
-    layers.append(fpipe.Layer(spy, lambda key, x: jax.random.normal(key, (4, W))))
+    layers.append(fpipe.Layer(spy, lambda key, x: noise(key, (4, W))))
     with counted("backend_compile") as compiled:
         sizes = fpipe.balance(layers, shape(6, 4), stages=3, chunks=3, memory=1e9, schedule="1f1b")
     assert sum(sizes) == len(layers)
@@ -324,7 +324,7 @@ def test_bytes_are_read_and_written_ones():
 
 def conv(channels, size):
     def init(key, x):
-        return jax.random.normal(key, (size, size, x.shape[-1], channels))
+        return noise(key, (size, size, x.shape[-1], channels))
 
     def apply(kernel, x):
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))

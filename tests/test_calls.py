@@ -10,7 +10,7 @@ import pytest
 
 import fpipe
 from fpipe._placed import observing
-from tests.helpers import WIDTH, Case, assert_same, dense, models, mse, sided
+from tests.helpers import WIDTH, Case, assert_same, dense, models, mse, noise, sided
 
 DEVICES = jax.devices()
 LAYERS = [dense(), dense()]
@@ -511,7 +511,7 @@ def test_outputs_that_the_loss_does_not_use_have_no_cotangent(part):
         found = {"a": lambda: y["a"].sum(), "b": lambda: y["b"].sum(), "integer": lambda: y["kind"].sum() * 1.0}
         return found.get(part, lambda: jnp.float32(0))()
 
-    layers = [dense(), fpipe.Layer(last, lambda key, x: jax.random.normal(key, (2, x.shape[-1])))]
+    layers = [dense(), fpipe.Layer(last, lambda key, x: noise(key, (2, x.shape[-1])))]
     pipe, placed, _, params = with_params(layers)
     with jax.numpy_dtype_promotion("standard"):
         got = jax.value_and_grad(lambda p, x: outside(pipe(p, x)), (0, 1))(placed, X)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import fpipe
 from fpipe._scan._feeds import LARGE, is_large, share, steps
 from fpipe.schedules import Action, Kind, Schedule
-from tests.helpers import WIDTH, Case, assert_same, dense, models, mse
+from tests.helpers import WIDTH, Case, assert_same, dense, models, mse, noise
 
 
 def brought(order, microbatches, devices, reader):
@@ -113,10 +113,10 @@ def test_only_what_is_large_lies_over_the_devices():
     def mix(p, x):
         return (x["image"] @ p) * x["scale"][:, None] + x["bias"]
 
-    layers = [fpipe.Layer(mix, lambda key, x: jax.random.normal(key, (WIDTH, WIDTH)) * 0.3), *[dense()] * 3]
+    layers = [fpipe.Layer(mix, lambda key, x: noise(key, (WIDTH, WIDTH)) * 0.3), *[dense()] * 3]
     rows = 8
     x = {
-        "image": jax.random.normal(jax.random.key(0), (rows, WIDTH)),
+        "image": noise(jax.random.key(0), (rows, WIDTH)),
         "scale": jnp.linspace(0.5, 1.5, rows),
         "bias": fpipe.NoChunk(jnp.ones((64, WIDTH))[0]),
     }
@@ -178,7 +178,7 @@ def test_a_batch_over_both_axes():
 
 
 def test_the_same_with_bfloat16_and_integers():
-    table = jax.random.normal(jax.random.key(0), (11, WIDTH)).astype(jnp.bfloat16)
+    table = noise(jax.random.key(0), (11, WIDTH)).astype(jnp.bfloat16)
     layers = [fpipe.Layer(lambda p, x: p[x], lambda key, x: table), *[dense()] * 3]
     x, target = jnp.arange(8 * 7).reshape(8, 7) % 11, jnp.ones((8, 7, WIDTH), jnp.bfloat16)
     ref, pipe = fpipe.sequential(layers, chunks=4), pipe_of(layers, (1, 1, 1, 1), 4)

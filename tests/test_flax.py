@@ -21,11 +21,11 @@ import fpipe
 import fpipe.flax
 import fpipe.optim
 from fpipe._tree import Tracer, shapes_of
-from tests.helpers import assert_same, mse, raises
+from tests.helpers import assert_same, mse, noise, raises
 
 EXECUTORS = ["placed", "scan"]
 CHUNKS = 2
-X = jax.random.normal(jax.random.key(1), (8, 3))
+X = noise(jax.random.key(1), (8, 3))
 TARGET = jnp.cos(X)
 KEY = jax.random.key(7)
 
@@ -921,7 +921,7 @@ def scaled(params, x, *, state):
 @pytest.mark.parametrize("kinds", ["linen", "nnx", "both"])
 def test_layers_of_every_kind_go_into_one_checkpoint_and_back(kinds):
     """Hand-written layers, and linen and NNX modules in one list; numbers may come back as strings."""
-    own = fpipe.Layer(scaled, lambda key, x: jax.random.normal(key, (3,)), init_state=lambda x: jnp.int32(0))
+    own = fpipe.Layer(scaled, lambda key, x: noise(key, (3,)), init_state=lambda x: jnp.int32(0))
     modules: list[Any] = [own, nn.relu, fpipe.DeferredBatchNorm()]
     modules += [Normed(), nn.Dropout(0.1)] if kinds != "nnx" else []
     modules += [Listed(nnx.Rngs(0)), nnx.Dropout(0.1, rngs=nnx.Rngs(0))] if kinds != "linen" else []

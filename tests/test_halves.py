@@ -9,7 +9,7 @@ import fpipe
 from fpipe._placed import observing
 from fpipe._plan import Move, Run
 from fpipe.schedules import Schedule
-from tests.helpers import Case, assert_same, dense, dropout, models, mse, products
+from tests.helpers import Case, assert_same, dense, dropout, models, mse, noise, products
 from tests.test_equal import pipe_of
 from tests.test_plan import actions, by_device
 
@@ -24,7 +24,7 @@ def chain(count):
 
     def init(key, x):
         del x
-        return list(jax.random.normal(key, (count, W, W)) * 0.3)
+        return list(noise(key, (count, W, W)) * 0.3)
 
     def apply(params, x):
         for w in params:
@@ -129,7 +129,7 @@ def scanned():
     def apply(ws, x):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0]
 
-    return fpipe.Layer(apply, lambda key, x: jax.random.normal(key, (3, W, W)) * 0.3)
+    return fpipe.Layer(apply, lambda key, x: noise(key, (3, W, W)) * 0.3)
 
 
 @pytest.mark.filterwarnings("default:stage . *. I makes")
@@ -165,7 +165,7 @@ def scan(ws, x):
 )
 def test_no_array_of_the_weights_size_waits_for_w(apply):
     shape = (3, W, W)
-    layers = [fpipe.Layer(apply, lambda key, x: jax.random.normal(key, shape) * 0.3)] * 2
+    layers = [fpipe.Layer(apply, lambda key, x: noise(key, shape) * 0.3)] * 2
     pipe = fpipe.Pipe(layers, [1, 1], chunks=4, schedule="zb_h2", checkpoint="never")
     x = jnp.ones((8, W))
     params, peak = pipe.init(jax.random.key(0), x), 0
@@ -334,7 +334,7 @@ DIFFERENT = {
 def test_stages_that_differ_do_not_share(what):
     one, two = DIFFERENT[what]
     layers = [dense(), *(fpipe.Layer(f, lambda key, x: jnp.full((4,), 0.5)) for f in (one, two, one)), dense()]
-    x = jax.random.normal(jax.random.key(1), (4, 4))
+    x = noise(jax.random.key(1), (4, 4))
     pipe = fpipe.Pipe(layers, [1] * 5, [jax.devices()[0]] * 5, chunks=2)
     params = pipe.init(jax.random.key(0), x)
     assert_same(pipe(params, x), fpipe.sequential(layers, chunks=2)(params, x))

@@ -11,7 +11,7 @@ import pytest
 
 import fpipe
 from fpipe._placed import observing
-from tests.helpers import Case, cast_weights, dense, models, mse
+from tests.helpers import Case, cast_weights, dense, models, mse, noise
 
 W = 16
 
@@ -21,7 +21,7 @@ def square(compute=None):
 
     def init(key, x):
         del x
-        return jax.random.normal(key, (W, W))
+        return noise(key, (W, W))
 
     def apply(w, x):
         w = w if compute is None else w.astype(compute)

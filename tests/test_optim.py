@@ -17,7 +17,7 @@ from flax.training.train_state import TrainState
 
 import fpipe
 import fpipe.optim
-from tests.helpers import assert_same, dense, mse, raises
+from tests.helpers import assert_same, dense, mse, noise, raises
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def pipe_of(executor, count=STAGES):
     return fpipe.Pipe(layers(), balance, chunks=2, executor=executor)
 
 
-X = jax.random.normal(jax.random.key(1), (4, WIDTH))
+X = noise(jax.random.key(1), (4, WIDTH))
 TARGET = jnp.cos(X)
 EXECUTORS = ["placed", "scan"]
 
@@ -58,7 +58,7 @@ def grads_of(params, step):
     keys = jax.random.split(jax.random.key(step + 7), len(leaves))
     return treedef.unflatten(
         [
-            jax.random.normal(k, a.shape).astype(a.dtype) * 2 if jnp.issubdtype(a.dtype, jnp.inexact) else a
+            noise(k, a.shape).astype(a.dtype) * 2 if jnp.issubdtype(a.dtype, jnp.inexact) else a
             for k, a in zip(keys, leaves, strict=True)
         ]
     )

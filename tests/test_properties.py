@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fpipe.testing
-from tests.helpers import mse
+from tests.helpers import mse, noise
 
 WIDTH = 3
 SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)  # every example compiles
@@ -21,7 +21,7 @@ def check(data, executor):
 def _check(data, executor):
     layers = data.draw(fpipe.testing.models(WIDTH))
     rows = data.draw(st.integers(1, 7))
-    x, target, side = (jax.random.normal(jax.random.key(k), (rows, WIDTH)) for k in range(3))
+    x, target, side = (noise(jax.random.key(k), (rows, WIDTH)) for k in range(3))
     pipe = data.draw(fpipe.testing.partitions(layers, x, executor))
     fpipe.testing.assert_equals_sequential(
         pipe,

@@ -6,7 +6,7 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 import fpipe
-from tests.helpers import products
+from tests.helpers import noise, products
 
 M = 4
 W = 8
@@ -17,7 +17,7 @@ def two_products():
 
     def init(key, x):
         a, b = jax.random.split(key)
-        return jax.random.normal(a, (W, W)), jax.random.normal(b, (W, W))
+        return noise(a, (W, W)), noise(b, (W, W))
 
     return fpipe.Layer(lambda p, x: jnp.tanh(x @ p[0]) @ p[1], init)
 

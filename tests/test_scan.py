@@ -17,19 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fpipe
-from tests.helpers import (
-    WIDTH,
-    Case,
-    add,
-    assert_same,
-    dense,
-    dropout,
-    keep,
-    models,
-    mse,
-    owner,
-    raises,
-)
+from tests.helpers import WIDTH, Case, add, assert_same, dense, dropout, keep, models, mse, noise, owner, raises
 
 
 def twice(params, x):
@@ -190,7 +178,7 @@ def test_keys_and_booleans_come_out():
     def apply(params, x, *, key):
         return {"y": x * params, "key": jax.random.split(key, x.shape[0]), "up": x > 0, "n": jnp.argmax(x, -1)}
 
-    layers, x = [dense(), fpipe.Layer(apply)], jax.random.normal(jax.random.key(1), (6, WIDTH))
+    layers, x = [dense(), fpipe.Layer(apply)], noise(jax.random.key(1), (6, WIDTH))
     ref = fpipe.sequential(layers, chunks=3)
     params = (made_by(dense(), x), jnp.ones(WIDTH))
     pipe = pipe_of(layers, (1, 1), 3)
@@ -234,7 +222,7 @@ def test_a_u_net_of_convolutions():
 
     layers = [convolution(3), down.isolate(outer), convolution(4), down.isolate(inner), convolution(6)]
     layers += [up.isolate(inner), convolution(4), up.isolate(outer), convolution(2)]
-    x = jax.random.normal(jax.random.key(1), (4, 8, 8, 2))
+    x = noise(jax.random.key(1), (4, 8, 8, 2))
     pipe, ref = pipe_of(layers, (2, 2, 3, 2), 2), fpipe.sequential(layers, chunks=2)
     params = ref.init(jax.random.key(0), x)
     value, grads = pipe.value_and_grad(mse)(pipe.place(params), x, x)
@@ -384,8 +372,8 @@ def test_named_leaves_and_copies():
 
 def test_equal_stages_run_one_piece_of_code():
     """One forward and one backward for all cores, and the loss; with an embedding and a head too."""
-    embed = fpipe.Layer(lambda p, x: p[x], lambda key, x: jax.random.normal(key, (9, WIDTH)), name="embed")
-    head = fpipe.Layer(lambda p, x: x @ p, lambda key, x: jax.random.normal(key, (WIDTH, 3)), name="head")
+    embed = fpipe.Layer(lambda p, x: p[x], lambda key, x: noise(key, (9, WIDTH)), name="embed")
+    head = fpipe.Layer(lambda p, x: x @ p, lambda key, x: noise(key, (WIDTH, 3)), name="head")
     block = [dense(), dropout()]
     layers = [embed, *block * 4, head]
     x = jax.random.randint(jax.random.key(1), (8, 5), 0, 9)
@@ -493,7 +481,7 @@ def data_mesh():
 
 def convolution(features=WIDTH):
     def init(key, x):
-        return {"w": jax.random.normal(key, (3, 3, x.shape[-1], features)) * 0.3, "b": jnp.zeros(features)}
+        return {"w": noise(key, (3, 3, x.shape[-1], features)) * 0.3, "b": jnp.zeros(features)}
 
     def apply(p, x):
         layout = ("NHWC", "HWIO", "NHWC")
@@ -503,7 +491,7 @@ def convolution(features=WIDTH):
 
 
 def embedding():
-    return fpipe.Layer(lambda p, x: p[x], lambda key, x: jax.random.normal(key, (11, WIDTH)), name="embedding")
+    return fpipe.Layer(lambda p, x: p[x], lambda key, x: noise(key, (11, WIDTH)), name="embedding")
 
 
 SHARDED = {
@@ -518,7 +506,7 @@ SHARDED = {
 @pytest.mark.parametrize("model", SHARDED)
 def test_a_sharded_batch_is_data_parallelism_around_the_pipeline(model, checkpoint):
     layers, shape = SHARDED[model]
-    x = jax.random.normal(jax.random.key(1), shape)
+    x = noise(jax.random.key(1), shape)
     x = jax.random.randint(jax.random.key(1), shape, 0, 11) if model == "embedding" else x
     mesh, ref = data_mesh(), fpipe.sequential(layers, chunks=4)
     pipe = fpipe.Pipe(layers, [2, 2], chunks=4, executor="scan", mesh=mesh, checkpoint=checkpoint)
@@ -538,7 +526,7 @@ def test_a_sharded_batch_is_data_parallelism_around_the_pipeline(model, checkpoi
 def test_a_batch_of_another_size_than_the_data_axis_still_works():
     mesh, layers = data_mesh(), [dense()] * 2
     pipe, ref = fpipe.Pipe(layers, chunks=3, executor="scan", mesh=mesh), fpipe.sequential(layers, chunks=3)
-    x = jax.random.normal(jax.random.key(0), (9, WIDTH))
+    x = noise(jax.random.key(0), (9, WIDTH))
     params = ref.init(jax.random.key(0), x)
     value, grads = pipe.value_and_grad(lambda y: jnp.mean(y**2))(pipe.place(params), x)
     assert_same((value, pipe.gather(grads)), ref.value_and_grad(lambda y: jnp.mean(y**2))(params, x))

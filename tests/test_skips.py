@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import fpipe
-from tests.helpers import add, assert_same, dense, keep, look, mse, raises
+from tests.helpers import add, assert_same, dense, keep, look, mse, noise, raises
 
 untyped: Any = lambda value: value  # noqa: E731 - what a type checker would refuse is tested here
 both = pytest.mark.parametrize("make", [fpipe.sequential, fpipe.Pipe])
@@ -748,7 +748,7 @@ def nested_by_hand(depth, params, x):
     [([2, 6], "eager_1f1b"), ([2, 2, 2, 2], "1f1b"), ([1, 3, 3, 1], "gpipe")],
 )
 def test_layers_used_many_times_under_namespaces_compute_what_is_written_by_hand(balance, schedule):
-    layers, x = nested(2), jax.random.normal(jax.random.key(1), (6, 4))
+    layers, x = nested(2), noise(jax.random.key(1), (6, 4))
     pipe = fpipe.Pipe(layers, balance, chunks=3, schedule=schedule)
     params = tuple(jnp.linspace(0.5, 1.5, 4) + 0.1 * k for k in range(8))
     got = pipe.value_and_grad(mse, argnums=(0, 1, 2))(pipe.place(params), x, jnp.cos(x))
@@ -765,7 +765,7 @@ def test_a_block_is_used_again_and_again_with_a_namespace_each():
         return [keep().isolate(space), dense(), add().isolate(space)]
 
     layers = [block(fpipe.Namespace()) for _ in range(3)]
-    pipe, x = fpipe.Pipe(layers, [2, 3, 4], chunks=2), jax.random.normal(jax.random.key(1), (4, 4))
+    pipe, x = fpipe.Pipe(layers, [2, 3, 4], chunks=2), noise(jax.random.key(1), (4, 4))
     assert skips(layers) == ["skip#0", "skip#1", "skip#2"]
 
     def by_hand(params, x):

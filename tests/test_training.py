@@ -14,7 +14,7 @@ import pytest
 import fpipe
 from fpipe._placed import observing
 from fpipe._plan import Move
-from tests.helpers import WIDTH, Case, add, assert_same, borrower, dense, keep, models, mse, owner, raises
+from tests.helpers import WIDTH, Case, add, assert_same, borrower, dense, keep, models, mse, noise, owner, raises
 
 EXECUTORS = ["sequential", "placed", "scan"]
 
@@ -53,10 +53,10 @@ def test_layers_compute_in_the_dtype_and_parameters_keep_theirs(executor):
 
     def init(key, x):
         assert x.dtype == jnp.float32
-        return {"w": jax.random.normal(key, (WIDTH, WIDTH)) * 0.5, "b": jnp.zeros(WIDTH)}
+        return {"w": noise(key, (WIDTH, WIDTH)) * 0.5, "b": jnp.zeros(WIDTH)}
 
     layers, chunks = [fpipe.Layer(layer, init)] * 4, 4
-    x, target = jax.random.normal(jax.random.key(0), (8, WIDTH)), jnp.ones((8, WIDTH))
+    x, target = noise(jax.random.key(0), (8, WIDTH)), jnp.ones((8, WIDTH))
     pipe = made(executor, layers, compute_dtype=jnp.bfloat16)
     params = pipe.init(jax.random.key(1), x)
     plain = pipe.gather(params)
@@ -128,7 +128,7 @@ def test_what_is_no_float_stays():
         assert x["tokens"].dtype == jnp.int32
         return params[x["tokens"]] * x["mask"].astype(params.dtype)[:, None]
 
-    layers = [fpipe.Layer(embed, lambda key, x: jax.random.normal(key, (11, WIDTH))), dense(), dense(), dense()]
+    layers = [fpipe.Layer(embed, lambda key, x: noise(key, (11, WIDTH))), dense(), dense(), dense()]
     x = {"tokens": jnp.arange(8, dtype=jnp.int32), "mask": jnp.arange(8) % 2 == 0}
     ref = made("sequential", layers, compute_dtype=jnp.bfloat16)
     params = ref.init(jax.random.key(0), x)
@@ -178,9 +178,9 @@ def test_a_scale_changes_nothing_that_does_not_vanish(executor, reduction):
 def test_it_saves_small_gradients_of_float16(executor):
     """A gradient of 1e-9 is zero in float16; scaled by 2**16 it is a number."""
     layers = [dense()] * 4
-    x = jax.random.normal(jax.random.key(0), (8, WIDTH))
+    x = noise(jax.random.key(0), (8, WIDTH))
     pipe = made(executor, layers, compute_dtype=jnp.float16)
-    params = pipe.init(jax.random.key(1), x)
+    params = pipe.init(jax.random.key(2), x)
     run = pipe.value_and_grad(lambda y: jnp.mean(y) * 1e-8)
     exact = made("sequential", layers).value_and_grad(lambda y: jnp.mean(y) * 1e-8)(pipe.gather(params), x)[1]
     lost, kept = (pipe.gather(run(params, x, loss_scale=scale)[1]) for scale in (None, 2.0**20))
@@ -265,9 +265,9 @@ def lora(rank=2):
     def init(key, x):
         width = x.shape[-1]
         return {
-            "a": jax.random.normal(jax.random.fold_in(key, 1), (width, rank)),
-            "b": jax.random.normal(jax.random.fold_in(key, 2), (rank, width)) * 0.1,
-            "w": jax.random.normal(key, (width, width)) * 0.3,
+            "a": noise(jax.random.fold_in(key, 1), (width, rank)),
+            "b": noise(jax.random.fold_in(key, 2), (rank, width)) * 0.1,
+            "w": noise(key, (width, width)) * 0.3,
         }
 
     return fpipe.Layer(lambda p, x: jnp.tanh(x @ p["w"] + (x @ p["a"]) @ p["b"]), init, name="lora")
@@ -281,7 +281,7 @@ def is_base(path, array):
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_frozen_weights_get_no_gradient_and_the_others_the_same(executor, frozen):
     layers = [lora()] * 4
-    x, target = jax.random.normal(jax.random.key(0), (8, WIDTH)), jnp.ones((8, WIDTH))
+    x, target = noise(jax.random.key(0), (8, WIDTH)), jnp.ones((8, WIDTH))
     pipe = made(executor, layers)
     params = pipe.init(jax.random.key(1), x)
     value, full = pipe.value_and_grad(mse)(params, x, target)

@@ -217,30 +217,31 @@ def tiny() -> fpipe.Layer:
     return fpipe.Layer(lambda p, x: jnp.tanh(x * p), lambda key, x: jnp.ones(x.shape[-1]))
 
 
-def medium() -> fpipe.Layer:
-    """Four products of 256 x 256 matrices."""
+def medium(width: int) -> fpipe.Layer:
+    """Four products with square matrices."""
 
     def apply(p, x):
         for _ in range(4):
             x = jnp.tanh(x @ p)
         return x
 
-    return fpipe.Layer(apply, lambda key, x: jax.random.normal(key, (256, 256)) / 16)
+    return fpipe.Layer(apply, lambda key, x: jax.random.normal(key, (width, width)) / width**0.5)
 
 
-def dispatch_table(unit: float, repeats: int) -> None:
+def dispatch_table(unit: float, repeats: int, width: int) -> None:
     recorder, m = Recorder(), 8
     actions = 2 * DEVICES * m
     times = f"medians over {repeats} (sleep), {10 * repeats} or {3 * repeats} (last) alternating repeats"
     print(f"\nWho dispatches: 1F1B, S={DEVICES}, m={m}, {times}")
     print("                                            one thread   thread per device   ratio")
     sleep = [sleeping(recorder, s, 1.0) for s in range(DEVICES)]
+    products = [medium(width)] * DEVICES
     many = 8 * m  # more programs than a device's queue takes (32) before it makes the thread wait that hands them over
     rows = [
         ("sleeping stages, ms a step", m, sleep, batch(m), repeats, 1e3),
         ("tiny stages, host us an action", m, [tiny()] * DEVICES, jnp.ones((4 * m, 4)), 10 * repeats, 1e6 / actions),
-        ("256x256 products, ms a step", m, [medium()] * DEVICES, jnp.ones((256 * m, 256)), 10 * repeats, 1e3),
-        (f"the same, m={many}, ms a step", many, [medium()] * DEVICES, jnp.ones((256 * many, 256)), 3 * repeats, 1e3),
+        (f"{width}x{width} products, ms a step", m, products, jnp.ones((width * m, width)), 10 * repeats, 1e3),
+        (f"the same, m={many}, ms a step", many, products, jnp.ones((width * many, width)), 3 * repeats, 1e3),
     ]
     for label, chunks, layers, x, times, scale in rows:
         runs, took = {}, {}
@@ -269,18 +270,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of each (default: %(default)s)")
     parser.add_argument("--unit", type=float, default=40.0, help="milliseconds of sleep (default: %(default)s)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 16], help="microbatches (default: 8 16)")
+    parser.add_argument(
+        "--width", type=int, default=256, help="of the products in the last table (default: %(default)s)"
+    )
     args = parser.parse_args()
     if args.repeats < 1:
         parser.exit(2, f"--repeats {args.repeats}: at least 1\n")
     if not 0 < args.unit < 10_000:
         parser.exit(2, f"--unit {args.unit:g}: milliseconds, more than 0 and less than 10000\n")
-    if min(args.sizes) < 1:
-        parser.exit(2, f"--sizes {min(args.sizes)}: at least 1\n")
+    for flag, least in {"sizes": min(args.sizes), "width": args.width}.items():
+        if least < 1:
+            parser.exit(2, f"--{flag} {least}: at least 1\n")
     jax.config.update("jax_num_cpu_devices", DEVICES)
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {DEVICES} devices, medians of {args.repeats}")
     time_table(args.sizes, args.unit / 1e3, args.repeats)
     memory_table(max(args.sizes))
-    dispatch_table(args.unit / 1e3, args.repeats)
+    dispatch_table(args.unit / 1e3, args.repeats, args.width)
 
 
 if __name__ == "__main__":
