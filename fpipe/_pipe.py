@@ -439,15 +439,15 @@ class Pipe(Call):
 
     def _shaped(self, params: Any, state: Any, x: PyTree, side: PyTree) -> tuple[Any, Any]:
         """The shapes of parameters, and states, for a prediction; those that `init` makes, if none are given."""
-        first, nothing = first_microbatch(x, side, self.chunks), jax.random.key(0)
+        first, key = first_microbatch(x, side, self.chunks), jax.eval_shape(lambda: jax.random.key(0))
         if isinstance(params, Packed):
             params = tuple(shape.tree for shape in params.packing.shapes)
         elif params is None:
-            params = self.model.init(nothing, *first, lambda k, make, key: eval_shape(make, key))
+            params = self.model.init(key, *first, lambda k, make, key: eval_shape(make, key))
         check_params(self.model, params, "`plan(params, x)`")
         params = tuple(shapes_of(map_arrays(strong, numbers_as_arrays(p))) for p in params)
         if state is None and self.model.stateful:
-            state = self.model.init_state(*first, params, None, lambda k, make, key: eval_shape(make, key))
+            state = self.model.init_state(*first, params, key, lambda k, make, key: eval_shape(make, key))
         return params, state
 
     def _as_placed(self, kept: Recent | None) -> Placed:

@@ -94,7 +94,7 @@ class Walk:
         self.params = tuple(map(Shape.of, params))
         self.states: dict[int, Shape] = {}
         if model.stateful:
-            states = model.init_state(x, side, params, None, lambda k, make, key: eval_shape(make, key))
+            states = model.init_state(x, side, params, key, lambda k, make, key: eval_shape(make, key))
             self.states = {k: Shape.of(states[k]) for k in model.stateful}
         self.key = Shape.of(key)
         self.stages = cut_stages(model, [1] * len(model.layers))
