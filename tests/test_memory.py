@@ -274,3 +274,18 @@ def test_where_weights_are_all_there_is_a_plan_of_the_scan_executor_from_shapes_
     x = jax.ShapeDtypeStruct((4, 256), jnp.float32)
     shapes, compiled = (pipe.plan(None, x, optimizer=0.0, compiled=c).peak for c in (False, True))
     assert 4 * 256 * 256 * (4 if tied else 2) < shapes <= compiled < 1.05 * shapes
+
+
+def test_a_plan_counts_inputs_where_the_caller_has_them_and_nothing_reads_them():
+    pipe = fpipe.Pipe([dense()] * 2, [1, 1], chunks=2)
+
+    def inputs(x, *targets):
+        plan = pipe.plan(None, x, *targets, loss_fn=mse)
+        return [row.memory["inputs"] for row in plan.devices]
+
+    x = np.ones((4, 4), np.float32)
+    here, there = (jax.device_put(x, device) for device in pipe.devices)
+    (read, _), size = inputs(x, x), x.nbytes
+    assert inputs(there, x)[1] == inputs(x, x)[1] + size
+    assert inputs(there, here) == [read + size, inputs(here, there)[1] + size]
+    assert inputs(there, there)[1] == inputs(here, there)[1]  # one array

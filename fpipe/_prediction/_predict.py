@@ -28,7 +28,7 @@ from fpipe._prediction._data import Crossing, DeviceRow, Prediction, StageRow
 from fpipe._remat import Remat
 from fpipe._scan import Scan
 from fpipe._scan._memory import held
-from fpipe._stage import SIDE, TARGETS, Leaf, Stage, X
+from fpipe._stage import SIDE, TARGETS, Leaf, Port, Stage, X
 from fpipe._tree import PyTree, Shape, is_inexact, nbytes, pack, zeros
 from fpipe.schedules import Costs, simulate
 
@@ -246,6 +246,7 @@ def _devices(
         peak = found[place]
         own = sum(nbytes(bound.given[f.slot]) for f in plan.feeds if _is_own(f, plan, place))
         memory: dict[str, int] = {**peak.roles, "optimizer": int(options.optimizer * own)}
+        memory["inputs"] = memory.get("inputs", 0) + _unread(bound, args, place)
         if options.compiled:
             memory["temporary"] = peak.temporary
         rows.append(DeviceRow(d, str(place.device), _ordered(memory), peak.doing, _limit(options, d)))
@@ -256,9 +257,23 @@ def _is_own(feed: Any, plan: Plan, place: Placement) -> bool:
     return feed.leaf.port.kind == "params" and plan.slots[feed.slot].placement == place
 
 
+def _unread(bound: Bound, args: Args, place: Placement) -> int:
+    """The bytes of inputs that the caller has on a device where nothing reads them."""
+    read = {f.leaf for f in bound.plan.feeds if bound.plan.slots[f.slot].placement == place}
+    here = [
+        (a, Leaf(port, k) in read) for port, own in _inputs(args).items() for k, a in enumerate(own) if place.holds(a)
+    ]
+    counted = {id(a) for a, is_read in here if is_read}
+    return sum(nbytes(a) for n, a in {id(a): a for a, _ in here}.items() if n not in counted)
+
+
+def _inputs(args: Args) -> dict[Port, list[Any]]:
+    return {X: pack(args.x)[0], SIDE: pack(args.side)[0], TARGETS: pack(args.targets)[0]}
+
+
 def _kept(bound: Bound, args: Args) -> set[int]:
     """The slots of what stays: parameters, constants, and inputs that the caller has where they are read."""
-    given = {X: pack(args.x)[0], SIDE: pack(args.side)[0], TARGETS: pack(args.targets)[0]}
+    given = _inputs(args)
 
     def stays(leaf: Leaf, place: Placement) -> bool:
         if leaf.port not in given:
