@@ -527,3 +527,68 @@ def test_a_loss_scale_stays_between_one_and_the_largest_number():
     assert fpipe.optim.DynamicLossScale(jnp.float32(1.0)).adjusted(overflow).scale == 1
     assert fpipe.optim.DynamicLossScale(jnp.float32(2.0**127), period=1).adjusted(fine).scale == 2.0**127
     assert fpipe.optim.DynamicLossScale(jnp.float32(2.0), period=1, factor=4.0).adjusted(fine).scale == 8
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_gradients_whose_squares_overflow_are_finite(executor):
+    pipe = fpipe.Pipe([dense()] * 2, chunks=2, executor=executor)
+    scale = fpipe.optim.DynamicLossScale(2.0**10, period=1)
+    for value, want in ((300, 2.0**11), (jnp.inf, 2.0**9), (jnp.nan, 2.0**9)):
+        params = pipe.init(jax.random.key(0), X)
+        grads = jax.tree.map(lambda a, v=value: jnp.full_like(a, v, jnp.float16), params)
+        adjusted = scale.adjusted(grads)
+        assert adjusted.scale == want
+        # Nothing is compiled for again with the next one.
+        assert not adjusted.scale.weak_type
+        assert not adjusted.steps.weak_type
+
+
+# --- what lies on no device, or on all ---
+
+
+def test_a_model_without_parameters_has_an_empty_update():
+    for executor in EXECUTORS:
+        pipe = fpipe.Pipe([fpipe.fn(jnp.tanh)] * 2, [1, 1], chunks=2, executor=executor)
+        params, tx = pipe.init(jax.random.key(0), X), fpipe.optim.per_stage(CLIP())
+        updates, state = tx.update(params, tx.init(params), params)
+        assert jax.tree.leaves(fpipe.optim.gather(state)[1][0].mu) == []
+        assert pipe.gather(fpipe.optim.apply_updates(params, updates)) == ((), ())
+
+
+def test_updates_that_depend_on_no_gradient_are_made_on_the_mesh():
+    pipe = pipe_of("scan")
+    params, tx = pipe.place(whole()), fpipe.optim.per_stage(optax.set_to_zero())
+    updates: Any = jax.jit(tx.update)(params, tx.init(params))[0]
+    assert_same(pipe.gather(updates), jax.tree.map(jnp.zeros_like, whole()), 0)
+    assert all(a.sharding.spec[0] == "stage" for a in updates.arrays)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_key_that_is_made_from_all_gradients(executor):
+    def fold(grads, state, params=None):
+        total = sum(jnp.sum(g > 0) for g in jax.tree.leaves(grads))
+        return grads, jax.random.fold_in(state, total)
+
+    def make():
+        return transformation(lambda params: jax.random.key(3), fold)
+
+    pipe, tx = pipe_of(executor), fpipe.optim.per_stage(make())
+    params = pipe.place(whole())
+    got: Any = tx.update(params, tx.init(params))[1]
+    want: Any = make().update(whole(), make().init(whole()))[1]
+    assert_same(jax.random.key_data(got), jax.random.key_data(want), 0)
+
+
+def test_constants_of_each_leaf_stay_apart():
+    """Devices whose steps differ in a constant alone have branches of their own."""
+
+    def update(grads, state, params=None):
+        del params
+        leaves, treedef = jax.tree.flatten(grads)
+        return treedef.unflatten([g * np.full(g.shape, n + 1, np.float32) for n, g in enumerate(leaves)]), state
+
+    pipe = fpipe.Pipe([dense()] * 4, chunks=2, executor="scan")
+    params = pipe.init(jax.random.key(0), X)
+    tx = fpipe.optim.per_stage(transformation(lambda params: (), update))
+    updates = jax.jit(tx.update)(params, tx.init(params))[0]
+    assert_same(pipe.gather(updates), update(pipe.gather(params), ())[0])

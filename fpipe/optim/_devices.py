@@ -5,6 +5,7 @@ Each device takes its leaves out of its blocks of the rows, and puts into blocks
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from fpipe._scan import AXIS, Packed
 from fpipe._scan._packing import Entry, Packing, Row
-from fpipe._scan._storage import unwrapped, wrapped
+from fpipe._scan._storage import raw, unwrapped, wrapped
 from fpipe._tree import PyTree, aval, strong
 from fpipe.optim._share import Shares, share
 from fpipe.optim._steps import Steps, evaluate
@@ -27,7 +28,7 @@ Task: TypeAlias = Callable[[int, Sequence[Any]], list[Any]]
 Each: TypeAlias = Callable[[Task], list[Any]]
 Every: TypeAlias = Callable[[Any], Any]
 
-# Values that are exchanged, by dtype and device.
+# Values that are exchanged, by the dtype in which they are stored, and device.
 Vectors: TypeAlias = dict[Any, dict[int, list[int]]]
 
 
@@ -107,6 +108,13 @@ class Program:
     packs: Sequence[Out]
     whole: Sequence[int]
 
+    @property
+    def reads_cells(self) -> bool:
+        """Whether anything depends on what lies in rows."""
+        graph = self.shares.steps
+        read = {v for step in graph.steps for v in graph.needs(step)}
+        return not self.cells.keys().isdisjoint(read | set(graph.outputs))
+
     def run(self, shared: Mapping[int, Any], each: Each, every: Every) -> tuple[list[Any], list[Any]]:
         """The blocks of the packed outputs, and the outputs that all have, from the inputs that all have."""
         known = dict(shared)
@@ -157,7 +165,7 @@ class Program:
     def _vectors(self, values: Sequence[int]) -> Vectors:
         found: Vectors = {}
         for v in values:
-            own = found.setdefault(self.shares.steps.avals[v].dtype, {})
+            own = found.setdefault(self._raw(v).dtype, {})
             own.setdefault(self.shares.owner[v], []).append(v)
         return found
 
@@ -169,8 +177,13 @@ class Program:
             out |= self._split(own, array)
         return out
 
+    def _raw(self, v: int) -> Any:
+        """The form of a value as it is exchanged: PRNG keys as numbers."""
+        aval = self.shares.steps.avals[v]
+        return raw(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+
     def _size(self, v: int) -> int:
-        return int(np.prod(self.shares.steps.avals[v].shape, dtype=np.int64))
+        return math.prod(self._raw(v).shape)
 
     def _joined(self, vectors: Vectors, d: int, known: Mapping[int, Any], blocks: Sequence[Any]) -> list[Any]:
         """A device's vectors, as long as the longest."""
@@ -179,7 +192,7 @@ class Program:
         out = []
         for dtype, own in vectors.items():
             length = max(sum(map(self._size, values)) for values in own.values())
-            parts = [made[v].reshape(-1) for v in own.get(d, ())]
+            parts = [unwrapped(made[v]).reshape(-1) for v in own.get(d, ())]
             vector = jnp.concatenate(parts) if parts else jnp.zeros(0, dtype)
             out.append(jnp.pad(vector, (0, length - vector.shape[0])))
         return out
@@ -190,7 +203,7 @@ class Program:
         for d, values in own.items():
             ends = np.cumsum([self._size(v) for v in values]).tolist()
             for v, a, b in zip(values, [0, *ends], ends, strict=False):
-                out[v] = vectors[d, a:b].reshape(self.shares.steps.avals[v].shape)
+                out[v] = wrapped(vectors[d, a:b].reshape(self._raw(v).shape), self.shares.steps.avals[v])
         return out
 
 
@@ -215,6 +228,9 @@ def _spread(program: Program, rows: Sequence[Any], shared: Mapping[int, Any], me
         local, mesh=mesh, in_specs=(P(AXIS), P()), out_specs=(P(AXIS), P()), axis_names={AXIS}, check_vma=False
     )
     made, whole = run(list(rows), [unwrapped(jnp.asarray(a)) for a in shared.values()])
+    if not program.reads_cells:
+        # Otherwise `jit` would drop the rows, and with them the devices of the mesh.
+        made, whole = jax.lax.optimization_barrier((made, whole, rows[:1]))[:2]
     graph = program.shares.steps
     return made, [wrapped(a, graph.avals[graph.outputs[n]]) for a, n in zip(whole, program.whole, strict=True)]
 
@@ -223,9 +239,11 @@ def _distinct(task: Task, blocks: Sequence[Any], devices: int) -> tuple[list[int
     """For each device the number of its branch, and the branches."""
     numbers: dict[Any, int] = {}
     which, branches = [], []
+    traced = []  # kept: the id of a constant that is gone may be that of another
     for d in range(devices):
         branch = functools.partial(task, d)
         jaxpr = jax.make_jaxpr(branch)(blocks)
+        traced.append(jaxpr)
         key = str(jaxpr.jaxpr), tuple(map(id, jaxpr.consts))
         if key not in numbers:
             numbers[key] = len(branches)
@@ -235,8 +253,8 @@ def _distinct(task: Task, blocks: Sequence[Any], devices: int) -> tuple[list[int
 
 
 def _looped(program: Program, rows: Sequence[Any], shared: Mapping[int, Any]) -> tuple[list[Any], list[Any]]:
-    """Without a mesh, as for shapes: one device after the other."""
-    devices = max(row.shape[0] for row in rows)
+    """Without a mesh, as for shapes, or where there are no rows: one device after the other."""
+    devices = max((row.shape[0] for row in rows), default=0)
 
     def each(task: Task) -> list[Any]:
         made = [task(d, [row[d] for row in rows]) for d in range(devices)]

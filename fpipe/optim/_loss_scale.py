@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fpipe._tree import PyTree
-from fpipe.optim._transform import global_norm
+from fpipe._tree import PyTree, strong
+from fpipe.optim._transform import all_finite
 
 
 @jax.tree_util.register_dataclass
@@ -40,9 +40,10 @@ class DynamicLossScale:
 
     def adjusted(self, grads: PyTree) -> "DynamicLossScale":
         """The scale for the next call, after the gradients of this one, placed or packed."""
-        finite, steps = jnp.isfinite(global_norm(grads)), self.steps + 1
+        finite, steps = all_finite(grads), self.steps + 1
         due = finite & (steps >= self.period)
         # Not below 1: what overflows there is no matter of scale. Not to infinity either.
         less, more = jnp.maximum(self.scale / self.factor, 1.0), self.scale * self.factor
         more = jnp.where(due & jnp.isfinite(more), more, self.scale)
-        return dataclasses.replace(self, scale=jnp.where(finite, more, less), steps=jnp.where(due | ~finite, 0, steps))
+        scale, steps = jnp.where(finite, more, less), jnp.where(due | ~finite, 0, steps)
+        return dataclasses.replace(self, scale=strong(scale), steps=strong(steps))

@@ -34,9 +34,7 @@ def init(tx: Any, params: PyTree, frozen: Frozen, mesh: Any) -> PyTree:
 
     graph, given = _traced(f, chosen.select(jax.tree.leaves(cells)))
     outs = _state_outs(made[-1], templates(params))
-    state = run(graph, given, rows.arrays, outs, mesh)
-    # Zeros depend on nothing: without the barrier `jit` would drop the parameters, and with them the devices of the mesh.
-    return jax.lax.optimization_barrier((state, jax.tree.leaves(params)[:1]))[0]
+    return run(graph, given, rows.arrays, outs, mesh)
 
 
 def update(

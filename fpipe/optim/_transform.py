@@ -1,10 +1,11 @@
 """`per_stage`: any optax transformation for the parameters of a pipe."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -292,19 +293,33 @@ def global_norm(tree: PyTree) -> Any:
         >>> print(fpipe.optim.global_norm((jnp.full(2, 2.0), jnp.full(2, 2.0))))
         4.0
     """
+    return _number_of("fpipe.optim.global_norm", optax.tree.norm, tree)
+
+
+def all_finite(tree: PyTree) -> Any:
+    """Whether no leaf has a NaN or an infinity, of leaves as for `global_norm`. A norm would not tell: squares overflow."""
+    return _number_of("DynamicLossScale.adjusted", _finite, tree)
+
+
+def _finite(arrays: Sequence[Any]) -> Any:
+    return functools.reduce(jnp.logical_and, [jnp.isfinite(a).all() for a in arrays], jnp.bool_(True))
+
+
+def _number_of(name: str, f: Callable[[Sequence[Any]], Any], tree: PyTree) -> Any:
+    """A number that is made from the leaves that can be trained, on the device of the first one if they are placed."""
     arrays = [a for a in jax.tree.leaves(tree) if is_array(a) and is_inexact(a)]
     if any_packed(tree) or not arrays:
-        return optax.tree.norm(arrays)
+        return f(arrays)
     if is_traced(arrays):
-        _refuse("fpipe.optim.global_norm")
-        return optax.tree.norm(arrays)
+        _refuse(name)
+        return f(arrays)
     homes = [device_of(a) for a in arrays]
     devices = first_devices([d for d in homes if d is not None])
-    key = Key(("norm", tuple(map(form, arrays))))
+    key = Key((name, tuple(map(form, arrays))))
     run = _plans.get(
         key,
         lambda: plan(
-            lambda *a: [optax.tree.norm(list(a))],
+            lambda *a: [f(a)],
             arrays,
             homes,
             lambda _: devices[:1],
