@@ -363,7 +363,8 @@ class Pipe(Call):
         Other Arguments:
             by: what work is: `"flops"` (default), counted in the programs, or `"time"`: each program is compiled and run some
                 times on its device.
-            speed: FLOP per second of a device, one number or one for each: then times are in seconds.
+            speed: FLOP per second of a device, one number or one for each: then times are in seconds. A device that is given
+                several times counts as several; of a mesh with more axes than `"stage"` all devices of a stage count as one.
             latency, bandwidth: seconds, and bytes per second, between devices, where times are in seconds; default 0 and no limit.
             optimizer: bytes of optimizer state for each byte of parameters; default 2, as Adam has it.
             memory: bytes that a device has, one number or one for each; more than that is a warning.
@@ -403,7 +404,8 @@ class Pipe(Call):
             kept: traces of other pipes of the same layers, for this one and from it.
             costs: of the layers, if they are known.
         """
-        pipe = dataclasses.replace(self, detect_anomaly=False)  # whose programs are those of the model alone
+        # The programs are those of the model alone.
+        pipe = self if self._detector is None else dataclasses.replace(self, detect_anomaly=False)
         params, state = pipe._shaped(args.params, args.state, args.x, args.side)
         args = checked(pipe.model, args._replace(params=params, state=state))
         numbers = as_argnums(argnums)

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import time
+from typing import Any
 
 import jax
 import jax.monitoring
@@ -16,6 +17,7 @@ from fpipe._call import Args
 from fpipe._loss import as_loss
 from fpipe._placed._memory import levels
 from fpipe._plan import Free
+from fpipe._prediction import size
 from fpipe._prediction._predict import _kept
 from fpipe._stage import TARGETS
 from fpipe._stage import X as XPORT
@@ -197,6 +199,24 @@ def test_under_scan_every_device_has_the_buffers_of_the_machine():
     assert abs(compiled.devices[0].peak - 3 * each - (total - memory.alias_size_in_bytes)) <= 0.05 * total
 
 
+def test_over_a_data_axis_a_device_has_its_shard_of_what_has_rows():
+    def planned(data, memory=None):
+        auto = (jax.sharding.AxisType.Auto,) * 2
+        mesh = jax.make_mesh((data, 2), ("data", "stage"), axis_types=auto, devices=jax.devices()[: 2 * data])
+        pipe = fpipe.Pipe([dense()] * 4, chunks=2, executor="scan", mesh=mesh, checkpoint="never")
+        return mesh.devices, pipe.plan(None, X, memory=memory)
+
+    (_, one), (devices, two) = planned(1), planned(2, [1e9, 1e8])
+    for role, count in one.devices[0].memory.items():
+        whole = role in ("parameters", "gradients", "optimizer", "outputs")
+        assert two.devices[0].memory[role] == (count if whole else count // 2), role
+    # All devices of a stage's place have its number and its limit.
+    rows = [(0, devices[0, 0], 1e9), (0, devices[1, 0], 1e9), (1, devices[0, 1], 1e8), (1, devices[1, 1], 1e8)]
+    assert [(d.device, d.name, d.limit) for d in two.devices] == [(d, str(device), n) for d, device, n in rows]
+    head = str(two).splitlines()[1]
+    assert head == str(one).splitlines()[1].replace(size(one.peak), size(two.peak))
+
+
 def test_compiled_programs_say_what_they_need_for_themselves():
     plain, compiled = (
         fpipe.Pipe([dense()] * 3, chunks=4).plan(None, X, compiled=compiled) for compiled in (False, True)
@@ -270,6 +290,25 @@ def test_few_microbatches_are_told_with_how_many_would_do():
     assert ragged.startswith("the last microbatch is smaller than the others")
 
 
+def test_advice_asks_for_no_more_than_a_batch_and_a_schedule_allow():
+    def strict(devices, microbatches):
+        assert microbatches == 2, "two microbatches, no more"
+        return fpipe.schedules.gpipe(devices, microbatches)
+
+    for executor in ("placed", "scan"):
+        pipe = fpipe.Pipe([dense()] * 4, [1] * 4, chunks=2, executor=executor, schedule=strict)
+        assert not any("few for" in text for text in pipe.plan(None, X).warnings)
+
+    def scaled(p, x):
+        return x | {"x": x["x"] * p * x["all"].sum()}
+
+    layer = fpipe.Layer(scaled, lambda key, x: jnp.float32(1), name="scaled")
+    # What goes whole to every microbatch does not say how many there can be.
+    x = {"all": fpipe.NoChunk(jax.ShapeDtypeStruct((3,), jnp.float32)), "x": X}
+    warnings = fpipe.Pipe([layer] * 4, chunks=2).plan(None, x).warnings
+    assert any("chunks=16 makes it" in text for text in warnings), warnings
+
+
 def test_too_little_memory_is_told_with_what_is_missing():
     pipe = fpipe.Pipe([dense()] * 3, chunks=4)
     peak = pipe.plan(None, X).devices[1].peak
@@ -277,6 +316,38 @@ def test_too_little_memory_is_told_with_what_is_missing():
     (text,) = (t for t in plan.warnings if "short of" in t)
     assert text.startswith("device 1 (cpu:1) is short of 8 B; most of it is boundaries: more chunks")
     assert [d.missing for d in plan.devices] == [0, 8, 0]
+
+
+def test_numbers_of_numpy_and_no_limit_at_all():
+    pipe = fpipe.Pipe([dense()] * 2, chunks=2)
+    want = pipe.plan(None, X, speed=3.0)
+    given: dict[str, Any] = {"speed": np.float32(3), "memory": [np.int64(8), float("inf")]}
+    plan = pipe.plan(None, X, **given)
+    assert [row.work for row in plan.stages] == [row.work for row in want.stages]
+    assert [row["limit"] for row in json.loads(plan.to_json())["devices"]] == [8, None]
+
+
+def test_the_mean_square_of_complex_outputs():
+    for executor in ("placed", "scan"):
+        turn = fpipe.fn(lambda x: jax.lax.complex(x, x))
+        assert fpipe.Pipe([dense(), turn], chunks=2, executor=executor).plan(None, X).step > 0
+
+
+def test_what_a_plan_has_traced_the_call_finds():
+    traced = []
+    layer = dense()
+
+    def apply(params, x):
+        traced.append(x.shape)
+        return layer.apply(params, x)
+
+    pipe = fpipe.Pipe([dataclasses.replace(layer, apply=apply), dense()], chunks=2)
+    params, x = pipe.init(jax.random.key(0), X), jnp.ones((ROWS, WIDTH))
+    traced.clear()
+    pipe.plan(params, X, X, loss_fn=mse)
+    first = len(traced)
+    pipe.value_and_grad(mse)(params, x, x)
+    assert len(traced) == first
 
 
 def test_wrong_arguments():

@@ -171,7 +171,8 @@ class Prediction:
         return "\n\n".join([*parts, *([self._advice()] if self.warnings else [])])
 
     def _head(self) -> str:
-        ideal = sum(row.total for row in self.stages) * self.microbatches / len(self.devices)
+        # A place may have several devices, and a device several places.
+        ideal = sum(row.total for row in self.stages) * self.microbatches / len(self.schedule.actions)
         return (
             f"{len(self.stages)} stages on {len(self.devices)} devices, {self.microbatches} microbatches, {self.schedule.name}, "
             f'checkpoint "{self.checkpoint}", executor "{self.executor}"\n'

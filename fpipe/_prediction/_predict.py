@@ -10,10 +10,10 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fpipe._balancing import balanced
 from fpipe._call import Args
-from fpipe._costs import By as CostsBy
 from fpipe._costs import LayerCosts, costs_of
 from fpipe._costs._flops import count
 from fpipe._given import inputs_of
@@ -28,6 +28,7 @@ from fpipe._prediction._data import Crossing, DeviceRow, Prediction, StageRow
 from fpipe._remat import Remat
 from fpipe._scan import Scan
 from fpipe._scan._memory import held
+from fpipe._scan._mesh import columns
 from fpipe._stage import SIDE, TARGETS, Leaf, Port, Stage, X
 from fpipe._tree import PyTree, Shape, is_inexact, nbytes, pack, zeros
 from fpipe.schedules import Costs, simulate
@@ -58,12 +59,13 @@ class Options:
         for name in ("speed", "memory"):
             value = given[name]
             if value is not None:
-                each = tuple(value) if isinstance(value, Iterable) else (value,) * devices
+                several = isinstance(value, Iterable) and getattr(value, "ndim", 1)
+                each: tuple[Any, ...] = tuple(value) if several else (value,) * devices
                 if len(each) < devices or not all(_is_number(v) and v > 0 for v in each):
                     raise ValueError(
                         f"`{call}({name}={value!r})`: a number more than 0, or one for each of {devices} devices"
                     )
-                given[name] = each[:devices]
+                given[name] = tuple(float(v) for v in each[:devices])
         for name in ("latency", "optimizer"):
             if not _is_number(given[name]) or given[name] < 0:
                 raise ValueError(f"`{call}({name}={given[name]!r})`: a number, 0 or more")
@@ -104,19 +106,16 @@ def predict(
     needed = options.by == "time" or (options.compiled and scan is None)
     compiled = compile_plan(plan, bound.given) if needed else {}
     work = _work(bound, places, compiled, options)
-
-    def layers(by: CostsBy) -> LayerCosts:
-        model = stages_of[0].model
-        return known or costs_of(model, args.x, by, args.side, placed.chunks, args.params, remat, args.train)
-
-    stages = _stages(stages_of, places, args.params, layers("memory"), work)
+    model = stages_of[0].model
+    layers = known or costs_of(model, args.x, "flops", args.side, placed.chunks, args.params, remat, args.train)
+    stages = _stages(stages_of, places, args.params, layers, work)
     costs = _costs(stages, options)
     timeline = simulate(schedule, costs)
     devices = (
         _devices(bound, args, places, options, compiled) if scan is None else _on_mesh(*scan, loss, argnums, options)
     )
     words = [
-        *uneven(stages, lambda: _best(placed, layers("flops"), stages, options)),
+        *uneven(stages, lambda: _best(placed, layers, stages, options)),
         *few(stages, timeline, inputs.cut.m, _more(placed, inputs, costs)),
         *ragged(inputs.cut.shares),
         *short(devices),
@@ -137,7 +136,8 @@ def predict(
 
 def mean_square(y: PyTree) -> Any:
     """The loss of a step for which none was given."""
-    return sum(jnp.mean(jnp.square(a.astype(jnp.float32))) for a in pack(y)[0] if is_inexact(a))
+    arrays = [jnp.abs(a) if jnp.iscomplexobj(a) else a for a in pack(y)[0] if is_inexact(a)]
+    return sum(jnp.mean(jnp.square(a.astype(jnp.float32))) for a in arrays)
 
 
 # --- work ---
@@ -293,7 +293,8 @@ def _on_mesh(scan: Scan, args: Args, loss: Loss, argnums: tuple[int, ...], optio
         memory["temporary"] = max(0, scan.compiled_bytes(step, args) - sum(memory.values()) + memory["optimizer"])
     return tuple(
         DeviceRow(d, str(device), _ordered(memory), "all along", _limit(options, d))
-        for d, device in enumerate(scan.mesh.devices.flat)
+        for d, column in enumerate(columns(scan.mesh))
+        for device in column
     )
 
 
@@ -305,7 +306,7 @@ def _ordered(memory: Mapping[str, int]) -> dict[str, int]:
 
 
 def _limit(options: Options, device: int) -> int | None:
-    return None if options.memory is None else int(options.memory[device])
+    return None if options.memory is None or math.isinf(options.memory[device]) else int(options.memory[device])
 
 
 # --- what would be better ---
@@ -330,13 +331,16 @@ def _best(
 
 def _more(placed: Placed, inputs: Inputs, costs: Costs) -> Iterator[tuple[int, float]]:
     """Larger numbers of microbatches that divide the batch, and the bubble with each."""
-    rows = next((a.shape[0] for a in inputs.x.leaves if a.shape), 1)
+    rows = sum(next(iter(inputs.cut.columns), ()))
     m = 2 * inputs.cut.m
     while m <= rows and rows % m == 0:
         try:
-            yield m, simulate(placed.schedule(m), costs).bubble
-        except ValueError:  # a schedule for one number of microbatches alone
+            bubble = simulate(placed.schedule(m), costs).bubble
+        except (
+            Exception
+        ):  # a schedule for one number of microbatches alone: a function of the user's may say so in any way
             return
+        yield m, bubble
         m *= 2
 
 
