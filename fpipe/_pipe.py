@@ -228,7 +228,7 @@ class Pipe(Call):
                 `jax.random.key(0)`.
         """
         if isinstance(params, Packed):
-            params = tuple(shape.tree for shape in params.packing.shapes)
+            params = params.packing.whole
         return self.model.init_state(*first_microbatch(x, side, self.chunks), params, key, self._executor.make_state)
 
     def place(self, params: Sequence[PyTree]) -> Any:
@@ -443,7 +443,7 @@ class Pipe(Call):
         """The shapes of parameters, and states, for a prediction; those that `init` makes, if none are given."""
         first, key = first_microbatch(x, side, self.chunks), jax.eval_shape(lambda: jax.random.key(0))
         if isinstance(params, Packed):
-            params = tuple(shape.tree for shape in params.packing.shapes)
+            params = params.packing.whole
         elif params is None:
             params = self.model.init(key, *first, lambda k, make, key: eval_shape(make, key))
         check_params(self.model, params, "`plan(params, x)`")

@@ -12,10 +12,12 @@ from fpipe._balancing import balance
 from fpipe._call import Args
 from fpipe._costs import LayerCosts, layer_costs
 from fpipe._loss import Loss, Reduction, as_loss
+from fpipe._microbatch import cut_inputs
 from fpipe._pipe import Pipe
 from fpipe._prediction import Options, Prediction, mean_square, quantity, size, table
 from fpipe._recent import Recent
-from fpipe._tree import PyTree, pack
+from fpipe._scan import Packed, stage_devices
+from fpipe._tree import PyTree
 
 # What is tried if nothing is said.
 SCHEDULES = ("gpipe", "1f1b", "eager_1f1b", "zb_h1", "interleaved_1f1b", "zb_v")
@@ -124,9 +126,9 @@ def tune(
     loss_fn: Callable[..., Any] | None = None,
     memory: float | Sequence[float] | None = None,
     devices: Iterable[Any] | None = None,
-    chunks: Iterable[int] | None = None,
-    schedules: Iterable[Any] = SCHEDULES,
-    checkpoints: Iterable[Any] = CHECKPOINTS,
+    chunks: int | Iterable[int] | None = None,
+    schedules: Any = SCHEDULES,
+    checkpoints: Any = CHECKPOINTS,
     by: Literal["flops", "time"] = "flops",
     speed: float | Sequence[float] | None = None,
     latency: float = 0.0,
@@ -156,18 +158,18 @@ def tune(
 
     Other Arguments:
         memory: bytes that a device has, one number or one for each. Default no limit.
-        devices: default `jax.devices()`.
-        chunks: the numbers of microbatches to try; default the divisors of the batch from the number of devices to
+        devices: default those of `mesh=`, if that is given, else `jax.devices()`.
+        chunks: the numbers of microbatches to try, one or several; default the divisors of the batch from the number of devices to
             eight times that.
-        schedules, checkpoints: what to try.
+        schedules, checkpoints: what to try, one or several.
         by, speed, latency, bandwidth, optimizer, compiled: as for `Pipe.plan`.
-        options: further arguments of `Pipe`: `executor="scan"`, `compute_dtype=`, ….
+        options: further arguments of `Pipe`, but for `balance` and `sample`: `executor="scan"`, `compute_dtype=`, ….
 
     Returns:
         A `Tuning`: `tuning.pipe` is the best, `print(tuning)` has the table of the candidates and the reasons.
 
     Raises:
-        ValueError: nothing to try.
+        TypeError, ValueError: nothing to try, or an argument is wrong.
 
     Example:
         >>> dense = fpipe.Layer(lambda w, x: jnp.tanh(x @ w), init=lambda key, x: jnp.eye(3))
@@ -176,7 +178,17 @@ def tune(
         >>> tuning.pipe.schedule, tuning.pipe.chunks
         ('zb_h1', 8)
     """
+    mesh = options.get("mesh")
+    if mesh is not None:
+        devices = stage_devices(mesh, devices)
     places = jax.devices() if devices is None else list(devices)
+    wrong = [name for name in ("balance", "sample") if name in options]
+    if wrong:
+        raise TypeError(
+            f"`fpipe.tune({wrong[0]}=...)`: the balance of layers is found; a function that makes the pipe may choose its own"
+        )
+    if isinstance(params, Packed):
+        params = params.packing.whole
     given = {"by": by, "speed": speed, "latency": latency, "bandwidth": bandwidth, "optimizer": optimizer}
     wanted = Options.of("fpipe.tune", len(places), **given, memory=memory, compiled=compiled)
     loss = as_loss("tune", mean_square if loss_fn is None else loss_fn, has_aux, reduction)
@@ -186,10 +198,9 @@ def tune(
         if isinstance(layers, Iterable)
         else _Factory(layers, options)
     )
-    numbers = list(_divisors(x, len(places)) if chunks is None else chunks)
-    tried = [
-        _candidate(make, s, c, n, args, loss, wanted) for n, c, s in itertools.product(numbers, checkpoints, schedules)
-    ]
+    numbers = _divisors(args, len(places)) if chunks is None else _several(chunks)
+    every = itertools.product(numbers, _several(checkpoints), _several(schedules))
+    tried = [_candidate(make, s, c, n, args, loss, wanted) for n, c, s in every]
     if not tried:
         raise ValueError("`fpipe.tune(...)`: nothing to try: schedules, checkpoints and chunks need an entry each")
     return Tuning(tuple(sorted(tried, key=_rank)), wanted.unit)
@@ -206,8 +217,13 @@ def _rank(c: Candidate) -> tuple[Any, ...]:
     return 0, float(f"{own.step:.9e}"), own.peak
 
 
-def _divisors(x: PyTree, devices: int) -> list[int]:
-    rows = next((a.shape[0] for a in pack(x)[0] if a.shape), 1)
+def _several(options: Any) -> list[Any]:
+    """What is to be tried: one is enough."""
+    return list(options) if isinstance(options, Iterable) and not isinstance(options, str) else [options]
+
+
+def _divisors(args: Args, devices: int) -> list[int]:
+    rows = sum(next(iter(cut_inputs(args.x, args.side, args.targets, 1).columns), (1,)))
     return [n for n in range(devices, 8 * devices + 1) if rows % n == 0] or [rows]
 
 
@@ -231,7 +247,8 @@ class _Layers:
             optimizer=wanted.optimizer,
             schedule=schedule,
         )
-        return Pipe(self.layers, cut, self.devices, chunks, checkpoint, schedule, **self.options)
+        devices = None if "mesh" in self.options else self.devices
+        return Pipe(self.layers, cut, devices, chunks, checkpoint, schedule, **self.options)
 
     def costs(self, checkpoint: Any, chunks: int) -> LayerCosts:
         """Of the layers. They are counted once for a number of microbatches: recomputation is no part of them."""

@@ -102,7 +102,38 @@ def test_wrong_arguments():
         fpipe.tune(LAYERS, X, by="flop")  # type: ignore[arg-type]
     with raises(TypeError, "`fpipe.tune(layers, x)`: layers, or a function that makes a Pipe, got 3"):
         fpipe.tune(3, X)  # type: ignore[arg-type]
+    with raises(
+        TypeError,
+        "`fpipe.tune(balance=...)`: the balance of layers is found; a function that makes the pipe may choose its own",
+    ):
+        fpipe.tune(LAYERS, X, balance=[3, 3])
     with raises(TypeError, "`fpipe.tune(f, x)`: the function makes the pipe, so ['executor'] belong into it"):
         fpipe.tune(lambda: None, X, executor="scan")  # type: ignore[arg-type,return-value]
     with raises(TypeError, "`fpipe.tune(f, x)`: the function returned None, no fpipe.Pipe"):
         fpipe.tune(lambda: None, X)  # type: ignore[arg-type,return-value]
+
+
+def test_devices_are_those_of_a_mesh():
+    mesh = jax.make_mesh((2,), ("stage",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    tuning = fpipe.tune(LAYERS, X, executor="scan", mesh=mesh, memory=1e9, **TWO)
+    assert tuning.pipe.mesh == mesh
+    assert not any(c.refused for c in tuning.candidates)
+
+
+def test_parameters_may_be_packed():
+    params = fpipe.Pipe(LAYERS, devices=jax.devices()[:3], executor="scan").init(jax.random.key(0), X)
+    given = {"devices": jax.devices()[:3], "schedules": "1f1b", "checkpoints": "always", "chunks": 4}
+    (got,), (want,) = (fpipe.tune(LAYERS, X, params=p, **given).candidates for p in (params, None))
+    assert got.prediction == want.prediction
+    assert got.prediction is not None
+    assert (got.schedule, got.checkpoint, got.chunks) == ("1f1b", "always", 4)  # one of each is enough
+
+
+def test_what_goes_whole_to_every_microbatch_does_not_say_how_many_to_try():
+    def scaled(p, x):
+        return x | {"x": x["x"] * p * x["all"].sum()}
+
+    layer = fpipe.Layer(scaled, lambda key, x: jnp.float32(1), name="scaled")
+    x = {"all": fpipe.NoChunk(jax.ShapeDtypeStruct((3,), jnp.float32)), "x": X}
+    tuning = fpipe.tune([layer] * 2, x, devices=jax.devices()[:2], schedules="1f1b", checkpoints="always")
+    assert {c.chunks for c in tuning.candidates} == {2, 4, 8, 16}

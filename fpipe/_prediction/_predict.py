@@ -10,7 +10,6 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fpipe._balancing import balanced
 from fpipe._call import Args

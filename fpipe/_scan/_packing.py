@@ -72,6 +72,11 @@ class Packing:
         rows = [row for _, group in sorted(groups.items()) for row in _rows(group, shapes)]
         return cls(tuple(shapes), tuple(rows))
 
+    @property
+    def whole(self) -> tuple[PyTree, ...]:
+        """The shapes of the arrays, as one pytree for each layer."""
+        return tuple(shape.tree for shape in self.shapes)
+
     @cached_property
     def where(self) -> Mapping[Entry, tuple[int, int]]:
         """The row and the device of each array."""

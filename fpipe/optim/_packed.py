@@ -70,16 +70,12 @@ def check_packing(forms: Sequence[Template], state: PyTree) -> None:
     """Refuse a state that is packed for another partition."""
     for path, node in jax.tree_util.tree_flatten_with_path(state, is_leaf=is_packed)[0]:
         if is_packed(node) and not any(
-            t.fits(s) and t.packing_of(s) == node.packing for s in [_shapes(node)] for t in forms
+            t.fits(s) and t.packing_of(s) == node.packing for s in [node.packing.whole] for t in forms
         ):
             raise ValueError(
                 f"`per_stage(tx).update`: state{jax.tree_util.keystr(path)} is packed for another partition than the "
                 f"parameters; {FIX}"
             )
-
-
-def _shapes(node: Any) -> tuple[PyTree, ...]:
-    return tuple(shape.tree for shape in node.packing.shapes)
 
 
 # --- what goes in: leaves by where they are ---

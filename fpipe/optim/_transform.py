@@ -432,7 +432,7 @@ def _shapes_unpacked(params: PyTree) -> PyTree:
     """The shapes of parameters, packed or not, without their values."""
     return shapes_of(
         jax.tree.map(
-            lambda node: tuple(shape.tree for shape in node.packing.shapes) if is_packed(node) else node,
+            lambda node: node.packing.whole if is_packed(node) else node,
             params,
             is_leaf=is_packed,
         )
