@@ -386,36 +386,7 @@ class Pipe(Call):
         options = Options.of("pipe.plan", len(self.devices), **given, memory=memory, compiled=compiled)
         loss = as_loss("plan", mean_square if loss_fn is None else loss_fn, has_aux, reduction)
         args = Args(params, x, targets, side, key, state, bool(train))
-        return self.predicted(args, loss, argnums, frozen, options)
-
-    def predicted(
-        self,
-        args: Args,
-        loss: Loss,
-        argnums: int | Sequence[int],
-        frozen: Frozen | None,
-        options: Options,
-        kept: Recent | None = None,
-        costs: LayerCosts | None = None,
-    ) -> Prediction:
-        """`plan` of checked options.
-
-        Arguments:
-            kept: traces of other pipes of the same layers, for this one and from it.
-            costs: of the layers, if they are known.
-        """
-        # The programs are those of the model alone.
-        pipe = self if self._detector is None else dataclasses.replace(self, detect_anomaly=False)
-        params, state = pipe._shaped(args.params, args.state, args.x, args.side)
-        args = checked(pipe.model, args._replace(params=params, state=state))
-        numbers = as_argnums(argnums)
-        check_argnums(argnums, numbers, args)
-        args = args._replace(frozen=FrozenLeaves(frozen).of(params))
-        scan = None
-        if self.executor == "scan":
-            scan = pipe._scan, args._replace(params=eval_shape(pipe.place, params))
-        remat = Remat.of(self.checkpoint)
-        return predict(pipe._as_placed(kept), scan, args, loss, numbers, remat, options, costs)
+        return predicted(self, args, loss, argnums, frozen, options)
 
     def record(self, f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Recording]:
         """Run `f(*args, **kwargs)`, a step that calls this pipe, and record its last call, as `fpipe.record` does.
@@ -497,6 +468,36 @@ class Pipe(Call):
 
     def _reference(self) -> Sequential:
         return Sequential(self.model, self.chunks)
+
+
+def predicted(
+    pipe: Pipe,
+    args: Args,
+    loss: Loss,
+    argnums: int | Sequence[int],
+    frozen: Frozen | None,
+    options: Options,
+    kept: Recent | None = None,
+    costs: LayerCosts | None = None,
+) -> Prediction:
+    """`Pipe.plan` of checked options.
+
+    Arguments:
+        kept: traces of other pipes of the same layers, for this one and from it.
+        costs: of the layers, if they are known.
+    """
+    # The programs are those of the model alone.
+    pipe = pipe if pipe._detector is None else dataclasses.replace(pipe, detect_anomaly=False)
+    params, state = pipe._shaped(args.params, args.state, args.x, args.side)
+    args = checked(pipe.model, args._replace(params=params, state=state))
+    numbers = as_argnums(argnums)
+    check_argnums(argnums, numbers, args)
+    args = args._replace(frozen=FrozenLeaves(frozen).of(params))
+    scan = None
+    if pipe.executor == "scan":
+        scan = pipe._scan, args._replace(params=eval_shape(pipe.place, params))
+    remat = Remat.of(pipe.checkpoint)
+    return predict(pipe._as_placed(kept), scan, args, loss, numbers, remat, options, costs)
 
 
 def _remade(fields: dict[str, Any]) -> Pipe:

@@ -13,7 +13,7 @@ from fpipe._call import Args
 from fpipe._costs import LayerCosts, layer_costs
 from fpipe._loss import Loss, Reduction, as_loss
 from fpipe._microbatch import cut_inputs
-from fpipe._pipe import Pipe
+from fpipe._pipe import Pipe, predicted
 from fpipe._prediction import Options, Prediction, mean_square, quantity, size, table
 from fpipe._recent import Recent
 from fpipe._scan import Packed, stage_devices
@@ -302,7 +302,7 @@ def _candidate(
     label = (_name(schedule), _name(checkpoint))
     try:
         pipe = make(schedule, checkpoint, chunks)
-        own = pipe.predicted(args, loss, 0, None, wanted, make.kept, make.costs(checkpoint, chunks))
+        own = predicted(pipe, args, loss, 0, None, wanted, make.kept, make.costs(checkpoint, chunks))
     except ValueError as error:  # too few layers, a batch that cannot be cut so, no cut that fits
         return Candidate(*label, chunks, refused=str(error).splitlines()[0])
     worst = max((d for d in own.devices if d.missing), key=lambda d: d.missing, default=None)

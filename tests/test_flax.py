@@ -749,6 +749,18 @@ def test_an_nnx_optimizer_over_the_parameters_of_a_pipe(executor):
     assert {a.sharding for a in kept} == trained
 
 
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_an_nnx_optimizer_where_nothing_is_trained(executor):
+    scale = fpipe.Layer(lambda n, x: x * n.astype(x.dtype), init=lambda key, x: jnp.int32(2), name="scale")
+    pipe = fpipe.Pipe([scale, fpipe.fn(jnp.tanh)], chunks=CHUNKS, executor=executor)
+    model = fpipe.flax.Parameters(pipe.init(KEY, X))
+    optimizer = nnx.Optimizer(model, model.transformation(fpipe.optim.per_stage(optax.adam(0.1))), wrt=nnx.Param)
+    _, grads = pipe.value_and_grad(mse)(model.params, X, TARGET)
+    optimizer.update(model, model.gradients(grads))
+    assert_same(pipe.gather(model.params), (jnp.int32(2), ()), 0)
+
+
 def test_gradients_of_another_model_for_an_nnx_optimizer():
     model = fpipe.flax.Parameters(({"kernel": jnp.ones((2, 2))}, ()))
     message = (

@@ -65,7 +65,7 @@ class Parameters(nnx.Module):
                 "give it what `pipe.value_and_grad` returns for `model.params`"
             )
         arrays = zip(paths, pack(grads)[0], strict=True)
-        return nnx.State({"_arrays": {path: nnx.Param(a) for path, a in arrays if self._trained(path)}})
+        return _state({path: nnx.Param(a) for path, a in arrays if self._trained(path)})
 
     def transformation(self, tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
         """An optax transformation that sees the parameters as the pipe has them, for `nnx.Optimizer(model, …, wrt=nnx.Param)`.
@@ -78,7 +78,7 @@ class Parameters(nnx.Module):
         names, spec = _paths(like), pack(like)[1]
 
         def whole(seen: Any, others: Callable[[str], Any]) -> PyTree:
-            given = {path: nnx.as_pure(a) for path, a in seen["_arrays"].items()}
+            given = {path: nnx.as_pure(a) for path, a in _arrays(seen).items()}
             return self._spec.unpack([given[path] if self._trained(path) else others(path) for path in self._paths])
 
         def tree(params: Any) -> PyTree:
@@ -95,12 +95,25 @@ class Parameters(nnx.Module):
             old = spec.unpack([state[name] for name in names])
             made, new = tx.update(grads, old, None if params is None else tree(params), **extra)
             by_path = dict(zip(self._paths, pack(made)[0], strict=True))
-            return nnx.State({"_arrays": {path: by_path[path] for path in updates["_arrays"]}}), flat(new)
+            return _state({path: by_path[path] for path in _arrays(updates)}), flat(new)
 
         return optax.GradientTransformationExtraArgs(init, update)
 
     def _trained(self, path: str) -> bool:
         return isinstance(self._arrays[path], nnx.Param)
+
+
+# A state of NNX has no names for what is empty.
+
+
+def _state(arrays: dict[str, Any]) -> nnx.State:
+    """What is trained, as the state of the module."""
+    return nnx.State({"_arrays": arrays} if arrays else {})
+
+
+def _arrays(state: Any) -> Any:
+    """The inverse."""
+    return state.get("_arrays", {})
 
 
 def _paths(tree: PyTree) -> tuple[str, ...]:
