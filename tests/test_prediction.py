@@ -280,6 +280,17 @@ def test_an_uneven_cut_is_told_with_a_better_one():
     assert any("no other balance is better" in text for text in large.warnings)
 
 
+def test_a_balance_is_better_if_it_recomputes_less():
+    """The last stage recomputes nothing, so it is the place for the dearest layer."""
+    wide = fpipe.Layer(lambda p, x: jnp.tanh(x @ p) @ p.T, lambda key, x: jnp.ones((WIDTH, 400)), name="wide")
+    layers = [dense(), dense(), wide, dense()]
+    told = fpipe.Pipe(layers, [1, 2, 1], chunks=8).plan(None, X).warnings
+    assert any("balance=[1, 1, 2] makes the dearest" in text for text in told), told
+    better = fpipe.Pipe(layers, [1, 1, 2], chunks=8).plan(None, X)
+    assert any("no other balance is better" in text for text in better.warnings)
+    assert better.step < 0.9 * fpipe.Pipe(layers, [1, 2, 1], chunks=8).plan(None, X).step
+
+
 def test_few_microbatches_are_told_with_how_many_would_do():
     layers = [dense()] * 4
     few = fpipe.Pipe(layers, chunks=2).plan(None, X).warnings

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fpipe._balancing import balanced
+from fpipe._balancing._tables import Tables
 from fpipe._call import Args
 from fpipe._costs import LayerCosts, costs_of
 from fpipe._costs._flops import count
@@ -317,12 +318,13 @@ def _best(
     """The best balance by FLOPs, and what is left of the dearest stage's work with it, as a share."""
     speeds, places = options.speed, placed.stage_to_device
     cut = balanced(costs, placed.scheduling, len(stages), 1 + max(places), speeds=speeds)
-    each = [a + b for a, b in zip(costs.forward, costs.backward, strict=True)]
+    # What is recomputed depends on the stage, so both are measured by what the balance was found by.
+    tables = Tables(costs, tuple(places), placed.scheduling, options.optimizer)
+    work = [tables.work(s) / (speeds[d] if speeds else 1.0) for s, d in enumerate(places)]
 
     def dearest(balance: Sequence[int]) -> float:
-        ends = list(itertools.accumulate(balance))
-        sums = [sum(each[end - n : end]) for n, end in zip(balance, ends, strict=True)]
-        return max(v / (speeds[places[s]] if speeds else 1.0) for s, v in enumerate(sums))
+        ends = itertools.accumulate(balance)
+        return max(float(work[s][end - n, end]) for s, (n, end) in enumerate(zip(balance, ends, strict=True)))
 
     now = dearest([len(row.layers) for row in stages])
     return cut, dearest(cut) / now if now else 1.0
