@@ -254,10 +254,19 @@ def check_params(model: Model, params: Any, call: str) -> None:
         raise ValueError(f"{call}: a tuple with one entry per layer is needed, {count} in all, got {entries(params)}")
 
 
+def check_key(key: Any) -> None:
+    """A key is a key: not a seed, and not the batch."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is None:
+        raise TypeError(f"`key={key!r}`: a PRNG key is needed; write `jax.random.key({key!r})`")
+    if not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or jnp.issubdtype(dtype, jnp.unsignedinteger)):
+        raise TypeError(f"`key={describe(key)}`: a PRNG key is needed, such as `jax.random.key(0)`")
+
+
 def checked(model: Model, args: Args) -> Args:
     """State has one entry per layer, and is there if it is needed, and only where; a key is a key."""
-    if args.key is not None and not hasattr(args.key, "dtype"):
-        raise TypeError(f"`key={args.key!r}`: a PRNG key is needed; write `jax.random.key({args.key!r})`")
+    if args.key is not None:
+        check_key(args.key)
     count = len(model.layers)
     if args.state is None:
         if model.stateful:

@@ -215,6 +215,11 @@ def signature_needs(f: Callable[..., Any], name: str, given: tuple[str, ...] = (
         return ()
     head = ", ".join(given)
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if [p.name for p in positional[:2]] == ["key", "x"] and len(given) == 2:
+        raise TypeError(
+            f"layer {name!r}: `{name}(key, x)` looks like an init: a layer is called as `f({head})`, and its init is the "
+            "second argument, `fpipe.Layer(f, init)`"
+        )
     for p in positional:
         if p.name in NEEDS:
             raise TypeError(

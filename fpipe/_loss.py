@@ -1,11 +1,13 @@
 """The loss of one microbatch, checked."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fpipe._errors import noting
 from fpipe._tree import PyTree, describe, is_inexact, numbers_as_arrays
@@ -27,7 +29,11 @@ class Loss:
         """`(loss, weight, aux)` of one microbatch."""
         with noting(f"in loss_fn{where}"):
             targets, scale = (targets[:-1], targets[-1]) if self.scaled else (targets, None)
-            result, aux = self.fn(y, *targets), None
+            try:
+                result, aux = self.fn(y, *targets), None
+            except TypeError as error:
+                _check_signature(self.fn, y, targets, error)
+                raise
             if self.has_aux:
                 if not isinstance(result, tuple) or len(result) != 2:
                     raise TypeError(f"`loss_fn` with has_aux=True returns `(loss, aux)`, got {describe(result)}")
@@ -49,6 +55,11 @@ def as_loss(call: str, fn: Any, has_aux: bool, reduction: Any) -> Loss:
     """A checked `Loss`."""
     if not callable(fn):
         raise TypeError(f"`{call}(loss_fn)`: {fn!r} is not callable; write `pipe.{call}(loss_fn)(params, x, *targets)`")
+    if not isinstance(has_aux, (bool, np.bool_)):
+        raise TypeError(
+            f"`{call}(loss_fn, has_aux)`: has_aux is a bool, got a {type(has_aux).__name__}; parameters and inputs go to the "
+            f"function that comes back: `pipe.{call}(loss_fn)(params, x, *targets)`"
+        )
     if reduction not in get_args(Reduction):
         raise ValueError(f'`{call}(reduction={reduction!r})`: it is "mean", "sum" or "weighted"')
     try:
@@ -71,6 +82,22 @@ def wide(value: Any) -> Any:
 def divided(total: Any, weight: Any) -> Any:
     """A sum over a total weight, in the sum's dtype."""
     return total / weight.astype(total.dtype)
+
+
+def _check_signature(fn: Any, y: PyTree, targets: Sequence[PyTree], error: TypeError) -> None:
+    """Say how a loss is called, if it cannot be called so."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return
+    try:
+        signature.bind(y, *targets)
+    except TypeError:
+        count = len(targets)
+        raise TypeError(
+            f"`loss_fn` is called as `loss_fn(y, *targets)`, where y is the output of the last layer, here with {count} "
+            f"target{'' if count == 1 else 's'}: {error}"
+        ) from None
 
 
 def _scalar(value: Any, what: str) -> jax.Array:

@@ -19,6 +19,7 @@ from fpipe._call import (
     as_compute_dtype,
     check_argnums,
     check_chunks,
+    check_key,
     check_params,
     checked,
     scaled,
@@ -213,7 +214,9 @@ class Pipe(Call):
 
         Raises:
             ValueError: a layer without `init`, or one that borrows from a later layer.
+            TypeError: no key.
         """
+        check_key(key)
         return self.place(self.model.init(key, *first_microbatch(x, side, self.chunks), self._executor.make))
 
     def init_state(
@@ -240,7 +243,13 @@ class Pipe(Call):
 
         Raises:
             ValueError: not one entry per layer.
+            TypeError: an `fpipe.Packed`.
         """
+        if isinstance(params, Packed):
+            raise TypeError(
+                "`place(params)`: these are packed already; for another pipe write `pipe.place(other.gather(params))`, where "
+                "`other` is the one that packed them"
+            )
         check_params(self.model, params, "`place(params)`")
         # A weak type would come back strong from the first update, and be compiled for again.
         return self._executor.place(tuple(map_arrays(strong, numbers_as_arrays(p)) for p in params))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from fpipe._anomaly import Detector
 from fpipe._batch_norm import deferred
-from fpipe._call import OF_X, Args, Call, Result, as_compute_dtype, check_chunks
+from fpipe._call import OF_X, Args, Call, Result, as_compute_dtype, check_chunks, check_key
 from fpipe._loss import Loss, divided, sum_dtype, wide
 from fpipe._microbatch import Cut, check_alike, cut_inputs, first_microbatch, join
 from fpipe._model import Model
@@ -61,6 +61,7 @@ class Sequential(Call):
 
     def init(self, key: Any, x: PyTree, side: PyTree = None) -> tuple[PyTree, ...]:
         """Parameters of every layer; see `Pipe.init`."""
+        check_key(key)
         return self.model.init(key, *first_microbatch(x, side, self.chunks), lambda _, make, key: make(key))
 
     def init_state(

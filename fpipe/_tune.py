@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from fpipe._balancing import balance
-from fpipe._call import Args
+from fpipe._call import Args, Call
 from fpipe._costs import LayerCosts, layer_costs
 from fpipe._loss import Loss, Reduction, as_loss
 from fpipe._microbatch import cut_inputs
@@ -181,6 +181,9 @@ def tune(
     mesh = options.get("mesh")
     if mesh is not None:
         devices = stage_devices(mesh, devices)
+    for name, value in (("chunks", chunks), ("schedules", schedules), ("checkpoints", checkpoints)):
+        if isinstance(value, str) or not isinstance(value, Iterable | None):
+            raise TypeError(f"`fpipe.tune({name}={value!r})`: a list of what to try, such as [{value!r}]")
     places = jax.devices() if devices is None else list(devices)
     wrong = [name for name in ("balance", "sample") if name in options]
     if wrong:
@@ -274,8 +277,9 @@ class _Factory:
     kept = None
 
     def __init__(self, f: Any, options: dict[str, Any]) -> None:
-        if not callable(f):
-            raise TypeError(f"`fpipe.tune(layers, x)`: layers, or a function that makes a Pipe, got {f!r}")
+        if isinstance(f, Call) or not callable(f):
+            got = "a Pipe: give its `layers`" if isinstance(f, Call) else repr(f)
+            raise TypeError(f"`fpipe.tune(layers, x)`: layers, or a function that makes a Pipe, got {got}")
         if options:
             raise TypeError(f"`fpipe.tune(f, x)`: the function makes the pipe, so {sorted(options)} belong into it")
         named = inspect.signature(f).parameters.values()

@@ -10,7 +10,7 @@ import pytest
 
 import fpipe
 from fpipe._placed import observing
-from tests.helpers import WIDTH, Case, assert_same, dense, models, mse, noise, sided
+from tests.helpers import WIDTH, Case, assert_same, dense, models, mse, noise, raises, sided
 
 DEVICES = jax.devices()
 LAYERS = [dense(), dense()]
@@ -353,6 +353,29 @@ def test_a_loss_of_the_wrong_kind_is_refused(name, call):
     assert notes(caught.value) == ["fpipe: in loss_fn, stage 1, microbatch 0"]
 
 
+@pytest.mark.parametrize("call", ["value_and_grad", "evaluate"])
+def test_a_loss_with_other_parameters_is_told_how_it_is_called(call):
+    """One that is written as for `jax.grad`, a target that is left out; an error inside of it stays as it is."""
+    pipe, placed, _, _ = with_params()
+    head = "`loss_fn` is called as `loss_fn(y, *targets)`, where y is the output of the last layer, here with "
+
+    def as_for_grad(params, x, target):
+        return mse(x, target)
+
+    def inside(y, target):
+        return mse(y)
+
+    run = getattr(pipe, call)
+    for fn, targets, text in ((as_for_grad, [TARGET], "1 target: "), (mse, [], "0 targets: ")):
+        with pytest.raises(TypeError) as caught:
+            run(fn)(placed, X, *targets)
+        assert str(caught.value).startswith(head + text)
+        assert "missing 1 required positional argument" in str(caught.value)
+        assert notes(caught.value) == ["fpipe: in loss_fn, stage 1, microbatch 0"]
+    with pytest.raises(TypeError, match=r"^mse\(\) missing 1 required"):
+        run(inside)(placed, X, TARGET)
+
+
 class Unhashable:
     __hash__ = None  # type: ignore[assignment]
 
@@ -377,6 +400,12 @@ def test_a_loss_that_is_no_function_and_an_unknown_reduction_are_refused_at_once
     assert str(caught.value) == (
         f"`{call}(loss_fn)`: Unhashable() must be hashable: compiled programs are kept for each"
     )
+    with raises(
+        TypeError,
+        f"`{call}(loss_fn, has_aux)`: has_aux is a bool, got a tuple; parameters and inputs go to the function that comes "
+        f"back: `pipe.{call}(loss_fn)(params, x, *targets)`",
+    ):
+        run(mse, (), X)
     for reduction in ("max", None, ["mean"]):
         with pytest.raises(ValueError, match="reduction") as caught:
             run(mse, reduction=reduction)
@@ -754,6 +783,17 @@ def test_a_key_that_is_none_is_refused(key, call):
     with pytest.raises(TypeError) as caught:
         CALLS[call](pipe, placed, key=key)
     assert f"`key={key!r}`: a PRNG key is needed" in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [fresh, lambda: REFERENCE], ids=["pipe", "sequential"])
+def test_parameters_are_made_with_a_key(make):
+    with raises(TypeError, "`key=0`: a PRNG key is needed; write `jax.random.key(0)`"):
+        make().init(0, X)
+    with raises(
+        TypeError, f"`key=float32[{X.shape[0]},{X.shape[1]}]`: a PRNG key is needed, such as `jax.random.key(0)`"
+    ):
+        make().init(X, jax.random.key(0))
+    assert_same(make().init(jax.random.PRNGKey(0), X), make().init(jax.random.PRNGKey(0), np.asarray(X)))
 
 
 # --- what is refused, and what it points to ---

@@ -245,6 +245,11 @@ def test_two_inputs_and_two_outputs(kind, executor):
     assert_same(got, jax.value_and_grad(plain)(params))
 
 
+def test_a_class_is_no_module():
+    with raises(TypeError, "`fpipe.flax.layers(model)`: got the class Dense; a module is made of it, `Dense(...)`"):
+        fpipe.flax.layers([nn.Dense, nn.relu])
+
+
 def test_in_a_sequential_tuples_and_dicts_are_arguments_as_in_flax():
     class Named(nn.Module):
         @nn.compact

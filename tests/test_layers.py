@@ -267,6 +267,11 @@ REFUSED = {
         "layer 'positional': the need 'key' is a positional parameter; make it keyword-only, after a bare `*`: "
         "`def positional(params, x, *, key)`",
     ),
+    "an init as layer": (
+        lambda: fpipe.Layer(lambda key, x: x, plain, "dense"),
+        "layer 'dense': `dense(key, x)` looks like an init: a layer is called as `f(params, x)`, and its init is the second "
+        "argument, `fpipe.Layer(f, init)`",
+    ),
     "an unknown keyword": (
         lambda: fpipe.Layer(unknown),
         f"layer 'unknown': the keyword-only parameter 'rng' has no default and is no need; {HEAD}. "

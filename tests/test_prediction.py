@@ -371,6 +371,11 @@ def test_wrong_arguments():
         pipe.plan(None, X, memory=-1)
     with raises(ValueError, "`pipe.plan(optimizer=-1)`: a number, 0 or more"):
         pipe.plan(None, X, optimizer=-1)
+    text = 'seconds cannot be weighed against FLOPs: give `speed=` too, in FLOP/s, or by="time"'
+    with raises(ValueError, f"`pipe.plan(latency=..., bandwidth=...)`: {text}"):
+        pipe.plan(None, X, bandwidth=1e9)
+    with raises(ValueError, f"`pipe.plan(latency=..., bandwidth=...)`: {text}"):
+        pipe.plan(None, X, latency=1e-6)
     with raises(ValueError, "`pipe.plan(bandwidth=0)`: bytes per second, more than 0"):
         pipe.plan(None, X, bandwidth=0)
     with raises(TypeError, "`pipe.plan(params, x, *targets)`: targets belong to a loss: give `loss_fn=` too"):

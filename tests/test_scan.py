@@ -344,6 +344,16 @@ def test_each_device_holds_its_own_stages_and_equal_ones_have_no_padding():
             np.testing.assert_array_equal(shard.data[0], params[d][name])
 
 
+def test_what_is_packed_is_not_placed_again():
+    params = fpipe.sequential([dense()] * 4).init(jax.random.key(0), jnp.ones((2, WIDTH)))
+    packed = pipe_of([dense()] * 4).place(params)
+    for other in (pipe_of([dense()] * 4, (2, 2)), fpipe.Pipe([dense()] * 4)):
+        with pytest.raises(
+            TypeError, match=r"packed already; for another pipe write `pipe.place\(other.gather\(params\)\)`"
+        ):
+            other.place(packed)
+
+
 def test_ends_share_an_array_and_padding_is_reported():
     # An embedding of 40 rows before the blocks and a head of 12 columns behind them: 160 and 48 numbers share a row.
     embed, head = fpipe.Layer(lambda p, x: p[x], name="embed"), fpipe.Layer(lambda p, x: x @ p, name="head")
@@ -549,7 +559,9 @@ def test_a_batch_that_does_not_divide():
 def test_meshes_that_do_not_fit():
     layers, auto = [dense()] * 4, (AxisType.Auto,)
     other = jax.make_mesh((4,), ("data",), axis_types=auto)
-    with pytest.raises(ValueError, match="none is called 'stage'; make one with"):
+    with pytest.raises(
+        ValueError, match=r"none is called 'stage'; make one with `jax.make_mesh\(\(4,\), \('stage',\), "
+    ):
         fpipe.Pipe(layers, executor="scan", mesh=other)
     with pytest.raises(
         ValueError, match=r"has 4 places on its axis 'stage', but the schedule puts 2 stages on 2 devices"

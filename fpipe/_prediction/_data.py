@@ -174,7 +174,8 @@ class Prediction:
         # A place may have several devices, and a device several places.
         ideal = sum(row.total for row in self.stages) * self.microbatches / len(self.schedule.actions)
         return (
-            f"{len(self.stages)} stages on {len(self.devices)} devices, {self.microbatches} microbatches, {self.schedule.name}, "
+            f"{_count(self.stages, 'stage')} on {_count(self.devices, 'device')}, "
+            f"{self.microbatches} microbatch{'' if self.microbatches == 1 else 'es'}, {self.schedule.name}, "
             f'checkpoint "{self.checkpoint}", executor "{self.executor}"\n'
             f"step {quantity(self.step, self.unit)}, {self.step / ideal if ideal else 1:.2f} times an even share of the work; "
             f"bubble {self.bubble:.1%}; peak {size(self.peak)}"
@@ -233,6 +234,10 @@ class Prediction:
 
     def _advice(self) -> str:
         return "\n".join(f"- {text}" for text in self.warnings)
+
+
+def _count(rows: tuple[Any, ...], what: str) -> str:
+    return f"{len(rows)} {what}{'' if len(rows) == 1 else 's'}"
 
 
 def _span(row: StageRow, most: int = 36) -> str:

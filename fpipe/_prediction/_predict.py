@@ -72,7 +72,13 @@ class Options:
         width = given["bandwidth"]
         if width is not None and not (_is_number(width) and width > 0):
             raise ValueError(f"`{call}(bandwidth={width!r})`: bytes per second, more than 0")
-        return cls(**given)
+        options = cls(**given)
+        if options.unit == "FLOP" and (options.latency or options.bandwidth is not None):
+            raise ValueError(
+                f"`{call}(latency=..., bandwidth=...)`: seconds cannot be weighed against FLOPs: give `speed=` too, in FLOP/s, "
+                'or by="time"'
+            )
+        return options
 
     @property
     def unit(self) -> str:

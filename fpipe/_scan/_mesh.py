@@ -29,7 +29,7 @@ def stage_devices(mesh: Any, devices: Any) -> list[Any]:
     if AXIS not in mesh.axis_names:
         raise ValueError(
             f"`Pipe(mesh=...)`: the mesh has the axes {mesh.axis_names}, and none is called {AXIS!r}; make one with "
-            f"`jax.make_mesh({tuple(mesh.shape.values())}, (..., {AXIS!r}), {auto})`"
+            f"`jax.make_mesh({tuple(mesh.shape.values())}, {(*mesh.axis_names[:-1], AXIS)}, {auto})`"
         )
     wrong = [n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit]
     if wrong:

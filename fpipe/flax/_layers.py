@@ -142,6 +142,11 @@ def layers(model: Any, x: PyTree = None, *, train: str | bool | None = None) -> 
             "for one module use `fpipe.flax.layer(module)`"
         )
     modules = list(model.layers) if chained else list(_flat(model))
+    for module in modules:
+        if isinstance(module, type) and issubclass(module, nn.Module):
+            raise TypeError(
+                f"`fpipe.flax.layers(model)`: got the class {module.__name__}; a module is made of it, `{module.__name__}(...)`"
+            )
     _check_shared(modules)
     out: list[Layer] = []
     params: dict[str, PyTree] = {}
