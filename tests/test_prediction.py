@@ -320,6 +320,15 @@ def test_advice_asks_for_no_more_than_a_batch_and_a_schedule_allow():
     assert any("chunks=16 makes it" in text for text in warnings), warnings
 
 
+def test_devices_that_are_one_are_told():
+    layers, (one, two) = [dense()] * 4, jax.devices()[:2]
+    for devices, count in (([one] * 4, 1), ([one, two] * 2, 2)):
+        told = fpipe.Pipe(layers, [1] * 4, devices, chunks=16).plan(None, X).warnings
+        assert any(f"4 devices of the schedule are {count} in truth" in text for text in told), told
+    apart = fpipe.Pipe(layers, [1] * 4, chunks=16).plan(None, X).warnings
+    assert not any("in truth" in text for text in apart)
+
+
 def test_too_little_memory_is_told_with_what_is_missing():
     pipe = fpipe.Pipe([dense()] * 3, chunks=4)
     peak = pipe.plan(None, X).devices[1].peak

@@ -58,6 +58,15 @@ def ragged(shares: Sequence[float]) -> Iterator[str]:
         )
 
 
+def repeated(places: int, devices: int) -> Iterator[str]:
+    """A device under several names in the schedule, which knows nothing of that."""
+    if devices < places:
+        yield (
+            f"{places} devices of the schedule are {devices} in truth: the step and the bubble are predicted as if each were a "
+            "device of its own, so the step takes longer; memory is right"
+        )
+
+
 def short(devices: Sequence[DeviceRow]) -> Iterator[str]:
     """Devices that have less memory than they need."""
     for row in devices:

@@ -23,7 +23,7 @@ from fpipe._placed._compile import compile_plan, runs
 from fpipe._placed._memory import peaks
 from fpipe._placement import Placement
 from fpipe._plan import Inputs, Plan, Run
-from fpipe._prediction._advice import few, ragged, short, uneven
+from fpipe._prediction._advice import few, ragged, repeated, short, uneven
 from fpipe._prediction._data import Crossing, DeviceRow, Prediction, StageRow
 from fpipe._remat import Remat
 from fpipe._scan import Scan
@@ -124,6 +124,7 @@ def predict(
         *uneven(stages, lambda: _best(placed, layers, stages, options)),
         *few(stages, timeline, inputs.cut.m, _more(placed, inputs, costs)),
         *ragged(inputs.cut.shares),
+        *repeated(1 + max(places), len(devices)),
         *short(devices),
     ]
     return Prediction(
