@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fpipe
+import fpipe.testing
 from tests.helpers import WIDTH, Case, add, assert_same, dense, dropout, keep, models, mse, noise, owner, raises
 
 
@@ -342,6 +343,16 @@ def test_each_device_holds_its_own_stages_and_equal_ones_have_no_padding():
         for shard in array.addressable_shards:
             d = jax.devices().index(shard.device)
             np.testing.assert_array_equal(shard.data[0], params[d][name])
+
+
+def test_one_layer_in_all_stages():
+    """Equal stages share their traces; the output is the last one's all the same."""
+    pipe, x = fpipe.Pipe([dense()] * 3, chunks=2, executor="scan"), jnp.linspace(-1, 1, 4 * WIDTH).reshape(4, WIDTH)
+    fpipe.testing.assert_equals_sequential(pipe, x)
+    params = pipe.init(jax.random.key(0), x)
+    got = jax.grad(lambda p: jnp.sum(pipe(p, x) ** 2))(params)
+    plain = fpipe.sequential(pipe.layers, chunks=2)
+    assert_same(pipe.gather(got), jax.grad(lambda p: jnp.sum(plain(p, x) ** 2))(pipe.gather(params)))
 
 
 def test_what_is_packed_is_not_placed_again():

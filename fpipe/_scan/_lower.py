@@ -286,6 +286,8 @@ class _Lowering:
     def _results(self, u: int, i: int, kind: str, program: Program, value_of: Callable[[Ref], int]) -> Iterable[Target]:
         """What goes to the user, and what is summed."""
         flat, d = self.values.programs.flat(u, i), self.values.units.device[u]
+        # Equal stages share one trace, which knows the place of the first of them alone.
+        last = self.values.units.stages[u].last
 
         def output(name: Any, aval: jax.ShapeDtypeStruct) -> Any:
             self.outputs.setdefault(name, (aval, set()))[1].add(d)
@@ -295,7 +297,7 @@ class _Lowering:
             for port, shape in flat.out.items():
                 for k, aval in enumerate(shape.leaves):
                     leaf = Leaf(port, k)
-                    if port.kind in ("loss", "weight", "aux") or (port == Y and flat.stage.last):
+                    if port.kind in ("loss", "weight", "aux") or (port == Y and last):
                         yield Write(output(leaf, aval), value_of(Ref("out", leaf)))
                     elif port.kind == "state":
                         assert self.state is not None
