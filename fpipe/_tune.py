@@ -184,6 +184,12 @@ def tune(
     for name, value in (("chunks", chunks), ("schedules", schedules), ("checkpoints", checkpoints)):
         if isinstance(value, str) or not isinstance(value, Iterable | None):
             raise TypeError(f"`fpipe.tune({name}={value!r})`: a list of what to try, such as [{value!r}]")
+    chosen = sorted({"balance", "schedule", "checkpoint", "sample"} & set(options))
+    if chosen:
+        raise TypeError(
+            f"`fpipe.tune(..., {chosen[0]}=...)`: tune chooses it; what it may choose from are `schedules=`, `checkpoints=` and "
+            "`chunks=`, and a function in place of layers makes pipes as it likes"
+        )
     places = jax.devices() if devices is None else list(devices)
     wrong = [name for name in ("balance", "sample") if name in options]
     if wrong:

@@ -246,6 +246,13 @@ def test_measured_work_has_the_order_of_the_stages():
     assert plan.stages[1].work["F"] >= 0.02
 
 
+def test_what_is_drawn_of_a_plan_is_its_timeline():
+    plan = fpipe.Pipe([dense()] * 2, chunks=2).plan(None, X)
+    with raises(TypeError, "`draw`: a Schedule or a Timeline can be drawn, not a Prediction: draw its `timeline`"):
+        fpipe.schedules.draw(plan)  # type: ignore[arg-type]
+    assert fpipe.schedules.draw(plan.timeline)
+
+
 def test_json_has_all_that_is_shown():
     plan = fpipe.Pipe(skips(), [2, 2, 3], chunks=4).plan(None, X, memory=1e9)
     data = json.loads(plan.to_json())

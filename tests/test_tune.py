@@ -115,6 +115,8 @@ def test_wrong_arguments():
         fpipe.tune(LAYERS, X, chunks=4)  # type: ignore[arg-type]
     with raises(TypeError, "`fpipe.tune(schedules='1f1b')`: a list of what to try, such as ['1f1b']"):
         fpipe.tune(LAYERS, X, schedules="1f1b")
+    with pytest.raises(TypeError, match=r"^`fpipe.tune\(..., schedule=...\)`: tune chooses it; .* are `schedules=`, "):
+        fpipe.tune(LAYERS, X, schedule="1f1b")
     with raises(TypeError, "`fpipe.tune(f, x)`: the function makes the pipe, so ['executor'] belong into it"):
         fpipe.tune(lambda: None, X, executor="scan")  # type: ignore[arg-type,return-value]
     with raises(TypeError, "`fpipe.tune(f, x)`: the function returned None, no fpipe.Pipe"):

@@ -115,7 +115,8 @@ def picture(what: Schedule | Timeline, call: str, over: Schedule | Timeline | No
 def _timeline(what: Schedule | Timeline, call: str) -> Timeline:
     timeline = simulate(what) if isinstance(what, Schedule) else what
     if not isinstance(timeline, Timeline):
-        raise TypeError(f"`{call}`: a Schedule or a Timeline can be drawn, not {what!r}")
+        got = f"a {type(what).__name__}: draw its `timeline`" if hasattr(what, "timeline") else repr(what)
+        raise TypeError(f"`{call}`: a Schedule or a Timeline can be drawn, not {got}")
     if not timeline.events:
         raise ValueError(f"`{call}`: the timeline {timeline.name!r} has no events")
     return timeline
