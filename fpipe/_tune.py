@@ -181,9 +181,6 @@ def tune(
     mesh = options.get("mesh")
     if mesh is not None:
         devices = stage_devices(mesh, devices)
-    for name, value in (("chunks", chunks), ("schedules", schedules), ("checkpoints", checkpoints)):
-        if isinstance(value, str) or not isinstance(value, Iterable | None):
-            raise TypeError(f"`fpipe.tune({name}={value!r})`: a list of what to try, such as [{value!r}]")
     chosen = sorted({"balance", "schedule", "checkpoint", "sample"} & set(options))
     if chosen:
         raise TypeError(
@@ -191,11 +188,6 @@ def tune(
             "`chunks=`, and a function in place of layers makes pipes as it likes"
         )
     places = jax.devices() if devices is None else list(devices)
-    wrong = [name for name in ("balance", "sample") if name in options]
-    if wrong:
-        raise TypeError(
-            f"`fpipe.tune({wrong[0]}=...)`: the balance of layers is found; a function that makes the pipe may choose its own"
-        )
     if isinstance(params, Packed):
         params = params.packing.whole
     given = {"by": by, "speed": speed, "latency": latency, "bandwidth": bandwidth, "optimizer": optimizer}

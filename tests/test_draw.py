@@ -378,3 +378,18 @@ def test_without_matplotlib(monkeypatch, tmp_path):
         fpipe.plot.save(SPLIT, tmp_path / "a.png")
     with pytest.raises(ImportError, match=r'pip install "fpipe\[plot\]"'):
         fpipe.plot.draw(SPLIT)
+
+
+def test_what_is_to_fit_is_whole_and_not_cut():
+    """Uneven stages are as long as their labels ask for otherwise."""
+    timeline = fpipe.schedules.simulate(
+        fpipe.schedules.one_f_one_b(devices=2, microbatches=12), fpipe.schedules.Costs(F=[1, 30], B=[2, 60])
+    )
+    cut, whole = (fpipe.schedules.draw(timeline, width=100, fit=fit).splitlines() for fit in (False, True))
+    assert any(line.endswith("…") for line in cut)
+    assert not any("…" in line for line in whole)
+    assert 95 < max(map(len, whole[:2])) <= 100
+    # The last backward of the first device stands at the very end.
+    assert whole[0].rstrip()[-1] in "B-"
+    short = fpipe.schedules.gpipe(devices=2, microbatches=2)
+    assert fpipe.schedules.draw(short, fit=True) == fpipe.schedules.draw(short)

@@ -103,20 +103,9 @@ def test_wrong_arguments():
     with raises(TypeError, "`fpipe.tune(layers, x)`: layers, or a function that makes a Pipe, got 3"):
         fpipe.tune(3, X)  # type: ignore[arg-type]
     with raises(
-        TypeError,
-        "`fpipe.tune(balance=...)`: the balance of layers is found; a function that makes the pipe may choose its own",
-    ):
-        fpipe.tune(LAYERS, X, balance=[3, 3])
-    with raises(
         TypeError, "`fpipe.tune(layers, x)`: layers, or a function that makes a Pipe, got a Pipe: give its `layers`"
     ):
         fpipe.tune(fpipe.Pipe(LAYERS), X)  # type: ignore[arg-type]
-    with raises(TypeError, "`fpipe.tune(chunks=4)`: a list of what to try, such as [4]"):
-        fpipe.tune(LAYERS, X, chunks=4)  # type: ignore[arg-type]
-    with raises(TypeError, "`fpipe.tune(schedules='1f1b')`: a list of what to try, such as ['1f1b']"):
-        fpipe.tune(LAYERS, X, schedules="1f1b")
-    with pytest.raises(TypeError, match=r"^`fpipe.tune\(..., schedule=...\)`: tune chooses it; .* are `schedules=`, "):
-        fpipe.tune(LAYERS, X, schedule="1f1b")
     with raises(TypeError, "`fpipe.tune(f, x)`: the function makes the pipe, so ['executor'] belong into it"):
         fpipe.tune(lambda: None, X, executor="scan")  # type: ignore[arg-type,return-value]
     with raises(TypeError, "`fpipe.tune(f, x)`: the function returned None, no fpipe.Pipe"):

@@ -166,7 +166,8 @@ class Prediction:
     def __str__(self) -> str:
         scale, unit = scaled(self.step, self.unit)
         events = tuple(e._replace(start=e.start / scale, end=e.end / scale) for e in self.timeline.events)
-        picture = draw(dataclasses.replace(self.timeline, events=events, name=f"{self.timeline.name}, in {unit}"))
+        timeline = dataclasses.replace(self.timeline, events=events, name=f"{self.timeline.name}, in {unit}")
+        picture = draw(timeline, fit=True)
         parts = [self._head(), self._stages(), self._memory(), picture]
         return "\n\n".join([*parts, *([self._advice()] if self.warnings else [])])
 

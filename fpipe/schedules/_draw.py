@@ -20,6 +20,7 @@ def draw(
     width: int = 120,
     colour: bool | None = False,
     over: Schedule | Timeline | None = None,
+    fit: bool = False,
 ) -> str:
     """Draw a schedule, or a timeline, for a terminal.
 
@@ -34,6 +35,7 @@ def draw(
             the variable `NO_COLOR` is not set.
         over: another schedule or timeline, such as the simulated one of what was recorded. Each device has a second line
             for it, in which a unit of time is as long as makes the work of both the same.
+        fit: whether all of it is to fit into the width, with smaller boxes, rather than be cut.
 
     Raises:
         TypeError: neither a `Schedule` nor a `Timeline`.
@@ -53,7 +55,9 @@ def draw(
     head = len(f"device {shown.devices - 1} ")
     layers = [shown.boxes, *([] if over is None else [shown.beneath])]
     labels = [[f"{b.stage if shown.chunks > 1 else ''}{b.kind}{b.microbatch}" for b in boxes] for boxes in layers]
-    scale = _scale(shown.span, layers, labels, width - head)
+    room = width - head
+    scale = _scale(shown.span, layers, labels, room)
+    scale = min(scale, (room - 1) / shown.span) if fit and shown.span else scale  # a box has a column at least
     lines = [
         title.ljust(head)
         for d in range(shown.devices)
