@@ -41,7 +41,7 @@ from fpipe._scan import Packed, Scan, as_mesh, stage_devices
 from fpipe._scheduling import Scheduling
 from fpipe._sequential import Sequential
 from fpipe._stage import cut_stages
-from fpipe._tree import PyTree, eval_shape, map_arrays, numbers_as_arrays, shapes_of, strong
+from fpipe._tree import PyTree, Tracer, eval_shape, map_arrays, numbers_as_arrays, shapes_of, strong
 from fpipe.schedules import Recording, Schedule
 
 
@@ -382,6 +382,9 @@ class Pipe(Call):
         Returns:
             A `fpipe.Prediction`.
 
+        Raises:
+            TypeError, ValueError: an argument is wrong, as for the call; or it is inside `jax.jit`.
+
         Example:
             >>> dense = fpipe.Layer(lambda w, x: jnp.tanh(x @ w), init=lambda key, x: jnp.eye(3))
             >>> pipe = fpipe.Pipe([dense, dense], devices=[jax.devices()[0]] * 2, chunks=4)
@@ -495,6 +498,11 @@ def predicted(
         kept: traces of other pipes of the same layers, for this one and from it.
         costs: of the layers, if they are known.
     """
+    if isinstance(jax.device_put(np.int32(0)), Tracer):
+        raise TypeError(
+            "`pipe.plan(...)` was called inside `jax.jit` (or another tracing transformation): programs traced there would not "
+            "be those of a call; plan outside of it, shapes (`jax.eval_shape`, `jax.ShapeDtypeStruct`) will do"
+        )
     # The programs are those of the model alone.
     pipe = pipe if pipe._detector is None else dataclasses.replace(pipe, detect_anomaly=False)
     params, state = pipe._shaped(args.params, args.state, args.x, args.side)

@@ -377,6 +377,19 @@ def test_what_a_plan_has_traced_the_call_finds():
     assert len(traced) == first
 
 
+@pytest.mark.parametrize("executor", ["placed", "scan"])
+def test_a_plan_inside_jit(executor):
+    pipe = fpipe.Pipe([dense()] * 2, chunks=2, executor=executor)
+    message = (
+        "`pipe.plan(...)` was called inside `jax.jit` (or another tracing transformation): programs traced there would not "
+        "be those of a call; plan outside of it, shapes (`jax.eval_shape`, `jax.ShapeDtypeStruct`) will do"
+    )
+    with raises(TypeError, message):
+        jax.jit(lambda x: pipe.plan(None, x))(jnp.ones((ROWS, WIDTH)))
+    with raises(TypeError, message):
+        jax.jit(lambda x: pipe.plan(None, X) and x)(1)
+
+
 def test_wrong_arguments():
     pipe = fpipe.Pipe([dense()] * 2, chunks=2)
     with raises(ValueError, "`pipe.plan(by='flop')`: one of 'flops', 'time'"):
