@@ -91,7 +91,8 @@ def check(case, pipe, loss, tolerance=1e-5):
         def f(params, x, side):
             out = run(params, x, side=side, **needs)
             y, state = out if needs["state"] is not None else (out, None)
-            return mse(y, jnp.zeros_like(y)), (y, state)
+            # On one side of the outputs: gradients that cancel over the rows are little but rounding in bfloat16.
+            return mse(y, jnp.full_like(y, 3)), (y, state)
 
         return jax.value_and_grad(f, argnums=numbers, has_aux=True)
 

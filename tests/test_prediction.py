@@ -36,11 +36,14 @@ def skips():
 def held():
     """The bytes on each device, each buffer once."""
     found, seen = {}, set()
-    for a in jax.live_arrays():
-        if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key) and a.unsafe_buffer_pointer() not in seen:
-            seen.add(a.unsafe_buffer_pointer())
+    for array in jax.live_arrays():
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            continue
+        for a in (shard.data for shard in array.addressable_shards):  # other tests may have left sharded ones
             (device,) = a.devices()
-            found[device] = found.get(device, 0) + a.nbytes
+            if a.unsafe_buffer_pointer() not in seen:
+                seen.add(a.unsafe_buffer_pointer())
+                found[device] = found.get(device, 0) + a.nbytes
     return found
 
 
