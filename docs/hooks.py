@@ -1,4 +1,5 @@
-"""What `mkdocs build` does beside the ordinary: a public name without a place in the reference fails the build.
+"""What `mkdocs build` does beside the ordinary: a public name without a place in the
+reference fails the build.
 
 `missing()` reads sources and needs nothing but Python, so that the tests ask it too.
 """
@@ -11,8 +12,18 @@ from typing import Any
 ROOT = pathlib.Path(__file__).parent.parent
 API = ROOT / "docs" / "api.md"
 # The modules whose names are public.
-FACADES = ("fpipe", "fpipe.schedules", "fpipe.flax", "fpipe.optim", "fpipe.plot", "fpipe.testing")
-PROTOCOL = ("_", "tree_")  # methods that nobody calls by name: Python's, and those of a pytree
+FACADES = (
+    "fpipe",
+    "fpipe.schedules",
+    "fpipe.flax",
+    "fpipe.optim",
+    "fpipe.plot",
+    "fpipe.testing",
+)
+PROTOCOL = (
+    "_",
+    "tree_",
+)  # methods that nobody calls by name: Python's, and those of a pytree
 
 
 def source(module: str) -> list[ast.stmt]:
@@ -23,7 +34,9 @@ def source(module: str) -> list[ast.stmt]:
 
 
 def public(module: str) -> list[str]:
-    """The public names of a module: `import X as X`, and what it defines without an underscore."""
+    """The public names of a module: `import X as X`, and what it defines without an
+    underscore.
+    """
     names = []
     for node in source(module):
         match node:
@@ -31,7 +44,10 @@ def public(module: str) -> list[str]:
                 names += [alias.name for alias in aliases if alias.asname == alias.name]
             case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
                 names.append(name)
-            case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+            case (
+                ast.Assign(targets=[ast.Name(id=name)])
+                | ast.AnnAssign(target=ast.Name(id=name))
+            ):
                 names.append(name)
     return [name for name in names if not name.startswith("_")]
 
@@ -41,18 +57,33 @@ def described(module: str, name: str) -> bool:
     body = source(module)
     for n, node in enumerate(body):
         match node:
-            case ast.ImportFrom(module=str(home), names=aliases) if any(alias.asname == name for alias in aliases):
+            case ast.ImportFrom(module=str(home), names=aliases) if any(
+                alias.asname == name for alias in aliases
+            ):
                 return f"{home}.{name}" in FACADES or described(home, name)
             case ast.ImportFrom(module=str(home), names=aliases) if any(
                 alias.asname is None and alias.name == name for alias in aliases
             ):
                 return described(home, name)
-            case ast.FunctionDef(name=known) | ast.ClassDef(name=known) if known == name:
+            case ast.FunctionDef(name=known) | ast.ClassDef(name=known) if (
+                known == name
+            ):
                 inner = node.body if isinstance(node, ast.ClassDef) else []
-                methods = [m for m in inner if isinstance(m, ast.FunctionDef) and not m.name.startswith(PROTOCOL)]
+                methods = [
+                    m
+                    for m in inner
+                    if isinstance(m, ast.FunctionDef)
+                    and not m.name.startswith(PROTOCOL)
+                ]
                 return all(map(ast.get_docstring, [node, *methods]))
-            case ast.Assign(targets=[ast.Name(id=known)]) | ast.AnnAssign(target=ast.Name(id=known)) if known == name:
-                return isinstance(getattr(next(iter(body[n + 1 :]), None), "value", None), ast.Constant)
+            case (
+                ast.Assign(targets=[ast.Name(id=known)])
+                | ast.AnnAssign(target=ast.Name(id=known))
+            ) if known == name:
+                return isinstance(
+                    getattr(next(iter(body[n + 1 :]), None), "value", None),
+                    ast.Constant,
+                )
     return False
 
 
@@ -62,27 +93,49 @@ def listed(page: str) -> list[str]:
 
 
 def missing(page: str | None = None) -> list[str]:
-    """What is wrong with the reference: names that it lacks, that are not public, or that say nothing of themselves."""
+    """What is wrong with the reference: names that it lacks, that are not public, or
+    that say nothing of themselves.
+    """
     shown = listed(API.read_text(encoding="utf-8") if page is None else page)
     names = [f"{module}.{name}" for module in FACADES for name in public(module)]
     names = [name for name in names if name not in FACADES]
     return [
-        *(f"{name} is public and not in docs/api.md: add `::: {name}`" for name in names if name not in shown),
-        *(f"{name} is in docs/api.md and not public" for name in shown if name not in names),
-        *(f"{name} is twice in docs/api.md" for name in sorted(set(shown)) if shown.count(name) > 1),
-        *(f"{name}, or a method of it, has no docstring" for name in names if not described(*name.rsplit(".", 1))),
+        *(
+            f"{name} is public and not in docs/api.md: add `::: {name}`"
+            for name in names
+            if name not in shown
+        ),
+        *(
+            f"{name} is in docs/api.md and not public"
+            for name in shown
+            if name not in names
+        ),
+        *(
+            f"{name} is twice in docs/api.md"
+            for name in sorted(set(shown))
+            if shown.count(name) > 1
+        ),
+        *(
+            f"{name}, or a method of it, has no docstring"
+            for name in names
+            if not described(*name.rsplit(".", 1))
+        ),
     ]
 
 
 def linked(text: str, names: list[str]) -> str:
-    """A page whose code `fpipe.x` leads to the reference, but for headings, code blocks and what is a link already."""
+    """A page whose code `fpipe.x` leads to the reference, but for headings, code blocks
+    and what is a link already.
+    """
 
     def link(found: re.Match[str]) -> str:
         return f"[`{found[1]}`][{found[1]}]" if found[1] in names else found[0]
 
     parts = re.split(r"(^```.*?^```$|^#.*$)", text, flags=re.MULTILINE | re.DOTALL)
     plain = re.compile(r"(?<![`\[])`(fpipe(?:\.\w+)+)`(?![`\]])")
-    return "".join(part if n % 2 else plain.sub(link, part) for n, part in enumerate(parts))
+    return "".join(
+        part if n % 2 else plain.sub(link, part) for n, part in enumerate(parts)
+    )
 
 
 # --- what mkdocs calls ---

@@ -1,11 +1,14 @@
 """Train a ResNet with batch norm, cut over several devices, to read handwritten digits.
 
-The network is made of bottleneck blocks: three convolutions, each with a batch norm, and around them a residual. A block is
-ten layers, so that a stage may end inside it: the first stashes the block's input, the last pops and adds it. Every
-residual is a skip in its own namespace, 33 of them with `--layers 101`. Batch norms are deferred: their running statistics,
-which the held-out digits are normalised with, are those of whole batches, however these are cut.
+The network is made of bottleneck blocks: three convolutions, each with a batch norm,
+and around them a residual. A block is ten layers, so that a stage may end inside it:
+the first stashes the block's input, the last pops and adds it. Every residual is a skip
+in its own namespace, 33 of them with `--layers 101`. Batch norms are deferred: their
+running statistics, which the held-out digits are normalised with, are those of whole
+batches, however these are cut.
 
-Run it with no argument. It uses the GPUs of this machine, or else simulated CPU devices.
+Run it with no argument. It uses the GPUs of this machine, or else simulated CPU
+devices.
 """
 
 import argparse
@@ -26,8 +29,16 @@ import fpipe.optim
 
 # --- the model -------------------------------------------------------------------------------------
 
-# Blocks of each level. With a convolution before and a dense layer behind they are so many layers with weights.
-FORMS = {8: (1, 1), 14: (1, 1, 1, 1), 20: (1, 2, 2, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+# Blocks of each level. With a convolution before and a dense layer behind they are so
+# many layers with weights.
+FORMS = {
+    8: (1, 1),
+    14: (1, 1, 1, 1),
+    20: (1, 2, 2, 1),
+    26: (2, 2, 2, 2),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+}
 
 
 class Conv(NamedTuple):
@@ -45,11 +56,15 @@ class Conv(NamedTuple):
     def apply(self, kernel, x):
         """Convolve."""
         numbers = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(x, kernel, (self.stride, self.stride), "SAME", dimension_numbers=numbers)
+        return jax.lax.conv_general_dilated(
+            x, kernel, (self.stride, self.stride), "SAME", dimension_numbers=numbers
+        )
 
     def layer(self) -> fpipe.Layer:
         """A layer that does this and no more."""
-        return fpipe.Layer(self.apply, self.init, name="halve" if self.stride == 2 else "conv")
+        return fpipe.Layer(
+            self.apply, self.init, name="halve" if self.stride == 2 else "conv"
+        )
 
 
 norm = fpipe.DeferredBatchNorm(momentum=0.9)
@@ -72,9 +87,11 @@ def leave(x, *, carry):
 
 
 def project_and_leave(channels: int, stride: int) -> fpipe.Layer:
-    """Add the block's input after a 1x1 convolution and a norm, where a block changes the shape.
+    """Add the block's input after a 1x1 convolution and a norm, where a block changes
+    the shape.
 
-    The norm is a layer within this layer: its state and what finishes it are this layer's.
+    The norm is a layer within this layer: its state and what finishes it are this
+    layer's.
     """
     conv, init_norm = Conv(channels, 1, stride), norm.init
     assert init_norm is not None
@@ -84,14 +101,23 @@ def project_and_leave(channels: int, stride: int) -> fpipe.Layer:
 
     def project(params, x, *, carry, state, train):
         shortcut, carry = fpipe.pop(carry, "input")
-        shortcut, state = norm(params["norm"], conv.apply(params["conv"], shortcut), state=state, train=train)
+        shortcut, state = norm(
+            params["norm"],
+            conv.apply(params["conv"], shortcut),
+            state=state,
+            train=train,
+        )
         return jax.nn.relu(x + shortcut), carry, state
 
-    return fpipe.Layer(project, init, pop=["input"], init_state=norm.init_state, finish=norm.finish)
+    return fpipe.Layer(
+        project, init, pop=["input"], init_state=norm.init_state, finish=norm.finish
+    )
 
 
 def block(inside: int, channels: int, stride: int, project: bool) -> list[fpipe.Layer]:
-    """A bottleneck block: 1x1, 3x3 and 1x1 convolutions. The last one's ReLU comes after the addition."""
+    """A bottleneck block: 1x1, 3x3 and 1x1 convolutions. The last one's ReLU comes
+    after the addition.
+    """
     space = fpipe.Namespace()
     last = project_and_leave(channels, stride) if project else leave
     return [
@@ -107,17 +133,31 @@ def head(classes: int) -> fpipe.Layer:
     """The mean over all pixels, then a dense layer."""
 
     def init(key, x):
-        return {"kernel": jax.random.normal(key, (x.shape[-1], classes)) * 0.01, "bias": jnp.zeros(classes)}
+        return {
+            "kernel": jax.random.normal(key, (x.shape[-1], classes)) * 0.01,
+            "bias": jnp.zeros(classes),
+        }
 
-    return fpipe.Layer(lambda params, x: x.mean((1, 2)) @ params["kernel"] + params["bias"], init, name="head")
+    return fpipe.Layer(
+        lambda params, x: x.mean((1, 2)) @ params["kernel"] + params["bias"],
+        init,
+        name="head",
+    )
 
 
 def resnet(blocks: tuple[int, ...], width: int) -> list[fpipe.Layer]:
-    """The layers, in order. Level `d` has `width * 2**d` channels inside its blocks, four times as many between them."""
+    """The layers, in order. Level `d` has `width * 2**d` channels inside its blocks,
+    four times as many between them.
+    """
     layers = [Conv(width, 3).layer(), norm, relu]
     for d, count in enumerate(blocks):
         for n in range(count):
-            layers += block(width * 2**d, 4 * width * 2**d, stride=2 if d and not n else 1, project=not n)
+            layers += block(
+                width * 2**d,
+                4 * width * 2**d,
+                stride=2 if d and not n else 1,
+                project=not n,
+            )
     return [*layers, head(10)]
 
 
@@ -127,7 +167,9 @@ SIZE = 8
 
 
 def digits() -> list[np.ndarray]:
-    """Images to train on, held-out ones, and the labels of both. A fifth of each digit is held out, always the same."""
+    """Images to train on, held-out ones, and the labels of both. A fifth of each digit
+    is held out, always the same.
+    """
     images, labels = sklearn.datasets.load_digits(return_X_y=True)
     images = images.reshape(-1, SIZE, SIZE, 1).astype(np.float32) / 16
     parts = sklearn.model_selection.train_test_split(
@@ -139,14 +181,19 @@ def digits() -> list[np.ndarray]:
 def batches(
     rng: np.random.Generator, images: np.ndarray, labels: np.ndarray, batch: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images and labels in a new order each time round, each image moved by up to a pixel."""
+    """Images and labels in a new order each time round, each image moved by up to a
+    pixel.
+    """
     wide = np.pad(images, [(0, 0), (1, 1), (1, 1), (0, 0)])
     while True:
         order = rng.permutation(len(images))
         for first in range(0, len(order) - batch + 1, batch):
             chosen = order[first : first + batch]
             corners = rng.integers(3, size=(batch, 2))
-            moved = [wide[n, y : y + SIZE, x : x + SIZE] for n, (y, x) in zip(chosen, corners, strict=True)]
+            moved = [
+                wide[n, y : y + SIZE, x : x + SIZE]
+                for n, (y, x) in zip(chosen, corners, strict=True)
+            ]
             yield np.stack(moved), labels[chosen]
 
 
@@ -158,40 +205,83 @@ def shape_of_images(count: int) -> jax.ShapeDtypeStruct:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
     def add(*names, **options):
-        return parser.add_argument(*names, **options | {"help": options["help"] + " (default: %(default)s)"})
+        return parser.add_argument(
+            *names, **options | {"help": options["help"] + " (default: %(default)s)"}
+        )
 
-    add("--layers", type=int, default=14, choices=list(FORMS), help="which ResNet, by its layers with weights")
-    add("--width", type=int, default=16, help="channels inside the blocks of the first level")
+    add(
+        "--layers",
+        type=int,
+        default=14,
+        choices=list(FORMS),
+        help="which ResNet, by its layers with weights",
+    )
+    add(
+        "--width",
+        type=int,
+        default=16,
+        help="channels inside the blocks of the first level",
+    )
     add(
         "--stages",
         type=int,
         default=4,
-        help="stages that the model is cut into, one device each (repeated if there are fewer)",
+        help="stages that the model is cut into, one device each (repeated if there "
+        "are fewer)",
     )
     add("--chunks", type=int, default=4, help="microbatches that a batch is cut into")
     add(
         "--executor",
         default="placed",
         choices=["placed", "scan"],
-        help="a program for each stage and action, or one for all (then XLA is slow at convolutions on CPUs)",
+        help="a program for each stage and action, or one for all (then XLA is slow at "
+        "convolutions on CPUs)",
     )
-    add("--schedule", default="eager_1f1b", choices=["gpipe", "1f1b", "eager_1f1b"], help="the pipeline schedule")
+    add(
+        "--schedule",
+        default="eager_1f1b",
+        choices=["gpipe", "1f1b", "eager_1f1b"],
+        help="the pipeline schedule",
+    )
     add(
         "--checkpoint",
         default="except_last",
         choices=["always", "except_last", "never"],
         help="which microbatches recompute in the backward",
     )
-    add("--steps", type=int, default=200, help="training steps; 0 describes the model and ends")
+    add(
+        "--steps",
+        type=int,
+        default=200,
+        help="training steps; 0 describes the model and ends",
+    )
     add("--batch", type=int, default=128, help="images per step")
-    add("--rate", type=float, default=0.1, help="peak learning rate of SGD with momentum 0.9")
+    add(
+        "--rate",
+        type=float,
+        default=0.1,
+        help="peak learning rate of SGD with momentum 0.9",
+    )
     add("--decay", type=float, default=5e-4, help="weight decay of the kernels")
-    add("--seed", type=int, default=0, help="seed of everything random but the held-out split")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of everything random but the held-out split",
+    )
     args = parser.parse_args()
-    for name, least in {"width": 1, "stages": 1, "chunks": 1, "batch": 1, "steps": 0}.items():
+    for name, least in {
+        "width": 1,
+        "stages": 1,
+        "chunks": 1,
+        "batch": 1,
+        "steps": 0,
+    }.items():
         if getattr(args, name) < least:
             parser.error(f"--{name} {getattr(args, name)}: at least {least}")
     layers = len(resnet(FORMS[args.layers], args.width))
@@ -199,14 +289,20 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--stages {args.stages}: the model has only {layers} layers")
     images = len(digits()[0])
     if args.batch > images:
-        parser.error(f"--batch {args.batch}: there are only {images} images to train on")
+        parser.error(
+            f"--batch {args.batch}: there are only {images} images to train on"
+        )
     jax.config.update("jax_num_cpu_devices", args.stages)
     if args.executor == "scan":
         if args.batch % args.chunks:
-            parser.error(f"--chunks {args.chunks}: with --executor scan it divides --batch {args.batch}")
+            parser.error(
+                f"--chunks {args.chunks}: with --executor scan it divides --batch "
+                f"{args.batch}"
+            )
         if args.stages > len(jax.devices()):
             parser.error(
-                f"--stages {args.stages}: --executor scan needs a device for each, here are {len(jax.devices())}"
+                f"--stages {args.stages}: --executor scan needs a device for each, "
+                f"here are {len(jax.devices())}"
             )
     return args
 
@@ -234,14 +330,26 @@ def build(args: argparse.Namespace) -> fpipe.Pipe:
 
 def describe(pipe: fpipe.Pipe, args: argparse.Namespace) -> None:
     """What is trained, and where it is cut."""
-    shapes = jax.eval_shape(fpipe.sequential(pipe.layers).init, jax.random.key(0), shape_of_images(1))
+    shapes = jax.eval_shape(
+        fpipe.sequential(pipe.layers).init, jax.random.key(0), shape_of_images(1)
+    )
     count = sum(p.size for p in jax.tree.leaves(shapes))
     stage = np.repeat(range(len(pipe.balance)), pipe.balance)
-    ways = [[s for s, layer in zip(stage, pipe.layers, strict=True) if getattr(layer, end)] for end in ("stash", "pop")]
-    across = sum(a != b for a, b in zip(*ways, strict=True))  # blocks do not overlap, so the orders agree
-    print(f"ResNet-{args.layers}: {len(pipe.layers)} layers in {len(pipe.balance)} stages, {count:,} parameters")
+    ways = [
+        [s for s, layer in zip(stage, pipe.layers, strict=True) if getattr(layer, end)]
+        for end in ("stash", "pop")
+    ]
+    across = sum(
+        a != b for a, b in zip(*ways, strict=True)
+    )  # blocks do not overlap, so the orders agree
+    print(
+        f"ResNet-{args.layers}: {len(pipe.layers)} layers in {len(pipe.balance)} "
+        f"stages, {count:,} parameters"
+    )
     print(f"{len(ways[0])} skips, {across} of them from one stage to another")
-    print(f"layers per stage {list(pipe.balance)} on {', '.join(map(str, pipe.devices))}")
+    print(
+        f"layers per stage {list(pipe.balance)} on {', '.join(map(str, pipe.devices))}"
+    )
 
 
 def cross_entropy(logits, labels):
@@ -249,14 +357,26 @@ def cross_entropy(logits, labels):
 
 
 def optimizer(args: argparse.Namespace) -> fpipe.optim.PerStage:
-    """SGD with momentum, each stage's update on its own device; the decay is for what has more than one axis."""
-    rate = optax.warmup_cosine_decay_schedule(0.0, args.rate, max(args.steps // 10, 1), max(args.steps, 2))
-    decay = optax.add_decayed_weights(args.decay, lambda params: jax.tree.map(lambda p: p.ndim > 1, params))
-    return fpipe.optim.per_stage(optax.chain(decay, optax.sgd(rate, momentum=0.9, nesterov=True)))
+    """SGD with momentum, each stage's update on its own device; the decay is for what
+    has more than one axis.
+    """
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, args.rate, max(args.steps // 10, 1), max(args.steps, 2)
+    )
+    decay = optax.add_decayed_weights(
+        args.decay, lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+    )
+    return fpipe.optim.per_stage(
+        optax.chain(decay, optax.sgd(rate, momentum=0.9, nesterov=True))
+    )
 
 
-def train(pipe: fpipe.Pipe, images: np.ndarray, labels: np.ndarray, args: argparse.Namespace):
-    """The trained parameters and the state of the norms; what there is of them after Ctrl-C."""
+def train(
+    pipe: fpipe.Pipe, images: np.ndarray, labels: np.ndarray, args: argparse.Namespace
+):
+    """The trained parameters and the state of the norms; what there is of them after
+    Ctrl-C.
+    """
     data = batches(np.random.default_rng(args.seed), images, labels, args.batch)
     params = pipe.init(jax.random.key(args.seed), shape_of_images(args.batch))
     state = pipe.init_state(shape_of_images(args.batch))
@@ -275,11 +395,15 @@ def train(pipe: fpipe.Pipe, images: np.ndarray, labels: np.ndarray, args: argpar
             params, state = fpipe.optim.apply_updates(params, updates), new
             if n == 0:
                 jax.block_until_ready(params)
-                started = time.perf_counter()  # what was compiled is no part of the rate
+                started = (
+                    time.perf_counter()
+                )  # what was compiled is no part of the rate
             elif n % 10 == 0 or n == args.steps - 1:
                 value = float(loss)  # waits, so that the clock counts finished steps
                 rate = n * args.batch / (time.perf_counter() - started)
-                bar.set_postfix(loss=f"{value:.4f}", images_per_s=f"{rate:.0f}", refresh=False)
+                bar.set_postfix(
+                    loss=f"{value:.4f}", images_per_s=f"{rate:.0f}", refresh=False
+                )
             bar.update()
     except KeyboardInterrupt:
         if not bar.n:
@@ -289,10 +413,19 @@ def train(pipe: fpipe.Pipe, images: np.ndarray, labels: np.ndarray, args: argpar
     return params, state
 
 
-def accuracy(pipe: fpipe.Pipe, params, state, images: np.ndarray, labels: np.ndarray) -> float:
+def accuracy(
+    pipe: fpipe.Pipe, params, state, images: np.ndarray, labels: np.ndarray
+) -> float:
     """The share of the images that are read right, with the norms' running statistics."""
-    more = -len(images) % pipe.chunks  # blank images: the scan executor's microbatches have equal size
-    logits, _ = pipe(params, np.pad(images, [(0, more), (0, 0), (0, 0), (0, 0)]), state=state, train=False)
+    more = (
+        -len(images) % pipe.chunks
+    )  # blank images: the scan executor's microbatches have equal size
+    logits, _ = pipe(
+        params,
+        np.pad(images, [(0, more), (0, 0), (0, 0), (0, 0)]),
+        state=state,
+        train=False,
+    )
     return float(np.mean(np.asarray(logits)[: len(labels)].argmax(-1) == labels))
 
 

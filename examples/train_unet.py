@@ -1,11 +1,14 @@
-"""Train a U-Net with long skips, cut over several devices, to remove noise from photographs.
+"""Train a U-Net with long skips, cut over several devices, to remove noise from
+photographs.
 
-The network is the one of torchgpipe's U-Net benchmark: at every level conv blocks (3x3 convolution
-without bias, dropout 0.1, instance norm, leaky ReLU 0.01), a stashed skip, a pooling; then the way back up,
-each level popping its skip. The widest skip is the outermost: it crosses the whole pipeline, and goes
-straight from the device that stashes it to the one that pops it.
+The network is the one of torchgpipe's U-Net benchmark: at every level conv blocks (3x3
+convolution without bias, dropout 0.1, instance norm, leaky ReLU 0.01), a stashed skip,
+a pooling; then the way back up, each level popping its skip. The widest skip is the
+outermost: it crosses the whole pipeline, and goes straight from the device that stashes
+it to the one that pops it.
 
-Run it with no argument. It uses the GPUs of this machine, or else simulated CPU devices.
+Run it with no argument. It uses the GPUs of this machine, or else simulated CPU
+devices.
 """
 
 import argparse
@@ -41,24 +44,32 @@ def conv_block(channels: int, rate: float = 0.1) -> fpipe.Layer:
     def conv(params, x, *, key, train):
         x = convolve(x, params["kernel"])
         if train and key is not None:
-            x = jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+            x = jnp.where(
+                jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0
+            )
         mean = x.mean((1, 2), keepdims=True)
         variance = jnp.square(x - mean).mean((1, 2), keepdims=True)
-        x = (x - mean) * jax.lax.rsqrt(variance + 1e-5) * params["scale"] + params["shift"]
+        x = (x - mean) * jax.lax.rsqrt(variance + 1e-5) * params["scale"] + params[
+            "shift"
+        ]
         return jax.nn.leaky_relu(x, 0.01)
 
     return fpipe.Layer(conv, init)
 
 
 def convolve(x, kernel):
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 @fpipe.skippable(stash=["skip"])
 @fpipe.fn
 def down(x, *, carry):
     """Stash the level's features, then halve the resolution by max pooling."""
-    pooled = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    pooled = jax.lax.reduce_window(
+        x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
+    )
     return pooled, fpipe.stash(carry, "skip", x)
 
 
@@ -97,21 +108,32 @@ def unet(depth: int, blocks: int, channels: int) -> list[fpipe.Layer]:
 
 def photographs() -> list[np.ndarray]:
     """The two photographs that ship with scikit-learn, 427x640, in [0, 1]."""
-    return [np.asarray(p, np.float32) / 255 for p in sklearn.datasets.load_sample_images().images]
+    return [
+        np.asarray(p, np.float32) / 255
+        for p in sklearn.datasets.load_sample_images().images
+    ]
 
 
-def batches(rng: np.random.Generator, batch: int, size: int, noise: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Noisy patches of the left three quarters of the photographs, flipped at random, and their noise."""
+def batches(
+    rng: np.random.Generator, batch: int, size: int, noise: float
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Noisy patches of the left three quarters of the photographs, flipped at random,
+    and their noise.
+    """
     images = [p[:, :480] for p in photographs()]
     while True:
-        patches = np.stack([crop(rng, images[rng.integers(2)], size) for _ in range(batch)])
+        patches = np.stack(
+            [crop(rng, images[rng.integers(2)], size) for _ in range(batch)]
+        )
         grain = rng.normal(0, noise, patches.shape).astype(np.float32)
         yield patches + grain, grain
 
 
 def crop(rng: np.random.Generator, image: np.ndarray, size: int) -> np.ndarray:
     y, x = rng.integers(image.shape[0] - size), rng.integers(image.shape[1] - size)
-    return image[y : y + size, x : x + size][:: rng.choice([-1, 1]), :: rng.choice([-1, 1])]
+    return image[y : y + size, x : x + size][
+        :: rng.choice([-1, 1]), :: rng.choice([-1, 1])
+    ]
 
 
 def held_out(size: int) -> np.ndarray:
@@ -134,10 +156,14 @@ def psnr(image: np.ndarray, clean: np.ndarray) -> float:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
     def add(*names, **options):
-        return parser.add_argument(*names, **options | {"help": options["help"] + " (default: %(default)s)"})
+        return parser.add_argument(
+            *names, **options | {"help": options["help"] + " (default: %(default)s)"}
+        )
 
     add("--depth", type=int, default=5, help="levels of the U-Net, one long skip each")
     add("--blocks", type=int, default=1, help="conv blocks per level, B")
@@ -146,7 +172,8 @@ def arguments() -> argparse.Namespace:
         "--stages",
         type=int,
         default=4,
-        help="stages that the model is cut into, one device each (repeated if there are fewer)",
+        help="stages that the model is cut into, one device each (repeated if there "
+        "are fewer)",
     )
     add("--chunks", type=int, default=4, help="microbatches that a batch is cut into")
     add(
@@ -163,11 +190,26 @@ def arguments() -> argparse.Namespace:
     )
     add("--steps", type=int, default=150, help="training steps")
     add("--batch", type=int, default=16, help="patches per step")
-    add("--size", type=int, default=64, help="side of a patch in pixels, a multiple of 2**depth")
-    add("--noise", type=float, default=0.1, help="standard deviation of the noise, for colours in [0, 1]")
+    add(
+        "--size",
+        type=int,
+        default=64,
+        help="side of a patch in pixels, a multiple of 2**depth",
+    )
+    add(
+        "--noise",
+        type=float,
+        default=0.1,
+        help="standard deviation of the noise, for colours in [0, 1]",
+    )
     add("--rate", type=float, default=4e-3, help="peak learning rate of Adam")
     add("--seed", type=int, default=0, help="seed of everything random")
-    add("--out", type=pathlib.Path, default=pathlib.Path("unet.png"), help="where the picture goes")
+    add(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("unet.png"),
+        help="where the picture goes",
+    )
     args = parser.parse_args()
     for name in ("depth", "blocks", "channels", "stages", "chunks", "batch", "steps"):
         if getattr(args, name) < 1:
@@ -176,9 +218,14 @@ def arguments() -> argparse.Namespace:
     if args.stages > layers:
         parser.error(f"--stages {args.stages}: the model has only {layers} layers")
     if args.size % 2**args.depth or not 0 < args.size <= 160:
-        parser.error(f"--size {args.size}: a multiple of 2**depth = {2**args.depth}, up to the held-out strip's 160")
+        parser.error(
+            f"--size {args.size}: a multiple of 2**depth = {2**args.depth}, up to the "
+            "held-out strip's 160"
+        )
     if not args.out.resolve().parent.is_dir():
-        parser.error(f"--out {args.out}: there is no folder {args.out.resolve().parent}")
+        parser.error(
+            f"--out {args.out}: there is no folder {args.out.resolve().parent}"
+        )
     return args
 
 
@@ -209,11 +256,20 @@ def train(pipe: fpipe.Pipe, args: argparse.Namespace):
     data = batches(np.random.default_rng(args.seed), args.batch, args.size, args.noise)
     params = pipe.init(key, next(data)[0])
     count = sum(p.size for p in jax.tree.leaves(params))
-    print(f"U-Net of {len(pipe.layers)} layers, {count:,} parameters, {args.depth} long skips")
-    print(f"layers per stage {list(pipe.balance)} on {', '.join(map(str, pipe.devices))}")
+    print(
+        f"U-Net of {len(pipe.layers)} layers, {count:,} parameters, {args.depth} long "
+        "skips"
+    )
+    print(
+        f"layers per stage {list(pipe.balance)} on {', '.join(map(str, pipe.devices))}"
+    )
 
     # Each stage's update is one program on the stage's own device.
-    adam = optax.adam(optax.warmup_cosine_decay_schedule(0.0, args.rate, max(args.steps // 10, 1), max(args.steps, 2)))
+    adam = optax.adam(
+        optax.warmup_cosine_decay_schedule(
+            0.0, args.rate, max(args.steps // 10, 1), max(args.steps, 2)
+        )
+    )
     tx = fpipe.optim.per_stage(adam, donate=["state", "grads"])
     moments = tx.init(params)
     step = pipe.value_and_grad(lambda y, noise: jnp.mean((y - noise) ** 2))
@@ -222,16 +278,22 @@ def train(pipe: fpipe.Pipe, args: argparse.Namespace):
     try:
         for n in range(args.steps):
             noisy, noise = next(data)
-            loss, grads = step(params, noisy, noise, key=jax.random.fold_in(key, n), train=True)
+            loss, grads = step(
+                params, noisy, noise, key=jax.random.fold_in(key, n), train=True
+            )
             updates, moments = tx.update(grads, moments, params)
             params = fpipe.optim.apply_updates(params, updates, donate=["params"])
             if n == 0:
                 jax.block_until_ready(params)
-                started = time.perf_counter()  # what was compiled is no part of the rate
+                started = (
+                    time.perf_counter()
+                )  # what was compiled is no part of the rate
             elif n % 10 == 0 or n == args.steps - 1:
                 value = float(loss)  # waits, so that the clock counts finished steps
                 rate = n * args.batch / (time.perf_counter() - started)
-                bar.set_postfix(loss=f"{value:.5f}", patches_per_s=f"{rate:.0f}", refresh=False)
+                bar.set_postfix(
+                    loss=f"{value:.5f}", patches_per_s=f"{rate:.0f}", refresh=False
+                )
             bar.update()
     except KeyboardInterrupt:
         if not bar.n:
@@ -244,14 +306,23 @@ def train(pipe: fpipe.Pipe, args: argparse.Namespace):
 def report(pipe: fpipe.Pipe, params, args: argparse.Namespace) -> None:
     """Held-out quality, the picture, and the schedule."""
     clean = held_out(args.size)
-    noisy = clean + np.random.default_rng(args.seed + 1).normal(0, args.noise, clean.shape).astype(np.float32)
+    noisy = clean + np.random.default_rng(args.seed + 1).normal(
+        0, args.noise, clean.shape
+    ).astype(np.float32)
     denoised = noisy - np.asarray(pipe(params, noisy))
     before, after = psnr(noisy, clean), psnr(denoised, clean)
-    print(f"held-out patches: {before:.2f} dB noisy, {after:.2f} dB denoised: {after - before:+.2f} dB")
+    print(
+        f"held-out patches: {before:.2f} dB noisy, {after:.2f} dB denoised: "
+        f"{after - before:+.2f} dB"
+    )
     # The two liveliest patches of each photograph.
     halves = np.split(clean.std((1, 2, 3)), 2)
-    chosen = np.concatenate([np.argsort(std)[-2:] + n * len(std) for n, std in enumerate(halves)])
-    columns = [np.concatenate(list(images[chosen])) for images in (noisy, denoised, clean)]
+    chosen = np.concatenate(
+        [np.argsort(std)[-2:] + n * len(std) for n, std in enumerate(halves)]
+    )
+    columns = [
+        np.concatenate(list(images[chosen])) for images in (noisy, denoised, clean)
+    ]
     picture = np.clip(np.concatenate(columns, 1), 0, 1).repeat(3, 0).repeat(3, 1)
     matplotlib.image.imsave(args.out, picture)
     print(f"noisy | denoised | clean: {args.out}\n")

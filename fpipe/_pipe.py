@@ -8,10 +8,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from fpipe._anomaly import Detector
-from fpipe._balancing import given_balance
-from fpipe._batch_norm import deferred
-from fpipe._call import (
+from fpipe._core.caches import Recent
+from fpipe._core.pytrees import (
+    PyTree,
+    Tracer,
+    eval_shape,
+    map_arrays,
+    numbers_as_arrays,
+    shapes_of,
+    strong,
+)
+from fpipe._executors.anomaly import Detector
+from fpipe._executors.call import (
     Args,
     Call,
     Result,
@@ -24,75 +32,105 @@ from fpipe._call import (
     checked,
     scaled,
 )
-from fpipe._costs import By, LayerCosts
-from fpipe._frozen import Frozen, FrozenLeaves
-from fpipe._layer import Layer
-from fpipe._loss import Loss, Reduction, as_loss
-from fpipe._microbatch import first_microbatch
-from fpipe._model import Model
-from fpipe._placed import DISPATCH, Dispatch, Placed, Progress, TracedCallError, as_progress, only_shapes
-from fpipe._placement import Device, Place, Placement, as_placements, first_placements
-from fpipe._plan import Layout
-from fpipe._prediction import Options, Prediction, mean_square, predict
-from fpipe._recent import Recent
-from fpipe._record import record
-from fpipe._remat import Policy, Remat
-from fpipe._scan import Packed, Scan, as_mesh, stage_devices
-from fpipe._scheduling import Scheduling
-from fpipe._sequential import Sequential
-from fpipe._stage import cut_stages
-from fpipe._tree import PyTree, Tracer, eval_shape, map_arrays, numbers_as_arrays, shapes_of, strong
+from fpipe._executors.placed.compile import Progress, as_progress
+from fpipe._executors.placed.dispatch import DISPATCH, Dispatch
+from fpipe._executors.placed.executor import Placed
+from fpipe._executors.placement import (
+    Device,
+    Place,
+    Placement,
+    as_placements,
+    first_placements,
+)
+from fpipe._executors.programs import Layout
+from fpipe._executors.recording import record
+from fpipe._executors.scan.executor import Scan
+from fpipe._executors.scan.mesh import as_mesh, stage_devices
+from fpipe._executors.scan.packing import Packed
+from fpipe._executors.scheduling import Scheduling
+from fpipe._executors.sequential import Sequential
+from fpipe._executors.tracers import TracedCallError, only_shapes
+from fpipe._model.batch_norm import deferred
+from fpipe._model.frozen import Frozen, FrozenLeaves
+from fpipe._model.layer import Layer
+from fpipe._model.loss import Loss, Reduction, as_loss
+from fpipe._model.microbatch import first_microbatch
+from fpipe._model.model import Model
+from fpipe._model.remat import Policy, Remat
+from fpipe._model.stages import cut_stages
+from fpipe._planning.costs import LayerCosts
+from fpipe._planning.layer_costs import By
+from fpipe._planning.pipe_balance import given_balance
+from fpipe._planning.predict import Options, mean_square, predict
+from fpipe._planning.prediction import Prediction
 from fpipe.schedules import Recording, Schedule
 
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Pipe(Call):
-    """A sequence of layers, cut into stages that live on devices, run microbatch by microbatch.
+    """A sequence of layers, cut into stages that live on devices, run microbatch by
+    microbatch.
 
-    A frozen value: it compares, hashes, copies and pickles, and `dataclasses.replace(pipe, chunks=8)` makes another;
-    nothing to close. At equal `chunks` it computes what `fpipe.sequential` computes.
+    A frozen value: it compares, hashes, copies and pickles, and
+    `dataclasses.replace(pipe, chunks=8)` makes another; nothing to close. At equal
+    `chunks` it computes what `fpipe.sequential` computes.
 
     Arguments:
         layers: functions, `Layer`s, or nested sequences of them.
-        balance: layers per stage, such as `fpipe.balance` returns. Default as even as possible over the devices, in number;
-            with a `sample` in FLOPs. Also, with a `sample`, `"flops"`, `"bytes"`, `"time"` (measured on the first device)
-            or `"memory"`. The field is always the numbers.
-        devices: one per stage (one per device of the schedule, if that puts several stages on each), a `jax.Device`
-            or a `Sharding` of one device; repeats and any order are allowed, extra ones ignored. Default
-            `jax.devices()`.
+        balance: layers per stage, such as `fpipe.balance` returns. Default as even as
+            possible over the devices, in number; with a `sample` in FLOPs. Also, with a
+            `sample`, `"flops"`, `"bytes"`, `"time"` (measured on the first device) or
+            `"memory"`. The field is always the numbers.
+        devices: one per stage (one per device of the schedule, if that puts several
+            stages on each), a `jax.Device` or a `Sharding` of one device; repeats and
+            any order are allowed, extra ones ignored. Default `jax.devices()`.
         chunks: the number of microbatches asked for; default 1.
 
     Other Arguments:
-        checkpoint: what a backward recomputes: `"always"`, `"except_last"` (default: all but the last
-            microbatch), `"never"`, or a policy of `jax.checkpoint_policies`.
-        schedule: a name from `fpipe.schedules.NAMES` (`"gpipe"`, `"1f1b"`, `"eager_1f1b"`, the default, `"zb_h1"`, …), a
-            `Schedule`, or a function `f(devices, microbatches) -> Schedule`. Names put one stage on each device;
-            `"zb_v"`, `"v_half"`, `"v_min"` and `"dualpipe_v"` two; `"interleaved_1f1b"` and `"looped_bfs"` the same number,
-            at least two, on as many devices as that allows. A function is asked at construction, with `chunks`
-            microbatches, for the largest number of `devices` on which it makes one stage for each entry of `balance`, and
-            again when a batch is cut.
-        executor: `"placed"` (default): one program for each stage and kind of action, dispatched to the devices. `"scan"`: the
-            whole call as one program, which may stand inside `jax.jit` and run on several processes; then parameters are
+        checkpoint: what a backward recomputes: `"always"`, `"except_last"` (default:
+            all but the last microbatch), `"never"`, or a policy of
+            `jax.checkpoint_policies`.
+        schedule: a name from `fpipe.schedules.NAMES` (`"gpipe"`, `"1f1b"`,
+            `"eager_1f1b"`, the default, `"zb_h1"`, …), a `Schedule`, or a function
+            `f(devices, microbatches) -> Schedule`. Names put one stage on each device;
+            `"zb_v"`, `"v_half"`, `"v_min"` and `"dualpipe_v"` two; `"interleaved_1f1b"`
+            and `"looped_bfs"` the same number, at least two, on as many devices as that
+            allows. A function is asked at construction, with `chunks` microbatches, for
+            the largest number of `devices` on which it makes one stage for each entry
+            of `balance`, and again when a batch is cut.
+        executor: `"placed"` (default): one program for each stage and kind of action,
+            dispatched to the devices. `"scan"`: the whole call as one program, which
+            may stand inside `jax.jit` and run on several processes; then parameters are
             `fpipe.Packed`, and microbatches have equal size.
-        mesh: for `"scan"`: a `jax.sharding.Mesh` with an axis `"stage"`, in place of `devices`. Its other axes stay
-            automatic: over an axis `"data"` batches are sharded. Default a mesh of the devices alone.
-        dispatch: who hands programs to the devices. `"one_thread"`: the calling thread, in clock order.
-            `"thread_per_device"`: a thread for each device, which ends with the call; it keeps the devices busy where
-            handing over a program waits for it, and costs more on the host. `"auto"` (default): threads if a layer calls
-            Python while it runs (`jax.pure_callback`, `io_callback`, `jax.debug.print`), for that waits.
-        compute_dtype: mixed precision: layers get their parameters, inputs, skips and side inputs in this dtype (real floats
-            only; state stays), so boundaries have it too; what the last layer returns in it becomes float32. Parameters keep
-            their own dtype and gradients have that. `jnp.bfloat16`, or `jnp.float16` with a `loss_scale`. Default: everything
-            as it is.
-        deferred_batch_norm: whether layers that can (`fpipe.Layer(defer=...)`) update their batch norms' running statistics
-            once per call, with those of the whole batch; default `False`: once per microbatch.
-        detect_anomaly: whether a call that makes a NaN or an infinity raises `FloatingPointError`, which names the first
-            stage, layer and microbatch that did, forward or backward (inside `jax.jit` see `raise_anomaly`). It costs a look at everything that a layer takes and returns, and a wait for the result of each
-            call. Default `False`, which costs nothing: the programs are the same as without it.
-        sample: a batch, or its shapes, for the balance to be found by; no field, and not kept.
+        mesh: for `"scan"`: a `jax.sharding.Mesh` with an axis `"stage"`, in place of
+            `devices`. Its other axes stay automatic: over an axis `"data"` batches are
+            sharded. Default a mesh of the devices alone.
+        dispatch: who hands programs to the devices. `"one_thread"`: the calling thread,
+            in clock order. `"thread_per_device"`: a thread for each device, which ends
+            with the call; it keeps the devices busy where handing over a program waits
+            for it, and costs more on the host. `"auto"` (default): threads if a layer
+            calls Python while it runs (`jax.pure_callback`, `io_callback`,
+            `jax.debug.print`), for that waits.
+        compute_dtype: mixed precision: layers get their parameters, inputs, skips and
+            side inputs in this dtype (real floats only; state stays), so boundaries
+            have it too; what the last layer returns in it becomes float32. Parameters
+            keep their own dtype and gradients have that. `jnp.bfloat16`, or
+            `jnp.float16` with a `loss_scale`. Default: everything as it is.
+        deferred_batch_norm: whether layers that can (`fpipe.Layer(defer=...)`) update
+            their batch norms' running statistics once per call, with those of the whole
+            batch; default `False`: once per microbatch.
+        detect_anomaly: whether a call that makes a NaN or an infinity raises
+            `FloatingPointError`, which names the first stage, layer and microbatch that
+            did, forward or backward (inside `jax.jit` see `raise_anomaly`). It costs a
+            look at everything that a layer takes and returns, and a wait for the result
+            of each call. Default `False`, which costs nothing: the programs are the
+            same as without it.
+        sample: a batch, or its shapes, for the balance to be found by; no field, and
+            not kept.
 
     Raises:
-        TypeError, ValueError: an argument is wrong; the message says what was given and what would be right.
+        TypeError, ValueError: an argument is wrong; the message says what was given and
+            what would be right.
 
     Example:
         >>> dense = fpipe.Layer(lambda w, x: jnp.tanh(x @ w), init=lambda key, x: jax.random.normal(key, (3, 3)))
@@ -119,7 +157,9 @@ class Pipe(Call):
 
     _executor: ClassVar[
         Placed | Scan
-    ]  # set on each instance like `model`, and no field: programs are no part of the value
+        # set on each instance like `model`, and no field: programs are no part of the
+        # value
+    ]
     _detector: ClassVar[Detector | None]
 
     def __init__(
@@ -140,27 +180,47 @@ class Pipe(Call):
         sample: PyTree = None,
     ) -> None:
         if executor not in ("placed", "scan"):
-            raise ValueError(f'`Pipe(executor={executor!r})`: the executor is "placed" or "scan"')
+            raise ValueError(
+                f'`Pipe(executor={executor!r})`: the executor is "placed" or "scan"'
+            )
         if mesh is not None and executor != "scan":
             raise ValueError('`Pipe(mesh=...)`: a mesh is for executor="scan"')
         if dispatch not in DISPATCH:
-            raise ValueError(f"`Pipe(dispatch={dispatch!r})`: one of {', '.join(map(repr, DISPATCH))}")
-        compute_dtype, chunks = as_compute_dtype("Pipe", compute_dtype), check_chunks("Pipe", chunks)
-        model, scheduling, remat = Model(layers, compute_dtype), Scheduling.of(schedule), Remat.of(checkpoint)
+            raise ValueError(
+                f"`Pipe(dispatch={dispatch!r})`: one of "
+                f"{', '.join(map(repr, DISPATCH))}"
+            )
+        compute_dtype, chunks = (
+            as_compute_dtype("Pipe", compute_dtype),
+            check_chunks("Pipe", chunks),
+        )
+        model, scheduling, remat = (
+            Model(layers, compute_dtype),
+            Scheduling.of(schedule),
+            Remat.of(checkpoint),
+        )
         layers = model.layers
         if deferred_batch_norm:
             model = Model(deferred(layers, "Pipe"), compute_dtype)
-        places = as_placements(devices if mesh is None else stage_devices(mesh, devices))
-        balance = given_balance(balance, sample, model, scheduling, remat, places, chunks)
+        places = as_placements(
+            devices if mesh is None else stage_devices(mesh, devices)
+        )
+        balance = given_balance(
+            balance, sample, model, scheduling, remat, places, chunks
+        )
         stage_to_device = scheduling.stage_to_device(len(balance), len(places), chunks)
         places = first_placements(places, 1 + max(stage_to_device))
         detector = Detector("Pipe", model, balance, chunks) if detect_anomaly else None
         runs = model if detector is None else detector.watched
         if executor == "scan":
             mesh = as_mesh([place.device for place in places], mesh, len(balance))
-            run: Placed | Scan = Scan(runs, balance, stage_to_device, mesh, scheduling, remat, chunks)
+            run: Placed | Scan = Scan(
+                runs, balance, stage_to_device, mesh, scheduling, remat, chunks
+            )
         else:
-            layout = Layout(cut_stages(runs, balance), tuple(places[d] for d in stage_to_device))
+            layout = Layout(
+                cut_stages(runs, balance), tuple(places[d] for d in stage_to_device)
+            )
             run = Placed(layout, scheduling, stage_to_device, remat, chunks, dispatch)
         attributes = {
             "layers": layers,  # as given: `dataclasses.replace` defers them again
@@ -196,7 +256,8 @@ class Pipe(Call):
         """The schedule for that many microbatches.
 
         Raises:
-            ValueError: `schedule` does not fit that number, or permutes the forwards of layers with state.
+            ValueError: `schedule` does not fit that number, or permutes the forwards of
+                layers with state.
         """
         return self._executor.schedule(microbatches)
 
@@ -217,29 +278,45 @@ class Pipe(Call):
             TypeError: no key.
         """
         check_key(key)
-        return self.place(self.model.init(key, *first_microbatch(x, side, self.chunks), self._executor.make))
+        return self.place(
+            self.model.init(
+                key, *first_microbatch(x, side, self.chunks), self._executor.make
+            )
+        )
 
     def init_state(
-        self, x: PyTree, side: PyTree = None, params: Sequence[PyTree] | None = None, key: Any = None
+        self,
+        x: PyTree,
+        side: PyTree = None,
+        params: Sequence[PyTree] | None = None,
+        key: Any = None,
     ) -> tuple[PyTree, ...]:
-        """State of every layer (`None` for a layer without), made on the layer's device.
+        """State of every layer (`None` for a layer without), made on the layer's
+        device.
 
         Arguments:
             x, side: inputs as for a call, or their shapes.
-            params: needed if some layer has no `init`: then the shapes cannot be told without them.
-            key: for states that begin with random numbers; layer `l` gets `fold_in(key, l)`, as in `init`. Default
-                `jax.random.key(0)`.
+            params: needed if some layer has no `init`: then the shapes cannot be told
+                without them.
+            key: for states that begin with random numbers; layer `l` gets `fold_in(key,
+                l)`, as in `init`. Default `jax.random.key(0)`.
         """
         if isinstance(params, Packed):
             params = params.packing.whole
-        return self.model.init_state(*first_microbatch(x, side, self.chunks), params, key, self._executor.make_state)
+        return self.model.init_state(
+            *first_microbatch(x, side, self.chunks),
+            params,
+            key,
+            self._executor.make_state,
+        )
 
     def place(self, params: Sequence[PyTree]) -> Any:
         """Put the parameters of each layer on its device; Python numbers become arrays.
 
         Returns:
-            With `executor="placed"` the same structure. With `"scan"` an `fpipe.Packed`: one array over the mesh for each
-            parameter that all stages have, and for what they do not have alike arrays that are padded.
+            With `executor="placed"` the same structure. With `"scan"` an
+            `fpipe.Packed`: one array over the mesh for each parameter that all stages
+            have, and for what they do not have alike arrays that are padded.
 
         Raises:
             ValueError: not one entry per layer.
@@ -247,15 +324,20 @@ class Pipe(Call):
         """
         if isinstance(params, Packed):
             raise TypeError(
-                "`place(params)`: these are packed already; for another pipe write `pipe.place(other.gather(params))`, where "
+                "`place(params)`: these are packed already; for another pipe write "
+                "`pipe.place(other.gather(params))`, where "
                 "`other` is the one that packed them"
             )
         check_params(self.model, params, "`place(params)`")
-        # A weak type would come back strong from the first update, and be compiled for again.
-        return self._executor.place(tuple(map_arrays(strong, numbers_as_arrays(p)) for p in params))
+        # A weak type would come back strong from the first update, and be compiled for
+        # again.
+        return self._executor.place(
+            tuple(map_arrays(strong, numbers_as_arrays(p)) for p in params)
+        )
 
     def gather(self, params: Any) -> tuple[PyTree, ...]:
-        """The exact inverse of `place`: the parameters as for the plain composition, on the first device.
+        """The exact inverse of `place`: the parameters as for the plain composition, on
+        the first device.
 
         With a mesh over several processes they are on every device.
 
@@ -268,10 +350,13 @@ class Pipe(Call):
     # --- calls ---
 
     def raise_anomaly(self) -> None:
-        """Raise what calls inside `jax.jit` have found since this was called last, of a pipe with `detect_anomaly`.
+        """Raise what calls inside `jax.jit` have found since this was called last, of a
+        pipe with `detect_anomaly`.
 
-        A program that runs on several devices cannot raise: inside `jax.jit` the fault is logged (`logging`'s `"fpipe"`) when
-        the program runs, and kept for this method, which waits for what is running. Without `detect_anomaly` it does nothing.
+        A program that runs on several devices cannot raise: inside `jax.jit` the fault
+        is logged (`logging`'s `"fpipe"`) when the program runs, and kept for this
+        method, which waits for what is running. Without `detect_anomaly` it does
+        nothing.
 
         Raises:
             FloatingPointError: the first that was found.
@@ -299,16 +384,19 @@ class Pipe(Call):
     ) -> int:
         """Compile all programs of a call before it is made, several at once.
 
-        The call then finds them: nothing compiles any more. Calls compile by themselves too, but one program after the
-        other.
+        The call then finds them: nothing compiles any more. Calls compile by themselves
+        too, but one program after the other.
 
         Arguments:
-            params, x, targets, side, key, state, train: as for the call; shapes (`jax.ShapeDtypeStruct`) will do.
-            loss_fn, has_aux, reduction, argnums, frozen: the call is `value_and_grad(loss_fn, …)(params, x, *targets)`.
-                Without `loss_fn` it is `pipe(params, x)`.
+            params, x, targets, side, key, state, train: as for the call; shapes
+                (`jax.ShapeDtypeStruct`) will do.
+            loss_fn, has_aux, reduction, argnums, frozen: the call is
+                `value_and_grad(loss_fn, …)(params, x, *targets)`. Without `loss_fn` it
+                is `pipe(params, x)`.
             loss_scale: whether the call is given one.
             threads: at most so many compile at once; default one for each core.
-            progress: `True` for a bar on stderr, or a function `f(done, total)`; default a bar if stderr is a terminal.
+            progress: `True` for a bar on stderr, or a function `f(done, total)`;
+                default a bar if stderr is a terminal.
 
         Returns:
             The number of programs.
@@ -321,13 +409,22 @@ class Pipe(Call):
             3
         """
         if loss_fn is None and targets:
-            raise TypeError("`pipe.compile(params, x, *targets)`: targets belong to a loss: give `loss_fn=` too")
-        loss = None if loss_fn is None else as_loss("value_and_grad", loss_fn, has_aux, reduction)
+            raise TypeError(
+                "`pipe.compile(params, x, *targets)`: targets belong to a loss: give "
+                "`loss_fn=` too"
+            )
+        loss = (
+            None
+            if loss_fn is None
+            else as_loss("value_and_grad", loss_fn, has_aux, reduction)
+        )
         args = self._checked(Args(params, x, targets, side, key, state, bool(train)))
         numbers = () if loss is None else as_argnums(argnums)
         if loss is not None:
             check_argnums(argnums, numbers, args)
-            args, loss = scaled(args._replace(frozen=FrozenLeaves(frozen).of(params)), loss, loss_scale)
+            args, loss = scaled(
+                args._replace(frozen=FrozenLeaves(frozen).of(params)), loss, loss_scale
+            )
         if self._detector is not None:
             args, loss, numbers = self._detector.given(args, loss, numbers)
         if self.executor == "scan":
@@ -356,34 +453,46 @@ class Pipe(Call):
         memory: float | Sequence[float] | None = None,
         compiled: bool = False,
     ) -> Prediction:
-        """What a training step will take, before it runs: `print(pipe.plan(params, x))`.
+        """What a training step will take, before it runs: `print(pipe.plan(params,
+        x))`.
 
-        Nothing runs and nothing is allocated, but for `by="time"`. Memory is that of arrays: of the placed executor it is
-        exact, instruction by instruction, as an allocator takes and gives it; of the scan executor it is the
-        sizes of the buffers.
+        Nothing runs and nothing is allocated, but for `by="time"`. Memory is that of
+        arrays: of the placed executor it is exact, instruction by instruction, as an
+        allocator takes and gives it; of the scan executor it is the sizes of the
+        buffers.
 
         Arguments:
             params: placed or not, or their shapes; `None`: what `init` makes.
-            x, targets, side, key, state, train: as for the call; shapes (`jax.ShapeDtypeStruct`) will do. Layers with state
-                get what `init_state` makes, if none is given. Inputs that are no arrays yet are taken to lie where they are read.
-            loss_fn, has_aux, reduction, argnums, frozen: the step is `value_and_grad(loss_fn, …)(params, x, *targets)`.
-                Without `loss_fn` the loss is the mean of the squares of the output.
+            x, targets, side, key, state, train: as for the call; shapes
+                (`jax.ShapeDtypeStruct`) will do. Layers with state get what
+                `init_state` makes, if none is given. Inputs that are no arrays yet are
+                taken to lie where they are read.
+            loss_fn, has_aux, reduction, argnums, frozen: the step is
+                `value_and_grad(loss_fn, …)(params, x, *targets)`. Without `loss_fn` the
+                loss is the mean of the squares of the output.
 
         Other Arguments:
-            by: what work is: `"flops"` (default), counted in the programs, or `"time"`: each program is compiled and run some
-                times on its device.
-            speed: FLOP per second of a device, one number or one for each: then times are in seconds. A device that is given
-                several times counts as several; of a mesh with more axes than `"stage"` all devices of a stage count as one.
-            latency, bandwidth: seconds, and bytes per second, between devices, where times are in seconds; default 0 and no limit.
-            optimizer: bytes of optimizer state for each byte of parameters; default 2, as Adam has it.
-            memory: bytes that a device has, one number or one for each; more than that is a warning.
-            compiled: whether to compile the programs, for the memory that they need for themselves.
+            by: what work is: `"flops"` (default), counted in the programs, or `"time"`:
+                each program is compiled and run some times on its device.
+            speed: FLOP per second of a device, one number or one for each: then times
+                are in seconds. A device that is given several times counts as several;
+                of a mesh with more axes than `"stage"` all devices of a stage count as
+                one.
+            latency, bandwidth: seconds, and bytes per second, between devices, where
+                times are in seconds; default 0 and no limit.
+            optimizer: bytes of optimizer state for each byte of parameters; default 2,
+                as Adam has it.
+            memory: bytes that a device has, one number or one for each; more than that
+                is a warning.
+            compiled: whether to compile the programs, for the memory that they need for
+                themselves.
 
         Returns:
             A `fpipe.Prediction`.
 
         Raises:
-            TypeError, ValueError: an argument is wrong, as for the call; or it is inside `jax.jit`.
+            TypeError, ValueError: an argument is wrong, as for the call; or it is
+                inside `jax.jit`.
 
         Example:
             >>> dense = fpipe.Layer(lambda w, x: jnp.tanh(x @ w), init=lambda key, x: jnp.eye(3))
@@ -393,15 +502,31 @@ class Pipe(Call):
             (36.0, '28%')
         """
         if loss_fn is None and targets:
-            raise TypeError("`pipe.plan(params, x, *targets)`: targets belong to a loss: give `loss_fn=` too")
-        given = {"by": by, "speed": speed, "latency": latency, "bandwidth": bandwidth, "optimizer": optimizer}
-        options = Options.of("pipe.plan", len(self.devices), **given, memory=memory, compiled=compiled)
-        loss = as_loss("plan", mean_square if loss_fn is None else loss_fn, has_aux, reduction)
+            raise TypeError(
+                "`pipe.plan(params, x, *targets)`: targets belong to a loss: give "
+                "`loss_fn=` too"
+            )
+        given = {
+            "by": by,
+            "speed": speed,
+            "latency": latency,
+            "bandwidth": bandwidth,
+            "optimizer": optimizer,
+        }
+        options = Options.of(
+            "pipe.plan", len(self.devices), **given, memory=memory, compiled=compiled
+        )
+        loss = as_loss(
+            "plan", mean_square if loss_fn is None else loss_fn, has_aux, reduction
+        )
         args = Args(params, x, targets, side, key, state, bool(train))
         return predicted(self, args, loss, argnums, frozen, options)
 
-    def record(self, f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Recording]:
-        """Run `f(*args, **kwargs)`, a step that calls this pipe, and record its last call, as `fpipe.record` does.
+    def record(
+        self, f: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> tuple[Any, Recording]:
+        """Run `f(*args, **kwargs)`, a step that calls this pipe, and record its last
+        call, as `fpipe.record` does.
 
         Returns:
             What `f` returns, and the `fpipe.schedules.Recording`.
@@ -422,17 +547,30 @@ class Pipe(Call):
             result = f(*args, **kwargs)
         return result, timeline
 
-    def _shaped(self, params: Any, state: Any, x: PyTree, side: PyTree) -> tuple[Any, Any]:
-        """The shapes of parameters, and states, for a prediction; those that `init` makes, if none are given."""
-        first, key = first_microbatch(x, side, self.chunks), jax.eval_shape(lambda: jax.random.key(0))
+    def _shaped(
+        self, params: Any, state: Any, x: PyTree, side: PyTree
+    ) -> tuple[Any, Any]:
+        """The shapes of parameters, and states, for a prediction; those that `init`
+        makes, if none are given.
+        """
+        first, key = (
+            first_microbatch(x, side, self.chunks),
+            jax.eval_shape(lambda: jax.random.key(0)),
+        )
         if isinstance(params, Packed):
             params = params.packing.whole
         elif params is None:
-            params = self.model.init(key, *first, lambda k, make, key: eval_shape(make, key))
+            params = self.model.init(
+                key, *first, lambda k, make, key: eval_shape(make, key)
+            )
         check_params(self.model, params, "`plan(params, x)`")
-        params = tuple(shapes_of(map_arrays(strong, numbers_as_arrays(p))) for p in params)
+        params = tuple(
+            shapes_of(map_arrays(strong, numbers_as_arrays(p))) for p in params
+        )
         if state is None and self.model.stateful:
-            state = self.model.init_state(*first, params, key, lambda k, make, key: eval_shape(make, key))
+            state = self.model.init_state(
+                *first, params, key, lambda k, make, key: eval_shape(make, key)
+            )
         return params, state
 
     def _as_placed(self, kept: Recent | None) -> Placed:
@@ -441,8 +579,18 @@ class Pipe(Call):
             return self._executor
         scheduling, places = Scheduling.of(self.schedule), as_placements(self.devices)
         map_ = scheduling.stage_to_device(len(self.balance), len(places), self.chunks)
-        layout = Layout(cut_stages(self.model, self.balance), tuple(places[d] for d in map_))
-        return Placed(layout, scheduling, map_, Remat.of(self.checkpoint), self.chunks, "one_thread", kept)
+        layout = Layout(
+            cut_stages(self.model, self.balance), tuple(places[d] for d in map_)
+        )
+        return Placed(
+            layout,
+            scheduling,
+            map_,
+            Remat.of(self.checkpoint),
+            self.chunks,
+            "one_thread",
+            kept,
+        )
 
     @property
     def _placed(self) -> Placed:
@@ -500,11 +648,17 @@ def predicted(
     """
     if isinstance(jax.device_put(np.int32(0)), Tracer):
         raise TypeError(
-            "`pipe.plan(...)` was called inside `jax.jit` (or another tracing transformation): programs traced there would not "
-            "be those of a call; plan outside of it, shapes (`jax.eval_shape`, `jax.ShapeDtypeStruct`) will do"
+            "`pipe.plan(...)` was called inside `jax.jit` (or another tracing "
+            "transformation): programs traced there would not "
+            "be those of a call; plan outside of it, shapes (`jax.eval_shape`, "
+            "`jax.ShapeDtypeStruct`) will do"
         )
     # The programs are those of the model alone.
-    pipe = pipe if pipe._detector is None else dataclasses.replace(pipe, detect_anomaly=False)
+    pipe = (
+        pipe
+        if pipe._detector is None
+        else dataclasses.replace(pipe, detect_anomaly=False)
+    )
     params, state = pipe._shaped(args.params, args.state, args.x, args.side)
     args = checked(pipe.model, args._replace(params=params, state=state))
     numbers = as_argnums(argnums)
@@ -514,7 +668,9 @@ def predicted(
     if pipe.executor == "scan":
         scan = pipe._scan, args._replace(params=eval_shape(pipe.place, params))
     remat = Remat.of(pipe.checkpoint)
-    return predict(pipe._as_placed(kept), scan, args, loss, numbers, remat, options, costs)
+    return predict(
+        pipe._as_placed(kept), scan, args, loss, numbers, remat, options, costs
+    )
 
 
 def _remade(fields: dict[str, Any]) -> Pipe:

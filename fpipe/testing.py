@@ -1,4 +1,5 @@
-"""For tests of your own pipelines: a pipe against the plain composition, and random models, partitions and schedules.
+"""For tests of your own pipelines: a pipe against the plain composition, and random
+models, partitions and schedules.
 
 The strategies need hypothesis; the assertion does not.
 """
@@ -11,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fpipe._layer import Layer
-from fpipe._loss import Reduction
-from fpipe._microbatch import first_microbatch, pieces
+from fpipe._core.pytrees import PyTree, describe, is_array, is_inexact, pack
+from fpipe._executors.sequential import sequential
+from fpipe._model.layer import Layer
+from fpipe._model.loss import Reduction
+from fpipe._model.microbatch import first_microbatch, pieces
+from fpipe._model.skips import peek, pop, stash
 from fpipe._pipe import Pipe
-from fpipe._sequential import sequential
-from fpipe._skip import peek, pop, stash
-from fpipe._tree import PyTree, describe, is_array, is_inexact, pack
 from fpipe.schedules import Action, Kind, Schedule
 
 if TYPE_CHECKING:
@@ -41,19 +42,24 @@ def assert_equals_sequential(
 ) -> None:
     """Check that a pipe computes what `fpipe.sequential` computes, at equal `chunks`.
 
-    Compared are the output and the new state, and with `loss_fn` the loss, aux and gradients: structure, shapes and dtypes
-    first, then values.
+    Compared are the output and the new state, and with `loss_fn` the loss, aux and
+    gradients: structure, shapes and dtypes first, then values.
 
     Arguments:
         pipe: either executor.
-        x, targets, side, key, state, train: as for a call. Without `state`, layers with state get what `init_state` makes.
+        x, targets, side, key, state, train: as for a call. Without `state`, layers with
+            state get what `init_state` makes.
         loss_fn, has_aux, reduction, argnums: as for `pipe.value_and_grad`.
-        params: one entry per layer, as for the plain composition; default what `init` makes from `jax.random.key(0)`.
-        tolerance: the largest difference of an array, as a share of its largest number: `max|a - b| <= tolerance * max|b|`.
-            Default 1e-5, and 2e-2 where 16-bit floats are computed in. Where an array of gradients is a small difference of large
-            numbers, compare in float64 (`with jax.enable_x64(True):`) rather than with a large tolerance. Gradients that are
-            nothing but rounding (of a bias before a batch norm, of the keys' bias in attention) are no difference: 16 roundings
-            of the largest number among the gradients of the layer's parameters, or `tolerance` of it if that is less.
+        params: one entry per layer, as for the plain composition; default what `init`
+            makes from `jax.random.key(0)`.
+        tolerance: the largest difference of an array, as a share of its largest number:
+            `max|a - b| <= tolerance * max|b|`. Default 1e-5, and 2e-2 where 16-bit
+            floats are computed in. Where an array of gradients is a small difference of
+            large numbers, compare in float64 (`with jax.enable_x64(True):`) rather than
+            with a large tolerance. Gradients that are nothing but rounding (of a bias
+            before a batch norm, of the keys' bias in attention) are no difference: 16
+            roundings of the largest number among the gradients of the layer's
+            parameters, or `tolerance` of it if that is less.
 
     Raises:
         AssertionError: it names the first array that differs, with its stage and layer.
@@ -64,9 +70,16 @@ def assert_equals_sequential(
         >>> assert_equals_sequential(pipe, jnp.ones((8, 3)), loss_fn=lambda y: jnp.mean(y**2))
     """
     reference = sequential(
-        pipe.layers, pipe.chunks, compute_dtype=pipe.compute_dtype, deferred_batch_norm=pipe.deferred_batch_norm
+        pipe.layers,
+        pipe.chunks,
+        compute_dtype=pipe.compute_dtype,
+        deferred_batch_norm=pipe.deferred_batch_norm,
     )
-    params = reference.init(jax.random.key(0), x, side) if params is None else reference.place(params)
+    params = (
+        reference.init(jax.random.key(0), x, side)
+        if params is None
+        else reference.place(params)
+    )
     if state is None and pipe.model.stateful:
         state = reference.init_state(x, side, params)
     needs: dict[str, Any] = {"side": side, "key": key, "state": state, "train": train}
@@ -81,9 +94,17 @@ def assert_equals_sequential(
     if loss_fn is None:
         return
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    options: dict[str, Any] = {"has_aux": has_aux, "reduction": reduction, "argnums": numbers}
-    got, gradients = pipe.value_and_grad(loss_fn, **options)(placed, x, *targets, **needs)
-    want, others = reference.value_and_grad(loss_fn, **options)(params, x, *targets, **needs)
+    options: dict[str, Any] = {
+        "has_aux": has_aux,
+        "reduction": reduction,
+        "argnums": numbers,
+    }
+    got, gradients = pipe.value_and_grad(loss_fn, **options)(
+        placed, x, *targets, **needs
+    )
+    want, others = reference.value_and_grad(loss_fn, **options)(
+        params, x, *targets, **needs
+    )
     if state is not None:
         compare.layers("the state of value_and_grad", got[1], want[1])
         got, want = got[0], want[0]
@@ -95,7 +116,11 @@ def assert_equals_sequential(
         if n == 0:
             compare.layers("the gradient of params", pipe.gather(a), b, gradients=True)
         else:
-            compare.tree("the gradient of x" if n == 1 else f"the gradient of target {n - 2}", a, b)
+            compare.tree(
+                "the gradient of x" if n == 1 else f"the gradient of target {n - 2}",
+                a,
+                b,
+            )
 
 
 def _rows(x: PyTree) -> int:
@@ -104,7 +129,9 @@ def _rows(x: PyTree) -> int:
 
 def _largest(array: Any) -> float:
     """The largest finite number, without its sign."""
-    numbers = np.abs(np.asarray(array, np.complex128 if jnp.iscomplexobj(array) else np.float64))
+    numbers = np.abs(
+        np.asarray(array, np.complex128 if jnp.iscomplexobj(array) else np.float64)
+    )
     return float(numbers[np.isfinite(numbers)].max(initial=0))
 
 
@@ -115,50 +142,87 @@ class _Comparison(NamedTuple):
     microbatches: int
     tolerance: float | None
 
-    def layers(self, what: str, got: Sequence[PyTree], want: Sequence[PyTree], gradients: bool = False) -> None:
-        """One entry per layer; in gradients the rounding of the layer's largest number is no difference."""
+    def layers(
+        self,
+        what: str,
+        got: Sequence[PyTree],
+        want: Sequence[PyTree],
+        gradients: bool = False,
+    ) -> None:
+        """One entry per layer; in gradients the rounding of the layer's largest number
+        is no difference.
+        """
         stages = [s for s, count in enumerate(self.pipe.balance) for _ in range(count)]
         where = self.pipe.make_schedule(self.microbatches).stage_to_device
         for k, layer in enumerate(self.pipe.layers):
             place = f"layer {k} {layer.name!r} (stage {stages[k]} on {self.pipe.devices[where[stages[k]]]})"
-            numbers = [_largest(a) for a in jax.tree.leaves(want[k]) if gradients and is_inexact(a)]
+            numbers = [
+                _largest(a)
+                for a in jax.tree.leaves(want[k])
+                if gradients and is_inexact(a)
+            ]
             self.tree(f"{what}, {place}", got[k], want[k], max(numbers, default=0.0))
 
     def tree(self, what: str, got: PyTree, want: PyTree, beside: float = 0.0) -> None:
         """Any pytree; the rounding of the number `beside` is no difference."""
         if jax.tree.structure(got) != jax.tree.structure(want):
-            raise AssertionError(f"{what}: the pipe gives {describe(got)}, the plain composition {describe(want)}")
+            raise AssertionError(
+                f"{what}: the pipe gives {describe(got)}, the plain composition "
+                f"{describe(want)}"
+            )
         others = jax.tree.leaves(want)
-        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), others, strict=True):
+        for (path, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(got), others, strict=True
+        ):
             where = what + (f" at {jax.tree_util.keystr(path)}" if path else "")
             if not is_array(a) or not is_array(b):
                 if a != b:
-                    raise AssertionError(f"{where}: the pipe gives {a!r}, the plain composition {b!r}")
+                    raise AssertionError(
+                        f"{where}: the pipe gives {a!r}, the plain composition {b!r}"
+                    )
                 continue
             if (a.shape, a.dtype) != (b.shape, b.dtype):
-                raise AssertionError(f"{where}: the pipe gives {describe(a)}, the plain composition {describe(b)}")
+                raise AssertionError(
+                    f"{where}: the pipe gives {describe(a)}, the plain composition "
+                    f"{describe(b)}"
+                )
             if a.dtype != jax.dtypes.float0:
                 self._values(where, a, b, beside)
 
     def _values(self, where: str, a: Any, b: Any, beside: float) -> None:
-        low = [d for d in (a.dtype, self.pipe.compute_dtype) if d in (jnp.bfloat16, jnp.float16)]
+        low = [
+            d
+            for d in (a.dtype, self.pipe.compute_dtype)
+            if d in (jnp.bfloat16, jnp.float16)
+        ]
         share = self.tolerance
         if share is None:
             share = 2e-2 if low else 1e-5
         if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
             a, b = jax.random.key_data(a), jax.random.key_data(b)
         exact = not jnp.issubdtype(a.dtype, jnp.inexact)
-        rounding = 0.0 if exact else 16 * float(jnp.finfo(low[0] if low else a.dtype).eps)
-        a, b = (np.asarray(v, np.complex128 if jnp.iscomplexobj(v) else np.float64) for v in (a, b))
+        rounding = (
+            0.0 if exact else 16 * float(jnp.finfo(low[0] if low else a.dtype).eps)
+        )
+        a, b = (
+            np.asarray(v, np.complex128 if jnp.iscomplexobj(v) else np.float64)
+            for v in (a, b)
+        )
         wrong = np.isfinite(a) != np.isfinite(b)
         off = np.where(np.isfinite(a) & np.isfinite(b), np.abs(a - b), 0.0)
-        limit = 0.0 if exact else max(share * _largest(b), min(rounding, share) * beside)
+        limit = (
+            0.0 if exact else max(share * _largest(b), min(rounding, share) * beside)
+        )
         wrong |= off > limit
         if wrong.any():
-            at = np.unravel_index(np.argmax(np.where(wrong, np.where(off > 0, off, np.inf), -1)), a.shape)
+            at = np.unravel_index(
+                np.argmax(np.where(wrong, np.where(off > 0, off, np.inf), -1)), a.shape
+            )
             raise AssertionError(
-                f"{where}: {int(wrong.sum())} of {a.size} numbers differ; at {tuple(map(int, at))} the pipe gives {a[at]:.8g}, "
-                f"the plain composition {b[at]:.8g}; the largest difference is {off.max():.3g}, allowed is {limit:.3g}"
+                f"{where}: {int(wrong.sum())} of {a.size} numbers differ; at "
+                f"{tuple(map(int, at))} the pipe gives {a[at]:.8g}, "
+                f"the plain composition {b[at]:.8g}; the largest difference is "
+                f"{off.max():.3g}, allowed is {limit:.3g}"
             )
 
 
@@ -173,7 +237,9 @@ class _Random(NamedTuple):
     peek: tuple[str, ...]
 
     def __call__(self, params: Any, x: Any, **needs: Any) -> Any:
-        """A bit of everything, mixed so that no order and no value can be mistaken for another."""
+        """A bit of everything, mixed so that no order and no value can be mistaken for
+        another.
+        """
         y = jnp.tanh(x @ params["w"]) + params["b"]
         if needs.get("key") is not None:
             y = y * jax.random.uniform(needs["key"], y.shape, minval=0.5)
@@ -195,13 +261,18 @@ class _Random(NamedTuple):
         if "state" in needs:
             state = needs["state"]
             y = y + state["mean"]
-            out.append({"mean": 0.5 * state["mean"] + x.mean(0), "seen": state["seen"] + x.shape[0]})
+            out.append(
+                {
+                    "mean": 0.5 * state["mean"] + x.mean(0),
+                    "seen": state["seen"] + x.shape[0],
+                }
+            )
         return (y, *out) if out else y
 
 
 def models(width: int = 3, most: int = 6) -> "SearchStrategy[list[Layer]]":
-    """Random layers from `(rows, width)` to `(rows, width)`: skips between any two of them, states, keys, side inputs (of the
-    shape of `x`) and tied weights.
+    """Random layers from `(rows, width)` to `(rows, width)`: skips between any two of
+    them, states, keys, side inputs (of the shape of `x`) and tied weights.
 
     Arguments:
         width: of what goes from layer to layer.
@@ -211,7 +282,10 @@ def models(width: int = 3, most: int = 6) -> "SearchStrategy[list[Layer]]":
 
     def init(k: int, key: Any, x: Any) -> PyTree:
         del x
-        return {"w": jax.random.normal(key, (width, width)), "b": jnp.full((width,), 0.1 * k)}
+        return {
+            "w": jax.random.normal(key, (width, width)),
+            "b": jnp.full((width,), 0.1 * k),
+        }
 
     def init_state(x: Any) -> PyTree:
         return {"mean": jnp.zeros((width,), x.dtype), "seen": jnp.int32(0)}
@@ -230,7 +304,9 @@ def models(width: int = 3, most: int = 6) -> "SearchStrategy[list[Layer]]":
     @st.composite
     def made(draw: "DrawFn") -> list[Layer]:
         count = draw(st.integers(2, most))
-        ends: list[tuple[list[str], list[str], list[str]]] = [([], [], []) for _ in range(count)]
+        ends: list[tuple[list[str], list[str], list[str]]] = [
+            ([], [], []) for _ in range(count)
+        ]
         for n in range(draw(st.integers(0, 4))):
             a = draw(st.integers(0, count - 2))
             b = draw(st.integers(a + 1, count - 1))
@@ -242,7 +318,14 @@ def models(width: int = 3, most: int = 6) -> "SearchStrategy[list[Layer]]":
                     ends[k][2].append(name)
         layers = []
         for k, own in enumerate(ends):
-            needs = draw(st.sets(st.sampled_from(["key", "side", "state", *(["borrowed"] if k else [])]), max_size=2))
+            needs = draw(
+                st.sets(
+                    st.sampled_from(
+                        ["key", "side", "state", *(["borrowed"] if k else [])]
+                    ),
+                    max_size=2,
+                )
+            )
             needs = needs | {"carry"} if any(own) else needs
             layers.append(layer(k, _Random(*map(tuple, own)), needs))
         return layers
@@ -251,7 +334,10 @@ def models(width: int = 3, most: int = 6) -> "SearchStrategy[list[Layer]]":
 
 
 def schedules(
-    stage_to_device: Sequence[int], microbatches: int, split: bool = False, in_order: bool = True
+    stage_to_device: Sequence[int],
+    microbatches: int,
+    split: bool = False,
+    in_order: bool = True,
 ) -> "SearchStrategy[Schedule]":
     """Random valid schedules: any order in which everything can run.
 
@@ -259,7 +345,8 @@ def schedules(
         stage_to_device: the map.
         microbatches: how many.
         split: whether backwards are cut into `I` and `W`.
-        in_order: whether each stage's forwards keep the order of the microbatches, as layers with state need.
+        in_order: whether each stage's forwards keep the order of the microbatches, as
+            layers with state need.
     """
     from hypothesis import strategies as st
 
@@ -270,10 +357,18 @@ def schedules(
         out = []
         if a.kind == "F":
             out += [Action("F", a.stage - 1, a.microbatch)] if a.stage else []
-            out += [Action("F", a.stage, a.microbatch - 1)] if in_order and a.microbatch else []
+            out += (
+                [Action("F", a.stage, a.microbatch - 1)]
+                if in_order and a.microbatch
+                else []
+            )
         elif a.kind == back:
             out.append(Action("F", a.stage, a.microbatch))
-            out += [Action(back, a.stage + 1, a.microbatch)] if a.stage < stages - 1 else []
+            out += (
+                [Action(back, a.stage + 1, a.microbatch)]
+                if a.stage < stages - 1
+                else []
+            )
         else:
             out.append(Action("I", a.stage, a.microbatch))
         return out
@@ -282,7 +377,12 @@ def schedules(
     def made(draw: "DrawFn") -> Schedule:
         rng, done = draw(st.randoms(use_true_random=False)), set[Action]()
         kinds: tuple[Kind, ...] = ("F", "I", "W") if split else ("F", "B")
-        left = [Action(kind, s, i) for s in range(stages) for i in range(microbatches) for kind in kinds]
+        left = [
+            Action(kind, s, i)
+            for s in range(stages)
+            for i in range(microbatches)
+            for kind in kinds
+        ]
         rows: list[list[Action]] = [[] for _ in range(devices)]
         while left:
             ready = [a for a in left if done.issuperset(needed(a))]
@@ -290,15 +390,21 @@ def schedules(
             rows[stage_to_device[chosen.stage]].append(chosen)
             left.remove(chosen)
             done.add(chosen)
-        return Schedule(actions=tuple(map(tuple, rows)), stage_to_device=tuple(stage_to_device))
+        return Schedule(
+            actions=tuple(map(tuple, rows)), stage_to_device=tuple(stage_to_device)
+        )
 
     return made()
 
 
 def partitions(
-    layers: Sequence[Layer], x: PyTree, executor: str = "placed", devices: Sequence[Any] | None = None
+    layers: Sequence[Layer],
+    x: PyTree,
+    executor: str = "placed",
+    devices: Sequence[Any] | None = None,
 ) -> "SearchStrategy[Pipe]":
-    """Random pipes over given layers: balance, devices, chunks, checkpoint mode and schedule, named or random.
+    """Random pipes over given layers: balance, devices, chunks, checkpoint mode and
+    schedule, named or random.
 
     Arguments:
         layers: as for `Pipe`.
@@ -310,17 +416,39 @@ def partitions(
 
     rows, count = _rows(x), len(layers)
     choice = list(jax.devices() if devices is None else devices)
-    modes = ["always", "except_last", "never", jax.checkpoint_policies.dots_with_no_batch_dims_saveable]
+    modes = [
+        "always",
+        "except_last",
+        "never",
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    ]
     first_microbatch(x, None, 1)  # an input that cannot be cut is refused here
 
     @st.composite
     def made(draw: "DrawFn") -> Pipe:
-        cuts = sorted(draw(st.sets(st.integers(1, count - 1), max_size=min(3, count - 1, len(choice) - 1))))
+        cuts = sorted(
+            draw(
+                st.sets(
+                    st.integers(1, count - 1),
+                    max_size=min(3, count - 1, len(choice) - 1),
+                )
+            )
+        )
         balance = [b - a for a, b in zip([0, *cuts], [*cuts, count], strict=True)]
         scan = executor == "scan"
-        chunks = draw(st.sampled_from([n for n in range(1, rows + 1) if not scan or rows % n == 0]))
-        own = choice[: len(balance)] if scan else [draw(st.sampled_from(choice)) for _ in balance]
-        schedule: Any = draw(st.sampled_from(["gpipe", "1f1b", "eager_1f1b", "zb_h1", None]))
+        chunks = draw(
+            st.sampled_from(
+                [n for n in range(1, rows + 1) if not scan or rows % n == 0]
+            )
+        )
+        own = (
+            choice[: len(balance)]
+            if scan
+            else [draw(st.sampled_from(choice)) for _ in balance]
+        )
+        schedule: Any = draw(
+            st.sampled_from(["gpipe", "1f1b", "eager_1f1b", "zb_h1", None])
+        )
         if schedule is None:
             m = len(pieces(rows, chunks))
             fixed = draw(schedules(range(len(balance)), m, split=draw(st.booleans())))

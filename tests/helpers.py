@@ -14,17 +14,21 @@ import numpy as np
 import pytest
 
 import fpipe
-from fpipe._placed._compile import compile_plan
-from fpipe._plan import Run
+from fpipe._executors.placed.compile import compile_plan
+from fpipe._executors.placed.instructions import Run
 
 WIDTH = 4
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def noise(key, shape: tuple[int, ...], low: float = -1.0, high: float = 1.0):
-    """Numbers from `low` to `high` by a hash. `jax.random.normal` compiles five times as long, for each shape and device."""
+    """Numbers from `low` to `high` by a hash. `jax.random.normal` compiles five times
+    as long, for each shape and device.
+    """
     seed = jax.random.key_data(key).sum(dtype=jnp.uint32)
-    n = jnp.arange(1, 1 + np.prod(shape, dtype=int), dtype=jnp.uint32).reshape(shape) + seed * np.uint32(0x9E3779B9)
+    n = jnp.arange(1, 1 + np.prod(shape, dtype=int), dtype=jnp.uint32).reshape(
+        shape
+    ) + seed * np.uint32(0x9E3779B9)
     for shift in (16, 15):
         n = (n ^ (n >> shift)) * np.uint32(0x2C1B3C6D)
     unit = (n >> 8).astype(jax.dtypes.canonicalize_dtype(float)) / 2.0**24
@@ -45,9 +49,10 @@ def cast_weights(layer: fpipe.Layer) -> fpipe.Layer:
     """The same layer on float32 parameters, computed in bfloat16."""
 
     def apply(params, x):
-        return layer.apply(jax.tree.map(lambda a: a.astype(jnp.bfloat16), params), x.astype(jnp.bfloat16)).astype(
-            x.dtype
-        )
+        return layer.apply(
+            jax.tree.map(lambda a: a.astype(jnp.bfloat16), params),
+            x.astype(jnp.bfloat16),
+        ).astype(x.dtype)
 
     return dataclasses.replace(layer, apply=apply)
 
@@ -102,7 +107,10 @@ def counter() -> fpipe.Layer:
     def apply(params, x, *, state, train):
         mean = x.mean(0)
         y = (x - state["mean"]) * params
-        return y, {"mean": 0.5 * (state["mean"] + mean), "count": state["count"] + 1} if train else state
+        return y, {
+            "mean": 0.5 * (state["mean"] + mean),
+            "count": state["count"] + 1,
+        } if train else state
 
     def init_state(x):
         return {"mean": jnp.zeros(x.shape[-1], x.dtype), "count": jnp.int32(0)}
@@ -110,7 +118,9 @@ def counter() -> fpipe.Layer:
     def finish(state):
         return {**state, "mean": state["mean"] * 2}
 
-    return fpipe.Layer(apply, scale_init, name="counter", init_state=init_state, finish=finish)
+    return fpipe.Layer(
+        apply, scale_init, name="counter", init_state=init_state, finish=finish
+    )
 
 
 def split_layer() -> fpipe.Layer:
@@ -118,7 +128,13 @@ def split_layer() -> fpipe.Layer:
 
     def apply(params, x):
         kind = jnp.argmax(x, -1)
-        return {"a": x * params, "b": (x[:, :2] + 1, None), "kind": kind, "sign": x > 0, "tag": "left"}
+        return {
+            "a": x * params,
+            "b": (x[:, :2] + 1, None),
+            "kind": kind,
+            "sign": x > 0,
+            "tag": "left",
+        }
 
     return fpipe.Layer(apply, scale_init, name="split")
 
@@ -126,7 +142,9 @@ def split_layer() -> fpipe.Layer:
 def merge_layer() -> fpipe.Layer:
     def apply(params, x):
         assert x["tag"] == "left"
-        y = jnp.where(x["sign"], x["a"], 0.1 * x["a"]) + x["b"][0].sum(-1, keepdims=True)
+        y = jnp.where(x["sign"], x["a"], 0.1 * x["a"]) + x["b"][0].sum(
+            -1, keepdims=True
+        )
         return y * params + jax.nn.one_hot(x["kind"], WIDTH, dtype=y.dtype)
 
     return fpipe.Layer(apply, scale_init, name="merge")
@@ -151,12 +169,20 @@ def borrower() -> fpipe.Layer:
 
 
 def models() -> dict[str, list[fpipe.Layer]]:
-    """Every kind of model, four layers at least, so that each can be cut into four stages."""
+    """Every kind of model, four layers at least, so that each can be cut into four
+    stages.
+    """
     one, two = fpipe.Namespace(), fpipe.Namespace()
     return {
         "plain": [dense(), dense(6), dense(), dense()],
         "branched": [dense(), split_layer(), merge_layer(), dense()],
-        "nested": [keep().isolate(one), keep().isolate(two), dense(), add().isolate(two), add().isolate(one)],
+        "nested": [
+            keep().isolate(one),
+            keep().isolate(two),
+            dense(),
+            add().isolate(two),
+            add().isolate(one),
+        ],
         "jump1": [dense(), keep(), add(), dense()],
         "jump2": [keep(), dense(), add(), dense()],
         "jump3": [keep(), look(), dense(), add()],
@@ -182,25 +208,35 @@ class Case:
 
     @property
     def x(self):
-        return noise(jax.random.key(1), (self.rows, WIDTH), -2.0, 2.0).astype(self.dtype)
+        return noise(jax.random.key(1), (self.rows, WIDTH), -2.0, 2.0).astype(
+            self.dtype
+        )
 
     @property
     def target(self):
-        return noise(jax.random.key(2), (self.rows, WIDTH), -2.0, 2.0).astype(self.dtype)
+        return noise(jax.random.key(2), (self.rows, WIDTH), -2.0, 2.0).astype(
+            self.dtype
+        )
 
     @property
     def reference(self):
         return fpipe.sequential(self.layers, chunks=self.chunks)
 
     def params(self):
-        inputs = [None if a is None else jnp.zeros(a.shape) for a in (self.x, self.side)]  # made in float32
+        inputs = [
+            None if a is None else jnp.zeros(a.shape) for a in (self.x, self.side)
+        ]  # made in float32
         made = self.reference.init(jax.random.key(0), *inputs)
         return jax.tree.map(lambda a: a.astype(self.dtype), made)
 
     @property
     def side(self):
         needed = any(layer.asks("side") for layer in self.layers)
-        return noise(jax.random.key(3), (self.rows, WIDTH), -2.0, 2.0).astype(self.dtype) if needed else None
+        return (
+            noise(jax.random.key(3), (self.rows, WIDTH), -2.0, 2.0).astype(self.dtype)
+            if needed
+            else None
+        )
 
     @property
     def needs(self) -> dict[str, Any]:
@@ -209,7 +245,11 @@ class Case:
             "key": jax.random.key(4),
             "train": True,
             "side": self.side,
-            "state": self.reference.init_state(self.x, side=self.side, params=self.params()) if state else None,
+            "state": self.reference.init_state(
+                self.x, side=self.side, params=self.params()
+            )
+            if state
+            else None,
         }
 
 
@@ -223,19 +263,33 @@ def raises(kind, text):
 
 
 def assert_same(got: Any, want: Any, tolerance: float = 1e-5) -> None:
-    """The invariant: structure, shape and dtype equal, and `max|a-b| <= tolerance * max|b|` per leaf."""
+    """The invariant: structure, shape and dtype equal, and `max|a-b| <= tolerance *
+    max|b|` per leaf.
+    """
     chex.assert_trees_all_equal_structs(got, want)
     for (path, a), (_, b) in zip(
-        jax.tree_util.tree_leaves_with_path(got), jax.tree_util.tree_leaves_with_path(want), strict=True
+        jax.tree_util.tree_leaves_with_path(got),
+        jax.tree_util.tree_leaves_with_path(want),
+        strict=True,
     ):
         where = jax.tree_util.keystr(path)
-        assert (a.shape, a.dtype) == (b.shape, b.dtype), (where, a.shape, a.dtype, b.shape, b.dtype)
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), (
+            where,
+            a.shape,
+            a.dtype,
+            b.shape,
+            b.dtype,
+        )
         if a.dtype == jax.dtypes.float0:
             continue
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.isfinite(a).all(), where
         limit = tolerance * np.abs(b).max(initial=0)
-        assert np.abs(a - b).max(initial=0) <= limit, (where, np.abs(a - b).max(), limit)
+        assert np.abs(a - b).max(initial=0) <= limit, (
+            where,
+            np.abs(a - b).max(),
+            limit,
+        )
 
 
 def products(
@@ -247,9 +301,13 @@ def products(
     wrt: Any = 0,
     width: int = 8,
 ) -> Counter[tuple[str, int]]:
-    """Matrix products of a training step by (kind, stage), in the compiled programs that it runs."""
+    """Matrix products of a training step by (kind, stage), in the compiled programs
+    that it runs.
+    """
     balance = [1] * len(layers) if balance is None else balance
-    pipe = fpipe.Pipe(layers, balance, chunks=chunks, checkpoint=checkpoint, schedule=schedule)
+    pipe = fpipe.Pipe(
+        layers, balance, chunks=chunks, checkpoint=checkpoint, schedule=schedule
+    )
     x = jnp.ones((2 * chunks, width))
     params = pipe.init(jax.random.key(0), x)
     pipe.compile(params, x, loss_fn=lambda y: jnp.mean(y**2), argnums=wrt)
@@ -259,5 +317,7 @@ def products(
         item = bound.plan.instructions[n]
         assert isinstance(item, Run)
         if item.action is not None:
-            counts[item.action.kind, item.action.stage] += program.as_text().count(" dot(")
+            counts[item.action.kind, item.action.stage] += program.as_text().count(
+                " dot("
+            )
     return counts

@@ -1,4 +1,6 @@
-"""One of the processes that `test_multiprocess.py` starts: it joins the others and prints what it computed as JSON lines."""
+"""One of the processes that `test_multiprocess.py` starts: it joins the others and
+prints what it computed as JSON lines.
+"""
 
 import argparse
 import dataclasses
@@ -29,8 +31,18 @@ class Problem:
         return Case(self.layers, chunks=4, rows=8)
 
 
-# A skip over several stages, a tied weight, states, dropout, and a width of its own: no two stages are alike.
-DIFFERENT = [owner(), keep(), counter(), dense(6), dense(), add(), dropout(), borrower()]
+# A skip over several stages, a tied weight, states, dropout, and a width of its own: no
+# two stages are alike.
+DIFFERENT = [
+    owner(),
+    keep(),
+    counter(),
+    dense(6),
+    dense(),
+    add(),
+    dropout(),
+    borrower(),
+]
 PROBLEMS = {
     "uniform": Problem([dense()] * 4, {2: [2, 2], 4: [1, 1, 1, 1]}),
     "different": Problem(DIFFERENT, {2: [4, 4], 4: [2, 2, 2, 2]}),
@@ -41,7 +53,11 @@ PROBLEMS = {
 def encoded(tree):
     """The leaves of a pytree; floats survive JSON exactly."""
     return [
-        {"dtype": str(a.dtype), "shape": a.shape, "values": np.asarray(a).ravel().tolist()}
+        {
+            "dtype": str(a.dtype),
+            "shape": a.shape,
+            "values": np.asarray(a).ravel().tolist(),
+        }
         for a in jax.tree.leaves(tree)
     ]
 
@@ -89,7 +105,10 @@ def solve(name):
             np.testing.assert_array_equal(own.data, again.data)
 
     stateful = any(layer.asks("state") for layer in case.layers)
-    needs = {"key": jax.random.key(4), "state": pipe.init_state(case.x) if stateful else None}
+    needs = {
+        "key": jax.random.key(4),
+        "state": pipe.init_state(case.x) if stateful else None,
+    }
     step = pipe.value_and_grad(mse)
     x, target = on_all(pipe.mesh, case.x, case.target)
 
@@ -101,27 +120,43 @@ def solve(name):
         return mse(y[0] if stateful else y, target)
 
     result, grads = jax.jit(train)(placed, x, target, needs)
-    found = {"made": sorted(set(made)), "params": encoded(gathered), "step": encoded((result, pipe.gather(grads)))}
-    if name == "uniform":  # calls that are no part of a program, with arrays of this process
+    found = {
+        "made": sorted(set(made)),
+        "params": encoded(gathered),
+        "step": encoded((result, pipe.gather(grads))),
+    }
+    if (
+        name == "uniform"
+    ):  # calls that are no part of a program, with arrays of this process
         result, grads = train(placed, case.x, case.target, needs)
         found["call"] = encoded((result, pipe.gather(grads)))
         found["grad"] = encoded(pipe.gather(jax.grad(loss_of)(placed, x, target)))
     if name == "different" and len(devices) == 4:
-        found["grad"] = encoded(pipe.gather(jax.jit(jax.grad(loss_of))(placed, x, target)))
+        found["grad"] = encoded(
+            pipe.gather(jax.jit(jax.grad(loss_of))(placed, x, target))
+        )
     return found
 
 
 def on_all(mesh, *arrays):
     """Arrays that every process has, on every device."""
     everywhere = NamedSharding(mesh, P())
-    return [jax.make_array_from_process_local_data(everywhere, np.asarray(a)) for a in arrays]
+    return [
+        jax.make_array_from_process_local_data(everywhere, np.asarray(a))
+        for a in arrays
+    ]
 
 
 def train_for_ever():
     """Steps until somebody dies."""
     case = PROBLEMS["uniform"].case
-    pipe = fpipe.Pipe(case.layers, devices=jax.devices(), chunks=case.chunks, executor="scan")
-    params, step = pipe.init(jax.random.key(0), case.x), jax.jit(pipe.value_and_grad(mse))
+    pipe = fpipe.Pipe(
+        case.layers, devices=jax.devices(), chunks=case.chunks, executor="scan"
+    )
+    params, step = (
+        pipe.init(jax.random.key(0), case.x),
+        jax.jit(pipe.value_and_grad(mse)),
+    )
     x, target = on_all(pipe.mesh, case.x, case.target)
     for n in range(10**9):
         loss, grads = step(params, x, target)
@@ -141,7 +176,10 @@ def main():
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_num_cpu_devices", args.devices)
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax"))
+    jax.config.update(
+        "jax_compilation_cache_dir",
+        str(pathlib.Path(__file__).parent.parent / ".cache" / "jax"),
+    )
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -158,7 +196,12 @@ def main():
             train_for_ever()
         started = time.monotonic()
         result = solve(what)
-        print(json.dumps({"problem": what, "seconds": time.monotonic() - started, **result}), flush=True)
+        print(
+            json.dumps(
+                {"problem": what, "seconds": time.monotonic() - started, **result}
+            ),
+            flush=True,
+        )
     jax.distributed.shutdown()
 
 

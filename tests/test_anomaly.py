@@ -1,4 +1,6 @@
-"""`detect_anomaly`: the first stage, layer and microbatch that made a NaN or an infinity, forward or backward."""
+"""`detect_anomaly`: the first stage, layer and microbatch that made a NaN or an
+infinity, forward or backward.
+"""
 
 import dataclasses
 import logging
@@ -11,9 +13,9 @@ import numpy as np
 import pytest
 
 import fpipe
-import fpipe._anomaly
-from fpipe._placed._compile import compile_plan
-from fpipe._plan import Run
+import fpipe._executors.anomaly
+from fpipe._executors.placed.compile import compile_plan
+from fpipe._executors.placed.instructions import Run
 from tests.helpers import WIDTH, add, dense, keep, models, noise, scale_init
 
 CALL = r"^`Pipe\(detect_anomaly=True\)`: "
@@ -26,9 +28,16 @@ def steep(here, x):
 
 
 def fragile(params, x, *, side):
-    """1 in `side` makes an infinity of the output, 2 of the input's cotangent, 3 of the parameters' gradient."""
+    """1 in `side` makes an infinity of the output, 2 of the input's cotangent, 3 of the
+    parameters' gradient.
+    """
     how = side[:, None]
-    return x * params + jnp.where(how == 1, jnp.inf, 0.0) + steep(how == 2, x) + steep(how == 3, params)
+    return (
+        x * params
+        + jnp.where(how == 1, jnp.inf, 0.0)
+        + steep(how == 2, x)
+        + steep(how == 3, params)
+    )
 
 
 def loss_fn(y, target):
@@ -46,20 +55,44 @@ LAYERS = [dense(), keep(), fpipe.Layer(fragile, scale_init, "fragile"), add()]
 FRAGILE = r"stage 2, layer 2 'fragile', microbatch 2, "
 FINE = "fine"
 
-# What is put into row 5 of x, side and target, or into the parameters of which layer; and what is said of it.
+# What is put into row 5 of x, side and target, or into the parameters of which layer;
+# and what is said of it.
 CASES = {
     FINE: ({}, None),
-    "output": ({"side": 1}, FRAGILE + r"forward \(F\): its output is not finite, of finite inputs"),
-    "input": ({"side": 2}, FRAGILE + r"backward \(B\): the gradient of its input is not finite"),
-    "parameters": ({"side": 3}, FRAGILE + r"backward \(B\): the gradient of its parameters is not finite"),
-    "loss": ({"target": 7}, r"stage 3, the loss, microbatch 2, forward \(F\): the loss is not finite, of finite"),
+    "output": (
+        {"side": 1},
+        FRAGILE + r"forward \(F\): its output is not finite, of finite inputs",
+    ),
+    "input": (
+        {"side": 2},
+        FRAGILE + r"backward \(B\): the gradient of its input is not finite",
+    ),
+    "parameters": (
+        {"side": 3},
+        FRAGILE + r"backward \(B\): the gradient of its parameters is not finite",
+    ),
+    "loss": (
+        {"target": 7},
+        r"stage 3, the loss, microbatch 2, forward \(F\): the loss is not finite, of "
+        r"finite",
+    ),
     "loss_backward": (
         {"target": 8},
-        r"stage 3, the loss, microbatch 2, backward \(B\): the gradient of the model's output",
+        r"stage 3, the loss, microbatch 2, backward \(B\): the gradient of the model's "
+        r"output",
     ),
-    "target": ({"target": jnp.nan}, "stage 3, the loss, microbatch 2, .* before that targets had"),
-    "x": ({"x": jnp.nan}, "stage 0, layer 0 'dense', microbatch 2, .* before that the call's x had"),
-    "given": ({"params": 1}, "stage 1, layer 1 'stash', microbatch 0, .* before that its parameters had"),
+    "target": (
+        {"target": jnp.nan},
+        "stage 3, the loss, microbatch 2, .* before that targets had",
+    ),
+    "x": (
+        {"x": jnp.nan},
+        "stage 0, layer 0 'dense', microbatch 2, .* before that the call's x had",
+    ),
+    "given": (
+        {"params": 1},
+        "stage 1, layer 1 'stash', microbatch 0, .* before that its parameters had",
+    ),
 }
 
 
@@ -84,7 +117,11 @@ def says(case):
 SETTINGS: dict[str, Any] = {
     "eager_1f1b": {},
     "zb_h1": {"schedule": "zb_h1", "checkpoint": "never"},
-    "interleaved_1f1b": {"schedule": "interleaved_1f1b", "checkpoint": "always", "devices": jax.devices()[:2]},
+    "interleaved_1f1b": {
+        "schedule": "interleaved_1f1b",
+        "checkpoint": "always",
+        "devices": jax.devices()[:2],
+    },
 }
 
 
@@ -94,7 +131,9 @@ def plain():
     model = fpipe.sequential(LAYERS, chunks=CHUNKS)
     params, x, target, side = inputs(model, FINE)
     return {
-        reduction: jax.jit(model.value_and_grad(loss, reduction=reduction))(params, x, target, side=side)
+        reduction: jax.jit(model.value_and_grad(loss, reduction=reduction))(
+            params, x, target, side=side
+        )
         for reduction, loss in LOSSES.items()
     }
 
@@ -102,7 +141,13 @@ def plain():
 @pytest.mark.parametrize("executor", ["placed", "scan"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_first_fault_is_named(setting, executor, plain):
-    pipe = fpipe.Pipe(LAYERS, chunks=CHUNKS, executor=executor, detect_anomaly=True, **SETTINGS[setting])
+    pipe = fpipe.Pipe(
+        LAYERS,
+        chunks=CHUNKS,
+        executor=executor,
+        detect_anomaly=True,
+        **SETTINGS[setting],
+    )
     reduction = "weighted" if setting == "zb_h1" else "mean"
     step = pipe.value_and_grad(LOSSES[reduction], reduction=reduction)
     for case in CASES:
@@ -113,7 +158,10 @@ def test_the_first_fault_is_named(setting, executor, plain):
             continue
         value, grads = step(params, x, target, side=side)
         assert all(
-            g.sharding == p.sharding for g, p in zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True)
+            g.sharding == p.sharding
+            for g, p in zip(
+                jax.tree.leaves(grads), jax.tree.leaves(params), strict=True
+            )
         )
         got, want = (value, pipe.gather(grads)), plain[reduction]
         assert jax.tree.structure(got) == jax.tree.structure(want)
@@ -125,14 +173,19 @@ def test_the_first_fault_is_named(setting, executor, plain):
 def test_calls_without_a_loss(executor):
     pipe = fpipe.Pipe(LAYERS, chunks=CHUNKS, executor=executor, detect_anomaly=True)
     forward = lambda params, x, target, side: pipe(params, x, side=side)  # noqa: E731
-    outside = jax.grad(lambda params, x, target, side: loss_fn(pipe(params, x, side=side), target))
+    outside = jax.grad(
+        lambda params, x, target, side: loss_fn(pipe(params, x, side=side), target)
+    )
     for case in (FINE, "output", "input", "parameters", "target"):
         args = inputs(pipe, case)
         if case == "output":
             with says(case):
                 forward(*args)
         if case == "target":
-            with pytest.raises(FloatingPointError, match="was given a cotangent of the output that has a NaN"):
+            with pytest.raises(
+                FloatingPointError,
+                match="was given a cotangent of the output that has a NaN",
+            ):
                 outside(*args)
         elif case != FINE:
             with says(case):
@@ -155,16 +208,20 @@ def test_evaluate():
 
 
 def test_traced_calls_note_what_they_find(caplog, monkeypatch):
-    verdicts, verdict = [], fpipe._anomaly.Detector._verdict
+    verdicts, verdict = [], fpipe._executors.anomaly.Detector._verdict
 
     def kept(*args):
         verdicts.append(verdict(*args))
         return verdicts[-1]
 
-    monkeypatch.setattr(fpipe._anomaly.Detector, "_verdict", kept)
+    monkeypatch.setattr(fpipe._executors.anomaly.Detector, "_verdict", kept)
     pipe = fpipe.Pipe(LAYERS, chunks=CHUNKS, executor="scan", detect_anomaly=True)
     step = jax.jit(pipe.value_and_grad(loss_fn))
-    outside = jax.jit(jax.grad(lambda params, x, target, side: loss_fn(pipe(params, x, side=side), target)))
+    outside = jax.jit(
+        jax.grad(
+            lambda params, x, target, side: loss_fn(pipe(params, x, side=side), target)
+        )
+    )
     for case in (FINE, "output", "parameters", "input", "target"):
         params, x, target, side = inputs(pipe, case)
         for call in (
@@ -176,20 +233,36 @@ def test_traced_calls_note_what_they_find(caplog, monkeypatch):
             with caplog.at_level(logging.ERROR, "fpipe"):
                 jax.block_until_ready(call())
                 if case != FINE:
-                    with pytest.raises(FloatingPointError, match=f"{CASES[case][1]}|was given a cotangent"):
+                    with pytest.raises(
+                        FloatingPointError,
+                        match=f"{CASES[case][1]}|was given a cotangent",
+                    ):
                         pipe.raise_anomaly()
             pipe.raise_anomaly()  # it says so once, and of one thing
-            assert len(caplog.records) == len([text for text in verdicts if text]) == (case != FINE)
+            assert (
+                len(caplog.records)
+                == len([text for text in verdicts if text])
+                == (case != FINE)
+            )
 
 
 def test_off_is_as_if_it_were_not_there(monkeypatch):
     def traced(pipe):
         params, x, target, side = inputs(pipe, FINE)
-        return str(jax.make_jaxpr(pipe.value_and_grad(loss_fn))(params, x, target, side=side))
+        return str(
+            jax.make_jaxpr(pipe.value_and_grad(loss_fn))(params, x, target, side=side)
+        )
 
-    assert "is_finite" in traced(fpipe.Pipe(LAYERS, chunks=CHUNKS, executor="scan", detect_anomaly=True))
-    monkeypatch.setattr(fpipe._anomaly.Detector, "__init__", None)  # it cannot be made
-    scan, placed = (fpipe.Pipe(LAYERS, chunks=CHUNKS, executor=executor) for executor in ("scan", "placed"))
+    assert "is_finite" in traced(
+        fpipe.Pipe(LAYERS, chunks=CHUNKS, executor="scan", detect_anomaly=True)
+    )
+    monkeypatch.setattr(
+        fpipe._executors.anomaly.Detector, "__init__", None
+    )  # it cannot be made
+    scan, placed = (
+        fpipe.Pipe(LAYERS, chunks=CHUNKS, executor=executor)
+        for executor in ("scan", "placed")
+    )
     assert "is_finite" not in traced(scan)
     assert all(stage.model is placed.model for stage in placed._placed.layout.stages)
     assert fpipe.sequential(LAYERS).detector is None
@@ -197,19 +270,28 @@ def test_off_is_as_if_it_were_not_there(monkeypatch):
 
 
 def test_programs_do_no_more_products_and_are_shared():
-    """Of x the tap alone is differentiated; no program has the number of its layer in it."""
+    """Of x the tap alone is differentiated; no program has the number of its layer in
+    it.
+    """
     x, found = jnp.ones((4, WIDTH)), {}
     for detect in (False, True):
-        pipe = fpipe.Pipe([dense()] * 4, chunks=2, checkpoint="never", detect_anomaly=detect)
+        pipe = fpipe.Pipe(
+            [dense()] * 4, chunks=2, checkpoint="never", detect_anomaly=detect
+        )
         pipe.compile(pipe.init(jax.random.key(0), x), x, x, loss_fn=loss_fn)
         (bound,) = pipe._placed._bound.values()
         for n, program in compile_plan(bound.plan, bound.given).items():
             item = bound.plan.instructions[n]
             if isinstance(item, Run) and item.action:
-                found[detect, item.action.kind, item.action.stage] = item.call, program.as_text().count(" dot(")
+                found[detect, item.action.kind, item.action.stage] = (
+                    item.call,
+                    program.as_text().count(" dot("),
+                )
     count = {key: products for key, (_, products) in found.items()}
     for kind in "FB":
-        assert [count[True, kind, s] for s in range(4)] == [count[False, kind, s] for s in range(4)], kind
+        assert [count[True, kind, s] for s in range(4)] == [
+            count[False, kind, s] for s in range(4)
+        ], kind
         assert found[True, kind, 1][0] is found[True, kind, 2][0], kind
     assert count[True, "B", 1] > count[True, "B", 0] > 0
 
@@ -231,7 +313,11 @@ def scale(params, x):
 def test_a_gradient_that_nobody_asks_for_is_no_fault(make):
     x = jnp.ones((4, WIDTH)).at[3].set(5)
     fault = r"layer 1 'spike', microbatch 1, backward \(B\): the gradient of its input"
-    pipe = make([fpipe.fn(double), fpipe.fn(spike), dense(), dense()], chunks=2, detect_anomaly=True)
+    pipe = make(
+        [fpipe.fn(double), fpipe.fn(spike), dense(), dense()],
+        chunks=2,
+        detect_anomaly=True,
+    )
     params = pipe.init(jax.random.key(0), x)
     pipe.value_and_grad(loss_fn)(params, x, x)
     jax.grad(lambda params: pipe(params, x).sum())(params)
@@ -240,10 +326,17 @@ def test_a_gradient_that_nobody_asks_for_is_no_fault(make):
     with pytest.raises(FloatingPointError, match=fault):
         jax.grad(lambda x: pipe(params, x).sum())(x)
 
-    layers = [fpipe.Layer(scale, lambda key, x: jnp.full(WIDTH, 2.0)), fpipe.fn(spike), dense(), dense()]
+    layers = [
+        fpipe.Layer(scale, lambda key, x: jnp.full(WIDTH, 2.0)),
+        fpipe.fn(spike),
+        dense(),
+        dense(),
+    ]
     pipe = make(layers, chunks=2, detect_anomaly=True)
     params = pipe.init(jax.random.key(0), x)
-    pipe.value_and_grad(loss_fn, frozen=lambda path, a: path.startswith("[0]"))(params, x, x)
+    pipe.value_and_grad(loss_fn, frozen=lambda path, a: path.startswith("[0]"))(
+        params, x, x
+    )
     with pytest.raises(FloatingPointError, match=fault):
         pipe.value_and_grad(loss_fn)(params, x, x)
 
@@ -256,7 +349,12 @@ def test_an_infinity_that_does_not_leave_a_layer_is_no_fault():
         low = jnp.minimum(low, x.min(0))
         return jax.nn.softmax(x * params + side) + low, (low, never)
 
-    layer = fpipe.Layer(attend, scale_init, "attend", init_state=lambda x: (jnp.full(WIDTH, jnp.inf), jnp.inf))
+    layer = fpipe.Layer(
+        attend,
+        scale_init,
+        "attend",
+        init_state=lambda x: (jnp.full(WIDTH, jnp.inf), jnp.inf),
+    )
     pipe = fpipe.Pipe([layer, dense()], chunks=2, detect_anomaly=True)
     x = jnp.ones((4, WIDTH))
     mask = x.at[:, 1].set(-jnp.inf)
@@ -264,7 +362,8 @@ def test_an_infinity_that_does_not_leave_a_layer_is_no_fault():
     (_, new), _ = pipe.value_and_grad(loss_fn)(params, x, x, side=mask, state=state)
     assert (new[0][0] == 1).all()
     with pytest.raises(
-        FloatingPointError, match=r"layer 0 'attend', microbatch 1, forward \(F\): its output and its new"
+        FloatingPointError,
+        match=r"layer 0 'attend', microbatch 1, forward \(F\): its output and its new",
     ):
         pipe(params, x.at[3].set(-jnp.inf), side=x, state=((x[0], jnp.ones(())), None))
 
@@ -279,16 +378,25 @@ def test_skips_and_borrowed_parameters():
         skip, carry = fpipe.pop(carry, "skip")
         return x + skip + steep(x == 3, borrowed["stash"] * x), carry
 
-    pop = dataclasses.replace(pop, needs=("carry", "borrowed"), borrow=["stash"], init=lambda key, x, **_: ())
+    pop = dataclasses.replace(
+        pop, needs=("carry", "borrowed"), borrow=["stash"], init=lambda key, x, **_: ()
+    )
     ones = lambda key, x: jnp.ones(())  # noqa: E731
-    model = fpipe.sequential([dataclasses.replace(stash, init=ones), pop], chunks=2, detect_anomaly=True)
+    model = fpipe.sequential(
+        [dataclasses.replace(stash, init=ones), pop], chunks=2, detect_anomaly=True
+    )
     x = jnp.ones((4, 1))
     params = (jnp.ones(()), ())
     assert model(params, x).shape == (4, 1)
-    with pytest.raises(FloatingPointError, match=r"layer 0 'stash', microbatch 1, forward \(F\): what it stashes is"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"layer 0 'stash', microbatch 1, forward \(F\): what it stashes is",
+    ):
         model(params, x.at[2].set(0.0))
     with pytest.raises(
-        FloatingPointError, match=r"layer 1 'pop', microbatch 1, backward \(B\): the gradient of its borrowed"
+        FloatingPointError,
+        match=r"layer 1 'pop', microbatch 1, backward \(B\): the gradient of its "
+        r"borrowed",
     ):
         model.value_and_grad(loss_fn)(params, x.at[2].set(3.0), x)
 
@@ -300,7 +408,8 @@ def test_codes_of_late_layers_in_bfloat16():
     params = model.init(jax.random.key(0), x, side)
     jax.jit(model.value_and_grad(loss_fn))(params, x, x, side=side)
     with pytest.raises(
-        FloatingPointError, match=r"layer 40 'fragile', microbatch 0, backward \(B\): .* its parameters"
+        FloatingPointError,
+        match=r"layer 40 'fragile', microbatch 0, backward \(B\): .* its parameters",
     ):
         model.raise_anomaly()
 
@@ -308,12 +417,22 @@ def test_codes_of_late_layers_in_bfloat16():
 def test_a_sum_that_overflows():
     model = fpipe.sequential([fpipe.fn(double)], chunks=2, detect_anomaly=True)
     x, t = jnp.full((4, WIDTH), 1e38), fpipe.NoChunk(jnp.ones(()))
-    with pytest.raises(FloatingPointError, match="the loss is not finite, though that of every microbatch is"):
+    with pytest.raises(
+        FloatingPointError,
+        match="the loss is not finite, though that of every microbatch is",
+    ):
         model.evaluate(lambda y: y.max(), reduction="sum")(((),), x)
-    with pytest.raises(FloatingPointError, match=r"the gradient of argument 2.* is not finite, though that of every"):
-        model.value_and_grad(lambda y, t: 3e38 * (t - 1), argnums=2, reduction="sum")(((),), x / 10, t)
+    with pytest.raises(
+        FloatingPointError,
+        match=r"the gradient of argument 2.* is not finite, though that of every",
+    ):
+        model.value_and_grad(lambda y, t: 3e38 * (t - 1), argnums=2, reduction="sum")(
+            ((),), x / 10, t
+        )
     with pytest.raises(FloatingPointError, match="the total weight"):
-        model.value_and_grad(lambda y: (y.sum(), 0.0), argnums=1, reduction="weighted")(((),), x / 100)
+        model.value_and_grad(lambda y: (y.sum(), 0.0), argnums=1, reduction="weighted")(
+            ((),), x / 100
+        )
 
 
 @pytest.mark.parametrize("name", ["nested", "jump3", "stateful", "branched", "tied"])
@@ -325,7 +444,11 @@ def test_every_kind_of_model_runs_as_before(name):
         model = fpipe.sequential(layers, chunks=2, detect_anomaly=detect)
         params, state = model.init(jax.random.key(0), x, x), model.init_state(x, x)
         state = {"state": state} if model.model.stateful else {}
-        outs.append(model.value_and_grad(loss_fn, argnums=(0, 1))(params, x, x, side=x, key=jax.random.key(2), **state))
+        outs.append(
+            model.value_and_grad(loss_fn, argnums=(0, 1))(
+                params, x, x, side=x, key=jax.random.key(2), **state
+            )
+        )
     assert jax.tree.structure(outs[0]) == jax.tree.structure(outs[1])
     for a, b in zip(*map(jax.tree.leaves, outs), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -357,5 +480,7 @@ def test_what_is_wrong_is_said_as_before():
 
 def test_it_is_part_of_the_value():
     pipe = fpipe.Pipe([fpipe.fn(double)], detect_anomaly=True)
-    assert pickle.loads(pickle.dumps(pipe)) == pipe == dataclasses.replace(pipe, chunks=1)
+    assert (
+        pickle.loads(pickle.dumps(pipe)) == pipe == dataclasses.replace(pipe, chunks=1)
+    )
     assert pipe != dataclasses.replace(pipe, detect_anomaly=False)

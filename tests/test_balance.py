@@ -1,4 +1,6 @@
-"""The balance is the optimum, its costs are what layers cost, and what it says of memory is what a pipe holds."""
+"""The balance is the optimum, its costs are what layers cost, and what it says of
+memory is what a pipe holds.
+"""
 
 import dataclasses
 import itertools
@@ -15,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fpipe
-from fpipe._balance import Short, Task, arriving, best_cut, leaving, total
-from fpipe._balancing._tables import Tables
-from fpipe._costs import Sent
-from fpipe._placed import observing
-from fpipe._plan import Run
-from fpipe._scheduling import Scheduling
+from fpipe._executors.placed.dispatch import observing
+from fpipe._executors.placed.instructions import Run
+from fpipe._executors.scheduling import Scheduling
+from fpipe._planning.costs import Sent
+from fpipe._planning.partition import Short, Task, arriving, best_cut, leaving, total
+from fpipe._planning.tables import Tables
 from tests.helpers import Case, add, dense, keep, models, mse, noise, raises
 
 W = 8
@@ -32,12 +34,21 @@ def shape(*sizes, dtype=jnp.float32):
 
 
 def linear(width=W):
-    return fpipe.Layer(lambda w, x: x @ w, lambda key, x: noise(key, (x.shape[-1], width)), name="linear")
+    return fpipe.Layer(
+        lambda w, x: x @ w,
+        lambda key, x: noise(key, (x.shape[-1], width)),
+        name="linear",
+    )
 
 
 def costs(forward, **fields):
     """Costs with that work, and what else is given."""
-    return dataclasses.replace(fpipe.LayerCosts.given([0] * len(forward)), forward=forward, unit="second", **fields)
+    return dataclasses.replace(
+        fpipe.LayerCosts.given([0] * len(forward)),
+        forward=forward,
+        unit="second",
+        **fields,
+    )
 
 
 # --- the optimum ---
@@ -79,17 +90,31 @@ class Puzzle:
         )
 
     def key(self, sizes):
-        """What the best cut has least of, summed anew for each cut; and by how much a device is too full."""
+        """What the best cut has least of, summed anew for each cut; and by how much a
+        device is too full.
+        """
         dearest, traffic = 0.0, 0
         over = [-limit for limit in self.limits or [math.inf] * len(self.speeds)]
         for s, (i, j) in enumerate(spans(sizes)):
             inside = range(i, j)
-            into = sum(b for a, readers, b in self.sends if a not in inside and set(readers) & set(inside))
-            out = sum(b for a, readers, b in self.sends if a in inside and set(readers) - set(inside))
-            dearest = max(dearest, sum(self.times[i:j]) / self.speeds[self.places[s]] + into + out)
+            into = sum(
+                b
+                for a, readers, b in self.sends
+                if a not in inside and set(readers) & set(inside)
+            )
+            out = sum(
+                b
+                for a, readers, b in self.sends
+                if a in inside and set(readers) - set(inside)
+            )
+            dearest = max(
+                dearest, sum(self.times[i:j]) / self.speeds[self.places[s]] + into + out
+            )
             traffic += into * (1 + s)
             over[self.places[s]] += (sum(self.bytes[i:j]) + into) * (1 + s % 2)
-        return (dearest, traffic, sum(n * n for n in sizes), [-n for n in sizes]), max(over)
+        return (dearest, traffic, sum(n * n for n in sizes), [-n for n in sizes]), max(
+            over
+        )
 
 
 @st.composite
@@ -97,22 +122,34 @@ def puzzles(draw):
     layers = draw(st.integers(1, 8))
     stages = draw(st.integers(1, min(layers, 5)))
     devices = draw(st.integers(1, stages))
-    some = lambda low, high, n: draw(st.lists(st.integers(low, high), min_size=n, max_size=n))  # noqa: E731
-    places = draw(st.permutations([*range(devices), *some(0, devices - 1, stages - devices)]))
+
+    def some(low, high, n):
+        return draw(st.lists(st.integers(low, high), min_size=n, max_size=n))
+
+    places = draw(
+        st.permutations([*range(devices), *some(0, devices - 1, stages - devices)])
+    )
     sends = [(k, [k + 1], b) for k, b in enumerate(some(0, 3, layers - 1))]
     for _ in range(draw(st.integers(0, 3)) if layers > 1 else 0):
-        ends = draw(st.lists(st.integers(0, layers - 1), min_size=2, max_size=4, unique=True))
+        ends = draw(
+            st.lists(st.integers(0, layers - 1), min_size=2, max_size=4, unique=True)
+        )
         sends.append((ends[0], ends[1:], draw(st.integers(0, 5))))
     times = [6 * t for t in some(0, 4, layers)]  # divided by speeds they stay whole
     limits = some(3, 40, devices) if draw(st.booleans()) else None
-    return Puzzle(times, sends, list(places), some(1, 3, devices), some(0, 9, layers), limits)
+    return Puzzle(
+        times, sends, list(places), some(1, 3, devices), some(0, 9, layers), limits
+    )
 
 
 @settings(max_examples=300, deadline=None)
 @given(puzzles())
 def test_the_cut_is_the_one_that_brute_force_finds(puzzle):
     found = best_cut(puzzle.task)
-    keys = {sizes: puzzle.key(sizes) for sizes in cuts(len(puzzle.times), len(puzzle.places))}
+    keys = {
+        sizes: puzzle.key(sizes)
+        for sizes in cuts(len(puzzle.times), len(puzzle.places))
+    }
     fitting = [sizes for sizes, (_, over) in keys.items() if over <= 0]
     if fitting:
         assert found == min(fitting, key=lambda sizes: keys[sizes][0])
@@ -124,7 +161,9 @@ def test_the_cut_is_the_one_that_brute_force_finds(puzzle):
 
 
 def test_a_search_that_is_cut_short_says_so():
-    puzzle = Puzzle([6] * 8, [], [0, 1, 0, 1], [1, 1], [2, 9, 3, 8, 4, 7, 5, 6], [30, 36])
+    puzzle = Puzzle(
+        [6] * 8, [], [0, 1, 0, 1], [1, 1], [2, 9, 3, 8, 4, 7, 5, 6], [30, 36]
+    )
     found = best_cut(puzzle.task)
     assert isinstance(found, tuple)
     assert puzzle.key(found)[1] <= 0
@@ -139,7 +178,9 @@ def test_many_layers():
     dearest = max(sum(times[i:j]) for i, j in spans(sizes))
     assert (sum(sizes), len(sizes)) == (200, 16)
 
-    def greedy(limit):  # as few stages as possible: the textbook's other way to the optimum
+    def greedy(
+        limit,
+    ):  # as few stages as possible: the textbook's other way to the optimum
         stages, load = 1, 0
         for t in times:
             stages, load = (stages, load + t) if load + t <= limit else (stages + 1, t)
@@ -158,7 +199,9 @@ def test_equal_layers_are_cut_as_evenly_as_a_pipe_does_by_default(layers, cost):
 
 def test_ties_go_to_less_traffic_then_to_the_most_even_cut_then_to_the_first():
     assert fpipe.balance([2, 0, 2], stages=2) == (2, 1)
-    assert fpipe.balance(costs([2, 0, 2], boundaries=[1, 8, 0]), stages=2, checkpoint="never") == (1, 2)
+    assert fpipe.balance(
+        costs([2, 0, 2], boundaries=[1, 8, 0]), stages=2, checkpoint="never"
+    ) == (1, 2)
     assert fpipe.balance([4, 0, 0, 0, 4], stages=2) == (3, 2)
     assert fpipe.balance([4, 0, 0, 0, 0, 4], stages=2) == (3, 3)
 
@@ -167,11 +210,20 @@ def test_traffic_counts_where_there_is_a_bandwidth():
     known = costs([3, 1, 1, 3], boundaries=[0, 10, 0, 0], checkpoint="never")
     assert fpipe.balance(known, stages=2) == (2, 2)
     assert fpipe.balance(known, stages=2, bandwidth=20.0) == (2, 2)  # 4.5 against 5
-    assert fpipe.balance(known, stages=2, bandwidth=10.0) == (3, 1)  # 5 against 5, and no traffic
-    assert fpipe.balance(known, stages=2, bandwidth=10.0, speeds=0.1) == (2, 2)  # 41 against 50
+    assert fpipe.balance(known, stages=2, bandwidth=10.0) == (
+        3,
+        1,
+    )  # 5 against 5, and no traffic
+    assert fpipe.balance(known, stages=2, bandwidth=10.0, speeds=0.1) == (
+        2,
+        2,
+    )  # 41 against 50
     skips = (Sent(0, (1,), 1), Sent(1, (2, 3), 10))
     skipping = dataclasses.replace(known, boundaries=(0,) * 4, skips=skips)
-    assert fpipe.balance(skipping, stages=2, bandwidth=1.0) == (1, 3)  # 6 against 14 and 15
+    assert fpipe.balance(skipping, stages=2, bandwidth=1.0) == (
+        1,
+        3,
+    )  # 6 against 14 and 15
 
 
 def test_stages_of_one_device_send_each_other_nothing():
@@ -185,14 +237,23 @@ def test_devices_of_different_speeds():
     assert fpipe.balance([1] * 6, devices=2, speeds=[2, 1]) == (4, 2)
     assert fpipe.balance([1] * 6, devices=2, speeds=[1, 2]) == (2, 4)
     assert fpipe.balance([1] * 6, devices=2, speeds=3.0) == (3, 3)
-    assert fpipe.balance([1] * 9, stages=4, devices=2, schedule="zb_v", speeds=[1, 3]) == (1, 4, 3, 1)
+    assert fpipe.balance(
+        [1] * 9, stages=4, devices=2, schedule="zb_v", speeds=[1, 3]
+    ) == (1, 4, 3, 1)
 
 
-@pytest.mark.parametrize(("schedule", "stages"), [("interleaved_1f1b", 4), ("zb_v", 4), ("looped_bfs", 6)])
+@pytest.mark.parametrize(
+    ("schedule", "stages"), [("interleaved_1f1b", 4), ("zb_v", 4), ("looped_bfs", 6)]
+)
 def test_virtual_stages_are_balanced(schedule, stages):
-    sizes = fpipe.balance([3, 3, 1, 1, 1, 3, 3, 3], devices=2, stages=stages, schedule=schedule)
+    sizes = fpipe.balance(
+        [3, 3, 1, 1, 1, 3, 3, 3], devices=2, stages=stages, schedule=schedule
+    )
     assert len(sizes) == stages
-    assert max(sum([3, 3, 1, 1, 1, 3, 3, 3][i:j]) for i, j in spans(sizes)) == {4: 6, 6: 3}[stages]
+    assert (
+        max(sum([3, 3, 1, 1, 1, 3, 3, 3][i:j]) for i, j in spans(sizes))
+        == {4: 6, 6: 3}[stages]
+    )
 
 
 # --- limits ---
@@ -203,31 +264,56 @@ def test_a_limit_moves_layers():
     assert fpipe.balance(known, stages=2) == (2, 2)
     assert fpipe.balance(known, stages=2, memory=6 * MIB, optimizer=0) == (2, 2)
     assert fpipe.balance(known, stages=2, memory=5 * MIB, optimizer=0) == (1, 3)
-    assert fpipe.balance(known, stages=2, memory=[9 * MIB, 18 * MIB], optimizer=2) == (1, 3)
+    assert fpipe.balance(known, stages=2, memory=[9 * MIB, 18 * MIB], optimizer=2) == (
+        1,
+        3,
+    )
 
 
 def test_what_does_not_fit_says_how_much_is_missing_and_what_to_do():
     known = costs([1, 1, 1], params=[MIB, 4 * MIB, MIB], checkpoint="never")
     with raises(
         ValueError,
-        "`balance(...)`: does not fit: short by 3.5 MiB on stage 1 (device 1); give more devices, more chunks, "
-        "checkpoint='always', or a schedule that holds fewer microbatches than 'eager_1f1b'",
+        "`balance(...)`: does not fit: short by 3.5 MiB on stage 1 (device 1); give "
+        "more devices, more chunks, "
+        "checkpoint='always', or a schedule that holds fewer microbatches than "
+        "'eager_1f1b'",
     ):
         fpipe.balance(known, stages=3, memory=0.5 * MIB, optimizer=0)
     with raises(
         ValueError,
-        "`balance(...)`: does not fit: short by 1 MiB on device 1; give more devices, more chunks, or a schedule that holds "
+        "`balance(...)`: does not fit: short by 1 MiB on device 1; give more devices, "
+        "more chunks, or a schedule that holds "
         "fewer microbatches than 'interleaved_1f1b'",
     ):
-        known = dataclasses.replace(costs([1] * 4, params=[MIB, MIB, MIB, MIB]), checkpoint="always", microbatches=2)
-        fpipe.balance(known, devices=2, memory=[2 * MIB, MIB], schedule="interleaved_1f1b", optimizer=0)
+        known = dataclasses.replace(
+            costs([1] * 4, params=[MIB, MIB, MIB, MIB]),
+            checkpoint="always",
+            microbatches=2,
+        )
+        fpipe.balance(
+            known,
+            devices=2,
+            memory=[2 * MIB, MIB],
+            schedule="interleaved_1f1b",
+            optimizer=0,
+        )
 
 
 def test_a_limit_on_a_device_holds_for_all_its_stages():
-    known = costs([1] * 6, params=[4, 1, 1, 4, 1, 1], microbatches=2, checkpoint="never")
+    known = costs(
+        [1] * 6, params=[4, 1, 1, 4, 1, 1], microbatches=2, checkpoint="never"
+    )
 
     def cut(**options):
-        return fpipe.balance(known, stages=4, devices=2, schedule="interleaved_1f1b", optimizer=0, **options)
+        return fpipe.balance(
+            known,
+            stages=4,
+            devices=2,
+            schedule="interleaved_1f1b",
+            optimizer=0,
+            **options,
+        )
 
     assert cut() == (2, 2, 1, 1)  # 6 on device 0, 6 on device 1
     assert cut(memory=[5, 7]) == (1, 2, 1, 2) or cut(memory=[5, 7])
@@ -275,7 +361,9 @@ def test_from_shapes_alone_nothing_is_allocated_or_compiled():
 
     layers.append(fpipe.Layer(spy, lambda key, x: noise(key, (4, W))))
     with counted("backend_compile") as compiled:
-        sizes = fpipe.balance(layers, shape(6, 4), stages=3, chunks=3, memory=1e9, schedule="1f1b")
+        sizes = fpipe.balance(
+            layers, shape(6, 4), stages=3, chunks=3, memory=1e9, schedule="1f1b"
+        )
     assert sum(sizes) == len(layers)
     assert seen == []
     assert {id(a) for a in jax.live_arrays()} <= before
@@ -295,22 +383,30 @@ def test_equal_layers_are_traced_and_lowered_once(same):
 
     one = make()
     with counted("jaxpr_to_mlir") as lowered:
-        known = fpipe.layer_costs([one if same == "object" else make() for _ in range(6)], shape(4, W))
+        known = fpipe.layer_costs(
+            [one if same == "object" else make() for _ in range(6)], shape(4, W)
+        )
     assert known.forward == known.forward[:1] * 6
     assert known.backward == (known.backward[0], *known.backward[1:2] * 5)
     # The first layer has another backward: its input gets no gradient.
     assert lowered.count == 4
     if same == "object":
-        assert len(traces) == 6 + 2 + 2 * 2  # by `init` for the shapes; both kinds; their pairs
+        assert (
+            len(traces) == 6 + 2 + 2 * 2
+        )  # by `init` for the shapes; both kinds; their pairs
 
 
 def test_flops_of_dense_layers_are_the_formula():
-    known = fpipe.layer_costs([linear(16), linear(4), linear(8)], shape(12, W), chunks=3)
+    known = fpipe.layer_costs(
+        [linear(16), linear(4), linear(8)], shape(12, W), chunks=3
+    )
     products = [2 * 4 * a * b for a, b in itertools.pairwise([W, 16, 4, 8])]
     assert known.unit == "FLOP"
     assert known.forward == tuple(products)
     assert known.backward == (products[0], 2 * products[1], 2 * products[2])
-    assert known.params == tuple(4 * a * b for a, b in itertools.pairwise([W, 16, 4, 8]))
+    assert known.params == tuple(
+        4 * a * b for a, b in itertools.pairwise([W, 16, 4, 8])
+    )
     assert known.gradients == known.params
     assert known.boundaries == (4 * 4 * 16, 4 * 4 * 4, 4 * 4 * 8)
     assert (known.inputs, known.microbatches) == (4 * 4 * W, 3)
@@ -327,7 +423,9 @@ def conv(channels, size):
         return noise(key, (size, size, x.shape[-1], channels))
 
     def apply(kernel, x):
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
 
     return fpipe.Layer(apply, init, name="conv")
 
@@ -336,10 +434,18 @@ def test_unequal_convolutions():
     layers = [conv(4, 3), conv(4, 1), conv(16, 1), conv(2, 1)]
     known = fpipe.layer_costs(layers, shape(4, 10, 10, 2), chunks=2)
     pixels = 2 * 8 * 8
-    assert known.forward == (2 * pixels * 9 * 2 * 4, 2 * pixels * 4 * 4, 2 * pixels * 4 * 16, 2 * pixels * 16 * 2)
-    # In units of 2 * pixels: 72 + 72 (the input gets no gradient), then 3 * 16, 3 * 64, 3 * 32.
+    assert known.forward == (
+        2 * pixels * 9 * 2 * 4,
+        2 * pixels * 4 * 4,
+        2 * pixels * 4 * 16,
+        2 * pixels * 16 * 2,
+    )
+    # In units of 2 * pixels: 72 + 72 (the input gets no gradient), then 3 * 16, 3 * 64,
+    # 3 * 32.
     assert fpipe.balance(known, stages=3, checkpoint="never") == (2, 1, 1)
-    assert fpipe.balance(layers, shape(4, 10, 10, 2), chunks=2, stages=2, checkpoint="never") == (2, 2)
+    assert fpipe.balance(
+        layers, shape(4, 10, 10, 2), chunks=2, stages=2, checkpoint="never"
+    ) == (2, 2)
 
 
 def test_a_loop_counts_as_often_as_it_runs_and_a_branch_by_its_dearest():
@@ -365,9 +471,14 @@ def test_a_loop_counts_as_often_as_it_runs_and_a_branch_by_its_dearest():
 
 def test_a_callback_counts_nothing_and_does_not_hide_the_rest():
     def apply(w, x):
-        return jax.pure_callback(lambda a: a, shape(4, W), jax.lax.stop_gradient(x)) + x @ w
+        return (
+            jax.pure_callback(lambda a: a, shape(4, W), jax.lax.stop_gradient(x))
+            + x @ w
+        )
 
-    assert fpipe.layer_costs([fpipe.Layer(apply, linear().init)], shape(4, W)).forward == (2 * 4 * W * W + 4 * W,)
+    assert fpipe.layer_costs(
+        [fpipe.Layer(apply, linear().init)], shape(4, W)
+    ).forward == (2 * 4 * W * W + 4 * W,)
 
 
 def test_time_is_measured():
@@ -387,11 +498,27 @@ def test_time_is_measured():
 
 
 def test_time_of_layers_of_every_kind():
-    """What a backward takes from its forward, keys, states and borrowed parameters are all there."""
-    tied, dropped, counts = models()["tied"], models()["dropout"][1], models()["stateful"][0]
-    layers = [tied[0], keep(), counts, dropped, add(), *models()["branched"][1:3], tied[3]]
+    """What a backward takes from its forward, keys, states and borrowed parameters are
+    all there.
+    """
+    tied, dropped, counts = (
+        models()["tied"],
+        models()["dropout"][1],
+        models()["stateful"][0],
+    )
+    layers = [
+        tied[0],
+        keep(),
+        counts,
+        dropped,
+        add(),
+        *models()["branched"][1:3],
+        tied[3],
+    ]
     for params in (None, fpipe.sequential(layers).init(jax.random.key(0), shape(2, 4))):
-        known = fpipe.layer_costs(layers, shape(2, 4), by="time", repeats=1, params=params)
+        known = fpipe.layer_costs(
+            layers, shape(2, 4), by="time", repeats=1, params=params
+        )
         assert min(known.forward) > 0
         assert min(known.backward) > 0
 
@@ -399,35 +526,69 @@ def test_time_of_layers_of_every_kind():
 def test_forwards_that_run_twice_count_twice():
     known = fpipe.LayerCosts.given([2.0] * 7)
     known = dataclasses.replace(known, forward=[1.0] * 7, microbatches=8)
-    cut = {c: fpipe.balance(known, stages=2, checkpoint=c, schedule="1f1b") for c in ("never", "always", "except_last")}
-    # The last stage goes back at once, and keeps what it has: 3 for each layer, against 4.
+    cut = {
+        c: fpipe.balance(known, stages=2, checkpoint=c, schedule="1f1b")
+        for c in ("never", "always", "except_last")
+    }
+    # The last stage goes back at once, and keeps what it has: 3 for each layer, against
+    # 4.
     assert cut == {"never": (4, 3), "always": (3, 4), "except_last": (3, 4)}
-    assert fpipe.balance(known, stages=2, checkpoint="always", schedule="gpipe") == (4, 3)
-    assert fpipe.balance(known, stages=2, checkpoint="always", schedule="1f1b", chunks=1) == (4, 3)
-    assert fpipe.balance(dataclasses.replace(known, backward=range(7)), stages=2, schedule="forward_only") == (4, 3)
-    assert fpipe.balance([4, 1, 1], stages=2, schedule="forward_only") == (1, 2)  # given numbers are all of the work
+    assert fpipe.balance(known, stages=2, checkpoint="always", schedule="gpipe") == (
+        4,
+        3,
+    )
+    assert fpipe.balance(
+        known, stages=2, checkpoint="always", schedule="1f1b", chunks=1
+    ) == (4, 3)
+    assert fpipe.balance(
+        dataclasses.replace(known, backward=range(7)), stages=2, schedule="forward_only"
+    ) == (4, 3)
+    assert fpipe.balance([4, 1, 1], stages=2, schedule="forward_only") == (
+        1,
+        2,
+    )  # given numbers are all of the work
 
 
 def test_skips_of_a_u_net_and_borrowed_weights():
     one, two = fpipe.Namespace(), fpipe.Namespace()
-    layers = [keep().isolate(one), dense(), keep().isolate(two), dense(), add().isolate(two), add().isolate(one)]
+    layers = [
+        keep().isolate(one),
+        dense(),
+        keep().isolate(two),
+        dense(),
+        add().isolate(two),
+        add().isolate(one),
+    ]
     known = fpipe.layer_costs(layers, shape(6, 4), chunks=2)
     assert known.skips == (Sent(0, (5,), 3 * 4 * 4), Sent(2, (4,), 3 * 4 * 4))
     assert known.borrowed == ()
     tied = fpipe.layer_costs(models()["tied"], shape(6, 4))
     assert tied.borrowed == (Sent(0, (3,), 4 * (16 + 4)),)
     # The inner pair stays together where bytes are dear.
-    dear = dataclasses.replace(known, forward=(1.0,) * 6, backward=(0.0,) * 6, unit="second", checkpoint="never")
+    dear = dataclasses.replace(
+        known,
+        forward=(1.0,) * 6,
+        backward=(0.0,) * 6,
+        unit="second",
+        checkpoint="never",
+    )
     assert fpipe.balance(dear, stages=2, bandwidth=40.0) == (2, 4)
-    assert fpipe.balance(dataclasses.replace(dear, skips=()), stages=2, bandwidth=40.0) == (3, 3)
+    assert fpipe.balance(
+        dataclasses.replace(dear, skips=()), stages=2, bandwidth=40.0
+    ) == (3, 3)
 
 
 def test_mixed_precision_halves_what_crosses_and_sums_gradients_in_float32():
     known = fpipe.layer_costs([dense(W)] * 2, shape(4, W), compute_dtype=jnp.bfloat16)
     assert known.boundaries == (2 * 4 * W, 4 * 4 * W)
     assert known.gradients == known.params
-    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), ({"w": jnp.ones((W, W)), "b": jnp.ones(W)},) * 2)
-    known = fpipe.layer_costs([dense(W)] * 2, shape(4, W, dtype=jnp.bfloat16), params=half)
+    half = jax.tree.map(
+        lambda a: a.astype(jnp.bfloat16),
+        ({"w": jnp.ones((W, W)), "b": jnp.ones(W)},) * 2,
+    )
+    known = fpipe.layer_costs(
+        [dense(W)] * 2, shape(4, W, dtype=jnp.bfloat16), params=half
+    )
     assert known.gradients == tuple(2 * p for p in known.params)
 
 
@@ -440,14 +601,19 @@ def test_a_policy_saves_what_it_says():
         policy: fpipe.layer_costs(layers, shape(4, W), checkpoint=policy).saved
         for policy in ("always", jax.checkpoint_policies.dots_saveable)
     }
-    assert saved == {"always": (0, 0, 0), jax.checkpoint_policies.dots_saveable: (4 * 4 * W,) * 3}
+    assert saved == {
+        "always": (0, 0, 0),
+        jax.checkpoint_policies.dots_saveable: (4 * 4 * W,) * 3,
+    }
 
 
 # --- what a pipe keeps ---
 
 
 def held(pipe, step):
-    """For each device and moment the bytes that the plan holds there, after each action."""
+    """For each device and moment the bytes that the plan holds there, after each
+    action.
+    """
     step()
     plan = pipe._placed._bound.values()[0].plan
     outside = ("key", "side", "targets", "loss", "index", "number")
@@ -456,9 +622,18 @@ def held(pipe, step):
     def look(item, slots):
         now = [{} for _ in pipe.devices]
         for slot, a in zip(plan.slots, slots, strict=True):
-            if isinstance(a, jax.Array) and not a.is_deleted() and not slot.name.startswith(outside):
-                now[pipe.devices.index(slot.placement.device)][id(a)] = slot.name, a.nbytes
-        moments.append((item.action.kind if isinstance(item, Run) and item.action else "", now))
+            if (
+                isinstance(a, jax.Array)
+                and not a.is_deleted()
+                and not slot.name.startswith(outside)
+            ):
+                now[pipe.devices.index(slot.placement.device)][id(a)] = (
+                    slot.name,
+                    a.nbytes,
+                )
+        moments.append(
+            (item.action.kind if isinstance(item, Run) and item.action else "", now)
+        )
 
     with observing(look):
         step()
@@ -490,9 +665,17 @@ def test_residuals_are_what_the_plan_keeps(name, balance):
     forwards = [now for kind, now in before if kind == "F"]
     assert len(forwards) == 5 * len(balance)
     now = forwards[-1]
-    kept = [sum(n for what, n in d.values() if not what.startswith(("params", "x", "state"))) for d in now]
+    kept = [
+        sum(
+            n for what, n in d.values() if not what.startswith(("params", "x", "state"))
+        )
+        for d in now
+    ]
     known = fpipe.layer_costs(layers, case.x, chunks=5, side=case.side)
-    want = [5 * (sum(known.residuals[i:j]) - sum(known.shared[i : j - 1])) for i, j in spans(balance)]
+    want = [
+        5 * (sum(known.residuals[i:j]) - sum(known.shared[i : j - 1]))
+        for i, j in spans(balance)
+    ]
     assert kept == want
 
 
@@ -501,27 +684,46 @@ def test_residuals_are_what_the_plan_keeps(name, balance):
 def test_a_pipe_holds_no_more_than_the_balance_says(schedule, checkpoint):
     layers, balance = models()["jump2"], [1, 1, 2]
     case = Case(layers, chunks=5)
-    pipe = fpipe.Pipe(layers, balance, chunks=5, checkpoint=checkpoint, schedule=schedule)
+    pipe = fpipe.Pipe(
+        layers, balance, chunks=5, checkpoint=checkpoint, schedule=schedule
+    )
     params, run = pipe.place(case.params()), pipe.value_and_grad(loss)
     moments = held(pipe, lambda: run(params, case.x, **case.needs))
-    most = [max(sum(n for _, n in now[d].values()) for _, now in moments) for d in range(3)]
+    most = [
+        max(sum(n for _, n in now[d].values()) for _, now in moments) for d in range(3)
+    ]
     known = fpipe.layer_costs(layers, case.x, chunks=5, checkpoint=checkpoint)
     tables = Tables(known, (0, 1, 2), Scheduling.of(schedule), 0.0)
     for s, (i, j) in enumerate(spans(balance)):
         says = tables.memory(s)[i, j]
-        inside = 0 if checkpoint == "never" else 2 * sum(known.residuals[i:j])  # recomputed within a program
-        ends = 2 * (tables.before + tables.behind + tables.skips_in + tables.skips_out)[i, j]
-        there = sum(tables.waits(s).there) * 2 * 4 * 4  # the other executor's places to wait
+        inside = (
+            0 if checkpoint == "never" else 2 * sum(known.residuals[i:j])
+        )  # recomputed within a program
+        ends = (
+            2
+            * (tables.before + tables.behind + tables.skips_in + tables.skips_out)[i, j]
+        )
+        there = (
+            sum(tables.waits(s).there) * 2 * 4 * 4
+        )  # the other executor's places to wait
         assert most[s] <= says <= most[s] + inside + ends + there
 
 
 def test_microbatches_that_a_stage_holds_are_the_schedules():
     known = costs([1] * 4, microbatches=8)
     live = {
-        name: tuple(Tables(known, (0, 1, 2, 3), Scheduling.of(name), 0.0).waits(s).live for s in range(4))
+        name: tuple(
+            Tables(known, (0, 1, 2, 3), Scheduling.of(name), 0.0).waits(s).live
+            for s in range(4)
+        )
         for name in ("gpipe", "1f1b", "eager_1f1b", "zb_h1")
     }
-    assert live == {"gpipe": (8,) * 4, "1f1b": (4, 3, 2, 1), "eager_1f1b": (7, 5, 3, 1), "zb_h1": (4,) * 4}
+    assert live == {
+        "gpipe": (8,) * 4,
+        "1f1b": (4, 3, 2, 1),
+        "eager_1f1b": (7, 5, 3, 1),
+        "zb_h1": (4,) * 4,
+    }
 
 
 def test_what_goes_from_stage_to_stage_waits_where_it_goes_or_where_it_was_made():
@@ -531,9 +733,11 @@ def test_what_goes_from_stage_to_stage_waits_where_it_goes_or_where_it_was_made(
         tables = Tables(known, (0, 1, 2, 3), Scheduling.of(name), 0.0)
         return [tables.waits(s) for s in range(4)]
 
-    # What a stage before holds and this one does not yet: boundaries of the one before, skips of the first.
+    # What a stage before holds and this one does not yet: boundaries of the one before,
+    # skips of the first.
     assert [w.there[:2] for w in waits("1f1b")] == [(0, 0), (1, 1), (1, 2), (1, 3)]
-    # A skip of microbatch i is made at i + 1 and read by stage 3 at i + 3; backwards take 2.
+    # A skip of microbatch i is made at i + 1 and read by stage 3 at i + 3; backwards
+    # take 2.
     assert [w.here[1] for w in waits("gpipe")] == [0, 0, 1, 2]
     assert [w.here[3] for w in waits("gpipe")] == [2, 1, 0, 0]
 
@@ -548,7 +752,11 @@ def test_by_memory_stages_need_about_the_same():
         return max(tables.memory(s)[i, j] for s, (i, j) in enumerate(spans(sizes)))
 
     best = min(cuts(4, 2), key=most)
-    assert best == fpipe.balance(known, stages=2, by="memory") == fpipe.balance(layers, x, stages=2, by="memory")
+    assert (
+        best
+        == fpipe.balance(known, stages=2, by="memory")
+        == fpipe.balance(layers, x, stages=2, by="memory")
+    )
     assert most(best) < most((2, 2)) or best == (2, 2)
     uneven = costs([1, 1, 1, 1], params=[1, 1, 1, 9])
     assert fpipe.balance(uneven, stages=2, by="memory") == (3, 1)
@@ -567,16 +775,27 @@ def test_a_pipe_finds_its_balance_by_a_sample():
         assert pipe.balance == (2, 3) == fpipe.balance(layers, x, devices=2, chunks=2)
         assert dataclasses.replace(pipe, chunks=4).balance == (2, 3)
     assert "sample" not in {field.name for field in dataclasses.fields(pipe)}
-    virtual = fpipe.Pipe(layers, None, jax.devices()[:2], chunks=2, schedule="zb_v", sample=x)
-    assert virtual.balance == fpipe.balance(layers, x, stages=4, devices=2, chunks=2, schedule="zb_v")
+    virtual = fpipe.Pipe(
+        layers, None, jax.devices()[:2], chunks=2, schedule="zb_v", sample=x
+    )
+    assert virtual.balance == fpipe.balance(
+        layers, x, stages=4, devices=2, chunks=2, schedule="zb_v"
+    )
     assert len(virtual.balance) == 4
     wide = [linear()] * 4 + [linear(64)]
-    assert fpipe.Pipe(wide, "memory", jax.devices()[:2], sample=shape(1, W)).balance == (4, 1)
-    many = fpipe.Layer(lambda w, x: jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=5)[0], linear().init)
+    assert fpipe.Pipe(
+        wide, "memory", jax.devices()[:2], sample=shape(1, W)
+    ).balance == (4, 1)
+    many = fpipe.Layer(
+        lambda w, x: jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=5)[0],
+        linear().init,
+    )
     mixed, two = [many, *[linear()] * 5], jax.devices()[:2]
     assert fpipe.Pipe(mixed, "flops", two, sample=shape(1, W)).balance == (1, 5)
     assert fpipe.Pipe(mixed, "memory", two, sample=shape(1, W)).balance == (3, 3)
-    scan = fpipe.Pipe(layers, None, jax.devices()[:2], chunks=2, executor="scan", sample=x)
+    scan = fpipe.Pipe(
+        layers, None, jax.devices()[:2], chunks=2, executor="scan", sample=x
+    )
     assert scan.balance == (2, 3)
 
 
@@ -597,69 +816,147 @@ def test_costs_are_values():
     assert hash(known) == hash(dataclasses.replace(known))
     assert fpipe.balance(known, stages=2) == fpipe.balance(layers, x, stages=2)
     head, first, *_, last = str(known).splitlines()
-    assert head.split() == ["layer", "forward", "backward", "params", "residuals", "boundary"]
-    assert first.split() == ["0", "dense", f"{known.forward[0]:g}", f"{known.backward[0]:g}", "0.000", "0.000", "0.000"]
+    assert head.split() == [
+        "layer",
+        "forward",
+        "backward",
+        "params",
+        "residuals",
+        "boundary",
+    ]
+    assert first.split() == [
+        "0",
+        "dense",
+        f"{known.forward[0]:g}",
+        f"{known.backward[0]:g}",
+        "0.000",
+        "0.000",
+        "0.000",
+    ]
     assert last == "work in FLOP, memory in MiB, for one of 1 microbatches"
 
 
 WRONG = [
     ({"layers": [], "x": shape(2, 2)}, ValueError, "at least one layer"),
     ({"layers": [linear()]}, TypeError, r"`balance\(layers, x\)`: layers need a batch"),
-    ({"layers": [1, linear()]}, TypeError, "one number for each layer, or layers, not both"),
+    (
+        {"layers": [1, linear()]},
+        TypeError,
+        "one number for each layer, or layers, not both",
+    ),
     ({"layers": [1, -1]}, ValueError, "finite numbers that are not negative"),
     ({"layers": [1, math.nan]}, ValueError, "finite numbers that are not negative"),
-    ({"layers": [1, 1], "x": shape(2, 2)}, TypeError, "go with layers, not with their costs"),
+    (
+        {"layers": [1, 1], "x": shape(2, 2)},
+        TypeError,
+        "go with layers, not with their costs",
+    ),
     ({"layers": [1, 1], "stages": 3}, ValueError, "there are 2 layers for 3 stages"),
     ({"layers": [1, 1], "stages": 0}, ValueError, "stages is a number, at least 1"),
     ({"layers": [1, 1], "devices": 2.0}, ValueError, "devices is a number, at least 1"),
-    ({"layers": [1] * 4, "stages": 4, "devices": 2}, ValueError, "puts 4 stages on 4 devices; give fewer stages"),
-    ({"layers": [1] * 4, "stages": 2, "by": "weight"}, ValueError, r"`balance\(by='weight'\)`: one of 'flops'"),
-    ({"layers": [1] * 4, "stages": 2, "by": "flops"}, ValueError, "the costs are in given"),
-    ({"layers": [1] * 4, "stages": 2, "speeds": [1]}, ValueError, "1 numbers for 2 devices"),
-    ({"layers": [1] * 4, "stages": 2, "speeds": [1, 0]}, ValueError, "a number more than 0, or one for each"),
-    ({"layers": [1] * 4, "stages": 2, "memory": "10 GB"}, ValueError, "a number more than 0, or one for each"),
-    ({"layers": [1] * 4, "stages": 2, "bandwidth": 0}, ValueError, "bytes per second, more than 0"),
-    ({"layers": [1] * 4, "stages": 2, "optimizer": -1}, ValueError, "bytes of state for each byte"),
+    (
+        {"layers": [1] * 4, "stages": 4, "devices": 2},
+        ValueError,
+        "puts 4 stages on 4 devices; give fewer stages",
+    ),
+    (
+        {"layers": [1] * 4, "stages": 2, "by": "weight"},
+        ValueError,
+        r"`balance\(by='weight'\)`: one of 'flops'",
+    ),
+    (
+        {"layers": [1] * 4, "stages": 2, "by": "flops"},
+        ValueError,
+        "the costs are in given",
+    ),
+    (
+        {"layers": [1] * 4, "stages": 2, "speeds": [1]},
+        ValueError,
+        "1 numbers for 2 devices",
+    ),
+    (
+        {"layers": [1] * 4, "stages": 2, "speeds": [1, 0]},
+        ValueError,
+        "a number more than 0, or one for each",
+    ),
+    (
+        {"layers": [1] * 4, "stages": 2, "memory": "10 GB"},
+        ValueError,
+        "a number more than 0, or one for each",
+    ),
+    (
+        {"layers": [1] * 4, "stages": 2, "bandwidth": 0},
+        ValueError,
+        "bytes per second, more than 0",
+    ),
+    (
+        {"layers": [1] * 4, "stages": 2, "optimizer": -1},
+        ValueError,
+        "bytes of state for each byte",
+    ),
     ({"layers": [1] * 4, "stages": 2, "chunks": 0}, ValueError, "chunks is at least 1"),
-    ({"layers": [1] * 4, "stages": 3, "schedule": "zb_v"}, ValueError, "puts 2 stages on each device"),
+    (
+        {"layers": [1] * 4, "stages": 3, "schedule": "zb_v"},
+        ValueError,
+        "puts 2 stages on each device",
+    ),
     (
         {"layers": [linear()] * 2, "x": shape(2, W), "stages": 2, "bandwidth": 1e9},
         ValueError,
         "against FLOPs: give `speeds=`",
     ),
-    ({"layers": [lambda p, x: x], "x": shape(2, W), "stages": 1}, ValueError, "has no init"),
+    (
+        {"layers": [lambda p, x: x], "x": shape(2, W), "stages": 1},
+        ValueError,
+        "has no init",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("given", "error", "text"), WRONG, ids=[text for _, _, text in WRONG])
+@pytest.mark.parametrize(
+    ("given", "error", "text"), WRONG, ids=[text for _, _, text in WRONG]
+)
 def test_wrong_arguments(given, error, text):
     with pytest.raises(error, match=text):
         fpipe.balance(given.pop("layers"), given.pop("x", None), **given)
 
 
 def test_wrong_costs():
-    with raises(ValueError, "`layer_costs(by='weight')`: one of 'flops', 'bytes', 'time', 'memory'"):
+    with raises(
+        ValueError,
+        "`layer_costs(by='weight')`: one of 'flops', 'bytes', 'time', 'memory'",
+    ):
         fpipe.layer_costs([linear()], shape(2, W), by="weight")  # pyright: ignore[reportArgumentType]
     with raises(ValueError, "`layer_costs(repeats=0)`: an int, at least 1"):
         fpipe.layer_costs([linear()], shape(2, W), repeats=0)
     known = fpipe.LayerCosts.given([1, 2])
     with raises(ValueError, "`LayerCosts(params=...)`: 1 numbers for 2 layers"):
         dataclasses.replace(known, params=(1,))
-    with raises(ValueError, "`LayerCosts(forward=(-1, 0))`: finite numbers that are not negative are needed"):
+    with raises(
+        ValueError,
+        "`LayerCosts(forward=(-1, 0))`: finite numbers that are not negative are "
+        "needed",
+    ):
         dataclasses.replace(known, forward=(-1, 0))
 
 
 def test_wrong_samples():
     layers = [linear()] * 2
     with raises(
-        TypeError, "`Pipe(balance='flops')`: a batch, or its shapes, is needed to find a balance: `Pipe(..., sample=x)`"
+        TypeError,
+        "`Pipe(balance='flops')`: a batch, or its shapes, is needed to find a balance: "
+        "`Pipe(..., sample=x)`",
     ):
         fpipe.Pipe(layers, "flops")
     with pytest.raises(
-        TypeError, match=r"`Pipe\(balance=\[1, 1\]\)` and `sample`: a sample is there to find a balance by"
+        TypeError,
+        match=r"`Pipe\(balance=\[1, 1\]\)` and `sample`: a sample is there to find a "
+        r"balance by",
     ):
         fpipe.Pipe(layers, [1, 1], sample=shape(2, W))
-    with pytest.raises(TypeError, match=r"`Pipe\(balance='even'\)`: a sequence of layers per stage"):
+    with pytest.raises(
+        TypeError, match=r"`Pipe\(balance='even'\)`: a sequence of layers per stage"
+    ):
         fpipe.Pipe(layers, "even")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="layers ask for side inputs"):
         fpipe.Pipe(models()["sided"], sample=shape(2, 4))

@@ -1,4 +1,6 @@
-"""Deferred batch normalisation: running statistics are the whole batch's, once per call, wherever and however it runs."""
+"""Deferred batch normalisation: running statistics are the whole batch's, once per
+call, wherever and however it runs.
+"""
 
 import dataclasses
 import functools
@@ -13,7 +15,7 @@ import pytest
 from flax import linen, nnx
 
 import fpipe
-from fpipe._batch_norm import Moments, merge, moments, no_moments, variance
+from fpipe._model.batch_norm import Moments, merge, moments, no_moments, variance
 from fpipe.flax import _batch_norm as fb
 from tests.helpers import WIDTH, assert_same, dense, mse, raises
 
@@ -22,13 +24,21 @@ STAT = ("mean", "var")
 
 
 def data(rows, *shape, mean=0.5, std=2.0, seed=1):
-    return jnp.asarray(np.random.default_rng(seed).normal(mean, std, (rows, *(shape or (WIDTH,)))), jnp.float32)
+    return jnp.asarray(
+        np.random.default_rng(seed).normal(mean, std, (rows, *(shape or (WIDTH,)))),
+        jnp.float32,
+    )
 
 
 def shaken(tree, seed=1):
     """Every array plus numbers from 0 to 1."""
     random = np.random.default_rng(seed)
-    return jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float32) + random.random(a.shape), a.dtype), tree)
+    return jax.tree.map(
+        lambda a: jnp.asarray(
+            np.asarray(a, np.float32) + random.random(a.shape), a.dtype
+        ),
+        tree,
+    )
 
 
 # --- moments, against numpy in float64 ---
@@ -37,13 +47,19 @@ def shaken(tree, seed=1):
 def whole(x, axes):
     """Moments by numpy, in float64."""
     x = np.asarray(x, np.float64)
-    return Moments(math.prod(x.shape[a] for a in axes), x.mean(axes), x.var(axes) * math.prod(x.shape[a] for a in axes))
+    return Moments(
+        math.prod(x.shape[a] for a in axes),
+        x.mean(axes),
+        x.var(axes) * math.prod(x.shape[a] for a in axes),
+    )
 
 
 def assert_moments(got, want, tolerance=1e-5):
     assert {leaf.dtype for leaf in got} == {jnp.dtype(jnp.float32)}
     for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
+        np.testing.assert_allclose(
+            a, b, rtol=tolerance, atol=tolerance * np.abs(b).max()
+        )
 
 
 PARTS = {
@@ -57,19 +73,30 @@ PARTS = {
 
 
 @pytest.mark.parametrize("parts", PARTS)
-@pytest.mark.parametrize(("shape", "axes"), [((4,), (0,)), ((3, 4), (0, 1)), ((4, 3), (0, 2))])
+@pytest.mark.parametrize(
+    ("shape", "axes"), [((4,), (0,)), ((3, 4), (0, 1)), ((4, 3), (0, 2))]
+)
 def test_merged_moments_are_those_of_the_whole(parts, shape, axes):
     x = data(sum(PARTS[parts]), *shape)
     pieces = jnp.split(x, np.cumsum(PARTS[parts])[:-1])
     feature = whole(x, axes).mean.shape
-    each = [moments(piece, axes) if piece.shape[0] else no_moments(feature) for piece in pieces]
+    each = [
+        moments(piece, axes) if piece.shape[0] else no_moments(feature)
+        for piece in pieces
+    ]
     for order in (each, each[::-1]):
-        assert_moments(functools.reduce(merge, order, no_moments(feature)), whole(x, axes))
-    assert_moments(functools.reduce(lambda a, b: merge(b, a), each), whole(x, axes))  # pairs the other way round
+        assert_moments(
+            functools.reduce(merge, order, no_moments(feature)), whole(x, axes)
+        )
+    assert_moments(
+        functools.reduce(lambda a, b: merge(b, a), each), whole(x, axes)
+    )  # pairs the other way round
 
 
 def test_no_moments_change_nothing_bit_for_bit():
-    some = Moments(jnp.float32(3), jnp.array([1e30, -0.1]), jnp.array([1e-20, 7.0]))  # 1e30 squared would be inf
+    some = Moments(
+        jnp.float32(3), jnp.array([1e30, -0.1]), jnp.array([1e-20, 7.0])
+    )  # 1e30 squared would be inf
     none = no_moments((2,))
     assert_same(merge(none, some), some, 0)
     assert_same(merge(some, none), some, 0)
@@ -80,7 +107,11 @@ def test_no_moments_change_nothing_bit_for_bit():
 def test_a_large_mean_cancels_nothing(parts):
     """The mean of squares less the square of the mean has no correct digit here."""
     x = data(4096, mean=1000.0, std=0.01)
-    got = functools.reduce(merge, (moments(piece, (0,)) for piece in jnp.split(x, parts)), no_moments((WIDTH,)))
+    got = functools.reduce(
+        merge,
+        (moments(piece, (0,)) for piece in jnp.split(x, parts)),
+        no_moments((WIDTH,)),
+    )
     want = whole(x, (0,))
     np.testing.assert_allclose(variance(got), want.m2 / 4096, rtol=1e-3)
     np.testing.assert_allclose(got.mean, want.mean, rtol=2e-7)
@@ -122,14 +153,19 @@ DTYPES = {
 
 
 def flax_norm(options, params, stats, x, average=False, **more):
-    norm = linen.BatchNorm(use_running_average=average, use_fast_variance=False, **options)
+    norm = linen.BatchNorm(
+        use_running_average=average, use_fast_variance=False, **options
+    )
     with jax.numpy_dtype_promotion("standard"):
-        y, new = norm.apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"], **more)
+        y, new = norm.apply(
+            {"params": params, "batch_stats": stats}, x, mutable=["batch_stats"], **more
+        )
     return y, new["batch_stats"]
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [(s, "float32") for s in SHAPES] + [("rows", d) for d in DTYPES if d != "float32"]
+    ("shape", "dtype"),
+    [(s, "float32") for s in SHAPES] + [("rows", d) for d in DTYPES if d != "float32"],
 )
 def test_one_microbatch_is_flax(shape, dtype):
     dims, options = SHAPES[shape]
@@ -152,16 +188,22 @@ def test_one_microbatch_is_flax(shape, dtype):
         y, new = flax_norm(options, params, {n: state[n] for n in STAT}, x)
         return loss(y, target), (y, new)
 
-    (_, (y, stats)), grads = jax.jit(jax.value_and_grad(plain, (0, 1), has_aux=True))(params[0], x, state[0])
+    (_, (y, stats)), grads = jax.jit(jax.value_and_grad(plain, (0, 1), has_aux=True))(
+        params[0], x, state[0]
+    )
     got, new = jax.jit(functools.partial(model, train=True))(params, x, state=state)
     assert_same(got, y, tolerance)
     assert_same({n: new[0][n] for n in STAT}, dict(stats), 1e-5)
-    step = jax.jit(functools.partial(model.value_and_grad(loss, argnums=(0, 1)), train=True))
+    step = jax.jit(
+        functools.partial(model.value_and_grad(loss, argnums=(0, 1)), train=True)
+    )
     _, mine = step(params, x, target, state=state)
     assert_same((mine[0][0], mine[1]), grads, max(tolerance, 1e-4))
     # Running statistics normalise, and stay.
     got, same = model(params, x, state=new, train=False)
-    assert_same(got, flax_norm(options, params[0], stats, x, average=True)[0], tolerance)
+    assert_same(
+        got, flax_norm(options, params[0], stats, x, average=True)[0], tolerance
+    )
     assert_same(same, new, 0)
 
 
@@ -188,15 +230,23 @@ def test_the_average_over_all_calls(unbiased):
     state = run({"momentum": None, "unbiased": unbiased}, xs)
     assert state["calls"] == 3
     each = [np.asarray(x, np.float64) for x in xs]
-    np.testing.assert_allclose(state["mean"], np.mean([x.mean(0) for x in each], 0), rtol=1e-5)
-    np.testing.assert_allclose(state["var"], np.mean([x.var(0, ddof=unbiased) for x in each], 0), rtol=1e-5)
+    np.testing.assert_allclose(
+        state["mean"], np.mean([x.mean(0) for x in each], 0), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        state["var"], np.mean([x.var(0, ddof=unbiased) for x in each], 0), rtol=1e-5
+    )
 
 
 def test_the_unbiased_variance_and_a_single_value():
     x = data(10)
     want = np.asarray(x, np.float64).var(0, ddof=1)
-    np.testing.assert_allclose(run({"momentum": 0.0, "unbiased": True}, [x])["var"], want, rtol=1e-5)
-    np.testing.assert_array_equal(run({"momentum": 0.0, "unbiased": True}, [x[:1]])["var"], 0)
+    np.testing.assert_allclose(
+        run({"momentum": 0.0, "unbiased": True}, [x])["var"], want, rtol=1e-5
+    )
+    np.testing.assert_array_equal(
+        run({"momentum": 0.0, "unbiased": True}, [x[:1]])["var"], 0
+    )
 
 
 # --- in a pipeline, against numpy and the plain composition ---
@@ -226,13 +276,20 @@ def by_numpy(params, x, chunks, steps=1):
         return np.tanh(x @ p["w"] + p["b"])
 
     for piece in pieces(np.asarray(x, np.float64), chunks):
-        norm("two", params[3], line(params[2], norm("one", params[1], line(params[0], piece))))
+        norm(
+            "two",
+            params[3],
+            line(params[2], norm("one", params[1], line(params[0], piece))),
+        )
     out = []
     for name, ddof in (("one", 0), ("two", 1)):
         all_ = np.concatenate(seen[name])
         mean, var = np.zeros(WIDTH), np.ones(WIDTH)
         for _ in range(steps):
-            mean, var = 0.75 * mean + 0.25 * all_.mean(0), 0.75 * var + 0.25 * all_.var(0, ddof=ddof)
+            mean, var = (
+                0.75 * mean + 0.25 * all_.mean(0),
+                0.75 * var + 0.25 * all_.var(0, ddof=ddof),
+            )
         out.append({"mean": mean, "var": var})
     return out
 
@@ -246,7 +303,9 @@ def assert_statistics(state, want, calls=1):
             np.testing.assert_array_equal(leaf, 0)
 
 
-PLACED = [(10, 4, s, c) for s in ("gpipe", "1f1b") for c in ("always", "except_last", "never")]
+PLACED = [
+    (10, 4, s, c) for s in ("gpipe", "1f1b") for c in ("always", "except_last", "never")
+]
 PLACED += [(2, 4, s, "always") for s in ("gpipe", "1f1b")] + [
     (12, 4, "eager_1f1b", "always"),
     (12, 1, "1f1b", "always"),
@@ -256,7 +315,11 @@ PLACED += [(2, 4, s, "always") for s in ("gpipe", "1f1b")] + [
 @functools.cache
 def expected(rows, chunks):
     """Two training steps and a call in between, in the plain composition."""
-    model, x, target = fpipe.sequential(layers(), chunks), data(rows, seed=2), data(rows, seed=3)
+    model, x, target = (
+        fpipe.sequential(layers(), chunks),
+        data(rows, seed=2),
+        data(rows, seed=3),
+    )
     params, state = model.init(KEY(0), x), model.init_state(x)
     step = jax.jit(functools.partial(model.value_and_grad(mse), train=True))
     out = [state]
@@ -269,11 +332,19 @@ def expected(rows, chunks):
 def check(pipe, rows, chunks):
     params, (first, *steps), y = expected(rows, chunks)
     x, target = data(rows, seed=2), data(rows, seed=3)
-    placed, state, step = pipe.place(params), pipe.init_state(x), pipe.value_and_grad(mse)
+    placed, state, step = (
+        pipe.place(params),
+        pipe.init_state(x),
+        pipe.value_and_grad(mse),
+    )
     assert_same(state, first, 0)
     for n, want in enumerate(steps, 1):
         (loss, state), grads = step(placed, x, target, state=state, train=True)
-        assert_same(jax.device_get((loss, state, pipe.gather(grads))), jax.device_get(want), 1e-4)
+        assert_same(
+            jax.device_get((loss, state, pipe.gather(grads))),
+            jax.device_get(want),
+            1e-4,
+        )
         assert_statistics(jax.device_get(state), by_numpy(params, x, chunks, n), n)
     got, after = pipe(placed, x, state=state, train=False)
     assert_same(jax.device_get((got, after)), jax.device_get((y, state)), 1e-4)
@@ -291,12 +362,32 @@ def test_a_forward_alone_in_training(executor):
 @pytest.mark.parametrize(("rows", "chunks", "schedule", "checkpoint"), PLACED)
 def test_placed(rows, chunks, schedule, checkpoint):
     balance = [1, 2, 1] if schedule == "gpipe" else [2, 2]
-    check(fpipe.Pipe(layers(), balance, chunks=chunks, schedule=schedule, checkpoint=checkpoint), rows, chunks)
+    check(
+        fpipe.Pipe(
+            layers(), balance, chunks=chunks, schedule=schedule, checkpoint=checkpoint
+        ),
+        rows,
+        chunks,
+    )
 
 
-@pytest.mark.parametrize(("schedule", "checkpoint"), [("gpipe", "always"), ("1f1b", "never"), ("1f1b", "always")])
+@pytest.mark.parametrize(
+    ("schedule", "checkpoint"),
+    [("gpipe", "always"), ("1f1b", "never"), ("1f1b", "always")],
+)
 def test_scan(schedule, checkpoint):
-    check(fpipe.Pipe(layers(), [2, 2], chunks=4, schedule=schedule, checkpoint=checkpoint, executor="scan"), 12, 4)
+    check(
+        fpipe.Pipe(
+            layers(),
+            [2, 2],
+            chunks=4,
+            schedule=schedule,
+            checkpoint=checkpoint,
+            executor="scan",
+        ),
+        12,
+        4,
+    )
 
 
 @pytest.mark.parametrize(("rows", "chunks"), [(12, 1), (12, 4), (10, 4), (2, 4)])
@@ -316,19 +407,37 @@ def test_the_statistics_of_flax_for_the_batch_in_one_piece(rows, chunks):
 
 
 def test_equal_options_are_equal_layers_and_pickle():
-    one, other = fpipe.DeferredBatchNorm(axis=[1], dtype="bfloat16"), fpipe.DeferredBatchNorm(1, dtype=jnp.bfloat16)
+    one, other = (
+        fpipe.DeferredBatchNorm(axis=[1], dtype="bfloat16"),
+        fpipe.DeferredBatchNorm(1, dtype=jnp.bfloat16),
+    )
     assert one == other == pickle.loads(pickle.dumps(one))
     assert hash(one) == hash(other)
     assert one.name == "batch_norm"
-    others: Any = ({"momentum": 0.5}, {"epsilon": 1.0}, {"unbiased": True}, {"use_bias": False}, {"axis": 0})
+    others: Any = (
+        {"momentum": 0.5},
+        {"epsilon": 1.0},
+        {"unbiased": True},
+        {"use_bias": False},
+        {"axis": 0},
+    )
     for option in others:
         assert fpipe.DeferredBatchNorm(**option) != fpipe.DeferredBatchNorm()
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "momentum": ({"momentum": 1.5}, "`fpipe.DeferredBatchNorm(momentum=1.5)`: from 0 to 1, or None for the average"),
-    "nan": ({"momentum": math.nan}, "`fpipe.DeferredBatchNorm(momentum=nan)`: from 0 to 1"),
-    "epsilon": ({"epsilon": -1e-5}, "`fpipe.DeferredBatchNorm(epsilon=-1e-05)`: at least 0"),
+    "momentum": (
+        {"momentum": 1.5},
+        "`fpipe.DeferredBatchNorm(momentum=1.5)`: from 0 to 1, or None for the average",
+    ),
+    "nan": (
+        {"momentum": math.nan},
+        "`fpipe.DeferredBatchNorm(momentum=nan)`: from 0 to 1",
+    ),
+    "epsilon": (
+        {"epsilon": -1e-5},
+        "`fpipe.DeferredBatchNorm(epsilon=-1e-05)`: at least 0",
+    ),
 }
 
 
@@ -343,11 +452,36 @@ def test_a_wrong_option(name):
 @pytest.mark.parametrize(
     ("x", "axis", "kind", "text"),
     [
-        (jnp.ones((2, 3)), 2, ValueError, "got an array of shape (2, 3); its axes go from -2 to 1"),
-        (jnp.ones((2, 3)), -3, ValueError, "got an array of shape (2, 3); its axes go from -2 to 1"),
-        (jnp.ones((2, 3), jnp.int32), -1, TypeError, "normalises an array of real floats, got int32"),
-        (jnp.ones((2, 3), jnp.complex64), -1, TypeError, "normalises an array of real floats, got complex64"),
-        ((jnp.ones((2, 3)),), -1, TypeError, "normalises an array of real floats, got tuple"),
+        (
+            jnp.ones((2, 3)),
+            2,
+            ValueError,
+            "got an array of shape (2, 3); its axes go from -2 to 1",
+        ),
+        (
+            jnp.ones((2, 3)),
+            -3,
+            ValueError,
+            "got an array of shape (2, 3); its axes go from -2 to 1",
+        ),
+        (
+            jnp.ones((2, 3), jnp.int32),
+            -1,
+            TypeError,
+            "normalises an array of real floats, got int32",
+        ),
+        (
+            jnp.ones((2, 3), jnp.complex64),
+            -1,
+            TypeError,
+            "normalises an array of real floats, got complex64",
+        ),
+        (
+            (jnp.ones((2, 3)),),
+            -1,
+            TypeError,
+            "normalises an array of real floats, got tuple",
+        ),
     ],
 )
 def test_a_wrong_input(x, axis, kind, text):
@@ -380,7 +514,11 @@ def centre_later(params, x, *, state, train):
     if not train:
         return x - state["mean"], state
     mean = x.mean(0)
-    return (x - mean) * params, {**state, "sum": state["sum"] + x.sum(0), "rows": state["rows"] + x.shape[0]}
+    return (x - mean) * params, {
+        **state,
+        "sum": state["sum"] + x.sum(0),
+        "rows": state["rows"] + x.shape[0],
+    }
 
 
 def later_state(x):
@@ -388,7 +526,11 @@ def later_state(x):
 
 
 def later_finish(state):
-    mean = jnp.where(state["rows"] > 0, 0.5 * state["mean"] + 0.5 * state["sum"] / state["rows"], state["mean"])
+    mean = jnp.where(
+        state["rows"] > 0,
+        0.5 * state["mean"] + 0.5 * state["sum"] / state["rows"],
+        state["mean"],
+    )
     return {"mean": mean, "sum": jnp.zeros_like(mean), "rows": jnp.float32(0)}
 
 
@@ -410,7 +552,9 @@ DOUBLE = fpipe.fn(double)
 @pytest.mark.parametrize("executor", ["placed", "scan"])
 def test_the_option_defers_layers_that_can(executor):
     x = data(8)
-    pipe = fpipe.Pipe([SCALE, CENTRE], [1, 1], chunks=4, executor=executor, deferred_batch_norm=True)
+    pipe = fpipe.Pipe(
+        [SCALE, CENTRE], [1, 1], chunks=4, executor=executor, deferred_batch_norm=True
+    )
     reference = fpipe.sequential([SCALE, CENTRE], 4, deferred_batch_norm=True)
     plain = fpipe.sequential([SCALE, CENTRE], 4)
     params = reference.init(KEY(0), x)
@@ -419,7 +563,9 @@ def test_the_option_defers_layers_that_can(executor):
     for model in (pipe, reference):
         y, state = model(model.place(params), x, state=model.init_state(x), train=True)
         ys.append(jax.device_get((y, state)))
-        np.testing.assert_allclose(state[1]["mean"], 0.5 * np.asarray(x * 2).mean(0), rtol=1e-5)
+        np.testing.assert_allclose(
+            state[1]["mean"], 0.5 * np.asarray(x * 2).mean(0), rtol=1e-5
+        )
     assert_same(*ys)
     _, state = plain(params, x, state=plain.init_state(x), train=True)
     assert set(state[1]) == {"mean"}
@@ -432,7 +578,10 @@ def test_the_option_is_part_of_the_pipe_as_a_value():
     assert "deferred_batch_norm=True" in repr(pipe)
     assert pipe != plain
     assert pipe.layers == plain.layers
-    for same in (pickle.loads(pickle.dumps(pipe)), dataclasses.replace(plain, deferred_batch_norm=True)):
+    for same in (
+        pickle.loads(pickle.dumps(pipe)),
+        dataclasses.replace(plain, deferred_batch_norm=True),
+    ):
         assert same == pipe
         assert hash(same) == hash(pipe)
         assert same.model == pipe.model != plain.model
@@ -452,7 +601,9 @@ def test_what_the_layer_declares_stays():
 
     layer = fpipe.Layer(stashing, own_init, init_state=own_state, defer=deferred_hook)
     layer = fpipe.skippable(stash=["skip"])(layer)
-    layer = dataclasses.replace(layer.isolate(space := fpipe.Namespace()), name="renamed")
+    layer = dataclasses.replace(
+        layer.isolate(space := fpipe.Namespace()), name="renamed"
+    )
 
     @fpipe.skippable(pop=["skip"])
     @fpipe.fn
@@ -472,8 +623,10 @@ def test_what_the_layer_declares_stays():
 def test_no_layer_that_can(make):
     with raises(
         ValueError,
-        f"`{make.__name__}(deferred_batch_norm=True)`: no layer can defer its batch norms. `fpipe.DeferredBatchNorm` does so "
-        "by itself, without the option; a layer of your own does if it is made with `fpipe.Layer(..., defer=...)`. Otherwise "
+        f"`{make.__name__}(deferred_batch_norm=True)`: no layer can defer its batch "
+        "norms. `fpipe.DeferredBatchNorm` does so "
+        "by itself, without the option; a layer of your own does if it is made with "
+        "`fpipe.Layer(..., defer=...)`. Otherwise "
         "leave the option out",
     ):
         make([DOUBLE, fpipe.DeferredBatchNorm()], deferred_batch_norm=True)
@@ -484,7 +637,9 @@ def test_a_hook_that_is_none():
         fpipe.Layer(jnp.multiply, needs=(), defer=3)  # type: ignore[arg-type]
     bad = fpipe.Layer(centre, name="bad", defer=lambda: 3)  # type: ignore[arg-type,return-value]
     with raises(
-        TypeError, "`Pipe(deferred_batch_norm=True)`: the defer of layer 1 'bad' returns an fpipe.Layer, got 3"
+        TypeError,
+        "`Pipe(deferred_batch_norm=True)`: the defer of layer 1 'bad' returns an "
+        "fpipe.Layer, got 3",
     ):
         fpipe.Pipe([DOUBLE, bad], [1, 1], deferred_batch_norm=True)
 
@@ -525,7 +680,10 @@ class Net(linen.Module):
             case "scan":
                 axes: Any = {"params": 0, "batch_stats": 0}
                 body = linen.scan(
-                    lambda norm, c, _: (norm(c), None), variable_axes=axes, split_rngs={"params": True}, length=2
+                    lambda norm, c, _: (norm(c), None),
+                    variable_axes=axes,
+                    split_rngs={"params": True},
+                    length=2,
                 )
                 return body(make(), x, None)[0]
             case "axis":
@@ -534,12 +692,25 @@ class Net(linen.Module):
                 frozen = linen.BatchNorm(use_running_average=True, name="frozen")
                 return make()(frozen(x))
             case "bfloat16":
-                return make(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)(x.astype(jnp.bfloat16))
+                return make(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)(
+                    x.astype(jnp.bfloat16)
+                )
         raise AssertionError(self.kind)
 
 
-NETS = ["one", "first of two", "remat", "jit", "vmap", "scan", "axis", "frozen", "bfloat16"]
-# In the others a norm stands behind another, whose microbatches are not the whole batch.
+NETS = [
+    "one",
+    "first of two",
+    "remat",
+    "jit",
+    "vmap",
+    "scan",
+    "axis",
+    "frozen",
+    "bfloat16",
+]
+# In the others a norm stands behind another, whose microbatches are not the whole
+# batch.
 ALONE = [kind for kind in NETS if kind not in ("first of two", "scan")]
 
 
@@ -559,7 +730,9 @@ def linen_run(module, variables, x, chunks):
     stats, ys = fb.defer_stats(variables["batch_stats"]), []
     for piece in pieces(x, chunks):
         y, new = microbatch(stats, piece)
-        assert_same(fb.plain_stats(new["batch_stats"]), variables["batch_stats"], 0)  # nothing before the end
+        assert_same(
+            fb.plain_stats(new["batch_stats"]), variables["batch_stats"], 0
+        )  # nothing before the end
         assert jax.tree.structure(new["batch_stats"]) == jax.tree.structure(stats)
         stats = new["batch_stats"]
         ys.append(y)
@@ -580,7 +753,9 @@ def promoting():
 def test_linen_in_one_microbatch_is_plain_flax(kind):
     module, x = Net(kind), data(6)
     variables = start(module, x)
-    want, new = jax.jit(functools.partial(module.apply, mutable=["batch_stats"]))(variables, x)
+    want, new = jax.jit(functools.partial(module.apply, mutable=["batch_stats"]))(
+        variables, x
+    )
     y, stats = linen_run(Net(kind, fast=True), variables, x, 1)
     assert_same(y, want)
     assert_same(stats, new["batch_stats"])
@@ -594,7 +769,10 @@ def test_linen_in_several_microbatches_has_the_statistics_of_the_whole_batch(kin
     _, new = module.apply(variables, x, mutable=["batch_stats"])
     y, stats = linen_run(module, variables, x, 4)
     assert_same(stats, new["batch_stats"])
-    each = [module.apply(variables, piece, mutable=["batch_stats"])[0] for piece in pieces(x, 4)]
+    each = [
+        module.apply(variables, piece, mutable=["batch_stats"])[0]
+        for piece in pieces(x, 4)
+    ]
     assert_same(y, jnp.concatenate(each))
 
 
@@ -606,9 +784,15 @@ def test_linen_gradients():
     def loss(apply, more, params, x):
         return jnp.sum(jnp.sin(apply({**variables, **more, "params": params}, x)[0]))
 
-    plain = functools.partial(loss, functools.partial(module.apply, mutable=["batch_stats"]), {})
-    deferred = functools.partial(loss, functools.partial(fb.deferred_apply, module), stats)
-    got, want = (jax.jit(jax.grad(f, (0, 1)))(variables["params"], x) for f in (deferred, plain))
+    plain = functools.partial(
+        loss, functools.partial(module.apply, mutable=["batch_stats"]), {}
+    )
+    deferred = functools.partial(
+        loss, functools.partial(fb.deferred_apply, module), stats
+    )
+    got, want = (
+        jax.jit(jax.grad(f, (0, 1)))(variables["params"], x) for f in (deferred, plain)
+    )
     assert_same(got, want)
 
 
@@ -626,7 +810,10 @@ def test_a_large_mean_in_flax():
 
 
 def test_linen_modules_that_are_called_mean_and_var():
-    stats = {"mean": {"norm": {"mean": jnp.zeros(2), "var": jnp.ones(2)}}, "var": {"sigma": jnp.ones(())}}
+    stats = {
+        "mean": {"norm": {"mean": jnp.zeros(2), "var": jnp.ones(2)}},
+        "var": {"sigma": jnp.ones(())},
+    }
     deferred = fb.defer_stats(stats)
     assert set(deferred["mean"]["norm"]) == {"mean", "var", "deferred"}
     assert_same(fb.plain_stats(fb.finish_stats(deferred)), stats, 0)
@@ -650,14 +837,22 @@ def test_a_linen_norm_that_is_called_twice_counts_both():
     variables = module.init(KEY(0), x)
     deferred = {**variables, "batch_stats": fb.defer_stats(variables["batch_stats"])}
     for given in (None, mask, mask[:, :1], jnp.zeros((6, 4), bool)):
-        _, new = fb.deferred_apply(module, deferred, x, given, mutable=["batch_stats", "losses"])
+        _, new = fb.deferred_apply(
+            module, deferred, x, given, mutable=["batch_stats", "losses"]
+        )
         assert set(new) == {"batch_stats", "losses"}
-        kept = np.ones((6, 4), bool) if given is None else np.broadcast_to(given, (6, 4))
+        kept = (
+            np.ones((6, 4), bool) if given is None else np.broadcast_to(given, (6, 4))
+        )
         got = fb.plain_stats(fb.finish_stats(new["batch_stats"]))["norm"]
         for k in range(4):
-            column = np.concatenate([np.asarray(x)[kept[:, k], k], 3 * np.asarray(x)[:2, k]]).astype(np.float64)
+            column = np.concatenate(
+                [np.asarray(x)[kept[:, k], k], 3 * np.asarray(x)[:2, k]]
+            ).astype(np.float64)
             np.testing.assert_allclose(got["mean"][k], 0.25 * column.mean(), rtol=1e-5)
-            np.testing.assert_allclose(got["var"][k], 0.75 + 0.25 * column.var(), rtol=1e-5)
+            np.testing.assert_allclose(
+                got["var"][k], 0.75 + 0.25 * column.var(), rtol=1e-5
+            )
     y, new = fb.deferred_apply(module, deferred, x, train=False)
     assert_same(new["batch_stats"], deferred["batch_stats"], 0)
     assert_same(y, module.apply(variables, x, train=False, mutable=["losses"])[0])
@@ -691,7 +886,10 @@ def test_a_subclass_of_a_linen_norm_is_deferred_where_it_calls_flax():
         y, new = fb.deferred_apply(module, given, piece, True, scale=3.0)
         ys.append(y)
         stats = new["batch_stats"]
-        assert_same(y, module.apply(variables, piece, True, scale=3.0, mutable=["batch_stats"])[0])
+        assert_same(
+            y,
+            module.apply(variables, piece, True, scale=3.0, mutable=["batch_stats"])[0],
+        )
     got = fb.plain_stats(fb.finish_stats(stats))
     assert_same(got, {"mean": 0.25 * (x + 1).mean(0), "var": 0.75 + 0.25 * x.var(0)})
 
@@ -707,12 +905,16 @@ def test_what_linen_cannot_defer():
     x = data(4)
     variables = start(Net("one"), x)
     with pytest.raises(
-        ValueError, match=r"linen\.BatchNorm 'BatchNorm_0' is in training, but its statistics have no room"
+        ValueError,
+        match=r"linen\.BatchNorm 'BatchNorm_0' is in training, but its statistics have "
+        r"no room",
     ):
         fb.deferred_apply(Net("one"), variables, x)
     norm = linen.BatchNorm(use_running_average=False, axis_name="rows")
     stats = fb.defer_stats(norm.init(KEY(0), x)["batch_stats"])
-    with pytest.raises(ValueError, match=r"the linen\.BatchNorm '' has axis_name='rows'"):
+    with pytest.raises(
+        ValueError, match=r"the linen\.BatchNorm '' has axis_name='rows'"
+    ):
         fb.deferred_apply(norm, {"params": {}, "batch_stats": stats}, x)
 
 
@@ -721,10 +923,22 @@ class NNX(nnx.Module):
 
     def __init__(self, kind):
         axis = 1 if kind == "axis" else -1
-        dtypes = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16} if kind == "bfloat16" else {}
-        norm = nnx.BatchNorm(WIDTH, axis=axis, momentum=0.75, epsilon=1e-3, rngs=nnx.Rngs(0), **dtypes)
-        self.frozen = nnx.BatchNorm(WIDTH, use_running_average=True, rngs=nnx.Rngs(0), use_scale=False)
-        self.norms, self.again, self.kind = nnx.List([norm]), norm, kind  # one norm in two places
+        dtypes = (
+            {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+            if kind == "bfloat16"
+            else {}
+        )
+        norm = nnx.BatchNorm(
+            WIDTH, axis=axis, momentum=0.75, epsilon=1e-3, rngs=nnx.Rngs(0), **dtypes
+        )
+        self.frozen = nnx.BatchNorm(
+            WIDTH, use_running_average=True, rngs=nnx.Rngs(0), use_scale=False
+        )
+        self.norms, self.again, self.kind = (
+            nnx.List([norm]),
+            norm,
+            kind,
+        )  # one norm in two places
 
     def __call__(self, x):
         norm = self.norms[0]
@@ -757,7 +971,11 @@ def test_nnx(kind, rows, chunks):
     for node in (plain.norms[0], plain.frozen):
         node.use_fast_variance = False
     assert deferred.again is deferred.norms[0]
-    assert_same(nnx.to_pure_dict(nnx.state(deferred, nnx.Param)), nnx.to_pure_dict(nnx.state(plain, nnx.Param)), 0)
+    assert_same(
+        nnx.to_pure_dict(nnx.state(deferred, nnx.Param)),
+        nnx.to_pure_dict(nnx.state(plain, nnx.Param)),
+        0,
+    )
     graph, params, state = nnx.split(deferred, nnx.Param, ...)
     before, ys = stats_of(deferred), []
 
@@ -776,7 +994,10 @@ def test_nnx(kind, rows, chunks):
     assert_same(stats_of(module), before, 0)
     fb.finish_module(module)
     each = [nnx_start(kind) for _ in pieces(x, chunks)]
-    assert_same(jnp.concatenate(ys), jnp.concatenate([m(p) for m, p in zip(each, pieces(x, chunks), strict=True)]))
+    assert_same(
+        jnp.concatenate(ys),
+        jnp.concatenate([m(p) for m, p in zip(each, pieces(x, chunks), strict=True)]),
+    )
     plain(x)
     assert_same(stats_of(module), stats_of(plain))
     ended = stats_of(module)
@@ -808,7 +1029,9 @@ def test_what_nnx_cannot_defer():
 
     holder = nnx.List([Own(4, rngs=nnx.Rngs(0))])
     with pytest.raises(
-        TypeError, match=r"`defer_module`: '0' is a Own, a subclass of nnx\.BatchNorm that may do anything"
+        TypeError,
+        match=r"`defer_module`: '0' is a Own, a subclass of nnx\.BatchNorm that may do "
+        r"anything",
     ):
         fb.defer_module(holder)
     with pytest.raises(ValueError, match=r"the nnx\.BatchNorm '' has axis_name='rows'"):

@@ -22,24 +22,33 @@ X = jnp.linspace(-1, 1, 28).reshape(7, 4)
 @pytest.mark.parametrize("checkpoint", ["never", "always"])
 @pytest.mark.parametrize("where", [0, 1])
 def test_a_gradient_that_is_zero_for_one_shape_of_microbatch_only(where, checkpoint):
-    """The ragged last piece of one row took another way, had no gradient, and its place was a KeyError."""
+    """The ragged last piece of one row took another way, had no gradient, and its place
+    was a KeyError.
+    """
 
     def centred(p, x):
         return jnp.tanh((x - x.mean(0)) * p) if x.shape[0] > 1 else jnp.zeros_like(x)
 
     layers = [centred, scale] if where == 0 else [scale, centred]
-    pipe, reference = fpipe.Pipe(layers, [1, 1], chunks=3, checkpoint=checkpoint), fpipe.sequential(layers, chunks=3)
+    pipe, reference = (
+        fpipe.Pipe(layers, [1, 1], chunks=3, checkpoint=checkpoint),
+        fpipe.sequential(layers, chunks=3),
+    )
     params = (jnp.arange(1.0, 5), jnp.arange(1.0, 5) / 2)
     for run in (
         lambda model, p: model.value_and_grad(mse, argnums=(0, 1, 2))(p, X, X * 2),
-        lambda model, p: jax.grad(lambda p, x: mse(model(p, x), X), argnums=(0, 1))(p, X),
+        lambda model, p: jax.grad(lambda p, x: mse(model(p, x), X), argnums=(0, 1))(
+            p, X
+        ),
     ):
         assert_same(run(pipe, pipe.place(params)), run(reference, params))
 
 
 @pytest.mark.parametrize("checkpoint", ["never", "except_last", "always"])
 def test_effects_of_a_backward_rule_are_kept(checkpoint):
-    """A callback in a custom backward rule makes nothing that anyone reads, and was sliced away."""
+    """A callback in a custom backward rule makes nothing that anyone reads, and was
+    sliced away.
+    """
     hits = []
 
     @jax.custom_vjp
@@ -51,7 +60,12 @@ def test_effects_of_a_backward_rule_are_kept(checkpoint):
         return (g * 2,)
 
     double.defvjp(lambda x: (x * 2, None), backward)
-    pipe = fpipe.Pipe([scale, lambda p, x: double(x * p), scale], [1, 1, 1], chunks=4, checkpoint=checkpoint)
+    pipe = fpipe.Pipe(
+        [scale, lambda p, x: double(x * p), scale],
+        [1, 1, 1],
+        chunks=4,
+        checkpoint=checkpoint,
+    )
     params = pipe.place((jnp.ones(4),) * 3)
     jax.block_until_ready(pipe.value_and_grad(mse)(params, X[:4], X[:4]))
     jax.effects_barrier()
@@ -70,11 +84,17 @@ def test_what_depends_on_no_input_is_still_made_on_its_stages_device():
     assert [g.devices() for g in grads] == [{d} for d in devices]
 
 
-@pytest.mark.parametrize("values", [(1, True, 1.0), (0.0, -0.0), (float("nan"), 1.0)], ids=str)
+@pytest.mark.parametrize(
+    "values", [(1, True, 1.0), (0.0, -0.0), (float("nan"), 1.0)], ids=str
+)
 def test_static_leaves_that_compare_equal_are_told_apart(values):
     """`1 == True == 1.0` and `0.0 == -0.0`: they shared one plan."""
     layer = fpipe.fn(
-        lambda x: {"y": x["x"] * float(isinstance(x["s"], bool)) + jnp.copysign(1.0, float(x["s"])), "s": None}
+        lambda x: {
+            "y": x["x"] * float(isinstance(x["s"], bool))
+            + jnp.copysign(1.0, float(x["s"])),
+            "s": None,
+        }
     )
     pipe, reference = fpipe.Pipe([layer], [1]), fpipe.sequential([layer])
     for value in (*values, *values):
@@ -87,14 +107,22 @@ def test_static_leaves_that_compare_equal_are_told_apart(values):
     [
         (
             lambda: jax.threefry_partitionable(False),
-            lambda p, x, *, key: x * jax.random.bernoulli(key, 0.5, x.shape).astype(x.dtype),
+            lambda p, x, *, key: (
+                x * jax.random.bernoulli(key, 0.5, x.shape).astype(x.dtype)
+            ),
         ),
-        (lambda: jax.default_prng_impl("rbg"), lambda p, x: x + jax.random.uniform(jax.random.key(1), x.shape)),
+        (
+            lambda: jax.default_prng_impl("rbg"),
+            lambda p, x: x + jax.random.uniform(jax.random.key(1), x.shape),
+        ),
     ],
     ids=["threefry_partitionable", "default_prng_impl"],
 )
 def test_settings_of_jax_that_a_trace_bakes_in_make_another_plan(setting, layer):
-    pipe, reference = fpipe.Pipe([layer], [1], chunks=2), fpipe.sequential([layer], chunks=2)
+    pipe, reference = (
+        fpipe.Pipe([layer], [1], chunks=2),
+        fpipe.sequential([layer], chunks=2),
+    )
     key = jax.random.key(3)
     before = pipe(((),), X, key=key)
     with setting():
@@ -103,7 +131,9 @@ def test_settings_of_jax_that_a_trace_bakes_in_make_another_plan(setting, layer)
     assert (np.asarray(before) != np.asarray(after)).any()
 
 
-@pytest.mark.parametrize("make", [fpipe.sequential, fpipe.Pipe], ids=["sequential", "Pipe"])
+@pytest.mark.parametrize(
+    "make", [fpipe.sequential, fpipe.Pipe], ids=["sequential", "Pipe"]
+)
 def test_losses_and_weights_are_summed_in_float32(make):
     """64 losses of 33 in bfloat16 came to 2064, and 65 weights of 1 + 2⁻⁹·64 to 1."""
     model = make([fpipe.fn(lambda x: x)], chunks=64)
@@ -111,15 +141,17 @@ def test_losses_and_weights_are_summed_in_float32(make):
     assert float(model.evaluate(jnp.sum, reduction="sum")(((),), x)) == 2112
     weights = jnp.full((65, 1), 2.0**-9, jnp.bfloat16).at[0].set(1)
     model = make([fpipe.fn(lambda x: x)], chunks=65)
-    loss, grad = model.value_and_grad(lambda y, w: (y.sum(), w.sum()), reduction="weighted", argnums=1)(
-        ((),), weights, weights
-    )
+    loss, grad = model.value_and_grad(
+        lambda y, w: (y.sum(), w.sum()), reduction="weighted", argnums=1
+    )(((),), weights, weights)
     assert float(loss) == 1
     assert_same(grad, jnp.full((65, 1), 1 / 1.125, jnp.bfloat16))
 
 
 def test_parameters_are_made_on_their_own_device_whatever_the_keys():
-    """`jax.default_device` does not move a committed key: all parameters were made beside it."""
+    """`jax.default_device` does not move a committed key: all parameters were made
+    beside it.
+    """
     made = []
 
     def init(key, x):
@@ -136,14 +168,18 @@ def test_parameters_are_made_on_their_own_device_whatever_the_keys():
 
 def test_keys_of_another_implementation_reach_init_as_they_are():
     seen = []
-    layer = fpipe.Layer(lambda p, x: x["x"], lambda key, x: seen.append(x["key"].dtype) or ())
+    layer = fpipe.Layer(
+        lambda p, x: x["x"], lambda key, x: seen.append(x["key"].dtype) or ()
+    )
     keys = jax.random.split(jax.random.key(0, impl="rbg"), 7)
     fpipe.Pipe([layer], [1]).init(jax.random.key(0), {"x": X, "key": keys})
     assert seen == [keys.dtype]
 
 
 def test_a_schedule_function_is_asked_only_for_what_the_pipe_could_have():
-    """With `balance` given it was called for all devices there are, and raised the user's own error."""
+    """With `balance` given it was called for all devices there are, and raised the
+    user's own error.
+    """
     asked = []
 
     def schedule(devices, microbatches):
@@ -155,7 +191,9 @@ def test_a_schedule_function_is_asked_only_for_what_the_pipe_could_have():
 
 
 def test_a_call_that_closes_over_everything_inside_jit_leaves_the_pipe_usable():
-    """The constants of a new plan were put on their devices under the outer trace, and stayed there as tracers."""
+    """The constants of a new plan were put on their devices under the outer trace, and
+    stayed there as tracers.
+    """
     layer = fpipe.Layer(lambda p, x, *, key: x * p)
     pipe = fpipe.Pipe([layer], [1], chunks=2)
     params, key = pipe.place((jnp.ones(4),)), jax.random.key(0)
@@ -166,7 +204,7 @@ def test_a_call_that_closes_over_everything_inside_jit_leaves_the_pipe_usable():
 
 def test_the_plan_in_use_outlives_a_stream_of_others(monkeypatch):
     """First in, first out threw away the plan of every step."""
-    monkeypatch.setattr("fpipe._placed._calls._PLANS", 3)
+    monkeypatch.setattr("fpipe._executors.placed.executor._PLANS", 3)
     traces = []
 
     def layer(p, x):
@@ -199,14 +237,17 @@ def test_another_loss_compiles_the_last_stage_only():
     step(1.0)
     step(2.0)
     first, second = traced
-    # The first: F and B of four stages for two shapes of microbatch, and more. The second: those of the last stage, the
-    # loss, and the zeros that gradients are summed into.
+    # The first: F and B of four stages for two shapes of microbatch, and more. The
+    # second: those of the last stage, the loss, and the zeros that gradients are summed
+    # into.
     assert 0 < second <= first - 3 * 2
 
 
 @pytest.mark.parametrize("kind", [jnp.asarray, np.asarray], ids=["jax", "numpy"])
 def test_an_output_is_a_buffer_of_its_own(kind):
-    """With one microbatch an identity gave the user's own array back, and donating the output deleted it."""
+    """With one microbatch an identity gave the user's own array back, and donating the
+    output deleted it.
+    """
     pipe = fpipe.Pipe([fpipe.fn(lambda x: (x, x))], [1])
     x = kind(np.arange(64.0, dtype=np.float32).reshape(8, 8))
     one, other = pipe(((),), x)
@@ -220,13 +261,21 @@ def test_a_forward_only_schedule_gives_no_gradients_of_zero():
     pipe = fpipe.Pipe([scale, scale], [1, 1], schedule=schedule)
     params = pipe.place((jnp.ones(4), jnp.ones(4)))
     assert float(pipe.evaluate(jnp.mean)(params, X)) == pytest.approx(0, abs=1e-6)
-    with pytest.raises(ValueError, match="has forwards only, and gradients are asked for"):
+    with pytest.raises(
+        ValueError, match="has forwards only, and gradients are asked for"
+    ):
         pipe.value_and_grad(jnp.mean)(params, X)
 
 
 def test_a_plan_of_the_scan_executor_takes_parameters_in_16_bits():
-    """It looked for the size of `jnp.float32`, which has none: the sums of their gradients are float32."""
-    layer = fpipe.Layer(lambda w, x: x @ w, lambda key, x: jnp.ones((64, 64), jnp.bfloat16))
+    """It looked for the size of `jnp.float32`, which has none: the sums of their
+    gradients are float32.
+    """
+    layer = fpipe.Layer(
+        lambda w, x: x @ w, lambda key, x: jnp.ones((64, 64), jnp.bfloat16)
+    )
     pipe = fpipe.Pipe([layer] * 2, [1, 1], chunks=2, executor="scan")
     plan = pipe.plan(None, jax.ShapeDtypeStruct((4, 64), jnp.bfloat16))
-    assert plan.devices[0].memory["gradients"] == 64 * 64 * (4 + 2)  # the sum, and what is returned
+    assert plan.devices[0].memory["gradients"] == 64 * 64 * (
+        4 + 2
+    )  # the sum, and what is returned

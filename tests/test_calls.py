@@ -1,4 +1,6 @@
-"""What a user calls: `pipe(…)`, `value_and_grad`, `evaluate` and JAX's own transformations; what they return and refuse."""
+"""What a user calls: `pipe(…)`, `value_and_grad`, `evaluate` and JAX's own
+transformations; what they return and refuse.
+"""
 
 import dataclasses
 import functools
@@ -9,8 +11,18 @@ import numpy as np
 import pytest
 
 import fpipe
-from fpipe._placed import observing
-from tests.helpers import WIDTH, Case, assert_same, dense, models, mse, noise, raises, sided
+from fpipe._executors.placed.dispatch import observing
+from tests.helpers import (
+    WIDTH,
+    Case,
+    assert_same,
+    dense,
+    models,
+    mse,
+    noise,
+    raises,
+    sided,
+)
 
 DEVICES = jax.devices()
 LAYERS = [dense(), dense()]
@@ -23,7 +35,11 @@ REFERENCE, PARAMS = CASE.reference, CASE.params()
 def fresh(layers=None, **options):
     """A pipe of two stages on devices 3 and 1, that nobody has called."""
     layers = LAYERS if layers is None else layers
-    options = {"balance": [1, len(layers) - 1], "devices": [DEVICES[3], DEVICES[1]], "chunks": CHUNKS} | options
+    options = {
+        "balance": [1, len(layers) - 1],
+        "devices": [DEVICES[3], DEVICES[1]],
+        "chunks": CHUNKS,
+    } | options
     return fpipe.Pipe(layers, **options)
 
 
@@ -52,7 +68,9 @@ def said(error):
 
 
 def notes(error):
-    return [note for note in getattr(error, "__notes__", ()) if note.startswith("fpipe: ")]
+    return [
+        note for note in getattr(error, "__notes__", ()) if note.startswith("fpipe: ")
+    ]
 
 
 @functools.cache
@@ -62,7 +80,9 @@ def wanted():
 
 def assert_works(pipe, params):
     """A pipe of `LAYERS`, called again, computes what the reference computes."""
-    assert_same((pipe(params, X), pipe.value_and_grad(mse)(params, X, TARGET)), wanted())
+    assert_same(
+        (pipe(params, X), pipe.value_and_grad(mse)(params, X, TARGET)), wanted()
+    )
 
 
 @functools.cache
@@ -84,7 +104,9 @@ def warm_sided():
 
 # --- reductions ---
 
-MASK = jnp.asarray([1, 0, 0, 0, 1, 1, 1, 0, 0, 1], jnp.float32)  # sums of the microbatches: 1, 3, 1
+MASK = jnp.asarray(
+    [1, 0, 0, 0, 1, 1, 1, 0, 0, 1], jnp.float32
+)  # sums of the microbatches: 1, 3, 1
 
 
 def masked(y, t, mask):
@@ -98,23 +120,34 @@ def masked_mean(y, t, mask):
 
 REDUCTIONS = {
     "mean": (mse, mse, (TARGET,)),
-    "sum": (lambda y, t: jnp.sum((y - t) ** 2), lambda y, t: jnp.sum((y - t) ** 2), (TARGET,)),
+    "sum": (
+        lambda y, t: jnp.sum((y - t) ** 2),
+        lambda y, t: jnp.sum((y - t) ** 2),
+        (TARGET,),
+    ),
     "weighted": (masked, masked_mean, (TARGET, MASK)),
 }
 
 
 @pytest.mark.parametrize(
-    ("reduction", "chunks"), [("mean", 3), ("mean", 4), ("sum", 3), ("weighted", 3), ("weighted", 1)]
+    ("reduction", "chunks"),
+    [("mean", 3), ("mean", 4), ("sum", 3), ("weighted", 3), ("weighted", 1)],
 )
-def test_loss_and_gradients_equal_those_of_plain_jax_over_the_whole_batch(reduction, chunks):
+def test_loss_and_gradients_equal_those_of_plain_jax_over_the_whole_batch(
+    reduction, chunks
+):
     loss_fn, whole, targets = REDUCTIONS[reduction]
     pipe, placed, reference, params = with_params(chunks=chunks)
     numbers = (0, 1, 2)
-    want = jax.value_and_grad(lambda p, x, *t: whole(plain(p, x), *t), numbers)(params, X, *targets)
+    want = jax.value_and_grad(lambda p, x, *t: whole(plain(p, x), *t), numbers)(
+        params, X, *targets
+    )
     options = {"reduction": reduction, "argnums": numbers}
     assert_same(pipe.value_and_grad(loss_fn, **options)(placed, X, *targets), want)
     assert_same(reference.value_and_grad(loss_fn, **options)(params, X, *targets), want)
-    assert_same(pipe.evaluate(loss_fn, reduction=reduction)(placed, X, *targets), want[0])
+    assert_same(
+        pipe.evaluate(loss_fn, reduction=reduction)(placed, X, *targets), want[0]
+    )
 
 
 def test_a_weighted_loss_is_not_the_mean_of_means():
@@ -122,11 +155,15 @@ def test_a_weighted_loss_is_not_the_mean_of_means():
     got = float(pipe.evaluate(masked, reduction="weighted")(placed, X, TARGET, MASK))
     means = pipe.evaluate(masked_mean)(placed, X, TARGET, MASK)
     assert abs(got - float(means)) > 1e-3
-    assert got == pytest.approx(float(masked_mean(plain(params, X), TARGET, MASK)), rel=1e-5)
+    assert got == pytest.approx(
+        float(masked_mean(plain(params, X), TARGET, MASK)), rel=1e-5
+    )
 
 
 def test_the_weight_carries_no_gradient():
-    """`(sum, weight)` of which both depend on y: the weight counts, and is not differentiated."""
+    """`(sum, weight)` of which both depend on y: the weight counts, and is not
+    differentiated.
+    """
     pipe = fresh([fpipe.Layer(lambda p, x: x * p), fpipe.Layer(lambda p, x: x + p)])
     params = pipe.place((jnp.float32(2), jnp.float32(1)))
     x = jnp.arange(10.0)[:, None]
@@ -142,11 +179,19 @@ def test_a_mean_weighs_microbatches_by_the_rows_of_the_first_array_of_x():
     """Only `b` is cut: `a` goes whole to every microbatch and has no rows to count."""
     pipe = fpipe.Pipe([fpipe.fn(lambda x: x["a"].sum() * x["b"])], chunks=4)
     x = {"a": fpipe.NoChunk(jnp.ones(3)), "b": jnp.arange(10.0)}
-    assert float(pipe.evaluate(jnp.mean)(((),), x)) == pytest.approx(13.5)  # 3, 3, 3 and 1 rows of 3 * mean(0..9)
-    assert float(pipe.evaluate(lambda y: y[-1])(((),), x)) == pytest.approx(3 * (0.3 * (2 + 5 + 8) + 0.1 * 9))
+    assert float(pipe.evaluate(jnp.mean)(((),), x)) == pytest.approx(
+        13.5
+    )  # 3, 3, 3 and 1 rows of 3 * mean(0..9)
+    assert float(pipe.evaluate(lambda y: y[-1])(((),), x)) == pytest.approx(
+        3 * (0.3 * (2 + 5 + 8) + 0.1 * 9)
+    )
 
 
-@pytest.mark.parametrize(("value", "loss"), [(3, 3.0), (True, 1.0), (jnp.int32(2), 2.0)], ids=["int", "bool", "int32"])
+@pytest.mark.parametrize(
+    ("value", "loss"),
+    [(3, 3.0), (True, 1.0), (jnp.int32(2), 2.0)],
+    ids=["int", "bool", "int32"],
+)
 def test_a_loss_without_fraction_becomes_a_float(value, loss):
     pipe, placed, _, _ = with_params()
     got, grads = pipe.value_and_grad(lambda y: value)(placed, X)
@@ -159,7 +204,15 @@ def test_a_loss_without_fraction_becomes_a_float(value, loss):
 
 
 def with_aux(y, t):
-    aux = {"rows": y.shape[0], "half": 0.5, "flag": True, "max": y.max(), "sum": y.sum(0), "none": None, "tag": "left"}
+    aux = {
+        "rows": y.shape[0],
+        "half": 0.5,
+        "flag": True,
+        "max": y.max(),
+        "sum": y.sum(0),
+        "none": None,
+        "tag": "left",
+    }
     return mse(y, t), aux
 
 
@@ -175,7 +228,9 @@ def test_aux_is_stacked_on_a_new_axis_of_microbatches(call):
     aux, expected = got[1], want[1]
     assert aux.pop("tag") == expected.pop("tag") == "left"
     assert_same(aux, expected)
-    pieces = [plain(params, X)[rows] for rows in (slice(0, 4), slice(4, 8), slice(8, 10))]
+    pieces = [
+        plain(params, X)[rows] for rows in (slice(0, 4), slice(4, 8), slice(8, 10))
+    ]
     assert_same(
         aux,
         {
@@ -191,7 +246,9 @@ def test_aux_is_stacked_on_a_new_axis_of_microbatches(call):
 
 def test_a_weighted_loss_may_have_aux():
     pipe, placed, _, params = with_params()
-    step = pipe.value_and_grad(lambda *a: (masked(*a), a[2].sum()), has_aux=True, reduction="weighted")
+    step = pipe.value_and_grad(
+        lambda *a: (masked(*a), a[2].sum()), has_aux=True, reduction="weighted"
+    )
     (loss, aux), grads = step(placed, X, TARGET, MASK)
     want = jax.value_and_grad(lambda p: masked_mean(plain(p, X), TARGET, MASK))(params)
     assert_same((loss, grads), want)
@@ -208,22 +265,31 @@ def test_aux_of_one_microbatch_has_an_axis_too():
 def test_aux_whose_shape_differs_between_microbatches_is_refused(call):
     pipe, placed, _, _ = with_params()
     with pytest.raises(
-        ValueError, match="aux is stacked over microbatches, so reduce what depends on the number"
+        ValueError,
+        match="aux is stacked over microbatches, so reduce what depends on the number",
     ) as caught:
         getattr(pipe, call)(lambda y: (y.sum(), y), has_aux=True)(placed, X)
-    assert "aux of microbatch 2 has the shapes [(2, 4)], that of microbatch 0 [(4, 4)]" in str(caught.value)
+    assert (
+        "aux of microbatch 2 has the shapes [(2, 4)], that of microbatch 0 [(4, 4)]"
+        in str(caught.value)
+    )
     assert str(caught.value).startswith(f"`{call}(has_aux=True)`")
 
 
 @pytest.mark.parametrize(
     ("small", "large", "differ"),
-    [("few", "many", ["'few'", "'many'"]), (1.0, (1.0, 2.0), ["float32[]", "(float32[], float32[])"])],
+    [
+        ("few", "many", ["'few'", "'many'"]),
+        (1.0, (1.0, 2.0), ["float32[]", "(float32[], float32[])"]),
+    ],
     ids=["static", "structure"],
 )
 def test_aux_that_differs_otherwise_is_refused_and_says_how(small, large, differ):
     pipe, placed, _, _ = with_params()
     with pytest.raises(ValueError, match="aux of microbatch 2") as caught:
-        pipe.evaluate(lambda y: (y.sum(), small if y.shape[0] == 2 else large), has_aux=True)(placed, X)
+        pipe.evaluate(
+            lambda y: (y.sum(), small if y.shape[0] == 2 else large), has_aux=True
+        )(placed, X)
     assert [text for text in differ if text not in str(caught.value)] == []
 
 
@@ -236,31 +302,54 @@ def test_argnums_choose_among_params_x_and_targets(argnums):
     options = {"argnums": argnums, "reduction": "weighted"}
     got = pipe.value_and_grad(masked, **options)(placed, X, TARGET, MASK)
     numbers = argnums if isinstance(argnums, int) else tuple(argnums)
-    want = jax.value_and_grad(lambda p, x, t, m: masked(plain(p, x), t, m)[0] / MASK.sum(), numbers)(
-        params, X, TARGET, MASK
-    )
+    want = jax.value_and_grad(
+        lambda p, x, t, m: masked(plain(p, x), t, m)[0] / MASK.sum(), numbers
+    )(params, X, TARGET, MASK)
     assert_same(got, want)
-    assert_same(reference.value_and_grad(masked, **options)(params, X, TARGET, MASK), want)
+    assert_same(
+        reference.value_and_grad(masked, **options)(params, X, TARGET, MASK), want
+    )
 
 
 def test_integer_leaves_give_float0_and_static_leaves_none():
     def embed(p, x):
         return p["table"][x["word"]] * x["scale"]
 
-    layers = [fpipe.Layer(embed), fpipe.Layer(lambda p, x: x * p[0] + p[1].astype(x.dtype))]
-    params = ({"table": jnp.linspace(0, 1, 6), "size": jnp.int32(6)}, (jnp.float32(2), jnp.asarray([1])))
-    x = {"word": jnp.arange(10) % 6, "scale": jnp.linspace(1, 2, 10), "tag": "left", "none": None}
+    layers = [
+        fpipe.Layer(embed),
+        fpipe.Layer(lambda p, x: x * p[0] + p[1].astype(x.dtype)),
+    ]
+    params = (
+        {"table": jnp.linspace(0, 1, 6), "size": jnp.int32(6)},
+        (jnp.float32(2), jnp.asarray([1])),
+    )
+    x = {
+        "word": jnp.arange(10) % 6,
+        "scale": jnp.linspace(1, 2, 10),
+        "tag": "left",
+        "none": None,
+    }
     target = jnp.arange(10)
     pipe = fresh(layers)
 
     def loss_fn(y, t):
         return jnp.mean((y - t.astype(y.dtype)) ** 2)
 
-    loss, (grads, gx, gt) = pipe.value_and_grad(loss_fn, argnums=(0, 1, 2))(pipe.place(params), x, target)
-    want = fpipe.sequential(layers, chunks=CHUNKS).value_and_grad(loss_fn, argnums=(0, 1, 2))(params, x, target)
+    loss, (grads, gx, gt) = pipe.value_and_grad(loss_fn, argnums=(0, 1, 2))(
+        pipe.place(params), x, target
+    )
+    want = fpipe.sequential(layers, chunks=CHUNKS).value_and_grad(
+        loss_fn, argnums=(0, 1, 2)
+    )(params, x, target)
     assert_same((loss, (grads, gx, gt)), want)
     float0 = jax.dtypes.float0
-    assert grads[0]["size"].dtype == grads[1][1].dtype == gx["word"].dtype == gt.dtype == float0
+    assert (
+        grads[0]["size"].dtype
+        == grads[1][1].dtype
+        == gx["word"].dtype
+        == gt.dtype
+        == float0
+    )
     assert (grads[1][1].shape, gx["word"].shape, gt.shape) == ((1,), (10,), (10,))
     assert gx["tag"] is gx["none"] is None
 
@@ -279,7 +368,11 @@ WRONG_NUMBERS = {
     "none": (None, TypeError, "are ints"),
     "a set": ({0}, TypeError, "are ints"),
     "negative": (-1, ValueError, "counted from 0, each once, and at least one"),
-    "negative among": ((0, -1), ValueError, "counted from 0, each once, and at least one"),
+    "negative among": (
+        (0, -1),
+        ValueError,
+        "counted from 0, each once, and at least one",
+    ),
     "repeated": ((0, 1, 0), ValueError, "counted from 0, each once, and at least one"),
     "empty": ((), ValueError, "counted from 0, each once, and at least one"),
 }
@@ -291,7 +384,9 @@ def test_wrong_argnums_are_refused_at_once(name):
     with pytest.raises(kind) as caught:
         fresh().value_and_grad(mse, argnums=argnums)
     assert text in str(caught.value)
-    assert str(caught.value).startswith(f"`value_and_grad(argnums={argnums!r})`: numbers of (params, x, *targets)")
+    assert str(caught.value).startswith(
+        f"`value_and_grad(argnums={argnums!r})`: numbers of (params, x, *targets)"
+    )
 
 
 @pytest.mark.parametrize("argnums", [3, (0, 3), 7])
@@ -300,19 +395,29 @@ def test_argnums_out_of_range_say_what_the_range_is(argnums):
     with pytest.raises(ValueError, match="the call has 3 arguments") as caught:
         pipe.value_and_grad(mse, argnums=argnums)(placed, X, TARGET)
     assert str(caught.value) == (
-        f"`value_and_grad(argnums={argnums!r})`: the call has 3 arguments (params, x, *targets), so numbers go from 0 to 2"
+        f"`value_and_grad(argnums={argnums!r})`: the call has 3 arguments (params, x, "
+        "*targets), so numbers go from 0 to 2"
     )
 
 
 # --- what a loss may not be ---
 
 WRONG_LOSSES = {
-    "vector": (lambda y, t: y[:, 0], {}, "must return a scalar loss, got float32[4]: reduce it, with its mean"),
-    "one element": (lambda y, t: mse(y, t)[None], {}, "must return a scalar loss, got float32[1]: reduce it"),
+    "vector": (
+        lambda y, t: y[:, 0],
+        {},
+        "must return a scalar loss, got float32[4]: reduce it, with its mean",
+    ),
+    "one element": (
+        lambda y, t: mse(y, t)[None],
+        {},
+        "must return a scalar loss, got float32[1]: reduce it",
+    ),
     "tuple": (
         lambda y, t: (mse(y, t), 1),
         {},
-        "must return a scalar loss, got (float32[], 1); with an auxiliary output say has_aux=True",
+        "must return a scalar loss, got (float32[], 1); with an auxiliary output say "
+        "has_aux=True",
     ),
     "complex": (
         lambda y, t: mse(y, t).astype(jnp.complex64),
@@ -321,14 +426,26 @@ WRONG_LOSSES = {
     ),
     "none": (lambda y, t: None, {}, "must return a scalar loss, got None"),
     "string": (lambda y, t: "low", {}, "must return a scalar loss, got 'low'"),
-    "list": (lambda y, t: [mse(y, t)], {}, "must return a scalar loss, got [float32[]]"),
-    "no aux": (mse, {"has_aux": True}, "with has_aux=True returns `(loss, aux)`, got float32[]"),
+    "list": (
+        lambda y, t: [mse(y, t)],
+        {},
+        "must return a scalar loss, got [float32[]]",
+    ),
+    "no aux": (
+        mse,
+        {"has_aux": True},
+        "with has_aux=True returns `(loss, aux)`, got float32[]",
+    ),
     "aux of two": (
         lambda y, t: (mse(y, t), 1, 2),
         {"has_aux": True},
         "with has_aux=True returns `(loss, aux)`, got (float32[], 1, 2)",
     ),
-    "no weight": (mse, {"reduction": "weighted"}, 'with reduction="weighted" returns `(sum, weight)`, got float32[]'),
+    "no weight": (
+        mse,
+        {"reduction": "weighted"},
+        'with reduction="weighted" returns `(sum, weight)`, got float32[]',
+    ),
     "vector weight": (
         lambda y, t: (mse(y, t), y[:, 0]),
         {"reduction": "weighted"},
@@ -355,7 +472,9 @@ def test_a_loss_of_the_wrong_kind_is_refused(name, call):
 
 @pytest.mark.parametrize("call", ["value_and_grad", "evaluate"])
 def test_a_loss_with_other_parameters_is_told_how_it_is_called(call):
-    """One that is written as for `jax.grad`, a target that is left out; an error inside of it stays as it is."""
+    """One that is written as for `jax.grad`, a target that is left out; an error inside
+    of it stays as it is.
+    """
     pipe, placed, _, _ = with_params()
     head = "`loss_fn` is called as `loss_fn(y, *targets)`, where y is the output of the last layer, here with "
 
@@ -366,7 +485,10 @@ def test_a_loss_with_other_parameters_is_told_how_it_is_called(call):
         return mse(y)  # type: ignore[call-arg]
 
     run = getattr(pipe, call)
-    for fn, targets, text in ((as_for_grad, [TARGET], "1 target: "), (mse, [], "0 targets: ")):
+    for fn, targets, text in (
+        (as_for_grad, [TARGET], "1 target: "),
+        (mse, [], "0 targets: "),
+    ):
         with pytest.raises(TypeError) as caught:
             run(fn)(placed, X, *targets)
         assert str(caught.value).startswith(head + text)
@@ -388,28 +510,36 @@ class Unhashable:
 
 @pytest.mark.parametrize("call", ["value_and_grad", "evaluate"])
 @pytest.mark.parametrize("make", [fresh, lambda: REFERENCE], ids=["pipe", "sequential"])
-def test_a_loss_that_is_no_function_and_an_unknown_reduction_are_refused_at_once(call, make):
+def test_a_loss_that_is_no_function_and_an_unknown_reduction_are_refused_at_once(
+    call, make
+):
     run = getattr(make(), call)
     with pytest.raises(TypeError) as caught:
         run(3.0)
     assert str(caught.value) == (
-        f"`{call}(loss_fn)`: 3.0 is not callable; write `pipe.{call}(loss_fn)(params, x, *targets)`"
+        f"`{call}(loss_fn)`: 3.0 is not callable; write `pipe.{call}(loss_fn)(params, "
+        "x, *targets)`"
     )
     with pytest.raises(TypeError) as caught:
         run(Unhashable())
     assert str(caught.value) == (
-        f"`{call}(loss_fn)`: Unhashable() must be hashable: compiled programs are kept for each"
+        f"`{call}(loss_fn)`: Unhashable() must be hashable: compiled programs are kept "
+        "for each"
     )
     with raises(
         TypeError,
-        f"`{call}(loss_fn, has_aux)`: has_aux is a bool, got a tuple; parameters and inputs go to the function that comes "
+        f"`{call}(loss_fn, has_aux)`: has_aux is a bool, got a tuple; parameters and "
+        "inputs go to the function that comes "
         f"back: `pipe.{call}(loss_fn)(params, x, *targets)`",
     ):
         run(mse, (), X)
     for reduction in ("max", None, ["mean"]):
         with pytest.raises(ValueError, match="reduction") as caught:
             run(mse, reduction=reduction)
-        assert str(caught.value) == f'`{call}(reduction={reduction!r})`: it is "mean", "sum" or "weighted"'
+        assert (
+            str(caught.value)
+            == f'`{call}(reduction={reduction!r})`: it is "mean", "sum" or "weighted"'
+        )
 
 
 # --- where things are ---
@@ -430,8 +560,13 @@ def test_inputs_come_from_anywhere_and_results_are_where_they_belong(put):
     side = SIDE
     first, last = {DEVICES[3]}, {DEVICES[1]}
     options = {"argnums": (0, 1, 2, 3), "reduction": "weighted"}
-    got = pipe.value_and_grad(masked, **options)(placed, put(X), put(TARGET), put(MASK), side=put(side))
-    assert_same(got, reference.value_and_grad(masked, **options)(params, X, TARGET, MASK, side=side))
+    got = pipe.value_and_grad(masked, **options)(
+        placed, put(X), put(TARGET), put(MASK), side=put(side)
+    )
+    assert_same(
+        got,
+        reference.value_and_grad(masked, **options)(params, X, TARGET, MASK, side=side),
+    )
     loss, (grads, gx, gt, gm) = got
     assert loss.devices() == last
     assert devices_of(grads) == devices_of(placed) == [first] * 2 + [last]
@@ -439,7 +574,9 @@ def test_inputs_come_from_anywhere_and_results_are_where_they_belong(put):
     y = pipe(placed, put(X), side=put(side))
     assert y.devices() == last
     assert jax.device_put(TARGET, y.sharding).devices() == last
-    evaluated = pipe.evaluate(masked, reduction="weighted")(placed, put(X), put(TARGET), put(MASK), side=put(side))
+    evaluated = pipe.evaluate(masked, reduction="weighted")(
+        placed, put(X), put(TARGET), put(MASK), side=put(side)
+    )
     assert evaluated.devices() == last
 
 
@@ -449,7 +586,11 @@ def test_aux_and_state_are_where_they_were_made():
     case = Case(layers, CHUNKS)
     step = pipe.value_and_grad(lambda y: (y.sum(), y.max()), has_aux=True)
     ((_, aux), state), _ = step(
-        pipe.place(case.params()), X, state=pipe.init_state(X), key=jax.random.key(0), train=True
+        pipe.place(case.params()),
+        X,
+        state=pipe.init_state(X),
+        key=jax.random.key(0),
+        train=True,
     )
     assert aux.devices() == {DEVICES[1]}
     assert devices_of(state) == [{DEVICES[3]}] * 2 + [{DEVICES[1]}] * 2
@@ -461,8 +602,12 @@ TRANSFORMS = {
     "grad": lambda f: jax.grad(f, argnums=(0, 1, 2)),
     "value_and_grad": lambda f: jax.value_and_grad(f, argnums=(0, 1, 2)),
     "value_and_grad of side alone": lambda f: jax.value_and_grad(f, argnums=2),
-    "grad with aux": lambda f: jax.grad(lambda *a: (f(*a), f(*a)), argnums=(0, 2), has_aux=True),
-    "vjp": lambda f: lambda *a: (lambda y, pull: (y, pull(jnp.float32(2))))(*jax.vjp(f, *a)),
+    "grad with aux": lambda f: jax.grad(
+        lambda *a: (f(*a), f(*a)), argnums=(0, 2), has_aux=True
+    ),
+    "vjp": lambda f: (
+        lambda *a: (lambda y, pull: (y, pull(jnp.float32(2))))(*jax.vjp(f, *a))
+    ),
 }
 
 
@@ -482,7 +627,9 @@ def test_a_call_is_differentiated_by_params_x_and_side(name):
 
 def test_gradients_through_a_call_are_on_the_parameters_devices():
     pipe, placed, _, _ = with_params()
-    assert devices_of(jax.grad(lambda p: mse(pipe(p, X), TARGET))(placed)) == devices_of(placed)
+    assert devices_of(
+        jax.grad(lambda p: mse(pipe(p, X), TARGET))(placed)
+    ) == devices_of(placed)
 
 
 def test_a_pull_back_may_be_called_twice():
@@ -518,15 +665,22 @@ def test_a_call_is_part_of_a_larger_function():
     devices = [DEVICES[1]] * 2
     pipe = dataclasses.replace(pipe, devices=devices)
     x, scale = jax.device_put((X, jnp.float32(0.7)), DEVICES[1])
-    assert_same(larger(pipe)(pipe.place(params), scale, x), larger(plain)(params, jnp.float32(0.7), X))
+    assert_same(
+        larger(pipe)(pipe.place(params), scale, x),
+        larger(plain)(params, jnp.float32(0.7), X),
+    )
 
 
 def test_one_pipe_feeds_another():
     one, placed, _, params = with_params()
     two = fresh(devices=[DEVICES[0], DEVICES[2]], balance=[1, 1], chunks=2)
     placed = placed, two.place(params)
-    got = jax.grad(lambda p, x: jnp.sum(two(p[1], one(p[0], x)) ** 2), argnums=(0, 1))(placed, X)
-    want = jax.grad(lambda p, x: jnp.sum(plain(p[1], plain(p[0], x)) ** 2), argnums=(0, 1))((params, params), X)
+    got = jax.grad(lambda p, x: jnp.sum(two(p[1], one(p[0], x)) ** 2), argnums=(0, 1))(
+        placed, X
+    )
+    want = jax.grad(
+        lambda p, x: jnp.sum(plain(p[1], plain(p[0], x)) ** 2), argnums=(0, 1)
+    )((params, params), X)
     assert_same(got, want)
     assert devices_of(got[0]) == devices_of(placed)
 
@@ -537,14 +691,20 @@ def test_outputs_that_the_loss_does_not_use_have_no_cotangent(part):
         return {"a": x * p[0], "b": jnp.sin(x) * p[1], "kind": jnp.argmax(x, -1)}
 
     def outside(y):
-        found = {"a": lambda: y["a"].sum(), "b": lambda: y["b"].sum(), "integer": lambda: y["kind"].sum() * 1.0}
+        found = {
+            "a": lambda: y["a"].sum(),
+            "b": lambda: y["b"].sum(),
+            "integer": lambda: y["kind"].sum() * 1.0,
+        }
         return found.get(part, lambda: jnp.float32(0))()
 
     layers = [dense(), fpipe.Layer(last, lambda key, x: noise(key, (2, x.shape[-1])))]
     pipe, placed, _, params = with_params(layers)
     with jax.numpy_dtype_promotion("standard"):
         got = jax.value_and_grad(lambda p, x: outside(pipe(p, x)), (0, 1))(placed, X)
-        want = jax.value_and_grad(lambda p, x: outside(last(p[1], plain(p[:1], x))), (0, 1))(params, X)
+        want = jax.value_and_grad(
+            lambda p, x: outside(last(p[1], plain(p[:1], x))), (0, 1)
+        )(params, X)
     assert_same(got, want)
 
 
@@ -566,7 +726,10 @@ def test_integer_parameters_need_allow_int():
         jax.grad(through(pipe))(pipe.place(params), X)
     # Of x alone, integers among the parameters are nobody's business.
     placed = pipe.place(params)
-    assert_same(jax.grad(lambda x: through(pipe)(placed, x))(X), jax.grad(lambda x: through(by_hand)(params, x))(X))
+    assert_same(
+        jax.grad(lambda x: through(pipe)(placed, x))(X),
+        jax.grad(lambda x: through(by_hand)(params, x))(X),
+    )
 
 
 # --- gradients that are zero, and gradients of the user's own ---
@@ -578,12 +741,20 @@ def test_parameters_that_nothing_uses_get_zeros(argnums):
         return jnp.tanh(x @ p["w"])
 
     layers = [fpipe.Layer(wasteful), dense(), fpipe.Layer(lambda p, x: x)]
-    given = {"w": jnp.eye(WIDTH), "unused": jnp.ones((2, 3)), "half": jnp.ones(2, jnp.bfloat16)}
+    given = {
+        "w": jnp.eye(WIDTH),
+        "unused": jnp.ones((2, 3)),
+        "half": jnp.ones(2, jnp.bfloat16),
+    }
     params = (given, PARAMS[0], (jnp.ones(3),))
     pipe = fresh(layers, balance=[1, 2])
     placed = pipe.place(params)
-    _, grads = pipe.value_and_grad(lambda y, t: jnp.mean(y**2), argnums=argnums)(placed, X, TARGET)
-    want = jax.grad(lambda p, x, t: jnp.mean(plain(p[1:2], wasteful(p[0], x)) ** 2), argnums)(params, X, TARGET)
+    _, grads = pipe.value_and_grad(lambda y, t: jnp.mean(y**2), argnums=argnums)(
+        placed, X, TARGET
+    )
+    want = jax.grad(
+        lambda p, x, t: jnp.mean(plain(p[1:2], wasteful(p[0], x)) ** 2), argnums
+    )(params, X, TARGET)
     assert_same(grads, want)
     assert devices_of(grads)[: len(jax.tree.leaves(placed))] == devices_of(placed)
     if argnums == 0:
@@ -592,8 +763,12 @@ def test_parameters_that_nothing_uses_get_zeros(argnums):
 
 @pytest.mark.parametrize("checkpoint", ["always", "never"])
 def test_parameters_behind_stop_gradient_get_zeros(checkpoint):
-    frozen = fpipe.Layer(lambda p, x: jnp.tanh(x @ jax.lax.stop_gradient(p["w"]) + p["b"]), dense().init)
-    pipe, placed, _, params = with_params([frozen, dense(), frozen], balance=[1, 2], checkpoint=checkpoint)
+    frozen = fpipe.Layer(
+        lambda p, x: jnp.tanh(x @ jax.lax.stop_gradient(p["w"]) + p["b"]), dense().init
+    )
+    pipe, placed, _, params = with_params(
+        [frozen, dense(), frozen], balance=[1, 2], checkpoint=checkpoint
+    )
 
     def by_hand(p, x):
         still = jax.lax.stop_gradient
@@ -613,7 +788,8 @@ def tenfold(x, scale):
 
 
 tenfold.defvjp(
-    lambda x, s: (tenfold(x, s), (x, s)), lambda kept, g: (10 * g * jnp.cos(kept[0]) * kept[1], jnp.float32(7))
+    lambda x, s: (tenfold(x, s), (x, s)),
+    lambda kept, g: (10 * g * jnp.cos(kept[0]) * kept[1], jnp.float32(7)),
 )
 
 
@@ -622,10 +798,17 @@ def threefold(x):
     return jnp.sin(x)
 
 
-threefold.defjvp(lambda primals, tangents: (threefold(*primals), 3 * tangents[0] * jnp.cos(primals[0])))
+threefold.defjvp(
+    lambda primals, tangents: (
+        threefold(*primals),
+        3 * tangents[0] * jnp.cos(primals[0]),
+    )
+)
 
 
-@pytest.mark.parametrize("checkpoint", ["always", "never", jax.checkpoint_policies.dots_saveable])
+@pytest.mark.parametrize(
+    "checkpoint", ["always", "never", jax.checkpoint_policies.dots_saveable]
+)
 def test_custom_derivatives_are_used(checkpoint):
     layers = [
         fpipe.Layer(lambda p, x: tenfold(x, p)),
@@ -644,8 +827,12 @@ def test_custom_derivatives_are_used(checkpoint):
     want = jax.value_and_grad(halves, (0, 1))(params, X)
     assert float(want[1][0][0]) == 14
     placed = pipe.place(params)
-    assert_same(pipe.value_and_grad(jnp.sum, reduction="sum", argnums=(0, 1))(placed, X), want)
-    assert_same(jax.value_and_grad(lambda p, x: jnp.sum(pipe(p, x)), (0, 1))(placed, X), want)
+    assert_same(
+        pipe.value_and_grad(jnp.sum, reduction="sum", argnums=(0, 1))(placed, X), want
+    )
+    assert_same(
+        jax.value_and_grad(lambda p, x: jnp.sum(pipe(p, x)), (0, 1))(placed, X), want
+    )
 
 
 # --- state, key, train ---
@@ -655,13 +842,20 @@ def count_layer():
     """Adds how many rows came before, and counts on."""
 
     def apply(p, x, *, state):
-        return x * p + state["seen"].astype(x.dtype), {"seen": state["seen"] + x.shape[0], "calls": state["calls"]}
+        return x * p + state["seen"].astype(x.dtype), {
+            "seen": state["seen"] + x.shape[0],
+            "calls": state["calls"],
+        }
 
     def finish(state):
         return {**state, "calls": state["calls"] + 1}
 
     return fpipe.Layer(
-        apply, lambda key, x: jnp.float32(1), "count", init_state=lambda x: {"seen": 0, "calls": 0}, finish=finish
+        apply,
+        lambda key, x: jnp.float32(1),
+        "count",
+        init_state=lambda x: {"seen": 0, "calls": 0},
+        finish=finish,
     )
 
 
@@ -673,7 +867,9 @@ def test_state_goes_from_microbatch_to_microbatch_and_comes_back():
     params, state = pipe.init(jax.random.key(0), X), pipe.init_state(X)
     for before in (0, 10):
         y, state = pipe(params, jnp.zeros((10, 1)), state=state)
-        np.testing.assert_array_equal(y[:, 0], 2 * (before + np.repeat([0.0, 4.0, 8.0], [4, 4, 2])))
+        np.testing.assert_array_equal(
+            y[:, 0], 2 * (before + np.repeat([0.0, 4.0, 8.0], [4, 4, 2]))
+        )
     assert jax.tree.map(int, state) == ({"seen": 20, "calls": 2}, None)
 
 
@@ -688,12 +884,20 @@ def test_the_forms_of_results_with_state():
     assert_same(out, new)
     assert loss.shape == ()
     assert jax.tree.map(jnp.shape, grads) == ((), ())
-    ((loss, aux), out), grads = pipe.value_and_grad(lambda y: (y.sum(), y.max()), has_aux=True)(params, X, state=state)
+    ((loss, aux), out), grads = pipe.value_and_grad(
+        lambda y: (y.sum(), y.max()), has_aux=True
+    )(params, X, state=state)
     assert_same(out, new)
-    assert (loss.shape, aux.shape, jax.tree.map(jnp.shape, grads)) == ((), (3,), ((), ()))
+    assert (loss.shape, aux.shape, jax.tree.map(jnp.shape, grads)) == (
+        (),
+        (3,),
+        ((), ()),
+    )
     loss, out = pipe.evaluate(mse)(params, X, TARGET, state=state)
     assert_same(out, new)
-    (loss, aux), out = pipe.evaluate(lambda y: (y.sum(), y.max()), has_aux=True)(params, X, state=state)
+    (loss, aux), out = pipe.evaluate(lambda y: (y.sum(), y.max()), has_aux=True)(
+        params, X, state=state
+    )
     assert_same(out, new)
     assert (loss.shape, aux.shape) == ((), (3,))
 
@@ -717,9 +921,15 @@ def test_state_may_be_python_numbers_and_a_list():
 
 CALLS = {
     "call": lambda pipe, params, **needs: pipe(params, X, **needs),
-    "value_and_grad": lambda pipe, params, **needs: pipe.value_and_grad(mse)(params, X, TARGET, **needs),
-    "evaluate": lambda pipe, params, **needs: pipe.evaluate(mse)(params, X, TARGET, **needs),
-    "grad": lambda pipe, params, **needs: jax.grad(lambda p: jnp.sum(jax.tree.leaves(pipe(p, X, **needs))[0]))(params),
+    "value_and_grad": lambda pipe, params, **needs: pipe.value_and_grad(mse)(
+        params, X, TARGET, **needs
+    ),
+    "evaluate": lambda pipe, params, **needs: pipe.evaluate(mse)(
+        params, X, TARGET, **needs
+    ),
+    "grad": lambda pipe, params, **needs: jax.grad(
+        lambda p: jnp.sum(jax.tree.leaves(pipe(p, X, **needs))[0])
+    )(params),
 }
 
 
@@ -728,13 +938,26 @@ def test_missing_and_wrong_state_is_refused(call):
     pipe = fresh(COUNTING)
     params, state = pipe.init(jax.random.key(0), X), pipe.init_state(X)
     run = functools.partial(CALLS[call], pipe, params)
-    with pytest.raises(ValueError, match=r"the layers \['count'\] have state: pass `state=pipe.init_state\(x\)`"):
+    with pytest.raises(
+        ValueError,
+        match=r"the layers \['count'\] have state: pass `state=pipe.init_state\(x\)`",
+    ):
         run()
-    with pytest.raises(ValueError, match="state: a tuple with one entry per layer is needed, 2 in all, got 1 entries"):
+    with pytest.raises(
+        ValueError,
+        match="state: a tuple with one entry per layer is needed, 2 in all, got 1 "
+        "entries",
+    ):
         run(state=state[:1])
-    with pytest.raises(ValueError, match="state: a tuple with one entry per layer is needed, 2 in all, got a dict"):
+    with pytest.raises(
+        ValueError,
+        match="state: a tuple with one entry per layer is needed, 2 in all, got a dict",
+    ):
         run(state=state[0])
-    with pytest.raises(ValueError, match=r"state: entry 1 is float32\[\], but layer '<lambda>' has none"):
+    with pytest.raises(
+        ValueError,
+        match=r"state: entry 1 is float32\[\], but layer '<lambda>' has none",
+    ):
         run(state=(state[0], jnp.float32(1)))
 
 
@@ -753,11 +976,15 @@ def test_without_a_key_layers_get_none(train):
     assert_same(y, X * (1.0 if train else 0.25))
     got = pipe.value_and_grad(mse)(placed, X, TARGET, train=train)
     scale = 4.0 if train else 1.0
-    assert_same(got, jax.value_and_grad(lambda p: mse(X * p[0] * p[1] * scale, TARGET))(params))
+    assert_same(
+        got, jax.value_and_grad(lambda p: mse(X * p[0] * p[1] * scale, TARGET))(params)
+    )
 
 
 @pytest.mark.parametrize(
-    ("key", "train"), [(jax.random.key(3), True), (jax.random.PRNGKey(3), False)], ids=["key", "raw"]
+    ("key", "train"),
+    [(jax.random.key(3), True), (jax.random.PRNGKey(3), False)],
+    ids=["key", "raw"],
 )
 def test_key_and_train_reach_the_layers(key, train):
     pipe, placed, reference, params = with_params(NEEDY)
@@ -767,11 +994,23 @@ def test_key_and_train_reach_the_layers(key, train):
     assert_same(step(placed, X, TARGET, **needs), want)
     assert_same(evaluate(placed, X, TARGET, **needs), want[0])
     # Another value of either, on the same compiled programs or not, is another result.
-    other = {float(evaluate(placed, X, TARGET, key=k, train=t)) for k in (key, None) for t in (True, False)}
+    other = {
+        float(evaluate(placed, X, TARGET, key=k, train=t))
+        for k in (key, None)
+        for t in (True, False)
+    }
     assert len(other) == 4
     assert float(want[0]) in other
     assert (
-        float(evaluate(placed, X, TARGET, key=key + 1 if train is False else jax.random.key(4), train=train))
+        float(
+            evaluate(
+                placed,
+                X,
+                TARGET,
+                key=key + 1 if train is False else jax.random.key(4),
+                train=train,
+            )
+        )
         not in other
     )
 
@@ -790,10 +1029,15 @@ def test_parameters_are_made_with_a_key(make):
     with raises(TypeError, "`key=0`: a PRNG key is needed; write `jax.random.key(0)`"):
         make().init(0, X)
     with raises(
-        TypeError, f"`key=float32[{X.shape[0]},{X.shape[1]}]`: a PRNG key is needed, such as `jax.random.key(0)`"
+        TypeError,
+        f"`key=float32[{X.shape[0]},{X.shape[1]}]`: a PRNG key is needed, such as "
+        "`jax.random.key(0)`",
     ):
         make().init(X, jax.random.key(0))
-    assert_same(make().init(jax.random.PRNGKey(0), X), make().init(jax.random.PRNGKey(0), np.asarray(X)))
+    assert_same(
+        make().init(jax.random.PRNGKey(0), X),
+        make().init(jax.random.PRNGKey(0), np.asarray(X)),
+    )
 
 
 # --- what is refused, and what it points to ---
@@ -805,7 +1049,9 @@ def of_x(run):
 
 
 def loss_of_x(run):
-    return lambda pipe, params: run(lambda x: pipe.value_and_grad(mse)(params, x, TARGET)[0])
+    return lambda pipe, params: run(
+        lambda x: pipe.value_and_grad(mse)(params, x, TARGET)[0]
+    )
 
 
 SCAN, SEQUENTIAL = '`Pipe(..., executor="scan")`', "`fpipe.sequential`"
@@ -813,40 +1059,87 @@ REFUSED = {
     "jit of params": (lambda pipe, params: jax.jit(lambda p: pipe(p, X))(params), SCAN),
     "jit of x": (of_x(lambda f: jax.jit(f)(X)), SCAN),
     "jit of nothing": (lambda pipe, params: jax.jit(lambda: pipe(params, X))(), SCAN),
-    "jit of another": (lambda pipe, params: jax.jit(lambda a: pipe(params, X) * a)(2.0), SCAN),
-    "jit of a key": (lambda pipe, params: jax.jit(lambda k: pipe(params, X, key=k))(jax.random.key(0)), SCAN),
-    "jit of value_and_grad": (lambda pipe, params: jax.jit(pipe.value_and_grad(mse))(params, X, TARGET), SCAN),
-    "jit of value_and_grad of nothing": (
-        lambda pipe, params: jax.jit(lambda: pipe.value_and_grad(mse)(params, X, TARGET))(),
+    "jit of another": (
+        lambda pipe, params: jax.jit(lambda a: pipe(params, X) * a)(2.0),
         SCAN,
     ),
-    "jit of a target": (lambda pipe, params: jax.jit(lambda t: pipe.value_and_grad(mse)(params, X, t))(TARGET), SCAN),
-    "jit of evaluate": (lambda pipe, params: jax.jit(pipe.evaluate(mse))(params, X, TARGET), SCAN),
+    "jit of a key": (
+        lambda pipe, params: jax.jit(lambda k: pipe(params, X, key=k))(
+            jax.random.key(0)
+        ),
+        SCAN,
+    ),
+    "jit of value_and_grad": (
+        lambda pipe, params: jax.jit(pipe.value_and_grad(mse))(params, X, TARGET),
+        SCAN,
+    ),
+    "jit of value_and_grad of nothing": (
+        lambda pipe, params: jax.jit(
+            lambda: pipe.value_and_grad(mse)(params, X, TARGET)
+        )(),
+        SCAN,
+    ),
+    "jit of a target": (
+        lambda pipe, params: jax.jit(lambda t: pipe.value_and_grad(mse)(params, X, t))(
+            TARGET
+        ),
+        SCAN,
+    ),
+    "jit of evaluate": (
+        lambda pipe, params: jax.jit(pipe.evaluate(mse))(params, X, TARGET),
+        SCAN,
+    ),
     "jit of evaluate of nothing": (
         lambda pipe, params: jax.jit(lambda: pipe.evaluate(mse)(params, X, TARGET))(),
         SCAN,
     ),
-    "jit of grad": (lambda pipe, params: jax.jit(jax.grad(lambda p: mse(pipe(p, X), TARGET)))(params), SCAN),
+    "jit of grad": (
+        lambda pipe, params: jax.jit(jax.grad(lambda p: mse(pipe(p, X), TARGET)))(
+            params
+        ),
+        SCAN,
+    ),
     "jit of grad of nothing": (
-        lambda pipe, params: jax.jit(lambda: jax.grad(lambda p: mse(pipe(p, X), TARGET))(params))(),
+        lambda pipe, params: jax.jit(
+            lambda: jax.grad(lambda p: mse(pipe(p, X), TARGET))(params)
+        )(),
         SCAN,
     ),
     "make_jaxpr": (of_x(lambda f: jax.make_jaxpr(f)(X)), SCAN),
-    "scan": (of_x(lambda f: jax.lax.scan(lambda c, _: (f(c), None), X, None, length=2)), SCAN),
-    "checkpoint": (of_x(lambda f: jax.grad(jax.checkpoint(lambda x: f(x).sum()))(X)), SCAN),
+    "scan": (
+        of_x(lambda f: jax.lax.scan(lambda c, _: (f(c), None), X, None, length=2)),
+        SCAN,
+    ),
+    "checkpoint": (
+        of_x(lambda f: jax.grad(jax.checkpoint(lambda x: f(x).sum()))(X)),
+        SCAN,
+    ),
     "vmap": (of_x(lambda f: jax.vmap(f)(X[None])), SEQUENTIAL),
     "vmap of params": (
-        lambda pipe, params: jax.vmap(lambda p: pipe((p, params[1]), X))(jax.tree.map(lambda a: a[None], params[0])),
+        lambda pipe, params: jax.vmap(lambda p: pipe((p, params[1]), X))(
+            jax.tree.map(lambda a: a[None], params[0])
+        ),
         SEQUENTIAL,
     ),
     "vmap of value_and_grad": (loss_of_x(lambda f: jax.vmap(f)(X[None])), SEQUENTIAL),
-    "vmap of grad": (of_x(lambda f: jax.vmap(jax.grad(lambda x: f(x).sum()))(X[None])), SEQUENTIAL),
-    "vmap of a pull-back": (of_x(lambda f: jax.vmap(jax.vjp(f, X)[1])(X[None])), SEQUENTIAL),
-    "grad of grad": (of_x(lambda f: jax.grad(lambda x: jax.grad(lambda x: f(x).sum())(x).sum())(X)), SEQUENTIAL),
+    "vmap of grad": (
+        of_x(lambda f: jax.vmap(jax.grad(lambda x: f(x).sum()))(X[None])),
+        SEQUENTIAL,
+    ),
+    "vmap of a pull-back": (
+        of_x(lambda f: jax.vmap(jax.vjp(f, X)[1])(X[None])),
+        SEQUENTIAL,
+    ),
+    "grad of grad": (
+        of_x(lambda f: jax.grad(lambda x: jax.grad(lambda x: f(x).sum())(x).sum())(X)),
+        SEQUENTIAL,
+    ),
     "hessian": (of_x(lambda f: jax.hessian(lambda x: f(x).sum())(X)), SEQUENTIAL),
     "grad of value_and_grad": (loss_of_x(lambda f: jax.grad(f)(X)), SEQUENTIAL),
     "grad of evaluate": (
-        lambda pipe, params: jax.grad(lambda p: pipe.evaluate(mse)(p, X, TARGET))(params),
+        lambda pipe, params: jax.grad(lambda p: pipe.evaluate(mse)(p, X, TARGET))(
+            params
+        ),
         SEQUENTIAL,
     ),
     "jvp": (of_x(lambda f: jax.jvp(f, (X,), (X,))), SEQUENTIAL),
@@ -866,7 +1159,12 @@ def test_what_the_placed_executor_cannot_do_is_refused_and_points_to_what_can(na
 
 
 @pytest.mark.parametrize(
-    "name", ["jit of x", "jit of a key", *(n for n in REFUSED if n.endswith(("of nothing", "of another")))]
+    "name",
+    [
+        "jit of x",
+        "jit of a key",
+        *(n for n in REFUSED if n.endswith(("of nothing", "of another"))),
+    ],
 )
 def test_a_pipe_that_was_refused_at_its_first_call_works_afterwards(name):
     pipe, placed, _, _ = with_params()
@@ -883,7 +1181,9 @@ def test_a_pipe_that_ran_before_works_after_a_refusal(name):
     assert_works(pipe, placed)
 
 
-@pytest.mark.parametrize("name", [name for name, (_, pointer) in REFUSED.items() if pointer == SEQUENTIAL])
+@pytest.mark.parametrize(
+    "name", [name for name, (_, pointer) in REFUSED.items() if pointer == SEQUENTIAL]
+)
 def test_sequential_does_what_it_is_recommended_for(name):
     shapes = jax.eval_shape(lambda params: REFUSED[name][0](REFERENCE, params), PARAMS)
     assert jax.tree.leaves(shapes)
@@ -902,15 +1202,22 @@ def vjp_shapes(run):
 
 SHAPES = {
     "call": lambda m: m,
-    "value_and_grad": lambda m: lambda p, x: m.value_and_grad(mse, argnums=(0, 1, 2))(p, x, TARGET),
+    "value_and_grad": lambda m: (
+        lambda p, x: m.value_and_grad(mse, argnums=(0, 1, 2))(p, x, TARGET)
+    ),
     "value_and_grad with aux": lambda m: (
         lambda p, x: m.value_and_grad(
-            lambda y: ((y.sum(), y.size), (y.max(), y.shape[0], True)), has_aux=True, reduction="weighted", argnums=1
+            lambda y: ((y.sum(), y.size), (y.max(), y.shape[0], True)),
+            has_aux=True,
+            reduction="weighted",
+            argnums=1,
         )(p, x)
     ),
     "evaluate": lambda m: lambda p, x: m.evaluate(mse)(p, x, TARGET),
     "grad": lambda m: jax.grad(lambda p, x: mse(m(p, x), TARGET), argnums=(0, 1)),
-    "value_and_grad outside": lambda m: jax.value_and_grad(lambda p, x: mse(m(p, x), TARGET)),
+    "value_and_grad outside": lambda m: jax.value_and_grad(
+        lambda p, x: mse(m(p, x), TARGET)
+    ),
     "vjp": lambda m: lambda p, x: vjp_shapes(m)(p, x, TARGET),
     "of x alone": lambda m: lambda p, x: jax.grad(lambda x: m(PARAMS, x).sum())(x),
 }
@@ -922,7 +1229,9 @@ def test_eval_shape_equals_that_of_sequential_and_runs_nothing(name, given):
     pipe, placed, reference, params = with_params()
     x = X
     if given == "shapes":
-        placed, params, x = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (placed, params, x))
+        placed, params, x = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (placed, params, x)
+        )
     issued = []
     with observing(lambda item, slots: issued.append(item)):
         got = jax.eval_shape(SHAPES[name](pipe), placed, x)
@@ -941,13 +1250,21 @@ def test_eval_shape_of_a_function_that_closes_over_everything(call):
 
 def test_eval_shape_with_state_key_and_side():
     layers = [*models()["sided"][:2], *models()["stateful"][:1], models()["dropout"][1]]
-    pipe, reference = fresh(layers, balance=[2, 2]), fpipe.sequential(layers, chunks=CHUNKS)
+    pipe, reference = (
+        fresh(layers, balance=[2, 2]),
+        fpipe.sequential(layers, chunks=CHUNKS),
+    )
 
     def run(model):
         def f(key, x, side):
-            params, state = model.init(key, x, side=side), model.init_state(x, side=side)
+            params, state = (
+                model.init(key, x, side=side),
+                model.init_state(x, side=side),
+            )
             needs = {"side": side, "key": key, "state": state, "train": True}
-            return model(params, x, **needs), model.value_and_grad(mse)(params, x, x, **needs)
+            return model(params, x, **needs), model.value_and_grad(mse)(
+                params, x, x, **needs
+            )
 
         return f
 
@@ -973,7 +1290,11 @@ def shape_of(a):
 )
 def test_a_shape_in_place_of_an_array_is_refused(run):
     pipe, placed, _, _ = warm()
-    with pytest.raises(TypeError, match=r"a Pipe was called with the shape ShapeDtypeStruct\(.*; use `jax.eval_shape`"):
+    with pytest.raises(
+        TypeError,
+        match=r"a Pipe was called with the shape ShapeDtypeStruct\(.*; use "
+        r"`jax.eval_shape`",
+    ):
         run(pipe, placed)
     assert_works(pipe, placed)
 
@@ -982,28 +1303,42 @@ def test_a_shape_in_place_of_an_array_is_refused(run):
 
 
 def replicated(tree):
-    mesh = jax.make_mesh((2,), ("a",), axis_types=(jax.sharding.AxisType.Auto,), devices=[DEVICES[3], DEVICES[2]])
-    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    mesh = jax.make_mesh(
+        (2,),
+        ("a",),
+        axis_types=(jax.sharding.AxisType.Auto,),
+        devices=[DEVICES[3], DEVICES[2]],
+    )
+    return jax.device_put(
+        tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    )
 
 
 WRONG_PARAMS = {
     "not placed": (
         lambda p: jax.device_put(p, DEVICES[0]),
         ValueError,
-        "params of layer 0 'dense' are on the wrong device: cpu:0, but stage 0 is on cpu:3; put them there with "
+        "params of layer 0 'dense' are on the wrong device: cpu:0, but stage 0 is on "
+        "cpu:3; put them there with "
         "`params = pipe.place(params)`",
     ),
     "one layer": (
         lambda p: (p[0], jax.device_put(p[1], DEVICES[3])),
         ValueError,
-        "params of layer 1 'dense' are on the wrong device: cpu:3, but stage 1 is on cpu:1; put them there with",
+        "params of layer 1 'dense' are on the wrong device: cpu:3, but stage 1 is on "
+        "cpu:1; put them there with",
     ),
     "one leaf": (
         lambda p: ({**p[0], "w": jax.device_put(p[0]["w"], DEVICES[1])}, p[1]),
         ValueError,
-        "params of layer 0 'dense' are on the wrong device: cpu:1, but stage 0 is on cpu:3",
+        "params of layer 0 'dense' are on the wrong device: cpu:1, but stage 0 is on "
+        "cpu:3",
     ),
-    "swapped": (lambda p: p[::-1], ValueError, "params of layer 0 'dense' are on the wrong device: cpu:1"),
+    "swapped": (
+        lambda p: p[::-1],
+        ValueError,
+        "params of layer 0 'dense' are on the wrong device: cpu:1",
+    ),
     "replicated": (
         lambda p: (replicated(p[0]), p[1]),
         ValueError,
@@ -1012,18 +1347,21 @@ WRONG_PARAMS = {
     "numpy": (
         lambda p: jax.tree.map(np.asarray, p),
         ValueError,
-        "params of layer 0 'dense' are on the wrong device: the host (<class 'numpy.ndarray'>), but stage 0 is on",
+        "params of layer 0 'dense' are on the wrong device: the host (<class "
+        "'numpy.ndarray'>), but stage 0 is on",
     ),
     "string": (
         lambda p: ({**p[0], "tag": "left"}, p[1]),
         TypeError,
-        "params of layer 0 'dense' hold 'left', no array; `params = pipe.place(params)` makes arrays of numbers, and what is "
+        "params of layer 0 'dense' hold 'left', no array; `params = "
+        "pipe.place(params)` makes arrays of numbers, and what is "
         "fixed belongs into the layer's function (functools.partial)",
     ),
     "number": (
         lambda p: (p[0], {**p[1], "scale": 1.0}),
         TypeError,
-        "params of layer 1 'dense' hold 1.0, no array; `params = pipe.place(params)` makes arrays of numbers",
+        "params of layer 1 'dense' hold 1.0, no array; `params = pipe.place(params)` "
+        "makes arrays of numbers",
     ),
     "too short": (
         lambda p: p[:1],
@@ -1050,7 +1388,9 @@ def test_parameters_in_the_wrong_form_or_place_are_refused(name, make, call):
     change, kind, text = WRONG_PARAMS[name]
     pipe, placed, _, _ = make()
     if call == "grad" and name in ("numpy", "string", "number"):
-        with pytest.raises((TypeError, ValueError)):  # `jax.grad` has its own opinion of these
+        with pytest.raises(
+            (TypeError, ValueError)
+        ):  # `jax.grad` has its own opinion of these
             CALLS[call](pipe, change(placed))
         return
     with pytest.raises(kind) as caught:
@@ -1075,7 +1415,9 @@ def test_parameters_in_a_list_give_gradients_in_a_list():
 
 def test_static_leaves_of_x_must_be_hashable():
     pipe = fpipe.Pipe([fpipe.fn(lambda x: x["a"])])
-    with pytest.raises(TypeError, match=r"static leaves must be hashable, among \[\{1\}\]"):
+    with pytest.raises(
+        TypeError, match=r"static leaves must be hashable, among \[\{1\}\]"
+    ):
         pipe(((),), {"a": X, "b": {1}})
 
 
@@ -1083,7 +1425,9 @@ def test_x_without_an_array_is_refused():
     pipe, placed, _, _ = with_params()
     for x in (None, "left", (1, 2)):
         with pytest.raises(
-            TypeError, match=r"`pipe\(params, x\)`: x has no array; a pipeline needs at least one array"
+            TypeError,
+            match=r"`pipe\(params, x\)`: x has no array; a pipeline needs at least one "
+            r"array",
         ):
             pipe(placed, x)
 
@@ -1092,7 +1436,10 @@ def test_x_without_an_array_is_refused():
 def test_a_boundary_without_arrays_is_refused(value):
     nothing = fpipe.Layer(lambda p, x: value, lambda key, x: (), "nothing")
     text = r"stage 0 ends with layer 0 'nothing', which returned .*: a boundary needs at least one array"
-    for layers, balance in (([nothing, dense()], [1, 1]), ([nothing], [1])):  # between stages, and at the end
+    for layers, balance in (
+        ([nothing, dense()], [1, 1]),
+        ([nothing], [1]),
+    ):  # between stages, and at the end
         pipe = fresh(layers, balance=balance)
         params = pipe.place(((), PARAMS[0])[: len(layers)])
         for call in ("call", "grad"):
@@ -1135,17 +1482,23 @@ def exploding(k, trigger):
 EVERYWHERE = [(layer, rows, "value_and_grad") for layer in range(3) for rows in (4, 2)]
 
 
-@pytest.mark.parametrize(("layer", "rows", "call"), [*EVERYWHERE, (2, 2, "call"), (2, 2, "evaluate"), (2, 2, "grad")])
+@pytest.mark.parametrize(
+    ("layer", "rows", "call"),
+    [*EVERYWHERE, (2, 2, "call"), (2, 2, "evaluate"), (2, 2, "grad")],
+)
 def test_an_exception_while_tracing_keeps_its_type_and_says_where(layer, rows, call):
     stage, microbatch = (0, 1, 1)[layer], {4: 0, 2: 2}[rows]
     trigger = Trigger()
-    pipe, placed, reference, params = with_params([exploding(k, trigger) for k in range(3)], balance=[1, 2])
+    pipe, placed, reference, params = with_params(
+        [exploding(k, trigger) for k in range(3)], balance=[1, 2]
+    )
     trigger.at = (layer, rows)
     with pytest.raises(BoomError) as caught:
         CALLS[call](pipe, placed)
     assert str(caught.value) == f"at ({layer}, {rows})"
     assert notes(caught.value) == [
-        f"fpipe: in layer {layer} 'exploding{layer}', stage {stage}, microbatch {microbatch}"
+        f"fpipe: in layer {layer} 'exploding{layer}', stage {stage}, microbatch "
+        f"{microbatch}"
     ]
     trigger.at = None
     assert_same(CALLS[call](pipe, placed), CALLS[call](reference, params))
@@ -1166,7 +1519,9 @@ def test_an_exception_in_the_loss_says_where(call):
         run(placed, X, TARGET)
     assert notes(caught.value) == ["fpipe: in loss_fn, stage 1, microbatch 2"]
     trigger.at = None
-    assert_same(run(placed, X, TARGET), getattr(reference, call)(mse)(params, X, TARGET))
+    assert_same(
+        run(placed, X, TARGET), getattr(reference, call)(mse)(params, X, TARGET)
+    )
 
 
 @pytest.mark.parametrize("call", ["value_and_grad", "grad"])
@@ -1188,7 +1543,9 @@ def test_an_exception_in_a_backward_says_where(call):
     trigger.at = (2,)
     with pytest.raises(BoomError) as caught:
         CALLS[call](pipe, placed)
-    assert notes(caught.value) == ["fpipe: in the backward of layer 1 'dense', stage 1, microbatch 2"]
+    assert notes(caught.value) == [
+        "fpipe: in the backward of layer 1 'dense', stage 1, microbatch 2"
+    ]
     trigger.at = None
     assert_same(CALLS[call](pipe, placed), CALLS[call](reference, params))
 
@@ -1212,12 +1569,16 @@ def test_an_exception_around_a_layer_says_where(part):
 
 
 STAGES = MICROBATCHES = 3
-NUMBERED = jnp.repeat(jnp.arange(MICROBATCHES, dtype=jnp.float32), 2)[:, None]  # each row holds its microbatch's number
+NUMBERED = jnp.repeat(jnp.arange(MICROBATCHES, dtype=jnp.float32), 2)[
+    :, None
+]  # each row holds its microbatch's number
 
 
 @functools.cache
 def watched(way):
-    """A pipe whose layers ask the host, in the forward or the backward, on which microbatch they are."""
+    """A pipe whose layers ask the host, in the forward or the backward, on which
+    microbatch they are.
+    """
     trigger = Trigger()
 
     def layer(k):
@@ -1226,7 +1587,11 @@ def watched(way):
             return np.zeros((), np.float32)
 
         def ask(*args):
-            return jax.pure_callback(host, jax.ShapeDtypeStruct((), jnp.float32), *map(jax.lax.stop_gradient, args))
+            return jax.pure_callback(
+                host,
+                jax.ShapeDtypeStruct((), jnp.float32),
+                *map(jax.lax.stop_gradient, args),
+            )
 
         @jax.custom_vjp
         def asked_backward(x):
@@ -1240,13 +1605,26 @@ def watched(way):
 
         return fpipe.Layer(apply, name=f"watched{k}")
 
-    pipe = fpipe.Pipe([layer(k) for k in range(STAGES)], [1] * STAGES, chunks=MICROBATCHES, checkpoint="never")
+    pipe = fpipe.Pipe(
+        [layer(k) for k in range(STAGES)],
+        [1] * STAGES,
+        chunks=MICROBATCHES,
+        checkpoint="never",
+    )
     params = (jnp.float32(1),) * STAGES
-    return trigger, pipe, pipe.place(params), fpipe.sequential(pipe.layers, chunks=MICROBATCHES), params
+    return (
+        trigger,
+        pipe,
+        pipe.place(params),
+        fpipe.sequential(pipe.layers, chunks=MICROBATCHES),
+        params,
+    )
 
 
 def wait(item, slots):
-    """Each instruction is done before the next: an error on the device shows at the one that made it."""
+    """Each instruction is done before the next: an error on the device shows at the one
+    that made it.
+    """
     del item
     jax.block_until_ready(slots)
 
@@ -1254,15 +1632,21 @@ def wait(item, slots):
 @pytest.mark.parametrize("way", ["forward", "backward"])
 @pytest.mark.parametrize("stage", range(STAGES))
 @pytest.mark.parametrize("microbatch", range(MICROBATCHES))
-def test_an_exception_while_running_keeps_its_text_and_says_where(way, stage, microbatch):
+def test_an_exception_while_running_keeps_its_text_and_says_where(
+    way, stage, microbatch
+):
     trigger, pipe, placed, reference, params = watched(way)
     trigger.at = (stage, microbatch)
     step = pipe.value_and_grad(jnp.mean)
-    with pytest.raises((jax.errors.JaxRuntimeError, ValueError)) as caught, observing(wait):
+    with (
+        pytest.raises((jax.errors.JaxRuntimeError, ValueError)) as caught,
+        observing(wait),
+    ):
         step(placed, NUMBERED)
     assert f"BoomError: at ({stage}, {microbatch})" in str(caught.value)
     assert notes(caught.value) == [
-        f"fpipe: while dispatching the {way} of stage {stage} (layer {stage} 'watched{stage}'), microbatch {microbatch}, on "
+        f"fpipe: while dispatching the {way} of stage {stage} (layer {stage} "
+        f"'watched{stage}'), microbatch {microbatch}, on "
         f"{pipe.devices[stage]}"
     ]
     # Not waiting, the error comes at the call, or when its result is waited for.
@@ -1270,14 +1654,18 @@ def test_an_exception_while_running_keeps_its_text_and_says_where(way, stage, mi
         jax.block_until_ready(step(placed, NUMBERED))
     assert f"BoomError: at ({stage}, {microbatch})" in str(caught.value)
     trigger.at = None
-    assert_same(step(placed, NUMBERED), reference.value_and_grad(jnp.mean)(params, NUMBERED))
+    assert_same(
+        step(placed, NUMBERED), reference.value_and_grad(jnp.mean)(params, NUMBERED)
+    )
 
 
 def test_an_exception_in_a_pull_back_leaves_it_usable():
     trigger, pipe, placed, reference, params = watched("backward")
     y, pull = jax.vjp(lambda p: pipe(p, NUMBERED), placed)
     trigger.at = (1, 1)
-    with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match=r"BoomError: at \(1, 1\)"):
+    with pytest.raises(
+        (jax.errors.JaxRuntimeError, ValueError), match=r"BoomError: at \(1, 1\)"
+    ):
         jax.block_until_ready(pull(jnp.ones_like(y)))
     trigger.at = None
     _, want = jax.vjp(lambda p: reference(p, NUMBERED), params)
@@ -1304,7 +1692,10 @@ def test_ctrl_c_inside_a_step_leaves_the_pipe_usable(call, share):
     count = Interrupt(0)
     with observing(count):
         CALLS[call](pipe, placed)
-    with pytest.raises(KeyboardInterrupt) as caught, observing(Interrupt(max(1, round(share * count.seen)))):
+    with (
+        pytest.raises(KeyboardInterrupt) as caught,
+        observing(Interrupt(max(1, round(share * count.seen)))),
+    ):
         CALLS[call](pipe, placed)
     assert notes(caught.value) == []
     assert_works(pipe, placed)
@@ -1337,19 +1728,27 @@ def cotangents(y):
 DONATED = {
     "call": lambda pipe, p, x: pipe(p, x),
     "call of a dict": lambda pipe, p, x: pipe(p, {"a": x, "b": x}),
-    "value_and_grad": lambda pipe, p, x: pipe.value_and_grad(jnp.sum, reduction="sum", argnums=1)(p, x),
+    "value_and_grad": lambda pipe, p, x: pipe.value_and_grad(
+        jnp.sum, reduction="sum", argnums=1
+    )(p, x),
     "value_and_grad of a target": lambda pipe, p, x: pipe.value_and_grad(
         lambda y, t: jnp.sum(y * t), reduction="sum", argnums=(1, 2)
     )(p, x, x),
-    "aux": lambda pipe, p, x: pipe.evaluate(lambda y: (y.sum(), (y, y)), has_aux=True)(p, x),
-    "vjp": lambda pipe, p, x: (lambda y, pull: (pull(cotangents(y)), y))(*jax.vjp(lambda x: pipe(p, x), x)),
+    "aux": lambda pipe, p, x: pipe.evaluate(lambda y: (y.sum(), (y, y)), has_aux=True)(
+        p, x
+    ),
+    "vjp": lambda pipe, p, x: (lambda y, pull: (pull(cotangents(y)), y))(
+        *jax.vjp(lambda x: pipe(p, x), x)
+    ),
 }
 
 
 @pytest.mark.parametrize("way", DONATED)
 @pytest.mark.parametrize("name", PASSING)
 def test_what_came_back_can_be_donated_without_loss_of_what_was_given(name, way):
-    """Layers that pass on their input, one microbatch: nothing is cut, joined or computed on the way."""
+    """Layers that pass on their input, one microbatch: nothing is cut, joined or
+    computed on the way.
+    """
     layers, balance, devices = PASSING[name]
     pipe = fpipe.Pipe(layers, balance, [DEVICES[d] for d in devices])
     params, x = ((),) * len(layers), jnp.arange(8.0).reshape(4, 2)
@@ -1360,7 +1759,11 @@ def test_what_came_back_can_be_donated_without_loss_of_what_was_given(name, way)
 
 def test_a_cotangent_outlives_the_gradients_that_it_becomes():
     pipe = fpipe.Pipe([PASS, fpipe.Layer(lambda p, x: x + p)], [1, 1], [DEVICES[0]] * 2)
-    params, x, cotangent = pipe.place(((), jnp.ones((4, 2)))), jnp.ones((4, 2)), jnp.full((4, 2), 3.0)
+    params, x, cotangent = (
+        pipe.place(((), jnp.ones((4, 2)))),
+        jnp.ones((4, 2)),
+        jnp.full((4, 2), 3.0),
+    )
     _, pull = jax.vjp(pipe, params, x)
     for _ in range(2):
         grads = pull(cotangent)
@@ -1371,7 +1774,9 @@ def test_a_cotangent_outlives_the_gradients_that_it_becomes():
 
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_parameters_that_are_an_output_outlive_it(chunks):
-    pipe = fpipe.Pipe([fpipe.Layer(lambda p, x: {"p": p, "x": x * p})], [1], chunks=chunks)
+    pipe = fpipe.Pipe(
+        [fpipe.Layer(lambda p, x: {"p": p, "x": x * p})], [1], chunks=chunks
+    )
     params = pipe.place((jnp.arange(2.0),))
     donate(pipe(params, jnp.ones((4, 2))))
     donate(jax.vjp(lambda p: pipe(p, jnp.ones((4, 2))), params)[0])
@@ -1379,9 +1784,15 @@ def test_parameters_that_are_an_output_outlive_it(chunks):
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
-@pytest.mark.parametrize("finish", [None, lambda state: state], ids=["no finish", "finish"])
+@pytest.mark.parametrize(
+    "finish", [None, lambda state: state], ids=["no finish", "finish"]
+)
 def test_a_state_that_does_not_change_outlives_the_new_one(chunks, finish):
-    layer = fpipe.Layer(lambda p, x, *, state: (x * state, state), init_state=lambda x: jnp.ones(2), finish=finish)
+    layer = fpipe.Layer(
+        lambda p, x, *, state: (x * state, state),
+        init_state=lambda x: jnp.ones(2),
+        finish=finish,
+    )
     pipe = fpipe.Pipe([layer], [1], chunks=chunks)
     state, x = (jnp.arange(2.0),), jnp.ones((4, 2))
     donate(pipe(((),), x, state=state))
@@ -1417,15 +1828,21 @@ def test_a_user_may_donate_the_parameters_of_each_step_to_the_next(devices, chun
     """The training loop with an update that takes over parameters and gradients."""
     layers = LAYERS[: len(devices)]
     case = Case(layers, chunks)
-    pipe = fpipe.Pipe(layers, [1] * len(devices), [DEVICES[d] for d in devices], chunks=chunks)
+    pipe = fpipe.Pipe(
+        layers, [1] * len(devices), [DEVICES[d] for d in devices], chunks=chunks
+    )
     params = pipe.place(jax.tree.map(np.asarray, case.params()))
-    update = jax.jit(lambda p, g: jax.tree.map(lambda a, b: a - 0.1 * b, p, g), donate_argnums=0)
+    update = jax.jit(
+        lambda p, g: jax.tree.map(lambda a, b: a - 0.1 * b, p, g), donate_argnums=0
+    )
     want = case.params()
     x, target = jnp.array(case.x), jnp.array(case.target)
     for _ in range(3):
         _, grads = pipe.value_and_grad(mse)(params, x, target)
         params = tuple(update(p, g) for p, g in zip(params, grads, strict=True))
-        _, grads = jax.value_and_grad(lambda p: mse(plain(p, case.x), case.target))(want)
+        _, grads = jax.value_and_grad(lambda p: mse(plain(p, case.x), case.target))(
+            want
+        )
         want = jax.tree.map(lambda a, b: a - 0.1 * b, want, grads)
     assert_same(params, want)
     np.testing.assert_array_equal(x, case.x)

@@ -1,4 +1,6 @@
-"""Checkpoints with orbax: training that goes on under another partition, executor or number of processes is the same."""
+"""Checkpoints with orbax: training that goes on under another partition, executor or
+number of processes is the same.
+"""
 
 import contextlib
 import os
@@ -28,10 +30,15 @@ def times() -> fpipe.Layer:
     """A parameter that is an integer, one in bfloat16."""
 
     def init(key, x):
-        return {"n": jnp.full(3, 1, jnp.int32), "scale": jax.random.uniform(key, x.shape[-1:], jnp.bfloat16, 0.5)}
+        return {
+            "n": jnp.full(3, 1, jnp.int32),
+            "scale": jax.random.uniform(key, x.shape[-1:], jnp.bfloat16, 0.5),
+        }
 
     def apply(params, x):
-        return x * (params["scale"] * params["n"][0].astype(jnp.bfloat16)).astype(x.dtype)
+        return x * (params["scale"] * params["n"][0].astype(jnp.bfloat16)).astype(
+            x.dtype
+        )
 
     return fpipe.Layer(apply, init, name="times")
 
@@ -47,7 +54,9 @@ PARTITIONS = {
 
 def pipe_of(name):
     options = dict(PARTITIONS[name])
-    devices = [jax.devices()[n] for n in options.pop("devices", range(len(options["balance"])))]
+    devices = [
+        jax.devices()[n] for n in options.pop("devices", range(len(options["balance"])))
+    ]
     return fpipe.Pipe(LAYERS, devices=devices, chunks=4, **options)
 
 
@@ -60,7 +69,13 @@ def transformation():
 def start(pipe):
     x = jnp.zeros((ROWS, WIDTH))
     params = pipe.init(jax.random.key(0), x)
-    return params, pipe.init_state(x), transformation().init(params), jax.random.key(5), 0
+    return (
+        params,
+        pipe.init_state(x),
+        transformation().init(params),
+        jax.random.key(5),
+        0,
+    )
 
 
 def train(pipe, now, steps=2):
@@ -69,7 +84,9 @@ def train(pipe, now, steps=2):
     for _ in range(steps):
         x = np.random.default_rng(step).normal(size=(ROWS, WIDTH)).astype(np.float32)
         key, own = jax.random.split(key)
-        (_, state), grads = pipe.value_and_grad(mse)(params, x, np.sin(x), state=state, key=own, train=True)
+        (_, state), grads = pipe.value_and_grad(mse)(
+            params, x, np.sin(x), state=state, key=own, train=True
+        )
         updates, moments = tx.update(grads, moments, params)
         params, step = fpipe.optim.apply_updates(params, updates), step + 1
     return params, state, moments, key, step
@@ -77,8 +94,14 @@ def train(pipe, now, steps=2):
 
 def canonical(pipe, now):
     params, state, moments, key, step = now
-    tree = {"params": pipe.gather(params), "state": state, "moments": fpipe.optim.gather(moments)}
-    return jax.device_get({**tree, "key": jax.random.key_data(key), "step": np.int32(step)})
+    tree = {
+        "params": pipe.gather(params),
+        "state": state,
+        "moments": fpipe.optim.gather(moments),
+    }
+    return jax.device_get(
+        {**tree, "key": jax.random.key_data(key), "step": np.int32(step)}
+    )
 
 
 def save(manager, pipe, now):
@@ -88,7 +111,9 @@ def save(manager, pipe, now):
 
 def load(manager, pipe):
     new = start(pipe)
-    saved = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(canonical(pipe, new)))
+    saved = manager.restore(
+        manager.latest_step(), args=ocp.args.StandardRestore(canonical(pipe, new))
+    )
     moments = fpipe.optim.place(saved["moments"], new[0], transformation())
     params, key = pipe.place(saved["params"]), jax.random.wrap_key_data(saved["key"])
     return params, saved["state"], moments, key, int(saved["step"])
@@ -125,10 +150,16 @@ def test_training_goes_on_in_another_form(before, after, uninterrupted, tmp_path
         save(manager, one, train(one, start(one)))
         loaded = load(manager, other)
     exact = before == after == "placed"
-    assert_same(canonical(other, loaded), uninterrupted[0], 0 if before == "placed" else 1e-4)
+    assert_same(
+        canonical(other, loaded), uninterrupted[0], 0 if before == "placed" else 1e-4
+    )
     # In the very form that the pipe itself makes, so that nothing compiles anew for it.
-    assert jax.tree.structure(loaded[2]) == jax.tree.structure(transformation().init(loaded[0]))
-    assert_same(canonical(other, train(other, loaded)), uninterrupted[1], 0 if exact else 1e-4)
+    assert jax.tree.structure(loaded[2]) == jax.tree.structure(
+        transformation().init(loaded[0])
+    )
+    assert_same(
+        canonical(other, train(other, loaded)), uninterrupted[1], 0 if exact else 1e-4
+    )
 
 
 def test_the_numbers_change_in_every_part(uninterrupted):
@@ -145,25 +176,38 @@ def test_inside_jit(tmp_path):
     """Loaded states and keys stand beside parameters on a mesh; plain optax as it is."""
     pipe, tx = pipe_of("scan on other devices"), optax.sgd(1e-2, momentum=0.9)
     x = jnp.ones((ROWS, WIDTH))
-    layers = [layer for layer in LAYERS if layer.name != "times"]  # plain optax wants no integers
+    layers = [
+        layer for layer in LAYERS if layer.name != "times"
+    ]  # plain optax wants no integers
     pipe = fpipe.Pipe(layers, [4, 2], pipe.devices, chunks=4, executor="scan")
 
     @jax.jit
     def step(params, state, moments, key):
-        (_, state), grads = pipe.value_and_grad(mse)(params, x, x, state=state, key=key, train=True)
+        (_, state), grads = pipe.value_and_grad(mse)(
+            params, x, x, state=state, key=key, train=True
+        )
         updates, moments = tx.update(grads, moments, params)
-        return optax.apply_updates(params, updates), state, moments, jax.random.fold_in(key, 1)
+        return (
+            optax.apply_updates(params, updates),
+            state,
+            moments,
+            jax.random.fold_in(key, 1),
+        )
 
     params = pipe.init(jax.random.key(0), x)
     now = step(params, pipe.init_state(x), jax.jit(tx.init)(params), jax.random.key(1))
     tree = canonical(pipe, (*now, 1))
-    assert jax.tree.structure(tree["moments"]) == jax.tree.structure(tx.init(tree["params"]))
+    assert jax.tree.structure(tree["moments"]) == jax.tree.structure(
+        tx.init(tree["params"])
+    )
     with ocp.CheckpointManager(tmp_path) as manager:
         save(manager, pipe, (*now, 1))
         saved = manager.restore(1, args=ocp.args.StandardRestore(tree))
     params = pipe.place(saved["params"])
     moments = fpipe.optim.place(saved["moments"], params, tx)
-    again = step(params, saved["state"], moments, jax.random.wrap_key_data(saved["key"]))
+    again = step(
+        params, saved["state"], moments, jax.random.wrap_key_data(saved["key"])
+    )
     assert_same(canonical(pipe, (*again, 2)), canonical(pipe, (*step(*now), 2)), 0)
 
 
@@ -173,7 +217,9 @@ def test_all_is_gathered_on_one_device(name):
     pipe = pipe_of(name)
     params, _, moments, _, _ = start(pipe)
     trees = pipe.gather(params), fpipe.optim.gather(moments)
-    assert {device for a in jax.tree.leaves(trees) for device in a.devices()} == {pipe.devices[0]}
+    assert {device for a in jax.tree.leaves(trees) for device in a.devices()} == {
+        pipe.devices[0]
+    }
 
 
 def test_on_disk_is_one_entry_per_layer(tmp_path):
@@ -183,13 +229,20 @@ def test_on_disk_is_one_entry_per_layer(tmp_path):
         with ocp.CheckpointManager(tmp_path / name) as manager:
             save(manager, pipe, start(pipe))
         with ocp.CheckpointManager(tmp_path / name) as manager:
-            found.append(manager.restore(0, args=ocp.args.StandardRestore()))  # as it is there, without a target
+            found.append(
+                manager.restore(0, args=ocp.args.StandardRestore())
+            )  # as it is there, without a target
     assert_same(found[1], found[0], 0)
     x = jnp.zeros((ROWS, WIDTH))
     plain = fpipe.sequential(LAYERS, chunks=4).init(jax.random.key(0), x)
     kept = jax.tree.leaves(plain)
     assert_same(jax.tree.leaves(found[0]["params"]), kept, 0)
-    assert len(found[0]["params"]) == len(found[0]["state"]) == len(found[0]["moments"][1][0]["mu"]) == len(LAYERS)
+    assert (
+        len(found[0]["params"])
+        == len(found[0]["state"])
+        == len(found[0]["moments"][1][0]["mu"])
+        == len(LAYERS)
+    )
 
 
 # --- interrupted ---
@@ -213,11 +266,15 @@ def unfinished(folder):
 
 
 def test_killed_while_it_saves(tmp_path):
-    """The last whole checkpoint is there, and loads; the next one is saved beside what is left."""
+    """The last whole checkpoint is there, and loads; the next one is saved beside what
+    is left.
+    """
     folder = tmp_path / "run"
     folder.mkdir()
     code = f"import jax; jax.config.update('jax_num_cpu_devices', 2){SAVE}"
-    with subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=ROOT) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], cwd=ROOT
+    ) as process:
         try:
             until = time.monotonic() + 40
             while True:
@@ -246,7 +303,9 @@ def test_killed_while_it_saves(tmp_path):
         manager.save(step + 1, args=ocp.args.StandardSave(like))
         manager.wait_until_finished()
         assert manager.latest_step() == step + 1
-        assert_same(manager.restore(step + 1, args=ocp.args.StandardRestore(like)), like, 0)
+        assert_same(
+            manager.restore(step + 1, args=ocp.args.StandardRestore(like)), like, 0
+        )
 
 
 # --- of something else ---
@@ -267,30 +326,43 @@ def test_a_state_of_something_else(executor):
     for tx in (sgd, fpipe.optim.per_stage(sgd)):
         with raises(
             ValueError,
-            f"{CALL}state[0].count: the optimizer state is not of this transformation, these parameters and `frozen`: 9 "
+            f"{CALL}state[0].count: the optimizer state is not of this transformation, "
+            "these parameters and `frozen`: 9 "
             f"leaves, and `init(params)` gives 0{FIX}",
         ):
             fpipe.optim.place(state, params, tx)
     with raises(
         ValueError,
-        f"{CALL}state[0].mu[0]['b']: the optimizer state is not of this transformation, these parameters and `frozen`: 9 "
+        f"{CALL}state[0].mu[0]['b']: the optimizer state is not of this "
+        "transformation, these parameters and `frozen`: 9 "
         f"leaves, and `init(params)` gives 1{FIX}",
     ):
-        fpipe.optim.place(state, params, fpipe.optim.per_stage(adam, frozen=lambda path, leaf: True))
-    longer = fpipe.Pipe([dense()] * 3, [1, 2], chunks=2, executor=executor).init(jax.random.key(0), x)
+        fpipe.optim.place(
+            state, params, fpipe.optim.per_stage(adam, frozen=lambda path, leaf: True)
+        )
+    longer = fpipe.Pipe([dense()] * 3, [1, 2], chunks=2, executor=executor).init(
+        jax.random.key(0), x
+    )
     with raises(
         ValueError,
-        f"{CALL}state[0].mu[2]['b']: the optimizer state is not of this transformation, these parameters and `frozen`: 9 "
+        f"{CALL}state[0].mu[2]['b']: the optimizer state is not of this "
+        "transformation, these parameters and `frozen`: 9 "
         f"leaves, and `init(params)` gives 13{FIX}",
     ):
         fpipe.optim.place(state, longer, adam)
-    wider = fpipe.Pipe([dense(6), dense()], [1, 1], chunks=2, executor=executor).init(jax.random.key(0), x)
+    wider = fpipe.Pipe([dense(6), dense()], [1, 1], chunks=2, executor=executor).init(
+        jax.random.key(0), x
+    )
     with raises(
         ValueError,
-        f"{CALL}state[0].mu[0]['b'] has the shape (4,), and `init(params)` gives (6,): a state of other parameters{FIX}",
+        f"{CALL}state[0].mu[0]['b'] has the shape (4,), and `init(params)` gives (6,): "
+        f"a state of other parameters{FIX}",
     ):
         fpipe.optim.place(state, wider, adam)
-    with raises(TypeError, f"{CALL}an optax.GradientTransformation, such as `optax.adam(1e-3)`, got 0.1"):
+    with raises(
+        TypeError,
+        f"{CALL}an optax.GradientTransformation, such as `optax.adam(1e-3)`, got 0.1",
+    ):
         fpipe.optim.place(state, params, 0.1)
 
 
@@ -300,14 +372,21 @@ def test_a_checkpoint_of_a_model_of_another_width(executor, tmp_path):
     x, tx = jnp.zeros((4, WIDTH)), fpipe.optim.per_stage(optax.adam(1e-2))
     with ocp.CheckpointManager(tmp_path) as manager:
         for width in (4, 6):
-            pipe = fpipe.Pipe([dense(width), dense()], [1, 1], chunks=2, executor=executor)
+            pipe = fpipe.Pipe(
+                [dense(width), dense()], [1, 1], chunks=2, executor=executor
+            )
             params = pipe.init(jax.random.key(0), x)
-            tree = canonical(pipe, (params, None, tx.init(params), jax.random.key(0), 0))
+            tree = canonical(
+                pipe, (params, None, tx.init(params), jax.random.key(0), 0)
+            )
             if width == 4:
                 manager.save(0, args=ocp.args.StandardSave(tree))
                 manager.wait_until_finished()
         saved = manager.restore(0, args=ocp.args.StandardRestore(tree))
-    with pytest.raises(ValueError, match=r"state\[0\].mu\[0\]\['b'\] has the shape \(4,\), and .* gives \(6,\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"state\[0\].mu\[0\]\['b'\] has the shape \(4,\), and .* gives \(6,\)",
+    ):
         fpipe.optim.place(saved["moments"], params, tx)
 
 
@@ -317,8 +396,13 @@ def test_orbax_refuses_another_structure(tmp_path):
     like = canonical(pipe, now)
     with ocp.CheckpointManager(tmp_path) as manager:
         save(manager, pipe, now)
-        for part, other in (("moments", optax.sgd(1e-2).init(like["params"])), ("params", like["params"][:-1])):
-            with pytest.raises(ValueError, match=rf"(?sm)tree structures do not match.*^{part}"):
+        for part, other in (
+            ("moments", optax.sgd(1e-2).init(like["params"])),
+            ("params", like["params"][:-1]),
+        ):
+            with pytest.raises(
+                ValueError, match=rf"(?sm)tree structures do not match.*^{part}"
+            ):
                 manager.restore(0, args=ocp.args.StandardRestore({**like, part: other}))
 
 
@@ -350,7 +434,13 @@ def test_two_processes_load_and_save(uninterrupted, tmp_path):
         for k in range(2):
             code = f"from tests.test_checkpoints import work; work({address!r}, {k}, {str(folder)!r})"
             error = stack.enter_context((tmp_path / f"stderr{k}").open("w"))
-            both.append(stack.enter_context(subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=error)))
+            both.append(
+                stack.enter_context(
+                    subprocess.Popen(
+                        [sys.executable, "-c", code], cwd=ROOT, stderr=error
+                    )
+                )
+            )
             stack.callback(both[-1].kill)
         for k, process in enumerate(both):
             assert process.wait(50) == 0, (tmp_path / f"stderr{k}").read_text()[-3000:]

@@ -33,7 +33,9 @@ def test_round_trip(name):
         assert from_csv(text, schedule.stage_to_device, schedule.name) == schedule
 
 
-@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.booleans(), st.randoms())
+@given(
+    st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.booleans(), st.randoms()
+)
 def test_round_trip_of_any_schedule(devices, virtual, microbatches, backwards, rng):
     schedule = shuffled(devices, virtual, microbatches, backwards, rng)
     assert from_csv(schedule.to_csv(), schedule.stage_to_device, "custom") == schedule
@@ -45,7 +47,9 @@ def shuffled(devices, virtual, microbatches, backwards, rng):
     places = [d for d in range(devices) for _ in range(virtual)]
     rng.shuffle(places)
     last = len(places) - 1
-    split = {(s, i): rng.random() < 0.5 for s in range(last + 1) for i in range(microbatches)}
+    split = {
+        (s, i): rng.random() < 0.5 for s in range(last + 1) for i in range(microbatches)
+    }
     waiting: dict = {("F", 0, i): None for i in range(microbatches)}
     rows: list[list[tuple[str, int, int]]] = [[] for _ in range(devices)]
     while waiting:
@@ -68,7 +72,12 @@ def test_the_table_as_written():
         ",1F0,1F1,,1B0,1F2,1B1,1F3,1B2,,1B3",
         ",,2F0,2B0,2F1,2B1,2F2,2B2,2F3,2B3",
     ]
-    split = Schedule([[("F", 0, 0), ("I", 0, 0), ("W", 0, 0)], [("F", 1, 0), ("I", 1, 0), ("W", 1, 0)]])
+    split = Schedule(
+        [
+            [("F", 0, 0), ("I", 0, 0), ("W", 0, 0)],
+            [("F", 1, 0), ("I", 1, 0), ("W", 1, 0)],
+        ]
+    )
     assert split.to_csv() == "0F0,,,0I0,0W0\n,1F0,1I0,1W0\n"
 
 
@@ -77,11 +86,17 @@ def test_columns_are_the_steps_of_a_clock(name):
     schedule = schedules.named(name, 4, 16)
     steps = simulate(schedule, Costs(F=1, B=1, I=1, W=1))
     rows = list(csv.reader(io.StringIO(schedule.to_csv())))
-    kept = {(d, t, cell) for d, row in enumerate(rows) for t, cell in enumerate(row) if cell}
-    assert kept == {(d, int(start), f"{a.stage}{a.kind}{a.microbatch}") for d, a, start, _ in steps.events}
+    kept = {
+        (d, t, cell) for d, row in enumerate(rows) for t, cell in enumerate(row) if cell
+    }
+    assert kept == {
+        (d, int(start), f"{a.stage}{a.kind}{a.microbatch}")
+        for d, a, start, _ in steps.events
+    }
 
 
-# 2 devices, 4 microbatches: the steps of torch's ScheduleDualPipeV by hand, in the format of its `_Action.__repr__`.
+# 2 devices, 4 microbatches: the steps of torch's ScheduleDualPipeV by hand, in the
+# format of its `_Action.__repr__`.
 DUAL_PIPE_V = """\
 0F0,0F1,0F2,3F0,3I0,3W0,3F1,(0F3;3B1)OVERLAP_F_B,(3F2;0B0)OVERLAP_F_B,3B2,(3F3;0B1)OVERLAP_F_B,3B3,0I2,0W2,0I3,0W3
 1F0,2F0,1F1,2F1,1F2,2B0,(2F2;1B0)OVERLAP_F_B,(1F3;2B1)OVERLAP_F_B,(2F3;1B1)OVERLAP_F_B,2B2,1B2,2I3,1I3,2W3,1W3
@@ -128,11 +143,20 @@ def test_where_the_stages_are():
 
 
 BAD = {
-    "send": ("0F0,0SEND_F0,0B0", "row 1, column 2: '0SEND_F0' is communication; .*compute_only"),
+    "send": (
+        "0F0,0SEND_F0,0B0",
+        "row 1, column 2: '0SEND_F0' is communication; .*compute_only",
+    ),
     "receive": ("0F0\n1RECV_F0,1F0", "row 2, column 1: '1RECV_F0' is communication"),
     "unshard": ("\n0F0\n1UNSHARD,1F0", "row 3, column 1: '1UNSHARD' is communication"),
-    "reduce": ("0F0,0B0,0REDUCE_GRAD", "row 1, column 3: '0REDUCE_GRAD' is communication"),
-    "no microbatch": ("0F0,0F", "row 1, column 2: '0F' is no action; one looks like 2F0"),
+    "reduce": (
+        "0F0,0B0,0REDUCE_GRAD",
+        "row 1, column 3: '0REDUCE_GRAD' is communication",
+    ),
+    "no microbatch": (
+        "0F0,0F",
+        "row 1, column 2: '0F' is no action; one looks like 2F0",
+    ),
     "something after": ("0F0x", "row 1, column 1: '0F0x' is no action"),
     "small letters": ("0f0", "row 1, column 1: '0f0' is no action"),
     "other digits": ("\u0660F\u0660", "is no action"),

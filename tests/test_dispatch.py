@@ -1,4 +1,6 @@
-"""A dispatching thread for each device, and compiling ahead: what they compute, count, and leave behind."""
+"""A dispatching thread for each device, and compiling ahead: what they compute, count,
+and leave behind.
+"""
 
 import _thread
 import copy
@@ -18,7 +20,7 @@ import pytest
 from jax.experimental import io_callback
 
 import fpipe
-from fpipe._placed import DISPATCH, observing
+from fpipe._executors.placed.dispatch import DISPATCH, observing
 from tests.helpers import Case, assert_same, dense, models, mse, raises
 from tests.test_calls import BoomError, Trigger, notes, wait
 from tests.test_equal import check
@@ -26,7 +28,9 @@ from tests.test_memory import counting
 from tests.test_plan import STAGES, by_device, widening
 
 M = 4
-NUMBERED = jnp.arange(M, dtype=jnp.float32)[:, None] + jnp.zeros((1, 2))  # a row for each microbatch: its number
+NUMBERED = jnp.arange(M, dtype=jnp.float32)[:, None] + jnp.zeros(
+    (1, 2)
+)  # a row for each microbatch: its number
 ERRORS = (jax.errors.JaxRuntimeError, ValueError)
 
 
@@ -34,7 +38,11 @@ ERRORS = (jax.errors.JaxRuntimeError, ValueError)
 def no_thread_is_left():
     before = set(threading.enumerate())
     yield
-    left = [t.name for t in set(threading.enumerate()) - before if t.name.startswith("fpipe")]
+    left = [
+        t.name
+        for t in set(threading.enumerate()) - before
+        if t.name.startswith("fpipe")
+    ]
     assert left == []
 
 
@@ -61,15 +69,27 @@ CASES = [
 ]
 
 
-def in_threads(layers, balance, schedule, checkpoint="except_last", chunks=3, devices=None):
+def in_threads(
+    layers, balance, schedule, checkpoint="except_last", chunks=3, devices=None
+):
     several = fpipe.schedules.NAMES[schedule].per_device != 1
     devices = devices or jax.devices()[: len(balance) // 2 if several else len(balance)]
-    return fpipe.Pipe(layers, balance, devices, chunks, checkpoint, schedule, dispatch="thread_per_device")
+    return fpipe.Pipe(
+        layers,
+        balance,
+        devices,
+        chunks,
+        checkpoint,
+        schedule,
+        dispatch="thread_per_device",
+    )
 
 
 @pytest.mark.parametrize("loss", ["inside", "outside"])
 @pytest.mark.parametrize(("model", "balance", "schedule", "checkpoint"), CASES)
-def test_threads_compute_what_the_plain_composition_computes(model, balance, schedule, checkpoint, loss):
+def test_threads_compute_what_the_plain_composition_computes(
+    model, balance, schedule, checkpoint, loss
+):
     layers = models()[model]
     pipe = in_threads(layers, balance, schedule, checkpoint)
     check(Case(layers, 3), pipe, loss)
@@ -78,13 +98,22 @@ def test_threads_compute_what_the_plain_composition_computes(model, balance, sch
 
 @pytest.mark.parametrize("loss", ["inside", "outside"])
 @pytest.mark.parametrize(
-    ("balance", "chunks", "devices"), [([1, 1, 1, 1], 1, [0, 1, 2, 3]), ([4], 3, [1]), ([1, 1, 2], 3, [1, 0, 1])]
+    ("balance", "chunks", "devices"),
+    [([1, 1, 1, 1], 1, [0, 1, 2, 3]), ([4], 3, [1]), ([1, 1, 2], 3, [1, 0, 1])],
 )
 def test_one_microbatch_one_stage_and_repeated_devices(balance, chunks, devices, loss):
     layers = models()["jump2"]
-    pipe = in_threads(layers, balance, "1f1b", chunks=chunks, devices=[jax.devices()[d] for d in devices])
+    pipe = in_threads(
+        layers,
+        balance,
+        "1f1b",
+        chunks=chunks,
+        devices=[jax.devices()[d] for d in devices],
+    )
     check(Case(layers, chunks), pipe, loss)
-    assert {bound.threaded for bound in pipe._placed._bound.values()} == {len(set(devices)) > 1}
+    assert {bound.threaded for bound in pipe._placed._bound.values()} == {
+        len(set(devices)) > 1
+    }
 
 
 def test_a_pull_back_in_threads_may_be_called_twice():
@@ -100,7 +129,11 @@ def test_a_pull_back_in_threads_may_be_called_twice():
 def test_two_hundred_calls_give_the_same_result_each_time():
     case = Case(models()["nested"], 3)
     pipe = in_threads(case.layers, [1, 1, 1, 2], "eager_1f1b")
-    step, params, needs = pipe.value_and_grad(mse, argnums=(0, 1)), pipe.place(case.params()), case.needs
+    step, params, needs = (
+        pipe.value_and_grad(mse, argnums=(0, 1)),
+        pipe.place(case.params()),
+        case.needs,
+    )
     first = jax.tree.map(np.asarray, step(params, case.x, case.target, **needs))
     for _ in range(200):
         again = step(params, case.x, case.target, **needs)
@@ -124,7 +157,9 @@ class Host:
             self.trigger(*where)
             return value
 
-        return jax.pure_callback(host, jax.ShapeDtypeStruct(value.shape, value.dtype), value, x[0, 0])
+        return jax.pure_callback(
+            host, jax.ShapeDtypeStruct(value.shape, value.dtype), value, x[0, 0]
+        )
 
     def layer(self, stage):
         @jax.custom_vjp
@@ -133,32 +168,57 @@ class Host:
 
         def backward(residuals, g):
             p, x = residuals
-            return self.tell("W", stage, (g * x).sum(0), x), self.tell("I", stage, g * p, x)
+            return self.tell("W", stage, (g * x).sum(0), x), self.tell(
+                "I", stage, g * p, x
+            )
 
         times.defvjp(lambda p, x: (times(p, x), (p, x)), backward)
         return fpipe.Layer(times, lambda key, x: jnp.ones(x.shape[-1]), f"host{stage}")
 
     def pipe(self, schedule, stages=STAGES):
         layers = [self.layer(s) for s in range(stages)]
-        return fpipe.Pipe(layers, [1] * stages, chunks=M, checkpoint="never", schedule=schedule)
+        return fpipe.Pipe(
+            layers, [1] * stages, chunks=M, checkpoint="never", schedule=schedule
+        )
 
 
 def started(seen, schedule):
-    """The actions in the order in which their first callback started; a full backward is `I` and `W` at once."""
-    whole = {(a.stage, a.microbatch) for row in schedule.actions for a in row if a.kind == "B"}
-    names: list[Any] = [("B" if k in "IW" and (s, i) in whole else k, s, i) for k, s, i in seen]
+    """The actions in the order in which their first callback started; a full backward
+    is `I` and `W` at once.
+    """
+    whole = {
+        (a.stage, a.microbatch)
+        for row in schedule.actions
+        for a in row
+        if a.kind == "B"
+    }
+    names: list[Any] = [
+        ("B" if k in "IW" and (s, i) in whole else k, s, i) for k, s, i in seen
+    ]
     return list(dict.fromkeys(fpipe.schedules.Action(*name) for name in names))
 
 
 @pytest.mark.parametrize(
-    "schedule", ["gpipe", "1f1b", "eager_1f1b", "interleaved_1f1b", "looped_bfs", "zb_h1", "zb_v", "dualpipe_v"]
+    "schedule",
+    [
+        "gpipe",
+        "1f1b",
+        "eager_1f1b",
+        "interleaved_1f1b",
+        "looped_bfs",
+        "zb_h1",
+        "zb_v",
+        "dualpipe_v",
+    ],
 )
 def test_each_device_starts_its_actions_in_the_schedules_order(schedule):
     host = Host()
     stages = fpipe.schedules.named(schedule, STAGES // 2, M).stages
     pipe = host.pipe(schedule, stages)
     params = pipe.init(jax.random.key(0), NUMBERED)
-    jax.block_until_ready(pipe.value_and_grad(jnp.mean, argnums=(0, 1))(params, NUMBERED))
+    jax.block_until_ready(
+        pipe.value_and_grad(jnp.mean, argnums=(0, 1))(params, NUMBERED)
+    )
     assert threaded(pipe)
     made = pipe.make_schedule(M)
     assert by_device(made, started(host.seen, made)) == made.actions
@@ -173,11 +233,15 @@ def test_callbacks_compute_what_the_plain_composition_computes():
     want = fpipe.sequential(pipe.layers, chunks=M)
     placed = pipe.place(params)
     assert_same(
-        pipe.value_and_grad(mse, argnums=(0, 1))(placed, x, x), want.value_and_grad(mse, argnums=(0, 1))(params, x, x)
+        pipe.value_and_grad(mse, argnums=(0, 1))(placed, x, x),
+        want.value_and_grad(mse, argnums=(0, 1))(params, x, x),
     )
     assert_same(pipe.evaluate(mse)(placed, x, x), want.evaluate(mse)(params, x, x))
     assert_same(pipe(placed, x), want(params, x))
-    grads = [jax.grad(lambda p, run=run: mse(run(p, x), x))(p) for run, p in ((pipe, placed), (want, params))]
+    grads = [
+        jax.grad(lambda p, run=run: mse(run(p, x), x))(p)
+        for run, p in ((pipe, placed), (want, params))
+    ]
     assert_same(*grads)
     assert {bound.threaded for bound in pipe._placed._bound.values()} == {True}
 
@@ -206,7 +270,9 @@ CALLING = {
     "scan": lambda x: jax.lax.scan(lambda x, _: (pure(x), None), x, None, 2)[0],
     "cond": lambda x: jax.lax.cond(x[0, 0] > 0, pure, jnp.sin, x),
     "while": lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 0, pure, x),
-    "checkpoint": jax.checkpoint(lambda x: jax.lax.cond(x[0, 0] > 0, jax.jit(pure), jnp.sin, x)),
+    "checkpoint": jax.checkpoint(
+        lambda x: jax.lax.cond(x[0, 0] > 0, jax.jit(pure), jnp.sin, x)
+    ),
 }
 SILENT = {
     "plain": jnp.sin,
@@ -218,9 +284,16 @@ SILENT = {
 
 @pytest.mark.parametrize("devices", [[0, 1], [0, 0]], ids=str)
 @pytest.mark.parametrize("which", [*CALLING, *(f"silent {name}" for name in SILENT)])
-def test_auto_takes_threads_where_a_layer_calls_python_and_there_are_devices(which, devices):
+def test_auto_takes_threads_where_a_layer_calls_python_and_there_are_devices(
+    which, devices
+):
     f = SILENT[which.split()[1]] if which.startswith("silent") else CALLING[which]
-    pipe = fpipe.Pipe([fpipe.fn(jnp.cos), fpipe.fn(f)], [1, 1], [jax.devices()[d] for d in devices], chunks=2)
+    pipe = fpipe.Pipe(
+        [fpipe.fn(jnp.cos), fpipe.fn(f)],
+        [1, 1],
+        [jax.devices()[d] for d in devices],
+        chunks=2,
+    )
     x = jnp.ones((4, 1))
     assert_same(pipe(((), ()), x), fpipe.sequential(pipe.layers, chunks=2)(((), ()), x))
     assert threaded(pipe) == (which in CALLING and devices == [0, 1])
@@ -235,7 +308,9 @@ def test_a_debug_print_makes_threads_and_prints_once_for_each_microbatch(capfd):
     jax.block_until_ready(pipe(((), ()), NUMBERED))
     jax.effects_barrier()
     assert threaded(pipe)
-    assert sorted(capfd.readouterr().out.split("\n")[:-1]) == [f"seen {i}.0" for i in range(M)]
+    assert sorted(capfd.readouterr().out.split("\n")[:-1]) == [
+        f"seen {i}.0" for i in range(M)
+    ]
 
 
 @pytest.mark.parametrize("dispatch", ["one_thread", "thread_per_device"])
@@ -243,7 +318,11 @@ def test_who_dispatches_may_be_chosen(dispatch):
     host = Host()
     for layers in (host.pipe("1f1b").layers, [fpipe.fn(jnp.sin)] * 4):
         pipe = fpipe.Pipe(layers, [1] * 4, chunks=M, dispatch=dispatch)
-        params = pipe.init(jax.random.key(0), NUMBERED) if layers[0].name == "host0" else ((),) * 4
+        params = (
+            pipe.init(jax.random.key(0), NUMBERED)
+            if layers[0].name == "host0"
+            else ((),) * 4
+        )
         jax.block_until_ready(pipe(params, NUMBERED))
         assert threaded(pipe) == (dispatch == "thread_per_device")
 
@@ -251,24 +330,37 @@ def test_who_dispatches_may_be_chosen(dispatch):
 # --- errors ---
 
 
-@pytest.mark.parametrize(("kind", "doing"), [("F", "forward"), ("I", "input gradient"), ("W", "weight gradient")])
+@pytest.mark.parametrize(
+    ("kind", "doing"),
+    [("F", "forward"), ("I", "input gradient"), ("W", "weight gradient")],
+)
 @pytest.mark.parametrize(("stage", "microbatch"), [(0, 0), (1, 2), (3, 3)])
-def test_an_exception_in_a_callback_ends_the_call_says_where_and_the_pipe_works(kind, doing, stage, microbatch):
+def test_an_exception_in_a_callback_ends_the_call_says_where_and_the_pipe_works(
+    kind, doing, stage, microbatch
+):
     host = Host()
     pipe = host.pipe("zb_h1")
     params = pipe.init(jax.random.key(0), NUMBERED)
     step = pipe.value_and_grad(jnp.mean, argnums=(0, 1))
     want = jax.tree.map(np.asarray, step(params, NUMBERED))
     host.trigger.at = (kind, stage, microbatch)
-    with pytest.raises(ERRORS, match=rf"BoomError: at \('{kind}', {stage}, {microbatch}\)") as caught, observing(wait):
+    with (
+        pytest.raises(
+            ERRORS, match=rf"BoomError: at \('{kind}', {stage}, {microbatch}\)"
+        ) as caught,
+        observing(wait),
+    ):
         jax.block_until_ready(step(params, NUMBERED))
     assert threads() == []
     assert notes(caught.value) == [
-        f"fpipe: while dispatching the {doing} of stage {stage} (layer {stage} 'host{stage}'), microbatch {microbatch}, "
+        f"fpipe: while dispatching the {doing} of stage {stage} (layer {stage} "
+        f"'host{stage}'), microbatch {microbatch}, "
         f"on {pipe.devices[stage]}"
     ]
     # Not waiting, the error comes at the call, or when its result is waited for.
-    with pytest.raises(ERRORS, match=rf"BoomError: at \('{kind}', {stage}, {microbatch}\)"):
+    with pytest.raises(
+        ERRORS, match=rf"BoomError: at \('{kind}', {stage}, {microbatch}\)"
+    ):
         jax.block_until_ready(step(params, NUMBERED))
     assert threads() == []
     host.trigger.at = None
@@ -340,7 +432,12 @@ def test_no_thread_outlives_a_call_and_there_is_one_for_each_device_meanwhile():
 def test_after_twenty_steps_as_many_arrays_are_alive_as_after_two(model):
     case = Case(models()[model], 3)
     pipe = in_threads(case.layers, [1, 1, len(case.layers) - 2], "eager_1f1b")
-    params, needs, x, target = pipe.place(case.params()), case.needs, case.x, case.target
+    params, needs, x, target = (
+        pipe.place(case.params()),
+        case.needs,
+        case.x,
+        case.target,
+    )
     step = pipe.value_and_grad(mse, argnums=(0, 1))
 
     def train(steps):
@@ -383,11 +480,18 @@ def test_a_dropped_pipe_and_its_parameters_are_collected():
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "eager_1f1b", "zb_h1"])
-def test_each_device_holds_no_more_inputs_than_the_schedule_and_those_on_their_way(schedule):
+def test_each_device_holds_no_more_inputs_than_the_schedule_and_those_on_their_way(
+    schedule,
+):
     """Slots of each thread are its own: what they hold is what its device holds."""
     m = 8
     pipe = fpipe.Pipe(
-        widening(), [1] * STAGES, chunks=m, schedule=schedule, checkpoint="never", dispatch="thread_per_device"
+        widening(),
+        [1] * STAGES,
+        chunks=m,
+        schedule=schedule,
+        checkpoint="never",
+        dispatch="thread_per_device",
     )
     x = jnp.ones((3 * m, 5))
     params = pipe.init(jax.random.key(0), x)
@@ -397,13 +501,23 @@ def test_each_device_holds_no_more_inputs_than_the_schedule_and_those_on_their_w
 
     def count(item, slots):
         s = pipe.devices.index(item.placement.device)
-        held = [a for a, slot in zip(slots, plan.slots, strict=True) if a is not None and slot.name[0] == "y"]
-        peak[s] = max(peak[s], sum(a.shape == (3, 5 + s) and a.device == pipe.devices[s] for a in held))
+        held = [
+            a
+            for a, slot in zip(slots, plan.slots, strict=True)
+            if a is not None and slot.name[0] == "y"
+        ]
+        peak[s] = max(
+            peak[s],
+            sum(a.shape == (3, 5 + s) and a.device == pipe.devices[s] for a in held),
+        )
 
     with observing(count):
         jax.block_until_ready(step(params, x))
     formula = fpipe.schedules.simulate(pipe.make_schedule(m)).peak_live
-    assert all(0 < p <= f + 1 for p, f in zip(peak[1:], formula[1:], strict=True)), (peak, formula)
+    assert all(0 < p <= f + 1 for p, f in zip(peak[1:], formula[1:], strict=True)), (
+        peak,
+        formula,
+    )
 
 
 # --- settings of the calling thread ---
@@ -423,7 +537,9 @@ def test_the_matmul_precision_of_the_calling_thread_is_kept():
     }
     assert texts
     assert all("Precision.HIGHEST" in text for text in texts)
-    assert_same(got, case.reference.value_and_grad(mse)(case.params(), case.x, case.target))
+    assert_same(
+        got, case.reference.value_and_grad(mse)(case.params(), case.x, case.target)
+    )
 
 
 def runs(bound):
@@ -433,15 +549,24 @@ def runs(bound):
         if hasattr(item, "call"):
             args = tuple(shapes[n] for n in item.ins)
             yield item, args
-            shapes |= dict(zip(item.outs, jax.eval_shape(item.call, *args), strict=True))
+            shapes |= dict(
+                zip(item.outs, jax.eval_shape(item.call, *args), strict=True)
+            )
         elif hasattr(item, "placement"):
-            shapes |= {out: shapes[k] for k, out in zip(item.ins, item.outs, strict=True)}
+            shapes |= {
+                out: shapes[k] for k, out in zip(item.ins, item.outs, strict=True)
+            }
 
 
 @pytest.mark.parametrize("dispatch", ["one_thread", "thread_per_device"])
 def test_64_bits_of_the_calling_thread_are_kept(dispatch):
     with jax.enable_x64(True):
-        pipe = fpipe.Pipe([fpipe.Layer(lambda p, x: x * p)] * 3, [1, 1, 1], chunks=2, dispatch=dispatch)
+        pipe = fpipe.Pipe(
+            [fpipe.Layer(lambda p, x: x * p)] * 3,
+            [1, 1, 1],
+            chunks=2,
+            dispatch=dispatch,
+        )
         params = pipe.place((jnp.asarray(1.0 + 2.0**-40, jnp.float64),) * 3)
         x = jnp.ones((4, 1), jnp.float64)
         y = pipe(params, x)
@@ -456,7 +581,10 @@ def test_64_bits_of_the_calling_thread_are_kept(dispatch):
 
 @pytest.mark.parametrize("wrong", ["threads", None, 1, True, ""])
 def test_a_wrong_dispatch_is_refused(wrong):
-    with raises(ValueError, f"`Pipe(dispatch={wrong!r})`: one of 'auto', 'one_thread', 'thread_per_device'"):
+    with raises(
+        ValueError,
+        f"`Pipe(dispatch={wrong!r})`: one of 'auto', 'one_thread', 'thread_per_device'",
+    ):
         fpipe.Pipe([fpipe.fn(jnp.sin)], dispatch=wrong)
 
 
@@ -464,7 +592,11 @@ def test_a_wrong_dispatch_is_refused(wrong):
 def test_dispatch_is_part_of_the_value(dispatch):
     pipe = fpipe.Pipe([dataclass_layer()] * 2, [1, 1], dispatch=dispatch)
     others = [d for d in DISPATCH if d != dispatch]
-    for same in (pickle.loads(pickle.dumps(pipe)), copy.copy(pipe), dataclasses.replace(pipe)):
+    for same in (
+        pickle.loads(pickle.dumps(pipe)),
+        copy.copy(pipe),
+        dataclasses.replace(pipe),
+    ):
         assert (same.dispatch, same, hash(same)) == (dispatch, pipe, hash(pipe))
     assert all(dataclasses.replace(pipe, dispatch=other) != pipe for other in others)
     assert f"dispatch='{dispatch}'" in repr(pipe)
@@ -492,7 +624,9 @@ def backend(events):
 
 def fresh(model="nested", chunks=3, **options):
     case = Case(models()[model], chunks)
-    pipe = fpipe.Pipe(case.layers, [1, 1, len(case.layers) - 2], chunks=chunks, **options)
+    pipe = fpipe.Pipe(
+        case.layers, [1, 1, len(case.layers) - 2], chunks=chunks, **options
+    )
     return case, pipe, pipe.place(case.params())
 
 
@@ -506,13 +640,16 @@ def test_after_compile_the_first_step_compiles_nothing(model, dispatch, shapes):
     if shapes:
         given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), given)
     count = pipe.compile(*given, loss_fn=mse, argnums=(0, 1), **needs)
-    # How many XLA programs a call asks for: none for what compile made, whatever the persistent cache holds.
+    # How many XLA programs a call asks for: none for what compile made, whatever the
+    # persistent cache holds.
     events: list[str] = []
     with counting(events):
         got = pipe.value_and_grad(mse, argnums=(0, 1))(params, x, target, **needs)
     assert backend(events) == []
     assert count > 3
-    want = case.reference.value_and_grad(mse, argnums=(0, 1))(case.params(), x, target, **needs)
+    want = case.reference.value_and_grad(mse, argnums=(0, 1))(
+        case.params(), x, target, **needs
+    )
     assert_same(got, want)
 
 
@@ -548,7 +685,12 @@ def test_progress_counts_from_nothing_to_all(threads_):
     case, pipe, params = fresh()
     seen = []
     count = pipe.compile(
-        params, case.x, case.target, loss_fn=mse, threads=threads_, progress=lambda *done: seen.append(done)
+        params,
+        case.x,
+        case.target,
+        loss_fn=mse,
+        threads=threads_,
+        progress=lambda *done: seen.append(done),
     )
     assert seen == [(k, count) for k in range(count + 1)]
 
@@ -568,12 +710,18 @@ def test_the_bar_is_on_stderr_and_only_if_asked_for(capfd):
 
 def test_what_compile_refuses():
     case, pipe, params = fresh()
-    with raises(TypeError, "`pipe.compile(params, x, *targets)`: targets belong to a loss: give `loss_fn=` too"):
+    with raises(
+        TypeError,
+        "`pipe.compile(params, x, *targets)`: targets belong to a loss: give "
+        "`loss_fn=` too",
+    ):
         pipe.compile(params, case.x, case.target)
     with pytest.raises(ValueError, match="argnums"):
         pipe.compile(params, case.x, case.target, loss_fn=mse, argnums=7)
     with pytest.raises(ValueError, match="has forwards only"):
-        dataclasses.replace(pipe, schedule="forward_only").compile(params, case.x, case.target, loss_fn=mse)
+        dataclasses.replace(pipe, schedule="forward_only").compile(
+            params, case.x, case.target, loss_fn=mse
+        )
 
 
 def test_an_error_in_a_layer_is_raised_by_compile_with_its_note():

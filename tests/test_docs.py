@@ -1,4 +1,6 @@
-"""The documentation is whole: every public name, every error message, every page; without mkdocs, which `.ci/run` has."""
+"""The documentation is whole: every public name, every error message, every page;
+without mkdocs, which `.ci/run` has.
+"""
 
 import ast
 import functools
@@ -33,13 +35,22 @@ def test_the_reference_has_every_public_name():
 def test_a_name_that_is_missing_or_unknown_or_twice_is_told():
     page = (DOCS / "api.md").read_text()
     without = hooks().missing(page.replace("::: fpipe.schedules.gpipe\n", ""))
-    assert without == ["fpipe.schedules.gpipe is public and not in docs/api.md: add `::: fpipe.schedules.gpipe`"]
-    assert hooks().missing(page + "\n::: fpipe.Pip\n") == ["fpipe.Pip is in docs/api.md and not public"]
-    assert hooks().missing(page + "\n::: fpipe.Pipe\n") == ["fpipe.Pipe is twice in docs/api.md"]
+    assert without == [
+        "fpipe.schedules.gpipe is public and not in docs/api.md: add `::: "
+        "fpipe.schedules.gpipe`"
+    ]
+    assert hooks().missing(page + "\n::: fpipe.Pip\n") == [
+        "fpipe.Pip is in docs/api.md and not public"
+    ]
+    assert hooks().missing(page + "\n::: fpipe.Pipe\n") == [
+        "fpipe.Pipe is twice in docs/api.md"
+    ]
 
 
 def test_a_name_without_a_docstring_is_told(monkeypatch):
-    page = (DOCS / "api.md").read_text() + "\n::: fpipe.new\n\n::: fpipe.Other\n\n::: fpipe.NUMBER\n"
+    page = (
+        DOCS / "api.md"
+    ).read_text() + "\n::: fpipe.new\n\n::: fpipe.Other\n\n::: fpipe.NUMBER\n"
     undocumented = """
 def new(): ...
 class Other:
@@ -49,20 +60,37 @@ NUMBER = 1
 """
     read = hooks().source
     more = ast.parse(undocumented).body
-    monkeypatch.setattr(hooks(), "source", lambda module: [*read(module), *(more if module == "fpipe" else [])])
+    monkeypatch.setattr(
+        hooks(),
+        "source",
+        lambda module: [*read(module), *(more if module == "fpipe" else [])],
+    )
     assert hooks().missing(page) == [
-        f"fpipe.{name}, or a method of it, has no docstring" for name in ("new", "Other", "NUMBER")
+        f"fpipe.{name}, or a method of it, has no docstring"
+        for name in ("new", "Other", "NUMBER")
     ]
 
 
 @pytest.mark.parametrize(
-    "module", ["fpipe", "fpipe.schedules", "fpipe.flax", "fpipe.optim", "fpipe.plot", "fpipe.testing"]
+    "module",
+    [
+        "fpipe",
+        "fpipe.schedules",
+        "fpipe.flax",
+        "fpipe.optim",
+        "fpipe.plot",
+        "fpipe.testing",
+    ],
 )
 def test_the_names_are_those_that_python_sees(module):
     assert module in hooks().FACADES
     seen = vars(importlib.import_module(module))
     assert set(hooks().public(module)) <= set(seen)
-    own = {name for name, value in seen.items() if getattr(value, "__module__", "").startswith("fpipe")}
+    own = {
+        name
+        for name, value in seen.items()
+        if getattr(value, "__module__", "").startswith("fpipe")
+    }
     own = {name for name in own if not name.startswith("_")}
     if module not in ("fpipe.plot", "fpipe.testing"):  # these import what they use
         assert own <= set(hooks().public(module))
@@ -71,7 +99,12 @@ def test_the_names_are_those_that_python_sees(module):
 def test_names_on_pages_lead_to_the_reference():
     linked = functools.partial(hooks().linked, names=["fpipe.Pipe"])
     assert linked("a `fpipe.Pipe` is") == "a [`fpipe.Pipe`][fpipe.Pipe] is"
-    for same in ("# `fpipe.Pipe`", "[`fpipe.Pipe`](api.md)", "`fpipe.Pip`", "```python\n`fpipe.Pipe`\n```"):
+    for same in (
+        "# `fpipe.Pipe`",
+        "[`fpipe.Pipe`](api.md)",
+        "`fpipe.Pip`",
+        "```python\n`fpipe.Pipe`\n```",
+    ):
         assert linked(same) == same
 
 
@@ -88,7 +121,9 @@ def test_both_tables_for_torch_say_the_same():
     """The README's is a part of the page's."""
 
     def rows(text):
-        return {line for line in text.splitlines() if line.startswith(("| `", "| dropout"))}
+        return {
+            line for line in text.splitlines() if line.startswith(("| `", "| dropout"))
+        }
 
     readme = (ROOT / "README.md").read_text()
     section = readme[readme.index("## Coming from torch Pipe") :]
@@ -115,7 +150,9 @@ def said(node, names):
             return said(left, names) + said(right, names)
         case ast.Name(id=name) if len(names.get(name, ())) == 1:
             return said(names[name][0], {})
-        case ast.Call(func=ast.Attribute(attr="join"), args=[ast.GeneratorExp(elt=each)]):
+        case ast.Call(
+            func=ast.Attribute(attr="join"), args=[ast.GeneratorExp(elt=each)]
+        ):
             return said(each, names)
     return GAP
 
@@ -134,7 +171,9 @@ def assigned(scope):
 
 
 def texts(source):
-    """All texts of a module, and whether each is a message: what an error, or a list of them, is made with."""
+    """All texts of a module, and whether each is a message: what an error, or a list of
+    them, is made with.
+    """
     tree = ast.parse(source)
     names = {}  # for each expression those of the innermost function that it is in
     for scope in ast.walk(tree):
@@ -142,7 +181,9 @@ def texts(source):
             names |= dict.fromkeys(ast.walk(scope), assigned(scope))
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and node.args:
-            if re.search(r"Error$|^error$|^(wrong|warnings)\.append$", ast.unparse(node.func)):
+            if re.search(
+                r"Error$|^error$|^(wrong|warnings)\.append$", ast.unparse(node.func)
+            ):
                 yield True, said(node.args[0], names[node])
         elif isinstance(node, ast.JoinedStr):
             yield False, said(node, names[node])
@@ -150,15 +191,21 @@ def texts(source):
 
 @functools.cache
 def messages():
-    """The messages of the library by their text, the command line's apart; and all texts."""
+    """The messages of the library by their text, the command line's apart; and all
+    texts.
+    """
     found = {}
     for path in sorted((ROOT / "fpipe").rglob("*.py")):
         if path.name == "__main__.py":
             continue
         for message, text in texts(path.read_text()):
             text = re.sub(f"{GAP}+", GAP, " ".join(text.split()))
-            if len(text.replace(GAP, "").strip(" :")) > 3:  # else it is what another error says
-                found[text] = found.get(text, "") or (path.relative_to(ROOT).as_posix() if message else "")
+            if (
+                len(text.replace(GAP, "").strip(" :")) > 3
+            ):  # else it is what another error says
+                found[text] = found.get(text, "") or (
+                    path.relative_to(ROOT).as_posix() if message else ""
+                )
     return found
 
 
@@ -167,22 +214,34 @@ def documented(page=None):
     page = (DOCS / "troubleshooting.md").read_text() if page is None else page
     cells = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
     return [
-        twice or once for cell in cells for twice, once in re.findall(r"(?<!`)(?:`` (.*?) ``|`([^`]+)`)(?!`)", cell)
+        twice or once
+        for cell in cells
+        for twice, once in re.findall(r"(?<!`)(?:`` (.*?) ``|`([^`]+)`)(?!`)", cell)
     ]
 
 
 def begins(text, begin):
     """Whether a message begins so; what is a whole message stands for no other."""
-    return text == begin or (begin not in messages() and text.startswith(begin.removesuffix(GAP)))
+    return text == begin or (
+        begin not in messages() and text.startswith(begin.removesuffix(GAP))
+    )
 
 
 def test_every_message_on_the_page_is_in_the_source():
-    assert [begin for begin in documented() if not any(begins(text, begin) for text in messages())] == []
+    assert [
+        begin
+        for begin in documented()
+        if not any(begins(text, begin) for text in messages())
+    ] == []
 
 
 def test_every_message_in_the_source_is_on_the_page():
     known = documented()
-    assert [text for text, path in messages().items() if path and not any(begins(text, begin) for begin in known)] == []
+    assert [
+        text
+        for text, path in messages().items()
+        if path and not any(begins(text, begin) for begin in known)
+    ] == []
 
 
 def test_each_beginning_is_there_once_and_says_something():
@@ -195,7 +254,11 @@ def test_each_beginning_is_there_once_and_says_something():
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("def f(x):\n  call = f'`f(x={x!r})`'\n  raise ValueError(f'{call}: too ' 'large')", "`f(x=…)`: too large"),
+        (
+            "def f(x):\n  call = f'`f(x={x!r})`'\n  raise ValueError(f'{call}: too ' "
+            "'large')",
+            "`f(x=…)`: too large",
+        ),
         ("def f(x):\n  raise TypeError(f'no {x}' + f', but {x!r}{x}')", "no …, but ……"),
         ("def f(x, wrong):\n  wrong.append('bad')", "bad"),
         ("def f(xs):\n  return KeyError('; '.join(f'{x} is' for x in xs))", "… is"),

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 import fpipe.plot
 from fpipe import schedules
-from fpipe.schedules import Action, Costs, Event, Schedule, Timeline, draw, simulate, svg
+from fpipe.schedules import (
+    Action,
+    Costs,
+    Event,
+    Schedule,
+    Timeline,
+    draw,
+    simulate,
+    svg,
+)
 from fpipe.schedules._picture import INK, KINDS, Box, Picture, picture
 
 SPLIT = Schedule(
@@ -25,18 +34,41 @@ SPLIT = Schedule(
 )
 VIRTUAL = Schedule(
     [
-        [("F", 0, 0), ("F", 0, 1), ("F", 2, 0), ("F", 2, 1), ("B", 2, 0), ("B", 2, 1), ("B", 0, 0), ("B", 0, 1)],
-        [("F", 1, 0), ("F", 1, 1), ("F", 3, 0), ("B", 3, 0), ("F", 3, 1), ("B", 3, 1), ("B", 1, 0), ("B", 1, 1)],
+        [
+            ("F", 0, 0),
+            ("F", 0, 1),
+            ("F", 2, 0),
+            ("F", 2, 1),
+            ("B", 2, 0),
+            ("B", 2, 1),
+            ("B", 0, 0),
+            ("B", 0, 1),
+        ],
+        [
+            ("F", 1, 0),
+            ("F", 1, 1),
+            ("F", 3, 0),
+            ("B", 3, 0),
+            ("F", 3, 1),
+            ("B", 3, 1),
+            ("B", 1, 0),
+            ("B", 1, 1),
+        ],
     ],
     [0, 1, 0, 1],
     name="virtual",
 )
-FORWARDS = Schedule([[("F", 0, 0), ("F", 0, 1)], [("F", 1, 0), ("F", 1, 1)]], name="forwards")
+FORWARDS = Schedule(
+    [[("F", 0, 0), ("F", 0, 1)], [("F", 1, 0), ("F", 1, 1)]], name="forwards"
+)
 
 
 def measured(timeline, start, scale):
     """The timeline as a clock would tell it that did not start at 0."""
-    events = (Event(e.device, e.action, start + e.start * scale, start + e.end * scale) for e in timeline.events)
+    events = (
+        Event(e.device, e.action, start + e.start * scale, start + e.end * scale)
+        for e in timeline.events
+    )
     return Timeline(tuple(events), timeline.devices, "measured")
 
 
@@ -47,7 +79,9 @@ TIMELINES = {
     "forwards": simulate(FORWARDS),
     "one device": simulate(schedules.gpipe(1, 2)),
     "one event": Timeline((Event(0, Action("F", 0, 0), 7.0, 8.5),), 1, "one"),
-    "uneven": simulate(schedules.eager_1f1b(3, 5), Costs(F=[1, 2.5, 0.3], B=[2, 5, 1], transfer=0.4)),
+    "uneven": simulate(
+        schedules.eager_1f1b(3, 5), Costs(F=[1, 2.5, 0.3], B=[2, 5, 1], transfer=0.4)
+    ),
     "no time for W": simulate(SPLIT, Costs(W=0.0)),
     "no time at all": simulate(SPLIT, Costs(F=0.0, I=0.0, W=0.0)),
     "little time for W": simulate(SPLIT, Costs(W=1e-9)),
@@ -81,7 +115,10 @@ def test_text_as_drawn():
 def test_measured_times_are_drawn_as_predicted_ones():
     for name in ("1f1b", "split", "virtual", "forwards"):
         there = draw(measured(TIMELINES[name], 1e4, 0.0213)).splitlines()
-        assert there[: TIMELINES[name].devices] == draw(TIMELINES[name]).splitlines()[: TIMELINES[name].devices]
+        assert (
+            there[: TIMELINES[name].devices]
+            == draw(TIMELINES[name]).splitlines()[: TIMELINES[name].devices]
+        )
 
 
 @pytest.mark.parametrize("name", TIMELINES)
@@ -91,31 +128,47 @@ def test_no_line_is_wider_than_asked_for(name, width):
     lines = draw(timeline, width=width).splitlines()
     assert max(map(len, lines)) <= width
     assert len(lines) > timeline.devices
-    assert "".join("".join(lines[timeline.devices :]).split()) == "".join(picture(timeline, "").caption.split())
+    assert "".join("".join(lines[timeline.devices :]).split()) == "".join(
+        picture(timeline, "").caption.split()
+    )
 
 
 def test_what_is_cut_says_so():
     lines = draw(TIMELINES["long"]).splitlines()[:4]
     assert [line[-1] for line in lines] == ["…"] * 4
     # Also where nothing is left of the line but time in which the device waits.
-    late = Timeline((Event(0, Action("F", 0, 0), 0, 1), Event(0, Action("B", 0, 0), 99, 100)), 1)
+    late = Timeline(
+        (Event(0, Action("F", 0, 0), 0, 1), Event(0, Action("B", 0, 0), 99, 100)), 1
+    )
     assert draw(late, width=30).splitlines()[0] == "device 0 F0".ljust(29) + "…"
 
 
 def test_one_short_event_does_not_stretch_the_rest():
     events = [Event(0, Action("F", 0, i), float(i), i + 1.0) for i in range(9)]
     events[4] = Event(0, Action("F", 0, 4), 4.0, 4.001)
-    assert draw(Timeline(tuple(events), 1)).splitlines()[0] == "device 0 F0 F1 F2 F3 F  F5 F6 F7 F8"
+    assert (
+        draw(Timeline(tuple(events), 1)).splitlines()[0]
+        == "device 0 F0 F1 F2 F3 F  F5 F6 F7 F8"
+    )
 
 
 def test_a_label_that_does_not_fit_is_never_cut_to_another():
     ends = [0.0, 1.0, 2.0, 2.75, 3.75]
-    events = [Event(0, Action("F", 0, 10 + n), a, b) for n, (a, b) in enumerate(itertools.pairwise(ends))]
+    events = [
+        Event(0, Action("F", 0, 10 + n), a, b)
+        for n, (a, b) in enumerate(itertools.pairwise(ends))
+    ]
     assert draw(Timeline(tuple(events), 1)).splitlines()[0] == "device 0 F10 F11 F- F13"
 
 
 def test_a_very_long_timeline_is_cheap():
-    long = Timeline((Event(0, Action("F", 0, 0), 0.0, 1e-9), Event(0, Action("B", 0, 0), 1e-9, 1e9)), 1)
+    long = Timeline(
+        (
+            Event(0, Action("F", 0, 0), 0.0, 1e-9),
+            Event(0, Action("B", 0, 0), 1e-9, 1e9),
+        ),
+        1,
+    )
     assert len(draw(long).splitlines()[0]) <= 120
 
 
@@ -125,13 +178,18 @@ ANSI = re.compile(r"\x1b\[([0-9;]*)m")
 @pytest.mark.parametrize("name", TIMELINES)
 def test_colour_changes_no_character(name):
     for width in (20, 120):
-        assert ANSI.sub("", draw(TIMELINES[name], width, colour=True)) == draw(TIMELINES[name], width)
+        assert ANSI.sub("", draw(TIMELINES[name], width, colour=True)) == draw(
+            TIMELINES[name], width
+        )
         assert "\x1b" not in draw(TIMELINES[name], width)
 
 
 def coloured(text):
     """Each coloured box with its colour."""
-    return {box: colour for colour, box in re.findall(r"\x1b\[([0-9;]+)m([^\x1b]*)\x1b\[0m", text)}
+    return {
+        box: colour
+        for colour, box in re.findall(r"\x1b\[([0-9;]+)m([^\x1b]*)\x1b\[0m", text)
+    }
 
 
 def test_a_colour_for_each_kind_and_a_shade_for_the_next_microbatch_or_stage():
@@ -160,9 +218,13 @@ RENDERERS = {"draw": draw, "svg": svg, "plot.draw": fpipe.plot.draw}
 
 @pytest.mark.parametrize("name", RENDERERS)
 def test_what_cannot_be_drawn(name):
-    with pytest.raises(TypeError, match=f"`{name}`: a Schedule or a Timeline can be drawn, not '1f1b'"):
+    with pytest.raises(
+        TypeError, match=f"`{name}`: a Schedule or a Timeline can be drawn, not '1f1b'"
+    ):
         RENDERERS[name]("1f1b")
-    with pytest.raises(ValueError, match=f"`{name}`: the timeline 'custom' has no events"):
+    with pytest.raises(
+        ValueError, match=f"`{name}`: the timeline 'custom' has no events"
+    ):
         RENDERERS[name](Timeline((), 2))
 
 
@@ -200,12 +262,15 @@ def test_svg_has_a_box_for_each_event(name, width):
     height = float(root.attrib["height"])
     rows = rows_of(text)
     assert sorted(map(len, rows)) == sorted(
-        n for d in range(timeline.devices) if (n := sum(e.device == d for e in timeline.events))
+        n
+        for d in range(timeline.devices)
+        if (n := sum(e.device == d for e in timeline.events))
     )
     start = min(e.start for e in timeline.events)
     titles = sorted(title for row in rows for *_, title in row)
     assert titles == sorted(
-        f"{kind} of stage {s}, microbatch {i}, device {d}: {a - start:g} to {b - start:g}"
+        f"{kind} of stage {s}, microbatch {i}, device {d}: {a - start:g} to "
+        f"{b - start:g}"
         for d, (kind, s, i), a, b in timeline.events
     )
     for rect in root.iter(f"{NS}rect"):
@@ -235,7 +300,9 @@ def test_svg_shows_words():
     assert words[15:23] == list("01234567")
     assert words[23:] == ["forward (F)", "input gradient (I)", "weight gradient (W)"]
     assert root.attrib["aria-label"] == words[0]
-    assert [t.text for t in ET.fromstring(svg(VIRTUAL)).iter(f"{NS}text")][-1] == "lighter: later stages of the device"
+    assert [t.text for t in ET.fromstring(svg(VIRTUAL)).iter(f"{NS}text")][
+        -1
+    ] == "lighter: later stages of the device"
 
 
 def test_svg_leaves_out_labels_that_do_not_fit():
@@ -246,7 +313,10 @@ def test_svg_leaves_out_labels_that_do_not_fit():
 
 def test_svg_can_stand_beside_others():
     for timeline in TIMELINES.values():
-        tags = {element.tag.removeprefix(NS) for element in ET.fromstring(svg(timeline)).iter()}
+        tags = {
+            element.tag.removeprefix(NS)
+            for element in ET.fromstring(svg(timeline)).iter()
+        }
         assert tags <= {"svg", "g", "rect", "text", "title", "path"}
         assert not re.search(r"""\s(id|class|style|on\w+|href)=|<!""", svg(timeline))
 
@@ -268,7 +338,9 @@ def test_svg_escapes_names(name, more):
 
 def brightness(colour):
     parts = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
-    r, g, b = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    r, g, b = (
+        p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts
+    )
     return 0.2126 * r + 0.7152 * g + 0.0722 * b
 
 
@@ -278,7 +350,9 @@ def test_dark_text_on_every_box_is_readable(chunks):
     fills = [shown.fill(kind, chunk) for kind in KINDS for chunk in range(chunks)]
     assert len(set(fills)) == len(fills)
     for fill in fills:
-        assert (brightness(fill) + 0.05) / (brightness(INK) + 0.05) >= 4.5  # the norm of the web for text
+        assert (brightness(fill) + 0.05) / (
+            brightness(INK) + 0.05
+        ) >= 4.5  # the norm of the web for text
     for kind in KINDS:
         shades = [brightness(shown.fill(kind, chunk)) for chunk in range(chunks)]
         assert shades == sorted(shades)
@@ -311,9 +385,15 @@ def test_axes_have_a_box_for_each_event(name):
     boxes = [path for c in ax.collections[timeline.devices :] for path in c.get_paths()]
     assert len(boxes) == len(timeline.events)
     start = min(e.start for e in timeline.events)
-    edges = sorted((round(p.get_extents().x0, 6), round(p.get_extents().x1, 6)) for p in boxes)
-    assert edges == sorted((round(e.start - start, 6), round(e.end - start, 6)) for e in timeline.events)
-    assert [t.get_text() for t in ax.get_yticklabels()] == [f"device {d}" for d in range(timeline.devices)]
+    edges = sorted(
+        (round(p.get_extents().x0, 6), round(p.get_extents().x1, 6)) for p in boxes
+    )
+    assert edges == sorted(
+        (round(e.start - start, 6), round(e.end - start, 6)) for e in timeline.events
+    )
+    assert [t.get_text() for t in ax.get_yticklabels()] == [
+        f"device {d}" for d in range(timeline.devices)
+    ]
     assert ax.get_title(loc="left").replace("\n", " ") == picture(timeline, "").caption
     bottom, top = ax.get_ylim()
     assert bottom > top  # device 0 is above
@@ -328,10 +408,17 @@ def test_drawing_on_given_axes():
 
 
 def test_a_name_is_no_formula(tmp_path):
-    fpipe.plot.save(Timeline(TIMELINES["one event"].events, 1, "$\\frac{$ & <"), tmp_path / "a.png")
+    fpipe.plot.save(
+        Timeline(TIMELINES["one event"].events, 1, "$\\frac{$ & <"), tmp_path / "a.png"
+    )
 
 
-HEADS = {".svg": b"<svg xmlns=", ".png": b"\x89PNG", ".pdf": b"%PDF", ".PNG": b"\x89PNG"}
+HEADS = {
+    ".svg": b"<svg xmlns=",
+    ".png": b"\x89PNG",
+    ".pdf": b"%PDF",
+    ".PNG": b"\x89PNG",
+}
 
 
 @pytest.mark.parametrize("suffix", HEADS)
@@ -347,7 +434,9 @@ def test_files(tmp_path, suffix):
 
 @pytest.mark.parametrize("name", ["drawn", "drawn.jpg", "drawn.csv", ".svg"])
 def test_other_files_are_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=r"drawn|svg.* ends in none of \.svg, \.png, \.pdf"):
+    with pytest.raises(
+        ValueError, match=r"drawn|svg.* ends in none of \.svg, \.png, \.pdf"
+    ):
         fpipe.plot.save(SPLIT, tmp_path / name)
     assert not list(tmp_path.iterdir())
 
@@ -357,7 +446,8 @@ def test_no_pyplot_and_no_window(tmp_path):
         "import sys, fpipe.plot\n"
         "from fpipe import schedules\n"
         f"fpipe.plot.save(schedules.gpipe(1, 1), r'{tmp_path / 'a.png'}')\n"
-        "assert 'matplotlib.figure' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
+        "assert 'matplotlib.figure' in sys.modules and 'matplotlib.pyplot' not in "
+        "sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -383,9 +473,13 @@ def test_without_matplotlib(monkeypatch, tmp_path):
 def test_what_is_to_fit_is_whole_and_not_cut():
     """Uneven stages are as long as their labels ask for otherwise."""
     timeline = fpipe.schedules.simulate(
-        fpipe.schedules.one_f_one_b(devices=2, microbatches=12), fpipe.schedules.Costs(F=[1, 30], B=[2, 60])
+        fpipe.schedules.one_f_one_b(devices=2, microbatches=12),
+        fpipe.schedules.Costs(F=[1, 30], B=[2, 60]),
     )
-    cut, whole = (fpipe.schedules.draw(timeline, width=100, fit=fit).splitlines() for fit in (False, True))
+    cut, whole = (
+        fpipe.schedules.draw(timeline, width=100, fit=fit).splitlines()
+        for fit in (False, True)
+    )
     assert any(line.endswith("…") for line in cut)
     assert not any("…" in line for line in whole)
     assert 95 < max(map(len, whole[:2])) <= 100

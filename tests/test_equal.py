@@ -11,10 +11,17 @@ import fpipe
 from fpipe.schedules import NAMES
 from tests.helpers import Case, assert_same, cast_weights, models, mse
 
-# Every balance of up to four stages: 8 for four layers, 15 for five. 7 is coprime to both, so that neighbours differ.
-# The table has 8 cuts; the one model of five layers has a test of all 15.
+# Every balance of up to four stages: 8 for four layers, 15 for five. 7 is coprime to
+# both, so that neighbours differ. The table has 8 cuts; the one model of five layers
+# has a test of all 15.
 BALANCES = {
-    n: [b for k in range(1, 5) for b in itertools.product(range(1, n + 1), repeat=k) if sum(b) == n] for n in (4, 5)
+    n: [
+        b
+        for k in range(1, 5)
+        for b in itertools.product(range(1, n + 1), repeat=k)
+        if sum(b) == n
+    ]
+    for n in (4, 5)
 }
 POLICY = jax.checkpoint_policies.dots_saveable
 TABLE = {
@@ -23,14 +30,18 @@ TABLE = {
     "chunks": list(range(1, 9)),
     "rows": [8, 10, 3],
     "checkpoint": ["always", "except_last", "never", "policy"],
-    "schedule": [name for name in NAMES if name != "forward_only"],  # that one has a test of its own
+    "schedule": [
+        name for name in NAMES if name != "forward_only"
+    ],  # that one has a test of its own
     "executor": ["placed", "scan"],
     "loss": ["inside", "outside"],
 }
 
 
 def covering(table: dict[str, list], seed: int = 0) -> list[dict]:
-    """Rows in which every pair of values of two columns occurs: greedy, the best of some random rows."""
+    """Rows in which every pair of values of two columns occurs: greedy, the best of
+    some random rows.
+    """
     rng = np.random.default_rng(seed)
     names = list(table)
     pairs = {
@@ -46,7 +57,9 @@ def covering(table: dict[str, list], seed: int = 0) -> list[dict]:
         for _ in range(40):
             row = {n: int(rng.integers(len(table[n]))) for n in names}
             row[first[0]], row[first[2]] = first[1], first[3]
-            covered = {(a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2)} & pairs
+            covered = {
+                (a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2)
+            } & pairs
             if len(covered) > gain:
                 best, gain = (row, covered), len(covered)
         assert best is not None
@@ -56,7 +69,9 @@ def covering(table: dict[str, list], seed: int = 0) -> list[dict]:
 
 
 def pipe_of(layers, cut, chunks, checkpoint, schedule, executor="placed"):
-    """A pipe with that cut; where a device has several stages, one with an even number of them."""
+    """A pipe with that cut; where a device has several stages, one with an even number
+    of them.
+    """
     balances, several = BALANCES[len(layers)], NAMES[schedule].per_device != 1
     if several:
         balances = [b for b in balances if len(b) % 2 == 0]
@@ -77,8 +92,12 @@ def check(case, pipe, loss, tolerance=1e-5):
     params, needs = case.params(), case.needs
     placed = pipe.place(params)
     if loss == "inside":
-        got = pipe.value_and_grad(mse, argnums=(0, 1, 2))(placed, case.x, case.target, **needs)
-        want = case.reference.value_and_grad(mse, argnums=(0, 1, 2))(params, case.x, case.target, **needs)
+        got = pipe.value_and_grad(mse, argnums=(0, 1, 2))(
+            placed, case.x, case.target, **needs
+        )
+        want = case.reference.value_and_grad(mse, argnums=(0, 1, 2))(
+            params, case.x, case.target, **needs
+        )
         assert_same(gathered(pipe, got), want, tolerance)
         got = pipe.evaluate(mse)(placed, case.x, case.target, **needs)
         assert_same(got, want[0], tolerance)
@@ -91,7 +110,8 @@ def check(case, pipe, loss, tolerance=1e-5):
         def f(params, x, side):
             out = run(params, x, side=side, **needs)
             y, state = out if needs["state"] is not None else (out, None)
-            # On one side of the outputs: gradients that cancel over the rows are little but rounding in bfloat16.
+            # On one side of the outputs: gradients that cancel over the rows are little
+            # but rounding in bfloat16.
             return mse(y, jnp.full_like(y, 3)), (y, state)
 
         return jax.value_and_grad(f, argnums=numbers, has_aux=True)
@@ -107,18 +127,29 @@ def check(case, pipe, loss, tolerance=1e-5):
 def gathered(pipe, got):
     """A loss and its gradients, those of the parameters layer by layer."""
     value, (params, *others) = got
-    return value, (params if pipe.executor == "placed" else pipe.gather(params), *others)
+    return value, (
+        params if pipe.executor == "placed" else pipe.gather(params),
+        *others,
+    )
 
 
 def check_row(model, cut, chunks, rows, checkpoint, schedule, executor, loss):
     layers = models()[model]
     if executor == "scan":  # microbatches of equal size
         rows = chunks * -(-rows // chunks)
-    check(Case(layers, chunks, rows), pipe_of(layers, cut, chunks, checkpoint, schedule, executor), loss)
+    check(
+        Case(layers, chunks, rows),
+        pipe_of(layers, cut, chunks, checkpoint, schedule, executor),
+        loss,
+    )
 
 
 def test_the_balances_are_all_there():
-    assert {n: len({b[c * 7 % n_of] for c in range(n_of)}) for n, b in BALANCES.items() for n_of in [len(b)]} == {
+    assert {
+        n: len({b[c * 7 % n_of] for c in range(n_of)})
+        for n, b in BALANCES.items()
+        for n_of in [len(b)]
+    } == {
         4: 8,
         5: 15,
     }
@@ -148,11 +179,15 @@ def test_forwards_alone(model):
         case.reference.evaluate(mse)(params, case.x, case.target, **needs),
     )
     assert_same(pipe(placed, case.x, **needs), case.reference(params, case.x, **needs))
-    with pytest.raises(ValueError, match="has forwards only, and gradients are asked for"):
+    with pytest.raises(
+        ValueError, match="has forwards only, and gradients are asked for"
+    ):
         pipe.value_and_grad(mse)(placed, case.x, case.target, **needs)
 
 
-@pytest.mark.parametrize("row", covering(TABLE), ids=lambda r: "-".join(str(v) for v in r.values()))
+@pytest.mark.parametrize(
+    "row", covering(TABLE), ids=lambda r: "-".join(str(v) for v in r.values())
+)
 def test_every_pair(row):
     check_row(**row)
 
@@ -187,7 +222,12 @@ def test_bfloat16_models(model, loss):
 @pytest.mark.parametrize("checkpoint", TABLE["checkpoint"])
 def test_bfloat16_compute_on_float32_parameters(checkpoint):
     layers = [cast_weights(dense) for dense in models()["plain"]]
-    check(Case(layers, chunks=3), pipe_of(layers, 7, 3, checkpoint, "eager_1f1b"), "inside", tolerance=2e-2)
+    check(
+        Case(layers, chunks=3),
+        pipe_of(layers, 7, 3, checkpoint, "eager_1f1b"),
+        "inside",
+        tolerance=2e-2,
+    )
 
 
 def test_bfloat16_gradients_are_summed_in_float32_and_cast_once():
@@ -215,7 +255,13 @@ def test_devices_may_repeat_and_come_in_any_order(model, devices):
 @pytest.mark.parametrize("schedule", TABLE["schedule"])
 def test_dropout_masks_are_equal_whatever_the_partition(schedule):
     """The very same masks, not only close values: a product of masks is exact."""
-    layers = [fpipe.Layer(lambda p, x, *, key: x * p * jax.random.bernoulli(key, 0.5, x.shape).astype(x.dtype))] * 4
+    layers = [
+        fpipe.Layer(
+            lambda p, x, *, key: (
+                x * p * jax.random.bernoulli(key, 0.5, x.shape).astype(x.dtype)
+            )
+        )
+    ] * 4
     x, params = jnp.ones((6, 8)), (jnp.float32(1),) * 4
     key = jax.random.key(3)
     want = fpipe.sequential(layers, chunks=3)(params, x, key=key)
@@ -224,7 +270,9 @@ def test_dropout_masks_are_equal_whatever_the_partition(schedule):
         pipe = pipe_of(layers, cut, 3, checkpoint, schedule)
         np.testing.assert_array_equal(pipe(pipe.place(params), x, key=key), want)
         # The gradient of the sum with respect to x is the product of the masks too.
-        _, grad = pipe.value_and_grad(jnp.sum, reduction="sum", argnums=1)(pipe.place(params), x, key=key)
+        _, grad = pipe.value_and_grad(jnp.sum, reduction="sum", argnums=1)(
+            pipe.place(params), x, key=key
+        )
         np.testing.assert_array_equal(grad, want)
 
 
@@ -233,6 +281,8 @@ def test_rank_promotion_is_never_needed():
     pipe, x = fpipe.Pipe(layers, [1, 1, 1], chunks=3), jnp.ones((7, 1))
     params = pipe.place((jnp.ones((1, 1)),) * 3)
     with jax.numpy_rank_promotion("raise"):
-        loss = pipe.value_and_grad(lambda y: (y.sum(), y.size), reduction="weighted", argnums=(0, 1))
+        loss = pipe.value_and_grad(
+            lambda y: (y.sum(), y.size), reduction="weighted", argnums=(0, 1)
+        )
         assert float(loss(params, x)[0]) == 1.0
         assert float(pipe.value_and_grad(jnp.mean)(params, x)[0]) == 1.0

@@ -16,10 +16,12 @@ import pytest
 import fpipe
 
 ROOT = pathlib.Path(__file__).parent.parent
-# The scripts share compiled programs with each other, and with earlier runs. No test reads a time that a script measures:
-# programs that LLVM leaves as they are compile in half the time.
+# The scripts share compiled programs with each other, and with earlier runs. No test
+# reads a time that a script measures: programs that LLVM leaves as they are compile in
+# half the time.
 ENVIRONMENT = {
-    "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0",
+    "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
+    + " --xla_backend_optimization_level=0",
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -29,12 +31,21 @@ SMALL = ["--depth", "2", "--channels", "4", "--size", "16", "--batch", "8"]
 
 def run(script, *arguments):
     command = [sys.executable, script, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.fixture
 def inside(monkeypatch, capsys):
-    """Like `run`, in this process, for scripts that compile next to nothing: what they import costs more than what they do."""
+    """Like `run`, in this process, for scripts that compile next to nothing: what they
+    import costs more than what they do.
+    """
 
     def call(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
@@ -52,9 +63,20 @@ def inside(monkeypatch, capsys):
 
 def test_the_u_net_trains_and_draws(tmp_path):
     picture = tmp_path / "out.png"
-    done = run("examples/train_unet.py", *SMALL, "--steps", "60", "--rate", "2e-2", "--out", picture)
+    done = run(
+        "examples/train_unet.py",
+        *SMALL,
+        "--steps",
+        "60",
+        "--rate",
+        "2e-2",
+        "--out",
+        picture,
+    )
     assert done.returncode == 0, done.stderr
-    gained = re.search(r"held-out patches: \S+ dB noisy, \S+ dB denoised: ([+-]\S+) dB", done.stdout)
+    gained = re.search(
+        r"held-out patches: \S+ dB noisy, \S+ dB denoised: ([+-]\S+) dB", done.stdout
+    )
     assert gained
     assert float(gained[1]) > 1
     assert re.search(r"^device 0 F0", done.stdout, re.MULTILINE)
@@ -87,10 +109,23 @@ def test_help_explains_each_flag(inside):
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_training_cleanly(tmp_path):
     picture = tmp_path / "out.png"
-    command = [sys.executable, "examples/train_unet.py", *SMALL, "--steps", "100000", "--out", str(picture)]
+    command = [
+        sys.executable,
+        "examples/train_unet.py",
+        *SMALL,
+        "--steps",
+        "100000",
+        "--out",
+        str(picture),
+    ]
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | ENVIRONMENT, text=True, stdout=pipe, stderr=pipe
+        command,
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT,
+        text=True,
+        stdout=pipe,
+        stderr=pipe,
     ) as process:
         assert process.stderr is not None
         seen = ""
@@ -111,15 +146,36 @@ def test_ctrl_c_ends_training_cleanly(tmp_path):
 def test_the_overhead_benchmark_runs():
     done = run("examples/benchmarks/overhead.py", "--repeats", 2, "--rounds", 1)
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"^ +(5|50|zb_h1 5|zb_h1 50) .*\d\.\d\d$", done.stdout, re.MULTILINE)) == 4
+    assert (
+        len(
+            re.findall(
+                r"^ +(5|50|zb_h1 5|zb_h1 50) .*\d\.\d\d$", done.stdout, re.MULTILINE
+            )
+        )
+        == 4
+    )
 
 
 def test_the_benchmark_of_schedules_runs():
-    done = run("examples/benchmarks/schedules.py", "--repeats", 1, "--unit", 4, "--sizes", 4, "--width", 8)
+    done = run(
+        "examples/benchmarks/schedules.py",
+        "--repeats",
+        1,
+        "--unit",
+        4,
+        "--sizes",
+        4,
+        "--width",
+        8,
+    )
     assert done.returncode == 0, done.stderr
     for name in set(fpipe.schedules.NAMES) - {"forward_only"}:
-        assert re.search(rf"^{name} +4 .* 1/1 +[01]/1$", done.stdout, re.MULTILINE), name  # started in its order
-        assert re.search(rf"^{name} .* yes$", done.stdout, re.MULTILINE), name  # holds what the formula says
+        assert re.search(rf"^{name} +4 .* 1/1 +[01]/1$", done.stdout, re.MULTILINE), (
+            name
+        )  # started in its order
+        assert re.search(rf"^{name} .* yes$", done.stdout, re.MULTILINE), (
+            name
+        )  # holds what the formula says
     assert re.search(r"^tiny stages, host us an action +\d", done.stdout, re.MULTILINE)
 
 
@@ -138,7 +194,9 @@ def test_the_benchmark_of_two_processes_runs():
     ]
     done = run("examples/benchmarks/two_processes.py", *flags)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^jax eager_1f1b +\d\S+ +\d\S+ +1\.60 +\d+%", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(
+        r"^jax eager_1f1b +\d\S+ +\d\S+ +1\.60 +\d+%", done.stdout, re.MULTILINE
+    ), done.stdout
 
 
 def test_the_benchmark_of_one_device_runs():
@@ -156,27 +214,65 @@ def test_the_benchmark_of_one_device_runs():
         2,
     )
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"^(?:never|always) +(?:plain|2) +\d\S+ +\d\.\d\d$", done.stdout, re.MULTILINE)) == 4
+    assert (
+        len(
+            re.findall(
+                r"^(?:never|always) +(?:plain|2) +\d\S+ +\d\.\d\d$",
+                done.stdout,
+                re.MULTILINE,
+            )
+        )
+        == 4
+    )
 
 
 def test_plans_say_what_is_measured():
     done = run("examples/benchmarks/truth.py", "--quick", "--unit", 6)
     assert done.returncode == 0, done.stdout + done.stderr
-    arrays, scan = re.findall(r"^worst of (\d+) ratios: (\S+), goal within 5%: yes$", done.stdout, re.MULTILINE)
-    assert (arrays[0], scan[0]) == ("8", "1")  # two schedules on four devices; a program
+    arrays, scan = re.findall(
+        r"^worst of (\d+) ratios: (\S+), goal within 5%: yes$",
+        done.stdout,
+        re.MULTILINE,
+    )
+    assert (arrays[0], scan[0]) == (
+        "8",
+        "1",
+    )  # two schedules on four devices; a program
     assert abs(float(arrays[1]) - 1) <= 0.05
     assert abs(float(scan[1]) - 1) <= 0.05
     assert "pairs in the right order: 1 of 1, goal all: yes" in done.stdout
 
 
-def test_the_language_model_prints_the_same_losses_whatever_the_executor_and_goes_on_from_a_checkpoint(tmp_path):
-    small = ["--blocks", 2, "--width", 16, "--heads", 2, "--context", 16, "--batch", 8, "--steps", 6, "--every", 3]
+def test_the_language_model_prints_the_same_losses_whatever_the_executor_and_goes_on_from_a_checkpoint(
+    tmp_path,
+):
+    small = [
+        "--blocks",
+        2,
+        "--width",
+        16,
+        "--heads",
+        2,
+        "--context",
+        16,
+        "--batch",
+        8,
+        "--steps",
+        6,
+        "--every",
+        3,
+    ]
     small += ["--sample", 12, "--checkpoints", tmp_path]
 
     def losses(*arguments):
         done = run("examples/train_lm.py", *small, *arguments)
         assert done.returncode == 0, done.stderr
-        found = dict(re.findall(r"step (\d): loss (\d\.\d+, held-out loss \d\.\d+)", done.stdout + done.stderr))
+        found = dict(
+            re.findall(
+                r"step (\d): loss (\d\.\d+, held-out loss \d\.\d+)",
+                done.stdout + done.stderr,
+            )
+        )
         assert "\nThe " in done.stdout  # the sample
         return found, done.stdout
 
@@ -211,17 +307,31 @@ def test_the_resnet_trains_with_running_statistics():
     assert right
     assert float(right[1]) > 40  # chance is 10
     assert "ResNet-8: 24 layers in 2 stages" in done.stdout
-    assert re.search(r"^2 skips, [01] of them from one stage to another$", done.stdout, re.MULTILINE)
+    assert re.search(
+        r"^2 skips, [01] of them from one stage to another$", done.stdout, re.MULTILINE
+    )
     assert re.search(r"^device 0 F0", done.stdout, re.MULTILINE)
     assert "loss=" in done.stderr
 
 
 @pytest.mark.parametrize("executor", ["placed", "scan"])
 def test_a_resnet_of_101_layers_has_33_skips(inside, executor):
-    done = inside("examples/train_resnet.py", "--layers", "101", "--steps", "0", "--executor", executor)
+    done = inside(
+        "examples/train_resnet.py",
+        "--layers",
+        "101",
+        "--steps",
+        "0",
+        "--executor",
+        executor,
+    )
     assert done.returncode == 0, done.stderr
     assert "ResNet-101: 334 layers in 4 stages" in done.stdout
-    assert re.search(r"^33 skips, [1-3] of them from one stage to another$", done.stdout, re.MULTILINE)
+    assert re.search(
+        r"^33 skips, [1-3] of them from one stage to another$",
+        done.stdout,
+        re.MULTILINE,
+    )
     assert "held-out" not in done.stdout
 
 
@@ -232,7 +342,10 @@ def test_a_resnet_of_101_layers_has_33_skips(inside, executor):
         (["--steps", "-1"], "--steps -1: at least 0"),
         (["--stages", "99"], "--stages 99: the model has only 44 layers"),
         (["--batch", "9999"], "--batch 9999: there are only 1437 images to train on"),
-        (["--executor", "scan", "--chunks", "3"], "--chunks 3: with --executor scan it divides --batch 128"),
+        (
+            ["--executor", "scan", "--chunks", "3"],
+            "--chunks 3: with --executor scan it divides --batch 128",
+        ),
     ],
 )
 def test_wrong_flags_of_the_resnet_get_one_line(inside, arguments, message):

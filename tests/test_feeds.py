@@ -1,4 +1,6 @@
-"""Large inputs of the scan executor: each device has its share of the microbatches, and the one that reads gets them in time."""
+"""Large inputs of the scan executor: each device has its share of the microbatches, and
+the one that reads gets them in time.
+"""
 
 import random
 
@@ -11,20 +13,25 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fpipe
-from fpipe._scan._feeds import LARGE, is_large, share, steps
+from fpipe._executors.scan.feeds import LARGE, is_large, share, steps
 from fpipe.schedules import Action, Kind, Schedule
 from tests.helpers import WIDTH, Case, assert_same, dense, models, mse, noise
 
 
 def brought(order, microbatches, devices, reader):
-    """What the reader has in each step that reads, when every device does as it is told and passes on what it holds."""
+    """What the reader has in each step that reads, when every device does as it is told
+    and passes on what it holds.
+    """
     rows, early = steps(order, microbatches, devices, reader)
     own = share(microbatches, devices)
     come, read = [None] * devices, []
     for row in rows:
         here = [d * own + n if n < own else come[d] for d, n in enumerate(row)]
         read.append(here[reader])
-        come = [here[(d + 1) % devices] if (d + 1) % devices != reader else None for d in range(devices)]
+        come = [
+            here[(d + 1) % devices] if (d + 1) % devices != reader else None
+            for d in range(devices)
+        ]
     return read[early:], early
 
 
@@ -47,12 +54,18 @@ def test_in_order_the_first_device_needs_no_steps_before_and_the_last_one():
 
 def test_what_is_large():
     assert LARGE == 16 * 2**20
-    assert not is_large(jax.ShapeDtypeStruct((2**22,), jnp.float32), 4, LARGE)  # saves 12 MiB
+    assert not is_large(
+        jax.ShapeDtypeStruct((2**22,), jnp.float32), 4, LARGE
+    )  # saves 12 MiB
     assert is_large(jax.ShapeDtypeStruct((2**23,), jnp.float32), 4, LARGE)
     assert not is_large(jax.ShapeDtypeStruct((2**23,), jnp.int8), 4, LARGE)
-    assert not is_large(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2**23)), 4, LARGE)
+    assert not is_large(
+        jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2**23)), 4, LARGE
+    )
     assert not is_large(jax.ShapeDtypeStruct((), jnp.float32), 4, -1)
-    assert not is_large(jax.ShapeDtypeStruct((2**30,), jnp.float32), 1, LARGE)  # nothing to save on one device
+    assert not is_large(
+        jax.ShapeDtypeStruct((2**30,), jnp.float32), 1, LARGE
+    )  # nothing to save on one device
 
 
 def pipe_of(layers, balance, chunks, **options):
@@ -66,7 +79,8 @@ def machine_of(pipe):
     return pipe._scan._steps.values()[-1].machine
 
 
-# A model, the devices, the schedule, the checkpoint mode and the number of microbatches, divided by the devices or not.
+# A model, the devices, the schedule, the checkpoint mode and the number of
+# microbatches, divided by the devices or not.
 CASES = [
     ("plain", 4, "gpipe", "always", 8),
     ("plain", 4, "eager_1f1b", "never", 6),
@@ -80,20 +94,38 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("model", "devices", "schedule", "checkpoint", "chunks"), CASES)
-def test_nothing_changes_but_where_inputs_lie(model, devices, schedule, checkpoint, chunks):
-    """Inside and outside of the loss, with everything that is on no way filled with NaN."""
+@pytest.mark.parametrize(
+    ("model", "devices", "schedule", "checkpoint", "chunks"), CASES
+)
+def test_nothing_changes_but_where_inputs_lie(
+    model, devices, schedule, checkpoint, chunks
+):
+    """Inside and outside of the loss, with everything that is on no way filled with
+    NaN.
+    """
     layers = models()[model]
     case = Case(layers, chunks, rows=2 * chunks)
     params, needs = case.params(), case.needs
-    options = {"devices": jax.devices()[:devices], "schedule": schedule, "checkpoint": checkpoint}
+    options = {
+        "devices": jax.devices()[:devices],
+        "schedule": schedule,
+        "checkpoint": checkpoint,
+    }
     pipe = pipe_of(layers, (1, 1, 1, len(layers) - 3), chunks, **options)
     pipe._scan.idle = float("nan")
     placed = pipe.place(params)
-    value, grads = pipe.value_and_grad(mse, argnums=(0, 1))(placed, case.x, case.target, **needs)
-    want = case.reference.value_and_grad(mse, argnums=(0, 1))(params, case.x, case.target, **needs)
+    value, grads = pipe.value_and_grad(mse, argnums=(0, 1))(
+        placed, case.x, case.target, **needs
+    )
+    want = case.reference.value_and_grad(mse, argnums=(0, 1))(
+        params, case.x, case.target, **needs
+    )
     assert_same((value, (pipe.gather(grads[0]), grads[1])), want)
-    fed = {(feed.port.kind, feed.kind) for own in machine_of(pipe).segments[0].feeds for feed in own}
+    fed = {
+        (feed.port.kind, feed.kind)
+        for own in machine_of(pipe).segments[0].feeds
+        for feed in own
+    }
     assert {("x", "F"), ("targets", "F")} <= fed, fed
 
     def total(run):
@@ -104,16 +136,24 @@ def test_nothing_changes_but_where_inputs_lie(model, devices, schedule, checkpoi
         return jax.value_and_grad(f, argnums=(0, 1))
 
     value, grads = total(pipe)(placed, case.x)
-    assert_same((value, (pipe.gather(grads[0]), grads[1])), total(case.reference)(params, case.x))
+    assert_same(
+        (value, (pipe.gather(grads[0]), grads[1])),
+        total(case.reference)(params, case.x),
+    )
 
 
 def test_only_what_is_large_lies_over_the_devices():
-    """Of one `x` an image does and a number per row does not; what goes whole to every microbatch does not either."""
+    """Of one `x` an image does and a number per row does not; what goes whole to every
+    microbatch does not either.
+    """
 
     def mix(p, x):
         return (x["image"] @ p) * x["scale"][:, None] + x["bias"]
 
-    layers = [fpipe.Layer(mix, lambda key, x: noise(key, (WIDTH, WIDTH)) * 0.3), *[dense()] * 3]
+    layers = [
+        fpipe.Layer(mix, lambda key, x: noise(key, (WIDTH, WIDTH)) * 0.3),
+        *[dense()] * 3,
+    ]
     rows = 8
     x = {
         "image": noise(jax.random.key(0), (rows, WIDTH)),
@@ -124,29 +164,49 @@ def test_only_what_is_large_lies_over_the_devices():
     pipe._scan.large = x["scale"].nbytes
     params = ref.init(jax.random.key(1), x)
     value, grads = pipe.value_and_grad(lambda y: jnp.mean(y**2))(pipe.place(params), x)
-    assert_same((value, pipe.gather(grads)), ref.value_and_grad(lambda y: jnp.mean(y**2))(params, x))
-    assert [(leaf.port.kind, leaf.k) for leaf in machine_of(pipe).spread] == [("x", 1)]  # bias, image, scale
+    assert_same(
+        (value, pipe.gather(grads)),
+        ref.value_and_grad(lambda y: jnp.mean(y**2))(params, x),
+    )
+    assert [(leaf.port.kind, leaf.k) for leaf in machine_of(pipe).spread] == [
+        ("x", 1)
+    ]  # bias, image, scale
 
 
 def test_a_reader_that_is_far_at_the_start_gets_ticks_before():
-    """Stage 0 on the last device: the first microbatch, on device 0, has one device to go before anything runs."""
+    """Stage 0 on the last device: the first microbatch, on device 0, has one device to
+    go before anything runs.
+    """
     m, layers = 4, [dense()] * 2
     kinds: tuple[Kind, ...] = ("F", "B")
     rows = [[Action(kind, s, i) for kind in kinds for i in range(m)] for s in (1, 0)]
     schedule = Schedule(actions=tuple(map(tuple, rows)), stage_to_device=(1, 0))
     case = Case(layers, m, rows=8)
     params = case.params()
-    pipe = pipe_of(layers, (1, 1), m, devices=jax.devices()[:2], schedule=lambda *_: schedule)
+    pipe = pipe_of(
+        layers, (1, 1), m, devices=jax.devices()[:2], schedule=lambda *_: schedule
+    )
     value, grads = pipe.value_and_grad(mse)(pipe.place(params), case.x, case.target)
-    assert_same((value, pipe.gather(grads)), case.reference.value_and_grad(mse)(params, case.x, case.target))
+    assert_same(
+        (value, pipe.gather(grads)),
+        case.reference.value_and_grad(mse)(params, case.x, case.target),
+    )
     table = machine_of(pipe).segments[0].table
-    whole = fpipe.Pipe(layers, chunks=m, executor="scan", devices=jax.devices()[:2], schedule=lambda *_: schedule)
+    whole = fpipe.Pipe(
+        layers,
+        chunks=m,
+        executor="scan",
+        devices=jax.devices()[:2],
+        schedule=lambda *_: schedule,
+    )
     whole.value_and_grad(mse)(whole.place(params), case.x, case.target)
     assert table.shape[1] == machine_of(whole).segments[0].table.shape[1] + 1
 
 
 def test_each_device_holds_its_share():
-    """Bytes, of what is given and of what the compiled program takes: a quarter, at any number of microbatches."""
+    """Bytes, of what is given and of what the compiled program takes: a quarter, at any
+    number of microbatches.
+    """
     layers = [dense(64)] * 4
     for m in (8, 32):
         x = jnp.ones((64 * m, 64))
@@ -156,12 +216,20 @@ def test_each_device_holds_its_share():
             pipe._scan.large = large
             params = pipe.init(jax.random.key(0), x)
             (laid,) = pipe._scan._put([np.asarray(x)])
-            assert {s.data.nbytes for s in laid.addressable_shards} == {x.nbytes // 4 if large == 0 else x.nbytes}
-            analysis = jax.jit(pipe.value_and_grad(mse)).lower(params, laid, laid).compile().memory_analysis()
+            assert {s.data.nbytes for s in laid.addressable_shards} == {
+                x.nbytes // 4 if large == 0 else x.nbytes
+            }
+            analysis = (
+                jax.jit(pipe.value_and_grad(mse))
+                .lower(params, laid, laid)
+                .compile()
+                .memory_analysis()
+            )
             assert analysis is not None
             held[large] = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
         assert held[LARGE][0] - held[0][0] == 2 * x.nbytes * 3 // 4
-        # The loop holds what is on its way, a few microbatches, and no copy of the whole.
+        # The loop holds what is on its way, a few microbatches, and no copy of the
+        # whole.
         assert held[0][1] - held[LARGE][1] < 12 * x.nbytes // m, held
 
 
@@ -180,9 +248,18 @@ def test_a_batch_over_both_axes():
 def test_the_same_with_bfloat16_and_integers():
     table = noise(jax.random.key(0), (11, WIDTH)).astype(jnp.bfloat16)
     layers = [fpipe.Layer(lambda p, x: p[x], lambda key, x: table), *[dense()] * 3]
-    x, target = jnp.arange(8 * 7).reshape(8, 7) % 11, jnp.ones((8, 7, WIDTH), jnp.bfloat16)
+    x, target = (
+        jnp.arange(8 * 7).reshape(8, 7) % 11,
+        jnp.ones((8, 7, WIDTH), jnp.bfloat16),
+    )
     ref, pipe = fpipe.sequential(layers, chunks=4), pipe_of(layers, (1, 1, 1, 1), 4)
-    blocks = [made for made, *_ in [fpipe.sequential([dense()]).init(jax.random.key(1), jnp.ones((1, WIDTH)))] * 3]
+    blocks = [
+        made
+        for made, *_ in [
+            fpipe.sequential([dense()]).init(jax.random.key(1), jnp.ones((1, WIDTH)))
+        ]
+        * 3
+    ]
     params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (table, *blocks))
     value, grads = pipe.value_and_grad(mse)(pipe.place(params), x, target)
     want = ref.value_and_grad(mse)(params, x, target)
@@ -191,15 +268,24 @@ def test_the_same_with_bfloat16_and_integers():
 
 
 def test_a_program_from_the_compilation_cache_keeps_the_order_of_what_moves():
-    """Six moves in a phase, none of which needs another's result. The second program is loaded; without an order among them
-    the devices then wait for each other in different ones (jax 0.10.2), which ends the process.
+    """Six moves in a phase, none of which needs another's result. The second program is
+    loaded; without an order among them the devices then wait for each other in
+    different ones (jax 0.10.2), which ends the process.
     """
     layers = models()["jump3"]
     case = Case(layers, 2, rows=4)
     params, needs = case.params(), case.needs
-    want = case.reference.value_and_grad(mse, argnums=(0, 1, 2))(params, case.x, case.target, **needs)
-    options = {"devices": jax.devices()[:3], "schedule": "gpipe", "checkpoint": jax.checkpoint_policies.dots_saveable}
+    want = case.reference.value_and_grad(mse, argnums=(0, 1, 2))(
+        params, case.x, case.target, **needs
+    )
+    options = {
+        "devices": jax.devices()[:3],
+        "schedule": "gpipe",
+        "checkpoint": jax.checkpoint_policies.dots_saveable,
+    }
     for _ in range(2):
         pipe = pipe_of(layers, (1, 2, 1), 2, **options)
-        value, grads = pipe.value_and_grad(mse, argnums=(0, 1, 2))(pipe.place(params), case.x, case.target, **needs)
+        value, grads = pipe.value_and_grad(mse, argnums=(0, 1, 2))(
+            pipe.place(params), case.x, case.target, **needs
+        )
         assert_same((value, (pipe.gather(grads[0]), *grads[1:])), want)

@@ -20,7 +20,7 @@ from flax import nnx
 import fpipe
 import fpipe.flax
 import fpipe.optim
-from fpipe._tree import Tracer, shapes_of
+from fpipe._core.pytrees import Tracer, shapes_of
 from tests.helpers import assert_same, mse, noise, raises
 
 EXECUTORS = ["placed", "scan"]
@@ -41,7 +41,9 @@ class Block(nn.Module):
     def __call__(self, x, train):
         y = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
         y = nn.Dense(self.width)(y)
-        y = nn.Dropout(self.rate, rng_collection=self.stream)(jnp.tanh(y), deterministic=not train)
+        y = nn.Dropout(self.rate, rng_collection=self.stream)(
+            jnp.tanh(y), deterministic=not train
+        )
         self.sow("intermediates", "seen", y)
         return x + y
 
@@ -66,7 +68,9 @@ class Scanned(nn.Module):
         block = nn.remat(Deep)(train)
         axes: Any = {"params": 0}
         split: Any = {"params": True, "dropout": True}
-        return nn.scan(body, variable_axes=axes, split_rngs=split, length=3)(block, x, None)[0]
+        return nn.scan(body, variable_axes=axes, split_rngs=split, length=3)(
+            block, x, None
+        )[0]
 
 
 class Deep(nn.Module):
@@ -106,11 +110,15 @@ def pipe_of(layers, executor, chunks=CHUNKS, stages=2):
     return fpipe.Pipe(layers, balance, chunks=chunks, executor=executor)
 
 
-def trained(layers, executor, params, x, target, state=None, key=None, train=False, loss=mse):
+def trained(
+    layers, executor, params, x, target, state=None, key=None, train=False, loss=mse
+):
     """Loss, gradients by layer and states of one step."""
     pipe = pipe_of(layers, executor)
     placed = pipe.place(params)
-    result, grads = pipe.value_and_grad(loss)(placed, x, target, state=state, key=key, train=train)
+    result, grads = pipe.value_and_grad(loss)(
+        placed, x, target, state=state, key=key, train=train
+    )
     grads = pipe.gather(grads) if executor == "scan" else grads
     return result, grads
 
@@ -124,11 +132,15 @@ def stream_key(layer, microbatch, stream):
 
 
 def by_hand(call, params, state, x, target):
-    """A step of the plain model, microbatch by microbatch: `call(params, state, x, microbatch) -> y, state`."""
+    """A step of the plain model, microbatch by microbatch: `call(params, state, x,
+    microbatch) -> y, state`.
+    """
 
     def loss(params):
         total, now = 0.0, state
-        for i, (a, b) in enumerate(zip(jnp.split(x, CHUNKS), jnp.split(target, CHUNKS), strict=True)):
+        for i, (a, b) in enumerate(
+            zip(jnp.split(x, CHUNKS), jnp.split(target, CHUNKS), strict=True)
+        ):
             y, now = call(params, now, a, i)
             total += mse(y, b) / CHUNKS
             now = jax.lax.stop_gradient(now)
@@ -142,7 +154,9 @@ def by_hand(call, params, state, x, target):
 
 
 def sequential():
-    return nn.Sequential([nn.Dense(5), nn.relu, nn.Dense(4, name="middle"), nn.LayerNorm(), nn.Dense(3)])
+    return nn.Sequential(
+        [nn.Dense(5), nn.relu, nn.Dense(4, name="middle"), nn.LayerNorm(), nn.Dense(3)]
+    )
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -152,7 +166,13 @@ def test_a_linen_sequential_is_what_it_is_without_a_pipeline(executor):
     layers = fpipe.flax.layers(model)
     params, state = fpipe.flax.split_variables(model, variables)
     assert state == (None,) * 5
-    assert [layer.name for layer in layers] == ["layers_0", "relu", "layers_2", "layers_3", "layers_4"]
+    assert [layer.name for layer in layers] == [
+        "layers_0",
+        "relu",
+        "layers_2",
+        "layers_3",
+        "layers_4",
+    ]
     pipe = pipe_of(layers, executor)
     made = pipe.gather(pipe.init(jax.random.key(0), X))
     assert shapes_of(made) == shapes_of(params)
@@ -173,10 +193,16 @@ def test_init_is_what_flax_makes_with_the_key_of_the_layer():
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("stream", ["dropout", "noise"])
 def test_batch_statistics_and_dropout_of_linen(executor, stream):
-    """State goes from microbatch to microbatch, a mask comes from call, layer, microbatch and stream."""
+    """State goes from microbatch to microbatch, a mask comes from call, layer,
+    microbatch and stream.
+    """
     modules = [Block(stream=stream), nn.Dense(3), Block(stream=stream)]
     layers = fpipe.flax.layers(modules, X)
-    assert [layer.needs for layer in layers] == [("state", "key", "train"), (), ("state", "key", "train")]
+    assert [layer.needs for layer in layers] == [
+        ("state", "key", "train"),
+        (),
+        ("state", "key", "train"),
+    ]
     pipe = pipe_of(layers, executor)
     params = pipe.gather(pipe.init(jax.random.key(0), X))
     state = pipe.init_state(X)
@@ -192,11 +218,19 @@ def test_batch_statistics_and_dropout_of_linen(executor, stream):
                 x = module.apply({"params": params[n]}, x)
             else:
                 rngs = {stream: stream_key(n, i, stream)}
-                x, new[n] = module.apply({"params": params[n], **state[n]}, x, True, rngs=rngs, mutable=["batch_stats"])
+                x, new[n] = module.apply(
+                    {"params": params[n], **state[n]},
+                    x,
+                    True,
+                    rngs=rngs,
+                    mutable=["batch_stats"],
+                )
         return x, tuple(new)
 
     (value, now), grads = trained(layers, executor, params, X, TARGET, state, KEY, True)
-    assert_same(((value, now), grads), by_hand(call, params, jax.device_get(state), X, TARGET))
+    assert_same(
+        ((value, now), grads), by_hand(call, params, jax.device_get(state), X, TARGET)
+    )
 
     placed = pipe.place(params)
     y, same = pipe(placed, X, state=now)
@@ -215,7 +249,12 @@ def test_masks_differ_between_layers_and_microbatches(executor):
     x = jnp.ones((4, 16))
     got = pipe(pipe.place([{}]), x, key=KEY, train=True)
     want: list[Any] = [
-        nn.Dropout(0.5).apply({}, x[:2], deterministic=False, rngs={"dropout": stream_key(0, i, "dropout")})
+        nn.Dropout(0.5).apply(
+            {},
+            x[:2],
+            deterministic=False,
+            rngs={"dropout": stream_key(0, i, "dropout")},
+        )
         for i in range(2)
     ]
     np.testing.assert_array_equal(got, jnp.concatenate(want))
@@ -227,7 +266,11 @@ def test_masks_differ_between_layers_and_microbatches(executor):
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
 def test_two_inputs_and_two_outputs(kind, executor):
     pair = (X, 2 * X + 1)
-    modules: list[Any] = [Mixed(), Mixed()] if kind == "linen" else [NMixed(nnx.Rngs(0)), NMixed(nnx.Rngs(1))]
+    modules: list[Any] = (
+        [Mixed(), Mixed()]
+        if kind == "linen"
+        else [NMixed(nnx.Rngs(0)), NMixed(nnx.Rngs(1))]
+    )
     layers = fpipe.flax.layers(modules, pair)
 
     def loss(y, target):
@@ -238,7 +281,11 @@ def test_two_inputs_and_two_outputs(kind, executor):
     def plain(params):
         y = pair
         for module, p in zip(modules, params, strict=True):
-            y = module.apply({"params": p}, *y) if kind == "linen" else nnx.merge(nnx.split(module)[0], p)(*y)
+            y = (
+                module.apply({"params": p}, *y)
+                if kind == "linen"
+                else nnx.merge(nnx.split(module)[0], p)(*y)
+            )
         return loss(y, TARGET)
 
     got = trained(layers, executor, params, pair, TARGET, loss=loss)
@@ -246,7 +293,11 @@ def test_two_inputs_and_two_outputs(kind, executor):
 
 
 def test_a_class_is_no_module():
-    with raises(TypeError, "`fpipe.flax.layers(model)`: got the class Dense; a module is made of it, `Dense(...)`"):
+    with raises(
+        TypeError,
+        "`fpipe.flax.layers(model)`: got the class Dense; a module is made of it, "
+        "`Dense(...)`",
+    ):
         fpipe.flax.layers([nn.Dense, nn.relu])
 
 
@@ -261,10 +312,15 @@ def test_in_a_sequential_tuples_and_dicts_are_arguments_as_in_flax():
         def __call__(self, x):
             return x, x + 1
 
-    model = nn.Sequential([Take(), lambda a, b: {"a": a, "b": b}, Named(), lambda x: x * 2])
+    model = nn.Sequential(
+        [Take(), lambda a, b: {"a": a, "b": b}, Named(), lambda x: x * 2]
+    )
     variables = model.init(KEY, X)
     params, _ = fpipe.flax.split_variables(model, variables)
-    assert_same(fpipe.sequential(fpipe.flax.layers(model, X))(params, X), model.apply(variables, X))
+    assert_same(
+        fpipe.sequential(fpipe.flax.layers(model, X))(params, X),
+        model.apply(variables, X),
+    )
 
 
 def test_a_method_may_be_given_by_name_as_a_function_or_bound():
@@ -274,7 +330,10 @@ def test_a_method_may_be_given_by_name_as_a_function_or_bound():
             return nn.Dense(3)(a) + b, jnp.float32(train)
 
     module = Several()
-    layers = [fpipe.flax.layer(module, method=method) for method in ("both", Several.both, module.both)]
+    layers = [
+        fpipe.flax.layer(module, method=method)
+        for method in ("both", Several.both, module.both)
+    ]
     params = fpipe.sequential(layers[:1]).init(KEY, (X, X))[0]
     for layer in layers:
         y = layer(params, (X, 2 * X), key=None, train=True)
@@ -308,11 +367,18 @@ def test_scanned_rematerialised_and_shared_modules_inside_a_layer(executor):
     assert jax.tree.leaves(params[0])[0].shape == (3, 3)
 
     def call(params, state, x, i):
-        y = module.apply({"params": params[0]}, x, True, rngs={"dropout": stream_key(0, i, "dropout")})
+        y = module.apply(
+            {"params": params[0]},
+            x,
+            True,
+            rngs={"dropout": stream_key(0, i, "dropout")},
+        )
         return nn.Dense(3).apply({"params": params[1]}, y), state
 
     (want, _), grads = by_hand(call, params, (), X, TARGET)
-    assert_same(trained(layers, executor, params, X, TARGET, key=KEY, train=True), (want, grads))
+    assert_same(
+        trained(layers, executor, params, X, TARGET, key=KEY, train=True), (want, grads)
+    )
 
 
 def test_the_argument_that_says_whether_it_trains():
@@ -322,17 +388,24 @@ def test_the_argument_that_says_whether_it_trains():
             return x * (0.0 if frozen else 1.0), train
 
     def outputs(layer):
-        return [layer(({}), 1.0, **({"train": t} if layer.asks("train") else {})) for t in (False, True)]
+        return [
+            layer(({}), 1.0, **({"train": t} if layer.asks("train") else {}))
+            for t in (False, True)
+        ]
 
     assert outputs(fpipe.flax.layer(Says())) == [(0.0, False), (0.0, True)]
-    assert outputs(fpipe.flax.layer(Says(), train="not frozen")) == [(0.0, None), (1.0, None)]
+    assert outputs(fpipe.flax.layer(Says(), train="not frozen")) == [
+        (0.0, None),
+        (1.0, None),
+    ]
     assert outputs(fpipe.flax.layer(Says(), train=True)) == [(0.0, True), (0.0, True)]
     assert not fpipe.flax.layer(Says(), train=True).asks("train")
     # Set among the fields: Flax refuses it as an argument too.
     assert not fpipe.flax.layer(nn.Dropout(0.5, deterministic=True)).asks("train")
     with raises(
         ValueError,
-        "`fpipe.flax.layer(module)` of layer 'Says': train='training', but the arguments are ['x', 'mask', 'frozen', "
+        "`fpipe.flax.layer(module)` of layer 'Says': train='training', but the "
+        "arguments are ['x', 'mask', 'frozen', "
         "'train']",
     ):
         fpipe.flax.layer(Says(), train="training")
@@ -343,8 +416,12 @@ def test_static_arguments_of_remat_are_positions():
     layer = fpipe.flax.layer(block, X)
     model = fpipe.sequential([layer])
     params, state = model.init(KEY, X), model.init_state(X)
-    (got, _), _ = model.value_and_grad(mse)(params, X, TARGET, state=state, key=KEY, train=True)
-    y, _ = Block(rate=0.0).apply({"params": params[0], **state[0]}, X, True, mutable=["batch_stats"])
+    (got, _), _ = model.value_and_grad(mse)(
+        params, X, TARGET, state=state, key=KEY, train=True
+    )
+    y, _ = Block(rate=0.0).apply(
+        {"params": params[0], **state[0]}, X, True, mutable=["batch_stats"]
+    )
     assert_same(got, mse(y, TARGET))
 
 
@@ -358,19 +435,31 @@ def test_a_collection_of_any_name_is_state():
             self.sow("losses", "norm", jnp.sum(x))
             return nn.Dense(3)(x) + count.value.astype(x.dtype)
 
-    for layer in (fpipe.flax.layer(Counts(), X), fpipe.flax.layer(Counts(), state=["mine"], rngs=[])):
+    for layer in (
+        fpipe.flax.layer(Counts(), X),
+        fpipe.flax.layer(Counts(), state=["mine"], rngs=[]),
+    ):
         assert layer.needs == ("state",)
         pipe = pipe_of([layer, layer], "placed")
         state = pipe.init_state(X)
         assert state == ({"mine": {"count": 0}},) * 2
-        (_, state), _ = pipe.value_and_grad(mse)(pipe.init(KEY, X), X, TARGET, state=state)
+        (_, state), _ = pipe.value_and_grad(mse)(
+            pipe.init(KEY, X), X, TARGET, state=state
+        )
         assert state == ({"mine": {"count": CHUNKS}},) * 2
 
 
 class Noise(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return x + self.variable("noise", "table", lambda: jax.random.normal(self.make_rng("params"), (3,))).value
+        return (
+            x
+            + self.variable(
+                "noise",
+                "table",
+                lambda: jax.random.normal(self.make_rng("params"), (3,)),
+            ).value
+        )
 
 
 class NNoise(nnx.Module):
@@ -386,7 +475,11 @@ def test_random_state_differs_from_layer_to_layer_and_is_what_flax_makes_with_th
     state = model.init_state(X, key=KEY)
     for k in range(4):
         own = jax.random.fold_in(KEY, k)
-        want = {"noise": Noise().init(own, X)["noise"]} if k < 2 else {"table": NNoise(nnx.Rngs(own)).table[...]}
+        want = (
+            {"noise": Noise().init(own, X)["noise"]}
+            if k < 2
+            else {"table": NNoise(nnx.Rngs(own)).table[...]}
+        )
         assert_same(state[k], want, 0.0)
     assert not np.array_equal(state[0]["noise"]["table"], state[1]["noise"]["table"])
     assert not np.array_equal(state[2]["table"], state[3]["table"])
@@ -397,7 +490,9 @@ def test_random_state_differs_from_layer_to_layer_and_is_what_flax_makes_with_th
 
 def nnx_model():
     rngs = nnx.Rngs(0)
-    return nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), nnx.relu, nnx.Linear(4, 3, rngs=rngs), NBlock(rngs))
+    return nnx.Sequential(
+        nnx.Linear(3, 4, rngs=rngs), nnx.relu, nnx.Linear(4, 3, rngs=rngs), NBlock(rngs)
+    )
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -451,10 +546,14 @@ def test_batch_statistics_and_dropout_of_nnx(executor):
 
 def test_an_nnx_module_that_is_made_where_it_belongs():
     make = functools.partial(NBlock)
-    model = fpipe.sequential([fpipe.flax.layer(make), fpipe.flax.layer(NBlock, name="second")])
+    model = fpipe.sequential(
+        [fpipe.flax.layer(make), fpipe.flax.layer(NBlock, name="second")]
+    )
     assert [layer.name for layer in model.model.layers] == ["NBlock", "second"]
     params = model.init(KEY, X)
-    want = nnx.to_pure_dict(nnx.state(NBlock(nnx.Rngs(jax.random.fold_in(KEY, 1))), nnx.Param))
+    want = nnx.to_pure_dict(
+        nnx.state(NBlock(nnx.Rngs(jax.random.fold_in(KEY, 1))), nnx.Param)
+    )
     assert_same(params[1], want, 0.0)
     y, _ = model(params, X, state=model.init_state(X))
     assert y.shape == X.shape
@@ -467,7 +566,9 @@ def test_an_nnx_module_of_shapes_has_no_values_to_begin_with():
     layer = fpipe.flax.layer(shapes)
     assert layer.init is None
     own = nnx.to_pure_dict(nnx.state(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), nnx.Param))
-    assert_same(fpipe.sequential([layer])((own,), X), nnx.Linear(3, 3, rngs=nnx.Rngs(0))(X))
+    assert_same(
+        fpipe.sequential([layer])((own,), X), nnx.Linear(3, 3, rngs=nnx.Rngs(0))(X)
+    )
 
 
 def test_streams_that_an_nnx_module_takes_in_its_call():
@@ -487,7 +588,8 @@ def test_streams_that_an_nnx_module_takes_in_its_call():
     np.testing.assert_array_equal(layer({}, x, key=None, train=False), x)
     with raises(
         ValueError,
-        "layer 'Takes': its module draws from the random stream 'default', but the call was given no key: pass `key=`, "
+        "layer 'Takes': its module draws from the random stream 'default', but the "
+        "call was given no key: pass `key=`, "
         "or `train=False`",
     ):
         layer({}, x, key=None, train=True)
@@ -514,7 +616,9 @@ def test_transforms_inside_an_nnx_layer_run_without_a_key():
 class Tokens(nn.Module):
     @nn.compact
     def __call__(self, tokens):
-        return nn.Embed(6, 3, name="table")(tokens) + nn.Embed(2, 3, name="place")(jnp.arange(2))
+        return nn.Embed(6, 3, name="table")(tokens) + nn.Embed(2, 3, name="place")(
+            jnp.arange(2)
+        )
 
 
 class Head(nn.Module):
@@ -534,19 +638,29 @@ def token_loss(y, target):
 @pytest.mark.parametrize("kind", ["whole", "part", "beside", "nnx"])
 def test_tied_embeddings(kind, executor):
     embed, head = nn.Embed(6, 3), Head()
-    first: Any = {"whole": embed, "nnx": nnx.Embed(6, 3, rngs=nnx.Rngs(0))}.get(kind, Tokens())
+    first: Any = {"whole": embed, "nnx": nnx.Embed(6, 3, rngs=nnx.Rngs(0))}.get(
+        kind, Tokens()
+    )
     last = {
         "whole": lambda: fpipe.flax.tied(embed, "embed", method="attend"),
         "part": lambda: fpipe.flax.tied(embed, "embed/table", method=nn.Embed.attend),
         "beside": lambda: fpipe.flax.layer(head, borrow={"table": "embed/table"}),
         "nnx": lambda: fpipe.flax.tied(first, "embed", method="attend"),
     }[kind]()
-    layers = [fpipe.flax.layer(first, name="embed"), fpipe.flax.layer(nn.Dense(3)), last]
+    layers = [
+        fpipe.flax.layer(first, name="embed"),
+        fpipe.flax.layer(nn.Dense(3)),
+        last,
+    ]
     params = fpipe.sequential(layers).init(KEY, TOKENS)
     assert set(params[2]) == ({"Dense_0"} if kind == "beside" else set())
 
     def plain(params):
-        x = first.apply({"params": params[0]}, TOKENS) if kind != "nnx" else params[0]["embedding"][TOKENS]
+        x = (
+            first.apply({"params": params[0]}, TOKENS)
+            if kind != "nnx"
+            else params[0]["embedding"][TOKENS]
+        )
         x = nn.Dense(3).apply({"params": params[1]}, x)
         table = params[0]["table"] if kind in ("part", "beside") else params[0]
         if kind == "beside":
@@ -562,17 +676,27 @@ def test_tied_embeddings(kind, executor):
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
 def test_a_module_that_is_there_twice_is_tied(kind):
     dense: Any = nn.Dense(3) if kind == "linen" else nnx.Linear(3, 3, rngs=nnx.Rngs(0))
-    model: Any = nn.Sequential([dense, nn.relu, dense]) if kind == "linen" else nnx.Sequential(dense, nnx.relu, dense)
+    model: Any = (
+        nn.Sequential([dense, nn.relu, dense])
+        if kind == "linen"
+        else nnx.Sequential(dense, nnx.relu, dense)
+    )
     layers = fpipe.flax.layers(model, X)
     variables: Any = model.init(KEY, X) if kind == "linen" else nnx.state(model)
     params, _ = fpipe.flax.split_variables(model, variables)
     assert params[1:] == ((), {})
 
     def loss(variables):
-        y = model.apply(variables, X) if kind == "linen" else nnx.merge(nnx.split(model)[0], variables)(X)
+        y = (
+            model.apply(variables, X)
+            if kind == "linen"
+            else nnx.merge(nnx.split(model)[0], variables)(X)
+        )
         return mse(y, TARGET)
 
-    want = jax.value_and_grad(loss)(variables if kind == "linen" else nnx.to_pure_dict(variables))
+    want = jax.value_and_grad(loss)(
+        variables if kind == "linen" else nnx.to_pure_dict(variables)
+    )
     got, grads = trained(layers, "placed", params, X, TARGET)
     assert_same((got, fpipe.flax.merge_variables(model, grads)), want)
 
@@ -580,21 +704,31 @@ def test_a_module_that_is_there_twice_is_tied(kind):
 def test_parts_of_lists_of_nnx_are_borrowed_by_number():
     class Two(nnx.Module):
         def __init__(self, rngs):
-            self.each = nnx.List([nnx.Linear(3, 3, rngs=rngs), nnx.Linear(3, 3, rngs=rngs)])
+            self.each = nnx.List(
+                [nnx.Linear(3, 3, rngs=rngs), nnx.Linear(3, 3, rngs=rngs)]
+            )
 
         def __call__(self, x):
             return self.each[1](jnp.sin(self.each[0](x)))
 
     first = fpipe.flax.layer(Two, name="first")
-    model = fpipe.sequential([first, fpipe.flax.layer(Two, borrow={"each/0": "first/each/1"})])
+    model = fpipe.sequential(
+        [first, fpipe.flax.layer(Two, borrow={"each/0": "first/each/1"})]
+    )
     params = model.init(KEY, X)
     assert list(params[1]["each"]) == [1]
     whole = params[0], {"each": {0: params[0]["each"][1], 1: params[1]["each"][1]}}
-    assert_same(model(params, X), fpipe.sequential([first, fpipe.flax.layer(Two)])(whole, X))
+    assert_same(
+        model(params, X), fpipe.sequential([first, fpipe.flax.layer(Two)])(whole, X)
+    )
     with pytest.raises(
-        ValueError, match="layer 'Two' borrows 'each/7' from layer 'first/each/1', but its module has no such"
+        ValueError,
+        match="layer 'Two' borrows 'each/7' from layer 'first/each/1', but its module "
+        "has no such",
     ):
-        fpipe.sequential([first, fpipe.flax.layer(Two, borrow={"each/7": "first/each/1"})])(params, X)
+        fpipe.sequential(
+            [first, fpipe.flax.layer(Two, borrow={"each/7": "first/each/1"})]
+        )(params, X)
 
 
 def test_a_tied_layer_makes_no_parameters():
@@ -607,27 +741,40 @@ def test_a_tied_layer_makes_no_parameters():
     assert layer.init(KEY, X, borrowed={"dense": {"kernel": X[:3], "bias": X[0]}}) == {}
 
 
-@pytest.mark.parametrize("module", [nn.Embed(6, 5), nnx.Embed(6, 5, rngs=nnx.Rngs(0))], ids=["linen", "nnx"])
+@pytest.mark.parametrize(
+    "module", [nn.Embed(6, 5), nnx.Embed(6, 5, rngs=nnx.Rngs(0))], ids=["linen", "nnx"]
+)
 def test_an_owner_that_does_not_fit(module):
     kind = "linen" if isinstance(module, nn.Module) else "nnx"
     small = nn.Embed(6, 3) if kind == "linen" else nnx.Embed(6, 3, rngs=nnx.Rngs(0))
     why = {
-        "linen": 'For parameter "embedding" in "/", the given initializer is expected to generate shape (6, 3), but the '
+        "linen": 'For parameter "embedding" in "/", the given initializer is expected '
+        "to generate shape (6, 3), but the "
         "existing parameter it received has shape (6, 5)",
         "nnx": "its module needs {'embedding': float32[6,3]}",
     }[kind]
     message = (
-        "layer 'head' borrows its parameters from layer 'embed', but the owner has {'embedding': float32[6,5]}, which does "
+        "layer 'head' borrows its parameters from layer 'embed', but the owner has "
+        "{'embedding': float32[6,5]}, which does "
         f"not fit: {why}"
     )
-    model = [fpipe.flax.layer(module, name="embed"), fpipe.flax.tied(small, "embed", method="attend", name="head")]
+    model = [
+        fpipe.flax.layer(module, name="embed"),
+        fpipe.flax.tied(small, "embed", method="attend", name="head"),
+    ]
     sequential = fpipe.sequential(model)
     with raises(ValueError, message):
         sequential.init(KEY, TOKENS)
     with raises(ValueError, message):
         sequential(({"embedding": jnp.ones((6, 5))}, {}), TOKENS)
-    missing = [model[0], fpipe.flax.tied(small, "embed/nowhere", method="attend", name="head")]
-    with pytest.raises(ValueError, match="from layer 'embed/nowhere', but the owner has None, which does not fit: "):
+    missing = [
+        model[0],
+        fpipe.flax.tied(small, "embed/nowhere", method="attend", name="head"),
+    ]
+    with pytest.raises(
+        ValueError,
+        match="from layer 'embed/nowhere', but the owner has None, which does not fit: ",
+    ):
         fpipe.sequential(missing)(({"embedding": jnp.ones((6, 5))}, {}), TOKENS)
 
 
@@ -639,10 +786,14 @@ def stateful(kind) -> tuple[Any, Any]:
     if kind == "nnx":
         rngs = nnx.Rngs(0)
         norm = nnx.BatchNorm(4, rngs=rngs)
-        model = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), norm, nnx.relu, nnx.Linear(4, 3, rngs=rngs))
+        model = nnx.Sequential(
+            nnx.Linear(3, 4, rngs=rngs), norm, nnx.relu, nnx.Linear(4, 3, rngs=rngs)
+        )
         return model, nnx.state(model)
     norm = nn.BatchNorm(use_running_average=True, name="norm")
-    model = nn.Sequential([nn.Dense(4), norm, nn.relu, nn.Dropout(0.1, deterministic=True), nn.Dense(3)])
+    model = nn.Sequential(
+        [nn.Dense(4), norm, nn.relu, nn.Dropout(0.1, deterministic=True), nn.Dense(3)]
+    )
     return model, model.init(KEY, X)
 
 
@@ -658,7 +809,9 @@ def standard_promotion():
 
 @pytest.mark.usefixtures("standard_promotion")
 def test_an_nnx_optimizer_over_placed_stages():
-    """The model's own variables lie on the stages' devices, and what the optimizer makes stays there."""
+    """The model's own variables lie on the stages' devices, and what the optimizer
+    makes stays there.
+    """
 
     def made():
         blocks = [NNormed(nnx.Rngs(k)) for k in range(3)]
@@ -670,8 +823,11 @@ def test_an_nnx_optimizer_over_placed_stages():
         return nnx.Sequential(*blocks)
 
     def tx():
-        # Biases before a norm have no gradient but rounding, which Adam would make large.
-        return optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(1e-2, momentum=0.9))
+        # Biases before a norm have no gradient but rounding, which Adam would make
+        # large.
+        return optax.chain(
+            optax.clip_by_global_norm(0.1), optax.sgd(1e-2, momentum=0.9)
+        )
 
     model = made()
     layers = fpipe.flax.layers(model)
@@ -700,31 +856,48 @@ def test_an_nnx_optimizer_over_placed_stages():
     got, want = (nnx.to_pure_dict(nnx.state(m, nnx.Param)) for m in (model, plain))
     assert_same(got, want, 1e-4)
     for k in range(3):
-        assert {d for a in jax.tree.leaves(got["layers"][k]) for d in a.devices()} == {pipe.devices[k]}
+        assert {d for a in jax.tree.leaves(got["layers"][k]) for d in a.devices()} == {
+            pipe.devices[k]
+        }
 
 
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_an_nnx_optimizer_over_the_parameters_of_a_pipe(executor):
-    """Under both executors it is plain optax on the whole leaves, and state and parameters stay where they were."""
-    scale = fpipe.Layer(lambda n, x: x * n, init=lambda key, x: jnp.int32(2), name="scale")
+    """Under both executors it is plain optax on the whole leaves, and state and
+    parameters stay where they were.
+    """
+    scale = fpipe.Layer(
+        lambda n, x: x * n, init=lambda key, x: jnp.int32(2), name="scale"
+    )
     layers = [*fpipe.flax.layers([NNormed(nnx.Rngs(k)) for k in range(3)]), scale]
     pipe = fpipe.Pipe(layers, [1, 1, 1, 1], chunks=CHUNKS, executor=executor)
     reference = fpipe.sequential(layers, chunks=CHUNKS)
     # Not zero, as biases are: what has no gradient would be compared with nothing.
-    params = jax.tree.map(lambda a: a + 1 if a.dtype == jnp.float32 else a, pipe.init(KEY, X))
+    params = jax.tree.map(
+        lambda a: a + 1 if a.dtype == jnp.float32 else a, pipe.init(KEY, X)
+    )
     state = pipe.init_state(X)
 
     def tx():
-        # A decay for matrices alone asks for leaves as the layer knows them: packed ones have an axis more.
-        matrices = optax.add_decayed_weights(0.1, lambda params: jax.tree.map(lambda p: p.ndim > 1, params))
-        return optax.chain(optax.clip_by_global_norm(0.1), matrices, optax.sgd(1e-2, momentum=0.9))
+        # A decay for matrices alone asks for leaves as the layer knows them: packed
+        # ones have an axis more.
+        matrices = optax.add_decayed_weights(
+            0.1, lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+        )
+        return optax.chain(
+            optax.clip_by_global_norm(0.1), matrices, optax.sgd(1e-2, momentum=0.9)
+        )
 
     model = fpipe.flax.Parameters(params)
-    optimizer = nnx.Optimizer(model, model.transformation(fpipe.optim.per_stage(tx())), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(
+        model, model.transformation(fpipe.optim.per_stage(tx())), wrt=nnx.Param
+    )
 
     def step(model, optimizer, state):
-        (loss, state), grads = pipe.value_and_grad(mse)(model.params, X, TARGET, state=state, train=True)
+        (loss, state), grads = pipe.value_and_grad(mse)(
+            model.params, X, TARGET, state=state, train=True
+        )
         optimizer.update(model, model.gradients(grads))
         return loss, state
 
@@ -734,7 +907,9 @@ def test_an_nnx_optimizer_over_the_parameters_of_a_pipe(executor):
 
     @jax.jit
     def plain_step(plain, moments, plain_state):
-        both = reference.value_and_grad(mse)((*plain, frozen), X, TARGET, state=plain_state, train=True)
+        both = reference.value_and_grad(mse)(
+            (*plain, frozen), X, TARGET, state=plain_state, train=True
+        )
         (loss, plain_state), grads = both
         updates, moments = tx().update(grads[:3], moments, plain)
         return optax.apply_updates(plain, updates), moments, loss, plain_state
@@ -747,20 +922,36 @@ def test_an_nnx_optimizer_over_the_parameters_of_a_pipe(executor):
         assert_same(loss, want)
     assert_same(pipe.gather(model.params), (*whole, frozen), 1e-4)
     assert int(optimizer.step[...]) == 3
-    assert [a.sharding for a in jax.tree.leaves(model.params)] == [a.sharding for a in jax.tree.leaves(params)]
+    assert [a.sharding for a in jax.tree.leaves(model.params)] == [
+        a.sharding for a in jax.tree.leaves(params)
+    ]
     trained = {a.sharding for a in jax.tree.leaves(params) if a.dtype == jnp.float32}
-    kept = [a for a in jax.tree.leaves(nnx.as_pure(nnx.state(optimizer))) if a.dtype == jnp.float32]
-    assert len(kept) == len([a for a in jax.tree.leaves(params) if a.dtype == jnp.float32])
+    kept = [
+        a
+        for a in jax.tree.leaves(nnx.as_pure(nnx.state(optimizer)))
+        if a.dtype == jnp.float32
+    ]
+    assert len(kept) == len(
+        [a for a in jax.tree.leaves(params) if a.dtype == jnp.float32]
+    )
     assert {a.sharding for a in kept} == trained
 
 
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_an_nnx_optimizer_where_nothing_is_trained(executor):
-    scale = fpipe.Layer(lambda n, x: x * n.astype(x.dtype), init=lambda key, x: jnp.int32(2), name="scale")
+    scale = fpipe.Layer(
+        lambda n, x: x * n.astype(x.dtype),
+        init=lambda key, x: jnp.int32(2),
+        name="scale",
+    )
     pipe = fpipe.Pipe([scale, fpipe.fn(jnp.tanh)], chunks=CHUNKS, executor=executor)
     model = fpipe.flax.Parameters(pipe.init(KEY, X))
-    optimizer = nnx.Optimizer(model, model.transformation(fpipe.optim.per_stage(optax.adam(0.1))), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(
+        model,
+        model.transformation(fpipe.optim.per_stage(optax.adam(0.1))),
+        wrt=nnx.Param,
+    )
     _, grads = pipe.value_and_grad(mse)(model.params, X, TARGET)
     optimizer.update(model, model.gradients(grads))
     assert_same(pipe.gather(model.params), (jnp.int32(2), ()), 0)
@@ -769,8 +960,10 @@ def test_an_nnx_optimizer_where_nothing_is_trained(executor):
 def test_gradients_of_another_model_for_an_nnx_optimizer():
     model = fpipe.flax.Parameters(({"kernel": jnp.ones((2, 2))}, ()))
     message = (
-        "`fpipe.flax.Parameters.gradients(grads)`: not of these parameters, which differ in "
-        "[\"[0]['bias']\", \"[0]['kernel']\"]; give it what `pipe.value_and_grad` returns for `model.params`"
+        "`fpipe.flax.Parameters.gradients(grads)`: not of these parameters, which "
+        "differ in "
+        "[\"[0]['bias']\", \"[0]['kernel']\"]; give it what `pipe.value_and_grad` "
+        "returns for `model.params`"
     )
     with raises(ValueError, message):
         model.gradients(({"bias": jnp.ones(2)}, ()))
@@ -782,7 +975,11 @@ def test_gradients_of_another_model_for_an_nnx_optimizer():
 class Normed(nn.Module):
     @nn.compact
     def __call__(self, x, train):
-        return nn.Dense(3)(nn.BatchNorm(use_running_average=not train, momentum=0.9, use_fast_variance=False)(x))
+        return nn.Dense(3)(
+            nn.BatchNorm(
+                use_running_average=not train, momentum=0.9, use_fast_variance=False
+            )(x)
+        )
 
 
 class NNormed(nnx.Module):
@@ -805,21 +1002,33 @@ NORMED = {
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("kind", NORMED)
 def test_deferred_statistics_are_those_of_the_whole_batch(kind, executor, checkpoint):
-    """As Flax has them after one call with all rows; outputs and gradients are those of the plain composition."""
+    """As Flax has them after one call with all rows; outputs and gradients are those of
+    the plain composition.
+    """
     layers = fpipe.flax.layers(NORMED[kind](), None if kind != "linen" else X)
     options: dict[str, Any] = {"chunks": 4, "deferred_batch_norm": True}
-    pipe = fpipe.Pipe(layers, [1, 1], executor=executor, checkpoint=checkpoint, **options)
+    pipe = fpipe.Pipe(
+        layers, [1, 1], executor=executor, checkpoint=checkpoint, **options
+    )
     params, state = pipe.init(jax.random.key(0), X), pipe.init_state(X)
-    (loss, new), grads = pipe.value_and_grad(mse)(params, X, TARGET, state=state, train=True)
+    (loss, new), grads = pipe.value_and_grad(mse)(
+        params, X, TARGET, state=state, train=True
+    )
     ref = fpipe.sequential(layers, **options)
-    want = ref.value_and_grad(mse)(pipe.gather(params), X, TARGET, state=ref.init_state(X), train=True)
+    want = ref.value_and_grad(mse)(
+        pipe.gather(params), X, TARGET, state=ref.init_state(X), train=True
+    )
     assert_same(((loss, new), pipe.gather(grads)), want)
 
     # Momentum 0.9, from mean 0 and variance 1.
     if kind == "linen":
-        found = fpipe.flax.merge_variables(layers, pipe.gather(params), new)["batch_stats"]["layers_0"]["BatchNorm_0"]
+        found = fpipe.flax.merge_variables(layers, pipe.gather(params), new)[
+            "batch_stats"
+        ]["layers_0"]["BatchNorm_0"]
     else:
-        found = fpipe.flax.merge_variables(layers, pipe.gather(params), new)["layers"][0]["norm"]
+        found = fpipe.flax.merge_variables(layers, pipe.gather(params), new)["layers"][
+            0
+        ]["norm"]
         found = {name: found[name] for name in ("mean", "var")}
     assert_same(found, {"mean": 0.1 * X.mean(0), "var": 0.9 + 0.1 * X.var(0)})
     # Nothing is left of the call, and without training nothing changes.
@@ -837,13 +1046,17 @@ def test_checkpoints_of_plain_statistics_load_into_deferred_ones(kind):
     plain = fpipe.flax.merge_variables(layers, params, state)
     loaded = fpipe.flax.split_variables(layers, plain, deferred_batch_norm=True)
     assert_same(loaded, (params, state))
-    assert_same(fpipe.flax.split_variables(layers, plain)[1], (layers_state(plain, kind), None))
+    assert_same(
+        fpipe.flax.split_variables(layers, plain)[1], (layers_state(plain, kind), None)
+    )
 
 
 def layers_state(plain, kind):
     if kind == "linen":
         return {"batch_stats": plain["batch_stats"]["layers_0"]}
-    return {"norm": {name: plain["layers"][0]["norm"][name] for name in ("mean", "var")}}
+    return {
+        "norm": {name: plain["layers"][0]["norm"][name] for name in ("mean", "var")}
+    }
 
 
 def test_layers_without_batch_norms_have_nothing_to_defer():
@@ -854,8 +1067,13 @@ def test_layers_without_batch_norms_have_nothing_to_defer():
 
 
 def test_deferred_layers_are_values_too():
-    for made in (lambda: fpipe.flax.layers(NORMED["linen"](), X), lambda: fpipe.flax.layers(NORMED["nnx"]())):
-        one, two = (fpipe.Pipe(made(), [1, 1], deferred_batch_norm=True) for _ in range(2))
+    for made in (
+        lambda: fpipe.flax.layers(NORMED["linen"](), X),
+        lambda: fpipe.flax.layers(NORMED["nnx"]()),
+    ):
+        one, two = (
+            fpipe.Pipe(made(), [1, 1], deferred_batch_norm=True) for _ in range(2)
+        )
         assert one == two
         assert one.model == two.model
 
@@ -886,39 +1104,78 @@ def test_variables_that_do_not_fit_the_layers():
     model, variables = stateful("linen")
     other = {**variables, "params": {**variables["params"], "layers_9": {}}}
     names = ["layers_0", "layers_1", "relu", "layers_3", "layers_4"]
-    with raises(ValueError, f"`fpipe.flax.split_variables`: no layer owns ['params/layers_9']; the layers are {names}"):
+    with raises(
+        ValueError,
+        "`fpipe.flax.split_variables`: no layer owns ['params/layers_9']; the layers "
+        f"are {names}",
+    ):
         fpipe.flax.split_variables(model, other)
     with raises(
         ValueError,
-        "`fpipe.flax.split_variables`: layer 1 'layers_1' has state, but the variables have none; give the other collections "
-        "beside the parameters, or say `state=False` where there are none, as of gradients and moments",
+        "`fpipe.flax.split_variables`: layer 1 'layers_1' has state, but the variables "
+        "have none; give the other collections "
+        "beside the parameters, or say `state=False` where there are none, as of "
+        "gradients and moments",
     ):
         fpipe.flax.split_variables(model, {"params": variables["params"]})
-    params, state = fpipe.flax.split_variables(model, {"params": variables["params"]}, state=False)
-    assert_same((params, state), (fpipe.flax.split_variables(model, variables)[0], (None,) * 5), 0.0)
+    params, state = fpipe.flax.split_variables(
+        model, {"params": variables["params"]}, state=False
+    )
+    assert_same(
+        (params, state),
+        (fpipe.flax.split_variables(model, variables)[0], (None,) * 5),
+        0.0,
+    )
     wrong = {**variables, "params": {**variables["params"], "layers_2": {}}}
-    with raises(ValueError, f"`fpipe.flax.split_variables`: no layer owns ['params/layers_2']; the layers are {names}"):
+    with raises(
+        ValueError,
+        "`fpipe.flax.split_variables`: no layer owns ['params/layers_2']; the layers "
+        f"are {names}",
+    ):
         fpipe.flax.split_variables(model, wrong)
-    with raises(ValueError, "`fpipe.flax.merge_variables`: params has 1 entries, but there are 5 layers"):
+    with raises(
+        ValueError,
+        "`fpipe.flax.merge_variables`: params has 1 entries, but there are 5 layers",
+    ):
         fpipe.flax.merge_variables(model, ({},))
-    with pytest.raises(TypeError, match=r"got a Packed; what is packed is `pipe\.gather\(params\)` first"):
-        fpipe.flax.merge_variables(model, fpipe.Pipe([fpipe.fn(double)], [1], executor="scan").place(((),)))
+    with pytest.raises(
+        TypeError,
+        match=r"got a Packed; what is packed is `pipe\.gather\(params\)` first",
+    ):
+        fpipe.flax.merge_variables(
+            model, fpipe.Pipe([fpipe.fn(double)], [1], executor="scan").place(((),))
+        )
     model, variables = stateful("nnx")
-    params, state = fpipe.flax.split_variables(model, nnx.state(model, nnx.Param), state=False)
-    assert_same((params, state), (fpipe.flax.split_variables(model, variables)[0], (None,) * 4), 0.0)
+    params, state = fpipe.flax.split_variables(
+        model, nnx.state(model, nnx.Param), state=False
+    )
+    assert_same(
+        (params, state),
+        (fpipe.flax.split_variables(model, variables)[0], (None,) * 4),
+        0.0,
+    )
     with raises(
         TypeError,
-        "`fpipe.flax.split_variables(model, variables)`: the variables are nested dicts or an nnx.State, "
+        "`fpipe.flax.split_variables(model, variables)`: the variables are nested "
+        "dicts or an nnx.State, "
         "got a Sequential; of an NNX model they are `nnx.state(model)`",
     ):
         fpipe.flax.split_variables(model, model)
     pure = nnx.to_pure_dict(variables)
     names = ["layers_0", "layers_1", "relu", "layers_3"]
     for k in (2, 4):
-        with raises(ValueError, f"`fpipe.flax.split_variables`: no layer owns ['layers/{k}']; the layers are {names}"):
-            fpipe.flax.split_variables(model, {"layers": {**pure["layers"], k: {"kernel": X}}})
+        with raises(
+            ValueError,
+            f"`fpipe.flax.split_variables`: no layer owns ['layers/{k}']; the layers "
+            f"are {names}",
+        ):
+            fpipe.flax.split_variables(
+                model, {"layers": {**pure["layers"], k: {"kernel": X}}}
+            )
     with raises(
-        ValueError, "`fpipe.flax.split_variables`: layer 0 'layers_0' has ['bias', 'kernel'], the variables have not"
+        ValueError,
+        "`fpipe.flax.split_variables`: layer 0 'layers_0' has ['bias', 'kernel'], the "
+        "variables have not",
     ):
         fpipe.flax.split_variables(model, {"layers": {}})
 
@@ -937,11 +1194,19 @@ def scaled(params, x, *, state):
 
 @pytest.mark.parametrize("kinds", ["linen", "nnx", "both"])
 def test_layers_of_every_kind_go_into_one_checkpoint_and_back(kinds):
-    """Hand-written layers, and linen and NNX modules in one list; numbers may come back as strings."""
-    own = fpipe.Layer(scaled, lambda key, x: noise(key, (3,)), init_state=lambda x: jnp.int32(0))
+    """Hand-written layers, and linen and NNX modules in one list; numbers may come back
+    as strings.
+    """
+    own = fpipe.Layer(
+        scaled, lambda key, x: noise(key, (3,)), init_state=lambda x: jnp.int32(0)
+    )
     modules: list[Any] = [own, nn.relu, fpipe.DeferredBatchNorm()]
     modules += [Normed(), nn.Dropout(0.1)] if kinds != "nnx" else []
-    modules += [Listed(nnx.Rngs(0)), nnx.Dropout(0.1, rngs=nnx.Rngs(0))] if kinds != "linen" else []
+    modules += (
+        [Listed(nnx.Rngs(0)), nnx.Dropout(0.1, rngs=nnx.Rngs(0))]
+        if kinds != "linen"
+        else []
+    )
     layers = fpipe.flax.layers(modules, X)
     for deferred in (False, True):
         model = fpipe.sequential(layers, deferred_batch_norm=deferred)
@@ -950,18 +1215,28 @@ def test_layers_of_every_kind_go_into_one_checkpoint_and_back(kinds):
         state = (jnp.zeros(3), *state[1:])
         merged = fpipe.flax.merge_variables(layers, params, state)
         for again in (merged, strings(merged)):
-            got = fpipe.flax.split_variables(layers, again, deferred_batch_norm=deferred)
+            got = fpipe.flax.split_variables(
+                layers, again, deferred_batch_norm=deferred
+            )
             assert_same(got, (params, state), 0.0)
         assert_same(
             fpipe.flax.merge_variables(layers, params),
             fpipe.flax.merge_variables(layers, params, (None,) * len(layers)),
         )
-    with pytest.raises(ValueError, match="layer 0 'scaled' has state, but the variables have none"):
-        fpipe.flax.split_variables(layers, {name: tree for name, tree in merged.items() if name != "state"})
+    with pytest.raises(
+        ValueError, match="layer 0 'scaled' has state, but the variables have none"
+    ):
+        fpipe.flax.split_variables(
+            layers, {name: tree for name, tree in merged.items() if name != "state"}
+        )
 
 
 def strings(tree):
-    return {str(name): strings(value) for name, value in tree.items()} if isinstance(tree, dict) else tree
+    return (
+        {str(name): strings(value) for name, value in tree.items()}
+        if isinstance(tree, dict)
+        else tree
+    )
 
 
 # --- errors ---
@@ -969,7 +1244,8 @@ def strings(tree):
 
 def test_a_random_stream_without_a_key():
     message = (
-        "layer 'layers_1': its module draws from the random stream 'dropout', but the call was given no key: pass `key=`, "
+        "layer 'layers_1': its module draws from the random stream 'dropout', but the "
+        "call was given no key: pass `key=`, "
         "or `train=False`"
     )
     layers = fpipe.flax.layers([nn.Dense(3), nn.Dropout(0.5)])
@@ -977,7 +1253,9 @@ def test_a_random_stream_without_a_key():
     params = pipe.init(KEY, X)
     with raises(ValueError, message) as error:
         pipe(params, X, train=True)
-    assert "fpipe: in layer 1 'layers_1', stage 1, microbatch 0" in error.value.__notes__
+    assert (
+        "fpipe: in layer 1 'layers_1', stage 1, microbatch 0" in error.value.__notes__
+    )
     assert_same(pipe(params, X), pipe(params, X, key=KEY))
     layer = fpipe.flax.layer(nnx.Dropout(0.5, rngs=nnx.Rngs(0)), name="layers_1")
     with raises(ValueError, message.replace("'dropout'", "'default'")):
@@ -985,7 +1263,8 @@ def test_a_random_stream_without_a_key():
     layer = fpipe.flax.layer(nn.Dropout(0.5, deterministic=False), rngs=["noise"])
     with raises(
         ValueError,
-        "layer 'Dropout': its module draws from the random stream 'dropout', but its streams are ['noise']: write "
+        "layer 'Dropout': its module draws from the random stream 'dropout', but its "
+        "streams are ['noise']: write "
         "`fpipe.flax.layer(module, rngs=['noise', 'dropout'])`",
     ):
         layer({}, X, key=KEY)
@@ -993,8 +1272,10 @@ def test_a_random_stream_without_a_key():
 
 def test_a_collection_that_is_not_the_state():
     message = (
-        "layer 'Block': its module uses ['batch_stats'], which the layer does not keep as its state: give a "
-        "sample input, `fpipe.flax.layer(module, x)`, or write `fpipe.flax.layer(module, state=['batch_stats'])` if it is not only "
+        "layer 'Block': its module uses ['batch_stats'], which the layer does not keep "
+        "as its state: give a "
+        "sample input, `fpipe.flax.layer(module, x)`, or write "
+        "`fpipe.flax.layer(module, state=['batch_stats'])` if it is not only "
         "sown"
     )
     layer = fpipe.flax.layer(Block())
@@ -1012,7 +1293,8 @@ def test_a_collection_that_is_not_the_state():
 
     with raises(
         ValueError,
-        "layer 'Late': its module made the variables ['late'] while it ran, which the layer does not keep as its state: "
+        "layer 'Late': its module made the variables ['late'] while it ran, which the "
+        "layer does not keep as its state: "
         "make them in `__init__`, or as `nnx.Intermediate`",
     ):
         fpipe.flax.layer(Late())({}, X)
@@ -1023,7 +1305,9 @@ def test_a_collection_that_is_not_the_state():
             return x
 
     with pytest.raises(
-        ValueError, match=r"layer 'LateParameter': its module made the variables \['late'\] while it ran"
+        ValueError,
+        match=r"layer 'LateParameter': its module made the variables \['late'\] while "
+        r"it ran",
     ):
         fpipe.flax.layer(LateParameter())({}, X)
 
@@ -1031,11 +1315,14 @@ def test_a_collection_that_is_not_the_state():
 def test_what_is_no_module_or_does_not_belong_together():
     with raises(
         TypeError,
-        "`fpipe.flax.layer(module)`: a linen or NNX module belongs here, got 3; a function without parameters is "
+        "`fpipe.flax.layer(module)`: a linen or NNX module belongs here, got 3; a "
+        "function without parameters is "
         "`fpipe.fn(f)`",
     ):
         fpipe.flax.layer(3, name="three")
-    with pytest.raises(TypeError, match="rngs=, state= and a function as method= are for linen modules"):
+    with pytest.raises(
+        TypeError, match="rngs=, state= and a function as method= are for linen modules"
+    ):
         fpipe.flax.layer(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), state=["a"])
     with pytest.raises(TypeError, match=r"for one module use `fpipe\.flax\.layer"):
         fpipe.flax.layers(nn.Dense(3))
@@ -1045,20 +1332,32 @@ def test_what_is_no_module_or_does_not_belong_together():
         fpipe.flax.layer(nn.Dense(3), borrow="embed")  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="train= is the name of an argument"):
         fpipe.flax.layer(nn.Dense(3), train=3)  # pyright: ignore[reportArgumentType]
-    for module in (nn.Dense(3), nnx.Linear(3, 3, rngs=nnx.Rngs(0)), functools.partial(nnx.Linear, 3, 3)):
+    for module in (
+        nn.Dense(3),
+        nnx.Linear(3, 3, rngs=nnx.Rngs(0)),
+        functools.partial(nnx.Linear, 3, 3),
+    ):
         with pytest.raises(
-            TypeError, match=r"of layer 'a': (Dense|Linear) has no method 'atend'; name the one to call"
+            TypeError,
+            match=r"of layer 'a': (Dense|Linear) has no method 'atend'; name the one "
+            r"to call",
         ):
             fpipe.flax.layer(module, name="a", method="atend")
         with pytest.raises(
-            TypeError, match="of layer 'a': method= is the name of a method, or of a linen module a function"
+            TypeError,
+            match="of layer 'a': method= is the name of a method, or of a linen module "
+            "a function",
         ):
             fpipe.flax.layer(module, name="a", method=3)  # pyright: ignore[reportArgumentType]
     for module in (type("Bare", (nn.Module,), {})(), type("Bare", (nnx.Module,), {})()):
-        with pytest.raises(TypeError, match="of layer 'Bare': Bare has no method '__call__'"):
+        with pytest.raises(
+            TypeError, match="of layer 'Bare': Bare has no method '__call__'"
+        ):
             fpipe.flax.layer(module)
     norm = nn.BatchNorm()
-    with pytest.raises(ValueError, match="layer 'layers_0' is there again as layer 1, but it has state"):
+    with pytest.raises(
+        ValueError, match="layer 'layers_0' is there again as layer 1, but it has state"
+    ):
         fpipe.flax.layers([norm, norm])
     one, two = nnx.Linear(3, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 3, rngs=nnx.Rngs(0))
     two.kernel = one.kernel
@@ -1069,21 +1368,37 @@ def test_what_is_no_module_or_does_not_belong_together():
     for first in (dense, nn.Sequential([nn.relu, dense])):
         with pytest.raises(ValueError, match=re.escape(within)):
             fpipe.flax.layers(nn.Sequential([first, nn.Sequential([dense])]))
-    with pytest.raises(ValueError, match="layers 0 and 1 share all of layer 1; make layer 1 with"):
+    with pytest.raises(
+        ValueError, match="layers 0 and 1 share all of layer 1; make layer 1 with"
+    ):
         fpipe.flax.layers([nn.Sequential([dense]), dense])
     fpipe.flax.layers([nn.Sequential([dropout]), nn.Sequential([dropout])])
-    stash = fpipe.skippable(stash=["a"])(fpipe.fn(lambda x, *, carry: (x, fpipe.stash(carry, "a", x)), "stash"))
-    with pytest.raises(ValueError, match="layer 0 'stash' asks for 'carry', so nobody knows what comes out of it"):
+    stash = fpipe.skippable(stash=["a"])(
+        fpipe.fn(lambda x, *, carry: (x, fpipe.stash(carry, "a", x)), "stash")
+    )
+    with pytest.raises(
+        ValueError,
+        match="layer 0 'stash' asks for 'carry', so nobody knows what comes out of it",
+    ):
         fpipe.flax.layers([stash, nn.Dense(3)], X)
-    with pytest.raises(ValueError, match="'Dense_of_typo' borrows from 'typo', which is no earlier layer, so nobody"):
+    with pytest.raises(
+        ValueError,
+        match="'Dense_of_typo' borrows from 'typo', which is no earlier layer, so "
+        "nobody",
+    ):
         fpipe.flax.layers([nn.Dense(3), fpipe.flax.tied(nn.Dense(3), "typo")], X)
     bare = fpipe.Layer(lambda params, x, *, state: (x, state), name="bare")
-    with pytest.raises(ValueError, match="layer 0 'bare' has no init and has no init_state, so nobody knows"):
+    with pytest.raises(
+        ValueError,
+        match="layer 0 'bare' has no init and has no init_state, so nobody knows",
+    ):
         fpipe.flax.layers([bare, nn.Dense(3)], X)
     for module in (nn.Dense(3), one, nn.Sequential([nn.Dense(3)])):
         for make in (fpipe.Layer, fpipe.fn, lambda module: fpipe.Pipe([module])):
             with pytest.raises(
-                TypeError, match=r"is a Flax module, whose parameters would not be seen: write `fpipe\.flax"
+                TypeError,
+                match=r"is a Flax module, whose parameters would not be seen: write "
+                r"`fpipe\.flax",
             ):
                 make(module)
     assert fpipe.fn(nnx.jit(double), "double").needs == ()
@@ -1131,15 +1446,23 @@ def test_layers_are_values():
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
 def test_equal_stages_share_their_programs(kind, monkeypatch):
-    from fpipe._program import Code
+    from fpipe._program.code import Code
 
     compiled = []
     compile_code = Code.compile
-    monkeypatch.setattr(Code, "compile", lambda code: compiled.append(code.kind) or compile_code(code))
-    modules = [nn.Dense(3) if kind == "linen" else nnx.Linear(3, 3, rngs=nnx.Rngs(k)) for k in range(4)]
+    monkeypatch.setattr(
+        Code, "compile", lambda code: compiled.append(code.kind) or compile_code(code)
+    )
+    modules = [
+        nn.Dense(3) if kind == "linen" else nnx.Linear(3, 3, rngs=nnx.Rngs(k))
+        for k in range(4)
+    ]
     pipe = pipe_of(fpipe.flax.layers(modules), "placed", stages=4)
     pipe(pipe.init(KEY, X), X, key=KEY, train=True)
-    assert compiled == ["F", "F"]  # the first stage cuts its microbatches out of `x` itself
+    assert compiled == [
+        "F",
+        "F",
+    ]  # the first stage cuts its microbatches out of `x` itself
 
 
 def test_the_core_does_not_know_flax():

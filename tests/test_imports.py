@@ -1,4 +1,6 @@
-"""The house: imports go down only, schedules know no JAX, and the façade is the public API."""
+"""The house: imports go down only, schedules know no JAX, and the façade is the public
+API.
+"""
 
 import ast
 import pathlib
@@ -9,7 +11,8 @@ import fpipe
 
 ROOT = pathlib.Path(fpipe.__file__).parent
 
-# From the top down: a module may import what stands in a later line, and its neighbours only within a package.
+# From the top down: a module may import what stands in a later line, and its neighbours
+# only within a package.
 LEVELS = [
     ["fpipe.__main__"],
     ["fpipe.flax", "fpipe.optim", "fpipe.plot", "fpipe.testing"],
@@ -27,7 +30,13 @@ LEVELS = [
     ["fpipe._model", "fpipe._loss", "fpipe._batch_norm"],
     ["fpipe._layer", "fpipe._jaxpr", "fpipe._microbatch", "fpipe._remat"],
     ["fpipe._skip", "fpipe.schedules", "fpipe._frozen"],
-    ["fpipe._tree", "fpipe._errors", "fpipe._recent", "fpipe._mincut", "fpipe._balance"],
+    [
+        "fpipe._tree",
+        "fpipe._errors",
+        "fpipe._recent",
+        "fpipe._mincut",
+        "fpipe._balance",
+    ],
 ]
 LEVEL = {name: k for k, names in enumerate(LEVELS) for name in names}
 
@@ -35,7 +44,10 @@ LEVEL = {name: k for k, names in enumerate(LEVELS) for name in names}
 def modules():
     for path in sorted(ROOT.rglob("*.py")):
         parts = ("fpipe", *path.relative_to(ROOT).with_suffix("").parts)
-        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path.read_text()
+        yield (
+            ".".join(parts[:-1] if parts[-1] == "__init__" else parts),
+            path.read_text(),
+        )
 
 
 def imports(source):
@@ -54,7 +66,10 @@ def home(module):
     """The module or package of `LEVELS` that a module belongs to."""
     parts = module.split(".")
     names = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
-    return next((name for name in names if name in LEVEL and name != "fpipe"), "fpipe" if module == "fpipe" else None)
+    return next(
+        (name for name in names if name in LEVEL and name != "fpipe"),
+        "fpipe" if module == "fpipe" else None,
+    )
 
 
 def upward(sources):
@@ -78,14 +93,18 @@ def test_imports_go_down_only():
 def test_that_test_can_fail():
     assert list(upward([("fpipe._tree", "from fpipe._model import Model")]))
     assert list(upward([("fpipe._layer", "from fpipe import _jaxpr")]))
-    assert not list(upward([("fpipe._plan._lower", "from fpipe._plan._programs import Inputs")]))
+    assert not list(
+        upward([("fpipe._plan._lower", "from fpipe._plan._programs import Inputs")])
+    )
 
 
 LEAVES = {"fpipe.__main__", "fpipe.flax", "fpipe.optim", "fpipe.plot", "fpipe.testing"}
 
 
 def onto_leaves(sources):
-    """The imports of optional leaves, but for those of the command line, which nobody imports."""
+    """The imports of optional leaves, but for those of the command line, which nobody
+    imports.
+    """
     for module, source in sources:
         for target in imports(source):
             if home(target) in LEAVES - {home(module)} and module != "fpipe.__main__":
@@ -99,29 +118,37 @@ def test_nobody_imports_the_leaves():
 
 
 def test_only_the_plot_knows_matplotlib():
-    assert {m for m, source in modules() if "matplotlib" in source.replace('"matplotlib', "")} <= LEAVES
+    assert {
+        m
+        for m, source in modules()
+        if "matplotlib" in source.replace('"matplotlib', "")
+    } <= LEAVES
     code = "import sys, fpipe, fpipe.plot, fpipe.__main__; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_nobody_imports_the_facade():
     for module, source in modules():
-        assert "fpipe" not in {t for t in imports(source) if t == "fpipe"} or module == "fpipe" or _only_modules(source)
+        assert (
+            "fpipe" not in {t for t in imports(source) if t == "fpipe"}
+            or module == "fpipe"
+            or _only_modules(source)
+        )
 
 
 def _only_modules(source):
     """`from fpipe import _jaxpr` names a module, not the façade's content."""
-    nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom) and n.module == "fpipe"]
+    nodes = [
+        n
+        for n in ast.walk(ast.parse(source))
+        if isinstance(n, ast.ImportFrom) and n.module == "fpipe"
+    ]
     return all(alias.name.startswith("_") for n in nodes for alias in n.names)
 
 
 def test_schedules_know_no_jax():
-    code = (
-        "import sys, types; sys.modules['fpipe'] = types.ModuleType('fpipe'); sys.modules['fpipe'].__path__ = [{!r}]\n"
-    )
-    code += (
-        "import fpipe.schedules; assert not any(m.split('.')[0] in ('jax', 'numpy', 'matplotlib') for m in sys.modules)"
-    )
+    code = "import sys, types; sys.modules['fpipe'] = types.ModuleType('fpipe'); sys.modules['fpipe'].__path__ = [{!r}]\n"
+    code += "import fpipe.schedules; assert not any(m.split('.')[0] in ('jax', 'numpy', 'matplotlib') for m in sys.modules)"
     subprocess.run([sys.executable, "-c", code.format(str(ROOT))], check=True)
 
 
@@ -129,7 +156,9 @@ def test_jax_internals_are_left_alone():
     private = ("jax._src", "jax.interpreters", "jax.experimental", "jax.core")
     for module, source in modules():
         used = [t for t in imports(source) if t.startswith(private)]
-        assert set(used) <= {"jax.core", "jax.core.Tracer"}, module  # `Tracer` is public
+        assert set(used) <= {"jax.core", "jax.core.Tracer"}, (
+            module
+        )  # `Tracer` is public
 
 
 def test_the_facade_is_re_exports_and_nothing_else():
@@ -137,7 +166,9 @@ def test_the_facade_is_re_exports_and_nothing_else():
     assert isinstance(body[0], ast.Expr)  # its docstring
     for node in body[1:]:
         assert isinstance(node, ast.ImportFrom)
-        assert [alias.asname for alias in node.names] == [alias.name for alias in node.names]
+        assert [alias.asname for alias in node.names] == [
+            alias.name for alias in node.names
+        ]
 
 
 def test_everything_public_has_a_docstring():

@@ -1,4 +1,6 @@
-"""Layers: what a signature says, what `Layer`, `fn` and `skippable` refuse, and what an error in a layer says."""
+"""Layers: what a signature says, what `Layer`, `fn` and `skippable` refuse, and what an
+error in a layer says.
+"""
 
 import dataclasses
 import functools
@@ -76,7 +78,9 @@ def custom(params, x):
     return x * params
 
 
-custom.defvjp(lambda p, x: (x * p, (p, x)), lambda saved, g: (jnp.sum(g * saved[1]), g * saved[0]))
+custom.defvjp(
+    lambda p, x: (x * p, (p, x)), lambda saved, g: (jnp.sum(g * saved[1]), g * saved[0])
+)
 
 
 @functools.wraps(trained)
@@ -86,14 +90,23 @@ def wrapper(*args, **kwargs):
 
 NEEDS = {
     "none": (plain, ()),
-    "all, in one order": (every, ("carry", "state", "key", "train", "borrowed", "side")),
+    "all, in one order": (
+        every,
+        ("carry", "state", "key", "train", "borrowed", "side"),
+    ),
     "two": (trained, ("key", "train")),
     "with defaults": (optional, ("key",)),
     "a lambda": (lambda params, x, *, train: x, ("train",)),
     "a partial that binds a need": (functools.partial(trained, train=True), ("key",)),
-    "a partial of a partial": (functools.partial(functools.partial(trained, train=True), key=None), ()),
+    "a partial of a partial": (
+        functools.partial(functools.partial(trained, train=True), key=None),
+        (),
+    ),
     "a partial that binds a position": (functools.partial(configured, 2.0), ("key",)),
-    "a partial that binds a positional need": (functools.partial(named, train=True), ()),
+    "a partial that binds a positional need": (
+        functools.partial(named, train=True),
+        (),
+    ),
     "a partial that binds an extra": (functools.partial(optional, power=3), ("key",)),
     "jitted": (jax.jit(trained, static_argnames="train"), ("key", "train")),
     "a jitted partial": (jax.jit(functools.partial(trained, train=True)), ("key",)),
@@ -102,7 +115,9 @@ NEEDS = {
         ("key",),
     ),
     "a jitted partial of a jitted partial": (
-        jax.jit(functools.partial(jax.jit(functools.partial(trained, train=True)), key=None)),
+        jax.jit(
+            functools.partial(jax.jit(functools.partial(trained, train=True)), key=None)
+        ),
         (),
     ),
     "checkpointed": (jax.checkpoint(optional), ("key",)),
@@ -127,15 +142,22 @@ def test_the_signature_says_what_a_layer_needs(case):
     assert fpipe.Layer(f).needs == needs
 
 
-@pytest.mark.parametrize("given", [["train", "carry"], ("carry", "train"), iter(["carry", "train"])])
+@pytest.mark.parametrize(
+    "given", [["train", "carry"], ("carry", "train"), iter(["carry", "train"])]
+)
 def test_needs_override_the_signature(given):
-    assert fpipe.Layer(lambda params, x, **kwargs: x, needs=given).needs == ("carry", "train")
+    assert fpipe.Layer(lambda params, x, **kwargs: x, needs=given).needs == (
+        "carry",
+        "train",
+    )
 
 
 def test_needs_can_take_away_what_the_signature_names():
     layer = fpipe.Layer(optional, needs=())
     assert not layer.needs
-    np.testing.assert_array_equal(fpipe.sequential([layer])((jnp.float32(2),), jnp.ones(3)), np.full(3, 2.0))
+    np.testing.assert_array_equal(
+        fpipe.sequential([layer])((jnp.float32(2),), jnp.ones(3)), np.full(3, 2.0)
+    )
 
 
 @both
@@ -146,7 +168,11 @@ def test_a_layer_gets_the_needs_that_it_names_and_no_others(make):
         seen.append(needs)
         return x
 
-    layers = [fpipe.Layer(noted, needs=["train", "side"]), fpipe.Layer(noted), fpipe.Layer(noted, needs=["key"])]
+    layers = [
+        fpipe.Layer(noted, needs=["train", "side"]),
+        fpipe.Layer(noted),
+        fpipe.Layer(noted, needs=["key"]),
+    ]
     make(layers)(((), (), ()), jnp.ones((2, 1)), side=jnp.ones((2, 3)), train=True)
     assert [set(needs) for needs in seen] == [{"train", "side"}, set(), {"key"}]
     assert seen[0]["train"] is True
@@ -155,7 +181,9 @@ def test_a_layer_gets_the_needs_that_it_names_and_no_others(make):
 
 
 RUNNABLE = [
-    c for c, (f, needs) in NEEDS.items() if set(needs) <= {"key", "train"} and type(f) is not operator.itemgetter
+    c
+    for c, (f, needs) in NEEDS.items()
+    if set(needs) <= {"key", "train"} and type(f) is not operator.itemgetter
 ]
 
 
@@ -165,7 +193,10 @@ def test_functions_of_every_kind_run(make, case):
     f, needs = NEEDS[case]
     pipe, x = make([f]), jnp.arange(1.0, 4).reshape(3, 1)
     params = pipe.place((jnp.float32(2),))
-    assert_same(pipe(params, x), f(params[0], x, **{n: {"key": None, "train": False}[n] for n in needs}))
+    assert_same(
+        pipe(params, x),
+        f(params[0], x, **{n: {"key": None, "train": False}[n] for n in needs}),
+    )
 
 
 # --- what is refused ---
@@ -198,15 +229,30 @@ def carried(params, x, *, carry):
 HEAD = "the needs are carry, state, key, train, borrowed, side"
 STRING = "where a list of names belongs: write ['skip']"
 REFUSED = {
-    "no function": (lambda: fpipe.Layer(untyped(3)), "`fpipe.Layer(apply=...)`: 3 is not callable"),
-    "nothing": (lambda: fpipe.Layer(untyped(None)), "`fpipe.Layer(apply=...)`: None is not callable"),
-    "init": (lambda: fpipe.Layer(plain, untyped("no")), "`fpipe.Layer(init=...)`: 'no' is not callable"),
+    "no function": (
+        lambda: fpipe.Layer(untyped(3)),
+        "`fpipe.Layer(apply=...)`: 3 is not callable",
+    ),
+    "nothing": (
+        lambda: fpipe.Layer(untyped(None)),
+        "`fpipe.Layer(apply=...)`: None is not callable",
+    ),
+    "init": (
+        lambda: fpipe.Layer(plain, untyped("no")),
+        "`fpipe.Layer(init=...)`: 'no' is not callable",
+    ),
     "init_state": (
         lambda: fpipe.Layer(plain, init_state=untyped(0)),
         "`fpipe.Layer(init_state=...)`: 0 is not callable",
     ),
-    "finish": (lambda: fpipe.Layer(plain, finish=untyped(0)), "`fpipe.Layer(finish=...)`: 0 is not callable"),
-    "name": (lambda: fpipe.Layer(plain, name=untyped(3)), "`fpipe.Layer(name=...)`: a name is a string, got 3"),
+    "finish": (
+        lambda: fpipe.Layer(plain, finish=untyped(0)),
+        "`fpipe.Layer(finish=...)`: 0 is not callable",
+    ),
+    "name": (
+        lambda: fpipe.Layer(plain, name=untyped(3)),
+        "`fpipe.Layer(name=...)`: a name is a string, got 3",
+    ),
     "stash is a string": (
         lambda: fpipe.Layer(carried, stash=untyped("skip")),
         f"`fpipe.Layer(stash=...)` of layer 'carried': got the string 'skip' {STRING}",
@@ -233,7 +279,8 @@ REFUSED = {
     ),
     "a number for names": (
         lambda: fpipe.Layer(carried, stash=untyped(3)),
-        "`fpipe.Layer(stash=...)` of layer 'carried': a list of names belongs here, got 3",
+        "`fpipe.Layer(stash=...)` of layer 'carried': a list of names belongs here, "
+        "got 3",
     ),
     "a number for a name": (
         lambda: fpipe.Layer(carried, pop=untyped([3])),
@@ -245,70 +292,86 @@ REFUSED = {
     ),
     "skips without carry": (
         lambda: fpipe.skippable(stash=["a"])(plain),
-        "layer 'plain' declares skips but its function has no keyword-only parameter `carry`: "
+        "layer 'plain' declares skips but its function has no keyword-only parameter "
+        "`carry`: "
         "write `def plain(params, x, *, carry)` and return `(y, carry)`",
     ),
     "borrow without borrowed": (
         lambda: fpipe.Layer(plain, borrow=("embed",)),
-        "layer 'plain' borrows ['embed'] but its function has no keyword-only parameter `borrowed`: "
+        "layer 'plain' borrows ['embed'] but its function has no keyword-only "
+        "parameter `borrowed`: "
         "write `def plain(params, x, *, borrowed)`",
     ),
     "init_state without state": (
         lambda: fpipe.Layer(plain, init_state=lambda x: 0),
-        "layer 'plain' has init_state or finish but its function has no keyword-only parameter `state`: "
+        "layer 'plain' has init_state or finish but its function has no keyword-only "
+        "parameter `state`: "
         "write `def plain(params, x, *, state)` and return `(y, state)`",
     ),
     "finish without state": (
         lambda: fpipe.Layer(plain, finish=one),
-        "layer 'plain' has init_state or finish but its function has no keyword-only parameter `state`",
+        "layer 'plain' has init_state or finish but its function has no keyword-only "
+        "parameter `state`",
     ),
     "a positional need": (
         lambda: fpipe.Layer(positional),
-        "layer 'positional': the need 'key' is a positional parameter; make it keyword-only, after a bare `*`: "
+        "layer 'positional': the need 'key' is a positional parameter; make it "
+        "keyword-only, after a bare `*`: "
         "`def positional(params, x, *, key)`",
     ),
     "an init as layer": (
         lambda: fpipe.Layer(lambda key, x: x, plain, "dense"),
-        "layer 'dense': `dense(key, x)` looks like an init: a layer is called as `f(params, x)`, and its init is the second "
+        "layer 'dense': `dense(key, x)` looks like an init: a layer is called as "
+        "`f(params, x)`, and its init is the second "
         "argument, `fpipe.Layer(f, init)`",
     ),
     "an unknown keyword": (
         lambda: fpipe.Layer(unknown),
-        f"layer 'unknown': the keyword-only parameter 'rng' has no default and is no need; {HEAD}. "
+        "layer 'unknown': the keyword-only parameter 'rng' has no default and is no "
+        f"need; {HEAD}. "
         "Bind it with functools.partial",
     ),
     "one parameter": (
         lambda: fpipe.Layer(one),
-        "layer 'one' takes 1 positional parameter(s), but it is called as `f(params, x)`; "
+        "layer 'one' takes 1 positional parameter(s), but it is called as `f(params, "
+        "x)`; "
         "for a function without parameters write `fpipe.fn(one)`",
     ),
     "one parameter, bare": (
         lambda: fpipe.sequential([jnp.tanh]),
-        "layer 'tanh' takes 1 positional parameter(s), but it is called as `f(params, x)`; "
+        "layer 'tanh' takes 1 positional parameter(s), but it is called as `f(params, "
+        "x)`; "
         "for a function without parameters write `fpipe.fn(tanh)`",
     ),
     "no parameter": (
         lambda: fpipe.Layer(nothing),
-        "layer 'nothing' takes 0 positional parameter(s), but it is called as `f(params, x)`",
+        "layer 'nothing' takes 0 positional parameter(s), but it is called as "
+        "`f(params, x)`",
     ),
     "three parameters": (
         lambda: fpipe.Layer(three),
-        "layer 'three': a layer is `f(params, x, **needs)`, but ['scale'] are required positional parameters too; "
+        "layer 'three': a layer is `f(params, x, **needs)`, but ['scale'] are required "
+        "positional parameters too; "
         "bind them with functools.partial",
     ),
-    "fn of a number": (lambda: fpipe.fn(untyped(3)), "`fpipe.fn(f)`: 3 is not callable"),
+    "fn of a number": (
+        lambda: fpipe.fn(untyped(3)),
+        "`fpipe.fn(f)`: 3 is not callable",
+    ),
     "fn of no parameter": (
         lambda: fpipe.fn(nothing),
         "layer 'nothing' takes 0 positional parameter(s), but it is called as `f(x)`",
     ),
     "fn of two parameters": (
         lambda: fpipe.fn(plain),
-        "layer 'plain': a layer is `f(x, **needs)`, but ['x'] are required positional parameters too; "
+        "layer 'plain': a layer is `f(x, **needs)`, but ['x'] are required positional "
+        "parameters too; "
         "bind them with functools.partial",
     ),
     "fn with a positional need": (
         lambda: fpipe.fn(lambda x, train: x, name="drop"),
-        "layer 'drop': the need 'train' is a positional parameter; make it keyword-only, after a bare `*`: "
+        "layer 'drop': the need 'train' is a positional parameter; make it "
+        "keyword-only, after a bare `*`: "
         "`def drop(x, *, train)`",
     ),
     "a number as layer": (
@@ -379,7 +442,9 @@ def test_fn_hands_over_the_needs(make):
     def second(x, *, state, side):
         return x * side, state + 1
 
-    third = fpipe.skippable(pop=["s"])(fpipe.fn(lambda x, *, carry: (x + carry["s"], {}), name="third"))
+    third = fpipe.skippable(pop=["s"])(
+        fpipe.fn(lambda x, *, carry: (x + carry["s"], {}), name="third")
+    )
     assert [layer.needs for layer in (first, second, third)] == [
         ("carry", "key", "train"),
         ("state", "side"),
@@ -389,14 +454,22 @@ def test_fn_hands_over_the_needs(make):
     pipe, key = make([first, second, third]), jax.random.key(5)
     args = {"side": side, "key": key, "state": (None, jnp.int32(4), None)}
     assert_same(pipe(((), (), ()), x, **args), (x * 3 + x, (None, jnp.int32(5), None)))
-    random = jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, 0), 0), x.shape)
-    assert_same(pipe(((), (), ()), x, **args, train=True), (random * 3 + x, (None, jnp.int32(5), None)))
+    random = jax.random.uniform(
+        jax.random.fold_in(jax.random.fold_in(key, 0), 0), x.shape
+    )
+    assert_same(
+        pipe(((), (), ()), x, **args, train=True),
+        (random * 3 + x, (None, jnp.int32(5), None)),
+    )
 
 
 NAMES = {
     "a function": (plain, "plain"),
     "a lambda": (lambda params, x: x, "<lambda>"),
-    "a partial": (functools.partial(functools.partial(configured, 2.0), key=None), "configured"),
+    "a partial": (
+        functools.partial(functools.partial(configured, 2.0), key=None),
+        "configured",
+    ),
     "a jitted function": (jax.jit(plain), "plain"),
     "a callable object": (Unit(), "Unit"),
     "a method": (Unit().method, "method"),
@@ -415,8 +488,18 @@ def test_a_layer_is_called_what_a_person_would_call_it(case):
 
 
 def test_nested_layers_are_flattened_and_keep_their_names():
-    layers = [fpipe.fn(one, "a"), [fpipe.fn(one, "b"), (plain, [[fpipe.fn(one, "c")]])], iter([fpipe.fn(one, "d")])]
-    assert [layer.name for layer in fpipe.Pipe(layers).layers] == ["a", "b", "plain", "c", "d"]
+    layers = [
+        fpipe.fn(one, "a"),
+        [fpipe.fn(one, "b"), (plain, [[fpipe.fn(one, "c")]])],
+        iter([fpipe.fn(one, "d")]),
+    ]
+    assert [layer.name for layer in fpipe.Pipe(layers).layers] == [
+        "a",
+        "b",
+        "plain",
+        "c",
+        "d",
+    ]
 
 
 def test_a_layer_can_be_called_like_its_function():
@@ -440,14 +523,22 @@ def test_a_layer_is_a_frozen_value():
 def test_skippable_adds_to_what_a_layer_declares():
     layer = fpipe.Layer(carried, name="x", stash=("a",), peek=("b",))
     more = fpipe.skippable(stash=["c"], pop=iter(["d"]))(layer)
-    assert (more.stash, more.pop, more.peek, more.name) == (("a", "c"), ("d",), ("b",), "x")
+    assert (more.stash, more.pop, more.peek, more.name) == (
+        ("a", "c"),
+        ("d",),
+        ("b",),
+        "x",
+    )
 
 
-@pytest.mark.parametrize(("wrap", "call"), [(fpipe.Layer, "fpipe.Layer(f)"), (fpipe.fn, "fpipe.fn(f)")])
+@pytest.mark.parametrize(
+    ("wrap", "call"), [(fpipe.Layer, "fpipe.Layer(f)"), (fpipe.fn, "fpipe.fn(f)")]
+)
 def test_a_layer_around_a_layer_would_lose_what_the_inner_one_declares(wrap, call):
     inner = fpipe.Layer(plain, lambda key, x: jnp.ones(3), "inner")
     text = (
-        f"`{call}`: 'inner' is an fpipe.Layer already, and its init, state, skips and borrowed parameters would be lost: use "
+        f"`{call}`: 'inner' is an fpipe.Layer already, and its init, state, skips and "
+        "borrowed parameters would be lost: use "
         "it as it is; `dataclasses.replace(layer, name=...)` changes a part of it"
     )
     with raises(TypeError, text):
@@ -472,16 +563,30 @@ def count(params, x, *, state):
 
 @both
 def test_finish_maps_the_state_once_at_the_end_of_a_call(make):
-    layers = [fpipe.Layer(count, init_state=init_stats, finish=lambda s: Stats(s.total * 10, s.calls + 100)), plain]
+    layers = [
+        fpipe.Layer(
+            count,
+            init_state=init_stats,
+            finish=lambda s: Stats(s.total * 10, s.calls + 100),
+        ),
+        plain,
+    ]
     pipe, x = make(layers, chunks=4), jnp.arange(1.0, 5).reshape(4, 1)
-    params, state = pipe.place(((), jnp.ones(1))), pipe.init_state(x, params=((), jnp.ones(1)))
+    params, state = (
+        pipe.place(((), jnp.ones(1))),
+        pipe.init_state(x, params=((), jnp.ones(1))),
+    )
     want = (Stats(jnp.array([100.0]), jnp.int32(104)), None)
     y, got = pipe(params, x, state=state)
     assert_same(got, want)
-    assert_same(y, jnp.array([[1.0], [3.0], [6.0], [10.0]]))  # no microbatch saw what finish made
+    assert_same(
+        y, jnp.array([[1.0], [3.0], [6.0], [10.0]])
+    )  # no microbatch saw what finish made
     (loss, got), _ = pipe.value_and_grad(jnp.mean)(params, x, state=state)
     assert_same((loss, got), (jnp.float32(5), want))
-    loss, got = pipe.evaluate(jnp.mean)(params, x, state=got)  # the next call starts from it
+    loss, got = pipe.evaluate(jnp.mean)(
+        params, x, state=got
+    )  # the next call starts from it
     assert_same(got, (Stats(jnp.array([1100.0]), jnp.int32(208)), None))
     assert float(loss) == 105.0
 
@@ -493,14 +598,20 @@ def test_an_error_in_finish_says_where(make):
 
     pipe = make([plain, fpipe.Layer(count, finish=finish, name="norm")])
     with pytest.raises(KeyError, match="finish me") as error:
-        pipe(pipe.place((jnp.ones(1), ())), jnp.ones((2, 1)), state=(None, init_stats(jnp.ones((2, 1)))))
+        pipe(
+            pipe.place((jnp.ones(1), ())),
+            jnp.ones((2, 1)),
+            state=(None, init_stats(jnp.ones((2, 1)))),
+        )
     assert notes(error) == ["fpipe: in the finish of layer 1 'norm'"]
 
 
 @both
 def test_an_init_gets_the_zeros_of_a_microbatch_and_the_needs_that_it_names(make):
     def stash(params, x, *, carry):
-        return jnp.concatenate([x, x], 1), fpipe.stash(carry, "skip", {"half": x[:, :1], "tag": "t"})
+        return jnp.concatenate([x, x], 1), fpipe.stash(
+            carry, "skip", {"half": x[:, :1], "tag": "t"}
+        )
 
     def pop(params, x, *, carry, borrowed, side, train):
         skip, carry = fpipe.pop(carry, "skip")
@@ -513,19 +624,28 @@ def test_an_init_gets_the_zeros_of_a_microbatch_and_the_needs_that_it_names(make
         return jax.random.normal(key, (x.shape[1], 2))
 
     layers = [
-        fpipe.Layer(stash, lambda key, x: jax.random.normal(key, (3,)), "first", stash=("skip",)),
+        fpipe.Layer(
+            stash, lambda key, x: jax.random.normal(key, (3,)), "first", stash=("skip",)
+        ),
         fpipe.Layer(pop, init, "second", pop=("skip",), borrow=("first",)),
     ]
     key, x = jax.random.key(7), jnp.ones((10, 2))
     params = make(layers, chunks=4).init(key, x, side=jnp.ones((10, 5), jnp.int32))
-    want = tuple(jax.random.normal(jax.random.fold_in(key, k), shape) for k, shape in enumerate([(3,), (4, 2)]))
+    want = tuple(
+        jax.random.normal(jax.random.fold_in(key, k), shape)
+        for k, shape in enumerate([(3,), (4, 2)])
+    )
     assert_same(params, want)
     own, x, train, borrowed, carry, side = seen[-1]
     assert own == jax.random.fold_in(key, 1)
     assert train is False
     tag = carry["skip"].pop("tag")
     assert tag == "t"
-    zeros = (jnp.zeros((3, 4)), {"first": jnp.zeros(3)}, {"skip": {"half": jnp.zeros((3, 1))}})
+    zeros = (
+        jnp.zeros((3, 4)),
+        {"first": jnp.zeros(3)},
+        {"skip": {"half": jnp.zeros((3, 1))}},
+    )
     assert_same((x, borrowed, carry, side), (*zeros, jnp.zeros((3, 5), jnp.int32)))
 
 
@@ -537,7 +657,9 @@ def test_an_init_state_gets_the_needs_that_it_names(make):
     def init_state(x, *, side):
         return {"x": x + 1, "side": side + 2}
 
-    pipe = make([fpipe.Layer(apply, lambda key, x: (), init_state=init_state)], chunks=2)
+    pipe = make(
+        [fpipe.Layer(apply, lambda key, x: (), init_state=init_state)], chunks=2
+    )
     (state,) = pipe.init_state(jnp.ones((4, 1)), side=jnp.ones((4, 3), jnp.int32))
     assert_same(state, {"x": jnp.ones((2, 1)), "side": jnp.full((2, 3), 2, jnp.int32)})
 
@@ -545,22 +667,33 @@ def test_an_init_state_gets_the_needs_that_it_names(make):
 @both
 def test_an_init_state_that_names_key_gets_that_of_its_layer(make):
     layer = fpipe.Layer(
-        count, lambda key, x: (), init_state=lambda x, *, key: Stats(jax.random.normal(key, (1,)), jnp.int32(0))
+        count,
+        lambda key, x: (),
+        init_state=lambda x, *, key: Stats(jax.random.normal(key, (1,)), jnp.int32(0)),
     )
     key = jax.random.key(3)
     for given, base in (({"key": key}, key), ({}, jax.random.key(0))):
         state = make([layer, layer]).init_state(jnp.ones((2, 1)), **given)
-        want = tuple(Stats(jax.random.normal(jax.random.fold_in(base, k), (1,)), jnp.int32(0)) for k in range(2))
+        want = tuple(
+            Stats(jax.random.normal(jax.random.fold_in(base, k), (1,)), jnp.int32(0))
+            for k in range(2)
+        )
         assert_same(state, want, 0.0)
 
 
 @both
 def test_numbers_of_an_init_become_arrays(make):
-    layer = fpipe.Layer(lambda p, x, *, state: (x * p["a"], state), lambda key, x: {"a": 2.0, "b": 3}, init_state=zero)
+    layer = fpipe.Layer(
+        lambda p, x, *, state: (x * p["a"], state),
+        lambda key, x: {"a": 2.0, "b": 3},
+        init_state=zero,
+    )
     pipe = make([layer])
     x = jnp.ones((2, 1))
     (params,), (state,) = pipe.init(jax.random.key(0), x), pipe.init_state(x)
-    assert_same((params, state), ({"a": jnp.float32(2), "b": jnp.int32(3)}, jnp.int32(0)))
+    assert_same(
+        (params, state), ({"a": jnp.float32(2), "b": jnp.int32(3)}, jnp.int32(0))
+    )
 
 
 def zero(x):
@@ -578,9 +711,13 @@ def test_errors_of_init_say_which_layer(make):
         make([fpipe.fn(one), fpipe.Layer(plain, fails)]).init(jax.random.key(0), x)
     assert notes(error) == ["fpipe: in the init of layer 1 'plain'"]
     with raises(ZeroDivisionError, "in my init") as error:
-        make([fpipe.fn(one), fpipe.Layer(count, lambda key, x: (), init_state=fails)]).init_state(x)
+        make(
+            [fpipe.fn(one), fpipe.Layer(count, lambda key, x: (), init_state=fails)]
+        ).init_state(x)
     assert notes(error) == ["fpipe: in the init_state of layer 1 'count'"]
-    with pytest.raises(TypeError, match=r"takes 1 positional argument but 2 were given") as error:
+    with pytest.raises(
+        TypeError, match=r"takes 1 positional argument but 2 were given"
+    ) as error:
         make([fpipe.Layer(plain, untyped(lambda x: ()))]).init(jax.random.key(0), x)
     assert notes(error) == ["fpipe: in the init of layer 0 'plain'"]
 
@@ -591,7 +728,9 @@ def test_an_error_of_a_layer_while_the_shapes_are_told_says_which(make):
         raise MyError(1, "shapes")
 
     with raises(MyError, "shapes") as error:
-        make([fpipe.fn(one), fpipe.fn(bad), fpipe.fn(one)]).init(jax.random.key(0), jnp.ones((2, 1)))
+        make([fpipe.fn(one), fpipe.fn(bad), fpipe.fn(one)]).init(
+            jax.random.key(0), jnp.ones((2, 1))
+        )
     assert notes(error) == ["fpipe: in layer 1 'bad'"]
 
 
@@ -599,13 +738,17 @@ def test_an_error_of_a_layer_while_the_shapes_are_told_says_which(make):
 def test_a_layer_without_init_is_told_what_to_do(make):
     x = jnp.ones((2, 1))
     text = (
-        "layer 1 'plain' has no init; give it one with `fpipe.Layer(apply, init)`, write `fpipe.fn(f)` for a function "
-        "without parameters, or make the parameters yourself and call `place(params)` (and `init_state(x, params=params)`)"
+        "layer 1 'plain' has no init; give it one with `fpipe.Layer(apply, init)`, "
+        "write `fpipe.fn(f)` for a function "
+        "without parameters, or make the parameters yourself and call `place(params)` "
+        "(and `init_state(x, params=params)`)"
     )
     with raises(ValueError, text):
         make([fpipe.fn(one), plain]).init(jax.random.key(0), x)
     with raises(ValueError, text):
-        make([fpipe.fn(one), plain, fpipe.Layer(count, init_state=init_stats)]).init_state(x)
+        make(
+            [fpipe.fn(one), plain, fpipe.Layer(count, init_state=init_stats)]
+        ).init_state(x)
     text = "`init_state`: layer 0 'count' has state but no init_state; give it one with `fpipe.Layer(apply, init_state=...)`"
     with raises(ValueError, text):
         make([fpipe.Layer(count, lambda key, x: ())]).init_state(x)
@@ -616,7 +759,8 @@ def test_an_init_that_names_a_need_that_it_cannot_get_is_refused_in_words(make):
     layer = fpipe.Layer(count, lambda key, x: (), init_state=lambda x, *, state: ())
     with raises(
         TypeError,
-        "the init_state of layer 0 'count' names the need 'state'; it can name borrowed, carry, side, train, key",
+        "the init_state of layer 0 'count' names the need 'state'; it can name "
+        "borrowed, carry, side, train, key",
     ):
         make([layer]).init_state(jnp.ones((2, 1)))
 
@@ -634,7 +778,12 @@ CHANGED = {
 @pytest.mark.parametrize("how", CHANGED)
 def test_a_state_that_changes_its_type_is_refused(make, how):
     change, got = CHANGED[how]
-    pipe = make([fpipe.fn(one), fpipe.Layer(lambda p, x, *, state: (x, change(state)), name="norm")])
+    pipe = make(
+        [
+            fpipe.fn(one),
+            fpipe.Layer(lambda p, x, *, state: (x, change(state)), name="norm"),
+        ]
+    )
     text = f"layer 1 'norm' got the state float32[1] and returned {got}; a state keeps its structure, shapes and dtypes"
     with raises(TypeError, text):
         pipe(((), ()), jnp.ones((2, 1)), state=(None, jnp.zeros(1)))
@@ -642,15 +791,27 @@ def test_a_state_that_changes_its_type_is_refused(make, how):
 
 @both
 def test_a_state_that_changes_its_type_says_in_which_microbatch(make):
-    layers = [fpipe.fn(one), fpipe.Layer(lambda p, x, *, state: (x, state.at[0].set(1)[: x.shape[0]]), name="norm")]
-    with pytest.raises(TypeError, match="a state keeps its structure, shapes and dtypes") as error:
+    layers = [
+        fpipe.fn(one),
+        fpipe.Layer(
+            lambda p, x, *, state: (x, state.at[0].set(1)[: x.shape[0]]), name="norm"
+        ),
+    ]
+    with pytest.raises(
+        TypeError, match="a state keeps its structure, shapes and dtypes"
+    ) as error:
         make(layers, chunks=2)(((), ()), jnp.ones((3, 1)), state=(None, jnp.zeros(2)))
-    assert notes(error) == [f"fpipe: in layer 1 'norm'{', stage 1' if make is fpipe.Pipe else ''}, microbatch 1"]
+    assert notes(error) == [
+        f"fpipe: in layer 1 'norm'{', stage 1' if make is fpipe.Pipe else ''}, "
+        "microbatch 1"
+    ]
 
 
 @both
 def test_a_weakly_typed_state_keeps_its_type(make):
-    pipe = make([fpipe.Layer(lambda p, x, *, state: (x * state, jnp.asarray(3)))], chunks=3)
+    pipe = make(
+        [fpipe.Layer(lambda p, x, *, state: (x * state, jnp.asarray(3)))], chunks=3
+    )
     y, (state,) = pipe(((),), jnp.ones((3, 1), jnp.int32), state=(1,))
     assert_same((y, state), (jnp.array([[1], [3], [3]]), jnp.int32(3)))
     assert not state.weak_type
@@ -658,11 +819,16 @@ def test_a_weakly_typed_state_keeps_its_type(make):
 
 @both
 def test_no_gradient_goes_through_a_state(make):
-    pipe, x = make([fpipe.Layer(count), plain], chunks=3), jnp.arange(1.0, 4).reshape(3, 1)
+    pipe, x = (
+        make([fpipe.Layer(count), plain], chunks=3),
+        jnp.arange(1.0, 4).reshape(3, 1),
+    )
     params, state = pipe.place(((), jnp.ones(1))), (init_stats(x), None)
 
     def output(x):
-        return (pipe(params, x, state=state)[0] * jnp.array([[2.0], [3.0], [4.0]])).sum()
+        return (
+            pipe(params, x, state=state)[0] * jnp.array([[2.0], [3.0], [4.0]])
+        ).sum()
 
     def new_state(x):
         return pipe(params, x, state=state)[1][0].total.sum()
@@ -682,7 +848,13 @@ class Pair(NamedTuple):
 RETURNS = {
     "y alone": ("state", lambda x: x, "state", "(y, state)", "float32[2,1], no tuple"),
     "nothing": ("carry", lambda x: None, "carry", "(y, carry)", "None, no tuple"),
-    "a list": ("state", lambda x: [x, x], "state", "(y, state)", "[float32[2,1], float32[2,1]], no tuple"),
+    "a list": (
+        "state",
+        lambda x: [x, x],
+        "state",
+        "(y, state)",
+        "[float32[2,1], float32[2,1]], no tuple",
+    ),
     "a named tuple": (
         "state",
         lambda x: Pair(x, x),
@@ -691,7 +863,13 @@ RETURNS = {
         "Pair(y=float32[2,1], state=float32[2,1]), no tuple",
     ),
     "three": ("carry", lambda x: (x, {}, x), "carry", "(y, carry)", "a tuple of 3"),
-    "no state": ("carry state", lambda x: (x, {}), "carry and state", "(y, carry, state)", "a tuple of 2"),
+    "no state": (
+        "carry state",
+        lambda x: (x, {}),
+        "carry and state",
+        "(y, carry, state)",
+        "a tuple of 2",
+    ),
 }
 
 
@@ -699,18 +877,31 @@ RETURNS = {
 @pytest.mark.parametrize("case", RETURNS)
 def test_a_layer_that_returns_the_wrong_arity_is_refused(make, case):
     needs, result, declared, form, got = RETURNS[case]
-    layer = fpipe.Layer(lambda p, x, **needs: result(x), name="bad", needs=needs.split())
+    layer = fpipe.Layer(
+        lambda p, x, **needs: result(x), name="bad", needs=needs.split()
+    )
     state = (None, jnp.zeros(1)) if "state" in needs else None
     text = f"layer 1 'bad' declares {declared} and must return `{form}`, but returned {got}"
     with raises(TypeError, text) as error:
         make([fpipe.fn(one), layer])(((), ()), jnp.ones((2, 1)), state=state)
-    assert notes(error) == [f"fpipe: in layer 1 'bad'{', stage 1' if make is fpipe.Pipe else ''}, microbatch 0"]
+    assert notes(error) == [
+        f"fpipe: in layer 1 'bad'{', stage 1' if make is fpipe.Pipe else ''}, "
+        "microbatch 0"
+    ]
 
 
 @both
 def test_a_layer_without_needs_may_return_a_tuple(make):
-    pipe = make([fpipe.fn(lambda x: (x, 2 * x)), fpipe.fn(lambda pair: (pair[0] + pair[1], pair[1], None))])
-    assert_same(pipe(((), ()), jnp.ones((2, 1))), (jnp.full((2, 1), 3.0), jnp.full((2, 1), 2.0), None))
+    pipe = make(
+        [
+            fpipe.fn(lambda x: (x, 2 * x)),
+            fpipe.fn(lambda pair: (pair[0] + pair[1], pair[1], None)),
+        ]
+    )
+    assert_same(
+        pipe(((), ()), jnp.ones((2, 1))),
+        (jnp.full((2, 1), 3.0), jnp.full((2, 1), 2.0), None),
+    )
 
 
 # --- errors inside a layer ---
@@ -725,7 +916,11 @@ class MyError(Exception):
 
 
 def notes(error):
-    return [note for note in getattr(error.value, "__notes__", ()) if note.startswith("fpipe: ")]
+    return [
+        note
+        for note in getattr(error.value, "__notes__", ())
+        if note.startswith("fpipe: ")
+    ]
 
 
 def modes(pipe, params, x):
@@ -741,7 +936,9 @@ def modes(pipe, params, x):
 
 @pytest.mark.parametrize("microbatch", [0, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_an_error_in_any_stage_and_microbatch_keeps_its_type_and_says_where(stage, microbatch):
+def test_an_error_in_any_stage_and_microbatch_keeps_its_type_and_says_where(
+    stage, microbatch
+):
     armed = [True]
 
     def bad(x):
@@ -752,13 +949,19 @@ def test_an_error_in_any_stage_and_microbatch_keeps_its_type_and_says_where(stag
 
     layers: list[Any] = [fpipe.fn(one, "good")] * 6
     layers[2 * stage + 1] = fpipe.fn(bad)
-    pipe, x = fpipe.Pipe(layers, [2, 2, 2], chunks=3, checkpoint="always"), jnp.ones((5, 1))
+    pipe, x = (
+        fpipe.Pipe(layers, [2, 2, 2], chunks=3, checkpoint="always"),
+        jnp.ones((5, 1)),
+    )
     runs = modes(pipe, ((),) * 6, x)
     for mode in ("call", "evaluate", "value_and_grad", "grad", "call"):
         with raises(MyError, "mine") as error:
             runs[mode]()
         assert error.value.number == 7
-        assert notes(error) == [f"fpipe: in layer {2 * stage + 1} 'bad', stage {stage}, microbatch {microbatch}"]
+        assert notes(error) == [
+            f"fpipe: in layer {2 * stage + 1} 'bad', stage {stage}, microbatch "
+            f"{microbatch}"
+        ]
     armed[0] = False
     assert_same(runs["call"](), x * 2)
     assert_same(runs["value_and_grad"]()[1], jnp.full((5, 1), 0.4))
@@ -779,8 +982,16 @@ def test_an_error_in_the_reference_says_where(mode):
 
 JAX_ERRORS = {
     "shapes": (lambda x: x @ jnp.ones((5, 5)), TypeError, "dot_general"),
-    "promotion": (lambda x: x + jnp.ones((1,), jnp.int32), ValueError, "implicit dtype promotion"),
-    "a decision": (lambda x: x if x.sum() > 0 else -x, jax.errors.TracerBoolConversionError, "traced array"),
+    "promotion": (
+        lambda x: x + jnp.ones((1,), jnp.int32),
+        ValueError,
+        "implicit dtype promotion",
+    ),
+    "a decision": (
+        lambda x: x if x.sum() > 0 else -x,
+        jax.errors.TracerBoolConversionError,
+        "traced array",
+    ),
 }
 
 
@@ -802,10 +1013,14 @@ def test_an_error_in_a_backward_says_where():
         raise MyError(3, "backwards")
 
     f.defvjp(lambda x: (x, None), backward)
-    pipe = fpipe.Pipe([fpipe.fn(jnp.sin, "a"), fpipe.fn(f, "b"), fpipe.fn(one, "c")], [1, 2])
+    pipe = fpipe.Pipe(
+        [fpipe.fn(jnp.sin, "a"), fpipe.fn(f, "b"), fpipe.fn(one, "c")], [1, 2]
+    )
     with raises(MyError, "backwards") as error:
         pipe.value_and_grad(jnp.mean, argnums=1)(((),) * 3, jnp.ones((2, 1)))
-    assert notes(error) == ["fpipe: in the backward of layers 1 'b', 2 'c', stage 1, microbatch 0"]
+    assert notes(error) == [
+        "fpipe: in the backward of layers 1 'b', 2 'c', stage 1, microbatch 0"
+    ]
 
 
 @both
@@ -815,7 +1030,9 @@ def test_an_error_in_the_loss_says_so(make):
 
     stage = ", stage 1" if make is fpipe.Pipe else ""
     with raises(MyError, "no loss") as error:
-        make([fpipe.fn(one), fpipe.fn(one)]).value_and_grad(loss)(((), ()), jnp.ones((2, 1)), jnp.ones((2, 1)))
+        make([fpipe.fn(one), fpipe.fn(one)]).value_and_grad(loss)(
+            ((), ()), jnp.ones((2, 1)), jnp.ones((2, 1))
+        )
     assert notes(error) == [f"fpipe: in loss_fn{stage}, microbatch 0"]
 
 
@@ -824,7 +1041,11 @@ impossible.def_abstract_eval(lambda x: x)
 
 
 def test_an_error_of_the_compiler_says_what_was_dispatched():
-    pipe = fpipe.Pipe([fpipe.fn(one), fpipe.fn(impossible.bind, "bad"), fpipe.fn(one)], [1, 2], chunks=2)
+    pipe = fpipe.Pipe(
+        [fpipe.fn(one), fpipe.fn(impossible.bind, "bad"), fpipe.fn(one)],
+        [1, 2],
+        chunks=2,
+    )
     with pytest.raises(NotImplementedError, match="impossible") as error:
         pipe(((),) * 3, jnp.ones((2, 1)))
     where = f"stage 1 (layers 1 'bad', 2 'one'), microbatch 0, on {pipe.devices[1]}"
@@ -844,8 +1065,11 @@ def test_an_error_while_running_ends_the_call_and_the_pipe_works_afterwards(stag
     layers: list[Any] = [fpipe.fn(one)] * 3
     layers[stage] = fpipe.fn(bad)
     pipe, x = fpipe.Pipe(layers, chunks=2), jnp.ones((4, 1))
-    # The type is JAX's; it depends on whether the runtime was still in the call that dispatched the program.
-    with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="MyError: negative on the host"):
+    # The type is JAX's; it depends on whether the runtime was still in the call that
+    # dispatched the program.
+    with pytest.raises(
+        (jax.errors.JaxRuntimeError, ValueError), match="MyError: negative on the host"
+    ):
         pipe(((),) * 3, x.at[3].set(-1)).block_until_ready()
     assert_same(pipe(((),) * 3, x), x)
 
@@ -864,13 +1088,18 @@ def lender(name):
 BORROWS = {
     "nobody": (
         [lender("b"), ("a",)],
-        "layer 1 'user' borrows 'a', but no layer has that name; unique names are ['b', 'user']",
+        "layer 1 'user' borrows 'a', but no layer has that name; unique names are "
+        "['b', 'user']",
     ),
     "two": (
         [lender("a"), lender("b"), lender("a"), ("a",)],
-        "layer 3 'user' borrows 'a', but 2 layers have that name; unique names are ['b', 'user']",
+        "layer 3 'user' borrows 'a', but 2 layers have that name; unique names are "
+        "['b', 'user']",
     ),
-    "itself": ([("user",)], "layer 0 'user' borrows from itself; its own parameters are `params`"),
+    "itself": (
+        [("user",)],
+        "layer 0 'user' borrows from itself; its own parameters are `params`",
+    ),
 }
 
 
@@ -885,9 +1114,13 @@ def test_a_borrow_that_cannot_be_is_refused(make, case):
 
 @both
 def test_a_borrower_before_the_owner_needs_parameters_that_are_made_already(make):
-    pipe = make([fpipe.Layer(borrowing, lambda key, x: (), "user", borrow=("a",)), lender("a")], chunks=2)
+    pipe = make(
+        [fpipe.Layer(borrowing, lambda key, x: (), "user", borrow=("a",)), lender("a")],
+        chunks=2,
+    )
     text = (
-        "`init`: layer 0 'user' borrows from ['a'], which come later; let the first user own the parameters and the "
+        "`init`: layer 0 'user' borrows from ['a'], which come later; let the first "
+        "user own the parameters and the "
         "later one borrow them, or make them yourself and call `place`"
     )
     x = jnp.ones((2, 1))
@@ -895,7 +1128,9 @@ def test_a_borrower_before_the_owner_needs_parameters_that_are_made_already(make
         pipe.init(jax.random.key(0), x)
     params = pipe.place(((), jnp.full(1, 3.0)))
     loss, grads = pipe.value_and_grad(jnp.mean)(params, x)
-    assert_same((loss, grads), (jnp.float32(9), ((), jnp.array([6.0]))))  # of a², summed at the owner
+    assert_same(
+        (loss, grads), (jnp.float32(9), ((), jnp.array([6.0])))
+    )  # of a², summed at the owner
 
 
 @both

@@ -52,11 +52,17 @@ def process(*argv, **variables):
 def test_schedule_prints_the_drawing(capsys, name):
     out = printed(capsys, "schedule", name, *SIZES)
     assert out == draw(schedules.named(name, 4, 8)) + "\n"
-    assert re.search(r"makespan [0-9.]+, bubble [0-9.]+%,\s+peak\s+live\s+microbatches(\s+\d+,?){4}\n$", out)
+    assert re.search(
+        r"makespan [0-9.]+, bubble "
+        r"[0-9.]+%,\s+peak\s+live\s+microbatches(\s+\d+,?){4}\n$",
+        out,
+    )
 
 
 def test_virtual_stages(capsys):
-    for name in [name for name in schedules.NAMES if schedules.NAMES[name].per_device is None]:
+    for name in [
+        name for name in schedules.NAMES if schedules.NAMES[name].per_device is None
+    ]:
         out = printed(capsys, "schedule", name, *SIZES, "--virtual", "3")
         assert out == draw(schedules.named(name, 4, 8, virtual=3)) + "\n"
 
@@ -86,7 +92,17 @@ FORWARDS = schedules.Schedule([[("F", 0, 0)]])
 def table(text):
     """The rows of the comparison by name, in order."""
     lines = text.splitlines()
-    assert lines[0].split() == ["schedule", "stages", "per", "device", "makespan", "idle", "bubble", "peak", "live"]
+    assert lines[0].split() == [
+        "schedule",
+        "stages",
+        "per",
+        "device",
+        "makespan",
+        "idle",
+        "bubble",
+        "peak",
+        "live",
+    ]
     body = lines[1 : lines.index("")]
     assert len({len(line) for line in lines[: len(body) + 1]}) == 1
     return {name: cells for name, *cells in map(str.split, body)}
@@ -95,7 +111,9 @@ def table(text):
 def test_compare_all_schedules(capsys):
     out = printed(capsys, "compare", "--devices", "4", "--microbatches", "16")
     rows = table(out)
-    assert list(rows) == sorted(rows, key=lambda name: (float(rows[name][1]), list(schedules.NAMES).index(name)))
+    assert list(rows) == sorted(
+        rows, key=lambda name: (float(rows[name][1]), list(schedules.NAMES).index(name))
+    )
     assert rows["gpipe"] == ["1", "57", "9", "15.8%", "16"]
     assert rows["1f1b"] == ["1", "57", "9", "15.8%", "4"]
     assert rows["eager_1f1b"] == ["1", "57", "9", "15.8%", "7"]
@@ -116,21 +134,31 @@ def test_compare_under_costs(capsys):
     rows = table(printed(capsys, "compare", *SIZES, "--costs", "F=2,B=6,transfer=1"))
     for name, (v, makespan, *_) in rows.items():
         n = int(v)
-        timeline = simulate(schedules.named(name, 4, 8), Costs(F=2 / n, B=6 / n, I=3 / n, W=3 / n, transfer=1))
+        timeline = simulate(
+            schedules.named(name, 4, 8),
+            Costs(F=2 / n, B=6 / n, I=3 / n, W=3 / n, transfer=1),
+        )
         assert float(makespan) == pytest.approx(timeline.makespan, rel=1e-5)
     assert float(rows["eager_1f1b"][1]) < float(rows["1f1b"][1])
 
 
 def test_schedules_that_refuse_the_sizes_are_named_with_the_reason(capsys, monkeypatch):
     def picky(devices, microbatches):
-        raise ValueError(f"`picky(devices={devices}, microbatches={microbatches})`:\n  not these")
+        raise ValueError(
+            f"`picky(devices={devices}, microbatches={microbatches})`:\n  not these"
+        )
 
     def several(name, devices, microbatches, virtual):
         if name != "several":
             return schedules.named(name, devices, microbatches)
         s, m = devices * virtual, range(microbatches)
         rows = [
-            [(k, j, i) for k in "FB" for j in range(d, s, devices)[:: 1 if k == "F" else -1] for i in m]
+            [
+                (k, j, i)
+                for k in "FB"
+                for j in range(d, s, devices)[:: 1 if k == "F" else -1]
+                for i in m
+            ]
             for d in range(devices)
         ]
         return schedules.Schedule(rows, [j % devices for j in range(s)])
@@ -138,19 +166,40 @@ def test_schedules_that_refuse_the_sizes_are_named_with_the_reason(capsys, monke
     one = schedules.NAMES["gpipe"]
     monkeypatch.setitem(schedules.NAMES, "picky", one._replace(generator=picky))
     monkeypatch.setitem(schedules.NAMES, "several", one._replace(per_device=None))
-    monkeypatch.setitem(schedules.NAMES, "half", one._replace(generator=lambda devices, microbatches: FORWARDS))
+    monkeypatch.setitem(
+        schedules.NAMES,
+        "half",
+        one._replace(generator=lambda devices, microbatches: FORWARDS),
+    )
     monkeypatch.setattr("fpipe.__main__.named", several)
-    out = printed(capsys, "compare", "--devices", "2", "--microbatches", "6", "--virtual", "3", "--costs", "transfer=9")
+    out = printed(
+        capsys,
+        "compare",
+        "--devices",
+        "2",
+        "--microbatches",
+        "6",
+        "--virtual",
+        "3",
+        "--costs",
+        "transfer=9",
+    )
     assert "\nleft out:\n" in out
     assert "\nhalf: forwards alone\n" in out
     assert "half" not in table(out)
     assert "\npicky: `picky(devices=2, microbatches=6)`: not these\n" in out
-    # Thirds of 1 and 2, in lots of 6: of 6 stages the last starts after 5 first forwards and 5 transfers, and after
-    # its 6 the backwards come down in the same way.
-    assert table(out)["several"][:2] == ["3", f"{(5 + 6) * 1 / 3 + (5 + 6) * 2 / 3 + 10 * 9:g}"]
+    # Thirds of 1 and 2, in lots of 6: of 6 stages the last starts after 5 first
+    # forwards and 5 transfers, and after its 6 the backwards come down in the same way.
+    assert table(out)["several"][:2] == [
+        "3",
+        f"{(5 + 6) * 1 / 3 + (5 + 6) * 2 / 3 + 10 * 9:g}",
+    ]
     assert table(out)["several"][4] == "6"
     assert "picky" not in table(out)
-    assert printed(capsys, "schedule", "several", *SIZES, "--virtual", "2").count("\n") == 5
+    assert (
+        printed(capsys, "schedule", "several", *SIZES, "--virtual", "2").count("\n")
+        == 5
+    )
     assert "not these" in refused(capsys, "schedule", "picky", *SIZES)
 
 
@@ -168,39 +217,96 @@ def test_files(capsys, tmp_path):
         out = printed(capsys, "schedule", "1f1b", *SIZES, *costs, "--out", str(path))
         assert out == draw(simulate(schedule, Costs(F=2))) + "\n"
         assert path.read_bytes().startswith(head)
-    assert (tmp_path / "out.svg").read_text() == schedules.svg(simulate(schedule, Costs(F=2)))
-    assert (tmp_path / "out.json").read_text() == simulate(schedule, Costs(F=2)).to_trace(unit=1000.0)
-    assert schedules.from_csv((tmp_path / "out.csv").read_text(), name="1f1b") == schedule
+    assert (tmp_path / "out.svg").read_text() == schedules.svg(
+        simulate(schedule, Costs(F=2))
+    )
+    assert (tmp_path / "out.json").read_text() == simulate(
+        schedule, Costs(F=2)
+    ).to_trace(unit=1000.0)
+    assert (
+        schedules.from_csv((tmp_path / "out.csv").read_text(), name="1f1b") == schedule
+    )
 
 
 WRONG = {
     "unknown command": (["draw"], "invalid choice: 'draw'"),
-    "unknown name": (["schedule", "2f2b", *SIZES], "no schedule is named '2f2b'; there are gpipe, 1f1b"),
+    "unknown name": (
+        ["schedule", "2f2b", *SIZES],
+        "no schedule is named '2f2b'; there are gpipe, 1f1b",
+    ),
     "no name": (["schedule", *SIZES], "required: name"),
     "no devices": (["schedule", "1f1b", "--microbatches", "8"], "required: --devices"),
     "no microbatches": (["compare", "--devices", "8"], "required: --microbatches"),
-    "zero devices": (["schedule", "1f1b", "--devices", "0", "--microbatches", "8"], "--devices: .*at least 1.*'0'"),
-    "zero devices compared": (["compare", "--devices", "0", "--microbatches", "8"], "--devices: .*at least 1.*'0'"),
-    "negative": (["compare", "--devices", "2", "--microbatches=-1"], "--microbatches: .*at least 1.*'-1'"),
-    "no number": (["compare", "--devices", "two", "--microbatches", "8"], "--devices: .*'two'"),
-    "a fraction": (["compare", "--devices", "2.0", "--microbatches", "8"], "--devices: .*'2.0'"),
-    "zero virtual": (["compare", *SIZES, "--virtual", "0"], "--virtual: .*at least 1.*'0'"),
-    "virtual refused": (["schedule", "1f1b", *SIZES, "--virtual", "2"], "puts one stage on each device, not 2"),
-    "cost no number": (["compare", *SIZES, "--costs", "F=x"], "--costs: 'x' in 'F=x' is no number"),
-    "cost unknown": (["compare", *SIZES, "--costs", "Q=1"], "--costs: 'Q=1' is not one of F=number"),
-    "cost negative": (["schedule", "1f1b", *SIZES, "--costs", "F=-1"], "--costs: 'F=-1': .*not negative"),
-    "cost infinite": (["compare", *SIZES, "--costs", "F=inf"], "--costs: 'F=inf': .*finite"),
+    "zero devices": (
+        ["schedule", "1f1b", "--devices", "0", "--microbatches", "8"],
+        "--devices: .*at least 1.*'0'",
+    ),
+    "zero devices compared": (
+        ["compare", "--devices", "0", "--microbatches", "8"],
+        "--devices: .*at least 1.*'0'",
+    ),
+    "negative": (
+        ["compare", "--devices", "2", "--microbatches=-1"],
+        "--microbatches: .*at least 1.*'-1'",
+    ),
+    "no number": (
+        ["compare", "--devices", "two", "--microbatches", "8"],
+        "--devices: .*'two'",
+    ),
+    "a fraction": (
+        ["compare", "--devices", "2.0", "--microbatches", "8"],
+        "--devices: .*'2.0'",
+    ),
+    "zero virtual": (
+        ["compare", *SIZES, "--virtual", "0"],
+        "--virtual: .*at least 1.*'0'",
+    ),
+    "virtual refused": (
+        ["schedule", "1f1b", *SIZES, "--virtual", "2"],
+        "puts one stage on each device, not 2",
+    ),
+    "cost no number": (
+        ["compare", *SIZES, "--costs", "F=x"],
+        "--costs: 'x' in 'F=x' is no number",
+    ),
+    "cost unknown": (
+        ["compare", *SIZES, "--costs", "Q=1"],
+        "--costs: 'Q=1' is not one of F=number",
+    ),
+    "cost negative": (
+        ["schedule", "1f1b", *SIZES, "--costs", "F=-1"],
+        "--costs: 'F=-1': .*not negative",
+    ),
+    "cost infinite": (
+        ["compare", *SIZES, "--costs", "F=inf"],
+        "--costs: 'F=inf': .*finite",
+    ),
     "cost nan": (["compare", *SIZES, "--costs", "B=nan"], "--costs: 'B=nan': .*finite"),
-    "cost twice": (["compare", *SIZES, "--costs", "F=1,F=2"], "--costs: F is there twice"),
+    "cost twice": (
+        ["compare", *SIZES, "--costs", "F=1,F=2"],
+        "--costs: F is there twice",
+    ),
     "cost empty": (["compare", *SIZES, "--costs", ""], "--costs: '' is not one of"),
-    "cost trailing": (["compare", *SIZES, "--costs", "F=1,"], "--costs: '' is not one of"),
-    "cost too large": (["compare", *SIZES, "--costs", "B=1,W=2"], "--costs: .*W is larger than B"),
+    "cost trailing": (
+        ["compare", *SIZES, "--costs", "F=1,"],
+        "--costs: '' is not one of",
+    ),
+    "cost too large": (
+        ["compare", *SIZES, "--costs", "B=1,W=2"],
+        "--costs: .*W is larger than B",
+    ),
     "suffix": (
         ["schedule", "1f1b", *SIZES, "--out", "a.jpg"],
         "--out: 'a.jpg' ends in none of .svg, .png, .pdf, .csv, .json",
     ),
-    "no suffix": (["schedule", "1f1b", *SIZES, "--out", "a"], "--out: 'a' ends in none of"),
-    "unknown flag": (["compare", *SIZES, "--colour"], "unrecognized arguments: --colour"),
+    "no suffix": (
+        ["schedule", "1f1b", *SIZES, "--out", "a"],
+        "--out: 'a' ends in none of",
+    ),
+    "unknown flag": (
+        ["compare", *SIZES, "--colour"],
+        "unrecognized arguments: --colour",
+    ),
 }
 
 
@@ -221,7 +327,9 @@ def test_without_matplotlib(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for name in [n for n in sys.modules if n.startswith("matplotlib.")]:
         monkeypatch.delitem(sys.modules, name)
-    message = refused(capsys, "schedule", "1f1b", *SIZES, "--out", str(tmp_path / "a.png"))
+    message = refused(
+        capsys, "schedule", "1f1b", *SIZES, "--out", str(tmp_path / "a.png")
+    )
     assert 'pip install "fpipe[plot]"' in message
 
 
@@ -256,9 +364,9 @@ def test_the_width_of_the_terminal(capsys, monkeypatch):
     out = printed(capsys, "schedule", "gpipe", "--devices", "4", "--microbatches", "20")
     assert out == draw(schedule, width=50) + "\n"
     monkeypatch.delenv("NO_COLOR")
-    assert printed(capsys, "schedule", "gpipe", "--devices", "4", "--microbatches", "20") == (
-        draw(schedule, width=50, colour=True) + "\n"
-    )
+    assert printed(
+        capsys, "schedule", "gpipe", "--devices", "4", "--microbatches", "20"
+    ) == (draw(schedule, width=50, colour=True) + "\n")
 
 
 def test_as_a_process_without_devices():
@@ -272,19 +380,32 @@ def test_as_a_process_without_devices():
 def test_as_a_process_that_is_wrong():
     done = process("compare", *SIZES, "--costs", "F=x")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "python -m fpipe compare: argument --costs: 'x' in 'F=x' is no number\n"
+    assert (
+        done.stderr
+        == "python -m fpipe compare: argument --costs: 'x' in 'F=x' is no number\n"
+    )
     assert process().returncode == 2
 
 
 def test_where_the_terminal_knows_ascii_alone():
-    done = process("schedule", "gpipe", "--devices", "2", "--microbatches", "99", PYTHONIOENCODING="ascii")
+    done = process(
+        "schedule",
+        "gpipe",
+        "--devices",
+        "2",
+        "--microbatches",
+        "99",
+        PYTHONIOENCODING="ascii",
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0][-1] == ">"
 
 
 @pytest.mark.parametrize("argv", [["schedule", "gpipe", *SIZES], ["--help"]])
 def test_a_closed_pipe_is_no_error(argv):
-    """As in `python -m fpipe ... | head`, where head is gone before anything is written."""
+    """As in `python -m fpipe ... | head`, where head is gone before anything is
+    written.
+    """
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(

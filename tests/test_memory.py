@@ -1,4 +1,6 @@
-"""What is alive, what is copied and what compiles, measured on arrays and events rather than read off the plan."""
+"""What is alive, what is copied and what compiles, measured on arrays and events rather
+than read off the plan.
+"""
 
 import gc
 import weakref
@@ -10,14 +12,16 @@ import numpy as np
 import pytest
 
 import fpipe
-from fpipe._placed import observing
+from fpipe._executors.placed.dispatch import observing
 from tests.helpers import Case, cast_weights, dense, models, mse, noise
 
 W = 16
 
 
 def square(compute=None):
-    """A layer whose weights are the only arrays of shape (W, W), and whose casts and transposes would be too."""
+    """A layer whose weights are the only arrays of shape (W, W), and whose casts and
+    transposes would be too.
+    """
 
     def init(key, x):
         del x
@@ -26,14 +30,22 @@ def square(compute=None):
     def apply(w, x):
         w = w if compute is None else w.astype(compute)
         y = jnp.tanh(x.astype(w.dtype) @ w)
-        return (y @ w.T).astype(x.dtype)  # a transpose of the weights, and the weights themselves twice
+        return (y @ w.T).astype(
+            x.dtype
+        )  # a transpose of the weights, and the weights themselves twice
 
     return fpipe.Layer(apply, init)
 
 
 def weight_bytes(microbatches, compute, checkpoint, schedule):
     """The most bytes in arrays of the weights' shape, at any time during a step."""
-    pipe = fpipe.Pipe([square(compute)] * 3, [1, 1, 1], chunks=microbatches, checkpoint=checkpoint, schedule=schedule)
+    pipe = fpipe.Pipe(
+        [square(compute)] * 3,
+        [1, 1, 1],
+        chunks=microbatches,
+        checkpoint=checkpoint,
+        schedule=schedule,
+    )
     x = jnp.ones((2 * microbatches, W))
     params = pipe.init(jax.random.key(0), x)
     step = pipe.value_and_grad(lambda y: jnp.mean(y**2))
@@ -52,10 +64,16 @@ def weight_bytes(microbatches, compute, checkpoint, schedule):
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 @pytest.mark.parametrize("compute", [None, jnp.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("checkpoint", ["always", "except_last", "never", jax.checkpoint_policies.everything_saveable])
-def test_weights_and_values_made_from_weights_are_not_kept_per_microbatch(checkpoint, compute, schedule):
+@pytest.mark.parametrize(
+    "checkpoint",
+    ["always", "except_last", "never", jax.checkpoint_policies.everything_saveable],
+)
+def test_weights_and_values_made_from_weights_are_not_kept_per_microbatch(
+    checkpoint, compute, schedule
+):
     few, many = (weight_bytes(m, compute, checkpoint, schedule) for m in (2, 16))
-    # 3 stages: a weight and its gradient's sum each, and one more while a sum goes from program to program.
+    # 3 stages: a weight and its gradient's sum each, and one more while a sum goes from
+    # program to program.
     assert 3 * W * W * 4 < few <= 3 * 3 * W * W * 4
     assert many == few
 
@@ -65,16 +83,23 @@ def test_weights_and_values_made_from_weights_are_not_kept_per_microbatch(checkp
 def test_a_cast_inside_a_scan_is_the_exception_and_a_warning_names_the_cure(cast):
     def layer(ws, x):
         def body(x, w):
-            return jnp.tanh(x @ w.astype(jnp.bfloat16)) if cast else jnp.tanh(x @ w), None
+            return jnp.tanh(x @ w.astype(jnp.bfloat16)) if cast else jnp.tanh(
+                x @ w
+            ), None
 
         x = x.astype(jnp.bfloat16)
-        return jax.lax.scan(body, x, ws if cast else ws.astype(jnp.bfloat16))[0].astype(jnp.float32)
+        return jax.lax.scan(body, x, ws if cast else ws.astype(jnp.bfloat16))[0].astype(
+            jnp.float32
+        )
 
     pipe = fpipe.Pipe([fpipe.Layer(layer)], [1], chunks=2, checkpoint="never")
     params = pipe.place((jnp.ones((3, W, W)),))
     step = pipe.value_and_grad(jnp.mean)
     if cast:
-        with pytest.warns(UserWarning, match=r"stage 0 keeps bfloat16\[3,16,16\] per microbatch.*cast the stacked"):
+        with pytest.warns(
+            UserWarning,
+            match=r"stage 0 keeps bfloat16\[3,16,16\] per microbatch.*cast the stacked",
+        ):
             step(params, jnp.ones((4, W)))
     else:
         step(params, jnp.ones((4, W)))  # warnings are errors
@@ -82,11 +107,17 @@ def test_a_cast_inside_a_scan_is_the_exception_and_a_warning_names_the_cure(cast
 
 def test_a_branch_that_keeps_weights_is_warned_about_too():
     def layer(w, x):
-        return jax.lax.cond(x[0, 0] > 0, lambda x: jnp.sin(x @ jnp.cos(w)), lambda x: x, x)
+        return jax.lax.cond(
+            x[0, 0] > 0, lambda x: jnp.sin(x @ jnp.cos(w)), lambda x: x, x
+        )
 
     pipe = fpipe.Pipe([fpipe.Layer(layer)], [1], chunks=2, checkpoint="never")
-    with pytest.warns(UserWarning, match=r"keeps float32\[16,16\] per microbatch.*lax.cond"):
-        pipe.value_and_grad(jnp.mean, argnums=(0, 1))(pipe.place((jnp.ones((W, W)),)), jnp.ones((4, W)))
+    with pytest.warns(
+        UserWarning, match=r"keeps float32\[16,16\] per microbatch.*lax.cond"
+    ):
+        pipe.value_and_grad(jnp.mean, argnums=(0, 1))(
+            pipe.place((jnp.ones((W, W)),)), jnp.ones((4, W))
+        )
 
 
 def step_of(name):
@@ -178,17 +209,21 @@ def test_each_layer_is_traced_once_per_shape():
     step = pipe.value_and_grad(jnp.mean)
     for _ in range(2):
         step(params, jnp.ones((7, 2)))
-    assert traces == [(3, 2), (1, 2)] * 2  # forward, backward, with and without recomputation: one trace
+    assert (
+        traces == [(3, 2), (1, 2)] * 2
+    )  # forward, backward, with and without recomputation: one trace
 
 
 def test_a_new_loss_function_at_each_step_costs_bounded_memory(monkeypatch):
-    monkeypatch.setattr("fpipe._placed._calls._PLANS", 3)
+    monkeypatch.setattr("fpipe._executors.placed.executor._PLANS", 3)
     pipe = fpipe.Pipe([fpipe.fn(jnp.sin)], [1])
     held = []
     for k in range(6):
         scale = jnp.float32(k)
         held.append(weakref.ref(scale))
-        pipe.value_and_grad(lambda y, scale=scale: jnp.mean(y * scale), argnums=1)(((),), jnp.ones((2, 2)))
+        pipe.value_and_grad(lambda y, scale=scale: jnp.mean(y * scale), argnums=1)(
+            ((),), jnp.ones((2, 2))
+        )
         del scale
     gc.collect()
     assert [ref() is not None for ref in held] == [False] * 3 + [True] * 3
@@ -205,7 +240,9 @@ def test_a_dropped_pipe_and_its_parameters_are_collected():
 
 def test_a_pull_back_keeps_only_what_it_reads():
     """The output is dropped by the caller, and then it is gone."""
-    pipe = fpipe.Pipe([dense(), dense(activation=lambda y: y)], [1, 1], chunks=1, checkpoint="always")
+    pipe = fpipe.Pipe(
+        [dense(), dense(activation=lambda y: y)], [1, 1], chunks=1, checkpoint="always"
+    )
     x = jnp.ones((4, 4))
     params = pipe.init(jax.random.key(0), x)
     y, pull = jax.vjp(lambda p: pipe(p, x), params)
@@ -222,7 +259,12 @@ def test_a_pull_back_keeps_only_what_it_reads():
 def test_no_array_of_the_users_is_deleted_or_changed(kind, chunks, devices):
     identity = fpipe.Layer(lambda p, x: x)
     layers = [dense(), identity, *([cast_weights(dense())] * (len(devices) - 1))]
-    pipe = fpipe.Pipe(layers, [2, 1][: len(devices)], [jax.devices()[d] for d in devices], chunks=chunks)
+    pipe = fpipe.Pipe(
+        layers,
+        [2, 1][: len(devices)],
+        [jax.devices()[d] for d in devices],
+        chunks=chunks,
+    )
     case = Case([dense()], chunks)
     given = [*case.params(), (), *case.params()][: len(layers)]
     x, target = kind(np.asarray(case.x)), kind(np.asarray(case.target))
@@ -232,7 +274,9 @@ def test_no_array_of_the_users_is_deleted_or_changed(kind, chunks, devices):
     # What comes back is donated: that must not reach back to what was given.
     spoil = jax.jit(lambda tree: jax.tree.map(lambda a: a * 0, tree), donate_argnums=0)
     for _ in range(2):
-        loss, grads = pipe.value_and_grad(mse, argnums=(0, 1, 2))(params, x, target, side=side, key=key)
+        loss, grads = pipe.value_and_grad(mse, argnums=(0, 1, 2))(
+            params, x, target, side=side, key=key
+        )
         assert float(loss) > 0
         for leaf in jax.tree.leaves(grads):
             spoil(leaf)
@@ -242,7 +286,9 @@ def test_no_array_of_the_users_is_deleted_or_changed(kind, chunks, devices):
 
 
 def test_only_sums_are_donated():
-    """The one buffer that a program may overwrite is the accumulator that the plan itself made."""
+    """The one buffer that a program may overwrite is the accumulator that the plan
+    itself made.
+    """
     case = Case(models()["nested"], 3)
     pipe = fpipe.Pipe(case.layers, [2, 1, 2], chunks=3)
     params = pipe.place(case.params())
@@ -252,8 +298,14 @@ def test_only_sums_are_donated():
     def watch(item, slots):
         del item
         plan = pipe._placed._bound.values()[0].plan
-        seen.update({n: (plan.slots[n].name, a) for n, a in enumerate(slots) if a is not None})
-        deleted.update(name for name, a in seen.values() if isinstance(a, jax.Array) and a.is_deleted())
+        seen.update(
+            {n: (plan.slots[n].name, a) for n, a in enumerate(slots) if a is not None}
+        )
+        deleted.update(
+            name
+            for name, a in seen.values()
+            if isinstance(a, jax.Array) and a.is_deleted()
+        )
 
     with observing(watch):
         step(params, case.x, case.target)
@@ -262,17 +314,25 @@ def test_only_sums_are_donated():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_where_weights_are_all_there_is_a_plan_of_the_scan_executor_from_shapes_is_near_the_compiled_one(tied):
+def test_where_weights_are_all_there_is_a_plan_of_the_scan_executor_from_shapes_is_near_the_compiled_one(
+    tied,
+):
     def init(key, x):
         return jnp.ones((x.shape[-1], 256))
 
     layers = [fpipe.Layer(lambda w, x: jnp.tanh(x @ w), init, name="owner")] * 2
     if tied:  # a second weight on every device, and its gradient
-        borrower = fpipe.Layer(lambda _, x, *, borrowed: x @ borrowed["owner"].T, lambda key, x: (), borrow=("owner",))
+        borrower = fpipe.Layer(
+            lambda _, x, *, borrowed: x @ borrowed["owner"].T,
+            lambda key, x: (),
+            borrow=("owner",),
+        )
         layers = [layers[0], borrower]
     pipe = fpipe.Pipe(layers, [1, 1], chunks=4, checkpoint="always", executor="scan")
     x = jax.ShapeDtypeStruct((4, 256), jnp.float32)
-    shapes, compiled = (pipe.plan(None, x, optimizer=0.0, compiled=c).peak for c in (False, True))
+    shapes, compiled = (
+        pipe.plan(None, x, optimizer=0.0, compiled=c).peak for c in (False, True)
+    )
     assert 4 * 256 * 256 * (4 if tied else 2) < shapes <= compiled < 1.05 * shapes
 
 

@@ -1,4 +1,6 @@
-"""Microbatches: how inputs of every kind are cut, sent through stages, and put together again."""
+"""Microbatches: how inputs of every kind are cut, sent through stages, and put together
+again.
+"""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fpipe
-from fpipe._microbatch import cut_inputs, pieces
+from fpipe._model.microbatch import cut_inputs, pieces
 from tests.helpers import assert_same, raises
 
 untyped: Any = lambda value: value  # noqa: E731 - what a type checker would refuse is tested here
@@ -70,9 +72,15 @@ def test_pieces_sum_up_are_of_ceil_size_and_number_at_most_chunks(n, chunks):
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 2)), min_size=1, max_size=3), st.integers(1, 6))
+@given(
+    st.lists(st.tuples(st.integers(1, 12), st.integers(0, 2)), min_size=1, max_size=3),
+    st.integers(1, 6),
+)
 def test_the_pieces_of_a_pytree_put_together_are_the_pytree(shapes, chunks):
-    x = [np.arange(n * 2.0**k).reshape(n, *(2,) * k).astype(np.float32) for n, k in shapes]
+    x = [
+        np.arange(n * 2.0**k).reshape(n, *(2,) * k).astype(np.float32)
+        for n, k in shapes
+    ]
     counts = {len(pieces(n, chunks)) for n, _ in shapes}
     if len(counts) > 1:
         with pytest.raises(ValueError, match="give both the same number of rows"):
@@ -99,11 +107,18 @@ def test_a_loss_sees_each_piece_and_weighs_it_by_its_rows(make, n, chunks, expec
 
     def by_hand(p, x, t):
         parts = zip(cut_by_hand(x, chunks), cut_by_hand(t, chunks), strict=True)
-        made = [(len(x) / n * ((x * p) * t).sum() ** 2, (x.shape[0], (x * p)[0], t[-1])) for x, t in parts]
+        made = [
+            (len(x) / n * ((x * p) * t).sum() ** 2, (x.shape[0], (x * p)[0], t[-1]))
+            for x, t in parts
+        ]
         return sum(value for value, _ in made), [aux for _, aux in made]
 
-    (want, aux), (wp, wx, wt) = jax.value_and_grad(by_hand, argnums=(0, 1, 2), has_aux=True)(p, x, t)
-    first, second, third = (jnp.stack([jnp.float32(a[k]) for a in aux]) for k in range(3))
+    (want, aux), (wp, wx, wt) = jax.value_and_grad(
+        by_hand, argnums=(0, 1, 2), has_aux=True
+    )(p, x, t)
+    first, second, third = (
+        jnp.stack([jnp.float32(a[k]) for a in aux]) for k in range(3)
+    )
     assert first.tolist() == list(expected)
     assert_same(got, ((want, (first, second, third)), ((wp, ()), wx, wt)))
 
@@ -150,12 +165,24 @@ def test_a_whole_pytree_goes_to_every_microbatch_and_its_gradient_is_the_sum(mak
 
     def by_hand(p, q, v, t, w, target, offset):
         total = jnp.float32(0)
-        for v_i, target_i in zip(cut_by_hand(v, 3), cut_by_hand(target, 3), strict=True):
+        for v_i, target_i in zip(
+            cut_by_hand(v, 3), cut_by_hand(target, 3), strict=True
+        ):
             total += loss(jnp.sin(v_i @ w * p) / t * q, target_i, offset)
         return total
 
-    arguments = (jnp.float32(0.5), jnp.full(3, 1.5), x["rows"], whole["t"], whole["w"], target, offset)
-    want, (wp, wq, wv, wt, ww, wtarget, woffset) = jax.value_and_grad(by_hand, argnums=range(7))(*arguments)
+    arguments = (
+        jnp.float32(0.5),
+        jnp.full(3, 1.5),
+        x["rows"],
+        whole["t"],
+        whole["w"],
+        target,
+        offset,
+    )
+    want, (wp, wq, wv, wt, ww, wtarget, woffset) = jax.value_and_grad(
+        by_hand, argnums=range(7)
+    )(*arguments)
     whole = fpipe.NoChunk({"t": wt, "w": ww, "tag": None, "none": None})
     assert_same((value, gp, gt, go), (want, (wp, wq), wtarget, fpipe.NoChunk(woffset)))
     assert_same(gx, {"rows": wv, "whole": whole, "note": None})
@@ -163,11 +190,17 @@ def test_a_whole_pytree_goes_to_every_microbatch_and_its_gradient_is_the_sum(mak
 
 @both
 def test_a_gradient_outside_sums_what_goes_whole_too(make):
-    layers = [fpipe.fn(lambda x: x["v"] * x["w"]), fpipe.fn(lambda x, *, side: x * side)]
+    layers = [
+        fpipe.fn(lambda x: x["v"] * x["w"]),
+        fpipe.fn(lambda x, *, side: x * side),
+    ]
     pipe, v = make(layers, chunks=3), rows(5)
 
     def run(v, w, side):
-        return (pipe(((), ()), {"v": v, "w": fpipe.NoChunk(w)}, side=fpipe.NoChunk(side)) ** 2).sum()
+        return (
+            pipe(((), ()), {"v": v, "w": fpipe.NoChunk(w)}, side=fpipe.NoChunk(side))
+            ** 2
+        ).sum()
 
     def by_hand(v, w, side):
         return ((v * w * side) ** 2).sum()
@@ -183,7 +216,9 @@ def test_what_is_whole_alone_makes_one_microbatch_and_targets_may_make_more(make
     params = pipe.place((jnp.float32(2),))
     assert_same(pipe(params, x), 2 * rows(3))
     target = jnp.array([1.0, 2.0, 6.0])
-    loss, grads = pipe.value_and_grad(lambda y, t: y.sum() * t.mean())(params, x, target)
+    loss, grads = pipe.value_and_grad(lambda y, t: y.sum() * t.mean())(
+        params, x, target
+    )
     assert_same((loss, grads), (6 * rows(3).sum(), (3 * rows(3).sum(),)))
 
 
@@ -197,9 +232,7 @@ def test_no_chunk_is_a_pytree():
 # --- what cannot be cut ---
 
 
-SCALAR = (
-    "is a 0-d array and cannot be cut into microbatches; wrap it in fpipe.NoChunk to send it whole to every microbatch"
-)
+SCALAR = "is a 0-d array and cannot be cut into microbatches; wrap it in fpipe.NoChunk to send it whole to every microbatch"
 NO_ARRAY = "`pipe(params, x)`: x has no array; a pipeline needs at least one array to cut into microbatches"
 Z, V, W = jnp.float32(1), rows(4), rows(3)
 FIX = "give both the same number of rows, or wrap one in fpipe.NoChunk"
@@ -210,10 +243,34 @@ REFUSED = {
     "0-d of numpy": ([V, np.float32(1)], None, (), ValueError, f"`x[1]` {SCALAR}"),
     "0-d side": (V, {"t": Z}, (), ValueError, f"`side['t']` {SCALAR}"),
     "0-d target": (V, None, (V, Z), ValueError, f"`targets[1]` {SCALAR}"),
-    "0-d side of what is whole": (fpipe.NoChunk(V), Z, (), ValueError, f"`side` {SCALAR}"),
-    "no rows": ({"a": V[:0]}, None, (), ValueError, "`x['a']` has no rows: its shape is (0, 2)"),
-    "no rows in side": (V, [V, V[:0]], (), ValueError, "`side[1]` has no rows: its shape is (0, 2)"),
-    "no rows in targets": (V, None, (V[:0],), ValueError, "`targets[0]` has no rows: its shape is (0, 2)"),
+    "0-d side of what is whole": (
+        fpipe.NoChunk(V),
+        Z,
+        (),
+        ValueError,
+        f"`side` {SCALAR}",
+    ),
+    "no rows": (
+        {"a": V[:0]},
+        None,
+        (),
+        ValueError,
+        "`x['a']` has no rows: its shape is (0, 2)",
+    ),
+    "no rows in side": (
+        V,
+        [V, V[:0]],
+        (),
+        ValueError,
+        "`side[1]` has no rows: its shape is (0, 2)",
+    ),
+    "no rows in targets": (
+        V,
+        None,
+        (V[:0],),
+        ValueError,
+        "`targets[0]` has no rows: its shape is (0, 2)",
+    ),
     "None": (None, None, (), TypeError, NO_ARRAY),
     "no array": ({"a": 3, "b": None, "c": 1.5}, V, (V,), TypeError, NO_ARRAY),
     "whole without array": (fpipe.NoChunk(3), None, (), TypeError, NO_ARRAY),
@@ -222,21 +279,24 @@ REFUSED = {
         None,
         (),
         ValueError,
-        f"with chunks=4 `x['a']` of shape (4, 2) gives 4 pieces, but `x['b'][0]` of shape (3, 2) gives 3; {FIX}",
+        "with chunks=4 `x['a']` of shape (4, 2) gives 4 pieces, but `x['b'][0]` of "
+        f"shape (3, 2) gives 3; {FIX}",
     ),
     "unequal side": (
         V,
         {"mask": rows(9)},
         (),
         ValueError,
-        f"with chunks=4 `x` of shape (4, 2) gives 4 pieces, but `side['mask']` of shape (9, 2) gives 3; {FIX}",
+        "with chunks=4 `x` of shape (4, 2) gives 4 pieces, but `side['mask']` of "
+        f"shape (9, 2) gives 3; {FIX}",
     ),
     "unequal target": (
         (fpipe.NoChunk(V), W),
         W,
         (W, {"t": V[:, 0]}),
         ValueError,
-        f"with chunks=4 `x[1]` of shape (3, 2) gives 3 pieces, but `targets[1]['t']` of shape (4,) gives 4; {FIX}",
+        "with chunks=4 `x[1]` of shape (3, 2) gives 3 pieces, but `targets[1]['t']` "
+        f"of shape (4,) gives 4; {FIX}",
     ),
 }
 
@@ -259,10 +319,15 @@ def test_what_cannot_be_cut_is_refused_with_its_name(make, case):
 def test_unequal_rows_that_give_as_many_pieces_are_cut_each_by_its_own_rule(make):
     # 10 and 4 rows in 4 pieces: 3, 3, 3, 1 beside 1, 1, 1, 1.
     pipe = make([fpipe.fn(lambda x, *, side: x * side.sum()), scale], chunks=4)
-    params, x, side, target = pipe.place(((), jnp.float32(2))), rows(10), rows(4, 3), jnp.arange(1.0, 5)
-    loss, grad = pipe.value_and_grad(lambda y, t: (y**2).sum() * t[0], reduction="sum", argnums=1)(
-        params, x, target, side=side
+    params, x, side, target = (
+        pipe.place(((), jnp.float32(2))),
+        rows(10),
+        rows(4, 3),
+        jnp.arange(1.0, 5),
     )
+    loss, grad = pipe.value_and_grad(
+        lambda y, t: (y**2).sum() * t[0], reduction="sum", argnums=1
+    )(params, x, target, side=side)
 
     def by_hand(x):
         cut = zip(cut_by_hand(x, 4), cut_by_hand(side, 4), target, strict=True)
@@ -291,7 +356,16 @@ STRUCTURES = {
     "list and tuple": lambda a, b: [a, (b,), ()],
     "named tuple": Pair,
     "dataclass": lambda a, b: Record({"a": a, "b": b}, "kept"),
-    "None and static leaves": lambda a, b: [None, a, "text", 3, b, {"none": None}, 2.5, False],
+    "None and static leaves": lambda a, b: [
+        None,
+        a,
+        "text",
+        3,
+        b,
+        {"none": None},
+        2.5,
+        False,
+    ],
     "nested": lambda a, b: Pair(Record((a, None), "kept"), {"b": Pair(b, 1)}),
 }
 
@@ -302,10 +376,19 @@ def test_structures_go_in_through_stages_and_out(make, case):
     build = STRUCTURES[case]
 
     def arrays(tree):
-        return jax.tree.map(lambda leaf: jnp.sin(leaf) if isinstance(leaf, jax.Array) else leaf, tree)
+        return jax.tree.map(
+            lambda leaf: jnp.sin(leaf) if isinstance(leaf, jax.Array) else leaf, tree
+        )
 
-    pipe, a, b = make([fpipe.fn(arrays), fpipe.fn(arrays)], chunks=2), rows(3), rows(3, 1)
-    got, want = pipe(((), ()), build(a, b)), build(jnp.sin(jnp.sin(a)), jnp.sin(jnp.sin(b)))
+    pipe, a, b = (
+        make([fpipe.fn(arrays), fpipe.fn(arrays)], chunks=2),
+        rows(3),
+        rows(3, 1),
+    )
+    got, want = (
+        pipe(((), ()), build(a, b)),
+        build(jnp.sin(jnp.sin(a)), jnp.sin(jnp.sin(b))),
+    )
     chex.assert_trees_all_equal_structs(got, want)
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         if isinstance(w, jax.Array):
@@ -324,11 +407,15 @@ def test_gradients_have_the_structure_of_their_argument(make, case):
         return a * b
 
     pipe, a, b = make([fpipe.fn(first), same], chunks=2), rows(3), rows(3, 1)
-    _, grads = pipe.value_and_grad(lambda y, t: (y * first(t)).sum(), reduction="sum", argnums=(1, 2))(
-        ((), ()), build(a, b), build(a, b)
+    _, grads = pipe.value_and_grad(
+        lambda y, t: (y * first(t)).sum(), reduction="sum", argnums=(1, 2)
+    )(((), ()), build(a, b), build(a, b))
+    ga, gb = jax.grad(
+        lambda a, b: (a * b * rows(3) * rows(3, 1)).sum(), argnums=(0, 1)
+    )(a, b)
+    static = jax.tree.map(
+        lambda leaf: leaf if isinstance(leaf, jax.Array) else None, build(ga, gb)
     )
-    ga, gb = jax.grad(lambda a, b: (a * b * rows(3) * rows(3, 1)).sum(), argnums=(0, 1))(a, b)
-    static = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else None, build(ga, gb))
     assert_same(grads, (static, static))
 
 
@@ -351,7 +438,10 @@ def test_outputs_are_joined_and_scalars_stacked(make):
     parts = [outputs(part) for part in cut_by_hand(x, 3)]
     static = got.pop("static")
     want = {
-        name: (jnp.concatenate if parts[0][name].shape else jnp.stack)([part[name] for part in parts]) for name in got
+        name: (jnp.concatenate if parts[0][name].shape else jnp.stack)(
+            [part[name] for part in parts]
+        )
+        for name in got
     }
     assert static == ("a", 1, None)
     assert got["mean"].shape == got["count"].shape == got["key"].shape == (3,)
@@ -378,19 +468,28 @@ def test_outputs_of_different_structures_are_refused(make):
 @both
 def test_static_outputs_that_differ_between_microbatches_are_refused(make):
     with pytest.raises((TypeError, ValueError), match="microbatch"):
-        make([same, fpipe.fn(lambda x: {"x": x, "rows": x.shape[0]})], chunks=2)(((), ()), rows(3))
+        make([same, fpipe.fn(lambda x: {"x": x, "rows": x.shape[0]})], chunks=2)(
+            ((), ()), rows(3)
+        )
 
 
 @both
 def test_aux_whose_static_leaves_differ_is_refused_with_both(make):
-    grad = make([same, same], chunks=2).value_and_grad(lambda y: (y.sum(), {"a": f"{y.shape[0]} rows"}), has_aux=True)
-    with pytest.raises((TypeError, ValueError), match=r"(?s)2 rows.*1 rows|1 rows.*2 rows"):
+    grad = make([same, same], chunks=2).value_and_grad(
+        lambda y: (y.sum(), {"a": f"{y.shape[0]} rows"}), has_aux=True
+    )
+    with pytest.raises(
+        (TypeError, ValueError), match=r"(?s)2 rows.*1 rows|1 rows.*2 rows"
+    ):
         grad(((), ()), rows(3))
 
 
 @both
 def test_a_boundary_may_hold_what_depends_on_the_number_of_rows(make):
-    layers = [fpipe.fn(lambda x: {"x": x, "rows": x.shape[0]}), fpipe.fn(lambda x: x["x"] * x["rows"])]
+    layers = [
+        fpipe.fn(lambda x: {"x": x, "rows": x.shape[0]}),
+        fpipe.fn(lambda x: x["x"] * x["rows"]),
+    ]
     pipe, x = make(layers, chunks=2), rows(3)
     factor = jnp.array([[2.0], [2.0], [1.0]])
     assert_same(pipe(((), ()), x), x * factor)
@@ -403,19 +502,34 @@ def test_a_boundary_may_hold_what_depends_on_the_number_of_rows(make):
 
 def by_type(x):
     """Tells static leaves apart as a program must."""
-    return x["v"] * {int: 1.0, float: 2.0, bool: 3.0, str: 4.0, type(None): 5.0}[type(x["s"])]
+    return (
+        x["v"]
+        * {int: 1.0, float: 2.0, bool: 3.0, str: 4.0, type(None): 5.0}[type(x["s"])]
+    )
 
 
 @both
 def test_static_leaves_of_different_types_are_different(make):
     pipe, v = make([fpipe.fn(by_type), same], chunks=2), rows(3)
-    for static, factor in [(1, 1), (1.0, 2), (True, 3), ("1", 4), (None, 5), (1, 1), (True, 3), (1.0, 2)]:
+    for static, factor in [
+        (1, 1),
+        (1.0, 2),
+        (True, 3),
+        ("1", 4),
+        (None, 5),
+        (1, 1),
+        (True, 3),
+        (1.0, 2),
+    ]:
         assert_same(pipe(((), ()), {"v": v, "s": static}), v * factor)
 
 
 @both
 def test_static_targets_and_side_of_different_types_are_different(make):
-    pipe, v = make([fpipe.fn(lambda x, *, side: by_type({"v": x, "s": side}))], chunks=2), rows(3)
+    pipe, v = (
+        make([fpipe.fn(lambda x, *, side: by_type({"v": x, "s": side}))], chunks=2),
+        rows(3),
+    )
 
     def loss(y, t):
         return by_type({"v": y.sum(), "s": t})
@@ -428,7 +542,13 @@ def test_static_targets_and_side_of_different_types_are_different(make):
 
 @both
 def test_a_zero_and_its_negative_are_different_static_leaves(make):
-    pipe, v = make([fpipe.fn(lambda x: x["v"] * np.float32(np.copysign(1.0, x["s"])))], chunks=2), rows(2)
+    pipe, v = (
+        make(
+            [fpipe.fn(lambda x: x["v"] * np.float32(np.copysign(1.0, x["s"])))],
+            chunks=2,
+        ),
+        rows(2),
+    )
     for zero in (0.0, -0.0, 0.0, -0.0):
         assert_same(pipe(((),), {"v": v, "s": zero}), v * float(np.copysign(1.0, zero)))
 
@@ -444,7 +564,9 @@ def test_equal_static_leaves_compile_once():
 
 
 def test_a_static_leaf_that_cannot_be_hashed_is_refused():
-    with raises(TypeError, "static leaves must be hashable, among [{1}]: unhashable type: 'set'"):
+    with raises(
+        TypeError, "static leaves must be hashable, among [{1}]: unhashable type: 'set'"
+    ):
         fpipe.Pipe([fpipe.fn(lambda x: x["v"])])(((),), {"v": rows(2), "s": {1}})
 
 
@@ -475,17 +597,29 @@ def test_numpy_inputs_are_arrays_and_are_left_alone(make):
 
     pipe, target = make([apply, same], chunks=2), np.ones((3, 2), np.float32)
     params = pipe.place((np.float32(2), ()))
-    want = np.array([[1], [-1], [1]]) * (2 * x["f32"] + x["f64"] * 3 + np.arange(3)[:, None])
+    want = np.array([[1], [-1], [1]]) * (
+        2 * x["f32"] + x["f64"] * 3 + np.arange(3)[:, None]
+    )
     assert_same(pipe(params, x), jnp.asarray(want, jnp.float32))
-    loss, grads = pipe.value_and_grad(lambda y, t: (y * t).sum(), reduction="sum", argnums=2)(params, x, target)
-    assert_same((loss, grads), (jnp.float32(want.sum()), jnp.asarray(want, jnp.float32)))
+    loss, grads = pipe.value_and_grad(
+        lambda y, t: (y * t).sum(), reduction="sum", argnums=2
+    )(params, x, target)
+    assert_same(
+        (loss, grads), (jnp.float32(want.sum()), jnp.asarray(want, jnp.float32))
+    )
     jax.tree.map(np.testing.assert_array_equal, x, before)
 
 
 @both
 def test_integers_booleans_and_keys_cross_stages(make):
     keys = jax.random.split(jax.random.key(3), 5)
-    x = {"v": rows(5), "id": jnp.arange(5) % 3, "on": jnp.arange(5) % 2 == 0, "key": keys, "legacy": rows(5)}
+    x = {
+        "v": rows(5),
+        "id": jnp.arange(5) % 3,
+        "on": jnp.arange(5) % 2 == 0,
+        "key": keys,
+        "legacy": rows(5),
+    }
     x["legacy"] = jax.vmap(jax.random.key_data)(keys)
 
     def move(p, x):
@@ -503,11 +637,15 @@ def test_integers_booleans_and_keys_cross_stages(make):
 
     def by_hand(params, v):
         p, q, table = params
-        noise = jnp.stack([jax.random.uniform(key, (2,)) for key in (keys[k] for k in range(5))])
+        noise = jnp.stack(
+            [jax.random.uniform(key, (2,)) for key in (keys[k] for k in range(5))]
+        )
         y = jnp.sin(jnp.sin(v) * p) * q * table[(x["id"] + 2) % 3]
         return (jnp.where(x["on"][:, None], y, noise) ** 2).sum()
 
-    want, (wp, wv) = jax.jit(jax.value_and_grad(by_hand, argnums=(0, 1)))((p, p, table), x["v"])
+    want, (wp, wv) = jax.jit(jax.value_and_grad(by_hand, argnums=(0, 1)))(
+        (p, p, table), x["v"]
+    )
     assert into_x.keys() == x.keys()
     for name in ("id", "on", "key", "legacy"):
         assert into_x[name].dtype == jax.dtypes.float0
@@ -517,7 +655,11 @@ def test_integers_booleans_and_keys_cross_stages(make):
 
 @both
 def test_integers_booleans_and_keys_come_out(make):
-    x = {"id": jnp.arange(5), "on": jnp.arange(5) % 2 == 0, "key": jax.random.split(jax.random.key(3), 5)}
+    x = {
+        "id": jnp.arange(5),
+        "on": jnp.arange(5) % 2 == 0,
+        "key": jax.random.split(jax.random.key(3), 5),
+    }
     move = fpipe.fn(lambda x: {"id": x["id"] + 1, "on": ~x["on"], "key": x["key"]})
     out = make([move, move], chunks=3)(((), ()), x)
     want = {"id": jnp.arange(2, 7), "on": x["on"], "key": x["key"]}
@@ -526,7 +668,11 @@ def test_integers_booleans_and_keys_come_out(make):
 
 
 def raw(array):
-    return jax.random.key_data(array) if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else array
+    return (
+        jax.random.key_data(array)
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+        else array
+    )
 
 
 @both
@@ -534,7 +680,9 @@ def test_a_model_of_integers_alone_has_no_gradient_and_runs(make):
     pipe = make([fpipe.fn(lambda x: x + 1), fpipe.fn(lambda x: x * 2)], chunks=2)
     x = jnp.arange(3)
     assert_same(pipe(((), ()), x), (x + 1) * 2)
-    loss, grad = pipe.value_and_grad(lambda y: y.sum(), reduction="sum", argnums=1)(((), ()), x)
+    loss, grad = pipe.value_and_grad(lambda y: y.sum(), reduction="sum", argnums=1)(
+        ((), ()), x
+    )
     assert_same((loss, grad), (jnp.float32(12), np.zeros(3, jax.dtypes.float0)))
 
 
@@ -553,14 +701,21 @@ def test_targets_and_side_are_cut_like_x(make):
         return ((y - t["t"]) ** 2).mean() * (2 if u == "twice" else 1)
 
     pipe = make([same, fpipe.fn(apply)], chunks=4)
-    x, side, t = rows(10), {"a": rows(10, start=2.0), "b": (rows(10, 1), None, "text")}, {"t": rows(10, start=5.0)}
+    x, side, t = (
+        rows(10),
+        {"a": rows(10, start=2.0), "b": (rows(10, 1), None, "text")},
+        {"t": rows(10, start=5.0)},
+    )
     run = pipe.value_and_grad(loss, argnums=(1, 2))
     value, grads = run(((), ()), x, t, "twice", side=side)
     assert set(seen) == {((3, 2), (3, 2), "twice"), ((1, 2), (1, 2), "twice")}
 
     def by_hand(x, target):
         cut = [cut_by_hand(a, 4) for a in (x, target, side["a"], side["b"][0])]
-        return sum(len(x) / 10 * 2 * ((x + a * b - t) ** 2).mean() for x, t, a, b in zip(*cut, strict=True))
+        return sum(
+            len(x) / 10 * 2 * ((x + a * b - t) ** 2).mean()
+            for x, t, a, b in zip(*cut, strict=True)
+        )
 
     want, (wx, wt) = jax.value_and_grad(by_hand, argnums=(0, 1))(x, t["t"])
     assert_same((value, grads), (want, (wx, {"t": wt})))
@@ -571,8 +726,14 @@ def test_weights_of_a_loss_are_summed_over_ragged_pieces(make):
     def loss(y, mask):
         return (y[:, 0] * mask).sum(), mask.sum()
 
-    pipe, x, mask = make([scale], chunks=4), rows(10), (jnp.arange(10) % 4 != 1).astype(jnp.float32)
-    got = pipe.value_and_grad(loss, reduction="weighted", argnums=(0, 1))(pipe.place((jnp.float32(3),)), x, mask)
+    pipe, x, mask = (
+        make([scale], chunks=4),
+        rows(10),
+        (jnp.arange(10) % 4 != 1).astype(jnp.float32),
+    )
+    got = pipe.value_and_grad(loss, reduction="weighted", argnums=(0, 1))(
+        pipe.place((jnp.float32(3),)), x, mask
+    )
 
     def by_hand(p, x):
         return ((x * p)[:, 0] * mask).sum() / mask.sum()

@@ -5,11 +5,13 @@ import random
 
 import pytest
 
-from fpipe._mincut import cheapest
+from fpipe._program.min_cut import cheapest
 
 
 def works(kept, again, needed):
-    """Whether everything needed can be had from what is kept; and how much is made again."""
+    """Whether everything needed can be had from what is kept; and how much is made
+    again.
+    """
     made, stack = set(), [v for v in needed if v not in kept]
     while stack:
         v = stack.pop()
@@ -27,20 +29,31 @@ def test_no_set_is_cheaper(seed):
     rng = random.Random(seed)
     n = rng.randint(1, 9)
     costs = {v: rng.randint(1, 9) for v in range(n)}
-    again = {v: rng.sample(range(v), rng.randint(0, min(3, v))) for v in range(n) if rng.random() < 0.7}
+    again = {
+        v: rng.sample(range(v), rng.randint(0, min(3, v)))
+        for v in range(n)
+        if rng.random() < 0.7
+    }
     needed = rng.sample(range(n), rng.randint(0, n))
     got = cheapest(costs, again, needed)
     least = works(got, again, needed)
     assert least is not None
     every = [set(s) for k in range(n + 1) for s in itertools.combinations(range(n), k)]
-    good = [(sum(costs[v] for v in s), made) for s in every if (made := works(s, again, needed)) is not None]
+    good = [
+        (sum(costs[v] for v in s), made)
+        for s in every
+        if (made := works(s, again, needed)) is not None
+    ]
     cost = min(c for c, _ in good)
     assert sum(costs[v] for v in got) == cost
     assert least == min(made for c, made in good if c == cost)
 
 
 def test_an_activation_is_made_again_from_what_is_smaller():
-    # 0: a product; 1: tanh of it, dear; 2, 3, 4: sums and products of those, cheap, all needed.
-    assert cheapest(dict.fromkeys(range(5), 4), {2: [0], 3: [1, 2], 4: [0, 3]}, [1, 2, 3, 4]) == {0, 1}
+    # 0: a product; 1: tanh of it, dear; 2, 3, 4: sums and products of those, cheap, all
+    # needed.
+    assert cheapest(
+        dict.fromkeys(range(5), 4), {2: [0], 3: [1, 2], 4: [0, 3]}, [1, 2, 3, 4]
+    ) == {0, 1}
     # Bytes decide: a mask of one byte is kept, not the four bytes that it is made from.
     assert cheapest({0: 4, 1: 1}, {1: [0]}, [1]) == {1}

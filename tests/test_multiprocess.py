@@ -1,4 +1,6 @@
-"""Several processes, joined by `jax.distributed`: the same numbers as without a pipeline, and no hang when one dies."""
+"""Several processes, joined by `jax.distributed`: the same numbers as without a
+pipeline, and no hang when one dies.
+"""
 
 import contextlib
 import json
@@ -37,13 +39,27 @@ class Workers:
         self.errors = [folder / f"stderr{k}" for k in range(2)]
         self.lines, self.processes = Queue(), []
         for k, path in enumerate(self.errors):
-            command = [sys.executable, "-m", "tests.multiprocess_worker", "--coordinator", address, "--process", str(k)]
+            command = [
+                sys.executable,
+                "-m",
+                "tests.multiprocess_worker",
+                "--coordinator",
+                address,
+                "--process",
+                str(k),
+            ]
             with path.open("w") as file:
                 process = subprocess.Popen(
-                    [*command, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=file, text=True
+                    [*command, *arguments],
+                    cwd=ROOT,
+                    stdout=subprocess.PIPE,
+                    stderr=file,
+                    text=True,
                 )
             self.processes.append(process)
-            threading.Thread(target=self._read, args=(k, process.stdout), daemon=True).start()
+            threading.Thread(
+                target=self._read, args=(k, process.stdout), daemon=True
+            ).start()
 
     def _read(self, k, file):
         with file:
@@ -55,7 +71,10 @@ class Workers:
     def ends(self, timeout):
         """The exit status of each."""
         until = time.monotonic() + timeout
-        return [process.wait(max(0.0, until - time.monotonic())) for process in self.processes]
+        return [
+            process.wait(max(0.0, until - time.monotonic()))
+            for process in self.processes
+        ]
 
     def all_lines(self, timeout):
         """What each printed, at its end."""
@@ -65,7 +84,9 @@ class Workers:
             open_ -= line is None
             if line is not None:
                 found[k].append(line)
-        assert self.ends(10) == [0, 0], "\n".join(path.read_text() for path in self.errors)
+        assert self.ends(10) == [0, 0], "\n".join(
+            path.read_text() for path in self.errors
+        )
         return found
 
     def __enter__(self):
@@ -89,11 +110,16 @@ def reference(problem):
         y = case.reference(params, case.x, train=train, **needs)
         return mse(y if needs["state"] is None else y[0], case.target)
 
-    result = jax.jit(lambda p, needs: step(p, case.x, case.target, train=train, **needs))(params, needs)
+    result = jax.jit(
+        lambda p, needs: step(p, case.x, case.target, train=train, **needs)
+    )(params, needs)
     return params, result, jax.jit(jax.grad(loss_of))(params, needs)
 
 
-@pytest.mark.parametrize(("devices", "names"), [(1, ["uniform", "different", "interleaved"]), (2, ["different"])])
+@pytest.mark.parametrize(
+    ("devices", "names"),
+    [(1, ["uniform", "different", "interleaved"]), (2, ["different"])],
+)
 def test_two_processes_compute_what_one_does(tmp_path, devices, names):
     with Workers(tmp_path, "--devices", str(devices), *names) as workers:
         wanted = {name: reference(PROBLEMS[name]) for name in names}
@@ -110,8 +136,14 @@ def test_two_processes_compute_what_one_does(tmp_path, devices, names):
             if "grad" in got:
                 assert_same(decoded(got["grad"], grad), grad)
         balance = PROBLEMS[name].balance[2 * devices]
-        owners = [s % (2 * devices) // devices for s, count in enumerate(balance) for _ in range(count)]
-        assert [got["made"] for got in both] == [[k for k, p in enumerate(owners) if p == q] for q in range(2)]
+        owners = [
+            s % (2 * devices) // devices
+            for s, count in enumerate(balance)
+            for _ in range(count)
+        ]
+        assert [got["made"] for got in both] == [
+            [k for k, p in enumerate(owners) if p == q] for q in range(2)
+        ]
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -127,7 +159,10 @@ def test_a_dead_process_ends_the_other(tmp_path, victim):
     assert ended[victim] == -signal.SIGKILL
     assert ended[1 - victim] != 0
     # Gloo notices at once, and so does JAX when its coordinator is gone.
-    assert re.search("Gloo .* (closed|reset) by peer|another task died", workers.errors[1 - victim].read_text())
+    assert re.search(
+        "Gloo .* (closed|reset) by peer|another task died",
+        workers.errors[1 - victim].read_text(),
+    )
 
 
 # --- the example ---
@@ -155,11 +190,18 @@ TINY = [
 def launched(*arguments):
     """The launcher, and the numbers of the processes that it has started."""
     with subprocess.Popen(
-        [*LAUNCH, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*LAUNCH, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as launcher:
         try:
             assert launcher.stderr is not None
-            found = [re.fullmatch(r"process \d is (\d+)\n", launcher.stderr.readline()) for _ in range(2)]
+            found = [
+                re.fullmatch(r"process \d is (\d+)\n", launcher.stderr.readline())
+                for _ in range(2)
+            ]
             yield launcher, [int(match[1]) for match in found if match]
         finally:
             launcher.terminate()
@@ -180,17 +222,34 @@ def test_the_example_trains():
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     env = os.environ | cache
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120, env=env)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=env,
+    )
     assert done.returncode == 0, done.stderr
     assert "2 processes, 2 cpu devices, layers of the stages: [2, 2]" in done.stdout
-    losses = [float(text) for text in re.findall(r"^step \d+: loss (\S+)", done.stdout, re.MULTILINE)]
+    losses = [
+        float(text)
+        for text in re.findall(r"^step \d+: loss (\S+)", done.stdout, re.MULTILINE)
+    ]
     assert len(losses) == 2
     assert losses[1] < 0.9 * losses[0]
-    assert re.search(r"^held-out accuracy \S+, norm of the parameters \S+$", done.stdout, re.MULTILINE)
+    assert re.search(
+        r"^held-out accuracy \S+, norm of the parameters \S+$",
+        done.stdout,
+        re.MULTILINE,
+    )
 
 
 def ended(launcher, pids):
-    """The launcher's exit status and the last line of its stderr; nothing that it started is left."""
+    """The launcher's exit status and the last line of its stderr; nothing that it
+    started is left.
+    """
     _, error = launcher.communicate(timeout=20)
     assert "Traceback" not in error
     assert len(pids) == 2
@@ -201,7 +260,10 @@ def ended(launcher, pids):
 def test_the_launcher_ends_all_when_one_dies():
     with launched("--timeout", "100") as (launcher, pids):
         os.kill(pids[1], signal.SIGKILL)
-        assert ended(launcher, pids) == (1, "process 1 was killed by SIGKILL; all are stopped")
+        assert ended(launcher, pids) == (
+            1,
+            "process 1 was killed by SIGKILL; all are stopped",
+        )
 
 
 @pytest.mark.usefixtures("interruptible")
@@ -218,15 +280,23 @@ def test_the_launcher_does_not_wait_for_ever():
 
 
 def test_the_job_is_consistent():
-    service, job = yaml.safe_load_all((ROOT / "examples/multiprocess/job.yaml").read_text())
+    service, job = yaml.safe_load_all(
+        (ROOT / "examples/multiprocess/job.yaml").read_text()
+    )
     pod = job["spec"]["template"]["spec"]
     assert service["metadata"]["name"] == pod["subdomain"]
-    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": job["metadata"]["name"]}
+    assert service["spec"]["selector"] == {
+        "batch.kubernetes.io/job-name": job["metadata"]["name"]
+    }
     (container,) = pod["containers"]
     flags = dict(arg.split("=") for arg in container["args"])
     host, port = flags["--coordinator"].split(":")
     assert host == f"{job['metadata']['name']}-0.{pod['subdomain']}"
     assert int(port) == container["ports"][0]["containerPort"]
-    assert int(flags["--processes"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
+    assert (
+        int(flags["--processes"])
+        == job["spec"]["completions"]
+        == job["spec"]["parallelism"]
+    )
     text = (ROOT / container["command"][1]).read_text()
     assert all(f'"{flag}"' in text for flag in flags)

@@ -1,4 +1,6 @@
-"""Optimizers per stage: what plain optax computes on the gathered tree, on the devices of the stages."""
+"""Optimizers per stage: what plain optax computes on the gathered tree, on the devices
+of the stages.
+"""
 
 import functools
 import itertools
@@ -33,7 +35,9 @@ WIDTH = 4
 
 def layers():
     """One parameter that is a scalar, and shapes that differ."""
-    scale = fpipe.Layer(lambda p, x: x * p, lambda key, x: jnp.asarray(1.5, jnp.float32), name="scale")
+    scale = fpipe.Layer(
+        lambda p, x: x * p, lambda key, x: jnp.asarray(1.5, jnp.float32), name="scale"
+    )
     return [dense(), dense(6), scale, dense()]
 
 
@@ -58,7 +62,9 @@ def grads_of(params, step):
     keys = jax.random.split(jax.random.key(step + 7), len(leaves))
     return treedef.unflatten(
         [
-            noise(k, a.shape).astype(a.dtype) * 2 if jnp.issubdtype(a.dtype, jnp.inexact) else a
+            noise(k, a.shape).astype(a.dtype) * 2
+            if jnp.issubdtype(a.dtype, jnp.inexact)
+            else a
             for k, a in zip(keys, leaves, strict=True)
         ]
     )
@@ -77,7 +83,9 @@ OPTIMIZERS = {
     "adam": lambda: optax.adam(1e-2),
     "adamw": lambda: optax.adamw(1e-2, mask=by_rank),
     "clip": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2)),
-    "clip_after": lambda: optax.chain(optax.scale_by_adam(), optax.clip_by_global_norm(1e-2), optax.scale(-1.0)),
+    "clip_after": lambda: optax.chain(
+        optax.scale_by_adam(), optax.clip_by_global_norm(1e-2), optax.scale(-1.0)
+    ),
     "adaptive": lambda: optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(0.1)),
     "lamb": lambda: optax.lamb(1e-2),
     "adafactor": lambda: optax.adafactor(1e-2, min_dim_size_to_factor=2),
@@ -87,7 +95,8 @@ OPTIMIZERS = {
     ).gradient_transformation(),
     "masked": lambda: optax.masked(optax.adam(1e-2), by_rank),
     "multi_transform": lambda: optax.multi_transform(
-        {"a": optax.adam(1e-2), "b": optax.sgd(0.1)}, lambda p: jax.tree.map(lambda a: "a" if a.ndim > 1 else "b", p)
+        {"a": optax.adam(1e-2), "b": optax.sgd(0.1)},
+        lambda p: jax.tree.map(lambda a: "a" if a.ndim > 1 else "b", p),
     ),
     "inject": lambda: optax.inject_hyperparams(optax.adam)(learning_rate=schedule()),
     "schedule": lambda: optax.adam(schedule()),
@@ -98,7 +107,9 @@ OPTIMIZERS = {
 
 def steps(tx, params, place, gather, count=4, jit=False, poison=None):
     """Updates and states of several steps, gathered."""
-    init, update = (jax.jit(tx.init), jax.jit(tx.update)) if jit else (tx.init, tx.update)
+    init, update = (
+        (jax.jit(tx.init), jax.jit(tx.update)) if jit else (tx.init, tx.update)
+    )
     state, out = init(params), []
     for n in range(count):
         grads = grads_of(gather(params), n)
@@ -113,7 +124,8 @@ def steps(tx, params, place, gather, count=4, jit=False, poison=None):
 @functools.cache
 def reference(name, poison=None):
     tx = OPTIMIZERS[name]()
-    # Compiled, as the programs of the stages are: `optax` run equation by equation rounds otherwise.
+    # Compiled, as the programs of the stages are: `optax` run equation by equation
+    # rounds otherwise.
     return steps(tx, whole(), lambda t: t, lambda t: t, jit=True, poison=poison)
 
 
@@ -123,9 +135,18 @@ def test_equal_to_plain_optax(name, executor):
     pipe = pipe_of(executor.split()[0])
     tx = fpipe.optim.per_stage(OPTIMIZERS[name]())
     poison = 1 if name == "finite" else None
-    got = steps(tx, pipe.place(whole()), pipe.place, pipe.gather, jit="jit" in executor, poison=poison)
+    got = steps(
+        tx,
+        pipe.place(whole()),
+        pipe.place,
+        pipe.gather,
+        jit="jit" in executor,
+        poison=poison,
+    )
     want = reference(name, poison=poison)
-    for (updates, state, params), (updates0, state0, params0) in zip(got, want, strict=True):
+    for (updates, state, params), (updates0, state0, params0) in zip(
+        got, want, strict=True
+    ):
         if poison is None:
             assert_same(updates, updates0, 2e-5)
         assert_same(state, state0, 2e-5)
@@ -141,11 +162,18 @@ def device(array):
 
 
 def on_their_devices(state, params):
-    """The leaves of a state that are not on the device of the parameter whose path theirs ends with, nor on the first."""
-    homes = {path: device(a) for path, a in jax.tree_util.tree_flatten_with_path(params)[0]}
+    """The leaves of a state that are not on the device of the parameter whose path
+    theirs ends with, nor on the first.
+    """
+    homes = {
+        path: device(a) for path, a in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
     wrong = []
     for path, a in jax.tree_util.tree_flatten_with_path(state)[0]:
-        want = next((homes[path[n:]] for n in range(len(path)) if path[n:] in homes), jax.devices()[0])
+        want = next(
+            (homes[path[n:]] for n in range(len(path)) if path[n:] in homes),
+            jax.devices()[0],
+        )
         wrong += [path] * (device(a) != want)
     return wrong
 
@@ -168,33 +196,54 @@ def test_scan_outside_of_jit_and_the_state_is_packed():
         assert all(a.sharding.spec[0] == "stage" for a in mu.arrays)
         for row, array in zip(mu.packing.rows, mu.arrays, strict=True):
             for d, entry in enumerate(row.entries):  # padding stays zero
-                size = 0 if entry is None else int(np.prod(mu.packing.shape(entry).shape))
+                size = (
+                    0 if entry is None else int(np.prod(mu.packing.shape(entry).shape))
+                )
                 assert not np.asarray(array[d]).reshape(-1)[size:].any()
 
 
 def crossing(compiled):
     """The bytes of everything that devices send each other in a compiled program."""
-    moves = re.findall(r"= (\w+)\[([\d,]*)\]\S* (?:all-|collective-|reduce-scatter)", compiled.as_text())
-    return sum(4 * int(np.prod([int(n) for n in shape.split(",") if n])) for _, shape in moves)
+    moves = re.findall(
+        r"= (\w+)\[([\d,]*)\]\S* (?:all-|collective-|reduce-scatter)",
+        compiled.as_text(),
+    )
+    return sum(
+        4 * int(np.prod([int(n) for n in shape.split(",") if n])) for _, shape in moves
+    )
 
 
-@pytest.mark.parametrize("widths", [(64,) * 5, (64, 32, 64, 64, 16)], ids=["equal stages", "different stages"])
+@pytest.mark.parametrize(
+    "widths",
+    [(64,) * 5, (64, 32, 64, 64, 16)],
+    ids=["equal stages", "different stages"],
+)
 def test_under_scan_each_device_updates_its_own_stages_and_only_numbers_cross(widths):
     weights = [fpipe.Layer(lambda w, x: x @ w, name="dense")] * 4
     pipe = fpipe.Pipe(weights, [1] * 4, chunks=2, executor="scan")
     params = pipe.place([jnp.ones(shape) for shape in itertools.pairwise(widths)])
-    tx = fpipe.optim.per_stage(optax.chain(optax.clip_by_global_norm(1.0), optax.lamb(1e-2)))
+    tx = fpipe.optim.per_stage(
+        optax.chain(optax.clip_by_global_norm(1.0), optax.lamb(1e-2))
+    )
     state = tx.init(params)
-    compiled = jax.jit(tx.update, donate_argnums=1).lower(params, state, params).compile()
+    compiled = (
+        jax.jit(tx.update, donate_argnums=1).lower(params, state, params).compile()
+    )
     assert 0 < crossing(compiled) <= 4 * 4 * 4
-    # In and out are a device's own rows and no others, and in between it keeps no more than a few of them.
+    # In and out are a device's own rows and no others, and in between it keeps no more
+    # than a few of them.
     row = max(a.nbytes // 4 for a in params.arrays)
     memory: Any = compiled.memory_analysis()
     assert memory.argument_size_in_bytes < 4.1 * row
     assert memory.temp_size_in_bytes < 4 * row
     # Equal stages have one path where nothing is added up over stages.
     alone = fpipe.optim.per_stage(optax.lamb(1e-2))
-    text = str(jax.jit(alone.update).lower(params, alone.init(params), params).compile().as_text())
+    text = str(
+        jax.jit(alone.update)
+        .lower(params, alone.init(params), params)
+        .compile()
+        .as_text()
+    )
     assert (" conditional(" in text) == (len(set(widths)) > 1)
 
 
@@ -206,20 +255,35 @@ def test_every_leaf_is_on_its_device_and_only_numbers_move():
     updates, state = tx.update(pipe.place(grads_of(whole(), 0)), state, params)
     assert on_their_devices((updates, state), params) == []
     cut = tx.runs[-1].cut
-    # Sums of squares to the first device, the norm's part and the count back: one small array each.
+    # Sums of squares to the first device, the norm's part and the count back: one small
+    # array each.
     assert sum(move.bytes for move in cut.moves) <= 4 * 20
-    assert [(part.round, part.device) for part in cut.parts] == [(0, 1), (0, 2), (1, 0), (2, 0), (2, 1), (2, 2)]
+    assert [(part.round, part.device) for part in cut.parts] == [
+        (0, 1),
+        (0, 2),
+        (1, 0),
+        (2, 0),
+        (2, 1),
+        (2, 2),
+    ]
     assert device(fpipe.optim.global_norm(params)) == jax.devices()[0]
 
 
 def test_programs_are_compiled_once():
     pipe = pipe_of("placed")
-    params, tx = pipe.init(jax.random.key(0), X), fpipe.optim.per_stage(CLIP(), donate=["state"])
-    assert not any(a.weak_type for a in jax.tree.leaves(params))  # so that the first step is like the others
+    params, tx = (
+        pipe.init(jax.random.key(0), X),
+        fpipe.optim.per_stage(CLIP(), donate=["state"]),
+    )
+    assert not any(
+        a.weak_type for a in jax.tree.leaves(params)
+    )  # so that the first step is like the others
     state, grads = tx.init(params), pipe.place(grads_of(whole(), 0))
     for _ in range(3):
         updates, state = tx.update(grads, state, params)
-        params = fpipe.optim.apply_updates(params, updates, donate=["params", "updates"])
+        params = fpipe.optim.apply_updates(
+            params, updates, donate=["params", "updates"]
+        )
     assert len(tx.runs) == 2  # of init, of update
     calls: list[Any] = tx.runs[-1].calls
     assert [call._cache_size() for call in calls] == [1] * 6
@@ -256,11 +320,15 @@ def transformation(init: Any, update: Any) -> optax.GradientTransformation:
 
 
 def neighbours():
-    """Every update takes the gradient of the next layer too, and the state is a number without a type of its own."""
+    """Every update takes the gradient of the next layer too, and the state is a number
+    without a type of its own.
+    """
 
     def update(grads, state, params=None):
         del params
-        mixed = tuple(g + jax.nn.relu(grads[(k + 1) % len(grads)]) for k, g in enumerate(grads))
+        mixed = tuple(
+            g + jax.nn.relu(grads[(k + 1) % len(grads)]) for k, g in enumerate(grads)
+        )
         return mixed, jnp.where(state > 0, 1.0, 2.0)
 
     return transformation(lambda params: jnp.asarray(1.0), update)
@@ -268,7 +336,10 @@ def neighbours():
 
 @pytest.mark.parametrize("width", [2, 40])
 def test_what_needs_large_arrays_of_two_devices_is_right_too(width):
-    params = tuple(jax.device_put(jnp.full((width, width), float(d)), jax.devices()[d]) for d in range(3))
+    params = tuple(
+        jax.device_put(jnp.full((width, width), float(d)), jax.devices()[d])
+        for d in range(3)
+    )
     tx = fpipe.optim.per_stage(neighbours())
     state, updates = tx.init(params), None
     for _ in range(2):
@@ -276,7 +347,10 @@ def test_what_needs_large_arrays_of_two_devices_is_right_too(width):
         assert not any(a.weak_type for a in jax.tree.leaves(state))
     assert on_their_devices(updates, params) == []
     here = jax.device_put(params, jax.devices()[0])
-    assert_same(jax.device_put(updates, jax.devices()[0]), neighbours().update(here, jnp.float32(1.0))[0])
+    assert_same(
+        jax.device_put(updates, jax.devices()[0]),
+        neighbours().update(here, jnp.float32(1.0))[0],
+    )
 
 
 def test_an_output_made_on_a_later_device_comes_back():
@@ -284,25 +358,34 @@ def test_an_output_made_on_a_later_device_comes_back():
         vector, matrix = grads
         return (matrix @ vector, matrix), state
 
-    params = (jax.device_put(jnp.ones(300), jax.devices()[0]), jax.device_put(jnp.ones((300, 300)), jax.devices()[1]))
+    params = (
+        jax.device_put(jnp.ones(300), jax.devices()[0]),
+        jax.device_put(jnp.ones((300, 300)), jax.devices()[1]),
+    )
     tx = fpipe.optim.per_stage(transformation(lambda params: (), update))
     updates: Any = tx.update(params, tx.init(params))[0]
     assert on_their_devices(updates, params) == []
     assert_same(updates[0], jax.device_put(jnp.full(300, 300.0), jax.devices()[0]))
     assert updates[1] is params[1]  # handed through
-    assert sum(move.bytes for move in tx.runs[-1].cut.moves) == 2 * 1200  # the vector, not the matrix; there and back
+    assert (
+        sum(move.bytes for move in tx.runs[-1].cut.moves) == 2 * 1200
+    )  # the vector, not the matrix; there and back
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_arguments_of_update_go_through(executor):
     def make():
-        return optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1, factor=0.5))
+        return optax.chain(
+            optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1, factor=0.5)
+        )
 
     pipe, tx, plain = pipe_of(executor), fpipe.optim.per_stage(make()), make()
     params = pipe.place(whole())
     state, other = tx.init(params), plain.init(whole())
     for n, value in enumerate([1.0, 2.0, 3.0, 4.0]):
-        updates, state = tx.update(pipe.place(grads_of(whole(), n)), state, params, value=value)
+        updates, state = tx.update(
+            pipe.place(grads_of(whole(), n)), state, params, value=value
+        )
         want, other = plain.update(grads_of(whole(), n), other, whole(), value=value)
         assert_same(pipe.gather(updates), want)
         assert_same(fpipe.optim.gather(state)[1].scale, other[1].scale)  # pyright: ignore
@@ -321,8 +404,15 @@ def test_an_array_given_twice_is_donated_once():
 def test_bfloat16_parameters_with_a_float32_state(executor):
     pipe = pipe_of(executor)
     params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), whole())
-    make = lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2, mu_dtype=jnp.float32))  # noqa: E731
-    got = steps(fpipe.optim.per_stage(make()), pipe.place(params), pipe.place, pipe.gather, 2)
+
+    def make():
+        return optax.chain(
+            optax.clip_by_global_norm(1.0), optax.adam(1e-2, mu_dtype=jnp.float32)
+        )
+
+    got = steps(
+        fpipe.optim.per_stage(make()), pipe.place(params), pipe.place, pipe.gather, 2
+    )
     want = steps(make(), params, lambda t: t, lambda t: t, 2, jit=True)
     for a, b in zip(got, want, strict=True):
         assert_same(a, b, 2e-2)
@@ -331,7 +421,9 @@ def test_bfloat16_parameters_with_a_float32_state(executor):
 
 FROZEN = {
     "prefix": (True, False, False, {"w": True, "b": False}),
-    "predicate": lambda path, leaf: path.startswith("[0]") or (path.startswith("[3]") and leaf.ndim == 2),
+    "predicate": lambda path, leaf: (
+        path.startswith("[0]") or (path.startswith("[3]") and leaf.ndim == 2)
+    ),
 }
 
 
@@ -343,7 +435,10 @@ def test_frozen_leaves_have_no_state_and_do_not_change(executor, frozen):
     tx = fpipe.optim.per_stage(CLIP(), frozen=FROZEN[frozen])
     state = tx.init(params)
     kept = [start[1]["b"], start[1]["w"], start[2], start[3]["b"]]
-    assert_same(jax.tree.leaves(fpipe.optim.gather(state)[1][0].mu), [jnp.zeros_like(a) for a in kept])
+    assert_same(
+        jax.tree.leaves(fpipe.optim.gather(state)[1][0].mu),
+        [jnp.zeros_like(a) for a in kept],
+    )
     grads = grads_of(start, 0)
     updates: Any
     updates, state = tx.update(pipe.place(grads), state, params)
@@ -354,7 +449,10 @@ def test_frozen_leaves_have_no_state_and_do_not_change(executor, frozen):
         new = pipe.gather(add(params, updates))
         assert_same(new[0], start[0], 0)
         assert_same(new[3]["w"], start[3]["w"], 0)
-        assert_same([new[1]["b"], new[1]["w"], new[2], new[3]["b"]], optax.apply_updates(kept, want))
+        assert_same(
+            [new[1]["b"], new[1]["w"], new[2], new[3]["b"]],
+            optax.apply_updates(kept, want),
+        )
     if executor == "placed":
         assert fpipe.optim.apply_updates(params, updates)[0]["w"] is params[0]["w"]
         assert updates[0]["w"].shape == ()
@@ -364,7 +462,9 @@ def test_integers_are_passed_over_with_float0_gradients():
     def apply(p, x):
         return x * p["scale"] + p["table"].astype(x.dtype)
 
-    layer = fpipe.Layer(apply, lambda key, x: {"scale": jnp.ones(WIDTH), "table": jnp.arange(WIDTH)})
+    layer = fpipe.Layer(
+        apply, lambda key, x: {"scale": jnp.ones(WIDTH), "table": jnp.arange(WIDTH)}
+    )
     for executor in EXECUTORS:
         pipe = fpipe.Pipe([layer, layer], chunks=2, balance=[1, 1], executor=executor)
         params = pipe.init(jax.random.key(0), X)
@@ -380,34 +480,57 @@ def test_integers_are_passed_over_with_float0_gradients():
         tx = fpipe.optim.per_stage(optax.adam(1e-2), frozen=True)
         none = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), params)
         updates, _ = tx.update(none, tx.init(params), params)
-        assert_same(pipe.gather(fpipe.optim.apply_updates(params, updates)), pipe.gather(params), 0)
+        assert_same(
+            pipe.gather(fpipe.optim.apply_updates(params, updates)),
+            pipe.gather(params),
+            0,
+        )
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_train_state(executor):
     pipe = pipe_of(executor)
     start = whole()
-    state = TrainState.create(apply_fn=pipe, params=pipe.place(start), tx=fpipe.optim.per_stage(CLIP()))
+    state = TrainState.create(
+        apply_fn=pipe, params=pipe.place(start), tx=fpipe.optim.per_stage(CLIP())
+    )
     plain = TrainState.create(apply_fn=None, params=start, tx=CLIP())
-    placement = jax.tree.map(lambda a: getattr(a, "sharding", None), (state.params, state.opt_state))
+    placement = jax.tree.map(
+        lambda a: getattr(a, "sharding", None), (state.params, state.opt_state)
+    )
     for _ in range(3):
         _, grads = pipe.value_and_grad(mse)(state.params, X, X * 0.5)
         state = state.apply_gradients(grads=grads)
-        _, grads = fpipe.sequential(layers(), chunks=2).value_and_grad(mse)(plain.params, X, X * 0.5)
+        _, grads = fpipe.sequential(layers(), chunks=2).value_and_grad(mse)(
+            plain.params, X, X * 0.5
+        )
         plain = plain.apply_gradients(grads=grads)
     assert_same(pipe.gather(state.params), plain.params, 1e-4)
     assert state.step == 3
     if executor == "placed":
-        assert jax.tree.map(lambda a: a.sharding, (state.params, state.opt_state)) == placement
+        assert (
+            jax.tree.map(lambda a: a.sharding, (state.params, state.opt_state))
+            == placement
+        )
     else:
-        moved = jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), state.params, placement[0])
+        moved = jax.tree.map(
+            lambda a, s: a.sharding.is_equivalent_to(s, a.ndim),
+            state.params,
+            placement[0],
+        )
         assert all(jax.tree.leaves(moved))
 
 
 def test_global_norm():
     want = optax.tree.norm(whole())
     for executor in EXECUTORS:
-        assert_same(jax.device_put(fpipe.optim.global_norm(pipe_of(executor).place(whole())), jax.devices()[0]), want)
+        assert_same(
+            jax.device_put(
+                fpipe.optim.global_norm(pipe_of(executor).place(whole())),
+                jax.devices()[0],
+            ),
+            want,
+        )
 
 
 @pytest.mark.parametrize("there", EXECUTORS)
@@ -423,7 +546,9 @@ def test_a_state_goes_to_another_partition(here, there):
     updates, _ = tx.update(two.place(grads_of(whole(), 1)), moved, other)
     plain = OPTIMIZERS["adam"]()
     _, state = jax.jit(plain.update)(grads_of(whole(), 0), plain.init(whole()))
-    assert_same(two.gather(updates), jax.jit(plain.update)(grads_of(whole(), 1), state)[0])
+    assert_same(
+        two.gather(updates), jax.jit(plain.update)(grads_of(whole(), 1), state)[0]
+    )
 
 
 def test_errors():
@@ -434,30 +559,59 @@ def test_errors():
     cpu = jax.devices()
     with raises(
         ValueError,
-        f"`per_stage(tx).update`: state[0].mu[1]['b'] is on {cpu[0]}, but its parameter params[1]['b'] is on {cpu[1]}: a state "
+        f"`per_stage(tx).update`: state[0].mu[1]['b'] is on {cpu[0]}, but its "
+        f"parameter params[1]['b'] is on {cpu[1]}: a state "
         f"of another partition, or one that was not placed; {fix}",
     ):
         tx.update(grads, tx.init(other.place(whole())), params)
-    with pytest.raises(ValueError, match=r"the gradient grads\[1\]\['b'\] is on .*0, but its parameter is on .*1; "):
+    with pytest.raises(
+        ValueError,
+        match=r"the gradient grads\[1\]\['b'\] is on .*0, but its parameter is on .*1; ",
+    ):
         tx.update(other.place(whole()), state, params)
-    with pytest.raises(ValueError, match=r"params\[0\]\['b'\] is not placed: it is a ndarray.*`pipe.place\(params\)`"):
+    with pytest.raises(
+        ValueError,
+        match=r"params\[0\]\['b'\] is not placed: it is a "
+        r"ndarray.*`pipe.place\(params\)`",
+    ):
         tx.init(jax.tree.map(np.asarray, whole()))
-    with pytest.raises(ValueError, match=r"\.trace.*: the optimizer state is not of this transformation"):
-        tx.update(grads, fpipe.optim.per_stage(optax.sgd(0.1, momentum=0.9)).init(params), params)
-    with pytest.raises(ValueError, match="the gradients have another structure than the parameters"):
+    with pytest.raises(
+        ValueError,
+        match=r"\.trace.*: the optimizer state is not of this transformation",
+    ):
+        tx.update(
+            grads,
+            fpipe.optim.per_stage(optax.sgd(0.1, momentum=0.9)).init(params),
+            params,
+        )
+    with pytest.raises(
+        ValueError, match="the gradients have another structure than the parameters"
+    ):
         tx.update(grads[:-1], state, params)
-    with pytest.raises(TypeError, match=r"`per_stage\(tx\).update` was called inside `jax.jit`.*one program"):
+    with pytest.raises(
+        TypeError,
+        match=r"`per_stage\(tx\).update` was called inside `jax.jit`.*one program",
+    ):
         jax.jit(tx.update)(whole(), fpipe.optim.gather(state), whole())
-    with pytest.raises(TypeError, match=r"`fpipe.optim.apply_updates` was called inside `jax.jit`"):
+    with pytest.raises(
+        TypeError, match=r"`fpipe.optim.apply_updates` was called inside `jax.jit`"
+    ):
         jax.jit(fpipe.optim.apply_updates)(whole(), whole())
-    with raises(ValueError, "`per_stage(donate=['params'])`: some of 'state', 'grads'; 'params' is none"):
+    with raises(
+        ValueError,
+        "`per_stage(donate=['params'])`: some of 'state', 'grads'; 'params' is none",
+    ):
         fpipe.optim.per_stage(optax.adam(1e-2), donate=["params"])
     with pytest.raises(TypeError, match=r"an optax\.GradientTransformation"):
         fpipe.optim.per_stage(3)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"bools in the structure of the parameters"):
         fpipe.optim.per_stage(optax.adam(1e-2), frozen=(True,)).init(params)
-    shapes = jax.eval_shape(tx.update, grads, state, params)  # nothing runs, so that is allowed
-    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, tx.update(grads, state, params))
+    shapes = jax.eval_shape(
+        tx.update, grads, state, params
+    )  # nothing runs, so that is allowed
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        shapes, tx.update(grads, state, params)
+    )
 
 
 def test_errors_of_packed_states():
@@ -465,7 +619,9 @@ def test_errors_of_packed_states():
     params, tx = pipe.place(whole()), fpipe.optim.per_stage(optax.adam(1e-2))
     wrong = tx.init(other.place(whole()))
     with pytest.raises(
-        ValueError, match=r"state\[0\].mu is packed for another partition than the parameters; make one with"
+        ValueError,
+        match=r"state\[0\].mu is packed for another partition than the parameters; "
+        r"make one with",
     ):
         jax.jit(tx.update)(pipe.place(grads_of(whole(), 0)), wrong, params)
 
@@ -486,7 +642,9 @@ def test_a_dynamic_loss_scale_is_what_one_by_hand_is(executor):
     reference = fpipe.sequential(model, chunks=2, compute_dtype=half)
 
     def plain():
-        return optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), 50)
+        return optax.apply_if_finite(
+            optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), 50
+        )
 
     def loss_fn(y, target):
         return 40 * mse(y, target)
@@ -496,16 +654,28 @@ def test_a_dynamic_loss_scale_is_what_one_by_hand_is(executor):
     params, want = pipe.place(start), start
     state, moments = tx.init(params), plain().init(want)
     first, period = 2.0**17, 2
-    scale, by_hand, good = fpipe.optim.DynamicLossScale(jnp.float32(first), period=period), first, 0
-    adjusted = jax.jit(lambda scale, grads: scale.adjusted(grads)) if executor == "scan" else None
+    scale, by_hand, good = (
+        fpipe.optim.DynamicLossScale(jnp.float32(first), period=period),
+        first,
+        0,
+    )
+    adjusted = (
+        jax.jit(lambda scale, grads: scale.adjusted(grads))
+        if executor == "scan"
+        else None
+    )
     seen = []
     for _ in range(12):
-        loss, grads = pipe.value_and_grad(loss_fn)(params, X, TARGET, loss_scale=scale.scale)
+        loss, grads = pipe.value_and_grad(loss_fn)(
+            params, X, TARGET, loss_scale=scale.scale
+        )
         updates, state = tx.update(grads, state, params)
         params = fpipe.optim.apply_updates(params, updates)
         scale = scale.adjusted(grads) if adjusted is None else adjusted(scale, grads)
 
-        loss0, grads = reference.value_and_grad(loss_fn)(want, X, TARGET, loss_scale=by_hand)
+        loss0, grads = reference.value_and_grad(loss_fn)(
+            want, X, TARGET, loss_scale=by_hand
+        )
         updates, moments = plain().update(grads, moments, want)
         want = optax.apply_updates(want, updates)
         finite = all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
@@ -525,8 +695,18 @@ def test_a_dynamic_loss_scale_is_what_one_by_hand_is(executor):
 def test_a_loss_scale_stays_between_one_and_the_largest_number():
     overflow, fine = jnp.array([jnp.inf]), jnp.array([1.0])
     assert fpipe.optim.DynamicLossScale(jnp.float32(1.0)).adjusted(overflow).scale == 1
-    assert fpipe.optim.DynamicLossScale(jnp.float32(2.0**127), period=1).adjusted(fine).scale == 2.0**127
-    assert fpipe.optim.DynamicLossScale(jnp.float32(2.0), period=1, factor=4.0).adjusted(fine).scale == 8
+    assert (
+        fpipe.optim.DynamicLossScale(jnp.float32(2.0**127), period=1)
+        .adjusted(fine)
+        .scale
+        == 2.0**127
+    )
+    assert (
+        fpipe.optim.DynamicLossScale(jnp.float32(2.0), period=1, factor=4.0)
+        .adjusted(fine)
+        .scale
+        == 8
+    )
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -535,7 +715,9 @@ def test_gradients_whose_squares_overflow_are_finite(executor):
     scale = fpipe.optim.DynamicLossScale(2.0**10, period=1)
     for value, want in ((300, 2.0**11), (jnp.inf, 2.0**9), (jnp.nan, 2.0**9)):
         params = pipe.init(jax.random.key(0), X)
-        grads = jax.tree.map(lambda a, v=value: jnp.full_like(a, v, jnp.float16), params)
+        grads = jax.tree.map(
+            lambda a, v=value: jnp.full_like(a, v, jnp.float16), params
+        )
         adjusted = scale.adjusted(grads)
         assert adjusted.scale == want
         # Nothing is compiled for again with the next one.
@@ -585,7 +767,9 @@ def test_constants_of_each_leaf_stay_apart():
     def update(grads, state, params=None):
         del params
         leaves, treedef = jax.tree.flatten(grads)
-        return treedef.unflatten([g * np.full(g.shape, n + 1, np.float32) for n, g in enumerate(leaves)]), state
+        return treedef.unflatten(
+            [g * np.full(g.shape, n + 1, np.float32) for n, g in enumerate(leaves)]
+        ), state
 
     pipe = fpipe.Pipe([dense()] * 4, chunks=2, executor="scan")
     params = pipe.init(jax.random.key(0), X)

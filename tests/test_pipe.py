@@ -1,4 +1,6 @@
-"""`Pipe` itself: what it refuses and how it says so, what it is as a value, where it puts things, which schedules it takes."""
+"""`Pipe` itself: what it refuses and how it says so, what it is as a value, where it
+puts things, which schedules it takes.
+"""
 
 import copy
 import dataclasses
@@ -32,7 +34,9 @@ SCALED = fpipe.Layer(scaled, scaled_init)
 
 
 def mesh_of(*devices):
-    return jax.make_mesh((len(devices),), ("a",), axis_types=(AxisType.Auto,), devices=devices)
+    return jax.make_mesh(
+        (len(devices),), ("a",), axis_types=(AxisType.Auto,), devices=devices
+    )
 
 
 def devices_of(tree):
@@ -47,57 +51,145 @@ def assert_equal(got, want):
 # --- what is refused ---
 
 WRONG = {
-    "sum": ({"balance": [1, 1]}, ValueError, "`Pipe(balance=[1, 1])`: that is 2 layers, but the model has 4"),
-    "sum, more": ({"balance": (4, 1)}, ValueError, "`Pipe(balance=(4, 1))`: that is 5 layers, but the model has 4"),
-    "zero": ({"balance": [0, 4]}, ValueError, "`Pipe(balance=[0, 4])`: every stage has at least one layer"),
-    "negative": ({"balance": [-1, 5]}, ValueError, "`Pipe(balance=[-1, 5])`: every stage has at least one layer"),
-    "empty": ({"balance": []}, ValueError, "`Pipe(balance=[])`: every stage has at least one layer"),
-    "float": ({"balance": [2.0, 2]}, TypeError, "`Pipe(balance=[2.0, 2])`: layers per stage are ints"),
-    "bool": ({"balance": [True, 3]}, TypeError, "`Pipe(balance=[True, 3])`: layers per stage are ints"),
-    "none in it": ({"balance": [4, None]}, TypeError, "`Pipe(balance=[4, None])`: layers per stage are ints"),
-    "string": ({"balance": "22"}, TypeError, "`Pipe(balance='22')`: a sequence of layers per stage is needed"),
-    "bytes": ({"balance": b"\2\2"}, TypeError, "a sequence of layers per stage is needed, such as [4]"),
-    "number": ({"balance": 4}, TypeError, "`Pipe(balance=4)`: a sequence of layers per stage is needed, such as [4]"),
+    "sum": (
+        {"balance": [1, 1]},
+        ValueError,
+        "`Pipe(balance=[1, 1])`: that is 2 layers, but the model has 4",
+    ),
+    "sum, more": (
+        {"balance": (4, 1)},
+        ValueError,
+        "`Pipe(balance=(4, 1))`: that is 5 layers, but the model has 4",
+    ),
+    "zero": (
+        {"balance": [0, 4]},
+        ValueError,
+        "`Pipe(balance=[0, 4])`: every stage has at least one layer",
+    ),
+    "negative": (
+        {"balance": [-1, 5]},
+        ValueError,
+        "`Pipe(balance=[-1, 5])`: every stage has at least one layer",
+    ),
+    "empty": (
+        {"balance": []},
+        ValueError,
+        "`Pipe(balance=[])`: every stage has at least one layer",
+    ),
+    "float": (
+        {"balance": [2.0, 2]},
+        TypeError,
+        "`Pipe(balance=[2.0, 2])`: layers per stage are ints",
+    ),
+    "bool": (
+        {"balance": [True, 3]},
+        TypeError,
+        "`Pipe(balance=[True, 3])`: layers per stage are ints",
+    ),
+    "none in it": (
+        {"balance": [4, None]},
+        TypeError,
+        "`Pipe(balance=[4, None])`: layers per stage are ints",
+    ),
+    "string": (
+        {"balance": "22"},
+        TypeError,
+        "`Pipe(balance='22')`: a sequence of layers per stage is needed",
+    ),
+    "bytes": (
+        {"balance": b"\2\2"},
+        TypeError,
+        "a sequence of layers per stage is needed, such as [4]",
+    ),
+    "number": (
+        {"balance": 4},
+        TypeError,
+        "`Pipe(balance=4)`: a sequence of layers per stage is needed, such as [4]",
+    ),
     "chunks 0": ({"chunks": 0}, ValueError, "`Pipe(chunks=0)`: chunks is at least 1"),
-    "chunks -1": ({"chunks": -1}, ValueError, "`Pipe(chunks=-1)`: chunks is at least 1"),
+    "chunks -1": (
+        {"chunks": -1},
+        ValueError,
+        "`Pipe(chunks=-1)`: chunks is at least 1",
+    ),
     "chunks 2.5": ({"chunks": 2.5}, TypeError, "`Pipe(chunks=2.5)`: chunks is an int"),
-    "chunks True": ({"chunks": True}, TypeError, "`Pipe(chunks=True)`: chunks is an int"),
-    "chunks string": ({"chunks": "2"}, TypeError, "`Pipe(chunks='2')`: chunks is an int"),
+    "chunks True": (
+        {"chunks": True},
+        TypeError,
+        "`Pipe(chunks=True)`: chunks is an int",
+    ),
+    "chunks string": (
+        {"chunks": "2"},
+        TypeError,
+        "`Pipe(chunks='2')`: chunks is an int",
+    ),
     "checkpoint": (
         {"checkpoint": "sometimes"},
         ValueError,
-        "`Pipe(checkpoint='sometimes')`: one of 'always', 'except_last', 'never', or a policy of",
+        "`Pipe(checkpoint='sometimes')`: one of 'always', 'except_last', 'never', or a "
+        "policy of",
     ),
-    "checkpoint type": ({"checkpoint": True}, TypeError, "`Pipe(checkpoint=True)`: one of 'always', 'except_last'"),
+    "checkpoint type": (
+        {"checkpoint": True},
+        TypeError,
+        "`Pipe(checkpoint=True)`: one of 'always', 'except_last'",
+    ),
     "schedule": (
         {"schedule": "zigzag"},
         ValueError,
-        "`Pipe(schedule='zigzag')`: one of 'gpipe', '1f1b', 'eager_1f1b', 'interleaved_1f1b', 'looped_bfs', 'zb_h1', "
-        "'zb_h2', 'zb_v', 'v_half', 'v_min', 'dualpipe_v', 'forward_only', a Schedule, or a function `f(devices, "
+        "`Pipe(schedule='zigzag')`: one of 'gpipe', '1f1b', 'eager_1f1b', "
+        "'interleaved_1f1b', 'looped_bfs', 'zb_h1', "
+        "'zb_h2', 'zb_v', 'v_half', 'v_min', 'dualpipe_v', 'forward_only', a Schedule, "
+        "or a function `f(devices, "
         "microbatches)` that makes one",
     ),
-    "schedule type": ({"schedule": 3}, TypeError, "`Pipe(schedule=3)`: one of 'gpipe', '1f1b', 'eager_1f1b'"),
+    "schedule type": (
+        {"schedule": 3},
+        TypeError,
+        "`Pipe(schedule=3)`: one of 'gpipe', '1f1b', 'eager_1f1b'",
+    ),
     "schedule made": (
         {"schedule": lambda d, m: d * m},
         TypeError,
         "the function returned 4, no fpipe.schedules.Schedule",
     ),
-    "executor": ({"executor": "gpu"}, ValueError, '`Pipe(executor=\'gpu\')`: the executor is "placed" or "scan"'),
-    "no device": ({"devices": []}, ValueError, "`Pipe(devices=[])`: at least one device is needed"),
+    "executor": (
+        {"executor": "gpu"},
+        ValueError,
+        '`Pipe(executor=\'gpu\')`: the executor is "placed" or "scan"',
+    ),
+    "no device": (
+        {"devices": []},
+        ValueError,
+        "`Pipe(devices=[])`: at least one device is needed",
+    ),
     "one device": (
         {"devices": DEVICES[0]},
         TypeError,
-        f"a sequence of jax.Device or Sharding, got {DEVICES[0]!r} alone; write [device]",
+        f"a sequence of jax.Device or Sharding, got {DEVICES[0]!r} alone; write "
+        "[device]",
     ),
-    "devices string": ({"devices": "cpu"}, TypeError, "a sequence of jax.Device or Sharding, got 'cpu'"),
-    "devices number": ({"devices": 2}, TypeError, "a sequence of jax.Device or Sharding, got 2"),
+    "devices string": (
+        {"devices": "cpu"},
+        TypeError,
+        "a sequence of jax.Device or Sharding, got 'cpu'",
+    ),
+    "devices number": (
+        {"devices": 2},
+        TypeError,
+        "a sequence of jax.Device or Sharding, got 2",
+    ),
     "device number": (
         {"devices": [0, 1, 2, 3]},
         TypeError,
-        "`devices`: 0 is neither a jax.Device nor a Sharding; take them from `jax.devices()`",
+        "`devices`: 0 is neither a jax.Device nor a Sharding; take them from "
+        "`jax.devices()`",
     ),
     "device mesh": (
-        {"devices": [NamedSharding(mesh_of(*DEVICES[:2]), PartitionSpec("a"))], "balance": [4]},
+        {
+            "devices": [NamedSharding(mesh_of(*DEVICES[:2]), PartitionSpec("a"))],
+            "balance": [4],
+        },
         ValueError,
         "spans 2 devices; a stage's place is one device for now",
     ),
@@ -115,14 +207,18 @@ def test_a_wrong_argument_says_what_was_given_and_what_would_be_right(name):
 
 @pytest.mark.parametrize("given", ["cpu", 2])
 def test_what_an_error_about_devices_suggests_to_write_is_accepted(given):
-    with pytest.raises(TypeError, match=r"a sequence of jax\.Device or Sharding") as caught:
+    with pytest.raises(
+        TypeError, match=r"a sequence of jax\.Device or Sharding"
+    ) as caught:
         fpipe.Pipe([SIN], devices=given)
     assert f"write [{given!r}]" not in str(caught.value)  # that would be an error too
 
 
 @pytest.mark.parametrize("devices", [None, DEVICES[:2]])
 def test_too_few_devices_says_how_to_simulate_more(devices):
-    with pytest.raises(ValueError, match="5 devices are needed but there are") as caught:
+    with pytest.raises(
+        ValueError, match="5 devices are needed but there are"
+    ) as caught:
         fpipe.Pipe([SIN] * 5, [1] * 5, devices)
     text = str(caught.value)
     assert f"there are {4 if devices is None else 2}." in text
@@ -133,12 +229,17 @@ def test_too_few_devices_says_how_to_simulate_more(devices):
 
 
 def test_no_layer_is_an_error():
-    with pytest.raises(ValueError, match="a pipeline needs at least one layer, got none"):
+    with pytest.raises(
+        ValueError, match="a pipeline needs at least one layer, got none"
+    ):
         fpipe.Pipe([])
 
 
 def test_a_mismatch_of_skips_is_found_when_the_pipe_is_made():
-    with pytest.raises(ValueError, match="'skip' is stashed by layer 1 'stash', but no later layer pops it"):
+    with pytest.raises(
+        ValueError,
+        match="'skip' is stashed by layer 1 'stash', but no later layer pops it",
+    ):
         fpipe.Pipe([SIN, models()["nested"][0]])
 
 
@@ -147,7 +248,14 @@ def test_a_mismatch_of_skips_is_found_when_the_pipe_is_made():
 
 @pytest.mark.parametrize(
     ("layers", "balance"),
-    [(1, (1,)), (3, (1, 1, 1)), (4, (1, 1, 1, 1)), (5, (2, 1, 1, 1)), (7, (2, 2, 2, 1)), (9, (3, 2, 2, 2))],
+    [
+        (1, (1,)),
+        (3, (1, 1, 1)),
+        (4, (1, 1, 1, 1)),
+        (5, (2, 1, 1, 1)),
+        (7, (2, 2, 2, 1)),
+        (9, (3, 2, 2, 2)),
+    ],
 )
 def test_the_default_balance_is_as_even_as_possible(layers, balance):
     assert fpipe.Pipe([SIN] * layers).balance == balance
@@ -189,7 +297,10 @@ def test_parameters_outputs_and_gradients_are_on_the_devices_given(given, used):
 
 
 def test_a_sharding_of_one_device_stands_for_the_device():
-    shardings = [SingleDeviceSharding(DEVICES[3]), NamedSharding(mesh_of(DEVICES[2]), PartitionSpec())]
+    shardings = [
+        SingleDeviceSharding(DEVICES[3]),
+        NamedSharding(mesh_of(DEVICES[2]), PartitionSpec()),
+    ]
     pipe = fpipe.Pipe([SCALED, SCALED], [1, 1], shardings)
     assert pipe.devices == (DEVICES[3], DEVICES[2])
     assert pipe == fpipe.Pipe([SCALED, SCALED], [1, 1], [DEVICES[3], DEVICES[2]])
@@ -208,7 +319,10 @@ def test_devices_may_come_from_a_generator_as_layers_may():
 def permuted(devices, microbatches):
     """Microbatches last to first."""
     order = range(microbatches - 1, -1, -1)
-    rows = [[(kind, d, i) for i in order for kind in "F"] + [("B", d, i) for i in order] for d in range(devices)]
+    rows = [
+        [(kind, d, i) for i in order for kind in "F"] + [("B", d, i) for i in order]
+        for d in range(devices)
+    ]
     return Schedule(rows, name="permuted")
 
 
@@ -224,10 +338,19 @@ def looped(devices, microbatches):
 
 VALUES = {
     "default": {},
-    "named": {"balance": [1, 2], "devices": [DEVICES[3], DEVICES[1]], "chunks": 3, "schedule": "gpipe"},
+    "named": {
+        "balance": [1, 2],
+        "devices": [DEVICES[3], DEVICES[1]],
+        "chunks": 3,
+        "schedule": "gpipe",
+    },
     "sharding": {"devices": [SingleDeviceSharding(DEVICES[2])], "checkpoint": "never"},
     "policy": {"balance": [2, 1], "checkpoint": jax.checkpoint_policies.dots_saveable},
-    "schedule": {"balance": [2, 1], "chunks": 2, "schedule": fpipe.schedules.gpipe(2, 2)},
+    "schedule": {
+        "balance": [2, 1],
+        "chunks": 2,
+        "schedule": fpipe.schedules.gpipe(2, 2),
+    },
     "function": {"balance": [1, 1, 1], "chunks": 2, "schedule": permuted},
 }
 COPIES = {
@@ -282,7 +405,9 @@ def test_a_replaced_field_makes_another_pipe(change):
     pipe = fpipe.Pipe([SCALED] * 3, [1, 2], DEVICES[:2])
     other = dataclasses.replace(pipe, **change)
     assert other != pipe
-    assert other == fpipe.Pipe(**{"layers": [SCALED] * 3, "balance": [1, 2], "devices": DEVICES[:2]} | change)
+    assert other == fpipe.Pipe(
+        **{"layers": [SCALED] * 3, "balance": [1, 2], "devices": DEVICES[:2]} | change
+    )
     kept = [f.name for f in dataclasses.fields(pipe) if f.name not in change]
     assert [getattr(other, n) for n in kept] == [getattr(pipe, n) for n in kept]
 
@@ -331,12 +456,19 @@ def pop_it(params, x, *, carry):
 def test_a_pipe_unpickled_where_a_device_is_missing_says_which(monkeypatch):
     data = pickle.dumps(fpipe.Pipe([SCALED], devices=[DEVICES[3]]))
     monkeypatch.setattr(jax, "devices", lambda platform=None: DEVICES[:2])
-    with pytest.raises(ValueError, match=r"unpickling a Pipe: there is no device cpu:3 here"):
+    with pytest.raises(
+        ValueError, match=r"unpickling a Pipe: there is no device cpu:3 here"
+    ):
         pickle.loads(data)
 
 
 def test_layers_are_flattened_and_keep_their_names():
-    pipe = fpipe.Pipe([dataclasses.replace(SCALED, name="a"), [SIN, (scaled, [dataclasses.replace(SIN, name="d")])]])
+    pipe = fpipe.Pipe(
+        [
+            dataclasses.replace(SCALED, name="a"),
+            [SIN, (scaled, [dataclasses.replace(SIN, name="d")])],
+        ]
+    )
     assert [layer.name for layer in pipe.layers] == ["a", "sin", "scaled", "d"]
 
 
@@ -358,7 +490,11 @@ def test_init_equals_that_of_sequential_and_lives_on_each_layers_device(model, s
     made = pipe.init(jax.random.key(7), x, side=side)
     assert isinstance(made, tuple)
     assert_equal(made, case.reference.init(jax.random.key(7), case.x, side=case.side))
-    where = [device for device, count in zip(devices, balance, strict=True) for _ in range(count)]
+    where = [
+        device
+        for device, count in zip(devices, balance, strict=True)
+        for _ in range(count)
+    ]
     for params, device in zip(made, where, strict=True):
         assert devices_of(params) == [{device}] * len(devices_of(params))
 
@@ -379,15 +515,22 @@ def test_init_state_of_a_model_without_init_needs_the_parameters():
     layers = [dataclasses.replace(layer, init=None) for layer in models()["stateful"]]
     case = Case(models()["stateful"], chunks=3)
     pipe = fpipe.Pipe(layers, [2, 2], chunks=3)
-    with pytest.raises(ValueError, match=r"layer 0 'counter' has no init.*`init_state\(x, params=params\)`"):
+    with pytest.raises(
+        ValueError,
+        match=r"layer 0 'counter' has no init.*`init_state\(x, params=params\)`",
+    ):
         pipe.init_state(case.x)
     params = pipe.place(case.params())
-    assert_equal(pipe.init_state(case.x, params=params), case.reference.init_state(case.x))
+    assert_equal(
+        pipe.init_state(case.x, params=params), case.reference.init_state(case.x)
+    )
 
 
 def test_init_of_a_layer_without_init_says_what_to_do():
     with pytest.raises(
-        ValueError, match=r"layer 1 'scaled' has no init; give it one with `fpipe.Layer\(apply, init\)`"
+        ValueError,
+        match=r"layer 1 'scaled' has no init; give it one with `fpipe.Layer\(apply, "
+        r"init\)`",
     ):
         fpipe.Pipe([SCALED, scaled]).init(jax.random.key(0), jnp.ones((2, 3)))
 
@@ -401,14 +544,20 @@ def test_init_sees_the_shapes_of_one_microbatch():
         return jnp.zeros(x.shape[0])
 
     layer = fpipe.Layer(lambda p, x: x * p.sum(), init)
-    params = fpipe.Pipe([layer], chunks=4).init(jax.random.key(0), jax.ShapeDtypeStruct((10, 2), jnp.float32))
+    params = fpipe.Pipe([layer], chunks=4).init(
+        jax.random.key(0), jax.ShapeDtypeStruct((10, 2), jnp.float32)
+    )
     assert seen == [(3, 2)]
     assert params[0].shape == (3,)
 
 
 def test_gather_is_the_inverse_of_place():
     params = (
-        {"w": jnp.linspace(0, 1, 6).reshape(2, 3), "none": None, "n": np.arange(3, dtype=np.int32)},
+        {
+            "w": jnp.linspace(0, 1, 6).reshape(2, 3),
+            "none": None,
+            "n": np.arange(3, dtype=np.int32),
+        },
         [jnp.ones(2, jnp.bfloat16), (jax.random.key(3),), jnp.array(True)],
         (),
         jnp.float32(2),
@@ -417,7 +566,9 @@ def test_gather_is_the_inverse_of_place():
     pipe = fpipe.Pipe(layers, [1, 1, 1, 1], DEVICES[::-1])
     placed = pipe.place(params)
     assert jax.tree.structure(placed) == jax.tree.structure(params)
-    assert devices_of(placed) == [{DEVICES[3]}] * 2 + [{DEVICES[2]}] * 3 + [{DEVICES[0]}]
+    assert devices_of(placed) == [{DEVICES[3]}] * 2 + [{DEVICES[2]}] * 3 + [
+        {DEVICES[0]}
+    ]
     back = pipe.gather(placed)
     assert jax.tree.structure(back) == jax.tree.structure(params)
     assert devices_of(back) == [{DEVICES[3]}] * 6
@@ -440,34 +591,54 @@ def test_placing_what_is_placed_changes_nothing():
 def test_place_makes_arrays_of_python_numbers():
     pipe = fpipe.Pipe([fpipe.Layer(lambda p, x: x * p["scale"])] * 2, [1, 1], chunks=2)
     placed = pipe.place(({"scale": 1.5}, {"scale": 2.0}))
-    assert [(a.shape, a.dtype) for a in jax.tree.leaves(placed)] == [((), jnp.float32)] * 2
+    assert [(a.shape, a.dtype) for a in jax.tree.leaves(placed)] == [
+        ((), jnp.float32)
+    ] * 2
     assert devices_of(placed) == [{DEVICES[0]}, {DEVICES[1]}]
     _, grads = pipe.value_and_grad(jnp.sum, reduction="sum")(placed, jnp.ones((4, 1)))
-    assert_equal(pipe.gather(grads), ({"scale": jnp.float32(8)}, {"scale": jnp.float32(6)}))
+    assert_equal(
+        pipe.gather(grads), ({"scale": jnp.float32(8)}, {"scale": jnp.float32(6)})
+    )
     placed = pipe.place(({"scale": 2}, {"scale": True}))
     assert [a.dtype for a in jax.tree.leaves(placed)] == [jnp.int32, jnp.bool_]
 
 
 @pytest.mark.parametrize(
     ("params", "got"),
-    [(((),), "1 entries"), (((),) * 3, "3 entries"), ({"a": 1}, "a dict"), (3.0, "a float"), (None, "a NoneType")],
+    [
+        (((),), "1 entries"),
+        (((),) * 3, "3 entries"),
+        ({"a": 1}, "a dict"),
+        (3.0, "a float"),
+        (None, "a NoneType"),
+    ],
 )
 @pytest.mark.parametrize("method", ["place", "gather"])
 def test_parameters_with_another_number_of_entries_are_refused(method, params, got):
     pipe = fpipe.Pipe([SIN, SIN])
-    with pytest.raises(ValueError, match="a tuple with one entry per layer is needed") as caught:
+    with pytest.raises(
+        ValueError, match="a tuple with one entry per layer is needed"
+    ) as caught:
         getattr(pipe, method)(params)
-    assert str(caught.value) == f"`{method}(params)`: a tuple with one entry per layer is needed, 2 in all, got {got}"
+    assert (
+        str(caught.value)
+        == f"`{method}(params)`: a tuple with one entry per layer is needed, 2 in all, "
+        f"got {got}"
+    )
 
 
 def test_a_checkpoint_of_one_partition_loads_in_another():
     layers = models()["plain"]
     case = Case(layers, chunks=3)
     one = fpipe.Pipe(layers, [1, 1, 2], DEVICES[:3], chunks=3)
-    other = fpipe.Pipe(layers, [3, 1], [DEVICES[3], DEVICES[1]], chunks=3, schedule="gpipe")
+    other = fpipe.Pipe(
+        layers, [3, 1], [DEVICES[3], DEVICES[1]], chunks=3, schedule="gpipe"
+    )
     params = one.place(case.params())
     _, grads = one.value_and_grad(mse)(params, case.x, case.target)
-    params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)  # a step on each device
+    params = jax.tree.map(
+        lambda p, g: p - 0.1 * g, params, grads
+    )  # a step on each device
 
     stored = pickle.dumps(jax.tree.map(np.asarray, one.gather(params)))
     loaded = other.place(pickle.loads(stored))
@@ -486,9 +657,14 @@ def check_schedule(pipe, microbatches, layers=None, rows=6):
     case = Case(layers, pipe.chunks, rows)
     params, placed = case.params(), pipe.place(case.params())
     got = pipe.value_and_grad(mse, argnums=(0, 1))(placed, case.x, case.target)
-    assert_same(got, case.reference.value_and_grad(mse, argnums=(0, 1))(params, case.x, case.target))
+    assert_same(
+        got,
+        case.reference.value_and_grad(mse, argnums=(0, 1))(params, case.x, case.target),
+    )
     got = jax.grad(lambda p: mse(pipe(p, case.x), jnp.zeros(())))(placed)
-    assert_same(got, jax.grad(lambda p: mse(case.reference(p, case.x), jnp.zeros(())))(params))
+    assert_same(
+        got, jax.grad(lambda p: mse(case.reference(p, case.x), jnp.zeros(())))(params)
+    )
     assert pipe.make_schedule(microbatches).microbatches == microbatches
 
 
@@ -499,7 +675,10 @@ SCHEDULES = {
     "partial": functools.partial(lambda f, d, m: f(d, m), fpipe.schedules.eager_1f1b),
     "permuted microbatches": permuted,
     "permuted map": Schedule(
-        [[(k, 1, i) for k in "FB" for i in range(3)], [(k, 0, i) for k in "FB" for i in range(3)]],
+        [
+            [(k, 1, i) for k in "FB" for i in range(3)],
+            [(k, 0, i) for k in "FB" for i in range(3)],
+        ],
         stage_to_device=[1, 0],
     ),
 }
@@ -507,22 +686,38 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_schedule_is_a_name_a_schedule_or_a_function(name):
-    pipe = fpipe.Pipe([dense(), dense()], [1, 1], DEVICES[2:], chunks=3, schedule=SCHEDULES[name])
+    pipe = fpipe.Pipe(
+        [dense(), dense()], [1, 1], DEVICES[2:], chunks=3, schedule=SCHEDULES[name]
+    )
     check_schedule(pipe, 3)
 
 
 def test_a_permuted_map_puts_each_stage_where_it_says():
-    pipe = fpipe.Pipe([SCALED, SCALED], [1, 1], DEVICES[2:], chunks=3, schedule=SCHEDULES["permuted map"])
+    pipe = fpipe.Pipe(
+        [SCALED, SCALED],
+        [1, 1],
+        DEVICES[2:],
+        chunks=3,
+        schedule=SCHEDULES["permuted map"],
+    )
     x = jnp.ones((3, 2))
     params = pipe.init(jax.random.key(0), x)
     assert devices_of(params) == [{DEVICES[3]}, {DEVICES[2]}]
     assert pipe(params, x).devices() == {DEVICES[2]}
-    assert devices_of(pipe.value_and_grad(jnp.mean)(params, x)) == [{DEVICES[2]}, {DEVICES[3]}, {DEVICES[2]}]
+    assert devices_of(pipe.value_and_grad(jnp.mean)(params, x)) == [
+        {DEVICES[2]},
+        {DEVICES[3]},
+        {DEVICES[2]},
+    ]
 
 
-@pytest.mark.parametrize("schedule", [looped, looped(2, 3)], ids=["function", "Schedule"])
+@pytest.mark.parametrize(
+    "schedule", [looped, looped(2, 3)], ids=["function", "Schedule"]
+)
 def test_several_stages_per_device(schedule):
-    pipe = fpipe.Pipe([dense()] * 4, [1, 1, 1, 1], DEVICES[1:3], chunks=3, schedule=schedule)
+    pipe = fpipe.Pipe(
+        [dense()] * 4, [1, 1, 1, 1], DEVICES[1:3], chunks=3, schedule=schedule
+    )
     assert pipe.devices == tuple(DEVICES[1:3])
     placed = pipe.init(jax.random.key(0), jnp.ones((3, 4)))
     assert devices_of(placed) == [{DEVICES[d]} for d in (1, 1, 2, 2, 1, 1, 2, 2)]
@@ -530,8 +725,15 @@ def test_several_stages_per_device(schedule):
 
 
 def test_the_default_balance_is_over_the_stages_of_the_schedule():
-    assert fpipe.Pipe([SIN] * 9, devices=DEVICES[:2], schedule=looped).balance == (3, 2, 2, 2)
-    assert fpipe.Pipe([SIN] * 5, chunks=2, schedule=fpipe.schedules.gpipe(2, 2)).balance == (3, 2)
+    assert fpipe.Pipe([SIN] * 9, devices=DEVICES[:2], schedule=looped).balance == (
+        3,
+        2,
+        2,
+        2,
+    )
+    assert fpipe.Pipe(
+        [SIN] * 5, chunks=2, schedule=fpipe.schedules.gpipe(2, 2)
+    ).balance == (3, 2)
 
 
 def test_a_function_is_called_again_for_another_number_of_microbatches():
@@ -547,7 +749,9 @@ def test_a_function_is_called_again_for_another_number_of_microbatches():
     for rows, m in ((8, 4), (3, 3), (10, 4), (1, 1)):
         assert_same(
             pipe(params, jnp.ones((rows, 2))),
-            fpipe.sequential([SCALED, SCALED], chunks=4)(pipe.gather(params), jnp.ones((rows, 2))),
+            fpipe.sequential([SCALED, SCALED], chunks=4)(
+                pipe.gather(params), jnp.ones((rows, 2))
+            ),
         )
         assert asked.pop() == (2, m)
 
@@ -555,15 +759,22 @@ def test_a_function_is_called_again_for_another_number_of_microbatches():
 def elsewhere(devices, microbatches):
     """The stages change places with an odd number of microbatches."""
     places = list(range(devices))[:: -1 if microbatches % 2 else 1]
-    rows = [[(k, places[d], i) for k in "FB" for i in range(microbatches)] for d in range(devices)]
+    rows = [
+        [(k, places[d], i) for k in "FB" for i in range(microbatches)]
+        for d in range(devices)
+    ]
     return Schedule(rows, [places.index(s) for s in range(devices)], "elsewhere")
 
 
 def test_a_schedule_for_another_number_of_stages_is_refused():
-    with pytest.raises(ValueError, match=r"the schedule 'gpipe' has 3 stages, but the pipe has 2"):
+    with pytest.raises(
+        ValueError, match=r"the schedule 'gpipe' has 3 stages, but the pipe has 2"
+    ):
         fpipe.Pipe([SIN] * 4, [2, 2], schedule=fpipe.schedules.gpipe(3, 2))
     with pytest.raises(
-        ValueError, match=r"the pipe has 3 stages, but the function makes 6 stages on 3 devices, 2 stages on 1 devices"
+        ValueError,
+        match=r"the pipe has 3 stages, but the function makes 6 stages on 3 devices, 2 "
+        r"stages on 1 devices",
     ):
         fpipe.Pipe([SIN] * 4, [1, 1, 2], schedule=looped)
 
@@ -573,7 +784,8 @@ def test_a_schedule_for_another_number_of_microbatches_is_refused():
     params, x = ((),) * 2, jnp.ones((3, 2))
     assert pipe(params, x).shape == (3, 2)
     expected = (
-        "the schedule 'gpipe' is for 2 stages and 3 microbatches, but the pipe has 2 stages and this batch gives "
+        "the schedule 'gpipe' is for 2 stages and 3 microbatches, but the pipe has 2 "
+        "stages and this batch gives "
         r"2 microbatches; give a function `f\(devices, microbatches\)`"
     )
     with pytest.raises(ValueError, match=expected):
@@ -588,7 +800,8 @@ def test_a_schedule_that_moves_stages_with_the_batch_is_refused():
     pipe(params, jnp.ones((2, 2)))
     with pytest.raises(
         ValueError,
-        match=r"'elsewhere' for 1 microbatches puts the stages on the devices \(1, 0\), but the parameters are placed on "
+        match=r"'elsewhere' for 1 microbatches puts the stages on the devices \(1, "
+        r"0\), but the parameters are placed on "
         r"\(0, 1\)",
     ):
         pipe(params, jnp.ones((1, 2)))
@@ -596,7 +809,14 @@ def test_a_schedule_that_moves_stages_with_the_batch_is_refused():
 
 def test_too_few_devices_for_a_schedule_are_counted_by_its_devices():
     schedule = looped(2, 2)
-    assert len(fpipe.Pipe([SIN] * 4, [1] * 4, DEVICES[:2], chunks=2, schedule=schedule).devices) == 2
+    assert (
+        len(
+            fpipe.Pipe(
+                [SIN] * 4, [1] * 4, DEVICES[:2], chunks=2, schedule=schedule
+            ).devices
+        )
+        == 2
+    )
     with pytest.raises(ValueError, match="2 devices are needed but there are 1"):
         fpipe.Pipe([SIN] * 4, [1] * 4, DEVICES[:1], chunks=2, schedule=schedule)
 
@@ -614,7 +834,8 @@ def test_a_schedule_of_forwards_evaluates_and_refuses_gradients():
     placed = pipe.place(params)
     assert_same(pipe(placed, case.x), case.reference(params, case.x))
     assert_same(
-        pipe.evaluate(mse)(placed, case.x, case.target), case.reference.evaluate(mse)(params, case.x, case.target)
+        pipe.evaluate(mse)(placed, case.x, case.target),
+        case.reference.evaluate(mse)(params, case.x, case.target),
     )
     text = "the schedule 'forwards' has forwards only, and gradients are asked for; give it a B for every F"
     with pytest.raises(ValueError, match=text):
@@ -628,13 +849,16 @@ def test_forwards_out_of_order_are_refused_where_layers_have_state():
     case = Case(layers, 2)
     pipe = fpipe.Pipe(layers, [1, 3], chunks=2, schedule=permuted)
     text = (
-        r"the schedule 'permuted' runs the forwards of stage 0 in the order \(1, 0\); layers with state need them in the "
+        r"the schedule 'permuted' runs the forwards of stage 0 in the order \(1, 0\); "
+        r"layers with state need them in the "
         "order of the microbatches"
     )
     with pytest.raises(ValueError, match=text):
         pipe.make_schedule(2)
     with pytest.raises(ValueError, match=text):
-        pipe.value_and_grad(mse)(pipe.place(case.params()), case.x, case.target, **case.needs)
+        pipe.value_and_grad(mse)(
+            pipe.place(case.params()), case.x, case.target, **case.needs
+        )
     assert pipe.make_schedule(1).microbatches == 1  # one forward is in order
 
 
@@ -647,8 +871,15 @@ def test_a_stage_without_state_may_have_its_forwards_out_of_order():
     layers = [models()["stateful"][0], dense()]
     case = Case(layers, 2)
     pipe = fpipe.Pipe(layers, [1, 1], chunks=2, schedule=Schedule(rows))
-    got = pipe.value_and_grad(mse)(pipe.place(case.params()), case.x, case.target, **case.needs)
-    assert_same(got, case.reference.value_and_grad(mse)(case.params(), case.x, case.target, **case.needs))
+    got = pipe.value_and_grad(mse)(
+        pipe.place(case.params()), case.x, case.target, **case.needs
+    )
+    assert_same(
+        got,
+        case.reference.value_and_grad(mse)(
+            case.params(), case.x, case.target, **case.needs
+        ),
+    )
 
 
 # --- several stages on a device ---
@@ -657,18 +888,33 @@ def test_a_stage_without_state_may_have_its_forwards_out_of_order():
 @pytest.mark.parametrize(
     ("schedule", "balance", "devices", "text"),
     [
-        ("zb_v", [1, 1, 2], 4, "puts 2 stages on each device, but the pipe has 3: give `balance` 4 entries"),
-        ("dualpipe_v", [4], 4, "puts 2 stages on each device, but the pipe has 1: give `balance` 2 entries"),
+        (
+            "zb_v",
+            [1, 1, 2],
+            4,
+            "puts 2 stages on each device, but the pipe has 3: give `balance` 4 "
+            "entries",
+        ),
+        (
+            "dualpipe_v",
+            [4],
+            4,
+            "puts 2 stages on each device, but the pipe has 1: give `balance` 2 "
+            "entries",
+        ),
         (
             "interleaved_1f1b",
             [1, 1, 2],
             4,
-            "puts at least 2 stages on each device, the same number on all, but the pipe has 3 stages and 4 devices: give "
+            "puts at least 2 stages on each device, the same number on all, but the "
+            "pipe has 3 stages and 4 devices: give "
             "`balance` 4 entries, or another multiple of the number of devices",
         ),
     ],
 )
-def test_a_number_of_stages_that_a_named_schedule_cannot_have(schedule, balance, devices, text):
+def test_a_number_of_stages_that_a_named_schedule_cannot_have(
+    schedule, balance, devices, text
+):
     with raises(ValueError, f"`Pipe(schedule={schedule!r})` {text}"):
         fpipe.Pipe([dense()] * 4, balance, jax.devices()[:devices], schedule=schedule)
 
@@ -684,18 +930,28 @@ def test_a_number_of_stages_that_a_named_schedule_cannot_have(schedule, balance,
         ("zb_v", 2, 9, 4, 2),
     ],
 )
-def test_without_a_balance_as_many_devices_as_can_be_used(schedule, devices, layers, stages, used):
-    pipe = fpipe.Pipe([dense()] * layers, None, jax.devices()[:devices], schedule=schedule, chunks=2)
+def test_without_a_balance_as_many_devices_as_can_be_used(
+    schedule, devices, layers, stages, used
+):
+    pipe = fpipe.Pipe(
+        [dense()] * layers, None, jax.devices()[:devices], schedule=schedule, chunks=2
+    )
     assert (len(pipe.balance), len(pipe.devices)) == (stages, used)
 
 
 def test_a_layer_too_few_for_two_stages():
-    with raises(ValueError, "`Pipe(schedule='zb_v')` puts 2 stages on each device, but the model has 1 layer"):
+    with raises(
+        ValueError,
+        "`Pipe(schedule='zb_v')` puts 2 stages on each device, but the model has 1 "
+        "layer",
+    ):
         fpipe.Pipe([dense()], schedule="zb_v")
 
 
 def test_the_map_follows_from_balance_and_devices():
-    pipe = fpipe.Pipe([dense()] * 6, [1] * 6, jax.devices()[:2], schedule="interleaved_1f1b", chunks=2)
+    pipe = fpipe.Pipe(
+        [dense()] * 6, [1] * 6, jax.devices()[:2], schedule="interleaved_1f1b", chunks=2
+    )
     assert pipe.make_schedule(2).stage_to_device == (0, 1) * 3
     pipe = fpipe.Pipe([dense()] * 6, [1] * 6, schedule="zb_v", chunks=2)
     assert pipe.make_schedule(2).stage_to_device == (0, 1, 2, 2, 1, 0)

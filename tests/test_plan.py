@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 import fpipe
-from fpipe._placed import observing
-from fpipe._plan import Free, Move, Run
+from fpipe._executors.placed.dispatch import observing
+from fpipe._executors.placed.instructions import Free, Move, Run
 from tests.helpers import Case, add, keep, look, models, mse
 
 SCHEDULES = ["gpipe", "1f1b", "eager_1f1b"]
@@ -16,19 +16,30 @@ STAGES = 4
 
 
 def record(run):
-    """The instructions that a call issues, each with the live arrays of all slots right after it."""
+    """The instructions that a call issues, each with the live arrays of all slots right
+    after it.
+    """
     seen = []
-    with observing(lambda item, slots: seen.append((item, [a for a in slots if a is not None]))):
+    with observing(
+        lambda item, slots: seen.append((item, [a for a in slots if a is not None]))
+    ):
         run()
     return seen
 
 
 def actions(run):
-    return [item.action for item, _ in record(run) if isinstance(item, Run) and item.action is not None]
+    return [
+        item.action
+        for item, _ in record(run)
+        if isinstance(item, Run) and item.action is not None
+    ]
 
 
 def by_device(schedule, issued):
-    return tuple(tuple(a for a in issued if schedule.stage_to_device[a.stage] == d) for d in range(schedule.devices))
+    return tuple(
+        tuple(a for a in issued if schedule.stage_to_device[a.stage] == d)
+        for d in range(schedule.devices)
+    )
 
 
 def call(layers, balance, chunks, rows=8, **options):
@@ -43,7 +54,9 @@ def call(layers, balance, chunks, rows=8, **options):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_value_and_grad_issues_what_the_schedule_says(schedule):
     pipe, step = call(models()["plain"], [1, 1, 1, 1], 8, schedule=schedule)
-    assert by_device(pipe.make_schedule(8), actions(step)) == pipe.make_schedule(8).actions
+    assert (
+        by_device(pipe.make_schedule(8), actions(step)) == pipe.make_schedule(8).actions
+    )
 
 
 def test_a_hand_written_schedule_is_obeyed():
@@ -59,7 +72,10 @@ def test_a_hand_written_schedule_is_obeyed():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_differentiated_call_runs_all_forwards_then_all_backwards(schedule):
     layers = models()["plain"]
-    case, pipe = Case(layers, 4), fpipe.Pipe(layers, [1, 1, 1, 1], chunks=4, schedule=schedule)
+    case, pipe = (
+        Case(layers, 4),
+        fpipe.Pipe(layers, [1, 1, 1, 1], chunks=4, schedule=schedule),
+    )
     params = pipe.place(case.params())
     issued = actions(lambda: jax.grad(lambda p: mse(pipe(p, case.x), 0.0))(params))
     kinds = "".join(a.kind for a in issued)
@@ -74,7 +90,10 @@ def test_evaluate_and_a_plain_call_run_forwards_only():
     layers = models()["plain"]
     case, pipe = Case(layers, 4), fpipe.Pipe(layers, [2, 2], chunks=4)
     params = pipe.place(case.params())
-    for run in (lambda: pipe(params, case.x), lambda: pipe.evaluate(mse)(params, case.x, case.target)):
+    for run in (
+        lambda: pipe(params, case.x),
+        lambda: pipe.evaluate(mse)(params, case.x, case.target),
+    ):
         assert {(a.kind, a.stage, a.microbatch) for a in actions(run)} == {
             ("F", s, i) for s in (0, 1) for i in range(4)
         }
@@ -108,7 +127,10 @@ def test_no_other_device_ever_holds_a_skip():
 
     middle = models()["plain"][0]
     layers = [middle, widen, middle, narrow]
-    case, pipe = Case(layers, 2), fpipe.Pipe(layers, [1, 1, 1, 1], chunks=2, checkpoint="never")
+    case, pipe = (
+        Case(layers, 2),
+        fpipe.Pipe(layers, [1, 1, 1, 1], chunks=2, checkpoint="never"),
+    )
     params = pipe.place(case.params())
     step = pipe.value_and_grad(mse)
     holders = set()
@@ -129,7 +151,9 @@ def test_readers_of_one_skip_each_get_it_once():
         for n in item.ins
     ]
     assert len(set(moved)) == len(moved)
-    assert {d for name, d in moved if name == "skip skip[0] stage0 mb0"} == set(pipe.devices[1:])
+    assert {d for name, d in moved if name == "skip skip[0] stage0 mb0"} == set(
+        pipe.devices[1:]
+    )
 
 
 def test_nothing_moves_between_stages_on_one_device():
@@ -141,7 +165,10 @@ def test_nothing_moves_between_stages_on_one_device():
 
 def test_each_slot_is_made_once_and_freed_once_after_its_last_use():
     for name, layers in models().items():
-        case, pipe = Case(layers, 3), fpipe.Pipe(layers, [1, 1, 1, len(layers) - 3], chunks=3)
+        case, pipe = (
+            Case(layers, 3),
+            fpipe.Pipe(layers, [1, 1, 1, len(layers) - 3], chunks=3),
+        )
         params, needs = pipe.place(case.params()), case.needs
         pipe.value_and_grad(mse)(params, case.x, case.target, **needs)
         plan = pipe._placed._bound.values()[0].plan
@@ -156,25 +183,38 @@ def test_each_slot_is_made_once_and_freed_once_after_its_last_use():
             assert set(item.ins) <= set(made), name
             made += item.outs
         assert len(set(made)) == len(made), name
-        outputs = {n for out in (plan.loss, *plan.state.values()) if out for n in out.slots} | set(
-            plan.gradients.values()
-        )
+        outputs = {
+            n for out in (plan.loss, *plan.state.values()) if out for n in out.slots
+        } | set(plan.gradients.values())
         assert set(range(len(plan.slots))) == dead | outputs | set(plan.constants), name
         assert not dead & outputs, name
 
 
 def widening():
-    """Four layers whose inputs have 5, 6, 7, 8 columns: a shape tells whose input an array is."""
+    """Four layers whose inputs have 5, 6, 7, 8 columns: a shape tells whose input an
+    array is.
+    """
 
     def layer(width):
-        return fpipe.Layer(lambda p, x: jnp.tanh(x @ p), lambda key, x: jnp.full((x.shape[-1], width), 0.1))
+        return fpipe.Layer(
+            lambda p, x: jnp.tanh(x @ p),
+            lambda key, x: jnp.full((x.shape[-1], width), 0.1),
+        )
 
     return [layer(width) for width in (6, 7, 8, 9)]
 
 
 def peak_alive(schedule, microbatches, checkpoint):
-    """The most microbatch inputs alive at once on each stage, counted among all arrays there are."""
-    pipe = fpipe.Pipe(widening(), [1] * STAGES, chunks=microbatches, schedule=schedule, checkpoint=checkpoint)
+    """The most microbatch inputs alive at once on each stage, counted among all arrays
+    there are.
+    """
+    pipe = fpipe.Pipe(
+        widening(),
+        [1] * STAGES,
+        chunks=microbatches,
+        schedule=schedule,
+        checkpoint=checkpoint,
+    )
     rows = 3
     x = jnp.ones((rows * microbatches, 5))
     params = pipe.init(jax.random.key(0), x)
@@ -206,17 +246,23 @@ def test_eager_1f1b_holds_twice_as_many_as_1f1b_less_one():
 
 
 def test_without_remat_1f1b_still_holds_the_schedules_peak():
-    # The residuals are the output tanh(x @ w), of the next stage's width, and the input: no more microbatches.
+    # The residuals are the output tanh(x @ w), of the next stage's width, and the
+    # input: no more microbatches.
     assert peak_alive("1f1b", 8, "never") == [3, 2, 1]
 
 
 def test_a_forward_keeps_nothing():
-    """However many microbatches there are, a stage holds no more inputs than it is working on."""
+    """However many microbatches there are, a stage holds no more inputs than it is
+    working on.
+    """
     pipe = fpipe.Pipe(widening(), [1] * STAGES, chunks=16)
     x = jnp.ones((48, 5))
     params = pipe.init(jax.random.key(0), x)
     pipe(params, x)
-    for run in (lambda: pipe(params, x), lambda: pipe.evaluate(lambda y: jnp.mean(y))(params, x)):
+    for run in (
+        lambda: pipe(params, x),
+        lambda: pipe.evaluate(lambda y: jnp.mean(y))(params, x),
+    ):
         run()
         peak = 0
         for _, alive in record(run):
@@ -242,9 +288,16 @@ def test_outputs_that_are_inputs_cost_no_copy():
     params = pipe.place((jnp.ones(4), jnp.ones(4)))
     pipe(params, jnp.ones((4, 4)))
     plan = pipe._placed._bound.values()[0].plan
-    forwards = [item for item in plan.instructions if isinstance(item, Run) and item.name == "stage0_F"]
+    forwards = [
+        item
+        for item in plan.instructions
+        if isinstance(item, Run) and item.name == "stage0_F"
+    ]
     assert [len(item.outs) for item in forwards] == [1, 1]
-    assert [len(item.ins) for item in plan.instructions if isinstance(item, Move)] == [1, 1]
+    assert [len(item.ins) for item in plan.instructions if isinstance(item, Move)] == [
+        1,
+        1,
+    ]
 
 
 def test_borrowed_parameters_are_moved_once_per_call():
@@ -252,15 +305,26 @@ def test_borrowed_parameters_are_moved_once_per_call():
     pipe, step = call(layers, [1, 1, 1, 1], 4)
     step()
     plan = pipe._placed._bound.values()[0].plan
-    moved = [plan.slots[n].name for item in plan.instructions if isinstance(item, Move) for n in item.ins]
-    assert [name for name in moved if name.startswith("params")] == ["params 0[1]"]  # of bias and weight, the weight
+    moved = [
+        plan.slots[n].name
+        for item in plan.instructions
+        if isinstance(item, Move)
+        for n in item.ins
+    ]
+    assert [name for name in moved if name.startswith("params")] == [
+        "params 0[1]"
+    ]  # of bias and weight, the weight
 
 
 def test_a_plan_reads_as_text():
     pipe, step = call([keep(), add()], [1, 1], 1)
     step()
     text = str(pipe._placed._bound.values()[0].plan)
-    for line in (f"{pipe.devices[0]}: F(0,0) (", f"{pipe.devices[0]} -> {pipe.devices[1]}: ", "free "):
+    for line in (
+        f"{pipe.devices[0]}: F(0,0) (",
+        f"{pipe.devices[0]} -> {pipe.devices[1]}: ",
+        "free ",
+    ):
         assert line in text
 
 

@@ -1,4 +1,6 @@
-"""Predictions: against what a run really holds, against formulas, and against the simulation."""
+"""Predictions: against what a run really holds, against formulas, and against the
+simulation.
+"""
 
 import dataclasses
 import gc
@@ -13,15 +15,15 @@ import numpy as np
 import pytest
 
 import fpipe
-from fpipe._call import Args
-from fpipe._loss import as_loss
-from fpipe._placed._memory import levels
-from fpipe._plan import Free
-from fpipe._prediction import size
-from fpipe._prediction._predict import _kept
-from fpipe._stage import TARGETS
-from fpipe._stage import X as XPORT
-from fpipe._tree import Shape
+from fpipe._core.pytrees import Shape
+from fpipe._executors.call import Args
+from fpipe._executors.placed.instructions import Free
+from fpipe._executors.placed.memory import levels
+from fpipe._model.loss import as_loss
+from fpipe._model.stages import TARGETS
+from fpipe._model.stages import X as XPORT
+from fpipe._planning.predict import _kept
+from fpipe._planning.prediction import size
 from tests.helpers import add, counter, dense, dropout, keep, look, mse, raises
 
 ROWS, WIDTH = 16, 4
@@ -39,7 +41,9 @@ def held():
     for array in jax.live_arrays():
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
             continue
-        for a in (shard.data for shard in array.addressable_shards):  # other tests may have left sharded ones
+        for a in (
+            shard.data for shard in array.addressable_shards
+        ):  # other tests may have left sharded ones
             (device,) = a.devices()
             if a.unsafe_buffer_pointer() not in seen:
                 seen.add(a.unsafe_buffer_pointer())
@@ -48,18 +52,28 @@ def held():
 
 
 @pytest.mark.parametrize("checkpoint", ["always", "except_last", "never"])
-@pytest.mark.parametrize("schedule", ["gpipe", "eager_1f1b", "zb_h1", "interleaved_1f1b", "dualpipe_v"])
-def test_what_is_alive_is_predicted_to_the_byte_at_every_instruction(schedule, checkpoint):
+@pytest.mark.parametrize(
+    "schedule", ["gpipe", "eager_1f1b", "zb_h1", "interleaved_1f1b", "dualpipe_v"]
+)
+def test_what_is_alive_is_predicted_to_the_byte_at_every_instruction(
+    schedule, checkpoint
+):
     several = schedule in ("interleaved_1f1b", "dualpipe_v")
     balance = [2, 2, 2, 1] if several else [2, 2, 3]
-    pipe = fpipe.Pipe(skips(), balance, jax.devices()[: 2 if several else 3], 4, checkpoint, schedule)
+    pipe = fpipe.Pipe(
+        skips(), balance, jax.devices()[: 2 if several else 3], 4, checkpoint, schedule
+    )
     x = jnp.ones((ROWS, WIDTH))
-    target = jax.device_put(jnp.ones((ROWS, WIDTH)), pipe.devices[pipe.make_schedule(4).stage_to_device[-1]])
+    target = jax.device_put(
+        jnp.ones((ROWS, WIDTH)), pipe.devices[pipe.make_schedule(4).stage_to_device[-1]]
+    )
     params, step = pipe.init(jax.random.key(0), x), pipe.value_and_grad(mse)
     jax.block_until_ready(step(params, x, target))
 
     loss = as_loss("value_and_grad", mse, False, "mean")
-    bound = pipe._placed.bound(Args(params, x, (target,), None, None, None, False), loss, (0,))
+    bound = pipe._placed.bound(
+        Args(params, x, (target,), None, None, None, False), loss, (0,)
+    )
     plan = bound.plan
     kept = {f.slot for f in plan.feeds} | set(plan.constants)
     want = [
@@ -72,22 +86,37 @@ def test_what_is_alive_is_predicted_to_the_byte_at_every_instruction(schedule, c
 
     def watched(call):
         def run(*arrays):
-            made = call(*arrays)  # what is dropped after it is still there, what it consumes is not
+            made = call(
+                *arrays
+            )  # what is dropped after it is still there, what it consumes is not
             got.append(held())
             return made
 
         return run
 
-    steps = tuple((get, watched(call), outs, frees) for get, call, outs, frees in bound.steps)
-    slots = bound.slots(jax.tree.leaves(params), {port: [a] for port, a in ((XPORT, x), (TARGETS, target))})
+    steps = tuple(
+        (get, watched(call), outs, frees) for get, call, outs, frees in bound.steps
+    )
+    slots = bound.slots(
+        jax.tree.leaves(params),
+        {port: [a] for port, a in ((XPORT, x), (TARGETS, target))},
+    )
     given = [a for a in slots if a is not None]
     gc.collect()
     before = held()
-    others = {d: before.get(d, 0) - sum(a.nbytes for a in given if a.devices() == {d}) for d in pipe.devices}
+    others = {
+        d: before.get(d, 0) - sum(a.nbytes for a in given if a.devices() == {d})
+        for d in pipe.devices
+    }
     dataclasses.replace(bound, steps=steps).run(slots)
     assert [{d: now.get(d, 0) - others[d] for d in pipe.devices} for now in got] == want
-    rows = {row.name: row for row in pipe.plan(params, x, target, loss_fn=mse, optimizer=0).devices}
-    start = {d: sum(a.nbytes for a in given if a.devices() == {d}) for d in pipe.devices}
+    rows = {
+        row.name: row
+        for row in pipe.plan(params, x, target, loss_fn=mse, optimizer=0).devices
+    }
+    start = {
+        d: sum(a.nbytes for a in given if a.devices() == {d}) for d in pipe.devices
+    }
     for d in pipe.devices:
         assert rows[str(d)].peak == max(start[d], *(now[d] for now in want))
 
@@ -96,9 +125,17 @@ def test_the_rows_of_the_stages():
     pipe = fpipe.Pipe(skips(), [2, 2, 3], chunks=4, schedule="1f1b", checkpoint="never")
     plan = pipe.plan(None, X)
     first, second, third = plan.stages
-    assert [row.layers for row in plan.stages] == [("dense", "stash"), ("dropout", "peek"), ("dense", "dense", "pop")]
+    assert [row.layers for row in plan.stages] == [
+        ("dense", "stash"),
+        ("dropout", "peek"),
+        ("dense", "dense", "pop"),
+    ]
     assert [row.first for row in plan.stages] == [0, 2, 4]
-    assert [row.params for row in plan.stages] == [4 * 4 + 4 + 4, 4 + 4, 4 * 6 + 6 + 6 * 4 + 4 + 4]
+    assert [row.params for row in plan.stages] == [
+        4 * 4 + 4 + 4,
+        4 + 4,
+        4 * 6 + 6 + 6 * 4 + 4 + 4,
+    ]
     piece = ROWS // 4 * WIDTH * 4
     assert [row.boundary for row in plan.stages] == [piece, piece, 0]
     assert first.stashed == (("skip", 1, piece), ("skip", 2, piece))
@@ -118,30 +155,46 @@ def test_work_is_that_of_the_products_and_time_that_of_the_simulation():
         pipe = fpipe.Pipe([wide] * 4, chunks=8, schedule="1f1b", checkpoint=checkpoint)
         plan = pipe.plan(None, x)
         assert [row.work["F"] for row in plan.stages[:3]] == [product] * 3
-        # The first makes no gradient of its input, and a product alone is never run again: nobody needs its result.
+        # The first makes no gradient of its input, and a product alone is never run
+        # again: nobody needs its result.
         assert [row.work["B"] // product for row in plan.stages] == [1, 2, 2, 2]
     costs = fpipe.schedules.Costs(
-        F=[row.work["F"] for row in plan.stages], B=[row.work["B"] for row in plan.stages], transfer=0
+        F=[row.work["F"] for row in plan.stages],
+        B=[row.work["B"] for row in plan.stages],
+        transfer=0,
     )
     timeline = fpipe.schedules.simulate(pipe.make_schedule(8), costs)
     assert (plan.step, plan.bubble) == (timeline.makespan, timeline.bubble)
-    fast = pipe.plan(None, x, speed=[product, product, product, 2 * product], latency=0.5, bandwidth=8 * width * 4)
+    fast = pipe.plan(
+        None,
+        x,
+        speed=[product, product, product, 2 * product],
+        latency=0.5,
+        bandwidth=8 * width * 4,
+    )
     assert fast.unit == "second"
     assert [row.work["F"] for row in fast.stages[:3]] == [1.0] * 3
     lag = 0.5 + (rows // 8) * width * 4 / (8 * width * 4)
     costs = dataclasses.replace(
-        costs, F=[row.work["F"] for row in fast.stages], B=[row.work["B"] for row in fast.stages], transfer=lag
+        costs,
+        F=[row.work["F"] for row in fast.stages],
+        B=[row.work["B"] for row in fast.stages],
+        transfer=lag,
     )
     assert fast.step == fpipe.schedules.simulate(pipe.make_schedule(8), costs).makespan
 
 
 @pytest.mark.parametrize("executor", ["placed", "scan"])
 def test_a_plan_from_shapes_allocates_and_compiles_nothing(executor):
-    pipe = fpipe.Pipe([dense(), counter(), dropout(), dense()], [1, 1, 2], chunks=4, executor=executor)
+    pipe = fpipe.Pipe(
+        [dense(), counter(), dropout(), dense()], [1, 1, 2], chunks=4, executor=executor
+    )
     events = []
     gc.collect()
     before = len(jax.live_arrays())
-    jax.monitoring.register_event_duration_secs_listener(lambda event, duration_secs, **_: events.append(event))
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration_secs, **_: events.append(event)
+    )
     try:
         plan = pipe.plan(None, X, train=True)
         str(plan), plan.to_json()
@@ -162,26 +215,40 @@ def test_it_is_the_same_from_arrays_shapes_and_placed_or_packed_parameters():
         params = pipe.init(jax.random.key(0), x)
         assert pipe.plan(params, X).as_dict() == want
         assert pipe.plan(pipe.gather(params), X).as_dict() == want
-        assert dataclasses.replace(pipe, detect_anomaly=True).plan(params, X).as_dict() == want
+        assert (
+            dataclasses.replace(pipe, detect_anomaly=True).plan(params, X).as_dict()
+            == want
+        )
 
 
 def test_inputs_that_lie_elsewhere_are_copied_and_freed():
     pipe = fpipe.Pipe([dense()] * 3, chunks=4)
-    here, there = (jax.device_put(jnp.ones((ROWS, WIDTH)), pipe.devices[d]) for d in (0, 2))
+    here, there = (
+        jax.device_put(jnp.ones((ROWS, WIDTH)), pipe.devices[d]) for d in (0, 2)
+    )
     loss = as_loss("value_and_grad", mse, False, "mean")
     params = tuple(map(Shape.of, pipe.gather(pipe.init(jax.random.key(0), X))))
     left = []
     for x, target in ((here, there), (here, here), (here.__array__(), there), (X, X)):
-        args = Args(tuple(p.tree for p in params), x, (target,), None, None, None, False)
+        args = Args(
+            tuple(p.tree for p in params), x, (target,), None, None, None, False
+        )
         bound = pipe._placed.bound(args, loss, (0,))
         *_, (_, now) = levels(bound.plan, bound.given, _kept(bound, args))
         inputs = {place.device: roles.get("inputs", 0) for place, roles in now.items()}
         left.append([inputs[d] >= ROWS * WIDTH * 4 for d in pipe.devices])
-    assert left == [[True, False, True], [True, False, False], [False, False, True], [True, False, True]]
+    assert left == [
+        [True, False, True],
+        [True, False, False],
+        [False, False, True],
+        [True, False, True],
+    ]
 
 
 def test_under_scan_every_device_has_the_buffers_of_the_machine():
-    pipe = fpipe.Pipe([dense()] * 4, chunks=4, executor="scan", schedule="1f1b", checkpoint="never")
+    pipe = fpipe.Pipe(
+        [dense()] * 4, chunks=4, executor="scan", schedule="1f1b", checkpoint="never"
+    )
     plan = pipe.plan(None, X, optimizer=3.0)
     each = (WIDTH * WIDTH + WIDTH) * 4
     assert [d.name for d in plan.devices] == [str(d) for d in pipe.devices]
@@ -196,17 +263,36 @@ def test_under_scan_every_device_has_the_buffers_of_the_machine():
     def mean_square(y):
         return jnp.mean(jnp.square(y))
 
-    memory = jax.jit(pipe.value_and_grad(mean_square)).lower(params, x).compile().memory_analysis()
+    memory = (
+        jax.jit(pipe.value_and_grad(mean_square))
+        .lower(params, x)
+        .compile()
+        .memory_analysis()
+    )
     assert memory is not None
-    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    assert abs(compiled.devices[0].peak - 3 * each - (total - memory.alias_size_in_bytes)) <= 0.05 * total
+    total = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+    assert (
+        abs(compiled.devices[0].peak - 3 * each - (total - memory.alias_size_in_bytes))
+        <= 0.05 * total
+    )
 
 
 def test_over_a_data_axis_a_device_has_its_shard_of_what_has_rows():
     def planned(data, memory=None):
         auto = (jax.sharding.AxisType.Auto,) * 2
-        mesh = jax.make_mesh((data, 2), ("data", "stage"), axis_types=auto, devices=jax.devices()[: 2 * data])
-        pipe = fpipe.Pipe([dense()] * 4, chunks=2, executor="scan", mesh=mesh, checkpoint="never")
+        mesh = jax.make_mesh(
+            (data, 2),
+            ("data", "stage"),
+            axis_types=auto,
+            devices=jax.devices()[: 2 * data],
+        )
+        pipe = fpipe.Pipe(
+            [dense()] * 4, chunks=2, executor="scan", mesh=mesh, checkpoint="never"
+        )
         return mesh.devices, pipe.plan(None, X, memory=memory)
 
     (_, one), (devices, two) = planned(1), planned(2, [1e9, 1e8])
@@ -214,15 +300,23 @@ def test_over_a_data_axis_a_device_has_its_shard_of_what_has_rows():
         whole = role in ("parameters", "gradients", "optimizer", "outputs")
         assert two.devices[0].memory[role] == (count if whole else count // 2), role
     # All devices of a stage's place have its number and its limit.
-    rows = [(0, devices[0, 0], 1e9), (0, devices[1, 0], 1e9), (1, devices[0, 1], 1e8), (1, devices[1, 1], 1e8)]
-    assert [(d.device, d.name, d.limit) for d in two.devices] == [(d, str(device), n) for d, device, n in rows]
+    rows = [
+        (0, devices[0, 0], 1e9),
+        (0, devices[1, 0], 1e9),
+        (1, devices[0, 1], 1e8),
+        (1, devices[1, 1], 1e8),
+    ]
+    assert [(d.device, d.name, d.limit) for d in two.devices] == [
+        (d, str(device), n) for d, device, n in rows
+    ]
     head = str(two).splitlines()[1]
     assert head == str(one).splitlines()[1].replace(size(one.peak), size(two.peak))
 
 
 def test_compiled_programs_say_what_they_need_for_themselves():
     plain, compiled = (
-        fpipe.Pipe([dense()] * 3, chunks=4).plan(None, X, compiled=compiled) for compiled in (False, True)
+        fpipe.Pipe([dense()] * 3, chunks=4).plan(None, X, compiled=compiled)
+        for compiled in (False, True)
     )
     assert not any("temporary" in d.memory for d in plain.devices)
     assert all("temporary" in d.memory for d in compiled.devices)
@@ -238,7 +332,9 @@ def test_measured_work_has_the_order_of_the_stages():
 
         def apply(w, x):
             shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-            return w * x + jax.lax.stop_gradient(jax.pure_callback(wait, shape, jax.lax.stop_gradient(x)))
+            return w * x + jax.lax.stop_gradient(
+                jax.pure_callback(wait, shape, jax.lax.stop_gradient(x))
+            )
 
         return fpipe.Layer(apply, lambda key, x: jnp.float32(1), name="sleep")
 
@@ -251,7 +347,11 @@ def test_measured_work_has_the_order_of_the_stages():
 
 def test_what_is_drawn_of_a_plan_is_its_timeline():
     plan = fpipe.Pipe([dense()] * 2, chunks=2).plan(None, X)
-    with raises(TypeError, "`draw`: a Schedule or a Timeline can be drawn, not a Prediction: draw its `timeline`"):
+    with raises(
+        TypeError,
+        "`draw`: a Schedule or a Timeline can be drawn, not a Prediction: draw its "
+        "`timeline`",
+    ):
         fpipe.schedules.draw(plan)  # type: ignore[arg-type]
     assert fpipe.schedules.draw(plan.timeline)
 
@@ -283,31 +383,47 @@ def test_json_has_all_that_is_shown():
 def test_an_uneven_cut_is_told_with_a_better_one():
     layers = [dense()] * 6
     uneven = fpipe.Pipe(layers, [4, 1, 1], chunks=8).plan(None, X)
-    assert "stage 0 takes 2.0 times the mean of the stages: balance=[2, 2, 2]" in "\n".join(uneven.warnings)
+    assert (
+        "stage 0 takes 2.0 times the mean of the stages: balance=[2, 2, 2]"
+        in "\n".join(uneven.warnings)
+    )
     even = fpipe.Pipe(layers, [2, 2, 2], chunks=8).plan(None, X)
     assert not any("times the mean" in text for text in even.warnings)
-    large = fpipe.Pipe([dense(), dense(400), dense()], [1, 1, 1], chunks=8).plan(None, X)
+    large = fpipe.Pipe([dense(), dense(400), dense()], [1, 1, 1], chunks=8).plan(
+        None, X
+    )
     assert any("no other balance is better" in text for text in large.warnings)
 
 
 def test_a_balance_is_better_if_it_recomputes_less():
     """The last stage recomputes nothing, so it is the place for the dearest layer."""
-    wide = fpipe.Layer(lambda p, x: jnp.tanh(x @ p) @ p.T, lambda key, x: jnp.ones((WIDTH, 400)), name="wide")
+    wide = fpipe.Layer(
+        lambda p, x: jnp.tanh(x @ p) @ p.T,
+        lambda key, x: jnp.ones((WIDTH, 400)),
+        name="wide",
+    )
     layers = [dense(), dense(), wide, dense()]
     told = fpipe.Pipe(layers, [1, 2, 1], chunks=8).plan(None, X).warnings
     assert any("balance=[1, 1, 2] makes the dearest" in text for text in told), told
     better = fpipe.Pipe(layers, [1, 1, 2], chunks=8).plan(None, X)
     assert any("no other balance is better" in text for text in better.warnings)
-    assert better.step < 0.9 * fpipe.Pipe(layers, [1, 2, 1], chunks=8).plan(None, X).step
+    assert (
+        better.step < 0.9 * fpipe.Pipe(layers, [1, 2, 1], chunks=8).plan(None, X).step
+    )
 
 
 def test_few_microbatches_are_told_with_how_many_would_do():
     layers = [dense()] * 4
     few = fpipe.Pipe(layers, chunks=2).plan(None, X).warnings
-    assert any("2 microbatches are few for 4 stages; chunks=16 makes it" in text for text in few), few
+    assert any(
+        "2 microbatches are few for 4 stages; chunks=16 makes it" in text
+        for text in few
+    ), few
     many = fpipe.Pipe(layers[:1], chunks=2).plan(None, X).warnings
     assert not any("microbatches are few" in text for text in many)
-    (ragged,) = (t for t in fpipe.Pipe(layers, chunks=3).plan(None, X).warnings if "smaller" in t)
+    (ragged,) = (
+        t for t in fpipe.Pipe(layers, chunks=3).plan(None, X).warnings if "smaller" in t
+    )
     assert ragged.startswith("the last microbatch is smaller than the others")
 
 
@@ -317,7 +433,9 @@ def test_advice_asks_for_no_more_than_a_batch_and_a_schedule_allow():
         return fpipe.schedules.gpipe(devices, microbatches)
 
     for executor in ("placed", "scan"):
-        pipe = fpipe.Pipe([dense()] * 4, [1] * 4, chunks=2, executor=executor, schedule=strict)
+        pipe = fpipe.Pipe(
+            [dense()] * 4, [1] * 4, chunks=2, executor=executor, schedule=strict
+        )
         assert not any("few for" in text for text in pipe.plan(None, X).warnings)
 
     def scaled(p, x):
@@ -334,7 +452,9 @@ def test_devices_that_are_one_are_told():
     layers, (one, two) = [dense()] * 4, jax.devices()[:2]
     for devices, count in (([one] * 4, 1), ([one, two] * 2, 2)):
         told = fpipe.Pipe(layers, [1] * 4, devices, chunks=16).plan(None, X).warnings
-        assert any(f"4 devices of the schedule are {count} in truth" in text for text in told), told
+        assert any(
+            f"4 devices of the schedule are {count} in truth" in text for text in told
+        ), told
     apart = fpipe.Pipe(layers, [1] * 4, chunks=16).plan(None, X).warnings
     assert not any("in truth" in text for text in apart)
 
@@ -344,14 +464,19 @@ def test_too_little_memory_is_told_with_what_is_missing():
     peak = pipe.plan(None, X).devices[1].peak
     plan = pipe.plan(None, X, memory=[1e9, peak - 8, 1e9])
     (text,) = (t for t in plan.warnings if "short of" in t)
-    assert text.startswith("device 1 (cpu:1) is short of 8 B; most of it is boundaries: more chunks")
+    assert text.startswith(
+        "device 1 (cpu:1) is short of 8 B; most of it is boundaries: more chunks"
+    )
     assert [d.missing for d in plan.devices] == [0, 8, 0]
 
 
 def test_numbers_of_numpy_and_no_limit_at_all():
     pipe = fpipe.Pipe([dense()] * 2, chunks=2)
     want = pipe.plan(None, X, speed=3.0)
-    given: dict[str, Any] = {"speed": np.float32(3), "memory": [np.int64(8), float("inf")]}
+    given: dict[str, Any] = {
+        "speed": np.float32(3),
+        "memory": [np.int64(8), float("inf")],
+    }
     plan = pipe.plan(None, X, **given)
     assert [row.work for row in plan.stages] == [row.work for row in want.stages]
     assert [row["limit"] for row in json.loads(plan.to_json())["devices"]] == [8, None]
@@ -360,7 +485,10 @@ def test_numbers_of_numpy_and_no_limit_at_all():
 def test_the_mean_square_of_complex_outputs():
     for executor in ("placed", "scan"):
         turn = fpipe.fn(lambda x: jax.lax.complex(x, x))
-        assert fpipe.Pipe([dense(), turn], chunks=2, executor=executor).plan(None, X).step > 0
+        assert (
+            fpipe.Pipe([dense(), turn], chunks=2, executor=executor).plan(None, X).step
+            > 0
+        )
 
 
 def test_what_a_plan_has_traced_the_call_finds():
@@ -384,8 +512,10 @@ def test_what_a_plan_has_traced_the_call_finds():
 def test_a_plan_inside_jit(executor):
     pipe = fpipe.Pipe([dense()] * 2, chunks=2, executor=executor)
     message = (
-        "`pipe.plan(...)` was called inside `jax.jit` (or another tracing transformation): programs traced there would not "
-        "be those of a call; plan outside of it, shapes (`jax.eval_shape`, `jax.ShapeDtypeStruct`) will do"
+        "`pipe.plan(...)` was called inside `jax.jit` (or another tracing "
+        "transformation): programs traced there would not "
+        "be those of a call; plan outside of it, shapes (`jax.eval_shape`, "
+        "`jax.ShapeDtypeStruct`) will do"
     )
     with raises(TypeError, message):
         jax.jit(lambda x: pipe.plan(None, x))(jnp.ones((ROWS, WIDTH)))
@@ -397,9 +527,15 @@ def test_wrong_arguments():
     pipe = fpipe.Pipe([dense()] * 2, chunks=2)
     with raises(ValueError, "`pipe.plan(by='flop')`: one of 'flops', 'time'"):
         pipe.plan(None, X, by="flop")  # type: ignore[arg-type]
-    with raises(ValueError, "`pipe.plan(speed=[1.0])`: a number more than 0, or one for each of 2 devices"):
+    with raises(
+        ValueError,
+        "`pipe.plan(speed=[1.0])`: a number more than 0, or one for each of 2 devices",
+    ):
         pipe.plan(None, X, speed=[1.0])
-    with raises(ValueError, "`pipe.plan(memory=-1)`: a number more than 0, or one for each of 2 devices"):
+    with raises(
+        ValueError,
+        "`pipe.plan(memory=-1)`: a number more than 0, or one for each of 2 devices",
+    ):
         pipe.plan(None, X, memory=-1)
     with raises(ValueError, "`pipe.plan(optimizer=-1)`: a number, 0 or more"):
         pipe.plan(None, X, optimizer=-1)
@@ -410,5 +546,9 @@ def test_wrong_arguments():
         pipe.plan(None, X, latency=1e-6)
     with raises(ValueError, "`pipe.plan(bandwidth=0)`: bytes per second, more than 0"):
         pipe.plan(None, X, bandwidth=0)
-    with raises(TypeError, "`pipe.plan(params, x, *targets)`: targets belong to a loss: give `loss_fn=` too"):
+    with raises(
+        TypeError,
+        "`pipe.plan(params, x, *targets)`: targets belong to a loss: give `loss_fn=` "
+        "too",
+    ):
         pipe.plan(None, X, X)

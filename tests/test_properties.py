@@ -1,4 +1,6 @@
-"""Random models on random partitions and schedules: the invariant where nobody thought of the case."""
+"""Random models on random partitions and schedules: the invariant where nobody thought
+of the case.
+"""
 
 import jax
 import pytest
@@ -9,11 +11,17 @@ import fpipe.testing
 from tests.helpers import mse, noise
 
 WIDTH = 3
-SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)  # every example compiles
+SLOW = (
+    HealthCheck.too_slow,
+    HealthCheck.data_too_large,
+    HealthCheck.filter_too_much,
+)  # every example compiles
 
 
 def check(data, executor):
-    """In float64: where a random model's gradients cancel, float32 leaves nothing to compare."""
+    """In float64: where a random model's gradients cancel, float32 leaves nothing to
+    compare.
+    """
     with jax.enable_x64(True):
         _check(data, executor)
 

@@ -1,4 +1,6 @@
-"""README and docs are true: their code runs, it prints what they show, names, links and pictures exist."""
+"""README and docs are true: their code runs, it prints what they show, names, links and
+pictures exist.
+"""
 
 import doctest
 import importlib
@@ -19,16 +21,21 @@ import fpipe
 from fpipe.schedules import NAMES
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Pages run in processes of their own, which share compiled programs. To optimize these takes longer than running them.
+# Pages run in processes of their own, which share compiled programs. To optimize these
+# takes longer than running them.
 FAST = {
-    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0",
+    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
+    "--xla_backend_optimization_level=0",
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
 README = (ROOT / "README.md").read_text()
 MEASURED = "docs/benchmarks.md"  # its text is what was measured once
-PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    "README.md",
+    *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md")),
+]
 TESTED = [page for page in PAGES if page != MEASURED]
 # What a new user and CI run; all other commands are run here.
 INSTALL = [
@@ -39,15 +46,20 @@ INSTALL = [
 
 def blocks(page):
     """Language and content of the fenced blocks, in order."""
-    return re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    return re.findall(
+        r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL
+    )
 
 
-# What is shown of what was printed: as it is, or with numbers that another release of JAX counts otherwise.
+# What is shown of what was printed: as it is, or with numbers that another release of
+# JAX counts otherwise.
 SHOWN = ("text", "numbers")
 
 
 def shown_after(page, language):
-    """Every block of a language, with the block of what it prints that follows it, if one does, and its kind."""
+    """Every block of a language, with the block of what it prints that follows it, if
+    one does, and its kind.
+    """
     found = [*blocks(page), ("", "")]
     return [
         (text, *(found[n + 1][::-1] if found[n + 1][0] in SHOWN else ("", "text")))
@@ -58,7 +70,11 @@ def shown_after(page, language):
 
 def as_shown(text, kind):
     """What is compared: of `numbers` the words, line by line."""
-    return [re.findall("[A-Za-z]+", line) for line in text.splitlines()] if kind == "numbers" else text
+    return (
+        [re.findall("[A-Za-z]+", line) for line in text.splitlines()]
+        if kind == "numbers"
+        else text
+    )
 
 
 def python(arguments, folder):
@@ -84,10 +100,14 @@ def command(text):
 
 
 @pytest.mark.parametrize("page", TESTED)
-def test_the_python_blocks_run_one_after_the_other_and_print_what_the_text_blocks_show(page, tmp_path):
+def test_the_python_blocks_run_one_after_the_other_and_print_what_the_text_blocks_show(
+    page, tmp_path
+):
     code = shown_after(page, "python")
     between = "print('-' * 8)"
-    printed = python(["-c", f"\n{between}\n".join(text for text, _, _ in code)], tmp_path)
+    printed = python(
+        ["-c", f"\n{between}\n".join(text for text, _, _ in code)], tmp_path
+    )
     parts = re.split("^-{8}\n", printed, flags=re.MULTILINE)
     for part, (_, shown, kind) in zip(parts, code, strict=bool(code)):
         assert as_shown(part, kind) == as_shown(shown, kind)
@@ -109,13 +129,17 @@ def test_all_blocks_are_of_a_kind_that_is_tested(page):
     assert {language for language, _ in found} <= {"python", "bash", *SHOWN}
     before = ["", *(language for language, _ in found)]
     assert [
-        text for (language, text), last in zip(found, before, strict=False) if language in SHOWN and last in SHOWN
+        text
+        for (language, text), last in zip(found, before, strict=False)
+        if language in SHOWN and last in SHOWN
     ] == []
     assert (ROOT / page).read_text().count("```") == 2 * len(found)
 
 
 def test_the_commands_name_what_is_there():
-    assert [text.strip() for language, text in blocks("README.md") if language == "bash"][:2] == INSTALL
+    assert [
+        text.strip() for language, text in blocks("README.md") if language == "bash"
+    ][:2] == INSTALL
     assert (ROOT / "examples/train_unet.py").exists()
 
 
@@ -129,14 +153,23 @@ def test_the_u_net_is_twenty_lines_long():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_name_exists(page):
-    for name in sorted(set(re.findall(r"\bfpipe(?:\.[A-Za-z_]\w*)+", (ROOT / page).read_text()))):
+    for name in sorted(
+        set(re.findall(r"\bfpipe(?:\.[A-Za-z_]\w*)+", (ROOT / page).read_text()))
+    ):
         pkgutil.resolve_name(name)
 
 
 def anchors(page):
     """Of the headings, as they are made on GitHub."""
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.M | re.S), re.M)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    headings = re.findall(
+        r"^#+ (.*)$",
+        re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.M | re.S),
+        re.M,
+    )
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        for heading in headings
+    }
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -161,9 +194,15 @@ def test_pictures_are_what_the_script_makes():
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)
     made = {name: text.encode() for name, text in make.pictures().items()}
-    assert {p.name: p.read_bytes() for p in PICTURES.glob("*.svg")} == made, "run python docs/pictures/make.py"
+    assert {p.name: p.read_bytes() for p in PICTURES.glob("*.svg")} == made, (
+        "run python docs/pictures/make.py"
+    )
     assert max(map(len, made.values())) < 60_000
-    shown = [name for page in PAGES for name in re.findall(r"\]\(pictures/(.*?)\)", (ROOT / page).read_text())]
+    shown = [
+        name
+        for page in PAGES
+        for name in re.findall(r"\]\(pictures/(.*?)\)", (ROOT / page).read_text())
+    ]
     assert sorted(shown) == sorted(made)  # each is shown once
 
 
@@ -175,11 +214,22 @@ def test_every_schedule_has_a_section(name):
     section = found[1]
     words = " ".join(section.split())
     assert section.startswith(f"\n![Timeline of {name}](pictures/{name}.svg)\n")
-    for part in ("- **Idle time** ", "- **Peak live** ", "- **Why it is good.** ", "- **Why it is annoying.** "):
+    for part in (
+        "- **Idle time** ",
+        "- **Peak live** ",
+        "- **Why it is good.** ",
+        "- **Why it is annoying.** ",
+    ):
         assert section.count(part) == 1, part
     assert f'`Pipe(schedule="{name}")`' in words
     each = NAMES[name].per_device
-    number = "2 or more stages" if each is None else "1 stage" if each == 1 else f"{each} stages"
+    number = (
+        "2 or more stages"
+        if each is None
+        else "1 stage"
+        if each == 1
+        else f"{each} stages"
+    )
     assert f"{number} per device" in words
     # Its paper, as the docstring has it.
     assert set(re.findall(r"\d{4}\.\d{5}", NAMES[name].generator.__doc__ or "")) == set(
@@ -205,7 +255,10 @@ def test_examples_in_docstrings(name):
 
 def test_there_are_examples_in_docstrings():
     tried = sum(
-        doctest.testmod(importlib.import_module(name), extraglobs={"fpipe": fpipe, "jax": jax, "jnp": jnp}).attempted
+        doctest.testmod(
+            importlib.import_module(name),
+            extraglobs={"fpipe": fpipe, "jax": jax, "jnp": jnp},
+        ).attempted
         for name in MODULES
     )
     assert tried > 10

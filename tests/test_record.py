@@ -20,8 +20,9 @@ import pytest
 
 import fpipe
 import fpipe.plot
-from fpipe._placed import _watch, observing
-from fpipe._scan import _clock
+from fpipe._executors.placed import watch as _watch
+from fpipe._executors.placed.dispatch import observing
+from fpipe._executors.scan import clock as _clock
 from fpipe.schedules import Action, Costs, Event, Timeline, draw, simulate, svg
 from fpipe.schedules._trace import Span, trace
 from tests.helpers import Case, dense, models, mse, raises
@@ -29,7 +30,9 @@ from tests.test_calls import BoomError, Trigger, notes
 from tests.test_dispatch import ERRORS, Host
 
 M = 4
-X = jnp.arange(M, dtype=jnp.float32)[:, None] + jnp.zeros((1, 2))  # a row for each microbatch: its number
+X = jnp.arange(M, dtype=jnp.float32)[:, None] + jnp.zeros(
+    (1, 2)
+)  # a row for each microbatch: its number
 TIMES = {"F": 0.004, "I": 0.006, "W": 0.005}
 LEAST = {**TIMES, "B": 0.006}  # its two callbacks may run at once
 
@@ -49,14 +52,31 @@ def sleepers(stages):
 
 @functools.cache
 def slept(schedule, executor="placed"):
-    """A recorded step of layers that sleep, the pipe, and the step's results, recorded and not."""
-    stages = fpipe.schedules.named(schedule, 2, M).stages if executor == "scan" else None
+    """A recorded step of layers that sleep, the pipe, and the step's results, recorded
+    and not.
+    """
     stages = (
-        stages or fpipe.schedules.named(schedule, 2 if fpipe.schedules.NAMES[schedule].per_device != 1 else 3, M).stages
+        fpipe.schedules.named(schedule, 2, M).stages if executor == "scan" else None
     )
-    pipe = fpipe.Pipe(sleepers(stages), chunks=M, checkpoint="never", schedule=schedule, executor=executor)
+    stages = (
+        stages
+        or fpipe.schedules.named(
+            schedule, 2 if fpipe.schedules.NAMES[schedule].per_device != 1 else 3, M
+        ).stages
+    )
+    pipe = fpipe.Pipe(
+        sleepers(stages),
+        chunks=M,
+        checkpoint="never",
+        schedule=schedule,
+        executor=executor,
+    )
     params = pipe.init(jax.random.key(0), X)
-    step = (lambda p, x: pipe(p, x)) if schedule == "forward_only" else pipe.value_and_grad(jnp.mean, argnums=(0, 1))
+    step = (
+        (lambda p, x: pipe(p, x))
+        if schedule == "forward_only"
+        else pipe.value_and_grad(jnp.mean, argnums=(0, 1))
+    )
     want = jax.tree.map(np.asarray, step(params, X))
     got, timeline = pipe.record(step, params, X)
     return timeline, pipe, got, want
@@ -79,7 +99,14 @@ def check_dependencies(timeline, stages):
         elif kind == "W":
             needs = [Action("I", s, i)]
         else:
-            needs = [Action("F", s, i), *([Action("B", s + 1, i), Action("I", s + 1, i)] if s + 1 < stages else [])]
+            needs = [
+                Action("F", s, i),
+                *(
+                    [Action("B", s + 1, i), Action("I", s + 1, i)]
+                    if s + 1 < stages
+                    else []
+                ),
+            ]
         for need in needs:
             assert need not in at or at[need].end <= e.start, (need, e.action)
 
@@ -104,11 +131,15 @@ def test_a_recorded_step_is_the_schedule(schedule):
     assert rows(timeline) == made.actions
     check_dependencies(timeline, made.stages)
     check_devices(timeline)
-    assert timeline.makespan >= 0.95 * simulate(made, Costs(**LEAST)).makespan  # nothing is shorter than it slept
+    assert (
+        timeline.makespan >= 0.95 * simulate(made, Costs(**LEAST)).makespan
+    )  # nothing is shorter than it slept
     assert min(p.start for p in timeline.programs) == 0.0
     assert timeline.peak_live == simulate(made).peak_live
     jax.tree.map(np.testing.assert_array_equal, got, want)
-    assert {e.action.name for e in timeline.events} <= {p.name for p in timeline.programs}
+    assert {e.action.name for e in timeline.events} <= {
+        p.name for p in timeline.programs
+    }
     assert timeline.places == tuple(str(d) for d in pipe.devices)
 
 
@@ -126,7 +157,8 @@ def test_the_scan_executor_is_recorded_in_its_ticks(schedule):
     assert rows(timeline) == made.actions
     check_dependencies(timeline, made.stages)
     check_devices(timeline)
-    # Nothing is shorter than it slept: the clock is asked before an action starts, with its inputs there, and after it.
+    # Nothing is shorter than it slept: the clock is asked before an action starts, with
+    # its inputs there, and after it.
     assert all(e.end - e.start >= 0.95 * LEAST[e.action.kind] for e in timeline.events)
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert timeline.transfers == ()
@@ -157,17 +189,26 @@ def test_transfers_are_those_of_the_plan_and_stand_between_what_makes_and_reads_
         (what,) = t.what
         i = int(what.split("mb")[1])
         kind = "F" if t.target > t.source else "B"
-        assert at[Action(kind, t.source, i)].end <= t.start <= t.end <= at[Action(kind, t.target, i)].start
+        assert (
+            at[Action(kind, t.source, i)].end
+            <= t.start
+            <= t.end
+            <= at[Action(kind, t.target, i)].start
+        )
 
 
 def test_an_action_with_nothing_to_run_takes_no_time():
     """Nobody asks for the input gradient of the first stage."""
     case = Case(models()["plain"], 3)
-    pipe = fpipe.Pipe(case.layers, [1, 1, 2], chunks=3, checkpoint="never", schedule="zb_h1")
+    pipe = fpipe.Pipe(
+        case.layers, [1, 1, 2], chunks=3, checkpoint="never", schedule="zb_h1"
+    )
     step = pipe.value_and_grad(mse)
     _, timeline = pipe.record(step, pipe.place(case.params()), case.x, case.target)
     made = pipe.make_schedule(3)
-    assert {e.action for e in timeline.events} == {a for row in made.actions for a in row}
+    assert {e.action for e in timeline.events} == {
+        a for row in made.actions for a in row
+    }
     none = [e for e in timeline.events if e.action.kind == "I" and e.action.stage == 0]
     assert len(none) == 3
     assert all(e.start == e.end for e in none)
@@ -176,30 +217,55 @@ def test_an_action_with_nothing_to_run_takes_no_time():
     assert {"zeros", "reduce loss"} <= {p.name for p in timeline.programs}
 
 
-# Weight gradients and the first stage's backwards make nothing but sums, which the next one consumes.
+# Weight gradients and the first stage's backwards make nothing but sums, which the next
+# one consumes.
 @pytest.mark.parametrize("dispatch", ["one_thread", "thread_per_device"])
-@pytest.mark.parametrize(("model", "schedule"), [("plain", "1f1b"), ("tied", "zb_h1"), ("jump3", "zb_v")])
-def test_what_is_donated_is_recorded_too_and_results_are_the_same(model, schedule, dispatch):
+@pytest.mark.parametrize(
+    ("model", "schedule"), [("plain", "1f1b"), ("tied", "zb_h1"), ("jump3", "zb_v")]
+)
+def test_what_is_donated_is_recorded_too_and_results_are_the_same(
+    model, schedule, dispatch
+):
     case = Case(models()[model], 3)
     devices = jax.devices()[: 2 if schedule == "zb_v" else 4]
-    pipe = fpipe.Pipe(case.layers, [1] * 4, devices, 3, "never", schedule, dispatch=dispatch)
+    pipe = fpipe.Pipe(
+        case.layers, [1] * 4, devices, 3, "never", schedule, dispatch=dispatch
+    )
     step, params = pipe.value_and_grad(mse), pipe.place(case.params())
     with fpipe.record(pipe) as timeline:
         got = step(params, case.x, case.target, **case.needs)
     (bound,) = pipe._placed._bound.values()
     marks = [way for way in bound._ways.values() if way.mark is not None]
     assert len(marks) >= 3
-    assert {e.action for e in timeline.events} == {a for row in pipe.make_schedule(3).actions for a in row}
-    assert len(timeline.programs) == sum(hasattr(item, "name") for item in bound.plan.instructions)
-    jax.tree.map(np.testing.assert_array_equal, got, step(params, case.x, case.target, **case.needs))
+    assert {e.action for e in timeline.events} == {
+        a for row in pipe.make_schedule(3).actions for a in row
+    }
+    assert len(timeline.programs) == sum(
+        hasattr(item, "name") for item in bound.plan.instructions
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        got,
+        step(params, case.x, case.target, **case.needs),
+    )
     check_devices(timeline)
 
 
 def test_a_device_that_is_several_runs_one_program_after_the_other():
     case = Case(models()["plain"], 3)
-    pipe = fpipe.Pipe(case.layers, [1] * 4, [jax.devices()[d] for d in (0, 1, 0, 1)], 3, schedule="1f1b")
-    _, timeline = pipe.record(pipe.value_and_grad(mse), pipe.place(case.params()), case.x, case.target)
-    assert {e.action for e in timeline.events} == {a for row in pipe.make_schedule(3).actions for a in row}
+    pipe = fpipe.Pipe(
+        case.layers,
+        [1] * 4,
+        [jax.devices()[d] for d in (0, 1, 0, 1)],
+        3,
+        schedule="1f1b",
+    )
+    _, timeline = pipe.record(
+        pipe.value_and_grad(mse), pipe.place(case.params()), case.x, case.target
+    )
+    assert {e.action for e in timeline.events} == {
+        a for row in pipe.make_schedule(3).actions for a in row
+    }
     for real in (0, 1):
         own = sorted((e.start, e.end) for e in timeline.events if e.device % 2 == real)
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(own))
@@ -229,7 +295,9 @@ def test_forwards_alone(executor):
         pipe(params, x)
         pipe.evaluate(jnp.mean)(params, x)
     for call in timeline.calls:
-        assert sorted(e.action for e in call.events) == [("F", s, i) for s in range(2) for i in range(2)]
+        assert sorted(e.action for e in call.events) == [
+            ("F", s, i) for s in range(2) for i in range(2)
+        ]
 
 
 # --- the block ---
@@ -279,8 +347,10 @@ def test_another_threads_calls_are_its_own():
 
 
 NONE = (
-    "`fpipe.record(pipe)`: no call of this pipe has run in the block. Call the pipe, or a function that "
-    "`pipe.value_and_grad` or `pipe.evaluate` made of it, in the block and in its thread; a pipe made anew "
+    "`fpipe.record(pipe)`: no call of this pipe has run in the block. Call the pipe, "
+    "or a function that "
+    "`pipe.value_and_grad` or `pipe.evaluate` made of it, in the block and in its "
+    "thread; a pipe made anew "
     "(`dataclasses.replace`, `copy`) is another pipe"
 )
 
@@ -300,14 +370,19 @@ def test_what_is_no_pipe_is_an_error():
 
 @pytest.mark.parametrize("why", ["jit", "mesh"])
 def test_what_the_scan_executor_cannot_record_says_so(why):
-    mesh = jax.make_mesh((2, 2), ("data", "stage"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "stage"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
     pipe, params, x = small(executor="scan", mesh=mesh if why == "mesh" else None)
     reason = {
-        "jit": "the call is inside `jax.jit`, or under another transformation; make it outside",
-        "mesh": "the mesh has other axes than 'stage'; record over a mesh of that axis alone",
+        "jit": "the call is inside `jax.jit`, or under another transformation; make it "
+        "outside",
+        "mesh": "the mesh has other axes than 'stage'; record over a mesh of that axis "
+        "alone",
     }[why]
     text = (
-        f'`fpipe.record(pipe)` of a Pipe with executor="scan": {reason}. `jax.profiler.trace` works there: its operations are '
+        f'`fpipe.record(pipe)` of a Pipe with executor="scan": {reason}. '
+        "`jax.profiler.trace` works there: its operations are "
         "named `stage2 F`"
     )
     with raises(ValueError, text), fpipe.record(pipe):
@@ -318,7 +393,10 @@ def test_an_exception_in_a_layer_ends_the_call_and_is_not_recorded():
     host = Host()
     layers = [host.layer(s) for s in range(3)]
     pipe = fpipe.Pipe(layers, chunks=M, checkpoint="never", schedule="1f1b")
-    params, step = pipe.init(jax.random.key(0), X), pipe.value_and_grad(jnp.mean, argnums=(0, 1))
+    params, step = (
+        pipe.init(jax.random.key(0), X),
+        pipe.value_and_grad(jnp.mean, argnums=(0, 1)),
+    )
     seen = []
 
     def twice():
@@ -357,7 +435,10 @@ def test_an_exception_on_a_device_says_where(monkeypatch):
         patch.setattr(_watch.Watch, "_wait", broken)
         pipe.record(step, params, x)
     (note,) = notes(caught.value)
-    assert note.startswith("fpipe: while running the forward of stage 1 (layer 1 'dense'), microbatch 1, on")
+    assert note.startswith(
+        "fpipe: while running the forward of stage 1 (layer 1 'dense'), microbatch 1, "
+        "on"
+    )
     assert pipe.record(step, params, x)[1].events
 
 
@@ -382,7 +463,9 @@ def test_without_threads_to_be_had_none_is_left(monkeypatch):
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_in_a_recorded_call_ends_it_and_no_thread_is_left():
     host = Host()
-    pipe = fpipe.Pipe([host.layer(s) for s in range(3)], chunks=M, checkpoint="never", schedule="1f1b")
+    pipe = fpipe.Pipe(
+        [host.layer(s) for s in range(3)], chunks=M, checkpoint="never", schedule="1f1b"
+    )
     params, step = pipe.init(jax.random.key(0), X), pipe.value_and_grad(jnp.mean)
     jax.block_until_ready(step(params, X))
 
@@ -401,7 +484,12 @@ def test_ctrl_c_in_a_recorded_call_ends_it_and_no_thread_is_left():
 def test_nothing_is_kept_alive():
     case = Case(models()["nested"], 3)
     pipe = fpipe.Pipe(case.layers, [1, 1, 3], chunks=3, schedule="1f1b")
-    params, x, target, step = pipe.place(case.params()), case.x, case.target, pipe.value_and_grad(mse)
+    params, x, target, step = (
+        pipe.place(case.params()),
+        case.x,
+        case.target,
+        pipe.value_and_grad(mse),
+    )
 
     def recorded():
         out, timeline = pipe.record(step, params, x, target)
@@ -440,11 +528,18 @@ def test_a_thread_that_waits_for_nothing_holds_nothing():
 
 
 def test_during_a_recorded_call_no_more_is_alive_than_otherwise():
-    """An array that a thread waits for is one that has not been made: what is dropped meanwhile goes when it is there."""
+    """An array that a thread waits for is one that has not been made: what is dropped
+    meanwhile goes when it is there.
+    """
     peaks = []
     case = Case([dense()] * 3, 4)
     pipe = fpipe.Pipe(case.layers, [1] * 3, chunks=4, schedule="1f1b")
-    params, x, target, step = pipe.place(case.params()), case.x, case.target, pipe.value_and_grad(mse)
+    params, x, target, step = (
+        pipe.place(case.params()),
+        case.x,
+        case.target,
+        pipe.value_and_grad(mse),
+    )
 
     def look(item, slots):
         del item
@@ -455,7 +550,9 @@ def test_during_a_recorded_call_no_more_is_alive_than_otherwise():
     for recorded in (False, True):
         peaks.append(0)
         with observing(look):
-            pipe.record(step, params, x, target) if recorded else step(params, x, target)
+            pipe.record(step, params, x, target) if recorded else step(
+                params, x, target
+            )
     assert peaks[1] <= peaks[0] + 4  # a sum's mark on each device
 
 
@@ -468,10 +565,18 @@ def test_everything_is_compiled_before_the_clock_starts(caplog):
         caplog.clear()
         return watch(self)
 
-    with pytest.MonkeyPatch.context() as patch, jax.log_compiles(), caplog.at_level("WARNING"):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        jax.log_compiles(),
+        caplog.at_level("WARNING"),
+    ):
         patch.setattr(_watch.Watch, "__enter__", enter)
         pipe.record(pipe.value_and_grad(jnp.mean), params, x)
-        issued += [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage() or "XLA" in r.getMessage()]
+        issued += [
+            r.getMessage()
+            for r in caplog.records
+            if "Compiling" in r.getMessage() or "XLA" in r.getMessage()
+        ]
     assert issued == []
 
 
@@ -479,17 +584,29 @@ def test_everything_is_compiled_before_the_clock_starts(caplog):
 
 
 def test_what_is_seen_late_is_put_right():
-    """An end is no later than that of what needs it; a start is when a program is issued, its device free, its inputs there."""
+    """An end is no later than that of what needs it; a start is when a program is
+    issued, its device free, its inputs there.
+    """
     pipe, params, x = small(schedule="gpipe")
     pipe(params, x)
     (bound,) = pipe._placed._bound.values()
     plan = bound.plan
-    of = {item.action: n for n, item in enumerate(plan.instructions) if getattr(item, "action", None)}
+    of = {
+        item.action: n
+        for n, item in enumerate(plan.instructions)
+        if getattr(item, "action", None)
+    }
     numbers = sorted(bound._ways)
     issued = {n: 0.1 * k for k, n in enumerate(numbers)}
     ended = {n: 10.0 + k for k, n in enumerate(numbers)}
     ended[of["F", 0, 0]] = 99.0  # its thread overslept
-    ran = _watch.Ran(plan, "whole", issued, ended, {n: [1] * len(plan.instructions[n].outs) for n in numbers})
+    ran = _watch.Ran(
+        plan,
+        "whole",
+        issued,
+        ended,
+        {n: [1] * len(plan.instructions[n].outs) for n in numbers},
+    )
     timeline = ran.timeline()
     check_devices(timeline)
     check_dependencies(timeline, 2)
@@ -505,7 +622,9 @@ def test_what_is_seen_late_is_put_right():
 MEASURED = Timeline(
     tuple(
         Event(d, action, 7 + 0.01 * start, 7 + 0.01 * end)
-        for d, action, start, end in simulate(fpipe.schedules.one_f_one_b(2, 2), Costs(F=1.4, transfer=0.5)).events
+        for d, action, start, end in simulate(
+            fpipe.schedules.one_f_one_b(2, 2), Costs(F=1.4, transfer=0.5)
+        ).events
     ),
     2,
     "measured",
@@ -518,7 +637,8 @@ def test_drawn_over_the_simulated_one_as_text():
         "    over F0 F1       B0---    B1---\n"
         "device 1      F0- B0-- F1- B1--\n"
         "    over    F0 B0--- F1 B1---\n"
-        "measured: makespan 0.112, bubble 39.3%, peak live microbatches 2, 1; over 1f1b: makespan 9, bubble 33.3%, peak live\n"
+        "measured: makespan 0.112, bubble 39.3%, peak live microbatches 2, 1; over "
+        "1f1b: makespan 9, bubble 33.3%, peak live\n"
         "microbatches 2, 1; 1 there is 0.0113 here"
     )
 
@@ -529,12 +649,19 @@ def test_a_recording_is_drawn_with_all_its_events(schedule, tmp_path):
     made = pipe.make_schedule(M)
     n = len(timeline.events)
     text = draw(timeline, width=1000, over=made).splitlines()
-    labels = [f"{s if made.stages > made.devices else ''}{k}{i}" for k, s, i in (e.action for e in timeline.events)]
+    labels = [
+        f"{s if made.stages > made.devices else ''}{k}{i}"
+        for k, s, i in (e.action for e in timeline.events)
+    ]
     for d in range(made.devices):
-        own = [label for label, e in zip(labels, timeline.events, strict=True) if e.device == d]
-        assert [w.rstrip("-") for w in text[2 * d + 1].split()[1:]] == own or set(own) == {
-            w.rstrip("-") for w in text[2 * d + 1].split()[1:]
-        }
+        own = [
+            label
+            for label, e in zip(labels, timeline.events, strict=True)
+            if e.device == d
+        ]
+        assert [w.rstrip("-") for w in text[2 * d + 1].split()[1:]] == own or set(
+            own
+        ) == {w.rstrip("-") for w in text[2 * d + 1].split()[1:]}
     for drawing, titles in ((svg(timeline), n), (svg(timeline, over=made), 2 * n)):
         root = ET.fromstring(drawing)
         assert len(list(root.iter("{http://www.w3.org/2000/svg}title"))) == titles
@@ -546,9 +673,14 @@ def test_a_recording_is_drawn_with_all_its_events(schedule, tmp_path):
 
 
 def test_over_as_many_devices_and_the_same_work():
-    with raises(ValueError, "`draw(over=...)`: a timeline of 2 devices lies over one of as many, not 3"):
+    with raises(
+        ValueError,
+        "`draw(over=...)`: a timeline of 2 devices lies over one of as many, not 3",
+    ):
         draw(MEASURED, over=fpipe.schedules.gpipe(3, 2))
-    with raises(TypeError, "`svg(over=...)`: a Schedule or a Timeline can be drawn, not 'gpipe'"):
+    with raises(
+        TypeError, "`svg(over=...)`: a Schedule or a Timeline can be drawn, not 'gpipe'"
+    ):
         svg(MEASURED, over="gpipe")  # type: ignore[arg-type]
 
 
@@ -560,18 +692,30 @@ def test_a_trace_has_every_program_and_every_transfer():
     found = json.loads(timeline.to_trace())["traceEvents"]
     spans = [e for e in found if e["ph"] == "X"]
     names = {e["pid"]: e["args"]["name"] for e in found if e["name"] == "process_name"}
-    assert names == {d: f"device {d} ({device})" for d, device in enumerate(pipe.devices)}
+    assert names == {
+        d: f"device {d} ({device})" for d, device in enumerate(pipe.devices)
+    }
     actions = {(e["name"], e["cat"], e["pid"]): e for e in spans if e["cat"] in "FBIW"}
-    assert set(actions) == {(e.action.name, e.action.kind, e.device) for e in timeline.events}
+    assert set(actions) == {
+        (e.action.name, e.action.kind, e.device) for e in timeline.events
+    }
     for e in timeline.events:
         shown = actions[e.action.name, e.action.kind, e.device]
-        assert shown["args"] == {"stage": e.action.stage, "microbatch": e.action.microbatch}
+        assert shown["args"] == {
+            "stage": e.action.stage,
+            "microbatch": e.action.microbatch,
+        }
         assert math.isclose(shown["ts"], e.start * 1e6)
         assert math.isclose(shown["dur"], (e.end - e.start) * 1e6)
     assert sum(e["cat"] == "transfer" for e in spans) == len(timeline.transfers)
-    assert sum(e["cat"] == "around" for e in spans) == len(timeline.programs) - len(timeline.events) > 0
+    assert (
+        sum(e["cat"] == "around" for e in spans)
+        == len(timeline.programs) - len(timeline.events)
+        > 0
+    )
     for _, row in itertools.groupby(
-        sorted(spans, key=lambda e: (e["pid"], e["tid"], e["ts"])), lambda e: (e["pid"], e["tid"])
+        sorted(spans, key=lambda e: (e["pid"], e["tid"], e["ts"])),
+        lambda e: (e["pid"], e["tid"]),
     ):
         assert all(
             a["ts"] + a["dur"] <= b["ts"] + 1e-3 for a, b in itertools.pairwise(row)
@@ -579,10 +723,20 @@ def test_a_trace_has_every_program_and_every_transfer():
 
 
 def test_what_overlaps_in_a_trace_has_a_row_of_its_own():
-    spans = [Span(0, name, "F", a, b, {}) for name, a, b in (("a", 0, 2), ("b", 1, 3), ("c", 2, 4), ("d", 0, 1))]
+    spans = [
+        Span(0, name, "F", a, b, {})
+        for name, a, b in (("a", 0, 2), ("b", 1, 3), ("c", 2, 4), ("d", 0, 1))
+    ]
     found = json.loads(trace(["one"], {"x": spans, "y": spans[:1]}, 1.0))["traceEvents"]
-    assert {e["name"]: e["tid"] for e in found if e["ph"] == "X" and e["tid"] < 2} == {"a": 1, "b": 0, "c": 1, "d": 0}
-    assert [(e["tid"], e["args"]["name"]) for e in found if e["name"] == "thread_name"] == [
+    assert {e["name"]: e["tid"] for e in found if e["ph"] == "X" and e["tid"] < 2} == {
+        "a": 1,
+        "b": 0,
+        "c": 1,
+        "d": 0,
+    }
+    assert [
+        (e["tid"], e["args"]["name"]) for e in found if e["name"] == "thread_name"
+    ] == [
         (0, "x"),
         (1, "x"),
         (2, "y"),
@@ -591,7 +745,11 @@ def test_what_overlaps_in_a_trace_has_a_row_of_its_own():
 
 def test_a_simulated_timeline_has_a_trace_too():
     made = simulate(fpipe.schedules.zb_h1(2, 2))
-    spans = [e for e in json.loads(made.to_trace(unit=1000.0))["traceEvents"] if e["ph"] == "X"]
+    spans = [
+        e
+        for e in json.loads(made.to_trace(unit=1000.0))["traceEvents"]
+        if e["ph"] == "X"
+    ]
     assert [(e["name"], e["ts"], e["dur"]) for e in spans[:2]] == [
         ("stage0 F mb0", 0.0, 1000.0),
         ("stage0 F mb1", 1000.0, 1000.0),
@@ -603,7 +761,9 @@ def test_a_simulated_timeline_has_a_trace_too():
 
 
 @pytest.mark.parametrize("dispatch", ["one_thread", "thread_per_device"])
-def test_a_profile_of_the_placed_executor_has_the_names_of_the_actions(dispatch, tmp_path):
+def test_a_profile_of_the_placed_executor_has_the_names_of_the_actions(
+    dispatch, tmp_path
+):
     pipe, params, x = small(dispatch=dispatch)
     step = pipe.value_and_grad(jnp.mean)
     jax.block_until_ready(step(params, x))
@@ -637,7 +797,11 @@ def test_nothing_is_wrapped_where_nobody_looks(monkeypatch):
     seen = []
     run = type(bound)._run
     monkeypatch.setattr(
-        type(bound), "_run", lambda self, slots, half, through: seen.append(through) or run(self, slots, half, through)
+        type(bound),
+        "_run",
+        lambda self, slots, half, through: (
+            seen.append(through) or run(self, slots, half, through)
+        ),
     )
     pipe(params, x)
     assert seen == [None]

@@ -1,4 +1,6 @@
-"""Recomputation, counted from what runs: matrix products in the compiled programs, and calls back to the host."""
+"""Recomputation, counted from what runs: matrix products in the compiled programs, and
+calls back to the host.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +24,9 @@ def two_products():
     return fpipe.Layer(lambda p, x: jnp.tanh(x @ p[0]) @ p[1], init)
 
 
-# Per microbatch: stage 0 has no input gradient to compute (3), stage 1 has (4). Recomputing costs stage 0 the product in
-# front of the tanh (1), the second one's result is not needed; stage 1 both (2), for the loss squares it.
+# Per microbatch: stage 0 has no input gradient to compute (3), stage 1 has (4).
+# Recomputing costs stage 0 the product in front of the tanh (1), the second one's
+# result is not needed; stage 1 both (2), for the loss squares it.
 @pytest.mark.parametrize(
     ("checkpoint", "first", "second"),
     [
@@ -38,7 +41,12 @@ def two_products():
 )
 def test_matrix_products(checkpoint, first, second):
     counts = products([two_products()] * 2, checkpoint)
-    assert counts == {("F", 0): 2 * M, ("F", 1): 2 * M, ("B", 0): first, ("B", 1): second}
+    assert counts == {
+        ("F", 0): 2 * M,
+        ("F", 1): 2 * M,
+        ("B", 0): first,
+        ("B", 1): second,
+    }
 
 
 def test_where_backward_follows_forward_always_recomputes_nothing():
@@ -56,8 +64,14 @@ def test_the_last_microbatch_is_the_last_that_was_made():
         return jnp.sin(x @ p)
 
     layers = [fpipe.Layer(layer)] * 2
-    for checkpoint, expected in (("never", 6), ("except_last", 6 + 2 + 2), ("always", 6 + 3 + 3)):
-        pipe = fpipe.Pipe(layers, [1, 1], chunks=4, checkpoint=checkpoint, schedule="gpipe")
+    for checkpoint, expected in (
+        ("never", 6),
+        ("except_last", 6 + 2 + 2),
+        ("always", 6 + 3 + 3),
+    ):
+        pipe = fpipe.Pipe(
+            layers, [1, 1], chunks=4, checkpoint=checkpoint, schedule="gpipe"
+        )
         params = pipe.place((jnp.eye(4), jnp.eye(4)))
         hits.clear()
         jax.block_until_ready(pipe.value_and_grad(jnp.mean)(params, jnp.ones((5, 4))))
@@ -69,14 +83,23 @@ def test_what_is_not_asked_for_is_not_computed():
     layers = [two_products()] * 2
     # Only x: no weight gradients, 2 products per backward.
     counts = products(layers, "never", wrt=1)
-    assert counts == {("F", 0): 2 * M, ("F", 1): 2 * M, ("B", 0): 2 * M, ("B", 1): 2 * M}
+    assert counts == {
+        ("F", 0): 2 * M,
+        ("F", 1): 2 * M,
+        ("B", 0): 2 * M,
+        ("B", 1): 2 * M,
+    }
 
 
 @pytest.mark.parametrize("checkpoint", ["never", "always"])
 def test_parameters_behind_stop_gradient_cost_no_weight_gradient(checkpoint):
-    frozen = fpipe.Layer(lambda p, x: jnp.tanh(x @ jax.lax.stop_gradient(p)), lambda key, x: jnp.eye(W))
+    frozen = fpipe.Layer(
+        lambda p, x: jnp.tanh(x @ jax.lax.stop_gradient(p)), lambda key, x: jnp.eye(W)
+    )
     trained = fpipe.Layer(lambda p, x: jnp.tanh(x @ p), lambda key, x: jnp.eye(W))
-    counts = products([trained, frozen, trained], checkpoint, schedule="1f1b", balance=(1, 1, 1))
+    counts = products(
+        [trained, frozen, trained], checkpoint, schedule="1f1b", balance=(1, 1, 1)
+    )
     again = M if checkpoint == "always" else 0
     assert counts[("B", 1)] == M + again  # the input gradient alone
     # In front, nothing needs a gradient at all: no backward runs there.

@@ -1,4 +1,6 @@
-"""The scan executor: what is in its one program, where its arrays are, and what it refuses."""
+"""The scan executor: what is in its one program, where its arrays are, and what it
+refuses.
+"""
 
 import collections
 import copy
@@ -18,7 +20,20 @@ from jax.sharding import PartitionSpec as P
 
 import fpipe
 import fpipe.testing
-from tests.helpers import WIDTH, Case, add, assert_same, dense, dropout, keep, models, mse, noise, owner, raises
+from tests.helpers import (
+    WIDTH,
+    Case,
+    add,
+    assert_same,
+    dense,
+    dropout,
+    keep,
+    models,
+    mse,
+    noise,
+    owner,
+    raises,
+)
 
 
 def twice(params, x):
@@ -35,7 +50,11 @@ def pipe_of(layers, balance=(1, 1, 1, 1), chunks=4, **options):
 
 
 def compiled(pipe, loss, params, x, *targets, **options):
-    return jax.jit(pipe.value_and_grad(loss, **options)).lower(params, x, *targets).compile()
+    return (
+        jax.jit(pipe.value_and_grad(loss, **options))
+        .lower(params, x, *targets)
+        .compile()
+    )
 
 
 def text_of(program) -> str:
@@ -87,12 +106,20 @@ def loop_body(text):
 
 def collectives(lines):
     names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-    return collections.Counter(m.group(1) for line in lines if (m := re.search(rf" ({names})(?:-start)?\(", line)))
+    return collections.Counter(
+        m.group(1)
+        for line in lines
+        if (m := re.search(rf" ({names})(?:-start)?\(", line))
+    )
 
 
 def ops_of(pipe):
     machine = pipe._scan._steps.values()[-1].machine
-    return [[slotted.op for slotted in phase] for segment in machine.segments for phase in segment.ops]
+    return [
+        [slotted.op for slotted in phase]
+        for segment in machine.segments
+        for phase in segment.ops
+    ]
 
 
 # --- the same as the placed executor, directly ---
@@ -106,12 +133,17 @@ def test_placed_and_scan_give_the_same(model):
     out = []
     for executor in ("placed", "scan"):
         pipe = fpipe.Pipe(layers, [1, 1, 1, 1], chunks=chunks, executor=executor)
-        value, grads = pipe.value_and_grad(mse)(pipe.place(params), case.x, case.target, **needs)
+        value, grads = pipe.value_and_grad(mse)(
+            pipe.place(params), case.x, case.target, **needs
+        )
         out.append((value, pipe.gather(grads)))
     assert_same(*out)
 
 
-@pytest.mark.parametrize(("balance", "chunks"), [((4,), 1), ((4,), 3), ((2, 2), 1), ((1, 1, 1, 1), 1), ((1, 2, 1), 2)])
+@pytest.mark.parametrize(
+    ("balance", "chunks"),
+    [((4,), 1), ((4,), 3), ((2, 2), 1), ((1, 1, 1, 1), 1), ((1, 2, 1), 2)],
+)
 def test_one_microbatch_and_one_stage(balance, chunks):
     case = Case(models()["plain"], chunks, rows=2 * chunks)
     pipe, params = pipe_of(case.layers, balance, chunks), case.params()
@@ -122,9 +154,16 @@ def test_one_microbatch_and_one_stage(balance, chunks):
 
 def test_several_stages_on_one_device():
     case = Case(models()["dropout"], 4, rows=8)
-    pipe, params = pipe_of(case.layers, devices=jax.devices()[:1], schedule="interleaved_1f1b"), case.params()
-    value, grads = pipe.value_and_grad(mse)(pipe.place(params), case.x, case.target, key=jax.random.key(1))
-    want = case.reference.value_and_grad(mse)(params, case.x, case.target, key=jax.random.key(1))
+    pipe, params = (
+        pipe_of(case.layers, devices=jax.devices()[:1], schedule="interleaved_1f1b"),
+        case.params(),
+    )
+    value, grads = pipe.value_and_grad(mse)(
+        pipe.place(params), case.x, case.target, key=jax.random.key(1)
+    )
+    want = case.reference.value_and_grad(mse)(
+        params, case.x, case.target, key=jax.random.key(1)
+    )
     assert_same((value, pipe.gather(grads)), want)
     assert pipe.devices == (jax.devices()[0],)
 
@@ -135,7 +174,9 @@ def test_sizes_of_all_reductions_and_aux():
     placed = pipe.place(params)
 
     def weighted(y, t):
-        return jnp.sum((y - t) ** 2 * (t > 0).astype(y.dtype)), jnp.sum((t > 0).astype(y.dtype))
+        return jnp.sum((y - t) ** 2 * (t > 0).astype(y.dtype)), jnp.sum(
+            (t > 0).astype(y.dtype)
+        )
 
     for loss, options in [
         (lambda y, t: (mse(y, t), {"last": y, "n": 3}), {"has_aux": True}),
@@ -143,14 +184,20 @@ def test_sizes_of_all_reductions_and_aux():
         (weighted, {"reduction": "weighted"}),
     ]:
         value, grads = pipe.value_and_grad(loss, **options)(placed, case.x, case.target)
-        want = case.reference.value_and_grad(loss, **options)(params, case.x, case.target)
+        want = case.reference.value_and_grad(loss, **options)(
+            params, case.x, case.target
+        )
         assert_same((value, pipe.gather(grads)), want)
 
 
 def test_inputs_that_go_whole_keys_and_integers():
     def apply(params, x):
         scaled = x["a"] * params["w"] * x["t"]
-        return scaled + jax.random.normal(x["key"], scaled.shape) * 0.1 + params["n"].astype(scaled.dtype)
+        return (
+            scaled
+            + jax.random.normal(x["key"], scaled.shape) * 0.1
+            + params["n"].astype(scaled.dtype)
+        )
 
     first = fpipe.Layer(apply)
     layers = [first, dense(), dense()]
@@ -166,7 +213,9 @@ def test_inputs_that_go_whole_keys_and_integers():
     }
     pipe, ref = pipe_of(layers, (1, 1, 1)), fpipe.sequential(layers, chunks=4)
     loss = lambda y: jnp.mean(y**2)  # noqa: E731
-    value, (grads, dx) = pipe.value_and_grad(loss, argnums=(0, 1))(pipe.place(params), x)
+    value, (grads, dx) = pipe.value_and_grad(loss, argnums=(0, 1))(
+        pipe.place(params), x
+    )
     want, (dparams, wx) = ref.value_and_grad(loss, argnums=(0, 1))(params, x)
     assert_same((value, pipe.gather(grads)), (want, dparams))
     assert_same(dx["a"], wx["a"])
@@ -177,14 +226,25 @@ def test_inputs_that_go_whole_keys_and_integers():
 
 def test_keys_and_booleans_come_out():
     def apply(params, x, *, key):
-        return {"y": x * params, "key": jax.random.split(key, x.shape[0]), "up": x > 0, "n": jnp.argmax(x, -1)}
+        return {
+            "y": x * params,
+            "key": jax.random.split(key, x.shape[0]),
+            "up": x > 0,
+            "n": jnp.argmax(x, -1),
+        }
 
     layers, x = [dense(), fpipe.Layer(apply)], noise(jax.random.key(1), (6, WIDTH))
     ref = fpipe.sequential(layers, chunks=3)
     params = (made_by(dense(), x), jnp.ones(WIDTH))
     pipe = pipe_of(layers, (1, 1), 3)
-    got, want = (run(p, x, key=jax.random.key(2)) for run, p in ((pipe, pipe.place(params)), (ref, params)))
-    got["key"], want["key"] = jax.random.key_data(got["key"]), jax.random.key_data(want["key"])
+    got, want = (
+        run(p, x, key=jax.random.key(2))
+        for run, p in ((pipe, pipe.place(params)), (ref, params))
+    )
+    got["key"], want["key"] = (
+        jax.random.key_data(got["key"]),
+        jax.random.key_data(want["key"]),
+    )
     assert_same(got, want)
 
 
@@ -196,7 +256,10 @@ def test_a_state_may_hold_a_key():
     noise = fpipe.Layer(apply, init_state=lambda x: {"key": jax.random.key(7)})
     layers, x = [noise, noise, dense()], jnp.ones((6, WIDTH))
     params = (jnp.ones(WIDTH), jnp.ones(WIDTH), made_by(dense(), x))
-    pipe, ref = pipe_of(layers, (1, 1, 1), 3, checkpoint="always"), fpipe.sequential(layers, chunks=3)
+    pipe, ref = (
+        pipe_of(layers, (1, 1, 1), 3, checkpoint="always"),
+        fpipe.sequential(layers, chunks=3),
+    )
     state = ref.init_state(x, params=params)
     loss = lambda y: jnp.mean(y**2)  # noqa: E731
     (value, new), grads = pipe.value_and_grad(loss)(pipe.place(params), x, state=state)
@@ -221,7 +284,13 @@ def test_a_u_net_of_convolutions():
         skip, carry = fpipe.pop(carry, "skip")
         return jnp.concatenate([x.repeat(2, 1).repeat(2, 2), skip], axis=-1), carry
 
-    layers = [convolution(3), down.isolate(outer), convolution(4), down.isolate(inner), convolution(6)]
+    layers = [
+        convolution(3),
+        down.isolate(outer),
+        convolution(4),
+        down.isolate(inner),
+        convolution(6),
+    ]
     layers += [up.isolate(inner), convolution(4), up.isolate(outer), convolution(2)]
     x = noise(jax.random.key(1), (4, 8, 8, 2))
     pipe, ref = pipe_of(layers, (2, 2, 3, 2), 2), fpipe.sequential(layers, chunks=2)
@@ -229,7 +298,9 @@ def test_a_u_net_of_convolutions():
     value, grads = pipe.value_and_grad(mse)(pipe.place(params), x, x)
     assert_same((value, pipe.gather(grads)), ref.value_and_grad(mse)(params, x, x))
     wires = pipe._scan._steps.values()[-1].machine.wires
-    assert sorted(wire.pairs for name, wire in wires.items() if name.kind == "forward") == [
+    assert sorted(
+        wire.pairs for name, wire in wires.items() if name.kind == "forward"
+    ) == [
         ((0, 1), (1, 2), (2, 3)),
         ((0, 3), (1, 2)),
     ]
@@ -298,7 +369,12 @@ def test_shapes_alone():
     case = Case(models()["stateful"], 4, rows=8)
     pipe, needs = pipe_of(case.layers), case.needs
     placed = pipe.place(case.params())
-    out = jax.eval_shape(lambda p, x, t: pipe.value_and_grad(mse)(p, x, t, **needs), placed, case.x, case.target)
+    out = jax.eval_shape(
+        lambda p, x, t: pipe.value_and_grad(mse)(p, x, t, **needs),
+        placed,
+        case.x,
+        case.target,
+    )
     got = pipe.value_and_grad(mse)(placed, case.x, case.target, **needs)
     chex.assert_trees_all_equal_shapes_and_dtypes(out, jax.eval_shape(lambda: got))
     assert pipe.compile(placed, case.x, case.target, loss_fn=mse, **needs) == 1
@@ -316,7 +392,9 @@ def test_place_and_gather_inside_a_trace():
         return jax.grad(loss)(params), pipe.gather(pipe.place(params))
 
     got, same = grad(params)
-    assert_same(got, jax.grad(lambda p: mse(case.reference(p, case.x), case.target))(params))
+    assert_same(
+        got, jax.grad(lambda p: mse(case.reference(p, case.x), case.target))(params)
+    )
     chex.assert_trees_all_equal(same, params)
 
 
@@ -331,11 +409,15 @@ def test_gather_is_the_exact_inverse_of_place(model):
     pipe = pipe_of(case.layers, balance)
     chex.assert_trees_all_equal(pipe.gather(pipe.place(params)), params)
     made = pipe.init(jax.random.key(0), case.x, case.side)
-    chex.assert_trees_all_equal(pipe.gather(made), case.reference.init(jax.random.key(0), case.x, case.side))
+    chex.assert_trees_all_equal(
+        pipe.gather(made), case.reference.init(jax.random.key(0), case.x, case.side)
+    )
 
 
 def test_each_device_holds_its_own_stages_and_equal_ones_have_no_padding():
-    params = fpipe.sequential([dense()] * 4).init(jax.random.key(0), jnp.ones((2, WIDTH)))
+    params = fpipe.sequential([dense()] * 4).init(
+        jax.random.key(0), jnp.ones((2, WIDTH))
+    )
     placed = pipe_of([dense()] * 4).place(params)
     assert placed.padding == 0
     for array, name in zip(placed.arrays, ("b", "w"), strict=True):
@@ -347,29 +429,45 @@ def test_each_device_holds_its_own_stages_and_equal_ones_have_no_padding():
 
 def test_one_layer_in_all_stages():
     """Equal stages share their traces; the output is the last one's all the same."""
-    pipe, x = fpipe.Pipe([dense()] * 3, chunks=2, executor="scan"), jnp.linspace(-1, 1, 4 * WIDTH).reshape(4, WIDTH)
+    pipe, x = (
+        fpipe.Pipe([dense()] * 3, chunks=2, executor="scan"),
+        jnp.linspace(-1, 1, 4 * WIDTH).reshape(4, WIDTH),
+    )
     fpipe.testing.assert_equals_sequential(pipe, x)
     params = pipe.init(jax.random.key(0), x)
     got = jax.grad(lambda p: jnp.sum(pipe(p, x) ** 2))(params)
     plain = fpipe.sequential(pipe.layers, chunks=2)
-    assert_same(pipe.gather(got), jax.grad(lambda p: jnp.sum(plain(p, x) ** 2))(pipe.gather(params)))
+    assert_same(
+        pipe.gather(got),
+        jax.grad(lambda p: jnp.sum(plain(p, x) ** 2))(pipe.gather(params)),
+    )
 
 
 def test_what_is_packed_is_not_placed_again():
-    params = fpipe.sequential([dense()] * 4).init(jax.random.key(0), jnp.ones((2, WIDTH)))
+    params = fpipe.sequential([dense()] * 4).init(
+        jax.random.key(0), jnp.ones((2, WIDTH))
+    )
     packed = pipe_of([dense()] * 4).place(params)
     for other in (pipe_of([dense()] * 4, (2, 2)), fpipe.Pipe([dense()] * 4)):
         with pytest.raises(
-            TypeError, match=r"packed already; for another pipe write `pipe.place\(other.gather\(params\)\)`"
+            TypeError,
+            match=r"packed already; for another pipe write "
+            r"`pipe.place\(other.gather\(params\)\)`",
         ):
             other.place(packed)
 
 
 def test_ends_share_an_array_and_padding_is_reported():
-    # An embedding of 40 rows before the blocks and a head of 12 columns behind them: 160 and 48 numbers share a row.
-    embed, head = fpipe.Layer(lambda p, x: p[x], name="embed"), fpipe.Layer(lambda p, x: x @ p, name="head")
+    # An embedding of 40 rows before the blocks and a head of 12 columns behind them:
+    # 160 and 48 numbers share a row.
+    embed, head = (
+        fpipe.Layer(lambda p, x: p[x], name="embed"),
+        fpipe.Layer(lambda p, x: x @ p, name="head"),
+    )
     layers = [embed, *[dense()] * 4, head]
-    blocks = fpipe.sequential([dense()] * 4).init(jax.random.key(0), jnp.ones((2, WIDTH)))
+    blocks = fpipe.sequential([dense()] * 4).init(
+        jax.random.key(0), jnp.ones((2, WIDTH))
+    )
     params = (jnp.ones((40, WIDTH)), *blocks, jnp.full((WIDTH, 12), 2.0))
     placed = pipe_of(layers, (2, 1, 1, 2)).place(params)
     shapes = sorted(a.shape for a in placed.arrays)
@@ -381,7 +479,10 @@ def test_ends_share_an_array_and_padding_is_reported():
 
 def test_named_leaves_and_copies():
     placed = pipe_of([dense()] * 4).init(jax.random.key(0), jnp.ones((4, WIDTH)))
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(placed)]
+    paths = [
+        jax.tree_util.keystr(path)
+        for path, _ in jax.tree_util.tree_leaves_with_path(placed)
+    ]
     assert paths == ["[\"0['b']\"]", "[\"0['w']\"]"]
     again = pickle.loads(pickle.dumps(jax.tree.map(np.asarray, placed)))
     chex.assert_trees_all_equal(again.arrays, placed.arrays)
@@ -392,19 +493,33 @@ def test_named_leaves_and_copies():
 
 
 def test_equal_stages_run_one_piece_of_code():
-    """One forward and one backward for all cores, and the loss; with an embedding and a head too."""
-    embed = fpipe.Layer(lambda p, x: p[x], lambda key, x: noise(key, (9, WIDTH)), name="embed")
-    head = fpipe.Layer(lambda p, x: x @ p, lambda key, x: noise(key, (WIDTH, 3)), name="head")
+    """One forward and one backward for all cores, and the loss; with an embedding and a
+    head too.
+    """
+    embed = fpipe.Layer(
+        lambda p, x: p[x], lambda key, x: noise(key, (9, WIDTH)), name="embed"
+    )
+    head = fpipe.Layer(
+        lambda p, x: x @ p, lambda key, x: noise(key, (WIDTH, 3)), name="head"
+    )
     block = [dense(), dropout()]
     layers = [embed, *block * 4, head]
     x = jax.random.randint(jax.random.key(1), (8, 5), 0, 9)
-    pipe, ref = pipe_of(layers, (3, 2, 2, 3), checkpoint="always"), fpipe.sequential(layers, chunks=4)
+    pipe, ref = (
+        pipe_of(layers, (3, 2, 2, 3), checkpoint="always"),
+        fpipe.sequential(layers, chunks=4),
+    )
     params = ref.init(jax.random.key(0), x)
     key, loss = jax.random.key(2), lambda y: jnp.mean(y**2)
     value, grads = pipe.value_and_grad(loss)(pipe.place(params), x, key=key)
-    assert_same((value, pipe.gather(grads)), ref.value_and_grad(loss)(params, x, key=key))
+    assert_same(
+        (value, pipe.gather(grads)), ref.value_and_grad(loss)(params, x, key=key)
+    )
     kinds = [[op.kind for op in phase] for phase in ops_of(pipe)]
-    assert kinds == [["F", "F", "F"], ["B", "B", "B"]]  # first end, core, last end; and back
+    assert kinds == [
+        ["F", "F", "F"],
+        ["B", "B", "B"],
+    ]  # first end, core, last end; and back
 
 
 def test_no_conditional_has_more_than_two_branches():
@@ -412,28 +527,46 @@ def test_no_conditional_has_more_than_two_branches():
     for layers in ([dense()] * 4, models()["plain"]):
         pipe = pipe_of(layers)
         placed = pipe.init(jax.random.key(0), jnp.ones((8, WIDTH)))
-        text = text_of(compiled(pipe, lambda y: jnp.mean(y**2), placed, jnp.ones((8, WIDTH))))
+        text = text_of(
+            compiled(pipe, lambda y: jnp.mean(y**2), placed, jnp.ones((8, WIDTH)))
+        )
         conditionals = re.findall(r" conditional\(.*", text)
         assert conditionals
         assert not any(
-            "branch_computations={" in c and c.split("branch_computations={")[1].count("%") > 2 for c in conditionals
+            "branch_computations={" in c
+            and c.split("branch_computations={")[1].count("%") > 2
+            for c in conditionals
         )
 
 
 @pytest.mark.parametrize("checkpoint", ["always", "never"])
 def test_buffers_are_updated_in_place(checkpoint):
-    """No parameter, gradient or pool is copied in the loop; nor is a parameter cut out of a stack of them."""
+    """No parameter, gradient or pool is copied in the loop; nor is a parameter cut out
+    of a stack of them.
+    """
     width, rows = 24, 6  # sizes that nothing else has
     layers = [dense(width)] * 4
-    pipe = pipe_of(layers, devices=jax.devices()[:2], schedule="interleaved_1f1b", checkpoint=checkpoint, chunks=4)
+    pipe = pipe_of(
+        layers,
+        devices=jax.devices()[:2],
+        schedule="interleaved_1f1b",
+        checkpoint=checkpoint,
+        chunks=4,
+    )
     x = jnp.ones((4 * rows, width))
     placed = pipe.init(jax.random.key(0), x)
     text = text_of(compiled(pipe, lambda y: jnp.mean(y**2), placed, x))
     body = loop_body(text)
     weights = rf"f32\[(?:\d+,)*{width},{width}\]"
     assert any(re.search(weights, line) for line in body)
-    assert not [line for line in body if re.search(rf"= {weights}\S* (copy|dynamic-slice)\(", line)]
-    slots = {pool.slots for pool in pipe._scan._steps.values()[-1].machine.pools.values()}
+    assert not [
+        line
+        for line in body
+        if re.search(rf"= {weights}\S* (copy|dynamic-slice)\(", line)
+    ]
+    slots = {
+        pool.slots for pool in pipe._scan._steps.values()[-1].machine.pools.values()
+    }
     pools = "|".join(rf"f32\[{n},{rows},{width}\]" for n in slots)
     assert any(re.search(pools, line) for line in body)
     assert not [line for line in body if re.search(rf"= (?:{pools})\S* copy\(", line)]
@@ -442,10 +575,14 @@ def test_buffers_are_updated_in_place(checkpoint):
 # --- idle ticks ---
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "eager_1f1b", "interleaved_1f1b", "zb_h1"])
+@pytest.mark.parametrize(
+    "schedule", ["gpipe", "eager_1f1b", "interleaved_1f1b", "zb_h1"]
+)
 @pytest.mark.parametrize("model", ["plain", "nested", "stateful", "tied"])
 def test_idle_ticks_are_harmless(model, schedule):
-    """Everything that is not filled, and everything that an idle device sends, is NaN; nothing changes."""
+    """Everything that is not filled, and everything that an idle device sends, is NaN;
+    nothing changes.
+    """
     layers = models()[model]
     case, needs = Case(layers, 3, rows=6), {}
     params, needs = case.params(), case.needs
@@ -453,11 +590,21 @@ def test_idle_ticks_are_harmless(model, schedule):
     out = []
     for idle in (0.0, float("nan")):
         devices = jax.devices()[: 2 if schedule == "interleaved_1f1b" else 4]
-        pipe = pipe_of(layers, balance, 3, devices=devices, schedule=schedule, checkpoint="never")
+        pipe = pipe_of(
+            layers, balance, 3, devices=devices, schedule=schedule, checkpoint="never"
+        )
         pipe._scan.idle = idle
-        out.append(pipe.value_and_grad(mse, argnums=(0, 1))(pipe.place(params), case.x, case.target, **needs))
+        out.append(
+            pipe.value_and_grad(mse, argnums=(0, 1))(
+                pipe.place(params), case.x, case.target, **needs
+            )
+        )
     chex.assert_trees_all_equal(*jax.tree.map(np.asarray, out))
-    assert all(np.isfinite(a).all() for a in jax.tree.leaves(out[1]) if a.dtype != jax.dtypes.float0)
+    assert all(
+        np.isfinite(a).all()
+        for a in jax.tree.leaves(out[1])
+        if a.dtype != jax.dtypes.float0
+    )
 
 
 # --- memory ---
@@ -465,14 +612,17 @@ def test_idle_ticks_are_harmless(model, schedule):
 
 def test_memory_and_program_size_do_not_grow_with_the_microbatches():
     layers = [dense(64)] * 4
-    # A program from the compilation cache has a shorter text than a new one; with a number of its own each is new.
+    # A program from the compilation cache has a shorter text than a new one; with a
+    # number of its own each is new.
     own = random.random()
     for checkpoint in ("always", "never"):
         memory, size = [], []
         for m in (8, 32, 128):
             pipe = pipe_of(layers, chunks=m, checkpoint=checkpoint)
             x = jnp.ones((64 * m, 64))
-            program = compiled(pipe, lambda y: jnp.mean(y**2) * own, pipe.init(jax.random.key(0), x), x)
+            program = compiled(
+                pipe, lambda y: jnp.mean(y**2) * own, pipe.init(jax.random.key(0), x), x
+            )
             memory.append(temporary_memory(program))
             size.append(sum("=" in line for line in text_of(program).splitlines()))
         assert max(memory) <= 1.05 * min(memory), memory
@@ -485,11 +635,17 @@ def test_skips_wait_in_as_many_slots_as_the_schedule_needs():
     x = jnp.ones((8, WIDTH))
     pipe.compile(pipe.init(jax.random.key(0), x), x, loss_fn=lambda y: jnp.mean(y**2))
     machine = pipe._scan._steps.values()[-1].machine
-    forward = {name: wire.pairs for name, wire in machine.wires.items() if name.kind == "forward"}
-    # Straight from the first device to the last, beside the ring; two are the fewest, for device 0 sends to two.
+    forward = {
+        name: wire.pairs
+        for name, wire in machine.wires.items()
+        if name.kind == "forward"
+    }
+    # Straight from the first device to the last, beside the ring; two are the fewest,
+    # for device 0 sends to two.
     assert sorted(forward.values()) == [((0, 1), (1, 2), (2, 3)), ((0, 3),)]
     (skip,) = [name for name, pairs in forward.items() if pairs == ((0, 3),)]
-    # It arrives three ticks before it is read, so at most three wait there, and one slot is for what nobody reads.
+    # It arrives three ticks before it is read, so at most three wait there, and one
+    # slot is for what nobody reads.
     assert machine.pools[skip].slots == 3 + 1
 
 
@@ -502,23 +658,36 @@ def data_mesh():
 
 def convolution(features=WIDTH):
     def init(key, x):
-        return {"w": noise(key, (3, 3, x.shape[-1], features)) * 0.3, "b": jnp.zeros(features)}
+        return {
+            "w": noise(key, (3, 3, x.shape[-1], features)) * 0.3,
+            "b": jnp.zeros(features),
+        }
 
     def apply(p, x):
         layout = ("NHWC", "HWIO", "NHWC")
-        return jnp.tanh(jax.lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=layout) + p["b"])
+        return jnp.tanh(
+            jax.lax.conv_general_dilated(
+                x, p["w"], (1, 1), "SAME", dimension_numbers=layout
+            )
+            + p["b"]
+        )
 
     return fpipe.Layer(apply, init, name="convolution")
 
 
 def embedding():
-    return fpipe.Layer(lambda p, x: p[x], lambda key, x: noise(key, (11, WIDTH)), name="embedding")
+    return fpipe.Layer(
+        lambda p, x: p[x], lambda key, x: noise(key, (11, WIDTH)), name="embedding"
+    )
 
 
 SHARDED = {
     "equal": ([dense()] * 4, (8, WIDTH)),
     "different": ([dense(6), dense(), dense(5), dense()], (8, WIDTH)),
-    "convolutions": ([convolution(), dense(), convolution(5), dense()], (8, 5, 5, WIDTH)),
+    "convolutions": (
+        [convolution(), dense(), convolution(5), dense()],
+        (8, 5, 5, WIDTH),
+    ),
     "embedding": ([embedding(), dense(), dense(), dense(3)], (8, 7)),
 }
 
@@ -528,29 +697,50 @@ SHARDED = {
 def test_a_sharded_batch_is_data_parallelism_around_the_pipeline(model, checkpoint):
     layers, shape = SHARDED[model]
     x = noise(jax.random.key(1), shape)
-    x = jax.random.randint(jax.random.key(1), shape, 0, 11) if model == "embedding" else x
+    x = (
+        jax.random.randint(jax.random.key(1), shape, 0, 11)
+        if model == "embedding"
+        else x
+    )
     mesh, ref = data_mesh(), fpipe.sequential(layers, chunks=4)
-    pipe = fpipe.Pipe(layers, [2, 2], chunks=4, executor="scan", mesh=mesh, checkpoint=checkpoint)
+    pipe = fpipe.Pipe(
+        layers, [2, 2], chunks=4, executor="scan", mesh=mesh, checkpoint=checkpoint
+    )
     params = ref.init(jax.random.key(0), x)
-    placed, sharded = pipe.place(params), jax.device_put(x, NamedSharding(mesh, P("data")))
+    placed, sharded = (
+        pipe.place(params),
+        jax.device_put(x, NamedSharding(mesh, P("data"))),
+    )
     run = jax.jit(pipe.value_and_grad(lambda y: jnp.mean(y**2)))
     value, grads = run(placed, sharded)
-    assert_same((value, pipe.gather(grads)), ref.value_and_grad(lambda y: jnp.mean(y**2))(params, x))
+    assert_same(
+        (value, pipe.gather(grads)),
+        ref.value_and_grad(lambda y: jnp.mean(y**2))(params, x),
+    )
     text = text_of(run.lower(placed, sharded).compile())
     inside, all_ = collectives(loop_body(text)), collectives(text.splitlines())
-    # In the loop only boundaries and cotangents move, and the loss of a microbatch, one number, is added up.
+    # In the loop only boundaries and cotangents move, and the loss of a microbatch, one
+    # number, is added up.
     assert inside == {"collective-permute": 2, "all-reduce": 1}, inside
     assert any(re.search(r"= f32\[\] all-reduce\(", line) for line in loop_body(text))
-    assert all_["all-reduce"] == 3  # that one, the losses over the stages, and all gradients together
+    assert (
+        all_["all-reduce"] == 3
+    )  # that one, the losses over the stages, and all gradients together
 
 
 def test_a_batch_of_another_size_than_the_data_axis_still_works():
     mesh, layers = data_mesh(), [dense()] * 2
-    pipe, ref = fpipe.Pipe(layers, chunks=3, executor="scan", mesh=mesh), fpipe.sequential(layers, chunks=3)
+    pipe, ref = (
+        fpipe.Pipe(layers, chunks=3, executor="scan", mesh=mesh),
+        fpipe.sequential(layers, chunks=3),
+    )
     x = noise(jax.random.key(0), (9, WIDTH))
     params = ref.init(jax.random.key(0), x)
     value, grads = pipe.value_and_grad(lambda y: jnp.mean(y**2))(pipe.place(params), x)
-    assert_same((value, pipe.gather(grads)), ref.value_and_grad(lambda y: jnp.mean(y**2))(params, x))
+    assert_same(
+        (value, pipe.gather(grads)),
+        ref.value_and_grad(lambda y: jnp.mean(y**2))(params, x),
+    )
 
 
 # --- errors and the value ---
@@ -560,7 +750,8 @@ def test_a_batch_that_does_not_divide():
     pipe = pipe_of([dense()] * 4, chunks=4)
     placed = pipe.init(jax.random.key(0), jnp.ones((8, WIDTH)))
     text = (
-        'executor="scan" needs microbatches of equal size, but 10 rows in 4 chunks give pieces of 3 rows and a last one of 1; '
+        'executor="scan" needs microbatches of equal size, but 10 rows in 4 chunks '
+        "give pieces of 3 rows and a last one of 1; "
         "chunks=1, 2, 5, 10 would do, or pad the batch"
     )
     with raises(ValueError, text):
@@ -571,15 +762,28 @@ def test_meshes_that_do_not_fit():
     layers, auto = [dense()] * 4, (AxisType.Auto,)
     other = jax.make_mesh((4,), ("data",), axis_types=auto)
     with pytest.raises(
-        ValueError, match=r"none is called 'stage'; make one with `jax.make_mesh\(\(4,\), \('stage',\), "
+        ValueError,
+        match=r"none is called 'stage'; make one with `jax.make_mesh\(\(4,\), "
+        r"\('stage',\), ",
     ):
         fpipe.Pipe(layers, executor="scan", mesh=other)
     with pytest.raises(
-        ValueError, match=r"has 4 places on its axis 'stage', but the schedule puts 2 stages on 2 devices"
+        ValueError,
+        match=r"has 4 places on its axis 'stage', but the schedule puts 2 stages on 2 "
+        r"devices",
     ):
-        fpipe.Pipe(layers, [2, 2], executor="scan", mesh=jax.make_mesh((4,), ("stage",), axis_types=auto))
+        fpipe.Pipe(
+            layers,
+            [2, 2],
+            executor="scan",
+            mesh=jax.make_mesh((4,), ("stage",), axis_types=auto),
+        )
     with pytest.raises(ValueError, match=r"the axes \['stage'\] are explicit"):
-        fpipe.Pipe(layers, executor="scan", mesh=jax.make_mesh((4,), ("stage",), axis_types=(AxisType.Explicit,)))
+        fpipe.Pipe(
+            layers,
+            executor="scan",
+            mesh=jax.make_mesh((4,), ("stage",), axis_types=(AxisType.Explicit,)),
+        )
     with pytest.raises(ValueError, match='a mesh is for executor="scan"'):
         fpipe.Pipe(layers, mesh=jax.make_mesh((4,), ("stage",), axis_types=auto))
     with pytest.raises(TypeError, match=r"a jax\.sharding\.Mesh"):
@@ -592,7 +796,9 @@ def test_meshes_that_do_not_fit():
             [2, 2],
             jax.devices()[2:],
             executor="scan",
-            mesh=jax.make_mesh((2,), ("stage",), axis_types=auto, devices=jax.devices()[:2]),
+            mesh=jax.make_mesh(
+                (2,), ("stage",), axis_types=auto, devices=jax.devices()[:2]
+            ),
         )
 
 
@@ -600,7 +806,9 @@ def test_schedules_that_cannot_run():
     x = jnp.ones((4, WIDTH))
     pipe = pipe_of([dense()] * 4, schedule="forward_only")
     placed = pipe.init(jax.random.key(0), x)
-    with pytest.raises(ValueError, match="has forwards only, and gradients are asked for"):
+    with pytest.raises(
+        ValueError, match="has forwards only, and gradients are asked for"
+    ):
         pipe.value_and_grad(lambda y: jnp.mean(y))(placed, x)
     assert pipe(placed, x).shape == (4, WIDTH)
 
@@ -609,7 +817,9 @@ def test_parameters_that_are_not_packed_for_this_pipe():
     layers, x = [dense()] * 4, jnp.ones((4, WIDTH))
     pipe = pipe_of(layers)
     with pytest.raises(
-        TypeError, match=r"takes packed parameters, got tuple; make them with `params = pipe.place\(params\)`"
+        TypeError,
+        match=r"takes packed parameters, got tuple; make them with `params = "
+        r"pipe.place\(params\)`",
     ):
         pipe(fpipe.sequential(layers).init(jax.random.key(0), x), x)
     other = pipe_of(layers, (2, 2))
@@ -626,8 +836,17 @@ def test_an_error_in_a_layer_names_it():
     def broken(params, x):
         raise RuntimeError("no")
 
-    pipe = pipe_of([dense(), fpipe.Layer(broken, lambda key, x: None, name="broken"), dense(), dense()])
-    params = fpipe.sequential([dense()] * 4).init(jax.random.key(0), jnp.ones((2, WIDTH)))
+    pipe = pipe_of(
+        [
+            dense(),
+            fpipe.Layer(broken, lambda key, x: None, name="broken"),
+            dense(),
+            dense(),
+        ]
+    )
+    params = fpipe.sequential([dense()] * 4).init(
+        jax.random.key(0), jnp.ones((2, WIDTH))
+    )
     with pytest.raises(RuntimeError, match="no") as error:
         pipe(pipe.place((params[0], None, *params[2:])), jnp.ones((4, WIDTH)))
     assert any("layer 1 'broken'" in note for note in error.value.__notes__)
@@ -635,7 +854,10 @@ def test_an_error_in_a_layer_names_it():
 
 def test_it_is_a_value():
     mesh = data_mesh()
-    for pipe in (pipe_of([dense()] * 4), fpipe.Pipe([owner()] * 2, executor="scan", mesh=mesh, chunks=2)):
+    for pipe in (
+        pipe_of([dense()] * 4),
+        fpipe.Pipe([owner()] * 2, executor="scan", mesh=mesh, chunks=2),
+    ):
         assert pipe == copy.deepcopy(pipe)
         assert dataclasses.replace(pipe, chunks=8).chunks == 8
         assert dataclasses.replace(pipe, chunks=8).mesh == pipe.mesh
@@ -645,10 +867,18 @@ def test_it_is_a_value():
 
 
 def test_stages_that_send_different_values_on_one_wire():
-    """Two equal stages, one of which sends its boundary where the other sends its skip: they do not share an operation."""
+    """Two equal stages, one of which sends its boundary where the other sends its skip:
+    they do not share an operation.
+    """
     layers = models()["nested"]
     case = Case(layers, 1, rows=8)
-    pipe, params = pipe_of(layers, (1, 1, 1, 2), 1, devices=jax.devices()[:2], schedule="zb_v"), case.params()
+    pipe, params = (
+        pipe_of(layers, (1, 1, 1, 2), 1, devices=jax.devices()[:2], schedule="zb_v"),
+        case.params(),
+    )
     assert_same(pipe(pipe.place(params), case.x), case.reference(params, case.x))
     value, grads = pipe.value_and_grad(mse)(pipe.place(params), case.x, case.target)
-    assert_same((value, pipe.gather(grads)), case.reference.value_and_grad(mse)(params, case.x, case.target))
+    assert_same(
+        (value, pipe.gather(grads)),
+        case.reference.value_and_grad(mse)(params, case.x, case.target),
+    )

@@ -1,4 +1,6 @@
-"""The search: never worse than what it starts from, within the limit, and how far from a lower bound."""
+"""The search: never worse than what it starts from, within the limit, and how far from
+a lower bound.
+"""
 
 import functools
 import itertools
@@ -16,7 +18,14 @@ COSTS = {
     "equal": lambda s: Costs(),
     "typical": lambda s: Costs(F=1.0, I=1.2, W=0.8, transfer=0.1),
     "slow links": lambda s: Costs(F=1.0, I=1.2, W=0.8, transfer=0.7),
-    "uneven": lambda s: Costs(F=UNEVEN[:s], I=1.2, W=UNEVEN[:s][::-1], transfer=0.05, memory=UNEVEN[:s], memory_w=0.4),
+    "uneven": lambda s: Costs(
+        F=UNEVEN[:s],
+        I=1.2,
+        W=UNEVEN[:s][::-1],
+        transfer=0.05,
+        memory=UNEVEN[:s],
+        memory_w=0.4,
+    ),
     "dear split": lambda s: Costs(F=1.0, B=1.7, I=1.2, W=0.8, transfer=0.1),
     "free": lambda s: Costs(F=0, I=0, W=0),
 }
@@ -42,20 +51,25 @@ def bound(devices, m, costs, places):
 
 
 @pytest.mark.parametrize("name", COSTS)
-@pytest.mark.parametrize(("devices", "m"), [(1, 1), (1, 4), (3, 1), (4, 2), (3, 5), (4, 8)])
+@pytest.mark.parametrize(
+    ("devices", "m"), [(1, 1), (1, 4), (3, 1), (4, 2), (3, 5), (4, 8)]
+)
 @pytest.mark.parametrize("share", [0.0, 0.4, None])
 def test_never_worse_and_within_the_limit(name, devices, m, share):
     costs = COSTS[name](devices)
     others = [simulate(s, costs) for s in fixed(devices, m, tuple(range(devices)))]
     peaks = [max(t.peak_memory) for t in others]
-    # From what the least of them holds to what the most does, which is GPipe with all microbatches.
+    # From what the least of them holds to what the most does, which is GPipe with all
+    # microbatches.
     limit = None if share is None else min(peaks) + share * (max(peaks) - min(peaks))
     timeline = simulate(zero_bubble(devices, m, costs, memory=limit), costs)
     allowed = [t for t in others if keeps(t, limit)]
     assert allowed
     assert keeps(timeline, limit)
     assert timeline.makespan <= min(t.makespan for t in allowed) * (1 + 1e-9)
-    assert timeline.makespan >= bound(devices, m, costs, tuple(range(devices))) * (1 - 1e-9)
+    assert timeline.makespan >= bound(devices, m, costs, tuple(range(devices))) * (
+        1 - 1e-9
+    )
 
 
 def test_the_fixed_ones_take_part(monkeypatch):
@@ -64,28 +78,47 @@ def test_the_fixed_ones_take_part(monkeypatch):
     monkeypatch.setattr(_search, "anneal", lambda p, found, bound, seed: found)
     assert zero_bubble(4, 8, memory=4).actions == zb_h1(4, 8).actions
     costs = Costs(B=1.0)
-    assert zero_bubble(4, 8, costs, memory=4).actions == schedules.one_f_one_b(4, 8).actions
+    assert (
+        zero_bubble(4, 8, costs, memory=4).actions
+        == schedules.one_f_one_b(4, 8).actions
+    )
 
 
-@pytest.mark.parametrize(("placement", "virtual"), [("v", 2), ("looped", 2), ("looped", 3), ((1, 0, 1, 1, 2), 0)])
+@pytest.mark.parametrize(
+    ("placement", "virtual"),
+    [("v", 2), ("looped", 2), ("looped", 3), ((1, 0, 1, 1, 2), 0)],
+)
 @pytest.mark.parametrize("name", ["typical", "uneven"])
 @pytest.mark.parametrize("memory", [1.0, 1.6, None])
 def test_several_stages_on_a_device(placement, virtual, name, memory):
     devices, m = 3 if not isinstance(placement, str) or virtual == 3 else 4, 5
     stages = devices * virtual if virtual else 5
-    costs = COSTS[name](stages) if stages <= len(UNEVEN) else Costs(I=1.2, W=0.8, memory=[1.0, 2.0, 5.0] * 3)
+    costs = (
+        COSTS[name](stages)
+        if stages <= len(UNEVEN)
+        else Costs(I=1.2, W=0.8, memory=[1.0, 2.0, 5.0] * 3)
+    )
     ups = tuple(range(devices))
-    places = {"v": ups + ups[::-1], "looped": ups * virtual}[placement] if isinstance(placement, str) else placement
-    # As little as one microbatch alone holds, where a scheduler that admits too early is stuck.
+    places = (
+        {"v": ups + ups[::-1], "looped": ups * virtual}[placement]
+        if isinstance(placement, str)
+        else placement
+    )
+    # As little as one microbatch alone holds, where a scheduler that admits too early
+    # is stuck.
     whole = Problem(devices, m, places, costs, None).whole
     limit = None if memory is None else max(whole) * memory
-    schedule = zero_bubble(devices, m, costs, memory=limit, placement=placement, virtual=virtual or 1)
+    schedule = zero_bubble(
+        devices, m, costs, memory=limit, placement=placement, virtual=virtual or 1
+    )
     assert schedule.stage_to_device == places
     timeline = simulate(schedule, costs)
     assert keeps(timeline, limit)
     for other in fixed(devices, m, places):
         other = simulate(other, costs)
-        assert not keeps(other, limit) or timeline.makespan <= other.makespan * (1 + 1e-9)
+        assert not keeps(other, limit) or timeline.makespan <= other.makespan * (
+            1 + 1e-9
+        )
     for s in range(schedule.stages):
         assert schedule.order("F", s) == tuple(range(m))
 
@@ -96,17 +129,28 @@ def test_tight_limits_at_random():
     for _ in range(6):
         devices, virtual, m = rng.randint(1, 2), rng.randint(2, 3), 4
         memory = [rng.choice((0.0, 1.0, 7.0)) for _ in range(devices * virtual)]
-        costs = Costs(F=[rng.random() for _ in memory], transfer=rng.random(), memory=memory, memory_w=rng.random())
+        costs = Costs(
+            F=[rng.random() for _ in memory],
+            transfer=rng.random(),
+            memory=memory,
+            memory_w=rng.random(),
+        )
         whole = [sum(memory[d::devices]) for d in range(devices)]
         limit = [w * rng.choice((1.0, 1.3)) for w in whole]
-        schedule = zero_bubble(devices, m, costs, memory=limit, placement="looped", virtual=virtual)
+        schedule = zero_bubble(
+            devices, m, costs, memory=limit, placement="looped", virtual=virtual
+        )
         peaks = simulate(schedule, costs).peak_memory
-        assert all(peak <= most * (1 + 1e-9) for peak, most in zip(peaks, limit, strict=True))
+        assert all(
+            peak <= most * (1 + 1e-9) for peak, most in zip(peaks, limit, strict=True)
+        )
 
 
 @pytest.mark.parametrize(("devices", "m"), [(1, 3), (2, 8), (4, 8), (4, 16), (8, 16)])
 def test_idle_is_the_fill_alone(devices, m):
-    """Equal costs, no limit: the lower bound itself, and no more memory than ZB-H2's 2D-1."""
+    """Equal costs, no limit: the lower bound itself, and no more memory than ZB-H2's
+    2D-1.
+    """
     timeline = simulate(zero_bubble(devices, m))
     assert timeline.idle == (devices - 1.0,) * devices
     assert timeline.makespan == bound(devices, m, Costs(), tuple(range(devices)))
@@ -119,7 +163,8 @@ def test_the_fill_of_a_v():
     assert timeline.idle == (3.0,) * 4
 
 
-# D, m, limit; F, I, W, transfer; makespan of ZB-H1 (the best fixed one within the limit), at most, lower bound.
+# D, m, limit; F, I, W, transfer; makespan of ZB-H1 (the best fixed one within the
+# limit), at most, lower bound.
 BETTER = [
     (4, 16, 5, (1.0, 1.2, 0.8, 0.1), 53.4, 52.0, 51.3),
     (4, 16, 6, (1.0, 1.2, 0.8, 0.1), 53.4, 51.3, 51.3),
@@ -136,7 +181,9 @@ def test_better_than_every_fixed_one(case):
     devices, m, limit, (f, i, w, transfer), best, reached, least = case
     costs = Costs(F=f, I=i, W=w, transfer=transfer)
     places = tuple(range(devices))
-    others = [t for s in fixed(devices, m, places) if keeps(t := simulate(s, costs), limit)]
+    others = [
+        t for s in fixed(devices, m, places) if keeps(t := simulate(s, costs), limit)
+    ]
     assert min(t.makespan for t in others) == pytest.approx(best)
     timeline = simulate(zero_bubble(devices, m, costs, memory=limit), costs)
     assert timeline.makespan <= reached + 1e-9
@@ -153,26 +200,44 @@ def interleavings(device, m):
 
 @pytest.mark.parametrize(("devices", "seeds"), [(2, 12), (3, 2)])
 def test_the_optimum_where_all_can_be_tried(devices, seeds):
-    """Two microbatches, every order of every device: the bound is one, and the search finds the best."""
+    """Two microbatches, every order of every device: the bound is one, and the search
+    finds the best.
+    """
     m, places = 2, tuple(range(devices))
     size = devices * m
     every = [
-        [[("FBIW".index(k) * devices + s) * m + i for k, s, i in row] for row in interleavings(d, m)]
+        [
+            [("FBIW".index(k) * devices + s) * m + i for k, s, i in row]
+            for row in interleavings(d, m)
+        ]
         for d in range(devices)
     ]
     for seed in range(seeds):
         rng = random.Random(seed)
         draw = lambda: [rng.choice((0.5, 1.0, 1.2, 2.0)) for _ in range(devices)]  # noqa: E731, B023
-        costs = Costs(F=draw(), I=draw(), W=draw(), transfer=rng.choice((0.0, 0.3)), memory=draw(), memory_w=0.3)
-        problem = Problem(devices, m, places, costs, max(costs.memory) * rng.choice((1.0, 1.5, 2.0)))  # pyright: ignore
-        fit = [[r for r in rows if problem.peak(r) <= problem.slack[d]] for d, rows in enumerate(every)]
+        costs = Costs(
+            F=draw(),
+            I=draw(),
+            W=draw(),
+            transfer=rng.choice((0.0, 0.3)),
+            memory=draw(),
+            memory_w=0.3,
+        )
+        limit = max(costs.memory) * rng.choice((1.0, 1.5, 2.0))  # pyright: ignore
+        problem = Problem(devices, m, places, costs, limit)
+        fit = [
+            [r for r in rows if problem.peak(r) <= problem.slack[d]]
+            for d, rows in enumerate(every)
+        ]
         best = math.inf
         for rows in itertools.product(*fit):
             need = problem.needs(list(rows))
             times = problem.run(list(rows), need)
             best = min(best, max(times[1]) if times else math.inf)
         assert size == problem.size
-        found = simulate(zero_bubble(devices, m, costs, memory=problem.limit), costs).makespan
+        found = simulate(
+            zero_bubble(devices, m, costs, memory=problem.limit), costs
+        ).makespan
         assert problem.bound() <= best * (1 + 1e-9)
         assert found == pytest.approx(best)
 
@@ -181,12 +246,17 @@ def test_the_run_of_the_search_is_that_of_simulate():
     costs = Costs(F=UNEVEN[:4], B=1.9, I=1.2, W=0.8, transfer=0.1, memory_w=0.5)
     for schedule in fixed(4, 6, (0, 1, 2, 3)):
         problem = Problem(4, 6, schedule.stage_to_device, costs, None)
-        rows = [[("FBIW".index(k) * 4 + s) * 6 + i for k, s, i in row] for row in schedule.actions]
+        rows = [
+            [("FBIW".index(k) * 4 + s) * 6 + i for k, s, i in row]
+            for row in schedule.actions
+        ]
         times = problem.run(rows, problem.needs(rows))
         assert times is not None
         timeline = simulate(schedule, costs)
         assert max(times[1]) == timeline.makespan
-        assert [problem.peak(row) for row in rows] == pytest.approx(list(timeline.peak_memory))
+        assert [problem.peak(row) for row in rows] == pytest.approx(
+            list(timeline.peak_memory)
+        )
 
 
 def test_a_split_that_does_not_pay_is_not_made():
@@ -200,29 +270,92 @@ def test_a_split_that_does_not_pay_is_not_made():
 
 
 def test_the_same_twice():
-    call = functools.partial(zero_bubble, 4, 8, Costs(F=UNEVEN[:4], transfer=0.1), memory=5.0)
+    call = functools.partial(
+        zero_bubble, 4, 8, Costs(F=UNEVEN[:4], transfer=0.1), memory=5.0
+    )
     assert call() == call()
     assert call().name == "zero_bubble"
 
 
 ERRORS = {
     "no device": (ValueError, "`zero_bubble\\(devices=0\\)`: at least 1", (0, 4), {}),
-    "no microbatch": (ValueError, "`zero_bubble\\(microbatches=0\\)`: at least 1", (4, 0), {}),
+    "no microbatch": (
+        ValueError,
+        "`zero_bubble\\(microbatches=0\\)`: at least 1",
+        (4, 0),
+        {},
+    ),
     "no int": (TypeError, "`zero_bubble\\(devices=2.0\\)`: an int", (2.0, 4), {}),
-    "virtual": (ValueError, "`zero_bubble\\(virtual=0\\)`: at least 1", (2, 4), {"virtual": 0}),
-    "a name": (ValueError, "placement='w'\\)`: 'one', 'v', 'looped', or the device", (2, 4), {"placement": "w"}),
-    "no map": (TypeError, "placement=3\\)`: 'one', 'v', 'looped', or the device", (2, 4), {"placement": 3}),
-    "no ints": (TypeError, "'one', 'v', 'looped', or the device", (2, 4), {"placement": (0, "1")}),
-    "no stage": (ValueError, "each of the devices 0 to 1 has a stage", (2, 4), {"placement": (0, 0)}),
-    "no such device": (ValueError, "each of the devices 0 to 1 has a stage", (2, 4), {"placement": (0, 1, 2)}),
-    "costs": (ValueError, "`Costs\\(F=\\(1.0,\\)\\)`: 1 numbers for 2 stages", (2, 4, Costs(F=[1])), {}),
-    "negative": (ValueError, "`zero_bubble\\(memory=-1\\)`: finite and not negative", (2, 4), {"memory": -1}),
-    "NaN": (ValueError, "`zero_bubble\\(memory=nan\\)`: finite and not negative", (2, 4), {"memory": math.nan}),
-    "no number": (TypeError, "a number, or one number per device", (2, 4), {"memory": "4"}),
-    "per device": (ValueError, "`zero_bubble\\(memory=\\[4\\]\\)`: 1 numbers for 2 devices", (2, 4), {"memory": [4]}),
+    "virtual": (
+        ValueError,
+        "`zero_bubble\\(virtual=0\\)`: at least 1",
+        (2, 4),
+        {"virtual": 0},
+    ),
+    "a name": (
+        ValueError,
+        "placement='w'\\)`: 'one', 'v', 'looped', or the device",
+        (2, 4),
+        {"placement": "w"},
+    ),
+    "no map": (
+        TypeError,
+        "placement=3\\)`: 'one', 'v', 'looped', or the device",
+        (2, 4),
+        {"placement": 3},
+    ),
+    "no ints": (
+        TypeError,
+        "'one', 'v', 'looped', or the device",
+        (2, 4),
+        {"placement": (0, "1")},
+    ),
+    "no stage": (
+        ValueError,
+        "each of the devices 0 to 1 has a stage",
+        (2, 4),
+        {"placement": (0, 0)},
+    ),
+    "no such device": (
+        ValueError,
+        "each of the devices 0 to 1 has a stage",
+        (2, 4),
+        {"placement": (0, 1, 2)},
+    ),
+    "costs": (
+        ValueError,
+        "`Costs\\(F=\\(1.0,\\)\\)`: 1 numbers for 2 stages",
+        (2, 4, Costs(F=[1])),
+        {},
+    ),
+    "negative": (
+        ValueError,
+        "`zero_bubble\\(memory=-1\\)`: finite and not negative",
+        (2, 4),
+        {"memory": -1},
+    ),
+    "NaN": (
+        ValueError,
+        "`zero_bubble\\(memory=nan\\)`: finite and not negative",
+        (2, 4),
+        {"memory": math.nan},
+    ),
+    "no number": (
+        TypeError,
+        "a number, or one number per device",
+        (2, 4),
+        {"memory": "4"},
+    ),
+    "per device": (
+        ValueError,
+        "`zero_bubble\\(memory=\\[4\\]\\)`: 1 numbers for 2 devices",
+        (2, 4),
+        {"memory": [4]},
+    ),
     "too little": (
         ValueError,
-        "`zero_bubble\\(memory=2.5\\)`: device 1 needs at least 3, what one microbatch holds on its stages 1, 3; "
+        "`zero_bubble\\(memory=2.5\\)`: device 1 needs at least 3, what one microbatch "
+        "holds on its stages 1, 3; "
         "all devices: 2, 3",
         (2, 4, Costs(memory=[1, 1, 1, 2])),
         {"memory": 2.5, "placement": "looped"},
@@ -245,6 +378,8 @@ def test_a_limit_that_the_message_names_is_enough():
 
 def test_it_is_a_schedule_for_a_pipe():
     """`f(devices, microbatches)` is what a pipe calls."""
-    schedule = functools.partial(zero_bubble, costs=Costs(transfer=0.1), memory=3.0)(2, 4)
+    schedule = functools.partial(zero_bubble, costs=Costs(transfer=0.1), memory=3.0)(
+        2, 4
+    )
     assert isinstance(schedule, schedules.Schedule)
     assert (schedule.devices, schedule.microbatches) == (2, 4)

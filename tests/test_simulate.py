@@ -13,24 +13,40 @@ from hypothesis import strategies as st
 from fpipe import schedules
 from fpipe.schedules import Action, Costs, Event, Kind, Schedule, Timeline, simulate
 
-LOOPED = {"one": lambda d: range(d), "looped": lambda d: [*range(d)] * 2, "v": lambda d: [*range(d), *range(d)[::-1]]}
+LOOPED = {
+    "one": lambda d: range(d),
+    "looped": lambda d: [*range(d)] * 2,
+    "v": lambda d: [*range(d), *range(d)[::-1]],
+}
 
 
 KINDS: dict[bool, tuple[Kind, ...]] = {False: ("B",), True: ("I", "W")}
 
 
-def some_schedule(devices, microbatches, place="one", split="none", backwards=True, choose=lambda n: 0):
-    """A valid schedule: of the actions that could run next, `choose` picks one until none is left."""
+def some_schedule(
+    devices, microbatches, place="one", split="none", backwards=True, choose=lambda n: 0
+):
+    """A valid schedule: of the actions that could run next, `choose` picks one until
+    none is left.
+    """
     places = tuple(LOOPED[place](devices))
     stages = len(places)
-    is_split = {"none": lambda s, i: False, "all": lambda s, i: True, "some": lambda s, i: (s + i) % 3 == 0}[split]
+    is_split = {
+        "none": lambda s, i: False,
+        "all": lambda s, i: True,
+        "some": lambda s, i: (s + i) % 3 == 0,
+    }[split]
     pairs = list(itertools.product(range(stages), range(microbatches)))
     todo = [Action("F", s, i) for s, i in pairs]
     if backwards:
         todo += [Action(k, s, i) for s, i in pairs for k in KINDS[is_split(s, i)]]
     rows, done = [[] for _ in range(devices)], set()
     while todo:
-        runnable = [a for a in todo if all(any(n in done for n in ns) for ns in needs(a, stages))]
+        runnable = [
+            a
+            for a in todo
+            if all(any(n in done for n in ns) for ns in needs(a, stages))
+        ]
         a = runnable[choose(len(runnable))]
         rows[places[a.stage]].append(a)
         todo.remove(a)
@@ -57,12 +73,23 @@ def oracle(schedule, costs):
     """Start and end of every action: raise the starts until nothing changes any more."""
     place, stages = schedule.stage_to_device, len(schedule.stage_to_device)
     actions = [a for row in schedule.actions for a in row]
-    took = {a: number(getattr(costs, a.kind), a.stage) for a in actions if a.kind != "B" or costs.B is not None}
-    took |= {a: number(costs.I, a.stage) + number(costs.W, a.stage) for a in actions if a not in took}
+    took = {
+        a: number(getattr(costs, a.kind), a.stage)
+        for a in actions
+        if a.kind != "B" or costs.B is not None
+    }
+    took |= {
+        a: number(costs.I, a.stage) + number(costs.W, a.stage)
+        for a in actions
+        if a not in took
+    }
     arcs = [(x, y, 0.0) for row in schedule.actions for x, y in itertools.pairwise(row)]
     for y in actions:
         others = [x for x in itertools.chain(*needs(y, stages)) if x in took]
-        arcs += [(x, y, costs.transfer if place[x.stage] != place[y.stage] else 0.0) for x in others]
+        arcs += [
+            (x, y, costs.transfer if place[x.stage] != place[y.stage] else 0.0)
+            for x in others
+        ]
     start = dict.fromkeys(actions, 0.0)
     changed = True
     while changed:
@@ -75,7 +102,9 @@ def oracle(schedule, costs):
 
 
 def peaks(schedule, costs):
-    """The most memory and the most pairs held on each device, replayed from the device's row alone."""
+    """The most memory and the most pairs held on each device, replayed from the
+    device's row alone.
+    """
     memory, live = [], []
     for row in schedule.actions:
         held, most, most_live = {}, 0.0, 0
@@ -83,7 +112,12 @@ def peaks(schedule, costs):
             if kind in "BW":
                 del held[s, i]
             else:
-                held[s, i] = number(costs.memory if kind == "F" or costs.memory_w is None else costs.memory_w, s)
+                held[s, i] = number(
+                    costs.memory
+                    if kind == "F" or costs.memory_w is None
+                    else costs.memory_w,
+                    s,
+                )
             most, most_live = max(most, sum(held.values())), max(most_live, len(held))
         memory.append(most)
         live.append(most_live)
@@ -104,39 +138,84 @@ def check(schedule, costs):
     # In an order in which they can run, whatever takes no time.
     done = set()
     for e in timeline.events:
-        assert all(any(n in done for n in ns) for ns in needs(e.action, schedule.stages))
+        assert all(
+            any(n in done for n in ns) for ns in needs(e.action, schedule.stages)
+        )
         done.add(e.action)
-    assert [e.start for e in timeline.events] == sorted(e.start for e in timeline.events)
-    work = [sum(e.end - e.start for e in timeline.events if e.device == d) for d in range(schedule.devices)]
-    assert timeline.idle == pytest.approx([timeline.makespan - w for w in work])
-    assert timeline.bubble == pytest.approx(1 - sum(work) / (timeline.makespan * schedule.devices or 1), abs=1e-9) or (
-        timeline.makespan == 0
+    assert [e.start for e in timeline.events] == sorted(
+        e.start for e in timeline.events
     )
+    work = [
+        sum(e.end - e.start for e in timeline.events if e.device == d)
+        for d in range(schedule.devices)
+    ]
+    assert timeline.idle == pytest.approx([timeline.makespan - w for w in work])
+    assert timeline.bubble == pytest.approx(
+        1 - sum(work) / (timeline.makespan * schedule.devices or 1), abs=1e-9
+    ) or (timeline.makespan == 0)
 
 
 @pytest.mark.parametrize("place", LOOPED)
 @pytest.mark.parametrize("split", ["none", "all", "some"])
 @pytest.mark.parametrize("transfer", [0.0, 0.3])
 def test_agrees_with_the_oracle_on_a_grid(place, split, transfer):
-    for devices, microbatches, backwards in itertools.product((1, 2, 3), (1, 2, 4), (False, True)):
+    for devices, microbatches, backwards in itertools.product(
+        (1, 2, 3), (1, 2, 4), (False, True)
+    ):
         for choose in (lambda n: 0, lambda n: n - 1, lambda n: n // 2):
-            schedule = some_schedule(devices, microbatches, place, split, backwards, choose)
+            schedule = some_schedule(
+                devices, microbatches, place, split, backwards, choose
+            )
             stages = range(schedule.stages)
             check(schedule, Costs(transfer=transfer))
-            check(schedule, Costs(F=[1.0 + s for s in stages], B=1.7, I=0.7, W=[0.4 * s for s in stages], memory=0.1))
-            check(schedule, Costs(F=0.0, B=0.0, I=0.0, W=0.0, transfer=transfer, memory_w=[0.5 + s for s in stages]))
+            check(
+                schedule,
+                Costs(
+                    F=[1.0 + s for s in stages],
+                    B=1.7,
+                    I=0.7,
+                    W=[0.4 * s for s in stages],
+                    memory=0.1,
+                ),
+            )
+            check(
+                schedule,
+                Costs(
+                    F=0.0,
+                    B=0.0,
+                    I=0.0,
+                    W=0.0,
+                    transfer=transfer,
+                    memory_w=[0.5 + s for s in stages],
+                ),
+            )
 
 
 @st.composite
 def schedules_and_costs(draw):
     devices, microbatches = draw(st.integers(1, 4)), draw(st.integers(1, 5))
-    place, split = draw(st.sampled_from(list(LOOPED))), draw(st.sampled_from(["none", "all", "some"]))
+    place, split = (
+        draw(st.sampled_from(list(LOOPED))),
+        draw(st.sampled_from(["none", "all", "some"])),
+    )
     random = draw(st.randoms(use_true_random=False))
-    schedule = some_schedule(devices, microbatches, place, split, draw(st.booleans()), random.randrange)
+    schedule = some_schedule(
+        devices, microbatches, place, split, draw(st.booleans()), random.randrange
+    )
     one = st.one_of(st.just(0.0), st.integers(0, 3), st.floats(0, 5))
-    cost = st.one_of(one, st.lists(one, min_size=schedule.stages, max_size=schedule.stages))
+    cost = st.one_of(
+        one, st.lists(one, min_size=schedule.stages, max_size=schedule.stages)
+    )
     optional = st.one_of(st.none(), cost)
-    return schedule, Costs(draw(cost), draw(optional), draw(cost), draw(cost), draw(one), draw(cost), draw(optional))
+    return schedule, Costs(
+        draw(cost),
+        draw(optional),
+        draw(cost),
+        draw(cost),
+        draw(one),
+        draw(cost),
+        draw(optional),
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -148,12 +227,24 @@ def test_agrees_with_the_oracle_at_random(case):
 @pytest.mark.parametrize("name", ["gpipe", "1f1b", "eager_1f1b"])
 def test_named_schedules_agree_with_the_oracle(name):
     for devices, microbatches in [(1, 3), (2, 5), (4, 6), (3, 2)]:
-        check(schedules.named(name, devices, microbatches), Costs(F=[1.0 + d for d in range(devices)], transfer=0.25))
+        check(
+            schedules.named(name, devices, microbatches),
+            Costs(F=[1.0 + d for d in range(devices)], transfer=0.25),
+        )
 
 
 def test_memory_by_hand():
     # Held after each: F0 3, F1 6, I0 3 + 1, F2 7, W0 6, I1 3 + 1 (F2 and I1), ...
-    row = [("F", 0, 0), ("F", 0, 1), ("I", 0, 0), ("F", 0, 2), ("W", 0, 0), ("B", 0, 1), ("I", 0, 2), ("W", 0, 2)]
+    row = [
+        ("F", 0, 0),
+        ("F", 0, 1),
+        ("I", 0, 0),
+        ("F", 0, 2),
+        ("W", 0, 0),
+        ("B", 0, 1),
+        ("I", 0, 2),
+        ("W", 0, 2),
+    ]
     schedule = Schedule([row])
     assert simulate(schedule, Costs(memory=3.0, memory_w=1.0)).peak_memory == (7.0,)
     assert simulate(schedule, Costs(memory=3.0)).peak_memory == (9.0,)
@@ -168,11 +259,18 @@ def test_memory_does_not_drift():
 
 def test_memory_of_a_recorded_run():
     """A timeline built from events: the memory is left out, or given."""
-    events = (Event(0, Action("F", 0, 0), 5.0, 6.0), Event(0, Action("I", 0, 0), 6.0, 8.0))
+    events = (
+        Event(0, Action("F", 0, 0), 5.0, 6.0),
+        Event(0, Action("I", 0, 0), 6.0, 8.0),
+    )
     events = (*events, Event(0, Action("W", 0, 0), 8.5, 9.0))
     assert Timeline(events, 1).peak_memory == (1.0,)
     timeline = Timeline(events, 1, memory=((2.0, 3.0),))
-    assert (timeline.peak_memory, timeline.makespan, timeline.idle) == ((3.0,), 4.0, (0.5,))
+    assert (timeline.peak_memory, timeline.makespan, timeline.idle) == (
+        (3.0,),
+        4.0,
+        (0.5,),
+    )
 
 
 def test_a_timeline_that_takes_no_time():
@@ -182,13 +280,19 @@ def test_a_timeline_that_takes_no_time():
     assert (timeline.makespan, timeline.bubble, timeline.idle) == (0.0, 0.0, (0.0,))
     assert (timeline.peak_live, timeline.peak_memory) == ((1,), (1.0,))
     # Stage 0 on device 1: its forward comes first though device 0 has the lower number.
-    schedule = Schedule([[("F", 1, 0), ("B", 1, 0)], [("F", 0, 0), ("B", 0, 0)]], (1, 0))
+    schedule = Schedule(
+        [[("F", 1, 0), ("B", 1, 0)], [("F", 0, 0), ("B", 0, 0)]], (1, 0)
+    )
     events = simulate(schedule, Costs(F=0, B=0)).events
     assert [str(e.action) for e in events] == ["F(0,0)", "F(1,0)", "B(1,0)", "B(0,0)"]
 
 
 def test_costs_are_values():
-    given: Any = {"F": [1, 2], "memory": np.array([1, 2], np.int32), "W": np.float32(0.5)}
+    given: Any = {
+        "F": [1, 2],
+        "memory": np.array([1, 2], np.int32),
+        "W": np.float32(0.5),
+    }
     costs = Costs(**given)
     assert costs.F == costs.memory == (1.0, 2.0)
     assert hash(costs) == hash(Costs(F=(1.0, 2.0), W=0.5, memory=(1, 2)))
@@ -202,16 +306,24 @@ FIELDS = ["F", "B", "I", "W", "transfer", "memory", "memory_w"]
 @pytest.mark.parametrize("field", FIELDS)
 @pytest.mark.parametrize("bad", [-1, -0.5, math.nan, math.inf, -math.inf])
 def test_numbers_that_are_no_cost(field, bad):
-    with pytest.raises(ValueError, match=rf"`Costs\({field}={bad}\)`: finite and not negative"):
+    with pytest.raises(
+        ValueError, match=rf"`Costs\({field}={bad}\)`: finite and not negative"
+    ):
         Costs(**{field: bad})
     several: Any = {field: [1.0, bad]}
     if field != "transfer":
-        with pytest.raises(ValueError, match=rf"`Costs\({field}=\[1.0, {bad}\]\)`: finite and not negative"):
+        with pytest.raises(
+            ValueError,
+            match=rf"`Costs\({field}=\[1.0, {bad}\]\)`: finite and not negative",
+        ):
             Costs(**several)
 
 
 @pytest.mark.parametrize("field", FIELDS)
-@pytest.mark.parametrize("bad", ["1.0", True, {0: 1.0}, {1.0}, [[1.0]], ["1"], 1j, np.zeros(()), np.zeros((2, 2))])
+@pytest.mark.parametrize(
+    "bad",
+    ["1.0", True, {0: 1.0}, {1.0}, [[1.0]], ["1"], 1j, np.zeros(()), np.zeros((2, 2))],
+)
 def test_what_is_no_number(field, bad):
     with pytest.raises(TypeError, match=rf"(?s)`Costs\({field}=.*a number"):
         Costs(**{field: bad})
@@ -227,7 +339,9 @@ def test_one_number_where_none_or_several_may_not_be():
 @pytest.mark.parametrize("field", [f for f in FIELDS if f != "transfer"])
 @pytest.mark.parametrize("numbers", [(), (1.0,), (1.0, 1.0, 1.0)])
 def test_one_number_per_stage_exactly(field, numbers):
-    with pytest.raises(ValueError, match=rf"`Costs\({field}=.*: {len(numbers)} numbers for 2 stages"):
+    with pytest.raises(
+        ValueError, match=rf"`Costs\({field}=.*: {len(numbers)} numbers for 2 stages"
+    ):
         simulate(schedules.gpipe(2, 2), Costs(**{field: numbers}))
 
 
@@ -239,7 +353,12 @@ def test_many_devices_and_microbatches(split):
     schedule = Schedule(
         [
             [("F", d, i) for i in range(devices)]
-            + [a for i in range(m) for a in (*((k, d, i) for k in kinds), ("F", d, i + devices)) if a[2] < m]
+            + [
+                a
+                for i in range(m)
+                for a in (*((k, d, i) for k in kinds), ("F", d, i + devices))
+                if a[2] < m
+            ]
             for d in range(devices)
         ]
     )

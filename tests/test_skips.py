@@ -1,4 +1,6 @@
-"""Skips: what is refused while tracing, what `verify_skippables` finds, namespaces, and values of every kind."""
+"""Skips: what is refused while tracing, what `verify_skippables` finds, namespaces, and
+values of every kind.
+"""
 
 import dataclasses
 import functools
@@ -39,19 +41,28 @@ def last(x, *, carry):
 
 def stashing(f, *names):
     """A model whose layer 1 stashes `names` with `f`."""
-    bad = fpipe.Layer(lambda p, x, *, carry: f(x, carry), name="bad", stash=names or ("b",))
+    bad = fpipe.Layer(
+        lambda p, x, *, carry: f(x, carry), name="bad", stash=names or ("b",)
+    )
     end = fpipe.Layer(lambda p, x, *, carry: (x, {}), name="end", pop=names or ("b",))
     return [first, bad, end, last]
 
 
 def popping(f):
     """A model whose layer 1 pops "a" with `f`."""
-    return [first, fpipe.Layer(lambda p, x, *, carry: f(x, carry), name="bad", pop=("a",))]
+    return [
+        first,
+        fpipe.Layer(lambda p, x, *, carry: f(x, carry), name="bad", pop=("a",)),
+    ]
 
 
 def peeking(f):
     """A model whose layer 1 peeks at "a" with `f`."""
-    return [first, fpipe.Layer(lambda p, x, *, carry: f(x, carry), name="bad", peek=("a",)), last]
+    return [
+        first,
+        fpipe.Layer(lambda p, x, *, carry: f(x, carry), name="bad", peek=("a",)),
+        last,
+    ]
 
 
 def with_neither(f):
@@ -73,12 +84,14 @@ WRONG_VALUES = {
     ),
     "undeclared peek": (
         with_neither(lambda x, c: (fpipe.peek(c, "a"), c)),
-        f"`fpipe.peek(carry, 'a')` in {BAD}: 'a' is not declared as peek there; add it: `@fpipe.skippable(peek=['a'])`",
+        f"`fpipe.peek(carry, 'a')` in {BAD}: 'a' is not declared as peek there; add "
+        "it: `@fpipe.skippable(peek=['a'])`",
     ),
     "a pop of what is declared as stash": (
         stashing(lambda x, c: fpipe.pop(c, "b")),
         f"`fpipe.pop(carry, 'b')` in {BAD}: 'b' is not declared as pop there; "
-        "it is declared as stash, so call `fpipe.stash`, or `@fpipe.skippable(pop=['b'])`",
+        "it is declared as stash, so call `fpipe.stash`, or "
+        "`@fpipe.skippable(pop=['b'])`",
     ),
     "a peek at what is declared as pop": (
         popping(lambda x, c: (x + fpipe.peek(c, "a"), {})),
@@ -88,24 +101,29 @@ WRONG_VALUES = {
     "a pop of what is declared as peek": (
         peeking(lambda x, c: fpipe.pop(c, "a")),
         f"`fpipe.pop(carry, 'a')` in {BAD}: 'a' is not declared as pop there; "
-        "it is declared as peek, so call `fpipe.peek`, or `@fpipe.skippable(pop=['a'])`",
+        "it is declared as peek, so call `fpipe.peek`, or "
+        "`@fpipe.skippable(pop=['a'])`",
     ),
     "a stash of what is declared as pop": (
         popping(lambda x, c: (x, fpipe.stash({}, "a", x))),
         f"`fpipe.stash(carry, 'a', ...)` in {BAD}: 'a' is not declared as stash there; "
-        "it is declared as pop, so call `fpipe.pop`, or `@fpipe.skippable(stash=['a'])`",
+        "it is declared as pop, so call `fpipe.pop`, or "
+        "`@fpipe.skippable(stash=['a'])`",
     ),
     "missing stash": (
         stashing(lambda x, c: (x, fpipe.stash(c, "b", x)), "b", "c"),
-        f"{BAD} declares stash=['b', 'c'] but did not stash 'c': `return y, fpipe.stash(carry, 'c', value)`",
+        f"{BAD} declares stash=['b', 'c'] but did not stash 'c': `return y, "
+        "fpipe.stash(carry, 'c', value)`",
     ),
     "a stash whose carry is dropped": (
         stashing(lambda x, c: (x, [fpipe.stash(c, "b", x), c][1])),
-        f"{BAD} declares stash=['b'] but did not stash 'b': `return y, fpipe.stash(carry, 'b', value)`",
+        f"{BAD} declares stash=['b'] but did not stash 'b': `return y, "
+        "fpipe.stash(carry, 'b', value)`",
     ),
     "double stash": (
         stashing(lambda x, c: (x, fpipe.stash(fpipe.stash(c, "b", x), "b", x))),
-        f"`fpipe.stash(carry, 'b', ...)` in {BAD}: 'b' is in the carry already; stash it once",
+        f"`fpipe.stash(carry, 'b', ...)` in {BAD}: 'b' is in the carry already; stash "
+        "it once",
     ),
     "double pop": (
         popping(lambda x, c: fpipe.pop(fpipe.pop(c, "a")[1], "a")),
@@ -114,17 +132,20 @@ WRONG_VALUES = {
     ),
     "missing pop": (
         popping(lambda x, c: (x, c)),
-        f"{BAD} declares pop=['a'] but never popped 'a': it is still in the carry that it returned. "
+        f"{BAD} declares pop=['a'] but never popped 'a': it is still in the carry that "
+        "it returned. "
         "Write `a, carry = fpipe.pop(carry, 'a')`, or declare it as peek",
     ),
     "a pop whose carry is dropped": (
         popping(lambda x, c: (x + fpipe.pop(c, "a")[0], c)),
-        f"{BAD} declares pop=['a'] but never popped 'a': it is still in the carry that it returned. "
+        f"{BAD} declares pop=['a'] but never popped 'a': it is still in the carry that "
+        "it returned. "
         "Write `a, carry = fpipe.pop(carry, 'a')`, or declare it as peek",
     ),
     "a popped value left in": (
         popping(lambda x, c: (x, {**fpipe.pop(c, "a")[1], "a": x})),
-        f"{BAD} declares pop=['a'] but never popped 'a': it is still in the carry that it returned. "
+        f"{BAD} declares pop=['a'] but never popped 'a': it is still in the carry that "
+        "it returned. "
         "Write `a, carry = fpipe.pop(carry, 'a')`, or declare it as peek",
     ),
     "a peeked value replaced": (
@@ -173,11 +194,13 @@ WRONG_TYPES = {
     ),
     "y alone": (
         with_neither(lambda x, c: x),
-        f"{BAD} declares carry and must return `(y, carry)`, but returned float32[3,2], no tuple",
+        f"{BAD} declares carry and must return `(y, carry)`, but returned "
+        "float32[3,2], no tuple",
     ),
     "the carry alone": (
         with_neither(lambda x, c: c),
-        f"{BAD} declares carry and must return `(y, carry)`, but returned {{}}, no tuple",
+        f"{BAD} declares carry and must return `(y, carry)`, but returned {{}}, no "
+        "tuple",
     ),
     "three": (
         popping(lambda x, c: (x, *fpipe.pop(c, "a"))),
@@ -188,12 +211,17 @@ WRONG_TYPES = {
 
 @both
 @pytest.mark.parametrize("case", [*WRONG_VALUES, *WRONG_TYPES])
-def test_a_misused_carry_is_refused_while_tracing_and_says_how_to_put_it_right(make, case):
+def test_a_misused_carry_is_refused_while_tracing_and_says_how_to_put_it_right(
+    make, case
+):
     layers, text = (WRONG_VALUES | WRONG_TYPES)[case]
     pipe, params = make(layers), ((),) * len(layers)
     stage = ", stage 1" if make is fpipe.Pipe else ""
     kind = ValueError if case in WRONG_VALUES else TypeError
-    runs = [lambda: pipe(params, X), lambda: pipe.value_and_grad(jnp.mean, argnums=1)(params, X)]
+    runs = [
+        lambda: pipe(params, X),
+        lambda: pipe.value_and_grad(jnp.mean, argnums=1)(params, X),
+    ]
     for run in runs:
         with raises(kind, text) as error:
             run()
@@ -202,7 +230,9 @@ def test_a_misused_carry_is_refused_while_tracing_and_says_how_to_put_it_right(m
         jax.eval_shape(pipe, params, X)
     assert error.value.__notes__[0] == f"fpipe: in {BAD}, microbatch 0"
     with raises(kind, text):
-        make([dataclasses.replace(layer, init=lambda key, x: ()) for layer in layers]).init(jax.random.key(0), X)
+        make(
+            [dataclasses.replace(layer, init=lambda key, x: ()) for layer in layers]
+        ).init(jax.random.key(0), X)
 
 
 def test_outside_a_pipeline_a_carry_is_a_plain_dict():
@@ -212,9 +242,15 @@ def test_outside_a_pipeline_a_carry_is_a_plain_dict():
     assert fpipe.peek(carry, "a") == 1
     assert carry == {"a": 1}
     who = "in a function outside a pipeline"
-    with raises(ValueError, f"`fpipe.stash(carry, 'a', ...)` {who}: 'a' is in the carry already; stash it once"):
+    with raises(
+        ValueError,
+        f"`fpipe.stash(carry, 'a', ...)` {who}: 'a' is in the carry already; stash it "
+        "once",
+    ):
         fpipe.stash(carry, "a", 2)
-    with raises(TypeError, f"`fpipe.peek(carry, 'a')` {who}: the carry is a list, no dict"):
+    with raises(
+        TypeError, f"`fpipe.peek(carry, 'a')` {who}: the carry is a list, no dict"
+    ):
         fpipe.peek(untyped([]), "a")
 
 
@@ -237,7 +273,13 @@ def test_a_layer_sees_what_it_declared_and_nothing_else(make):
 
         return fpipe.Layer(apply, stash=stash, pop=pop, peek=peek)
 
-    layers = [spy(("a", "b")), spy(("c",), peek=("b",)), spy(), spy(pop=("a", "c"), peek=("b",)), spy(pop=("b",))]
+    layers = [
+        spy(("a", "b")),
+        spy(("c",), peek=("b",)),
+        spy(),
+        spy(pop=("a", "c"), peek=("b",)),
+        spy(pop=("b",)),
+    ]
     make(layers)(((),) * 5, X)
     assert seen == [{}, {"b": 1}, {}, {"a": 1, "c": 2, "b": 1}, {"b": 1}]
 
@@ -256,7 +298,9 @@ def test_a_layer_may_leave_a_peeked_skip_out_of_its_carry_or_change_its_own_dict
 
 
 def layer(name, stash=(), pop=(), peek=()):
-    return fpipe.Layer(lambda p, x, *, carry: (x, carry), name=name, stash=stash, pop=pop, peek=peek)
+    return fpipe.Layer(
+        lambda p, x, *, carry: (x, carry), name=name, stash=stash, pop=pop, peek=peek
+    )
 
 
 ONE, TWO = fpipe.Namespace(), fpipe.Namespace()
@@ -276,38 +320,58 @@ MISMATCHES = {
     "stashed twice": (
         [layer("x", stash=["a"]), layer("x", stash=["a"]), layer("y", pop=["a"])],
         [
-            "'a' is stashed by layer 0 'x' and again by layer 1 'x'; isolate the pairs with namespaces: "
+            "'a' is stashed by layer 0 'x' and again by layer 1 'x'; isolate the pairs "
+            "with namespaces: "
             "`layer.isolate(fpipe.Namespace())`"
         ],
     ),
     "popped twice": (
         [layer("x", stash=["a"]), layer("y", pop=["a"]), layer("z", pop=["a"])],
         [
-            "'a' is popped by layer 1 'y' and layer 2 'z' pops it again; isolate the pairs with namespaces, "
+            "'a' is popped by layer 1 'y' and layer 2 'z' pops it again; isolate the "
+            "pairs with namespaces, "
             "or let all readers but the last one peek"
         ],
     ),
     "peeked after its pop": (
         [layer("x", stash=["a"]), layer("y", pop=["a"]), layer("z", peek=["a"])],
         [
-            "'a' is popped by layer 1 'y' and layer 2 'z' peeks at it after that; isolate the pairs with namespaces, "
+            "'a' is popped by layer 1 'y' and layer 2 'z' peeks at it after that; "
+            "isolate the pairs with namespaces, "
             "or let all readers but the last one peek"
         ],
     ),
-    "popped, never stashed": ([layer("x", pop=["a"])], ["layer 0 'x' declares pop=['a'], but it is never stashed"]),
-    "peeked, never stashed": ([layer("x", peek=["a"])], ["layer 0 'x' declares peek=['a'], but it is never stashed"]),
+    "popped, never stashed": (
+        [layer("x", pop=["a"])],
+        ["layer 0 'x' declares pop=['a'], but it is never stashed"],
+    ),
+    "peeked, never stashed": (
+        [layer("x", peek=["a"])],
+        ["layer 0 'x' declares peek=['a'], but it is never stashed"],
+    ),
     "stashed only later": (
         [layer("x", peek=["a"]), layer("y", stash=["a"]), layer("z", pop=["a"])],
-        ["layer 0 'x' declares peek=['a'], but it is stashed only later, by layer 1 'y'"],
+        [
+            "layer 0 'x' declares peek=['a'], but it is stashed only later, by layer 1 "
+            "'y'"
+        ],
     ),
     "popped before it is stashed": (
         [layer("x", pop=["a"]), layer("y", stash=["a"])],
-        ["layer 0 'x' declares pop=['a'], but it is stashed only later, by layer 1 'y'"],
+        [
+            "layer 0 'x' declares pop=['a'], but it is stashed only later, by layer 1 "
+            "'y'"
+        ],
     ),
     "in another namespace": (
-        [layer("x", stash=["a"]).isolate(ONE), layer("y", pop=["a"]).isolate(ONE), layer("z", pop=["a"]).isolate(TWO)],
         [
-            "layer 2 'z' declares pop=['a'], but it is stashed only in another namespace: isolate both ends with the "
+            layer("x", stash=["a"]).isolate(ONE),
+            layer("y", pop=["a"]).isolate(ONE),
+            layer("z", pop=["a"]).isolate(TWO),
+        ],
+        [
+            "layer 2 'z' declares pop=['a'], but it is stashed only in another "
+            "namespace: isolate both ends with the "
             "same one"
         ],
     ),
@@ -316,16 +380,21 @@ MISMATCHES = {
         ["'a' is stashed by layer 0 'x', but no later layer pops it"],
     ),
     "stashed twice in one namespace": (
-        [*[layer("x", stash=["a"]).isolate(ONE)] * 2, layer("y", pop=["a"]).isolate(ONE)],
         [
-            "'a' is stashed by layer 0 'x' and again by layer 1 'x'; isolate the pairs with namespaces: "
+            *[layer("x", stash=["a"]).isolate(ONE)] * 2,
+            layer("y", pop=["a"]).isolate(ONE),
+        ],
+        [
+            "'a' is stashed by layer 0 'x' and again by layer 1 'x'; isolate the pairs "
+            "with namespaces: "
             "`layer.isolate(fpipe.Namespace())`"
         ],
     ),
     "one end isolated": (
         [layer("x", stash=["a"]).isolate(ONE), layer("y", pop=["a"])],
         [
-            "layer 1 'y' declares pop=['a'], but it is stashed only in another namespace: isolate both ends with the "
+            "layer 1 'y' declares pop=['a'], but it is stashed only in another "
+            "namespace: isolate both ends with the "
             "same one",
             "'a' is stashed by layer 0 'x', but no later layer pops it",
         ],
@@ -337,7 +406,9 @@ def report(wrong):
     return "`verify_skippables`: " + "".join(f"\n  - {line}" for line in wrong)
 
 
-@pytest.mark.parametrize("check", [fpipe.verify_skippables, fpipe.sequential, fpipe.Pipe])
+@pytest.mark.parametrize(
+    "check", [fpipe.verify_skippables, fpipe.sequential, fpipe.Pipe]
+)
 @pytest.mark.parametrize("case", MISMATCHES)
 def test_each_mismatch_of_skips_is_found(check, case):
     layers, wrong = MISMATCHES[case]
@@ -345,24 +416,35 @@ def test_each_mismatch_of_skips_is_found(check, case):
         check(layers)
 
 
-@pytest.mark.parametrize("check", [fpipe.verify_skippables, fpipe.sequential, fpipe.Pipe])
+@pytest.mark.parametrize(
+    "check", [fpipe.verify_skippables, fpipe.sequential, fpipe.Pipe]
+)
 def test_all_mismatches_are_reported_at_once_at_any_depth(check):
     layers = [
         layer("never", pop=["n"]),
-        [layer("early", pop=["late"]), (layer("both", stash=["b"], pop=["b"]), [[layer("twice", stash=["t"])]])],
+        [
+            layer("early", pop=["late"]),
+            (layer("both", stash=["b"], pop=["b"]), [[layer("twice", stash=["t"])]]),
+        ],
         iter([layer("again", stash=["t"]), layer("late", stash=["late"])]),
-        (layer("pop", pop=["t"]), [layer("repop", pop=["t"]), [layer("peek", peek=["t"])]]),
+        (
+            layer("pop", pop=["t"]),
+            [layer("repop", pop=["t"]), [layer("peek", peek=["t"])]],
+        ),
         [[[layer("lost", stash=["lost"])]]],
     ]
     isolate = "isolate the pairs with namespaces"
     others = f"{isolate}, or let all readers but the last one peek"
     wrong = [
         "layer 0 'never' declares pop=['n'], but it is never stashed",
-        "layer 1 'early' declares pop=['late'], but it is stashed only later, by layer 5 'late'",
+        "layer 1 'early' declares pop=['late'], but it is stashed only later, by layer "
+        "5 'late'",
         "layer 2 'both' declares 'b' both as stash and as pop; keep one",
-        f"'t' is stashed by layer 3 'twice' and again by layer 4 'again'; {isolate}: `layer.isolate(fpipe.Namespace())`",
+        f"'t' is stashed by layer 3 'twice' and again by layer 4 'again'; {isolate}: "
+        "`layer.isolate(fpipe.Namespace())`",
         f"'t' is popped by layer 6 'pop' and layer 7 'repop' pops it again; {others}",
-        f"'t' is popped by layer 6 'pop' and layer 8 'peek' peeks at it after that; {others}",
+        "'t' is popped by layer 6 'pop' and layer 8 'peek' peeks at it after that; "
+        f"{others}",
         "'lost' is stashed by layer 9 'lost', but no later layer pops it",
     ]
     with raises(ValueError, report(wrong)):
@@ -374,7 +456,9 @@ def test_models_that_fit_pass():
     fpipe.verify_skippables([first, [[last]], (fpipe.fn(jnp.tanh), [keep()]), add()])
     isolated = [[first.isolate(space), last.isolate(space)] for space in (ONE, TWO)]
     fpipe.verify_skippables([first, isolated, last])
-    fpipe.verify_skippables([layer("x", stash=["a"]), *[layer("y", peek=["a"])] * 3, layer("z", pop=["a"])])
+    fpipe.verify_skippables(
+        [layer("x", stash=["a"]), *[layer("y", peek=["a"])] * 3, layer("z", pop=["a"])]
+    )
 
 
 @pytest.mark.parametrize("field", ["stash", "pop", "peek"])
@@ -397,12 +481,14 @@ ISOLATIONS = {
     "the class": (
         lambda: first.isolate(untyped(fpipe.Namespace)),
         TypeError,
-        "`isolate(namespace)` of layer 'first': <class 'fpipe._skip.Namespace'> is no fpipe.Namespace",
+        "`isolate(namespace)` of layer 'first': <class 'fpipe._model.skips.Namespace'> "
+        "is no fpipe.Namespace",
     ),
     "a string": (
         lambda: first.isolate(ONE, only="a"),
         TypeError,
-        "`isolate(only=...)` of layer 'first': got the string 'a' where a list of names belongs: write ['a']",
+        "`isolate(only=...)` of layer 'first': got the string 'a' where a list of "
+        "names belongs: write ['a']",
     ),
     "unknown": (
         lambda: first.isolate(ONE, only=["a", "b"]),
@@ -432,9 +518,17 @@ def test_isolate_takes_some_of_the_skips_only():
     stash, pop = layer("x", stash=["a", "b", "c"]), layer("y", pop=["b", "a", "c"])
     assert skips([stash, pop]) == ["a", "b", "c"]
     assert skips([f.isolate(ONE) for f in (stash, pop)]) == ["a#0", "b#0", "c#0"]
-    assert skips([f.isolate(ONE, only=["b"]) for f in (stash, pop)]) == ["a", "b#0", "c"]
-    assert skips([f.isolate(ONE, only=["b"]).isolate(TWO, only=["a"]) for f in (stash, pop)]) == ["a#1", "b#0", "c"]
-    assert skips([f.isolate(ONE).isolate(TWO, only=iter(["a"])) for f in (stash, pop)]) == ["a#0", "b#1", "c#1"]
+    assert skips([f.isolate(ONE, only=["b"]) for f in (stash, pop)]) == [
+        "a",
+        "b#0",
+        "c",
+    ]
+    assert skips(
+        [f.isolate(ONE, only=["b"]).isolate(TWO, only=["a"]) for f in (stash, pop)]
+    ) == ["a#1", "b#0", "c"]
+    assert skips(
+        [f.isolate(ONE).isolate(TWO, only=iter(["a"])) for f in (stash, pop)]
+    ) == ["a#0", "b#1", "c#1"]
     assert skips([f.isolate(ONE, only=[]) for f in (stash, pop)]) == ["a", "b", "c"]
     with pytest.raises(ValueError, match="stashed only in another namespace"):
         fpipe.Pipe([stash.isolate(ONE, only=["b"]), pop.isolate(ONE, only=["a", "b"])])
@@ -453,7 +547,9 @@ def test_namespaces_are_equal_only_if_they_are_the_same():
 
 
 def uses(order):
-    """A model that uses `first` and `last` under three namespaces, made in that order and used as 2, 0, 1."""
+    """A model that uses `first` and `last` under three namespaces, made in that order
+    and used as 2, 0, 1.
+    """
     made = {k: fpipe.Namespace() for k in order}
     return [
         *(first.isolate(made[k]) for k in (2, 0, 1)),
@@ -464,7 +560,9 @@ def uses(order):
 def test_namespaces_are_numbered_by_first_use_whatever_the_order_in_which_they_were_made():
     for order in [(0, 1, 2), (2, 1, 0), (1, 2, 0)]:
         layers = fpipe.Pipe(uses(order)).layers
-        assert [str(layer.namespaces) for layer in layers] == [f"(('a', Namespace(#{k})),)" for k in (0, 1, 2, 1, 0, 2)]
+        assert [str(layer.namespaces) for layer in layers] == [
+            f"(('a', Namespace(#{k})),)" for k in (0, 1, 2, 1, 0, 2)
+        ]
         assert skips(uses(order)) == ["a#0", "a#1", "a#2"]
 
 
@@ -473,8 +571,18 @@ def test_pipes_that_differ_only_in_namespace_objects_are_equal():
     for other in (fpipe.Pipe(uses((2, 0, 1))), fpipe.Pipe(pipe.layers)):
         assert other == pipe
         assert hash(other) == hash(pipe)
-    nested = [first.isolate(ONE), first.isolate(TWO), last.isolate(TWO), last.isolate(ONE)]
-    crossed = [first.isolate(ONE), first.isolate(TWO), last.isolate(ONE), last.isolate(TWO)]
+    nested = [
+        first.isolate(ONE),
+        first.isolate(TWO),
+        last.isolate(TWO),
+        last.isolate(ONE),
+    ]
+    crossed = [
+        first.isolate(ONE),
+        first.isolate(TWO),
+        last.isolate(ONE),
+        last.isolate(TWO),
+    ]
     for make in (fpipe.Pipe, fpipe.sequential):
         assert make(nested) != make(crossed)
 
@@ -490,7 +598,10 @@ def pop_plainly(params, x, *, carry):
 
 def test_a_pipe_with_namespaces_pickles():
     space = fpipe.Namespace()
-    layers = [fpipe.Layer(stash_plainly, stash=("a",)), fpipe.Layer(pop_plainly, pop=("a",))]
+    layers = [
+        fpipe.Layer(stash_plainly, stash=("a",)),
+        fpipe.Layer(pop_plainly, pop=("a",)),
+    ]
     pipe = fpipe.Pipe([layer.isolate(space) for layer in layers])
     again = pickle.loads(pickle.dumps(pipe))
     assert again == pipe
@@ -581,10 +692,16 @@ VALUES = {
     "integers": (lambda p, x: jnp.argmax(x * p, -1), lambda i: jax.nn.one_hot(i, 2)),
     "booleans": (lambda p, x: x > 2.5, lambda b: jnp.where(b, 1.0, 0.5)),
     "a key": (lambda p, x: jax.random.key(x.shape[0]), from_key),
-    "keys": (lambda p, x: jax.random.split(jax.random.key(1), x.shape[0]), jax.vmap(from_key)),
+    "keys": (
+        lambda p, x: jax.random.split(jax.random.key(1), x.shape[0]),
+        jax.vmap(from_key),
+    ),
     "0-d": (lambda p, x: (x * p).sum(), jnp.sin),
     "no rows": (lambda p, x: x[:0] * p, lambda a: 1.0 + a.sum()),
-    "bfloat16": (lambda p, x: (x * p).astype(jnp.bfloat16), lambda a: a.astype(jnp.float32)),
+    "bfloat16": (
+        lambda p, x: (x * p).astype(jnp.bfloat16),
+        lambda a: a.astype(jnp.float32),
+    ),
     "the parameters": (lambda p, x: p, jnp.cos),
     "the input": (lambda p, x: x, jnp.sin),
     "the output": (lambda p, x: x * p, jnp.sin),
@@ -630,11 +747,16 @@ def inside(pipe, params, x):
 
 
 def outside(pipe, params, x):
-    return jax.value_and_grad(lambda p, x: mse(pipe(p, x), jnp.cos(X)), argnums=(0, 1))(params, x)
+    return jax.value_and_grad(lambda p, x: mse(pipe(p, x), jnp.cos(X)), argnums=(0, 1))(
+        params, x
+    )
 
 
 def check(case, run, balance=None, tolerance=1e-5):
-    reference, pipe = fpipe.sequential(model(case), chunks=3), fpipe.Pipe(model(case), balance, chunks=3)
+    reference, pipe = (
+        fpipe.sequential(model(case), chunks=3),
+        fpipe.Pipe(model(case), balance, chunks=3),
+    )
     want = jax.jit(functools.partial(run, reference))(PARAMS, X / 4)
     assert_same(run(pipe, pipe.place(PARAMS), X / 4), want, tolerance)
 
@@ -644,7 +766,9 @@ def test_any_value_can_be_a_skip(case):
     check(case, inside, tolerance=2e-2 if case == "bfloat16" else 1e-5)
 
 
-@pytest.mark.parametrize(("run", "balance"), [(inside, [3]), (inside, [1, 2]), (outside, [2, 1])])
+@pytest.mark.parametrize(
+    ("run", "balance"), [(inside, [3]), (inside, [1, 2]), (outside, [2, 1])]
+)
 def test_the_ends_of_a_skip_may_share_a_stage(run, balance):
     check("a pytree", run, balance)
 
@@ -678,9 +802,13 @@ def test_a_gradient_can_go_through_the_skip_alone(make):
 
     pipe = make([stash, fpipe.Layer(lambda p, x: x * p), pop], chunks=2)
     p = jnp.array([0.5, 2.0])
-    _, grads = pipe.value_and_grad(jnp.sum, reduction="sum", argnums=(0, 1))(pipe.place((p, p, p)), X)
+    _, grads = pipe.value_and_grad(jnp.sum, reduction="sum", argnums=(0, 1))(
+        pipe.place((p, p, p)), X
+    )
     own = (jnp.cos(X * p) * X * p).sum(0)
-    assert_same(grads, ((own, jnp.zeros(2), jnp.sin(X * p).sum(0)), jnp.cos(X * p) * p * p))
+    assert_same(
+        grads, ((own, jnp.zeros(2), jnp.sin(X * p).sum(0)), jnp.cos(X * p) * p * p)
+    )
 
 
 @both
@@ -702,7 +830,11 @@ def test_integer_inputs_that_skip_stages_have_float0_gradients(make):
         where, carry = fpipe.pop(carry, "mask")
         return jnp.where(where, x, 1.0), carry
 
-    x = {"v": X, "ids": jnp.array([2, 0, 2]), "mask": jnp.array([[True, False], [True, True], [False, True]])}
+    x = {
+        "v": X,
+        "ids": jnp.array([2, 0, 2]),
+        "mask": jnp.array([[True, False], [True, True], [False, True]]),
+    }
     table = jnp.arange(1.0, 7).reshape(3, 2)
     pipe = make([stash, fpipe.fn(jnp.sin), embed, mask], chunks=2)
     params = pipe.place(((), (), table, ()))
@@ -713,7 +845,9 @@ def test_integer_inputs_that_skip_stages_have_float0_gradients(make):
         return jnp.where(x["mask"], jnp.sin(v) * table[x["ids"]], 1.0).sum()
 
     want, (want_table, want_v) = jax.value_and_grad(by_hand, argnums=(0, 1))(table, X)
-    none = {name: np.zeros(x[name].shape, jax.dtypes.float0) for name in ("ids", "mask")}
+    none = {
+        name: np.zeros(x[name].shape, jax.dtypes.float0) for name in ("ids", "mask")
+    }
     assert_same((loss, into_table, into_x), (want, want_table, {"v": want_v, **none}))
 
 
@@ -721,7 +855,9 @@ def test_integer_inputs_that_skip_stages_have_float0_gradients(make):
 
 
 def nested(depth):
-    """`keep` and `add` nested `depth` deep under namespaces, with one reader of each in the middle."""
+    """`keep` and `add` nested `depth` deep under namespaces, with one reader of each in
+    the middle.
+    """
     spaces = [fpipe.Namespace() for _ in range(depth)]
     return [
         *(keep().isolate(space) for space in spaces),
@@ -747,7 +883,9 @@ def nested_by_hand(depth, params, x):
     ("balance", "schedule"),
     [([2, 6], "eager_1f1b"), ([2, 2, 2, 2], "1f1b"), ([1, 3, 3, 1], "gpipe")],
 )
-def test_layers_used_many_times_under_namespaces_compute_what_is_written_by_hand(balance, schedule):
+def test_layers_used_many_times_under_namespaces_compute_what_is_written_by_hand(
+    balance, schedule
+):
     layers, x = nested(2), noise(jax.random.key(1), (6, 4))
     pipe = fpipe.Pipe(layers, balance, chunks=3, schedule=schedule)
     params = tuple(jnp.linspace(0.5, 1.5, 4) + 0.1 * k for k in range(8))
@@ -756,7 +894,9 @@ def test_layers_used_many_times_under_namespaces_compute_what_is_written_by_hand
     def by_hand(params, x, target):
         return mse(nested_by_hand(2, params, x), target)
 
-    want = jax.jit(jax.value_and_grad(by_hand, argnums=(0, 1, 2)))(params, x, jnp.cos(x))
+    want = jax.jit(jax.value_and_grad(by_hand, argnums=(0, 1, 2)))(
+        params, x, jnp.cos(x)
+    )
     assert_same(got, want)
 
 
@@ -774,7 +914,10 @@ def test_a_block_is_used_again_and_again_with_a_namespace_each():
             x = jnp.tanh((jnp.sin(x) * p) @ d["w"] + d["b"]) * q + skip
         return x
 
-    scale, weights = jnp.linspace(0.5, 1.5, 4), {"w": jnp.eye(4) + 0.1, "b": jnp.linspace(0.0, 1.0, 4)}
+    scale, weights = (
+        jnp.linspace(0.5, 1.5, 4),
+        {"w": jnp.eye(4) + 0.1, "b": jnp.linspace(0.0, 1.0, 4)},
+    )
     params = (scale, weights, scale) * 3
     got = pipe.value_and_grad(mse, argnums=(0, 1))(pipe.place(params), x, jnp.cos(x))
     want = jax.value_and_grad(lambda p, x, t: mse(by_hand(p, x), t), argnums=(0, 1))
@@ -819,10 +962,17 @@ def test_a_layer_with_a_carry_and_a_state_returns_both(make):
         value, carry = fpipe.pop(carry, "a")
         return x * value, carry, state * 2
 
-    pipe = make([fpipe.Layer(stash, stash=("a",)), fpipe.Layer(pop, pop=("a",))], chunks=3)
+    pipe = make(
+        [fpipe.Layer(stash, stash=("a",)), fpipe.Layer(pop, pop=("a",))], chunks=3
+    )
     params, state = pipe.place((jnp.float32(2), ())), (jnp.float32(1), jnp.int32(1))
-    seen = jnp.array([1.0, 4.0, 11.0]).reshape(3, 1)  # 1, then the sums of the rows (1 2) and (3 4) on top
-    assert_same(pipe(params, X, state=state), (X * 2 * (X + seen), (jnp.float32(22), jnp.int32(8))))
+    seen = jnp.array([1.0, 4.0, 11.0]).reshape(
+        3, 1
+    )  # 1, then the sums of the rows (1 2) and (3 4) on top
+    assert_same(
+        pipe(params, X, state=state),
+        (X * 2 * (X + seen), (jnp.float32(22), jnp.int32(8))),
+    )
 
 
 def test_a_carry_keeps_its_structure():
@@ -836,7 +986,9 @@ def test_a_carry_keeps_its_structure():
         return x, carry
 
     made = {"list": [X, None], "pair": Pair(X, 3), "record": Record(X, "t")}
-    stash = fpipe.skippable(stash=["a"])(fpipe.fn(lambda x, *, carry: (x, fpipe.stash(carry, "a", made))))
+    stash = fpipe.skippable(stash=["a"])(
+        fpipe.fn(lambda x, *, carry: (x, fpipe.stash(carry, "a", made)))
+    )
     fpipe.Pipe([stash, pop])(((), ()), X)
     chex.assert_trees_all_equal_structs(seen[0], made)
     assert seen[0]["pair"].right == 3

@@ -1,4 +1,6 @@
-"""`fpipe.testing`: it says nothing when all is well, and where the first difference is when not."""
+"""`fpipe.testing`: it says nothing when all is well, and where the first difference is
+when not.
+"""
 
 import subprocess
 import sys
@@ -11,12 +13,14 @@ from hypothesis import strategies as st
 
 import fpipe
 import fpipe.testing
-from fpipe._scan import Scan
+from fpipe._executors.scan.executor import Scan
 from tests.helpers import WIDTH, Case, counter, dense, dropout, models, mse
 
 
 def pipe_of(layers, executor="placed", **options):
-    return fpipe.Pipe(layers, [1, 1, 1, len(layers) - 3], chunks=4, executor=executor, **options)
+    return fpipe.Pipe(
+        layers, [1, 1, 1, len(layers) - 3], chunks=4, executor=executor, **options
+    )
 
 
 @pytest.mark.parametrize("executor", ["placed", "scan"])
@@ -25,14 +29,25 @@ def test_equal_pipes_are_equal(model, executor):
     layers = models()[model]
     case = Case(layers, 4, rows=8)
     fpipe.testing.assert_equals_sequential(
-        pipe_of(layers, executor), case.x, case.target, loss_fn=mse, side=case.side, key=jax.random.key(3), train=True
+        pipe_of(layers, executor),
+        case.x,
+        case.target,
+        loss_fn=mse,
+        side=case.side,
+        key=jax.random.key(3),
+        train=True,
     )
 
 
 def test_aux_and_numbers_of_one_argument():
     case = Case([dense()] * 4, 4, rows=8)
     fpipe.testing.assert_equals_sequential(
-        pipe_of(case.layers), case.x, case.target, loss_fn=lambda y, t: (mse(y, t), {"y": y}), has_aux=True, argnums=2
+        pipe_of(case.layers),
+        case.x,
+        case.target,
+        loss_fn=lambda y, t: (mse(y, t), {"y": y}),
+        has_aux=True,
+        argnums=2,
     )
 
 
@@ -44,25 +59,44 @@ def test_mixed_precision_has_its_own_tolerance():
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 def test_a_gradient_that_is_nothing_but_rounding_is_no_difference(dtype):
-    """A bias before a batch norm, for one: the pipe and the plain composition round it in their own ways."""
-    layers = [dense(activation=lambda x: x), fpipe.DeferredBatchNorm(), dense(), dense()]
+    """A bias before a batch norm, for one: the pipe and the plain composition round it
+    in their own ways.
+    """
+    layers = [
+        dense(activation=lambda x: x),
+        fpipe.DeferredBatchNorm(),
+        dense(),
+        dense(),
+    ]
     pipe, case = pipe_of(layers, compute_dtype=dtype), Case([dense()] * 4, 4, rows=16)
-    params, state = fpipe.sequential(layers, 4).init(jax.random.key(0), case.x), pipe.init_state(case.x)
+    params, state = (
+        fpipe.sequential(layers, 4).init(jax.random.key(0), case.x),
+        pipe.init_state(case.x),
+    )
 
     def off(share):
         def loss(result):
             b = result.gradients[0][0]["b"]
             b = b.at[0].set(share * jnp.abs(result.gradients[0][0]["w"]).max())
             return result._replace(
-                gradients=(({**result.gradients[0][0], "b": b}, *result.gradients[0][1:]), *result.gradients[1:])
+                gradients=(
+                    ({**result.gradients[0][0], "b": b}, *result.gradients[0][1:]),
+                    *result.gradients[1:],
+                )
             )
 
         return changed(pipe_of(layers, compute_dtype=dtype), loss=loss)
 
     given = {"loss_fn": mse, "params": params, "train": True, "state": state}
-    fpipe.testing.assert_equals_sequential(off(1e-2 if dtype else 1e-6), case.x, case.target, **given)
-    with pytest.raises(AssertionError, match=r"the gradient of params, layer 0 .* at \['b'\]"):
-        fpipe.testing.assert_equals_sequential(off(5e-2 if dtype else 3e-6), case.x, case.target, **given)
+    fpipe.testing.assert_equals_sequential(
+        off(1e-2 if dtype else 1e-6), case.x, case.target, **given
+    )
+    with pytest.raises(
+        AssertionError, match=r"the gradient of params, layer 0 .* at \['b'\]"
+    ):
+        fpipe.testing.assert_equals_sequential(
+            off(5e-2 if dtype else 3e-6), case.x, case.target, **given
+        )
 
 
 def changed(pipe, **change):
@@ -96,8 +130,10 @@ def off_by(layer, name, f):
     [
         (
             off_by(2, "w", lambda a: a.at[1, 3].add(1.0)),
-            r"the gradient of params, layer 2 'dense' \(stage 2 on .*2.*\) at \['w'\]: 1 of 16 numbers differ; at \(1, 3\) the "
-            r"pipe gives \S+, the plain composition \S+; the largest difference is 1, allowed is \S+$",
+            r"the gradient of params, layer 2 'dense' \(stage 2 on .*2.*\) at \['w'\]: "
+            r"1 of 16 numbers differ; at \(1, 3\) the "
+            r"pipe gives \S+, the plain composition \S+; the largest difference is 1, "
+            r"allowed is \S+$",
         ),
         (
             off_by(3, "b", lambda a: a.at[0].set(jnp.nan)),
@@ -105,18 +141,22 @@ def off_by(layer, name, f):
         ),
         (
             off_by(1, "b", lambda a: a.astype(jnp.bfloat16)),
-            r"layer 1 .*: the pipe gives bfloat16\[4\], the plain composition float32\[4\]",
+            r"layer 1 .*: the pipe gives bfloat16\[4\], the plain composition "
+            r"float32\[4\]",
         ),
         (
             off_by(0, "b", lambda a: (a, a)),
-            r"layer 0 .*: the pipe gives \{.*\(float32\[4\], float32\[4\]\).*\}, the plain composition",
+            r"layer 0 .*: the pipe gives \{.*\(float32\[4\], float32\[4\]\).*\}, the "
+            r"plain composition",
         ),
         (
             lambda result: result._replace(loss=result.loss * 1.01),
             r"^the loss: 1 of 1 numbers differ; at \(\) the pipe gives",
         ),
         (
-            lambda result: result._replace(gradients=(result.gradients[0], result.gradients[1] * 2)),
+            lambda result: result._replace(
+                gradients=(result.gradients[0], result.gradients[1] * 2)
+            ),
             r"^the gradient of x: 32 of 32 numbers differ",
         ),
     ],
@@ -136,7 +176,10 @@ def test_a_wrong_state_is_named():
         return y, (None, {**state[1], "count": state[1]["count"] + 1}, None, None)
 
     pipe = changed(pipe_of(case.layers), loss=lambda out: out, forward=forward)
-    with pytest.raises(AssertionError, match=r"^the state, layer 1 'counter' \(stage 1 on .*\) at \['count'\]: 1 of 1"):
+    with pytest.raises(
+        AssertionError,
+        match=r"^the state, layer 1 'counter' \(stage 1 on .*\) at \['count'\]: 1 of 1",
+    ):
         fpipe.testing.assert_equals_sequential(pipe, case.x, train=True)
 
 
@@ -147,7 +190,10 @@ def test_a_layer_that_is_not_pure_is_found():
     def impure(params, x):
         return x * jax.random.uniform(jax.random.key(next(drawn)), x.shape) + params
 
-    layers = [fpipe.Layer(impure, lambda key, x: jnp.zeros(x.shape[-1])), *[dense()] * 3]
+    layers = [
+        fpipe.Layer(impure, lambda key, x: jnp.zeros(x.shape[-1])),
+        *[dense()] * 3,
+    ]
     with pytest.raises(AssertionError, match=r"^y: \d+ of 32 numbers differ"):
         fpipe.testing.assert_equals_sequential(pipe_of(layers), jnp.ones((8, WIDTH)))
 
@@ -162,7 +208,9 @@ FEW = settings(
 
 
 def test_random_schedules_are_valid_and_of_every_kind():
-    """`Schedule` refuses invalid ones; forwards keep their order where asked; orders no generator makes are among them."""
+    """`Schedule` refuses invalid ones; forwards keep their order where asked; orders no
+    generator makes are among them.
+    """
     seen, permuted = set(), False
 
     @FEW
@@ -171,7 +219,9 @@ def test_random_schedules_are_valid_and_of_every_kind():
         nonlocal permuted
         where = data.draw(st.sampled_from([(0, 1, 2), (0, 1, 0), (0, 1, 1, 0)]))
         split, in_order = data.draw(st.booleans()), data.draw(st.booleans())
-        schedule = data.draw(fpipe.testing.schedules(where, 3, split=split, in_order=in_order))
+        schedule = data.draw(
+            fpipe.testing.schedules(where, 3, split=split, in_order=in_order)
+        )
         assert schedule.stage_to_device == where
         assert schedule.microbatches == 3
         kinds = {a.kind for row in schedule.actions for a in row}
@@ -189,7 +239,10 @@ def test_random_schedules_are_valid_and_of_every_kind():
 
 @pytest.mark.parametrize("executor", ["placed", "scan"])
 def test_random_partitions_fit_the_executor(executor):
-    layers, x = [dense(), dropout(), dense(), dense()], jax.ShapeDtypeStruct((6, WIDTH), jnp.float32)
+    layers, x = (
+        [dense(), dropout(), dense(), dense()],
+        jax.ShapeDtypeStruct((6, WIDTH), jnp.float32),
+    )
     pipes = []
 
     @FEW

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from fpipe._scan._coloring import edge_colors, slots
-from fpipe._scan._ticks import ONE, TWO, cheaper, lock_step
+from fpipe._executors.scan.coloring import edge_colors, slots
+from fpipe._executors.scan.ticks import ONE, TWO, cheaper, lock_step
 from fpipe.schedules import NAMES, Action, Costs, named
 
 
@@ -15,7 +15,8 @@ def schedule_of(name, devices, m):
     return named(name, devices, m, None)
 
 
-# D=4, m=16, F=1, B=2, I=W=1; interleaved with two stages per device and these costs per stage.
+# D=4, m=16, F=1, B=2, I=W=1; interleaved with two stages per device and these costs per
+# stage.
 LOCK_STEP = {
     "gpipe": (57, 57),
     "1f1b": (72, 90),
@@ -29,7 +30,10 @@ LOCK_STEP = {
 def test_what_both_forms_cost(name):
     schedule = schedule_of(name, 4, 16)
     costs = Costs(F=1, B=2, I=1, W=1)
-    both = tuple(lock_step(schedule.actions, schedule.stages, form).cost(costs) for form in (ONE, TWO))
+    both = tuple(
+        lock_step(schedule.actions, schedule.stages, form).cost(costs)
+        for form in (ONE, TWO)
+    )
     assert both == LOCK_STEP[name]
     assert cheaper(schedule.actions, schedule.stages, costs).cost(costs) == min(both)
 
@@ -47,18 +51,29 @@ def test_every_action_runs_once_in_order_behind_what_it_needs(name, form):
         for tick in ticks.rows:
             for kinds, phase in zip(form, tick, strict=True):
                 assert all(a.kind in kinds for a in phase if a)
-        split = {a.microbatch for row in schedule.actions for a in row if a.kind == "I" and a.stage == 0}
+        split = {
+            a.microbatch
+            for row in schedule.actions
+            for a in row
+            if a.kind == "I" and a.stage == 0
+        }
         for (kind, s, i), at in where.items():
             if kind == "F" and s:
                 assert where[Action("F", s - 1, i)] < at
             if kind in "BI" and s + 1 < schedule.stages:
-                later = [at for a, at in where.items() if a.kind in "BI" and a[1:] == (s + 1, i)]
+                later = [
+                    at
+                    for a, at in where.items()
+                    if a.kind in "BI" and a[1:] == (s + 1, i)
+                ]
                 assert later[0] < at
             if kind in "BI":
                 assert where[Action("F", s, i)] < at
             if kind == "W":
                 assert where[Action("I", s, i)] < at
-        assert split or not any(a.kind == "W" and a.stage == 0 for row in schedule.actions for a in row)
+        assert split or not any(
+            a.kind == "W" and a.stage == 0 for row in schedule.actions for a in row
+        )
 
 
 def test_backwards_alone_follow_what_is_done():
@@ -67,19 +82,31 @@ def test_backwards_alone_follow_what_is_done():
     ticks = cheaper(rows, 3, Costs())
     assert ticks.phases == ONE
     assert len(ticks.rows) == 4 + 2
-    assert ticks.positions(10)[Action("B", 2, 0)] == min(ticks.positions(10).values()) == 10
+    assert (
+        ticks.positions(10)[Action("B", 2, 0)]
+        == min(ticks.positions(10).values())
+        == 10
+    )
 
 
 def test_edges_get_the_fewest_colors():
     rng = random.Random(0)
     for _ in range(500):
         n = rng.randint(1, 6)
-        edges = [(rng.randrange(n), rng.randrange(n)) for _ in range(rng.randint(0, 15))]
+        edges = [
+            (rng.randrange(n), rng.randrange(n)) for _ in range(rng.randint(0, 15))
+        ]
         colors = edge_colors(edges)
         sources = {(a, c) for (a, _), c in zip(edges, colors, strict=True)}
         targets = {(b, c) for (_, b), c in zip(edges, colors, strict=True)}
         assert len(sources) == len(targets) == len(edges)
-        degree = max([*Counter(a for a, _ in edges).values(), *Counter(b for _, b in edges).values()], default=0)
+        degree = max(
+            [
+                *Counter(a for a, _ in edges).values(),
+                *Counter(b for _, b in edges).values(),
+            ],
+            default=0,
+        )
         assert max(colors, default=-1) + 1 == degree
 
 
@@ -90,8 +117,14 @@ def test_a_ring_has_one_color():
 def test_slots_are_the_fewest():
     rng = random.Random(1)
     for _ in range(300):
-        intervals = [(a, a + rng.randrange(6), n) for n in range(rng.randint(0, 12)) for a in [rng.randrange(20)]]
+        intervals = [
+            (a, a + rng.randrange(6), n)
+            for n in range(rng.randint(0, 12))
+            for a in [rng.randrange(20)]
+        ]
         where, count = slots(intervals)
         for (a, b, k), (c, d, n) in itertools.combinations(intervals, 2):
             assert where[k] != where[n] or b < c or d < a
-        assert count == max((sum(a <= t <= b for a, b, _ in intervals) for t in range(30)), default=0)
+        assert count == max(
+            (sum(a <= t <= b for a, b, _ in intervals) for t in range(30)), default=0
+        )

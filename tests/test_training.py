@@ -1,4 +1,6 @@
-"""What training asks of gradients: mixed precision, frozen parameters, scaled losses, sums over calls."""
+"""What training asks of gradients: mixed precision, frozen parameters, scaled losses,
+sums over calls.
+"""
 
 import dataclasses
 import pickle
@@ -12,9 +14,22 @@ import numpy as np
 import pytest
 
 import fpipe
-from fpipe._placed import observing
-from fpipe._plan import Move
-from tests.helpers import WIDTH, Case, add, assert_same, borrower, dense, keep, models, mse, noise, owner, raises
+from fpipe._executors.placed.dispatch import observing
+from fpipe._executors.placed.instructions import Move
+from tests.helpers import (
+    WIDTH,
+    Case,
+    add,
+    assert_same,
+    borrower,
+    dense,
+    keep,
+    models,
+    mse,
+    noise,
+    owner,
+    raises,
+)
 
 EXECUTORS = ["sequential", "placed", "scan"]
 
@@ -22,7 +37,14 @@ EXECUTORS = ["sequential", "placed", "scan"]
 def made(executor, layers, balance=(1, 1, 1, 1), chunks=4, **options) -> Any:
     if executor == "sequential":
         return fpipe.sequential(layers, chunks=chunks, **options)
-    return fpipe.Pipe(layers, balance, jax.devices()[: len(balance)], chunks=chunks, executor=executor, **options)
+    return fpipe.Pipe(
+        layers,
+        balance,
+        jax.devices()[: len(balance)],
+        chunks=chunks,
+        executor=executor,
+        **options,
+    )
 
 
 def gathered(pipe, tree):
@@ -44,7 +66,9 @@ def low(tree):
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_layers_compute_in_the_dtype_and_parameters_keep_theirs(executor):
-    """By hand in plain JAX: every cast is in the graph, so gradients are those of the float32 parameters."""
+    """By hand in plain JAX: every cast is in the graph, so gradients are those of the
+    float32 parameters.
+    """
     seen = []
 
     def layer(params, x):
@@ -86,7 +110,10 @@ def statistics():
         return y, 0.5 * (state + x.astype(jnp.float32).mean(0))
 
     return fpipe.Layer(
-        apply, lambda key, x: jnp.ones(x.shape[-1]), init_state=lambda x: jnp.zeros(x.shape[-1]), name="statistics"
+        apply,
+        lambda key, x: jnp.ones(x.shape[-1]),
+        init_state=lambda x: jnp.zeros(x.shape[-1]),
+        name="statistics",
     )
 
 
@@ -103,7 +130,9 @@ def test_mixed_precision_is_the_same_everywhere(model):
     want = ref.value_and_grad(mse, argnums=(0, 1))(params, case.x, case.target, **needs)
     for executor in ("placed", "scan"):
         pipe = made(executor, layers, balance, compute_dtype=jnp.bfloat16)
-        value, grads = pipe.value_and_grad(mse, argnums=(0, 1))(pipe.place(params), case.x, case.target, **needs)
+        value, grads = pipe.value_and_grad(mse, argnums=(0, 1))(
+            pipe.place(params), case.x, case.target, **needs
+        )
         assert_same((value, (pipe.gather(grads[0]), grads[1])), want, tolerance=2e-2)
 
 
@@ -128,14 +157,21 @@ def test_what_is_no_float_stays():
         assert x["tokens"].dtype == jnp.int32
         return params[x["tokens"]] * x["mask"].astype(params.dtype)[:, None]
 
-    layers = [fpipe.Layer(embed, lambda key, x: noise(key, (11, WIDTH))), dense(), dense(), dense()]
+    layers = [
+        fpipe.Layer(embed, lambda key, x: noise(key, (11, WIDTH))),
+        dense(),
+        dense(),
+        dense(),
+    ]
     x = {"tokens": jnp.arange(8, dtype=jnp.int32), "mask": jnp.arange(8) % 2 == 0}
     ref = made("sequential", layers, compute_dtype=jnp.bfloat16)
     params = ref.init(jax.random.key(0), x)
     want = ref.value_and_grad(mse)(params, x, jnp.ones((8, WIDTH)))
     for executor in ("placed", "scan"):
         pipe = made(executor, layers, compute_dtype=jnp.bfloat16)
-        value, grads = pipe.value_and_grad(mse)(pipe.place(params), x, jnp.ones((8, WIDTH)))
+        value, grads = pipe.value_and_grad(mse)(
+            pipe.place(params), x, jnp.ones((8, WIDTH))
+        )
         assert_same((value, pipe.gather(grads)), want, tolerance=2e-2)
 
 
@@ -151,7 +187,10 @@ def test_it_is_part_of_the_value():
 @pytest.mark.parametrize("dtype", [jnp.int32, "half of it", jnp.complex64])
 def test_a_dtype_that_is_no_float(dtype):
     for executor in EXECUTORS:
-        with pytest.raises(TypeError, match=r"compute_dtype=.*a floating dtype is needed, such as jnp.bfloat16"):
+        with pytest.raises(
+            TypeError,
+            match=r"compute_dtype=.*a floating dtype is needed, such as jnp.bfloat16",
+        ):
             made(executor, [dense()] * 4, compute_dtype=dtype)
 
 
@@ -163,7 +202,11 @@ def test_a_dtype_that_is_no_float(dtype):
 def test_a_scale_changes_nothing_that_does_not_vanish(executor, reduction):
     def loss_fn(y, target):
         value = jnp.sum((y - target) ** 2)
-        return (value, jnp.sum(target > 0).astype(jnp.float32)) if reduction == "weighted" else value
+        return (
+            (value, jnp.sum(target > 0).astype(jnp.float32))
+            if reduction == "weighted"
+            else value
+        )
 
     case = Case([dense()] * 4, 4, rows=8)
     pipe = made(executor, case.layers)
@@ -182,8 +225,12 @@ def test_it_saves_small_gradients_of_float16(executor):
     pipe = made(executor, layers, compute_dtype=jnp.float16)
     params = pipe.init(jax.random.key(2), x)
     run = pipe.value_and_grad(lambda y: jnp.mean(y) * 1e-8)
-    exact = made("sequential", layers).value_and_grad(lambda y: jnp.mean(y) * 1e-8)(pipe.gather(params), x)[1]
-    lost, kept = (pipe.gather(run(params, x, loss_scale=scale)[1]) for scale in (None, 2.0**20))
+    exact = made("sequential", layers).value_and_grad(lambda y: jnp.mean(y) * 1e-8)(
+        pipe.gather(params), x
+    )[1]
+    lost, kept = (
+        pipe.gather(run(params, x, loss_scale=scale)[1]) for scale in (None, 2.0**20)
+    )
     first = lambda grads: np.asarray(jax.tree.leaves(grads[0])[-1])  # noqa: E731
     assert not first(lost).any()
     chex.assert_trees_all_close(first(kept), first(exact), rtol=2e-2)
@@ -193,8 +240,12 @@ def test_a_scale_that_is_none():
     pipe = made("placed", [dense()] * 4)
     params = pipe.init(jax.random.key(0), jnp.ones((8, WIDTH)))
     for scale in (jnp.ones(3), "much", jnp.int32(3)):
-        with pytest.raises(TypeError, match="a number or a 0-d array of floats is needed"):
-            pipe.value_and_grad(lambda y: jnp.mean(y))(params, jnp.ones((8, WIDTH)), loss_scale=scale)
+        with pytest.raises(
+            TypeError, match="a number or a 0-d array of floats is needed"
+        ):
+            pipe.value_and_grad(lambda y: jnp.mean(y))(
+                params, jnp.ones((8, WIDTH)), loss_scale=scale
+            )
 
 
 def test_another_scale_compiles_nothing():
@@ -220,7 +271,9 @@ def test_gradients_add_up_over_calls(executor):
     value, both = run(params, case.x + 1, case.target, grads=first)
     _, second = run(params, case.x + 1, case.target)
     assert_same((value, both), (value, jax.tree.map(jnp.add, first, second)))
-    chex.assert_trees_all_equal(first, run(params, case.x, case.target)[1])  # not consumed
+    chex.assert_trees_all_equal(
+        first, run(params, case.x, case.target)[1]
+    )  # not consumed
     for a, b in zip(jax.tree.leaves(both), jax.tree.leaves(first), strict=True):
         assert a.sharding == b.sharding
     scaled = run(params, case.x + 1, case.target, grads=first, loss_scale=512.0)
@@ -239,7 +292,10 @@ def test_inside_jit_too():
         return run(params, x + 1, target, grads=grads, loss_scale=8.0)
 
     _, first = run(params, case.x, case.target)
-    assert_same(two(params, case.x, case.target), run(params, case.x + 1, case.target, grads=first))
+    assert_same(
+        two(params, case.x, case.target),
+        run(params, case.x + 1, case.target, grads=first),
+    )
 
 
 def test_gradients_that_do_not_fit():
@@ -248,11 +304,15 @@ def test_gradients_that_do_not_fit():
     params = pipe.place(case.params())
     run = pipe.value_and_grad(mse)
     _, grads = run(params, case.x, case.target)
-    with pytest.raises(ValueError, match="`grads=`: they must have the structure of the gradients"):
+    with pytest.raises(
+        ValueError, match="`grads=`: they must have the structure of the gradients"
+    ):
         run(params, case.x, case.target, grads=grads[:3])
     with pytest.raises(ValueError, match=r"`grads=`: at \[0\].* they are bfloat16"):
         run(params, case.x, case.target, grads=low(grads))
-    with pytest.raises(ValueError, match=r"`grads=`: at \[1\].* they are on .* but the gradient is on "):
+    with pytest.raises(
+        ValueError, match=r"`grads=`: at \[1\].* they are on .* but the gradient is on "
+    ):
         run(params, case.x, case.target, grads=jax.device_put(grads, jax.devices()[0]))
 
 
@@ -260,7 +320,9 @@ def test_gradients_that_do_not_fit():
 
 
 def lora(rank=2):
-    """A dense layer that is fine-tuned by a product of two thin matrices (Hu et al., arXiv 2106.09685)."""
+    """A dense layer that is fine-tuned by a product of two thin matrices (Hu et al.,
+    arXiv 2106.09685).
+    """
 
     def init(key, x):
         width = x.shape[-1]
@@ -270,14 +332,20 @@ def lora(rank=2):
             "w": noise(key, (width, width)) * 0.3,
         }
 
-    return fpipe.Layer(lambda p, x: jnp.tanh(x @ p["w"] + (x @ p["a"]) @ p["b"]), init, name="lora")
+    return fpipe.Layer(
+        lambda p, x: jnp.tanh(x @ p["w"] + (x @ p["a"]) @ p["b"]), init, name="lora"
+    )
 
 
 def is_base(path, array):
     return path.endswith("['w']") and array.ndim == 2
 
 
-@pytest.mark.parametrize("frozen", [is_base, ({"a": False, "b": False, "w": True},) * 4], ids=["function", "tree"])
+@pytest.mark.parametrize(
+    "frozen",
+    [is_base, ({"a": False, "b": False, "w": True},) * 4],
+    ids=["function", "tree"],
+)
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_frozen_weights_get_no_gradient_and_the_others_the_same(executor, frozen):
     layers = [lora()] * 4
@@ -288,8 +356,15 @@ def test_frozen_weights_get_no_gradient_and_the_others_the_same(executor, frozen
     got, grads = pipe.value_and_grad(mse, frozen=frozen)(params, x, target)
     dtypes = [a.dtype for a in jax.tree.leaves(grads)]
     assert dtypes.count(jax.dtypes.float0) == (1 if executor == "scan" else 4)
-    assert sum(a.nbytes for a in jax.tree.leaves(grads)) == sum(a.nbytes for a in jax.tree.leaves(full)) * 16 // 32
-    kept = [(a, b) for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(full), strict=True) if a.dtype == b.dtype]
+    assert (
+        sum(a.nbytes for a in jax.tree.leaves(grads))
+        == sum(a.nbytes for a in jax.tree.leaves(full)) * 16 // 32
+    )
+    kept = [
+        (a, b)
+        for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(full), strict=True)
+        if a.dtype == b.dtype
+    ]
     assert_same((got, [a for a, _ in kept]), (value, [b for _, b in kept]))
 
 
@@ -299,7 +374,9 @@ def products(text):
 
 @pytest.mark.parametrize("checkpoint", ["always", "never"])
 def test_frozen_weights_cost_no_product(checkpoint):
-    """Each layer has three products, with an input and a weight gradient each; freezing `w` saves one."""
+    """Each layer has three products, with an input and a weight gradient each; freezing
+    `w` saves one.
+    """
     layers, x = [lora()] * 4, jnp.ones((8, WIDTH))
     counts = []
     for frozen in (None, is_base):
@@ -312,7 +389,9 @@ def test_frozen_weights_cost_no_product(checkpoint):
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_all_frozen_and_a_part_of_a_packed_row(executor):
-    """Different stages share rows under `scan`: of a row that is frozen in part the gradient is zero there."""
+    """Different stages share rows under `scan`: of a row that is frozen in part the
+    gradient is zero there.
+    """
     layers = [dense(6), dense(5), dense(7), dense()]
     case = Case([dense()] * 4, 4, rows=8)
     pipe = made(executor, layers)
@@ -326,7 +405,9 @@ def test_all_frozen_and_a_part_of_a_packed_row(executor):
     for k in (1, 3):
         for a in jax.tree.leaves(grads[k]):
             assert a.dtype == jax.dtypes.float0 or not np.asarray(a).any()
-    _, none = pipe.value_and_grad(mse, frozen=lambda *_: True)(params, case.x, case.target)
+    _, none = pipe.value_and_grad(mse, frozen=lambda *_: True)(
+        params, case.x, case.target
+    )
     assert {a.dtype for a in jax.tree.leaves(none)} == {np.dtype(jax.dtypes.float0)}
 
 
@@ -334,7 +415,9 @@ def test_a_frozen_owner_of_tied_weights():
     layers = [owner(), dense(), dense(), borrower()]
     case = Case(layers, 4, rows=8)
     params = case.params()
-    want = case.reference.value_and_grad(mse, frozen=(True, False, False, False))(params, case.x, case.target)
+    want = case.reference.value_and_grad(mse, frozen=(True, False, False, False))(
+        params, case.x, case.target
+    )
     for executor in ("placed", "scan"):
         pipe = made(executor, layers)
         value, grads = pipe.value_and_grad(mse, frozen=(True, False, False, False))(
@@ -351,9 +434,13 @@ def test_skips_beside_frozen_layers():
     case = Case(layers, 4, rows=8)
     params = case.params()
     frozen = (True, True, False, True)
-    want = case.reference.value_and_grad(mse, frozen=frozen, argnums=(0, 1))(params, case.x, case.target)
+    want = case.reference.value_and_grad(mse, frozen=frozen, argnums=(0, 1))(
+        params, case.x, case.target
+    )
     pipe = made("placed", layers)
-    value, grads = pipe.value_and_grad(mse, frozen=frozen, argnums=(0, 1))(pipe.place(params), case.x, case.target)
+    value, grads = pipe.value_and_grad(mse, frozen=frozen, argnums=(0, 1))(
+        pipe.place(params), case.x, case.target
+    )
     assert_same((value, (pipe.gather(grads[0]), grads[1])), want)
 
 
@@ -363,8 +450,14 @@ def test_frozen_that_does_not_fit():
         pipe = made(executor, case.layers)
         params = pipe.place(case.params())
         with pytest.raises(
-            ValueError, match="a pytree of bools with one entry per layer that the parameters begin with"
+            ValueError,
+            match="a pytree of bools with one entry per layer that the parameters "
+            "begin with",
         ):
             pipe.value_and_grad(mse, frozen=(True, False))(params, case.x, case.target)
-        with raises(TypeError, "`value_and_grad(frozen=...)`: bools are needed, got 'yes'"):
-            pipe.value_and_grad(mse, frozen=(False, False, False, "yes"))(params, case.x, case.target)
+        with raises(
+            TypeError, "`value_and_grad(frozen=...)`: bools are needed, got 'yes'"
+        ):
+            pipe.value_and_grad(mse, frozen=(False, False, False, "yes"))(
+                params, case.x, case.target
+            )

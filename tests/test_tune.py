@@ -9,13 +9,20 @@ from tests.helpers import add, dense, keep, mse, raises
 
 X = jax.ShapeDtypeStruct((16, 4), jnp.float32)
 LAYERS = [dense(), keep(), dense(), dense(12), dense(4), add()]
-TWO = {"schedules": ["gpipe", "1f1b"], "checkpoints": ["never", "always"], "chunks": [2, 8]}
+TWO = {
+    "schedules": ["gpipe", "1f1b"],
+    "checkpoints": ["never", "always"],
+    "chunks": [2, 8],
+}
 
 
 def test_the_candidates_are_all_combinations_and_the_best_is_first():
     tuning = fpipe.tune(LAYERS, X, devices=jax.devices()[:3], **TWO)
     assert {(c.schedule, c.checkpoint, c.chunks) for c in tuning.candidates} == {
-        (s, k, n) for s in TWO["schedules"] for k in TWO["checkpoints"] for n in TWO["chunks"]
+        (s, k, n)
+        for s in TWO["schedules"]
+        for k in TWO["checkpoints"]
+        for n in TWO["chunks"]
     }
     steps = [c.prediction.step for c in tuning.candidates if c.prediction is not None]
     assert len(steps) == 8
@@ -23,16 +30,26 @@ def test_the_candidates_are_all_combinations_and_the_best_is_first():
     assert tuning.best is tuning.candidates[0]
     assert tuning.pipe is tuning.best.pipe
     for c in tuning.candidates:
-        # Each is what its own pipe's plan says, and its balance that of `fpipe.balance`.
+        # Each is what its own pipe's plan says, and its balance that of
+        # `fpipe.balance`.
         assert c.pipe is not None
         assert c.prediction is not None
         assert c.pipe.plan(None, X).as_dict() == c.prediction.as_dict()
-        cut = fpipe.balance(LAYERS, X, devices=3, chunks=c.chunks, schedule=c.schedule, checkpoint=c.checkpoint)
+        cut = fpipe.balance(
+            LAYERS,
+            X,
+            devices=3,
+            chunks=c.chunks,
+            schedule=c.schedule,
+            checkpoint=c.checkpoint,
+        )
         assert c.pipe.balance == cut
 
 
 def test_of_those_that_take_as_long_the_one_that_needs_less_memory_is_first():
-    tuning = fpipe.tune([dense()] * 4, X, schedules=["gpipe", "1f1b"], checkpoints=["never"], chunks=[8])
+    tuning = fpipe.tune(
+        [dense()] * 4, X, schedules=["gpipe", "1f1b"], checkpoints=["never"], chunks=[8]
+    )
     a, b = (c.prediction for c in tuning.candidates)
     assert a is not None
     assert b is not None
@@ -43,7 +60,9 @@ def test_of_those_that_take_as_long_the_one_that_needs_less_memory_is_first():
 
 def test_a_memory_limit_rules_out_and_says_how_much_is_missing():
     free = fpipe.tune(LAYERS, X, devices=jax.devices()[:3], **TWO)
-    peaks = sorted(c.prediction.peak for c in free.candidates if c.prediction is not None)
+    peaks = sorted(
+        c.prediction.peak for c in free.candidates if c.prediction is not None
+    )
     limit = peaks[3]
     tuning = fpipe.tune(LAYERS, X, devices=jax.devices()[:3], memory=limit, **TWO)
     fitting = [c for c in tuning.candidates if not c.refused]
@@ -53,7 +72,10 @@ def test_a_memory_limit_rules_out_and_says_how_much_is_missing():
     assert refused == list(tuning.candidates[len(fitting) :])
     assert all("short by" in c.refused for c in refused)
     none = fpipe.tune(LAYERS, X, devices=jax.devices()[:3], memory=100, **TWO)
-    with pytest.raises(ValueError, match=r"`fpipe.tune\(\.\.\.\)`: no candidate fits; the nearest: .*short by"):
+    with pytest.raises(
+        ValueError,
+        match=r"`fpipe.tune\(\.\.\.\)`: no candidate fits; the nearest: .*short by",
+    ):
         none.pipe  # noqa: B018
     assert "short by" in str(none)
 
@@ -64,68 +86,125 @@ def test_it_says_why():
     assert text.startswith("schedule  chunks  checkpoint  balance")
     assert len(text.splitlines()) == (1 + 8) + 1 + len(tuning.why.splitlines())
     best, why = tuning.best, tuning.why
-    assert why.startswith(f"{best.schedule}, chunks={best.chunks}, checkpoint={best.checkpoint!r}: step ")
+    assert why.startswith(
+        f"{best.schedule}, chunks={best.chunks}, checkpoint={best.checkpoint!r}: step "
+    )
     reasons = why.splitlines()[1:]
-    for what, reason in zip(("schedule", "number of microbatches", "checkpoint mode"), reasons, strict=True):
+    for what, reason in zip(
+        ("schedule", "number of microbatches", "checkpoint mode"), reasons, strict=True
+    ):
         assert what in reason
 
 
 def test_a_function_that_makes_the_pipe_is_asked_for_what_it_names():
     def f(schedule, chunks):
-        return fpipe.Pipe(LAYERS, [2, 2, 2], chunks=chunks, schedule=schedule, checkpoint="never")
+        return fpipe.Pipe(
+            LAYERS, [2, 2, 2], chunks=chunks, schedule=schedule, checkpoint="never"
+        )
 
     tuning = fpipe.tune(f, X, X, loss_fn=mse, **TWO)
     assert tuning.pipe.balance == (2, 2, 2)
     assert tuning.best.prediction is not None
-    assert tuning.best.prediction.as_dict() == tuning.pipe.plan(None, X, X, loss_fn=mse).as_dict()
+    assert (
+        tuning.best.prediction.as_dict()
+        == tuning.pipe.plan(None, X, X, loss_fn=mse).as_dict()
+    )
 
 
 def test_what_a_schedule_or_a_batch_does_not_allow_is_a_reason_and_no_error():
     tuning = fpipe.tune(
-        LAYERS, X, devices=jax.devices()[:2], schedules=["1f1b", "interleaved_1f1b"], chunks=[2, 3], executor="scan"
+        LAYERS,
+        X,
+        devices=jax.devices()[:2],
+        schedules=["1f1b", "interleaved_1f1b"],
+        chunks=[2, 3],
+        executor="scan",
     )
-    reasons = {(c.schedule, c.chunks): c.refused for c in tuning.candidates if c.checkpoint == "always"}
+    reasons = {
+        (c.schedule, c.chunks): c.refused
+        for c in tuning.candidates
+        if c.checkpoint == "always"
+    }
     assert reasons["1f1b", 2] == ""
     assert "16 rows" in reasons["1f1b", 3]
     assert tuning.pipe.executor == "scan"
 
 
 def test_the_default_numbers_of_microbatches_divide_the_batch():
-    tuning = fpipe.tune([dense()] * 2, X, devices=jax.devices()[:2], schedules=["1f1b"], checkpoints=["always"])
+    tuning = fpipe.tune(
+        [dense()] * 2,
+        X,
+        devices=jax.devices()[:2],
+        schedules=["1f1b"],
+        checkpoints=["always"],
+    )
     assert {c.chunks for c in tuning.candidates} == {2, 4, 8, 16}
 
 
 def test_wrong_arguments():
-    with raises(ValueError, "`fpipe.tune(...)`: nothing to try: schedules, checkpoints and chunks need an entry each"):
+    with raises(
+        ValueError,
+        "`fpipe.tune(...)`: nothing to try: schedules, checkpoints and chunks need an "
+        "entry each",
+    ):
         fpipe.tune(LAYERS, X, schedules=[])
     with raises(ValueError, "`fpipe.tune(by='flop')`: one of 'flops', 'time'"):
         fpipe.tune(LAYERS, X, by="flop")  # type: ignore[arg-type]
-    with raises(TypeError, "`fpipe.tune(layers, x)`: layers, or a function that makes a Pipe, got 3"):
+    with raises(
+        TypeError,
+        "`fpipe.tune(layers, x)`: layers, or a function that makes a Pipe, got 3",
+    ):
         fpipe.tune(3, X)  # type: ignore[arg-type]
     with raises(
-        TypeError, "`fpipe.tune(layers, x)`: layers, or a function that makes a Pipe, got a Pipe: give its `layers`"
+        TypeError,
+        "`fpipe.tune(layers, x)`: layers, or a function that makes a Pipe, got a Pipe: "
+        "give its `layers`",
     ):
         fpipe.tune(fpipe.Pipe(LAYERS), X)  # type: ignore[arg-type]
-    with raises(TypeError, "`fpipe.tune(f, x)`: the function makes the pipe, so ['executor'] belong into it"):
+    with raises(
+        TypeError,
+        "`fpipe.tune(f, x)`: the function makes the pipe, so ['executor'] belong into "
+        "it",
+    ):
         fpipe.tune(lambda: None, X, executor="scan")  # type: ignore[arg-type,return-value]
-    with raises(TypeError, "`fpipe.tune(f, x)`: the function returned None, no fpipe.Pipe"):
+    with raises(
+        TypeError, "`fpipe.tune(f, x)`: the function returned None, no fpipe.Pipe"
+    ):
         fpipe.tune(lambda: None, X)  # type: ignore[arg-type,return-value]
 
 
 def test_devices_are_those_of_a_mesh():
-    mesh = jax.make_mesh((2,), ("stage",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    mesh = jax.make_mesh(
+        (2,),
+        ("stage",),
+        axis_types=(jax.sharding.AxisType.Auto,),
+        devices=jax.devices()[:2],
+    )
     tuning = fpipe.tune(LAYERS, X, executor="scan", mesh=mesh, memory=1e9, **TWO)
     assert tuning.pipe.mesh == mesh
     assert not any(c.refused for c in tuning.candidates)
 
 
 def test_parameters_may_be_packed():
-    params = fpipe.Pipe(LAYERS, devices=jax.devices()[:3], executor="scan").init(jax.random.key(0), X)
-    given = {"devices": jax.devices()[:3], "schedules": "1f1b", "checkpoints": "always", "chunks": 4}
-    (got,), (want,) = (fpipe.tune(LAYERS, X, params=p, **given).candidates for p in (params, None))
+    params = fpipe.Pipe(LAYERS, devices=jax.devices()[:3], executor="scan").init(
+        jax.random.key(0), X
+    )
+    given = {
+        "devices": jax.devices()[:3],
+        "schedules": "1f1b",
+        "checkpoints": "always",
+        "chunks": 4,
+    }
+    (got,), (want,) = (
+        fpipe.tune(LAYERS, X, params=p, **given).candidates for p in (params, None)
+    )
     assert got.prediction == want.prediction
     assert got.prediction is not None
-    assert (got.schedule, got.checkpoint, got.chunks) == ("1f1b", "always", 4)  # one of each is enough
+    assert (got.schedule, got.checkpoint, got.chunks) == (
+        "1f1b",
+        "always",
+        4,
+    )  # one of each is enough
 
 
 def test_what_goes_whole_to_every_microbatch_does_not_say_how_many_to_try():
@@ -134,5 +213,11 @@ def test_what_goes_whole_to_every_microbatch_does_not_say_how_many_to_try():
 
     layer = fpipe.Layer(scaled, lambda key, x: jnp.float32(1), name="scaled")
     x = {"all": fpipe.NoChunk(jax.ShapeDtypeStruct((3,), jnp.float32)), "x": X}
-    tuning = fpipe.tune([layer] * 2, x, devices=jax.devices()[:2], schedules="1f1b", checkpoints="always")
+    tuning = fpipe.tune(
+        [layer] * 2,
+        x,
+        devices=jax.devices()[:2],
+        schedules="1f1b",
+        checkpoints="always",
+    )
     assert {c.chunks for c in tuning.candidates} == {2, 4, 8, 16}

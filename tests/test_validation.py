@@ -1,4 +1,6 @@
-"""Only schedules that can run exist: every other one is refused, for a reason that is true."""
+"""Only schedules that can run exist: every other one is refused, for a reason that is
+true.
+"""
 
 import collections
 import copy
@@ -27,7 +29,9 @@ def rows_of(schedule):
 
 def parse(*lines):
     """`"0F1 0B1"` per device: stage, kind, microbatch."""
-    return [[Action(t[1], int(t[0]), int(t[2])) for t in line.split()] for line in lines]
+    return [
+        [Action(t[1], int(t[0]), int(t[2])) for t in line.split()] for line in lines
+    ]
 
 
 LEGAL = {
@@ -36,10 +40,19 @@ LEGAL = {
     "eager_1f1b": rows_of(schedules.eager_1f1b(3, 4)),
     "forwards": (parse("0F0 0F1", "1F0 1F1"), (0, 1)),
     "split": (parse("0F0 0F1 0I0 0W0 0I1 0W1", "1F0 1I0 1F1 1I1 1W0 1W1"), (0, 1)),
-    "partly split": (parse("0F0 0F1 0B0 0I1 0W1", "1F0 1I0 1F1 1B1 1W0", "2F0 2B0 2F1 2I1 2W1"), (0, 1, 2)),
-    "looped": (parse("0F0 0F1 2F0 2F1 2B0 2B1 0B0 0B1", "1F0 1F1 3F0 3B0 3F1 3B1 1B0 1B1"), (0, 1, 0, 1)),
+    "partly split": (
+        parse("0F0 0F1 0B0 0I1 0W1", "1F0 1I0 1F1 1B1 1W0", "2F0 2B0 2F1 2I1 2W1"),
+        (0, 1, 2),
+    ),
+    "looped": (
+        parse("0F0 0F1 2F0 2F1 2B0 2B1 0B0 0B1", "1F0 1F1 3F0 3B0 3F1 3B1 1B0 1B1"),
+        (0, 1, 0, 1),
+    ),
     "V": (
-        parse("0F0 0F1 3F0 3I0 3W0 3F1 3I1 0I0 0W0 0B1 3W1", "1F0 2F0 1F1 2F1 2B0 1B0 2I1 1I1 1W1 2W1"),
+        parse(
+            "0F0 0F1 3F0 3I0 3W0 3F1 3I1 0I0 0W0 0B1 3W1",
+            "1F0 2F0 1F1 2F1 2B0 1B0 2I1 1I1 1W1 2W1",
+        ),
         (0, 1, 1, 0),
     ),
 }
@@ -66,15 +79,24 @@ def runnable(action, ran, stages):
         return s == 0 or ("F", s - 1, i) in ran
     if kind == "W":
         return ("I", s, i) in ran
-    return ("F", s, i) in ran and (s + 1 == stages or ("B", s + 1, i) in ran or ("I", s + 1, i) in ran)
+    return ("F", s, i) in ran and (
+        s + 1 == stages or ("B", s + 1, i) in ran or ("I", s + 1, i) in ran
+    )
 
 
 def complete(rows, places):
     counts = collections.Counter(tuple(a) for row in rows for a in row)
     m = 1 + max(i for _, _, i in counts)
-    if any(places[a[1]] != d for d, row in enumerate(rows) for a in row) or max(counts.values()) > 1:
+    if (
+        any(places[a[1]] != d for d, row in enumerate(rows) for a in row)
+        or max(counts.values()) > 1
+    ):
         return False
-    kinds = {"".join(k for k in "FBIW" if (k, s, i) in counts) for s in range(len(places)) for i in range(m)}
+    kinds = {
+        "".join(k for k in "FBIW" if (k, s, i) in counts)
+        for s in range(len(places))
+        for i in range(m)
+    }
     return kinds == {"F"} or kinds <= {"FB", "FIW"}
 
 
@@ -88,7 +110,9 @@ def labels(pattern, text):
 
 
 def check(rows, places):
-    """Accepted if and only if the oracle finishes it; and what a deadlock names is stuck in the oracle."""
+    """Accepted if and only if the oracle finishes it; and what a deadlock names is
+    stuck in the oracle.
+    """
     rows = [list(row) for row in rows]
     if not complete(rows, places):
         with pytest.raises(ValueError, match="`Schedule`") as error:
@@ -102,18 +126,28 @@ def check(rows, places):
     with pytest.raises(ValueError, match="`Schedule`: deadlock: ") as error:
         Schedule(rows, places)
     told = str(error.value)
-    fronts = {tuple(next(a for a in row if tuple(a) not in ran)) for row in rows if not ran.issuperset(map(tuple, row))}
+    fronts = {
+        tuple(next(a for a in row if tuple(a) not in ran))
+        for row in rows
+        if not ran.issuperset(map(tuple, row))
+    }
     stuck, awaited = labels(STUCK, told), labels(AWAITED, told)
     assert stuck, told
     assert awaited, told
-    assert set(stuck) <= fronts, told  # each is the first of its device that can never run
+    assert set(stuck) <= fronts, (
+        told
+    )  # each is the first of its device that can never run
     assert set(awaited) <= everything - ran, told
     assert not runnable(stuck[0], ran, len(places))
-    assert runnable(stuck[0], ran | {awaited[0]}, len(places)) or stuck[0][0] in "BI", told
+    assert runnable(stuck[0], ran | {awaited[0]}, len(places)) or stuck[0][0] in "BI", (
+        told
+    )
     for d, k, s, i, p in re.findall(rf"device (\d+) at {LABEL}, position (\d+)", told):
         assert rows[int(d)][int(p)] == (k, int(s), int(i))
     for k, s, i, d, p in re.findall(
-        rf"waits for {LABEL}, which device (\d+) (?:has|itself has later,) at position (\d+)", told
+        rf"waits for {LABEL}, which device (\d+) (?:has|itself has later,) at position "
+        r"(\d+)",
+        told,
     ):
         assert rows[int(d)][int(p)] == (k, int(s), int(i))
     return False
@@ -134,7 +168,10 @@ def test_without_any_one_action(name):
         for p, a in enumerate(row):
             broken = [*rows[:d], row[:p] + row[p + 1 :], *rows[d + 1 :]]
             had = rf"stage {a.stage}, microbatch {a.microbatch} has F"
-            with pytest.raises(ValueError, match=rf"{re.escape(str(a))} is missing" if a.kind == "F" else had):
+            with pytest.raises(
+                ValueError,
+                match=rf"{re.escape(str(a))} is missing" if a.kind == "F" else had,
+            ):
                 Schedule(broken, places)
 
 
@@ -147,7 +184,8 @@ def test_with_any_action_twice(name):
             first, second = (k for k, b in enumerate(broken[d]) if b == a)
             with raises(
                 ValueError,
-                f"`Schedule`: device {d}, position {second}: {a} is there twice, first at position {first}",
+                f"`Schedule`: device {d}, position {second}: {a} is there twice, first "
+                f"at position {first}",
             ):
                 Schedule(broken, places)
 
@@ -161,7 +199,9 @@ def test_with_any_action_on_another_device(name):
             broken = [[b for b in row if b != a] for row in rows]
             broken[other].insert(p, a)
             with raises(
-                ValueError, f"`Schedule`: device {other}, position {p}: {a}, but stage {a.stage} is on device {d}"
+                ValueError,
+                f"`Schedule`: device {other}, position {p}: {a}, but stage {a.stage} "
+                f"is on device {d}",
             ):
                 Schedule(broken, places)
 
@@ -175,7 +215,9 @@ def test_with_any_two_actions_of_a_device_swapped(name):
             swapped = list(row)
             swapped[p], swapped[q] = row[q], row[p]
             outcomes.add(check([*rows[:d], swapped, *rows[d + 1 :]], places))
-    assert outcomes == ({True} if name == "forwards" else {True, False})  # microbatches alone may go in any order
+    assert outcomes == (
+        {True} if name == "forwards" else {True, False}
+    )  # microbatches alone may go in any order
 
 
 @each
@@ -184,7 +226,11 @@ def test_with_any_kind_stage_or_microbatch_changed(name):
     for d, row in enumerate(rows):
         for p, a in enumerate(row):
             others = [a._replace(kind=k) for k in "FBIW" if k != a.kind]
-            others += [a._replace(microbatch=a.microbatch + k) for k in (-1, 1, 7) if a.microbatch + k >= 0]
+            others += [
+                a._replace(microbatch=a.microbatch + k)
+                for k in (-1, 1, 7)
+                if a.microbatch + k >= 0
+            ]
             others += [a._replace(stage=s) for s in range(len(places)) if s != a.stage]
             for b in others:
                 check([*rows[:d], [*row[:p], b, *row[p + 1 :]], *rows[d + 1 :]], places)
@@ -202,11 +248,16 @@ def test_without_a_kind_altogether(name, kinds):
 @each
 @pytest.mark.parametrize("seed", range(3))
 def test_renumbered_alike_everywhere(name, seed):
-    """Microbatches in another order are as good; stages in another order are another pipeline."""
+    """Microbatches in another order are as good; stages in another order are another
+    pipeline.
+    """
     rows, places = LEGAL[name]
     m, rng = 1 + max(a.microbatch for a in rows[0]), random.Random(seed)
     new = rng.sample(range(m), m)
-    assert check([[a._replace(microbatch=new[a.microbatch]) for a in row] for row in rows], places)
+    assert check(
+        [[a._replace(microbatch=new[a.microbatch]) for a in row] for row in rows],
+        places,
+    )
     stages = rng.sample(range(len(places)), len(places))
     moved = [places[stages.index(s)] for s in range(len(places))]
     check([[a._replace(stage=stages[a.stage]) for a in row] for row in rows], moved)
@@ -214,14 +265,20 @@ def test_renumbered_alike_everywhere(name, seed):
 
 @pytest.mark.parametrize("choice", list(itertools.product("BI", repeat=6)))
 def test_split_and_full_backwards_mix(choice):
-    """Any backward may be split, whatever the next stage does: `I` and `B` give the same cotangent."""
+    """Any backward may be split, whatever the next stage does: `I` and `B` give the
+    same cotangent.
+    """
     rows, places = LEGAL["1f1b"]
     split = dict(zip(itertools.product(range(3), range(2)), choice, strict=True))
     mixed = [
         [
             Action._make((k, a.stage, a.microbatch))
             for a in row
-            for k in ("IW" if a.kind == "B" and split.get((a.stage, a.microbatch)) == "I" else a.kind)
+            for k in (
+                "IW"
+                if a.kind == "B" and split.get((a.stage, a.microbatch)) == "I"
+                else a.kind
+            )
         ]
         for row in rows
     ]
@@ -235,7 +292,9 @@ def test_split_and_full_backwards_mix(choice):
 def test_any_order_is_accepted_exactly_when_it_runs(data):
     rows, places = LEGAL[data.draw(st.sampled_from(sorted(LEGAL)))]
     rows = [list(row) for row in rows]
-    for _ in range(data.draw(st.integers(0, 4))):  # few moves: many of the results still run
+    for _ in range(
+        data.draw(st.integers(0, 4))
+    ):  # few moves: many of the results still run
         row = rows[data.draw(st.integers(0, len(rows) - 1))]
         a = row.pop(data.draw(st.integers(0, len(row) - 1)))
         row.insert(data.draw(st.integers(0, len(row))), a)
@@ -246,10 +305,14 @@ def test_any_order_is_accepted_exactly_when_it_runs(data):
 # --- the reasons, word by word ---
 
 BROKEN = {
-    "missing forward": ([[("B", 0, 0)]], "F(0,0) is missing: there are 1 microbatches, because device 0 has B(0,0)"),
+    "missing forward": (
+        [[("B", 0, 0)]],
+        "F(0,0) is missing: there are 1 microbatches, because device 0 has B(0,0)",
+    ),
     "missing backward": (
         [[("F", 0, 0), ("B", 0, 0), ("F", 0, 1)]],
-        "stage 0, microbatch 1 has F; a schedule with backwards needs F with either B, or both I and W",
+        "stage 0, microbatch 1 has F; a schedule with backwards needs F with either B, "
+        "or both I and W",
     ),
     "repeated": (
         [[("F", 0, 0), ("F", 0, 0), ("B", 0, 0)]],
@@ -261,39 +324,56 @@ BROKEN = {
     ),
     "a very large gap": (
         [[("F", 0, 10**15)]],
-        f"F(0,0) is missing: there are {10**15 + 1} microbatches, because device 0 has F(0,{10**15})",
+        f"F(0,0) is missing: there are {10**15 + 1} microbatches, because device 0 has "
+        f"F(0,{10**15})",
     ),
-    "idle device": ([[("F", 0, 0)], []], "F(1,0) is missing: stage 1 is on device 1, which has no action of it"),
-    "wrong device": ([[("F", 1, 0)], [("F", 0, 0)]], "device 0, position 0: F(1,0), but stage 1 is on device 1"),
+    "idle device": (
+        [[("F", 0, 0)], []],
+        "F(1,0) is missing: stage 1 is on device 1, which has no action of it",
+    ),
+    "wrong device": (
+        [[("F", 1, 0)], [("F", 0, 0)]],
+        "device 0, position 0: F(1,0), but stage 1 is on device 1",
+    ),
     "unknown stage": (
         [[("F", 3, 0)]],
-        "device 0, position 0: F(3,0) is of stage 3, but there are 1 stages; with several stages on a device give "
+        "device 0, position 0: F(3,0) is of stage 3, but there are 1 stages; with "
+        "several stages on a device give "
         "stage_to_device",
     ),
-    "negative": ([[("F", 0, -1)]], "device 0, position 0: F(0,-1) is of a negative microbatch"),
+    "negative": (
+        [[("F", 0, -1)]],
+        "device 0, position 0: F(0,-1) is of a negative microbatch",
+    ),
     "half split": (
         [[("F", 0, 0), ("I", 0, 0)]],
-        "stage 0, microbatch 0 has F and I; a schedule with backwards needs F with either B, or both I and W",
+        "stage 0, microbatch 0 has F and I; a schedule with backwards needs F with "
+        "either B, or both I and W",
     ),
     "twice backward": (
         [[("F", 0, 0), ("I", 0, 0), ("W", 0, 0), ("B", 0, 0)]],
-        "stage 0, microbatch 0 has F and B and I and W; a schedule with backwards needs F with either B, or both I and W",
+        "stage 0, microbatch 0 has F and B and I and W; a schedule with backwards "
+        "needs F with either B, or both I and W",
     ),
     "W before I": (
         [[("F", 0, 0), ("W", 0, 0), ("I", 0, 0)]],
-        "deadlock: device 0 at W(0,0), position 1, waits for I(0,0), which device 0 itself has later, at position 2",
+        "deadlock: device 0 at W(0,0), position 1, waits for I(0,0), which device 0 "
+        "itself has later, at position 2",
     ),
     "B before F": (
         [[("B", 0, 0), ("F", 0, 0)]],
-        "deadlock: device 0 at B(0,0), position 0, waits for F(0,0), which device 0 itself has later, at position 1",
+        "deadlock: device 0 at B(0,0), position 0, waits for F(0,0), which device 0 "
+        "itself has later, at position 1",
     ),
     "two devices": (
         [
             [("F", 0, 0), ("B", 0, 0), ("F", 0, 1), ("B", 0, 1)],
             [("F", 1, 1), ("F", 1, 0), ("B", 1, 0), ("B", 1, 1)],
         ],
-        "deadlock: device 0 at B(0,0), position 1, waits for B(1,0), which device 1 has at position 2, after F(1,1), "
-        "which waits for F(0,1), which device 0 has at position 2, after B(0,0), where this began",
+        "deadlock: device 0 at B(0,0), position 1, waits for B(1,0), which device 1 "
+        "has at position 2, after F(1,1), "
+        "which waits for F(0,1), which device 0 has at position 2, after B(0,0), where "
+        "this began",
     ),
     "nothing": ([[]], "1 devices, 1 stages and no action: nothing to run"),
     "no device": ([], "0 devices, 0 stages and no action: nothing to run"),
@@ -308,8 +388,14 @@ def test_broken_schedules_are_refused(name):
 
 
 MAPS = {
-    "too short": ([0], "device 1, position 0: F(1,0) is of stage 1, but there are 1 stages"),
-    "too long": ([0, 1, 1], "F(2,0) is missing: stage 2 is on device 1, which has no action of it"),
+    "too short": (
+        [0],
+        "device 1, position 0: F(1,0) is of stage 1, but there are 1 stages",
+    ),
+    "too long": (
+        [0, 1, 1],
+        "F(2,0) is missing: stage 2 is on device 1, which has no action of it",
+    ),
     "outside": ([0, 2], "stage_to_device[1] is 2, but there are 2 devices"),
     "negative": ([0, -1], "stage_to_device[1] is -1, but there are 2 devices"),
 }
@@ -333,7 +419,8 @@ def test_a_deadlock_names_its_root_and_not_those_who_wait_behind_it():
     rows[63][0], rows[63][1] = rows[63][1], rows[63][0]
     with raises(
         ValueError,
-        "`Schedule`: deadlock: device 63 at B(63,0), position 0, waits for F(63,0), which device 63 itself has later, "
+        "`Schedule`: deadlock: device 63 at B(63,0), position 0, waits for F(63,0), "
+        "which device 63 itself has later, "
         "at position 1; 63 more devices are stuck",
     ):
         Schedule(rows)
@@ -342,16 +429,23 @@ def test_a_deadlock_names_its_root_and_not_those_who_wait_behind_it():
 def test_of_two_reasons_a_deadlock_names_the_one_on_fewer_devices():
     own = "waits for F({0},0), which device {0} itself has later, at position 1; 2 more devices are stuck"
     two, _ = BROKEN["two devices"]
-    with raises(ValueError, "`Schedule`: deadlock: device 2 at B(2,0), position 0, " + own.format(2)):
+    with raises(
+        ValueError,
+        "`Schedule`: deadlock: device 2 at B(2,0), position 0, " + own.format(2),
+    ):
         Schedule([*two, [("B", 2, 0), ("F", 2, 0), ("F", 2, 1), ("B", 2, 1)]])
-    with raises(ValueError, "`Schedule`: deadlock: device 1 at B(1,0), position 0, " + own.format(1)):
+    with raises(
+        ValueError,
+        "`Schedule`: deadlock: device 1 at B(1,0), position 0, " + own.format(1),
+    ):
         Schedule(parse("0F0 0B0", "1B0 1F0", "2F0 2B0"))  # B(1,0) waits for B(2,0) too
 
 
 def test_of_two_reasons_alike_a_deadlock_names_the_one_on_the_lower_device():
     with raises(
         ValueError,
-        "`Schedule`: deadlock: device 0 at W(0,0), position 1, waits for I(0,0), which device 0 itself has later, "
+        "`Schedule`: deadlock: device 0 at W(0,0), position 1, waits for I(0,0), which "
+        "device 0 itself has later, "
         "at position 2; 1 more device is stuck",
     ):
         Schedule(parse("0F0 0W0 0I0", "1F0 1W0 1I0"))
@@ -362,10 +456,14 @@ def test_a_long_circle_is_cut_in_the_middle():
     rows[0] = [("F", 64, 0), ("F", 0, 0)]
     with raises(
         ValueError,
-        "`Schedule`: deadlock: device 0 at F(64,0), position 0, waits for F(63,0), which device 63 has at position 1, "
-        "after F(127,0), which waits for F(126,0), which device 62 has at position 0 and which waits for F(125,0), which "
-        "device 61 has at position 0 and which waits for … (59 devices more), which waits for F(65,0), which device 1 has "
-        "at position 0 and which waits for F(64,0), which device 0 has at position 0, where this began",
+        "`Schedule`: deadlock: device 0 at F(64,0), position 0, waits for F(63,0), "
+        "which device 63 has at position 1, "
+        "after F(127,0), which waits for F(126,0), which device 62 has at position 0 "
+        "and which waits for F(125,0), which "
+        "device 61 has at position 0 and which waits for … (59 devices more), which "
+        "waits for F(65,0), which device 1 has "
+        "at position 0 and which waits for F(64,0), which device 0 has at position 0, "
+        "where this began",
     ):
         Schedule(rows, [s % 64 for s in range(128)])
 
@@ -373,7 +471,11 @@ def test_a_long_circle_is_cut_in_the_middle():
 def test_the_table_of_torch_with_a_microbatch_that_does_not_exist():
     rows = [list(row) for row in schedules.one_f_one_b(2, 4).actions]
     rows[1].append(Action("F", 1, 4))
-    with raises(ValueError, "`Schedule`: F(0,4) is missing: there are 5 microbatches, because device 1 has F(1,4)"):
+    with raises(
+        ValueError,
+        "`Schedule`: F(0,4) is missing: there are 5 microbatches, because device 1 has "
+        "F(1,4)",
+    ):
         Schedule(rows)
 
 
@@ -381,47 +483,100 @@ def test_the_table_of_jaxpp_with_two_tasks_twice_and_fourteen_omitted():
     rows, places = LEGAL["gpipe"]
     everything, rows = sum(map(len, rows)), parse("0F0 0F0 0F1 0F1", "1F0 1F1", "")
     assert everything - len({a for row in rows for a in row}) == 14
-    with raises(ValueError, "`Schedule`: device 0, position 1: F(0,0) is there twice, first at position 0"):
+    with raises(
+        ValueError,
+        "`Schedule`: device 0, position 1: F(0,0) is there twice, first at position 0",
+    ):
         Schedule(rows, places)
 
 
 # --- what may be given ---
 
 WRONG = {
-    "None": (None, "`Schedule`: one sequence of actions per device is a sequence, not None"),
-    "a string": ("F0", "`Schedule`: one sequence of actions per device is a sequence, not 'F0'"),
-    "a string as a row": (["F0"], "`Schedule`: the actions of device 0 are a sequence, not 'F0'"),
-    "a set": ([{("F", 0, 0)}], "`Schedule`: the actions of device 0 are a sequence, not {('F', 0, 0)}"),
+    "None": (
+        None,
+        "`Schedule`: one sequence of actions per device is a sequence, not None",
+    ),
+    "a string": (
+        "F0",
+        "`Schedule`: one sequence of actions per device is a sequence, not 'F0'",
+    ),
+    "a string as a row": (
+        ["F0"],
+        "`Schedule`: the actions of device 0 are a sequence, not 'F0'",
+    ),
+    "a set": (
+        [{("F", 0, 0)}],
+        "`Schedule`: the actions of device 0 are a sequence, not {('F', 0, 0)}",
+    ),
     "a number": ([3], "`Schedule`: the actions of device 0 are a sequence, not 3"),
-    "a string as an action": ([["F00"]], "position 0 is 'F00', no Action(kind, stage, microbatch)"),
-    "too short": ([[("F", 0)]], "position 0 is ('F', 0), no Action(kind, stage, microbatch)"),
-    "an action as a row": ([("F", 0, 0)], "position 0 is 'F', no Action(kind, stage, microbatch)"),
-    "a bool": ([[("F", 0, False)]], "position 0 is ('F', 0, False); stage and microbatch are ints"),
-    "a float": ([[("F", 0, 0.0)]], "position 0 is ('F', 0, 0.0); stage and microbatch are ints"),
-    "unhashable": ([[("F", [0], 0)]], "position 0 is ('F', [0], 0); stage and microbatch are ints"),
-    "an unhashable kind": ([[(["F"], 0, 0)]], "position 0 is of kind ['F']; the kinds are F, B, I, W"),
+    "a string as an action": (
+        [["F00"]],
+        "position 0 is 'F00', no Action(kind, stage, microbatch)",
+    ),
+    "too short": (
+        [[("F", 0)]],
+        "position 0 is ('F', 0), no Action(kind, stage, microbatch)",
+    ),
+    "an action as a row": (
+        [("F", 0, 0)],
+        "position 0 is 'F', no Action(kind, stage, microbatch)",
+    ),
+    "a bool": (
+        [[("F", 0, False)]],
+        "position 0 is ('F', 0, False); stage and microbatch are ints",
+    ),
+    "a float": (
+        [[("F", 0, 0.0)]],
+        "position 0 is ('F', 0, 0.0); stage and microbatch are ints",
+    ),
+    "unhashable": (
+        [[("F", [0], 0)]],
+        "position 0 is ('F', [0], 0); stage and microbatch are ints",
+    ),
+    "an unhashable kind": (
+        [[(["F"], 0, 0)]],
+        "position 0 is of kind ['F']; the kinds are F, B, I, W",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_no_schedule_at_all(name):
     rows, message = WRONG[name]
-    message = message if message.startswith("`") else f"`Schedule(actions=...)`: device 0, {message}"
+    message = (
+        message
+        if message.startswith("`")
+        else f"`Schedule(actions=...)`: device 0, {message}"
+    )
     with raises(TypeError, message):
         Schedule(rows)
 
 
 def test_an_unknown_kind():
-    with raises(ValueError, "`Schedule(actions=...)`: device 0, position 0 is of kind 'X'; the kinds are F, B, I, W"):
+    with raises(
+        ValueError,
+        "`Schedule(actions=...)`: device 0, position 0 is of kind 'X'; the kinds are "
+        "F, B, I, W",
+    ):
         Schedule([[("X", 0, 0)]])
 
 
 @pytest.mark.parametrize(
     ("places", "message"),
     [
-        ([True], "`Schedule`: stage_to_device[0] is True; it is an int, a device's index"),
-        ([0.0], "`Schedule`: stage_to_device[0] is 0.0; it is an int, a device's index"),
-        ([None], "`Schedule`: stage_to_device[0] is None; it is an int, a device's index"),
+        (
+            [True],
+            "`Schedule`: stage_to_device[0] is True; it is an int, a device's index",
+        ),
+        (
+            [0.0],
+            "`Schedule`: stage_to_device[0] is 0.0; it is an int, a device's index",
+        ),
+        (
+            [None],
+            "`Schedule`: stage_to_device[0] is None; it is an int, a device's index",
+        ),
         ("0", "`Schedule`: stage_to_device is a sequence, not '0'"),
         ({0}, "`Schedule`: stage_to_device is a sequence, not {0}"),
         (0, "`Schedule`: stage_to_device is a sequence, not 0"),
@@ -440,7 +595,8 @@ def test_a_name_is_a_string():
 def test_whatever_is_given_is_stored_as_tuples_of_ints():
     plain = Schedule([[("F", 0, 0)], [("F", 1, 0)]])
     zero, one = np.arange(2)
-    given = Schedule(([(np.str_("F"), s, zero)] for s in (zero, one)), iter(np.arange(2)))  # pyright: ignore
+    rows = ([(np.str_("F"), s, zero)] for s in (zero, one))
+    given = Schedule(rows, iter(np.arange(2)))  # pyright: ignore
     lists = Schedule([[["F", 0, 0]], [["F", 1, 0]]], [0, 1])  # pyright: ignore[reportArgumentType]
     for schedule in (given, lists):
         assert schedule == plain
@@ -455,17 +611,38 @@ def test_whatever_is_given_is_stored_as_tuples_of_ints():
 
 def test_what_is_derived_is_no_part_of_the_value():
     schedule, untouched = schedules.eager_1f1b(3, 5), schedules.eager_1f1b(3, 5)
-    assert (schedule.devices, schedule.stages, schedule.microbatches, schedule.backwards) == (3, 3, 5, True)
+    assert (
+        schedule.devices,
+        schedule.stages,
+        schedule.microbatches,
+        schedule.backwards,
+    ) == (3, 3, 5, True)
     assert schedule == untouched
     assert hash(schedule) == hash(untouched)
     assert pickle.dumps(schedule) == pickle.dumps(untouched)
-    assert [f.name for f in dataclasses.fields(schedule)] == ["actions", "stage_to_device", "name"]
-    for same in (pickle.loads(pickle.dumps(schedule)), copy.copy(schedule), copy.deepcopy(schedule)):
+    assert [f.name for f in dataclasses.fields(schedule)] == [
+        "actions",
+        "stage_to_device",
+        "name",
+    ]
+    for same in (
+        pickle.loads(pickle.dumps(schedule)),
+        copy.copy(schedule),
+        copy.deepcopy(schedule),
+    ):
         assert same == schedule
-        assert (hash(same), same.microbatches, repr(same)) == (hash(schedule), 5, repr(schedule))
+        assert (hash(same), same.microbatches, repr(same)) == (
+            hash(schedule),
+            5,
+            repr(schedule),
+        )
     assert "microbatches" not in vars(copy.copy(schedule))
     renamed = dataclasses.replace(schedule, name="other")
-    assert (renamed.name, renamed.actions, renamed.microbatches) == ("other", schedule.actions, 5)
+    assert (renamed.name, renamed.actions, renamed.microbatches) == (
+        "other",
+        schedule.actions,
+        5,
+    )
     assert renamed != schedule
     with pytest.raises(dataclasses.FrozenInstanceError):
         schedule.name = "x"  # pyright: ignore[reportAttributeAccessIssue]
@@ -474,9 +651,12 @@ def test_what_is_derived_is_no_part_of_the_value():
 def test_repr_is_short_and_str_is_the_rows():
     rows, places = LEGAL["V"]
     schedule = Schedule(rows, places, "V")
-    assert repr(schedule) == "<Schedule 'V': 2 devices, 4 stages, 2 microbatches, F B I W>"
+    assert (
+        repr(schedule) == "<Schedule 'V': 2 devices, 4 stages, 2 microbatches, F B I W>"
+    )
     assert str(schedule) == (
-        "0: 0F0 0F1 3F0 3I0 3W0 3F1 3I1 0I0 0W0 0B1 3W1\n1: 1F0 2F0 1F1 2F1 2B0 1B0 2I1 1I1 1W1 2W1"
+        "0: 0F0 0F1 3F0 3I0 3W0 3F1 3I1 0I0 0W0 0B1 3W1\n1: 1F0 2F0 1F1 2F1 2B0 1B0 "
+        "2I1 1I1 1W1 2W1"
     )
     assert str(schedules.one_f_one_b(2, 2)) == "0: F0 F1 B0 B1\n1: F0 B0 F1 B1"
     assert str(Schedule([[("F", 1, 0)], [("F", 0, 0)]], [1, 0])) == "0: 1F0\n1: 0F0"
@@ -484,10 +664,16 @@ def test_repr_is_short_and_str_is_the_rows():
 
 def test_a_large_schedule_is_cheap():
     rows = [
-        [Action._make((k, a.stage, a.microbatch)) for a in row for k in ("IW" if a.kind == "B" else "F")]
+        [
+            Action._make((k, a.stage, a.microbatch))
+            for a in row
+            for k in ("IW" if a.kind == "B" else "F")
+        ]
         for row in schedules.one_f_one_b(64, 512).actions
     ]
     start = time.process_time()
     schedule = Schedule(rows)
-    assert time.process_time() - start < 2.0  # 0.12 s on two old cores; ten times that is a bug
+    assert (
+        time.process_time() - start < 2.0
+    )  # 0.12 s on two old cores; ten times that is a bug
     assert schedule.microbatches == 512

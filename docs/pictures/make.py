@@ -2,16 +2,29 @@
 
 import pathlib
 
-from fpipe.schedules import NAMES, Costs, Schedule, Timeline, named, simulate, svg, zero_bubble
+from fpipe.schedules import (
+    NAMES,
+    Costs,
+    Schedule,
+    Timeline,
+    named,
+    simulate,
+    svg,
+    zero_bubble,
+)
 
 DEVICES, MICROBATCHES = 4, 8
 SCALE = 22  # pixels for a unit of time
 BESIDE = 88  # pixels for the names of the devices and the margins
-BATCH = 16  # what the forwards of a whole batch take on a device, in the pictures of docs/concepts.md
+# what the forwards of a whole batch take on a device, in the pictures of
+# docs/concepts.md
+BATCH = 16
 
 
 def at_unit_costs(schedule: Schedule, transfer: float = 0.0) -> Timeline:
-    """The timeline where `F`, `I` and `W` are 1 for all the stages of a device together."""
+    """The timeline where `F`, `I` and `W` are 1 for all the stages of a device
+    together.
+    """
     each = schedule.devices / schedule.stages
     return simulate(schedule, Costs(F=each, I=each, W=each, transfer=transfer))
 
@@ -20,7 +33,9 @@ def schedules() -> dict[str, Timeline]:
     """What is drawn for docs/schedules.md, by the name of the file."""
     made = {name: at_unit_costs(named(name, DEVICES, MICROBATCHES)) for name in NAMES}
     for name in ("1f1b", "eager_1f1b"):
-        made[f"{name}_latency"] = at_unit_costs(named(name, DEVICES, MICROBATCHES), transfer=0.25)
+        made[f"{name}_latency"] = at_unit_costs(
+            named(name, DEVICES, MICROBATCHES), transfer=0.25
+        )
     made["zero_bubble"] = at_unit_costs(zero_bubble(DEVICES, MICROBATCHES, memory=3))
     return made
 

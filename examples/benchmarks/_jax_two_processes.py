@@ -1,4 +1,6 @@
-"""The JAX worker of `two_processes.py`, which starts two of these and tells them what to run."""
+"""The JAX worker of `two_processes.py`, which starts two of these and tells them what
+to run.
+"""
 
 import functools
 import json
@@ -19,12 +21,19 @@ BALANCE = {"gpipe": [4, 4], "eager_1f1b": [4, 4], "interleaved_1f1b": [2, 2, 2, 
 
 def init(key, x):
     width = x.shape[-1]
-    shapes = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
+    shapes = {
+        "qkv": (width, 3 * width),
+        "out": (width, width),
+        "up": (width, 4 * width),
+        "down": (4 * width, width),
+    }
     params = {}
     for k, (name, shape) in enumerate(shapes.items()):
         weights = jax.random.normal(jax.random.fold_in(key, k), shape) / shape[0] ** 0.5
         params[name] = weights, jnp.zeros(shape[1])
-    return params | {name: (jnp.ones(width), jnp.zeros(width)) for name in ("norm1", "norm2")}
+    return params | {
+        name: (jnp.ones(width), jnp.zeros(width)) for name in ("norm1", "norm2")
+    }
 
 
 def dense(params, x):
@@ -46,7 +55,9 @@ def apply(params, x):
     scores = jnp.where(jnp.tri(tokens, dtype=bool), scores, -jnp.inf)
     mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
     x = x + dense(params["out"], mixed.reshape(x.shape))
-    return x + dense(params["down"], jax.nn.gelu(dense(params["up"], norm(params["norm2"], x))))
+    return x + dense(
+        params["down"], jax.nn.gelu(dense(params["up"], norm(params["norm2"], x)))
+    )
 
 
 def loss_fn(y, t):
@@ -70,7 +81,9 @@ def unpipelined(remat: bool, m: int):
 
     def step(params, x, t):
         def microbatch(total, piece):
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(params, *piece)), None
+            return jax.tree.map(
+                jnp.add, total, jax.value_and_grad(loss_of)(params, *piece)
+            ), None
 
         pieces = jax.tree.map(lambda a: a.reshape(m, -1, *a.shape[1:]), (x, t))
         zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
@@ -91,7 +104,9 @@ class Maker:
         self.rank, self.key = rank, jax.random.key(0)
         self.layers = [fpipe.Layer(apply, init, name="block")] * BLOCKS
         # The same in both processes.
-        self.arrays = np.random.default_rng(0).standard_normal((2, batch, tokens, width), np.float32)
+        self.arrays = np.random.default_rng(0).standard_normal(
+            (2, batch, tokens, width), np.float32
+        )
         self.params = {}
 
     def __call__(self, schedule: str, checkpoint: str, m: int):
@@ -120,7 +135,10 @@ class Maker:
             call = jax.jit(pipe.value_and_grad(loss_fn))
             assert pipe.mesh is not None
             everywhere = NamedSharding(pipe.mesh, P())
-            x, t = (jax.make_array_from_process_local_data(everywhere, a) for a in self.arrays)
+            x, t = (
+                jax.make_array_from_process_local_data(everywhere, a)
+                for a in self.arrays
+            )
         step = functools.partial(call, self.params[schedule], x, t)
         loss, grads = step()
         return lambda: jax.block_until_ready(step()), loss, squares(grads)
@@ -131,10 +149,14 @@ def main() -> None:
     reply = replies()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     rank, address = options.pop("rank"), f"127.0.0.1:{options.pop('port')}"
-    jax.distributed.initialize(address, num_processes=2, process_id=rank, initialization_timeout=120)
+    jax.distributed.initialize(
+        address, num_processes=2, process_id=rank, initialization_timeout=120
+    )
     assert len(jax.devices()) == 2, jax.devices()
     mesh = Mesh(np.array(jax.devices()), ("process",), axis_types=(AxisType.Auto,))
-    one = jax.make_array_from_process_local_data(NamedSharding(mesh, P("process")), np.ones(1, np.float32))
+    one = jax.make_array_from_process_local_data(
+        NamedSharding(mesh, P("process")), np.ones(1, np.float32)
+    )
     total = jax.jit(jnp.sum)
 
     def barrier() -> None:

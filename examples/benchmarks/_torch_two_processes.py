@@ -1,4 +1,6 @@
-"""The torch worker of `two_processes.py`, which starts two of these, in an environment with torch."""
+"""The torch worker of `two_processes.py`, which starts two of these, in an environment
+with torch.
+"""
 
 # pyright: reportMissingImports=false
 
@@ -58,12 +60,17 @@ class Maker:
         loss = float(step())
         grads = [p.grad for module in modules for p in module.parameters()]
         assert all(g is not None for g in grads)
-        values = torch.tensor([loss, sum(float(g.double().square().sum()) for g in grads)], dtype=torch.float64)
+        values = torch.tensor(
+            [loss, sum(float(g.double().square().sum()) for g in grads)],
+            dtype=torch.float64,
+        )
         dist.all_reduce(values)
         return step, *values.tolist()
 
     def unpipelined(self, m: int):
-        """The step on one core: one microbatch after the other, gradients summed in place."""
+        """The step on one core: one microbatch after the other, gradients summed in
+        place.
+        """
         if self.rank:
             return lambda: 0.0, []
         model = nn.Sequential(*self.blocks)
@@ -88,7 +95,8 @@ class Maker:
             pipelining.PipelineStage(module, s, stages, torch.device("cpu"))
             for module, s in zip(modules, mine, strict=True)
         ]
-        # The mean over microbatches is taken in the loss: cheaper than scaling every gradient at the end.
+        # The mean over microbatches is taken in the loss: cheaper than scaling every
+        # gradient at the end.
         schedule = getattr(pipelining, name)(
             parts if each > 1 else parts[0],
             n_microbatches=m,
@@ -112,7 +120,9 @@ def main() -> None:
     reply = replies()
     torch.set_num_threads(1)
     rank, port = options.pop("rank"), options.pop("port")
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
     dist.barrier()
     reply("torch", torch.__version__)
     serve(reply, Maker(rank, **options), dist.barrier)

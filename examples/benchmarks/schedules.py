@@ -1,17 +1,23 @@
 """Every schedule as it runs beside what the simulation says, and who should dispatch.
 
-Four simulated CPU devices and stages that sleep in their forward, input gradient and weight gradient, so that devices work
-side by side however few cores there are. Four tables:
+Four simulated CPU devices and stages that sleep in their forward, input gradient and
+weight gradient, so that devices work side by side however few cores there are. Four
+tables:
 
-1. Time: each schedule with F = I = W = one unit of sleep for each device (half a unit for each stage where a device has two),
-   and 1F1B and eager 1F1B with uneven stages. The ratio is measured over simulated; `order` counts the runs in which
-   every device started its actions in the schedule's order, `global` those in which any two actions of which one starts more
-   than half a unit earlier on paper also started in that order.
-2. Memory: the peak of live stage inputs on each device, counted among all live arrays (`jax.live_arrays()`) right after each
-   forward is dispatched, in a model without sleep. Counted are the inputs of stages that get them from another device; the first
-   stage cuts its own out of the batch, and a stage behind one on the same device reads that one's output. Gradients of
-   inputs are not counted (one waits where it was made until the other device takes it). The formula
-   is the simulated timeline's peak for the same stages, from the start of `F` to the end of `B` or `W`.
+1. Time: each schedule with F = I = W = one unit of sleep for each device (half a unit
+for each stage where a device has two),
+   and 1F1B and eager 1F1B with uneven stages. The ratio is measured over simulated;
+   `order` counts the runs in which every device started its actions in the schedule's
+   order, `global` those in which any two actions of which one starts more than half a
+   unit earlier on paper also started in that order.
+2. Memory: the peak of live stage inputs on each device, counted among all live arrays
+(`jax.live_arrays()`) right after each
+   forward is dispatched, in a model without sleep. Counted are the inputs of stages
+   that get them from another device; the first stage cuts its own out of the batch, and
+   a stage behind one on the same device reads that one's output. Gradients of inputs
+   are not counted (one waits where it was made until the other device takes it). The
+   formula is the simulated timeline's peak for the same stages, from the start of `F`
+   to the end of `B` or `W`.
 3. Dispatch: one thread beside a thread for each device.
 """
 
@@ -26,8 +32,8 @@ import jax.numpy as jnp
 
 import fpipe
 from fpipe import schedules
-from fpipe._placed import observing
-from fpipe._plan import Run
+from fpipe._executors.placed.dispatch import observing
+from fpipe._executors.placed.instructions import Run
 
 DEVICES = 4
 UNEVEN = (1.0, 2.0, 1.5, 0.5)
@@ -39,7 +45,9 @@ NAMES = [name for name in schedules.NAMES if name != "forward_only"]
 
 
 class Recorder:
-    """When each part of each action ran, by (kind, stage, microbatch); `unit` is read at each call."""
+    """When each part of each action ran, by (kind, stage, microbatch); `unit` is read
+    at each call.
+    """
 
     def __init__(self) -> None:
         self.unit = 0.0
@@ -65,16 +73,28 @@ class Recorder:
                     self.times[k, action.stage, action.microbatch]
                     for k in ("IW" if action.kind == "B" else action.kind)
                 ]
-                events.append(schedules.Event(d, action, min(a for a, _ in parts), max(b for _, b in parts)))
-        return schedules.Timeline(tuple(sorted(events, key=lambda e: e.start)), schedule.devices, schedule.name)
+                events.append(
+                    schedules.Event(
+                        d, action, min(a for a, _ in parts), max(b for _, b in parts)
+                    )
+                )
+        return schedules.Timeline(
+            tuple(sorted(events, key=lambda e: e.start)),
+            schedule.devices,
+            schedule.name,
+        )
 
 
 def sleeping(recorder: Recorder, stage: int, units: float) -> fpipe.Layer:
-    """`x * p`, asleep for so many units in each of F, I and W. The entries of `x` are the microbatch's number."""
+    """`x * p`, asleep for so many units in each of F, I and W. The entries of `x` are
+    the microbatch's number.
+    """
 
     def call(kind, value, x):
         shape = jax.ShapeDtypeStruct(value.shape, value.dtype)
-        return jax.pure_callback(recorder.nap(kind, stage, units), shape, value, x[0, 0])
+        return jax.pure_callback(
+            recorder.nap(kind, stage, units), shape, value, x[0, 0]
+        )
 
     @jax.custom_vjp
     def times(p, x):
@@ -93,14 +113,18 @@ def sleeping(recorder: Recorder, stage: int, units: float) -> fpipe.Layer:
 
 def batch(microbatches: int) -> jax.Array:
     """One row for each microbatch, with its number."""
-    return jnp.broadcast_to(jnp.arange(microbatches, dtype=jnp.float32)[:, None], (microbatches, 2))
+    return jnp.broadcast_to(
+        jnp.arange(microbatches, dtype=jnp.float32)[:, None], (microbatches, 2)
+    )
 
 
 def stages_of(name: str) -> int:
     return schedules.named(name, DEVICES, 8).stages
 
 
-def agrees(measured: schedules.Timeline, simulated: schedules.Timeline, apart: float) -> bool:
+def agrees(
+    measured: schedules.Timeline, simulated: schedules.Timeline, apart: float
+) -> bool:
     """Whether actions that start at least so far apart on paper started in that order."""
     started = {e.action: e.start for e in measured.events}
     paper = [e.start for e in simulated.events]
@@ -115,22 +139,38 @@ def agrees(measured: schedules.Timeline, simulated: schedules.Timeline, apart: f
 
 
 def time_table(sizes: list[int], unit: float, repeats: int) -> None:
-    print(f"F = I = W = {unit * 1e3:g} ms for each device; 'uneven': {', '.join(f'{u:g}' for u in UNEVEN)} units")
-    print("schedule             m   simulated ms   measured ms   ratio   order   global")
+    print(
+        f"F = I = W = {unit * 1e3:g} ms for each device; 'uneven': "
+        f"{', '.join(f'{u:g}' for u in UNEVEN)} units"
+    )
+    print(
+        "schedule             m   simulated ms   measured ms   ratio   order   global"
+    )
     rows = [(name, stages_of(name), None) for name in NAMES]
     rows += [(name, DEVICES, UNEVEN) for name in ("1f1b", "eager_1f1b")]
     for name, stages, uneven in rows:
         units = uneven or [DEVICES / stages] * stages
         recorder = Recorder()
         layers = [sleeping(recorder, s, u) for s, u in enumerate(units)]
-        # One row for each microbatch: fewer rows are fewer microbatches, of the same shape.
-        pipe = fpipe.Pipe(layers, [1] * stages, jax.devices(), chunks=max(sizes), checkpoint="never", schedule=name)
-        # With the gradient of `x`: else the first stage would have no input gradient to compute.
+        # One row for each microbatch: fewer rows are fewer microbatches, of the same
+        # shape.
+        pipe = fpipe.Pipe(
+            layers,
+            [1] * stages,
+            jax.devices(),
+            chunks=max(sizes),
+            checkpoint="never",
+            schedule=name,
+        )
+        # With the gradient of `x`: else the first stage would have no input gradient to
+        # compute.
         step = pipe.value_and_grad(jnp.mean, argnums=(0, 1))
         for m in sizes:
             schedule, x = pipe.make_schedule(m), batch(m)
             cost = tuple(u * unit for u in units)
-            simulated = schedules.simulate(schedule, schedules.Costs(F=cost, I=cost, W=cost))
+            simulated = schedules.simulate(
+                schedule, schedules.Costs(F=cost, I=cost, W=cost)
+            )
             params = pipe.init(jax.random.key(0), x)
             recorder.unit = 0.0
             jax.block_until_ready(step(params, x))
@@ -141,15 +181,22 @@ def time_table(sizes: list[int], unit: float, repeats: int) -> None:
                 start = time.perf_counter()
                 jax.block_until_ready(step(params, x))
                 took.append(time.perf_counter() - start)
-                assert len(recorder.times) == 3 * stages * m  # what is simulated is what ran
+                assert (
+                    len(recorder.times) == 3 * stages * m
+                )  # what is simulated is what ran
                 measured = recorder.timeline(schedule)
-                mine = [tuple(e.action for e in measured.events if e.device == d) for d in range(DEVICES)]
+                mine = [
+                    tuple(e.action for e in measured.events if e.device == d)
+                    for d in range(DEVICES)
+                ]
                 order += tuple(mine) == schedule.actions
                 order_of_all += agrees(measured, simulated, unit / 2)
             median = statistics.median(took)
             print(
-                f"{name + ', uneven' * bool(uneven):18s} {m:3d}   {simulated.makespan * 1e3:12.0f}   {median * 1e3:11.0f}   "
-                f"{median / simulated.makespan:5.2f}   {order:3d}/{repeats}   {order_of_all:4d}/{repeats}",
+                f"{name + ', uneven' * bool(uneven):18s} {m:3d}   "
+                f"{simulated.makespan * 1e3:12.0f}   {median * 1e3:11.0f}   "
+                f"{median / simulated.makespan:5.2f}   {order:3d}/{repeats}   "
+                f"{order_of_all:4d}/{repeats}",
                 flush=True,
             )
 
@@ -159,14 +206,20 @@ def time_table(sizes: list[int], unit: float, repeats: int) -> None:
 
 def matmul(width: int) -> fpipe.Layer:
     """A layer that changes the width: a shape tells which stage's input an array is."""
-    return fpipe.Layer(lambda p, x: jnp.tanh(x @ p), lambda key, x: jnp.full((x.shape[-1], width), 0.01))
+    return fpipe.Layer(
+        lambda p, x: jnp.tanh(x @ p),
+        lambda key, x: jnp.full((x.shape[-1], width), 0.01),
+    )
 
 
 def memory_table(m: int) -> None:
     print(
-        f"\nBytes of live stage inputs, peak for each device: m={m}, checkpoint='never', {ROWS} rows of {WIDTH} or more"
+        f"\nBytes of live stage inputs, peak for each device: m={m}, "
+        f"checkpoint='never', {ROWS} rows of {WIDTH} or more"
     )
-    columns = "".join(f"{text:>28s}" for text in ("measured KiB, by device", "formula KiB, by device"))
+    columns = "".join(
+        f"{text:>28s}" for text in ("measured KiB, by device", "formula KiB, by device")
+    )
     print(f"{'schedule':18s}{columns}   equal")
     for name in NAMES:
         stages = stages_of(name)
@@ -189,15 +242,37 @@ def memory_table(m: int) -> None:
 
         plan = pipe._placed._bound.values()[0].plan
 
-        def count(item, slots, peak=peak, counted=counted, size=size, places=places, pipe=pipe, plan=plan):
-            if not isinstance(item, Run) or item.action is None or item.action.kind != "F":
+        def count(
+            item,
+            slots,
+            peak=peak,
+            counted=counted,
+            size=size,
+            places=places,
+            pipe=pipe,
+            plan=plan,
+        ):
+            if (
+                not isinstance(item, Run)
+                or item.action is None
+                or item.action.kind != "F"
+            ):
                 return
-            # The gradient of an input has its shape, and waits where it was made until the other device takes it.
-            gradients = {id(a) for a, slot in zip(slots, plan.slots, strict=True) if slot.name.startswith("gradient")}
-            alive = [(a.shape, a.device) for a in jax.live_arrays() if id(a) not in gradients]
+            # The gradient of an input has its shape, and waits where it was made until
+            # the other device takes it.
+            gradients = {
+                id(a)
+                for a, slot in zip(slots, plan.slots, strict=True)
+                if slot.name.startswith("gradient")
+            }
+            alive = [
+                (a.shape, a.device) for a in jax.live_arrays() if id(a) not in gradients
+            ]
             now = [0] * DEVICES
             for s in counted:
-                now[places[s]] += size[s] * alive.count(((ROWS, WIDTH + s), pipe.devices[places[s]]))
+                now[places[s]] += size[s] * alive.count(
+                    ((ROWS, WIDTH + s), pipe.devices[places[s]])
+                )
             peak[:] = map(max, peak, now)
 
         with observing(count):
@@ -207,14 +282,19 @@ def memory_table(m: int) -> None:
         formula = dataclasses.replace(simulated, events=events).peak_memory
         columns = [" ".join(f"{b / 1024:5.1f}" for b in row) for row in (peak, formula)]
         equal = "yes" if peak == list(formula) else "no"
-        print(f"{name:18s}" + "".join(f"{text:>28s}" for text in columns) + f"   {equal}", flush=True)
+        print(
+            f"{name:18s}" + "".join(f"{text:>28s}" for text in columns) + f"   {equal}",
+            flush=True,
+        )
 
 
 # --- who dispatches ---
 
 
 def tiny() -> fpipe.Layer:
-    return fpipe.Layer(lambda p, x: jnp.tanh(x * p), lambda key, x: jnp.ones(x.shape[-1]))
+    return fpipe.Layer(
+        lambda p, x: jnp.tanh(x * p), lambda key, x: jnp.ones(x.shape[-1])
+    )
 
 
 def medium(width: int) -> fpipe.Layer:
@@ -225,7 +305,9 @@ def medium(width: int) -> fpipe.Layer:
             x = jnp.tanh(x @ p)
         return x
 
-    return fpipe.Layer(apply, lambda key, x: jax.random.normal(key, (width, width)) / width**0.5)
+    return fpipe.Layer(
+        apply, lambda key, x: jax.random.normal(key, (width, width)) / width**0.5
+    )
 
 
 def dispatch_table(unit: float, repeats: int, width: int) -> None:
@@ -233,23 +315,61 @@ def dispatch_table(unit: float, repeats: int, width: int) -> None:
     actions = 2 * DEVICES * m
     times = f"medians over {repeats} (sleep), {10 * repeats} or {3 * repeats} (last) alternating repeats"
     print(f"\nWho dispatches: 1F1B, S={DEVICES}, m={m}, {times}")
-    print("                                            one thread   thread per device   ratio")
+    print(
+        "                                            one thread   thread per device   "
+        "ratio"
+    )
     sleep = [sleeping(recorder, s, 1.0) for s in range(DEVICES)]
     products = [medium(width)] * DEVICES
-    many = 8 * m  # more programs than a device's queue takes (32) before it makes the thread wait that hands them over
+    many = (
+        8 * m
+        # more programs than a device's queue takes (32) before it makes the thread wait
+        # that hands them over
+    )
     rows = [
         ("sleeping stages, ms a step", m, sleep, batch(m), repeats, 1e3),
-        ("tiny stages, host us an action", m, [tiny()] * DEVICES, jnp.ones((4 * m, 4)), 10 * repeats, 1e6 / actions),
-        (f"{width}x{width} products, ms a step", m, products, jnp.ones((width * m, width)), 10 * repeats, 1e3),
-        (f"the same, m={many}, ms a step", many, products, jnp.ones((width * many, width)), 3 * repeats, 1e3),
+        (
+            "tiny stages, host us an action",
+            m,
+            [tiny()] * DEVICES,
+            jnp.ones((4 * m, 4)),
+            10 * repeats,
+            1e6 / actions,
+        ),
+        (
+            f"{width}x{width} products, ms a step",
+            m,
+            products,
+            jnp.ones((width * m, width)),
+            10 * repeats,
+            1e3,
+        ),
+        (
+            f"the same, m={many}, ms a step",
+            many,
+            products,
+            jnp.ones((width * many, width)),
+            3 * repeats,
+            1e3,
+        ),
     ]
     for label, chunks, layers, x, times, scale in rows:
         runs, took = {}, {}
         recorder.unit = 0.0
         for dispatch in ("one_thread", "thread_per_device"):
             stages = [1] * DEVICES
-            pipe = fpipe.Pipe(layers, stages, chunks=chunks, checkpoint="never", schedule="1f1b", dispatch=dispatch)
-            runs[dispatch] = pipe.value_and_grad(jnp.mean, argnums=(0, 1)), pipe.init(jax.random.key(0), x)
+            pipe = fpipe.Pipe(
+                layers,
+                stages,
+                chunks=chunks,
+                checkpoint="never",
+                schedule="1f1b",
+                dispatch=dispatch,
+            )
+            runs[dispatch] = (
+                pipe.value_and_grad(jnp.mean, argnums=(0, 1)),
+                pipe.init(jax.random.key(0), x),
+            )
             took[dispatch] = []
             jax.block_until_ready(runs[dispatch][0](runs[dispatch][1], x))
         recorder.unit = unit
@@ -262,27 +382,56 @@ def dispatch_table(unit: float, repeats: int, width: int) -> None:
                 took[dispatch].append(time.perf_counter() - start)
                 jax.block_until_ready(out)
         one, several = (statistics.median(t) * scale for t in took.values())
-        print(f"{label:42s}  {one:10.1f}   {several:17.1f}   {several / one:5.2f}", flush=True)
+        print(
+            f"{label:42s}  {one:10.1f}   {several:17.1f}   {several / one:5.2f}",
+            flush=True,
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3, help="timed steps of each (default: %(default)s)")
-    parser.add_argument("--unit", type=float, default=40.0, help="milliseconds of sleep (default: %(default)s)")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[8, 16], help="microbatches (default: 8 16)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--width", type=int, default=256, help="of the products in the last table (default: %(default)s)"
+        "--repeats",
+        type=int,
+        default=3,
+        help="timed steps of each (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--unit",
+        type=float,
+        default=40.0,
+        help="milliseconds of sleep (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=[8, 16],
+        help="microbatches (default: 8 16)",
+    )
+    parser.add_argument(
+        "--width",
+        type=int,
+        default=256,
+        help="of the products in the last table (default: %(default)s)",
     )
     args = parser.parse_args()
     if args.repeats < 1:
         parser.exit(2, f"--repeats {args.repeats}: at least 1\n")
     if not 0 < args.unit < 10_000:
-        parser.exit(2, f"--unit {args.unit:g}: milliseconds, more than 0 and less than 10000\n")
+        parser.exit(
+            2, f"--unit {args.unit:g}: milliseconds, more than 0 and less than 10000\n"
+        )
     for flag, least in {"sizes": min(args.sizes), "width": args.width}.items():
         if least < 1:
             parser.exit(2, f"--{flag} {least}: at least 1\n")
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {DEVICES} devices, medians of {args.repeats}")
+    print(
+        f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {DEVICES} devices, "
+        f"medians of {args.repeats}"
+    )
     time_table(args.sizes, args.unit / 1e3, args.repeats)
     memory_table(max(args.sizes))
     dispatch_table(args.unit / 1e3, args.repeats, args.width)

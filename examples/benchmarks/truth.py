@@ -1,21 +1,29 @@
 """What `Pipe.plan` says before a step runs, beside what is measured when it does.
 
-The models are those of the three examples (`train_unet.py`, `train_lm.py`, `train_resnet.py`), made small, over four devices. The
-script ends with 1 if it misses a goal. Four parts:
+The models are those of the three examples (`train_unet.py`, `train_lm.py`,
+`train_resnet.py`), made small, over four devices. The script ends with 1 if it misses a
+goal. Four parts:
 
-1. Peak bytes under the placed executor. While a step runs, all live arrays (`jax.live_arrays()`) are counted after each
-   program and each transfer, when what it makes is there and nothing has been dropped yet: that is when most is alive. An
-   array that several objects share, or that is deleted, counts once, or not at all. The maximum of each device is set beside
-   the `peak` of its row in the plan. The goal is a ratio within 5 % for every device. What a program needs for itself while
-   it runs is no array, and a CPU device does not tell it; on GPUs `peak_bytes_in_use` of the whole step is measured
-   too, each case in a process of its own, beside the plan with `compiled=True`.
-2. Peak bytes under the scan executor: what the compiled program of the user's own jitted step needs on each device
-   (`memory_analysis()`: what goes in and out, and temporary memory), beside the plan with `compiled=True`, which compiles the step
-   itself, and beside the plan from shapes alone, which has the buffers and not what an operation needs for itself. The goal,
-   within 5 %, is for the former.
-3. The order of schedules by time: stages that sleep, of unequal lengths, planned with `by="time"` and run alternately. Of all
+1. Peak bytes under the placed executor. While a step runs, all live arrays
+(`jax.live_arrays()`) are counted after each
+   program and each transfer, when what it makes is there and nothing has been dropped
+   yet: that is when most is alive. An array that several objects share, or that is
+   deleted, counts once, or not at all. The maximum of each device is set beside the
+   `peak` of its row in the plan. The goal is a ratio within 5 % for every device. What
+   a program needs for itself while it runs is no array, and a CPU device does not tell
+   it; on GPUs `peak_bytes_in_use` of the whole step is measured too, each case in a
+   process of its own, beside the plan with `compiled=True`.
+2. Peak bytes under the scan executor: what the compiled program of the user's own
+jitted step needs on each device
+   (`memory_analysis()`: what goes in and out, and temporary memory), beside the plan
+       with `compiled=True`, which compiles the step
+   itself, and beside the plan from shapes alone, which has the buffers and not what an
+   operation needs for itself. The goal, within 5 %, is for the former.
+3. The order of schedules by time: stages that sleep, of unequal lengths, planned with
+`by="time"` and run alternately. Of all
    pairs of cases whose plans differ by more than 3 %, all must be in the right order.
-4. Seconds of the example models, planned with `by="time"` and measured. On CPUs without a goal: simulated devices share cores, and
+4. Seconds of the example models, planned with `by="time"` and measured. On CPUs without
+a goal: simulated devices share cores, and
    the plan does not know that.
 """
 
@@ -44,14 +52,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import fpipe
-from fpipe._placed._loop import Bound
+from fpipe._executors.placed.dispatch import Bound
 
 DEVICES, CHUNKS = 4, 8
 CHECKPOINTS = ("always", "except_last", "never")
 MODELS = ("unet", "lm", "resnet")
 SCHEDULES = ("gpipe", "1f1b", "eager_1f1b", "zb_h1", "interleaved_1f1b")
 SOME = ("gpipe", "eager_1f1b")
-ORDERED = [(name, "never") for name in ("gpipe", "1f1b", "eager_1f1b", "interleaved_1f1b", "zb_h1", "zb_v")]
+ORDERED = [
+    (name, "never")
+    for name in ("gpipe", "1f1b", "eager_1f1b", "interleaved_1f1b", "zb_h1", "zb_v")
+]
 ORDERED += [(name, "always") for name in ("gpipe", "1f1b")]
 PARTS = ("arrays", "scan", "allocator", "order", "seconds")
 NEAR, APART = 0.05, 0.03
@@ -79,17 +90,30 @@ class Example:
     @property
     def needs(self) -> dict[str, Any]:
         """Keyword arguments of the step, but for the state."""
-        return {"train": self.train} | ({"key": jax.random.key(0)} if self.keyed else {})
+        return {"train": self.train} | (
+            {"key": jax.random.key(0)} if self.keyed else {}
+        )
 
-    def pipe(self, schedule: str, checkpoint: str, executor: Any = "placed") -> fpipe.Pipe:
+    def pipe(
+        self, schedule: str, checkpoint: str, executor: Any = "placed"
+    ) -> fpipe.Pipe:
         """Cut evenly by FLOPs."""
         stages = fpipe.schedules.named(schedule, DEVICES, CHUNKS).stages
         balance = fpipe.balance(
-            self.layers, jax.ShapeDtypeStruct(self.x.shape, self.x.dtype), stages=stages, chunks=CHUNKS
+            self.layers,
+            jax.ShapeDtypeStruct(self.x.shape, self.x.dtype),
+            stages=stages,
+            chunks=CHUNKS,
         )
         devices = [jax.devices()[d % len(jax.devices())] for d in range(DEVICES)]
         return fpipe.Pipe(
-            self.layers, balance, devices, CHUNKS, checkpoint=checkpoint, schedule=schedule, executor=executor
+            self.layers,
+            balance,
+            devices,
+            CHUNKS,
+            checkpoint=checkpoint,
+            schedule=schedule,
+            executor=executor,
         )
 
     def given(self, pipe: fpipe.Pipe) -> tuple[Any, dict[str, Any]]:
@@ -99,28 +123,57 @@ class Example:
 
     def plan(self, pipe: fpipe.Pipe, **options: Any) -> fpipe.Prediction:
         """Of one step, without the optimizer's state."""
-        return pipe.plan(None, self.x, self.target, loss_fn=self.loss_fn, optimizer=0.0, **self.needs, **options)
+        return pipe.plan(
+            None,
+            self.x,
+            self.target,
+            loss_fn=self.loss_fn,
+            optimizer=0.0,
+            **self.needs,
+            **options,
+        )
 
 
 def example(name: str, scale: int) -> Example:
-    """The model of an example file; `scale` makes it and its batch larger. "dense" is a tiny one, in no file."""
+    """The model of an example file; `scale` makes it and its batch larger. "dense" is a
+    tiny one, in no file.
+    """
     rng = np.random.default_rng(0)
     if name == "dense":
-        layer = fpipe.Layer(lambda w, x: jnp.tanh(x @ w), lambda key, x: jax.random.normal(key, (32, 32)) / 6)
+        layer = fpipe.Layer(
+            lambda w, x: jnp.tanh(x @ w),
+            lambda key, x: jax.random.normal(key, (32, 32)) / 6,
+        )
         x = rng.normal(size=(2 * CHUNKS, 32)).astype(np.float32)
-        return Example([layer] * 8, x, x, lambda y, target: jnp.mean((y - target) ** 2), train=False, keyed=False)
+        return Example(
+            [layer] * 8,
+            x,
+            x,
+            lambda y, target: jnp.mean((y - target) ** 2),
+            train=False,
+            keyed=False,
+        )
     folder = str(pathlib.Path(__file__).parent.parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
     module = importlib.import_module(f"train_{name}")
     if name == "unet":
         x = rng.normal(size=(2 * CHUNKS * scale, 16, 16, 3)).astype(np.float32)
-        return Example(module.unet(2, 1, 4 * scale), x, x, lambda y, noise: jnp.mean((y - noise) ** 2))
+        return Example(
+            module.unet(2, 1, 4 * scale),
+            x,
+            x,
+            lambda y, noise: jnp.mean((y - noise) ** 2),
+        )
     if name == "lm":
-        sizes = argparse.Namespace(blocks=6, width=32 * scale, heads=2, context=32 * scale, dropout=0.05)
+        sizes = argparse.Namespace(
+            blocks=6, width=32 * scale, heads=2, context=32 * scale, dropout=0.05
+        )
         x = rng.integers(256, size=(2 * CHUNKS, sizes.context + 1)).astype(np.int32)
         return Example(module.gpt(sizes), x[:, :-1], x[:, 1:], module.cross_entropy)
-    x = rng.normal(size=(4 * CHUNKS * scale, module.SIZE, module.SIZE, 1)).astype(np.float32)
+    x = rng.normal(size=(4 * CHUNKS * scale, module.SIZE, module.SIZE, 1)).astype(
+        np.float32
+    )
     labels = rng.integers(10, size=len(x)).astype(np.int32)
     layers = module.resnet(module.FORMS[8], 4 * scale)
     return Example(layers, x, labels, module.cross_entropy, keyed=False, stateful=True)
@@ -131,7 +184,9 @@ def example(name: str, scale: int) -> Example:
 
 @contextlib.contextmanager
 def looking(look: Callable[[], None]) -> Iterator[None]:
-    """Call `look()` after each program and each transfer, before what is not needed any more is dropped."""
+    """Call `look()` after each program and each transfer, before what is not needed any
+    more is dropped.
+    """
     run = Bound._run
 
     def watched(self: Any, slots: Any, half: Any, through: Any) -> Any:
@@ -180,20 +235,27 @@ def live_peaks(pipe: fpipe.Pipe, model: Example) -> dict[str, int]:
             peak[device] = max(peak[device], now[device] - before.get(device, 0))
 
     with looking(look):
-        jax.block_until_ready(pipe.value_and_grad(model.loss_fn)(params, model.x, model.target, **needs))
+        jax.block_until_ready(
+            pipe.value_and_grad(model.loss_fn)(params, model.x, model.target, **needs)
+        )
     del others
     return peak
 
 
-def placed_table(names: Sequence[str], schedules: Sequence[str], checkpoints: Sequence[str]) -> bool:
+def placed_table(
+    names: Sequence[str], schedules: Sequence[str], checkpoints: Sequence[str]
+) -> bool:
     """Whether all ratios are near 1."""
     print(
-        "\nPeak bytes of live arrays, placed executor: KiB of the fullest device as planned, and planned over measured"
+        "\nPeak bytes of live arrays, placed executor: KiB of the fullest device as "
+        "planned, and planned over measured"
     )
     print("of the device where that is farthest from 1")
     print(f"{'model':7s} {'schedule':17s}" + "".join(f"{c:>20s}" for c in checkpoints))
     ratios = []
-    jax.config.update("jax_disable_most_optimizations", True)  # they change no array, and take time
+    jax.config.update(
+        "jax_disable_most_optimizations", True
+    )  # they change no array, and take time
     for name in names:
         model = example(name, 1)
         for schedule in schedules:
@@ -219,7 +281,8 @@ def verdict(ratios: Sequence[float]) -> bool:
     """Print the worst ratio; whether it is near 1."""
     near = abs(farthest(ratios) - 1) <= NEAR
     print(
-        f"worst of {len(ratios)} ratios: {farthest(ratios):.4f}, goal within {NEAR:.0%}: {'yes' if near else 'no'}",
+        f"worst of {len(ratios)} ratios: {farthest(ratios):.4f}, goal within "
+        f"{NEAR:.0%}: {'yes' if near else 'no'}",
         flush=True,
     )
     return near
@@ -228,10 +291,18 @@ def verdict(ratios: Sequence[float]) -> bool:
 # --- the scan executor's program -------------------------------------------------------------------
 
 
-def scan_table(names: Sequence[str], schedules: Sequence[str], checkpoints: Sequence[str]) -> bool:
+def scan_table(
+    names: Sequence[str], schedules: Sequence[str], checkpoints: Sequence[str]
+) -> bool:
     """Whether all ratios of plans with `compiled=True` are near 1."""
-    print("\nPeak bytes, scan executor: KiB of each device, of the user's own jitted step; planned over that")
-    print("model   schedule     checkpoint    measured   planned, compiled   planned from shapes")
+    print(
+        "\nPeak bytes, scan executor: KiB of each device, of the user's own jitted "
+        "step; planned over that"
+    )
+    print(
+        "model   schedule     checkpoint    measured   planned, compiled   planned "
+        "from shapes"
+    )
     ratios = []
     for name, schedule, checkpoint in itertools.product(names, schedules, checkpoints):
         model = example(name, 1)
@@ -240,16 +311,35 @@ def scan_table(names: Sequence[str], schedules: Sequence[str], checkpoints: Sequ
         step = pipe.value_and_grad(model.loss_fn)
         static = {"train": needs.pop("train")}
 
-        def call(params: Any, x: Any, target: Any, needs: Any, step: Any = step, static: Any = static) -> Any:
+        def call(
+            params: Any,
+            x: Any,
+            target: Any,
+            needs: Any,
+            step: Any = step,
+            static: Any = static,
+        ) -> Any:
             return step(params, x, target, **needs, **static)
 
-        used: Any = jax.jit(call).lower(params, model.x, model.target, needs).compile().memory_analysis()
-        measured = used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes
+        used: Any = (
+            jax.jit(call)
+            .lower(params, model.x, model.target, needs)
+            .compile()
+            .memory_analysis()
+        )
+        measured = (
+            used.argument_size_in_bytes
+            + used.output_size_in_bytes
+            + used.temp_size_in_bytes
+        )
         measured -= used.alias_size_in_bytes
-        compiled, shapes = (model.plan(pipe, compiled=c).peak / measured for c in (True, False))
+        compiled, shapes = (
+            model.plan(pipe, compiled=c).peak / measured for c in (True, False)
+        )
         ratios.append(compiled)
         print(
-            f"{name:7s} {schedule:12s} {checkpoint:11s} {measured / 1024:10.1f} {compiled:19.4f} {shapes:21.3f}",
+            f"{name:7s} {schedule:12s} {checkpoint:11s} {measured / 1024:10.1f} "
+            f"{compiled:19.4f} {shapes:21.3f}",
             flush=True,
         )
     return verdict(ratios)
@@ -258,20 +348,33 @@ def scan_table(names: Sequence[str], schedules: Sequence[str], checkpoints: Sequ
 # --- a GPU's allocator -----------------------------------------------------------------------------
 
 
-def allocator_table(names: Sequence[str], schedules: Sequence[str], checkpoints: Sequence[str], scale: int) -> bool:
+def allocator_table(
+    names: Sequence[str],
+    schedules: Sequence[str],
+    checkpoints: Sequence[str],
+    scale: int,
+) -> bool:
     """Whether all ratios are near 1."""
-    print(f"\nPeak bytes in use of a step, placed executor, each in a process of its own: MiB; models times {scale}")
-    print("model   schedule          checkpoint    planned, compiled   measured   ratio")
+    print(
+        "\nPeak bytes in use of a step, placed executor, each in a process of its "
+        f"own: MiB; models times {scale}"
+    )
+    print(
+        "model   schedule          checkpoint    planned, compiled   measured   ratio"
+    )
     ratios = []
     for case in itertools.product(names, schedules, checkpoints):
         command = [sys.executable, __file__, "--one", *case, "--scale", str(scale)]
-        done = subprocess.run(command, env=os.environ | SPARE, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, env=os.environ | SPARE, capture_output=True, text=True, check=False
+        )
         if done.returncode:
             raise SystemExit(done.stderr)
         planned, measured = json.loads(done.stdout.splitlines()[-1])
         ratios.append(planned / measured)
         print(
-            f"{case[0]:7s} {case[1]:17s} {case[2]:11s} {planned / MIB:18.2f} {measured / MIB:12.2f} {ratios[-1]:9.4f}",
+            f"{case[0]:7s} {case[1]:17s} {case[2]:11s} {planned / MIB:18.2f} "
+            f"{measured / MIB:12.2f} {ratios[-1]:9.4f}",
             flush=True,
         )
     return verdict(ratios)
@@ -286,24 +389,39 @@ def one(name: str, schedule: str, checkpoint: str, scale: int) -> None:
     model = example(name, scale)
     pipe = model.pipe(schedule, checkpoint)
     params, needs = model.given(pipe)
-    jax.block_until_ready(pipe.value_and_grad(model.loss_fn)(params, model.x, model.target, **needs))
+    jax.block_until_ready(
+        pipe.value_and_grad(model.loss_fn)(params, model.x, model.target, **needs)
+    )
     measured = pipe.devices[0].memory_stats()["peak_bytes_in_use"]
     plan = model.plan(pipe, compiled=True)
-    print(json.dumps([next(row.peak for row in plan.devices if row.name == str(pipe.devices[0])), measured]))
+    print(
+        json.dumps(
+            [
+                next(
+                    row.peak for row in plan.devices if row.name == str(pipe.devices[0])
+                ),
+                measured,
+            ]
+        )
+    )
 
 
 # --- time ------------------------------------------------------------------------------------------
 
 
 def sleeping(seconds: float) -> fpipe.Layer:
-    """`x * p`, asleep for so long in its forward, in its input gradient, and in its weight gradient."""
+    """`x * p`, asleep for so long in its forward, in its input gradient, and in its
+    weight gradient.
+    """
 
     def nap(value: Any) -> Any:
         time.sleep(seconds)
         return value
 
     def call(value: Any) -> Any:
-        return jax.pure_callback(nap, jax.ShapeDtypeStruct(value.shape, value.dtype), value)
+        return jax.pure_callback(
+            nap, jax.ShapeDtypeStruct(value.shape, value.dtype), value
+        )
 
     @jax.custom_vjp
     def times(p, x):
@@ -320,14 +438,16 @@ def sleeping(seconds: float) -> fpipe.Layer:
     return fpipe.Layer(times, lambda key, x: jnp.ones(x.shape[-1]))
 
 
-# Two layers a stage, or one where a device has two stages. With these nearly every schedule takes a time of its own.
+# Two layers a stage, or one where a device has two stages. With these nearly every
+# schedule takes a time of its own.
 UNITS = (2.0, 2.0, 2.0, 1.0, 0.5, 0.5, 1.0, 1.5)
 
 
 def order_table(cases: Sequence[tuple[str, str]], unit: float, repeats: int) -> bool:
     """Whether all pairs are in the right order."""
     print(
-        f"\nTime, stages that sleep: eight layers of {', '.join(f'{u:g}' for u in UNITS)} times {unit * 1e3:g} ms, m={CHUNKS};"
+        "\nTime, stages that sleep: eight layers of "
+        f"{', '.join(f'{u:g}' for u in UNITS)} times {unit * 1e3:g} ms, m={CHUNKS};"
     )
     print(f"medians of {repeats} alternating runs")
     print("schedule           checkpoint    planned ms   measured ms   ratio")
@@ -336,10 +456,18 @@ def order_table(cases: Sequence[tuple[str, str]], unit: float, repeats: int) -> 
     for case in cases:
         stages = fpipe.schedules.named(case[0], DEVICES, CHUNKS).stages
         balance = [len(layers) // stages] * stages
-        pipe = fpipe.Pipe(layers, balance, jax.devices(), CHUNKS, schedule=case[0], checkpoint=case[1])
-        # With the gradient of `x`: else the first stage would have no input gradient to compute.
-        planned[case] = pipe.plan(None, x, loss_fn=jnp.mean, argnums=(0, 1), by="time").step
-        step, params = pipe.value_and_grad(jnp.mean, argnums=(0, 1)), pipe.init(jax.random.key(0), x)
+        pipe = fpipe.Pipe(
+            layers, balance, jax.devices(), CHUNKS, schedule=case[0], checkpoint=case[1]
+        )
+        # With the gradient of `x`: else the first stage would have no input gradient to
+        # compute.
+        planned[case] = pipe.plan(
+            None, x, loss_fn=jnp.mean, argnums=(0, 1), by="time"
+        ).step
+        step, params = (
+            pipe.value_and_grad(jnp.mean, argnums=(0, 1)),
+            pipe.init(jax.random.key(0), x),
+        )
         run[case] = functools.partial(step, params, x)
         jax.block_until_ready(run[case]())
     for case in [*run] * repeats:
@@ -350,20 +478,30 @@ def order_table(cases: Sequence[tuple[str, str]], unit: float, repeats: int) -> 
     for case in sorted(planned, key=planned.__getitem__):
         ms, real = planned[case] * 1e3, measured[case] * 1e3
         print(f"{case[0]:18s} {case[1]:11s} {ms:12.0f} {real:13.0f} {ms / real:7.2f}")
-    pairs = [(a, b) for a, b in itertools.permutations(planned, 2) if planned[b] > (1 + APART) * planned[a]]
+    pairs = [
+        (a, b)
+        for a, b in itertools.permutations(planned, 2)
+        if planned[b] > (1 + APART) * planned[a]
+    ]
     wrong = [(a, b) for a, b in pairs if measured[a] >= measured[b]]
     for a, b in wrong:
         print(f"wrong: {' '.join(a)} before {' '.join(b)}")
     print(
-        f"pairs in the right order: {len(pairs) - len(wrong)} of {len(pairs)}, goal all: {'no' if wrong else 'yes'}",
+        f"pairs in the right order: {len(pairs) - len(wrong)} of {len(pairs)}, goal "
+        f"all: {'no' if wrong else 'yes'}",
         flush=True,
     )
     return not wrong
 
 
-def seconds_table(names: Sequence[str], schedules: Sequence[str], repeats: int, scale: int) -> None:
+def seconds_table(
+    names: Sequence[str], schedules: Sequence[str], repeats: int, scale: int
+) -> None:
     """Predicted and measured seconds of the example models."""
-    print(f"\nTime of the examples, placed executor, models times {scale}: medians of {repeats} alternating runs")
+    print(
+        f"\nTime of the examples, placed executor, models times {scale}: medians of "
+        f"{repeats} alternating runs"
+    )
     print("model   schedule     planned ms   measured ms   ratio")
     run, planned, took = {}, {}, collections.defaultdict[Any, list[float]](list)
     for name in names:
@@ -373,7 +511,9 @@ def seconds_table(names: Sequence[str], schedules: Sequence[str], repeats: int, 
             planned[name, schedule] = model.plan(pipe, by="time").step
             params, needs = model.given(pipe)
             step = pipe.value_and_grad(model.loss_fn)
-            run[name, schedule] = functools.partial(step, params, model.x, model.target, **needs)
+            run[name, schedule] = functools.partial(
+                step, params, model.x, model.target, **needs
+            )
             jax.block_until_ready(run[name, schedule]())
     for case in [*run] * repeats:
         start = time.perf_counter()
@@ -381,31 +521,70 @@ def seconds_table(names: Sequence[str], schedules: Sequence[str], repeats: int, 
         took[case].append(time.perf_counter() - start)
     for case, seconds in planned.items():
         real = statistics.median(took[case])
-        print(f"{case[0]:7s} {case[1]:12s} {seconds * 1e3:10.1f} {real * 1e3:13.1f} {seconds / real:7.2f}", flush=True)
+        print(
+            f"{case[0]:7s} {case[1]:12s} {seconds * 1e3:10.1f} {real * 1e3:13.1f} "
+            f"{seconds / real:7.2f}",
+            flush=True,
+        )
 
 
 # --- the run ---------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--quick", action="store_true", help="a few cases of a tiny model, in seconds")
-    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all; 'allocator' on GPUs alone")
-    add("--models", nargs="+", choices=MODELS, default=MODELS, help="default: all three")
-    add("--schedules", nargs="+", default=SCHEDULES, help="of the placed executor's tables (default: %(default)s)")
-    add("--unit", type=float, default=15.0, help="milliseconds of sleep (default: %(default)s)")
-    add("--repeats", type=int, default=3, help="timed steps of each (default: %(default)s)")
-    add("--scale", type=int, default=8, help="how much larger models are on a GPU (default: %(default)s)")
+    add(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=PARTS,
+        help="default: all; 'allocator' on GPUs alone",
+    )
+    add(
+        "--models", nargs="+", choices=MODELS, default=MODELS, help="default: all three"
+    )
+    add(
+        "--schedules",
+        nargs="+",
+        default=SCHEDULES,
+        help="of the placed executor's tables (default: %(default)s)",
+    )
+    add(
+        "--unit",
+        type=float,
+        default=15.0,
+        help="milliseconds of sleep (default: %(default)s)",
+    )
+    add(
+        "--repeats",
+        type=int,
+        default=3,
+        help="timed steps of each (default: %(default)s)",
+    )
+    add(
+        "--scale",
+        type=int,
+        default=8,
+        help="how much larger models are on a GPU (default: %(default)s)",
+    )
     add("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.repeats < 1:
         parser.exit(2, f"--repeats {args.repeats}: at least 1\n")
     if not 0 < args.unit < 10_000:
-        parser.exit(2, f"--unit {args.unit:g}: milliseconds, more than 0 and less than 10000\n")
+        parser.exit(
+            2, f"--unit {args.unit:g}: milliseconds, more than 0 and less than 10000\n"
+        )
     for schedule in args.schedules:
         if schedule not in fpipe.schedules.NAMES:
-            parser.exit(2, f"--schedules {schedule}: one of {', '.join(fpipe.schedules.NAMES)}\n")
+            parser.exit(
+                2,
+                f"--schedules {schedule}: one of {', '.join(fpipe.schedules.NAMES)}\n",
+            )
     if args.one:
         name, schedule, checkpoint = args.one
         return one(name, schedule, checkpoint, args.scale)
@@ -433,14 +612,18 @@ def parts(args: argparse.Namespace, simulated: bool, on_gpu: bool) -> list[bool]
         return [
             placed_table(["dense"], ["1f1b", "zb_h1"], ["except_last"]),
             scan_table(["dense"], ["eager_1f1b"], ["always"]),
-            order_table([("gpipe", "always"), ("eager_1f1b", "never")], unit, args.repeats),
+            order_table(
+                [("gpipe", "always"), ("eager_1f1b", "never")], unit, args.repeats
+            ),
         ]
     if "arrays" in args.parts and simulated:
         good.append(placed_table(args.models, args.schedules, CHECKPOINTS))
     if "scan" in args.parts and simulated:
         good.append(scan_table(args.models, SOME[1:], ("always", "never")))
     if "allocator" in args.parts and on_gpu:
-        good.append(allocator_table(args.models, args.schedules, CHECKPOINTS, args.scale))
+        good.append(
+            allocator_table(args.models, args.schedules, CHECKPOINTS, args.scale)
+        )
     if "order" in args.parts and simulated:
         good.append(order_table(ORDERED, unit, args.repeats))
     if "seconds" in args.parts:

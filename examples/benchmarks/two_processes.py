@@ -1,23 +1,31 @@
-"""How much faster two cores are than one: a pipelined training step beside an unpipelined one, in JAX and in torch.
+"""How much faster two cores are than one: a pipelined training step beside an
+unpipelined one, in JAX and in torch.
 
-Measured is one step, the loss and all gradients (no optimizer), of 8 pre-norm transformer blocks in float32: causal attention
-with 8 heads, an MLP of four times the width with GELU, mean squared error. Two processes, each pinned to one core, are joined
-by gloo; a device of one process may use every core, so two devices of one process would show nothing. Side by side, in
-alternating rounds:
+Measured is one step, the loss and all gradients (no optimizer), of 8 pre-norm
+transformer blocks in float32: causal attention with 8 heads, an MLP of four times the
+width with GELU, mean squared error. Two processes, each pinned to one core, are joined
+by gloo; a device of one process may use every core, so two devices of one process would
+show nothing. Side by side, in alternating rounds:
 
-1. `fpipe.Pipe(executor="scan")`, for each schedule with and without remat (`checkpoint` "always" and "never").
-2. The unpipelined step in JAX on the first core alone: `lax.scan` over the same microbatches, gradients summed in the carry.
+1. `fpipe.Pipe(executor="scan")`, for each schedule with and without remat (`checkpoint`
+"always" and "never").
+2. The unpipelined step in JAX on the first core alone: `lax.scan` over the same
+microbatches, gradients summed in the carry.
    With remat, each half of the blocks is a `jax.checkpoint`.
-3. `torch.distributed.pipelining` on the same cores, without remat, and torch's own unpipelined step on the first core. torch
+3. `torch.distributed.pipelining` on the same cores, without remat, and torch's own
+unpipelined step on the first core. torch
    lives in a virtual environment of its own, which the script makes if it is not there.
 
-A time is from the first process that leaves a barrier to the last one that has its results. The speed-up is over the same
-library's unpipelined step with the same remat and microbatches. The ideal is that of stages that take equal time and backwards
-that are not cut: `2 m / (m + 1)`, and `4 m / (2 m + 1)` with two stages for each process. ScheduleInterleavedZeroBubble does cut
-its backwards, so it may pass the latter. `over torch` is the time over that of torch's fastest pipeline at the same
-`m`: below 1 is faster than torch.
+A time is from the first process that leaves a barrier to the last one that has its
+results. The speed-up is over the same library's unpipelined step with the same remat
+and microbatches. The ideal is that of stages that take equal time and backwards that
+are not cut: `2 m / (m + 1)`, and `4 m / (2 m + 1)` with two stages for each process.
+ScheduleInterleavedZeroBubble does cut its backwards, so it may pass the latter. `over
+torch` is the time over that of torch's fastest pipeline at the same `m`: below 1 is
+faster than torch.
 
-The defaults are the large size; the small one is `--width 128 --tokens 64`; `--quick` only shows that everything runs.
+The defaults are the large size; the small one is `--width 128 --tokens 64`; `--quick`
+only shows that everything runs.
 """
 
 import argparse
@@ -50,7 +58,9 @@ QUICK = {"width": 32, "batch": 8, "tokens": 16, "microbatches": [4], "repeats": 
 
 
 def replies() -> Callable[..., None]:
-    """A function that writes a line to the parent. What libraries print to stdout goes to stderr from here on."""
+    """A function that writes a line to the parent. What libraries print to stdout goes
+    to stderr from here on.
+    """
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -67,8 +77,9 @@ def serve(
 ) -> None:
     """Answer the parent's lines, until it closes the pipe.
 
-    `warm NAME` is answered by the loss and the sum of the squared gradients, `run NAME` by start and end of a step. The
-    clock is the same in all processes of a machine. Between the lines the process is asleep.
+    `warm NAME` is answered by the loss and the sum of the squared gradients, `run NAME`
+    by start and end of a step. The clock is the same in all processes of a machine.
+    Between the lines the process is asleep.
     """
     steps: dict[str, Callable[[], Any]] = {}
     for line in sys.stdin:
@@ -93,9 +104,18 @@ class WorkerError(Exception):
 
 
 class Workers:
-    """Two processes of one library, each pinned to one core from its first instruction on."""
+    """Two processes of one library, each pinned to one core from its first instruction
+    on.
+    """
 
-    def __init__(self, library: str, python: str, cores: list[int], options: dict[str, Any], timeout: float) -> None:
+    def __init__(
+        self,
+        library: str,
+        python: str,
+        cores: list[int],
+        options: dict[str, Any],
+        timeout: float,
+    ) -> None:
         self.library, self.timeout = library, timeout
         self.lines: queue.Queue[tuple[int, str]] = queue.Queue()
         self.processes: list[subprocess.Popen[str]] = []
@@ -104,7 +124,9 @@ class Workers:
         env = os.environ | {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
         if library == "torch":
             env.pop("PYTHONPATH", None)  # that is for the other environment
-            env["GLOO_SOCKET_IFNAME"] = "lo"  # a host's name may lead to an address that does not answer
+            env["GLOO_SOCKET_IFNAME"] = (
+                "lo"  # a host's name may lead to an address that does not answer
+            )
         port = free_port()
         for rank, core in enumerate(cores):
             given = json.dumps(options | {"rank": rank, "port": port})
@@ -122,7 +144,9 @@ class Workers:
             finally:
                 os.sched_setaffinity(0, everywhere)
             self.processes.append(process)
-            threading.Thread(target=self._read, args=(rank, process.stdout), daemon=True).start()
+            threading.Thread(
+                target=self._read, args=(rank, process.stdout), daemon=True
+            ).start()
 
     def _read(self, rank: int, lines: Any) -> None:
         for line in lines:
@@ -143,10 +167,14 @@ class Workers:
         until = time.monotonic() + self.timeout
         while len(answers) < len(self.processes):
             try:
-                rank, answer = self.lines.get(timeout=max(0.0, until - time.monotonic()))
+                rank, answer = self.lines.get(
+                    timeout=max(0.0, until - time.monotonic())
+                )
             except queue.Empty:
                 late = min(set(range(len(self.processes))) - set(answers))
-                raise WorkerError(self._report(late, f"gave no answer in {self.timeout:g} s", line)) from None
+                raise WorkerError(
+                    self._report(late, f"gave no answer in {self.timeout:g} s", line)
+                ) from None
             if not answer:
                 raise WorkerError(self._report(rank, "died", line))
             answers[rank] = answer.split()
@@ -155,7 +183,9 @@ class Workers:
     def _report(self, rank: int, what: str, line: str) -> str:
         file = self.errors[rank].fileno()
         # `pread`, for the worker writes at the position that `seek` would move.
-        tail = os.pread(file, 4000, max(0, os.fstat(file).st_size - 4000)).decode(errors="replace")
+        tail = os.pread(file, 4000, max(0, os.fstat(file).st_size - 4000)).decode(
+            errors="replace"
+        )
         return f"the {self.library} worker {rank} {what} at {line or 'its start'!r}; the end of its stderr:\n{tail}"
 
     def close(self) -> None:
@@ -173,19 +203,40 @@ def free_port() -> int:
 
 
 def torch_python(venv: pathlib.Path, timeout: float) -> str:
-    """The interpreter of the virtual environment with torch, which is made if it is not there."""
+    """The interpreter of the virtual environment with torch, which is made if it is not
+    there.
+    """
     python = venv / "bin" / "python"
     if not python.exists():
         print(f"making {venv} ...", file=sys.stderr, flush=True)
-        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True, timeout=timeout)
-    ask = [str(python), "-c", "from importlib.metadata import version as v; print(v('torch'))"]
+        subprocess.run(
+            [sys.executable, "-m", "venv", str(venv)], check=True, timeout=timeout
+        )
+    ask = [
+        str(python),
+        "-c",
+        "from importlib.metadata import version as v; print(v('torch'))",
+    ]
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    found = subprocess.run(ask, capture_output=True, text=True, check=False, env=env, timeout=timeout).stdout.strip()
+    found = subprocess.run(
+        ask, capture_output=True, text=True, check=False, env=env, timeout=timeout
+    ).stdout.strip()
     if found and found.split("+")[0] != TORCH:
-        raise WorkerError(f"{venv} has torch {found}, not {TORCH}: name another directory with --torch-venv")
+        raise WorkerError(
+            f"{venv} has torch {found}, not {TORCH}: name another directory with "
+            "--torch-venv"
+        )
     if not found:
         print(f"installing torch {TORCH} in {venv} ...", file=sys.stderr, flush=True)
-        install = [str(python), "-m", "pip", "install", "--quiet", f"torch=={TORCH}", "numpy"]
+        install = [
+            str(python),
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            f"torch=={TORCH}",
+            "numpy",
+        ]
         subprocess.run(install, check=True, env=env, timeout=3 * timeout)
     return str(python)
 
@@ -195,21 +246,30 @@ def cpu_model() -> str:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 # --- rows of the table ---
 
-Row = tuple[str, str, str, int]  # library, schedule ("" for unpipelined), checkpoint, microbatches
+Row = tuple[
+    str, str, str, int
+]  # library, schedule ("" for unpipelined), checkpoint, microbatches
 
 
 def all_rows(args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     for m in args.microbatches:
         for checkpoint in args.checkpoints:
-            rows += [("jax", schedule, checkpoint, m) for schedule in ("", *args.schedules)]
+            rows += [
+                ("jax", schedule, checkpoint, m) for schedule in ("", *args.schedules)
+            ]
         if not args.no_torch:
-            rows += [("torch", schedule, "never", m) for schedule in ("", *TORCH_SCHEDULES)]
+            rows += [
+                ("torch", schedule, "never", m) for schedule in ("", *TORCH_SCHEDULES)
+            ]
     return rows
 
 
@@ -224,27 +284,43 @@ def ideal(schedule: str, m: int) -> float:
 
 
 def warm_up(rows: list[Row], workers: dict[str, Workers]) -> None:
-    """Compile and run each once; pipelined and unpipelined steps of a library must compute the same."""
+    """Compile and run each once; pipelined and unpipelined steps of a library must
+    compute the same.
+    """
     want: dict[str, list[float]] = {}
     for k, row in enumerate(rows):
         library = row[0]
-        print(f"warming up {k + 1}/{len(rows)}: {library} {name_of(row)}", file=sys.stderr, flush=True)
+        print(
+            f"warming up {k + 1}/{len(rows)}: {library} {name_of(row)}",
+            file=sys.stderr,
+            flush=True,
+        )
         got = [float(word) for word in workers[library].ask(f"warm {name_of(row)}")[0]]
         expected = want.setdefault(library, got)
-        if not all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(got, expected, strict=True)):
+        if not all(
+            math.isclose(a, b, rel_tol=1e-3) for a, b in zip(got, expected, strict=True)
+        ):
             raise WorkerError(
-                f"{library} {name_of(row)}: loss and squared gradients {got}, but unpipelined they are {expected}"
+                f"{library} {name_of(row)}: loss and squared gradients {got}, but "
+                f"unpipelined they are {expected}"
             )
 
 
-def measure(rows: list[Row], workers: dict[str, Workers], repeats: int) -> dict[Row, float]:
+def measure(
+    rows: list[Row], workers: dict[str, Workers], repeats: int
+) -> dict[Row, float]:
     """Median seconds of a step of each, over alternating rounds."""
     took: dict[Row, list[float]] = {row: [] for row in rows}
     for k in range(repeats):
         print(f"round {k + 1}/{repeats}", file=sys.stderr, flush=True)
         for row in rows:
-            spans = [[float(word) for word in answer] for answer in workers[row[0]].ask(f"run {name_of(row)}")]
-            took[row].append(max(end for _, end in spans) - min(start for start, _ in spans))
+            spans = [
+                [float(word) for word in answer]
+                for answer in workers[row[0]].ask(f"run {name_of(row)}")
+            ]
+            took[row].append(
+                max(end for _, end in spans) - min(start for start, _ in spans)
+            )
     return {row: statistics.median(times) for row, times in took.items()}
 
 
@@ -253,37 +329,93 @@ def print_tables(seconds: dict[Row, float], args: argparse.Namespace) -> None:
         print(f"\nm={m}, microbatches of {args.batch // m} x {args.tokens} tokens")
         print(f"{'configuration':44s} seconds   speed-up   ideal   share   over torch")
         rows = [row for row in seconds if row[-1] == m]
-        best = min((seconds[row] for row in rows if row[0] == "torch" and row[1]), default=None)
+        best = min(
+            (seconds[row] for row in rows if row[0] == "torch" and row[1]), default=None
+        )
         for row in rows:
             library, schedule, checkpoint, _ = row
             label = f"{library} {schedule or 'unpipelined'}{', remat' * (checkpoint == 'always')}"
             text = f"{label:44s} {seconds[row]:7.3f}"
             speed_up = seconds[library, "", checkpoint, m] / seconds[row]
             top = ideal(schedule, m)
-            text += f"   {speed_up:8.2f}   {top:5.2f}   {speed_up / top:5.0%}" if schedule else " " * 27
+            text += (
+                f"   {speed_up:8.2f}   {top:5.2f}   {speed_up / top:5.0%}"
+                if schedule
+                else " " * 27
+            )
             print((text + (f"   {seconds[row] / best:10.2f}" if best else "")).rstrip())
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=512, help="a multiple of 8 (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="sequences in a step (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=128, help="length of a sequence (default: %(default)s)")
-    parser.add_argument("--microbatches", type=int, nargs="+", default=[4, 8, 16], help="(default: 4 8 16)")
-    parser.add_argument("--repeats", type=int, default=5, help="alternating rounds (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--width", type=int, default=512, help="a multiple of 8 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=32,
+        help="sequences in a step (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=128,
+        help="length of a sequence (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--microbatches",
+        type=int,
+        nargs="+",
+        default=[4, 8, 16],
+        help="(default: 4 8 16)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=5,
+        help="alternating rounds (default: %(default)s)",
+    )
     schedules = " ".join(SCHEDULES)
     parser.add_argument(
-        "--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES, help=f"of fpipe (default: {schedules})"
+        "--schedules",
+        nargs="+",
+        choices=SCHEDULES,
+        default=SCHEDULES,
+        help=f"of fpipe (default: {schedules})",
     )
     modes = ("never", "always")
-    parser.add_argument("--checkpoints", nargs="+", choices=modes, default=modes, help="(default: never always)")
-    venv = pathlib.Path.home() / ".cache" / "fpipe" / "torch-venv"
-    parser.add_argument("--torch-venv", type=pathlib.Path, default=venv, metavar="PATH", help="(default: %(default)s)")
-    parser.add_argument("--no-torch", action="store_true", help="leave torch out (default: %(default)s)")
     parser.add_argument(
-        "--timeout", type=float, default=600, help="seconds to wait for a worker each time (default: %(default)s)"
+        "--checkpoints",
+        nargs="+",
+        choices=modes,
+        default=modes,
+        help="(default: never always)",
     )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes and one round (default: %(default)s)")
+    venv = pathlib.Path.home() / ".cache" / "fpipe" / "torch-venv"
+    parser.add_argument(
+        "--torch-venv",
+        type=pathlib.Path,
+        default=venv,
+        metavar="PATH",
+        help="(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-torch", action="store_true", help="leave torch out (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=600,
+        help="seconds to wait for a worker each time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny sizes and one round (default: %(default)s)",
+    )
     if parser.parse_args().quick:
         parser.set_defaults(**QUICK)  # what is given on the command line still counts
     args = parser.parse_args()
@@ -298,7 +430,9 @@ def parsed() -> argparse.Namespace:
             parser.exit(2, f"--{flag} {getattr(args, flag)}: at least 1\n")
     for m in args.microbatches:
         if m < 2 or m % 2 or args.batch % m:
-            parser.exit(2, f"--microbatches {m}: even, and a divisor of --batch {args.batch}\n")
+            parser.exit(
+                2, f"--microbatches {m}: even, and a divisor of --batch {args.batch}\n"
+            )
     if not args.timeout > 0:
         parser.exit(2, f"--timeout {args.timeout:g}: more than 0\n")
     return args
@@ -317,8 +451,10 @@ def run(args: argparse.Namespace) -> None:
             workers[library] = Workers(library, python, cores, options, args.timeout)
             versions.append(" ".join(workers[library].ask()[0]))
         print(
-            f"{', '.join(versions)}, Python {platform.python_version()}, {cpu_model()}, {os.cpu_count()} cores, workers on "
-            f"cores {cores[0]} and {cores[1]}\n8 blocks, width {args.width}, {args.batch} x {args.tokens} tokens, "
+            f"{', '.join(versions)}, Python {platform.python_version()}, "
+            f"{cpu_model()}, {os.cpu_count()} cores, workers on "
+            f"cores {cores[0]} and {cores[1]}\n8 blocks, width {args.width}, "
+            f"{args.batch} x {args.tokens} tokens, "
             f"float32; medians of {args.repeats} alternating rounds",
             flush=True,
         )

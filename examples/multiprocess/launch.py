@@ -1,6 +1,8 @@
-"""Start several processes of `train.py` on this machine, and end all of them when one fails.
+"""Start several processes of `train.py` on this machine, and end all of them when one
+fails.
 
-What is not a flag of the launcher goes to `train.py`: `python examples/multiprocess/launch.py -n 2 --steps 100`.
+What is not a flag of the launcher goes to `train.py`: `python
+examples/multiprocess/launch.py -n 2 --steps 100`.
 """
 
 import argparse
@@ -31,17 +33,32 @@ def prefixed(k: int, lines: Any) -> None:
 
 
 def how(status: int) -> str:
-    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    return (
+        f"was killed by {signal.Signals(-status).name}"
+        if status < 0
+        else f"ended with status {status}"
+    )
 
 
-def start(args: argparse.Namespace, rest: list[str], started: list[subprocess.Popen[str]]) -> list[threading.Thread]:
-    """Start the processes, each put into the list at once; returns the threads that pass on their stderr."""
+def start(
+    args: argparse.Namespace, rest: list[str], started: list[subprocess.Popen[str]]
+) -> list[threading.Thread]:
+    """Start the processes, each put into the list at once; returns the threads that
+    pass on their stderr.
+    """
     coordinator, readers = f"127.0.0.1:{free_port()}", []
     for k in range(args.n):
         env = os.environ | {"JAX_PLATFORMS": args.platform}
         if args.platform == "cuda":
             env["CUDA_VISIBLE_DEVICES"] = str(k)  # one GPU each
-        joining = ["--coordinator", coordinator, "--processes", str(args.n), "--process", str(k)]
+        joining = [
+            "--coordinator",
+            coordinator,
+            "--processes",
+            str(args.n),
+            "--process",
+            str(k),
+        ]
         process = subprocess.Popen(
             [sys.executable, str(TRAIN), *joining, *rest],
             stdin=subprocess.DEVNULL,
@@ -52,7 +69,9 @@ def start(args: argparse.Namespace, rest: list[str], started: list[subprocess.Po
             start_new_session=True,  # Ctrl-C is the launcher's alone
         )
         started.append(process)
-        readers.append(threading.Thread(target=prefixed, args=(k, process.stderr), daemon=True))
+        readers.append(
+            threading.Thread(target=prefixed, args=(k, process.stderr), daemon=True)
+        )
         readers[-1].start()
         print(f"process {k} is {process.pid}", file=sys.stderr, flush=True)
     return readers
@@ -63,7 +82,9 @@ def watch(processes: list[subprocess.Popen[str]], timeout: float) -> str | None:
     until = time.monotonic() + timeout
     while True:
         statuses = [process.poll() for process in processes]
-        failed = [f"process {k} {how(status)}" for k, status in enumerate(statuses) if status]
+        failed = [
+            f"process {k} {how(status)}" for k, status in enumerate(statuses) if status
+        ]
         if failed:
             return ", ".join(failed)
         if all(status == 0 for status in statuses):
@@ -97,16 +118,25 @@ def stop(*_: Any) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-n", type=int, default=2, metavar="N", help="processes (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "-n", type=int, default=2, metavar="N", help="processes (default: %(default)s)"
+    )
     parser.add_argument(
         "--platform",
         choices=["cpu", "cuda"],
         default="cpu",
-        help='"cpu": one CPU device for each process; "cuda": process k has the k-th GPU (default: %(default)s)',
+        help='"cpu": one CPU device for each process; "cuda": process k has the k-th '
+        "GPU (default: %(default)s)",
     )
     parser.add_argument(
-        "--timeout", type=float, default=600, metavar="S", help="seconds for everything (default: %(default)s)"
+        "--timeout",
+        type=float,
+        default=600,
+        metavar="S",
+        help="seconds for everything (default: %(default)s)",
     )
     args, rest = parser.parse_known_args()
     if args.n < 1:

@@ -1,10 +1,11 @@
 """Train a classifier of handwritten digits, cut over the devices of several processes.
 
-Run this same script once for every process, with the same flags but for `--process`. `launch.py` does so on one machine; the
-README beside it has the lines for Slurm and Kubernetes. Under Slurm and Open MPI the flags for joining may be left out.
+Run this same script once for every process, with the same flags but for `--process`.
+`launch.py` does so on one machine; the README beside it has the lines for Slurm and
+Kubernetes. Under Slurm and Open MPI the flags for joining may be left out.
 
-The whole training step, optimizer included, is one program: the pipeline runs inside `jax.jit`, and adam updates the packed
-parameters where they lie.
+The whole training step, optimizer included, is one program: the pipeline runs inside
+`jax.jit`, and adam updates the packed parameters where they lie.
 """
 
 import argparse
@@ -36,7 +37,9 @@ def dense(params, x):
 
 
 def linear(width: int, name: str) -> fpipe.Layer:
-    return fpipe.Layer(dense, lambda key, x: dense_init(key, x.shape[-1], width), name=name)
+    return fpipe.Layer(
+        dense, lambda key, x: dense_init(key, x.shape[-1], width), name=name
+    )
 
 
 def block_init(key, x):
@@ -56,7 +59,8 @@ def block(params, x):
 
 
 def classifier(args: argparse.Namespace) -> list[fpipe.Layer]:
-    # Blocks that are equal on all devices run by one piece of code; the two ends may differ.
+    # Blocks that are equal on all devices run by one piece of code; the two ends may
+    # differ.
     blocks = [fpipe.Layer(block, block_init, name="block")] * args.blocks
     return [linear(args.width, "embed"), *blocks, linear(10, "head")]
 
@@ -70,8 +74,11 @@ def cross_entropy(logits, labels):
 
 def join(args: argparse.Namespace) -> None:
     """Join the other processes. Nothing before this may use a device."""
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # says nothing to GPUs
-    # JAX's preemption service would catch SIGTERM, for scripts that then save a checkpoint. This one may simply end.
+    jax.config.update(
+        "jax_cpu_collectives_implementation", "gloo"
+    )  # says nothing to GPUs
+    # JAX's preemption service would catch SIGTERM, for scripts that then save a
+    # checkpoint. This one may simply end.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         args.coordinator,
@@ -99,10 +106,15 @@ def say(text: str) -> None:
 
 def train(args: argparse.Namespace) -> None:
     pipe = fpipe.Pipe(
-        classifier(args), devices=jax.devices(), chunks=args.chunks, schedule=args.schedule, executor="scan"
+        classifier(args),
+        devices=jax.devices(),
+        chunks=args.chunks,
+        schedule=args.schedule,
+        executor="scan",
     )
     say(
-        f"{jax.process_count()} processes, {len(pipe.devices)} {jax.default_backend()} devices, "
+        f"{jax.process_count()} processes, {len(pipe.devices)} {jax.default_backend()} "
+        "devices, "
         f"layers of the stages: {list(pipe.balance)}"
     )
     images, labels = map(np.asarray, sklearn.datasets.load_digits(return_X_y=True))
@@ -110,11 +122,17 @@ def train(args: argparse.Namespace) -> None:
     count = len(images) * 4 // 5  # the others are held out
 
     # Every process makes the parameters of its own stages, and no others.
-    params = pipe.init(jax.random.key(args.seed), jax.ShapeDtypeStruct((args.batch, images.shape[1]), jnp.float32))
+    params = pipe.init(
+        jax.random.key(args.seed),
+        jax.ShapeDtypeStruct((args.batch, images.shape[1]), jnp.float32),
+    )
     adam = optax.adam(args.rate)
     # The moments lie beside their parameters. Adam's counter has no device yet.
     moments = jax.tree.map(
-        lambda a: a if isinstance(a.sharding, NamedSharding) else on_all(pipe, np.asarray(a)), adam.init(params)
+        lambda a: (
+            a if isinstance(a.sharding, NamedSharding) else on_all(pipe, np.asarray(a))
+        ),
+        adam.init(params),
     )
     loss_and_gradients = pipe.value_and_grad(cross_entropy)
 
@@ -129,42 +147,83 @@ def train(args: argparse.Namespace) -> None:
     started = time.monotonic()
     for n in range(args.steps):
         rows = random.choice(count, args.batch, replace=False)
-        params, moments, loss = step(params, moments, on_all(pipe, images[rows]), on_all(pipe, labels[rows]))
+        params, moments, loss = step(
+            params, moments, on_all(pipe, images[rows]), on_all(pipe, labels[rows])
+        )
         if n % args.every == 0 or n == args.steps - 1:
             # Every process waits here, so none runs far ahead of the others.
-            say(f"step {n}: loss {float(loss):.4f} after {time.monotonic() - started:.1f} s")
+            say(
+                f"step {n}: loss {float(loss):.4f} after "
+                f"{time.monotonic() - started:.1f} s"
+            )
 
     # All parameters on every device: for a checkpoint, or to go on without a pipeline.
     whole = jax.tree.map(np.asarray, pipe.gather(params))
     if jax.process_index() == 0:
         logits = jax.jit(fpipe.sequential(classifier(args)))(whole, images[count:])
         accuracy = float(np.mean(np.argmax(logits, -1) == labels[count:]))
-        norm = float(np.sqrt(sum(np.sum(np.square(a, dtype=np.float64)) for a in jax.tree.leaves(whole))))
+        norm = float(
+            np.sqrt(
+                sum(
+                    np.sum(np.square(a, dtype=np.float64))
+                    for a in jax.tree.leaves(whole)
+                )
+            )
+        )
         say(f"held-out accuracy {accuracy:.3f}, norm of the parameters {norm:.4f}")
 
 
 def parsed() -> argparse.Namespace:
     show = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0], formatter_class=show)
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens; left out: detected")
-    parser.add_argument("--processes", type=int, help="how many there are; left out: detected")
-    parser.add_argument("--process", type=int, help="the number of this one, from 0; left out: detected")
-    parser.add_argument("--patience", type=int, default=60, help="seconds until a silent process counts as dead")
-    parser.add_argument("--blocks", type=int, default=8, help="equal blocks between the two ends")
+    parser = argparse.ArgumentParser(
+        description=str(__doc__).split("\n\n")[0], formatter_class=show
+    )
+    parser.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="where process 0 listens; left out: detected",
+    )
+    parser.add_argument(
+        "--processes", type=int, help="how many there are; left out: detected"
+    )
+    parser.add_argument(
+        "--process", type=int, help="the number of this one, from 0; left out: detected"
+    )
+    parser.add_argument(
+        "--patience",
+        type=int,
+        default=60,
+        help="seconds until a silent process counts as dead",
+    )
+    parser.add_argument(
+        "--blocks", type=int, default=8, help="equal blocks between the two ends"
+    )
     parser.add_argument("--width", type=int, default=128, help="of the blocks")
     parser.add_argument("--batch", type=int, default=256, help="images in a step")
     parser.add_argument("--chunks", type=int, default=8, help="microbatches in a step")
-    parser.add_argument("--schedule", default="eager_1f1b", choices=fpipe.schedules.NAMES, help="order of the work")
+    parser.add_argument(
+        "--schedule",
+        default="eager_1f1b",
+        choices=fpipe.schedules.NAMES,
+        help="order of the work",
+    )
     parser.add_argument("--steps", type=int, default=100, help="training steps")
-    parser.add_argument("--every", type=int, default=20, help="steps between two lines of output")
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of adam")
+    parser.add_argument(
+        "--every", type=int, default=20, help="steps between two lines of output"
+    )
+    parser.add_argument(
+        "--rate", type=float, default=1e-3, help="learning rate of adam"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of parameters and batches")
     args = parser.parse_args()
     for flag in ("patience", "blocks", "width", "batch", "chunks", "steps", "every"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: at least 1")
     if args.batch % args.chunks:
-        parser.error(f"--batch {args.batch}: a multiple of --chunks {args.chunks}, for microbatches have equal size")
+        parser.error(
+            f"--batch {args.batch}: a multiple of --chunks {args.chunks}, for "
+            "microbatches have equal size"
+        )
     return args
 
 
@@ -174,7 +233,8 @@ def main() -> None:
     try:
         train(args)
     except BaseException:
-        # An ordinary exit would first wait for the others, and they wait for this process in the middle of a step.
+        # An ordinary exit would first wait for the others, and they wait for this
+        # process in the middle of a step.
         traceback.print_exc()
         os._exit(1)
     jax.distributed.shutdown()  # waits until all are here

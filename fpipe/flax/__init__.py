@@ -1,4 +1,6 @@
-"""Flax modules as fpipe layers: `import fpipe.flax` to use it; it needs `pip install "fpipe[flax]"`."""
+"""Flax modules as fpipe layers: `import fpipe.flax` to use it; it needs `pip install
+"fpipe[flax]"`.
+"""
 
 from fpipe.flax._layers import layer as layer
 from fpipe.flax._layers import layers as layers

@@ -1,11 +1,15 @@
-"""Deferred batch normalisation for modules that contain Flax's: `flax.linen.BatchNorm` and `flax.nnx.BatchNorm`.
+"""Deferred batch normalisation for modules that contain Flax's: `flax.linen.BatchNorm`
+and `flax.nnx.BatchNorm`.
 
-Both ways are alike. Beside the running statistics of each norm stand the moments of the call's microbatches so far. A
-norm that would update its running statistics merges the microbatch's moments into these instead, and `finish` updates
-the running statistics once. All of it is ordinary Flax state, so that it goes through Flax's own transforms. Moments
-have the shape of the statistics, count and momentum too: a transform may give them all one more axis.
+Both ways are alike. Beside the running statistics of each norm stand the moments of the
+call's microbatches so far. A norm that would update its running statistics merges the
+microbatch's moments into these instead, and `finish` updates the running statistics
+once. All of it is ordinary Flax state, so that it goes through Flax's own transforms.
+Moments have the shape of the statistics, count and momentum too: a transform may give
+them all one more axis.
 
-Variances are computed from squared distances in any case, as with `use_fast_variance=False`.
+Variances are computed from squared distances in any case, as with
+`use_fast_variance=False`.
 """
 
 import inspect
@@ -16,7 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen, nnx
 
-from fpipe._batch_norm import Moments, merge, statistics_dtype, updated, variance
+from fpipe._model.batch_norm import Moments, merge, statistics_dtype, updated, variance
 
 DEFERRED = "deferred"
 """Where linen's moments stand in the statistics of a norm."""
@@ -26,10 +30,12 @@ DEFERRED = "deferred"
 
 
 def defer_stats(batch_stats: Mapping[str, Any]) -> dict[str, Any]:
-    """The collection `"batch_stats"` of a linen module with room for the moments of each norm.
+    """The collection `"batch_stats"` of a linen module with room for the moments of
+    each norm.
 
     Arguments:
-        batch_stats: a nested dict, as `module.init` makes it. Room is made wherever a `"mean"` and a `"var"` stand.
+        batch_stats: a nested dict, as `module.init` makes it. Room is made wherever a
+            `"mean"` and a `"var"` stand.
 
     Example:
         >>> from fpipe.flax._batch_norm import defer_stats
@@ -42,7 +48,10 @@ def defer_stats(batch_stats: Mapping[str, Any]) -> dict[str, Any]:
 
 def plain_stats(batch_stats: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `defer_stats`: the collection as Flax knows it."""
-    return _mapped(batch_stats, lambda norm: {name: norm[name] for name in norm if name != DEFERRED})
+    return _mapped(
+        batch_stats,
+        lambda norm: {name: norm[name] for name in norm if name != DEFERRED},
+    )
 
 
 def deferred_apply(
@@ -56,31 +65,44 @@ def deferred_apply(
 ) -> tuple[Any, dict[str, Any]]:
     """`module.apply`, in which no `linen.BatchNorm` updates its running statistics.
 
-    A norm that would, because it is called with `use_running_average=False`, normalises by the microbatch, and merges the
-    microbatch's moments into what `defer_stats` made room for. A norm that is called several times counts each time. Of
-    a subclass of `linen.BatchNorm` that is so if it calls `super().__call__`; one that does not stays as it is.
+    A norm that would, because it is called with `use_running_average=False`, normalises
+    by the microbatch, and merges the microbatch's moments into what `defer_stats` made
+    room for. A norm that is called several times counts each time. Of a subclass of
+    `linen.BatchNorm` that is so if it calls `super().__call__`; one that does not stays
+    as it is.
 
     Arguments:
         module: an unbound module.
         variables: its collections, `"batch_stats"` from `defer_stats`.
         args, kwargs, rngs, method: as for `module.apply`.
-        mutable: the collections that come back; without `"batch_stats"` no norm may be in training, as in Flax.
+        mutable: the collections that come back; without `"batch_stats"` no norm may be
+            in training, as in Flax.
 
     Returns:
         `(y, collections)`, those that `mutable` names.
 
     Raises:
-        ValueError: a norm in training for which `defer_stats` made no room; one with `axis_name`.
+        ValueError: a norm in training for which `defer_stats` made no room; one with
+            `axis_name`.
     """
     inside: list[linen.Module] = []
 
-    def intercept(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
+    def intercept(
+        call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any
+    ) -> Any:
         norm = context.module
-        # Of a subclass it is Flax's own `__call__` that counts, with what the subclass gives it.
-        if getattr(context.orig_method, "func", None) is not _NORM or any(norm is own for own in inside):
+        # Of a subclass it is Flax's own `__call__` that counts, with what the subclass
+        # gives it.
+        if getattr(context.orig_method, "func", None) is not _NORM or any(
+            norm is own for own in inside
+        ):
             return call(*args, **kwargs)
         given = _CALL.bind(norm, *args, **kwargs).arguments
-        average = linen.merge_param("use_running_average", norm.use_running_average, given.get("use_running_average"))
+        average = linen.merge_param(
+            "use_running_average",
+            norm.use_running_average,
+            given.get("use_running_average"),
+        )
         if average or norm.is_initializing():
             return call(*args, **kwargs)
         name = "/".join(norm.path)
@@ -88,52 +110,81 @@ def deferred_apply(
         room = norm.get_variable("batch_stats", DEFERRED)
         if room is None:
             raise ValueError(
-                f"`deferred_apply`: the linen.BatchNorm {name!r} is in training, but its statistics have no room for "
-                'moments; give `variables` with `"batch_stats": defer_stats(batch_stats)`'
+                f"`deferred_apply`: the linen.BatchNorm {name!r} is in training, but "
+                "its statistics have no room for "
+                'moments; give `variables` with `"batch_stats": '
+                "defer_stats(batch_stats)`"
             )
         old = {n: norm.get_variable("batch_stats", n) for n in ("mean", "var")}
-        # With a momentum of 0 the running statistics become the microbatch's own: they are read there and put back.
-        fields = {n: getattr(norm, n) for n in linen.BatchNorm.__dataclass_fields__ if n not in ("parent", "name")}
-        own = linen.BatchNorm(**{**fields, "momentum": 0.0, "use_fast_variance": False}, parent=norm.scope)
+        # With a momentum of 0 the running statistics become the microbatch's own: they
+        # are read there and put back.
+        fields = {
+            n: getattr(norm, n)
+            for n in linen.BatchNorm.__dataclass_fields__
+            if n not in ("parent", "name")
+        }
+        own = linen.BatchNorm(
+            **{**fields, "momentum": 0.0, "use_fast_variance": False}, parent=norm.scope
+        )
         inside.append(own)
         y = own(*args, **kwargs)
         mean, var = (norm.get_variable("batch_stats", n) for n in old)
-        moments = merge(_moments(room), _of(given["x"], norm.axis, given.get("mask"), mean, var, room["count"]))
+        moments = merge(
+            _moments(room),
+            _of(given["x"], norm.axis, given.get("mask"), mean, var, room["count"]),
+        )
         momentum = jnp.full_like(room["momentum"], norm.momentum)
-        for n, value in {**old, DEFERRED: {**moments._asdict(), "momentum": momentum}}.items():
+        for n, value in {
+            **old,
+            DEFERRED: {**moments._asdict(), "momentum": momentum},
+        }.items():
             norm.put_variable("batch_stats", n, value)
         return y
 
     with linen.intercept_methods(intercept):
-        y, collections = module.apply(variables, *args, rngs=rngs, mutable=list(mutable), method=method, **kwargs)
+        y, collections = module.apply(
+            variables, *args, rngs=rngs, mutable=list(mutable), method=method, **kwargs
+        )
     return y, dict(collections)
 
 
 def finish_stats(batch_stats: Mapping[str, Any]) -> dict[str, Any]:
-    """The collection `"batch_stats"` at the end of a call: running statistics updated, moments empty again.
+    """The collection `"batch_stats"` at the end of a call: running statistics updated,
+    moments empty again.
 
     Arguments:
-        batch_stats: as `defer_stats` made and `deferred_apply` filled it. Norms that have counted nothing stay.
+        batch_stats: as `defer_stats` made and `deferred_apply` filled it. Norms that
+            have counted nothing stay.
     """
 
     def finish(norm: Mapping[str, Any]) -> dict[str, Any]:
         batch, momentum = _moments(norm[DEFERRED]), norm[DEFERRED]["momentum"]
         new = {"mean": batch.mean, "var": variance(batch)}
-        new = {n: updated(norm[n], value, momentum.astype(norm[n].dtype), batch.count) for n, value in new.items()}
+        new = {
+            n: updated(norm[n], value, momentum.astype(norm[n].dtype), batch.count)
+            for n, value in new.items()
+        }
         return {**norm, **new, DEFERRED: _nothing(norm["mean"])}
 
     return _mapped(batch_stats, finish)
 
 
 _CALL = inspect.signature(linen.BatchNorm.__call__)
-_NORM = inspect.unwrap(linen.BatchNorm.__call__)  # what Flax calls, inside of what it wraps around methods
+_NORM = inspect.unwrap(
+    linen.BatchNorm.__call__
+)  # what Flax calls, inside of what it wraps around methods
 
 
 def _mapped(stats: Mapping[str, Any], f: Any) -> dict[str, Any]:
     """Map the statistics of the norms in a nested dict."""
-    if "mean" in stats and "var" in stats and not isinstance(stats["mean"], Mapping):  # no modules of these names
+    if (
+        "mean" in stats and "var" in stats and not isinstance(stats["mean"], Mapping)
+    ):  # no modules of these names
         return f(stats)
-    return {name: _mapped(value, f) if isinstance(value, Mapping) else value for name, value in stats.items()}
+    return {
+        name: _mapped(value, f) if isinstance(value, Mapping) else value
+        for name, value in stats.items()
+    }
 
 
 def _nothing(mean: Any) -> dict[str, Any]:
@@ -157,7 +208,8 @@ class BatchMoments(nnx.BatchStat):
 
 
 class DeferredNorm(nnx.BatchNorm):
-    """An `nnx.BatchNorm` that leaves its running statistics to `finish`; see `defer_module`.
+    """An `nnx.BatchNorm` that leaves its running statistics to `finish`; see
+    `defer_module`.
 
     Arguments:
         norm: takes its place, with its variables.
@@ -168,7 +220,9 @@ class DeferredNorm(nnx.BatchNorm):
             norm.num_features,
             use_running_average=norm.use_running_average,
             axis=norm.axis,
-            momentum=0.0,  # so the running statistics become the microbatch's own: they are read there and put back
+            # so the running statistics become the microbatch's own: they are read there
+            # and put back
+            momentum=0.0,
             epsilon=norm.epsilon,
             dtype=norm.dtype,
             param_dtype=norm.param_dtype,
@@ -178,18 +232,35 @@ class DeferredNorm(nnx.BatchNorm):
             promote_dtype=norm.promote_dtype,
             rngs=nnx.Rngs(0),
         )
-        self.mean, self.var, self.scale, self.bias = norm.mean, norm.var, norm.scale, norm.bias
+        self.mean, self.var, self.scale, self.bias = (
+            norm.mean,
+            norm.var,
+            norm.scale,
+            norm.bias,
+        )
         self.kept = norm.momentum
         zeros = jnp.zeros(norm.mean.shape, jnp.float32)
-        self.batch_count, self.batch_mean, self.batch_m2 = BatchMoments(zeros), BatchMoments(zeros), BatchMoments(zeros)
+        self.batch_count, self.batch_mean, self.batch_m2 = (
+            BatchMoments(zeros),
+            BatchMoments(zeros),
+            BatchMoments(zeros),
+        )
 
-    def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Any:
+    def __call__(
+        self, x: Any, use_running_average: bool | None = None, *, mask: Any = None
+    ) -> Any:
         """As `nnx.BatchNorm`, but for the running statistics."""
-        average = self.use_running_average if use_running_average is None else use_running_average
+        average = (
+            self.use_running_average
+            if use_running_average is None
+            else use_running_average
+        )
         mean, var = self.mean[...], self.var[...]
         y = super().__call__(x, average, mask=mask)
         if not average:
-            own = _of(x, self.axis, mask, self.mean[...], self.var[...], self.batch_count[...])
+            own = _of(
+                x, self.axis, mask, self.mean[...], self.var[...], self.batch_count[...]
+            )
             self._put(merge(self._batch, own))
             self.mean[...], self.var[...] = mean, var
         return y
@@ -211,14 +282,15 @@ class DeferredNorm(nnx.BatchNorm):
 
 
 def defer_module(module: nnx.Module) -> Any:
-    """An nnx module in which no `nnx.BatchNorm` updates its running statistics before `finish_module`.
+    """An nnx module in which no `nnx.BatchNorm` updates its running statistics before
+    `finish_module`.
 
     Arguments:
         module: a module, or an `nnx.BatchNorm` itself. It stays as it is.
 
     Returns:
-        A module with the same variables at the same paths, and of each norm the `BatchMoments` `batch_count`, `batch_mean`
-        and `batch_m2`.
+        A module with the same variables at the same paths, and of each norm the
+        `BatchMoments` `batch_count`, `batch_mean` and `batch_m2`.
 
     Raises:
         ValueError: an `nnx.BatchNorm` with `axis_name`.
@@ -241,7 +313,8 @@ def defer_module(module: nnx.Module) -> Any:
         name = "/".join(map(str, path))
         if type(node) is not nnx.BatchNorm:
             raise TypeError(
-                f"`defer_module`: {name!r} is a {type(node).__name__}, a subclass of nnx.BatchNorm that may do anything; "
+                f"`defer_module`: {name!r} is a {type(node).__name__}, a subclass of "
+                "nnx.BatchNorm that may do anything; "
                 "use nnx.BatchNorm itself, or keep the module as it is"
             )
         _check_axis_name(node, f"nnx.BatchNorm {name!r}")
@@ -251,7 +324,9 @@ def defer_module(module: nnx.Module) -> Any:
 
 
 def finish_module(module: nnx.Module) -> None:
-    """Update the running statistics of the norms that `defer_module` made, in place; those that counted nothing stay."""
+    """Update the running statistics of the norms that `defer_module` made, in place;
+    those that counted nothing stay.
+    """
     for _, node in nnx.iter_graph(module):
         if isinstance(node, DeferredNorm):
             node.finish()
@@ -263,13 +338,17 @@ def finish_module(module: nnx.Module) -> None:
 def _check_axis_name(norm: Any, who: str) -> None:
     if norm.axis_name is not None:
         raise ValueError(
-            f"deferred batch norm: the {who} has axis_name={norm.axis_name!r}; its moments cannot be merged here. "
-            "Microbatches are what a call is cut into, not a mapped axis: leave axis_name out"
+            f"deferred batch norm: the {who} has axis_name={norm.axis_name!r}; its "
+            "moments cannot be merged here. "
+            "Microbatches are what a call is cut into, not a mapped axis: leave "
+            "axis_name out"
         )
 
 
 def _of(x: Any, axis: Any, mask: Any, mean: Any, var: Any, like: Any) -> Moments:
-    """A microbatch's moments from its mean and variance, with a count for each feature, in the type of `like`."""
+    """A microbatch's moments from its mean and variance, with a count for each feature,
+    in the type of `like`.
+    """
     features = {a % x.ndim for a in (axis if isinstance(axis, Sequence) else (axis,))}
     others = tuple(a for a in range(x.ndim) if a not in features)
     if mask is None:

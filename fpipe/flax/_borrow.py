@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fpipe._tree import PyTree, describe
+from fpipe._core.pytrees import PyTree, describe
 
 Path = tuple[Any, ...]
 
@@ -43,9 +43,12 @@ def borrows(borrow: Mapping[str, str] | None, who: str) -> tuple[Borrow, ...]:
     """The borrowed parts from `{"path/in/the/module": "layer/path/in/its/parameters"}`."""
     if borrow is None:
         return ()
-    if not isinstance(borrow, Mapping) or not all(isinstance(s, str) for pair in borrow.items() for s in pair):
+    if not isinstance(borrow, Mapping) or not all(
+        isinstance(s, str) for pair in borrow.items() for s in pair
+    ):
         raise TypeError(
-            f"{who}: borrow= is a dict from names in the module's parameters to names of layers, got {borrow!r}; to "
+            f"{who}: borrow= is a dict from names in the module's parameters to names "
+            f"of layers, got {borrow!r}; to "
             "borrow all of them use `fpipe.flax.tied(module, owner)`"
         )
     out = []
@@ -97,7 +100,9 @@ def with_value(tree: PyTree, path: Path, value: PyTree) -> PyTree:
     return {**tree, path[0]: with_value(tree.get(path[0], {}), path[1:], value)}
 
 
-def lend(parts: Sequence[Borrow], params: PyTree, borrowed: Mapping[str, PyTree]) -> PyTree:
+def lend(
+    parts: Sequence[Borrow], params: PyTree, borrowed: Mapping[str, PyTree]
+) -> PyTree:
     """The module's own parameters and the borrowed ones together."""
     for part in parts:
         lent = part.lent(borrowed)
@@ -113,7 +118,9 @@ def keep_own(parts: Sequence[Borrow], params: PyTree) -> PyTree:
     return params
 
 
-def check_fit(parts: Sequence[Borrow], name: str, needed: PyTree, borrowed: Mapping[str, PyTree]) -> None:
+def check_fit(
+    parts: Sequence[Borrow], name: str, needed: PyTree, borrowed: Mapping[str, PyTree]
+) -> None:
     """Compare borrowed parameters with what the module needs; the owner may have more.
 
     Raises:
@@ -123,18 +130,22 @@ def check_fit(parts: Sequence[Borrow], name: str, needed: PyTree, borrowed: Mapp
         want, got = find(needed, part.path), part.lent(borrowed)
         if want is None:
             raise ValueError(
-                f"layer {name!r} borrows {part.what} from layer {part.owner!r}, but its module has no such parameters, only "
+                f"layer {name!r} borrows {part.what} from layer {part.owner!r}, but "
+                "its module has no such parameters, only "
                 f"{describe(needed)}"
             )
         if not _fits(want, got):
             raise misfit([part], name, borrowed, f"its module needs {describe(want)}")
 
 
-def misfit(parts: Sequence[Borrow], name: str, borrowed: Mapping[str, PyTree], why: str) -> ValueError:
+def misfit(
+    parts: Sequence[Borrow], name: str, borrowed: Mapping[str, PyTree], why: str
+) -> ValueError:
     """The error of borrowed parameters that a module cannot use."""
     return ValueError(
         "; ".join(
-            f"layer {name!r} borrows {part.what} from layer {part.owner!r}, but the owner has "
+            f"layer {name!r} borrows {part.what} from layer {part.owner!r}, but the "
+            "owner has "
             f"{describe(part.lent(borrowed))}, which does not fit: {why}"
             for part in parts
         )
@@ -144,5 +155,6 @@ def misfit(parts: Sequence[Borrow], name: str, borrowed: Mapping[str, PyTree], w
 def _fits(want: PyTree, got: PyTree) -> bool:
     leaves = dict(jax.tree_util.tree_leaves_with_path(got))
     return all(
-        path in leaves and leaves[path].shape == leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(want)
+        path in leaves and leaves[path].shape == leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(want)
     )

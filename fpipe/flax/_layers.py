@@ -8,9 +8,9 @@ import jax
 from flax import linen as nn
 from flax import nnx
 
-from fpipe._errors import noting
-from fpipe._layer import Layer, fn, function_name, keyword_needs
-from fpipe._tree import PyTree, eval_shape, shapes_of
+from fpipe._core.errors import noting
+from fpipe._core.pytrees import PyTree, eval_shape, shapes_of
+from fpipe._model.layer import Layer, fn, function_name, keyword_needs
 from fpipe.flax._borrow import Borrow, borrows
 from fpipe.flax._linen import inside, linen_layer
 from fpipe.flax._nnx import is_factory, nnx_layer
@@ -29,37 +29,48 @@ def layer(
 ) -> Layer:
     """A Flax module as a layer.
 
-    Its parameters are what Flax calls so, with Flax's names: of a linen module the collection `params`, of an NNX
-    module the `nnx.Param`s as nested dicts. All other variables, but for what is sown into `intermediates`, are the
-    layer's state. A tuple that comes in is several inputs if the module's call has several required ones.
+    Its parameters are what Flax calls so, with Flax's names: of a linen module the
+    collection `params`, of an NNX module the `nnx.Param`s as nested dicts. All other
+    variables, but for what is sown into `intermediates`, are the layer's state. A tuple
+    that comes in is several inputs if the module's call has several required ones.
 
     Arguments:
-        module: a linen module; an NNX module, whose own values are what `init` and `init_state` return, whatever the
-            key; or the type of an NNX module or a `functools.partial` of it, called as `module(rngs=nnx.Rngs(key))`.
-        x: a sample input of a linen module, arrays or `jax.ShapeDtypeStruct`s. The module is traced on it, in
-            training, to see what it uses. An NNX module shows that itself.
+        module: a linen module; an NNX module, whose own values are what `init` and
+            `init_state` return, whatever the key; or the type of an NNX module or a
+            `functools.partial` of it, called as `module(rngs=nnx.Rngs(key))`.
+        x: a sample input of a linen module, arrays or `jax.ShapeDtypeStruct`s. The
+            module is traced on it, in training, to see what it uses. An NNX module
+            shows that itself.
 
     Other Arguments:
-        name: for errors, drawings and `borrow`; default the module's name, or its type's.
-        rngs: the random streams of a linen module, `()` for none; default those seen with `x`, else all that it asks
-            for. Each gets the key `stream_key(key, name)`.
-        state: the collections of a linen module that are state; default those seen with `x`, else `["batch_stats"]` if
-            an `nn.BatchNorm` is among the fields, else none.
-        train: the name of the argument that says whether the module trains (`"not frozen"` where it says the
-            opposite); `True` or `False` for a layer that always or never trains. Default `train`, `training`,
-            `deterministic` or `use_running_average`, where the call has them; of an NNX module also the attributes that
-            `module.train()` and `module.eval()` set.
-        method: the method to call; default `__call__`. A name; of a linen module also a function.
-        borrow: parts of the parameters that other layers own: `{"embed": "tokens"}` puts the parameters of the layer
-            `"tokens"` in the place of the module's own `embed`; `"tokens/table"` is a part of them. See `tied`.
+        name: for errors, drawings and `borrow`; default the module's name, or its
+            type's.
+        rngs: the random streams of a linen module, `()` for none; default those seen
+            with `x`, else all that it asks for. Each gets the key `stream_key(key,
+            name)`.
+        state: the collections of a linen module that are state; default those seen with
+            `x`, else `["batch_stats"]` if an `nn.BatchNorm` is among the fields, else
+            none.
+        train: the name of the argument that says whether the module trains (`"not
+            frozen"` where it says the opposite); `True` or `False` for a layer that
+            always or never trains. Default `train`, `training`, `deterministic` or
+            `use_running_average`, where the call has them; of an NNX module also the
+            attributes that `module.train()` and `module.eval()` set.
+        method: the method to call; default `__call__`. A name; of a linen module also a
+            function.
+        borrow: parts of the parameters that other layers own: `{"embed": "tokens"}`
+            puts the parameters of the layer `"tokens"` in the place of the module's own
+            `embed`; `"tokens/table"` is a part of them. See `tied`.
 
     Returns:
-        A `fpipe.Layer` that declares what it needs of `key`, `state`, `train` and `borrowed`.
+        A `fpipe.Layer` that declares what it needs of `key`, `state`, `train` and
+        `borrowed`.
 
     Raises:
         TypeError: no Flax module; an argument that this kind of module does not have.
-        ValueError: `train` names no argument. Later, in `Pipe.init` or a call: a random stream without a key, a
-            collection that is not the layer's state, borrowed parameters that do not fit.
+        ValueError: `train` names no argument. Later, in `Pipe.init` or a call: a random
+            stream without a key, a collection that is not the layer's state, borrowed
+            parameters that do not fit.
 
     Example:
         >>> from flax import linen as nn
@@ -69,7 +80,17 @@ def layer(
         >>> fpipe.flax.layer(nn.BatchNorm()).needs
         ('state', 'key', 'train')
     """
-    return _layer(module, x, name, rngs, state, train, method, borrows(borrow, "`fpipe.flax.layer(borrow=...)`"), False)
+    return _layer(
+        module,
+        x,
+        name,
+        rngs,
+        state,
+        train,
+        method,
+        borrows(borrow, "`fpipe.flax.layer(borrow=...)`"),
+        False,
+    )
 
 
 def tied(
@@ -84,15 +105,18 @@ def tied(
 
     Arguments:
         module: as in `layer`.
-        owner: the name of an earlier layer, which must be unique; `"tokens/table"` is a part of its parameters.
-        method: the method to call, such as `"attend"` of `nn.Embed`; default `__call__`.
+        owner: the name of an earlier layer, which must be unique; `"tokens/table"` is a
+            part of its parameters.
+        method: the method to call, such as `"attend"` of `nn.Embed`; default
+            `__call__`.
         name, train: as in `layer`.
 
     Returns:
         A `fpipe.Layer`; the gradient of the parameters is summed where they are owned.
 
     Raises:
-        ValueError: in `Pipe.init` or a call: the owner's parameters are not those that the module needs.
+        ValueError: in `Pipe.init` or a call: the owner's parameters are not those that
+            the module needs.
 
     Example:
         >>> from flax import linen as nn
@@ -104,22 +128,32 @@ def tied(
         (4, 3, 50)
     """
     if not isinstance(owner, str) or not owner:
-        raise TypeError(f"`fpipe.flax.tied(module, owner)`: the owner is the name of a layer, got {owner!r}")
+        raise TypeError(
+            "`fpipe.flax.tied(module, owner)`: the owner is the name of a layer, got "
+            f"{owner!r}"
+        )
     name = name or f"{_name(module)}_of_{owner}"
-    return _layer(module, None, name, None, None, train, method, borrows({"": owner}, ""), False)
+    return _layer(
+        module, None, name, None, None, train, method, borrows({"": owner}, ""), False
+    )
 
 
-def layers(model: Any, x: PyTree = None, *, train: str | bool | None = None) -> list[Layer]:
+def layers(
+    model: Any, x: PyTree = None, *, train: str | bool | None = None
+) -> list[Layer]:
     """The layers of a whole model.
 
-    A module's layer is named as Flax names its parameters: `layers_0`, `layers_1` and so on. In a Flax `Sequential` a
-    tuple that comes out of a module is several inputs of the next, and a dict is inputs by name. A module that is there
-    twice is tied to its first place.
+    A module's layer is named as Flax names its parameters: `layers_0`, `layers_1` and
+    so on. In a Flax `Sequential` a tuple that comes out of a module is several inputs
+    of the next, and a dict is inputs by name. A module that is there twice is tied to
+    its first place.
 
     Arguments:
-        model: an `nn.Sequential`, an `nnx.Sequential`, or a list or tuple, nested or not, of modules, functions of `x`,
-            and `fpipe.Layer`s (which are left as they are).
-        x: a sample input, arrays or shapes, with which linen modules are seen through one after the other.
+        model: an `nn.Sequential`, an `nnx.Sequential`, or a list or tuple, nested or
+            not, of modules, functions of `x`, and `fpipe.Layer`s (which are left as
+            they are).
+        x: a sample input, arrays or shapes, with which linen modules are seen through
+            one after the other.
         train: as in `layer`, for all modules.
 
     Returns:
@@ -127,8 +161,9 @@ def layers(model: Any, x: PyTree = None, *, train: str | bool | None = None) -> 
 
     Raises:
         TypeError: none of these.
-        ValueError: a module with state that is there twice; a parameter that two NNX modules share, or a module that is a
-            field of two linen ones; with `x`, a layer with skips or side inputs.
+        ValueError: a module with state that is there twice; a parameter that two NNX
+            modules share, or a module that is a field of two linen ones; with `x`, a
+            layer with skips or side inputs.
 
     Example:
         >>> from flax import linen as nn
@@ -138,14 +173,16 @@ def layers(model: Any, x: PyTree = None, *, train: str | bool | None = None) -> 
     chained = isinstance(model, (nn.Sequential, nnx.Sequential))
     if not chained and not isinstance(model, (list, tuple)):
         raise TypeError(
-            f"`fpipe.flax.layers(model)`: a Sequential or a list of modules and functions belongs here, got {model!r}; "
+            "`fpipe.flax.layers(model)`: a Sequential or a list of modules and "
+            f"functions belongs here, got {model!r}; "
             "for one module use `fpipe.flax.layer(module)`"
         )
     modules = list(model.layers) if chained else list(_flat(model))
     for module in modules:
         if isinstance(module, type) and issubclass(module, nn.Module):
             raise TypeError(
-                f"`fpipe.flax.layers(model)`: got the class {module.__name__}; a module is made of it, `{module.__name__}(...)`"
+                f"`fpipe.flax.layers(model)`: got the class {module.__name__}; a "
+                f"module is made of it, `{module.__name__}(...)`"
             )
     _check_shared(modules)
     out: list[Layer] = []
@@ -155,11 +192,15 @@ def layers(model: Any, x: PyTree = None, *, train: str | bool | None = None) -> 
         if isinstance(module, Layer):
             out.append(module)
         elif not _is_module(module):
-            out.append(fn(Chained(module), function_name(module)) if chained else fn(module))
+            out.append(
+                fn(Chained(module), function_name(module)) if chained else fn(module)
+            )
         elif id(module) in first:
             out.append(_again(module, first[id(module)], k, x, train, chained))
         else:
-            out.append(_layer(module, x, entry(k), None, None, train, None, (), chained))
+            out.append(
+                _layer(module, x, entry(k), None, None, train, None, (), chained)
+            )
             if not is_factory(module):  # which makes another module each time
                 first[id(module)] = out[-1]
         if x is not None:
@@ -177,7 +218,9 @@ def _flat(model: Iterable[Any]) -> Iterator[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Chained:
-    """A function in a Flax `Sequential`: a tuple is its arguments, a dict its arguments by name."""
+    """A function in a Flax `Sequential`: a tuple is its arguments, a dict its arguments
+    by name.
+    """
 
     f: Callable[..., Any]
 
@@ -189,17 +232,37 @@ class Chained:
 
 
 def entry(k: int) -> str:
-    """Under which name an `nn.Sequential` keeps the variables of its `k`-th module, whatever name that has."""
+    """Under which name an `nn.Sequential` keeps the variables of its `k`-th module,
+    whatever name that has.
+    """
     return f"layers_{k}"
 
 
-def _again(module: Any, owner: Layer, k: int, x: PyTree, train: str | bool | None, chained: bool) -> Layer:
+def _again(
+    module: Any,
+    owner: Layer,
+    k: int,
+    x: PyTree,
+    train: str | bool | None,
+    chained: bool,
+) -> Layer:
     if owner.asks("state"):
         raise ValueError(
-            f"`fpipe.flax.layers`: layer {owner.name!r} is there again as layer {k}, but it has state, which has one place "
+            f"`fpipe.flax.layers`: layer {owner.name!r} is there again as layer {k}, "
+            "but it has state, which has one place "
             "only; make it two modules"
         )
-    return _layer(module, x, entry(k), None, None, train, None, (Borrow((), owner.name, ()),), chained)
+    return _layer(
+        module,
+        x,
+        entry(k),
+        None,
+        None,
+        train,
+        None,
+        (Borrow((), owner.name, ()),),
+        chained,
+    )
 
 
 def _layer(
@@ -229,15 +292,24 @@ def _layer(
             )
     if not _is_module(module):
         raise TypeError(
-            f"`fpipe.flax.layer(module)`: a linen or NNX module belongs here, got {module!r}; a function without "
+            "`fpipe.flax.layer(module)`: a linen or NNX module belongs here, got "
+            f"{module!r}; a function without "
             "parameters is `fpipe.fn(f)`"
         )
     if rngs is not None or state is not None or callable(method):
         raise TypeError(
-            f"`fpipe.flax.layer(module)` of layer {name!r}: rngs=, state= and a function as method= are for linen "
+            f"`fpipe.flax.layer(module)` of layer {name!r}: rngs=, state= and a "
+            "function as method= are for linen "
             "modules; an NNX module shows its variables itself"
         )
-    return nnx_layer(module, name=name, train=train, method=method, borrow=tuple(borrow), chained=chained)
+    return nnx_layer(
+        module,
+        name=name,
+        train=train,
+        method=method,
+        borrow=tuple(borrow),
+        chained=chained,
+    )
 
 
 def _is_module(value: Any) -> bool:
@@ -264,40 +336,64 @@ def _check_shared(modules: Sequence[Any]) -> None:
                     else ", or with `fpipe.flax.layer(module)` if it has no parameters"
                 )
                 raise ValueError(
-                    f"`fpipe.flax.layers`: layers {first} and {k} share {what} of layer {k}; make layer {k} with "
-                    f"`fpipe.flax.layer(module, borrow=...)`, so that one of them owns it{other}"
+                    f"`fpipe.flax.layers`: layers {first} and {k} share {what} of "
+                    f"layer {k}; make layer {k} with "
+                    "`fpipe.flax.layer(module, borrow=...)`, so that one of them owns "
+                    f"it{other}"
                 )
 
 
 def _owned(module: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """The variables of an NNX module, or the modules that are among the fields of a linen one and it itself, with paths."""
+    """The variables of an NNX module, or the modules that are among the fields of a
+    linen one and it itself, with paths.
+    """
     if isinstance(module, nnx.Module):
         for path, node in nnx.iter_graph(module):
             if isinstance(node, nnx.Variable) and not isinstance(node, nnx.RngState):
                 yield path, node
     elif isinstance(module, nn.Module):
-        yield from ((path, node) for path, node in inside(module) if not isinstance(node, nn.Dropout))
+        yield from (
+            (path, node)
+            for path, node in inside(module)
+            if not isinstance(node, nn.Dropout)
+        )
 
 
 def _through(layer: Layer, k: int, params: dict[str, PyTree], x: PyTree) -> PyTree:
     """The shapes of what comes out of a layer."""
     init, init_state = layer.init, layer.init_state
     why = [f"asks for {need!r}" for need in ("carry", "side") if layer.asks(need)]
-    why += [f"borrows from {name!r}, which is no earlier layer" for name in layer.borrow if name not in params]
+    why += [
+        f"borrows from {name!r}, which is no earlier layer"
+        for name in layer.borrow
+        if name not in params
+    ]
     why += ["has no init"] if init is None else []
     why += ["has no init_state"] if init_state is None and layer.asks("state") else []
     if why or init is None:
         raise ValueError(
-            f"`fpipe.flax.layers(model, x)`: layer {k} {layer.name!r} {' and '.join(why)}, so nobody knows what comes out of "
-            "it; leave x out, and give it to `fpipe.flax.layer(module, x)` where it is needed"
+            f"`fpipe.flax.layers(model, x)`: layer {k} {layer.name!r} "
+            f"{' and '.join(why)}, so nobody knows what comes out of "
+            "it; leave x out, and give it to `fpipe.flax.layer(module, x)` where it is "
+            "needed"
         )
     known = {name: params[name] for name in layer.borrow}
 
-    def run(key: Any, x: PyTree, borrowed: Mapping[str, PyTree]) -> tuple[PyTree, PyTree]:
-        given: dict[str, Any] = {"carry": {}, "side": None, "borrowed": borrowed, "train": False, "key": key}
+    def run(
+        key: Any, x: PyTree, borrowed: Mapping[str, PyTree]
+    ) -> tuple[PyTree, PyTree]:
+        given: dict[str, Any] = {
+            "carry": {},
+            "side": None,
+            "borrowed": borrowed,
+            "train": False,
+            "key": key,
+        }
         own = init(key, x, **{n: given[n] for n in keyword_needs(init)})
         if init_state is not None:
-            given["state"] = init_state(x, **{n: given[n] for n in keyword_needs(init_state)})
+            given["state"] = init_state(
+                x, **{n: given[n] for n in keyword_needs(init_state)}
+            )
         out = layer.apply(own, x, **{n: given[n] for n in layer.needs or ()})
         return own, out[0] if layer.asks("state") else out
 

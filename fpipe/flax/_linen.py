@@ -12,8 +12,8 @@ import flax.errors
 import jax
 from flax import linen as nn
 
-from fpipe._layer import Layer, checked_names
-from fpipe._tree import PyTree, eval_shape, shapes_of
+from fpipe._core.pytrees import PyTree, eval_shape, shapes_of
+from fpipe._model.layer import Layer, checked_names
 from fpipe.flax._batch_norm import defer_stats, deferred_apply, finish_stats
 from fpipe.flax._borrow import Borrow, Path, check_fit, keep_own, lend, misfit, owners
 from fpipe.flax._calling import Calling, calling, method_of
@@ -37,7 +37,8 @@ class Linen:
         method: which of its methods; `None`: `__call__`.
         streams: its random streams; `None`: those that it asks for.
         collections: the collections that are the layer's state.
-        known: whether those are all that the module has, as the user or a sample input says.
+        known: whether those are all that the module has, as the user or a sample input
+            says.
         borrow: parts of the parameters that other layers own.
         deferred: whether its batch norms update their running statistics once per call.
     """
@@ -53,7 +54,8 @@ class Linen:
     deferred: bool = False
 
     def __hash__(self) -> int:
-        # A module with a list among its fields, like `nn.Sequential`, has no hash of its own.
+        # A module with a list among its fields, like `nn.Sequential`, has no hash of
+        # its own.
         return hash((type(self.module), self.name, self.calling, self.collections))
 
     def __call__(
@@ -67,25 +69,40 @@ class Linen:
         borrowed: Mapping[str, PyTree] | None = None,
     ) -> Any:
         """The layer on one microbatch."""
-        variables = {"params": lend(self.borrow, params, borrowed or {}), **(state or {})}
+        variables = {
+            "params": lend(self.borrow, params, borrowed or {}),
+            **(state or {}),
+        }
         with self.explained(borrowed or {}):
             y, new_state, _ = self.run(variables, x, key, train)
         return (y, new_state) if self.collections else y
 
-    def run(self, variables: PyTree, x: PyTree, key: Any, train: bool) -> tuple[PyTree, PyTree, tuple[str, ...]]:
+    def run(
+        self, variables: PyTree, x: PyTree, key: Any, train: bool
+    ) -> tuple[PyTree, PyTree, tuple[str, ...]]:
         """Apply the module.
 
         Returns:
-            `(y, collections, streams)`: the layer's collections as they are now, and the streams that were given.
+            `(y, collections, streams)`: the layer's collections as they are now, and
+                the streams that were given.
         """
         args, kwargs = self.calling.arguments(x, train)
         streams = () if key is None else self.streams or ()
-        apply = functools.partial(deferred_apply, self.module) if self.deferred else self.module.apply
+        apply = (
+            functools.partial(deferred_apply, self.module)
+            if self.deferred
+            else self.module.apply
+        )
         while True:
             rngs = {name: stream_key(key, name) for name in streams}
             try:
                 y, new_state = apply(
-                    variables, *args, rngs=rngs, mutable=list(self.collections), method=self.method, **kwargs
+                    variables,
+                    *args,
+                    rngs=rngs,
+                    mutable=list(self.collections),
+                    method=self.method,
+                    **kwargs,
                 )
                 return y, flax.core.unfreeze(new_state), streams  # pyright: ignore[reportArgumentType]
             except flax.errors.InvalidRngError as error:
@@ -94,11 +111,15 @@ class Linen:
                 if found is None or found[1] in streams:
                     raise
                 if key is None and self.streams != ():
-                    raise no_key(self.name, found[1], self.calling.trains(train)) from error
+                    raise no_key(
+                        self.name, found[1], self.calling.trains(train)
+                    ) from error
                 if self.streams is not None:
                     raise ValueError(
-                        f"layer {self.name!r}: its module draws from the random stream {found[1]!r}, but its streams are "
-                        f"{list(self.streams)}: write `fpipe.flax.layer(module, rngs={[*self.streams, found[1]]})`"
+                        f"layer {self.name!r}: its module draws from the random stream "
+                        f"{found[1]!r}, but its streams are "
+                        f"{list(self.streams)}: write `fpipe.flax.layer(module, "
+                        f"rngs={[*self.streams, found[1]]})`"
                     ) from error
                 streams = (*streams, found[1])
 
@@ -117,14 +138,20 @@ class Linen:
         """All variables of the module as it makes them, but for what it sows."""
         args, kwargs = self.calling.arguments(x, False)
         made = self.module.init({"params": key}, *args, method=self.method, **kwargs)
-        return {name: value for name, value in flax.core.unfreeze(made).items() if name not in IGNORED}
+        return {
+            name: value
+            for name, value in flax.core.unfreeze(made).items()
+            if name not in IGNORED
+        }
 
     def unknown(self, collection: Iterable[str]) -> ValueError:
         """The error of a module with collections that the layer does not keep."""
         more = [*self.collections, *collection]
         return ValueError(
-            f"layer {self.name!r}: its module uses {sorted(collection)}, which the layer does not keep as its state: give "
-            f"a sample input, `fpipe.flax.layer(module, x)`, or write `fpipe.flax.layer(module, state={more})` if it is not only sown"
+            f"layer {self.name!r}: its module uses {sorted(collection)}, which the "
+            "layer does not keep as its state: give "
+            "a sample input, `fpipe.flax.layer(module, x)`, or write "
+            f"`fpipe.flax.layer(module, state={more})` if it is not only sown"
         )
 
     @contextlib.contextmanager
@@ -132,14 +159,20 @@ class Linen:
         """Flax's errors about variables that are not there, in the words of layers."""
         try:
             yield
-        except (flax.errors.ModifyScopeVariableError, flax.errors.ScopeCollectionNotFound) as error:
+        except (
+            flax.errors.ModifyScopeVariableError,
+            flax.errors.ScopeCollectionNotFound,
+        ) as error:
             found = re.search(r'collection "(.+?)"', str(error))
             if found is not None and found[1] not in ("params", *self.collections):
                 raise self.unknown([found[1]]) from error
             if found is not None and found[1] == "params" and self.borrow:
                 raise misfit(self.borrow, self.name, borrowed, _said(error)) from error
             raise
-        except (flax.errors.ScopeParamNotFoundError, flax.errors.ScopeParamShapeError) as error:
+        except (
+            flax.errors.ScopeParamNotFoundError,
+            flax.errors.ScopeParamShapeError,
+        ) as error:
             if self.borrow:
                 raise misfit(self.borrow, self.name, borrowed, _said(error)) from error
             raise
@@ -151,12 +184,15 @@ class Init:
 
     of: Linen
 
-    def __call__(self, key: Any, x: PyTree, *, borrowed: Mapping[str, PyTree]) -> PyTree:
+    def __call__(
+        self, key: Any, x: PyTree, *, borrowed: Mapping[str, PyTree]
+    ) -> PyTree:
         """The layer's own parameters."""
         if self.of.owns_nothing:
             return {}  # a second embedding table would only be made to be thrown away
         if self.of.borrow:
-            # What does not fit shows before the module computes with parameters of its own in that place.
+            # What does not fit shows before the module computes with parameters of its
+            # own in that place.
             eval_shape(self._with_borrowed, shapes_of(x), shapes_of(dict(borrowed)))
         made = self.of.variables(key, x)
         params = made.pop("params", {})
@@ -167,9 +203,14 @@ class Init:
 
     def _with_borrowed(self, x: PyTree, borrowed: Mapping[str, PyTree]) -> PyTree:
         args, kwargs = self.of.calling.arguments(x, False)
-        lent, rngs = {"params": lend(self.of.borrow, {}, borrowed)}, {"params": jax.random.key(0)}
+        lent, rngs = (
+            {"params": lend(self.of.borrow, {}, borrowed)},
+            {"params": jax.random.key(0)},
+        )
         with self.of.explained(borrowed):
-            return self.of.module.apply(lent, *args, rngs=rngs, mutable=True, method=self.of.method, **kwargs)
+            return self.of.module.apply(
+                lent, *args, rngs=rngs, mutable=True, method=self.of.method, **kwargs
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +222,9 @@ class InitState:
     def __call__(self, x: PyTree, *, key: Any) -> PyTree:
         """The layer's collections."""
         made = self.of.variables(key, x)
-        return self.of.kept({name: made[name] for name in self.of.collections if name in made})
+        return self.of.kept(
+            {name: made[name] for name in self.of.collections if name in made}
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,13 +237,20 @@ class Defer:
         """Another function, state and end of a call."""
         apply = dataclasses.replace(self.of, deferred=True)
         return Layer(
-            apply, needs=needs_of(apply), init_state=InitState(apply), finish=finish, borrow=owners(apply.borrow)
+            apply,
+            needs=needs_of(apply),
+            init_state=InitState(apply),
+            finish=finish,
+            borrow=owners(apply.borrow),
         )
 
 
 def finish(state: PyTree) -> PyTree:
     """The state of a layer whose batch norms are deferred, at the end of a call."""
-    return {name: finish_stats(value) if name == STATS else value for name, value in state.items()}
+    return {
+        name: finish_stats(value) if name == STATS else value
+        for name, value in state.items()
+    }
 
 
 def needs_of(apply: Linen) -> list[str]:
@@ -230,10 +280,25 @@ def linen_layer(
     who = f"`fpipe.flax.layer(module)` of layer {name!r}"
     f = method_of(type(module), method, who)
     method = f if callable(method) else method
-    how = calling(f, train, chained, {n: getattr(module, n, None) for n in module.__dataclass_fields__}, who)
+    how = calling(
+        f,
+        train,
+        chained,
+        {n: getattr(module, n, None) for n in module.__dataclass_fields__},
+        who,
+    )
     streams = None if rngs is None else checked_names(rngs, f"{who}: rngs=")
     collections = None if state is None else checked_names(state, f"{who}: state=")
-    apply = Linen(module, name, how, method, streams, collections or (), state is not None or x is not None, borrow)
+    apply = Linen(
+        module,
+        name,
+        how,
+        method,
+        streams,
+        collections or (),
+        state is not None or x is not None,
+        borrow,
+    )
     if x is not None:
         found, drawn = _observed(apply, x)
         apply = dataclasses.replace(
@@ -241,7 +306,9 @@ def linen_layer(
             collections=found if collections is None else collections,
             streams=drawn if streams is None else streams,
         )
-    elif collections is None and any(isinstance(m, (nn.BatchNorm, nn.SpectralNorm)) for _, m in inside(module)):
+    elif collections is None and any(
+        isinstance(m, (nn.BatchNorm, nn.SpectralNorm)) for _, m in inside(module)
+    ):
         apply = dataclasses.replace(apply, collections=(STATS,))
     return Layer(
         apply,
@@ -260,7 +327,9 @@ def _said(error: Exception) -> str:
 
 
 def _observed(apply: Linen, x: PyTree) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The collections that are state, and the random streams, of a module called in training on `x`."""
+    """The collections that are state, and the random streams, of a module called in
+    training on `x`.
+    """
     found: list[Any] = []
 
     def call(key: Any, x: PyTree) -> PyTree:
@@ -269,7 +338,11 @@ def _observed(apply: Linen, x: PyTree) -> tuple[tuple[str, ...], tuple[str, ...]
         trial = dataclasses.replace(apply, collections=names, streams=None, borrow=())
         _, state, streams = trial.run(made, x, key, True)
         # What is sown grows from call to call, so it can be no state.
-        kept = [n for n in names if jax.tree.structure(state.get(n)) == jax.tree.structure(made[n])]
+        kept = [
+            n
+            for n in names
+            if jax.tree.structure(state.get(n)) == jax.tree.structure(made[n])
+        ]
         found.append((tuple(kept), tuple(streams)))
         return ()
 
@@ -278,7 +351,9 @@ def _observed(apply: Linen, x: PyTree) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 def inside(value: Any, path: Path = ()) -> Iterator[tuple[Path, nn.Module]]:
-    """The modules that can be seen in a module without calling it, itself first: its fields, and lists and dicts of them."""
+    """The modules that can be seen in a module without calling it, itself first: its
+    fields, and lists and dicts of them.
+    """
     if isinstance(value, nn.Module):
         yield path, value
         fields = [n for n in value.__dataclass_fields__ if n not in ("parent", "name")]

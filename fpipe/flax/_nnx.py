@@ -11,14 +11,17 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fpipe._layer import Layer
-from fpipe._tree import PyTree
+from fpipe._core.pytrees import PyTree
+from fpipe._model.layer import Layer
 from fpipe.flax._batch_norm import DeferredNorm, defer_module, finish_module
 from fpipe.flax._borrow import Borrow, Path, check_fit, keep_own, lend, numbered, owners
 from fpipe.flax._calling import Calling, calling, method_of, parameters_of
 from fpipe.flax._streams import no_key, stream_key, typed
 
-MODES = ("deterministic", "use_running_average")  # the attributes that `nnx.Module.train` and `eval` set
+MODES = (
+    "deterministic",
+    "use_running_average",
+)  # the attributes that `nnx.Module.train` and `eval` set
 
 
 class _Drawn(Exception):  # noqa: N818 - never seen by a user
@@ -26,7 +29,9 @@ class _Drawn(Exception):  # noqa: N818 - never seen by a user
 
 
 class _Dry(nnx.RngStream):
-    """A stream without a key. It is a class, not a value, so that it goes through the transforms of NNX."""
+    """A stream without a key. It is a class, not a value, so that it goes through the
+    transforms of NNX.
+    """
 
     def __call__(self) -> jax.Array:
         raise _Drawn(self.tag)
@@ -43,7 +48,8 @@ class Values:
             return False
         (a, one), (b, two) = jax.tree.flatten(self.tree), jax.tree.flatten(other.tree)
         return one == two and all(
-            v is w or (v.shape == w.shape and v.dtype == w.dtype and np.array_equal(v, w))
+            v is w
+            or (v.shape == w.shape and v.dtype == w.dtype and np.array_equal(v, w))
             for v, w in zip(a, b, strict=True)
         )
 
@@ -76,7 +82,9 @@ class Factory:
 
 
 def split(module: nnx.Module) -> tuple[Any, ...]:
-    """Graph, parameters, random state and the other variables of a module; what it has sown is thrown away."""
+    """Graph, parameters, random state and the other variables of a module; what it has
+    sown is thrown away.
+    """
     nnx.pop(module, nnx.Intermediate)
     return nnx.split(module, nnx.Param, nnx.RngState, ...)
 
@@ -88,7 +96,8 @@ def paths(state: nnx.State) -> tuple[Path, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class NNX:
-    """The function of a layer: an NNX module, made from its graph and variables, and called.
+    """The function of a layer: an NNX module, made from its graph and variables, and
+    called.
 
     Attributes:
         graph: of the module, without values.
@@ -133,7 +142,9 @@ class NNX:
             module.train() if trains else module.eval()
         args, kwargs = self.calling.arguments(x, train)
         if self.passed:
-            default = jax.random.key(0) if key is None else stream_key(typed(key), "rngs")
+            default = (
+                jax.random.key(0) if key is None else stream_key(typed(key), "rngs")
+            )
             kwargs["rngs"] = nnx.Rngs(default)
         if key is None:
             _dry(module)
@@ -150,7 +161,9 @@ class NNX:
         return nnx.merge(self.graph, params, self._random(key), state)
 
     def _random(self, key: Any) -> PyTree:
-        """Random state: each stream gets a key of its own, by its path, and starts to count at zero."""
+        """Random state: each stream gets a key of its own, by its path, and starts to
+        count at zero.
+        """
         base = jax.random.key(0) if key is None else typed(key)
         flat = {}
         for path, shape in self.streams:
@@ -169,7 +182,8 @@ class NNX:
         if more:
             names = ["/".join(map(str, path)) for path in more]
             raise ValueError(
-                f"layer {self.name!r}: its module made the variables {names} while it ran, which the layer does not keep "
+                f"layer {self.name!r}: its module made the variables {names} while it "
+                "ran, which the layer does not keep "
                 "as its state: make them in `__init__`, or as `nnx.Intermediate`"
             )
         return nnx.to_pure_dict(rest)
@@ -239,7 +253,12 @@ class Defer:
         else:
             module = defer_module(of.merged(*self.source(None)))
         return nnx_layer(
-            module, name=of.name, train=self.train, method=of.method, borrow=of.borrow, chained=self.chained
+            module,
+            name=of.name,
+            train=self.train,
+            method=of.method,
+            borrow=of.borrow,
+            chained=self.chained,
         )
 
 
@@ -276,13 +295,24 @@ def nnx_layer(
 ) -> Layer:
     """See `fpipe.flax.layer`."""
     who = f"`fpipe.flax.layer(module)` of layer {name!r}"
-    made = module if isinstance(module, nnx.Module) else nnx.eval_shape(lambda: module(rngs=nnx.Rngs(0)))
-    norms = {isinstance(n, DeferredNorm) for _, n in nnx.iter_graph(made) if isinstance(n, nnx.BatchNorm)}
+    made = (
+        module
+        if isinstance(module, nnx.Module)
+        else nnx.eval_shape(lambda: module(rngs=nnx.Rngs(0)))
+    )
+    norms = {
+        isinstance(n, DeferredNorm)
+        for _, n in nnx.iter_graph(made)
+        if isinstance(n, nnx.BatchNorm)
+    }
     graph, params, random, rest = split(nnx.clone(made))
     f = method_of(type(made), method, who)
     how = calling(f, train, chained, {}, who)
     modes = not isinstance(train, str) and any(
-        hasattr(node, mode) for _, node in nnx.iter_graph(made) if isinstance(node, nnx.Module) for mode in MODES
+        hasattr(node, mode)
+        for _, node in nnx.iter_graph(made)
+        if isinstance(node, nnx.Module)
+        for mode in MODES
     )
     leaves = nnx.to_flat_state(random)
     own = nnx.to_pure_dict(params)
@@ -300,7 +330,9 @@ def nnx_layer(
         borrow,
     )
     variables = own, nnx.to_pure_dict(rest)
-    abstract = any(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(variables))
+    abstract = any(
+        isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(variables)
+    )
     source = Given(Values(variables)) if module is made else Factory(module)
     there = module is not made or not abstract
     needs = {

@@ -1,4 +1,6 @@
-"""The parameters of a pipe as an NNX module: what `nnx.Optimizer` and `nnx.jit` work on."""
+"""The parameters of a pipe as an NNX module: what `nnx.Optimizer` and `nnx.jit` work
+on.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,15 +10,16 @@ import numpy as np
 import optax
 from flax import nnx
 
-from fpipe._tree import PyTree, eval_shape, is_array, is_inexact, pack
+from fpipe._core.pytrees import PyTree, eval_shape, is_array, is_inexact, pack
 
 
 class Parameters(nnx.Module):
     """The parameters of a pipe, placed or packed, as an NNX module.
 
-    Each array is an `nnx.Param` under its path in the parameters, where it lies; those that cannot be trained (integers) are an
-    `nnx.Variable`. So NNX's optimizer holds no more than they do, whatever the executor; with `executor="scan"` the step
-    may stand inside `nnx.jit`.
+    Each array is an `nnx.Param` under its path in the parameters, where it lies; those
+    that cannot be trained (integers) are an `nnx.Variable`. So NNX's optimizer holds no
+    more than they do, whatever the executor; with `executor="scan"` the step may stand
+    inside `nnx.jit`.
 
     Arguments:
         params: from `pipe.init` or `pipe.place`.
@@ -49,7 +52,9 @@ class Parameters(nnx.Module):
     @property
     def params(self) -> PyTree:
         """The parameters as the pipe takes them."""
-        return self._spec.unpack([self._arrays[path].get_value() for path in self._paths])
+        return self._spec.unpack(
+            [self._arrays[path].get_value() for path in self._paths]
+        )
 
     def gradients(self, grads: PyTree) -> nnx.State:
         """Gradients, as the pipe returns them, for `nnx.Optimizer.update(model, ...)`.
@@ -61,17 +66,22 @@ class Parameters(nnx.Module):
         if paths != self._paths:
             wrong = sorted(set(paths) ^ set(self._paths))
             raise ValueError(
-                f"`fpipe.flax.Parameters.gradients(grads)`: not of these parameters, which differ in {wrong or 'their order'}; "
+                "`fpipe.flax.Parameters.gradients(grads)`: not of these parameters, "
+                f"which differ in {wrong or 'their order'}; "
                 "give it what `pipe.value_and_grad` returns for `model.params`"
             )
         arrays = zip(paths, pack(grads)[0], strict=True)
         return _state({path: nnx.Param(a) for path, a in arrays if self._trained(path)})
 
-    def transformation(self, tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-        """An optax transformation that sees the parameters as the pipe has them, for `nnx.Optimizer(model, …, wrt=nnx.Param)`.
+    def transformation(
+        self, tx: optax.GradientTransformation
+    ) -> optax.GradientTransformationExtraArgs:
+        """An optax transformation that sees the parameters as the pipe has them, for
+        `nnx.Optimizer(model, …, wrt=nnx.Param)`.
 
         Arguments:
-            tx: any transformation, or `fpipe.optim.per_stage(tx)`: see there which needs it.
+            tx: any transformation, or `fpipe.optim.per_stage(tx)`: see there which
+                needs it.
         """
         tx = optax.with_extra_args_support(tx)
         like = eval_shape(tx.init, self.params)
@@ -79,7 +89,12 @@ class Parameters(nnx.Module):
 
         def whole(seen: Any, others: Callable[[str], Any]) -> PyTree:
             given = {path: nnx.as_pure(a) for path, a in _arrays(seen).items()}
-            return self._spec.unpack([given[path] if self._trained(path) else others(path) for path in self._paths])
+            return self._spec.unpack(
+                [
+                    given[path] if self._trained(path) else others(path)
+                    for path in self._paths
+                ]
+            )
 
         def tree(params: Any) -> PyTree:
             return whole(params, lambda path: self._arrays[path].get_value())
@@ -90,10 +105,14 @@ class Parameters(nnx.Module):
         def init(params: Any) -> dict[str, Any]:
             return flat(tx.init(tree(params)))
 
-        def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, dict[str, Any]]:
+        def update(
+            updates: Any, state: Any, params: Any = None, **extra: Any
+        ) -> tuple[Any, dict[str, Any]]:
             grads = whole(updates, lambda path: np.zeros((), jax.dtypes.float0))
             old = spec.unpack([state[name] for name in names])
-            made, new = tx.update(grads, old, None if params is None else tree(params), **extra)
+            made, new = tx.update(
+                grads, old, None if params is None else tree(params), **extra
+            )
             by_path = dict(zip(self._paths, pack(made)[0], strict=True))
             return _state({path: by_path[path] for path in _arrays(updates)}), flat(new)
 

@@ -8,14 +8,16 @@ import jax.numpy as jnp
 
 
 def stream_key(key: Any, stream: str) -> jax.Array:
-    """The key of one random stream of a module: `jax.random.fold_in(key, zlib.crc32(stream.encode()))`.
+    """The key of one random stream of a module: `jax.random.fold_in(key,
+    zlib.crc32(stream.encode()))`.
 
     A name has the same number in every process, which Python's `hash` does not promise.
 
     Arguments:
-        key: the layer's key: layer `l` gets `fold_in(fold_in(call's key, l), microbatch)`.
-        stream: of a linen module the stream's name (`"dropout"`); of an NNX module the path of the `nnx.RngStream`
-            in it (`"dropout/rngs"`).
+        key: the layer's key: layer `l` gets `fold_in(fold_in(call's key, l),
+            microbatch)`.
+        stream: of a linen module the stream's name (`"dropout"`); of an NNX module the
+            path of the `nnx.RngStream` in it (`"dropout/rngs"`).
 
     Example:
         >>> key = fpipe.flax.stream_key(jax.random.key(0), "dropout")
@@ -27,13 +29,18 @@ def stream_key(key: Any, stream: str) -> jax.Array:
 
 def typed(key: Any) -> jax.Array:
     """A key as a typed key; old-style ones are arrays of `uint32`."""
-    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+    return (
+        key
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        else jax.random.wrap_key_data(key)
+    )
 
 
 def no_key(name: str, stream: str, train: bool) -> ValueError:
     """The error of a module that draws random numbers in a call that was given no key."""
     evaluate = ", or `train=False`" if train else ""
     return ValueError(
-        f"layer {name!r}: its module draws from the random stream {stream!r}, but the call was given no key: pass "
+        f"layer {name!r}: its module draws from the random stream {stream!r}, but the "
+        "call was given no key: pass "
         f"`key=`{evaluate}"
     )

@@ -1,4 +1,6 @@
-"""optax over the parameters of a pipe, wherever they are: `import fpipe.optim` to use it (it needs optax)."""
+"""optax over the parameters of a pipe, wherever they are: `import fpipe.optim` to use
+it (it needs optax).
+"""
 
 from fpipe.optim._loss_scale import DynamicLossScale as DynamicLossScale
 from fpipe.optim._transform import PerStage as PerStage

@@ -1,9 +1,11 @@
 """Steps cut into programs for devices: plain data.
 
-Every step has a home. What depends on arrays of one device runs there. What depends on small values of several devices (the
-sum of the squares of all gradients) runs on the *hub*, the device of the first parameter. What depends on nothing of any
-device but on numbers that all share (the count of steps, a learning rate) is small work, and runs wherever it is needed.
-A program is a device's steps of one *round*; between rounds values move.
+Every step has a home. What depends on arrays of one device runs there. What depends on
+small values of several devices (the sum of the squares of all gradients) runs on the
+*hub*, the device of the first parameter. What depends on nothing of any device but on
+numbers that all share (the count of steps, a learning rate) is small work, and runs
+wherever it is needed. A program is a device's steps of one *round*; between rounds
+values move.
 """
 
 import dataclasses
@@ -35,10 +37,12 @@ class Move(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """An array between programs: a value, several small ones of a dtype end to end, or an output.
+    """An array between programs: a value, several small ones of a dtype end to end, or
+    an output.
 
     Attributes:
-        output: the number of the output that it is; outputs have arrays of their own, so that each may be donated.
+        output: the number of the output that it is; outputs have arrays of their own,
+            so that each may be donated.
     """
 
     values: tuple[int, ...]
@@ -63,11 +67,14 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """A function over several devices as programs, in the order in which they are dispatched.
+    """A function over several devices as programs, in the order in which they are
+    dispatched.
 
     Attributes:
-        inputs: the slot of each input; those of inputs that nothing reads are there too.
-        outputs: the slot of each output, which is an input's if it is handed through, and its device.
+        inputs: the slot of each input; those of inputs that nothing reads are there
+            too.
+        outputs: the slot of each output, which is an input's if it is handed through,
+            and its device.
     """
 
     steps: Steps
@@ -86,7 +93,9 @@ def size(aval: Any) -> int:
 def homes(
     graph: Steps, given: Sequence[int | None], wanted: Sequence[int], hub: int
 ) -> tuple[dict[int, int], dict[int, int | None]]:
-    """The device of each value, without those that are made wherever they are needed; and of each step by its number."""
+    """The device of each value, without those that are made wherever they are needed;
+    and of each step by its number.
+    """
     demand: dict[int, int] = {}
     for v, d in zip(graph.outputs, wanted, strict=True):
         demand[v] = demand.get(v, 0) | 1 << d
@@ -107,16 +116,26 @@ def homes(
     return home, places
 
 
-def _place(graph: Steps, step: Step, home: Mapping[int, int], demand: int, hub: int) -> int | None:
-    held = [(size(graph.avals[v]), home[v]) for v in dict.fromkeys(graph.needs(step)) if v in home]
+def _place(
+    graph: Steps, step: Step, home: Mapping[int, int], demand: int, hub: int
+) -> int | None:
+    held = [
+        (size(graph.avals[v]), home[v])
+        for v in dict.fromkeys(graph.needs(step))
+        if v in home
+    ]
     if not held:
         return None
     biggest = max(b for b, _ in held)
     largest = {d for b, d in held if b == biggest}
     if biggest > SMALL:
         # The rest comes to where most bytes are.
-        weight = {d: sum(b for b, e in held if e == d) for d in sorted({d for _, d in held})}
-        return largest.pop() if len(largest) == 1 else max(weight, key=lambda d: weight[d])
+        weight = {
+            d: sum(b for b, e in held if e == d) for d in sorted({d for _, d in held})
+        }
+        return (
+            largest.pop() if len(largest) == 1 else max(weight, key=lambda d: weight[d])
+        )
     if demand and demand & (demand - 1) == 0:
         return demand.bit_length() - 1  # for one device alone
     if any(size(graph.avals[v]) > SMALL for v in step.outs):
@@ -146,13 +165,22 @@ def cut(
     return _Cutter(graph, home, places, rounds, given, lies, wanted, through).cut()
 
 
-def _rounds(graph: Steps, home: Mapping[int, int], places: Mapping[int, int | None]) -> dict[int, int]:
-    """The round of each step that has a home: as late as it may be, so that what others wait for goes first."""
-    # For a value without a home, the rounds are those of the values with one that it is made from.
-    roots: dict[int, frozenset[int]] = {v: frozenset([v]) for v in graph.inputs if v in home}
+def _rounds(
+    graph: Steps, home: Mapping[int, int], places: Mapping[int, int | None]
+) -> dict[int, int]:
+    """The round of each step that has a home: as late as it may be, so that what others
+    wait for goes first.
+    """
+    # For a value without a home, the rounds are those of the values with one that it is
+    # made from.
+    roots: dict[int, frozenset[int]] = {
+        v: frozenset([v]) for v in graph.inputs if v in home
+    }
 
     def takes(step: Step) -> frozenset[int]:
-        return frozenset().union(*(roots.get(v, frozenset()) for v in graph.needs(step)))
+        return frozenset().union(
+            *(roots.get(v, frozenset()) for v in graph.needs(step))
+        )
 
     taken: dict[int, frozenset[int]] = {}
     early: dict[int, int] = {}
@@ -162,7 +190,10 @@ def _rounds(graph: Steps, home: Mapping[int, int], places: Mapping[int, int | No
             roots.update(dict.fromkeys(step.outs, taken[n]))
             continue
         roots.update({v: frozenset([v]) for v in step.outs})
-        first = max((early.get(v, 0) + (v in early and home[v] != places[n]) for v in taken[n]), default=0)
+        first = max(
+            (early.get(v, 0) + (v in early and home[v] != places[n]) for v in taken[n]),
+            default=0,
+        )
         early.update(dict.fromkeys(step.outs, first))
     last = max(early.values(), default=0)
     late: dict[int, int] = {}
@@ -177,7 +208,9 @@ def _rounds(graph: Steps, home: Mapping[int, int], places: Mapping[int, int | No
 
 
 class _Cutter:
-    """Builds a `Cut`: which steps each program has, what it takes and gives, and what moves."""
+    """Builds a `Cut`: which steps each program has, what it takes and gives, and what
+    moves.
+    """
 
     def __init__(
         self,
@@ -199,7 +232,9 @@ class _Cutter:
         self.handed = {  # outputs that are an input as it is
             k
             for k, v in enumerate(graph.outputs)
-            if v in self.source and through[k] and (v in shared or self.source[v] == wanted[k])
+            if v in self.source
+            and through[k]
+            and (v in shared or self.source[v] == wanted[k])
         }
         self.slots: list[Slot] = [Slot((v,)) for v in graph.inputs]
         self.where = {v: n for n, v in enumerate(graph.inputs)}
@@ -216,15 +251,29 @@ class _Cutter:
             place = self.places[n]
             assert place is not None
             own.setdefault((r, place), []).append(n)
-        finals: dict[tuple[int, int], list[int]] = {}  # outputs by the program that gives them
+        finals: dict[
+            tuple[int, int], list[int]
+        ] = {}  # outputs by the program that gives them
         for k, v in enumerate(graph.outputs):
             if k in self.handed:
                 continue
-            # What is made elsewhere, and what many make, is given by the last program of its device.
+            # What is made elsewhere, and what many make, is given by the last program
+            # of its device.
             here = v in self.maker and self.home.get(v) == self.wanted[k]
-            finals.setdefault((self.when(v) if here else self.after(v, self.wanted[k]), self.wanted[k]), []).append(k)
+            finals.setdefault(
+                (
+                    self.when(v) if here else self.after(v, self.wanted[k]),
+                    self.wanted[k],
+                ),
+                [],
+            ).append(k)
         keys = sorted({*own, *finals})
-        bodies = {key: self.body(own.get(key, []), [graph.outputs[k] for k in finals.get(key, [])]) for key in keys}
+        bodies = {
+            key: self.body(
+                own.get(key, []), [graph.outputs[k] for k in finals.get(key, [])]
+            )
+            for key in keys
+        }
         sent = self.exports(bodies)
         parts, moves = [], dict[tuple[int, int], Move]()
         for key in keys:
@@ -242,7 +291,11 @@ class _Cutter:
                     nbytes = sum(size(graph.avals[v]) for v in values)
                     moves[slot, d] = Move(r, slot, source, d, nbytes)
             parts.append(Part(r, d, steps, tuple(slots), tuple(gives)))
-        outputs = {slot.output: n for n, slot in enumerate(self.slots) if slot.output is not None}
+        outputs = {
+            slot.output: n
+            for n, slot in enumerate(self.slots)
+            if slot.output is not None
+        }
         outputs |= {k: self.where[graph.outputs[k]] for k in self.handed}
         for k in self.handed:
             slot, v, d = outputs[k], graph.outputs[k], self.wanted[k]
@@ -266,10 +319,16 @@ class _Cutter:
         step = self.graph.steps[self.maker[v]]
         return max(self.last, *(self.after(u, device) for u in self.graph.needs(step)))
 
-    def body(self, own: Sequence[int], outputs: Sequence[int]) -> tuple[tuple[Step, ...], list[int]]:
-        """A program's steps, those that are made wherever needed included; and the values that it takes."""
+    def body(
+        self, own: Sequence[int], outputs: Sequence[int]
+    ) -> tuple[tuple[Step, ...], list[int]]:
+        """A program's steps, those that are made wherever needed included; and the
+        values that it takes.
+        """
         numbers, takes = set(own), dict[int, None]()
-        stack = [v for n in own for v in self.graph.needs(self.graph.steps[n])] + list(outputs)
+        stack = [v for n in own for v in self.graph.needs(self.graph.steps[n])] + list(
+            outputs
+        )
         while stack:
             v = stack.pop()
             n = self.maker.get(v)
@@ -282,8 +341,12 @@ class _Cutter:
                 stack += self.graph.needs(self.graph.steps[n])
         return tuple(self.graph.steps[n] for n in sorted(numbers)), sorted(takes)
 
-    def exports(self, bodies: Mapping[tuple[int, int], tuple[Any, list[int]]]) -> dict[tuple[int, int], list[int]]:
-        """The slots that each program gives for others, small values that leave the device bundled."""
+    def exports(
+        self, bodies: Mapping[tuple[int, int], tuple[Any, list[int]]]
+    ) -> dict[tuple[int, int], list[int]]:
+        """The slots that each program gives for others, small values that leave the
+        device bundled.
+        """
         leaving: dict[int, bool] = {}
         for (_, d), (_, takes) in bodies.items():
             for v in takes:
@@ -293,7 +356,11 @@ class _Cutter:
         bundles: dict[tuple[int, int, str], list[int]] = {}
         for v in sorted(leaving):
             key = (self.when(v), self.home[v])
-            if leaving[v] and size(self.graph.avals[v]) <= SMALL and isinstance(self.graph.avals[v].dtype, np.dtype):
+            if (
+                leaving[v]
+                and size(self.graph.avals[v]) <= SMALL
+                and isinstance(self.graph.avals[v].dtype, np.dtype)
+            ):
                 bundles.setdefault((*key, str(self.graph.avals[v].dtype)), []).append(v)
             else:
                 sent.setdefault(key, []).append(self.slot((v,), False))

@@ -6,23 +6,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fpipe._tree import PyTree, strong
+from fpipe._core.pytrees import PyTree, strong
 from fpipe.optim._transform import all_finite
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DynamicLossScale:
-    """A loss scale for float16: halved where gradients overflow, doubled where they have not for a while.
+    """A loss scale for float16: halved where gradients overflow, doubled where they
+    have not for a while.
 
-    A pytree of two numbers, so that it goes through `jax.jit` and into checkpoints. Give `scale.scale` to a call as
-    `loss_scale=`, leave out the updates that are not finite (`optax.apply_if_finite` within `per_stage`), and take the next
-    one from `scale.adjusted(grads)`. After Micikevicius et al., Mixed Precision Training
-    ([arXiv 1710.03740](https://arxiv.org/abs/1710.03740)), section 3.2.
+    A pytree of two numbers, so that it goes through `jax.jit` and into checkpoints.
+    Give `scale.scale` to a call as `loss_scale=`, leave out the updates that are not
+    finite (`optax.apply_if_finite` within `per_stage`), and take the next one from
+    `scale.adjusted(grads)`. After Micikevicius et al., Mixed Precision Training ([arXiv
+    1710.03740](https://arxiv.org/abs/1710.03740)), section 3.2.
 
     Arguments:
         scale: the first one; default 2**15.
-        steps: how many calls with finite gradients there have been since it changed; default 0.
+        steps: how many calls with finite gradients there have been since it changed;
+            default 0.
         period: after how many of these it is multiplied by `factor`; default 2000.
         factor: what it is multiplied or divided by; default 2.
 
@@ -39,11 +42,17 @@ class DynamicLossScale:
     factor: float = dataclasses.field(default=2.0, metadata={"static": True})
 
     def adjusted(self, grads: PyTree) -> "DynamicLossScale":
-        """The scale for the next call, after the gradients of this one, placed or packed."""
+        """The scale for the next call, after the gradients of this one, placed or
+        packed.
+        """
         finite, steps = all_finite(grads), self.steps + 1
         due = finite & (steps >= self.period)
-        # Not below 1: what overflows there is no matter of scale. Not to infinity either.
-        less, more = jnp.maximum(self.scale / self.factor, 1.0), self.scale * self.factor
+        # Not below 1: what overflows there is no matter of scale. Not to infinity
+        # either.
+        less, more = (
+            jnp.maximum(self.scale / self.factor, 1.0),
+            self.scale * self.factor,
+        )
         more = jnp.where(due & jnp.isfinite(more), more, self.scale)
         scale, steps = jnp.where(finite, more, less), jnp.where(due | ~finite, 0, steps)
         return dataclasses.replace(self, scale=strong(scale), steps=strong(steps))

@@ -1,7 +1,8 @@
-"""Transformations of `fpipe.Packed` parameters: one program, in which each device works on what it holds.
+"""Transformations of `fpipe.Packed` parameters: one program, in which each device works
+on what it holds.
 
-A transformation is traced on whole leaves, its steps are shared out over the devices (`_share.py`), and run in one program
-(`_devices.py`).
+A transformation is traced on whole leaves, its steps are shared out over the devices
+(`_share.py`), and run in one program (`_devices.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -10,13 +11,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from fpipe import _jaxpr
-from fpipe._scan import Packed
-from fpipe._tree import PyTree, aval, numbers_as_arrays, pack, shapes_of
+from fpipe._core.pytrees import PyTree, aval, numbers_as_arrays, pack, shapes_of
+from fpipe._executors.scan.packing import Packed
+from fpipe._program.graph import trace
 from fpipe.optim._devices import Cell, Out, run
 from fpipe.optim._placed import check_state
 from fpipe.optim._steps import opened
-from fpipe.optim._view import Chosen, Frozen, Template, is_empty, is_packed, mesh_of, templates, zero
+from fpipe.optim._view import (
+    Chosen,
+    Frozen,
+    Template,
+    is_empty,
+    is_packed,
+    mesh_of,
+    templates,
+    zero,
+)
 
 FIX = "make one with `tx.init(params)`, or pack this one with `fpipe.optim.place(fpipe.optim.gather(state), params)`"
 
@@ -38,7 +48,12 @@ def init(tx: Any, params: PyTree, frozen: Frozen, mesh: Any) -> PyTree:
 
 
 def update(
-    tx: Any, grads: PyTree, state: PyTree, params: PyTree, extra: dict[str, Any], frozen: Frozen
+    tx: Any,
+    grads: PyTree,
+    state: PyTree,
+    params: PyTree,
+    extra: dict[str, Any],
+    frozen: Frozen,
 ) -> tuple[PyTree, PyTree]:
     """Packed updates and the next state."""
     like = grads if params is None else params
@@ -55,9 +70,14 @@ def update(
     made: list[PyTree] = []
 
     def f(*arrays: Any) -> list[Any]:
-        g, s, p, e = (list(arrays[a:b]) for a, b in zip([0, *ends], [*ends, len(arrays)], strict=True))
+        g, s, p, e = (
+            list(arrays[a:b])
+            for a, b in zip([0, *ends], [*ends, len(arrays)], strict=True)
+        )
         seen = None if params is None else chosen.seen(p)
-        updates, new = tx.update(chosen.seen(g), s_spec.unpack(s), seen, **e_spec.unpack(e))
+        updates, new = tx.update(
+            chosen.seen(g), s_spec.unpack(s), seen, **e_spec.unpack(e)
+        )
         made.append(numbers_as_arrays(new))
         return [*jax.tree.leaves(updates), *pack(made[-1])[0]]
 
@@ -70,10 +90,13 @@ def check_packing(forms: Sequence[Template], state: PyTree) -> None:
     """Refuse a state that is packed for another partition."""
     for path, node in jax.tree_util.tree_flatten_with_path(state, is_leaf=is_packed)[0]:
         if is_packed(node) and not any(
-            t.fits(s) and t.packing_of(s) == node.packing for s in [node.packing.whole] for t in forms
+            t.fits(s) and t.packing_of(s) == node.packing
+            for s in [node.packing.whole]
+            for t in forms
         ):
             raise ValueError(
-                f"`per_stage(tx).update`: state{jax.tree_util.keystr(path)} is packed for another partition than the "
+                f"`per_stage(tx).update`: state{jax.tree_util.keystr(path)} is packed "
+                "for another partition than the "
                 f"parameters; {FIX}"
             )
 
@@ -88,8 +111,14 @@ class _Rows:
         self.arrays: list[Any] = []
 
     def cells(self, tree: PyTree) -> PyTree:
-        """The tree with one pytree of shapes per layer in the place of every `Packed`; a shape knows its cell."""
-        return jax.tree.map(lambda node: self._layers(node) if is_packed(node) else node, tree, is_leaf=is_packed)
+        """The tree with one pytree of shapes per layer in the place of every `Packed`;
+        a shape knows its cell.
+        """
+        return jax.tree.map(
+            lambda node: self._layers(node) if is_packed(node) else node,
+            tree,
+            is_leaf=is_packed,
+        )
 
     def _layers(self, node: Packed) -> tuple[PyTree, ...]:
         packing, number = node.packing, dict[int, int]()
@@ -104,7 +133,9 @@ class _Rows:
                 return array  # of what is not trained
             return _Leaf(shape, array.dtype, Cell(number[r], d, packing.rows[r], shape))
 
-        return packing.trees([leaf(*packing.where[e], packing.shape(e).shape) for e in packing.entries])
+        return packing.trees(
+            [leaf(*packing.where[e], packing.shape(e).shape) for e in packing.entries]
+        )
 
 
 class _Leaf(jax.ShapeDtypeStruct):
@@ -115,9 +146,13 @@ class _Leaf(jax.ShapeDtypeStruct):
         self.cell = cell
 
 
-def _traced(f: Callable[..., Sequence[Any]], leaves: Sequence[Any]) -> tuple[Any, list[Any]]:
-    """The steps of a function of leaves, and the cell or the array that each of its inputs is."""
-    return opened(_jaxpr.trace(f, *map(aval, leaves))), [getattr(a, "cell", a) for a in leaves]
+def _traced(
+    f: Callable[..., Sequence[Any]], leaves: Sequence[Any]
+) -> tuple[Any, list[Any]]:
+    """The steps of a function of leaves, and the cell or the array that each of its
+    inputs is.
+    """
+    return opened(trace(f, *map(aval, leaves))), [getattr(a, "cell", a) for a in leaves]
 
 
 # --- what comes out: rows by whose they are ---
@@ -144,7 +179,9 @@ def _update_outs(like: PyTree, chosen: Chosen) -> PyTree:
 
 
 def _state_outs(state: PyTree, forms: Sequence[Template], first: int = 0) -> PyTree:
-    """What of a state is like the parameters is packed like them; the rest all devices have."""
+    """What of a state is like the parameters is packed like them; the rest all devices
+    have.
+    """
     shapes = shapes_of(state)
     arrays, spec = pack(shapes)
     numbers = spec.unpack(range(first, first + len(arrays)))
@@ -156,7 +193,13 @@ def _state_outs(state: PyTree, forms: Sequence[Template], first: int = 0) -> PyT
         fit = form(node)
         if fit is None:
             return number
-        each = {(k, n): leaf for k, layer in enumerate(number) for n, leaf in enumerate(jax.tree.leaves(layer))}
+        each = {
+            (k, n): leaf
+            for k, layer in enumerate(number)
+            for n, leaf in enumerate(jax.tree.leaves(layer))
+        }
         return Out.of(fit.packing_of(node), each)
 
-    return jax.tree.map(out, shapes, numbers, is_leaf=lambda node: form(node) is not None)
+    return jax.tree.map(
+        out, shapes, numbers, is_leaf=lambda node: form(node) is not None
+    )

@@ -1,4 +1,6 @@
-"""Transformations of parameters that lie on several devices: planned once for their form, then dispatched."""
+"""Transformations of parameters that lie on several devices: planned once for their
+form, then dispatched.
+"""
 
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
@@ -7,9 +9,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from fpipe import _jaxpr
-from fpipe._placement import Device
-from fpipe._tree import PyTree, Spec, aval, eval_shape, is_array, numbers_as_arrays, pack, shapes_of
+from fpipe._core.pytrees import (
+    PyTree,
+    Spec,
+    aval,
+    eval_shape,
+    is_array,
+    numbers_as_arrays,
+    pack,
+    shapes_of,
+)
+from fpipe._executors.placement import Device
+from fpipe._program.graph import trace
 from fpipe.optim._cut import SMALL, cut, size
 from fpipe.optim._run import Run
 from fpipe.optim._steps import opened
@@ -28,7 +39,12 @@ def device_of(array: Any) -> Device | None:
 
 def form(array: Any) -> Hashable:
     """What a plan is specialised on."""
-    return array.shape, array.dtype, getattr(array, "weak_type", False), device_of(array)
+    return (
+        array.shape,
+        array.dtype,
+        getattr(array, "weak_type", False),
+        device_of(array),
+    )
 
 
 def named(what: str, path: Any) -> str:
@@ -51,9 +67,14 @@ def homes_of(chosen: Chosen, leaves: Sequence[Any], call: str) -> list[Device]:
     for path, leaf in zip(chosen.names, chosen.select(leaves), strict=True):
         device = device_of(leaf)
         if device is None:
-            where = f"on {leaf.sharding}" if isinstance(leaf, jax.Array) else f"a {type(leaf).__name__}"
+            where = (
+                f"on {leaf.sharding}"
+                if isinstance(leaf, jax.Array)
+                else f"a {type(leaf).__name__}"
+            )
             raise ValueError(
-                f"`{call}`: the parameter {named('params', path)} is not placed: it is {where}, and not committed to one "
+                f"`{call}`: the parameter {named('params', path)} is not placed: it is "
+                f"{where}, and not committed to one "
                 "device; place parameters with `pipe.place(params)`"
             )
         homes.append(device)
@@ -75,17 +96,27 @@ def plan(
         given: the device that each array belongs to, `None` for numbers that all share.
         wanted: from the number of outputs the device of each; `None` for the first.
         devices: the first is where small values meet.
-        through: whether an output may be the very array that is an input, from the numbers of both.
+        through: whether an output may be the very array that is an input, from the
+            numbers of both.
     """
-    closed = _jaxpr.trace(f, *map(aval, arrays))
+    closed = trace(f, *map(aval, arrays))
     graph = opened(closed)
     lies = [device_of(a) for a in arrays]
-    every = list(dict.fromkeys([*devices, *(d for d in (*given, *lies) if d is not None)]))
+    every = list(
+        dict.fromkeys([*devices, *(d for d in (*given, *lies) if d is not None)])
+    )
     number = {d: n for n, d in enumerate(every)}
     source = {v: n for n, v in enumerate(graph.inputs)}
     ends = [0 if d is None else number[d] for d in wanted(len(graph.outputs))]
     may = [v in source and through(source[v], k) for k, v in enumerate(graph.outputs)]
-    parts = cut(graph, [number.get(d) for d in given], [number.get(d) for d in lies], ends, 0, may)
+    parts = cut(
+        graph,
+        [number.get(d) for d in given],
+        [number.get(d) for d in lies],
+        ends,
+        0,
+        may,
+    )
     return Run(parts, every, donate)
 
 
@@ -111,20 +142,38 @@ def plan_init(tx: Any, params: PyTree, frozen: Frozen) -> Planned:
         return _owned(chosen, states[-1][0], homes)
 
     kept = chosen.select(leaves)
-    run = plan(f, kept, homes, wanted, first_devices(homes), [False] * len(kept), lambda n, k: False)
+    run = plan(
+        f,
+        kept,
+        homes,
+        wanted,
+        first_devices(homes),
+        [False] * len(kept),
+        lambda n, k: False,
+    )
     return Planned(run, chosen, states[-1][1])
 
 
-def _owned(chosen: Chosen, state: PyTree, homes: Sequence[Device]) -> list[Device | None]:
+def _owned(
+    chosen: Chosen, state: PyTree, homes: Sequence[Device]
+) -> list[Device | None]:
     """The device of each array of a state."""
     own = owners(chosen.names, state)
     return [
-        None if n is None else homes[n] for n, leaf in zip(own, jax.tree.leaves(state), strict=True) if is_array(leaf)
+        None if n is None else homes[n]
+        for n, leaf in zip(own, jax.tree.leaves(state), strict=True)
+        if is_array(leaf)
     ]
 
 
 def plan_update(
-    tx: Any, grads: PyTree, state: PyTree, params: PyTree, extra: dict[str, Any], frozen: Frozen, donate: Sequence[str]
+    tx: Any,
+    grads: PyTree,
+    state: PyTree,
+    params: PyTree,
+    extra: dict[str, Any],
+    frozen: Frozen,
+    donate: Sequence[str],
 ) -> Planned:
     """Updates and the next state from gradients and a state."""
     like = grads if params is None else params
@@ -136,8 +185,10 @@ def plan_update(
         if not is_array(array) or device_of(array) != home:
             where = device_of(array) if is_array(array) else type(array).__name__
             raise ValueError(
-                f"`per_stage(tx).update`: the gradient {named('grads', path)} is on {where}, but its parameter is on {home}; "
-                "`pipe.value_and_grad` gives them where their parameters are, and `pipe.place(grads)` puts others there"
+                f"`per_stage(tx).update`: the gradient {named('grads', path)} is on "
+                f"{where}, but its parameter is on {home}; "
+                "`pipe.value_and_grad` gives them where their parameters are, and "
+                "`pipe.place(grads)` puts others there"
             )
     p = [] if params is None else chosen.select(leaves)
     s, spec = pack(state)
@@ -152,7 +203,10 @@ def plan_update(
         sections = [[arrays[n] for n in part] for part in (a, b, c, d)]
         seen = None if params is None else chosen.seen(sections[2])
         updates, new = tx.update(
-            chosen.seen(sections[0]), spec.unpack(sections[1]), seen, **extra_spec.unpack(sections[3])
+            chosen.seen(sections[0]),
+            spec.unpack(sections[1]),
+            seen,
+            **extra_spec.unpack(sections[3]),
         )
         new = numbers_as_arrays(new)
         out, new_spec = pack(new)
@@ -162,19 +216,31 @@ def plan_update(
     def wanted(count: int) -> list[Device | None]:
         return [*homes, *_owned(chosen, states[-1][0], homes)]
 
-    flags = ["grads" in donate] * len(g) + ["state" in donate] * len(s) + [False] * (len(p) + len(e))
+    flags = (
+        ["grads" in donate] * len(g)
+        + ["state" in donate] * len(s)
+        + [False] * (len(p) + len(e))
+    )
 
     def through(n: int, k: int) -> bool:
         return (n < ends[0]) == (k < len(g)) and n < ends[1]
 
     shared = [device_of(a) if size(a) > SMALL else None for a in e]
     run = plan(
-        f, [*g, *s, *p, *e], [*homes, *own, *homes[: len(p)], *shared], wanted, first_devices(homes), flags, through
+        f,
+        [*g, *s, *p, *e],
+        [*homes, *own, *homes[: len(p)], *shared],
+        wanted,
+        first_devices(homes),
+        flags,
+        through,
     )
     return Planned(run, chosen, states[-1][1])
 
 
-def check_state(tx: Any, params: PyTree, state: PyTree, fix: str, call: str = "per_stage(tx).update") -> None:
+def check_state(
+    tx: Any, params: PyTree, state: PyTree, fix: str, call: str = "per_stage(tx).update"
+) -> None:
     """Refuse a state that is not what `init` gives for these parameters.
 
     Arguments:
@@ -182,28 +248,39 @@ def check_state(tx: Any, params: PyTree, state: PyTree, fix: str, call: str = "p
         state: unpacked.
         call: for the error.
     """
-    want = jax.tree_util.tree_flatten_with_path(eval_shape(lambda p: numbers_as_arrays(tx.init(p)), shapes_of(params)))
+    want = jax.tree_util.tree_flatten_with_path(
+        eval_shape(lambda p: numbers_as_arrays(tx.init(p)), shapes_of(params))
+    )
     have = jax.tree_util.tree_flatten_with_path(state)
     call = f"`{call}`: "
     paths, others = [path for path, _ in have[0]], [path for path, _ in want[0]]
     if paths != others:
-        wrong = [path for path in paths if path not in others] + [path for path in others if path not in paths]
+        wrong = [path for path in paths if path not in others] + [
+            path for path in others if path not in paths
+        ]
         name = named("state", wrong[0]) if wrong else "state"
         raise ValueError(
-            f"{call}{name}: the optimizer state is not of this transformation, these parameters and `frozen`: {len(paths)} "
+            f"{call}{name}: the optimizer state is not of this transformation, these "
+            f"parameters and `frozen`: {len(paths)} "
             f"leaves, and `init(params)` gives {len(others)}; {fix}"
         )
     if have[1] != want[1]:
-        raise ValueError(f"{call}the optimizer state is {have[1]}, and `init(params)` gives {want[1]}; {fix}")
+        raise ValueError(
+            f"{call}the optimizer state is {have[1]}, and `init(params)` gives "
+            f"{want[1]}; {fix}"
+        )
     for (path, leaf), (_, other) in zip(have[0], want[0], strict=True):
         if is_array(leaf) and leaf.shape != other.shape:
             raise ValueError(
-                f"{call}{named('state', path)} has the shape {leaf.shape}, and `init(params)` gives {other.shape}: a state of "
+                f"{call}{named('state', path)} has the shape {leaf.shape}, and "
+                f"`init(params)` gives {other.shape}: a state of "
                 f"other parameters; {fix}"
             )
 
 
-def _state_homes(chosen: Chosen, state: PyTree, homes: Sequence[Device]) -> list[Device | None]:
+def _state_homes(
+    chosen: Chosen, state: PyTree, homes: Sequence[Device]
+) -> list[Device | None]:
     """The device that each array of a state belongs to, checked."""
     out: list[Device | None] = []
     flat = jax.tree_util.tree_flatten_with_path(state)[0]
@@ -213,8 +290,12 @@ def _state_homes(chosen: Chosen, state: PyTree, homes: Sequence[Device]) -> list
         at = device_of(leaf)
         if n is not None and at != homes[n]:
             raise ValueError(
-                f"`per_stage(tx).update`: {named('state', path)} is on {at}, but its parameter {named('params', chosen.names[n])} "
-                f"is on {homes[n]}: a state of another partition, or one that was not placed; {FIX}"
+                f"`per_stage(tx).update`: {named('state', path)} is on {at}, but its "
+                f"parameter {named('params', chosen.names[n])} "
+                f"is on {homes[n]}: a state of another partition, or one that was not "
+                f"placed; {FIX}"
             )
-        out.append(homes[n] if n is not None else at if size(aval(leaf)) > SMALL else None)
+        out.append(
+            homes[n] if n is not None else at if size(aval(leaf)) > SMALL else None
+        )
     return out

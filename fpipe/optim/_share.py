@@ -1,8 +1,9 @@
 """Steps shared out over the devices of a mesh, which all run one program: plain data.
 
-A step that takes arrays of one device is that device's. What a step takes of several devices (the squares of all gradients),
-or what one takes beside a large array of another, is *exchanged*: small values, as a rule, which every device then has.
-A step that takes only what all have is done wherever its result is needed, by all if need be.
+A step that takes arrays of one device is that device's. What a step takes of several
+devices (the squares of all gradients), or what one takes beside a large array of
+another, is *exchanged*: small values, as a rule, which every device then has. A step
+that takes only what all have is done wherever its result is needed, by all if need be.
 """
 
 import dataclasses
@@ -39,12 +40,18 @@ class Shares:
         return tuple(graph.steps[n] for n in sorted(numbers))
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_maker", {v: n for n, s in enumerate(self.steps.steps) for v in s.outs})
+        object.__setattr__(
+            self,
+            "_maker",
+            {v: n for n, s in enumerate(self.steps.steps) for v in s.outs},
+        )
 
     _maker: Mapping[int, int] = dataclasses.field(init=False, repr=False, compare=False)
 
 
-def share(graph: Steps, given: Sequence[int | None], wanted: Sequence[int | None]) -> Shares:
+def share(
+    graph: Steps, given: Sequence[int | None], wanted: Sequence[int | None]
+) -> Shares:
     """Share out a function.
 
     Arguments:
@@ -52,7 +59,9 @@ def share(graph: Steps, given: Sequence[int | None], wanted: Sequence[int | None
         wanted: the device that each output is for, `None` for all.
     """
     owner = {v: d for v, d in zip(graph.inputs, given, strict=True) if d is not None}
-    ready = dict.fromkeys((*graph.inputs, *graph.consts), 0)  # the exchanges before a value can be made
+    ready = dict.fromkeys(
+        (*graph.inputs, *graph.consts), 0
+    )  # the exchanges before a value can be made
     sent: dict[int, int] = {}  # values that are exchanged, and when
 
     def send(values: Iterable[int]) -> int:
@@ -62,19 +71,35 @@ def share(graph: Steps, given: Sequence[int | None], wanted: Sequence[int | None
 
     for step in graph.steps:
         needs = dict.fromkeys(graph.needs(step))
-        place = _place({v: (owner[v], size(graph.avals[v])) for v in needs if v in owner})
+        place = _place(
+            {v: (owner[v], size(graph.avals[v])) for v in needs if v in owner}
+        )
         foreign = [v for v in needs if v in owner and owner[v] != place]
-        at = max(send(foreign), max((ready[v] for v in needs if v not in foreign), default=0))
+        at = max(
+            send(foreign), max((ready[v] for v in needs if v not in foreign), default=0)
+        )
         ready.update(dict.fromkeys(step.outs, at))
         if place is not None:
             owner.update(dict.fromkeys(step.outs, place))
-    send([v for v, d in zip(graph.outputs, wanted, strict=True) if v in owner and owner[v] != d])
+    send(
+        [
+            v
+            for v, d in zip(graph.outputs, wanted, strict=True)
+            if v in owner and owner[v] != d
+        ]
+    )
     rounds = 1 + max(sent.values(), default=-1)
-    return Shares(graph, owner, tuple(tuple(v for v, r in sent.items() if r == n) for n in range(rounds)))
+    return Shares(
+        graph,
+        owner,
+        tuple(tuple(v for v, r in sent.items() if r == n) for n in range(rounds)),
+    )
 
 
 def _place(held: Mapping[int, tuple[int, int]]) -> int | None:
-    """The device that does a step with these values of one device each: all, if no device has the large ones."""
+    """The device that does a step with these values of one device each: all, if no
+    device has the large ones.
+    """
     devices = {d for d, _ in held.values()}
     if len(devices) > 1:
         devices = {d for d, nbytes in held.values() if nbytes > SMALL}

@@ -10,29 +10,63 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fpipe._frozen import Frozen
-from fpipe._placed import only_shapes
-from fpipe._recent import Key, Recent
-from fpipe._tree import PyTree, is_array, is_inexact, is_traced, map_arrays, numbers_as_arrays, pack, shapes_of, strong
+from fpipe._core.caches import Key, Recent
+from fpipe._core.pytrees import (
+    PyTree,
+    is_array,
+    is_inexact,
+    is_traced,
+    map_arrays,
+    numbers_as_arrays,
+    pack,
+    shapes_of,
+    strong,
+)
+from fpipe._executors.tracers import only_shapes
+from fpipe._model.frozen import Frozen
 from fpipe.optim import _packed
-from fpipe.optim._placed import check_state, device_of, first_devices, form, named, plan, plan_init, plan_update
+from fpipe.optim._placed import (
+    check_state,
+    device_of,
+    first_devices,
+    form,
+    named,
+    plan,
+    plan_init,
+    plan_update,
+)
 from fpipe.optim._run import Run
-from fpipe.optim._view import Chosen, any_packed, is_packed, mesh_of, owners, packed_state, templates, unpacked
+from fpipe.optim._view import (
+    Chosen,
+    any_packed,
+    is_packed,
+    mesh_of,
+    owners,
+    packed_state,
+    templates,
+    unpacked,
+)
 
-# Plans that one transformation keeps, and that `apply_updates` and `global_norm` keep for all.
+# Plans that one transformation keeps, and that `apply_updates` and `global_norm` keep
+# for all.
 _KEPT = 32
 
-# What may be given away. Parameters never: whoever applies the updates still needs them.
+# What may be given away. Parameters never: whoever applies the updates still needs
+# them.
 _DONATE = ("state", "grads")
 _DONATE_APPLY = ("params", "updates")
 
 
 class PerStage(optax.GradientTransformationExtraArgs):
-    """What `per_stage` returns: an `optax.GradientTransformationExtraArgs` that shows its plans."""
+    """What `per_stage` returns: an `optax.GradientTransformationExtraArgs` that shows
+    its plans.
+    """
 
     @property
     def runs(self) -> list[Run]:
-        """The plans made so far for placed parameters: `run.cut.moves` says what crosses devices in a call."""
+        """The plans made so far for placed parameters: `run.cut.moves` says what
+        crosses devices in a call.
+        """
         engine: Any = getattr(self.init, "__self__", None)
         return [planned.run for planned in engine.plans.values()]
 
@@ -45,7 +79,9 @@ class _Engine:
         self.plans = Recent(_KEPT)
         numbers = tuple(n for n, name in ((1, "grads"), (2, "state")) if name in donate)
         self._init = jax.jit(self._packed_init, static_argnums=(0, 1))
-        self._update = jax.jit(self._packed_update, static_argnums=0, donate_argnums=numbers)
+        self._update = jax.jit(
+            self._packed_update, static_argnums=0, donate_argnums=numbers
+        )
 
     def init(self, params: PyTree) -> PyTree:
         if any_packed(params):
@@ -56,14 +92,20 @@ class _Engine:
         if is_traced(params):
             _refuse("per_stage(tx).init")
             chosen = Chosen.of(params, self.frozen)
-            return numbers_as_arrays(self.tx.init(chosen.seen(chosen.select(jax.tree.leaves(params)))))
+            return numbers_as_arrays(
+                self.tx.init(chosen.seen(chosen.select(jax.tree.leaves(params))))
+            )
         params = map_arrays(strong, params)
         arrays, spec = pack(params)
         key = Key(("init", spec, tuple(map(form, arrays))))
         planned = self.plans.get(key, lambda: plan_init(self.tx, params, self.frozen))
-        return planned.state.unpack(planned.run(planned.chosen.select(jax.tree.leaves(params))))
+        return planned.state.unpack(
+            planned.run(planned.chosen.select(jax.tree.leaves(params)))
+        )
 
-    def update(self, grads: PyTree, state: PyTree, params: PyTree = None, **extra: Any) -> tuple[PyTree, PyTree]:
+    def update(
+        self, grads: PyTree, state: PyTree, params: PyTree = None, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
         extra = numbers_as_arrays(extra)
         if any_packed((grads, params)):
             if is_traced((grads, state, params, extra)):
@@ -78,7 +120,10 @@ class _Engine:
         packs = [pack(part) for part in (grads, state, params, extra)]
         key = Key(tuple((spec, tuple(map(form, arrays))) for arrays, spec in packs))
         planned = self.plans.get(
-            key, lambda: plan_update(self.tx, grads, state, params, extra, self.frozen, self.donate)
+            key,
+            lambda: plan_update(
+                self.tx, grads, state, params, extra, self.frozen, self.donate
+            ),
         )
         chosen, like = planned.chosen, grads if params is None else params
         leaves = jax.tree.leaves(like)
@@ -88,57 +133,78 @@ class _Engine:
         updates = chosen.treedef.unflatten(chosen.fill(made[: len(g)], leaves))
         return updates, planned.state.unpack(made[len(g) :])
 
-    def _shapes(self, grads: PyTree, state: PyTree, params: PyTree, extra: dict[str, Any]) -> tuple[PyTree, PyTree]:
+    def _shapes(
+        self, grads: PyTree, state: PyTree, params: PyTree, extra: dict[str, Any]
+    ) -> tuple[PyTree, PyTree]:
         like = grads if params is None else params
         chosen, leaves = Chosen.of(like, self.frozen), jax.tree.leaves(like)
         seen = None if params is None else chosen.seen(chosen.select(leaves))
         g = chosen.seen(chosen.select(chosen.leaves(grads, "gradients")))
         updates, new = self.tx.update(g, state, seen, **extra)
-        return chosen.treedef.unflatten(chosen.fill(jax.tree.leaves(updates), leaves)), numbers_as_arrays(new)
+        return chosen.treedef.unflatten(
+            chosen.fill(jax.tree.leaves(updates), leaves)
+        ), numbers_as_arrays(new)
 
     def _packed_init(self, spec: Any, mesh: Any, arrays: list[Any]) -> PyTree:
         return _packed.init(self.tx, spec.unpack(arrays), self.frozen, mesh)
 
-    def _packed_update(self, specs: Any, grads: Any, state: Any, params: Any, extra: Any) -> Any:
-        g, s, p, e = (spec.unpack(part) for spec, part in zip(specs, (grads, state, params, extra), strict=True))
+    def _packed_update(
+        self, specs: Any, grads: Any, state: Any, params: Any, extra: Any
+    ) -> Any:
+        g, s, p, e = (
+            spec.unpack(part)
+            for spec, part in zip(specs, (grads, state, params, extra), strict=True)
+        )
         return _packed.update(self.tx, g, s, p, e, self.frozen)
 
 
-def per_stage(tx: optax.GradientTransformation, frozen: Frozen | None = None, donate: Iterable[str] = ()) -> PerStage:
-    """Any optax transformation for the parameters of a pipe, on the devices where they are.
+def per_stage(
+    tx: optax.GradientTransformation,
+    frozen: Frozen | None = None,
+    donate: Iterable[str] = (),
+) -> PerStage:
+    """Any optax transformation for the parameters of a pipe, on the devices where they
+    are.
 
-    It computes what `tx` computes on `pipe.gather(params)`: what looks at a whole leaf (LAMB, Adafactor, decay masks by
-    rank) sees the leaf as the layer knows it, and what looks at all parameters (clipping by the global norm) sees those of
-    all stages. Parameters are any pytree; integers in it are passed over.
+    It computes what `tx` computes on `pipe.gather(params)`: what looks at a whole leaf
+    (LAMB, Adafactor, decay masks by rank) sees the leaf as the layer knows it, and what
+    looks at all parameters (clipping by the global norm) sees those of all stages.
+    Parameters are any pytree; integers in it are passed over.
 
-    With `executor="placed"` `update` is traced once and cut into compiled programs that run on the parameters' devices.
-    Only numbers cross devices. A state that is like a parameter is on its device. All else (the count of steps,
-    hyperparameters) is on the device of the first parameter, and is copied to the others in each update. `update` cannot
-    be inside `jax.jit`.
+    With `executor="placed"` `update` is traced once and cut into compiled programs that
+    run on the parameters' devices. Only numbers cross devices. A state that is like a
+    parameter is on its device. All else (the count of steps, hyperparameters) is on the
+    device of the first parameter, and is copied to the others in each update. `update`
+    cannot be inside `jax.jit`.
 
-    With `executor="scan"` `update` is a function for your own `jax.jit` (outside, it is compiled by itself). Every part of
-    the state that is like the parameters is an `fpipe.Packed`: each device holds that of its own stages, updates its own
-    stages, and only numbers cross devices. Optimizers that work number by number (SGD, Adam) need none of this: give them
-    the `Packed` as it is.
+    With `executor="scan"` `update` is a function for your own `jax.jit` (outside, it is
+    compiled by itself). Every part of the state that is like the parameters is an
+    `fpipe.Packed`: each device holds that of its own stages, updates its own stages,
+    and only numbers cross devices. Optimizers that work number by number (SGD, Adam)
+    need none of this: give them the `Packed` as it is.
 
     Arguments:
         tx: the transformation.
-        frozen: which parameters are not trained, as for `pipe.value_and_grad`: `frozen(path, shape)` with a path such as
-            `"[0]['w']"` and a `jax.ShapeDtypeStruct`, or bools in the structure of the parameters or of its first levels (one
-            per layer). Frozen ones have no state and an update of zero, and their gradients may be `float0`. Default none.
+        frozen: which parameters are not trained, as for `pipe.value_and_grad`:
+            `frozen(path, shape)` with a path such as `"[0]['w']"` and a
+            `jax.ShapeDtypeStruct`, or bools in the structure of the parameters or of
+            its first levels (one per layer). Frozen ones have no state and an update of
+            zero, and their gradients may be `float0`. Default none.
 
     Other Arguments:
-        donate: what `update` may reuse the memory of: `"state"`, `"grads"`, or both. It is deleted, where an output of the
-            same shape takes its place. Default nothing.
+        donate: what `update` may reuse the memory of: `"state"`, `"grads"`, or both. It
+            is deleted, where an output of the same shape takes its place. Default
+            nothing.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`; `update(grads, state, params=None, **extra)`. Its `runs` are the plans
-        made so far.
+        An `optax.GradientTransformationExtraArgs`; `update(grads, state, params=None,
+        **extra)`. Its `runs` are the plans made so far.
 
     Raises:
-        TypeError: `tx` is no transformation; `init` or `update` of placed parameters inside `jax.jit`.
-        ValueError: `init` or `update` of parameters that are not placed; a state of another partition, of other parameters
-            or on other devices.
+        TypeError: `tx` is no transformation; `init` or `update` of placed parameters
+            inside `jax.jit`.
+        ValueError: `init` or `update` of parameters that are not placed; a state of
+            another partition, of other parameters or on other devices.
 
     Example:
         >>> import optax, fpipe.optim
@@ -153,34 +219,51 @@ def per_stage(tx: optax.GradientTransformation, frozen: Frozen | None = None, do
         >>> params = fpipe.optim.apply_updates(params, updates, donate=["params"])
     """
     _check_transformation("per_stage(tx)", tx)
-    engine = _Engine(optax.with_extra_args_support(tx), frozen, _names("per_stage", donate, _DONATE))
+    engine = _Engine(
+        optax.with_extra_args_support(tx), frozen, _names("per_stage", donate, _DONATE)
+    )
     update: Any = engine.update
     return PerStage(engine.init, update)
 
 
 def _check_transformation(call: str, tx: Any) -> None:
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise TypeError(f"`{call}`: an optax.GradientTransformation, such as `optax.adam(1e-3)`, got {tx!r}")
+        raise TypeError(
+            f"`{call}`: an optax.GradientTransformation, such as `optax.adam(1e-3)`, "
+            f"got {tx!r}"
+        )
 
 
 def _names(call: str, donate: Any, known: tuple[str, ...]) -> tuple[str, ...]:
     names = (donate,) if isinstance(donate, str) else tuple(donate)
     wrong = [name for name in names if name not in known]
     if wrong:
-        raise ValueError(f"`{call}(donate={donate!r})`: some of {', '.join(map(repr, known))}; {wrong[0]!r} is none")
+        raise ValueError(
+            f"`{call}(donate={donate!r})`: some of {', '.join(map(repr, known))}; "
+            f"{wrong[0]!r} is none"
+        )
     return names
 
 
 def _visible(tree: PyTree) -> PyTree:
-    """Without `float0` arrays, which `jax.jit` refuses: what has none of these as a gradient is passed over anyhow."""
-    return jax.tree.map(lambda a: np.zeros((), bool) if getattr(a, "dtype", None) == jax.dtypes.float0 else a, tree)
+    """Without `float0` arrays, which `jax.jit` refuses: what has none of these as a
+    gradient is passed over anyhow.
+    """
+    return jax.tree.map(
+        lambda a: (
+            np.zeros((), bool) if getattr(a, "dtype", None) == jax.dtypes.float0 else a
+        ),
+        tree,
+    )
 
 
 def _refuse(call: str) -> None:
     if not only_shapes():
         raise TypeError(
-            f"`{call}` was called inside `jax.jit` (or another tracing transformation) with parameters that are no "
-            'fpipe.Packed: with executor="placed" they are on several devices, and the update cannot be part of one program. '
+            f"`{call}` was called inside `jax.jit` (or another tracing transformation) "
+            "with parameters that are no "
+            'fpipe.Packed: with executor="placed" they are on several devices, and the '
+            "update cannot be part of one program. "
             "Call it outside of jit (its programs are compiled all the same), or use "
             '`Pipe(..., executor="scan")`'
         )
@@ -189,16 +272,20 @@ def _refuse(call: str) -> None:
 _plans = Recent(_KEPT)
 
 
-def apply_updates(params: PyTree, updates: PyTree, donate: Iterable[str] = ()) -> PyTree:
+def apply_updates(
+    params: PyTree, updates: PyTree, donate: Iterable[str] = ()
+) -> PyTree:
     """`optax.apply_updates`, compiled, on the devices of the parameters.
 
     Arguments:
         params: parameters, placed or packed.
-        updates: of the same structure. Where one is not a JAX array (`per_stage` gives a 0-d numpy zero for frozen and
-            integer parameters), the parameter is handed on as it is.
+        updates: of the same structure. Where one is not a JAX array (`per_stage` gives
+            a 0-d numpy zero for frozen and integer parameters), the parameter is handed
+            on as it is.
 
     Other Arguments:
-        donate: what may be reused the memory of: `"params"`, `"updates"`, or both; it is deleted. Default nothing.
+        donate: what may be reused the memory of: `"params"`, `"updates"`, or both; it
+            is deleted. Default nothing.
 
     Returns:
         The new parameters.
@@ -218,11 +305,17 @@ def apply_updates(params: PyTree, updates: PyTree, donate: Iterable[str] = ()) -
     try:
         changes = treedef.flatten_up_to(updates)
     except ValueError as error:
-        raise ValueError(f"`apply_updates(params, updates)`: they have different structures: {error}") from error
+        raise ValueError(
+            f"`apply_updates(params, updates)`: they have different structures: {error}"
+        ) from error
     moving = [
-        n for n, u in enumerate(changes) if isinstance(u, jax.Array) and is_array(leaves[n]) and is_inexact(leaves[n])
+        n
+        for n, u in enumerate(changes)
+        if isinstance(u, jax.Array) and is_array(leaves[n]) and is_inexact(leaves[n])
     ]
-    p, u = map_arrays(strong, ([leaves[n] for n in moving], [changes[n] for n in moving]))
+    p, u = map_arrays(
+        strong, ([leaves[n] for n in moving], [changes[n] for n in moving])
+    )
     packed = any_packed(params)
     if packed and is_traced((p, u)):
         made = _add(p, u)
@@ -233,7 +326,11 @@ def apply_updates(params: PyTree, updates: PyTree, donate: Iterable[str] = ()) -
             _refuse("fpipe.optim.apply_updates")
             made = _add(p, u)
         else:
-            homes = _homes(p, [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]], moving)
+            homes = _homes(
+                p,
+                [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]],
+                moving,
+            )
             flags = ["params" in names] * len(p) + ["updates" in names] * len(u)
             key = Key(("apply", tuple(map(form, p)), tuple(map(form, u)), names))
             half = len(p)
@@ -262,7 +359,10 @@ def _add(params: Any, updates: Any) -> list[Any]:
 
 @functools.cache
 def _jitted(params: bool, updates: bool) -> Callable[..., list[Any]]:
-    return jax.jit(_add, donate_argnums=tuple(n for n, given in enumerate((params, updates)) if given))
+    return jax.jit(
+        _add,
+        donate_argnums=tuple(n for n, given in enumerate((params, updates)) if given),
+    )
 
 
 def _homes(arrays: list[Any], paths: list[Any], numbers: list[int]) -> list[Any]:
@@ -270,20 +370,24 @@ def _homes(arrays: list[Any], paths: list[Any], numbers: list[int]) -> list[Any]
     for n, home in zip(numbers, homes, strict=True):
         if home is None:
             raise ValueError(
-                f"`apply_updates`: the parameter {named('params', paths[n])} is not placed: it is not committed to one device; "
+                f"`apply_updates`: the parameter {named('params', paths[n])} is not "
+                "placed: it is not committed to one device; "
                 "place parameters with `pipe.place(params)`"
             )
     return homes
 
 
 def global_norm(tree: PyTree) -> Any:
-    """The square root of the sum of all squares: `optax.tree.norm` of leaves on several devices.
+    """The square root of the sum of all squares: `optax.tree.norm` of leaves on several
+    devices.
 
     Arguments:
-        tree: gradients, updates or parameters, placed or packed; integers and `float0` are passed over.
+        tree: gradients, updates or parameters, placed or packed; integers and `float0`
+            are passed over.
 
     Returns:
-        A scalar; on the device of the first leaf if they are placed. The stages' sums run on their own devices.
+        A scalar; on the device of the first leaf if they are placed. The stages' sums
+        run on their own devices.
 
     Raises:
         TypeError: placed arrays inside `jax.jit`.
@@ -297,16 +401,22 @@ def global_norm(tree: PyTree) -> Any:
 
 
 def all_finite(tree: PyTree) -> Any:
-    """Whether no leaf has a NaN or an infinity, of leaves as for `global_norm`. A norm would not tell: squares overflow."""
+    """Whether no leaf has a NaN or an infinity, of leaves as for `global_norm`. A norm
+    would not tell: squares overflow.
+    """
     return _number_of("DynamicLossScale.adjusted", _finite, tree)
 
 
 def _finite(arrays: Sequence[Any]) -> Any:
-    return functools.reduce(jnp.logical_and, [jnp.isfinite(a).all() for a in arrays], jnp.bool_(True))
+    return functools.reduce(
+        jnp.logical_and, [jnp.isfinite(a).all() for a in arrays], jnp.bool_(True)
+    )
 
 
 def _number_of(name: str, f: Callable[[Sequence[Any]], Any], tree: PyTree) -> Any:
-    """A number that is made from the leaves that can be trained, on the device of the first one if they are placed."""
+    """A number that is made from the leaves that can be trained, on the device of the
+    first one if they are placed.
+    """
     arrays = [a for a in jax.tree.leaves(tree) if is_array(a) and is_inexact(a)]
     if any_packed(tree) or not arrays:
         return f(arrays)
@@ -332,16 +442,18 @@ def _number_of(name: str, f: Callable[[Sequence[Any]], Any], tree: PyTree) -> An
 
 
 def gather(state: PyTree) -> PyTree:
-    """An optimizer state as plain optax has it for `pipe.gather(params)`: nothing packed, all on one device.
+    """An optimizer state as plain optax has it for `pipe.gather(params)`: nothing
+    packed, all on one device.
 
-    So a checkpoint of one partition or executor is loaded in another: `place(gather(state), params, tx)`.
+    So a checkpoint of one partition or executor is loaded in another:
+    `place(gather(state), params, tx)`.
 
     Arguments:
         state: of `per_stage`, or of plain optax over an `fpipe.Packed`.
 
     Returns:
-        The state, every array on the device of the first, or on the first of the mesh. With a mesh over several processes it
-        is on every device.
+        The state, every array on the device of the first, or on the first of the mesh.
+        With a mesh over several processes it is on every device.
     """
     (arrays, spec), mesh = pack(state), mesh_of(state)
     if not all(a.is_fully_addressable for a in arrays if isinstance(a, jax.Array)):
@@ -356,7 +468,9 @@ def gather(state: PyTree) -> PyTree:
 def _replicated(arrays: list[Any], spec: Any, mesh: Any) -> PyTree:
     """Unpacked on every device: no process may take a block of another one by itself."""
     if mesh is None:
-        return spec.unpack(arrays)  # nothing is packed, and what is not is whole on every device
+        return spec.unpack(
+            arrays
+        )  # nothing is packed, and what is not is whole on every device
     made: list[Any] = []
 
     def unpack(arrays: list[Any]) -> list[Any]:
@@ -369,27 +483,37 @@ def _replicated(arrays: list[Any], spec: Any, mesh: Any) -> PyTree:
         run = jax.jit(unpack, out_shardings=whole).lower(arrays).compile()
         return run, made[-1]
 
-    key = Key(("gather", spec, tuple((a.shape, a.dtype, getattr(a, "sharding", None)) for a in arrays), mesh))
+    key = Key(
+        (
+            "gather",
+            spec,
+            tuple((a.shape, a.dtype, getattr(a, "sharding", None)) for a in arrays),
+            mesh,
+        )
+    )
     run, out = _plans.get(key, compiled)
     return out.unpack(run(arrays))
 
 
 def place(state: PyTree, params: PyTree, tx: Any = None) -> PyTree:
-    """Put an optimizer state where `per_stage(tx).init(params)` has it: the inverse of `gather`.
+    """Put an optimizer state where `per_stage(tx).init(params)` has it: the inverse of
+    `gather`.
 
     Arguments:
-        state: from `gather`, from plain optax on `pipe.gather(params)` (without `frozen` and integers), or of another
-            partition. Numpy arrays too, as a checkpoint has them.
+        state: from `gather`, from plain optax on `pipe.gather(params)` (without
+            `frozen` and integers), or of another partition. Numpy arrays too, as a
+            checkpoint has them.
         params: parameters, placed or packed.
-        tx: the transformation that the state is of: then a state of another one, or of another model, is refused. Default
-            not looked at.
+        tx: the transformation that the state is of: then a state of another one, or of
+            another model, is refused. Default not looked at.
 
     Returns:
         The state, on its parameters' devices, or packed.
 
     Raises:
         TypeError: `tx` is no transformation.
-        ValueError: parameters that are not placed; a state that is not of `tx` and these parameters.
+        ValueError: parameters that are not placed; a state that is not of `tx` and
+            these parameters.
     """
     state = unpacked(state)
     if tx is not None:
@@ -401,8 +525,16 @@ def place(state: PyTree, params: PyTree, tx: Any = None) -> PyTree:
             arrays = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec()))
         forms = templates(params)
         return jax.jit(lambda a: packed_state(spec.unpack(a), forms, mesh))(arrays)
-    named_leaves = [(path, a) for path, a in jax.tree_util.tree_flatten_with_path(params)[0] if is_array(a)]
-    homes = _homes([a for _, a in named_leaves], [path for path, _ in named_leaves], list(range(len(named_leaves))))
+    named_leaves = [
+        (path, a)
+        for path, a in jax.tree_util.tree_flatten_with_path(params)[0]
+        if is_array(a)
+    ]
+    homes = _homes(
+        [a for _, a in named_leaves],
+        [path for path, _ in named_leaves],
+        list(range(len(named_leaves))),
+    )
     first = first_devices(homes)[0]
     own = owners([path for path, _ in named_leaves], state)
     leaves, treedef = jax.tree.flatten(state)

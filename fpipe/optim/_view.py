@@ -1,4 +1,6 @@
-"""Trees as a transformation is to see them: one entry per layer, without what it has no business with."""
+"""Trees as a transformation is to see them: one entry per layer, without what it has no
+business with.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,11 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fpipe._frozen import Frozen, spread
-from fpipe._scan import AXIS, Packed
-from fpipe._scan._mesh import by_stage
-from fpipe._scan._packing import Entry, Packing, Row
-from fpipe._tree import PyTree, Shape, Tracer, is_array, is_inexact, map_arrays, strong
+from fpipe._core.pytrees import (
+    PyTree,
+    Shape,
+    Tracer,
+    is_array,
+    is_inexact,
+    map_arrays,
+    strong,
+)
+from fpipe._executors.scan.mesh import AXIS, by_stage
+from fpipe._executors.scan.packing import Entry, Packed, Packing, Row
+from fpipe._model.frozen import Frozen, spread
 
 Path = tuple[Any, ...]
 
@@ -72,7 +81,8 @@ class Chosen:
         named, treedef = jax.tree_util.tree_flatten_with_path(tree)
         flags = [False] * len(named) if frozen is None else _flags(frozen, tree)
         kept = tuple(
-            is_array(leaf) and is_inexact(leaf) and not flag for (_, leaf), flag in zip(named, flags, strict=True)
+            is_array(leaf) and is_inexact(leaf) and not flag
+            for (_, leaf), flag in zip(named, flags, strict=True)
         )
         return cls(treedef, tuple(path for path, _ in named), kept)
 
@@ -82,7 +92,8 @@ class Chosen:
             return self.treedef.flatten_up_to(tree)
         except ValueError as error:
             raise ValueError(
-                f"`per_stage(tx).update`: the {what} have another structure than the parameters ({error}); both are trees "
+                f"`per_stage(tx).update`: the {what} have another structure than the "
+                f"parameters ({error}); both are trees "
                 "as `pipe.place` gives them"
             ) from error
 
@@ -93,12 +104,17 @@ class Chosen:
     def seen(self, leaves: Sequence[Any]) -> PyTree:
         """The tree that it sees, from the leaves that it sees."""
         rest = iter(leaves)
-        return self.treedef.unflatten([next(rest) if kept else optax.MaskedNode() for kept in self.kept])
+        return self.treedef.unflatten(
+            [next(rest) if kept else optax.MaskedNode() for kept in self.kept]
+        )
 
     def fill(self, leaves: Sequence[Any], others: Sequence[Any]) -> list[Any]:
         """All leaves, from those that it sees and zeros like `others`."""
         rest = iter(leaves)
-        return [next(rest) if kept else zero(other) for kept, other in zip(self.kept, others, strict=True)]
+        return [
+            next(rest) if kept else zero(other)
+            for kept, other in zip(self.kept, others, strict=True)
+        ]
 
     @property
     def names(self) -> list[Path]:
@@ -113,20 +129,27 @@ def _flags(frozen: Frozen, tree: PyTree) -> list[bool]:
         if callable(frozen):
             raise
         raise ValueError(
-            f"`per_stage(frozen=...)`: bools in the structure of the parameters, or of their first levels, are needed "
+            "`per_stage(frozen=...)`: bools in the structure of the parameters, or of "
+            "their first levels, are needed "
             f"({error}); the parameters are one entry per layer"
         ) from error
 
 
 def zero(leaf: Any) -> Any:
-    """An update that changes nothing and takes no memory; `None` where there is no array."""
+    """An update that changes nothing and takes no memory; `None` where there is no
+    array.
+    """
     if not is_array(leaf):
         return None
-    return np.zeros((), leaf.dtype if isinstance(leaf.dtype, np.dtype) else jax.dtypes.float0)
+    return np.zeros(
+        (), leaf.dtype if isinstance(leaf.dtype, np.dtype) else jax.dtypes.float0
+    )
 
 
 def owners(paths: Sequence[Path], state: PyTree) -> list[int | None]:
-    """For each leaf of a state the parameter that it belongs to: whose path its own ends with."""
+    """For each leaf of a state the parameter that it belongs to: whose path its own
+    ends with.
+    """
     number = {path: n for n, path in enumerate(paths)}
     found = []
     for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]:
@@ -139,10 +162,16 @@ def owners(paths: Sequence[Path], state: PyTree) -> list[int | None]:
 
 
 def mesh_of(tree: PyTree) -> Any:
-    """The mesh that packed arrays lie on, in a trace too; `None` if that cannot be told."""
+    """The mesh that packed arrays lie on, in a trace too; `None` if that cannot be
+    told.
+    """
     for node in jax.tree.leaves(tree, is_leaf=is_packed):
         for array in node.arrays if is_packed(node) else ():
-            sharding = jax.typeof(array).sharding if isinstance(array, Tracer) else getattr(array, "sharding", None)
+            sharding = (
+                jax.typeof(array).sharding
+                if isinstance(array, Tracer)
+                else getattr(array, "sharding", None)
+            )
             mesh = getattr(sharding, "mesh", None)
             if mesh is not None and AXIS in mesh.axis_names:
                 return mesh
@@ -154,32 +183,46 @@ def lay(rows: Sequence[Any], mesh: Any) -> tuple[Any, ...]:
     if mesh is None:
         return tuple(rows)
     sharding = by_stage(mesh)
-    return tuple(jax.lax.with_sharding_constraint(a, sharding) if np.ndim(a) else a for a in rows)
+    return tuple(
+        jax.lax.with_sharding_constraint(a, sharding) if np.ndim(a) else a for a in rows
+    )
 
 
 def _stacked(row: Row, own: Sequence[Any]) -> Any:
     dtypes = [a.dtype for a in own if a is not None]
     dtype = max(dtypes, key=lambda d: d.itemsize)
-    blocks = [jnp.zeros(row.shape, dtype) if a is None else row.put(a.astype(dtype)) for a in own]
+    blocks = [
+        jnp.zeros(row.shape, dtype) if a is None else row.put(a.astype(dtype))
+        for a in own
+    ]
     return jnp.stack(blocks)
 
 
 class Template:
-    """How the layers of one `Packed` are packed: states with leaves in the same places are packed alike."""
+    """How the layers of one `Packed` are packed: states with leaves in the same places
+    are packed alike.
+    """
 
     def __init__(self, packing: Packing) -> None:
         self.packing = packing
         self.number: dict[tuple[int, Path], Entry] = {}
         for k, shape in enumerate(packing.shapes):
             tree = shape.spec.fill(range(len(shape.leaves)), None)
-            self.number |= {(k, path): (k, n) for path, n in jax.tree_util.tree_flatten_with_path(tree)[0]}
+            self.number |= {
+                (k, path): (k, n)
+                for path, n in jax.tree_util.tree_flatten_with_path(tree)[0]
+            }
 
     def fits(self, node: Any) -> bool:
-        """Whether a node is a tuple of layers with nothing but leaves that are parameters' too."""
+        """Whether a node is a tuple of layers with nothing but leaves that are
+        parameters' too.
+        """
         if type(node) is not tuple or len(node) != len(self.packing.shapes):
             return False
         places = [
-            (k, path) for k, layer in enumerate(node) for path, _ in jax.tree_util.tree_flatten_with_path(layer)[0]
+            (k, path)
+            for k, layer in enumerate(node)
+            for path, _ in jax.tree_util.tree_flatten_with_path(layer)[0]
         ]
         return bool(places) and all(place in self.number for place in places)
 
@@ -187,25 +230,49 @@ class Template:
         """How a tuple of layers, or the shapes of one, is packed."""
         entries: dict[Entry, Entry] = {}  # of the parameters: of the state
         for k, layer in enumerate(layers):
-            for n, (path, _) in enumerate(jax.tree_util.tree_flatten_with_path(layer)[0]):
+            for n, (path, _) in enumerate(
+                jax.tree_util.tree_flatten_with_path(layer)[0]
+            ):
                 entries[self.number[k, path]] = (k, n)
         shapes = tuple(Shape.of(layer) for layer in layers)
-        return Packing(shapes, tuple(row for old in self.packing.rows for row in self._rows(old, entries, shapes)))
+        return Packing(
+            shapes,
+            tuple(
+                row
+                for old in self.packing.rows
+                for row in self._rows(old, entries, shapes)
+            ),
+        )
 
     def pack(self, layers: tuple[PyTree, ...], mesh: Any) -> Packed:
-        """A tuple of layers, packed; without weak types, so that a state has one structure in all steps."""
+        """A tuple of layers, packed; without weak types, so that a state has one
+        structure in all steps.
+        """
         layers = map_arrays(strong, layers)
         packing = self.packing_of(layers)
-        leaves = {(k, n): leaf for k, layer in enumerate(layers) for n, leaf in enumerate(jax.tree.leaves(layer))}
-        stacked = [_stacked(row, [None if e is None else leaves[e] for e in row.entries]) for row in packing.rows]
+        leaves = {
+            (k, n): leaf
+            for k, layer in enumerate(layers)
+            for n, leaf in enumerate(jax.tree.leaves(layer))
+        }
+        stacked = [
+            _stacked(row, [None if e is None else leaves[e] for e in row.entries])
+            for row in packing.rows
+        ]
         return Packed(lay(stacked, mesh), packing)
 
-    def _rows(self, old: Row, entries: Mapping[Entry, Entry], shapes: Sequence[Shape]) -> Iterator[Row]:
-        """The rows of a state for one of the parameters: one, but for states of several dtypes."""
+    def _rows(
+        self, old: Row, entries: Mapping[Entry, Entry], shapes: Sequence[Shape]
+    ) -> Iterator[Row]:
+        """The rows of a state for one of the parameters: one, but for states of several
+        dtypes.
+        """
         new = [entries.get(e) if e is not None else None for e in old.entries]
         of = {e: shapes[e[0]].leaves[e[1]] for e in new if e is not None}
         for dtype in dict.fromkeys(a.dtype for a in of.values()):
-            own = tuple(e if e is not None and of[e].dtype == dtype else None for e in new)
+            own = tuple(
+                e if e is not None and of[e].dtype == dtype else None for e in new
+            )
             forms = [of[e].shape for e in own if e is not None]
             like = all(
                 of[e].shape == self.packing.shape(p).shape
@@ -223,7 +290,11 @@ class Template:
 
 def templates(tree: PyTree) -> list[Template]:
     """Of each `Packed` in a tree."""
-    return [Template(node.packing) for node in jax.tree.leaves(tree, is_leaf=is_packed) if is_packed(node)]
+    return [
+        Template(node.packing)
+        for node in jax.tree.leaves(tree, is_leaf=is_packed)
+        if is_packed(node)
+    ]
 
 
 def packed_state(state: PyTree, forms: Sequence[Template], mesh: Any) -> PyTree:

@@ -1,4 +1,6 @@
-"""Schedules are data: which device works on which (stage, microbatch), in which order. No JAX here."""
+"""Schedules are data: which device works on which (stage, microbatch), in which order.
+No JAX here.
+"""
 
 from fpipe.schedules._csv import from_csv as from_csv
 from fpipe.schedules._draw import draw as draw

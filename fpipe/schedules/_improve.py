@@ -1,7 +1,8 @@
-"""A schedule made better by small changes: `B` for `I` and `W`, and one action moved at a time.
+"""A schedule made better by small changes: `B` for `I` and `W`, and one action moved at
+a time.
 
-The moves are those of job-shop scheduling: only what is on a critical path is worth moving, to an end
-of the stretch that it is in (Nowicki and Smutnicki, 1996) or near it.
+The moves are those of job-shop scheduling: only what is on a critical path is worth
+moving, to an end of the stretch that it is in (Nowicki and Smutnicki, 1996) or near it.
 """
 
 import itertools
@@ -14,7 +15,9 @@ from fpipe.schedules._simulate import B, I, Rows, W
 
 
 def _fusible(p: Problem, rows: Rows) -> list[int]:
-    """The (stage, microbatch) whose `W` is right behind its `I`, where a `B` takes less than both."""
+    """The (stage, microbatch) whose `W` is right behind its `I`, where a `B` takes less
+    than both.
+    """
     b, i, w = p.cost[B], p.cost[I], p.cost[W]
     gains = [x < y + z for x, y, z in zip(b, i, w, strict=True)]
     return [
@@ -27,17 +30,26 @@ def _fusible(p: Problem, rows: Rows) -> list[int]:
 
 def cheaper(p: Problem) -> bool:
     """Whether some `B` takes less than `I` and `W`."""
-    return any(x < y + z for x, y, z in zip(p.cost[B], p.cost[I], p.cost[W], strict=True))
+    return any(
+        x < y + z for x, y, z in zip(p.cost[B], p.cost[I], p.cost[W], strict=True)
+    )
 
 
 def promise(p: Problem, found: Found) -> float:
-    """The makespan if all that could be fused were, and every device gained the same by it."""
+    """The makespan if all that could be fused were, and every device gained the same by
+    it.
+    """
     gain = [y + z - x for x, y, z in zip(p.cost[B], p.cost[I], p.cost[W], strict=True)]
-    return found.makespan - math.fsum(gain[at // p.m] for at in _fusible(p, found.rows)) / p.devices
+    return (
+        found.makespan
+        - math.fsum(gain[at // p.m] for at in _fusible(p, found.rows)) / p.devices
+    )
 
 
 def toggle(p: Problem, found: Found) -> Found:
-    """Fuse an `I` and the `W` right behind it to a `B`, or split a `B`, where the makespan gains."""
+    """Fuse an `I` and the `W` right behind it to a `B`, or split a `B`, where the
+    makespan gains.
+    """
     size = p.size
 
     def fused(a: int) -> tuple[int, ...]:
@@ -46,27 +58,42 @@ def toggle(p: Problem, found: Found) -> Found:
     def split(a: int) -> tuple[int, ...]:
         return (a + size, a + 2 * size) if a // size == B else (a,)
 
-    # Fusing pays in the middle of a step, splitting in its drain: there the latest microbatches first.
-    # Again, since what one takes too far the other takes back.
+    # Fusing pays in the middle of a step, splitting in its drain: there the latest
+    # microbatches first. Again, since what one takes too far the other takes back.
     trials = iter(range(max(32, min(192, 100_000 // p.size))))
     before = math.inf
     while found.makespan < before:
         before = found.makespan
-        found = _halving(p, found, sorted(_fusible(p, found.rows), key=lambda at: at % p.m), fused, trials)
+        found = _halving(
+            p,
+            found,
+            sorted(_fusible(p, found.rows), key=lambda at: at % p.m),
+            fused,
+            trials,
+        )
         whole = [a % size for row in found.rows for a in row if a // size == B]
-        found = _halving(p, found, sorted(whole, key=lambda at: -(at % p.m)), split, trials)
+        found = _halving(
+            p, found, sorted(whole, key=lambda at: -(at % p.m)), split, trials
+        )
     return found
 
 
 def _halving(
-    p: Problem, found: Found, which: list[int], change: Callable[[int], tuple[int, ...]], trials: Iterator[int]
+    p: Problem,
+    found: Found,
+    which: list[int],
+    change: Callable[[int], tuple[int, ...]],
+    trials: Iterator[int],
 ) -> Found:
     """Change as many as make it better, a half at a time."""
     todo = [which] if which else []
     while todo and next(trials, None) is not None:
         some = todo.pop()
         these = set(some)
-        rows = [[c for a in row for c in (change(a) if a % p.size in these else (a,))] for row in found.rows]
+        rows = [
+            [c for a in row for c in (change(a) if a % p.size in these else (a,))]
+            for row in found.rows
+        ]
         if p.fits(rows) and (changed := Found.of(p, rows)).makespan < found.makespan:
             found = changed
         elif len(some) > 1:
@@ -75,7 +102,9 @@ def _halving(
 
 
 def anneal(p: Problem, found: Found, bound: float, seed: int) -> Found:
-    """Move one action at a time on the critical path, at first also where it gets a little worse."""
+    """Move one action at a time on the critical path, at first also where it gets a
+    little worse.
+    """
     rng = random.Random(seed)
     pick = lambda n: int(rng.random() * n)  # noqa: E731 - the same in every release of Python
     rows, need = [list(row) for row in found.rows], p.needs(found.rows)
@@ -107,7 +136,9 @@ def anneal(p: Problem, found: Found, bound: float, seed: int) -> Found:
         tried += 1
         rows[d] = new
         times = p.run(rows, need)
-        if times is None or max(times[1]) > now + hot * rng.random() * (1.0 - tried / trials):
+        if times is None or max(times[1]) > now + hot * rng.random() * (
+            1.0 - tried / trials
+        ):
             rows[d] = row
             continue
         starts, ends = times
@@ -127,7 +158,9 @@ def _critical(
     where: dict[int, tuple[int, int]],
     pick: Callable[[int], int],
 ) -> list[tuple[int, int, int]]:
-    """A critical path from its end, as the stretches `(device, first, last)` that it runs without a gap."""
+    """A critical path from its end, as the stretches `(device, first, last)` that it
+    runs without a gap.
+    """
     d = max(range(len(rows)), key=lambda d: ends[rows[d][-1]])
     n = high = len(rows[d]) - 1
     blocks = []
@@ -147,9 +180,11 @@ def _critical(
 
 
 def _keeps_order(part: list[int], p: Problem) -> bool:
-    """Whether each `F` is before its `B` or `I`, each `I` before its `W`, and microbatches are in order.
+    """Whether each `F` is before its `B` or `I`, each `I` before its `W`, and
+    microbatches are in order.
 
-    The last since a stage's state goes from microbatch to microbatch, in the order of its forwards.
+    The last since a stage's state goes from microbatch to microbatch, in the order of
+    its forwards.
     """
     of_pair: dict[int, int] = {}
     of_stage: dict[int, int] = {}

@@ -20,7 +20,8 @@ class Named(NamedTuple):
 
     Attributes:
         generator: `f(devices, microbatches)`; also `virtual=` where that is so.
-        per_device: the stages on each device unless told otherwise; `None`: several, at least two by default.
+        per_device: the stages on each device unless told otherwise; `None`: several, at
+            least two by default.
         virtual: whether the generator takes another number of them.
     """
 
@@ -46,14 +47,17 @@ NAMES: dict[str, Named] = {
 """The generators by the names that `fpipe.Pipe(schedule=...)` takes."""
 
 
-def named(name: str, devices: int, microbatches: int, virtual: int | None = None) -> Schedule:
+def named(
+    name: str, devices: int, microbatches: int, virtual: int | None = None
+) -> Schedule:
     """The schedule of that name.
 
     Arguments:
         name: one of `NAMES`.
         devices: `D`.
         microbatches: `m`.
-        virtual: `v`, stages per device; default what the schedule prescribes, 2 where it takes several.
+        virtual: `v`, stages per device; default what the schedule prescribes, 2 where
+            it takes several.
 
     Raises:
         TypeError: a size that is no int.

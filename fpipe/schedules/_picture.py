@@ -14,8 +14,14 @@ WORDS: dict[Kind, str] = {
     "W": "weight gradient (W)",
 }
 LIGHTER = "lighter: later stages of the device"
-# Okabe and Ito's colours, which the colour-blind tell apart; all are light enough for dark text.
-COLOURS: dict[Kind, str] = {"F": "#56b4e9", "B": "#e69f00", "I": "#d684b3", "W": "#19aa82"}
+# Okabe and Ito's colours, which the colour-blind tell apart; all are light enough for
+# dark text.
+COLOURS: dict[Kind, str] = {
+    "F": "#56b4e9",
+    "B": "#e69f00",
+    "I": "#d684b3",
+    "W": "#19aa82",
+}
 INK, IDLE = "#1a1a1a", "#efefef"
 # How white the last of a device's stages is; the first has the plain colour.
 LIGHTEST = 0.62
@@ -89,8 +95,12 @@ class Picture:
         return [n * step for n in range(math.floor(self.span / step * (1 + 1e-9)) + 1)]
 
 
-def picture(what: Schedule | Timeline, call: str, over: Schedule | Timeline | None = None) -> Picture:
-    """What to draw of a schedule, under the default costs, or of a timeline, over another; `call` is for errors."""
+def picture(
+    what: Schedule | Timeline, call: str, over: Schedule | Timeline | None = None
+) -> Picture:
+    """What to draw of a schedule, under the default costs, or of a timeline, over
+    another; `call` is for errors.
+    """
     timeline = _timeline(what, call)
     boxes, span, caption = _boxes(timeline, 1.0), timeline.makespan, _caption(timeline)
     beneath: tuple[Box, ...] = ()
@@ -98,7 +108,8 @@ def picture(what: Schedule | Timeline, call: str, over: Schedule | Timeline | No
         other = _timeline(over, f"{call}(over=...)")
         if other.devices != timeline.devices:
             raise ValueError(
-                f"`{call}(over=...)`: a timeline of {timeline.devices} devices lies over one of as many, not {other.devices}"
+                f"`{call}(over=...)`: a timeline of {timeline.devices} devices lies "
+                f"over one of as many, not {other.devices}"
             )
         # The same work in both, so that what differs is when it is done.
         work = [sum(e.end - e.start for e in t.events) for t in (timeline, other)]
@@ -109,13 +120,25 @@ def picture(what: Schedule | Timeline, call: str, over: Schedule | Timeline | No
             caption += f"; 1 there is {scale:.3g} here"
     kinds = {b.kind for b in (*boxes, *beneath)}
     chunks = max(b.chunk for b in (*boxes, *beneath)) + 1
-    return Picture(boxes, timeline.devices, span, chunks, tuple(k for k in KINDS if k in kinds), caption, beneath)
+    return Picture(
+        boxes,
+        timeline.devices,
+        span,
+        chunks,
+        tuple(k for k in KINDS if k in kinds),
+        caption,
+        beneath,
+    )
 
 
 def _timeline(what: Schedule | Timeline, call: str) -> Timeline:
     timeline = simulate(what) if isinstance(what, Schedule) else what
     if not isinstance(timeline, Timeline):
-        got = f"a {type(what).__name__}: draw its `timeline`" if hasattr(what, "timeline") else repr(what)
+        got = (
+            f"a {type(what).__name__}: draw its `timeline`"
+            if hasattr(what, "timeline")
+            else repr(what)
+        )
         raise TypeError(f"`{call}`: a Schedule or a Timeline can be drawn, not {got}")
     if not timeline.events:
         raise ValueError(f"`{call}`: the timeline {timeline.name!r} has no events")
@@ -124,16 +147,28 @@ def _timeline(what: Schedule | Timeline, call: str) -> Timeline:
 
 def _boxes(timeline: Timeline, scale: float) -> tuple[Box, ...]:
     start = min(e.start for e in timeline.events)
-    stages = [sorted({e.action.stage for e in timeline.events if e.device == d}) for d in range(timeline.devices)]
+    stages = [
+        sorted({e.action.stage for e in timeline.events if e.device == d})
+        for d in range(timeline.devices)
+    ]
     chunk = {(d, s): n for d, row in enumerate(stages) for n, s in enumerate(row)}
     return tuple(
-        Box(d, (a - start) * scale, (b - start) * scale, kind, chunk[d, stage], stage, microbatch)
+        Box(
+            d,
+            (a - start) * scale,
+            (b - start) * scale,
+            kind,
+            chunk[d, stage],
+            stage,
+            microbatch,
+        )
         for d, (kind, stage, microbatch), a, b in timeline.events
     )
 
 
 def _caption(timeline: Timeline) -> str:
     return (
-        f"{timeline.name}: makespan {timeline.makespan:g}, bubble {max(timeline.bubble, 0.0):.1%}, "
+        f"{timeline.name}: makespan {timeline.makespan:g}, bubble "
+        f"{max(timeline.bubble, 0.0):.1%}, "
         f"peak live microbatches {', '.join(map(str, timeline.peak_live))}"
     )

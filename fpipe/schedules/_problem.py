@@ -1,4 +1,6 @@
-"""What a search for schedules works on: sizes, costs and limit as tables, actions as numbers."""
+"""What a search for schedules works on: sizes, costs and limit as tables, actions as
+numbers.
+"""
 
 import dataclasses
 import itertools
@@ -7,44 +9,71 @@ from collections.abc import Sequence
 from typing import Any
 
 from fpipe.schedules._schedule import KINDS, Action
-from fpipe.schedules._simulate import B, Costs, F, I, Rows, checked, durations, lags, needs, play
+from fpipe.schedules._simulate import (
+    B,
+    Costs,
+    F,
+    I,
+    Rows,
+    checked,
+    durations,
+    lags,
+    needs,
+    play,
+)
 
 ROUNDING = 1.0 + 1e-9
 
 
 class Problem:
-    """Sizes, costs and limit as tables; actions are numbers, `(kind * S + stage) * m + microbatch`."""
+    """Sizes, costs and limit as tables; actions are numbers, `(kind * S + stage) * m +
+    microbatch`.
+    """
 
-    def __init__(self, devices: int, m: int, places: tuple[int, ...], costs: Costs, memory: Any) -> None:
+    def __init__(
+        self, devices: int, m: int, places: tuple[int, ...], costs: Costs, memory: Any
+    ) -> None:
         self.devices, self.m, self.places = devices, m, places
         self.stages = stages = len(places)
         self.size = stages * m
         self.of = [[s for s in range(stages) if places[s] == d] for d in range(devices)]
         costs.check(stages)
         self.cost = [[costs.of(Action(k, s, 0)) for s in range(stages)] for k in KINDS]
-        self.first, self.second = zip(*(costs.holds(s) for s in range(stages)), strict=True)
+        self.first, self.second = zip(
+            *(costs.holds(s) for s in range(stages)), strict=True
+        )
         call = f"zero_bubble(memory={memory!r})"
         limit = math.inf if memory is None else checked(call, "device", memory)
         self.limit = limit if isinstance(limit, tuple) else (limit,) * devices
         if len(self.limit) != devices:
-            raise ValueError(f"`{call}`: {len(self.limit)} numbers for {devices} devices")
+            raise ValueError(
+                f"`{call}`: {len(self.limit)} numbers for {devices} devices"
+            )
         self.whole = [math.fsum(self.first[s] for s in of) for of in self.of]
         self.slack = [limit * ROUNDING for limit in self.limit]
         for d, (whole, slack) in enumerate(zip(self.whole, self.slack, strict=True)):
             if whole > slack:
                 raise ValueError(
-                    f"`{call}`: device {d} needs at least {whole:g}, what one microbatch holds on its "
-                    f"stages {', '.join(map(str, self.of[d]))}; all devices: {', '.join(f'{w:g}' for w in self.whole)}"
+                    f"`{call}`: device {d} needs at least {whole:g}, what one "
+                    "microbatch holds on its "
+                    f"stages {', '.join(map(str, self.of[d]))}; all devices: "
+                    f"{', '.join(f'{w:g}' for w in self.whole)}"
                 )
         self.took, self.lag = durations(costs, stages, m), lags(costs, places, m)
-        self.up = [costs.transfer if a != b else 0.0 for a, b in itertools.pairwise(places)]
+        self.up = [
+            costs.transfer if a != b else 0.0 for a, b in itertools.pairwise(places)
+        ]
 
     def needs(self, rows: Rows) -> list[int]:
         """For each action what it needs from another stage, or -1."""
         return needs(rows, self.stages, self.m)
 
-    def run(self, rows: Rows, need: list[int]) -> tuple[list[float], list[float]] | None:
-        """Starts and ends of all actions, as `simulate` has them; `None` if it is a deadlock."""
+    def run(
+        self, rows: Rows, need: list[int]
+    ) -> tuple[list[float], list[float]] | None:
+        """Starts and ends of all actions, as `simulate` has them; `None` if it is a
+        deadlock.
+        """
         ran = play(rows, need, self.took, self.lag)
         return None if ran is None else ran[1:]
 
@@ -65,13 +94,16 @@ class Problem:
         return peak
 
     def fits(self, rows: Rows) -> bool:
-        return all(self.peak(row) <= slack for row, slack in zip(rows, self.slack, strict=True))
+        return all(
+            self.peak(row) <= slack for row, slack in zip(rows, self.slack, strict=True)
+        )
 
     def bound(self) -> float:
         """No schedule with these costs ends before this, whatever its memory.
 
-        A device cannot start before its first stage's input is there, then has all its work to do; and
-        after the last of its forwards and backwards the cotangent has its way to stage 0 before it.
+        A device cannot start before its first stage's input is there, then has all its
+        work to do; and after the last of its forwards and backwards the cotangent has
+        its way to stage 0 before it.
         """
         f, b, i, w = self.cost
         back = [min(x, y) for x, y in zip(b, i, strict=True)]

@@ -1,4 +1,6 @@
-"""A timeline that was measured: besides the schedule's actions every program and every transfer."""
+"""A timeline that was measured: besides the schedule's actions every program and every
+transfer.
+"""
 
 import dataclasses
 from typing import NamedTuple
@@ -29,7 +31,8 @@ class Transfer(NamedTuple):
         source, target: devices' numbers in the schedule.
         what: names of the arrays.
         bytes: of all of them.
-        start, end: in seconds: from when they were there and the transfer had been asked for, until they had arrived.
+        start, end: in seconds: from when they were there and the transfer had been
+            asked for, until they had arrived.
     """
 
     source: int
@@ -44,12 +47,13 @@ class Transfer(NamedTuple):
 class Recording(Timeline):
     """What really ran when: a `Timeline` in seconds, counted from the first start.
 
-    It is empty until the block of `fpipe.record` ends. Then it is the last of the calls that were made in the block, and
-    `calls` has all of them.
+    It is empty until the block of `fpipe.record` ends. Then it is the last of the calls
+    that were made in the block, and `calls` has all of them.
 
     Arguments:
-        events: the schedule's actions. One that has nothing to compute (such as the input gradient of the first stage, where
-            nobody asks for it) has no program, and takes no time.
+        events: the schedule's actions. One that has nothing to compute (such as the
+            input gradient of the first stage, where nobody asks for it) has no program,
+            and takes no time.
         devices: `D`.
         name: for drawings.
         memory: as in `Timeline`.
@@ -65,9 +69,15 @@ class Recording(Timeline):
     calls: tuple["Recording", ...] = ()
 
     def to_trace(self, unit: float = 1e6) -> str:
-        """As `Timeline.to_trace`, with every program and every transfer; a transfer stands at its target."""
+        """As `Timeline.to_trace`, with every program and every transfer; a transfer
+        stands at its target.
+        """
         actions = {e.action.name for e in self.events}
-        around = [Span(p.device, p.name, "around", p.start, p.end, {}) for p in self.programs if p.name not in actions]
+        around = [
+            Span(p.device, p.name, "around", p.start, p.end, {})
+            for p in self.programs
+            if p.name not in actions
+        ]
         transfers = [
             Span(
                 t.target,
@@ -79,8 +89,13 @@ class Recording(Timeline):
             )
             for t in self.transfers
         ]
-        names = [f"device {d}{f' ({p})' if p else ''}" for d, p in enumerate(self.places or [""] * self.devices)]
-        return trace(names, {"programs": [*self._spans(), *around], "transfers": transfers}, unit)
+        names = [
+            f"device {d}{f' ({p})' if p else ''}"
+            for d, p in enumerate(self.places or [""] * self.devices)
+        ]
+        return trace(
+            names, {"programs": [*self._spans(), *around], "transfers": transfers}, unit
+        )
 
     # It is filled when the block ends: equal to nothing but itself.
     def __eq__(self, other: object) -> bool:

@@ -1,6 +1,8 @@
-"""Spans of time as a trace that Chrome (`chrome://tracing`) and Perfetto (https://ui.perfetto.dev) show.
+"""Spans of time as a trace that Chrome (`chrome://tracing`) and Perfetto
+(https://ui.perfetto.dev) show.
 
-The format: "Trace Event Format", Google, https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU.
+The format: "Trace Event Format", Google,
+https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU.
 """
 
 import json
@@ -28,28 +30,44 @@ class Span(NamedTuple):
     args: Mapping[str, Any]
 
 
-def trace(processes: Sequence[str], rows: Mapping[str, Sequence[Span]], unit: float) -> str:
+def trace(
+    processes: Sequence[str], rows: Mapping[str, Sequence[Span]], unit: float
+) -> str:
     """The trace as JSON.
 
     Arguments:
         processes: a name for each device.
-        rows: spans by the name of what they are; what overlaps on a device gets a row of its own.
+        rows: spans by the name of what they are; what overlaps on a device gets a row
+            of its own.
         unit: microseconds that a unit of time takes.
     """
     out: list[dict[str, Any]] = []
     for d, name in enumerate(processes):
-        out.append({"ph": "M", "name": "process_name", "pid": d, "args": {"name": name}})
-        out.append({"ph": "M", "name": "process_sort_index", "pid": d, "args": {"sort_index": d}})
+        out.append(
+            {"ph": "M", "name": "process_name", "pid": d, "args": {"name": name}}
+        )
+        out.append(
+            {
+                "ph": "M",
+                "name": "process_sort_index",
+                "pid": d,
+                "args": {"sort_index": d},
+            }
+        )
     used = [0] * len(processes)
     for title, spans in rows.items():
-        free: list[dict[int, float]] = [{} for _ in processes]  # of each device, until when its rows are taken
+        free: list[dict[int, float]] = [
+            {} for _ in processes
+        ]  # of each device, until when its rows are taken
         for span in sorted(spans, key=lambda s: (s.start, s.end)):
             own = free[span.device]
             row = next((n for n, end in own.items() if end <= span.start), None)
             if row is None:
                 row, used[span.device] = used[span.device], used[span.device] + 1
                 head = {"pid": span.device, "tid": row}
-                out.append({"ph": "M", "name": "thread_name", **head, "args": {"name": title}})
+                out.append(
+                    {"ph": "M", "name": "thread_name", **head, "args": {"name": title}}
+                )
             own[row] = span.end
             out.append(
                 {

@@ -1,0 +1,1 @@
+"""What every room uses: pytrees, errors, caches."""

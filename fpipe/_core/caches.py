@@ -1,0 +1,56 @@
+"""What was used last is kept, up to a number."""
+
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any
+
+
+class Key:
+    """A key that is hashed once, when it is made: long tuples are dear to hash.
+
+    Raises:
+        TypeError: something in it is not hashable.
+    """
+
+    __slots__ = ("_hash", "_value")
+
+    def __init__(self, value: Hashable) -> None:
+        self._value, self._hash = value, hash(value)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Key)
+            and self._hash == other._hash
+            and self._value == other._value
+        )
+
+
+class Recent:
+    """A map that makes what it lacks and forgets what has not been used for longest."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._lock = size, threading.Lock()
+        self._entries: dict[Hashable, Any] = {}
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The entry of `key`, made if it is not there. Two threads may both make one;
+        the first stays.
+        """
+        with self._lock:
+            if key in self._entries:
+                entry = self._entries[key] = self._entries.pop(key)  # now the last
+                return entry
+        made = make()
+        with self._lock:
+            entry = self._entries.setdefault(key, made)
+            while len(self._entries) > self._size:
+                del self._entries[next(iter(self._entries))]
+            return entry
+
+    def values(self) -> list[Any]:
+        """All entries, the last used last."""
+        with self._lock:
+            return list(self._entries.values())

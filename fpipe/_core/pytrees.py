@@ -1,0 +1,220 @@
+"""Pytrees as flat tuples of arrays, with everything that is no array set aside as
+static.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer as Tracer
+
+PyTree: TypeAlias = Any
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is data: a JAX or numpy array, or the shape of one. All else is
+    static.
+    """
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether a leaf can carry a derivative."""
+    return bool(jnp.issubdtype(leaf.dtype, np.inexact))
+
+
+def is_traced(tree: PyTree) -> bool:
+    """Whether any leaf is a tracer: then there is nothing to dispatch."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spec:
+    """The structure of a pytree, its static leaves by position, and how many arrays it
+    holds.
+
+    Static leaves are told apart as programs must: `1`, `1.0` and `True`, or `0.0` and
+    `-0.0`, are different, and a `nan` is itself.
+    """
+
+    treedef: Any
+    static: tuple[tuple[int, Any], ...]
+    arrays: int
+
+    def _key(self) -> tuple[Any, ...]:
+        return (
+            self.treedef,
+            self.arrays,
+            tuple((k, type(v), _exact(v)) for k, v in self.static),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Spec) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def unpack(self, arrays: Sequence[Any]) -> PyTree:
+        """The inverse of `pack`."""
+        assert len(arrays) == self.arrays, (len(arrays), self.arrays)
+        if not self.static:
+            return self.treedef.unflatten(arrays)
+        rest, static = iter(arrays), dict(self.static)
+        total = self.arrays + len(static)
+        return self.treedef.unflatten(
+            [static[k] if k in static else next(rest) for k in range(total)]
+        )
+
+    def fill(self, arrays: Sequence[Any], static: Any) -> PyTree:
+        """`unpack` with `static` in the place of every static leaf."""
+        return Spec(
+            self.treedef, tuple((k, static) for k, _ in self.static), self.arrays
+        ).unpack(arrays)
+
+
+def _exact(value: Any) -> Any:
+    if isinstance(value, complex):
+        return value.real.hex(), value.imag.hex()
+    return value.hex() if isinstance(value, float) else value
+
+
+def pack(tree: PyTree) -> tuple[list[Any], Spec]:
+    """Split a pytree into its arrays and its `Spec`."""
+    leaves, treedef = jax.tree.flatten(tree)
+    arrays = [leaf for leaf in leaves if is_array(leaf)]
+    static = tuple((k, leaf) for k, leaf in enumerate(leaves) if not is_array(leaf))
+    return arrays, Spec(treedef, static, len(arrays))
+
+
+def aval(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and weak type of an array: what a program is specialised on."""
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+    return jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A pytree's structure and the shapes of its arrays."""
+
+    spec: Spec
+    leaves: tuple[jax.ShapeDtypeStruct, ...]
+
+    @classmethod
+    def of(cls, tree: PyTree) -> "Shape":
+        """The shape of a pytree."""
+        arrays, spec = pack(tree)
+        return cls(spec, tuple(map(aval, arrays)))
+
+    @property
+    def tree(self) -> PyTree:
+        """The shapes in their structure."""
+        return self.spec.unpack(self.leaves)
+
+
+def float0_like(leaf: Any) -> np.ndarray:
+    """The cotangent of an integer array, as JAX spells it."""
+    return np.zeros(leaf.shape, jax.dtypes.float0)
+
+
+def fill_gradient(
+    spec: Spec, leaves: Sequence[Any], gradients: Sequence[Any]
+) -> PyTree:
+    """A gradient in the structure of its argument: `float0` where there is none, `None`
+    for static leaves.
+    """
+    filled = [
+        float0_like(a) if g is None else g
+        for a, g in zip(leaves, gradients, strict=True)
+    ]
+    return spec.fill(filled, None)
+
+
+def nbytes(a: Any) -> int:
+    """The bytes of an array, or of one of that shape."""
+    return math.prod(a.shape) * a.dtype.itemsize
+
+
+def zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array of that shape; PRNG keys too."""
+    return jnp.zeros(shape.shape, shape.dtype)
+
+
+def zeros_like(tree: PyTree) -> PyTree:
+    """Zeros in the shapes of a pytree; static leaves stay."""
+    return map_arrays(zeros, tree)
+
+
+def shapes_of(tree: PyTree) -> PyTree:
+    """The shapes of a pytree; static leaves stay."""
+    return map_arrays(aval, tree)
+
+
+def eval_shape(f: Callable[..., PyTree], *args: PyTree) -> PyTree:
+    """`jax.eval_shape` for pytrees with static leaves."""
+    arrays, spec = pack(args)
+    out: list[Spec] = []
+
+    def flat(*leaves: Any) -> list[Any]:
+        result, made = pack(f(*spec.unpack(leaves)))
+        out.append(made)
+        return result
+
+    shapes = jax.eval_shape(flat, *map(aval, arrays))
+    return out[-1].unpack(shapes)
+
+
+class _Short(str):
+    """Text that shows itself without quotes inside a structure."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def describe(tree: PyTree) -> str:
+    """A pytree in one short line for an error: shapes of arrays and static leaves in
+    their structure.
+    """
+
+    def short(leaf: Any) -> str:
+        if not is_array(leaf):
+            return repr(leaf)
+        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+    text = str(jax.tree.map(lambda leaf: _Short(short(leaf)), tree))
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
+def numbers_as_arrays(tree: PyTree) -> PyTree:
+    """Python numbers among the leaves as arrays; other static leaves stay."""
+    return jax.tree.map(
+        lambda leaf: (
+            jnp.asarray(leaf) if isinstance(leaf, (bool, int, float, complex)) else leaf
+        ),
+        tree,
+    )
+
+
+def strong(array: Any) -> Any:
+    """An array (or its shape) without weak type, so that a value and what is computed
+    from it have one type.
+    """
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return array.update(weak_type=False)
+    return (
+        jax.lax.convert_element_type(array, array.dtype)
+        if getattr(array, "weak_type", False)
+        else array
+    )
+
+
+def map_arrays(f: Callable[[Any], Any], tree: PyTree) -> PyTree:
+    """Map the arrays of a pytree; static leaves stay."""
+    return jax.tree.map(lambda leaf: f(leaf) if is_array(leaf) else leaf, tree)

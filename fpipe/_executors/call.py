@@ -1,0 +1,339 @@
+"""What `Pipe` and `sequential` share: the calls that a user makes, their arguments and
+their checks.
+"""
+
+import abc
+import dataclasses
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fpipe._core.errors import entries
+from fpipe._core.pytrees import PyTree, describe, numbers_as_arrays
+from fpipe._executors.gradients import as_scale, finished
+from fpipe._model.frozen import Frozen, FrozenLeaves
+from fpipe._model.loss import Loss, Reduction, as_loss
+from fpipe._model.microbatch import NoChunk
+from fpipe._model.model import Model
+
+# The layer that `Args.frozen` has for arrays of x.
+OF_X = -1
+
+
+class Args(NamedTuple):
+    """What a call was given."""
+
+    params: Any  # one entry per layer, or packed
+    x: PyTree
+    targets: tuple[PyTree, ...] = ()
+    side: PyTree = None
+    key: Any = None
+    state: Sequence[PyTree] | None = None
+    train: bool = False
+    # What gets no gradient: the layer, and the number of an array of its parameters;
+    # layer `OF_X` for arrays of x.
+    frozen: frozenset[tuple[int, int]] = frozenset()
+
+    @property
+    def numbered(self) -> tuple[PyTree, ...]:
+        """The arguments that `argnums` counts: `(params, x, *targets)`."""
+        return (self.params, self.x, *self.targets)
+
+
+class Result(NamedTuple):
+    """What a call with a loss gives; `gradients` has one entry per argument number."""
+
+    loss: Any
+    aux: PyTree
+    state: tuple[PyTree, ...]
+    gradients: tuple[PyTree, ...]
+
+
+class Call(abc.ABC):
+    """The front of a pipeline: a call, `value_and_grad` and `evaluate`."""
+
+    model: Model
+    chunks: int
+
+    @abc.abstractmethod
+    def _forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
+        """`(y, state)`."""
+
+    @abc.abstractmethod
+    def _loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
+        """The loss, and the gradients of the numbered arguments."""
+
+    def _checked(self, args: Args) -> Args:
+        """The arguments, or an error that says which is wrong."""
+        check_params(self.model, args.params, "a call's params")
+        return checked(self.model, args)
+
+    def __call__(
+        self,
+        params: Sequence[PyTree],
+        x: PyTree,
+        side: PyTree = None,
+        key: Any = None,
+        state: Sequence[PyTree] | None = None,
+        train: bool = False,
+    ) -> Any:
+        """The model's output.
+
+        Arguments:
+            params: one entry per layer, placed.
+            x: a pytree; every array is cut on axis 0 into microbatches of `ceil(rows /
+                chunks)` rows, the last one smaller (10 rows, 4 chunks: 3, 3, 3, 1),
+                unless it stands in an `fpipe.NoChunk`. Leaves that are no arrays, and
+                `None`, go to every microbatch and are static.
+            side: side inputs for the layers that ask for them, cut like `x`.
+            key: a PRNG key; without one, layers that ask for a key get `None`.
+            state: the layers' state, needed if any layer has state.
+            train: handed to the layers that ask.
+
+        Returns:
+            `y`, or `(y, state)` if state was given. Pieces of `y` are concatenated on
+            axis 0; 0-d ones stacked to `(m,)`.
+
+        Raises:
+            TypeError: no array in `x`; a traced call, where the executor cannot be part
+                of a trace.
+            ValueError: arrays that cannot be cut into equal numbers of pieces;
+                parameters or state that do not have one entry per layer; parameters on
+                the wrong device.
+        """
+        args = self._checked(Args(params, x, (), side, key, state, bool(train)))
+        y, new = self._forward(args)
+        return y if state is None else (y, new)
+
+    def value_and_grad(
+        self,
+        loss_fn: Callable[..., Any],
+        has_aux: bool = False,
+        reduction: Reduction = "mean",
+        argnums: int | Sequence[int] = 0,
+        frozen: Frozen | None = None,
+    ) -> Callable[..., Any]:
+        """A function that computes a loss and its gradients, forwards and backwards
+        interleaved as scheduled.
+
+        Make it once, outside the training loop: compiled programs are kept for each
+        `loss_fn` object.
+
+        Arguments:
+            loss_fn: `loss_fn(y, *targets)`, a scalar, on the last stage for each
+                microbatch.
+            has_aux: whether it returns `(loss, aux)`; aux comes back stacked on a new
+                axis of `m`.
+            reduction: `"mean"` weighs microbatches by their rows (of the first array of
+                `x`), `"sum"` adds, `"weighted"` takes `(sum, weight)` from `loss_fn`
+                and divides by the total weight once.
+            argnums: which of `(params, x, *targets)` to differentiate; the rest is not
+                computed.
+            frozen: the parameters that get no gradient, as `frozen(path, array)` with a
+                path such as `"[0]['w']"` (layer 0), or as a pytree of bools that the
+                parameters begin with (`(True, False, {"w": True, "b": False})`).
+                Nothing is computed for them; their gradients are `float0`, as those of
+                integers are.
+
+        Returns:
+            `f(params, x, *targets, side=None, key=None, state=None, train=False,
+            grads=None, loss_scale=None)`, which returns `loss, grads` (of a total
+            weight of 0: nan, as the formula says; mask with `jnp.maximum(weight, 1)`);
+            with `has_aux` `(loss, aux), grads`; and with `state` given the first of the
+            two becomes a pair with the new state: `(loss, state), grads`, or `((loss,
+            aux), state), grads`. With `grads` (what an earlier call returned, which is
+            not consumed) the gradients are added to those. With `loss_scale`, a number
+            or a 0-d array, the loss is multiplied by it before the backward, and
+            gradients are divided by it when they have been summed (Micikevicius et al.,
+            arXiv 1710.03740): for float16, whose small gradients would vanish.
+
+        Raises:
+            TypeError: `loss_fn` is no function, or returns no scalar; `argnums` are no
+                ints.
+            ValueError: an unknown reduction; argument numbers that are negative,
+                repeated or too large.
+        """
+        loss = as_loss("value_and_grad", loss_fn, has_aux, reduction)
+        numbers, which = as_argnums(argnums), FrozenLeaves(frozen)
+
+        def value_and_grad(
+            params: Sequence[PyTree],
+            x: PyTree,
+            *targets: PyTree,
+            side: PyTree = None,
+            key: Any = None,
+            state: Sequence[PyTree] | None = None,
+            train: bool = False,
+            grads: Any = None,
+            loss_scale: Any = None,
+        ) -> Any:
+            args = self._checked(
+                Args(params, x, targets, side, key, state, bool(train))
+            )
+            check_argnums(argnums, numbers, args)
+            args, own = scaled(
+                args._replace(frozen=which.of(args.params)), loss, loss_scale
+            )
+            result = self._loss(args, own, numbers)
+            new = result.gradients[0] if isinstance(argnums, int) else result.gradients
+            result = result._replace(loss=finished(result.loss, loss_scale, None, ""))
+            return _value(result, loss, state), finished(
+                new, loss_scale, grads, "`grads=`"
+            )
+
+        return value_and_grad
+
+    def evaluate(
+        self,
+        loss_fn: Callable[..., Any],
+        has_aux: bool = False,
+        reduction: Reduction = "mean",
+    ) -> Callable[..., Any]:
+        """The loss alone: forward only, nothing is kept.
+
+        Arguments:
+            loss_fn, has_aux, reduction: as for `value_and_grad`.
+
+        Returns:
+            `f(params, x, *targets, side=None, key=None, state=None, train=False)`,
+            which returns what `value_and_grad`'s function returns first.
+        """
+        loss = as_loss("evaluate", loss_fn, has_aux, reduction)
+
+        def evaluate(
+            params: Sequence[PyTree],
+            x: PyTree,
+            *targets: PyTree,
+            side: PyTree = None,
+            key: Any = None,
+            state: Sequence[PyTree] | None = None,
+            train: bool = False,
+        ) -> Any:
+            args = self._checked(
+                Args(params, x, targets, side, key, state, bool(train))
+            )
+            return _value(self._loss(args, loss, ()), loss, state)
+
+        return evaluate
+
+
+def scaled(args: Args, loss: Loss, scale: Any) -> tuple[Args, Loss]:
+    """A call whose loss is multiplied by a last target, if there is a scale."""
+    if scale is None:
+        return args, loss
+    return args._replace(
+        targets=(*args.targets, NoChunk(as_scale(scale)))
+    ), dataclasses.replace(loss, scaled=True)
+
+
+def _value(result: Result, loss: Loss, state: Any) -> Any:
+    value = (result.loss, result.aux) if loss.has_aux else result.loss
+    return value if state is None else (value, result.state)
+
+
+def check_argnums(argnums: Any, numbers: tuple[int, ...], args: Args) -> None:
+    """The call has as many arguments; `argnums` is what was given."""
+    if max(numbers) >= len(args.numbered):
+        raise ValueError(
+            f"`value_and_grad(argnums={argnums!r})`: the call has {len(args.numbered)} "
+            "arguments (params, x, *targets), so "
+            f"numbers go from 0 to {len(args.numbered) - 1}"
+        )
+
+
+def as_argnums(argnums: Any) -> tuple[int, ...]:
+    """Argument numbers as a checked tuple."""
+    numbers = tuple(argnums) if isinstance(argnums, Sequence) else (argnums,)
+    call = f"`value_and_grad(argnums={argnums!r})`: numbers of (params, x, *targets)"
+    if any(type(n) is not int for n in numbers):
+        raise TypeError(f"{call} are ints")
+    if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
+        raise ValueError(f"{call}, counted from 0, each once, and at least one")
+    return numbers
+
+
+def check_chunks(call: str, chunks: Any) -> int:
+    """The number of chunks, checked."""
+    try:
+        if isinstance(chunks, bool):
+            raise TypeError
+        chunks = operator.index(chunks)
+    except TypeError:
+        raise TypeError(f"`{call}(chunks={chunks!r})`: chunks is an int") from None
+    if chunks < 1:
+        raise ValueError(f"`{call}(chunks={chunks})`: chunks is at least 1")
+    return chunks
+
+
+def as_compute_dtype(call: str, dtype: Any) -> Any:
+    """The dtype that a model computes in, checked; `None` stays."""
+    if dtype is None:
+        return None
+    try:
+        made = jnp.dtype(dtype)
+    except TypeError:
+        made = None
+    if made is None or not jnp.issubdtype(made, jnp.floating):
+        raise TypeError(
+            f"`{call}(compute_dtype={dtype!r})`: a floating dtype is needed, such as "
+            "jnp.bfloat16"
+        )
+    return made
+
+
+def check_params(model: Model, params: Any, call: str) -> None:
+    """Parameters have one entry per layer."""
+    count = len(model.layers)
+    if not isinstance(params, (tuple, list)) or len(params) != count:
+        raise ValueError(
+            f"{call}: a tuple with one entry per layer is needed, {count} in all, got "
+            f"{entries(params)}"
+        )
+
+
+def check_key(key: Any) -> None:
+    """A key is a key: not a seed, and not the batch."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is None:
+        raise TypeError(
+            f"`key={key!r}`: a PRNG key is needed; write `jax.random.key({key!r})`"
+        )
+    if not (
+        jnp.issubdtype(dtype, jax.dtypes.prng_key)
+        or jnp.issubdtype(dtype, jnp.unsignedinteger)
+    ):
+        raise TypeError(
+            f"`key={describe(key)}`: a PRNG key is needed, such as `jax.random.key(0)`"
+        )
+
+
+def checked(model: Model, args: Args) -> Args:
+    """State has one entry per layer, and is there if it is needed, and only where; a
+    key is a key.
+    """
+    if args.key is not None:
+        check_key(args.key)
+    count = len(model.layers)
+    if args.state is None:
+        if model.stateful:
+            names = [model.layers[k].name for k in model.stateful]
+            raise ValueError(
+                f"the layers {names} have state: pass `state=pipe.init_state(x)` and "
+                "take the new state back"
+            )
+        return args
+    if not isinstance(args.state, (tuple, list)) or len(args.state) != count:
+        raise ValueError(
+            f"state: a tuple with one entry per layer is needed, {count} in all, got "
+            f"{entries(args.state)}"
+        )
+    for k in set(range(count)) - set(model.stateful):
+        if jax.tree.leaves(args.state[k]):
+            raise ValueError(
+                f"state: entry {k} is {describe(args.state[k])}, but layer "
+                f"{model.layers[k].name!r} has none"
+            )
+    return args._replace(state=tuple(numbers_as_arrays(s) for s in args.state))

@@ -1,0 +1,113 @@
+"""What becomes of the gradients of a call: those of a scaled loss are divided, and they
+are added to given ones.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fpipe._core.pytrees import PyTree, describe, is_traced
+from fpipe._model.loss import divided, wide
+
+
+def finished(gradients: PyTree, scale: Any, given: PyTree, call: str) -> PyTree:
+    """`gradients / scale + given`, on the devices where the gradients are.
+
+    Arguments:
+        gradients: arrays, `float0` arrays among them, which stay.
+        scale: 0-d, or `None`.
+        given: gradients of earlier calls, in the same structure, or `None`.
+        call: for errors.
+
+    Raises:
+        ValueError: `given` has another structure, shape or device.
+    """
+    if scale is None and given is None:
+        return gradients
+    flat, tree = jax.tree.flatten(gradients)
+    old = [None] * len(flat) if given is None else _checked(given, gradients, call)
+    out, groups = list(flat), dict[Any, list[int]]()
+    for n, g in enumerate(flat):
+        if g.dtype != jax.dtypes.float0:
+            groups.setdefault(None if is_traced(g) else g.sharding, []).append(n)
+    for where, numbers in groups.items():
+        # A scale may come from the device of the loss.
+        own = (
+            scale
+            if where is None or not isinstance(scale, jax.Array)
+            else jax.device_put(scale, _scalar(where))
+        )
+        made = _finish([flat[n] for n in numbers], own, [old[n] for n in numbers])
+        for n, value in zip(numbers, made, strict=True):
+            out[n] = value
+    return jax.tree.unflatten(tree, out)
+
+
+def as_scale(value: Any) -> Any:
+    """A loss scale as a 0-d array.
+
+    Raises:
+        TypeError: it is no real number.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return np.float32(value)
+    dtype = getattr(value, "dtype", None)
+    if (
+        dtype is None
+        or getattr(value, "shape", None) != ()
+        or not jnp.issubdtype(dtype, jnp.floating)
+    ):
+        raise TypeError(
+            f"`loss_scale={describe(value)}`: a number or a 0-d array of floats is "
+            "needed"
+        )
+    return value
+
+
+def _scalar(sharding: Any) -> Any:
+    """Where a number belongs that goes with arrays of this sharding."""
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return sharding
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _finish(new: list[Any], scale: Any, old: list[Any]) -> list[Any]:
+    out = []
+    for g, before in zip(new, old, strict=True):
+        total = wide(g) if scale is None else divided(wide(g), jnp.asarray(scale))
+        out.append((total if before is None else total + wide(before)).astype(g.dtype))
+    return out
+
+
+def _checked(given: PyTree, gradients: PyTree, call: str) -> Sequence[Any]:
+    if jax.tree.structure(given) != jax.tree.structure(gradients):
+        raise ValueError(
+            f"{call}: they must have the structure of the gradients, "
+            f"{describe(gradients)}, got {describe(given)}; pass what "
+            "an earlier call of the same pipe returned"
+        )
+    old = jax.tree.leaves(given)
+    for (path, g), before in zip(
+        jax.tree_util.tree_leaves_with_path(gradients), old, strict=True
+    ):
+        where = f"{call}: at {jax.tree_util.keystr(path)}"
+        if (g.shape, g.dtype) != (before.shape, before.dtype):
+            raise ValueError(
+                f"{where} they are {describe(before)}, but the gradient is "
+                f"{describe(g)}"
+            )
+        if (
+            isinstance(before, jax.Array)
+            and not (is_traced(before) or is_traced(g))
+            and before.sharding != g.sharding
+        ):
+            raise ValueError(
+                f"{where} they are on {before.sharding}, but the gradient is on "
+                f"{g.sharding}"
+            )
+    return old

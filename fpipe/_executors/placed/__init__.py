@@ -1,0 +1,3 @@
+"""The placed executor: one compiled program per (stage, kind), dispatched
+asynchronously.
+"""

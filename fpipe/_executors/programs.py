@@ -1,0 +1,372 @@
+"""The programs of a call: each stage traced once for each shape of microbatch, and cut
+into programs.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from fpipe._core.caches import Key, Recent
+from fpipe._core.pytrees import Shape, is_inexact
+from fpipe._executors.placement import Placement
+from fpipe._model.loss import Loss
+from fpipe._model.microbatch import Cut
+from fpipe._model.remat import Remat
+from fpipe._model.stages import INDEX, KEY, SIDE, TARGETS, Leaf, Port, Stage, X, Y
+from fpipe._program.code import Code, Program, Ref, Window
+from fpipe._program.stage_programs import Options, StagePrograms, cut
+from fpipe._program.trace import Flat, Joint, differentiate, flatten, forward_alone
+from fpipe.schedules import Action, Kind
+
+# What a call wants: the output; a loss; a loss and gradients, forwards and backwards
+# interleaved as scheduled; or the output and its pull-back: all forwards, then all
+# backwards.
+Mode: TypeAlias = Literal["forward", "loss", "grad", "vjp"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The stages and the placement of each."""
+
+    stages: tuple[Stage, ...]
+    placements: tuple[Placement, ...]
+
+    def stage_of(self, layer: int) -> Stage:
+        """The stage of a layer."""
+        return next(s for s in self.stages if layer in s.span)
+
+    def home(self, layer: int) -> Placement:
+        """Where a layer's parameters and state live."""
+        return self.placements[self.stage_of(layer).index]
+
+    def source_of(self, skip: Any) -> int:
+        """The stage that stashes a skip for later stages."""
+        return next(s.index for s in self.stages if skip in s.skips_out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a call asks for; with the shapes of its inputs it decides the plan.
+
+    Attributes:
+        wanted: input leaves (of whole inputs, before they are cut) whose gradient is
+            asked for.
+        settings: those of JAX that a trace bakes in.
+    """
+
+    mode: Mode
+    train: bool
+    loss: Loss | None
+    wanted: frozenset[Leaf]
+    settings: tuple[Any, ...]
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether there are backwards."""
+        return self.mode in ("grad", "vjp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The shapes of a call's inputs, whole, and how they are cut."""
+
+    params: tuple[Shape, ...]
+    x: Shape
+    side: Shape
+    targets: Shape
+    key: Shape | None
+    state: Mapping[int, Shape] | None
+    cut: Cut
+
+    def of(self, port: Port) -> Shape:
+        """The shape of a whole input."""
+        of = getattr(self, port.kind)
+        return of if port.of is None else of[port.of]
+
+    def piece(self, port: Port, i: int) -> Shape:
+        """The shape of the `i`-th piece of `x`, `side` or `targets`."""
+        return getattr(self.cut, port.kind).shape(i, self.of(port).leaves)
+
+    def whole(self, port: Port) -> frozenset[Leaf]:
+        """The leaves that go whole to every microbatch."""
+        return frozenset(
+            Leaf(port, k)
+            for k, rows in enumerate(getattr(self.cut, port.kind).rows)
+            if rows is None
+        )
+
+
+def index(i: int) -> np.uint32:
+    """A number of a microbatch or of a layer, as the programs take it."""
+    return np.uint32(i)
+
+
+def split_pairs(order: Iterable[Action]) -> frozenset[tuple[int, int]]:
+    """The (stage, microbatch) pairs whose backward is cut into `I` and `W`."""
+    return frozenset((a.stage, a.microbatch) for a in order if a.kind == "I")
+
+
+def direct_pairs(
+    order: Iterable[Action], placements: Sequence[Hashable]
+) -> frozenset[tuple[int, int]]:
+    """The (stage, microbatch) pairs whose backward, or input gradient, is what their
+    device runs next after the forward.
+    """
+    last: dict[Hashable, Action] = {}
+    found = set()
+    for a in order:
+        place = placements[a.stage]
+        if a.kind in "BI" and last.get(place) == Action("F", a.stage, a.microbatch):
+            found.add((a.stage, a.microbatch))
+        last[place] = a
+    return frozenset(found)
+
+
+class Programs:
+    """The programs of a call, by stage and microbatch. Microbatches of one shape share
+    them, and so do calls.
+
+    Arguments:
+        direct, split: (stage, microbatch) pairs, see `direct_pairs` and `split_pairs`.
+        kept: what other calls made.
+    """
+
+    # Whether programs take the call's inputs whole and cut their piece out themselves,
+    # and add to sums that come in.
+    whole = True
+    # Whether recomputations are inlined.
+    opened = False
+
+    def __init__(
+        self,
+        layout: Layout,
+        direct: Set[tuple[int, int]],
+        split: Set[tuple[int, int]],
+        remat: Remat,
+        inputs: Inputs,
+        request: Request,
+        kept: Recent,
+    ) -> None:
+        self.layout, self.inputs, self.request, self.warnings = (
+            layout,
+            inputs,
+            request,
+            dict[str, None](),
+        )
+        self._kept = kept
+        self._remat, self._direct, self._split = remat, direct, split
+        shares = inputs.cut.shares
+        self._scales = (
+            shares
+            if request.loss and request.loss.reduction == "mean"
+            else (1.0,) * len(shares)
+        )
+        self._flats: dict[Any, Flat] = {}
+        self._joints: dict[Any, Joint] = {}
+        self._cut: dict[Any, StagePrograms] = {}
+        reach = dict[
+            tuple[int, Leaf], bool
+        ]()  # of a stage's outputs: does a gradient depend on the cotangent
+        for stage in layout.stages:
+            for i in range(inputs.cut.m):
+                self._trace(stage, i, reach)
+
+    def scale(self, i: int) -> float:
+        """The weight of a microbatch's loss."""
+        return self._scales[i]
+
+    def flat(self, s: int, i: int) -> Flat:
+        """The stage, traced for that microbatch's shape."""
+        return self._flats[s, self.inputs.cut.variant(i)]
+
+    def joint(self, s: int, i: int) -> Joint:
+        """Forward and backward as one graph."""
+        return self._joints[s, self.inputs.cut.variant(i), self.recomputes(s, i)]
+
+    def of(self, s: int, i: int) -> Mapping[Kind, Program]:
+        """The programs of a stage for that microbatch, by kind; what has nothing to
+        compute is not there.
+        """
+        joint = self.joint(s, i)
+        counts = tuple(
+            (leaf, self.contributions(s, leaf, i)) for leaf in joint.cotangents
+        )
+        scale = self.scale(i) if self.layout.stages[s].last else 1.0
+        split = (s, i) in self._split
+        key = (id(joint), scale, counts, split)
+        if key not in self._cut:
+            windows = tuple(self._windows(s, i).items())
+            options = Options(
+                split,
+                self.opened,
+                scale,
+                counts,
+                self._returned(s),
+                windows,
+                self._accumulates,
+            )
+            made = self._shared(
+                s,
+                (joint, options),
+                lambda: cut(joint, options, lambda code: self._compile(s, code)),
+            )
+            self.warnings.update(dict.fromkeys(made.warnings))
+            self._cut[key] = made
+        return self._cut[key].of
+
+    def readers(self, s: int, leaf: Leaf, i: int) -> list[tuple[int, Leaf]]:
+        """The stages that have a gradient for an output leaf, with their name for it."""
+        stages = self.layout.stages
+        if leaf.port == Y:
+            readers = [] if stages[s].last else [(s + 1, Leaf(X, leaf.k))]
+        else:
+            readers = [(t.index, leaf) for t in stages if leaf.port.of in t.skips_in]
+        return [(t, name) for t, name in readers if name in self.joint(t, i).gradients]
+
+    def contributions(self, s: int, leaf: Leaf, i: int) -> int:
+        """How many cotangents an output leaf gets: one of each reader; that of the
+        model's `y` comes from outside.
+        """
+        if leaf.port == Y and self.layout.stages[s].last:
+            return 1
+        return len(self.readers(s, leaf, i))
+
+    @property
+    def _accumulates(self) -> bool:
+        return self.whole and self.inputs.cut.m > 1
+
+    def recomputes(self, s: int, i: int) -> bool:
+        """Whether the backward of that microbatch recomputes its forward."""
+        direct = (s, i) in self._direct
+        return self.request.differentiates and self._remat.recomputes(
+            i, self.inputs.cut.m, direct
+        )
+
+    def _trace(self, stage: Stage, i: int, reach: dict[tuple[int, Leaf], bool]) -> None:
+        s, variant, recomputes = (
+            stage.index,
+            self.inputs.cut.variant(i),
+            self.recomputes(stage.index, i),
+        )
+        if (s, variant) not in self._flats:
+            self._flats[s, variant] = self._flatten(stage, i)
+        if (s, variant, recomputes) in self._joints:
+            return
+        flat = self._flats[s, variant]
+        if self.request.differentiates:
+            wanted, remat = (
+                self._wanted(stage, flat, reach),
+                self._remat if recomputes else None,
+            )
+            joint = self._shared(
+                s, (flat, wanted, remat), lambda: differentiate(flat, wanted, remat)
+            )
+        else:
+            joint = self._shared(s, (flat,), lambda: forward_alone(flat))
+        self._joints[s, variant, recomputes] = joint
+        for leaf, reached in joint.reach.items():
+            reach[s, leaf] = reach.get((s, leaf), False) or reached
+
+    def _flatten(self, stage: Stage, i: int) -> Flat:
+        inputs, s = self.inputs, stage.index
+        given = {Port("params", k): inputs.params[k] for k in stage.params}
+        given[X] = inputs.piece(X, i) if s == 0 else self.flat(s - 1, i).out[Y]
+        for skip in stage.skips_in:
+            port = Port("skip", skip)
+            given[port] = self.flat(self.layout.source_of(skip), i).out[port]
+        whole = inputs.whole(X) if s == 0 else frozenset[Leaf]()
+        if stage.asks("side"):
+            given[SIDE], whole = inputs.piece(SIDE, i), whole | inputs.whole(SIDE)
+        if stage.last and self.request.loss is not None:
+            given[TARGETS], whole = (
+                inputs.piece(TARGETS, i),
+                whole | inputs.whole(TARGETS),
+            )
+        if inputs.state is not None:
+            given |= {Port("state", k): inputs.state[k] for k in stage.stateful}
+        if stage.asks("key") and inputs.key is not None:
+            given |= {KEY: inputs.key, INDEX: Shape.of(index(0))}
+            given |= {Port("number", k): Shape.of(index(k)) for k in stage.keyed}
+        where = f", stage {s}, microbatch {i}"
+        train, loss = self.request.train, self.request.loss
+        key = (tuple(given.items()), train, whole, self.request.settings)
+        return self._shared(
+            s,
+            key,
+            lambda: flatten(
+                stage, given, train=train, loss=loss, whole=whole, where=where
+            ),
+        )
+
+    def _wanted(
+        self, stage: Stage, flat: Flat, reach: Mapping[tuple[int, Leaf], bool]
+    ) -> frozenset[Leaf]:
+        def asked(leaf: Leaf) -> bool:
+            if leaf.port.kind == "skip":
+                return reach.get((self.layout.source_of(leaf.port.of), leaf), False)
+            if leaf.port == X and stage.index > 0:
+                return reach.get((stage.index - 1, Leaf(Y, leaf.k)), False)
+            return leaf in self.request.wanted
+
+        pairs = zip(flat.inputs, flat.shapes, strict=True)
+        return frozenset(leaf for leaf, a in pairs if is_inexact(a) and asked(leaf))
+
+    def _windows(self, s: int, i: int) -> dict[Ref, Window]:
+        """What a stage's programs take whole and cut themselves: the call's inputs, and
+        cotangents of its `y`.
+        """
+        if self.inputs.cut.m == 1 or not self.whole:
+            return {}
+        flat, first, out = self.flat(s, i), self.flat(s, 0), dict[Ref, Window]()
+        whole = dict(zip(first.inputs, first.shapes, strict=True))
+        for leaf, shape in zip(flat.inputs, flat.shapes, strict=True):
+            outside = leaf.port in (SIDE, TARGETS) or (leaf.port == X and s == 0)
+            if outside and leaf not in flat.constant:
+                out[Ref("in", leaf)] = Window(whole[leaf].shape[0], shape.shape)
+        if flat.stage.last and self.request.mode == "vjp":
+            for k, (a, b) in enumerate(
+                zip(flat.out[Y].leaves, first.out[Y].leaves, strict=True)
+            ):
+                out[Ref("cotangent", Leaf(Y, k))] = Window(
+                    b.shape[0] if b.shape else 1, a.shape
+                )
+        return out
+
+    def _returned(self, s: int) -> frozenset[Leaf]:
+        """A stage's outputs that the user gets as they are: its states, and the `y` of
+        a single microbatch.
+        """
+        stage, outputs = self.layout.stages[s], self.flat(s, 0).outputs
+        if not self.whole:
+            return frozenset()
+        whole = stage.last and self.inputs.cut.m == 1
+        return frozenset(
+            leaf
+            for leaf in outputs
+            if leaf.port.kind == "state" or (whole and leaf.port == Y)
+        )
+
+    def _compile(self, s: int, code: Code) -> Callable[..., Sequence[Any]]:
+        """The function of a code; stages that compute the same share it, and its trace."""
+        if self._loses(s):
+            return code.compile()
+        return self._kept.get(Key(code.identity), code.compile)
+
+    def _loses(self, s: int) -> bool:
+        """Whether a stage contains the loss: a function that may be another one in the
+        next call.
+        """
+        return self.layout.stages[s].last and self.request.loss is not None
+
+    def _shared(self, s: int, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What does not depend on the loss is kept for other calls, also of pipes of
+        the same layers.
+        """
+        if self._loses(s):
+            return make()
+        stage = self.layout.stages[s]
+        return self._kept.get(
+            Key((stage.span, stage.skips_in, stage.skips_out, *key)), make
+        )

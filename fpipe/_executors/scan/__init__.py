@@ -1,0 +1,1 @@
+"""The scan executor: the whole call as one XLA program over a mesh."""

@@ -1,0 +1,145 @@
+"""The mesh of the scan executor: which devices it has, and what lies on it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fpipe._core.pytrees import Tracer
+
+AXIS = "stage"
+
+# The axis over which a batch is sharded, if the mesh has it.
+DATA = "data"
+
+
+def stage_devices(mesh: Any, devices: Any) -> list[Any]:
+    """The first device of each place on the mesh's axis of stages.
+
+    Arguments:
+        mesh: the user's, checked here.
+        devices: what else the user gave.
+    """
+    if not isinstance(mesh, Mesh):
+        raise TypeError(
+            f"`Pipe(mesh={mesh!r})`: a jax.sharding.Mesh, such as `jax.make_mesh((4,), "
+            f"({AXIS!r},))`"
+        )
+    auto = f"axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}"
+    if AXIS not in mesh.axis_names:
+        raise ValueError(
+            f"`Pipe(mesh=...)`: the mesh has the axes {mesh.axis_names}, and none is "
+            f"called {AXIS!r}; make one with "
+            f"`jax.make_mesh({tuple(mesh.shape.values())}, "
+            f"{(*mesh.axis_names[:-1], AXIS)}, {auto})`"
+        )
+    wrong = [
+        n
+        for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    ]
+    if wrong:
+        raise ValueError(
+            f"`Pipe(mesh=...)`: the axes {wrong} are explicit; make the mesh with "
+            f"`{auto}`"
+        )
+    own = [column[0] for column in columns(mesh)]
+    if devices is not None and list(devices) != own:
+        raise ValueError(
+            "`Pipe(mesh=..., devices=...)`: the devices are those of the mesh; leave "
+            "one of the two out"
+        )
+    return own
+
+
+def as_mesh(devices: Sequence[Any], mesh: Mesh | None, stages: int) -> Mesh:
+    """The mesh that a pipe runs on: the user's, or one of the devices that its schedule
+    uses.
+    """
+    if mesh is None:
+        if len(set(devices)) < len(devices):
+            raise ValueError(
+                '`Pipe(executor="scan", devices=...)`: a mesh has each device once, '
+                f"got {list(devices)}; to put several "
+                "stages on a device take a schedule that does, such as "
+                '"interleaved_1f1b"'
+            )
+        return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
+    if mesh.shape[AXIS] != len(devices):
+        raise ValueError(
+            f"`Pipe(mesh=...)`: the mesh has {mesh.shape[AXIS]} places on its axis "
+            f"{AXIS!r}, but the schedule puts {stages} "
+            f"stages on {len(devices)} devices; give `balance` as many entries as the "
+            f"mesh needs, or a mesh of {len(devices)}"
+        )
+    return mesh
+
+
+def columns(mesh: Mesh) -> list[list[Any]]:
+    """The devices of each stage's place, one for each combination of the other axes."""
+    moved = np.moveaxis(mesh.devices, mesh.axis_names.index(AXIS), 0)
+    return [list(row) for row in moved.reshape(moved.shape[0], -1)]
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """On every device."""
+    return NamedSharding(mesh, P())
+
+
+def by_stage(mesh: Mesh) -> NamedSharding:
+    """The first axis over the places of the stages."""
+    # What comes out of a program on one place does not name the axis; going in like
+    # that it is compiled for once.
+    return NamedSharding(mesh, P(AXIS) if mesh.shape[AXIS] > 1 else P())
+
+
+def on_device(a: Any, device: Any) -> Any:
+    """An array on a device of this process. Of an array that is whole on several
+    processes its own copy is taken.
+    """
+    if (
+        isinstance(a, jax.Array)
+        and a.is_fully_replicated
+        and not a.is_fully_addressable
+    ):
+        a = a.addressable_data(0)
+    return jax.device_put(a, device)
+
+
+def on_mesh(
+    arrays: Sequence[Any], mesh: Mesh, sharding: Callable[[Any], NamedSharding]
+) -> list[Any]:
+    """Arrays where the program finds them: those of other devices are copied to the
+    mesh. Shapes will do.
+
+    Arguments:
+        sharding: how such an array is to lie.
+    """
+    there = set(mesh.devices.flat)
+
+    def put(a: Any) -> Any:
+        if isinstance(a, Tracer) or (
+            isinstance(a, jax.Array) and a.sharding.device_set == there
+        ):
+            return a
+        if isinstance(a, jax.ShapeDtypeStruct):
+            return (
+                a
+                if a.sharding is not None
+                else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(a))
+            )
+        if mesh.is_multi_process and isinstance(a, jax.Array):
+            if jax.numpy.issubdtype(a.dtype, jax.dtypes.prng_key):
+                with (
+                    jax.ensure_compile_time_eval()
+                ):  # a key that a traced function closes over is known
+                    data = np.asarray(jax.random.key_data(a))
+                data = jax.device_put(data, replicated(mesh))
+                return jax.random.wrap_key_data(data, impl=jax.random.key_impl(a))
+            a = np.asarray(a)
+        return jax.device_put(a, sharding(a))
+
+    return [put(a) for a in arrays]

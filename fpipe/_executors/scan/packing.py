@@ -1,0 +1,272 @@
+"""Parameters as arrays over the mesh: each device holds those of its own stages, and no
+others.
+
+Every device of a mesh holds a block of the same shape, so parameters of several stages
+share an array with an axis of devices, a *row*. Where the arrays of the stages have one
+shape the row is their stack, without padding. Where they differ the largest of each
+stage share a row, then the next, and so on; each is flattened and padded to the
+longest.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fpipe._core.pytrees import PyTree, Shape, pack
+from fpipe._executors.scan.units import Units
+
+Entry = tuple[int, int]  # a layer, and the number of an array among its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An array with an axis of devices.
+
+    Attributes:
+        shape: of each device's block; flat if the arrays differ.
+        entries: the array that each device has there, if any.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    entries: tuple[Entry | None, ...]
+
+    def put(self, array: Any) -> Any:
+        """An array as a block."""
+        if array.shape == self.shape:
+            return array
+        flat = array.reshape(-1)
+        return jnp.pad(flat, (0, self.shape[0] - flat.shape[0]))
+
+    def take(self, block: Any, shape: tuple[int, ...]) -> Any:
+        """The array of that shape in a block."""
+        if shape == self.shape:
+            return block
+        size = int(np.prod(shape, dtype=np.int64))
+        return (block if size == self.shape[0] else block[:size]).reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """Where every array of a tuple with one pytree per layer is.
+
+    Attributes:
+        shapes: of each layer's pytree.
+        rows: the arrays over the mesh.
+    """
+
+    shapes: tuple[Shape, ...]
+    rows: tuple[Row, ...]
+
+    @classmethod
+    def of(cls, units: Units, shapes: Sequence[Shape]) -> "Packing":
+        """Cores and whole stages by their position on the device; all ends together."""
+        devices = 1 + max(units.device)
+        groups: dict[tuple[bool, int], list[list[Entry]]] = {}
+        for unit, role, d, j in zip(
+            units.stages, units.roles, units.device, units.position, strict=True
+        ):
+            key = (role == "end", 0 if role == "end" else j)
+            own = groups.setdefault(key, [[] for _ in range(devices)])[d]
+            own += [(k, n) for k in unit.span for n in range(len(shapes[k].leaves))]
+        rows = [
+            row for _, group in sorted(groups.items()) for row in _rows(group, shapes)
+        ]
+        return cls(tuple(shapes), tuple(rows))
+
+    @property
+    def whole(self) -> tuple[PyTree, ...]:
+        """The shapes of the arrays, as one pytree for each layer."""
+        return tuple(shape.tree for shape in self.shapes)
+
+    @cached_property
+    def where(self) -> Mapping[Entry, tuple[int, int]]:
+        """The row and the device of each array."""
+        return {
+            entry: (r, d)
+            for r, row in enumerate(self.rows)
+            for d, entry in enumerate(row.entries)
+            if entry
+        }
+
+    @cached_property
+    def paths(self) -> tuple[str, ...]:
+        """A name for each row: its first array's, by layer."""
+        names: dict[Entry, str] = {}
+        for k, shape in enumerate(self.shapes):
+            named = jax.tree_util.tree_flatten_with_path(
+                shape.spec.unpack(range(shape.spec.arrays))
+            )[0]
+            names |= {
+                (k, n): f"{k}{jax.tree_util.keystr(path)}"
+                for path, n in named
+                if type(n) is int
+            }
+        return tuple(next(names[e] for e in row.entries if e) for row in self.rows)
+
+    @property
+    def padding(self) -> int:
+        """The bytes on all devices together that hold nothing."""
+        held = sum(
+            _bytes(a.shape, a.dtype) for shape in self.shapes for a in shape.leaves
+        )
+        return (
+            sum(len(row.entries) * _bytes(row.shape, row.dtype) for row in self.rows)
+            - held
+        )
+
+    def shape(self, entry: Entry) -> jax.ShapeDtypeStruct:
+        """The shape of an array."""
+        return self.shapes[entry[0]].leaves[entry[1]]
+
+    def blocks(self, device: int, trees: Mapping[int, PyTree]) -> list[Any]:
+        """A device's block of every row, from the pytrees of its layers."""
+        leaves = {k: pack(tree)[0] for k, tree in trees.items()}
+        out = []
+        for row in self.rows:
+            entry = row.entries[device]
+            out.append(
+                jnp.zeros(row.shape, row.dtype)
+                if entry is None
+                else row.put(leaves[entry[0]][entry[1]])
+            )
+        return out
+
+    def pack(self, trees: Sequence[PyTree]) -> tuple[Any, ...]:
+        """The rows, from the pytrees of all layers."""
+        every = dict(enumerate(trees))
+        count = len(self.rows[0].entries) if self.rows else 0
+        blocks = [self.blocks(d, every) for d in range(count)]
+        return tuple(jnp.stack(column) for column in zip(*blocks, strict=True))
+
+    @cached_property
+    def entries(self) -> tuple[Entry, ...]:
+        """Every array, layer by layer."""
+        return tuple(
+            (k, n)
+            for k, shape in enumerate(self.shapes)
+            for n in range(len(shape.leaves))
+        )
+
+    def take(self, rows: Mapping[int, Any] | Sequence[Any], entry: Entry) -> Any:
+        """An array out of its row."""
+        r, d = self.where[entry]
+        return self.rows[r].take(rows[r][d], self.shape(entry).shape)
+
+    def trees(self, leaves: Sequence[Any]) -> tuple[PyTree, ...]:
+        """The pytrees of all layers, from all arrays in order."""
+        rest = iter(leaves)
+        return tuple(
+            shape.spec.unpack([next(rest) for _ in shape.leaves])
+            for shape in self.shapes
+        )
+
+
+def _rows(group: Sequence[Sequence[Entry]], shapes: Sequence[Shape]) -> list[Row]:
+    """Rows for the arrays of several devices: in their order if they are alike, else
+    the largest first.
+    """
+
+    def aval(entry: Entry) -> jax.ShapeDtypeStruct:
+        return shapes[entry[0]].leaves[entry[1]]
+
+    kinds = [[(aval(e).shape, aval(e).dtype) for e in entries] for entries in group]
+    some = [k for k in kinds if k]
+    columns: list[list[Sequence[Entry]]] = []
+    if some and all(k == some[0] for k in some):
+        columns = [
+            [[entries[n]] if entries else [] for entries in group]
+            for n in range(len(some[0]))
+        ]
+    else:
+        for dtype in sorted({str(dtype) for k in kinds for _, dtype in k}):
+            own = [
+                sorted(
+                    (e for e in entries if str(aval(e).dtype) == dtype),
+                    key=lambda e: -int(np.prod(aval(e).shape)),
+                )
+                for entries in group
+            ]
+            for n in range(max(map(len, own))):
+                columns.append([entries[n : n + 1] for entries in own])
+    rows = []
+    for column in columns:
+        entries = tuple(e[0] if e else None for e in column)
+        avals = [aval(e) for e in entries if e]
+        same = all(a.shape == avals[0].shape for a in avals)
+        size = max(int(np.prod(a.shape, dtype=np.int64)) for a in avals)
+        rows.append(Row(avals[0].shape if same else (size,), avals[0].dtype, entries))
+    return rows
+
+
+def _bytes(shape: tuple[int, ...], dtype: Any) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Packed:
+    """Placed parameters (or gradients) of a pipe with `executor="scan"`: a pytree of
+    arrays over the mesh.
+
+    Its leaves are the arrays, each with a first axis of devices, so that
+    `jax.tree.map`, optax and checkpoint libraries work on it. `pipe.gather` turns it
+    back into a tuple with one entry per layer.
+
+    Attributes:
+        arrays: the arrays; block `d` of each is on device `d` of the mesh axis
+            `"stage"`.
+        packing: which layer's array is where.
+    """
+
+    arrays: tuple[Any, ...]
+    packing: Packing
+
+    @property
+    def padding(self) -> int:
+        """The bytes on all devices together that hold nothing, because the stages'
+        parameters differ.
+        """
+        return self.packing.padding
+
+    def __contains__(self, name: object) -> bool:
+        """`False`: arrays have no names that could be asked for. Flax's `TrainState`
+        asks all parameters.
+        """
+        return False
+
+    def __repr__(self) -> str:
+        rows = ", ".join(
+            f"{path}: {array}"
+            for path, array in zip(
+                self.packing.paths, map(_short, self.arrays), strict=False
+            )
+        )
+        return f"Packed({rows}; {self.padding} bytes of padding)"
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], Packing]:
+        """The arrays by name."""
+        return [
+            (jax.tree_util.DictKey(path), array)
+            for path, array in zip(self.packing.paths, self.arrays, strict=True)
+        ], self.packing
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], Packing]:
+        """The arrays."""
+        return self.arrays, self.packing
+
+    @classmethod
+    def tree_unflatten(cls, packing: Packing, arrays: Sequence[Any]) -> "Packed":
+        """The inverse."""
+        return cls(tuple(arrays), packing)
+
+
+def _short(array: Any) -> str:
+    if not hasattr(array, "dtype"):
+        return repr(array)
+    return f"{array.dtype}[{','.join(map(str, array.shape))}]"

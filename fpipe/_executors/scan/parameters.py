@@ -1,0 +1,166 @@
+"""Parameters put on the mesh and taken off it again."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from fpipe._core.caches import Key, Recent
+from fpipe._core.pytrees import PyTree, Shape, float0_like, is_traced, map_arrays
+from fpipe._executors.scan.mesh import by_stage, columns, on_device, replicated
+from fpipe._executors.scan.packing import Packed, Packing
+from fpipe._executors.scan.units import Units, cut_units
+from fpipe._model.model import Model
+
+# Packings, and programs that unpack, that one pipe keeps.
+_KEPT = 32
+
+
+class Parameters:
+    """Where the parameters of one pipe are."""
+
+    def __init__(
+        self,
+        model: Model,
+        balance: Sequence[int],
+        stage_to_device: Sequence[int],
+        mesh: Mesh,
+    ) -> None:
+        self.mesh, self._model, self._balance, self._map = (
+            mesh,
+            model,
+            tuple(balance),
+            tuple(stage_to_device),
+        )
+        self._kept = Recent(_KEPT)
+        # The devices of each layer that this process has.
+        own = [
+            [device for device in c if device.process_index == jax.process_index()]
+            for c in columns(mesh)
+        ]
+        self._columns = own
+        self._here = [
+            own[self._map[s]] for s, n in enumerate(self._balance) for _ in range(n)
+        ]
+
+    def packing(self, shapes: Sequence[Shape]) -> tuple[Units, Packing]:
+        """How parameters of these shapes are cut into units and packed."""
+        shapes = tuple(shapes)
+
+        def make() -> tuple[Units, Packing]:
+            units = cut_units(self._model, self._balance, self._map, shapes)
+            return units, Packing.of(units, shapes)
+
+        return self._kept.get(Key(shapes), make)
+
+    def make_state(self, layer: int, f: Callable[[Any], PyTree], key: Any) -> PyTree:
+        """Run `f(key)` where a layer belongs, or in a process that has no part of it: a
+        call takes whole states.
+        """
+        device = next(iter(self._here[layer]), None)
+        with jax.default_device(device):
+            return f(key if device is None else jax.device_put(key, device))
+
+    def make(self, layer: int, f: Callable[[Any], PyTree], key: Any) -> PyTree:
+        """Run `f(key)` where a layer belongs; where this process has no part of it,
+        only its shapes.
+        """
+        here = self._here[layer]
+        if not here:
+            return jax.eval_shape(f, key)
+        with jax.default_device(here[0]):
+            return f(None if key is None else jax.device_put(key, here[0]))
+
+    def place(self, params: Sequence[PyTree]) -> Packed:
+        """Every device its own stages' parameters, and no others. Inside a trace too."""
+        packing = self.packing([Shape.of(p) for p in params])[1]
+        if is_traced(params):
+            rows = packing.pack(params)
+            return Packed(
+                tuple(
+                    jax.lax.with_sharding_constraint(a, by_stage(self.mesh))
+                    for a in rows
+                ),
+                packing,
+            )
+        shards: list[list[Any]] = [[] for _ in packing.rows]
+        for d, here in enumerate(self._columns):
+            if here:
+                layers = {entry[0] for row in packing.rows if (entry := row.entries[d])}
+                with jax.default_device(here[0]):
+                    own = {
+                        k: map_arrays(lambda a, to=here[0]: on_device(a, to), params[k])
+                        for k in layers
+                    }
+                    blocks = packing.blocks(d, own)
+                for shard, block in zip(shards, blocks, strict=True):
+                    shard += [jax.device_put(block[None], device) for device in here]
+        count = len(self._columns)
+        make, sharding = jax.make_array_from_single_device_arrays, by_stage(self.mesh)
+        arrays = [
+            make((count, *row.shape), sharding, s)
+            for row, s in zip(packing.rows, shards, strict=True)
+        ]
+        return Packed(tuple(arrays), packing)
+
+    def gather(self, params: Packed) -> tuple[PyTree, ...]:
+        """The exact inverse of `place`: on the first device, or, over several
+        processes, on every device.
+        """
+        packing = params.packing
+        whole = [n for n, a in enumerate(params.arrays) if a.dtype != jax.dtypes.float0]
+
+        def unpack(arrays: Sequence[Any]) -> list[Any]:
+            rows = dict(zip(whole, arrays, strict=True))
+            return [
+                packing.take(rows, entry)
+                for entry in packing.entries
+                if packing.where[entry][0] in rows
+            ]
+
+        arrays = [params.arrays[n] for n in whole]
+        if is_traced(params):
+            made = unpack(arrays)
+        else:
+            run = self._kept.get(
+                Key((packing, tuple(whole))),
+                lambda: jax.jit(unpack, out_shardings=replicated(self.mesh)),
+            )
+            made = run(arrays)
+            if not self.mesh.is_multi_process:
+                made = jax.device_put(made, self.mesh.devices.flat[0])
+        found = iter(made)
+        leaves = [
+            next(found)
+            if packing.where[e][0] in whole
+            else float0_like(packing.shape(e))
+            for e in packing.entries
+        ]
+        return packing.trees(leaves)
+
+    def check(self, params: Any, call: str) -> None:
+        """Refuse parameters that are not packed for this pipe.
+
+        Raises:
+            TypeError: they are not packed.
+            ValueError: they are packed for another partition.
+        """
+        if not isinstance(params, Packed):
+            raise TypeError(
+                f'{call}: a Pipe with executor="scan" takes packed parameters, got '
+                f"{type(params).__name__}; make them with "
+                "`params = pipe.place(params)`"
+            )
+        shapes = params.packing.shapes
+        if len(shapes) != len(self._model.layers):
+            raise ValueError(
+                f"{call}: these parameters are of {len(shapes)} layers, but the model "
+                f"has {len(self._model.layers)}"
+            )
+        if self.packing(shapes)[1] != params.packing:
+            raise ValueError(
+                f"{call}: these parameters are packed for another partition; write "
+                "`pipe.place(other.gather(params))`, "
+                "where `other` is the pipe that placed them"
+            )

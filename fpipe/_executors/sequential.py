@@ -1,0 +1,256 @@
+"""The reference: what a `Pipe` must compute, as the plain composition of its layers."""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fpipe._core.pytrees import (
+    PyTree,
+    Shape,
+    fill_gradient,
+    is_inexact,
+    numbers_as_arrays,
+    pack,
+)
+from fpipe._executors.anomaly import Detector
+from fpipe._executors.call import (
+    OF_X,
+    Args,
+    Call,
+    Result,
+    as_compute_dtype,
+    check_chunks,
+    check_key,
+)
+from fpipe._model.batch_norm import deferred
+from fpipe._model.loss import Loss, divided, sum_dtype, wide
+from fpipe._model.microbatch import Cut, check_alike, cut_inputs, first_microbatch, join
+from fpipe._model.model import Model
+
+
+def sequential(
+    layers: Iterable[Any],
+    chunks: int = 1,
+    compute_dtype: Any = None,
+    deferred_batch_norm: bool = False,
+    detect_anomaly: bool = False,
+) -> "Sequential":
+    """The plain composition of layers, with the calls, microbatches, keys and state
+    order of a `Pipe`.
+
+    It is plain JAX: `jax.jit`, `jax.grad`, `jax.vmap` and `jax.eval_shape` work on it.
+    At equal `chunks` every `Pipe` over the same layers computes the same.
+
+    Arguments:
+        layers: functions, `Layer`s, or nested sequences of them.
+        chunks: the number of microbatches asked for.
+        compute_dtype, deferred_batch_norm, detect_anomaly: as for `Pipe`.
+
+    Returns:
+        An object with `init`, `init_state`, `place`, `gather`, a call, `value_and_grad`
+        and `evaluate`.
+
+    Example:
+        >>> model = fpipe.sequential([fpipe.fn(jnp.sin), fpipe.fn(jnp.cos)], chunks=2)
+        >>> params = model.init(jax.random.key(0), jnp.ones((4, 3)))
+        >>> model(params, jnp.zeros((4, 3))).shape
+        (4, 3)
+    """
+    model = Model(layers, as_compute_dtype("sequential", compute_dtype))
+    if deferred_batch_norm:
+        model = Model(deferred(model.layers, "sequential"), model.compute_dtype)
+    chunks = check_chunks("sequential", chunks)
+    return Sequential(
+        model,
+        chunks,
+        Detector("fpipe.sequential", model, None, chunks) if detect_anomaly else None,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequential(Call):
+    """The layers one after the other, microbatch by microbatch, in plain JAX. See
+    `fpipe.sequential`.
+    """
+
+    model: Model
+    chunks: int
+    detector: Detector | None = None
+
+    def init(self, key: Any, x: PyTree, side: PyTree = None) -> tuple[PyTree, ...]:
+        """Parameters of every layer; see `Pipe.init`."""
+        check_key(key)
+        return self.model.init(
+            key, *first_microbatch(x, side, self.chunks), lambda _, make, key: make(key)
+        )
+
+    def init_state(
+        self,
+        x: PyTree,
+        side: PyTree = None,
+        params: Sequence[PyTree] | None = None,
+        key: Any = None,
+    ) -> tuple[PyTree, ...]:
+        """State of every layer; see `Pipe.init_state`."""
+        cut = first_microbatch(x, side, self.chunks)
+        return self.model.init_state(*cut, params, key, lambda _, make, key: make(key))
+
+    def place(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
+        """The parameters as they are, Python numbers among them as arrays."""
+        return tuple(numbers_as_arrays(p) for p in params)
+
+    def gather(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
+        """The parameters as they are."""
+        return tuple(params)
+
+    def raise_anomaly(self) -> None:
+        """Raise what calls inside `jax.jit` have found; see `Pipe.raise_anomaly`."""
+        if self.detector is not None:
+            self.detector.raise_found()
+
+    def _forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
+        if self.detector is not None:
+            return self.detector.forward(
+                Sequential(self.detector.watched, self.chunks)._forward, args
+            )
+        cut = cut_inputs(args.x, args.side, (), self.chunks)
+        state, parts = self._first_state(args), []
+        for i in range(cut.m):
+            y, state = self._microbatch(args, cut, i, state)
+            parts.append(y)
+        return _together(
+            parts, join, "`pipe(params, x)`: y", stacked=False
+        ), self._last_state(state)
+
+    def _loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
+        if self.detector is not None:
+            return self.detector.loss(
+                Sequential(self.detector.watched, self.chunks)._loss,
+                args,
+                loss,
+                argnums,
+            )
+        cut = cut_inputs(args.x, args.side, args.targets, self.chunks)
+        scales = cut.shares if loss.reduction == "mean" else (1.0,) * cut.m
+        arrays, spec = pack(tuple(args.numbered[n] for n in argnums))
+        frozen = [still for n in argnums for still in _frozen(args, n)]
+        asked = [
+            is_inexact(a) and not still for a, still in zip(arrays, frozen, strict=True)
+        ]
+        chosen = [a for a, take in zip(arrays, asked, strict=True) if take]
+
+        def microbatch(chosen: Sequence[Any], i: int, state: Any) -> Any:
+            rest = iter(chosen)
+            given = spec.unpack(
+                [
+                    next(rest) if take else a
+                    for a, take in zip(arrays, asked, strict=True)
+                ]
+            )
+            numbered = dict(enumerate(args.numbered)) | dict(
+                zip(argnums, given, strict=True)
+            )
+            own = args._replace(
+                params=numbered[0],
+                x=numbered[1],
+                targets=tuple(numbered[n] for n in range(2, len(numbered))),
+            )
+            y, state = self._microbatch(own, cut, i, state)
+            value, weight, aux = loss(
+                y, cut.targets.tree(i, own.targets), f", microbatch {i}"
+            )
+            return value * scales[i], (value, weight, aux, state)
+
+        # Gradients of whole arguments: each microbatch adds to its own rows, and to all
+        # of what goes whole.
+        state, auxes, values, weights = self._first_state(args), [], [], []
+        dtype: Any = None
+        sums: list[Any] = [jnp.zeros(a.shape, sum_dtype(a.dtype)) for a in chosen]
+        differentiated = jax.value_and_grad(microbatch, has_aux=True)
+        for i in range(cut.m):
+            if chosen:
+                (_, (value, weight, aux, state)), parts = differentiated(
+                    chosen, i, state
+                )
+                sums = [a + b.astype(a.dtype) for a, b in zip(sums, parts, strict=True)]
+            else:
+                _, (value, weight, aux, state) = microbatch(chosen, i, state)
+            dtype = value.dtype
+            values.append(wide(value) * scales[i])
+            weights.append(weight)
+            auxes.append(aux)
+        total = functools.reduce(operator.add, values)
+        if loss.reduction == "weighted":
+            weight = functools.reduce(operator.add, map(wide, weights))
+            total, sums = divided(total, weight), [divided(g, weight) for g in sums]
+        found = iter(g.astype(a.dtype) for g, a in zip(sums, chosen, strict=True))
+        gradients = fill_gradient(
+            spec, arrays, [next(found) if take else None for take in asked]
+        )
+        return Result(
+            total.astype(dtype),
+            _together(
+                auxes, jnp.stack, f"`{loss.call}(has_aux=True)`: aux", stacked=True
+            ),
+            self._last_state(state),
+            gradients,
+        )
+
+    def _microbatch(
+        self, args: Args, cut: Cut, i: int, state: Any
+    ) -> tuple[PyTree, Any]:
+        y, _, state = self.model.apply(
+            range(len(self.model.layers)),
+            dict(enumerate(args.params)),
+            cut.x.tree(i, args.x),
+            skips={},
+            state=state,
+            side=cut.side.tree(i, args.side),
+            key=args.key,
+            microbatch=i,
+            train=args.train,
+            where=f", microbatch {i}",
+        )
+        return y, state
+
+    def _first_state(self, args: Args) -> dict[int, PyTree]:
+        return (
+            {k: args.state[k] for k in self.model.stateful}
+            if args.state is not None
+            else {}
+        )
+
+    def _last_state(self, state: dict[int, PyTree]) -> tuple[PyTree, ...]:
+        ended = self.model.finish(state)
+        return tuple(ended.get(k) for k in range(len(self.model.layers)))
+
+
+def _frozen(args: Args, number: int) -> list[bool]:
+    """Whether each array of an argument is frozen."""
+    entries = (
+        dict(enumerate(args.params))
+        if number == 0
+        else {OF_X if number == 1 else None: args.numbered[number]}
+    )
+    return [
+        (k, n) in args.frozen
+        for k, entry in entries.items()
+        for n in range(len(pack(entry)[0]))
+    ]
+
+
+def _together(
+    parts: Sequence[PyTree],
+    join: Callable[[Sequence[Any]], Any],
+    what: str,
+    stacked: bool,
+) -> PyTree:
+    """The parts of all microbatches as one pytree."""
+    check_alike([Shape.of(part) for part in parts], what, stacked)
+    arrays, specs = zip(*map(pack, parts), strict=True)
+    return specs[0].unpack([join(column) for column in zip(*arrays, strict=True)])

@@ -1,0 +1,317 @@
+"""Deferred batch normalisation: running statistics of the whole batch, updated once per
+call.
+
+torchgpipe's (Kim et al., arXiv 2004.09910, section 4.1.4). There sums and sums of
+squares are added up, which cancels where the mean is large; here means and summed
+squared distances are merged pair by pair (Chan, Golub and LeVeque, "Algorithms for
+computing the sample variance", 1983).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fpipe._core.errors import noting
+from fpipe._model.layer import Layer
+
+
+class Moments(NamedTuple):
+    """Mean and spread of some values, in float32 (float64 if the values are).
+
+    `count` is how many there are, 0-d or in the shape of `mean`; `m2` is the sum of
+    squared distances from the mean.
+    """
+
+    count: Any
+    mean: Any
+    m2: Any
+
+
+def moments(x: Any, axes: Sequence[int]) -> Moments:
+    """The moments of `x` over `axes`.
+
+    The corrected two-pass algorithm: distances are taken from a first mean, and what
+    that mean was off by is put right.
+    """
+    x = x.astype(statistics_dtype(x.dtype))
+    count = math.prod(x.shape[a] for a in axes)
+    # The result is the same from any origin, so no gradient needs to go through it.
+    origin = jax.lax.stop_gradient(x.mean(axes, keepdims=True))
+    distance = x - origin
+    off = distance.mean(axes)
+    m2 = jnp.square(distance).sum(axes) - count * jnp.square(off)
+    return Moments(
+        jnp.asarray(count, x.dtype), origin.reshape(off.shape) + off, jnp.maximum(m2, 0)
+    )
+
+
+def no_moments(shape: Sequence[int], dtype: Any = jnp.float32) -> Moments:
+    """The moments of no values: merged with others they change nothing."""
+    return Moments(
+        jnp.zeros((), dtype), jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+    )
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """The moments of the values of `a` and `b` together; either may have none."""
+    count = a.count + b.count
+    share = b.count / jnp.maximum(count, 1)
+    distance = b.mean - a.mean
+    # `a.count * share` first: it is 0 where one has no values, and a large distance
+    # squared would be inf.
+    return Moments(
+        count,
+        a.mean + distance * share,
+        a.m2 + b.m2 + distance * (distance * (a.count * share)),
+    )
+
+
+def variance(all_: Moments, unbiased: bool = False) -> Any:
+    """The variance; `unbiased` divides by the count less one. Of no values, and
+    unbiased of one value, it is 0.
+    """
+    return all_.m2 / jnp.maximum(all_.count - 1 if unbiased else all_.count, 1)
+
+
+def updated(old: Any, new: Any, momentum: Any, count: Any) -> Any:
+    """A running statistic after a call: `momentum * old + (1 - momentum) * new`, or
+    `old` if nothing was counted.
+    """
+    return jnp.where(
+        count > 0, momentum * old + (1 - momentum) * new.astype(old.dtype), old
+    )
+
+
+def DeferredBatchNorm(  # noqa: N802 - it stands where a class of layers would
+    axis: int | Sequence[int] = -1,
+    momentum: float | None = 0.99,
+    epsilon: float = 1e-5,
+    use_bias: bool = True,
+    use_scale: bool = True,
+    unbiased: bool = False,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+    scale_init: Callable[..., Any] = jax.nn.initializers.ones,
+    bias_init: Callable[..., Any] = jax.nn.initializers.zeros,
+    name: str = "batch_norm",
+) -> Layer:
+    """A batch normalisation whose running statistics are those of the whole batch,
+    whatever `chunks` is.
+
+    With `train=True` each microbatch is normalised by its own mean and (biased)
+    variance. The running statistics stay as they are until the end of the call, and are
+    then updated once, with mean and variance of the whole batch: the same numbers as
+    `flax.linen.BatchNorm` has for the batch in one piece, for the same inputs. With
+    `train=False` they normalise, and stay. After torchgpipe (arXiv 2004.09910).
+
+    Arguments:
+        axis: the feature axis or axes; means are taken over all others. Default the
+            last.
+        momentum: the weight of the old statistics in `momentum * old + (1 - momentum) *
+            new`; `None` for the plain average over all calls.
+        epsilon: added to the variance.
+
+    Other Arguments:
+        use_bias, use_scale: whether there are parameters `"bias"` and `"scale"`, each
+            of the features' shape.
+        unbiased: whether the running variance divides by the count less one (as PyTorch
+            does; of one value it is then 0). Default `False`, as Flax.
+        dtype: of the output; default what `x` and the parameters promote to. Statistics
+            are computed in float32 (float64 if `x` is) in any case.
+        param_dtype, scale_init, bias_init: of the parameters; an init is `f(key, shape,
+            dtype)`, default ones and zeros.
+        name: the layer's name.
+
+    Returns:
+        A `Layer`: `x` an array of floats, `y` of its shape. Parameters `{"scale",
+        "bias"}`. State `{"mean", "var"}`, each of the features' shape, the `"calls"`
+        counted, and the `"moments"` of the call's microbatches so far.
+
+    Raises:
+        ValueError: a momentum or epsilon out of range; an axis that `x` does not have
+            (when the layer is called).
+        TypeError: `x` is no array of real floats (when the layer is called).
+
+    Example:
+        >>> model = fpipe.sequential([fpipe.DeferredBatchNorm(momentum=0.5)], chunks=2)
+        >>> x = jnp.arange(4.0).reshape(4, 1)
+        >>> params, state = model.init(jax.random.key(0), x), model.init_state(x)
+        >>> y, state = model(params, x, state=state, train=True)
+        >>> state[0]["mean"], state[0]["var"]  # from 0 and 1 half way to 1.5 and 1.25
+        (Array([0.75], dtype=float32), Array([1.125], dtype=float32))
+    """
+    call = "`fpipe.DeferredBatchNorm"
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise ValueError(
+            f"{call}(momentum={momentum!r})`: from 0 to 1, or None for the average "
+            "over all calls"
+        )
+    if not epsilon >= 0:
+        raise ValueError(f"{call}(epsilon={epsilon!r})`: at least 0")
+    axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+    inits = {"scale": scale_init} if use_scale else {}
+    inits |= {"bias": bias_init} if use_bias else {}
+    norm = _Norm(axes, epsilon, None if dtype is None else jnp.dtype(dtype), name)
+    return Layer(
+        norm,
+        _Init(norm, tuple(inits.items()), jnp.dtype(param_dtype)),
+        name,
+        init_state=_InitState(norm),
+        finish=_Finish(momentum, unbiased),
+    )
+
+
+# Each function of the layer is a frozen value, so that equal layers are equal, also
+# after pickling.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Norm:
+    axes: tuple[int, ...]
+    epsilon: float
+    dtype: Any
+    name: str
+
+    def __call__(self, params: Any, x: Any, *, state: Any, train: bool) -> Any:
+        features = self.features(x)
+        others = tuple(a for a in range(x.ndim) if a not in features)
+        mean, var = state["mean"], state["var"]
+        if train:
+            own = moments(x, others)
+            mean, var = own.mean, variance(own)
+            state = {**state, "moments": merge(state["moments"], own)}
+        shape = [n if a in features else 1 for a, n in enumerate(x.shape)]
+        wide = mean.dtype
+        factor = jax.lax.rsqrt(var + self.epsilon).reshape(shape)
+        if "scale" in params:
+            factor = factor * params["scale"].astype(wide).reshape(shape)
+        y = (x.astype(wide) - mean.reshape(shape)) * factor
+        if "bias" in params:
+            y = y + params["bias"].astype(wide).reshape(shape)
+        if self.dtype is not None:
+            return y.astype(self.dtype), state
+        with jax.numpy_dtype_promotion("standard"):
+            return y.astype(jnp.result_type(x, *params.values())), state
+
+    def features(self, x: Any) -> tuple[int, ...]:
+        """The feature axes of `x`, in order."""
+        if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, np.floating):
+            what = x.dtype if hasattr(x, "dtype") else type(x).__name__
+            raise TypeError(
+                f"`fpipe.DeferredBatchNorm`: {self.name!r} normalises an array of real "
+                f"floats, got {what}"
+            )
+        wrong = [a for a in self.axes if not -x.ndim <= a < x.ndim]
+        if wrong:
+            raise ValueError(
+                f"`fpipe.DeferredBatchNorm(axis={wrong[0]})`: {self.name!r} got an "
+                f"array of shape {x.shape}; its axes go "
+                f"from {-x.ndim} to {x.ndim - 1}"
+            )
+        return tuple(sorted({a % x.ndim for a in self.axes}))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Init:
+    norm: _Norm
+    inits: tuple[tuple[str, Callable[..., Any]], ...]
+    dtype: Any
+
+    def __call__(self, key: Any, x: Any) -> dict[str, Any]:
+        shape = tuple(x.shape[a] for a in self.norm.features(x))
+        keys = jax.random.split(key, 2)
+        return {
+            name: init(k, shape, self.dtype)
+            for (name, init), k in zip(self.inits, keys, strict=False)
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _InitState:
+    norm: _Norm
+
+    def __call__(self, x: Any) -> dict[str, Any]:
+        shape, wide = (
+            tuple(x.shape[a] for a in self.norm.features(x)),
+            statistics_dtype(x.dtype),
+        )
+        none = no_moments(shape, wide)
+        return {
+            "mean": jnp.zeros(shape, wide),
+            "var": jnp.ones(shape, wide),
+            "calls": jnp.int32(0),
+            "moments": none,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Finish:
+    momentum: float | None
+    unbiased: bool
+
+    def __call__(self, state: dict[str, Any]) -> dict[str, Any]:
+        batch = state["moments"]
+        some, calls = batch.count > 0, state["calls"].astype(batch.mean.dtype)
+        momentum = calls / (calls + 1) if self.momentum is None else self.momentum
+        return {
+            "mean": updated(state["mean"], batch.mean, momentum, batch.count),
+            "var": updated(
+                state["var"], variance(batch, self.unbiased), momentum, batch.count
+            ),
+            "calls": state["calls"] + some.astype(jnp.int32),
+            "moments": no_moments(batch.mean.shape, batch.mean.dtype),
+        }
+
+
+def statistics_dtype(dtype: Any) -> Any:
+    """What statistics are computed in."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def deferred(layers: Sequence[Layer], call: str) -> tuple[Layer, ...]:
+    """The layers, those with a hook `defer` with their batch norms deferred.
+
+    Arguments:
+        layers: flat.
+        call: who asks, for errors.
+
+    Raises:
+        ValueError: no layer has that hook.
+        TypeError: a hook that returns no `Layer`.
+    """
+    where = f"`{call}(deferred_batch_norm=True)`"
+    if all(layer.defer is None for layer in layers):
+        raise ValueError(
+            f"{where}: no layer can defer its batch norms. `fpipe.DeferredBatchNorm` "
+            "does so by itself, without the "
+            "option; a layer of your own does if it is made with `fpipe.Layer(..., "
+            "defer=...)`. Otherwise leave the option out"
+        )
+    return tuple(_deferred(k, layer, where) for k, layer in enumerate(layers))
+
+
+def _deferred(k: int, layer: Layer, where: str) -> Layer:
+    if layer.defer is None:
+        return layer
+    with noting(f"in the defer of layer {k} {layer.name!r}"):
+        made = layer.defer()
+    if not isinstance(made, Layer):
+        raise TypeError(
+            f"{where}: the defer of layer {k} {layer.name!r} returns an fpipe.Layer, "
+            f"got {made!r}"
+        )
+    # Names, skips and parameters are the layer's own; it may have been isolated or
+    # renamed since the hook was made.
+    return dataclasses.replace(
+        layer,
+        apply=made.apply,
+        needs=made.needs,
+        init_state=made.init_state,
+        finish=made.finish,
+        defer=None,
+    )

@@ -1,0 +1,95 @@
+"""Which parameters are frozen: they get no gradient."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+
+from fpipe._core.caches import Recent
+from fpipe._core.pytrees import PyTree, aval, is_array
+
+# `frozen(path, array)`, or a pytree of bools that the parameters begin with.
+Frozen: TypeAlias = Callable[[str, Any], bool] | PyTree
+
+
+class FrozenLeaves:
+    """The frozen arrays of parameters, found once for each structure.
+
+    Arguments:
+        frozen: `frozen(path, array)`, with a path as `jax.tree_util.keystr` writes it;
+            or a pytree of bools that the parameters begin with, one entry per layer; or
+            `None`.
+    """
+
+    def __init__(self, frozen: Frozen | None) -> None:
+        self._frozen, self._found = frozen, Recent(8)
+
+    def of(self, params: Any) -> frozenset[tuple[int, int]]:
+        """Layer and number of each frozen array.
+
+        Arguments:
+            params: one entry per layer, or packed.
+        """
+        if self._frozen is None:
+            return frozenset()
+        shapes = getattr(getattr(params, "packing", None), "shapes", None)
+        trees = (
+            tuple(params) if shapes is None else tuple(shape.tree for shape in shapes)
+        )
+        leaves, structure = jax.tree.flatten(trees)
+        key = structure, tuple((a.shape, a.dtype) if is_array(a) else a for a in leaves)
+        return self._found.get(key, lambda: self._find(trees))
+
+    def _find(self, trees: tuple[PyTree, ...]) -> frozenset[tuple[int, int]]:
+        flags = iter(_flags(self._frozen, trees))
+        out = set[tuple[int, int]]()
+        for k, tree in enumerate(trees):
+            own = [next(flags) for leaf in jax.tree.leaves(tree) if is_array(leaf)]
+            out |= {(k, n) for n, flag in enumerate(own) if flag}
+        return frozenset(out)
+
+
+def spread(frozen: Frozen, tree: PyTree) -> list[Any]:
+    """What `frozen` says of each leaf of a tree: of a function's answers, or of the
+    flags of a prefix.
+
+    A function gets shapes: what it says is kept for all arrays of these.
+
+    Raises:
+        ValueError, TypeError: the tree does not begin with the prefix.
+    """
+    if callable(frozen):
+        named = jax.tree_util.tree_leaves_with_path(tree)
+        return [
+            is_array(a) and bool(frozen(jax.tree_util.keystr(path), aval(a)))
+            for path, a in named
+        ]
+    return jax.tree.leaves(
+        jax.tree.map(
+            lambda flag, part: jax.tree.map(lambda _: flag, part), frozen, tree
+        )
+    )
+
+
+def _flags(frozen: Any, trees: tuple[PyTree, ...]) -> list[bool]:
+    """A bool for each array."""
+    try:
+        flags = spread(frozen if callable(frozen) else tuple(frozen), trees)
+    except (TypeError, ValueError) as error:
+        if callable(frozen):
+            raise
+        raise ValueError(
+            "`value_and_grad(frozen=...)`: a function of a path and an array, or a "
+            "pytree of bools with one entry per layer "
+            f"that the parameters begin with, got {frozen!r}: {error}"
+        ) from None
+    wrong = [flag for flag in flags if not isinstance(flag, bool)]
+    if wrong:
+        raise TypeError(
+            f"`value_and_grad(frozen=...)`: bools are needed, got {wrong[0]!r}"
+        )
+    return [
+        flag
+        for flag, a in zip(flags, jax.tree.leaves(trees), strict=True)
+        if is_array(a)
+    ]

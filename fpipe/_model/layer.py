@@ -1,0 +1,530 @@
+"""Layers: pure functions `f(params, x, **needs)`, and the frozen record behind one."""
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import operator
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from fpipe._core.errors import noting
+from fpipe._core.pytrees import PyTree, describe
+from fpipe._model.skips import Namespace, Scope, scoped
+
+NEEDS = ("carry", "state", "key", "train", "borrowed", "side")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A layer of the model: a pure function and what it declares.
+
+    Arguments:
+        apply: `apply(params, x, **needs)`; `x` is any pytree. A need is asked for by
+            naming it as a keyword-only parameter:
+
+            - `carry`: a dict of the skips that the layer pops or peeks; see
+              `fpipe.stash` and `fpipe.pop`.
+            - `state`: the layer's state, from microbatch to microbatch in order, behind
+              `stop_gradient`. It keeps its structure, shapes and dtypes.
+            - `key`: a PRNG key of this layer and microbatch, `fold_in(fold_in(key,
+              layer), microbatch)`; `None` if the call was given none.
+            - `train`: `True` or `False`, as the call was given it.
+            - `borrowed`: a dict of the parameters of the layers in `borrow`, by name.
+            - `side`: this microbatch's piece of the call's `side`.
+
+            It returns `y`; with `carry` `(y, carry)`; with `state` `(y, state)`; with
+            both `(y, carry, state)`.
+        init: `init(key, x, **needs) -> params`, where `x` is a microbatch of zeros; it
+            may name needs too. `fpipe.fn` layers need none.
+        name: for errors, drawings and `borrow`; default the function's name.
+
+    Other Arguments:
+        stash, pop, peek: names of the skips that the layer stashes, pops, or reads
+            without popping.
+        needs: overrides what the signature says, for wrappers that hide it.
+        borrow: names of the layers whose parameters come as `borrowed[name]` (tied
+            weights).
+        init_state: `init_state(x, **needs) -> state`, for a layer with state; its `key`
+            is the layer's own.
+        finish: `finish(state) -> state`, applied once at the end of a call.
+        defer: `defer() -> Layer`, the same layer with its batch norms deferred: for
+            `Pipe(deferred_batch_norm=True)`, which takes that layer's `apply`, `needs`,
+            `init_state` and `finish` in place of this one's.
+        namespaces: the namespace of each isolated skip; `isolate` sets it.
+
+    Raises:
+        TypeError: a need as positional parameter, an unknown required keyword, a string
+            where a list of names belongs, skips without the need `carry`; another
+            `Layer`, or a Flax module, as `apply`.
+        ValueError: a name that is there twice.
+
+    Example:
+        >>> dense = fpipe.Layer(
+        ...     lambda params, x: jnp.tanh(x @ params),
+        ...     init=lambda key, x: jax.random.normal(key, (x.shape[-1], 8)),
+        ...     name="dense",
+        ... )
+    """
+
+    apply: Callable[..., Any]
+    init: Callable[..., PyTree] | None = None
+    name: str = ""
+    stash: Sequence[str] = ()
+    pop: Sequence[str] = ()
+    peek: Sequence[str] = ()
+    needs: Sequence[str] | None = None
+    borrow: Sequence[str] = ()
+    init_state: Callable[..., PyTree] | None = None
+    finish: Callable[[PyTree], PyTree] | None = None
+    defer: Callable[[], "Layer"] | None = None
+    namespaces: tuple[tuple[str, Namespace], ...] = ()
+
+    def __post_init__(self) -> None:
+        put = functools.partial(object.__setattr__, self)
+        for field in ("apply", "init", "init_state", "finish", "defer"):
+            value = getattr(self, field)
+            if not callable(value) and (value is not None or field == "apply"):
+                raise TypeError(
+                    f"`fpipe.Layer({field}=...)`: {value!r} is not callable"
+                )
+        _check_function(self.apply, "`fpipe.Layer(f)`")
+        if not isinstance(self.name, str):
+            raise TypeError(
+                f"`fpipe.Layer(name=...)`: a name is a string, got {self.name!r}"
+            )
+        put("name", self.name or function_name(self.apply))
+        for field in ("stash", "pop", "peek", "borrow"):
+            put(
+                field,
+                checked_names(
+                    getattr(self, field),
+                    f"`fpipe.Layer({field}=...)` of layer {self.name!r}",
+                ),
+            )
+        put("needs", self._checked_needs())
+        form = f"`def {self.name}(params, x, *, "
+        if (self.stash or self.pop or self.peek) and not self.asks("carry"):
+            raise TypeError(
+                f"layer {self.name!r} declares skips but its function has no "
+                "keyword-only parameter `carry`: write "
+                f"{form}carry)` and return `(y, carry)`"
+            )
+        if self.borrow and not self.asks("borrowed"):
+            raise TypeError(
+                f"layer {self.name!r} borrows {list(self.borrow)} but its function has "
+                "no keyword-only parameter "
+                f"`borrowed`: write {form}borrowed)`"
+            )
+        if (self.init_state or self.finish) and not self.asks("state"):
+            raise TypeError(
+                f"layer {self.name!r} has init_state or finish but its function has no "
+                "keyword-only parameter "
+                f"`state`: write {form}state)` and return `(y, state)`"
+            )
+
+    def _checked_needs(self) -> tuple[str, ...]:
+        if self.needs is None:
+            return signature_needs(self.apply, self.name)
+        given = checked_names(
+            self.needs, f"`fpipe.Layer(needs=...)` of layer {self.name!r}"
+        )
+        unknown = [n for n in given if n not in NEEDS]
+        if unknown:
+            raise TypeError(
+                f"layer {self.name!r}: {unknown} are no needs; the needs are "
+                f"{', '.join(NEEDS)}"
+            )
+        return tuple(n for n in NEEDS if n in given)
+
+    def __call__(self, params: PyTree, x: PyTree, **needs: Any) -> Any:
+        """Call the layer's function as it is."""
+        return self.apply(params, x, **needs)
+
+    def __reduce__(self) -> Any:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        f = self.apply.f if isinstance(self.apply, _WithoutParams) else self.apply
+        name = getattr(f, "__module__", None), getattr(f, "__qualname__", None)
+        try:
+            found = _by_name(*name)
+        except (KeyError, AttributeError, TypeError):
+            found = None
+        if isinstance(found, Layer) and found.apply == self.apply:
+            # A decorated function: its name leads to the layer, which has it.
+            return _remade, (fields | {"apply": None}, name)
+        return _remade, (fields, None)
+
+    def asks(self, need: str) -> bool:
+        """Whether the layer declares a need."""
+        return need in (self.needs or ())
+
+    def isolate(
+        self, namespace: Namespace, only: Iterable[str] | None = None
+    ) -> "Layer":
+        """The same layer with its skips (or `only` some of them) in a namespace.
+
+        Arguments:
+            namespace: a `Namespace`, shared by the layers that stash, peek and pop the
+                skip.
+            only: names of skips that this layer declares; default all of them.
+        """
+        if not isinstance(namespace, Namespace):
+            raise TypeError(
+                f"`isolate(namespace)` of layer {self.name!r}: {namespace!r} is no "
+                "fpipe.Namespace"
+            )
+        mine = (*self.stash, *self.pop, *self.peek)
+        chosen = (
+            mine
+            if only is None
+            else checked_names(only, f"`isolate(only=...)` of layer {self.name!r}")
+        )
+        for name in chosen:
+            if name not in mine:
+                raise ValueError(
+                    f"`isolate(only=[{name!r}])`: layer {self.name!r} declares no such "
+                    f"skip, only {list(mine)}"
+                )
+        spaces = dict(self.namespaces) | dict.fromkeys(chosen, namespace)
+        return dataclasses.replace(self, namespaces=tuple(spaces.items()))
+
+
+def _by_name(module: Any, name: Any) -> Any:
+    return operator.attrgetter(name)(sys.modules[module])
+
+
+def _remade(fields: dict[str, Any], name: tuple[str, str] | None) -> Layer:
+    if name is not None:
+        importlib.import_module(name[0])
+        fields = fields | {"apply": _by_name(*name).apply}
+    return Layer(**fields)
+
+
+def function_name(f: Callable[..., Any]) -> str:
+    """The name that a person would call a function by."""
+    while isinstance(f, functools.partial):
+        f = f.func
+    return getattr(f, "__name__", type(f).__name__)
+
+
+def _check_function(f: Callable[..., Any], call: str) -> None:
+    """Refuse what looks like a function and has more than its call: that would be lost."""
+    if isinstance(f, Layer):
+        raise TypeError(
+            f"{call}: {f.name!r} is an fpipe.Layer already, and its init, state, skips "
+            "and borrowed parameters would be lost: "
+            "use it as it is; `dataclasses.replace(layer, name=...)` changes a part of "
+            "it"
+        )
+    kind: type = type(f)
+    # By name, as the core imports no Flax; what else Flax has, such as `nnx.jit` of a
+    # function, is a function.
+    if any(
+        base.__name__ == "Module" and base.__module__.startswith("flax.")
+        for base in kind.__mro__
+    ):
+        raise TypeError(
+            f"{call}: a {kind.__name__} is a Flax module, whose parameters would not "
+            "be seen: write "
+            "`fpipe.flax.layer(module)`, or `fpipe.flax.layers(...)` for a Sequential "
+            "or a list of modules"
+        )
+
+
+def checked_names(value: Iterable[str], where: str) -> tuple[str, ...]:
+    """A tuple of names, or an error that says what is wrong with it."""
+    if isinstance(value, str):
+        raise TypeError(
+            f"{where}: got the string {value!r} where a list of names belongs: write "
+            f"[{value!r}]"
+        )
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{where}: a list of names belongs here, got {value!r}")
+    result = tuple(value)
+    for name in result:
+        if not isinstance(name, str):
+            raise TypeError(f"{where}: names are strings, got {name!r}")
+    if len(set(result)) < len(result):
+        raise ValueError(f"{where}: a name is there twice in {list(result)}")
+    return result
+
+
+def signature_needs(
+    f: Callable[..., Any], name: str, given: tuple[str, ...] = ("params", "x")
+) -> tuple[str, ...]:
+    """The needs that a function's signature names after the positional parameters
+    `given`.
+
+    Raises:
+        TypeError: too few or too many positional parameters, a need as a positional
+            parameter, a required keyword that is no need.
+    """
+    parameters = _parameters(f)
+    if parameters is None:
+        return ()
+    head = ", ".join(given)
+    positional = [
+        p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if [p.name for p in positional[:2]] == ["key", "x"] and len(given) == 2:
+        raise TypeError(
+            f"layer {name!r}: `{name}(key, x)` looks like an init: a layer is called "
+            f"as `f({head})`, and its init is the "
+            "second argument, `fpipe.Layer(f, init)`"
+        )
+    for p in positional:
+        if p.name in NEEDS:
+            raise TypeError(
+                f"layer {name!r}: the need {p.name!r} is a positional parameter; make "
+                "it keyword-only, after a bare "
+                f"`*`: `def {name}({head}, *, {p.name})`"
+            )
+    variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    if len(positional) < len(given) and not variadic:
+        one = len(positional) == 1 and len(given) == 2
+        hint = (
+            f"; for a function without parameters write `fpipe.fn({name})`"
+            if one
+            else ""
+        )
+        raise TypeError(
+            f"layer {name!r} takes {len(positional)} positional parameter(s), but it "
+            f"is called as `f({head})`{hint}"
+        )
+    required = [p.name for p in positional[len(given) :] if p.default is p.empty]
+    if required:
+        raise TypeError(
+            f"layer {name!r}: a layer is `f({head}, **needs)`, but {required} are "
+            "required positional parameters too; "
+            "bind them with functools.partial"
+        )
+    keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    for p in keywords:
+        if p.name not in NEEDS and p.default is p.empty:
+            raise TypeError(
+                f"layer {name!r}: the keyword-only parameter {p.name!r} has no default "
+                "and is no need; the needs are "
+                f"{', '.join(NEEDS)}. Bind it with functools.partial"
+            )
+    return tuple(n for n in NEEDS if any(p.name == n for p in keywords))
+
+
+def keyword_needs(f: Callable[..., Any]) -> tuple[str, ...]:
+    """The needs among the keyword-only parameters of an `init` or `init_state`."""
+    return tuple(
+        p.name
+        for p in _parameters(f) or ()
+        if p.kind is p.KEYWORD_ONLY and p.name in NEEDS
+    )
+
+
+def _parameters(f: Callable[..., Any]) -> list[inspect.Parameter] | None:
+    """A function's parameters, without those bound by keyword in a partial; `None` for
+    a builtin without signature.
+    """
+    try:
+        parameters = inspect.signature(f).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    bound = set[str]()
+    while isinstance(f, functools.partial) or hasattr(
+        f, "__wrapped__"
+    ):  # a jitted partial hides what it binds
+        if isinstance(f, functools.partial):
+            bound.update(f.keywords)
+        f = f.func if isinstance(f, functools.partial) else getattr(f, "__wrapped__")  # noqa: B009 - typed
+    return [p for p in parameters if p.name not in bound]
+
+
+def as_layer(value: Any) -> Layer:
+    """A `Layer` as it is, a bare function as a `Layer`."""
+    if isinstance(value, Layer):
+        return value
+    if not callable(value):
+        raise TypeError(
+            f"a layer is a function or an fpipe.Layer, got {type(value).__name__}: "
+            f"{value!r}"
+        )
+    return Layer(value)
+
+
+def fn(f: Callable[..., Any], name: str = "") -> Layer:
+    """A layer without parameters: `fpipe.fn(jnp.tanh)` is `lambda params, x:
+    jnp.tanh(x)`.
+
+    Arguments:
+        f: `f(x, **needs)`; needs as in `Layer`.
+        name: default the function's name.
+
+    Raises:
+        TypeError: no function, or a `Layer` or Flax module; parameters that `f` cannot
+            be called with.
+
+    Example:
+        >>> activation = fpipe.fn(jax.nn.relu)
+        >>> @fpipe.skippable(pop=["skip"])
+        ... @fpipe.fn
+        ... def add(x, *, carry):
+        ...     skip, carry = fpipe.pop(carry, "skip")
+        ...     return x + skip, carry
+    """
+    if not callable(f):
+        raise TypeError(f"`fpipe.fn(f)`: {f!r} is not callable")
+    _check_function(f, "`fpipe.fn(f)`")
+    name = name or function_name(f)
+    return Layer(
+        _WithoutParams(f), _no_params, name, needs=signature_needs(f, name, ("x",))
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithoutParams:
+    f: Callable[..., Any]
+
+    def __call__(self, params: PyTree, x: PyTree, **needs: Any) -> Any:
+        del params
+        return self.f(x, **needs)
+
+
+def without_params(layer: Layer) -> bool:
+    """Whether a layer is a function without parameters, as `fn` makes them."""
+    return isinstance(layer.apply, _WithoutParams)
+
+
+def _no_params(key: Any, x: PyTree) -> PyTree:
+    del key, x
+    return ()
+
+
+def skippable(
+    stash: Iterable[str] = (), pop: Iterable[str] = (), peek: Iterable[str] = ()
+) -> Callable[[Callable[..., Any] | Layer], Layer]:
+    """Declare the skips of a layer (torchgpipe's `@skippable`, Kim et al., arXiv
+    2004.09910).
+
+    Arguments:
+        stash: names that the layer stashes: each with one `fpipe.stash`.
+        pop: names that the layer takes: each with one `fpipe.pop`.
+        peek: names that the layer reads and leaves for a later layer to pop.
+
+    Returns:
+        A decorator from a function with the keyword-only parameter `carry`, or a
+        `Layer`, to a `Layer`. What a `Layer` declares already stays.
+
+    Raises:
+        TypeError: a string where a list of names belongs.
+
+    Example:
+        >>> @fpipe.skippable(stash=["skip"])
+        ... def encode(params, x, *, carry):
+        ...     y = jnp.tanh(x @ params)
+        ...     return y, fpipe.stash(carry, "skip", y)
+    """
+    declared = {
+        field: checked_names(value, f"`fpipe.skippable({field}=...)`")
+        for field, value in (("stash", stash), ("pop", pop), ("peek", peek))
+    }
+
+    def declare(layer: Callable[..., Any] | Layer) -> Layer:
+        if not isinstance(layer, Layer):
+            return Layer(
+                layer,
+                stash=declared["stash"],
+                pop=declared["pop"],
+                peek=declared["peek"],
+            )
+        return dataclasses.replace(
+            layer, **{f: (*getattr(layer, f), *more) for f, more in declared.items()}
+        )
+
+    return declare
+
+
+def call_layer(
+    layer: Layer,
+    index: int,
+    params: PyTree,
+    x: PyTree,
+    *,
+    carry: Mapping[str, PyTree],
+    needs: Mapping[str, Any],
+    where: str = "",
+) -> tuple[PyTree, dict[str, PyTree], PyTree]:
+    """Run one layer on one microbatch and check everything that it returns.
+
+    Arguments:
+        layer, index: the layer and its place among all layers.
+        carry: the skips that it pops or peeks, by its own names.
+        needs: the values of the other needs, by name.
+        where: stage and microbatch, for the note on an error.
+
+    Returns:
+        `(y, stashed, state)`; `stashed` by the layer's own names; `state` is `None` for
+        a layer without.
+    """
+    given = {n: dict(carry) if n == "carry" else needs[n] for n in layer.needs or ()}
+    who = f"layer {index} {layer.name!r}"
+    with (
+        noting(f"in {who}{where}"),
+        scoped(Scope(who, tuple(layer.stash), tuple(layer.pop), tuple(layer.peek))),
+    ):
+        result = layer.apply(params, x, **given)
+        parts = [n for n in ("carry", "state") if n in given]
+        if not parts:
+            return result, {}, None
+        form = f"({', '.join(['y', *parts])})"
+        if type(result) is not tuple or len(result) != 1 + len(parts):
+            got = (
+                f"a tuple of {len(result)}"
+                if type(result) is tuple
+                else f"{describe(result)}, no tuple"
+            )
+            raise TypeError(
+                f"{who} declares {' and '.join(parts)} and must return `{form}`, but "
+                f"returned {got}"
+            )
+        y, returned = result[0], dict(zip(parts, result[1:], strict=True))
+        stashed = (
+            _checked_carry(layer, who, form, carry, returned["carry"])
+            if "carry" in parts
+            else {}
+        )
+        return y, stashed, returned.get("state")
+
+
+def _checked_carry(
+    layer: Layer, who: str, form: str, given: Mapping[str, PyTree], carry: Any
+) -> dict[str, PyTree]:
+    if not isinstance(carry, dict):
+        raise TypeError(
+            f"{who} must return `{form}`, but its carry is {describe(carry)}, no dict"
+        )
+    for name in layer.pop:
+        if name in carry:
+            raise ValueError(
+                f"{who} declares pop={list(layer.pop)} but never popped {name!r}: it "
+                "is still in the carry "
+                f"that it returned. Write `{name}, carry = fpipe.pop(carry, "
+                f"{name!r})`, or declare it as peek"
+            )
+    for name in layer.stash:
+        if name not in carry:
+            raise ValueError(
+                f"{who} declares stash={list(layer.stash)} but did not stash {name!r}: "
+                f"`return y, fpipe.stash(carry, {name!r}, value)`"
+            )
+    for name in layer.peek:
+        if name in carry and carry[name] is not given[name]:
+            raise ValueError(
+                f"{who} declares peek={list(layer.peek)} but returned another value of "
+                f"{name!r}"
+            )
+    extra = sorted(map(str, set(carry) - set(layer.stash) - set(layer.peek)))
+    if extra:
+        raise ValueError(
+            f"{who} returned the undeclared skips {extra}; it declares "
+            f"stash={list(layer.stash)}: add them to "
+            "`@fpipe.skippable(stash=...)`"
+        )
+    return {name: carry[name] for name in layer.stash}

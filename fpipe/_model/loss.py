@@ -1,0 +1,148 @@
+"""The loss of one microbatch, checked."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fpipe._core.errors import noting
+from fpipe._core.pytrees import PyTree, describe, is_inexact, numbers_as_arrays
+
+Reduction: TypeAlias = Literal["mean", "sum", "weighted"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A loss on the last stage: `fn(y, *targets)`; if it is scaled, the last target is
+    what it is multiplied by.
+    """
+
+    fn: Callable[..., Any]
+    has_aux: bool
+    reduction: Reduction
+    call: str  # `value_and_grad` or `evaluate`, for errors
+    scaled: bool = False
+
+    def __call__(
+        self, y: PyTree, targets: Sequence[PyTree], where: str
+    ) -> tuple[jax.Array, jax.Array | None, PyTree]:
+        """`(loss, weight, aux)` of one microbatch."""
+        with noting(f"in loss_fn{where}"):
+            targets, scale = (
+                (targets[:-1], targets[-1]) if self.scaled else (targets, None)
+            )
+            try:
+                result, aux = self.fn(y, *targets), None
+            except TypeError as error:
+                _check_signature(self.fn, y, targets, error)
+                raise
+            if self.has_aux:
+                if not isinstance(result, tuple) or len(result) != 2:
+                    raise TypeError(
+                        "`loss_fn` with has_aux=True returns `(loss, aux)`, got "
+                        f"{describe(result)}"
+                    )
+                result, aux = result
+            weight = None
+            if self.reduction == "weighted":
+                if not isinstance(result, tuple) or len(result) != 2:
+                    raise TypeError(
+                        '`loss_fn` with reduction="weighted" returns `(sum, weight)`, '
+                        f"got {describe(result)}"
+                    )
+                result, weight = result
+                weight = jax.lax.stop_gradient(_scalar(weight, "weight"))
+            result = _scalar(result, "loss")
+            result = result if scale is None else wide(result) * scale
+            return result, weight, numbers_as_arrays(aux)
+
+
+def as_loss(call: str, fn: Any, has_aux: bool, reduction: Any) -> Loss:
+    """A checked `Loss`."""
+    if not callable(fn):
+        raise TypeError(
+            f"`{call}(loss_fn)`: {fn!r} is not callable; write "
+            f"`pipe.{call}(loss_fn)(params, x, *targets)`"
+        )
+    if not isinstance(has_aux, (bool, np.bool_)):
+        raise TypeError(
+            f"`{call}(loss_fn, has_aux)`: has_aux is a bool, got a "
+            f"{type(has_aux).__name__}; parameters and inputs go to the "
+            f"function that comes back: `pipe.{call}(loss_fn)(params, x, *targets)`"
+        )
+    if reduction not in get_args(Reduction):
+        raise ValueError(
+            f'`{call}(reduction={reduction!r})`: it is "mean", "sum" or "weighted"'
+        )
+    try:
+        hash(fn)
+    except TypeError:
+        raise TypeError(
+            f"`{call}(loss_fn)`: {fn!r} must be hashable: compiled programs are kept "
+            "for each"
+        ) from None
+    return Loss(fn, bool(has_aux), reduction, call)
+
+
+def sum_dtype(dtype: Any) -> Any:
+    """The dtype in which gradients, losses and weights are summed: float32 for the
+    16-bit floats.
+    """
+    return jnp.float32 if dtype in (jnp.bfloat16, jnp.float16) else dtype
+
+
+def wide(value: Any) -> Any:
+    """A value in the dtype that it is summed in."""
+    return value.astype(sum_dtype(value.dtype))
+
+
+def divided(total: Any, weight: Any) -> Any:
+    """A sum over a total weight, in the sum's dtype."""
+    return total / weight.astype(total.dtype)
+
+
+def _check_signature(
+    fn: Any, y: PyTree, targets: Sequence[PyTree], error: TypeError
+) -> None:
+    """Say how a loss is called, if it cannot be called so."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return
+    try:
+        signature.bind(y, *targets)
+    except TypeError:
+        count = len(targets)
+        raise TypeError(
+            "`loss_fn` is called as `loss_fn(y, *targets)`, where y is the output of "
+            f"the last layer, here with {count} "
+            f"target{'' if count == 1 else 's'}: {error}"
+        ) from None
+
+
+def _scalar(value: Any, what: str) -> jax.Array:
+    if not hasattr(value, "shape") and not isinstance(value, (int, float)):
+        hint = (
+            "; with an auxiliary output say has_aux=True"
+            if isinstance(value, tuple)
+            else ""
+        )
+        raise TypeError(
+            f"`loss_fn` must return a scalar {what}, got {describe(value)}{hint}"
+        )
+    value = jnp.asarray(value)
+    if value.shape:
+        raise TypeError(
+            f"`loss_fn` must return a scalar {what}, got {describe(value)}: reduce it, "
+            "with its mean for example"
+        )
+    if jnp.issubdtype(value.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"`loss_fn` must return a real {what}, got {describe(value)}: take its "
+            "absolute value"
+        )
+    return value if is_inexact(value) else value.astype(jnp.float32)

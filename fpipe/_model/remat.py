@@ -1,0 +1,47 @@
+"""Which backwards recompute their forward, and what they keep instead."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias, get_args
+
+Mode: TypeAlias = Literal["always", "except_last", "never"]
+Policy: TypeAlias = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Remat:
+    """A checkpoint mode, or a policy of `jax.checkpoint`. The mechanism is one:
+    `jax.checkpoint` around the stage.
+    """
+
+    option: Mode | Policy
+
+    @classmethod
+    def of(cls, option: Any) -> "Remat":
+        """From what `Pipe(checkpoint=...)` was given."""
+        checked: Any = option
+        expected = f"one of {', '.join(map(repr, get_args(Mode)))}, or a policy of `jax.checkpoint_policies`"
+        if isinstance(option, str):
+            if option not in get_args(Mode):
+                raise ValueError(f"`Pipe(checkpoint={option!r})`: {expected}")
+        elif not callable(option):
+            raise TypeError(f"`Pipe(checkpoint={option!r})`: {expected}")
+        return cls(checked)
+
+    @property
+    def policy(self) -> Policy | None:
+        """What `jax.checkpoint(policy=...)` takes; `None` saves nothing but the inputs."""
+        return None if isinstance(self.option, str) else self.option
+
+    def recomputes(self, microbatch: int, count: int, direct: bool) -> bool:
+        """Whether a backward recomputes its forward.
+
+        Arguments:
+            microbatch, count: which microbatch of how many were actually made.
+            direct: whether the backward is the next thing that its device does after
+                the forward: then keeping everything costs no memory that recomputing
+                would save.
+        """
+        if self.option == "never" or direct:
+            return False
+        return not (self.option == "except_last" and microbatch == count - 1)

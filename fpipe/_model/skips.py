@@ -1,0 +1,183 @@
+"""Skips as a layer sees them: an explicit carry dict, and namespaces for layers that
+are used many times.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+from fpipe._core.pytrees import PyTree
+
+
+class Namespace:
+    """A space of skip names of its own, so that the same layers can be used many times.
+
+    Two namespaces are equal only if they are the same object. Inside a `Pipe` they are
+    numbered by first use, in layer order, so that every process and every run agrees on
+    them.
+
+    Example:
+        >>> import fpipe
+        >>> @fpipe.skippable(stash=["skip"])
+        ... @fpipe.fn
+        ... def keep(x, *, carry):
+        ...     return x, fpipe.stash(carry, "skip", x)
+        >>> inner, outer = fpipe.Namespace(), fpipe.Namespace()
+        >>> layers = [keep.isolate(outer), keep.isolate(inner)]  # two skips, both named "skip"
+    """
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+
+    @classmethod
+    def numbered(cls, number: int) -> "Namespace":
+        """The namespace of that number: equal to every other one of that number."""
+        self = cls()
+        self._number = number
+        return self
+
+    @property
+    def number(self) -> int:
+        """Its number within a model."""
+        assert self._number is not None
+        return self._number
+
+    def __eq__(self, other: object) -> bool:
+        if self._number is None or not isinstance(other, Namespace):
+            return self is other
+        return self._number == other._number
+
+    def __hash__(self) -> int:
+        return id(self) if self._number is None else hash(self._number)
+
+    def __repr__(self) -> str:
+        return f"Namespace({'' if self._number is None else f'#{self._number}'})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """The layer that is being traced: what it may stash, pop and peek, and its name for
+    errors.
+    """
+
+    who: str
+    stash: tuple[str, ...]
+    pop: tuple[str, ...]
+    peek: tuple[str, ...]
+
+
+# Only checks and error messages read it: no value ever depends on it.
+_scope: contextvars.ContextVar[Scope | None] = contextvars.ContextVar(
+    "scope", default=None
+)
+
+
+@contextlib.contextmanager
+def scoped(scope: Scope) -> Iterator[None]:
+    """While this is open, `stash`, `pop` and `peek` check against `scope`."""
+    token = _scope.set(scope)
+    try:
+        yield
+    finally:
+        _scope.reset(token)
+
+
+def stash(carry: Mapping[str, PyTree], name: str, value: PyTree) -> dict[str, PyTree]:
+    """A new carry with `value` stashed under `name`, for a later layer to pop.
+
+    Arguments:
+        carry: the layer's carry.
+        name: declared in `skippable(stash=[name])`.
+        value: any pytree; `None` and integers too.
+
+    Raises:
+        TypeError: `carry` is no dict.
+        ValueError: `name` is not declared, or was stashed before.
+
+    Example:
+        >>> fpipe.stash({}, "skip", 1)
+        {'skip': 1}
+    """
+    call = f"`fpipe.stash(carry, {name!r}, ...)`"
+    _check(call, carry, name, "stash")
+    if name in carry:
+        raise ValueError(
+            f"{call} in {_who()}: {name!r} is in the carry already; stash it once"
+        )
+    return {**carry, name: value}
+
+
+def pop(carry: Mapping[str, PyTree], name: str) -> tuple[PyTree, dict[str, PyTree]]:
+    """Take a skip: its value, and a new carry without it.
+
+    Arguments:
+        carry: the layer's carry.
+        name: declared in `skippable(pop=[name])`.
+
+    Raises:
+        TypeError: `carry` is no dict.
+        ValueError: `name` is not declared, or was popped before.
+
+    Example:
+        >>> fpipe.pop({"skip": 1}, "skip")
+        (1, {})
+    """
+    call = f"`fpipe.pop(carry, {name!r})`"
+    _check(call, carry, name, "pop")
+    if name not in carry:
+        raise ValueError(
+            f"{call} in {_who()}: the carry holds {sorted(map(str, carry))}; {name!r} "
+            "was popped before. Pop it once, and go on "
+            "with the carry that `pop` returns"
+        )
+    return carry[name], {k: v for k, v in carry.items() if k != name}
+
+
+def peek(carry: Mapping[str, PyTree], name: str) -> PyTree:
+    """Read a skip that a later layer pops.
+
+    Arguments:
+        carry: the layer's carry.
+        name: declared in `skippable(peek=[name])`.
+
+    Raises:
+        TypeError: `carry` is no dict.
+        ValueError: `name` is not declared.
+
+    Example:
+        >>> fpipe.peek({"skip": 1}, "skip")
+        1
+    """
+    call = f"`fpipe.peek(carry, {name!r})`"
+    _check(call, carry, name, "peek")
+    if name not in carry:
+        raise ValueError(
+            f"{call} in {_who()}: the carry holds only {sorted(map(str, carry))}"
+        )
+    return carry[name]
+
+
+def _check(call: str, carry: object, name: str, field: str) -> None:
+    if not isinstance(carry, Mapping):
+        raise TypeError(
+            f"{call} in {_who()}: the carry is a {type(carry).__name__}, no dict"
+        )
+    scope = _scope.get()
+    if scope is None or name in getattr(scope, field):
+        return
+    declared = [f for f in ("stash", "pop", "peek") if name in getattr(scope, f)]
+    fix = f"@fpipe.skippable({field}={[*getattr(scope, field), name]!r})"
+    but = (
+        f"; it is declared as {declared[0]}, so call `fpipe.{declared[0]}`, or"
+        if declared
+        else "; add it:"
+    )
+    raise ValueError(
+        f"{call} in {scope.who}: {name!r} is not declared as {field} there{but} `{fix}`"
+    )
+
+
+def _who() -> str:
+    scope = _scope.get()
+    return "a function outside a pipeline" if scope is None else scope.who

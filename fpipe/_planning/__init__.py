@@ -1,0 +1,1 @@
+"""What a pipe will cost: costs of layers, balance, prediction and advice."""

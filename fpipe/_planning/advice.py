@@ -1,0 +1,95 @@
+"""What a prediction says against the way a pipe is set up, and what would be better."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from fpipe._planning.prediction import DeviceRow, StageRow, size
+from fpipe.schedules import Timeline
+
+# Shares from which something is worth a word.
+_UNEVEN, _IDLE, _BETTER = 1.25, 0.2, 0.05
+
+# Microbatches for each stage, beyond which more gain little.
+_ENOUGH = 4
+
+
+def uneven(
+    stages: Sequence[StageRow], best: Callable[[], tuple[tuple[int, ...], float]]
+) -> Iterator[str]:
+    """A stage that the others wait for.
+
+    Arguments:
+        best: finds the balance that makes the dearest stage cheapest, and what is left
+            of its work, as a share.
+    """
+    mean = sum(row.total for row in stages) / len(stages)
+    worst = max(stages, key=lambda row: row.total)
+    if not mean or worst.total <= _UNEVEN * mean:
+        return
+    text = f"stage {worst.stage} takes {worst.total / mean:.1f} times the mean of the stages"
+    balance, left = best()
+    if left < 1 - _BETTER:
+        yield f"{text}: balance={list(balance)} makes the dearest {left * worst.total / mean:.1f} times"
+    else:
+        names = ", ".join(map(repr, dict.fromkeys(worst.layers)))
+        yield f"{text}, and no other balance is better: cut its layers ({names}) into smaller ones, or take fewer stages"
+
+
+def few(
+    stages: Sequence[StageRow],
+    timeline: Timeline,
+    microbatches: int,
+    more: Iterable[tuple[int, float]],
+) -> Iterator[str]:
+    """Too few microbatches for the stages; `more` are larger numbers, with the bubble
+    of each.
+    """
+    if timeline.bubble <= _IDLE:
+        return
+    found = None
+    for found in more:
+        # Smaller and smaller microbatches keep a device less and less busy.
+        if found[1] <= _IDLE or found[0] >= _ENOUGH * len(stages):
+            break
+    if found is not None and timeline.bubble - found[1] > _BETTER:
+        yield (
+            f"devices are idle for {timeline.bubble:.0%} of the time: {microbatches} "
+            f"microbatches are few for {len(stages)} "
+            f"stages; chunks={found[0]} makes it {found[1]:.0%}"
+        )
+
+
+def ragged(shares: Sequence[float]) -> Iterator[str]:
+    """A last microbatch of another size."""
+    if min(shares) < max(shares):
+        yield (
+            "the last microbatch is smaller than the others, so every program is "
+            "compiled twice: take a number of chunks that "
+            "divides the batch"
+        )
+
+
+def repeated(places: int, devices: int) -> Iterator[str]:
+    """A device under several names in the schedule, which knows nothing of that."""
+    if devices < places:
+        yield (
+            f"{places} devices of the schedule are {devices} in truth: the step and "
+            "the bubble are predicted as if each were a "
+            "device of its own, so the step takes longer; memory is right"
+        )
+
+
+def short(devices: Sequence[DeviceRow]) -> Iterator[str]:
+    """Devices that have less memory than they need."""
+    for row in devices:
+        if row.missing:
+            largest = max(row.memory, key=lambda role: row.memory[role])
+            cure = _CURES.get(largest, "more devices, or a balance with memory=")
+            yield f"device {row.device} ({row.name}) is short of {size(row.missing)}; most of it is {largest}: {cure}"
+
+
+_CURES = {
+    "residuals": 'checkpoint="always", or more chunks',
+    "boundaries": "more chunks, or a schedule that holds fewer microbatches (1f1b)",
+    "skips": "more chunks, or a balance that keeps both ends of a skip on one device",
+    "temporary": "more chunks, or smaller layers",
+}

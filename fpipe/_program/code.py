@@ -1,0 +1,189 @@
+"""Programs: what they take and return by name, and what they compute as data."""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from fpipe._model.stages import Leaf
+from fpipe._program.graph import Graph, Node, evaluate
+from fpipe._program.identity import identity
+
+
+class Ref(NamedTuple):
+    """What a program takes or returns, for the plan to give it a slot.
+
+    `in` and `out`: a leaf. `residual`: a value that a forward hands to its backward.
+    `shared`: a value that an `I` hands to its `W`. `cotangent`: of an output leaf, the
+    `n`-th of several. `gradient`: of an input leaf. `sum`: the accumulated gradient of
+    an input leaf that is the same for every microbatch.
+    """
+
+    what: Literal["in", "out", "residual", "shared", "cotangent", "gradient", "sum"]
+    leaf: Leaf | None = None
+    n: int = 0
+
+    def __str__(self) -> str:
+        name = str(self.n) if self.leaf is None else str(self.leaf)
+        return name if self.what in ("in", "out") else f"{self.what} {name}"
+
+
+class Window(NamedTuple):
+    """A piece that a program cuts out of a whole array itself, by the microbatch's
+    number.
+
+    So the pieces of a batch never lie beside it, and cutting costs no dispatch of its
+    own.
+
+    Attributes:
+        stride: rows from one piece to the next; all pieces but the last have as many.
+        shape: the piece's shape; 0-d for one element.
+    """
+
+    stride: int
+    shape: tuple[int, ...]
+
+    def cut(self, whole: Any, index: Any) -> Any:
+        """The piece."""
+        start = index.astype(jnp.int32) * self.stride
+        if not self.shape:
+            return jax.lax.dynamic_index_in_dim(whole, start, keepdims=False)
+        return jax.lax.dynamic_slice_in_dim(whole, start, self.shape[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled function of flat arrays.
+
+    Attributes:
+        name: `stage2_F`, as it appears in plans.
+        call: the function; `None` if there is nothing to run.
+        ins, outs: what it takes and returns.
+        same: outputs that are another value as it is: an input, or another output. They
+            need no slot of their own (`jit` would copy them).
+        calls_host: whether it calls Python while it runs: then whoever dispatches it
+            may have to wait for it.
+    """
+
+    name: str
+    call: Callable[..., Sequence[Any]] | None
+    ins: tuple[Ref, ...]
+    outs: tuple[Ref, ...]
+    same: Mapping[Ref, Ref]
+    calls_host: bool
+
+
+class Arg(NamedTuple):
+    """An argument of a program: the graph's value that it is, or one of the terms whose
+    sum that is.
+
+    Attributes:
+        value: `None` for a microbatch's number that is only there to cut windows.
+        window: the argument is a whole array, and this is cut out of it.
+    """
+
+    value: int | None
+    window: Window | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Code:
+    """What a program computes: a part of a graph, as a function from arrays to arrays.
+
+    Attributes:
+        kind: of action.
+        args: its arguments; those to accumulate into follow, one for each of `sums`.
+        index: which argument is the microbatch's number.
+        fills: values of the graph that are a constant all over.
+        outs, sums: the values that it returns, and after them those whose sum over all
+            microbatches is wanted.
+        accumulate: whether the sums so far come in; they are donated.
+    """
+
+    kind: str
+    graph: Graph
+    nodes: tuple[Node, ...]
+    args: tuple[Arg, ...]
+    index: int | None
+    fills: tuple[tuple[int, float], ...]
+    outs: tuple[int, ...]
+    sums: tuple[int, ...]
+    accumulate: bool
+
+    def __call__(self, *arrays: Any) -> list[Any]:
+        """Bind the equations."""
+        made = self.values(arrays, (*self.outs, *self.sums))
+        outs, new = made[: len(self.outs)], made[len(self.outs) :]
+        if not self.accumulate:
+            return made
+        return [
+            *outs,
+            *(
+                total + a.astype(total.dtype)
+                for total, a in zip(arrays[len(self.args) :], new, strict=True)
+            ),
+        ]
+
+    def values(self, arrays: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
+        """Any values of the graph, from the arguments."""
+        shapes = self.graph.avals
+        given = {
+            v: jnp.full(shapes[v].shape, fill, shapes[v].dtype)
+            for v, fill in self.fills
+        }
+        for (v, window), array in zip(self.args, arrays, strict=False):
+            if v is not None:
+                piece = (
+                    array
+                    if window is None or self.index is None
+                    else window.cut(array, arrays[self.index])
+                )
+                given[v] = given[v] + piece if v in given else piece
+        return evaluate(self.graph, self.nodes, given, wanted)
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for codes that compute the same, whatever stage they are of."""
+        given = list(
+            dict.fromkeys(
+                v
+                for v in (*(a.value for a in self.args), *(v for v, _ in self.fills))
+                if v is not None
+            )
+        )
+        where = {v: n for n, v in enumerate(given)}
+        return (
+            self.kind,
+            identity(self.graph, self.nodes, given, (*self.outs, *self.sums)),
+            tuple(
+                (None if a.value is None else where[a.value], a.window)
+                for a in self.args
+            ),
+            self.index,
+            tuple((where[v], fill) for v, fill in self.fills),
+            len(self.sums),
+            self.accumulate,
+        )
+
+    def compile(self) -> Callable[..., Sequence[Any]]:
+        """The function under `jax.jit`: traced once, lowered once, and compiled once
+        for each device that runs it.
+        """
+
+        def call(*arrays: Any) -> list[Any]:
+            return self(*arrays)
+
+        call.__name__ = call.__qualname__ = f"fpipe_{self.kind}"
+        vars(call)["code"] = self  # for who counts what it computes
+        first = len(self.args)
+        return jax.jit(
+            call,
+            donate_argnums=tuple(range(first, first + len(self.sums)))
+            if self.accumulate
+            else (),
+        )
+
+
+Compile: TypeAlias = Callable[[Code], Callable[..., Sequence[Any]]]
