@@ -349,6 +349,19 @@ def as_layer(value: Any) -> Layer:
     return Layer(value)
 
 
+def flatten_layers(layers: Any) -> list[Layer]:
+    """Nested sequences of functions and layers as one list of `Layer`s."""
+    nested = isinstance(layers, (list, tuple))
+    if not nested and isinstance(layers, Iterable) and not callable(layers):
+        # An iterator of layers is one too; a name, a dict or an array is a mistake,
+        # which `as_layer` explains.
+        nested = not isinstance(layers, (str, bytes, Mapping))
+        nested = nested and not hasattr(layers, "shape")
+    if not nested:
+        return [as_layer(layers)]
+    return [leaf for item in layers for leaf in flatten_layers(item)]
+
+
 def fn(f: Callable[..., Any], name: str = "") -> Layer:
     """A layer without parameters: `fpipe.fn(jnp.tanh)` is `lambda params, x:
     jnp.tanh(x)`.

@@ -5,7 +5,7 @@ ends.
 import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,30 +22,17 @@ from fpipe._core.pytrees import (
     strong,
     zeros_like,
 )
-from fpipe._model.layer import Layer, as_layer, call_layer, keyword_needs
-from fpipe._model.skips import Namespace
+from fpipe._model.layer import Layer, call_layer, flatten_layers, keyword_needs
+from fpipe._model.skip_routes import (
+    Skip,
+    SkipRoute,
+    find_skip_routes,
+    number_namespaces,
+    skip_of,
+)
 
 Make: TypeAlias = Callable[[int, PyTree, Mapping[str, Any]], PyTree]
 Put: TypeAlias = Callable[[int, Callable[[Any], PyTree], Any], PyTree]
-
-
-class Skip(NamedTuple):
-    """A skip of the whole model: its name and the number of its namespace (-1: none)."""
-
-    namespace: int
-    name: str
-
-    def __str__(self) -> str:
-        return self.name if self.namespace < 0 else f"{self.name}#{self.namespace}"
-
-
-class Route(NamedTuple):
-    """Where a skip goes: the layer that stashes it and the layers that read it, the
-    popping one last.
-    """
-
-    stash: int
-    readers: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +50,15 @@ class Model:
     compute_dtype: Any
 
     def __init__(self, layers: Iterable[Any], compute_dtype: Any = None) -> None:
-        flat = flatten(layers)
+        flat = number_namespaces(flatten_layers(layers))
         if not flat:
             raise ValueError("a pipeline needs at least one layer, got none")
-        verify_skippables(flat)
-        object.__setattr__(self, "layers", _number_namespaces(flat))
+        object.__setattr__(self, "layers", flat)
         object.__setattr__(self, "compute_dtype", compute_dtype)
-        object.__setattr__(self, "routes", _routes(self.layers))
+        object.__setattr__(self, "routes", find_skip_routes(flat))
         object.__setattr__(self, "borrows", _borrows(self.layers))
 
-    routes: Mapping[Skip, Route] = dataclasses.field(
+    routes: Mapping[Skip, SkipRoute] = dataclasses.field(
         init=False, repr=False, compare=False
     )
     borrows: tuple[tuple[tuple[str, int], ...], ...] = dataclasses.field(
@@ -371,133 +357,6 @@ def layer_key(key: Any, layer: Any, microbatch: Any) -> Any:
         if key is None
         else jax.random.fold_in(jax.random.fold_in(key, layer), microbatch)
     )
-
-
-def skip_of(layer: Layer, name: str) -> Skip:
-    """The whole model's name for a skip that a layer knows by its own."""
-    space = dict(layer.namespaces).get(name)
-    return Skip(-1 if space is None else space.number, name)
-
-
-def flatten(layers: Any) -> list[Layer]:
-    """Nested sequences of functions and layers as one list of `Layer`s."""
-    if isinstance(layers, (list, tuple)):
-        return [leaf for item in layers for leaf in flatten(item)]
-    if (
-        isinstance(layers, Iterable)
-        and not isinstance(layers, (str, bytes, Mapping))
-        and not hasattr(layers, "shape")
-    ):
-        return flatten(list(layers)) if not callable(layers) else [as_layer(layers)]
-    return [as_layer(layers)]
-
-
-def verify_skippables(layers: Iterable[Any]) -> None:
-    """Check the skips of a whole model, at any nesting depth, and report all that is
-    wrong at once.
-
-    Arguments:
-        layers: functions, `Layer`s, or nested sequences of them. `Pipe` calls this
-            itself.
-
-    Raises:
-        ValueError: a skip declared both ways in one layer; stashed twice, or popped
-            twice, without a namespace; popped or peeked but never stashed (or stashed
-            only later); peeked after its pop; stashed but never popped.
-    """
-    flat = flatten(layers)
-    wrong: list[str] = []
-    stashed: dict[tuple[Namespace | None, str], int] = {}
-    popped: dict[tuple[Namespace | None, str], int] = {}
-    later = {
-        _key(layer, n): k
-        for k, layer in reversed(list(enumerate(flat)))
-        for n in layer.stash
-    }
-
-    def say(k: int) -> str:
-        return f"layer {k} {flat[k].name!r}"
-
-    for k, layer in enumerate(flat):
-        for field in ("pop", "peek"):
-            for name in getattr(layer, field):
-                skip = _key(layer, name)
-                if name in layer.stash or (field == "peek" and name in layer.pop):
-                    other = "stash" if name in layer.stash else "pop"
-                    wrong.append(
-                        f"{say(k)} declares {name!r} both as {other} and as {field}; "
-                        "keep one"
-                    )
-                elif skip not in stashed:
-                    when = "never stashed"
-                    if skip in later:
-                        when = f"stashed only later, by {say(later[skip])}"
-                    elif name in {other for _, other in later}:
-                        when = "stashed only in another namespace: isolate both ends with the same one"
-                    wrong.append(
-                        f"{say(k)} declares {field}=[{name!r}], but it is {when}"
-                    )
-                elif skip in popped:
-                    how = (
-                        "pops it again" if field == "pop" else "peeks at it after that"
-                    )
-                    wrong.append(
-                        f"{name!r} is popped by {say(popped[skip])} and {say(k)} "
-                        f"{how}; isolate the pairs "
-                        "with namespaces, or let all readers but the last one peek"
-                    )
-                if field == "pop":
-                    popped.setdefault(skip, k)
-        for name in layer.stash:
-            skip = _key(layer, name)
-            if skip in stashed:
-                wrong.append(
-                    f"{name!r} is stashed by {say(stashed[skip])} and again by "
-                    f"{say(k)}; isolate the pairs with "
-                    "namespaces: `layer.isolate(fpipe.Namespace())`"
-                )
-            stashed.setdefault(skip, k)
-    for skip, k in stashed.items():
-        if skip not in popped:
-            wrong.append(
-                f"{skip[1]!r} is stashed by {say(k)}, but no later layer pops it"
-            )
-    if wrong:
-        raise ValueError("`verify_skippables`: " + "".join(f"\n  - {w}" for w in wrong))
-
-
-def _key(layer: Layer, name: str) -> tuple[Namespace | None, str]:
-    return dict(layer.namespaces).get(name), name
-
-
-def _number_namespaces(layers: Sequence[Layer]) -> tuple[Layer, ...]:
-    """Namespaces numbered by first use: their order and identity no longer depend on
-    objects.
-    """
-    numbers: dict[Namespace, Namespace] = {}
-    out = []
-    for layer in layers:
-        spaces = []
-        for name, space in layer.namespaces:
-            if space not in numbers:
-                numbers[space] = Namespace.numbered(len(numbers))
-            spaces.append((name, numbers[space]))
-        out.append(
-            dataclasses.replace(layer, namespaces=tuple(spaces)) if spaces else layer
-        )
-    return tuple(out)
-
-
-def _routes(layers: Sequence[Layer]) -> dict[Skip, Route]:
-    readers: dict[Skip, list[int]] = {}
-    for k, layer in enumerate(layers):
-        for name in (*layer.peek, *layer.pop):
-            readers.setdefault(skip_of(layer, name), []).append(k)
-    return {
-        (skip := skip_of(layer, name)): Route(k, tuple(readers[skip]))
-        for k, layer in enumerate(layers)
-        for name in layer.stash
-    }
 
 
 def _borrows(layers: Sequence[Layer]) -> tuple[tuple[tuple[str, int], ...], ...]:

@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 from fpipe._core.pytrees import PyTree, describe, pack
 from fpipe._model.loss import Loss
-from fpipe._model.model import Model, Skip
+from fpipe._model.model import Model
+from fpipe._model.skip_routes import Skip
 
 
 class Port(NamedTuple):
@@ -157,7 +158,7 @@ def cut_stages(model: Model, balance: Sequence[int]) -> tuple[Stage, ...]:
     ends = [sum(balance[: s + 1]) for s in range(len(balance))]
     at = {k: s for s, end in enumerate(ends) for k in range(end - balance[s], end)}
     routes = [
-        (skip, at[r.stash], {at[k] for k in r.readers})
+        (skip, at[r.maker], {at[k] for k in r.readers})
         for skip, r in model.routes.items()
     ]
     return tuple(

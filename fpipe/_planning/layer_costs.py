@@ -136,7 +136,7 @@ def costs_of(
         boundaries=tuple(map(size_of, walk.at[1:])),
         inputs=size_of(walk.at[0]),
         skips=tuple(
-            Sent(r.stash, r.readers, size_of(walk.skips[skip]))
+            Sent(r.maker, r.readers, size_of(walk.skips[skip]))
             for skip, r in model.routes.items()
         ),
         borrowed=tuple(

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fpipe._core.pytrees import PyTree, Shape, eval_shape, is_inexact
-from fpipe._model.model import Model, Skip, skip_of
+from fpipe._model.model import Model
 from fpipe._model.remat import Remat
+from fpipe._model.skip_routes import Skip, skip_of
 from fpipe._model.stages import INDEX, KEY, SIDE, Leaf, Port, Stage, X, Y, cut_stages
 from fpipe._program.code import Code
 from fpipe._program.stage_programs import Options, StagePrograms, cut

@@ -1,0 +1,202 @@
+"""Where the skips of a model go: from its flat layers to one route for each skip.
+
+    layer 0  encode  stash=["a"]
+    layer 1  inner   stash=["a"] (in a namespace)
+    layer 2  look    peek=["a"]
+    layer 3  outer   pop=["a"] (in the same namespace)
+    layer 4  decode  pop=["a"]
+
+becomes
+
+    Skip(-1, "a"): SkipRoute(maker=0, readers=(2, 4))
+    Skip(0, "a"):  SkipRoute(maker=1, readers=(3,))
+
+Declarations that do not fit together have no route: all of them are collected, and one
+error lists them.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from fpipe._model.layer import Layer, flatten_layers
+from fpipe._model.skips import Namespace
+
+
+class Skip(NamedTuple):
+    """A skip of the whole model: its name, and its namespace (-1: in none)."""
+
+    namespace: int
+    name: str
+
+    def __str__(self) -> str:
+        return self.name if self.namespace < 0 else f"{self.name}#{self.namespace}"
+
+
+@dataclasses.dataclass(frozen=True)
+class SkipRoute:
+    """The layer that stashes a skip, and the layers that peek at it or pop it, in
+    order.
+    """
+
+    maker: int
+    readers: tuple[int, ...]
+
+
+class Problem(enum.Enum):
+    """What can be wrong with one declaration of a skip, as the line that says so."""
+
+    STASH_AND_READ = "{layer} declares {name!r} both as stash and as {field}; keep one"
+    POP_AND_PEEK = "{layer} declares {name!r} both as pop and as peek; keep one"
+    NEVER_STASHED = "{layer} declares {field}=[{name!r}], but it is never stashed"
+    STASHED_LATER = (
+        "{layer} declares {field}=[{name!r}], but it is stashed only later, by {other}"
+    )
+    STASHED_ELSEWHERE = (
+        "{layer} declares {field}=[{name!r}], but it is stashed only in another "
+        "namespace: isolate both ends with the same one"
+    )
+    POPPED_TWICE = (
+        "{name!r} is popped by {other} and {layer} pops it again; isolate the pairs "
+        "with namespaces, or let all readers but the last one peek"
+    )
+    PEEKED_AFTER_POP = (
+        "{name!r} is popped by {other} and {layer} peeks at it after that; isolate the "
+        "pairs with namespaces, or let all readers but the last one peek"
+    )
+    STASHED_TWICE = (
+        "{name!r} is stashed by {other} and again by {layer}; isolate the pairs with "
+        "namespaces: `layer.isolate(fpipe.Namespace())`"
+    )
+    NEVER_POPPED = "{name!r} is stashed by {layer}, but no later layer pops it"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mismatch:
+    """A declaration that does not fit.
+
+    Arguments:
+        problem: what is wrong with it.
+        layer, field, skip: the declaration: `field` is "stash", "pop" or "peek".
+        other: the layer whose declaration of the same skip it conflicts with.
+    """
+
+    problem: Problem
+    layer: int
+    field: str
+    skip: Skip
+    other: int | None = None
+
+    def explain(self, layers: Sequence[Layer]) -> str:
+        """The line of the error."""
+        names = [f"layer {k} {layer.name!r}" for k, layer in enumerate(layers)]
+        return self.problem.value.format(
+            layer=names[self.layer],
+            field=self.field,
+            name=self.skip.name,
+            other="" if self.other is None else names[self.other],
+        )
+
+
+def verify_skippables(layers: Iterable[Any]) -> None:
+    """Check the skips of a whole model, at any nesting depth, and report all that is
+    wrong at once.
+
+    Arguments:
+        layers: functions, `Layer`s, or nested sequences of them. `Pipe` calls this
+            itself.
+
+    Raises:
+        ValueError: a skip declared both ways in one layer; stashed twice, or popped
+            twice, without a namespace; popped or peeked but never stashed (or stashed
+            only later); peeked after its pop; stashed but never popped.
+    """
+    find_skip_routes(number_namespaces(flatten_layers(layers)))
+
+
+def find_skip_routes(layers: Sequence[Layer]) -> dict[Skip, SkipRoute]:
+    """The route of every skip, in the order of the stashes.
+
+    Arguments:
+        layers: flat, their namespaces numbered.
+
+    Raises:
+        ValueError: with all mismatches, layer by layer.
+    """
+    makers: dict[Skip, int] = {}
+    for position, layer in enumerate(layers):
+        for name in layer.stash:
+            makers.setdefault(skip_of(layer, name), position)
+
+    readers: dict[Skip, list[int]] = {skip: [] for skip in makers}
+    poppers: dict[Skip, int] = {}
+    mismatches: list[Mismatch] = []
+    for position, layer in enumerate(layers):
+        reads = [("pop", name) for name in layer.pop]
+        reads += [("peek", name) for name in layer.peek]
+        for field, name in reads:
+            skip = skip_of(layer, name)
+            maker = makers.get(skip)
+            popper = poppers.get(skip)
+            problem: Problem | None = None
+            other: int | None = None
+            if name in layer.stash:
+                problem = Problem.STASH_AND_READ
+            elif field == "peek" and name in layer.pop:
+                problem = Problem.POP_AND_PEEK
+            elif maker is None:
+                problem = Problem.NEVER_STASHED
+                if any(name == made.name for made in makers):
+                    problem = Problem.STASHED_ELSEWHERE
+            elif maker > position:
+                problem, other = Problem.STASHED_LATER, maker
+            elif popper is not None:
+                problem, other = Problem.POPPED_TWICE, popper
+                if field == "peek":
+                    problem = Problem.PEEKED_AFTER_POP
+            if problem is None:
+                readers[skip].append(position)
+            else:
+                mismatches.append(Mismatch(problem, position, field, skip, other))
+            if field == "pop":
+                poppers.setdefault(skip, position)
+        for name in layer.stash:
+            skip = skip_of(layer, name)
+            maker = makers[skip]
+            if maker != position:
+                mismatches.append(
+                    Mismatch(Problem.STASHED_TWICE, position, "stash", skip, maker)
+                )
+    for skip, maker in makers.items():
+        if skip not in poppers:
+            mismatches.append(Mismatch(Problem.NEVER_POPPED, maker, "stash", skip))
+
+    if mismatches:
+        lines = [f"\n  - {mismatch.explain(layers)}" for mismatch in mismatches]
+        raise ValueError("`verify_skippables`: " + "".join(lines))
+    return {skip: SkipRoute(makers[skip], tuple(readers[skip])) for skip in makers}
+
+
+def skip_of(layer: Layer, name: str) -> Skip:
+    """The whole model's name for a skip that a layer knows by its own."""
+    namespace = dict(layer.namespaces).get(name)
+    return Skip(-1 if namespace is None else namespace.number, name)
+
+
+def number_namespaces(layers: Iterable[Layer]) -> tuple[Layer, ...]:
+    """The layers with their namespaces numbered by first use, so that every process and
+    every run agrees on their order and identity.
+    """
+    numbered: dict[Namespace, Namespace] = {}
+    result = []
+    for layer in layers:
+        namespaces = []
+        for name, namespace in layer.namespaces:
+            if namespace not in numbered:
+                numbered[namespace] = Namespace.numbered(len(numbered))
+            namespaces.append((name, numbered[namespace]))
+        if namespaces:
+            layer = dataclasses.replace(layer, namespaces=tuple(namespaces))
+        result.append(layer)
+    return tuple(result)
