@@ -6,18 +6,13 @@ moves slots to another placement, or frees slots.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from fpipe._core.pytrees import PyTree, Shape
 from fpipe._executors.placement import Placement
+from fpipe._executors.plan_data import Role
 from fpipe._model.stages import Leaf
 from fpipe.schedules import Action, Schedule
-
-# What an array is for. `boundaries` and `skips` cross stages, cotangents included;
-# `outputs` are states, losses and `y`.
-Role: TypeAlias = Literal[
-    "parameters", "gradients", "boundaries", "skips", "residuals", "inputs", "outputs"
-]
 
 
 @dataclasses.dataclass(frozen=True)

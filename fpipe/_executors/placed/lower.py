@@ -20,13 +20,13 @@ from fpipe._executors.placed.instructions import (
     Move,
     Output,
     Plan,
-    Role,
     Run,
     Slot,
     used_later,
     with_frees,
 )
 from fpipe._executors.placement import Placement
+from fpipe._executors.plan_data import Role
 from fpipe._executors.programs import (
     Inputs,
     Layout,

@@ -13,8 +13,9 @@ import jax
 
 from fpipe._core.pytrees import nbytes
 from fpipe._executors.placed.compile import runs
-from fpipe._executors.placed.instructions import Free, Move, Plan, Role, Run
+from fpipe._executors.placed.instructions import Free, Move, Plan, Run
 from fpipe._executors.placement import Placement
+from fpipe._executors.plan_data import Role
 
 
 class Peak(NamedTuple):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from fpipe._core.pytrees import nbytes
-from fpipe._executors.placed.instructions import Role
+from fpipe._executors.plan_data import Role
 from fpipe._executors.scan.machine import Wire
 from fpipe._executors.scan.mesh import AXIS, DATA
 from fpipe._executors.scan.packing import Row

@@ -1,0 +1,152 @@
+"""`PlanData` of the placed executor: read off a plan that is ready to run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from fpipe._core.pytrees import nbytes, pack
+from fpipe._executors.call import Args
+from fpipe._executors.placed.compile import compile_plan, runs
+from fpipe._executors.placed.dispatch import Bound
+from fpipe._executors.placed.instructions import Run
+from fpipe._executors.placed.memory import peaks
+from fpipe._executors.placement import Placement
+from fpipe._executors.plan_data import DeviceMemory, PlanData, Work
+from fpipe._executors.scheduling import Scheduling
+from fpipe._model.microbatch import Cut
+from fpipe._model.remat import Remat
+from fpipe._model.stages import SIDE, TARGETS, Leaf, Port, X
+from fpipe.schedules import Kind
+
+
+def plan_data(
+    bound: Bound,
+    args: Args,
+    cut: Cut,
+    scheduling: Scheduling,
+    remat: Remat,
+    compiled: bool,
+) -> PlanData:
+    """What a plan tells of its call.
+
+    Arguments:
+        bound: the plan.
+        args: what the call is given, arrays or their shapes.
+        cut: how its inputs are cut.
+        compiled: whether to compile the programs, for the memory that they need for
+            themselves.
+    """
+    return PlanData(
+        executor="placed",
+        stages=bound.layout.stages,
+        schedule=bound.plan.schedule,
+        scheduling=scheduling,
+        remat=remat,
+        microbatch_rows=next(iter(cut.columns), ()),
+        work=_work(bound),
+        devices=_memory(bound, args, compiled),
+        warnings=bound.plan.warnings,
+    )
+
+
+def _work(bound: Bound) -> dict[tuple[Kind, int], tuple[Work, ...]]:
+    """The program of each kind of action on each stage, for its first microbatch."""
+    found: dict[tuple[Kind, int], tuple[Work, ...]] = {}
+    instructions = bound.plan.instructions
+    for number, _, traced, _ in runs(bound.plan, bound.given):
+        run = instructions[number]
+        assert isinstance(run, Run)
+        if run.action is None or (run.action.kind, run.action.stage) in found:
+            continue
+        function: Any = run.call
+        arguments = tuple(
+            jax.ShapeDtypeStruct(info.shape, info.dtype) for info in traced.args_info[0]
+        )
+        work = Work(function.__wrapped__.code, function, arguments, run.placement)
+        found[run.action.kind, run.action.stage] = (work,)
+    return found
+
+
+def _memory(bound: Bound, args: Args, compiled: bool) -> tuple[DeviceMemory, ...]:
+    """The fullest moment of each device."""
+    plan, layout = bound.plan, bound.layout
+    programs = compile_plan(plan, bound.given) if compiled else {}
+
+    def temporary(number: int) -> int:
+        analysis = programs[number].memory_analysis() if compiled else None
+        return 0 if analysis is None else analysis.temp_size_in_bytes
+
+    found = peaks(plan, bound.given, kept_slots(bound, args), temporary)
+    device_of = dict[Placement, int]()
+    stage_to_device = plan.schedule.stage_to_device
+    for place, device in zip(layout.placements, stage_to_device, strict=True):
+        device_of[place] = min(device, device_of.get(place, device))
+    rows = []
+    for place, device in device_of.items():
+        peak = found[place]
+        owned = sum(
+            nbytes(bound.given[feed.slot])
+            for feed in plan.feeds
+            if feed.leaf.port.kind == "params"
+            and plan.slots[feed.slot].placement == place
+        )
+        roles = dict(peak.roles)
+        roles["inputs"] = roles.get("inputs", 0) + _unread(bound, args, place)
+        rows.append(
+            DeviceMemory(
+                device=device,
+                name=str(place.device),
+                roles=roles,
+                owned=owned,
+                temporary=peak.temporary if compiled else None,
+                moment=peak.doing,
+            )
+        )
+    return tuple(sorted(rows, key=lambda row: row.device))
+
+
+def kept_slots(bound: Bound, args: Args) -> set[int]:
+    """The slots of what stays after its last use: parameters, constants, and inputs
+    that the caller has where they are read.
+    """
+    plan, inputs = bound.plan, _inputs(args)
+    kept = set(plan.constants)
+    for feed in plan.feeds:
+        arrays = inputs.get(feed.leaf.port)
+        if arrays is None:
+            kept.add(feed.slot)
+            continue
+        # A shape is taken to lie where it is read.
+        array = arrays[feed.leaf.k]
+        shape = isinstance(array, jax.ShapeDtypeStruct)
+        if shape or plan.slots[feed.slot].placement.holds(array):
+            kept.add(feed.slot)
+    return kept
+
+
+def _unread(bound: Bound, args: Args, place: Placement) -> int:
+    """The bytes of inputs that the caller has on a device where nothing reads them."""
+    plan = bound.plan
+    read = {
+        feed.leaf for feed in plan.feeds if plan.slots[feed.slot].placement == place
+    }
+    # An array may be given twice, and counts once.
+    idle: dict[int, int] = {}
+    counted = set[int]()
+    for port, arrays in _inputs(args).items():
+        for k, array in enumerate(arrays):
+            if place.holds(array):
+                idle[id(array)] = nbytes(array)
+                if Leaf(port, k) in read:
+                    counted.add(id(array))
+    return sum(size for key, size in idle.items() if key not in counted)
+
+
+def _inputs(args: Args) -> Mapping[Port, list[Any]]:
+    """The arrays of a call's inputs, parameters and states aside."""
+    return {
+        X: pack(args.x)[0],
+        SIDE: pack(args.side)[0],
+        TARGETS: pack(args.targets)[0],
+    }

@@ -1,0 +1,103 @@
+"""What an executor tells of a call, for somebody to predict what it will take.
+
+The placed executor reads it off its plan, the scan executor off its machine; a prediction
+knows nothing else of either. For two stages on two devices, `1f1b`, two microbatches:
+
+    executor           "placed"
+    stages             stage 0 (layers 0, 1), stage 1 (layers 2, 3)
+    schedule           F 0 0, F 0 1, B 0 0, B 0 1 on device 0; …
+    microbatch_rows    (8, 8)
+    work               F, stage 0 -> one program        B, stage 0 -> one program
+                       F, stage 1 -> one program        B, stage 1 -> one program
+    devices            device 0: parameters 80 B, boundaries 128 B, … while B 0 0 runs
+                       device 1: …
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+import jax
+
+from fpipe._executors.placement import Placement
+from fpipe._executors.scheduling import Scheduling
+from fpipe._model.remat import Remat
+from fpipe._model.stages import Stage
+from fpipe._program.code import Code
+from fpipe.schedules import Kind, Schedule
+
+# What an array is for. `boundaries` and `skips` cross stages, cotangents included;
+# `outputs` are states, losses and `y`.
+Role: TypeAlias = Literal[
+    "parameters", "gradients", "boundaries", "skips", "residuals", "inputs", "outputs"
+]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Work:
+    """A program that an action runs.
+
+    Attributes:
+        code: what it computes: its equations can be counted.
+        function: the code under `jax.jit`. Where the executor itself calls one it is
+            that one, so that a step finds what was compiled to measure it.
+        arguments: the shapes of what it takes.
+        placement: where it runs.
+    """
+
+    code: Code
+    function: Any  # `jax.jit` declares no type for what it returns
+    arguments: tuple[jax.ShapeDtypeStruct, ...]
+    placement: Placement
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceMemory:
+    """What a device holds when it is fullest.
+
+    Attributes:
+        device: its number in the schedule. Several devices have one number where a
+            stage lives on several.
+        name: what JAX calls it.
+        roles: bytes of the arrays that are there, by what they are for.
+        owned: bytes of the parameters that live there: an optimizer's state is a
+            multiple of them.
+        temporary: bytes that a program needs for itself; `None`: nothing was compiled.
+        moment: what runs then.
+    """
+
+    device: int
+    name: str
+    roles: Mapping[Role, int]
+    owned: int
+    temporary: int | None
+    moment: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PlanData:
+    """A call as an executor will run it.
+
+    Attributes:
+        executor: its name, as in `Pipe(executor=...)`.
+        stages: those of the pipe.
+        schedule: for this number of microbatches.
+        scheduling: what makes it for other numbers.
+        remat: what the backwards recompute.
+        microbatch_rows: rows of each microbatch, of the first array that is cut; empty
+            if everything goes whole to every microbatch.
+        work: for each kind of action and stage the programs that its first microbatch
+            runs. What has nothing to compute is not there.
+        devices: a row for each device.
+        warnings: what the user should know.
+    """
+
+    executor: Literal["placed", "scan"]
+    stages: tuple[Stage, ...]
+    schedule: Schedule
+    scheduling: Scheduling
+    remat: Remat
+    microbatch_rows: tuple[int, ...]
+    work: Mapping[tuple[Kind, int], tuple[Work, ...]]
+    devices: tuple[DeviceMemory, ...]
+    warnings: tuple[str, ...]

@@ -1,0 +1,95 @@
+"""`PlanData` of the scan executor: read off the machine of a step.
+
+A stage is one unit of the machine or several (an embedding, and the blocks behind it).
+An action of the stage runs an operation of each of them; its work is their codes
+together.
+"""
+
+import jax
+
+from fpipe._core.pytrees import nbytes
+from fpipe._executors.placement import Placement
+from fpipe._executors.plan_data import DeviceMemory, PlanData, Work
+from fpipe._executors.scan.memory import held
+from fpipe._executors.scan.mesh import columns
+from fpipe._executors.scan.step import Step
+from fpipe._executors.scheduling import Scheduling
+from fpipe._model.remat import Remat
+from fpipe._model.stages import Stage
+from fpipe._program.code import Code
+from fpipe.schedules import Kind, Schedule
+
+
+def plan_data(
+    step: Step,
+    stages: tuple[Stage, ...],
+    schedule: Schedule,
+    scheduling: Scheduling,
+    remat: Remat,
+    compiled_bytes: int | None,
+) -> PlanData:
+    """What a step tells of its call.
+
+    Arguments:
+        stages: those of the pipe.
+        compiled_bytes: all that the compiled step needs on each device; `None`: it was
+            not compiled.
+    """
+    return PlanData(
+        executor="scan",
+        stages=stages,
+        schedule=schedule,
+        scheduling=scheduling,
+        remat=remat,
+        microbatch_rows=next(iter(step.inputs.cut.columns), ()),
+        work=_work(step),
+        devices=_memory(step, compiled_bytes),
+        warnings=tuple(step.machine.warnings),
+    )
+
+
+def _work(step: Step) -> dict[tuple[Kind, int], tuple[Work, ...]]:
+    """The programs of each kind of action on each stage, for its first microbatch."""
+    places = [Placement.of(column[0]) for column in columns(step.mesh)]
+    found: dict[tuple[Kind, int], tuple[Work, ...]] = {}
+    for segment in step.machine.segments:
+        for t, phases in enumerate(segment.actions):
+            for p, phase in enumerate(phases):
+                for d, action in enumerate(phase):
+                    if action is None or (action.kind, action.stage) in found:
+                        continue
+                    # The table says which operations the device runs in that phase.
+                    runs = segment.table[d, t, p]
+                    found[action.kind, action.stage] = tuple(
+                        _of_code(slotted.op.code, places[d])
+                        for slotted in segment.ops[p]
+                        if runs[slotted.column] and slotted.op.code is not None
+                    )
+    return {key: work for key, work in found.items() if work}
+
+
+def _of_code(code: Code, placement: Placement) -> Work:
+    """A unit's code alone, as it stands in the step's one program."""
+    avals = [code.graph.avals[arg.value] for arg in code.args if arg.value is not None]
+    arguments = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals)
+    return Work(code, code.compile(), arguments, placement)
+
+
+def _memory(step: Step, compiled_bytes: int | None) -> tuple[DeviceMemory, ...]:
+    """The buffers of a step: they are there all along, on all devices alike."""
+    roles = held(step)
+    temporary = None
+    if compiled_bytes is not None:
+        temporary = max(0, compiled_bytes - sum(roles.values()))
+    return tuple(
+        DeviceMemory(
+            device=number,
+            name=str(device),
+            roles=roles,
+            owned=sum(nbytes(row) for row in step.machine.params.rows),
+            temporary=temporary,
+            moment="all along",
+        )
+        for number, column in enumerate(columns(step.mesh))
+        for device in column
+    )
