@@ -22,6 +22,13 @@ _CALLS = {
     "core_call": "call_jaxpr",
 }
 
+# Calls with their own rules for derivatives. Inlined only where nothing will be
+# differentiated any more, because the rules are lost.
+_CALLS_WITH_RULES = {
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Node:
@@ -65,8 +72,14 @@ def function(closed: Any) -> Callable[..., list[Any]]:
     return jaxpr_as_fun(closed)
 
 
-def inline(closed: Any) -> Graph:
-    """A closed jaxpr as a `Graph`, nested calls inlined."""
+def inline(closed: Any, keep_rules: bool = True) -> Graph:
+    """A closed jaxpr as a `Graph`, nested calls inlined.
+
+    Arguments:
+        keep_rules: whether functions with their own derivatives (`jax.custom_jvp`,
+            `jax.custom_vjp`) stay one equation, so that they can be differentiated.
+    """
+    calls = _CALLS if keep_rules else _CALLS | _CALLS_WITH_RULES
     jaxpr, values = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
     nodes: list[Node] = []
     consts: dict[int, Any] = {}
@@ -95,7 +108,7 @@ def inline(closed: Any) -> Graph:
 
         for eqn in jaxpr.eqns:
             ins = [read(v) for v in eqn.invars]
-            inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
+            inner = eqn.params.get(calls.get(eqn.primitive.name, ""))
             if inner is not None:
                 outs = visit(
                     getattr(inner, "jaxpr", inner), ins, getattr(inner, "consts", ())
@@ -158,6 +171,15 @@ def needed(
     return out[::-1]
 
 
+def bind(node: Node, inputs: Sequence[Any]) -> Sequence[Any]:
+    """Run one equation, or trace it again where an input is traced."""
+    eqn = node.eqn
+    params = eqn.primitive.get_bind_params(eqn.params)
+    with eqn.ctx.manager:
+        result = eqn.primitive.bind(*inputs, **params)
+    return result if eqn.primitive.multiple_results else (result,)
+
+
 def evaluate(
     graph: Graph, nodes: Iterable[Node], given: Mapping[int, Any], wanted: Iterable[int]
 ) -> list[Any]:
@@ -165,17 +187,8 @@ def evaluate(
     env = dict(graph.consts)
     env.update(given)
     for node in nodes:
-        eqn = node.eqn
-        params = eqn.primitive.get_bind_params(eqn.params)
-        with eqn.ctx.manager:
-            result = eqn.primitive.bind(*(env[v] for v in node.ins), **params)
-        env.update(
-            zip(
-                node.outs,
-                result if eqn.primitive.multiple_results else (result,),
-                strict=True,
-            )
-        )
+        outputs = bind(node, [env[v] for v in node.ins])
+        env.update(zip(node.outs, outputs, strict=True))
     return [env[v] for v in wanted]
 
 
