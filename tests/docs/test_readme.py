@@ -20,7 +20,7 @@ import pytest
 import fpipe
 from fpipe.schedules import NAMES
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 # Pages run in processes of their own, which share compiled programs. To optimize these
 # takes longer than running them.
 FAST = {

@@ -15,7 +15,7 @@ import pytest
 
 import fpipe
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 # The scripts share compiled programs with each other, and with earlier runs. No test
 # reads a time that a script measures: programs that LLVM leaves as they are compile in
 # half the time.

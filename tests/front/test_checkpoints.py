@@ -22,7 +22,7 @@ import fpipe
 import fpipe.optim
 from tests.helpers import WIDTH, assert_same, counter, dense, dropout, mse, raises
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 ROWS = 8
 
 
@@ -432,7 +432,7 @@ def test_two_processes_load_and_save(uninterrupted, tmp_path):
     with contextlib.ExitStack() as stack:
         both = []
         for k in range(2):
-            code = f"from tests.test_checkpoints import work; work({address!r}, {k}, {str(folder)!r})"
+            code = f"from tests.front.test_checkpoints import work; work({address!r}, {k}, {str(folder)!r})"
             error = stack.enter_context((tmp_path / f"stderr{k}").open("w"))
             both.append(
                 stack.enter_context(

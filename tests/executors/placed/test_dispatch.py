@@ -21,11 +21,11 @@ from jax.experimental import io_callback
 
 import fpipe
 from fpipe._executors.placed.dispatch import DISPATCH, observing
+from tests.executors.placed.test_plan import STAGES, by_device, widening
+from tests.executors.test_memory import counting
+from tests.front.test_calls import BoomError, Trigger, notes, wait
+from tests.front.test_equal import check
 from tests.helpers import Case, assert_same, dense, models, mse, raises
-from tests.test_calls import BoomError, Trigger, notes, wait
-from tests.test_equal import check
-from tests.test_memory import counting
-from tests.test_plan import STAGES, by_device, widening
 
 M = 4
 NUMBERED = jnp.arange(M, dtype=jnp.float32)[:, None] + jnp.zeros(

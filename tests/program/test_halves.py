@@ -11,6 +11,8 @@ import fpipe
 from fpipe._executors.placed.dispatch import observing
 from fpipe._executors.placed.instructions import Move, Run
 from fpipe.schedules import Schedule
+from tests.executors.placed.test_plan import actions, by_device
+from tests.front.test_equal import pipe_of
 from tests.helpers import (
     Case,
     assert_same,
@@ -21,8 +23,6 @@ from tests.helpers import (
     noise,
     products,
 )
-from tests.test_equal import pipe_of
-from tests.test_plan import actions, by_device
 
 W, M = 8, 4
 EVERYTHING, NOTHING = (

@@ -19,10 +19,10 @@ import jax
 import pytest
 import yaml
 
+from tests.front.multiprocess_worker import PROBLEMS, decoded
 from tests.helpers import assert_same, mse
-from tests.multiprocess_worker import PROBLEMS, decoded
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def free_port():
@@ -42,7 +42,7 @@ class Workers:
             command = [
                 sys.executable,
                 "-m",
-                "tests.multiprocess_worker",
+                "tests.front.multiprocess_worker",
                 "--coordinator",
                 address,
                 "--process",

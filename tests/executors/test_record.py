@@ -25,9 +25,9 @@ from fpipe._executors.placed.dispatch import observing
 from fpipe._executors.scan import clock as _clock
 from fpipe.schedules import Action, Costs, Event, Timeline, draw, simulate, svg
 from fpipe.schedules._trace import Span, trace
+from tests.executors.placed.test_dispatch import ERRORS, Host
+from tests.front.test_calls import BoomError, Trigger, notes
 from tests.helpers import Case, dense, models, mse, raises
-from tests.test_calls import BoomError, Trigger, notes
-from tests.test_dispatch import ERRORS, Host
 
 M = 4
 X = jnp.arange(M, dtype=jnp.float32)[:, None] + jnp.zeros(

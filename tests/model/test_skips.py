@@ -625,7 +625,7 @@ def test_layers_of_a_pipe_can_be_used_in_another_beside_new_ones():
 
 SCRIPT = """
 import fpipe
-from tests.test_skips import uses
+from tests.model.test_skips import uses
 pipe = fpipe.Pipe(uses((1, 0, 2)), [1, 2, 3], chunks=2)
 print(pipe.model.routes)
 for stage in pipe._placed.layout.stages:

@@ -178,7 +178,7 @@ def main():
     jax.config.update("jax_num_cpu_devices", args.devices)
     jax.config.update(
         "jax_compilation_cache_dir",
-        str(pathlib.Path(__file__).parent.parent / ".cache" / "jax"),
+        str(pathlib.Path(__file__).parents[2] / ".cache" / "jax"),
     )
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -8,8 +8,8 @@ import pytest
 
 import fpipe
 from fpipe.schedules import Schedule, one_f_one_b
+from tests.executors.test_memory import counting
 from tests.helpers import assert_same, mse
-from tests.test_memory import counting
 
 
 def scale(p, x):
