@@ -1,8 +1,17 @@
-"""Notes on errors: JAX's and the user's own types and messages stay, and where it
-happened is added.
+"""How the package speaks to its user: notes on errors, and warnings.
+
+An exception from inside a layer keeps its own type and message, whether it is JAX's or
+the user's. A note says where it happened:
+
+    ZeroDivisionError: division by zero
+    fpipe: in layer 3 'norm', stage 1, microbatch 0
+
+A warning points at the line of the user's code that called the package.
 """
 
 import contextlib
+import sys
+import warnings
 from collections.abc import Iterator
 
 PREFIX = "fpipe: "
@@ -33,3 +42,23 @@ def entries(value: object) -> str:
         if isinstance(value, (tuple, list))
         else f"a {type(value).__name__}"
     )
+
+
+def warn(text: str) -> None:
+    """Warn, at the line outside of this package and of JAX that led here.
+
+    Between that line and this one there are as many frames as the call has layers of
+    its own: a pull-back is called by JAX, a context manager by `contextlib`. So the
+    frames are looked at and not counted. (`skip_file_prefixes` of `warnings.warn` would
+    do the same, from Python 3.12 on.)
+    """
+    inside = {"fpipe", "jax", "jaxlib", "contextlib", "functools"}
+    level = 1
+    frame = sys._getframe()
+    while frame is not None:
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in inside:
+            break
+        frame = frame.f_back
+        level += 1
+    warnings.warn(text, stacklevel=level)

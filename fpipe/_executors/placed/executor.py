@@ -3,13 +3,13 @@ put in, outputs taken out.
 """
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from fpipe._core.caches import Key, Recent
+from fpipe._core.errors import warn
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
@@ -293,7 +293,7 @@ class Placed:
         self._check_params(args.params)
         plan, inputs = self._plan(mode, args, loss, asked)
         for text in plan.warnings:
-            warnings.warn(text, stacklevel=7)
+            warn(text)
         return bind(plan, self.layout, inputs, self._dispatch, self._constant)
 
     def _plan(

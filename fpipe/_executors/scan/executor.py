@@ -1,7 +1,6 @@
 """The scan executor's calls: one program for each kind of call, made once and kept."""
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from fpipe._core.caches import Key, Recent
+from fpipe._core.errors import warn
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
@@ -313,7 +313,7 @@ class Scan:
             self.large,
         )
         for text in machine.warnings:
-            warnings.warn(text, stacklevel=7)
+            warn(text)
         return Step(machine, self.mesh, inputs, request, self._model, out, self.idle)
 
     def _flat(self, args: Args) -> tuple[list[Any], list[Any], dict[Port, list[Any]]]:
