@@ -15,9 +15,15 @@ from fpipe._model.loss import Loss
 from fpipe._model.microbatch import Cut
 from fpipe._model.remat import Remat
 from fpipe._model.stages import INDEX, KEY, SIDE, TARGETS, Leaf, Port, Stage, X, Y
-from fpipe._program.code import Code, Program, Ref, Window
-from fpipe._program.stage_programs import Options, StagePrograms, cut
-from fpipe._program.trace import Flat, Joint, differentiate, flatten, forward_alone
+from fpipe._program.code import Code, Cotangent, Input, Program, ProgramValue, Window
+from fpipe._program.stage_programs import SplitSpec, StagePrograms, split_stage
+from fpipe._program.trace import (
+    FlatStage,
+    JointStage,
+    differentiate,
+    flatten,
+    forward_alone,
+)
 from fpipe.schedules import Action, Kind
 
 # What a call wants: the output; a loss; a loss and gradients, forwards and backwards
@@ -163,8 +169,8 @@ class Programs:
             if request.loss and request.loss.reduction == "mean"
             else (1.0,) * len(shares)
         )
-        self._flats: dict[Any, Flat] = {}
-        self._joints: dict[Any, Joint] = {}
+        self._flats: dict[Any, FlatStage] = {}
+        self._joints: dict[Any, JointStage] = {}
         self._cut: dict[Any, StagePrograms] = {}
         reach = dict[
             tuple[int, Leaf], bool
@@ -177,11 +183,11 @@ class Programs:
         """The weight of a microbatch's loss."""
         return self._scales[i]
 
-    def flat(self, s: int, i: int) -> Flat:
+    def flat(self, s: int, i: int) -> FlatStage:
         """The stage, traced for that microbatch's shape."""
         return self._flats[s, self.inputs.cut.variant(i)]
 
-    def joint(self, s: int, i: int) -> Joint:
+    def joint(self, s: int, i: int) -> JointStage:
         """Forward and backward as one graph."""
         return self._joints[s, self.inputs.cut.variant(i), self.recomputes(s, i)]
 
@@ -198,23 +204,23 @@ class Programs:
         key = (id(joint), scale, counts, split)
         if key not in self._cut:
             windows = tuple(self._windows(s, i).items())
-            options = Options(
-                split,
-                self.opened,
-                scale,
-                counts,
-                self._returned(s),
-                windows,
-                self._accumulates,
+            spec = SplitSpec(
+                cotangent_counts=counts,
+                split_backward=split,
+                inline_remats=self.opened,
+                loss_cotangent=scale,
+                returned=self._returned(s),
+                windows=windows,
+                accumulate=self._accumulates,
             )
             made = self._shared(
                 s,
-                (joint, options),
-                lambda: cut(joint, options, lambda code: self._compile(s, code)),
+                (joint, spec),
+                lambda: split_stage(joint, spec, lambda code: self._compile(s, code)),
             )
             self.warnings.update(dict.fromkeys(made.warnings))
             self._cut[key] = made
-        return self._cut[key].of
+        return self._cut[key].by_kind
 
     def readers(self, s: int, leaf: Leaf, i: int) -> list[tuple[int, Leaf]]:
         """The stages that have a gradient for an output leaf, with their name for it."""
@@ -269,7 +275,7 @@ class Programs:
         for leaf, reached in joint.reach.items():
             reach[s, leaf] = reach.get((s, leaf), False) or reached
 
-    def _flatten(self, stage: Stage, i: int) -> Flat:
+    def _flatten(self, stage: Stage, i: int) -> FlatStage:
         inputs, s = self.inputs, stage.index
         given = {Port("params", k): inputs.params[k] for k in stage.params}
         given[X] = inputs.piece(X, i) if s == 0 else self.flat(s - 1, i).out[Y]
@@ -301,7 +307,7 @@ class Programs:
         )
 
     def _wanted(
-        self, stage: Stage, flat: Flat, reach: Mapping[tuple[int, Leaf], bool]
+        self, stage: Stage, flat: FlatStage, reach: Mapping[tuple[int, Leaf], bool]
     ) -> frozenset[Leaf]:
         def asked(leaf: Leaf) -> bool:
             if leaf.port.kind == "skip":
@@ -313,23 +319,27 @@ class Programs:
         pairs = zip(flat.inputs, flat.shapes, strict=True)
         return frozenset(leaf for leaf, a in pairs if is_inexact(a) and asked(leaf))
 
-    def _windows(self, s: int, i: int) -> dict[Ref, Window]:
+    def _windows(self, s: int, i: int) -> dict[ProgramValue, Window]:
         """What a stage's programs take whole and cut themselves: the call's inputs, and
         cotangents of its `y`.
         """
         if self.inputs.cut.m == 1 or not self.whole:
             return {}
-        flat, first, out = self.flat(s, i), self.flat(s, 0), dict[Ref, Window]()
+        flat, first, out = (
+            self.flat(s, i),
+            self.flat(s, 0),
+            dict[ProgramValue, Window](),
+        )
         whole = dict(zip(first.inputs, first.shapes, strict=True))
         for leaf, shape in zip(flat.inputs, flat.shapes, strict=True):
             outside = leaf.port in (SIDE, TARGETS) or (leaf.port == X and s == 0)
             if outside and leaf not in flat.constant:
-                out[Ref("in", leaf)] = Window(whole[leaf].shape[0], shape.shape)
+                out[Input(leaf)] = Window(whole[leaf].shape[0], shape.shape)
         if flat.stage.last and self.request.mode == "vjp":
             for k, (a, b) in enumerate(
                 zip(flat.out[Y].leaves, first.out[Y].leaves, strict=True)
             ):
-                out[Ref("cotangent", Leaf(Y, k))] = Window(
+                out[Cotangent(Leaf(Y, k))] = Window(
                     b.shape[0] if b.shape else 1, a.shape
                 )
         return out

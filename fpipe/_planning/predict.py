@@ -192,6 +192,7 @@ def _work(
         if (
             not isinstance(item, Run)
             or item.action is None
+            or item.code is None
             or (item.action.kind, item.action.stage) in found
         ):
             continue
@@ -202,7 +203,7 @@ def _work(
             seen[key] = (
                 _seconds(compiled[n], traces[n], item.placement)
                 if timed
-                else _flops(item.call)
+                else count(item.code, "flops")
             )
         found[kind, s] = seen[key]
     if options.by == "flops" and options.speed is not None:
@@ -211,10 +212,6 @@ def _work(
             for (kind, s), value in found.items()
         }
     return found
-
-
-def _flops(call: Any) -> float:
-    return count(call.__wrapped__.code, "flops")
 
 
 def _seconds(compiled: Any, traced: Any, place: Placement) -> float:

@@ -10,7 +10,7 @@ import jax
 from fpipe._core.pytrees import pack, zeros
 from fpipe._model.stages import Leaf, Port
 from fpipe._planning.walk import Step
-from fpipe._program.code import Ref
+from fpipe._program.code import Cotangent, Input, ProgramValue
 
 _WARM_UP = 2
 
@@ -28,7 +28,7 @@ def measure(
         params: the parameters that the layer takes, its own and borrowed ones, if there
             are any.
     """
-    made: dict[Ref, Any] = {}
+    made: dict[ProgramValue, Any] = {}
     for port, shape in step.inputs.items():
         arrays = (
             [zeros(a) for a in shape.leaves]
@@ -36,23 +36,23 @@ def measure(
             else pack(params[port])[0]
         )
         placed = jax.device_put(list(arrays), device)
-        made |= {Ref("in", Leaf(port, n)): array for n, array in enumerate(placed)}
+        made |= {Input(Leaf(port, n)): array for n, array in enumerate(placed)}
     times = []
     for kind in ("F", "B"):
-        program, code = step.cut.programs.of.get(kind), step.cut.code(kind)
+        program, code = step.cut.programs.by_kind.get(kind), step.cut.code(kind)
         if program is None or code is None:
             times.append(0.0)
             continue
         call = code.compile()
         for ref in program.ins:
-            if ref.what == "cotangent" and ref.leaf is not None:
+            if isinstance(ref, Cotangent):
                 shape = step.cut.joint.flat.out[ref.leaf.port].leaves[ref.leaf.k]
                 made[ref] = jax.device_put(zeros(shape), device)
         arguments = [made[ref] for ref in program.ins]
         times.append(_median(call, arguments, repeats))
         made |= dict(zip(program.outs, call(*arguments), strict=True))
         made |= {
-            ref: made[other] for ref, other in program.same.items() if other in made
+            ref: made[other] for ref, other in program.aliases.items() if other in made
         }
     return times[0], times[1]
 

@@ -15,9 +15,9 @@ from fpipe._model.model import Model
 from fpipe._model.remat import Remat
 from fpipe._model.skip_routes import Skip, skip_of
 from fpipe._model.stages import INDEX, KEY, SIDE, Leaf, Port, Stage, X, Y, cut_stages
-from fpipe._program.code import Code
-from fpipe._program.stage_programs import Options, StagePrograms, cut
-from fpipe._program.trace import Joint, differentiate, flatten
+from fpipe._program.code import Code, Input, Output, Residual
+from fpipe._program.stage_programs import SplitSpec, StagePrograms, split_stage
+from fpipe._program.trace import JointStage, differentiate, flatten
 
 # What a microbatch keeps is one of these, or made in the layer; the rest of the inputs
 # is there for the whole call.
@@ -33,26 +33,25 @@ class Cut:
         programs: what they take and return, by name; their calls are the codes.
     """
 
-    joint: Joint
+    joint: JointStage
     programs: StagePrograms
 
     def code(self, kind: Any) -> Code | None:
         """What a program computes, if there is one."""
-        program = self.programs.of.get(kind)
-        code: Any = None if program is None else program.call
-        return code
+        program = self.programs.by_kind.get(kind)
+        return None if program is None else program.code
 
     def kept(self, without: Sequence[str] = ()) -> int:
         """Bytes that the backward takes from the forward or from the stage's inputs,
         inputs of some kinds aside.
         """
-        program, code = self.programs.of.get("B"), self.code("B")
+        program, code = self.programs.by_kind.get("B"), self.code("B")
         if program is None or code is None:
             return 0
         total = 0
         for ref, arg in zip(program.ins, code.args, strict=True):
-            ours = ref.what in ("residual", "out")
-            if ref.what == "in" and ref.leaf is not None:
+            ours = isinstance(ref, Residual | Output)
+            if isinstance(ref, Input):
                 ours = (
                     ref.leaf.port.kind in _PER_MICROBATCH
                     and ref.leaf.port.kind not in without
@@ -221,9 +220,7 @@ class Walk:
         )
         joint = differentiate(flat, wanted, remat)
         one = tuple((leaf, 1) for leaf in joint.cotangents)
-        options = Options(False, False, 1.0, one, frozenset(), (), False)
-        keep: Callable[[Code], Any] = lambda code: code  # noqa: E731 - nothing is compiled here
-        return Cut(joint, cut(joint, options, keep))
+        return Cut(joint, split_stage(joint, SplitSpec(cotangent_counts=one)))
 
     def recomputed(self, k: int, remat: Remat) -> Cut:
         """A layer under `jax.checkpoint`."""

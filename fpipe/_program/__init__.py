@@ -1,1 +1,1 @@
-"""A stage's programs: traced once, differentiated, and cut into forward and backward."""
+"""A stage is traced once, differentiated, and split into programs."""

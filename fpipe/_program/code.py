@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +11,84 @@ from fpipe._model.stages import Leaf
 from fpipe._program.graph import Graph, Node, evaluate
 from fpipe._program.identity import identity
 
+# What a program takes and returns, by name. The executors find a place for each of
+# them: a slot of the placed plan, or an array of a scan's buffers.
 
-class Ref(NamedTuple):
-    """What a program takes or returns, for the plan to give it a slot.
 
-    `in` and `out`: a leaf. `residual`: a value that a forward hands to its backward.
-    `shared`: a value that an `I` hands to its `W`. `cotangent`: of an output leaf, the
-    `n`-th of several. `gradient`: of an input leaf. `sum`: the accumulated gradient of
-    an input leaf that is the same for every microbatch.
-    """
+@dataclasses.dataclass(frozen=True, slots=True)
+class Input:
+    """A leaf that enters the stage."""
 
-    what: Literal["in", "out", "residual", "shared", "cotangent", "gradient", "sum"]
-    leaf: Leaf | None = None
-    n: int = 0
+    leaf: Leaf
 
     def __str__(self) -> str:
-        name = str(self.n) if self.leaf is None else str(self.leaf)
-        return name if self.what in ("in", "out") else f"{self.what} {name}"
+        return str(self.leaf)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Output:
+    """A leaf that leaves the stage."""
+
+    leaf: Leaf
+
+    def __str__(self) -> str:
+        return str(self.leaf)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Residual:
+    """A value that `F` hands to the backward; the stage's residuals are numbered."""
+
+    number: int
+
+    def __str__(self) -> str:
+        return f"residual {self.number}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Handed:
+    """A value that `I` hands to `W`; the stage's handed values are numbered."""
+
+    number: int
+
+    def __str__(self) -> str:
+        return f"handed {self.number}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cotangent:
+    """A cotangent of an output leaf: one of several, where several stages read it."""
+
+    leaf: Leaf
+    number: int = 0
+
+    def __str__(self) -> str:
+        return f"cotangent {self.leaf}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Gradient:
+    """The gradient of an input leaf, for one microbatch."""
+
+    leaf: Leaf
+
+    def __str__(self) -> str:
+        return f"gradient {self.leaf}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GradientSum:
+    """The accumulated gradient of an input leaf that all microbatches share."""
+
+    leaf: Leaf
+
+    def __str__(self) -> str:
+        return f"sum {self.leaf}"
+
+
+ProgramValue: TypeAlias = (
+    Input | Output | Residual | Handed | Cotangent | Gradient | GradientSum
+)
 
 
 class Window(NamedTuple):
@@ -59,19 +120,21 @@ class Program:
 
     Attributes:
         name: `stage2_F`, as it appears in plans.
-        call: the function; `None` if there is nothing to run.
+        code: what it computes; `None` if there is nothing to run.
+        call: the compiled function of `code`.
         ins, outs: what it takes and returns.
-        same: outputs that are another value as it is: an input, or another output. They
-            need no slot of their own (`jit` would copy them).
+        aliases: outputs that are another value as it is: an input, or another output.
+            They need no slot of their own (`jit` would copy them).
         calls_host: whether it calls Python while it runs: then whoever dispatches it
             may have to wait for it.
     """
 
     name: str
+    code: "Code | None"
     call: Callable[..., Sequence[Any]] | None
-    ins: tuple[Ref, ...]
-    outs: tuple[Ref, ...]
-    same: Mapping[Ref, Ref]
+    ins: tuple[ProgramValue, ...]
+    outs: tuple[ProgramValue, ...]
+    aliases: Mapping[ProgramValue, ProgramValue]
     calls_host: bool
 
 
@@ -176,7 +239,6 @@ class Code:
             return self(*arrays)
 
         call.__name__ = call.__qualname__ = f"fpipe_{self.kind}"
-        vars(call)["code"] = self  # for who counts what it computes
         first = len(self.args)
         return jax.jit(
             call,

@@ -6,40 +6,54 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from fpipe._model.stages import INDEX, LOSS, Leaf
-from fpipe._program.code import Arg, Code, Compile, Program, Ref, Window
+from fpipe._program.code import (
+    Arg,
+    Code,
+    Compile,
+    Cotangent,
+    Gradient,
+    GradientSum,
+    Handed,
+    Input,
+    Output,
+    Program,
+    ProgramValue,
+    Residual,
+    Window,
+)
 from fpipe._program.control_flow import calls_host, sources
 from fpipe._program.graph import Node, is_late, late_values, masks, needed
 from fpipe._program.residuals import halves, opened, residuals
-from fpipe._program.trace import Joint
+from fpipe._program.trace import JointStage
 from fpipe.schedules import Kind
 
-INDEX_REF = Ref("in", Leaf(INDEX, 0))
+INDEX_INPUT = Input(Leaf(INDEX, 0))
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """How a stage is cut.
+class SplitSpec:
+    """How a stage is split into programs.
 
     Attributes:
-        split: whether the backward is cut into `I` and `W`.
-        opened: whether recomputations are inlined, so that equations in them can be
-            told apart; a cut needs that too.
-        scale: the cotangent of the loss, baked into the last stage's backward.
-        contributions: how many cotangents each output leaf gets (summed in the
+        cotangent_counts: how many cotangents each output leaf gets (summed in the
             program); none is zero.
+        split_backward: whether the backward is split into `I` and `W`.
+        inline_remats: whether recomputations are inlined, so that equations in them can
+            be told apart; a split backward needs that too.
+        loss_cotangent: baked into the last stage's backward.
         returned: output leaves that the user gets: buffers of their own, for the user
             may donate them.
         windows: what the programs take whole, and cut their piece out of.
         accumulate: whether constant leaves' gradients are added to a sum that comes in.
     """
 
-    split: bool
-    opened: bool
-    scale: float
-    contributions: tuple[tuple[Leaf, int], ...]
-    returned: frozenset[Leaf]
-    windows: tuple[tuple[Ref, Window], ...]
-    accumulate: bool
+    cotangent_counts: tuple[tuple[Leaf, int], ...]
+    split_backward: bool = False
+    inline_remats: bool = False
+    loss_cotangent: float = 1.0
+    returned: frozenset[Leaf] = frozenset()
+    windows: tuple[tuple[ProgramValue, Window], ...] = ()
+    accumulate: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,22 +61,33 @@ class StagePrograms:
     """The programs of a stage for microbatches of one shape.
 
     Attributes:
-        of: by kind; what has nothing to compute is not there.
+        by_kind: what has nothing to compute is not there.
         warnings: what the user should know.
     """
 
-    of: Mapping[Kind, Program]
+    by_kind: Mapping[Kind, Program]
     warnings: tuple[str, ...]
 
 
-def cut(joint: Joint, options: Options, compile: Compile) -> StagePrograms:  # noqa: A002 - what it does
-    """Cut a stage into its programs; `compile` makes, or finds, the function of a code."""
+def split_stage(
+    joint: JointStage,
+    spec: SplitSpec,
+    compile: Compile | None = None,  # noqa: A002 - what it does
+) -> StagePrograms:
+    """Split a stage into its programs.
+
+    Arguments:
+        compile: makes, or finds, the function of a code. Without it the programs have
+            codes alone.
+    """
     return _Cut(
-        _opened(joint) if options.split or options.opened else joint, options, compile
+        _opened(joint) if spec.split_backward or spec.inline_remats else joint,
+        spec,
+        compile,
     ).programs()
 
 
-def _opened(joint: Joint) -> Joint:
+def _opened(joint: JointStage) -> JointStage:
     """The joint graph with its recomputations inlined."""
     graph, new = opened(joint.graph, joint.cotangents.values())
     outputs, gradients = (
@@ -77,11 +102,13 @@ class _Cut:
     between programs.
     """
 
-    def __init__(self, joint: Joint, options: Options, compile: Compile) -> None:  # noqa: A002
+    def __init__(
+        self, joint: JointStage, spec: SplitSpec, compile: Compile | None
+    ) -> None:  # noqa: A002
         self.joint, self.graph, self.stage = joint, joint.graph, joint.flat.stage
-        self.options, self.windows, self.compile = (
-            options,
-            dict(options.windows),
+        self.spec, self.windows, self.compile = (
+            spec,
+            dict(spec.windows),
             compile,
         )
         constant, cotangents = joint.flat.constant, set(joint.cotangents.values())
@@ -94,20 +121,18 @@ class _Cut:
             self.graph, list(joint.gradients.values()), self.late, self.micro
         )
         names = {
-            v: Ref("out", leaf)
+            v: Output(leaf)
             for leaf, v in joint.outputs.items()
-            if leaf not in options.returned
+            if leaf not in spec.returned
         }
-        names |= {v: Ref("in", leaf) for leaf, v in joint.inputs.items()}
+        names |= {v: Input(leaf) for leaf, v in joint.inputs.items()}
         self.residuals = [
             v for v in self.take if v not in names and v not in cotangents
         ]
-        self.names = names | {
-            v: Ref("residual", n=n) for n, v in enumerate(self.residuals)
-        }
-        counts = dict(options.contributions)
+        self.names = names | {v: Residual(n) for n, v in enumerate(self.residuals)}
+        counts = dict(spec.cotangent_counts)
         self.terms = {
-            v: [Ref("cotangent", leaf, n) for n in range(counts.get(leaf, 0))]
+            v: [Cotangent(leaf, n) for n in range(counts.get(leaf, 0))]
             for leaf, v in joint.cotangents.items()
             if leaf.port != LOSS
         }
@@ -117,16 +142,14 @@ class _Cut:
         """All that there are."""
         gradients, constant = self.joint.gradients, self.joint.flat.constant
         sums = [leaf for leaf in gradients if leaf in constant]
-        each = {
-            Ref("gradient", leaf): v
-            for leaf, v in gradients.items()
-            if leaf not in constant
+        each: dict[ProgramValue, int] = {
+            Gradient(leaf): v for leaf, v in gradients.items() if leaf not in constant
         }
         of: dict[Kind, Program] = {"F": self._forward()}
         warnings = self._weights_kept()
         if not gradients:
             return StagePrograms(of, tuple(warnings))
-        if not self.options.split:
+        if not self.spec.split_backward:
             of["B"] = self._backward("B", self.nodes, each, sums)
             return StagePrograms(of, tuple(warnings))
         given = {v: len(self.terms.get(v, ())) < 2 for v in self.take}
@@ -150,7 +173,7 @@ class _Cut:
                 "together with an input gradient; a "
                 "schedule that delays W gains less here"
             )
-        shared = {Ref("shared", n=n): v for n, v in enumerate(handed)}
+        shared: dict[ProgramValue, int] = {Handed(n): v for n, v in enumerate(handed)}
         if first or each:
             of["I"] = self._backward("I", first, each | shared, early)
         self.names |= {v: ref for ref, v in shared.items()}
@@ -185,15 +208,15 @@ class _Cut:
 
     def _forward(self) -> Program:
         joint, graph = self.joint, self.graph
-        values = {Ref("out", leaf): v for leaf, v in joint.outputs.items()}
-        values |= {Ref("residual", n=n): v for n, v in enumerate(self.residuals)}
-        own = [
-            Ref("out", leaf) for leaf in joint.outputs if leaf in self.options.returned
-        ]
+        values: dict[ProgramValue, int] = {
+            Output(leaf): v for leaf, v in joint.outputs.items()
+        }
+        values |= {Residual(n): v for n, v in enumerate(self.residuals)}
+        own = [Output(leaf) for leaf in joint.outputs if leaf in self.spec.returned]
         known = {
-            v: Ref("in", leaf)
+            v: Input(leaf)
             for leaf, v in joint.inputs.items()
-            if Ref("in", leaf) not in self.windows
+            if Input(leaf) not in self.windows
         }
         outs, same = _unrepeated(
             {ref: v for ref, v in values.items() if ref not in own}, known
@@ -202,14 +225,16 @@ class _Cut:
         wanted = [values[ref] for ref in outs]
         nodes = needed(graph, wanted, effects=lambda node: not is_late(node, self.late))
         used = {v for node in nodes for v in node.ins} | set(wanted)
-        ins = {Ref("in", leaf): v for leaf, v in joint.inputs.items() if v in used}
+        ins: dict[ProgramValue, int] = {
+            Input(leaf): v for leaf, v in joint.inputs.items() if v in used
+        }
         return self._program("F", nodes, ins, {}, wanted, outs, same, [])
 
     def _backward(
         self,
         kind: Kind,
         nodes: Sequence[Node],
-        each: Mapping[Ref, int],
+        each: Mapping[ProgramValue, int],
         leaves: Sequence[Leaf],
     ) -> Program:
         """A backward, or half of one: `each` goes out as it is, the gradients of
@@ -217,7 +242,7 @@ class _Cut:
         """
         made = {v for node in nodes for v in node.outs}
         wanted = [*each.values(), *(self.joint.gradients[leaf] for leaf in leaves)]
-        ins: dict[Ref, int] = {}
+        ins: dict[ProgramValue, int] = {}
         fills: dict[int, float] = {}
         for v in sorted(
             ({v for node in nodes for v in node.ins} | set(wanted))
@@ -227,7 +252,7 @@ class _Cut:
             if v in self.names:
                 ins[self.names[v]] = v
             elif v in self.loss:
-                fills[v] = self.options.scale
+                fills[v] = self.spec.loss_cotangent
             elif self.terms[v]:
                 ins |= dict.fromkeys(self.terms[v], v)
             else:
@@ -248,49 +273,49 @@ class _Cut:
             kind, nodes, ins, fills, [each[ref] for ref in outs], outs, same, leaves
         )
 
-    def _stays_inside(self, ref: Ref) -> bool:
+    def _stays_inside(self, ref: ProgramValue) -> bool:
         """Whether it is for another stage, or for another program of this one."""
-        kind = ref.leaf.port.kind if ref.leaf else None
-        return (
-            ref.what == "shared"
-            or kind == "skip"
-            or (kind == "x" and self.stage.index > 0)
-        )
+        if not isinstance(ref, Gradient):
+            return True
+        kind = ref.leaf.port.kind
+        return kind == "skip" or (kind == "x" and self.stage.index > 0)
 
     def _program(
         self,
         kind: Kind,
         nodes: Sequence[Node],
-        ins: Mapping[Ref, int],
+        ins: Mapping[ProgramValue, int],
         fills: Mapping[int, float],
         wanted: Sequence[int],
-        outs: Sequence[Ref],
-        same: Mapping[Ref, Ref],
+        outs: Sequence[ProgramValue],
+        same: Mapping[ProgramValue, ProgramValue],
         leaves: Sequence[Leaf],
     ) -> Program:
         refs, args = (
             list(ins),
             [Arg(v, self.windows.get(ref)) for ref, v in ins.items()],
         )
-        if any(arg.window for arg in args) and INDEX_REF not in ins:
-            refs.append(INDEX_REF)
+        if any(arg.window for arg in args) and INDEX_INPUT not in ins:
+            refs.append(INDEX_INPUT)
             args.append(Arg(None))
         code = Code(
             kind,
             self.graph,
             tuple(nodes),
             tuple(args),
-            refs.index(INDEX_REF) if INDEX_REF in refs else None,
+            refs.index(INDEX_INPUT) if INDEX_INPUT in refs else None,
             tuple(fills.items()),
             tuple(wanted),
             tuple(self.joint.gradients[leaf] for leaf in leaves),
-            self.options.accumulate,
+            self.spec.accumulate,
         )
-        sums = [Ref("sum", leaf) for leaf in leaves]
+        sums = [GradientSum(leaf) for leaf in leaves]
+        runs = bool(nodes or wanted or sums)
         return Program(
             f"stage{self.stage.index}_{kind}",
-            self.compile(code) if nodes or wanted or sums else None,
-            (*refs, *(sums if self.options.accumulate else ())),
+            code if runs else None,
+            self.compile(code) if runs and self.compile else None,
+            (*refs, *(sums if self.spec.accumulate else ())),
             (*outs, *sums),
             same,
             calls_host(nodes),
@@ -298,12 +323,16 @@ class _Cut:
 
 
 def _unrepeated(
-    values: Mapping[Ref, int], known: Mapping[int, Ref]
-) -> tuple[tuple[Ref, ...], dict[Ref, Ref]]:
+    values: Mapping[ProgramValue, int], known: Mapping[int, ProgramValue]
+) -> tuple[tuple[ProgramValue, ...], dict[ProgramValue, ProgramValue]]:
     """The refs whose values are new, and the others with the ref that has their value
     already.
     """
-    first, outs, same = dict(known), list[Ref](), dict[Ref, Ref]()
+    first, outs, same = (
+        dict(known),
+        list[ProgramValue](),
+        dict[ProgramValue, ProgramValue](),
+    )
     for ref, v in values.items():
         if v in first:
             same[ref] = first[v]

@@ -16,7 +16,7 @@ from fpipe._program.graph import Graph, function, inline, is_zero, masks, trace
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Flat:
+class FlatStage:
     """A stage as a flat function, for microbatches of one shape.
 
     Attributes:
@@ -40,7 +40,7 @@ class Flat:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Joint:
+class JointStage:
     """A stage's forward, and its backward where one is asked for, as one graph.
 
     Attributes:
@@ -53,7 +53,7 @@ class Joint:
         reach: for each cotangent leaf whether any gradient depends on it.
     """
 
-    flat: Flat
+    flat: FlatStage
     graph: Graph
     inputs: Mapping[Leaf, int]
     outputs: Mapping[Leaf, int]
@@ -70,7 +70,7 @@ def flatten(
     loss: Loss | None,
     whole: frozenset[Leaf],
     where: str,
-) -> Flat:
+) -> FlatStage:
     """Trace the layers of a stage.
 
     Arguments:
@@ -98,14 +98,14 @@ def flatten(
     outputs = tuple(
         Leaf(port, k) for port, shape in out.items() for k in range(len(shape.leaves))
     )
-    return Flat(stage, inputs, shapes, out, outputs, constant, closed, where)
+    return FlatStage(stage, inputs, shapes, out, outputs, constant, closed, where)
 
 
-def forward_alone(flat: Flat) -> Joint:
+def forward_alone(flat: FlatStage) -> JointStage:
     """The graph of a stage that nothing is differentiated through."""
     graph = inline(flat.closed)
     inputs = dict(zip(flat.inputs, graph.inputs, strict=True))
-    return Joint(
+    return JointStage(
         flat,
         graph,
         inputs,
@@ -116,7 +116,9 @@ def forward_alone(flat: Flat) -> Joint:
     )
 
 
-def differentiate(flat: Flat, wanted: frozenset[Leaf], remat: Remat | None) -> Joint:
+def differentiate(
+    flat: FlatStage, wanted: frozenset[Leaf], remat: Remat | None
+) -> JointStage:
     """The joint graph of a stage.
 
     Arguments:
@@ -176,7 +178,7 @@ def differentiate(flat: Flat, wanted: frozenset[Leaf], remat: Remat | None) -> J
     reached = 0
     for v in gradients.values():
         reached |= late.get(v, 0)
-    return Joint(
+    return JointStage(
         flat,
         graph,
         dict(zip(flat.inputs, graph.inputs[:total], strict=True)),

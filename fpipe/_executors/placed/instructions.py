@@ -12,14 +12,15 @@ from fpipe._core.pytrees import PyTree, Shape
 from fpipe._executors.placement import Placement
 from fpipe._executors.plan_data import Role
 from fpipe._model.stages import Leaf
+from fpipe._program.code import Code
 from fpipe.schedules import Action, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """Run a program on its placement. `action` is `None` for the work around the
-    schedule; `calls_host` as in `Program`; `donates`: those of `ins` whose arrays it
-    consumes.
+    schedule; `calls_host` and `code` as in `Program`; `donates`: those of `ins` whose
+    arrays it consumes.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Run:
     action: Action | None = None
     calls_host: bool = False
     donates: tuple[int, ...] = ()
+    code: Code | None = None
 
 
 @dataclasses.dataclass(frozen=True)

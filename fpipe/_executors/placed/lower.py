@@ -53,7 +53,18 @@ from fpipe._model.stages import (
     X,
     Y,
 )
-from fpipe._program.code import Program, Ref
+from fpipe._program.code import (
+    Code,
+    Cotangent,
+    Gradient,
+    GradientSum,
+    Handed,
+    Input,
+    Program,
+    ProgramValue,
+    Residual,
+)
+from fpipe._program.code import Output as OutputLeaf
 from fpipe.schedules import Action, Schedule, simulate
 
 
@@ -138,6 +149,7 @@ class _Emitter:
         action: Action | None = None,
         calls_host: bool = False,
         donates: Sequence[int] = (),
+        code: Code | None = None,
     ) -> list[int]:
         """Run a program on a placement; returns the slots of what it makes."""
         here = self.bring(ins, placement)
@@ -154,6 +166,7 @@ class _Emitter:
                 action,
                 calls_host,
                 tuple(donates),
+                code,
             )
         )
         return made
@@ -197,7 +210,7 @@ class _Lowering:
         )
         self.emit = _Emitter()
         self.values: dict[
-            tuple[int, int], dict[Ref, int]
+            tuple[int, int], dict[ProgramValue, int]
         ] = {}  # (stage, microbatch): what it read and made, here
         self.sums: dict[tuple[int, Leaf], int] = {}  # accumulated gradients by stage
         self.states: dict[
@@ -275,13 +288,18 @@ class _Lowering:
         # input as it is.
         refs = [
             *program.ins,
-            *(r for backward in backwards for r in backward.ins if r.what == "in"),
+            *(
+                r
+                for backward in backwards
+                for r in backward.ins
+                if isinstance(r, Input)
+            ),
         ]
-        refs += [r for r in program.same.values() if r.what == "in"]
-        slots = {
+        refs += [r for r in program.aliases.values() if isinstance(r, Input)]
+        slots: dict[ProgramValue, int] = {
             ref: self._input(stage, ref.leaf, i)
             for ref in dict.fromkeys(refs)
-            if ref.leaf is not None
+            if isinstance(ref, Input)
         }
         local = dict(
             zip(slots, self.emit.bring(list(slots.values()), placement), strict=True)
@@ -292,7 +310,7 @@ class _Lowering:
             port = Port("state", k)
             count = len(self.programs.flat(s, i).out[port].leaves)
             self.states[k] = tuple(
-                local[Ref("out", Leaf(port, n))] for n in range(count)
+                local[OutputLeaf(Leaf(port, n))] for n in range(count)
             )
 
     def _backward(self, action: Action) -> None:
@@ -304,9 +322,9 @@ class _Lowering:
         self._start_sums(s, program)
         slots = []
         for ref in program.ins:
-            if ref.what == "cotangent" and ref.leaf is not None:
-                slots.append(self._cotangent(s, i, ref.leaf, ref.n))
-            elif ref.what == "sum" and ref.leaf is not None:
+            if isinstance(ref, Cotangent):
+                slots.append(self._cotangent(s, i, ref.leaf, ref.number))
+            elif isinstance(ref, GradientSum):
                 slots.append(self.sums[s, ref.leaf])
             else:
                 slots.append(local[ref])
@@ -315,13 +333,13 @@ class _Lowering:
         local |= dict(zip(program.ins, here, strict=True))
         self._run(program, local, s, i, here, action)
         for ref in program.outs:
-            if ref.what == "sum" and ref.leaf is not None:
+            if isinstance(ref, GradientSum):
                 self.sums[s, ref.leaf] = local[ref]
 
     def _run(
         self,
         program: Program,
-        local: dict[Ref, int],
+        local: dict[ProgramValue, int],
         s: int,
         i: int,
         ins: Sequence[int],
@@ -336,7 +354,7 @@ class _Lowering:
             sums = [
                 slot
                 for ref, slot in zip(program.ins, ins, strict=True)
-                if ref.what == "sum"
+                if isinstance(ref, GradientSum)
             ]
             made = self.emit.run(
                 program.name,
@@ -347,9 +365,10 @@ class _Lowering:
                 action,
                 program.calls_host,
                 sums,
+                program.code,
             )
             local |= dict(zip(program.outs, made, strict=True))
-        local |= {ref: local[other] for ref, other in program.same.items()}
+        local |= {ref: local[other] for ref, other in program.aliases.items()}
 
     def _input(self, stage: Stage, leaf: Leaf, i: int) -> int:
         """The slot of an input leaf, wherever it is."""
@@ -358,9 +377,9 @@ class _Lowering:
         if port.kind == "params":
             return self.emit.feed(leaf, self.layout.home(port.of))
         if port == X and s > 0:
-            return self.values[s - 1, i][Ref("out", Leaf(Y, k))]
+            return self.values[s - 1, i][OutputLeaf(Leaf(Y, k))]
         if port.kind == "skip":
-            return self.values[self.layout.source_of(port.of), i][Ref("out", leaf)]
+            return self.values[self.layout.source_of(port.of), i][OutputLeaf(leaf)]
         if port.kind == "state" and port.of in self.states:
             return self.states[port.of][k]
         if port == INDEX or port.kind == "number":
@@ -379,14 +398,14 @@ class _Lowering:
         if leaf.port == Y and self.layout.stages[s].last:
             return self.y_cotangents[leaf.k]
         reader, name = self.programs.readers(s, leaf, i)[n]
-        return self.values[reader, i][Ref("gradient", name)]
+        return self.values[reader, i][Gradient(name)]
 
     def _start_sums(self, s: int, program: Program) -> None:
         """Zeros for the stage's accumulators, made together."""
         new = [
             r.leaf
             for r in program.ins
-            if r.what == "sum" and r.leaf is not None and (s, r.leaf) not in self.sums
+            if isinstance(r, GradientSum) and (s, r.leaf) not in self.sums
         ]
         if new:
             placement = self.layout.placements[s]
@@ -413,7 +432,7 @@ class _Lowering:
         check_alike(parts, "`pipe(params, x)`: y", stacked=False)
         count = len(parts[0].leaves)
         slots = [
-            self.values[last, i][Ref("out", Leaf(Y, k))]
+            self.values[last, i][OutputLeaf(Leaf(Y, k))]
             for k in range(count)
             for i in range(self.m)
         ]
@@ -462,7 +481,7 @@ class _Lowering:
             *(Leaf(AUX, k) for k in range(len(aux.leaves))),
         ]
         ins = [
-            self.values[last, i][Ref("out", leaf)]
+            self.values[last, i][OutputLeaf(leaf)]
             for leaf in leaves
             for i in range(self.m)
         ]
@@ -552,31 +571,28 @@ class _Lowering:
         per = [self.values[s, i] for i in range(self.m)]
         leaves = list(
             dict.fromkeys(
-                leaf
+                value.leaf
                 for values in per
-                for what, leaf, _ in values
-                if what == "gradient"
-                and leaf
-                and leaf in self.request.wanted
-                and (s == 0 or leaf.port != X)
+                for value in values
+                if isinstance(value, Gradient)
+                and value.leaf in self.request.wanted
+                and (s == 0 or value.leaf.port != X)
             )
         )
         if self.m == 1 or not leaves:
-            return {leaf: per[0][Ref("gradient", leaf)] for leaf in leaves}
+            return {leaf: per[0][Gradient(leaf)] for leaf in leaves}
         # A piece without gradient (its shape led another way through the layers) is
         # zero.
-        present = [
-            [Ref("gradient", leaf) in values for values in per] for leaf in leaves
-        ]
+        present = [[Gradient(leaf) in values for values in per] for leaf in leaves]
         shapes = [
             [self.inputs.piece(leaf.port, i).leaves[leaf.k] for i in range(self.m)]
             for leaf in leaves
         ]
         ins = [
-            values[Ref("gradient", leaf)]
+            values[Gradient(leaf)]
             for leaf in leaves
             for values in per
-            if Ref("gradient", leaf) in values
+            if Gradient(leaf) in values
         ]
         call = jax.jit(around.gradient_joiner(shapes, present))
         outs: list[tuple[str, Role]] = [(f"gradient {n}", "gradients") for n in leaves]
@@ -601,24 +617,15 @@ class _Lowering:
         return self.layout.placements[next(iter(asking), 0)]
 
 
-def _role(ref: Ref, stage: int, last: bool) -> Role:
+def _role(ref: ProgramValue, stage: int, last: bool) -> Role:
     """What an array that a stage's program makes is for."""
-    if ref.what in ("residual", "shared"):
+    if isinstance(ref, Residual | Handed):
         return "residuals"
-    if ref.leaf is not None and ref.leaf.port.kind == "skip":
+    if ref.leaf.port.kind == "skip":
         return "skips"
-    if ref.what == "out":
-        return (
-            "boundaries"
-            if ref.leaf is not None and ref.leaf.port == Y and not last
-            else "outputs"
-        )
-    inner = (
-        ref.what == "gradient"
-        and ref.leaf is not None
-        and ref.leaf.port == X
-        and stage > 0
-    )
+    if isinstance(ref, OutputLeaf):
+        return "boundaries" if ref.leaf.port == Y and not last else "outputs"
+    inner = isinstance(ref, Gradient) and ref.leaf.port == X and stage > 0
     return "boundaries" if inner else "gradients"
 
 

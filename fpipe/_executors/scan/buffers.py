@@ -8,7 +8,7 @@ from fpipe._executors.scan.coloring import edge_colors, slots
 from fpipe._executors.scan.machine import Avals, PoolName
 from fpipe._executors.scan.values import Value, Values
 from fpipe._model.stages import Leaf, X, Y
-from fpipe._program.code import Ref
+from fpipe._program.code import Cotangent, Input
 from fpipe.schedules import Action
 
 
@@ -141,11 +141,11 @@ class Places:
         direction, u, port, *_ = value
         if direction == "f":
             leaf = Leaf(X if port == Y else port, 0)
-            return self.values.identity(t, i), self.values.relative(t, Ref("in", leaf))
+            return self.values.identity(t, i), self.values.relative(t, Input(leaf))
         index = [r for r, _ in self.values.programs.readers(t, Leaf(port, 0), i)]
         return (
             self.values.identity(t, i),
-            self.values.relative(t, Ref("cotangent", Leaf(port, 0))),
+            self.values.relative(t, Cotangent(Leaf(port, 0))),
             index.index(u) if u in index else -1,
         )
 

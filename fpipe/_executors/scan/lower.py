@@ -44,7 +44,17 @@ from fpipe._executors.scan.units import Units
 from fpipe._executors.scan.values import Value, Values
 from fpipe._model.remat import Remat
 from fpipe._model.stages import INDEX, KEY, SIDE, TARGETS, Leaf, Port, X, Y
-from fpipe._program.code import Code, Program, Ref
+from fpipe._program.code import (
+    Cotangent,
+    Gradient,
+    GradientSum,
+    Handed,
+    Input,
+    Output,
+    Program,
+    ProgramValue,
+    Residual,
+)
 from fpipe.schedules import Action, Costs, Kind, Schedule
 
 
@@ -230,7 +240,7 @@ class _Lowering:
             direction,
             identity,
             only,
-            self.values.relative(u, Ref("out", Leaf(port, 0))),
+            self.values.relative(u, Output(Leaf(port, 0))),
             names,
             avals,
         )
@@ -249,10 +259,9 @@ class _Lowering:
         sources = tuple(self._source(u, i, kind, ref, arg) for ref in fetched)
         where = {ref: n for n, ref in enumerate(fetched)}
         where |= {ref: len(fetched) + n for n, ref in enumerate(program.outs)}
-        code = program.call
-        assert code is None or isinstance(code, Code)
+        code = program.code
 
-        def value_of(ref: Ref) -> int:
+        def value_of(ref: ProgramValue) -> int:
             return (
                 where[ref]
                 if ref in where
@@ -280,7 +289,7 @@ class _Lowering:
         ins = tuple(
             where[self.values.resolved(u, i, kind, ref)]
             for ref in program.ins
-            if ref.what != "sum"
+            if not isinstance(ref, GradientSum)
         )
         op = Op(
             kind,
@@ -299,21 +308,21 @@ class _Lowering:
         return _Ready(op, self._ops.setdefault(op, len(self._ops)), tuple(args), fed)
 
     def _source(
-        self, u: int, i: int, kind: str, ref: Ref, arg: Callable[[Any], int]
+        self, u: int, i: int, kind: str, ref: ProgramValue, arg: Callable[[Any], int]
     ) -> Source:
         earlier = {"F": (), "W": ("saved", "shared")}.get(kind, ("saved",))
         for kept in earlier:
             if ref in self.values.saved(u, i)[kept == "shared"]:
                 return self._held((kept, u, None), ref, u, i, arg)
-        assert ref.leaf is not None, ref
+        assert not isinstance(ref, Residual | Handed), ref
         port, k = ref.leaf
         flat, stage = self.values.programs.flat(u, i), self.values.units.stages[u]
-        if ref.what == "cotangent":
+        if isinstance(ref, Cotangent):
             if port == Y and stage.last:
                 return Piece(Port("y"), k, whole=False)
-            reader, leaf = self.values.programs.readers(u, ref.leaf, i)[ref.n]
-            return self._held(("b", reader, port, u), Ref("gradient", leaf), u, i, arg)
-        assert ref.what == "in", ref
+            reader, leaf = self.values.programs.readers(u, ref.leaf, i)[ref.number]
+            return self._held(("b", reader, port, u), Gradient(leaf), u, i, arg)
+        assert isinstance(ref, Input), ref
         if port.kind == "params":
             return self._param(u, (port.of, k))
         if port.kind == "state":
@@ -332,12 +341,12 @@ class _Lowering:
                 else ("f", self.values.programs.layout.source_of(port.of), port)
             )
             return self._held(
-                value, Ref("out", Leaf(Y if port == X else port, k)), u, i, arg
+                value, Output(Leaf(Y if port == X else port, k)), u, i, arg
             )
         return Piece(port, k, whole=port == KEY or ref.leaf in flat.constant)
 
     def _held(
-        self, value: Value, ref: Ref, u: int, i: int, arg: Callable[[Any], int]
+        self, value: Value, ref: ProgramValue, u: int, i: int, arg: Callable[[Any], int]
     ) -> Held:
         refs, avals = self.values.bundle(value, i)
         name = self.places.pool_of(value, u, i)
@@ -362,7 +371,7 @@ class _Lowering:
         i: int,
         kind: str,
         program: Program,
-        value_of: Callable[[Ref], int],
+        value_of: Callable[[ProgramValue], int],
     ) -> Iterable[Target]:
         """What goes to the user, and what is summed."""
         flat, d = self.values.programs.flat(u, i), self.values.units.device[u]
@@ -379,11 +388,11 @@ class _Lowering:
                 for k, aval in enumerate(shape.leaves):
                     leaf = Leaf(port, k)
                     if port.kind in ("loss", "weight", "aux") or (port == Y and last):
-                        yield Write(output(leaf, aval), value_of(Ref("out", leaf)))
+                        yield Write(output(leaf, aval), value_of(Output(leaf)))
                     elif port.kind == "state":
                         assert self.state is not None
                         yield SetState(
-                            self.state.where[port.of, k][0], value_of(Ref("out", leaf))
+                            self.state.where[port.of, k][0], value_of(Output(leaf))
                         )
             return
         gradients = self.values.programs.joint(u, i).gradients
@@ -396,11 +405,9 @@ class _Lowering:
                         Leaf(Port("x" if leaf.port == X else leaf.port.kind), leaf.k),
                         known[leaf],
                     )
-                    yield Write(
-                        name, value_of(Ref("gradient", leaf)), add=leaf.port == SIDE
-                    )
+                    yield Write(name, value_of(Gradient(leaf)), add=leaf.port == SIDE)
         for ref in program.outs:
-            if ref.what == "sum" and ref.leaf is not None:
+            if isinstance(ref, GradientSum):
                 if ref.leaf.port.kind == "params":
                     source = self._param(u, (ref.leaf.port.of, ref.leaf.k))
                     yield Add(

@@ -21,8 +21,19 @@ from fpipe._executors.scan.machine import Avals
 from fpipe._executors.scan.units import Units
 from fpipe._model.remat import Remat
 from fpipe._model.stages import Leaf, Port, Stage, X, Y
-from fpipe._program.code import Code, Program, Ref
-from fpipe._program.trace import Flat
+from fpipe._program.code import (
+    Code,
+    Cotangent,
+    Gradient,
+    GradientSum,
+    Handed,
+    Input,
+    Output,
+    Program,
+    ProgramValue,
+    Residual,
+)
+from fpipe._program.trace import FlatStage
 from fpipe.schedules import Action, Kind, Schedule
 
 # A bundle of arrays by name: `("f", unit, port)` is a boundary or a skip that a unit
@@ -42,7 +53,7 @@ class UnitPrograms(Programs):
         super().__init__(Layout(units.stages, ()), *args)
 
     def _wanted(
-        self, stage: Stage, flat: Flat, reach: Mapping[tuple[int, Leaf], bool]
+        self, stage: Stage, flat: FlatStage, reach: Mapping[tuple[int, Leaf], bool]
     ) -> frozenset[Leaf]:
         """A core's input gradient is always made: the first core is then the same
         program as the others, and a tick takes as long as theirs anyway.
@@ -132,51 +143,49 @@ class Values:
             out.setdefault((*programs, *kinds), []).append(i)
         return list(out.values())
 
-    def resolved(self, u: int, i: int, kind: str, ref: Ref) -> Ref:
+    def resolved(self, u: int, i: int, kind: str, ref: ProgramValue) -> ProgramValue:
         """What a reference stands for that is another value as it is."""
         programs = self.of(u, i)
         for k in {"F": "F", "B": "FB", "I": "FI", "W": "FIW"}[kind]:
-            same = programs[k].same if k in programs else {}
+            same = programs[k].aliases if k in programs else {}
             while ref in same:
                 ref = same[ref]
         return ref
 
-    def fetched(self, u: int, i: int, kind: str) -> list[Ref]:
+    def fetched(self, u: int, i: int, kind: str) -> list[ProgramValue]:
         """What a program takes from outside, each once."""
         program = self.of(u, i)[kind]
         passed = [
             r
-            for r in (self.resolved(u, i, kind, v) for v in program.same.values())
+            for r in (self.resolved(u, i, kind, v) for v in program.aliases.values())
             if r not in program.outs
         ]
         taken = [
-            self.resolved(u, i, kind, ref) for ref in program.ins if ref.what != "sum"
+            self.resolved(u, i, kind, ref)
+            for ref in program.ins
+            if not isinstance(ref, GradientSum)
         ]
         return list(dict.fromkeys([*taken, *passed]))
 
-    def saved(self, u: int, i: int) -> tuple[list[Ref], list[Ref]]:
+    def saved(self, u: int, i: int) -> tuple[list[ProgramValue], list[ProgramValue]]:
         """What the forward keeps for the backward, and `I` for `W`."""
-        first: dict[Ref, None] = {}
-        second: dict[Ref, None] = {}
+        first: dict[ProgramValue, None] = {}
+        second: dict[ProgramValue, None] = {}
         for kind in self.of(u, i):
             for ref in self.fetched(u, i, kind) if kind != "F" else ():
-                state = (
-                    ref.what == "in"
-                    and ref.leaf is not None
-                    and ref.leaf.port.kind == "state"
-                )
-                if ref.what in ("residual", "out") or state:
+                state = isinstance(ref, Input) and ref.leaf.port.kind == "state"
+                if isinstance(ref, Residual | Output) or state:
                     first[ref] = None
-                elif ref.what in ("shared", "gradient"):
+                elif isinstance(ref, Handed | Gradient):
                     second[ref] = None
         return list(first), list(second)
 
-    def bundle(self, value: Value, i: int) -> tuple[list[Ref], Avals]:
+    def bundle(self, value: Value, i: int) -> tuple[list[ProgramValue], Avals]:
         """What a value consists of, as its maker calls it."""
         direction, u, port, *_ = value
         if direction == "f":
             shapes = self.programs.flat(u, i).out[port].leaves
-            return [Ref("out", Leaf(port, k)) for k in range(len(shapes))], tuple(
+            return [Output(Leaf(port, k)) for k in range(len(shapes))], tuple(
                 map(_plain, shapes)
             )
         if direction == "b":
@@ -188,22 +197,22 @@ class Values:
                 for leaf in known
                 if leaf.port == name and leaf in self.programs.joint(u, i).gradients
             ]
-            return [Ref("gradient", leaf) for leaf in leaves], tuple(
+            return [Gradient(leaf) for leaf in leaves], tuple(
                 _plain(known[leaf]) for leaf in leaves
             )
         refs = self.saved(u, i)[direction == "shared"]
         return refs, tuple(self.aval(u, i, ref) for ref in refs)
 
-    def aval(self, u: int, i: int, ref: Ref) -> jax.ShapeDtypeStruct:
+    def aval(self, u: int, i: int, ref: ProgramValue) -> jax.ShapeDtypeStruct:
         """The shape of what is kept."""
         flat = self.programs.flat(u, i)
-        if ref.what == "in" and ref.leaf is not None:
+        if isinstance(ref, Input):
             return _plain(dict(zip(flat.inputs, flat.shapes, strict=True))[ref.leaf])
-        if ref.what == "out" and ref.leaf is not None:
+        if isinstance(ref, Output):
             return _plain(flat.out[ref.leaf.port].leaves[ref.leaf.k])
-        program = self.of(u, i)["F" if ref.what == "residual" else "I"]
-        code = program.call
-        assert isinstance(code, Code)
+        program = self.of(u, i)["F" if isinstance(ref, Residual) else "I"]
+        code = program.code
+        assert code is not None
         return _plain(code.graph.avals[code.outs[program.outs.index(ref)]])
 
     # --- who reads what ---
@@ -246,13 +255,13 @@ class Values:
             return False
         direction, u, port, *_ = value
         for ref in self.fetched(t, i, kind):
-            if direction == "f" and ref.what == "in" and ref.leaf is not None:
+            if direction == "f" and isinstance(ref, Input):
                 if ref.leaf.port == (X if port == Y else port):
                     return True
-            elif direction == "b" and ref.what == "cotangent" and ref.leaf is not None:
+            elif direction == "b" and isinstance(ref, Cotangent):
                 if (
                     ref.leaf.port == port
-                    and self.programs.readers(t, ref.leaf, i)[ref.n][0] == u
+                    and self.programs.readers(t, ref.leaf, i)[ref.number][0] == u
                 ):
                     return True
             elif (
@@ -262,9 +271,9 @@ class Values:
                 return True
         return False
 
-    def relative(self, u: int, ref: Ref) -> Hashable:
+    def relative(self, u: int, ref: ProgramValue) -> Hashable:
         """A reference without the names of layers and skips."""
-        if ref.leaf is None:
+        if isinstance(ref, Residual | Handed):
             return ref
         (kind, of), k = ref.leaf
         stage = self.units.stages[u]
@@ -277,7 +286,8 @@ class Values:
                 of in stage.skips_in,
                 (stage.skips_in if of in stage.skips_in else stage.skips_out).index(of),
             )
-        return ref.what, kind, of, k, ref.n
+        number = ref.number if isinstance(ref, Cotangent) else 0
+        return type(ref), kind, of, k, number
 
     def identity(self, u: int, i: int) -> Hashable:
         """Equal for units and microbatches whose programs compute the same."""
@@ -287,10 +297,10 @@ class Values:
             parts = []
             for kind, p in programs.items():
                 name = lambda refs: tuple(self.relative(u, r) for r in refs)  # noqa: E731
-                code = p.call.identity if isinstance(p.call, Code) else None
+                code = None if p.code is None else p.code.identity
                 same = tuple(
                     (self.relative(u, a), self.relative(u, b))
-                    for a, b in p.same.items()
+                    for a, b in p.aliases.items()
                 )
                 parts.append((kind, code, name(p.ins), name(p.outs), same))
             self._identities[key] = Key(tuple(parts))
