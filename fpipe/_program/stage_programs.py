@@ -72,18 +72,18 @@ class StagePrograms:
 def split_stage(
     joint: JointStage,
     spec: SplitSpec,
-    compile: Compile | None = None,  # noqa: A002 - what it does
+    compile_code: Compile | None = None,
 ) -> StagePrograms:
     """Split a stage into its programs.
 
     Arguments:
-        compile: makes, or finds, the function of a code. Without it the programs have
-            codes alone.
+        compile_code: makes, or finds, the function of a code. Without it the programs
+            have codes alone.
     """
     return _Cut(
         _opened(joint) if spec.split_backward or spec.inline_remats else joint,
         spec,
-        compile,
+        compile_code,
     ).programs()
 
 
@@ -103,13 +103,13 @@ class _Cut:
     """
 
     def __init__(
-        self, joint: JointStage, spec: SplitSpec, compile: Compile | None
-    ) -> None:  # noqa: A002
+        self, joint: JointStage, spec: SplitSpec, compile_code: Compile | None
+    ) -> None:
         self.joint, self.graph, self.stage = joint, joint.graph, joint.flat.stage
-        self.spec, self.windows, self.compile = (
+        self.spec, self.windows, self.compile_code = (
             spec,
             dict(spec.windows),
-            compile,
+            compile_code,
         )
         constant, cotangents = joint.flat.constant, set(joint.cotangents.values())
         self.late = late_values(self.graph, cotangents)
@@ -314,7 +314,7 @@ class _Cut:
         return Program(
             f"stage{self.stage.index}_{kind}",
             code if runs else None,
-            self.compile(code) if runs and self.compile else None,
+            self.compile_code(code) if runs and self.compile_code else None,
             (*refs, *(sums if self.spec.accumulate else ())),
             (*outs, *sums),
             same,
