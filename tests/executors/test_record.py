@@ -235,7 +235,7 @@ def test_what_is_donated_is_recorded_too_and_results_are_the_same(
     with fpipe.record(pipe) as timeline:
         got = step(params, case.x, case.target, **case.needs)
     (bound,) = pipe._placed._bound.values()
-    marks = [way for way in bound._ways.values() if way.mark is not None]
+    marks = [way for way in bound.probes.values() if way.mark is not None]
     assert len(marks) >= 3
     assert {e.action for e in timeline.events} == {
         a for row in pipe.make_schedule(3).actions for a in row
@@ -597,7 +597,7 @@ def test_what_is_seen_late_is_put_right():
         for n, item in enumerate(plan.instructions)
         if getattr(item, "action", None)
     }
-    numbers = sorted(bound._probes)
+    numbers = sorted(bound.probes)
     issued = {n: 0.1 * k for k, n in enumerate(numbers)}
     ended = {n: 10.0 + k for k, n in enumerate(numbers)}
     ended[of["F", 0, 0]] = 99.0  # its thread overslept

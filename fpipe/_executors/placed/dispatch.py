@@ -119,7 +119,7 @@ class Bound:
         self, slots: list[Any], half: Half, recorders: Sequence[Recorder]
     ) -> None:
         """Run, watched, until everything has run."""
-        probes = self._probes  # compiles everything, before the clock starts
+        probes = self.probes  # compiles everything, before the clock starts
         jax.block_until_ready([array for array in slots if array is not None])
         with Watch(self.plan, probes) as watch:
             self._issue(_with_calls(self._shares[half], watch.watched), slots)
@@ -187,7 +187,8 @@ class Bound:
         return compile_plan(self.plan, self.shapes)
 
     @functools.cached_property
-    def _probes(self) -> Mapping[int, Probe]:
+    def probes(self) -> Mapping[int, Probe]:
+        """How a recorded call learns the end of each instruction."""
         return probes_of(self.plan, self._compiled)
 
     def _described(self, item: Instruction) -> str:
