@@ -20,7 +20,8 @@ import pytest
 
 import fpipe
 import fpipe.plot
-from fpipe._executors.placed.instructions import Half
+from fpipe._executors.placed import dispatch
+from fpipe._executors.placed.instructions import Half, Run
 from fpipe._executors.placed.watch import Lane, Seen, Watch, WatchedCall
 from fpipe._executors.scan import clock as _clock
 from fpipe.schedules import Action, Costs, Event, Timeline, draw, simulate, svg
@@ -794,15 +795,15 @@ def test_a_profile_of_the_scan_executor_has_stages_and_kinds(tmp_path):
 def test_nothing_is_wrapped_where_nobody_looks(monkeypatch):
     pipe, params, x = small()
     pipe(params, x)
-    (bound,) = pipe._placed._bound.values()
-    seen = []
-    run = type(bound)._run
-    monkeypatch.setattr(
-        type(bound),
-        "_run",
-        lambda self, slots, half, through: (
-            seen.append(through) or run(self, slots, half, through)
-        ),
-    )
+    called = []
+    issue = dispatch.issue
+
+    def noted(step, slots):
+        called.append((step.call, step.item))
+        issue(step, slots)
+
+    monkeypatch.setattr(dispatch, "issue", noted)
     pipe(params, x)
-    assert seen == [None]
+    programs = [(call, item) for call, item in called if isinstance(item, Run)]
+    assert programs
+    assert all(call is item.call for call, item in programs)
