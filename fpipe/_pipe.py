@@ -426,7 +426,7 @@ class Pipe(Call):
                 args._replace(frozen=FrozenLeaves(frozen).of(params)), loss, loss_scale
             )
         if self._detector is not None:
-            args, loss, numbers = self._detector.given(args, loss, numbers)
+            args, loss, numbers = self._detector.watch_call(args, loss, numbers)
         if self.executor == "scan":
             return self._scan.compile(args, loss, numbers)
         return self._placed.compile(args, loss, numbers, threads, as_progress(progress))

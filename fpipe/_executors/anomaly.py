@@ -3,14 +3,19 @@ forward or backward.
 
 The layers are changed, and nothing else: both executors run them as they run any
 others. What goes from layer to layer is `Watched`: the value, and beside it the first
-fault of the microbatch so far as one number. Backward faults go the other way by the
-same road, as the cotangent of one more number, the `tap`: a layer's entry is an
-identity whose pull-back looks at the layer's gradients and returns, as the gradient of
-the tap, the code of the first fault. Thus the gradient of the tap that a microbatch
-starts with names the first fault of its backward.
+fault of the microbatch so far, as a number (`fpipe._executors.faults`):
 
-The codes hold no number of a layer that a program would have as a constant: layers are
-counted on the way. So layers that compute the same stay the same program.
+    x ──> layer 0 ──────> layer 1 ──────> loss
+    fault 0 ──> 0 ────────> 257 ────────> 257     forward codes, first one wins
+    tap gradient 34 <────── 0 <────────── 0       backward codes, last layer first
+
+Backward faults go the other way by the same road, as the cotangent of one more number,
+the *tap*: a layer's entry is an identity whose pull-back looks at the layer's gradients
+and returns, as the gradient of the tap, the code of the first fault. Thus the gradient
+of the tap that a microbatch starts with names the first fault of its backward.
+
+A program does not hold the position of a layer as a constant: layers are counted on the
+way. So layers that compute the same stay the same program.
 """
 
 import dataclasses
@@ -33,27 +38,31 @@ from fpipe._core.pytrees import (
     pack,
 )
 from fpipe._executors.call import OF_X, Args, Result
+from fpipe._executors.faults import (
+    BACKWARD,
+    FORWARD,
+    REPORTED,
+    BackwardPart,
+    Explainer,
+    ForwardPart,
+    confirm,
+)
 from fpipe._model.layer import Layer
 from fpipe._model.loss import Loss, wide
 from fpipe._model.microbatch import NoChunk, cut_inputs
 from fpipe._model.model import Model, cast, wide_output
 
-# A fault is a number, `layer * _FORWARD + bits` or `layer * _BACKWARD + bits`, and 0 is
-# none; layer `L` of `L` is the loss.
-_FORWARD, _BACKWARD = 256, 32
-# What came out of a layer, and what it was given.
-_OUT = {"y": 1, "carry": 2, "state": 4}
-_GIVEN = {"params": 8, "borrowed": 16, "side": 32, "x": 64, "state": 128}
-# What a layer's backward made a gradient of. The cotangent of an input is `_OPEN` until
-# it is clear that anything before that layer asks for it: a layer that comes first may
-# well have an infinite derivative that nobody uses.
-_GRADIENT = {"params": 1, "borrowed": 2, "side": 4, "x": 8, "carry": 8}
-_OPEN = 16
-# A microbatch whose backward starts with something wrong.
-_SAID = -1
-
-
 _LOGGER = logging.getLogger("fpipe")
+
+# Whose gradient is looked at in the backward of a layer. What a layer was given by
+# skips is as good as its input.
+_TAPPED = {
+    "params": BackwardPart.PARAMS,
+    "x": BackwardPart.INPUT,
+    "carry": BackwardPart.INPUT,
+    "borrowed": BackwardPart.BORROWED,
+    "side": BackwardPart.SIDE,
+}
 
 
 class Watched(NamedTuple):
@@ -72,67 +81,81 @@ class Watched(NamedTuple):
     tap: Any
 
 
-def watched(model: Model) -> Model:
-    """The model with faults looked for at every layer; it takes and returns `Watched`."""
-    count = len(model.layers)
+def watch_model(model: Model) -> Model:
+    """The model that looks for faults at every layer and takes and returns `Watched`."""
+    last = len(model.layers) - 1
     layers = [
         dataclasses.replace(
             layer,
-            apply=_WatchedLayer(layer, model.compute_dtype, k == count - 1),
+            apply=_WatchedLayer(layer, model.compute_dtype, position == last),
             needs=layer.needs,
         )
-        for k, layer in enumerate(model.layers)
+        for position, layer in enumerate(model.layers)
     ]
-    return Model(
-        layers
-    )  # which casts nothing: the layers do, so that taps are left alone
+    # This model casts nothing. The layers do, so that taps and faults are left alone.
+    return Model(layers)
 
 
 @dataclasses.dataclass(frozen=True)
 class _WatchedLayer:
+    """A layer's function that takes and returns `Watched`."""
+
     layer: Layer
-    dtype: Any
+    compute_dtype: Any
     last: bool
 
     def __call__(self, params: PyTree, x: Watched, **needs: Any) -> Any:
-        given = {"params": params, "x": x.value} | {
-            n: v for n, v in needs.items() if n in (*_GIVEN, "carry")
-        }
-        still = {n: needs[n] for n in needs if n not in ("carry", "borrowed", "side")}
-        inner, tap = _tapped(
-            {n: v for n, v in given.items() if n != "state"}, x.tap, x.layer
+        values = {"params": params, "x": x.value}
+        values |= {name: needs.pop(name) for name in list(needs) if name in _TAPPED}
+        tapped, tap = tap_gradients(values, x.tap, x.layer)
+        inputs = {name: cast(v, self.compute_dtype) for name, v in tapped.items()}
+        result = self.layer.apply(
+            inputs["params"],
+            inputs["x"],
+            **{name: inputs[name] for name in inputs if name not in ("params", "x")},
+            **needs,
         )
-        inner = {n: cast(v, self.dtype) for n, v in inner.items()}
-        params, value = inner.pop("params"), inner.pop("x")
-        result = self.layer.apply(params, value, **inner, **still)
-        parts = [n for n in ("carry", "state") if self.layer.asks(n)]
-        if parts and (type(result) is not tuple or len(result) != 1 + len(parts)):
-            return result  # wrong, as whoever calls this will say
-        y, *rest = result if parts else (result,)
-        out = dict(zip(parts, rest, strict=True))
-        if isinstance(out.get("carry"), dict):
-            # A peeked skip goes back as it came, if it does.
-            back = {n: inner["carry"][n] for n in self.layer.peek}
-            out["carry"] = {
-                n: needs["carry"][n] if n in back and v is back[n] else v
-                for n, v in out["carry"].items()
-            }
-            stashed = {n: v for n, v in out["carry"].items() if n not in back}
+
+        names = [name for name in ("carry", "state") if self.layer.asks(name)]
+        if not names:
+            y = result
+            returned = {}
+        elif type(result) is tuple and len(result) == 1 + len(names):
+            y = result[0]
+            returned = dict(zip(names, result[1:], strict=True))
         else:
-            stashed = out.get("carry")
-        y = wide_output(y, self.dtype) if self.last else y
-        made = _flags({"y": y, "carry": stashed, "state": out.get("state")}, _OUT)
-        before = _flags({n: v for n, v in given.items() if n != "carry"}, _GIVEN)
+            return result  # It is wrong, and whoever calls this says so.
+        stashed = returned.get("carry")
+        if isinstance(stashed, dict):
+            # A peeked skip is checked to be the very one that the layer was given, so
+            # the one from before the tap goes back, if the layer has let it be.
+            peeked = {name: inputs["carry"][name] for name in self.layer.peek}
+            returned["carry"] = {
+                name: values["carry"][name]
+                if name in peeked and value is peeked[name]
+                else value
+                for name, value in stashed.items()
+            }
+            stashed = {n: v for n, v in stashed.items() if n not in peeked}
+        if self.last:
+            y = wide_output(y, self.compute_dtype)
+
+        found = {
+            ForwardPart.OUTPUT: is_bad(y),
+            ForwardPart.STASHED: is_bad(stashed),
+            ForwardPart.NEW_STATE: is_bad(returned.get("state")),
+            ForwardPart.PARAMS: is_bad(params),
+            ForwardPart.BORROWED: is_bad(values.get("borrowed")),
+            ForwardPart.SIDE: is_bad(values.get("side")),
+            ForwardPart.INPUT: is_bad(x.value),
+            ForwardPart.STATE: is_bad(needs.get("state")),
+        }
         # A state may begin with an infinity, for a running minimum.
-        bad = (
-            made["y"]
-            | made["carry"]
-            | (made["state"] & ~before.get("state", made["state"]))
-        )
-        bits = _bits(made, _OUT) + _bits(before, _GIVEN)
-        fault = jnp.where(bad, x.layer * _FORWARD + bits, 0).astype(jnp.int32)
-        y = Watched(y, x.layer + 1, _first(x.fault, fault), tap)
-        return (y, *out.values()) if parts else y
+        bad_state = found[ForwardPart.NEW_STATE] & ~found[ForwardPart.STATE]
+        bad = found[ForwardPart.OUTPUT] | found[ForwardPart.STASHED] | bad_state
+        fault = jnp.where(bad, FORWARD.encode(x.layer, found), 0)
+        watched = Watched(y, x.layer + 1, first_fault(x.fault, fault), tap)
+        return (watched, *returned.values()) if names else watched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,116 +167,147 @@ class _WatchedLoss:
     weighted: bool
 
     def __call__(self, y: Watched, *targets: PyTree) -> Any:
-        inner, _ = _tapped({"x": y.value, "side": targets}, y.tap, y.layer)
-        result, aux = self.fn(inner["x"], *inner["side"]), None
+        tapped, _ = tap_gradients({"x": y.value, "side": targets}, y.tap, y.layer)
+        result = self.fn(tapped["x"], *tapped["side"])
+        aux = None
         if self.has_aux:
             if not isinstance(result, tuple) or len(result) != 2:
-                return result  # wrong, as `Loss` will say
+                return result  # It is wrong, and `Loss` says so.
             result, aux = result
         weight = None
         if self.weighted and isinstance(result, tuple) and len(result) == 2:
             weight = wide(jax.lax.stop_gradient(jnp.asarray(result[1])))
-        made = _flags({"y": numbers_as_arrays(result)}, _OUT)
-        bits = _bits(made, _OUT) + _bits(
-            _flags({"x": y.value, "side": targets}, _GIVEN), _GIVEN
-        )
-        fault = jnp.where(made["y"], y.layer * _FORWARD + bits, 0).astype(jnp.int32)
-        return result, {"aux": aux, "fault": _first(y.fault, fault), "weight": weight}
+        found = {
+            ForwardPart.OUTPUT: is_bad(numbers_as_arrays(result)),
+            ForwardPart.SIDE: is_bad(targets),
+            ForwardPart.INPUT: is_bad(y.value),
+        }
+        code = FORWARD.encode(y.layer, found)
+        fault = jnp.where(found[ForwardPart.OUTPUT], code, 0)
+        return result, _WatchedAux(aux, first_fault(y.fault, fault), weight)
 
 
-def _bad(tree: PyTree) -> Any:
-    """Whether an array has a NaN or an infinity."""
-    flags = [~jnp.isfinite(a).all() for a in pack(tree)[0] if is_inexact(a)]
-    return functools.reduce(jnp.logical_or, flags, jnp.zeros((), bool))
+class _WatchedAux(NamedTuple):
+    """The aux of a `_WatchedLoss`: the loss's own, and the microbatch's first forward
+    fault and weight.
+    """
+
+    aux: PyTree
+    fault: Any
+    weight: Any
 
 
-def _flags(trees: Mapping[str, PyTree], bits: Mapping[str, int]) -> dict[str, Any]:
-    return {n: _bad(trees[n]) for n in bits if n in trees}
+def is_bad(tree: PyTree) -> Any:
+    """Whether an array has a NaN or an infinity, as a boolean array."""
+    bad = jnp.zeros((), bool)
+    for array in pack(tree)[0]:
+        if is_inexact(array):
+            bad |= ~jnp.isfinite(array).all()
+    return bad
 
 
-def _bits(flags: Mapping[str, Any], bits: Mapping[str, int]) -> Any:
-    return sum(
-        (flag.astype(jnp.int32) * bits[n] for n, flag in flags.items()),
-        jnp.zeros((), jnp.int32),
-    )
-
-
-def _first(fault: Any, later: Any) -> Any:
+def first_fault(fault: Any, later: Any) -> Any:
+    """The code of the fault that was first: `later` if `fault` is none."""
     return jnp.where(fault != 0, fault, later)
-
-
-# --- the backward of a layer ---
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class _Asked:
-    """The bit of each array whose gradient is asked for; 0 for those of others."""
+class _AskedParts:
+    """For each array the part of the layer that it belongs to, if its gradient is asked
+    for. It goes from a forward rule to its backward rule, so it has to be a pytree.
+    """
 
-    bits: tuple[int, ...]
+    parts: tuple[BackwardPart | None, ...]
 
 
-def _tapped(
-    given: Mapping[str, PyTree], tap: Any, layer: Any
+def tap_gradients(
+    values: Mapping[str, PyTree], tap: Any, layer: Any
 ) -> tuple[dict[str, PyTree], Any]:
-    """The same values and tap, with the pull-back that looks at gradients."""
-    arrays, spec = pack(dict(given))
-    bits = [_GRADIENT[n] for n in sorted(given) for _ in pack(given[n])[0]]
-    where = [n for n, a in enumerate(arrays) if is_inexact(a)]
+    """The same values and tap, with a pull-back that looks at gradients.
+
+    Arguments:
+        values: what a layer is given, by the names in `_TAPPED`.
+        tap: its cotangent is the code of the first fault of the layers that follow; the
+            gradient that the pull-back gives it is the first one of this layer too.
+        layer: the layer's position.
+    """
+    values = dict(values)
+    arrays, spec = pack(values)
+    # In the order in which JAX flattens a dict.
+    parts = [_TAPPED[name] for name in sorted(values) for _ in pack(values[name])[0]]
+    numbers = [n for n, array in enumerate(arrays) if is_inexact(array)]
 
     def forward(layer: Any, tap: Any, *floats: Any) -> Any:
-        asked = _Asked(
-            tuple(
-                bits[n] if a.perturbed else 0
-                for n, a in zip(where, floats, strict=True)
-            )
-        )
-        return (tap.value, *(a.value for a in floats)), (layer.value, asked)
+        asked = [
+            parts[n] if a.perturbed else None
+            for n, a in zip(numbers, floats, strict=True)
+        ]
+        outputs = (tap.value, *(a.value for a in floats))
+        return outputs, (layer.value, _AskedParts(tuple(asked)))
 
     def backward(kept: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
         layer, asked = kept
-        later, *own = [
-            None if isinstance(c, jax.custom_derivatives.SymbolicZero) else c
-            for c in cotangents
-        ]
-        found = {
-            bit: [
-                c
-                for c, b in zip(own, asked.bits, strict=True)
-                if b == bit and c is not None
-            ]
-            for bit in asked.bits
+        symbolic = jax.custom_derivatives.SymbolicZero
+        later, *gradients = [None if isinstance(c, symbolic) else c for c in cotangents]
+        by_part: dict[BackwardPart, list[Any]] = {
+            part: [] for part in asked.parts if part is not None
         }
-        code = sum(
-            _bad(cs).astype(jnp.int32) * bit for bit, cs in found.items() if bit
-        ) + jnp.zeros((), jnp.int32)
-        # Parameters are asked for or not; values are always, for the sake of the tap.
-        code = jnp.where(
-            code == 0,
-            0,
-            layer * _BACKWARD + code + jnp.where(code == _GRADIENT["x"], _OPEN, 0),
-        )
+        for part, gradient in zip(asked.parts, gradients, strict=True):
+            if part is not None and gradient is not None:
+                by_part[part].append(gradient)
+        # Parameters are asked for or not. Values always are, for the sake of the tap,
+        # so a fault of the input alone is pending.
+        found = {part: is_bad(gradients) for part, gradients in by_part.items()}
+        bad = jnp.zeros((), bool)
+        bad_input_only = found.get(BackwardPart.INPUT, bad)
+        for part, flag in found.items():
+            bad |= flag
+            if part is not BackwardPart.INPUT:
+                bad_input_only &= ~flag
+        found[BackwardPart.PENDING] = bad_input_only
+        code = jnp.where(bad, BACKWARD.encode(layer, found), 0)
         code = jnp.broadcast_to(code.astype(tap.dtype), tap.shape)
         if later is not None:
-            if {b for b in asked.bits if b} - {_GRADIENT["x"]}:
-                later = _closed(later)
-            code = _first(later, code)
-        return (float0_like(layer), code, *own)
+            if set(by_part) - {BackwardPart.INPUT}:
+                later = confirm(later)
+            code = first_fault(later, code)
+        return (float0_like(layer), code, *gradients)
 
-    f = jax.custom_vjp(lambda layer, tap, *floats: (tap, *floats))
-    f.defvjp(forward, backward, symbolic_zeros=True)
-    tap, *floats = f(layer, tap, *(arrays[n] for n in where))
-    for n, a in zip(where, floats, strict=True):
-        arrays[n] = a
+    identity = jax.custom_vjp(lambda layer, tap, *floats: (tap, *floats))
+    identity.defvjp(forward, backward, symbolic_zeros=True)
+    tap, *floats = identity(layer, tap, *(arrays[n] for n in numbers))
+    for n, array in zip(numbers, floats, strict=True):
+        arrays[n] = array
     return spec.unpack(arrays), tap
 
 
-def _closed(code: Any) -> Any:
-    """The code of a fault that counts."""
-    return code - jnp.where(code % _BACKWARD >= _OPEN, _OPEN, 0).astype(code.dtype)
-
-
 # --- calls ---
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What a call, or a part of one, tells of its faults; `None` is nothing.
+
+    Attributes:
+        faults: the forward codes of the microbatches, of shape `(m,)`.
+        taps: the gradients of their taps, which are the backward codes.
+        weights: the weights of the microbatches, by whose sum all gradients were
+            divided, those of the taps too.
+        bad_loss: whether the loss of the whole call is not finite.
+        bad_sums: by the name of a gradient whether it is not finite.
+        bad_cotangent: whether what a pull-back was given is not finite.
+        x_asked: whether the gradient of `x` was asked for.
+    """
+
+    faults: Any = None
+    taps: Any = None
+    weights: Any = None
+    bad_loss: Any = None
+    bad_sums: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    bad_cotangent: Any = None
+    x_asked: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,26 +333,23 @@ class Detector:
     @functools.cached_property
     def watched(self) -> Model:
         """The model that runs."""
-        return watched(self.model)
+        return watch_model(self.model)
 
-    def given(
+    def watch_call(
         self, args: Args, loss: Loss | None, argnums: tuple[int, ...], tap: Any = None
     ) -> tuple[Args, Loss | None, tuple[int, ...]]:
         """A call as the watched model takes it."""
         m = cut_inputs(args.x, args.side, args.targets, self.chunks).m
         tap = np.zeros(m, np.float32) if tap is None else tap
         x = Watched(args.x, NoChunk(np.int32(0)), NoChunk(np.int32(0)), tap)
-        if loss is None:
-            return args._replace(x=x), None, argnums
-        watching = _WatchedLoss(loss.fn, loss.has_aux, loss.reduction == "weighted")
-        loss = dataclasses.replace(loss, fn=watching, has_aux=True)
         frozen = args.frozen
+        if loss is not None:
+            watching = _WatchedLoss(loss.fn, loss.has_aux, loss.reduction == "weighted")
+            loss = dataclasses.replace(loss, fn=watching, has_aux=True)
         if argnums and 1 not in argnums:
             # Of x the tap alone is asked for.
-            argnums, frozen = (
-                (*argnums, 1),
-                frozen | {(OF_X, k) for k in range(len(pack(args.x)[0]))},
-            )
+            argnums = (*argnums, 1)
+            frozen |= {(OF_X, k) for k in range(len(pack(args.x)[0]))}
         return args._replace(x=x, frozen=frozen), loss, argnums
 
     def loss(
@@ -313,33 +364,33 @@ class Detector:
         Raises:
             FloatingPointError: it made a NaN or an infinity.
         """
-        given, watching, numbers = self.given(args, loss, argnums)
-        assert watching is not None
-        result = run(given, watching, numbers)
+        watched_args, watched_loss, numbers = self.watch_call(args, loss, argnums)
+        assert watched_loss is not None
+        result = run(watched_args, watched_loss, numbers)
         gradients = dict(zip(numbers, result.gradients, strict=True))
-        tap = None
+        taps = None
         if numbers:
-            tap = gradients[1].tap
+            taps = gradients[1].tap
             gradients[1] = gradients[1].value
-        out = result._replace(
-            aux=result.aux["aux"], gradients=tuple(gradients[n] for n in argnums)
-        )
+        bad_sums = {
+            f"argument {n}{jax.tree_util.keystr(path)}": is_bad(array)
+            for n in argnums
+            for path, array in jax.tree_util.tree_leaves_with_path(gradients[n])
+            if is_array(array) and is_inexact(array)
+        }
         self._report(
-            {
-                "fault": result.aux["fault"],
-                "tap": tap,
-                "weight": result.aux["weight"],
-                "loss": _bad(out.loss),
-                "sums": {
-                    f"argument {n}{jax.tree_util.keystr(path)}": _bad(a)
-                    for n, g in zip(argnums, out.gradients, strict=True)
-                    for path, a in jax.tree_util.tree_leaves_with_path(g)
-                    if is_array(a) and is_inexact(a)
-                },
-            },
-            asked=1 in argnums,
+            Evidence(
+                faults=result.aux.fault,
+                taps=taps,
+                weights=result.aux.weight,
+                bad_loss=is_bad(result.loss),
+                bad_sums=bad_sums,
+                x_asked=1 in argnums,
+            )
         )
-        return out
+        return result._replace(
+            aux=result.aux.aux, gradients=tuple(gradients[n] for n in argnums)
+        )
 
     def forward(
         self, run: Callable[[Args], tuple[PyTree, Any]], args: Args
@@ -351,61 +402,59 @@ class Detector:
                 one.
         """
         if not is_traced(args):
-            y, state = run(self.given(args, None, ())[0])
-            self._report({"fault": y.fault})
+            y, state = run(self.watch_call(args, None, ())[0])
+            self._report(Evidence(faults=y.fault))
             return y.value, state
-        tap = self._entry(args)
-        y, state = run(self.given(args, None, (), tap)[0])
-        return self._exit(y), state
+        tap = self._reporting_tap(args)
+        y, state = run(self.watch_call(args, None, (), tap)[0])
+        return self._reporting_output(y), state
 
-    def _entry(self, args: Args) -> Any:
+    def _reporting_tap(self, args: Args) -> Any:
         """A tap that is differentiated if anything is, and whose pull-back reports."""
         m = cut_inputs(args.x, args.side, (), self.chunks).m
-
-        def floats(tree: PyTree) -> list[Any]:
-            return [a for a in jax.tree.leaves(tree) if is_array(a) and is_inexact(a)]
-
-        first = floats(args.x)
-        others = floats((args.params, args.side))
+        of_x = [a for a in pack(args.x)[0] if is_inexact(a)]
+        others = [a for a in pack((args.params, args.side))[0] if is_inexact(a)]
 
         def forward(*primals: Any) -> Any:
-            asked = any(a.perturbed for a in primals[: len(first)])
-            return jnp.zeros(m, jnp.float32), _Asked((int(asked),))
+            # The part says only whether any gradient of x is asked for.
+            x_asked = any(a.perturbed for a in primals[: len(of_x)])
+            asked = _AskedParts((BackwardPart.INPUT,) if x_asked else ())
+            return jnp.zeros(m, jnp.float32), asked
 
-        def backward(kept: _Asked, tap: Any) -> tuple[None, ...]:
-            if not isinstance(tap, jax.custom_derivatives.SymbolicZero):
-                self._report({"tap": tap}, asked=bool(kept.bits[0]))
-            return (None,) * (len(first) + len(others))
+        def backward(asked: _AskedParts, taps: Any) -> tuple[None, ...]:
+            if not isinstance(taps, jax.custom_derivatives.SymbolicZero):
+                self._report(Evidence(taps=taps, x_asked=bool(asked.parts)))
+            return (None,) * (len(of_x) + len(others))
 
-        f = jax.custom_vjp(lambda *_: jnp.zeros(m, jnp.float32))
-        f.defvjp(forward, backward, symbolic_zeros=True)
-        return f(*first, *others)
+        tap = jax.custom_vjp(lambda *_: jnp.zeros(m, jnp.float32))
+        tap.defvjp(forward, backward, symbolic_zeros=True)
+        return tap(*of_x, *others)
 
-    def _exit(self, y: Watched) -> PyTree:
+    def _reporting_output(self, y: Watched) -> PyTree:
         """The output, after its fault was reported; the pull-back looks at what it is
         given.
         """
         arrays, spec = pack(y.value)
 
-        def primal(fault: Any, tap: Any, *arrays: Any) -> list[Any]:
-            del tap
-            self._report({"fault": fault})
+        def primal(faults: Any, taps: Any, *arrays: Any) -> list[Any]:
+            del taps
+            self._report(Evidence(faults=faults))
             return list(arrays)
 
-        def forward(fault: Any, tap: Any, *arrays: Any) -> Any:
-            return primal(fault, tap, *arrays), (fault, tap)
+        def forward(faults: Any, taps: Any, *arrays: Any) -> Any:
+            return primal(faults, taps, *arrays), (faults, taps)
 
         def backward(kept: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
-            fault, tap = kept
-            bad = _bad(list(cotangents))
+            faults, taps = kept
+            bad = is_bad(list(cotangents))
             # What was said of the forward is not said again of what follows from it.
-            self._report({"cotangent": bad & (fault == 0).all()})
-            said = jnp.where((fault != 0) | bad, _SAID, 0).astype(tap.dtype)
-            return (float0_like(fault), said, *cotangents)
+            self._report(Evidence(bad_cotangent=bad & (faults == 0).all()))
+            codes = jnp.where((faults != 0) | bad, REPORTED, 0).astype(taps.dtype)
+            return (float0_like(faults), codes, *cotangents)
 
-        f = jax.custom_vjp(primal)
-        f.defvjp(forward, backward)
-        return spec.unpack(f(y.fault, y.tap, *arrays))
+        output = jax.custom_vjp(primal)
+        output.defvjp(forward, backward)
+        return spec.unpack(output(y.fault, y.tap, *arrays))
 
     def raise_found(self) -> None:
         """Raise what traced calls have found since this was called last.
@@ -419,114 +468,61 @@ class Detector:
             self.found.clear()
             raise FloatingPointError(text)
 
-    def _report(self, evidence: dict[str, Any], asked: bool = False) -> None:
+    def _report(self, evidence: Evidence) -> None:
         """Raise what the evidence says; inside a trace, have it noted when the program
         runs.
         """
         if is_traced(evidence):
-            jax.debug.callback(functools.partial(self._note, asked), evidence)
+            jax.debug.callback(self._note, evidence)
             return
-        text = self._verdict(asked, evidence)
+        text = self._verdict(evidence)
         if text is not None:
             raise FloatingPointError(text)
 
-    def _note(self, asked: bool, evidence: dict[str, Any]) -> None:
+    def _note(self, evidence: Evidence) -> None:
         # Nothing is raised here: that would stop one device, and the others of the
         # program would wait for it for ever.
-        text = self._verdict(asked, evidence)
+        text = self._verdict(evidence)
         if text is not None and not self.found:
             self.found.append(text)
             _LOGGER.error("%s", text)
 
-    def _verdict(self, asked: bool, evidence: dict[str, Any]) -> str | None:
+    def _verdict(self, evidence: Evidence) -> str | None:
         """What there is to say of a call, if anything is wrong."""
-        text, evidence = None, jax.tree.map(np.asarray, evidence)
-        fault, tap, weight = (evidence.get(n) for n in ("fault", "tap", "weight"))
-        if fault is not None and fault.any():
-            text = self._forward_text(fault.reshape(-1))
-        elif evidence.get("loss"):
-            text = self._sum_text(weight)
-        elif tap is not None:
-            codes = (
-                tap.reshape(-1) if weight is None else tap.reshape(-1) * weight.sum()
-            )
-            text = self._backward_text(np.rint(codes).astype(np.int64), asked)
-        if text is None and evidence.get("cotangent"):
-            text = "the pull-back was given a cotangent of the output that has a NaN or an infinity: look at what follows the call"
-        sums = [name for name, bad in evidence.get("sums", {}).items() if bad]
-        if text is None and sums:
-            text = f"the gradient of {sums[0]} is not finite, though that of every microbatch is: their sum overflows"
-        return text if text is None else f"`{self.call}(detect_anomaly=True)`: {text}"
-
-    def _forward_text(self, fault: np.ndarray) -> str:
-        i = int(np.flatnonzero(fault)[0])
-        k, bits = divmod(int(fault[i]), _FORWARD)
-        who = f"{self._who(k)}, microbatch {i}, forward (F)"
-        if k == len(self.model.layers):
-            before = _named(bits, {64: "the model's output", 32: "targets"})
-            made = "the loss is not finite"
-        else:
-            before = _named(
-                bits,
-                {
-                    8: "its parameters",
-                    16: "its borrowed parameters",
-                    32: "its side inputs",
-                    64: "the call's x" if k == 0 else "its input",
-                    128: "its state",
-                },
-            )
-            made = f"{_named(bits, {1: 'its output', 2: 'what it stashes', 4: 'its new state'})} is not finite"
-        if before:
-            cause = f"{made}, and before that {before} had a NaN or an infinity already: the layer only passed it on"
-        else:
-            cause = f"{made}, of finite inputs: look for a division, a logarithm or an overflow in it; `jax.debug_nans` names the operation"
-        return f"{who}: {cause}{_others(fault, i)}"
-
-    def _backward_text(self, codes: np.ndarray, asked: bool) -> str | None:
-        codes = np.where(
-            (codes < 0) | ((codes % _BACKWARD >= _OPEN) & (not asked)), 0, codes
+        evidence = jax.tree.map(np.asarray, evidence)
+        explainer = Explainer(
+            tuple(layer.name for layer in self.model.layers), self.balance
         )
-        if not codes.any():
-            return None
-        i = int(np.flatnonzero(codes)[0])
-        k, bits = divmod(int(codes[i]), _BACKWARD)
-        last = k == len(self.model.layers)
-        names = {
-            1: "its parameters",
-            2: "its borrowed parameters",
-            4: "its side inputs",
-            8: "its input",
-        }
-        names = {8: "the model's output", 4: "targets"} if last else names
-        return (
-            f"{self._who(k)}, microbatch {i}, backward (B): the gradient of "
-            f"{_named(bits, names)} is not finite, of finite "
-            "cotangents: a derivative is infinite (sqrt, a norm or a division at 0) or "
-            "overflows; keep its argument away from "
-            f"there with `jnp.where` before the function{_others(codes, i)}"
-        )
-
-    def _sum_text(self, weight: Any) -> str:
-        if weight is not None and not weight.sum():
-            return 'the total weight of `reduction="weighted"` is 0: write `jnp.maximum(weight, 1)` in the loss'
-        return "the loss is not finite, though that of every microbatch is: their sum, or a `loss_scale`, overflows"
-
-    def _who(self, k: int) -> str:
-        layers = self.model.layers
-        name = "the loss" if k == len(layers) else f"layer {k} {layers[k].name!r}"
-        if self.balance is None:
-            return name
-        ends = np.cumsum(self.balance)
-        return f"stage {min(int(np.searchsorted(ends, k, side='right')), len(ends) - 1)}, {name}"
-
-
-def _named(bits: int, names: Mapping[int, str]) -> str:
-    return " and ".join(name for bit, name in names.items() if bits & bit)
-
-
-def _others(codes: np.ndarray, first: int) -> str:
-    found = [int(i) for i in np.flatnonzero(codes)]
-    if found == [first]:
-        return ""
-    return f". Microbatches with faults: {', '.join(map(str, found[:8]))}{', …' if len(found) > 8 else ''}"
+        text = None
+        if evidence.faults is not None and evidence.faults.any():
+            text = explainer.explain_forward(evidence.faults.reshape(-1))
+        elif evidence.bad_loss:
+            text = (
+                "the loss is not finite, though that of every microbatch is: their "
+                "sum, or a `loss_scale`, overflows"
+            )
+            if evidence.weights is not None and not evidence.weights.sum():
+                text = (
+                    'the total weight of `reduction="weighted"` is 0: write '
+                    "`jnp.maximum(weight, 1)` in the loss"
+                )
+        elif evidence.taps is not None:
+            codes = evidence.taps.reshape(-1)
+            if evidence.weights is not None:
+                codes = codes * evidence.weights.sum()
+            codes = np.rint(codes).astype(np.int64)
+            text = explainer.explain_backward(codes, evidence.x_asked)
+        if text is None and evidence.bad_cotangent:
+            text = (
+                "the pull-back was given a cotangent of the output that has a NaN or "
+                "an infinity: look at what follows the call"
+            )
+        if text is None:
+            for name, bad in evidence.bad_sums.items():
+                if bad:
+                    text = (
+                        f"the gradient of {name} is not finite, though that of every "
+                        "microbatch is: their sum overflows"
+                    )
+                    break
+        return None if text is None else f"`{self.call}(detect_anomaly=True)`: {text}"

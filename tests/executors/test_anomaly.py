@@ -14,6 +14,7 @@ import pytest
 
 import fpipe
 import fpipe._executors.anomaly
+from fpipe._executors.faults import FORWARD, Explainer, ForwardPart
 from fpipe._executors.placed.compile import compile_plan
 from fpipe._executors.placed.instructions import Run
 from tests.helpers import WIDTH, add, dense, keep, models, noise, scale_init
@@ -193,6 +194,21 @@ def test_calls_without_a_loss(executor):
         else:
             assert np.isfinite(forward(*args)).all()
             outside(*args)
+
+
+def test_a_fault_is_one_number_and_one_sentence():
+    """The example at the top of `fpipe._executors.faults`."""
+    found = {part: jnp.array(False) for part in ForwardPart}
+    found |= dict.fromkeys((ForwardPart.OUTPUT, ForwardPart.INPUT), jnp.array(True))
+    code = int(FORWARD.encode(jnp.int32(2), found))
+    assert code == 577
+    assert FORWARD.decode(code) == (2, ForwardPart.OUTPUT | ForwardPart.INPUT)
+    explainer = Explainer(("embed", "dense", "dense"), None)
+    assert explainer.explain_forward(np.array([0, code])) == (
+        "layer 2 'dense', microbatch 1, forward (F): its output is not finite, and "
+        "before that its input had a NaN or an infinity already: the layer only passed "
+        "it on"
+    )
 
 
 def test_evaluate():
