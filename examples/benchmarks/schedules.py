@@ -26,14 +26,13 @@ import bisect
 import dataclasses
 import statistics
 import time
-import unittest.mock
 
 import jax
 import jax.numpy as jnp
 
 import fpipe
 from fpipe import schedules
-from fpipe._executors.placed import dispatch
+from fpipe._executors.placed.dispatch import observing
 from fpipe._executors.placed.instructions import Run
 
 DEVICES = 4
@@ -243,12 +242,9 @@ def memory_table(m: int) -> None:
 
         plan = pipe._placed._bound.values()[0].plan
 
-        issue = dispatch.issue
-
-        def counting(
-            issued,
+        def count(
+            item,
             slots,
-            issue=issue,
             peak=peak,
             counted=counted,
             size=size,
@@ -256,8 +252,6 @@ def memory_table(m: int) -> None:
             pipe=pipe,
             plan=plan,
         ):
-            issue(issued, slots)
-            item = issued.item
             if (
                 not isinstance(item, Run)
                 or item.action is None
@@ -281,7 +275,7 @@ def memory_table(m: int) -> None:
                 )
             peak[:] = map(max, peak, now)
 
-        with unittest.mock.patch.object(dispatch, "issue", counting):
+        with observing(count):
             jax.block_until_ready(step(params, x))
         simulated = schedules.simulate(schedule, schedules.Costs(memory=size))
         events = tuple(e for e in simulated.events if e.action.stage in counted)
@@ -362,7 +356,7 @@ def dispatch_table(unit: float, repeats: int, width: int) -> None:
     for label, chunks, layers, x, times, scale in rows:
         runs, took = {}, {}
         recorder.unit = 0.0
-        for who in ("one_thread", "thread_per_device"):
+        for dispatch in ("one_thread", "thread_per_device"):
             stages = [1] * DEVICES
             pipe = fpipe.Pipe(
                 layers,
@@ -370,22 +364,22 @@ def dispatch_table(unit: float, repeats: int, width: int) -> None:
                 chunks=chunks,
                 checkpoint="never",
                 schedule="1f1b",
-                dispatch=who,
+                dispatch=dispatch,
             )
-            runs[who] = (
+            runs[dispatch] = (
                 pipe.value_and_grad(jnp.mean, argnums=(0, 1)),
                 pipe.init(jax.random.key(0), x),
             )
-            took[who] = []
-            jax.block_until_ready(runs[who][0](runs[who][1], x))
+            took[dispatch] = []
+            jax.block_until_ready(runs[dispatch][0](runs[dispatch][1], x))
         recorder.unit = unit
         for _ in range(times):
-            for who, (step, params) in runs.items():
+            for dispatch, (step, params) in runs.items():
                 start = time.perf_counter()
                 out = step(params, x)
                 if "host" not in label:
                     jax.block_until_ready(out)
-                took[who].append(time.perf_counter() - start)
+                took[dispatch].append(time.perf_counter() - start)
                 jax.block_until_ready(out)
         one, several = (statistics.median(t) * scale for t in took.values())
         print(

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import fpipe
-from tests.helpers import Case, cast_weights, dense, models, mse, noise, observing
+from fpipe._executors.placed.dispatch import observing
+from tests.helpers import Case, cast_weights, dense, models, mse, noise
 
 W = 16
 

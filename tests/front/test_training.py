@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import fpipe
+from fpipe._executors.placed.dispatch import observing
 from fpipe._executors.placed.instructions import Move
 from tests.helpers import (
     WIDTH,
@@ -26,7 +27,6 @@ from tests.helpers import (
     models,
     mse,
     noise,
-    observing,
     owner,
     raises,
 )

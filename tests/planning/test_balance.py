@@ -17,22 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fpipe
+from fpipe._executors.placed.dispatch import observing
 from fpipe._executors.placed.instructions import Run
 from fpipe._executors.scheduling import Scheduling
 from fpipe._planning.costs import Sent
 from fpipe._planning.partition import Short, Task, arriving, best_cut, leaving, total
 from fpipe._planning.tables import Tables
-from tests.helpers import (
-    Case,
-    add,
-    dense,
-    keep,
-    models,
-    mse,
-    noise,
-    observing,
-    raises,
-)
+from tests.helpers import Case, add, dense, keep, models, mse, noise, raises
 
 W = 8
 MIB = 2**20
@@ -625,7 +616,6 @@ def held(pipe, step):
     """
     step()
     plan = pipe._placed._bound.values()[0].plan
-    names = [str(device) for device in pipe.devices]
     outside = ("key", "side", "targets", "loss", "index", "number")
     moments = []
 
@@ -637,7 +627,7 @@ def held(pipe, step):
                 and not a.is_deleted()
                 and not slot.name.startswith(outside)
             ):
-                now[names.index(str(slot.placement))][id(a)] = (
+                now[pipe.devices.index(slot.placement.device)][id(a)] = (
                     slot.name,
                     a.nbytes,
                 )

@@ -1,5 +1,7 @@
 """When the operations of a machine run, asked of the machine itself.
 
+In: a step's program. Out: for each of its actions a start and an end.
+
 A machine is one program, and nobody outside can tell when its parts run. So a second
 program is compiled for recording, which calls the host before and after each operation.
 What the calls get and return ties them to the operation: the one before waits for what
@@ -11,7 +13,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +23,15 @@ from fpipe._executors.recording import completed, needs
 from fpipe._executors.scan.machine import Segment
 from fpipe.schedules import Action, Event, ProgramRun, Recording, Schedule
 
-# Tick, phase, device, whether it is the end; and when.
-Stamp: TypeAlias = tuple[int, int, int, int, float]
+
+class Stamp(NamedTuple):
+    """A call of the host: before an operation or after it (`end`), and when."""
+
+    tick: int
+    phase: int
+    device: int
+    end: int
+    time: float
 
 
 class Clock:
@@ -56,22 +65,21 @@ class Clock:
             The next token.
         """
 
+        def look(numbers: Any, *_: Any) -> Any:
+            now = time.perf_counter()
+            tick, phase, device, end = map(int, np.asarray(numbers))
+            self._stamps.append(Stamp(tick, phase, device, end, now))
+            return np.int32(0)
+
         def ask(token: Any) -> Any:
+            # One element of each array will do: it is there when the array is.
             probes = [a.reshape(-1)[:1] for a in after]
-            number = jnp.stack(
-                [*(jnp.asarray(n, jnp.int32) for n in where), jnp.int32(end)]
-            )
+            numbers = jnp.stack([jnp.asarray(n, jnp.int32) for n in (*where, end)])
             return jax.pure_callback(
-                self._look, jax.ShapeDtypeStruct((), jnp.int32), number, token, *probes
+                look, jax.ShapeDtypeStruct((), jnp.int32), numbers, token, *probes
             )
 
         return jax.lax.cond(runs, ask, lambda token: token, token)
-
-    def _look(self, number: Any, *_: Any) -> Any:
-        now = time.perf_counter()
-        tick, phase, device, end = map(int, np.asarray(number))
-        self._stamps.append((tick, phase, device, end, now))
-        return np.int32(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +91,9 @@ class Ran:
     segments: tuple[Segment, ...]
     stamps: tuple[tuple[Stamp, ...], ...]
     places: tuple[str, ...]
-    backward: bool
 
-    def joined(self, later: object) -> "Ran | None":
-        """A forward with its pull-back, as one call; `None` if these are two calls."""
-        if not isinstance(later, Ran) or later.step is not self.step:
-            return None
-        if self.backward or not later.backward or len(self.segments) > 1:
-            return None
+    def joined(self, later: "Ran") -> "Ran":
+        """A forward with its pull-back."""
         return dataclasses.replace(
             self,
             segments=(*self.segments, *later.segments),
@@ -100,41 +103,35 @@ class Ran:
     def timeline(self) -> Recording:
         """When everything ran, counted from the first start."""
         times: dict[Action, list[float]] = {}
+        order: list[Action] = []
         for segment, stamps in zip(self.segments, self.stamps, strict=True):
-            for tick, phase, device, _, now in stamps:
-                action = segment.actions[tick][phase][device]
+            for tick in segment.actions:
+                order += [a for phase in tick for a in phase if a is not None]
+            for stamp in stamps:
+                action = segment.actions[stamp.tick][stamp.phase][stamp.device]
                 assert action is not None
-                times.setdefault(action, []).append(now)
-        zero = min((min(t) for t in times.values()), default=0.0)
-        start, end = ({a: f(t) - zero for a, t in times.items()} for f in (min, max))
-        for a in (
-            times
-        ):  # an end may be told late, but is no later than the start of what needs it
+                times.setdefault(action, []).append(stamp.time)
+        zero = min((min(own) for own in times.values()), default=0.0)
+        start = {a: min(own) - zero for a, own in times.items()}
+        end = {a: max(own) - zero for a, own in times.items()}
+        # The host may be told late of an end, but the end is no later than the start of
+        # what needs it.
+        for a in times:
             for first in needs(a):
                 if first in end:
                     end[first] = min(end[first], start[a])
-        found = {
-            a: Event(self.schedule.stage_to_device[a.stage], a, start[a], end[a])
-            for a in times
-        }
-        order = [
-            a
-            for s in self.segments
-            for tick in s.actions
-            for phase in tick
-            for a in phase
-            if a is not None
-        ]
-        programs = sorted(
-            (ProgramRun(e.device, a.name, e.start, e.end) for a, e in found.items()),
-            key=lambda p: p.start,
-        )
+        events: dict[Action, Event] = {}
+        programs: list[ProgramRun] = []
+        for a in times:
+            device = self.schedule.stage_to_device[a.stage]
+            events[a] = Event(device, a, start[a], end[a])
+            programs.append(ProgramRun(device, a.name, start[a], end[a]))
         return Recording(
-            completed(self.schedule, order, found),
+            completed(self.schedule, order, events),
             self.schedule.devices,
             f"{self.schedule.name}, recorded",
             (),
-            tuple(programs),
+            tuple(sorted(programs, key=lambda p: p.start)),
             (),
             self.places,
         )

@@ -35,7 +35,7 @@ from fpipe._executors.request import (
     wanted_leaves,
 )
 from fpipe._executors.scan.clock import Ran
-from fpipe._executors.scan.feeds import LARGE, is_large
+from fpipe._executors.scan.feeds import is_large
 from fpipe._executors.scan.lower import lower
 from fpipe._executors.scan.mesh import AXIS, DATA, by_stage, on_mesh, replicated
 from fpipe._executors.scan.packing import Packed, Packing
@@ -78,10 +78,6 @@ class Scan:
         self._scheduling, self._remat, self._chunks = scheduling, remat, chunks
         self._steps, self._kept = Recent(_STEPS), Recent(_TRACES)
         self.owner = self
-        self.large = LARGE  # see `lower`; tests make it small
-        self.idle = (
-            0.0  # what fills buffers before anything is in them; tests put NaN there
-        )
 
     def schedule(self, microbatches: int) -> Schedule:
         """The schedule for that many microbatches, checked against the model."""
@@ -211,10 +207,18 @@ class Scan:
             (step.machine.segments[n],),
             (tuple(stamps),),
             places,
-            name == "backward",
         )
         for recorder in recorders:
-            recorder.add(ran)
+            last = recorder.calls[-1] if recorder.calls else None
+            if (
+                name == "backward"
+                and isinstance(last, Ran)
+                and last.step is step
+                and len(last.segments) == 1
+            ):
+                recorder.calls[-1] = last.joined(ran)
+            else:
+                recorder.calls.append(ran)
         return out
 
     def _check_recorded(self, given: Any) -> None:
@@ -302,11 +306,10 @@ class Scan:
             state,
             opened,
             self._kept,
-            self.large,
         )
         for text in machine.warnings:
             warn(text)
-        return Step(machine, self.mesh, inputs, request, self._model, out, self.idle)
+        return Step(machine, self.mesh, inputs, request, self._model, out)
 
     def _flat(self, args: Args) -> tuple[list[Any], list[Any], dict[Port, list[Any]]]:
         """Parameters, states and other inputs as arrays, on the mesh."""
@@ -331,7 +334,7 @@ class Scan:
         devices = self.mesh.shape[AXIS]
 
         def sharding(a: Any) -> NamedSharding:
-            over = is_large(a, devices, self.large) and a.shape[0] % devices == 0
+            over = is_large(a, devices) and a.shape[0] % devices == 0
             return by_stage(self.mesh) if over else replicated(self.mesh)
 
         return on_mesh(arrays, self.mesh, sharding)

@@ -1,37 +1,44 @@
 """Large inputs lie over the devices, and come to the device that reads them one
 microbatch at a time.
 
+In: the microbatches in the order in which they are read. Out: a table that says what
+each device puts into the feed in each of its steps.
+
 Device `d` of `D` has the microbatches from `d·n` to `(d+1)·n - 1`, `n = ceil(m / D)`.
 In every step of a feed what is on its way moves on by one device, towards the one that
 reads and past device 0 to device `D - 1`; a device puts in a microbatch of its own as
 many steps before it is read as it has to go. In the step in which microbatch `k` is
 read, a device `r` devices away from the reader holds the one that is read `r` steps
-later. Thus no two ever meet, whatever the order.
+later. So no two ever meet, whatever the order.
+
+Four microbatches on two devices, read by device 0 in order, at the beginning of each
+step (`+` marks what a device has just put in):
+
+    step        0     1     2     3
+    device 0   +mb0  +mb1   mb2   mb3     reads
+    device 1    .    +mb2  +mb3   .
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
+from fpipe._core.pytrees import nbytes
 from fpipe._executors.scan.storage import is_key
 
-# The bytes that an input must take on every device before it is laid over them. Below
-# that what it costs, one more `ppermute` for each time that a microbatch is read, is
-# not worth it.
+# The bytes that laying an input over the devices must save on each of them. Below that
+# it is not worth what it costs, one more `ppermute` for each microbatch that is read.
 LARGE = 2**24
 
 
-def is_large(a: Any, devices: int, least: int) -> bool:
-    """Whether laying an array over the devices saves more than `least` bytes on each.
+def is_large(a: Any, devices: int) -> bool:
+    """Whether laying an array over the devices saves more than `LARGE` bytes on each.
 
     Arguments:
         a: an array or its shape.
     """
     if is_key(a.dtype) or not a.shape:
         return False
-    size = int(np.prod(a.shape, dtype=np.int64)) * a.dtype.itemsize
-    return size - size // devices > least
+    return nbytes(a) - nbytes(a) // devices > LARGE
 
 
 def share(microbatches: int, devices: int) -> int:
@@ -39,7 +46,7 @@ def share(microbatches: int, devices: int) -> int:
     return -(-microbatches // devices)
 
 
-def steps(
+def feed_steps(
     order: Sequence[int], microbatches: int, devices: int, reader: int
 ) -> tuple[list[list[int]], int]:
     """What each device puts in, in every step of a feed.
@@ -54,14 +61,17 @@ def steps(
         before the first in which something is read.
     """
     own = share(microbatches, devices)
-    away = [(d - reader) % devices for d in range(devices)]
-    early = max(0, *(away[i // own] - k for k, i in enumerate(order)))
-    out = []
-    for t in range(-early, len(order)):
+    distance = [(d - reader) % devices for d in range(devices)]
+    early = max(0, *(distance[i // own] - k for k, i in enumerate(order)))
+    steps = []
+    for step in range(-early, len(order)):
         row = []
         for d in range(devices):
-            k = t + away[d]
-            mine = 0 <= k < len(order) and order[k] // own == d
-            row.append(order[k] - d * own if mine else own)
-        out.append(row)
-    return out, early
+            # What is put in here now is read when it has gone the distance.
+            k = step + distance[d]
+            if 0 <= k < len(order) and order[k] // own == d:
+                row.append(order[k] % own)
+            else:
+                row.append(own)
+        steps.append(row)
+    return steps, early

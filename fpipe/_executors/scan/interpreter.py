@@ -1,5 +1,20 @@
-"""A machine as one program: `lax.scan` over its ticks inside `jax.shard_map` over the
+"""A machine as one program: `lax.scan` over its ticks, inside `jax.shard_map` over the
 mesh axis `"stage"`.
+
+In: a `Machine`, and the arrays of a call. Out: outputs, gradients and states.
+
+What a device holds from tick to tick is its *carry*, a dictionary from the names of
+buffers (see `machine.py`) to their arrays:
+
+    WireName("forward", 0)    a pool          arrays with an axis of slots
+    SavedPool("core", True)   a pool          arrays with an axis of slots
+    Outbox(WireName(...))     an outbox       the arrays of one bundle
+    InTransit(feed)           a feed          the arrays of one microbatch
+    Turn()                    see `_together` a number
+    ClockToken()              for a clock     a number
+    OutputBuffer(loss[0])     an output       an array with an axis of microbatches
+    RowGradient(0)            a gradient      an array, the sum so far
+    StateBlock(0)             a state         an array
 
 Every operation is a `lax.cond` whose other branch passes its buffers on. XLA then
 updates them in place; a `lax.switch` over several operations would copy every buffer at
@@ -7,7 +22,7 @@ each tick (measured on jax 0.10.2, CPU).
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -18,622 +33,615 @@ from jax.sharding import PartitionSpec as P
 from fpipe._executors.scan.clock import Clock
 from fpipe._executors.scan.machine import (
     Add,
+    BorrowedParameter,
+    FedPiece,
     Feed,
     Held,
+    InputGradient,
+    InputPiece,
+    LoanGradient,
     Machine,
     Number,
     Op,
-    Param,
+    Outbox,
+    OutputBuffer,
+    Parameter,
     PoolName,
     Put,
-    Segment,
+    RowGradient,
     Send,
-    Slotted,
+    SetState,
     Source,
-    StateLeaf,
+    State,
+    StateBlock,
+    SummedGradient,
+    TableOp,
+    TableWire,
+    WholeInput,
     Write,
 )
 from fpipe._executors.scan.mesh import AXIS, DATA
-from fpipe._executors.scan.packing import Row
 from fpipe._executors.scan.storage import Storage, raw, unwrapped, wrapped
 from fpipe._model.loss import sum_dtype
-from fpipe._model.stages import Leaf, Port
+from fpipe._model.stages import Leaf
 from fpipe._program.row_sums import Parts, parts_of, summed, values_of
 
-# What a segment carries from tick to tick, and its parts by name.
-Name: TypeAlias = tuple[str, Any]
-
-_TURN: Name = ("turn", None)
-_TOKEN: Name = ("token", None)  # goes from one call of the clock to the next
+Array: TypeAlias = jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class Runner:
-    """Runs a machine on a mesh.
+@dataclasses.dataclass(frozen=True, slots=True)
+class InTransit:
+    """What a feed has on its way."""
+
+    feed: Feed
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Turn:
+    """A number that keeps the order of what moves, see `_together`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ClockToken:
+    """What goes from one call of the clock to the next, to keep their order."""
+
+
+Buffer: TypeAlias = (
+    PoolName
+    | Outbox
+    | InTransit
+    | Turn
+    | ClockToken
+    | OutputBuffer
+    | SummedGradient
+    | StateBlock
+)
+Carry: TypeAlias = dict[Buffer, Any]
+
+
+class SegmentResult(NamedTuple):
+    """What a segment gives.
 
     Attributes:
+        outputs: each with a first axis of microbatches.
+        gradients: of rows, with a first axis of devices, and of whole inputs.
+        state: rows.
+        left: what the next segment needs.
+    """
+
+    outputs: dict[Leaf, Array]
+    gradients: dict[SummedGradient, Array]
+    state: list[Array]
+    left: list[list[Array]]
+
+
+class _Given(NamedTuple):
+    """What the operations of a phase take from outside.
+
+    Attributes:
+        params: the device's block of each row.
+        loans: the parameters that are lent.
+        inputs: the call's inputs.
+        fed: what feeds have brought.
+    """
+
+    params: Sequence[Array]
+    loans: Sequence[Array]
+    inputs: Mapping[Leaf, Array]
+    fed: dict[FedPiece, Array]
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> Array:
+    """What lies in a buffer before anything is put there. No result depends on it."""
+    return jnp.empty(shape, dtype)
+
+
+class Interpreter:
+    """Runs one segment of a machine on a mesh.
+
+    Arguments:
+        number: of the segment.
         rows: of a microbatch.
-        idle: what fills everything that nothing has been put in.
         clock: who is told when each operation starts and ends.
     """
 
-    machine: Machine
-    mesh: Mesh
-    rows: int
-    idle: float = 0.0
-    clock: Clock | None = None
-
-    @property
-    def left(self) -> list[Name]:
-        """What a segment leaves for the next."""
-        state = self.machine.state
-        rows = () if state is None else range(len(state.rows))
-        return [
-            *(("pool", name) for name in self.machine.pools),
-            *(("state", r) for r in rows),
-        ]
-
-    def __call__(
-        self,
-        n: int,
-        params: Sequence[Any],
-        state: Sequence[Any] | None,
-        inputs: Mapping[Port, Sequence[Any]],
-        carried: Mapping[Name, Any] | None = None,
-    ) -> tuple[dict[Any, Any], dict[Name, Any], list[Any], dict[Name, Any]]:
-        """Run the `n`-th segment.
-
-        Arguments:
-            params, state: rows.
-            inputs: arrays by port; those that are cut have a first axis of
-                microbatches, those that lie over the devices one that the devices
-                divide.
-            carried: what the segment before left.
-
-        Returns:
-            Outputs by name, with a first axis of microbatches; gradients by name
-            (`("row", r)` has an axis of devices); the state's rows; and what the next
-            segment needs.
-        """
-        segment = _Segment(
-            self, self.machine.segments[n], last=n == len(self.machine.segments) - 1
-        )
-        return segment.run(params, state, inputs, carried)
-
-
-class _Segment:
-    def __init__(self, runner: Runner, segment: Segment, last: bool) -> None:
-        self.machine, self.mesh, self.rows = runner.machine, runner.mesh, runner.rows
-        self.segment, self.idle, self.last, self.left = (
-            segment,
-            runner.idle,
-            last,
-            runner.left,
-        )
-        self.clock = runner.clock
-        machine = self.machine
-        ops = [s.op for phase in segment.ops for s in phase]
-        targets = [t for op in ops for t in op.targets]
+    def __init__(
+        self, machine: Machine, number: int, mesh: Mesh, rows: int, clock: Clock | None
+    ) -> None:
+        self.machine = machine
+        self.segment = machine.segments[number]
+        self.last = number == len(machine.segments) - 1
+        self.mesh = mesh
+        self.rows = rows
+        self.clock = clock
         self.storage = {
-            name: Storage(pool.avals, self.rows) for name, pool in machine.pools.items()
+            name: Storage(pool.avals, rows) for name, pool in machine.pools.items()
         }
-        self.outputs = [
-            n
-            for n in machine.outputs
-            if any(isinstance(t, Write) and t.output == n for t in targets)
+        ops = [entry.op for phase in self.segment.phases for entry in phase.ops]
+        changed = dict.fromkeys(t.buffer for op in ops for t in op.targets)
+        self.gradients: list[SummedGradient] = [
+            buffer
+            for buffer in changed
+            if isinstance(buffer, RowGradient | LoanGradient | InputGradient)
         ]
-        wires = {a.wire for phase in segment.wires for a in phase}
-        self.names: list[Name] = [("pool", name) for name in machine.pools]
-        self.names += [("outbox", name) for name in machine.wires if name in wires]
-        self.names += [("feed", feed) for own in segment.feeds for feed in own]
-        self.names += [_TURN] if self.clock is None else [_TURN, _TOKEN]
-        self.names += [("output", name) for name in self.outputs]
-        adds = dict.fromkeys((t.to, t.of) for t in targets if isinstance(t, Add))
-        self.grads: list[Name] = list(adds)
-        self.names += self.grads
+        self.outputs = [
+            OutputBuffer(leaf)
+            for leaf in machine.outputs
+            if OutputBuffer(leaf) in changed
+        ]
+        self.states: list[StateBlock] = []
         if machine.state is not None:
-            self.names += [("state", r) for r in range(len(machine.state.rows))]
-        self.at = {name: n for n, name in enumerate(self.names)}
+            self.states = [StateBlock(r) for r in range(len(machine.state.rows))]
         self.parts = self._find_parts(ops)
 
     # --- outside the mesh ---
 
-    def run(self, params: Any, state: Any, inputs: Any, carried: Any) -> Any:
-        """Under `shard_map`."""
-        table = jnp.asarray(self.segment.table)
-        ports = list(inputs)
-        flat = [list(inputs[port]) for port in ports]
-        # PRNG keys cross the boundary as numbers, and are written so.
-        avals = [
-            [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays] for arrays in flat
-        ]
-        flat = [[unwrapped(a) for a in arrays] for arrays in flat]
-        # Keys do not lie over the devices, so what does is what it was.
-        lie = [
-            [
-                P(AXIS) if Leaf(port, k) in self.machine.spread else P()
-                for k in range(len(inputs[port]))
-            ]
-            for port in ports
-        ]
-        left = list(carried or ())
-        kept = [] if self.last else self.left
+    def __call__(
+        self,
+        params: Sequence[Array],
+        state: Sequence[Array] | None,
+        inputs: Mapping[Leaf, Array],
+        left: Sequence[Sequence[Array]] | None = None,
+    ) -> SegmentResult:
+        """Run the segment.
 
-        def local(table: Any, params: Any, state: Any, flat: Any, before: Any) -> Any:
+        Arguments:
+            params, state: rows.
+            inputs: those that are cut have a first axis of microbatches, those that lie
+                over the devices one that the devices divide.
+            left: what the segment before left.
+        """
+        whole: list[SummedGradient] = []
+        rows = set[int]()
+        for gradient in self.gradients:
+            if isinstance(gradient, InputGradient):
+                whole.append(gradient)
+            elif isinstance(gradient, LoanGradient):
+                rows.add(self.machine.loans[gradient.loan].row)
+            else:
+                rows.add(gradient.row)
+        of_rows: list[SummedGradient] = [RowGradient(r) for r in sorted(rows)]
+
+        def on_device(
+            table: Array,
+            params: Sequence[Array],
+            state: Sequence[Array] | None,
+            numbers: Sequence[Array],
+            left: Sequence[Sequence[Array]],
+        ) -> Any:
+            # PRNG keys cross the border of the mesh as numbers. A device's block has an
+            # axis of one device, which goes here and comes back at the end.
             arrays = {
-                port: [wrapped(a, aval) for a, aval in zip(own, of, strict=True)]
-                for port, own, of in zip(ports, flat, avals, strict=True)
+                leaf: wrapped(a, inputs[leaf])
+                for leaf, a in zip(inputs, numbers, strict=True)
             }
-            first: dict[Name, Any] = {
-                name: [a[0] for a in value]
-                for name, value in zip(left, before, strict=True)
-            }
-            params, state = (
-                [a[0] for a in params],
-                None if state is None else [a[0] for a in state],
-            )
-            out = self._scan(table[0], params, state, arrays, first)
-            outputs = [self._everywhere(out["output", name]) for name in self.outputs]
-            grads = self._gradients(out)
-            rows = (
-                []
-                if self.machine.state is None
-                else [out["state", r] for r in range(len(self.machine.state.rows))]
-            )
-            after = [
-                [a[None] for a in (out[n] if isinstance(out[n], list) else [out[n]])]
-                for n in kept
-            ]
+            before = [[a[0] for a in arrays] for arrays in left]
+            blocks = [a[0] for a in params]
+            states = None if state is None else [a[0] for a in state]
+            carry = self._scan(table[0], blocks, states, arrays, before)
+            outputs = [self._everywhere(carry[buffer]) for buffer in self.outputs]
+            gradients = self._add_up(carry, [*of_rows, *whole])
+            after: list[list[Array]] = []
+            if not self.last:
+                after = [[a[None] for a in carry[name]] for name in self.machine.pools]
+                after += [[carry[block][None]] for block in self.states]
             return (
                 outputs,
-                [grads[n] for n in grads if n[0] != "row"],
-                [grads[n][None] for n in grads if n[0] == "row"],
-                [a[None] for a in rows],
+                [gradients[g] for g in whole],
+                [gradients[g][None] for g in of_rows],
+                [carry[block][None] for block in self.states],
                 after,
             )
 
-        split = P(AXIS)
+        # Keys do not lie over the devices, so what does is the same as numbers.
+        spread = [P(AXIS) if leaf in self.machine.spread else P() for leaf in inputs]
         run = jax.shard_map(
-            local,
+            on_device,
             mesh=self.mesh,
-            in_specs=(split, split, split, lie, split),
-            out_specs=(P(), P(), split, split, split),
+            in_specs=(P(AXIS), P(AXIS), P(AXIS), spread, P(AXIS)),
+            out_specs=(P(), P(), P(AXIS), P(AXIS), P(AXIS)),
             axis_names={AXIS},
             check_vma=False,
         )
-        before = [carried[name] for name in left] if carried else []
-        outputs, whole, rows, new_state, after = run(
-            table, list(params), state, flat, before
+        outputs, whole_arrays, row_arrays, new_state, after = run(
+            jnp.asarray(self.segment.table),
+            list(params),
+            state,
+            [unwrapped(a) for a in inputs.values()],
+            list(left or ()),
         )
-        names = self._gradient_names()
-        grads = dict(zip([n for n in names if n[0] != "row"], whole, strict=True))
-        grads |= dict(zip([n for n in names if n[0] == "row"], rows, strict=True))
-        return (
-            {
-                n: wrapped(a, self.machine.outputs[n][0])
-                for n, a in zip(self.outputs, outputs, strict=True)
-            },
-            grads,
-            new_state,
-            dict(zip(kept, after, strict=True)),
-        )
+        named = {
+            buffer.leaf: wrapped(a, self.machine.outputs[buffer.leaf])
+            for buffer, a in zip(self.outputs, outputs, strict=True)
+        }
+        arrays = [*whole_arrays, *row_arrays]
+        gradients = dict(zip([*whole, *of_rows], arrays, strict=True))
+        return SegmentResult(named, gradients, new_state, after)
 
     # --- on one device ---
 
     def _scan(
         self,
-        table: Any,
-        params: Any,
-        state: Any,
-        arrays: Any,
-        first: Mapping[Name, Any],
-    ) -> dict[Name, Any]:
-        loans = [self._lend(params, n) for n in range(len(self.machine.loans))]
-        start = [
-            first[name]
-            if name[0] == "pool" and name in first
-            else self._start(name, state, arrays, first)
-            for name in self.names
-        ]
+        table: Array,
+        params: Sequence[Array],
+        state: Sequence[Array] | None,
+        inputs: Mapping[Leaf, Array],
+        left: Sequence[Sequence[Array]],
+    ) -> Carry:
+        """All ticks; what there is behind the last one."""
+        loans = []
+        for row, owner, borrower, aval in self.machine.loans:
+            own = self.machine.params.rows[row].take(params[row], aval.shape)
+            loans.append(jax.lax.ppermute(own, AXIS, [(owner, borrower)]))
+        start = self._start(state, inputs, left)
+        names = list(start)
 
-        def tick(carry: list[Any], now: Any) -> tuple[list[Any], None]:
-            t, row = now
-            for p, ops in enumerate(self.segment.ops):
-                fed: dict[tuple[str, Port, int], Any] = {}
-                for feed in self.segment.feeds[p]:
-                    carry, pieces = self._move(feed, carry, row[p], arrays)
-                    fed |= {
-                        (feed.kind, feed.port, k): a
-                        for k, a in zip(feed.arrays, pieces, strict=True)
-                    }
-                given = _Given(params, loans, arrays, fed)
-                if self.idle:
-                    for name in self.names:
-                        if name[0] == "outbox":
-                            carry[self.at[name]] = self._blank(name[1], ())
-                for slotted in ops:
-                    carry = self._timed(slotted, carry, row[p], given, (t, p))
-                for wire, column, used in self.segment.wires[p]:
-                    carry = self._carry(wire, carry, row[p, column], row[p, used])
-            return carry, None
+        def tick(values: list[Any], now: tuple[Array, Array]) -> tuple[list[Any], None]:
+            number, row = now
+            carry = dict(zip(names, values, strict=True))
+            for p in range(len(self.segment.phases)):
+                given = _Given(params, loans, inputs, {})
+                self._run_phase(p, number, row, carry, given)
+            return [carry[name] for name in names], None
 
-        carry, _ = jax.lax.scan(tick, start, (jnp.arange(table.shape[0]), table))
+        values, _ = jax.lax.scan(
+            tick, list(start.values()), (jnp.arange(table.shape[0]), table)
+        )
         if self.clock is not None:
             # What is returned needs the last call of the clock too, or XLA might drop
             # it.
-            told = carry[self.at[_TOKEN]] >= 0
-            carry = jax.tree.map(lambda a: jnp.where(told, a, jnp.zeros_like(a)), carry)
-        return dict(zip(self.names, carry, strict=True))
+            told = values[names.index(ClockToken())] >= 0
+            values = jax.tree.map(
+                lambda a: jnp.where(told, a, jnp.zeros_like(a)), values
+            )
+        return dict(zip(names, values, strict=True))
 
     def _start(
-        self, name: Name, state: Any, arrays: Any, first: Mapping[Name, Any]
-    ) -> Any:
-        what, of = name
-        if what == "pool":
-            return self._blank(of, (self.machine.pools[of].slots,))
-        if what == "outbox":
-            return self._blank(of, ())
-        if what in ("turn", "token"):
-            return jnp.int32(0)
-        if what == "feed":
-            return [
-                self._filled(a.shape[1:], a.dtype)
-                for a in (arrays[of.port][k] for k in of.arrays)
-            ]
-        if what == "output":
-            aval = raw(self.machine.outputs[of][0])
-            return jnp.zeros((self.machine.microbatches, *aval.shape), aval.dtype)
-        if what == "state":
-            return first[name][0] if name in first else state[of]
-        shape, dtype = self._gradient_shape(name)
-        if name not in self.parts:
-            return jnp.zeros(shape, sum_dtype(dtype))
-        # One part for each shard of the batch, added up at the end.
-        zeros = jnp.zeros((self.mesh.shape[DATA], *shape), sum_dtype(dtype))
-        return jax.lax.with_sharding_constraint(zeros, P(DATA))
+        self,
+        state: Sequence[Array] | None,
+        inputs: Mapping[Leaf, Array],
+        left: Sequence[Sequence[Array]],
+    ) -> Carry:
+        """The buffers before the first tick, `left` if a segment was before this."""
+        machine = self.machine
+        carry: Carry = {}
+        for n, (name, pool) in enumerate(machine.pools.items()):
+            if left:
+                carry[name] = list(left[n])
+                continue
+            slots = self.storage[name].shapes
+            carry[name] = [empty((pool.slots, *a.shape), a.dtype) for a in slots]
+        used = {entry.wire for phase in self.segment.phases for entry in phase.wires}
+        for name in machine.wires:
+            if name in used:
+                bundle = self.storage[name].shapes
+                carry[Outbox(name)] = [empty(a.shape, a.dtype) for a in bundle]
+        for phase in self.segment.phases:
+            for feed in phase.feeds:
+                given = [inputs[leaf] for leaf in feed.leaves]
+                carry[InTransit(feed)] = [empty(a.shape[1:], a.dtype) for a in given]
+        carry[Turn()] = jnp.int32(0)
+        if self.clock is not None:
+            carry[ClockToken()] = jnp.int32(0)
+        for buffer in self.outputs:
+            piece = raw(machine.outputs[buffer.leaf])
+            carry[buffer] = jnp.zeros((machine.microbatches, *piece.shape), piece.dtype)
+        for gradient in self.gradients:
+            of = self._shape_of(gradient)
+            if gradient not in self.parts:
+                carry[gradient] = jnp.zeros(of.shape, sum_dtype(of.dtype))
+                continue
+            # One part for each shard of the batch, added up at the end.
+            zeros = jnp.zeros((self.mesh.shape[DATA], *of.shape), sum_dtype(of.dtype))
+            carry[gradient] = jax.lax.with_sharding_constraint(zeros, P(DATA))
+        for n, block in enumerate(self.states):
+            if left:
+                (carry[block],) = left[len(machine.pools) + n]
+            else:
+                assert state is not None
+                carry[block] = state[n]
+        return carry
 
-    def _find_parts(self, ops: Sequence[Op]) -> dict[Name, dict[int, Parts]]:
-        """The gradients that are kept as parts over the mesh's data axis, with how each
-        operation makes them.
+    def _run_phase(
+        self, p: int, tick: Array, row: Array, carry: Carry, given: _Given
+    ) -> None:
+        """One phase of a tick: feeds move, operations run, wires carry.
+
+        Arguments:
+            row: of the table, for all phases of the tick.
         """
-        size = self.mesh.shape.get(DATA, 1)
-        found: dict[Name, dict[int, Parts | None]] = {}
-        for op in ops:
-            for target in op.targets:
-                if size > 1 and isinstance(target, Add) and op.code is not None:
-                    n = target.value - len(op.fetch)
-                    code, value = op.code, (*op.code.outs, *op.code.sums)[n]
-                    parts = parts_of(code.graph, code.nodes, value, self.rows, size)
-                    found.setdefault((target.to, target.of), {})[id(op)] = parts
-        return {
-            name: {n: parts for n, parts in of.items() if parts is not None}
-            for name, of in found.items()
-            if all(parts is not None for parts in of.values())
-        }
+        phase = self.segment.phases[p]
+        for feed in phase.feeds:
+            self._move_feed(feed, carry, row[p], given)
+        for entry in phase.ops:
+            own = row[p]
+            runs = own[entry.runs] > 0
+            if self.clock is None:
+                self._operate(entry, carry, own, given, runs)
+            else:
+                when = (tick, p)
+                self._operate_timed(self.clock, entry, carry, own, given, runs, when)
+        for wire in phase.wires:
+            self._deliver(wire, carry, row[p, wire.slot], row[p, wire.used])
 
-    def _blank(self, pool: PoolName, slots: tuple[int, ...]) -> list[Any]:
-        return [
-            self._filled((*slots, *a.shape), a.dtype) for a in self.storage[pool].shapes
-        ]
-
-    def _filled(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        """What nothing has been put in."""
-        if not self.idle:
-            return jnp.empty(shape, dtype)
-        return jnp.full(
-            shape, self.idle if jnp.issubdtype(dtype, jnp.inexact) else 1, dtype
-        )
-
-    def _gradient_shape(self, name: Name) -> tuple[tuple[int, ...], Any]:
-        to, of = name
-        if to == "row":
-            return self.machine.params.rows[of].shape, self.machine.params.rows[
-                of
-            ].dtype
-        if to == "borrowed":
-            return self.machine.loans[of].aval.shape, self.machine.loans[of].aval.dtype
-        aval = self.machine.inputs[of]
-        return aval.shape, aval.dtype
-
-    def _lend(self, params: Sequence[Any], n: int) -> Any:
-        row, owner, borrower, aval = self.machine.loans[n]
-        own = self.machine.params.rows[row].take(params[row], aval.shape)
-        return jax.lax.ppermute(own, AXIS, [(owner, borrower)])
-
-    def _move(
-        self, feed: Feed, carry: list[Any], row: Any, arrays: Any
-    ) -> tuple[list[Any], list[Any]]:
-        """What a feed brings moves on by one device. Also what is there before: for the
-        reader, what it reads.
-        """
-        n, turn, devices = self.at["feed", feed], self.at[_TURN], self.machine.devices
-        pairs = [(d, (d - 1) % devices) for d in range(devices) if d != feed.reader]
-        own = row[feed.column]
-
-        def move(come: list[Any]) -> tuple[list[Any], list[Any]]:
-            here = []
-            for k, a in zip(feed.arrays, come, strict=True):
-                whole = arrays[feed.port][k]
-                here.append(jnp.where(own < whole.shape[0], _piece(whole, own), a))
-            return [jax.lax.ppermute(a, AXIS, pairs) for a in here], here
-
-        out = list(carry)
-        out[n], here, out[turn] = self._together(
-            row[feed.used], carry, move, lambda come: (come, come), carry[n]
-        )
-        return out, here
+    # --- what moves ---
 
     def _together(
-        self, used: Any, carry: list[Any], move: Any, rest: Any, own: Any
-    ) -> Any:
-        """What moves where the table says so: on every device or on none.
+        self,
+        used: Array,
+        carry: Carry,
+        move: Callable[[list[Array]], tuple[Any, ...]],
+        stay: Callable[[list[Array]], tuple[Any, ...]],
+        arrays: list[Array],
+    ) -> tuple[Any, ...]:
+        """`move(arrays)` where the table says so, on every device or on none; else
+        `stay(arrays)`.
 
-        One after the other: each hands on a zero that the next one needs. XLA would
-        keep the order of independent conditionals too, but not on CPU in a program that
-        was loaded from the compilation cache (jax 0.10.2), where devices then wait for
-        each other in different ones.
+        One after the other: each hands on a zero, the turn, that the next one needs.
+        XLA would keep the order of independent conditionals too, but not on CPU in a
+        program that was loaded from the compilation cache (jax 0.10.2), where devices
+        then wait for each other in different ones.
         """
-        turn = carry[self.at[_TURN]]
-        return jax.lax.cond(
+        turn = carry[Turn()]
+        *moved, carry[Turn()] = jax.lax.cond(
             used > turn,
             lambda own: (*move(own), jnp.int32(0)),
-            lambda own: (*rest(own), turn),
-            own,
+            lambda own: (*stay(own), turn),
+            arrays,
         )
+        return tuple(moved)
 
-    def _timed(
+    def _move_feed(self, feed: Feed, carry: Carry, row: Array, given: _Given) -> None:
+        """What a feed has on its way moves on by one device. What was there before is
+        what the reader reads.
+        """
+        devices = self.machine.devices
+        pairs = [(d, (d - 1) % devices) for d in range(devices) if d != feed.reader]
+        own = row[feed.own]
+
+        def move(come: list[Array]) -> tuple[list[Array], list[Array]]:
+            here = []
+            for leaf, a in zip(feed.leaves, come, strict=True):
+                share = given.inputs[leaf]
+                puts = own < share.shape[0]
+                piece = jax.lax.dynamic_index_in_dim(share, own, keepdims=False)
+                here.append(jnp.where(puts, piece, a))
+            return [jax.lax.ppermute(a, AXIS, pairs) for a in here], here
+
+        name = InTransit(feed)
+        carry[name], here = self._together(
+            row[feed.used], carry, move, lambda come: (come, come), carry[name]
+        )
+        for leaf, piece in zip(feed.leaves, here, strict=True):
+            given.fed[FedPiece(leaf, feed.kind)] = piece
+
+    def _deliver(
+        self, entry: TableWire, carry: Carry, slot: Array, used: Array
+    ) -> None:
+        """What the outboxes hold goes to the pools of the receivers."""
+        wire = self.machine.wires[entry.wire]
+
+        def move(pool: list[Array]) -> tuple[list[Array]]:
+            sent = carry[Outbox(entry.wire)]
+            arrived = [jax.lax.ppermute(a, AXIS, wire.pairs) for a in sent]
+            filled = [
+                jax.lax.dynamic_update_index_in_dim(slots, a, slot, 0)
+                for slots, a in zip(pool, arrived, strict=True)
+            ]
+            return (filled,)
+
+        if wire.always:
+            (carry[entry.wire],) = move(carry[entry.wire])
+        else:
+            (carry[entry.wire],) = self._together(
+                used, carry, move, lambda pool: (pool,), carry[entry.wire]
+            )
+
+    # --- what is computed ---
+
+    def _operate_timed(
         self,
-        slotted: Slotted,
-        carry: list[Any],
-        row: Any,
-        given: "_Given",
-        when: tuple[Any, int],
-    ) -> list[Any]:
-        """An operation, between two calls of the clock if there is one."""
-        op, column, _ = slotted
-        runs, written = (
-            row[column] > 0,
-            [self.at[name] for name in map(_written, op.targets) if name in self.at],
-        )
-        if self.clock is None or not written:
-            return self._operate(slotted, carry, row, given, runs)
-        n, where = self.at[_TOKEN], (*when, jax.lax.axis_index(AXIS))
-        pools = dict.fromkeys(
-            self.at["pool", source.pool]
-            for source in op.fetch
-            if isinstance(source, Held)
-        )
-        reads = [a for pool in pools for a in carry[pool]] + list(
-            map(unwrapped, given.fed.values())
-        )
-        token = self.clock.stamp(runs, where, 0, carry[n], reads)
-        out = self._operate(slotted, carry, row, given, runs & (token >= 0))
-        made = out[written[0]]
-        out[n] = self.clock.stamp(
-            runs, where, 1, token, made[:1] if isinstance(made, list) else [made]
-        )
-        return out
+        clock: Clock,
+        entry: TableOp,
+        carry: Carry,
+        row: Array,
+        given: _Given,
+        runs: Array,
+        when: tuple[Array, int],
+    ) -> None:
+        """An operation between two calls of the clock: one when what it reads is there,
+        one when what it writes is.
+        """
+        op = entry.op
+        if not op.targets:
+            self._operate(entry, carry, row, given, runs)
+            return
+        where = (*when, jax.lax.axis_index(AXIS))
+        pools = dict.fromkeys(s.pool for s in op.sources if isinstance(s, Held))
+        reads = [a for pool in pools for a in carry[pool]]
+        reads += [unwrapped(a) for a in given.fed.values()]
+        token = clock.stamp(runs, where, 0, carry[ClockToken()], reads)
+        self._operate(entry, carry, row, given, runs & (token >= 0))
+        made = jax.tree.leaves(carry[op.targets[0].buffer])[:1]
+        carry[ClockToken()] = clock.stamp(runs, where, 1, token, made)
 
     def _operate(
-        self, slotted: Slotted, carry: list[Any], row: Any, given: "_Given", runs: Any
-    ) -> list[Any]:
-        """An operation, where it runs."""
-        op, _, first = slotted
-        written = sorted(
-            {self.at[name] for name in map(_written, op.targets) if name in self.at}
-        )
+        self, entry: TableOp, carry: Carry, row: Array, given: _Given, runs: Array
+    ) -> None:
+        """An operation, where it `runs`."""
+        op = entry.op
+        changed = {target.buffer for target in op.targets}
+        names = [name for name in carry if name in changed]
 
-        def run(own: list[Any]) -> list[Any]:
-            view = list(carry)
-            for n, value in zip(written, own, strict=True):
-                view[n] = value
+        def run(arrays: list[Any]) -> list[Any]:
+            own = carry | dict(zip(names, arrays, strict=True))
             with jax.named_scope(op.name):
-                self._apply(op, view, row[first:], given)
-            return [view[n] for n in written]
+                self._apply(op, own, row[entry.arguments :], given)
+            return [own[name] for name in names]
 
-        new = jax.lax.cond(runs, run, lambda own: own, [carry[n] for n in written])
-        out = list(carry)
-        for n, value in zip(written, new, strict=True):
-            out[n] = value
-        return out
+        new = jax.lax.cond(
+            runs, run, lambda arrays: arrays, [carry[name] for name in names]
+        )
+        carry.update(zip(names, new, strict=True))
 
-    def _apply(self, op: Op, view: list[Any], args: Any, given: "_Given") -> None:
-        values = [
-            self._fetch(op.kind, source, view, args, given) for source in op.fetch
-        ]
+    def _apply(self, op: Op, carry: Carry, arguments: Array, given: _Given) -> None:
+        """Take, compute, and put where it belongs."""
+        values = [self._fetch(s, carry, arguments, given) for s in op.sources]
         if op.code is not None:
-            values += self._compute(op, [values[n] for n in op.ins])
+            values += self._compute(op, [values[n] for n in op.code_inputs])
         for target in op.targets:
-            if isinstance(target, Put):
-                n = self.at["pool", target.pool]
-                own = [values[v] for v in target.values]
-                view[n] = self.storage[target.pool].put(
-                    target.avals, own, view[n], args[target.arg]
-                )
-            elif isinstance(target, Send):
-                n = self.at["outbox", target.wire]
-                view[n] = self.storage[target.wire].pack(
-                    target.avals, [values[v] for v in target.values], view[n]
-                )
-            elif isinstance(target, Add):
-                n = self.at[target.to, target.of]
-                add = (
-                    jax.vmap(_added) if (target.to, target.of) in self.parts else _added
-                )
-                view[n] = add(view[n], values[target.value])
-            elif isinstance(target, Write):
-                n = self.at["output", target.output]
-                value = unwrapped(values[target.value])
-                if target.add:
-                    value = value + _piece(view[n], args[0])
-                view[n] = jax.lax.dynamic_update_index_in_dim(
-                    view[n], value, args[0], 0
-                )
-            else:
-                assert self.machine.state is not None
-                row = self.machine.state.rows[target.row]
-                view[self.at["state", target.row]] = _into(
-                    row, view[self.at["state", target.row]], values[target.value]
-                )
+            buffer = target.buffer
+            match target:
+                case Put(name, argument, avals, numbers):
+                    bundle = [values[n] for n in numbers]
+                    slot = arguments[argument]
+                    carry[buffer] = self.storage[name].put(
+                        avals, bundle, carry[buffer], slot
+                    )
+                case Send(Outbox(wire), avals, numbers):
+                    bundle = [values[n] for n in numbers]
+                    carry[buffer] = self.storage[wire].pack(
+                        avals, bundle, carry[buffer]
+                    )
+                case Add(gradient, n):
+                    add = jax.vmap(_added) if gradient in self.parts else _added
+                    carry[buffer] = add(carry[buffer], values[n])
+                case Write(_, n, add=adds):
+                    value = unwrapped(values[n])
+                    if adds:
+                        value += jax.lax.dynamic_index_in_dim(
+                            carry[buffer], arguments[0], keepdims=False
+                        )
+                    carry[buffer] = jax.lax.dynamic_update_index_in_dim(
+                        carry[buffer], value, arguments[0], 0
+                    )
+                case SetState(_, n):
+                    value, block = values[n], carry[buffer]
+                    if value.shape != block.shape:
+                        flat = value.reshape(-1)
+                        value = jax.lax.dynamic_update_slice_in_dim(block, flat, 0, 0)
+                    carry[buffer] = value
 
-    def _compute(self, op: Op, arrays: Sequence[Any]) -> list[Any]:
+    def _fetch(
+        self, source: Source, carry: Carry, arguments: Array, given: _Given
+    ) -> Array:
+        match source:
+            case Parameter(row, aval):
+                packed = self.machine.params.rows[row]
+                return packed.take(given.params[row], aval.shape)
+            case BorrowedParameter(loan):
+                return given.loans[loan]
+            case State(row, aval):
+                assert self.machine.state is not None
+                packed = self.machine.state.rows[row]
+                return packed.take(carry[StateBlock(row)], aval.shape)
+            case Number(argument):
+                return arguments[argument].astype(jnp.uint32)
+            case Held(pool, argument, avals, k):
+                slot = arguments[argument]
+                return self.storage[pool].take(avals, k, carry[pool], slot)
+            case FedPiece():
+                return given.fed[source]
+            case WholeInput(leaf):
+                return given.inputs[leaf]
+            case InputPiece(leaf):
+                whole = given.inputs[leaf]
+                return jax.lax.dynamic_index_in_dim(whole, arguments[0], keepdims=False)
+
+    # --- gradients ---
+
+    def _find_parts(self, ops: Sequence[Op]) -> dict[SummedGradient, dict[Op, Parts]]:
+        """The gradients that are kept as parts over the mesh's data axis, with how each
+        operation makes them. Only if all of them can.
+        """
+        size = self.mesh.shape.get(DATA, 1)
+        if size == 1:
+            return {}
+        found: dict[SummedGradient, dict[Op, Parts]] = {}
+        as_one = set[SummedGradient]()
+        for op in ops:
+            for target in op.targets:
+                if not isinstance(target, Add) or op.code is None:
+                    continue
+                code = op.code
+                value = (*code.outs, *code.sums)[target.value - len(op.sources)]
+                parts = parts_of(code.graph, code.nodes, value, self.rows, size)
+                if parts is None:
+                    as_one.add(target.buffer)
+                else:
+                    found.setdefault(target.buffer, {})[op] = parts
+        return {name: of for name, of in found.items() if name not in as_one}
+
+    def _compute(self, op: Op, arrays: Sequence[Array]) -> list[Array]:
         """What an operation's code makes; a gradient that is kept as parts, as parts."""
         code = op.code
         assert code is not None
-        wanted: list[int] = [*code.outs, *code.sums]
         parts = {
-            t.value - len(op.fetch): self.parts[t.to, t.of][id(op)]
-            for t in op.targets
-            if isinstance(t, Add) and (t.to, t.of) in self.parts
+            target.value - len(op.sources): self.parts[target.buffer][op]
+            for target in op.targets
+            if isinstance(target, Add) and target.buffer in self.parts
         }
         if not parts:
             return code(*arrays)
-        inner = list(dict.fromkeys(v for p in parts.values() for v in values_of(p)))
-        made = code.values(arrays, [*wanted, *inner])
-        env = dict(zip(inner, made[len(wanted) :], strict=True))
-        return [
-            summed(parts[n], env, DATA) if n in parts else made[n]
-            for n in range(len(wanted))
-        ]
+        wanted = [*code.outs, *code.sums]
+        terms = list(dict.fromkeys(v for p in parts.values() for v in values_of(p)))
+        made = code.values(arrays, [*wanted, *terms])
+        given = dict(zip(terms, made[len(wanted) :], strict=True))
+        values = made[: len(wanted)]
+        for n, own in parts.items():
+            values[n] = summed(own, given, DATA)
+        return values
 
-    def _fetch(
-        self, kind: str, source: Source, view: list[Any], args: Any, given: "_Given"
-    ) -> Any:
-        if isinstance(source, Param):
-            if source.borrowed:
-                return given.loans[source.row]
-            return self.machine.params.rows[source.row].take(
-                given.params[source.row], source.aval.shape
-            )
-        if isinstance(source, StateLeaf):
-            assert self.machine.state is not None
-            return self.machine.state.rows[source.row].take(
-                view[self.at["state", source.row]], source.aval.shape
-            )
-        if isinstance(source, Number):
-            return args[source.arg].astype(jnp.uint32)
-        if isinstance(source, Held):
-            pool = view[self.at["pool", source.pool]]
-            return self.storage[source.pool].take(
-                source.avals, source.k, pool, args[source.arg]
-            )
-        if Leaf(source.port, source.k) in self.machine.spread:
-            return given.fed[kind, source.port, source.k]
-        whole = given.arrays[source.port][source.k]
-        return whole if source.whole else _piece(whole, args[0])
+    def _shape_of(self, gradient: SummedGradient) -> Any:
+        """What has the shape and dtype of what a gradient is for."""
+        match gradient:
+            case RowGradient(row):
+                return self.machine.params.rows[row]
+            case LoanGradient(loan):
+                return self.machine.loans[loan].aval
+            case InputGradient(leaf):
+                return self.machine.inputs[leaf]
 
-    def _carry(
-        self, wire: PoolName, carry: list[Any], slot: Any, used: Any
-    ) -> list[Any]:
-        """What the outboxes hold goes to the pools of the receivers."""
-        box, pool = self.at["outbox", wire], self.at["pool", wire]
-        pairs = self.machine.wires[wire].pairs
-
-        def move(own: list[Any]) -> tuple[list[Any]]:
-            arrived = [jax.lax.ppermute(a, AXIS, pairs) for a in carry[box]]
-            return (
-                [
-                    jax.lax.dynamic_update_index_in_dim(p, a, slot, 0)
-                    for p, a in zip(own, arrived, strict=True)
-                ],
-            )
-
-        out, turn = list(carry), self.at[_TURN]
-        if self.machine.wires[wire].always:
-            (out[pool],) = move(carry[pool])
-        else:
-            out[pool], out[turn] = self._together(
-                used, carry, move, lambda own: (own,), carry[pool]
-            )
+    def _add_up(
+        self, carry: Carry, returned: Sequence[SummedGradient]
+    ) -> dict[SummedGradient, Array]:
+        """The gradients to return: parts are added up, those of loans go back to their
+        owners, and those of inputs are summed over the devices.
+        """
+        own = {
+            g: carry[g].sum(0) if g in self.parts else carry[g] for g in self.gradients
+        }
+        out: dict[SummedGradient, Array] = {}
+        for gradient in returned:
+            if gradient not in own:
+                of = self._shape_of(gradient)
+                out[gradient] = jnp.zeros(of.shape, sum_dtype(of.dtype))
+            elif isinstance(gradient, InputGradient):
+                out[gradient] = self._everywhere(own[gradient])
+            else:
+                out[gradient] = own[gradient]
+        for gradient in self.gradients:
+            if isinstance(gradient, LoanGradient):
+                row, owner, borrower, _ = self.machine.loans[gradient.loan]
+                back = jax.lax.ppermute(own[gradient], AXIS, [(borrower, owner)])
+                out[RowGradient(row)] = _added(out[RowGradient(row)], back)
         return out
 
-    # --- afterwards ---
-
-    def _everywhere(self, value: Any) -> Any:
-        """What some devices wrote, on all of them."""
+    def _everywhere(self, value: Array) -> Array:
+        """What some devices wrote, on all of them; the others have zeros."""
         if self.machine.devices == 1:
             return value
         if value.dtype == jnp.bool_:
             return jax.lax.psum(value.astype(jnp.uint8), AXIS) > 0
         return jax.lax.psum(value, AXIS)
 
-    def _gradient_names(self) -> list[Name]:
-        """The gradients that leave: rows, those to which lent parameters add included,
-        and whole inputs.
-        """
-        rows = {of for to, of in self.grads if to == "row"}
-        rows |= {
-            self.machine.loans[of].row for to, of in self.grads if to == "borrowed"
-        }
-        return [("row", r) for r in sorted(rows)] + [
-            n for n in self.grads if n[0] == "input"
-        ]
 
-    def _gradients(self, out: Mapping[Name, Any]) -> dict[Name, Any]:
-        grads = {}
-        out = {
-            name: value.sum(0) if name in self.parts else value
-            for name, value in out.items()
-        }
-        for name in self._gradient_names():
-            if name in out:
-                grads[name] = (
-                    out[name] if name[0] == "row" else self._everywhere(out[name])
-                )
-            else:
-                shape, dtype = self._gradient_shape(name)
-                grads[name] = jnp.zeros(shape, sum_dtype(dtype))
-        for to, of in self.grads:
-            if to == "borrowed":
-                row, owner, borrower, _ = self.machine.loans[of]
-                back = jax.lax.ppermute(out[to, of], AXIS, [(borrower, owner)])
-                grads["row", row] = _added(grads["row", row], back)
-        return grads
-
-
-class _Given(NamedTuple):
-    """What the operations of a phase take from outside: rows, what is lent, inputs, and
-    what feeds have brought to the actions of a kind.
-    """
-
-    params: Any
-    loans: Any
-    arrays: Any
-    fed: Mapping[tuple[str, Port, int], Any]
-
-
-def _piece(whole: Any, i: Any) -> Any:
-    return jax.lax.dynamic_index_in_dim(whole, i, keepdims=False)
-
-
-def _written(target: Any) -> Name:
-    """The part of the carry that a target writes."""
-    if isinstance(target, Put):
-        return "pool", target.pool
-    if isinstance(target, Send):
-        return "outbox", target.wire
-    if isinstance(target, Add):
-        return target.to, target.of
-    if isinstance(target, Write):
-        return "output", target.output
-    return "state", target.row
-
-
-def _added(total: Any, value: Any) -> Any:
+def _added(total: Array, value: Array) -> Array:
     """A sum in a row's block, which may be longer and flat."""
     value = value.astype(total.dtype)
     if value.shape == total.shape:
         return total + value
     flat = value.reshape(-1)
-    return (
-        total + flat
-        if flat.shape == total.shape
-        else total.at[: flat.shape[0]].add(flat)
-    )
-
-
-def _into(row: Row, block: Any, value: Any) -> Any:
-    """A value in a row's block."""
-    if value.shape == row.shape:
-        return value
-    return jax.lax.dynamic_update_slice_in_dim(block, value.reshape(-1), 0, 0)
+    if flat.shape == total.shape:
+        return total + flat
+    return total.at[: flat.shape[0]].add(flat)

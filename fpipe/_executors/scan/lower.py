@@ -1,10 +1,21 @@
-"""From a schedule to a machine: ticks, wires, pools, operations and the table."""
+"""From a schedule to a machine: operations, and the table that says which runs when.
+
+In: units, a schedule, and a call. Out: a `Machine` (see `machine.py`, where its table
+is drawn). The passes:
+
+    ticks.py     schedule                   ->  ticks: when each action runs
+    values.py    units, call                ->  bundles: what each action makes and reads
+    buffers.py   bundles, ticks             ->  wires, pools and slots
+    Operations   programs, buffers          ->  operations: each program with its sources
+                                                and targets; equal ones are one
+    Segment      operations, ticks, slots   ->  columns, and the numbers in them
+"""
 
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -12,94 +23,82 @@ import numpy as np
 from fpipe._core.caches import Recent
 from fpipe._core.pytrees import Shape
 from fpipe._executors.programs import Inputs, Request
-from fpipe._executors.scan.buffers import Places
-from fpipe._executors.scan.feeds import is_large, steps
+from fpipe._executors.scan.buffers import Buffers, Place, place_bundles
+from fpipe._executors.scan.feeds import feed_steps, is_large
 from fpipe._executors.scan.machine import (
     Add,
-    Arrival,
+    BorrowedParameter,
+    FedPiece,
     Feed,
     Held,
+    InputGradient,
+    InputPiece,
     Loan,
+    LoanGradient,
+    LocalPool,
     Machine,
     Number,
     Op,
-    Param,
-    Piece,
+    Outbox,
+    OutputBuffer,
+    Parameter,
+    PhaseCode,
     Pool,
     PoolName,
     Put,
+    RowGradient,
     Segment,
     Send,
     SetState,
-    Slotted,
     Source,
-    StateLeaf,
+    State,
+    StateBlock,
+    SummedGradient,
+    TableOp,
+    TableWire,
     Target,
+    WholeInput,
     Wire,
+    WireName,
     Write,
 )
 from fpipe._executors.scan.packing import Packing
-from fpipe._executors.scan.ticks import Ticks, cheaper
+from fpipe._executors.scan.ticks import Phase, Ticks, ticks_of
 from fpipe._executors.scan.units import Units
-from fpipe._executors.scan.values import Value, Values
+from fpipe._executors.scan.values import (
+    EARLIER,
+    ActivationValue,
+    Bundle,
+    CotangentValue,
+    Group,
+    UnitWork,
+    Value,
+    Work,
+    find_work,
+)
 from fpipe._model.remat import Remat
-from fpipe._model.stages import INDEX, KEY, SIDE, TARGETS, Leaf, Port, X, Y
+from fpipe._model.stages import (
+    AUX,
+    INDEX,
+    KEY,
+    LOSS,
+    SIDE,
+    TARGETS,
+    WEIGHT,
+    Leaf,
+    Port,
+    X,
+    Y,
+)
 from fpipe._program.code import (
     Cotangent,
     Gradient,
     GradientSum,
-    Handed,
     Input,
     Output,
-    Program,
     ProgramValue,
-    Residual,
 )
-from fpipe.schedules import Action, Costs, Kind, Schedule
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ready:
-    """An operation of a unit, its number among all, and what its arguments are: `None`
-    for the microbatch, `("number", position, layer)`, or a pool and the value whose
-    slot it is. `spread`: what it reads that a feed brings.
-    """
-
-    op: Op
-    number: int
-    args: tuple[Any, ...]
-    spread: tuple[Leaf, ...]
-
-
-@dataclasses.dataclass
-class _Entries:
-    """What is to be in the table for one phase of each tick.
-
-    Attributes:
-        ops: by number, for an operation is dear to hash; with where they sort.
-        filled: for each, ticks, devices and arguments.
-        arriving: for each wire, ticks, devices and slots.
-        stages: whose they are.
-        read: for each feed, the microbatch that is read in a tick.
-        arrays: for each feed, which of the port's.
-    """
-
-    ops: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
-    filled: dict[int, list[tuple[int, int, list[int]]]] = dataclasses.field(
-        default_factory=lambda: defaultdict(list)
-    )
-    arriving: dict[PoolName, list[tuple[int, int, int]]] = dataclasses.field(
-        default_factory=lambda: defaultdict(list)
-    )
-    stages: dict[int, set[int]] = dataclasses.field(
-        default_factory=lambda: defaultdict(set)
-    )
-    read: dict[tuple[Port, str], dict[int, int]] = dataclasses.field(
-        default_factory=lambda: defaultdict(dict)
-    )
-    arrays: dict[tuple[Port, str], set[int]] = dataclasses.field(
-        default_factory=lambda: defaultdict(set)
-    )
+from fpipe.schedules import Action, Kind, Schedule
 
 
 def lower(
@@ -112,514 +111,455 @@ def lower(
     state: Packing | None,
     opened: bool,
     kept: Recent,
-    large: int,
 ) -> tuple[Machine, Mapping[Port, Shape]]:
     """Lower a call. Also what the last unit returns for one microbatch.
 
     Arguments:
         opened: whether recomputations are inlined.
         kept: the traces of earlier calls.
-        large: the bytes that an input must take on every device before it lies over
-            them.
     """
-    ticks = ticks_of(schedule, request.mode, remat.recomputes(0, 2, direct=False))
-    position: dict[Action, int] = {}
-    for t in ticks:
-        position |= t.positions(1 + max(position.values(), default=-1))
-    values = Values(units, schedule, remat, inputs, request, position, opened, kept)
-    return _Lowering(
-        values, ticks, params, state, large
-    ).machine(), values.programs.flat(len(units.stages) - 1, 0).out
-
-
-def ticks_of(schedule: Schedule, mode: str, recomputes: bool) -> list[Ticks]:
-    """The ticks of a call: all of it, its forwards, or its forwards and then its
-    backwards.
-    """
-    rows = schedule.actions
-    # Recomputing takes another forward.
-    costs = (
-        Costs(F=1.0, B=3.0, I=2.0, W=1.0)
-        if recomputes
-        else Costs(F=1.0, B=2.0, I=1.0, W=1.0)
+    ticks = ticks_of(
+        schedule,
+        forwards_alone=request.mode != "grad",
+        backwards=request.differentiates,
+        recomputes=remat.recomputes(0, 2, direct=False),
     )
-    if mode == "grad":
-        return [cheaper(rows, schedule.stages, costs)]
-    forwards = [[a for a in row if a.kind == "F"] for row in rows]
-    first = cheaper(forwards, schedule.stages, costs)
-    if mode != "vjp":
-        return [first]
-    backwards = [[a for a in row if a.kind != "F"] for row in rows]
-    return [first, cheaper(backwards, schedule.stages, costs)]
+    position: dict[Action, int] = {}
+    for loop in ticks:
+        position |= loop.positions(1 + max(position.values(), default=-1))
+    work = find_work(units, schedule, position, remat, inputs, request, opened, kept)
+    buffers = place_bundles(work, position)
+    spread = frozenset(
+        Leaf(port, k)
+        for port in (X, TARGETS)
+        for k, a in enumerate(inputs.of(port).leaves)
+        if Leaf(port, k) not in inputs.whole(port) and is_large(a, schedule.devices)
+    )
+    operations = Operations(work, buffers, params, state, spread)
+    segments = tuple(_segment(loop, operations, inputs.cut.m) for loop in ticks)
+    pools: dict[PoolName, Pool] = {}
+    for name, count in buffers.counts.items():
+        # What stays in its unit is always read; for the rest there is a slot of what
+        # nobody reads.
+        unread = isinstance(name, WireName | LocalPool)
+        pools[name] = Pool(count + unread, tuple(buffers.kinds[name]))
+    # With a phase for each direction every wire carries something in nearly every tick.
+    # It then runs unasked, which lets XLA move it beside the other phase.
+    always = all(len(loop.phases) == 2 for loop in ticks)
+    wires = {
+        name: Wire(tuple(sorted(pairs)), pools[name].avals, always)
+        for name, pairs in buffers.pairs.items()
+        if name in pools
+    }
+    summed = {
+        target.buffer.leaf
+        for segment in segments
+        for phase in segment.phases
+        for entry in phase.ops
+        for target in entry.op.targets
+        if isinstance(target.buffer, InputGradient)
+    }
+    machine = Machine(
+        devices=schedule.devices,
+        microbatches=inputs.cut.m,
+        segments=segments,
+        pools=pools,
+        wires=wires,
+        params=params,
+        state=state,
+        loans=tuple(operations.loans),
+        outputs=operations.outputs,
+        inputs={
+            leaf: inputs.of(leaf.port).leaves[leaf.k]
+            for leaf in sorted(summed, key=str)
+        },
+        spread=spread,
+        warnings=tuple(work.programs.warnings),
+    )
+    return machine, work.programs.flat(len(units.stages) - 1, 0).out
 
 
-class _Lowering:
-    """A call while it is lowered."""
+# --- operations ---
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MicrobatchNumber:
+    """The number of the microbatch, always argument 0."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayerNumber:
+    """The number of a layer, for its keys."""
+
+    layer: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SlotNumber:
+    """The slot of a microbatch's bundle in a pool; of what nobody reads, the last."""
+
+    pool: PoolName
+    value: Value
+
+
+Argument: TypeAlias = MicrobatchNumber | LayerNumber | SlotNumber
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitOp:
+    """An operation as one unit runs it.
+
+    Attributes:
+        number: of the operation among all: it takes long to hash.
+        arguments: what the operation's arguments are.
+        fed: what it reads that a feed brings.
+        arrivals: where the bundles arrive that the unit sends in this action.
+    """
+
+    op: Op
+    number: int
+    arguments: tuple[Argument, ...]
+    fed: tuple[Leaf, ...]
+    arrivals: tuple[Place, ...]
+
+
+class Operations:
+    """The operations of a call, each made when a unit's action first asks for it.
+
+    Attributes:
+        numbers: the operations by number.
+        loans: what they borrow, by number.
+        outputs: what they write for the user: the shape of one microbatch's piece.
+    """
 
     def __init__(
         self,
-        values: Values,
-        ticks: Sequence[Ticks],
+        work: Work,
+        buffers: Buffers,
         params: Packing,
         state: Packing | None,
-        large: int,
+        spread: frozenset[Leaf],
     ) -> None:
-        self.values, self.places, self.ticks = values, Places(values), ticks
-        self.spread = frozenset(
-            Leaf(port, k)
-            for port in (X, TARGETS)
-            for k, a in enumerate(values.inputs.of(port).leaves)
-            if Leaf(port, k) not in values.inputs.whole(port)
-            and is_large(a, values.devices, large)
-        )
-        self.params, self.state = params, state
-        self.loans: dict[tuple[tuple[int, int], int], int] = {}
-        self.outputs: dict[Any, tuple[jax.ShapeDtypeStruct, set[int]]] = {}
-        self._ready: dict[Any, _Ready] = {}
-        self._ops: dict[Op, int] = {}
-        self._targets = self._united()
+        self.work = work
+        self.buffers = buffers
+        self.params = params
+        self.state = state
+        self.spread = spread
+        self.numbers: dict[Op, int] = {}
+        self.loans: dict[Loan, int] = {}
+        self.outputs: dict[Leaf, jax.ShapeDtypeStruct] = {}
+        self._made: dict[tuple[int, int, Kind], UnitOp] = {}
 
-    # --- operations ---
+    def find(self, u: int, i: int, kind: Kind) -> UnitOp | None:
+        """The operation of a unit's action; `None` if it has no program."""
+        group = self.work.group_of[i]
+        if kind not in group.units[u].programs:
+            return None
+        key = (u, group.microbatches[0], kind)
+        if key not in self._made:
+            self._made[key] = self._make(group, u, kind)
+        return self._made[key]
 
-    def _united(self) -> dict[Hashable, dict[tuple[PoolName, bool], None]]:
-        """Where the values of a class go, for all its units together, and whether that
-        is away.
+    def _make(self, group: Group, u: int, kind: Kind) -> UnitOp:
+        unit = group.units[u]
+        program = unit.programs[kind]
+        arguments: dict[Argument, int] = {MicrobatchNumber(): 0}
+        taken = unit.taken[kind]
+        sources = [self._source(group, u, kind, v, arguments) for v in taken]
+        # Values have numbers: first what is taken, then what the code makes.
+        number = {value: n for n, value in enumerate((*taken, *program.outs))}
 
-        An operation that serves several units puts its values wherever one of them
-        does, and the table tells who looks. That must not be where another value of the
-        same action goes: a class in which it would be is no class.
-        """
-        values, places = self.values, self.places
-        own: dict[tuple[Value, int], dict[tuple[PoolName, bool], None]] = {}
-        for u, d in enumerate(values.units.device):
-            for i, *_ in values.groups:
-                for value in (
-                    value
-                    for kind in values.of(u, i)
-                    for value in values.made(u, i, kind)
-                ):
-                    own[value, i] = {
-                        (name, values.units.device[t] != d): None
-                        for t in values.readers(value, i)
-                        for name in [places.pool_of(value, t, i)]
-                        if (name, values.units.device[t], value, i) in places.slot
-                    }
-        self._alone: set[Hashable] = set()
-        while True:
-            out: dict[Hashable, dict[tuple[PoolName, bool], None]] = defaultdict(dict)
-            for (value, i), targets in own.items():
-                out[self._target_key(value, i)] |= targets
-            # The wires that each stage's action really uses, and by which value.
-            used = {
-                (values.units.stage_of[value[1]], i, name): value
-                for (value, i), targets in own.items()
-                for name, away in targets
-                if away
-            }
-            clash = {
-                values.identity(value[1], i)
-                for value, i in own
-                for name, away in out[self._target_key(value, i)]
-                if away
-                and used.get((values.units.stage_of[value[1]], i, name), value) != value
-            }
-            if clash <= self._alone:
-                return out
-            self._alone |= clash
+        def number_of(value: ProgramValue) -> int:
+            return number[value if value in number else unit.resolve(kind, value)]
 
-    def _target_key(self, value: Value, i: int) -> Hashable:
-        """How the class of its maker calls a value."""
-        direction, u, port, *_ = value
-        refs, avals = self.values.bundle(value, i)
-        names, identity = (
-            tuple(self.values.relative(u, ref) for ref in refs),
-            self.values.identity(u, i),
-        )
-        only = u if identity in self._alone else None
-        return (
-            direction,
-            identity,
-            only,
-            self.values.relative(u, Output(Leaf(port, 0))),
-            names,
-            avals,
-        )
-
-    def _make_ready(self, u: int, i: int, kind: Kind) -> _Ready:
-        """The operation of a unit's program."""
-        program = self.values.of(u, i)[kind]
-        args: list[Any] = [None]
-
-        def arg(what: Any) -> int:
-            if what not in args:
-                args.append(what)
-            return args.index(what)
-
-        fetched = self.values.fetched(u, i, kind)
-        sources = tuple(self._source(u, i, kind, ref, arg) for ref in fetched)
-        where = {ref: n for n, ref in enumerate(fetched)}
-        where |= {ref: len(fetched) + n for n, ref in enumerate(program.outs)}
-        code = program.code
-
-        def value_of(ref: ProgramValue) -> int:
-            return (
-                where[ref]
-                if ref in where
-                else where[self.values.resolved(u, i, kind, ref)]
-            )
+        def put(bundle: Bundle[Any], pool: PoolName) -> Put:
+            slot = SlotNumber(pool, bundle.value)
+            argument = arguments.setdefault(slot, len(arguments))
+            values = tuple(map(number_of, bundle.arrays))
+            return Put(pool, argument, bundle.avals, values)
 
         targets: list[Target] = []
-        kept = {"F": "saved", "I": "shared"}.get(kind)
-        if kept and self.values.saved(u, i)[kept == "shared"]:
-            value = (kept, u, None)
-            refs, avals = self.values.bundle(value, i)
-            name = self.places.pool_of(value, u, i)
-            targets.append(
-                Put(name, arg((name, value)), avals, tuple(map(value_of, refs)))
-            )
-        for value in self.values.made(u, i, kind):
-            refs, avals = self.values.bundle(value, i)
-            values = tuple(map(value_of, refs))
-            for name, away in self._targets[self._target_key(value, i)]:
-                if away:
-                    targets.append(Send(name, avals, values))
+        arrivals: list[Place] = []
+        kept = group.kept[u].get(kind)
+        if kept is not None:
+            targets.append(put(kept, self.buffers.pool_of(kept.value, group, u)))
+        for bundle in group.sent[u][kind]:
+            destinations = self.buffers.targets[self.buffers.class_of(bundle, group)]
+            for destination in destinations:
+                if isinstance(destination, Outbox):
+                    values = tuple(map(number_of, bundle.arrays))
+                    targets.append(Send(destination, bundle.avals, values))
                 else:
-                    targets.append(Put(name, arg((name, value)), avals, values))
-        targets += self._results(u, i, kind, program, value_of)
-        ins = tuple(
-            where[self.values.resolved(u, i, kind, ref)]
-            for ref in program.ins
-            if not isinstance(ref, GradientSum)
-        )
+                    targets.append(put(bundle, destination))
+            arrivals += self.buffers.arrivals(bundle, group)
+        targets += self._results(u, unit, kind, number_of)
         op = Op(
             kind,
-            sources,
-            code,
-            ins,
+            tuple(sources),
+            program.code,
+            tuple(number[unit.resolve(kind, value)] for value in program.ins),
             tuple(targets),
-            self.values.identity(u, i),
-            kind,
+            unit.identity,
+            name=kind,
         )
-        fed = tuple(
-            Leaf(a.port, a.k)
-            for a in sources
-            if isinstance(a, Piece) and Leaf(a.port, a.k) in self.spread
-        )
-        return _Ready(op, self._ops.setdefault(op, len(self._ops)), tuple(args), fed)
+        fed = tuple(source.leaf for source in sources if isinstance(source, FedPiece))
+        n = self.numbers.setdefault(op, len(self.numbers))
+        return UnitOp(op, n, tuple(arguments), fed, tuple(arrivals))
 
     def _source(
-        self, u: int, i: int, kind: str, ref: ProgramValue, arg: Callable[[Any], int]
+        self,
+        group: Group,
+        u: int,
+        kind: Kind,
+        value: ProgramValue,
+        arguments: dict[Argument, int],
     ) -> Source:
-        earlier = {"F": (), "W": ("saved", "shared")}.get(kind, ("saved",))
-        for kept in earlier:
-            if ref in self.values.saved(u, i)[kept == "shared"]:
-                return self._held((kept, u, None), ref, u, i, arg)
-        assert not isinstance(ref, Residual | Handed), ref
-        port, k = ref.leaf
-        flat, stage = self.values.programs.flat(u, i), self.values.units.stages[u]
-        if isinstance(ref, Cotangent):
-            if port == Y and stage.last:
-                return Piece(Port("y"), k, whole=False)
-            reader, leaf = self.values.programs.readers(u, ref.leaf, i)[ref.number]
-            return self._held(("b", reader, port, u), Gradient(leaf), u, i, arg)
-        assert isinstance(ref, Input), ref
+        """Where an operation takes a value from. It adds what it needs to know to its
+        `arguments`.
+        """
+        unit = group.units[u]
+
+        def held(bundle: Bundle[Any], array: ProgramValue) -> Held:
+            pool = self.buffers.pool_of(bundle.value, group, u)
+            slot = SlotNumber(pool, bundle.value)
+            argument = arguments.setdefault(slot, len(arguments))
+            return Held(pool, argument, bundle.avals, bundle.arrays.index(array))
+
+        for earlier in EARLIER[kind]:
+            kept = group.kept[u].get(earlier)
+            if earlier != kind and kept is not None and value in kept.arrays:
+                return held(kept, value)
+        if isinstance(value, Cotangent):
+            port, k = value.leaf
+            if port == Y and unit.stage.last:
+                return InputPiece(Leaf(Port("y"), k))
+            makers = self.work.programs.readers(u, value.leaf, group.microbatches[0])
+            maker, name = makers[value.number]
+            return held(group.bundles[CotangentValue(maker, port, u)], Gradient(name))
+        assert isinstance(value, Input), value
+        port, k = leaf = value.leaf
         if port.kind == "params":
-            return self._param(u, (port.of, k))
+            entry = (port.of, k)
+            aval = self.params.shape(entry)
+            row, owner = self.params.where[entry]
+            borrower = self.work.units.device[u]
+            if owner == borrower:
+                return Parameter(row, aval)
+            loan = Loan(row, owner, borrower, aval)
+            return BorrowedParameter(self.loans.setdefault(loan, len(self.loans)), aval)
         if port.kind == "state":
             assert self.state is not None
-            return StateLeaf(
-                self.state.where[port.of, k][0], self.state.shape((port.of, k))
-            )
+            entry = (port.of, k)
+            return State(self.state.where[entry].row, self.state.shape(entry))
         if port == INDEX:
             return Number(0)
         if port.kind == "number":
-            return Number(arg(("number", stage.keyed.index(port.of), port.of)))
-        if port.kind == "skip" or (port == X and u > 0):
-            value = (
-                ("f", u - 1, Y)
-                if port == X
-                else ("f", self.values.programs.layout.source_of(port.of), port)
-            )
-            return self._held(
-                value, Output(Leaf(Y if port == X else port, k)), u, i, arg
-            )
-        return Piece(port, k, whole=port == KEY or ref.leaf in flat.constant)
-
-    def _held(
-        self, value: Value, ref: ProgramValue, u: int, i: int, arg: Callable[[Any], int]
-    ) -> Held:
-        refs, avals = self.values.bundle(value, i)
-        name = self.places.pool_of(value, u, i)
-        return Held(name, arg((name, value)), avals, refs.index(ref))
-
-    def _param(self, u: int, entry: tuple[int, int]) -> Param:
-        row, owner = self.params.where[entry]
-        if owner == self.values.units.device[u]:
-            return Param(row, self.params.shape(entry))
-        return Param(
-            self._loan(entry, self.values.units.device[u]),
-            self.params.shape(entry),
-            borrowed=True,
-        )
-
-    def _loan(self, entry: tuple[int, int], borrower: int) -> int:
-        return self.loans.setdefault((entry, borrower), len(self.loans))
+            layer = LayerNumber(port.of)
+            return Number(arguments.setdefault(layer, len(arguments)))
+        if port.kind == "skip":
+            maker = self.work.programs.layout.source_of(port.of)
+            return held(group.bundles[ActivationValue(maker, port)], Output(leaf))
+        if port == X and u > 0:
+            bundle = group.bundles[ActivationValue(u - 1, Y)]
+            return held(bundle, Output(Leaf(Y, k)))
+        if port == KEY or leaf in unit.flat.constant:
+            return WholeInput(leaf)
+        return FedPiece(leaf, kind) if leaf in self.spread else InputPiece(leaf)
 
     def _results(
         self,
         u: int,
-        i: int,
-        kind: str,
-        program: Program,
-        value_of: Callable[[ProgramValue], int],
-    ) -> Iterable[Target]:
+        unit: UnitWork,
+        kind: Kind,
+        number_of: Callable[[ProgramValue], int],
+    ) -> Iterator[Target]:
         """What goes to the user, and what is summed."""
-        flat, d = self.values.programs.flat(u, i), self.values.units.device[u]
-        # Equal stages share one trace, which knows the place of the first of them
-        # alone.
-        last = self.values.units.stages[u].last
-
-        def output(name: Any, aval: jax.ShapeDtypeStruct) -> Any:
-            self.outputs.setdefault(name, (aval, set()))[1].add(d)
-            return name
-
+        flat = unit.flat
         if kind == "F":
             for port, shape in flat.out.items():
+                # Equal units share one trace, which knows the place of the first of
+                # them alone: only the unit itself knows whether it is the last.
+                returned = port in (LOSS, WEIGHT, AUX) or (
+                    port == Y and unit.stage.last
+                )
                 for k, aval in enumerate(shape.leaves):
                     leaf = Leaf(port, k)
-                    if port.kind in ("loss", "weight", "aux") or (port == Y and last):
-                        yield Write(output(leaf, aval), value_of(Output(leaf)))
+                    if returned:
+                        self.outputs.setdefault(leaf, aval)
+                        yield Write(OutputBuffer(leaf), number_of(Output(leaf)))
                     elif port.kind == "state":
                         assert self.state is not None
-                        yield SetState(
-                            self.state.where[port.of, k][0], value_of(Output(leaf))
-                        )
-            return
-        gradients = self.values.programs.joint(u, i).gradients
+                        block = StateBlock(self.state.where[port.of, k].row)
+                        yield SetState(block, number_of(Output(leaf)))
         if kind in "BI":
-            known = dict(zip(flat.inputs, flat.shapes, strict=True))
-            for leaf in gradients:
-                outside = leaf.port in (SIDE, TARGETS) or (leaf.port == X and u == 0)
-                if outside and leaf not in flat.constant:
-                    name = output(
-                        Leaf(Port("x" if leaf.port == X else leaf.port.kind), leaf.k),
-                        known[leaf],
-                    )
-                    yield Write(name, value_of(Gradient(leaf)), add=leaf.port == SIDE)
-        for ref in program.outs:
-            if isinstance(ref, GradientSum):
-                if ref.leaf.port.kind == "params":
-                    source = self._param(u, (ref.leaf.port.of, ref.leaf.k))
-                    yield Add(
-                        "borrowed" if source.borrowed else "row",
-                        source.row,
-                        value_of(ref),
-                    )
-                else:
-                    yield Add("input", (ref.leaf.port, ref.leaf.k), value_of(ref))
+            for leaf in unit.joint.gradients:
+                given = leaf.port in (SIDE, TARGETS) or (leaf.port == X and u == 0)
+                if given and leaf not in flat.constant:
+                    self.outputs.setdefault(leaf, unit.input_shapes[leaf])
+                    # Several units may read the same side input.
+                    adds = leaf.port == SIDE
+                    yield Write(OutputBuffer(leaf), number_of(Gradient(leaf)), adds)
+        for value in unit.programs[kind].outs:
+            if isinstance(value, GradientSum):
+                port, k = value.leaf
+                buffer: SummedGradient = InputGradient(value.leaf)
+                if port.kind == "params":
+                    entry = (port.of, k)
+                    row, owner = self.params.where[entry]
+                    borrower = self.work.units.device[u]
+                    buffer = RowGradient(row)
+                    if owner != borrower:
+                        loan = Loan(row, owner, borrower, self.params.shape(entry))
+                        n = self.loans.setdefault(loan, len(self.loans))
+                        buffer = LoanGradient(n)
+                yield Add(buffer, number_of(value))
 
-    # --- the table ---
 
-    def _segment(self, ticks: Ticks) -> Segment:
-        """The table of a scan."""
-        entries = [_Entries() for _ in ticks.phases]
-        for t, row in enumerate(ticks.rows):
-            for p, phase in enumerate(row):
-                for d, action in enumerate(phase):
-                    if action is not None:
-                        self._enter(action, t, d, entries[p])
-        moves = [
-            {key: self._moves(key[0], reads) for key, reads in own.read.items()}
-            for own in entries
-        ]
-        # What is on its way before the first tick needs ticks of its own.
-        lead = max(
-            [0, *(-t for own in moves for feed in own.values() for t, _ in feed)]
-        )
-        every, width, slotted, arrivals, feeds = list(self._ops), 0, [], [], []
-        for p, own in enumerate(entries):
-            columns = itertools.count()
-            slotted.append([])
-            for n in sorted(own.ops, key=lambda n: own.ops[n]):
-                op = dataclasses.replace(
-                    every[n], name=_name(own.stages[n], every[n].kind)
-                )
-                slotted[p].append(Slotted(op, next(columns), next(columns)))
-                for _ in range(max(len(args) for _, _, args in own.filled[n]) - 1):
-                    next(columns)
-            arrivals.append(
-                [Arrival(name, next(columns), next(columns)) for name in own.arriving]
-            )
-            feeds.append(
-                [
-                    Feed(
-                        *key,
-                        tuple(sorted(own.arrays[key])),
-                        self._reader(key[0]),
-                        next(columns),
-                        next(columns),
-                    )
-                    for key in moves[p]
-                ]
-            )
-            width = max(width, next(columns))
-        table = np.zeros(
-            (self.values.devices, lead + len(ticks.rows), len(ticks.phases), width),
-            np.int32,
-        )
-        for p, own in enumerate(entries):
-            for op, column, first in slotted[p]:
-                for t, d, args in own.filled[self._ops[op]]:
-                    table[d, lead + t, p, column] = 1
-                    table[d, lead + t, p, first : first + len(args)] = args
-            for name, column, used in arrivals[p]:
-                table[:, :, p, column] = self.places.count[name]
-                for t, d, n in own.arriving[name]:
-                    table[d, lead + t, p, column] = n
-                    table[:, lead + t, p, used] = 1
-            for feed in feeds[p]:
-                for t, row in moves[p][feed.port, feed.kind]:
-                    table[:, lead + t, p, feed.column] = row
-                    table[:, lead + t, p, feed.used] = 1
-        actions = (
-            ((None,) * self.values.devices,) * len(ticks.phases),
-        ) * lead + ticks.rows
-        return Segment(
-            tuple(map(tuple, slotted)),
-            tuple(map(tuple, arrivals)),
-            tuple(map(tuple, feeds)),
-            actions,
-            table,
-        )
+# --- the table ---
 
-    def _enter(self, action: Action, t: int, d: int, own: "_Entries") -> None:
+
+@dataclasses.dataclass
+class _OpEntries:
+    """The entries of an operation in the table.
+
+    Attributes:
+        op: with no name yet.
+        order: by which the operations of a phase are sorted: forwards first, and along
+            the way of what they pass on to each other.
+        stages: whose it is.
+        runs: ticks, devices and arguments.
+    """
+
+    op: Op
+    order: tuple[int, int]
+    stages: set[int]
+    runs: list[tuple[int, int, list[int]]]
+
+
+class _PhaseEntries:
+    """What is to be in the table for one phase of each tick.
+
+    Attributes:
+        ops: by number.
+        arrivals: for each wire ticks, devices and slots.
+        reads: for each feed, a port and a kind of action, the microbatch that is read
+            in a tick.
+        fed: for each feed the inputs that it brings.
+    """
+
+    def __init__(self) -> None:
+        self.ops: dict[int, _OpEntries] = {}
+        self.arrivals: dict[WireName, list[tuple[int, int, int]]] = defaultdict(list)
+        self.reads: dict[tuple[Port, Kind], dict[int, int]] = defaultdict(dict)
+        self.fed: dict[tuple[Port, Kind], set[Leaf]] = defaultdict(set)
+
+    def enter(self, action: Action, t: int, d: int, operations: Operations) -> None:
+        """Enter what a device does in a tick."""
         kind, s, i = action
-        for u in self.values.units.of_stage[s]:
-            programs = self.values.of(u, i)
-            if kind not in programs:
+        buffers = operations.buffers
+        for u in operations.work.units.of_stage[s]:
+            found = operations.find(u, i, kind)
+            if found is None:
                 continue
-            key = (u, id(self.values.programs.of(u, i)), kind)
-            if key not in self._ready:
-                self._ready[key] = self._make_ready(u, i, kind)
-            ready = self._ready[key]
-            if ready.op.code is not None or ready.op.targets:
-                at = ("FBIW".index(kind), u if kind == "F" else -u)
-                own.ops[ready.number] = min(own.ops.get(ready.number, at), at)
-                own.stages[ready.number].add(s)
-                own.filled[ready.number].append(
-                    (t, d, [self._number(a, d, i) for a in ready.args])
-                )
-                for port, k in ready.spread:
-                    own.read[port, kind][t] = i
-                    own.arrays[port, kind].add(k)
-            for value in self.values.made(u, i, kind):
-                for e in {
-                    self.values.units.device[r] for r in self.values.readers(value, i)
-                } - {d}:
-                    name = self.places.route[value, e]
-                    if (name, e, value, i) in self.places.slot:
-                        own.arriving[name].append(
-                            (t, e, self.places.slot[name, e, value, i])
-                        )
+            if found.op.code is not None or found.op.targets:
+                order = ("FBIW".index(kind), u if kind == "F" else -u)
+                entries = self.ops.get(found.number)
+                if entries is None:
+                    entries = _OpEntries(found.op, order, set(), [])
+                    self.ops[found.number] = entries
+                entries.order = min(entries.order, order)
+                entries.stages.add(s)
+                numbers = []
+                for argument in found.arguments:
+                    if isinstance(argument, SlotNumber):
+                        pool, value = argument.pool, argument.value
+                        slot_of = buffers.slot_of.get(Place(pool, d, value), {})
+                        numbers.append(slot_of.get(i, buffers.counts[pool]))
+                    else:
+                        layer = isinstance(argument, LayerNumber)
+                        numbers.append(argument.layer if layer else i)
+                entries.runs.append((t, d, numbers))
+                for leaf in found.fed:
+                    self.reads[leaf.port, kind][t] = i
+                    self.fed[leaf.port, kind].add(leaf)
+            for place in found.arrivals:
+                assert isinstance(place.pool, WireName)
+                slot = buffers.slot_of[place][i]
+                self.arrivals[place.pool].append((t, place.device, slot))
 
-    def _reader(self, port: Port) -> int:
-        """The device that reads `x` or the targets."""
-        return self.values.units.device[0 if port == X else -1]
 
-    def _moves(
-        self, port: Port, reads: Mapping[int, int]
-    ) -> list[tuple[int, list[int]]]:
-        """When a feed moves, and what each device puts in: ticks before the first are
-        negative.
-        """
-        times = sorted(reads)
-        rows, early = steps(
-            [reads[t] for t in times],
-            self.values.m,
-            self.values.devices,
-            self._reader(port),
-        )
-        return list(
-            zip([*range(times[0] - early, times[0]), *times], rows, strict=True)
-        )
-
-    def _number(self, arg: Any, d: int, i: int) -> int:
-        if arg is None:
-            return i
-        if arg[0] == "number":
-            return arg[2]
-        name, value = arg
-        return self.places.slot.get((name, d, value, i), self.places.count[name])
-
-    def machine(self) -> Machine:
-        """All of it."""
-        segments = tuple(self._segment(ticks) for ticks in self.ticks)
-        pools = {
-            # What stays in its unit is always read; for the rest there is a slot of
-            # what nobody reads.
-            name: Pool(
-                n + (name.kind in ("forward", "backward")),
-                tuple(self.places.shapes[name]),
-            )
-            for name, n in self.places.count.items()
-        }
-        # With a phase for each direction every wire carries something in nearly every
-        # tick. It then runs unasked, which lets XLA move it beside the other phase.
-        always = all(len(ticks.phases) == 2 for ticks in self.ticks)
-        wires = {
-            name: Wire(
-                tuple(sorted(self.places.pairs[name])), pools[name].avals, always
-            )
-            for name in self.places.pairs
-            if name in pools
-        }
-        adds = [
-            t
-            for segment in segments
-            for phase in segment.ops
-            for op, *_ in phase
-            for t in op.targets
+def _segment(ticks: Ticks, operations: Operations, microbatches: int) -> Segment:
+    """The table of a loop, and the columns of what is in it."""
+    device = operations.work.units.device
+    devices = 1 + max(device)
+    entries = [_PhaseEntries() for _ in ticks.phases]
+    for t, row in enumerate(ticks.rows):
+        for own, phase in zip(entries, row, strict=True):
+            for d, action in enumerate(phase):
+                if action is not None:
+                    own.enter(action, t, d, operations)
+    # When each feed moves, and what each device puts in. What is on its way before the
+    # first tick needs ticks of its own, and they count from below 0 here.
+    moves: list[dict[tuple[Port, Kind], list[tuple[int, list[int]]]]] = []
+    readers = {X: device[0], TARGETS: device[-1]}
+    lead = 0
+    for own in entries:
+        moves.append({})
+        for (port, kind), reads in own.reads.items():
+            times = sorted(reads)
+            order = [reads[t] for t in times]
+            steps, early = feed_steps(order, microbatches, devices, readers[port])
+            times = [*range(times[0] - early, times[0]), *times]
+            moves[-1][port, kind] = list(zip(times, steps, strict=True))
+            lead = max(lead, -times[0])
+    phases: list[PhaseCode] = []
+    width = 0
+    for own in entries:
+        column = itertools.count()
+        ops = []
+        for entry in sorted(own.ops.values(), key=lambda entry: entry.order):
+            op = dataclasses.replace(entry.op, name=_op_name(entry))
+            ops.append(TableOp(op, next(column), next(column)))
+            for _ in range(max(len(numbers) for _, _, numbers in entry.runs) - 1):
+                next(column)
+        wires = [TableWire(wire, next(column), next(column)) for wire in own.arrivals]
+        feeds = [
+            Feed(kind, tuple(sorted(leaves)), readers[port], next(column), next(column))
+            for (port, kind), leaves in own.fed.items()
         ]
-        found = {t.of for t in adds if isinstance(t, Add) and t.to == "input"}
-        loans = [
-            Loan(
-                self.params.where[entry][0],
-                self.params.where[entry][1],
-                borrower,
-                self.params.shape(entry),
-            )
-            for entry, borrower in self.loans
-        ]
-        return Machine(
-            self.values.devices,
-            self.values.m,
-            segments,
-            pools,
-            wires,
-            self.params,
-            self.state,
-            tuple(loans),
-            {
-                name: (aval, frozenset(devices))
-                for name, (aval, devices) in self.outputs.items()
-            },
-            {
-                of: self.values.inputs.of(of[0]).leaves[of[1]]
-                for of in sorted(found, key=str)
-            },
-            self.spread,
-            tuple(self.values.programs.warnings),
-        )
+        phases.append(PhaseCode(tuple(ops), tuple(wires), tuple(feeds)))
+        width = max(width, next(column))
+    shape = (devices, lead + len(ticks.rows), len(phases), width)
+    table = np.zeros(shape, np.int32)
+    for p, (own, code) in enumerate(zip(entries, phases, strict=True)):
+        ordered = sorted(own.ops.values(), key=lambda entry: entry.order)
+        for entry, (_, runs, first) in zip(ordered, code.ops, strict=True):
+            for t, d, numbers in entry.runs:
+                table[d, lead + t, p, runs] = 1
+                table[d, lead + t, p, first : first + len(numbers)] = numbers
+        for wire, slot, used in code.wires:
+            # Where nothing arrives it goes to the slot of what nobody reads.
+            table[:, :, p, slot] = operations.buffers.counts[wire]
+            for t, d, n in own.arrivals[wire]:
+                table[d, lead + t, p, slot] = n
+                table[:, lead + t, p, used] = 1
+        for feed in code.feeds:
+            for t, numbers in moves[p][feed.leaves[0].port, feed.kind]:
+                table[:, lead + t, p, feed.own] = numbers
+                table[:, lead + t, p, feed.used] = 1
+    nothing: tuple[Phase, ...] = ((None,) * devices,) * len(phases)
+    return Segment(tuple(phases), (nothing,) * lead + ticks.rows, table)
 
 
-def _name(stages: Iterable[int], kind: str) -> str:
+def _op_name(entries: _OpEntries) -> str:
     """What profiles call an operation: `stage2 F`, or, where it serves several stages,
-    `stage0-3 F`.
+    `stage0-3,5 F`.
     """
     runs: list[list[int]] = []
-    for s in sorted(stages):
+    for s in sorted(entries.stages):
         if runs and runs[-1][-1] == s - 1:
             runs[-1].append(s)
         else:
             runs.append([s])
-    return f"stage{','.join(str(r[0]) if len(r) == 1 else f'{r[0]}-{r[-1]}' for r in runs)} {kind}"
+    texts = [str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs]
+    return f"stage{','.join(texts)} {entries.op.kind}"

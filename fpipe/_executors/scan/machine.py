@@ -1,158 +1,379 @@
-"""What a step is lowered to, as data: operations with static sources and targets, and a
-table that says which runs when.
+"""The machine: what a step is lowered to, as data.
 
-Every device runs the same program, so all that differs between devices and ticks is in
-a table: for each tick, phase and device the number of the operation to run (0: none)
-and its *arguments*, numbers such as the microbatch or the slot of a pool. An operation
-is described by where it takes and puts things; stages that compute the same, from and
-to the same kind of place, share one.
+`lower.py` makes a `Machine` of a schedule and the programs of the stages;
+`interpreter.py` turns it into one XLA program.
 
-A *pool* holds bundles (the arrays of one boundary, skip, cotangent, or what a forward
-keeps for its backward) in numbered slots. A *wire* is what one `ppermute` carries each
-phase: one bundle per device, from its outbox to the pool of that wire on the receiving
-device.
+Every device runs the same program, a loop over ticks. So everything that differs
+between devices and between ticks is in a *table* of numbers: for each device, tick and
+phase it tells which *operations* run, and with which *arguments* (the microbatch, or
+the slot of a pool). Stages that compute the same, from and to the same kind of place,
+share one operation. Two equal layers on two devices, three microbatches under `"1f1b"`,
+give these rows (columns of the last operation and of the wires left out; blank is 0):
+
+    device 0, which        stage0 F      stage0-1 F
+    runs                  runs  i slot  runs  i from saved to
+    tick 0  stage0 F mb0    1   0   0     1   0   0    0    1
+    tick 1  stage0 F mb1    1   1   1     1   1   1    1    1
+    tick 2  nothing
+    tick 3  stage0 B mb0                                         (its columns follow)
+    tick 4  stage0 F mb2    1   2   0     1   2   0    0    1
+
+The words of this room, each for one thing:
+
+- *unit*: a stage, or a piece of one: the end of the first or last stage, or the core
+  that is the same on all stages (`units.py`).
+- *bundle*: the arrays of one value that travel and wait together: a boundary, a skip, a
+  cotangent, or what a forward keeps for its backward (`values.py`).
+- *pool*: numbered slots for bundles, the same number on every device (`buffers.py`). A
+  bundle has its slot from its arrival to its last use. Here the pool of what arrives
+  from device 0, on device 1, under `"eager_1f1b"`:
+
+      tick      1    2    3    4    5    6
+      slot 0    mb0  mb0  mb0  mb0  mb3  mb3     mb0 is read by F in tick 1 and by B in 4
+      slot 1         mb1  mb1  mb1  mb1  mb1
+
+- *wire*: one `ppermute`, which runs at the end of a phase. It takes one bundle from
+  each sender's *outbox* to a slot of the wire's pool on the receiver. Activations and
+  cotangents have wires of their own; a ring of neighbours is one wire:
+
+      device 0 --forward 0--> device 1 --forward 0--> device 2
+      device 0 <-backward 0-- device 1 <-backward 0-- device 2
+      device 0 ------------forward 1----------------> device 2       a skip
+
+- *feed*: brings a large input, of which each device holds its share of the
+  microbatches, to the device that reads it, one microbatch at a time (`feeds.py`).
+- *loan*: a parameter that another device's stage uses too. It is sent once, before the
+  first tick, and its gradient goes back once, behind the last.
+- *row*: an array with an axis of devices, which holds one parameter (or state) of each
+  (`packing.py`).
+
+Names are frozen dataclasses, not named tuples: two of different types are never equal,
+whatever they hold, and all of them are keys of one dictionary in the interpreter.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Hashable, Sequence
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 
 from fpipe._executors.scan.packing import Packing
 from fpipe._executors.scan.ticks import Phase
-from fpipe._model.stages import Leaf, Port
+from fpipe._executors.scan.units import Role
+from fpipe._model.stages import Leaf
 from fpipe._program.code import Code
+from fpipe.schedules import Kind
 
 Avals: TypeAlias = tuple[jax.ShapeDtypeStruct, ...]
 
-
-class PoolName(NamedTuple):
-    """A pool. `forward` and `backward`: of a wire; -1 for what stays on its device.
-    `saved`: what a forward keeps for its backward, `shared`: what an `I` keeps for its
-    `W`; `of` tells kinds of them apart.
-    """
-
-    kind: Literal["forward", "backward", "saved", "shared"]
-    of: Any
+# Activations go with the layers, cotangents against them.
+Direction: TypeAlias = Literal["forward", "backward"]
 
 
-# --- where an operation takes a value from; `arg` is the number of one of its arguments ---
+# --- buffers: what a device holds from tick to tick ---
 
 
-class Param(NamedTuple):
-    """A parameter's array: of a row, or (`borrowed`) of what another device lends."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class WireName:
+    """A wire, and the pool in which what arrives by it waits."""
+
+    direction: Direction
+    color: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LocalPool:
+    """The pool of what one unit sends to another on its own device."""
+
+    direction: Direction
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SavedPool:
+    """The pool of what forwards keep for their backwards."""
+
+    role: Role
+    recomputes: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HandedPool:
+    """The pool of what each `I` hands to its `W`."""
+
+    role: Role
+    recomputes: bool
+
+
+PoolName: TypeAlias = WireName | LocalPool | SavedPool | HandedPool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outbox:
+    """What a device sends by a wire at the end of a phase."""
+
+    wire: WireName
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OutputBuffer:
+    """An output of the call: a place for each microbatch."""
+
+    leaf: Leaf
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StateBlock:
+    """A device's block of a row of states."""
+
+    row: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RowGradient:
+    """The sum of the gradients of a device's block of a row of parameters."""
+
+    row: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoanGradient:
+    """The sum of the borrower's gradients of a loan."""
+
+    loan: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class InputGradient:
+    """The sum of the gradients of an input that goes whole to every microbatch."""
+
+    leaf: Leaf
+
+
+SummedGradient: TypeAlias = RowGradient | LoanGradient | InputGradient
+
+
+# --- sources: where an operation takes a value from ---
+#
+# `argument` is the number of one of the operation's arguments in the table; argument 0
+# is the microbatch.
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter, from a row."""
 
     row: int
     aval: jax.ShapeDtypeStruct
-    borrowed: bool = False
 
 
-class StateLeaf(NamedTuple):
-    """A state's array: of a row."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class BorrowedParameter:
+    """A parameter that another device lends."""
+
+    loan: int
+    aval: jax.ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class State:
+    """A layer's state, from a row."""
 
     row: int
     aval: jax.ShapeDtypeStruct
 
 
-class Piece(NamedTuple):
-    """The microbatch's piece of an input of the call, or all of it. What lies over the
-    devices is brought by a feed.
-    """
+@dataclasses.dataclass(frozen=True, slots=True)
+class WholeInput:
+    """An input that goes whole to every microbatch."""
 
-    port: Port
-    k: int
-    whole: bool
+    leaf: Leaf
 
 
-class Number(NamedTuple):
-    """An argument as a number."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class InputPiece:
+    """The microbatch's piece of an input that every device has."""
 
-    arg: int
+    leaf: Leaf
 
 
-class Held(NamedTuple):
-    """An array of a bundle in a pool."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class FedPiece:
+    """The microbatch's piece of an input that a feed brings to actions of one kind."""
+
+    leaf: Leaf
+    kind: Kind
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Number:
+    """An argument itself: the number of the microbatch or of a layer."""
+
+    argument: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Held:
+    """The `k`-th array of the bundle in a slot of a pool."""
 
     pool: PoolName
-    arg: int
+    argument: int
     avals: Avals
     k: int
 
 
-Source: TypeAlias = Param | StateLeaf | Piece | Number | Held
+Source: TypeAlias = (
+    Parameter
+    | BorrowedParameter
+    | State
+    | WholeInput
+    | InputPiece
+    | FedPiece
+    | Number
+    | Held
+)
 
 
-# --- where it puts values, which are numbers: of what it fetched, then of what its code made ---
+# --- targets: what becomes of an operation's values, and the buffer that it changes ---
+#
+# A value is a number: first come the operation's sources, then what its code returns.
 
 
-class Put(NamedTuple):
-    """A bundle into a pool."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Put:
+    """A bundle goes into a slot of a pool."""
 
-    pool: PoolName
-    arg: int
+    buffer: PoolName
+    argument: int
     avals: Avals
     values: tuple[int, ...]
 
 
-class Send(NamedTuple):
-    """A bundle into the outbox of a wire."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Send:
+    """A bundle goes into an outbox."""
 
-    wire: PoolName
+    buffer: Outbox
     avals: Avals
     values: tuple[int, ...]
 
 
-class Add(NamedTuple):
-    """A value to a gradient: `of` is a row, a borrowed array, or an input that goes
-    whole to every microbatch.
-    """
+@dataclasses.dataclass(frozen=True, slots=True)
+class Add:
+    """A value is added to a gradient."""
 
-    to: Literal["row", "borrowed", "input"]
-    of: Any
+    buffer: SummedGradient
     value: int
 
 
-class Write(NamedTuple):
-    """A value into the microbatch's place of an output, or added to what is there."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Write:
+    """A value goes into the microbatch's place of an output, or is added to what is
+    there.
+    """
 
-    output: Any
+    buffer: OutputBuffer
     value: int
     add: bool = False
 
 
-class SetState(NamedTuple):
-    """A state's array."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class SetState:
+    """A value becomes a layer's state."""
 
-    row: int
+    buffer: StateBlock
     value: int
 
 
 Target: TypeAlias = Put | Send | Add | Write | SetState
 
 
+# --- the program of every device ---
+
+
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """One piece of work of a unit.
+    """An operation: one piece of work, of all units that compute the same.
 
     Attributes:
         kind: of action.
-        fetch: what it takes.
+        sources: what it takes.
         code: what it computes; `None` if it only passes things on.
-        ins: which of the fetched values the code takes.
+        code_inputs: which of the sources the code takes.
         targets: what becomes of its values.
         identity: equal for codes that compute the same.
-        name: for profiles and errors.
+        name: for profiles and errors: `stage0-3 F`.
     """
 
-    kind: str
-    fetch: tuple[Source, ...]
+    kind: Kind
+    sources: tuple[Source, ...]
     code: Code | None = dataclasses.field(compare=False)
-    ins: tuple[int, ...]
+    code_inputs: tuple[int, ...]
     targets: tuple[Target, ...]
-    identity: Any
+    identity: Hashable
     name: str = dataclasses.field(compare=False)
+
+
+class TableOp(NamedTuple):
+    """An operation, and its columns in the table: the one that is 1 where it runs, and
+    the first of those of its arguments.
+    """
+
+    op: Op
+    runs: int
+    arguments: int
+
+
+class TableWire(NamedTuple):
+    """A wire, and its columns in the table: the slot on the receiver, and whether
+    anything is sent at all.
+    """
+
+    wire: WireName
+    slot: int
+    used: int
+
+
+class Feed(NamedTuple):
+    """What brings the pieces of large inputs to the actions of one kind.
+
+    Attributes:
+        leaves: the inputs, all of one port.
+        reader: the device that reads them.
+        own: the column that says which of its own microbatches a device puts in.
+        used: the column that says whether the feed moves at all.
+    """
+
+    kind: Kind
+    leaves: tuple[Leaf, ...]
+    reader: int
+    own: int
+    used: int
+
+
+class PhaseCode(NamedTuple):
+    """What the program does in one phase of every tick: first feeds move, then
+    operations run in this order, then wires carry.
+    """
+
+    ops: tuple[TableOp, ...]
+    wires: tuple[TableWire, ...]
+    feeds: tuple[Feed, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """One loop over ticks.
+
+    Attributes:
+        phases: of a tick, one or two.
+        actions: for each tick and phase the action of each device.
+        table: int32, `(devices, ticks, phases, columns)`.
+    """
+
+    phases: tuple[PhaseCode, ...]
+    actions: tuple[tuple[Phase, ...], ...]
+    table: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +382,8 @@ class Wire:
 
     Attributes:
         pairs: source and target devices.
-        avals: the kinds of bundles that it carries.
-        always: whether it runs in every phase in which it may; else only where the
+        avals: the arrays of each kind of bundle that it carries.
+        always: whether it runs in every phase in which it may; otherwise only where the
             table says that somebody sends.
     """
 
@@ -173,65 +394,15 @@ class Wire:
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Slots for bundles."""
+    """Slots for bundles.
+
+    Attributes:
+        slots: how many; the last one is for what nobody reads, if there can be any.
+        avals: the arrays of each kind of bundle.
+    """
 
     slots: int
     avals: tuple[Avals, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """A scan over ticks.
-
-    Attributes:
-        ops: for each phase of a tick the operations in the order in which they are
-            tried, with the column that tells whether they run.
-        wires: for each phase the wires that carry something.
-        feeds: for each phase those that move.
-        actions: for each tick and phase what each device does.
-        table: `(devices, ticks, phases, columns)`. An operation's column is 1 where it
-            runs; its arguments begin in its first argument column.
-    """
-
-    ops: tuple[tuple["Slotted", ...], ...]
-    wires: tuple[tuple["Arrival", ...], ...]
-    feeds: tuple[tuple["Feed", ...], ...]
-    actions: tuple[tuple[Phase, ...], ...]
-    table: np.ndarray
-
-
-class Slotted(NamedTuple):
-    """An operation in the table: the column that says whether it runs, and where its
-    arguments begin.
-    """
-
-    op: Op
-    column: int
-    first: int
-
-
-class Arrival(NamedTuple):
-    """A wire in the table: the column of the slot where its bundle goes, and that of
-    whether it carries any.
-    """
-
-    wire: PoolName
-    column: int
-    used: int
-
-
-class Feed(NamedTuple):
-    """What brings the arrays of `port` that lie over the devices to the actions of one
-    kind that read them. The columns: which microbatch of its own a device puts in, and
-    whether the feed moves at all.
-    """
-
-    port: Port
-    kind: str
-    arrays: tuple[int, ...]
-    reader: int
-    column: int
-    used: int
 
 
 class Loan(NamedTuple):
@@ -251,22 +422,23 @@ class Machine:
         segments: one, or two for a call that is differentiated from outside: forwards,
             then backwards.
         params, state: how they are packed.
-        outputs: by name the shape of one microbatch's piece, and the devices that write
-            it.
         loans: parameters that other devices use too.
+        outputs: the shape of one microbatch's piece of each output. The gradient of an
+            input that is cut is one, under the input's name.
         inputs: those that go whole to every microbatch and whose gradient is made.
-        spread: those of which each device has its share of the microbatches.
+        spread: those of which each device holds its share of the microbatches.
+        warnings: what the user should know.
     """
 
     devices: int
     microbatches: int
     segments: tuple[Segment, ...]
     pools: dict[PoolName, Pool]
-    wires: dict[PoolName, Wire]
+    wires: dict[WireName, Wire]
     params: Packing
     state: Packing | None
     loans: tuple[Loan, ...]
-    outputs: dict[Any, tuple[jax.ShapeDtypeStruct, frozenset[int]]]
-    inputs: dict[tuple[Port, int], jax.ShapeDtypeStruct]
+    outputs: dict[Leaf, jax.ShapeDtypeStruct]
+    inputs: dict[Leaf, jax.ShapeDtypeStruct]
     spread: frozenset[Leaf]
     warnings: Sequence[str]

@@ -1,26 +1,43 @@
 """Parameters as arrays over the mesh: each device holds those of its own stages, and no
 others.
 
+In: the units, and the shapes of each layer's parameters. Out: a `Packing`, which tells
+where every array is, and packs and unpacks pytrees.
+
 Every device of a mesh holds a block of the same shape, so parameters of several stages
 share an array with an axis of devices, a *row*. Where the arrays of the stages have one
 shape the row is their stack, without padding. Where they differ the largest of each
 stage share a row, then the next, and so on; each is flattened and padded to the
-longest.
+longest. Two layers on two devices, each with a bias (array 0) and a weight (array 1):
+
+    row 0   float32[2, 3]      layer 0 array 0      layer 1 array 0     alike: a stack
+    row 1   float32[2, 3, 3]   layer 0 array 1      layer 1 array 1
+
+    row 0   float32[2, 9]      layer 0 array 1      layer 1 array 1     the weights, of
+    row 1   float32[2, 3]      layer 0 array 0      layer 1 array 0     9 and 6 numbers
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from fpipe._core.pytrees import PyTree, Shape, pack
+from fpipe._core.pytrees import PyTree, Shape, nbytes, pack
 from fpipe._executors.scan.units import Units
 
-Entry = tuple[int, int]  # a layer, and the number of an array among its own
+# An array: a layer, and the array's number among the layer's own.
+Entry: TypeAlias = tuple[int, int]
+
+
+class Location(NamedTuple):
+    """Where an array is: its row, and its device's block of that."""
+
+    row: int
+    device: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +64,7 @@ class Row:
         """The array of that shape in a block."""
         if shape == self.shape:
             return block
-        size = int(np.prod(shape, dtype=np.int64))
+        size = math.prod(shape)
         return (block if size == self.shape[0] else block[:size]).reshape(shape)
 
 
@@ -68,15 +85,17 @@ class Packing:
         """Cores and whole stages by their position on the device; all ends together."""
         devices = 1 + max(units.device)
         groups: dict[tuple[bool, int], list[list[Entry]]] = {}
-        for unit, role, d, j in zip(
+        for unit, role, device, position in zip(
             units.stages, units.roles, units.device, units.position, strict=True
         ):
-            key = (role == "end", 0 if role == "end" else j)
-            own = groups.setdefault(key, [[] for _ in range(devices)])[d]
-            own += [(k, n) for k in unit.span for n in range(len(shapes[k].leaves))]
-        rows = [
-            row for _, group in sorted(groups.items()) for row in _rows(group, shapes)
-        ]
+            key = (True, 0) if role == "end" else (False, position)
+            group = groups.setdefault(key, [[] for _ in range(devices)])
+            for k in unit.span:
+                for n in range(len(shapes[k].leaves)):
+                    group[device].append((k, n))
+        rows: list[Row] = []
+        for key in sorted(groups):
+            rows += _rows(groups[key], shapes)
         return cls(tuple(shapes), tuple(rows))
 
     @property
@@ -85,10 +104,10 @@ class Packing:
         return tuple(shape.tree for shape in self.shapes)
 
     @cached_property
-    def where(self) -> Mapping[Entry, tuple[int, int]]:
-        """The row and the device of each array."""
+    def where(self) -> Mapping[Entry, Location]:
+        """Where each array is."""
         return {
-            entry: (r, d)
+            entry: Location(r, d)
             for r, row in enumerate(self.rows)
             for d, entry in enumerate(row.entries)
             if entry
@@ -99,26 +118,18 @@ class Packing:
         """A name for each row: its first array's, by layer."""
         names: dict[Entry, str] = {}
         for k, shape in enumerate(self.shapes):
-            named = jax.tree_util.tree_flatten_with_path(
-                shape.spec.unpack(range(shape.spec.arrays))
-            )[0]
-            names |= {
-                (k, n): f"{k}{jax.tree_util.keystr(path)}"
-                for path, n in named
-                if type(n) is int
-            }
+            numbers = shape.spec.unpack(range(shape.spec.arrays))
+            for path, n in jax.tree_util.tree_flatten_with_path(numbers)[0]:
+                if type(n) is int:
+                    names[(k, n)] = f"{k}{jax.tree_util.keystr(path)}"
         return tuple(next(names[e] for e in row.entries if e) for row in self.rows)
 
     @property
     def padding(self) -> int:
         """The bytes on all devices together that hold nothing."""
-        held = sum(
-            _bytes(a.shape, a.dtype) for shape in self.shapes for a in shape.leaves
-        )
-        return (
-            sum(len(row.entries) * _bytes(row.shape, row.dtype) for row in self.rows)
-            - held
-        )
+        there = sum(len(row.entries) * nbytes(row) for row in self.rows)
+        held = sum(nbytes(a) for shape in self.shapes for a in shape.leaves)
+        return there - held
 
     def shape(self, entry: Entry) -> jax.ShapeDtypeStruct:
         """The shape of an array."""
@@ -127,15 +138,14 @@ class Packing:
     def blocks(self, device: int, trees: Mapping[int, PyTree]) -> list[Any]:
         """A device's block of every row, from the pytrees of its layers."""
         leaves = {k: pack(tree)[0] for k, tree in trees.items()}
-        out = []
+        blocks = []
         for row in self.rows:
             entry = row.entries[device]
-            out.append(
-                jnp.zeros(row.shape, row.dtype)
-                if entry is None
-                else row.put(leaves[entry[0]][entry[1]])
-            )
-        return out
+            if entry is None:
+                blocks.append(jnp.zeros(row.shape, row.dtype))
+            else:
+                blocks.append(row.put(leaves[entry[0]][entry[1]]))
+        return blocks
 
     def pack(self, trees: Sequence[PyTree]) -> tuple[Any, ...]:
         """The rows, from the pytrees of all layers."""
@@ -176,36 +186,26 @@ def _rows(group: Sequence[Sequence[Entry]], shapes: Sequence[Shape]) -> list[Row
         return shapes[entry[0]].leaves[entry[1]]
 
     kinds = [[(aval(e).shape, aval(e).dtype) for e in entries] for entries in group]
-    some = [k for k in kinds if k]
-    columns: list[list[Sequence[Entry]]] = []
-    if some and all(k == some[0] for k in some):
-        columns = [
-            [[entries[n]] if entries else [] for entries in group]
-            for n in range(len(some[0]))
-        ]
+    some = [own for own in kinds if own]
+    if some and all(own == some[0] for own in some):
+        sorts = [group]
     else:
-        for dtype in sorted({str(dtype) for k in kinds for _, dtype in k}):
-            own = [
-                sorted(
-                    (e for e in entries if str(aval(e).dtype) == dtype),
-                    key=lambda e: -int(np.prod(aval(e).shape)),
-                )
-                for entries in group
+        sorts = []
+        for dtype in sorted({str(dtype) for own in kinds for _, dtype in own}):
+            of_dtype = [
+                [e for e in entries if str(aval(e).dtype) == dtype] for entries in group
             ]
-            for n in range(max(map(len, own))):
-                columns.append([entries[n : n + 1] for entries in own])
+            sorts.append([sorted(own, key=lambda e: -aval(e).size) for own in of_dtype])
     rows = []
-    for column in columns:
-        entries = tuple(e[0] if e else None for e in column)
-        avals = [aval(e) for e in entries if e]
-        same = all(a.shape == avals[0].shape for a in avals)
-        size = max(int(np.prod(a.shape, dtype=np.int64)) for a in avals)
-        rows.append(Row(avals[0].shape if same else (size,), avals[0].dtype, entries))
+    for devices in sorts:
+        for n in range(max(map(len, devices))):
+            entries = tuple(own[n] if n < len(own) else None for own in devices)
+            avals = [aval(e) for e in entries if e]
+            shape = avals[0].shape
+            if any(a.shape != shape for a in avals):
+                shape = (max(a.size for a in avals),)
+            rows.append(Row(shape, avals[0].dtype, entries))
     return rows
-
-
-def _bytes(shape: tuple[int, ...], dtype: Any) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -241,13 +241,13 @@ class Packed:
         return False
 
     def __repr__(self) -> str:
-        rows = ", ".join(
-            f"{path}: {array}"
-            for path, array in zip(
-                self.packing.paths, map(_short, self.arrays), strict=False
-            )
-        )
-        return f"Packed({rows}; {self.padding} bytes of padding)"
+        parts = []
+        for path, array in zip(self.packing.paths, self.arrays, strict=False):
+            text = repr(array)
+            if hasattr(array, "dtype"):
+                text = f"{array.dtype}[{','.join(map(str, array.shape))}]"
+            parts.append(f"{path}: {text}")
+        return f"Packed({', '.join(parts)}; {self.padding} bytes of padding)"
 
     def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], Packing]:
         """The arrays by name."""
@@ -264,9 +264,3 @@ class Packed:
     def tree_unflatten(cls, packing: Packing, arrays: Sequence[Any]) -> "Packed":
         """The inverse."""
         return cls(tuple(arrays), packing)
-
-
-def _short(array: Any) -> str:
-    if not hasattr(array, "dtype"):
-        return repr(array)
-    return f"{array.dtype}[{','.join(map(str, array.shape))}]"

@@ -61,9 +61,9 @@ def _work(step: Step) -> dict[tuple[Kind, int], tuple[Work, ...]]:
                     # The table says which operations the device runs in that phase.
                     runs = segment.table[d, t, p]
                     found[action.kind, action.stage] = tuple(
-                        _of_code(slotted.op.code, places[d])
-                        for slotted in segment.ops[p]
-                        if runs[slotted.column] and slotted.op.code is not None
+                        _of_code(entry.op.code, places[d])
+                        for entry in segment.phases[p].ops
+                        if runs[entry.runs] and entry.op.code is not None
                     )
     return {key: work for key, work in found.items() if work}
 

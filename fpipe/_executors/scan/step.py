@@ -1,28 +1,39 @@
-"""One kind of call as functions of flat arrays: inputs cut and packed, the machine run,
-outputs put together.
+"""One kind of call as functions of flat arrays.
+
+In: a `Machine`. Out: three functions to put under `jax.jit`. Each cuts the inputs into
+microbatches and packs the states, runs a segment of the machine, and puts together what
+comes out:
+
+    inputs     x: f32[32, 8]  ->  f32[4, 8, 8]     four microbatches of eight rows
+    outputs    y: f32[4, 8, 3]  ->  f32[32, 3]     one for each microbatch
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fpipe._core.pytrees import PyTree, Shape, is_inexact, pack
+from fpipe._core.pytrees import Shape, is_inexact, pack
 from fpipe._executors.programs import Inputs, Request
 from fpipe._executors.scan.clock import Clock
 from fpipe._executors.scan.feeds import share
-from fpipe._executors.scan.interpreter import Runner
-from fpipe._executors.scan.machine import Machine
+from fpipe._executors.scan.interpreter import Interpreter, SegmentResult
+from fpipe._executors.scan.machine import InputGradient, Machine, RowGradient
 from fpipe._executors.scan.mesh import AXIS, DATA, by_stage
 from fpipe._executors.scan.storage import is_key
 from fpipe._model.loss import divided, wide
 from fpipe._model.model import Model
 from fpipe._model.stages import AUX, LOSS, SIDE, TARGETS, WEIGHT, Leaf, Port, X, Y
+
+Array: TypeAlias = jax.Array
+
+# The arrays of a call's inputs, by port.
+Given: TypeAlias = Mapping[Port, Sequence[Array]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,7 +42,7 @@ class Step:
 
     Attributes:
         out: the shapes of what the last unit returns, for one microbatch.
-        idle, clock: see `Runner`.
+        clock: who is told when each operation starts and ends.
     """
 
     machine: Machine
@@ -40,7 +51,6 @@ class Step:
     request: Request
     model: Model
     out: Mapping[Port, Shape]
-    idle: float = 0.0
     clock: Clock | None = None
 
     @cached_property
@@ -59,11 +69,6 @@ class Step:
         columns = self.inputs.cut.columns
         return columns[0][0] if columns else 1
 
-    @cached_property
-    def runner(self) -> Runner:
-        """What runs the machine."""
-        return Runner(self.machine, self.mesh, self.rows, self.idle, self.clock)
-
     # --- what is jitted, once ---
 
     @cached_property
@@ -71,145 +76,131 @@ class Step:
         """`f(params, state, given) -> (y, state, left)`: arrays of `y` and of the
         states; `left` is for the backward.
         """
-        return jax.jit(self._forward)
+
+        def forward(
+            params: Sequence[Array], state: Sequence[Array], given: Given
+        ) -> Any:
+            made = self._run(0, params, self._pack(state), self._cut(given))
+            pieces = [made.outputs[Leaf(Y, k)] for k in range(len(self.out[Y].leaves))]
+            # The microbatches' outputs as one: 0-d ones are stacked already.
+            y = [a if a.ndim == 1 else a.reshape(-1, *a.shape[2:]) for a in pieces]
+            return y, self._finished_states(made.state), made.left
+
+        return jax.jit(forward)
 
     @cached_property
     def backward(self) -> Any:
         """`f(params, state, given, left, cotangents) -> gradients`."""
-        return jax.jit(self._backward)
+
+        def backward(
+            params: Sequence[Array],
+            state: Sequence[Array],
+            given: Given,
+            left: Sequence[Sequence[Array]],
+            cotangents: Sequence[Array],
+        ) -> list[Array]:
+            inputs = self._cut(given)
+            shapes = self.out[Y].leaves
+            for k, (c, a) in enumerate(zip(cotangents, shapes, strict=True)):
+                piece = c.reshape(self.m, *a.shape) if is_inexact(a) else c
+                inputs[Leaf(Port("y"), k)] = piece
+            made = self._run(1, params, self._pack(state), inputs, left)
+            return self._finished_gradients(made, None)
+
+        return jax.jit(backward)
 
     @cached_property
     def loss(self) -> Any:
         """`f(params, state, given) -> (loss, aux, state, gradients)`."""
-        return jax.jit(self._loss)
 
-    def _forward(
-        self,
-        params: Sequence[Any],
-        state: Sequence[Any],
-        given: Mapping[Port, Sequence[Any]],
-    ) -> Any:
-        outputs, _, rows, left = self.runner(
-            0, params, self._packed(state), self._pieces(given)
-        )
-        y = [_joined(outputs[Leaf(Y, k)]) for k in range(len(self.out[Y].leaves))]
-        return (
-            y,
-            self._states(rows),
-            [left[name] for name in self.runner.left if name in left],
-        )
-
-    def _backward(
-        self,
-        params: Sequence[Any],
-        state: Sequence[Any],
-        given: Mapping[Port, Sequence[Any]],
-        left: Sequence[Any],
-        cotangents: Sequence[Any],
-    ) -> list[Any]:
-        pieces = self._pieces(given)
-        shapes = self.out[Y].leaves
-        pieces[Port("y")] = [
-            c.reshape(self.m, *a.shape) if is_inexact(a) else c
-            for c, a in zip(cotangents, shapes, strict=True)
-        ]
-        carried = dict(zip(self.runner.left, left, strict=True))
-        outputs, gradients, _, _ = self.runner(
-            1, params, self._packed(state), pieces, carried
-        )
-        return self._gradients(outputs, gradients, None)
-
-    def _loss(
-        self,
-        params: Sequence[Any],
-        state: Sequence[Any],
-        given: Mapping[Port, Sequence[Any]],
-    ) -> Any:
-        outputs, gradients, rows, _ = self.runner(
-            0, params, self._packed(state), self._pieces(given)
-        )
-        loss = self.request.loss
-        assert loss is not None
-        values, weight = outputs[Leaf(LOSS, 0)], None
-        total = jnp.sum(
-            wide(values) * (1 / self.m if loss.reduction == "mean" else 1.0), 0
-        )
-        if loss.reduction == "weighted":
-            weight = jnp.sum(wide(outputs[Leaf(WEIGHT, 0)]), 0)
-            total = divided(total, weight)
-        aux = [outputs[Leaf(AUX, k)] for k in range(len(self.out[AUX].leaves))]
-        return (
-            total.astype(values.dtype),
-            aux,
-            self._states(rows),
-            self._gradients(outputs, gradients, weight),
-        )
-
-    # --- parts ---
-
-    def _pieces(self, given: Mapping[Port, Sequence[Any]]) -> dict[Port, list[Any]]:
-        """Inputs with a first axis of microbatches, those that lie over the devices
-        with one that these divide; what goes whole stays.
-        """
-        out: dict[Port, list[Any]] = {}
-        for port, arrays in given.items():
-            cut = (
-                getattr(self.inputs.cut, port.kind).rows
-                if port in (X, SIDE, TARGETS)
-                else [None] * len(arrays)
+        def loss(params: Sequence[Array], state: Sequence[Array], given: Given) -> Any:
+            made = self._run(0, params, self._pack(state), self._cut(given))
+            assert self.request.loss is not None
+            reduction = self.request.loss.reduction
+            values = made.outputs[Leaf(LOSS, 0)]
+            weight = None
+            scale = 1 / self.m if reduction == "mean" else 1.0
+            total = jnp.sum(wide(values) * scale, 0)
+            if reduction == "weighted":
+                weight = jnp.sum(wide(made.outputs[Leaf(WEIGHT, 0)]), 0)
+                total = divided(total, weight)
+            aux = [made.outputs[Leaf(AUX, k)] for k in range(len(self.out[AUX].leaves))]
+            return (
+                total.astype(values.dtype),
+                aux,
+                self._finished_states(made.state),
+                self._finished_gradients(made, weight),
             )
-            out[port] = [
-                a
-                if rows is None
-                else self._sharded(
-                    a.reshape(self.m, rows[0], *a.shape[1:]),
-                    Leaf(port, k) in self.machine.spread,
-                )
-                for k, (a, rows) in enumerate(zip(arrays, cut, strict=True))
-            ]
-        return out
 
-    def _sharded(self, array: Any, spread: bool) -> Any:
-        """Every microbatch's rows over the data axis, if the mesh has one. Without this
-        a microbatch, rows that follow each other, would be on one shard of the batch
-        alone.
+        return jax.jit(loss)
 
-        Arguments:
-            spread: the microbatches lie over the stages' devices.
-        """
-        size = self.mesh.shape.get(DATA, 1)
-        data = (
-            None if size == 1 or array.shape[1] % size or is_key(array.dtype) else DATA
-        )
-        if spread:
-            devices = self.machine.devices
-            missing = share(self.m, devices) * devices - self.m
-            array = (
-                jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
-                if missing
-                else array
-            )
-        elif data is None:
-            return array
-        return jax.lax.with_sharding_constraint(
-            array, NamedSharding(self.mesh, P(AXIS if spread else None, data))
-        )
+    def _run(
+        self,
+        segment: int,
+        params: Sequence[Array],
+        state: Sequence[Array] | None,
+        inputs: Mapping[Leaf, Array],
+        left: Sequence[Sequence[Array]] | None = None,
+    ) -> SegmentResult:
+        run = Interpreter(self.machine, segment, self.mesh, self.rows, self.clock)
+        return run(params, state, inputs, left)
 
-    def _packed(self, state: Sequence[Any]) -> list[Any] | None:
+    # --- what goes in ---
+
+    def _pack(self, state: Sequence[Array]) -> list[Array] | None:
+        """The rows of the states, from their arrays."""
         packing = self.machine.state
         return None if packing is None else list(packing.pack(packing.trees(state)))
 
-    def _states(self, rows: Sequence[Any]) -> list[Any]:
-        """The arrays of the finished states."""
+    def _cut(self, given: Given) -> dict[Leaf, Array]:
+        """Inputs with a first axis of microbatches, those that lie over the devices
+        with one that these divide; what goes whole stays.
+
+        Every microbatch's rows are sharded over the mesh's data axis, if there is one.
+        Without this a microbatch, rows that follow each other, would be on one shard of
+        the batch alone.
+        """
+        shards = self.mesh.shape.get(DATA, 1)
+        devices = self.machine.devices
+        out: dict[Leaf, Array] = {}
+        for port, arrays in given.items():
+            cut = [None] * len(arrays)
+            if port in (X, SIDE, TARGETS):
+                cut = getattr(self.inputs.cut, port.kind).rows
+            for k, (array, rows) in enumerate(zip(arrays, cut, strict=True)):
+                leaf = Leaf(port, k)
+                if rows is None:
+                    out[leaf] = array
+                    continue
+                array = array.reshape(self.m, rows[0], *array.shape[1:])
+                spread = leaf in self.machine.spread
+                sharded = shards > 1 and rows[0] % shards == 0
+                sharded = sharded and not is_key(array.dtype)
+                missing = share(self.m, devices) * devices - self.m
+                if spread and missing:
+                    padding = [(0, missing)] + [(0, 0)] * (array.ndim - 1)
+                    array = jnp.pad(array, padding)
+                if spread or sharded:
+                    spec = P(AXIS if spread else None, DATA if sharded else None)
+                    array = jax.lax.with_sharding_constraint(
+                        array, NamedSharding(self.mesh, spec)
+                    )
+                out[leaf] = array
+        return out
+
+    # --- what comes out ---
+
+    def _finished_states(self, rows: Sequence[Array]) -> list[Array]:
+        """The arrays of the states, finished by their layers, from their rows."""
         packing = self.machine.state
         if packing is None:
             return []
         trees = packing.trees([packing.take(rows, entry) for entry in packing.entries])
-        return pack(tuple(self._finished(dict(enumerate(trees))).values()))[0]
+        return pack(self._finish(trees))[0]
 
-    def _finished(self, states: dict[int, PyTree]) -> dict[int, PyTree]:
+    def _finish(self, states: Sequence[Any]) -> tuple[Any, ...]:
         own = self.model.finish({k: states[k] for k in self.model.stateful})
-        return {k: own.get(k) for k in states}
+        return tuple(own.get(k) for k in range(len(states)))
 
     @cached_property
     def state_shape(self) -> Shape | None:
@@ -217,63 +208,48 @@ class Step:
         packing = self.machine.state
         if packing is None:
             return None
-        return Shape.of(
-            jax.eval_shape(
-                lambda s: tuple(self._finished(dict(enumerate(s))).values()),
-                packing.trees([packing.shape(e) for e in packing.entries]),
-            )
-        )
+        shapes = packing.trees([packing.shape(entry) for entry in packing.entries])
+        return Shape.of(jax.eval_shape(self._finish, shapes))
 
     @cached_property
     def gradient_names(self) -> list[int | Leaf]:
         """What a backward returns: rows, and leaves of inputs. A leaf that nothing
         depends on is not there.
         """
-        params, leaves = self.machine.params, sorted(self.request.wanted, key=str)
-        rows = {
-            params.where[leaf.port.of, leaf.k][0]
-            for leaf in leaves
-            if leaf.port.kind == "params"
-        }
-        made = [
-            leaf
-            for leaf in leaves
-            if tuple(leaf) in self.machine.inputs or leaf in self.machine.outputs
-        ]
-        return [*sorted(rows), *(leaf for leaf in made if leaf.port.kind != "params")]
+        machine = self.machine
+        rows = set[int]()
+        made: list[Leaf] = []
+        for leaf in sorted(self.request.wanted, key=str):
+            if leaf.port.kind == "params":
+                rows.add(machine.params.where[leaf.port.of, leaf.k].row)
+            elif leaf in machine.inputs or leaf in machine.outputs:
+                made.append(leaf)
+        return [*sorted(rows), *made]
 
-    def _gradients(
-        self, outputs: Mapping[Any, Any], found: Mapping[Any, Any], weight: Any
-    ) -> list[Any]:
-        """Gradients in the order of `gradient_names`, in their own dtype."""
-
-        def finish(a: Any, dtype: Any) -> Any:
-            return (a if weight is None else divided(wide(a), weight)).astype(dtype)
-
+    def _finished_gradients(
+        self, made: SegmentResult, weight: Array | None
+    ) -> list[Array]:
+        """Gradients in the order of `gradient_names`, in their own dtype, and divided
+        by the total weight if there is one.
+        """
+        machine = self.machine
         out = []
         for name in self.gradient_names:
-            if isinstance(name, int):
-                out.append(
-                    finish(self._row(name, found), self.machine.params.rows[name].dtype)
-                )
-                continue
-            shape = self.inputs.of(name.port).leaves[name.k]
-            whole = tuple(name) in self.machine.inputs
-            made = (
-                found["input", tuple(name)]
-                if whole
-                else outputs[name].reshape(shape.shape)
-            )
-            out.append(finish(made, shape.dtype))
+            if isinstance(name, Leaf):
+                of = self.inputs.of(name.port).leaves[name.k]
+                if name in machine.inputs:
+                    gradient = made.gradients[InputGradient(name)]
+                else:
+                    gradient = made.outputs[name].reshape(of.shape)
+            else:
+                of = machine.params.rows[name]
+                gradient = made.gradients.get(RowGradient(name))
+                if gradient is None:
+                    zeros = jnp.zeros((self.mesh.shape[AXIS], *of.shape))
+                    gradient = jax.lax.with_sharding_constraint(
+                        zeros, by_stage(self.mesh)
+                    )
+            if weight is not None:
+                gradient = divided(wide(gradient), weight)
+            out.append(gradient.astype(of.dtype))
         return out
-
-    def _row(self, row: int, found: Mapping[Any, Any]) -> Any:
-        if ("row", row) in found:
-            return found["row", row]
-        shape = (self.mesh.shape[AXIS], *self.machine.params.rows[row].shape)
-        return jax.lax.with_sharding_constraint(jnp.zeros(shape), by_stage(self.mesh))
-
-
-def _joined(array: Any) -> Any:
-    """The microbatches' outputs as one: concatenated on axis 0, 0-d ones stacked."""
-    return array if array.ndim == 1 else array.reshape(-1, *array.shape[2:])

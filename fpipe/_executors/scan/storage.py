@@ -1,22 +1,35 @@
-"""How bundles of arrays lie in a pool or on a wire: as they are if all are alike, else
-packed by dtype.
+"""How bundles of arrays lie in a pool or on a wire.
+
+In: the arrays of each kind of bundle that a pool holds. Out: the arrays of one slot,
+and where in them each array of a bundle is.
+
+If all bundles are alike a slot has their arrays as they are. Otherwise they share
+arrays, one for each dtype: arrays with the microbatch's rows are laid side by side in
+one with those rows, so that a batch that is sharded stays so, and others are flattened.
+Each is as large as the largest bundle needs it. With microbatches of 2 rows, two kinds:
+
+    bundle                        f32[2, 7]         f32[4]
+    f32[2, 4], f32[2, 3]          a a a a b b b     . . . .
+                                  a a a a b b b
+    f32[2, 5], f32[4]             c c c c c . .     d d d d
+                                  c c c c c . .
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fpipe._executors.scan.machine import Avals
 
 
-class _Place(NamedTuple):
-    """Where an array of a bundle is: in which packed array, and from where to where on
-    its last axis.
+class Location(NamedTuple):
+    """Where an array of a bundle is: in which array of the slot, and from where to
+    where on its last axis.
     """
 
     group: int
@@ -24,14 +37,16 @@ class _Place(NamedTuple):
     stop: int
 
 
+class Layout(NamedTuple):
+    """A slot: its arrays, and for each kind of bundle where its arrays are."""
+
+    shapes: list[jax.ShapeDtypeStruct]
+    locations: dict[Avals, list[Location]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Storage:
     """The form of the bundles in one pool.
-
-    Bundles of different kinds share arrays, one for each dtype. Arrays with the
-    microbatch's rows are laid side by side in one with those rows, so that a batch that
-    is sharded stays so; others are flattened. Each is as large as the largest bundle
-    needs it.
 
     Attributes:
         kinds: the arrays of each kind of bundle.
@@ -42,44 +57,42 @@ class Storage:
     rows: int
 
     @cached_property
-    def _layout(self) -> tuple[list[jax.ShapeDtypeStruct], dict[Avals, list[_Place]]]:
+    def layout(self) -> Layout:
+        """Where everything is."""
         if len(self.kinds) == 1:
-            alone = [raw(a) for a in self.kinds[0]]
-            return alone, {self.kinds[0]: [_Place(n, 0, 0) for n in range(len(alone))]}
-        sizes: dict[tuple[str, bool], int] = {}
-        where: dict[Avals, list[tuple[tuple[str, bool], int, int]]] = {}
+            shapes = [raw(a) for a in self.kinds[0]]
+            places = [Location(n, 0, 0) for n in range(len(shapes))]
+            return Layout(shapes, {self.kinds[0]: places})
+        # An array of the slot is known by its dtype and whether it has the rows.
+        widths: dict[tuple[str, bool], int] = {}
+        spans: dict[Avals, list[tuple[tuple[str, bool], int, int]]] = {}
         for kind in self.kinds:
             ends: dict[tuple[str, bool], int] = {}
-            where[kind] = []
+            spans[kind] = []
             for a in map(raw, kind):
-                key = (str(a.dtype), self._has_rows(a.shape))
-                start, size = (
-                    ends.get(key, 0),
-                    _size(a.shape[1:] if key[1] else a.shape),
-                )
-                ends[key] = start + size
-                where[kind].append((key, start, start + size))
+                has_rows = bool(a.shape) and a.shape[0] == self.rows
+                key = (str(a.dtype), has_rows)
+                start = ends.get(key, 0)
+                ends[key] = start + math.prod(a.shape[1:] if has_rows else a.shape)
+                spans[kind].append((key, start, ends[key]))
             for key, end in ends.items():
-                sizes[key] = max(sizes.get(key, 0), end)
-        groups = sorted(sizes)
-        shapes = [
-            jax.ShapeDtypeStruct(
-                (self.rows, sizes[key]) if key[1] else (sizes[key],), jnp.dtype(key[0])
-            )
-            for key in groups
-        ]
-        places = {
-            kind: [
-                _Place(groups.index(key), start, stop) for key, start, stop in entries
-            ]
-            for kind, entries in where.items()
+                widths[key] = max(widths.get(key, 0), end)
+        groups = sorted(widths)
+        shapes = []
+        for dtype, has_rows in groups:
+            width = widths[dtype, has_rows]
+            shape = (self.rows, width) if has_rows else (width,)
+            shapes.append(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
+        locations = {
+            kind: [Location(groups.index(key), start, stop) for key, start, stop in own]
+            for kind, own in spans.items()
         }
-        return shapes, places
+        return Layout(shapes, locations)
 
     @property
     def shapes(self) -> list[jax.ShapeDtypeStruct]:
         """The arrays of one slot."""
-        return self._layout[0]
+        return self.layout.shapes
 
     def pack(
         self, avals: Avals, arrays: Sequence[Any], old: Sequence[Any]
@@ -88,12 +101,12 @@ class Storage:
         given = [unwrapped(a) for a in arrays]
         if len(self.kinds) == 1:
             return given
+        shapes, locations = self.layout
         out = list(old)
-        for a, place in zip(given, self._layout[1][avals], strict=True):
-            rows = len(self.shapes[place.group].shape) == 2
-            flat = a.reshape(self.rows, -1) if rows else a.reshape(-1)
-            out[place.group] = jax.lax.dynamic_update_slice_in_dim(
-                out[place.group], flat, place.start, -1
+        for a, (group, start, _) in zip(given, locations[avals], strict=True):
+            flat = a.reshape(*shapes[group].shape[:-1], -1)
+            out[group] = jax.lax.dynamic_update_slice_in_dim(
+                out[group], flat, start, -1
             )
         return out
 
@@ -102,41 +115,34 @@ class Storage:
     ) -> list[Any]:
         """A bundle into a slot of a pool."""
         given = [unwrapped(a) for a in arrays]
+        shapes, locations = self.layout
         out = list(pool)
-        for a, place in zip(given, self._layout[1][avals], strict=True):
-            shape = self.shapes[place.group].shape
+        for a, (group, start, _) in zip(given, locations[avals], strict=True):
+            shape = shapes[group].shape
             if len(self.kinds) > 1:
-                a = a.reshape(self.rows, -1) if len(shape) == 2 else a.reshape(-1)
-            at = [slot, *([0] * (len(shape) - 1)), *([place.start] if shape else [])]
-            out[place.group] = jax.lax.dynamic_update_slice(
-                out[place.group], a[None], _indices(at)
+                a = a.reshape(*shape[:-1], -1)
+            place = [slot, *[0] * (len(shape) - 1)]
+            if shape:
+                place.append(start)
+            out[group] = jax.lax.dynamic_update_slice(
+                out[group], a[None], [jnp.int32(n) for n in place]
             )
         return out
 
     def take(self, avals: Avals, k: int, pool: Sequence[Any], slot: Any) -> Any:
         """The `k`-th array of the bundle in a slot."""
-        place, aval = self._layout[1][avals][k], avals[k]
-        whole, shape = pool[place.group], self.shapes[place.group].shape
+        aval = avals[k]
+        shapes, locations = self.layout
+        group, start, stop = locations[avals][k]
         if len(self.kinds) == 1:
-            return wrapped(
-                jax.lax.dynamic_index_in_dim(whole, slot, keepdims=False), aval
-            )
-        at = [slot, *([0] * (len(shape) - 1)), place.start]
+            part = jax.lax.dynamic_index_in_dim(pool[group], slot, keepdims=False)
+            return wrapped(part, aval)
+        outer = shapes[group].shape[:-1]
+        place = [slot, *[0] * len(outer), start]
         part = jax.lax.dynamic_slice(
-            whole, _indices(at), (1, *shape[:-1], place.stop - place.start)
+            pool[group], [jnp.int32(n) for n in place], (1, *outer, stop - start)
         )
         return wrapped(part.reshape(raw(aval).shape), aval)
-
-    def _has_rows(self, shape: tuple[int, ...]) -> bool:
-        return bool(shape) and shape[0] == self.rows
-
-
-def _indices(at: Sequence[Any]) -> list[Any]:
-    return [jnp.int32(n) for n in at]
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64))
 
 
 def is_key(dtype: Any) -> bool:
@@ -160,6 +166,5 @@ def wrapped(array: Any, aval: Any) -> Any:
     """The inverse; of `aval` only the dtype counts."""
     if not is_key(aval.dtype):
         return array
-    return jax.random.wrap_key_data(
-        array, impl=jax.random.key_impl(jnp.zeros((), aval.dtype))
-    )
+    implementation = jax.random.key_impl(jnp.zeros((), aval.dtype))
+    return jax.random.wrap_key_data(array, impl=implementation)

@@ -1,18 +1,25 @@
 """Units: stages cut once more, so that what is alike on all stages stands alone.
 
+In: a model and its balance. Out: `Units`, the stages' pieces as stages of their own.
+
 A model is often a stack of equal blocks with an embedding before it and a head behind
 it. Cut into stages, the first and the last one differ from the others, though most of
 their work is the same. So a stage becomes a row of units: the first stage an `end` (its
 input, and the embedding) and a `core`, the last a core and an `end` (the head and the
 loss), the others a core. Equal cores then run by one piece of code, and their
 parameters stack without padding. Where the stages have no common core each is one unit,
-`whole`.
+`whole`. An embedding, six blocks and a head on three devices:
+
+    stage     0                       1                2
+    layers    embed  block block      block block      block block  head
+    unit      0      1                2                3            4
+    role      end    core             core             core         end
 """
 
 import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from fpipe._core.pytrees import Shape
 from fpipe._model.model import Model
@@ -44,10 +51,6 @@ class Units:
         """The stage of each unit."""
         return tuple(s for s, units in enumerate(self.of_stage) for _ in units)
 
-    def home(self, layer: int) -> int:
-        """The unit of a layer."""
-        return next(u.index for u in self.stages if layer in u.span)
-
 
 def cut_units(
     model: Model,
@@ -57,33 +60,35 @@ def cut_units(
 ) -> Units:
     """Cut a model into units; `shapes` are those of each layer's parameters."""
     ends = _ends(model, balance, shapes)
-    stages = range(len(balance))
-    position = [
-        sum(stage_to_device[t] == stage_to_device[s] for t in range(s)) for s in stages
-    ]
+    last = len(balance) - 1
     sizes: list[int] = []
-    roles: list[Any] = []
+    roles: list[Role] = []
     of_stage: list[tuple[int, ...]] = []
-    for s in stages:
-        parts: list[tuple[int, Role]] = [(balance[s], "whole")]
+    devices: list[int] = []
+    positions: list[int] = []
+    for s, layers in enumerate(balance):
+        parts: list[tuple[int, Role]] = [(layers, "whole")]
         if ends is not None:
-            first, last = ends[0] if s == 0 else 0, ends[1] if s == stages[-1] else 0
-            parts = [(balance[s] - first - last, "core")]
-            parts = [
-                *([(first, "end")] if s == 0 else []),
-                *parts,
-                *([(last, "end")] if s == stages[-1] else []),
-            ]
+            head = ends[0] if s == 0 else 0
+            tail = ends[1] if s == last else 0
+            parts = [(layers - head - tail, "core")]
+            # An end may have no layers: it takes the input, or makes the loss.
+            if s == 0:
+                parts.insert(0, (head, "end"))
+            if s == last:
+                parts.append((tail, "end"))
         of_stage.append(tuple(range(len(sizes), len(sizes) + len(parts))))
-        sizes += [n for n, _ in parts]
-        roles += [role for _, role in parts]
-    at = [s for s, units in enumerate(of_stage) for _ in units]
+        for size, role in parts:
+            sizes.append(size)
+            roles.append(role)
+            devices.append(stage_to_device[s])
+            positions.append(list(stage_to_device[:s]).count(stage_to_device[s]))
     return Units(
         cut_stages(model, sizes),
         tuple(roles),
         tuple(of_stage),
-        tuple(stage_to_device[s] for s in at),
-        tuple(position[s] for s in at),
+        tuple(devices),
+        tuple(positions),
     )
 
 
@@ -99,26 +104,23 @@ def _ends(
         (layer.name, len(layer.stash), len(layer.pop), layer.asks("state"), shape)
         for layer, shape in zip(model.layers, shapes, strict=True)
     ]
-    rows, start = [], 0
+    rows = []
+    start = 0
     for n in balance:
         rows.append(kinds[start : start + n])
         start += n
     first, *middle, last = rows
+    lengths: Sequence[int] = range(min(len(first), len(last)), 0, -1)
     if middle:
-        lengths = [len(middle[0])]
         if any(row != middle[0] for row in middle):
             return None
-    else:
-        lengths = list(range(min(len(first), len(last)), 0, -1))
+        lengths = [len(middle[0])]
     for n in lengths:
-        alike = first[len(first) - n :] == last[:n] and (
-            not middle or last[:n] == middle[0]
-        )
-        if (
-            alike
-            and len(first) >= n
-            and len(last) >= n
-            and 2 * n >= max(balance[0], balance[-1]) - 1
-        ):
+        if n > min(len(first), len(last)):
+            continue
+        core = last[:n]
+        alike = first[len(first) - n :] == core and (not middle or core == middle[0])
+        # A core that is less than half of its stage is not worth the second unit.
+        if alike and 2 * n >= max(balance[0], balance[-1]) - 1:
             return len(first) - n, len(last) - n
     return None

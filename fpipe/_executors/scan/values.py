@@ -1,9 +1,25 @@
-"""What the units of a call make and read: their programs, and the values that go
-between them.
+"""What the units of a call make and read, and what therefore travels and waits.
+
+In: units, a schedule, and a call. Out: groups of microbatches for which every unit runs
+the same programs, and for each group the *bundles*: arrays that travel and wait
+together. Two equal layers on two devices, whose backwards recompute, are four units
+(0: input, 1 and 2: the layers, 3: loss):
+
+    value                        made by      read by
+    ActivationValue(0, y)        F of unit 0  F and B of unit 1      stays on device 0
+    ActivationValue(1, y)        F of unit 1  F and B of unit 2      goes to device 1
+    ActivationValue(2, y)        F of unit 2  F and B of unit 3      stays on device 1
+    CotangentValue(3, y, 2)      B of unit 3  B of unit 2            stays on device 1
+    CotangentValue(2, y, 1)      B of unit 2  B of unit 1            goes to device 0
+    CotangentValue(1, y, 0)      B of unit 1  nobody: unit 0 has no parameters
+
+What a forward keeps for its backward is a bundle too, and so is what `I` hands to `W`.
 """
 
+import dataclasses
 from collections.abc import Hashable, Mapping
-from typing import Any, TypeAlias, get_args
+from functools import cached_property
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar, get_args
 
 import jax
 
@@ -22,10 +38,8 @@ from fpipe._executors.scan.units import Units
 from fpipe._model.remat import Remat
 from fpipe._model.stages import Leaf, Port, Stage, X, Y
 from fpipe._program.code import (
-    Code,
     Cotangent,
     Gradient,
-    GradientSum,
     Handed,
     Input,
     Output,
@@ -33,14 +47,89 @@ from fpipe._program.code import (
     ProgramValue,
     Residual,
 )
-from fpipe._program.trace import FlatStage
+from fpipe._program.trace import FlatStage, JointStage
 from fpipe.schedules import Action, Kind, Schedule
 
-# A bundle of arrays by name: `("f", unit, port)` is a boundary or a skip that a unit
-# makes, `("b", unit, port, source)` the cotangent that it makes for `source`, which
-# calls the port so; `("saved", unit, None)` is what a forward keeps for its backward,
-# and `("shared", unit, None)` what an `I` keeps for its `W`.
-Value: TypeAlias = tuple[Any, ...]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+# The programs that may have made what a program takes, itself included: an alias in one
+# of them is followed.
+EARLIER: Mapping[Kind, tuple[Kind, ...]] = {
+    "F": ("F",),
+    "B": ("F", "B"),
+    "I": ("F", "I"),
+    "W": ("F", "I", "W"),
+}
+
+
+# --- values: what travels or waits as one bundle ---
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ActivationValue:
+    """A boundary or a skip that a unit's forward makes."""
+
+    unit: int
+    port: Port
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CotangentValue:
+    """The cotangent that a unit's backward makes for the unit `source`, which calls
+    what it is of `port`.
+    """
+
+    unit: int
+    port: Port
+    source: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SavedValue:
+    """What a unit's forward keeps for its backward."""
+
+    unit: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HandedValue:
+    """What a unit's `I` hands to its `W`."""
+
+    unit: int
+
+
+# What goes to other units, and what stays in its own.
+SentValue: TypeAlias = ActivationValue | CotangentValue
+KeptValue: TypeAlias = SavedValue | HandedValue
+Value: TypeAlias = SentValue | KeptValue
+V = TypeVar("V", bound=Value)
+
+
+class Reader(NamedTuple):
+    """A unit that a bundle is made for, and the kinds of its actions that read it; it
+    may have none.
+    """
+
+    unit: int
+    kinds: tuple[Kind, ...]
+
+
+class Bundle(NamedTuple, Generic[V]):
+    """A value, as the microbatches of one group have it.
+
+    Attributes:
+        kind: of the action that makes it.
+        arrays: what it consists of, as its maker calls them.
+    """
+
+    value: V
+    kind: Kind
+    arrays: tuple[ProgramValue, ...]
+    avals: Avals
+    readers: tuple[Reader, ...]
+
+
+# --- programs ---
 
 
 class UnitPrograms(Programs):
@@ -64,249 +153,316 @@ class UnitPrograms(Programs):
         pairs = zip(flat.inputs, flat.shapes, strict=True)
         return wanted | {leaf for leaf, a in pairs if leaf.port == X and is_inexact(a)}
 
-    def _compile(self, s: int, code: Code) -> Any:
+    def _compile(self, s: int, code: Any) -> Any:
         del s
         return code
 
 
-class Values:
-    """The programs of a call's units, and what goes between them.
+@dataclasses.dataclass(frozen=True, eq=False)
+class UnitWork:
+    """What a unit does for each microbatch of a group.
 
     Attributes:
-        position: when each action runs, counted in phases.
-        kinds: of actions, for each stage and microbatch.
-        groups: microbatches for which every unit runs the same programs.
+        programs: those that the schedule runs.
+        recomputes: whether its backward recomputes its forward.
     """
 
-    def __init__(
-        self,
-        units: Units,
-        schedule: Schedule,
-        remat: Remat,
-        inputs: Inputs,
-        request: Request,
-        position: Mapping[Action, int],
-        opened: bool,
-        kept: Recent,
-    ) -> None:
-        self.units, self.inputs, self.request, self.m = (
-            units,
-            inputs,
-            request,
-            inputs.cut.m,
-        )
-        self.devices, self.position = schedule.devices, position
-        rows = schedule.actions
-        if request.mode == "vjp":
-            rows = tuple(
-                tuple(sorted(row, key=lambda a: a.kind != "F")) for row in rows
-            )
-        order = [a for row in rows for a in row]
-        # Of several units of a stage only the last one's backward follows its forward
-        # directly.
-        direct = {
-            (units.of_stage[s][-1], i)
-            for s, i in direct_pairs(order, schedule.stage_to_device)
-        }
-        split = {(u, i) for s, i in split_pairs(order) for u in units.of_stage[s]}
-        self.programs = UnitPrograms(
-            units, opened, direct, split, remat, inputs, request, kept
-        )
-        self.kinds: dict[tuple[int, int], tuple[Kind, ...]] = {
-            (s, i): tuple(k for k in get_args(Kind) if Action(k, s, i) in position)
-            for s in range(len(units.of_stage))
-            for i in range(self.m)
-        }
-        self._identities: dict[int, Hashable] = {}
-        self._of: dict[tuple[int, int], Mapping[Any, Program]] = {}
-        self.groups = self._groups()
+    stage: Stage
+    flat: FlatStage
+    joint: JointStage
+    programs: Mapping[Kind, Program]
+    recomputes: bool
 
-    def of(self, u: int, i: int) -> Mapping[Any, Program]:
-        """The programs of a unit that the schedule runs, by kind."""
-        if (u, i) not in self._of:
-            programs = self.programs.of(u, i)
-            self._of[u, i] = {
-                k: programs[k]
-                for k in self.kinds[self.units.stage_of[u], i]
-                if k in programs
-            }
-        return self._of[u, i]
+    @cached_property
+    def input_shapes(self) -> Mapping[Leaf, jax.ShapeDtypeStruct]:
+        """The shapes of the leaves that enter."""
+        return dict(zip(self.flat.inputs, self.flat.shapes, strict=True))
 
-    def _groups(self) -> list[list[int]]:
-        """Microbatches for which every unit runs the same programs."""
-        out: dict[Hashable, list[int]] = {}
-        for i in range(self.m):
-            programs = [
-                id(self.programs.of(u, i)) for u in range(len(self.units.stages))
-            ]
-            kinds = [self.kinds[s, i] for s in range(len(self.units.of_stage))]
-            out.setdefault((*programs, *kinds), []).append(i)
-        return list(out.values())
-
-    def resolved(self, u: int, i: int, kind: str, ref: ProgramValue) -> ProgramValue:
-        """What a reference stands for that is another value as it is."""
-        programs = self.of(u, i)
-        for k in {"F": "F", "B": "FB", "I": "FI", "W": "FIW"}[kind]:
-            same = programs[k].aliases if k in programs else {}
-            while ref in same:
-                ref = same[ref]
-        return ref
-
-    def fetched(self, u: int, i: int, kind: str) -> list[ProgramValue]:
-        """What a program takes from outside, each once."""
-        program = self.of(u, i)[kind]
-        passed = [
-            r
-            for r in (self.resolved(u, i, kind, v) for v in program.aliases.values())
-            if r not in program.outs
-        ]
-        taken = [
-            self.resolved(u, i, kind, ref)
-            for ref in program.ins
-            if not isinstance(ref, GradientSum)
-        ]
-        return list(dict.fromkeys([*taken, *passed]))
-
-    def saved(self, u: int, i: int) -> tuple[list[ProgramValue], list[ProgramValue]]:
-        """What the forward keeps for the backward, and `I` for `W`."""
-        first: dict[ProgramValue, None] = {}
-        second: dict[ProgramValue, None] = {}
-        for kind in self.of(u, i):
-            for ref in self.fetched(u, i, kind) if kind != "F" else ():
-                state = isinstance(ref, Input) and ref.leaf.port.kind == "state"
-                if isinstance(ref, Residual | Output) or state:
-                    first[ref] = None
-                elif isinstance(ref, Handed | Gradient):
-                    second[ref] = None
-        return list(first), list(second)
-
-    def bundle(self, value: Value, i: int) -> tuple[list[ProgramValue], Avals]:
-        """What a value consists of, as its maker calls it."""
-        direction, u, port, *_ = value
-        if direction == "f":
-            shapes = self.programs.flat(u, i).out[port].leaves
-            return [Output(Leaf(port, k)) for k in range(len(shapes))], tuple(
-                map(_plain, shapes)
-            )
-        if direction == "b":
-            name = X if port == Y else port
-            flat = self.programs.flat(u, i)
-            known = dict(zip(flat.inputs, flat.shapes, strict=True))
-            leaves = [
-                leaf
-                for leaf in known
-                if leaf.port == name and leaf in self.programs.joint(u, i).gradients
-            ]
-            return [Gradient(leaf) for leaf in leaves], tuple(
-                _plain(known[leaf]) for leaf in leaves
-            )
-        refs = self.saved(u, i)[direction == "shared"]
-        return refs, tuple(self.aval(u, i, ref) for ref in refs)
-
-    def aval(self, u: int, i: int, ref: ProgramValue) -> jax.ShapeDtypeStruct:
-        """The shape of what is kept."""
-        flat = self.programs.flat(u, i)
-        if isinstance(ref, Input):
-            return _plain(dict(zip(flat.inputs, flat.shapes, strict=True))[ref.leaf])
-        if isinstance(ref, Output):
-            return _plain(flat.out[ref.leaf.port].leaves[ref.leaf.k])
-        program = self.of(u, i)["F" if isinstance(ref, Residual) else "I"]
-        code = program.code
-        assert code is not None
-        return _plain(code.graph.avals[code.outs[program.outs.index(ref)]])
-
-    # --- who reads what ---
-
-    def readers(self, value: Value, i: int) -> list[int]:
-        """The units that read a value."""
-        direction, u, port, *rest = value
-        if direction == "f":
-            if port == Y:
-                return [] if self.units.stages[u].last else [u + 1]
-            return [t.index for t in self.units.stages if port.of in t.skips_in]
-        return [rest[0]] if direction == "b" else [u]
-
-    def made(self, u: int, i: int, kind: str) -> list[Value]:
-        """The boundaries, skips and cotangents that a unit's program makes for other
-        units, boundaries first.
+    def resolve(self, kind: Kind, value: ProgramValue) -> ProgramValue:
+        """What a program takes or returns; if that is another value as it is, that
+        one.
         """
-        stage = self.units.stages[u]
-        if kind == "F":
-            ports = [
-                *([] if stage.last else [Y]),
-                *(Port("skip", s) for s in stage.skips_out),
-            ]
-            return [("f", u, port) for port in ports]
-        out = []
-        if kind in "BI" and kind in self.of(u, i):
-            ports = {leaf.port for leaf in self.programs.joint(u, i).gradients}
-            if X in ports and u > 0:
-                out.append(("b", u, Y, u - 1))
-            skips = [skip for skip in stage.skips_in if Port("skip", skip) in ports]
-            out += [
-                ("b", u, Port("skip", skip), self.programs.layout.source_of(skip))
-                for skip in skips
-            ]
-        return out
+        for earlier in EARLIER[kind]:
+            if earlier in self.programs:
+                aliases = self.programs[earlier].aliases
+                while value in aliases:
+                    value = aliases[value]
+        return value
 
-    def reads(self, t: int, i: int, kind: str, value: Value) -> bool:
-        """Whether a unit's program reads a value that was made for it."""
-        if kind not in self.of(t, i):
-            return False
-        direction, u, port, *_ = value
-        for ref in self.fetched(t, i, kind):
-            if direction == "f" and isinstance(ref, Input):
-                if ref.leaf.port == (X if port == Y else port):
-                    return True
-            elif direction == "b" and isinstance(ref, Cotangent):
-                if (
-                    ref.leaf.port == port
-                    and self.programs.readers(t, ref.leaf, i)[ref.number][0] == u
-                ):
-                    return True
-            elif (
-                direction in ("saved", "shared")
-                and ref in self.saved(t, i)[direction == "shared"]
-            ):
-                return True
-        return False
+    @cached_property
+    def taken(self) -> Mapping[Kind, tuple[ProgramValue, ...]]:
+        """What each program takes from outside, each once: for its code, or to pass it
+        on.
+        """
+        taken = {}
+        for kind, program in self.programs.items():
+            values = [self.resolve(kind, value) for value in program.ins]
+            for value in program.aliases.values():
+                passed = self.resolve(kind, value)
+                if passed not in program.outs:
+                    values.append(passed)
+            taken[kind] = tuple(dict.fromkeys(values))
+        return taken
 
-    def relative(self, u: int, ref: ProgramValue) -> Hashable:
-        """A reference without the names of layers and skips."""
-        if isinstance(ref, Residual | Handed):
-            return ref
-        (kind, of), k = ref.leaf
-        stage = self.units.stages[u]
+    @cached_property
+    def saved(self) -> tuple[ProgramValue, ...]:
+        """What the forward keeps for the backward."""
+        saved: dict[ProgramValue, None] = {}
+        for kind, values in self.taken.items():
+            for value in values if kind != "F" else ():
+                # A recomputation uses the state that its forward saw.
+                state = isinstance(value, Input) and value.leaf.port.kind == "state"
+                if state or isinstance(value, Residual | Output):
+                    saved[value] = None
+        return tuple(saved)
+
+    @cached_property
+    def handed(self) -> tuple[ProgramValue, ...]:
+        """What `I` hands to `W`."""
+        taken = self.taken.get("W", ())
+        return tuple(v for v in taken if isinstance(v, Handed | Gradient))
+
+    def aval(self, value: ProgramValue) -> jax.ShapeDtypeStruct:
+        """The shape of what is kept. What is weak about its type is of no matter where
+        it waits.
+        """
+        if isinstance(value, Input):
+            found: Any = self.input_shapes[value.leaf]
+        elif isinstance(value, Output):
+            found = self.flat.out[value.leaf.port].leaves[value.leaf.k]
+        else:
+            program = self.programs["F" if isinstance(value, Residual) else "I"]
+            assert program.code is not None
+            n = program.code.outs[program.outs.index(value)]
+            found = program.code.graph.avals[n]
+        return jax.ShapeDtypeStruct(found.shape, found.dtype)
+
+    @cached_property
+    def identity(self) -> Hashable:
+        """Equal for units whose programs compute the same, from and to the same."""
+        parts = []
+        for kind, program in self.programs.items():
+            code = None if program.code is None else program.code.identity
+            ins = tuple(map(self.relative, program.ins))
+            outs = tuple(map(self.relative, program.outs))
+            aliases = tuple(
+                (self.relative(a), self.relative(b)) for a, b in program.aliases.items()
+            )
+            parts.append((kind, code, ins, outs, aliases))
+        return Key(tuple(parts))
+
+    def relative(self, value: ProgramValue) -> Hashable:
+        """A value without the names of layers and skips, so that equal units call it
+        the same.
+        """
+        if isinstance(value, Residual | Handed):
+            return value
+        (kind, of), k = value.leaf
+        stage = self.stage
         if kind in ("params", "number"):
             of = stage.params.index(of)
         elif kind == "state":
             of = stage.stateful.index(of)
         elif kind == "skip":
-            of = (
-                of in stage.skips_in,
-                (stage.skips_in if of in stage.skips_in else stage.skips_out).index(of),
+            comes = of in stage.skips_in
+            skips = stage.skips_in if comes else stage.skips_out
+            of = (comes, skips.index(of))
+        number = value.number if isinstance(value, Cotangent) else 0
+        return type(value), kind, of, k, number
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """Microbatches for which every unit runs the same programs.
+
+    Attributes:
+        units: what each unit does.
+        sent: what each unit makes for other units, by kind of action, boundaries first.
+        kept: what each unit makes for its own later actions.
+        bundles: all of them by value.
+    """
+
+    microbatches: tuple[int, ...]
+    units: tuple[UnitWork, ...]
+    sent: tuple[Mapping[Kind, tuple[Bundle[SentValue], ...]], ...]
+    kept: tuple[Mapping[Kind, Bundle[KeptValue]], ...]
+    bundles: Mapping[Value, Bundle[Any]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Work:
+    """The work of a call.
+
+    Attributes:
+        group_of: the group of each microbatch.
+    """
+
+    units: Units
+    programs: UnitPrograms
+    groups: tuple[Group, ...]
+    group_of: tuple[Group, ...]
+
+
+def find_work(
+    units: Units,
+    schedule: Schedule,
+    actions: Mapping[Action, int],
+    remat: Remat,
+    inputs: Inputs,
+    request: Request,
+    opened: bool,
+    kept: Recent,
+) -> Work:
+    """Trace the units, and find what they make and read.
+
+    Arguments:
+        actions: those that run.
+        opened: whether recomputations are inlined.
+        kept: the traces of earlier calls.
+    """
+    rows = schedule.actions
+    if request.mode == "vjp":
+        # All forwards come first.
+        rows = tuple(tuple(sorted(row, key=lambda a: a.kind != "F")) for row in rows)
+    order = [action for row in rows for action in row]
+    # Of several units of a stage only the last one's backward follows its forward
+    # directly.
+    direct = {
+        (units.of_stage[s][-1], i)
+        for s, i in direct_pairs(order, schedule.stage_to_device)
+    }
+    split = {(u, i) for s, i in split_pairs(order) for u in units.of_stage[s]}
+    programs = UnitPrograms(units, opened, direct, split, remat, inputs, request, kept)
+    microbatches: dict[Hashable, list[int]] = {}
+    for i in range(inputs.cut.m):
+        key: list[Hashable] = []
+        for u, s in enumerate(units.stage_of):
+            key.append(id(programs.of(u, i)))
+            key += [Action(kind, s, i) in actions for kind in KINDS]
+        microbatches.setdefault(tuple(key), []).append(i)
+    groups = [
+        _group(units, programs, actions, tuple(own)) for own in microbatches.values()
+    ]
+    group_of = {i: group for group in groups for i in group.microbatches}
+    return Work(
+        units,
+        programs,
+        tuple(groups),
+        tuple(group_of[i] for i in range(inputs.cut.m)),
+    )
+
+
+def _group(
+    units: Units,
+    programs: UnitPrograms,
+    actions: Mapping[Action, int],
+    microbatches: tuple[int, ...],
+) -> Group:
+    i = microbatches[0]
+    works = []
+    for u, s in enumerate(units.stage_of):
+        of_unit = programs.of(u, i)
+        runs: dict[Kind, Program] = {
+            kind: of_unit[kind]
+            for kind in KINDS
+            if kind in of_unit and Action(kind, s, i) in actions
+        }
+        works.append(
+            UnitWork(
+                units.stages[u],
+                programs.flat(u, i),
+                programs.joint(u, i),
+                runs,
+                programs.recomputes(u, i),
             )
-        number = ref.number if isinstance(ref, Cotangent) else 0
-        return type(ref), kind, of, k, number
+        )
 
-    def identity(self, u: int, i: int) -> Hashable:
-        """Equal for units and microbatches whose programs compute the same."""
-        programs = self.of(u, i)
-        key = id(self.programs.of(u, i))
-        if key not in self._identities:
-            parts = []
-            for kind, p in programs.items():
-                name = lambda refs: tuple(self.relative(u, r) for r in refs)  # noqa: E731
-                code = None if p.code is None else p.code.identity
-                same = tuple(
-                    (self.relative(u, a), self.relative(u, b))
-                    for a, b in p.aliases.items()
+    def activation(u: int, port: Port) -> Bundle[SentValue]:
+        """What a unit's forward makes at a port, with those who read it."""
+        shapes = works[u].flat.out[port].leaves
+        arrays = tuple(Output(Leaf(port, k)) for k in range(len(shapes)))
+        name = X if port == Y else port
+        if port == Y:
+            readers = [u + 1]
+        else:
+            readers = [t.index for t in units.stages if port.of in t.skips_in]
+        found = []
+        for t in readers:
+            kinds = [
+                kind
+                for kind, taken in works[t].taken.items()
+                if any(isinstance(v, Input) and v.leaf.port == name for v in taken)
+            ]
+            found.append(Reader(t, tuple(kinds)))
+        avals = tuple(map(works[u].aval, arrays))
+        return Bundle(ActivationValue(u, port), "F", arrays, avals, tuple(found))
+
+    def cotangent(u: int, kind: Kind, name: Port, source: int) -> Bundle[SentValue]:
+        """What a unit's backward makes for what it calls `name`."""
+        port = Y if name == X else name
+        own = works[u]
+        leaves = [
+            leaf
+            for leaf in own.input_shapes
+            if leaf.port == name and leaf in own.joint.gradients
+        ]
+        kinds = []
+        for reads, taken in works[source].taken.items():
+            for v in taken:
+                if isinstance(v, Cotangent) and v.leaf.port == port:
+                    makers = programs.readers(source, v.leaf, i)
+                    if makers[v.number][0] == u:
+                        kinds.append(reads)
+                        break
+        return Bundle(
+            CotangentValue(u, port, source),
+            kind,
+            tuple(map(Gradient, leaves)),
+            tuple(own.aval(Input(leaf)) for leaf in leaves),
+            (Reader(source, tuple(kinds)),),
+        )
+
+    sent = []
+    kept = []
+    by_value: dict[Value, Bundle[Any]] = {}
+    for u, work in enumerate(works):
+        stage = work.stage
+        of_kind: dict[Kind, tuple[Bundle[SentValue], ...]] = {}
+        keeps: dict[Kind, Bundle[KeptValue]] = {}
+        for kind in work.programs:
+            bundles: list[Bundle[SentValue]] = []
+            if kind == "F":
+                if not stage.last:
+                    bundles.append(activation(u, Y))
+                bundles += [activation(u, Port("skip", s)) for s in stage.skips_out]
+            elif kind in "BI":
+                ports = {leaf.port for leaf in work.joint.gradients}
+                if X in ports and u > 0:
+                    bundles.append(cotangent(u, kind, X, u - 1))
+                for skip in stage.skips_in:
+                    if Port("skip", skip) in ports:
+                        source = programs.layout.source_of(skip)
+                        bundles.append(cotangent(u, kind, Port("skip", skip), source))
+            of_kind[kind] = tuple(bundles)
+            arrays: tuple[ProgramValue, ...] = ()
+            value: KeptValue = SavedValue(u)
+            if kind == "F":
+                arrays = work.saved
+            elif kind == "I":
+                arrays = work.handed
+                value = HandedValue(u)
+            if arrays:
+                reads = [
+                    other
+                    for other, taken in work.taken.items()
+                    if any(v in arrays for v in taken)
+                ]
+                avals = tuple(map(work.aval, arrays))
+                keeps[kind] = Bundle(
+                    value, kind, arrays, avals, (Reader(u, tuple(reads)),)
                 )
-                parts.append((kind, code, name(p.ins), name(p.outs), same))
-            self._identities[key] = Key(tuple(parts))
-        return self._identities[key]
-
-
-def _plain(a: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype: what is weak about a type is of no matter where it waits."""
-    return jax.ShapeDtypeStruct(a.shape, a.dtype)
+        sent.append(of_kind)
+        kept.append(keeps)
+        by_value |= {b.value: b for bundles in of_kind.values() for b in bundles}
+        by_value |= {b.value: b for b in keeps.values()}
+    return Group(microbatches, tuple(works), tuple(sent), tuple(kept), by_value)

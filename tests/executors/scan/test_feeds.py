@@ -13,8 +13,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fpipe
-from fpipe._executors.scan.feeds import LARGE, is_large, share, steps
+from fpipe._executors.scan import feeds
+from fpipe._executors.scan.feeds import LARGE, feed_steps, is_large, share
 from fpipe.schedules import Action, Kind, Schedule
+from tests.executors.scan.poison import poison
 from tests.helpers import WIDTH, Case, assert_same, dense, models, mse, noise
 
 
@@ -22,7 +24,7 @@ def brought(order, microbatches, devices, reader):
     """What the reader has in each step that reads, when every device does as it is told
     and passes on what it holds.
     """
-    rows, early = steps(order, microbatches, devices, reader)
+    rows, early = feed_steps(order, microbatches, devices, reader)
     own = share(microbatches, devices)
     come, read = [None] * devices, []
     for row in rows:
@@ -48,31 +50,32 @@ def test_every_microbatch_arrives_when_it_is_read():
 
 
 def test_in_order_the_first_device_needs_no_steps_before_and_the_last_one():
-    assert steps(range(8), 8, 4, 0)[1] == 0
-    assert steps(range(8), 8, 4, 3)[1] == 1
+    assert feed_steps(range(8), 8, 4, 0)[1] == 0
+    assert feed_steps(range(8), 8, 4, 3)[1] == 1
 
 
-def test_what_is_large():
+def test_what_is_large(monkeypatch):
     assert LARGE == 16 * 2**20
-    assert not is_large(
-        jax.ShapeDtypeStruct((2**22,), jnp.float32), 4, LARGE
-    )  # saves 12 MiB
-    assert is_large(jax.ShapeDtypeStruct((2**23,), jnp.float32), 4, LARGE)
-    assert not is_large(jax.ShapeDtypeStruct((2**23,), jnp.int8), 4, LARGE)
-    assert not is_large(
-        jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2**23)), 4, LARGE
-    )
-    assert not is_large(jax.ShapeDtypeStruct((), jnp.float32), 4, -1)
-    assert not is_large(
-        jax.ShapeDtypeStruct((2**30,), jnp.float32), 1, LARGE
-    )  # nothing to save on one device
+    # It saves 12 MiB.
+    assert not is_large(jax.ShapeDtypeStruct((2**22,), jnp.float32), 4)
+    assert is_large(jax.ShapeDtypeStruct((2**23,), jnp.float32), 4)
+    assert not is_large(jax.ShapeDtypeStruct((2**23,), jnp.int8), 4)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2**23))
+    assert not is_large(keys, 4)
+    # There is nothing to save on one device.
+    assert not is_large(jax.ShapeDtypeStruct((2**30,), jnp.float32), 1)
+    monkeypatch.setattr(feeds, "LARGE", -1)
+    assert not is_large(jax.ShapeDtypeStruct((), jnp.float32), 4)
+
+
+@pytest.fixture
+def all_large(monkeypatch):
+    """Every input is large."""
+    monkeypatch.setattr(feeds, "LARGE", 0)
 
 
 def pipe_of(layers, balance, chunks, **options):
-    """A pipe to which every input is large."""
-    pipe = fpipe.Pipe(layers, balance, chunks=chunks, executor="scan", **options)
-    pipe._scan.large = 0
-    return pipe
+    return fpipe.Pipe(layers, balance, chunks=chunks, executor="scan", **options)
 
 
 def machine_of(pipe):
@@ -97,8 +100,9 @@ CASES = [
 @pytest.mark.parametrize(
     ("model", "devices", "schedule", "checkpoint", "chunks"), CASES
 )
+@pytest.mark.usefixtures("all_large")
 def test_nothing_changes_but_where_inputs_lie(
-    model, devices, schedule, checkpoint, chunks
+    monkeypatch, model, devices, schedule, checkpoint, chunks
 ):
     """Inside and outside of the loss, with everything that is on no way filled with
     NaN.
@@ -111,8 +115,8 @@ def test_nothing_changes_but_where_inputs_lie(
         "schedule": schedule,
         "checkpoint": checkpoint,
     }
+    filled = poison(monkeypatch)
     pipe = pipe_of(layers, (1, 1, 1, len(layers) - 3), chunks, **options)
-    pipe._scan.idle = float("nan")
     placed = pipe.place(params)
     value, grads = pipe.value_and_grad(mse, argnums=(0, 1))(
         placed, case.x, case.target, **needs
@@ -121,10 +125,12 @@ def test_nothing_changes_but_where_inputs_lie(
         params, case.x, case.target, **needs
     )
     assert_same((value, (pipe.gather(grads[0]), grads[1])), want)
+    assert filled
     fed = {
-        (feed.port.kind, feed.kind)
-        for own in machine_of(pipe).segments[0].feeds
-        for feed in own
+        (leaf.port.kind, feed.kind)
+        for phase in machine_of(pipe).segments[0].phases
+        for feed in phase.feeds
+        for leaf in feed.leaves
     }
     assert {("x", "F"), ("targets", "F")} <= fed, fed
 
@@ -142,7 +148,7 @@ def test_nothing_changes_but_where_inputs_lie(
     )
 
 
-def test_only_what_is_large_lies_over_the_devices():
+def test_only_what_is_large_lies_over_the_devices(monkeypatch):
     """Of one `x` an image does and a number per row does not; what goes whole to every
     microbatch does not either.
     """
@@ -161,7 +167,7 @@ def test_only_what_is_large_lies_over_the_devices():
         "bias": fpipe.NoChunk(jnp.ones((64, WIDTH))[0]),
     }
     ref, pipe = fpipe.sequential(layers, chunks=4), pipe_of(layers, (1, 1, 1, 1), 4)
-    pipe._scan.large = x["scale"].nbytes
+    monkeypatch.setattr(feeds, "LARGE", x["scale"].nbytes)
     params = ref.init(jax.random.key(1), x)
     value, grads = pipe.value_and_grad(lambda y: jnp.mean(y**2))(pipe.place(params), x)
     assert_same(
@@ -173,7 +179,7 @@ def test_only_what_is_large_lies_over_the_devices():
     ]  # bias, image, scale
 
 
-def test_a_reader_that_is_far_at_the_start_gets_ticks_before():
+def test_a_reader_that_is_far_at_the_start_gets_ticks_before(monkeypatch):
     """Stage 0 on the last device: the first microbatch, on device 0, has one device to
     go before anything runs.
     """
@@ -183,6 +189,7 @@ def test_a_reader_that_is_far_at_the_start_gets_ticks_before():
     schedule = Schedule(actions=tuple(map(tuple, rows)), stage_to_device=(1, 0))
     case = Case(layers, m, rows=8)
     params = case.params()
+    monkeypatch.setattr(feeds, "LARGE", 0)
     pipe = pipe_of(
         layers, (1, 1), m, devices=jax.devices()[:2], schedule=lambda *_: schedule
     )
@@ -192,6 +199,7 @@ def test_a_reader_that_is_far_at_the_start_gets_ticks_before():
         case.reference.value_and_grad(mse)(params, case.x, case.target),
     )
     table = machine_of(pipe).segments[0].table
+    monkeypatch.setattr(feeds, "LARGE", LARGE)
     whole = fpipe.Pipe(
         layers,
         chunks=m,
@@ -203,7 +211,7 @@ def test_a_reader_that_is_far_at_the_start_gets_ticks_before():
     assert table.shape[1] == machine_of(whole).segments[0].table.shape[1] + 1
 
 
-def test_each_device_holds_its_share():
+def test_each_device_holds_its_share(monkeypatch):
     """Bytes, of what is given and of what the compiled program takes: a quarter, at any
     number of microbatches.
     """
@@ -212,8 +220,8 @@ def test_each_device_holds_its_share():
         x = jnp.ones((64 * m, 64))
         held = {}
         for large in (0, LARGE):
+            monkeypatch.setattr(feeds, "LARGE", large)
             pipe = pipe_of(layers, (1, 1, 1, 1), m, schedule="eager_1f1b")
-            pipe._scan.large = large
             params = pipe.init(jax.random.key(0), x)
             (laid,) = pipe._scan._put([np.asarray(x)])
             assert {s.data.nbytes for s in laid.addressable_shards} == {
@@ -233,6 +241,7 @@ def test_each_device_holds_its_share():
         assert held[0][1] - held[LARGE][1] < 12 * x.nbytes // m, held
 
 
+@pytest.mark.usefixtures("all_large")
 def test_a_batch_over_both_axes():
     mesh = jax.make_mesh((2, 2), ("data", "stage"), axis_types=(AxisType.Auto,) * 2)
     layers = [dense()] * 4
@@ -245,6 +254,7 @@ def test_a_batch_over_both_axes():
         assert_same((value, pipe.gather(grads)), want)
 
 
+@pytest.mark.usefixtures("all_large")
 def test_the_same_with_bfloat16_and_integers():
     table = noise(jax.random.key(0), (11, WIDTH)).astype(jnp.bfloat16)
     layers = [fpipe.Layer(lambda p, x: p[x], lambda key, x: table), *[dense()] * 3]
@@ -267,6 +277,7 @@ def test_the_same_with_bfloat16_and_integers():
     assert_same((value, pipe.gather(grads)), want, tolerance=1e-2)
 
 
+@pytest.mark.usefixtures("all_large")
 def test_a_program_from_the_compilation_cache_keeps_the_order_of_what_moves():
     """Six moves in a phase, none of which needs another's result. The second program is
     loaded; without an order among them the devices then wait for each other in

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import fpipe
 import fpipe.testing
+from tests.executors.scan.poison import poison
 from tests.helpers import (
     WIDTH,
     Case,
@@ -116,9 +117,9 @@ def collectives(lines):
 def ops_of(pipe):
     machine = pipe._scan._steps.values()[-1].machine
     return [
-        [slotted.op for slotted in phase]
+        [entry.op for entry in phase.ops]
         for segment in machine.segments
-        for phase in segment.ops
+        for phase in segment.phases
     ]
 
 
@@ -299,7 +300,7 @@ def test_a_u_net_of_convolutions():
     assert_same((value, pipe.gather(grads)), ref.value_and_grad(mse)(params, x, x))
     wires = pipe._scan._steps.values()[-1].machine.wires
     assert sorted(
-        wire.pairs for name, wire in wires.items() if name.kind == "forward"
+        wire.pairs for name, wire in wires.items() if name.direction == "forward"
     ) == [
         ((0, 1), (1, 2), (2, 3)),
         ((0, 3), (1, 2)),
@@ -579,7 +580,7 @@ def test_buffers_are_updated_in_place(checkpoint):
     "schedule", ["gpipe", "eager_1f1b", "interleaved_1f1b", "zb_h1"]
 )
 @pytest.mark.parametrize("model", ["plain", "nested", "stateful", "tied"])
-def test_idle_ticks_are_harmless(model, schedule):
+def test_idle_ticks_are_harmless(monkeypatch, model, schedule):
     """Everything that is not filled, and everything that an idle device sends, is NaN;
     nothing changes.
     """
@@ -588,18 +589,19 @@ def test_idle_ticks_are_harmless(model, schedule):
     params, needs = case.params(), case.needs
     balance = (1, 1, 1, len(layers) - 3)
     out = []
-    for idle in (0.0, float("nan")):
+    for poisoned in (False, True):
+        filled = poison(monkeypatch) if poisoned else []
         devices = jax.devices()[: 2 if schedule == "interleaved_1f1b" else 4]
         pipe = pipe_of(
             layers, balance, 3, devices=devices, schedule=schedule, checkpoint="never"
         )
-        pipe._scan.idle = idle
         out.append(
             pipe.value_and_grad(mse, argnums=(0, 1))(
                 pipe.place(params), case.x, case.target, **needs
             )
         )
     chex.assert_trees_all_equal(*jax.tree.map(np.asarray, out))
+    assert filled
     assert all(
         np.isfinite(a).all()
         for a in jax.tree.leaves(out[1])
@@ -638,7 +640,7 @@ def test_skips_wait_in_as_many_slots_as_the_schedule_needs():
     forward = {
         name: wire.pairs
         for name, wire in machine.wires.items()
-        if name.kind == "forward"
+        if name.direction == "forward"
     }
     # Straight from the first device to the last, beside the ring; two are the fewest,
     # for device 0 sends to two.

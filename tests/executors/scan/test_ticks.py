@@ -6,8 +6,13 @@ from collections import Counter
 
 import pytest
 
-from fpipe._executors.scan.coloring import edge_colors, slots
-from fpipe._executors.scan.ticks import ONE, TWO, cheaper, lock_step
+from fpipe._executors.scan.buffers import edge_colors, slots
+from fpipe._executors.scan.ticks import (
+    FORWARD_THEN_BACKWARD,
+    ONE_ACTION,
+    cheapest,
+    lock_step,
+)
 from fpipe.schedules import NAMES, Action, Costs, named
 
 
@@ -32,13 +37,13 @@ def test_what_both_forms_cost(name):
     costs = Costs(F=1, B=2, I=1, W=1)
     both = tuple(
         lock_step(schedule.actions, schedule.stages, form).cost(costs)
-        for form in (ONE, TWO)
+        for form in (ONE_ACTION, FORWARD_THEN_BACKWARD)
     )
     assert both == LOCK_STEP[name]
-    assert cheaper(schedule.actions, schedule.stages, costs).cost(costs) == min(both)
+    assert cheapest(schedule.actions, schedule.stages, costs).cost(costs) == min(both)
 
 
-@pytest.mark.parametrize("form", [ONE, TWO])
+@pytest.mark.parametrize("form", [ONE_ACTION, FORWARD_THEN_BACKWARD])
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "forward_only"])
 def test_every_action_runs_once_in_order_behind_what_it_needs(name, form):
     for devices, m in [(1, 1), (2, 4), (3, 7), (4, 8)]:
@@ -79,8 +84,8 @@ def test_every_action_runs_once_in_order_behind_what_it_needs(name, form):
 def test_backwards_alone_follow_what_is_done():
     schedule = named("gpipe", 3, 4)
     rows = [[a for a in row if a.kind == "B"] for row in schedule.actions]
-    ticks = cheaper(rows, 3, Costs())
-    assert ticks.phases == ONE
+    ticks = cheapest(rows, 3, Costs())
+    assert ticks.phases == ONE_ACTION
     assert len(ticks.rows) == 4 + 2
     assert (
         ticks.positions(10)[Action("B", 2, 0)]
