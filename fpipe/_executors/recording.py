@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from fpipe.schedules import Action, Event, Recording, Schedule
+from fpipe.schedules._rules import needs
 
 
 class Ran(Protocol):
@@ -90,16 +91,6 @@ def record(pipe: Any) -> Iterator[Recording]:
         )
 
 
-def needs(action: Action) -> list[Action]:
-    """What an action waits for, as far as it is there."""
-    kind, s, i = action
-    if kind == "F":
-        return [Action("F", s - 1, i)]
-    if kind == "W":
-        return [Action("I", s, i)]
-    return [Action("F", s, i), Action("B", s + 1, i), Action("I", s + 1, i)]
-
-
 def completed(
     schedule: Schedule, order: Iterable[Action], found: Mapping[Action, Event]
 ) -> tuple[Event, ...]:
@@ -116,7 +107,7 @@ def completed(
             out[a] = found[a]
         else:
             d = schedule.stage_to_device[a.stage]
-            time = max([free[d], *(out[b].end for b in needs(a) if b in out)])
+            time = max([free[d], *(out[b].end for b in needs(a, out))])
             out[a] = Event(d, a, time, time)
         free[out[a].device] = max(free[out[a].device], out[a].end)
     return tuple(sorted(out.values(), key=lambda e: e.start))

@@ -2,6 +2,9 @@
 No JAX here.
 """
 
+from fpipe.schedules._action import Action as Action
+from fpipe.schedules._action import Kind as Kind
+from fpipe.schedules._costs import Costs as Costs
 from fpipe.schedules._csv import from_csv as from_csv
 from fpipe.schedules._draw import draw as draw
 from fpipe.schedules._generators import eager_1f1b as eager_1f1b
@@ -15,15 +18,12 @@ from fpipe.schedules._names import named as named
 from fpipe.schedules._recording import ProgramRun as ProgramRun
 from fpipe.schedules._recording import Recording as Recording
 from fpipe.schedules._recording import Transfer as Transfer
-from fpipe.schedules._schedule import Action as Action
-from fpipe.schedules._schedule import Kind as Kind
 from fpipe.schedules._schedule import Schedule as Schedule
 from fpipe.schedules._search import zero_bubble as zero_bubble
-from fpipe.schedules._simulate import Costs as Costs
-from fpipe.schedules._simulate import Event as Event
-from fpipe.schedules._simulate import Timeline as Timeline
 from fpipe.schedules._simulate import simulate as simulate
 from fpipe.schedules._svg import svg as svg
+from fpipe.schedules._timeline import Event as Event
+from fpipe.schedules._timeline import Timeline as Timeline
 from fpipe.schedules._zero_bubble import dualpipe_v as dualpipe_v
 from fpipe.schedules._zero_bubble import v_half as v_half
 from fpipe.schedules._zero_bubble import v_min as v_min

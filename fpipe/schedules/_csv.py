@@ -6,7 +6,8 @@ import csv
 import re
 from collections.abc import Iterable, Iterator
 
-from fpipe.schedules._schedule import Action, Schedule
+from fpipe.schedules._action import Action
+from fpipe.schedules._schedule import Schedule
 
 ACTION = re.compile(r"([0-9]+)([FBIW])([0-9]+)")
 # torch: "(0F3;7B1)OVERLAP_F_B", a forward and a backward that it may run at the same

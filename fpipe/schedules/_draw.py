@@ -6,9 +6,10 @@ import statistics
 import sys
 import textwrap
 
+from fpipe.schedules._action import Kind
 from fpipe.schedules._picture import Box, picture
-from fpipe.schedules._schedule import Kind, Schedule
-from fpipe.schedules._simulate import Timeline
+from fpipe.schedules._schedule import Schedule
+from fpipe.schedules._timeline import Timeline
 
 # For each kind two backgrounds of the 256 colours of terminals, near to those of the
 # other drawings.

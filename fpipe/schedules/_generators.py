@@ -14,7 +14,8 @@ idle. Where a device has several stages, the stage stands before the letter, as 
 import itertools
 from collections.abc import Callable, Sequence
 
-from fpipe.schedules._schedule import Action, Schedule
+from fpipe.schedules._action import Action
+from fpipe.schedules._schedule import Schedule
 
 
 def gpipe(devices: int, microbatches: int) -> Schedule:

@@ -10,8 +10,8 @@ import math
 import random
 from collections.abc import Callable, Iterator
 
+from fpipe.schedules._numbering import B, I, Rows, W
 from fpipe.schedules._problem import Found, Problem
-from fpipe.schedules._simulate import B, I, Rows, W
 
 
 def _fusible(p: Problem, rows: Rows) -> list[int]:

@@ -4,8 +4,10 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from fpipe.schedules._schedule import KINDS, Kind, Schedule
-from fpipe.schedules._simulate import Timeline, simulate
+from fpipe.schedules._action import KINDS, Kind
+from fpipe.schedules._schedule import Schedule
+from fpipe.schedules._simulate import simulate
+from fpipe.schedules._timeline import Timeline
 
 WORDS: dict[Kind, str] = {
     "F": "forward (F)",

@@ -8,19 +8,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from fpipe.schedules._schedule import KINDS, Action
-from fpipe.schedules._simulate import (
-    B,
-    Costs,
-    F,
-    I,
-    Rows,
-    checked,
-    durations,
-    lags,
-    needs,
-    play,
-)
+from fpipe.schedules._action import KINDS, Action
+from fpipe.schedules._costs import Costs
+from fpipe.schedules._costs import read_numbers as checked
+from fpipe.schedules._numbering import B, F, I, Numbering, Rows, play
 
 ROUNDING = 1.0 + 1e-9
 
@@ -59,14 +50,18 @@ class Problem:
                     f"stages {', '.join(map(str, self.of[d]))}; all devices: "
                     f"{', '.join(f'{w:g}' for w in self.whole)}"
                 )
-        self.took, self.lag = durations(costs, stages, m), lags(costs, places, m)
+        self.numbering = Numbering(stages, m)
+        self.took, self.lag = (
+            self.numbering.durations(costs),
+            self.numbering.latencies(costs, places),
+        )
         self.up = [
             costs.transfer if a != b else 0.0 for a, b in itertools.pairwise(places)
         ]
 
     def needs(self, rows: Rows) -> list[int]:
         """For each action what it needs from another stage, or -1."""
-        return needs(rows, self.stages, self.m)
+        return self.numbering.crossing_needs(rows)
 
     def run(
         self, rows: Rows, need: list[int]
@@ -75,7 +70,7 @@ class Problem:
         deadlock.
         """
         ran = play(rows, need, self.took, self.lag)
-        return None if ran is None else ran[1:]
+        return None if ran is None else (ran.starts, ran.ends)
 
     def peak(self, row: Sequence[int]) -> float:
         """The most that a device holds, whatever the times."""

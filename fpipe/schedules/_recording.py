@@ -5,7 +5,7 @@ transfer.
 import dataclasses
 from typing import NamedTuple
 
-from fpipe.schedules._simulate import Timeline
+from fpipe.schedules._timeline import Timeline
 from fpipe.schedules._trace import Span, trace
 
 

@@ -18,12 +18,14 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from fpipe.schedules._action import KINDS, Action
+from fpipe.schedules._costs import Costs
 from fpipe.schedules._generators import looped_map
 from fpipe.schedules._improve import anneal, cheaper, promise, toggle
 from fpipe.schedules._names import NAMES, named
+from fpipe.schedules._numbering import B, F, I, Rows, W
 from fpipe.schedules._problem import ROUNDING, Found, Problem, best_first
-from fpipe.schedules._schedule import KINDS, Action, Schedule
-from fpipe.schedules._simulate import B, Costs, F, I, Rows, W, numbered
+from fpipe.schedules._schedule import Schedule
 from fpipe.schedules._zero_bubble import v_map
 
 
@@ -147,7 +149,7 @@ def _fixed(p: Problem) -> Iterable[Rows]:
         except ValueError:  # sizes that it cannot have
             continue
         if schedule.stage_to_device == p.places and schedule.backwards:
-            yield numbered(schedule)
+            yield p.numbering.rows(schedule)
 
 
 class _Rule(NamedTuple):

@@ -8,7 +8,7 @@ import textwrap
 
 from fpipe.schedules._picture import IDLE, INK, LIGHTER, WORDS, Box, Picture, picture
 from fpipe.schedules._schedule import Schedule
-from fpipe.schedules._simulate import Timeline
+from fpipe.schedules._timeline import Timeline
 
 FONT = "system-ui, 'Segoe UI', 'DejaVu Sans', Helvetica, Arial, sans-serif"
 SIZE = 12.0  # of the letters, in pixels

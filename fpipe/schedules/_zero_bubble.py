@@ -8,8 +8,9 @@ again, and the loss is on device 0.
 
 from collections.abc import Callable, Iterable
 
+from fpipe.schedules._action import Action, Kind
 from fpipe.schedules._generators import check_sizes, even_rounds, looped
-from fpipe.schedules._schedule import Action, Kind, Schedule
+from fpipe.schedules._schedule import Schedule
 
 
 def zb_h1(devices: int, microbatches: int, virtual: int = 1) -> Schedule:

@@ -44,9 +44,9 @@ def test_round_trip_of_any_schedule(devices, virtual, microbatches, backwards, r
 
 def shuffled(devices, virtual, microbatches, backwards, rng):
     """A schedule in any legal order, backwards split or not, stages on any devices."""
-    places = [d for d in range(devices) for _ in range(virtual)]
-    rng.shuffle(places)
-    last = len(places) - 1
+    stage_to_device = [d for d in range(devices) for _ in range(virtual)]
+    rng.shuffle(stage_to_device)
+    last = len(stage_to_device) - 1
     split = {
         (s, i): rng.random() < 0.5 for s in range(last + 1) for i in range(microbatches)
     }
@@ -55,7 +55,7 @@ def shuffled(devices, virtual, microbatches, backwards, rng):
     while waiting:
         kind, s, i = action = rng.choice(sorted(waiting))
         del waiting[action]
-        rows[places[s]].append(action)
+        rows[stage_to_device[s]].append(action)
         backward = s if kind == "F" and s == last else s - 1 if kind in "BI" else -1
         if kind == "F" and s < last:
             waiting["F", s + 1, i] = None
@@ -63,7 +63,7 @@ def shuffled(devices, virtual, microbatches, backwards, rng):
             waiting["I" if split[backward, i] else "B", backward, i] = None
         if kind == "I":
             waiting["W", s, i] = None
-    return Schedule(rows, places)
+    return Schedule(rows, stage_to_device)
 
 
 def test_the_table_as_written():

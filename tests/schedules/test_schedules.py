@@ -355,16 +355,16 @@ LOOPED = [0, 1, 2, 3, 0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_places(name):
+def test_stage_to_device(name):
     v_shaped = name in ("zb_v", "v_half", "v_min", "dualpipe_v")
-    places = (
+    stage_to_device = (
         [0, 1, 2, 3, 3, 2, 1, 0]
         if v_shaped
         else LOOPED
         if NAMES[name].per_device is None
         else [0, 1, 2, 3]
     )
-    assert list(named(name, 4, 8).stage_to_device) == places
+    assert list(named(name, 4, 8).stage_to_device) == stage_to_device
     if NAMES[name].virtual:
         assert list(named(name, 4, 8, virtual=2).stage_to_device) == LOOPED
 
@@ -408,6 +408,7 @@ def test_drawn_as_in_the_docstring(name):
     doc = generator.__doc__ or ""
     (call,) = re.findall(r"`(\w+)\((\d+), (\d+)\)`:\n\n", doc)
     assert call[0] == generator.__name__
+    doc = re.sub(r"\n {12}(?! )", " ", doc)  # a row that goes on in the next line
     table = [line.strip() for line in doc.splitlines() if re.match(r"\s+\d: ", line)]
     assert table == drawn(generator(int(call[1]), int(call[2])))
 

@@ -31,14 +31,14 @@ COSTS = {
 }
 
 
-def fixed(devices, m, places):
+def fixed(devices, m, stage_to_device):
     """The schedules with a name on this map."""
     for name in NAMES:
         try:
-            schedule = named(name, devices, m, len(places) // devices)
+            schedule = named(name, devices, m, len(stage_to_device) // devices)
         except ValueError:
             continue
-        if schedule.stage_to_device == places and schedule.backwards:
+        if schedule.stage_to_device == stage_to_device and schedule.backwards:
             yield schedule
 
 
@@ -46,8 +46,8 @@ def keeps(timeline, limit):
     return limit is None or max(timeline.peak_memory) <= limit * (1 + 1e-9)
 
 
-def bound(devices, m, costs, places):
-    return Problem(devices, m, places, costs, None).bound()
+def bound(devices, m, costs, stage_to_device):
+    return Problem(devices, m, stage_to_device, costs, None).bound()
 
 
 @pytest.mark.parametrize("name", COSTS)
@@ -99,22 +99,22 @@ def test_several_stages_on_a_device(placement, virtual, name, memory):
         else Costs(I=1.2, W=0.8, memory=[1.0, 2.0, 5.0] * 3)
     )
     ups = tuple(range(devices))
-    places = (
+    stage_to_device = (
         {"v": ups + ups[::-1], "looped": ups * virtual}[placement]
         if isinstance(placement, str)
         else placement
     )
     # As little as one microbatch alone holds, where a scheduler that admits too early
     # is stuck.
-    whole = Problem(devices, m, places, costs, None).whole
+    whole = Problem(devices, m, stage_to_device, costs, None).whole
     limit = None if memory is None else max(whole) * memory
     schedule = zero_bubble(
         devices, m, costs, memory=limit, placement=placement, virtual=virtual or 1
     )
-    assert schedule.stage_to_device == places
+    assert schedule.stage_to_device == stage_to_device
     timeline = simulate(schedule, costs)
     assert keeps(timeline, limit)
-    for other in fixed(devices, m, places):
+    for other in fixed(devices, m, stage_to_device):
         other = simulate(other, costs)
         assert not keeps(other, limit) or timeline.makespan <= other.makespan * (
             1 + 1e-9
@@ -180,15 +180,17 @@ BETTER = [
 def test_better_than_every_fixed_one(case):
     devices, m, limit, (f, i, w, transfer), best, reached, least = case
     costs = Costs(F=f, I=i, W=w, transfer=transfer)
-    places = tuple(range(devices))
+    stage_to_device = tuple(range(devices))
     others = [
-        t for s in fixed(devices, m, places) if keeps(t := simulate(s, costs), limit)
+        t
+        for s in fixed(devices, m, stage_to_device)
+        if keeps(t := simulate(s, costs), limit)
     ]
     assert min(t.makespan for t in others) == pytest.approx(best)
     timeline = simulate(zero_bubble(devices, m, costs, memory=limit), costs)
     assert timeline.makespan <= reached + 1e-9
     assert reached < best
-    assert bound(devices, m, costs, places) == pytest.approx(least)
+    assert bound(devices, m, costs, stage_to_device) == pytest.approx(least)
 
 
 def interleavings(device, m):
@@ -203,7 +205,7 @@ def test_the_optimum_where_all_can_be_tried(devices, seeds):
     """Two microbatches, every order of every device: the bound is one, and the search
     finds the best.
     """
-    m, places = 2, tuple(range(devices))
+    m, stage_to_device = 2, tuple(range(devices))
     size = devices * m
     every = [
         [
@@ -224,7 +226,7 @@ def test_the_optimum_where_all_can_be_tried(devices, seeds):
             memory_w=0.3,
         )
         limit = max(costs.memory) * rng.choice((1.0, 1.5, 2.0))  # pyright: ignore
-        problem = Problem(devices, m, places, costs, limit)
+        problem = Problem(devices, m, stage_to_device, costs, limit)
         fit = [
             [r for r in rows if problem.peak(r) <= problem.slack[d]]
             for d, rows in enumerate(every)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fpipe import schedules
 from fpipe.schedules import Action, Costs, Event, Kind, Schedule, Timeline, simulate
 
-LOOPED = {
+PLACEMENTS = {
     "one": lambda d: range(d),
     "looped": lambda d: [*range(d)] * 2,
     "v": lambda d: [*range(d), *range(d)[::-1]],
@@ -24,13 +24,18 @@ KINDS: dict[bool, tuple[Kind, ...]] = {False: ("B",), True: ("I", "W")}
 
 
 def some_schedule(
-    devices, microbatches, place="one", split="none", backwards=True, choose=lambda n: 0
+    devices,
+    microbatches,
+    placement="one",
+    split="none",
+    backwards=True,
+    choose=lambda n: 0,
 ):
     """A valid schedule: of the actions that could run next, `choose` picks one until
     none is left.
     """
-    places = tuple(LOOPED[place](devices))
-    stages = len(places)
+    stage_to_device = tuple(PLACEMENTS[placement](devices))
+    stages = len(stage_to_device)
     is_split = {
         "none": lambda s, i: False,
         "all": lambda s, i: True,
@@ -48,10 +53,10 @@ def some_schedule(
             if all(any(n in done for n in ns) for ns in needs(a, stages))
         ]
         a = runnable[choose(len(runnable))]
-        rows[places[a.stage]].append(a)
+        rows[stage_to_device[a.stage]].append(a)
         todo.remove(a)
         done.add(a)
-    return Schedule(rows, places)
+    return Schedule(rows, stage_to_device)
 
 
 def needs(a, stages):
@@ -71,7 +76,7 @@ def number(cost, stage):
 
 def oracle(schedule, costs):
     """Start and end of every action: raise the starts until nothing changes any more."""
-    place, stages = schedule.stage_to_device, len(schedule.stage_to_device)
+    stage_to_device, stages = schedule.stage_to_device, schedule.stages
     actions = [a for row in schedule.actions for a in row]
     took = {
         a: number(getattr(costs, a.kind), a.stage)
@@ -87,7 +92,13 @@ def oracle(schedule, costs):
     for y in actions:
         others = [x for x in itertools.chain(*needs(y, stages)) if x in took]
         arcs += [
-            (x, y, costs.transfer if place[x.stage] != place[y.stage] else 0.0)
+            (
+                x,
+                y,
+                costs.transfer
+                if stage_to_device[x.stage] != stage_to_device[y.stage]
+                else 0.0,
+            )
             for x in others
         ]
     start = dict.fromkeys(actions, 0.0)
@@ -155,16 +166,16 @@ def check(schedule, costs):
     ) or (timeline.makespan == 0)
 
 
-@pytest.mark.parametrize("place", LOOPED)
+@pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("split", ["none", "all", "some"])
 @pytest.mark.parametrize("transfer", [0.0, 0.3])
-def test_agrees_with_the_oracle_on_a_grid(place, split, transfer):
+def test_agrees_with_the_oracle_on_a_grid(placement, split, transfer):
     for devices, microbatches, backwards in itertools.product(
         (1, 2, 3), (1, 2, 4), (False, True)
     ):
         for choose in (lambda n: 0, lambda n: n - 1, lambda n: n // 2):
             schedule = some_schedule(
-                devices, microbatches, place, split, backwards, choose
+                devices, microbatches, placement, split, backwards, choose
             )
             stages = range(schedule.stages)
             check(schedule, Costs(transfer=transfer))
@@ -194,13 +205,13 @@ def test_agrees_with_the_oracle_on_a_grid(place, split, transfer):
 @st.composite
 def schedules_and_costs(draw):
     devices, microbatches = draw(st.integers(1, 4)), draw(st.integers(1, 5))
-    place, split = (
-        draw(st.sampled_from(list(LOOPED))),
+    placement, split = (
+        draw(st.sampled_from(list(PLACEMENTS))),
         draw(st.sampled_from(["none", "all", "some"])),
     )
     random = draw(st.randoms(use_true_random=False))
     schedule = some_schedule(
-        devices, microbatches, place, split, draw(st.booleans()), random.randrange
+        devices, microbatches, placement, split, draw(st.booleans()), random.randrange
     )
     one = st.one_of(st.just(0.0), st.integers(0, 3), st.floats(0, 5))
     cost = st.one_of(

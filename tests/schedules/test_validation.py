@@ -17,8 +17,73 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpipe import schedules
-from fpipe.schedules import Action, Schedule
+from fpipe.schedules import Action, Kind, Schedule
+from fpipe.schedules._action import KINDS
+from fpipe.schedules._rules import HELD, NEEDS, crossing_need, last_needs, needs
 from tests.helpers import raises
+
+# --- the rules themselves ---
+
+WHOLE: tuple[Kind, ...] = ("F", "B")
+SPLIT: tuple[Kind, ...] = ("F", "I", "W")
+
+
+def arrows(kinds):
+    """`(action, what it needs)` of one microbatch on three stages, as in `_rules.py`."""
+    present = {Action(k, s, 0) for k in kinds for s in range(3)}
+    return {
+        (f"{a.kind}{a.stage}", f"{n.kind}{n.stage}")
+        for a in present
+        for n in needs(a, present)
+    }
+
+
+@pytest.mark.parametrize("backward", "BI")
+def test_the_rules_are_those_of_the_drawing(backward):
+    kinds = WHOLE if backward == "B" else SPLIT
+    drawn = {("F1", "F0"), ("F2", "F1")}
+    drawn |= {(f"{backward}{s}", f"F{s}") for s in range(3)}
+    drawn |= {(f"{backward}{s}", f"{backward}{s + 1}") for s in range(2)}
+    if backward == "I":
+        drawn |= {(f"W{s}", f"I{s}") for s in range(3)}
+    assert arrows(kinds) == drawn
+
+
+def test_a_stage_may_have_b_where_its_neighbour_has_i():
+    b, i = Action("B", 1, 4), Action("I", 1, 4)
+    for kind in ("B", "I"):
+        for other in (b, i):
+            assert needs(Action(kind, 0, 4), {other}) == [other]
+
+
+def test_what_does_not_take_part_is_not_waited_for():
+    assert needs(Action("F", 1, 0), {Action("F", 1, 0)}) == []
+    backwards = {Action("B", s, 0) for s in range(2)}
+    assert needs(Action("B", 0, 0), backwards) == [Action("B", 1, 0)]
+
+
+def test_the_kinds_stand_in_an_order_in_which_they_may_run():
+    for kind in KINDS:
+        for need in NEEDS[kind]:
+            if need.offset == 0:
+                assert all(KINDS.index(k) < KINDS.index(kind) for k in need.kinds)
+        assert crossing_need(kind) in (None, NEEDS[kind][-1])
+
+
+def test_the_last_needs_are_those_of_the_docstring():
+    table = {
+        f"{of.kind}{of.stage}: {last and f'{last.kind}{last.stage}'}"
+        for of, last in last_needs(2, SPLIT).items()
+    }
+    drawn = re.findall(r"[FIW]\d: \w+", last_needs.__doc__ or "")
+    assert table == set(drawn)
+
+
+def test_nothing_is_held_after_a_backward():
+    for kinds in (WHOLE, SPLIT):
+        assert sum(HELD[kind].full for kind in kinds) == 0
+        assert sum(HELD[kind].weight for kind in kinds) == 0
+
 
 # --- the legal schedules that are broken below: rows, and the device of each stage ---
 
@@ -84,17 +149,17 @@ def runnable(action, ran, stages):
     )
 
 
-def complete(rows, places):
+def complete(rows, stage_to_device):
     counts = collections.Counter(tuple(a) for row in rows for a in row)
     m = 1 + max(i for _, _, i in counts)
     if (
-        any(places[a[1]] != d for d, row in enumerate(rows) for a in row)
+        any(stage_to_device[a[1]] != d for d, row in enumerate(rows) for a in row)
         or max(counts.values()) > 1
     ):
         return False
     kinds = {
         "".join(k for k in "FBIW" if (k, s, i) in counts)
-        for s in range(len(places))
+        for s in range(len(stage_to_device))
         for i in range(m)
     }
     return kinds == {"F"} or kinds <= {"FB", "FIW"}
@@ -109,22 +174,25 @@ def labels(pattern, text):
     return [(k, int(s), int(i)) for k, s, i in pattern.findall(text)]
 
 
-def check(rows, places):
+def check(rows, stage_to_device):
     """Accepted if and only if the oracle finishes it; and what a deadlock names is
     stuck in the oracle.
     """
     rows = [list(row) for row in rows]
-    if not complete(rows, places):
+    if not complete(rows, stage_to_device):
         with pytest.raises(ValueError, match="`Schedule`") as error:
-            Schedule(rows, places)
+            Schedule(rows, stage_to_device)
         assert "deadlock" not in str(error.value)
         return False
-    ran, everything = run(rows, len(places)), {tuple(a) for row in rows for a in row}
+    ran, everything = (
+        run(rows, len(stage_to_device)),
+        {tuple(a) for row in rows for a in row},
+    )
     if ran == everything:
-        assert Schedule(rows, places).actions == tuple(map(tuple, rows))
+        assert Schedule(rows, stage_to_device).actions == tuple(map(tuple, rows))
         return True
     with pytest.raises(ValueError, match="`Schedule`: deadlock: ") as error:
-        Schedule(rows, places)
+        Schedule(rows, stage_to_device)
     told = str(error.value)
     fronts = {
         tuple(next(a for a in row if tuple(a) not in ran))
@@ -138,10 +206,11 @@ def check(rows, places):
         told
     )  # each is the first of its device that can never run
     assert set(awaited) <= everything - ran, told
-    assert not runnable(stuck[0], ran, len(places))
-    assert runnable(stuck[0], ran | {awaited[0]}, len(places)) or stuck[0][0] in "BI", (
-        told
-    )
+    assert not runnable(stuck[0], ran, len(stage_to_device))
+    assert (
+        runnable(stuck[0], ran | {awaited[0]}, len(stage_to_device))
+        or stuck[0][0] in "BI"
+    ), told
     for d, k, s, i, p in re.findall(rf"device (\d+) at {LABEL}, position (\d+)", told):
         assert rows[int(d)][int(p)] == (k, int(s), int(i))
     for k, s, i, d, p in re.findall(
@@ -163,7 +232,7 @@ def test_legal_schedules_are_accepted(name):
 
 @each
 def test_without_any_one_action(name):
-    rows, places = LEGAL[name]
+    rows, stage_to_device = LEGAL[name]
     for d, row in enumerate(rows):
         for p, a in enumerate(row):
             broken = [*rows[:d], row[:p] + row[p + 1 :], *rows[d + 1 :]]
@@ -172,12 +241,12 @@ def test_without_any_one_action(name):
                 ValueError,
                 match=rf"{re.escape(str(a))} is missing" if a.kind == "F" else had,
             ):
-                Schedule(broken, places)
+                Schedule(broken, stage_to_device)
 
 
 @each
 def test_with_any_action_twice(name):
-    rows, places = LEGAL[name]
+    rows, stage_to_device = LEGAL[name]
     for d, row in enumerate(rows):
         for a, p in itertools.product(row, range(len(row) + 1)):
             broken = [*rows[:d], [*row[:p], a, *row[p:]], *rows[d + 1 :]]
@@ -187,12 +256,12 @@ def test_with_any_action_twice(name):
                 f"`Schedule`: device {d}, position {second}: {a} is there twice, first "
                 f"at position {first}",
             ):
-                Schedule(broken, places)
+                Schedule(broken, stage_to_device)
 
 
 @each
 def test_with_any_action_on_another_device(name):
-    rows, places = LEGAL[name]
+    rows, stage_to_device = LEGAL[name]
     for d, other in itertools.permutations(range(len(rows)), 2):
         for a in rows[d]:
             p = a.microbatch
@@ -203,18 +272,18 @@ def test_with_any_action_on_another_device(name):
                 f"`Schedule`: device {other}, position {p}: {a}, but stage {a.stage} "
                 f"is on device {d}",
             ):
-                Schedule(broken, places)
+                Schedule(broken, stage_to_device)
 
 
 @each
 def test_with_any_two_actions_of_a_device_swapped(name):
-    rows, places = LEGAL[name]
+    rows, stage_to_device = LEGAL[name]
     outcomes = set()
     for d, row in enumerate(rows):
         for p, q in itertools.combinations(range(len(row)), 2):
             swapped = list(row)
             swapped[p], swapped[q] = row[q], row[p]
-            outcomes.add(check([*rows[:d], swapped, *rows[d + 1 :]], places))
+            outcomes.add(check([*rows[:d], swapped, *rows[d + 1 :]], stage_to_device))
     assert outcomes == (
         {True} if name == "forwards" else {True, False}
     )  # microbatches alone may go in any order
@@ -222,7 +291,7 @@ def test_with_any_two_actions_of_a_device_swapped(name):
 
 @each
 def test_with_any_kind_stage_or_microbatch_changed(name):
-    rows, places = LEGAL[name]
+    rows, stage_to_device = LEGAL[name]
     for d, row in enumerate(rows):
         for p, a in enumerate(row):
             others = [a._replace(kind=k) for k in "FBIW" if k != a.kind]
@@ -231,18 +300,23 @@ def test_with_any_kind_stage_or_microbatch_changed(name):
                 for k in (-1, 1, 7)
                 if a.microbatch + k >= 0
             ]
-            others += [a._replace(stage=s) for s in range(len(places)) if s != a.stage]
+            others += [
+                a._replace(stage=s) for s in range(len(stage_to_device)) if s != a.stage
+            ]
             for b in others:
-                check([*rows[:d], [*row[:p], b, *row[p + 1 :]], *rows[d + 1 :]], places)
+                check(
+                    [*rows[:d], [*row[:p], b, *row[p + 1 :]], *rows[d + 1 :]],
+                    stage_to_device,
+                )
 
 
 @each
 @pytest.mark.parametrize("kinds", ["W", "I", "B", "F", "BI", "BIW"])
 def test_without_a_kind_altogether(name, kinds):
-    rows, places = LEGAL[name]
+    rows, stage_to_device = LEGAL[name]
     left = [[a for a in row if a.kind not in kinds] for row in rows]
     if all(left):
-        assert check(left, places) == complete(left, places)
+        assert check(left, stage_to_device) == complete(left, stage_to_device)
 
 
 @each
@@ -251,15 +325,15 @@ def test_renumbered_alike_everywhere(name, seed):
     """Microbatches in another order are as good; stages in another order are another
     pipeline.
     """
-    rows, places = LEGAL[name]
+    rows, stage_to_device = LEGAL[name]
     m, rng = 1 + max(a.microbatch for a in rows[0]), random.Random(seed)
     new = rng.sample(range(m), m)
     assert check(
         [[a._replace(microbatch=new[a.microbatch]) for a in row] for row in rows],
-        places,
+        stage_to_device,
     )
-    stages = rng.sample(range(len(places)), len(places))
-    moved = [places[stages.index(s)] for s in range(len(places))]
+    stages = rng.sample(range(len(stage_to_device)), len(stage_to_device))
+    moved = [stage_to_device[stages.index(s)] for s in range(len(stage_to_device))]
     check([[a._replace(stage=stages[a.stage]) for a in row] for row in rows], moved)
 
 
@@ -268,7 +342,7 @@ def test_split_and_full_backwards_mix(choice):
     """Any backward may be split, whatever the next stage does: `I` and `B` give the
     same cotangent.
     """
-    rows, places = LEGAL["1f1b"]
+    rows, stage_to_device = LEGAL["1f1b"]
     split = dict(zip(itertools.product(range(3), range(2)), choice, strict=True))
     mixed = [
         [
@@ -282,15 +356,15 @@ def test_split_and_full_backwards_mix(choice):
         ]
         for row in rows
     ]
-    assert check(mixed, places)
+    assert check(mixed, stage_to_device)
     late = [sorted(row, key=lambda a: a.kind != "W") for row in mixed]
-    assert check(late, places) == ("I" not in choice)
+    assert check(late, stage_to_device) == ("I" not in choice)
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_order_is_accepted_exactly_when_it_runs(data):
-    rows, places = LEGAL[data.draw(st.sampled_from(sorted(LEGAL)))]
+    rows, stage_to_device = LEGAL[data.draw(st.sampled_from(sorted(LEGAL)))]
     rows = [list(row) for row in rows]
     for _ in range(
         data.draw(st.integers(0, 4))
@@ -298,8 +372,8 @@ def test_any_order_is_accepted_exactly_when_it_runs(data):
         row = rows[data.draw(st.integers(0, len(rows) - 1))]
         a = row.pop(data.draw(st.integers(0, len(row) - 1)))
         row.insert(data.draw(st.integers(0, len(row))), a)
-    check(rows, places)
-    check([data.draw(st.permutations(row)) for row in rows], places)
+    check(rows, stage_to_device)
+    check([data.draw(st.permutations(row)) for row in rows], stage_to_device)
 
 
 # --- the reasons, word by word ---
@@ -403,9 +477,9 @@ MAPS = {
 
 @pytest.mark.parametrize("name", MAPS)
 def test_maps_that_do_not_fit(name):
-    places, message = MAPS[name]
+    stage_to_device, message = MAPS[name]
     with raises(ValueError, f"`Schedule`: {message}"):
-        Schedule([[("F", 0, 0)], [("F", 1, 0)]], places)
+        Schedule([[("F", 0, 0)], [("F", 1, 0)]], stage_to_device)
 
 
 def test_a_device_without_a_stage_is_refused():
@@ -480,14 +554,14 @@ def test_the_table_of_torch_with_a_microbatch_that_does_not_exist():
 
 
 def test_the_table_of_jaxpp_with_two_tasks_twice_and_fourteen_omitted():
-    rows, places = LEGAL["gpipe"]
+    rows, stage_to_device = LEGAL["gpipe"]
     everything, rows = sum(map(len, rows)), parse("0F0 0F0 0F1 0F1", "1F0 1F1", "")
     assert everything - len({a for row in rows for a in row}) == 14
     with raises(
         ValueError,
         "`Schedule`: device 0, position 1: F(0,0) is there twice, first at position 0",
     ):
-        Schedule(rows, places)
+        Schedule(rows, stage_to_device)
 
 
 # --- what may be given ---
@@ -563,7 +637,7 @@ def test_an_unknown_kind():
 
 
 @pytest.mark.parametrize(
-    ("places", "message"),
+    ("stage_to_device", "message"),
     [
         (
             [True],
@@ -582,9 +656,9 @@ def test_an_unknown_kind():
         (0, "`Schedule`: stage_to_device is a sequence, not 0"),
     ],
 )
-def test_what_is_no_map(places, message):
+def test_what_is_no_map(stage_to_device, message):
     with raises(TypeError, message):
-        Schedule([[("F", 0, 0)]], places)
+        Schedule([[("F", 0, 0)]], stage_to_device)
 
 
 def test_a_name_is_a_string():
@@ -649,8 +723,8 @@ def test_what_is_derived_is_no_part_of_the_value():
 
 
 def test_repr_is_short_and_str_is_the_rows():
-    rows, places = LEGAL["V"]
-    schedule = Schedule(rows, places, "V")
+    rows, stage_to_device = LEGAL["V"]
+    schedule = Schedule(rows, stage_to_device, "V")
     assert (
         repr(schedule) == "<Schedule 'V': 2 devices, 4 stages, 2 microbatches, F B I W>"
     )

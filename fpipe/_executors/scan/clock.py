@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fpipe._executors.recording import completed, needs
+from fpipe._executors.recording import completed
 from fpipe._executors.scan.machine import Segment
 from fpipe.schedules import Action, Event, ProgramRun, Recording, Schedule
+from fpipe.schedules._rules import needs
 
 
 class Stamp(NamedTuple):
@@ -117,9 +118,8 @@ class Ran:
         # The host may be told late of an end, but the end is no later than the start of
         # what needs it.
         for a in times:
-            for first in needs(a):
-                if first in end:
-                    end[first] = min(end[first], start[a])
+            for first in needs(a, end):
+                end[first] = min(end[first], start[a])
         events: dict[Action, Event] = {}
         programs: list[ProgramRun] = []
         for a in times:

@@ -34,6 +34,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from fpipe.schedules import Action, Costs, Schedule
+from fpipe.schedules._rules import needs
 
 # Action or nothing, for each device.
 Phase: TypeAlias = tuple[Action | None, ...]
@@ -100,62 +101,54 @@ def ticks_of(
         loops = [[[a for a in row if a.kind == "F"] for row in rows]]
         if backwards:
             loops.append([[a for a in row if a.kind != "F"] for row in rows])
-    return [cheapest(actions, schedule.stages, costs) for actions in loops]
+    return [cheapest(actions, costs) for actions in loops]
 
 
-def cheapest(actions: Sequence[Sequence[Action]], stages: int, costs: Costs) -> Ticks:
+def cheapest(actions: Sequence[Sequence[Action]], costs: Costs) -> Ticks:
     """The cheaper of the two forms; of equal ones the one with a single phase.
 
     Arguments:
         actions: of each device, in order.
     """
-    best = lock_step(actions, stages, ONE_ACTION)
+    best = lock_step(actions, ONE_ACTION)
     kinds = {a.kind for row in actions for a in row}
     if "F" in kinds and len(kinds) > 1:
-        other = lock_step(actions, stages, FORWARD_THEN_BACKWARD)
+        other = lock_step(actions, FORWARD_THEN_BACKWARD)
         if other.cost(costs) < best.cost(costs):
             return other
     return best
 
 
-def lock_step(
-    actions: Sequence[Sequence[Action]], stages: int, phases: tuple[str, ...]
-) -> Ticks:
-    """Every action in the first phase in which its turn has come and what it needs from
-    its neighbour is there. What it needs from its own device is, by the order.
+def lock_step(actions: Sequence[Sequence[Action]], phases: tuple[str, ...]) -> Ticks:
+    """Every action in the first phase in which its turn has come and what it needs is
+    there.
     """
-    forwards = set[tuple[int, int]]()
-    backwards = set[tuple[int, int]]()
-    position = [0] * len(actions)
-    left = sum(map(len, actions))
+    present = {action for row in actions for action in row}
+    done: set[Action] = set()
+    # For each device what it has still to run, the next action last, and what that
+    # waits for: looked up once, not in every tick that it waits.
+    left = [list(reversed(row)) for row in actions]
+    waits = [needs(row[-1], present) if row else [] for row in left]
     rows: list[tuple[Phase, ...]] = []
-    while left:
-        before = left
+    while any(left):
+        before = len(done)
         tick: list[Phase] = []
         for kinds in phases:
-            phase: list[Action | None] = [None] * len(actions)
-            for d, row in enumerate(actions):
-                if position[d] == len(row) or row[position[d]].kind not in kinds:
-                    continue
-                kind, s, i = action = row[position[d]]
-                if kind == "F":
-                    may_run = s == 0 or (s - 1, i) in forwards
-                elif kind == "W":
-                    may_run = True
-                else:
-                    may_run = s == stages - 1 or (s + 1, i) in backwards
-                if may_run:
-                    phase[d] = action
+            phase = tuple(
+                row[-1]
+                if row and row[-1].kind in kinds and done.issuperset(waits[d])
+                else None
+                for d, row in enumerate(left)
+            )
+            # Only now: what an action makes is there when its phase has ended.
             for d, action in enumerate(phase):
                 if action is None:
                     continue
-                position[d] += 1
-                left -= 1
-                if action.kind == "F":
-                    forwards.add((action.stage, action.microbatch))
-                elif action.kind != "W":
-                    backwards.add((action.stage, action.microbatch))
-            tick.append(tuple(phase))
-        assert left < before, "a deadlock, which `Schedule` refuses"
+                done.add(action)
+                left[d].pop()
+                if left[d]:
+                    waits[d] = needs(left[d][-1], present)
+            tick.append(phase)
+        assert len(done) > before, "a deadlock, which `Schedule` refuses"
         rows.append(tuple(tick))
     return Ticks(phases, tuple(rows))

@@ -36,11 +36,11 @@ def test_what_both_forms_cost(name):
     schedule = schedule_of(name, 4, 16)
     costs = Costs(F=1, B=2, I=1, W=1)
     both = tuple(
-        lock_step(schedule.actions, schedule.stages, form).cost(costs)
+        lock_step(schedule.actions, form).cost(costs)
         for form in (ONE_ACTION, FORWARD_THEN_BACKWARD)
     )
     assert both == LOCK_STEP[name]
-    assert cheapest(schedule.actions, schedule.stages, costs).cost(costs) == min(both)
+    assert cheapest(schedule.actions, costs).cost(costs) == min(both)
 
 
 @pytest.mark.parametrize("form", [ONE_ACTION, FORWARD_THEN_BACKWARD])
@@ -48,7 +48,7 @@ def test_what_both_forms_cost(name):
 def test_every_action_runs_once_in_order_behind_what_it_needs(name, form):
     for devices, m in [(1, 1), (2, 4), (3, 7), (4, 8)]:
         schedule = schedule_of(name, devices, m)
-        ticks = lock_step(schedule.actions, schedule.stages, form)
+        ticks = lock_step(schedule.actions, form)
         for d, row in enumerate(schedule.actions):
             ran = [phase[d] for tick in ticks.rows for phase in tick if phase[d]]
             assert ran == list(row)
@@ -84,7 +84,7 @@ def test_every_action_runs_once_in_order_behind_what_it_needs(name, form):
 def test_backwards_alone_follow_what_is_done():
     schedule = named("gpipe", 3, 4)
     rows = [[a for a in row if a.kind == "B"] for row in schedule.actions]
-    ticks = cheapest(rows, 3, Costs())
+    ticks = cheapest(rows, Costs())
     assert ticks.phases == ONE_ACTION
     assert len(ticks.rows) == 4 + 2
     assert (

@@ -1,0 +1,128 @@
+"""What actions cost: times and memory, for all stages alike or stage by stage.
+
+In: numbers, or sequences of one number per stage, of any numeric type. Out: `Costs`, a
+frozen value of floats and tuples of floats:
+
+    Costs(F=1, B=[2, 3])     F == 1.0 on every stage, B == (2.0, 3.0)
+"""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any, NamedTuple, TypeAlias
+
+from fpipe.schedules._action import Action
+
+Cost: TypeAlias = float | Sequence[float]
+
+
+class StageMemory(NamedTuple):
+    """What one microbatch holds on one stage.
+
+    Attributes:
+        full: from the start of its `F` to the end of its `B` or `I`.
+        weight: from there to the end of its `W`.
+    """
+
+    full: float
+    weight: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What each action takes, in any unit of time, and what it holds, in any unit of
+    memory.
+
+    Each is one number, or one number per stage; `transfer` is one number. All are
+    finite and not negative.
+
+    Arguments:
+        F: a forward.
+        B: a full backward; left out it is `I + W`.
+        I: an input gradient.
+        W: a weight gradient.
+        transfer: latency between two different devices.
+        memory: what a microbatch holds on a stage from the start of its `F` to the end
+            of its `B` or `I`.
+        memory_w: what it holds from there to the end of its `W`; left out, all of
+            `memory`.
+
+    Raises:
+        TypeError: something that is neither a number nor a sequence of numbers.
+        ValueError: a number that is negative, infinite or NaN.
+    """
+
+    F: Cost = 1.0
+    B: Cost | None = None
+    I: Cost = 1.0  # noqa: E741 - the letter of the literature
+    W: Cost = 1.0
+    transfer: float = 0.0
+    memory: Cost = 1.0
+    memory_w: Cost | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            call = f"Costs({field.name}={value!r})"
+            each = "" if field.name == "transfer" else "stage"
+            object.__setattr__(self, field.name, read_numbers(call, each, value))
+
+    def of(self, action: Action) -> float:
+        """The cost of one action."""
+        if action.kind == "B" and self.B is None:
+            return _of_stage(self.I, action.stage) + _of_stage(self.W, action.stage)
+        return _of_stage(getattr(self, action.kind), action.stage)
+
+    def holds(self, stage: int) -> StageMemory:
+        """What a microbatch holds on a stage from `F` to `B` or `I`, and from `I` to
+        `W`.
+        """
+        full = _of_stage(self.memory, stage)
+        if self.memory_w is None:
+            return StageMemory(full, weight=full)
+        return StageMemory(full, weight=_of_stage(self.memory_w, stage))
+
+    def check(self, stages: int) -> None:
+        """Refuse costs per stage that are not those of `stages` stages, with a
+        `ValueError`.
+        """
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, tuple) and len(value) != stages:
+                raise ValueError(
+                    f"`Costs({field.name}={value!r})`: {len(value)} numbers for "
+                    f"{stages} stages"
+                )
+
+
+def read_numbers(call: str, each: str, value: Any) -> float | tuple[float, ...]:
+    """A number as a float, or numbers, one per `each`, as a tuple of floats.
+
+    Arguments:
+        call: what was called, for the message.
+        each: what there may be several numbers for; `""`: there may be one only.
+        value: whatever was given.
+    """
+    several = isinstance(value, Iterable) and not isinstance(
+        value, (str, bytes, Mapping, Set)
+    )
+    # An array of numpy without an axis is iterable by its type alone.
+    if several and each and getattr(value, "ndim", 1):
+        return tuple(_read_number(call, each, number) for number in value)
+    return _read_number(call, each, value)
+
+
+def _read_number(call: str, each: str, value: Any) -> float:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        several = f", or one number per {each}" if each else ""
+        raise TypeError(f"`{call}`: a number{several}")
+    if not 0.0 <= float(value) < math.inf:
+        raise ValueError(f"`{call}`: finite and not negative")
+    return float(value)
+
+
+def _of_stage(cost: Cost, stage: int) -> float:
+    return cost[stage] if isinstance(cost, Sequence) else cost

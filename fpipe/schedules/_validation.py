@@ -1,0 +1,287 @@
+"""Whether a schedule can run: every action is there, and no device waits for ever.
+
+In: the rows of a schedule and the device of each stage. Out: nothing, or a `ValueError`
+that says what is wrong. Both checks take a fraction of a second for 64 stages and
+thousands of microbatches, so their loops see a pair of stage and microbatch as one
+number, its *cell*, and the kinds of it as bits. With three stages:
+
+                     stage 0   stage 1   stage 2
+    microbatch 0        0         1         2
+    microbatch 1        3         4         5           bits: F 1, B 2, I 4, W 8
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from fpipe.schedules._action import KINDS, Action, Kind
+from fpipe.schedules._rules import NEEDS, needs
+
+Rows: TypeAlias = Sequence[Sequence[Action]]
+
+BITS: dict[Kind, int] = {"F": 1, "B": 2, "I": 4, "W": 8}
+WITH_BACKWARDS = (
+    BITS["F"] | BITS["B"],
+    BITS["F"] | BITS["I"] | BITS["W"],
+)
+
+
+def shortened(value: Any) -> str:
+    """The `repr` of what was given, for a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+# --- whether everything is there ---
+
+
+def check_complete(rows: Rows, stage_to_device: Sequence[int]) -> None:
+    """Refuse rows in which an action is missing, repeated or on the wrong device."""
+    devices = len(rows)
+    stages = len(stage_to_device)
+    if not any(rows) or not stages:
+        raise ValueError(
+            f"`Schedule`: {devices} devices, {stages} stages and no action: nothing to "
+            "run"
+        )
+    for stage, device in enumerate(stage_to_device):
+        if not 0 <= device < devices:
+            raise ValueError(
+                f"`Schedule`: stage_to_device[{stage}] is {device}, but there are "
+                f"{devices} devices"
+            )
+
+    # By cell; a dict, since a wrong microbatch may be a very large number.
+    kinds_of: dict[int, int] = {}
+    last = next(row[0] for row in rows if row)
+    backwards = False
+    for device, row in enumerate(rows):
+        for position, action in enumerate(row):
+            kind, stage, microbatch = action
+            if (
+                microbatch < 0
+                or not 0 <= stage < stages
+                or stage_to_device[stage] != device
+            ):
+                raise ValueError(
+                    f"`Schedule`: device {device}, position {position}: "
+                    f"{action}{_why_misplaced(action, devices, stage_to_device)}"
+                )
+            cell = microbatch * stages + stage
+            bit = BITS[kind]
+            kinds = kinds_of.get(cell, 0)
+            if kinds & bit:
+                raise ValueError(
+                    f"`Schedule`: device {device}, position {position}: {action} is "
+                    f"there twice, first at position {row.index(action)}"
+                )
+            kinds_of[cell] = kinds | bit
+            if kind != "F":
+                backwards = True
+            if microbatch > last.microbatch:
+                last = action
+
+    for cell in range(stages * (last.microbatch + 1)):
+        kinds = kinds_of.get(cell, 0)
+        if not kinds & BITS["F"]:
+            microbatch, stage = divmod(cell, stages)
+            missing = Action("F", stage, microbatch)
+            raise ValueError(
+                f"`Schedule`: {missing} is missing: "
+                f"{_why_missing(missing, rows, stage_to_device, last)}"
+            )
+        if backwards and kinds not in WITH_BACKWARDS:
+            microbatch, stage = divmod(cell, stages)
+            present = " and ".join(kind for kind in KINDS if kinds & BITS[kind])
+            raise ValueError(
+                f"`Schedule`: stage {stage}, microbatch {microbatch} has {present}; a "
+                "schedule with backwards needs F with either B, or both I and W"
+            )
+    if not all(rows):
+        raise ValueError(
+            f"`Schedule`: device {rows.index(())} has no stage and nothing to run; "
+            "leave it out, or give it a stage in "
+            f"stage_to_device, {shortened(tuple(stage_to_device))}"
+        )
+
+
+def _why_misplaced(action: Action, devices: int, stage_to_device: Sequence[int]) -> str:
+    if action.microbatch < 0:
+        return " is of a negative microbatch"
+    stages = len(stage_to_device)
+    if 0 <= action.stage < stages:
+        device = stage_to_device[action.stage]
+        return f", but stage {action.stage} is on device {device}"
+    hint = ""
+    if list(stage_to_device) == list(range(devices)):
+        hint = "; with several stages on a device give stage_to_device"
+    return f" is of stage {action.stage}, but there are {stages} stages{hint}"
+
+
+def _why_missing(
+    missing: Action, rows: Rows, stage_to_device: Sequence[int], last: Action
+) -> str:
+    stage = missing.stage
+    device = stage_to_device[stage]
+    if all(action.stage != stage for action in rows[device]):
+        return f"stage {stage} is on device {device}, which has no action of it"
+    return (
+        f"there are {last.microbatch + 1} microbatches, because device "
+        f"{stage_to_device[last.stage]} has {last}"
+    )
+
+
+# --- whether it runs ---
+
+# The bit of a need that is always met.
+_ALWAYS = 16
+
+# Two needs, each as the offset of a cell and the bits of which that cell must have one.
+_CodedNeeds: TypeAlias = tuple[int, int, int, int]
+
+
+def _coded_needs(stages: int) -> dict[Kind, list[_CodedNeeds]]:
+    """The rules as numbers, for each kind and stage.
+
+    For three stages:
+
+        F   stage 0: own cell has 16         and own cell has 16
+            stage 1: cell - 1 has 1          and own cell has 16
+        I   stage 1: own cell has 1          and cell + 1 has 2 or 4
+            stage 2: own cell has 1          and own cell has 16
+
+    Each is filled up to two, so that the loop that reads them has no branch for less.
+    """
+    coded: dict[Kind, list[_CodedNeeds]] = {kind: [] for kind in KINDS}
+    for kind in KINDS:
+        for stage in range(stages):
+            pairs = [
+                (need.offset, sum(BITS[other] for other in need.kinds))
+                for need in NEEDS[kind]
+                if 0 <= stage + need.offset < stages
+            ]
+            first, second, *_ = [*pairs, (0, _ALWAYS), (0, _ALWAYS)]
+            coded[kind].append((*first, *second))
+    return coded
+
+
+def check_runs(rows: Rows, stage_to_device: Sequence[int]) -> None:
+    """Refuse rows, complete ones, in which a device waits for ever.
+
+    Every device runs until it has to wait for a cell, and again when something of that
+    cell is done. What is left in the end does not depend on whose turn it was.
+    """
+    stages = len(stage_to_device)
+    microbatches = 1 + max(action.microbatch for action in rows[0])
+    coded = _coded_needs(stages)
+    done = bytearray([_ALWAYS]) * (stages * microbatches)
+    waiting: dict[int, list[int]] = {}
+    left = [iter(row) for row in rows]
+    current: list[Action | None] = [next(row) for row in left]
+    ready = list(range(len(rows)))
+    while ready:
+        device = ready.pop()
+        action = current[device]
+        while action is not None:
+            kind, stage, microbatch = action
+            cell = microbatch * stages + stage
+            offset, bits, second_offset, second_bits = coded[kind][stage]
+            if not done[cell + offset] & bits:
+                waiting.setdefault(cell + offset, []).append(device)
+                break
+            if not done[cell + second_offset] & second_bits:
+                waiting.setdefault(cell + second_offset, []).append(device)
+                break
+            done[cell] |= BITS[kind]
+            if cell in waiting:
+                ready += waiting.pop(cell)
+            action = next(left[device], None)
+        current[device] = action
+    stuck = {d: action for d, action in enumerate(current) if action is not None}
+    if stuck:
+        waits = _find_waits(rows, stage_to_device, stuck)
+        raise ValueError(f"`Schedule`: deadlock: {_tell_deadlock(rows, waits)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wait:
+    """A device that can never go on.
+
+    Attributes:
+        device: its index.
+        action: the first action that it can never run.
+        need: the first thing that the action waits for.
+        holder: the device that has `need`, in its row behind what it is stuck at.
+    """
+
+    device: int
+    action: Action
+    need: Action
+    holder: int
+
+
+def _find_waits(
+    rows: Rows, stage_to_device: Sequence[int], stuck: dict[int, Action]
+) -> dict[int, _Wait]:
+    """What each device waits for that is stuck at an action."""
+    present = {action for row in rows for action in row}
+    done: set[Action] = set()
+    for device, row in enumerate(rows):
+        ran = row[: row.index(stuck[device])] if device in stuck else row
+        done.update(ran)
+    waits: dict[int, _Wait] = {}
+    for device, action in stuck.items():
+        need = next(n for n in needs(action, present) if n not in done)
+        holder = stage_to_device[need.stage]
+        waits[device] = _Wait(device, action, need, holder)
+    return waits
+
+
+def _shortest_circle(waits: dict[int, _Wait]) -> list[_Wait]:
+    """The devices that wait for one another, from the lowest of them on."""
+    circles: list[list[int]] = []
+    for device in waits:
+        path = [device]
+        # What a stuck device waits for is on a stuck device, so this ends in a circle.
+        while (device := waits[device].holder) not in path:
+            path.append(device)
+        circles.append(path[path.index(device) :])
+    shortest = min(circles, key=lambda circle: (len(circle), circle))
+    return [waits[device] for device in shortest]
+
+
+def _tell_deadlock(rows: Rows, waits: dict[int, _Wait]) -> str:
+    """The message: who waits for whom, round to where it began."""
+    circle = _shortest_circle(waits)
+    first = circle[0]
+    story = [
+        f"device {first.device} at {first.action}, position "
+        f"{rows[first.device].index(first.action)},"
+    ]
+    for wait in circle:
+        position = rows[wait.holder].index(wait.need)
+        if wait.holder == wait.device:
+            story.append(
+                f"{wait.need}, which device {wait.holder} itself has later, at "
+                f"position {position}"
+            )
+            continue
+        link = f"{wait.need}, which device {wait.holder} has at position {position}"
+        front = waits[wait.holder].action
+        behind = f", after {front}" if front != wait.need else ""
+        if wait.holder == first.device:
+            link += f"{behind}, where this began"
+        elif behind:
+            link += f"{behind}, which"
+        else:
+            link += " and which"
+        story.append(link)
+    if len(circle) > 6:
+        story[4:-2] = [f"… ({len(circle) - 5} devices more), which"]
+
+    others = len(waits) - len(circle)
+    if others == 1:
+        story[-1] += "; 1 more device is stuck"
+    elif others:
+        story[-1] += f"; {others} more devices are stuck"
+    return " waits for ".join(story)
