@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import chex
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 import fpipe
+from fpipe._executors.placed import dispatch, threads
 from fpipe._executors.placed.compile import compile_plan
 from fpipe._executors.placed.instructions import Run
 
@@ -292,6 +294,25 @@ def assert_same(got: Any, want: Any, tolerance: float = 1e-5) -> None:
         )
 
 
+@contextlib.contextmanager
+def observing(look: Callable[[Any, list[Any]], None]) -> Iterator[None]:
+    """Call `look(instruction, slots)` after each step that placed pipes issue
+    meanwhile, with the slots of the thread that issues it; one call at a time.
+    """
+    one_at_a_time = threading.Lock()
+    issue = threads.issue
+
+    def observed(step, slots, *inboxes):
+        issue(step, slots, *inboxes)
+        with one_at_a_time:
+            look(step.item, slots)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threads, "issue", observed)
+        patch.setattr(dispatch, "issue", observed)
+        yield
+
+
 def products(
     layers: Any,
     checkpoint: Any,
@@ -313,7 +334,7 @@ def products(
     pipe.compile(params, x, loss_fn=lambda y: jnp.mean(y**2), argnums=wrt)
     bound = pipe._placed._bound.values()[0]
     counts: Counter[tuple[str, int]] = Counter()
-    for n, program in compile_plan(bound.plan, bound.given).items():
+    for n, program in compile_plan(bound.plan, bound.shapes).items():
         item = bound.plan.instructions[n]
         assert isinstance(item, Run)
         if item.action is not None:

@@ -26,13 +26,14 @@ import bisect
 import dataclasses
 import statistics
 import time
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
 
 import fpipe
 from fpipe import schedules
-from fpipe._executors.placed.dispatch import observing
+from fpipe._executors.placed import dispatch
 from fpipe._executors.placed.instructions import Run
 
 DEVICES = 4
@@ -242,9 +243,12 @@ def memory_table(m: int) -> None:
 
         plan = pipe._placed._bound.values()[0].plan
 
-        def count(
-            item,
+        issue = dispatch.issue
+
+        def counting(
+            issued,
             slots,
+            issue=issue,
             peak=peak,
             counted=counted,
             size=size,
@@ -252,6 +256,8 @@ def memory_table(m: int) -> None:
             pipe=pipe,
             plan=plan,
         ):
+            issue(issued, slots)
+            item = issued.item
             if (
                 not isinstance(item, Run)
                 or item.action is None
@@ -275,7 +281,7 @@ def memory_table(m: int) -> None:
                 )
             peak[:] = map(max, peak, now)
 
-        with observing(count):
+        with unittest.mock.patch.object(dispatch, "issue", counting):
             jax.block_until_ready(step(params, x))
         simulated = schedules.simulate(schedule, schedules.Costs(memory=size))
         events = tuple(e for e in simulated.events if e.action.stage in counted)
@@ -356,7 +362,7 @@ def dispatch_table(unit: float, repeats: int, width: int) -> None:
     for label, chunks, layers, x, times, scale in rows:
         runs, took = {}, {}
         recorder.unit = 0.0
-        for dispatch in ("one_thread", "thread_per_device"):
+        for who in ("one_thread", "thread_per_device"):
             stages = [1] * DEVICES
             pipe = fpipe.Pipe(
                 layers,
@@ -364,22 +370,22 @@ def dispatch_table(unit: float, repeats: int, width: int) -> None:
                 chunks=chunks,
                 checkpoint="never",
                 schedule="1f1b",
-                dispatch=dispatch,
+                dispatch=who,
             )
-            runs[dispatch] = (
+            runs[who] = (
                 pipe.value_and_grad(jnp.mean, argnums=(0, 1)),
                 pipe.init(jax.random.key(0), x),
             )
-            took[dispatch] = []
-            jax.block_until_ready(runs[dispatch][0](runs[dispatch][1], x))
+            took[who] = []
+            jax.block_until_ready(runs[who][0](runs[who][1], x))
         recorder.unit = unit
         for _ in range(times):
-            for dispatch, (step, params) in runs.items():
+            for who, (step, params) in runs.items():
                 start = time.perf_counter()
                 out = step(params, x)
                 if "host" not in label:
                     jax.block_until_ready(out)
-                took[dispatch].append(time.perf_counter() - start)
+                took[who].append(time.perf_counter() - start)
                 jax.block_until_ready(out)
         one, several = (statistics.median(t) * scale for t in took.values())
         print(

@@ -52,7 +52,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fpipe
-from fpipe._executors.placed.dispatch import Bound
+from fpipe._executors.placed import dispatch
 
 DEVICES, CHUNKS = 4, 8
 CHECKPOINTS = ("always", "except_last", "never")
@@ -187,24 +187,17 @@ def looking(look: Callable[[], None]) -> Iterator[None]:
     """Call `look()` after each program and each transfer, before what is not needed any
     more is dropped.
     """
-    run = Bound._run
+    issue = dispatch.issue
 
-    def watched(self: Any, slots: Any, half: Any, through: Any) -> Any:
-        del through
+    def watched(step: Any, slots: Any) -> None:
+        def looked_at(*arrays: Any) -> Any:
+            out = step.call(*arrays)
+            look()
+            return out
 
-        def around(n: int, call: Callable[..., Any]) -> Callable[..., Any]:
-            del n
+        issue(step._replace(call=looked_at), slots)
 
-            def looked_at(*arrays: Any) -> Any:
-                out = call(*arrays)
-                look()
-                return out
-
-            return looked_at
-
-        return run(self, slots, half, around)
-
-    with unittest.mock.patch.object(Bound, "_run", watched):
+    with unittest.mock.patch.object(dispatch, "issue", watched):
         yield
 
 

@@ -29,7 +29,7 @@ def noting(text: str) -> Iterator[None]:
         raise
 
 
-def add_note(error: Exception, text: str) -> None:
+def add_note(error: BaseException, text: str) -> None:
     """Add `text` as a note, unless a note of ours is there already."""
     if not any(note.startswith(PREFIX) for note in getattr(error, "__notes__", ())):
         error.add_note(PREFIX + text)

@@ -64,8 +64,11 @@ class Placement:
             and array.sharding.device_set == self.sharding.device_set
         )
 
+    def __str__(self) -> str:
+        return str(self.device)
+
     def __repr__(self) -> str:
-        return f"Placement({self.device})"
+        return f"Placement({self})"
 
     def __reduce__(self) -> Any:
         return _restore, (self.device.platform, self.device.id)

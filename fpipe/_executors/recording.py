@@ -1,7 +1,20 @@
-"""Recording: calls of one pipe, made in a block, and what really ran in them."""
+"""Recording: calls of one pipe, made in a block, and what really ran in them.
+
+`fpipe.record(pipe)` puts a `Recorder` up for its block. An executor that makes a call
+asks `recorders_of` who wants it. If there is anybody, it runs the call so that it can
+see when what ran, and adds what it has seen, a `RecordedCall`, to each recorder. When
+the block ends, each of them becomes a `fpipe.schedules.Recording`.
+
+    with fpipe.record(pipe) as timeline:    Recorder(owner, calls=[])
+        step(params, x)                         calls=[whole]
+        y, pull_back = jax.vjp(f, params)       calls=[whole, forward]
+        pull_back(y)                            calls=[whole, forward and backward]
+    timeline.calls                          the two recordings; timeline is the last one
+"""
 
 import contextlib
 import contextvars
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -9,23 +22,37 @@ from fpipe.schedules import Action, Event, Recording, Schedule
 from fpipe.schedules._rules import needs
 
 
-class Ran(Protocol):
-    """A call that was made, as an executor saw it."""
+class RecordedCall(Protocol):
+    """A call that was made, or a half of a differentiated one, as its executor saw it."""
+
+    def joined(self, later: object) -> "RecordedCall | None":
+        """A forward with its pull-back, as one call; `None` if these are two calls."""
+        ...
 
     def timeline(self) -> Recording:
         """When what ran in it."""
         ...
 
 
+@dataclasses.dataclass(eq=False)
 class Recorder:
     """Collects the calls that an executor makes.
 
-    Arguments:
+    Attributes:
         owner: what tells one pipe's executor from others.
+        calls: so far.
     """
 
-    def __init__(self, owner: object) -> None:
-        self.owner, self.calls = owner, list[Ran]()
+    owner: object
+    calls: list[RecordedCall] = dataclasses.field(default_factory=list)
+
+    def add(self, call: RecordedCall) -> None:
+        """Add a call. A pull-back is one call with the forward right before it."""
+        whole = self.calls[-1].joined(call) if self.calls else None
+        if whole is None:
+            self.calls.append(call)
+        else:
+            self.calls[-1] = whole
 
 
 _recorders: contextvars.ContextVar[tuple[Recorder, ...]] = contextvars.ContextVar(
@@ -74,13 +101,21 @@ def record(pipe: Any) -> Iterator[Recording]:
     owner = getattr(getattr(pipe, "_executor", None), "owner", None)
     if owner is None:
         raise TypeError(f"`fpipe.record({pipe!r})`: a Pipe is needed")
-    recorder, timeline = Recorder(owner), Recording((), len(pipe.devices))
+    recorder = Recorder(owner)
+    timeline = Recording((), len(pipe.devices))
     token = _recorders.set((*_recorders.get(), recorder))
     try:
         yield timeline
     finally:
         _recorders.reset(token)
-        _fill(timeline, [ran.timeline() for ran in recorder.calls])
+        recordings = [call.timeline() for call in recorder.calls]
+        if recordings:
+            # The caller has had this object since the block began: now it becomes the
+            # last recording.
+            for field in dataclasses.fields(Recording):
+                value = getattr(recordings[-1], field.name)
+                object.__setattr__(timeline, field.name, value)
+            object.__setattr__(timeline, "calls", tuple(recordings))
     if not recorder.calls:
         raise ValueError(
             "`fpipe.record(pipe)`: no call of this pipe has run in the block. Call the "
@@ -101,28 +136,15 @@ def completed(
         order: all actions, each behind what it needs.
         found: those that ran.
     """
-    out, free = dict[Action, Event](), [0.0] * schedule.devices
-    for a in order:
-        if a in found:
-            out[a] = found[a]
-        else:
-            d = schedule.stage_to_device[a.stage]
-            time = max([free[d], *(out[b].end for b in needs(a, out))])
-            out[a] = Event(d, a, time, time)
-        free[out[a].device] = max(free[out[a].device], out[a].end)
-    return tuple(sorted(out.values(), key=lambda e: e.start))
-
-
-def _fill(timeline: Recording, calls: list[Recording]) -> None:
-    if calls:
-        for name in (
-            "events",
-            "devices",
-            "name",
-            "memory",
-            "programs",
-            "transfers",
-            "places",
-        ):
-            object.__setattr__(timeline, name, getattr(calls[-1], name))
-        object.__setattr__(timeline, "calls", tuple(calls))
+    done: dict[Action, Event] = {}
+    free = [0.0] * schedule.devices
+    for action in order:
+        event = found.get(action)
+        if event is None:
+            device = schedule.stage_to_device[action.stage]
+            waits_for = [done[need].end for need in needs(action, done)]
+            time = max([free[device], *waits_for])
+            event = Event(device, action, time, time)
+        done[action] = event
+        free[event.device] = max(free[event.device], event.end)
+    return tuple(sorted(done.values(), key=lambda event: event.start))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from fpipe._core.pytrees import PyTree, Shape, is_inexact, nbytes, pack, zeros
 from fpipe._executors.call import Args
-from fpipe._executors.placed.compile import compile_plan, runs
+from fpipe._executors.placed.compile import compile_plan, traced_runs
 from fpipe._executors.placed.dispatch import Bound
 from fpipe._executors.placed.executor import Placed
 from fpipe._executors.placed.instructions import Plan, Run
@@ -129,7 +129,7 @@ def predict(
     schedule = placed.schedule(inputs.cut.m)
     # The scan executor's memory is that of its own program.
     needed = options.by == "time" or (options.compiled and scan is None)
-    compiled = compile_plan(plan, bound.given) if needed else {}
+    compiled = compile_plan(plan, bound.shapes) if needed else {}
     work = _work(bound, places, compiled, options)
     model = stages_of[0].model
     layers = known or costs_of(
@@ -182,7 +182,7 @@ def _work(
     is equal is looked at once.
     """
     traces = (
-        {n: traced for n, _, traced, _ in runs(bound.plan, bound.given)}
+        {run.number: run.traced for run in traced_runs(bound.plan, bound.shapes)}
         if options.by == "time"
         else {}
     )
@@ -315,13 +315,13 @@ def _devices(
         return 0 if analysis is None else analysis.temp_size_in_bytes
 
     plan, layout = bound.plan, bound.layout
-    found = peaks(plan, bound.given, _kept(bound, args), temporary)
+    found = peaks(plan, bound.shapes, _kept(bound, args), temporary)
     rows = []
     for place in dict.fromkeys(layout.placements):
         d = min(d for s, d in enumerate(places) if layout.placements[s] == place)
         peak = found[place]
         own = sum(
-            nbytes(bound.given[f.slot]) for f in plan.feeds if _is_own(f, plan, place)
+            nbytes(bound.shapes[f.slot]) for f in plan.feeds if _is_own(f, plan, place)
         )
         memory: dict[str, int] = {
             **peak.roles,

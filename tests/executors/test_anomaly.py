@@ -296,7 +296,7 @@ def test_programs_do_no_more_products_and_are_shared():
         )
         pipe.compile(pipe.init(jax.random.key(0), x), x, x, loss_fn=loss_fn)
         (bound,) = pipe._placed._bound.values()
-        for n, program in compile_plan(bound.plan, bound.given).items():
+        for n, program in compile_plan(bound.plan, bound.shapes).items():
             item = bound.plan.instructions[n]
             if isinstance(item, Run) and item.action:
                 found[detect, item.action.kind, item.action.stage] = (

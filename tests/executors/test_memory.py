@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 import fpipe
-from fpipe._executors.placed.dispatch import observing
-from tests.helpers import Case, cast_weights, dense, models, mse, noise
+from tests.helpers import Case, cast_weights, dense, models, mse, noise, observing
 
 W = 16
 

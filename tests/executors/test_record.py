@@ -20,14 +20,15 @@ import pytest
 
 import fpipe
 import fpipe.plot
-from fpipe._executors.placed import watch as _watch
-from fpipe._executors.placed.dispatch import observing
+from fpipe._executors.placed import dispatch
+from fpipe._executors.placed.instructions import Half, Run
+from fpipe._executors.placed.watch import Lane, Seen, Watch, WatchedCall
 from fpipe._executors.scan import clock as _clock
 from fpipe.schedules import Action, Costs, Event, Timeline, draw, simulate, svg
 from fpipe.schedules._trace import Span, trace
 from tests.executors.placed.test_dispatch import ERRORS, Host
 from tests.front.test_calls import BoomError, Trigger, notes
-from tests.helpers import Case, dense, models, mse, raises
+from tests.helpers import Case, dense, models, mse, observing, raises
 
 M = 4
 X = jnp.arange(M, dtype=jnp.float32)[:, None] + jnp.zeros(
@@ -235,7 +236,7 @@ def test_what_is_donated_is_recorded_too_and_results_are_the_same(
     with fpipe.record(pipe) as timeline:
         got = step(params, case.x, case.target, **case.needs)
     (bound,) = pipe._placed._bound.values()
-    marks = [way for way in bound._ways.values() if way.mark is not None]
+    marks = [way for way in bound.probes.values() if way.mark is not None]
     assert len(marks) >= 3
     assert {e.action for e in timeline.events} == {
         a for row in pipe.make_schedule(3).actions for a in row
@@ -421,18 +422,19 @@ def test_an_exception_in_a_layer_ends_the_call_and_is_not_recorded():
 def test_an_exception_on_a_device_says_where(monkeypatch):
     """One that shows only where a result is waited for."""
     pipe, params, x = small()
-    step, wait = pipe.value_and_grad(jnp.mean), _watch.Watch._wait
+    step, wait = pipe.value_and_grad(jnp.mean), Watch.wait
 
     class Bad:
         def block_until_ready(self):
             raise BoomError("on the device")
 
-    def broken(self, n, array, seen):
-        bad = getattr(self._plan.instructions[n], "action", None) == ("F", 1, 1)
-        wait(self, n, Bad() if bad else array, seen)
+    def broken(self, seen):
+        plan = pipe._placed._bound.values()[0].plan
+        action = getattr(plan.instructions[seen.number], "action", None)
+        wait(self, seen._replace(array=Bad()) if action == ("F", 1, 1) else seen)
 
     with monkeypatch.context() as patch, raises(BoomError, "on the device") as caught:
-        patch.setattr(_watch.Watch, "_wait", broken)
+        patch.setattr(Watch, "wait", broken)
         pipe.record(step, params, x)
     (note,) = notes(caught.value)
     assert note.startswith(
@@ -510,11 +512,11 @@ def test_a_thread_that_waits_for_nothing_holds_nothing():
     class Thing:
         pass
 
-    lane = _watch._Lane(lambda n, array, at: seen.set(), "fpipe record")
+    lane = Lane(lambda _: seen.set(), "fpipe record")
     lane.thread.start()
     thing = Thing()
     ref = weakref.ref(thing)
-    lane.queue.put((0, thing, None))  # type: ignore[arg-type]
+    lane.queue.put(Seen(0, thing, None))
     del thing
     seen.wait()
     for _ in range(1000):
@@ -559,7 +561,7 @@ def test_during_a_recorded_call_no_more_is_alive_than_otherwise():
 def test_everything_is_compiled_before_the_clock_starts(caplog):
     pipe, params, x = small()
     issued = []
-    watch = _watch.Watch.__enter__
+    watch = Watch.__enter__
 
     def enter(self):
         caplog.clear()
@@ -570,7 +572,7 @@ def test_everything_is_compiled_before_the_clock_starts(caplog):
         jax.log_compiles(),
         caplog.at_level("WARNING"),
     ):
-        patch.setattr(_watch.Watch, "__enter__", enter)
+        patch.setattr(Watch, "__enter__", enter)
         pipe.record(pipe.value_and_grad(jnp.mean), params, x)
         issued += [
             r.getMessage()
@@ -596,13 +598,13 @@ def test_what_is_seen_late_is_put_right():
         for n, item in enumerate(plan.instructions)
         if getattr(item, "action", None)
     }
-    numbers = sorted(bound._ways)
+    numbers = sorted(bound.probes)
     issued = {n: 0.1 * k for k, n in enumerate(numbers)}
     ended = {n: 10.0 + k for k, n in enumerate(numbers)}
     ended[of["F", 0, 0]] = 99.0  # its thread overslept
-    ran = _watch.Ran(
+    ran = WatchedCall(
         plan,
-        "whole",
+        Half.WHOLE,
         issued,
         ended,
         {n: [1] * len(plan.instructions[n].outs) for n in numbers},
@@ -793,15 +795,15 @@ def test_a_profile_of_the_scan_executor_has_stages_and_kinds(tmp_path):
 def test_nothing_is_wrapped_where_nobody_looks(monkeypatch):
     pipe, params, x = small()
     pipe(params, x)
-    (bound,) = pipe._placed._bound.values()
-    seen = []
-    run = type(bound)._run
-    monkeypatch.setattr(
-        type(bound),
-        "_run",
-        lambda self, slots, half, through: (
-            seen.append(through) or run(self, slots, half, through)
-        ),
-    )
+    called = []
+    issue = dispatch.issue
+
+    def noted(step, slots):
+        called.append((step.call, step.item))
+        issue(step, slots)
+
+    monkeypatch.setattr(dispatch, "issue", noted)
     pipe(params, x)
-    assert seen == [None]
+    programs = [(call, item) for call, item in called if isinstance(item, Run)]
+    assert programs
+    assert all(call is item.call for call, item in programs)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import fpipe
-from fpipe._executors.placed.dispatch import observing
 from tests.helpers import (
     WIDTH,
     Case,
@@ -20,6 +19,7 @@ from tests.helpers import (
     models,
     mse,
     noise,
+    observing,
     raises,
     sided,
 )

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 import fpipe
-from fpipe._executors.placed.dispatch import observing
 from fpipe._executors.placed.instructions import Move
 from tests.helpers import (
     WIDTH,
@@ -27,6 +26,7 @@ from tests.helpers import (
     models,
     mse,
     noise,
+    observing,
     owner,
     raises,
 )

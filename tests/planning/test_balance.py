@@ -17,13 +17,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fpipe
-from fpipe._executors.placed.dispatch import observing
 from fpipe._executors.placed.instructions import Run
 from fpipe._executors.scheduling import Scheduling
 from fpipe._planning.costs import Sent
 from fpipe._planning.partition import Short, Task, arriving, best_cut, leaving, total
 from fpipe._planning.tables import Tables
-from tests.helpers import Case, add, dense, keep, models, mse, noise, raises
+from tests.helpers import (
+    Case,
+    add,
+    dense,
+    keep,
+    models,
+    mse,
+    noise,
+    observing,
+    raises,
+)
 
 W = 8
 MIB = 2**20
@@ -616,6 +625,7 @@ def held(pipe, step):
     """
     step()
     plan = pipe._placed._bound.values()[0].plan
+    names = [str(device) for device in pipe.devices]
     outside = ("key", "side", "targets", "loss", "index", "number")
     moments = []
 
@@ -627,7 +637,7 @@ def held(pipe, step):
                 and not a.is_deleted()
                 and not slot.name.startswith(outside)
             ):
-                now[pipe.devices.index(slot.placement.device)][id(a)] = (
+                now[names.index(str(slot.placement))][id(a)] = (
                     slot.name,
                     a.nbytes,
                 )

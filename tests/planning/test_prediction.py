@@ -17,8 +17,10 @@ import pytest
 import fpipe
 from fpipe._core.pytrees import Shape
 from fpipe._executors.call import Args
+from fpipe._executors.placed import dispatch
 from fpipe._executors.placed.instructions import Free
 from fpipe._executors.placed.memory import levels
+from fpipe._executors.placed.threads import issue
 from fpipe._model.loss import as_loss
 from fpipe._model.stages import TARGETS
 from fpipe._model.stages import X as XPORT
@@ -78,25 +80,21 @@ def test_what_is_alive_is_predicted_to_the_byte_at_every_instruction(
     kept = {f.slot for f in plan.feeds} | set(plan.constants)
     want = [
         {place.device: sum(roles.values()) for place, roles in now.items()}
-        for n, now in levels(plan, bound.given, kept)
+        for n, now in levels(plan, bound.shapes, kept)
         if n >= 0 and not isinstance(plan.instructions[n], Free)
     ]
 
     got = []
 
-    def watched(call):
+    def watched(step, slots):
         def run(*arrays):
-            made = call(
-                *arrays
-            )  # what is dropped after it is still there, what it consumes is not
+            # What is dropped after it is still there, what it consumes is not.
+            made = step.call(*arrays)
             got.append(held())
             return made
 
-        return run
+        issue(step._replace(call=run), slots)
 
-    steps = tuple(
-        (get, watched(call), outs, frees) for get, call, outs, frees in bound.steps
-    )
     slots = bound.slots(
         jax.tree.leaves(params),
         {port: [a] for port, a in ((XPORT, x), (TARGETS, target))},
@@ -108,7 +106,9 @@ def test_what_is_alive_is_predicted_to_the_byte_at_every_instruction(
         d: before.get(d, 0) - sum(a.nbytes for a in given if a.devices() == {d})
         for d in pipe.devices
     }
-    dataclasses.replace(bound, steps=steps).run(slots)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "issue", watched)
+        bound.run(slots)
     assert [{d: now.get(d, 0) - others[d] for d in pipe.devices} for now in got] == want
     rows = {
         row.name: row
@@ -234,7 +234,7 @@ def test_inputs_that_lie_elsewhere_are_copied_and_freed():
             tuple(p.tree for p in params), x, (target,), None, None, None, False
         )
         bound = pipe._placed.bound(args, loss, (0,))
-        *_, (_, now) = levels(bound.plan, bound.given, _kept(bound, args))
+        *_, (_, now) = levels(bound.plan, bound.shapes, _kept(bound, args))
         inputs = {place.device: roles.get("inputs", 0) for place, roles in now.items()}
         left.append([inputs[d] >= ROWS * WIDTH * 4 for d in pipe.devices])
     assert left == [

@@ -8,7 +8,6 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 import fpipe
-from fpipe._executors.placed.dispatch import observing
 from fpipe._executors.placed.instructions import Move, Run
 from fpipe.schedules import Schedule
 from tests.executors.placed.test_plan import actions, by_device
@@ -21,6 +20,7 @@ from tests.helpers import (
     models,
     mse,
     noise,
+    observing,
     products,
 )
 

@@ -409,8 +409,9 @@ def test_drawn_as_in_the_docstring(name):
     (call,) = re.findall(r"`(\w+)\((\d+), (\d+)\)`:\n\n", doc)
     assert call[0] == generator.__name__
     doc = re.sub(r"\n {12}(?! )", " ", doc)  # a row that goes on in the next line
-    table = [line.strip() for line in doc.splitlines() if re.match(r"\s+\d: ", line)]
-    assert table == drawn(generator(int(call[1]), int(call[2])))
+    table = [line.split() for line in doc.splitlines() if re.match(r"\s+\d: ", line)]
+    rows = drawn(generator(int(call[1]), int(call[2])))
+    assert table == [row.split() for row in rows]
 
 
 def test_names():

@@ -1,10 +1,19 @@
-"""Compiling ahead: every program of a plan, before it runs, several at once."""
+"""Compiling ahead: every program of a plan, before it runs, several at once.
+
+A plan runs few programs many times. Equal ones are found by their key, so that each is
+traced, lowered and compiled once:
+
+    number  instruction     key
+    0       cpu:0: F(0,0)   (stage0_F, cpu:0, (f32[3,3], f32[4,3]))    compiled
+    1       cpu:0: F(0,1)   (stage0_F, cpu:0, (f32[3,3], f32[4,3]))    the same
+    4       cpu:1: F(1,0)   (stage1_F, cpu:1, (f32[3,3], f32[4,3]))    compiled
+"""
 
 import concurrent.futures
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
@@ -17,10 +26,14 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 
 def as_progress(progress: bool | Progress | None) -> Progress | None:
-    """What `Pipe.compile(progress=...)` was given."""
+    """What `Pipe.compile(progress=...)` was given as a function; `True` is a bar on
+    `stderr`, and `None` one if that is a terminal.
+    """
     if progress is None:
         progress = sys.stderr.isatty()
-    return (_bar if progress else None) if isinstance(progress, bool) else progress
+    if isinstance(progress, bool):
+        return _bar if progress else None
+    return progress
 
 
 def _bar(done: int, total: int) -> None:
@@ -36,7 +49,7 @@ def _bar(done: int, total: int) -> None:
 
 def compile_plan(
     plan: Plan,
-    given: Mapping[int, jax.ShapeDtypeStruct],
+    shapes: Mapping[int, jax.ShapeDtypeStruct],
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[int, Any]:
@@ -46,76 +59,105 @@ def compile_plan(
     in threads. `jax.jit` finds the results when the plan is run.
 
     Arguments:
-        given: the shapes of the plan's inputs, by slot.
+        shapes: those of the plan's inputs, by slot.
         threads: at most so many; default one for each core.
         progress: called from this thread, first with 0.
 
     Returns:
         For each instruction that is a run its compiled program. Equal programs are one.
     """
-    lowered: dict[Any, tuple[Any, str]] = {}
-    keys = dict[int, Any]()
-    for n, key, traced, name in runs(plan, given):
-        keys[n] = key
-        if key not in lowered:
-            lowered[key] = traced.lower(), name
-    done: dict[Any, Any] = {}
+    key_of: dict[int, ProgramKey] = {}
+    lowered: dict[ProgramKey, Any] = {}
+    names: dict[ProgramKey, str] = {}
+    for run in traced_runs(plan, shapes):
+        key_of[run.number] = run.key
+        if run.key not in lowered:
+            lowered[run.key] = run.traced.lower()
+            names[run.key] = run.name
+    compiled: dict[ProgramKey, Any] = {}
     workers = min(threads or os.cpu_count() or 1, len(lowered))
     if progress is not None:
         progress(0, len(lowered))
     with concurrent.futures.ThreadPoolExecutor(max(workers, 1)) as pool:
         futures = {
-            pool.submit(program.compile): (key, name)
-            for key, (program, name) in lowered.items()
+            pool.submit(program.compile): key for key, program in lowered.items()
         }
         try:
             for future in concurrent.futures.as_completed(futures):
-                key, name = futures[future]
+                key = futures[future]
                 try:
-                    done[key] = future.result()
+                    compiled[key] = future.result()
                 except Exception as error:
-                    add_note(error, f"while compiling {name}")
+                    add_note(error, f"while compiling {names[key]}")
                     raise
                 if progress is not None:
-                    progress(len(done), len(lowered))
+                    progress(len(compiled), len(lowered))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return {n: done[key] for n, key in keys.items()}
+    return {number: compiled[key] for number, key in key_of.items()}
 
 
-def runs(
-    plan: Plan, given: Mapping[int, jax.ShapeDtypeStruct]
-) -> Iterator[tuple[int, Any, Any, str]]:
-    """For each run its number, what tells it from others, its trace, and a name for it.
-    Nothing is compiled.
+class ProgramKey(NamedTuple):
+    """What tells the programs of a plan apart: the function, where it runs, and on
+    what.
     """
-    shapes = {n: _at(a, plan.slots[n].placement) for n, a in given.items()}
-    results: dict[Any, Any] = {}
-    for n, item in enumerate(plan.instructions):
+
+    function: int
+    placement: Placement
+    shapes: tuple[jax.ShapeDtypeStruct, ...]
+
+
+class TracedRun(NamedTuple):
+    """A run of a plan, traced and not compiled.
+
+    Attributes:
+        number: of its instruction.
+        key: runs with equal keys share a program.
+        traced: what `jax.jit(f).trace(...)` returns.
+        name: for errors.
+    """
+
+    number: int
+    key: ProgramKey
+    traced: Any
+    name: str
+
+
+def traced_runs(
+    plan: Plan, shapes: Mapping[int, jax.ShapeDtypeStruct]
+) -> Iterator[TracedRun]:
+    """The runs of a plan in order, each traced on the shapes of what its slots hold.
+
+    Arguments:
+        shapes: those of the plan's inputs, by slot.
+    """
+
+    def placed(shape: jax.ShapeDtypeStruct, slot: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            shape.shape,
+            shape.dtype,
+            sharding=plan.slots[slot].placement.sharding,
+            weak_type=shape.weak_type,
+        )
+
+    held = {slot: placed(shape, slot) for slot, shape in shapes.items()}
+    traces: dict[ProgramKey, Any] = {}
+    for number, item in enumerate(plan.instructions):
         if isinstance(item, Free):
             for slot in item.slots:
-                shapes.pop(slot, None)
-        elif isinstance(item, Move):
-            shapes |= {
-                out: _at(shapes[k], item.placement)
-                for k, out in zip(item.ins, item.outs, strict=True)
-            }
+                held.pop(slot, None)
+            continue
+        if isinstance(item, Move):
+            made = [held[slot] for slot in item.ins]
         else:
             call: Any = item.call
-            args = tuple(shapes[k] for k in item.ins)
-            key = (id(call), item.placement, args)
-            if key not in results:
-                results[key] = call.trace(*args)
-            traced = results[key]
-            yield n, key, traced, f"{item.name} for {item.placement.device}"
-            shapes |= {
-                k: _at(a, item.placement)
-                for k, a in zip(item.outs, traced.out_info, strict=True)
-            }
-
-
-def _at(a: jax.ShapeDtypeStruct, placement: Placement) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(
-        a.shape, a.dtype, sharding=placement.sharding, weak_type=a.weak_type
-    )
+            args = tuple(held[slot] for slot in item.ins)
+            key = ProgramKey(id(call), item.placement, args)
+            if key not in traces:
+                traces[key] = call.trace(*args)
+            made = traces[key].out_info
+            name = f"{item.name} for {item.placement}"
+            yield TracedRun(number, key, traces[key], name)
+        for slot, shape in zip(item.outs, made, strict=True):
+            held[slot] = placed(shape, slot)

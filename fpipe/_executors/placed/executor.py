@@ -24,7 +24,7 @@ from fpipe._core.pytrees import (
 from fpipe._executors.call import Args, Result, check_params
 from fpipe._executors.placed.compile import Progress
 from fpipe._executors.placed.dispatch import Bound, Dispatch, bind
-from fpipe._executors.placed.instructions import Plan
+from fpipe._executors.placed.instructions import Half, Plan
 from fpipe._executors.placed.lower import lower
 from fpipe._executors.placement import Placement
 from fpipe._executors.programs import Inputs, Layout, Request
@@ -160,13 +160,13 @@ class Placed:
                 for p, v in zip(primals, values, strict=True)
             )
             bound, slots = self._start("vjp", full, None, asked)
-            slots = bound.run(slots, "forward")
+            slots = bound.run(slots, Half.FORWARD)
             assert bound.plan.y is not None
             flat, out = pack((bound.plan.y.read(slots), self._state(bound.plan, slots)))
             made.append(out)
             # A pull-back may run twice: it starts from these each time, and donates
             # none of them.
-            kept = {n: slots[n] for n in bound.later}
+            kept = {n: slots[n] for n in bound.kept}
             return flat, (
                 list(kept.values()),
                 _PullBack(
@@ -230,7 +230,7 @@ class Placed:
         )
         # Concrete arguments inside a trace (a closed-over batch in a jitted function)
         # become tracers here.
-        refuse_tracers([slots[n] for _, _, numbers in bound.feeds for n in numbers])
+        refuse_tracers([slots[n] for put in bound.transfers for n in put.slots])
         return bound, slots
 
     def _found(
@@ -351,7 +351,7 @@ class Placed:
                         )
                         raise ValueError(
                             f"{layer} are on the wrong device: {where}, but stage "
-                            f"{stage.index} is on {place.device}; put "
+                            f"{stage.index} is on {place}; put "
                             "them there with `params = pipe.place(params)`"
                         )
 
@@ -382,7 +382,7 @@ class _PullBack:
         self, values: Sequence[Any], cotangents: Sequence[Any]
     ) -> tuple[Any, ...]:
         """The gradients of the arguments."""
-        plan, slots = self.bound.plan, list(self.bound.blank)
+        plan, slots = self.bound.plan, list(self.bound.initial)
         for n, v in zip(self.slots, values, strict=True):
             slots[n] = v
         assert plan.y is not None
@@ -396,7 +396,7 @@ class _PullBack:
             place = plan.slots[plan.cotangents[0]].placement
             for n, v in zip(plan.cotangents, place.put(given), strict=True):
                 slots[n] = v
-        slots = self.bound.run(slots, "backward")
+        slots = self.bound.run(slots, Half.BACKWARD)
         return tuple(
             slots[plan.gradients[leaf]] if leaf in plan.gradients else zero
             for leaf, zero in zip(self.leaves, self.zeros, strict=True)

@@ -1,10 +1,35 @@
-"""What a plan is made of, as data.
+"""A plan as data: what is issued, in which order, and from which slots to which.
 
-A *slot* is a register for one array. An instruction runs a program from slots to slots,
-moves slots to another placement, or frees slots.
+A *slot* is a register for one array. It lives on one placement, it is written once, and
+it is freed once. An instruction runs a program from slots to slots, moves slots to
+another placement, or frees slots. Nothing in a plan depends on the values of a call, so
+a plan is made once and run for every call of the same types.
+
+A training step of two stages with one microbatch, as `str(plan)` shows it:
+
+    cpu:0: F(0,0) (params 0[0], x[0]) -> y[0] stage0 mb0
+    free params 0[0]
+    cpu:0 -> cpu:1: y[0] stage0 mb0
+    cpu:1: F(1,0) (params 1[0], y[0] stage0 mb0, targets[0])
+        -> loss[0] stage1 mb0, residual 0 stage1 mb0
+    free targets[0]
+    cpu:1: B(1,0) (params 1[0], y[0] stage0 mb0, residual 0 stage1 mb0)
+        -> gradient x[0] stage1 mb0, sum params 1[0] stage1 mb0
+    free params 1[0], y[0] stage0 mb0, residual 0 stage1 mb0
+    cpu:1 -> cpu:0: gradient x[0] stage1 mb0
+    free gradient x[0] stage1 mb0
+    cpu:0: B(0,0) (x[0], gradient x[0] stage1 mb0, y[0] stage0 mb0)
+        -> sum params 0[0] stage0 mb0
+    free x[0], gradient x[0] stage1 mb0, y[0] stage0 mb0
+    cpu:1: reduce loss (loss[0] stage1 mb0) -> loss[0]
+    free loss[0] stage1 mb0
+
+(Each instruction is one line; they are broken here.) A moved array keeps its name: `y[0]
+stage0 mb0` is one slot on `cpu:0` and another one on `cpu:1`.
 """
 
 import dataclasses
+import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -18,9 +43,18 @@ from fpipe.schedules import Action, Schedule
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Run a program on its placement. `action` is `None` for the work around the
-    schedule; `calls_host` and `code` as in `Program`; `donates`: those of `ins` whose
-    arrays it consumes.
+    """Run a program on its placement.
+
+    Attributes:
+        name: the program's, such as `stage2_F`.
+        call: the compiled function, from arrays to arrays.
+        ins, outs: the slots that it reads and writes.
+        placement: where it runs.
+        action: of the schedule; `None` for the work around the schedule.
+        calls_host: whether the program calls Python while it runs.
+        donates: those of `ins` whose arrays it consumes.
+        code: what the program computes, as data; `None` for the work around the
+            schedule.
     """
 
     name: str
@@ -36,7 +70,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """Put arrays on another placement."""
+    """Put the arrays of `ins`, wherever they are, on a placement."""
 
     ins: tuple[int, ...]
     outs: tuple[int, ...]
@@ -45,7 +79,7 @@ class Move:
 
 @dataclasses.dataclass(frozen=True)
 class Free:
-    """Drop references."""
+    """Drop the references to arrays. JAX frees an array when its last use is over."""
 
     slots: tuple[int, ...]
 
@@ -54,7 +88,7 @@ Instruction: TypeAlias = Run | Move | Free
 
 
 class Slot(NamedTuple):
-    """What a slot holds, for what, and where."""
+    """A register: the name of what it holds, where that is, and what it is for."""
 
     name: str
     placement: Placement
@@ -75,8 +109,20 @@ class Output(NamedTuple):
     slots: tuple[int, ...]
 
     def read(self, values: Sequence[Any]) -> PyTree:
-        """The pytree, from the values of all slots."""
-        return self.shape.spec.unpack([values[n] for n in self.slots])
+        """The pytree, from the values of all slots of the plan."""
+        return self.shape.spec.unpack([values[slot] for slot in self.slots])
+
+
+class Half(enum.Enum):
+    """What is run of a plan.
+
+    A differentiated call (`jax.vjp`) runs the two halves of its plan, the second one
+    when its pull-back is called. Every other call runs the whole plan.
+    """
+
+    WHOLE = "whole"
+    FORWARD = "forward"
+    BACKWARD = "backward"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +137,7 @@ class Plan:
         slots: what each slot holds.
         feeds: the inputs; parameters first, in the slots 0, 1, ….
         constants: slots with a value known when planning.
-        backward: the index of the first instruction of the backward half (of a
+        backward: the number of the first instruction of the backward half (of a
             differentiated call; else the end).
         cotangents: the slots that take the cotangents of `y` (of a differentiated
             call).
@@ -116,55 +162,56 @@ class Plan:
     gradients: Mapping[Leaf, int]
     warnings: tuple[str, ...]
 
-    @property
-    def actions(self) -> tuple[Action, ...]:
-        """The actions in the order in which they are issued."""
-        return tuple(
-            r.action
-            for r in self.instructions
-            if isinstance(r, Run) and r.action is not None
-        )
+    def numbers(self, half: Half) -> range:
+        """The numbers of the instructions of a half, or of all."""
+        start = self.backward if half is Half.BACKWARD else 0
+        end = self.backward if half is Half.FORWARD else len(self.instructions)
+        return range(start, end)
 
     def __str__(self) -> str:
-        def show(numbers: Iterable[int]) -> str:
-            return ", ".join(self.slots[n].name for n in numbers)
+        def names(slots: Iterable[int]) -> str:
+            return ", ".join(self.slots[slot].name for slot in slots)
 
         lines = []
         for item in self.instructions:
             if isinstance(item, Run):
-                what = item.action or item.name
-                lines.append(
-                    f"{item.placement.device}: {what} ({show(item.ins)}) -> "
-                    f"{show(item.outs)}"
-                )
+                doing = item.action or item.name
+                line = f"{item.placement}: {doing} ({names(item.ins)}) -> "
+                lines.append(line + names(item.outs))
             elif isinstance(item, Move):
                 sources = dict.fromkeys(
-                    str(self.slots[n].placement.device) for n in item.ins
+                    str(self.slots[slot].placement) for slot in item.ins
                 )
-                lines.append(
-                    f"{' and '.join(sources)} -> {item.placement.device}: "
-                    f"{show(item.ins)}"
-                )
+                line = f"{' and '.join(sources)} -> {item.placement}: "
+                lines.append(line + names(item.ins))
             else:
-                lines.append(f"free {show(item.slots)}")
+                lines.append(f"free {names(item.slots)}")
         return "\n".join(lines)
 
 
 def with_frees(code: Sequence[Run | Move], keep: Iterable[int]) -> list[Instruction]:
     """Add a `Free` after the last use of each slot that is not kept."""
-    seen, out = set(keep), list[Instruction]()
+    # Read backwards, the first time that a slot appears is its last use.
+    seen = set(keep)
+    reverse: list[Instruction] = []
     for item in reversed(code):
-        dead = tuple(n for n in dict.fromkeys((*item.ins, *item.outs)) if n not in seen)
-        seen.update(dead)
-        if dead:
-            out.append(Free(dead))
-        out.append(item)
-    return out[::-1]
+        last_used = []
+        for slot in (*item.ins, *item.outs):
+            if slot not in seen:
+                seen.add(slot)
+                last_used.append(slot)
+        if last_used:
+            reverse.append(Free(tuple(last_used)))
+        reverse.append(item)
+    return reverse[::-1]
 
 
-def used_later(code: Sequence[Instruction]) -> set[int]:
-    """The slots that `code` reads and does not make."""
-    work = [item for item in code if not isinstance(item, Free)]
-    return {n for item in work for n in item.ins} - {
-        n for item in work for n in item.outs
-    }
+def read_from_outside(code: Iterable[Instruction]) -> set[int]:
+    """The slots that some code reads and does not make."""
+    read: set[int] = set()
+    made: set[int] = set()
+    for item in code:
+        if not isinstance(item, Free):
+            read.update(item.ins)
+            made.update(item.outs)
+    return read - made

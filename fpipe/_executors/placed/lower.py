@@ -22,7 +22,7 @@ from fpipe._executors.placed.instructions import (
     Plan,
     Run,
     Slot,
-    used_later,
+    read_from_outside,
     with_frees,
 )
 from fpipe._executors.placement import Placement
@@ -252,7 +252,7 @@ class _Lowering:
             *(n for entry in outputs for n in entry.slots),
         }
         first: list[Instruction] = with_frees(
-            emit.code[:half], keep | used_later(emit.code[half:])
+            emit.code[:half], keep | read_from_outside(emit.code[half:])
         )
         return Plan(
             schedule=self.schedule,

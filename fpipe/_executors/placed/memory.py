@@ -1,25 +1,38 @@
-"""What is alive while a plan runs, read off the plan: its instructions are gone through
-with the sizes of their slots.
+"""What is alive while a plan runs, read off the plan.
 
-An array is alive from the instruction that makes it to the `Free` behind its last use.
-That is also when memory is taken and given back: an allocator works in the order of
-dispatch. A donated array gives its place to what is made.
+The instructions are gone through with the sizes of their slots. An array is alive from
+the instruction that makes it to the `Free` behind its last use. That is also when
+memory is taken and given back: an allocator works in the order of dispatch. A donated
+array gives its place to what is made.
+
+For the plan of two stages in `instructions.py`, with parameters of 36 bytes and rows
+that make 96, what is alive on cpu:0 after each of the first instructions is
+
+    number  instruction                        parameters  inputs  boundaries
+    -1      (the inputs)                       36          96      0
+    0       cpu:0: F(0,0) (params 0[0], x[0])  36          96      96
+    1       free params 0[0]                   36          96      96
+
+because the caller keeps the parameters.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Set
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 
 from fpipe._core.pytrees import nbytes
-from fpipe._executors.placed.compile import runs
+from fpipe._executors.placed.compile import traced_runs
 from fpipe._executors.placed.instructions import Free, Move, Plan, Run
 from fpipe._executors.placement import Placement
 from fpipe._executors.plan_data import Role
 
+# The bytes that are alive, by placement and role.
+Level: TypeAlias = Mapping[Placement, Mapping[Role, int]]
+
 
 class Peak(NamedTuple):
-    """The fullest moment of a place, in bytes.
+    """The fullest moment of a placement, in bytes.
 
     Attributes:
         roles: the arrays that are alive, by what they are for.
@@ -38,70 +51,77 @@ class Peak(NamedTuple):
 
 
 def levels(
-    plan: Plan, given: Mapping[int, jax.ShapeDtypeStruct], kept: Set[int]
-) -> Iterator[tuple[int, Mapping[Placement, Mapping[Role, int]]]]:
-    """The bytes that are alive after each instruction (first after none, as number -1),
-    by place and role.
+    plan: Plan, shapes: Mapping[int, jax.ShapeDtypeStruct], kept: Set[int]
+) -> Iterator[tuple[int, Level]]:
+    """What is alive after each instruction, with its number; first after none, as
+    number -1. The level is the same object each time.
 
     Arguments:
-        given: the shapes of the plan's inputs, by slot.
+        shapes: those of the plan's inputs, by slot.
         kept: those of them that are the caller's own arrays, which stay.
     """
-    now: dict[Placement, dict[Role, int]] = {}
+    level: dict[Placement, dict[Role, int]] = {}
     sizes: dict[int, int] = {}
 
-    def take(n: int, size: int) -> None:
-        sizes[n] = size
-        roles = now.setdefault(plan.slots[n].placement, {})
-        roles[plan.slots[n].role] = roles.get(plan.slots[n].role, 0) + size
+    def take(slot: int, size: int) -> None:
+        sizes[slot] = size
+        _, placement, role = plan.slots[slot]
+        roles = level.setdefault(placement, {})
+        roles[role] = roles.get(role, 0) + size
 
-    def drop(n: int) -> None:
-        if n in sizes and n not in kept:
-            now[plan.slots[n].placement][plan.slots[n].role] -= sizes.pop(n)
+    def drop(slot: int) -> None:
+        if slot in sizes and slot not in kept:
+            _, placement, role = plan.slots[slot]
+            level[placement][role] -= sizes.pop(slot)
 
-    for n, shape in given.items():
-        take(n, nbytes(shape))
-    yield -1, now
-    traces = {n: traced for n, _, traced, _ in runs(plan, given)}
+    for slot, shape in shapes.items():
+        take(slot, nbytes(shape))
+    yield -1, level
+    traces = {run.number: run.traced for run in traced_runs(plan, shapes)}
     for number, item in enumerate(plan.instructions):
         if isinstance(item, Free):
-            for n in item.slots:
-                drop(n)
+            for slot in item.slots:
+                drop(slot)
         elif isinstance(item, Move):
-            for n, out in zip(item.ins, item.outs, strict=True):
-                take(out, sizes[n])
+            for source, target in zip(item.ins, item.outs, strict=True):
+                take(target, sizes[source])
         else:
             traced = traces[number]
-            for n, info in zip(item.ins, traced.args_info[0], strict=True):
+            for slot, info in zip(item.ins, traced.args_info[0], strict=True):
                 if info.donated:
-                    drop(n)
-            for out, shape in zip(item.outs, traced.out_info, strict=True):
-                take(out, nbytes(shape))
-        yield number, now
+                    drop(slot)
+            for slot, shape in zip(item.outs, traced.out_info, strict=True):
+                take(slot, nbytes(shape))
+        yield number, level
 
 
 def peaks(
     plan: Plan,
-    given: Mapping[int, jax.ShapeDtypeStruct],
+    shapes: Mapping[int, jax.ShapeDtypeStruct],
     kept: Set[int],
-    temporary: Callable[[int], int] = lambda n: 0,
+    temporary: Callable[[int], int] = lambda number: 0,
 ) -> dict[Placement, Peak]:
-    """The peak of each place; `temporary` is what a run needs for itself, by the number
-    of its instruction.
+    """The peak of each placement.
+
+    Arguments:
+        shapes, kept: as for `levels`.
+        temporary: what a run needs for itself, by the number of its instruction.
     """
     found: dict[Placement, Peak] = {}
-    for n, now in levels(plan, given, kept):
-        if n < 0:
-            found |= {
-                place: Peak(dict(roles), 0, "the start") for place, roles in now.items()
-            }
+    for number, level in levels(plan, shapes, kept):
+        if number < 0:
+            for placement, roles in level.items():
+                found[placement] = Peak(dict(roles), 0, "the start")
             continue
-        item = plan.instructions[n]
+        item = plan.instructions[number]
         if isinstance(item, Free):
             continue
-        running = isinstance(item, Run)
-        place, extra = item.placement, temporary(n) if running else 0
-        if place not in found or sum(now[place].values()) + extra > found[place].total:
-            doing = str(item.action or item.name) if running else "a transfer"
-            found[place] = Peak(dict(now[place]), extra, doing)
+        own = 0
+        doing = "a transfer"
+        if isinstance(item, Run):
+            own = temporary(number)
+            doing = str(item.action or item.name)
+        now = Peak(dict(level[item.placement]), own, doing)
+        if item.placement not in found or now.total > found[item.placement].total:
+            found[item.placement] = now
     return found

@@ -7,7 +7,7 @@ import jax
 
 from fpipe._core.pytrees import nbytes, pack
 from fpipe._executors.call import Args
-from fpipe._executors.placed.compile import compile_plan, runs
+from fpipe._executors.placed.compile import compile_plan, traced_runs
 from fpipe._executors.placed.dispatch import Bound
 from fpipe._executors.placed.instructions import Run
 from fpipe._executors.placed.memory import peaks
@@ -54,7 +54,7 @@ def _work(bound: Bound) -> dict[tuple[Kind, int], tuple[Work, ...]]:
     """The program of each kind of action on each stage, for its first microbatch."""
     found: dict[tuple[Kind, int], tuple[Work, ...]] = {}
     instructions = bound.plan.instructions
-    for number, _, traced, _ in runs(bound.plan, bound.given):
+    for number, _, traced, _ in traced_runs(bound.plan, bound.shapes):
         run = instructions[number]
         assert isinstance(run, Run)
         if run.action is None or (run.action.kind, run.action.stage) in found:
@@ -71,13 +71,13 @@ def _work(bound: Bound) -> dict[tuple[Kind, int], tuple[Work, ...]]:
 def _memory(bound: Bound, args: Args, compiled: bool) -> tuple[DeviceMemory, ...]:
     """The fullest moment of each device."""
     plan, layout = bound.plan, bound.layout
-    programs = compile_plan(plan, bound.given) if compiled else {}
+    programs = compile_plan(plan, bound.shapes) if compiled else {}
 
     def temporary(number: int) -> int:
         analysis = programs[number].memory_analysis() if compiled else None
         return 0 if analysis is None else analysis.temp_size_in_bytes
 
-    found = peaks(plan, bound.given, kept_slots(bound, args), temporary)
+    found = peaks(plan, bound.shapes, kept_slots(bound, args), temporary)
     device_of = dict[Placement, int]()
     stage_to_device = plan.schedule.stage_to_device
     for place, device in zip(layout.placements, stage_to_device, strict=True):
@@ -86,7 +86,7 @@ def _memory(bound: Bound, args: Args, compiled: bool) -> tuple[DeviceMemory, ...
     for place, device in device_of.items():
         peak = found[place]
         owned = sum(
-            nbytes(bound.given[feed.slot])
+            nbytes(bound.shapes[feed.slot])
             for feed in plan.feeds
             if feed.leaf.port.kind == "params"
             and plan.slots[feed.slot].placement == place
@@ -96,7 +96,7 @@ def _memory(bound: Bound, args: Args, compiled: bool) -> tuple[DeviceMemory, ...
         rows.append(
             DeviceMemory(
                 device=device,
-                name=str(place.device),
+                name=str(place),
                 roles=roles,
                 owned=owned,
                 temporary=peak.temporary if compiled else None,

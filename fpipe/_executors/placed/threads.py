@@ -1,201 +1,294 @@
-"""A dispatching thread for each device, for programs whose dispatch blocks the thread
-that calls them.
+"""The instructions of a plan divided among dispatching threads, and these threads.
 
-Each thread issues its device's share of the plan, in the plan's order, and has slots of
-its own. What another device's thread needs is posted to that thread's inbox. A thread
-waits only for what stands earlier in the plan, so none can wait in a circle.
+One thread is enough where a dispatch returns at once: then one share has everything.
+Where a program calls Python while it runs, its dispatch may block the thread that calls
+it. Then each device has a thread, so that the others do not stand idle meanwhile.
+
+Each thread issues its share of the plan, in the plan's order, and has slots of its own.
+What another thread needs is posted to that thread's inbox. A thread waits only for what
+stands earlier in the plan, so the threads can never wait for each other in a circle.
+
+Two stages on two devices, forward only, divided between two threads. The thread of the
+target issues a move:
+
+    number  instruction                       thread  waits  posts   frees
+    0       cpu:0: F(0,0) (w0, x) -> y        0              y to 1  w0, x, y
+    2       cpu:0 -> cpu:1: y -> y'           1       y              y
+    4       cpu:1: F(1,0) (w1, y') -> z       1                      w1, y'
+
+The numbers between them are those of `Free`s, which are part of the steps. `z` is left
+for the caller.
 """
 
 import contextlib
+import operator
 import queue
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
-from fpipe._executors.placed.instructions import Free, Instruction, Plan
+from fpipe._executors.placed.instructions import Free, Half, Move, Plan, Run
 from fpipe._executors.placement import Placement
 
-# Slots and what to put in them; `None`: stop.
-Message: TypeAlias = tuple[tuple[int, ...], list[Any]] | None
+Call: TypeAlias = Callable[..., Sequence[Any]]
+
+
+class Message(NamedTuple):
+    """Arrays for another thread, and the slots that they belong in."""
+
+    slots: tuple[int, ...]
+    arrays: list[Any]
+
+
+# `None` in it tells a thread to stop.
+Inbox: TypeAlias = "queue.SimpleQueue[Message | None]"
+
+
+class Post(NamedTuple):
+    """What a step makes for another thread."""
+
+    thread: int
+    slots: tuple[int, ...]
 
 
 class Step(NamedTuple):
-    """A step of one thread.
+    """An instruction as a thread issues it.
+
+    A tuple, because the loop over the steps is the host time of a pipeline: unpacking
+    one is cheaper than reading attributes.
 
     Attributes:
-        at: the instruction.
-        get, call, outs: read slots, call, write slots.
-        waits: slots that another thread posts.
-        posts: which slots go to which other threads.
-        frees: slots that this thread reads no more.
+        number: of the instruction in the plan.
+        item: the instruction.
+        read, call, outs: how to read its slots, what to call, and the slots to write.
+        waits: slots that other threads post.
+        posts: what goes to other threads.
+        frees: slots that this thread does not read any more.
     """
 
-    at: int
-    get: Callable[[list[Any]], Sequence[Any]]
-    call: Callable[..., Sequence[Any]]
+    number: int
+    item: Run | Move
+    read: Callable[[list[Any]], Sequence[Any]]
+    call: Call
     outs: tuple[int, ...]
     waits: tuple[int, ...]
-    posts: tuple[tuple[int, tuple[int, ...]], ...]
+    posts: tuple[Post, ...]
     frees: tuple[int, ...]
 
 
-class Part(NamedTuple):
-    """A thread's share of a plan.
+class Share(NamedTuple):
+    """What one thread does of a plan.
 
     Attributes:
-        placement: the device.
-        steps: what it does.
-        starts: the slots that it starts with.
-        ends: those of them that nobody reads afterwards.
-        leaves: the slots that it makes and leaves.
+        name: of the thread.
+        steps: what it issues, in order.
+        starts: the slots that it reads and no thread makes.
+        consumed: those of them that nobody reads afterwards.
+        leaves: the slots that it makes and that are left at the end.
     """
 
-    placement: Placement
+    name: str
     steps: tuple[Step, ...]
     starts: tuple[int, ...]
-    ends: tuple[int, ...]
+    consumed: tuple[int, ...]
     leaves: tuple[int, ...]
 
 
 def divide(
     plan: Plan,
-    start: int,
-    stop: int,
-    step: Callable[
-        [int, Instruction],
-        tuple[Callable[[list[Any]], Sequence[Any]], Callable[..., Sequence[Any]]],
-    ],
-) -> list[Part]:
-    """Divide instructions `start` to `stop` among threads; `step` is how to read the
-    slots of one, and its call.
+    half: Half,
+    threaded: bool,
+    call_of: Callable[[int, Run | Move], Call],
+) -> tuple[Share, ...]:
+    """Divide a plan, or a half of it, among threads.
+
+    Arguments:
+        threaded: whether each placement has a thread; else there is one for all.
+        call_of: what to call for an instruction, given with its number.
+
+    Returns:
+        The share of each thread that has something to do.
     """
-    work = [
-        (n, item)
-        for n, item in enumerate(plan.instructions[start:stop], start)
-        if not isinstance(item, Free)
-    ]
-    number: dict[Placement, int] = {}  # of the thread of each placement
-    for _, item in work:
-        number.setdefault(item.placement, len(number))
-    dead = {
-        k
-        for item in plan.instructions[start:stop]
-        if isinstance(item, Free)
-        for k in item.slots
-    }
-    maker = {k: number[item.placement] for _, item in work for k in item.outs}
-    readers: dict[int, set[int]] = {}
-    last: dict[tuple[int, int], int] = {}  # a slot's last use by each thread
-    for n, item in work:
-        t = number[item.placement]
-        for k in item.ins:
-            readers.setdefault(k, set()).add(t)
-        for k in (*item.ins, *item.outs):
-            last[t, k] = n
-    ends: dict[int, list[int]] = {}
-    for (t, k), n in last.items():
-        if k in dead or maker.get(k) != t:
-            ends.setdefault(n, []).append(k)
-    steps: list[list[Step]] = [[] for _ in number]
-    have: list[set[int]] = [set() for _ in number]
-    for n, item in work:
-        t = number[item.placement]
-        waits = tuple(
-            k
-            for k in dict.fromkeys(item.ins)
-            if k not in have[t] and maker.get(k, t) != t
+    # Who makes each slot, who reads it, where each thread uses it last, and whether
+    # the plan frees it.
+    thread_of: dict[Placement, int] = {}
+    work: list[tuple[int, int, Run | Move]] = []
+    maker: dict[int, int] = {}
+    readers: dict[int, set[int]] = defaultdict(set)
+    last_use: dict[tuple[int, int], int] = {}
+    freed: set[int] = set()
+    for number in plan.numbers(half):
+        item = plan.instructions[number]
+        if isinstance(item, Free):
+            freed.update(item.slots)
+            continue
+        thread = 0
+        if threaded:
+            thread = thread_of.setdefault(item.placement, len(thread_of))
+        work.append((number, thread, item))
+        for slot in item.ins:
+            readers[slot].add(thread)
+            last_use[thread, slot] = number
+        for slot in item.outs:
+            maker[slot] = thread
+            last_use[thread, slot] = number
+
+    # A `Free` of the plan stands behind the last use of all threads. Each thread frees
+    # its own reference after its own last use, and also that to an array of another
+    # thread that the plan keeps. What no thread makes and the plan does not free is the
+    # caller's, and stays.
+    frees: dict[int, list[int]] = defaultdict(list)
+    for (thread, slot), number in last_use.items():
+        if slot in freed or maker.get(slot, thread) != thread:
+            frees[number].append(slot)
+
+    steps: dict[int, list[Step]] = defaultdict(list)
+    arrived: set[tuple[int, int]] = set()
+    for number, thread, item in work:
+        waits = []
+        for slot in item.ins:
+            from_another = maker.get(slot, thread) != thread
+            if from_another and (thread, slot) not in arrived:
+                arrived.add((thread, slot))
+                waits.append(slot)
+        posted: dict[int, list[int]] = defaultdict(list)
+        for slot in item.outs:
+            for reader in readers[slot] - {thread}:
+                posted[reader].append(slot)
+        posts = [Post(reader, tuple(posted[reader])) for reader in sorted(posted)]
+        step = Step(
+            number,
+            item,
+            _reader(item.ins),
+            call_of(number, item),
+            item.outs,
+            tuple(waits),
+            tuple(posts),
+            tuple(frees[number]),
         )
-        have[t].update(waits)
-        others = sorted({r for k in item.outs for r in readers.get(k, ()) if r != t})
-        posts = tuple(
-            (r, tuple(k for k in item.outs if r in readers.get(k, ()))) for r in others
+        steps[thread].append(step)
+
+    shares = []
+    for thread, own in sorted(steps.items()):
+        starts = [
+            slot
+            for slot in sorted(readers)
+            if thread in readers[slot] and slot not in maker
+        ]
+        leaves = [
+            slot
+            for slot in sorted(maker)
+            if maker[slot] == thread and slot not in freed
+        ]
+        share = Share(
+            f"fpipe {own[0].item.placement}",
+            tuple(own),
+            tuple(starts),
+            tuple(slot for slot in starts if slot in freed),
+            tuple(leaves),
         )
-        steps[t].append(
-            Step(n, *step(n, item), item.outs, waits, posts, tuple(ends.get(n, ())))
-        )
-    starts = [
-        sorted(k for k, users in readers.items() if t in users and k not in maker)
-        for t in number.values()
-    ]
-    return [
-        Part(
-            place,
-            tuple(steps[t]),
-            tuple(starts[t]),
-            tuple(k for k in starts[t] if k in dead),
-            tuple(sorted(k for k, by in maker.items() if by == t and k not in dead)),
-        )
-        for place, t in number.items()
-    ]
+        shares.append(share)
+    return tuple(shares)
+
+
+def _reader(slots: Sequence[int]) -> Callable[[list[Any]], Sequence[Any]]:
+    """A function that reads some slots. `itemgetter` is the fastest that there is, but
+    it returns a tuple only for two slots or more.
+    """
+    if len(slots) > 1:
+        return operator.itemgetter(*slots)
+    if len(slots) == 1:
+        (only,) = slots
+        return lambda values: (values[only],)
+    return lambda _: ()
+
+
+def issue(step: Step, slots: list[Any], inboxes: Sequence[Inbox] = ()) -> None:
+    """Issue one step of a thread.
+
+    Arguments:
+        slots: the thread's own, read and written.
+        inboxes: of all threads; without posts none are needed.
+    """
+    _, _, read, call, outs, _, posts, frees = step
+    for slot, array in zip(outs, call(*read(slots))):  # noqa: B905 - strict costs time
+        slots[slot] = array
+    for thread, posted in posts:
+        inboxes[thread].put(Message(posted, [slots[slot] for slot in posted]))
+    for slot in frees:
+        slots[slot] = None
 
 
 class Failure(NamedTuple):
-    """An exception, and the instruction that raised it."""
+    """An exception, and the step that raised it."""
 
-    at: int
+    step: Step
     error: BaseException
 
 
 class Crew:
     """The threads of one run. None is alive when `run` returns or raises."""
 
-    def __init__(
-        self, parts: Sequence[Part], observe: Callable[[int, list[Any]], None] | None
-    ) -> None:
-        self._parts, self._observe = parts, observe
-        self._inboxes: list[queue.SimpleQueue[Message]] = [
-            queue.SimpleQueue() for _ in parts
-        ]
-        self._lock, self._stopped = threading.Lock(), False
+    def __init__(self, shares: Sequence[Share]) -> None:
+        self._shares = shares
+        self._inboxes: list[Inbox] = [queue.SimpleQueue() for _ in shares]
+        self._stopped = False
         self._failures: list[Failure] = []
+        # The threads that have ended. The bell is rung when one does.
         self._ended: list[int] = []
-        self._bell: queue.SimpleQueue[None] = (
-            queue.SimpleQueue()
-        )  # rung when a thread ends
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        # Transfers and callbacks look at this setting, and a new thread has the
+        # default.
         self._x64 = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
 
     def run(self, slots: list[Any]) -> Failure | None:
-        """Run all parts, from `slots` and back into them; returns what went wrong
+        """Run all shares, from `slots` and back into them; returns what went wrong
         first, in the plan's order.
         """
-        own = [[None] * len(slots) for _ in self._parts]
-        for mine, part in zip(own, self._parts, strict=True):
-            for k in part.starts:
-                mine[k] = slots[k]
-        for k in {k for part in self._parts for k in part.ends}:
-            slots[k] = None
-        threads = [
-            threading.Thread(
-                target=self._work, args=(t, mine), name=f"fpipe {part.placement.device}"
+        own_slots: list[list[Any]] = []
+        threads: list[threading.Thread] = []
+        for number, share in enumerate(self._shares):
+            own: list[Any] = [None] * len(slots)
+            for slot in share.starts:
+                own[slot] = slots[slot]
+            own_slots.append(own)
+            threads.append(
+                threading.Thread(target=self._work, args=(number, own), name=share.name)
             )
-            for t, (part, mine) in enumerate(zip(self._parts, own, strict=True))
-        ]
+        for share in self._shares:
+            for slot in share.consumed:
+                slots[slot] = None
         try:
             for thread in threads:
                 thread.start()
             self._wait(threads)
-        except (
-            BaseException
-        ):  # Ctrl-C, or no thread to be had: what is being dispatched is let through
+        except BaseException:
+            # Ctrl-C, or no thread to be had. What is being dispatched is let through,
+            # and a second Ctrl-C does not help.
             self._stop()
             while True:
-                with contextlib.suppress(KeyboardInterrupt):  # once is enough
+                with contextlib.suppress(KeyboardInterrupt):
                     self._wait(threads)
                     break
             raise
-        for mine, part in zip(own, self._parts, strict=True):
-            for k in part.leaves:
-                slots[k] = mine[k]
-        # What reads the result of a program that failed may fail too, and earlier.
-        return min(self._failures, key=lambda failure: failure.at, default=None)
+        for share, own in zip(self._shares, own_slots, strict=True):
+            for slot in share.leaves:
+                slots[slot] = own[slot]
+        # What reads the result of a program that failed may fail too, and earlier in
+        # time.
+        return min(
+            self._failures, key=lambda failure: failure.step.number, default=None
+        )
 
     def _wait(self, threads: Sequence[threading.Thread]) -> None:
-        """Until all threads that were started are at their end.
+        """Wait until all threads that were started have ended.
 
         Not by `join` alone: one that a signal interrupts takes the thread for ended
-        (CPython 3.11, bpo-45274).
+        (CPython 3.11, bpo-45274). Nor by counting the bell: a signal between a ring and
+        its count would lose it.
         """
         started = [thread for thread in threads if thread.ident is not None]
         while len(self._ended) < len(started):
@@ -209,38 +302,26 @@ class Crew:
         for inbox in self._inboxes:
             inbox.put(None)
 
-    def _work(self, t: int, slots: list[Any]) -> None:
+    def _work(self, number: int, slots: list[Any]) -> None:
+        """What a thread does: issue its steps, each when what it waits for is there."""
+        inbox = self._inboxes[number]
+        step = self._shares[number].steps[0]
         try:
-            with jax.enable_x64(
-                self._x64
-            ):  # a thread's own; transfers and callbacks look at it
-                self._dispatch(t, slots)
-        finally:
-            self._ended.append(t)
-            self._bell.put(None)
-
-    def _dispatch(self, t: int, slots: list[Any]) -> None:
-        inbox, at = self._inboxes[t], self._parts[t].steps[0].at
-        try:
-            for at, get, call, outs, waits, posts, frees in self._parts[t].steps:
-                for k in waits:
-                    while slots[k] is None:
-                        message = inbox.get()
-                        if message is None:
-                            return
-                        for n, array in zip(*message):  # noqa: B905 - strict costs time here
-                            slots[n] = array
-                if self._stopped:
-                    return
-                for out, array in zip(outs, call(*get(slots))):  # noqa: B905
-                    slots[out] = array
-                for other, numbers in posts:
-                    self._inboxes[other].put((numbers, [slots[k] for k in numbers]))
-                for dead in frees:
-                    slots[dead] = None
-                if self._observe is not None:
-                    with self._lock:
-                        self._observe(at, slots)
+            with jax.enable_x64(self._x64):
+                for step in self._shares[number].steps:
+                    for slot in step.waits:
+                        while slots[slot] is None:
+                            message = inbox.get()
+                            if message is None:
+                                return
+                            for k, array in zip(*message, strict=True):
+                                slots[k] = array
+                    if self._stopped:
+                        return
+                    issue(step, slots, self._inboxes)
         except BaseException as error:
-            self._failures.append(Failure(at, error))
+            self._failures.append(Failure(step, error))
             self._stop()
+        finally:
+            self._ended.append(number)
+            self._bell.put(None)

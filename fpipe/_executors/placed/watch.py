@@ -1,47 +1,64 @@
-"""When the instructions of a plan run: each is stamped when it is issued, and when what
-it makes is there.
+"""When the instructions of a plan run: the placed executor's side of `fpipe.record`.
 
-Devices run behind the thread that dispatches to them. So a thread for each device, and
-one for each way between devices, waits for one result after the other, in the order in
-which they were issued, and looks at the clock. It holds one array until then. What a
-later program consumes cannot be waited for; there a tiny program that reads it, issued
-right behind, tells the end.
+Devices run behind the thread that dispatches to them. So each instruction is stamped
+when it is issued, and what it makes goes to a thread that waits until it is there and
+looks at the clock. There is such a *lane* for each device, and one for each way between
+devices: what stands in a lane ends in the order in which it was issued. A lane holds
+one array at a time.
+
+What a later program consumes (a sum of gradients is donated to the next backward)
+cannot be waited for. There a tiny program that reads it, the *mark*, is issued right
+behind, and its end is waited for.
+
+What is seen, for the first instructions of a plan of two stages:
+
+    number  instruction                       lane            issued  ended  bytes moved
+    0       cpu:0: F(0,0) (w0, x) -> y        cpu:0           0.00    0.31
+    2       cpu:0 -> cpu:1: y -> y'           cpu:0 to cpu:1  0.02    0.35   [96]
+    4       cpu:1: F(1,0) (w1, y') -> z       cpu:1           0.03    0.70
+
+and `WatchedCall.timeline` makes of it when each of them ran: a program starts when it
+is issued, its device is free and its inputs are there, so `F(1,0)` ran from 0.35.
 """
 
 import dataclasses
 import functools
-import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
-from fpipe._executors.placed.instructions import Free, Instruction, Move, Plan, Run
+from fpipe._executors.placed.instructions import (
+    Free,
+    Half,
+    Instruction,
+    Move,
+    Plan,
+    Run,
+)
+from fpipe._executors.placed.threads import Call, Step
 from fpipe._executors.placement import Placement
 from fpipe._executors.recording import completed
 from fpipe.schedules import Action, Event, ProgramRun, Recording, Transfer
 
-# The halves of a differentiated call; every other call is one whole.
-Half: TypeAlias = Literal["whole", "forward", "backward"]
-Call: TypeAlias = Callable[..., Sequence[Any]]
-Wait: TypeAlias = Callable[[int, Any, float | None], None]
 
-
-class Way(NamedTuple):
+class Probe(NamedTuple):
     """How to learn the end of an instruction: wait for one of its results, or for what
-    `mark` makes of it.
+    `mark` makes of that.
     """
 
     result: int
     mark: Callable[[Any], Any] | None
 
 
-def ways_of(plan: Plan, shapes: Callable[[int], Sequence[Any]]) -> dict[int, Way]:
-    """For each instruction that makes something how to learn its end; `shapes(n)` are
-    those of a run's results.
+def probes_of(plan: Plan, compiled: Mapping[int, Any]) -> dict[int, Probe]:
+    """For each instruction that makes something how to learn its end.
+
+    Arguments:
+        compiled: the program of each run, by the number of its instruction.
     """
     consumed = {
         slot
@@ -49,88 +66,138 @@ def ways_of(plan: Plan, shapes: Callable[[int], Sequence[Any]]) -> dict[int, Way
         if isinstance(item, Run)
         for slot in item.donates
     }
-    mark = functools.cache(_mark)
-    out: dict[int, Way] = {}
-    for n, item in enumerate(plan.instructions):
+
+    @functools.cache
+    def mark(
+        shape: tuple[int, ...], dtype: Any, placement: Placement
+    ) -> Callable[[Any], Any]:
+        # The sum keeps it from handing on the very array.
+        array = jax.ShapeDtypeStruct(shape, dtype, sharding=placement.sharding)
+        return jax.jit(lambda a: a.reshape(-1)[:1].sum()).lower(array).compile()
+
+    probes: dict[int, Probe] = {}
+    for number, item in enumerate(plan.instructions):
         if isinstance(item, Free) or not item.outs:
             continue
         stays = [k for k, slot in enumerate(item.outs) if slot not in consumed]
         if stays:
-            out[n] = Way(stays[0], None)
+            probes[number] = Probe(stays[0], None)
         else:
-            made = shapes(n)
-            k = min(range(len(made)), key=lambda k: made[k].size)
-            out[n] = Way(k, mark(made[k].shape, made[k].dtype, item.placement))
-    return out
+            shapes = compiled[number].out_info
+            smallest = min(range(len(shapes)), key=lambda k: shapes[k].size)
+            shape = shapes[smallest]
+            probes[number] = Probe(
+                smallest, mark(shape.shape, shape.dtype, item.placement)
+            )
+    return probes
 
 
-def _mark(
-    shape: tuple[int, ...], dtype: Any, placement: Placement
-) -> Callable[[Any], Any]:
-    """A compiled program that reads an array. The sum keeps it from handing on the very
-    array.
+class Seen(NamedTuple):
+    """A result that a lane waits for.
+
+    Attributes:
+        number: of the instruction that makes it.
+        array: `None` if there is nothing to wait for.
+        ended: when it was there, if that is known already.
     """
-    array = jax.ShapeDtypeStruct(shape, dtype, sharding=placement.sharding)
-    return jax.jit(lambda a: a.reshape(-1)[:1].sum()).lower(array).compile()
+
+    number: int
+    array: Any
+    ended: float | None
+
+
+class Failure(NamedTuple):
+    """An exception on a device, and the number of the instruction."""
+
+    number: int
+    error: Exception
+
+
+class Lane:
+    """A thread that waits for one result after the other.
+
+    Arguments:
+        wait: called with each of them.
+    """
+
+    def __init__(self, wait: Callable[[Seen], None], name: str) -> None:
+        self.queue: queue.SimpleQueue[Seen | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, args=(wait,), name=name)
+
+    def _work(self, wait: Callable[[Seen], None]) -> None:
+        while (seen := self.queue.get()) is not None:
+            wait(seen)
+            del seen  # the array, before the next one comes
 
 
 class Watch:
     """Watches one run of a plan; as a context, until everything has run.
 
     Attributes:
-        issued, ended: when, by instruction.
+        issued, ended: when, by the number of the instruction.
         moved: the bytes of each array of a transfer.
-        failures: what went wrong on a device, with the instruction.
+        failures: what went wrong on a device.
     """
 
-    def __init__(self, plan: Plan, ways: Mapping[int, Way]) -> None:
-        self._plan, self._ways = plan, ways
-        self.issued, self.ended, self.moved = (
-            dict[int, float](),
-            dict[int, float](),
-            dict[int, list[int]](),
-        )
-        self.failures: list[tuple[int, Exception]] = []
-        self._lanes = {
-            key: _Lane(self._wait, f"fpipe record {n}")
-            for n, key in enumerate(
-                dict.fromkeys(self._lane(plan.instructions[n]) for n in ways)
-            )
-        }
+    def __init__(self, plan: Plan, probes: Mapping[int, Probe]) -> None:
+        self.issued: dict[int, float] = {}
+        self.ended: dict[int, float] = {}
+        self.moved: dict[int, list[int]] = {}
+        self.failures: list[Failure] = []
+        self._plan = plan
+        self._probes = probes
+        self._lanes: dict[Hashable, Lane] = {}
+        for number in probes:
+            key = self._lane_key(plan.instructions[number])
+            if key not in self._lanes:
+                name = f"fpipe record {len(self._lanes)}"
+                self._lanes[key] = Lane(self.wait, name)
 
-    def through(self, n: int, call: Call) -> Call:
-        """The call of an instruction, watched."""
-        if n not in self._ways:
+    def watched(self, step: Step) -> Call:
+        """The call of a step, watched."""
+        number, call = step.number, step.call
+        if number not in self._probes:
             return call
-        (result, mark), moves = (
-            self._ways[n],
-            isinstance(self._plan.instructions[n], Move),
-        )
-        put = self._lanes[self._lane(self._plan.instructions[n])].queue.put
+        result, mark = self._probes[number]
+        moves = isinstance(step.item, Move)
+        put = self._lanes[self._lane_key(step.item)].queue.put
 
         def watched(*arrays: Any) -> Sequence[Any]:
-            self.issued[n] = time.perf_counter()
+            self.issued[number] = time.perf_counter()
             made = call(*arrays)
             array = made[result]
-            # Some programs run in the thread that calls them: then nobody has to wake
+            # Some programs run in the thread that calls them. Then nobody has to wake
             # up to see the end.
-            seen = time.perf_counter() if array.is_ready() else None
+            ended = time.perf_counter() if array.is_ready() else None
             if mark is not None:
-                array = mark(array) if seen is None else None
-            put((n, array, seen))
+                array = mark(array) if ended is None else None
+            put(Seen(number, array, ended))
             if moves:
-                self.moved[n] = [a.nbytes for a in made]
+                self.moved[number] = [a.nbytes for a in made]
             return made
 
         return watched
+
+    def wait(self, seen: Seen) -> None:
+        """Wait for a result, in the thread of its lane, and note when it is there."""
+        number, array, ended = seen
+        try:
+            if array is not None:
+                array.block_until_ready()
+            self.ended[number] = time.perf_counter() if ended is None else ended
+        except Exception as error:
+            self.failures.append(Failure(number, error))
+
+    def call(self, half: Half) -> "WatchedCall":
+        """What was seen of a run that has ended."""
+        return WatchedCall(self._plan, half, self.issued, self.ended, self.moved)
 
     def __enter__(self) -> "Watch":
         try:
             for lane in self._lanes.values():
                 lane.thread.start()
-        except (
-            BaseException
-        ):  # no thread to be had, or Ctrl-C: those that are there end
+        except BaseException:
+            # No thread to be had, or Ctrl-C: those that are there end.
             self.__exit__()
             raise
         return self
@@ -142,42 +209,20 @@ class Watch:
             if lane.thread.ident is not None:
                 lane.thread.join()
 
-    def _lane(self, item: Instruction) -> Any:
+    def _lane_key(self, item: Instruction) -> Hashable:
         """What runs one after the other: a device's programs, and transfers from the
         same devices to the same one.
         """
         assert not isinstance(item, Free)
         if isinstance(item, Run):
             return item.placement
-        return item.placement, frozenset(
-            self._plan.slots[k].placement for k in item.ins
-        )
-
-    def _wait(self, n: int, array: Any, seen: float | None) -> None:
-        try:
-            if array is not None:
-                array.block_until_ready()
-            self.ended[n] = time.perf_counter() if seen is None else seen
-        except Exception as error:
-            self.failures.append((n, error))
-
-
-class _Lane:
-    def __init__(self, wait: Wait, name: str) -> None:
-        self.queue: queue.SimpleQueue[tuple[int, Any, float | None] | None] = (
-            queue.SimpleQueue()
-        )
-        self.thread = threading.Thread(target=self._work, args=(wait,), name=name)
-
-    def _work(self, wait: Wait) -> None:
-        while (entry := self.queue.get()) is not None:
-            wait(*entry)
-            del entry  # the array, before the next one comes
+        sources = frozenset(self._plan.slots[slot].placement for slot in item.ins)
+        return item.placement, sources
 
 
 @dataclasses.dataclass(frozen=True)
-class Ran:
-    """A run of a plan, or of its halves, with what was seen."""
+class WatchedCall:
+    """A run of a plan, or of a half of it, with what was seen."""
 
     plan: Plan
     half: Half
@@ -185,101 +230,135 @@ class Ran:
     ended: Mapping[int, float]
     moved: Mapping[int, Sequence[int]]
 
-    def joined(self, later: "Ran") -> "Ran":
-        """A forward with its pull-back."""
-        issued, ended = {**self.issued, **later.issued}, {**self.ended, **later.ended}
-        return Ran(self.plan, "whole", issued, ended, {**self.moved, **later.moved})
+    def joined(self, later: object) -> "WatchedCall | None":
+        """A forward with its pull-back, as one call; `None` if these are two calls."""
+        if not isinstance(later, WatchedCall) or later.plan is not self.plan:
+            return None
+        if (self.half, later.half) != (Half.FORWARD, Half.BACKWARD):
+            return None
+        return WatchedCall(
+            self.plan,
+            Half.WHOLE,
+            {**self.issued, **later.issued},
+            {**self.ended, **later.ended},
+            {**self.moved, **later.moved},
+        )
 
     def timeline(self) -> Recording:
         """When everything ran, counted from the first start."""
-        plan, schedule = self.plan, self.plan.schedule
-        starts, ends = _times(plan, self.issued, self.ended)
-        zero = min(starts.values(), default=0.0)
-        number = _numbers(plan)
+        plan = self.plan
+        schedule = plan.schedule
+        spans = self._spans()
+        zero = min((span.start for span in spans.values()), default=0.0)
+        device_of = _devices_of(plan)
         events: dict[Action, Event] = {}
         programs: list[ProgramRun] = []
         transfers: list[Transfer] = []
-        for n, start in starts.items():
-            item, times = plan.instructions[n], (start - zero, ends[n] - zero)
+        for number, span in spans.items():
+            item = plan.instructions[number]
+            start = span.start - zero
+            end = span.end - zero
             if isinstance(item, Move):
-                target = number[item.placement]
-                for source in dict.fromkeys(plan.slots[k].placement for k in item.ins):
-                    own = [plan.slots[k].placement == source for k in item.ins]
-                    what = tuple(
-                        plan.slots[k].name for k in itertools.compress(item.ins, own)
+                # One instruction may move arrays of several devices: a transfer each.
+                names: dict[Placement, list[str]] = {}
+                sizes: dict[Placement, int] = {}
+                for slot, size in zip(item.ins, self.moved[number], strict=True):
+                    name, source, _ = plan.slots[slot]
+                    names.setdefault(source, []).append(name)
+                    sizes[source] = sizes.get(source, 0) + size
+                target = device_of[item.placement]
+                for source, moved in names.items():
+                    transfer = Transfer(
+                        device_of[source],
+                        target,
+                        tuple(moved),
+                        sizes[source],
+                        start,
+                        end,
                     )
-                    size = sum(itertools.compress(self.moved[n], own))
-                    transfers.append(
-                        Transfer(number[source], target, what, size, *times)
-                    )
+                    transfers.append(transfer)
                 continue
             assert isinstance(item, Run)
-            device, name = number[item.placement], item.name
-            if item.action is not None:
-                device, name = (
-                    schedule.stage_to_device[item.action.stage],
-                    item.action.name,
-                )
-                events[item.action] = Event(device, item.action, *times)
-            programs.append(ProgramRun(device, name, *times))
-        places = {number[p]: str(p.device) for p in number}
-        split = plan.backward < len(plan.instructions)
-        order = [
-            a
-            for a in plan.order
-            if not split
-            or self.half == "whole"
-            or (a.kind == "F") == (self.half == "forward")
-        ]
+            if item.action is None:
+                device = device_of[item.placement]
+                programs.append(ProgramRun(device, item.name, start, end))
+            else:
+                device = schedule.stage_to_device[item.action.stage]
+                programs.append(ProgramRun(device, item.action.name, start, end))
+                events[item.action] = Event(device, item.action, start, end)
+        programs.sort(key=lambda program: (program.start, program.device))
+        transfers.sort(key=lambda transfer: (transfer.start, transfer.target))
+        names_of = {device: str(place) for place, device in device_of.items()}
         return Recording(
-            completed(schedule, order, events),
-            schedule.devices,
-            f"{schedule.name}, recorded",
-            (),
-            tuple(sorted(programs, key=lambda p: (p.start, p.device))),
-            tuple(sorted(transfers, key=lambda t: (t.start, t.target))),
-            tuple(places.get(d, "") for d in range(schedule.devices)),
+            events=completed(schedule, self._actions(), events),
+            devices=schedule.devices,
+            name=f"{schedule.name}, recorded",
+            programs=tuple(programs),
+            transfers=tuple(transfers),
+            places=tuple(names_of.get(d, "") for d in range(schedule.devices)),
         )
 
+    def _actions(self) -> list[Action]:
+        """The actions of this run in order, also those that have nothing to run."""
+        order = list(self.plan.order)
+        splits = self.plan.backward < len(self.plan.instructions)
+        if not splits or self.half is Half.WHOLE:
+            return order
+        forward = self.half is Half.FORWARD
+        return [action for action in order if (action.kind == "F") == forward]
 
-def _numbers(plan: Plan) -> dict[Placement, int]:
+    def _spans(self) -> dict[int, "_Span"]:
+        """From when to when each instruction ran, by its number."""
+        code = {
+            number: item
+            for number, item in enumerate(self.plan.instructions)
+            if number in self.ended and not isinstance(item, Free)
+        }
+        # What each instruction waits for: those that make its inputs, and what its
+        # device runs before.
+        maker: dict[int, int] = {}
+        last_on: dict[Placement, int] = {}
+        before: dict[int, list[int]] = {}
+        for number, item in code.items():
+            before[number] = [maker[slot] for slot in item.ins if slot in maker]
+            if isinstance(item, Run):
+                if item.placement in last_on:
+                    before[number].append(last_on[item.placement])
+                last_on[item.placement] = number
+            for slot in item.outs:
+                maker[slot] = number
+        # An end is seen late at times (a thread has to wake up for it), but it is never
+        # later than that of what needs it.
+        ends = {number: self.ended[number] for number in code}
+        for number in reversed(code):
+            for earlier in before[number]:
+                ends[earlier] = min(ends[earlier], ends[number])
+        return {
+            number: _Span(
+                max(
+                    [
+                        self.issued[number],
+                        *(ends[earlier] for earlier in before[number]),
+                    ]
+                ),
+                ends[number],
+            )
+            for number in code
+        }
+
+
+class _Span(NamedTuple):
+    start: float
+    end: float
+
+
+def _devices_of(plan: Plan) -> dict[Placement, int]:
     """The device of the schedule that each placement is; one that is several of them is
     the first.
     """
-    out: dict[Placement, int] = {}
+    devices: dict[Placement, int] = {}
     for item in plan.instructions:
         if isinstance(item, Run) and item.action is not None:
-            d = plan.schedule.stage_to_device[item.action.stage]
-            out[item.placement] = min(out.get(item.placement, d), d)
-    return out
-
-
-def _times(
-    plan: Plan, issued: Mapping[int, float], ended: Mapping[int, float]
-) -> tuple[dict[int, float], dict[int, float]]:
-    """Starts and ends of the instructions.
-
-    One starts when it has been issued, its device is free, and its inputs are there. An
-    end is seen late at times (a thread has to wake up for it), but never later than
-    that of what needs it.
-    """
-    code = [
-        (n, item)
-        for n, item in enumerate(plan.instructions)
-        if n in ended and not isinstance(item, Free)
-    ]
-    maker = {slot: n for n, item in code for slot in item.outs}
-    before: dict[int, list[int]] = {}
-    last: dict[Placement, int] = {}
-    for n, item in code:
-        before[n] = [maker[slot] for slot in item.ins if slot in maker]
-        if isinstance(item, Run):
-            before[n] += [last[item.placement]] if item.placement in last else []
-            last[item.placement] = n
-    ends = {n: ended[n] for n, _ in code}
-    for n, _ in reversed(code):
-        for first in before[n]:
-            ends[first] = min(ends[first], ends[n])
-    return {
-        n: max([issued[n], *(ends[first] for first in before[n])]) for n, _ in code
-    }, ends
+            device = plan.schedule.stage_to_device[item.action.stage]
+            devices[item.placement] = min(devices.get(item.placement, device), device)
+    return devices

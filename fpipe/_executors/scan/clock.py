@@ -92,9 +92,14 @@ class Ran:
     segments: tuple[Segment, ...]
     stamps: tuple[tuple[Stamp, ...], ...]
     places: tuple[str, ...]
+    backward: bool
 
-    def joined(self, later: "Ran") -> "Ran":
-        """A forward with its pull-back."""
+    def joined(self, later: object) -> "Ran | None":
+        """A forward with its pull-back, as one call; `None` if these are two calls."""
+        if not isinstance(later, Ran) or later.step is not self.step:
+            return None
+        if self.backward or not later.backward or len(self.segments) > 1:
+            return None
         return dataclasses.replace(
             self,
             segments=(*self.segments, *later.segments),

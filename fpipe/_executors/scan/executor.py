@@ -207,18 +207,10 @@ class Scan:
             (step.machine.segments[n],),
             (tuple(stamps),),
             places,
+            name == "backward",
         )
         for recorder in recorders:
-            last = recorder.calls[-1] if recorder.calls else None
-            if (
-                name == "backward"
-                and isinstance(last, Ran)
-                and last.step is step
-                and len(last.segments) == 1
-            ):
-                recorder.calls[-1] = last.joined(ran)
-            else:
-                recorder.calls.append(ran)
+            recorder.add(ran)
         return out
 
     def _check_recorded(self, given: Any) -> None:

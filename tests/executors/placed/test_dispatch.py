@@ -20,12 +20,12 @@ import pytest
 from jax.experimental import io_callback
 
 import fpipe
-from fpipe._executors.placed.dispatch import DISPATCH, observing
+from fpipe._executors.placed.dispatch import DISPATCH
 from tests.executors.placed.test_plan import STAGES, by_device, widening
 from tests.executors.test_memory import counting
 from tests.front.test_calls import BoomError, Trigger, notes, wait
 from tests.front.test_equal import check
-from tests.helpers import Case, assert_same, dense, models, mse, raises
+from tests.helpers import Case, assert_same, dense, models, mse, observing, raises
 
 M = 4
 NUMBERED = jnp.arange(M, dtype=jnp.float32)[:, None] + jnp.zeros(
@@ -417,12 +417,12 @@ def test_no_thread_outlives_a_call_and_there_is_one_for_each_device_meanwhile():
 
     def observer(item, slots):
         del slots
-        seen.add((threading.current_thread().name, item.placement.device))
+        seen.add((threading.current_thread().name, str(item.placement)))
 
     with observing(observer):
         pipe.value_and_grad(mse)(params, case.x, case.target)
         assert threads() == []
-    assert seen == {(f"fpipe {d}", d) for d in pipe.devices}
+    assert seen == {(f"fpipe {d}", str(d)) for d in pipe.devices}
 
 
 # --- what is left, and what is alive ---
@@ -498,9 +498,10 @@ def test_each_device_holds_no_more_inputs_than_the_schedule_and_those_on_their_w
     step = pipe.value_and_grad(lambda y: jnp.mean(y**2))
     jax.block_until_ready(step(params, x))
     plan, peak = pipe._placed._bound.values()[0].plan, [0] * STAGES
+    names = [str(device) for device in pipe.devices]
 
     def count(item, slots):
-        s = pipe.devices.index(item.placement.device)
+        s = names.index(str(item.placement))
         held = [
             a
             for a, slot in zip(slots, plan.slots, strict=True)
@@ -544,7 +545,7 @@ def test_the_matmul_precision_of_the_calling_thread_is_kept():
 
 def runs(bound):
     """The runs of a plan with the shapes that they are given."""
-    shapes = dict(bound.given)
+    shapes = dict(bound.shapes)
     for item in bound.plan.instructions:
         if hasattr(item, "call"):
             args = tuple(shapes[n] for n in item.ins)
