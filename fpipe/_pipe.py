@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from fpipe._core.pytrees import (
     PyTree,
     Tracer,
     eval_shape,
+    is_traced,
     map_arrays,
     numbers_as_arrays,
     shapes_of,
@@ -27,12 +28,10 @@ from fpipe._executors.call import (
     as_compute_dtype,
     check_argnums,
     check_chunks,
-    check_key,
     check_params,
     checked,
     scaled,
 )
-from fpipe._executors.placed.compile import Progress, as_progress
 from fpipe._executors.placed.dispatch import DISPATCH, Dispatch
 from fpipe._executors.placed.executor import Placed
 from fpipe._executors.placement import (
@@ -43,6 +42,8 @@ from fpipe._executors.placement import (
     first_placements,
 )
 from fpipe._executors.programs import Layout
+from fpipe._executors.progress import Progress, as_progress
+from fpipe._executors.protocol import Executor
 from fpipe._executors.recording import record
 from fpipe._executors.scan.executor import Scan
 from fpipe._executors.scan.mesh import as_mesh, stage_devices
@@ -56,6 +57,7 @@ from fpipe._model.layer import Layer
 from fpipe._model.loss import Loss, Reduction, as_loss
 from fpipe._model.microbatch import first_microbatch
 from fpipe._model.model import Model
+from fpipe._model.needs import call_needs, check_key
 from fpipe._model.remat import Policy, Remat
 from fpipe._model.stages import cut_stages
 from fpipe._planning.costs import LayerCosts
@@ -66,7 +68,7 @@ from fpipe._planning.prediction import Prediction
 from fpipe.schedules import Recording, Schedule
 
 
-@dataclasses.dataclass(frozen=True, init=False)
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
 class Pipe(Call):
     """A sequence of layers, cut into stages that live on devices, run microbatch by
     microbatch.
@@ -155,13 +157,6 @@ class Pipe(Call):
     deferred_batch_norm: bool
     detect_anomaly: bool
 
-    _executor: ClassVar[
-        Placed | Scan
-        # set on each instance like `model`, and no field: programs are no part of the
-        # value
-    ]
-    _detector: ClassVar[Detector | None]
-
     def __init__(
         self,
         layers: Iterable[Any],
@@ -190,42 +185,32 @@ class Pipe(Call):
                 f"`Pipe(dispatch={dispatch!r})`: one of "
                 f"{', '.join(map(repr, DISPATCH))}"
             )
-        compute_dtype, chunks = (
-            as_compute_dtype("Pipe", compute_dtype),
-            check_chunks("Pipe", chunks),
-        )
-        model, scheduling, remat = (
-            Model(layers, compute_dtype),
-            Scheduling.of(schedule),
-            Remat.of(checkpoint),
-        )
+        compute_dtype = as_compute_dtype("Pipe", compute_dtype)
+        chunks = check_chunks("Pipe", chunks)
+        model = Model(layers, compute_dtype)
+        scheduling = Scheduling.of(schedule)
+        remat = Remat.of(checkpoint)
+        # As they were given: `dataclasses.replace` defers them again.
         layers = model.layers
         if deferred_batch_norm:
             model = Model(deferred(layers, "Pipe"), compute_dtype)
-        places = as_placements(
+        placements = as_placements(
             devices if mesh is None else stage_devices(mesh, devices)
         )
         balance = given_balance(
-            balance, sample, model, scheduling, remat, places, chunks
+            balance, sample, model, scheduling, remat, placements, chunks
         )
-        stage_to_device = scheduling.stage_to_device(len(balance), len(places), chunks)
-        places = first_placements(places, 1 + max(stage_to_device))
-        detector = Detector("Pipe", model, balance, chunks) if detect_anomaly else None
-        runs = model if detector is None else detector.watched
+        stage_to_device = scheduling.stage_to_device(
+            len(balance), len(placements), chunks
+        )
+        placements = first_placements(placements, 1 + max(stage_to_device))
+        devices = tuple(p.device for p in placements)
         if executor == "scan":
-            mesh = as_mesh([place.device for place in places], mesh, len(balance))
-            run: Placed | Scan = Scan(
-                runs, balance, stage_to_device, mesh, scheduling, remat, chunks
-            )
-        else:
-            layout = Layout(
-                cut_stages(runs, balance), tuple(places[d] for d in stage_to_device)
-            )
-            run = Placed(layout, scheduling, stage_to_device, remat, chunks, dispatch)
-        attributes = {
-            "layers": layers,  # as given: `dataclasses.replace` defers them again
+            mesh = as_mesh(list(devices), mesh, len(balance))
+        fields = {
+            "layers": layers,
             "balance": balance,
-            "devices": tuple(p.device for p in places),
+            "devices": devices,
             "chunks": chunks,
             "checkpoint": checkpoint,
             "schedule": schedule,
@@ -235,12 +220,91 @@ class Pipe(Call):
             "compute_dtype": compute_dtype,
             "deferred_batch_norm": deferred_batch_norm,
             "detect_anomaly": detect_anomaly,
-            "model": model,
-            "_executor": run,
-            "_detector": detector,
         }
-        for name, value in attributes.items():
+        for name, value in fields.items():
             object.__setattr__(self, name, value)
+        # What runs it, and what looks for faults, is no part of its value.
+        self.model: Model
+        self._executor: Executor
+        self._detector: Detector | None
+        object.__setattr__(self, "model", model)
+        detector = Detector("Pipe", model, balance, chunks) if detect_anomaly else None
+        object.__setattr__(self, "_detector", detector)
+        runs = model if detector is None else detector.watched
+        object.__setattr__(self, "_executor", self._make_executor(runs, None))
+
+    def _make_executor(self, model: Model, kept: Recent | None) -> Executor:
+        """What runs a model as this pipe does.
+
+        Arguments:
+            kept: traces and programs that it shares with other pipes of the same
+                layers; `None`: with none.
+        """
+        scheduling = Scheduling.of(self.schedule)
+        remat = Remat.of(self.checkpoint)
+        stage_to_device = scheduling.stage_to_device(
+            len(self.balance), len(self.devices), self.chunks
+        )
+        if self.mesh is not None:
+            return Scan(
+                model,
+                self.balance,
+                stage_to_device,
+                self.mesh,
+                scheduling,
+                remat,
+                self.chunks,
+                kept,
+            )
+        placements = as_placements(self.devices)
+        layout = Layout(
+            cut_stages(model, self.balance),
+            tuple(placements[d] for d in stage_to_device),
+        )
+        return Placed(
+            layout,
+            scheduling,
+            stage_to_device,
+            remat,
+            self.chunks,
+            self.dispatch,
+            kept,
+        )
+
+    def __repr__(self) -> str:
+        """What it is, on one screen, however many layers it has."""
+        names = [layer.name for layer in self.layers]
+        shown = ", ".join(names if len(names) <= 8 else [*names[:6], "…", names[-1]])
+        schedule = getattr(self.schedule, "name", self.schedule)
+        schedule = getattr(schedule, "__name__", schedule)
+        checkpoint = getattr(self.checkpoint, "__name__", self.checkpoint)
+        places = list(map(str, self.devices))
+        if len(set(places)) == 1:
+            places = (
+                [f"{places[0]}"]
+                if len(places) == 1
+                else [f"{places[0]} x {len(places)}"]
+            )
+        elif len(places) > 8:
+            places = [*places[:6], "…", places[-1]]
+        balance = list(map(str, self.balance))
+        if len(balance) > 16:
+            balance = [*balance[:14], "…", balance[-1]]
+        lines = [
+            f"{len(names)} layers ({shown})",
+            f"balance=[{', '.join(balance)}], devices=[{', '.join(places)}]",
+            f"chunks={self.chunks}, schedule={schedule!r}, checkpoint={checkpoint!r}",
+            f"executor={self.executor!r}, dispatch={self.dispatch!r}",
+        ]
+        rare = {
+            "compute_dtype": None,
+            "deferred_batch_norm": False,
+            "detect_anomaly": False,
+        }
+        for name, default in rare.items():
+            if getattr(self, name) != default:
+                lines[-1] += f", {name}={getattr(self, name)!r}"
+        return "Pipe(\n  " + ",\n  ".join(lines) + "\n)"
 
     def __reduce__(self) -> Any:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -278,11 +342,8 @@ class Pipe(Call):
             TypeError: no key.
         """
         check_key(key)
-        return self.place(
-            self.model.init(
-                key, *first_microbatch(x, side, self.chunks), self._executor.make
-            )
-        )
+        first = first_microbatch(x, call_needs(side=side), self.chunks)
+        return self.place(self.model.init(key, *first, self._executor.make_params))
 
     def init_state(
         self,
@@ -302,13 +363,9 @@ class Pipe(Call):
                 l)`, as in `init`. Default `jax.random.key(0)`.
         """
         if isinstance(params, Packed):
-            params = params.packing.whole
-        return self.model.init_state(
-            *first_microbatch(x, side, self.chunks),
-            params,
-            key,
-            self._executor.make_state,
-        )
+            params = self._executor.param_shapes(params)
+        first = first_microbatch(x, call_needs(side=side), self.chunks)
+        return self.model.init_state(*first, params, key, self._executor.make_state)
 
     def place(self, params: Sequence[PyTree]) -> Any:
         """Put the parameters of each layer on its device; Python numbers become arrays.
@@ -344,7 +401,7 @@ class Pipe(Call):
         Raises:
             ValueError: not one entry per layer, or packed for another partition.
         """
-        self._executor.check(params, "`gather(params)`")
+        self._executor.check_params(params, "`gather(params)`")
         return self._executor.gather(params)
 
     # --- calls ---
@@ -378,6 +435,7 @@ class Pipe(Call):
         key: Any = None,
         state: Sequence[PyTree] | None = None,
         train: bool = False,
+        step: Any = None,
         loss_scale: Any = None,
         threads: int | None = None,
         progress: bool | Progress | None = None,
@@ -388,7 +446,7 @@ class Pipe(Call):
         too, but one program after the other.
 
         Arguments:
-            params, x, targets, side, key, state, train: as for the call; shapes
+            params, x, targets, side, key, state, train, step: as for the call; shapes
                 (`jax.ShapeDtypeStruct`) will do.
             loss_fn, has_aux, reduction, argnums, frozen: the call is
                 `value_and_grad(loss_fn, …)(params, x, *targets)`. Without `loss_fn` it
@@ -418,18 +476,18 @@ class Pipe(Call):
             if loss_fn is None
             else as_loss("value_and_grad", loss_fn, has_aux, reduction)
         )
-        args = self._checked(Args(params, x, targets, side, key, state, bool(train)))
+        needs = call_needs(side=side, key=key, train=train, step=step)
+        args = self._checked(Args(params, x, targets, needs, state))
         numbers = () if loss is None else as_argnums(argnums)
         if loss is not None:
             check_argnums(argnums, numbers, args)
-            args, loss = scaled(
-                args._replace(frozen=FrozenLeaves(frozen).of(params)), loss, loss_scale
-            )
+            leaves = FrozenLeaves(frozen).of(self._param_shapes(params))
+            args, loss = scaled(args._replace(frozen=leaves), loss, loss_scale)
         if self._detector is not None:
             args, loss, numbers = self._detector.watch_call(args, loss, numbers)
-        if self.executor == "scan":
-            return self._scan.compile(args, loss, numbers)
-        return self._placed.compile(args, loss, numbers, threads, as_progress(progress))
+        return self._executor.compile(
+            args, loss, numbers, threads, as_progress(progress)
+        )
 
     def plan(
         self,
@@ -445,6 +503,7 @@ class Pipe(Call):
         key: Any = None,
         state: Sequence[PyTree] | None = None,
         train: bool = False,
+        step: Any = None,
         by: Literal["flops", "time"] = "flops",
         speed: float | Sequence[float] | None = None,
         latency: float = 0.0,
@@ -463,7 +522,7 @@ class Pipe(Call):
 
         Arguments:
             params: placed or not, or their shapes; `None`: what `init` makes.
-            x, targets, side, key, state, train: as for the call; shapes
+            x, targets, side, key, state, train, step: as for the call; shapes
                 (`jax.ShapeDtypeStruct`) will do. Layers with state get what
                 `init_state` makes, if none is given. Inputs that are no arrays yet are
                 taken to lie where they are read.
@@ -519,7 +578,8 @@ class Pipe(Call):
         loss = as_loss(
             "plan", mean_square if loss_fn is None else loss_fn, has_aux, reduction
         )
-        args = Args(params, x, targets, side, key, state, bool(train))
+        needs = call_needs(side=side, key=key, train=train, step=step)
+        args = Args(params, x, targets, needs, state)
         return predicted(self, args, loss, argnums, frozen, options)
 
     def record(
@@ -547,45 +607,47 @@ class Pipe(Call):
             result = f(*args, **kwargs)
         return result, timeline
 
-    def _shaped(
-        self, params: Any, state: Any, x: PyTree, side: PyTree
-    ) -> tuple[Any, Any]:
-        """The shapes of parameters, and states, for a prediction; those that `init`
-        makes, if none are given.
+    def _shaped(self, args: Args) -> Args:
+        """A call for a prediction: shapes of parameters and states, one entry per
+        layer; those that `init` makes, if none are given.
         """
-        first, key = (
-            first_microbatch(x, side, self.chunks),
-            jax.eval_shape(lambda: jax.random.key(0)),
-        )
+        first = first_microbatch(args.x, args.needs, self.chunks)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+
+        def shape(layer: int, make: Callable[[Any], PyTree], key: Any) -> PyTree:
+            del layer
+            return eval_shape(make, key)
+
+        params, state = args.params, args.state
         if isinstance(params, Packed):
             params = params.packing.whole
         elif params is None:
-            params = self.model.init(
-                key, *first, lambda k, make, key: eval_shape(make, key)
-            )
+            params = self.model.init(key, *first, shape)
         check_params(self.model, params, "`plan(params, x)`")
         params = tuple(
             shapes_of(map_arrays(strong, numbers_as_arrays(p))) for p in params
         )
         if state is None and self.model.stateful:
-            state = self.model.init_state(
-                *first, params, key, lambda k, make, key: eval_shape(make, key)
-            )
-        return params, state
+            state = self.model.init_state(*first, params, key, shape)
+        return args._replace(params=params, state=state)
 
     def _as_placed(self, kept: Recent | None) -> Placed:
         """The placed executor for the same stages."""
         if isinstance(self._executor, Placed) and kept is None:
             return self._executor
-        scheduling, places = Scheduling.of(self.schedule), as_placements(self.devices)
-        map_ = scheduling.stage_to_device(len(self.balance), len(places), self.chunks)
+        placements = as_placements(self.devices)
+        scheduling = Scheduling.of(self.schedule)
+        stage_to_device = scheduling.stage_to_device(
+            len(self.balance), len(placements), self.chunks
+        )
         layout = Layout(
-            cut_stages(self.model, self.balance), tuple(places[d] for d in map_)
+            cut_stages(self.model, self.balance),
+            tuple(placements[d] for d in stage_to_device),
         )
         return Placed(
             layout,
             scheduling,
-            map_,
+            stage_to_device,
             Remat.of(self.checkpoint),
             self.chunks,
             "one_thread",
@@ -602,19 +664,27 @@ class Pipe(Call):
         assert isinstance(self._executor, Scan)
         return self._executor
 
+    def _param_shapes(self, params: Any) -> tuple[PyTree, ...]:
+        return self._executor.param_shapes(params)
+
     def _checked(self, args: Args) -> Args:
-        self._executor.check(args.params, "a call's params")
+        self._executor.check_params(args.params, "a call's params")
         return checked(self.model, args)
 
     def _forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         try:
             if self._detector is not None:
-                return self._detector.forward(self._executor.forward, args)
-            return self._executor.forward(args)
+                return self._detector.forward(self._run_forward, args)
+            return self._run_forward(args)
         except TracedCallError:
             if only_shapes():
-                return self._reference()._forward(args)
+                return Sequential(self.model, self.chunks)._forward(args)
             raise
+
+    def _run_forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
+        if is_traced(args):
+            return self._executor.differentiable(args)
+        return self._executor.forward(args)
 
     def _loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
         try:
@@ -623,11 +693,8 @@ class Pipe(Call):
             return self._executor.loss(args, loss, argnums)
         except TracedCallError:
             if only_shapes():
-                return self._reference()._loss(args, loss, argnums)
+                return Sequential(self.model, self.chunks)._loss(args, loss, argnums)
             raise
-
-    def _reference(self) -> Sequential:
-        return Sequential(self.model, self.chunks)
 
 
 def predicted(
@@ -659,14 +726,15 @@ def predicted(
         if pipe._detector is None
         else dataclasses.replace(pipe, detect_anomaly=False)
     )
-    params, state = pipe._shaped(args.params, args.state, args.x, args.side)
-    args = checked(pipe.model, args._replace(params=params, state=state))
+    args = checked(pipe.model, pipe._shaped(args))
     numbers = as_argnums(argnums)
     check_argnums(argnums, numbers, args)
-    args = args._replace(frozen=FrozenLeaves(frozen).of(params))
+    args = args._replace(frozen=FrozenLeaves(frozen).of(args.params))
     scan = None
     if pipe.executor == "scan":
-        scan = pipe._scan, args._replace(params=eval_shape(pipe.place, params))
+        assert isinstance(pipe._executor, Scan)
+        packed = eval_shape(pipe.place, args.params)
+        scan = pipe._executor, args._replace(params=packed)
     remat = Remat.of(pipe.checkpoint)
     return predict(
         pipe._as_placed(kept), scan, args, loss, numbers, remat, options, costs

@@ -17,6 +17,7 @@ from fpipe._executors.scan.mesh import stage_devices
 from fpipe._executors.scan.packing import Packed
 from fpipe._model.loss import Loss, Reduction, as_loss
 from fpipe._model.microbatch import cut_inputs
+from fpipe._model.needs import call_needs
 from fpipe._pipe import Pipe, predicted
 from fpipe._planning.balance import balance
 from fpipe._planning.costs import LayerCosts
@@ -189,6 +190,7 @@ def tune(
     key: Any = None,
     state: Sequence[PyTree] | None = None,
     train: bool = False,
+    step: Any = None,
     params: Sequence[PyTree] | None = None,
     **options: Any,
 ) -> Tuning:
@@ -206,7 +208,7 @@ def tune(
         layers: as for `Pipe`; each balance is then found by FLOPs, under the memory
             limit. Or a function `f(schedule=, checkpoint=, chunks=) -> Pipe`, which may
             choose a balance itself, or look at fewer of these.
-        x, targets, side, key, state, train, params, loss_fn, has_aux, reduction: as for
+        x, targets, side, key, state, train, step, params, loss_fn, has_aux, reduction: as for
             `Pipe.plan`; shapes will do.
 
     Other Arguments:
@@ -259,7 +261,8 @@ def tune(
     loss = as_loss(
         "tune", mean_square if loss_fn is None else loss_fn, has_aux, reduction
     )
-    args = Args(params, x, targets, side, key, state, bool(train))
+    needs = call_needs(side=side, key=key, train=train, step=step)
+    args = Args(params, x, targets, needs, state)
     make = (
         _Layers(list(layers), args, places, wanted, options)
         if isinstance(layers, Iterable)
@@ -299,7 +302,7 @@ def _several(options: Any) -> list[Any]:
 
 
 def _divisors(args: Args, devices: int) -> list[int]:
-    rows = sum(next(iter(cut_inputs(args.x, args.side, args.targets, 1).columns), (1,)))
+    rows = sum(next(iter(cut_inputs(args.inputs, 1).columns), (1,)))
     return [n for n in range(devices, 8 * devices + 1) if rows % n == 0] or [rows]
 
 
@@ -349,12 +352,12 @@ class _Layers:
             self._costs[kind, chunks] = layer_costs(
                 self.layers,
                 args.x,
-                side=args.side,
+                side=args.needs["side"],
                 chunks=chunks,
                 params=args.params,
                 checkpoint=checkpoint,
                 compute_dtype=self.options.get("compute_dtype"),
-                train=args.train,
+                train=args.needs["train"],
             )
         return dataclasses.replace(self._costs[kind, chunks], checkpoint=checkpoint)
 

@@ -422,7 +422,7 @@ def partitions(
         "never",
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     ]
-    first_microbatch(x, None, 1)  # an input that cannot be cut is refused here
+    first_microbatch(x, {}, 1)  # an input that cannot be cut is refused here
 
     @st.composite
     def made(draw: "DrawFn") -> Pipe:

@@ -332,7 +332,7 @@ def products(
     x = jnp.ones((2 * chunks, width))
     params = pipe.init(jax.random.key(0), x)
     pipe.compile(params, x, loss_fn=lambda y: jnp.mean(y**2), argnums=wrt)
-    bound = pipe._placed._bound.values()[0]
+    bound = pipe._placed._plans.values()[0]
     counts: Counter[tuple[str, int]] = Counter()
     for n, program in compile_plan(bound.plan, bound.shapes).items():
         item = bound.plan.instructions[n]

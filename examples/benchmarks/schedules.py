@@ -241,7 +241,7 @@ def memory_table(m: int) -> None:
         jax.block_until_ready(step(params, x))
         peak = [0] * DEVICES
 
-        plan = pipe._placed._bound.values()[0].plan
+        plan = pipe._placed._plans.values()[0].plan
 
         issue = dispatch.issue
 

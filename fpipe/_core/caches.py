@@ -1,7 +1,7 @@
 """What was used last is kept, up to a number."""
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 
@@ -26,6 +26,20 @@ class Key:
             and self._hash == other._hash
             and self._value == other._value
         )
+
+
+def unhashable(leaves: Sequence[Any], error: TypeError) -> TypeError:
+    """The error for static leaves that cannot be part of a key."""
+
+    def can_be_hashed(leaf: Any) -> bool:
+        try:
+            hash(leaf)
+        except TypeError:
+            return False
+        return True
+
+    wrong = [leaf for leaf in leaves if not can_be_hashed(leaf)]
+    return TypeError(f"static leaves must be hashable, among {wrong!r}: {error}")
 
 
 class Recent:

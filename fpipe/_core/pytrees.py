@@ -90,6 +90,37 @@ def pack(tree: PyTree) -> tuple[list[Any], Spec]:
     return arrays, Spec(treedef, static, len(arrays))
 
 
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bundle:
+    """A pytree with static leaves as one that `jax.jit` takes and returns.
+
+    Its arrays are the leaves; what is static is part of its structure.
+    """
+
+    arrays: Sequence[Any]
+    spec: Spec
+
+    @classmethod
+    def of(cls, tree: PyTree) -> "Bundle":
+        """The bundle of a pytree."""
+        return cls(*pack(tree))
+
+    @property
+    def tree(self) -> PyTree:
+        """The pytree."""
+        return self.spec.unpack(self.arrays)
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], Spec]:
+        """For JAX."""
+        return tuple(self.arrays), self.spec
+
+    @classmethod
+    def tree_unflatten(cls, spec: Spec, arrays: Sequence[Any]) -> "Bundle":
+        """For JAX."""
+        return cls(arrays, spec)
+
+
 def aval(leaf: Any) -> jax.ShapeDtypeStruct:
     """Shape, dtype and weak type of an array: what a program is specialised on."""
     if isinstance(leaf, (np.ndarray, np.generic)):

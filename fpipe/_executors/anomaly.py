@@ -37,7 +37,7 @@ from fpipe._core.pytrees import (
     numbers_as_arrays,
     pack,
 )
-from fpipe._executors.call import OF_X, Args, Result
+from fpipe._executors.call import Args, Result
 from fpipe._executors.faults import (
     BACKWARD,
     FORWARD,
@@ -47,10 +47,12 @@ from fpipe._executors.faults import (
     ForwardPart,
     confirm,
 )
+from fpipe._executors.request import differentiable_inputs
 from fpipe._model.layer import Layer
 from fpipe._model.loss import Loss, wide
 from fpipe._model.microbatch import NoChunk, cut_inputs
 from fpipe._model.model import Model, cast, wide_output
+from fpipe._model.stages import Leaf, X
 
 _LOGGER = logging.getLogger("fpipe")
 
@@ -339,7 +341,7 @@ class Detector:
         self, args: Args, loss: Loss | None, argnums: tuple[int, ...], tap: Any = None
     ) -> tuple[Args, Loss | None, tuple[int, ...]]:
         """A call as the watched model takes it."""
-        m = cut_inputs(args.x, args.side, args.targets, self.chunks).m
+        m = cut_inputs(args.inputs, self.chunks).m
         tap = np.zeros(m, np.float32) if tap is None else tap
         x = Watched(args.x, NoChunk(np.int32(0)), NoChunk(np.int32(0)), tap)
         frozen = args.frozen
@@ -349,7 +351,7 @@ class Detector:
         if argnums and 1 not in argnums:
             # Of x the tap alone is asked for.
             argnums = (*argnums, 1)
-            frozen |= {(OF_X, k) for k in range(len(pack(args.x)[0]))}
+            frozen |= {Leaf(X, k) for k in range(len(pack(args.x)[0]))}
         return args._replace(x=x, frozen=frozen), loss, argnums
 
     def loss(
@@ -411,9 +413,10 @@ class Detector:
 
     def _reporting_tap(self, args: Args) -> Any:
         """A tap that is differentiated if anything is, and whose pull-back reports."""
-        m = cut_inputs(args.x, args.side, (), self.chunks).m
+        m = cut_inputs(args.inputs, self.chunks).m
         of_x = [a for a in pack(args.x)[0] if is_inexact(a)]
-        others = [a for a in pack((args.params, args.side))[0] if is_inexact(a)]
+        varied = (args.params, differentiable_inputs(args))
+        others = [a for a in pack(varied)[0] if is_inexact(a)]
 
         def forward(*primals: Any) -> Any:
             # The part says only whether any gradient of x is asked for.

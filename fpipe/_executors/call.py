@@ -5,7 +5,7 @@ their checks.
 import abc
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,29 +18,42 @@ from fpipe._model.frozen import Frozen, FrozenLeaves
 from fpipe._model.loss import Loss, Reduction, as_loss
 from fpipe._model.microbatch import NoChunk
 from fpipe._model.model import Model
-
-# The layer that `Args.frozen` has for arrays of x.
-OF_X = -1
+from fpipe._model.needs import call_needs
+from fpipe._model.stages import Leaf
 
 
 class Args(NamedTuple):
-    """What a call was given."""
+    """What a call was given.
 
-    params: Any  # one entry per layer, or packed
+    Attributes:
+        params: one entry per layer, or packed.
+        needs: what it gives of the needs of the table beside `x` and targets, by name.
+        frozen: the leaves of parameters and of `x` that get no gradient.
+    """
+
+    params: Any
     x: PyTree
     targets: tuple[PyTree, ...] = ()
-    side: PyTree = None
-    key: Any = None
+    needs: Mapping[str, PyTree] = call_needs()
     state: Sequence[PyTree] | None = None
-    train: bool = False
-    # What gets no gradient: the layer, and the number of an array of its parameters;
-    # layer `OF_X` for arrays of x.
-    frozen: frozenset[tuple[int, int]] = frozenset()
+    frozen: frozenset[Leaf] = frozenset()
 
     @property
     def numbered(self) -> tuple[PyTree, ...]:
         """The arguments that `argnums` counts: `(params, x, *targets)`."""
         return (self.params, self.x, *self.targets)
+
+    @property
+    def inputs(self) -> dict[str, PyTree]:
+        """Everything that the call gives, by the names of the table of needs."""
+        return {"x": self.x, **self.needs, "targets": self.targets}
+
+    def with_inputs(self, inputs: Mapping[str, PyTree]) -> "Args":
+        """The same call with other values of some inputs."""
+        merged = self.inputs | dict(inputs)
+        x = merged.pop("x")
+        targets = merged.pop("targets")
+        return self._replace(x=x, targets=targets, needs=merged)
 
 
 class Result(NamedTuple):
@@ -66,6 +79,10 @@ class Call(abc.ABC):
     def _loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
         """The loss, and the gradients of the numbered arguments."""
 
+    def _param_shapes(self, params: Any) -> tuple[PyTree, ...]:
+        """Parameters, placed, as the layers know them; shapes will do."""
+        return tuple(params)
+
     def _checked(self, args: Args) -> Args:
         """The arguments, or an error that says which is wrong."""
         check_params(self.model, args.params, "a call's params")
@@ -79,6 +96,7 @@ class Call(abc.ABC):
         key: Any = None,
         state: Sequence[PyTree] | None = None,
         train: bool = False,
+        step: Any = None,
     ) -> Any:
         """The model's output.
 
@@ -92,6 +110,8 @@ class Call(abc.ABC):
             key: a PRNG key; without one, layers that ask for a key get `None`.
             state: the layers' state, needed if any layer has state.
             train: handed to the layers that ask.
+            step: the number of the training step, an int or a 0-d array of integers:
+                an int32 scalar for the layers that ask, the same for all microbatches.
 
         Returns:
             `y`, or `(y, state)` if state was given. Pieces of `y` are concatenated on
@@ -104,7 +124,8 @@ class Call(abc.ABC):
                 parameters or state that do not have one entry per layer; parameters on
                 the wrong device.
         """
-        args = self._checked(Args(params, x, (), side, key, state, bool(train)))
+        needs = call_needs(side=side, key=key, train=train, step=step)
+        args = self._checked(Args(params, x, (), needs, state))
         y, new = self._forward(args)
         return y if state is None else (y, new)
 
@@ -140,7 +161,7 @@ class Call(abc.ABC):
 
         Returns:
             `f(params, x, *targets, side=None, key=None, state=None, train=False,
-            grads=None, loss_scale=None)`, which returns `loss, grads` (of a total
+            step=None, grads=None, loss_scale=None)`, which returns `loss, grads` (of a total
             weight of 0: nan, as the formula says; mask with `jnp.maximum(weight, 1)`);
             with `has_aux` `(loss, aux), grads`; and with `state` given the first of the
             two becomes a pair with the new state: `(loss, state), grads`, or `((loss,
@@ -167,15 +188,17 @@ class Call(abc.ABC):
             key: Any = None,
             state: Sequence[PyTree] | None = None,
             train: bool = False,
+            step: Any = None,
             grads: Any = None,
             loss_scale: Any = None,
         ) -> Any:
-            args = self._checked(
-                Args(params, x, targets, side, key, state, bool(train))
-            )
+            needs = call_needs(side=side, key=key, train=train, step=step)
+            args = self._checked(Args(params, x, targets, needs, state))
             check_argnums(argnums, numbers, args)
             args, own = scaled(
-                args._replace(frozen=which.of(args.params)), loss, loss_scale
+                args._replace(frozen=which.of(self._param_shapes(args.params))),
+                loss,
+                loss_scale,
             )
             result = self._loss(args, own, numbers)
             new = result.gradients[0] if isinstance(argnums, int) else result.gradients
@@ -198,8 +221,8 @@ class Call(abc.ABC):
             loss_fn, has_aux, reduction: as for `value_and_grad`.
 
         Returns:
-            `f(params, x, *targets, side=None, key=None, state=None, train=False)`,
-            which returns what `value_and_grad`'s function returns first.
+            `f(params, x, *targets, side=None, key=None, state=None, train=False,
+            step=None)`, which returns what `value_and_grad`'s function returns first.
         """
         loss = as_loss("evaluate", loss_fn, has_aux, reduction)
 
@@ -211,10 +234,10 @@ class Call(abc.ABC):
             key: Any = None,
             state: Sequence[PyTree] | None = None,
             train: bool = False,
+            step: Any = None,
         ) -> Any:
-            args = self._checked(
-                Args(params, x, targets, side, key, state, bool(train))
-            )
+            needs = call_needs(side=side, key=key, train=train, step=step)
+            args = self._checked(Args(params, x, targets, needs, state))
             return _value(self._loss(args, loss, ()), loss, state)
 
         return evaluate
@@ -294,28 +317,8 @@ def check_params(model: Model, params: Any, call: str) -> None:
         )
 
 
-def check_key(key: Any) -> None:
-    """A key is a key: not a seed, and not the batch."""
-    dtype = getattr(key, "dtype", None)
-    if dtype is None:
-        raise TypeError(
-            f"`key={key!r}`: a PRNG key is needed; write `jax.random.key({key!r})`"
-        )
-    if not (
-        jnp.issubdtype(dtype, jax.dtypes.prng_key)
-        or jnp.issubdtype(dtype, jnp.unsignedinteger)
-    ):
-        raise TypeError(
-            f"`key={describe(key)}`: a PRNG key is needed, such as `jax.random.key(0)`"
-        )
-
-
 def checked(model: Model, args: Args) -> Args:
-    """State has one entry per layer, and is there if it is needed, and only where; a
-    key is a key.
-    """
-    if args.key is not None:
-        check_key(args.key)
+    """State has one entry per layer, and is there if it is needed, and only where."""
     count = len(model.layers)
     if args.state is None:
         if model.stateful:

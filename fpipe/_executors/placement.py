@@ -47,6 +47,10 @@ class Placement:
         """The device."""
         return next(iter(self.sharding.device_set))
 
+    def as_default(self) -> Any:
+        """A context in which new arrays are made here."""
+        return jax.default_device(self.device)
+
     def put(self, arrays: Sequence[Any]) -> list[Any]:
         """Arrays on this place, without a copy where they are there already."""
         # A `Device` is three times cheaper to dispatch to than a `Sharding`.

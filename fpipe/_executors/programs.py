@@ -3,18 +3,19 @@ into programs.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from fpipe._core.caches import Key, Recent
 from fpipe._core.pytrees import Shape, is_inexact
 from fpipe._executors.placement import Placement
-from fpipe._model.loss import Loss
-from fpipe._model.microbatch import Cut
+from fpipe._executors.request import CallKind, Inputs, Request
+from fpipe._executors.routes import Routes
 from fpipe._model.remat import Remat
-from fpipe._model.stages import INDEX, KEY, SIDE, TARGETS, Leaf, Port, Stage, X, Y
+from fpipe._model.stages import INDEX, KEY, TARGETS, Leaf, Port, Stage, X, Y
 from fpipe._program.code import Code, Cotangent, Input, Program, ProgramValue, Window
 from fpipe._program.stage_programs import SplitSpec, StagePrograms, split_stage
 from fpipe._program.trace import (
@@ -25,11 +26,6 @@ from fpipe._program.trace import (
     forward_alone,
 )
 from fpipe.schedules import Action, Kind
-
-# What a call wants: the output; a loss; a loss and gradients, forwards and backwards
-# interleaved as scheduled; or the output and its pull-back: all forwards, then all
-# backwards.
-Mode: TypeAlias = Literal["forward", "loss", "grad", "vjp"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,61 +43,16 @@ class Layout:
         """Where a layer's parameters and state live."""
         return self.placements[self.stage_of(layer).index]
 
+    @functools.cached_property
+    def routes(self) -> Routes:
+        """Who makes and who reads what goes between the stages."""
+        return Routes(self.stages)
+
     def source_of(self, skip: Any) -> int:
         """The stage that stashes a skip for later stages."""
-        return next(s.index for s in self.stages if skip in s.skips_out)
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What a call asks for; with the shapes of its inputs it decides the plan.
-
-    Attributes:
-        wanted: input leaves (of whole inputs, before they are cut) whose gradient is
-            asked for.
-        settings: those of JAX that a trace bakes in.
-    """
-
-    mode: Mode
-    train: bool
-    loss: Loss | None
-    wanted: frozenset[Leaf]
-    settings: tuple[Any, ...]
-
-    @property
-    def differentiates(self) -> bool:
-        """Whether there are backwards."""
-        return self.mode in ("grad", "vjp")
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """The shapes of a call's inputs, whole, and how they are cut."""
-
-    params: tuple[Shape, ...]
-    x: Shape
-    side: Shape
-    targets: Shape
-    key: Shape | None
-    state: Mapping[int, Shape] | None
-    cut: Cut
-
-    def of(self, port: Port) -> Shape:
-        """The shape of a whole input."""
-        of = getattr(self, port.kind)
-        return of if port.of is None else of[port.of]
-
-    def piece(self, port: Port, i: int) -> Shape:
-        """The shape of the `i`-th piece of `x`, `side` or `targets`."""
-        return getattr(self.cut, port.kind).shape(i, self.of(port).leaves)
-
-    def whole(self, port: Port) -> frozenset[Leaf]:
-        """The leaves that go whole to every microbatch."""
-        return frozenset(
-            Leaf(port, k)
-            for k, rows in enumerate(getattr(self.cut, port.kind).rows)
-            if rows is None
-        )
+        source = self.routes.source(-1, Port("skip", skip))
+        assert source is not None
+        return source.stage
 
 
 def index(i: int) -> np.uint32:
@@ -224,12 +175,9 @@ class Programs:
 
     def readers(self, s: int, leaf: Leaf, i: int) -> list[tuple[int, Leaf]]:
         """The stages that have a gradient for an output leaf, with their name for it."""
-        stages = self.layout.stages
-        if leaf.port == Y:
-            readers = [] if stages[s].last else [(s + 1, Leaf(X, leaf.k))]
-        else:
-            readers = [(t.index, leaf) for t in stages if leaf.port.of in t.skips_in]
-        return [(t, name) for t, name in readers if name in self.joint(t, i).gradients]
+        readers = self.layout.routes.readers(s, leaf.port)
+        names = [(reader.stage, Leaf(reader.port, leaf.k)) for reader in readers]
+        return [(t, name) for t, name in names if name in self.joint(t, i).gradients]
 
     def contributions(self, s: int, leaf: Leaf, i: int) -> int:
         """How many cotangents an output leaf gets: one of each reader; that of the
@@ -277,44 +225,46 @@ class Programs:
 
     def _flatten(self, stage: Stage, i: int) -> FlatStage:
         inputs, s = self.inputs, stage.index
-        given = {Port("params", k): inputs.params[k] for k in stage.params}
-        given[X] = inputs.piece(X, i) if s == 0 else self.flat(s - 1, i).out[Y]
-        for skip in stage.skips_in:
-            port = Port("skip", skip)
-            given[port] = self.flat(self.layout.source_of(skip), i).out[port]
-        whole = inputs.whole(X) if s == 0 else frozenset[Leaf]()
-        if stage.asks("side"):
-            given[SIDE], whole = inputs.piece(SIDE, i), whole | inputs.whole(SIDE)
+        routes = self.layout.routes
+        entering = {Port("params", k): inputs.params[k] for k in stage.params}
+        whole: frozenset[Leaf] = frozenset()
+        ports = [X, *(Port("skip", skip) for skip in stage.skips_in)]
+        ports += [port for port in stage.call_inputs if port != X]
         if stage.last and self.request.loss is not None:
-            given[TARGETS], whole = (
-                inputs.piece(TARGETS, i),
-                whole | inputs.whole(TARGETS),
-            )
+            ports.append(TARGETS)
+        for port in ports:
+            source = routes.source(s, port)
+            if source is None:
+                entering[port] = inputs.piece(port, i)
+                whole |= inputs.whole(port)
+            else:
+                entering[port] = self.flat(source.stage, i).out[source.port]
         if inputs.state is not None:
-            given |= {Port("state", k): inputs.state[k] for k in stage.stateful}
-        if stage.asks("key") and inputs.key is not None:
-            given |= {KEY: inputs.key, INDEX: Shape.of(index(0))}
-            given |= {Port("number", k): Shape.of(index(k)) for k in stage.keyed}
+            entering |= {Port("state", k): inputs.state[k] for k in stage.stateful}
+        if KEY in entering and entering[KEY].leaves:
+            entering[INDEX] = Shape.of(index(0))
+            entering |= {Port("number", k): Shape.of(index(k)) for k in stage.keyed}
         where = f", stage {s}, microbatch {i}"
-        train, loss = self.request.train, self.request.loss
-        key = (tuple(given.items()), train, whole, self.request.settings)
+        loss = self.request.loss
+        key = (tuple(entering.items()), whole, self.request.settings)
         return self._shared(
             s,
             key,
-            lambda: flatten(
-                stage, given, train=train, loss=loss, whole=whole, where=where
-            ),
+            lambda: flatten(stage, entering, loss=loss, whole=whole, where=where),
         )
 
     def _wanted(
         self, stage: Stage, flat: FlatStage, reach: Mapping[tuple[int, Leaf], bool]
     ) -> frozenset[Leaf]:
+        """The input leaves whose gradient is asked for, by the call or because a
+        gradient of an earlier stage depends on it.
+        """
+
         def asked(leaf: Leaf) -> bool:
-            if leaf.port.kind == "skip":
-                return reach.get((self.layout.source_of(leaf.port.of), leaf), False)
-            if leaf.port == X and stage.index > 0:
-                return reach.get((stage.index - 1, Leaf(Y, leaf.k)), False)
-            return leaf in self.request.wanted
+            source = self.layout.routes.source(stage.index, leaf.port)
+            if source is None:
+                return leaf in self.request.wanted
+            return reach.get((source.stage, Leaf(source.port, leaf.k)), False)
 
         pairs = zip(flat.inputs, flat.shapes, strict=True)
         return frozenset(leaf for leaf, a in pairs if is_inexact(a) and asked(leaf))
@@ -332,10 +282,10 @@ class Programs:
         )
         whole = dict(zip(first.inputs, first.shapes, strict=True))
         for leaf, shape in zip(flat.inputs, flat.shapes, strict=True):
-            outside = leaf.port in (SIDE, TARGETS) or (leaf.port == X and s == 0)
-            if outside and leaf not in flat.constant:
+            given = self.layout.routes.is_given(s, leaf.port)
+            if given and leaf not in flat.constant:
                 out[Input(leaf)] = Window(whole[leaf].shape[0], shape.shape)
-        if flat.stage.last and self.request.mode == "vjp":
+        if flat.stage.last and self.request.kind is CallKind.PULL_BACK:
             for k, (a, b) in enumerate(
                 zip(flat.out[Y].leaves, first.out[Y].leaves, strict=True)
             ):

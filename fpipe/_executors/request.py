@@ -1,49 +1,119 @@
-"""What a call was given, as the executors see it: inputs by leaf, what is wanted, and
-the schedule that fits.
+"""What one call asks of an executor, as data: what kind of call it is, the shapes of
+everything that it gives, how that is cut into microbatches, and which gradients it
+wants.
+
+In: the arguments of the call, for example
+
+    Args(params=(w0, w1), x=x, targets=(t,), needs={"key": key, "train": True, …})
+
+Out: `Inputs`, which holds shapes, and `Request`. Both are hashable values, so that two
+calls that are alike have one plan:
+
+    Inputs(params=(f32[4,4], f32[4,4]), call={"x": f32[8,4], "targets": f32[8,4], …},
+           cut=8 rows in 4 pieces of 2)
+    Request(CallKind.GRADIENT, loss, wanted={params 0[0], params 1[0]})
 """
 
-from collections.abc import Container, Iterable, Sequence
+import dataclasses
+import enum
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
-
 from fpipe._core.pytrees import PyTree, Shape, is_inexact, pack
-from fpipe._executors.call import OF_X, Args
-from fpipe._executors.programs import Inputs
+from fpipe._executors.call import Args
 from fpipe._executors.scheduling import Scheduling
-from fpipe._model.microbatch import cut_inputs
-from fpipe._model.stages import SIDE, TARGETS, Leaf, Port, Stage, X
+from fpipe._model.loss import Loss
+from fpipe._model.microbatch import Cut, cut_inputs
+from fpipe._model.needs import BY_NAME, INPUTS
+from fpipe._model.stages import TARGETS, Leaf, Port, Stage, X
 from fpipe.schedules import Schedule
 
-# The settings of JAX that a trace bakes in, or that decide what it raises.
-_SETTINGS = (
-    "jax_enable_x64",
-    "jax_default_matmul_precision",
-    "jax_default_prng_impl",
-    "jax_enable_custom_prng",
-    "jax_numpy_dtype_promotion",
-    "jax_numpy_rank_promotion",
-    "jax_threefry_partitionable",
-)
+
+class CallKind(enum.Enum):
+    """What a call wants."""
+
+    FORWARD = "forward"  # the output
+    LOSS = "loss"  # a loss
+    GRADIENT = "gradient"  # a loss and gradients, interleaved as scheduled
+    # The output, and later its pull-back: all forwards, then all backwards.
+    PULL_BACK = "pull-back"
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether there are backwards."""
+        return self in (CallKind.GRADIENT, CallKind.PULL_BACK)
+
+    @classmethod
+    def of(cls, loss: Loss | None, argnums: Sequence[int]) -> "CallKind":
+        """The kind of a call that is not differentiated from outside."""
+        if loss is None:
+            return cls.FORWARD
+        return cls.GRADIENT if argnums else cls.LOSS
 
 
-def settings() -> tuple[Any, ...]:
-    """Their values."""
-    return tuple([getattr(jax.config, name, None) for name in _SETTINGS])
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a call asks for; with the shapes of its inputs it decides the plan.
+
+    Attributes:
+        wanted: input leaves (of whole inputs, before they are cut) whose gradient is
+            asked for.
+        settings: those of JAX that a trace bakes in.
+    """
+
+    kind: CallKind
+    loss: Loss | None
+    wanted: frozenset[Leaf]
+    settings: tuple[Any, ...]
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether there are backwards."""
+        return self.kind.differentiates
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The shapes of a call's inputs, whole, and how they are cut.
+
+    Attributes:
+        params: of each layer.
+        call: of what the call gives, by the names of the table of needs.
+        state: of each layer; `None` if the call has none.
+    """
+
+    params: tuple[Shape, ...]
+    call: Mapping[str, Shape]
+    state: tuple[Shape, ...] | None
+    cut: Cut
+
+    def of(self, port: Port) -> Shape:
+        """The shape of a whole input."""
+        if port.kind == "params":
+            return self.params[port.of]
+        if port.kind == "state":
+            assert self.state is not None
+            return self.state[port.of]
+        return self.call[port.kind]
+
+    def piece(self, port: Port, i: int) -> Shape:
+        """The shape of what microbatch `i` gets of an input of the call."""
+        return self.cut.splits[port.kind].shape(i, self.call[port.kind].leaves)
+
+    def whole(self, port: Port) -> frozenset[Leaf]:
+        """The leaves that go whole to every microbatch."""
+        rows = self.cut.splits[port.kind].rows
+        return frozenset(Leaf(port, k) for k, cut in enumerate(rows) if cut is None)
 
 
 def inputs_of(args: Args, params: Sequence[Shape], chunks: int) -> Inputs:
     """The shapes of a call's inputs, and how they are cut."""
+    inputs = args.inputs
     return Inputs(
         params=tuple(params),
-        x=Shape.of(args.x),
-        side=Shape.of(args.side),
-        targets=Shape.of(args.targets),
-        key=None if args.key is None else Shape.of(args.key),
-        state=None
-        if args.state is None
-        else {k: Shape.of(s) for k, s in enumerate(args.state)},
-        cut=cut_inputs(args.x, args.side, args.targets, chunks),
+        call={name: Shape.of(inputs[name]) for name in INPUTS},
+        state=None if args.state is None else tuple(map(Shape.of, args.state)),
+        cut=cut_inputs(inputs, chunks),
     )
 
 
@@ -88,37 +158,36 @@ def params_leaves(counts: Sequence[int]) -> tuple[Leaf, ...]:
     )
 
 
-def outer_leaves(counts: Sequence[int], args: Args) -> tuple[Leaf, ...]:
-    """The leaves of `(params, x, side)`."""
-    return (*params_leaves(counts), *_leaves(X, args.x), *_leaves(SIDE, args.side))
+def differentiable_inputs(args: Args) -> dict[str, PyTree]:
+    """What of a call without a loss can be differentiated, beside the parameters: `x`
+    first.
+    """
+    given = args.inputs
+    names = [name for name in INPUTS if BY_NAME[name].differentiable]
+    return {name: given[name] for name in names if name != TARGETS.kind}
 
 
 def numbered_leaves(counts: Sequence[int], args: Args) -> list[tuple[Leaf, ...]]:
     """The leaves of each of `(params, x, *targets)`."""
-    out, start = [params_leaves(counts), _leaves(X, args.x)], 0
+    numbered = [params_leaves(counts), input_leaves(X, args.x)]
+    start = 0
     for target in args.targets:
-        out.append(_leaves(TARGETS, target, start))
-        start += len(out[-1])
-    return out
+        numbered.append(input_leaves(TARGETS, target, start))
+        start += len(numbered[-1])
+    return numbered
 
 
 def wanted_leaves(
-    inputs: Inputs, leaves: Iterable[Leaf], frozen: Container[tuple[int, int]]
+    inputs: Inputs, leaves: Iterable[Leaf], frozen: frozenset[Leaf]
 ) -> frozenset[Leaf]:
     """Those that can have a gradient and are not frozen."""
-
-    def still(leaf: Leaf) -> bool:
-        return (
-            leaf.port.kind in ("params", "x")
-            and (OF_X if leaf.port == X else leaf.port.of, leaf.k) in frozen
-        )
-
     return frozenset(
         leaf
         for leaf in leaves
-        if is_inexact(inputs.of(leaf.port).leaves[leaf.k]) and not still(leaf)
+        if is_inexact(inputs.of(leaf.port).leaves[leaf.k]) and leaf not in frozen
     )
 
 
-def _leaves(port: Port, tree: PyTree, start: int = 0) -> tuple[Leaf, ...]:
+def input_leaves(port: Port, tree: PyTree, start: int = 0) -> tuple[Leaf, ...]:
+    """The leaves of an input of the call; `start` is the number of the first."""
     return tuple(Leaf(port, start + k) for k in range(len(pack(tree)[0])))

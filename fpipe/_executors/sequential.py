@@ -19,18 +19,18 @@ from fpipe._core.pytrees import (
 )
 from fpipe._executors.anomaly import Detector
 from fpipe._executors.call import (
-    OF_X,
     Args,
     Call,
     Result,
     as_compute_dtype,
     check_chunks,
-    check_key,
 )
+from fpipe._executors.request import numbered_leaves
 from fpipe._model.batch_norm import deferred
 from fpipe._model.loss import Loss, divided, sum_dtype, wide
 from fpipe._model.microbatch import Cut, check_alike, cut_inputs, first_microbatch, join
 from fpipe._model.model import Model
+from fpipe._model.needs import call_needs, check_key
 
 
 def sequential(
@@ -85,9 +85,8 @@ class Sequential(Call):
     def init(self, key: Any, x: PyTree, side: PyTree = None) -> tuple[PyTree, ...]:
         """Parameters of every layer; see `Pipe.init`."""
         check_key(key)
-        return self.model.init(
-            key, *first_microbatch(x, side, self.chunks), lambda _, make, key: make(key)
-        )
+        first = first_microbatch(x, call_needs(side=side), self.chunks)
+        return self.model.init(key, *first, lambda _, make, key: make(key))
 
     def init_state(
         self,
@@ -97,8 +96,10 @@ class Sequential(Call):
         key: Any = None,
     ) -> tuple[PyTree, ...]:
         """State of every layer; see `Pipe.init_state`."""
-        cut = first_microbatch(x, side, self.chunks)
-        return self.model.init_state(*cut, params, key, lambda _, make, key: make(key))
+        first = first_microbatch(x, call_needs(side=side), self.chunks)
+        return self.model.init_state(
+            *first, params, key, lambda _, make, key: make(key)
+        )
 
     def place(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
         """The parameters as they are, Python numbers among them as arrays."""
@@ -118,7 +119,7 @@ class Sequential(Call):
             return self.detector.forward(
                 Sequential(self.detector.watched, self.chunks)._forward, args
             )
-        cut = cut_inputs(args.x, args.side, (), self.chunks)
+        cut = cut_inputs(args.inputs, self.chunks)
         state, parts = self._first_state(args), []
         for i in range(cut.m):
             y, state = self._microbatch(args, cut, i, state)
@@ -135,12 +136,15 @@ class Sequential(Call):
                 loss,
                 argnums,
             )
-        cut = cut_inputs(args.x, args.side, args.targets, self.chunks)
+        cut = cut_inputs(args.inputs, self.chunks)
         scales = cut.shares if loss.reduction == "mean" else (1.0,) * cut.m
         arrays, spec = pack(tuple(args.numbered[n] for n in argnums))
-        frozen = [still for n in argnums for still in _frozen(args, n)]
+        counts = [len(pack(params)[0]) for params in args.params]
+        numbered = numbered_leaves(counts, args)
+        leaves = [leaf for n in argnums for leaf in numbered[n]]
         asked = [
-            is_inexact(a) and not still for a, still in zip(arrays, frozen, strict=True)
+            is_inexact(a) and leaf not in args.frozen
+            for a, leaf in zip(arrays, leaves, strict=True)
         ]
         chosen = [a for a, take in zip(arrays, asked, strict=True) if take]
 
@@ -162,7 +166,7 @@ class Sequential(Call):
             )
             y, state = self._microbatch(own, cut, i, state)
             value, weight, aux = loss(
-                y, cut.targets.tree(i, own.targets), f", microbatch {i}"
+                y, cut.splits["targets"].tree(i, own.targets), f", microbatch {i}"
             )
             return value * scales[i], (value, weight, aux, state)
 
@@ -207,13 +211,11 @@ class Sequential(Call):
         y, _, state = self.model.apply(
             range(len(self.model.layers)),
             dict(enumerate(args.params)),
-            cut.x.tree(i, args.x),
+            cut.splits["x"].tree(i, args.x),
             skips={},
             state=state,
-            side=cut.side.tree(i, args.side),
-            key=args.key,
+            needs=cut.pieces(i, args.needs),
             microbatch=i,
-            train=args.train,
             where=f", microbatch {i}",
         )
         return y, state
@@ -228,20 +230,6 @@ class Sequential(Call):
     def _last_state(self, state: dict[int, PyTree]) -> tuple[PyTree, ...]:
         ended = self.model.finish(state)
         return tuple(ended.get(k) for k in range(len(self.model.layers)))
-
-
-def _frozen(args: Args, number: int) -> list[bool]:
-    """Whether each array of an argument is frozen."""
-    entries = (
-        dict(enumerate(args.params))
-        if number == 0
-        else {OF_X if number == 1 else None: args.numbered[number]}
-    )
-    return [
-        (k, n) in args.frozen
-        for k, entry in entries.items()
-        for n in range(len(pack(entry)[0]))
-    ]
 
 
 def _together(

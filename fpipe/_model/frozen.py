@@ -7,6 +7,7 @@ import jax
 
 from fpipe._core.caches import Recent
 from fpipe._core.pytrees import PyTree, aval, is_array
+from fpipe._model.stages import Leaf, Port
 
 # `frozen(path, array)`, or a pytree of bools that the parameters begin with.
 Frozen: TypeAlias = Callable[[str, Any], bool] | PyTree
@@ -24,29 +25,28 @@ class FrozenLeaves:
     def __init__(self, frozen: Frozen | None) -> None:
         self._frozen, self._found = frozen, Recent(8)
 
-    def of(self, params: Any) -> frozenset[tuple[int, int]]:
-        """Layer and number of each frozen array.
+    def of(self, params: tuple[PyTree, ...]) -> frozenset[Leaf]:
+        """The frozen arrays.
 
         Arguments:
-            params: one entry per layer, or packed.
+            params: one entry per layer; shapes will do.
         """
         if self._frozen is None:
             return frozenset()
-        shapes = getattr(getattr(params, "packing", None), "shapes", None)
-        trees = (
-            tuple(params) if shapes is None else tuple(shape.tree for shape in shapes)
-        )
-        leaves, structure = jax.tree.flatten(trees)
+        leaves, structure = jax.tree.flatten(params)
         key = structure, tuple((a.shape, a.dtype) if is_array(a) else a for a in leaves)
-        return self._found.get(key, lambda: self._find(trees))
+        return self._found.get(key, lambda: self._find(params))
 
-    def _find(self, trees: tuple[PyTree, ...]) -> frozenset[tuple[int, int]]:
-        flags = iter(_flags(self._frozen, trees))
-        out = set[tuple[int, int]]()
-        for k, tree in enumerate(trees):
-            own = [next(flags) for leaf in jax.tree.leaves(tree) if is_array(leaf)]
-            out |= {(k, n) for n, flag in enumerate(own) if flag}
-        return frozenset(out)
+    def _find(self, params: tuple[PyTree, ...]) -> frozenset[Leaf]:
+        flags = iter(_flags(self._frozen, params))
+        return frozenset(
+            Leaf(Port("params", k), n)
+            for k, tree in enumerate(params)
+            for n, flag in enumerate(
+                [next(flags) for leaf in jax.tree.leaves(tree) if is_array(leaf)]
+            )
+            if flag
+        )
 
 
 def spread(frozen: Frozen, tree: PyTree) -> list[Any]:

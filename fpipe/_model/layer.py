@@ -7,13 +7,11 @@ import inspect
 import operator
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from fpipe._core.errors import noting
 from fpipe._core.pytrees import PyTree, describe
+from fpipe._model.needs import BY_NAME, NEEDS
 from fpipe._model.skips import Namespace, Scope, scoped
-
-NEEDS = ("carry", "state", "key", "train", "borrowed", "side")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +31,8 @@ class Layer:
             - `train`: `True` or `False`, as the call was given it.
             - `borrowed`: a dict of the parameters of the layers in `borrow`, by name.
             - `side`: this microbatch's piece of the call's `side`.
+            - `step`: the call's `step`, an int32 scalar, the same for all microbatches;
+              if the call was given none, the parameter's default.
 
             It returns `y`; with `carry` `(y, carry)`; with `state` `(y, state)`; with
             both `(y, carry, state)`.
@@ -319,6 +319,15 @@ def keyword_needs(f: Callable[..., Any]) -> tuple[str, ...]:
     )
 
 
+def default_needs(f: Callable[..., Any]) -> tuple[str, ...]:
+    """The needs for which a function has a default of its own."""
+    return tuple(
+        p.name
+        for p in _parameters(f) or ()
+        if p.name in NEEDS and p.default is not p.empty
+    )
+
+
 def _parameters(f: Callable[..., Any]) -> list[inspect.Parameter] | None:
     """A function's parameters, without those bound by keyword in a partial; `None` for
     a builtin without signature.
@@ -454,56 +463,73 @@ def skippable(
     return declare
 
 
-def call_layer(
-    layer: Layer,
-    index: int,
-    params: PyTree,
-    x: PyTree,
-    *,
-    carry: Mapping[str, PyTree],
-    needs: Mapping[str, Any],
-    where: str = "",
-) -> tuple[PyTree, dict[str, PyTree], PyTree]:
+class LayerCall(NamedTuple):
+    """What a layer is called with, on one microbatch.
+
+    Attributes:
+        carry: the skips that it pops or peeks, by its own names.
+        needs: the values of the other needs that it asks for, by name.
+    """
+
+    params: PyTree
+    x: PyTree
+    carry: Mapping[str, PyTree]
+    needs: Mapping[str, PyTree]
+
+
+class LayerResult(NamedTuple):
+    """What a layer returned.
+
+    Attributes:
+        stashed: the skips that it stashed, by its own names.
+        state: its new state; `None` for a layer without.
+    """
+
+    y: PyTree
+    stashed: dict[str, PyTree]
+    state: PyTree
+
+
+def call_layer(layer: Layer, index: int, call: LayerCall) -> LayerResult:
     """Run one layer on one microbatch and check everything that it returns.
 
     Arguments:
-        layer, index: the layer and its place among all layers.
-        carry: the skips that it pops or peeks, by its own names.
-        needs: the values of the other needs, by name.
-        where: stage and microbatch, for the note on an error.
-
-    Returns:
-        `(y, stashed, state)`; `stashed` by the layer's own names; `state` is `None` for
-        a layer without.
+        index: the layer's place among all layers, for errors.
     """
-    given = {n: dict(carry) if n == "carry" else needs[n] for n in layer.needs or ()}
     who = f"layer {index} {layer.name!r}"
-    with (
-        noting(f"in {who}{where}"),
-        scoped(Scope(who, tuple(layer.stash), tuple(layer.pop), tuple(layer.peek))),
-    ):
-        result = layer.apply(params, x, **given)
-        parts = [n for n in ("carry", "state") if n in given]
-        if not parts:
-            return result, {}, None
-        form = f"({', '.join(['y', *parts])})"
-        if type(result) is not tuple or len(result) != 1 + len(parts):
-            got = (
-                f"a tuple of {len(result)}"
-                if type(result) is tuple
-                else f"{describe(result)}, no tuple"
-            )
-            raise TypeError(
-                f"{who} declares {' and '.join(parts)} and must return `{form}`, but "
-                f"returned {got}"
-            )
-        y, returned = result[0], dict(zip(parts, result[1:], strict=True))
-        stashed = (
-            _checked_carry(layer, who, form, carry, returned["carry"])
-            if "carry" in parts
-            else {}
+    needs = dict(call.needs)
+    for name, value in call.needs.items():
+        if value is None and BY_NAME[name].required:
+            if name not in default_needs(layer.apply):
+                raise ValueError(
+                    f"{who} asks for the need {name!r}, which this call was not given: "
+                    f"pass `{name}=...`, or give the parameter a default: "
+                    f"`def {layer.name}(params, x, *, {name}=0)`"
+                )
+            del needs[name]
+    if layer.asks("carry"):
+        needs["carry"] = dict(call.carry)
+    scope = Scope(who, tuple(layer.stash), tuple(layer.pop), tuple(layer.peek))
+    with scoped(scope):
+        result = layer.apply(call.params, call.x, **needs)
+    returns = [name for name in ("carry", "state") if layer.asks(name)]
+    if not returns:
+        return LayerResult(result, {}, None)
+    form = f"({', '.join(['y', *returns])})"
+    if type(result) is not tuple or len(result) != 1 + len(returns):
+        if type(result) is tuple:
+            got = f"a tuple of {len(result)}"
+        else:
+            got = f"{describe(result)}, no tuple"
+        raise TypeError(
+            f"{who} declares {' and '.join(returns)} and must return `{form}`, but "
+            f"returned {got}"
         )
-        return y, stashed, returned.get("state")
+    returned = dict(zip(returns, result[1:], strict=True))
+    stashed: dict[str, PyTree] = {}
+    if "carry" in returned:
+        stashed = _checked_carry(layer, who, form, call.carry, returned["carry"])
+    return LayerResult(result[0], stashed, returned.get("state"))
 
 
 def _checked_carry(

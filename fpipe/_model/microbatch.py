@@ -1,7 +1,7 @@
 """Microbatches: how a batch is cut on axis 0 and how outputs are put together again."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fpipe._core.pytrees import PyTree, Shape, Spec, aval, describe, is_array, pack
+from fpipe._model.needs import BY_NAME, INPUTS, Share
 
 
 @jax.tree_util.register_pytree_node_class
@@ -78,21 +79,21 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """How the inputs of a call are cut into `m` microbatches."""
+    """How what a call gives is cut into `m` microbatches.
 
-    x: Split
-    side: Split
-    targets: Split
+    Attributes:
+        splits: for each input of the call, by its name in the table of needs, how its
+            arrays are cut.
+    """
+
+    splits: Mapping[str, Split]
     m: int
 
     @cached_property
     def columns(self) -> tuple[tuple[int, ...], ...]:
         """The rows in each piece of every array that is cut, `x` first."""
         return tuple(
-            rows
-            for how in (self.x, self.side, self.targets)
-            for rows in how.rows
-            if rows
+            rows for split in self.splits.values() for rows in split.rows if rows
         )
 
     @property
@@ -105,14 +106,18 @@ class Cut:
         """Microbatches with equal variants have equal shapes."""
         return tuple(rows[i] for rows in self.columns)
 
+    def pieces(self, i: int, inputs: Mapping[str, PyTree]) -> dict[str, PyTree]:
+        """What microbatch `i` gets of the inputs."""
+        return {name: self.splits[name].tree(i, tree) for name, tree in inputs.items()}
 
-def cut_inputs(
-    x: PyTree, side: PyTree, targets: tuple[PyTree, ...], chunks: int
-) -> Cut:
+
+def cut_inputs(inputs: Mapping[str, PyTree], chunks: int) -> Cut:
     """Decide the microbatches of a call.
 
     Arguments:
-        x, side, targets: arrays (or shapes), static leaves, `None`, `NoChunk`s.
+        inputs: what the call gives, by the names of the needs (`x`, `side`, `targets`,
+            …): arrays (or shapes), static leaves, `None`, `NoChunk`s. What is not
+            there is nothing.
         chunks: the most pieces.
 
     Raises:
@@ -120,16 +125,20 @@ def cut_inputs(
         ValueError: a 0-d array outside `NoChunk`, no rows, or arrays that give unequal
             numbers of pieces.
     """
-    if not any(map(is_array, jax.tree.leaves(x))):
+    if not any(map(is_array, jax.tree.leaves(inputs["x"]))):
         raise TypeError(
             "`pipe(params, x)`: x has no array; a pipeline needs at least one array to "
             "cut into microbatches"
         )
     shapes: dict[str, tuple[int, ...]] = {}
-    how = [
-        _split(tree, chunks, name, shapes)
-        for name, tree in (("x", x), ("side", side), ("targets", targets))
-    ]
+    splits: dict[str, Split] = {}
+    for name in INPUTS:
+        tree = inputs.get(name)
+        if BY_NAME[name].share is Share.ROWS:
+            splits[name] = _split(tree, chunks, name, shapes)
+        else:
+            arrays, spec = pack(tree)
+            splits[name] = Split(spec, (None,) * len(arrays))
     counts = {name: len(pieces(shape[0], chunks)) for name, shape in shapes.items()}
     first = next(iter(counts), "")
     for name, count in counts.items():
@@ -140,7 +149,7 @@ def cut_inputs(
                 f"shape {shapes[name]} gives {count}; give both the same number of "
                 "rows, or wrap one in fpipe.NoChunk"
             )
-    return Cut(*how, m=counts.get(first, 1))
+    return Cut(splits, m=counts.get(first, 1))
 
 
 def check_equal_pieces(cut: Cut, chunks: int) -> None:
@@ -163,14 +172,17 @@ def check_equal_pieces(cut: Cut, chunks: int) -> None:
             )
 
 
-def first_microbatch(x: PyTree, side: PyTree, chunks: int) -> tuple[PyTree, PyTree]:
-    """The shapes of the first microbatch."""
-    cut = cut_inputs(x, side, (), chunks)
-    shapes = [
-        how.shape(0, [aval(a) for a in pack(tree)[0]])
-        for how, tree in ((cut.x, x), (cut.side, side))
-    ]
-    return shapes[0].tree, shapes[1].tree
+def first_microbatch(
+    x: PyTree, needs: Mapping[str, PyTree], chunks: int
+) -> tuple[PyTree, dict[str, PyTree]]:
+    """The shapes of the first microbatch: of `x`, and of the needs that are given."""
+    inputs = {"x": x, **needs}
+    cut = cut_inputs(inputs, chunks)
+    shapes = {
+        name: cut.splits[name].shape(0, [aval(a) for a in pack(tree)[0]]).tree
+        for name, tree in inputs.items()
+    }
+    return shapes.pop("x"), shapes
 
 
 def pieces(rows: int, chunks: int) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ ends.
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 
 from fpipe._core.errors import noting
 from fpipe._core.pytrees import (
+    Bundle,
     PyTree,
     Shape,
     describe,
@@ -22,7 +24,16 @@ from fpipe._core.pytrees import (
     strong,
     zeros_like,
 )
-from fpipe._model.layer import Layer, call_layer, flatten_layers, keyword_needs
+from fpipe._core.settings import settings
+from fpipe._model.layer import (
+    Layer,
+    LayerCall,
+    LayerResult,
+    call_layer,
+    flatten_layers,
+    keyword_needs,
+)
+from fpipe._model.needs import stand_ins
 from fpipe._model.skip_routes import (
     Skip,
     SkipRoute,
@@ -57,6 +68,7 @@ class Model:
         object.__setattr__(self, "compute_dtype", compute_dtype)
         object.__setattr__(self, "routes", find_skip_routes(flat))
         object.__setattr__(self, "borrows", _borrows(self.layers))
+        object.__setattr__(self, "_traced", {})
 
     routes: Mapping[Skip, SkipRoute] = dataclasses.field(
         init=False, repr=False, compare=False
@@ -64,8 +76,13 @@ class Model:
     borrows: tuple[tuple[tuple[str, int], ...], ...] = dataclasses.field(
         init=False, repr=False, compare=False
     )
+    # The jitted function that traces a layer, by its number and JAX's settings.
+    _traced: dict[Any, Any] = dataclasses.field(init=False, repr=False, compare=False)
 
-    @property
+    def __reduce__(self) -> Any:
+        return Model, (self.layers, self.compute_dtype)
+
+    @functools.cached_property
     def stateful(self) -> tuple[int, ...]:
         """The layers with state."""
         return self.needing("state")
@@ -82,12 +99,11 @@ class Model:
         *,
         skips: Mapping[Skip, PyTree],
         state: Mapping[int, PyTree],
-        side: PyTree = None,
-        key: Any = None,
+        needs: Mapping[str, PyTree],
         microbatch: Any = 0,
         numbers: Mapping[int, Any] | None = None,
-        train: bool = False,
         where: str = "",
+        traced: bool = False,
     ) -> tuple[PyTree, dict[Skip, PyTree], dict[int, PyTree]]:
         """Run the layers of `span` on one microbatch.
 
@@ -98,83 +114,110 @@ class Model:
             skips: what earlier layers stashed.
             state: state by layer; it is put behind `stop_gradient`, and so is what
                 comes out.
-            key: the call's key. Layer `l` on microbatch `i` gets `fold_in(fold_in(key,
-                l), i)`: nothing but these three decides a dropout mask.
+            needs: this microbatch's share of what the call gives, by need. The key is
+                the call's: layer `l` on microbatch `i` gets `fold_in(fold_in(key, l),
+                i)`: nothing but these three decides a dropout mask.
             numbers: the layers' own numbers as arrays, so that layers that do the same
                 are the same program.
+            traced: whether this is inside a trace that is kept. Then a layer's Python
+                runs once for all traces with the same shapes, whichever stage, call or
+                pipe they are for.
 
         Returns:
             `(y, skips, state)`; `skips` has what was given plus what was stashed.
         """
-        skips, new_state = dict(skips), {}
+        skips = dict(skips)
+        new_state: dict[int, PyTree] = {}
         for k in span:
             layer = self.layers[k]
-            needs: dict[str, Any] = {"side": self._cast(side), "train": train}
+            asked = {name: needs[name] for name in layer.needs or () if name in needs}
+            if "side" in asked:
+                asked["side"] = cast(asked["side"], self.compute_dtype)
             if layer.asks("state"):
-                needs["state"] = map_arrays(_still, state[k])
-            if layer.asks("key"):
-                needs["key"] = layer_key(key, (numbers or {}).get(k, k), microbatch)
+                asked["state"] = map_arrays(_constant_state, state[k])
+            if asked.get("key") is not None:
+                layer_number = k if numbers is None else numbers.get(k, k)
+                layer_key = jax.random.fold_in(asked["key"], layer_number)
+                asked["key"] = jax.random.fold_in(layer_key, microbatch)
             if layer.asks("borrowed"):
-                needs["borrowed"] = {
-                    name: self._cast(params[owner]) for name, owner in self.borrows[k]
+                asked["borrowed"] = {
+                    name: cast(params[owner], self.compute_dtype)
+                    for name, owner in self.borrows[k]
                 }
             carry = {
-                name: self._cast(skips[skip_of(layer, name)])
+                name: cast(skips[skip_of(layer, name)], self.compute_dtype)
                 for name in (*layer.pop, *layer.peek)
             }
-            own = self._cast(params[k])
-            x, stashed, out = call_layer(
-                layer, k, own, self._cast(x), carry=carry, needs=needs, where=where
+            call = LayerCall(
+                cast(params[k], self.compute_dtype),
+                cast(x, self.compute_dtype),
+                carry,
+                asked,
             )
-            for name, value in stashed.items():
+            with noting(f"in layer {k} {layer.name!r}{where}"):
+                result = self._trace(k, call) if traced else call_layer(layer, k, call)
+                if "state" in asked:
+                    new_state[k] = map_arrays(_constant_state, result.state)
+                    _check_state(k, layer, asked["state"], new_state[k])
+            x = result.y
+            for name, value in result.stashed.items():
                 skips[skip_of(layer, name)] = value
-            if layer.asks("state"):
-                new_state[k] = map_arrays(_still, out)
-                with noting(f"in layer {k} {layer.name!r}{where}"):
-                    _check_state(k, layer, needs["state"], new_state[k])
-        return (
-            wide_output(x, self.compute_dtype) if span.stop == len(self.layers) else x,
-            skips,
-            new_state,
-        )
+        if span.stop == len(self.layers):
+            x = wide_output(x, self.compute_dtype)
+        return x, skips, new_state
 
-    def _cast(self, tree: PyTree) -> PyTree:
-        return cast(tree, self.compute_dtype)
+    def _trace(self, k: int, call: LayerCall) -> LayerResult:
+        """A layer's call, by a trace of it that is kept.
+
+        `jax.jit` keeps one for each structure, shapes and dtypes. What it is called in
+        inlines it again.
+        """
+        key = (k, settings())
+        if key not in self._traced:
+            layer = self.layers[k]
+
+            def run(bundle: Bundle) -> Bundle:
+                return Bundle.of(call_layer(layer, k, LayerCall(*bundle.tree)))
+
+            self._traced[key] = jax.jit(run)
+        return LayerResult(*self._traced[key](Bundle.of(call)).tree)
 
     def finish(self, state: Mapping[int, PyTree]) -> dict[int, PyTree]:
         """The states as they leave a call: each layer's `finish` applied."""
-        out = {}
+        finished = {}
         for k, value in state.items():
             finish = self.layers[k].finish
-            with noting(f"in the finish of layer {k} {self.layers[k].name!r}"):
-                out[k] = value if finish is None else map_arrays(strong, finish(value))
-        return out
+            if finish is not None:
+                with noting(f"in the finish of layer {k} {self.layers[k].name!r}"):
+                    value = map_arrays(strong, finish(value))
+            finished[k] = value
+        return finished
 
-    def init(self, key: Any, x: PyTree, side: PyTree, put: Put) -> tuple[PyTree, ...]:
+    def init(
+        self, key: Any, x: PyTree, needs: Mapping[str, PyTree], put: Put
+    ) -> tuple[PyTree, ...]:
         """Parameters of every layer from the shapes of one microbatch; layer `l` gets
         `fold_in(key, l)`.
 
         Arguments:
             key: a PRNG key.
-            x, side: one microbatch, arrays or shapes.
+            x, needs: one microbatch, arrays or shapes; of `needs` what the call gives.
             put: `put(layer, make, key)` runs `make(key)` where the layer belongs.
         """
 
-        def make(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
-            return put(
-                k,
-                lambda key: self._make_params(
-                    k, jax.random.fold_in(key, k), zeros_like(x), zeros_like(needs)
-                ),
-                key,
-            )
+        def make_params(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
+            def make(key: Any) -> PyTree:
+                own_key = jax.random.fold_in(key, k)
+                return self._make_params(k, own_key, zeros_like(x), zeros_like(needs))
 
-        return self._walk(x, side, make, self._state_shapes)[0]
+            return put(k, make, key)
+
+        return self._walk(x, needs, make_params, self._state_shapes)[0]
 
     def init_state(
         self,
         x: PyTree,
-        side: PyTree,
+        needs: Mapping[str, PyTree],
         params: Sequence[PyTree] | None,
         key: Any,
         put: Put,
@@ -188,7 +231,7 @@ class Model:
         """
         key = jax.random.key(0) if key is None else key
 
-        def given(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
+        def params_of(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
             if params is not None:
                 return params[k]
             return eval_shape(
@@ -197,16 +240,14 @@ class Model:
                 needs,
             )
 
-        def make(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
-            return put(
-                k,
-                lambda key: self._make_state(
-                    k, jax.random.fold_in(key, k), zeros_like(x), zeros_like(needs)
-                ),
-                key,
-            )
+        def make_state(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
+            def make(key: Any) -> PyTree:
+                own_key = jax.random.fold_in(key, k)
+                return self._make_state(k, own_key, zeros_like(x), zeros_like(needs))
 
-        return self._walk(x, side, given, make)[1]
+            return put(k, make, key)
+
+        return self._walk(x, needs, params_of, make_state)[1]
 
     def _state_shapes(self, k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
         return eval_shape(
@@ -226,9 +267,8 @@ class Model:
                 "(and `init_state(x, params=params)`)"
             )
         with noting(f"in the init of layer {k} {self.layers[k].name!r}"):
-            return numbers_as_arrays(
-                init(key, x, **self._needs_of("init", k, init, needs))
-            )
+            params = init(key, x, **self._named_needs("init", k, init, needs))
+            return numbers_as_arrays(params)
 
     def _make_state(
         self, k: int, key: Any, x: PyTree, needs: Mapping[str, Any]
@@ -241,33 +281,34 @@ class Model:
                 "`fpipe.Layer(apply, init_state=...)`"
             )
         with noting(f"in the init_state of layer {k} {self.layers[k].name!r}"):
-            made = init(
-                x, **self._needs_of("init_state", k, init, {**needs, "key": key})
-            )
-            return map_arrays(strong, numbers_as_arrays(made))
+            needs = {**needs, "key": key}
+            state = init(x, **self._named_needs("init_state", k, init, needs))
+            return map_arrays(strong, numbers_as_arrays(state))
 
-    def _needs_of(
-        self, what: str, k: int, f: Callable[..., Any], needs: Mapping[str, Any]
+    def _named_needs(
+        self, role: str, k: int, f: Callable[..., Any], needs: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """What an `init` or `init_state` names."""
+        """The needs that an `init` or `init_state` names."""
         named = keyword_needs(f)
         for name in named:
             if name not in needs:
                 raise TypeError(
-                    f"the {what} of layer {k} {self.layers[k].name!r} names the need "
+                    f"the {role} of layer {k} {self.layers[k].name!r} names the need "
                     f"{name!r}; it can name {', '.join(needs)}"
                 )
         return {name: needs[name] for name in named}
 
     def _walk(
-        self, x: PyTree, side: PyTree, params_of: Make, state_of: Make
+        self, x: PyTree, needs: Mapping[str, PyTree], params_of: Make, state_of: Make
     ) -> tuple[tuple[PyTree, ...], tuple[PyTree, ...]]:
         """Parameters and states layer by layer, the shapes of each one's inputs
         computed on the way.
         """
         # Parameters and states are those of the model that computes in their own dtype.
-        plain = Model(self.layers)
-        x, side = shapes_of(x), shapes_of(side)
+        plain = self if self.compute_dtype is None else Model(self.layers)
+        x = shapes_of(x)
+        # With a key: some layers always draw, and shapes are the same with and without.
+        call_needs = shapes_of(stand_ins(**needs))
         params: dict[int, PyTree] = {}
         states: dict[int, PyTree] = {}
         skips: dict[Skip, PyTree] = {}
@@ -281,36 +322,29 @@ class Model:
                     "parameters and the later one borrow them, or make them yourself "
                     "and call `place`"
                 )
-            needs = {
+            layer_needs = {
                 "carry": {
-                    n: skips[skip_of(layer, n)] for n in (*layer.pop, *layer.peek)
+                    name: skips[skip_of(layer, name)]
+                    for name in (*layer.pop, *layer.peek)
                 },
                 "borrowed": {
                     n: shapes_of(params[owner]) for n, owner in self.borrows[k]
                 },
-                "side": side,
-                "train": False,
+                **{n: value for n, value in call_needs.items() if n != "key"},
             }
-            params[k] = params_of(k, x, needs)
-            states[k] = state_of(k, x, needs) if layer.asks("state") else None
-            x, skips = eval_shape(
-                # With a key: some layers always draw, and shapes are the same with and
-                # without.
-                lambda p, x, skips, state, side, k=k: plain.apply(
-                    range(k, k + 1),
-                    p,
-                    x,
-                    skips=skips,
-                    state=state,
-                    side=side,
-                    key=jax.random.key(0),
-                )[:2],
-                {owner: params[owner] for owner in (k, *owners)},
-                x,
-                skips,
-                {k: states[k]},
-                side,
-            )
+            params[k] = params_of(k, x, layer_needs)
+            states[k] = state_of(k, x, layer_needs) if layer.asks("state") else None
+
+            def apply(
+                params: Any, x: Any, skips: Any, state: Any, needs: Any, k: int = k
+            ) -> Any:
+                span = range(k, k + 1)
+                return plain.apply(
+                    span, params, x, skips=skips, state=state, needs=needs, traced=True
+                )[:2]
+
+            used = {owner: params[owner] for owner in (k, *owners)}
+            x, skips = eval_shape(apply, used, x, skips, {k: states[k]}, call_needs)
         return tuple(params.values()), tuple(states.values())
 
 
@@ -333,7 +367,7 @@ def wide_output(y: PyTree, compute_dtype: Any) -> PyTree:
     )
 
 
-def _still(array: Any) -> Any:
+def _constant_state(array: Any) -> Any:
     """An array of a state: no gradient goes through it, and its type is what it will
     be.
     """
@@ -348,15 +382,6 @@ def _check_state(k: int, layer: Layer, old: PyTree, new: PyTree) -> None:
             f"{describe(new)}; a state keeps its "
             "structure, shapes and dtypes"
         )
-
-
-def layer_key(key: Any, layer: Any, microbatch: Any) -> Any:
-    """The key of one layer on one microbatch; `None` stays `None`."""
-    return (
-        None
-        if key is None
-        else jax.random.fold_in(jax.random.fold_in(key, layer), microbatch)
-    )
 
 
 def _borrows(layers: Sequence[Layer]) -> tuple[tuple[tuple[str, int], ...], ...]:

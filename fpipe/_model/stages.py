@@ -1,41 +1,60 @@
 """Stages: spans of layers as functions from ports to ports.
 
-Everything that enters or leaves a stage is a *port*: the parameters of a layer (its own
-or a borrowed one), the boundary, a skip, side inputs, targets, state, the key. A port
-is a pytree; its arrays are its *leaves*. The plan sends all of them by the same
-mechanism.
+Everything that enters or leaves a stage is a *port*. A port is a pytree; its arrays are
+its *leaves*. The executors send all of them by the same mechanism. What enters:
+
+    Port("params", 3)     the parameters of layer 3, its own or a borrowed one
+    Port("x")             the boundary, or the call's `x`
+    Port("skip", skip)    a skip that an earlier stage stashed
+    Port("state", 3)      the state of layer 3
+    Port("side")          what the call gives for a need, whole or the microbatch's rows
+    Port("index")         the microbatch's number, where keys are made from it
+    Port("number", 3)     the number of layer 3, where its keys are made from it
+
+What leaves: `Port("y")`, `Port("skip", …)`, `Port("state", …)`, and, in the place of
+`y` where the stage ends with the loss, `Port("loss")`, `Port("weight")`, `Port("aux")`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from fpipe._core.pytrees import PyTree, describe, pack
 from fpipe._model.loss import Loss
 from fpipe._model.model import Model
+from fpipe._model.needs import INPUTS, OF_CALL
 from fpipe._model.skip_routes import Skip
 
 
 class Port(NamedTuple):
-    """The name of what enters or leaves a stage; `of` is a layer or a skip where there
-    are several.
+    """The name of what enters or leaves a stage.
+
+    Attributes:
+        kind: a need of the table (`fpipe._model.needs`), or what a stage makes.
+        of: a layer or a skip where there are several.
     """
 
-    kind: Literal[
-        "params",
-        "x",
-        "y",
-        "skip",
-        "side",
-        "targets",
-        "state",
-        "key",
-        "index",
-        "number",
-        "loss",
-        "weight",
-        "aux",
-    ]
+    kind: (
+        Literal[
+            "params",
+            "x",
+            "y",
+            "skip",
+            "side",
+            "targets",
+            "state",
+            "key",
+            "train",
+            "step",
+            "index",
+            "number",
+            "loss",
+            "weight",
+            "aux",
+        ]
+        | str
+    )
     of: Any = None
 
     def __str__(self) -> str:
@@ -52,13 +71,11 @@ class Leaf(NamedTuple):
         return f"{self.port}[{self.k}]"
 
 
-X, Y, SIDE, TARGETS, KEY, INDEX = (
-    Port(k) for k in ("x", "y", "side", "targets", "key", "index")
-)
+X, Y, TARGETS, KEY, INDEX = (Port(k) for k in ("x", "y", "targets", "key", "index"))
 LOSS, WEIGHT, AUX = (Port(k) for k in ("loss", "weight", "aux"))
 
-# Ports that are the same for every microbatch of a call.
-CONSTANT = ("params", "key", "number")
+# The ports of what a call gives, `x` first.
+CALL_PORTS = tuple(Port(name) for name in INPUTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,31 +130,42 @@ class Stage:
         """Its layers with state."""
         return tuple(k for k in self.model.stateful if k in self.span)
 
+    @functools.cached_property
+    def call_inputs(self) -> tuple[Port, ...]:
+        """The ports of what it reads of what a call gives, targets aside."""
+        first = (X,) if self.index == 0 else ()
+        return (*first, *(Port(n.name) for n in OF_CALL if self.asks(n.name)))
+
     def run(
-        self, given: Mapping[Port, PyTree], train: bool, loss: Loss | None, where: str
+        self, inputs: Mapping[Port, PyTree], loss: Loss | None, where: str
     ) -> dict[Port, PyTree]:
-        """The stage as a function from ports to ports."""
+        """The stage as a function from ports to ports.
+
+        Arguments:
+            inputs: what enters, by port.
+            loss: of a call with a loss; the last stage ends with it.
+            where: the stage and the microbatch, for errors.
+        """
         y, skips, state = self.model.apply(
             self.span,
-            {k: given[Port("params", k)] for k in self.params},
-            given[X],
-            skips={skip: given[Port("skip", skip)] for skip in self.skips_in},
-            state={k: given[Port("state", k)] for k in self.stateful},
-            side=given.get(SIDE),
-            key=given.get(KEY),
-            microbatch=given.get(INDEX, 0),
+            {k: inputs[Port("params", k)] for k in self.params},
+            inputs[X],
+            skips={skip: inputs[Port("skip", skip)] for skip in self.skips_in},
+            state={k: inputs[Port("state", k)] for k in self.stateful},
+            needs={n.name: inputs.get(Port(n.name), n.missing) for n in OF_CALL},
+            microbatch=inputs.get(INDEX, 0),
             numbers={
-                k: given[Port("number", k)]
+                k: inputs[Port("number", k)]
                 for k in self.span
-                if Port("number", k) in given
+                if Port("number", k) in inputs
             },
-            train=train,
             where=where,
+            traced=True,
         )
         out = {Port("skip", skip): skips[skip] for skip in self.skips_out}
         out |= {Port("state", k): state[k] for k in self.stateful}
         if self.last and loss is not None:
-            value, weight, aux = loss(y, given[TARGETS], where)
+            value, weight, aux = loss(y, inputs[TARGETS], where)
             return (
                 out
                 | {LOSS: value, AUX: aux}

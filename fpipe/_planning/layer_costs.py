@@ -17,6 +17,7 @@ from fpipe._executors.call import as_compute_dtype, check_chunks, check_params
 from fpipe._model.loss import sum_dtype
 from fpipe._model.microbatch import cut_inputs, first_microbatch
 from fpipe._model.model import Model
+from fpipe._model.needs import call_needs
 from fpipe._model.remat import Policy, Remat
 from fpipe._model.stages import Port
 from fpipe._planning import flops as _flops
@@ -113,7 +114,8 @@ def costs_of(
     if params is not None:
         check_params(model, params, "`layer_costs(params=...)`")
         params = tuple(map_arrays(strong, numbers_as_arrays(p)) for p in params)
-    walk = Walk(model, *first_microbatch(x, side, chunks), params, train)
+    needs = call_needs(side=side, train=train)
+    walk = Walk(model, *first_microbatch(x, needs, chunks), params)
     count = len(model.layers)
     work = _work(walk, by, params, device, repeats)
     residuals = [step.cut.kept(_outside(k)) for k, step in enumerate(walk.steps)]
@@ -151,7 +153,7 @@ def costs_of(
             )
             for owner in owners
         ),
-        microbatches=cut_inputs(x, side, (), chunks).m,
+        microbatches=cut_inputs({"x": x, **needs}, chunks).m,
         checkpoint=remat.option,
     )
 

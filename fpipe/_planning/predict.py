@@ -28,7 +28,7 @@ from fpipe._executors.scan.memory import held
 from fpipe._executors.scan.mesh import columns
 from fpipe._model.loss import Loss
 from fpipe._model.remat import Remat
-from fpipe._model.stages import SIDE, TARGETS, Leaf, Port, Stage, X
+from fpipe._model.stages import TARGETS, Leaf, Port, Stage, X
 from fpipe._planning.advice import few, ragged, repeated, short, uneven
 from fpipe._planning.balance import balanced
 from fpipe._planning.costs import LayerCosts
@@ -133,7 +133,14 @@ def predict(
     work = _work(bound, places, compiled, options)
     model = stages_of[0].model
     layers = known or costs_of(
-        model, args.x, "flops", args.side, placed.chunks, args.params, remat, args.train
+        model,
+        args.x,
+        "flops",
+        args.needs["side"],
+        placed.chunks,
+        args.params,
+        remat,
+        args.needs["train"],
     )
     stages = _stages(stages_of, places, args.params, layers, work)
     costs = _costs(stages, options)
@@ -362,7 +369,7 @@ def _unread(bound: Bound, args: Args, place: Placement) -> int:
 def _inputs(args: Args) -> dict[Port, list[Any]]:
     return {
         X: pack(args.x)[0],
-        SIDE: pack(args.side)[0],
+        Port("side"): pack(args.needs["side"])[0],
         TARGETS: pack(args.targets)[0],
     }
 
@@ -388,7 +395,7 @@ def _kept(bound: Bound, args: Args) -> set[int]:
 def _on_mesh(
     scan: Scan, args: Args, loss: Loss, argnums: tuple[int, ...], options: Options
 ) -> tuple[DeviceRow, ...]:
-    step = scan.step("grad" if argnums else "loss", args, loss, argnums)
+    step = scan.step(args, loss, argnums)
     memory: dict[str, int] = {**held(step)}
     memory["optimizer"] = int(options.optimizer * memory["parameters"])
     if options.compiled:

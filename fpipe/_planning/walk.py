@@ -12,9 +12,10 @@ import numpy as np
 
 from fpipe._core.pytrees import PyTree, Shape, eval_shape, is_inexact
 from fpipe._model.model import Model
+from fpipe._model.needs import stand_ins
 from fpipe._model.remat import Remat
 from fpipe._model.skip_routes import Skip, skip_of
-from fpipe._model.stages import INDEX, KEY, SIDE, Leaf, Port, Stage, X, Y, cut_stages
+from fpipe._model.stages import INDEX, Leaf, Port, Stage, X, Y, cut_stages
 from fpipe._program.code import Code, Input, Output, Residual
 from fpipe._program.stage_programs import SplitSpec, StagePrograms, split_stage
 from fpipe._program.trace import JointStage, differentiate, flatten
@@ -100,7 +101,7 @@ class Walk:
     """A walk through a model.
 
     Arguments:
-        x, side: shapes of one microbatch.
+        x, needs: shapes of one microbatch; of `needs` what the call gives.
         params: those of every layer, or `None`: what `init` would make.
     """
 
@@ -108,24 +109,24 @@ class Walk:
         self,
         model: Model,
         x: PyTree,
-        side: PyTree,
+        needs: Mapping[str, PyTree],
         params: Sequence[PyTree] | None,
-        train: bool,
     ) -> None:
-        self.model, self.train, self.side = model, train, Shape.of(side)
-        key = jax.eval_shape(lambda: jax.random.key(0))
+        self.model = model
+        call_needs = stand_ins(**needs)
+        self.needs = {name: Shape.of(tree) for name, tree in call_needs.items()}
+        key = call_needs["key"]
         if params is None:
             params = model.init(
-                key, x, side, lambda k, make, key: eval_shape(make, key)
+                key, x, needs, lambda k, make, key: eval_shape(make, key)
             )
         self.params = tuple(map(Shape.of, params))
         self.states: dict[int, Shape] = {}
         if model.stateful:
             states = model.init_state(
-                x, side, params, key, lambda k, make, key: eval_shape(make, key)
+                x, needs, params, key, lambda k, make, key: eval_shape(make, key)
             )
             self.states = {k: Shape.of(states[k]) for k in model.stateful}
-        self.key = Shape.of(key)
         self.stages = cut_stages(model, [1] * len(model.layers))
         self.at: list[Shape] = [Shape.of(x)]  # before each layer, and behind the last
         self.skips: dict[Skip, Shape] = {}
@@ -180,14 +181,14 @@ class Walk:
         given = {Port("params", n): self.params[n] for n in stage.params}
         given[X] = self.at[stage.span.start]
         given |= {Port("skip", skip): self.skips[skip] for skip in stage.skips_in}
-        if stage.asks("side"):
-            given[SIDE] = self.side
+        for port in stage.call_inputs:
+            if port != X:
+                given[port] = self.needs[port.kind]
         given |= {Port("state", n): self.states[n] for n in stage.stateful}
         if stage.asks("key"):
             number = Shape.of(np.uint32(0))
-            given |= {KEY: self.key, INDEX: number} | {
-                Port("number", n): number for n in stage.keyed
-            }
+            given[INDEX] = number
+            given |= {Port("number", n): number for n in stage.keyed}
         return given
 
     def _wanted(self, given: Mapping[Port, Shape]) -> frozenset[Leaf]:
@@ -215,9 +216,7 @@ class Walk:
         remat: Remat | None,
     ) -> Cut:
         """Trace, differentiate and cut a stage."""
-        flat = flatten(
-            stage, given, train=self.train, loss=None, whole=frozenset(), where=""
-        )
+        flat = flatten(stage, given, loss=None, whole=frozenset(), where="")
         joint = differentiate(flat, wanted, remat)
         one = tuple((leaf, 1) for leaf in joint.cotangents)
         return Cut(joint, split_stage(joint, SplitSpec(cotangent_counts=one)))

@@ -11,7 +11,7 @@ from fpipe._core.errors import noting
 from fpipe._core.pytrees import Shape, is_inexact, pack
 from fpipe._model.loss import Loss
 from fpipe._model.remat import Remat
-from fpipe._model.stages import CONSTANT, Leaf, Port, Stage
+from fpipe._model.stages import Leaf, Port, Stage
 from fpipe._program.graph import Graph, function, inline, is_zero, masks, trace
 
 
@@ -66,7 +66,6 @@ def flatten(
     stage: Stage,
     given: Mapping[Port, Shape],
     *,
-    train: bool,
     loss: Loss | None,
     whole: frozenset[Leaf],
     where: str,
@@ -89,12 +88,15 @@ def flatten(
             port: shape.spec.unpack([next(rest) for _ in shape.leaves])
             for port, shape in given.items()
         }
-        made = stage.run(trees, train, loss, where)
+        made = stage.run(trees, loss, where)
         out.update({port: Shape.of(tree) for port, tree in made.items()})
         return [a for tree in made.values() for a in pack(tree)[0]]
 
     closed = trace(run, *shapes)
-    constant = frozenset(leaf for leaf in inputs if leaf.port.kind in CONSTANT) | whole
+    constant = (
+        frozenset(leaf for leaf in inputs if leaf.port.kind in ("params", "number"))
+        | whole
+    )
     outputs = tuple(
         Leaf(port, k) for port, shape in out.items() for k in range(len(shape.leaves))
     )

@@ -295,7 +295,7 @@ def test_programs_do_no_more_products_and_are_shared():
             [dense()] * 4, chunks=2, checkpoint="never", detect_anomaly=detect
         )
         pipe.compile(pipe.init(jax.random.key(0), x), x, x, loss_fn=loss_fn)
-        (bound,) = pipe._placed._bound.values()
+        (bound,) = pipe._placed._plans.values()
         for n, program in compile_plan(bound.plan, bound.shapes).items():
             item = bound.plan.instructions[n]
             if isinstance(item, Run) and item.action:

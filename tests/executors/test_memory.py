@@ -296,7 +296,7 @@ def test_only_sums_are_donated():
 
     def watch(item, slots):
         del item
-        plan = pipe._placed._bound.values()[0].plan
+        plan = pipe._placed._plans.values()[0].plan
         seen.update(
             {n: (plan.slots[n].name, a) for n, a in enumerate(slots) if a is not None}
         )

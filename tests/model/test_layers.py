@@ -225,7 +225,7 @@ def carried(params, x, *, carry):
     return x, carry
 
 
-HEAD = "the needs are carry, state, key, train, borrowed, side"
+HEAD = "the needs are carry, state, key, train, borrowed, side, step"
 STRING = "where a list of names belongs: write ['skip']"
 REFUSED = {
     "no function": (
@@ -759,7 +759,7 @@ def test_an_init_that_names_a_need_that_it_cannot_get_is_refused_in_words(make):
     with raises(
         TypeError,
         "the init_state of layer 0 'count' names the need 'state'; it can name "
-        "borrowed, carry, side, train, key",
+        "borrowed, carry, side, step, train, key",
     ):
         make([layer]).init_state(jnp.ones((2, 1)))
 

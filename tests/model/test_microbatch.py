@@ -84,10 +84,10 @@ def test_the_pieces_of_a_pytree_put_together_are_the_pytree(shapes, chunks):
     counts = {len(pieces(n, chunks)) for n, _ in shapes}
     if len(counts) > 1:
         with pytest.raises(ValueError, match="give both the same number of rows"):
-            cut_inputs(x, None, (), chunks)
+            cut_inputs({"x": x}, chunks)
         return
-    cut = cut_inputs(x, None, (), chunks)
-    parts = [cut.x.tree(i, x) for i in range(cut.m)]
+    cut = cut_inputs({"x": x}, chunks)
+    parts = [cut.splits["x"].tree(i, x) for i in range(cut.m)]
     assert {cut.m} == counts
     for k, leaf in enumerate(x):
         np.testing.assert_array_equal(np.concatenate([part[k] for part in parts]), leaf)

@@ -624,7 +624,7 @@ def held(pipe, step):
     action.
     """
     step()
-    plan = pipe._placed._bound.values()[0].plan
+    plan = pipe._placed._plans.values()[0].plan
     names = [str(device) for device in pipe.devices]
     outside = ("key", "side", "targets", "loss", "index", "number")
     moments = []

@@ -73,9 +73,7 @@ def test_what_is_alive_is_predicted_to_the_byte_at_every_instruction(
     jax.block_until_ready(step(params, x, target))
 
     loss = as_loss("value_and_grad", mse, False, "mean")
-    bound = pipe._placed.bound(
-        Args(params, x, (target,), None, None, None, False), loss, (0,)
-    )
+    bound = pipe._placed.bound(Args(params, x, (target,)), loss, (0,))
     plan = bound.plan
     kept = {f.slot for f in plan.feeds} | set(plan.constants)
     want = [
@@ -230,9 +228,7 @@ def test_inputs_that_lie_elsewhere_are_copied_and_freed():
     params = tuple(map(Shape.of, pipe.gather(pipe.init(jax.random.key(0), X))))
     left = []
     for x, target in ((here, there), (here, here), (here.__array__(), there), (X, X)):
-        args = Args(
-            tuple(p.tree for p in params), x, (target,), None, None, None, False
-        )
+        args = Args(tuple(p.tree for p in params), x, (target,))
         bound = pipe._placed.bound(args, loss, (0,))
         *_, (_, now) = levels(bound.plan, bound.shapes, _kept(bound, args))
         inputs = {place.device: roles.get("inputs", 0) for place, roles in now.items()}

@@ -56,7 +56,7 @@ def chain(count):
 
 
 def plan_of(pipe):
-    return pipe._placed._bound.values()[0].plan
+    return pipe._placed._plans.values()[0].plan
 
 
 @pytest.mark.parametrize("wrt", [0, (0, 1)], ids=["params", "params and x"])

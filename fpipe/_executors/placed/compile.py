@@ -11,40 +11,15 @@ traced, lowered and compiled once:
 
 import concurrent.futures
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
 from fpipe._core.errors import add_note
 from fpipe._executors.placed.instructions import Free, Move, Plan
 from fpipe._executors.placement import Placement
-
-# How many programs are compiled, of how many.
-Progress: TypeAlias = Callable[[int, int], None]
-
-
-def as_progress(progress: bool | Progress | None) -> Progress | None:
-    """What `Pipe.compile(progress=...)` was given as a function; `True` is a bar on
-    `stderr`, and `None` one if that is a terminal.
-    """
-    if progress is None:
-        progress = sys.stderr.isatty()
-    if isinstance(progress, bool):
-        return _bar if progress else None
-    return progress
-
-
-def _bar(done: int, total: int) -> None:
-    full = 30 * done // max(total, 1)
-    end = "\n" if done == total else ""
-    print(
-        f"\rcompiling [{'#' * full}{'.' * (30 - full)}] {done}/{total}",
-        end=end,
-        file=sys.stderr,
-        flush=True,
-    )
+from fpipe._executors.progress import Progress
 
 
 def compile_plan(

@@ -1,88 +1,120 @@
-"""The placed executor's calls: plans made once for each kind of call and kept, inputs
-put in, outputs taken out.
+"""The placed executor of one pipe: a plan for each kind of call, made once and kept.
+
+In: a call's `Args`. The arguments' structure, shapes and dtypes are the key of a plan:
+
+    FORWARD of f32[8,4], 4 chunks   -> plan 0: 12 instructions
+    GRADIENT of f32[8,4], 4 chunks  -> plan 1: 31 instructions
+    GRADIENT of f32[6,4], 4 chunks  -> plan 2: …
+
+Out: what the plan's slots hold when its instructions have been issued: arrays that JAX
+is still computing.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from fpipe._core.caches import Key, Recent
+from fpipe._core.caches import Key, Recent, unhashable
 from fpipe._core.errors import warn
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
+    Spec,
     fill_gradient,
-    float0_like,
     is_array,
     is_inexact,
-    is_traced,
-    map_arrays,
     pack,
+    shapes_of,
 )
+from fpipe._core.settings import settings
 from fpipe._executors.call import Args, Result, check_params
-from fpipe._executors.placed.compile import Progress
 from fpipe._executors.placed.dispatch import Bound, Dispatch, bind
 from fpipe._executors.placed.instructions import Half, Plan
 from fpipe._executors.placed.lower import lower
 from fpipe._executors.placement import Placement
-from fpipe._executors.programs import Inputs, Layout, Request
+from fpipe._executors.programs import Layout
+from fpipe._executors.progress import Progress
+from fpipe._executors.protocol import FirstHalf
+from fpipe._executors.pull_back import differentiable_call, whole_cotangent
 from fpipe._executors.request import (
+    CallKind,
+    Request,
     check_backwards,
     inputs_of,
     numbered_leaves,
-    outer_leaves,
+    params_leaves,
     schedule_of,
-    settings,
     wanted_leaves,
 )
 from fpipe._executors.scheduling import Scheduling
 from fpipe._executors.tracers import refuse_tracers
 from fpipe._model.loss import Loss
+from fpipe._model.needs import INPUTS
 from fpipe._model.remat import Remat
-from fpipe._model.stages import KEY, SIDE, TARGETS, Leaf, Port, X
+from fpipe._model.stages import Leaf, Port
 from fpipe.schedules import Schedule
 
 # Plans, and programs that do not depend on a loss, that one pipe keeps: enough for a
 # training loop with several batch shapes and losses; few enough that a new `loss_fn` at
 # each step (which compiles anew each time) does not pile up.
-_PLANS, _PROGRAMS = 32, 1024
+_PLANS = 32
+_PROGRAMS = 1024
+
+# Each input of a call: its arrays and their structure.
+Packs = Mapping[Port, tuple[list[Any], Spec]]
 
 
 class Placed:
-    """The placed executor of one pipe: plans by the types of what a call is given."""
+    """The placed executor of one pipe; see `fpipe._executors.protocol.Executor`.
+
+    Arguments:
+        layout: the stages, and where each is.
+        kept: the traces and programs of other pipes of the same layers, if they are
+            shared with them.
+    """
 
     def __init__(
         self,
         layout: Layout,
         scheduling: Scheduling,
-        map_: tuple[int, ...],
+        stage_to_device: tuple[int, ...],
         remat: Remat,
         chunks: int,
         dispatch: Dispatch,
         kept: Recent | None = None,
     ) -> None:
-        """`kept` has the traces and programs of other pipes of the same layers, if it
-        is shared with them.
-        """
-        self.layout = self.owner = layout
-        self._dispatch: Dispatch = dispatch
-        self.scheduling, self.stage_to_device, self.chunks = scheduling, map_, chunks
+        self.layout = layout
+        self.owner = layout
+        self.stages = layout.stages
+        self.scheduling = scheduling
+        self.stage_to_device = stage_to_device
+        self.chunks = chunks
         self._remat = remat
-        self._bound, self._kept = (
-            Recent(_PLANS),
-            Recent(_PROGRAMS) if kept is None else kept,
-        )
+        self._dispatch: Dispatch = dispatch
+        self._plans = Recent(_PLANS)
+        self._programs = Recent(_PROGRAMS) if kept is None else kept
         self._constants: dict[tuple[Any, Placement], Any] = {}
 
-    def make(self, layer: int, f: Callable[[Any], PyTree], key: Any) -> PyTree:
-        """Run `f(key)` where a layer belongs."""
-        place = self.layout.home(layer)
-        with jax.default_device(place.device):  # which does not move a committed key
-            return place.put_tree(f(None if key is None else place.put([key])[0]))
+    def schedule(self, microbatches: int) -> Schedule:
+        """The schedule for that many microbatches, checked against the model."""
+        return schedule_of(
+            self.scheduling, self.stage_to_device, self.stages, microbatches
+        )
 
-    make_state = make
+    # --- parameters ---
+
+    def make_params(
+        self, layer: int, make: Callable[[Any], PyTree], key: Any
+    ) -> PyTree:
+        """Run `make(key)` where a layer lives."""
+        home = self.layout.home(layer)
+        # The default device does not move a committed key, so that is put there too.
+        with home.as_default():
+            return home.put_tree(make(None if key is None else home.put([key])[0]))
+
+    make_state = make_params
 
     def place(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
         """The parameters of each layer on its device."""
@@ -90,30 +122,77 @@ class Placed:
 
     def gather(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
         """The parameters on the first device."""
-        return tuple(self.layout.home(0).put_tree(p) for p in params)
+        first = self.layout.placements[0]
+        return tuple(first.put_tree(p) for p in params)
 
-    def check(self, params: Any, call: str) -> None:
+    def check_params(self, params: Any, call: str) -> None:
         """Refuse parameters that do not have one entry per layer. Where they are is
-        looked at when a plan is.
+        looked at when a plan is made, or when their shardings are not those of the plan.
         """
-        check_params(self.layout.stages[0].model, params, call)
+        check_params(self.stages[0].model, params, call)
+
+    def param_shapes(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
+        """The shapes of placed parameters, one entry per layer."""
+        return tuple(map(shapes_of, params))
+
+    def param_leaves(self, params: Sequence[PyTree]) -> list[tuple[Leaf, ...]]:
+        """Every array is one leaf."""
+        return [(leaf,) for leaf in params_leaves(_counts(params))]
+
+    # --- calls ---
+
+    def bring(self, arrays: Sequence[Any]) -> list[Any]:
+        """Inputs stay where they are: a plan moves them to the stages that read them."""
+        return list(arrays)
 
     def forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
-        """`(y, state)`; under `jax.grad` and `jax.vjp` as a `custom_vjp`."""
-        if is_traced(args):
-            return self._differentiable(args)
-        bound, slots = self._start("forward", args, None, ())
+        """`(y, state)`."""
+        refuse_tracers(args)
+        bound, slots = self._start(CallKind.FORWARD, args, None, ())
         slots = bound.run(slots)
         assert bound.plan.y is not None
         return bound.plan.y.read(slots), self._state(bound.plan, slots)
 
+    def differentiable(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
+        """`(y, state)` of a call with traced arguments."""
+        try:
+            return differentiable_call(self, args)
+        except TypeError as error:
+            if "custom_vjp" in str(error):  # JAX's own refusal of forward mode
+                error.add_note(
+                    "fpipe: a placed Pipe supports `jax.grad`, `jax.vjp` and "
+                    "`jax.value_and_grad`; `fpipe.sequential` "
+                    "supports every transformation"
+                )
+            raise
+
+    def first_half(
+        self, args: Args, leaves: Sequence[tuple[Leaf, ...]], asked: Sequence[bool]
+    ) -> FirstHalf:
+        """All forwards of the schedule, in its order."""
+        refuse_tracers(args)
+        wanted = tuple(leaf for (leaf,), ask in zip(leaves, asked, strict=True) if ask)
+        bound, slots = self._start(CallKind.PULL_BACK, args, None, wanted)
+        slots = bound.run(slots, Half.FORWARD)
+        assert bound.plan.y is not None
+        arguments = tuple(leaf for (leaf,) in leaves)
+        return FirstHalf(
+            bound.plan.y.read(slots),
+            self._state(bound.plan, slots),
+            [slots[n] for n in bound.kept],
+            _SecondHalf(bound, arguments),
+        )
+
     def loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
         """The loss, and the gradients of the numbered arguments."""
         refuse_tracers(args)
-        bound, slots = self._start("grad" if argnums else "loss", args, loss, argnums)
-        plan, slots = bound.plan, bound.run(slots)
+        numbered = numbered_leaves(_counts(args.params), args)
+        wanted = tuple(leaf for n in argnums for leaf in numbered[n])
+        kind = CallKind.of(loss, argnums)
+        bound, slots = self._start(kind, args, loss, wanted)
+        slots = bound.run(slots)
+        plan = bound.plan
         assert plan.loss is not None
-        numbered = numbered_leaves(_counts(args), args)
         gradients = []
         for n in argnums:
             arrays, spec = pack(args.numbered[n])
@@ -123,78 +202,8 @@ class Placed:
             ]
             gradients.append(fill_gradient(spec, arrays, found))
         aux = plan.aux.read(slots) if plan.aux else None
-        return Result(
-            plan.loss.read(slots), aux, self._state(plan, slots), tuple(gradients)
-        )
-
-    def schedule(self, microbatches: int) -> Schedule:
-        """The schedule for that many microbatches, checked against the model."""
-        return schedule_of(
-            self.scheduling, self.stage_to_device, self.layout.stages, microbatches
-        )
-
-    def _differentiable(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
-        """All forwards in the schedule's order, and a pull-back with all backwards in
-        its order.
-        """
-        key, state = map_arrays(jax.lax.stop_gradient, (args.key, args.state))
-        arrays, spec = pack((args.params, args.x, args.side))
-        made: list[Any] = []
-
-        def given(values: Sequence[Any]) -> Args:
-            params, x, side = spec.unpack(values)
-            full = args._replace(params=params, x=x, side=side, key=key, state=state)
-            refuse_tracers(full)
-            return full
-
-        def primal(*values: Any) -> list[Any]:
-            flat, out = pack(self.forward(given(values)))
-            made.append(out)
-            return flat
-
-        def forward(*primals: Any) -> tuple[list[Any], Any]:
-            values = [p.value for p in primals]
-            full = given(values)
-            asked = tuple(
-                bool(p.perturbed) and is_inexact(v)
-                for p, v in zip(primals, values, strict=True)
-            )
-            bound, slots = self._start("vjp", full, None, asked)
-            slots = bound.run(slots, Half.FORWARD)
-            assert bound.plan.y is not None
-            flat, out = pack((bound.plan.y.read(slots), self._state(bound.plan, slots)))
-            made.append(out)
-            # A pull-back may run twice: it starts from these each time, and donates
-            # none of them.
-            kept = {n: slots[n] for n in bound.kept}
-            return flat, (
-                list(kept.values()),
-                _PullBack(
-                    bound,
-                    tuple(kept),
-                    _float0s(values),
-                    outer_leaves(_counts(full), full),
-                ),
-            )
-
-        def backward(residual: Any, cotangents: Any) -> tuple[Any, ...]:
-            refuse_tracers(cotangents)
-            values, pull_back = residual
-            return pull_back(values, cotangents)
-
-        f = jax.custom_vjp(primal)
-        f.defvjp(forward, backward, symbolic_zeros=True)
-        try:
-            flat = f(*arrays)
-        except TypeError as error:
-            if "custom_vjp" in str(error):  # JAX's own refusal of forward mode
-                error.add_note(
-                    "fpipe: a placed Pipe supports `jax.grad`, `jax.vjp` and "
-                    "`jax.value_and_grad`; `fpipe.sequential` "
-                    "supports every transformation"
-                )
-            raise
-        return made[-1].unpack(flat)
+        state = self._state(plan, slots)
+        return Result(plan.loss.read(slots), aux, state, tuple(gradients))
 
     def compile(
         self,
@@ -212,113 +221,94 @@ class Placed:
     def bound(self, args: Args, loss: Loss | None, argnums: tuple[int, ...]) -> Bound:
         """The plan of a call, ready to run; arrays or their shapes will do."""
         refuse_tracers(args)
-        mode = "forward" if loss is None else "grad" if argnums else "loss"
-        return self._found(mode, args, loss, argnums, _type_or_shape)[0]
+        numbered = numbered_leaves(_counts(args.params), args)
+        wanted = tuple(leaf for n in argnums for leaf in numbered[n])
+        kind = CallKind.of(loss, argnums)
+        params = jax.tree.flatten(args.params)
+        return self._find(
+            kind, args, loss, wanted, params, self._packs(args), _type_or_shape
+        )
+
+    # --- plans ---
 
     def _start(
-        self, mode: Any, args: Args, loss: Loss | None, asked: tuple[Any, ...]
+        self, kind: CallKind, args: Args, loss: Loss | None, wanted: tuple[Leaf, ...]
     ) -> tuple[Bound, list[Any]]:
         """The bound plan of a call, and slots with the inputs in them."""
-        bound, params, others = self._found(mode, args, loss, asked, _type)
-        if any(
-            not isinstance(a, jax.Array) or a.sharding != p.sharding
-            for a, p in zip(params, bound.params, strict=True)
-        ):
-            self._check_params(args.params)
-        slots = bound.slots(
-            params, {port: arrays for port, (arrays, _) in others.items()}
-        )
+        params, params_def = jax.tree.flatten(args.params)
+        packs = self._packs(args)
+        flat_params = (params, params_def)
+        bound = self._find(kind, args, loss, wanted, flat_params, packs, _type)
+        for array, placement in zip(params, bound.params, strict=True):
+            if not isinstance(array, jax.Array) or array.sharding != placement.sharding:
+                self._check_placed(args.params)
+                break
+        slots = bound.slots(params, {port: pack[0] for port, pack in packs.items()})
         # Concrete arguments inside a trace (a closed-over batch in a jitted function)
         # become tracers here.
         refuse_tracers([slots[n] for put in bound.transfers for n in put.slots])
         return bound, slots
 
-    def _found(
+    def _packs(self, args: Args) -> Packs:
+        """The inputs of a call, and its states, as flat arrays."""
+        inputs = args.inputs
+        packs = {Port(name): pack(inputs[name]) for name in INPUTS}
+        if args.state is not None:
+            for k in self.stages[0].model.stateful:
+                packs[Port("state", k)] = pack(args.state[k])
+        return packs
+
+    def _find(
         self,
-        mode: Any,
+        kind: CallKind,
         args: Args,
         loss: Loss | None,
-        asked: tuple[Any, ...],
+        wanted: tuple[Leaf, ...],
+        params: tuple[list[Any], Any],
+        packs: Packs,
         type_of: Callable[[Any], Any],
-    ) -> tuple[Bound, list[Any], Any]:
-        """The bound plan of a call, from the cache or new; its parameters, and its
-        other inputs by port.
-        """
-        params, params_def = jax.tree.flatten(args.params)
-        others = {X: pack(args.x), SIDE: pack(args.side), TARGETS: pack(args.targets)}
-        if args.key is not None:
-            others[KEY] = pack(args.key)
-        if args.state is not None:
-            others |= {
-                Port("state", k): pack(args.state[k])
-                for s in self.layout.stages
-                for k in s.stateful
-            }
+    ) -> Bound:
+        """The bound plan of a call, from the cache or new."""
         identity = (
             settings(),
-            mode,
-            args.train,
+            kind,
             args.frozen,
             loss,
-            asked,
-            params_def,
-            tuple([type_of(a) for a in params]),
+            wanted,
+            params[1],
+            tuple([type_of(a) for a in params[0]]),
             tuple(
                 [
                     (port, spec, tuple([type_of(a) for a in arrays]))
-                    for port, (arrays, spec) in others.items()
+                    for port, (arrays, spec) in packs.items()
                 ]
             ),
         )
         try:
             key = Key(identity)
         except TypeError as error:
-            static = [
-                leaf
-                for leaf in (
-                    *params,
-                    *(v for _, spec in others.values() for _, v in spec.static),
-                )
-                if not is_array(leaf)
-            ]
-            raise TypeError(
-                f"static leaves must be hashable, among {static!r}: {error}"
-            ) from error
-        bound = self._bound.get(key, lambda: self._new(mode, args, loss, asked))
-        return bound, params, others
+            leaves = [a for a in params[0] if not is_array(a)]
+            leaves += [value for _, spec in packs.values() for _, value in spec.static]
+            raise unhashable(leaves, error) from error
+        return self._plans.get(key, lambda: self._make(kind, args, loss, wanted))
 
-    def _new(
-        self, mode: Any, args: Args, loss: Loss | None, asked: tuple[Any, ...]
+    def _make(
+        self, kind: CallKind, args: Args, loss: Loss | None, wanted: tuple[Leaf, ...]
     ) -> Bound:
-        self._check_params(args.params)
-        plan, inputs = self._plan(mode, args, loss, asked)
+        self._check_placed(args.params)
+        inputs = inputs_of(args, [Shape.of(p) for p in args.params], self.chunks)
+        schedule = self.schedule(inputs.cut.m)
+        if kind.differentiates:
+            check_backwards(schedule)
+        request = Request(
+            kind, loss, wanted_leaves(inputs, wanted, args.frozen), settings()
+        )
+        plan = lower(
+            self.layout, schedule, self._remat, inputs, request, self._programs
+        )
         for text in plan.warnings:
             warn(text)
         return bind(plan, self.layout, inputs, self._dispatch, self._constant)
-
-    def _plan(
-        self, mode: Any, args: Args, loss: Loss | None, asked: tuple[Any, ...]
-    ) -> tuple[Plan, Inputs]:
-        inputs = inputs_of(args, [Shape.of(p) for p in args.params], self.chunks)
-        if mode == "vjp":
-            leaves = [
-                leaf
-                for leaf, a in zip(
-                    outer_leaves(_counts(args), args), asked, strict=True
-                )
-                if a
-            ]
-        else:
-            numbered = numbered_leaves(_counts(args), args)
-            leaves = [leaf for n in asked for leaf in numbered[n]]
-        wanted = wanted_leaves(inputs, leaves, args.frozen)
-        schedule = self.schedule(inputs.cut.m)
-        if mode in ("grad", "vjp"):
-            check_backwards(schedule)
-        request = Request(mode, args.train, loss, wanted, settings())
-        return lower(
-            self.layout, schedule, self._remat, inputs, request, self._kept
-        ), inputs
 
     def _constant(self, value: Any, placement: Placement) -> Any:
         """A host value where it is read, put there once for all plans."""
@@ -328,101 +318,73 @@ class Placed:
             self._constants[value, placement] = placed
         return self._constants[value, placement]
 
-    def _check_params(self, params: Sequence[PyTree]) -> None:
-        for stage in self.layout.stages:
+    def _check_placed(self, params: Sequence[PyTree]) -> None:
+        """Every array of the parameters is on its layer's device."""
+        for stage in self.stages:
             for k in stage.span:
-                place, layer = (
-                    self.layout.home(k),
-                    f"params of layer {k} {stage.model.layers[k].name!r}",
-                )
-                for a in jax.tree.leaves(params[k]):
-                    if not is_array(a):
+                home = self.layout.home(k)
+                layer = f"params of layer {k} {stage.model.layers[k].name!r}"
+                for array in jax.tree.leaves(params[k]):
+                    if not is_array(array):
                         raise TypeError(
-                            f"{layer} hold {a!r}, no array; `params = "
+                            f"{layer} hold {array!r}, no array; `params = "
                             "pipe.place(params)` makes arrays of numbers, and what is "
-                            "fixed belongs into the layer's function "
-                            "(functools.partial)"
+                            "fixed belongs into the layer's function (functools.partial)"
                         )
-                    if not isinstance(a, jax.ShapeDtypeStruct) and not place.holds(a):
-                        where = (
-                            ", ".join(map(str, a.devices()))
-                            if isinstance(a, jax.Array)
-                            else f"the host ({type(a)})"
-                        )
-                        raise ValueError(
-                            f"{layer} are on the wrong device: {where}, but stage "
-                            f"{stage.index} is on {place}; put "
-                            "them there with `params = pipe.place(params)`"
-                        )
+                    if isinstance(array, jax.ShapeDtypeStruct) or home.holds(array):
+                        continue
+                    where = f"the host ({type(array)})"
+                    if isinstance(array, jax.Array):
+                        where = ", ".join(map(str, array.devices()))
+                    raise ValueError(
+                        f"{layer} are on the wrong device: {where}, but stage "
+                        f"{stage.index} is on {home}; put "
+                        "them there with `params = pipe.place(params)`"
+                    )
 
     def _state(self, plan: Plan, slots: Sequence[Any]) -> tuple[PyTree, ...]:
-        layers = range(sum(len(s.span) for s in self.layout.stages))
+        layers = range(len(self.stages[0].model.layers))
         return tuple(
             plan.state[k].read(slots) if k in plan.state else None for k in layers
         )
 
 
 @dataclasses.dataclass(frozen=True)
-class _PullBack:
-    """The backward half of a differentiated call.
+class _SecondHalf:
+    """All backwards of a differentiated call.
 
     Attributes:
-        bound: the plan.
-        slots: where the kept values go.
-        zeros: for each argument its `float0`, or `None` where a symbolic zero will do.
-        leaves: the arguments' leaves.
+        arguments: the leaves that can be differentiated.
     """
 
     bound: Bound
-    slots: tuple[int, ...]
-    zeros: tuple[Any, ...]
-    leaves: tuple[Leaf, ...]
+    arguments: tuple[Leaf, ...]
 
-    def __call__(
-        self, values: Sequence[Any], cotangents: Sequence[Any]
-    ) -> tuple[Any, ...]:
-        """The gradients of the arguments."""
-        plan, slots = self.bound.plan, list(self.bound.initial)
-        for n, v in zip(self.slots, values, strict=True):
-            slots[n] = v
+    def __call__(self, left: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
+        """The gradients of the arguments; `None` for zero."""
+        refuse_tracers(cotangents)
+        plan = self.bound.plan
+        slots = list(self.bound.initial)
+        for n, array in zip(self.bound.kept, left, strict=True):
+            slots[n] = array
         assert plan.y is not None
-        shapes = plan.y.shape.leaves
-        given = [
-            _instantiated(c, a)
-            for c, a in zip(cotangents, shapes, strict=False)
-            if is_inexact(a)
-        ]
-        if given:
-            place = plan.slots[plan.cotangents[0]].placement
-            for n, v in zip(plan.cotangents, place.put(given), strict=True):
-                slots[n] = v
+        # The cotangents of the states follow those of `y`; nothing goes through them.
+        pairs = zip(cotangents, plan.y.shape.leaves, strict=False)
+        carrying = [whole_cotangent(c, a) for c, a in pairs if is_inexact(a)]
+        if carrying:
+            placement = plan.slots[plan.cotangents[0]].placement
+            for n, array in zip(plan.cotangents, placement.put(carrying), strict=True):
+                slots[n] = array
         slots = self.bound.run(slots, Half.BACKWARD)
-        return tuple(
-            slots[plan.gradients[leaf]] if leaf in plan.gradients else zero
-            for leaf, zero in zip(self.leaves, self.zeros, strict=True)
-        )
-
-    # `custom_vjp` carries it as a static leaf; it is equal to nothing but itself.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
+        return [
+            slots[plan.gradients[leaf]] if leaf in plan.gradients else None
+            for leaf in self.arguments
+        ]
 
 
-jax.tree_util.register_static(_PullBack)
-
-
-def _float0s(values: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(None if is_inexact(v) else float0_like(v) for v in values)
-
-
-def _instantiated(cotangent: Any, shape: jax.ShapeDtypeStruct) -> Any:
-    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        return jax.numpy.zeros(shape.shape, shape.dtype)
-    return cotangent
-
-
-def _counts(args: Args) -> list[int]:
-    """How many arrays each layer's parameters have."""
-    return [len(pack(p)[0]) for p in args.params]
+def _counts(params: Sequence[PyTree]) -> list[int]:
+    """The number of arrays of each layer's parameters."""
+    return [len(pack(p)[0]) for p in params]
 
 
 def _type(a: Any) -> Any:
@@ -439,8 +401,8 @@ def _type(a: Any) -> Any:
 
 def _type_or_shape(a: Any) -> Any:
     """`_type`, and for a shape that of an array of it."""
-    return (
-        jax.make_jaxpr(lambda a: a)(a).in_avals[0]
-        if isinstance(a, jax.ShapeDtypeStruct)
-        else _type(a)
-    )
+    if not isinstance(a, jax.ShapeDtypeStruct):
+        return _type(a)
+    types: list[Any] = []
+    jax.eval_shape(lambda array: types.append(jax.typeof(array)), a)
+    return types[0]

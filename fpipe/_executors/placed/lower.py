@@ -30,13 +30,13 @@ from fpipe._executors.plan_data import Role
 from fpipe._executors.programs import (
     Inputs,
     Layout,
-    Mode,
     Programs,
     Request,
     direct_pairs,
     index,
     split_pairs,
 )
+from fpipe._executors.request import CallKind
 from fpipe._model.loss import sum_dtype
 from fpipe._model.microbatch import check_alike
 from fpipe._model.remat import Remat
@@ -44,8 +44,6 @@ from fpipe._model.stages import (
     AUX,
     INDEX,
     LOSS,
-    SIDE,
-    TARGETS,
     WEIGHT,
     Leaf,
     Port,
@@ -77,7 +75,7 @@ def lower(
     kept: Recent,
 ) -> Plan:
     """Lower a call to a plan; `kept` has the programs of earlier calls."""
-    order = issue_order(schedule, request.mode)
+    order = issue_order(schedule, request.kind)
     direct, split = direct_pairs(order, layout.placements), split_pairs(order)
     return _Lowering(
         layout,
@@ -87,7 +85,7 @@ def lower(
     ).plan()
 
 
-def issue_order(schedule: Schedule, mode: Mode) -> list[Action]:
+def issue_order(schedule: Schedule, kind: CallKind) -> list[Action]:
     """One order for all devices: the clock order of the schedule at a forward of 1 and
     a backward of 2.
 
@@ -95,14 +93,18 @@ def issue_order(schedule: Schedule, mode: Mode) -> list[Action]:
     first: a device's queue is finite.
     """
     rows = schedule.actions
-    if mode in ("forward", "loss"):
+    if not kind.differentiates:
         rows = [[a for a in row if a.kind == "F"] for row in rows]
-    elif mode == "vjp":
+    elif kind is CallKind.PULL_BACK:
         rows = [sorted(row, key=lambda a: a.kind != "F") for row in rows]
     if rows is not schedule.actions:
         schedule = Schedule(rows, schedule.stage_to_device)
     order = [event.action for event in simulate(schedule).events]
-    return sorted(order, key=lambda a: a.kind != "F") if mode == "vjp" else order
+    return (
+        sorted(order, key=lambda a: a.kind != "F")
+        if kind is CallKind.PULL_BACK
+        else order
+    )
 
 
 class _Emitter:
@@ -228,7 +230,7 @@ class _Lowering:
                 emit.feed(Leaf(Port("params", k), n), self.layout.home(k))
         y = loss = aux = weight = None
         cotangents: tuple[int, ...] = ()
-        if request.mode == "vjp":
+        if request.kind is CallKind.PULL_BACK:
             self._actions(a for a in self.order if a.kind == "F")
             y, state = self._y(), self._state()
             half = len(emit.code)
@@ -605,16 +607,7 @@ class _Lowering:
         """Where a gradient goes: to its parameters; `x`, `side` and `targets` to the
         first stage that reads them.
         """
-        if leaf.port.kind == "params":
-            return self.layout.home(leaf.port.of)
-        if leaf.port == TARGETS:
-            return self.layout.placements[-1]
-        asking = (
-            [s.index for s in self.layout.stages if s.asks("side")]
-            if leaf.port == SIDE
-            else []
-        )
-        return self.layout.placements[next(iter(asking), 0)]
+        return self.layout.placements[self.layout.routes.owner(leaf.port)]
 
 
 def _role(ref: ProgramValue, stage: int, last: bool) -> Role:

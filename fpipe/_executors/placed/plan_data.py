@@ -15,8 +15,9 @@ from fpipe._executors.placement import Placement
 from fpipe._executors.plan_data import DeviceMemory, PlanData, Work
 from fpipe._executors.scheduling import Scheduling
 from fpipe._model.microbatch import Cut
+from fpipe._model.needs import TABLE, Giver, Share
 from fpipe._model.remat import Remat
-from fpipe._model.stages import SIDE, TARGETS, Leaf, Port, X
+from fpipe._model.stages import Leaf, Port
 from fpipe.schedules import Kind
 
 
@@ -145,8 +146,5 @@ def _unread(bound: Bound, args: Args, place: Placement) -> int:
 
 def _inputs(args: Args) -> Mapping[Port, list[Any]]:
     """The arrays of a call's inputs, parameters and states aside."""
-    return {
-        X: pack(args.x)[0],
-        SIDE: pack(args.side)[0],
-        TARGETS: pack(args.targets)[0],
-    }
+    cut = [n.name for n in TABLE if n.giver is Giver.CALL and n.share is Share.ROWS]
+    return {Port(name): pack(args.inputs[name])[0] for name in cut}

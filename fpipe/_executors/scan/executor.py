@@ -1,4 +1,10 @@
-"""The scan executor's calls: one program for each kind of call, made once and kept."""
+"""The scan executor of one pipe: one program for each kind of call, made once and kept.
+
+In: a call's `Args`, with parameters packed into rows over the mesh (`Packed`). The
+arguments' structure, shapes and dtypes are the key of a `Step`, which is three jitted
+functions of flat arrays (`forward`, `backward`, `loss`). Out: what the step returns, in
+the structures that the caller knows.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -9,29 +15,30 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from fpipe._core.caches import Key, Recent
+from fpipe._core.caches import Key, Recent, unhashable
 from fpipe._core.errors import warn
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
-    Spec,
     aval,
     fill_gradient,
-    float0_like,
     is_inexact,
     is_traced,
     pack,
 )
+from fpipe._core.settings import settings
 from fpipe._executors.call import Args, Result
-from fpipe._executors.programs import Request
+from fpipe._executors.progress import Progress
+from fpipe._executors.protocol import FirstHalf
+from fpipe._executors.pull_back import differentiable_call, whole_cotangent
 from fpipe._executors.recording import recorders_of
 from fpipe._executors.request import (
+    CallKind,
+    Request,
     check_backwards,
     inputs_of,
     numbered_leaves,
-    outer_leaves,
     schedule_of,
-    settings,
     wanted_leaves,
 )
 from fpipe._executors.scan.clock import Ran
@@ -45,16 +52,18 @@ from fpipe._executors.scheduling import Scheduling
 from fpipe._model.loss import Loss
 from fpipe._model.microbatch import check_equal_pieces
 from fpipe._model.model import Model
+from fpipe._model.needs import INPUTS
 from fpipe._model.remat import Remat
-from fpipe._model.stages import AUX, KEY, SIDE, TARGETS, Leaf, Port, X, Y, cut_stages
+from fpipe._model.stages import AUX, Leaf, Port, Y, cut_stages
 from fpipe.schedules import Schedule
 
 # Programs of calls that one pipe keeps, and traces that do not depend on a loss.
-_STEPS, _TRACES = 32, 1024
+_STEPS = 32
+_TRACES = 1024
 
 
 class Scan:
-    """The scan executor of one pipe."""
+    """The scan executor of one pipe; see `fpipe._executors.protocol.Executor`."""
 
     def __init__(
         self,
@@ -65,31 +74,37 @@ class Scan:
         scheduling: Scheduling,
         remat: Remat,
         chunks: int,
+        kept: Recent | None = None,
     ) -> None:
-        self.mesh, self.parameters = (
-            mesh,
-            Parameters(model, balance, stage_to_device, mesh),
-        )
-        self._model, self._stages, self._map = (
-            model,
-            cut_stages(model, balance),
-            stage_to_device,
-        )
-        self._scheduling, self._remat, self._chunks = scheduling, remat, chunks
-        self._steps, self._kept = Recent(_STEPS), Recent(_TRACES)
+        self.mesh = mesh
+        self.parameters = Parameters(model, balance, stage_to_device, mesh)
+        self.stages = cut_stages(model, balance)
+        self.stage_to_device = stage_to_device
+        self.scheduling = scheduling
+        self.chunks = chunks
         self.owner = self
+        self._model = model
+        self._remat = remat
+        self._steps = Recent(_STEPS)
+        self._traces = Recent(_TRACES) if kept is None else kept
 
     def schedule(self, microbatches: int) -> Schedule:
         """The schedule for that many microbatches, checked against the model."""
-        return schedule_of(self._scheduling, self._map, self._stages, microbatches)
+        return schedule_of(
+            self.scheduling, self.stage_to_device, self.stages, microbatches
+        )
 
-    def make(self, layer: int, f: Callable[[Any], PyTree], key: Any) -> PyTree:
-        """Run `f(key)` where a layer belongs."""
-        return self.parameters.make(layer, f, key)
+    # --- parameters ---
 
-    def make_state(self, layer: int, f: Callable[[Any], PyTree], key: Any) -> PyTree:
-        """Run `f(key)` where a layer belongs, and in every process."""
-        return self.parameters.make_state(layer, f, key)
+    def make_params(
+        self, layer: int, make: Callable[[Any], PyTree], key: Any
+    ) -> PyTree:
+        """Run `make(key)` where a layer lives; in other processes only shapes."""
+        return self.parameters.make(layer, make, key)
+
+    def make_state(self, layer: int, make: Callable[[Any], PyTree], key: Any) -> PyTree:
+        """Run `make(key)` where a layer lives, and in every process."""
+        return self.parameters.make_state(layer, make, key)
 
     def place(self, params: Sequence[PyTree]) -> Packed:
         """Every device its own stages' parameters."""
@@ -99,88 +114,114 @@ class Scan:
         """The exact inverse."""
         return self.parameters.gather(params)
 
-    def check(self, params: Any, call: str) -> None:
+    def check_params(self, params: Any, call: str) -> None:
         """Refuse parameters that are not packed for this pipe."""
         self.parameters.check(params, call)
 
+    def param_shapes(self, params: Packed) -> tuple[PyTree, ...]:
+        """The shapes of the parameters, one entry per layer."""
+        return tuple(shape.tree for shape in params.packing.shapes)
+
+    def param_leaves(self, params: Packed) -> list[tuple[Leaf, ...]]:
+        """A row holds an array of every device's stages."""
+        rows: list[list[Leaf]] = [[] for _ in params.packing.rows]
+        for (layer, n), (row, _) in params.packing.where.items():
+            rows[row].append(Leaf(Port("params", layer), n))
+        return list(map(tuple, rows))
+
+    # --- calls ---
+
+    def bring(self, arrays: Sequence[Any]) -> list[Any]:
+        """Arrays where the program finds them: large ones from elsewhere over the
+        devices, by rows.
+        """
+        devices = self.mesh.shape[AXIS]
+
+        def sharding(a: Any) -> NamedSharding:
+            spread = is_large(a, devices) and a.shape[0] % devices == 0
+            return by_stage(self.mesh) if spread else replicated(self.mesh)
+
+        return on_mesh(arrays, self.mesh, sharding)
+
     def forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
-        """`(y, state)`; differentiable in parameters, `x` and `side`."""
-        arrays, spec = pack(
-            (args.params.arrays, args.x, args.side, args.key, args.state)
+        """`(y, state)`."""
+        step = self._find(CallKind.FORWARD, args, None, ())
+        y, state, _ = self._run(step, "forward", *self._arrays(args))
+        return step.out[Y].spec.unpack(y), self._state(step, state)
+
+    def differentiable(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
+        """`(y, state)` of a call with traced arguments."""
+        return differentiable_call(self, args)
+
+    def first_half(
+        self, args: Args, leaves: Sequence[tuple[Leaf, ...]], asked: Sequence[bool]
+    ) -> FirstHalf:
+        """All forwards of the schedule, in its order."""
+        # An array of several layers is asked for as a whole.
+        wanted = tuple(
+            leaf
+            for held, ask in zip(leaves, asked, strict=True)
+            if ask
+            for leaf in held
         )
-        packing, made = args.params.packing, list[Spec]()
-
-        def given(values: Sequence[Any]) -> Args:
-            rows, x, side, key, state = spec.unpack(values)
-            return args._replace(
-                params=Packed(rows, packing), x=x, side=side, key=key, state=state
-            )
-
-        def run(
-            mode: str, full: Args, asked: tuple[bool, ...]
-        ) -> tuple[list[Any], Any, Step]:
-            step = self.step(mode, full, None, asked)
-            y, state, left = self._called(step, "forward", *self._flat(full))
-            flat, out = pack((step.out[Y].spec.unpack(y), self._state(step, state)))
-            made.append(out)
-            return flat, left, step
-
-        def primal(*values: Any) -> list[Any]:
-            return run("forward", given(values), ())[0]
-
-        def forward(*primals: Any) -> tuple[list[Any], Any]:
-            values = [p.value for p in primals]
-            asked = tuple(bool(p.perturbed) and is_inexact(p.value) for p in primals)
-            flat, left, step = run("vjp", given(values), asked)
-            return flat, (values, left, _PullBack(step, spec, packing))
-
-        def backward(residual: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
-            values, left, pull_back = residual
-            return pull_back(self, given(values), values, left, cotangents)
-
-        f = jax.custom_vjp(primal)
-        f.defvjp(forward, backward, symbolic_zeros=True)
-        flat = f(*self._put(arrays))
-        return made[-1].unpack(flat)
+        step = self._find(CallKind.PULL_BACK, args, None, wanted)
+        arrays = self._arrays(args)
+        y, state, left = self._run(step, "forward", *arrays)
+        flat, structure = jax.tree.flatten((*arrays, left))
+        rows = len(args.params.packing.rows)
+        names = [*range(rows), *(leaf for (leaf,) in leaves[rows:])]
+        second = _SecondHalf(self, step, structure, tuple(names))
+        return FirstHalf(
+            step.out[Y].spec.unpack(y), self._state(step, state), flat, second
+        )
 
     def loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
         """The loss, and the gradients of the numbered arguments."""
-        step = self.step("grad" if argnums else "loss", args, loss, argnums)
-        value, aux, state, made = self._called(step, "loss", *self._flat(args))
-        found = dict(zip(step.gradient_names, made, strict=True))
-        counts = [len(shape.leaves) for shape in args.params.packing.shapes]
-        leaves, gradients = numbered_leaves(counts, args), []
+        step = self._loss_step(args, loss, argnums)
+        arrays = self._arrays(args)
+        value, aux, state, found_arrays = self._run(step, "loss", *arrays)
+        found = dict(zip(step.gradient_names, found_arrays, strict=True))
+        numbered = numbered_leaves(_counts(args.params), args)
+        gradients = []
         for n in argnums:
             if n == 0:
                 gradients.append(self._packed(step, found))
                 continue
-            arrays, spec = pack(args.numbered[n])
-            made = [
+            values, spec = pack(args.numbered[n])
+            parts = [
                 _gradient(found.get(leaf), a)
-                for leaf, a in zip(leaves[n], arrays, strict=True)
+                for leaf, a in zip(numbered[n], values, strict=True)
             ]
-            gradients.append(fill_gradient(spec, arrays, made))
+            gradients.append(fill_gradient(spec, values, parts))
         tree = step.out[AUX].spec.unpack(aux) if loss.has_aux else None
         return Result(value, tree, self._state(step, state), tuple(gradients))
 
-    def compile(self, args: Args, loss: Loss | None, argnums: tuple[int, ...]) -> int:
+    def compile(
+        self,
+        args: Args,
+        loss: Loss | None,
+        argnums: tuple[int, ...],
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> int:
         """Compile a call; arrays or their shapes will do. Returns the number of
-        programs.
+        programs, which is one: threads have nothing to share.
         """
-        step = self.step(
-            "forward" if loss is None else "grad" if argnums else "loss",
-            args,
-            loss,
-            argnums,
-        )
-        (step.forward if loss is None else step.loss).lower(*self._flat(args)).compile()
+        del threads
+        step = self._loss_step(args, loss, argnums)
+        program = step.forward if loss is None else step.loss
+        if progress is not None:
+            progress(0, 1)
+        program.lower(*self._arrays(args)).compile()
+        if progress is not None:
+            progress(1, 1)
         return 1
 
     def compiled_bytes(self, step: Step, args: Args) -> int:
         """What the compiled program of a call with a loss needs on each device: all
         that goes in and out, and its own.
         """
-        analysis = step.loss.lower(*self._flat(args)).compile().memory_analysis()
+        analysis = step.loss.lower(*self._arrays(args)).compile().memory_analysis()
         sizes = (
             analysis.argument_size_in_bytes,
             analysis.output_size_in_bytes,
@@ -188,38 +229,108 @@ class Scan:
         )
         return sum(sizes) - analysis.alias_size_in_bytes
 
-    def _called(
-        self, step: Step, name: Literal["forward", "backward", "loss"], *given: Any
+    def step(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Step:
+        """The program of a call with a loss, from the cache or new."""
+        return self._loss_step(args, loss, argnums)
+
+    # --- programs ---
+
+    def _loss_step(
+        self, args: Args, loss: Loss | None, argnums: tuple[int, ...]
+    ) -> Step:
+        numbered = numbered_leaves(_counts(args.params), args)
+        wanted = tuple(leaf for n in argnums for leaf in numbered[n])
+        return self._find(CallKind.of(loss, argnums), args, loss, wanted)
+
+    def _find(
+        self, kind: CallKind, args: Args, loss: Loss | None, wanted: tuple[Leaf, ...]
+    ) -> Step:
+        """The program of a call, from the cache or new."""
+        arrays, spec = pack(args)
+        types = tuple(map(aval, arrays))
+        try:
+            key = Key((settings(), kind, loss, wanted, spec, types))
+        except TypeError as error:
+            raise unhashable([leaf for _, leaf in spec.static], error) from error
+        return self._steps.get(key, lambda: self._make(kind, args, loss, wanted))
+
+    def _make(
+        self, kind: CallKind, args: Args, loss: Loss | None, wanted: tuple[Leaf, ...]
+    ) -> Step:
+        units, packing = self.parameters.packing(args.params.packing.shapes)
+        inputs = inputs_of(args, packing.shapes, self.chunks)
+        check_equal_pieces(inputs.cut, self.chunks)
+        schedule = self.schedule(inputs.cut.m)
+        if kind.differentiates:
+            check_backwards(schedule)
+        request = Request(
+            kind, loss, wanted_leaves(inputs, wanted, args.frozen), settings()
+        )
+        state = None
+        if args.state is not None:
+            state = Packing.of(units, [Shape.of(s) for s in args.state])
+        machine, out = lower(
+            units,
+            schedule,
+            self._remat,
+            inputs,
+            request,
+            packing,
+            state,
+            # Sums over a sharded batch need recomputations inlined; see `row_sums`.
+            self.mesh.shape.get(DATA, 1) > 1,
+            self._traces,
+        )
+        for text in machine.warnings:
+            warn(text)
+        return Step(machine, self.mesh, inputs, request, self._model, out)
+
+    def _arrays(self, args: Args) -> tuple[list[Any], list[Any], dict[Port, list[Any]]]:
+        """Parameters, states and other inputs as arrays, on the mesh."""
+        state = [] if args.state is None else pack(tuple(args.state))[0]
+        inputs = args.inputs
+        given = {Port(name): self.bring(pack(inputs[name])[0]) for name in INPUTS}
+        rows = on_mesh(args.params.arrays, self.mesh, lambda _: by_stage(self.mesh))
+        return rows, self.bring(state), given
+
+    def _run(
+        self, step: Step, name: Literal["forward", "backward", "loss"], *arrays: Any
     ) -> Any:
         """Call a function of a step; recorded, where somebody records."""
         recorders = recorders_of(self)
         if not recorders:
-            return getattr(step, name)(*given)
-        self._check_recorded(given)
+            return getattr(step, name)(*arrays)
+        self._check_recordable(arrays)
         clocked = step.clocked
         assert clocked.clock is not None
-        f = getattr(clocked, name).lower(*given).compile()
-        out, stamps = clocked.clock.run(f, *jax.block_until_ready(given))
-        n, places = int(name == "backward"), tuple(map(str, self.mesh.devices.flat))
+        f = getattr(clocked, name).lower(*arrays).compile()
+        out, stamps = clocked.clock.run(f, *jax.block_until_ready(arrays))
+        n = int(name == "backward")
         ran = Ran(
             self.schedule(step.m),
             step,
             (step.machine.segments[n],),
             (tuple(stamps),),
-            places,
+            tuple(map(str, self.mesh.devices.flat)),
             name == "backward",
         )
         for recorder in recorders:
             recorder.add(ran)
         return out
 
-    def _check_recorded(self, given: Any) -> None:
+    def _check_recordable(self, arrays: Any) -> None:
         """Refuse to record where the host cannot be asked."""
         why = ""
-        if is_traced(given):
-            why = "the call is inside `jax.jit`, or under another transformation; make it outside"
+        if is_traced(arrays):
+            why = (
+                "the call is inside `jax.jit`, or under another transformation; make "
+                "it outside"
+            )
         elif self.mesh.size > self.mesh.shape[AXIS]:
-            why = f"the mesh has other axes than {AXIS!r}; record over a mesh of that axis alone"
+            why = (
+                f"the mesh has other axes than {AXIS!r}; record over a mesh of that "
+                "axis alone"
+            )
         elif jax.process_count() > 1:
             why = "there are several processes; record in one"
         if why:
@@ -229,174 +340,64 @@ class Scan:
                 "operations are named `stage2 F`"
             )
 
-    def step(
-        self, mode: Any, args: Args, loss: Loss | None, asked: tuple[Any, ...]
-    ) -> Step:
-        """The program of a call, from the cache or new.
-
-        Arguments:
-            asked: argument numbers; for `vjp` whether each array of `(rows, x, side,
-                …)` is asked for.
-        """
-        arrays, spec = pack(args)
-        try:
-            key = Key((settings(), mode, loss, asked, spec, tuple(map(aval, arrays))))
-        except TypeError as error:
-            raise TypeError(
-                "static leaves must be hashable, among "
-                f"{[leaf for _, leaf in spec.static]!r}: {error}"
-            ) from error
-        return self._steps.get(key, lambda: self._new(mode, args, loss, asked))
-
-    def _new(
-        self, mode: Any, args: Args, loss: Loss | None, asked: tuple[Any, ...]
-    ) -> Step:
-        units, packing = self.parameters.packing(args.params.packing.shapes)
-        inputs = inputs_of(args, packing.shapes, self._chunks)
-        check_equal_pieces(inputs.cut, self._chunks)
-        counts = [len(shape.leaves) for shape in packing.shapes]
-        if mode == "vjp":
-            # An array of several layers is asked for as a whole.
-            rows, rest = asked[: len(packing.rows)], asked[len(packing.rows) :]
-            leaves = [
-                Leaf(Port("params", k), n)
-                for (k, n), (r, _) in packing.where.items()
-                if rows[r]
-            ]
-            outer = [
-                leaf
-                for leaf in outer_leaves(counts, args)
-                if leaf.port.kind != "params"
-            ]
-            leaves += [leaf for leaf, a in zip(outer, rest, strict=False) if a]
-        else:
-            numbered = numbered_leaves(counts, args)
-            leaves = [leaf for n in asked for leaf in numbered[n]]
-        schedule = self.schedule(inputs.cut.m)
-        if mode in ("grad", "vjp"):
-            check_backwards(schedule)
-        request = Request(
-            mode,
-            args.train,
-            loss,
-            wanted_leaves(inputs, leaves, args.frozen),
-            settings(),
-        )
-        state = (
-            None
-            if args.state is None
-            else Packing.of(units, [Shape.of(s) for s in args.state])
-        )
-        opened = self.mesh.shape.get(DATA, 1) > 1
-        machine, out = lower(
-            units,
-            schedule,
-            self._remat,
-            inputs,
-            request,
-            packing,
-            state,
-            opened,
-            self._kept,
-        )
-        for text in machine.warnings:
-            warn(text)
-        return Step(machine, self.mesh, inputs, request, self._model, out)
-
-    def _flat(self, args: Args) -> tuple[list[Any], list[Any], dict[Port, list[Any]]]:
-        """Parameters, states and other inputs as arrays, on the mesh."""
-        state = [] if args.state is None else pack(tuple(args.state))[0]
-        given = {
-            X: pack(args.x)[0],
-            SIDE: pack(args.side)[0],
-            TARGETS: pack(args.targets)[0],
-        }
-        given |= {KEY: pack(args.key)[0]} if args.key is not None else {}
-        put = {port: self._put(arrays) for port, arrays in given.items()}
-        return (
-            on_mesh(args.params.arrays, self.mesh, lambda _: by_stage(self.mesh)),
-            self._put(state),
-            put,
-        )
-
-    def _put(self, arrays: Sequence[Any]) -> list[Any]:
-        """Arrays where the program finds them: large ones from elsewhere over the
-        devices, by rows.
-        """
-        devices = self.mesh.shape[AXIS]
-
-        def sharding(a: Any) -> NamedSharding:
-            over = is_large(a, devices) and a.shape[0] % devices == 0
-            return by_stage(self.mesh) if over else replicated(self.mesh)
-
-        return on_mesh(arrays, self.mesh, sharding)
+    # --- results ---
 
     def _state(self, step: Step, arrays: Sequence[Any]) -> tuple[PyTree, ...]:
         shape = step.state_shape
-        return (
-            (None,) * len(self._model.layers)
-            if shape is None
-            else shape.spec.unpack(arrays)
-        )
+        if shape is None:
+            return (None,) * len(self._model.layers)
+        return shape.spec.unpack(arrays)
 
     def _packed(self, step: Step, found: Mapping[Any, Any]) -> Packed:
         """Gradients in the form of the parameters."""
         packing = step.machine.params
         devices = self.mesh.shape[AXIS]
-        arrays = []
-        for r, row in enumerate(packing.rows):
+        arrays = [
             # A row of integers or frozen arrays alone has none.
-            arrays.append(
-                found[r]
-                if r in found
-                else np.zeros((devices, *row.shape), jax.dtypes.float0)
-            )
+            found[r]
+            if r in found
+            else np.zeros((devices, *row.shape), jax.dtypes.float0)
+            for r, row in enumerate(packing.rows)
+        ]
         return Packed(tuple(arrays), packing)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _PullBack:
-    """The backward half of a differentiated call."""
+@dataclasses.dataclass(frozen=True)
+class _SecondHalf:
+    """All backwards of a differentiated call.
 
+    Attributes:
+        structure: of what the first half left: its own arguments, and its buffers.
+        names: what `Step.gradient_names` calls the arguments that can be differentiated.
+    """
+
+    scan: Scan
     step: Step
-    spec: Spec
-    packing: Packing
+    structure: Any
+    names: tuple[int | Leaf, ...]
 
-    def __call__(
-        self,
-        scan: Scan,
-        args: Args,
-        values: Sequence[Any],
-        left: Any,
-        cotangents: Sequence[Any],
-    ) -> tuple[Any, ...]:
-        """The gradients of the arguments."""
-        shapes = self.step.out[Y].leaves
-        given = [_instantiated(c, a) for c, a in zip(cotangents, shapes, strict=False)]
-        made = scan._called(self.step, "backward", *scan._flat(args), left, given)
-        found = dict(zip(self.step.gradient_names, made, strict=True))
-        counts = [len(shape.leaves) for shape in self.packing.shapes]
-        outer = [
-            leaf for leaf in outer_leaves(counts, args) if leaf.port.kind != "params"
+    def __call__(self, left: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
+        """The gradients of the arguments; `None` for zero."""
+        params, state, given, buffers = self.structure.unflatten(left)
+        # The cotangents of the states follow those of `y`; nothing goes through them.
+        pairs = zip(cotangents, self.step.out[Y].leaves, strict=False)
+        # Of what has no cotangent, a number that nobody reads.
+        carrying = [
+            whole_cotangent(c, jax.ShapeDtypeStruct(c.shape, a.dtype))
+            if is_inexact(a)
+            else jnp.zeros(())
+            for c, a in pairs
         ]
-        keys: list[Any] = [*range(len(self.packing.rows)), *outer]
-        keys += [None] * (len(values) - len(keys))
-        return tuple(
-            found.get(key) if is_inexact(v) else float0_like(v)
-            for key, v in zip(keys, values, strict=True)
+        gradients = self.scan._run(
+            self.step, "backward", params, state, given, buffers, carrying
         )
+        found = dict(zip(self.step.gradient_names, gradients, strict=True))
+        return [found.get(name) for name in self.names]
 
 
-jax.tree_util.register_static(_PullBack)
-
-
-def _instantiated(cotangent: Any, piece: jax.ShapeDtypeStruct) -> Any:
-    """A cotangent as an array; of what has none, a number that nobody reads."""
-    if not is_inexact(piece):
-        return jnp.zeros(())
-    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        return jnp.zeros(cotangent.shape, piece.dtype)
-    return cotangent
+def _counts(params: Packed) -> list[int]:
+    """The number of arrays of each layer's parameters."""
+    return [len(shape.leaves) for shape in params.packing.shapes]
 
 
 def _gradient(found: Any, a: Any) -> Any:

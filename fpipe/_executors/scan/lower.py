@@ -23,6 +23,7 @@ import numpy as np
 from fpipe._core.caches import Recent
 from fpipe._core.pytrees import Shape
 from fpipe._executors.programs import Inputs, Request
+from fpipe._executors.request import CallKind
 from fpipe._executors.scan.buffers import Buffers, Place, place_bundles
 from fpipe._executors.scan.feeds import feed_steps, is_large
 from fpipe._executors.scan.machine import (
@@ -80,9 +81,7 @@ from fpipe._model.remat import Remat
 from fpipe._model.stages import (
     AUX,
     INDEX,
-    KEY,
     LOSS,
-    SIDE,
     TARGETS,
     WEIGHT,
     Leaf,
@@ -120,7 +119,7 @@ def lower(
     """
     ticks = ticks_of(
         schedule,
-        forwards_alone=request.mode != "grad",
+        forwards_alone=request.kind is not CallKind.GRADIENT,
         backwards=request.differentiates,
         recomputes=remat.recomputes(0, 2, direct=False),
     )
@@ -362,7 +361,7 @@ class Operations:
         if port == X and u > 0:
             bundle = group.bundles[ActivationValue(u - 1, Y)]
             return held(bundle, Output(Leaf(Y, k)))
-        if port == KEY or leaf in unit.flat.constant:
+        if leaf in unit.flat.constant:
             return WholeInput(leaf)
         return FedPiece(leaf, kind) if leaf in self.spread else InputPiece(leaf)
 
@@ -393,11 +392,11 @@ class Operations:
                         yield SetState(block, number_of(Output(leaf)))
         if kind in "BI":
             for leaf in unit.joint.gradients:
-                given = leaf.port in (SIDE, TARGETS) or (leaf.port == X and u == 0)
+                given = self.work.programs.layout.routes.is_given(u, leaf.port)
                 if given and leaf not in flat.constant:
                     self.outputs.setdefault(leaf, unit.input_shapes[leaf])
-                    # Several units may read the same side input.
-                    adds = leaf.port == SIDE
+                    # Several units may read the same input: each adds its own.
+                    adds = leaf.port not in (X, TARGETS)
                     yield Write(OutputBuffer(leaf), number_of(Gradient(leaf)), adds)
         for value in unit.programs[kind].outs:
             if isinstance(value, GradientSum):

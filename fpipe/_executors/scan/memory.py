@@ -15,7 +15,8 @@ from fpipe._executors.scan.packing import Row
 from fpipe._executors.scan.step import Step
 from fpipe._executors.scan.storage import Storage, is_key, raw
 from fpipe._model.loss import sum_dtype
-from fpipe._model.stages import SIDE, TARGETS, Leaf, X
+from fpipe._model.needs import TABLE, Giver, Share
+from fpipe._model.stages import Leaf, Port
 
 
 def held(step: Step) -> Mapping[Role, int]:
@@ -63,8 +64,11 @@ def held(step: Step) -> Mapping[Role, int]:
     if state is not None and step.state_shape is not None:
         roles["inputs"] += sum(nbytes(state.shape(entry)) for entry in state.entries)
         roles["outputs"] += sum(map(nbytes, [*state.rows, *step.state_shape.leaves]))
-    for port in (X, SIDE, TARGETS):
-        cut = getattr(inputs.cut, port.kind).rows
+    for need in TABLE:
+        if need.giver is not Giver.CALL or need.share is not Share.ROWS:
+            continue
+        port = Port(need.name)
+        cut = inputs.cut.splits[need.name].rows
         for k, (a, rows) in enumerate(zip(inputs.of(port).leaves, cut, strict=True)):
             parts = devices if Leaf(port, k) in machine.spread else 1
             if rows is not None and rows[0] % shards == 0 and not is_key(a.dtype):

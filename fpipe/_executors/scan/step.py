@@ -28,7 +28,7 @@ from fpipe._executors.scan.mesh import AXIS, DATA, by_stage
 from fpipe._executors.scan.storage import is_key
 from fpipe._model.loss import divided, wide
 from fpipe._model.model import Model
-from fpipe._model.stages import AUX, LOSS, SIDE, TARGETS, WEIGHT, Leaf, Port, X, Y
+from fpipe._model.stages import AUX, LOSS, WEIGHT, Leaf, Port, Y
 
 Array: TypeAlias = jax.Array
 
@@ -164,9 +164,7 @@ class Step:
         devices = self.machine.devices
         out: dict[Leaf, Array] = {}
         for port, arrays in given.items():
-            cut = [None] * len(arrays)
-            if port in (X, SIDE, TARGETS):
-                cut = getattr(self.inputs.cut, port.kind).rows
+            cut = self.inputs.cut.splits[port.kind].rows
             for k, (array, rows) in enumerate(zip(arrays, cut, strict=True)):
                 leaf = Leaf(port, k)
                 if rows is None:

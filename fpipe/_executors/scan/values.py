@@ -33,6 +33,7 @@ from fpipe._executors.programs import (
     direct_pairs,
     split_pairs,
 )
+from fpipe._executors.request import CallKind
 from fpipe._executors.scan.machine import Avals
 from fpipe._executors.scan.units import Units
 from fpipe._model.remat import Remat
@@ -321,7 +322,7 @@ def find_work(
         kept: the traces of earlier calls.
     """
     rows = schedule.actions
-    if request.mode == "vjp":
+    if request.kind is CallKind.PULL_BACK:
         # All forwards come first.
         rows = tuple(tuple(sorted(row, key=lambda a: a.kind != "F")) for row in rows)
     order = [action for row in rows for action in row]

@@ -51,7 +51,7 @@ def threads():
 
 
 def threaded(pipe):
-    (bound,) = pipe._placed._bound.values()
+    (bound,) = pipe._placed._plans.values()
     return bound.threaded
 
 
@@ -93,7 +93,7 @@ def test_threads_compute_what_the_plain_composition_computes(
     layers = models()[model]
     pipe = in_threads(layers, balance, schedule, checkpoint)
     check(Case(layers, 3), pipe, loss)
-    assert {bound.threaded for bound in pipe._placed._bound.values()} == {True}
+    assert {bound.threaded for bound in pipe._placed._plans.values()} == {True}
 
 
 @pytest.mark.parametrize("loss", ["inside", "outside"])
@@ -111,7 +111,7 @@ def test_one_microbatch_one_stage_and_repeated_devices(balance, chunks, devices,
         devices=[jax.devices()[d] for d in devices],
     )
     check(Case(layers, chunks), pipe, loss)
-    assert {bound.threaded for bound in pipe._placed._bound.values()} == {
+    assert {bound.threaded for bound in pipe._placed._plans.values()} == {
         len(set(devices)) > 1
     }
 
@@ -243,7 +243,7 @@ def test_callbacks_compute_what_the_plain_composition_computes():
         for run, p in ((pipe, placed), (want, params))
     ]
     assert_same(*grads)
-    assert {bound.threaded for bound in pipe._placed._bound.values()} == {True}
+    assert {bound.threaded for bound in pipe._placed._plans.values()} == {True}
 
 
 def identity(x):
@@ -497,7 +497,7 @@ def test_each_device_holds_no_more_inputs_than_the_schedule_and_those_on_their_w
     params = pipe.init(jax.random.key(0), x)
     step = pipe.value_and_grad(lambda y: jnp.mean(y**2))
     jax.block_until_ready(step(params, x))
-    plan, peak = pipe._placed._bound.values()[0].plan, [0] * STAGES
+    plan, peak = pipe._placed._plans.values()[0].plan, [0] * STAGES
     names = [str(device) for device in pipe.devices]
 
     def count(item, slots):
@@ -532,7 +532,7 @@ def test_the_matmul_precision_of_the_calling_thread_is_kept():
         got = pipe.value_and_grad(mse)(params, case.x, case.target)
     texts = {
         str(jax.make_jaxpr(item.call)(*args))
-        for bound in pipe._placed._bound.values()
+        for bound in pipe._placed._plans.values()
         for item, args in runs(bound)
         if item.action is not None
     }

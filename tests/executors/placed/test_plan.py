@@ -103,7 +103,7 @@ def test_a_skip_goes_straight_from_its_stash_to_its_pop_and_its_gradient_straigh
     pipe, step = call([middle, keep(), middle, middle, add()], [2, 1, 1, 1], 2)
     routes = set()
     for item, _ in record(step):
-        plan = pipe._placed._bound.values()[0].plan
+        plan = pipe._placed._plans.values()[0].plan
         if isinstance(item, Move):
             skips = [plan.slots[n] for n in item.ins if "skip" in plan.slots[n].name]
             routes |= {(str(slot.placement), str(item.placement)) for slot in skips}
@@ -143,7 +143,7 @@ def test_readers_of_one_skip_each_get_it_once():
     layers = [keep(), look(), look(), add()]
     pipe, step = call(layers, [1, 1, 1, 1], 2, checkpoint="always")
     step()
-    plan = pipe._placed._bound.values()[0].plan
+    plan = pipe._placed._plans.values()[0].plan
     moved = [
         (plan.slots[n].name, str(item.placement))
         for item in plan.instructions
@@ -171,7 +171,7 @@ def test_each_slot_is_made_once_and_freed_once_after_its_last_use():
         )
         params, needs = pipe.place(case.params()), case.needs
         pipe.value_and_grad(mse)(params, case.x, case.target, **needs)
-        plan = pipe._placed._bound.values()[0].plan
+        plan = pipe._placed._plans.values()[0].plan
         made = [feed.slot for feed in plan.feeds] + list(plan.constants)
         dead: set[int] = set()
         for item in plan.instructions:
@@ -287,7 +287,7 @@ def test_outputs_that_are_inputs_cost_no_copy():
     pipe = fpipe.Pipe([fork, join], [1, 1], chunks=2)
     params = pipe.place((jnp.ones(4), jnp.ones(4)))
     pipe(params, jnp.ones((4, 4)))
-    plan = pipe._placed._bound.values()[0].plan
+    plan = pipe._placed._plans.values()[0].plan
     forwards = [
         item
         for item in plan.instructions
@@ -304,7 +304,7 @@ def test_borrowed_parameters_are_moved_once_per_call():
     layers = models()["tied"]
     pipe, step = call(layers, [1, 1, 1, 1], 4)
     step()
-    plan = pipe._placed._bound.values()[0].plan
+    plan = pipe._placed._plans.values()[0].plan
     moved = [
         plan.slots[n].name
         for item in plan.instructions
@@ -319,7 +319,7 @@ def test_borrowed_parameters_are_moved_once_per_call():
 def test_a_plan_reads_as_text():
     pipe, step = call([keep(), add()], [1, 1], 1)
     step()
-    text = str(pipe._placed._bound.values()[0].plan)
+    text = str(pipe._placed._plans.values()[0].plan)
     for line in (
         f"{pipe.devices[0]}: F(0,0) (",
         f"{pipe.devices[0]} -> {pipe.devices[1]}: ",
@@ -334,5 +334,5 @@ def test_orders_are_the_same_in_every_run():
     for _ in range(2):
         pipe, step = call(layers, [2, 1, 2], 3)
         step()
-        texts.append(str(pipe._placed._bound.values()[0].plan))
+        texts.append(str(pipe._placed._plans.values()[0].plan))
     assert texts[0] == texts[1]

@@ -223,7 +223,7 @@ def test_each_device_holds_its_share(monkeypatch):
             monkeypatch.setattr(feeds, "LARGE", large)
             pipe = pipe_of(layers, (1, 1, 1, 1), m, schedule="eager_1f1b")
             params = pipe.init(jax.random.key(0), x)
-            (laid,) = pipe._scan._put([np.asarray(x)])
+            (laid,) = pipe._scan.bring([np.asarray(x)])
             assert {s.data.nbytes for s in laid.addressable_shards} == {
                 x.nbytes // 4 if large == 0 else x.nbytes
             }

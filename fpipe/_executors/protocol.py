@@ -1,0 +1,139 @@
+"""`Executor`: the one interface between a pipe and what runs it.
+
+`Pipe`, planning, recording and tuning know an executor by these methods alone, so that
+another executor is another class with them and nothing else. `Placed` dispatches one
+program per stage and kind of action; `Scan` runs the whole call as one program;
+`fpipe.sequential` is the reference, and has those that make sense without devices.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias
+
+from fpipe._core.pytrees import PyTree
+from fpipe._executors.call import Args, Result
+from fpipe._executors.progress import Progress
+from fpipe._executors.scheduling import Scheduling
+from fpipe._model.loss import Loss
+from fpipe._model.stages import Leaf, Stage
+from fpipe.schedules import Schedule
+
+# What the backward half makes of what the first half left and the cotangents of the
+# arrays of `y`: for each array that can be differentiated its gradient, or `None` for
+# zero.
+SecondHalf: TypeAlias = Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstHalf:
+    """What the forwards of a differentiated call give.
+
+    Attributes:
+        left: the arrays that the backwards start from. A pull-back may be called twice,
+            so it must not consume them.
+        second: the backward half.
+    """
+
+    y: PyTree
+    state: tuple[PyTree, ...]
+    left: Sequence[Any]
+    second: SecondHalf
+
+
+class Executor(Protocol):
+    """What runs the calls of one pipe.
+
+    Attributes:
+        stages: the stages of the pipe, in order.
+        scheduling: what schedule was asked for.
+        stage_to_device: for each stage the number of its device.
+        chunks: the number of microbatches asked for.
+        owner: what tells the calls of this pipe from others in a recording.
+    """
+
+    stages: tuple[Stage, ...]
+    scheduling: Scheduling
+    stage_to_device: tuple[int, ...]
+    chunks: int
+    owner: Any
+
+    def schedule(self, microbatches: int) -> Schedule:
+        """The schedule for that many microbatches, checked against the model."""
+        ...
+
+    # --- parameters ---
+
+    def make_params(
+        self, layer: int, make: Callable[[Any], PyTree], key: Any
+    ) -> PyTree:
+        """Run `make(key)` where a layer's parameters live; elsewhere only shapes."""
+        ...
+
+    def make_state(self, layer: int, make: Callable[[Any], PyTree], key: Any) -> PyTree:
+        """Run `make(key)` where a layer's state lives."""
+        ...
+
+    def place(self, params: Sequence[PyTree]) -> Any:
+        """Parameters, one entry per layer, where they live, and as they are kept."""
+        ...
+
+    def gather(self, params: Any) -> tuple[PyTree, ...]:
+        """The exact inverse of `place`, on one device."""
+        ...
+
+    def check_params(self, params: Any, call: str) -> None:
+        """Refuse parameters that are not placed for this pipe; `call` is for the
+        message.
+        """
+        ...
+
+    def param_shapes(self, params: Any) -> tuple[PyTree, ...]:
+        """The shapes of placed parameters, one entry per layer."""
+        ...
+
+    def param_leaves(self, params: Any) -> list[tuple[Leaf, ...]]:
+        """For each array of placed parameters, in order, the leaves that it holds."""
+        ...
+
+    # --- calls ---
+
+    def forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
+        """`(y, state)`, of a call that nothing differentiates."""
+        ...
+
+    def differentiable(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
+        """`(y, state)` of a call with traced arguments, which `jax.grad` and `jax.vjp`
+        can differentiate.
+        """
+        ...
+
+    def first_half(
+        self, args: Args, leaves: Sequence[tuple[Leaf, ...]], asked: Sequence[bool]
+    ) -> FirstHalf:
+        """The forwards of a call that is differentiated from outside.
+
+        Arguments:
+            leaves: for each array of parameters and differentiable inputs what it
+                holds.
+            asked: whether its gradient is asked for.
+        """
+        ...
+
+    def bring(self, arrays: Sequence[Any]) -> list[Any]:
+        """Inputs where a differentiated call takes them, before it is one."""
+        ...
+
+    def loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
+        """The loss, and the gradients of the numbered arguments."""
+        ...
+
+    def compile(
+        self,
+        args: Args,
+        loss: Loss | None,
+        argnums: tuple[int, ...],
+        threads: int | None,
+        progress: Progress | None,
+    ) -> int:
+        """Compile the programs of a call; shapes will do. Returns how many there are."""
+        ...

@@ -1,0 +1,97 @@
+"""A call that is differentiated from outside, by `jax.grad` or `jax.vjp`.
+
+JAX must not look into a call, which dispatches programs or is one with a schedule of
+its own. So the call is a `jax.custom_vjp`: its forward rule runs all forwards in the
+schedule's order (`Executor.first_half`), its backward rule all backwards. In: the
+arguments of the call. Out: `(y, state)`.
+
+The arrays of a call, as the rules see them, in this order:
+
+    parameters (placed: each array; packed: each row) | x | side | key, state, …
+    |-------------- can be differentiated --------------------| |---- never ----|
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fpipe._core.pytrees import PyTree, Spec, float0_like, is_inexact, pack
+from fpipe._executors.call import Args
+from fpipe._executors.protocol import Executor, SecondHalf
+from fpipe._executors.request import differentiable_inputs, input_leaves
+from fpipe._model.stages import Port
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class _PullBack:
+    """What the forward rule leaves for the backward rule beside arrays."""
+
+    second: SecondHalf
+    zeros: tuple[Any, ...]
+
+
+def differentiable_call(
+    executor: Executor, args: Args
+) -> tuple[PyTree, tuple[PyTree, ...]]:
+    """`(y, state)` of a call, which `jax.grad` and `jax.vjp` can differentiate.
+
+    Arguments:
+        args: the call's; some of it may be traced.
+    """
+    differentiable = differentiable_inputs(args)
+    # A tuple: JAX would sort the keys of a dict.
+    varied = (args.params, tuple(differentiable.values()))
+    fixed = (args.needs, args.state)
+    leaves = executor.param_leaves(args.params)
+    for name, tree in differentiable.items():
+        leaves += [(leaf,) for leaf in input_leaves(Port(name), tree)]
+    arrays, spec = pack((varied, fixed))
+    # The structure of what a rule returned last: `custom_vjp` hands on arrays alone.
+    returned: list[Spec] = []
+
+    def args_of(values: Sequence[Any]) -> Args:
+        (params, inputs), (needs, state) = spec.unpack(values)
+        call = args._replace(params=params, state=state, needs=needs)
+        return call.with_inputs(dict(zip(differentiable, inputs, strict=True)))
+
+    def primal(*values: Any) -> list[Any]:
+        flat, structure = pack(executor.forward(args_of(values)))
+        returned.append(structure)
+        return flat
+
+    def forward(*primals: Any) -> tuple[list[Any], Any]:
+        values = [p.value for p in primals]
+        asked = [
+            bool(p.perturbed) and is_inexact(p.value) for p in primals[: len(leaves)]
+        ]
+        half = executor.first_half(args_of(values), leaves, asked)
+        flat, structure = pack((half.y, half.state))
+        returned.append(structure)
+        zeros = tuple(None if is_inexact(v) else float0_like(v) for v in values)
+        return flat, (list(half.left), _PullBack(half.second, zeros))
+
+    def backward(residuals: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
+        left, pull_back = residuals
+        gradients = list(pull_back.second(left, cotangents))
+        gradients += [None] * (len(pull_back.zeros) - len(gradients))
+        # `None` is a zero that JAX does not have to make.
+        return tuple(
+            zero if gradient is None else gradient
+            for gradient, zero in zip(gradients, pull_back.zeros, strict=True)
+        )
+
+    f = jax.custom_vjp(primal)
+    f.defvjp(forward, backward, symbolic_zeros=True)
+    flat = f(*executor.bring(arrays))
+    return returned[-1].unpack(flat)
+
+
+def whole_cotangent(cotangent: Any, shape: jax.ShapeDtypeStruct) -> Any:
+    """A cotangent as an array: JAX leaves out zeros."""
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        return jnp.zeros(shape.shape, shape.dtype)
+    return cotangent

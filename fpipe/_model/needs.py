@@ -1,0 +1,208 @@
+"""The needs: everything that enters a layer or the loss, in one table.
+
+A layer is called as `f(params, x, **needs)`, the loss as `loss_fn(y, *targets)`. What
+each of these is, who gives it, what of it a microbatch gets and whether a gradient goes
+back through it stands in `TABLE` and nowhere else. A new need is a row here, and its
+name in the signatures of the calls:
+
+    name      given by     a microbatch gets   gradient   a layer gets without it
+    --------  -----------  ------------------  ---------  -----------------------
+    params    each layer   all of it           yes        (always there)
+    x         the call     its rows            yes        (always there)
+    targets   the call     its rows            yes        (only the loss reads them)
+    carry     layers       its own             yes        an empty dict
+    state     each layer   what the one        no         (an error)
+                           before it left
+    borrowed  each layer   all of it           yes        an empty dict
+    side      the call     its rows            yes        None
+    key       the call     a key of its own    no         None
+    train     the call     all of it           no         False
+    step      the call     all of it           no         its own default, or an error
+
+What a call is given is kept as a dict from these names to pytrees, for example
+`{"side": None, "key": key, "train": True, "step": None}`.
+"""
+
+import dataclasses
+import enum
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fpipe._core.pytrees import PyTree, describe, is_array
+
+
+class Giver(enum.Enum):
+    """Who gives a need its value."""
+
+    CALL = enum.auto()  # one value for all layers, an argument of the call
+    LAYER = enum.auto()  # each layer has one, or lends it
+    SKIP = enum.auto()  # earlier layers, while the microbatch passes
+
+
+class Share(enum.Enum):
+    """What of a value one microbatch gets."""
+
+    ROWS = enum.auto()  # its rows, cut on axis 0
+    WHOLE = enum.auto()  # all of it, the same for every microbatch
+    OWN = enum.auto()  # one of its own, made on the way
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """A row of the table.
+
+    Attributes:
+        giver: who gives it.
+        share: what of it a microbatch gets.
+        differentiable: whether a gradient goes back through it.
+        keyword: whether a layer asks for it by naming it as a keyword-only parameter.
+        missing: what a layer gets when the call gives nothing (`None`).
+        required: whether a layer that asks for it, without a default of its own, cannot
+            do without it.
+        checked: the argument of the call as it is kept, or an error.
+        stand_in: its shape while shapes are found, before there is a call.
+    """
+
+    name: str
+    giver: Giver
+    share: Share
+    differentiable: bool
+    keyword: bool = True
+    missing: Any = None
+    required: bool = False
+    checked: Callable[[Any], Any] | None = None
+    stand_in: Callable[[], Any] | None = None
+
+
+def check_key(key: Any) -> Any:
+    """A key is a key: not a seed, and not the batch."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is None:
+        raise TypeError(
+            f"`key={key!r}`: a PRNG key is needed; write `jax.random.key({key!r})`"
+        )
+    typed = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (typed or jnp.issubdtype(dtype, jnp.unsignedinteger)):
+        raise TypeError(
+            f"`key={describe(key)}`: a PRNG key is needed, such as `jax.random.key(0)`"
+        )
+    return key
+
+
+def check_step(step: Any) -> Any:
+    """The number of a training step as an int32 scalar; shapes will do."""
+    if isinstance(step, jax.ShapeDtypeStruct):
+        scalar, integer = step.shape == (), jnp.issubdtype(step.dtype, jnp.integer)
+    elif is_array(step):
+        scalar, integer = np.ndim(step) == 0, jnp.issubdtype(step.dtype, jnp.integer)
+    else:
+        scalar, integer = True, _is_int(step)
+    if not (scalar and integer):
+        shown = describe(step) if is_array(step) else repr(step)
+        raise TypeError(
+            f"`step={shown}`: the number of a training step is an int, or a 0-d array "
+            "of integers"
+        )
+    if isinstance(step, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((), jnp.int32)
+    return step.astype(jnp.int32) if is_array(step) else np.int32(step)
+
+
+def _is_int(value: Any) -> bool:
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
+
+
+TABLE = (
+    Need("params", Giver.LAYER, Share.WHOLE, differentiable=True, keyword=False),
+    Need("x", Giver.CALL, Share.ROWS, differentiable=True, keyword=False),
+    Need("carry", Giver.SKIP, Share.OWN, differentiable=True),
+    Need("state", Giver.LAYER, Share.OWN, differentiable=False),
+    Need(
+        "key",
+        Giver.CALL,
+        Share.WHOLE,
+        differentiable=False,
+        checked=check_key,
+        stand_in=lambda: jax.eval_shape(lambda: jax.random.key(0)),
+    ),
+    Need(
+        "train",
+        Giver.CALL,
+        Share.WHOLE,
+        differentiable=False,
+        missing=False,
+        checked=bool,
+        stand_in=lambda: False,
+    ),
+    Need("borrowed", Giver.LAYER, Share.WHOLE, differentiable=True),
+    Need("side", Giver.CALL, Share.ROWS, differentiable=True),
+    Need(
+        "step",
+        Giver.CALL,
+        Share.WHOLE,
+        differentiable=False,
+        required=True,
+        checked=check_step,
+        stand_in=lambda: jax.ShapeDtypeStruct((), jnp.int32),
+    ),
+    Need("targets", Giver.CALL, Share.ROWS, differentiable=True, keyword=False),
+)
+BY_NAME: Mapping[str, Need] = {need.name: need for need in TABLE}
+
+# The names that a layer may ask for, in the order in which messages list them.
+NEEDS = tuple(need.name for need in TABLE if need.keyword)
+
+# The needs that a call gives beside `x` and targets, one value for all layers.
+OF_CALL = tuple(n for n in TABLE if n.keyword and n.giver is Giver.CALL)
+
+# Everything that a call gives, `x` first: `x` decides what a microbatch's rows are.
+INPUTS = ("x", *(need.name for need in OF_CALL), "targets")
+
+
+def call_needs(**arguments: PyTree) -> dict[str, PyTree]:
+    """What a call was given of `OF_CALL`, checked; what it was not given is `None`.
+
+    Arguments:
+        arguments: the call's keyword arguments, by the needs' names.
+
+    Raises:
+        TypeError: a key that is no key, a step that is no integer.
+
+    Example:
+        >>> call_needs(side=None, key=None, train=1)
+        {'key': None, 'train': True, 'side': None, 'step': None}
+    """
+    unknown = set(arguments) - {need.name for need in OF_CALL}
+    assert not unknown, unknown
+    given: dict[str, PyTree] = {}
+    for need in OF_CALL:
+        value = arguments.get(need.name)
+        if value is None:
+            value = need.missing
+        elif need.checked is not None:
+            value = need.checked(value)
+        given[need.name] = value
+    return given
+
+
+def stand_ins(**arguments: PyTree) -> dict[str, PyTree]:
+    """The needs of a call that only finds shapes: what is not given stands in.
+
+    Some layers draw numbers whether they are given a key or not, and shapes are the
+    same with and without. So a key stands in, and a step.
+    """
+    return {
+        need.name: need.stand_in()
+        if arguments.get(need.name) is None and need.stand_in is not None
+        else arguments.get(need.name)
+        for need in OF_CALL
+    }
