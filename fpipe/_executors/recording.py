@@ -89,7 +89,9 @@ def record(pipe: Any) -> Iterator[Recording]:
         ValueError: no call of that very pipe has run in the block.
 
     Example:
-        >>> dense = fpipe.Layer(lambda w, x: jnp.tanh(x @ w), init=lambda key, x: jnp.eye(3))
+        >>> def init(key, x):
+        ...     return jnp.eye(3)
+        >>> dense = fpipe.Layer(lambda w, x: jnp.tanh(x @ w), init)
         >>> pipe = fpipe.Pipe([dense, dense], devices=[jax.devices()[0]] * 2, chunks=2)
         >>> x = jnp.ones((8, 3))
         >>> params = pipe.init(jax.random.key(0), x)

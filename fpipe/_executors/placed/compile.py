@@ -41,6 +41,8 @@ def compile_plan(
     Returns:
         For each instruction that is a run its compiled program. Equal programs are one.
     """
+    # Lowering is one after the other: it is Python, which threads do not speed up, and
+    # it reads settings of JAX that belong to this thread.
     key_of: dict[int, ProgramKey] = {}
     lowered: dict[ProgramKey, Any] = {}
     names: dict[ProgramKey, str] = {}
@@ -68,6 +70,7 @@ def compile_plan(
                 if progress is not None:
                     progress(len(compiled), len(lowered))
         except BaseException:
+            # Ctrl-C too: what has not begun is not compiled.
             pool.shutdown(cancel_futures=True)
             raise
     return {number: compiled[key] for number, key in key_of.items()}
@@ -116,6 +119,7 @@ def traced_runs(
             weak_type=shape.weak_type,
         )
 
+    # Slots are followed as when the plan runs, with shapes in place of arrays.
     held = {slot: placed(shape, slot) for slot, shape in shapes.items()}
     traces: dict[ProgramKey, Any] = {}
     for number, item in enumerate(plan.instructions):

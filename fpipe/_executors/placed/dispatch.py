@@ -5,17 +5,17 @@ dispatches: JAX's runtime runs each program when its inputs are there, so the de
 work while the host is already issuing what comes next. Nothing is waited for, except
 where somebody records.
 
-Of the plan of two stages in `instructions.py`, on two devices, `bind` makes:
+The slots of a plan of two stages, on two devices, with several microbatches:
 
-    slot                initially       put there by a call
-    0 params 0[0]                       the caller's array, as it is
-    1 params 1[0]                       the caller's array, as it is
-    2 x[0]                              one transfer to cpu:0 with all that goes there
-    5 targets[0]                        one transfer to cpu:1
-    … number 0          uint32(0)       (with several microbatches: a constant)
-    all others          None
+    slot              before a call   what a call puts in
+    0 params 0[0]     None            the caller's array, as it is
+    1 params 1[0]     None            the caller's array, as it is
+    2 x[0]            None            one transfer to cpu:0, with all that goes there
+    3 targets[0]      None            one transfer to cpu:1
+    4 number 0        uint32(0)       nothing: a constant, on cpu:0 since `bind`
+    …                 None            nothing: an instruction fills it
 
-and one step for each run and each move, with the frees that follow it folded in.
+Each run and each move is one step; the frees that follow it are part of the step.
 """
 
 import dataclasses
@@ -167,19 +167,12 @@ class Bound:
         # Threads call what is compiled here, in the thread of the caller: tracing
         # depends on its settings, such as `jax.enable_x64`, and they do not have them.
         compiled = self._compiled if self.threaded else {}
-
-        def call_of(number: int, item: Run | Move) -> Call:
-            if isinstance(item, Run):
-                return compiled.get(number, item.call)
-            put = item.placement.put
-            return lambda *arrays: put(arrays)
-
         if self.plan.backward == len(self.plan.instructions):
-            whole = divide(self.plan, Half.WHOLE, self.threaded, call_of)
+            whole = divide(self.plan, Half.WHOLE, self.threaded, compiled)
             return {Half.WHOLE: whole, Half.FORWARD: whole, Half.BACKWARD: ()}
-        halves = (Half.FORWARD, Half.BACKWARD)
         return {
-            half: divide(self.plan, half, self.threaded, call_of) for half in halves
+            half: divide(self.plan, half, self.threaded, compiled)
+            for half in (Half.FORWARD, Half.BACKWARD)
         }
 
     @functools.cached_property

@@ -1,121 +1,298 @@
-"""The programs around the schedule, as pure functions of flat arrays: inputs cut,
-outputs joined, sums finished.
+"""What runs behind the actions of a schedule: the outputs of all microbatches joined,
+the loss reduced, states finished, and gradients summed at their owners.
+
+Each function adds its programs to the work of the call, and returns the slots of what
+they make. For a step of two stages with two microbatches, whose loss divides by a
+weight, they add
+
+    reduce loss         loss[0] stage1 mb0, loss[0] stage1 mb1, weight[0] stage1 mb0, …
+                            -> loss[0], weight[0]
+    join gradients      gradient x[0] stage0 mb0, gradient x[0] stage0 mb1
+                            -> gradient x[0]
+    finish gradients    gradient x[0], sum params 0[0] stage0 mb1, weight[0]
+                            -> gradient x[0], gradient params 0[0]
+
+and the last one a second time on the second device, for the parameters that are there.
 """
 
 import functools
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fpipe._core.pytrees import Shape, pack
-from fpipe._model.loss import divided, sum_dtype, wide
-from fpipe._model.microbatch import join
+from fpipe._core.pytrees import Shape, Spec, eval_shape, pack
+from fpipe._executors.placed.instructions import CallValue, JoinedGradient, Slot
+from fpipe._executors.placed.work import CallWork
+from fpipe._executors.placement import Placement
+from fpipe._model.loss import Loss, divided, sum_dtype, wide
+from fpipe._model.microbatch import check_alike, join
 from fpipe._model.model import Model
+from fpipe._model.stages import AUX, LOSS, WEIGHT, Leaf, Port, Y
+from fpipe._program.code import Gradient, Output
 
-Arrays: TypeAlias = Callable[..., list[Any]]
+
+class SlotTree(NamedTuple):
+    """A pytree whose arrays are in slots."""
+
+    shape: Shape
+    slots: tuple[Slot, ...]
 
 
-def joiner(leaves: int, m: int) -> Arrays:
-    """Pieces, leaf by leaf, to arrays."""
+class ReducedLoss(NamedTuple):
+    """What becomes of a loss; the gradients need its total weight."""
+
+    loss: SlotTree
+    weight: Slot | None
+    aux: SlotTree | None
+
+
+def join_outputs(call: CallWork) -> SlotTree:
+    """Join the `y` of all microbatches."""
+    stage = call.layout.stages[-1].index
+    placement = call.layout.placements[stage]
+    m = call.microbatches
+    pieces = [call.programs.flat(stage, i).out[Y] for i in range(m)]
+    check_alike(pieces, "`pipe(params, x)`: y", stacked=False)
+    first = pieces[0]
+    leaves = [Leaf(Y, k) for k in range(len(first.leaves))]
+    ins = _of_all_microbatches(call, stage, leaves)
+    # One piece is the whole, except that 0-d pieces become arrays of one element.
+    if m == 1 and all(array.shape for array in first.leaves):
+        return SlotTree(first, tuple(ins))
 
     def joined(*arrays: Any) -> list[Any]:
-        return [join(arrays[k * m : (k + 1) * m]) for k in range(leaves)]
+        # The pieces of one array stand together.
+        return [join(arrays[n : n + m]) for n in range(0, len(arrays), m)]
 
-    return joined
+    shapes = [piece.leaves[leaf.k] for leaf in leaves for piece in pieces]
+    outs = [Slot(CallValue(Output(leaf)), placement, "outputs") for leaf in leaves]
+    call.around("join y", joined, ins, outs, placement)
+    whole = jax.eval_shape(joined, *shapes)
+    return SlotTree(Shape(first.spec, tuple(whole)), tuple(outs))
 
 
-def zeros(shapes: Sequence[jax.ShapeDtypeStruct]) -> Arrays:
-    """Accumulators for gradients of these shapes."""
-    return lambda: [jnp.zeros(a.shape, sum_dtype(a.dtype)) for a in shapes]
-
-
-def loss_reducer(scales: Sequence[float], weighted: bool, aux: int) -> Arrays:
-    """Losses, weights and aux leaves of the microbatches to the loss, the total weight
-    and stacked leaves.
+def reduce_loss(call: CallWork, loss: Loss) -> ReducedLoss:
+    """Reduce the losses of all microbatches: loss, total weight and stacked aux in one
+    program, on the last stage.
     """
-    m = len(scales)
+    stage = call.layout.stages[-1].index
+    placement = call.layout.placements[stage]
+    m = call.microbatches
+    pieces = [call.programs.flat(stage, i).out for i in range(m)]
+    check_alike(
+        [piece[AUX] for piece in pieces],
+        f"`{loss.call}(has_aux=True)`: aux",
+        stacked=True,
+    )
+    first = pieces[0]
+    weighted = WEIGHT in first
+    scales = [call.programs.scale(i) for i in range(m)]
 
     def reduce(*arrays: Any) -> list[Any]:
-        columns = [arrays[n * m : (n + 1) * m] for n in range(1 + weighted + aux)]
-        dtype = columns[0][0].dtype
-        total = functools.reduce(
-            operator.add, (wide(v) * w for v, w in zip(columns[0], scales, strict=True))
-        )
-        stacked = [jnp.stack(column) for column in columns[1 + weighted :]]
-        if not weighted:
+        # The values of one leaf stand together: losses, weights if there are any, and
+        # the leaves of aux.
+        columns = [arrays[n : n + m] for n in range(0, len(arrays), m)]
+        losses = columns.pop(0)
+        weights = columns.pop(0) if weighted else None
+        scaled = [wide(a) * scale for a, scale in zip(losses, scales, strict=True)]
+        total = functools.reduce(operator.add, scaled)
+        stacked = [jnp.stack(column) for column in columns]
+        dtype = losses[0].dtype
+        if weights is None:
             return [total.astype(dtype), *stacked]
-        weight = functools.reduce(operator.add, map(wide, columns[1]))
+        # Divided once, by the total weight. A mean of the microbatches' own means would
+        # give the rows of a light microbatch more weight.
+        weight = functools.reduce(operator.add, [wide(a) for a in weights])
         return [divided(total, weight).astype(dtype), weight, *stacked]
 
-    return reduce
+    leaves = [Leaf(LOSS, 0)]
+    if weighted:
+        leaves.append(Leaf(WEIGHT, 0))
+    leaves += [Leaf(AUX, k) for k in range(len(first[AUX].leaves))]
+    ins = _of_all_microbatches(call, stage, leaves)
+    outs = [Slot(CallValue(Output(leaf)), placement, "outputs") for leaf in leaves]
+    call.around("reduce loss", reduce, ins, outs, placement)
+    total = outs.pop(0)
+    weight = outs.pop(0) if weighted else None
+    aux = SlotTree(first[AUX], tuple(outs)) if loss.has_aux else None
+    return ReducedLoss(SlotTree(first[LOSS], (total,)), weight, aux)
 
 
-def gradient_joiner(
-    shapes: Sequence[Sequence[jax.ShapeDtypeStruct]], present: Sequence[Sequence[bool]]
-) -> Arrays:
-    """Gradients of pieces, leaf by leaf, to those of the whole; what is not `present`
-    is zero.
+def finish_states(call: CallWork) -> dict[int, SlotTree]:
+    """Finish the state of each layer with state: what the last microbatch left is
+    mapped once, where the layer has a `finish`.
     """
+    states: dict[int, SlotTree] = {}
+    for layer, slots in sorted(call.states.items()):
+        stage = call.layout.stage_of(layer)
+        port = Port("state", layer)
+        left = call.programs.flat(stage.index, call.microbatches - 1).out[port]
+        if stage.model.layers[layer].finish is None:
+            states[layer] = SlotTree(left, slots)
+            continue
+        finished = eval_shape(stage.model.finish, {layer: left.tree})[layer]
+        shape = Shape.of(finished)
+        placement = call.layout.home(layer)
+        leaves = [Leaf(port, k) for k in range(len(shape.leaves))]
+        outs = [Slot(CallValue(Output(leaf)), placement, "outputs") for leaf in leaves]
+        finish = _state_finisher(stage.model, layer, left.spec)
+        call.around(f"finish state {layer}", finish, slots, outs, placement)
+        states[layer] = SlotTree(shape, tuple(outs))
+    return states
 
-    def joined(*arrays: Any) -> list[Any]:
-        rest = iter(arrays)
-        return [
-            join(
-                [
-                    next(rest) if there else jnp.zeros(a.shape, a.dtype)
-                    for a, there in zip(row, have, strict=True)
-                ]
-            )
-            for row, have in zip(shapes, present, strict=True)
-        ]
 
-    return joined
-
-
-def gradient_finisher(
-    shapes: Sequence[jax.ShapeDtypeStruct], counts: Sequence[int]
-) -> Arrays:
-    """`counts[n]` contributions to each gradient, and perhaps a weight, to the
-    gradients in their own dtype.
-    """
+def _state_finisher(model: Model, layer: int, spec: Spec) -> Callable[..., list[Any]]:
+    """A layer's `finish` as a function of the arrays of its state."""
 
     def finish(*arrays: Any) -> list[Any]:
-        rest = iter(arrays)
-        totals = [[next(rest) for _ in range(n)] for n in counts]
-        weight = next(rest, None)
-        out = []
-        for a, parts in zip(shapes, totals, strict=True):
-            total = (
-                functools.reduce(operator.add, parts)
-                if parts
-                else jnp.zeros(a.shape, a.dtype)
-            )
-            out.append(
-                (total if weight is None else divided(wide(total), weight)).astype(
-                    a.dtype
-                )
-            )
-        return out
+        state = spec.unpack(arrays)
+        return pack(model.finish({layer: state})[layer])[0]
 
     return finish
 
 
-class Finisher:
-    """A layer's `finish` as a function of flat arrays, and the shape of what it
-    returns.
+def finish_gradients(call: CallWork, weight: Slot | None) -> dict[Leaf, Slot]:
+    """Finish every wanted gradient at its owner: summed over stages, divided by the
+    weight, and cast once.
+    """
+    # What the stages have of each gradient, in an order that is the same in every
+    # process: sums are added in it.
+    terms: dict[Leaf, list[Slot]] = {}
+    for leaf in sorted(call.programs.request.wanted, key=_order):
+        terms[leaf] = []
+    for stage in call.layout.stages:
+        for leaf, slot in _join_gradients(call, stage.index).items():
+            terms[leaf].append(slot)
+    summed: set[Leaf] = set()
+    for (_, leaf), slot in sorted(call.sums.items(), key=lambda entry: entry[0][0]):
+        terms[leaf].append(slot)
+        summed.add(leaf)
+
+    # Most gradients are finished: one sum of one stage, where the parameters are.
+    gradients: dict[Leaf, Slot] = {}
+    unfinished: dict[Placement, list[Leaf]] = defaultdict(list)
+    for leaf, slots in terms.items():
+        owner = call.layout.placements[call.layout.routes.owner(leaf.port)]
+        dtype = call.inputs.of(leaf.port).leaves[leaf.k].dtype
+        # Several microbatches are summed in float32 at least.
+        wider = leaf in summed and call.microbatches > 1 and sum_dtype(dtype) != dtype
+        as_it_is = len(slots) == 1 and weight is None and not wider
+        if as_it_is and slots[0].placement == owner:
+            gradients[leaf] = slots[0]
+        else:
+            unfinished[owner].append(leaf)
+
+    # One program for each owner: one for each gradient would cost a dispatch each.
+    for owner, leaves in unfinished.items():
+        shapes = []
+        counts = []
+        ins = []
+        outs = []
+        for leaf in leaves:
+            shapes.append(call.inputs.of(leaf.port).leaves[leaf.k])
+            counts.append(len(terms[leaf]))
+            ins += terms[leaf]
+            outs.append(Slot(CallValue(Gradient(leaf)), owner, "gradients"))
+        if weight is not None:
+            ins.append(weight)
+        finish = _gradient_finisher(shapes, counts)
+        call.around("finish gradients", finish, ins, outs, owner)
+        gradients.update(zip(leaves, outs, strict=True))
+    return gradients
+
+
+def _gradient_finisher(
+    shapes: Sequence[jax.ShapeDtypeStruct], counts: Sequence[int]
+) -> Callable[..., list[Any]]:
+    """A function of `counts[n]` terms of each gradient, and perhaps a weight behind
+    them, that returns the gradients in their own dtype.
     """
 
-    def __init__(self, model: Model, layer: int, shape: Shape) -> None:
-        self._model, self._layer, self._shape = model, layer, shape
-        jax.eval_shape(self, *shape.leaves)
+    def finish(*arrays: Any) -> list[Any]:
+        rest = iter(arrays)
+        terms = [[next(rest) for _ in range(count)] for count in counts]
+        weight = next(rest, None)
+        gradients = []
+        for shape, parts in zip(shapes, terms, strict=True):
+            if parts:
+                total = functools.reduce(operator.add, parts)
+            else:  # nothing that is computed depends on this leaf
+                total = jnp.zeros(shape.shape, shape.dtype)
+            if weight is not None:
+                total = divided(wide(total), weight)
+            gradients.append(total.astype(shape.dtype))
+        return gradients
 
-    def __call__(self, *arrays: Any) -> list[Any]:
-        """The finished state's arrays."""
-        state = self._model.finish({self._layer: self._shape.spec.unpack(arrays)})[
-            self._layer
-        ]
-        self.out = Shape.of(state)
-        return pack(state)[0]
+    return finish
+
+
+def _join_gradients(call: CallWork, stage: int) -> dict[Leaf, Slot]:
+    """Join the gradients of the call's own inputs that a stage makes for each
+    microbatch.
+    """
+    m = call.microbatches
+    held = [call.held[stage, i] for i in range(m)]
+    leaves: list[Leaf] = []
+    for values in held:
+        for value in values:
+            if not isinstance(value, Gradient) or value.leaf in leaves:
+                continue
+            # A later stage calls its boundary `x` too, like the input of the call.
+            given = call.layout.routes.source(stage, value.leaf.port) is None
+            if given and value.leaf in call.programs.request.wanted:
+                leaves.append(value.leaf)
+    if m == 1 or not leaves:
+        return {leaf: held[0][Gradient(leaf)] for leaf in leaves}
+
+    # A piece without gradient is zero: its shape led another way through the layers.
+    ins: list[Slot] = []
+    zeros: dict[tuple[Leaf, int], jax.ShapeDtypeStruct] = {}
+    for leaf in leaves:
+        for i in range(m):
+            slot = held[i].get(Gradient(leaf))
+            if slot is None:
+                zeros[leaf, i] = call.inputs.piece(leaf.port, i).leaves[leaf.k]
+            else:
+                ins.append(slot)
+
+    def joined(*arrays: Any) -> list[Any]:
+        rest = iter(arrays)
+        gradients = []
+        for leaf in leaves:
+            pieces = []
+            for i in range(m):
+                shape = zeros.get((leaf, i))
+                if shape is None:
+                    pieces.append(next(rest))
+                else:
+                    pieces.append(jnp.zeros(shape.shape, shape.dtype))
+            gradients.append(join(pieces))
+        return gradients
+
+    placement = call.layout.placements[stage]
+    outs = [
+        Slot(JoinedGradient(leaf, stage), placement, "gradients") for leaf in leaves
+    ]
+    call.around("join gradients", joined, ins, outs, placement)
+    return dict(zip(leaves, outs, strict=True))
+
+
+def _of_all_microbatches(
+    call: CallWork, stage: int, leaves: Sequence[Leaf]
+) -> list[Slot]:
+    """The slots of some outputs of a stage: leaf by leaf those of all microbatches."""
+    return [
+        call.held[stage, i][Output(leaf)]
+        for leaf in leaves
+        for i in range(call.microbatches)
+    ]
+
+
+def _order(leaf: Leaf) -> tuple[str, int, int]:
+    """The place of a leaf in an order of all leaves: a set has none of its own."""
+    layer = -1 if leaf.port.of is None else leaf.port.of
+    return leaf.port.kind, layer, leaf.k

@@ -24,8 +24,8 @@ A training step of two stages with one microbatch, as `str(plan)` shows it:
     cpu:1: reduce loss (loss[0] stage1 mb0) -> loss[0]
     free loss[0] stage1 mb0
 
-(Each instruction is one line; they are broken here.) A moved array keeps its name: `y[0]
-stage0 mb0` is one slot on `cpu:0` and another one on `cpu:1`.
+(Each instruction is one line; they are broken here.) A moved array keeps its name:
+`y[0] stage0 mb0` is one slot on `cpu:0` and another one on `cpu:1`.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from fpipe._core.pytrees import PyTree, Shape
 from fpipe._executors.placement import Placement
 from fpipe._executors.plan_data import Role
 from fpipe._model.stages import Leaf
-from fpipe._program.code import Code
+from fpipe._program.code import Code, ProgramValue
 from fpipe.schedules import Action, Schedule
 
 
@@ -87,12 +87,82 @@ class Free:
 Instruction: TypeAlias = Run | Move | Free
 
 
-class Slot(NamedTuple):
-    """A register: the name of what it holds, where that is, and what it is for."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class StageValue:
+    """What a stage makes of one microbatch."""
 
-    name: str
+    value: ProgramValue
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.value} stage{self.stage} mb{self.microbatch}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StartedSum:
+    """Zeros that a stage adds its gradients to."""
+
+    leaf: Leaf
+    stage: int
+
+    def __str__(self) -> str:
+        return f"sum {self.leaf} stage{self.stage}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class JoinedGradient:
+    """A stage's gradient of an input of the call: the pieces of all microbatches."""
+
+    leaf: Leaf
+    stage: int
+
+    def __str__(self) -> str:
+        return f"gradient {self.leaf}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CallValue:
+    """What the call is given (an input or a cotangent) or returns, whole."""
+
+    value: ProgramValue
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Number:
+    """The number of a microbatch or of a layer."""
+
+    number: int
+
+    def __str__(self) -> str:
+        return f"number {self.number}"
+
+
+Value: TypeAlias = StageValue | StartedSum | JoinedGradient | CallValue | Number
+
+
+class Slot(NamedTuple):
+    """A register: what it holds, where that is, and what it is for. A value that is
+    moved has a slot on each placement where it is.
+    """
+
+    value: Value
     placement: Placement
     role: Role
+
+    @property
+    def name(self) -> str:
+        """What it holds, for people."""
+        return str(self.value)
+
+    def on(self, placement: Placement) -> "Slot":
+        """The slot of the same value on a placement."""
+        if self.placement is placement:
+            return self
+        return Slot(self.value, placement, self.role)
 
 
 class Feed(NamedTuple):
@@ -102,7 +172,7 @@ class Feed(NamedTuple):
     slot: int
 
 
-class Output(NamedTuple):
+class OutputTree(NamedTuple):
     """A pytree that the call returns, as slots."""
 
     shape: Shape
@@ -155,10 +225,10 @@ class Plan:
     constants: Mapping[int, Any]
     backward: int
     cotangents: tuple[int, ...]
-    y: Output | None
-    loss: Output | None
-    aux: Output | None
-    state: Mapping[int, Output]
+    y: OutputTree | None
+    loss: OutputTree | None
+    aux: OutputTree | None
+    state: Mapping[int, OutputTree]
     gradients: Mapping[Leaf, int]
     warnings: tuple[str, ...]
 

@@ -74,6 +74,7 @@ def levels(
             _, placement, role = plan.slots[slot]
             level[placement][role] -= sizes.pop(slot)
 
+    # Inputs are put where they are read before the first instruction is issued.
     for slot, shape in shapes.items():
         take(slot, nbytes(shape))
     yield -1, level
@@ -86,6 +87,7 @@ def levels(
             for source, target in zip(item.ins, item.outs, strict=True):
                 take(target, sizes[source])
         else:
+            # What a program consumes is gone before its results are there.
             traced = traces[number]
             for slot, info in zip(item.ins, traced.args_info[0], strict=True):
                 if info.donated:

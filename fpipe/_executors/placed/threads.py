@@ -25,7 +25,7 @@ import operator
 import queue
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -98,16 +98,14 @@ class Share(NamedTuple):
 
 
 def divide(
-    plan: Plan,
-    half: Half,
-    threaded: bool,
-    call_of: Callable[[int, Run | Move], Call],
+    plan: Plan, half: Half, threaded: bool, compiled: Mapping[int, Call]
 ) -> tuple[Share, ...]:
     """Divide a plan, or a half of it, among threads.
 
     Arguments:
         threaded: whether each placement has a thread; else there is one for all.
-        call_of: what to call for an instruction, given with its number.
+        compiled: what to call in place of the call of a run, by the number of its
+            instruction.
 
     Returns:
         The share of each thread that has something to do.
@@ -159,11 +157,14 @@ def divide(
             for reader in readers[slot] - {thread}:
                 posted[reader].append(slot)
         posts = [Post(reader, tuple(posted[reader])) for reader in sorted(posted)]
+        call = (
+            compiled.get(number, item.call) if isinstance(item, Run) else _mover(item)
+        )
         step = Step(
             number,
             item,
             _reader(item.ins),
-            call_of(number, item),
+            call,
             item.outs,
             tuple(waits),
             tuple(posts),
@@ -204,6 +205,12 @@ def _reader(slots: Sequence[int]) -> Callable[[list[Any]], Sequence[Any]]:
         (only,) = slots
         return lambda values: (values[only],)
     return lambda _: ()
+
+
+def _mover(move: Move) -> Call:
+    """The call of a move."""
+    put = move.placement.put
+    return lambda *arrays: put(arrays)
 
 
 def issue(step: Step, slots: list[Any], inboxes: Sequence[Inbox] = ()) -> None:

@@ -67,6 +67,7 @@ def probes_of(plan: Plan, compiled: Mapping[int, Any]) -> dict[int, Probe]:
         for slot in item.donates
     }
 
+    # Few marks do for many instructions: one for each shape and placement.
     @functools.cache
     def mark(
         shape: tuple[int, ...], dtype: Any, placement: Placement
@@ -84,6 +85,7 @@ def probes_of(plan: Plan, compiled: Mapping[int, Any]) -> dict[int, Probe]:
             probes[number] = Probe(stays[0], None)
         else:
             shapes = compiled[number].out_info
+            # The cheapest to read.
             smallest = min(range(len(shapes)), key=lambda k: shapes[k].size)
             shape = shapes[smallest]
             probes[number] = Probe(
@@ -251,6 +253,8 @@ class WatchedCall:
         spans = self._spans()
         zero = min((span.start for span in spans.values()), default=0.0)
         device_of = _devices_of(plan)
+        # An action is an event of the schedule, on the schedule's device, and a program.
+        # A program around the schedule is no event.
         events: dict[Action, Event] = {}
         programs: list[ProgramRun] = []
         transfers: list[Transfer] = []
@@ -263,8 +267,8 @@ class WatchedCall:
                 names: dict[Placement, list[str]] = {}
                 sizes: dict[Placement, int] = {}
                 for slot, size in zip(item.ins, self.moved[number], strict=True):
-                    name, source, _ = plan.slots[slot]
-                    names.setdefault(source, []).append(name)
+                    value, source, _ = plan.slots[slot]
+                    names.setdefault(source, []).append(str(value))
                     sizes[source] = sizes.get(source, 0) + size
                 target = device_of[item.placement]
                 for source, moved in names.items():

@@ -21,7 +21,9 @@ from jax.experimental import io_callback
 
 import fpipe
 from fpipe._executors.placed.dispatch import DISPATCH
-from tests.executors.placed.test_plan import STAGES, by_device, widening
+from fpipe._executors.placed.instructions import Half
+from fpipe._executors.placed.threads import divide
+from tests.executors.placed.test_plan import STAGES, bare, by_device, widening
 from tests.executors.test_memory import counting
 from tests.front.test_calls import BoomError, Trigger, notes, wait
 from tests.front.test_equal import check
@@ -138,6 +140,41 @@ def test_two_hundred_calls_give_the_same_result_each_time():
     for _ in range(200):
         again = step(params, case.x, case.target, **needs)
         jax.tree.map(np.testing.assert_array_equal, again, first)
+
+
+def test_a_plan_is_divided_as_it_is_drawn_in_the_module():
+    x = jnp.ones((8, 3))
+    pipe, params = bare(x)
+    pipe(params, x)
+    plan = pipe._placed._plans.values()[0].plan
+    shares = divide(plan, Half.WHOLE, True, {})
+    made, moved, left = (plan.slots[item.outs[0]] for item in plan.instructions[::2])
+    w0, w1, x0 = plan.slots[:3]
+
+    def named(numbers):
+        return {plan.slots[n] for n in numbers}
+
+    rows = [
+        (
+            step.number,
+            thread,
+            named(step.waits),
+            [(post.thread, named(post.slots)) for post in step.posts],
+            named(step.frees),
+        )
+        for thread, share in enumerate(shares)
+        for step in share.steps
+    ]
+    assert rows == [
+        (0, 0, set(), [(1, {made})], {w0, x0, made}),
+        (2, 1, {made}, [], {made}),
+        (4, 1, set(), [], {w1, moved}),
+    ]
+    assert [named(share.leaves) for share in shares] == [set(), {left}]
+    (whole,) = divide(plan, Half.WHOLE, False, {})
+    assert [(step.number, step.waits, step.posts) for step in whole.steps] == [
+        (number, (), ()) for number in (0, 2, 4)
+    ]
 
 
 # --- layers that call Python ---

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 import fpipe
+from fpipe._executors.placed import instructions
 from fpipe._executors.placed.instructions import Free, Move, Run
-from tests.helpers import Case, add, keep, look, models, mse, observing
+from tests.helpers import Case, add, assert_same, keep, look, models, mse, observing
 
 SCHEDULES = ["gpipe", "1f1b", "eager_1f1b"]
 STAGES = 4
@@ -326,6 +327,58 @@ def test_a_plan_reads_as_text():
         "free ",
     ):
         assert line in text
+
+
+def bare(x, **options):
+    """A pipe of two stages with one parameter array each, and its parameters."""
+    layer = fpipe.Layer(
+        lambda w, x: jnp.tanh(x @ w), lambda key, x: jnp.eye(x.shape[-1])
+    )
+    pipe = fpipe.Pipe([layer, layer], [1, 1], chunks=1, **options)
+    return pipe, pipe.init(jax.random.key(0), x)
+
+
+def test_the_plan_that_is_drawn_in_the_module_is_the_plan():
+    x = jnp.ones((8, 3))
+    pipe, params = bare(x)
+    pipe.value_and_grad(lambda y, t: jnp.mean(y - t))(params, x, x)
+    text = str(pipe._placed._plans.values()[0].plan)
+    for number, device in enumerate(pipe.devices):
+        text = text.replace(str(device), f"cpu:{number}")
+    drawing = str(instructions.__doc__).split("\n\n")[3]
+    assert drawing.replace("\n        ->", " ->").split("\n") == [
+        f"    {line}" for line in text.split("\n")
+    ]
+
+
+def test_what_is_still_on_a_device_is_not_moved_back_to_it():
+    """A value that a later stage passes on as it is."""
+
+    @fpipe.skippable(stash=["same"])
+    @fpipe.fn
+    def fork(x, *, carry):
+        return jnp.sin(x), fpipe.stash(carry, "same", x)
+
+    @fpipe.skippable(pop=["same"])
+    @fpipe.fn
+    def join(x, *, carry):
+        same, carry = fpipe.pop(carry, "same")
+        return x * same, carry
+
+    first, second = jax.devices()[:2]
+    layers = [fpipe.fn(jnp.tanh), fork, join]
+    pipe = fpipe.Pipe(layers, [1, 1, 1], [first, second, first], chunks=2)
+    x = jnp.ones((4, 4))
+    got = pipe(((),) * 3, x)
+    assert_same(got, fpipe.sequential(layers, chunks=2)(((),) * 3, x))
+    plan = pipe._placed._plans.values()[0].plan
+    moved = [
+        plan.slots[n].name
+        for item in plan.instructions
+        if isinstance(item, Move)
+        for n in item.ins
+    ]
+    assert sorted(moved) == [f"y[0] stage{s} mb{i}" for s in range(2) for i in range(2)]
 
 
 def test_orders_are_the_same_in_every_run():

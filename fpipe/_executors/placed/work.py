@@ -1,0 +1,282 @@
+"""What the actions of a schedule run, and from which values to which: the first pass
+from a schedule to a plan.
+
+A value is known by a `Slot`: what it is, and where it was made. `CallWork` goes through
+the actions in the order in which they are issued. For each it finds the programs of its
+stage, and the slots of what they read, wherever these are: the routes say who makes
+them. It ends with a list of `Work`. For a step of two stages with one microbatch:
+
+    work       on      reads                                      makes
+    stage0_F   cpu:0   params 0[0] (cpu:0), x[0] (cpu:0)          y[0] stage0 mb0
+    stage1_F   cpu:1   params 1[0] (cpu:1), y[0] stage0 mb0       loss[0] stage1 mb0,
+                       (cpu:0), targets[0] (cpu:1)                residual 0 stage1 mb0
+    stage1_B   cpu:1   params 1[0], y[0] stage0 mb0, …            gradient x[0] stage1
+                                                                  mb0, …
+    stage0_B   cpu:0   x[0], gradient x[0] stage1 mb0 (cpu:1), …  sum params 0[0] …
+
+The next pass, in `lower.py`, moves what is read elsewhere, and gives slots numbers.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fpipe._executors.placed.instructions import (
+    CallValue,
+    Number,
+    Slot,
+    StageValue,
+    StartedSum,
+)
+from fpipe._executors.placement import Placement
+from fpipe._executors.plan_data import Role
+from fpipe._executors.programs import Programs, index
+from fpipe._model.loss import sum_dtype
+from fpipe._model.stages import INDEX, Leaf, Port, X, Y
+from fpipe._program.code import (
+    Code,
+    Cotangent,
+    Gradient,
+    GradientSum,
+    Handed,
+    Input,
+    Output,
+    Program,
+    ProgramValue,
+    Residual,
+)
+from fpipe.schedules import Action
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A program to run, or, where there is none, values to bring.
+
+    Attributes:
+        name, call: as in `Run`; `None`: there is nothing to run.
+        ins: what it reads, wherever that is.
+        outs: what it makes, on its placement.
+        placement: where it runs.
+        brings: values that later work reads on this placement; they are moved together
+            with `ins`.
+        action, calls_host, donates, code: as in `Run`.
+    """
+
+    name: str
+    call: Callable[..., Sequence[Any]] | None
+    ins: tuple[Slot, ...]
+    outs: tuple[Slot, ...]
+    placement: Placement
+    brings: tuple[Slot, ...] = ()
+    action: Action | None = None
+    calls_host: bool = False
+    donates: tuple[Slot, ...] = ()
+    code: Code | None = None
+
+
+class CallWork:
+    """The work of a call, as the actions go by.
+
+    Attributes:
+        work: so far.
+        feeds: the inputs of the call by the slot that they are put in; parameters
+            first.
+        constants: host values by slot.
+        held: for each (stage, microbatch) the slots of what its programs read and made,
+            on the stage's placement.
+        sums: the gradients accumulated so far, by stage and leaf.
+        states: of each layer with state, as the microbatches go by.
+    """
+
+    def __init__(self, programs: Programs) -> None:
+        self.programs = programs
+        self.layout = programs.layout
+        self.inputs = programs.inputs
+        self.microbatches = programs.inputs.cut.m
+        self.work: list[Work] = []
+        self.feeds: dict[Slot, Leaf] = {}
+        self.constants: dict[Slot, Any] = {}
+        self.held: dict[tuple[int, int], dict[ProgramValue, Slot]] = {}
+        self.sums: dict[tuple[int, Leaf], Slot] = {}
+        self.states: dict[int, tuple[Slot, ...]] = {}
+        for layer, shape in enumerate(self.inputs.params):
+            home = self.layout.home(layer)
+            for k in range(len(shape.leaves)):
+                leaf = Leaf(Port("params", layer), k)
+                self.feeds[Slot(CallValue(Input(leaf)), home, "parameters")] = leaf
+
+    def add(self, actions: Iterable[Action]) -> None:
+        """Add what some actions run."""
+        for action in actions:
+            if action.kind == "F":
+                self._forward(action)
+            else:
+                self._backward(action)
+
+    def around(
+        self,
+        name: str,
+        call: Callable[..., Sequence[Any]],
+        ins: Sequence[Slot],
+        outs: Sequence[Slot],
+        placement: Placement,
+    ) -> None:
+        """Add a program that belongs to no action."""
+        work = Work(name, jax.jit(call), tuple(ins), tuple(outs), placement)
+        self.work.append(work)
+
+    def _forward(self, action: Action) -> None:
+        """Bring all inputs of a stage for one microbatch, and run its forward."""
+        _, stage, microbatch = action
+        placement = self.layout.placements[stage]
+        forward, *backwards = self.programs.of(stage, microbatch).values()
+        # A backward may read inputs that its forward does not, and an output may be an
+        # input as it is. They come together with what the forward reads.
+        values = list(forward.ins)
+        for backward in backwards:
+            values += backward.ins
+        values += forward.aliases.values()
+        sources: dict[ProgramValue, Slot] = {}
+        for value in values:
+            if isinstance(value, Input) and value not in sources:
+                sources[value] = self._source(stage, microbatch, value.leaf)
+        held = {value: slot.on(placement) for value, slot in sources.items()}
+        self.held[stage, microbatch] = held
+        ins = [sources[value] for value in forward.ins]
+        self._run(action, forward, ins, tuple(sources.values()))
+        # The next microbatch reads the state that this one leaves.
+        for layer in self.layout.stages[stage].stateful:
+            port = Port("state", layer)
+            count = len(self.programs.flat(stage, microbatch).out[port].leaves)
+            self.states[layer] = tuple(
+                held[Output(Leaf(port, k))] for k in range(count)
+            )
+
+    def _backward(self, action: Action) -> None:
+        """Run `B`, `I` or `W` on what the forward left and on cotangents."""
+        kind, stage, microbatch = action
+        program = self.programs.of(stage, microbatch).get(kind)
+        if program is None:  # nothing is asked for that it would compute
+            return
+        placement = self.layout.placements[stage]
+        last = self.layout.stages[stage].last
+        held = self.held[stage, microbatch]
+        self._start_sums(stage, program)
+        ins = []
+        for value in program.ins:
+            if isinstance(value, Cotangent) and value.leaf.port == Y and last:
+                # The cotangent of the model's `y` comes from outside, whole.
+                slot = Slot(CallValue(Cotangent(value.leaf)), placement, "inputs")
+            elif isinstance(value, Cotangent):
+                # Each reader of an output has a gradient for it.
+                readers = self.programs.readers(stage, value.leaf, microbatch)
+                reader, leaf = readers[value.number]
+                slot = self.held[reader, microbatch][Gradient(leaf)]
+            elif isinstance(value, GradientSum):
+                slot = self.sums[stage, value.leaf]
+            else:
+                slot = held[value]
+            ins.append(slot)
+            # A gradient may be this cotangent as it is.
+            held[value] = slot.on(placement)
+        self._run(action, program, ins)
+        for value in program.outs:
+            if isinstance(value, GradientSum):
+                self.sums[stage, value.leaf] = held[value]
+
+    def _run(
+        self,
+        action: Action,
+        program: Program,
+        ins: Sequence[Slot],
+        brings: tuple[Slot, ...] = (),
+    ) -> None:
+        """Run a stage's program, and hold what it makes."""
+        _, stage, microbatch = action
+        placement = self.layout.placements[stage]
+        last = self.layout.stages[stage].last
+        held = self.held[stage, microbatch]
+        outs = []
+        for value in program.outs:
+            role = _role(value, stage, last)
+            slot = Slot(StageValue(value, stage, microbatch), placement, role)
+            outs.append(slot)
+            held[value] = slot
+        for value, same in program.aliases.items():
+            held[value] = held[same]
+        work = Work(
+            program.name,
+            program.call,
+            tuple(ins),
+            tuple(outs),
+            placement,
+            brings,
+            action,
+            program.calls_host,
+            # A sum is a buffer of the plan's own that nothing else refers to.
+            tuple(
+                slot
+                for value, slot in zip(program.ins, ins, strict=True)
+                if isinstance(value, GradientSum)
+            ),
+            program.code,
+        )
+        self.work.append(work)
+
+    def _source(self, stage: int, microbatch: int, leaf: Leaf) -> Slot:
+        """Where an input of a stage is made, or put."""
+        port, k = leaf
+        placement = self.layout.placements[stage]
+        maker = self.layout.routes.source(stage, port)
+        if maker is not None:
+            return self.held[maker.stage, microbatch][Output(Leaf(maker.port, k))]
+        if port.kind == "params":
+            home = self.layout.home(port.of)
+            return Slot(CallValue(Input(leaf)), home, "parameters")
+        if port.kind == "state" and port.of in self.states:
+            return self.states[port.of][k]
+        if port == INDEX or port.kind == "number":
+            number = microbatch if port == INDEX else port.of
+            slot = Slot(Number(number), placement, "inputs")
+            self.constants[slot] = index(number)
+            return slot
+        # The whole input: the program cuts its piece out of it.
+        slot = Slot(CallValue(Input(leaf)), placement, "inputs")
+        self.feeds[slot] = leaf
+        return slot
+
+    def _start_sums(self, stage: int, program: Program) -> None:
+        """Zeros for the sums that a stage's program adds to, made together."""
+        # Only the first backward of a stage finds some that are missing. Later ones add
+        # to what the one before returned.
+        shapes = []
+        outs = []
+        for value in program.ins:
+            if isinstance(value, GradientSum) and (stage, value.leaf) not in self.sums:
+                shapes.append(self.inputs.of(value.leaf.port).leaves[value.leaf.k])
+                placement = self.layout.placements[stage]
+                slot = Slot(StartedSum(value.leaf, stage), placement, "gradients")
+                self.sums[stage, value.leaf] = slot
+                outs.append(slot)
+
+        def zeros() -> list[Any]:
+            return [jnp.zeros(a.shape, sum_dtype(a.dtype)) for a in shapes]
+
+        if outs:
+            self.around("zeros", zeros, [], outs, self.layout.placements[stage])
+
+
+def _role(value: ProgramValue, stage: int, last: bool) -> Role:
+    """What an array that a stage's program makes is for."""
+    if isinstance(value, Residual | Handed):
+        return "residuals"
+    port = value.leaf.port
+    if port.kind == "skip":
+        return "skips"
+    if isinstance(value, Output):
+        return "boundaries" if port == Y and not last else "outputs"
+    crosses = isinstance(value, Gradient) and port == X and stage > 0
+    return "boundaries" if crosses else "gradients"
