@@ -2,31 +2,31 @@
 
 In: the work of a call, and when each action runs. Out: `Buffers`, in four passes:
 
-1. What each action sends from device to device is an edge of a graph; the edges are
-   coloured into the fewest wires.
-2. A bundle that comes by a wire waits in the wire's pool. One that stays on its device
-   waits where the reader's like look for theirs, so that equal units take from equal
-   pools.
-3. A bundle has a slot from its arrival to its last use. These intervals are coloured
-   into the fewest slots: memory does not grow with the number of microbatches if what
-   is in flight does not.
-4. What goes to another pool on one device than on another is put in both by the one
-   operation that makes it (`targets`).
+1. `_color_wires`: what each action sends from device to device is an edge of a graph;
+   the edges are coloured into the fewest wires.
+2. `_choose_pools`: what comes by a wire waits in the wire's pool. What stays on its
+   device waits where the reader's like look for theirs.
+3. `_fill_slots`: a bundle has a slot from its arrival to its last use. These intervals
+   are coloured into the fewest slots, so that memory does not grow with the number of
+   microbatches if what is in flight does not.
+4. `_unite_destinations`: an operation that serves several units puts its bundle
+   wherever one of them does.
 
-The pool of `WireName("forward", 0)` on device 1 of two under `"eager_1f1b"`, with the
-time counted in half phases (work, then wires):
+For the second of two equal layers on two devices under `"eager_1f1b"`, the slots of
+`WireName("forward", 0)` come from these intervals (time counts two for each phase: one
+for the work, one for the wires):
 
-    bundle                       arrives    last use    slot
-    boundary of microbatch 0           1           4       0
-    boundary of microbatch 1           3           8       1
-    boundary of microbatch 2           5          10       0
+    boundary of      sent in             read last in           interval     slot
+    microbatch 0     tick 0, forward     tick 1, backward         1 to 6        0
+    microbatch 1     tick 1, forward     tick 2, backward        5 to 10        1
+    microbatch 2     tick 2, forward     tick 3, backward        9 to 14        0
 """
 
 import dataclasses
 import heapq
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar, get_args
 
 from fpipe._executors.scan.machine import (
     Avals,
@@ -40,7 +40,6 @@ from fpipe._executors.scan.machine import (
 )
 from fpipe._executors.scan.values import (
     ActivationValue,
-    Bundle,
     Group,
     HandedValue,
     SavedValue,
@@ -151,67 +150,28 @@ class Place(NamedTuple):
 Destination: TypeAlias = PoolName | Outbox
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Buffers:
     """The buffers of a call.
 
     Attributes:
-        wire_of: the wire of each value to each other device.
         pairs: the source and target devices of each wire.
-        waits: the pool in which a value waits for each unit that reads it.
-        slot_of: by place the slot of each microbatch's bundle; what nobody reads has no
-            place.
+        pool_of: the pool in which a group's bundle waits for a unit that reads it.
+        slot_of: by place the slot of each microbatch's bundle. What nobody reads has
+            none.
         counts: how many slots each pool has.
         kinds: the kinds of bundles in each pool.
-        targets: where the bundles of equal units go, see `class_of`.
+        destinations: where a group's bundle goes.
+        arrivals: where it waits on other devices.
     """
 
-    work: Work
-    wire_of: dict[tuple[Value, int], WireName]
-    pairs: dict[WireName, set[tuple[int, int]]]
-    waits: dict[tuple[Value, int], PoolName]
-    slot_of: dict[Place, dict[int, int]]
-    counts: dict[PoolName, int]
-    kinds: dict[PoolName, dict[Avals, None]]
-    targets: dict[Hashable, dict[Destination, None]]
-    single: set[Hashable]
-
-    def pool_of(self, value: Value, group: Group, reader: int) -> PoolName:
-        """The pool in which a value waits for a unit."""
-        role = self.work.units.roles[reader]
-        if isinstance(value, SavedValue):
-            return SavedPool(role, group.units[reader].recomputes)
-        if isinstance(value, HandedValue):
-            return HandedPool(role, group.units[reader].recomputes)
-        return self.waits[value, reader]
-
-    def class_of(self, bundle: Bundle[SentValue], group: Group) -> Hashable:
-        """How equal units call a bundle that they make.
-
-        An operation that serves several units puts its bundle wherever one of them
-        does, and the table tells who looks. On a wire that must not be where another
-        bundle of the same action goes: units of which one would do that are `single`.
-        """
-        value = bundle.value
-        unit = group.units[value.unit]
-        return (
-            type(value),
-            unit.identity,
-            value.unit if unit.identity in self.single else None,
-            unit.relative(Output(Leaf(value.port, 0))),
-            tuple(map(unit.relative, bundle.arrays)),
-            bundle.avals,
-        )
-
-    def arrivals(self, bundle: Bundle[SentValue], group: Group) -> list[Place]:
-        """Where a bundle arrives on other devices, if anybody reads it there."""
-        devices = self.work.units.device
-        there = {devices[reader.unit] for reader in bundle.readers}
-        places = []
-        for device in sorted(there - {devices[bundle.value.unit]}):
-            wire = self.wire_of[bundle.value, device]
-            places.append(Place(wire, device, bundle.value))
-        return [p for p in places if group.microbatches[0] in self.slot_of.get(p, ())]
+    pairs: Mapping[WireName, set[Edge]]
+    pool_of: Mapping[tuple[Group, Value, int], PoolName]
+    slot_of: Mapping[Place, Mapping[int, int]]
+    counts: Mapping[PoolName, int]
+    kinds: Mapping[PoolName, Mapping[Avals, None]]
+    destinations: Mapping[tuple[Group, Value], tuple[Destination, ...]]
+    arrivals: Mapping[tuple[Group, Value], tuple[Place, ...]]
 
 
 def place_bundles(work: Work, position: Mapping[Action, int]) -> Buffers:
@@ -220,87 +180,105 @@ def place_bundles(work: Work, position: Mapping[Action, int]) -> Buffers:
     Arguments:
         position: the phase in which each action runs, counted through.
     """
-    buffers = Buffers(
-        work,
-        wire_of={},
-        pairs=defaultdict(set),
-        waits={},
-        slot_of=defaultdict(dict),
-        counts={},
-        kinds=defaultdict(dict),
-        targets={},
-        single=set(),
-    )
-    _color_wires(work, buffers, "forward")
-    _color_wires(work, buffers, "backward")
-    _choose_pools(work, buffers)
-    _fill_slots(work, buffers, position)
-    _unite_targets(work, buffers)
-    return buffers
+    wire_of: dict[tuple[Value, int], WireName] = {}
+    pairs: dict[WireName, set[Edge]] = defaultdict(set)
+    for direction in get_args(Direction):
+        _color_wires(work, direction, wire_of, pairs)
+    pool_of = _choose_pools(work, wire_of)
+    slot_of: dict[Place, dict[int, int]] = defaultdict(dict)
+    counts: dict[PoolName, int] = {}
+    kinds: dict[PoolName, dict[Avals, None]] = defaultdict(dict)
+    intervals = _find_intervals(work, position, pool_of, kinds)
+    for (pool, device), own in intervals.items():
+        found, count = slots(own)
+        # Every device runs the same program, so all have as many slots as the one that
+        # needs most.
+        counts[pool] = max(counts.get(pool, 0), count)
+        for (value, i), slot in found.items():
+            slot_of[Place(pool, device, value)][i] = slot
+    destinations, arrivals = _unite_destinations(work, pool_of, slot_of)
+    return Buffers(pairs, pool_of, slot_of, counts, kinds, destinations, arrivals)
 
 
-def _color_wires(work: Work, buffers: Buffers, direction: Direction) -> None:
-    """Colour what goes between devices in one direction into the fewest wires."""
+def _color_wires(
+    work: Work,
+    direction: Direction,
+    wire_of: dict[tuple[Value, int], WireName],
+    pairs: dict[WireName, set[Edge]],
+) -> None:
+    """Colour what goes between devices in one direction into the fewest wires.
+
+    Arguments:
+        wire_of: gets the wire of each value to each other device.
+        pairs: gets the source and target devices of each wire.
+    """
     units = work.units
     kinds = "F" if direction == "forward" else "BI"
-    # What the actions of each stage send, by the two devices.
-    sent: list[dict[Edge, dict[SentValue, None]]] = []
-    for of_stage in units.of_stage:
-        by_pair: dict[Edge, dict[SentValue, None]] = defaultdict(dict)
-        for u in of_stage:
-            source = units.device[u]
-            for group in work.groups:
-                for kind, bundles in group.sent[u].items():
-                    for bundle in bundles if kind in kinds else ():
-                        targets = {units.device[r.unit] for r in bundle.readers}
-                        for target in sorted(targets - {source}):
-                            by_pair[source, target][bundle.value] = None
-        sent.append(by_pair)
+    # What the actions of each stage send, by the two devices. All of it goes in one
+    # phase, so each needs a wire of its own; what different stages send may share one.
+    sent: dict[int, dict[Edge, dict[SentValue, None]]] = {}
+    for _, bundle in work.sent():
+        if bundle.kind in kinds:
+            source = units.device[bundle.value.unit]
+            of_stage = sent.setdefault(units.stage_of[bundle.value.unit], {})
+            for target in sorted({units.device[r.unit] for r in bundle.readers}):
+                if target != source:
+                    of_stage.setdefault((source, target), {})[bundle.value] = None
     most: dict[Edge, int] = {}
-    for by_pair in sent:
-        for pair, values in by_pair.items():
+    for of_stage in sent.values():
+        for pair, values in of_stage.items():
             most[pair] = max(most.get(pair, 0), len(values))
-    # The first ones between neighbours in the schedule's direction come first: a ring
-    # is one wire.
+    edges = [pair for pair, count in most.items() for _ in range(count)]
+    # Edges between neighbours in the schedule's direction come first: a ring is then
+    # one wire, and boundaries, which run in every tick, all take it.
     devices = 1 + max(units.device)
     step = 1 if direction == "forward" else -1
-    edges = [pair for pair, count in most.items() for _ in range(count)]
     edges.sort(key=lambda edge: step * (edge[1] - edge[0]) % devices)
     wires: dict[Edge, list[WireName]] = defaultdict(list)
     for pair, color in zip(edges, edge_colors(edges), strict=True):
         wires[pair].append(WireName(direction, color))
-        buffers.pairs[WireName(direction, color)].add(pair)
-    for by_pair in sent:
-        for pair, values in by_pair.items():
-            # Boundaries take the first ones.
+        pairs[WireName(direction, color)].add(pair)
+    for of_stage in sent.values():
+        for pair, values in of_stage.items():
             order = sorted(values, key=lambda value: value.port != Y)
             for value, wire in zip(order, wires[pair], strict=False):
-                buffers.wire_of[value, pair[1]] = wire
+                wire_of[value, pair[1]] = wire
 
 
-def _choose_pools(work: Work, buffers: Buffers) -> None:
-    """Where each value waits for each unit that reads it."""
-    units = work.units
-    remote: dict[Hashable, PoolName] = {}
-    local: list[tuple[Hashable, SentValue, int]] = []
-    for u in range(len(units.stages)):
-        for group in work.groups:
-            for bundles in group.sent[u].values():
-                for bundle in bundles:
-                    for t, _ in bundle.readers:
-                        name = _name_at_reader(work, group, bundle.value, t)
-                        wire = buffers.wire_of.get((bundle.value, units.device[t]))
-                        if wire is None:
-                            local.append((name, bundle.value, t))
-                        else:
-                            buffers.waits[bundle.value, t] = wire
-                            remote.setdefault(name, wire)
-    # What stays on its device waits where the reader's like look for what comes from
-    # others.
-    for name, value, t in local:
-        forward = isinstance(value, ActivationValue)
+def _choose_pools(
+    work: Work, wire_of: Mapping[tuple[Value, int], WireName]
+) -> dict[tuple[Group, Value, int], PoolName]:
+    """The pool in which each group's bundle waits for each unit that reads it.
+
+    Equal units are to run one operation, which takes from one pool. So what stays on
+    its device (the input of the first core, made by the end before it) waits where the
+    reader's like look for what comes by a wire.
+    """
+    pool_of: dict[tuple[Group, Value, int], PoolName] = {}
+    pool_of_like: dict[Hashable, PoolName] = {}
+    for group, bundle in work.sent():
+        for t, _ in bundle.readers:
+            wire = wire_of.get((bundle.value, work.units.device[t]))
+            if wire is not None:
+                pool_of[group, bundle.value, t] = wire
+                name = _name_at_reader(work, group, bundle.value, t)
+                pool_of_like.setdefault(name, wire)
+    for group, bundle in work.sent():
+        forward = isinstance(bundle.value, ActivationValue)
         alone = LocalPool("forward" if forward else "backward")
-        buffers.waits[value, t] = remote.get(name, alone)
+        for t, _ in bundle.readers:
+            if (group, bundle.value, t) not in pool_of:
+                name = _name_at_reader(work, group, bundle.value, t)
+                pool_of[group, bundle.value, t] = pool_of_like.get(name, alone)
+    for group in work.groups:
+        for u, unit in enumerate(group.units):
+            role = work.units.roles[u]
+            # Ends and cores keep different things, and so do backwards that recompute:
+            # bundles of one form share a pool without padding.
+            saved = SavedPool(role, unit.recomputes)
+            pool_of[group, SavedValue(u), u] = saved
+            pool_of[group, HandedValue(u), u] = HandedPool(role, unit.recomputes)
+    return pool_of
 
 
 def _name_at_reader(work: Work, group: Group, value: SentValue, t: int) -> Hashable:
@@ -316,94 +294,106 @@ def _name_at_reader(work: Work, group: Group, value: SentValue, t: int) -> Hasha
     return reader.identity, reader.relative(Cotangent(leaf)), number
 
 
-def _fill_slots(work: Work, buffers: Buffers, position: Mapping[Action, int]) -> None:
-    """Slots by the intervals from a bundle's arrival to its last use."""
+def _find_intervals(
+    work: Work,
+    position: Mapping[Action, int],
+    pool_of: Mapping[tuple[Group, Value, int], PoolName],
+    kinds: dict[PoolName, dict[Avals, None]],
+) -> Mapping[tuple[PoolName, int], list[tuple[int, int, tuple[Value, int]]]]:
+    """For each pool and device from when to when each microbatch's bundle is there.
+
+    Arguments:
+        kinds: gets the kinds of bundles in each pool.
+    """
     units = work.units
     intervals: dict[tuple[PoolName, int], list[tuple[int, int, tuple[Value, int]]]] = (
         defaultdict(list)
     )
-    for s, of_stage in enumerate(units.of_stage):
-        for group in work.groups:
-            for u in of_stage:
-                for kind, sent in group.sent[u].items():
-                    kept = group.kept[u].get(kind)
-                    for bundle in sent if kept is None else (*sent, kept):
-                        reads = _reads_by_pool(work, buffers, group, bundle)
-                        for (name, device), actions in reads.items():
-                            buffers.kinds[name][bundle.avals] = None
-                            # Work is at even times, and wires carry at odd ones.
-                            delay = device != units.device[u]
-                            for i in group.microbatches:
-                                start = 2 * position[Action(kind, s, i)] + delay
-                                last = max(
-                                    position[Action(k, t, i)] for k, t in actions
-                                )
-                                intervals[name, device].append(
-                                    (start, 2 * last, (bundle.value, i))
-                                )
-    buffers.counts.update({name: 0 for name, _ in intervals})
-    for (name, device), own in intervals.items():
-        slot_of, count = slots(own)
-        buffers.counts[name] = max(buffers.counts[name], count)
-        for (value, i), slot in slot_of.items():
-            buffers.slot_of[Place(name, device, value)][i] = slot
+    for group, bundle in work.made():
+        value = bundle.value
+        stage = units.stage_of[value.unit]
+        # Several units of a device may read it from one pool.
+        uses: dict[tuple[PoolName, int], list[tuple[Kind, int]]] = defaultdict(list)
+        for t, reads in bundle.readers:
+            place = pool_of[group, value, t], units.device[t]
+            for kind in reads:
+                uses[place].append((kind, units.stage_of[t]))
+        for (pool, device), actions in uses.items():
+            kinds[pool][bundle.avals] = None
+            arrives_later = device != units.device[value.unit]
+            for i in group.microbatches:
+                start = 2 * position[Action(bundle.kind, stage, i)] + arrives_later
+                end = 2 * max(position[Action(kind, s, i)] for kind, s in actions)
+                intervals[pool, device].append((start, end, (value, i)))
+    return intervals
 
 
-def _reads_by_pool(
-    work: Work, buffers: Buffers, group: Group, bundle: Bundle[Any]
-) -> dict[tuple[PoolName, int], list[tuple[Kind, int]]]:
-    """For each pool and device where a bundle waits, the kinds and stages of the
-    actions that read it there.
+def _unite_destinations(
+    work: Work,
+    pool_of: Mapping[tuple[Group, Value, int], PoolName],
+    slot_of: Mapping[Place, Mapping[int, int]],
+) -> tuple[
+    dict[tuple[Group, Value], tuple[Destination, ...]],
+    dict[tuple[Group, Value], tuple[Place, ...]],
+]:
+    """Where each group's bundle goes, and where it waits on other devices.
+
+    An operation that serves several units puts its bundle wherever one of them needs
+    it, and the table tells who looks: the last core's `y` goes on the wire of the other
+    cores' too, where nobody takes it. On a wire that must not be where another bundle
+    of the same action goes. Equal units of which one would do that are taken apart, and
+    each is an operation of its own.
     """
-    reads: dict[tuple[PoolName, int], list[tuple[Kind, int]]] = defaultdict(list)
-    for t, kinds in bundle.readers:
-        if kinds:
-            name = buffers.pool_of(bundle.value, group, t)
-            own = reads[name, work.units.device[t]]
-            own += [(kind, work.units.stage_of[t]) for kind in kinds]
-    return reads
-
-
-def _unite_targets(work: Work, buffers: Buffers) -> None:
-    """Where the bundles of a class go, for all its units together."""
     units = work.units
-    own: list[tuple[Bundle[SentValue], Group, dict[Destination, None]]] = []
-    for u, device in enumerate(units.device):
-        for group in work.groups:
-            first = group.microbatches[0]
-            for bundles in group.sent[u].values():
-                for bundle in bundles:
-                    found: dict[Destination, None] = {}
-                    for t, _ in bundle.readers:
-                        there = units.device[t]
-                        pool = buffers.pool_of(bundle.value, group, t)
-                        place = Place(pool, there, bundle.value)
-                        # What nobody reads has no slot, and goes nowhere.
-                        if first in buffers.slot_of.get(place, ()):
-                            if isinstance(pool, WireName) and there != device:
-                                found[Outbox(pool)] = None
-                            else:
-                                found[pool] = None
-                    own.append((bundle, group, found))
+    own: dict[tuple[Group, Value], dict[Destination, None]] = {}
+    arrivals: dict[tuple[Group, Value], tuple[Place, ...]] = {}
+    for group, bundle in work.sent():
+        value = bundle.value
+        destinations: dict[Destination, None] = {}
+        places: dict[Place, None] = {}
+        for t, _ in bundle.readers:
+            pool = pool_of[group, value, t]
+            place = Place(pool, units.device[t], value)
+            if group.microbatches[0] not in slot_of.get(place, ()):
+                continue  # nobody reads it there
+            if isinstance(pool, WireName) and place.device != units.device[value.unit]:
+                destinations[Outbox(pool)] = None
+                places[place] = None
+            else:
+                destinations[pool] = None
+        own[group, value] = destinations
+        by_device = sorted(places, key=lambda place: place.device)
+        arrivals[group, value] = tuple(by_device)
+    apart: set[Hashable] = set()
     while True:
-        targets: dict[Hashable, dict[Destination, None]] = defaultdict(dict)
-        # The wires that each stage's action really uses, and by which value.
-        used: dict[tuple[int, Group, Outbox], Value] = {}
-        for bundle, group, found in own:
-            targets[buffers.class_of(bundle, group)] |= found
-            stage = units.stage_of[bundle.value.unit]
-            for destination in found:
+        # How equal units call a bundle that they make.
+        class_of: dict[tuple[Group, Value], Hashable] = {}
+        united: dict[Hashable, dict[Destination, None]] = defaultdict(dict)
+        sender: dict[tuple[int, Group, Outbox], Value] = {}
+        for group, bundle in work.sent():
+            value = bundle.value
+            unit = group.units[value.unit]
+            class_of[group, value] = (
+                type(value),
+                unit.identity,
+                value.unit if unit.identity in apart else None,
+                unit.relative(Output(Leaf(value.port, 0))),
+                tuple(map(unit.relative, bundle.arrays)),
+                bundle.avals,
+            )
+            united[class_of[group, value]] |= own[group, value]
+            for destination in own[group, value]:
                 if isinstance(destination, Outbox):
-                    used[stage, group, destination] = bundle.value
-        clash: set[Hashable] = set()
-        for bundle, group, _ in own:
-            stage = units.stage_of[bundle.value.unit]
-            for destination in targets[buffers.class_of(bundle, group)]:
-                if isinstance(destination, Outbox):
-                    user = used.get((stage, group, destination), bundle.value)
-                    if user != bundle.value:
-                        clash.add(group.units[bundle.value.unit].identity)
-        if clash <= buffers.single:
-            buffers.targets = targets
-            return
-        buffers.single |= clash
+                    stage = units.stage_of[value.unit]
+                    sender[stage, group, destination] = value
+        clashing: set[Hashable] = set()
+        for (group, value), name in class_of.items():
+            stage = units.stage_of[value.unit]
+            for destination in united[name]:
+                if not isinstance(destination, Outbox):
+                    continue
+                if sender.get((stage, group, destination), value) != value:
+                    clashing.add(group.units[value.unit].identity)
+        if clashing <= apart:
+            return {key: tuple(united[class_of[key]]) for key in own}, arrivals
+        apart |= clashing

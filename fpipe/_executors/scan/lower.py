@@ -281,16 +281,15 @@ class Operations:
         arrivals: list[Place] = []
         kept = group.kept[u].get(kind)
         if kept is not None:
-            targets.append(put(kept, self.buffers.pool_of(kept.value, group, u)))
+            targets.append(put(kept, self.buffers.pool_of[group, kept.value, u]))
         for bundle in group.sent[u][kind]:
-            destinations = self.buffers.targets[self.buffers.class_of(bundle, group)]
-            for destination in destinations:
+            for destination in self.buffers.destinations[group, bundle.value]:
                 if isinstance(destination, Outbox):
                     values = tuple(map(number_of, bundle.arrays))
                     targets.append(Send(destination, bundle.avals, values))
                 else:
                     targets.append(put(bundle, destination))
-            arrivals += self.buffers.arrivals(bundle, group)
+            arrivals += self.buffers.arrivals[group, bundle.value]
         targets += self._results(u, unit, kind, number_of)
         op = Op(
             kind,
@@ -319,7 +318,7 @@ class Operations:
         unit = group.units[u]
 
         def held(bundle: Bundle[Any], array: ProgramValue) -> Held:
-            pool = self.buffers.pool_of(bundle.value, group, u)
+            pool = self.buffers.pool_of[group, bundle.value, u]
             slot = SlotNumber(pool, bundle.value)
             argument = arguments.setdefault(slot, len(arguments))
             return Held(pool, argument, bundle.avals, bundle.arrays.index(array))

@@ -1,4 +1,13 @@
-"""The mesh of the scan executor: which devices it has, and what lies on it."""
+"""The mesh of the scan executor: which devices it has, and what lies on it.
+
+A mesh has an axis `"stage"`, whose places hold the stages, and perhaps others. With a
+data axis of two and four places, place `d` has two devices, between which the rows of
+each microbatch are shared:
+
+    "stage"        0        1        2        3
+    "data" 0     cuda:0   cuda:1   cuda:2   cuda:3
+    "data" 1     cuda:4   cuda:5   cuda:6   cuda:7
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -118,24 +127,22 @@ def on_mesh(
     Arguments:
         sharding: how such an array is to lie.
     """
-    there = set(mesh.devices.flat)
+    devices = set(mesh.devices.flat)
 
     def put(a: Any) -> Any:
-        if isinstance(a, Tracer) or (
-            isinstance(a, jax.Array) and a.sharding.device_set == there
-        ):
+        there = isinstance(a, jax.Array) and not isinstance(a, Tracer)
+        if isinstance(a, Tracer) or (there and a.sharding.device_set == devices):
             return a
         if isinstance(a, jax.ShapeDtypeStruct):
-            return (
-                a
-                if a.sharding is not None
-                else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(a))
-            )
+            if a.sharding is not None:
+                return a
+            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(a))
         if mesh.is_multi_process and isinstance(a, jax.Array):
+            # `device_put` takes no array of one process to devices of several, but
+            # takes the same numbers on each.
             if jax.numpy.issubdtype(a.dtype, jax.dtypes.prng_key):
-                with (
-                    jax.ensure_compile_time_eval()
-                ):  # a key that a traced function closes over is known
+                # A key that a traced function closes over is known.
+                with jax.ensure_compile_time_eval():
                     data = np.asarray(jax.random.key_data(a))
                 data = jax.device_put(data, replicated(mesh))
                 return jax.random.wrap_key_data(data, impl=jax.random.key_impl(a))

@@ -1,4 +1,9 @@
-"""Parameters put on the mesh and taken off it again."""
+"""Parameters put on the mesh and taken off it again.
+
+In: one pytree for each layer. Out: `Packed`, arrays over the mesh (see `packing.py`),
+and back. `place` runs on each process for the devices that it has; `gather` is one
+program, which the mesh runs together.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +23,12 @@ _KEPT = 32
 
 
 class Parameters:
-    """Where the parameters of one pipe are."""
+    """Where the parameters of one pipe are.
+
+    Arguments:
+        balance: layers of each stage.
+        stage_to_device: the place of each stage on the mesh's axis of stages.
+    """
 
     def __init__(
         self,
@@ -27,29 +37,27 @@ class Parameters:
         stage_to_device: Sequence[int],
         mesh: Mesh,
     ) -> None:
-        self.mesh, self._model, self._balance, self._map = (
-            mesh,
-            model,
-            tuple(balance),
-            tuple(stage_to_device),
-        )
+        self.mesh = mesh
+        self._model = model
+        self._balance = tuple(balance)
+        self._stage_to_device = tuple(stage_to_device)
         self._kept = Recent(_KEPT)
-        # The devices of each layer that this process has.
-        own = [
-            [device for device in c if device.process_index == jax.process_index()]
-            for c in columns(mesh)
+        # The devices of each place, and of each layer, that this process has.
+        process = jax.process_index()
+        self._columns = [
+            [device for device in column if device.process_index == process]
+            for column in columns(mesh)
         ]
-        self._columns = own
-        self._here = [
-            own[self._map[s]] for s, n in enumerate(self._balance) for _ in range(n)
-        ]
+        self._devices_of: list[list[Any]] = []
+        for layers, place in zip(self._balance, self._stage_to_device, strict=True):
+            self._devices_of += [self._columns[place]] * layers
 
     def packing(self, shapes: Sequence[Shape]) -> tuple[Units, Packing]:
         """How parameters of these shapes are cut into units and packed."""
         shapes = tuple(shapes)
 
         def make() -> tuple[Units, Packing]:
-            units = cut_units(self._model, self._balance, self._map, shapes)
+            units = cut_units(self._model, self._balance, self._stage_to_device, shapes)
             return units, Packing.of(units, shapes)
 
         return self._kept.get(Key(shapes), make)
@@ -58,7 +66,7 @@ class Parameters:
         """Run `f(key)` where a layer belongs, or in a process that has no part of it: a
         call takes whole states.
         """
-        device = next(iter(self._here[layer]), None)
+        device = next(iter(self._devices_of[layer]), None)
         with jax.default_device(device):
             return f(key if device is None else jax.device_put(key, device))
 
@@ -66,7 +74,7 @@ class Parameters:
         """Run `f(key)` where a layer belongs; where this process has no part of it,
         only its shapes.
         """
-        here = self._here[layer]
+        here = self._devices_of[layer]
         if not here:
             return jax.eval_shape(f, key)
         with jax.default_device(here[0]):
@@ -75,33 +83,31 @@ class Parameters:
     def place(self, params: Sequence[PyTree]) -> Packed:
         """Every device its own stages' parameters, and no others. Inside a trace too."""
         packing = self.packing([Shape.of(p) for p in params])[1]
+        sharding = by_stage(self.mesh)
         if is_traced(params):
             rows = packing.pack(params)
-            return Packed(
-                tuple(
-                    jax.lax.with_sharding_constraint(a, by_stage(self.mesh))
-                    for a in rows
-                ),
-                packing,
-            )
+            placed = [jax.lax.with_sharding_constraint(a, sharding) for a in rows]
+            return Packed(tuple(placed), packing)
         shards: list[list[Any]] = [[] for _ in packing.rows]
-        for d, here in enumerate(self._columns):
-            if here:
-                layers = {entry[0] for row in packing.rows if (entry := row.entries[d])}
-                with jax.default_device(here[0]):
-                    own = {
-                        k: map_arrays(lambda a, to=here[0]: on_device(a, to), params[k])
-                        for k in layers
-                    }
-                    blocks = packing.blocks(d, own)
-                for shard, block in zip(shards, blocks, strict=True):
-                    shard += [jax.device_put(block[None], device) for device in here]
-        count = len(self._columns)
-        make, sharding = jax.make_array_from_single_device_arrays, by_stage(self.mesh)
-        arrays = [
-            make((count, *row.shape), sharding, s)
-            for row, s in zip(packing.rows, shards, strict=True)
-        ]
+        for place, devices in enumerate(self._columns):
+            if not devices:
+                continue
+            entries = [row.entries[place] for row in packing.rows]
+            # The blocks are made on the first device: the others get copies.
+            with jax.default_device(devices[0]):
+                own = {
+                    k: map_arrays(lambda a, to=devices[0]: on_device(a, to), params[k])
+                    for k in {entry[0] for entry in entries if entry}
+                }
+                blocks = packing.blocks(place, own)
+            for shard, block in zip(shards, blocks, strict=True):
+                shard += [jax.device_put(block[None], device) for device in devices]
+        arrays = []
+        for row, shard in zip(packing.rows, shards, strict=True):
+            shape = (len(self._columns), *row.shape)
+            arrays.append(
+                jax.make_array_from_single_device_arrays(shape, sharding, shard)
+            )
         return Packed(tuple(arrays), packing)
 
     def gather(self, params: Packed) -> tuple[PyTree, ...]:
@@ -109,17 +115,18 @@ class Parameters:
         processes, on every device.
         """
         packing = params.packing
-        whole = [n for n, a in enumerate(params.arrays) if a.dtype != jax.dtypes.float0]
+        # Rows of gradients of integers are no arrays of JAX, and hold nothing.
+        whole = [r for r, a in enumerate(params.arrays) if a.dtype != jax.dtypes.float0]
 
         def unpack(arrays: Sequence[Any]) -> list[Any]:
             rows = dict(zip(whole, arrays, strict=True))
             return [
                 packing.take(rows, entry)
                 for entry in packing.entries
-                if packing.where[entry][0] in rows
+                if packing.where[entry].row in rows
             ]
 
-        arrays = [params.arrays[n] for n in whole]
+        arrays = [params.arrays[r] for r in whole]
         if is_traced(params):
             made = unpack(arrays)
         else:
@@ -131,12 +138,12 @@ class Parameters:
             if not self.mesh.is_multi_process:
                 made = jax.device_put(made, self.mesh.devices.flat[0])
         found = iter(made)
-        leaves = [
-            next(found)
-            if packing.where[e][0] in whole
-            else float0_like(packing.shape(e))
-            for e in packing.entries
-        ]
+        leaves = []
+        for entry in packing.entries:
+            if packing.where[entry].row in whole:
+                leaves.append(next(found))
+            else:
+                leaves.append(float0_like(packing.shape(entry)))
         return packing.trees(leaves)
 
     def check(self, params: Any, call: str) -> None:

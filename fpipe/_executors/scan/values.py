@@ -17,7 +17,7 @@ What a forward keeps for its backward is a bundle too, and so is what `I` hands 
 """
 
 import dataclasses
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar, get_args
 
@@ -302,6 +302,22 @@ class Work:
     programs: UnitPrograms
     groups: tuple[Group, ...]
     group_of: tuple[Group, ...]
+
+    def sent(self) -> Iterator[tuple[Group, Bundle[SentValue]]]:
+        """All bundles that go to other units, in the order of their makers."""
+        for u in range(len(self.units.stages)):
+            for group in self.groups:
+                for bundles in group.sent[u].values():
+                    yield from ((group, bundle) for bundle in bundles)
+
+    def made(self) -> Iterator[tuple[Group, Bundle[Any]]]:
+        """All bundles, in the order of their makers."""
+        for u in range(len(self.units.stages)):
+            for group in self.groups:
+                for kind, bundles in group.sent[u].items():
+                    yield from ((group, bundle) for bundle in bundles)
+                    if kind in group.kept[u]:
+                        yield group, group.kept[u][kind]
 
 
 def find_work(
