@@ -7,16 +7,27 @@ Every device runs the same program, a loop over ticks. So everything that differ
 between devices and between ticks is in a *table* of numbers: for each device, tick and
 phase it tells which *operations* run, and with which *arguments* (the microbatch, or
 the slot of a pool). Stages that compute the same, from and to the same kind of place,
-share one operation. Two equal layers on two devices, three microbatches under `"1f1b"`,
-give these rows (columns of the last operation and of the wires left out; blank is 0):
+share one operation. Two equal layers on two devices, three microbatches under `"1f1b"`:
+these are the rows of device 0, without the operations that it never runs.
 
-    device 0, which        stage0 F      stage0-1 F
-    runs                  runs  i slot  runs  i from saved to
-    tick 0  stage0 F mb0    1   0   0     1   0   0    0    1
-    tick 1  stage0 F mb1    1   1   1     1   1   1    1    1
-    tick 2  nothing
-    tick 3  stage0 B mb0                                         (its columns follow)
-    tick 4  stage0 F mb2    1   2   0     1   2   0    0    1
+    tick  action  stage0 F  stage0-1 F  stage0-1 B  forward 0  backward 0
+    0     F mb0   1 0 0     1 0 0 0 1   . . . . .   2 1        1 0
+    1     F mb1   1 1 1     1 1 1 1 1   . . . . .   2 1        1 0
+    2             . . .     . . . . .   . . . . .   2 0        0 1
+    3     B mb0   . . .     . . . . .   1 0 0 0 0   2 0        1 0
+    4     F mb2   1 2 0     1 2 0 0 1   . . . . .   2 1        0 1
+    5     B mb1   . . .     . . . . .   1 1 1 0 1   2 0        1 0
+    6             . . .     . . . . .   . . . . .   2 0        0 1
+    7     B mb2   . . .     . . . . .   1 2 0 0 0   2 0        1 0
+
+The first number of an operation is 1 where it runs, the second is the microbatch, and
+the others are slots: `stage0 F` puts the microbatch's input into a slot of the pool
+`WireName("forward", 0)`, `stage0-1 F` takes it from there, keeps its output for the
+backward, sends it, and puts it where the loss would find it on the last device (here
+nobody does: slot 1 of `LocalPool("forward")` is for that). Of a wire the first number
+is the slot where its bundle arrives on this device, the second whether anything is sent
+at all. Nothing arrives by `forward 0` on device 0, so it goes to slot 2, for what
+nobody reads.
 
 The words of this room, each for one thing:
 
@@ -24,21 +35,21 @@ The words of this room, each for one thing:
   that is the same on all stages (`units.py`).
 - *bundle*: the arrays of one value that travel and wait together: a boundary, a skip, a
   cotangent, or what a forward keeps for its backward (`values.py`).
-- *pool*: numbered slots for bundles, the same number on every device (`buffers.py`). A
-  bundle has its slot from its arrival to its last use. Here the pool of what arrives
-  from device 0, on device 1, under `"eager_1f1b"`:
+- *pool*: numbered slots for bundles, as many on every device (`buffers.py`). A bundle
+  has its slot from its arrival to its last use. `WireName("forward", 0)` on device 0,
+  in the table above:
 
-      tick      1    2    3    4    5    6
-      slot 0    mb0  mb0  mb0  mb0  mb3  mb3     mb0 is read by F in tick 1 and by B in 4
+      tick      0    1    2    3    4    5    6    7
+      slot 0    mb0  mb0  mb0  mb0  mb2  mb2  mb2  mb2
       slot 1         mb1  mb1  mb1  mb1  mb1
 
 - *wire*: one `ppermute`, which runs at the end of a phase. It takes one bundle from
   each sender's *outbox* to a slot of the wire's pool on the receiver. Activations and
   cotangents have wires of their own; a ring of neighbours is one wire:
 
-      device 0 --forward 0--> device 1 --forward 0--> device 2
-      device 0 <-backward 0-- device 1 <-backward 0-- device 2
-      device 0 ------------forward 1----------------> device 2       a skip
+      device 0 --forward 0---> device 1 --forward 0---> device 2
+      device 0 <--backward 0-- device 1 <--backward 0-- device 2
+      device 0 ----------------forward 1--------------> device 2      a skip
 
 - *feed*: brings a large input, of which each device holds its share of the
   microbatches, to the device that reads it, one microbatch at a time (`feeds.py`).

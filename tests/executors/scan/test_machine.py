@@ -1,0 +1,78 @@
+"""A machine as it is drawn in the docstring of its module."""
+
+import jax
+import jax.numpy as jnp
+
+import fpipe
+from fpipe._executors.scan import machine as machine_module
+from fpipe._executors.scan.machine import LocalPool, SavedPool, WireName
+from tests.helpers import dense
+
+
+def machine_of(schedule):
+    """Two equal layers on two devices, three microbatches."""
+    pipe = fpipe.Pipe(
+        [dense()] * 2,
+        devices=jax.devices()[:2],
+        chunks=3,
+        executor="scan",
+        checkpoint="never",
+        schedule=schedule,
+    )
+    x = jnp.ones((6, 4))
+    params = pipe.init(jax.random.key(0), x)
+    pipe.compile(params, x, loss_fn=lambda y: jnp.mean(y**2))
+    return pipe._scan._steps.values()[-1].machine
+
+
+def drawn(machine, device):
+    """The rows of a device's table, without the operations that it never runs; dots
+    where one does not run.
+    """
+    (segment,) = machine.segments
+    (phase,) = segment.phases
+    table = segment.table[device, :, 0]
+    starts = [entry.runs for entry in phase.ops] + [wire.slot for wire in phase.wires]
+    ends = [*starts[1:], table.shape[-1]]
+    titles = [entry.op.name for entry in phase.ops]
+    titles += [f"{wire.wire.direction} {wire.wire.color}" for wire in phase.wires]
+    columns = []
+    for n, (title, start, end) in enumerate(zip(titles, starts, ends, strict=True)):
+        is_op = n < len(phase.ops)
+        if is_op and not table[:, start].any():
+            continue
+        column = [title]
+        for row in table[:, start:end]:
+            hidden = is_op and not row[0]
+            column.append(" ".join("." if hidden else str(n) for n in row))
+        columns.append(column)
+    actions = [phases[0][device] for phases in segment.actions]
+    names = [f"{a.kind} mb{a.microbatch}" if a else "" for a in actions]
+    columns.insert(0, ["action", *names])
+    columns.insert(0, ["tick", *map(str, range(len(table)))])
+    widths = [max(map(len, column)) for column in columns]
+    return [
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True))
+        for row in zip(*columns, strict=True)
+    ]
+
+
+def test_the_table_is_as_drawn():
+    documented = [line.strip() for line in machine_module.__doc__.splitlines()]
+    for line in drawn(machine_of("1f1b"), 0):
+        assert line.strip() in documented, line
+
+
+def test_pools_and_wires_are_as_drawn():
+    machine = machine_of("1f1b")
+    forward, backward = WireName("forward", 0), WireName("backward", 0)
+    assert machine.wires[forward].pairs == ((0, 1),)
+    assert machine.wires[backward].pairs == ((1, 0),)
+    # Two microbatches are in flight on device 0; one slot is for what nobody reads.
+    assert machine.pools[forward].slots == 2 + 1
+    assert machine.pools[SavedPool("core", recomputes=False)].slots == 2
+    assert machine.pools[LocalPool("forward")].slots == 1 + 1
+    # In the eager form three are, and every wire runs in every tick.
+    machine = machine_of("eager_1f1b")
+    assert machine.pools[forward].slots == 3 + 1
+    assert all(wire.always for wire in machine.wires.values())
