@@ -331,11 +331,16 @@ class Operations:
             port, k = value.leaf
             if port == Y and unit.stage.last:
                 return InputPiece(Leaf(Port("y"), k))
-            makers = self.work.programs.readers(u, value.leaf, group.microbatches[0])
-            maker, name = makers[value.number]
-            return held(group.bundles[CotangentValue(maker, port, u)], Gradient(name))
+            readers = self.work.programs.readers(u, value.leaf, group.microbatches[0])
+            reader, name = readers[value.number]
+            bundle = group.bundles[CotangentValue(reader, port, u)]
+            return held(bundle, Gradient(name))
         assert isinstance(value, Input), value
         port, k = leaf = value.leaf
+        maker = self.work.programs.layout.routes.source(u, port)
+        if maker is not None:
+            bundle = group.bundles[ActivationValue(maker.stage, maker.port)]
+            return held(bundle, Output(Leaf(maker.port, k)))
         if port.kind == "params":
             entry = (port.of, k)
             aval = self.params.shape(entry)
@@ -354,12 +359,6 @@ class Operations:
         if port.kind == "number":
             layer = LayerNumber(port.of)
             return Number(arguments.setdefault(layer, len(arguments)))
-        if port.kind == "skip":
-            maker = self.work.programs.layout.source_of(port.of)
-            return held(group.bundles[ActivationValue(maker, port)], Output(leaf))
-        if port == X and u > 0:
-            bundle = group.bundles[ActivationValue(u - 1, Y)]
-            return held(bundle, Output(Leaf(Y, k)))
         if leaf in unit.flat.constant:
             return WholeInput(leaf)
         return FedPiece(leaf, kind) if leaf in self.spread else InputPiece(leaf)

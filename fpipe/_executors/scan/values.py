@@ -17,7 +17,7 @@ What a forward keeps for its backward is a bundle too, and so is what `I` hands 
 """
 
 import dataclasses
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar, get_args
 
@@ -375,6 +375,7 @@ def _group(
     actions: Mapping[Action, int],
     microbatches: tuple[int, ...],
 ) -> Group:
+    """What the units do, make and read for a group of microbatches."""
     i = microbatches[0]
     works = []
     for u, s in enumerate(units.stage_of):
@@ -393,93 +394,96 @@ def _group(
                 programs.recomputes(u, i),
             )
         )
-
-    def activation(u: int, port: Port) -> Bundle[SentValue]:
-        """What a unit's forward makes at a port, with those who read it."""
-        shapes = works[u].flat.out[port].leaves
-        arrays = tuple(Output(Leaf(port, k)) for k in range(len(shapes)))
-        name = X if port == Y else port
-        if port == Y:
-            readers = [u + 1]
-        else:
-            readers = [t.index for t in units.stages if port.of in t.skips_in]
-        found = []
-        for t in readers:
-            kinds = [
-                kind
-                for kind, taken in works[t].taken.items()
-                if any(isinstance(v, Input) and v.leaf.port == name for v in taken)
-            ]
-            found.append(Reader(t, tuple(kinds)))
-        avals = tuple(map(works[u].aval, arrays))
-        return Bundle(ActivationValue(u, port), "F", arrays, avals, tuple(found))
-
-    def cotangent(u: int, kind: Kind, name: Port, source: int) -> Bundle[SentValue]:
-        """What a unit's backward makes for what it calls `name`."""
-        port = Y if name == X else name
-        own = works[u]
-        leaves = [
-            leaf
-            for leaf in own.input_shapes
-            if leaf.port == name and leaf in own.joint.gradients
-        ]
-        kinds = []
-        for reads, taken in works[source].taken.items():
-            for v in taken:
-                if isinstance(v, Cotangent) and v.leaf.port == port:
-                    makers = programs.readers(source, v.leaf, i)
-                    if makers[v.number][0] == u:
-                        kinds.append(reads)
-                        break
-        return Bundle(
-            CotangentValue(u, port, source),
-            kind,
-            tuple(map(Gradient, leaves)),
-            tuple(own.aval(Input(leaf)) for leaf in leaves),
-            (Reader(source, tuple(kinds)),),
-        )
-
     sent = []
     kept = []
     by_value: dict[Value, Bundle[Any]] = {}
-    for u, work in enumerate(works):
-        stage = work.stage
+    for u, unit in enumerate(works):
         of_kind: dict[Kind, tuple[Bundle[SentValue], ...]] = {}
         keeps: dict[Kind, Bundle[KeptValue]] = {}
-        for kind in work.programs:
-            bundles: list[Bundle[SentValue]] = []
+        for kind in unit.programs:
             if kind == "F":
-                if not stage.last:
-                    bundles.append(activation(u, Y))
-                bundles += [activation(u, Port("skip", s)) for s in stage.skips_out]
-            elif kind in "BI":
-                ports = {leaf.port for leaf in work.joint.gradients}
-                if X in ports and u > 0:
-                    bundles.append(cotangent(u, kind, X, u - 1))
-                for skip in stage.skips_in:
-                    if Port("skip", skip) in ports:
-                        source = programs.layout.source_of(skip)
-                        bundles.append(cotangent(u, kind, Port("skip", skip), source))
-            of_kind[kind] = tuple(bundles)
-            arrays: tuple[ProgramValue, ...] = ()
-            value: KeptValue = SavedValue(u)
-            if kind == "F":
-                arrays = work.saved
-            elif kind == "I":
-                arrays = work.handed
-                value = HandedValue(u)
-            if arrays:
-                reads = [
-                    other
-                    for other, taken in work.taken.items()
-                    if any(v in arrays for v in taken)
-                ]
-                avals = tuple(map(work.aval, arrays))
-                keeps[kind] = Bundle(
-                    value, kind, arrays, avals, (Reader(u, tuple(reads)),)
-                )
+                of_kind[kind] = _activations(programs, works, u)
+                keeps |= _kept(kind, SavedValue(u), unit, unit.saved)
+            else:
+                of_kind[kind] = ()
+            if kind in "BI":
+                of_kind[kind] = _cotangents(programs, works, u, kind, i)
+            if kind == "I":
+                keeps |= _kept(kind, HandedValue(u), unit, unit.handed)
         sent.append(of_kind)
         kept.append(keeps)
         by_value |= {b.value: b for bundles in of_kind.values() for b in bundles}
         by_value |= {b.value: b for b in keeps.values()}
     return Group(microbatches, tuple(works), tuple(sent), tuple(kept), by_value)
+
+
+def _activations(
+    programs: UnitPrograms, works: Sequence[UnitWork], u: int
+) -> tuple[Bundle[SentValue], ...]:
+    """What a unit's forward makes for others: its boundary, and the skips."""
+    unit = works[u]
+    ports = [] if unit.stage.last else [Y]
+    ports += [Port("skip", skip) for skip in unit.stage.skips_out]
+    bundles = []
+    for port in ports:
+        leaves = range(len(unit.flat.out[port].leaves))
+        arrays = tuple(Output(Leaf(port, k)) for k in leaves)
+        readers = []
+        for reader, name in programs.layout.routes.readers(u, port):
+            kinds: list[Kind] = [
+                kind
+                for kind, taken in works[reader].taken.items()
+                if any(isinstance(v, Input) and v.leaf.port == name for v in taken)
+            ]
+            readers.append(Reader(reader, tuple(kinds)))
+        avals = tuple(map(unit.aval, arrays))
+        value = ActivationValue(u, port)
+        bundles.append(Bundle(value, "F", arrays, avals, tuple(readers)))
+    return tuple(bundles)
+
+
+def _cotangents(
+    programs: UnitPrograms, works: Sequence[UnitWork], u: int, kind: Kind, i: int
+) -> tuple[Bundle[SentValue], ...]:
+    """What a unit's backward makes for the makers of its boundary and its skips."""
+    unit = works[u]
+    bundles = []
+    for name in (X, *(Port("skip", skip) for skip in unit.stage.skips_in)):
+        maker = programs.layout.routes.source(u, name)
+        leaves = [
+            leaf
+            for leaf in unit.flat.inputs
+            if leaf.port == name and leaf in unit.joint.gradients
+        ]
+        if maker is None or not leaves:
+            continue
+        # Of several units that read a skip, the maker takes a cotangent of each.
+        kinds = []
+        for reads, taken in works[maker.stage].taken.items():
+            own = [
+                programs.readers(maker.stage, v.leaf, i)[v.number][0]
+                for v in taken
+                if isinstance(v, Cotangent) and v.leaf.port == maker.port
+            ]
+            if u in own:
+                kinds.append(reads)
+        arrays = tuple(map(Gradient, leaves))
+        avals = tuple(unit.aval(Input(leaf)) for leaf in leaves)
+        value = CotangentValue(u, maker.port, maker.stage)
+        readers = (Reader(maker.stage, tuple(kinds)),)
+        bundles.append(Bundle(value, kind, arrays, avals, readers))
+    return tuple(bundles)
+
+
+def _kept(
+    kind: Kind, value: KeptValue, unit: UnitWork, arrays: tuple[ProgramValue, ...]
+) -> dict[Kind, Bundle[KeptValue]]:
+    """What an action keeps for later ones of its unit, if it is anything."""
+    if not arrays:
+        return {}
+    reads: list[Kind] = [
+        other for other, taken in unit.taken.items() if any(v in arrays for v in taken)
+    ]
+    avals = tuple(map(unit.aval, arrays))
+    readers = (Reader(value.unit, tuple(reads)),)
+    return {kind: Bundle(value, kind, arrays, avals, readers)}
