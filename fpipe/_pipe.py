@@ -12,11 +12,9 @@ from fpipe._core.caches import Recent
 from fpipe._core.pytrees import (
     PyTree,
     Tracer,
-    eval_shape,
     is_traced,
     map_arrays,
     numbers_as_arrays,
-    shapes_of,
     strong,
 )
 from fpipe._executors.anomaly import Detector
@@ -61,10 +59,12 @@ from fpipe._model.needs import call_needs, check_key
 from fpipe._model.remat import Policy, Remat
 from fpipe._model.stages import cut_stages
 from fpipe._planning.costs import LayerCosts
+from fpipe._planning.hardware import PlanOptions
 from fpipe._planning.layer_costs import By
-from fpipe._planning.pipe_balance import given_balance
-from fpipe._planning.predict import Options, mean_square, predict
+from fpipe._planning.pipe_balance import UncutPipe, given_balance
+from fpipe._planning.predict import mean_square, predict
 from fpipe._planning.prediction import Prediction
+from fpipe._planning.step_request import StepRequest
 from fpipe.schedules import Recording, Schedule
 
 
@@ -197,9 +197,8 @@ class Pipe(Call):
         placements = as_placements(
             devices if mesh is None else stage_devices(mesh, devices)
         )
-        balance = given_balance(
-            balance, sample, model, scheduling, remat, placements, chunks
-        )
+        uncut = UncutPipe(model, scheduling, remat, placements, chunks)
+        balance = given_balance(balance, sample, uncut)
         stage_to_device = scheduling.stage_to_device(
             len(balance), len(placements), chunks
         )
@@ -565,22 +564,52 @@ class Pipe(Call):
                 "`pipe.plan(params, x, *targets)`: targets belong to a loss: give "
                 "`loss_fn=` too"
             )
-        given = {
-            "by": by,
-            "speed": speed,
-            "latency": latency,
-            "bandwidth": bandwidth,
-            "optimizer": optimizer,
-        }
-        options = Options.of(
-            "pipe.plan", len(self.devices), **given, memory=memory, compiled=compiled
+        options = PlanOptions.checked(
+            "pipe.plan",
+            len(self.devices),
+            by,
+            compiled,
+            speed=speed,
+            latency=latency,
+            bandwidth=bandwidth,
+            memory=memory,
+            optimizer=optimizer,
         )
-        loss = as_loss(
-            "plan", mean_square if loss_fn is None else loss_fn, has_aux, reduction
-        )
+        fn = mean_square if loss_fn is None else loss_fn
+        loss = as_loss("plan", fn, has_aux, reduction)
+        if isinstance(params, Packed):
+            params = params.packing.whole
         needs = call_needs(side=side, key=key, train=train, step=step)
         args = Args(params, x, targets, needs, state)
-        return predicted(self, args, loss, argnums, frozen, options)
+        return self._plan(StepRequest(args, loss, argnums, frozen), options)
+
+    def _plan(
+        self,
+        step: StepRequest,
+        options: PlanOptions,
+        traces: Recent | None = None,
+        costs: LayerCosts | None = None,
+    ) -> Prediction:
+        """`plan` of checked options.
+
+        Arguments:
+            traces: those of other pipes of the same layers, for this one and from it.
+            costs: of the layers, if they are known.
+        """
+        if isinstance(jax.device_put(np.int32(0)), Tracer):
+            raise TypeError(
+                "`pipe.plan(...)` was called inside `jax.jit` (or another tracing "
+                "transformation): programs traced there would not "
+                "be those of a call; plan outside of it, shapes (`jax.eval_shape`, "
+                "`jax.ShapeDtypeStruct`) will do"
+            )
+        executor = self._executor
+        if traces is not None or self._detector is not None:
+            # The programs are those of the model alone, not of a detector.
+            executor = self._make_executor(self.model, traces)
+        args, numbers = step.resolved(self.model, self.chunks)
+        data = executor.plan_data(args, step.loss, numbers, options.compiled)
+        return predict(data, args, options, costs)
 
     def record(
         self, f: Callable[..., Any], *args: Any, **kwargs: Any
@@ -606,53 +635,6 @@ class Pipe(Call):
         with record(self) as timeline:
             result = f(*args, **kwargs)
         return result, timeline
-
-    def _shaped(self, args: Args) -> Args:
-        """A call for a prediction: shapes of parameters and states, one entry per
-        layer; those that `init` makes, if none are given.
-        """
-        first = first_microbatch(args.x, args.needs, self.chunks)
-        key = jax.eval_shape(lambda: jax.random.key(0))
-
-        def shape(layer: int, make: Callable[[Any], PyTree], key: Any) -> PyTree:
-            del layer
-            return eval_shape(make, key)
-
-        params, state = args.params, args.state
-        if isinstance(params, Packed):
-            params = params.packing.whole
-        elif params is None:
-            params = self.model.init(key, *first, shape)
-        check_params(self.model, params, "`plan(params, x)`")
-        params = tuple(
-            shapes_of(map_arrays(strong, numbers_as_arrays(p))) for p in params
-        )
-        if state is None and self.model.stateful:
-            state = self.model.init_state(*first, params, key, shape)
-        return args._replace(params=params, state=state)
-
-    def _as_placed(self, kept: Recent | None) -> Placed:
-        """The placed executor for the same stages."""
-        if isinstance(self._executor, Placed) and kept is None:
-            return self._executor
-        placements = as_placements(self.devices)
-        scheduling = Scheduling.of(self.schedule)
-        stage_to_device = scheduling.stage_to_device(
-            len(self.balance), len(placements), self.chunks
-        )
-        layout = Layout(
-            cut_stages(self.model, self.balance),
-            tuple(placements[d] for d in stage_to_device),
-        )
-        return Placed(
-            layout,
-            scheduling,
-            stage_to_device,
-            Remat.of(self.checkpoint),
-            self.chunks,
-            "one_thread",
-            kept,
-        )
 
     @property
     def _placed(self) -> Placed:
@@ -695,50 +677,6 @@ class Pipe(Call):
             if only_shapes():
                 return Sequential(self.model, self.chunks)._loss(args, loss, argnums)
             raise
-
-
-def predicted(
-    pipe: Pipe,
-    args: Args,
-    loss: Loss,
-    argnums: int | Sequence[int],
-    frozen: Frozen | None,
-    options: Options,
-    kept: Recent | None = None,
-    costs: LayerCosts | None = None,
-) -> Prediction:
-    """`Pipe.plan` of checked options.
-
-    Arguments:
-        kept: traces of other pipes of the same layers, for this one and from it.
-        costs: of the layers, if they are known.
-    """
-    if isinstance(jax.device_put(np.int32(0)), Tracer):
-        raise TypeError(
-            "`pipe.plan(...)` was called inside `jax.jit` (or another tracing "
-            "transformation): programs traced there would not "
-            "be those of a call; plan outside of it, shapes (`jax.eval_shape`, "
-            "`jax.ShapeDtypeStruct`) will do"
-        )
-    # The programs are those of the model alone.
-    pipe = (
-        pipe
-        if pipe._detector is None
-        else dataclasses.replace(pipe, detect_anomaly=False)
-    )
-    args = checked(pipe.model, pipe._shaped(args))
-    numbers = as_argnums(argnums)
-    check_argnums(argnums, numbers, args)
-    args = args._replace(frozen=FrozenLeaves(frozen).of(args.params))
-    scan = None
-    if pipe.executor == "scan":
-        assert isinstance(pipe._executor, Scan)
-        packed = eval_shape(pipe.place, args.params)
-        scan = pipe._executor, args._replace(params=packed)
-    remat = Remat.of(pipe.checkpoint)
-    return predict(
-        pipe._as_placed(kept), scan, args, loss, numbers, remat, options, costs
-    )
 
 
 def _remade(fields: dict[str, Any]) -> Pipe:

@@ -1,7 +1,16 @@
 """`tune`: a pipe's balance, number of microbatches, schedule and checkpoint mode,
 chosen by predictions.
+
+Every combination of schedule, checkpoint mode and number of chunks is a `Candidate`: a
+pipe and its prediction, or the reason why there is none.
+
+    schedule  chunks  checkpoint  balance    step       bubble  peak
+    1f1b      8       never       [2, 2, 2]  51.2 kFLOP  20.0%  3.2 KiB
+    gpipe     8       never       [2, 2, 2]  51.2 kFLOP  20.0%  4.9 KiB
+    1f1b      3       never                                              10 rows in 3 …
 """
 
+import abc
 import dataclasses
 import inspect
 import itertools
@@ -12,18 +21,25 @@ import jax
 
 from fpipe._core.caches import Recent
 from fpipe._core.pytrees import PyTree
-from fpipe._executors.call import Args, Call
+from fpipe._executors.call import Args, Call, as_compute_dtype, check_chunks
 from fpipe._executors.scan.mesh import stage_devices
 from fpipe._executors.scan.packing import Packed
-from fpipe._model.loss import Loss, Reduction, as_loss
+from fpipe._executors.scheduling import Scheduling
+from fpipe._model.loss import Reduction, as_loss
 from fpipe._model.microbatch import cut_inputs
+from fpipe._model.model import Model
 from fpipe._model.needs import call_needs
-from fpipe._pipe import Pipe, predicted
-from fpipe._planning.balance import balance
+from fpipe._model.remat import Remat
+from fpipe._pipe import Pipe
+from fpipe._planning.balance import best_balance
+from fpipe._planning.balance import stage_devices as balance_devices
 from fpipe._planning.costs import LayerCosts
-from fpipe._planning.layer_costs import layer_costs
-from fpipe._planning.predict import Options, mean_square
-from fpipe._planning.prediction import Prediction, quantity, size, table
+from fpipe._planning.hardware import PlanOptions
+from fpipe._planning.layer_costs import costs_of
+from fpipe._planning.predict import mean_square
+from fpipe._planning.prediction import Prediction
+from fpipe._planning.step_request import StepRequest
+from fpipe._planning.text import quantity, size, table
 
 # What is tried if nothing is said.
 SCHEDULES = ("gpipe", "1f1b", "eager_1f1b", "zb_h1", "interleaved_1f1b", "zb_v")
@@ -37,6 +53,7 @@ class Candidate(NamedTuple):
     """A way to set up a pipe, and what it is predicted to take.
 
     Attributes:
+        schedule, checkpoint, chunks: as for `Pipe`; a function by its name.
         pipe: ready to use; `None` where there is none.
         prediction: of a training step.
         refused: why it is none, if it is none.
@@ -79,93 +96,83 @@ class Tuning:
 
     @property
     def pipe(self) -> Pipe:
-        """The fastest that fits."""
+        """The fastest that fits.
+
+        Raises:
+            ValueError: none fits.
+        """
         found = self.best.pipe
         assert found is not None
         return found
 
     @property
     def why(self) -> str:
-        """What speaks for the best."""
-        best, others = (
-            self.best,
-            [
-                c
-                for c in self.candidates[1:]
-                if c.prediction is not None and not c.refused
-            ],
-        )
+        """What speaks for the best.
+
+        Raises:
+            ValueError: none fits.
+        """
+        best = self.best
         own = best.prediction
         assert own is not None
-        text = (
+        lines = [
             f"{best.schedule}, chunks={best.chunks}, checkpoint={best.checkpoint!r}: "
             f"step {quantity(own.step, self.unit)}, "
             f"bubble {own.bubble:.0%}, peak {size(own.peak)}"
-        )
-        reasons = []
-        for field, what in (
-            ("schedule", "schedule"),
-            ("chunks", "number of microbatches"),
-            ("checkpoint", "checkpoint mode"),
-        ):
-            same = [f for f in ("schedule", "chunks", "checkpoint") if f != field]
-            rest = [
-                c
-                for c in others
-                if all(getattr(c, f) == getattr(best, f) for f in same)
-            ]
-            if rest:
-                next_ = rest[0]
-                assert next_.prediction is not None
-                longer = next_.prediction.step / own.step - 1 if own.step else 0.0
-                reasons.append(
-                    f"the next best {what} ({getattr(next_, field)}) takes "
-                    f"{longer:.1%} longer"
-                    if longer > 0.0005
-                    else f"the {what} {getattr(next_, field)} takes as long, and needs "
-                    f"{size(next_.prediction.peak)}"
-                )
+        ]
+        for field, noun in _CHOICES:
+            lines += self._next_best(field, noun)
         short = [c for c in self.candidates if c.refused and c.prediction is not None]
         if short:
-            reasons.append(f"{len(short)} candidates do not fit")
-        return "\n- ".join([text, *reasons])
+            lines.append(f"{len(short)} candidates do not fit")
+        return "\n- ".join(lines)
+
+    def _next_best(self, field: str, noun: str) -> list[str]:
+        """What the best candidate takes that differs from the best of all in one
+        choice.
+        """
+        best, own = self.best, self.best.prediction
+        others = [name for name, _ in _CHOICES if name != field]
+        for c in self.candidates[1:]:
+            alike = all(getattr(c, name) == getattr(best, name) for name in others)
+            if c.refused or c.prediction is None or own is None or not alike:
+                continue
+            longer = c.prediction.step / own.step - 1 if own.step else 0.0
+            if longer > 0.0005:
+                return [
+                    f"the next best {noun} ({getattr(c, field)}) takes "
+                    f"{longer:.1%} longer"
+                ]
+            return [
+                f"the {noun} {getattr(c, field)} takes as long, and needs "
+                f"{size(c.prediction.peak)}"
+            ]
+        return []
 
     def __str__(self) -> str:
-        head = [
-            "schedule",
-            "chunks",
-            "checkpoint",
-            "balance",
-            "step",
-            "bubble",
-            "peak",
-            "",
-        ]
+        head = ["schedule", "chunks", "checkpoint", "balance"]
+        head += ["step", "bubble", "peak", ""]
         rows = []
         for c in self.candidates:
-            own = c.prediction
-            said = (
-                ["", "", ""]
-                if own is None
-                else [
-                    quantity(own.step, self.unit),
-                    f"{own.bubble:.1%}",
-                    size(own.peak),
-                ]
-            )
             balance = "" if c.pipe is None else str(list(c.pipe.balance))
-            rows.append(
-                [
-                    str(c.schedule),
-                    str(c.chunks),
-                    str(c.checkpoint),
-                    balance,
-                    *said,
-                    c.refused,
-                ]
-            )
+            row = [str(c.schedule), str(c.chunks), str(c.checkpoint), balance]
+            if c.prediction is None:
+                row += ["", "", ""]
+            else:
+                own = c.prediction
+                step = quantity(own.step, self.unit)
+                row += [step, f"{own.bubble:.1%}", size(own.peak)]
+            rows.append([*row, c.refused])
         lines = table(head, rows, left=(0, 2, 3, 7))
-        return f"{lines}\n\n{self.why}" if not self.candidates[0].refused else lines
+        return lines if self.candidates[0].refused else f"{lines}\n\n{self.why}"
+
+
+# The fields that tell candidates apart, and what they are called in sentences.
+_CHOICES = (
+    ("schedule", "schedule"),
+    ("chunks", "number of microbatches"),
+    ("checkpoint", "checkpoint mode"),
+)
 
 
 def tune(
@@ -208,8 +215,9 @@ def tune(
         layers: as for `Pipe`; each balance is then found by FLOPs, under the memory
             limit. Or a function `f(schedule=, checkpoint=, chunks=) -> Pipe`, which may
             choose a balance itself, or look at fewer of these.
-        x, targets, side, key, state, train, step, params, loss_fn, has_aux, reduction: as for
-            `Pipe.plan`; shapes will do.
+        x, targets, side, key, state, train, step, params: as for `Pipe.plan`; shapes
+            will do.
+        loss_fn, has_aux, reduction: as for `Pipe.plan`.
 
     Other Arguments:
         memory: bytes that a device has, one number or one for each. Default no limit.
@@ -245,32 +253,34 @@ def tune(
             "from are `schedules=`, `checkpoints=` and "
             "`chunks=`, and a function in place of layers makes pipes as it likes"
         )
-    places = jax.devices() if devices is None else list(devices)
+    devices = jax.devices() if devices is None else list(devices)
+    wanted = PlanOptions.checked(
+        "fpipe.tune",
+        len(devices),
+        by,
+        compiled,
+        speed=speed,
+        latency=latency,
+        bandwidth=bandwidth,
+        memory=memory,
+        optimizer=optimizer,
+    )
+    fn = mean_square if loss_fn is None else loss_fn
+    loss = as_loss("tune", fn, has_aux, reduction)
     if isinstance(params, Packed):
         params = params.packing.whole
-    given = {
-        "by": by,
-        "speed": speed,
-        "latency": latency,
-        "bandwidth": bandwidth,
-        "optimizer": optimizer,
-    }
-    wanted = Options.of(
-        "fpipe.tune", len(places), **given, memory=memory, compiled=compiled
-    )
-    loss = as_loss(
-        "tune", mean_square if loss_fn is None else loss_fn, has_aux, reduction
-    )
     needs = call_needs(side=side, key=key, train=train, step=step)
-    args = Args(params, x, targets, needs, state)
-    make = (
-        _Layers(list(layers), args, places, wanted, options)
-        if isinstance(layers, Iterable)
-        else _Factory(layers, options)
+    request = StepRequest(Args(params, x, targets, needs, state), loss)
+    if isinstance(layers, Iterable):
+        source = _OfLayers(list(layers), request, devices, wanted, options)
+    else:
+        source = _OfFunction(layers, request, wanted, options)
+    if chunks is None:
+        chunks = _divisors(request.args, len(devices))
+    every = itertools.product(
+        _several(chunks), _several(checkpoints), _several(schedules)
     )
-    numbers = _divisors(args, len(places)) if chunks is None else _several(chunks)
-    every = itertools.product(numbers, _several(checkpoints), _several(schedules))
-    tried = [_candidate(make, s, c, n, args, loss, wanted) for n, c, s in every]
+    tried = [source.candidate(_Setup(s, c, n)) for n, c, s in every]
     if not tried:
         raise ValueError(
             "`fpipe.tune(...)`: nothing to try: schedules, checkpoints and chunks need "
@@ -279,164 +289,180 @@ def tune(
     return Tuning(tuple(sorted(tried, key=_rank)), wanted.unit)
 
 
-def _rank(c: Candidate) -> tuple[Any, ...]:
+def _rank(c: Candidate) -> tuple[int, float, int]:
     """Those that fit, fastest first; then those that are too large, nearest first; then
     those that are none.
     """
     if c.prediction is None:
         return 2, 0.0, 0
-    own = c.prediction
     if c.refused:
-        return 1, max(d.missing for d in own.devices), 0
+        return 1, max(d.missing for d in c.prediction.devices), 0
     # Sums of floats differ in their last digits.
-    return 0, float(f"{own.step:.9e}"), own.peak
+    return 0, float(f"{c.prediction.step:.9e}"), c.prediction.peak
 
 
 def _several(options: Any) -> list[Any]:
     """What is to be tried: one is enough."""
-    return (
-        list(options)
-        if isinstance(options, Iterable) and not isinstance(options, str)
-        else [options]
-    )
+    if isinstance(options, Iterable) and not isinstance(options, str):
+        return list(options)
+    return [options]
 
 
 def _divisors(args: Args, devices: int) -> list[int]:
-    rows = sum(next(iter(cut_inputs(args.inputs, 1).columns), (1,)))
+    """The numbers of microbatches that are tried if nothing is said."""
+    columns = cut_inputs(args.inputs, 1).columns
+    rows = sum(columns[0]) if columns else 1
     return [n for n in range(devices, 8 * devices + 1) if rows % n == 0] or [rows]
 
 
-class _Layers:
-    """Pipes of the same layers, balanced by FLOPs; what one has traced the others find."""
+class _Setup(NamedTuple):
+    """What is tried; the names are those of the arguments of `Pipe`."""
+
+    schedule: Any
+    checkpoint: Any
+    chunks: int
+
+
+class _Source(abc.ABC):
+    """What candidates come from.
+
+    Arguments:
+        step: what they are to run.
+        options: what predictions are asked for.
+    """
+
+    def __init__(self, step: StepRequest, options: PlanOptions) -> None:
+        self.step, self.options = step, options
+
+    @abc.abstractmethod
+    def pipe(self, setup: _Setup) -> Pipe:
+        """A pipe that is set up so."""
+
+    @abc.abstractmethod
+    def prediction(self, pipe: Pipe, setup: _Setup) -> Prediction:
+        """What the pipe will take."""
+
+    def candidate(self, setup: _Setup) -> Candidate:
+        """The pipe and its prediction, or why there is none: too few layers, a batch
+        that cannot be cut so, no cut that fits.
+        """
+        none = Candidate(_name(setup.schedule), _name(setup.checkpoint), setup.chunks)
+        try:
+            pipe = self.pipe(setup)
+            prediction = self.prediction(pipe, setup)
+        except ValueError as error:
+            return none._replace(refused=str(error).splitlines()[0])
+        worst = max(prediction.devices, key=lambda row: row.missing)
+        refused = ""
+        if worst.missing:
+            missing = size(worst.missing)
+            refused = f"does not fit: short by {missing} on device {worst.device}"
+        return none._replace(pipe=pipe, prediction=prediction, refused=refused)
+
+
+class _OfLayers(_Source):
+    """Pipes of the same layers, balanced by FLOPs. What one has traced the others
+    find.
+
+    Arguments:
+        arguments: further ones of `Pipe`.
+    """
 
     def __init__(
         self,
         layers: Sequence[Any],
-        args: Args,
+        step: StepRequest,
         devices: Sequence[Any],
-        wanted: Options,
-        options: dict[str, Any],
+        options: PlanOptions,
+        arguments: dict[str, Any],
     ) -> None:
-        self.layers, self.args, self.devices, self.wanted, self.options = (
-            layers,
-            args,
-            devices,
-            wanted,
-            options,
-        )
-        self.kept = Recent(_TRACES)
+        super().__init__(step, options)
+        self._layers, self._devices, self._arguments = layers, devices, arguments
+        self._traces = Recent(_TRACES)
         self._costs: dict[Any, LayerCosts] = {}
 
-    def __call__(self, schedule: Any, checkpoint: Any, chunks: int) -> Pipe:
-        known, wanted = self.costs(checkpoint, chunks), self.wanted
-        cut = balance(
-            known,
-            devices=len(self.devices),
-            speeds=wanted.speed,
-            memory=wanted.memory,
-            optimizer=wanted.optimizer,
-            schedule=schedule,
+    def pipe(self, setup: _Setup) -> Pipe:
+        costs, scheduling = self._costs_of(setup), Scheduling.of(setup.schedule)
+        stage_to_device = balance_devices(costs, scheduling, None, len(self._devices))
+        # By work alone: what crosses between stages is only told in the prediction.
+        hardware = dataclasses.replace(
+            self.options.hardware, latency=0.0, bandwidth=None
         )
-        devices = None if "mesh" in self.options else self.devices
+        balance = best_balance(costs, scheduling, stage_to_device, hardware)
+        devices = None if "mesh" in self._arguments else self._devices
         return Pipe(
-            self.layers, cut, devices, chunks, checkpoint, schedule, **self.options
+            self._layers,
+            balance,
+            devices,
+            setup.chunks,
+            setup.checkpoint,
+            setup.schedule,
+            **self._arguments,
         )
 
-    def costs(self, checkpoint: Any, chunks: int) -> LayerCosts:
-        """Of the layers. They are counted once for a number of microbatches:
-        recomputation is no part of them.
+    def prediction(self, pipe: Pipe, setup: _Setup) -> Prediction:
+        return pipe._plan(self.step, self.options, self._traces, self._costs_of(setup))
+
+    def _costs_of(self, setup: _Setup) -> LayerCosts:
+        """What the layers cost. It is counted once for a number of microbatches:
+        recomputation is no part of it, but for what a policy saves.
         """
-        kind = checkpoint if callable(checkpoint) else None
-        if (kind, chunks) not in self._costs:
-            args = self.args
-            self._costs[kind, chunks] = layer_costs(
-                self.layers,
-                args.x,
-                side=args.needs["side"],
-                chunks=chunks,
-                params=args.params,
-                checkpoint=checkpoint,
-                compute_dtype=self.options.get("compute_dtype"),
-                train=args.needs["train"],
-            )
-        return dataclasses.replace(self._costs[kind, chunks], checkpoint=checkpoint)
+        policy = setup.checkpoint if callable(setup.checkpoint) else None
+        key = policy, setup.chunks
+        if key not in self._costs:
+            dtype = as_compute_dtype("Pipe", self._arguments.get("compute_dtype"))
+            chunks = check_chunks("Pipe", setup.chunks)
+            model, remat = Model(self._layers, dtype), Remat.of(setup.checkpoint)
+            self._costs[key] = costs_of(model, self.step.args, chunks, remat)
+        return dataclasses.replace(self._costs[key], checkpoint=setup.checkpoint)
 
 
-class _Factory:
-    """Pipes that the user's function makes, of the arguments that it names."""
+class _OfFunction(_Source):
+    """Pipes that the user's function makes, of the arguments that it names.
 
-    kept = None
+    Raises:
+        TypeError: it is no function, or there are arguments of `Pipe` beside it.
+    """
 
-    def __init__(self, f: Any, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        f: Any,
+        step: StepRequest,
+        options: PlanOptions,
+        arguments: dict[str, Any],
+    ) -> None:
+        super().__init__(step, options)
         if isinstance(f, Call) or not callable(f):
             got = "a Pipe: give its `layers`" if isinstance(f, Call) else repr(f)
             raise TypeError(
                 "`fpipe.tune(layers, x)`: layers, or a function that makes a Pipe, "
                 f"got {got}"
             )
-        if options:
+        if arguments:
             raise TypeError(
                 "`fpipe.tune(f, x)`: the function makes the pipe, so "
-                f"{sorted(options)} belong into it"
+                f"{sorted(arguments)} belong into it"
             )
-        named = inspect.signature(f).parameters.values()
-        every = any(p.kind is p.VAR_KEYWORD for p in named)
-        self.f, self.names = (
-            f,
-            [n for n in _NAMES if every or n in {p.name for p in named}],
-        )
+        named = inspect.signature(f).parameters
+        every = any(p.kind is p.VAR_KEYWORD for p in named.values())
+        self._f = f
+        self._names = [name for name in _Setup._fields if every or name in named]
 
-    def __call__(self, schedule: Any, checkpoint: Any, chunks: int) -> Pipe:
-        given: dict[str, Any] = dict(
-            zip(_NAMES, (schedule, checkpoint, chunks), strict=True)
-        )
-        pipe = self.f(**{name: given[name] for name in self.names})
+    def pipe(self, setup: _Setup) -> Pipe:
+        pipe = self._f(**{name: getattr(setup, name) for name in self._names})
         if not isinstance(pipe, Pipe):
             raise TypeError(
                 f"`fpipe.tune(f, x)`: the function returned {pipe!r}, no fpipe.Pipe"
             )
         return pipe
 
-    def costs(self, checkpoint: Any, chunks: int) -> None:
-        """Not known: each pipe may have other layers."""
-
-
-_NAMES = ("schedule", "checkpoint", "chunks")
-
-
-def _candidate(
-    make: _Layers | _Factory,
-    schedule: Any,
-    checkpoint: Any,
-    chunks: int,
-    args: Args,
-    loss: Loss,
-    wanted: Options,
-) -> Candidate:
-    label = (_name(schedule), _name(checkpoint))
-    try:
-        pipe = make(schedule, checkpoint, chunks)
-        own = predicted(
-            pipe, args, loss, 0, None, wanted, make.kept, make.costs(checkpoint, chunks)
-        )
-    except (
-        ValueError
-    ) as error:  # too few layers, a batch that cannot be cut so, no cut that fits
-        return Candidate(*label, chunks, refused=str(error).splitlines()[0])
-    worst = max(
-        (d for d in own.devices if d.missing), key=lambda d: d.missing, default=None
-    )
-    refused = (
-        ""
-        if worst is None
-        else f"does not fit: short by {size(worst.missing)} on device {worst.device}"
-    )
-    return Candidate(*label, chunks, pipe, own, refused)
+    def prediction(self, pipe: Pipe, setup: _Setup) -> Prediction:
+        del setup  # pipes may differ in anything, and share nothing
+        return pipe._plan(self.step, self.options)
 
 
 def _name(option: Any) -> str:
-    return (
-        option
-        if isinstance(option, str)
-        else str(getattr(option, "name", getattr(option, "__name__", option)))
-    )
+    """What a schedule or a checkpoint mode is called in the table."""
+    if isinstance(option, str):
+        return option
+    return str(getattr(option, "name", getattr(option, "__name__", option)))

@@ -39,9 +39,10 @@ class Work:
 
     Attributes:
         code: what it computes: its equations can be counted.
-        function: the code under `jax.jit`. Where the executor itself calls one it is
-            that one, so that a step finds what was compiled to measure it.
-        arguments: the shapes of what it takes.
+        function: the code under `jax.jit`; one function for codes that compute the
+            same. Where the executor itself calls one it is that one, so that a step
+            finds what was compiled to measure it.
+        arguments: the shapes of what it takes, and where that lies.
         placement: where it runs.
     """
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeAlias
 
 from fpipe._core.pytrees import PyTree
 from fpipe._executors.call import Args, Result
+from fpipe._executors.plan_data import PlanData
 from fpipe._executors.progress import Progress
 from fpipe._executors.scheduling import Scheduling
 from fpipe._model.loss import Loss
@@ -136,4 +137,18 @@ class Executor(Protocol):
         progress: Progress | None,
     ) -> int:
         """Compile the programs of a call; shapes will do. Returns how many there are."""
+        ...
+
+    # --- planning ---
+
+    def plan_data(
+        self, args: Args, loss: Loss, argnums: tuple[int, ...], compiled: bool
+    ) -> PlanData:
+        """What it tells of a call with a loss, for a prediction.
+
+        Arguments:
+            args: the call's, arrays or their shapes; parameters have one entry per
+                layer, whatever `place` makes of them.
+            compiled: whether to compile, for the memory that programs need.
+        """
         ...

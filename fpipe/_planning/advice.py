@@ -1,12 +1,25 @@
-"""What a prediction says against the way a pipe is set up, and what would be better."""
+"""What a prediction says against the way a pipe is set up, and what would be better.
+
+Each function looks at one thing, and yields a sentence if there is something to say:
+
+    stage 0 takes 2.0 times the mean of the stages: balance=[2, 2, 2] makes the most
+    expensive one take 1.0 times
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from fpipe._planning.prediction import DeviceRow, StageRow, size
+from fpipe._planning.prediction import DeviceRow, StageRow
+from fpipe._planning.text import size
 from fpipe.schedules import Timeline
 
-# Shares from which something is worth a word.
-_UNEVEN, _IDLE, _BETTER = 1.25, 0.2, 0.05
+# A stage takes so many times the mean before it is worth a word.
+_UNEVEN = 1.25
+
+# A device is idle for that share of the time before it is worth a word.
+_IDLE = 0.2
+
+# What is proposed gains at least that share.
+_BETTER = 0.05
 
 # Microbatches for each stage, beyond which more gain little.
 _ENOUGH = 4
@@ -18,20 +31,27 @@ def uneven(
     """A stage that the others wait for.
 
     Arguments:
-        best: finds the balance that makes the dearest stage cheapest, and what is left
-            of its work, as a share.
+        best: finds the balance that makes the most expensive stage cheapest, and what
+            is left of its work, as a share. It is asked only if that is worth while.
     """
     mean = sum(row.total for row in stages) / len(stages)
     worst = max(stages, key=lambda row: row.total)
     if not mean or worst.total <= _UNEVEN * mean:
         return
-    text = f"stage {worst.stage} takes {worst.total / mean:.1f} times the mean of the stages"
+    times = worst.total / mean
+    text = f"stage {worst.stage} takes {times:.1f} times the mean of the stages"
     balance, left = best()
     if left < 1 - _BETTER:
-        yield f"{text}: balance={list(balance)} makes the dearest {left * worst.total / mean:.1f} times"
+        yield (
+            f"{text}: balance={list(balance)} makes the most expensive one take "
+            f"{left * times:.1f} times"
+        )
     else:
         names = ", ".join(map(repr, dict.fromkeys(worst.layers)))
-        yield f"{text}, and no other balance is better: cut its layers ({names}) into smaller ones, or take fewer stages"
+        yield (
+            f"{text}, and no other balance is better: cut its layers ({names}) into "
+            "smaller ones, or take fewer stages"
+        )
 
 
 def few(
@@ -40,14 +60,17 @@ def few(
     microbatches: int,
     more: Iterable[tuple[int, float]],
 ) -> Iterator[str]:
-    """Too few microbatches for the stages; `more` are larger numbers, with the bubble
-    of each.
+    """Too few microbatches for the stages.
+
+    Arguments:
+        more: larger numbers of microbatches, with the bubble of each.
     """
     if timeline.bubble <= _IDLE:
         return
+    # The first that is enough, else the last of these: ever smaller microbatches keep
+    # a device less and less busy.
     found = None
     for found in more:
-        # Smaller and smaller microbatches keep a device less and less busy.
         if found[1] <= _IDLE or found[0] >= _ENOUGH * len(stages):
             break
     if found is not None and timeline.bubble - found[1] > _BETTER:
@@ -58,9 +81,9 @@ def few(
         )
 
 
-def ragged(shares: Sequence[float]) -> Iterator[str]:
+def ragged(microbatch_rows: Sequence[int]) -> Iterator[str]:
     """A last microbatch of another size."""
-    if min(shares) < max(shares):
+    if len(set(microbatch_rows)) > 1:
         yield (
             "the last microbatch is smaller than the others, so every program is "
             "compiled twice: take a number of chunks that "
@@ -69,7 +92,12 @@ def ragged(shares: Sequence[float]) -> Iterator[str]:
 
 
 def repeated(places: int, devices: int) -> Iterator[str]:
-    """A device under several names in the schedule, which knows nothing of that."""
+    """A device under several numbers in the schedule, which knows nothing of that.
+
+    Arguments:
+        places: the devices of the schedule.
+        devices: how many there are in truth.
+    """
     if devices < places:
         yield (
             f"{places} devices of the schedule are {devices} in truth: the step and "
@@ -84,7 +112,10 @@ def short(devices: Sequence[DeviceRow]) -> Iterator[str]:
         if row.missing:
             largest = max(row.memory, key=lambda role: row.memory[role])
             cure = _CURES.get(largest, "more devices, or a balance with memory=")
-            yield f"device {row.device} ({row.name}) is short of {size(row.missing)}; most of it is {largest}: {cure}"
+            yield (
+                f"device {row.device} ({row.name}) is short of {size(row.missing)}; "
+                f"most of it is {largest}: {cure}"
+            )
 
 
 _CURES = {

@@ -1,11 +1,14 @@
 """`balance`: how many layers go into each stage, for costs, devices, limits and a
 schedule.
+
+In: what layers cost (`LayerCosts`), the device of each stage, and `Hardware`. Out: the
+layers of each stage, such as `(2, 3)`. `span_tables.py` has what each span of layers
+costs as a stage, `partition.py` finds the best cut through these tables.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from numbers import Real
 from typing import Any
 
 import jax
@@ -16,9 +19,10 @@ from fpipe._executors.call import check_chunks
 from fpipe._executors.scheduling import Generator, Scheduling
 from fpipe._model.remat import Policy
 from fpipe._planning.costs import LayerCosts
+from fpipe._planning.hardware import Hardware, is_number
 from fpipe._planning.layer_costs import UNITS, By, layer_costs
-from fpipe._planning.partition import Short, Table, Task, best_cut
-from fpipe._planning.tables import Tables
+from fpipe._planning.partition import PartitionTask, Shortage, Table, best_cut
+from fpipe._planning.span_tables import SpanTables
 from fpipe.schedules import Schedule
 
 
@@ -40,8 +44,8 @@ def balance(
     params: Sequence[PyTree] | None = None,
     compute_dtype: Any = None,
 ) -> tuple[int, ...]:
-    """Layers per stage, for `Pipe(balance=...)`: the dearest stage is as cheap as can
-    be, exactly.
+    """Layers per stage, for `Pipe(balance=...)`: the most expensive stage is as cheap
+    as can be, exactly.
 
     From shapes alone, but for `by="time"`. A stage costs its layers' work, divided by
     the speed of its device, plus the time of what crosses its ends, if a bandwidth is
@@ -105,23 +109,24 @@ def balance(
         >>> fpipe.balance([dense] * 5, jax.ShapeDtypeStruct((8, 3), jnp.float32), stages=2, chunks=4)
         (2, 3)
     """
-    known = _known(layers)
+    known = _known_costs(layers)
     if by is not None and by not in UNITS:
         raise ValueError(f"`balance(by={by!r})`: one of {', '.join(map(repr, UNITS))}")
     scheduling = Scheduling.of(schedule)
+    if chunks is not None:
+        chunks = check_chunks("balance", chunks)
     if known is None:
         if x is None:
             raise TypeError(
                 "`balance(layers, x)`: layers need a batch, or its shapes; without one "
                 "give costs"
             )
-        chunks = check_chunks("balance", 1 if chunks is None else chunks)
         known = layer_costs(
             layers,
             x,
             by="flops" if by is None else by,
             side=side,
-            chunks=chunks,
+            chunks=1 if chunks is None else chunks,
             params=params,
             checkpoint="except_last" if checkpoint is None else checkpoint,
             compute_dtype=compute_dtype,
@@ -136,102 +141,123 @@ def balance(
             raise ValueError(
                 f"`balance(costs, by={by!r})`: the costs are in {known.unit}"
             )
-        changes = {
-            "microbatches": None if chunks is None else check_chunks("balance", chunks),
-            "checkpoint": checkpoint,
-        }
-        known = dataclasses.replace(
-            known, **{name: v for name, v in changes.items() if v is not None}
-        )
-    return balanced(
-        known,
-        scheduling,
-        stages,
-        devices,
-        by == "memory",
-        speeds,
-        bandwidth,
-        memory,
-        optimizer,
+        if chunks is not None:
+            known = dataclasses.replace(known, microbatches=chunks)
+        if checkpoint is not None:
+            known = dataclasses.replace(known, checkpoint=checkpoint)
+    stage_to_device = stage_devices(known, scheduling, stages, devices)
+    hardware = Hardware.checked(
+        "balance",
+        1 + max(stage_to_device),
+        speed=speeds,
+        bandwidth=bandwidth,
+        memory=memory,
+        optimizer=optimizer,
+        speed_name="speeds",
     )
+    by_memory = by == "memory"
+    counted = known.unit in ("FLOP", "byte") and not by_memory
+    if bandwidth is not None and speeds is None and counted:
+        raise ValueError(
+            "`balance(bandwidth=...)`: bytes per second cannot be weighed against "
+            f"{known.unit}s: give `speeds=` too, in "
+            f"{known.unit}s per second"
+        )
+    return best_balance(known, scheduling, stage_to_device, hardware, by_memory)
 
 
-def balanced(
+def best_balance(
+    costs: LayerCosts,
+    scheduling: Scheduling,
+    stage_to_device: tuple[int, ...],
+    hardware: Hardware,
+    by_memory: bool = False,
+) -> tuple[int, ...]:
+    """`balance` of checked arguments.
+
+    Arguments:
+        stage_to_device: the device of each stage.
+        by_memory: whether a stage costs the memory that it needs, not its work.
+
+    Raises:
+        ValueError: no cut fits into the memory.
+    """
+    tables = SpanTables(costs, stage_to_device, scheduling, hardware.optimizer)
+    devices = 1 + max(stage_to_device)
+    limits = hardware.memory or (math.inf,) * devices
+
+    def memory_cost(s: int) -> Table:
+        """As a share of the limit, where there is one."""
+        limit = limits[stage_to_device[s]]
+        return tables.memory(s) / (1.0 if math.isinf(limit) else max(limit, 1.0))
+
+    def time_cost(s: int) -> Table:
+        speed = 1.0 if hardware.speed is None else hardware.speed[stage_to_device[s]]
+        time = tables.work(s) / speed
+        if hardware.bandwidth is not None:
+            time = time + tables.link(s) / hardware.bandwidth
+        return time
+
+    task = PartitionTask(
+        layers=len(costs.names),
+        devices=stage_to_device,
+        cost=memory_cost if by_memory else time_cost,
+        traffic=tables.received,
+        memory=None if hardware.memory is None else tables.memory,
+        limits=limits,
+    )
+    cut = best_cut(task)
+    if isinstance(cut, Shortage):
+        raise ValueError(_does_not_fit(cut, costs, scheduling))
+    return cut
+
+
+def stage_devices(
     costs: LayerCosts,
     scheduling: Scheduling,
     stages: int | None,
     devices: int | Sequence[Any] | None,
-    by_memory: bool = False,
-    speeds: float | Sequence[float] | None = None,
-    bandwidth: float | None = None,
-    memory: float | Sequence[float] | None = None,
-    optimizer: float = 2.0,
 ) -> tuple[int, ...]:
-    """`balance` of costs."""
-    places = _places(len(costs.names), scheduling, stages, devices, costs.microbatches)
-    count = 1 + max(places)
-    speed = _for_each("speeds", 1.0 if speeds is None else speeds, count)
-    limits = _for_each("memory", math.inf if memory is None else memory, count)
-    if bandwidth is not None and not (_is_number(bandwidth) and bandwidth > 0):
+    """For each stage its device.
+
+    Arguments:
+        stages, devices: as for `balance`.
+
+    Raises:
+        ValueError: more stages than layers, or than the devices can have.
+    """
+    call = f"`balance(stages={stages!r}, devices={devices!r})`"
+    layers, microbatches = len(costs.names), costs.microbatches
+    available = len(devices) if isinstance(devices, Iterable) else devices
+    for name, value in (("stages", stages), ("devices", available)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{call}: {name} is a number, at least 1")
+    if stages is None:
+        there = len(jax.devices()) if available is None else available
+        stages = scheduling.stages(there, microbatches, layers)
+    if stages > layers:
         raise ValueError(
-            f"`balance(bandwidth={bandwidth!r})`: bytes per second, more than 0"
+            f"{call}: every stage has at least one layer, but there are {layers} "
+            f"layers for {stages} stages"
         )
-    if not _is_number(optimizer) or optimizer < 0:
+    most = stages if available is None else available
+    stage_to_device = scheduling.stage_to_device(stages, most, microbatches)
+    if available is not None and max(stage_to_device) >= available:
         raise ValueError(
-            f"`balance(optimizer={optimizer!r})`: bytes of state for each byte of "
-            "parameters, 0 or more"
+            f"{call}: the schedule puts {stages} stages on {1 + max(stage_to_device)} devices; "
+            "give fewer stages, or more devices"
         )
-    if (
-        bandwidth is not None
-        and speeds is None
-        and costs.unit in ("FLOP", "byte")
-        and not by_memory
-    ):
-        raise ValueError(
-            "`balance(bandwidth=...)`: bytes per second cannot be weighed against "
-            f"{costs.unit}s: give `speeds=` too, in "
-            f"{costs.unit}s per second"
-        )
-    tables = Tables(costs, places, scheduling, optimizer)
-    if by_memory:
-        share = [1.0 if math.isinf(limit) else max(limit, 1.0) for limit in limits]
-
-        def cost(s: int) -> Table:
-            return tables.memory(s) / share[places[s]]
-    else:
-
-        def cost(s: int) -> Table:
-            work = tables.work(s) / speed[places[s]]
-            return work if bandwidth is None else work + tables.link(s) / bandwidth
-
-    limited = memory is not None
-    cut = best_cut(
-        Task(
-            len(costs.names),
-            places,
-            cost,
-            tables.received,
-            tables.memory if limited else None,
-            limits,
-        )
-    )
-    if isinstance(cut, Short):
-        raise ValueError(_unfit(cut, costs, scheduling))
-    return cut
+    return stage_to_device
 
 
-def _known(layers: Any) -> LayerCosts | None:
-    """Costs, if they were given."""
+def _known_costs(layers: Any) -> LayerCosts | None:
+    """Costs, if they were given in place of layers."""
     if isinstance(layers, LayerCosts):
         return layers
     values = layers.tolist() if isinstance(layers, np.ndarray) else layers
-    if (
-        not isinstance(values, (list, tuple))
-        or not values
-        or not any(map(_is_number, values))
-    ):
+    if not isinstance(values, (list, tuple)) or not any(map(is_number, values)):
         return None
-    if not all(map(_is_number, values)):
+    if not all(map(is_number, values)):
         raise TypeError(
             "`balance(costs)`: one number for each layer, or layers, not both"
         )
@@ -242,69 +268,16 @@ def _known(layers: Any) -> LayerCosts | None:
     return LayerCosts.given(values)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _places(
-    layers: int,
-    scheduling: Scheduling,
-    stages: int | None,
-    devices: int | Sequence[Any] | None,
-    microbatches: int,
-) -> tuple[int, ...]:
-    """For each stage its device."""
-    call = f"`balance(stages={stages!r}, devices={devices!r})`"
-    available = len(devices) if isinstance(devices, Iterable) else devices
-    for name, value in (("stages", stages), ("devices", available)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{call}: {name} is a number, at least 1")
-    if stages is None:
-        stages = scheduling.stages(
-            len(jax.devices()) if available is None else available, microbatches, layers
-        )
-    if stages > layers:
-        raise ValueError(
-            f"{call}: every stage has at least one layer, but there are {layers} "
-            f"layers for {stages} stages"
-        )
-    places = scheduling.stage_to_device(
-        stages, stages if available is None else available, microbatches
-    )
-    if available is not None and max(places) >= available:
-        raise ValueError(
-            f"{call}: the schedule puts {stages} stages on {1 + max(places)} devices; "
-            "give fewer stages, or more devices"
-        )
-    return places
-
-
-def _for_each(name: str, value: Any, devices: int) -> tuple[float, ...]:
-    """One number for each device."""
-    values = tuple(value) if isinstance(value, Iterable) else (value,) * devices
-    if not all(_is_number(v) and v > 0 for v in values):
-        raise ValueError(
-            f"`balance({name}={value!r})`: a number more than 0, or one for each device"
-        )
-    if len(values) < devices:
-        raise ValueError(
-            f"`balance({name}={value!r})`: {len(values)} numbers for {devices} devices"
-        )
-    return values[:devices]
-
-
-def _unfit(short: Short, costs: LayerCosts, scheduling: Scheduling) -> str:
-    where = (
-        f"device {short.device}"
-        if short.stage is None
-        else f"stage {short.stage} (device {short.device})"
-    )
+def _does_not_fit(shortage: Shortage, costs: LayerCosts, scheduling: Scheduling) -> str:
+    """What is missing, and what would help."""
+    where = f"device {shortage.device}"
+    if shortage.stage is not None:
+        where = f"stage {shortage.stage} (device {shortage.device})"
     cures = ["give more devices", "more chunks"]
     if costs.checkpoint != "always":
         cures.append("checkpoint='always'")
-    cures.append(
-        "or a schedule that holds fewer microbatches than "
-        f"{getattr(scheduling.option, 'name', scheduling.option)!r}"
-    )
-    found = "does not fit" if short.proven else "found no cut that fits"
-    return f"`balance(...)`: {found}: short by {short.missing / 2**20:.4g} MiB on {where}; {', '.join(cures)}"
+    schedule = getattr(scheduling.option, "name", scheduling.option)
+    cures.append(f"or a schedule that holds fewer microbatches than {schedule!r}")
+    found = "does not fit" if shortage.proven else "found no cut that fits"
+    missing = f"{shortage.missing / 2**20:.4g} MiB"
+    return f"`balance(...)`: {found}: short by {missing} on {where}; {', '.join(cures)}"

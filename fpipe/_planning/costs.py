@@ -1,8 +1,16 @@
-"""`LayerCosts`: what each layer of a model costs, as numbers."""
+"""`LayerCosts`: what each layer of a model costs, as numbers.
+
+For `[embed, block, head]`, where the head borrows one array of the embedding:
+
+    names       ("embed", "block", "head")
+    forward     (0.0, 4.1e6, 8.4e6)         FLOP for one microbatch
+    boundaries  (8192, 8192, 65536)         bytes behind each layer
+    borrowed    (Sent(source=0, readers=(2,), bytes=262144),)
+"""
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 
@@ -48,7 +56,8 @@ class LayerCosts:
             model's output.
         inputs: bytes of one microbatch of the model's input.
         skips: the skips.
-        borrowed: parameters that other layers borrow; whole, not for one microbatch.
+        borrowed: parameters that other layers borrow and read, whole arrays, not for one
+            microbatch. Arrays of an owner that are read by the same layers are together.
         microbatches: into how many the batch was cut.
         checkpoint: as in `Pipe`: it says what `saved` is.
     """
@@ -73,63 +82,64 @@ class LayerCosts:
         count = len(self.names)
         if not count:
             raise ValueError("`LayerCosts(names=())`: at least one layer is needed")
-        for field in dataclasses.fields(self)[1:10]:
-            if field.name == "unit":
-                continue
-            value = tuple(getattr(self, field.name))
-            object.__setattr__(self, field.name, value)
+        for name in _PER_LAYER:
+            value = tuple(getattr(self, name))
+            object.__setattr__(self, name, value)
             if len(value) != count:
                 raise ValueError(
-                    f"`LayerCosts({field.name}=...)`: {len(value)} numbers for {count} "
-                    "layers"
+                    f"`LayerCosts({name}=...)`: {len(value)} numbers for {count} layers"
                 )
-            if field.name != "shared" and not all(
-                math.isfinite(v) and v >= 0 for v in value
-            ):
+            # What is shared is a difference of minimal cuts, of either sign.
+            negative = name != "shared" and min(value) < 0
+            if negative or not all(map(math.isfinite, value)):
                 raise ValueError(
-                    f"`LayerCosts({field.name}={value!r})`: finite numbers that are "
+                    f"`LayerCosts({name}={value!r})`: finite numbers that are "
                     "not negative are needed"
                 )
 
     @classmethod
-    def given(cls, costs: Any) -> "LayerCosts":
+    def given(cls, costs: Iterable[float]) -> "LayerCosts":
         """From one number for each layer, of all that it does."""
-        costs, count = tuple(map(float, costs)), len(costs)
-        none = (0,) * count
-        names = tuple(f"layer {k}" for k in range(count))
+        backward = tuple(map(float, costs))
+        none = (0,) * len(backward)
         return cls(
-            names, (0.0,) * count, costs, "given", none, none, none, none, none, none
+            names=tuple(f"layer {k}" for k in range(len(backward))),
+            forward=(0.0,) * len(backward),
+            backward=backward,
+            unit="given",
+            params=none,
+            gradients=none,
+            residuals=none,
+            shared=none,
+            saved=none,
+            boundaries=none,
         )
 
     def __str__(self) -> str:
         width = max(map(len, ("layer", *self.names))) + 3
-        head = [
-            "layer".ljust(width),
-            "forward",
-            "backward",
-            "params",
-            "residuals",
-            "boundary",
-        ]
-        rows = [
-            [
-                f"{k} {name}".ljust(width),
-                *(f"{v:.4g}" for v in (self.forward[k], self.backward[k])),
-            ]
-            + [
-                f"{v / 2**20:.3f}"
-                for v in (self.params[k], self.residuals[k], self.boundaries[k])
-            ]
-            for k, name in enumerate(self.names)
-        ]
-        lines = [
-            "".join([row[0], *(cell.rjust(12) for cell in row[1:])]).rstrip()
-            for row in (head, *rows)
-        ]
-        return "\n".join(
-            [
-                *lines,
-                f"work in {self.unit}, memory in MiB, for one of {self.microbatches} "
-                "microbatches",
-            ]
+        columns = ("forward", "backward", "params", "residuals", "boundary")
+        lines = ["layer".ljust(width) + "".join(name.rjust(12) for name in columns)]
+        for k, name in enumerate(self.names):
+            cells = [f"{self.forward[k]:.4g}", f"{self.backward[k]:.4g}"]
+            memory = (self.params[k], self.residuals[k], self.boundaries[k])
+            cells += [f"{count / 2**20:.3f}" for count in memory]
+            line = f"{k} {name}".ljust(width) + "".join(c.rjust(12) for c in cells)
+            lines.append(line)
+        lines.append(
+            f"work in {self.unit}, memory in MiB, for one of {self.microbatches} "
+            "microbatches"
         )
+        return "\n".join(lines)
+
+
+# The fields with an entry for each layer.
+_PER_LAYER = (
+    "forward",
+    "backward",
+    "params",
+    "gradients",
+    "residuals",
+    "shared",
+    "saved",
+    "boundaries",
+)

@@ -1,5 +1,7 @@
-"""`layer_costs`: what each layer costs, from shapes."""
+"""`layer_costs`: what each layer costs for one microbatch, from shapes."""
 
+import dataclasses
+import statistics
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -10,20 +12,24 @@ from fpipe._core.pytrees import (
     Shape,
     is_inexact,
     map_arrays,
+    nbytes,
     numbers_as_arrays,
+    pack,
     strong,
+    zeros,
 )
-from fpipe._executors.call import as_compute_dtype, check_chunks, check_params
+from fpipe._executors.call import Args, as_compute_dtype, check_chunks, check_params
 from fpipe._model.loss import sum_dtype
 from fpipe._model.microbatch import cut_inputs, first_microbatch
 from fpipe._model.model import Model
 from fpipe._model.needs import call_needs
 from fpipe._model.remat import Policy, Remat
-from fpipe._model.stages import Port
-from fpipe._planning import flops as _flops
+from fpipe._model.stages import Leaf
 from fpipe._planning.costs import LayerCosts, Sent
-from fpipe._planning.timing import measure
-from fpipe._planning.walk import Step, Walk, nbytes, size_of
+from fpipe._planning.layer_traces import LayerTrace, LayerTraces, bytes_of
+from fpipe._planning.work import Counted, count, durations
+from fpipe._program.code import Cotangent, Input, ProgramValue
+from fpipe.schedules import Kind
 
 By: TypeAlias = Literal["flops", "bytes", "time", "memory"]
 UNITS: dict[By, str] = {
@@ -32,6 +38,21 @@ UNITS: dict[By, str] = {
     "time": "second",
     "memory": "nothing",
 }
+
+# How often a layer runs before its time counts; the first run compiles.
+_WARM_UP = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Gauge:
+    """How the work of a layer is told: see `layer_costs`."""
+
+    by: By = "flops"
+    device: Any = None
+    repeats: int = 10
+
+
+_FLOPS = Gauge()
 
 
 def layer_costs(
@@ -93,135 +114,182 @@ def layer_costs(
         raise ValueError(f"`layer_costs(repeats={repeats!r})`: an int, at least 1")
     chunks, remat = check_chunks("layer_costs", chunks), Remat.of(checkpoint)
     model = Model(layers, as_compute_dtype("layer_costs", compute_dtype))
-    return costs_of(
-        model, x, by, side, chunks, params, remat, bool(train), device, repeats
-    )
+    args = Args(params, x, needs=call_needs(side=side, train=train))
+    return costs_of(model, args, chunks, remat, Gauge(by, device, repeats))
 
 
 def costs_of(
     model: Model,
-    x: PyTree,
-    by: By,
-    side: PyTree,
+    args: Args,
     chunks: int,
-    params: Sequence[PyTree] | None,
     remat: Remat,
-    train: bool = True,
-    device: Any = None,
-    repeats: int = 10,
+    gauge: Gauge = _FLOPS,
 ) -> LayerCosts:
-    """`layer_costs` of checked arguments."""
+    """`layer_costs` of checked arguments.
+
+    Arguments:
+        args: `x`, `params` (`None`: those that `init` makes) and needs; no key and no
+            step: what layers cost does not depend on them.
+    """
+    params = args.params
     if params is not None:
         check_params(model, params, "`layer_costs(params=...)`")
         params = tuple(map_arrays(strong, numbers_as_arrays(p)) for p in params)
-    needs = call_needs(side=side, train=train)
-    walk = Walk(model, *first_microbatch(x, needs, chunks), params)
-    count = len(model.layers)
-    work = _work(walk, by, params, device, repeats)
-    residuals = [step.cut.kept(_outside(k)) for k, step in enumerate(walk.steps)]
-    pairs = [walk.pair(k).kept(_outside(k)) for k in range(count - 1)]
-    owners = {owner: () for names in model.borrows for _, owner in names}
-    sizes = list(map(size_of, walk.params))
+    first = first_microbatch(args.x, args.needs, chunks)
+    traces = LayerTraces(model, *first, params)
+    work = _work(traces, gauge, () if params is None else params)
+    residuals = []
+    for k, layer in enumerate(traces.layers):
+        residuals.append(layer.programs.kept_bytes(_not_kept(k)))
+    shared = []
+    for k in range(len(traces.layers) - 1):
+        together = traces.pair(k).kept_bytes(_not_kept(k))
+        shared.append(residuals[k] + residuals[k + 1] - together)
+    boundaries = list(map(bytes_of, traces.boundaries))
     return LayerCosts(
         names=tuple(layer.name for layer in model.layers),
         forward=tuple(forward for forward, _ in work),
         backward=tuple(backward for _, backward in work),
-        unit=UNITS[by],
-        params=tuple(sizes),
-        gradients=tuple(map(_gradients, walk.params)),
+        unit=UNITS[gauge.by],
+        params=tuple(map(bytes_of, traces.params)),
+        gradients=tuple(map(_gradient_bytes, traces.params)),
         residuals=tuple(residuals),
-        shared=(
-            *(residuals[k] + residuals[k + 1] - both for k, both in enumerate(pairs)),
-            0,
-        ),
-        saved=_saved(walk, remat),
-        boundaries=tuple(map(size_of, walk.at[1:])),
-        inputs=size_of(walk.at[0]),
+        shared=(*shared, 0),
+        saved=_saved_bytes(traces, remat),
+        boundaries=tuple(boundaries[1:]),
+        inputs=boundaries[0],
         skips=tuple(
-            Sent(r.maker, r.readers, size_of(walk.skips[skip]))
-            for skip, r in model.routes.items()
+            Sent(route.maker, route.readers, bytes_of(traces.skips[skip]))
+            for skip, route in model.routes.items()
         ),
-        borrowed=tuple(
-            Sent(
-                owner,
-                tuple(
-                    k
-                    for k, names in enumerate(model.borrows)
-                    if owner in dict(names).values()
-                ),
-                sizes[owner],
-            )
-            for owner in owners
-        ),
-        microbatches=cut_inputs({"x": x, **needs}, chunks).m,
+        borrowed=_borrowed(traces),
+        microbatches=cut_inputs(args._replace(targets=()).inputs, chunks).m,
         checkpoint=remat.option,
     )
 
 
-def _outside(k: int) -> tuple[str, ...]:
-    """The model's input is the call's, and is there anyway."""
-    return () if k else ("x",)
+def _not_kept(layer: int) -> tuple[str, ...]:
+    """The inputs of a layer that a microbatch does not keep: the model's input is the
+    call's, and is there anyway.
+    """
+    return () if layer else ("x",)
 
 
-def _gradients(params: Shape) -> int:
-    wide = (
-        jax.ShapeDtypeStruct(a.shape, sum_dtype(a.dtype))
-        for a in params.leaves
-        if is_inexact(a)
-    )
-    return sum(map(nbytes, wide))
+def _gradient_bytes(params: Shape) -> int:
+    """Gradients in the dtype that they are summed in."""
+    total = 0
+    for a in params.leaves:
+        if is_inexact(a):
+            total += nbytes(jax.ShapeDtypeStruct(a.shape, sum_dtype(a.dtype)))
+    return total
 
 
-def _saved(walk: Walk, remat: Remat) -> tuple[int, ...]:
-    """What a recomputed layer keeps besides the inputs of its stage."""
+def _saved_bytes(traces: LayerTraces, remat: Remat) -> tuple[int, ...]:
+    """What each layer keeps, where it is recomputed, besides the inputs of its stage."""
     if remat.policy is None:
+        states = traces.states
         return tuple(
-            size_of(walk.states[k]) if k in walk.states else 0
-            for k in range(len(walk.steps))
+            bytes_of(states[k]) if k in states else 0 for k in range(len(traces.layers))
         )
     found: dict[Hashable, int] = {}
-    for k, step in enumerate(walk.steps):
-        if step.key not in found:
-            found[step.key] = walk.recomputed(k, remat).kept(("x", "skip"))
-    return tuple(found[step.key] for step in walk.steps)
+    for k, layer in enumerate(traces.layers):
+        if layer.key not in found:
+            found[layer.key] = traces.recomputed(k, remat).kept_bytes(("x", "skip"))
+    return tuple(found[layer.key] for layer in traces.layers)
+
+
+def _borrowed(traces: LayerTraces) -> tuple[Sent, ...]:
+    """What layers lend, array by array: of those that nobody reads nothing is sent.
+    Arrays of one owner with the same readers go together.
+    """
+    readers: dict[tuple[int, int], list[int]] = {}
+    for k in range(len(traces.layers)):
+        for owner, arrays in traces.arrays_borrowed(k).items():
+            for n in arrays:
+                readers.setdefault((owner, n), []).append(k)
+    sizes: dict[tuple[int, tuple[int, ...]], int] = {}
+    for (owner, n), own in readers.items():
+        key = owner, tuple(own)
+        sizes[key] = sizes.get(key, 0) + nbytes(traces.params[owner].leaves[n])
+    return tuple(Sent(*key, size) for key, size in sorted(sizes.items()))
+
+
+# --- work ---
 
 
 def _work(
-    walk: Walk, by: By, params: Sequence[PyTree] | None, device: Any, repeats: int
+    traces: LayerTraces, gauge: Gauge, params: Sequence[PyTree]
 ) -> list[tuple[float, float]]:
-    """Forward and backward of each layer; what is equal is counted or measured once."""
-    if by == "memory":
-        return [(0.0, 0.0)] * len(walk.steps)
-    found: dict[Hashable, tuple[float, float]] = {}
-    same: dict[Hashable, tuple[float, float]] = {}
-    given = () if params is None else params
-
-    def made(step: Step) -> tuple[float, float]:
-        codes = [step.cut.code(kind) for kind in ("F", "B")]
-        if by != "time":
-            what: _flops.What = "flops" if by == "flops" else "bytes accessed"
-            forward, backward = (
-                0.0 if code is None else _flops.count(code, what) for code in codes
-            )
-            return forward, backward
-        ports = {
-            Port("params", k): p
-            for k, p in enumerate(given)
-            if all(map(_is_there, jax.tree.leaves(p)))
-        }
-        return measure(
-            step, ports, jax.devices()[0] if device is None else device, repeats
-        )
-
-    for step in walk.steps:
-        if step.key not in found:
-            codes = [step.cut.code(kind) for kind in ("F", "B")]
-            computes = tuple(None if code is None else code.identity for code in codes)
-            if computes not in same:
-                same[computes] = made(step)
-            found[step.key] = same[computes]
-    return [found[step.key] for step in walk.steps]
+    """Forward and backward of each layer. Layers that are equal, or different functions
+    that compute the same, are counted or measured once.
+    """
+    if gauge.by == "memory":
+        return [(0.0, 0.0)] * len(traces.layers)
+    by_key: dict[Hashable, tuple[float, float]] = {}
+    by_computation: dict[Hashable, tuple[float, float]] = {}
+    for layer in traces.layers:
+        if layer.key in by_key:
+            continue
+        programs = [layer.programs.program("F"), layer.programs.program("B")]
+        computes = tuple(None if p is None else p[1].identity for p in programs)
+        if computes not in by_computation:
+            if gauge.by == "time":
+                by_computation[computes] = _seconds(layer, params, gauge)
+            else:
+                what: Counted = "flops" if gauge.by == "flops" else "bytes accessed"
+                forward, backward = (
+                    0.0 if p is None else count(p[1], what) for p in programs
+                )
+                by_computation[computes] = forward, backward
+        by_key[layer.key] = by_computation[computes]
+    return [by_key[layer.key] for layer in traces.layers]
 
 
-def _is_there(leaf: Any) -> bool:
-    return not isinstance(leaf, jax.ShapeDtypeStruct)
+def _seconds(
+    layer: LayerTrace, params: Sequence[PyTree], gauge: Gauge
+) -> tuple[float, float]:
+    """The seconds of a layer's forward and of its backward: medians, after a warm-up.
+
+    Arguments:
+        params: those of all layers, or none. What is no array is zeros.
+    """
+    device = jax.devices()[0] if gauge.device is None else gauge.device
+    known: dict[ProgramValue, Any] = {}
+    for port, shape in layer.inputs.items():
+        arrays = [zeros(a) for a in shape.leaves]
+        if port.kind == "params" and params:
+            given = pack(params[port.of])[0]
+            if not any(isinstance(a, jax.ShapeDtypeStruct) for a in given):
+                arrays = given
+        placed = jax.device_put(arrays, device)
+        known |= {Input(Leaf(port, n)): a for n, a in enumerate(placed)}
+    kinds: tuple[Kind, Kind] = ("F", "B")
+    forward, backward = (_median(layer, kind, known, gauge, device) for kind in kinds)
+    return forward, backward
+
+
+def _median(
+    layer: LayerTrace,
+    kind: Kind,
+    known: dict[ProgramValue, Any],
+    gauge: Gauge,
+    device: Any,
+) -> float:
+    """The seconds of one of the programs; what it makes is put into `known`."""
+    found = layer.programs.program(kind)
+    if found is None:
+        return 0.0
+    program, code = found
+    for value in program.ins:
+        if isinstance(value, Cotangent):
+            port, k = value.leaf
+            shape = layer.programs.joint.flat.out[port].leaves[k]
+            known[value] = jax.device_put(zeros(shape), device)
+    call = code.compile()
+    arguments = [known[value] for value in program.ins]
+    times = durations(call, lambda: arguments, _WARM_UP, gauge.repeats)
+    known |= dict(zip(program.outs, call(*arguments), strict=True))
+    for value, other in program.aliases.items():
+        if other in known:
+            known[value] = known[other]
+    return statistics.median(times)

@@ -1,33 +1,41 @@
-"""Where to cut a row of layers: the contiguous cut whose dearest stage is as cheap as
-can be, by dynamic programming.
+"""Where to cut a row of layers: the cut into stages whose most expensive stage is as
+cheap as can be.
 
-The linear partition problem (Skiena, The Algorithm Design Manual, 8.5), here with costs
-that depend on the whole span of a stage, so that what crosses its ends can count too.
-It is solved from the last stage to the first: `V_s[i]`, the best for stages `s, s+1, …`
-on layers `i, i+1, …`, is the least over `j` of `max(cost_s[i, j], V_{s+1}[j])`. A
-second pass takes, of all cuts as good as the best, the one with the least traffic. Both
-take `O(S L²)`, on whole rows at a time.
+This is the linear partition problem (Skiena, The Algorithm Design Manual, 8.5), here
+with costs that depend on the whole span of a stage, so that what crosses its ends can
+count too. It is solved exactly, by dynamic programming from the last stage to the
+first. Let `cost_s[i, j]` be the cost of the layers `i` to `j - 1` as stage `s`, and
+`best_s[i]` the least possible cost of the most expensive one of the stages `s, s + 1, …`
+on the layers `i, i + 1, …`. Stage `s` ends somewhere:
+
+    best_s[i] = min over j of max(cost_s[i, j], best_{s+1}[j])
+
+Five layers that cost 3, 1, 1, 1, 2, on two stages. Of the last stage there is no choice;
+of the first, each possible end is tried:
+
+    layers from i      0  1  2  3  4      the first stage ends at j   1  2  3  4
+    best_1[i]          8  5  4  3  2      max(cost_0[0, j], best_1[j])  5  4  5  6
+
+so `best_0[0]` is 4, and the cut is (2, 3). Many cuts may be as good as the best. A
+second pass of the same kind takes the one with the least traffic among them. Both take
+`O(S L²)` steps, done on whole rows at a time.
 
 Memory limits hold for devices. With one stage on each they are limits on stages, and
-part of the same program. With several they bind stages that are not neighbours, which
-makes the problem hard (it contains bin packing); see `best_cut`.
+part of the same program: a span that does not fit costs infinity. With several stages on
+a device they bind stages that are not neighbours, which makes the problem hard (it
+contains bin packing); see `best_cut`.
 """
 
 import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-Value: TypeAlias = tuple[float, ...]
-Branches: TypeAlias = Iterator[
-    tuple[Value, int, Value]
-]  # the bound, where the stage ends, and the value so far
-Table: TypeAlias = (
-    np.ndarray
-)  # (L + 1, L + 1): at [i, j] a value of the layers i, …, j - 1 together
+# (L + 1, L + 1): at [i, j] a value of the layers i, …, j - 1 together.
+Table: TypeAlias = np.ndarray
 
 # Costs that differ by less than that share are equal: sums of floats have errors.
 _EQUAL = 1e-9
@@ -38,7 +46,7 @@ _NODES = 50_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class PartitionTask:
     """What to cut, and what to look at.
 
     Attributes:
@@ -59,7 +67,7 @@ class Task:
     limits: tuple[float, ...]
 
 
-class Short(NamedTuple):
+class Shortage(NamedTuple):
     """No cut fits: what is missing in the cut that lacks least.
 
     Attributes:
@@ -76,11 +84,11 @@ class Short(NamedTuple):
     proven: bool
 
 
-def best_cut(task: Task, nodes: int = _NODES) -> tuple[int, ...] | Short:
+def best_cut(task: PartitionTask, nodes: int = _NODES) -> tuple[int, ...] | Shortage:
     """The number of layers in each stage.
 
-    The dearest stage is as cheap as can be, over all stages, several on a device or
-    not. Of those cuts (costs are equal up to one part in 10⁹) the one with the least
+    The most expensive stage is as cheap as can be, over all stages, several on a device
+    or not. Of those cuts (costs are equal up to one part in 10⁹) the one with the least
     traffic in total, of those the most even one (the least sum of squares of the
     numbers of layers), of those the one that is largest in its first stage, then in its
     second, and so on.
@@ -98,60 +106,22 @@ def best_cut(task: Task, nodes: int = _NODES) -> tuple[int, ...] | Short:
     Returns:
         The layers of each stage, or what is missing.
     """
-    solver = _Solver(task)
-    if math.isinf(solver.best[0][0]):
-        return solver.shortage()
-    relaxed = solver.cheapest_way(solver.best[0][0])
-    if max(solver.overs(relaxed)) <= 0:
+    partition = _Partition(task)
+    if math.isinf(partition.best[0][0]):
+        return partition.shortage()
+    relaxed = partition.cheapest_ends(partition.best[0][0])
+    if max(partition.excess(relaxed)) <= 0:
         return _sizes(relaxed)
-    return solver.search(nodes)
-
-
-def total(values: Sequence[float]) -> Table:
-    """The table of sums over spans."""
-    ends = np.concatenate([[0.0], np.cumsum(np.asarray(values, np.float64))])
-    return ends[None, :] - ends[:, None]
-
-
-def arriving(layers: int, sends: Sequence[tuple[int, Sequence[int], float]]) -> Table:
-    """What spans receive from layers outside: once, however many layers in the span
-    read it.
-
-    Arguments:
-        layers: `L`.
-        sends: `(source, readers, bytes)`; readers stand before or behind the source.
-    """
-    table = np.zeros((layers + 1, layers + 1))
-    for source, readers, size in sends:
-        later = [-1, *sorted(readers)]
-        for before, reader in itertools.pairwise(later):
-            # The spans whose first reader this is: they begin behind the one before it.
-            # Less those with the source.
-            table[before + 1 : reader + 1, reader + 1 :] += size
-            table[before + 1 : min(reader, source) + 1, max(reader, source) + 1 :] -= (
-                size
-            )
-    return table
-
-
-def leaving(layers: int, sends: Sequence[tuple[int, Sequence[int], float]]) -> Table:
-    """What spans send to layers outside: once, however many read it."""
-    table = np.zeros((layers + 1, layers + 1))
-    for source, readers, size in sends:
-        first, last = min(readers), max(readers)
-        table[: source + 1, source + 1 :] += size
-        table[: min(first, source) + 1, max(last, source) + 1 :] -= size
-    return table
+    return _search(partition, nodes)
 
 
 def _sizes(ends: Sequence[int]) -> tuple[int, ...]:
-    return tuple(b - a for a, b in zip((0, *ends), ends, strict=False))
+    """The layers of each stage, from where each ends."""
+    return tuple(end - start for start, end in itertools.pairwise((0, *ends)))
 
 
-def _minmax(tables: Sequence[Table], layers: int) -> list[np.ndarray]:
-    """For stages from `s` on, on layers from `i` on: the least possible largest entry.
-    The last row is for no stage.
-    """
+def _min_max(tables: Sequence[Table], layers: int) -> list[np.ndarray]:
+    """The rows `best_s` of the recurrence above; the last row is for no stage."""
     rows = [np.full(layers + 1, np.inf)]
     rows[0][layers] = 0.0
     for table in reversed(tables):
@@ -159,227 +129,303 @@ def _minmax(tables: Sequence[Table], layers: int) -> list[np.ndarray]:
     return rows[::-1]
 
 
-class _Solver:
-    """The tables of a task, and the ways through them. A way is where each stage ends."""
+def _min_max_ends(tables: Sequence[Table], rows: Sequence[np.ndarray]) -> list[int]:
+    """Where each stage ends in a cut that has the least largest entry."""
+    ends: list[int] = []
+    for table, behind in zip(tables, rows[1:], strict=True):
+        start = ends[-1] if ends else 0
+        ends.append(int(np.argmin(np.maximum(table[start], behind))))
+    return ends
 
-    def __init__(self, task: Task) -> None:
-        self.task, self.stages, count = task, len(task.devices), task.layers
-        at = np.arange(count + 1)
-        self.length = np.where(at[None, :] > at[:, None], at[None, :] - at[:, None], 0)
-        empty = self.length == 0
-        self.memory = None
+
+class _Least(NamedTuple):
+    """The second pass: for stages from `s` on, on layers from `i` on.
+
+    Attributes:
+        traffic: the least traffic.
+        squares: with it the least sum of squares of the numbers of layers.
+        end: where stage `s` ends then.
+    """
+
+    traffic: list[np.ndarray]
+    squares: list[np.ndarray]
+    end: list[np.ndarray]
+
+
+class _Partition:
+    """The tables of a task, and the cuts through them, as where each stage ends.
+
+    Attributes:
+        memory, costs, traffic: the tables of each stage. Spans without layers cost
+            infinity, and so do those that do not fit into their device.
+        best: the rows of the recurrence.
+    """
+
+    def __init__(self, task: PartitionTask) -> None:
+        self.task = task
+        stages, at = range(len(task.devices)), np.arange(task.layers + 1)
+        self._lengths = np.maximum(at[None, :] - at[:, None], 0)
+        empty = self._lengths == 0
+        self.memory: list[Table] | None = None
         if task.memory is not None:
-            self.memory = [
-                np.where(empty, np.inf, task.memory(s)) for s in range(self.stages)
-            ]
-        self.costs = []
-        for s, d in enumerate(task.devices):
-            bad = (
-                empty
-                if self.memory is None
-                else empty | (self.memory[s] > task.limits[d])
-            )
-            self.costs.append(np.where(bad, np.inf, task.cost(s)))
-        self.traffic = [task.traffic(s) for s in range(self.stages)]
-        self.best = _minmax(self.costs, count)
+            self.memory = [np.where(empty, np.inf, task.memory(s)) for s in stages]
+        self.costs: list[Table] = []
+        for s, device in enumerate(task.devices):
+            refused = empty
+            if self.memory is not None:
+                refused = empty | (self.memory[s] > task.limits[device])
+            self.costs.append(np.where(refused, np.inf, task.cost(s)))
+        self.traffic = [task.traffic(s) for s in stages]
+        self.best = _min_max(self.costs, task.layers)
 
-    def cheapest_way(self, cost: float) -> list[int]:
-        """Of the ways on which no stage costs more, the one with the least traffic, the
+    def cheapest_ends(self, cost: float) -> list[int]:
+        """Of the cuts in which no stage costs more, the one with the least traffic, the
         most even one, the first.
         """
-        choice = self._least(self._allowed(cost))[2]
         ends: list[int] = []
-        for row in choice:
-            ends.append(int(row[ends[-1] if ends else 0]))
+        for end in self.least(self.allowed(cost)).end:
+            ends.append(int(end[ends[-1] if ends else 0]))
         return ends
 
-    def overs(self, ends: Sequence[int]) -> list[float]:
+    def excess(self, ends: Sequence[int]) -> list[float]:
         """For each device by how much its stages exceed its limit."""
-        used = [-limit for limit in self.task.limits]
-        for s, (i, j) in enumerate(zip((0, *ends), ends, strict=False)):
-            used[self.task.devices[s]] += (
-                0.0 if self.memory is None else float(self.memory[s][i, j])
-            )
-        return used
+        over = [-limit for limit in self.task.limits]
+        if self.memory is None:
+            return over
+        for s, (start, end) in enumerate(itertools.pairwise((0, *ends))):
+            over[self.task.devices[s]] += float(self.memory[s][start, end])
+        return over
 
-    def shortage(self) -> Short:
-        """What is missing where even single stages do not fit."""
-        assert self.memory is not None
-        over = [
-            m - self.task.limits[d]
-            for m, d in zip(self.memory, self.task.devices, strict=True)
-        ]
-        rows = _minmax(
-            over, self.task.layers
-        )  # the end of the row is 0, and something is over in each cut
-        i, worst = 0, (0.0, 0)
-        for s, table in enumerate(over):
-            j = int(np.argmin(np.maximum(table[i], rows[s + 1])))
-            worst = max(worst, (float(table[i, j]), -s))
-            i = j
-        return Short(-worst[1], self.task.devices[-worst[1]], worst[0], True)
-
-    def search(self, nodes: int) -> tuple[int, ...] | Short:
-        """Branch and bound with the devices' limits: first the least cost, then the
-        least traffic at that cost.
+    def shortage(self) -> Shortage:
+        """What is missing where even single stages do not fit: in the cut whose worst
+        stage lacks least.
         """
-        search = _Search(self, nodes)
-        search.best, search.way = self._shared()
-        best, first, ended = search.run(self._by_cost)
-        if first is None:
-            (missing,), ends, _ = _Search(self, nodes // 10, limited=False).run(
-                self._by_shortage
-            )
-            overs = self.overs(ends or ())
-            return Short(None, overs.index(max(overs)), missing, ended)
-        allowed = self._allowed(best[0])
-        traffic, even, _ = self._least(allowed)
+        assert self.memory is not None
+        devices, limits = self.task.devices, self.task.limits
+        over = [m - limits[d] for m, d in zip(self.memory, devices, strict=True)]
+        ends = _min_max_ends(over, _min_max(over, self.task.layers))
+        missing = [
+            float(over[s][start, end])
+            for s, (start, end) in enumerate(itertools.pairwise((0, *ends)))
+        ]
+        worst = missing.index(max(missing))
+        return Shortage(worst, devices[worst], missing[worst], True)
 
-        def by_traffic(s: int, i: int, value: Value, over: np.ndarray) -> Branches:
-            del over
-            for j in range(self.task.layers, i, -1):
-                moved, square = (
-                    value[0] + self.traffic[s][i, j],
-                    value[1] + float(j - i) ** 2,
-                )
-                if not allowed[s][i, j]:
-                    yield (
-                        (moved + traffic[s + 1][j], square + even[s + 1][j]),
-                        j,
-                        (moved, square),
-                    )
+    def allowed(self, cost: float) -> list[Table]:
+        """For each stage 0 at the spans that cost no more, infinity at others."""
+        most = cost * (1 + _EQUAL)
+        return [np.where(table <= most, 0.0, np.inf) for table in self.costs]
 
-        _, second, _ = _Search(self, nodes).run(by_traffic)
-        return _sizes(first if second is None else second)
+    def least(self, allowed: Sequence[Table]) -> _Least:
+        """The second pass, over the spans that are allowed."""
+        count, lengths_squared = self.task.layers, self._lengths.astype(float) ** 2
+        nothing = np.full(count + 1, np.inf)
+        nothing[count] = 0.0
+        found = _Least([nothing], [nothing], [])
+        for table, moved in zip(reversed(allowed), reversed(self.traffic), strict=True):
+            traffic = table + moved + found.traffic[-1][None, :]
+            least = traffic.min(1)
+            squares = lengths_squared + found.squares[-1][None, :]
+            squares = np.where(traffic == least[:, None], squares, np.inf)
+            fewest = squares.min(1)
+            # Of the ends that are as good the last: argmax of the reversed row.
+            as_good = squares == fewest[:, None]
+            found.end.append(count - np.argmax(as_good[:, ::-1], axis=1))
+            found.traffic.append(least)
+            found.squares.append(fewest)
+        return _Least(*(rows[::-1] for rows in found))
 
-    def _shared(self) -> tuple[Value | None, list[int] | None]:
-        """The best of the ways on which each stage has an equal share of its device's
-        limit: a good one to begin with.
+    def with_equal_shares(self) -> list[int] | None:
+        """The best of the cuts in which each stage has an equal share of its device's
+        limit, if there is one: a good one for the search to begin with.
         """
         assert self.memory is not None
         devices, tables = self.task.devices, list[Table]()
         for table, memory, d in zip(self.costs, self.memory, devices, strict=True):
-            tables.append(
-                np.where(memory > self.task.limits[d] / devices.count(d), np.inf, table)
-            )
-        rows = _minmax(tables, self.task.layers)
-        if math.isinf(rows[0][0]):
-            return None, None
-        ends: list[int] = []
-        for s, table in enumerate(tables):
-            ends.append(
-                int(np.argmin(np.maximum(table[ends[-1] if ends else 0], rows[s + 1])))
-            )
-        return (float(rows[0][0]),), ends
+            share = self.task.limits[d] / devices.count(d)
+            tables.append(np.where(memory > share, np.inf, table))
+        rows = _min_max(tables, self.task.layers)
+        return None if math.isinf(rows[0][0]) else _min_max_ends(tables, rows)
 
-    def _by_cost(self, s: int, i: int, value: Value, over: np.ndarray) -> Branches:
-        del over
-        values = np.maximum(self.costs[s][i], value[0])
-        bounds = np.maximum(values, self.best[s + 1])
-        return (
-            ((float(bounds[j]),), int(j), (float(values[j]),))
-            for j in np.argsort(bounds, kind="stable")
+    def cost_of(self, ends: Sequence[int]) -> float:
+        """The cost of the most expensive stage of a cut."""
+        spans = enumerate(itertools.pairwise((0, *ends)))
+        return max(float(self.costs[s][start, end]) for s, (start, end) in spans)
+
+
+# --- the search for several stages on a device ---
+
+
+# What is minimized: a cost, or traffic and then evenness; compared as tuples.
+Value: TypeAlias = tuple[float, ...]
+
+
+class _Branch(NamedTuple):
+    """A way to end a stage.
+
+    Attributes:
+        bound: no cut that goes on from here has a lesser value.
+        end: where the stage ends.
+        value: of the stages so far.
+    """
+
+    bound: Value
+    end: int
+    value: Value
+
+
+class _Node(NamedTuple):
+    """Some first stages have been cut.
+
+    Attributes:
+        stage: the next one.
+        start: where it begins.
+        value: of the stages so far.
+        excess: for each end of the next stage by how much memory will be exceeded at
+            least.
+    """
+
+    stage: int
+    start: int
+    value: Value
+    excess: np.ndarray
+
+
+class _Found(NamedTuple):
+    """The best cut, if any, and whether all others have been ruled out."""
+
+    value: Value | None
+    ends: list[int] | None
+    complete: bool
+
+
+def _search(partition: _Partition, nodes: int) -> tuple[int, ...] | Shortage:
+    """Branch and bound with the devices' limits: first the least cost, then the least
+    traffic at that cost.
+    """
+    layers, costs, best = partition.task.layers, partition.costs, partition.best
+
+    def by_cost(node: _Node) -> Iterator[_Branch]:
+        values = np.maximum(costs[node.stage][node.start], node.value[0])
+        bounds = np.maximum(values, best[node.stage + 1])
+        for end in np.argsort(bounds, kind="stable"):
+            yield _Branch((float(bounds[end]),), int(end), (float(values[end]),))
+
+    def by_shortage(node: _Node) -> Iterator[_Branch]:
+        for end in np.argsort(node.excess, kind="stable"):
+            if end > node.start:
+                value = (float(node.excess[end]),)
+                yield _Branch(value, int(end), value)
+
+    nothing = _Found(None, None, False)
+    start = partition.with_equal_shares()
+    known = nothing
+    if start is not None:
+        known = _Found((partition.cost_of(start),), start, False)
+    cheapest = _Search(partition, nodes).run(by_cost, known)
+    if cheapest.value is None or cheapest.ends is None:
+        # Which cut lacks least, in fewer nodes: it is only for the message.
+        nearest = _Search(partition, nodes // 10, limited=False).run(
+            by_shortage, nothing
         )
+        assert nearest.value is not None
+        excess = partition.excess(nearest.ends or ())
+        device = excess.index(max(excess))
+        return Shortage(None, device, nearest.value[0], cheapest.complete)
+    allowed = partition.allowed(cheapest.value[0])
+    least = partition.least(allowed)
 
-    def _by_shortage(self, s: int, i: int, value: Value, over: np.ndarray) -> Branches:
-        del s, value
-        order = (j for j in np.argsort(over, kind="stable") if j > i)
-        return (((float(over[j]),), int(j), (float(over[j]),)) for j in order)
-
-    def _allowed(self, cost: float) -> list[Table]:
-        return [
-            np.where(table <= cost * (1 + _EQUAL), 0.0, np.inf) for table in self.costs
-        ]
-
-    def _least(
-        self, allowed: Sequence[Table]
-    ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-        """For stages from `s` on, on layers from `i` on: traffic, sum of squares, and
-        where stage `s` ends.
-        """
-        count, squares = self.task.layers, self.length.astype(np.float64) ** 2
-        traffic, even = [np.full(count + 1, np.inf)], [np.full(count + 1, np.inf)]
-        traffic[0][count] = even[0][count] = 0.0
-        choice: list[np.ndarray] = []
-        for table, moved in zip(reversed(allowed), reversed(self.traffic), strict=True):
-            sums = table + moved + traffic[-1][None, :]
-            least = sums.min(1)
-            second = np.where(
-                sums == least[:, None], squares + even[-1][None, :], np.inf
+    def by_traffic(node: _Node) -> Iterator[_Branch]:
+        s = node.stage
+        for end in range(layers, node.start, -1):
+            if allowed[s][node.start, end]:
+                continue
+            moved = node.value[0] + partition.traffic[s][node.start, end]
+            squares = node.value[1] + float(end - node.start) ** 2
+            bound = (
+                moved + least.traffic[s + 1][end],
+                squares + least.squares[s + 1][end],
             )
-            fewest = second.min(1)
-            # The last of the ends that are as good.
-            choice.append(
-                count - np.argmax((second == fewest[:, None])[:, ::-1], axis=1)
-            )
-            traffic.append(least)
-            even.append(fewest)
-        return traffic[::-1], even[::-1], choice[::-1]
+            yield _Branch(bound, end, (moved, squares))
+
+    leanest = _Search(partition, nodes).run(by_traffic, nothing)
+    return _sizes(cheapest.ends if leanest.ends is None else leanest.ends)
 
 
 class _Search:
-    """Depth first through the ways, at most so many nodes; `limited`: only those that
-    the devices have room for.
+    """Depth first through the cuts.
+
+    Arguments:
+        nodes: how many are visited at most.
+        limited: only those that the devices have room for.
     """
 
-    def __init__(self, solver: _Solver, nodes: int, limited: bool = True) -> None:
-        assert solver.memory is not None
-        self.memory, self.devices, self.left, self.limited = (
-            solver.memory,
-            solver.task.devices,
-            nodes,
-            limited,
-        )
-        self.limits = np.asarray(solver.task.limits)
+    def __init__(self, partition: _Partition, nodes: int, limited: bool = True) -> None:
+        assert partition.memory is not None
+        self._memory, self._devices = partition.memory, partition.task.devices
+        self._limits = np.asarray(partition.task.limits)
+        self._nodes_left, self._limited = nodes, limited
         # What the stages from `s` on need at least, on layers from `i` on: of each
         # device, and of all together.
-        count = solver.task.layers
-        self.floors = [np.zeros((len(self.limits), count + 1))]
-        self.sums = [np.where(np.arange(count + 1) == count, 0.0, np.inf)]
-        for table, d in zip(reversed(self.memory), reversed(self.devices), strict=True):
-            least = np.minimum.accumulate(table.min(1)[::-1])[
-                ::-1
-            ]  # of any span that begins there or later
-            row = self.floors[-1].copy()
-            row[d, :-1] = np.maximum(row[d, :-1], row[d, 1:]) + least[:-1]
-            row[d, -1] = np.inf
-            self.floors.append(row)
-            self.sums.append((table + self.sums[-1][None, :]).min(1))
-        self.best: Any = None
-        self.way: list[int] | None = None
-        self.floors.reverse()
-        self.sums.reverse()
+        count = partition.task.layers
+        self._least_of_each = [np.zeros((len(self._limits), count + 1))]
+        self._least_of_all = [np.where(np.arange(count + 1) == count, 0.0, np.inf)]
+        for table, d in zip(
+            reversed(self._memory), reversed(self._devices), strict=True
+        ):
+            # Of any span that begins at `i` or later.
+            least = np.minimum.accumulate(table.min(1)[::-1])[::-1]
+            each = self._least_of_each[-1].copy()
+            each[d, :-1] = np.maximum(each[d, :-1], each[d, 1:]) + least[:-1]
+            each[d, -1] = np.inf
+            self._least_of_each.append(each)
+            together = table + self._least_of_all[-1][None, :]
+            self._least_of_all.append(together.min(1))
+        self._least_of_each.reverse()
+        self._least_of_all.reverse()
 
     def run(
-        self, branches: Callable[[int, int, Value, np.ndarray], Branches]
-    ) -> tuple[Any, list[int] | None, bool]:
-        """The least value, the first way that has it, and whether the search ended by
-        itself.
+        self,
+        branches: Callable[[_Node], Iterator[_Branch]],
+        known: _Found,
+    ) -> _Found:
+        """The least value, and the first cut that has it.
+
+        Arguments:
+            branches: the ways to go on, by which the search is led.
+            known: a cut to begin with; only better ones are looked for.
         """
-        self.branches = branches
-        self._visit(0, [], (0.0, 0.0), np.zeros(len(self.limits)))
-        return self.best, self.way, self.left > 0
+        self._branches, self._best = branches, known
+        self._visit(0, [], (0.0, 0.0), np.zeros(len(self._limits)))
+        return self._best._replace(complete=self._nodes_left > 0)
 
     def _visit(self, s: int, ends: list[int], value: Value, used: np.ndarray) -> None:
-        if s == len(self.devices):
-            self.best, self.way = value, ends
+        """Cut the stages from `s` on; `used` is what each device holds so far."""
+        if s == len(self._devices):
+            self._best = _Found(value, ends, False)
             return
-        i, d = ends[-1] if ends else 0, self.devices[s]
-        need = used[:, None] + self.floors[s + 1]
-        need[d] += self.memory[s][i]
-        over = (need - self.limits[:, None]).max(0)
-        together = used.sum() + self.memory[s][i] + self.sums[s + 1]
-        over = np.maximum(over, (together - self.limits.sum()) / len(self.limits))
-        for bound, j, new in self.branches(s, i, value, over):
-            if self.left <= 0 and (self.limited or self.best is not None):
+        start, device = ends[-1] if ends else 0, self._devices[s]
+        excess = self._excess(s, start, used)
+        for bound, end, new in self._branches(_Node(s, start, value, excess)):
+            best = self._best.value
+            if self._nodes_left <= 0 and (self._limited or best is not None):
                 return
-            if (
-                math.isinf(bound[0])
-                or (self.limited and over[j] > 0)
-                or (self.best is not None and bound >= self.best)
-            ):
+            too_large = self._limited and excess[end] > 0
+            no_better = best is not None and bound >= best
+            if too_large or no_better or math.isinf(bound[0]):
                 continue
-            self.left -= 1
+            self._nodes_left -= 1
             then = used.copy()
-            then[d] += self.memory[s][i, j]
-            self._visit(s + 1, [*ends, j], new, then)
+            then[device] += self._memory[s][start, end]
+            self._visit(s + 1, [*ends, end], new, then)
+
+    def _excess(self, s: int, start: int, used: np.ndarray) -> np.ndarray:
+        """For each end of stage `s` by how much memory will be exceeded at least: on
+        one of the devices, or in the mean of all.
+        """
+        stage = self._memory[s][start]
+        need = used[:, None] + self._least_of_each[s + 1]
+        need[self._devices[s]] += stage
+        on_one = (need - self._limits[:, None]).max(0)
+        together = used.sum() + stage + self._least_of_all[s + 1]
+        return np.maximum(on_one, (together - self._limits.sum()) / len(self._limits))

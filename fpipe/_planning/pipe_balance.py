@@ -1,27 +1,46 @@
-"""What `Pipe(balance=..., sample=...)` was given, as layers per stage."""
+"""What `Pipe(balance=..., sample=...)` was given, as layers per stage.
 
+balance         sample   the layers of each stage
+None            None     as even as possible in number
+[2, 3]          None     as given
+None, "flops"   x        found by what the layers cost on the batch `x`
+"""
+
+import dataclasses
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from fpipe._core.pytrees import PyTree
+from fpipe._executors.call import Args
 from fpipe._executors.placement import Placement
 from fpipe._executors.scheduling import Scheduling
 from fpipe._model.model import Model
+from fpipe._model.needs import call_needs
 from fpipe._model.remat import Remat
-from fpipe._planning.balance import balanced
-from fpipe._planning.layer_costs import UNITS, costs_of
+from fpipe._planning.balance import best_balance, stage_devices
+from fpipe._planning.hardware import Hardware
+from fpipe._planning.layer_costs import UNITS, Gauge, costs_of
 
 
-def given_balance(
-    balance: Any,
-    sample: PyTree,
-    model: Model,
-    scheduling: Scheduling,
-    remat: Remat,
-    places: Sequence[Placement],
-    chunks: int,
-) -> tuple[int, ...]:
+@dataclasses.dataclass(frozen=True)
+class UncutPipe:
+    """What a pipe consists of before it is cut into stages."""
+
+    model: Model
+    scheduling: Scheduling
+    remat: Remat
+    placements: tuple[Placement, ...]
+    chunks: int
+
+    @property
+    def stages(self) -> int:
+        """How many it will have if nobody says."""
+        layers = len(self.model.layers)
+        return self.scheduling.stages(len(self.placements), self.chunks, layers)
+
+
+def given_balance(balance: Any, sample: PyTree, pipe: UncutPipe) -> tuple[int, ...]:
     """Layers per stage: those that were given, found by a sample, or as even as
     possible.
 
@@ -29,23 +48,15 @@ def given_balance(
         TypeError, ValueError: they are none for this model.
     """
     if sample is not None or (isinstance(balance, str) and balance in UNITS):
-        return _found(balance, sample, model, scheduling, remat, places, chunks)
-    count = len(model.layers)
+        return _found(balance, sample, pipe)
+    layers = len(pipe.model.layers)
     if balance is None:
-        several = scheduling.stages(len(places), chunks, count)
-        return tuple(count // several + (s < count % several) for s in range(several))
-    return _checked(balance, count)
+        each, rest = divmod(layers, pipe.stages)
+        return tuple(each + (s < rest) for s in range(pipe.stages))
+    return _checked(balance, layers)
 
 
-def _found(
-    balance: Any,
-    sample: PyTree,
-    model: Model,
-    scheduling: Scheduling,
-    remat: Remat,
-    places: Sequence[Placement],
-    chunks: int,
-) -> tuple[int, ...]:
+def _found(balance: Any, sample: PyTree, pipe: UncutPipe) -> tuple[int, ...]:
     """Layers per stage by what a sample says that they cost."""
     call, by = f"`Pipe(balance={balance!r})`", "flops" if balance is None else balance
     if not isinstance(by, str) or by not in UNITS:
@@ -58,16 +69,20 @@ def _found(
             f"{call}: a batch, or its shapes, is needed to find a balance: `Pipe(..., "
             "sample=x)`"
         )
-    if model.needing("side"):
+    if pipe.model.needing("side"):
         raise ValueError(
             f"{call} and `sample`: layers ask for side inputs; write "
             "`balance=fpipe.balance(layers, x, side=side, ...)`"
         )
-    costs = costs_of(
-        model, sample, by, None, chunks, None, remat, device=places[0].device
+    # As a step that trains is traced.
+    args = Args(None, sample, needs=call_needs(train=True))
+    gauge = Gauge(by, pipe.placements[0].device)
+    costs = costs_of(pipe.model, args, pipe.chunks, pipe.remat, gauge)
+    stage_to_device = stage_devices(
+        costs, pipe.scheduling, pipe.stages, len(pipe.placements)
     )
-    stages = scheduling.stages(len(places), chunks, len(model.layers))
-    return balanced(costs, scheduling, stages, len(places), by == "memory")
+    by_memory = by == "memory"
+    return best_balance(costs, pipe.scheduling, stage_to_device, Hardware(), by_memory)
 
 
 def _checked(balance: Any, count: int) -> tuple[int, ...]:

@@ -1,10 +1,21 @@
-"""`Prediction`: what a call will take, as numbers, as text and as JSON."""
+"""`Prediction`: what a call will take, as numbers, as text and as JSON.
+
+It has a `StageRow` for each stage, a `DeviceRow` for each device, a schedule and a
+timeline, and prints as
+
+    3 stages on 3 devices, 4 microbatches, eager_1f1b, …   a line or two of totals
+    stage  device  layers      parameters  F kFLOP …       a row for each stage
+    device         peak KiB    parameters  gradients …     a row for each device
+    …                                                      the timeline, drawn
+    - stage 0 takes 2.0 times …                            advice
+"""
 
 import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from fpipe._planning.text import byte_unit, counted, quantity, scaled, size, table
 from fpipe.schedules import Schedule, Timeline, draw
 
 
@@ -174,118 +185,60 @@ class Prediction:
     def __str__(self) -> str:
         scale, unit = scaled(self.step, self.unit)
         events = tuple(
-            e._replace(start=e.start / scale, end=e.end / scale)
-            for e in self.timeline.events
+            event._replace(start=event.start / scale, end=event.end / scale)
+            for event in self.timeline.events
         )
-        timeline = dataclasses.replace(
-            self.timeline, events=events, name=f"{self.timeline.name}, in {unit}"
-        )
-        picture = draw(timeline, fit=True)
-        parts = [self._head(), self._stages(), self._memory(), picture]
-        return "\n\n".join([*parts, *([self._advice()] if self.warnings else [])])
-
-    def _head(self) -> str:
-        # A place may have several devices, and a device several places.
-        ideal = (
-            sum(row.total for row in self.stages)
-            * self.microbatches
-            / len(self.schedule.actions)
-        )
-        return (
-            f"{_count(self.stages, 'stage')} on {_count(self.devices, 'device')}, "
-            f"{self.microbatches} microbatch{'' if self.microbatches == 1 else 'es'}, "
-            f"{self.schedule.name}, "
-            f'checkpoint "{self.checkpoint}", executor "{self.executor}"\n'
-            f"step {quantity(self.step, self.unit)}, "
-            f"{self.step / ideal if ideal else 1:.2f} times an even share of the work; "
-            f"bubble {self.bubble:.1%}; peak {size(self.peak)}"
-        )
-
-    def _stages(self) -> str:
-        kinds = [
-            kind for kind in "FBIW" if any(kind in row.work for row in self.stages)
-        ]
-        scale, unit = scaled(
-            max((row.total for row in self.stages), default=0.0), self.unit
-        )
-        head = [
-            "stage",
-            "device",
-            "layers",
-            "parameters",
-            *(f"{kind} {unit}" for kind in kinds),
-            "boundary",
-            "skips out",
-            "skips in",
-        ]
-        rows = [
-            [
-                str(row.stage),
-                str(row.device),
-                _span(row),
-                f"{row.params:,}",
-                *(
-                    f"{row.work[kind] / scale:.2f}" if kind in row.work else ""
-                    for kind in kinds
-                ),
-                size(row.boundary) if row.boundary else "",
-                ", ".join(
-                    f"{c.name} to {c.stage} ({size(c.bytes)})" for c in row.stashed
-                ),
-                ", ".join(f"{c.name} from {c.stage}" for c in row.popped),
-            ]
-            for row in self.stages
-        ]
-        return table(head, rows, left=(2, len(head) - 2, len(head) - 1))
-
-    def _memory(self) -> str:
-        roles = list(
-            dict.fromkeys(
-                role for row in self.devices for role in row.memory if row.memory[role]
-            )
-        )
-        unit, name = byte_unit(self.peak)
-
-        def show(count: int) -> str:
-            return f"{count / unit:.2f}"
-
-        limits = any(row.limit is not None for row in self.devices)
-        head = [
-            "device",
-            "",
-            f"peak {name}",
-            *(["limit"] if limits else []),
-            *roles,
-            "when",
-        ]
-        rows = [
-            [
-                str(row.device),
-                row.name,
-                show(row.peak),
-                *([show(row.limit) if row.limit is not None else ""] if limits else []),
-                *(show(row.memory.get(role, 0)) for role in roles),
-                row.doing,
-            ]
-            for row in self.devices
-        ]
-        note = (
-            ""
-            if self.compiled
-            else "\nwithout what programs need for themselves: plan(..., "
-            "compiled=True) has it"
-        )
-        return table(head, rows, left=(1, len(head) - 1)) + note
-
-    def _advice(self) -> str:
-        return "\n".join(f"- {text}" for text in self.warnings)
+        name = f"{self.timeline.name}, in {unit}"
+        timeline = dataclasses.replace(self.timeline, events=events, name=name)
+        parts = [_head(self), _stage_table(self), _device_table(self)]
+        parts.append(draw(timeline, fit=True))
+        if self.warnings:
+            parts.append("\n".join(f"- {text}" for text in self.warnings))
+        return "\n\n".join(parts)
 
 
-def _count(rows: tuple[Any, ...], what: str) -> str:
-    return f"{len(rows)} {what}{'' if len(rows) == 1 else 's'}"
+def _head(prediction: Prediction) -> str:
+    """What runs, and its totals."""
+    work = sum(row.total for row in prediction.stages) * prediction.microbatches
+    # By the devices of the schedule: a stage may live on several of the real ones.
+    even_share = work / prediction.schedule.devices
+    times = prediction.step / even_share if even_share else 1
+    return (
+        f"{counted(len(prediction.stages), 'stage')} on "
+        f"{counted(len(prediction.devices), 'device')}, "
+        f"{counted(prediction.microbatches, 'microbatch', 'es')}, "
+        f"{prediction.schedule.name}, checkpoint "
+        f'"{prediction.checkpoint}", executor "{prediction.executor}"\n'
+        f"step {quantity(prediction.step, prediction.unit)}, "
+        f"{times:.2f} times an even share of the work; "
+        f"bubble {prediction.bubble:.1%}; peak {size(prediction.peak)}"
+    )
 
 
-def _span(row: StageRow, most: int = 36) -> str:
+def _stage_table(prediction: Prediction) -> str:
+    """A line for each stage."""
+    stages = prediction.stages
+    kinds = [kind for kind in "FBIW" if any(kind in row.work for row in stages)]
+    most = max((row.total for row in stages), default=0.0)
+    scale, unit = scaled(most, prediction.unit)
+    head = ["stage", "device", "layers", "parameters"]
+    head += [f"{kind} {unit}" for kind in kinds]
+    head += ["boundary", "skips out", "skips in"]
+    rows = []
+    for row in stages:
+        cells = [str(row.stage), str(row.device), _layers(row), f"{row.params:,}"]
+        for kind in kinds:
+            known = kind in row.work
+            cells.append(f"{row.work[kind] / scale:.2f}" if known else "")
+        out = [f"{c.name} to {c.stage} ({size(c.bytes)})" for c in row.stashed]
+        into = [f"{c.name} from {c.stage}" for c in row.popped]
+        cells.append(size(row.boundary) if row.boundary else "")
+        cells += [", ".join(out), ", ".join(into)]
+        rows.append(cells)
+    return table(head, rows, left=(2, len(head) - 2, len(head) - 1))
+
+
+def _layers(row: StageRow, most: int = 36) -> str:
     """The layers by number, and as many names as there is room for."""
     count = len(row.layers)
     numbers = str(row.first) if count == 1 else f"{row.first}-{row.first + count - 1}"
@@ -293,50 +246,26 @@ def _span(row: StageRow, most: int = 36) -> str:
     return f"{numbers} {names if len(names) <= most else names[: most - 1] + '…'}"
 
 
-def byte_unit(count: float) -> tuple[int, str]:
-    """The unit in which so many bytes are readable."""
-    units = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
-    return next(((unit, name) for unit, name in units if count >= unit), (1, "B"))
-
-
-def size(count: float) -> str:
-    """Bytes with their unit."""
-    unit, name = byte_unit(count)
-    return f"{count / unit:.3g} {name}"
-
-
-def scaled(value: float, unit: str) -> tuple[float, str]:
-    """A scale in which a value is readable, and its name."""
-    steps = (
-        (
-            (1e15, "PFLOP"),
-            (1e12, "TFLOP"),
-            (1e9, "GFLOP"),
-            (1e6, "MFLOP"),
-            (1e3, "kFLOP"),
-            (1.0, "FLOP"),
+def _device_table(prediction: Prediction) -> str:
+    """A line for each device."""
+    devices = prediction.devices
+    roles = list(
+        dict.fromkeys(
+            role for row in devices for role in row.memory if row.memory[role]
         )
-        if unit == "FLOP"
-        else ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
     )
-    return next(((size, name) for size, name in steps if value >= size), steps[-1])
-
-
-def quantity(value: float, unit: str) -> str:
-    """A value with its unit."""
-    scale, name = scaled(value, unit)
-    return f"{value / scale:.3g} {name}"
-
-
-def table(head: list[str], rows: list[list[str]], left: tuple[int, ...] = ()) -> str:
-    """Columns as wide as they need to be; those that are empty are left out."""
-    kept = [n for n in range(len(head)) if any(row[n] for row in rows)]
-    widths = {n: max(len(row[n]) for row in (head, *rows)) for n in kept}
-    lines = []
-    for row in (head, *rows):
-        cells = [
-            row[n].ljust(widths[n]) if n in left else row[n].rjust(widths[n])
-            for n in kept
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    unit, name = byte_unit(prediction.peak)
+    head = ["device", "", f"peak {name}", "limit", *roles, "when"]
+    rows = []
+    for row in devices:
+        limit = "" if row.limit is None else f"{row.limit / unit:.2f}"
+        cells = [str(row.device), row.name, f"{row.peak / unit:.2f}", limit]
+        cells += [f"{row.memory.get(role, 0) / unit:.2f}" for role in roles]
+        rows.append([*cells, row.doing])
+    text = table(head, rows, left=(1, len(head) - 1))
+    if prediction.compiled:
+        return text
+    return (
+        f"{text}\nwithout what programs need for themselves: plan(..., "
+        "compiled=True) has it"
+    )

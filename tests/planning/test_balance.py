@@ -20,8 +20,8 @@ import fpipe
 from fpipe._executors.placed.instructions import Run
 from fpipe._executors.scheduling import Scheduling
 from fpipe._planning.costs import Sent
-from fpipe._planning.partition import Short, Task, arriving, best_cut, leaving, total
-from fpipe._planning.tables import Tables
+from fpipe._planning.partition import PartitionTask, Shortage, best_cut
+from fpipe._planning.span_tables import SpanTables, arriving, leaving, summed
 from tests.helpers import (
     Case,
     add,
@@ -78,7 +78,7 @@ class Puzzle:
     """A small task, as lists."""
 
     times: list[int]
-    sends: list[tuple[int, list[int], int]]
+    sends: list[Sent]
     places: list[int]
     speeds: list[int]
     bytes: list[int]
@@ -88,11 +88,13 @@ class Puzzle:
     def task(self):
         count = len(self.times)
         received, sent = arriving(count, self.sends), leaving(count, self.sends)
-        memory = total(self.bytes) + received
-        return Task(
+        memory = summed(self.bytes) + received
+        return PartitionTask(
             count,
             tuple(self.places),
-            lambda s: total(self.times) / self.speeds[self.places[s]] + received + sent,
+            lambda s: (
+                summed(self.times) / self.speeds[self.places[s]] + received + sent
+            ),
             lambda s: received * (1 + s),
             None if self.limits is None else lambda s: memory * (1 + s % 2),
             tuple(self.limits or [math.inf] * len(self.speeds)),
@@ -138,12 +140,12 @@ def puzzles(draw):
     places = draw(
         st.permutations([*range(devices), *some(0, devices - 1, stages - devices)])
     )
-    sends = [(k, [k + 1], b) for k, b in enumerate(some(0, 3, layers - 1))]
+    sends = [Sent(k, (k + 1,), b) for k, b in enumerate(some(0, 3, layers - 1))]
     for _ in range(draw(st.integers(0, 3)) if layers > 1 else 0):
         ends = draw(
             st.lists(st.integers(0, layers - 1), min_size=2, max_size=4, unique=True)
         )
-        sends.append((ends[0], ends[1:], draw(st.integers(0, 5))))
+        sends.append(Sent(ends[0], tuple(ends[1:]), draw(st.integers(0, 5))))
     times = [6 * t for t in some(0, 4, layers)]  # divided by speeds they stay whole
     limits = some(3, 40, devices) if draw(st.booleans()) else None
     return Puzzle(
@@ -163,7 +165,7 @@ def test_the_cut_is_the_one_that_brute_force_finds(puzzle):
     if fitting:
         assert found == min(fitting, key=lambda sizes: keys[sizes][0])
         return
-    assert isinstance(found, Short)
+    assert isinstance(found, Shortage)
     assert found.proven
     if found.stage is None or len(set(puzzle.places)) == len(puzzle.places):
         assert found.missing == min(over for _, over in keys.values())
@@ -177,7 +179,7 @@ def test_a_search_that_is_cut_short_says_so():
     assert isinstance(found, tuple)
     assert puzzle.key(found)[1] <= 0
     given_up = best_cut(puzzle.task, nodes=1)
-    assert isinstance(given_up, Short)
+    assert isinstance(given_up, Shortage)
     assert not given_up.proven
 
 
@@ -237,7 +239,7 @@ def test_traffic_counts_where_there_is_a_bandwidth():
 
 def test_stages_of_one_device_send_each_other_nothing():
     known = costs([1, 1, 1, 1], boundaries=[8, 4, 8, 0], checkpoint="never")
-    tables = Tables(known, (0, 1, 1, 0), Scheduling.of("gpipe"), 0.0)
+    tables = SpanTables(known, (0, 1, 1, 0), Scheduling.of("gpipe"), 0.0)
     assert [tables.received(s)[s, s + 1] for s in range(4)] == [0, 8, 0, 8]
     assert [tables.link(s)[s, s + 1] for s in range(4)] == [8, 8, 8, 8]
 
@@ -572,7 +574,8 @@ def test_skips_of_a_u_net_and_borrowed_weights():
     assert known.skips == (Sent(0, (5,), 3 * 4 * 4), Sent(2, (4,), 3 * 4 * 4))
     assert known.borrowed == ()
     tied = fpipe.layer_costs(models()["tied"], shape(6, 4))
-    assert tied.borrowed == (Sent(0, (3,), 4 * (16 + 4)),)
+    # Of two arrays one is read.
+    assert tied.borrowed == (Sent(0, (3,), 4 * 16),)
     # The inner pair stays together where bytes are dear.
     dear = dataclasses.replace(
         known,
@@ -703,7 +706,7 @@ def test_a_pipe_holds_no_more_than_the_balance_says(schedule, checkpoint):
         max(sum(n for _, n in now[d].values()) for _, now in moments) for d in range(3)
     ]
     known = fpipe.layer_costs(layers, case.x, chunks=5, checkpoint=checkpoint)
-    tables = Tables(known, (0, 1, 2), Scheduling.of(schedule), 0.0)
+    tables = SpanTables(known, (0, 1, 2), Scheduling.of(schedule), 0.0)
     for s, (i, j) in enumerate(spans(balance)):
         says = tables.memory(s)[i, j]
         inside = (
@@ -714,7 +717,7 @@ def test_a_pipe_holds_no_more_than_the_balance_says(schedule, checkpoint):
             * (tables.before + tables.behind + tables.skips_in + tables.skips_out)[i, j]
         )
         there = (
-            sum(tables.waits(s).there) * 2 * 4 * 4
+            sum(tables.holding(s).arrived) * 2 * 4 * 4
         )  # the other executor's places to wait
         assert most[s] <= says <= most[s] + inside + ends + there
 
@@ -723,7 +726,7 @@ def test_microbatches_that_a_stage_holds_are_the_schedules():
     known = costs([1] * 4, microbatches=8)
     live = {
         name: tuple(
-            Tables(known, (0, 1, 2, 3), Scheduling.of(name), 0.0).waits(s).live
+            SpanTables(known, (0, 1, 2, 3), Scheduling.of(name), 0.0).holding(s).live
             for s in range(4)
         )
         for name in ("gpipe", "1f1b", "eager_1f1b", "zb_h1")
@@ -740,16 +743,16 @@ def test_what_goes_from_stage_to_stage_waits_where_it_goes_or_where_it_was_made(
     known = costs([1] * 4, microbatches=8, skips=(Sent(0, (3,), 1),))
 
     def waits(name):
-        tables = Tables(known, (0, 1, 2, 3), Scheduling.of(name), 0.0)
-        return [tables.waits(s) for s in range(4)]
+        tables = SpanTables(known, (0, 1, 2, 3), Scheduling.of(name), 0.0)
+        return [tables.holding(s) for s in range(4)]
 
     # What a stage before holds and this one does not yet: boundaries of the one before,
     # skips of the first.
-    assert [w.there[:2] for w in waits("1f1b")] == [(0, 0), (1, 1), (1, 2), (1, 3)]
+    assert [w.arrived[:2] for w in waits("1f1b")] == [(0, 0), (1, 1), (1, 2), (1, 3)]
     # A skip of microbatch i is made at i + 1 and read by stage 3 at i + 3; backwards
     # take 2.
-    assert [w.here[1] for w in waits("gpipe")] == [0, 0, 1, 2]
-    assert [w.here[3] for w in waits("gpipe")] == [2, 1, 0, 0]
+    assert [w.made[1] for w in waits("gpipe")] == [0, 0, 1, 2]
+    assert [w.made[3] for w in waits("gpipe")] == [2, 1, 0, 0]
 
 
 def test_by_memory_stages_need_about_the_same():
@@ -758,7 +761,7 @@ def test_by_memory_stages_need_about_the_same():
     assert known.forward == known.backward == (0.0,) * 4
 
     def most(sizes):
-        tables = Tables(known, (0, 1), Scheduling.of("eager_1f1b"), 2.0)
+        tables = SpanTables(known, (0, 1), Scheduling.of("eager_1f1b"), 2.0)
         return max(tables.memory(s)[i, j] for s, (i, j) in enumerate(spans(sizes)))
 
     best = min(cuts(4, 2), key=most)
@@ -882,7 +885,7 @@ WRONG = [
     (
         {"layers": [1] * 4, "stages": 2, "speeds": [1]},
         ValueError,
-        "1 numbers for 2 devices",
+        "a number more than 0, or one for each of 2 devices",
     ),
     (
         {"layers": [1] * 4, "stages": 2, "speeds": [1, 0]},

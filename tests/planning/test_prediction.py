@@ -20,12 +20,12 @@ from fpipe._executors.call import Args
 from fpipe._executors.placed import dispatch
 from fpipe._executors.placed.instructions import Free
 from fpipe._executors.placed.memory import levels
+from fpipe._executors.placed.plan_data import kept_slots
 from fpipe._executors.placed.threads import issue
 from fpipe._model.loss import as_loss
 from fpipe._model.stages import TARGETS
 from fpipe._model.stages import X as XPORT
-from fpipe._planning.predict import _kept
-from fpipe._planning.prediction import size
+from fpipe._planning.text import size
 from tests.helpers import add, counter, dense, dropout, keep, look, mse, raises
 
 ROWS, WIDTH = 16, 4
@@ -230,7 +230,7 @@ def test_inputs_that_lie_elsewhere_are_copied_and_freed():
     for x, target in ((here, there), (here, here), (here.__array__(), there), (X, X)):
         args = Args(tuple(p.tree for p in params), x, (target,))
         bound = pipe._placed.bound(args, loss, (0,))
-        *_, (_, now) = levels(bound.plan, bound.shapes, _kept(bound, args))
+        *_, (_, now) = levels(bound.plan, bound.shapes, kept_slots(bound, args))
         inputs = {place.device: roles.get("inputs", 0) for place, roles in now.items()}
         left.append([inputs[d] >= ROWS * WIDTH * 4 for d in pipe.devices])
     assert left == [
@@ -392,7 +392,7 @@ def test_an_uneven_cut_is_told_with_a_better_one():
 
 
 def test_a_balance_is_better_if_it_recomputes_less():
-    """The last stage recomputes nothing, so it is the place for the dearest layer."""
+    """The last stage recomputes nothing, so it is the place for the most expensive layer."""
     wide = fpipe.Layer(
         lambda p, x: jnp.tanh(x @ p) @ p.T,
         lambda key, x: jnp.ones((WIDTH, 400)),
@@ -400,7 +400,9 @@ def test_a_balance_is_better_if_it_recomputes_less():
     )
     layers = [dense(), dense(), wide, dense()]
     told = fpipe.Pipe(layers, [1, 2, 1], chunks=8).plan(None, X).warnings
-    assert any("balance=[1, 1, 2] makes the dearest" in text for text in told), told
+    assert any("balance=[1, 1, 2] makes the most expensive" in text for text in told), (
+        told
+    )
     better = fpipe.Pipe(layers, [1, 1, 2], chunks=8).plan(None, X)
     assert any("no other balance is better" in text for text in better.warnings)
     assert (
@@ -533,7 +535,10 @@ def test_wrong_arguments():
         "`pipe.plan(memory=-1)`: a number more than 0, or one for each of 2 devices",
     ):
         pipe.plan(None, X, memory=-1)
-    with raises(ValueError, "`pipe.plan(optimizer=-1)`: a number, 0 or more"):
+    with raises(
+        ValueError,
+        "`pipe.plan(optimizer=-1)`: bytes of state for each byte of parameters, 0 or more",
+    ):
         pipe.plan(None, X, optimizer=-1)
     text = 'seconds cannot be weighed against FLOPs: give `speed=` too, in FLOP/s, or by="time"'
     with raises(ValueError, f"`pipe.plan(latency=..., bandwidth=...)`: {text}"):

@@ -33,7 +33,9 @@ from fpipe._executors.call import Args, Result, check_params
 from fpipe._executors.placed.dispatch import Bound, Dispatch, bind
 from fpipe._executors.placed.instructions import Half, Plan
 from fpipe._executors.placed.lower import lower
+from fpipe._executors.placed.plan_data import plan_data
 from fpipe._executors.placement import Placement
+from fpipe._executors.plan_data import PlanData
 from fpipe._executors.programs import Layout
 from fpipe._executors.progress import Progress
 from fpipe._executors.protocol import FirstHalf
@@ -228,6 +230,18 @@ class Placed:
         return self._find(
             kind, args, loss, wanted, params, self._packs(args), _type_or_shape
         )
+
+    def plan_data(
+        self, args: Args, loss: Loss, argnums: tuple[int, ...], compiled: bool
+    ) -> PlanData:
+        """What a call with a loss tells for a prediction.
+
+        Arguments:
+            args: arrays or their shapes.
+            compiled: whether to compile the programs, for the memory that they need.
+        """
+        bound = self.bound(args, loss, argnums)
+        return plan_data(bound, args, self.scheduling, self._remat, compiled)
 
     # --- plans ---
 

@@ -14,7 +14,7 @@ from fpipe._executors.placed.memory import peaks
 from fpipe._executors.placement import Placement
 from fpipe._executors.plan_data import DeviceMemory, PlanData, Work
 from fpipe._executors.scheduling import Scheduling
-from fpipe._model.microbatch import Cut
+from fpipe._model.microbatch import cut_inputs
 from fpipe._model.needs import TABLE, Giver, Share
 from fpipe._model.remat import Remat
 from fpipe._model.stages import Leaf, Port
@@ -24,7 +24,6 @@ from fpipe.schedules import Kind
 def plan_data(
     bound: Bound,
     args: Args,
-    cut: Cut,
     scheduling: Scheduling,
     remat: Remat,
     compiled: bool,
@@ -34,17 +33,19 @@ def plan_data(
     Arguments:
         bound: the plan.
         args: what the call is given, arrays or their shapes.
-        cut: how its inputs are cut.
         compiled: whether to compile the programs, for the memory that they need for
             themselves.
     """
+    # As many chunks as there are microbatches cut a batch as it was cut.
+    microbatches = bound.plan.schedule.microbatches
+    columns = cut_inputs(args.inputs, microbatches).columns
     return PlanData(
         executor="placed",
         stages=bound.layout.stages,
         schedule=bound.plan.schedule,
         scheduling=scheduling,
         remat=remat,
-        microbatch_rows=next(iter(cut.columns), ()),
+        microbatch_rows=next(iter(columns), ()),
         work=_work(bound),
         devices=_memory(bound, args, compiled),
         warnings=bound.plan.warnings,
@@ -54,18 +55,14 @@ def plan_data(
 def _work(bound: Bound) -> dict[tuple[Kind, int], tuple[Work, ...]]:
     """The program of each kind of action on each stage, for its first microbatch."""
     found: dict[tuple[Kind, int], tuple[Work, ...]] = {}
-    instructions = bound.plan.instructions
-    for number, _, traced, _ in traced_runs(bound.plan, bound.shapes):
-        run = instructions[number]
+    for traced in traced_runs(bound.plan, bound.shapes):
+        run = bound.plan.instructions[traced.number]
         assert isinstance(run, Run)
-        if run.action is None or (run.action.kind, run.action.stage) in found:
+        action, code = run.action, run.code
+        if action is None or code is None or (action.kind, action.stage) in found:
             continue
-        function: Any = run.call
-        arguments = tuple(
-            jax.ShapeDtypeStruct(info.shape, info.dtype) for info in traced.args_info[0]
-        )
-        work = Work(function.__wrapped__.code, function, arguments, run.placement)
-        found[run.action.kind, run.action.stage] = (work,)
+        work = Work(code, run.call, traced.key.shapes, run.placement)
+        found[action.kind, action.stage] = (work,)
     return found
 
 

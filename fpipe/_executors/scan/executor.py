@@ -21,6 +21,7 @@ from fpipe._core.pytrees import (
     PyTree,
     Shape,
     aval,
+    eval_shape,
     fill_gradient,
     is_inexact,
     is_traced,
@@ -28,6 +29,7 @@ from fpipe._core.pytrees import (
 )
 from fpipe._core.settings import settings
 from fpipe._executors.call import Args, Result
+from fpipe._executors.plan_data import PlanData
 from fpipe._executors.progress import Progress
 from fpipe._executors.protocol import FirstHalf
 from fpipe._executors.pull_back import differentiable_call, whole_cotangent
@@ -47,6 +49,7 @@ from fpipe._executors.scan.lower import lower
 from fpipe._executors.scan.mesh import AXIS, DATA, by_stage, on_mesh, replicated
 from fpipe._executors.scan.packing import Packed, Packing
 from fpipe._executors.scan.parameters import Parameters
+from fpipe._executors.scan.plan_data import plan_data
 from fpipe._executors.scan.step import Step
 from fpipe._executors.scheduling import Scheduling
 from fpipe._model.loss import Loss
@@ -217,21 +220,27 @@ class Scan:
             progress(1, 1)
         return 1
 
-    def compiled_bytes(self, step: Step, args: Args) -> int:
-        """What the compiled program of a call with a loss needs on each device: all
-        that goes in and out, and its own.
-        """
-        analysis = step.loss.lower(*self._arrays(args)).compile().memory_analysis()
-        sizes = (
-            analysis.argument_size_in_bytes,
-            analysis.output_size_in_bytes,
-            analysis.temp_size_in_bytes,
-        )
-        return sum(sizes) - analysis.alias_size_in_bytes
+    def plan_data(
+        self, args: Args, loss: Loss, argnums: tuple[int, ...], compiled: bool
+    ) -> PlanData:
+        """What a call with a loss tells for a prediction.
 
-    def step(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Step:
-        """The program of a call with a loss, from the cache or new."""
-        return self._loss_step(args, loss, argnums)
+        Arguments:
+            args: arrays or their shapes, of parameters as for the plain composition.
+            compiled: whether to compile the program, for the memory that it needs.
+        """
+        args = args._replace(params=eval_shape(self.place, args.params))
+        step = self._loss_step(args, loss, argnums)
+        size = None
+        if compiled:
+            program = step.loss.lower(*self._arrays(args)).compile()
+            analysis = program.memory_analysis()
+            size = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
+            size += analysis.temp_size_in_bytes - analysis.alias_size_in_bytes
+        schedule = self.schedule(step.m)
+        return plan_data(
+            step, self.stages, schedule, self.scheduling, self._remat, size
+        )
 
     # --- programs ---
 

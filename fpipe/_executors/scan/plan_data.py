@@ -5,11 +5,16 @@ An action of the stage runs an operation of each of them; its work is their code
 together.
 """
 
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
 import jax
 
 from fpipe._core.pytrees import nbytes
 from fpipe._executors.placement import Placement
 from fpipe._executors.plan_data import DeviceMemory, PlanData, Work
+from fpipe._executors.scan.machine import Machine
 from fpipe._executors.scan.memory import held
 from fpipe._executors.scan.mesh import columns
 from fpipe._executors.scan.step import Step
@@ -17,7 +22,7 @@ from fpipe._executors.scheduling import Scheduling
 from fpipe._model.remat import Remat
 from fpipe._model.stages import Stage
 from fpipe._program.code import Code
-from fpipe.schedules import Kind, Schedule
+from fpipe.schedules import Action, Kind, Schedule
 
 
 def plan_data(
@@ -51,28 +56,48 @@ def plan_data(
 def _work(step: Step) -> dict[tuple[Kind, int], tuple[Work, ...]]:
     """The programs of each kind of action on each stage, for its first microbatch."""
     places = [Placement.of(column[0]) for column in columns(step.mesh)]
+    functions: dict[Code, Any] = {}
     found: dict[tuple[Kind, int], tuple[Work, ...]] = {}
-    for segment in step.machine.segments:
+    for action, device, codes in _first_actions(step.machine):
+        for code in codes:
+            if code not in functions:
+                functions[code] = code.compile()
+        found[action.kind, action.stage] = tuple(
+            Work(
+                code, functions[code], _arguments(code, places[device]), places[device]
+            )
+            for code in codes
+        )
+    return found
+
+
+def _first_actions(machine: Machine) -> Iterator[tuple[Action, int, list[Code]]]:
+    """The first action of each kind on each stage, its device, and the codes of the
+    operations that it runs. The table of a segment says which these are.
+    """
+    seen = set[tuple[Kind, int]]()
+    for segment in machine.segments:
         for t, phases in enumerate(segment.actions):
-            for p, phase in enumerate(phases):
-                for d, action in enumerate(phase):
-                    if action is None or (action.kind, action.stage) in found:
-                        continue
-                    # The table says which operations the device runs in that phase.
-                    runs = segment.table[d, t, p]
-                    found[action.kind, action.stage] = tuple(
-                        _of_code(entry.op.code, places[d])
-                        for entry in segment.phases[p].ops
-                        if runs[entry.runs] and entry.op.code is not None
-                    )
-    return {key: work for key, work in found.items() if work}
+            for (p, phase), d in itertools.product(
+                enumerate(phases), range(machine.devices)
+            ):
+                action = phase[d]
+                if action is None or (action.kind, action.stage) in seen:
+                    continue
+                seen.add((action.kind, action.stage))
+                runs = segment.table[d, t, p]
+                ops = [e.op for e in segment.phases[p].ops if runs[e.runs]]
+                codes = [op.code for op in ops if op.code is not None]
+                if codes:
+                    yield action, d, codes
 
 
-def _of_code(code: Code, placement: Placement) -> Work:
-    """A unit's code alone, as it stands in the step's one program."""
+def _arguments(code: Code, place: Placement) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The shapes of what a unit's code takes."""
     avals = [code.graph.avals[arg.value] for arg in code.args if arg.value is not None]
-    arguments = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals)
-    return Work(code, code.compile(), arguments, placement)
+    return tuple(
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place.sharding) for a in avals
+    )
 
 
 def _memory(step: Step, compiled_bytes: int | None) -> tuple[DeviceMemory, ...]:

@@ -1,0 +1,146 @@
+"""What a step runs on: the numbers that `plan`, `tune` and `balance` take, checked once.
+
+`pipe.plan(..., speed=2e12, memory=[8e9, 4e9])` on two devices becomes
+
+    Hardware(speed=(2e12, 2e12), latency=0.0, bandwidth=None,
+             memory=(8e9, 4e9), optimizer=2.0)
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any, Literal, TypeAlias, get_args
+
+By: TypeAlias = Literal["flops", "time"]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number; numpy's are, and bools are not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """Devices, and the links between them.
+
+    Attributes:
+        speed: work per second of each device; `None`: all alike, and not known.
+        latency: seconds from a device to another.
+        bandwidth: bytes per second from a device to another; `None`: no limit.
+        memory: bytes of each device, infinity for no limit; `None`: no limits.
+        optimizer: bytes of optimizer state for each byte of parameters.
+    """
+
+    speed: tuple[float, ...] | None = None
+    latency: float = 0.0
+    bandwidth: float | None = None
+    memory: tuple[float, ...] | None = None
+    optimizer: float = 2.0
+
+    @classmethod
+    def checked(
+        cls,
+        call: str,
+        devices: int,
+        *,
+        speed: Any = None,
+        latency: Any = 0.0,
+        bandwidth: Any = None,
+        memory: Any = None,
+        optimizer: Any = 2.0,
+        speed_name: str = "speed",
+    ) -> "Hardware":
+        """From what a user gave.
+
+        Arguments:
+            call: the user's call, for errors.
+            devices: how many there are. More numbers than that are ignored.
+            speed_name: what `call` calls the speed.
+
+        Raises:
+            ValueError: something is not a number, or out of range.
+        """
+        if not is_number(latency) or latency < 0:
+            raise ValueError(f"`{call}(latency={latency!r})`: a number, 0 or more")
+        if bandwidth is not None and not (is_number(bandwidth) and bandwidth > 0):
+            raise ValueError(
+                f"`{call}(bandwidth={bandwidth!r})`: bytes per second, more than 0"
+            )
+        if not is_number(optimizer) or optimizer < 0:
+            raise ValueError(
+                f"`{call}(optimizer={optimizer!r})`: bytes of state for each byte of "
+                "parameters, 0 or more"
+            )
+        return cls(
+            _for_each_device(call, speed_name, speed, devices),
+            latency,
+            bandwidth,
+            _for_each_device(call, "memory", memory, devices),
+            optimizer,
+        )
+
+    def memory_of(self, device: int) -> int | None:
+        """The bytes of a device, if they are limited."""
+        limit = float("inf") if self.memory is None else self.memory[device]
+        return None if limit == float("inf") else int(limit)
+
+
+def _for_each_device(
+    call: str, name: str, value: Any, devices: int
+) -> tuple[float, ...] | None:
+    """One number more than 0 for each device, from one for all or one for each."""
+    if value is None:
+        return None
+    # An array of numpy without axes is one number.
+    several = isinstance(value, Iterable) and getattr(value, "ndim", 1)
+    each: tuple[Any, ...] = tuple(value) if several else (value,) * devices
+    if len(each) < devices or not all(is_number(v) and v > 0 for v in each):
+        raise ValueError(
+            f"`{call}({name}={value!r})`: a number more than 0, or one for each of "
+            f"{devices} devices"
+        )
+    return tuple(float(v) for v in each[:devices])
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """How `Pipe.plan` and `tune` are to predict.
+
+    Attributes:
+        hardware: what the step runs on.
+        by: whether work is counted or measured.
+        compiled: whether programs are compiled for the memory that they need.
+    """
+
+    hardware: Hardware
+    by: By = "flops"
+    compiled: bool = False
+
+    @classmethod
+    def checked(
+        cls, call: str, devices: int, by: Any, compiled: Any, **hardware: Any
+    ) -> "PlanOptions":
+        """From what a user gave; `hardware` goes to `Hardware.checked`.
+
+        Raises:
+            ValueError: a wrong argument, or seconds beside FLOPs.
+        """
+        if by not in get_args(By):
+            raise ValueError(
+                f"`{call}(by={by!r})`: one of {', '.join(map(repr, get_args(By)))}"
+            )
+        own = Hardware.checked(call, devices, **hardware)
+        options = cls(own, by, bool(compiled))
+        if options.unit == "FLOP" and (own.latency or own.bandwidth is not None):
+            raise ValueError(
+                f"`{call}(latency=..., bandwidth=...)`: seconds cannot be weighed "
+                "against FLOPs: give `speed=` too, in FLOP/s, "
+                'or by="time"'
+            )
+        return options
+
+    @property
+    def unit(self) -> str:
+        """What work is told in."""
+        known = self.by == "time" or self.hardware.speed is not None
+        return "second" if known else "FLOP"

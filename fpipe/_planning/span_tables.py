@@ -1,0 +1,293 @@
+"""What every span of layers costs as one of the stages: tables of work, traffic and
+memory.
+
+A table is an array of `(L + 1, L + 1)`; at `[i, j]` it has the value of the layers `i`
+to `j - 1` together. The work of three layers that take 1, 2 and 4 is
+
+           j=1  j=2  j=3
+    i=0      1    3    7
+    i=1           2    6
+    i=2                4
+
+Entries with `j <= i` are spans without layers, which nobody reads.
+"""
+
+import itertools
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from fpipe._executors.programs import direct_pairs
+from fpipe._executors.scheduling import Scheduling
+from fpipe._model.remat import Remat
+from fpipe._planning.costs import LayerCosts, Sent
+from fpipe._planning.partition import Table
+from fpipe.schedules import Schedule, simulate
+
+
+def summed(values: Sequence[float]) -> Table:
+    """The table of sums over spans."""
+    ends = np.concatenate([[0.0], np.cumsum(np.asarray(values, np.float64))])
+    return ends[None, :] - ends[:, None]
+
+
+def arriving(layers: int, sends: Sequence[Sent]) -> Table:
+    """What spans receive from layers outside: once, however many layers in the span
+    read it. Readers may stand before or behind the source.
+    """
+    table = np.zeros((layers + 1, layers + 1))
+    for source, readers, size in sends:
+        for before, reader in itertools.pairwise([-1, *sorted(readers)]):
+            # The spans whose first reader this is: they begin behind the reader before.
+            table[before + 1 : reader + 1, reader + 1 :] += size
+            # Those of them that have the source inside receive nothing.
+            first, last = min(reader, source), max(reader, source)
+            table[before + 1 : first + 1, last + 1 :] -= size
+    return table
+
+
+def leaving(layers: int, sends: Sequence[Sent]) -> Table:
+    """What spans send to layers outside: once, however many read it."""
+    table = np.zeros((layers + 1, layers + 1))
+    for source, readers, size in sends:
+        first, last = min(source, *readers), max(source, *readers)
+        table[: source + 1, source + 1 :] += size
+        # Spans that have all readers inside too send nothing.
+        table[: first + 1, last + 1 :] -= size
+    return table
+
+
+class Waiting(NamedTuple):
+    """How many microbatches of each thing that a stage exchanges wait for their turn.
+
+    Attributes:
+        before: boundaries from the stage before, or their cotangents.
+        skips_in: skips that come in, or their cotangents.
+        behind: boundaries to the stage behind, or their cotangents.
+        skips_out: skips that go out, or their cotangents.
+    """
+
+    before: int
+    skips_in: int
+    behind: int
+    skips_out: int
+
+
+class Holding(NamedTuple):
+    """Of how many microbatches a stage holds something, at most, where a forward takes
+    1 and a backward 2.
+
+    What goes from stage to stage waits somewhere for its turn: where it was made (so
+    does the placed executor, which sends it when it is asked for), or where it goes (so
+    does the scan executor).
+
+    Attributes:
+        live: from the stage's forward to the end of its backward.
+        arrived: what waits here because it goes here, besides what is live.
+        made: what waits here because it was made here, besides what is live.
+    """
+
+    live: int
+    arrived: Waiting
+    made: Waiting
+
+
+class SpanTables:
+    """What each span of layers costs as one of the stages.
+
+    Arguments:
+        stage_to_device: the device of each stage.
+        optimizer: bytes of optimizer state for each byte of parameters.
+
+    Attributes:
+        before, behind: bytes of the boundary before a span, and of the one behind it.
+        skips_in, skips_out: bytes of the skips that come in, and of those that go out.
+    """
+
+    def __init__(
+        self,
+        costs: LayerCosts,
+        stage_to_device: tuple[int, ...],
+        scheduling: Scheduling,
+        optimizer: float,
+    ) -> None:
+        self._costs, self._stage_to_device = costs, stage_to_device
+        self._scheduling, self._optimizer = scheduling, optimizer
+        self._remat = Remat.of(costs.checkpoint)
+        self._microbatches = costs.microbatches
+        count = len(costs.names)
+        self.skips_in = arriving(count, costs.skips)
+        self.skips_out = leaving(count, costs.skips)
+        # What is borrowed crosses once for all microbatches.
+        lent = [
+            sent._replace(bytes=sent.bytes / costs.microbatches)
+            for sent in costs.borrowed
+        ]
+        self._sent_in = arriving(count, [*costs.skips, *lent])
+        self._sent_out = leaving(count, [*costs.skips, *lent])
+        self._borrowed = arriving(count, costs.borrowed)
+        self.before = np.zeros((count + 1, count + 1))
+        self.before[1:count] = np.array(costs.boundaries[:-1])[:, None]
+        self.behind = np.zeros((count + 1, count + 1))
+        self.behind[:, 1:count] = np.array(costs.boundaries[:-1])[None, :]
+
+    @cached_property
+    def _schedule(self) -> Schedule:
+        """The schedule, made when it is first looked at: a large one takes its time."""
+        return self._scheduling.make(self._stage_to_device, self._microbatches)
+
+    def work(self, s: int) -> Table:
+        """Forward, backward, and the forward again where it is recomputed, of a
+        microbatch in the mean.
+        """
+        forward, backward = summed(self._costs.forward), summed(self._costs.backward)
+        if not any(self._costs.forward):
+            return backward
+        if not self._schedule.backwards:
+            return forward
+        order = itertools.chain(*self._schedule.actions)
+        direct = direct_pairs(order, self._stage_to_device)
+        recomputed = sum(
+            self._remat.recomputes(i, self._microbatches, (s, i) in direct)
+            for i in range(self._microbatches)
+        )
+        return forward * (1 + recomputed / self._microbatches) + backward
+
+    def received(self, s: int) -> Table:
+        """Bytes that come in from other devices in a microbatch's forward; as many go
+        back in its backward.
+        """
+        apart = s > 0 and self._stage_to_device[s - 1] != self._stage_to_device[s]
+        return self._sent_in + self.before * apart
+
+    def link(self, s: int) -> Table:
+        """Bytes that go in and out in a microbatch's forward: each way as many as that,
+        with the backward.
+        """
+        apart = (
+            s + 1 < len(self._stage_to_device)
+            and self._stage_to_device[s + 1] != self._stage_to_device[s]
+        )
+        return self.received(s) + self._sent_out + self.behind * apart
+
+    def memory(self, s: int) -> Table:
+        """Bytes that the stage needs on its device."""
+        costs, params = self._costs, summed(self._costs.params)
+        # The batch, which lies on the first stage, and one of each array that comes and
+        # goes.
+        ends = self.before + self.behind + self.skips_in + self.skips_out
+        ends[0] += self._microbatches * costs.inputs
+        if not self._schedule.backwards:
+            in_flight = self.skips_in * len(self._stage_to_device)
+            return params + self._borrowed + ends + in_flight
+        fixed = params * (1 + self._optimizer)
+        fixed += summed(costs.gradients) + 2 * self._borrowed
+        residuals = summed(costs.residuals)
+        residuals[:, 1:] -= summed(costs.shared)[:, :-1]
+        holding = self.holding(s)
+        if self._remat.option == "never":
+            held, working = residuals, 0
+        else:
+            held = self.before + self.skips_in + summed(costs.saved)
+            # The residuals of the microbatch at work; with `except_last` those of the
+            # last one may be there too.
+            last_too = self._remat.option == "except_last" and holding.live > 1
+            working = residuals * (2 if last_too else 1)
+        # The executors let things wait at different ends: take the worse of the two.
+        waiting = np.maximum(
+            self._waiting_bytes(holding.arrived), self._waiting_bytes(holding.made)
+        )
+        return fixed + held * holding.live + working + waiting + ends
+
+    def _waiting_bytes(self, waiting: Waiting) -> Table:
+        return (
+            self.before * waiting.before
+            + self.skips_in * waiting.skips_in
+            + self.behind * waiting.behind
+            + self.skips_out * waiting.skips_out
+        )
+
+    def holding(self, s: int) -> Holding:
+        """What a stage holds while the schedule runs."""
+        times, last = self._times, len(self._stage_to_device) - 1
+        live = _most_between(times.begun[[s]], times.back_done[[s]])
+        neighbour_before = slice(max(0, s - 1), s)
+        neighbour_behind = slice(s + 1, min(last, s + 1) + 1)
+        # Skips may come from any earlier stage, and go to any later one.
+        all_before, all_behind = slice(0, s), slice(s + 1, last + 1)
+        if not self._costs.skips:
+            all_before = all_behind = slice(0)
+
+        def arrived(before: slice) -> int:
+            """Made by an earlier stage and not yet gone back: some of them are live."""
+            return max(
+                0, _most_between(times.made[before], times.back_done[[s]]) - live
+            )
+
+        def cotangents_arrived(behind: slice) -> int:
+            return _most_between(times.back_done[behind], times.back_done[[s]])
+
+        def cotangents_made(before: slice) -> int:
+            return _most_between(times.back_done[[s]], times.back_begun[before])
+
+        def made(behind: slice) -> int:
+            return _most_between(times.made[[s]], times.begun[behind])
+
+        return Holding(
+            live,
+            arrived=Waiting(
+                before=arrived(neighbour_before),
+                skips_in=arrived(all_before),
+                behind=cotangents_arrived(neighbour_behind),
+                skips_out=cotangents_arrived(all_behind),
+            ),
+            made=Waiting(
+                before=cotangents_made(neighbour_before),
+                skips_in=cotangents_made(all_before),
+                behind=made(neighbour_behind),
+                skips_out=made(all_behind),
+            ),
+        )
+
+    @cached_property
+    def _times(self) -> "_Times":
+        shape = len(self._stage_to_device), self._microbatches
+        begun, made, back_done = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+        back_begun = np.full(shape, np.inf)
+        for _, (kind, s, i), start, end in simulate(self._schedule).events:
+            if kind == "F":
+                begun[s, i] = start
+                made[s, i] = end
+            else:
+                back_begun[s, i] = min(back_begun[s, i], start)
+                back_done[s, i] = max(back_done[s, i], end)
+        return _Times(begun, made, back_begun, back_done)
+
+
+class _Times(NamedTuple):
+    """For each stage and microbatch when its forward begins and ends, and when its
+    backward does.
+    """
+
+    begun: np.ndarray
+    made: np.ndarray
+    back_begun: np.ndarray
+    back_done: np.ndarray
+
+
+def _most_between(starts: np.ndarray, ends: np.ndarray) -> int:
+    """The most microbatches between a start and an end, for the worst of several
+    stages.
+
+    Arguments:
+        starts, ends: by stage and microbatch; one of them is of one stage. Where one
+            ends, another may start.
+    """
+    most = 0
+    for start, end in itertools.product(np.sort(starts, 1), np.sort(ends, 1)):
+        started = np.arange(1, len(start) + 1)
+        ended = np.searchsorted(end, start, side="right")
+        most = max(most, int(np.max(started - ended)))
+    return most

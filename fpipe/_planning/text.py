@@ -1,0 +1,66 @@
+"""Numbers with units, and tables, as text.
+
+size(3 * 2**20)          3 MiB
+quantity(2.5e9, "FLOP")  2.5 GFLOP
+"""
+
+from collections.abc import Collection, Sequence
+
+# The largest first: a value is told in the first unit of which it has at least one.
+_BYTES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+_FLOP = (
+    (1e15, "PFLOP"),
+    (1e12, "TFLOP"),
+    (1e9, "GFLOP"),
+    (1e6, "MFLOP"),
+    (1e3, "kFLOP"),
+    (1.0, "FLOP"),
+)
+_SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
+
+
+def byte_unit(count: float) -> tuple[int, str]:
+    """The unit in which so many bytes are readable, and its name."""
+    return next((unit for unit in _BYTES if count >= unit[0]), _BYTES[-1])
+
+
+def size(count: float) -> str:
+    """Bytes with their unit."""
+    unit, name = byte_unit(count)
+    return f"{count / unit:.3g} {name}"
+
+
+def scaled(value: float, unit: str) -> tuple[float, str]:
+    """A scale in which FLOPs, or seconds, are readable, and its name."""
+    scales = _FLOP if unit == "FLOP" else _SECONDS
+    return next((scale for scale in scales if value >= scale[0]), scales[-1])
+
+
+def quantity(value: float, unit: str) -> str:
+    """FLOPs, or seconds, with their unit."""
+    scale, name = scaled(value, unit)
+    return f"{value / scale:.3g} {name}"
+
+
+def counted(number: int, noun: str, plural: str = "s") -> str:
+    """A number of things; `plural` is the ending of several."""
+    return f"{number} {noun}{'' if number == 1 else plural}"
+
+
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = ()
+) -> str:
+    """Columns as wide as they need to be; those that are empty are left out.
+
+    Arguments:
+        left: the columns that are aligned to the left.
+    """
+    kept = [n for n in range(len(head)) if any(row[n] for row in rows)]
+    lines = []
+    for row in (head, *rows):
+        cells = []
+        for n in kept:
+            width = max(len(other[n]) for other in (head, *rows))
+            cells.append(row[n].ljust(width) if n in left else row[n].rjust(width))
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

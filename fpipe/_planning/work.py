@@ -1,0 +1,147 @@
+"""What a program takes: FLOPs or bytes, counted in what it lowers to, or seconds,
+measured on its device.
+
+XLA's cost analysis counts a lowered program. That needs no device and compiles nothing,
+but XLA counts the body of a loop once, and gives up on calls of Python. So equations
+with loops or callbacks are taken out and counted by themselves: a `scan` as often as it
+runs, a `cond` by its most expensive branch, a `while` once (nobody knows how often it
+runs), a callback not at all.
+
+    y = tanh(x @ w); z = scan(body, y, length=5)    counts as
+    lowered(x @ w, tanh) + 5 * lowered(body)
+"""
+
+import concurrent.futures
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import jax
+
+from fpipe._core.pytrees import zeros
+from fpipe._executors.placement import Placement
+from fpipe._executors.plan_data import Work
+from fpipe._program.code import Code
+from fpipe._program.control_flow import bodies, calls_host, loops, rounds
+from fpipe._program.graph import Graph, Node, evaluate
+
+# The names of XLA's counts.
+Counted: TypeAlias = Literal["flops", "bytes accessed"]
+
+# How often `seconds` runs a program, after one time that is not counted.
+_REPEATS = 7
+
+
+# --- counting ---
+
+
+def count(code: Code, what: Counted) -> float:
+    """What a program takes."""
+    return _count(code.graph, code.nodes, (*code.outs, *code.sums), what)
+
+
+def _count(
+    graph: Graph, nodes: Sequence[Node], wanted: Iterable[int], what: Counted
+) -> float:
+    """What the equations `nodes` take that make the values `wanted`."""
+    apart = [node for node in nodes if loops(node) or calls_host([node])]
+    inside = [node for node in nodes if node not in apart]
+    total = sum(_count_apart(node, what) for node in apart)
+    made = {v for node in inside for v in node.outs}
+    read_apart = [v for node in apart for v in node.ins]
+    outs = [v for v in dict.fromkeys([*wanted, *read_apart]) if v in made]
+    if not outs:
+        return total
+    ins = sorted({v for node in inside for v in node.ins} - made - set(graph.consts))
+
+    def call(*arrays: Any) -> list[Any]:
+        return evaluate(graph, inside, dict(zip(ins, arrays, strict=True)), outs)
+
+    shapes = [
+        jax.ShapeDtypeStruct(graph.avals[v].shape, graph.avals[v].dtype) for v in ins
+    ]
+    return total + _count_lowered(jax.jit(call).lower(*shapes), what)
+
+
+def _count_lowered(lowered: Any, what: Counted) -> float:
+    """XLA's count; what it knows nothing of, a program that only returns constants for
+    example, takes nothing.
+    """
+    found: Any = lowered.cost_analysis()
+    if found is None:  # a backend that counts compiled programs only
+        found = lowered.compile().cost_analysis()
+    # Some backends give one count for each of several programs.
+    counts = found if isinstance(found, (list, tuple)) else [found or {}]
+    return max(0.0, sum(float(c.get(what, 0.0)) for c in counts))
+
+
+def _count_apart(node: Node, what: Counted) -> float:
+    """A loop, a branch or a call of Python, by what is in it."""
+    parts = [_count(body, body.nodes, body.outputs, what) for body in bodies(node)]
+    if not parts:
+        return 0.0
+    if node.eqn.primitive.name == "cond":
+        return max(parts)
+    return rounds(node) * sum(parts)
+
+
+# --- measuring ---
+
+
+def durations(
+    call: Callable[..., Any],
+    arguments: Callable[[], Sequence[Any]],
+    warm_up: int,
+    repeats: int,
+) -> list[float]:
+    """The seconds of some runs, after some that are not counted.
+
+    Arguments:
+        arguments: makes those of a run, for a run may consume them.
+    """
+    times = []
+    for _ in range(warm_up + repeats):
+        given = arguments()
+        jax.block_until_ready(given)
+        started = time.perf_counter()
+        jax.block_until_ready(call(*given))
+        times.append(time.perf_counter() - started)
+    return times[warm_up:]
+
+
+def seconds(every: Sequence[Work]) -> dict[Work, float]:
+    """The shortest time of some runs of each program, on zeros.
+
+    What else the machine does only adds to a run, so the shortest ones of two programs
+    can be compared, wherever they were measured. Stages that compute the same on one
+    device are measured once.
+    """
+    distinct = {(work.function, work.placement): work for work in every}
+    traces = [work.function.trace(*work.arguments) for work in distinct.values()]
+    lowered = [traced.lower() for traced in traces]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        programs = list(pool.map(lambda program: program.compile(), lowered))
+    found = {}
+    for (key, work), traced, program in zip(
+        distinct.items(), traces, programs, strict=True
+    ):
+        found[key] = _shortest(program, traced.args_info[0], work.placement)
+    return {work: found[work.function, work.placement] for work in every}
+
+
+def _shortest(compiled: Any, infos: Sequence[Any], place: Placement) -> float:
+    """The seconds of the shortest of some runs.
+
+    Arguments:
+        infos: the shape of each argument, and whether a run consumes it.
+    """
+    arrays = place.put([zeros(info) for info in infos])
+
+    def arguments() -> list[Any]:
+        """The same arrays each time; anew those that a run consumes."""
+        return [
+            place.put([zeros(info)])[0] if info.donated else array
+            for info, array in zip(infos, arrays, strict=True)
+        ]
+
+    return min(durations(compiled, arguments, 1, _REPEATS))
