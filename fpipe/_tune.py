@@ -237,9 +237,12 @@ def tune(
         TypeError, ValueError: nothing to try, or an argument is wrong.
 
     Example:
-        >>> dense = fpipe.Layer(lambda w, x: jnp.tanh(x @ w), init=lambda key, x: jnp.eye(3))
+        >>> make = lambda key, x: jnp.eye(3)
+        >>> dense = fpipe.Layer(lambda w, x: jnp.tanh(x @ w), init=make)
         >>> x = jax.ShapeDtypeStruct((8, 3), jnp.float32)
-        >>> tuning = fpipe.tune([dense] * 4, x, devices=[jax.devices()[0]] * 2, schedules=["gpipe", "zb_h1"])
+        >>> two = [jax.devices()[0]] * 2
+        >>> names = ["gpipe", "zb_h1"]
+        >>> tuning = fpipe.tune([dense] * 4, x, devices=two, schedules=names)
         >>> tuning.pipe.schedule, tuning.pipe.chunks
         ('zb_h1', 8)
     """

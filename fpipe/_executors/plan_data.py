@@ -1,7 +1,8 @@
 """What an executor tells of a call, for somebody to predict what it will take.
 
-The placed executor reads it off its plan, the scan executor off its machine; a prediction
-knows nothing else of either. For two stages on two devices, `1f1b`, two microbatches:
+The placed executor reads it off its plan, the scan executor off its machine. A
+prediction knows nothing else of either. For two stages on two devices, `1f1b`, two
+microbatches:
 
     executor           "placed"
     stages             stage 0 (layers 0, 1), stage 1 (layers 2, 3)

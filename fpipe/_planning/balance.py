@@ -105,8 +105,10 @@ def balance(
     Example:
         >>> fpipe.balance([3, 1, 1, 1, 2], stages=2)
         (2, 3)
-        >>> dense = fpipe.Layer(lambda w, x: x @ w, init=lambda key, x: jnp.zeros((3, 3)))
-        >>> fpipe.balance([dense] * 5, jax.ShapeDtypeStruct((8, 3), jnp.float32), stages=2, chunks=4)
+        >>> make = lambda key, x: jnp.zeros((3, 3))
+        >>> dense = fpipe.Layer(lambda w, x: x @ w, init=make)
+        >>> x = jax.ShapeDtypeStruct((8, 3), jnp.float32)
+        >>> fpipe.balance([dense] * 5, x, stages=2, chunks=4)
         (2, 3)
     """
     known = _known_costs(layers)
@@ -244,8 +246,8 @@ def stage_devices(
     stage_to_device = scheduling.stage_to_device(stages, most, microbatches)
     if available is not None and max(stage_to_device) >= available:
         raise ValueError(
-            f"{call}: the schedule puts {stages} stages on {1 + max(stage_to_device)} devices; "
-            "give fewer stages, or more devices"
+            f"{call}: the schedule puts {stages} stages on "
+            f"{1 + max(stage_to_device)} devices; give fewer stages, or more devices"
         )
     return stage_to_device
 

@@ -56,8 +56,8 @@ class LayerCosts:
             model's output.
         inputs: bytes of one microbatch of the model's input.
         skips: the skips.
-        borrowed: parameters that other layers borrow and read, whole arrays, not for one
-            microbatch. Arrays of an owner that are read by the same layers are together.
+        borrowed: parameters that other layers borrow and read; whole arrays, not for
+            one microbatch. Those of an owner with the same readers are one entry.
         microbatches: into how many the batch was cut.
         checkpoint: as in `Pipe`: it says what `saved` is.
     """

@@ -1,4 +1,4 @@
-"""What a step runs on: the numbers that `plan`, `tune` and `balance` take, checked once.
+"""What a step runs on: what `plan`, `tune` and `balance` are told, checked once.
 
 `pipe.plan(..., speed=2e12, memory=[8e9, 4e9])` on two devices becomes
 

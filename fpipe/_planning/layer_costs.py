@@ -101,8 +101,10 @@ def layer_costs(
         ValueError: an unknown `by`; a layer without `init` and no `params`.
 
     Example:
-        >>> dense = fpipe.Layer(lambda w, x: x @ w, init=lambda key, x: jnp.zeros((3, 3)))
-        >>> costs = fpipe.layer_costs([dense, dense], jax.ShapeDtypeStruct((8, 3), jnp.float32))
+        >>> make = lambda key, x: jnp.zeros((3, 3))
+        >>> dense = fpipe.Layer(lambda w, x: x @ w, init=make)
+        >>> x = jax.ShapeDtypeStruct((8, 3), jnp.float32)
+        >>> costs = fpipe.layer_costs([dense, dense], x)
         >>> costs.forward, costs.params
         ((144.0, 144.0), (36, 36))
     """
@@ -185,7 +187,7 @@ def _gradient_bytes(params: Shape) -> int:
 
 
 def _saved_bytes(traces: LayerTraces, remat: Remat) -> tuple[int, ...]:
-    """What each layer keeps, where it is recomputed, besides the inputs of its stage."""
+    """What a layer that is recomputed keeps besides the inputs of its stage."""
     if remat.policy is None:
         states = traces.states
         return tuple(

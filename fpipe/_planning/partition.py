@@ -5,13 +5,13 @@ This is the linear partition problem (Skiena, The Algorithm Design Manual, 8.5),
 with costs that depend on the whole span of a stage, so that what crosses its ends can
 count too. It is solved exactly, by dynamic programming from the last stage to the
 first. Let `cost_s[i, j]` be the cost of the layers `i` to `j - 1` as stage `s`, and
-`best_s[i]` the least possible cost of the most expensive one of the stages `s, s + 1, …`
-on the layers `i, i + 1, …`. Stage `s` ends somewhere:
+`best_s[i]` the least possible cost of the most expensive one of the stages `s`, `s + 1`
+and so on, on the layers `i`, `i + 1` and so on. Stage `s` ends somewhere:
 
     best_s[i] = min over j of max(cost_s[i, j], best_{s+1}[j])
 
-Five layers that cost 3, 1, 1, 1, 2, on two stages. Of the last stage there is no choice;
-of the first, each possible end is tried:
+Five layers that cost 3, 1, 1, 1 and 2, on two stages. For the last stage there is no
+choice; for the first, each possible end is tried:
 
     layers from i      0  1  2  3  4      the first stage ends at j   1  2  3  4
     best_1[i]          8  5  4  3  2      max(cost_0[0, j], best_1[j])  5  4  5  6
@@ -21,8 +21,8 @@ second pass of the same kind takes the one with the least traffic among them. Bo
 `O(S L²)` steps, done on whole rows at a time.
 
 Memory limits hold for devices. With one stage on each they are limits on stages, and
-part of the same program: a span that does not fit costs infinity. With several stages on
-a device they bind stages that are not neighbours, which makes the problem hard (it
+part of the same program: a span that does not fit costs infinity. With several stages
+on a device they bind stages that are not neighbours, which makes the problem hard (it
 contains bin packing); see `best_cut`.
 """
 

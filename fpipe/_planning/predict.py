@@ -227,7 +227,7 @@ def _best_balance(
 def _with_more_microbatches(
     data: PlanData, costs: Costs
 ) -> Iterator[tuple[int, float]]:
-    """Larger numbers of microbatches that divide the batch, and the bubble with each."""
+    """Larger numbers of microbatches that divide the batch, with the bubble of each."""
     rows, m = sum(data.microbatch_rows), 2 * data.schedule.microbatches
     stage_to_device = data.schedule.stage_to_device
     while m <= rows and rows % m == 0:

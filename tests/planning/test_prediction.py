@@ -392,7 +392,7 @@ def test_an_uneven_cut_is_told_with_a_better_one():
 
 
 def test_a_balance_is_better_if_it_recomputes_less():
-    """The last stage recomputes nothing, so it is the place for the most expensive layer."""
+    """The last stage recomputes nothing: the place for the most expensive layer."""
     wide = fpipe.Layer(
         lambda p, x: jnp.tanh(x @ p) @ p.T,
         lambda key, x: jnp.ones((WIDTH, 400)),
@@ -537,10 +537,14 @@ def test_wrong_arguments():
         pipe.plan(None, X, memory=-1)
     with raises(
         ValueError,
-        "`pipe.plan(optimizer=-1)`: bytes of state for each byte of parameters, 0 or more",
+        "`pipe.plan(optimizer=-1)`: bytes of state for each byte of parameters, 0 or "
+        "more",
     ):
         pipe.plan(None, X, optimizer=-1)
-    text = 'seconds cannot be weighed against FLOPs: give `speed=` too, in FLOP/s, or by="time"'
+    text = (
+        "seconds cannot be weighed against FLOPs: give `speed=` too, in FLOP/s, or "
+        'by="time"'
+    )
     with raises(ValueError, f"`pipe.plan(latency=..., bandwidth=...)`: {text}"):
         pipe.plan(None, X, bandwidth=1e9)
     with raises(ValueError, f"`pipe.plan(latency=..., bandwidth=...)`: {text}"):
