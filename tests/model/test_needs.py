@@ -1,0 +1,193 @@
+"""The table of needs, and the need `step`: a row of it, and nothing else."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fpipe
+from fpipe._executors.call import Args
+from fpipe._model.needs import BY_NAME, INPUTS, NEEDS, OF_CALL, TABLE, Giver, call_needs
+from tests.helpers import WIDTH, assert_same, dense, mse, noise, raises
+
+X = noise(jax.random.key(0), (8, WIDTH))
+
+
+def warmed(default=None):
+    """A layer that scales its output up over the first four steps."""
+
+    def required(params, x, *, step):
+        assert step.dtype == jnp.int32
+        assert step.shape == ()
+        return x * params * jnp.minimum(1.0, (step.astype(x.dtype) + 1) / 4)
+
+    def optional(params, x, *, step=default):
+        return required(params, x, step=jnp.int32(step))
+
+    apply = required if default is None else optional
+    return fpipe.Layer(apply, lambda key, x: jnp.ones(x.shape[-1]), name="warmed")
+
+
+def make_sequential(layers, **options):
+    return fpipe.sequential(layers, **options)
+
+
+def make_placed(layers, **options):
+    return fpipe.Pipe(layers, devices=jax.devices()[:2], **options)
+
+
+def make_scan(layers, **options):
+    return fpipe.Pipe(layers, devices=jax.devices()[:2], executor="scan", **options)
+
+
+every = pytest.mark.parametrize("make", [make_sequential, make_placed, make_scan])
+pipes = pytest.mark.parametrize("make", [make_placed, make_scan])
+
+
+def test_every_keyword_of_a_call_is_a_need_of_the_table():
+    calls = [fpipe.Pipe.__call__, fpipe.Pipe.compile, fpipe.Pipe.plan, fpipe.tune]
+    for call in calls:
+        named = [n for n in inspect.signature(call).parameters if n in BY_NAME]
+        rest = {need.name for need in OF_CALL} | {"state", "params", "x", "targets"}
+        assert set(named) == rest - ({"targets"} if call is calls[0] else set())
+
+
+def test_what_a_call_gives_is_in_the_order_of_the_table_and_complete():
+    assert list(call_needs()) == [need.name for need in OF_CALL]
+    assert set(INPUTS) == {n.name for n in TABLE if n.giver is Giver.CALL}
+    assert list(Args((), X).inputs) == list(INPUTS)
+    assert set(NEEDS) == {need.name for need in TABLE if need.keyword}
+
+
+@every
+@pytest.mark.parametrize("step", [0, 2, np.int64(2), jnp.uint8(9)])
+def test_layers_get_the_step(make, step):
+    layers = [dense(), warmed(), dense()]
+    pipe = make(layers, chunks=4)
+    params = pipe.init(jax.random.key(0), X)
+    scale = min(1.0, (int(step) + 1) / 4)
+    plain = fpipe.sequential([dense(), fpipe.fn(lambda x: x * scale), dense()])
+    own = pipe.gather(params)
+    want = plain((own[0], (), own[2]), X)
+    assert_same(pipe(params, X, step=step), want)
+    loss, grads = pipe.value_and_grad(mse)(params, X, X, step=step)
+    reference = fpipe.sequential(layers, chunks=4)
+    want_loss, want_grads = reference.value_and_grad(mse)(own, X, X, step=step)
+    assert_same(loss, want_loss)
+    assert_same(pipe.gather(grads), want_grads)
+    assert_same(pipe.evaluate(mse)(params, X, X, step=step), want_loss)
+
+
+@pipes
+def test_a_step_is_no_constant_of_a_program(make):
+    pipe = make([dense(), warmed()], chunks=2)
+    params = pipe.init(jax.random.key(0), X)
+    step = pipe.value_and_grad(mse)
+    step(params, X, X, step=0)
+    with jax.no_tracing():
+        losses = [float(step(params, X, X, step=n)[0]) for n in (1, 2, 3)]
+    assert len(set(losses)) == 3
+
+
+def test_a_traced_step_under_jit():
+    layers = [dense(), warmed()]
+    pipe = make_scan(layers, chunks=2)
+    params = pipe.init(jax.random.key(0), X)
+    run = jax.jit(lambda p, n: pipe.value_and_grad(mse)(p, X, X, step=n))
+    loss, grads = run(params, jnp.int32(1))
+    want = fpipe.sequential(layers, chunks=2).value_and_grad(mse)(
+        pipe.gather(params), X, X, step=1
+    )
+    assert_same((loss, pipe.gather(grads)), want)
+
+
+@every
+def test_a_gradient_outside_passes_a_step_on(make):
+    layers = [dense(), warmed()]
+    pipe = make(layers, chunks=2)
+    params = pipe.init(jax.random.key(0), X)
+    grads = jax.grad(lambda p: jnp.sum(pipe(p, X, step=1) ** 2))(params)
+    own = pipe.gather(params)
+    plain = fpipe.sequential(layers, chunks=2)
+    want = jax.grad(lambda p: jnp.sum(plain(p, X, step=1) ** 2))(own)
+    assert_same(pipe.gather(grads), want)
+
+
+@every
+def test_a_default_stands_in_for_a_step_that_is_not_given(make):
+    pipe = make([dense(), warmed(default=3)], chunks=2)
+    params = pipe.init(jax.random.key(0), X)
+    assert_same(pipe(params, X), pipe(params, X, step=3))
+    assert not np.allclose(pipe(params, X), pipe(params, X, step=0))
+
+
+@every
+def test_a_required_step_that_is_not_given_is_an_error(make):
+    pipe = make([dense(), warmed()], chunks=2)
+    params = pipe.init(jax.random.key(0), X)
+    message = (
+        "layer 1 'warmed' asks for the need 'step', which this call was not given: pass "
+        "`step=...`, or give the parameter a default: `def warmed(params, x, *, step=0)`"
+    )
+    with raises(ValueError, message):
+        pipe(params, X)
+
+
+@pytest.mark.parametrize("wrong", [1.0, True, "1", np.float32(1), np.zeros(2, int)])
+def test_what_is_no_step_is_refused(wrong):
+    pipe = make_placed([dense(), warmed()], chunks=2)
+    params = pipe.init(jax.random.key(0), X)
+    with pytest.raises(TypeError, match="the number of a training step is an int"):
+        pipe(params, X, step=wrong)
+
+
+@pipes
+def test_plans_and_compilations_take_a_step(make):
+    pipe = make([dense(), warmed()], chunks=2)
+    params = pipe.init(jax.random.key(0), X)
+    shape = jax.ShapeDtypeStruct((), jnp.int32)
+    assert pipe.plan(params, X, step=shape).microbatches == 2
+    pipe.compile(params, X, X, loss_fn=mse, step=shape)
+    loss, _ = pipe.value_and_grad(mse)(params, X, X, step=jnp.int32(5))
+    assert_same(loss, pipe.evaluate(mse)(params, X, X, step=5))
+
+
+@pipes
+def test_an_anomaly_in_a_layer_with_a_step_is_found(make):
+    divide = fpipe.fn(lambda x, *, step: x / step.astype(x.dtype), name="divide")
+    layers = [dense(), divide]
+    pipe = make(layers, chunks=2, detect_anomaly=True)
+    params = pipe.init(jax.random.key(0), X)
+    pipe(params, X, step=1)
+    with pytest.raises(FloatingPointError, match="layer 1"):
+        pipe(params, X, step=0)
+
+
+@pipes
+@pytest.mark.parametrize("option", [{}, {"checkpoint": "always"}])
+def test_the_python_of_a_layer_runs_once(make, option):
+    """Over `init`, `plan`, `compile`, steps and gradients from outside."""
+    calls = []
+
+    def counting(k):
+        def apply(w, x):
+            calls.append(k)
+            return jnp.tanh(x @ w)
+
+        return fpipe.Layer(apply, lambda key, x: noise(key, (WIDTH, WIDTH)), name="c")
+
+    pipe = make([counting(k) for k in range(3)], chunks=4, **option)
+    params = pipe.init(jax.random.key(0), X)
+    pipe.plan(params, X, X, loss_fn=mse)
+    pipe.plan(None, X)
+    pipe.compile(params, X, X, loss_fn=mse)
+    step = pipe.value_and_grad(mse)
+    step(params, X, X)
+    step(params, X, X)
+    pipe(params, X)
+    jax.grad(lambda p: pipe(p, X).sum())(params)
+    assert sorted(calls) == [0, 1, 2]
+    pipe(params, X[:4])  # microbatches of one row
+    assert sorted(calls) == [0, 0, 1, 1, 2, 2]
