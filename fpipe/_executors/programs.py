@@ -1,5 +1,18 @@
-"""The programs of a call: each stage traced once for each shape of microbatch, and cut
-into programs.
+"""The programs of a call: each stage traced once for each shape of microbatch, and
+split into the programs of its actions.
+
+In: the stages with their routes, the shapes of a call's inputs, what it asks for, and
+which backwards the schedule splits. Out: for each stage and microbatch its programs by
+kind of action. Microbatches of one shape share them. For two stages and a batch of
+7 rows in 3 chunks (pieces of 3, 3 and 1 rows), everything recomputed:
+
+                   microbatch 0   microbatch 1   microbatch 2
+    stage 0        F, B of f32[3] the same       F, B of f32[1]
+    stage 1        F, B of f32[3] the same       F, B of f32[1]
+
+A forward trace of a stage needs the shapes that the stages before it return; a backward
+of a stage is asked for only if a gradient of an earlier one depends on it. So stages
+are traced in order.
 """
 
 import dataclasses
@@ -35,24 +48,14 @@ class Layout:
     stages: tuple[Stage, ...]
     placements: tuple[Placement, ...]
 
-    def stage_of(self, layer: int) -> Stage:
-        """The stage of a layer."""
-        return next(s for s in self.stages if layer in s.span)
-
     def home(self, layer: int) -> Placement:
         """Where a layer's parameters and state live."""
-        return self.placements[self.stage_of(layer).index]
+        return self.placements[self.routes.home(layer)]
 
     @functools.cached_property
     def routes(self) -> Routes:
         """Who makes and who reads what goes between the stages."""
         return Routes(self.stages)
-
-    def source_of(self, skip: Any) -> int:
-        """The stage that stashes a skip for later stages."""
-        source = self.routes.source(-1, Port("skip", skip))
-        assert source is not None
-        return source.stage
 
 
 def index(i: int) -> np.uint32:
@@ -61,7 +64,7 @@ def index(i: int) -> np.uint32:
 
 
 def split_pairs(order: Iterable[Action]) -> frozenset[tuple[int, int]]:
-    """The (stage, microbatch) pairs whose backward is cut into `I` and `W`."""
+    """The (stage, microbatch) pairs whose backward is split into `I` and `W`."""
     return frozenset((a.stage, a.microbatch) for a in order if a.kind == "I")
 
 
@@ -73,32 +76,49 @@ def direct_pairs(
     """
     last: dict[Hashable, Action] = {}
     found = set()
-    for a in order:
-        place = placements[a.stage]
-        if a.kind in "BI" and last.get(place) == Action("F", a.stage, a.microbatch):
-            found.add((a.stage, a.microbatch))
-        last[place] = a
+    for action in order:
+        placement = placements[action.stage]
+        forward = Action("F", action.stage, action.microbatch)
+        if action.kind in "BI" and last.get(placement) == forward:
+            found.add((action.stage, action.microbatch))
+        last[placement] = action
     return frozenset(found)
 
 
-class Programs:
-    """The programs of a call, by stage and microbatch. Microbatches of one shape share
-    them, and so do calls.
+@dataclasses.dataclass(frozen=True)
+class ProgramForm:
+    """In which form an executor wants its programs.
 
-    Arguments:
-        direct, split: (stage, microbatch) pairs, see `direct_pairs` and `split_pairs`.
-        kept: what other calls made.
+    Attributes:
+        whole_inputs: programs take the call's inputs whole and slice their piece out
+            themselves, and add gradients to sums that come in. So the pieces of a batch
+            never lie beside it, and slicing and adding cost no program of their own.
+        inline_remats: recomputations are inlined, so that their equations can be told
+            apart.
+        input_gradients: stages whose input gradient is always made, whether or not
+            anything depends on it.
     """
 
-    # Whether programs take the call's inputs whole and cut their piece out themselves,
-    # and add to sums that come in.
-    whole = True
-    # Whether recomputations are inlined.
-    opened = False
+    whole_inputs: bool = True
+    inline_remats: bool = False
+    input_gradients: frozenset[int] = frozenset()
+
+
+class Programs:
+    """The programs of a call, by stage and microbatch.
+
+    Arguments:
+        stages: in order, with their routes.
+        form: how the executor wants them.
+        direct, split: (stage, microbatch) pairs, see `direct_pairs` and `split_pairs`.
+        kept: what other calls have traced and split, also of other pipes of the same
+            layers.
+    """
 
     def __init__(
         self,
-        layout: Layout,
+        routes: Routes,
+        form: ProgramForm,
         direct: Set[tuple[int, int]],
         split: Set[tuple[int, int]],
         remat: Remat,
@@ -106,33 +126,26 @@ class Programs:
         request: Request,
         kept: Recent,
     ) -> None:
-        self.layout, self.inputs, self.request, self.warnings = (
-            layout,
-            inputs,
-            request,
-            dict[str, None](),
-        )
+        self.routes = routes
+        self.inputs = inputs
+        self.request = request
+        self.warnings: dict[str, None] = {}
+        self._form = form
+        self._direct = direct
+        self._split = split
+        self._remat = remat
         self._kept = kept
-        self._remat, self._direct, self._split = remat, direct, split
+        mean = request.loss is not None and request.loss.reduction == "mean"
         shares = inputs.cut.shares
-        self._scales = (
-            shares
-            if request.loss and request.loss.reduction == "mean"
-            else (1.0,) * len(shares)
-        )
-        self._flats: dict[Any, FlatStage] = {}
-        self._joints: dict[Any, JointStage] = {}
-        self._cut: dict[Any, StagePrograms] = {}
-        reach = dict[
-            tuple[int, Leaf], bool
-        ]()  # of a stage's outputs: does a gradient depend on the cotangent
-        for stage in layout.stages:
+        self.scales: tuple[float, ...] = shares if mean else (1.0,) * len(shares)
+        self._flats: dict[tuple[int, tuple[int, ...]], FlatStage] = {}
+        self._joints: dict[tuple[int, tuple[int, ...], bool], JointStage] = {}
+        self._programs: dict[Hashable, StagePrograms] = {}
+        # Whether a gradient depends on the cotangent of a stage's output.
+        reach: dict[tuple[int, Leaf], bool] = {}
+        for stage in routes.stages:
             for i in range(inputs.cut.m):
                 self._trace(stage, i, reach)
-
-    def scale(self, i: int) -> float:
-        """The weight of a microbatch's loss."""
-        return self._scales[i]
 
     def flat(self, s: int, i: int) -> FlatStage:
         """The stage, traced for that microbatch's shape."""
@@ -142,98 +155,116 @@ class Programs:
         """Forward and backward as one graph."""
         return self._joints[s, self.inputs.cut.variant(i), self.recomputes(s, i)]
 
+    def recomputes(self, s: int, i: int) -> bool:
+        """Whether the backward of that microbatch recomputes its forward."""
+        if not self.request.differentiates:
+            return False
+        direct = (s, i) in self._direct
+        return self._remat.recomputes(i, self.inputs.cut.m, direct)
+
+    def readers(self, s: int, leaf: Leaf, i: int) -> list[tuple[int, Leaf]]:
+        """The stages that have a gradient for an output leaf, with their name for it:
+        each sends a cotangent back.
+        """
+        found = []
+        for reader in self.routes.readers(s, leaf.port):
+            name = Leaf(reader.port, leaf.k)
+            if name in self.joint(reader.stage, i).gradients:
+                found.append((reader.stage, name))
+        return found
+
     def of(self, s: int, i: int) -> Mapping[Kind, Program]:
         """The programs of a stage for that microbatch, by kind; what has nothing to
         compute is not there.
         """
+        stage = self.routes.stages[s]
         joint = self.joint(s, i)
+        # How many cotangents come for each output; that of the model's `y` comes from
+        # outside.
         counts = tuple(
-            (leaf, self.contributions(s, leaf, i)) for leaf in joint.cotangents
+            (
+                leaf,
+                1 if leaf.port == Y and stage.last else len(self.readers(s, leaf, i)),
+            )
+            for leaf in joint.cotangents
         )
-        scale = self.scale(i) if self.layout.stages[s].last else 1.0
+        scale = self.scales[i] if stage.last else 1.0
         split = (s, i) in self._split
         key = (id(joint), scale, counts, split)
-        if key not in self._cut:
-            windows = tuple(self._windows(s, i).items())
-            spec = SplitSpec(
-                cotangent_counts=counts,
-                split_backward=split,
-                inline_remats=self.opened,
-                loss_cotangent=scale,
-                returned=self._returned(s),
-                windows=windows,
-                accumulate=self._accumulates,
-            )
-            made = self._shared(
-                s,
-                (joint, spec),
-                lambda: split_stage(joint, spec, lambda code: self._compile(s, code)),
-            )
-            self.warnings.update(dict.fromkeys(made.warnings))
-            self._cut[key] = made
-        return self._cut[key].by_kind
-
-    def readers(self, s: int, leaf: Leaf, i: int) -> list[tuple[int, Leaf]]:
-        """The stages that have a gradient for an output leaf, with their name for it."""
-        readers = self.layout.routes.readers(s, leaf.port)
-        names = [(reader.stage, Leaf(reader.port, leaf.k)) for reader in readers]
-        return [(t, name) for t, name in names if name in self.joint(t, i).gradients]
-
-    def contributions(self, s: int, leaf: Leaf, i: int) -> int:
-        """How many cotangents an output leaf gets: one of each reader; that of the
-        model's `y` comes from outside.
-        """
-        if leaf.port == Y and self.layout.stages[s].last:
-            return 1
-        return len(self.readers(s, leaf, i))
-
-    @property
-    def _accumulates(self) -> bool:
-        return self.whole and self.inputs.cut.m > 1
-
-    def recomputes(self, s: int, i: int) -> bool:
-        """Whether the backward of that microbatch recomputes its forward."""
-        direct = (s, i) in self._direct
-        return self.request.differentiates and self._remat.recomputes(
-            i, self.inputs.cut.m, direct
+        if key in self._programs:
+            return self._programs[key].by_kind
+        whole = self._form.whole_inputs
+        several = self.inputs.cut.m > 1
+        spec = SplitSpec(
+            cotangent_counts=counts,
+            split_backward=split,
+            inline_remats=self._form.inline_remats,
+            loss_cotangent=scale,
+            # What the user gets as it is: states, and the `y` of a single microbatch.
+            returned=frozenset(
+                leaf
+                for leaf in self.flat(s, 0).outputs
+                if whole
+                and (
+                    leaf.port.kind == "state"
+                    or (leaf.port == Y and stage.last and not several)
+                )
+            ),
+            windows=tuple(self._windows(s, i).items()),
+            accumulate=whole and several,
         )
+
+        def compile_code(code: Code) -> Any:
+            if not whole:
+                return code
+            if self._has_loss(s):
+                return code.compile()
+            # Stages that compute the same share the function, and its trace.
+            return self._kept.get(Key(code.identity), code.compile)
+
+        made = self._keep(
+            s, (joint, spec), lambda: split_stage(joint, spec, compile_code)
+        )
+        self.warnings.update(dict.fromkeys(made.warnings))
+        self._programs[key] = made
+        return made.by_kind
+
+    # --- tracing ---
 
     def _trace(self, stage: Stage, i: int, reach: dict[tuple[int, Leaf], bool]) -> None:
-        s, variant, recomputes = (
-            stage.index,
-            self.inputs.cut.variant(i),
-            self.recomputes(stage.index, i),
-        )
+        """Trace and differentiate a stage for a microbatch, unless that is done."""
+        s = stage.index
+        variant = self.inputs.cut.variant(i)
+        recomputes = self.recomputes(s, i)
         if (s, variant) not in self._flats:
             self._flats[s, variant] = self._flatten(stage, i)
         if (s, variant, recomputes) in self._joints:
             return
         flat = self._flats[s, variant]
         if self.request.differentiates:
-            wanted, remat = (
-                self._wanted(stage, flat, reach),
-                self._remat if recomputes else None,
-            )
-            joint = self._shared(
+            wanted = self._wanted(stage, flat, reach)
+            remat = self._remat if recomputes else None
+            joint = self._keep(
                 s, (flat, wanted, remat), lambda: differentiate(flat, wanted, remat)
             )
         else:
-            joint = self._shared(s, (flat,), lambda: forward_alone(flat))
+            joint = self._keep(s, (flat,), lambda: forward_alone(flat))
         self._joints[s, variant, recomputes] = joint
         for leaf, reached in joint.reach.items():
             reach[s, leaf] = reach.get((s, leaf), False) or reached
 
     def _flatten(self, stage: Stage, i: int) -> FlatStage:
-        inputs, s = self.inputs, stage.index
-        routes = self.layout.routes
+        """Trace a stage, from the shapes of everything that enters it."""
+        s = stage.index
+        inputs = self.inputs
+        loss = self.request.loss if stage.last else None
         entering = {Port("params", k): inputs.params[k] for k in stage.params}
         whole: frozenset[Leaf] = frozenset()
         ports = [X, *(Port("skip", skip) for skip in stage.skips_in)]
         ports += [port for port in stage.call_inputs if port != X]
-        if stage.last and self.request.loss is not None:
-            ports.append(TARGETS)
+        ports += [TARGETS] if loss is not None else []
         for port in ports:
-            source = routes.source(s, port)
+            source = self.routes.source(s, port)
             if source is None:
                 entering[port] = inputs.piece(port, i)
                 whole |= inputs.whole(port)
@@ -245,9 +276,8 @@ class Programs:
             entering[INDEX] = Shape.of(index(0))
             entering |= {Port("number", k): Shape.of(index(k)) for k in stage.keyed}
         where = f", stage {s}, microbatch {i}"
-        loss = self.request.loss
         key = (tuple(entering.items()), whole, self.request.settings)
-        return self._shared(
+        return self._keep(
             s,
             key,
             lambda: flatten(stage, entering, loss=loss, whole=whole, where=where),
@@ -256,77 +286,54 @@ class Programs:
     def _wanted(
         self, stage: Stage, flat: FlatStage, reach: Mapping[tuple[int, Leaf], bool]
     ) -> frozenset[Leaf]:
-        """The input leaves whose gradient is asked for, by the call or because a
+        """The input leaves whose gradient is asked for: by the call, or because a
         gradient of an earlier stage depends on it.
         """
-
-        def asked(leaf: Leaf) -> bool:
-            source = self.layout.routes.source(stage.index, leaf.port)
+        always = stage.index in self._form.input_gradients and self.request.wanted
+        wanted = set()
+        for leaf, shape in zip(flat.inputs, flat.shapes, strict=True):
+            source = self.routes.source(stage.index, leaf.port)
             if source is None:
-                return leaf in self.request.wanted
-            return reach.get((source.stage, Leaf(source.port, leaf.k)), False)
-
-        pairs = zip(flat.inputs, flat.shapes, strict=True)
-        return frozenset(leaf for leaf, a in pairs if is_inexact(a) and asked(leaf))
+                asked = leaf in self.request.wanted
+            else:
+                asked = reach.get((source.stage, Leaf(source.port, leaf.k)), False)
+            if is_inexact(shape) and (asked or (always and leaf.port == X)):
+                wanted.add(leaf)
+        return frozenset(wanted)
 
     def _windows(self, s: int, i: int) -> dict[ProgramValue, Window]:
-        """What a stage's programs take whole and cut themselves: the call's inputs, and
-        cotangents of its `y`.
+        """What a stage's programs take whole and slice themselves: inputs of the call
+        that are cut, and cotangents of its `y`.
         """
-        if self.inputs.cut.m == 1 or not self.whole:
-            return {}
-        flat, first, out = (
-            self.flat(s, i),
-            self.flat(s, 0),
-            dict[ProgramValue, Window](),
-        )
-        whole = dict(zip(first.inputs, first.shapes, strict=True))
+        windows: dict[ProgramValue, Window] = {}
+        if self.inputs.cut.m == 1 or not self._form.whole_inputs:
+            return windows
+        flat = self.flat(s, i)
+        # All pieces but the last have as many rows as the first.
+        first = self.flat(s, 0)
+        first_shapes = dict(zip(first.inputs, first.shapes, strict=True))
         for leaf, shape in zip(flat.inputs, flat.shapes, strict=True):
-            given = self.layout.routes.is_given(s, leaf.port)
-            if given and leaf not in flat.constant:
-                out[Input(leaf)] = Window(whole[leaf].shape[0], shape.shape)
+            if self.routes.is_given(s, leaf.port) and leaf not in flat.constant:
+                windows[Input(leaf)] = Window(first_shapes[leaf].shape[0], shape.shape)
         if flat.stage.last and self.request.kind is CallKind.PULL_BACK:
-            for k, (a, b) in enumerate(
-                zip(flat.out[Y].leaves, first.out[Y].leaves, strict=True)
-            ):
-                out[Cotangent(Leaf(Y, k))] = Window(
-                    b.shape[0] if b.shape else 1, a.shape
-                )
-        return out
+            pairs = zip(flat.out[Y].leaves, first.out[Y].leaves, strict=True)
+            for k, (piece, first_piece) in enumerate(pairs):
+                stride = first_piece.shape[0] if first_piece.shape else 1
+                windows[Cotangent(Leaf(Y, k))] = Window(stride, piece.shape)
+        return windows
 
-    def _returned(self, s: int) -> frozenset[Leaf]:
-        """A stage's outputs that the user gets as they are: its states, and the `y` of
-        a single microbatch.
-        """
-        stage, outputs = self.layout.stages[s], self.flat(s, 0).outputs
-        if not self.whole:
-            return frozenset()
-        whole = stage.last and self.inputs.cut.m == 1
-        return frozenset(
-            leaf
-            for leaf in outputs
-            if leaf.port.kind == "state" or (whole and leaf.port == Y)
-        )
+    # --- keeping ---
 
-    def _compile(self, s: int, code: Code) -> Callable[..., Sequence[Any]]:
-        """The function of a code; stages that compute the same share it, and its trace."""
-        if self._loses(s):
-            return code.compile()
-        return self._kept.get(Key(code.identity), code.compile)
-
-    def _loses(self, s: int) -> bool:
+    def _has_loss(self, s: int) -> bool:
         """Whether a stage contains the loss: a function that may be another one in the
         next call.
         """
-        return self.layout.stages[s].last and self.request.loss is not None
+        return self.routes.stages[s].last and self.request.loss is not None
 
-    def _shared(self, s: int, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """What does not depend on the loss is kept for other calls, also of pipes of
-        the same layers.
-        """
-        if self._loses(s):
+    def _keep(self, s: int, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What does not depend on the loss is kept for other calls."""
+        if self._has_loss(s):
             return make()
-        stage = self.layout.stages[s]
-        return self._kept.get(
-            Key((stage.span, stage.skips_in, stage.skips_out, *key)), make
-        )
+        stage = self.routes.stages[s]
+        whole_key = Key((stage.span, stage.skips_in, stage.skips_out, *key))
+        return self._kept.get(whole_key, make)

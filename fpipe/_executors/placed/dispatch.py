@@ -39,8 +39,9 @@ from fpipe._executors.placed.instructions import (
 from fpipe._executors.placed.threads import Call, Crew, Share, Step, divide, issue
 from fpipe._executors.placed.watch import Probe, Watch, probes_of
 from fpipe._executors.placement import Placement
-from fpipe._executors.programs import Inputs, Layout
+from fpipe._executors.programs import Layout
 from fpipe._executors.recording import Recorder, recorders_of
+from fpipe._executors.request import Inputs
 from fpipe._model.stages import Leaf, Port
 
 # Who dispatches. One thread is enough where a dispatch returns at once. A thread for

@@ -90,7 +90,7 @@ def reduce_loss(call: CallWork, loss: Loss) -> ReducedLoss:
     )
     first = pieces[0]
     weighted = WEIGHT in first
-    scales = [call.programs.scale(i) for i in range(m)]
+    scales = [call.programs.scales[i] for i in range(m)]
 
     def reduce(*arrays: Any) -> list[Any]:
         # The values of one leaf stand together: losses, weights if there are any, and
@@ -128,7 +128,7 @@ def finish_states(call: CallWork) -> dict[int, SlotTree]:
     """
     states: dict[int, SlotTree] = {}
     for layer, slots in sorted(call.states.items()):
-        stage = call.layout.stage_of(layer)
+        stage = call.layout.stages[call.layout.routes.home(layer)]
         port = Port("state", layer)
         left = call.programs.flat(stage.index, call.microbatches - 1).out[port]
         if stage.model.layers[layer].finish is None:

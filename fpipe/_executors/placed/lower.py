@@ -46,6 +46,7 @@ from fpipe._executors.placed.instructions import (
 from fpipe._executors.placed.work import CallWork, Work
 from fpipe._executors.programs import (
     Layout,
+    ProgramForm,
     Programs,
     direct_pairs,
     split_pairs,
@@ -75,8 +76,10 @@ def lower(
     order = issue_order(schedule, request.kind)
     direct = direct_pairs(order, layout.placements)
     split = split_pairs(order)
-    programs = Programs(layout, direct, split, remat, inputs, request, kept)
-    call = CallWork(programs)
+    programs = Programs(
+        layout.routes, ProgramForm(), direct, split, remat, inputs, request, kept
+    )
+    call = CallWork(layout, programs)
 
     y = loss = aux = weight = None
     cotangents: list[Slot] = []

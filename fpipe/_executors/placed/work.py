@@ -33,7 +33,7 @@ from fpipe._executors.placed.instructions import (
 )
 from fpipe._executors.placement import Placement
 from fpipe._executors.plan_data import Role
-from fpipe._executors.programs import Programs, index
+from fpipe._executors.programs import Layout, Programs, index
 from fpipe._model.loss import sum_dtype
 from fpipe._model.stages import INDEX, Leaf, Port, X, Y
 from fpipe._program.code import (
@@ -91,9 +91,9 @@ class CallWork:
         states: of each layer with state, as the microbatches go by.
     """
 
-    def __init__(self, programs: Programs) -> None:
+    def __init__(self, layout: Layout, programs: Programs) -> None:
         self.programs = programs
-        self.layout = programs.layout
+        self.layout = layout
         self.inputs = programs.inputs
         self.microbatches = programs.inputs.cut.m
         self.work: list[Work] = []

@@ -22,8 +22,7 @@ import numpy as np
 
 from fpipe._core.caches import Recent
 from fpipe._core.pytrees import Shape
-from fpipe._executors.programs import Inputs, Request
-from fpipe._executors.request import CallKind
+from fpipe._executors.request import CallKind, Inputs, Request
 from fpipe._executors.scan.buffers import Buffers, Place, place_bundles
 from fpipe._executors.scan.feeds import feed_steps, is_large
 from fpipe._executors.scan.machine import (
@@ -337,7 +336,7 @@ class Operations:
             return held(bundle, Gradient(name))
         assert isinstance(value, Input), value
         port, k = leaf = value.leaf
-        maker = self.work.programs.layout.routes.source(u, port)
+        maker = self.work.programs.routes.source(u, port)
         if maker is not None:
             bundle = group.bundles[ActivationValue(maker.stage, maker.port)]
             return held(bundle, Output(Leaf(maker.port, k)))
@@ -390,7 +389,7 @@ class Operations:
                         yield SetState(block, number_of(Output(leaf)))
         if kind in "BI":
             for leaf in unit.joint.gradients:
-                given = self.work.programs.layout.routes.is_given(u, leaf.port)
+                given = self.work.programs.routes.is_given(u, leaf.port)
                 if given and leaf not in flat.constant:
                     self.outputs.setdefault(leaf, unit.input_shapes[leaf])
                     # Several units may read the same input: each adds its own.

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fpipe._core.pytrees import Shape, is_inexact, pack
-from fpipe._executors.programs import Inputs, Request
+from fpipe._executors.request import Inputs, Request
 from fpipe._executors.scan.clock import Clock
 from fpipe._executors.scan.feeds import share
 from fpipe._executors.scan.interpreter import Interpreter, SegmentResult

@@ -24,16 +24,14 @@ from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar, get_args
 import jax
 
 from fpipe._core.caches import Key, Recent
-from fpipe._core.pytrees import is_inexact
 from fpipe._executors.programs import (
-    Inputs,
-    Layout,
+    ProgramForm,
     Programs,
-    Request,
     direct_pairs,
     split_pairs,
 )
-from fpipe._executors.request import CallKind
+from fpipe._executors.request import CallKind, Inputs, Request
+from fpipe._executors.routes import Routes
 from fpipe._executors.scan.machine import Avals
 from fpipe._executors.scan.units import Units
 from fpipe._model.remat import Remat
@@ -131,32 +129,6 @@ class Bundle(NamedTuple, Generic[V]):
 
 
 # --- programs ---
-
-
-class UnitPrograms(Programs):
-    """Programs as bare code, which takes pieces and adds nothing up."""
-
-    whole = False
-
-    def __init__(self, units: Units, opened: bool, *args: Any) -> None:
-        self._roles, self.opened = units.roles, opened
-        super().__init__(Layout(units.stages, ()), *args)
-
-    def _wanted(
-        self, stage: Stage, flat: FlatStage, reach: Mapping[tuple[int, Leaf], bool]
-    ) -> frozenset[Leaf]:
-        """A core's input gradient is always made: the first core is then the same
-        program as the others, and a tick takes as long as theirs anyway.
-        """
-        wanted = super()._wanted(stage, flat, reach)
-        if self._roles[stage.index] != "core" or not self.request.wanted:
-            return wanted
-        pairs = zip(flat.inputs, flat.shapes, strict=True)
-        return wanted | {leaf for leaf, a in pairs if leaf.port == X and is_inexact(a)}
-
-    def _compile(self, s: int, code: Any) -> Any:
-        del s
-        return code
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -299,7 +271,7 @@ class Work:
     """
 
     units: Units
-    programs: UnitPrograms
+    programs: Programs
     groups: tuple[Group, ...]
     group_of: tuple[Group, ...]
 
@@ -349,7 +321,18 @@ def find_work(
         for s, i in direct_pairs(order, schedule.stage_to_device)
     }
     split = {(u, i) for s, i in split_pairs(order) for u in units.of_stage[s]}
-    programs = UnitPrograms(units, opened, direct, split, remat, inputs, request, kept)
+    form = ProgramForm(
+        whole_inputs=False,
+        inline_remats=opened,
+        # A core's input gradient is always made: the first core is then the same
+        # program as the others, and a tick takes as long as theirs anyway.
+        input_gradients=frozenset(
+            u for u, role in enumerate(units.roles) if role == "core"
+        ),
+    )
+    programs = Programs(
+        Routes(units.stages), form, direct, split, remat, inputs, request, kept
+    )
     microbatches: dict[Hashable, list[int]] = {}
     for i in range(inputs.cut.m):
         key: list[Hashable] = []
@@ -371,7 +354,7 @@ def find_work(
 
 def _group(
     units: Units,
-    programs: UnitPrograms,
+    programs: Programs,
     actions: Mapping[Action, int],
     microbatches: tuple[int, ...],
 ) -> Group:
@@ -418,7 +401,7 @@ def _group(
 
 
 def _activations(
-    programs: UnitPrograms, works: Sequence[UnitWork], u: int
+    programs: Programs, works: Sequence[UnitWork], u: int
 ) -> tuple[Bundle[SentValue], ...]:
     """What a unit's forward makes for others: its boundary, and the skips."""
     unit = works[u]
@@ -429,7 +412,7 @@ def _activations(
         leaves = range(len(unit.flat.out[port].leaves))
         arrays = tuple(Output(Leaf(port, k)) for k in leaves)
         readers = []
-        for reader, name in programs.layout.routes.readers(u, port):
+        for reader, name in programs.routes.readers(u, port):
             kinds: list[Kind] = [
                 kind
                 for kind, taken in works[reader].taken.items()
@@ -443,13 +426,13 @@ def _activations(
 
 
 def _cotangents(
-    programs: UnitPrograms, works: Sequence[UnitWork], u: int, kind: Kind, i: int
+    programs: Programs, works: Sequence[UnitWork], u: int, kind: Kind, i: int
 ) -> tuple[Bundle[SentValue], ...]:
     """What a unit's backward makes for the makers of its boundary and its skips."""
     unit = works[u]
     bundles = []
     for name in (X, *(Port("skip", skip) for skip in unit.stage.skips_in)):
-        maker = programs.layout.routes.source(u, name)
+        maker = programs.routes.source(u, name)
         leaves = [
             leaf
             for leaf in unit.flat.inputs
