@@ -1,0 +1,194 @@
+"""The house as its source draws it: modules, the rooms that they stand in, floors.
+
+What comes in is a table of sources, `{"fpipe._core.errors": "import jax", …}`. What
+goes out is a graph of modules, the rooms that they stand in, and the floor of each room,
+which is one above the highest room that it imports:
+
+    3  plot
+    2  front
+    1  _core  schedules
+
+`python -m tests.house` prints the drawing.
+"""
+
+import ast
+import pathlib
+
+FRONT = "front"
+"""The room of `fpipe/__init__.py` and of the private modules next to it."""
+
+HALLS = {"fpipe._executors"}
+"""Rooms with rooms inside: the executors share a hall, and do not know each other."""
+
+Sources = dict[str, str]
+Graph = dict[str, set[str]]
+
+
+def sources(package: pathlib.Path) -> Sources:
+    """The text of every module of the package in that folder, by the module's name."""
+    texts = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = ("fpipe", *path.relative_to(package).with_suffix("").parts)
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        texts[name] = path.read_text()
+    return texts
+
+
+def imported_names(source: str) -> list[str]:
+    """What a source imports, anywhere in it: `a.b` for `from a import b`."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            assert node.module
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def module_graph(texts: Sources) -> Graph:
+    """The modules of the package that each module imports.
+
+    `from fpipe._core import errors` imports the module `fpipe._core.errors`, and
+    `from fpipe._core.errors import shown` does so too: the longest name that is a
+    module counts.
+    """
+    graph = {}
+    for module, text in texts.items():
+        targets = set()
+        for name in imported_names(text):
+            while name and name not in texts:
+                name = name.rpartition(".")[0]
+            targets.add(name)
+        graph[module] = targets - {""}
+    return graph
+
+
+def room_of(module: str, texts: Sources) -> str:
+    """The room that a module stands in.
+
+    A package is a room, with the packages inside it, except in a hall. A public module
+    next to the front is a room of its own: `fpipe.testing`, `fpipe.__main__`.
+    """
+    parts = module.split(".")
+    if len(parts) == 1:
+        return FRONT
+    room = ".".join(parts[:2])
+    if not is_package(room, texts):
+        return FRONT if is_private(room) else room
+    inner = ".".join(parts[:3])
+    if room in HALLS and is_package(inner, texts):
+        return inner
+    return room
+
+
+def is_package(module: str, texts: Sources) -> bool:
+    return any(name.startswith(module + ".") for name in texts)
+
+
+def is_private(module: str) -> bool:
+    name = module.split(".")[1]
+    return name.startswith("_") and name != "__main__"
+
+
+def room_graph(texts: Sources) -> Graph:
+    """The rooms that each room imports."""
+    graph: Graph = {room_of(module, texts): set() for module in texts}
+    for module, targets in module_graph(texts).items():
+        room = room_of(module, texts)
+        graph[room] |= {room_of(target, texts) for target in targets} - {room}
+    return graph
+
+
+def leaf_rooms(texts: Sources) -> set[str]:
+    """The optional rooms: every public one but `schedules`, which all may import."""
+    rooms = set(room_graph(texts)) - {FRONT, "fpipe.schedules"}
+    return {room for room in rooms if not is_private(room)}
+
+
+def circle(graph: Graph) -> list[str]:
+    """Nodes of a graph that form a circle; empty where there is none."""
+    done: set[str] = set()
+    path: list[str] = []
+
+    def visit(node: str) -> list[str]:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return []
+        path.append(node)
+        for target in sorted(graph[node]):
+            if found := visit(target):
+                return found
+        path.pop()
+        done.add(node)
+        return []
+
+    for node in sorted(graph):
+        if found := visit(node):
+            return found
+    return []
+
+
+def floors(texts: Sources) -> list[list[str]]:
+    """The rooms of each floor, from the ground up. The leaves share the highest one."""
+    graph = room_graph(texts)
+    leaves = leaf_rooms(texts)
+    left = set(graph) - leaves
+    levels = []
+    while left:
+        level = sorted(room for room in left if not graph[room] & left - {room})
+        assert level, f"rooms in a circle: {sorted(left)}"
+        levels.append(level)
+        left -= set(level)
+    return [*levels, sorted(leaves)] if leaves else levels
+
+
+def drawing(texts: Sources) -> str:
+    """The house from the top down: a line a floor, its number first."""
+    levels = floors(texts)
+    lines = []
+    for number in range(len(levels), 0, -1):
+        names = [room.removeprefix("fpipe.") for room in levels[number - 1]]
+        lines.append(
+            f"{number}  {'  '.join(names)}".replace("_executors.", "_executors/")
+        )
+    return "\n".join(lines)
+
+
+def imports_of_leaves(texts: Sources) -> list[tuple[str, str]]:
+    """Imports of an optional room by another room. The command line may draw plots."""
+    leaves = leaf_rooms(texts)
+    found = []
+    for module, targets in module_graph(texts).items():
+        for target in sorted(targets):
+            room = room_of(target, texts)
+            outside = room in leaves and room != room_of(module, texts)
+            if outside and module != "fpipe.__main__":
+                found.append((module, target))
+    return found
+
+
+def imports_of_the_facade(texts: Sources) -> list[str]:
+    """Modules that import what `fpipe/__init__.py` re-exports, instead of its home."""
+    graph = module_graph(texts)
+    return [module for module, targets in graph.items() if "fpipe" in targets]
+
+
+def foreign_imports(texts: Sources, library: str) -> dict[str, list[str]]:
+    """By module, the names that it imports from a library or from a part of it."""
+    found = {}
+    for module, text in texts.items():
+        names = [
+            name
+            for name in imported_names(text)
+            if name == library or name.startswith(library + ".")
+        ]
+        if names:
+            found[module] = names
+    return found
+
+
+if __name__ == "__main__":
+    print(drawing(sources(pathlib.Path(__file__).parents[1] / "fpipe")))
