@@ -1,10 +1,22 @@
-"""Four simulated CPU devices, and a compilation cache shared by all runs."""
+"""Four simulated CPU devices, quick compilation, and a cache of it for all runs."""
 
+import os
 import pathlib
 import signal
 
 import jax
 import pytest
+
+# Tests compile thousands of small programs and run each a few times, so they ask XLA for
+# code that is made fast, not for fast code: without optimization, without the emitters
+# of fused loops, and without a split of each program over threads. That is a third of
+# the compile time. `XLA_FLAGS= python -m pytest` tests what users run.
+QUICK = (
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
+os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update(
