@@ -4,6 +4,7 @@ import os
 import pathlib
 import signal
 
+import hypothesis
 import jax
 import pytest
 
@@ -17,6 +18,12 @@ QUICK = (
     "--xla_cpu_parallel_codegen_split_count=1",
 )
 os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
+
+# How long an example takes depends on the machine, and says nothing of the library.
+hypothesis.settings.register_profile(
+    "steady", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("steady")
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update(

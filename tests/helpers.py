@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,9 @@ from fpipe._executors.placed.compile import compile_plan
 from fpipe._executors.placed.instructions import Run
 
 WIDTH = 4
+
+HANG = 600
+"""Seconds that only something that hangs takes, however busy the machine is."""
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -253,6 +257,29 @@ class Case:
             if state
             else None,
         }
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    """Wait until a condition holds; `False` if it never does."""
+    until = time.monotonic() + HANG
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+class Clock:
+    """A clock that only sleeping moves, in place of `time.perf_counter`."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
 
 
 @contextlib.contextmanager

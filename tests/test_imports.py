@@ -93,6 +93,11 @@ def test_floors_are_drawn_from_the_source():
     assert drawing(made_up) == "4  plot\n3  front\n2  _hall\n1  schedules"
 
 
+def test_the_documentation_has_the_drawing():
+    page = (ROOT.parent / "docs" / "contributing.md").read_text()
+    assert f"```text\n{drawing(HOUSE)}\n```" in page
+
+
 def test_nobody_imports_the_leaves():
     assert imports_of_leaves(HOUSE) == []
     command = "from fpipe import plot"

@@ -8,12 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import matplotlib.image
 import pytest
 
 import fpipe
+from tests.helpers import HANG
 
 ROOT = pathlib.Path(__file__).parents[2]
 # The scripts share compiled programs with each other, and with earlier runs. No test
@@ -134,13 +134,11 @@ def test_ctrl_c_ends_training_cleanly(tmp_path):
             assert letter, seen
             seen += letter
         process.send_signal(signal.SIGINT)
-        started = time.monotonic()
-        out, error = process.communicate(timeout=60)
+        out, error = process.communicate(timeout=HANG)
     assert process.returncode == 0, error
     assert "stopped after" in error + out
     assert "Traceback" not in error
     assert picture.exists()
-    assert time.monotonic() - started < 60
 
 
 def test_the_overhead_benchmark_runs():

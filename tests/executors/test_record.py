@@ -28,7 +28,15 @@ from fpipe.schedules import Action, Costs, Event, Timeline, draw, simulate, svg
 from fpipe.schedules._trace import Span, trace
 from tests.executors.placed.test_dispatch import ERRORS, Host
 from tests.front.test_calls import BoomError, Trigger, notes
-from tests.helpers import Case, dense, models, mse, observing, raises
+from tests.helpers import (
+    Case,
+    dense,
+    eventually,
+    models,
+    mse,
+    observing,
+    raises,
+)
 
 M = 4
 X = jnp.arange(M, dtype=jnp.float32)[:, None] + jnp.zeros(
@@ -147,8 +155,18 @@ def test_a_recorded_step_is_the_schedule(schedule):
 @pytest.mark.parametrize("schedule", ["1f1b", "zb_v"])
 def test_the_idle_time_is_near_the_simulated_one(schedule):
     timeline, pipe, _, _ = slept(schedule)
-    predicted = simulate(pipe.make_schedule(M), Costs(**TIMES))
-    assert predicted.bubble - 0.25 < timeline.bubble < predicted.bubble + 0.4
+    predicted = simulate(pipe.make_schedule(M), Costs(**TIMES)).bubble
+    params, step = pipe.init(jax.random.key(0), X), pipe.value_and_grad(jnp.mean)
+    bubbles = [timeline.bubble]
+
+    def near():
+        """On a busy machine a thread may wake up late: then another call is asked."""
+        if predicted - 0.25 < bubbles[-1] < predicted + 0.4:
+            return True
+        bubbles.append(pipe.record(step, params, X)[1].bubble)
+        return False
+
+    assert eventually(near), bubbles
 
 
 @pytest.mark.parametrize("schedule", ["zb_h1", "interleaved_1f1b"])
@@ -519,21 +537,17 @@ def test_a_thread_that_waits_for_nothing_holds_nothing():
     lane.queue.put(Seen(0, thing, None))
     del thing
     seen.wait()
-    for _ in range(1000):
-        if ref() is None:
-            break
-        time.sleep(0.001)
-    alive = ref() is not None
+    gone = eventually(lambda: ref() is None)
     lane.queue.put(None)
     lane.thread.join()
-    assert not alive
+    assert gone
 
 
 def test_during_a_recorded_call_no_more_is_alive_than_otherwise():
     """An array that a thread waits for is one that has not been made: what is dropped
     meanwhile goes when it is there.
     """
-    peaks = []
+    plain, seen = [], []
     case = Case([dense()] * 3, 4)
     pipe = fpipe.Pipe(case.layers, [1] * 3, chunks=4, schedule="1f1b")
     params, x, target, step = (
@@ -543,19 +557,24 @@ def test_during_a_recorded_call_no_more_is_alive_than_otherwise():
         pipe.value_and_grad(mse),
     )
 
-    def look(item, slots):
+    def count(item, slots):
         del item
         jax.block_until_ready(slots)
-        time.sleep(0.001)  # until those that wait have seen it
-        peaks[-1] = max(peaks[-1], len(jax.live_arrays()))
+        plain.append(len(jax.live_arrays()))
 
-    for recorded in (False, True):
-        peaks.append(0)
-        with observing(look):
-            pipe.record(step, params, x, target) if recorded else step(
-                params, x, target
-            )
-    assert peaks[1] <= peaks[0] + 4  # a sum's mark on each device
+    def wait(item, slots):
+        """Until those that wait have seen it."""
+        del item
+        jax.block_until_ready(slots)
+        most = max(plain) + 4  # a sum's mark on each device
+        seen.append(eventually(lambda: len(jax.live_arrays()) <= most))
+
+    with observing(count):
+        step(params, x, target)
+    with observing(wait):
+        pipe.record(step, params, x, target)
+    assert all(seen)
+    assert len(seen) == len(plain)
 
 
 def test_everything_is_compiled_before_the_clock_starts(caplog):

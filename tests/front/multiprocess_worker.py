@@ -4,6 +4,7 @@ prints what it computed as JSON lines.
 
 import argparse
 import dataclasses
+import faulthandler
 import json
 import pathlib
 import time
@@ -15,7 +16,18 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fpipe
-from tests.helpers import Case, add, borrower, counter, dense, dropout, keep, mse, owner
+from tests.helpers import (
+    HANG,
+    Case,
+    add,
+    borrower,
+    counter,
+    dense,
+    dropout,
+    keep,
+    mse,
+    owner,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,9 +182,10 @@ def main():
     parser.add_argument("--coordinator")
     parser.add_argument("--process", type=int)
     parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--heartbeat", type=int, default=10)
+    parser.add_argument("--shutdown", type=int, default=HANG)
     parser.add_argument("what", nargs="+")
     args = parser.parse_args()
+    faulthandler.dump_traceback_later(HANG - 60)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_num_cpu_devices", args.devices)
@@ -187,9 +200,9 @@ def main():
         args.coordinator,
         2,
         args.process,
-        initialization_timeout=60,
-        heartbeat_timeout_seconds=args.heartbeat,
-        shutdown_timeout_seconds=args.heartbeat,
+        initialization_timeout=HANG,
+        heartbeat_timeout_seconds=60,
+        shutdown_timeout_seconds=args.shutdown,
     )
     for what in args.what:
         if what == "forever":

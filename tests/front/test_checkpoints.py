@@ -3,13 +3,13 @@ number of processes is the same.
 """
 
 import contextlib
+import faulthandler
 import os
 import pathlib
 import signal
 import socket
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,17 @@ import pytest
 
 import fpipe
 import fpipe.optim
-from tests.helpers import WIDTH, assert_same, counter, dense, dropout, mse, raises
+from tests.helpers import (
+    HANG,
+    WIDTH,
+    assert_same,
+    counter,
+    dense,
+    dropout,
+    eventually,
+    mse,
+    raises,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 ROWS = 8
@@ -265,6 +275,21 @@ def unfinished(folder):
     return any("tmp" in path.name for path in folder.iterdir())
 
 
+def caught(process, folder):
+    """Whether the process stands still within a save, the third or a later one."""
+    assert process.poll() is None
+    names = {path.name for path in folder.iterdir()}
+    if not names >= {"1", "2"} or not unfinished(folder):
+        return False
+    os.kill(process.pid, signal.SIGSTOP)  # to look at it in peace
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+    if unfinished(folder):
+        return True
+    os.kill(process.pid, signal.SIGCONT)
+    return False
+
+
 def test_killed_while_it_saves(tmp_path):
     """The last whole checkpoint is there, and loads; the next one is saved beside what
     is left.
@@ -276,18 +301,7 @@ def test_killed_while_it_saves(tmp_path):
         [sys.executable, "-c", code, str(folder)], cwd=ROOT
     ) as process:
         try:
-            until = time.monotonic() + 40
-            while True:
-                assert time.monotonic() < until, "no save was caught"
-                assert process.poll() is None
-                names = {path.name for path in folder.iterdir()}
-                if len(names & {"1", "2"}) == 2 and unfinished(folder):
-                    os.kill(process.pid, signal.SIGSTOP)  # to look at it in peace
-                    time.sleep(0.05)
-                    if unfinished(folder):
-                        break
-                    os.kill(process.pid, signal.SIGCONT)
-                time.sleep(0.001)
+            assert eventually(lambda: caught(process, folder)), "no save was caught"
         finally:
             process.kill()
     assert process.returncode == -signal.SIGKILL
@@ -411,6 +425,7 @@ def test_orbax_refuses_another_structure(tmp_path):
 
 def work(address, process, folder):
     """One of two processes: two more steps from what is there, saved."""
+    faulthandler.dump_traceback_later(HANG - 60)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -443,7 +458,9 @@ def test_two_processes_load_and_save(uninterrupted, tmp_path):
             )
             stack.callback(both[-1].kill)
         for k, process in enumerate(both):
-            assert process.wait(50) == 0, (tmp_path / f"stderr{k}").read_text()[-3000:]
+            assert process.wait(HANG) == 0, (tmp_path / f"stderr{k}").read_text()[
+                -3000:
+            ]
     with ocp.CheckpointManager(folder) as manager:
         loaded = load(manager, pipe)
     assert_same(canonical(pipe, loaded), uninterrupted[1], 1e-4)

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from queue import Queue
 
 import jax
@@ -20,7 +19,7 @@ import pytest
 import yaml
 
 from tests.front.multiprocess_worker import PROBLEMS, decoded
-from tests.helpers import assert_same, mse
+from tests.helpers import HANG, assert_same, mse
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -68,25 +67,21 @@ class Workers:
                     self.lines.put((k, json.loads(line)))
         self.lines.put((k, None))
 
-    def ends(self, timeout):
+    def ends(self):
         """The exit status of each."""
-        until = time.monotonic() + timeout
-        return [
-            process.wait(max(0.0, until - time.monotonic()))
-            for process in self.processes
-        ]
+        return [process.wait(HANG) for process in self.processes]
 
-    def all_lines(self, timeout):
+    def all_lines(self):
         """What each printed, at its end."""
-        until, found, open_ = time.monotonic() + timeout, ([], []), 2
-        while open_:
-            k, line = self.lines.get(timeout=max(0.0, until - time.monotonic()))
-            open_ -= line is None
-            if line is not None:
+        found, running = ([], []), 2
+        while running:
+            k, line = self.lines.get(timeout=HANG)
+            if line is None:
+                running -= 1
+            else:
                 found[k].append(line)
-        assert self.ends(10) == [0, 0], "\n".join(
-            path.read_text() for path in self.errors
-        )
+        errors = "\n".join(path.read_text() for path in self.errors)
+        assert self.ends() == [0, 0], errors
         return found
 
     def __enter__(self):
@@ -123,7 +118,7 @@ def reference(problem):
 def test_two_processes_compute_what_one_does(tmp_path, devices, names):
     with Workers(tmp_path, "--devices", str(devices), *names) as workers:
         wanted = {name: reference(PROBLEMS[name]) for name in names}
-        found = workers.all_lines(timeout=120)
+        found = workers.all_lines()
     for n, name in enumerate(names):
         params, step, grad = wanted[name]
         both = [lines[n] for lines in found]
@@ -148,14 +143,14 @@ def test_two_processes_compute_what_one_does(tmp_path, devices, names):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_process_ends_the_other(tmp_path, victim):
-    with Workers(tmp_path, "--heartbeat", "6", "forever") as workers:
+    with Workers(tmp_path, "--shutdown", "6", "forever") as workers:
         steps = [-1, -1]
         while min(steps) < 3:
-            k, line = workers.lines.get(timeout=60)
+            k, line = workers.lines.get(timeout=HANG)
             assert line is not None, workers.errors[k].read_text()
             steps[k] = line["step"]
         workers.processes[victim].send_signal(signal.SIGKILL)
-        ended = workers.ends(timeout=30)
+        ended = workers.ends()
     assert ended[victim] == -signal.SIGKILL
     assert ended[1 - victim] != 0
     # Gloo notices at once, and so does JAX when its coordinator is gone.
@@ -216,7 +211,7 @@ def is_alive(pid):
 
 
 def test_the_example_trains():
-    command = [*LAUNCH, "-n", "2", "--timeout", "100", *TINY]
+    command = [*LAUNCH, "-n", "2", "--timeout", str(HANG), *TINY]
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -228,7 +223,7 @@ def test_the_example_trains():
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=HANG + 60,
         env=env,
     )
     assert done.returncode == 0, done.stderr
@@ -250,7 +245,7 @@ def ended(launcher, pids):
     """The launcher's exit status and the last line of its stderr; nothing that it
     started is left.
     """
-    _, error = launcher.communicate(timeout=20)
+    _, error = launcher.communicate(timeout=HANG)
     assert "Traceback" not in error
     assert len(pids) == 2
     assert not any(map(is_alive, pids))
@@ -258,7 +253,7 @@ def ended(launcher, pids):
 
 
 def test_the_launcher_ends_all_when_one_dies():
-    with launched("--timeout", "100") as (launcher, pids):
+    with launched("--timeout", str(HANG)) as (launcher, pids):
         os.kill(pids[1], signal.SIGKILL)
         assert ended(launcher, pids) == (
             1,
@@ -269,7 +264,7 @@ def test_the_launcher_ends_all_when_one_dies():
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_the_launcher_ends_all_when_interrupted(how):
-    with launched("--timeout", "100") as (launcher, pids):
+    with launched("--timeout", str(HANG)) as (launcher, pids):
         launcher.send_signal(how)
         assert ended(launcher, pids) == (130, "interrupted; all are stopped")
 
