@@ -12,6 +12,7 @@ which is one above the highest room that it imports:
 """
 
 import ast
+import functools
 import pathlib
 
 FRONT = "front"
@@ -34,6 +35,7 @@ def sources(package: pathlib.Path) -> Sources:
     return texts
 
 
+@functools.cache
 def imported_names(source: str) -> list[str]:
     """What a source imports, anywhere in it: `a.b` for `from a import b`."""
     names = []

@@ -7,6 +7,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 import fpipe
 from tests.house import (
     FRONT,
@@ -24,6 +26,8 @@ from tests.house import (
     room_of,
     sources,
 )
+
+pytestmark = pytest.mark.quick
 
 ROOT = pathlib.Path(fpipe.__file__).parent
 HOUSE = sources(ROOT)

@@ -28,6 +28,7 @@ def hooks():
 # --- the reference ---
 
 
+@pytest.mark.quick
 def test_the_reference_has_every_public_name():
     assert hooks().missing() == []
 
@@ -111,6 +112,7 @@ def test_names_on_pages_lead_to_the_reference():
 # --- the pages ---
 
 
+@pytest.mark.quick
 def test_every_page_is_in_the_navigation():
     config = (ROOT / "mkdocs.yml").read_text()
     listed = re.findall(r"^ +- [^#\n]*?: (\w+\.md)$", config, re.MULTILINE)
@@ -227,6 +229,7 @@ def begins(text, begin):
     )
 
 
+@pytest.mark.quick
 def test_every_message_on_the_page_is_in_the_source():
     assert [
         begin
@@ -235,6 +238,7 @@ def test_every_message_on_the_page_is_in_the_source():
     ] == []
 
 
+@pytest.mark.quick
 def test_every_message_in_the_source_is_on_the_page():
     known = documented()
     assert [

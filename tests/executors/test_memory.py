@@ -196,6 +196,7 @@ class counting:  # noqa: N801 - reads as a function
             self.events.append(event)
 
 
+@pytest.mark.quick
 def test_each_layer_is_traced_once_per_shape():
     traces = []
 

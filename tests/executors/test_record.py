@@ -131,6 +131,7 @@ def check_devices(timeline):
 # --- what is recorded ---
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("schedule", fpipe.schedules.NAMES)
 def test_a_recorded_step_is_the_schedule(schedule):
     timeline, pipe, got, want = slept(schedule)

@@ -159,6 +159,7 @@ def sequential():
     )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_a_linen_sequential_is_what_it_is_without_a_pipeline(executor):
     model = sequential()

@@ -129,6 +129,7 @@ REDUCTIONS = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("reduction", "chunks"),
     [("mean", 3), ("mean", 4), ("sum", 3), ("weighted", 3), ("weighted", 1)],

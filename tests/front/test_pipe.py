@@ -246,6 +246,7 @@ def test_a_mismatch_of_skips_is_found_when_the_pipe_is_made():
 # --- balance and devices ---
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("layers", "balance"),
     [
@@ -273,6 +274,7 @@ def test_balance_and_chunks_may_be_numpy_integers():
     assert {type(n) for n in (*pipe.balance, pipe.chunks)} == {int}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("given", "used"),
     [

@@ -135,6 +135,7 @@ NEEDS = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("case", NEEDS)
 def test_the_signature_says_what_a_layer_needs(case):
     f, needs = NEEDS[case]
@@ -159,6 +160,7 @@ def test_needs_can_take_away_what_the_signature_names():
     )
 
 
+@pytest.mark.quick
 @both
 def test_a_layer_gets_the_needs_that_it_names_and_no_others(make):
     seen = []

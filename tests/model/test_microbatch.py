@@ -54,6 +54,7 @@ RULE = [
 ]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("n", "chunks", "expected"), RULE)
 def test_the_pieces_are_those_of_the_design(n, chunks, expected):
     assert pieces(n, chunks) == expected
@@ -95,6 +96,7 @@ def test_the_pieces_of_a_pytree_put_together_are_the_pytree(shapes, chunks):
             np.testing.assert_array_equal(part[k], piece)
 
 
+@pytest.mark.quick
 @both
 @pytest.mark.parametrize(("n", "chunks", "expected"), RULE[:3])
 def test_a_loss_sees_each_piece_and_weighs_it_by_its_rows(make, n, chunks, expected):

@@ -79,6 +79,7 @@ def test_the_last_microbatch_is_the_last_that_was_made():
         assert len(hits) == expected, checkpoint
 
 
+@pytest.mark.quick
 def test_what_is_not_asked_for_is_not_computed():
     layers = [two_products()] * 2
     # Only x: no weight gradients, 2 products per backward.

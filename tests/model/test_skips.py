@@ -406,6 +406,7 @@ def report(wrong):
     return "`verify_skippables`: " + "".join(f"\n  - {line}" for line in wrong)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "check", [fpipe.verify_skippables, fpipe.sequential, fpipe.Pipe]
 )
@@ -451,6 +452,7 @@ def test_all_mismatches_are_reported_at_once_at_any_depth(check):
         check(layers)
 
 
+@pytest.mark.quick
 def test_models_that_fit_pass():
     fpipe.verify_skippables([])
     fpipe.verify_skippables([first, [[last]], (fpipe.fn(jnp.tanh), [keep()]), add()])

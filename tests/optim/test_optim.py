@@ -247,6 +247,7 @@ def test_under_scan_each_device_updates_its_own_stages_and_only_numbers_cross(wi
     assert (" conditional(" in text) == (len(set(widths)) > 1)
 
 
+@pytest.mark.quick
 def test_every_leaf_is_on_its_device_and_only_numbers_move():
     pipe = pipe_of("placed")
     params, tx = pipe.place(whole()), fpipe.optim.per_stage(CLIP())
@@ -289,6 +290,7 @@ def test_programs_are_compiled_once():
     assert [call._cache_size() for call in calls] == [1] * 6
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_donation_deletes_and_nothing_else_does(executor):
     pipe = pipe_of(executor)

@@ -154,6 +154,7 @@ def puzzles(draw):
     )
 
 
+@pytest.mark.quick
 @settings(max_examples=300, deadline=None)
 @given(puzzles())
 def test_the_cut_is_the_one_that_brute_force_finds(puzzle):
@@ -271,6 +272,7 @@ def test_virtual_stages_are_balanced(schedule, stages):
 # --- limits ---
 
 
+@pytest.mark.quick
 def test_a_limit_moves_layers():
     known = costs([1, 1, 1, 1], params=[3 * MIB, 3 * MIB, MIB, MIB], checkpoint="never")
     assert fpipe.balance(known, stages=2) == (2, 2)

@@ -119,6 +119,7 @@ def test_what_is_alive_is_predicted_to_the_byte_at_every_instruction(
         assert rows[str(d)].peak == max(start[d], *(now[d] for now in want))
 
 
+@pytest.mark.quick
 def test_the_rows_of_the_stages():
     pipe = fpipe.Pipe(skips(), [2, 2, 3], chunks=4, schedule="1f1b", checkpoint="never")
     plan = pipe.plan(None, X)
@@ -144,6 +145,7 @@ def test_the_rows_of_the_stages():
     assert set(first.work) == {"F", "B"}
 
 
+@pytest.mark.quick
 def test_work_is_that_of_the_products_and_time_that_of_the_simulation():
     width, rows = 64, 32
     wide = fpipe.Layer(lambda w, x: x @ w, lambda key, x: jnp.zeros((width, width)))

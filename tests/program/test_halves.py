@@ -59,6 +59,7 @@ def plan_of(pipe):
     return pipe._placed._plans.values()[0].plan
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("wrt", [0, (0, 1)], ids=["params", "params and x"])
 @pytest.mark.parametrize("checkpoint", MODES, ids=IDS)
 def test_i_and_w_together_are_b(checkpoint, wrt):

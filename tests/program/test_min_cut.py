@@ -49,6 +49,7 @@ def test_no_set_is_cheaper(seed):
     assert least == min(made for c, made in good if c == cost)
 
 
+@pytest.mark.quick
 def test_an_activation_is_made_again_from_what_is_smaller():
     # 0: a product; 1: tanh of it, dear; 2, 3, 4: sums and products of those, cheap, all
     # needed.

@@ -66,6 +66,7 @@ def shuffled(devices, virtual, microbatches, backwards, rng):
     return Schedule(rows, stage_to_device)
 
 
+@pytest.mark.quick
 def test_the_table_as_written():
     assert schedules.one_f_one_b(3, 4).to_csv().splitlines() == [
         "0F0,0F1,0F2,,,0B0,0F3,0B1,,0B2,,0B3",

@@ -95,6 +95,7 @@ TIMELINES = {
 # Text
 
 
+@pytest.mark.quick
 def test_text_as_drawn():
     assert draw(schedules.one_f_one_b(3, 4)) == textwrap.dedent("""\
         device 0 F0 F1 F2             B0--- F3 B1---    B2---    B3---

@@ -339,6 +339,7 @@ ORDERS = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ORDERS)
 def test_order(name):
     rows = named(name, 4, 8).actions
@@ -369,6 +370,7 @@ def test_stage_to_device(name):
         assert list(named(name, 4, 8, virtual=2).stage_to_device) == LOOPED
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", NAMES)
 def test_kinds(name):
     kinds = {a.kind for row in named(name, 3, 7).actions for a in row}
@@ -402,6 +404,7 @@ def drawn(schedule):
     return [f"{d}: {line.rstrip()}" for d, line in enumerate(table)]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", NAMES)
 def test_drawn_as_in_the_docstring(name):
     generator = NAMES[name].generator

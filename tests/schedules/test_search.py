@@ -146,6 +146,7 @@ def test_tight_limits_at_random():
         )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("devices", "m"), [(1, 3), (2, 8), (4, 8), (4, 16), (8, 16)])
 def test_idle_is_the_fill_alone(devices, m):
     """Equal costs, no limit: the lower bound itself, and no more memory than ZB-H2's

@@ -235,6 +235,7 @@ def test_agrees_with_the_oracle_at_random(case):
     check(*case)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["gpipe", "1f1b", "eager_1f1b"])
 def test_named_schedules_agree_with_the_oracle(name):
     for devices, microbatches in [(1, 3), (2, 5), (4, 6), (3, 2)]:
@@ -244,6 +245,7 @@ def test_named_schedules_agree_with_the_oracle(name):
         )
 
 
+@pytest.mark.quick
 def test_memory_by_hand():
     # Held after each: F0 3, F1 6, I0 3 + 1, F2 7, W0 6, I1 3 + 1 (F2 and I1), ...
     row = [

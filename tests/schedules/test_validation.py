@@ -222,6 +222,7 @@ def check(rows, stage_to_device):
     return False
 
 
+@pytest.mark.quick
 @each
 def test_legal_schedules_are_accepted(name):
     assert check(*LEGAL[name])
@@ -454,6 +455,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_schedules_are_refused(name):
     rows, message = BROKEN[name]

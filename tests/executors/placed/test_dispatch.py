@@ -235,6 +235,7 @@ def started(seen, schedule):
     return list(dict.fromkeys(fpipe.schedules.Action(*name) for name in names))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "schedule",
     [

@@ -51,6 +51,7 @@ def call(layers, balance, chunks, rows=8, **options):
     return pipe, lambda: step(params, case.x, case.target, **case.needs)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_value_and_grad_issues_what_the_schedule_says(schedule):
     pipe, step = call(models()["plain"], [1, 1, 1, 1], 8, schedule=schedule)

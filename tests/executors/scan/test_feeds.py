@@ -37,6 +37,7 @@ def brought(order, microbatches, devices, reader):
     return read[early:], early
 
 
+@pytest.mark.quick
 def test_every_microbatch_arrives_when_it_is_read():
     rng = random.Random(0)
     for _ in range(400):

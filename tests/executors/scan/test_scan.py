@@ -126,6 +126,7 @@ def ops_of(pipe):
 # --- the same as the placed executor, directly ---
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("model", ["plain", "jump3", "stateful", "tied"])
 def test_placed_and_scan_give_the_same(model):
     layers, chunks = models()[model], 4

@@ -43,6 +43,7 @@ def test_what_both_forms_cost(name):
     assert cheapest(schedule.actions, costs).cost(costs) == min(both)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("form", [ONE_ACTION, FORWARD_THEN_BACKWARD])
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "forward_only"])
 def test_every_action_runs_once_in_order_behind_what_it_needs(name, form):
