@@ -32,7 +32,7 @@ pytestmark = pytest.mark.quick
 ROOT = pathlib.Path(fpipe.__file__).parent
 HOUSE = sources(ROOT)
 
-MOST_FLOORS = 8
+MOST_FLOORS = 7
 MOST_ROOMS = 14
 
 
