@@ -3,9 +3,9 @@ it (it needs optax).
 """
 
 from fpipe.optim._loss_scale import DynamicLossScale as DynamicLossScale
+from fpipe.optim._portable_states import gather as gather
+from fpipe.optim._portable_states import place as place
 from fpipe.optim._transform import PerStage as PerStage
-from fpipe.optim._transform import apply_updates as apply_updates
-from fpipe.optim._transform import gather as gather
-from fpipe.optim._transform import global_norm as global_norm
 from fpipe.optim._transform import per_stage as per_stage
-from fpipe.optim._transform import place as place
+from fpipe.optim._tree_functions import apply_updates as apply_updates
+from fpipe.optim._tree_functions import global_norm as global_norm

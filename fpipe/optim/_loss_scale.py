@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fpipe._core.pytrees import PyTree, strong
-from fpipe.optim._transform import all_finite
+from fpipe.optim._tree_functions import all_finite
 
 
 @jax.tree_util.register_dataclass

@@ -1,144 +1,146 @@
-"""Transformations of `fpipe.Packed` parameters: one program, in which each device works
-on what it holds.
+"""`fpipe.Packed` trees as an optimizer needs them: leaf by leaf, and packed again.
 
-A transformation is traced on whole leaves, its steps are shared out over the devices
-(`_share.py`), and run in one program (`_devices.py`).
+This is the one module of `fpipe.optim` that knows how the scan executor lays parameters
+over a mesh. Every device holds a *block* of each *row*; two layers of different size on
+two devices, and a moment of them, are
+
+    parameters   row 0: | device 0: w of layer 0 | device 1: w of layer 1, padded |
+    moment       row 1: | device 0: moment 0     | device 1: moment 1, padded     |
+
+A transformation is shown the four leaves; `Cell`s remember where each lies. What it
+makes of them is packed like the parameters again, if it has leaves in the same places.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from fpipe._core.pytrees import PyTree, aval, numbers_as_arrays, pack, shapes_of
-from fpipe._executors.scan.packing import Packed
-from fpipe._program.graph import trace
-from fpipe.optim._devices import Cell, Out, run
-from fpipe.optim._placed import check_state
-from fpipe.optim._steps import opened
-from fpipe.optim._view import (
-    Chosen,
-    Frozen,
-    Template,
-    is_empty,
-    is_packed,
-    mesh_of,
-    templates,
-    zero,
+from fpipe._core.pytrees import (
+    PyTree,
+    Shape,
+    Tracer,
+    map_arrays,
+    pack,
+    shapes_of,
+    strong,
 )
-
-FIX = "make one with `tx.init(params)`, or pack this one with `fpipe.optim.place(fpipe.optim.gather(state), params)`"
-
-
-def init(tx: Any, params: PyTree, frozen: Frozen, mesh: Any) -> PyTree:
-    """The initial state; what is like the parameters is packed like them."""
-    rows = _Rows()
-    cells = rows.cells(params)
-    chosen = Chosen.of(cells, frozen)
-    made: list[PyTree] = []
-
-    def f(*leaves: Any) -> list[Any]:
-        made.append(numbers_as_arrays(tx.init(chosen.seen(leaves))))
-        return pack(made[-1])[0]
-
-    graph, given = _traced(f, chosen.select(jax.tree.leaves(cells)))
-    outs = _state_outs(made[-1], templates(params))
-    return run(graph, given, rows.arrays, outs, mesh)
+from fpipe._executors.scan.mesh import AXIS as AXIS
+from fpipe._executors.scan.mesh import by_stage
+from fpipe._executors.scan.packing import Entry, Packing, Row
+from fpipe._executors.scan.packing import Packed as Packed
+from fpipe._executors.scan.storage import raw as raw
+from fpipe._executors.scan.storage import unwrapped as unwrapped
+from fpipe._executors.scan.storage import wrapped as wrapped
+from fpipe.optim._seen_leaves import Path, SeenLeaves, leaf_name, no_update
 
 
-def update(
-    tx: Any,
-    grads: PyTree,
-    state: PyTree,
-    params: PyTree,
-    extra: dict[str, Any],
-    frozen: Frozen,
-) -> tuple[PyTree, PyTree]:
-    """Packed updates and the next state."""
-    like = grads if params is None else params
-    rows, forms, mesh = _Rows(), templates(like), mesh_of((like, state))
-    cells, old = rows.cells(like), rows.cells(state)
-    chosen = Chosen.of(cells, frozen)
-    leaves = jax.tree.leaves(cells)
-    check_state(tx, chosen.seen(chosen.select(leaves)), old, FIX)
-    check_packing(forms, state)
-    g = chosen.select(chosen.leaves(rows.cells(grads), "gradients"))
-    p = [] if params is None else chosen.select(leaves)
-    (s, s_spec), (e, e_spec) = pack(old), pack(extra)
-    ends = np.cumsum([len(g), len(s), len(p)])
-    made: list[PyTree] = []
-
-    def f(*arrays: Any) -> list[Any]:
-        g, s, p, e = (
-            list(arrays[a:b])
-            for a, b in zip([0, *ends], [*ends, len(arrays)], strict=True)
-        )
-        seen = None if params is None else chosen.seen(p)
-        updates, new = tx.update(
-            chosen.seen(g), s_spec.unpack(s), seen, **e_spec.unpack(e)
-        )
-        made.append(numbers_as_arrays(new))
-        return [*jax.tree.leaves(updates), *pack(made[-1])[0]]
-
-    graph, given = _traced(f, [*g, *s, *p, *e])
-    outs = _update_outs(like, chosen), _state_outs(made[-1], forms, len(g))
-    return run(graph, given, rows.arrays, outs, mesh)
+def is_packed(node: Any) -> bool:
+    """Whether a node is parameters of the scan executor, or a state like them."""
+    return isinstance(node, Packed)
 
 
-def check_packing(forms: Sequence[Template], state: PyTree) -> None:
-    """Refuse a state that is packed for another partition."""
-    for path, node in jax.tree_util.tree_flatten_with_path(state, is_leaf=is_packed)[0]:
-        if is_packed(node) and not any(
-            t.fits(s) and t.packing_of(s) == node.packing
-            for s in [node.packing.whole]
-            for t in forms
-        ):
-            raise ValueError(
-                f"`per_stage(tx).update`: state{jax.tree_util.keystr(path)} is packed "
-                "for another partition than the "
-                f"parameters; {FIX}"
+def any_packed(tree: PyTree) -> bool:
+    """Whether a tree has such nodes."""
+    return bool(_packed_nodes(tree))
+
+
+def _packed_nodes(tree: PyTree) -> list[Packed]:
+    nodes = jax.tree.leaves(tree, is_leaf=is_packed)
+    return [node for node in nodes if isinstance(node, Packed)]
+
+
+def mesh_of(tree: PyTree) -> Mesh | None:
+    """The mesh that packed arrays lie on, in a trace too; `None` if that cannot be
+    told.
+    """
+    for node in _packed_nodes(tree):
+        for array in node.arrays:
+            sharding = (
+                jax.typeof(array).sharding
+                if isinstance(array, Tracer)
+                else getattr(array, "sharding", None)
             )
+            mesh = getattr(sharding, "mesh", None)
+            if mesh is not None and AXIS in mesh.axis_names:
+                return mesh
+    return None
 
 
-# --- what goes in: leaves by where they are ---
+def _is_empty(array: Any) -> bool:
+    """Whether a row has no blocks: no gradient, or an update that changes nothing."""
+    return getattr(array, "dtype", None) == jax.dtypes.float0 or np.ndim(array) == 0
 
 
-class _Rows:
-    """The rows of some trees, in which each leaf of a `Packed` is a cell."""
+def unpack_tree(tree: PyTree) -> PyTree:
+    """Every `Packed` as a tuple with one pytree per layer."""
 
-    def __init__(self) -> None:
-        self.arrays: list[Any] = []
+    def unpack(node: Any) -> Any:
+        if not isinstance(node, Packed):
+            return node
+        leaves = []
+        for entry in node.packing.entries:
+            row = node.arrays[node.packing.where[entry][0]]
+            # A row without blocks is handed on as it is: nothing looks at it.
+            leaves.append(
+                row if _is_empty(row) else node.packing.take(node.arrays, entry)
+            )
+        return node.packing.trees(leaves)
 
-    def cells(self, tree: PyTree) -> PyTree:
-        """The tree with one pytree of shapes per layer in the place of every `Packed`;
-        a shape knows its cell.
-        """
-        return jax.tree.map(
-            lambda node: self._layers(node) if is_packed(node) else node,
+    return jax.tree.map(unpack, tree, is_leaf=is_packed)
+
+
+def shapes_unpacked(tree: PyTree) -> PyTree:
+    """The shapes of a tree, packed or not, as they are when it is unpacked."""
+    return shapes_of(
+        jax.tree.map(
+            lambda node: node.packing.whole if isinstance(node, Packed) else node,
             tree,
             is_leaf=is_packed,
         )
-
-    def _layers(self, node: Packed) -> tuple[PyTree, ...]:
-        packing, number = node.packing, dict[int, int]()
-        for r, array in enumerate(node.arrays):
-            if not is_empty(array):
-                number[r] = len(self.arrays)
-                self.arrays.append(array)
-
-        def leaf(r: int, d: int, shape: tuple[int, ...]) -> Any:
-            array = node.arrays[r]
-            if r not in number:
-                return array  # of what is not trained
-            return _Leaf(shape, array.dtype, Cell(number[r], d, packing.rows[r], shape))
-
-        return packing.trees(
-            [leaf(*packing.where[e], packing.shape(e).shape) for e in packing.entries]
-        )
+    )
 
 
-class _Leaf(jax.ShapeDtypeStruct):
+def constrain_to_stages(rows: Sequence[Any], mesh: Mesh | None) -> tuple[Any, ...]:
+    """Rows, laid over the stages of the mesh."""
+    if mesh is None:
+        return tuple(rows)
+    sharding = by_stage(mesh)
+    return tuple(
+        jax.lax.with_sharding_constraint(row, sharding) if np.ndim(row) else row
+        for row in rows
+    )
+
+
+# --- in: leaves, and where they lie ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """Where a leaf lies: in a device's block of a row.
+
+    Attributes:
+        row: the number of the row in `Rows.arrays`.
+        device: the device.
+        form: how the row is made.
+        shape: that of the leaf.
+    """
+
+    row: int
+    device: int
+    form: Row
+    shape: tuple[int, ...]
+
+    def take(self, blocks: Sequence[Any]) -> Any:
+        """The leaf, from the blocks that its device has of all rows."""
+        return self.form.take(blocks[self.row], self.shape)
+
+
+class PackedLeaf(jax.ShapeDtypeStruct):
     """The shape of a leaf that lies in a cell."""
 
     def __init__(self, shape: Any, dtype: Any, cell: Cell) -> None:
@@ -146,60 +148,262 @@ class _Leaf(jax.ShapeDtypeStruct):
         self.cell = cell
 
 
-def _traced(
-    f: Callable[..., Sequence[Any]], leaves: Sequence[Any]
-) -> tuple[Any, list[Any]]:
-    """The steps of a function of leaves, and the cell or the array that each of its
-    inputs is.
+class Rows:
+    """The rows of some trees.
+
+    Attributes:
+        arrays: the rows, in the order in which trees were added.
     """
-    return opened(trace(f, *map(aval, leaves))), [getattr(a, "cell", a) for a in leaves]
+
+    def __init__(self) -> None:
+        self.arrays: list[Any] = []
+
+    def add(self, tree: PyTree) -> PyTree:
+        """The tree unpacked, with a `PackedLeaf` for every leaf of a `Packed`."""
+        return jax.tree.map(
+            lambda node: self._layers(node) if isinstance(node, Packed) else node,
+            tree,
+            is_leaf=is_packed,
+        )
+
+    def _layers(self, node: Packed) -> tuple[PyTree, ...]:
+        packing = node.packing
+        number: dict[int, int] = {}
+        for r, array in enumerate(node.arrays):
+            if not _is_empty(array):
+                number[r] = len(self.arrays)
+                self.arrays.append(array)
+        leaves = []
+        for entry in packing.entries:
+            r, device = packing.where[entry]
+            if r in number:
+                shape = packing.shape(entry).shape
+                cell = Cell(number[r], device, packing.rows[r], shape)
+                leaves.append(PackedLeaf(shape, node.arrays[r].dtype, cell))
+            else:
+                leaves.append(node.arrays[r])  # Of what is not trained.
+        return packing.trees(leaves)
 
 
-# --- what comes out: rows by whose they are ---
+# --- out: rows, and what each device has in them ---
 
 
-def _update_outs(like: PyTree, chosen: Chosen) -> PyTree:
-    """Updates are packed like the parameters; what is not trained has none."""
-    count, kept = iter(range(sum(chosen.kept))), iter(chosen.kept)
+@dataclasses.dataclass(frozen=True)
+class PackedOutput:
+    """A `Packed` to be made.
 
-    def out(node: Any) -> Any:
-        if not is_packed(node):
-            return next(count) if next(kept) else zero(node)
-        number = {}
+    Attributes:
+        packing: its form.
+        numbers: for each row the output that each device has in its block, if any.
+    """
+
+    packing: Packing
+    numbers: tuple[tuple[int | None, ...], ...]
+
+    @classmethod
+    def of(cls, packing: Packing, number: Mapping[Entry, int]) -> "PackedOutput":
+        """From the number of the output for each leaf."""
+        return cls(
+            packing,
+            tuple(
+                tuple(None if e is None else number.get(e) for e in row.entries)
+                for row in packing.rows
+            ),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeOutput:
+    """An output that all devices have."""
+
+    number: int
+
+
+def update_outputs(like: PyTree, seen: SeenLeaves) -> PyTree:
+    """The outputs that are updates, packed like the parameters `like`.
+
+    What is not trained has an update that changes nothing.
+    """
+    numbers = iter(range(sum(seen.is_seen)))
+    is_seen = iter(seen.is_seen)
+
+    def output(node: Any) -> Any:
+        if not isinstance(node, Packed):
+            return WholeOutput(next(numbers)) if next(is_seen) else no_update(node)
+        number: dict[Entry, int] = {}
         for k, shape in enumerate(node.packing.shapes):
-            # Static leaves have no number, and are not kept.
-            number |= {
-                (k, n): next(count)
-                for n in jax.tree.leaves(shape.spec.fill(range(len(shape.leaves)), -1))
-                if next(kept)
-            }
-        return Out.of(node.packing, number)
+            # Static leaves count among all leaves, and are not seen.
+            positions = shape.spec.fill(range(len(shape.leaves)), -1)
+            for n in jax.tree.leaves(positions):
+                if next(is_seen):
+                    number[k, n] = next(numbers)
+        return PackedOutput.of(node.packing, number)
 
-    return jax.tree.map(out, like, is_leaf=is_packed)
+    return jax.tree.map(output, like, is_leaf=is_packed)
 
 
-def _state_outs(state: PyTree, forms: Sequence[Template], first: int = 0) -> PyTree:
-    """What of a state is like the parameters is packed like them; the rest all devices
-    have.
+def state_outputs(
+    state: PyTree, templates: Sequence["StateTemplate"], first: int
+) -> PyTree:
+    """The outputs that are a new state: what is like the parameters is packed like
+    them, and all devices have the rest.
+
+    Arguments:
+        state: shapes.
+        first: the number of the first of these outputs.
     """
-    shapes = shapes_of(state)
-    arrays, spec = pack(shapes)
+    arrays, spec = pack(state)
     numbers = spec.unpack(range(first, first + len(arrays)))
 
-    def form(node: Any) -> Template | None:
-        return next((t for t in forms if t.fits(node)), None)
-
-    def out(node: Any, number: Any) -> Any:
-        fit = form(node)
-        if fit is None:
-            return number
-        each = {
+    def output(node: Any, number: Any) -> Any:
+        template = _find_template(templates, node)
+        if template is None:
+            return WholeOutput(number) if isinstance(number, int) else number
+        leaves = {
             (k, n): leaf
             for k, layer in enumerate(number)
             for n, leaf in enumerate(jax.tree.leaves(layer))
         }
-        return Out.of(fit.packing_of(node), each)
+        return PackedOutput.of(template.packing_of(node), leaves)
 
     return jax.tree.map(
-        out, shapes, numbers, is_leaf=lambda node: form(node) is not None
+        output,
+        state,
+        numbers,
+        is_leaf=lambda node: _find_template(templates, node) is not None,
     )
+
+
+class StateTemplate:
+    """How states that are like one `Packed` are packed: with leaves in the same places.
+
+    A moment has one leaf for each parameter, of the same shape; Adafactor's factors
+    have other shapes, and a masked state has not all of them. All of them lie on the
+    device of their parameter.
+    """
+
+    def __init__(self, packing: Packing) -> None:
+        self.packing = packing
+        self._entry_of: dict[tuple[int, Path], Entry] = {}
+        for k, shape in enumerate(packing.shapes):
+            positions = shape.spec.fill(range(len(shape.leaves)), None)
+            for path, n in jax.tree_util.tree_flatten_with_path(positions)[0]:
+                self._entry_of[k, path] = (k, n)
+
+    def fits(self, node: Any) -> bool:
+        """Whether a node is a tuple of layers with leaves in the places of these
+        parameters and nowhere else.
+        """
+        if type(node) is not tuple or len(node) != len(self.packing.shapes):
+            return False
+        places = [
+            (k, path)
+            for k, layer in enumerate(node)
+            for path, _ in jax.tree_util.tree_flatten_with_path(layer)[0]
+        ]
+        return bool(places) and all(place in self._entry_of for place in places)
+
+    def packing_of(self, layers: Sequence[PyTree]) -> Packing:
+        """How a tuple of layers, or the shapes of one, is packed."""
+        state_entry: dict[Entry, Entry] = {}  # By the parameter's.
+        for k, layer in enumerate(layers):
+            named = jax.tree_util.tree_flatten_with_path(layer)[0]
+            for n, (path, _) in enumerate(named):
+                state_entry[self._entry_of[k, path]] = (k, n)
+        shapes = tuple(Shape.of(layer) for layer in layers)
+        rows = [
+            row
+            for old in self.packing.rows
+            for row in self._rows_like(old, state_entry, shapes)
+        ]
+        return Packing(shapes, tuple(rows))
+
+    def pack(self, layers: tuple[PyTree, ...], mesh: Mesh | None) -> Packed:
+        """A tuple of layers, packed; without weak types, so that a state has one
+        structure in all steps.
+        """
+        layers = map_arrays(strong, layers)
+        packing = self.packing_of(layers)
+        leaves = {
+            (k, n): leaf
+            for k, layer in enumerate(layers)
+            for n, leaf in enumerate(jax.tree.leaves(layer))
+        }
+        rows = []
+        for row in packing.rows:
+            blocks = [
+                jnp.zeros(row.shape, row.dtype)
+                if entry is None
+                else row.put(leaves[entry].astype(row.dtype))
+                for entry in row.entries
+            ]
+            rows.append(jnp.stack(blocks))
+        return Packed(constrain_to_stages(rows, mesh), packing)
+
+    def _rows_like(
+        self, old: Row, state_entry: Mapping[Entry, Entry], shapes: Sequence[Shape]
+    ) -> Iterator[Row]:
+        """The rows of a state for one row of the parameters: one for each dtype."""
+        new = [None if e is None else state_entry.get(e) for e in old.entries]
+        leaf = {e: shapes[e[0]].leaves[e[1]] for e in new if e is not None}
+        for dtype in dict.fromkeys(a.dtype for a in leaf.values()):
+            entries = tuple(
+                e if e is not None and leaf[e].dtype == dtype else None for e in new
+            )
+            own = [leaf[e].shape for e in entries if e is not None]
+            parameter = [
+                self.packing.shape(p).shape
+                for e, p in zip(entries, old.entries, strict=True)
+                if e is not None and p is not None
+            ]
+            if own == parameter:
+                shape = old.shape
+            elif len(set(own)) == 1:
+                shape = own[0]
+            else:
+                shape = (max(int(np.prod(s, dtype=np.int64)) for s in own),)
+            yield Row(shape, dtype, entries)
+
+
+def templates_of(tree: PyTree) -> list[StateTemplate]:
+    """One for each `Packed` in a tree."""
+    return [StateTemplate(node.packing) for node in _packed_nodes(tree)]
+
+
+def _find_template(
+    templates: Sequence[StateTemplate], node: Any
+) -> StateTemplate | None:
+    return next((template for template in templates if template.fits(node)), None)
+
+
+def pack_state(
+    state: PyTree, templates: Sequence[StateTemplate], mesh: Mesh | None
+) -> PyTree:
+    """A state with everything that is like the parameters packed like them."""
+
+    def pack_node(node: Any) -> Any:
+        template = _find_template(templates, node)
+        return node if template is None else template.pack(node, mesh)
+
+    return jax.tree.map(
+        pack_node,
+        state,
+        is_leaf=lambda node: _find_template(templates, node) is not None,
+    )
+
+
+def check_packing(templates: Sequence[StateTemplate], state: PyTree, fix: str) -> None:
+    """Refuse a state that is packed for another partition."""
+    named = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_packed)[0]
+    for path, node in named:
+        if not isinstance(node, Packed):
+            continue
+        layers = node.packing.whole
+        if not any(
+            template.fits(layers) and template.packing_of(layers) == node.packing
+            for template in templates
+        ):
+            raise ValueError(
+                f"`per_stage(tx).update`: {leaf_name('state', path)} is packed "
+                f"for another partition than the parameters; {fix}"
+            )

@@ -1,0 +1,219 @@
+"""A function of arrays on several devices, compiled and dispatched program by program.
+
+In comes a function of flat arrays and the devices of its arrays, out goes a
+`PlacedFunction`. It is traced and divided once, for arrays of one form, and then called
+with any of these: programs are dispatched in the order of the plan, arrays are moved
+just before the program that reads them, and nothing waits for a result.
+"""
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from fpipe._core.pytrees import strong
+from fpipe._executors.placement import Device
+from fpipe.optim._leaf_devices import device_of
+from fpipe.optim._partition import partition
+from fpipe.optim._programs import Part, ProgramPlan, Slot, plan_programs
+from fpipe.optim._update_graph import UpdateGraph, run_steps
+
+# Arrays by slot and device; `None`: where the array was made, or came in.
+_Arrays: TypeAlias = dict[tuple[int, int | None], Any]
+
+
+class Tree(enum.Enum):
+    """A tree that goes in and comes out again, changed.
+
+    An output that is an input, unchanged, may be the very array if both are of one
+    tree. An array of another tree is copied: if one tree is donated later, the other
+    stays.
+    """
+
+    GRADIENTS = enum.auto()  # They come out as updates.
+    STATE = enum.auto()
+
+
+class Input(NamedTuple):
+    """What is known of an input.
+
+    Attributes:
+        owner: the device that it belongs to; `None` for a number that all share,
+            wherever it is.
+        donate: whether it may be overwritten.
+        tree: the tree that it is of.
+    """
+
+    owner: Device | None
+    donate: bool = False
+    tree: Tree | None = None
+
+
+class Output(NamedTuple):
+    """What is asked of an output: the device that it is wanted on, and its tree."""
+
+    device: Device
+    tree: Tree | None = None
+
+
+class PlacedFunction:
+    """A divided function, ready to call; each program is compiled on its first call.
+
+    Attributes:
+        cut: the programs and what moves between devices, as data.
+        calls: one jitted function for each program.
+    """
+
+    def __init__(self, cut: ProgramPlan, devices: Sequence[Device]) -> None:
+        # A constant that is a JAX array would pull a program to the device that it is
+        # on.
+        constants = {
+            v: np.asarray(a)
+            for v, a in cut.graph.constants.items()
+            if isinstance(a, jax.Array) and isinstance(a.dtype, np.dtype)
+        }
+        self.cut = cut
+        self.calls = [
+            _jit_part(cut, part, devices[part.device], constants) for part in cut.parts
+        ]
+        self._devices = tuple(devices)
+        self._donated = sorted({slot for part in cut.parts for slot in part.donates})
+        # What moves before each program, and after the last: one `device_put` for each
+        # device.
+        self._moves: list[dict[int, list[int]]] = [
+            {} for _ in range(len(self.calls) + 1)
+        ]
+        for move in cut.moves:
+            self._moves[move.before].setdefault(move.target, []).append(move.slot)
+
+    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+        """Run it on arrays of the form that it was traced for; nothing waits."""
+        arrays: _Arrays = {(slot, None): array for slot, array in enumerate(inputs)}
+        if self._donated:
+            self._copy_repeated(inputs, arrays)
+        for moves, part, call in zip(
+            self._moves, self.cut.parts, self.calls, strict=False
+        ):
+            self._move(moves, arrays)
+            results = call(*(_find(arrays, slot, part.device) for slot in part.takes))
+            arrays.update(
+                zip([(slot, None) for slot in part.gives], results, strict=True)
+            )
+        self._move(self._moves[-1], arrays)
+        return [_find(arrays, slot, device) for slot, device in self.cut.outputs]
+
+    def _copy_repeated(self, inputs: Sequence[Any], arrays: _Arrays) -> None:
+        """Copy what is donated and was given twice: a buffer can be donated once, and
+        not while it is read elsewhere.
+        """
+        count: dict[int, int] = {}
+        for array in inputs:
+            count[id(array)] = count.get(id(array), 0) + 1
+        for slot in self._donated:
+            if count[id(inputs[slot])] > 1:
+                arrays[slot, None] = jnp.copy(inputs[slot])
+
+    def _move(self, moves: dict[int, list[int]], arrays: _Arrays) -> None:
+        for device, slots in moves.items():
+            put = jax.device_put(
+                [arrays[slot, None] for slot in slots], self._devices[device]
+            )
+            arrays.update(zip([(slot, device) for slot in slots], put, strict=True))
+
+
+def _find(arrays: _Arrays, slot: int, device: int) -> Any:
+    key = (slot, device)
+    return arrays[key] if key in arrays else arrays[slot, None]
+
+
+def divide(
+    graph: UpdateGraph,
+    arrays: Sequence[Any],
+    inputs: Sequence[Input],
+    outputs: Sequence[Output],
+    first: Device,
+) -> PlacedFunction:
+    """Divide a traced function over the devices of its arrays.
+
+    Arguments:
+        graph: traced of arrays such as `arrays`.
+        first: the device on which small values of several devices meet.
+    """
+    found_on = [device_of(a) for a in arrays]
+    devices = [first, *(output.device for output in outputs)]
+    devices += [d for d in (*(i.owner for i in inputs), *found_on) if d is not None]
+    devices = list(dict.fromkeys(devices))
+    number: dict[Device | None, int | None] = {None: None}
+    number.update((device, n) for n, device in enumerate(devices))
+    wanted_on = [devices.index(output.device) for output in outputs]
+    divided = partition(
+        graph,
+        [number[i.owner] for i in inputs],
+        [[device] for device in wanted_on],
+        meeting_device=0,
+    )
+    tree_of = dict(zip(graph.inputs, (i.tree for i in inputs), strict=True))
+    aliasing = [
+        output.tree is not None and tree_of.get(value) is output.tree
+        for value, output in zip(graph.outputs, outputs, strict=True)
+    ]
+    cut = plan_programs(
+        divided,
+        [number[device] for device in found_on],
+        wanted_on,
+        aliasing,
+        [i.donate for i in inputs],
+    )
+    return PlacedFunction(cut, devices)
+
+
+def _jit_part(
+    cut: ProgramPlan, part: Part, device: Device, constants: Mapping[int, Any]
+) -> Callable[..., list[Any]]:
+    """The program of a part."""
+    graph = cut.graph
+    takes = [cut.slots[slot] for slot in part.takes]
+    gives = [cut.slots[slot] for slot in part.gives]
+    wanted = [v for slot in gives for v in slot.values]
+
+    def run(*arrays: Any) -> list[Any]:
+        given = dict(constants)
+        for slot, array in zip(takes, arrays, strict=True):
+            given.update(_split(graph, slot, array))
+        made = iter(run_steps(graph, part.steps, given, wanted))
+        results = []
+        for slot in gives:
+            values = [next(made) for _ in slot.values]
+            if slot.bundled:
+                results.append(jnp.concatenate([v.reshape(-1) for v in values]))
+            elif slot.output is None:
+                results.append(values[0])
+            else:
+                # A weak type would make the next step a new one to compile.
+                results.append(strong(values[0]))
+        return results
+
+    run.__name__ = run.__qualname__ = f"fpipe_optim_{part.round}"
+    if not takes:
+        # Without arguments nothing else says where it runs.
+        return jax.jit(run, out_shardings=SingleDeviceSharding(device))
+    donated = tuple(part.takes.index(slot) for slot in part.donates)
+    return jax.jit(run, donate_argnums=donated)
+
+
+def _split(graph: UpdateGraph, slot: Slot, array: Any) -> dict[int, Any]:
+    """The values in an array."""
+    if not slot.bundled:
+        return {slot.values[0]: array}
+    values = {}
+    start = 0
+    for v in slot.values:
+        shape = graph.avals[v].shape
+        end = start + int(np.prod(shape, dtype=np.int64))
+        values[v] = array[start:end].reshape(shape)
+        start = end
+    return values

@@ -1,0 +1,156 @@
+"""The devices of placed leaves: found, and checked where they must agree.
+
+In come trees of parameters, gradients and states with leaves on several devices, such
+as `({"w": on device 0}, {"w": on device 1})`; out come devices, one for each leaf that
+a transformation sees: `[device 0, device 1]`.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+
+from fpipe._core.pytrees import PyTree, aval, is_array
+from fpipe._executors.placement import Device
+from fpipe._executors.tracers import only_shapes
+from fpipe.optim._partition import SMALL, value_bytes
+from fpipe.optim._seen_leaves import SeenLeaves, leaf_name, parameters_of_state
+
+FIX = (
+    "make one with `tx.init(params)`, or move this one with "
+    "`fpipe.optim.place(state, params)`"
+)
+
+
+def device_of(array: Any) -> Device | None:
+    """The one device that an array is committed to."""
+    if not isinstance(array, jax.Array) or not array.committed:
+        return None
+    devices = array.devices()
+    return next(iter(devices)) if len(devices) == 1 else None
+
+
+def array_form(array: Any) -> Hashable:
+    """What a plan is specialised on."""
+    weak = getattr(array, "weak_type", False)
+    return array.shape, array.dtype, weak, device_of(array)
+
+
+def first_device(devices: Sequence[Device]) -> Device:
+    """The device of the first parameter; JAX's first one, if there is none."""
+    return devices[0] if devices else jax.devices()[0]
+
+
+def parameter_devices(
+    seen: SeenLeaves, leaves: Sequence[Any], call: str
+) -> list[Device]:
+    """The device of each parameter that a transformation sees."""
+    devices = []
+    for path, leaf in zip(seen.seen_paths, seen.select(leaves), strict=True):
+        device = device_of(leaf)
+        if device is None:
+            where = (
+                f"on {leaf.sharding}"
+                if isinstance(leaf, jax.Array)
+                else f"a {type(leaf).__name__}"
+            )
+            raise ValueError(
+                f"`{call}`: the parameter {leaf_name('params', path)} is not placed: "
+                f"it is {where}, and not committed to one device; place parameters "
+                "with `pipe.place(params)`"
+            )
+        devices.append(device)
+    return devices
+
+
+def committed_devices(arrays: Sequence[Any], paths: Sequence[Any]) -> list[Device]:
+    """The device of each parameter of `apply_updates` or `place`."""
+    devices = []
+    for array, path in zip(arrays, paths, strict=True):
+        device = device_of(array)
+        if device is None:
+            raise ValueError(
+                f"`apply_updates`: the parameter {leaf_name('params', path)} is not "
+                "placed: it is not committed to one device; "
+                "place parameters with `pipe.place(params)`"
+            )
+        devices.append(device)
+    return devices
+
+
+def check_gradients(
+    seen: SeenLeaves, gradients: Sequence[Any], devices: Sequence[Device]
+) -> None:
+    """Refuse a gradient that is not on the device of its parameter."""
+    for path, array, device in zip(seen.seen_paths, gradients, devices, strict=True):
+        if is_array(array) and device_of(array) == device:
+            continue
+        where = device_of(array) if is_array(array) else type(array).__name__
+        raise ValueError(
+            f"`per_stage(tx).update`: the gradient {leaf_name('grads', path)} is on "
+            f"{where}, but its parameter is on {device}; "
+            "`pipe.value_and_grad` gives them where their parameters are, and "
+            "`pipe.place(grads)` puts others there"
+        )
+
+
+def state_owners(
+    seen: SeenLeaves, state: PyTree, devices: Sequence[Device]
+) -> list[Device | None]:
+    """The device that each array of a state belongs to; `None` for a number that all
+    share.
+
+    Arguments:
+        devices: those of the parameters.
+
+    Raises:
+        ValueError: an array of the state is not where its parameter is.
+    """
+    owners: list[Device | None] = []
+    named = jax.tree_util.tree_flatten_with_path(state)[0]
+    parameters = parameters_of_state(seen.seen_paths, state)
+    for parameter, (path, leaf) in zip(parameters, named, strict=True):
+        if not is_array(leaf):
+            continue
+        device = device_of(leaf)
+        if parameter is None:
+            owners.append(device if value_bytes(aval(leaf)) > SMALL else None)
+            continue
+        if device != devices[parameter]:
+            name = leaf_name("params", seen.seen_paths[parameter])
+            raise ValueError(
+                f"`per_stage(tx).update`: {leaf_name('state', path)} is on {device}, "
+                f"but its parameter {name} is on {devices[parameter]}: a state of "
+                f"another partition, or one that was not placed; {FIX}"
+            )
+        owners.append(device)
+    return owners
+
+
+def new_state_devices(
+    seen: SeenLeaves, state: PyTree, devices: Sequence[Device]
+) -> list[Device]:
+    """Where each array of a new state is wanted: at its parameter, or on the first
+    device.
+    """
+    parameters = parameters_of_state(seen.seen_paths, state)
+    return [
+        first_device(devices) if parameter is None else devices[parameter]
+        for parameter, leaf in zip(parameters, jax.tree.leaves(state), strict=True)
+        if is_array(leaf)
+    ]
+
+
+def refuse_tracers(call: str) -> None:
+    """Refuse a call with placed leaves inside of a trace, unless only shapes are asked
+    for.
+    """
+    if only_shapes():
+        return
+    raise TypeError(
+        f"`{call}` was called inside `jax.jit` (or another tracing transformation) "
+        'with parameters that are no fpipe.Packed: with executor="placed" they are on '
+        "several devices, and the update cannot be part of one program. Call it "
+        "outside of jit (its programs are compiled all the same), or use "
+        '`Pipe(..., executor="scan")`'
+    )

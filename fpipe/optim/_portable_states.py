@@ -1,0 +1,139 @@
+"""Optimizer states between partitions: `gather` and `place`.
+
+Between them a state is as plain optax has it for `pipe.gather(params)`, one tree with
+an entry per layer, whatever the executor: that is what a checkpoint holds.
+"""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fpipe._core.caches import Key, Recent
+from fpipe._core.pytrees import PyTree, Spec, is_array, is_traced, pack
+from fpipe.optim._leaf_devices import committed_devices, first_device
+from fpipe.optim._packed import (
+    any_packed,
+    mesh_of,
+    pack_state,
+    shapes_unpacked,
+    templates_of,
+    unpack_tree,
+)
+from fpipe.optim._seen_leaves import (
+    SeenLeaves,
+    check_state,
+    check_transformation,
+    parameters_of_state,
+)
+from fpipe.optim._transform import PerStage
+
+_unpackings = Recent(32)
+
+
+def gather(state: PyTree) -> PyTree:
+    """An optimizer state as plain optax has it for `pipe.gather(params)`: nothing
+    packed, all on one device.
+
+    So a checkpoint of one partition or executor is loaded in another:
+    `place(gather(state), params, tx)`.
+
+    Arguments:
+        state: of `per_stage`, or of plain optax over an `fpipe.Packed`.
+
+    Returns:
+        The state, every array on the device of the first, or on the first of the mesh.
+        With a mesh over several processes it is on every device.
+    """
+    arrays, spec = pack(state)
+    mesh = mesh_of(state)
+    if not all(a.is_fully_addressable for a in arrays if isinstance(a, jax.Array)):
+        # What is not packed is whole on every device.
+        return state if mesh is None else _unpack_everywhere(arrays, spec, mesh)
+    arrays, spec = pack(unpack_tree(state))
+    if mesh is not None:
+        return spec.unpack(jax.device_put(arrays, mesh.devices.flat[0]))
+    devices = [d for a in arrays if isinstance(a, jax.Array) for d in a.devices()]
+    return spec.unpack(jax.device_put(arrays, devices[0]) if devices else arrays)
+
+
+def _unpack_everywhere(arrays: list[Any], spec: Spec, mesh: Mesh) -> PyTree:
+    """Unpacked on every device, by one program of all processes: no process may take a
+    block of another one by itself.
+    """
+    specs: list[Spec] = []
+
+    def unpack(arrays: list[Any]) -> list[Any]:
+        unpacked, unpacked_spec = pack(unpack_tree(spec.unpack(arrays)))
+        specs.append(unpacked_spec)
+        return unpacked
+
+    def compile_unpack() -> tuple[Any, Spec]:
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        compiled = jax.jit(unpack, out_shardings=everywhere).lower(arrays).compile()
+        return compiled, specs[-1]
+
+    forms = tuple((a.shape, a.dtype, getattr(a, "sharding", None)) for a in arrays)
+    compiled, unpacked_spec = _unpackings.get(Key((spec, forms, mesh)), compile_unpack)
+    return unpacked_spec.unpack(compiled(arrays))
+
+
+def place(state: PyTree, params: PyTree, tx: Any = None) -> PyTree:
+    """Put an optimizer state where `per_stage(tx).init(params)` has it: the inverse of
+    `gather`.
+
+    Arguments:
+        state: from `gather`, from plain optax on `pipe.gather(params)` (without
+            `frozen` and integers), or of another partition. Numpy arrays too, as a
+            checkpoint has them.
+        params: parameters, placed or packed.
+        tx: the transformation that the state is of: then a state of another one, or of
+            another model, is refused. Default not looked at.
+
+    Returns:
+        The state, on its parameters' devices, or packed.
+
+    Raises:
+        TypeError: `tx` is no transformation.
+        ValueError: parameters that are not placed; a state that is not of `tx` and
+            these parameters.
+    """
+    state = unpack_tree(state)
+    if tx is not None:
+        _check_state_of(tx, state, params)
+    if any_packed(params):
+        mesh = mesh_of(params)
+        arrays, spec = pack(state)
+        if mesh is not None and not is_traced((state, params)):
+            arrays = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec()))
+        templates = templates_of(params)
+        return jax.jit(lambda a: pack_state(spec.unpack(a), templates, mesh))(arrays)
+    named = jax.tree_util.tree_flatten_with_path(params)[0]
+    paths = [path for path, leaf in named if is_array(leaf)]
+    devices = committed_devices([leaf for _, leaf in named if is_array(leaf)], paths)
+    first = first_device(devices)
+    leaves, treedef = jax.tree.flatten(state)
+    parameters = parameters_of_state(paths, state)
+    for n, (leaf, parameter) in enumerate(zip(leaves, parameters, strict=True)):
+        if is_array(leaf):
+            device = first if parameter is None else devices[parameter]
+            leaves[n] = jax.device_put(leaf, device)
+    return treedef.unflatten(leaves)
+
+
+_FIX = (
+    "load it with the model and the transformation that it was saved with, or begin "
+    "anew with `tx.init(params)`"
+)
+
+
+def _check_state_of(tx: Any, state: PyTree, params: PyTree) -> None:
+    """Refuse an unpacked state that is not of a transformation and parameters."""
+    call = "fpipe.optim.place(state, params, tx)"
+    check_transformation(call, tx)
+    shapes = shapes_unpacked(params)
+    if isinstance(tx, PerStage):
+        seen = SeenLeaves.of(shapes, tx.engine.frozen)
+        shapes = seen.seen_tree(seen.select(jax.tree.leaves(shapes)))
+        tx = tx.engine.tx
+    check_state(tx, shapes, state, _FIX, call)

@@ -1,0 +1,292 @@
+"""A divided update as programs for the placed executor: plain data.
+
+In comes a `Partition`, out goes a `ProgramPlan`. What a device runs in one round is one
+compiled program; between programs arrays move. Clipping by the global norm over three
+devices becomes six programs:
+
+    | round | device | takes                    | gives               |
+    |-------|--------|--------------------------|---------------------|
+    | 0     | 1      | gradients of device 1    | a sum               |
+    | 0     | 2      | gradients of device 2    | a sum               |
+    | 1     | 0      | its gradients, both sums | the norm            |
+    | 2     | 0      | its gradients, the norm  | updates of device 0 |
+    | 2     | 1      | its gradients, the norm  | updates of device 1 |
+    | 2     | 2      | its gradients, the norm  | updates of device 2 |
+
+and four moves: each sum to device 0, the norm to devices 1 and 2. A move costs the host
+as much for a number as for a large array, so numbers that leave a program for other
+devices are laid end to end in one array for each dtype.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fpipe.optim._partition import SMALL, Partition, value_bytes
+from fpipe.optim._update_graph import Step, UpdateGraph
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """An array between programs.
+
+    Attributes:
+        values: the value that it is; if there are several, small ones of one dtype that
+            are laid end to end.
+        output: the number of the output that it is, if it is one. Outputs have arrays
+            of their own, so that each may be donated by whoever gets it.
+    """
+
+    values: tuple[int, ...]
+    output: int | None = None
+
+    @property
+    def bundled(self) -> bool:
+        """Whether several values are laid end to end."""
+        return len(self.values) > 1
+
+
+class Move(NamedTuple):
+    """An array that crosses devices.
+
+    Attributes:
+        round: of the programs that it moves for.
+        slot: what moves: a number in `ProgramPlan.slots`.
+        source: where it is; `None` for an input that is on no device of these.
+        target: where it is read.
+        bytes: its size.
+        before: the position of the first program that reads it there.
+    """
+
+    round: int
+    slot: int
+    source: int | None
+    target: int
+    bytes: int
+    before: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The part of an update that one program runs: a device's steps of a round.
+
+    Attributes:
+        takes, gives: slots.
+        donates: those it takes that it may overwrite.
+    """
+
+    round: int
+    device: int
+    steps: tuple[Step, ...]
+    takes: tuple[int, ...]
+    gives: tuple[int, ...]
+    donates: tuple[int, ...] = ()
+
+
+class OutputPlace(NamedTuple):
+    """Where an output is found: an array, and the device that it is wanted on."""
+
+    slot: int
+    device: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramPlan:
+    """An update as programs, in the order in which they are dispatched.
+
+    Attributes:
+        slots: the arrays between programs; the inputs come first, in order.
+        parts: the programs.
+        moves: what crosses devices, by round.
+        outputs: where each is; the slot of an input, if that is handed through.
+    """
+
+    graph: UpdateGraph
+    slots: tuple[Slot, ...]
+    parts: tuple[Part, ...]
+    moves: tuple[Move, ...]
+    outputs: tuple[OutputPlace, ...]
+
+
+class _Key(NamedTuple):
+    """Names a program; programs are dispatched in this order."""
+
+    round: int
+    device: int
+
+
+def plan_programs(
+    partition: Partition,
+    input_devices: Sequence[int | None],
+    output_devices: Sequence[int],
+    aliasing: Sequence[bool],
+    donate: Sequence[bool],
+) -> ProgramPlan:
+    """Lower a divided update to programs.
+
+    Arguments:
+        input_devices: where each input is, whoever owns it; `None` if on no device of
+            these.
+        output_devices: where each output is wanted.
+        aliasing: whether each output is an input that may be handed through.
+        donate: whether each input may be overwritten.
+    """
+    graph = partition.graph
+    found_on: dict[int, int | None] = {**partition.owners}
+    found_on.update(zip(graph.inputs, input_devices, strict=True))
+    handed_through = {
+        k
+        for k, v in enumerate(graph.outputs)
+        if aliasing[k]
+        and (v not in partition.owners or found_on[v] == output_devices[k])
+    }
+
+    # Which steps and outputs each program has. An output is given by the program that
+    # makes it; what is made elsewhere, or by every reader, by the last of its device.
+    own_steps: dict[_Key, set[int]] = {}
+    makers: dict[int, _Key] = {}
+    for position, assignment in enumerate(partition.assignments):
+        if assignment is not None:
+            key = _Key(assignment.round, assignment.owner)
+            own_steps.setdefault(key, set()).add(position)
+            makers.update(dict.fromkeys(graph.steps[position].makes, key))
+    own_outputs: dict[_Key, list[int]] = {}
+    for k, (value, device) in enumerate(
+        zip(graph.outputs, output_devices, strict=True)
+    ):
+        if k not in handed_through:
+            key = makers.get(value)
+            if key is None or key.device != device:
+                key = _Key(partition.last_round, device)
+            own_outputs.setdefault(key, []).append(k)
+    keys = sorted({*own_steps, *own_outputs})
+
+    # What each program runs and reads.
+    steps: dict[_Key, tuple[Step, ...]] = {}
+    reads: dict[_Key, list[int]] = {}
+    elsewhere = {*partition.owners, *graph.inputs}
+    for key in keys:
+        required = own_steps.get(key, set())
+        made_here = {v for n in required for v in graph.steps[n].makes}
+        wanted = [graph.outputs[k] for k in own_outputs.get(key, ())]
+        steps[key], reads[key] = graph.select(wanted, elsewhere - made_here, required)
+
+    slots = [Slot((v,)) for v in graph.inputs]
+    gives: dict[_Key, list[int]] = {key: [] for key in keys}
+    read_later = {v for values in reads.values() for v in values if v in makers}
+    for key, values in _exports(partition, sorted(read_later), makers):
+        gives[key].append(len(slots))
+        slots.append(Slot(values))
+    slot_of = {v: n for n, slot in enumerate(slots) for v in slot.values}
+    outputs = {k: slot_of[graph.outputs[k]] for k in handed_through}
+    for key in keys:
+        for k in own_outputs.get(key, ()):
+            outputs[k] = len(slots)
+            gives[key].append(len(slots))
+            slots.append(Slot((graph.outputs[k],), output=k))
+
+    parts = [
+        Part(
+            key.round,
+            key.device,
+            steps[key],
+            tuple(dict.fromkeys(slot_of[v] for v in reads[key])),
+            tuple(gives[key]),
+        )
+        for key in keys
+    ]
+    places = [
+        OutputPlace(outputs[k], device) for k, device in enumerate(output_devices)
+    ]
+    moves = _moves(graph, slots, parts, places, found_on)
+    parts = _with_donations(graph, slots, parts, moves, places, donate)
+    return ProgramPlan(graph, tuple(slots), tuple(parts), moves, tuple(places))
+
+
+def _exports(
+    partition: Partition, values: Sequence[int], makers: Mapping[int, _Key]
+) -> list[tuple[_Key, tuple[int, ...]]]:
+    """The arrays that programs give to others: who gives each, and what is in it."""
+    avals = partition.graph.avals
+    crossing = {c.value for c in partition.crossings}
+    single = list[tuple[_Key, tuple[int, ...]]]()
+    bundles: dict[tuple[_Key, str], list[int]] = {}
+    for v in values:
+        # PRNG keys have a dtype that is none of numpy's, and cannot be joined.
+        plain = isinstance(avals[v].dtype, np.dtype)
+        if v in crossing and plain and value_bytes(avals[v]) <= SMALL:
+            bundles.setdefault((makers[v], str(avals[v].dtype)), []).append(v)
+        else:
+            single.append((makers[v], (v,)))
+    return single + [(key, tuple(own)) for (key, _), own in bundles.items()]
+
+
+def _moves(
+    graph: UpdateGraph,
+    slots: Sequence[Slot],
+    parts: Sequence[Part],
+    outputs: Sequence[OutputPlace],
+    found_on: Mapping[int, int | None],
+) -> tuple[Move, ...]:
+    """One move for each device that reads an array of another."""
+    moves: dict[tuple[int, int], Move] = {}
+
+    def add(round_: int, slot: int, target: int, before: int) -> None:
+        values = slots[slot].values
+        source = found_on[values[0]]
+        if source != target and (slot, target) not in moves:
+            nbytes = sum(value_bytes(graph.avals[v]) for v in values)
+            moves[slot, target] = Move(round_, slot, source, target, nbytes, before)
+
+    for position, part in enumerate(parts):
+        for slot in part.takes:
+            add(part.round, slot, part.device, position)
+    for slot, device in outputs:
+        if slot < len(graph.inputs):
+            add(0, slot, device, len(parts))
+    return tuple(sorted(moves.values(), key=lambda move: move.round))
+
+
+def _with_donations(
+    graph: UpdateGraph,
+    slots: Sequence[Slot],
+    parts: Sequence[Part],
+    moves: Sequence[Move],
+    outputs: Sequence[OutputPlace],
+    donate: Sequence[bool],
+) -> list[Part]:
+    """The programs, with the inputs that each may overwrite: it is the last to read
+    them, and has an output of that shape. Others would be donated in vain, and XLA
+    warns of that.
+    """
+    last_reader: dict[int, int] = {}
+    for position, part in enumerate(parts):
+        last_reader.update(dict.fromkeys(part.takes, position))
+    for move in moves:
+        last_reader[move.slot] = max(last_reader.get(move.slot, 0), move.before)
+    copies = {(move.slot, move.target) for move in moves}
+    returned = {slot for slot, _ in outputs}
+
+    def form(slot: int) -> tuple[Any, ...]:
+        aval = graph.avals[slots[slot].values[0]]
+        return aval.shape, aval.dtype
+
+    found = []
+    for position, part in enumerate(parts):
+        free = [form(slot) for slot in part.gives if not slots[slot].bundled]
+        donates = []
+        for slot in part.takes:
+            if (
+                slot < len(graph.inputs)
+                and donate[slot]
+                and (slot, part.device) not in copies
+                and slot not in returned
+                and last_reader[slot] == position
+                and form(slot) in free
+            ):
+                free.remove(form(slot))
+                donates.append(slot)
+        found.append(dataclasses.replace(part, donates=tuple(donates)))
+    return found

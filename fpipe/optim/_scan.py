@@ -1,0 +1,73 @@
+"""`init` and `update` for the scan executor: parameters are `fpipe.Packed`.
+
+In come a transformation and packed trees, out go packed trees. All is traced, inside
+of the user's `jax.jit` or of one of our own, and becomes one program.
+"""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from fpipe._core.pytrees import PyTree
+from fpipe._model.frozen import Frozen
+from fpipe.optim._packed import (
+    Rows,
+    check_packing,
+    mesh_of,
+    state_outputs,
+    templates_of,
+    update_outputs,
+)
+from fpipe.optim._seen_leaves import SeenLeaves, check_state
+from fpipe.optim._sharded import run_sharded
+from fpipe.optim._traced import trace_init, trace_update
+
+_FIX = (
+    "make one with `tx.init(params)`, or pack this one with "
+    "`fpipe.optim.place(fpipe.optim.gather(state), params)`"
+)
+
+
+def init(tx: Any, params: PyTree, frozen: Frozen | None, mesh: Mesh | None) -> PyTree:
+    """The initial state; what is like the parameters is packed like them."""
+    rows = Rows()
+    leaves = rows.add(params)
+    seen = SeenLeaves.of(leaves, frozen)
+    traced = trace_init(tx, seen, seen.select(jax.tree.leaves(leaves)))
+    outputs = state_outputs(traced.state, templates_of(params), first=0)
+    return run_sharded(traced, rows.arrays, outputs, mesh)
+
+
+def update(
+    tx: Any,
+    grads: PyTree,
+    state: PyTree,
+    params: PyTree,
+    extra: dict[str, Any],
+    frozen: Frozen | None,
+) -> tuple[PyTree, PyTree]:
+    """Packed updates and the next state."""
+    like = grads if params is None else params
+    rows = Rows()
+    leaves = rows.add(like)
+    old_state = rows.add(state)
+    gradients = rows.add(grads)
+    seen = SeenLeaves.of(leaves, frozen)
+    shown = seen.select(jax.tree.leaves(leaves))
+    templates = templates_of(like)
+    check_state(tx, seen.seen_tree(shown), old_state, _FIX)
+    check_packing(templates, state, _FIX)
+    traced = trace_update(
+        tx,
+        seen,
+        seen.select_gradients(gradients),
+        old_state,
+        None if params is None else shown,
+        extra,
+    )
+    outputs = (
+        update_outputs(like, seen),
+        state_outputs(traced.state, templates, first=traced.updates),
+    )
+    return run_sharded(traced, rows.arrays, outputs, mesh_of((like, state)))

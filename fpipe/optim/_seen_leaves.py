@@ -1,0 +1,208 @@
+"""The leaves of a tree that a transformation sees, and what a state says of them.
+
+A transformation sees the parameters as the layers know them, without those that cannot
+be trained and those that are frozen. Of
+
+    ({"w": float32[4, 4], "table": int32[4]}, {"w": float32[4, 4]})
+
+with the second layer frozen, it sees `({"w": float32[4, 4], "table": MaskedNode()},
+{"w": MaskedNode()})`, as `optax.masked` would show them.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+import optax
+
+from fpipe._core.pytrees import (
+    PyTree,
+    eval_shape,
+    is_array,
+    is_inexact,
+    numbers_as_arrays,
+    shapes_of,
+)
+from fpipe._model.frozen import Frozen, spread
+
+Path: TypeAlias = tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SeenLeaves:
+    """Which leaves of a tree a transformation sees.
+
+    Attributes:
+        treedef: the structure of the tree.
+        paths: of all leaves.
+        is_seen: whether it sees each.
+    """
+
+    treedef: Any
+    paths: tuple[Path, ...]
+    is_seen: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, tree: PyTree, frozen: Frozen | None) -> "SeenLeaves":
+        """Of the unpacked parameters."""
+        named, treedef = jax.tree_util.tree_flatten_with_path(tree)
+        flags = [False] * len(named)
+        if frozen is not None:
+            flags = _frozen_flags(frozen, tree)
+        is_seen = tuple(
+            is_array(leaf) and is_inexact(leaf) and not flag
+            for (_, leaf), flag in zip(named, flags, strict=True)
+        )
+        return cls(treedef, tuple(path for path, _ in named), is_seen)
+
+    @property
+    def seen_paths(self) -> list[Path]:
+        """The paths of the leaves that it sees."""
+        return self.select(self.paths)
+
+    def select(self, leaves: Sequence[Any]) -> list[Any]:
+        """The leaves that it sees, of all."""
+        return [leaf for leaf, seen in zip(leaves, self.is_seen, strict=True) if seen]
+
+    def select_gradients(self, gradients: PyTree) -> list[Any]:
+        """The gradients of the leaves that it sees."""
+        try:
+            leaves = self.treedef.flatten_up_to(gradients)
+        except ValueError as error:
+            raise ValueError(
+                "`per_stage(tx).update`: the gradients have another structure than "
+                f"the parameters ({error}); both are trees as `pipe.place` gives them"
+            ) from error
+        return self.select(leaves)
+
+    def seen_tree(self, leaves: Sequence[Any]) -> PyTree:
+        """The tree that it sees, from the leaves that it sees."""
+        rest = iter(leaves)
+        return self.treedef.unflatten(
+            [next(rest) if seen else optax.MaskedNode() for seen in self.is_seen]
+        )
+
+    def whole_tree(self, updates: Sequence[Any], leaves: Sequence[Any]) -> PyTree:
+        """A tree of updates for all leaves, from those that it sees.
+
+        Arguments:
+            leaves: all parameters, of which only the dtypes count.
+        """
+        rest = iter(updates)
+        return self.treedef.unflatten(
+            [
+                next(rest) if seen else no_update(leaf)
+                for seen, leaf in zip(self.is_seen, leaves, strict=True)
+            ]
+        )
+
+
+def check_transformation(call: str, tx: Any) -> None:
+    """Refuse what is no transformation of optax."""
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(
+            f"`{call}`: an optax.GradientTransformation, such as `optax.adam(1e-3)`, "
+            f"got {tx!r}"
+        )
+
+
+def check_donate(
+    call: str, donate: str | Iterable[str], known: Sequence[str]
+) -> tuple[str, ...]:
+    """The names that `donate` has, all of them known."""
+    names = (donate,) if isinstance(donate, str) else tuple(donate)
+    wrong = [name for name in names if name not in known]
+    if wrong:
+        raise ValueError(
+            f"`{call}(donate={donate!r})`: some of {', '.join(map(repr, known))}; "
+            f"{wrong[0]!r} is none"
+        )
+    return names
+
+
+def _frozen_flags(frozen: Frozen, tree: PyTree) -> list[bool]:
+    try:
+        return [bool(flag) for flag in spread(frozen, tree)]
+    except ValueError as error:
+        if callable(frozen):
+            raise
+        raise ValueError(
+            "`per_stage(frozen=...)`: bools in the structure of the parameters, or of "
+            "their first levels, are needed "
+            f"({error}); the parameters are one entry per layer"
+        ) from error
+
+
+def no_update(leaf: Any) -> Any:
+    """An update that changes nothing and takes no memory; `None` where there is no
+    array.
+    """
+    if not is_array(leaf):
+        return None
+    plain = isinstance(leaf.dtype, np.dtype)
+    return np.zeros((), leaf.dtype if plain else jax.dtypes.float0)
+
+
+def leaf_name(tree: str, path: Path) -> str:
+    """A leaf's name in an error."""
+    return f"{tree}{jax.tree_util.keystr(path)}"
+
+
+def parameters_of_state(paths: Sequence[Path], state: PyTree) -> list[int | None]:
+    """For each leaf of a state the number of the parameter that it belongs to.
+
+    optax keeps a moment of each parameter under the parameter's own path, after a path
+    of its own: `[0].mu[1]['w']` is of `[1]['w']`. What ends with no parameter's path
+    (the count of steps) is of none.
+    """
+    number = {path: n for n, path in enumerate(paths)}
+    found = []
+    for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]:
+        ends = (number.get(path[start:]) for start in range(len(path) + 1))
+        found.append(next((n for n in ends if n is not None), None))
+    return found
+
+
+def check_state(
+    tx: Any,
+    params: PyTree,
+    state: PyTree,
+    fix: str,
+    call: str = "per_stage(tx).update",
+) -> None:
+    """Refuse a state that is not what `init` gives for these parameters.
+
+    Arguments:
+        params: what the transformation sees of them, or the shapes of that.
+        state: unpacked.
+        fix: what to do, for the error.
+        call: what was called, for the error.
+    """
+    want = eval_shape(lambda p: numbers_as_arrays(tx.init(p)), shapes_of(params))
+    wanted_leaves, wanted_treedef = jax.tree_util.tree_flatten_with_path(want)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
+    paths = [path for path, _ in leaves]
+    wanted_paths = [path for path, _ in wanted_leaves]
+    if paths != wanted_paths:
+        wrong = [path for path in paths if path not in wanted_paths]
+        wrong += [path for path in wanted_paths if path not in paths]
+        name = leaf_name("state", wrong[0]) if wrong else "state"
+        raise ValueError(
+            f"`{call}`: {name}: the optimizer state is not of this transformation, "
+            f"these parameters and `frozen`: {len(paths)} leaves, and `init(params)` "
+            f"gives {len(wanted_paths)}; {fix}"
+        )
+    if treedef != wanted_treedef:
+        raise ValueError(
+            f"`{call}`: the optimizer state is {treedef}, and `init(params)` gives "
+            f"{wanted_treedef}; {fix}"
+        )
+    for (path, leaf), (_, wanted) in zip(leaves, wanted_leaves, strict=True):
+        if is_array(leaf) and leaf.shape != wanted.shape:
+            raise ValueError(
+                f"`{call}`: {leaf_name('state', path)} has the shape {leaf.shape}, and "
+                f"`init(params)` gives {wanted.shape}: a state of other parameters; "
+                f"{fix}"
+            )

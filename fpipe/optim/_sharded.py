@@ -1,0 +1,381 @@
+"""A divided update as one program over a mesh, for the scan executor.
+
+In come a traced update, rows over the mesh and the cells of its inputs in them; out
+come rows again. All devices run one program, `jax.shard_map` over the mesh, and each
+works on the leaves in its own blocks: where devices have different work to do, a
+`jax.lax.switch` on the number of the device chooses it. Clipping by the global norm,
+over two devices, is
+
+    switch:      device 0 computes s0 from its blocks, device 1 computes s1
+    all_gather:  every device has [s0, s1]
+    all:         n = sqrt(s0 + s1)
+    switch:      device 0 makes its blocks of the updates from n, device 1 its own
+
+What a device computes for an exchange, and needs again afterwards, it computes again:
+to carry it out of the one `switch` into the other would take a block on all devices.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from fpipe._core.pytrees import PyTree, aval, strong
+from fpipe.optim._packed import (
+    AXIS,
+    Cell,
+    Packed,
+    PackedLeaf,
+    PackedOutput,
+    WholeOutput,
+    constrain_to_stages,
+    raw,
+    unwrapped,
+    wrapped,
+)
+from fpipe.optim._partition import Partition, partition
+from fpipe.optim._seen_leaves import no_update
+from fpipe.optim._traced import TracedTransformation
+from fpipe.optim._update_graph import run_steps
+
+# What one device does, from its number and its blocks of the rows.
+Task: TypeAlias = Callable[[int, Sequence[Any]], list[Any]]
+
+# Values that cross in one round: by the dtype that they are stored in, those of each
+# device.
+Vectors: TypeAlias = dict[Any, dict[int, list[int]]]
+
+
+class Devices(Protocol):
+    """How a task is done on each device, and how results become known to all."""
+
+    def run_each(self, task: Task) -> list[Any]:
+        """Run a task on every device; each has its own results."""
+        ...
+
+    def gather(self, result: Any) -> Any:
+        """The results of all devices, known to all, stacked on a first axis."""
+        ...
+
+
+def run_sharded(
+    traced: TracedTransformation,
+    rows: Sequence[Any],
+    outputs: PyTree,
+    mesh: Mesh | None,
+) -> PyTree:
+    """Divide a traced transformation over a mesh, and run it.
+
+    Arguments:
+        traced: its leaves are `PackedLeaf`s, or arrays that all devices have.
+        rows: what the cells of the leaves lie in.
+        outputs: a pytree of `PackedOutput`s, `WholeOutput`s, and what is handed on as
+            it is.
+        mesh: what the rows lie on; `None` if that cannot be told, as of shapes.
+
+    Returns:
+        `outputs` with the results in place.
+    """
+    graph = traced.graph
+    count = mesh.shape[AXIS] if mesh is not None else _device_count(rows)
+    asked, treedef = jax.tree.flatten(outputs)
+    packed = [out for out in asked if isinstance(out, PackedOutput)]
+    whole = [out for out in asked if isinstance(out, WholeOutput)]
+    readers: list[Sequence[int]] = [range(count) for _ in graph.outputs]
+    for out in packed:
+        for numbers in out.numbers:
+            for device, number in enumerate(numbers):
+                if number is not None:
+                    readers[number] = [device]
+    cells: dict[int, Cell] = {}
+    shared: dict[int, Any] = {}
+    for value, leaf in zip(graph.inputs, traced.leaves, strict=True):
+        if isinstance(leaf, PackedLeaf):
+            cells[value] = leaf.cell
+        else:
+            shared[value] = leaf
+    owners = [cells[v].device if v in cells else None for v in graph.inputs]
+    divided = partition(graph, owners, readers, meeting_device=None)
+    update = ShardedUpdate(divided, cells, packed, whole)
+    if mesh is None:
+        made, known_to_all = update.run(shared, LoopedDevices(rows, count))
+    else:
+        made, known_to_all = _run_on_mesh(update, rows, shared, mesh)
+
+    blocks, arrays = iter(made), iter(known_to_all)
+
+    def result(out: Any) -> Any:
+        if isinstance(out, WholeOutput):
+            return strong(next(arrays))
+        if not isinstance(out, PackedOutput):
+            return out
+        made_rows = []
+        for dtype, row in zip(update.row_dtypes(out), out.packing.rows, strict=True):
+            if dtype is None:
+                made_rows.append(no_update(jax.ShapeDtypeStruct((), row.dtype)))
+            else:
+                made_rows.append(next(blocks))
+        return Packed(constrain_to_stages(made_rows, mesh), out.packing)
+
+    return treedef.unflatten([result(out) for out in asked])
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardedUpdate:
+    """What all devices run.
+
+    Attributes:
+        cells: the inputs that lie in rows.
+        packed, whole: the outputs.
+    """
+
+    partition: Partition
+    cells: Mapping[int, Cell]
+    packed: Sequence[PackedOutput]
+    whole: Sequence[WholeOutput]
+
+    def run(
+        self, shared: Mapping[int, Any], devices: Devices
+    ) -> tuple[list[Any], list[Any]]:
+        """The blocks of the packed outputs, and the outputs that all have.
+
+        Arguments:
+            shared: the inputs that all devices have.
+        """
+        known = dict(shared)
+        rounds: dict[int, list[int]] = {}
+        for crossing in self.partition.crossings:
+            rounds.setdefault(crossing.round, []).append(crossing.value)
+        for _, values in sorted(rounds.items()):
+            known.update(self._exchange(values, known, devices))
+        outputs = [self._value(out.number) for out in self.whole]
+        whole = self._compute(outputs, known)
+        blocks = devices.run_each(
+            lambda device, blocks: self._make_blocks(device, known, blocks)
+        )
+        return blocks, whole
+
+    def row_dtypes(self, out: PackedOutput) -> list[Any]:
+        """The dtype of each row; `None` for one in which nothing is."""
+        found = []
+        for numbers in out.numbers:
+            dtypes = [
+                self.partition.graph.avals[self._value(n)].dtype
+                for n in numbers
+                if n is not None
+            ]
+            found.append(max(dtypes, key=lambda d: d.itemsize) if dtypes else None)
+        return found
+
+    @property
+    def reads_cells(self) -> bool:
+        """Whether anything depends on what lies in rows."""
+        graph = self.partition.graph
+        read = {v for step in graph.steps for v in step.reads}
+        return not self.cells.keys().isdisjoint(read.union(graph.outputs))
+
+    def _value(self, output: int) -> int:
+        return self.partition.graph.outputs[output]
+
+    def _compute(
+        self,
+        wanted: Sequence[int],
+        known: Mapping[int, Any],
+        device: int | None = None,
+        blocks: Sequence[Any] = (),
+    ) -> list[Any]:
+        """Make values from what is known to all, and from the cells of a device."""
+        graph = self.partition.graph
+        cells = {v for v, cell in self.cells.items() if cell.device == device}
+        steps, reads = graph.select(wanted, cells.union(known))
+        given = {
+            v: known[v] if v in known else self.cells[v].take(blocks) for v in reads
+        }
+        return run_steps(graph, steps, given, wanted)
+
+    def _make_blocks(
+        self, device: int, known: Mapping[int, Any], blocks: Sequence[Any]
+    ) -> list[Any]:
+        """A device's blocks of the packed outputs."""
+        rows = [
+            (row, dtype, numbers[device])
+            for out in self.packed
+            for row, dtype, numbers in zip(
+                out.packing.rows, self.row_dtypes(out), out.numbers, strict=True
+            )
+            if dtype is not None
+        ]
+        wanted = [self._value(number) for _, _, number in rows if number is not None]
+        made = iter(self._compute(wanted, known, device, blocks))
+        return [
+            jnp.zeros(row.shape, dtype)
+            if number is None
+            else row.put(next(made).astype(dtype))
+            for row, dtype, number in rows
+        ]
+
+    # An exchange: for each dtype a vector, in which each device has its values end to
+    # end. PRNG keys cross as numbers.
+
+    def _exchange(
+        self, values: Sequence[int], known: Mapping[int, Any], devices: Devices
+    ) -> dict[int, Any]:
+        """Values that one device each can make; afterwards every device has them."""
+        vectors: Vectors = {}
+        for v in values:
+            of_dtype = vectors.setdefault(self._stored(v).dtype, {})
+            of_dtype.setdefault(self.partition.owners[v], []).append(v)
+        made = devices.run_each(
+            lambda device, blocks: self._join(vectors, device, known, blocks)
+        )
+        exchanged: dict[int, Any] = {}
+        for of_dtype, vector in zip(vectors.values(), made, strict=True):
+            exchanged.update(self._split(of_dtype, devices.gather(vector)))
+        return exchanged
+
+    def _stored(self, v: int) -> jax.ShapeDtypeStruct:
+        shape = self.partition.graph.avals[v]
+        return raw(jax.ShapeDtypeStruct(shape.shape, shape.dtype))
+
+    def _size(self, v: int) -> int:
+        return math.prod(self._stored(v).shape)
+
+    def _join(
+        self,
+        vectors: Vectors,
+        device: int,
+        known: Mapping[int, Any],
+        blocks: Sequence[Any],
+    ) -> list[Any]:
+        """A device's vectors, each as long as the longest of all devices."""
+        wanted = [v for of_dtype in vectors.values() for v in of_dtype.get(device, ())]
+        made = iter(self._compute(wanted, known, device, blocks))
+        joined = []
+        for dtype, of_dtype in vectors.items():
+            length = max(sum(map(self._size, values)) for values in of_dtype.values())
+            parts = [
+                unwrapped(next(made)).reshape(-1) for _ in of_dtype.get(device, ())
+            ]
+            vector = jnp.concatenate(parts) if parts else jnp.zeros(0, dtype)
+            joined.append(jnp.pad(vector, (0, length - vector.shape[0])))
+        return joined
+
+    def _split(self, of_dtype: Mapping[int, list[int]], vectors: Any) -> dict[int, Any]:
+        """The values, from the vectors of all devices."""
+        values = {}
+        for device, own in of_dtype.items():
+            start = 0
+            for v in own:
+                end = start + self._size(v)
+                array = vectors[device, start:end].reshape(self._stored(v).shape)
+                values[v] = wrapped(array, self.partition.graph.avals[v])
+                start = end
+        return values
+
+
+def _device_count(rows: Sequence[Any]) -> int:
+    return max((row.shape[0] for row in rows), default=0)
+
+
+class LoopedDevices:
+    """Devices one after the other, without a mesh: for shapes, or where nothing is in
+    rows.
+    """
+
+    def __init__(self, rows: Sequence[Any], count: int) -> None:
+        self._rows = rows
+        self._count = count
+
+    def run_each(self, task: Task) -> list[Any]:
+        """Run a task for every device; results are stacked."""
+        made = [task(d, [row[d] for row in self._rows]) for d in range(self._count)]
+        return [jnp.stack(column) for column in zip(*made, strict=True)]
+
+    def gather(self, result: Any) -> Any:
+        """Results are stacked already."""
+        return result
+
+
+class MeshDevices:
+    """The devices of a mesh, inside of `jax.shard_map`.
+
+    Arguments:
+        blocks: those of the device that runs.
+        count: of the devices.
+    """
+
+    def __init__(self, blocks: Sequence[Any], count: int) -> None:
+        self._blocks = blocks
+        self._count = count
+
+    def run_each(self, task: Task) -> list[Any]:
+        """A branch for each device; no `switch` where all branches are the same."""
+        branch_of, branches = self._distinct_branches(task)
+        if len(branches) == 1:
+            return branches[0](self._blocks)
+        branch = jnp.asarray(branch_of)[jax.lax.axis_index(AXIS)]
+        return jax.lax.switch(branch, branches, self._blocks)
+
+    def gather(self, result: Any) -> Any:
+        """The results of all devices."""
+        return jax.lax.all_gather(result, AXIS)
+
+    def _distinct_branches(
+        self, task: Task
+    ) -> tuple[list[int], list[Callable[[Any], list[Any]]]]:
+        """For each device the number of its branch, and the branches."""
+        numbers: dict[Any, int] = {}
+        branch_of: list[int] = []
+        branches: list[Callable[[Any], list[Any]]] = []
+        traced = []  # Kept: the id of a constant that is gone may be that of another.
+        for device in range(self._count):
+            branch = functools.partial(task, device)
+            jaxpr = jax.make_jaxpr(branch)(self._blocks)
+            traced.append(jaxpr)
+            key = (str(jaxpr.jaxpr), *map(id, jaxpr.consts))
+            if key not in numbers:
+                numbers[key] = len(branches)
+                branches.append(branch)
+            branch_of.append(numbers[key])
+        return branch_of, branches
+
+
+def _run_on_mesh(
+    update: ShardedUpdate, rows: Sequence[Any], shared: Mapping[int, Any], mesh: Mesh
+) -> tuple[list[Any], list[Any]]:
+    """Run it inside of `jax.shard_map`; PRNG keys go in and come out as numbers."""
+
+    def local(
+        rows: Sequence[Any], arrays: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        devices = MeshDevices([row[0] for row in rows], mesh.shape[AXIS])
+        known = {
+            v: wrapped(array, aval(given))
+            for array, (v, given) in zip(arrays, shared.items(), strict=True)
+        }
+        made, whole = update.run(known, devices)
+        return [block[None] for block in made], [unwrapped(array) for array in whole]
+
+    run = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(P(AXIS), P()),
+        out_specs=(P(AXIS), P()),
+        axis_names={AXIS},
+        check_vma=False,
+    )
+    made, whole = run(list(rows), [unwrapped(jnp.asarray(a)) for a in shared.values()])
+    if not update.reads_cells:
+        # Otherwise `jit` would drop the rows, and with them the devices of the mesh.
+        made, whole = jax.lax.optimization_barrier((made, whole, rows[:1]))[:2]
+    graph = update.partition.graph
+    return made, [
+        wrapped(array, graph.avals[graph.outputs[out.number]])
+        for array, out in zip(whole, update.whole, strict=True)
+    ]

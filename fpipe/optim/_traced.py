@@ -1,0 +1,95 @@
+"""`init` and `update` of a transformation, traced between flat leaves.
+
+In come a transformation and the leaves that it is given, out goes a
+`TracedTransformation`. The arguments of `update` are flattened in the order gradients,
+state, parameters, extra arguments; the outputs are the updates and the arrays of the
+new state. For `optax.sgd(0.1, momentum=0.9)` and two parameters:
+
+    leaves:  gradient 0, gradient 1, trace 0, trace 1, parameter 0, parameter 1
+    outputs: update 0, update 1, new trace 0, new trace 1
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from fpipe._core.pytrees import PyTree, Spec, numbers_as_arrays, pack, shapes_of
+from fpipe.optim._seen_leaves import SeenLeaves
+from fpipe.optim._update_graph import UpdateGraph, trace_update_graph
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedTransformation:
+    """A transformation between flat leaves, for both executors to divide.
+
+    Attributes:
+        graph: what it computes.
+        leaves: its inputs: arrays, or shapes.
+        updates: how many outputs are updates; they come first.
+        state: the shapes of the new state, with what is no array in it.
+        state_spec: how the other outputs make up that state.
+    """
+
+    graph: UpdateGraph
+    leaves: tuple[Any, ...]
+    updates: int
+    state: PyTree
+    state_spec: Spec
+
+
+def trace_init(
+    tx: Any, seen: SeenLeaves, parameters: Sequence[Any]
+) -> TracedTransformation:
+    """Trace `tx.init` of the parameters that it sees."""
+    states: list[PyTree] = []
+
+    def init(*leaves: Any) -> list[Any]:
+        states.append(numbers_as_arrays(tx.init(seen.seen_tree(leaves))))
+        return pack(states[-1])[0]
+
+    graph = trace_update_graph(init, parameters)
+    spec = pack(states[-1])[1]
+    return TracedTransformation(
+        graph, tuple(parameters), 0, shapes_of(states[-1]), spec
+    )
+
+
+def trace_update(
+    tx: Any,
+    seen: SeenLeaves,
+    gradients: Sequence[Any],
+    state: PyTree,
+    parameters: Sequence[Any] | None,
+    extra: dict[str, Any],
+) -> TracedTransformation:
+    """Trace `tx.update`.
+
+    Arguments:
+        gradients, parameters: those of the leaves that it sees.
+        state: unpacked.
+    """
+    state_arrays, state_spec = pack(state)
+    extra_arrays, extra_spec = pack(extra)
+    sections = [gradients, state_arrays, parameters or (), extra_arrays]
+    states: list[PyTree] = []
+
+    def update(*leaves: Any) -> list[Any]:
+        rest = iter(leaves)
+        g, s, p, e = ([next(rest) for _ in section] for section in sections)
+        updates, new = tx.update(
+            seen.seen_tree(g),
+            state_spec.unpack(s),
+            None if parameters is None else seen.seen_tree(p),
+            **extra_spec.unpack(e),
+        )
+        states.append(numbers_as_arrays(new))
+        return [*jax.tree.leaves(updates), *pack(states[-1])[0]]
+
+    leaves = [leaf for section in sections for leaf in section]
+    graph = trace_update_graph(update, leaves)
+    spec = pack(states[-1])[1]
+    return TracedTransformation(
+        graph, tuple(leaves), len(gradients), shapes_of(states[-1]), spec
+    )

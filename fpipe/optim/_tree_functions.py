@@ -1,0 +1,187 @@
+"""Functions of trees with leaves on several devices: `apply_updates`, `global_norm`.
+
+In come trees, placed or packed. What optax computes of them is divided over the devices
+as an update is: each device adds, or sums, what it has.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fpipe._core.caches import Key, Recent
+from fpipe._core.pytrees import (
+    PyTree,
+    is_array,
+    is_inexact,
+    is_traced,
+    map_arrays,
+    strong,
+)
+from fpipe.optim._dispatch import Input, Output, PlacedFunction, divide
+from fpipe.optim._leaf_devices import (
+    array_form,
+    committed_devices,
+    device_of,
+    first_device,
+    refuse_tracers,
+)
+from fpipe.optim._packed import any_packed
+from fpipe.optim._seen_leaves import check_donate
+from fpipe.optim._update_graph import trace_update_graph
+
+_plans = Recent(32)
+
+_DONATABLE = ("params", "updates")
+
+
+def apply_updates(
+    params: PyTree, updates: PyTree, donate: Iterable[str] = ()
+) -> PyTree:
+    """`optax.apply_updates`, compiled, on the devices of the parameters.
+
+    Arguments:
+        params: parameters, placed or packed.
+        updates: of the same structure. Where one is not a JAX array (`per_stage` gives
+            a 0-d numpy zero for frozen and integer parameters), the parameter is handed
+            on as it is.
+
+    Other Arguments:
+        donate: what may be reused the memory of: `"params"`, `"updates"`, or both; it
+            is deleted. Default nothing.
+
+    Returns:
+        The new parameters.
+
+    Raises:
+        TypeError: placed parameters inside `jax.jit`.
+        ValueError: not of the same structure, or parameters that are not placed.
+
+    Example:
+        >>> import fpipe.optim
+        >>> params = jax.device_put((jnp.ones(2), jnp.ones(3)), jax.devices()[0])
+        >>> fpipe.optim.apply_updates(params, (jnp.ones(2), np.zeros(())))
+        (Array([2., 2.], dtype=float32), Array([1., 1., 1.], dtype=float32))
+    """
+    names = check_donate("apply_updates", donate, _DONATABLE)
+    named, treedef = jax.tree_util.tree_flatten_with_path(params)
+    leaves = [leaf for _, leaf in named]
+    try:
+        changes = treedef.flatten_up_to(updates)
+    except ValueError as error:
+        raise ValueError(
+            f"`apply_updates(params, updates)`: they have different structures: {error}"
+        ) from error
+    changing = [
+        n
+        for n, change in enumerate(changes)
+        if isinstance(change, jax.Array)
+        and is_array(leaves[n])
+        and is_inexact(leaves[n])
+    ]
+    old = map_arrays(strong, [leaves[n] for n in changing])
+    added = map_arrays(strong, [changes[n] for n in changing])
+    packed = any_packed(params)
+    if is_traced((old, added)):
+        if not packed:
+            refuse_tracers("fpipe.optim.apply_updates")
+        new = _add(old, added)
+    elif packed:
+        new = _compiled_add("params" in names, "updates" in names)(old, added)
+    else:
+        devices = committed_devices(old, [named[n][0] for n in changing])
+        key = (
+            "apply",
+            tuple(map(array_form, old)),
+            tuple(map(array_form, added)),
+            names,
+        )
+        plan = _plans.get(Key(key), lambda: _plan_addition(old, added, devices, names))
+        new = plan([*old, *added])
+    for n, array in zip(changing, new, strict=True):
+        leaves[n] = array
+    return treedef.unflatten(leaves)
+
+
+def _add(params: Sequence[Any], updates: Sequence[Any]) -> list[Any]:
+    new: Any = optax.apply_updates(list(params), list(updates))
+    return new
+
+
+@functools.cache
+def _compiled_add(
+    donate_params: bool, donate_updates: bool
+) -> Callable[[list[Any], list[Any]], list[Any]]:
+    flags = (donate_params, donate_updates)
+    return jax.jit(_add, donate_argnums=tuple(n for n in (0, 1) if flags[n]))
+
+
+def _plan_addition(
+    params: list[Any], updates: list[Any], devices: list[Any], names: tuple[str, ...]
+) -> PlacedFunction:
+    arrays = [*params, *updates]
+    count = len(params)
+    graph = trace_update_graph(lambda *a: _add(a[:count], a[count:]), arrays)
+    inputs = [Input(device, donate="params" in names) for device in devices]
+    inputs += [Input(device_of(a), donate="updates" in names) for a in updates]
+    outputs = [Output(device) for device in devices]
+    return divide(graph, arrays, inputs, outputs, first_device(devices))
+
+
+def global_norm(tree: PyTree) -> Any:
+    """The square root of the sum of all squares: `optax.tree.norm` of leaves on several
+    devices.
+
+    Arguments:
+        tree: gradients, updates or parameters, placed or packed; integers and `float0`
+            are passed over.
+
+    Returns:
+        A scalar; on the device of the first leaf if they are placed. The stages' sums
+        run on their own devices.
+
+    Raises:
+        TypeError: placed arrays inside `jax.jit`.
+
+    Example:
+        >>> import fpipe.optim
+        >>> print(fpipe.optim.global_norm((jnp.full(2, 2.0), jnp.full(2, 2.0))))
+        4.0
+    """
+    return _reduce("fpipe.optim.global_norm", optax.tree.norm, tree)
+
+
+def all_finite(tree: PyTree) -> Any:
+    """Whether no leaf has a NaN or an infinity, of leaves as for `global_norm`. A norm
+    would not tell: squares overflow.
+    """
+    return _reduce("DynamicLossScale.adjusted", _all_finite, tree)
+
+
+def _all_finite(arrays: Sequence[Any]) -> Any:
+    finite = [jnp.isfinite(a).all() for a in arrays]
+    return functools.reduce(jnp.logical_and, finite, jnp.bool_(True))
+
+
+def _reduce(call: str, f: Callable[[Sequence[Any]], Any], tree: PyTree) -> Any:
+    """A number that is made from the leaves that can be trained, on the device of the
+    first one if they are placed.
+    """
+    arrays = [a for a in jax.tree.leaves(tree) if is_array(a) and is_inexact(a)]
+    if any_packed(tree) or not arrays:
+        return f(arrays)
+    if is_traced(arrays):
+        refuse_tracers(call)
+        return f(arrays)
+
+    def plan() -> PlacedFunction:
+        owners = [device_of(a) for a in arrays]
+        first = first_device([device for device in owners if device is not None])
+        graph = trace_update_graph(lambda *leaves: [f(leaves)], arrays)
+        inputs = [Input(owner) for owner in owners]
+        return divide(graph, arrays, inputs, [Output(first)], first)
+
+    return _plans.get(Key((call, tuple(map(array_form, arrays)))), plan)(arrays)[0]
