@@ -7,6 +7,7 @@ just before the program that reads them, and nothing waits for a result.
 """
 
 import enum
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -110,9 +111,7 @@ class PlacedFunction:
         """Copy what is donated and was given twice: a buffer can be donated once, and
         not while it is read elsewhere.
         """
-        count: dict[int, int] = {}
-        for array in inputs:
-            count[id(array)] = count.get(id(array), 0) + 1
+        count = Counter(map(id, inputs))
         for slot in self._donated:
             if count[id(inputs[slot])] > 1:
                 arrays[slot, None] = jnp.copy(inputs[slot])

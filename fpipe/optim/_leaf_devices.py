@@ -13,7 +13,8 @@ import jax
 from fpipe._core.pytrees import PyTree, aval, is_array
 from fpipe._executors.placement import Device
 from fpipe._executors.tracers import only_shapes
-from fpipe.optim._partition import SMALL, value_bytes
+from fpipe._program.control_flow import value_bytes
+from fpipe.optim._partition import SMALL
 from fpipe.optim._seen_leaves import SeenLeaves, leaf_name, parameters_of_state
 
 FIX = (

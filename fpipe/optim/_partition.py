@@ -7,7 +7,7 @@ Clipping by the global norm, over two devices with a gradient each:
 
     | step              | reads     | owner  | round |
     |-------------------|-----------|--------|-------|
-    | s0 = sum(g0 * g0) | g0        | 0      | 0     |
+    | s0 = sum(g0 * g0) | g0        | 0      | 1     |
     | s1 = sum(g1 * g1) | g1        | 1      | 0     |
     | n = sqrt(s0 + s1) | s0, s1    | 0      | 1     |
     | u0 = g0 / n       | g0, n     | 0      | 2     |
@@ -27,10 +27,9 @@ device, so that every device can do the step itself, without a second crossing.
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
-import numpy as np
-
+from fpipe._program.control_flow import value_bytes
 from fpipe.optim._update_graph import Step, UpdateGraph
 
 # Bytes up to which a value counts as a number, which may cross. Adafactor's factors and
@@ -93,14 +92,9 @@ class _Held(NamedTuple):
     bytes: int
 
 
-# For a value, the devices that read it; and for each how many rounds follow the first
-# of the steps there that reads it.
-_Readers = dict[int, int]
-
-
-def value_bytes(aval: Any) -> int:
-    """The bytes of a value; those of a PRNG key count as eight."""
-    return int(np.prod(aval.shape, dtype=np.int64)) * getattr(aval.dtype, "itemsize", 8)
+# The devices that read a value, and for each how many rounds follow the first step there
+# that reads it.
+_Readers: TypeAlias = dict[int, int]
 
 
 def partition(
@@ -133,20 +127,21 @@ def partition(
 
     readers = _readers(graph, output_readers, step_owners)
     rounds_left = {v: _rounds_left(readers.get(v, {}), d) for v, d in owners.items()}
-    last = max(
-        (rounds_left[v] for s in graph.steps for v in s.makes if v in owners), default=0
-    )
-    assignments = list[Assignment | None]()
-    for step, owner in zip(graph.steps, step_owners, strict=True):
-        left = max((rounds_left[v] for v in step.makes if v in owners), default=0)
-        assignments.append(None if owner is None else Assignment(owner, last - left))
+    step_rounds_left = [
+        max((rounds_left.get(v, 0) for v in step.makes), default=0)
+        for step in graph.steps
+    ]
+    last = max(step_rounds_left, default=0)
+    assignments = [
+        None if owner is None else Assignment(owner, last - left)
+        for owner, left in zip(step_owners, step_rounds_left, strict=True)
+    ]
     crossings = list[Crossing]()
     for value, owner in sorted(owners.items()):
-        targets = sorted(readers.get(value, {}).keys() - {owner})
+        targets = tuple(sorted(readers.get(value, {}).keys() - {owner}))
         if targets:
-            crossings.append(
-                Crossing(value, owner, tuple(targets), last - rounds_left[value])
-            )
+            round_ = last - rounds_left[value]
+            crossings.append(Crossing(value, owner, targets, round_))
     return Partition(graph, owners, tuple(assignments), tuple(crossings), last)
 
 

@@ -12,6 +12,7 @@ import jax
 
 from fpipe._core.pytrees import PyTree, Spec, pack
 from fpipe._model.frozen import Frozen
+from fpipe._program.control_flow import value_bytes
 from fpipe.optim._dispatch import Input, Output, PlacedFunction, Tree, divide
 from fpipe.optim._leaf_devices import (
     FIX,
@@ -22,7 +23,7 @@ from fpipe.optim._leaf_devices import (
     parameter_devices,
     state_owners,
 )
-from fpipe.optim._partition import SMALL, value_bytes
+from fpipe.optim._partition import SMALL
 from fpipe.optim._seen_leaves import SeenLeaves, check_state
 from fpipe.optim._traced import trace_init, trace_update
 

@@ -19,12 +19,13 @@ devices are laid end to end in one array for each dtype.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fpipe.optim._partition import SMALL, Partition, value_bytes
+from fpipe._program.control_flow import value_bytes
+from fpipe.optim._partition import SMALL, Partition
 from fpipe.optim._update_graph import Step, UpdateGraph
 
 
@@ -117,6 +118,25 @@ class _Key(NamedTuple):
     device: int
 
 
+@dataclasses.dataclass
+class _Draft:
+    """A program that is being planned.
+
+    Attributes:
+        own_steps: the positions of the steps that are assigned to it.
+        outputs: the numbers of the outputs that it gives.
+        steps: what it runs: its own steps, and those that every reader runs.
+        reads: the values that it takes.
+        gives: slots.
+    """
+
+    own_steps: set[int] = dataclasses.field(default_factory=set)
+    outputs: list[int] = dataclasses.field(default_factory=list)
+    steps: tuple[Step, ...] = ()
+    reads: list[int] = dataclasses.field(default_factory=list)
+    gives: list[int] = dataclasses.field(default_factory=list)
+
+
 def plan_programs(
     partition: Partition,
     input_devices: Sequence[int | None],
@@ -134,7 +154,7 @@ def plan_programs(
         donate: whether each input may be overwritten.
     """
     graph = partition.graph
-    found_on: dict[int, int | None] = {**partition.owners}
+    found_on: dict[int, int | None] = dict(partition.owners)
     found_on.update(zip(graph.inputs, input_devices, strict=True))
     handed_through = {
         k
@@ -142,85 +162,93 @@ def plan_programs(
         if aliasing[k]
         and (v not in partition.owners or found_on[v] == output_devices[k])
     }
+    drafts = _draft_programs(partition, output_devices, handed_through)
+    slots = [Slot((v,)) for v in graph.inputs]
+    for key, values in _exports(partition, drafts):
+        drafts[key].gives.append(len(slots))
+        slots.append(Slot(values))
+    slot_of = {v: n for n, slot in enumerate(slots) for v in slot.values}
+    output_slots = {k: slot_of[graph.outputs[k]] for k in handed_through}
+    for draft in drafts.values():
+        for k in draft.outputs:
+            output_slots[k] = len(slots)
+            draft.gives.append(len(slots))
+            slots.append(Slot((graph.outputs[k],), output=k))
 
-    # Which steps and outputs each program has. An output is given by the program that
-    # makes it; what is made elsewhere, or by every reader, by the last of its device.
-    own_steps: dict[_Key, set[int]] = {}
-    makers: dict[int, _Key] = {}
+    parts = []
+    for key, draft in drafts.items():
+        takes = dict.fromkeys(slot_of[v] for v in draft.reads)
+        gives = tuple(draft.gives)
+        parts.append(Part(key.round, key.device, draft.steps, tuple(takes), gives))
+    outputs = [OutputPlace(output_slots[k], d) for k, d in enumerate(output_devices)]
+    moves = _moves(graph, slots, parts, outputs, found_on)
+    parts = _with_donations(graph, slots, parts, moves, outputs, donate)
+    return ProgramPlan(graph, tuple(slots), tuple(parts), moves, tuple(outputs))
+
+
+def _draft_programs(
+    partition: Partition, output_devices: Sequence[int], handed_through: Set[int]
+) -> dict[_Key, _Draft]:
+    """The programs in order, with what each runs, reads and makes."""
+    graph = partition.graph
+    drafts: dict[_Key, _Draft] = {}
+    makers = _makers(partition)
     for position, assignment in enumerate(partition.assignments):
         if assignment is not None:
             key = _Key(assignment.round, assignment.owner)
-            own_steps.setdefault(key, set()).add(position)
-            makers.update(dict.fromkeys(graph.steps[position].makes, key))
-    own_outputs: dict[_Key, list[int]] = {}
+            drafts.setdefault(key, _Draft()).own_steps.add(position)
     for k, (value, device) in enumerate(
         zip(graph.outputs, output_devices, strict=True)
     ):
-        if k not in handed_through:
-            key = makers.get(value)
-            if key is None or key.device != device:
-                key = _Key(partition.last_round, device)
-            own_outputs.setdefault(key, []).append(k)
-    keys = sorted({*own_steps, *own_outputs})
+        if k in handed_through:
+            continue
+        # The program that makes an output gives it. What is made elsewhere, or by every
+        # reader, is given by the last program of the device.
+        key = makers.get(value)
+        if key is None or key.device != device:
+            key = _Key(partition.last_round, device)
+        drafts.setdefault(key, _Draft()).outputs.append(k)
 
-    # What each program runs and reads.
-    steps: dict[_Key, tuple[Step, ...]] = {}
-    reads: dict[_Key, list[int]] = {}
-    elsewhere = {*partition.owners, *graph.inputs}
-    for key in keys:
-        required = own_steps.get(key, set())
-        made_here = {v for n in required for v in graph.steps[n].makes}
-        wanted = [graph.outputs[k] for k in own_outputs.get(key, ())]
-        steps[key], reads[key] = graph.select(wanted, elsewhere - made_here, required)
-
-    slots = [Slot((v,)) for v in graph.inputs]
-    gives: dict[_Key, list[int]] = {key: [] for key in keys}
-    read_later = {v for values in reads.values() for v in values if v in makers}
-    for key, values in _exports(partition, sorted(read_later), makers):
-        gives[key].append(len(slots))
-        slots.append(Slot(values))
-    slot_of = {v: n for n, slot in enumerate(slots) for v in slot.values}
-    outputs = {k: slot_of[graph.outputs[k]] for k in handed_through}
-    for key in keys:
-        for k in own_outputs.get(key, ()):
-            outputs[k] = len(slots)
-            gives[key].append(len(slots))
-            slots.append(Slot((graph.outputs[k],), output=k))
-
-    parts = [
-        Part(
-            key.round,
-            key.device,
-            steps[key],
-            tuple(dict.fromkeys(slot_of[v] for v in reads[key])),
-            tuple(gives[key]),
+    readable = {*partition.owners, *graph.inputs}
+    for draft in drafts.values():
+        made_here = {v for n in draft.own_steps for v in graph.steps[n].makes}
+        wanted = [graph.outputs[k] for k in draft.outputs]
+        draft.steps, draft.reads = graph.select(
+            wanted, readable - made_here, draft.own_steps
         )
-        for key in keys
-    ]
-    places = [
-        OutputPlace(outputs[k], device) for k, device in enumerate(output_devices)
-    ]
-    moves = _moves(graph, slots, parts, places, found_on)
-    parts = _with_donations(graph, slots, parts, moves, places, donate)
-    return ProgramPlan(graph, tuple(slots), tuple(parts), moves, tuple(places))
+    return dict(sorted(drafts.items()))
+
+
+def _makers(partition: Partition) -> dict[int, _Key]:
+    """The program that makes each value which one device makes."""
+    return {
+        value: _Key(assignment.round, assignment.owner)
+        for step, assignment in zip(
+            partition.graph.steps, partition.assignments, strict=True
+        )
+        if assignment is not None
+        for value in step.makes
+    }
 
 
 def _exports(
-    partition: Partition, values: Sequence[int], makers: Mapping[int, _Key]
+    partition: Partition, drafts: Mapping[_Key, _Draft]
 ) -> list[tuple[_Key, tuple[int, ...]]]:
     """The arrays that programs give to others: who gives each, and what is in it."""
     avals = partition.graph.avals
+    makers = _makers(partition)
+    read = {v for draft in drafts.values() for v in draft.reads if v in makers}
     crossing = {c.value for c in partition.crossings}
     single = list[tuple[_Key, tuple[int, ...]]]()
     bundles: dict[tuple[_Key, str], list[int]] = {}
-    for v in values:
+    for v in sorted(read):
         # PRNG keys have a dtype that is none of numpy's, and cannot be joined.
         plain = isinstance(avals[v].dtype, np.dtype)
         if v in crossing and plain and value_bytes(avals[v]) <= SMALL:
             bundles.setdefault((makers[v], str(avals[v].dtype)), []).append(v)
         else:
             single.append((makers[v], (v,)))
-    return single + [(key, tuple(own)) for (key, _), own in bundles.items()]
+    return single + [(key, tuple(values)) for (key, _), values in bundles.items()]
 
 
 def _moves(
@@ -257,9 +285,10 @@ def _with_donations(
     outputs: Sequence[OutputPlace],
     donate: Sequence[bool],
 ) -> list[Part]:
-    """The programs, with the inputs that each may overwrite: it is the last to read
-    them, and has an output of that shape. Others would be donated in vain, and XLA
-    warns of that.
+    """The programs, with the inputs that each may overwrite.
+
+    It is the last to read them, and gives an array of that shape: others would be
+    donated in vain, and XLA warns of that.
     """
     last_reader: dict[int, int] = {}
     for position, part in enumerate(parts):

@@ -61,6 +61,7 @@ def apply_updates(
         ValueError: not of the same structure, or parameters that are not placed.
 
     Example:
+        >>> import numpy as np
         >>> import fpipe.optim
         >>> params = jax.device_put((jnp.ones(2), jnp.ones(3)), jax.devices()[0])
         >>> fpipe.optim.apply_updates(params, (jnp.ones(2), np.zeros(())))
