@@ -92,8 +92,8 @@ class _Held(NamedTuple):
     bytes: int
 
 
-# The devices that read a value, and for each how many rounds follow the first step there
-# that reads it.
+# The devices that read a value; and for each how many rounds follow the first step
+# there that reads it.
 _Readers: TypeAlias = dict[int, int]
 
 

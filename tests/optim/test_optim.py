@@ -24,7 +24,7 @@ from tests.helpers import assert_same, dense, mse, noise, raises
 
 @pytest.fixture(autouse=True)
 def promotion():
-    """`optax` raises floats to integer powers: it does not run under strict promotion."""
+    """`optax` raises floats to integer powers, which strict promotion refuses."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -390,7 +390,8 @@ def test_arguments_of_update_go_through(executor):
         )
         want, other = plain.update(grads_of(whole(), n), other, whole(), value=value)
         assert_same(pipe.gather(updates), want)
-        assert_same(fpipe.optim.gather(state)[1].scale, other[1].scale)  # pyright: ignore
+        got: Any = fpipe.optim.gather(state)
+        assert_same(got[1].scale, other[1].scale)  # pyright: ignore
     assert len(tx.runs) == (2 if executor == "placed" else 0)
 
 
@@ -557,7 +558,10 @@ def test_errors():
     pipe, other = pipe_of("placed"), pipe_of("placed", 2)
     params, tx = pipe.place(whole()), fpipe.optim.per_stage(optax.adam(1e-2))
     state, grads = tx.init(params), pipe.place(grads_of(whole(), 0))
-    fix = "make one with `tx.init(params)`, or move this one with `fpipe.optim.place(state, params)`"
+    fix = (
+        "make one with `tx.init(params)`, or move this one with "
+        "`fpipe.optim.place(state, params)`"
+    )
     cpu = jax.devices()
     with raises(
         ValueError,
@@ -568,7 +572,8 @@ def test_errors():
         tx.update(grads, tx.init(other.place(whole())), params)
     with pytest.raises(
         ValueError,
-        match=r"the gradient grads\[1\]\['b'\] is on .*0, but its parameter is on .*1; ",
+        match=r"the gradient grads\[1\]\['b'\] is on .*0, "
+        r"but its parameter is on .*1; ",
     ):
         tx.update(other.place(whole()), state, params)
     with pytest.raises(
