@@ -21,7 +21,7 @@ from fpipe._executors.placement import Device
 from fpipe.optim._leaf_devices import device_of
 from fpipe.optim._partition import partition
 from fpipe.optim._programs import Part, ProgramPlan, Slot, plan_programs
-from fpipe.optim._update_graph import UpdateGraph, run_steps
+from fpipe.optim._update_graph import UpdateGraph, run_operations
 
 # Arrays by slot and device; `None`: where the array was made, or came in.
 _Arrays: TypeAlias = dict[tuple[int, int | None], Any]
@@ -83,8 +83,9 @@ class PlacedFunction:
         ]
         self._devices = tuple(devices)
         self._donated = sorted({slot for part in cut.parts for slot in part.donates})
-        # What moves before each program, and after the last: one `device_put` for each
-        # device.
+        # What moves before each program, and after the last. A `device_put` of several
+        # arrays costs the host little more than one of a single array, so that there is
+        # one for each device.
         self._moves: list[dict[int, list[int]]] = [
             {} for _ in range(len(self.calls) + 1)
         ]
@@ -183,7 +184,7 @@ def _jit_part(
         given = dict(constants)
         for slot, array in zip(takes, arrays, strict=True):
             given.update(_split(graph, slot, array))
-        made = iter(run_steps(graph, part.steps, given, wanted))
+        made = iter(run_operations(graph, part.operations, given, wanted))
         results = []
         for slot in gives:
             values = [next(made) for _ in slot.values]
@@ -196,6 +197,7 @@ def _jit_part(
                 results.append(strong(values[0]))
         return results
 
+    # The name that profiles show.
     run.__name__ = run.__qualname__ = f"fpipe_optim_{part.round}"
     if not takes:
         # Without arguments nothing else says where it runs.

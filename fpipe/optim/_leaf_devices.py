@@ -15,7 +15,7 @@ from fpipe._executors.placement import Device
 from fpipe._executors.tracers import only_shapes
 from fpipe._program.control_flow import value_bytes
 from fpipe.optim._partition import SMALL
-from fpipe.optim._seen_leaves import SeenLeaves, leaf_name, parameters_of_state
+from fpipe.optim._seen_leaves import Path, SeenLeaves, leaf_name, parameters_of_state
 
 FIX = (
     "make one with `tx.init(params)`, or move this one with "
@@ -43,37 +43,27 @@ def first_device(devices: Sequence[Device]) -> Device:
 
 
 def parameter_devices(
-    seen: SeenLeaves, leaves: Sequence[Any], call: str
+    call: str, arrays: Sequence[Any], paths: Sequence[Path]
 ) -> list[Device]:
-    """The device of each parameter that a transformation sees."""
+    """The device of each parameter, all of which have to be placed.
+
+    Arguments:
+        call: what was called, for the error.
+        paths: of the parameters, for the error.
+    """
     devices = []
-    for path, leaf in zip(seen.seen_paths, seen.select(leaves), strict=True):
-        device = device_of(leaf)
+    for array, path in zip(arrays, paths, strict=True):
+        device = device_of(array)
         if device is None:
             where = (
-                f"on {leaf.sharding}"
-                if isinstance(leaf, jax.Array)
-                else f"a {type(leaf).__name__}"
+                f"on {array.sharding}"
+                if isinstance(array, jax.Array)
+                else f"a {type(array).__name__}"
             )
             raise ValueError(
                 f"`{call}`: the parameter {leaf_name('params', path)} is not placed: "
                 f"it is {where}, and not committed to one device; place parameters "
                 "with `pipe.place(params)`"
-            )
-        devices.append(device)
-    return devices
-
-
-def committed_devices(arrays: Sequence[Any], paths: Sequence[Any]) -> list[Device]:
-    """The device of each parameter of `apply_updates` or `place`."""
-    devices = []
-    for array, path in zip(arrays, paths, strict=True):
-        device = device_of(array)
-        if device is None:
-            raise ValueError(
-                f"`apply_updates`: the parameter {leaf_name('params', path)} is not "
-                "placed: it is not committed to one device; "
-                "place parameters with `pipe.place(params)`"
             )
         devices.append(device)
     return devices

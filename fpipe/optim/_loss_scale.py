@@ -1,4 +1,11 @@
-"""A loss scale that finds its size by itself."""
+"""A loss scale that finds its size by itself.
+
+In come the gradients of a step, out goes the scale of the next one. With a period of
+two, a scale of 4 and gradients that are finite, finite, finite, infinite:
+
+    scale   4   4   8   8   4
+    steps   0   1   0   1   0
+"""
 
 import dataclasses
 from typing import Any
@@ -45,14 +52,15 @@ class DynamicLossScale:
         """The scale for the next call, after the gradients of this one, placed or
         packed.
         """
-        finite, steps = all_finite(grads), self.steps + 1
+        finite = all_finite(grads)
+        steps = self.steps + 1
         due = finite & (steps >= self.period)
         # Not below 1: what overflows there is no matter of scale. Not to infinity
         # either.
-        less, more = (
-            jnp.maximum(self.scale / self.factor, 1.0),
-            self.scale * self.factor,
-        )
-        more = jnp.where(due & jnp.isfinite(more), more, self.scale)
-        scale, steps = jnp.where(finite, more, less), jnp.where(due | ~finite, 0, steps)
+        lower = jnp.maximum(self.scale / self.factor, 1.0)
+        higher = self.scale * self.factor
+        higher = jnp.where(due & jnp.isfinite(higher), higher, self.scale)
+        scale = jnp.where(finite, higher, lower)
+        steps = jnp.where(due | ~finite, 0, steps)
+        # A weak type would make the next call a new one to compile.
         return dataclasses.replace(self, scale=strong(scale), steps=strong(steps))

@@ -71,8 +71,9 @@ def plan_init(tx: Any, params: PyTree, frozen: Frozen | None) -> PlacedTransform
     """
     seen = SeenLeaves.of(params, frozen)
     leaves = jax.tree.leaves(params)
-    devices = parameter_devices(seen, leaves, "per_stage(tx).init")
-    traced = trace_init(tx, seen, seen.select(leaves))
+    parameters = seen.select(leaves)
+    devices = parameter_devices("per_stage(tx).init", parameters, seen.seen_paths)
+    traced = trace_init(tx, seen, parameters)
     run = divide(
         traced.graph,
         traced.leaves,
@@ -96,12 +97,12 @@ def plan_update(
     like = grads if params is None else params
     leaves = jax.tree.leaves(like)
     seen = SeenLeaves.of(like, frozen)
-    devices = parameter_devices(seen, leaves, "per_stage(tx).update")
+    shown = seen.select(leaves)
+    devices = parameter_devices("per_stage(tx).update", shown, seen.seen_paths)
     gradients = seen.select_gradients(grads)
     check_gradients(seen, gradients, devices)
-    parameters = None if params is None else seen.select(leaves)
-    shown = gradients if parameters is None else parameters
     check_state(tx, seen.seen_tree(shown), state, FIX)
+    parameters = None if params is None else shown
     owners = state_owners(seen, state, devices)
     traced = trace_update(tx, seen, gradients, state, parameters, extra)
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fpipe._core.caches import Key, Recent
 from fpipe._core.pytrees import PyTree, Spec, is_array, is_traced, pack
-from fpipe.optim._leaf_devices import committed_devices, first_device
+from fpipe.optim._leaf_devices import first_device, parameter_devices
 from fpipe.optim._packed import (
     any_packed,
     mesh_of,
@@ -110,7 +110,8 @@ def place(state: PyTree, params: PyTree, tx: Any = None) -> PyTree:
         return jax.jit(lambda a: pack_state(spec.unpack(a), templates, mesh))(arrays)
     named = jax.tree_util.tree_flatten_with_path(params)[0]
     paths = [path for path, leaf in named if is_array(leaf)]
-    devices = committed_devices([leaf for _, leaf in named if is_array(leaf)], paths)
+    arrays = [leaf for _, leaf in named if is_array(leaf)]
+    devices = parameter_devices("fpipe.optim.place(state, params)", arrays, paths)
     first = first_device(devices)
     leaves, treedef = jax.tree.flatten(state)
     parameters = parameters_of_state(paths, state)

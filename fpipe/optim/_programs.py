@@ -26,7 +26,7 @@ import numpy as np
 
 from fpipe._program.control_flow import value_bytes
 from fpipe.optim._partition import SMALL, Partition
-from fpipe.optim._update_graph import Step, UpdateGraph
+from fpipe.optim._update_graph import Operation, UpdateGraph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Move(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The part of an update that one program runs: a device's steps of a round.
+    """The part of an update that one program runs: a device's operations of a round.
 
     Attributes:
         takes, gives: slots.
@@ -80,7 +80,7 @@ class Part:
 
     round: int
     device: int
-    steps: tuple[Step, ...]
+    operations: tuple[Operation, ...]
     takes: tuple[int, ...]
     gives: tuple[int, ...]
     donates: tuple[int, ...] = ()
@@ -123,16 +123,16 @@ class _Draft:
     """A program that is being planned.
 
     Attributes:
-        own_steps: the positions of the steps that are assigned to it.
+        own_operations: the positions of the operations that are assigned to it.
         outputs: the numbers of the outputs that it gives.
-        steps: what it runs: its own steps, and those that every reader runs.
+        operations: what it runs: its own ones, and those that every reader runs.
         reads: the values that it takes.
         gives: slots.
     """
 
-    own_steps: set[int] = dataclasses.field(default_factory=set)
+    own_operations: set[int] = dataclasses.field(default_factory=set)
     outputs: list[int] = dataclasses.field(default_factory=list)
-    steps: tuple[Step, ...] = ()
+    operations: tuple[Operation, ...] = ()
     reads: list[int] = dataclasses.field(default_factory=list)
     gives: list[int] = dataclasses.field(default_factory=list)
 
@@ -179,7 +179,7 @@ def plan_programs(
     for key, draft in drafts.items():
         takes = dict.fromkeys(slot_of[v] for v in draft.reads)
         gives = tuple(draft.gives)
-        parts.append(Part(key.round, key.device, draft.steps, tuple(takes), gives))
+        parts.append(Part(key.round, key.device, draft.operations, tuple(takes), gives))
     outputs = [OutputPlace(output_slots[k], d) for k, d in enumerate(output_devices)]
     moves = _moves(graph, slots, parts, outputs, found_on)
     parts = _with_donations(graph, slots, parts, moves, outputs, donate)
@@ -196,7 +196,7 @@ def _draft_programs(
     for position, assignment in enumerate(partition.assignments):
         if assignment is not None:
             key = _Key(assignment.round, assignment.owner)
-            drafts.setdefault(key, _Draft()).own_steps.add(position)
+            drafts.setdefault(key, _Draft()).own_operations.add(position)
     for k, (value, device) in enumerate(
         zip(graph.outputs, output_devices, strict=True)
     ):
@@ -211,10 +211,10 @@ def _draft_programs(
 
     readable = {*partition.owners, *graph.inputs}
     for draft in drafts.values():
-        made_here = {v for n in draft.own_steps for v in graph.steps[n].makes}
+        made_here = {v for n in draft.own_operations for v in graph.operations[n].makes}
         wanted = [graph.outputs[k] for k in draft.outputs]
-        draft.steps, draft.reads = graph.select(
-            wanted, readable - made_here, draft.own_steps
+        draft.operations, draft.reads = graph.select(
+            wanted, readable - made_here, draft.own_operations
         )
     return dict(sorted(drafts.items()))
 
@@ -223,11 +223,11 @@ def _makers(partition: Partition) -> dict[int, _Key]:
     """The program that makes each value which one device makes."""
     return {
         value: _Key(assignment.round, assignment.owner)
-        for step, assignment in zip(
-            partition.graph.steps, partition.assignments, strict=True
+        for operation, assignment in zip(
+            partition.graph.operations, partition.assignments, strict=True
         )
         if assignment is not None
-        for value in step.makes
+        for value in operation.makes
     }
 
 

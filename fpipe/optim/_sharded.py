@@ -42,7 +42,7 @@ from fpipe.optim._packed import (
 from fpipe.optim._partition import Partition, partition
 from fpipe.optim._seen_leaves import no_update
 from fpipe.optim._traced import TracedTransformation
-from fpipe.optim._update_graph import run_steps
+from fpipe.optim._update_graph import run_operations
 
 # What one device does, from its number and its blocks of the rows.
 Task: TypeAlias = Callable[[int, Sequence[Any]], list[Any]]
@@ -87,7 +87,9 @@ def run_sharded(
     asked, treedef = jax.tree.flatten(outputs)
     packed = [out for out in asked if isinstance(out, PackedOutput)]
     whole = [out for out in asked if isinstance(out, WholeOutput)]
-    readers: list[Sequence[int]] = [range(count) for _ in graph.outputs]
+    # What all are to have is read by one device more than there are: then it is
+    # exchanged in any case, and is known outside of the branches of the devices.
+    readers: list[Sequence[int]] = [range(count + 1) for _ in graph.outputs]
     for out in packed:
         for numbers in out.numbers:
             for device, number in enumerate(numbers):
@@ -177,7 +179,7 @@ class ShardedUpdate:
     def reads_cells(self) -> bool:
         """Whether anything depends on what lies in rows."""
         graph = self.partition.graph
-        read = {v for step in graph.steps for v in step.reads}
+        read = {v for operation in graph.operations for v in operation.reads}
         return not self.cells.keys().isdisjoint(read.union(graph.outputs))
 
     def _value(self, output: int) -> int:
@@ -193,11 +195,11 @@ class ShardedUpdate:
         """Make values from what is known to all, and from the cells of a device."""
         graph = self.partition.graph
         cells = {v for v, cell in self.cells.items() if cell.device == device}
-        steps, reads = graph.select(wanted, cells.union(known))
+        operations, reads = graph.select(wanted, cells.union(known))
         given = {
             v: known[v] if v in known else self.cells[v].take(blocks) for v in reads
         }
-        return run_steps(graph, steps, given, wanted)
+        return run_operations(graph, operations, given, wanted)
 
     def _make_blocks(
         self, device: int, known: Mapping[int, Any], blocks: Sequence[Any]
@@ -338,6 +340,8 @@ class MeshDevices:
             branch = functools.partial(task, device)
             jaxpr = jax.make_jaxpr(branch)(self._blocks)
             traced.append(jaxpr)
+            # Two traces are no equal objects, but their texts are equal; constants have
+            # no content in it, and are compared as objects.
             key = (str(jaxpr.jaxpr), *map(id, jaxpr.consts))
             if key not in numbers:
                 numbers[key] = len(branches)
@@ -362,6 +366,8 @@ def _run_on_mesh(
         made, whole = update.run(known, devices)
         return [block[None] for block in made], [unwrapped(array) for array in whole]
 
+    # Without `check_vma`: with it, JAX adds up what varies inside the branches of the
+    # `switch`, where not all devices come by, and the program hangs.
     run = jax.shard_map(
         local,
         mesh=mesh,

@@ -24,9 +24,9 @@ from fpipe._core.pytrees import (
 from fpipe.optim._dispatch import Input, Output, PlacedFunction, divide
 from fpipe.optim._leaf_devices import (
     array_form,
-    committed_devices,
     device_of,
     first_device,
+    parameter_devices,
     refuse_tracers,
 )
 from fpipe.optim._packed import any_packed
@@ -93,7 +93,8 @@ def apply_updates(
     elif packed:
         new = _compiled_add("params" in names, "updates" in names)(old, added)
     else:
-        devices = committed_devices(old, [named[n][0] for n in changing])
+        paths = [named[n][0] for n in changing]
+        devices = parameter_devices("apply_updates", old, paths)
         key = (
             "apply",
             tuple(map(array_form, old)),

@@ -1,26 +1,28 @@
-"""A traced update as a flat list of steps, its conditionals opened.
+"""A traced update as a flat list of operations, its conditionals opened.
 
 In comes what JAX traced of an update, out goes an `UpdateGraph`: numbered values, and
-the steps between them in order. An update that is skipped when a gradient is not
+the operations between them in order. An update that is skipped when a gradient is not
 finite, `cond(finite, [keep, adam], gradient, moment)`, for example, is
 
-    | step                      | reads   | makes | guards              |
+    | operation                 | reads   | makes | guards              |
     |---------------------------|---------|-------|---------------------|
     | finite = is_finite(g)     | 0       | 2     |                     |
     | new = multiply(g, 0.1)    | 0, 2    | 3     | (conditional 0, 1)  |
     | choice: m or new          | 2, 1, 3 | 4     |                     |
 
-A conditional left whole would be one step that reads arrays of all devices, and all of
-them would have to move to one device. Opened, each equation can run on a device of its
-own. The *guards* of an equation say which conditionals it stood in. `run_steps` puts
-whatever part of a conditional it is given into a conditional again, so that the branch
-that is not taken costs nothing.
+A conditional left whole would be one operation that reads arrays of all devices, and
+all of them would have to move to one device. Opened, each equation can run on a device
+of its own. The *guards* of an equation say which conditionals it stood in.
+`run_operations` puts whatever part of a conditional it is given into a conditional
+again, so that the branch that is not taken costs nothing. (To run both branches and
+select would do too, but `optax.MultiSteps` takes the expensive one once in many steps.)
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,65 +52,48 @@ class Conditional:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Equation:
+class Operation:
+    """What a device runs as a whole: an `Equation`, or a `Choice`.
+
+    Attributes:
+        reads: its inputs, and the predicates of its guards.
+        makes: its results.
+        guards: the conditionals that it stands in, the outermost first.
+    """
+
+    reads: tuple[int, ...]
+    makes: tuple[int, ...]
+    guards: tuple[Guard, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Equation(Operation):
     """An equation of the trace.
 
     Attributes:
         node: the equation, between values of the `UpdateGraph`.
-        guards: the conditionals that it stands in, the outermost first.
-        reads: its inputs, and the predicates of its guards.
     """
 
     node: Node
-    guards: tuple[Guard, ...]
-    reads: tuple[int, ...]
-
-    @property
-    def makes(self) -> tuple[int, ...]:
-        """Its results."""
-        return self.node.outs
-
-    def conditional_at(self, depth: int) -> int | None:
-        """The conditional that it is part of, inside of `depth` others."""
-        return self.guards[depth].conditional if len(self.guards) > depth else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Choice:
+class Choice(Operation):
     """One output of a conditional: the value of the branch that is taken.
 
     Attributes:
-        conditional: the conditional.
+        conditional: the conditional; its guards are those around it.
         options: the value that each branch has for this output.
-        result: the value that is chosen.
-        guards: the other conditionals that this one stands in, the outermost first.
-        reads: the predicate, the options, and the predicates of the guards.
     """
 
     conditional: int
     options: tuple[int, ...]
-    result: int
-    guards: tuple[Guard, ...]
-    reads: tuple[int, ...]
-
-    @property
-    def makes(self) -> tuple[int, ...]:
-        """Its result."""
-        return (self.result,)
-
-    def conditional_at(self, depth: int) -> int | None:
-        """The conditional that it is part of, inside of `depth` others."""
-        if len(self.guards) > depth:
-            return self.guards[depth].conditional
-        return self.conditional
-
-
-Step: TypeAlias = Equation | Choice
 
 
 @dataclasses.dataclass(frozen=True)
 class UpdateGraph:
-    """A function of flat arrays as steps in order; those of a conditional are together.
+    """A function of flat arrays as operations in order; those of a conditional are
+    together.
 
     Attributes:
         inputs, outputs: the numbers of these values.
@@ -118,7 +103,7 @@ class UpdateGraph:
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    steps: tuple[Step, ...]
+    operations: tuple[Operation, ...]
     constants: Mapping[int, Any]
     avals: Mapping[int, Any]
     conditionals: tuple[Conditional, ...]
@@ -128,37 +113,39 @@ class UpdateGraph:
         wanted: Iterable[int],
         available: Set[int],
         required: Set[int] = frozenset(),
-    ) -> tuple[tuple[Step, ...], list[int]]:
-        """The steps that make some values from others, and which others they read.
+    ) -> tuple[tuple[Operation, ...], list[int]]:
+        """The operations that make some values from others, and the others they read.
 
         Arguments:
             wanted: the values to make.
             available: the values to start from.
-            required: the positions of steps that run in any case.
+            required: the positions of operations that run in any case.
         """
         needed = set(wanted)
-        chosen = list[Step]()
-        for position in reversed(range(len(self.steps))):
-            step = self.steps[position]
-            useful = any(v in needed and v not in available for v in step.makes)
+        chosen = list[Operation]()
+        for position in reversed(range(len(self.operations))):
+            operation = self.operations[position]
+            useful = any(v in needed and v not in available for v in operation.makes)
             if useful or position in required:
-                chosen.append(step)
-                needed.update(step.reads)
+                chosen.append(operation)
+                needed.update(operation.reads)
         return tuple(reversed(chosen)), sorted(needed & available)
 
 
 def trace_update_graph(
     f: Callable[..., Sequence[Any]], arrays: Sequence[Any]
 ) -> UpdateGraph:
-    """Trace a function of flat arrays, without the steps that nothing needs."""
+    """Trace a function of flat arrays, without the operations that nothing needs."""
     opener = _Opener()
+    # Nothing differentiates an update, so what has derivatives of its own, such as
+    # `jax.nn.relu`, is opened like any other call.
     graph = inline(trace(f, *map(aval, arrays)), keep_rules=False)
     inputs = [opener.new_value(graph.avals[v]) for v in graph.inputs]
     outputs = opener.add(graph, inputs, ())
     return UpdateGraph(
         tuple(inputs),
         tuple(outputs),
-        _without_dead_steps(opener.steps, outputs),
+        _without_dead_operations(opener.operations, outputs),
         opener.constants,
         opener.avals,
         tuple(opener.conditionals),
@@ -166,10 +153,14 @@ def trace_update_graph(
 
 
 class _Opener:
-    """Collects the steps of a trace and of the branches in it, under one numbering."""
+    """Collects the operations of a trace and of the branches in it.
+
+    All values get numbers of one kind: those of a branch's inputs are the numbers of
+    the conditional's operands.
+    """
 
     def __init__(self) -> None:
-        self.steps: list[Step] = []
+        self.operations: list[Operation] = []
         self.constants: dict[int, Any] = {}
         self.avals: dict[int, Any] = {}
         self.conditionals: list[Conditional] = []
@@ -181,71 +172,69 @@ class _Opener:
     def add(
         self, graph: Graph, inputs: Sequence[int], guards: tuple[Guard, ...]
     ) -> list[int]:
-        """Add the steps of a graph that reads `inputs`; its outputs are returned."""
+        """Add the operations of a graph that reads `inputs`; return its outputs."""
         number = dict(zip(graph.inputs, inputs, strict=True))
         for value, shape in graph.avals.items():
             if value not in number:
                 number[value] = self.new_value(shape)
         for value, constant in graph.consts.items():
             self.constants[number[value]] = constant
+        # A guarded operation reads the predicates too: whoever runs it has to know
+        # whether the branch is taken.
         predicates = [self.conditionals[g.conditional].predicate for g in guards]
         for node in graph.nodes:
             reads = tuple(number[v] for v in node.ins)
             makes = tuple(number[v] for v in node.outs)
-            if node.eqn.primitive.name == "cond":
-                self._open(node, reads, makes, guards)
-            else:
+            if node.eqn.primitive.name != "cond":
                 renumbered = dataclasses.replace(node, ins=reads, outs=makes)
-                self.steps.append(Equation(renumbered, guards, (*reads, *predicates)))
+                self.operations.append(
+                    Equation((*reads, *predicates), makes, guards, renumbered)
+                )
+                continue
+            conditional = len(self.conditionals)
+            branches = [
+                inline(branch, keep_rules=False)
+                for branch in node.eqn.params["branches"]
+            ]
+            predicate, *operands = reads
+            self.conditionals.append(Conditional(predicate, len(branches)))
+            results = [
+                self.add(branch, operands, (*guards, Guard(conditional, k)))
+                for k, branch in enumerate(branches)
+            ]
+            for result, *options in zip(makes, *results, strict=True):
+                read = (predicate, *options, *predicates)
+                self.operations.append(
+                    Choice(read, (result,), guards, conditional, tuple(options))
+                )
         return [number[v] for v in graph.outputs]
 
-    def _open(
-        self,
-        node: Node,
-        reads: Sequence[int],
-        makes: Sequence[int],
-        guards: tuple[Guard, ...],
-    ) -> None:
-        """Add the branches of a `cond`, and a choice for each of its outputs."""
-        predicate, *operands = reads
-        branches = node.eqn.params["branches"]
-        conditional = len(self.conditionals)
-        self.conditionals.append(Conditional(predicate, len(branches)))
-        results = []
-        for k, branch in enumerate(branches):
-            inside = (*guards, Guard(conditional, k))
-            results.append(self.add(inline(branch, keep_rules=False), operands, inside))
-        predicates = [self.conditionals[g.conditional].predicate for g in guards]
-        for result, *options in zip(makes, *results, strict=True):
-            read = (predicate, *options, *predicates)
-            self.steps.append(Choice(conditional, tuple(options), result, guards, read))
 
-
-def _without_dead_steps(
-    steps: Sequence[Step], outputs: Iterable[int]
-) -> tuple[Step, ...]:
+def _without_dead_operations(
+    operations: Sequence[Operation], outputs: Iterable[int]
+) -> tuple[Operation, ...]:
     needed = set(outputs)
-    live = list[Step]()
-    for step in reversed(steps):
-        acts = isinstance(step, Equation) and step.node.eqn.effects
-        if acts or not needed.isdisjoint(step.makes):
-            live.append(step)
-            needed.update(step.reads)
+    live = list[Operation]()
+    for operation in reversed(operations):
+        acts = isinstance(operation, Equation) and operation.node.eqn.effects
+        if acts or not needed.isdisjoint(operation.makes):
+            live.append(operation)
+            needed.update(operation.reads)
     return tuple(reversed(live))
 
 
-def run_steps(
+def run_operations(
     graph: UpdateGraph,
-    steps: Iterable[Step],
+    operations: Iterable[Operation],
     given: Mapping[int, Any],
     wanted: Sequence[int],
 ) -> list[Any]:
-    """Run some of the steps, in order, and return the wanted values as arrays.
+    """Run some of the operations, in order, and return the wanted values as arrays.
 
     What a branch makes that is not taken is zero.
     """
     values = {**graph.constants, **given}
-    _run(graph, steps, values, frozenset(wanted), 0)
+    _run(graph, operations, values, frozenset(wanted), 0)
     return [
         values[v]
         if isinstance(values[v], jax.Array)
@@ -256,27 +245,34 @@ def run_steps(
 
 def _run(
     graph: UpdateGraph,
-    steps: Iterable[Step],
+    operations: Iterable[Operation],
     values: dict[int, Any],
     wanted: frozenset[int],
     depth: int,
 ) -> None:
-    """Run steps that stand in `depth` conditionals, all the same."""
-    parts = itertools.groupby(steps, key=lambda step: step.conditional_at(depth))
-    for conditional, part in parts:
+    """Run operations that stand in `depth` conditionals, all in the same ones."""
+
+    def inner_conditional(operation: Operation) -> int | None:
+        if len(operation.guards) > depth:
+            return operation.guards[depth].conditional
+        return operation.conditional if isinstance(operation, Choice) else None
+
+    # The operations of one conditional follow each other, and still do when some of
+    # them are left out.
+    for conditional, part in itertools.groupby(operations, key=inner_conditional):
         if conditional is not None:
             _run_conditional(graph, conditional, list(part), values, wanted, depth)
             continue
-        for step in part:
-            assert isinstance(step, Equation)
-            results = bind(step.node, [values[v] for v in step.node.ins])
-            values.update(zip(step.node.outs, results, strict=True))
+        for operation in part:
+            assert isinstance(operation, Equation)
+            results = bind(operation.node, [values[v] for v in operation.node.ins])
+            values.update(zip(operation.makes, results, strict=True))
 
 
 def _run_conditional(
     graph: UpdateGraph,
     conditional: int,
-    steps: Sequence[Step],
+    operations: Sequence[Operation],
     values: dict[int, Any],
     wanted: frozenset[int],
     depth: int,
@@ -284,21 +280,22 @@ def _run_conditional(
     """Run a part of a conditional as a conditional.
 
     It gives its choices, and those values of its branches that are wanted outside:
-    another device may hold the choice, or the rest of the branch.
+    another device may make the choice, or run the rest of the branch.
     """
-    choices = list[Choice]()
-    inside: dict[int, list[Step]] = {}
-    for step in steps:
-        if len(step.guards) > depth:
-            inside.setdefault(step.guards[depth].branch, []).append(step)
-        else:
-            assert isinstance(step, Choice)
-            choices.append(step)
-    exported = {
+    inside: dict[int, list[Operation]] = {}
+    for operation in operations:
+        if len(operation.guards) > depth:
+            inside.setdefault(operation.guards[depth].branch, []).append(operation)
+    choices = [
+        operation
+        for operation in operations
+        if isinstance(operation, Choice) and len(operation.guards) == depth
+    ]
+    branch_of_export = {
         v: branch
         for branch, own in inside.items()
-        for step in own
-        for v in step.makes
+        for operation in own
+        for v in operation.makes
         if v in wanted
     }
 
@@ -306,16 +303,19 @@ def _run_conditional(
         here = dict(values)
         options = [choice.options[branch] for choice in choices]
         _run(graph, inside.get(branch, ()), here, wanted.union(options), depth + 1)
-        kept = [
+        # All branches have the same outputs: what another branch exports is zero here.
+        # Nothing reads it, for what reads it is guarded by the other branch too.
+        exports = [
             here[v] if made_in == branch else zeros(graph.avals[v])
-            for v, made_in in exported.items()
+            for v, made_in in branch_of_export.items()
         ]
-        return [here[v] for v in options] + kept
+        return [here[v] for v in options] + exports
 
-    which = graph.conditionals[conditional]
     branches = [
-        lambda branch=branch: run_branch(branch) for branch in range(which.branches)
+        functools.partial(run_branch, branch)
+        for branch in range(graph.conditionals[conditional].branches)
     ]
-    results = jax.lax.switch(values[which.predicate], branches)
-    names = [choice.result for choice in choices] + list(exported)
-    values.update(zip(names, results, strict=True))
+    predicate = values[graph.conditionals[conditional].predicate]
+    results = jax.lax.switch(predicate, branches)
+    made = [v for choice in choices for v in choice.makes]
+    values.update(zip([*made, *branch_of_export], results, strict=True))

@@ -524,6 +524,20 @@ def test_train_state(executor):
         assert all(jax.tree.leaves(moved))
 
 
+def test_a_mesh_of_one_device_knows_what_all_have():
+    def make():
+        return optax.apply_if_finite(CLIP(), 2)
+
+    pipe, plain = pipe_of("scan", 1), make()
+    tx = fpipe.optim.per_stage(make())
+    grads = grads_of(whole(), 0)
+    params = pipe.place(whole())
+    got: Any = jax.jit(tx.update)(pipe.place(grads), tx.init(params), params)
+    want: Any = jax.jit(plain.update)(grads, plain.init(whole()), whole())
+    assert_same(pipe.gather(got[0]), want[0], 2e-5)
+    assert_same(fpipe.optim.gather(got[1]), want[1], 2e-5)
+
+
 def test_global_norm():
     want = optax.tree.norm(whole())
     for executor in EXECUTORS:

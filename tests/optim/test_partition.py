@@ -12,7 +12,7 @@ from fpipe.optim._programs import plan_programs
 from fpipe.optim._update_graph import (
     Choice,
     Equation,
-    run_steps,
+    run_operations,
     trace_update_graph,
 )
 
@@ -27,12 +27,14 @@ def clip(g0: Any, g1: Any):
 
 
 def table(divided):
-    """Each step's name, owner and round."""
+    """Each operation's name, owner and round."""
     rows = []
-    for step, assignment in zip(divided.graph.steps, divided.assignments, strict=True):
+    for operation, assignment in zip(
+        divided.graph.operations, divided.assignments, strict=True
+    ):
         name = "choice"
-        if isinstance(step, Equation):
-            name = step.node.eqn.primitive.name
+        if isinstance(operation, Equation):
+            name = operation.node.eqn.primitive.name
         rows.append((name, *(assignment or (None, None))))
     return rows
 
@@ -51,7 +53,7 @@ def test_values_of_two_devices_meet_on_one():
         ("div", 0, 2),
         ("div", 1, 2),
     ]
-    _, s1, norm = (graph.steps[n].makes[0] for n in (1, 3, 5))
+    _, s1, norm = (graph.operations[n].makes[0] for n in (1, 3, 5))
     assert divided.crossings == (Crossing(s1, 1, (0,), 0), Crossing(norm, 0, (1,), 1))
     plan = plan_programs(divided, [0, 1], [0, 1], [False] * 2, [False] * 2)
     assert [(part.round, part.device) for part in plan.parts] == [
@@ -72,7 +74,7 @@ def test_on_a_mesh_every_device_does_what_values_of_several_are_needed_for():
         ("div", 0, 1),
         ("div", 1, 1),
     ]
-    s0, s1 = (graph.steps[n].makes[0] for n in (1, 3))
+    s0, s1 = (graph.operations[n].makes[0] for n in (1, 3))
     assert divided.crossings == (Crossing(s0, 0, (1,), 0), Crossing(s1, 1, (0,), 0))
 
 
@@ -123,7 +125,7 @@ def skip(flag: Any, g0: Any, g1: Any):
 def test_a_conditional_over_two_devices_is_opened():
     graph = trace_update_graph(skip, [NUMBER, LARGE, LARGE])
     divided = partition(graph, [None, 0, 1], [[0], [1]], meeting_device=0)
-    assert sum(isinstance(step, Choice) for step in graph.steps) == 4
+    assert sum(isinstance(operation, Choice) for operation in graph.operations) == 4
     assert divided.crossings
     assert all(graph.avals[c.value].shape == () for c in divided.crossings)
     plan = plan_programs(divided, [0, 0, 1], [0, 1], [False] * 2, [False] * 3)
@@ -136,7 +138,7 @@ def test_an_opened_conditional_computes_what_it_did(flag, sign):
     given = [jnp.float32(flag), sign * jnp.ones((40, 40)), jnp.full((40, 40), 3.0)]
     graph = trace_update_graph(skip, given)
     values = dict(zip(graph.inputs, given, strict=True))
-    got = run_steps(graph, graph.steps, values, graph.outputs)
+    got = run_operations(graph, graph.operations, values, graph.outputs)
     for a, b in zip(got, skip(*given), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
@@ -146,15 +148,15 @@ def test_what_a_branch_makes_that_is_not_taken_is_zero():
     graph = trace_update_graph(skip, given)
     values = dict(zip(graph.inputs, given, strict=True))
     inside = next(
-        step
-        for step in graph.steps
-        if isinstance(step, Equation)
-        and step.guards
-        and step.node.eqn.primitive.name == "reduce_sum"
+        operation
+        for operation in graph.operations
+        if isinstance(operation, Equation)
+        and operation.guards
+        and operation.node.eqn.primitive.name == "reduce_sum"
     )
-    steps, _ = graph.select(inside.makes, set(graph.inputs))
-    (total,) = run_steps(graph, steps, values, inside.makes)
+    operations, _ = graph.select(inside.makes, set(graph.inputs))
+    (total,) = run_operations(graph, operations, values, inside.makes)
     assert total == 0
     values[graph.inputs[0]] = jnp.float32(1.0)
-    (total,) = run_steps(graph, steps, values, inside.makes)
+    (total,) = run_operations(graph, operations, values, inside.makes)
     assert total == 1600
