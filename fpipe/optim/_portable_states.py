@@ -4,13 +4,14 @@ Between them a state is as plain optax has it for `pipe.gather(params)`, one tre
 an entry per layer, whatever the executor: that is what a checkpoint holds.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fpipe._core.caches import Key, Recent
-from fpipe._core.pytrees import PyTree, Spec, is_array, is_traced, pack
+from fpipe._core.pytrees import Bundle, PyTree, is_array, is_traced, pack
 from fpipe.optim._leaf_devices import first_device, parameter_devices
 from fpipe.optim._packed import (
     any_packed,
@@ -28,8 +29,6 @@ from fpipe.optim._seen_leaves import (
 )
 from fpipe.optim._transform import PerStage
 
-_unpackings = Recent(32)
-
 
 def gather(state: PyTree) -> PyTree:
     """An optimizer state as plain optax has it for `pipe.gather(params)`: nothing
@@ -45,11 +44,11 @@ def gather(state: PyTree) -> PyTree:
         The state, every array on the device of the first, or on the first of the mesh.
         With a mesh over several processes it is on every device.
     """
-    arrays, spec = pack(state)
     mesh = mesh_of(state)
-    if not all(a.is_fully_addressable for a in arrays if isinstance(a, jax.Array)):
+    leaves = jax.tree.leaves(state)
+    if not all(a.is_fully_addressable for a in leaves if isinstance(a, jax.Array)):
         # What is not packed is whole on every device.
-        return state if mesh is None else _unpack_everywhere(arrays, spec, mesh)
+        return state if mesh is None else _unpack_on(mesh)(Bundle.of(state)).tree
     arrays, spec = pack(unpack_tree(state))
     if mesh is not None:
         return spec.unpack(jax.device_put(arrays, mesh.devices.flat[0]))
@@ -57,25 +56,15 @@ def gather(state: PyTree) -> PyTree:
     return spec.unpack(jax.device_put(arrays, devices[0]) if devices else arrays)
 
 
-def _unpack_everywhere(arrays: list[Any], spec: Spec, mesh: Mesh) -> PyTree:
-    """Unpacked on every device, by one program of all processes: no process may take a
-    block of another one by itself.
+@functools.lru_cache(8)
+def _unpack_on(mesh: Mesh) -> Callable[[Bundle], Bundle]:
+    """A program of all processes that unpacks a state on every device: no process may
+    take a block of another one by itself.
     """
-    specs: list[Spec] = []
-
-    def unpack(arrays: list[Any]) -> list[Any]:
-        unpacked, unpacked_spec = pack(unpack_tree(spec.unpack(arrays)))
-        specs.append(unpacked_spec)
-        return unpacked
-
-    def compile_unpack() -> tuple[Any, Spec]:
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        compiled = jax.jit(unpack, out_shardings=everywhere).lower(arrays).compile()
-        return compiled, specs[-1]
-
-    forms = tuple((a.shape, a.dtype, getattr(a, "sharding", None)) for a in arrays)
-    compiled, unpacked_spec = _unpackings.get(Key((spec, forms, mesh)), compile_unpack)
-    return unpacked_spec.unpack(compiled(arrays))
+    return jax.jit(
+        lambda state: Bundle.of(unpack_tree(state.tree)),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+    )
 
 
 def place(state: PyTree, params: PyTree, tx: Any = None) -> PyTree:

@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 
 from fpipe._core.caches import Key, Recent
 from fpipe._core.pytrees import (
+    Bundle,
     PyTree,
-    Spec,
     is_traced,
     map_arrays,
     numbers_as_arrays,
@@ -80,11 +80,10 @@ class Engine:
         self.frozen = frozen
         self.donate = donate
         self.plans = Recent(_KEPT_PLANS)
-        positions = {"grads": 1, "state": 2}
-        self._init_compiled = jax.jit(self._init_packed, static_argnums=(0, 1))
+        positions = {"grads": 0, "state": 1}
+        self._init_compiled = jax.jit(self._init_packed, static_argnums=1)
         self._update_compiled = jax.jit(
             self._update_packed,
-            static_argnums=0,
             donate_argnums=tuple(sorted(positions[name] for name in donate)),
         )
 
@@ -94,8 +93,7 @@ class Engine:
             mesh = mesh_of(params)
             if is_traced(params):
                 return _scan.init(self.tx, params, self.frozen, mesh)
-            arrays, spec = pack(_without_float0(params))
-            return self._init_compiled(spec, mesh, arrays)
+            return self._init_compiled(Bundle.of(_without_float0(params)), mesh)
         if is_traced(params):
             refuse_tracers("per_stage(tx).init")
             seen = SeenLeaves.of(params, self.frozen)
@@ -118,11 +116,9 @@ class Engine:
         if any_packed((grads, params)):
             if traced:
                 return _scan.update(self.tx, grads, state, params, extra, self.frozen)
-            packs = [
-                pack(_without_float0(part)) for part in (grads, state, params, extra)
-            ]
-            specs = tuple(spec for _, spec in packs)
-            return self._update_compiled(specs, *(arrays for arrays, _ in packs))
+            parts = (grads, state, params, extra)
+            bundles = [Bundle.of(_without_float0(part)) for part in parts]
+            return self._update_compiled(*bundles)
         if traced:
             refuse_tracers("per_stage(tx).update")
             return self._update_shapes(grads, state, params, extra)
@@ -154,20 +150,15 @@ class Engine:
         whole = seen.whole_tree(jax.tree.leaves(updates), leaves)
         return whole, numbers_as_arrays(new)
 
-    def _init_packed(self, spec: Spec, mesh: Mesh | None, arrays: list[Any]) -> PyTree:
-        return _scan.init(self.tx, spec.unpack(arrays), self.frozen, mesh)
+    def _init_packed(self, params: Bundle, mesh: Mesh | None) -> PyTree:
+        return _scan.init(self.tx, params.tree, self.frozen, mesh)
 
     def _update_packed(
-        self,
-        specs: tuple[Spec, ...],
-        grads: list[Any],
-        state: list[Any],
-        params: list[Any],
-        extra: list[Any],
+        self, grads: Bundle, state: Bundle, params: Bundle, extra: Bundle
     ) -> tuple[PyTree, PyTree]:
-        arrays = (grads, state, params, extra)
-        trees = [spec.unpack(part) for spec, part in zip(specs, arrays, strict=True)]
-        return _scan.update(self.tx, *trees, frozen=self.frozen)
+        return _scan.update(
+            self.tx, grads.tree, state.tree, params.tree, extra.tree, self.frozen
+        )
 
 
 def per_stage(
