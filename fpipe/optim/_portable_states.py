@@ -27,7 +27,7 @@ from fpipe.optim._seen_leaves import (
     check_transformation,
     parameters_of_state,
 )
-from fpipe.optim._transform import PerStage
+from fpipe.optim._transform import PerStage, engine_of
 
 
 def gather(state: PyTree) -> PyTree:
@@ -123,7 +123,8 @@ def _check_state_of(tx: Any, state: PyTree, params: PyTree) -> None:
     check_transformation(call, tx)
     shapes = shapes_unpacked(params)
     if isinstance(tx, PerStage):
-        seen = SeenLeaves.of(shapes, tx.engine.frozen)
+        engine = engine_of(tx)
+        seen = SeenLeaves.of(shapes, engine.frozen)
         shapes = seen.seen_tree(seen.select(jax.tree.leaves(shapes)))
-        tx = tx.engine.tx
+        tx = engine.tx
     check_state(tx, shapes, state, _FIX, call)

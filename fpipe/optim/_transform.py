@@ -50,15 +50,17 @@ class PerStage(optax.GradientTransformationExtraArgs):
         """The plans made so far for placed parameters: `run.cut.moves` says what
         crosses devices in a call.
         """
-        return [planned.run for planned in self.engine.plans.values()]
+        return [planned.run for planned in engine_of(self).plans.values()]
 
-    @property
-    def engine(self) -> "Engine":
-        """What `init` and `update` are methods of."""
-        assert isinstance(self.init, MethodType)
-        engine = self.init.__self__
-        assert isinstance(engine, Engine)
-        return engine
+
+def engine_of(tx: PerStage) -> "Engine":
+    """What `init` and `update` of a transformation are methods of."""
+    # A transformation is a tuple of two functions, and stays one when it is copied or
+    # pickled: it has no other place for what both share.
+    assert isinstance(tx.init, MethodType)
+    engine = tx.init.__self__
+    assert isinstance(engine, Engine)
+    return engine
 
 
 class Engine:
