@@ -2,19 +2,26 @@
 and `flax.nnx.BatchNorm`.
 
 Both ways are alike. Beside the running statistics of each norm stand the moments of the
-call's microbatches so far. A norm that would update its running statistics merges the
-microbatch's moments into these instead, and `finish` updates the running statistics
-once. All of it is ordinary Flax state, so that it goes through Flax's own transforms.
-Moments have the shape of the statistics, count and momentum too: a transform may give
-them all one more axis.
+call's microbatches so far:
 
-Variances are computed from squared distances in any case, as with
+    linen  {"mean", "var"} -> {"mean", "var", "deferred": {"count", "mean", "m2",
+                                                           "momentum"}}
+    NNX     mean, var      ->  mean, var, batch_count, batch_mean, batch_m2
+
+A norm that would update its running statistics merges the microbatch's moments into
+these instead, and `finish` updates the running statistics once. All of it is ordinary
+Flax state, so that it goes through Flax's own transforms. Moments have the shape of the
+statistics, count and momentum too: a transform may give them all one more axis.
+
+The mean and variance of a microbatch are Flax's own: a norm with a momentum of 0 writes
+them where its running statistics are, from where they are read, and the old ones are
+put back. Variances are computed from squared distances in any case, as with
 `use_fast_variance=False`.
 """
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -39,19 +46,24 @@ def defer_stats(batch_stats: Mapping[str, Any]) -> dict[str, Any]:
 
     Example:
         >>> from fpipe.flax._batch_norm import defer_stats
-        >>> stats = defer_stats({"BatchNorm_0": {"mean": jnp.zeros(2), "var": jnp.ones(2)}})
-        >>> sorted(stats["BatchNorm_0"])
+        >>> stats = {"BatchNorm_0": {"mean": jnp.zeros(2), "var": jnp.ones(2)}}
+        >>> sorted(defer_stats(stats)["BatchNorm_0"])
         ['deferred', 'mean', 'var']
     """
-    return _mapped(batch_stats, lambda norm: {**norm, DEFERRED: _nothing(norm["mean"])})
+
+    def defer(norm: Mapping[str, Any]) -> dict[str, Any]:
+        return {**norm, DEFERRED: _no_moments(norm["mean"])}
+
+    return _map_norms(batch_stats, defer)
 
 
 def plain_stats(batch_stats: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `defer_stats`: the collection as Flax knows it."""
-    return _mapped(
-        batch_stats,
-        lambda norm: {name: norm[name] for name in norm if name != DEFERRED},
-    )
+
+    def restore(norm: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: norm[name] for name in norm if name != DEFERRED}
+
+    return _map_norms(batch_stats, restore)
 
 
 def deferred_apply(
@@ -85,7 +97,7 @@ def deferred_apply(
         ValueError: a norm in training for which `defer_stats` made no room; one with
             `axis_name`.
     """
-    inside: list[linen.Module] = []
+    stand_ins: list[linen.Module] = []
 
     def intercept(
         call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any
@@ -93,15 +105,14 @@ def deferred_apply(
         norm = context.module
         # Of a subclass it is Flax's own `__call__` that counts, with what the subclass
         # gives it.
-        if getattr(context.orig_method, "func", None) is not _NORM or any(
-            norm is own for own in inside
-        ):
+        is_norm = getattr(context.orig_method, "func", None) is _NORM_CALL
+        if not is_norm or any(norm is stand_in for stand_in in stand_ins):
             return call(*args, **kwargs)
-        given = _CALL.bind(norm, *args, **kwargs).arguments
+        arguments = _NORM_SIGNATURE.bind(norm, *args, **kwargs).arguments
         average = linen.merge_param(
             "use_running_average",
             norm.use_running_average,
-            given.get("use_running_average"),
+            arguments.get("use_running_average"),
         )
         if average or norm.is_initializing():
             return call(*args, **kwargs)
@@ -111,34 +122,36 @@ def deferred_apply(
         if room is None:
             raise ValueError(
                 f"`deferred_apply`: the linen.BatchNorm {name!r} is in training, but "
-                "its statistics have no room for "
-                'moments; give `variables` with `"batch_stats": '
-                "defer_stats(batch_stats)`"
+                "its statistics have no room for moments; give `variables` with "
+                '`"batch_stats": defer_stats(batch_stats)`'
             )
-        old = {n: norm.get_variable("batch_stats", n) for n in ("mean", "var")}
-        # With a momentum of 0 the running statistics become the microbatch's own: they
-        # are read there and put back.
+
+        old_mean = norm.get_variable("batch_stats", "mean")
+        old_var = norm.get_variable("batch_stats", "var")
         fields = {
-            n: getattr(norm, n)
-            for n in linen.BatchNorm.__dataclass_fields__
-            if n not in ("parent", "name")
+            field: getattr(norm, field)
+            for field in linen.BatchNorm.__dataclass_fields__
+            if field not in ("parent", "name")
         }
-        own = linen.BatchNorm(
-            **{**fields, "momentum": 0.0, "use_fast_variance": False}, parent=norm.scope
+        fields |= {"momentum": 0.0, "use_fast_variance": False}
+        stand_in = linen.BatchNorm(**fields, parent=norm.scope)
+        stand_ins.append(stand_in)
+        y = stand_in(*args, **kwargs)
+        microbatch = _microbatch_moments(
+            arguments["x"],
+            norm.axis,
+            arguments.get("mask"),
+            norm.get_variable("batch_stats", "mean"),
+            norm.get_variable("batch_stats", "var"),
+            room["count"],
         )
-        inside.append(own)
-        y = own(*args, **kwargs)
-        mean, var = (norm.get_variable("batch_stats", n) for n in old)
-        moments = merge(
-            _moments(room),
-            _of(given["x"], norm.axis, given.get("mask"), mean, var, room["count"]),
-        )
+        merged = merge(_moments_in(room), microbatch)
         momentum = jnp.full_like(room["momentum"], norm.momentum)
-        for n, value in {
-            **old,
-            DEFERRED: {**moments._asdict(), "momentum": momentum},
-        }.items():
-            norm.put_variable("batch_stats", n, value)
+        norm.put_variable("batch_stats", "mean", old_mean)
+        norm.put_variable("batch_stats", "var", old_var)
+        norm.put_variable(
+            "batch_stats", DEFERRED, {**merged._asdict(), "momentum": momentum}
+        )
         return y
 
     with linen.intercept_methods(intercept):
@@ -158,41 +171,49 @@ def finish_stats(batch_stats: Mapping[str, Any]) -> dict[str, Any]:
     """
 
     def finish(norm: Mapping[str, Any]) -> dict[str, Any]:
-        batch, momentum = _moments(norm[DEFERRED]), norm[DEFERRED]["momentum"]
-        new = {"mean": batch.mean, "var": variance(batch)}
-        new = {
-            n: updated(norm[n], value, momentum.astype(norm[n].dtype), batch.count)
-            for n, value in new.items()
+        batch = _moments_in(norm[DEFERRED])
+        momentum = norm[DEFERRED]["momentum"]
+
+        def update(name: str, value: Any) -> Any:
+            old = norm[name]
+            return updated(old, value, momentum.astype(old.dtype), batch.count)
+
+        return {
+            **norm,
+            "mean": update("mean", batch.mean),
+            "var": update("var", variance(batch)),
+            DEFERRED: _no_moments(norm["mean"]),
         }
-        return {**norm, **new, DEFERRED: _nothing(norm["mean"])}
 
-    return _mapped(batch_stats, finish)
-
-
-_CALL = inspect.signature(linen.BatchNorm.__call__)
-_NORM = inspect.unwrap(
-    linen.BatchNorm.__call__
-)  # what Flax calls, inside of what it wraps around methods
+    return _map_norms(batch_stats, finish)
 
 
-def _mapped(stats: Mapping[str, Any], f: Any) -> dict[str, Any]:
+_NORM_SIGNATURE = inspect.signature(linen.BatchNorm.__call__)
+# What Flax calls, inside of what it wraps around methods.
+_NORM_CALL = inspect.unwrap(linen.BatchNorm.__call__)
+
+
+def _map_norms(
+    stats: Mapping[str, Any], f: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
     """Map the statistics of the norms in a nested dict."""
-    if (
-        "mean" in stats and "var" in stats and not isinstance(stats["mean"], Mapping)
-    ):  # no modules of these names
+    is_norm = "mean" in stats and "var" in stats
+    # A module may be called "mean": then a dict stands there.
+    if is_norm and not isinstance(stats["mean"], Mapping):
         return f(stats)
     return {
-        name: _mapped(value, f) if isinstance(value, Mapping) else value
+        name: _map_norms(value, f) if isinstance(value, Mapping) else value
         for name, value in stats.items()
     }
 
 
-def _nothing(mean: Any) -> dict[str, Any]:
+def _no_moments(mean: Any) -> dict[str, Any]:
+    """Empty room for the moments of a norm."""
     zeros = jnp.zeros(mean.shape, statistics_dtype(mean.dtype))
     return {"count": zeros, "mean": zeros, "m2": zeros, "momentum": zeros}
 
 
-def _moments(room: Mapping[str, Any]) -> Moments:
+def _moments_in(room: Mapping[str, Any]) -> Moments:
     return Moments(room["count"], room["mean"], room["m2"])
 
 
@@ -220,9 +241,7 @@ class DeferredNorm(nnx.BatchNorm):
             norm.num_features,
             use_running_average=norm.use_running_average,
             axis=norm.axis,
-            # so the running statistics become the microbatch's own: they are read there
-            # and put back
-            momentum=0.0,
+            momentum=0.0,  # so the running statistics become the microbatch's own
             epsilon=norm.epsilon,
             dtype=norm.dtype,
             param_dtype=norm.param_dtype,
@@ -232,53 +251,52 @@ class DeferredNorm(nnx.BatchNorm):
             promote_dtype=norm.promote_dtype,
             rngs=nnx.Rngs(0),
         )
-        self.mean, self.var, self.scale, self.bias = (
-            norm.mean,
-            norm.var,
-            norm.scale,
-            norm.bias,
-        )
-        self.kept = norm.momentum
+        self.mean = norm.mean
+        self.var = norm.var
+        self.scale = norm.scale
+        self.bias = norm.bias
+        self.deferred_momentum = norm.momentum
         zeros = jnp.zeros(norm.mean.shape, jnp.float32)
-        self.batch_count, self.batch_mean, self.batch_m2 = (
-            BatchMoments(zeros),
-            BatchMoments(zeros),
-            BatchMoments(zeros),
-        )
+        self.batch_count = BatchMoments(zeros)
+        self.batch_mean = BatchMoments(zeros)
+        self.batch_m2 = BatchMoments(zeros)
 
     def __call__(
         self, x: Any, use_running_average: bool | None = None, *, mask: Any = None
     ) -> Any:
         """As `nnx.BatchNorm`, but for the running statistics."""
-        average = (
-            self.use_running_average
-            if use_running_average is None
-            else use_running_average
-        )
-        mean, var = self.mean[...], self.var[...]
+        average = use_running_average
+        if average is None:
+            average = self.use_running_average
+        old_mean = self.mean[...]
+        old_var = self.var[...]
         y = super().__call__(x, average, mask=mask)
         if not average:
-            own = _of(
+            microbatch = _microbatch_moments(
                 x, self.axis, mask, self.mean[...], self.var[...], self.batch_count[...]
             )
-            self._put(merge(self._batch, own))
-            self.mean[...], self.var[...] = mean, var
+            self._keep(merge(self._moments, microbatch))
+            self.mean[...] = old_mean
+            self.var[...] = old_var
         return y
 
     def finish(self) -> None:
         """Update the running statistics, if anything was counted, and begin again."""
-        batch = self._batch
-        self.mean[...] = updated(self.mean[...], batch.mean, self.kept, batch.count)
-        self.var[...] = updated(self.var[...], variance(batch), self.kept, batch.count)
+        batch = self._moments
+        momentum = self.deferred_momentum
+        self.mean[...] = updated(self.mean[...], batch.mean, momentum, batch.count)
+        self.var[...] = updated(self.var[...], variance(batch), momentum, batch.count)
         zeros = jnp.zeros_like(batch.mean)
-        self._put(Moments(zeros, zeros, zeros))
+        self._keep(Moments(zeros, zeros, zeros))
 
     @property
-    def _batch(self) -> Moments:
+    def _moments(self) -> Moments:
         return Moments(self.batch_count[...], self.batch_mean[...], self.batch_m2[...])
 
-    def _put(self, moments: Moments) -> None:
-        self.batch_count[...], self.batch_mean[...], self.batch_m2[...] = moments
+    def _keep(self, moments: Moments) -> None:
+        self.batch_count[...] = moments.count
+        self.batch_mean[...] = moments.mean
+        self.batch_m2[...] = moments.m2
 
 
 def defer_module(module: nnx.Module) -> Any:
@@ -314,8 +332,8 @@ def defer_module(module: nnx.Module) -> Any:
         if type(node) is not nnx.BatchNorm:
             raise TypeError(
                 f"`defer_module`: {name!r} is a {type(node).__name__}, a subclass of "
-                "nnx.BatchNorm that may do anything; "
-                "use nnx.BatchNorm itself, or keep the module as it is"
+                "nnx.BatchNorm that may do anything; use nnx.BatchNorm itself, or keep "
+                "the module as it is"
             )
         _check_axis_name(node, f"nnx.BatchNorm {name!r}")
         return DeferredNorm(node)
@@ -335,26 +353,33 @@ def finish_module(module: nnx.Module) -> None:
 # --- both ---
 
 
-def _check_axis_name(norm: Any, who: str) -> None:
+def _check_axis_name(norm: Any, title: str) -> None:
     if norm.axis_name is not None:
         raise ValueError(
-            f"deferred batch norm: the {who} has axis_name={norm.axis_name!r}; its "
-            "moments cannot be merged here. "
-            "Microbatches are what a call is cut into, not a mapped axis: leave "
-            "axis_name out"
+            f"deferred batch norm: the {title} has axis_name={norm.axis_name!r}; its "
+            "moments cannot be merged here. Microbatches are what a call is cut into, "
+            "not a mapped axis: leave axis_name out"
         )
 
 
-def _of(x: Any, axis: Any, mask: Any, mean: Any, var: Any, like: Any) -> Moments:
-    """A microbatch's moments from its mean and variance, with a count for each feature,
-    in the type of `like`.
+def _microbatch_moments(
+    x: Any, axis: Any, mask: Any, mean: Any, var: Any, like: Any
+) -> Moments:
+    """A microbatch's moments from its mean and variance, with a count for each feature.
+
+    Arguments:
+        axis: the feature axis or axes of `x`.
+        mask: which values count; `None` for all.
+        like: an array of the moments' shape and dtype.
     """
-    features = {a % x.ndim for a in (axis if isinstance(axis, Sequence) else (axis,))}
+    axes = axis if isinstance(axis, Sequence) else (axis,)
+    features = {a % x.ndim for a in axes}
     others = tuple(a for a in range(x.ndim) if a not in features)
     if mask is None:
         count = jnp.full(like.shape, math.prod(x.shape[a] for a in others), like.dtype)
     else:
         count = jnp.broadcast_to(mask, x.shape).astype(like.dtype).sum(others)
-    some = count > 0  # the mean of nothing is nan
-    mean, var = (jnp.where(some, value.astype(like.dtype), 0) for value in (mean, var))
+    # The mean of nothing is nan.
+    mean = jnp.where(count > 0, mean.astype(like.dtype), 0)
+    var = jnp.where(count > 0, var.astype(like.dtype), 0)
     return Moments(count, mean, var * count)

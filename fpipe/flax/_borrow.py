@@ -1,16 +1,28 @@
-"""Borrowed parameters: parts of a module's parameters that another layer owns."""
+"""Borrowed parameters: parts of a module's parameters that another layer owns.
 
+A user writes `borrow={"embed": "tokens/table"}`: the parameters that the layer
+`"tokens"` has under `table` are used in the place of the module's own `embed`. That is
+
+    Borrow(path=("embed",), layer="tokens", source=("table",))
+
+and from the layer's own `{"out": w}` and the owner's `{"table": t, "scale": s}` it
+makes what the module is called with: `{"out": w, "embed": t}`.
+"""
+
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import jax
 
 from fpipe._core.pytrees import PyTree, describe
 
-Path = tuple[Any, ...]
+# Where something is in nested dicts. NNX has numbers for what is in a list.
+Path: TypeAlias = tuple[Any, ...]
 
 
-class Borrow(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Borrow:
     """One borrowed part.
 
     Attributes:
@@ -23,44 +35,35 @@ class Borrow(NamedTuple):
     layer: str
     source: Path
 
-    @property
-    def what(self) -> str:
-        """What is borrowed, for errors."""
-        return repr("/".join(map(str, self.path))) if self.path else "its parameters"
-
-    @property
-    def owner(self) -> str:
-        """As the user wrote it."""
-        return "/".join(map(str, (self.layer, *self.source)))
-
     def lent(self, borrowed: Mapping[str, PyTree]) -> PyTree:
         """What the owner has there; `None` if nothing."""
         tree = borrowed[self.layer]
-        return find(tree, numbered(tree, self.source))
+        return find(tree, with_numbers(tree, self.source))
+
+    def __str__(self) -> str:
+        part = repr("/".join(map(str, self.path))) if self.path else "its parameters"
+        owner = "/".join(map(str, (self.layer, *self.source)))
+        return f"borrows {part} from layer {owner!r}"
 
 
-def borrows(borrow: Mapping[str, str] | None, who: str) -> tuple[Borrow, ...]:
-    """The borrowed parts from `{"path/in/the/module": "layer/path/in/its/parameters"}`."""
+def parse_borrow(borrow: Mapping[str, str] | None, call: str) -> tuple[Borrow, ...]:
+    """The borrowed parts from `{"path/in/the/module": "layer/path/in/its/params"}`."""
     if borrow is None:
         return ()
     if not isinstance(borrow, Mapping) or not all(
-        isinstance(s, str) for pair in borrow.items() for s in pair
+        isinstance(name, str) for pair in borrow.items() for name in pair
     ):
         raise TypeError(
-            f"{who}: borrow= is a dict from names in the module's parameters to names "
-            f"of layers, got {borrow!r}; to "
-            "borrow all of them use `fpipe.flax.tied(module, owner)`"
+            f"{call}: borrow= is a dict from names in the module's parameters to names "
+            f"of layers, got {borrow!r}; to borrow all of them use "
+            "`fpipe.flax.tied(module, owner)`"
         )
-    out = []
+    parts = []
     for path, owner in borrow.items():
         layer, *source = owner.split("/")
-        out.append(Borrow(tuple(path.split("/")) if path else (), layer, tuple(source)))
-    return tuple(out)
-
-
-def owners(parts: Sequence[Borrow]) -> tuple[str, ...]:
-    """The layers that are borrowed from, each once."""
-    return tuple(dict.fromkeys(part.layer for part in parts))
+        names = tuple(path.split("/")) if path else ()
+        parts.append(Borrow(names, layer, tuple(source)))
+    return tuple(parts)
 
 
 def find(tree: PyTree, path: Path) -> PyTree:
@@ -72,32 +75,38 @@ def find(tree: PyTree, path: Path) -> PyTree:
     return tree
 
 
-def numbered(tree: PyTree, path: Path) -> Path:
-    """A path with numbers where the dicts have numbers, as NNX names what is in a list."""
-    out = list[Any]()
+def with_numbers(tree: PyTree, path: Path) -> Path:
+    """A path with numbers where the dicts have numbers, as NNX names what is in a
+    list.
+    """
+    result: list[Any] = []
     for name in path:
-        here = find(tree, tuple(out))
-        number = isinstance(here, Mapping) and name not in here and str(name).isdigit()
-        out.append(int(name) if number else name)
-    return tuple(out)
+        here = find(tree, tuple(result))
+        is_number = isinstance(here, Mapping) and name not in here
+        is_number = is_number and str(name).isdigit()
+        result.append(int(name) if is_number else name)
+    return tuple(result)
 
 
 def without(tree: PyTree, path: Path) -> PyTree:
     """Nested dicts without what is at a path; a dict that it leaves empty goes too."""
     if not path:
         return {}
-    rest = {name: value for name, value in tree.items() if name != path[0]}
-    if path[0] in tree and len(path) > 1:
-        inner = without(tree[path[0]], path[1:])
-        rest |= {path[0]: inner} if inner else {}
-    return rest
+    first, *rest = path
+    kept = {name: value for name, value in tree.items() if name != first}
+    if first in tree and rest:
+        inner = without(tree[first], tuple(rest))
+        if inner:
+            kept[first] = inner
+    return kept
 
 
 def with_value(tree: PyTree, path: Path, value: PyTree) -> PyTree:
     """Nested dicts with a value at a path."""
     if not path:
         return value
-    return {**tree, path[0]: with_value(tree.get(path[0], {}), path[1:], value)}
+    first, *rest = path
+    return {**tree, first: with_value(tree.get(first, {}), tuple(rest), value)}
 
 
 def lend(
@@ -105,14 +114,14 @@ def lend(
 ) -> PyTree:
     """The module's own parameters and the borrowed ones together."""
     for part in parts:
-        lent = part.lent(borrowed)
-        if lent is not None:
-            params = with_value(params, part.path, lent)
+        value = part.lent(borrowed)
+        if value is not None:
+            params = with_value(params, part.path, value)
     return params
 
 
 def keep_own(parts: Sequence[Borrow], params: PyTree) -> PyTree:
-    """The parameters that the layer owns."""
+    """The parameters that the layer owns: the inverse of `lend`."""
     for part in parts:
         params = without(params, part.path)
     return params
@@ -123,19 +132,28 @@ def check_fit(
 ) -> None:
     """Compare borrowed parameters with what the module needs; the owner may have more.
 
+    Arguments:
+        name: of the layer that borrows.
+        needed: the module's parameters, or their shapes.
+        borrowed: what the owners have, by their names.
+
     Raises:
         ValueError: there is nothing there, something is missing, or has another shape.
     """
     for part in parts:
-        want, got = find(needed, part.path), part.lent(borrowed)
-        if want is None:
+        wanted = find(needed, part.path)
+        if wanted is None:
             raise ValueError(
-                f"layer {name!r} borrows {part.what} from layer {part.owner!r}, but "
-                "its module has no such parameters, only "
+                f"layer {name!r} {part}, but its module has no such parameters, only "
                 f"{describe(needed)}"
             )
-        if not _fits(want, got):
-            raise misfit([part], name, borrowed, f"its module needs {describe(want)}")
+        there = dict(jax.tree_util.tree_leaves_with_path(part.lent(borrowed)))
+        fits = all(
+            path in there and there[path].shape == leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(wanted)
+        )
+        if not fits:
+            raise misfit([part], name, borrowed, f"its module needs {describe(wanted)}")
 
 
 def misfit(
@@ -144,17 +162,8 @@ def misfit(
     """The error of borrowed parameters that a module cannot use."""
     return ValueError(
         "; ".join(
-            f"layer {name!r} borrows {part.what} from layer {part.owner!r}, but the "
-            "owner has "
+            f"layer {name!r} {part}, but the owner has "
             f"{describe(part.lent(borrowed))}, which does not fit: {why}"
             for part in parts
         )
-    )
-
-
-def _fits(want: PyTree, got: PyTree) -> bool:
-    leaves = dict(jax.tree_util.tree_leaves_with_path(got))
-    return all(
-        path in leaves and leaves[path].shape == leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(want)
     )

@@ -1,9 +1,21 @@
-"""How a module is called: its inputs, and the argument that says whether it trains."""
+"""How a module is called: its inputs, and the argument that says whether it trains.
+
+In comes the method of a module, out comes a `Calling`. Of the method
+
+    def __call__(self, x, mask, deterministic): ...
+
+it is
+
+    Calling(several=True, named=False, train=None,
+            switches=(Switch("deterministic", in_training=False, place=2),))
+
+so that in training a layer that gets `(h, m)` calls `module(h, m, False)`.
+"""
 
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from fpipe._core.pytrees import PyTree
 
@@ -16,18 +28,19 @@ SWITCHES = {
 }
 
 
-class Switch(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Switch:
     """An argument that is fed from the need `train`.
 
     Attributes:
         name: of the parameter.
-        value: what it is in training.
+        in_training: its value in training; otherwise it has the opposite.
         place: its place among the positional parameters after `self`; `None` if it is
             keyword-only.
     """
 
     name: str
-    value: bool
+    in_training: bool
     place: int | None
 
 
@@ -56,29 +69,32 @@ class Calling:
         self, x: PyTree, train: bool
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of a call."""
-        args: tuple[Any, ...] = x if self.several and isinstance(x, tuple) else (x,)
+        args: tuple[Any, ...] = (x,)
         kwargs: dict[str, Any] = {}
-        if self.named and isinstance(x, dict):
-            args, kwargs = (), dict(x)
-        for name, value, place in self.switches:
-            given = value == self.trains(train)
+        if self.several and isinstance(x, tuple):
+            args = x
+        elif self.named and isinstance(x, dict):
+            args = ()
+            kwargs = dict(x)
+        for switch in self.switches:
+            value = switch.in_training == self.trains(train)
             # By position where it can be: `nn.remat(static_argnums=...)` counts
             # positions.
-            if place == len(args) and not kwargs:
-                args = (*args, given)
+            if switch.place == len(args) and not kwargs:
+                args = (*args, value)
             else:
-                kwargs[name] = given
+                kwargs[switch.name] = value
         return args, kwargs
 
 
-def calling(
-    f: Callable[..., Any],
+def find_calling(
+    method: Callable[..., Any],
     train: str | bool | None,
     chained: bool,
     fields: Mapping[str, Any],
-    who: str,
+    call: str,
 ) -> Calling:
-    """How to call the method `f(self, ...)` of a module.
+    """How to call `method(self, ...)` of a module.
 
     Arguments:
         train: the name of the argument that says whether it trains, with `"not "`
@@ -88,53 +104,50 @@ def calling(
             several and dicts as named inputs.
         fields: attributes of the module: an argument that is set there is not given
             again, which Flax refuses.
-        who: the call, for errors.
+        call: for errors.
 
     Raises:
         ValueError: no argument of that name.
     """
-    parameters = parameters_of(f)
+    parameters = parameters_of(method)
     positional = [
         p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    place = {p.name: n for n, p in enumerate(positional)}
-    values = dict(SWITCHES)
+    names = [p.name for p in parameters]
+    variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+
     if isinstance(train, str):
         name = train.removeprefix("not ")
-        if name not in {p.name for p in parameters} and not any(
-            p.kind is p.VAR_KEYWORD for p in parameters
-        ):
-            raise ValueError(
-                f"{who}: train={train!r}, but the arguments are "
-                f"{[p.name for p in parameters]}"
-            )
-        values = {name: name == train}
-    elif not isinstance(train, (bool, type(None))):
+        if name not in names and not open_ended:
+            raise ValueError(f"{call}: train={train!r}, but the arguments are {names}")
+        in_training = {name: name == train}
+    elif train is None or isinstance(train, bool):
+        in_training = {name: SWITCHES[name] for name in names if name in SWITCHES}
+    else:
         raise TypeError(
-            f"{who}: train= is the name of an argument, True, False or None, got "
+            f"{call}: train= is the name of an argument, True, False or None, got "
             f"{train!r}"
         )
-    names = (
-        list(values)
-        if isinstance(train, str)
-        else [p.name for p in parameters if p.name in values]
-    )
+    places = {p.name: place for place, p in enumerate(positional)}
     switches = tuple(
-        Switch(n, values[n], place.get(n)) for n in names if fields.get(n) is None
+        Switch(name, value, places.get(name))
+        for name, value in in_training.items()
+        if fields.get(name) is None
     )
-    required = [p for p in positional if p.default is p.empty and p.name not in names]
-    several = (
-        chained
-        or len(required) > 1
-        or any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    )
+    inputs = [
+        p for p in positional if p.default is p.empty and p.name not in in_training
+    ]
     return Calling(
-        several, chained, switches, train if isinstance(train, bool) else None
+        several=chained or len(inputs) > 1 or variadic,
+        named=chained,
+        switches=switches,
+        train=train if isinstance(train, bool) else None,
     )
 
 
-def method_of(
-    kind: type, method: str | Callable[..., Any] | None, who: str
+def find_method(
+    kind: type, method: str | Callable[..., Any] | None, call: str
 ) -> Callable[..., Any]:
     """The method of a module that a layer calls, as a function of `self`.
 
@@ -145,20 +158,19 @@ def method_of(
         return getattr(method, "__func__", method)  # of a bound method its function
     if not isinstance(method, (str, type(None))):
         raise TypeError(
-            f"{who}: method= is the name of a method, or of a linen module a function, "
-            f"got {method!r}"
+            f"{call}: method= is the name of a method, or of a linen module a "
+            f"function, got {method!r}"
         )
     name = method or "__call__"
-    if not any(
-        name in vars(base) for base in kind.__mro__
-    ):  # `getattr` would find that of the metaclass
+    # `hasattr` would find the `__call__` of the metaclass.
+    if not any(name in vars(base) for base in kind.__mro__):
         raise TypeError(
-            f"{who}: {kind.__name__} has no method {name!r}; name the one to call: "
+            f"{call}: {kind.__name__} has no method {name!r}; name the one to call: "
             "`method=...`"
         )
     return getattr(kind, name)
 
 
-def parameters_of(f: Callable[..., Any]) -> list[inspect.Parameter]:
+def parameters_of(method: Callable[..., Any]) -> list[inspect.Parameter]:
     """The parameters of a method after `self`."""
-    return list(inspect.signature(f).parameters.values())[1:]
+    return list(inspect.signature(method).parameters.values())[1:]

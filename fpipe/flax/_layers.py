@@ -1,4 +1,8 @@
-"""The front: one module, a whole model, or a borrowed module as layers."""
+"""The front: one module, a whole model, or a borrowed module as layers.
+
+nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)])
+-> [Layer "layers_0", Layer "relu", Layer "layers_2"]
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,8 +15,9 @@ from flax import nnx
 from fpipe._core.errors import noting
 from fpipe._core.pytrees import PyTree, eval_shape, shapes_of
 from fpipe._model.layer import Layer, fn, function_name, keyword_needs
-from fpipe.flax._borrow import Borrow, borrows
-from fpipe.flax._linen import inside, linen_layer
+from fpipe.flax._borrow import Borrow, Path, parse_borrow
+from fpipe.flax._function import ModuleOptions
+from fpipe.flax._linen import linen_layer, modules_inside
 from fpipe.flax._nnx import is_factory, nnx_layer
 
 
@@ -75,22 +80,22 @@ def layer(
     Example:
         >>> from flax import linen as nn
         >>> dense = fpipe.flax.layer(nn.Dense(2))
-        >>> jax.tree.map(jnp.shape, dense.init(jax.random.key(0), jnp.ones((4, 3)), borrowed={}))
+        >>> params = dense.init(jax.random.key(0), jnp.ones((4, 3)), borrowed={})
+        >>> jax.tree.map(jnp.shape, params)
         {'bias': (2,), 'kernel': (3, 2)}
         >>> fpipe.flax.layer(nn.BatchNorm()).needs
         ('state', 'key', 'train')
     """
-    return _layer(
-        module,
+    options = ModuleOptions(
+        name or _name_of(module),
         x,
-        name,
         rngs,
         state,
         train,
         method,
-        borrows(borrow, "`fpipe.flax.layer(borrow=...)`"),
-        False,
+        parse_borrow(borrow, "`fpipe.flax.layer(borrow=...)`"),
     )
+    return _module_layer(module, options)
 
 
 def tied(
@@ -121,8 +126,9 @@ def tied(
     Example:
         >>> from flax import linen as nn
         >>> embed = nn.Embed(50, 8)
-        >>> model = [fpipe.flax.layer(embed, name="embed"), fpipe.flax.tied(embed, "embed", method="attend")]
-        >>> sequential = fpipe.sequential(model)
+        >>> first = fpipe.flax.layer(embed, name="embed")
+        >>> last = fpipe.flax.tied(embed, "embed", method="attend")
+        >>> sequential = fpipe.sequential([first, last])
         >>> tokens = jnp.zeros((4, 3), jnp.int32)
         >>> sequential(sequential.init(jax.random.key(0), tokens), tokens).shape
         (4, 3, 50)
@@ -132,10 +138,13 @@ def tied(
             "`fpipe.flax.tied(module, owner)`: the owner is the name of a layer, got "
             f"{owner!r}"
         )
-    name = name or f"{_name(module)}_of_{owner}"
-    return _layer(
-        module, None, name, None, None, train, method, borrows({"": owner}, ""), False
+    options = ModuleOptions(
+        name or f"{_name_of(module)}_of_{owner}",
+        train=train,
+        method=method,
+        borrow=parse_borrow({"": owner}, ""),
     )
+    return _module_layer(module, options)
 
 
 def layers(
@@ -167,7 +176,8 @@ def layers(
 
     Example:
         >>> from flax import linen as nn
-        >>> [layer.name for layer in fpipe.flax.layers(nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]))]
+        >>> model = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)])
+        >>> [layer.name for layer in fpipe.flax.layers(model)]
         ['layers_0', 'relu', 'layers_2']
     """
     chained = isinstance(model, (nn.Sequential, nnx.Sequential))
@@ -185,27 +195,36 @@ def layers(
                 f"module is made of it, `{module.__name__}(...)`"
             )
     _check_shared(modules)
-    out: list[Layer] = []
+    result: list[Layer] = []
     params: dict[str, PyTree] = {}
-    first: dict[int, Layer] = {}
-    for k, module in enumerate(modules):
+    owners: dict[int, Layer] = {}  # by the identity of their modules
+    for position, module in enumerate(modules):
+        options = ModuleOptions(
+            sequential_name(position), x, train=train, chained=chained
+        )
+        owner = owners.get(id(module))
         if isinstance(module, Layer):
-            out.append(module)
+            made = module
         elif not _is_module(module):
-            out.append(
-                fn(Chained(module), function_name(module)) if chained else fn(module)
-            )
-        elif id(module) in first:
-            out.append(_again(module, first[id(module)], k, x, train, chained))
+            f = ChainedFunction(module) if chained else module
+            made = fn(f, function_name(module))
+        elif owner is not None:
+            if owner.asks("state"):
+                raise ValueError(
+                    f"`fpipe.flax.layers`: layer {owner.name!r} is there again as "
+                    f"layer {position}, but it has state, which has one place only; "
+                    "make it two modules"
+                )
+            borrow = (Borrow((), owner.name, ()),)
+            made = _module_layer(module, dataclasses.replace(options, borrow=borrow))
         else:
-            out.append(
-                _layer(module, x, entry(k), None, None, train, None, (), chained)
-            )
+            made = _module_layer(module, options)
             if not is_factory(module):  # which makes another module each time
-                first[id(module)] = out[-1]
+                owners[id(module)] = made
+        result.append(made)
         if x is not None:
-            x = _through(out[-1], k, params, x)
-    return out
+            params[made.name], x = _trace_layer(made, position, params, x)
+    return result
 
 
 def _flat(model: Iterable[Any]) -> Iterator[Any]:
@@ -217,7 +236,7 @@ def _flat(model: Iterable[Any]) -> Iterator[Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Chained:
+class ChainedFunction:
     """A function in a Flax `Sequential`: a tuple is its arguments, a dict its arguments
     by name.
     """
@@ -231,119 +250,66 @@ class Chained:
         return self.f(**x) if isinstance(x, dict) else self.f(x)
 
 
-def entry(k: int) -> str:
-    """Under which name an `nn.Sequential` keeps the variables of its `k`-th module,
-    whatever name that has.
+def sequential_name(position: int) -> str:
+    """Under which name an `nn.Sequential` keeps the variables of a module, whatever
+    name that has.
     """
-    return f"layers_{k}"
+    return f"layers_{position}"
 
 
-def _again(
-    module: Any,
-    owner: Layer,
-    k: int,
-    x: PyTree,
-    train: str | bool | None,
-    chained: bool,
-) -> Layer:
-    if owner.asks("state"):
-        raise ValueError(
-            f"`fpipe.flax.layers`: layer {owner.name!r} is there again as layer {k}, "
-            "but it has state, which has one place "
-            "only; make it two modules"
-        )
-    return _layer(
-        module,
-        x,
-        entry(k),
-        None,
-        None,
-        train,
-        None,
-        (Borrow((), owner.name, ()),),
-        chained,
-    )
-
-
-def _layer(
-    module: Any,
-    x: PyTree,
-    name: str,
-    rngs: Iterable[str] | None,
-    state: Iterable[str] | None,
-    train: str | bool | None,
-    method: Any,
-    borrow: Sequence[Borrow],
-    chained: bool,
-) -> Layer:
-    name = name or _name(module)
+def _module_layer(module: Any, options: ModuleOptions) -> Layer:
+    """The layer of a module of either kind."""
     if isinstance(module, nn.Module):
-        with noting(f"in `fpipe.flax.layer` of layer {name!r}"):
-            return linen_layer(
-                module,
-                x,
-                name=name,
-                rngs=rngs,
-                state=state,
-                train=train,
-                method=method,
-                borrow=tuple(borrow),
-                chained=chained,
-            )
+        with noting(f"in `fpipe.flax.layer` of layer {options.name!r}"):
+            return linen_layer(module, options)
     if not _is_module(module):
         raise TypeError(
             "`fpipe.flax.layer(module)`: a linen or NNX module belongs here, got "
-            f"{module!r}; a function without "
-            "parameters is `fpipe.fn(f)`"
+            f"{module!r}; a function without parameters is `fpipe.fn(f)`"
         )
-    if rngs is not None or state is not None or callable(method):
+    for_linen = (options.rngs, options.state)
+    if any(given is not None for given in for_linen) or callable(options.method):
         raise TypeError(
-            f"`fpipe.flax.layer(module)` of layer {name!r}: rngs=, state= and a "
-            "function as method= are for linen "
+            f"{options.call}: rngs=, state= and a function as method= are for linen "
             "modules; an NNX module shows its variables itself"
         )
-    return nnx_layer(
-        module,
-        name=name,
-        train=train,
-        method=method,
-        borrow=tuple(borrow),
-        chained=chained,
-    )
+    return nnx_layer(module, options)
 
 
 def _is_module(value: Any) -> bool:
     return isinstance(value, (nn.Module, nnx.Module)) or is_factory(value)
 
 
-def _name(module: Any) -> str:
-    own = getattr(module, "name", None) if isinstance(module, nn.Module) else None
-    made = isinstance(module, (nn.Module, nnx.Module))
-    return own or (type(module).__name__ if made else function_name(module))
+def _name_of(module: Any) -> str:
+    """The name of a layer that was given none."""
+    if isinstance(module, nn.Module) and module.name:
+        return module.name
+    if isinstance(module, (nn.Module, nnx.Module)):
+        return type(module).__name__
+    return function_name(module)
 
 
 def _check_shared(modules: Sequence[Any]) -> None:
-    """Two layers cannot both own a variable, or a linen module that may have variables."""
-    at: dict[int, tuple[int, Any]] = {}
-    for k, module in enumerate(modules):
-        for path, node in _owned(module):
-            first, owner = at.setdefault(id(node), (k, module))
-            if owner is not module:
-                what = repr("/".join(map(str, path))) if path else "all"
-                other = (
-                    ""
-                    if isinstance(node, nnx.Variable)
-                    else ", or with `fpipe.flax.layer(module)` if it has no parameters"
-                )
-                raise ValueError(
-                    f"`fpipe.flax.layers`: layers {first} and {k} share {what} of "
-                    f"layer {k}; make layer {k} with "
-                    "`fpipe.flax.layer(module, borrow=...)`, so that one of them owns "
-                    f"it{other}"
-                )
+    """Refuse two layers that own one variable, or one linen module with variables."""
+    first_places: dict[int, int] = {}
+    for position, module in enumerate(modules):
+        for path, node in _owned_nodes(module):
+            first = first_places.setdefault(id(node), position)
+            if modules[first] is module:
+                continue
+            part = repr("/".join(map(str, path))) if path else "all"
+            cure = ""
+            if not isinstance(node, nnx.Variable):
+                cure = ", or with `fpipe.flax.layer(module)` if it has no parameters"
+            raise ValueError(
+                f"`fpipe.flax.layers`: layers {first} and {position} share {part} of "
+                f"layer {position}; make layer {position} with "
+                "`fpipe.flax.layer(module, borrow=...)`, so that one of them owns "
+                f"it{cure}"
+            )
 
 
-def _owned(module: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def _owned_nodes(module: Any) -> Iterator[tuple[Path, Any]]:
     """The variables of an NNX module, or the modules that are among the fields of a
     linen one and it itself, with paths.
     """
@@ -352,51 +318,56 @@ def _owned(module: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
             if isinstance(node, nnx.Variable) and not isinstance(node, nnx.RngState):
                 yield path, node
     elif isinstance(module, nn.Module):
-        yield from (
-            (path, node)
-            for path, node in inside(module)
-            if not isinstance(node, nn.Dropout)
-        )
+        for path, node in modules_inside(module):
+            if not isinstance(node, nn.Dropout):
+                yield path, node
 
 
-def _through(layer: Layer, k: int, params: dict[str, PyTree], x: PyTree) -> PyTree:
-    """The shapes of what comes out of a layer."""
-    init, init_state = layer.init, layer.init_state
-    why = [f"asks for {need!r}" for need in ("carry", "side") if layer.asks(need)]
-    why += [
+def _trace_layer(
+    layer: Layer, position: int, params: Mapping[str, PyTree], x: PyTree
+) -> tuple[PyTree, PyTree]:
+    """The shapes of a layer's parameters and of what comes out of it.
+
+    Arguments:
+        params: shapes of the parameters of earlier layers, by their names.
+        x: shapes of what comes in.
+    """
+    init = layer.init
+    init_state = layer.init_state
+    missing = [f"asks for {need!r}" for need in ("carry", "side") if layer.asks(need)]
+    missing += [
         f"borrows from {name!r}, which is no earlier layer"
         for name in layer.borrow
         if name not in params
     ]
-    why += ["has no init"] if init is None else []
-    why += ["has no init_state"] if init_state is None and layer.asks("state") else []
-    if why or init is None:
+    if init is None:
+        missing.append("has no init")
+    if init_state is None and layer.asks("state"):
+        missing.append("has no init_state")
+    if missing or init is None:
         raise ValueError(
-            f"`fpipe.flax.layers(model, x)`: layer {k} {layer.name!r} "
-            f"{' and '.join(why)}, so nobody knows what comes out of "
-            "it; leave x out, and give it to `fpipe.flax.layer(module, x)` where it is "
-            "needed"
+            f"`fpipe.flax.layers(model, x)`: layer {position} {layer.name!r} "
+            f"{' and '.join(missing)}, so nobody knows what comes out of it; leave x "
+            "out, and give it to `fpipe.flax.layer(module, x)` where it is needed"
         )
-    known = {name: params[name] for name in layer.borrow}
 
     def run(
         key: Any, x: PyTree, borrowed: Mapping[str, PyTree]
     ) -> tuple[PyTree, PyTree]:
-        given: dict[str, Any] = {
+        needs: dict[str, Any] = {
             "carry": {},
             "side": None,
             "borrowed": borrowed,
             "train": False,
             "key": key,
         }
-        own = init(key, x, **{n: given[n] for n in keyword_needs(init)})
+        own = init(key, x, **{n: needs[n] for n in keyword_needs(init)})
         if init_state is not None:
-            given["state"] = init_state(
-                x, **{n: given[n] for n in keyword_needs(init_state)}
-            )
-        out = layer.apply(own, x, **{n: given[n] for n in layer.needs or ()})
-        return own, out[0] if layer.asks("state") else out
+            named = keyword_needs(init_state)
+            needs["state"] = init_state(x, **{n: needs[n] for n in named})
+        result = layer.apply(own, x, **{n: needs[n] for n in layer.needs or ()})
+        return own, result[0] if layer.asks("state") else result
 
-    with noting(f"in layer {k} {layer.name!r}"):
-        params[layer.name], y = eval_shape(run, jax.random.key(0), shapes_of(x), known)
-    return y
+    borrowed = {name: params[name] for name in layer.borrow}
+    with noting(f"in layer {position} {layer.name!r}"):
+        return eval_shape(run, jax.random.key(0), shapes_of(x), borrowed)

@@ -1,9 +1,20 @@
-"""NNX modules as layers."""
+"""NNX modules as layers.
+
+A module is taken apart into its graph and its variables, and put together again in
+every call. Its `nnx.Param`s are the layer's parameters, its random streams are made
+from the call's key, and all other variables are the layer's state:
+
+    Residual            graph     dense, norm, dropout, how they hang together
+      dense.kernel      params    {"dense": {"kernel": …}, "norm": {"scale": …}}
+      norm.scale
+      norm.mean         state     {"norm": {"mean": …}}
+      dropout.rngs      streams   (("dropout", "rngs", "key"), …): a key for each path
+"""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,59 +25,66 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from fpipe._core.pytrees import PyTree
 from fpipe._model.layer import Layer
 from fpipe.flax._batch_norm import DeferredNorm, defer_module, finish_module
-from fpipe.flax._borrow import Borrow, Path, check_fit, keep_own, lend, numbered, owners
-from fpipe.flax._calling import Calling, calling, method_of, parameters_of
-from fpipe.flax._streams import no_key, stream_key, typed
+from fpipe.flax._borrow import Path, check_fit, keep_own, with_numbers
+from fpipe.flax._calling import find_calling, find_method, parameters_of
+from fpipe.flax._function import ModuleFunction, ModuleOptions
+from fpipe.flax._streams import as_typed, no_key, stream_key
 
-MODES = (
-    "deterministic",
-    "use_running_average",
-)  # the attributes that `nnx.Module.train` and `eval` set
-
-
-class _Drawn(Exception):  # noqa: N818 - never seen by a user
-    """A stream without a key was drawn from."""
+# The attributes that `nnx.Module.train` and `eval` set.
+MODES = ("deterministic", "use_running_average")
 
 
-class _Dry(nnx.RngStream):
+class _NoKeyError(Exception):
+    """A stream without a key was drawn from. A user never sees it."""
+
+
+class _DryStream(nnx.RngStream):
     """A stream without a key. It is a class, not a value, so that it goes through the
     transforms of NNX.
     """
 
     def __call__(self) -> jax.Array:
-        raise _Drawn(self.tag)
+        raise _NoKeyError(self.tag)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Values:
-    """A pytree of arrays that compares by value."""
+    """A pytree of arrays, or of their shapes, that compares by value."""
 
     tree: PyTree
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Values):
             return False
-        (a, one), (b, two) = jax.tree.flatten(self.tree), jax.tree.flatten(other.tree)
-        return one == two and all(
-            v is w
-            or (v.shape == w.shape and v.dtype == w.dtype and np.array_equal(v, w))
-            for v, w in zip(a, b, strict=True)
+        mine, structure = jax.tree.flatten(self.tree)
+        others, other_structure = jax.tree.flatten(other.tree)
+        return structure == other_structure and all(
+            a is b
+            or (a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a, b))
+            for a, b in zip(mine, others, strict=True)
         )
 
     def __hash__(self) -> int:
         return hash(jax.tree.structure(self.tree))
 
 
+class Variables(NamedTuple):
+    """What a layer gets of a module: nested dicts of parameters and of state."""
+
+    params: PyTree
+    state: PyTree
+
+
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """Variables of a module that was given as an instance."""
+    """Variables of a module that was given as an instance, whatever the key."""
 
-    variables: Values
+    values: Values
 
-    def __call__(self, key: Any) -> tuple[PyTree, PyTree]:
-        """Parameters and the other variables."""
+    def __call__(self, key: Any) -> Variables:
+        """The same in every call."""
         del key
-        return self.variables.tree
+        return self.values.tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,142 +93,151 @@ class Factory:
 
     make: Callable[..., nnx.Module]
 
-    def __call__(self, key: Any) -> tuple[PyTree, PyTree]:
-        """Parameters and the other variables."""
-        _, params, _, rest = split(self.make(rngs=nnx.Rngs(typed(key))))
-        return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+    def __call__(self, key: Any) -> Variables:
+        """Those of the module of this key."""
+        split = split_module(self.make(rngs=nnx.Rngs(as_typed(key))))
+        return Variables(nnx.to_pure_dict(split.params), nnx.to_pure_dict(split.rest))
 
 
-def split(module: nnx.Module) -> tuple[Any, ...]:
-    """Graph, parameters, random state and the other variables of a module; what it has
-    sown is thrown away.
-    """
+class SplitModule(NamedTuple):
+    """A module taken apart: `random` is its `nnx.RngState`, `rest` all that is left."""
+
+    graph: Any
+    params: nnx.State
+    random: nnx.State
+    rest: nnx.State
+
+
+def split_module(module: nnx.Module) -> SplitModule:
+    """Take a module apart; what it has sown is thrown away."""
     nnx.pop(module, nnx.Intermediate)
-    return nnx.split(module, nnx.Param, nnx.RngState, ...)
+    return SplitModule(*nnx.split(module, nnx.Param, nnx.RngState, ...))
 
 
-def paths(state: nnx.State) -> tuple[Path, ...]:
+def paths_of(state: nnx.State) -> tuple[Path, ...]:
     """The paths of the variables in a state."""
     return tuple(path for path, _ in nnx.to_flat_state(state))
 
 
 @dataclasses.dataclass(frozen=True)
-class NNX:
+class NNXFunction(ModuleFunction):
     """The function of a layer: an NNX module, made from its graph and variables, and
     called.
 
     Attributes:
         graph: of the module, without values.
-        name: the layer's.
-        calling: how it is called.
-        method: which of its methods.
-        params: shapes of its parameters, those that are borrowed too.
+        method: the name of the method that is called.
+        params: shapes of the module's parameters, those that are borrowed too.
         streams: the path and shape of each `nnx.RngKey` and `nnx.RngCount`.
-        rest: the paths of all other variables: its state.
-        modes: whether `train()` and `eval()` do something to it.
-        passed: whether a call takes the random streams as `rngs=`.
-        borrow: parts of the parameters that other layers own.
+        state_paths: the paths of all other variables.
+        has_modes: whether `train()` and `eval()` do something to it.
+        takes_rngs: whether a call takes the random streams as `rngs=`.
     """
 
     graph: Any
-    name: str
-    calling: Calling
     method: str
     params: Values
     streams: tuple[tuple[Path, tuple[int, ...]], ...]
-    rest: tuple[Path, ...]
-    modes: bool
-    passed: bool
-    borrow: tuple[Borrow, ...]
+    state_paths: tuple[Path, ...]
+    has_modes: bool
+    takes_rngs: bool
 
-    def __call__(
+    @property
+    def stateful(self) -> bool:
+        """See `ModuleFunction`."""
+        return bool(self.state_paths)
+
+    @property
+    def draws(self) -> bool:
+        """See `ModuleFunction`."""
+        return bool(self.streams) or self.takes_rngs
+
+    @property
+    def switched(self) -> bool:
+        """See `ModuleFunction`."""
+        return self.has_modes or super().switched
+
+    def run(
         self,
         params: PyTree,
         x: PyTree,
-        *,
-        state: PyTree = None,
-        key: Any = None,
-        train: bool = False,
-        borrowed: Mapping[str, PyTree] | None = None,
-    ) -> Any:
-        """The layer on one microbatch."""
-        check_fit(self.borrow, self.name, self.params.tree, borrowed or {})
-        params = lend(self.borrow, params, borrowed or {})
-        module = self.merged(params, state or {}, key)
+        state: PyTree,
+        key: Any,
+        train: bool,
+        borrowed: Mapping[str, PyTree],
+    ) -> tuple[PyTree, PyTree]:
+        """See `ModuleFunction`."""
+        check_fit(self.borrow, self.name, self.params.tree, borrowed)
+        module = self.merge(params, state, key)
         trains = self.calling.trains(train)
-        if self.modes:
+        if self.has_modes:
             module.train() if trains else module.eval()
         args, kwargs = self.calling.arguments(x, train)
-        if self.passed:
-            default = (
-                jax.random.key(0) if key is None else stream_key(typed(key), "rngs")
-            )
+        if self.takes_rngs:
+            default = jax.random.key(0)
+            if key is not None:
+                default = stream_key(as_typed(key), "rngs")
             kwargs["rngs"] = nnx.Rngs(default)
         if key is None:
-            _dry(module)
-            _dry(kwargs.get("rngs"))
+            for _, node in nnx.iter_graph((module, kwargs.get("rngs"))):
+                if isinstance(node, nnx.RngStream):
+                    object.__setattr__(node, "__class__", _DryStream)
         try:
             y = getattr(module, self.method)(*args, **kwargs)
-        except _Drawn as error:
+        except _NoKeyError as error:
             raise no_key(self.name, str(error), trains) from None
-        state = self.state(module)
-        return (y, state) if self.rest else y
+        return y, self.state_of(module)
 
-    def merged(self, params: PyTree, state: PyTree, key: Any = None) -> Any:
-        """The module of these variables."""
-        return nnx.merge(self.graph, params, self._random(key), state)
+    def merge(self, params: PyTree, state: PyTree, key: Any = None) -> Any:
+        """The module of these variables.
 
-    def _random(self, key: Any) -> PyTree:
-        """Random state: each stream gets a key of its own, by its path, and starts to
-        count at zero.
+        Each random stream gets a key of its own, by its path, and starts to count at
+        zero.
         """
-        base = jax.random.key(0) if key is None else typed(key)
-        flat = {}
+        base = jax.random.key(0) if key is None else as_typed(key)
+        random = {}
         for path, shape in self.streams:
             if path[-1] == "count":
-                flat[path] = jnp.zeros(shape, jnp.uint32)
+                random[path] = jnp.zeros(shape, jnp.uint32)
             else:
                 own = stream_key(base, "/".join(map(str, path[:-1])))
-                flat[path] = jax.random.split(own, shape) if shape else own
-        return unflatten_dict(flat)
+                random[path] = jax.random.split(own, shape) if shape else own
+        return nnx.merge(self.graph, params, unflatten_dict(random), state)
 
-    def state(self, module: nnx.Module) -> PyTree:
-        """The layer's state, from the module."""
-        _, params, _, rest = split(module)
-        known = {*self.rest, *flatten_dict(self.params.tree)}
-        more = [path for path in (*paths(rest), *paths(params)) if path not in known]
+    def state_of(self, module: nnx.Module) -> PyTree:
+        """The layer's state, from the module.
+
+        Raises:
+            ValueError: the module has variables that it had not when it was made.
+        """
+        split = split_module(module)
+        known = {*self.state_paths, *flatten_dict(self.params.tree)}
+        found = (*paths_of(split.rest), *paths_of(split.params))
+        more = ["/".join(map(str, path)) for path in found if path not in known]
         if more:
-            names = ["/".join(map(str, path)) for path in more]
             raise ValueError(
-                f"layer {self.name!r}: its module made the variables {names} while it "
-                "ran, which the layer does not keep "
-                "as its state: make them in `__init__`, or as `nnx.Intermediate`"
+                f"layer {self.name!r}: its module made the variables {more} while it "
+                "ran, which the layer does not keep as its state: make them in "
+                "`__init__`, or as `nnx.Intermediate`"
             )
-        return nnx.to_pure_dict(rest)
-
-
-def _dry(module: Any) -> None:
-    """Let a module's streams refuse to be drawn from."""
-    for _, node in nnx.iter_graph(module):
-        if isinstance(node, nnx.RngStream):
-            object.__setattr__(node, "__class__", _Dry)
+        return nnx.to_pure_dict(split.rest)
 
 
 @dataclasses.dataclass(frozen=True)
-class Init:
+class NNXInit:
     """The parameters of a layer."""
 
+    function: NNXFunction
     source: Given | Factory
-    borrow: tuple[Borrow, ...]
 
     def __call__(self, key: Any, x: PyTree) -> PyTree:
         """The layer's own parameters."""
         del x
-        return keep_own(self.borrow, self.source(key)[0])
+        return keep_own(self.function.borrow, self.source(key).params)
 
 
 @dataclasses.dataclass(frozen=True)
-class InitState:
+class NNXInitState:
     """The state of a layer."""
 
     source: Given | Factory
@@ -218,11 +245,11 @@ class InitState:
     def __call__(self, x: PyTree, *, key: Any) -> PyTree:
         """The layer's variables that are no parameters."""
         del x
-        return self.source(key)[1]
+        return self.source(key).state
 
 
 @dataclasses.dataclass(frozen=True)
-class Deferred:
+class DeferredFactory:
     """A factory of modules whose batch norms are deferred."""
 
     make: Callable[..., nnx.Module]
@@ -233,121 +260,101 @@ class Deferred:
 
 
 @dataclasses.dataclass(frozen=True)
-class Defer:
-    """The layer whose batch norms are deferred.
-
-    Attributes:
-        train, chained: as the layer was made.
+class DeferNNX:
+    """The layer whose batch norms are deferred: one of another module, with the same
+    parameters.
     """
 
-    of: NNX
+    function: NNXFunction
     source: Given | Factory
-    train: str | bool | None
-    chained: bool
+    options: ModuleOptions
 
     def __call__(self) -> Layer:
-        """A layer of another module, with the same parameters."""
-        of = self.of
+        """Make it."""
         if isinstance(self.source, Factory):
-            module = Deferred(self.source.make)
+            module = DeferredFactory(self.source.make)
         else:
-            module = defer_module(of.merged(*self.source(None)))
-        return nnx_layer(
-            module,
-            name=of.name,
-            train=self.train,
-            method=of.method,
-            borrow=of.borrow,
-            chained=self.chained,
-        )
+            module = defer_module(self.function.merge(*self.source(None)))
+        return nnx_layer(module, self.options)
 
 
 @dataclasses.dataclass(frozen=True)
-class Finish:
+class FinishNNX:
     """The end of a call, of a layer whose batch norms are deferred."""
 
-    of: NNX
+    function: NNXFunction
 
     def __call__(self, state: PyTree) -> PyTree:
         """The state with its running statistics updated."""
-        module = self.of.merged(self.of.params.tree, state)
+        module = self.function.merge(self.function.params.tree, state)
         finish_module(module)
-        return self.of.state(module)
+        return self.function.state_of(module)
 
 
 def is_factory(value: Any) -> bool:
     """Whether a value is an NNX module's type, or a `functools.partial` of one."""
     while isinstance(value, functools.partial):
         value = value.func
-    if isinstance(value, Deferred):
+    if isinstance(value, DeferredFactory):
         return True
     return isinstance(value, type) and issubclass(value, nnx.Module)
 
 
-def nnx_layer(
-    module: Any,
-    *,
-    name: str,
-    train: str | bool | None,
-    method: str | None,
-    borrow: tuple[Borrow, ...],
-    chained: bool,
-) -> Layer:
-    """See `fpipe.flax.layer`."""
-    who = f"`fpipe.flax.layer(module)` of layer {name!r}"
-    made = (
-        module
-        if isinstance(module, nnx.Module)
-        else nnx.eval_shape(lambda: module(rngs=nnx.Rngs(0)))
-    )
-    norms = {
-        isinstance(n, DeferredNorm)
-        for _, n in nnx.iter_graph(made)
-        if isinstance(n, nnx.BatchNorm)
-    }
-    graph, params, random, rest = split(nnx.clone(made))
-    f = method_of(type(made), method, who)
-    how = calling(f, train, chained, {}, who)
-    modes = not isinstance(train, str) and any(
+def nnx_layer(module: Any, options: ModuleOptions) -> Layer:
+    """The layer of an NNX module, or of a factory of them; see `fpipe.flax.layer`."""
+    made = module
+    if not isinstance(module, nnx.Module):
+        made = nnx.eval_shape(lambda: module(rngs=nnx.Rngs(0)))
+    nodes = [node for _, node in nnx.iter_graph(made)]
+    split = split_module(nnx.clone(made))
+    variables = Variables(nnx.to_pure_dict(split.params), nnx.to_pure_dict(split.rest))
+    streams = [
+        (path, tuple(variable.get_value().shape))
+        for path, variable in nnx.to_flat_state(split.random)
+    ]
+    method = find_method(type(made), options.method, options.call)
+    has_modes = not isinstance(options.train, str) and any(
         hasattr(node, mode)
-        for _, node in nnx.iter_graph(made)
+        for node in nodes
         if isinstance(node, nnx.Module)
         for mode in MODES
     )
-    leaves = nnx.to_flat_state(random)
-    own = nnx.to_pure_dict(params)
-    borrow = tuple(part._replace(path=numbered(own, part.path)) for part in borrow)
-    apply = NNX(
-        graph,
-        name,
-        how,
-        method or "__call__",
-        Values(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), own)),
-        tuple((path, tuple(v.get_value().shape)) for path, v in leaves),
-        paths(rest),
-        modes,
-        not leaves and any(p.name == "rngs" for p in parameters_of(f)),
-        borrow,
+    function = NNXFunction(
+        options.name,
+        find_calling(method, options.train, options.chained, {}, options.call),
+        tuple(
+            dataclasses.replace(part, path=with_numbers(variables.params, part.path))
+            for part in options.borrow
+        ),
+        graph=split.graph,
+        method=str(options.method or "__call__"),
+        params=Values(
+            jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), variables.params
+            )
+        ),
+        streams=tuple(streams),
+        state_paths=paths_of(split.rest),
+        has_modes=has_modes,
+        takes_rngs=not streams and any(p.name == "rngs" for p in parameters_of(method)),
     )
-    variables = own, nnx.to_pure_dict(rest)
-    abstract = any(
+
+    init = init_state = None
+    source = Given(Values(variables)) if module is made else Factory(module)
+    shapes_only = any(
         isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(variables)
     )
-    source = Given(Values(variables)) if module is made else Factory(module)
-    there = module is not made or not abstract
-    needs = {
-        "state": bool(apply.rest),
-        "key": bool(apply.streams) or apply.passed,
-        "train": how.train is None and (modes or bool(how.switches)),
-        "borrowed": bool(borrow),
-    }
-    return Layer(
-        apply,
-        Init(source, borrow) if there else None,
-        name,
-        needs=[n for n, needed in needs.items() if needed],
-        borrow=owners(borrow),
-        init_state=InitState(source) if apply.rest and there else None,
-        finish=Finish(apply) if True in norms else None,
-        defer=Defer(apply, source, train, chained) if False in norms else None,
-    )
+    # A module of shapes has no values to begin with; its parameters are given.
+    if module is not made or not shapes_only:
+        init = NNXInit(function, source)
+        init_state = NNXInitState(source)
+    norms = [node for node in nodes if isinstance(node, nnx.BatchNorm)]
+    deferred = [isinstance(norm, DeferredNorm) for norm in norms]
+    finish = defer = None
+    if any(deferred):
+        finish = FinishNNX(function)
+    if not all(deferred):
+        # The sample is of no use here, and arrays would not compare as values.
+        options = dataclasses.replace(options, x=None)
+        defer = DeferNNX(function, source, options)
+    return function.as_layer(init, init_state, finish, defer)

@@ -1,5 +1,12 @@
 """The parameters of a pipe as an NNX module: what `nnx.Optimizer` and `nnx.jit` work
 on.
+
+    params of the pipe        ({"w": w}, {"n": 3 as an int32 array})
+    state of the module       {"_arrays": {"[0]['w']": nnx.Param(w),
+                                           "[1]['n']": nnx.Variable(n)}}
+
+An optimizer of NNX sees the `nnx.Param`s alone. The transformation that it is given
+turns them into the pipe's parameters, asks optax, and turns the updates back.
 """
 
 from collections.abc import Callable
@@ -27,13 +34,16 @@ class Parameters(nnx.Module):
     Example:
         >>> import optax
         >>> from flax import nnx
-        >>> pipe = fpipe.Pipe(fpipe.flax.layers([nnx.Linear(3, 3, rngs=nnx.Rngs(0))] * 2), executor="scan")
+        >>> layers = fpipe.flax.layers([nnx.Linear(3, 3, rngs=nnx.Rngs(0))] * 2)
+        >>> pipe = fpipe.Pipe(layers, executor="scan")
         >>> x = jnp.ones((8, 3))
         >>> model = fpipe.flax.Parameters(pipe.init(jax.random.key(0), x))
-        >>> optimizer = nnx.Optimizer(model, model.transformation(optax.adam(1e-3)), wrt=nnx.Param)
+        >>> adam = model.transformation(optax.adam(1e-3))
+        >>> optimizer = nnx.Optimizer(model, adam, wrt=nnx.Param)
+        >>> value_and_grad = pipe.value_and_grad(lambda y, t: jnp.mean((y - t) ** 2))
         >>> @nnx.jit
         ... def step(model, optimizer, x, target):
-        ...     loss, grads = pipe.value_and_grad(lambda y, t: jnp.mean((y - t) ** 2))(model.params, x, target)
+        ...     loss, grads = value_and_grad(model.params, x, target)
         ...     optimizer.update(model, model.gradients(grads))
         ...     return loss
         >>> loss = step(model, optimizer, x, x)
@@ -67,8 +77,8 @@ class Parameters(nnx.Module):
             wrong = sorted(set(paths) ^ set(self._paths))
             raise ValueError(
                 "`fpipe.flax.Parameters.gradients(grads)`: not of these parameters, "
-                f"which differ in {wrong or 'their order'}; "
-                "give it what `pipe.value_and_grad` returns for `model.params`"
+                f"which differ in {wrong or 'their order'}; give it what "
+                "`pipe.value_and_grad` returns for `model.params`"
             )
         arrays = zip(paths, pack(grads)[0], strict=True)
         return _state({path: nnx.Param(a) for path, a in arrays if self._trained(path)})
@@ -84,37 +94,39 @@ class Parameters(nnx.Module):
                 needs it.
         """
         tx = optax.with_extra_args_support(tx)
-        like = eval_shape(tx.init, self.params)
-        names, spec = _paths(like), pack(like)[1]
+        shapes = eval_shape(tx.init, self.params)
+        state_paths = _paths(shapes)
+        state_spec = pack(shapes)[1]
 
-        def whole(seen: Any, others: Callable[[str], Any]) -> PyTree:
-            given = {path: nnx.as_pure(a) for path, a in _arrays(seen).items()}
+        def as_tree(seen: Any, untrained: Callable[[str], Any]) -> PyTree:
+            """What NNX sees, with what it does not see, as the pipe has it."""
+            trained = {path: nnx.as_pure(a) for path, a in _arrays(seen).items()}
             return self._spec.unpack(
                 [
-                    given[path] if self._trained(path) else others(path)
+                    trained[path] if self._trained(path) else untrained(path)
                     for path in self._paths
                 ]
             )
 
-        def tree(params: Any) -> PyTree:
-            return whole(params, lambda path: self._arrays[path].get_value())
+        def params_tree(params: Any) -> PyTree:
+            return as_tree(params, lambda path: self._arrays[path].get_value())
 
-        def flat(state: PyTree) -> dict[str, Any]:
+        def by_path(state: PyTree) -> dict[str, Any]:
             return dict(zip(_paths(state), pack(state)[0], strict=True))
 
         def init(params: Any) -> dict[str, Any]:
-            return flat(tx.init(tree(params)))
+            return by_path(tx.init(params_tree(params)))
 
         def update(
             updates: Any, state: Any, params: Any = None, **extra: Any
         ) -> tuple[Any, dict[str, Any]]:
-            grads = whole(updates, lambda path: np.zeros((), jax.dtypes.float0))
-            old = spec.unpack([state[name] for name in names])
-            made, new = tx.update(
-                grads, old, None if params is None else tree(params), **extra
-            )
-            by_path = dict(zip(self._paths, pack(made)[0], strict=True))
-            return _state({path: by_path[path] for path in _arrays(updates)}), flat(new)
+            grads = as_tree(updates, lambda path: np.zeros((), jax.dtypes.float0))
+            old_state = state_spec.unpack([state[path] for path in state_paths])
+            tree = None if params is None else params_tree(params)
+            new_updates, new_state = tx.update(grads, old_state, tree, **extra)
+            arrays = dict(zip(self._paths, pack(new_updates)[0], strict=True))
+            seen = _state({path: arrays[path] for path in _arrays(updates)})
+            return seen, by_path(new_state)
 
         return optax.GradientTransformationExtraArgs(init, update)
 
@@ -122,7 +134,7 @@ class Parameters(nnx.Module):
         return isinstance(self._arrays[path], nnx.Param)
 
 
-# A state of NNX has no names for what is empty.
+# A state of NNX has no names for what is empty, so `_arrays` may be missing there.
 
 
 def _state(arrays: dict[str, Any]) -> nnx.State:

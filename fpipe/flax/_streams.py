@@ -21,26 +21,23 @@ def stream_key(key: Any, stream: str) -> jax.Array:
 
     Example:
         >>> key = fpipe.flax.stream_key(jax.random.key(0), "dropout")
-        >>> bool(jax.random.key_data(key)[0] == jax.random.key_data(jax.random.key(0))[0])
+        >>> bool(key == jax.random.key(0))
         False
     """
     return jax.random.fold_in(key, zlib.crc32(stream.encode()))
 
 
-def typed(key: Any) -> jax.Array:
+def as_typed(key: Any) -> jax.Array:
     """A key as a typed key; old-style ones are arrays of `uint32`."""
-    return (
-        key
-        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        else jax.random.wrap_key_data(key)
-    )
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.wrap_key_data(key)
 
 
 def no_key(name: str, stream: str, train: bool) -> ValueError:
-    """The error of a module that draws random numbers in a call that was given no key."""
+    """The error of a module that draws random numbers in a call without a key."""
     evaluate = ", or `train=False`" if train else ""
     return ValueError(
         f"layer {name!r}: its module draws from the random stream {stream!r}, but the "
-        "call was given no key: pass "
-        f"`key=`{evaluate}"
+        f"call was given no key: pass `key=`{evaluate}"
     )

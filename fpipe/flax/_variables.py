@@ -1,5 +1,14 @@
 """Checkpoints: the variables of the whole Flax model and those of its layers, into each
 other.
+
+    of the model (linen)                      of the layers
+    {"params": {"layers_0": P0,               params: (P0, (), P2)
+                "layers_2": P2},        <->   state:  ({"batch_stats": S0}, None, None)
+     "batch_stats": {"layers_0": S0}}
+
+In the variables of an NNX model, parameters and state of a layer stand together:
+`{"layers": {0: …, 2: …}}`. What is no Flax module has its state in a collection
+`"state"` of its own, in both.
 """
 
 import dataclasses
@@ -15,17 +24,15 @@ from fpipe._core.pytrees import PyTree
 from fpipe._model.layer import Layer, without_params
 from fpipe.flax._batch_norm import MOMENTS, plain_stats
 from fpipe.flax._borrow import Path, keep_own
-from fpipe.flax._layers import entry, layers
-from fpipe.flax._linen import IGNORED, STATS, Linen
-from fpipe.flax._nnx import NNX
+from fpipe.flax._layers import layers, sequential_name
+from fpipe.flax._linen import IGNORED, STATS, LinenFunction
+from fpipe.flax._nnx import NNXFunction
 
-# Where the state of a layer that is no linen module stands in the variables of a whole
-# model.
+# The collection of the state of a layer that is no linen module.
 STATE = "state"
 
-Entry: TypeAlias = dict[
-    str, PyTree
-]  # what the variables have of one layer, by collection
+# What the variables have of one layer, by collection.
+Collections: TypeAlias = dict[str, PyTree]
 
 
 def split_variables(
@@ -46,9 +53,9 @@ def split_variables(
 
     Returns:
         `(params, state)`: a tuple each with one entry per layer, for
-            `pipe.place(params)` and `state=`. The state of a
-        layer without state is `None`, and the parameters of one that is no Flax module
-        are `()` if there are none. What is sown, and random state, is left out.
+            `pipe.place(params)` and `state=`. The state of a layer without state is
+            `None`, and the parameters of one that is no Flax module are `()` if there
+            are none. What is sown, and random state, is left out.
 
     Raises:
         TypeError: `variables` is no dict.
@@ -58,49 +65,49 @@ def split_variables(
     Example:
         >>> from flax import linen as nn
         >>> model = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)])
-        >>> params, state = fpipe.flax.split_variables(model, model.init(jax.random.key(0), jnp.ones((1, 3))))
+        >>> variables = model.init(jax.random.key(0), jnp.ones((1, 3)))
+        >>> params, state = fpipe.flax.split_variables(model, variables)
         >>> jax.tree.map(jnp.shape, params)
         ({'bias': (4,), 'kernel': (3, 4)}, (), {'bias': (2,), 'kernel': (4, 2)})
         >>> state
         (None, None, None)
     """
-    given = layers(model)
+    found_layers = layers(model)
     if deferred_batch_norm:
-        given = [
-            one
-            if one.defer is None
-            else dataclasses.replace(one, apply=one.defer().apply)
-            for one in given
+        found_layers = [
+            layer
+            if layer.defer is None
+            else dataclasses.replace(layer, apply=layer.defer().apply)
+            for layer in found_layers
         ]
     if not isinstance(variables, Mapping):
         raise TypeError(
             "`fpipe.flax.split_variables(model, variables)`: the variables are nested "
-            "dicts or an nnx.State, got a "
-            f"{type(variables).__name__}; of an NNX model they are `nnx.state(model)`"
+            f"dicts or an nnx.State, got a {type(variables).__name__}; of an NNX model "
+            "they are `nnx.state(model)`"
         )
-    whole = _is_nnx(given)
-    collections = _collections_nnx(variables) if whole else _collections(variables)
-    split, left = [], list[str]()
-    for k, layer in enumerate(given):
+    layout = Layout.of(found_layers)
+    rest = layout.read(variables)
+    params: list[PyTree] = []
+    states: list[PyTree] = []
+    not_owned: list[str] = []
+    for position, layer in enumerate(found_layers):
+        name = layout.name(position)
         found = {
-            c: tree.pop(name)
-            for c, tree in collections.items()
-            if (name := str(_place(c, k, whole)[1])) in tree
+            c: tree.pop(str(name)) for c, tree in rest.items() if str(name) in tree
         }
-        split.append(_split(layer, k, found, state))
-        left += ["/".join(map(str, _place(c, k, whole))) for c in found]
-    left += [
-        f"{_place(c, 0, whole)[0]}/{name}"
-        for c, tree in collections.items()
-        for name in tree
-    ]
-    if left:
+        own, kept = _split_layer(layer, position, found, state)
+        params.append(own)
+        states.append(kept)
+        not_owned += [f"{layout.place(c)}/{name}" for c in found]
+    for collection, tree in rest.items():
+        not_owned += [f"{layout.place(collection)}/{name}" for name in tree]
+    if not_owned:
         raise ValueError(
-            f"`fpipe.flax.split_variables`: no layer owns {left}; the layers are "
-            f"{[x.name for x in given]}"
+            f"`fpipe.flax.split_variables`: no layer owns {not_owned}; the layers are "
+            f"{[layer.name for layer in found_layers]}"
         )
-    params, states = zip(*split, strict=True) if split else ((), ())
-    return params, states
+    return tuple(params), tuple(states)
 
 
 def merge_variables(
@@ -127,145 +134,168 @@ def merge_variables(
         >>> from flax import linen as nn
         >>> model = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)])
         >>> variables = model.init(jax.random.key(0), jnp.ones((1, 3)))
-        >>> again = fpipe.flax.merge_variables(model, *fpipe.flax.split_variables(model, variables))
+        >>> params, state = fpipe.flax.split_variables(model, variables)
+        >>> again = fpipe.flax.merge_variables(model, params, state)
         >>> jax.tree.structure(again) == jax.tree.structure(variables)
         True
     """
-    given = layers(model)
-    states = [None] * len(given) if state is None else state
-    for what, entries in (("params", params), ("state", states)):
+    found_layers = layers(model)
+    states = [None] * len(found_layers) if state is None else state
+    for argument, entries in (("params", params), ("state", states)):
         if not isinstance(entries, Sequence):
             raise TypeError(
-                f"`fpipe.flax.merge_variables`: {what} is a tuple with one entry per "
-                f"layer, got a {type(entries).__name__}; "
-                "what is packed is `pipe.gather(params)` first"
+                f"`fpipe.flax.merge_variables`: {argument} is a tuple with one entry "
+                f"per layer, got a {type(entries).__name__}; what is packed is "
+                "`pipe.gather(params)` first"
             )
-        if len(entries) != len(given):
+        if len(entries) != len(found_layers):
             raise ValueError(
-                f"`fpipe.flax.merge_variables`: {what} has {len(entries)} entries, but "
-                f"there are {len(given)} layers"
+                f"`fpipe.flax.merge_variables`: {argument} has {len(entries)} entries, "
+                f"but there are {len(found_layers)} layers"
             )
-    whole = _is_nnx(given)
-    out: dict[str, PyTree] = {"layers": {}} if whole else {}
-    for k, (layer, own, kept) in enumerate(zip(given, params, states, strict=True)):
-        for collection, tree in _merge(layer, own, kept, whole).items():
-            place, name = _place(collection, k, whole)
-            out.setdefault(place, {})[name] = tree
-    return out
+    layout = Layout.of(found_layers)
+    variables: dict[str, PyTree] = {"layers": {}} if layout.nnx else {}
+    for position, layer in enumerate(found_layers):
+        merged = _merge_layer(layer, params[position], states[position], layout)
+        for collection, tree in merged.items():
+            place = variables.setdefault(layout.place(collection), {})
+            place[layout.name(position)] = tree
+    return variables
 
 
-def _is_nnx(given: Sequence[Layer]) -> bool:
-    """Whether the variables are those of an NNX model."""
-    kinds = {type(layer.apply) for layer in given}
-    return NNX in kinds and Linen not in kinds
-
-
-def _place(collection: str, k: int, whole: bool) -> tuple[str, str | int]:
-    """Where the variables of a model (`whole`: of an NNX model) have a collection of
-    layer `k`.
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the variables of a whole model are laid out: as those of an NNX model, or as
+    those of a linen one.
     """
-    return (
-        ("layers" if collection == "params" else collection, k)
-        if whole
-        else (collection, entry(k))
-    )
 
+    nnx: bool
 
-def _collections(variables: Mapping[str, Any]) -> dict[str, dict[str, PyTree]]:
-    """Linen's variables, by collection and layer."""
-    return {
-        c: dict(tree)
-        for c, tree in flax.core.unfreeze(dict(variables)).items()
-        if c not in IGNORED
-    }
+    @classmethod
+    def of(cls, found_layers: Sequence[Layer]) -> "Layout":
+        """That of the model of these layers."""
+        kinds = {type(layer.apply) for layer in found_layers}
+        return cls(NNXFunction in kinds and LinenFunction not in kinds)
 
+    def place(self, collection: str) -> str:
+        """Where the layers' parts of a collection stand."""
+        return "layers" if self.nnx and collection == "params" else collection
 
-def _collections_nnx(variables: Mapping[Any, Any]) -> dict[str, dict[str, PyTree]]:
-    """The same of NNX's variables; numbers are strings where a file gives them back."""
-    pure = (
-        nnx.to_pure_dict(variables) if isinstance(variables, nnx.State) else variables
-    )
-    own = pure.get(
-        "layers", {name: tree for name, tree in pure.items() if name != STATE}
-    )
-    return {
-        c: {str(k): tree for k, tree in tree.items()}
-        for c, tree in (("params", own), (STATE, pure.get(STATE, {})))
-    }
+    def name(self, position: int) -> str | int:
+        """The name of a layer there."""
+        return position if self.nnx else sequential_name(position)
 
-
-def _split(layer: Layer, k: int, found: Entry, state: bool) -> tuple[PyTree, PyTree]:
-    """Parameters and state of a layer, taken out of what was found of it."""
-    asked = state and layer.asks("state")
-    if isinstance(layer.apply, NNX):
-        own = list(flatten_dict(keep_own(layer.apply.borrow, layer.apply.params.tree)))
-        flat: dict[Any, Any] = {
-            _said(path): a
-            for c in ("params", STATE)
-            for path, a in flatten_dict(found.pop(c, {})).items()
+    def read(self, variables: Mapping[Any, Any]) -> dict[str, dict[str, PyTree]]:
+        """The parts of the layers, by collection and name. A number is a string, as a
+        file gives it back.
+        """
+        if not self.nnx:
+            collections = flax.core.unfreeze(dict(variables))
+            return {
+                c: dict(tree) for c, tree in collections.items() if c not in IGNORED
+            }
+        if isinstance(variables, nnx.State):
+            variables = nnx.to_pure_dict(variables)
+        # A list of modules may have no `"layers"` around its variables.
+        bare = {name: tree for name, tree in variables.items() if name != STATE}
+        params = variables.get("layers", bare)
+        state = variables.get(STATE, {})
+        return {
+            "params": {str(name): tree for name, tree in params.items()},
+            STATE: {str(name): tree for name, tree in state.items()},
         }
-        # What a deferred norm keeps beside the running statistics is empty between
-        # calls.
-        for *norm, name in map(_said, layer.apply.rest):
-            if name in MOMENTS and (mean := flat.get((*norm, "mean"))) is not None:
-                flat.setdefault((*norm, name), jnp.zeros_like(mean))
-        return _pick(flat, own, k, layer), _pick(
-            flat, layer.apply.rest, k, layer
-        ) if asked else None
-    if isinstance(layer.apply, Linen):
-        params = {} if layer.apply.owns_nothing else found.pop("params", {})
-        kept = layer.apply.kept({c: found.pop(c) for c in list(found) if c != "params"})
+
+
+def _split_layer(
+    layer: Layer, position: int, found: Collections, with_state: bool
+) -> tuple[PyTree, PyTree]:
+    """Parameters and state of a layer, taken out of what was found of it.
+
+    Arguments:
+        found: what is not taken out has no owner.
+    """
+    function = layer.apply
+    if isinstance(function, NNXFunction):
+        return _split_nnx(layer, function, position, found, with_state)
+    if isinstance(function, LinenFunction):
+        params = {} if function.owns_nothing else found.pop("params", {})
+        collections = [c for c in found if c != "params"]
+        state = function.as_state({c: found.pop(c) for c in collections})
     else:
         params = () if without_params(layer) else found.pop("params", ())
-        kept = found.pop(STATE, None)
-    if asked and _empty(kept):
+        state = found.pop(STATE, None)
+    if not with_state:
+        return params, None
+    if layer.asks("state") and _is_empty(state):
         raise ValueError(
-            f"`fpipe.flax.split_variables`: layer {k} {layer.name!r} has state, but "
-            "the variables have none; give the other "
-            "collections beside the parameters, or say `state=False` where there are "
-            "none, as of gradients and moments"
+            f"`fpipe.flax.split_variables`: layer {position} {layer.name!r} has state, "
+            "but the variables have none; give the other collections beside the "
+            "parameters, or say `state=False` where there are none, as of gradients "
+            "and moments"
         )
-    return params, None if not state or _empty(kept) else kept
+    return params, None if _is_empty(state) else state
 
 
-def _merge(layer: Layer, own: PyTree, kept: PyTree, whole: bool) -> Entry:
-    """What the variables have of a layer: the inverse of `_split`."""
-    if isinstance(layer.apply, NNX):
-        kept = unflatten_dict(
-            {
-                path: a
-                for path, a in flatten_dict(kept or {}).items()
-                if path in layer.apply.rest
-            }
-        )
-        if whole:
-            own, kept = unflatten_dict(flatten_dict(own) | flatten_dict(kept)), None
-    if isinstance(layer.apply, Linen):
-        rest = {
-            c: plain_stats(tree) if c == STATS else tree
-            for c, tree in (kept or {}).items()
-        }
-    else:
-        rest = {STATE: kept}
-    return {c: tree for c, tree in {"params": own, **rest}.items() if not _empty(tree)}
+def _split_nnx(
+    layer: Layer,
+    function: NNXFunction,
+    position: int,
+    found: Collections,
+    with_state: bool,
+) -> tuple[PyTree, PyTree]:
+    """`_split_layer` of an NNX module, whose parameters and state stand together."""
+    there: dict[Path, Any] = {}
+    for collection in ("params", STATE):
+        for path, array in flatten_dict(found.pop(collection, {})).items():
+            there[_as_strings(path)] = array
+    # What a deferred norm keeps beside the running statistics is empty between calls.
+    for *norm, name in map(_as_strings, function.state_paths):
+        mean = there.get((*norm, "mean"))
+        if name in MOMENTS and mean is not None:
+            there.setdefault((*norm, name), jnp.zeros_like(mean))
+
+    def pick(wanted: Sequence[Path]) -> PyTree:
+        names = {path: _as_strings(path) for path in wanted}
+        missing = ["/".join(name) for name in names.values() if name not in there]
+        if missing:
+            raise ValueError(
+                f"`fpipe.flax.split_variables`: layer {position} {layer.name!r} has "
+                f"{missing}, the variables have not"
+            )
+        return unflatten_dict({path: there[name] for path, name in names.items()})
+
+    own = keep_own(function.borrow, function.params.tree)
+    params = pick(list(flatten_dict(own)))
+    if not (with_state and layer.asks("state")):
+        return params, None
+    return params, pick(function.state_paths)
 
 
-def _empty(tree: PyTree) -> bool:
+def _merge_layer(
+    layer: Layer, params: PyTree, state: PyTree, layout: Layout
+) -> Collections:
+    """What the variables have of a layer: the inverse of `_split_layer`."""
+    function = layer.apply
+    collections = {"params": params, STATE: state}
+    if isinstance(function, NNXFunction):
+        # A deferred norm keeps moments beside these; the model has no place for them.
+        flat = flatten_dict(state or {})
+        flat = {path: a for path, a in flat.items() if path in function.state_paths}
+        if layout.nnx:
+            collections = {"params": unflatten_dict(flatten_dict(params) | flat)}
+        else:
+            collections[STATE] = unflatten_dict(flat)
+    elif isinstance(function, LinenFunction):
+        collections = {"params": params, **(state or {})}
+        if STATS in collections:
+            collections[STATS] = plain_stats(collections[STATS])
+    return {c: tree for c, tree in collections.items() if not _is_empty(tree)}
+
+
+def _is_empty(tree: PyTree) -> bool:
     return tree is None or (isinstance(tree, (Mapping, tuple)) and not tree)
 
 
-def _said(path: Path) -> tuple[str, ...]:
+def _as_strings(path: Path) -> tuple[str, ...]:
     """A path with strings for numbers, as a file gives them back."""
     return tuple(map(str, path))
-
-
-def _pick(
-    flat: Mapping[Path, Any], wanted: Sequence[Path], k: int, layer: Layer
-) -> PyTree:
-    missing = ["/".join(_said(path)) for path in wanted if _said(path) not in flat]
-    if missing:
-        raise ValueError(
-            f"`fpipe.flax.split_variables`: layer {k} {layer.name!r} has {missing}, "
-            "the variables have not"
-        )
-    return unflatten_dict({path: flat[_said(path)] for path in wanted})
