@@ -1,4 +1,10 @@
-"""What was used last is kept, up to a number."""
+"""Caches: what was used last is kept, up to a number.
+
+    plans = Recent(size=8)
+    plan = plans.get(Key((shapes, options)), lambda: make_plan(shapes, options))
+
+With `size=2` and the keys a, b, a, c, the cache holds a and c: b was used longest ago.
+"""
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
@@ -6,7 +12,7 @@ from typing import Any
 
 
 class Key:
-    """A key that is hashed once, when it is made: long tuples are dear to hash.
+    """A key that is hashed once, when it is made: long tuples are expensive to hash.
 
     Raises:
         TypeError: something in it is not hashable.
@@ -15,7 +21,8 @@ class Key:
     __slots__ = ("_hash", "_value")
 
     def __init__(self, value: Hashable) -> None:
-        self._value, self._hash = value, hash(value)
+        self._value = value
+        self._hash = hash(value)
 
     def __hash__(self) -> int:
         return self._hash
@@ -46,7 +53,9 @@ class Recent:
     """A map that makes what it lacks and forgets what has not been used for longest."""
 
     def __init__(self, size: int) -> None:
-        self._size, self._lock = size, threading.Lock()
+        self._size = size
+        self._lock = threading.Lock()
+        # In the order of their last use: a dict keeps the order of insertion.
         self._entries: dict[Hashable, Any] = {}
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -55,8 +64,10 @@ class Recent:
         """
         with self._lock:
             if key in self._entries:
-                entry = self._entries[key] = self._entries.pop(key)  # now the last
+                entry = self._entries.pop(key)
+                self._entries[key] = entry
                 return entry
+        # Outside the lock: making may take long, and may ask this cache.
         made = make()
         with self._lock:
             entry = self._entries.setdefault(key, made)

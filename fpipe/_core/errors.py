@@ -37,11 +37,9 @@ def add_note(error: BaseException, text: str) -> None:
 
 def entries(value: object) -> str:
     """How many entries a tuple or list has, or what it is instead."""
-    return (
-        f"{len(value)} entries"
-        if isinstance(value, (tuple, list))
-        else f"a {type(value).__name__}"
-    )
+    if isinstance(value, (tuple, list)):
+        return f"{len(value)} entries"
+    return f"a {type(value).__name__}"
 
 
 def warn(text: str) -> None:

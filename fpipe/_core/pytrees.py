@@ -1,5 +1,10 @@
 """Pytrees as flat tuples of arrays, with everything that is no array set aside as
 static.
+
+    pack({"a": x, "mode": "relu"})
+        -> [x], Spec(treedef of {"a", "mode"}, static=((1, "relu"),), arrays=1)
+
+The arrays go into programs, and the `Spec` is a part of what a program is kept under.
 """
 
 import dataclasses
@@ -46,11 +51,8 @@ class Spec:
     arrays: int
 
     def _key(self) -> tuple[Any, ...]:
-        return (
-            self.treedef,
-            self.arrays,
-            tuple((k, type(v), _exact(v)) for k, v in self.static),
-        )
+        static = tuple((k, type(v), _exact(v)) for k, v in self.static)
+        return (self.treedef, self.arrays, static)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Spec) and self._key() == other._key()
@@ -63,20 +65,20 @@ class Spec:
         assert len(arrays) == self.arrays, (len(arrays), self.arrays)
         if not self.static:
             return self.treedef.unflatten(arrays)
-        rest, static = iter(arrays), dict(self.static)
+        rest = iter(arrays)
+        static = dict(self.static)
         total = self.arrays + len(static)
-        return self.treedef.unflatten(
-            [static[k] if k in static else next(rest) for k in range(total)]
-        )
+        leaves = [static[k] if k in static else next(rest) for k in range(total)]
+        return self.treedef.unflatten(leaves)
 
     def fill(self, arrays: Sequence[Any], static: Any) -> PyTree:
         """`unpack` with `static` in the place of every static leaf."""
-        return Spec(
-            self.treedef, tuple((k, static) for k, _ in self.static), self.arrays
-        ).unpack(arrays)
+        statics = tuple((k, static) for k, _ in self.static)
+        return Spec(self.treedef, statics, self.arrays).unpack(arrays)
 
 
 def _exact(value: Any) -> Any:
+    """A value that equals another's only if both are the same to the last bit."""
     if isinstance(value, complex):
         return value.real.hex(), value.imag.hex()
     return value.hex() if isinstance(value, float) else value
@@ -191,18 +193,18 @@ def shapes_of(tree: PyTree) -> PyTree:
 def eval_shape(f: Callable[..., PyTree], *args: PyTree) -> PyTree:
     """`jax.eval_shape` for pytrees with static leaves."""
     arrays, spec = pack(args)
-    out: list[Spec] = []
+    specs: list[Spec] = []
 
     def flat(*leaves: Any) -> list[Any]:
-        result, made = pack(f(*spec.unpack(leaves)))
-        out.append(made)
+        result, result_spec = pack(f(*spec.unpack(leaves)))
+        specs.append(result_spec)
         return result
 
     shapes = jax.eval_shape(flat, *map(aval, arrays))
-    return out[-1].unpack(shapes)
+    return specs[-1].unpack(shapes)
 
 
-class _Short(str):
+class _Unquoted(str):
     """Text that shows itself without quotes inside a structure."""
 
     def __repr__(self) -> str:
@@ -219,17 +221,15 @@ def describe(tree: PyTree) -> str:
             return repr(leaf)
         return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
-    text = str(jax.tree.map(lambda leaf: _Short(short(leaf)), tree))
+    text = str(jax.tree.map(lambda leaf: _Unquoted(short(leaf)), tree))
     return text if len(text) <= 200 else text[:199] + "…"
 
 
 def numbers_as_arrays(tree: PyTree) -> PyTree:
     """Python numbers among the leaves as arrays; other static leaves stay."""
+    numbers = (bool, int, float, complex)
     return jax.tree.map(
-        lambda leaf: (
-            jnp.asarray(leaf) if isinstance(leaf, (bool, int, float, complex)) else leaf
-        ),
-        tree,
+        lambda leaf: jnp.asarray(leaf) if isinstance(leaf, numbers) else leaf, tree
     )
 
 
@@ -239,11 +239,9 @@ def strong(array: Any) -> Any:
     """
     if isinstance(array, jax.ShapeDtypeStruct):
         return array.update(weak_type=False)
-    return (
-        jax.lax.convert_element_type(array, array.dtype)
-        if getattr(array, "weak_type", False)
-        else array
-    )
+    if getattr(array, "weak_type", False):
+        return jax.lax.convert_element_type(array, array.dtype)
+    return array
 
 
 def map_arrays(f: Callable[[Any], Any], tree: PyTree) -> PyTree:

@@ -84,7 +84,7 @@ class Watched(NamedTuple):
 
 
 def watch_model(model: Model) -> Model:
-    """The model that looks for faults at every layer and takes and returns `Watched`."""
+    """The model that looks for faults at every layer, from `Watched` to `Watched`."""
     last = len(model.layers) - 1
     layers = [
         dataclasses.replace(

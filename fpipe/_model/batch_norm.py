@@ -45,16 +45,14 @@ def moments(x: Any, axes: Sequence[int]) -> Moments:
     distance = x - origin
     off = distance.mean(axes)
     m2 = jnp.square(distance).sum(axes) - count * jnp.square(off)
-    return Moments(
-        jnp.asarray(count, x.dtype), origin.reshape(off.shape) + off, jnp.maximum(m2, 0)
-    )
+    mean = origin.reshape(off.shape) + off
+    return Moments(jnp.asarray(count, x.dtype), mean, jnp.maximum(m2, 0))
 
 
 def no_moments(shape: Sequence[int], dtype: Any = jnp.float32) -> Moments:
     """The moments of no values: merged with others they change nothing."""
-    return Moments(
-        jnp.zeros((), dtype), jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-    )
+    zeros = jnp.zeros(shape, dtype)
+    return Moments(jnp.zeros((), dtype), zeros, zeros)
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -62,29 +60,27 @@ def merge(a: Moments, b: Moments) -> Moments:
     count = a.count + b.count
     share = b.count / jnp.maximum(count, 1)
     distance = b.mean - a.mean
+    mean = a.mean + distance * share
     # `a.count * share` first: it is 0 where one has no values, and a large distance
     # squared would be inf.
-    return Moments(
-        count,
-        a.mean + distance * share,
-        a.m2 + b.m2 + distance * (distance * (a.count * share)),
-    )
+    m2 = a.m2 + b.m2 + distance * (distance * (a.count * share))
+    return Moments(count, mean, m2)
 
 
-def variance(all_: Moments, unbiased: bool = False) -> Any:
+def variance(values: Moments, unbiased: bool = False) -> Any:
     """The variance; `unbiased` divides by the count less one. Of no values, and
     unbiased of one value, it is 0.
     """
-    return all_.m2 / jnp.maximum(all_.count - 1 if unbiased else all_.count, 1)
+    divisor = values.count - 1 if unbiased else values.count
+    return values.m2 / jnp.maximum(divisor, 1)
 
 
 def updated(old: Any, new: Any, momentum: Any, count: Any) -> Any:
     """A running statistic after a call: `momentum * old + (1 - momentum) * new`, or
     `old` if nothing was counted.
     """
-    return jnp.where(
-        count > 0, momentum * old + (1 - momentum) * new.astype(old.dtype), old
-    )
+    mixed = momentum * old + (1 - momentum) * new.astype(old.dtype)
+    return jnp.where(count > 0, mixed, old)
 
 
 def DeferredBatchNorm(  # noqa: N802 - it stands where a class of layers would
@@ -179,12 +175,14 @@ class _Norm:
 
     def __call__(self, params: Any, x: Any, *, state: Any, train: bool) -> Any:
         features = self.features(x)
-        others = tuple(a for a in range(x.ndim) if a not in features)
-        mean, var = state["mean"], state["var"]
+        mean = state["mean"]
+        var = state["var"]
         if train:
-            own = moments(x, others)
-            mean, var = own.mean, variance(own)
-            state = {**state, "moments": merge(state["moments"], own)}
+            others = tuple(a for a in range(x.ndim) if a not in features)
+            microbatch = moments(x, others)
+            mean = microbatch.mean
+            var = variance(microbatch)
+            state = {**state, "moments": merge(state["moments"], microbatch)}
         shape = [n if a in features else 1 for a, n in enumerate(x.shape)]
         wide = mean.dtype
         factor = jax.lax.rsqrt(var + self.epsilon).reshape(shape)
@@ -201,10 +199,10 @@ class _Norm:
     def features(self, x: Any) -> tuple[int, ...]:
         """The feature axes of `x`, in order."""
         if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, np.floating):
-            what = x.dtype if hasattr(x, "dtype") else type(x).__name__
+            got = x.dtype if hasattr(x, "dtype") else type(x).__name__
             raise TypeError(
                 f"`fpipe.DeferredBatchNorm`: {self.name!r} normalises an array of real "
-                f"floats, got {what}"
+                f"floats, got {got}"
             )
         wrong = [a for a in self.axes if not -x.ndim <= a < x.ndim]
         if wrong:
@@ -236,16 +234,13 @@ class _InitState:
     norm: _Norm
 
     def __call__(self, x: Any) -> dict[str, Any]:
-        shape, wide = (
-            tuple(x.shape[a] for a in self.norm.features(x)),
-            statistics_dtype(x.dtype),
-        )
-        none = no_moments(shape, wide)
+        shape = tuple(x.shape[a] for a in self.norm.features(x))
+        dtype = statistics_dtype(x.dtype)
         return {
-            "mean": jnp.zeros(shape, wide),
-            "var": jnp.ones(shape, wide),
+            "mean": jnp.zeros(shape, dtype),
+            "var": jnp.ones(shape, dtype),
             "calls": jnp.int32(0),
-            "moments": none,
+            "moments": no_moments(shape, dtype),
         }
 
 
@@ -256,14 +251,16 @@ class _Finish:
 
     def __call__(self, state: dict[str, Any]) -> dict[str, Any]:
         batch = state["moments"]
-        some, calls = batch.count > 0, state["calls"].astype(batch.mean.dtype)
-        momentum = calls / (calls + 1) if self.momentum is None else self.momentum
+        momentum = self.momentum
+        if momentum is None:
+            calls = state["calls"].astype(batch.mean.dtype)
+            momentum = calls / (calls + 1)
+        var = variance(batch, self.unbiased)
+        counted = (batch.count > 0).astype(jnp.int32)
         return {
             "mean": updated(state["mean"], batch.mean, momentum, batch.count),
-            "var": updated(
-                state["var"], variance(batch, self.unbiased), momentum, batch.count
-            ),
-            "calls": state["calls"] + some.astype(jnp.int32),
+            "var": updated(state["var"], var, momentum, batch.count),
+            "calls": state["calls"] + counted,
             "moments": no_moments(batch.mean.shape, batch.mean.dtype),
         }
 
@@ -288,30 +285,26 @@ def deferred(layers: Sequence[Layer], call: str) -> tuple[Layer, ...]:
     if all(layer.defer is None for layer in layers):
         raise ValueError(
             f"{where}: no layer can defer its batch norms. `fpipe.DeferredBatchNorm` "
-            "does so by itself, without the "
-            "option; a layer of your own does if it is made with `fpipe.Layer(..., "
-            "defer=...)`. Otherwise leave the option out"
+            "does so by itself, without the option; a layer of your own does if it is "
+            "made with `fpipe.Layer(..., defer=...)`. Otherwise leave the option out"
         )
-    return tuple(_deferred(k, layer, where) for k, layer in enumerate(layers))
-
-
-def _deferred(k: int, layer: Layer, where: str) -> Layer:
-    if layer.defer is None:
-        return layer
-    with noting(f"in the defer of layer {k} {layer.name!r}"):
-        made = layer.defer()
-    if not isinstance(made, Layer):
-        raise TypeError(
-            f"{where}: the defer of layer {k} {layer.name!r} returns an fpipe.Layer, "
-            f"got {made!r}"
-        )
-    # Names, skips and parameters are the layer's own; it may have been isolated or
-    # renamed since the hook was made.
-    return dataclasses.replace(
-        layer,
-        apply=made.apply,
-        needs=made.needs,
-        init_state=made.init_state,
-        finish=made.finish,
-        defer=None,
-    )
+    result = []
+    for position, layer in enumerate(layers):
+        if layer.defer is not None:
+            who = f"the defer of layer {position} {layer.name!r}"
+            with noting(f"in {who}"):
+                made = layer.defer()
+            if not isinstance(made, Layer):
+                raise TypeError(f"{where}: {who} returns an fpipe.Layer, got {made!r}")
+            # Names, skips and parameters are the layer's own; it may have been isolated
+            # or renamed since the hook was made.
+            layer = dataclasses.replace(
+                layer,
+                apply=made.apply,
+                needs=made.needs,
+                init_state=made.init_state,
+                finish=made.finish,
+                defer=None,
+            )
+        result.append(layer)
+    return tuple(result)

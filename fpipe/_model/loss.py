@@ -1,4 +1,12 @@
-"""The loss of one microbatch, checked."""
+"""The loss of one microbatch, checked.
+
+What `loss_fn(y, *targets)` returns, by its options, and what becomes of it:
+
+    has_aux  reduction         returned            (loss, weight, aux)
+    False    "mean" or "sum"   l                   (l, None, None)
+    False    "weighted"        (l, w)              (l, w, None)
+    True     "weighted"        ((l, w), aux)       (l, w, aux)
+"""
 
 import dataclasses
 import inspect
@@ -32,14 +40,15 @@ class Loss:
     ) -> tuple[jax.Array, jax.Array | None, PyTree]:
         """`(loss, weight, aux)` of one microbatch."""
         with noting(f"in loss_fn{where}"):
-            targets, scale = (
-                (targets[:-1], targets[-1]) if self.scaled else (targets, None)
-            )
+            scale = None
+            if self.scaled:
+                *targets, scale = targets
             try:
-                result, aux = self.fn(y, *targets), None
+                result = self.fn(y, *targets)
             except TypeError as error:
                 _check_signature(self.fn, y, targets, error)
                 raise
+            aux = None
             if self.has_aux:
                 if not isinstance(result, tuple) or len(result) != 2:
                     raise TypeError(
@@ -56,9 +65,10 @@ class Loss:
                     )
                 result, weight = result
                 weight = jax.lax.stop_gradient(_scalar(weight, "weight"))
-            result = _scalar(result, "loss")
-            result = result if scale is None else wide(result) * scale
-            return result, weight, numbers_as_arrays(aux)
+            loss = _scalar(result, "loss")
+            if scale is not None:
+                loss = wide(loss) * scale
+            return loss, weight, numbers_as_arrays(aux)
 
 
 def as_loss(call: str, fn: Any, has_aux: bool, reduction: Any) -> Loss:
@@ -116,33 +126,31 @@ def _check_signature(
     try:
         signature.bind(y, *targets)
     except TypeError:
-        count = len(targets)
+        count = f"{len(targets)} target{'' if len(targets) == 1 else 's'}"
         raise TypeError(
             "`loss_fn` is called as `loss_fn(y, *targets)`, where y is the output of "
-            f"the last layer, here with {count} "
-            f"target{'' if count == 1 else 's'}: {error}"
+            f"the last layer, here with {count}: {error}"
         ) from None
 
 
-def _scalar(value: Any, what: str) -> jax.Array:
+def _scalar(value: Any, name: str) -> jax.Array:
+    """A loss or a weight as a 0-d array of floats, or an error that says what it is."""
     if not hasattr(value, "shape") and not isinstance(value, (int, float)):
-        hint = (
-            "; with an auxiliary output say has_aux=True"
-            if isinstance(value, tuple)
-            else ""
-        )
+        hint = ""
+        if isinstance(value, tuple):
+            hint = "; with an auxiliary output say has_aux=True"
         raise TypeError(
-            f"`loss_fn` must return a scalar {what}, got {describe(value)}{hint}"
+            f"`loss_fn` must return a scalar {name}, got {describe(value)}{hint}"
         )
     value = jnp.asarray(value)
     if value.shape:
         raise TypeError(
-            f"`loss_fn` must return a scalar {what}, got {describe(value)}: reduce it, "
+            f"`loss_fn` must return a scalar {name}, got {describe(value)}: reduce it, "
             "with its mean for example"
         )
     if jnp.issubdtype(value.dtype, jnp.complexfloating):
         raise TypeError(
-            f"`loss_fn` must return a real {what}, got {describe(value)}: take its "
+            f"`loss_fn` must return a real {name}, got {describe(value)}: take its "
             "absolute value"
         )
     return value if is_inexact(value) else value.astype(jnp.float32)

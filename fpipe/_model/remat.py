@@ -1,4 +1,14 @@
-"""Which backwards recompute their forward, and what they keep instead."""
+"""Which backwards recompute their forward, and what they keep instead.
+
+With four microbatches, of the last stage under 1F1B (its backwards are *direct*) and of
+the others:
+
+    checkpoint         last stage       other stages
+    "always"           none             0 1 2 3
+    "except_last"      none             0 1 2
+    "never"            none             none
+    a policy           none             0 1 2 3, but for what it saves
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,7 +30,8 @@ class Remat:
     def of(cls, option: Any) -> "Remat":
         """From what `Pipe(checkpoint=...)` was given."""
         checked: Any = option
-        expected = f"one of {', '.join(map(repr, get_args(Mode)))}, or a policy of `jax.checkpoint_policies`"
+        modes = ", ".join(map(repr, get_args(Mode)))
+        expected = f"one of {modes}, or a policy of `jax.checkpoint_policies`"
         if isinstance(option, str):
             if option not in get_args(Mode):
                 raise ValueError(f"`Pipe(checkpoint={option!r})`: {expected}")
@@ -30,7 +41,7 @@ class Remat:
 
     @property
     def policy(self) -> Policy | None:
-        """What `jax.checkpoint(policy=...)` takes; `None` saves nothing but the inputs."""
+        """What `jax.checkpoint(policy=...)` takes; `None` saves the inputs alone."""
         return None if isinstance(self.option, str) else self.option
 
     def recomputes(self, microbatch: int, count: int, direct: bool) -> bool:

@@ -1,5 +1,10 @@
 """Skips as a layer sees them: an explicit carry dict, and namespaces for layers that
 are used many times.
+
+A layer that pops "a" and stashes "b" gets `{"a": value}` and returns `{"b": value}`:
+
+    {"a": 1}   pop(carry, "a")       -> 1, {}
+    {}         stash(carry, "b", 2)  -> {"b": 2}
 """
 
 import contextlib
@@ -24,7 +29,8 @@ class Namespace:
         ... def keep(x, *, carry):
         ...     return x, fpipe.stash(carry, "skip", x)
         >>> inner, outer = fpipe.Namespace(), fpipe.Namespace()
-        >>> layers = [keep.isolate(outer), keep.isolate(inner)]  # two skips, both named "skip"
+        >>> # two skips, both named "skip"
+        >>> layers = [keep.isolate(outer), keep.isolate(inner)]
     """
 
     def __init__(self) -> None:
@@ -128,8 +134,8 @@ def pop(carry: Mapping[str, PyTree], name: str) -> tuple[PyTree, dict[str, PyTre
     if name not in carry:
         raise ValueError(
             f"{call} in {_who()}: the carry holds {sorted(map(str, carry))}; {name!r} "
-            "was popped before. Pop it once, and go on "
-            "with the carry that `pop` returns"
+            "was popped before. Pop it once, and go on with the carry that `pop` "
+            "returns"
         )
     return carry[name], {k: v for k, v in carry.items() if k != name}
 
@@ -159,6 +165,11 @@ def peek(carry: Mapping[str, PyTree], name: str) -> PyTree:
 
 
 def _check(call: str, carry: object, name: str, field: str) -> None:
+    """The carry is a dict, and the layer that is traced declares the name.
+
+    Arguments:
+        field: "stash", "pop" or "peek".
+    """
     if not isinstance(carry, Mapping):
         raise TypeError(
             f"{call} in {_who()}: the carry is a {type(carry).__name__}, no dict"
@@ -168,13 +179,12 @@ def _check(call: str, carry: object, name: str, field: str) -> None:
         return
     declared = [f for f in ("stash", "pop", "peek") if name in getattr(scope, f)]
     fix = f"@fpipe.skippable({field}={[*getattr(scope, field), name]!r})"
-    but = (
-        f"; it is declared as {declared[0]}, so call `fpipe.{declared[0]}`, or"
-        if declared
-        else "; add it:"
-    )
+    cure = "; add it:"
+    if declared:
+        cure = f"; it is declared as {declared[0]}, so call `fpipe.{declared[0]}`, or"
     raise ValueError(
-        f"{call} in {scope.who}: {name!r} is not declared as {field} there{but} `{fix}`"
+        f"{call} in {scope.who}: {name!r} is not declared as {field} there{cure} "
+        f"`{fix}`"
     )
 
 

@@ -637,7 +637,8 @@ def test_no_layer_that_can(make):
 def test_a_hook_that_is_none():
     with raises(TypeError, "`fpipe.Layer(defer=...)`: 3 is not callable"):
         fpipe.Layer(jnp.multiply, needs=(), defer=3)  # type: ignore[arg-type]
-    bad = fpipe.Layer(centre, name="bad", defer=lambda: 3)  # type: ignore[arg-type,return-value]
+    no_layer: Any = lambda: 3  # noqa: E731
+    bad = fpipe.Layer(centre, name="bad", defer=no_layer)
     with raises(
         TypeError,
         "`Pipe(deferred_batch_norm=True)`: the defer of layer 1 'bad' returns an "

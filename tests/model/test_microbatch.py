@@ -17,7 +17,8 @@ import fpipe
 from fpipe._model.microbatch import cut_inputs, pieces
 from tests.helpers import assert_same, raises
 
-untyped: Any = lambda value: value  # noqa: E731 - what a type checker would refuse is tested here
+# What a type checker would refuse is tested here.
+untyped: Any = lambda value: value  # noqa: E731
 both = pytest.mark.parametrize("make", [fpipe.sequential, fpipe.Pipe])
 
 
@@ -234,8 +235,14 @@ def test_no_chunk_is_a_pytree():
 # --- what cannot be cut ---
 
 
-SCALAR = "is a 0-d array and cannot be cut into microbatches; wrap it in fpipe.NoChunk to send it whole to every microbatch"
-NO_ARRAY = "`pipe(params, x)`: x has no array; a pipeline needs at least one array to cut into microbatches"
+SCALAR = (
+    "is a 0-d array and cannot be cut into microbatches; wrap it in fpipe.NoChunk to "
+    "send it whole to every microbatch"
+)
+NO_ARRAY = (
+    "`pipe(params, x)`: x has no array; a pipeline needs at least one array to cut "
+    "into microbatches"
+)
 Z, V, W = jnp.float32(1), rows(4), rows(3)
 FIX = "give both the same number of rows, or wrap one in fpipe.NoChunk"
 # x, side, targets, what is raised

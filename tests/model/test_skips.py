@@ -18,7 +18,8 @@ import pytest
 import fpipe
 from tests.helpers import add, assert_same, dense, keep, look, mse, noise, raises
 
-untyped: Any = lambda value: value  # noqa: E731 - what a type checker would refuse is tested here
+# What a type checker would refuse is tested here.
+untyped: Any = lambda value: value  # noqa: E731
 both = pytest.mark.parametrize("make", [fpipe.sequential, fpipe.Pipe])
 X = jnp.arange(1.0, 7).reshape(3, 2)
 
@@ -466,7 +467,10 @@ def test_models_that_fit_pass():
 @pytest.mark.parametrize("field", ["stash", "pop", "peek"])
 def test_a_string_in_place_of_a_list_is_refused(field):
     given = untyped({field: "skip"})
-    text = f"`fpipe.skippable({field}=...)`: got the string 'skip' where a list of names belongs: write ['skip']"
+    text = (
+        f"`fpipe.skippable({field}=...)`: got the string 'skip' where a list of names "
+        "belongs: write ['skip']"
+    )
     with raises(TypeError, text):
         fpipe.skippable(**given)
 
@@ -559,7 +563,7 @@ def uses(order):
     ]
 
 
-def test_namespaces_are_numbered_by_first_use_whatever_the_order_in_which_they_were_made():
+def test_namespaces_are_numbered_by_first_use_and_not_by_their_making():
     for order in [(0, 1, 2), (2, 1, 0), (1, 2, 0)]:
         layers = fpipe.Pipe(uses(order)).layers
         assert [str(layer.namespaces) for layer in layers] == [
