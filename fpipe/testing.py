@@ -1,6 +1,13 @@
 """For tests of your own pipelines: a pipe against the plain composition, and random
 models, partitions and schedules.
 
+`assert_equals_sequential` says nothing if all is well, and otherwise where the first
+difference is:
+
+    AssertionError: the gradient of params, layer 2 'dense' (stage 2 on TFRT_CPU_2) at
+    ['w']: 1 of 16 numbers differ; at (1, 3) the pipe gives 1.25, the plain composition
+    0.25; the largest difference is 1, allowed is 3e-06
+
 The strategies need hypothesis; the assertion does not.
 """
 
@@ -20,6 +27,7 @@ from fpipe._model.microbatch import first_microbatch, pieces
 from fpipe._model.skips import peek, pop, stash
 from fpipe._pipe import Pipe
 from fpipe.schedules import Action, Kind, Schedule
+from fpipe.schedules._rules import needs as needed_actions
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
@@ -65,9 +73,9 @@ def assert_equals_sequential(
         AssertionError: it names the first array that differs, with its stage and layer.
 
     Example:
-        >>> dense = fpipe.Layer(lambda w, x: jnp.tanh(x @ w), init=lambda key, x: jax.random.normal(key, (3, 3)))
+        >>> dense = fpipe.Layer(lambda w, x: jnp.tanh(x @ w), lambda key, x: jnp.eye(3))
         >>> pipe = fpipe.Pipe([dense, dense], devices=[jax.devices()[0]] * 2, chunks=4)
-        >>> assert_equals_sequential(pipe, jnp.ones((8, 3)), loss_fn=lambda y: jnp.mean(y**2))
+        >>> assert_equals_sequential(pipe, jnp.ones((8, 3)), loss_fn=jnp.mean)
     """
     reference = sequential(
         pipe.layers,
@@ -75,63 +83,67 @@ def assert_equals_sequential(
         compute_dtype=pipe.compute_dtype,
         deferred_batch_norm=pipe.deferred_batch_norm,
     )
-    params = (
-        reference.init(jax.random.key(0), x, side)
-        if params is None
-        else reference.place(params)
-    )
+    if params is None:
+        params = reference.init(jax.random.key(0), x, side)
+    else:
+        params = reference.place(params)
     if state is None and pipe.model.stateful:
         state = reference.init_state(x, side, params)
     needs: dict[str, Any] = {"side": side, "key": key, "state": state, "train": train}
     placed = pipe.place(params)
     compare = _Comparison(pipe, len(pieces(_rows(x), pipe.chunks)), tolerance)
 
-    got, want = pipe(placed, x, **needs), reference(params, x, **needs)
+    got = pipe(placed, x, **needs)
+    want = reference(params, x, **needs)
     if state is not None:
-        compare.layers("the state", got[1], want[1])
-        got, want = got[0], want[0]
+        got, got_state = got
+        want, want_state = want
+        compare.layers("the state", got_state, want_state)
     compare.tree("y", got, want)
     if loss_fn is None:
         return
+
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     options: dict[str, Any] = {
         "has_aux": has_aux,
         "reduction": reduction,
         "argnums": numbers,
     }
-    got, gradients = pipe.value_and_grad(loss_fn, **options)(
-        placed, x, *targets, **needs
-    )
-    want, others = reference.value_and_grad(loss_fn, **options)(
-        params, x, *targets, **needs
-    )
+    step = pipe.value_and_grad(loss_fn, **options)
+    reference_step = reference.value_and_grad(loss_fn, **options)
+    got, got_gradients = step(placed, x, *targets, **needs)
+    want, want_gradients = reference_step(params, x, *targets, **needs)
     if state is not None:
-        compare.layers("the state of value_and_grad", got[1], want[1])
-        got, want = got[0], want[0]
+        got, got_state = got
+        want, want_state = want
+        compare.layers("the state of value_and_grad", got_state, want_state)
     if has_aux:
-        compare.tree("aux", got[1], want[1])
-        got, want = got[0], want[0]
+        got, got_aux = got
+        want, want_aux = want
+        compare.tree("aux", got_aux, want_aux)
     compare.tree("the loss", got, want)
-    for n, a, b in zip(numbers, gradients, others, strict=True):
-        if n == 0:
-            compare.layers("the gradient of params", pipe.gather(a), b, gradients=True)
+    for number, got, want in zip(numbers, got_gradients, want_gradients, strict=True):
+        if number == 0:
+            got = pipe.gather(got)
+            compare.layers("the gradient of params", got, want, gradients=True)
+        elif number == 1:
+            compare.tree("the gradient of x", got, want)
         else:
-            compare.tree(
-                "the gradient of x" if n == 1 else f"the gradient of target {n - 2}",
-                a,
-                b,
-            )
+            compare.tree(f"the gradient of target {number - 2}", got, want)
 
 
 def _rows(x: PyTree) -> int:
     return next(a.shape[0] for a in pack(x)[0] if a.shape)
 
 
+def _as_wide(array: Any) -> np.ndarray:
+    """The numbers of an array in float64, or complex128."""
+    return np.asarray(array, complex if jnp.iscomplexobj(array) else float)
+
+
 def _largest(array: Any) -> float:
     """The largest finite number, without its sign."""
-    numbers = np.abs(
-        np.asarray(array, np.complex128 if jnp.iscomplexobj(array) else np.float64)
-    )
+    numbers = np.abs(_as_wide(array))
     return float(numbers[np.isfinite(numbers)].max(initial=0))
 
 
@@ -144,7 +156,7 @@ class _Comparison(NamedTuple):
 
     def layers(
         self,
-        what: str,
+        title: str,
         got: Sequence[PyTree],
         want: Sequence[PyTree],
         gradients: bool = False,
@@ -152,84 +164,81 @@ class _Comparison(NamedTuple):
         """One entry per layer; in gradients the rounding of the layer's largest number
         is no difference.
         """
+        schedule = self.pipe.make_schedule(self.microbatches)
         stages = [s for s, count in enumerate(self.pipe.balance) for _ in range(count)]
-        where = self.pipe.make_schedule(self.microbatches).stage_to_device
-        for k, layer in enumerate(self.pipe.layers):
-            place = f"layer {k} {layer.name!r} (stage {stages[k]} on {self.pipe.devices[where[stages[k]]]})"
-            numbers = [
-                _largest(a)
-                for a in jax.tree.leaves(want[k])
-                if gradients and is_inexact(a)
-            ]
-            self.tree(f"{what}, {place}", got[k], want[k], max(numbers, default=0.0))
+        for position, (layer, stage) in enumerate(
+            zip(self.pipe.layers, stages, strict=True)
+        ):
+            device = self.pipe.devices[schedule.stage_to_device[stage]]
+            place = f"layer {position} {layer.name!r} (stage {stage} on {device})"
+            largest = 0.0
+            if gradients:
+                arrays = jax.tree.leaves(want[position])
+                numbers = [_largest(a) for a in arrays if is_inexact(a)]
+                largest = max(numbers, default=0.0)
+            self.tree(f"{title}, {place}", got[position], want[position], largest)
 
-    def tree(self, what: str, got: PyTree, want: PyTree, beside: float = 0.0) -> None:
-        """Any pytree; the rounding of the number `beside` is no difference."""
+    def tree(self, title: str, got: PyTree, want: PyTree, largest: float = 0.0) -> None:
+        """Any pytree; the rounding of the number `largest` is no difference."""
         if jax.tree.structure(got) != jax.tree.structure(want):
             raise AssertionError(
-                f"{what}: the pipe gives {describe(got)}, the plain composition "
+                f"{title}: the pipe gives {describe(got)}, the plain composition "
                 f"{describe(want)}"
             )
-        others = jax.tree.leaves(want)
-        for (path, a), b in zip(
-            jax.tree_util.tree_leaves_with_path(got), others, strict=True
-        ):
-            where = what + (f" at {jax.tree_util.keystr(path)}" if path else "")
+        named = jax.tree_util.tree_leaves_with_path(got)
+        for (path, a), b in zip(named, jax.tree.leaves(want), strict=True):
+            where = title + (f" at {jax.tree_util.keystr(path)}" if path else "")
             if not is_array(a) or not is_array(b):
                 if a != b:
                     raise AssertionError(
                         f"{where}: the pipe gives {a!r}, the plain composition {b!r}"
                     )
-                continue
-            if (a.shape, a.dtype) != (b.shape, b.dtype):
+            elif (a.shape, a.dtype) != (b.shape, b.dtype):
                 raise AssertionError(
                     f"{where}: the pipe gives {describe(a)}, the plain composition "
                     f"{describe(b)}"
                 )
-            if a.dtype != jax.dtypes.float0:
-                self._values(where, a, b, beside)
+            elif a.dtype != jax.dtypes.float0:
+                self.array(where, a, b, largest)
 
-    def _values(self, where: str, a: Any, b: Any, beside: float) -> None:
-        low = [
-            d
-            for d in (a.dtype, self.pipe.compute_dtype)
-            if d in (jnp.bfloat16, jnp.float16)
-        ]
-        share = self.tolerance
-        if share is None:
-            share = 2e-2 if low else 1e-5
-        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
-        exact = not jnp.issubdtype(a.dtype, jnp.inexact)
-        rounding = (
-            0.0 if exact else 16 * float(jnp.finfo(low[0] if low else a.dtype).eps)
-        )
-        a, b = (
-            np.asarray(v, np.complex128 if jnp.iscomplexobj(v) else np.float64)
-            for v in (a, b)
-        )
-        wrong = np.isfinite(a) != np.isfinite(b)
-        off = np.where(np.isfinite(a) & np.isfinite(b), np.abs(a - b), 0.0)
-        limit = (
-            0.0 if exact else max(share * _largest(b), min(rounding, share) * beside)
-        )
-        wrong |= off > limit
+    def array(self, where: str, got: Any, want: Any, largest: float) -> None:
+        """One array of the same shape and dtype."""
+        if jnp.issubdtype(got.dtype, jax.dtypes.prng_key):
+            got = jax.random.key_data(got)
+            want = jax.random.key_data(want)
+        limit = 0.0
+        if is_inexact(got):
+            low = jnp.bfloat16, jnp.float16
+            used = (got.dtype, self.pipe.compute_dtype)
+            low_used = [dtype for dtype in used if dtype in low]
+            share = self.tolerance
+            if share is None:
+                share = 2e-2 if low_used else 1e-5
+            eps = float(jnp.finfo(low_used[0] if low_used else got.dtype).eps)
+            rounding = min(16 * eps, share) * largest
+            limit = max(share * _largest(want), rounding)
+        a = _as_wide(got)
+        b = _as_wide(want)
+        both_finite = np.isfinite(a) & np.isfinite(b)
+        difference = np.where(both_finite, np.abs(a - b), 0.0)
+        wrong = (np.isfinite(a) != np.isfinite(b)) | (difference > limit)
         if wrong.any():
-            at = np.unravel_index(
-                np.argmax(np.where(wrong, np.where(off > 0, off, np.inf), -1)), a.shape
-            )
+            # The largest difference is shown, and before that a number that is finite
+            # in one of the two only.
+            size = np.where(difference > 0, difference, np.inf)
+            index = np.unravel_index(np.argmax(np.where(wrong, size, -1)), a.shape)
             raise AssertionError(
                 f"{where}: {int(wrong.sum())} of {a.size} numbers differ; at "
-                f"{tuple(map(int, at))} the pipe gives {a[at]:.8g}, "
-                f"the plain composition {b[at]:.8g}; the largest difference is "
-                f"{off.max():.3g}, allowed is {limit:.3g}"
+                f"{tuple(map(int, index))} the pipe gives {a[index]:.8g}, the plain "
+                f"composition {b[index]:.8g}; the largest difference is "
+                f"{difference.max():.3g}, allowed is {limit:.3g}"
             )
 
 
 # --- strategies ---
 
 
-class _Random(NamedTuple):
+class _RandomLayer(NamedTuple):
     """What a random layer does; a value, so that a failing example reads well."""
 
     stash: tuple[str, ...]
@@ -247,7 +256,7 @@ class _Random(NamedTuple):
             y = y + jnp.cos(needs["side"])
         if "borrowed" in needs:
             y = y @ needs["borrowed"]["layer0"]["w"].T
-        out = []
+        returned = []
         if "carry" in needs:
             carry = needs["carry"]
             for name in self.peek:
@@ -257,17 +266,13 @@ class _Random(NamedTuple):
                 y = y - value
             for name in self.stash:
                 carry = stash(carry, name, jnp.sin(y) * len(name))
-            out.append(carry)
+            returned.append(carry)
         if "state" in needs:
             state = needs["state"]
             y = y + state["mean"]
-            out.append(
-                {
-                    "mean": 0.5 * state["mean"] + x.mean(0),
-                    "seen": state["seen"] + x.shape[0],
-                }
-            )
-        return (y, *out) if out else y
+            mean = 0.5 * state["mean"] + x.mean(0)
+            returned.append({"mean": mean, "seen": state["seen"] + x.shape[0]})
+        return (y, *returned) if returned else y
 
 
 def models(width: int = 3, most: int = 6) -> "SearchStrategy[list[Layer]]":
@@ -290,47 +295,45 @@ def models(width: int = 3, most: int = 6) -> "SearchStrategy[list[Layer]]":
     def init_state(x: Any) -> PyTree:
         return {"mean": jnp.zeros((width,), x.dtype), "seen": jnp.int32(0)}
 
-    def layer(k: int, does: _Random, needs: set[str]) -> Layer:
+    def layer(k: int, function: _RandomLayer, needs: set[str]) -> Layer:
         return Layer(
-            does,
+            function,
             functools.partial(init, k),
             f"layer{k}",
-            *does,
+            *function,
             needs=sorted(needs),
             borrow=("layer0",) if "borrowed" in needs else (),
             init_state=init_state if "state" in needs else None,
         )
 
     @st.composite
-    def made(draw: "DrawFn") -> list[Layer]:
+    def draw_layers(draw: "DrawFn") -> list[Layer]:
         count = draw(st.integers(2, most))
-        ends: list[tuple[list[str], list[str], list[str]]] = [
-            ([], [], []) for _ in range(count)
-        ]
+        stashes: list[list[str]] = [[] for _ in range(count)]
+        pops: list[list[str]] = [[] for _ in range(count)]
+        peeks: list[list[str]] = [[] for _ in range(count)]
         for n in range(draw(st.integers(0, 4))):
-            a = draw(st.integers(0, count - 2))
-            b = draw(st.integers(a + 1, count - 1))
+            first = draw(st.integers(0, count - 2))
+            last = draw(st.integers(first + 1, count - 1))
             name = "s" * (n + 1)
-            ends[a][0].append(name)
-            ends[b][1].append(name)
-            for k in range(a + 1, b):
+            stashes[first].append(name)
+            pops[last].append(name)
+            for k in range(first + 1, last):
                 if draw(st.booleans()):
-                    ends[k][2].append(name)
+                    peeks[k].append(name)
         layers = []
-        for k, own in enumerate(ends):
-            needs = draw(
-                st.sets(
-                    st.sampled_from(
-                        ["key", "side", "state", *(["borrowed"] if k else [])]
-                    ),
-                    max_size=2,
-                )
-            )
-            needs = needs | {"carry"} if any(own) else needs
-            layers.append(layer(k, _Random(*map(tuple, own)), needs))
+        for k in range(count):
+            choices = ["key", "side", "state"]
+            if k:
+                choices.append("borrowed")
+            needs = draw(st.sets(st.sampled_from(choices), max_size=2))
+            if stashes[k] or pops[k] or peeks[k]:
+                needs = needs | {"carry"}
+            function = _RandomLayer(tuple(stashes[k]), tuple(pops[k]), tuple(peeks[k]))
+            layers.append(layer(k, function, needs))
         return layers
 
-    return made()
+    return draw_layers()
 
 
 def schedules(
@@ -350,42 +353,27 @@ def schedules(
     """
     from hypothesis import strategies as st
 
-    devices, stages = 1 + max(stage_to_device), len(stage_to_device)
-    back: Kind = "I" if split else "B"
-
-    def needed(a: Action) -> list[Action]:
-        out = []
-        if a.kind == "F":
-            out += [Action("F", a.stage - 1, a.microbatch)] if a.stage else []
-            out += (
-                [Action("F", a.stage, a.microbatch - 1)]
-                if in_order and a.microbatch
-                else []
-            )
-        elif a.kind == back:
-            out.append(Action("F", a.stage, a.microbatch))
-            out += (
-                [Action(back, a.stage + 1, a.microbatch)]
-                if a.stage < stages - 1
-                else []
-            )
-        else:
-            out.append(Action("I", a.stage, a.microbatch))
-        return out
+    kinds: tuple[Kind, ...] = ("F", "I", "W") if split else ("F", "B")
+    actions = [
+        Action(kind, stage, i)
+        for stage in range(len(stage_to_device))
+        for i in range(microbatches)
+        for kind in kinds
+    ]
+    waits_for = {action: needed_actions(action, set(actions)) for action in actions}
+    if in_order:
+        for action, others in waits_for.items():
+            if action.kind == "F" and action.microbatch:
+                others.append(action._replace(microbatch=action.microbatch - 1))
 
     @st.composite
-    def made(draw: "DrawFn") -> Schedule:
-        rng, done = draw(st.randoms(use_true_random=False)), set[Action]()
-        kinds: tuple[Kind, ...] = ("F", "I", "W") if split else ("F", "B")
-        left = [
-            Action(kind, s, i)
-            for s in range(stages)
-            for i in range(microbatches)
-            for kind in kinds
-        ]
-        rows: list[list[Action]] = [[] for _ in range(devices)]
+    def draw_schedule(draw: "DrawFn") -> Schedule:
+        rng = draw(st.randoms(use_true_random=False))
+        rows: list[list[Action]] = [[] for _ in range(1 + max(stage_to_device))]
+        done = set[Action]()
+        left = list(actions)
         while left:
-            ready = [a for a in left if done.issuperset(needed(a))]
+            ready = [action for action in left if done.issuperset(waits_for[action])]
             chosen = ready[rng.randrange(len(ready))]
             rows[stage_to_device[chosen.stage]].append(chosen)
             left.remove(chosen)
@@ -394,7 +382,7 @@ def schedules(
             actions=tuple(map(tuple, rows)), stage_to_device=tuple(stage_to_device)
         )
 
-    return made()
+    return draw_schedule()
 
 
 def partitions(
@@ -414,7 +402,8 @@ def partitions(
     """
     from hypothesis import strategies as st
 
-    rows, count = _rows(x), len(layers)
+    rows = _rows(x)
+    count = len(layers)
     choice = list(jax.devices() if devices is None else devices)
     modes = [
         "always",
@@ -422,46 +411,36 @@ def partitions(
         "never",
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     ]
+    scan = executor == "scan"
+    chunk_counts = [n for n in range(1, rows + 1) if not scan or rows % n == 0]
+    most_cuts = min(3, count - 1, len(choice) - 1)
     first_microbatch(x, {}, 1)  # an input that cannot be cut is refused here
 
     @st.composite
-    def made(draw: "DrawFn") -> Pipe:
-        cuts = sorted(
-            draw(
-                st.sets(
-                    st.integers(1, count - 1),
-                    max_size=min(3, count - 1, len(choice) - 1),
-                )
-            )
-        )
+    def draw_pipe(draw: "DrawFn") -> Pipe:
+        cuts = sorted(draw(st.sets(st.integers(1, count - 1), max_size=most_cuts)))
         balance = [b - a for a, b in zip([0, *cuts], [*cuts, count], strict=True)]
-        scan = executor == "scan"
-        chunks = draw(
-            st.sampled_from(
-                [n for n in range(1, rows + 1) if not scan or rows % n == 0]
-            )
-        )
-        own = (
-            choice[: len(balance)]
-            if scan
-            else [draw(st.sampled_from(choice)) for _ in balance]
-        )
-        schedule: Any = draw(
-            st.sampled_from(["gpipe", "1f1b", "eager_1f1b", "zb_h1", None])
-        )
+        chunks = draw(st.sampled_from(chunk_counts))
+        if scan:
+            places = choice[: len(balance)]
+        else:
+            places = [draw(st.sampled_from(choice)) for _ in balance]
+        names = ["gpipe", "1f1b", "eager_1f1b", "zb_h1", None]
+        schedule: Any = draw(st.sampled_from(names))
         if schedule is None:
             m = len(pieces(rows, chunks))
-            fixed = draw(schedules(range(len(balance)), m, split=draw(st.booleans())))
+            split = draw(st.booleans())
+            fixed = draw(schedules(range(len(balance)), m, split=split))
             # Construction asks with `chunks`, a call with the number of pieces.
-            schedule = {m: fixed}.get(chunks, "gpipe")
+            schedule = fixed if m == chunks else "gpipe"
         return Pipe(
             layers,
             balance,
-            own,
+            places,
             chunks=chunks,
             checkpoint=draw(st.sampled_from(modes)),
             schedule=schedule,
             executor=executor,
         )
 
-    return made()
+    return draw_pipe()

@@ -279,5 +279,8 @@ def test_random_models_have_skips_states_keys_and_ties():
 
 
 def test_the_assertion_needs_no_hypothesis():
-    code = "import sys; sys.modules['hypothesis'] = None; import fpipe.testing; fpipe.testing.assert_equals_sequential"
+    code = (
+        "import sys; sys.modules['hypothesis'] = None; import fpipe.testing; "
+        "fpipe.testing.assert_equals_sequential"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
