@@ -1,4 +1,12 @@
-"""Which parameters are frozen: they get no gradient."""
+"""Which parameters are frozen: they get no gradient.
+
+Of the parameters `({"w": …, "b": …}, {"w": …})`, all of these say that layer 0 and no
+other is frozen, which is found as `{Leaf(Port("params", 0), 0), …}`:
+
+    lambda path, array: path.startswith("[0]")
+    (True, False)
+    ({"w": True, "b": True}, False)
+"""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -23,7 +31,8 @@ class FrozenLeaves:
     """
 
     def __init__(self, frozen: Frozen | None) -> None:
-        self._frozen, self._found = frozen, Recent(8)
+        self._frozen = frozen
+        self._found = Recent(8)
 
     def of(self, params: tuple[PyTree, ...]) -> frozenset[Leaf]:
         """The frozen arrays.
@@ -39,14 +48,13 @@ class FrozenLeaves:
 
     def _find(self, params: tuple[PyTree, ...]) -> frozenset[Leaf]:
         flags = iter(_flags(self._frozen, params))
-        return frozenset(
-            Leaf(Port("params", k), n)
-            for k, tree in enumerate(params)
-            for n, flag in enumerate(
-                [next(flags) for leaf in jax.tree.leaves(tree) if is_array(leaf)]
-            )
-            if flag
-        )
+        found = set[Leaf]()
+        for layer, tree in enumerate(params):
+            arrays = [leaf for leaf in jax.tree.leaves(tree) if is_array(leaf)]
+            for number in range(len(arrays)):
+                if next(flags):
+                    found.add(Leaf(Port("params", layer), number))
+        return frozenset(found)
 
 
 def spread(frozen: Frozen, tree: PyTree) -> list[Any]:
@@ -64,11 +72,10 @@ def spread(frozen: Frozen, tree: PyTree) -> list[Any]:
             is_array(a) and bool(frozen(jax.tree_util.keystr(path), aval(a)))
             for path, a in named
         ]
-    return jax.tree.leaves(
-        jax.tree.map(
-            lambda flag, part: jax.tree.map(lambda _: flag, part), frozen, tree
-        )
+    flags = jax.tree.map(
+        lambda flag, part: jax.tree.map(lambda _: flag, part), frozen, tree
     )
+    return jax.tree.leaves(flags)
 
 
 def _flags(frozen: Any, trees: tuple[PyTree, ...]) -> list[bool]:
@@ -80,8 +87,8 @@ def _flags(frozen: Any, trees: tuple[PyTree, ...]) -> list[bool]:
             raise
         raise ValueError(
             "`value_and_grad(frozen=...)`: a function of a path and an array, or a "
-            "pytree of bools with one entry per layer "
-            f"that the parameters begin with, got {frozen!r}: {error}"
+            "pytree of bools with one entry per layer that the parameters begin with, "
+            f"got {frozen!r}: {error}"
         ) from None
     wrong = [flag for flag in flags if not isinstance(flag, bool)]
     if wrong:

@@ -1,4 +1,15 @@
-"""Microbatches: how a batch is cut on axis 0 and how outputs are put together again."""
+"""Microbatches: how a batch is cut on axis 0 and how outputs are put together again.
+
+A call with ten rows and `chunks=4` has four microbatches, the last one smaller:
+
+    x                  float32[10,8]      rows 0-2 | 3-5 | 6-8 | 9
+    side: NoChunk      float32[8]         all      | all | all | all
+    y of each          float32[3,2] three times, then float32[1,2]
+    y of the call      float32[10,2]
+
+`cut_inputs` says so as a `Cut`, without cutting anything: `columns == ((3, 3, 3, 1),)`
+and `m == 4`. Its `Split`s then make the pieces, of arrays or of shapes.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -21,7 +32,8 @@ class NoChunk:
         value: an array, or a pytree of arrays. 0-d arrays need it.
 
     Example:
-        >>> x = {"image": jnp.ones((8, 32)), "temperature": fpipe.NoChunk(jnp.float32(0.7))}
+        >>> temperature = fpipe.NoChunk(jnp.float32(0.7))
+        >>> x = {"image": jnp.ones((8, 32)), "temperature": temperature}
     """
 
     value: PyTree
@@ -58,23 +70,16 @@ class Split:
 
     def shape(self, i: int, leaves: Sequence[jax.ShapeDtypeStruct]) -> Shape:
         """The shape of the `i`-th piece, from the shapes of the whole arrays."""
-        return Shape(
-            self.piece,
-            tuple(
-                a
-                if rows is None
-                else jax.ShapeDtypeStruct(
-                    (rows[i], *a.shape[1:]), a.dtype, weak_type=a.weak_type
-                )
-                for a, rows in zip(leaves, self.rows, strict=True)
-            ),
-        )
+        pieces = [
+            a if rows is None else a.update(shape=(rows[i], *a.shape[1:]))
+            for a, rows in zip(leaves, self.rows, strict=True)
+        ]
+        return Shape(self.piece, tuple(pieces))
 
     def tree(self, i: int, tree: PyTree) -> PyTree:
         """The `i`-th piece of a pytree of arrays."""
-        return self.piece.unpack(
-            [self.cut(k, i, a) for k, a in enumerate(pack(tree)[0])]
-        )
+        arrays = [self.cut(k, i, a) for k, a in enumerate(pack(tree)[0])]
+        return self.piece.unpack(arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +150,9 @@ def cut_inputs(inputs: Mapping[str, PyTree], chunks: int) -> Cut:
         if count != counts[first]:
             raise ValueError(
                 f"with chunks={chunks} `{first}` of shape {shapes[first]} gives "
-                f"{counts[first]} pieces, but `{name}` of "
-                f"shape {shapes[name]} gives {count}; give both the same number of "
-                "rows, or wrap one in fpipe.NoChunk"
+                f"{counts[first]} pieces, but `{name}` of shape {shapes[name]} gives "
+                f"{count}; give both the same number of rows, or wrap one in "
+                "fpipe.NoChunk"
             )
     return Cut(splits, m=counts.get(first, 1))
 
@@ -161,14 +166,13 @@ def check_equal_pieces(cut: Cut, chunks: int) -> None:
     for rows in cut.columns:
         if len(set(rows)) > 1:
             total = sum(rows)
-            fit = [n for n in range(1, total + 1) if total % n == 0]
-            near = sorted(sorted(fit, key=lambda n: (abs(n - chunks), n))[:6])
+            divisors = [n for n in range(1, total + 1) if total % n == 0]
+            divisors.sort(key=lambda n: (abs(n - chunks), n))
+            nearest = ", ".join(map(str, sorted(divisors[:6])))
             raise ValueError(
                 f'executor="scan" needs microbatches of equal size, but {total} rows '
-                f"in {chunks} chunks give pieces of "
-                f"{rows[0]} rows and a last one of {rows[-1]}; "
-                f"chunks={', '.join(map(str, near))} would do, or "
-                "pad the batch"
+                f"in {chunks} chunks give pieces of {rows[0]} rows and a last one of "
+                f"{rows[-1]}; chunks={nearest} would do, or pad the batch"
             )
 
 
@@ -196,43 +200,41 @@ def pieces(rows: int, chunks: int) -> tuple[int, ...]:
     return tuple(min(size, rows - start) for start in range(0, rows, size))
 
 
-def check_alike(parts: Sequence[Shape], what: str, stacked: bool) -> None:
+def check_alike(parts: Sequence[Shape], name: str, stacked: bool) -> None:
     """What is put together again has one structure, the same static leaves, and shapes
     that fit.
 
     Arguments:
         parts: the shape of each microbatch's part.
-        what: its name in errors, with the call.
+        name: what it is, in errors, with the call.
         stacked: on a new axis, or concatenated on axis 0.
 
     Raises:
         ValueError: a part that differs from the first.
     """
+
+    def kept(leaf: jax.ShapeDtypeStruct) -> tuple[Any, ...]:
+        """What must be the same: all but the number of rows."""
+        free = 0 if stacked or not leaf.shape else 1
+        return (leaf.shape[free:], leaf.dtype)
+
     first = parts[0]
     for i, part in enumerate(parts[1:], 1):
         if part.spec != first.spec:
             raise ValueError(
-                f"{what} of microbatch {i} is {describe(part.tree)}, that of "
-                f"microbatch 0 {describe(first.tree)}: they are "
-                "put together again, so structure and static leaves must not depend on "
-                "the number of rows"
+                f"{name} of microbatch {i} is {describe(part.tree)}, that of "
+                f"microbatch 0 {describe(first.tree)}: they are put together again, so "
+                "structure and static leaves must not depend on the number of rows"
             )
-        shapes = [
-            [a.shape if stacked or not a.shape else a.shape[1:] for a in p.leaves]
-            for p in (part, first)
-        ]
-        dtypes = [[a.dtype for a in p.leaves] for p in (part, first)]
-        if shapes[0] != shapes[1] or dtypes[0] != dtypes[1]:
-            how = (
-                "aux is stacked over microbatches"
-                if stacked
-                else "they are concatenated on axis 0"
-            )
+        if [kept(a) for a in part.leaves] != [kept(a) for a in first.leaves]:
+            joined = "they are concatenated on axis 0"
+            if stacked:
+                joined = "aux is stacked over microbatches"
             raise ValueError(
-                f"{what} of microbatch {i} has the shapes "
+                f"{name} of microbatch {i} has the shapes "
                 f"{[a.shape for a in part.leaves]}, that of microbatch 0 "
-                f"{[a.shape for a in first.leaves]}; {how}, so reduce what depends on "
-                "the number of rows"
+                f"{[a.shape for a in first.leaves]}; {joined}, so reduce what depends "
+                "on the number of rows"
             )
 
 
@@ -250,28 +252,29 @@ def _is_whole(leaf: Any) -> bool:
 
 
 def _split(
-    tree: PyTree, chunks: int, what: str, shapes: dict[str, tuple[int, ...]]
+    tree: PyTree, chunks: int, root: str, shapes: dict[str, tuple[int, ...]]
 ) -> Split:
-    """Decide how a pytree is cut, and add the shapes of its cut arrays by name to
-    `shapes`.
+    """Decide how a pytree is cut, and add the shapes of its cut arrays to `shapes`.
+
+    Arguments:
+        root: the name of the tree; an array in it is `x['image']`.
     """
     rows: list[tuple[int, ...] | None] = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_whole)[0]:
-        name = what + jax.tree_util.keystr(path)
+        name = root + jax.tree_util.keystr(path)
         if _is_whole(leaf):
             rows += [None for inner in jax.tree.leaves(leaf.value) if is_array(inner)]
         elif is_array(leaf):
             if not leaf.shape:
                 raise ValueError(
                     f"`{name}` is a 0-d array and cannot be cut into microbatches; "
-                    "wrap it in fpipe.NoChunk to send it "
-                    "whole to every microbatch"
+                    "wrap it in fpipe.NoChunk to send it whole to every microbatch"
                 )
             if not leaf.shape[0]:
                 raise ValueError(f"`{name}` has no rows: its shape is {leaf.shape}")
             rows.append(pieces(leaf.shape[0], chunks))
             shapes[name] = leaf.shape
-    inner = jax.tree.map(
+    unwrapped = jax.tree.map(
         lambda leaf: leaf.value if _is_whole(leaf) else leaf, tree, is_leaf=_is_whole
     )
-    return Split(pack(inner)[1], tuple(rows))
+    return Split(pack(unwrapped)[1], tuple(rows))
