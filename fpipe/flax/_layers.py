@@ -8,13 +8,13 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 from flax import linen as nn
 from flax import nnx
 
 from fpipe._core.errors import noting
 from fpipe._core.pytrees import PyTree, eval_shape, shapes_of
 from fpipe._model.layer import Layer, fn, function_name, keyword_needs
+from fpipe._model.needs import stand_ins
 from fpipe.flax._borrow import Borrow, Path, parse_borrow
 from fpipe.flax._function import ModuleOptions
 from fpipe.flax._linen import linen_layer, modules_inside
@@ -352,16 +352,10 @@ def _trace_layer(
         )
 
     def run(
-        key: Any, x: PyTree, borrowed: Mapping[str, PyTree]
+        x: PyTree, borrowed: Mapping[str, PyTree], call_needs: Mapping[str, PyTree]
     ) -> tuple[PyTree, PyTree]:
-        needs: dict[str, Any] = {
-            "carry": {},
-            "side": None,
-            "borrowed": borrowed,
-            "train": False,
-            "key": key,
-        }
-        own = init(key, x, **{n: needs[n] for n in keyword_needs(init)})
+        needs: dict[str, Any] = {**call_needs, "borrowed": borrowed, "carry": {}}
+        own = init(needs["key"], x, **{n: needs[n] for n in keyword_needs(init)})
         if init_state is not None:
             named = keyword_needs(init_state)
             needs["state"] = init_state(x, **{n: needs[n] for n in named})
@@ -370,4 +364,4 @@ def _trace_layer(
 
     borrowed = {name: params[name] for name in layer.borrow}
     with noting(f"in layer {position} {layer.name!r}"):
-        return eval_shape(run, jax.random.key(0), shapes_of(x), borrowed)
+        return eval_shape(run, shapes_of(x), borrowed, stand_ins())

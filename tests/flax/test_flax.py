@@ -327,6 +327,19 @@ def test_in_a_sequential_tuples_and_dicts_are_arguments_as_in_flax():
     )
 
 
+def test_a_sample_goes_through_layers_with_needs_of_the_call():
+    def warm(params, x, *, step, key):
+        return x * step.astype(x.dtype)
+
+    warming = fpipe.Layer(warm, lambda key, x: ())
+    layers = fpipe.flax.layers([nn.Dense(4), warming, nn.BatchNorm()], X)
+    assert [layer.needs for layer in layers] == [
+        (),
+        ("key", "step"),
+        ("state", "train"),
+    ]
+
+
 def test_a_method_may_be_given_by_name_as_a_function_or_bound():
     class Several(nn.Module):
         @nn.compact
