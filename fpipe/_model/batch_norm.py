@@ -291,11 +291,13 @@ def deferred(layers: Sequence[Layer], call: str) -> tuple[Layer, ...]:
     result = []
     for position, layer in enumerate(layers):
         if layer.defer is not None:
-            who = f"the defer of layer {position} {layer.name!r}"
-            with noting(f"in {who}"):
+            with noting(f"in the defer of layer {position} {layer.name!r}"):
                 made = layer.defer()
             if not isinstance(made, Layer):
-                raise TypeError(f"{where}: {who} returns an fpipe.Layer, got {made!r}")
+                raise TypeError(
+                    f"{where}: the defer of layer {position} {layer.name!r} returns an "
+                    f"fpipe.Layer, got {made!r}"
+                )
             # Names, skips and parameters are the layer's own; it may have been isolated
             # or renamed since the hook was made.
             layer = dataclasses.replace(

@@ -45,31 +45,17 @@ class SkipRoute:
 
 
 class Problem(enum.Enum):
-    """What can be wrong with one declaration of a skip, as the line that says so."""
+    """What can be wrong with one declaration of a skip."""
 
-    STASH_AND_READ = "{layer} declares {name!r} both as stash and as {field}; keep one"
-    POP_AND_PEEK = "{layer} declares {name!r} both as pop and as peek; keep one"
-    NEVER_STASHED = "{layer} declares {field}=[{name!r}], but it is never stashed"
-    STASHED_LATER = (
-        "{layer} declares {field}=[{name!r}], but it is stashed only later, by {other}"
-    )
-    STASHED_ELSEWHERE = (
-        "{layer} declares {field}=[{name!r}], but it is stashed only in another "
-        "namespace: isolate both ends with the same one"
-    )
-    POPPED_TWICE = (
-        "{name!r} is popped by {other} and {layer} pops it again; isolate the pairs "
-        "with namespaces, or let all readers but the last one peek"
-    )
-    PEEKED_AFTER_POP = (
-        "{name!r} is popped by {other} and {layer} peeks at it after that; isolate the "
-        "pairs with namespaces, or let all readers but the last one peek"
-    )
-    STASHED_TWICE = (
-        "{name!r} is stashed by {other} and again by {layer}; isolate the pairs with "
-        "namespaces: `layer.isolate(fpipe.Namespace())`"
-    )
-    NEVER_POPPED = "{name!r} is stashed by {layer}, but no later layer pops it"
+    STASH_AND_READ = enum.auto()
+    POP_AND_PEEK = enum.auto()
+    NEVER_STASHED = enum.auto()
+    STASHED_LATER = enum.auto()
+    STASHED_ELSEWHERE = enum.auto()
+    POPPED_TWICE = enum.auto()
+    PEEKED_AFTER_POP = enum.auto()
+    STASHED_TWICE = enum.auto()
+    NEVER_POPPED = enum.auto()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,16 +73,6 @@ class Mismatch:
     field: str
     skip: Skip
     other: int | None = None
-
-    def explain(self, layers: Sequence[Layer]) -> str:
-        """The line of the error."""
-        names = [f"layer {k} {layer.name!r}" for k, layer in enumerate(layers)]
-        return self.problem.value.format(
-            layer=names[self.layer],
-            field=self.field,
-            name=self.skip.name,
-            other="" if self.other is None else names[self.other],
-        )
 
 
 def verify_skippables(layers: Iterable[Any]) -> None:
@@ -173,9 +149,69 @@ def find_skip_routes(layers: Sequence[Layer]) -> dict[Skip, SkipRoute]:
             mismatches.append(Mismatch(Problem.NEVER_POPPED, maker, "stash", skip))
 
     if mismatches:
-        lines = [f"\n  - {mismatch.explain(layers)}" for mismatch in mismatches]
-        raise ValueError("`verify_skippables`: " + "".join(lines))
+        wrong = explain_mismatches(mismatches, layers)
+        raise ValueError(
+            "`verify_skippables`: " + "".join(f"\n  - {line}" for line in wrong)
+        )
     return {skip: SkipRoute(makers[skip], tuple(readers[skip])) for skip in makers}
+
+
+def explain_mismatches(
+    mismatches: Iterable[Mismatch], layers: Sequence[Layer]
+) -> list[str]:
+    """A line for each mismatch: which layers, what is wrong, how to put it right."""
+    titles = [f"layer {k} {layer.name!r}" for k, layer in enumerate(layers)]
+    wrong: list[str] = []
+    for mismatch in mismatches:
+        who = titles[mismatch.layer]
+        other = "" if mismatch.other is None else titles[mismatch.other]
+        name = mismatch.skip.name
+        field = mismatch.field
+        match mismatch.problem:
+            case Problem.STASH_AND_READ:
+                wrong.append(
+                    f"{who} declares {name!r} both as stash and as {field}; keep one"
+                )
+            case Problem.POP_AND_PEEK:
+                wrong.append(
+                    f"{who} declares {name!r} both as pop and as peek; keep one"
+                )
+            case Problem.NEVER_STASHED:
+                wrong.append(
+                    f"{who} declares {field}=[{name!r}], but it is never stashed"
+                )
+            case Problem.STASHED_LATER:
+                wrong.append(
+                    f"{who} declares {field}=[{name!r}], but it is stashed only later, "
+                    f"by {other}"
+                )
+            case Problem.STASHED_ELSEWHERE:
+                wrong.append(
+                    f"{who} declares {field}=[{name!r}], but it is stashed only in "
+                    "another namespace: isolate both ends with the same one"
+                )
+            case Problem.POPPED_TWICE:
+                wrong.append(
+                    f"{name!r} is popped by {other} and {who} pops it again; isolate "
+                    "the pairs with namespaces, or let all readers but the last one "
+                    "peek"
+                )
+            case Problem.PEEKED_AFTER_POP:
+                wrong.append(
+                    f"{name!r} is popped by {other} and {who} peeks at it after that; "
+                    "isolate the pairs with namespaces, or let all readers but the "
+                    "last one peek"
+                )
+            case Problem.STASHED_TWICE:
+                wrong.append(
+                    f"{name!r} is stashed by {other} and again by {who}; isolate the "
+                    "pairs with namespaces: `layer.isolate(fpipe.Namespace())`"
+                )
+            case Problem.NEVER_POPPED:
+                wrong.append(
+                    f"{name!r} is stashed by {who}, but no later layer pops it"
+                )
+    return wrong
 
 
 def skip_of(layer: Layer, name: str) -> Skip:

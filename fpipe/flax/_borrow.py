@@ -40,10 +40,15 @@ class Borrow:
         tree = borrowed[self.layer]
         return find(tree, with_numbers(tree, self.source))
 
-    def __str__(self) -> str:
-        part = repr("/".join(map(str, self.path))) if self.path else "its parameters"
-        owner = "/".join(map(str, (self.layer, *self.source)))
-        return f"borrows {part} from layer {owner!r}"
+    @property
+    def title(self) -> str:
+        """What is borrowed, for errors."""
+        return repr("/".join(map(str, self.path))) if self.path else "its parameters"
+
+    @property
+    def owner(self) -> str:
+        """Layer and source as the user wrote them."""
+        return "/".join(map(str, (self.layer, *self.source)))
 
 
 def parse_borrow(borrow: Mapping[str, str] | None, call: str) -> tuple[Borrow, ...]:
@@ -144,8 +149,8 @@ def check_fit(
         wanted = find(needed, part.path)
         if wanted is None:
             raise ValueError(
-                f"layer {name!r} {part}, but its module has no such parameters, only "
-                f"{describe(needed)}"
+                f"layer {name!r} borrows {part.title} from layer {part.owner!r}, but "
+                f"its module has no such parameters, only {describe(needed)}"
             )
         there = dict(jax.tree_util.tree_leaves_with_path(part.lent(borrowed)))
         fits = all(
@@ -162,8 +167,8 @@ def misfit(
     """The error of borrowed parameters that a module cannot use."""
     return ValueError(
         "; ".join(
-            f"layer {name!r} {part}, but the owner has "
-            f"{describe(part.lent(borrowed))}, which does not fit: {why}"
+            f"layer {name!r} borrows {part.title} from layer {part.owner!r}, but the "
+            f"owner has {describe(part.lent(borrowed))}, which does not fit: {why}"
             for part in parts
         )
     )

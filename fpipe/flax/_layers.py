@@ -270,8 +270,9 @@ def _module_layer(module: Any, options: ModuleOptions) -> Layer:
     for_linen = (options.rngs, options.state)
     if any(given is not None for given in for_linen) or callable(options.method):
         raise TypeError(
-            f"{options.call}: rngs=, state= and a function as method= are for linen "
-            "modules; an NNX module shows its variables itself"
+            f"`fpipe.flax.layer(module)` of layer {options.name!r}: rngs=, state= and "
+            "a function as method= are for linen modules; an NNX module shows its "
+            "variables itself"
         )
     return nnx_layer(module, options)
 
