@@ -3,16 +3,18 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fpipe.schedules._generators import (
+from fpipe.schedules._generators.looped import (
     eager_1f1b,
     forward_only,
     gpipe,
     interleaved_1f1b,
     looped_bfs,
     one_f_one_b,
+    zb_h1,
+    zb_h2,
 )
+from fpipe.schedules._generators.v_shaped import dualpipe_v, v_half, v_min, zb_v
 from fpipe.schedules._schedule import Schedule
-from fpipe.schedules._zero_bubble import dualpipe_v, v_half, v_min, zb_h1, zb_h2, zb_v
 
 
 class Named(NamedTuple):

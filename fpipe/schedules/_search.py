@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 
 from fpipe.schedules._action import KINDS, Action
 from fpipe.schedules._costs import Costs
-from fpipe.schedules._generators import looped_map
+from fpipe.schedules._generators.sizes import looped_stages as looped_map
+from fpipe.schedules._generators.sizes import v_shaped_stages as v_map
 from fpipe.schedules._improve import anneal, cheaper, promise, toggle
 from fpipe.schedules._names import NAMES, named
 from fpipe.schedules._numbering import B, F, I, Rows, W
 from fpipe.schedules._problem import ROUNDING, Found, Problem, best_first
 from fpipe.schedules._schedule import Schedule
-from fpipe.schedules._zero_bubble import v_map
 
 
 def zero_bubble(
