@@ -25,7 +25,7 @@ from fpipe.schedules._recording import ProgramRun as ProgramRun
 from fpipe.schedules._recording import Recording as Recording
 from fpipe.schedules._recording import Transfer as Transfer
 from fpipe.schedules._schedule import Schedule as Schedule
-from fpipe.schedules._search import zero_bubble as zero_bubble
+from fpipe.schedules._search.zero_bubble import zero_bubble as zero_bubble
 from fpipe.schedules._simulate import simulate as simulate
 from fpipe.schedules._svg import svg as svg
 from fpipe.schedules._timeline import Event as Event

@@ -10,8 +10,9 @@ import random
 import pytest
 
 from fpipe import schedules
-from fpipe.schedules import NAMES, Costs, _search, named, simulate, zb_h1, zero_bubble
-from fpipe.schedules._problem import Problem
+from fpipe.schedules import NAMES, Costs, named, simulate, zb_h1, zero_bubble
+from fpipe.schedules._search import zero_bubble as search
+from fpipe.schedules._search.problem import Problem
 
 UNEVEN = [1.0, 1.7, 1.1, 1.4, 1.2, 0.9, 1.3, 1.6]
 COSTS = {
@@ -47,7 +48,7 @@ def keeps(timeline, limit):
 
 
 def bound(devices, m, costs, stage_to_device):
-    return Problem(devices, m, stage_to_device, costs, None).bound()
+    return Problem.of(devices, m, stage_to_device, costs, None).bound()
 
 
 @pytest.mark.parametrize("name", COSTS)
@@ -74,8 +75,8 @@ def test_never_worse_and_within_the_limit(name, devices, m, share):
 
 def test_the_fixed_ones_take_part(monkeypatch):
     """With all else switched off one of them is the result."""
-    monkeypatch.setattr(_search, "_grid", lambda p: [])
-    monkeypatch.setattr(_search, "anneal", lambda p, found, bound, seed: found)
+    monkeypatch.setattr(search, "_grid", lambda problem: [])
+    monkeypatch.setattr(search, "anneal", lambda problem, found, bound, seed: found)
     assert zero_bubble(4, 8, memory=4).actions == zb_h1(4, 8).actions
     costs = Costs(B=1.0)
     assert (
@@ -106,7 +107,7 @@ def test_several_stages_on_a_device(placement, virtual, name, memory):
     )
     # As little as one microbatch alone holds, where a scheduler that admits too early
     # is stuck.
-    whole = Problem(devices, m, stage_to_device, costs, None).whole
+    whole = Problem.of(devices, m, stage_to_device, costs, None).one_microbatch
     limit = None if memory is None else max(whole) * memory
     schedule = zero_bubble(
         devices, m, costs, memory=limit, placement=placement, virtual=virtual or 1
@@ -227,19 +228,19 @@ def test_the_optimum_where_all_can_be_tried(devices, seeds):
             memory_w=0.3,
         )
         limit = max(costs.memory) * rng.choice((1.0, 1.5, 2.0))  # pyright: ignore
-        problem = Problem(devices, m, stage_to_device, costs, limit)
+        problem = Problem.of(devices, m, stage_to_device, costs, limit)
         fit = [
-            [r for r in rows if problem.peak(r) <= problem.slack[d]]
+            [row for row in rows if problem.fits(d, row)]
             for d, rows in enumerate(every)
         ]
         best = math.inf
         for rows in itertools.product(*fit):
-            need = problem.needs(list(rows))
-            times = problem.run(list(rows), need)
-            best = min(best, max(times[1]) if times else math.inf)
-        assert size == problem.size
+            crossing = problem.numbering.crossing_needs(list(rows))
+            played = problem.play(list(rows), crossing)
+            best = min(best, max(played.ends) if played else math.inf)
+        assert size == problem.numbering.size
         found = simulate(
-            zero_bubble(devices, m, costs, memory=problem.limit), costs
+            zero_bubble(devices, m, costs, memory=problem.limits), costs
         ).makespan
         assert problem.bound() <= best * (1 + 1e-9)
         assert found == pytest.approx(best)
@@ -248,15 +249,14 @@ def test_the_optimum_where_all_can_be_tried(devices, seeds):
 def test_the_run_of_the_search_is_that_of_simulate():
     costs = Costs(F=UNEVEN[:4], B=1.9, I=1.2, W=0.8, transfer=0.1, memory_w=0.5)
     for schedule in fixed(4, 6, (0, 1, 2, 3)):
-        problem = Problem(4, 6, schedule.stage_to_device, costs, None)
+        problem = Problem.of(4, 6, schedule.stage_to_device, costs, None)
         rows = [
             [("FBIW".index(k) * 4 + s) * 6 + i for k, s, i in row]
             for row in schedule.actions
         ]
-        times = problem.run(rows, problem.needs(rows))
-        assert times is not None
+        assert rows == problem.numbering.rows(schedule)
         timeline = simulate(schedule, costs)
-        assert max(times[1]) == timeline.makespan
+        assert problem.judge(rows).makespan == timeline.makespan
         assert [problem.peak(row) for row in rows] == pytest.approx(
             list(timeline.peak_memory)
         )

@@ -1,0 +1,186 @@
+"""A schedule made for given costs and a memory limit.
+
+After the automatic scheduling of Zero Bubble (Qi et al., arXiv 2401.10241), with the
+limit as the knob of Controllable Memory (arXiv 2405.15362). As there: a list scheduler
+with a few parameters, tried over a grid. It departs in three things: the parameters are
+the slope of the warm-up and how soon a `W` is due, so that the fixed schedules lie near
+the grid; the fixed schedules take part, so that the result is never worse; and a local
+search on the critical path has the last word, as in job-shop scheduling (Nowicki and
+Smutnicki), where a `W` is what moves most freely.
+
+Everything is decided by counts, never by the clock: the same call gives the same
+schedule.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from fpipe.schedules._costs import Costs
+from fpipe.schedules._generators.sizes import looped_stages, v_shaped_stages
+from fpipe.schedules._names import NAMES, named
+from fpipe.schedules._schedule import Schedule
+from fpipe.schedules._search.improve import anneal, promise, toggle
+from fpipe.schedules._search.list_scheduler import list_schedule
+from fpipe.schedules._search.problem import (
+    ROUNDING,
+    Found,
+    Policy,
+    Problem,
+    best_first,
+)
+
+
+def zero_bubble(
+    devices: int,
+    microbatches: int,
+    costs: Costs | None = None,
+    *,
+    memory: float | Sequence[float] | None = None,
+    placement: str | Sequence[int] = "one",
+    virtual: int = 2,
+) -> Schedule:
+    """The best schedule found for these costs, within a memory limit on each device.
+
+    Never later than any schedule of `NAMES` with the same map that keeps the limit,
+    under `simulate` with the same costs; of equal ones the one that holds least. `I`
+    and `W` are split where that pays. With equal costs and no limit, idle time is
+    `(D-1)F` for one stage per device, all of it the fill. Seconds for 16 devices and 64
+    microbatches.
+
+    Arguments:
+        devices: `D`.
+        microbatches: `m`.
+        costs: what the actions take and hold; default `Costs()`.
+        memory: the most a device may hold, in the unit of `costs.memory`: one number,
+            or one per device; left out, there is no limit.
+        placement: `"one"` (stage `s` on device `s`), `"v"` (device `d` holds stages `d`
+            and `2D-1-d`), `"looped"` (stage `s` on device `s % D`), or the device of
+            each stage.
+        virtual: `v`, the stages per device of `"looped"`.
+
+    Returns:
+        The `Schedule`, named `zero_bubble`.
+
+    Raises:
+        TypeError: something of the wrong type.
+        ValueError: sizes that make no sense, or a limit under what one microbatch alone
+            needs; the message says how much that is.
+
+    Example:
+        `fpipe.Pipe(..., schedule=functools.partial(zero_bubble, costs=costs,
+        memory=6))`
+    """
+    sizes = {"devices": devices, "microbatches": microbatches, "virtual": virtual}
+    for name, value in sizes.items():
+        if type(value) is not int:
+            raise TypeError(f"`zero_bubble({name}={value!r})`: an int")
+        if value < 1:
+            raise ValueError(f"`zero_bubble({name}={value!r})`: at least 1")
+    stage_to_device = _read_placement(devices, placement, virtual)
+    problem = Problem.of(
+        devices, microbatches, stage_to_device, costs or Costs(), memory
+    )
+    found = best_first([*_fixed(problem), *_grid(problem)])
+    bound = problem.bound() * ROUNDING
+    if found[0].makespan > bound:
+        for seed, finalist in enumerate(_finalists(problem, found)):
+            toggled = toggle(problem, finalist)
+            found.append(anneal(problem, toggled, bound, seed))
+    best = best_first(found)[0]
+    rows = [[problem.numbering.action(number) for number in row] for row in best.rows]
+    return Schedule(rows, stage_to_device, name="zero_bubble")
+
+
+def _read_placement(devices: int, placement: Any, virtual: int) -> tuple[int, ...]:
+    """The device of each stage."""
+    known = {
+        "one": looped_stages(devices, virtual=1),
+        "v": v_shaped_stages(devices),
+        "looped": looped_stages(devices, virtual),
+    }
+    call = f"`zero_bubble(placement={placement!r})`"
+    choices = f"{', '.join(map(repr, known))}, or the device of each stage"
+    if isinstance(placement, str):
+        if placement not in known:
+            raise ValueError(f"{call}: {choices}")
+        return tuple(known[placement])
+    if not isinstance(placement, Iterable):
+        raise TypeError(f"{call}: {choices}")
+    stage_to_device = tuple(placement)
+    if any(type(device) is not int for device in stage_to_device):
+        raise TypeError(f"{call}: {choices}")
+    if set(stage_to_device) != set(range(devices)):
+        raise ValueError(
+            f"{call}: each of the devices 0 to {devices - 1} has a stage, and there "
+            "are no others"
+        )
+    return stage_to_device
+
+
+def _fixed(problem: Problem) -> Iterator[Found]:
+    """The schedules with a name that have this placement and these sizes, and fit."""
+    virtual = len(problem.stages_of[0])
+    for name in NAMES:
+        try:
+            schedule = named(
+                name, problem.devices, problem.numbering.microbatches, virtual
+            )
+        except ValueError:  # sizes that it cannot have
+            continue
+        if not schedule.backwards:
+            continue
+        if schedule.stage_to_device != problem.stage_to_device:
+            continue
+        rows = problem.numbering.rows(schedule)
+        if problem.all_fit(rows):
+            yield problem.judge(rows)
+
+
+def _grid(problem: Problem) -> list[Found]:
+    """The list scheduler over its policies; the best of them again with less memory."""
+    # `slope` and `groups`, which give the order of the forwards and backwards.
+    orders = [(slope, False) for slope in (0.0, 0.5, 1.0, 1.25, 1.5, 2.0, 2.5)]
+    if len(problem.stage_to_device) > problem.devices:
+        orders += [(2.0, True), (2.5, True)]
+    patiences = (0.0, 0.5)
+    limited = min(problem.limits) < math.inf
+    dues = (False, True) if limited else (False,)
+    policies: list[Policy] = []
+    for (slope, groups), patience in itertools.product(orders, patiences):
+        policies.append(
+            Policy(slope, patience=patience, groups=groups, split=False),
+        )
+    for (slope, groups), fill, patience, due in itertools.product(
+        orders, (0.0, 0.5, 1.0), patiences, dues
+    ):
+        policies.append(Policy(slope, fill, patience, due, groups))
+    found = _try_all(problem, policies)
+    best = [one.policy for one in best_first(found)[:8] if one.policy]
+    with_less = [
+        policy._replace(share=share, due=True)
+        for policy in best
+        for share in (0.9, 0.75, 0.6, 0.5, 0.35)
+    ]
+    return found + _try_all(problem, with_less)
+
+
+def _try_all(problem: Problem, policies: Iterable[Policy]) -> list[Found]:
+    found: list[Found] = []
+    for policy in policies:
+        rows = list_schedule(problem, policy)
+        if rows is not None:
+            found.append(problem.judge(rows, policy))
+    return found
+
+
+def _finalists(problem: Problem, found: list[Found]) -> list[Found]:
+    """Those that are worth improving, the best first."""
+    if all(stage.gain <= 0.0 for stage in problem.costs):
+        return found[:3]
+    # Where a whole backward is cheaper, the best may be one that has yet to be fused,
+    # or one that was never split.
+    promising = sorted(found, key=lambda one: promise(problem, one))
+    whole = [one for one in found if one.policy and not one.policy.split]
+    return [found[0], *promising[:2], *whole[:1]]
