@@ -636,15 +636,8 @@ class Pipe(Call):
             result = f(*args, **kwargs)
         return result, timeline
 
-    @property
-    def _placed(self) -> Placed:
-        assert isinstance(self._executor, Placed)
-        return self._executor
-
-    @property
-    def _scan(self) -> Scan:
-        assert isinstance(self._executor, Scan)
-        return self._executor
+    def _recording_owner(self) -> Any:
+        return self._executor.owner
 
     def _param_shapes(self, params: Any) -> tuple[PyTree, ...]:
         return self._executor.param_shapes(params)

@@ -18,12 +18,26 @@ import pytest
 import fpipe
 from fpipe._executors.placed import dispatch, threads
 from fpipe._executors.placed.compile import compile_plan
+from fpipe._executors.placed.executor import Placed
 from fpipe._executors.placed.instructions import Run
+from fpipe._executors.scan.executor import Scan
 
 WIDTH = 4
 
 HANG = 600
 """Seconds that only something that hangs takes, however busy the machine is."""
+
+
+def placed_executor(pipe: fpipe.Pipe) -> Placed:
+    """The placed executor of a pipe, for tests of its own room."""
+    assert isinstance(pipe._executor, Placed)
+    return pipe._executor
+
+
+def scan_executor(pipe: fpipe.Pipe) -> Scan:
+    """The scan executor of a pipe, for tests of its own room."""
+    assert isinstance(pipe._executor, Scan)
+    return pipe._executor
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -359,7 +373,7 @@ def products(
     x = jnp.ones((2 * chunks, width))
     params = pipe.init(jax.random.key(0), x)
     pipe.compile(params, x, loss_fn=lambda y: jnp.mean(y**2), argnums=wrt)
-    bound = pipe._placed._plans.values()[0]
+    bound = placed_executor(pipe)._plans.values()[0]
     counts: Counter[tuple[str, int]] = Counter()
     for n, program in compile_plan(bound.plan, bound.shapes).items():
         item = bound.plan.instructions[n]

@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import fpipe
 from fpipe import schedules
 from fpipe._executors.placed import dispatch
+from fpipe._executors.placed.executor import Placed
 from fpipe._executors.placed.instructions import Run
 
 DEVICES = 4
@@ -241,7 +242,8 @@ def memory_table(m: int) -> None:
         jax.block_until_ready(step(params, x))
         peak = [0] * DEVICES
 
-        plan = pipe._placed._plans.values()[0].plan
+        assert isinstance(pipe._executor, Placed)
+        plan = pipe._executor._plans.values()[0].plan
 
         issue = dispatch.issue
 

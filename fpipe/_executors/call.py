@@ -83,6 +83,10 @@ class Call(abc.ABC):
         """Parameters, placed, as the layers know them; shapes will do."""
         return tuple(params)
 
+    def _recording_owner(self) -> Any:
+        """What tells its calls from others in a recording; `None`: none is made."""
+        return None
+
     def _checked(self, args: Args) -> Args:
         """The arguments, or an error that says which is wrong."""
         check_params(self.model, args.params, "a call's params")

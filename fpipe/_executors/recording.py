@@ -18,6 +18,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
+from fpipe._executors.call import Call
 from fpipe.schedules import Action, Event, Recording, Schedule
 from fpipe.schedules._rules import needs
 
@@ -100,7 +101,8 @@ def record(pipe: Any) -> Iterator[Recording]:
         >>> sorted(event.action.name for event in timeline.events)
         ['stage0 F mb0', 'stage0 F mb1', 'stage1 F mb0', 'stage1 F mb1']
     """
-    owner = getattr(getattr(pipe, "_executor", None), "owner", None)
+    front: Any = pipe  # what has an owner has devices too
+    owner = front._recording_owner() if isinstance(front, Call) else None
     if owner is None:
         raise TypeError(f"`fpipe.record({pipe!r})`: a Pipe is needed")
     recorder = Recorder(owner)

@@ -17,7 +17,16 @@ import fpipe._executors.anomaly
 from fpipe._executors.faults import FORWARD, Explainer, ForwardPart
 from fpipe._executors.placed.compile import compile_plan
 from fpipe._executors.placed.instructions import Run
-from tests.helpers import WIDTH, add, dense, keep, models, noise, scale_init
+from tests.helpers import (
+    WIDTH,
+    add,
+    dense,
+    keep,
+    models,
+    noise,
+    placed_executor,
+    scale_init,
+)
 
 CALL = r"^`Pipe\(detect_anomaly=True\)`: "
 ROWS, CHUNKS, ROW, BAD = 8, 4, 5, 2  # row 5 is in microbatch 2
@@ -281,7 +290,9 @@ def test_off_is_as_if_it_were_not_there(monkeypatch):
         for executor in ("scan", "placed")
     )
     assert "is_finite" not in traced(scan)
-    assert all(stage.model is placed.model for stage in placed._placed.layout.stages)
+    assert all(
+        stage.model is placed.model for stage in placed_executor(placed).layout.stages
+    )
     assert fpipe.sequential(LAYERS).detector is None
     placed.raise_anomaly()
 
@@ -296,7 +307,7 @@ def test_programs_do_no_more_products_and_are_shared():
             [dense()] * 4, chunks=2, checkpoint="never", detect_anomaly=detect
         )
         pipe.compile(pipe.init(jax.random.key(0), x), x, x, loss_fn=loss_fn)
-        (bound,) = pipe._placed._plans.values()
+        (bound,) = placed_executor(pipe)._plans.values()
         for n, program in compile_plan(bound.plan, bound.shapes).items():
             item = bound.plan.instructions[n]
             if isinstance(item, Run) and item.action:

@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 
 import fpipe
-from tests.helpers import Case, cast_weights, dense, models, mse, noise, observing
+from tests.helpers import (
+    Case,
+    cast_weights,
+    dense,
+    models,
+    mse,
+    noise,
+    observing,
+    placed_executor,
+)
 
 W = 16
 
@@ -297,7 +306,7 @@ def test_only_sums_are_donated():
 
     def watch(item, slots):
         del item
-        plan = pipe._placed._plans.values()[0].plan
+        plan = placed_executor(pipe)._plans.values()[0].plan
         seen.update(
             {n: (plan.slots[n].name, a) for n, a in enumerate(slots) if a is not None}
         )

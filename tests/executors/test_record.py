@@ -35,6 +35,7 @@ from tests.helpers import (
     models,
     mse,
     observing,
+    placed_executor,
     raises,
 )
 
@@ -254,7 +255,7 @@ def test_what_is_donated_is_recorded_too_and_results_are_the_same(
     step, params = pipe.value_and_grad(mse), pipe.place(case.params())
     with fpipe.record(pipe) as timeline:
         got = step(params, case.x, case.target, **case.needs)
-    (bound,) = pipe._placed._plans.values()
+    (bound,) = placed_executor(pipe)._plans.values()
     marks = [way for way in bound.probes.values() if way.mark is not None]
     assert len(marks) >= 3
     assert {e.action for e in timeline.events} == {
@@ -448,7 +449,7 @@ def test_an_exception_on_a_device_says_where(monkeypatch):
             raise BoomError("on the device")
 
     def broken(self, seen):
-        plan = pipe._placed._plans.values()[0].plan
+        plan = placed_executor(pipe)._plans.values()[0].plan
         action = getattr(plan.instructions[seen.number], "action", None)
         wait(self, seen._replace(array=Bad()) if action == ("F", 1, 1) else seen)
 
@@ -611,7 +612,7 @@ def test_what_is_seen_late_is_put_right():
     """
     pipe, params, x = small(schedule="gpipe")
     pipe(params, x)
-    (bound,) = pipe._placed._plans.values()
+    (bound,) = placed_executor(pipe)._plans.values()
     plan = bound.plan
     of = {
         item.action: n

@@ -28,6 +28,7 @@ from tests.helpers import (
     noise,
     observing,
     owner,
+    placed_executor,
     raises,
 )
 
@@ -255,7 +256,7 @@ def test_another_scale_compiles_nothing():
     run = pipe.value_and_grad(lambda y: jnp.mean(y))
     for scale in (2.0, 4.0, jnp.float32(8)):
         run(params, x, loss_scale=scale)
-    assert len(pipe._placed._plans.values()) == 1
+    assert len(placed_executor(pipe)._plans.values()) == 1
 
 
 # --- sums over calls ---

@@ -16,7 +16,16 @@ import numpy as np
 import pytest
 
 import fpipe
-from tests.helpers import add, assert_same, dense, keep, look, mse, noise, raises
+from tests.helpers import (
+    add,
+    assert_same,
+    dense,
+    keep,
+    look,
+    mse,
+    noise,
+    raises,
+)
 
 # What a type checker would refuse is tested here.
 untyped: Any = lambda value: value  # noqa: E731
@@ -634,7 +643,7 @@ import fpipe
 from tests.model.test_skips import uses
 pipe = fpipe.Pipe(uses((1, 0, 2)), [1, 2, 3], chunks=2)
 print(pipe.model.routes)
-for stage in pipe._placed.layout.stages:
+for stage in placed_executor(pipe).layout.stages:
     print(stage.skips_in, stage.skips_out)
 """
 

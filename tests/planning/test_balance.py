@@ -32,6 +32,7 @@ from tests.helpers import (
     mse,
     noise,
     observing,
+    placed_executor,
     raises,
 )
 
@@ -633,7 +634,7 @@ def held(pipe, step):
     action.
     """
     step()
-    plan = pipe._placed._plans.values()[0].plan
+    plan = placed_executor(pipe)._plans.values()[0].plan
     names = [str(device) for device in pipe.devices]
     outside = ("key", "side", "targets", "loss", "index", "number")
     moments = []

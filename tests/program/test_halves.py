@@ -21,6 +21,7 @@ from tests.helpers import (
     mse,
     noise,
     observing,
+    placed_executor,
     products,
 )
 
@@ -56,7 +57,7 @@ def chain(count):
 
 
 def plan_of(pipe):
-    return pipe._placed._plans.values()[0].plan
+    return placed_executor(pipe)._plans.values()[0].plan
 
 
 @pytest.mark.quick

@@ -27,7 +27,16 @@ from tests.executors.placed.test_plan import STAGES, bare, by_device, widening
 from tests.executors.test_memory import counting
 from tests.front.test_calls import BoomError, Trigger, notes, wait
 from tests.front.test_equal import check
-from tests.helpers import Case, assert_same, dense, models, mse, observing, raises
+from tests.helpers import (
+    Case,
+    assert_same,
+    dense,
+    models,
+    mse,
+    observing,
+    placed_executor,
+    raises,
+)
 
 M = 4
 NUMBERED = jnp.arange(M, dtype=jnp.float32)[:, None] + jnp.zeros(
@@ -53,7 +62,7 @@ def threads():
 
 
 def threaded(pipe):
-    (bound,) = pipe._placed._plans.values()
+    (bound,) = placed_executor(pipe)._plans.values()
     return bound.threaded
 
 
@@ -95,7 +104,7 @@ def test_threads_compute_what_the_plain_composition_computes(
     layers = models()[model]
     pipe = in_threads(layers, balance, schedule, checkpoint)
     check(Case(layers, 3), pipe, loss)
-    assert {bound.threaded for bound in pipe._placed._plans.values()} == {True}
+    assert {bound.threaded for bound in placed_executor(pipe)._plans.values()} == {True}
 
 
 @pytest.mark.parametrize("loss", ["inside", "outside"])
@@ -113,7 +122,7 @@ def test_one_microbatch_one_stage_and_repeated_devices(balance, chunks, devices,
         devices=[jax.devices()[d] for d in devices],
     )
     check(Case(layers, chunks), pipe, loss)
-    assert {bound.threaded for bound in pipe._placed._plans.values()} == {
+    assert {bound.threaded for bound in placed_executor(pipe)._plans.values()} == {
         len(set(devices)) > 1
     }
 
@@ -146,7 +155,7 @@ def test_a_plan_is_divided_as_it_is_drawn_in_the_module():
     x = jnp.ones((8, 3))
     pipe, params = bare(x)
     pipe(params, x)
-    plan = pipe._placed._plans.values()[0].plan
+    plan = placed_executor(pipe)._plans.values()[0].plan
     shares = divide(plan, Half.WHOLE, True, {})
     made, moved, left = (plan.slots[item.outs[0]] for item in plan.instructions[::2])
     w0, w1, x0 = plan.slots[:3]
@@ -281,7 +290,7 @@ def test_callbacks_compute_what_the_plain_composition_computes():
         for run, p in ((pipe, placed), (want, params))
     ]
     assert_same(*grads)
-    assert {bound.threaded for bound in pipe._placed._plans.values()} == {True}
+    assert {bound.threaded for bound in placed_executor(pipe)._plans.values()} == {True}
 
 
 def identity(x):
@@ -535,7 +544,7 @@ def test_each_device_holds_no_more_inputs_than_the_schedule_and_those_on_their_w
     params = pipe.init(jax.random.key(0), x)
     step = pipe.value_and_grad(lambda y: jnp.mean(y**2))
     jax.block_until_ready(step(params, x))
-    plan, peak = pipe._placed._plans.values()[0].plan, [0] * STAGES
+    plan, peak = placed_executor(pipe)._plans.values()[0].plan, [0] * STAGES
     names = [str(device) for device in pipe.devices]
 
     def count(item, slots):
@@ -570,7 +579,7 @@ def test_the_matmul_precision_of_the_calling_thread_is_kept():
         got = pipe.value_and_grad(mse)(params, case.x, case.target)
     texts = {
         str(jax.make_jaxpr(item.call)(*args))
-        for bound in pipe._placed._plans.values()
+        for bound in placed_executor(pipe)._plans.values()
         for item, args in runs(bound)
         if item.action is not None
     }

@@ -17,7 +17,16 @@ from fpipe._executors.scan import feeds
 from fpipe._executors.scan.feeds import LARGE, feed_steps, is_large, share
 from fpipe.schedules import Action, Kind, Schedule
 from tests.executors.scan.poison import poison
-from tests.helpers import WIDTH, Case, assert_same, dense, models, mse, noise
+from tests.helpers import (
+    WIDTH,
+    Case,
+    assert_same,
+    dense,
+    models,
+    mse,
+    noise,
+    scan_executor,
+)
 
 
 def brought(order, microbatches, devices, reader):
@@ -80,7 +89,7 @@ def pipe_of(layers, balance, chunks, **options):
 
 
 def machine_of(pipe):
-    return pipe._scan._steps.values()[-1].machine
+    return scan_executor(pipe)._steps.values()[-1].machine
 
 
 # A model, the devices, the schedule, the checkpoint mode and the number of
@@ -224,7 +233,7 @@ def test_each_device_holds_its_share(monkeypatch):
             monkeypatch.setattr(feeds, "LARGE", large)
             pipe = pipe_of(layers, (1, 1, 1, 1), m, schedule="eager_1f1b")
             params = pipe.init(jax.random.key(0), x)
-            (laid,) = pipe._scan.bring([np.asarray(x)])
+            (laid,) = scan_executor(pipe).bring([np.asarray(x)])
             assert {s.data.nbytes for s in laid.addressable_shards} == {
                 x.nbytes // 4 if large == 0 else x.nbytes
             }

@@ -6,7 +6,10 @@ import jax.numpy as jnp
 import fpipe
 from fpipe._executors.scan import machine as machine_module
 from fpipe._executors.scan.machine import LocalPool, SavedPool, WireName
-from tests.helpers import dense
+from tests.helpers import (
+    dense,
+    scan_executor,
+)
 
 
 def machine_of(schedule):
@@ -22,7 +25,7 @@ def machine_of(schedule):
     x = jnp.ones((6, 4))
     params = pipe.init(jax.random.key(0), x)
     pipe.compile(params, x, loss_fn=lambda y: jnp.mean(y**2))
-    return pipe._scan._steps.values()[-1].machine
+    return scan_executor(pipe)._steps.values()[-1].machine
 
 
 def drawn(machine, device):

@@ -34,6 +34,7 @@ from tests.helpers import (
     noise,
     owner,
     raises,
+    scan_executor,
 )
 
 
@@ -115,7 +116,7 @@ def collectives(lines):
 
 
 def ops_of(pipe):
-    machine = pipe._scan._steps.values()[-1].machine
+    machine = scan_executor(pipe)._steps.values()[-1].machine
     return [
         [entry.op for entry in phase.ops]
         for segment in machine.segments
@@ -299,7 +300,7 @@ def test_a_u_net_of_convolutions():
     params = ref.init(jax.random.key(0), x)
     value, grads = pipe.value_and_grad(mse)(pipe.place(params), x, x)
     assert_same((value, pipe.gather(grads)), ref.value_and_grad(mse)(params, x, x))
-    wires = pipe._scan._steps.values()[-1].machine.wires
+    wires = scan_executor(pipe)._steps.values()[-1].machine.wires
     assert sorted(
         wire.pairs for name, wire in wires.items() if name.direction == "forward"
     ) == [
@@ -364,7 +365,7 @@ def test_one_trace_for_many_calls():
     run = pipe.value_and_grad(count)
     for _ in range(3):
         run(placed, case.x, case.target)
-    assert len(pipe._scan._steps.values()) == 1
+    assert len(scan_executor(pipe)._steps.values()) == 1
 
 
 def test_shapes_alone():
@@ -567,7 +568,8 @@ def test_buffers_are_updated_in_place(checkpoint):
         if re.search(rf"= {weights}\S* (copy|dynamic-slice)\(", line)
     ]
     slots = {
-        pool.slots for pool in pipe._scan._steps.values()[-1].machine.pools.values()
+        pool.slots
+        for pool in scan_executor(pipe)._steps.values()[-1].machine.pools.values()
     }
     pools = "|".join(rf"f32\[{n},{rows},{width}\]" for n in slots)
     assert any(re.search(pools, line) for line in body)
@@ -637,7 +639,7 @@ def test_skips_wait_in_as_many_slots_as_the_schedule_needs():
     pipe = pipe_of(layers, chunks=8, schedule="eager_1f1b", checkpoint="never")
     x = jnp.ones((8, WIDTH))
     pipe.compile(pipe.init(jax.random.key(0), x), x, loss_fn=lambda y: jnp.mean(y**2))
-    machine = pipe._scan._steps.values()[-1].machine
+    machine = scan_executor(pipe)._steps.values()[-1].machine
     forward = {
         name: wire.pairs
         for name, wire in machine.wires.items()
