@@ -199,11 +199,12 @@ class Call(abc.ABC):
             needs = call_needs(side=side, key=key, train=train, step=step)
             args = self._checked(Args(params, x, targets, needs, state))
             check_argnums(argnums, numbers, args)
-            args, own = scaled(
-                args._replace(frozen=which.of(self._param_shapes(args.params))),
-                loss,
-                loss_scale,
-            )
+            if frozen is not None:
+                # Not otherwise: to look at the shapes of all parameters takes as long
+                # as all else that a call does before it dispatches.
+                shapes = self._param_shapes(args.params)
+                args = args._replace(frozen=which.of(shapes))
+            args, own = scaled(args, loss, loss_scale)
             result = self._loss(args, own, numbers)
             new = result.gradients[0] if isinstance(argnums, int) else result.gradients
             result = result._replace(loss=finished(result.loss, loss_scale, None, ""))
