@@ -1,5 +1,18 @@
-"""`PlanData` of the placed executor: read off a plan that is ready to run."""
+"""`PlanData` of the placed executor: read off a plan that is ready to run.
 
+Of the plan of two stages in `instructions.py`, with parameters of 36 bytes, and inputs
+and outputs of 96 bytes:
+
+    work             (F, 0), (F, 1), (B, 1), (B, 0): the code of each, and its program
+
+    device           parameters  inputs  boundaries  residuals  gradients  at
+    0 (cpu:0)        36          96      192         0          36         B(0,0)
+    1 (cpu:1)        36          0       192         96         36         B(1,0)
+
+The second device has freed the targets by then.
+"""
+
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,19 +89,18 @@ def _memory(bound: Bound, args: Args, compiled: bool) -> tuple[DeviceMemory, ...
         return 0 if analysis is None else analysis.temp_size_in_bytes
 
     found = peaks(plan, bound.shapes, kept_slots(bound, args), temporary)
-    device_of = dict[Placement, int]()
+    # A placement may be several devices of the schedule; it is named by the first.
+    device_of: dict[Placement, int] = {}
     stage_to_device = plan.schedule.stage_to_device
     for place, device in zip(layout.placements, stage_to_device, strict=True):
         device_of[place] = min(device, device_of.get(place, device))
+    owned_by: dict[Placement, int] = defaultdict(int)
+    for feed in plan.feeds:
+        if feed.leaf.port.kind == "params":
+            owned_by[plan.slots[feed.slot].placement] += nbytes(bound.shapes[feed.slot])
     rows = []
     for place, device in device_of.items():
         peak = found[place]
-        owned = sum(
-            nbytes(bound.shapes[feed.slot])
-            for feed in plan.feeds
-            if feed.leaf.port.kind == "params"
-            and plan.slots[feed.slot].placement == place
-        )
         roles = dict(peak.roles)
         roles["inputs"] = roles.get("inputs", 0) + _unread(bound, args, place)
         rows.append(
@@ -96,7 +108,7 @@ def _memory(bound: Bound, args: Args, compiled: bool) -> tuple[DeviceMemory, ...
                 device=device,
                 name=str(place),
                 roles=roles,
-                owned=owned,
+                owned=owned_by[place],
                 temporary=peak.temporary if compiled else None,
                 moment=peak.doing,
             )
