@@ -58,11 +58,10 @@ from fpipe._model.model import Model
 from fpipe._model.needs import call_needs, check_key
 from fpipe._model.remat import Policy, Remat
 from fpipe._model.stages import cut_stages
-from fpipe._planning.costs import LayerCosts
 from fpipe._planning.hardware import PlanOptions
 from fpipe._planning.layer_costs import By
 from fpipe._planning.pipe_balance import UncutPipe, given_balance
-from fpipe._planning.predict import mean_square, predict
+from fpipe._planning.predict import KnownLayers, mean_square, predict
 from fpipe._planning.prediction import Prediction
 from fpipe._planning.step_request import StepRequest
 from fpipe.schedules import Recording, Schedule
@@ -587,14 +586,13 @@ class Pipe(Call):
         self,
         step: StepRequest,
         options: PlanOptions,
-        traces: Recent | None = None,
-        costs: LayerCosts | None = None,
+        known: KnownLayers | None = None,
     ) -> Prediction:
         """`plan` of checked options.
 
         Arguments:
-            traces: those of other pipes of the same layers, for this one and from it.
-            costs: of the layers, if they are known.
+            known: what other pipes of the same layers have found out; what this one
+                finds is added.
         """
         if isinstance(jax.device_put(np.int32(0)), Tracer):
             raise TypeError(
@@ -603,13 +601,16 @@ class Pipe(Call):
                 "be those of a call; plan outside of it, shapes (`jax.eval_shape`, "
                 "`jax.ShapeDtypeStruct`) will do"
             )
-        executor = self._executor
-        if traces is not None or self._detector is not None:
-            # The programs are those of the model alone, not of a detector.
-            executor = self._make_executor(self.model, traces)
-        args, numbers = step.resolved(self.model, self.chunks)
+        model, executor = self.model, self._executor
+        if known is not None:
+            model = known.model
+            executor = self._make_executor(model, known.traces)
+        elif self._detector is not None:
+            # The programs are those of the model alone.
+            executor = self._make_executor(model, None)
+        args, numbers = step.resolved(model, self.chunks)
         data = executor.plan_data(args, step.loss, numbers, options.compiled)
-        return predict(data, args, options, costs)
+        return predict(data, args, options, None if known is None else known.costs)
 
     def record(
         self, f: Callable[..., Any], *args: Any, **kwargs: Any

@@ -25,6 +25,7 @@ from fpipe._executors.call import Args, Call, as_compute_dtype, check_chunks
 from fpipe._executors.scan.mesh import stage_devices
 from fpipe._executors.scan.packing import Packed
 from fpipe._executors.scheduling import Scheduling
+from fpipe._model.batch_norm import deferred
 from fpipe._model.loss import Reduction, as_loss
 from fpipe._model.microbatch import cut_inputs
 from fpipe._model.model import Model
@@ -36,7 +37,7 @@ from fpipe._planning.balance import stage_devices as balance_devices
 from fpipe._planning.costs import LayerCosts
 from fpipe._planning.hardware import PlanOptions
 from fpipe._planning.layer_costs import costs_of
-from fpipe._planning.predict import mean_square
+from fpipe._planning.predict import KnownLayers, mean_square
 from fpipe._planning.prediction import Prediction
 from fpipe._planning.step_request import StepRequest
 from fpipe._planning.text import quantity, size, table
@@ -381,7 +382,10 @@ class _OfLayers(_Source):
     ) -> None:
         super().__init__(step, options)
         self._layers, self._devices, self._arguments = layers, devices, arguments
-        self._traces = Recent(_TRACES)
+        dtype = as_compute_dtype("Pipe", arguments.get("compute_dtype"))
+        self._model, self._traces = Model(layers, dtype), Recent(_TRACES)
+        if arguments.get("deferred_batch_norm"):
+            self._model = Model(deferred(self._model.layers, "Pipe"), dtype)
         self._costs: dict[Any, LayerCosts] = {}
 
     def pipe(self, setup: _Setup) -> Pipe:
@@ -404,7 +408,8 @@ class _OfLayers(_Source):
         )
 
     def prediction(self, pipe: Pipe, setup: _Setup) -> Prediction:
-        return pipe._plan(self.step, self.options, self._traces, self._costs_of(setup))
+        known = KnownLayers(self._model, self._traces, self._costs_of(setup))
+        return pipe._plan(self.step, self.options, known)
 
     def _costs_of(self, setup: _Setup) -> LayerCosts:
         """What the layers cost. It is counted once for a number of microbatches:
@@ -413,10 +418,9 @@ class _OfLayers(_Source):
         policy = setup.checkpoint if callable(setup.checkpoint) else None
         key = policy, setup.chunks
         if key not in self._costs:
-            dtype = as_compute_dtype("Pipe", self._arguments.get("compute_dtype"))
             chunks = check_chunks("Pipe", setup.chunks)
-            model, remat = Model(self._layers, dtype), Remat.of(setup.checkpoint)
-            self._costs[key] = costs_of(model, self.step.args, chunks, remat)
+            remat = Remat.of(setup.checkpoint)
+            self._costs[key] = costs_of(self._model, self.step.args, chunks, remat)
         return dataclasses.replace(self._costs[key], checkpoint=setup.checkpoint)
 
 

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 import jax
+import numpy as np
 
 from fpipe._executors.placement import Placement
 from fpipe._executors.scheduling import Scheduling
@@ -28,9 +29,16 @@ from fpipe._program.code import Code
 from fpipe.schedules import Kind, Schedule
 
 # What an array is for. `boundaries` and `skips` cross stages, cotangents included;
-# `outputs` are states, losses and `y`.
+# `outputs` are states, losses and `y`; `constants` are arrays that layers close over.
 Role: TypeAlias = Literal[
-    "parameters", "gradients", "boundaries", "skips", "residuals", "inputs", "outputs"
+    "parameters",
+    "constants",
+    "gradients",
+    "boundaries",
+    "skips",
+    "residuals",
+    "inputs",
+    "outputs",
 ]
 
 
@@ -51,6 +59,16 @@ class Work:
     function: Any  # `jax.jit` declares no type for what it returns
     arguments: tuple[jax.ShapeDtypeStruct, ...]
     placement: Placement
+
+
+def closed_over(code: Code) -> list[Any]:
+    """The arrays that a program closes over: they are part of what is compiled. Numbers
+    are not among them.
+    """
+    used = {v for node in code.nodes for v in node.ins} | {*code.outs, *code.sums}
+    constants = [a for v, a in code.graph.consts.items() if v in used and np.ndim(a)]
+    # One array may stand in several places.
+    return list({id(a): a for a in constants}.values())
 
 
 @dataclasses.dataclass(frozen=True)

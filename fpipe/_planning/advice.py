@@ -119,6 +119,7 @@ def short(devices: Sequence[DeviceRow]) -> Iterator[str]:
 
 
 _CURES = {
+    "constants": "make them parameters (frozen=...), which all programs share",
     "residuals": 'checkpoint="always", or more chunks',
     "boundaries": "more chunks, or a schedule that holds fewer microbatches (1f1b)",
     "skips": "more chunks, or a balance that keeps both ends of a skip on one device",

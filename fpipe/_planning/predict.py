@@ -5,6 +5,7 @@ In: `PlanData`, the shapes of the call's arguments, `PlanOptions`, and what the 
 cost. Out: a `Prediction`, whose rows are those of its tables.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +13,12 @@ from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 
+from fpipe._core.caches import Recent
 from fpipe._core.pytrees import PyTree, is_inexact, pack
 from fpipe._executors.call import Args
 from fpipe._executors.plan_data import DeviceMemory, PlanData
 from fpipe._executors.request import schedule_of
+from fpipe._model.model import Model
 from fpipe._planning.advice import few, ragged, repeated, short, uneven
 from fpipe._planning.balance import best_balance
 from fpipe._planning.costs import LayerCosts
@@ -30,8 +33,23 @@ from fpipe.schedules import Costs, Kind, simulate
 WorkTable: TypeAlias = Mapping[tuple[Kind, int], float]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class KnownLayers:
+    """What is known of the layers of several pipes, so that none finds it out again.
+
+    Attributes:
+        model: with the traces of its layers.
+        traces: those of stages, and their programs.
+        costs: in FLOPs.
+    """
+
+    model: Model
+    traces: Recent
+    costs: LayerCosts
+
+
 def predict(
-    data: PlanData, args: Args, options: PlanOptions, known: LayerCosts | None = None
+    data: PlanData, args: Args, options: PlanOptions, costs: LayerCosts | None = None
 ) -> Prediction:
     """What a call will take.
 
@@ -39,15 +57,15 @@ def predict(
         data: what the executor tells of the call.
         args: the call's arguments, or their shapes; parameters as for the plain
             composition.
-        known: what the layers cost in FLOPs, if somebody has counted.
+        costs: of the layers in FLOPs, if they are known.
     """
-    layers = known
+    layers = costs
     if layers is None:
         model, microbatches = data.stages[0].model, data.schedule.microbatches
         layers = costs_of(model, args, microbatches, data.remat)
     stages = _stage_rows(data, args.params, layers, _work_table(data, options))
-    costs = _simulation_costs(stages, options.hardware)
-    timeline = simulate(data.schedule, costs)
+    action_costs = _simulation_costs(stages, options.hardware)
+    timeline = simulate(data.schedule, action_costs)
     devices = tuple(_device_row(row, options.hardware) for row in data.devices)
     advice = [
         *uneven(stages, lambda: _best_balance(data, layers, stages, options.hardware)),
@@ -55,7 +73,7 @@ def predict(
             stages,
             timeline,
             data.schedule.microbatches,
-            _with_more_microbatches(data, costs),
+            _with_more_microbatches(data, action_costs),
         ),
         *ragged(data.microbatch_rows),
         *repeated(data.schedule.devices, len(devices)),
@@ -183,6 +201,7 @@ def _device_row(row: DeviceMemory, hardware: Hardware) -> DeviceRow:
 # The order of the columns.
 _ROLES = (
     "parameters",
+    "constants",
     "gradients",
     "optimizer",
     "boundaries",

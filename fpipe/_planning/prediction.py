@@ -71,9 +71,10 @@ class DeviceRow:
 
     Attributes:
         name: of the device.
-        memory: bytes by what they are for: `parameters`, `gradients`, `optimizer`,
-            `boundaries`, `skips`, `residuals`, `inputs`, `outputs`, and `temporary`,
-            which is what a program needs for itself while it runs.
+        memory: bytes by what they are for: `parameters`, `constants` (arrays that
+            layers close over), `gradients`, `optimizer`, `boundaries`, `skips`,
+            `residuals`, `inputs`, `outputs`, and `temporary`, which is what a program
+            needs for itself while it runs.
         doing: what runs then.
         limit: bytes that it has, if given.
     """

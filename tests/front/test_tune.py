@@ -142,6 +142,23 @@ def test_the_default_numbers_of_microbatches_divide_the_batch():
     assert {c.chunks for c in tuning.candidates} == {2, 4, 8, 16}
 
 
+@pytest.mark.parametrize("executor", ["placed", "scan"])
+def test_all_candidates_share_the_traces_of_the_layers(executor):
+    ran = []
+
+    def counting(name):
+        def apply(w, x):
+            ran.append((name, x.shape))
+            return jnp.tanh(x @ w)
+
+        return fpipe.Layer(apply, lambda key, x: jnp.eye(4), name=name)
+
+    layers = list(map(counting, "abc"))
+    tuning = fpipe.tune(layers, X, devices=jax.devices()[:2], executor=executor, **TWO)
+    assert len([c for c in tuning.candidates if c.prediction is not None]) == 8
+    assert sorted(ran) == [(name, (rows, 4)) for name in "abc" for rows in (2, 8)]
+
+
 def test_wrong_arguments():
     with raises(
         ValueError,

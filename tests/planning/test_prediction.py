@@ -156,6 +156,64 @@ def test_the_rows_of_the_stages():
     assert set(first.work) == {"F", "B"}
 
 
+@pytest.mark.parametrize("executor", ["placed", "scan"])
+def test_of_what_is_borrowed_the_arrays_that_are_read_count(executor):
+    """The embedding has two arrays, and the head ties one of them."""
+    table = (8, WIDTH)
+
+    def embed(params, tokens):
+        return params["table"][tokens] + params["bias"]
+
+    def head(params, x, *, borrowed):
+        return x @ borrowed["embed"]["table"].T
+
+    def init(key, x):
+        return {"table": jnp.zeros(table), "bias": jnp.zeros(WIDTH)}
+
+    layers = [
+        fpipe.Layer(embed, init, name="embed"),
+        dense(),
+        fpipe.Layer(head, lambda key, x: (), name="head", borrow=("embed",)),
+    ]
+    pipe = fpipe.Pipe(layers, [1, 1, 1], chunks=4, executor=executor)
+    plan = pipe.plan(None, jax.ShapeDtypeStruct((ROWS,), jnp.int32))
+    size_of_table = 8 * WIDTH * 4
+    first, second, third = plan.stages
+    assert first.stashed == (("embed", 2, size_of_table),)
+    assert third.popped == (("embed", 0, size_of_table),)
+    assert second.stashed == second.popped == third.stashed == first.popped == ()
+    assert [row.params for row in plan.stages] == [
+        8 * WIDTH + WIDTH,
+        WIDTH * WIDTH + WIDTH,
+        0,
+    ]
+    if executor == "placed":
+        # Its optimizer has no state for what it borrows.
+        own = size_of_table + WIDTH * 4
+        assert plan.devices[0].memory["optimizer"] == 2 * own
+        assert plan.devices[2].memory["optimizer"] == 0
+        assert plan.devices[2].memory["parameters"] == size_of_table
+
+
+def test_arrays_that_layers_close_over_count_in_each_program_that_reads_them():
+    big = jnp.arange(float(64 * WIDTH)).reshape(64, WIDTH)
+    size_of_big = 64 * WIDTH * 4
+
+    def closing(w, x):
+        return jnp.sin(x @ w * big.sum(0))
+
+    layers = [dense(), fpipe.Layer(closing, lambda key, x: jnp.eye(WIDTH))]
+    plan = fpipe.Pipe(layers, [1, 1], chunks=2, checkpoint="never").plan(None, X)
+    # The forward reads it, and the backward for the derivative of the product.
+    assert [d.memory.get("constants", 0) for d in plan.devices] == [0, 2 * size_of_big]
+    assert plan.devices[1].peak > 2 * size_of_big
+    assert "constants" in str(plan)
+    scan = fpipe.Pipe(layers, [1, 1], chunks=2, executor="scan").plan(None, X)
+    # One program, which all devices run.
+    assert [d.memory["constants"] for d in scan.devices] == [size_of_big] * 2
+    assert "constants" not in str(fpipe.Pipe([dense()] * 2, chunks=2).plan(None, X))
+
+
 @pytest.mark.quick
 def test_work_is_that_of_the_products_and_time_that_of_the_simulation():
     width, rows = 64, 32
@@ -520,6 +578,36 @@ def test_what_a_plan_has_traced_the_call_finds():
     first = len(traced)
     pipe.value_and_grad(mse)(params, x, x)
     assert len(traced) == first
+
+
+@pytest.mark.parametrize("executor", ["placed", "scan"])
+def test_a_layer_runs_once_whatever_is_asked(executor):
+    """Its Python: for a shape and a mode, one trace serves all."""
+    ran = []
+
+    def counting(name):
+        def apply(w, x, *, train=False):
+            ran.append((name, x.shape, train))
+            return jnp.tanh(x @ w)
+
+        return fpipe.Layer(apply, lambda key, x: jnp.eye(WIDTH), name=name)
+
+    names = ["a", "b", "c"]
+    pipe = fpipe.Pipe(list(map(counting, names)), [1, 2], chunks=4, executor=executor)
+    x = jnp.ones((ROWS, WIDTH))
+    for train in (False, True):
+        params = pipe.init(jax.random.key(0), X)
+        pipe.plan(params, X, X, loss_fn=mse, train=train)
+        pipe.plan(None, X, train=train)
+        pipe.compile(params, X, X, loss_fn=mse, train=train)
+        for _ in range(2):
+            pipe.value_and_grad(mse)(params, x, x, train=train)
+        pipe(params, x, train=train)
+        assert ran == [
+            (name, (ROWS // 4, WIDTH), mode)
+            for mode in (False, True)[: 1 + train]
+            for name in names
+        ]
 
 
 @pytest.mark.parametrize("executor", ["placed", "scan"])

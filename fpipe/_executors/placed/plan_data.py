@@ -22,15 +22,16 @@ from fpipe._core.pytrees import nbytes, pack
 from fpipe._executors.call import Args
 from fpipe._executors.placed.compile import compile_plan, traced_runs
 from fpipe._executors.placed.dispatch import Bound
-from fpipe._executors.placed.instructions import Run
+from fpipe._executors.placed.instructions import Plan, Run
 from fpipe._executors.placed.memory import peaks
 from fpipe._executors.placement import Placement
-from fpipe._executors.plan_data import DeviceMemory, PlanData, Work
+from fpipe._executors.plan_data import DeviceMemory, PlanData, Work, closed_over
 from fpipe._executors.scheduling import Scheduling
 from fpipe._model.microbatch import cut_inputs
 from fpipe._model.needs import TABLE, Giver, Share
 from fpipe._model.remat import Remat
 from fpipe._model.stages import Leaf, Port
+from fpipe._program.code import Code
 from fpipe.schedules import Kind
 
 
@@ -103,6 +104,9 @@ def _memory(bound: Bound, args: Args, compiled: bool) -> tuple[DeviceMemory, ...
         peak = found[place]
         roles = dict(peak.roles)
         roles["inputs"] = roles.get("inputs", 0) + _unread(bound, args, place)
+        constants = _constant_bytes(plan, place)
+        if constants:
+            roles["constants"] = constants
         rows.append(
             DeviceMemory(
                 device=device,
@@ -114,6 +118,17 @@ def _memory(bound: Bound, args: Args, compiled: bool) -> tuple[DeviceMemory, ...
             )
         )
     return tuple(sorted(rows, key=lambda row: row.device))
+
+
+def _constant_bytes(plan: Plan, place: Placement) -> int:
+    """The bytes of the arrays that programs close over. Each program that is compiled
+    for a device has them for itself.
+    """
+    codes: dict[int, Code] = {}
+    for run in plan.instructions:
+        if isinstance(run, Run) and run.code is not None and run.placement == place:
+            codes[id(run.call)] = run.code
+    return sum(nbytes(a) for code in codes.values() for a in closed_over(code))
 
 
 def kept_slots(bound: Bound, args: Args) -> set[int]:

@@ -13,7 +13,7 @@ import jax
 
 from fpipe._core.pytrees import nbytes
 from fpipe._executors.placement import Placement
-from fpipe._executors.plan_data import DeviceMemory, PlanData, Work
+from fpipe._executors.plan_data import DeviceMemory, PlanData, Work, closed_over
 from fpipe._executors.scan.machine import Machine
 from fpipe._executors.scan.memory import held
 from fpipe._executors.scan.mesh import columns
@@ -100,12 +100,27 @@ def _arguments(code: Code, place: Placement) -> tuple[jax.ShapeDtypeStruct, ...]
     )
 
 
+def _constant_bytes(machine: Machine) -> int:
+    """The bytes of the arrays that layers close over. All devices run the same program,
+    and it has each of them once.
+    """
+    ops = [e.op for s in machine.segments for phase in s.phases for e in phase.ops]
+    found: dict[int, int] = {}
+    for op in ops:
+        if op.code is not None:
+            found |= {id(a): nbytes(a) for a in closed_over(op.code)}
+    return sum(found.values())
+
+
 def _memory(step: Step, compiled_bytes: int | None) -> tuple[DeviceMemory, ...]:
     """The buffers of a step: they are there all along, on all devices alike."""
-    roles = held(step)
+    roles = dict(held(step))
     temporary = None
     if compiled_bytes is not None:
         temporary = max(0, compiled_bytes - sum(roles.values()))
+    constants = _constant_bytes(step.machine)
+    if constants:
+        roles["constants"] = constants
     return tuple(
         DeviceMemory(
             device=number,
