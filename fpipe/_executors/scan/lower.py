@@ -14,7 +14,7 @@ is drawn). The passes:
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -209,14 +209,14 @@ class UnitOp:
 
     Attributes:
         number: of the operation among all: it takes long to hash.
-        arguments: what the operation's arguments are.
+        arguments: for each microbatch the numbers that go into the table.
         fed: what it reads that a feed brings.
         arrivals: where the bundles arrive that the unit sends in this action.
     """
 
     op: Op
     number: int
-    arguments: tuple[Argument, ...]
+    arguments: Mapping[int, Sequence[int]]
     fed: tuple[Leaf, ...]
     arrivals: tuple[Place, ...]
 
@@ -301,7 +301,21 @@ class Operations:
         )
         fed = tuple(source.leaf for source in sources if isinstance(source, FedPiece))
         n = self.numbers.setdefault(op, len(self.numbers))
-        return UnitOp(op, n, tuple(arguments), fed, tuple(arrivals))
+        columns: list[Sequence[int]] = []
+        for argument in arguments:
+            match argument:
+                case MicrobatchNumber():
+                    columns.append(group.microbatches)
+                case LayerNumber(layer):
+                    columns.append([layer] * len(group.microbatches))
+                case SlotNumber(pool, value):
+                    place = Place(pool, self.work.units.device[u], value)
+                    slot_of = self.buffers.slot_of.get(place, {})
+                    unread = self.buffers.counts[pool]
+                    columns.append([slot_of.get(i, unread) for i in group.microbatches])
+        numbers = zip(*columns, strict=True)
+        by_microbatch = dict(zip(group.microbatches, numbers, strict=True))
+        return UnitOp(op, n, by_microbatch, fed, tuple(arrivals))
 
     def _source(
         self,
@@ -429,7 +443,7 @@ class _OpEntries:
     op: Op
     order: tuple[int, int]
     stages: set[int]
-    runs: list[tuple[int, int, list[int]]]
+    runs: list[tuple[int, int, Sequence[int]]]
 
 
 class _PhaseEntries:
@@ -465,16 +479,7 @@ class _PhaseEntries:
                     self.ops[found.number] = entries
                 entries.order = min(entries.order, order)
                 entries.stages.add(s)
-                numbers = []
-                for argument in found.arguments:
-                    if isinstance(argument, SlotNumber):
-                        pool, value = argument.pool, argument.value
-                        slot_of = buffers.slot_of.get(Place(pool, d, value), {})
-                        numbers.append(slot_of.get(i, buffers.counts[pool]))
-                    else:
-                        layer = isinstance(argument, LayerNumber)
-                        numbers.append(argument.layer if layer else i)
-                entries.runs.append((t, d, numbers))
+                entries.runs.append((t, d, found.arguments[i]))
                 for leaf in found.fed:
                     self.reads[leaf.port, kind][t] = i
                     self.fed[leaf.port, kind].add(leaf)

@@ -17,7 +17,8 @@ What a forward keeps for its backward is a bundle too, and so is what `I` hands 
 """
 
 import dataclasses
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar, get_args
 
@@ -295,7 +296,7 @@ class Work:
 def find_work(
     units: Units,
     schedule: Schedule,
-    actions: Mapping[Action, int],
+    actions: Iterable[Action],
     remat: Remat,
     inputs: Inputs,
     request: Request,
@@ -333,16 +334,18 @@ def find_work(
     programs = Programs(
         Routes(units.stages), form, direct, split, remat, inputs, request, kept
     )
-    microbatches: dict[Hashable, list[int]] = {}
+    kinds: dict[tuple[int, int], set[Kind]] = defaultdict(set)
+    for action in actions:
+        kinds[action.stage, action.microbatch].add(action.kind)
+    microbatches: dict[Hashable, list[int]] = defaultdict(list)
     for i in range(inputs.cut.m):
-        key: list[Hashable] = []
-        for u, s in enumerate(units.stage_of):
-            key.append(id(programs.of(u, i)))
-            key += [Action(kind, s, i) in actions for kind in KINDS]
-        microbatches.setdefault(tuple(key), []).append(i)
-    groups = [
-        _group(units, programs, actions, tuple(own)) for own in microbatches.values()
-    ]
+        ran = [frozenset(kinds[s, i]) for s in range(len(units.of_stage))]
+        traced = [id(programs.of(u, i)) for u in range(len(units.stages))]
+        microbatches[*ran, *traced].append(i)
+    groups = []
+    for own in microbatches.values():
+        ran = [kinds[s, own[0]] for s in units.stage_of]
+        groups.append(_group(units, programs, ran, tuple(own)))
     group_of = {i: group for group in groups for i in group.microbatches}
     return Work(
         units,
@@ -355,18 +358,20 @@ def find_work(
 def _group(
     units: Units,
     programs: Programs,
-    actions: Mapping[Action, int],
+    kinds: Sequence[Set[Kind]],
     microbatches: tuple[int, ...],
 ) -> Group:
-    """What the units do, make and read for a group of microbatches."""
+    """What the units do, make and read for a group of microbatches.
+
+    Arguments:
+        kinds: of the actions of each unit.
+    """
     i = microbatches[0]
     works = []
-    for u, s in enumerate(units.stage_of):
+    for u, ran in enumerate(kinds):
         of_unit = programs.of(u, i)
         runs: dict[Kind, Program] = {
-            kind: of_unit[kind]
-            for kind in KINDS
-            if kind in of_unit and Action(kind, s, i) in actions
+            kind: of_unit[kind] for kind in KINDS if kind in ran and kind in of_unit
         }
         works.append(
             UnitWork(
