@@ -233,7 +233,11 @@ class Interpreter:
                 after,
             )
 
-        # Keys do not lie over the devices, so what does is the same as numbers.
+        # Everything has an axis of devices, the call's inputs apart: every device has
+        # them whole, but for those that lie over the devices (no keys among them, so
+        # that such an array is the same as numbers). Only the axis of stages is manual:
+        # over a data axis XLA shards by itself. `check_vma` would put a `psum` into a
+        # branch of a conditional that not all devices take: a deadlock.
         spread = [P(AXIS) if leaf in self.machine.spread else P() for leaf in inputs]
         run = jax.shard_map(
             on_device,
@@ -274,6 +278,7 @@ class Interpreter:
             own = self.machine.params.rows[row].take(params[row], aval.shape)
             loans.append(jax.lax.ppermute(own, AXIS, [(owner, borrower)]))
         start = self._start(state, inputs, left)
+        # `lax.scan` carries a list: a dictionary would have to have sortable keys.
         names = list(start)
 
         def tick(values: list[Any], now: tuple[Array, Array]) -> tuple[list[Any], None]:
@@ -396,6 +401,7 @@ class Interpreter:
         what the reader reads.
         """
         devices = self.machine.devices
+        # The reader is the end of the way: it sends nothing on.
         pairs = [(d, (d - 1) % devices) for d in range(devices) if d != feed.reader]
         own = row[feed.own]
 
@@ -470,6 +476,8 @@ class Interpreter:
     ) -> None:
         """An operation, where it `runs`."""
         op = entry.op
+        # The conditional carries what the operation changes, and nothing else: XLA
+        # updates that in place, and would copy what only passes through.
         changed = {target.buffer for target in op.targets}
         names = [name for name in carry if name in changed]
 
@@ -504,10 +512,12 @@ class Interpreter:
                         avals, bundle, carry[buffer]
                     )
                 case Add(gradient, n):
+                    # Parts have one more axis, that of the shards.
                     add = jax.vmap(_added) if gradient in self.parts else _added
                     carry[buffer] = add(carry[buffer], values[n])
                 case Write(_, n, add=adds):
                     value = unwrapped(values[n])
+                    # Side inputs have several readers, whose gradients add up.
                     if adds:
                         value += jax.lax.dynamic_index_in_dim(
                             carry[buffer], arguments[0], keepdims=False
@@ -517,6 +527,7 @@ class Interpreter:
                     )
                 case SetState(_, n):
                     value, block = values[n], carry[buffer]
+                    # A block that layers of several shapes share is longer and flat.
                     if value.shape != block.shape:
                         flat = value.reshape(-1)
                         value = jax.lax.dynamic_update_slice_in_dim(block, flat, 0, 0)
@@ -613,6 +624,7 @@ class Interpreter:
         }
         out: dict[SummedGradient, Array] = {}
         for gradient in returned:
+            # A row of which only the borrowers have a gradient has none of its own.
             if gradient not in own:
                 of = self._shape_of(gradient)
                 out[gradient] = jnp.zeros(of.shape, sum_dtype(of.dtype))
@@ -631,6 +643,7 @@ class Interpreter:
         """What some devices wrote, on all of them; the others have zeros."""
         if self.machine.devices == 1:
             return value
+        # A `psum` is exact here, for all but one add zero; of booleans there is none.
         if value.dtype == jnp.bool_:
             return jax.lax.psum(value.astype(jnp.uint8), AXIS) > 0
         return jax.lax.psum(value, AXIS)

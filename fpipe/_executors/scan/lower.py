@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -53,7 +53,6 @@ from fpipe._executors.scan.machine import (
     Source,
     State,
     StateBlock,
-    SummedGradient,
     TableOp,
     TableWire,
     Target,
@@ -149,14 +148,6 @@ def lower(
         for name, pairs in buffers.pairs.items()
         if name in pools
     }
-    summed = {
-        target.buffer.leaf
-        for segment in segments
-        for phase in segment.phases
-        for entry in phase.ops
-        for target in entry.op.targets
-        if isinstance(target.buffer, InputGradient)
-    }
     machine = Machine(
         devices=schedule.devices,
         microbatches=inputs.cut.m,
@@ -167,10 +158,7 @@ def lower(
         state=state,
         loans=tuple(operations.loans),
         outputs=operations.outputs,
-        inputs={
-            leaf: inputs.of(leaf.port).leaves[leaf.k]
-            for leaf in sorted(summed, key=str)
-        },
+        inputs=operations.inputs,
         spread=spread,
         warnings=tuple(work.programs.warnings),
     )
@@ -228,6 +216,7 @@ class Operations:
         numbers: the operations by number.
         loans: what they borrow, by number.
         outputs: what they write for the user: the shape of one microbatch's piece.
+        inputs: those whose gradient they add up, whole.
     """
 
     def __init__(
@@ -246,17 +235,19 @@ class Operations:
         self.numbers: dict[Op, int] = {}
         self.loans: dict[Loan, int] = {}
         self.outputs: dict[Leaf, jax.ShapeDtypeStruct] = {}
+        self.inputs: dict[Leaf, jax.ShapeDtypeStruct] = {}
         self._made: dict[tuple[int, int, Kind], UnitOp] = {}
 
     def find(self, u: int, i: int, kind: Kind) -> UnitOp | None:
-        """The operation of a unit's action; `None` if it has no program."""
+        """The operation of a unit's action; `None` if it has nothing to do."""
         group = self.work.group_of[i]
         if kind not in group.units[u].programs:
             return None
         key = (u, group.microbatches[0], kind)
         if key not in self._made:
             self._made[key] = self._make(group, u, kind)
-        return self._made[key]
+        found = self._made[key]
+        return found if found.op.code is not None or found.op.targets else None
 
     def _make(self, group: Group, u: int, kind: Kind) -> UnitOp:
         unit = group.units[u]
@@ -355,14 +346,11 @@ class Operations:
             bundle = group.bundles[ActivationValue(maker.stage, maker.port)]
             return held(bundle, Output(Leaf(maker.port, k)))
         if port.kind == "params":
-            entry = (port.of, k)
-            aval = self.params.shape(entry)
-            row, owner = self.params.where[entry]
-            borrower = self.work.units.device[u]
-            if owner == borrower:
-                return Parameter(row, aval)
-            loan = Loan(row, owner, borrower, aval)
-            return BorrowedParameter(self.loans.setdefault(loan, len(self.loans)), aval)
+            aval = self.params.shape((port.of, k))
+            loan = self._loan(u, (port.of, k))
+            if loan is None:
+                return Parameter(self.params.where[port.of, k].row, aval)
+            return BorrowedParameter(loan, aval)
         if port.kind == "state":
             assert self.state is not None
             entry = (port.of, k)
@@ -412,38 +400,70 @@ class Operations:
         for value in unit.programs[kind].outs:
             if isinstance(value, GradientSum):
                 port, k = value.leaf
-                buffer: SummedGradient = InputGradient(value.leaf)
                 if port.kind == "params":
-                    entry = (port.of, k)
-                    row, owner = self.params.where[entry]
-                    borrower = self.work.units.device[u]
-                    buffer = RowGradient(row)
-                    if owner != borrower:
-                        loan = Loan(row, owner, borrower, self.params.shape(entry))
-                        n = self.loans.setdefault(loan, len(self.loans))
-                        buffer = LoanGradient(n)
+                    loan = self._loan(u, (port.of, k))
+                    row = self.params.where[port.of, k].row
+                    buffer = RowGradient(row) if loan is None else LoanGradient(loan)
+                else:
+                    whole = self.work.programs.inputs.of(port).leaves[k]
+                    self.inputs[value.leaf] = whole
+                    buffer = InputGradient(value.leaf)
                 yield Add(buffer, number_of(value))
+
+    def _loan(self, u: int, entry: tuple[int, int]) -> int | None:
+        """The loan by which a unit has a parameter; `None` if its device has it."""
+        row, owner = self.params.where[entry]
+        borrower = self.work.units.device[u]
+        if owner == borrower:
+            return None
+        loan = Loan(row, owner, borrower, self.params.shape(entry))
+        return self.loans.setdefault(loan, len(self.loans))
 
 
 # --- the table ---
 
 
+class _Entry(NamedTuple):
+    """Numbers for a device in a tick."""
+
+    tick: int
+    device: int
+    numbers: Sequence[int]
+
+
 @dataclasses.dataclass
 class _OpEntries:
-    """The entries of an operation in the table.
+    """The entries of an operation.
 
     Attributes:
         op: with no name yet.
         order: by which the operations of a phase are sorted: forwards first, and along
             the way of what they pass on to each other.
         stages: whose it is.
-        runs: ticks, devices and arguments.
+        runs: its arguments, where it runs.
     """
 
     op: Op
     order: tuple[int, int]
     stages: set[int]
-    runs: list[tuple[int, int, Sequence[int]]]
+    runs: list[_Entry]
+
+
+@dataclasses.dataclass
+class _FeedEntries:
+    """The entries of a feed.
+
+    Attributes:
+        reader: the device that reads.
+        leaves: the inputs that it brings.
+        read_in: for each tick in which something is read the microbatch.
+        moves: the ticks in which it moves, and what each device puts in then.
+    """
+
+    reader: int
+    leaves: set[Leaf] = dataclasses.field(default_factory=set)
+    read_in: dict[int, int] = dataclasses.field(default_factory=dict)
+    moves: list[tuple[int, list[int]]] = dataclasses.field(default_factory=list)
 
 
 class _PhaseEntries:
@@ -451,105 +471,122 @@ class _PhaseEntries:
 
     Attributes:
         ops: by number.
-        arrivals: for each wire ticks, devices and slots.
-        reads: for each feed, a port and a kind of action, the microbatch that is read
-            in a tick.
-        fed: for each feed the inputs that it brings.
+        arrivals: for each wire the slots where bundles arrive.
+        feeds: by the port that they bring, and the kind of action that reads it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, operations: Operations) -> None:
+        self.operations = operations
         self.ops: dict[int, _OpEntries] = {}
-        self.arrivals: dict[WireName, list[tuple[int, int, int]]] = defaultdict(list)
-        self.reads: dict[tuple[Port, Kind], dict[int, int]] = defaultdict(dict)
-        self.fed: dict[tuple[Port, Kind], set[Leaf]] = defaultdict(set)
+        self.arrivals: dict[WireName, list[_Entry]] = defaultdict(list)
+        self.feeds: dict[tuple[Port, Kind], _FeedEntries] = {}
 
-    def enter(self, action: Action, t: int, d: int, operations: Operations) -> None:
+    def enter(self, action: Action, tick: int, device: int) -> None:
         """Enter what a device does in a tick."""
         kind, s, i = action
-        buffers = operations.buffers
-        for u in operations.work.units.of_stage[s]:
-            found = operations.find(u, i, kind)
+        units = self.operations.work.units
+        for u in units.of_stage[s]:
+            found = self.operations.find(u, i, kind)
             if found is None:
                 continue
-            if found.op.code is not None or found.op.targets:
-                order = ("FBIW".index(kind), u if kind == "F" else -u)
-                entries = self.ops.get(found.number)
-                if entries is None:
-                    entries = _OpEntries(found.op, order, set(), [])
-                    self.ops[found.number] = entries
-                entries.order = min(entries.order, order)
-                entries.stages.add(s)
-                entries.runs.append((t, d, found.arguments[i]))
-                for leaf in found.fed:
-                    self.reads[leaf.port, kind][t] = i
-                    self.fed[leaf.port, kind].add(leaf)
+            order = ("FBIW".index(kind), u if kind == "F" else -u)
+            own = self.ops.get(found.number)
+            if own is None:
+                own = self.ops[found.number] = _OpEntries(found.op, order, set(), [])
+            own.order = min(own.order, order)
+            own.stages.add(s)
+            own.runs.append(_Entry(tick, device, found.arguments[i]))
+            for leaf in found.fed:
+                reader = units.device[0 if leaf.port == X else -1]
+                feed = self.feeds.setdefault((leaf.port, kind), _FeedEntries(reader))
+                feed.leaves.add(leaf)
+                feed.read_in[tick] = i
             for place in found.arrivals:
                 assert isinstance(place.pool, WireName)
-                slot = buffers.slot_of[place][i]
-                self.arrivals[place.pool].append((t, place.device, slot))
+                slot = self.operations.buffers.slot_of[place][i]
+                entry = _Entry(tick, place.device, [slot])
+                self.arrivals[place.pool].append(entry)
+
+    def move_feeds(self, microbatches: int, devices: int) -> int:
+        """Find when feeds move. Ticks before the first one, for what is on its way
+        then, are negative; returns how many there are.
+        """
+        lead = 0
+        for feed in self.feeds.values():
+            times = sorted(feed.read_in)
+            order = [feed.read_in[t] for t in times]
+            steps, early = feed_steps(order, microbatches, devices, feed.reader)
+            times = [*range(times[0] - early, times[0]), *times]
+            feed.moves = list(zip(times, steps, strict=True))
+            lead = max(lead, -times[0])
+        return lead
+
+    def lay_out(self) -> tuple[PhaseCode, int]:
+        """Give out columns; also how many there are."""
+        column = itertools.count()
+        ops = []
+        self.ops = dict(sorted(self.ops.items(), key=lambda item: item[1].order))
+        for own in self.ops.values():
+            op = dataclasses.replace(own.op, name=_op_name(own))
+            ops.append(TableOp(op, next(column), next(column)))
+            for _ in own.runs[0].numbers[1:]:
+                next(column)
+        wires = [TableWire(wire, next(column), next(column)) for wire in self.arrivals]
+        feeds = [
+            Feed(
+                kind, tuple(sorted(own.leaves)), own.reader, next(column), next(column)
+            )
+            for (_, kind), own in self.feeds.items()
+        ]
+        return PhaseCode(tuple(ops), tuple(wires), tuple(feeds)), next(column)
+
+    def fill(self, table: np.ndarray, code: PhaseCode, lead: int) -> None:
+        """Write the entries.
+
+        Arguments:
+            table: that of this phase, `(devices, ticks, columns)`.
+            code: what has which columns.
+            lead: how many ticks the table has before the first one.
+        """
+        for own, (_, runs, first) in zip(self.ops.values(), code.ops, strict=True):
+            for tick, device, numbers in own.runs:
+                table[device, lead + tick, runs] = 1
+                table[device, lead + tick, first : first + len(numbers)] = numbers
+        for wire, slot, used in code.wires:
+            # What comes where nothing was sent goes to the slot of what nobody reads.
+            table[:, :, slot] = self.operations.buffers.counts[wire]
+            for tick, device, (number,) in self.arrivals[wire]:
+                table[device, lead + tick, slot] = number
+                # A wire carries on all devices or on none: it is a collective.
+                table[:, lead + tick, used] = 1
+        for feed, own in zip(code.feeds, self.feeds.values(), strict=True):
+            for tick, numbers in own.moves:
+                table[:, lead + tick, feed.own] = numbers
+                table[:, lead + tick, feed.used] = 1
 
 
 def _segment(ticks: Ticks, operations: Operations, microbatches: int) -> Segment:
-    """The table of a loop, and the columns of what is in it."""
-    device = operations.work.units.device
-    devices = 1 + max(device)
-    entries = [_PhaseEntries() for _ in ticks.phases]
-    for t, row in enumerate(ticks.rows):
-        for own, phase in zip(entries, row, strict=True):
-            for d, action in enumerate(phase):
+    """One loop: what its phases do, and the table."""
+    devices = len(ticks.rows[0][0])
+    phases = [_PhaseEntries(operations) for _ in ticks.phases]
+    for tick, row in enumerate(ticks.rows):
+        for phase, actions in zip(phases, row, strict=True):
+            for device, action in enumerate(actions):
                 if action is not None:
-                    own.enter(action, t, d, operations)
-    # When each feed moves, and what each device puts in. What is on its way before the
-    # first tick needs ticks of its own, and they count from below 0 here.
-    moves: list[dict[tuple[Port, Kind], list[tuple[int, list[int]]]]] = []
-    readers = {X: device[0], TARGETS: device[-1]}
-    lead = 0
-    for own in entries:
-        moves.append({})
-        for (port, kind), reads in own.reads.items():
-            times = sorted(reads)
-            order = [reads[t] for t in times]
-            steps, early = feed_steps(order, microbatches, devices, readers[port])
-            times = [*range(times[0] - early, times[0]), *times]
-            moves[-1][port, kind] = list(zip(times, steps, strict=True))
-            lead = max(lead, -times[0])
-    phases: list[PhaseCode] = []
+                    phase.enter(action, tick, device)
+    lead = max(phase.move_feeds(microbatches, devices) for phase in phases)
+    codes = []
     width = 0
-    for own in entries:
-        column = itertools.count()
-        ops = []
-        for entry in sorted(own.ops.values(), key=lambda entry: entry.order):
-            op = dataclasses.replace(entry.op, name=_op_name(entry))
-            ops.append(TableOp(op, next(column), next(column)))
-            for _ in range(max(len(numbers) for _, _, numbers in entry.runs) - 1):
-                next(column)
-        wires = [TableWire(wire, next(column), next(column)) for wire in own.arrivals]
-        feeds = [
-            Feed(kind, tuple(sorted(leaves)), readers[port], next(column), next(column))
-            for (port, kind), leaves in own.fed.items()
-        ]
-        phases.append(PhaseCode(tuple(ops), tuple(wires), tuple(feeds)))
-        width = max(width, next(column))
+    for phase in phases:
+        code, columns = phase.lay_out()
+        codes.append(code)
+        width = max(width, columns)
     shape = (devices, lead + len(ticks.rows), len(phases), width)
     table = np.zeros(shape, np.int32)
-    for p, (own, code) in enumerate(zip(entries, phases, strict=True)):
-        ordered = sorted(own.ops.values(), key=lambda entry: entry.order)
-        for entry, (_, runs, first) in zip(ordered, code.ops, strict=True):
-            for t, d, numbers in entry.runs:
-                table[d, lead + t, p, runs] = 1
-                table[d, lead + t, p, first : first + len(numbers)] = numbers
-        for wire, slot, used in code.wires:
-            # Where nothing arrives it goes to the slot of what nobody reads.
-            table[:, :, p, slot] = operations.buffers.counts[wire]
-            for t, d, n in own.arrivals[wire]:
-                table[d, lead + t, p, slot] = n
-                table[:, lead + t, p, used] = 1
-        for feed in code.feeds:
-            for t, numbers in moves[p][feed.leaves[0].port, feed.kind]:
-                table[:, lead + t, p, feed.own] = numbers
-                table[:, lead + t, p, feed.used] = 1
+    for p, (phase, code) in enumerate(zip(phases, codes, strict=True)):
+        phase.fill(table[:, :, p], code, lead)
     nothing: tuple[Phase, ...] = ((None,) * devices,) * len(phases)
-    return Segment(tuple(phases), (nothing,) * lead + ticks.rows, table)
+    return Segment(tuple(codes), (nothing,) * lead + ticks.rows, table)
 
 
 def _op_name(entries: _OpEntries) -> str:

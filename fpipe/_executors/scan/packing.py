@@ -83,6 +83,8 @@ class Packing:
     @classmethod
     def of(cls, units: Units, shapes: Sequence[Shape]) -> "Packing":
         """Cores and whole stages by their position on the device; all ends together."""
+        # Cores of one position are alike, so their rows are stacks. Ends differ anyway:
+        # the first device's and the last one's share rows, with padding.
         devices = 1 + max(units.device)
         groups: dict[tuple[bool, int], list[list[Entry]]] = {}
         for unit, role, device, position in zip(
@@ -186,10 +188,12 @@ def _rows(group: Sequence[Sequence[Entry]], shapes: Sequence[Shape]) -> list[Row
         return shapes[entry[0]].leaves[entry[1]]
 
     kinds = [[(aval(e).shape, aval(e).dtype) for e in entries] for entries in group]
+    # A device may have nothing here: an end is on the first and the last one only.
     some = [own for own in kinds if own]
     if some and all(own == some[0] for own in some):
         sorts = [group]
     else:
+        # Large beside large, so that little is padded. A row has one dtype.
         sorts = []
         for dtype in sorted({str(dtype) for own in kinds for _, dtype in own}):
             of_dtype = [

@@ -82,7 +82,7 @@ class Step:
         ) -> Any:
             made = self._run(0, params, self._pack(state), self._cut(given))
             pieces = [made.outputs[Leaf(Y, k)] for k in range(len(self.out[Y].leaves))]
-            # The microbatches' outputs as one: 0-d ones are stacked already.
+            # One array of all rows. What is 0-d in a microbatch is stacked already.
             y = [a if a.ndim == 1 else a.reshape(-1, *a.shape[2:]) for a in pieces]
             return y, self._finished_states(made.state), made.left
 
@@ -174,6 +174,7 @@ class Step:
                 spread = leaf in self.machine.spread
                 sharded = shards > 1 and rows[0] % shards == 0
                 sharded = sharded and not is_key(array.dtype)
+                # Every device holds as many microbatches: the last ones are padding.
                 missing = share(self.m, devices) * devices - self.m
                 if spread and missing:
                     padding = [(0, missing)] + [(0, 0)] * (array.ndim - 1)
@@ -243,6 +244,7 @@ class Step:
                 of = machine.params.rows[name]
                 gradient = made.gradients.get(RowGradient(name))
                 if gradient is None:
+                    # Asked for, but nothing depends on it.
                     zeros = jnp.zeros((self.mesh.shape[AXIS], *of.shape))
                     gradient = jax.lax.with_sharding_constraint(
                         zeros, by_stage(self.mesh)

@@ -77,6 +77,7 @@ class Storage:
                 spans[kind].append((key, start, ends[key]))
             for key, end in ends.items():
                 widths[key] = max(widths.get(key, 0), end)
+        # Sorted, so that every process lays them out alike.
         groups = sorted(widths)
         shapes = []
         for dtype, has_rows in groups:
@@ -103,6 +104,8 @@ class Storage:
             return given
         shapes, locations = self.layout
         out = list(old)
+        # What lies beside is kept rather than cleared: clearing it would be one more
+        # write, and nobody reads it.
         for a, (group, start, _) in zip(given, locations[avals], strict=True):
             flat = a.reshape(*shapes[group].shape[:-1], -1)
             out[group] = jax.lax.dynamic_update_slice_in_dim(
@@ -114,6 +117,8 @@ class Storage:
         self, avals: Avals, arrays: Sequence[Any], pool: Sequence[Any], slot: Any
     ) -> list[Any]:
         """A bundle into a slot of a pool."""
+        # Straight into the pool, array by array: to pack a slot first would read and
+        # write it once more.
         given = [unwrapped(a) for a in arrays]
         shapes, locations = self.layout
         out = list(pool)

@@ -168,6 +168,9 @@ class UnitWork:
         """What each program takes from outside, each once: for its code, or to pass it
         on.
         """
+        # A value that goes through as it is, such as a skip that is also the boundary,
+        # is no output of the program (`jit` would copy it), but the operation has to
+        # have it to send it on.
         taken = {}
         for kind, program in self.programs.items():
             values = [self.resolve(kind, value) for value in program.ins]
