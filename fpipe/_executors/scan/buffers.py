@@ -74,7 +74,8 @@ def edge_colors(edges: Sequence[Edge]) -> list[int]:
     fewest (König's theorem, by alternating paths). Edges take the first colour that is
     free at both ends, so that the first edges of a ring keep colour 0.
     """
-    edge_at: dict[_End, dict[int, int]] = defaultdict(dict)  # by colour
+    # The edge of each colour at each end.
+    edge_at: dict[_End, dict[int, int]] = defaultdict(dict)
     colors = [-1] * len(edges)
 
     def first_free(used: Iterable[int]) -> int:
@@ -122,8 +123,10 @@ def slots(intervals: Iterable[tuple[int, int, K]]) -> tuple[dict[K, int], int]:
     """
     slot_of: dict[K, int] = {}
     free: list[int] = []
-    busy: list[tuple[int, int]] = []  # when each ends, and its slot
+    busy: list[tuple[int, int]] = []  # when each interval ends, and its slot
     count = 0
+    # In the order of their starts each takes the lowest slot that is free. There is a
+    # new one only where all are busy, so at that time so many intervals meet.
     for start, end, key in sorted(intervals, key=lambda interval: interval[:2]):
         while busy and busy[0][0] < start:
             heapq.heappush(free, heapq.heappop(busy)[1])
@@ -263,6 +266,7 @@ def _choose_pools(
                 pool_of[group, bundle.value, t] = wire
                 name = _name_at_reader(work, group, bundle.value, t)
                 pool_of_like.setdefault(name, wire)
+    # Only now is it known where the others look.
     for group, bundle in work.sent():
         forward = isinstance(bundle.value, ActivationValue)
         alone = LocalPool("forward" if forward else "backward")
@@ -364,6 +368,7 @@ def _unite_destinations(
         own[group, value] = destinations
         by_device = sorted(places, key=lambda place: place.device)
         arrivals[group, value] = tuple(by_device)
+    # To take units apart may make others clash, so until none do.
     apart: set[Hashable] = set()
     while True:
         # How equal units call a bundle that they make.

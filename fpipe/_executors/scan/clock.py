@@ -72,6 +72,7 @@ class Clock:
             self._stamps.append(Stamp(tick, phase, device, end, now))
             return np.int32(0)
 
+        # A token goes in and out, so that the calls of one device keep their order.
         def ask(token: Any) -> Any:
             # One element of each array will do: it is there when the array is.
             probes = [a.reshape(-1)[:1] for a in after]

@@ -584,7 +584,9 @@ class Interpreter:
         return {name: of for name, of in found.items() if name not in as_one}
 
     def _compute(self, op: Op, arrays: Sequence[Array]) -> list[Array]:
-        """What an operation's code makes; a gradient that is kept as parts, as parts."""
+        """What an operation's code makes. Of a gradient that is kept as parts, instead
+        of the sum over rows, the parts.
+        """
         code = op.code
         assert code is not None
         parts = {

@@ -3,12 +3,12 @@
 In: units, a schedule, and a call. Out: a `Machine` (see `machine.py`, where its table
 is drawn). The passes:
 
-    ticks.py     schedule                   ->  ticks: when each action runs
-    values.py    units, call                ->  bundles: what each action makes and reads
-    buffers.py   bundles, ticks             ->  wires, pools and slots
-    Operations   programs, buffers          ->  operations: each program with its sources
-                                                and targets; equal ones are one
-    Segment      operations, ticks, slots   ->  columns, and the numbers in them
+    ticks.py     schedule              ->  ticks: when each action runs
+    values.py    units, call           ->  bundles: what each action makes and reads
+    buffers.py   bundles, ticks        ->  wires, pools and slots
+    Operations   programs, buffers     ->  operations: each program with its sources
+                                           and targets; equal ones are one
+    _segment     operations, ticks     ->  columns, and the numbers in them
 """
 
 import dataclasses
@@ -252,12 +252,16 @@ class Operations:
     def _make(self, group: Group, u: int, kind: Kind) -> UnitOp:
         unit = group.units[u]
         program = unit.programs[kind]
+        # What the operation has to be told, in the order of its columns. Units that
+        # compute the same ask for the same in the same order, so their operations are
+        # equal, and only the numbers differ.
         arguments: dict[Argument, int] = {MicrobatchNumber(): 0}
         taken = unit.taken[kind]
         sources = [self._source(group, u, kind, v, arguments) for v in taken]
         # Values have numbers: first what is taken, then what the code makes.
         number = {value: n for n, value in enumerate((*taken, *program.outs))}
 
+        # What is handed on may be called otherwise than what it is the same as.
         def number_of(value: ProgramValue) -> int:
             return number[value if value in number else unit.resolve(kind, value)]
 
@@ -327,6 +331,8 @@ class Operations:
             argument = arguments.setdefault(slot, len(arguments))
             return Held(pool, argument, bundle.avals, bundle.arrays.index(array))
 
+        # What an earlier action of this unit has kept comes first: a state is there as
+        # that action saw it, whatever has become of it since.
         for earlier in EARLIER[kind]:
             kept = group.kept[u].get(earlier)
             if earlier != kind and kept is not None and value in kept.arrays:
@@ -360,6 +366,7 @@ class Operations:
         if port.kind == "number":
             layer = LayerNumber(port.of)
             return Number(arguments.setdefault(layer, len(arguments)))
+        # The rest is given by the call.
         if leaf in unit.flat.constant:
             return WholeInput(leaf)
         return FedPiece(leaf, kind) if leaf in self.spread else InputPiece(leaf)

@@ -49,6 +49,7 @@ def held(step: Step) -> Mapping[Role, int]:
             # A sum in another dtype is there beside what is made of it in the end.
             if sum_dtype(a.dtype) != a.dtype:
                 roles["gradients"] += nbytes(a)
+    # Pools are there from the first tick to the last, filled or not.
     for name, pool in machine.pools.items():
         slot = sum(map(shard, Storage(pool.avals, step.rows).shapes))
         saved = isinstance(name, SavedPool | HandedPool)
@@ -74,6 +75,7 @@ def held(step: Step) -> Mapping[Role, int]:
             if rows is not None and rows[0] % shards == 0 and not is_key(a.dtype):
                 parts *= shards
             roles["inputs"] += nbytes(a) // parts
+    # Beside its share each device has a microbatch on its way.
     for segment in machine.segments:
         for phase in segment.phases:
             for port, k in (leaf for feed in phase.feeds for leaf in feed.leaves):

@@ -81,7 +81,10 @@ class Parameters:
             return f(None if key is None else jax.device_put(key, here[0]))
 
     def place(self, params: Sequence[PyTree]) -> Packed:
-        """Every device its own stages' parameters, and no others. Inside a trace too."""
+        """Every device its own stages' parameters, and no others.
+
+        Inside a trace too: then XLA moves them.
+        """
         packing = self.packing([Shape.of(p) for p in params])[1]
         sharding = by_stage(self.mesh)
         if is_traced(params):

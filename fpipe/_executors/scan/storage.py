@@ -98,7 +98,7 @@ class Storage:
     def pack(
         self, avals: Avals, arrays: Sequence[Any], old: Sequence[Any]
     ) -> list[Any]:
-        """A bundle as the arrays of a slot; what it does not fill keeps what is there."""
+        """A bundle as the arrays of a slot; what it does not fill stays as in `old`."""
         given = [unwrapped(a) for a in arrays]
         if len(self.kinds) == 1:
             return given

@@ -100,6 +100,8 @@ def _ends(
     """
     if len(balance) < 2:
         return None
+    # Layers are taken to be alike if their names and shapes are. If they are not, two
+    # cores are two operations, and nothing else is lost.
     kinds = [
         (layer.name, len(layer.stash), len(layer.pop), layer.asks("state"), shape)
         for layer, shape in zip(model.layers, shapes, strict=True)
@@ -115,6 +117,7 @@ def _ends(
         if any(row != middle[0] for row in middle):
             return None
         lengths = [len(middle[0])]
+    # The longest core that first, last and all between have.
     for n in lengths:
         if n > min(len(first), len(last)):
             continue
