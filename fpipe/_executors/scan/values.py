@@ -3,17 +3,19 @@
 In: units, a schedule, and a call. Out: groups of microbatches for which every unit runs
 the same programs, and for each group the *bundles*: arrays that travel and wait
 together. Two equal layers on two devices, whose backwards recompute, are four units
-(0: input, 1 and 2: the layers, 3: loss):
+(0: the input, 1 and 2: the layers, 3: the loss):
 
-    value                        made by      read by
-    ActivationValue(0, y)        F of unit 0  F and B of unit 1      stays on device 0
-    ActivationValue(1, y)        F of unit 1  F and B of unit 2      goes to device 1
-    ActivationValue(2, y)        F of unit 2  F and B of unit 3      stays on device 1
-    CotangentValue(3, y, 2)      B of unit 3  B of unit 2            stays on device 1
-    CotangentValue(2, y, 1)      B of unit 2  B of unit 1            goes to device 0
-    CotangentValue(1, y, 0)      B of unit 1  nobody: unit 0 has no parameters
+    value                      made by      read by
+    ActivationValue(0, y)      F of unit 0  F and B of unit 1    stays on device 0
+    ActivationValue(1, y)      F of unit 1  F and B of unit 2    goes to device 1
+    ActivationValue(2, y)      F of unit 2  F of unit 3          stays on device 1
+    SavedValue(3)              F of unit 3  B of unit 3          stays in the unit
+    CotangentValue(3, y, 2)    B of unit 3  B of unit 2          stays on device 1
+    CotangentValue(2, y, 1)    B of unit 2  B of unit 1          goes to device 0
+    CotangentValue(1, y, 0)    B of unit 1  nobody: unit 0 has no parameters
 
-What a forward keeps for its backward is a bundle too, and so is what `I` hands to `W`.
+The loss recomputes nothing, for its backward follows its forward directly. What its
+forward keeps for that is a bundle too, and so is what an `I` hands to its `W`.
 """
 
 import dataclasses
