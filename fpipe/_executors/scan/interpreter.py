@@ -314,12 +314,12 @@ class Interpreter:
             if left:
                 carry[name] = list(left[n])
                 continue
-            slots = self.storage[name].shapes
+            slots = self.storage[name].layout.shapes
             carry[name] = [empty((pool.slots, *a.shape), a.dtype) for a in slots]
         used = {entry.wire for phase in self.segment.phases for entry in phase.wires}
         for name in machine.wires:
             if name in used:
-                bundle = self.storage[name].shapes
+                bundle = self.storage[name].layout.shapes
                 carry[Outbox(name)] = [empty(a.shape, a.dtype) for a in bundle]
         for phase in self.segment.phases:
             for feed in phase.feeds:

@@ -51,11 +51,13 @@ def held(step: Step) -> Mapping[Role, int]:
                 roles["gradients"] += nbytes(a)
     # Pools are there from the first tick to the last, filled or not.
     for name, pool in machine.pools.items():
-        slot = sum(map(shard, Storage(pool.avals, step.rows).shapes))
+        slot = sum(map(shard, Storage(pool.avals, step.rows).layout.shapes))
         saved = isinstance(name, SavedPool | HandedPool)
         roles["residuals" if saved else "boundaries"] += slot * pool.slots
     for wire in machine.wires.values():
-        roles["boundaries"] += sum(map(shard, Storage(wire.avals, step.rows).shapes))
+        roles["boundaries"] += sum(
+            map(shard, Storage(wire.avals, step.rows).layout.shapes)
+        )
     # States come and go whole, on every device; between, each device has its own.
     state = machine.state
     roles["inputs"] = 0

@@ -80,7 +80,7 @@ class Step:
         def forward(
             params: Sequence[Array], state: Sequence[Array], given: Given
         ) -> Any:
-            made = self._run(0, params, self._pack(state), self._cut(given))
+            made = self._run(0, params, state, self._cut(given))
             pieces = [made.outputs[Leaf(Y, k)] for k in range(len(self.out[Y].leaves))]
             # One array of all rows. What is 0-d in a microbatch is stacked already.
             y = [a if a.ndim == 1 else a.reshape(-1, *a.shape[2:]) for a in pieces]
@@ -104,7 +104,7 @@ class Step:
             for k, (c, a) in enumerate(zip(cotangents, shapes, strict=True)):
                 piece = c.reshape(self.m, *a.shape) if is_inexact(a) else c
                 inputs[Leaf(Port("y"), k)] = piece
-            made = self._run(1, params, self._pack(state), inputs, left)
+            made = self._run(1, params, state, inputs, left)
             return self._finished_gradients(made, None)
 
         return jax.jit(backward)
@@ -114,7 +114,7 @@ class Step:
         """`f(params, state, given) -> (loss, aux, state, gradients)`."""
 
         def loss(params: Sequence[Array], state: Sequence[Array], given: Given) -> Any:
-            made = self._run(0, params, self._pack(state), self._cut(given))
+            made = self._run(0, params, state, self._cut(given))
             assert self.request.loss is not None
             reduction = self.request.loss.reduction
             values = made.outputs[Leaf(LOSS, 0)]
@@ -138,19 +138,19 @@ class Step:
         self,
         segment: int,
         params: Sequence[Array],
-        state: Sequence[Array] | None,
+        state: Sequence[Array],
         inputs: Mapping[Leaf, Array],
         left: Sequence[Sequence[Array]] | None = None,
     ) -> SegmentResult:
+        """Run a segment; `state` are the arrays of the states, which it packs."""
+        packing = self.machine.state
+        rows = None
+        if packing is not None:
+            rows = list(packing.pack(packing.trees(state)))
         run = Interpreter(self.machine, segment, self.mesh, self.rows, self.clock)
-        return run(params, state, inputs, left)
+        return run(params, rows, inputs, left)
 
     # --- what goes in ---
-
-    def _pack(self, state: Sequence[Array]) -> list[Array] | None:
-        """The rows of the states, from their arrays."""
-        packing = self.machine.state
-        return None if packing is None else list(packing.pack(packing.trees(state)))
 
     def _cut(self, given: Given) -> dict[Leaf, Array]:
         """Inputs with a first axis of microbatches, those that lie over the devices

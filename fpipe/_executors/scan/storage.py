@@ -90,11 +90,6 @@ class Storage:
         }
         return Layout(shapes, locations)
 
-    @property
-    def shapes(self) -> list[jax.ShapeDtypeStruct]:
-        """The arrays of one slot."""
-        return self.layout.shapes
-
     def pack(
         self, avals: Avals, arrays: Sequence[Any], old: Sequence[Any]
     ) -> list[Any]:
