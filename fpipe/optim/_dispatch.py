@@ -147,6 +147,7 @@ def divide(
     devices = [first, *(output.device for output in outputs)]
     devices += [d for d in (*(i.owner for i in inputs), *found_on) if d is not None]
     devices = list(dict.fromkeys(devices))
+    # The plan knows devices by number; no device stays none.
     number: dict[Device | None, int | None] = {None: None}
     number.update((device, n) for n, device in enumerate(devices))
     wanted_on = [devices.index(output.device) for output in outputs]

@@ -24,7 +24,11 @@ FIX = (
 
 
 def device_of(array: Any) -> Device | None:
-    """The one device that an array is committed to."""
+    """The one device that an array is committed to, if there is one.
+
+    An array that is not committed is where it is by chance, and JAX moves it to
+    whatever it is combined with: nothing can be placed by it.
+    """
     if not isinstance(array, jax.Array) or not array.committed:
         return None
     devices = array.devices()
@@ -105,6 +109,8 @@ def state_owners(
             continue
         device = device_of(leaf)
         if parameter is None:
+            # The count of steps, a learning rate: each device reads a copy and computes
+            # the next one itself. Anything large stays where it is.
             owners.append(device if value_bytes(aval(leaf)) > SMALL else None)
             continue
         if device != devices[parameter]:

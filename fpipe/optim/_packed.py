@@ -270,6 +270,7 @@ def state_outputs(
         output,
         state,
         numbers,
+        # A tuple of layers is one leaf here, but the state may hold it at any depth.
         is_leaf=lambda node: _find_template(templates, node) is not None,
     )
 
@@ -356,6 +357,9 @@ class StateTemplate:
                 for e, p in zip(entries, old.entries, strict=True)
                 if e is not None and p is not None
             ]
+            # Like the parameters if it can be, so that a moment lies as they do; else a
+            # stack without padding, if all have one shape; else flat, as parameters of
+            # several shapes are.
             if own == parameter:
                 shape = old.shape
             elif len(set(own)) == 1:

@@ -81,7 +81,7 @@ def plan_init(tx: Any, params: PyTree, frozen: Frozen | None) -> PlacedTransform
         [Output(device) for device in new_state_devices(seen, traced.state, devices)],
         first_device(devices),
     )
-    return PlacedTransformation(run, seen, 0, traced.state_spec)
+    return PlacedTransformation(run, seen, 0, pack(traced.state)[1])
 
 
 def plan_update(
@@ -106,12 +106,15 @@ def plan_update(
     owners = state_owners(seen, state, devices)
     traced = trace_update(tx, seen, gradients, state, parameters, extra)
 
+    # In the order of `trace_update`. Parameters are never donated, and never handed
+    # through: whoever gets an update may overwrite it.
     donate_grads = "grads" in donate
     donate_state = "state" in donate
     inputs = [Input(device, donate_grads, Tree.GRADIENTS) for device in devices]
     inputs += [Input(owner, donate_state, Tree.STATE) for owner in owners]
     if parameters is not None:
         inputs += [Input(device) for device in devices]
+    # Extra arguments (a loss, a learning rate) are like the numbers of a state.
     for array in pack(extra)[0]:
         large = value_bytes(array) > SMALL
         inputs.append(Input(device_of(array) if large else None))
@@ -121,4 +124,4 @@ def plan_update(
         for device in new_state_devices(seen, traced.state, devices)
     ]
     run = divide(traced.graph, traced.leaves, inputs, outputs, first_device(devices))
-    return PlacedTransformation(run, seen, traced.updates, traced.state_spec)
+    return PlacedTransformation(run, seen, traced.updates, pack(traced.state)[1])

@@ -238,6 +238,8 @@ def _exports(
     avals = partition.graph.avals
     makers = _makers(partition)
     read = {v for draft in drafts.values() for v in draft.reads if v in makers}
+    # What stays on its device is not worth a copy into a bundle, and neither is what is
+    # large.
     crossing = {c.value for c in partition.crossings}
     single = list[tuple[_Key, tuple[int, ...]]]()
     bundles: dict[tuple[_Key, str], list[int]] = {}

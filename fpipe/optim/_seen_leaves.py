@@ -79,6 +79,8 @@ class SeenLeaves:
 
     def seen_tree(self, leaves: Sequence[Any]) -> PyTree:
         """The tree that it sees, from the leaves that it sees."""
+        # A `MaskedNode` has no leaves, so nothing is made for it, and the others keep
+        # their paths: masks and labels may be made for the whole tree.
         rest = iter(leaves)
         return self.treedef.unflatten(
             [next(rest) if seen else optax.MaskedNode() for seen in self.is_seen]

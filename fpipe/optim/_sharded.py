@@ -110,7 +110,8 @@ def run_sharded(
     else:
         made, known_to_all = _run_on_mesh(update, rows, shared, mesh)
 
-    blocks, arrays = iter(made), iter(known_to_all)
+    blocks = iter(made)
+    arrays = iter(known_to_all)
 
     def result(out: Any) -> Any:
         if isinstance(out, WholeOutput):

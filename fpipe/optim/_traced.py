@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from fpipe._core.pytrees import PyTree, Spec, numbers_as_arrays, pack, shapes_of
+from fpipe._core.pytrees import PyTree, numbers_as_arrays, pack, shapes_of
 from fpipe.optim._seen_leaves import SeenLeaves
 from fpipe.optim._update_graph import UpdateGraph, trace_update_graph
 
@@ -28,15 +28,13 @@ class TracedTransformation:
         graph: what it computes.
         leaves: its inputs: arrays, or shapes.
         updates: how many outputs are updates; they come first.
-        state: the shapes of the new state, with what is no array in it.
-        state_spec: how the other outputs make up that state.
+        state: the shapes of the new state, whose arrays are the other outputs.
     """
 
     graph: UpdateGraph
     leaves: tuple[Any, ...]
     updates: int
     state: PyTree
-    state_spec: Spec
 
 
 def trace_init(
@@ -46,14 +44,13 @@ def trace_init(
     states: list[PyTree] = []
 
     def init(*leaves: Any) -> list[Any]:
+        # A state may hold Python's numbers. They come out of a program as arrays, and
+        # so that all states have one structure they are arrays from the beginning.
         states.append(numbers_as_arrays(tx.init(seen.seen_tree(leaves))))
         return pack(states[-1])[0]
 
     graph = trace_update_graph(init, parameters)
-    spec = pack(states[-1])[1]
-    return TracedTransformation(
-        graph, tuple(parameters), 0, shapes_of(states[-1]), spec
-    )
+    return TracedTransformation(graph, tuple(parameters), 0, shapes_of(states[-1]))
 
 
 def trace_update(
@@ -89,7 +86,5 @@ def trace_update(
 
     leaves = [leaf for section in sections for leaf in section]
     graph = trace_update_graph(update, leaves)
-    spec = pack(states[-1])[1]
-    return TracedTransformation(
-        graph, tuple(leaves), len(gradients), shapes_of(states[-1]), spec
-    )
+    state_shapes = shapes_of(states[-1])
+    return TracedTransformation(graph, tuple(leaves), len(gradients), state_shapes)

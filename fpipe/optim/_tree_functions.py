@@ -76,6 +76,8 @@ def apply_updates(
         raise ValueError(
             f"`apply_updates(params, updates)`: they have different structures: {error}"
         ) from error
+    # `per_stage` gives a numpy zero where nothing changes; to add it would be a program
+    # that copies the parameter.
     changing = [
         n
         for n, change in enumerate(changes)
