@@ -1,4 +1,16 @@
-"""Layers: pure functions `f(params, x, **needs)`, and the frozen record behind one."""
+"""Layers: pure functions `f(params, x, **needs)`, and the frozen record behind one.
+
+In: functions, as users write them, or `Layer`s. Out: `Layer`s, whose needs are read off
+the signature:
+
+    def drop(params, x, *, key, train): …     needs ("key", "train"), returns y
+    def norm(params, x, *, state): …          needs ("state",), returns y, state
+    @fpipe.skippable(stash=["a"], pop=["b"])
+    def cross(params, x, *, carry): …         needs ("carry",), returns y, carry
+
+`call_layer` runs one on a microbatch and checks all that it returns: a mistake in a
+user's function is told at the first trace, in words that name the layer.
+"""
 
 import dataclasses
 import functools
@@ -319,12 +331,13 @@ def keyword_needs(f: Callable[..., Any]) -> tuple[str, ...]:
     )
 
 
-def default_needs(f: Callable[..., Any]) -> tuple[str, ...]:
-    """The needs for which a function has a default of its own."""
+def required_needs(f: Callable[..., Any]) -> tuple[str, ...]:
+    """The needs that a layer's function names without a default of its own."""
+    inner = f.f if isinstance(f, _WithoutParams) else f
     return tuple(
         p.name
-        for p in _parameters(f) or ()
-        if p.name in NEEDS and p.default is not p.empty
+        for p in _parameters(inner) or ()
+        if p.name in NEEDS and p.default is p.empty
     )
 
 
@@ -336,14 +349,18 @@ def _parameters(f: Callable[..., Any]) -> list[inspect.Parameter] | None:
         parameters = inspect.signature(f).parameters.values()
     except (TypeError, ValueError):
         return None
-    bound = set[str]()
-    while isinstance(f, functools.partial) or hasattr(
-        f, "__wrapped__"
-    ):  # a jitted partial hides what it binds
-        if isinstance(f, functools.partial):
-            bound.update(f.keywords)
-        f = f.func if isinstance(f, functools.partial) else getattr(f, "__wrapped__")  # noqa: B009 - typed
-    return [p for p in parameters if p.name not in bound]
+    # `inspect.signature` gives a bound keyword as one with a default. Under `jax.jit` a
+    # partial stands behind `__wrapped__`.
+    bound: set[str] = set()
+    inner: Any = f
+    while True:
+        if isinstance(inner, functools.partial):
+            bound.update(inner.keywords)
+            inner = inner.func
+        elif hasattr(inner, "__wrapped__"):
+            inner = inner.__wrapped__
+        else:
+            return [p for p in parameters if p.name not in bound]
 
 
 def as_layer(value: Any) -> Layer:
@@ -402,6 +419,8 @@ def fn(f: Callable[..., Any], name: str = "") -> Layer:
 
 @dataclasses.dataclass(frozen=True)
 class _WithoutParams:
+    """A function without parameters, called as a layer is."""
+
     f: Callable[..., Any]
 
     def __call__(self, params: PyTree, x: PyTree, **needs: Any) -> Any:
@@ -500,13 +519,15 @@ def call_layer(layer: Layer, index: int, call: LayerCall) -> LayerResult:
     needs = dict(call.needs)
     for name, value in call.needs.items():
         if value is None and BY_NAME[name].required:
-            if name not in default_needs(layer.apply):
+            # Left out, so that the function's own default holds. A wrapper that takes
+            # `**needs` hides whether there is one; then Python itself complains.
+            del needs[name]
+            if name in required_needs(layer.apply):
                 raise ValueError(
                     f"{who} asks for the need {name!r}, which this call was not given: "
                     f"pass `{name}=...`, or give the parameter a default: "
                     f"`def {layer.name}(params, x, *, {name}=0)`"
                 )
-            del needs[name]
     if layer.asks("carry"):
         needs["carry"] = dict(call.carry)
     scope = Scope(who, tuple(layer.stash), tuple(layer.pop), tuple(layer.peek))

@@ -124,6 +124,21 @@ def test_a_default_stands_in_for_a_step_that_is_not_given(make):
 
 
 @every
+@pytest.mark.parametrize("options", [{}, {"detect_anomaly": True}])
+def test_so_it_does_in_a_layer_without_parameters(make, options):
+    layers = [
+        dense(),
+        fpipe.fn(lambda x, *, step=2: x * jnp.asarray(step, x.dtype), name="times"),
+    ]
+    pipe = make(layers, chunks=2, **options)
+    params = pipe.init(jax.random.key(0), X)
+    assert_same(pipe(params, X), pipe(params, X, step=2))
+    required = make([dense(), fpipe.fn(lambda x, *, step: x * step)], chunks=2)
+    with pytest.raises(ValueError, match="asks for the need 'step'"):
+        required(params, X)
+
+
+@every
 def test_a_required_step_that_is_not_given_is_an_error(make):
     pipe = make([dense(), warmed()], chunks=2)
     params = pipe.init(jax.random.key(0), X)
@@ -165,6 +180,7 @@ def test_an_anomaly_in_a_layer_with_a_step_is_found(make):
         pipe(params, X, step=0)
 
 
+@pytest.mark.quick
 @pipes
 @pytest.mark.parametrize("option", [{}, {"checkpoint": "always"}])
 def test_the_python_of_a_layer_runs_once(make, option):
