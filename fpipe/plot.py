@@ -10,7 +10,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from fpipe.schedules import Schedule, Timeline, svg
-from fpipe.schedules._picture import IDLE, INK, LIGHTER, WORDS, picture
+from fpipe.schedules._draw.picture import IDLE, INK, LIGHTER, WORDS, picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,8 @@ from fpipe.schedules._action import Action as Action
 from fpipe.schedules._action import Kind as Kind
 from fpipe.schedules._costs import Costs as Costs
 from fpipe.schedules._csv import from_csv as from_csv
-from fpipe.schedules._draw import draw as draw
+from fpipe.schedules._draw.svg import svg as svg
+from fpipe.schedules._draw.text import draw as draw
 from fpipe.schedules._generators.looped import eager_1f1b as eager_1f1b
 from fpipe.schedules._generators.looped import forward_only as forward_only
 from fpipe.schedules._generators.looped import gpipe as gpipe
@@ -27,6 +28,5 @@ from fpipe.schedules._recording import Transfer as Transfer
 from fpipe.schedules._schedule import Schedule as Schedule
 from fpipe.schedules._search.zero_bubble import zero_bubble as zero_bubble
 from fpipe.schedules._simulate import simulate as simulate
-from fpipe.schedules._svg import svg as svg
 from fpipe.schedules._timeline import Event as Event
 from fpipe.schedules._timeline import Timeline as Timeline

@@ -1,12 +1,18 @@
-"""The table that `torch.distributed.pipelining` reads and writes in its `compute_only`
-form.
+"""The table that `torch.distributed.pipelining` reads and writes.
+
+Its `compute_only` form has a row for each device and a cell for each action, or an
+empty one where the device waits. `one_f_one_b(2, 2)`:
+
+    0F0,0F1,,0B0,,0B1
+    ,1F0,1B0,1F1,1B1
 """
 
 import csv
 import re
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
-from fpipe.schedules._action import Action
+from fpipe.schedules._action import KINDS, Action, Kind
 from fpipe.schedules._schedule import Schedule
 
 ACTION = re.compile(r"([0-9]+)([FBIW])([0-9]+)")
@@ -16,6 +22,14 @@ OVERLAP = re.compile(r"\(([^;()]*);([^;()]*)\)OVERLAP_F_B")
 COMMUNICATION = re.compile(
     r"[0-9]+(UNSHARD|RESHARD|REDUCE_GRAD|SEND_F|RECV_F|SEND_B|RECV_B)[0-9]*"
 )
+LETTERS: dict[str, Kind] = {kind: kind for kind in KINDS}
+
+
+class _Row(NamedTuple):
+    """What a device runs, and in which line of the text that is, from 1."""
+
+    line: int
+    actions: list[Action]
 
 
 def from_csv(
@@ -49,18 +63,13 @@ def from_csv(
         raise TypeError(
             f"`from_csv(text)`: text is the content of a file, a str, not {text!r}"
         )
-    rows: list[list[Action]] = []
-    lines: list[int] = []
-    for line, cells in _lines(text.removeprefix("\ufeff")):
-        rows.append(
-            [
-                a
-                for column, cell in enumerate(cells, 1)
-                for a in _actions(cell, line, column)
-            ]
-        )
-        lines.append(line)
-    kinds = {a.kind for row in rows for a in row}
+    rows: list[_Row] = []
+    for line, cells in _read_lines(text.removeprefix("\ufeff")):
+        row = _Row(line, [])
+        for column, cell in enumerate(cells, 1):
+            row.actions.extend(_read_cell(cell, line, column))
+        rows.append(row)
+    kinds = {action.kind for row in rows for action in row.actions}
     if not kinds:
         raise ValueError("`from_csv`: there is no action in the table")
     if "W" in kinds and "I" not in kinds:
@@ -68,11 +77,13 @@ def from_csv(
             "`from_csv`: the table has W but no I; early releases of torch wrote the "
             "input gradient as B: write I"
         )
-    places = _places(rows, lines) if stage_to_device is None else tuple(stage_to_device)
-    return Schedule(rows, places, name)
+    if stage_to_device is None:
+        stage_to_device = _find_stages(rows)
+    return Schedule([row.actions for row in rows], stage_to_device, name)
 
 
-def _lines(text: str) -> Iterator[tuple[int, list[str]]]:
+def _read_lines(text: str) -> Iterator[tuple[int, list[str]]]:
+    """The number and the cells of each line that is a row."""
     reader = csv.reader(text.splitlines())
     try:
         for cells in reader:
@@ -84,38 +95,44 @@ def _lines(text: str) -> Iterator[tuple[int, list[str]]]:
         raise ValueError(f"`from_csv`: row {reader.line_num}: {error}") from None
 
 
-def _actions(cell: str, line: int, column: int) -> Iterator[Action]:
-    both = OVERLAP.fullmatch(cell)
-    for part in [p.strip() for p in both.groups()] if both else [cell] if cell else []:
+def _read_cell(cell: str, line: int, column: int) -> Iterator[Action]:
+    """The actions of a cell: none, one, or two that torch would overlap."""
+    parts = [cell] if cell else []
+    overlap = OVERLAP.fullmatch(cell)
+    if overlap:
+        parts = [part.strip() for part in overlap.groups()]
+    for part in parts:
         match = ACTION.fullmatch(part)
         if match is None:
-            at = f"`from_csv`: row {line}, column {column}: {cell!r} is"
+            where = f"`from_csv`: row {line}, column {column}: {cell!r} is"
             if COMMUNICATION.fullmatch(part):
                 raise ValueError(
-                    f"{at} communication; `from_csv` reads `_dump_csv(path, "
+                    f"{where} communication; `from_csv` reads `_dump_csv(path, "
                     'format="compute_only")`'
                 )
             raise ValueError(
-                f"{at} no action; one looks like 2F0: stage, one of F B I W, microbatch"
+                f"{where} no action; one looks like 2F0: stage, one of F B I W, "
+                "microbatch"
             )
         stage, kind, microbatch = match.groups()
-        yield Action(kind, int(stage), int(microbatch))  # pyright: ignore[reportArgumentType]
+        yield Action(LETTERS[kind], int(stage), int(microbatch))
 
 
-def _places(rows: list[list[Action]], lines: list[int]) -> tuple[int, ...]:
-    places: dict[int, int] = {}
-    for d, row in enumerate(rows):
-        for a in row:
-            other = places.setdefault(a.stage, d)
-            if other != d:
+def _find_stages(rows: list[_Row]) -> tuple[int, ...]:
+    """The device of each stage: the row that its actions are in."""
+    device_of: dict[int, int] = {}
+    for device, row in enumerate(rows):
+        for action in row.actions:
+            other = device_of.setdefault(action.stage, device)
+            if other != device:
                 raise ValueError(
-                    f"`from_csv`: stage {a.stage} is in row {lines[other]} and in row "
-                    f"{lines[d]}"
+                    f"`from_csv`: stage {action.stage} is in row {rows[other].line} "
+                    f"and in row {row.line}"
                 )
-    for stage in range(len(places)):
-        if stage not in places:
+    for stage in range(len(device_of)):
+        if stage not in device_of:
             raise ValueError(
-                f"`from_csv`: there is stage {max(places)}, but no action of stage "
+                f"`from_csv`: there is stage {max(device_of)}, but no action of stage "
                 f"{stage}"
             )
-    return tuple(places[s] for s in range(len(places)))
+    return tuple(device_of[stage] for stage in range(len(device_of)))

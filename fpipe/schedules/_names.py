@@ -1,4 +1,7 @@
-"""The schedules that have a name, and how many stages each puts on a device."""
+"""The schedules that have a name, and how many stages each puts on a device.
+
+`named("1f1b", devices=4, microbatches=8)` is `one_f_one_b(4, 8)`.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -67,14 +70,15 @@ def named(
     """
     if name not in NAMES:
         raise ValueError(f"no schedule is named {name!r}; there are {', '.join(NAMES)}")
-    generator, per_device, takes_virtual = NAMES[name]
+    entry = NAMES[name]
     if virtual is None:
-        return generator(devices, microbatches)
-    if takes_virtual:
-        return generator(devices, microbatches, virtual=virtual)
+        return entry.generator(devices, microbatches)
+    if entry.virtual:
+        return entry.generator(devices, microbatches, virtual=virtual)
     if type(virtual) is not int:
         raise TypeError(f"`{name}`: virtual is an int, not {virtual!r}")
+    per_device = entry.per_device
     if virtual != per_device:
         number = "one stage" if per_device == 1 else f"{per_device} stages"
         raise ValueError(f"`{name}` puts {number} on each device, not {virtual}")
-    return generator(devices, microbatches)
+    return entry.generator(devices, microbatches)

@@ -1,5 +1,10 @@
-"""A timeline that was measured: besides the schedule's actions every program and every
-transfer.
+"""A timeline that was measured: a `Timeline` with every program and every transfer.
+
+One microbatch on two devices, in seconds from the first start:
+
+    events      Event(0, F(0,0), 0.0, 0.002), Event(1, F(1,0), 0.003, 0.005)
+    programs    ProgramRun(0, "stage0 F mb0", 0.0, 0.002), …
+    transfers   Transfer(0, 1, ("boundary",), 4096, 0.002, 0.003)
 """
 
 import dataclasses
@@ -72,30 +77,41 @@ class Recording(Timeline):
         """As `Timeline.to_trace`, with every program and every transfer; a transfer
         stands at its target.
         """
-        actions = {e.action.name for e in self.events}
-        around = [
-            Span(p.device, p.name, "around", p.start, p.end, {})
-            for p in self.programs
-            if p.name not in actions
-        ]
-        transfers = [
-            Span(
-                t.target,
-                f"from device {t.source}",
-                "transfer",
-                t.start,
-                t.end,
-                {"source": t.source, "what": ", ".join(t.what), "bytes": t.bytes},
+        of_schedule = {event.action.name for event in self.events}
+        programs = self._spans()
+        for program in self.programs:
+            if program.name not in of_schedule:
+                programs.append(
+                    Span(
+                        program.device,
+                        program.name,
+                        category="around",
+                        start=program.start,
+                        end=program.end,
+                        args={},
+                    )
+                )
+        transfers: list[Span] = []
+        for transfer in self.transfers:
+            shown = {
+                "source": transfer.source,
+                "what": ", ".join(transfer.what),
+                "bytes": transfer.bytes,
+            }
+            transfers.append(
+                Span(
+                    transfer.target,
+                    f"from device {transfer.source}",
+                    category="transfer",
+                    start=transfer.start,
+                    end=transfer.end,
+                    args=shown,
+                )
             )
-            for t in self.transfers
-        ]
-        names = [
-            f"device {d}{f' ({p})' if p else ''}"
-            for d, p in enumerate(self.places or [""] * self.devices)
-        ]
-        return trace(
-            names, {"programs": [*self._spans(), *around], "transfers": transfers}, unit
-        )
+        names: list[str] = []
+        for device, place in enumerate(self.places or [""] * self.devices):
+            names.append(f"device {device} ({place})" if place else f"device {device}")
+        return trace(names, {"programs": programs, "transfers": transfers}, unit)
 
     # It is filled when the block ends: equal to nothing but itself.
     def __eq__(self, other: object) -> bool:

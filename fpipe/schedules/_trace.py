@@ -1,6 +1,12 @@
 """Spans of time as a trace that Chrome (`chrome://tracing`) and Perfetto
 (https://ui.perfetto.dev) show.
 
+In: spans, by the name of their row. Out: JSON. A device is a process there, and a row
+a thread; `F(1,0)` from 1 s to 2 s:
+
+    {"ph": "X", "name": "stage1 F mb0", "cat": "F", "pid": 1, "tid": 0,
+     "ts": 1000000.0, "dur": 1000000.0, "args": {"stage": 1, "microbatch": 0}}
+
 The format: "Trace Event Format", Google,
 https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU.
 """
@@ -41,44 +47,46 @@ def trace(
             of its own.
         unit: microseconds that a unit of time takes.
     """
-    out: list[dict[str, Any]] = []
-    for d, name in enumerate(processes):
-        out.append(
-            {"ph": "M", "name": "process_name", "pid": d, "args": {"name": name}}
-        )
-        out.append(
-            {
-                "ph": "M",
-                "name": "process_sort_index",
-                "pid": d,
-                "args": {"sort_index": d},
-            }
-        )
-    used = [0] * len(processes)
+    events: list[dict[str, Any]] = []
+    for device, name in enumerate(processes):
+        facts = {
+            "process_name": {"name": name},
+            "process_sort_index": {"sort_index": device},
+        }
+        for fact, args in facts.items():
+            events.append({"ph": "M", "name": fact, "pid": device, "args": args})
+    rows_used = [0] * len(processes)
     for title, spans in rows.items():
-        free: list[dict[int, float]] = [
-            {} for _ in processes
-        ]  # of each device, until when its rows are taken
-        for span in sorted(spans, key=lambda s: (s.start, s.end)):
-            own = free[span.device]
-            row = next((n for n, end in own.items() if end <= span.start), None)
+        # For each device its rows of this title, and until when each is taken.
+        taken: list[dict[int, float]] = [{} for _ in processes]
+        for span in sorted(spans, key=lambda span: (span.start, span.end)):
+            device = span.device
+            row = next(
+                (row for row, end in taken[device].items() if end <= span.start), None
+            )
             if row is None:
-                row, used[span.device] = used[span.device], used[span.device] + 1
-                head = {"pid": span.device, "tid": row}
-                out.append(
-                    {"ph": "M", "name": "thread_name", **head, "args": {"name": title}}
+                row = rows_used[device]
+                rows_used[device] += 1
+                events.append(
+                    {
+                        "ph": "M",
+                        "name": "thread_name",
+                        "pid": device,
+                        "tid": row,
+                        "args": {"name": title},
+                    }
                 )
-            own[row] = span.end
-            out.append(
+            taken[device][row] = span.end
+            events.append(
                 {
                     "ph": "X",
                     "name": span.name,
                     "cat": span.category,
-                    "pid": span.device,
+                    "pid": device,
                     "tid": row,
                     "ts": span.start * unit,
                     "dur": (span.end - span.start) * unit,
                     "args": dict(span.args),
                 }
             )
-    return json.dumps({"traceEvents": out, "displayTimeUnit": "ms"})
+    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})

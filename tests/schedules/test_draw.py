@@ -23,7 +23,8 @@ from fpipe.schedules import (
     simulate,
     svg,
 )
-from fpipe.schedules._picture import INK, KINDS, Box, Picture, picture
+from fpipe.schedules._action import KINDS
+from fpipe.schedules._draw.picture import INK, Box, Picture, picture
 
 SPLIT = Schedule(
     [

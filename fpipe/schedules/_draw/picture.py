@@ -1,4 +1,10 @@
-"""What every drawing of a timeline shows, as plain data: boxes, colours, ticks, words."""
+"""What every drawing of a timeline shows, as plain data: boxes, colours, ticks, words.
+
+In: a `Schedule` or a `Timeline`. Out: a `Picture`, with a `Box` for each event. The
+first of `one_f_one_b(2, 2)` on its second device, `F(1,0)` from 1 to 2:
+
+    Box(device=1, start=1.0, end=2.0, kind="F", chunk=0, stage=1, microbatch=0)
+"""
 
 import dataclasses
 import math
@@ -24,7 +30,8 @@ COLOURS: dict[Kind, str] = {
     "I": "#d684b3",
     "W": "#19aa82",
 }
-INK, IDLE = "#1a1a1a", "#efefef"
+INK = "#1a1a1a"
+IDLE = "#efefef"
 # How white the last of a device's stages is; the first has the plain colour.
 LIGHTEST = 0.62
 
@@ -84,8 +91,12 @@ class Picture:
     def fill(self, kind: Kind, chunk: int) -> str:
         """The colour of a kind, the lighter the later the chunk."""
         white = LIGHTEST * chunk / max(self.chunks - 1, 1)
-        parts = (int(COLOURS[kind][n : n + 2], 16) for n in (1, 3, 5))
-        return "#" + "".join(f"{round(p + (255 - p) * white):02x}" for p in parts)
+        colour = COLOURS[kind]
+        fill = "#"
+        for position in (1, 3, 5):
+            part = int(colour[position : position + 2], 16)
+            fill += f"{round(part + (255 - part) * white):02x}"
+        return fill
 
     def ticks(self, most: int) -> list[float]:
         """At most `most` round times from 0 to `span`, or a few more."""
@@ -93,84 +104,96 @@ class Picture:
             return [0.0]
         rough = self.span / max(most, 1)
         power = 10.0 ** math.floor(math.log10(rough))
-        step = next(power * n for n in (1, 2, 5, 10) if power * n >= rough * (1 - 1e-9))
+        # A little less is enough: a power of ten may be rounded up.
+        steps = (power * n for n in (1, 2, 5, 10))
+        step = next(step for step in steps if step >= rough * (1 - 1e-9))
         return [n * step for n in range(math.floor(self.span / step * (1 + 1e-9)) + 1)]
 
 
 def picture(
     what: Schedule | Timeline, call: str, over: Schedule | Timeline | None = None
 ) -> Picture:
-    """What to draw of a schedule, under the default costs, or of a timeline, over
-    another; `call` is for errors.
+    """What to draw of a schedule, under the default costs, or of a timeline.
+
+    Arguments:
+        what: the schedule or timeline.
+        call: what was called, for errors.
+        over: another one, which this one is laid over.
     """
-    timeline = _timeline(what, call)
-    boxes, span, caption = _boxes(timeline, 1.0), timeline.makespan, _caption(timeline)
+    timeline = _read_timeline(what, call)
+    boxes = _boxes(timeline, scale=1.0)
     beneath: tuple[Box, ...] = ()
+    span = timeline.makespan
+    caption = _caption(timeline)
     if over is not None:
-        other = _timeline(over, f"{call}(over=...)")
+        other = _read_timeline(over, f"{call}(over=...)")
         if other.devices != timeline.devices:
             raise ValueError(
                 f"`{call}(over=...)`: a timeline of {timeline.devices} devices lies "
                 f"over one of as many, not {other.devices}"
             )
         # The same work in both, so that what differs is when it is done.
-        work = [sum(e.end - e.start for e in t.events) for t in (timeline, other)]
-        scale = work[0] / work[1] if min(work) > 0 else 1.0
-        beneath, span = _boxes(other, scale), max(span, other.makespan * scale)
+        work = sum(event.end - event.start for event in timeline.events)
+        other_work = sum(event.end - event.start for event in other.events)
+        scale = work / other_work if min(work, other_work) > 0 else 1.0
+        beneath = _boxes(other, scale)
+        span = max(span, other.makespan * scale)
         caption += f"; over {_caption(other)}"
         if not math.isclose(scale, 1.0):
             caption += f"; 1 there is {scale:.3g} here"
-    kinds = {b.kind for b in (*boxes, *beneath)}
-    chunks = max(b.chunk for b in (*boxes, *beneath)) + 1
+    kinds = {box.kind for box in (*boxes, *beneath)}
     return Picture(
-        boxes,
-        timeline.devices,
-        span,
-        chunks,
-        tuple(k for k in KINDS if k in kinds),
-        caption,
-        beneath,
+        boxes=boxes,
+        devices=timeline.devices,
+        span=span,
+        chunks=1 + max(box.chunk for box in (*boxes, *beneath)),
+        kinds=tuple(kind for kind in KINDS if kind in kinds),
+        caption=caption,
+        beneath=beneath,
     )
 
 
-def _timeline(what: Schedule | Timeline, call: str) -> Timeline:
+def _read_timeline(what: Schedule | Timeline, call: str) -> Timeline:
     timeline = simulate(what) if isinstance(what, Schedule) else what
     if not isinstance(timeline, Timeline):
-        got = (
-            f"a {type(what).__name__}: draw its `timeline`"
-            if hasattr(what, "timeline")
-            else repr(what)
-        )
-        raise TypeError(f"`{call}`: a Schedule or a Timeline can be drawn, not {got}")
+        given = repr(what)
+        if hasattr(what, "timeline"):
+            given = f"a {type(what).__name__}: draw its `timeline`"
+        raise TypeError(f"`{call}`: a Schedule or a Timeline can be drawn, not {given}")
     if not timeline.events:
         raise ValueError(f"`{call}`: the timeline {timeline.name!r} has no events")
     return timeline
 
 
 def _boxes(timeline: Timeline, scale: float) -> tuple[Box, ...]:
-    start = min(e.start for e in timeline.events)
-    stages = [
-        sorted({e.action.stage for e in timeline.events if e.device == d})
-        for d in range(timeline.devices)
+    first = min(event.start for event in timeline.events)
+    # The chunks of a device are those of its stages that occur, in their order.
+    stages_of: list[set[int]] = [set() for _ in range(timeline.devices)]
+    for event in timeline.events:
+        stages_of[event.device].add(event.action.stage)
+    chunks = [
+        {stage: chunk for chunk, stage in enumerate(sorted(stages))}
+        for stages in stages_of
     ]
-    chunk = {(d, s): n for d, row in enumerate(stages) for n, s in enumerate(row)}
     return tuple(
         Box(
-            d,
-            (a - start) * scale,
-            (b - start) * scale,
-            kind,
-            chunk[d, stage],
-            stage,
-            microbatch,
+            device=device,
+            start=(start - first) * scale,
+            end=(end - first) * scale,
+            kind=action.kind,
+            chunk=chunks[device][action.stage],
+            stage=action.stage,
+            microbatch=action.microbatch,
         )
-        for d, (kind, stage, microbatch), a, b in timeline.events
+        for device, action, start, end in timeline.events
     )
 
 
 def _caption(timeline: Timeline) -> str:
+    # Rounding may leave a bubble a little below nothing.
+    bubble = max(timeline.bubble, 0.0)
+    live = ", ".join(map(str, timeline.peak_live))
     return (
-        f"{timeline.name}: makespan {timeline.makespan:g}, bubble "
-        f"{max(timeline.bubble, 0.0):.1%}, "
-        f"peak live microbatches {', '.join(map(str, timeline.peak_live))}"
+        f"{timeline.name}: makespan {timeline.makespan:g}, bubble {bubble:.1%}, "
+        f"peak live microbatches {live}"
     )

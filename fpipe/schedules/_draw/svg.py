@@ -1,0 +1,232 @@
+"""A timeline as SVG, written by hand.
+
+There is no dependency, no script, no style sheet, and no `id` to clash with others. The
+document, from the top: the caption, a row for each device with its boxes and labels, an
+axis of time, a legend.
+"""
+
+import dataclasses
+import html
+import re
+import textwrap
+
+from fpipe.schedules._action import Kind
+from fpipe.schedules._draw.picture import (
+    IDLE,
+    INK,
+    LIGHTER,
+    WORDS,
+    Box,
+    Picture,
+    picture,
+)
+from fpipe.schedules._schedule import Schedule
+from fpipe.schedules._timeline import Timeline
+
+FONT = "system-ui, 'Segoe UI', 'DejaVu Sans', Helvetica, Arial, sans-serif"
+SIZE = 12.0  # of the letters, in pixels
+LETTER = 0.6  # width of a letter by its size, on the wide side
+LINE = 18.0
+MARGIN = 12.0
+SMALLEST = 200
+FOOT = 0.4  # of a row's height, for what is beneath
+NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Where things are, in pixels.
+
+    Attributes:
+        left: of the boxes; the names of the devices end before it.
+        right: of the boxes.
+        top: of the first row.
+        row: the height of a row.
+        foot: the part of that height, from below, for what is beneath.
+        scale: pixels a unit of time.
+    """
+
+    left: float
+    right: float
+    top: float
+    row: float
+    foot: float
+    scale: float
+
+    def x(self, time: float) -> float:
+        """Where a time is."""
+        return self.left + time * self.scale
+
+
+def svg(
+    what: Schedule | Timeline, width: int = 960, over: Schedule | Timeline | None = None
+) -> str:
+    """Draw a schedule, or a timeline, as an SVG document.
+
+    A row for each device, a box for each event with the number of its microbatch, a
+    colour for each kind, lighter for the later stages of a device. A pointer on a box
+    shows all about it.
+
+    Arguments:
+        what: a `Schedule` (drawn with a forward of 1 and a backward of 2) or a
+            `Timeline`.
+        width: in pixels; the height follows from the number of devices.
+        over: another schedule or timeline, such as the simulated one of what was
+            recorded: outlines at the foot of each row. A unit of its time is as long as
+            makes the work of both the same.
+
+    Raises:
+        TypeError: neither a `Schedule` nor a `Timeline`.
+        ValueError: a width below 200, a timeline without events, or one over another
+            with more or fewer devices.
+    """
+    if width < SMALLEST:
+        raise ValueError(f"`svg(width={width})`: a width is at least {SMALLEST} pixels")
+    shown = picture(what, "svg", over)
+    row = 26.0 if shown.devices <= 16 else 17.0 if shown.devices <= 40 else 11.0
+    letters = min(SIZE, row - 2)
+    foot = FOOT * row if shown.beneath else 0.0
+    caption = textwrap.wrap(
+        shown.caption,
+        int((width - 2 * MARGIN) / (SIZE * LETTER)),
+        break_on_hyphens=False,
+    )
+    left = MARGIN + LETTER * letters * len(f"device {shown.devices - 1}") + 6
+    layout = _Layout(
+        left=left,
+        right=width - MARGIN,
+        top=MARGIN + LINE * len(caption),
+        row=row + foot,
+        foot=foot,
+        scale=(width - left - MARGIN) / (shown.span or 1.0),
+    )
+    bottom = layout.top + layout.row * shown.devices
+
+    parts = [
+        _text(MARGIN, MARGIN + SIZE + LINE * n, line) for n, line in enumerate(caption)
+    ]
+    for device in range(shown.devices):
+        y = layout.top + layout.row * device
+        parts.append(_rect(left, y + 1, width - left - MARGIN, layout.row - 2, IDLE))
+        middle = y + layout.row / 2 + letters * 0.35
+        style = f'text-anchor="end" font-size="{letters:g}"'
+        parts.append(_text(left - 6, middle, f"device {device}", style))
+    parts += _boxes(shown, layout)
+    parts += _labels(shown, layout)
+    parts += _boxes_beneath(shown, layout)
+    parts += _axis(shown, layout, bottom)
+    legend, height = _legend(shown, layout, bottom + 28)
+    parts += legend
+    size = f'width="{width}" height="{height:g}" viewBox="0 0 {width} {height:g}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" '
+        f'aria-label="{_escape(shown.caption)}" '
+        f'font-family="{FONT}" font-size="{SIZE:g}" fill="{INK}">\n'
+        f'<rect width="{width}" height="{height:g}" fill="#ffffff"/>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
+    )
+
+
+def _boxes(shown: Picture, layout: _Layout) -> list[str]:
+    height = layout.row - 2 - layout.foot
+    groups: dict[str, list[str]] = {}
+    for box in shown.boxes:
+        y = layout.top + layout.row * box.device + 1
+        fill = shown.fill(box.kind, box.chunk)
+        groups.setdefault(fill, []).append(_box(box, layout, y, height))
+    return _grouped(groups, style="")
+
+
+def _boxes_beneath(shown: Picture, layout: _Layout) -> list[str]:
+    groups: dict[str, list[str]] = {}
+    for box in shown.beneath:
+        y = layout.top + layout.row * (box.device + 1) - layout.foot
+        fill = shown.fill(box.kind, box.chunk)
+        groups.setdefault(fill, []).append(_box(box, layout, y, layout.foot - 1.5))
+    style = f' fill-opacity="0.45" stroke="{INK}" stroke-width="0.6"'
+    return _grouped(groups, style)
+
+
+def _grouped(groups: dict[str, list[str]], style: str) -> list[str]:
+    """A group for each fill: a document with 10^5 boxes says it once."""
+    return [
+        "\n".join([f'<g fill="{fill}"{style}>', *boxes, "</g>"])
+        for fill, boxes in groups.items()
+    ]
+
+
+def _box(box: Box, layout: _Layout, y: float, height: float) -> str:
+    width = (box.end - box.start) * layout.scale
+    # A pixel between boxes where there is room for it; what takes no time is seen
+    # nevertheless.
+    width = width - 1 if width > 4 else max(width, 0.5)
+    return (
+        f'<rect x="{layout.x(box.start):.2f}" y="{y:g}" width="{width:.2f}" '
+        f'height="{height:g}"><title>{box.title}</title></rect>'
+    )
+
+
+def _labels(shown: Picture, layout: _Layout) -> list[str]:
+    size = min(SIZE, layout.row - layout.foot - 4)
+    parts = [f'<g text-anchor="middle" font-size="{size:g}" pointer-events="none">']
+    for box in shown.boxes:
+        label = str(box.microbatch)
+        width = (box.end - box.start) * layout.scale
+        if len(label) * size * LETTER + 2 <= width:
+            x = layout.left + (box.start + box.end) / 2 * layout.scale
+            y = layout.top + layout.row * box.device
+            y += (layout.row - layout.foot) / 2 + size * 0.35
+            parts.append(_text(x, y, label))
+    return [*parts, "</g>"]
+
+
+def _axis(shown: Picture, layout: _Layout, y: float) -> list[str]:
+    parts: list[str] = []
+    for time in shown.ticks(int((layout.right + MARGIN - layout.left) / 70)):
+        x = layout.x(time)
+        parts.append(f'<path d="M{x:.2f} {y:g}v5" stroke="{INK}"/>')
+        parts.append(_text(x, y + 5 + SIZE, f"{time:g}", 'text-anchor="middle"'))
+    return parts
+
+
+def _legend(shown: Picture, layout: _Layout, y: float) -> tuple[list[str], float]:
+    """The legend, and where the picture ends."""
+    fills_of: dict[str, list[str]] = {}
+    for kind in shown.kinds:
+        fills_of[WORDS[kind]] = _fills(shown, kind)
+    if shown.chunks > 1:
+        fills_of[LIGHTER] = []
+    parts: list[str] = []
+    x = layout.left
+    for words, fills in fills_of.items():
+        width = 12 * len(fills) + 6 + len(words) * SIZE * LETTER
+        if x > layout.left and x + width > layout.right:
+            x = layout.left
+            y += LINE
+        for n, fill in enumerate(fills):
+            parts.append(_rect(x + 12 * n, y, 12, 12, fill))
+        indent = 12 * len(fills) + 5 if fills else 0
+        parts.append(_text(x + indent, y + SIZE * 0.85, words))
+        x += width + 12
+    return parts, y + LINE + MARGIN / 2
+
+
+def _fills(shown: Picture, kind: Kind) -> list[str]:
+    return [shown.fill(kind, chunk) for chunk in range(shown.chunks)]
+
+
+def _rect(x: float, y: float, width: float, height: float, fill: str) -> str:
+    return (
+        f'<rect x="{x:.2f}" y="{y:g}" width="{width:.2f}" height="{height:g}" '
+        f'fill="{fill}"/>'
+    )
+
+
+def _text(x: float, y: float, text: str, style: str = "") -> str:
+    style = f" {style}" if style else ""
+    return f'<text x="{x:.2f}" y="{y:.2f}"{style}>{_escape(text)}</text>'
+
+
+def _escape(text: str) -> str:
+    return html.escape(NOT_XML.sub("\ufffd", text))

@@ -1,0 +1,194 @@
+"""A timeline as text: one line per device, one column per unit of time.
+
+device 0 F0 F1          B0--- B1---
+device 1    F0 F1 B0--- B1---
+gpipe: makespan 9, bubble 33.3%, peak live microbatches 2, 2
+"""
+
+import dataclasses
+import itertools
+import os
+import statistics
+import sys
+import textwrap
+from typing import NamedTuple
+
+from fpipe.schedules._action import Kind
+from fpipe.schedules._draw.picture import Box, Picture, picture
+from fpipe.schedules._schedule import Schedule
+from fpipe.schedules._timeline import Timeline
+
+# For each kind two backgrounds of the 256 colours of terminals, near to those of the
+# other drawings.
+SHADES: dict[Kind, tuple[int, int]] = {
+    "F": (75, 153),
+    "B": (214, 223),
+    "I": (175, 219),
+    "W": (72, 157),
+}
+# Columns of the longest box, where a timeline is too long for the line anyway.
+WIDEST = 40
+
+
+class _Labelled(NamedTuple):
+    """A box with the whole of its label."""
+
+    box: Box
+    label: str
+
+
+@dataclasses.dataclass
+class _Line:
+    """A line of the drawing.
+
+    Attributes:
+        title: what stands before it.
+        characters: one for each column.
+        shades: the background of each, 0 for none.
+    """
+
+    title: str
+    characters: list[str]
+    shades: list[int]
+
+    def put(self, box: Box, label: str, start: int, end: int, shade: int) -> None:
+        """Draw a box from a column to another, as far as the line has them."""
+        columns = len(self.characters)
+        if start >= columns:
+            self.characters[-1] = "…"
+            return
+        # A column is left free behind it, but it has one at least.
+        room = max(end - start - 1, 1)
+        text = label if len(label) <= room else box.kind
+        text = text.ljust(min(room, columns - start), "-")[: columns - start]
+        self.characters[start : start + len(text)] = text
+        self.shades[start : start + len(text)] = [shade] * len(text)
+
+
+def draw(
+    what: Schedule | Timeline,
+    width: int = 120,
+    colour: bool | None = False,
+    over: Schedule | Timeline | None = None,
+    fit: bool = False,
+) -> str:
+    """Draw a schedule, or a timeline, for a terminal.
+
+    Each box is as wide as its action is long; `F3` is the forward of microbatch 3.
+    Where a device has several stages the stage stands before the letter. A box too
+    small for that has the letter alone.
+
+    Arguments:
+        what: a `Schedule` (drawn with a forward of 1 and a backward of 2) or a
+            `Timeline`.
+        width: at most this many characters a line; what does not fit is cut with `…`.
+        colour: a colour for each kind, with a second shade for every other stage of a
+            device, or where a device has one stage, for every other microbatch; `None`:
+            if standard output is a terminal and the variable `NO_COLOR` is not set.
+        over: another schedule or timeline, such as the simulated one of what was
+            recorded. Each device has a second line for it, in which a unit of time is
+            as long as makes the work of both the same.
+        fit: whether all of it is to fit into the width, with smaller boxes, rather than
+            be cut.
+
+    Raises:
+        TypeError: neither a `Schedule` nor a `Timeline`.
+        ValueError: a width below 1, a timeline without events, or one over another with
+            more or fewer devices.
+
+    Example:
+        >>> print(fpipe.schedules.draw(fpipe.schedules.gpipe(devices=2, microbatches=2)))
+        device 0 F0 F1          B0--- B1---
+        device 1    F0 F1 B0--- B1---
+        gpipe: makespan 9, bubble 33.3%, peak live microbatches 2, 2
+    """
+    if width < 1:
+        raise ValueError(f"`draw(width={width})`: a width is at least 1")
+    shown = picture(what, "draw", over)
+    if colour is None:
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    layers = [_labelled(shown, shown.boxes)]
+    if over is not None:
+        layers.append(_labelled(shown, shown.beneath))
+    title = len(f"device {shown.devices - 1} ")
+    room = width - title
+    scale = _scale(shown.span, layers, room)
+    if fit and shown.span:
+        # A box has a column at least.
+        scale = min(scale, (room - 1) / shown.span)
+    # One more than fits shows that something is cut.
+    columns = min(round(shown.span * scale), width) + 1
+
+    lines: list[_Line] = []
+    for device in range(shown.devices):
+        titles = [f"device {device}".ljust(title), "over".rjust(title - 1).ljust(title)]
+        lines += [
+            _Line(one, [" "] * columns, [0] * columns) for one in titles[: len(layers)]
+        ]
+    for n, layer in enumerate(layers):
+        for box, label in layer:
+            of_kind = box.chunk if shown.chunks > 1 else box.microbatch
+            lines[box.device * len(layers) + n].put(
+                box,
+                label,
+                start=round(box.start * scale),
+                end=round(box.end * scale),
+                shade=SHADES[box.kind][of_kind % 2],
+            )
+
+    texts: list[str] = []
+    for line in lines:
+        text = line.title + "".join(line.characters).rstrip()
+        if len(text) > width:
+            text = text[: width - 1] + "…"
+        texts.append(_paint(text, [0] * title + line.shades) if colour else text)
+    texts += textwrap.wrap(shown.caption, width, break_on_hyphens=False)
+    return "\n".join(texts)
+
+
+def _labelled(shown: Picture, boxes: tuple[Box, ...]) -> list[_Labelled]:
+    return [
+        _Labelled(
+            box, f"{box.stage if shown.chunks > 1 else ''}{box.kind}{box.microbatch}"
+        )
+        for box in boxes
+    ]
+
+
+def _scale(span: float, layers: list[list[_Labelled]], room: int) -> float:
+    """Columns a unit of time."""
+    # Enough for the labels of each kind and stage in a box of that kind's usual length,
+    # and a column between boxes. The usual length, not the shortest: one short event of
+    # a measured timeline must not stretch all.
+    sizes: dict[tuple[int, Kind, int], list[float]] = {}
+    longest: dict[tuple[int, Kind, int], int] = {}
+    for n, layer in enumerate(layers):
+        for box, label in layer:
+            group = (n, box.kind, box.stage)
+            sizes.setdefault(group, []).append(box.end - box.start)
+            longest[group] = max(longest.get(group, 0), len(label))
+    usual: dict[tuple[int, Kind, int], float] = {}
+    for group, lengths in sizes.items():
+        median = statistics.median_high(lengths)
+        if median > 0:
+            usual[group] = median
+    if not usual:
+        return max(room, 1) / span if span else 1.0
+    scale = max((longest[group] + 1) / size for group, size in usual.items())
+    if span * scale <= room:
+        return scale
+    return max(room / span, min(scale, WIDEST / max(usual.values())))
+
+
+def _paint(text: str, shades: list[int]) -> str:
+    """Dark text on the shades, 0 for none."""
+    painted: list[str] = []
+    start = 0
+    for shade, columns in itertools.groupby(shades[: len(text)]):
+        end = start + len(list(columns))
+        part = text[start:end]
+        if shade:
+            part = f"\x1b[38;5;16;48;5;{shade}m{part}\x1b[0m"
+        painted.append(part)
+        start = end
+    return "".join(painted)
