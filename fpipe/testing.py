@@ -208,6 +208,8 @@ class _Comparison(NamedTuple):
             want = jax.random.key_data(want)
         limit = 0.0
         if is_inexact(got):
+            # With `compute_dtype=jnp.bfloat16` gradients are float32 and as coarse as
+            # what they were computed in.
             low = jnp.bfloat16, jnp.float16
             used = (got.dtype, self.pipe.compute_dtype)
             low_used = [dtype for dtype in used if dtype in low]
@@ -312,6 +314,7 @@ def models(width: int = 3, most: int = 6) -> "SearchStrategy[list[Layer]]":
         stashes: list[list[str]] = [[] for _ in range(count)]
         pops: list[list[str]] = [[] for _ in range(count)]
         peeks: list[list[str]] = [[] for _ in range(count)]
+        # Each skip goes from one layer to a later one, and may be peeked at between.
         for n in range(draw(st.integers(0, 4))):
             first = draw(st.integers(0, count - 2))
             last = draw(st.integers(first + 1, count - 1))
@@ -360,6 +363,8 @@ def schedules(
         for i in range(microbatches)
         for kind in kinds
     ]
+    # The rules of a schedule, and on top of them the order that state asks for. Any
+    # order in which each action follows those that it waits for is a valid schedule.
     waits_for = {action: needed_actions(action, set(actions)) for action in actions}
     if in_order:
         for action, others in waits_for.items():

@@ -50,6 +50,8 @@ def warn(text: str) -> None:
     frames are looked at and not counted. (`skip_file_prefixes` of `warnings.warn` would
     do the same, from Python 3.12 on.)
     """
+    # By the names of modules and not by their files: generated code, a decorator's for
+    # one, has no file to go by.
     inside = {"fpipe", "jax", "jaxlib", "contextlib", "functools"}
     level = 1
     frame = sys._getframe()

@@ -50,6 +50,8 @@ class Spec:
     static: tuple[tuple[int, Any], ...]
     arrays: int
 
+    # Compared by hand: the comparison of tuples takes `1 == True` for equal, and a nan
+    # for different from itself, where a program is specialised on what it is.
     def _key(self) -> tuple[Any, ...]:
         static = tuple((k, type(v), _exact(v)) for k, v in self.static)
         return (self.treedef, self.arrays, static)
@@ -126,6 +128,7 @@ class Bundle:
 def aval(leaf: Any) -> jax.ShapeDtypeStruct:
     """Shape, dtype and weak type of an array: what a program is specialised on."""
     if isinstance(leaf, (np.ndarray, np.generic)):
+        # JAX takes numpy's float64 for float32, unless 64-bit types are enabled.
         dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
         return jax.ShapeDtypeStruct(leaf.shape, dtype)
     return jax.ShapeDtypeStruct(
@@ -193,6 +196,8 @@ def shapes_of(tree: PyTree) -> PyTree:
 def eval_shape(f: Callable[..., PyTree], *args: PyTree) -> PyTree:
     """`jax.eval_shape` for pytrees with static leaves."""
     arrays, spec = pack(args)
+    # `jax.eval_shape` takes and returns arrays alone, so the structure of the result,
+    # with its static leaves, comes out by the side.
     specs: list[Spec] = []
 
     def flat(*leaves: Any) -> list[Any]:
@@ -222,6 +227,7 @@ def describe(tree: PyTree) -> str:
         return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
     text = str(jax.tree.map(lambda leaf: _Unquoted(short(leaf)), tree))
+    # A model's parameters would fill pages; their beginning says what they are.
     return text if len(text) <= 200 else text[:199] + "…"
 
 

@@ -46,6 +46,7 @@ class Loss:
             try:
                 result = self.fn(y, *targets)
             except TypeError as error:
+                # It may be the user's own, so it is raised if the call was right.
                 _check_signature(self.fn, y, targets, error)
                 raise
             aux = None
@@ -64,6 +65,7 @@ class Loss:
                         f"got {describe(result)}"
                     )
                 result, weight = result
+                # The total weight divides once, at the end, and is not differentiated.
                 weight = jax.lax.stop_gradient(_scalar(weight, "weight"))
             loss = _scalar(result, "loss")
             if scale is not None:

@@ -104,6 +104,7 @@ class Cut:
     @property
     def shares(self) -> tuple[float, ...]:
         """Each microbatch's share of the rows: its weight in a mean."""
+        # `x` comes first, so it decides. Where nothing is cut there is one microbatch.
         rows = next(iter(self.columns), (1,))
         return tuple(n / sum(rows) for n in rows)
 
@@ -163,6 +164,7 @@ def check_equal_pieces(cut: Cut, chunks: int) -> None:
     Raises:
         ValueError: it says which numbers of chunks would do.
     """
+    # All columns have as many pieces, so the first with unequal ones says it all.
     for rows in cut.columns:
         if len(set(rows)) > 1:
             total = sum(rows)
@@ -244,6 +246,7 @@ def join(parts: Sequence[Any]) -> Any:
     """
     if not parts[0].shape:
         return jnp.stack(parts)
+    # One piece alone is the output already.
     return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
@@ -263,6 +266,7 @@ def _split(
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_whole)[0]:
         name = root + jax.tree_util.keystr(path)
         if _is_whole(leaf):
+            # Its arrays are leaves of what a microbatch gets, one entry for each.
             rows += [None for inner in jax.tree.leaves(leaf.value) if is_array(inner)]
         elif is_array(leaf):
             if not leaf.shape:

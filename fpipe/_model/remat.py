@@ -55,4 +55,6 @@ class Remat:
         """
         if self.option == "never" or direct:
             return False
+        # GPipe's choice: the backward of the last microbatch comes right after its
+        # forward on the last stage, and soon after it on the others.
         return not (self.option == "except_last" and microbatch == count - 1)

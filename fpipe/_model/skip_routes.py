@@ -100,11 +100,14 @@ def find_skip_routes(layers: Sequence[Layer]) -> dict[Skip, SkipRoute]:
     Raises:
         ValueError: with all mismatches, layer by layer.
     """
+    # All stashes first: a skip that is read too early is told from one that nobody
+    # stashes.
     makers: dict[Skip, int] = {}
     for position, layer in enumerate(layers):
         for name in layer.stash:
             makers.setdefault(skip_of(layer, name), position)
 
+    # Then layer by layer, so that `poppers` has what is gone when a layer reads.
     readers: dict[Skip, list[int]] = {skip: [] for skip in makers}
     poppers: dict[Skip, int] = {}
     mismatches: list[Mismatch] = []
@@ -135,6 +138,8 @@ def find_skip_routes(layers: Sequence[Layer]) -> dict[Skip, SkipRoute]:
                 readers[skip].append(position)
             else:
                 mismatches.append(Mismatch(problem, position, field, skip, other))
+            # A wrong pop counts too: else the same skip would be reported once more,
+            # as never popped.
             if field == "pop":
                 poppers.setdefault(skip, position)
         for name in layer.stash:
@@ -224,6 +229,8 @@ def number_namespaces(layers: Iterable[Layer]) -> tuple[Layer, ...]:
     """The layers with their namespaces numbered by first use, so that every process and
     every run agrees on their order and identity.
     """
+    # A namespace is equal to itself alone, and layers of another model may bring
+    # numbers of their own. So every namespace gets a new number.
     numbered: dict[Namespace, Namespace] = {}
     result = []
     for layer in layers:

@@ -54,6 +54,8 @@ class Namespace:
             return self is other
         return self._number == other._number
 
+    # An id is different in each process. It decides no order: before anything is
+    # ordered by them, namespaces are numbered.
     def __hash__(self) -> int:
         return id(self) if self._number is None else hash(self._number)
 
@@ -174,6 +176,7 @@ def _check(call: str, carry: object, name: str, field: str) -> None:
         raise TypeError(
             f"{call} in {_who()}: the carry is a {type(carry).__name__}, no dict"
         )
+    # Outside of a pipeline, in a user's test of a layer for one, all is allowed.
     scope = _scope.get()
     if scope is None or name in getattr(scope, field):
         return

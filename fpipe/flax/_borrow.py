@@ -120,6 +120,7 @@ def lend(
     """The module's own parameters and the borrowed ones together."""
     for part in parts:
         value = part.lent(borrowed)
+        # Where the owner has nothing the module says what it misses, or `check_fit`.
         if value is not None:
             params = with_value(params, part.path, value)
     return params

@@ -209,6 +209,8 @@ def layers(
             f = ChainedFunction(module) if chained else module
             made = fn(f, function_name(module))
         elif owner is not None:
+            # Shared parameters are borrowed from the first place. Shared state cannot
+            # be: a microbatch would meet it twice on different stages.
             if owner.asks("state"):
                 raise ValueError(
                     f"`fpipe.flax.layers`: layer {owner.name!r} is there again as "
@@ -292,6 +294,7 @@ def _name_of(module: Any) -> str:
 
 def _check_shared(modules: Sequence[Any]) -> None:
     """Refuse two layers that own one variable, or one linen module with variables."""
+    # By identity: two modules that are equal own different variables.
     first_places: dict[int, int] = {}
     for position, module in enumerate(modules):
         for path, node in _owned_nodes(module):
@@ -320,6 +323,7 @@ def _owned_nodes(module: Any) -> Iterator[tuple[Path, Any]]:
                 yield path, node
     elif isinstance(module, nn.Module):
         for path, node in modules_inside(module):
+            # The one module without variables that is often shared on purpose.
             if not isinstance(node, nn.Dropout):
                 yield path, node
 

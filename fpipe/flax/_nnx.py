@@ -181,6 +181,7 @@ class NNXFunction(ModuleFunction):
         if key is None:
             for _, node in nnx.iter_graph((module, kwargs.get("rngs"))):
                 if isinstance(node, nnx.RngStream):
+                    # Not by assignment, which NNX checks.
                     object.__setattr__(node, "__class__", _DryStream)
         try:
             y = getattr(module, self.method)(*args, **kwargs)
@@ -302,10 +303,13 @@ def is_factory(value: Any) -> bool:
 
 def nnx_layer(module: Any, options: ModuleOptions) -> Layer:
     """The layer of an NNX module, or of a factory of them; see `fpipe.flax.layer`."""
+    # A factory is asked for shapes only: its values are made in `init`, on the device
+    # of its stage.
     made = module
     if not isinstance(module, nnx.Module):
         made = nnx.eval_shape(lambda: module(rngs=nnx.Rngs(0)))
     nodes = [node for _, node in nnx.iter_graph(made)]
+    # A clone, as splitting throws away what is sown and the module is the user's.
     split = split_module(nnx.clone(made))
     variables = Variables(nnx.to_pure_dict(split.params), nnx.to_pure_dict(split.rest))
     streams = [

@@ -74,6 +74,7 @@ def split_variables(
     """
     found_layers = layers(model)
     if deferred_batch_norm:
+        # Of a deferred layer only the function is needed: it knows its state.
         found_layers = [
             layer
             if layer.defer is None
