@@ -281,6 +281,7 @@ def tune(
         source = _OfFunction(layers, request, wanted, options)
     if chunks is None:
         chunks = _divisors(request.args, len(devices))
+    # By number of microbatches first: that is what layers are traced anew for.
     every = itertools.product(
         _several(chunks), _several(checkpoints), _several(schedules)
     )
@@ -301,7 +302,8 @@ def _rank(c: Candidate) -> tuple[int, float, int]:
         return 2, 0.0, 0
     if c.refused:
         return 1, max(d.missing for d in c.prediction.devices), 0
-    # Sums of floats differ in their last digits.
+    # Sums of floats differ in their last digits. Steps that are equal but for these
+    # are equal, so that memory decides between them.
     return 0, float(f"{c.prediction.step:.9e}"), c.prediction.peak
 
 
@@ -351,6 +353,8 @@ class _Source(abc.ABC):
         that cannot be cut so, no cut that fits.
         """
         none = Candidate(_name(setup.schedule), _name(setup.checkpoint), setup.chunks)
+        # A `TypeError` is raised: it says that the arguments of `tune` are wrong, and
+        # then they are wrong for all candidates.
         try:
             pipe = self.pipe(setup)
             prediction = self.prediction(pipe, setup)
@@ -383,7 +387,9 @@ class _OfLayers(_Source):
         super().__init__(step, options)
         self._layers, self._devices, self._arguments = layers, devices, arguments
         dtype = as_compute_dtype("Pipe", arguments.get("compute_dtype"))
-        self._model, self._traces = Model(layers, dtype), Recent(_TRACES)
+        # One model for all candidates: its layers' Python runs once for each shape.
+        self._model = Model(layers, dtype)
+        self._traces = Recent(_TRACES)
         if arguments.get("deferred_batch_norm"):
             self._model = Model(deferred(self._model.layers, "Pipe"), dtype)
         self._costs: dict[Any, LayerCosts] = {}

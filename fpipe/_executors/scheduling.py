@@ -1,12 +1,12 @@
 """Which schedule a pipe runs, before it is known for how many microbatches.
 
-`Pipe(schedule=...)` takes a name, a `Schedule`, or a function that makes schedules. Each
-is asked three things. For two stages on two devices, and batches of four microbatches:
+`Pipe(schedule=...)` takes a name, a `Schedule`, or a function that makes schedules.
+Each is asked three things. For two stages on two devices, and four microbatches:
 
-    given         stages of 5 layers    stage_to_device of 2 stages    make
-    "1f1b"        one a device: 2       (0, 1)                         one_f_one_b(2, 4)
-    a Schedule    those that it has     its own                        itself, if it fits
-    f             those of f(2, 4)      of f(2, 4), or of f(1, 4)      f(2, 4)
+    given         stages of 5 layers    stage_to_device of 2 stages   make
+    "1f1b"        one a device: 2       (0, 1)                        one_f_one_b(2, 4)
+    a Schedule    those that it has     its own                       itself, if it fits
+    f             those of f(2, 4)      of f(2, 4), or of f(1, 4)     f(2, 4)
 """
 
 import abc
@@ -133,6 +133,7 @@ class _ByName(Scheduling):
         return named(self.option, devices, 1, stages // devices).stage_to_device
 
     def _made(self, stage_to_device: tuple[int, ...], microbatches: int) -> Schedule:
+        # Back from the map to what it was made of.
         devices = 1 + max(stage_to_device)
         each = len(stage_to_device) // devices
         return named(self.option, devices, microbatches, each)
@@ -153,10 +154,10 @@ class _ByName(Scheduling):
             if stages % devices == 0:
                 return devices
         raise ValueError(
-            f"{call} puts at least 2 stages on each device, the same number on all, but "
-            f"the pipe has {stages} stages and "
-            f"{available} devices: give `balance` 4 entries, or another multiple of the "
-            "number of devices"
+            f"{call} puts at least 2 stages on each device, the same number on all, "
+            f"but the pipe has {stages} stages and "
+            f"{available} devices: give `balance` 4 entries, or another multiple of "
+            "the number of devices"
         )
 
 
@@ -207,7 +208,8 @@ class _ByFunction(Scheduling):
                 return schedule.stage_to_device
             made[devices] = schedule.stages
         if available < stages:
-            # More devices may be what is missing; who counts them says so.
+            # More devices may be what is missing. A map that needs too many makes
+            # `first_placements`, or `balance`, say how many there are.
             return tuple(range(stages))
         told = ", ".join(f"{s} stages on {d} devices" for d, s in made.items())
         raise ValueError(

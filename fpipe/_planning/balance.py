@@ -158,6 +158,8 @@ def balance(
         speed_name="speeds",
     )
     by_memory = by == "memory"
+    # Transfers take seconds. FLOPs or bytes can be added to them only by a speed; costs
+    # that the user gave are taken to be in seconds, or in whatever goes with seconds.
     counted = known.unit in ("FLOP", "byte") and not by_memory
     if bandwidth is not None and speeds is None and counted:
         raise ValueError(
@@ -188,6 +190,9 @@ def best_balance(
     devices = 1 + max(stage_to_device)
     limits = hardware.memory or (math.inf,) * devices
 
+    # A stage of a device with more memory, or a faster one, may be larger: both costs
+    # are shares of what the device has, so that they can be compared between devices.
+
     def memory_cost(s: int) -> Table:
         """As a share of the limit, where there is one."""
         limit = limits[stage_to_device[s]]
@@ -200,6 +205,7 @@ def best_balance(
             time = time + tables.link(s) / hardware.bandwidth
         return time
 
+    # Without limits the memory tables are not even made: they need the schedule.
     task = PartitionTask(
         layers=len(costs.names),
         devices=stage_to_device,
@@ -256,6 +262,8 @@ def _known_costs(layers: Any) -> LayerCosts | None:
     """Costs, if they were given in place of layers."""
     if isinstance(layers, LayerCosts):
         return layers
+    # Layers are callables or nested sequences of them, so one number among the entries
+    # is enough to tell that costs are meant.
     values = layers.tolist() if isinstance(layers, np.ndarray) else layers
     if not isinstance(values, (list, tuple)) or not any(map(is_number, values)):
         return None

@@ -142,5 +142,6 @@ class PlanOptions:
     @property
     def unit(self) -> str:
         """What work is told in."""
+        # FLOPs become seconds where somebody says how fast a device is.
         known = self.by == "time" or self.hardware.speed is not None
         return "second" if known else "FLOP"

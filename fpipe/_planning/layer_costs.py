@@ -140,6 +140,10 @@ def costs_of(
     first = first_microbatch(args.x, args.needs, chunks)
     traces = LayerTraces(model, *first, params)
     work = _work(traces, gauge, () if params is None else params)
+    # A stage keeps less than its layers one by one: what a layer hands to the next is
+    # often a residual of both. How much less is told from each pair of neighbours,
+    # which makes it a sum over spans, as the balance needs it. Tracing every span would
+    # be exact, and take as many traces as there are spans.
     residuals = []
     for k, layer in enumerate(traces.layers):
         residuals.append(layer.programs.kept_bytes(_not_kept(k)))
@@ -189,6 +193,8 @@ def _gradient_bytes(params: Shape) -> int:
 def _saved_bytes(traces: LayerTraces, remat: Remat) -> tuple[int, ...]:
     """What a layer that is recomputed keeps besides the inputs of its stage."""
     if remat.policy is None:
+        # `jax.checkpoint` saves nothing but the inputs. Those of the stage are counted
+        # by where it begins; a state is an input of its layer wherever that is.
         states = traces.states
         return tuple(
             bytes_of(states[k]) if k in states else 0 for k in range(len(traces.layers))
@@ -232,6 +238,8 @@ def _work(
     for layer in traces.layers:
         if layer.key in by_key:
             continue
+        # The same function written twice makes layers that are not equal. Their codes
+        # are, and it is lowering and measuring that take long.
         programs = [layer.programs.program("F"), layer.programs.program("B")]
         computes = tuple(None if p is None else p[1].identity for p in programs)
         if computes not in by_computation:
@@ -259,6 +267,8 @@ def _seconds(
     known: dict[ProgramValue, Any] = {}
     for port, shape in layer.inputs.items():
         arrays = [zeros(a) for a in shape.leaves]
+        # Zeros may take another time than numbers, in a sparse layer for example, so
+        # real parameters are used where there are any.
         if port.kind == "params" and params:
             given = pack(params[port.of])[0]
             if not any(isinstance(a, jax.ShapeDtypeStruct) for a in given):
@@ -290,6 +300,7 @@ def _median(
     call = code.compile()
     arguments = [known[value] for value in program.ins]
     times = durations(call, lambda: arguments, _WARM_UP, gauge.repeats)
+    # The backward takes what the forward has made.
     known |= dict(zip(program.outs, call(*arguments), strict=True))
     for value, other in program.aliases.items():
         if other in known:

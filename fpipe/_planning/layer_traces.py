@@ -144,6 +144,7 @@ class LayerTraces:
         self._reached: dict[tuple[Port, int], bool] = {}
         self._known: dict[Hashable, SpanPrograms] = {}
         self._pairs: dict[Hashable, SpanPrograms] = {}
+        # In order: what a layer takes is what earlier ones have made.
         self.layers: list[LayerTrace] = []
         for stage in self._stages:
             self.layers.append(self._next(stage))
@@ -153,6 +154,8 @@ class LayerTraces:
         (k,) = stage.span
         given, local = self._given(stage), _local_names(stage)
         wanted = self._wanted(k, given)
+        # Names of layers and namespaces do not change what is computed; with them in
+        # the key a stack of equal blocks would be traced block by block.
         layer = dataclasses.replace(stage.model.layers[k], name="layer", namespaces=())
         sent = {local(Port("skip", skip)): skip for skip in stage.skips_out}
         key: Hashable = (
@@ -223,6 +226,8 @@ class LayerTraces:
         remat: Remat | None,
     ) -> SpanPrograms:
         """Trace a stage, and cut its graph into a forward and a backward."""
+        # Without a loss: what it costs belongs to no layer, and it is another one in
+        # each call. So the last layer too gets a cotangent from outside.
         flat = flatten(stage, given, loss=None, whole=frozenset(), where="")
         joint = differentiate(flat, wanted, remat)
         each = tuple((leaf, 1) for leaf in joint.cotangents)
@@ -262,9 +267,12 @@ class LayerTraces:
         )
         key = (a.key, b.key, tuple(between), lent)
         if key not in self._pairs:
+            # The pair is the second stage, or the first if nothing stands before it.
             sizes = [n for n in (k, 2, len(layers) - k - 2) if n]
             stage = cut_stages(self.model, sizes)[1 if k else 0]
             given = self._given(stage)
+            # Of the boundary inside the pair no gradient leaves it: its input is that
+            # of the first layer. Skips between the two are no inputs either.
             wanted = {leaf for leaf in a.wanted if leaf.port == X}
             for leaf in a.wanted | b.wanted:
                 if leaf.port in given and leaf.port != X:

@@ -109,6 +109,8 @@ def best_cut(task: PartitionTask, nodes: int = _NODES) -> tuple[int, ...] | Shor
     partition = _Partition(task)
     if math.isinf(partition.best[0][0]):
         return partition.shortage()
+    # With the limits on each stage alone fewer cuts are ruled out than should be. So if
+    # the best of them keeps the devices' limits too, no other can be better.
     relaxed = partition.cheapest_ends(partition.best[0][0])
     if max(partition.excess(relaxed)) <= 0:
         return _sizes(relaxed)
@@ -170,6 +172,8 @@ class _Partition:
         if task.memory is not None:
             self.memory = [np.where(empty, np.inf, task.memory(s)) for s in stages]
         self.costs: list[Table] = []
+        # A span that does not fit costs infinity, so that no cut goes through it. With
+        # one stage on each device this is all that limits need.
         for s, device in enumerate(task.devices):
             refused = empty
             if self.memory is not None:
@@ -201,6 +205,7 @@ class _Partition:
         stage lacks least.
         """
         assert self.memory is not None
+        # The same recurrence, on what is missing in place of what a span costs.
         devices, limits = self.task.devices, self.task.limits
         over = [m - limits[d] for m, d in zip(self.memory, devices, strict=True)]
         ends = _min_max_ends(over, _min_max(over, self.task.layers))
@@ -305,6 +310,10 @@ def _search(partition: _Partition, nodes: int) -> tuple[int, ...] | Shortage:
     """
     layers, costs, best = partition.task.layers, partition.costs, partition.best
 
+    # Three ways to lead the search. The bound of a branch is exact for the stages
+    # behind it, limits on devices left out, which makes it a good one. Branches come
+    # in the order of their bounds, so that the first cut found is a good one too.
+
     def by_cost(node: _Node) -> Iterator[_Branch]:
         values = np.maximum(costs[node.stage][node.start], node.value[0])
         bounds = np.maximum(values, best[node.stage + 1])
@@ -332,6 +341,8 @@ def _search(partition: _Partition, nodes: int) -> tuple[int, ...] | Shortage:
         excess = partition.excess(nearest.ends or ())
         device = excess.index(max(excess))
         return Shortage(None, device, nearest.value[0], cheapest.complete)
+    # Only now traffic: both at once would need a bound on pairs, and if this second
+    # search runs out of nodes, a cut that is as cheap is known already.
     allowed = partition.allowed(cheapest.value[0])
     least = partition.least(allowed)
 
@@ -415,6 +426,7 @@ class _Search:
             if too_large or no_better or math.isinf(bound[0]):
                 continue
             self._nodes_left -= 1
+            # A copy, for the other branches of this node start from `used` again.
             then = used.copy()
             then[device] += self._memory[s][start, end]
             self._visit(s + 1, [*ends, end], new, then)

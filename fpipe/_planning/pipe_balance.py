@@ -78,6 +78,7 @@ def _found(balance: Any, sample: PyTree, pipe: UncutPipe) -> tuple[int, ...]:
     args = Args(None, sample, needs=call_needs(train=True))
     gauge = Gauge(by, pipe.placements[0].device)
     costs = costs_of(pipe.model, args, pipe.chunks, pipe.remat, gauge)
+    # Neither speeds nor limits: who knows them calls `fpipe.balance`.
     stage_to_device = stage_devices(
         costs, pipe.scheduling, pipe.stages, len(pipe.placements)
     )

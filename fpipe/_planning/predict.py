@@ -128,10 +128,14 @@ def _work_table(data: PlanData, options: PlanOptions) -> WorkTable:
 
 def _simulation_costs(stages: Sequence[StageRow], hardware: Hardware) -> Costs:
     """What an action takes: a stage has whole backwards, or halves, or both."""
+    # All transfers take as long as the one of the largest boundary.
     lag = hardware.latency
     if hardware.bandwidth is not None:
         lag += max((row.boundary for row in stages), default=0) / hardware.bandwidth
     work = {kind: [row.work.get(kind, 0.0) for row in stages] for kind in "FIW"}
+    # The simulation takes one cost per kind and stage. A schedule may have whole
+    # backwards of some microbatches and halves of others; where a stage has no whole
+    # one, its cost does not matter, and the sum is what it would be.
     halves = zip(work["I"], work["W"], strict=True)
     whole = [
         row.work.get("B", i + w) for row, (i, w) in zip(stages, halves, strict=True)

@@ -189,6 +189,7 @@ class Prediction:
             event._replace(start=event.start / scale, end=event.end / scale)
             for event in self.timeline.events
         )
+        # The picture has whole numbers of columns, so times in a readable unit.
         name = f"{self.timeline.name}, in {unit}"
         timeline = dataclasses.replace(self.timeline, events=events, name=name)
         parts = [_head(self), _stage_table(self), _device_table(self)]

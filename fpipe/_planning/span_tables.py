@@ -144,6 +144,7 @@ class SpanTables:
         """
         forward, backward = summed(self._costs.forward), summed(self._costs.backward)
         if not any(self._costs.forward):
+            # Costs that the user gave are of all that a layer does.
             return backward
         if not self._schedule.backwards:
             return forward
@@ -159,6 +160,8 @@ class SpanTables:
         """Bytes that come in from other devices in a microbatch's forward; as many go
         back in its backward.
         """
+        # Stages of one device hand each other a boundary without a transfer. (Skips
+        # count as crossing there too: the tables know spans, not where readers are.)
         apart = s > 0 and self._stage_to_device[s - 1] != self._stage_to_device[s]
         return self._sent_in + self.before * apart
 
@@ -182,8 +185,11 @@ class SpanTables:
         if not self._schedule.backwards:
             in_flight = self.skips_in * len(self._stage_to_device)
             return params + self._borrowed + ends + in_flight
+        # Of what is borrowed a copy, and the gradient of it, are on this device.
         fixed = params * (1 + self._optimizer)
         fixed += summed(costs.gradients) + 2 * self._borrowed
+        # What two neighbours share is kept once, if both are inside: in `[i, j]` these
+        # are the pairs that begin with the layers i, …, j - 2.
         residuals = summed(costs.residuals)
         residuals[:, 1:] -= summed(costs.shared)[:, :-1]
         holding = self.holding(s)

@@ -48,6 +48,8 @@ class StepRequest:
         if params is None:
             params = model.init(key, *first, shape_of_made)
         check_params(model, params, "`plan(params, x)`")
+        # As `place` would have them: a Python number becomes an array, and a weak type
+        # strong, so that the programs are those of the call.
         params = tuple(
             shapes_of(map_arrays(strong, numbers_as_arrays(p))) for p in params
         )

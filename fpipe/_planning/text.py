@@ -6,7 +6,7 @@ quantity(2.5e9, "FLOP")  2.5 GFLOP
 
 from collections.abc import Collection, Sequence
 
-# The largest first: a value is told in the first unit of which it has at least one.
+# The largest first: a value is told in the first unit that it is not less than.
 _BYTES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 _FLOP = (
     (1e15, "PFLOP"),

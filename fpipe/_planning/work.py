@@ -52,6 +52,7 @@ def _count(
     outs = [v for v in dict.fromkeys([*wanted, *read_apart]) if v in made]
     if not outs:
         return total
+    # What the equations apart make comes in as an argument of the rest.
     ins = sorted({v for node in inside for v in node.ins} - made - set(graph.consts))
 
     def call(*arrays: Any) -> list[Any]:
@@ -101,6 +102,7 @@ def durations(
     """
     times = []
     for _ in range(warm_up + repeats):
+        # Making the arguments must not count, so it is waited for first.
         given = arguments()
         jax.block_until_ready(given)
         started = time.perf_counter()
@@ -117,6 +119,7 @@ def seconds(every: Sequence[Work]) -> dict[Work, float]:
     device are measured once.
     """
     distinct = {(work.function, work.placement): work for work in every}
+    # Tracing and lowering are Python, one after the other; XLA compiles in threads.
     traces = [work.function.trace(*work.arguments) for work in distinct.values()]
     lowered = [traced.lower() for traced in traces]
     with concurrent.futures.ThreadPoolExecutor() as pool:

@@ -102,6 +102,8 @@ def _memory(bound: Bound, args: Args, compiled: bool) -> tuple[DeviceMemory, ...
     rows = []
     for place, device in device_of.items():
         peak = found[place]
+        # The plan counts an input where it is read. The caller may have it on other
+        # devices too, where it takes memory all the same.
         roles = dict(peak.roles)
         roles["inputs"] = roles.get("inputs", 0) + _unread(bound, args, place)
         constants = _constant_bytes(plan, place)

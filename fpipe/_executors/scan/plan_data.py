@@ -55,16 +55,21 @@ def plan_data(
 
 def _work(step: Step) -> dict[tuple[Kind, int], tuple[Work, ...]]:
     """The programs of each kind of action on each stage, for its first microbatch."""
-    places = [Placement.of(column[0]) for column in columns(step.mesh)]
+    placements = [Placement.of(column[0]) for column in columns(step.mesh)]
     functions: dict[Code, Any] = {}
     found: dict[tuple[Kind, int], tuple[Work, ...]] = {}
     for action, device, codes in _first_actions(step.machine):
+        # Equal units share a code. As a function of its own it can be measured, which
+        # inside the step's one program it cannot.
         for code in codes:
             if code not in functions:
                 functions[code] = code.compile()
         found[action.kind, action.stage] = tuple(
             Work(
-                code, functions[code], _arguments(code, places[device]), places[device]
+                code,
+                functions[code],
+                _arguments(code, placements[device]),
+                placements[device],
             )
             for code in codes
         )
@@ -117,6 +122,8 @@ def _memory(step: Step, compiled_bytes: int | None) -> tuple[DeviceMemory, ...]:
     roles = dict(held(step))
     temporary = None
     if compiled_bytes is not None:
+        # XLA counts the buffers of the scan as temporary memory of the program. They
+        # are told by role already, and taken off.
         temporary = max(0, compiled_bytes - sum(roles.values()))
     constants = _constant_bytes(step.machine)
     if constants:
