@@ -188,7 +188,9 @@ class UnitWork:
         """What the forward keeps for the backward."""
         saved: dict[ProgramValue, None] = {}
         for kind, values in self.taken.items():
-            for value in values if kind != "F" else ():
+            if kind == "F":
+                continue
+            for value in values:
                 # A recomputation uses the state that its forward saw.
                 state = isinstance(value, Input) and value.leaf.port.kind == "state"
                 if state or isinstance(value, Residual | Output):
@@ -286,14 +288,16 @@ class Work:
         for u in range(len(self.units.stages)):
             for group in self.groups:
                 for bundles in group.sent[u].values():
-                    yield from ((group, bundle) for bundle in bundles)
+                    for bundle in bundles:
+                        yield group, bundle
 
     def made(self) -> Iterator[tuple[Group, Bundle[Any]]]:
         """All bundles, in the order of their makers."""
         for u in range(len(self.units.stages)):
             for group in self.groups:
                 for kind, bundles in group.sent[u].items():
-                    yield from ((group, bundle) for bundle in bundles)
+                    for bundle in bundles:
+                        yield group, bundle
                     if kind in group.kept[u]:
                         yield group, group.kept[u][kind]
 
