@@ -25,6 +25,7 @@ from fpipe._core.pytrees import (
     pack,
     strong,
 )
+from fpipe._core.settings import settings
 from fpipe._model.frozen import Frozen
 from fpipe.optim import _placed, _scan
 from fpipe.optim._dispatch import PlacedFunction
@@ -104,7 +105,7 @@ class Engine:
         params = map_arrays(strong, params)
         arrays, spec = pack(params)
         planned = self.plans.get(
-            Key(("init", spec, tuple(map(array_form, arrays)))),
+            Key(("init", settings(), spec, tuple(map(array_form, arrays)))),
             lambda: _placed.plan_init(self.tx, params, self.frozen),
         )
         return planned.init(params)
@@ -126,10 +127,9 @@ class Engine:
             return self._update_shapes(grads, state, params, extra)
         grads, state, params = map_arrays(strong, (grads, state, params))
         packs = [pack(part) for part in (grads, state, params, extra)]
+        forms = [(spec, tuple(map(array_form, arrays))) for arrays, spec in packs]
         planned = self.plans.get(
-            Key(
-                tuple((spec, tuple(map(array_form, arrays))) for arrays, spec in packs)
-            ),
+            Key((settings(), *forms)),
             lambda: _placed.plan_update(
                 self.tx, grads, state, params, extra, self.frozen, self.donate
             ),

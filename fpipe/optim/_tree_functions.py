@@ -21,6 +21,7 @@ from fpipe._core.pytrees import (
     map_arrays,
     strong,
 )
+from fpipe._core.settings import settings
 from fpipe.optim._dispatch import Input, Output, PlacedFunction, divide
 from fpipe.optim._leaf_devices import (
     array_form,
@@ -99,6 +100,7 @@ def apply_updates(
         devices = parameter_devices("apply_updates", old, paths)
         key = (
             "apply",
+            settings(),
             tuple(map(array_form, old)),
             tuple(map(array_form, added)),
             names,
@@ -188,4 +190,5 @@ def _reduce(call: str, f: Callable[[Sequence[Any]], Any], tree: PyTree) -> Any:
         inputs = [Input(owner) for owner in owners]
         return divide(graph, arrays, inputs, [Output(first)], first)
 
-    return _plans.get(Key((call, tuple(map(array_form, arrays)))), plan)(arrays)[0]
+    key = (call, settings(), tuple(map(array_form, arrays)))
+    return _plans.get(Key(key), plan)(arrays)[0]

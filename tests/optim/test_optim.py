@@ -19,6 +19,7 @@ from flax.training.train_state import TrainState
 
 import fpipe
 import fpipe.optim
+from fpipe.optim._update_graph import Equation
 from tests.helpers import assert_same, dense, mse, noise, raises
 
 
@@ -291,6 +292,26 @@ def test_programs_are_compiled_once():
 
 
 @pytest.mark.quick
+def test_a_plan_is_kept_by_the_settings_that_its_trace_was_made_under():
+    def update(grads, state, params=None):
+        del params
+        return jax.tree.map(lambda g: g @ g, grads), state
+
+    params = jax.device_put((jnp.ones((3, 3)),), jax.devices()[0])
+    tx = fpipe.optim.per_stage(transformation(lambda params: (), update))
+    for precision in ("default", "highest", "highest"):
+        with jax.default_matmul_precision(precision):
+            tx.update(params, (), params)
+    precisions = [
+        operation.node.eqn.params["precision"]
+        for run in tx.runs
+        for operation in run.cut.graph.operations
+        if isinstance(operation, Equation)
+    ]
+    default, highest = jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST
+    assert precisions == [(default, default), (highest, highest)]
+
+
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_donation_deletes_and_nothing_else_does(executor):
     pipe = pipe_of(executor)
