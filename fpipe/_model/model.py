@@ -1,12 +1,20 @@
 """The model: layers in order, with every skip and borrowed parameter resolved to its
 ends.
+
+In: functions and `Layer`s, nested or not. Out: a `Model`, which runs a span of its
+layers on one microbatch, and makes parameters and states. For an encoder that stashes
+"a", a decoder that pops it, and a head that borrows the encoder's parameters:
+
+    layers    (encode, decode, head)
+    routes    {a: stashed by layer 0, read by layer 1}
+    borrows   ((), (), (Borrow("encode", 0),))
 """
 
 import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +41,7 @@ from fpipe._model.layer import (
     flatten_layers,
     keyword_needs,
 )
-from fpipe._model.needs import stand_ins
+from fpipe._model.needs import BY_NAME, stand_ins
 from fpipe._model.skip_routes import (
     Skip,
     SkipRoute,
@@ -42,8 +50,20 @@ from fpipe._model.skip_routes import (
     skip_of,
 )
 
+# Parameters or state of a layer, from the shapes of its input and of its needs.
 Make: TypeAlias = Callable[[int, PyTree, Mapping[str, Any]], PyTree]
+
+# Runs a function of a key where a layer lives: `put(layer, make, key)`.
 Put: TypeAlias = Callable[[int, Callable[[Any], PyTree], Any], PyTree]
+
+
+class Borrow(NamedTuple):
+    """Parameters that a layer borrows: under which name, and the layer that owns
+    them.
+    """
+
+    name: str
+    owner: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +93,7 @@ class Model:
     routes: Mapping[Skip, SkipRoute] = dataclasses.field(
         init=False, repr=False, compare=False
     )
-    borrows: tuple[tuple[tuple[str, int], ...], ...] = dataclasses.field(
+    borrows: tuple[tuple[Borrow, ...], ...] = dataclasses.field(
         init=False, repr=False, compare=False
     )
     # The jitted function that traces a layer, by its number and JAX's settings.
@@ -131,11 +151,17 @@ class Model:
         for k in span:
             layer = self.layers[k]
             asked = {name: needs[name] for name in layer.needs or () if name in needs}
-            if "side" in asked:
-                asked["side"] = cast(asked["side"], self.compute_dtype)
+            for name in asked:
+                if BY_NAME[name].computed:
+                    asked[name] = cast(asked[name], self.compute_dtype)
             if layer.asks("state"):
+                # Behind `stop_gradient` on both sides: 1F1B starts the backward of a
+                # microbatch before the forward of the next, so none can go through it.
                 asked["state"] = map_arrays(_constant_state, state[k])
             if asked.get("key") is not None:
+                # The layer and the microbatch alone decide the key: no partition,
+                # schedule or recomputation may change a dropout mask
+                # (pytorch issue 55036).
                 layer_number = k if numbers is None else numbers.get(k, k)
                 layer_key = jax.random.fold_in(asked["key"], layer_number)
                 asked["key"] = jax.random.fold_in(layer_key, microbatch)
@@ -163,6 +189,7 @@ class Model:
             for name, value in result.stashed.items():
                 skips[skip_of(layer, name)] = value
         if span.stop == len(self.layers):
+            # A loss in half precision would round what it sums.
             x = wide_output(x, self.compute_dtype)
         return x, skips, new_state
 
@@ -172,6 +199,10 @@ class Model:
         `jax.jit` keeps one for each structure, shapes and dtypes. What it is called in
         inlines it again.
         """
+        # A jitted function for each layer: `jax.jit` looks traces up by the function.
+        # Tried instead: keeping jaxprs here. Then the structure of what a layer returns
+        # has to be kept beside them, and JAX's own context (a mesh, a precision) added
+        # to the key by hand.
         key = (k, settings())
         if key not in self._traced:
             layer = self.layers[k]
@@ -304,7 +335,8 @@ class Model:
         """Parameters and states layer by layer, the shapes of each one's inputs
         computed on the way.
         """
-        # Parameters and states are those of the model that computes in their own dtype.
+        # Parameters and states are those of the model that computes in their own dtype:
+        # half precision is how a call computes, not what is kept.
         plain = self if self.compute_dtype is None else Model(self.layers)
         x = shapes_of(x)
         # With a key: some layers always draw, and shapes are the same with and without.
@@ -384,8 +416,8 @@ def _check_state(k: int, layer: Layer, old: PyTree, new: PyTree) -> None:
         )
 
 
-def _borrows(layers: Sequence[Layer]) -> tuple[tuple[tuple[str, int], ...], ...]:
-    """For each layer the names that it borrows and the layers that own them."""
+def _borrows(layers: Sequence[Layer]) -> tuple[tuple[Borrow, ...], ...]:
+    """What each layer borrows."""
     count = collections.Counter(layer.name for layer in layers)
     where = {layer.name: k for k, layer in enumerate(layers)}
     out = []
@@ -407,5 +439,5 @@ def _borrows(layers: Sequence[Layer]) -> tuple[tuple[tuple[str, int], ...], ...]
                     f"layer {k} {layer.name!r} borrows from itself; its own parameters "
                     "are `params`"
                 )
-        out.append(tuple((name, where[name]) for name in layer.borrow))
+        out.append(tuple(Borrow(name, where[name]) for name in layer.borrow))
     return tuple(out)

@@ -60,6 +60,8 @@ class Need:
         giver: who gives it.
         share: what of it a microbatch gets.
         differentiable: whether a gradient goes back through it.
+        computed: whether its real floats are cast to the dtype that the model computes
+            in (`Pipe(compute_dtype=...)`).
         keyword: whether a layer asks for it by naming it as a keyword-only parameter.
         missing: what a layer gets when the call gives nothing (`None`).
         required: whether a layer that asks for it, without a default of its own, cannot
@@ -72,6 +74,7 @@ class Need:
     giver: Giver
     share: Share
     differentiable: bool
+    computed: bool = False
     keyword: bool = True
     missing: Any = None
     required: bool = False
@@ -122,9 +125,9 @@ def _is_int(value: Any) -> bool:
 
 
 TABLE = (
-    Need("params", Giver.LAYER, Share.WHOLE, differentiable=True, keyword=False),
-    Need("x", Giver.CALL, Share.ROWS, differentiable=True, keyword=False),
-    Need("carry", Giver.SKIP, Share.OWN, differentiable=True),
+    Need("params", Giver.LAYER, Share.WHOLE, True, computed=True, keyword=False),
+    Need("x", Giver.CALL, Share.ROWS, True, computed=True, keyword=False),
+    Need("carry", Giver.SKIP, Share.OWN, True, computed=True),
     Need("state", Giver.LAYER, Share.OWN, differentiable=False),
     Need(
         "key",
@@ -143,8 +146,8 @@ TABLE = (
         checked=bool,
         stand_in=lambda: False,
     ),
-    Need("borrowed", Giver.LAYER, Share.WHOLE, differentiable=True),
-    Need("side", Giver.CALL, Share.ROWS, differentiable=True),
+    Need("borrowed", Giver.LAYER, Share.WHOLE, True, computed=True),
+    Need("side", Giver.CALL, Share.ROWS, True, computed=True),
     Need(
         "step",
         Giver.CALL,
@@ -154,7 +157,7 @@ TABLE = (
         checked=check_step,
         stand_in=lambda: jax.ShapeDtypeStruct((), jnp.int32),
     ),
-    Need("targets", Giver.CALL, Share.ROWS, differentiable=True, keyword=False),
+    Need("targets", Giver.CALL, Share.ROWS, True, keyword=False),
 )
 BY_NAME: Mapping[str, Need] = {need.name: need for need in TABLE}
 
