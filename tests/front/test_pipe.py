@@ -957,3 +957,22 @@ def test_the_map_follows_from_balance_and_devices():
     assert pipe.make_schedule(2).stage_to_device == (0, 1) * 3
     pipe = fpipe.Pipe([dense()] * 6, [1] * 6, schedule="zb_v", chunks=2)
     assert pipe.make_schedule(2).stage_to_device == (0, 1, 2, 2, 1, 0)
+
+
+@pytest.mark.parametrize("layers", [1, 8, 200])
+def test_a_pipe_prints_on_one_screen(layers):
+    pipe = fpipe.Pipe(
+        [dense()] * layers,
+        devices=[jax.devices()[0]] * layers,
+        chunks=4,
+        schedule=fpipe.schedules.eager_1f1b,
+        checkpoint="never",
+    )
+    lines = str(pipe).splitlines()
+    assert len(lines) <= 8
+    assert max(map(len, lines)) <= 100
+    assert f"{layers} layers (dense" in lines[1]
+    assert "schedule='eager_1f1b', checkpoint='never'" in lines[3]
+    different = dataclasses.replace(pipe, compute_dtype=jnp.bfloat16)
+    assert "compute_dtype=" in str(different)
+    assert "compute_dtype" not in str(pipe)
