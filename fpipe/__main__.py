@@ -1,5 +1,14 @@
-"""Schedules from the command line: `python -m fpipe schedule 1f1b --devices 4
---microbatches 8`.
+"""Schedules from the command line, drawn or compared.
+
+$ python -m fpipe schedule gpipe --devices 2 --microbatches 2
+device 0 F0 F1          B0--- B1---
+device 1    F0 F1 B0--- B1---
+gpipe: makespan 9, bubble 33.3%, peak live microbatches 2, 2
+
+$ python -m fpipe compare --devices 2 --microbatches 2
+schedule          stages per device  makespan  idle  bubble  peak live
+zb_h1                             1         7     1   14.3%          2
+…
 """
 
 import argparse
@@ -9,13 +18,14 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from fpipe.plot import SUFFIXES, save
 from fpipe.schedules import NAMES, Costs, Schedule, Timeline, draw, named, simulate
 
 WIDTH = 120
-UNIT = 1000.0  # microseconds of a trace for a unit of time: viewers show milliseconds
+# Microseconds of a trace for a unit of time: viewers show milliseconds.
+UNIT = 1000.0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,34 +74,38 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(
         title="commands", dest="command", metavar="{schedule,compare}"
     )
-    one = _command(
+    one = _add_command(
         commands,
         "schedule",
-        _schedule,
+        _draw_schedule,
         "draw one schedule, with its makespan, bubble and live microbatches",
     )
     one.add_argument("name", help=f"one of {', '.join(NAMES)} (required)")
-    _sizes(
+    _add_sizes(
         one,
         "stages per device (default: what the schedule prescribes, 2 where it takes "
         "several)",
     )
-    _times(one, "times of the actions of a stage, and of a transfer between devices")
+    _add_costs(
+        one, "times of the actions of a stage, and of a transfer between devices"
+    )
     one.add_argument(
         "--out",
-        type=_out,
+        type=_read_out,
         metavar="FILE",
         help=f"also write a file, by its suffix: {', '.join(SUFFIXES)}, .csv, or .json "
         "for a trace (default: none)",
     )
-    many = _command(
+    many = _add_command(
         commands,
         "compare",
-        _compare,
+        _compare_schedules,
         "a table of all schedules with backwards, the shortest first",
     )
-    _sizes(many, "stages per device of the schedules that take several (default: 2)")
-    _times(
+    _add_sizes(
+        many, "stages per device of the schedules that take several (default: 2)"
+    )
+    _add_costs(
         many,
         "times of the actions of all the stages of a device together, so that each "
         "schedule has the same work, and of a "
@@ -100,7 +114,7 @@ def _parser() -> _Parser:
     return parser
 
 
-def _command(
+def _add_command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], str], what: str
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(
@@ -110,32 +124,35 @@ def _command(
     return parser
 
 
-def _sizes(parser: argparse.ArgumentParser, virtual: str) -> None:
+def _add_sizes(parser: argparse.ArgumentParser, virtual: str) -> None:
     parser.add_argument(
         "--devices",
-        type=_count,
+        type=_read_count,
         required=True,
         metavar="D",
         help="number of devices (required)",
     )
     parser.add_argument(
         "--microbatches",
-        type=_count,
+        type=_read_count,
         required=True,
         metavar="M",
         help="number of microbatches (required)",
     )
-    parser.add_argument("--virtual", type=_count, metavar="V", help=virtual)
+    parser.add_argument("--virtual", type=_read_count, metavar="V", help=virtual)
 
 
-def _times(parser: argparse.ArgumentParser, what: str) -> None:
-    default = "F=1,I=1,W=1,transfer=0, and B is I + W; where B is given alone, I and W are halves of it"
+def _add_costs(parser: argparse.ArgumentParser, what: str) -> None:
+    default = (
+        "F=1,I=1,W=1,transfer=0, and B is I + W; where B is given alone, I and W are "
+        "halves of it"
+    )
     parser.add_argument(
-        "--costs", type=_costs, default={}, help=f"{what} (default: {default})"
+        "--costs", type=_read_costs, default={}, help=f"{what} (default: {default})"
     )
 
 
-def _schedule(arguments: argparse.Namespace) -> str:
+def _draw_schedule(arguments: argparse.Namespace) -> str:
     schedule = named(
         arguments.name, arguments.devices, arguments.microbatches, arguments.virtual
     )
@@ -160,9 +177,26 @@ def _write(path: pathlib.Path, schedule: Schedule, timeline: Timeline) -> None:
         ) from error
 
 
-def _compare(arguments: argparse.Namespace) -> str:
+class _Row(NamedTuple):
+    """A schedule in the table of `compare`, in the words of its header."""
+
+    schedule: str
+    per_device: str
+    makespan: str
+    idle: str
+    bubble: str
+    peak: str
+
+
+HEADER = _Row(
+    "schedule", "stages per device", "makespan", "idle", "bubble", "peak live"
+)
+
+
+def _compare_schedules(arguments: argparse.Namespace) -> str:
     costs = {"F": 1.0, "I": 1.0, "W": 1.0, **arguments.costs}
-    rows, left_out = [], []
+    rows: list[tuple[float, _Row]] = []
+    left_out: list[str] = []
     for name in NAMES:
         virtual = arguments.virtual if NAMES[name].per_device is None else None
         try:
@@ -173,37 +207,18 @@ def _compare(arguments: argparse.Namespace) -> str:
         if not schedule.backwards:
             left_out.append(f"{name}: forwards alone")
             continue
-        v = schedule.stages // schedule.devices
-        timeline = simulate(
-            schedule,
-            Costs(**{k: c if k == "transfer" else c / v for k, c in costs.items()}),
-        )
-        span, peak = timeline.makespan, max(timeline.peak_live) / v
-        # Thirds do not add up to the last digit: no idle time must not read as 1e-14.
-        bubble = timeline.bubble if timeline.bubble > 1e-12 else 0.0
-        rows.append(
-            (
-                span,
-                name,
-                (
-                    str(v),
-                    f"{span:g}",
-                    f"{span * bubble:g}",
-                    f"{bubble:.1%}",
-                    f"{peak:g}",
-                ),
-            )
-        )
-    rows.sort(
-        key=lambda row: float(f"{row[0]:.9g}")
-    )  # where these are equal, the order of the names
-    head = ("schedule", "stages per device", "makespan", "idle", "bubble", "peak live")
-    table = [head, *((name, *cells) for _, name, cells in rows)]
-    sizes = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = []
-    for name, *cells in table:
-        right = (cell.rjust(size) for cell, size in zip(cells, sizes[1:], strict=True))
-        lines.append("  ".join([name.ljust(sizes[0]), *right]))
+        makespan, row = _measure(name, schedule, costs)
+        rows.append((makespan, row))
+    # Where makespans are equal but for rounding, the order of the names.
+    rows.sort(key=lambda row: float(f"{row[0]:.9g}"))
+    table = [HEADER, *(row for _, row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines: list[str] = []
+    for row in table:
+        cells = [row.schedule.ljust(widths[0])]
+        for cell, width in zip(row[1:], widths[1:], strict=True):
+            cells.append(cell.rjust(width))
+        lines.append("  ".join(cells))
     if left_out:
         lines += ["", "left out:", *left_out]
     lines += [
@@ -215,7 +230,38 @@ def _compare(arguments: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def _count(text: str) -> int:
+def _measure(
+    name: str, schedule: Schedule, costs: dict[str, float]
+) -> tuple[float, _Row]:
+    """The makespan of a schedule, and its row of the table.
+
+    Arguments:
+        name: of the schedule.
+        schedule: itself.
+        costs: of all the stages of a device together.
+    """
+    per_device = schedule.stages // schedule.devices
+    of_stage = {
+        cost: value if cost == "transfer" else value / per_device
+        for cost, value in costs.items()
+    }
+    timeline = simulate(schedule, Costs(**of_stage))
+    makespan = timeline.makespan
+    peak = max(timeline.peak_live) / per_device
+    # Thirds do not add up to the last digit: no idle time must not read as 1e-14.
+    bubble = timeline.bubble if timeline.bubble > 1e-12 else 0.0
+    row = _Row(
+        schedule=name,
+        per_device=str(per_device),
+        makespan=f"{makespan:g}",
+        idle=f"{makespan * bubble:g}",
+        bubble=f"{bubble:.1%}",
+        peak=f"{peak:g}",
+    )
+    return makespan, row
+
+
+def _read_count(text: str) -> int:
     try:
         value = int(text)
     except ValueError:
@@ -227,40 +273,45 @@ def _count(text: str) -> int:
     return value
 
 
-def _costs(text: str) -> dict[str, float]:
+def _read_costs(text: str) -> dict[str, float]:
+    """`F=1,B=2` as keywords of `Costs`."""
     known = ("F", "B", "I", "W", "transfer")
-    given: dict[str, float] = {}
+    costs: dict[str, float] = {}
     for part in text.split(","):
-        name, equals, number = (p.strip() for p in part.partition("="))
+        name, equals, number = (piece.strip() for piece in part.partition("="))
         if not equals or name not in known:
-            raise argparse.ArgumentTypeError(
-                f"{part!r} is not one of {', '.join(f'{k}=number' for k in known)}"
-            )
-        if name in given:
+            forms = ", ".join(f"{cost}=number" for cost in known)
+            raise argparse.ArgumentTypeError(f"{part!r} is not one of {forms}")
+        if name in costs:
             raise argparse.ArgumentTypeError(f"{name} is there twice in {text!r}")
         try:
-            given[name] = float(number)
+            value = float(number)
         except ValueError:
             raise argparse.ArgumentTypeError(
                 f"{number!r} in {part!r} is no number"
             ) from None
-        if not (math.isfinite(given[name]) and given[name] >= 0):
+        if not (math.isfinite(value) and value >= 0):
             raise argparse.ArgumentTypeError(
                 f"{part!r}: a cost is finite and not negative"
             )
-    if "B" in given:
+        costs[name] = value
+    if "B" in costs:
         # A schedule that splits the backward has the same work to do as one that does
         # not.
-        for a, b in (("I", "W"), ("W", "I")):
-            given.setdefault(a, given["B"] - given[b] if b in given else given["B"] / 2)
-            if given[a] < 0:
+        for half, other in (("I", "W"), ("W", "I")):
+            if half not in costs:
+                rest = costs["B"] / 2
+                if other in costs:
+                    rest = costs["B"] - costs[other]
+                costs[half] = rest
+            if costs[half] < 0:
                 raise argparse.ArgumentTypeError(
-                    f"{text!r}: {b} is larger than B, which is I and W together"
+                    f"{text!r}: {other} is larger than B, which is I and W together"
                 )
-    return given
+    return costs
 
 
-def _out(text: str) -> pathlib.Path:
+def _read_out(text: str) -> pathlib.Path:
     path = pathlib.Path(text)
     if path.suffix.lower() not in (*SUFFIXES, ".csv", ".json"):
         raise argparse.ArgumentTypeError(

@@ -1,16 +1,27 @@
-"""Schedules and timelines through matplotlib: `pip install "fpipe[plot]"`. `import
-fpipe.plot` to use it.
+"""Schedules and timelines through matplotlib.
+
+`pip install "fpipe[plot]"`, and `import fpipe.plot` to use it. What is drawn is the
+`Picture` that `fpipe.schedules` makes for its own drawings, too.
+
+    fpipe.plot.save(fpipe.schedules.gpipe(4, 8), "gpipe.png")
 """
 
 import importlib
-import itertools
 import os
 import pathlib
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from fpipe.schedules import Schedule, Timeline, svg
-from fpipe.schedules._draw.picture import IDLE, INK, LIGHTER, WORDS, picture
+from fpipe.schedules import Kind, Schedule, Timeline, svg
+from fpipe.schedules._draw.picture import (
+    IDLE,
+    INK,
+    LIGHTER,
+    WORDS,
+    Box,
+    Picture,
+    picture,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,60 +60,26 @@ def draw(
             devices.
     """
     shown = picture(what, "plot.draw", over)
-    patches = _matplotlib("patches")
+    # Where matplotlib is missing, that is said before anything is made.
+    _matplotlib("patches")
     if ax is None:
-        row = (0.36 if shown.devices <= 16 else 0.2) * (1.4 if shown.beneath else 1.0)
-        figure = _matplotlib("figure").Figure(
-            figsize=(WIDTH, 1.3 + row * shown.devices), layout="constrained"
-        )
-        _matplotlib("backends.backend_agg").FigureCanvasAgg(figure)
-        ax = figure.add_subplot()
-    assert ax is not None
+        ax = _new_axes(shown)
     ax.set_xlim(0, shown.span or 1.0)
     ax.set_ylim(shown.devices - 0.5, -0.5)
-    for d in range(shown.devices):
-        ax.broken_barh([(0, shown.span)], (d - 0.46, 0.92), facecolors=IDLE, zorder=0)
-    high = 0.64 if shown.beneath else 0.92
-    for layer, top, size, style in (
-        (shown.boxes, -0.46, high, {"edgecolors": "white", "linewidth": 0.4}),
-        (
-            shown.beneath,
-            -0.44 + high,
-            0.88 - high,
-            {"edgecolors": INK, "linewidth": 0.4, "alpha": 0.45},
-        ),
-    ):
-        ordered = sorted(layer, key=lambda b: (b.device, b.kind, b.chunk))
-        for (d, kind, chunk), boxes in itertools.groupby(
-            ordered, key=lambda b: (b.device, b.kind, b.chunk)
-        ):
-            spans = [(b.start, b.end - b.start) for b in boxes]
-            ax.broken_barh(
-                spans, (d + top, size), facecolors=shown.fill(kind, chunk), **style
-            )
-
-    box = ax.get_position()
-    inches = ax.get_figure(root=True).get_size_inches()  # pyright: ignore[reportOptionalMemberAccess]
-    points = 72 * box.width * inches[0] / (shown.span or 1.0)
-    size = min(9.0, 72 * box.height * inches[1] / shown.devices * 0.65 * high)
-    for b in shown.boxes:
-        label = str(b.microbatch)
-        if len(label) * size * 0.62 + 1.5 <= (b.end - b.start) * points:
-            middle = (b.start + b.end) / 2
-            ax.text(
-                middle,
-                b.device - 0.46 + high / 2,
-                label,
-                ha="center",
-                va="center_baseline",
-                fontsize=size,
-                color=INK,
-                clip_on=True,
-            )
-
+    for device in range(shown.devices):
+        ax.broken_barh(
+            [(0, shown.span)], (device - 0.46, 0.92), facecolors=IDLE, zorder=0
+        )
+    # Of a row's height 0.92 is drawn on; what is beneath takes the foot of that.
+    height = 0.64 if shown.beneath else 0.92
+    plain = {"edgecolors": "white", "linewidth": 0.4}
+    faint = {"edgecolors": INK, "linewidth": 0.4, "alpha": 0.45}
+    _draw_boxes(ax, shown, shown.boxes, -0.46, height, plain)
+    _draw_boxes(ax, shown, shown.beneath, -0.44 + height, 0.88 - height, faint)
+    size = _draw_labels(ax, shown, height)
     ax.set_yticks(
         range(shown.devices),
-        [f"device {d}" for d in range(shown.devices)],
+        [f"device {device}" for device in range(shown.devices)],
         fontsize=max(size, 5.0),
     )
     ax.set_xticks(shown.ticks(14))
@@ -115,23 +92,88 @@ def draw(
         fontsize=10,
         parse_math=False,
     )
-    handles = [
-        tuple(
-            patches.Patch(color=shown.fill(kind, chunk))
-            for chunk in range(shown.chunks)
-        )
-        for kind in shown.kinds
-    ]
+    _draw_legend(ax, shown)
+    return ax
+
+
+def _new_axes(shown: Picture) -> "Axes":
+    """Axes of a new figure that is as high as its rows need."""
+    row = 0.36 if shown.devices <= 16 else 0.2
+    if shown.beneath:
+        row *= 1.4
+    figure = _matplotlib("figure").Figure(
+        figsize=(WIDTH, 1.3 + row * shown.devices), layout="constrained"
+    )
+    _matplotlib("backends.backend_agg").FigureCanvasAgg(figure)
+    return figure.add_subplot()
+
+
+def _draw_boxes(
+    ax: "Axes",
+    shown: Picture,
+    boxes: tuple[Box, ...],
+    top: float,
+    height: float,
+    style: dict[str, Any],
+) -> None:
+    """Draw boxes at this place of their rows."""
+    # One collection for all boxes of a colour: one for each box would take minutes.
+    groups: dict[tuple[int, Kind, int], list[tuple[float, float]]] = {}
+    for box in boxes:
+        group = groups.setdefault((box.device, box.kind, box.chunk), [])
+        group.append((box.start, box.end - box.start))
+    for (device, kind, chunk), spans in sorted(groups.items()):
+        fill = shown.fill(kind, chunk)
+        ax.broken_barh(spans, (device + top, height), facecolors=fill, **style)
+
+
+def _draw_labels(ax: "Axes", shown: Picture, height: float) -> float:
+    """Write the numbers of the microbatches where they fit; the size of the letters."""
+    position = ax.get_position()
+    inches = ax.get_figure(root=True).get_size_inches()  # pyright: ignore[reportOptionalMemberAccess]
+    points = 72 * position.width * inches[0] / (shown.span or 1.0)
+    row = 72 * position.height * inches[1] / shown.devices
+    size = min(9.0, row * 0.65 * height)
+    for box in shown.boxes:
+        label = str(box.microbatch)
+        if len(label) * size * 0.62 + 1.5 <= (box.end - box.start) * points:
+            ax.text(
+                (box.start + box.end) / 2,
+                box.device - 0.46 + height / 2,
+                label,
+                ha="center",
+                va="center_baseline",
+                fontsize=size,
+                color=INK,
+                clip_on=True,
+            )
+    return size
+
+
+def _draw_legend(ax: "Axes", shown: Picture) -> None:
+    """For each kind its colours side by side."""
+    patch = _matplotlib("patches").Patch
+    handles: list[tuple[Any, ...]] = []
+    for kind in shown.kinds:
+        fills = [shown.fill(kind, chunk) for chunk in range(shown.chunks)]
+        handles.append(tuple(patch(color=fill) for fill in fills))
     words = [WORDS[kind] for kind in shown.kinds]
     if shown.chunks > 1:
-        handles.append((patches.Patch(alpha=0),))
+        handles.append((patch(alpha=0),))
         words.append(LIGHTER)
-    together = {tuple: _matplotlib("legend_handler").HandlerTuple(ndivide=None, pad=0)}
+    side_by_side = _matplotlib("legend_handler").HandlerTuple(ndivide=None, pad=0)
     ax.legend(
-        handles, words, handler_map=together, loc="upper left", bbox_to_anchor=(0, 0), borderaxespad=2.6,
-        borderpad=0, frameon=False, ncols=len(words), fontsize=9,
-    )  # fmt: skip
-    return ax
+        handles,
+        words,
+        handler_map={tuple: side_by_side},
+        loc="upper left",
+        bbox_to_anchor=(0, 0),
+        borderaxespad=2.6,
+        borderpad=0,
+        frameon=False,
+        ncols=len(words),
+        fontsize=9,
+    )
 
 
 def save(
@@ -165,9 +207,8 @@ def save(
         return
     figure: Any = draw(what, over=over).get_figure(root=True)
     # Without the date of its making the same timeline is the same file.
-    figure.savefig(
-        path, dpi=150, metadata={"CreationDate": None} if suffix == ".pdf" else None
-    )
+    metadata = {"CreationDate": None} if suffix == ".pdf" else None
+    figure.savefig(path, dpi=150, metadata=metadata)
 
 
 def _matplotlib(name: str) -> Any:

@@ -111,7 +111,8 @@ class Schedule:
         takes one step; a cell such as `2F0` is stage 2, forward, microbatch 0. Lines
         end in a newline alone.
 
-        >>> print(fpipe.schedules.one_f_one_b(devices=2, microbatches=2).to_csv(), end="")
+        >>> schedule = fpipe.schedules.one_f_one_b(devices=2, microbatches=2)
+        >>> print(schedule.to_csv(), end="")
         0F0,0F1,,0B0,,0B1
         ,1F0,1B0,1F1,1B1
         """

@@ -39,6 +39,8 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     )
     assert played is not None, "a deadlock, which `Schedule` refuses"
     starts = played.starts
+    # Ties go by device, except that what waits for an action that takes no time is
+    # behind it.
     rank = _rank_at_equal_starts(rows, crossing, played)
     order = sorted(
         (starts[number], rank[number], device, position, number)

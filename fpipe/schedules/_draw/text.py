@@ -97,7 +97,8 @@ def draw(
             more or fewer devices.
 
     Example:
-        >>> print(fpipe.schedules.draw(fpipe.schedules.gpipe(devices=2, microbatches=2)))
+        >>> schedule = fpipe.schedules.gpipe(devices=2, microbatches=2)
+        >>> print(fpipe.schedules.draw(schedule))
         device 0 F0 F1          B0--- B1---
         device 1    F0 F1 B0--- B1---
         gpipe: makespan 9, bubble 33.3%, peak live microbatches 2, 2

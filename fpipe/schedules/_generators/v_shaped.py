@@ -274,7 +274,7 @@ def _squeeze(
 
 
 def _repeat(block: Block, down: int, up: int, microbatches: int) -> list[Action]:
-    """The forwards and `I` of a device with these stages, in the order of their ticks."""
+    """The forwards and `I` of a device with these stages, by their ticks."""
     ticks: list[tuple[int, Action]] = []
     for microbatch in range(microbatches):
         later = BLOCK_TICKS * microbatch
