@@ -40,7 +40,7 @@ from fpipe._planning.layer_costs import costs_of
 from fpipe._planning.predict import KnownLayers, mean_square
 from fpipe._planning.prediction import Prediction
 from fpipe._planning.step_request import StepRequest
-from fpipe._planning.text import quantity, size, table
+from fpipe._planning.text import option_name, quantity, size, table
 
 # What is tried if nothing is said.
 SCHEDULES = ("gpipe", "1f1b", "eager_1f1b", "zb_h1", "interleaved_1f1b", "zb_v")
@@ -352,7 +352,9 @@ class _Source(abc.ABC):
         """The pipe and its prediction, or why there is none: too few layers, a batch
         that cannot be cut so, no cut that fits.
         """
-        none = Candidate(_name(setup.schedule), _name(setup.checkpoint), setup.chunks)
+        none = Candidate(
+            option_name(setup.schedule), option_name(setup.checkpoint), setup.chunks
+        )
         # A `TypeError` is raised: it says that the arguments of `tune` are wrong, and
         # then they are wrong for all candidates.
         try:
@@ -472,10 +474,3 @@ class _OfFunction(_Source):
     def prediction(self, pipe: Pipe, setup: _Setup) -> Prediction:
         del setup  # pipes may differ in anything, and share nothing
         return pipe._plan(self.step, self.options)
-
-
-def _name(option: Any) -> str:
-    """What a schedule or a checkpoint mode is called in the table."""
-    if isinstance(option, str):
-        return option
-    return str(getattr(option, "name", getattr(option, "__name__", option)))

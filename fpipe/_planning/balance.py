@@ -23,6 +23,7 @@ from fpipe._planning.hardware import Hardware, is_number
 from fpipe._planning.layer_costs import UNITS, By, layer_costs
 from fpipe._planning.partition import PartitionTask, Shortage, Table, best_cut
 from fpipe._planning.span_tables import SpanTables
+from fpipe._planning.text import option_name
 from fpipe.schedules import Schedule
 
 
@@ -91,7 +92,7 @@ def balance(
     With several stages on a device each of them counts as a stage, so that *they* are
     balanced, and a skip counts as crossing also between two stages of one device.
     Memory limits hold for the sum of a device's stages; the search for a cut that keeps
-    them is exact while it is small (see `fpipe/_balance.py`), and the best that was
+    them is exact while it is small (see `fpipe/_planning/partition.py`), and the best that was
     found otherwise.
 
     Returns:
@@ -286,7 +287,7 @@ def _does_not_fit(shortage: Shortage, costs: LayerCosts, scheduling: Scheduling)
     cures = ["give more devices", "more chunks"]
     if costs.checkpoint != "always":
         cures.append("checkpoint='always'")
-    schedule = getattr(scheduling.option, "name", scheduling.option)
+    schedule = option_name(scheduling.option)
     cures.append(f"or a schedule that holds fewer microbatches than {schedule!r}")
     found = "does not fit" if shortage.proven else "found no cut that fits"
     missing = f"{shortage.missing / 2**20:.4g} MiB"

@@ -26,6 +26,7 @@ from fpipe._planning.hardware import Hardware, PlanOptions
 from fpipe._planning.layer_costs import costs_of
 from fpipe._planning.prediction import Crossing, DeviceRow, Prediction, StageRow
 from fpipe._planning.span_tables import SpanTables
+from fpipe._planning.text import option_name
 from fpipe._planning.work import count, seconds
 from fpipe.schedules import Costs, Kind, simulate
 
@@ -79,10 +80,9 @@ def predict(
         *repeated(data.schedule.devices, len(devices)),
         *short(devices),
     ]
-    remat = data.remat.option
     return Prediction(
         executor=data.executor,
-        checkpoint=str(getattr(remat, "__name__", remat)),
+        checkpoint=option_name(data.remat.option),
         microbatches=data.schedule.microbatches,
         unit=options.unit,
         stages=stages,

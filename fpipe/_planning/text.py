@@ -5,6 +5,7 @@ quantity(2.5e9, "FLOP")  2.5 GFLOP
 """
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 # The largest first: a value is told in the first unit that it is not less than.
 _BYTES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
@@ -45,6 +46,15 @@ def quantity(value: float, unit: str) -> str:
 def counted(number: int, noun: str, plural: str = "s") -> str:
     """A number of things; `plural` is the ending of several."""
     return f"{number} {noun}{'' if number == 1 else plural}"
+
+
+def option_name(option: Any) -> str:
+    """What a schedule or a checkpoint mode is called: by itself, by its name, or by the
+    name of the function that it is.
+    """
+    if isinstance(option, str):
+        return option
+    return str(getattr(option, "name", getattr(option, "__name__", option)))
 
 
 def table(
