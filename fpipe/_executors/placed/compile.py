@@ -7,6 +7,8 @@ traced, lowered and compiled once:
     0       cpu:0: F(0,0)   (stage0_F, cpu:0, (f32[3,3], f32[4,3]))    compiled
     1       cpu:0: F(0,1)   (stage0_F, cpu:0, (f32[3,3], f32[4,3]))    the same
     4       cpu:1: F(1,0)   (stage1_F, cpu:1, (f32[3,3], f32[4,3]))    compiled
+
+The numbers between them are those of moves and frees, which need no program of ours.
 """
 
 import concurrent.futures
@@ -42,7 +44,8 @@ def compile_plan(
         For each instruction that is a run its compiled program. Equal programs are one.
     """
     # Lowering is one after the other: it is Python, which threads do not speed up, and
-    # it reads settings of JAX that belong to this thread.
+    # it reads settings of JAX that belong to this thread (`jax.enable_x64`, the matmul
+    # precision). The part in threads is XLA's, which releases the GIL.
     key_of: dict[int, ProgramKey] = {}
     lowered: dict[ProgramKey, Any] = {}
     names: dict[ProgramKey, str] = {}
@@ -51,6 +54,8 @@ def compile_plan(
         if run.key not in lowered:
             lowered[run.key] = run.traced.lower()
             names[run.key] = run.name
+    # Results are taken as they come, not in order, so that progress is seen although a
+    # large stage takes long.
     compiled: dict[ProgramKey, Any] = {}
     workers = min(threads or os.cpu_count() or 1, len(lowered))
     if progress is not None:
@@ -79,6 +84,10 @@ def compile_plan(
 class ProgramKey(NamedTuple):
     """What tells the programs of a plan apart: the function, where it runs, and on
     what.
+
+    The placement is in it because JAX compiles the same function anew for another
+    device. The function is its `id`: equal stages share one function, although their
+    runs have names of their own.
     """
 
     function: int
@@ -107,10 +116,15 @@ def traced_runs(
 ) -> Iterator[TracedRun]:
     """The runs of a plan in order, each traced on the shapes of what its slots hold.
 
+    The plan itself has no shapes: they follow from those of its inputs. Compiling,
+    memory and predictions all take them from here.
+
     Arguments:
         shapes: those of the plan's inputs, by slot.
     """
 
+    # The very arguments that a call will have, weak types too. If they differed in
+    # anything, `jit` would compile once more in the first step.
     def placed(shape: jax.ShapeDtypeStruct, slot: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(
             shape.shape,

@@ -13,6 +13,10 @@ weight, they add
                             -> gradient x[0], gradient params 0[0]
 
 and the last one a second time on the second device, for the parameters that are there.
+
+They could be part of the last backward of each stage. But then the last backward would
+be another program than the others, and a stage's backward is the most expensive one to
+compile.
 """
 
 import functools
@@ -52,6 +56,7 @@ class ReducedLoss(NamedTuple):
 
 def join_outputs(call: CallWork) -> SlotTree:
     """Join the `y` of all microbatches."""
+    # The shapes say what comes, and whether it fits together, before anything runs.
     stage = call.layout.stages[-1].index
     placement = call.layout.placements[stage]
     m = call.microbatches
@@ -98,6 +103,8 @@ def reduce_loss(call: CallWork, loss: Loss) -> ReducedLoss:
         columns = [arrays[n : n + m] for n in range(0, len(arrays), m)]
         losses = columns.pop(0)
         weights = columns.pop(0) if weighted else None
+        # Added one after the other, as `fpipe.sequential` does. `jnp.sum` of a stack
+        # would round in another order.
         scaled = [wide(a) * scale for a, scale in zip(losses, scales, strict=True)]
         total = functools.reduce(operator.add, scaled)
         stacked = [jnp.stack(column) for column in columns]
@@ -172,7 +179,9 @@ def finish_gradients(call: CallWork, weight: Slot | None) -> dict[Leaf, Slot]:
         terms[leaf].append(slot)
         summed.add(leaf)
 
-    # Most gradients are finished: one sum of one stage, where the parameters are.
+    # Most gradients are finished: one sum of one stage, where the parameters are. The
+    # others have terms of several stages (borrowed parameters, inputs that several
+    # read), are summed in a wider dtype, or must be divided by a weight.
     gradients: dict[Leaf, Slot] = {}
     unfinished: dict[Placement, list[Leaf]] = defaultdict(list)
     for leaf, slots in terms.items():
@@ -186,7 +195,8 @@ def finish_gradients(call: CallWork, weight: Slot | None) -> dict[Leaf, Slot]:
         else:
             unfinished[owner].append(leaf)
 
-    # One program for each owner: one for each gradient would cost a dispatch each.
+    # One program for each owner: one for each gradient would cost a dispatch each. The
+    # next pass moves the terms of other stages there.
     for owner, leaves in unfinished.items():
         shapes = []
         counts = []

@@ -8,6 +8,9 @@ In: a call's `Args`. The arguments' structure, shapes and dtypes are the key of 
 
 Out: what the plan's slots hold when its instructions have been issued: arrays that JAX
 is still computing.
+
+The loss function and the wanted gradients are part of the key too. Making a plan traces
+every stage, so it takes long; a training loop finds its plan from the second step on.
 """
 
 import dataclasses
@@ -64,7 +67,9 @@ from fpipe.schedules import Schedule
 _PLANS = 32
 _PROGRAMS = 1024
 
-# Each input of a call: its arrays and their structure.
+# Each input of a call: its arrays and their structure. Everything is flattened once,
+# and programs take flat arrays: a dispatch with 50 arrays costs 20 µs so, and 55 µs
+# with nested dicts (measured on jax 0.10.2, CPU).
 Packs = Mapping[Port, tuple[list[Any], Spec]]
 
 
@@ -73,8 +78,13 @@ class Placed:
 
     Arguments:
         layout: the stages, and where each is.
+        scheduling: what makes the schedule, when the number of microbatches is known.
+        stage_to_device: for each stage the number of its device in the schedule.
+        remat: which backwards recompute their forward.
+        chunks: the number of microbatches asked for.
+        dispatch: who dispatches.
         kept: the traces and programs of other pipes of the same layers, if they are
-            shared with them.
+            shared with them: tuning tries many pipes of one model.
     """
 
     def __init__(
@@ -88,6 +98,7 @@ class Placed:
         kept: Recent | None = None,
     ) -> None:
         self.layout = layout
+        # Recordings tell pipes apart by the identity of this object.
         self.owner = layout
         self.stages = layout.stages
         self.scheduling = scheduling
@@ -112,7 +123,9 @@ class Placed:
     ) -> PyTree:
         """Run `make(key)` where a layer lives."""
         home = self.layout.home(layer)
-        # The default device does not move a committed key, so that is put there too.
+        # Made there, and not made on the first device and moved: that device would need
+        # room for every layer in turn. The default device does not move a committed
+        # key, so the key is put there first.
         with home.as_default():
             return home.put_tree(make(None if key is None else home.put([key])[0]))
 
@@ -129,7 +142,8 @@ class Placed:
 
     def check_params(self, params: Any, call: str) -> None:
         """Refuse parameters that do not have one entry per layer. Where they are is
-        looked at when a plan is made, or when their shardings are not those of the plan.
+        looked at when a plan is made, and when their shardings are not those of the
+        plan.
         """
         check_params(self.stages[0].model, params, call)
 
@@ -144,7 +158,10 @@ class Placed:
     # --- calls ---
 
     def bring(self, arrays: Sequence[Any]) -> list[Any]:
-        """Inputs stay where they are: a plan moves them to the stages that read them."""
+        """Inputs stay where they are: a plan moves them to the stages that read them.
+
+        (`Scan` puts them on its mesh here, before the call is a `custom_vjp`.)
+        """
         return list(arrays)
 
     def forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
@@ -173,6 +190,8 @@ class Placed:
     ) -> FirstHalf:
         """All forwards of the schedule, in its order."""
         refuse_tracers(args)
+        # Placed parameters are plain arrays, so each holds one leaf. What JAX does not
+        # differentiate is not wanted, and nothing is computed for it.
         wanted = tuple(leaf for (leaf,), ask in zip(leaves, asked, strict=True) if ask)
         bound, slots = self._start(CallKind.PULL_BACK, args, None, wanted)
         slots = bound.run(slots, Half.FORWARD)
@@ -195,6 +214,8 @@ class Placed:
         slots = bound.run(slots)
         plan = bound.plan
         assert plan.loss is not None
+        # The gradients in the structure of the arguments. A wanted leaf has none if it
+        # is frozen, or an array of integers.
         gradients = []
         for n in argnums:
             arrays, spec = pack(args.numbered[n])
@@ -253,6 +274,9 @@ class Placed:
         packs = self._packs(args)
         flat_params = (params, params_def)
         bound = self._find(kind, args, loss, wanted, flat_params, packs, _type)
+        # The key of a plan has no shardings in it, because another sharding of the
+        # right device (a mesh of one) must find the same plan. So they are compared
+        # here, and only if one differs, all parameters are looked at closely.
         for array, placement in zip(params, bound.params, strict=True):
             if not isinstance(array, jax.Array) or array.sharding != placement.sharding:
                 self._check_placed(args.params)
@@ -282,7 +306,16 @@ class Placed:
         packs: Packs,
         type_of: Callable[[Any], Any],
     ) -> Bound:
-        """The bound plan of a call, from the cache or new."""
+        """The bound plan of a call, from the cache or new.
+
+        Arguments:
+            params: their arrays, and their structure.
+            packs: the other inputs, flat.
+            type_of: the part of an array that goes into the key.
+        """
+        # Everything that a trace depends on. Static leaves are in the structures.
+        # Settings of JAX are among it, because a trace bakes them in: a call under
+        # `jax.enable_x64` has another plan.
         identity = (
             settings(),
             kind,
@@ -301,6 +334,7 @@ class Placed:
         try:
             key = Key(identity)
         except TypeError as error:
+            # Only a static leaf can be what is not hashable; the message shows it.
             leaves = [a for a in params[0] if not is_array(a)]
             leaves += [value for _, spec in packs.values() for _, value in spec.static]
             raise unhashable(leaves, error) from error
@@ -309,6 +343,7 @@ class Placed:
     def _make(
         self, kind: CallKind, args: Args, loss: Loss | None, wanted: tuple[Leaf, ...]
     ) -> Bound:
+        """A new plan, bound. This is where a call is checked against the model."""
         self._check_placed(args.params)
         inputs = inputs_of(args, [Shape.of(p) for p in args.params], self.chunks)
         schedule = self.schedule(inputs.cut.m)
@@ -328,6 +363,8 @@ class Placed:
         """A host value where it is read, put there once for all plans."""
         if (value, placement) not in self._constants:
             (placed,) = placement.put([value])
+            # Inside a trace `device_put` makes a tracer. Kept here, it would outlive
+            # its trace and break all later calls.
             refuse_tracers(placed)
             self._constants[value, placement] = placed
         return self._constants[value, placement]
@@ -368,6 +405,7 @@ class _SecondHalf:
     """All backwards of a differentiated call.
 
     Attributes:
+        bound: the plan whose first half has run.
         arguments: the leaves that can be differentiated.
     """
 
@@ -378,6 +416,7 @@ class _SecondHalf:
         """The gradients of the arguments; `None` for zero."""
         refuse_tracers(cotangents)
         plan = self.bound.plan
+        # Slots of its own for each call: JAX may call a pull-back twice.
         slots = list(self.bound.initial)
         for n, array in zip(self.bound.kept, left, strict=True):
             slots[n] = array
@@ -403,6 +442,8 @@ def _counts(params: Sequence[PyTree]) -> list[int]:
 
 def _type(a: Any) -> Any:
     """What a program is specialised on."""
+    # `jax.typeof` gives the same in 1 µs; this takes 0.03 µs, and every array of every
+    # call is asked (measured on jax 0.10.2, CPU).
     if isinstance(a, jax.Array):
         return a.aval
     if isinstance(a, jax.ShapeDtypeStruct):
@@ -414,9 +455,15 @@ def _type(a: Any) -> Any:
 
 
 def _type_or_shape(a: Any) -> Any:
-    """`_type`, and for a shape that of an array of it."""
+    """`_type`, and for a shape that of an array of it.
+
+    So that a plan that was made or compiled from shapes is the plan that a call with
+    arrays finds.
+    """
     if not isinstance(a, jax.ShapeDtypeStruct):
         return _type(a)
+    # The type that a trace gives to an array of that shape. It has all that `aval` has:
+    # the weak type, and the sharding over a mesh with explicit axes.
     types: list[Any] = []
     jax.eval_shape(lambda array: types.append(jax.typeof(array)), a)
     return types[0]

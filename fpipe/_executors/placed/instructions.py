@@ -26,6 +26,10 @@ A training step of two stages with one microbatch, as `str(plan)` shows it:
 
 (Each instruction is one line; they are broken here.) A moved array keeps its name:
 `y[0] stage0 mb0` is one slot on `cpu:0` and another one on `cpu:1`.
+
+In the drawing, `free params 0[0]` drops the plan's reference; the caller has another.
+With one microbatch the backward *makes* `sum params 1[0]`. With several, each adds to
+it, and a program `zeros` makes the sum that the first one adds to.
 """
 
 import dataclasses
@@ -79,12 +83,20 @@ class Move:
 
 @dataclasses.dataclass(frozen=True)
 class Free:
-    """Drop the references to arrays. JAX frees an array when its last use is over."""
+    """Drop the references to arrays. JAX frees an array when its last use is over.
+
+    Never `Array.delete()`: a slot may hold an array of the caller, or an alias of one
+    (a `device_put` to the same device aliases), and that must outlive the call.
+    """
 
     slots: tuple[int, ...]
 
 
 Instruction: TypeAlias = Run | Move | Free
+
+
+# What a slot can hold. These names are equal in every run and in every process, so that
+# a value can be found again by its name: a plan has no other table of its values.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -101,7 +113,11 @@ class StageValue:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StartedSum:
-    """Zeros that a stage adds its gradients to."""
+    """Zeros that a stage adds its gradients to.
+
+    A sum has a new slot after each backward that adds to it (a `StageValue`), because a
+    slot is written once. The array behind it is the same memory: it is donated.
+    """
 
     leaf: Leaf
     stage: int
@@ -173,7 +189,12 @@ class Feed(NamedTuple):
 
 
 class OutputTree(NamedTuple):
-    """A pytree that the call returns, as slots."""
+    """A pytree that the call returns, as slots.
+
+    Attributes:
+        shape: its structure, and the shapes of its arrays.
+        slots: that of each array, in the order of `shape`.
+    """
 
     shape: Shape
     slots: tuple[int, ...]
@@ -242,6 +263,8 @@ class Plan:
         def names(slots: Iterable[int]) -> str:
             return ", ".join(self.slots[slot].name for slot in slots)
 
+        # Actions are named by their kind, the rest by the name of its program: a reader
+        # compares this with the schedule.
         lines = []
         for item in self.instructions:
             if isinstance(item, Run):
@@ -260,8 +283,16 @@ class Plan:
 
 
 def with_frees(code: Sequence[Run | Move], keep: Iterable[int]) -> list[Instruction]:
-    """Add a `Free` after the last use of each slot that is not kept."""
-    # Read backwards, the first time that a slot appears is its last use.
+    """Add a `Free` after the last use of each slot that is not kept.
+
+    Behind each instruction, here of a forward of two stages that keeps `z`, stands:
+
+        F: x -> y            free x
+        move: y -> y'        free y
+        F: y' -> z           free y'
+    """
+    # Read backwards, the first time that a slot appears is its last use. A slot that is
+    # made and never read is freed right behind what makes it.
     seen = set(keep)
     reverse: list[Instruction] = []
     for item in reversed(code):
@@ -277,7 +308,10 @@ def with_frees(code: Sequence[Run | Move], keep: Iterable[int]) -> list[Instruct
 
 
 def read_from_outside(code: Iterable[Instruction]) -> set[int]:
-    """The slots that some code reads and does not make."""
+    """The slots that some code reads and does not make.
+
+    Of the backward half of a plan these are the arrays that a pull-back keeps alive.
+    """
     read: set[int] = set()
     made: set[int] = set()
     for item in code:

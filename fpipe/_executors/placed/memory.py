@@ -14,6 +14,10 @@ that make 96, what is alive on cpu:0 after each of the first instructions is
     1       free params 0[0]                   36          96      96
 
 because the caller keeps the parameters.
+
+This needs no device, and counts arrays alone. Two things are not in it: what a program
+needs for itself (`peaks` takes that from XLA's analysis, if there is one), and the gaps
+that an allocator leaves.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Set
@@ -54,7 +58,8 @@ def levels(
     plan: Plan, shapes: Mapping[int, jax.ShapeDtypeStruct], kept: Set[int]
 ) -> Iterator[tuple[int, Level]]:
     """What is alive after each instruction, with its number; first after none, as
-    number -1. The level is the same object each time.
+    number -1. The level is the same object each time, because a plan has thousands of
+    instructions: copy what you keep.
 
     Arguments:
         shapes: those of the plan's inputs, by slot.
@@ -109,6 +114,7 @@ def peaks(
         shapes, kept: as for `levels`.
         temporary: what a run needs for itself, by the number of its instruction.
     """
+    # Only the placement of an instruction can have become fuller by it.
     found: dict[Placement, Peak] = {}
     for number, level in levels(plan, shapes, kept):
         if number < 0:

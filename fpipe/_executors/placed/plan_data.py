@@ -9,7 +9,8 @@ and outputs of 96 bytes:
     0 (cpu:0)        36          96      192         0          36         B(0,0)
     1 (cpu:1)        36          0       192         96         36         B(1,0)
 
-The second device has freed the targets by then.
+The second device has freed the targets by then. `gradients` at `B(0,0)` are the sums
+that the backwards so far have made.
 """
 
 from collections import defaultdict
@@ -47,6 +48,8 @@ def plan_data(
     Arguments:
         bound: the plan.
         args: what the call is given, arrays or their shapes.
+        scheduling: what makes the schedule for other numbers of microbatches.
+        remat: which backwards recompute their forward.
         compiled: whether to compile the programs, for the memory that they need for
             themselves.
     """
@@ -73,6 +76,8 @@ def _work(bound: Bound) -> dict[tuple[Kind, int], tuple[Work, ...]]:
         run = bound.plan.instructions[traced.number]
         assert isinstance(run, Run)
         action, code = run.action, run.code
+        # The first microbatch stands for all: a prediction wants the usual piece of a
+        # batch, and only the last one may be smaller.
         if action is None or code is None or (action.kind, action.stage) in found:
             continue
         work = Work(code, run.call, traced.key.shapes, run.placement)
@@ -86,6 +91,7 @@ def _memory(bound: Bound, args: Args, compiled: bool) -> tuple[DeviceMemory, ...
     programs = compile_plan(plan, bound.shapes) if compiled else {}
 
     def temporary(number: int) -> int:
+        # Not every backend of XLA has the analysis.
         analysis = programs[number].memory_analysis() if compiled else None
         return 0 if analysis is None else analysis.temp_size_in_bytes
 
@@ -95,6 +101,8 @@ def _memory(bound: Bound, args: Args, compiled: bool) -> tuple[DeviceMemory, ...
     stage_to_device = plan.schedule.stage_to_device
     for place, device in zip(layout.placements, stage_to_device, strict=True):
         device_of[place] = min(device, device_of.get(place, device))
+    # Parameters by their owner. The roles count borrowed copies too, but an optimizer
+    # has state for the owner's array alone.
     owned_by: dict[Placement, int] = defaultdict(int)
     for feed in plan.feeds:
         if feed.leaf.port.kind == "params":
@@ -105,6 +113,8 @@ def _memory(bound: Bound, args: Args, compiled: bool) -> tuple[DeviceMemory, ...
         # The plan counts an input where it is read. The caller may have it on other
         # devices too, where it takes memory all the same.
         roles = dict(peak.roles)
+        # The plan does not see what the caller has beside it, such as targets that lie
+        # on the first device while the last stage reads a copy.
         roles["inputs"] = roles.get("inputs", 0) + _unread(bound, args, place)
         constants = _constant_bytes(plan, place)
         if constants:

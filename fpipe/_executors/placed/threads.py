@@ -18,6 +18,9 @@ target issues a move:
 
 The numbers between them are those of `Free`s, which are part of the steps. `z` is left
 for the caller.
+
+The thread of the target, and not that of the source, issues a move. So a `device_put`
+that has to wait holds up the device that needs the array, and no other.
 """
 
 import contextlib
@@ -33,6 +36,7 @@ import jax
 from fpipe._executors.placed.instructions import Free, Half, Move, Plan, Run
 from fpipe._executors.placement import Placement
 
+# From arrays to arrays: a compiled program, or a transfer.
 Call: TypeAlias = Callable[..., Sequence[Any]]
 
 
@@ -143,6 +147,8 @@ def divide(
         if slot in freed or maker.get(slot, thread) != thread:
             frees[number].append(slot)
 
+    # The steps. A thread waits for a slot before the first step that reads it. From
+    # then on it has the array, and later steps need not wait.
     steps: dict[int, list[Step]] = defaultdict(list)
     arrived: set[tuple[int, int]] = set()
     for number, thread, item in work:
@@ -172,6 +178,8 @@ def divide(
         )
         steps[thread].append(step)
 
+    # What each thread starts from, and what it leaves. Inputs that several threads read
+    # are given to each of them.
     shares = []
     for thread, own in sorted(steps.items()):
         starts = [
@@ -255,6 +263,8 @@ class Crew:
         """Run all shares, from `slots` and back into them; returns what went wrong
         first, in the plan's order.
         """
+        # Slots of its own for each thread: so a thread drops an array by its own last
+        # use, without a lock, and a device's memory follows its own progress.
         own_slots: list[list[Any]] = []
         threads: list[threading.Thread] = []
         for number, share in enumerate(self._shares):
@@ -265,6 +275,7 @@ class Crew:
             threads.append(
                 threading.Thread(target=self._work, args=(number, own), name=share.name)
             )
+        # The caller's list must not keep alive what the threads drop.
         for share in self._shares:
             for slot in share.consumed:
                 slots[slot] = None
@@ -305,6 +316,9 @@ class Crew:
             thread.join()
 
     def _stop(self) -> None:
+        """Have all threads end before their next step. A thread that waits for its
+        inbox is woken by a `None`; one that dispatches sees the flag.
+        """
         self._stopped = True
         for inbox in self._inboxes:
             inbox.put(None)
@@ -317,6 +331,8 @@ class Crew:
             with jax.enable_x64(self._x64):
                 for step in self._shares[number].steps:
                     for slot in step.waits:
+                        # Other threads run at their own pace, so messages for later
+                        # steps may come first. Their arrays are put in their slots.
                         while slots[slot] is None:
                             message = inbox.get()
                             if message is None:
@@ -327,6 +343,8 @@ class Crew:
                         return
                     issue(step, slots, self._inboxes)
         except BaseException as error:
+            # `BaseException`: a thread that ended without a word would leave the others
+            # waiting for its arrays for ever.
             self._failures.append(Failure(step, error))
             self._stop()
         finally:

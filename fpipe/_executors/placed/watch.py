@@ -19,6 +19,9 @@ What is seen, for the first instructions of a plan of two stages:
 
 and `WatchedCall.timeline` makes of it when each of them ran: a program starts when it
 is issued, its device is free and its inputs are there, so `F(1,0)` ran from 0.35.
+
+The calling thread cannot wait itself: while it waited for one result it would not issue
+the next program, and a recorded call would run in another order than the others.
 """
 
 import dataclasses
@@ -80,6 +83,7 @@ def probes_of(plan: Plan, compiled: Mapping[int, Any]) -> dict[int, Probe]:
     for number, item in enumerate(plan.instructions):
         if isinstance(item, Free) or not item.outs:
             continue
+        # Any result that stays will do: all results of a program are there at once.
         stays = [k for k, slot in enumerate(item.outs) if slot not in consumed]
         if stays:
             probes[number] = Probe(stays[0], None)
@@ -148,6 +152,8 @@ class Watch:
         self.failures: list[Failure] = []
         self._plan = plan
         self._probes = probes
+        # A lane for what cannot overlap, no lane for each instruction: there are
+        # thousands of them, and a lane that waits for one array keeps few alive.
         self._lanes: dict[Hashable, Lane] = {}
         for number in probes:
             key = self._lane_key(plan.instructions[number])
@@ -171,6 +177,8 @@ class Watch:
             # Some programs run in the thread that calls them. Then nobody has to wake
             # up to see the end.
             ended = time.perf_counter() if array.is_ready() else None
+            # The next program on this device consumes the array, and then it cannot be
+            # waited for. So the mark is issued now, before that program.
             if mark is not None:
                 array = mark(array) if ended is None else None
             put(Seen(number, array, ended))
@@ -188,6 +196,8 @@ class Watch:
                 array.block_until_ready()
             self.ended[number] = time.perf_counter() if ended is None else ended
         except Exception as error:
+            # The lane goes on: what stands behind must be waited for too, or the call
+            # would return while devices still work for it.
             self.failures.append(Failure(number, error))
 
     def call(self, half: Half) -> "WatchedCall":
@@ -253,8 +263,8 @@ class WatchedCall:
         spans = self._spans()
         zero = min((span.start for span in spans.values()), default=0.0)
         device_of = _devices_of(plan)
-        # An action is an event of the schedule, on the schedule's device, and a program.
-        # A program around the schedule is no event.
+        # An action is an event of the schedule, on the schedule's device, and a
+        # program. A program around the schedule is no event.
         events: dict[Action, Event] = {}
         programs: list[ProgramRun] = []
         transfers: list[Transfer] = []
@@ -312,7 +322,16 @@ class WatchedCall:
         return [action for action in order if (action.kind == "F") == forward]
 
     def _spans(self) -> dict[int, "_Span"]:
-        """From when to when each instruction ran, by its number."""
+        """From when to when each instruction ran, by its number.
+
+        A start is not seen. It is computed: the latest of the instruction's issue and
+        the ends of what it waits for. An end that was seen late is put right first:
+
+            number  instruction        waits for  seen   put right
+            0       cpu:0: F(0,0)                 0.90   0.35
+            2       cpu:0 -> cpu:1     0          0.35   0.35
+            4       cpu:1: F(1,0)      2          0.70   0.70
+        """
         code = {
             number: item
             for number, item in enumerate(self.plan.instructions)

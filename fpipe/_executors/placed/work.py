@@ -15,6 +15,9 @@ them. It ends with a list of `Work`. For a step of two stages with one microbatc
     stage0_B   cpu:0   x[0], gradient x[0] stage1 mb0 (cpu:1), …  sum params 0[0] …
 
 The next pass, in `lower.py`, moves what is read elsewhere, and gives slots numbers.
+
+Boundaries, skips, borrowed parameters and cotangents are not told apart here. Each is a
+value with a maker, so a new kind of route needs no new code in this module.
 """
 
 import dataclasses
@@ -80,6 +83,10 @@ class Work:
 class CallWork:
     """The work of a call, as the actions go by.
 
+    It is an interpreter of the schedule: `held` is what each stage has of each
+    microbatch at this point. An action adds to it, and later actions look up there what
+    they read. So the actions must come in an order in which every maker is earlier.
+
     Attributes:
         work: so far.
         feeds: the inputs of the call by the slot that they are put in; parameters
@@ -134,7 +141,8 @@ class CallWork:
         placement = self.layout.placements[stage]
         forward, *backwards = self.programs.of(stage, microbatch).values()
         # A backward may read inputs that its forward does not, and an output may be an
-        # input as it is. They come together with what the forward reads.
+        # input unchanged. They come together with what the forward reads: one transfer,
+        # and it is over long before the backward.
         values = list(forward.ins)
         for backward in backwards:
             values += backward.ins
@@ -147,7 +155,8 @@ class CallWork:
         self.held[stage, microbatch] = held
         ins = [sources[value] for value in forward.ins]
         self._run(action, forward, ins, tuple(sources.values()))
-        # The next microbatch reads the state that this one leaves.
+        # The next microbatch reads the state that this one leaves. A schedule that
+        # permutes forwards was refused for a model with state (`schedule_of`).
         for layer in self.layout.stages[stage].stateful:
             port = Port("state", layer)
             count = len(self.programs.flat(stage, microbatch).out[port].leaves)
@@ -171,7 +180,8 @@ class CallWork:
                 # The cotangent of the model's `y` comes from outside, whole.
                 slot = Slot(CallValue(Cotangent(value.leaf)), placement, "inputs")
             elif isinstance(value, Cotangent):
-                # Each reader of an output has a gradient for it.
+                # Each reader of an output has a gradient for it. The program takes them
+                # all and adds them up, so no action waits for a sum made elsewhere.
                 readers = self.programs.readers(stage, value.leaf, microbatch)
                 reader, leaf = readers[value.number]
                 slot = self.held[reader, microbatch][Gradient(leaf)]
@@ -180,9 +190,11 @@ class CallWork:
             else:
                 slot = held[value]
             ins.append(slot)
-            # A gradient may be this cotangent as it is.
+            # A gradient may be this cotangent unchanged (of `x + f(p)` that of `x`). It
+            # is not returned, only named: `jit` copies an argument that it returns.
             held[value] = slot.on(placement)
         self._run(action, program, ins)
+        # The next backward of this stage adds to what this one has returned.
         for value in program.outs:
             if isinstance(value, GradientSum):
                 self.sums[stage, value.leaf] = held[value]
@@ -216,7 +228,9 @@ class CallWork:
             brings,
             action,
             program.calls_host,
-            # A sum is a buffer of the plan's own that nothing else refers to.
+            # A sum is a buffer of the plan's own that nothing else refers to, and only
+            # such a buffer may be donated. An input may be the caller's array, or alias
+            # it. A residual is read again if a pull-back is called twice.
             tuple(
                 slot
                 for value, slot in zip(program.ins, ins, strict=True)
@@ -243,7 +257,8 @@ class CallWork:
             slot = Slot(Number(number), placement, "inputs")
             self.constants[slot] = index(number)
             return slot
-        # The whole input: the program cuts its piece out of it.
+        # The whole input: the program cuts its piece out of it. Pieces that were cut
+        # before would lie beside the batch, and cost a dispatch each.
         slot = Slot(CallValue(Input(leaf)), placement, "inputs")
         self.feeds[slot] = leaf
         return slot
@@ -251,7 +266,8 @@ class CallWork:
     def _start_sums(self, stage: int, program: Program) -> None:
         """Zeros for the sums that a stage's program adds to, made together."""
         # Only the first backward of a stage finds some that are missing. Later ones add
-        # to what the one before returned.
+        # to what the one before returned. Zeros, and not a first program that makes the
+        # sum: that would be one more program to compile for each stage.
         shapes = []
         outs = []
         for value in program.ins:
@@ -270,7 +286,11 @@ class CallWork:
 
 
 def _role(value: ProgramValue, stage: int, last: bool) -> Role:
-    """What an array that a stage's program makes is for."""
+    """What an array that a stage's program makes is for.
+
+    Cotangents of boundaries count as boundaries: they too are as large as an
+    activation, and cross to a neighbour.
+    """
     if isinstance(value, Residual | Handed):
         return "residuals"
     port = value.leaf.port
