@@ -35,8 +35,8 @@ from fpipe._program.trace import (
     FlatStage,
     JointStage,
     differentiate,
-    flatten,
-    forward_alone,
+    trace_stage,
+    forward_only,
 )
 from fpipe.schedules import Action, Kind
 
@@ -248,7 +248,7 @@ class Programs:
                 s, (flat, wanted, remat), lambda: differentiate(flat, wanted, remat)
             )
         else:
-            joint = self._keep(s, (flat,), lambda: forward_alone(flat))
+            joint = self._keep(s, (flat,), lambda: forward_only(flat))
         self._joints[s, variant, recomputes] = joint
         for leaf, reached in joint.reach.items():
             reach[s, leaf] = reach.get((s, leaf), False) or reached
@@ -280,7 +280,7 @@ class Programs:
         return self._keep(
             s,
             key,
-            lambda: flatten(stage, entering, loss=loss, whole=whole, where=where),
+            lambda: trace_stage(stage, entering, loss=loss, whole=whole, where=where),
         )
 
     def _wanted(

@@ -26,7 +26,7 @@ from fpipe._model.skip_routes import Skip, skip_of
 from fpipe._model.stages import INDEX, Leaf, Port, Stage, X, Y, cut_stages
 from fpipe._program.code import Code, Input, Output, Program, Residual
 from fpipe._program.stage_programs import SplitSpec, StagePrograms, split_stage
-from fpipe._program.trace import JointStage, differentiate, flatten
+from fpipe._program.trace import JointStage, differentiate, trace_stage
 from fpipe.schedules import Kind
 
 # What a microbatch keeps is one of these, or made in the layer; the rest of the inputs
@@ -228,7 +228,7 @@ class LayerTraces:
         """Trace a stage, and cut its graph into a forward and a backward."""
         # Without a loss: what it costs belongs to no layer, and it is another one in
         # each call. So the last layer too gets a cotangent from outside.
-        flat = flatten(stage, given, loss=None, whole=frozenset(), where="")
+        flat = trace_stage(stage, given, loss=None, whole=frozenset(), where="")
         joint = differentiate(flat, wanted, remat)
         each = tuple((leaf, 1) for leaf in joint.cotangents)
         return SpanPrograms(joint, split_stage(joint, SplitSpec(cotangent_counts=each)))

@@ -22,7 +22,7 @@ from fpipe._core.pytrees import zeros
 from fpipe._executors.placement import Placement
 from fpipe._executors.plan_data import Work
 from fpipe._program.code import Code
-from fpipe._program.control_flow import bodies, calls_host, loops, rounds
+from fpipe._program.control_flow import calls_host, has_loop
 from fpipe._program.graph import Graph, Node, evaluate
 
 # The names of XLA's counts.
@@ -44,7 +44,7 @@ def _count(
     graph: Graph, nodes: Sequence[Node], wanted: Iterable[int], what: Counted
 ) -> float:
     """What the equations `nodes` take that make the values `wanted`."""
-    apart = [node for node in nodes if loops(node) or calls_host([node])]
+    apart = [node for node in nodes if has_loop(node) or calls_host([node])]
     inside = [node for node in nodes if node not in apart]
     total = sum(_count_apart(node, what) for node in apart)
     made = {v for node in inside for v in node.outs}
@@ -78,12 +78,12 @@ def _count_lowered(lowered: Any, what: Counted) -> float:
 
 def _count_apart(node: Node, what: Counted) -> float:
     """A loop, a branch or a call of Python, by what is in it."""
-    parts = [_count(body, body.nodes, body.outputs, what) for body in bodies(node)]
+    parts = [_count(body, body.nodes, body.outputs, what) for body in node.bodies]
     if not parts:
         return 0.0
-    if node.eqn.primitive.name == "cond":
+    if node.name == "cond":
         return max(parts)
-    return rounds(node) * sum(parts)
+    return node.body_runs * sum(parts)
 
 
 # --- measuring ---

@@ -1,4 +1,22 @@
-"""Programs: what they take and return by name, and what they compute as data."""
+"""Programs: what they take and return by name, and what they compute as data.
+
+A stage is split into programs, one for each kind of action. The backward of a stage
+that is neither the first nor the last, for example:
+
+    Program(
+        name="stage1_B",
+        code=Code(...),                     what it computes: a part of a graph
+        call=<jitted fpipe_B>,
+        ins=(Input(params 1[0]), Input(x[0]), Residual(0), Cotangent(y[0]),
+             GradientSum(params 1[0])),
+        outs=(Gradient(x[0]), GradientSum(params 1[0])),
+        aliases={},
+        calls_host=False,
+    )
+
+The names say which array goes where; the executors find a place for each. The code says
+nothing of stages, so that stages that compute the same share it, compiled.
+"""
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -11,8 +29,7 @@ from fpipe._model.stages import Leaf
 from fpipe._program.graph import Graph, Node, evaluate
 from fpipe._program.identity import identity
 
-# What a program takes and returns, by name. The executors find a place for each of
-# them: a slot of the placed plan, or an array of a scan's buffers.
+# --- what a program takes and returns ---
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -91,9 +108,36 @@ ProgramValue: TypeAlias = (
 )
 
 
+# --- a program ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled function of flat arrays.
+
+    Attributes:
+        name: as it appears in plans.
+        code: what it computes; `None` if there is nothing to run.
+        call: the compiled function of `code`; `None` too where codes are not compiled
+            one by one.
+        ins, outs: what it takes and returns.
+        aliases: outputs that are another value as it is: an input, or another output.
+            They need no place of their own (`jit` would copy them).
+        calls_host: whether it calls Python while it runs: then whoever dispatches it
+            may have to wait for it.
+    """
+
+    name: str
+    code: "Code | None"
+    call: Callable[..., Sequence[Any]] | None
+    ins: tuple[ProgramValue, ...]
+    outs: tuple[ProgramValue, ...]
+    aliases: Mapping[ProgramValue, ProgramValue]
+    calls_host: bool
+
+
 class Window(NamedTuple):
-    """A piece that a program cuts out of a whole array itself, by the microbatch's
-    number.
+    """A piece that a program cuts out of a whole array, by the microbatch's number.
 
     So the pieces of a batch never lie beside it, and cutting costs no dispatch of its
     own.
@@ -114,37 +158,14 @@ class Window(NamedTuple):
         return jax.lax.dynamic_slice_in_dim(whole, start, self.shape[0])
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A compiled function of flat arrays.
-
-    Attributes:
-        name: `stage2_F`, as it appears in plans.
-        code: what it computes; `None` if there is nothing to run.
-        call: the compiled function of `code`.
-        ins, outs: what it takes and returns.
-        aliases: outputs that are another value as it is: an input, or another output.
-            They need no slot of their own (`jit` would copy them).
-        calls_host: whether it calls Python while it runs: then whoever dispatches it
-            may have to wait for it.
-    """
-
-    name: str
-    code: "Code | None"
-    call: Callable[..., Sequence[Any]] | None
-    ins: tuple[ProgramValue, ...]
-    outs: tuple[ProgramValue, ...]
-    aliases: Mapping[ProgramValue, ProgramValue]
-    calls_host: bool
-
-
 class Arg(NamedTuple):
-    """An argument of a program: the graph's value that it is, or one of the terms whose
-    sum that is.
+    """An argument of a code.
 
     Attributes:
-        value: `None` for a microbatch's number that is only there to cut windows.
-        window: the argument is a whole array, and this is cut out of it.
+        value: the graph's value that it is. Several arguments may have the same: then
+            that is their sum. `None` for a microbatch's number that is only there to
+            cut windows.
+        window: set if the argument is a whole array, of which this is the piece.
     """
 
     value: int | None
@@ -176,76 +197,57 @@ class Code:
     accumulate: bool
 
     def __call__(self, *arrays: Any) -> list[Any]:
-        """Bind the equations."""
-        made = self.values(arrays, (*self.outs, *self.sums))
-        outs, new = made[: len(self.outs)], made[len(self.outs) :]
-        if not self.accumulate:
-            return made
-        return [
-            *outs,
-            *(
-                total + a.astype(total.dtype)
-                for total, a in zip(arrays[len(self.args) :], new, strict=True)
-            ),
-        ]
+        """Run the equations, or trace them again."""
+        results = self.values(arrays, (*self.outs, *self.sums))
+        if self.accumulate:
+            so_far = arrays[len(self.args) :]
+            for n, total in enumerate(so_far, len(self.outs)):
+                results[n] = total + results[n].astype(total.dtype)
+        return results
 
     def values(self, arrays: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
         """Any values of the graph, from the arguments."""
-        shapes = self.graph.avals
-        given = {
-            v: jnp.full(shapes[v].shape, fill, shapes[v].dtype)
-            for v, fill in self.fills
-        }
+        given: dict[int, Any] = {}
+        for v, fill in self.fills:
+            aval = self.graph.avals[v]
+            given[v] = jnp.full(aval.shape, fill, aval.dtype)
         for (v, window), array in zip(self.args, arrays, strict=False):
-            if v is not None:
-                piece = (
-                    array
-                    if window is None or self.index is None
-                    else window.cut(array, arrays[self.index])
-                )
-                given[v] = given[v] + piece if v in given else piece
+            if v is None:
+                continue
+            piece = array
+            if window is not None and self.index is not None:
+                piece = window.cut(array, arrays[self.index])
+            given[v] = given[v] + piece if v in given else piece
         return evaluate(self.graph, self.nodes, given, wanted)
 
     @property
     def identity(self) -> Hashable:
         """Equal for codes that compute the same, whatever stage they are of."""
-        given = list(
-            dict.fromkeys(
-                v
-                for v in (*(a.value for a in self.args), *(v for v, _ in self.fills))
-                if v is not None
-            )
-        )
-        where = {v: n for n, v in enumerate(given)}
+        read = [arg.value for arg in self.args if arg.value is not None]
+        given = list(dict.fromkeys([*read, *(v for v, _ in self.fills)]))
+        position = {v: n for n, v in enumerate(given)}
         return (
             self.kind,
             identity(self.graph, self.nodes, given, (*self.outs, *self.sums)),
-            tuple(
-                (None if a.value is None else where[a.value], a.window)
-                for a in self.args
-            ),
+            tuple((None if v is None else position[v], w) for v, w in self.args),
             self.index,
-            tuple((where[v], fill) for v, fill in self.fills),
+            tuple((position[v], fill) for v, fill in self.fills),
             len(self.sums),
             self.accumulate,
         )
 
     def compile(self) -> Callable[..., Sequence[Any]]:
-        """The function under `jax.jit`: traced once, lowered once, and compiled once
-        for each device that runs it.
+        """The function under `jax.jit`.
+
+        It is traced once, lowered once, and compiled once for each device that runs it.
         """
 
         def call(*arrays: Any) -> list[Any]:
             return self(*arrays)
 
         call.__name__ = call.__qualname__ = f"fpipe_{self.kind}"
-        first = len(self.args)
-        return jax.jit(
-            call,
-            donate_argnums=tuple(range(first, first + len(self.sums)))
-            if self.accumulate
-            else (),
-        )
+        donated = range(len(self.args), len(self.args) + len(self.sums))
+        return jax.jit(call, donate_argnums=tuple(donated) if self.accumulate else ())
 
 
 Compile: TypeAlias = Callable[[Code], Callable[..., Sequence[Any]]]

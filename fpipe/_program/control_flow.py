@@ -1,149 +1,100 @@
-"""What is inside of an equation: the bodies of loops, branches and calls, and what goes
-through them.
+"""What goes on inside of equations: loops, branches and recomputations.
+
+A `scan`, a `while`, a `cond` and a `jax.checkpoint` are one equation each, and hide
+what is in them. The questions here look inside, at any depth.
 """
 
-import functools
-import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
-
-import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from collections.abc import Iterable, Sequence
 
 from fpipe._program.graph import Graph, Node, inline
 
 
-def bodies_of(values: Iterable[Any]) -> Iterator[Any]:
-    """The jaxprs among the parameters of an equation."""
-    for value in values:
-        if isinstance(value, (Jaxpr, ClosedJaxpr)):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from bodies_of(value)
-
-
-def value_size(aval: Any) -> int:
-    return int(np.prod(aval.shape, dtype=np.int64))
-
-
-def recomputation(eqn: Any) -> Graph | None:
-    """The body of a `jax.checkpoint`, whatever this release calls it."""
-    return (
-        inline(eqn.params["jaxpr"])
-        if {"jaxpr", "policy", "prevent_cse"} <= set(eqn.params)
-        else None
-    )
-
-
-def value_bytes(aval: Any) -> int:
-    return value_size(aval) * getattr(aval.dtype, "itemsize", 8)
-
-
-def sources(graph: Graph, seeds: Mapping[int, int]) -> dict[int, int]:
-    """`masks`, seen through control flow: what a value's *content* depends on, which
-    branch was taken aside.
-    """
-    mask = dict(seeds)
-    for node in graph.nodes:
-        ins = [mask.get(v, 0) for v in node.ins]
-        mask.update(
-            zip(node.outs, _through(node.eqn, ins, len(node.outs)), strict=True)
-        )
-    return mask
-
-
-def _through(eqn: Any, ins: Sequence[int], outs: int) -> list[int]:
-    """The masks of an equation's outputs from those of its inputs."""
-    p = eqn.params
-    if eqn.primitive.name == "cond":
-        branches = [_body(inline(branch), ins[1:]) for branch in p["branches"]]
-        return [
-            functools.reduce(operator.or_, column)
-            for column in zip(*branches, strict=True)
-        ]
-    if eqn.primitive.name == "scan":
-        # Told from the shapes, for the names of a scan's parameters are not stable:
-        # what is scanned over, or stacked, has one axis more outside than inside.
-        body = inline(p["jaxpr"])
-        ndim = [body.avals[v].ndim for v in (*body.inputs, *body.outputs)]
-        same = [
-            v.aval.ndim == n
-            for v, n in zip((*eqn.invars, *eqn.outvars), ndim, strict=True)
-        ]
-        xs, carry = len(ins) - sum(same[: len(ins)]), sum(same[len(ins) :])
-        consts = len(ins) - xs - carry
-        return _loop(
-            body, ins[:consts], ins[consts : consts + carry], ins[consts + carry :]
-        )
-    if eqn.primitive.name == "while":
-        body = inline(p["body_jaxpr"])
-        carry, consts = (
-            len(ins) - outs,
-            len(body.inputs) - outs,
-        )  # where the carry begins; the condition's consts are first
-        return _loop(body, ins[carry - consts : carry], ins[carry:], [])
-    body = recomputation(eqn)
-    if body is not None:
-        return _body(body, ins)
-    return [functools.reduce(operator.or_, ins, 0)] * outs
-
-
-def _body(graph: Graph, ins: Sequence[int]) -> list[int]:
-    mask = sources(graph, dict(zip(graph.inputs, ins, strict=True)))
-    return [mask.get(v, 0) for v in graph.outputs]
-
-
-def _loop(
-    body: Graph, consts: Sequence[int], carry: Sequence[int], xs: Sequence[int]
-) -> list[int]:
-    """Once round after round, until the masks of the carry grow no more."""
-    while True:
-        out = _body(body, [*consts, *carry, *xs])
-        grown = [a | b for a, b in zip(carry, out, strict=False)]
-        if grown == list(carry):
-            return out
-        carry = grown
+def is_remat(node: Node) -> bool:
+    """Whether an equation is a `jax.checkpoint`, whatever this release calls it."""
+    return {"jaxpr", "policy", "prevent_cse"} <= node.eqn.params.keys()
 
 
 def calls_host(nodes: Iterable[Node]) -> bool:
-    """Whether an equation, at any depth, calls Python while it runs."""
-    return any(_calls_host(node.eqn) for node in nodes)
-
-
-def _calls_host(eqn: Any) -> bool:
-    name, bodies = eqn.primitive.name, bodies_of(eqn.params.values())
-    return (
-        "callback" in name
-        or name == "debug_print"
-        or any(_calls_host(e) for body in bodies for e in _eqns(body))
+    """Whether an equation calls Python while it runs."""
+    return any(
+        "callback" in node.name
+        or node.name == "debug_print"
+        or any(calls_host(body.nodes) for body in node.bodies)
+        for node in nodes
     )
 
 
-def _eqns(body: Any) -> Sequence[Any]:
-    return getattr(body, "jaxpr", body).eqns
-
-
-def loops(node: Node) -> bool:
-    """Whether an equation is a loop, or has one in it, at any depth."""
-    return _loops(node.eqn)
-
-
-def _loops(eqn: Any) -> bool:
-    bodies = bodies_of(eqn.params.values())
-    return eqn.primitive.name in ("scan", "while") or any(
-        _loops(e) for body in bodies for e in _eqns(body)
+def has_loop(node: Node) -> bool:
+    """Whether an equation is a loop, or has one in it."""
+    return node.name in ("scan", "while") or any(
+        has_loop(inner) for body in node.bodies for inner in body.nodes
     )
 
 
-def bodies(node: Node) -> list[Graph]:
-    """What an equation runs: a loop's body, the branches of a `cond`, the function of a
-    call.
+def content_dependents(nodes: Iterable[Node], values: Iterable[int]) -> set[int]:
+    """The values whose content depends on some values, themselves included.
+
+    `dependents`, but seen through control flow: a weight that a `scan` passes through
+    next to the activations does not depend on the activations. The choice of a branch
+    does not count.
     """
-    return [inline(body) for body in bodies_of(node.eqn.params.values())]
+    found = set(values)
+    for node in nodes:
+        if not node.bodies:
+            if not found.isdisjoint(node.ins):
+                found.update(node.outs)
+            continue
+        depends = [v in found for v in node.ins]
+        if any(depends):
+            results = _through(node, depends)
+            found.update(v for v, yes in zip(node.outs, results, strict=True) if yes)
+    return found
 
 
-def rounds(node: Node) -> int:
-    """How often an equation runs its body; a `while`, of which nobody knows, counts as
-    once.
-    """
-    return node.eqn.params["length"] if node.eqn.primitive.name == "scan" else 1
+def _through(node: Node, depends: Sequence[bool]) -> list[bool]:
+    """Which results of an equation depend, from which of its operands do."""
+    if node.name == "cond":
+        branches = [_through_body(body, depends[1:]) for body in node.bodies]
+        return [any(results) for results in zip(*branches, strict=True)]
+    if node.name == "scan":
+        # The names of a scan's parameters are not stable, so its operands are told
+        # apart by their shapes: what is scanned over, or stacked, has one axis more
+        # outside than inside.
+        (body,) = node.bodies
+        outside = [v.aval.ndim for v in (*node.eqn.invars, *node.eqn.outvars)]
+        inside = [body.avals[v].ndim for v in (*body.inputs, *body.outputs)]
+        whole = [a == b for a, b in zip(outside, inside, strict=True)]
+        carried = sum(whole[len(depends) :])
+        constants = sum(whole[: len(depends)]) - carried
+        return _through_loop(body, depends, constants, carried)
+    if node.name == "while":
+        # Its operands: the constants of the condition, those of the body, the carry.
+        body = inline(node.eqn.params["body_jaxpr"])
+        carried = len(node.outs)
+        constants = len(body.inputs) - carried
+        return _through_loop(
+            body, depends[len(depends) - len(body.inputs) :], constants, carried
+        )
+    if is_remat(node):
+        return _through_body(node.bodies[0], depends)
+    return [True] * len(node.outs)
+
+
+def _through_body(body: Graph, depends: Sequence[bool]) -> list[bool]:
+    values = [v for v, yes in zip(body.inputs, depends, strict=True) if yes]
+    found = content_dependents(body.nodes, values)
+    return [v in found for v in body.outputs]
+
+
+def _through_loop(
+    body: Graph, depends: Sequence[bool], constants: int, carried: int
+) -> list[bool]:
+    """Round after round, until no more of the carry depends."""
+    depends = list(depends)
+    while True:
+        results = _through_body(body, depends)
+        carry = depends[constants : constants + carried]
+        grown = [a or b for a, b in zip(carry, results, strict=False)]
+        if grown == carry:
+            return results
+        depends[constants : constants + carried] = grown

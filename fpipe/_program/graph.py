@@ -1,17 +1,35 @@
-"""A traced function as a flat graph of equations: sliced, and run in parts.
+"""A traced function as a flat graph of equations, and how parts of it are run.
 
-Jaxprs are only read here (through `jax.make_jaxpr` and `jax.extend.core`), never
-constructed: a part of a graph is run by binding its equations one after the other under
-a new trace.
+In comes a function of flat arrays, out goes a `Graph`: numbered values, and the
+equations between them in order. `lambda x, w: [jnp.tanh(x @ w) * 2.0]` becomes
+
+    | equation          | reads | makes |
+    |-------------------|-------|-------|      inputs   0, 1
+    | dot_general       | 0, 1  | 2     |      outputs  5
+    | tanh              | 2     | 3     |      consts   {4: 2.0}
+    | mul               | 3, 4  | 5     |
+
+A graph can be cut anywhere: a part of it is run by binding its equations one after the
+other under a new trace. Jaxprs are never constructed, so nothing here depends on how a
+release of JAX builds them.
+
+This room is the only one that reads jaxprs or binds equations. What the others need:
+
+    trace, inline               a function as a closed jaxpr, and that as a graph
+    needed_nodes, ancestors     slices
+    bind, evaluate              run one equation, or several
+    node.bodies, body_runs      what is inside of an equation, and how often it runs
+    identity.identity           a value that is equal for equal computations
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 # Calls that are inlined, so that what is inside can be sliced. A `jax.checkpoint` is
 # not: XLA keeps its recomputation only while it stays one equation.
@@ -29,23 +47,50 @@ _CALLS_WITH_RULES = {
     "custom_vjp_call": "call_jaxpr",
 }
 
+# Equations that change the form of a value, not what it says.
+_FORM_CHANGES = ("broadcast_in_dim", "convert_element_type", "copy")
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Node:
-    """One equation between numbered values; `again` if it recomputes what the forward
-    has computed.
+    """One equation between numbered values. Nodes are compared by identity.
+
+    Attributes:
+        eqn: the equation, as JAX made it.
+        ins, outs: the values that it reads and makes.
+        recomputes: whether it makes again, in a backward, what the forward has made.
     """
 
     eqn: Any
     ins: tuple[int, ...]
     outs: tuple[int, ...]
-    again: bool = False
+    recomputes: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name of its primitive."""
+        return self.eqn.primitive.name
+
+    @functools.cached_property
+    def bodies(self) -> tuple["Graph", ...]:
+        """What it runs: a loop's body, the branches of a `cond`, a call's function."""
+        return tuple(map(inline, jaxprs_among(self.eqn.params.values())))
+
+    @property
+    def body_runs(self) -> int:
+        """How often it runs its bodies. A `while` counts as once: nobody knows."""
+        return self.eqn.params["length"] if self.name == "scan" else 1
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Graph:
-    """A function as equations in order. Values are numbers; `consts` has those known
-    when tracing.
+    """A function as equations in order.
+
+    Attributes:
+        inputs, outputs: the numbers of these values.
+        nodes: the equations.
+        consts: the values that are known when tracing.
+        avals: shape and dtype of each value.
     """
 
     inputs: tuple[int, ...]
@@ -54,121 +99,139 @@ class Graph:
     consts: Mapping[int, Any]
     avals: Mapping[int, Any]
 
-    @property
+    @functools.cached_property
     def maker(self) -> dict[int, Node]:
         """The equation that makes each value."""
         return {v: node for node in self.nodes for v in node.outs}
 
 
-def trace(f: Callable[..., Sequence[Any]], *shapes: jax.ShapeDtypeStruct) -> Any:
+# --- from a function to a graph ---
+
+
+def trace(f: Callable[..., Sequence[Any]], *shapes: Any) -> Any:
     """Trace a function of flat arrays into a closed jaxpr."""
     return jax.make_jaxpr(f)(*shapes)
 
 
 def function(closed: Any) -> Callable[..., list[Any]]:
-    """A closed jaxpr as a function again: it can be differentiated without calling the
-    original once more.
+    """A closed jaxpr as a function again.
+
+    It can be differentiated without calling the original function once more.
     """
     return jaxpr_as_fun(closed)
 
 
 def inline(closed: Any, keep_rules: bool = True) -> Graph:
-    """A closed jaxpr as a `Graph`, nested calls inlined.
+    """A jaxpr as a `Graph`, nested calls inlined.
 
     Arguments:
         keep_rules: whether functions with their own derivatives (`jax.custom_jvp`,
             `jax.custom_vjp`) stay one equation, so that they can be differentiated.
     """
     calls = _CALLS if keep_rules else _CALLS | _CALLS_WITH_RULES
-    jaxpr, values = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
     nodes: list[Node] = []
     consts: dict[int, Any] = {}
     avals: dict[int, Any] = {}
 
-    def new(aval: Any) -> int:
-        avals[len(avals)] = aval
-        return len(avals) - 1
+    def number(atoms: Sequence[Any]) -> tuple[int, ...]:
+        """New numbers for variables or literals."""
+        first = len(avals)
+        numbers = tuple(range(first, first + len(atoms)))
+        for n, atom in zip(numbers, atoms, strict=True):
+            avals[n] = atom.aval
+        return numbers
 
-    def constant(value: Any, aval: Any) -> int:
-        number = new(aval)
-        consts[number] = value
-        return number
+    def visit(closed: Any, args: Sequence[int]) -> list[int]:
+        """Add the equations of a jaxpr that is called on `args`."""
+        jaxpr = getattr(closed, "jaxpr", closed)
+        captured = number(jaxpr.constvars)
+        consts.update(zip(captured, getattr(closed, "consts", ()), strict=False))
+        numbers = dict(zip(jaxpr.constvars, captured, strict=True))
+        numbers.update(zip(jaxpr.invars, args, strict=True))
 
-    def visit(jaxpr: Any, args: Sequence[int], known: Sequence[Any]) -> list[int]:
-        env = dict(zip(jaxpr.invars, args, strict=True))
-        for var, value in zip(jaxpr.constvars, known, strict=True):
-            env[var] = constant(value, var.aval)
-
-        def read(atom: Any) -> int:
-            return (
-                constant(atom.val, atom.aval)
-                if isinstance(atom, Literal)
-                else env[atom]
-            )
+        def read(atoms: Iterable[Any]) -> list[int]:
+            values = []
+            for atom in atoms:
+                if isinstance(atom, Literal):
+                    (v,) = number([atom])
+                    consts[v] = atom.val
+                    values.append(v)
+                else:
+                    values.append(numbers[atom])
+            return values
 
         for eqn in jaxpr.eqns:
-            ins = [read(v) for v in eqn.invars]
-            inner = eqn.params.get(calls.get(eqn.primitive.name, ""))
-            if inner is not None:
-                outs = visit(
-                    getattr(inner, "jaxpr", inner), ins, getattr(inner, "consts", ())
-                )
-            else:
-                outs = [new(v.aval) for v in eqn.outvars]
+            ins = read(eqn.invars)
+            called = eqn.params.get(calls.get(eqn.primitive.name, ""))
+            if called is None:
+                outs: Sequence[int] = number(eqn.outvars)
                 nodes.append(Node(eqn, tuple(ins), tuple(outs)))
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(v) for v in jaxpr.outvars]
+            else:
+                outs = visit(called, ins)
+            numbers.update(zip(eqn.outvars, outs, strict=True))
+        return read(jaxpr.outvars)
 
-    inputs = tuple(new(v.aval) for v in jaxpr.invars)
-    outputs = tuple(visit(jaxpr, inputs, values))
-    return Graph(inputs, outputs, tuple(nodes), consts, avals)
+    inputs = number(getattr(closed, "jaxpr", closed).invars)
+    outputs = visit(closed, inputs)
+    return Graph(inputs, tuple(outputs), tuple(nodes), consts, avals)
 
 
-def masks(graph: Graph, seeds: Mapping[int, int]) -> dict[int, int]:
-    """For each value the union of the bit masks of the seeds that it depends on."""
-    mask = dict(seeds)
+def jaxprs_among(values: Iterable[Any]) -> list[Any]:
+    """The jaxprs among the parameters of an equation, in order."""
+    found = []
+    pending = list(values)[::-1]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, (tuple, list)):
+            pending.extend(reversed(value))
+        elif isinstance(value, (Jaxpr, ClosedJaxpr)):
+            found.append(value)
+    return found
+
+
+# --- slices ---
+
+
+def ancestors(graph: Graph, values: Iterable[int]) -> set[int]:
+    """The values that some values are made from, themselves included."""
+    found = set(values)
+    for node in reversed(graph.nodes):
+        if not found.isdisjoint(node.outs):
+            found.update(node.ins)
+    return found
+
+
+def dependents(graph: Graph, values: Iterable[int]) -> set[int]:
+    """The values that depend on some values, themselves included."""
+    found = set(values)
     for node in graph.nodes:
-        union = 0
-        for v in node.ins:
-            union |= mask.get(v, 0)
-        if union:
-            for v in node.outs:
-                mask[v] = mask.get(v, 0) | union
-    return mask
+        if not found.isdisjoint(node.ins):
+            found.update(node.outs)
+    return found
 
 
-def late_values(graph: Graph, cotangents: Iterable[int]) -> set[int]:
-    """The values that only a backward has: they depend on a cotangent, or are
-    recomputed.
-    """
-    late = set(cotangents)
-    for node in graph.nodes:
-        if is_late(node, late):
-            late.update(node.outs)
-    return late
-
-
-def is_late(node: Node, late: Set[int]) -> bool:
-    """Whether an equation belongs to the backward."""
-    return node.again or not late.isdisjoint(node.ins)
-
-
-def needed(
+def needed_nodes(
     graph: Graph,
     wanted: Iterable[int],
-    given: Iterable[int] = (),
-    effects: Callable[[Node], bool] | None = None,
+    given: Collection[int] = (),
+    required: Collection[Node] = (),
 ) -> list[Node]:
-    """The equations, in order, that make `wanted` from `given`; with `effects`, those
-    it accepts too.
+    """The equations, in order, that make `wanted` from `given` and the inputs.
+
+    Arguments:
+        given: values that are there already.
+        required: equations that run in any case: those with effects.
     """
-    live, have, out = set(wanted), set(given), list[Node]()
+    live = set(wanted).difference(given)
+    nodes = list[Node]()
     for node in reversed(graph.nodes):
-        useful = any(v in live and v not in have for v in node.outs)
-        if useful or (effects is not None and node.eqn.effects and effects(node)):
-            out.append(node)
-            live.update(node.ins)
-    return out[::-1]
+        if not live.isdisjoint(node.outs) or node in required:
+            nodes.append(node)
+            live.update(v for v in node.ins if v not in given)
+    return nodes[::-1]
+
+
+# --- running ---
 
 
 def bind(node: Node, inputs: Sequence[Any]) -> Sequence[Any]:
@@ -183,25 +246,20 @@ def bind(node: Node, inputs: Sequence[Any]) -> Sequence[Any]:
 def evaluate(
     graph: Graph, nodes: Iterable[Node], given: Mapping[int, Any], wanted: Iterable[int]
 ) -> list[Any]:
-    """Bind equations one after the other and return the wanted values."""
-    env = dict(graph.consts)
-    env.update(given)
+    """Run equations one after the other and return the wanted values."""
+    values = {**graph.consts, **given}
     for node in nodes:
-        outputs = bind(node, [env[v] for v in node.ins])
-        env.update(zip(node.outs, outputs, strict=True))
-    return [env[v] for v in wanted]
+        results = bind(node, [values[v] for v in node.ins])
+        values.update(zip(node.outs, results, strict=True))
+    return [values[v] for v in wanted]
 
 
 def is_zero(graph: Graph, value: int) -> bool:
-    """Whether a value is zero by its making: how a vector-Jacobian product says "no
-    gradient".
+    """Whether a value is zero by its making.
+
+    So a vector-Jacobian product says that there is no gradient.
     """
-    maker = graph.maker
-    while value in maker and maker[value].eqn.primitive.name in (
-        "broadcast_in_dim",
-        "convert_element_type",
-        "copy",
-    ):
-        value = maker[value].ins[0]
+    while value in graph.maker and graph.maker[value].name in _FORM_CHANGES:
+        value = graph.maker[value].ins[0]
     const = graph.consts.get(value)
     return const is not None and np.ndim(const) == 0 and not np.any(np.asarray(const))

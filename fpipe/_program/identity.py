@@ -1,16 +1,37 @@
-"""What a graph computes, as a value that is equal for equal computations."""
+"""What a graph computes, as a value that is equal for equal computations.
 
-from collections.abc import Hashable, Iterable, Sequence
+Two stages of equal layers have equal identities, and share their compiled programs. An
+identity is the list of equations in a numbering of its own: for `tanh(x @ w)`
+
+    inputs     (0, f32[4,8]), (1, f32[8,8])
+    equations  (dot_general, its parameters, reads 0 1, makes 2)
+               (tanh, its parameters, reads 2, makes 3)
+    wanted     3
+    constants  none
+
+Constants and parameters count by content where that can be told, otherwise as the
+very object that they are.
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from fpipe._program.graph import Graph, Node, inline
+from fpipe._program.graph import Graph, Node, inline, trace
 
 # How to differentiate a custom function: made anew by each trace, and of no use in
 # programs that are only run.
 _RULES = ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd")
+
+# Types whose equal values are the same, and quick to tell.
+_PLAIN = (int, bool, str, type(None))
+
+# Larger constants are compared as objects: to compare their content would take longer
+# than to compile a program once more.
+_LARGEST_CONSTANT = 1024
 
 
 class _Same:
@@ -28,40 +49,40 @@ class _Same:
         return isinstance(other, _Same) and self._value is other._value
 
 
+def function_identity(f: Callable[..., Sequence[Any]], *arrays: Any) -> Hashable:
+    """What a function of flat arrays computes on arrays of these shapes."""
+    graph = inline(trace(f, *arrays))
+    return identity(graph, graph.nodes, graph.inputs, graph.outputs)
+
+
 def identity(
     graph: Graph, nodes: Iterable[Node], given: Sequence[int], wanted: Sequence[int]
 ) -> Hashable:
-    """What `nodes` compute, from values `given` in order to values `wanted` in order:
-    equal for equal computations.
-    """
-    number: dict[int, int] = {}
-    consts: list[Hashable] = []
+    """What `nodes` compute, from values `given` in order to values `wanted` in order."""
+    numbers: dict[int, int] = {}
+    constants: list[Hashable] = []
 
-    def of(v: int) -> int:
-        if v not in number:
-            number[v] = len(number)
-            if v in graph.consts:
-                consts.append(
-                    (number[v], _type(graph.avals[v]), _content(graph.consts[v]))
-                )
-        return number[v]
+    def renumbered(values: Iterable[int]) -> tuple[int, ...]:
+        for v in values:
+            if v not in numbers:
+                numbers[v] = len(numbers)
+                if v in graph.consts:
+                    content = _content(graph.consts[v])
+                    constants.append((numbers[v], _type(graph.avals[v]), content))
+        return tuple(numbers[v] for v in values)
 
-    ins = tuple((of(v), _type(graph.avals[v])) for v in given)
-    code = tuple(
-        (
-            node.eqn.primitive,
-            node.eqn.ctx,
-            tuple(
-                (name, _content(value))
-                for name, value in sorted(node.eqn.params.items())
-                if name not in _RULES
-            ),
-            tuple(map(of, node.ins)),
-            tuple(map(of, node.outs)),
+    inputs = renumbered(given), tuple(_type(graph.avals[v]) for v in given)
+    equations = []
+    for node in nodes:
+        params = tuple(
+            (name, _content(value))
+            for name, value in sorted(node.eqn.params.items())
+            if name not in _RULES
         )
-        for node in nodes
-    )
-    return ins, code, tuple(map(of, wanted)), tuple(consts)
+        ins = renumbered(node.ins)
+        outs = renumbered(node.outs)
+        equations.append((node.eqn.primitive, node.eqn.ctx, params, ins, outs))
+    return inputs, tuple(equations), renumbered(wanted), tuple(constants)
 
 
 def _type(aval: Any) -> Hashable:
@@ -74,23 +95,26 @@ def _type(aval: Any) -> Hashable:
 
 def _content(value: Any) -> Hashable:
     """A value by what it is, as far as that can be told; else the very object."""
-    if isinstance(value, (Jaxpr, ClosedJaxpr)) and (
-        hasattr(value, "consts") or not value.constvars
-    ):
-        graph = inline(value)
-        return identity(graph, graph.nodes, graph.inputs, graph.outputs)
+    if isinstance(value, _PLAIN):
+        return type(value), value
     if isinstance(value, (tuple, list)):
         return type(value), tuple(map(_content, value))
+    if isinstance(value, (Jaxpr, ClosedJaxpr)):
+        if hasattr(value, "consts") or not value.constvars:
+            graph = inline(value)
+            return identity(graph, graph.nodes, graph.inputs, graph.outputs)
+        return _Same(value)
     if isinstance(value, dict):
         return tuple((_content(k), _content(v)) for k, v in value.items())
-    if (
-        isinstance(value, (np.ndarray, np.generic))
-        and value.size <= 1024
-        and value.dtype != object
-    ):
-        return value.shape, str(value.dtype), value.tobytes()
+    if isinstance(value, (np.ndarray, np.generic)):
+        small = value.size <= _LARGEST_CONSTANT and value.dtype != object
+        return (
+            (value.shape, str(value.dtype), value.tobytes()) if small else _Same(value)
+        )
     if isinstance(value, (float, complex)):
         return type(value), repr(value)  # 0.0 == -0.0, and nan is not nan
+    if isinstance(value, jax.Array):
+        return _Same(value)
     try:
         hash(value)
     except TypeError:

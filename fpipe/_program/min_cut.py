@@ -3,123 +3,163 @@
 A backward needs some values of its forward. Each may be kept, at the cost of its bytes,
 or made again from values before it, where that is cheap. The best choice is a minimum
 cut of a network in which each value is an edge of its cost (Jain et al., arXiv
-1910.02653, pose the problem; PyTorch's AOTAutograd solves it so). Solved with Dinic's
-algorithm.
+1910.02653, pose the problem; PyTorch's AOTAutograd solves it so).
+
+A product `p` of 8 bytes from which a mask `m` of 1 byte and a tanh `t` of 8 bytes can
+be made, both needed, is this network, in which `=` is an edge without limit:
+
+    source = (p)--8--(p') = (m)--1--(m') = sink
+                         = (t)--8--(t') = sink
+
+To cut `p` costs 8, to cut `m` and `t` 9: `p` is kept, and both are made again. Values
+that cannot be made again hang on the source. Among cheapest cuts the one nearest to the
+sink is taken: it leaves least to make again.
 """
 
 import collections
 from collections.abc import Iterable, Mapping, Sequence
 
-_INFINITE = 1 << 62
+_NO_LIMIT = 1 << 62
+_SOURCE = 0
+_SINK = 1
 
 
 def cheapest(
-    costs: Mapping[int, int], again: Mapping[int, Sequence[int]], needed: Iterable[int]
+    costs: Mapping[int, int],
+    remade_from: Mapping[int, Sequence[int]],
+    needed: Iterable[int],
 ) -> set[int]:
     """The values to keep.
 
     Arguments:
         costs: of keeping each value.
-        again: for each value that can be made again, what it is made from; a value that
-            is not there must be kept, or not be needed.
+        remade_from: for each value that can be made again, what it is made from; a
+            value that is not there must be kept, or not be needed.
         needed: the values that are used.
 
     Returns:
         Of all cheapest sets the one with the least to make again.
     """
+    needed = list(dict.fromkeys(needed))
     # Only what is needed, directly or to make it again, is part of the network.
-    part: dict[int, None] = {}
-    stack = list(needed)
-    while stack:
-        v = stack.pop()
-        if v not in part:
-            part[v] = None
-            stack.extend(again.get(v, ()))
-    number = {
-        v: 2 * n + 2 for n, v in enumerate(part)
-    }  # and the next one is its other end; 0 is the source, 1 the sink
-    network = _Network(2 * len(part) + 2)
-    for v, n in number.items():
-        network.edge(n, n + 1, costs[v])
-        if v not in again:
-            network.edge(0, n, _INFINITE)
-        for u in again.get(v, ()):
-            network.edge(number[u] + 1, n, _INFINITE)
-    for v in dict.fromkeys(needed):
-        network.edge(number[v] + 1, 1, _INFINITE)
+    entrances: dict[int, int] = {}  # The other end of a value's edge is the next node.
+    pending = list(needed)
+    while pending:
+        v = pending.pop()
+        if v not in entrances:
+            entrances[v] = 2 + 2 * len(entrances)
+            pending.extend(remade_from.get(v, ()))
+    network = _Network(2 + 2 * len(entrances))
+    for v, entrance in entrances.items():
+        network.connect(entrance, entrance + 1, costs[v])
+        if v not in remade_from:
+            network.connect(_SOURCE, entrance, _NO_LIMIT)
+        for u in remade_from.get(v, ()):
+            network.connect(entrances[u] + 1, entrance, _NO_LIMIT)
+    for v in needed:
+        network.connect(entrances[v] + 1, _SINK, _NO_LIMIT)
     network.fill()
-    after = network.leads_to_sink()
-    return {v for v, n in number.items() if n not in after and n + 1 in after}
+    open_to_sink = network.leads_to_sink()
+    return {
+        v
+        for v, entrance in entrances.items()
+        if entrance not in open_to_sink and entrance + 1 in open_to_sink
+    }
 
 
 class _Network:
-    """Nodes, and edges with what is left of their capacity; edge `e ^ 1` is the reverse
-    of edge `e`.
+    """A network, and the largest flow through it, by Dinic's algorithm.
+
+    Attributes:
+        edges_at: the edges that begin at each node.
+        end: the node at which each edge ends.
+        capacity: what is left of each edge's. Edge `e ^ 1` is the reverse of edge `e`:
+            what flows through one can flow back through the other.
     """
 
     def __init__(self, nodes: int) -> None:
-        self.at: list[list[int]] = [[] for _ in range(nodes)]
-        self.to: list[int] = []
-        self.left: list[int] = []
+        self.edges_at: list[list[int]] = [[] for _ in range(nodes)]
+        self.end: list[int] = []
+        self.capacity: list[int] = []
 
-    def edge(self, a: int, b: int, capacity: int) -> None:
-        self.at[a].append(len(self.to))
-        self.at[b].append(len(self.to) + 1)
-        self.to += [b, a]
-        self.left += [capacity, 0]
+    def connect(self, a: int, b: int, capacity: int) -> None:
+        """Add an edge from `a` to `b`, and its reverse."""
+        self.edges_at[a].append(len(self.end))
+        self.edges_at[b].append(len(self.end) + 1)
+        self.end += [b, a]
+        self.capacity += [capacity, 0]
 
     def fill(self) -> None:
-        """Send as much as can go from node 0 to node 1."""
+        """Send as much as can flow from the source to the sink."""
         while True:
-            level = [-1] * len(self.at)
-            level[0] = 0
-            queue = collections.deque([0])
-            while queue:
-                a = queue.popleft()
-                for e in self.at[a]:
-                    if self.left[e] and level[self.to[e]] < 0:
-                        level[self.to[e]] = level[a] + 1
-                        queue.append(self.to[e])
-            if level[1] < 0:
+            distance = self._distances()
+            if distance[_SINK] < 0:
                 return
-            self._block(level)
+            self._fill_shortest_paths(distance)
 
-    def _block(self, level: Sequence[int]) -> None:
-        """Fill every shortest way."""
-        next_ = [0] * len(self.at)
+    def _distances(self) -> list[int]:
+        """How far each node is from the source, in edges that are not full; -1: cut
+        off.
+        """
+        distance = [-1] * len(self.edges_at)
+        distance[_SOURCE] = 0
+        queue = collections.deque([_SOURCE])
+        while queue:
+            a = queue.popleft()
+            for edge in self.edges_at[a]:
+                b = self.end[edge]
+                if self.capacity[edge] and distance[b] < 0:
+                    distance[b] = distance[a] + 1
+                    queue.append(b)
+        return distance
+
+    def _fill_shortest_paths(self, distance: Sequence[int]) -> None:
+        """Walk from the source by edges that lead one step further, and back at dead
+        ends.
+
+        Each edge is given up once only, so `tried` counts those of each node that are.
+        """
+        tried = [0] * len(self.edges_at)
         path: list[int] = []
-        a = 0
+        node = _SOURCE
         while True:
-            if a == 1:
-                least = min(self.left[e] for e in path)
-                for e in path:
-                    self.left[e] -= least
-                    self.left[e ^ 1] += least
-                first = next(n for n, e in enumerate(path) if not self.left[e])
-                a = self.to[path[first] ^ 1]
-                del path[first:]
-            while next_[a] < len(self.at[a]):
-                e = self.at[a][next_[a]]
-                if self.left[e] and level[self.to[e]] == level[a] + 1:
+            if node == _SINK:
+                flow = min(self.capacity[edge] for edge in path)
+                for edge in path:
+                    self.capacity[edge] -= flow
+                    self.capacity[edge ^ 1] += flow
+                full = next(n for n, edge in enumerate(path) if not self.capacity[edge])
+                node = self.end[
+                    path[full] ^ 1
+                ]  # Go on from where the first full one begins.
+                del path[full:]
+            edges = self.edges_at[node]
+            next_distance = distance[node] + 1
+            while tried[node] < len(edges):
+                edge = edges[tried[node]]
+                if self.capacity[edge] and distance[self.end[edge]] == next_distance:
                     break
-                next_[a] += 1
-            if next_[a] < len(self.at[a]):
-                path.append(self.at[a][next_[a]])
-                a = self.to[path[-1]]
+                tried[node] += 1
+            if tried[node] < len(edges):
+                edge = edges[tried[node]]
+                path.append(edge)
+                node = self.end[edge]
             elif path:
-                e = path.pop()
-                a = self.to[e ^ 1]
-                next_[a] += 1
+                edge = path.pop()
+                node = self.end[edge ^ 1]
+                tried[node] += 1
             else:
                 return
 
     def leads_to_sink(self) -> set[int]:
-        """The nodes from which more could go to node 1."""
-        seen, stack = {1}, [1]
-        while stack:
-            b = stack.pop()
-            for e in self.at[b]:
-                if self.left[e ^ 1] and self.to[e] not in seen:
-                    seen.add(self.to[e])
-                    stack.append(self.to[e])
-        return seen
+        """The nodes from which more could flow to the sink."""
+        found = {_SINK}
+        pending = [_SINK]
+        while pending:
+            b = pending.pop()
+            for edge in self.edges_at[b]:
+                a = self.end[edge]
+                if self.capacity[edge ^ 1] and a not in found:
+                    found.add(a)
+                    pending.append(a)
+        return found

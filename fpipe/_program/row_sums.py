@@ -7,6 +7,14 @@ microbatch. Here the equation that makes the sum is found, and run on each devic
 alone; its parts are added up once, after the last microbatch. This is exact: a
 contraction over rows is the sum of the contractions over parts of them, whatever the
 equations before it compute.
+
+For a dense layer's gradient, `transpose(dot_general(dy, x))` with the rows on axis 0 of
+both, `find_row_sum` gives
+
+    LinearMap(transpose, operand=0, argument=Contraction(dot_general, row_axes=(0, 0)))
+
+and `sum_rows_apart` of it, on 4 devices with 2 rows each, an array with one axis more,
+of 4 parts: `transpose(dot_general(dy[0:2], x[0:2]))`, and so on.
 """
 
 import dataclasses
@@ -16,167 +24,173 @@ from typing import Any, TypeAlias
 import jax
 from jax.sharding import PartitionSpec as P
 
-from fpipe._program.graph import Graph, Node, is_zero
+from fpipe._program.graph import Graph, Node, bind, is_zero
 
 # Equations of one array that commute with a sum over parts.
 _LINEAR = {
-    "transpose",
-    "reshape",
+    "broadcast_in_dim",
     "convert_element_type",
-    "squeeze",
+    "copy",
     "expand_dims",
     "neg",
-    "copy",
-    "broadcast_in_dim",
+    "reshape",
     "rev",
+    "squeeze",
+    "transpose",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
-    """An equation that sums over rows; `axes` has for each operand the axis of its
-    rows, if it has any.
+    """An equation that sums over rows.
+
+    Attributes:
+        row_axes: the axis of each operand's rows, `None` if it has none.
     """
 
     node: Node
-    axes: tuple[int | None, ...]
+    row_axes: tuple[int | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Linear:
-    """An equation that is linear in one operand, which is a sum over rows."""
+class LinearMap:
+    """An equation that is linear in one operand, `argument`, which is a sum over rows."""
 
     node: Node
     operand: int
-    of: "Parts"
+    argument: "RowSum"
 
 
 @dataclasses.dataclass(frozen=True)
-class Sum:
-    """A sum of two."""
+class Addition:
+    """A sum of two sums over rows."""
 
-    first: "Parts"
-    second: "Parts"
-
-
-Parts: TypeAlias = Contraction | Linear | Sum
+    first: "RowSum"
+    second: "RowSum"
 
 
-def parts_of(
-    graph: Graph, nodes: Sequence[Node], value: int, rows: int, size: int
-) -> Parts | None:
-    """How a value that `nodes` make is a sum over rows that can be cut into `size`
-    parts; `None` if that cannot be told.
+RowSum: TypeAlias = Contraction | LinearMap | Addition
+
+
+def find_row_sum(
+    graph: Graph, nodes: Sequence[Node], value: int, rows: int, parts: int
+) -> RowSum | None:
+    """How a value is a sum over rows that can be cut into `parts`.
+
+    Arguments:
+        nodes: the equations that make it.
+        rows: the number of rows; an axis that is a multiple of it holds rows too.
+
+    Returns:
+        `None` if that cannot be told.
     """
     maker = {v: node for node in nodes for v in node.outs}
 
-    def visit(v: int) -> Parts | None:
+    def linear(node: Node, operand: int) -> RowSum | None:
+        argument = visit(node.ins[operand])
+        return None if argument is None else LinearMap(node, operand, argument)
+
+    def visit(v: int) -> RowSum | None:
         node = maker.get(v)
         if node is None or len(node.outs) > 1:
             return None
-        name = node.eqn.primitive.name
-        if name in _LINEAR:
-            inner = visit(node.ins[0])
-            return None if inner is None else Linear(node, 0, inner)
-        if name in ("add", "add_any"):
+        if node.name in _LINEAR:
+            return linear(node, 0)
+        if node.name in ("add", "add_any"):
             first, second = visit(node.ins[0]), visit(node.ins[1])
-            return None if first is None or second is None else Sum(first, second)
-        if name == "mul":
-            for n in (0, 1):
-                if graph.avals[node.ins[1 - n]].size == 1:
-                    inner = visit(node.ins[n])
-                    return None if inner is None else Linear(node, n, inner)
-        axes = _rows(graph, node, rows, size)
-        if axes is None and name == "reduce_sum":  # over other axes
-            inner = visit(node.ins[0])
-            return None if inner is None else Linear(node, 0, inner)
-        return None if axes is None else Contraction(node, axes)
+            return None if first is None or second is None else Addition(first, second)
+        if node.name == "mul":
+            for operand in (0, 1):
+                if graph.avals[node.ins[1 - operand]].size == 1:
+                    return linear(node, operand)
+        row_axes = _row_axes(graph, node, rows, parts)
+        if row_axes is not None:
+            return Contraction(node, row_axes)
+        if node.name == "reduce_sum":  # over other axes
+            return linear(node, 0)
+        return None
 
     return visit(value)
 
 
-def _rows(
-    graph: Graph, node: Node, rows: int, size: int
+def _row_axes(
+    graph: Graph, node: Node, rows: int, parts: int
 ) -> tuple[int | None, ...] | None:
     """The axis of each operand over which an equation sums and along which rows lie."""
-    shapes, params = [graph.avals[v].shape for v in node.ins], node.eqn.params
-    name = node.eqn.primitive.name
+    shapes = [graph.avals[v].shape for v in node.ins]
+    params = node.eqn.params
 
-    def fits(operand: int, axis: int) -> bool:
-        n = shapes[operand][axis]
-        return n % rows == 0 and n % size == 0 and n > 0
+    def has_rows(operand: int, axis: int) -> bool:
+        length = shapes[operand][axis]
+        return length > 0 and length % rows == 0 and length % parts == 0
 
-    if name == "reduce_sum":
-        return next(((axis,) for axis in params["axes"] if fits(0, axis)), None)
-    if name == "dot_general":
+    if node.name == "reduce_sum":
+        found = (axis for axis in params["axes"] if has_rows(0, axis))
+        return next(((axis,) for axis in found), None)
+    if node.name == "dot_general":
         (left, right), _ = params["dimension_numbers"]
-        return next(
-            ((a, b) for a, b in zip(left, right, strict=True) if fits(0, a)), None
-        )
-    if (
-        name == "conv_general_dilated"
-        and params["feature_group_count"] == params["batch_group_count"] == 1
-    ):
+        pairs = zip(left, right, strict=True)
+        return next(((a, b) for a, b in pairs if has_rows(0, a)), None)
+    if node.name == "conv_general_dilated":
+        if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
+            return None
         numbers = params["dimension_numbers"]
+        # What a convolution sums over is its features; in a weight gradient the rows.
         a, b = numbers.lhs_spec[1], numbers.rhs_spec[1]
-        return (a, b) if fits(0, a) else None
-    if name in ("scatter-add", "scatter_add") and is_zero(graph, node.ins[0]):
-        windows = params["dimension_numbers"].update_window_dims
-        both = (
-            shapes[1][:1] == shapes[2][:1]
-            and 0 not in windows
-            and not params["dimension_numbers"].operand_batching_dims
+        return (a, b) if has_rows(0, a) else None
+    if node.name in ("scatter-add", "scatter_add") and is_zero(graph, node.ins[0]):
+        numbers = params["dimension_numbers"]
+        _, indices, updates = shapes
+        row_by_row = (
+            indices[:1] == updates[:1]
+            and 0 not in numbers.update_window_dims
+            and not numbers.operand_batching_dims
         )
-        return (None, 0, 0) if both and len(shapes[1]) > 1 and fits(1, 0) else None
+        if row_by_row and len(indices) > 1 and has_rows(1, 0):
+            return None, 0, 0
     return None
 
 
-def values_of(parts: Parts) -> Iterator[int]:
-    """The values of the graph that it is made of."""
-    if isinstance(parts, Contraction):
-        yield from parts.node.ins
-    elif isinstance(parts, Sum):
-        yield from values_of(parts.first)
-        yield from values_of(parts.second)
-    else:
-        yield from (v for n, v in enumerate(parts.node.ins) if n != parts.operand)
-        yield from values_of(parts.of)
+def values_read(row_sum: RowSum) -> Iterator[int]:
+    """The values of the graph that a sum over rows is made from."""
+    match row_sum:
+        case Contraction(node):
+            yield from node.ins
+        case LinearMap(node, operand, argument):
+            yield from (v for n, v in enumerate(node.ins) if n != operand)
+            yield from values_read(argument)
+        case Addition(first, second):
+            yield from values_read(first)
+            yield from values_read(second)
 
 
-def summed(parts: Parts, given: Mapping[int, Any], axis: str) -> Any:
-    """The parts, on a new first axis that lies over the mesh axis."""
-    if isinstance(parts, Sum):
-        return summed(parts.first, given, axis) + summed(parts.second, given, axis)
-    if isinstance(parts, Linear):
-        inner, node = summed(parts.of, given, axis), parts.node
-        operands = [
-            inner if n == parts.operand else given[v] for n, v in enumerate(node.ins)
-        ]
-        return jax.vmap(
-            _bind(node),
-            [0 if n == parts.operand else None for n in range(len(operands))],
-        )(*operands)
-    operands = [given[v] for v in parts.node.ins]
-    specs = [P(*([None] * a), axis) if a is not None else P() for a in parts.axes]
-    run = _bind(parts.node)
-    local = jax.shard_map(
-        lambda *own: run(*own)[None],
-        in_specs=tuple(specs),
-        out_specs=P(axis),
-        axis_names={axis},
-        check_vma=False,
-    )
-    return local(*operands)
+def sum_rows_apart(row_sum: RowSum, values: Mapping[int, Any], axis: str) -> Any:
+    """The sums over the rows of each device, on a new first axis.
 
-
-def _bind(node: Node) -> Any:
-    eqn = node.eqn
-
-    def run(*operands: Any) -> Any:
-        with eqn.ctx.manager:
-            out = eqn.primitive.bind(
-                *operands, **eqn.primitive.get_bind_params(eqn.params)
+    Arguments:
+        values: those of `values_read`.
+        axis: the mesh axis over which the rows lie, and the new axis will.
+    """
+    match row_sum:
+        case Addition(first, second):
+            return sum_rows_apart(first, values, axis) + sum_rows_apart(
+                second, values, axis
             )
-        return out[0] if eqn.primitive.multiple_results else out
-
-    return run
+        case LinearMap(node, operand, argument):
+            operands = [
+                sum_rows_apart(argument, values, axis) if n == operand else values[v]
+                for n, v in enumerate(node.ins)
+            ]
+            mapped = [0 if n == operand else None for n in range(len(operands))]
+            return jax.vmap(lambda *arrays: bind(node, arrays)[0], mapped)(*operands)
+        case Contraction(node, row_axes):
+            over_devices = jax.shard_map(
+                lambda *own: bind(node, own)[0][None],
+                in_specs=tuple(
+                    P() if a is None else P(*[None] * a, axis) for a in row_axes
+                ),
+                out_specs=P(axis),
+                axis_names={axis},
+                check_vma=False,
+            )
+            return over_devices(*(values[v] for v in node.ins))

@@ -1,7 +1,25 @@
-"""A stage's graph cut into the programs of its actions: `F` and `B`, or `F`, `I` and
+"""A stage's graph split into the programs of its actions: `F` and `B`, or `F`, `I`,
 `W`.
+
+In comes the joint graph of a stage, forward and backward together, out go its programs.
+For a stage in the middle, `y = tanh(x @ w)`:
+
+    | program | takes                            | returns                            |
+    |---------|----------------------------------|------------------------------------|
+    | F       | params[0], x[0]                  | y[0]                               |
+    | B       | params[0], x[0], y[0],           | gradient x[0], sum params[0]       |
+    |         | cotangent y[0], sum params[0]    |                                    |
+
+or, with a backward in halves,
+
+    | I       | params[0], y[0], cotangent y[0]  | gradient x[0], handed 0            |
+    | W       | x[0], handed 0, sum params[0]    | sum params[0]                      |
+
+What the backward reads of the forward goes by the name that it has anyway, as `y[0]`
+here; only what has none becomes a residual.
 """
 
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -21,13 +39,15 @@ from fpipe._program.code import (
     Residual,
     Window,
 )
-from fpipe._program.control_flow import calls_host, sources
-from fpipe._program.graph import Node, is_late, late_values, masks, needed
-from fpipe._program.residuals import halves, opened, residuals
+from fpipe._program.control_flow import calls_host, content_dependents
+from fpipe._program.graph import Node, dependents, needed_nodes
+from fpipe._program.halves import halve_backward
+from fpipe._program.remats import inline_remats
+from fpipe._program.residuals import backward_part, cut_off_backward
 from fpipe._program.trace import JointStage
 from fpipe.schedules import Kind
 
-INDEX_INPUT = Input(Leaf(INDEX, 0))
+_INDEX = Input(Leaf(INDEX, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +90,7 @@ class StagePrograms:
 
 
 def split_stage(
-    joint: JointStage,
-    spec: SplitSpec,
-    compile_code: Compile | None = None,
+    joint: JointStage, spec: SplitSpec, compile_code: Compile | None = None
 ) -> StagePrograms:
     """Split a stage into its programs.
 
@@ -80,205 +98,231 @@ def split_stage(
         compile_code: makes, or finds, the function of a code. Without it the programs
             have codes alone.
     """
-    return _Cut(
-        _opened(joint) if spec.split_backward or spec.inline_remats else joint,
-        spec,
-        compile_code,
-    ).programs()
+    if spec.split_backward or spec.inline_remats:
+        joint = inline_remats(joint)
+    splitter = _Splitter(joint, spec, compile_code)
+    return StagePrograms(splitter.split(), tuple(splitter.warnings))
 
 
-def _opened(joint: JointStage) -> JointStage:
-    """The joint graph with its recomputations inlined."""
-    graph, new = opened(joint.graph, joint.cotangents.values())
-    outputs, gradients = (
-        {leaf: new.get(v, v) for leaf, v in values.items()}
-        for values in (joint.outputs, joint.gradients)
-    )
-    return dataclasses.replace(joint, graph=graph, outputs=outputs, gradients=gradients)
+class _Splitter:
+    """One stage while it is split.
 
-
-class _Cut:
-    """One stage while it is cut: the values of its graph, and what they are called
-    between programs.
+    Attributes:
+        names: what the backward's programs call the values that they take, but for
+            cotangents.
+        terms: for each cotangent in the graph those that come in; it is their sum.
+        loss: the cotangent of the loss, which is a constant.
     """
 
     def __init__(
         self, joint: JointStage, spec: SplitSpec, compile_code: Compile | None
     ) -> None:
-        self.joint, self.graph, self.stage = joint, joint.graph, joint.flat.stage
-        self.spec, self.windows, self.compile_code = (
-            spec,
-            dict(spec.windows),
-            compile_code,
+        self.joint = joint
+        self.graph = joint.graph
+        self.stage = joint.flat.stage
+        self.spec = spec
+        self.windows = dict(spec.windows)
+        self.compile_code = compile_code
+        self.warnings: list[str] = []
+
+        constant = joint.flat.constant
+        varying = [v for leaf, v in joint.inputs.items() if leaf not in constant]
+        self.per_microbatch = dependents(self.graph, varying)
+        self.part = backward_part(self.graph, joint.cotangents.values())
+        self.backward = cut_off_backward(
+            self.graph, joint.gradients.values(), self.part, self.per_microbatch
         )
-        constant, cotangents = joint.flat.constant, set(joint.cotangents.values())
-        self.late = late_values(self.graph, cotangents)
-        self.micro = masks(
-            self.graph,
-            {v: 1 for leaf, v in joint.inputs.items() if leaf not in constant},
-        )
-        self.nodes, self.take = residuals(
-            self.graph, list(joint.gradients.values()), self.late, self.micro
-        )
-        names = {
+        self.names: dict[int, ProgramValue] = {
             v: Output(leaf)
             for leaf, v in joint.outputs.items()
             if leaf not in spec.returned
         }
-        names |= {v: Input(leaf) for leaf, v in joint.inputs.items()}
-        self.residuals = [
-            v for v in self.take if v not in names and v not in cotangents
-        ]
-        self.names = names | {v: Residual(n) for n, v in enumerate(self.residuals)}
+        self.names |= {v: Input(leaf) for leaf, v in joint.inputs.items()}
+        named = self.names.keys() | joint.cotangents.values()
+        self.residuals = [v for v in self.backward.takes if v not in named]
+        self.names |= {v: Residual(n) for n, v in enumerate(self.residuals)}
         counts = dict(spec.cotangent_counts)
         self.terms = {
             v: [Cotangent(leaf, n) for n in range(counts.get(leaf, 0))]
             for leaf, v in joint.cotangents.items()
             if leaf.port != LOSS
         }
-        self.loss = {v for leaf, v in joint.cotangents.items() if leaf.port == LOSS}
+        self.loss = joint.cotangents.get(Leaf(LOSS, 0))
 
-    def programs(self) -> StagePrograms:
-        """All that there are."""
-        gradients, constant = self.joint.gradients, self.joint.flat.constant
-        sums = [leaf for leaf in gradients if leaf in constant]
-        each: dict[ProgramValue, int] = {
-            Gradient(leaf): v for leaf, v in gradients.items() if leaf not in constant
-        }
-        of: dict[Kind, Program] = {"F": self._forward()}
-        warnings = self._weights_kept()
-        if not gradients:
-            return StagePrograms(of, tuple(warnings))
-        if not self.spec.split_backward:
-            of["B"] = self._backward("B", self.nodes, each, sums)
-            return StagePrograms(of, tuple(warnings))
-        given = {v: len(self.terms.get(v, ())) < 2 for v in self.take}
-        micro = masks(
-            self.graph, self.micro | dict.fromkeys(self.joint.cotangents.values(), 1)
-        )
-        first, second, handed, both = halves(
+    def split(self) -> dict[Kind, Program]:
+        """The programs by kind."""
+        programs: dict[Kind, Program] = {"F": self._forward()}
+        self._warn_of_kept_weights()
+        returned: dict[ProgramValue, int] = {}
+        summed: list[Leaf] = []
+        for leaf, v in self.joint.gradients.items():
+            if leaf in self.joint.flat.constant:
+                summed.append(leaf)
+            else:
+                returned[Gradient(leaf)] = v
+        if returned or summed:
+            if self.spec.split_backward:
+                programs |= self._halves(returned, summed)
+            else:
+                nodes = self.backward.nodes
+                programs["B"] = self._backward("B", nodes, returned, summed)
+        return programs
+
+    def _halves(
+        self, returned: Mapping[ProgramValue, int], summed: Sequence[Leaf]
+    ) -> dict[Kind, Program]:
+        """The programs of `I` and of `W`, if there is something for them to do."""
+        gradients = self.joint.gradients
+        cotangents = self.joint.cotangents.values()
+        halves = halve_backward(
             self.graph,
-            self.nodes,
-            list(each.values()),
-            [gradients[leaf] for leaf in sums],
-            given,
-            micro,
+            self.backward,
+            input_gradients=list(returned.values()),
+            weight_gradients=[gradients[leaf] for leaf in summed],
+            summed={v for v, terms in self.terms.items() if len(terms) > 1},
+            per_microbatch=self.per_microbatch | dependents(self.graph, cotangents),
         )
-        early = [leaf for leaf in sums if gradients[leaf] in both]
+        early = [leaf for leaf in summed if gradients[leaf] in halves.made_early]
         if early:
-            warnings.append(
-                f"stage {self.stage.index}: I makes {len(early)} of its {len(sums)} "
-                "weight gradients, and W the rest, for "
-                "one equation (a lax.scan, a lax.cond, a custom call) gives them "
-                "together with an input gradient; a "
+            self.warnings.append(
+                f"stage {self.stage.index}: I makes {len(early)} of its {len(summed)} "
+                "weight gradients, and W the rest, for one equation (a lax.scan, a "
+                "lax.cond, a custom call) gives them together with an input gradient; "
+                "a "
                 "schedule that delays W gains less here"
             )
-        shared: dict[ProgramValue, int] = {Handed(n): v for n, v in enumerate(handed)}
-        if first or each:
-            of["I"] = self._backward("I", first, each | shared, early)
-        self.names |= {v: ref for ref, v in shared.items()}
-        if len(early) < len(sums):
-            of["W"] = self._backward(
-                "W", second, {}, [leaf for leaf in sums if leaf not in early]
-            )
-        return StagePrograms(of, tuple(warnings))
+        programs: dict[Kind, Program] = {}
+        handed = {v: Handed(n) for n, v in enumerate(halves.handed)}
+        if halves.input_nodes or returned:
+            given = {**returned, **{name: v for v, name in handed.items()}}
+            programs["I"] = self._backward("I", halves.input_nodes, given, early)
+        if len(early) < len(summed):
+            self.names |= handed
+            late = [leaf for leaf in summed if leaf not in early]
+            programs["W"] = self._backward("W", halves.weight_nodes, {}, late)
+        return programs
 
-    def _weights_kept(self) -> list[str]:
-        """Handed-over arrays whose content comes from parameters alone: control flow is
-        one equation, and hides it.
+    def _warn_of_kept_weights(self) -> None:
+        """Find residuals whose content comes from parameters alone.
+
+        Control flow is one equation, and hides such values: a cast of the weights
+        inside a scan is stacked by it, and kept with the activations.
         """
-        params, other = 1, 2
-        kinds = {"params": params, "key": 0, "number": 0}
-        found = sources(
-            self.graph,
-            {
-                v: kinds.get(leaf.port.kind, other)
-                for leaf, v in self.joint.inputs.items()
-            },
-        )
-        return [
-            f"stage {self.stage.index} keeps {self.graph.avals[v].str_short()} per "
-            "microbatch, made from parameters alone "
-            "inside a lax.scan or lax.cond; make it outside (cast the stacked "
-            "parameters before the scan, for example), or "
-            "use checkpoint='always'"
+        kinds = {leaf: leaf.port.kind for leaf in self.joint.inputs}
+        inputs = self.joint.inputs.items()
+        nodes = needed_nodes(self.graph, self.residuals)
+        others = [
+            v for leaf, v in inputs if kinds[leaf] not in ("params", "key", "number")
+        ]
+        varying = content_dependents(nodes, others)
+        suspects = [
+            v
             for v in self.residuals
-            if found.get(v, 0) == params and self.graph.avals[v].size > 1
+            if v not in varying and self.graph.avals[v].size > 1
+        ]
+        if not suspects:
+            return
+        params = [v for leaf, v in inputs if kinds[leaf] == "params"]
+        from_params = content_dependents(nodes, params)
+        self.warnings += [
+            f"stage {self.stage.index} keeps {self.graph.avals[v].str_short()} per "
+            "microbatch, made from parameters alone inside a lax.scan or lax.cond; "
+            "make "
+            "it outside (cast the stacked parameters before the scan, for example), or "
+            "use checkpoint='always'"
+            for v in suspects
+            if v in from_params
         ]
 
     def _forward(self) -> Program:
-        joint, graph = self.joint, self.graph
-        values: dict[ProgramValue, int] = {
-            Output(leaf): v for leaf, v in joint.outputs.items()
+        joint = self.joint
+        inputs: dict[ProgramValue, int] = {
+            Input(leaf): v for leaf, v in joint.inputs.items()
         }
-        values |= {Residual(n): v for n, v in enumerate(self.residuals)}
-        own = [Output(leaf) for leaf in joint.outputs if leaf in self.spec.returned]
-        known = {
-            v: Input(leaf)
-            for leaf, v in joint.inputs.items()
-            if Input(leaf) not in self.windows
+        passed_on: dict[ProgramValue, int] = {}
+        for_user: dict[ProgramValue, int] = {}
+        for leaf, v in joint.outputs.items():
+            to_user = leaf in self.spec.returned
+            (for_user if to_user else passed_on)[Output(leaf)] = v
+        passed_on |= {Residual(n): v for n, v in enumerate(self.residuals)}
+        outs, aliases = self._separate_aliases(passed_on, inputs)
+        outs |= for_user
+        effects = {
+            node
+            for node in self.graph.nodes
+            if node.eqn.effects and node not in self.part.nodes
         }
-        outs, same = _unrepeated(
-            {ref: v for ref, v in values.items() if ref not in own}, known
-        )
-        outs = (*outs, *own)
-        wanted = [values[ref] for ref in outs]
-        nodes = needed(graph, wanted, effects=lambda node: not is_late(node, self.late))
-        used = {v for node in nodes for v in node.ins} | set(wanted)
-        ins: dict[ProgramValue, int] = {
-            Input(leaf): v for leaf, v in joint.inputs.items() if v in used
-        }
-        return self._program("F", nodes, ins, {}, wanted, outs, same, [])
+        nodes = needed_nodes(self.graph, outs.values(), required=effects)
+        read = {v for node in nodes for v in node.ins}.union(outs.values())
+        ins = {name: v for name, v in inputs.items() if v in read}
+        return self._program("F", nodes, ins, {}, outs, aliases, [])
 
     def _backward(
         self,
         kind: Kind,
         nodes: Sequence[Node],
-        each: Mapping[ProgramValue, int],
-        leaves: Sequence[Leaf],
+        returned: Mapping[ProgramValue, int],
+        summed: Sequence[Leaf],
     ) -> Program:
-        """A backward, or half of one: `each` goes out as it is, the gradients of
-        `leaves` are summed.
+        """A backward, or half of one.
+
+        Arguments:
+            returned: what goes out as it is.
+            summed: the leaves whose gradients are added up.
         """
+        sums = [self.joint.gradients[leaf] for leaf in summed]
         made = {v for node in nodes for v in node.outs}
-        wanted = [*each.values(), *(self.joint.gradients[leaf] for leaf in leaves)]
+        read = {v for node in nodes for v in node.ins}.union(returned.values(), sums)
         ins: dict[ProgramValue, int] = {}
         fills: dict[int, float] = {}
-        for v in sorted(
-            ({v for node in nodes for v in node.ins} | set(wanted))
-            - made
-            - set(self.graph.consts)
-        ):
+        for v in sorted(read - made - self.graph.consts.keys()):
             if v in self.names:
                 ins[self.names[v]] = v
-            elif v in self.loss:
+            elif v == self.loss:
                 fills[v] = self.spec.loss_cotangent
             elif self.terms[v]:
                 ins |= dict.fromkeys(self.terms[v], v)
             else:
                 fills[v] = 0.0
-        # What goes out and comes in alike goes through as it is, except to the user,
+        # What goes out as it came in needs no array of its own, except for the user,
         # who may donate it.
-        counts = list(ins.values())
-        known = {
-            v: ref
-            for ref, v in ins.items()
-            if counts.count(v) == 1 and ref not in self.windows
-        }
-        inner, same = _unrepeated(
-            {ref: v for ref, v in each.items() if self._stays_inside(ref)}, known
-        )
-        outs = (*inner, *(ref for ref in each if not self._stays_inside(ref)))
-        return self._program(
-            kind, nodes, ins, fills, [each[ref] for ref in outs], outs, same, leaves
-        )
+        passed_on: dict[ProgramValue, int] = {}
+        for_user: dict[ProgramValue, int] = {}
+        for name, v in returned.items():
+            (passed_on if self._stays_inside(name) else for_user)[name] = v
+        outs, aliases = self._separate_aliases(passed_on, ins)
+        outs |= for_user
+        return self._program(kind, nodes, ins, fills, outs, aliases, summed)
 
-    def _stays_inside(self, ref: ProgramValue) -> bool:
-        """Whether it is for another stage, or for another program of this one."""
-        if not isinstance(ref, Gradient):
+    def _stays_inside(self, name: ProgramValue) -> bool:
+        """Whether a value is for another stage, or for another program of this one."""
+        if not isinstance(name, Gradient):
             return True
-        kind = ref.leaf.port.kind
+        kind = name.leaf.port.kind
         return kind == "skip" or (kind == "x" and self.stage.index > 0)
+
+    def _separate_aliases(
+        self, values: Mapping[ProgramValue, int], ins: Mapping[ProgramValue, int]
+    ) -> tuple[dict[ProgramValue, int], dict[ProgramValue, ProgramValue]]:
+        """The names of new values, and those of values that have a name already.
+
+        What comes in as a term of a sum, or whole, is not the graph's value.
+        """
+        counts = collections.Counter(ins.values())
+        first_name = {
+            v: name
+            for name, v in ins.items()
+            if counts[v] == 1 and name not in self.windows
+        }
+        new: dict[ProgramValue, int] = {}
+        aliases: dict[ProgramValue, ProgramValue] = {}
+        for name, v in values.items():
+            if v in first_name:
+                aliases[name] = first_name[v]
+            else:
+                first_name[v] = name
+                new[name] = v
+        return new, aliases
 
     def _program(
         self,
@@ -286,57 +330,34 @@ class _Cut:
         nodes: Sequence[Node],
         ins: Mapping[ProgramValue, int],
         fills: Mapping[int, float],
-        wanted: Sequence[int],
-        outs: Sequence[ProgramValue],
-        same: Mapping[ProgramValue, ProgramValue],
-        leaves: Sequence[Leaf],
+        outs: Mapping[ProgramValue, int],
+        aliases: Mapping[ProgramValue, ProgramValue],
+        summed: Sequence[Leaf],
     ) -> Program:
-        refs, args = (
-            list(ins),
-            [Arg(v, self.windows.get(ref)) for ref, v in ins.items()],
-        )
-        if any(arg.window for arg in args) and INDEX_INPUT not in ins:
-            refs.append(INDEX_INPUT)
+        names = list(ins)
+        args = [Arg(v, self.windows.get(name)) for name, v in ins.items()]
+        if any(arg.window for arg in args) and _INDEX not in ins:
+            names.append(_INDEX)
             args.append(Arg(None))
+        sums = [GradientSum(leaf) for leaf in summed]
         code = Code(
-            kind,
-            self.graph,
-            tuple(nodes),
-            tuple(args),
-            refs.index(INDEX_INPUT) if INDEX_INPUT in refs else None,
-            tuple(fills.items()),
-            tuple(wanted),
-            tuple(self.joint.gradients[leaf] for leaf in leaves),
-            self.spec.accumulate,
+            kind=kind,
+            graph=self.graph,
+            nodes=tuple(nodes),
+            args=tuple(args),
+            index=names.index(_INDEX) if _INDEX in names else None,
+            fills=tuple(fills.items()),
+            outs=tuple(outs.values()),
+            sums=tuple(self.joint.gradients[leaf] for leaf in summed),
+            accumulate=self.spec.accumulate,
         )
-        sums = [GradientSum(leaf) for leaf in leaves]
-        runs = bool(nodes or wanted or sums)
+        runs = bool(nodes or outs or sums)
         return Program(
-            f"stage{self.stage.index}_{kind}",
-            code if runs else None,
-            self.compile_code(code) if runs and self.compile_code else None,
-            (*refs, *(sums if self.spec.accumulate else ())),
-            (*outs, *sums),
-            same,
-            calls_host(nodes),
+            name=f"stage{self.stage.index}_{kind}",
+            code=code if runs else None,
+            call=self.compile_code(code) if runs and self.compile_code else None,
+            ins=(*names, *(sums if self.spec.accumulate else ())),
+            outs=(*outs, *sums),
+            aliases=aliases,
+            calls_host=calls_host(nodes),
         )
-
-
-def _unrepeated(
-    values: Mapping[ProgramValue, int], known: Mapping[int, ProgramValue]
-) -> tuple[tuple[ProgramValue, ...], dict[ProgramValue, ProgramValue]]:
-    """The refs whose values are new, and the others with the ref that has their value
-    already.
-    """
-    first, outs, same = (
-        dict(known),
-        list[ProgramValue](),
-        dict[ProgramValue, ProgramValue](),
-    )
-    for ref, v in values.items():
-        if v in first:
-            same[ref] = first[v]
-        else:
-            first[v] = ref
-            outs.append(ref)
-    return tuple(outs), same

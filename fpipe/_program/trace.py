@@ -1,4 +1,17 @@
-"""A stage traced and differentiated: one graph of its forward and its backward."""
+"""A stage traced and differentiated: one graph of its forward and its backward.
+
+`trace_stage` calls the layers, once for each shape of microbatch; `differentiate` adds
+the backward. For a stage `y = tanh(x @ w)` whose input gradient is asked for too:
+
+    FlatStage                         JointStage
+    inputs    params 1[0], x[0]       inputs      {params 1[0]: 0, x[0]: 1}
+    outputs   y[0]                    cotangents  {y[0]: 2}
+    constant  params 1[0]             outputs     {y[0]: 4}
+                                      gradients   {params 1[0]: 9, x[0]: 7}
+
+The numbers are values of the joint graph. Which part of it runs in the forward, and
+which in the backward, is not decided here.
+"""
 
 import contextlib
 import dataclasses
@@ -12,7 +25,7 @@ from fpipe._core.pytrees import Shape, is_inexact, pack
 from fpipe._model.loss import Loss
 from fpipe._model.remat import Remat
 from fpipe._model.stages import Leaf, Port, Stage
-from fpipe._program.graph import Graph, function, inline, is_zero, masks, trace
+from fpipe._program.graph import Graph, ancestors, function, inline, is_zero, trace
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,7 +75,7 @@ class JointStage:
     reach: Mapping[Leaf, bool]
 
 
-def flatten(
+def trace_stage(
     stage: Stage,
     given: Mapping[Port, Shape],
     *,
@@ -74,11 +87,10 @@ def flatten(
 
     Arguments:
         given: the shapes of its input ports.
-        whole: leaves of `x`, `side` and `targets` that go whole to every microbatch.
+        whole: leaves of what the call gives that go whole to every microbatch.
+        where: which microbatch it is, for errors.
     """
-    inputs = tuple(
-        Leaf(port, k) for port, shape in given.items() for k in range(len(shape.leaves))
-    )
+    inputs = tuple(_leaves(given))
     shapes = tuple(given[leaf.port].leaves[leaf.k] for leaf in inputs)
     out: dict[Port, Shape] = {}
 
@@ -88,33 +100,34 @@ def flatten(
             port: shape.spec.unpack([next(rest) for _ in shape.leaves])
             for port, shape in given.items()
         }
-        made = stage.run(trees, loss, where)
-        out.update({port: Shape.of(tree) for port, tree in made.items()})
-        return [a for tree in made.values() for a in pack(tree)[0]]
+        results = stage.run(trees, loss, where)
+        out.update({port: Shape.of(tree) for port, tree in results.items()})
+        return [array for tree in results.values() for array in pack(tree)[0]]
 
     closed = trace(run, *shapes)
-    constant = (
-        frozenset(leaf for leaf in inputs if leaf.port.kind in ("params", "number"))
-        | whole
-    )
-    outputs = tuple(
-        Leaf(port, k) for port, shape in out.items() for k in range(len(shape.leaves))
-    )
+    of_model = {leaf for leaf in inputs if leaf.port.kind in ("params", "number")}
+    outputs = tuple(_leaves(out))
+    constant = whole.union(of_model)
     return FlatStage(stage, inputs, shapes, out, outputs, constant, closed, where)
 
 
-def forward_alone(flat: FlatStage) -> JointStage:
+def _leaves(ports: Mapping[Port, Shape]) -> Iterator[Leaf]:
+    for port, shape in ports.items():
+        for k in range(len(shape.leaves)):
+            yield Leaf(port, k)
+
+
+def forward_only(flat: FlatStage) -> JointStage:
     """The graph of a stage that nothing is differentiated through."""
     graph = inline(flat.closed)
-    inputs = dict(zip(flat.inputs, graph.inputs, strict=True))
     return JointStage(
         flat,
         graph,
-        inputs,
-        dict(zip(flat.outputs, graph.outputs, strict=True)),
-        {},
-        {},
-        {},
+        inputs=dict(zip(flat.inputs, graph.inputs, strict=True)),
+        outputs=dict(zip(flat.outputs, graph.outputs, strict=True)),
+        cotangents={},
+        gradients={},
+        reach={},
     )
 
 
@@ -130,64 +143,75 @@ def differentiate(
     """
     run = function(flat.closed)
     asked = [n for n, leaf in enumerate(flat.inputs) if leaf in wanted]
-    shapes = [flat.out[leaf.port].leaves[leaf.k] for leaf in flat.outputs]
-    carries = [
-        leaf.port.kind in ("y", "skip", "loss") and is_inexact(a)
-        for leaf, a in zip(flat.outputs, shapes, strict=True)
+    out_shapes = [flat.out[leaf.port].leaves[leaf.k] for leaf in flat.outputs]
+    has_cotangent = [
+        leaf.port.kind in ("y", "skip", "loss") and is_inexact(shape)
+        for leaf, shape in zip(flat.outputs, out_shapes, strict=True)
     ]
 
     def split(
         chosen: Sequence[Any], values: Sequence[Any]
     ) -> tuple[list[Any], list[Any]]:
+        """The stage as a function of what is asked for; outputs without cotangents are
+        aside.
+        """
         merged = list(values)
         for n, v in zip(asked, chosen, strict=True):
             merged[n] = v
-        results = list(zip(run(*merged), carries, strict=True))
-        return [r for r, c in results if c], [r for r, c in results if not c]
+        results = list(zip(run(*merged), has_cotangent, strict=True))
+        return [r for r, yes in results if yes], [r for r, yes in results if not yes]
 
+    # The whole stage is one checkpoint. What the backward needs of the forward is then
+    # what the policy saves; the rest it recomputes, in one equation.
     inner = split if remat is None else jax.checkpoint(split, policy=remat.policy)
-    total = len(flat.inputs)
+    count = len(flat.inputs)
 
     def joint(*arguments: Any) -> list[Any]:
-        values, cotangents = arguments[:total], list(arguments[total:])
-        primal, pull, rest = jax.vjp(
+        values = arguments[:count]
+        primal, pull_back, rest = jax.vjp(
             lambda chosen: inner(chosen, values),
             [values[n] for n in asked],
             has_aux=True,
         )
-        (gradients,) = pull(cotangents)
-        carried, other = iter(primal), iter(rest)
-        return [next(carried) if c else next(other) for c in carries] + gradients
+        (gradients,) = pull_back(list(arguments[count:]))
+        primal, rest = iter(primal), iter(rest)
+        return [
+            next(primal) if yes else next(rest) for yes in has_cotangent
+        ] + gradients
 
-    carrying = [leaf for leaf, c in zip(flat.outputs, carries, strict=True) if c]
-    cotangent_shapes = [
-        jax.ShapeDtypeStruct(a.shape, a.dtype)
-        for a, c in zip(shapes, carries, strict=True)
-        if c
+    carrying = [
+        (leaf, jax.ShapeDtypeStruct(shape.shape, shape.dtype))
+        for leaf, shape, yes in zip(
+            flat.outputs, out_shapes, has_cotangent, strict=True
+        )
+        if yes
     ]
     with (
         noting(f"in the backward of {flat.stage.described}{flat.where}"),
         _remat_advice(remat),
     ):
-        graph = inline(trace(joint, *flat.shapes, *cotangent_shapes))
-    cotangents = dict(zip(carrying, graph.inputs[total:], strict=True))
-    late = masks(graph, {v: 1 << n for n, v in enumerate(cotangents.values())})
-    found = {
-        flat.inputs[n]: v
-        for n, v in zip(asked, graph.outputs[len(carries) :], strict=True)
+        closed = trace(joint, *flat.shapes, *(shape for _, shape in carrying))
+    graph = inline(closed)
+    cotangents = {
+        leaf: v for (leaf, _), v in zip(carrying, graph.inputs[count:], strict=True)
     }
-    gradients = {leaf: v for leaf, v in found.items() if not is_zero(graph, v)}
-    reached = 0
-    for v in gradients.values():
-        reached |= late.get(v, 0)
+    made = graph.outputs[len(flat.outputs) :]
+    gradients = {
+        flat.inputs[n]: v
+        for n, v in zip(asked, made, strict=True)
+        if not is_zero(graph, v)
+    }
+    reached = ancestors(graph, gradients.values())
     return JointStage(
         flat,
         graph,
-        dict(zip(flat.inputs, graph.inputs[:total], strict=True)),
-        dict(zip(flat.outputs, graph.outputs[: len(carries)], strict=True)),
-        cotangents,
-        gradients,
-        {leaf: bool(reached >> n & 1) for n, leaf in enumerate(carrying)},
+        inputs=dict(zip(flat.inputs, graph.inputs[:count], strict=True)),
+        outputs=dict(
+            zip(flat.outputs, graph.outputs[: len(flat.outputs)], strict=True)
+        ),
+        cotangents=cotangents,
+        gradients=gradients,
+        reach={leaf: v in reached for leaf, v in cotangents.items()},
     )
 
 

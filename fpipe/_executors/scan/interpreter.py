@@ -64,7 +64,7 @@ from fpipe._executors.scan.mesh import AXIS, DATA
 from fpipe._executors.scan.storage import Storage, raw, unwrapped, wrapped
 from fpipe._model.loss import sum_dtype
 from fpipe._model.stages import Leaf
-from fpipe._program.row_sums import Parts, parts_of, summed, values_of
+from fpipe._program.row_sums import RowSum, find_row_sum, sum_rows_apart, values_read
 
 Array: TypeAlias = jax.Array
 
@@ -561,14 +561,14 @@ class Interpreter:
 
     # --- gradients ---
 
-    def _find_parts(self, ops: Sequence[Op]) -> dict[SummedGradient, dict[Op, Parts]]:
+    def _find_parts(self, ops: Sequence[Op]) -> dict[SummedGradient, dict[Op, RowSum]]:
         """The gradients that are kept as parts over the mesh's data axis, with how each
         operation makes them. Only if all of them can.
         """
         size = self.mesh.shape.get(DATA, 1)
         if size == 1:
             return {}
-        found: dict[SummedGradient, dict[Op, Parts]] = {}
+        found: dict[SummedGradient, dict[Op, RowSum]] = {}
         as_one = set[SummedGradient]()
         for op in ops:
             for target in op.targets:
@@ -576,7 +576,7 @@ class Interpreter:
                     continue
                 code = op.code
                 value = (*code.outs, *code.sums)[target.value - len(op.sources)]
-                parts = parts_of(code.graph, code.nodes, value, self.rows, size)
+                parts = find_row_sum(code.graph, code.nodes, value, self.rows, size)
                 if parts is None:
                     as_one.add(target.buffer)
                 else:
@@ -597,12 +597,12 @@ class Interpreter:
         if not parts:
             return code(*arrays)
         wanted = [*code.outs, *code.sums]
-        terms = list(dict.fromkeys(v for p in parts.values() for v in values_of(p)))
+        terms = list(dict.fromkeys(v for p in parts.values() for v in values_read(p)))
         made = code.values(arrays, [*wanted, *terms])
         given = dict(zip(terms, made[len(wanted) :], strict=True))
         values = made[: len(wanted)]
         for n, own in parts.items():
-            values[n] = summed(own, given, DATA)
+            values[n] = sum_rows_apart(own, given, DATA)
         return values
 
     def _shape_of(self, gradient: SummedGradient) -> Any:

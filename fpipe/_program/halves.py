@@ -1,0 +1,151 @@
+"""A backward in two halves: `I` makes input gradients, `W` the weight gradients.
+
+A schedule can run `I` early, because the stage before waits for it, and fill idle time
+with `W` later (zero bubble, Qi et al., arXiv 2401.10241). Nothing is computed twice:
+what both need, `I` hands over. For `y = tanh(x @ w1) @ w2`, the backward of which takes
+`x`, `h = tanh(x @ w1)`, both weights and `dy`:
+
+    | equation           | half | why                                             |
+    |--------------------|------|-------------------------------------------------|
+    | dh = dot dy w2     | I    | on the way to dx                                |
+    | ds = dh * (1-h*h)  | I    | on the way to dx, and handed to W               |
+    | dx = dot ds w1     | I    | the input gradient                              |
+    | dw2 = dot h dy     | W    | takes h from the forward, dy from outside       |
+    | dw1 = dot x ds     | W    | takes x from outside, ds from I                 |
+
+Where one equation gives input and weight gradients together, a `scan` for example, it
+cannot be halved. `I` runs it and makes these weight gradients too: to hand them to `W`
+would keep an array of the weights' size waiting for each microbatch.
+"""
+
+import dataclasses
+from collections.abc import Collection, Iterable, Sequence, Set
+
+from fpipe._core.pytrees import nbytes
+from fpipe._program.graph import Graph, Node, needed_nodes
+from fpipe._program.residuals import FORM_CHANGES, Backward
+
+
+@dataclasses.dataclass(frozen=True)
+class Halves:
+    """A backward in two halves.
+
+    Attributes:
+        input_nodes, weight_nodes: the equations of `I` and of `W`.
+        handed: the values that `I` hands to `W`.
+        made_early: the weight gradients that `I` makes.
+    """
+
+    input_nodes: Sequence[Node]
+    weight_nodes: Sequence[Node]
+    handed: Sequence[int]
+    made_early: Set[int]
+
+
+def halve_backward(
+    graph: Graph,
+    backward: Backward,
+    input_gradients: Sequence[int],
+    weight_gradients: Sequence[int],
+    summed: Set[int],
+    per_microbatch: Set[int],
+) -> Halves:
+    """Halve a backward. Its effects are `I`'s.
+
+    Arguments:
+        graph: the graph that the backward was cut off from.
+        summed: those of the values that the backward takes that are sums, made by the
+            program that takes them: `W` does not add up again what `I` has added up.
+        per_microbatch: the values that depend on the microbatch or on a cotangent.
+    """
+    part = dataclasses.replace(graph, nodes=tuple(backward.nodes))
+    first = _InputHalf(part, input_gradients, backward, summed, per_microbatch)
+    # Results of equations that are more than one operation: control flow, and calls of
+    # something foreign. `I` makes a weight gradient early if `W` would be handed such a
+    # result of the gradient's size: for each microbatch an array as large as the
+    # weights would wait for `W`.
+    together = {
+        v
+        for node in first.nodes
+        if len(node.outs) > 1 and ("call" in node.name or node.bodies)
+        for v in node.outs
+    }
+    sizes = {v: graph.avals[v].size for v in together}
+    early = {
+        v
+        for v in weight_gradients
+        if together
+        and any(
+            u in together and sizes[u] == graph.avals[v].size
+            for u in first.rest([v]).handed
+        )
+    }
+    if early:
+        targets = [*input_gradients, *(v for v in weight_gradients if v in early)]
+        first = _InputHalf(part, targets, backward, summed, per_microbatch)
+    rest = first.rest(v for v in weight_gradients if v not in early)
+    return Halves(first.nodes, rest.nodes, rest.handed, early)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rest:
+    """What `W` does after `I`."""
+
+    nodes: Sequence[Node]
+    handed: Sequence[int]
+
+
+class _InputHalf:
+    """The half of a backward that makes `targets`.
+
+    Arguments:
+        part: the equations of the whole backward.
+    """
+
+    def __init__(
+        self,
+        part: Graph,
+        targets: Collection[int],
+        backward: Backward,
+        summed: Set[int],
+        per_microbatch: Set[int],
+    ) -> None:
+        takes = set(backward.takes)
+        effects = {node for node in part.nodes if node.eqn.effects}
+        self._part = part
+        self._per_microbatch = per_microbatch
+        self.nodes = needed_nodes(part, targets, takes, effects)
+        self._made = {v for node in self.nodes for v in node.outs}
+        read = {v for node in self.nodes for v in node.ins}.union(targets)
+        self._free = takes - (summed & read)  # `W` takes these from where `I` did.
+
+    def rest(self, wanted: Iterable[int]) -> _Rest:
+        """What `W` does to make `wanted`, and what it is handed."""
+        part = self._part
+        handed = set[int]()
+        makes = set[int]()
+        pending = list(wanted)
+        while pending:
+            v = pending.pop()
+            if v in makes or v in handed or v in part.consts or v in self._free:
+                continue
+            node = part.maker.get(v)
+            if node is None or (v in self._made and not self._may_redo(node, v)):
+                handed.add(v)
+            else:
+                makes.update(node.outs)
+                pending.extend(node.ins)
+        nodes = [node for node in part.nodes if not makes.isdisjoint(node.outs)]
+        return _Rest(nodes, sorted(handed))
+
+    def _may_redo(self, node: Node, value: int) -> bool:
+        """Whether `W` makes again what `I` has made, in place of being handed it."""
+        if node.eqn.effects:
+            return False
+        if value not in self._per_microbatch:
+            return True  # Made from weights alone: not kept for each microbatch.
+        if node.name not in FORM_CHANGES:
+            return False
+        avals = self._part.avals
+        read = sum(nbytes(avals[v]) for v in node.ins)
+        return read <= sum(nbytes(avals[v]) for v in node.outs)

@@ -1,0 +1,107 @@
+"""The recomputations of a backward, inlined so that they can be split.
+
+JAX leaves a `jax.checkpoint` of a backward as one equation, which computes the forward
+again and then the backward. As a whole it can only be run as a whole. Inlined, `I` can
+take the part that makes input gradients and leave the rest to `W`:
+
+    x, w, dy = inputs                       x, w, dy = inputs
+    dx, dw = checkpoint[                    x' = optimization_barrier x
+        h = dot x w                         w' = optimization_barrier w
+        s = cos h            becomes        h = dot x' w'      (recomputes)
+        dh = mul dy s                       s = cos h          (recomputes)
+        dx = dot dh w                       dh = mul dy s      (recomputes)
+        dw = dot x dh                       dx = dot dh w'     (recomputes)
+    ] x w dy                                dw = dot x' dh     (recomputes)
+
+The barriers stand for what the one equation did: XLA removes a computation that it
+finds equal to another one, and would keep the forward's `h` in place of computing it
+again.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from fpipe._program.control_flow import is_remat
+from fpipe._program.graph import Node, inline, trace
+from fpipe._program.trace import JointStage
+
+
+def inline_remats(joint: JointStage) -> JointStage:
+    """A joint graph with the recomputations of its backward inlined.
+
+    A `jax.checkpoint` that depends on no cotangent is of the forward, and stays.
+    """
+    inliner = _Inliner(joint)
+    for node in joint.graph.nodes:
+        inliner.add(node)
+    renamed = inliner.renamed
+    outputs = tuple(renamed.get(v, v) for v in joint.graph.outputs)
+    return dataclasses.replace(
+        joint,
+        graph=dataclasses.replace(
+            joint.graph,
+            outputs=outputs,
+            nodes=tuple(inliner.nodes),
+            consts=inliner.consts,
+            avals=inliner.avals,
+        ),
+        outputs={leaf: renamed.get(v, v) for leaf, v in joint.outputs.items()},
+        gradients={leaf: renamed.get(v, v) for leaf, v in joint.gradients.items()},
+    )
+
+
+class _Inliner:
+    """The new graph as it grows.
+
+    Attributes:
+        renamed: results of inlined equations, with the values that they are now.
+        backward: values that depend on a cotangent.
+    """
+
+    def __init__(self, joint: JointStage) -> None:
+        self.nodes: list[Node] = []
+        self.consts = dict(joint.graph.consts)
+        self.avals = dict(joint.graph.avals)
+        self.renamed: dict[int, int] = {}
+        self.backward = set(joint.cotangents.values())
+        self._barriers: dict[tuple[Any, Any], Any] = {}
+
+    def add(self, node: Node) -> None:
+        """Add an equation, or what is in it."""
+        ins = tuple(self.renamed.get(v, v) for v in node.ins)
+        if ins != node.ins:
+            node = dataclasses.replace(node, ins=ins)
+        if self.backward.isdisjoint(ins):
+            self.nodes.append(node)
+        elif is_remat(node):
+            self._add_body(node)
+        else:
+            self.nodes.append(node)
+            self.backward.update(node.outs)
+
+    def _add_body(self, node: Node) -> None:
+        (body,) = node.bodies
+        first = len(self.avals)  # The body's values get the numbers from here on.
+        self.avals.update({first + v: aval for v, aval in body.avals.items()})
+        self.consts.update({first + v: value for v, value in body.consts.items()})
+        for v, outer in zip(body.inputs, node.ins, strict=True):
+            barrier = self._barrier(self.avals[outer])
+            self.add(Node(barrier, (outer,), (first + v,), recomputes=True))
+        for inner in body.nodes:
+            ins = tuple(first + v for v in inner.ins)
+            outs = tuple(first + v for v in inner.outs)
+            self.add(Node(inner.eqn, ins, outs, recomputes=True))
+        for v, outer in zip(body.outputs, node.outs, strict=True):
+            self.renamed[outer] = self.renamed.get(first + v, first + v)
+            self.backward.add(self.renamed[outer])
+
+    def _barrier(self, aval: Any) -> Any:
+        """The equation that hides where a value of this type comes from."""
+        key = (aval.shape, aval.dtype)
+        if key not in self._barriers:
+            shape = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+            graph = inline(trace(lambda a: [jax.lax.optimization_barrier(a)], shape))
+            self._barriers[key] = graph.nodes[0].eqn
+        return self._barriers[key]
