@@ -58,7 +58,7 @@ def function_identity(f: Callable[..., Sequence[Any]], *arrays: Any) -> Hashable
 def identity(
     graph: Graph, nodes: Iterable[Node], given: Sequence[int], wanted: Sequence[int]
 ) -> Hashable:
-    """What `nodes` compute, from values `given` in order to values `wanted` in order."""
+    """What `nodes` compute, from values `given` to values `wanted`, in order."""
     numbers: dict[int, int] = {}
     constants: list[Hashable] = []
 

@@ -3,18 +3,20 @@
 In comes the joint graph of a stage, forward and backward together; out go the equations
 of the backward, and the values that it takes from outside. For `y = tanh(x @ cast(w))`:
 
-    | equation            | made from       | kind      |
-    |---------------------|-----------------|-----------|
-    | w' = cast w         | parameters      | forward   |
-    | h = dot x w'        | the microbatch  | forward   |
-    | y = tanh h          | the microbatch  | forward   |
-    | s = 1 - y * y       | the microbatch  | forward   |
-    | dh = mul dy s       | a cotangent     | backward  |
-    | dx = dot dh w'      | a cotangent     | backward  |
-    | dw = cast (dot x dh)| a cotangent     | backward  |
+    | equation             | made from       | kind     |
+    |----------------------|-----------------|----------|
+    | w' = cast w          | parameters      | forward  |
+    | h = dot x w'         | the microbatch  | forward  |
+    | y = tanh h           | the microbatch  | forward  |
+    | r = sub 1 y          | the microbatch  | forward  |
+    | a = mul dy r         | a cotangent     | backward |
+    | b = mul a y          | a cotangent     | backward |
+    | dh = add a b         | a cotangent     | backward |
+    | dw = cast (dot dh x) | a cotangent     | backward |
+    | dx = dot dh w'       | a cotangent     | backward |
 
-The backward reads `s`, `w'` and `x`. It takes `x`, `w` and `y` from outside, and makes
-`w'` and `s` again:
+The backward reads `w'`, `r`, `y` and `x`. It takes `w`, `y` and `x` from outside, and
+makes `w'` and `r` again:
 
 - *Backward* is what depends on a cotangent, and what a `jax.checkpoint` recomputes. It
   is never kept. XLA keeps a recomputation only while it is one equation (or behind a
@@ -49,15 +51,15 @@ _ELEMENTWISE = {
     "abs", "add", "add_any", "and", "cbrt", "ceil", "clamp", "cos", "div", "eq", "erf",
     "exp", "exp2", "expm1", "floor", "ge", "gt", "imag", "integer_pow", "iota",
     "is_finite", "le", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne",
-    "neg", "not", "or", "pow", "real", "rem", "round", "rsqrt", "select_n", "sign", "sin",
-    "slice", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
+    "neg", "not", "or", "pow", "real", "rem", "round", "rsqrt", "select_n", "sign",
+    "sin", "slice", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
 }
 # fmt: on
 
 
 @dataclasses.dataclass(frozen=True)
 class BackwardPart:
-    """What only a backward has: values that depend on a cotangent, or are recomputed."""
+    """What only a backward has: what depends on a cotangent, or is recomputed."""
 
     nodes: Set[Node]
     values: Set[int]

@@ -54,7 +54,7 @@ class Contraction:
 
 @dataclasses.dataclass(frozen=True)
 class LinearMap:
-    """An equation that is linear in one operand, `argument`, which is a sum over rows."""
+    """An equation that is linear in one operand: `argument`, a sum over rows."""
 
     node: Node
     operand: int
