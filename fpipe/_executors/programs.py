@@ -35,8 +35,8 @@ from fpipe._program.trace import (
     FlatStage,
     JointStage,
     differentiate,
-    trace_stage,
     forward_only,
+    trace_stage,
 )
 from fpipe.schedules import Action, Kind
 
