@@ -10,10 +10,9 @@ from typing import Any
 
 import jax
 
-from fpipe._core.pytrees import PyTree, aval, is_array
+from fpipe._core.pytrees import PyTree, aval, is_array, nbytes
 from fpipe._executors.placement import Device
 from fpipe._executors.tracers import only_shapes
-from fpipe._program.control_flow import value_bytes
 from fpipe.optim._partition import SMALL
 from fpipe.optim._seen_leaves import Path, SeenLeaves, leaf_name, parameters_of_state
 
@@ -111,7 +110,7 @@ def state_owners(
         if parameter is None:
             # The count of steps, a learning rate: each device reads a copy and computes
             # the next one itself. Anything large stays where it is.
-            owners.append(device if value_bytes(aval(leaf)) > SMALL else None)
+            owners.append(device if nbytes(aval(leaf)) > SMALL else None)
             continue
         if device != devices[parameter]:
             name = leaf_name("params", seen.seen_paths[parameter])

@@ -30,7 +30,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
-from fpipe._program.control_flow import value_bytes
+from fpipe._core.pytrees import nbytes
 from fpipe.optim._update_graph import Operation, UpdateGraph
 
 # Bytes up to which a value counts as a number, which may cross. Adafactor's factors and
@@ -157,7 +157,7 @@ def _operation_owner(
 ) -> int | None:
     """The device that runs an operation; `None` for all that read its result."""
     held = [
-        _Held(owners[v], value_bytes(graph.avals[v]))
+        _Held(owners[v], nbytes(graph.avals[v]))
         for v in dict.fromkeys(operation.reads)
         if v in owners
     ]
@@ -177,7 +177,7 @@ def _operation_owner(
     wanted_by = {device for v in operation.makes for device in demand.get(v, {})}
     if len(wanted_by) == 1:
         return wanted_by.pop()
-    if any(value_bytes(graph.avals[v]) > SMALL for v in operation.makes):
+    if any(nbytes(graph.avals[v]) > SMALL for v in operation.makes):
         # A number that is spread over an array: the number crosses, and not the array.
         return None
     return holders.pop() if len(holders) == 1 else meeting_device

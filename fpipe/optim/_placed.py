@@ -10,9 +10,8 @@ from typing import Any
 
 import jax
 
-from fpipe._core.pytrees import PyTree, Spec, pack
+from fpipe._core.pytrees import PyTree, Spec, nbytes, pack
 from fpipe._model.frozen import Frozen
-from fpipe._program.control_flow import value_bytes
 from fpipe.optim._dispatch import Input, Output, PlacedFunction, Tree, divide
 from fpipe.optim._leaf_devices import (
     FIX,
@@ -116,7 +115,7 @@ def plan_update(
         inputs += [Input(device) for device in devices]
     # Extra arguments (a loss, a learning rate) are like the numbers of a state.
     for array in pack(extra)[0]:
-        large = value_bytes(array) > SMALL
+        large = nbytes(array) > SMALL
         inputs.append(Input(device_of(array) if large else None))
     outputs = [Output(device, Tree.GRADIENTS) for device in devices]
     outputs += [

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fpipe._program.control_flow import value_bytes
+from fpipe._core.pytrees import nbytes
 from fpipe.optim._partition import SMALL, Partition
 from fpipe.optim._update_graph import Operation, UpdateGraph
 
@@ -246,7 +246,7 @@ def _exports(
     for v in sorted(read):
         # PRNG keys have a dtype that is none of numpy's, and cannot be joined.
         plain = isinstance(avals[v].dtype, np.dtype)
-        if v in crossing and plain and value_bytes(avals[v]) <= SMALL:
+        if v in crossing and plain and nbytes(avals[v]) <= SMALL:
             bundles.setdefault((makers[v], str(avals[v].dtype)), []).append(v)
         else:
             single.append((makers[v], (v,)))
@@ -267,8 +267,8 @@ def _moves(
         values = slots[slot].values
         source = found_on[values[0]]
         if source != target and (slot, target) not in moves:
-            nbytes = sum(value_bytes(graph.avals[v]) for v in values)
-            moves[slot, target] = Move(round_, slot, source, target, nbytes, before)
+            size = sum(nbytes(graph.avals[v]) for v in values)
+            moves[slot, target] = Move(round_, slot, source, target, size, before)
 
     for position, part in enumerate(parts):
         for slot in part.takes:

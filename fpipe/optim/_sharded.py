@@ -18,7 +18,7 @@ to carry it out of the one `switch` into the other would take a block on all dev
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import jax
@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from fpipe._core.pytrees import PyTree, aval, strong
+from fpipe._program.identity import function_identity
 from fpipe.optim._packed import (
     AXIS,
     Cell,
@@ -333,17 +334,12 @@ class MeshDevices:
         self, task: Task
     ) -> tuple[list[int], list[Callable[[Any], list[Any]]]]:
         """For each device the number of its branch, and the branches."""
-        numbers: dict[Any, int] = {}
+        numbers: dict[Hashable, int] = {}
         branch_of: list[int] = []
         branches: list[Callable[[Any], list[Any]]] = []
-        traced = []  # Kept: the id of a constant that is gone may be that of another.
         for device in range(self._count):
             branch = functools.partial(task, device)
-            jaxpr = jax.make_jaxpr(branch)(self._blocks)
-            traced.append(jaxpr)
-            # Two traces are no equal objects, but their texts are equal; constants have
-            # no content in it, and are compared as objects.
-            key = (str(jaxpr.jaxpr), *map(id, jaxpr.consts))
+            key = function_identity(lambda *b, branch=branch: branch(b), *self._blocks)
             if key not in numbers:
                 numbers[key] = len(branches)
                 branches.append(branch)
