@@ -16,8 +16,9 @@ def check_sizes(name: str, /, **sizes: int) -> None:
         name: the generator, for the message.
         **sizes: its arguments.
     """
-    arguments = ", ".join(f"{size}={value!r}" for size, value in sizes.items())
-    call = f"`{name}({arguments})`"
+    call = (
+        f"`{name}({', '.join(f'{size}={value!r}' for size, value in sizes.items())})`"
+    )
     for size, value in sizes.items():
         if type(value) is not int:  # a bool is none
             raise TypeError(f"{call}: {size} is an int")
