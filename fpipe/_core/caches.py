@@ -4,6 +4,8 @@
     plan = plans.get(Key((shapes, options)), lambda: make_plan(shapes, options))
 
 With `size=2` and the keys a, b, a, c, the cache holds a and c: b was used longest ago.
+Caches have a limit because an entry may hold compiled programs: a user who calls with
+many different shapes would otherwise fill the memory of the host.
 """
 
 import threading
@@ -27,6 +29,8 @@ class Key:
     def __hash__(self) -> int:
         return self._hash
 
+    # Values are compared only where the hashes agree: most keys differ, and comparing
+    # two long tuples costs as much as hashing one.
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Key)
@@ -36,7 +40,9 @@ class Key:
 
 
 def unhashable(leaves: Sequence[Any], error: TypeError) -> TypeError:
-    """The error for static leaves that cannot be part of a key."""
+    """The error for static leaves that cannot be part of a key: it shows these leaves,
+    where Python's own error shows the type of one alone.
+    """
 
     def can_be_hashed(leaf: Any) -> bool:
         try:
@@ -70,7 +76,10 @@ class Recent:
         # Outside the lock: making may take long, and may ask this cache.
         made = make()
         with self._lock:
+            # Another thread may have made it meanwhile. All threads then use that one,
+            # so that there is one compiled program and not two.
             entry = self._entries.setdefault(key, made)
+            # Every use moves a key to the end, so the first key is the one to forget.
             while len(self._entries) > self._size:
                 del self._entries[next(iter(self._entries))]
             return entry

@@ -19,24 +19,31 @@ PREFIX = "fpipe: "
 
 @contextlib.contextmanager
 def noting(text: str) -> Iterator[None]:
-    """Add `text` as a note to any exception that passes, once: the innermost place is
-    the one to look at.
+    """Add `text` as a note to any exception that passes.
+
+    Of nested contexts (a layer inside a stage inside a call) the innermost adds its
+    note, as it names the place most exactly, and the others add none.
     """
     try:
         yield
+    # A Ctrl-C is no `Exception`: the layer that it interrupts is not to blame.
     except Exception as error:
         add_note(error, text)
         raise
 
 
 def add_note(error: BaseException, text: str) -> None:
-    """Add `text` as a note, unless a note of ours is there already."""
+    """Add `text` as a note, unless a note of this package is there already. Notes of
+    JAX, such as that on filtered tracebacks, do not count.
+    """
     if not any(note.startswith(PREFIX) for note in getattr(error, "__notes__", ())):
         error.add_note(PREFIX + text)
 
 
 def entries(value: object) -> str:
-    """How many entries a tuple or list has, or what it is instead."""
+    """How many entries a tuple or list has, or the type of anything else: for errors
+    about values that should have one entry per layer.
+    """
     if isinstance(value, (tuple, list)):
         return f"{len(value)} entries"
     return f"a {type(value).__name__}"

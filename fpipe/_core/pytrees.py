@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer as Tracer
+from jax.core import Tracer as Tracer  # all others take it from here: JAX may move it
 
 PyTree: TypeAlias = Any
 
@@ -24,6 +24,9 @@ def is_array(leaf: Any) -> bool:
     """Whether a leaf is data: a JAX or numpy array, or the shape of one. All else is
     static.
     """
+    # Shapes count as arrays, so that plans, compilation and `init` run the same code on
+    # shapes as a call runs on arrays. Python numbers do not count: `train=True` or an
+    # axis number must reach a layer as it is.
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
 
 
@@ -33,7 +36,9 @@ def is_inexact(leaf: Any) -> bool:
 
 
 def is_traced(tree: PyTree) -> bool:
-    """Whether any leaf is a tracer: then there is nothing to dispatch."""
+    """Whether any leaf is a tracer: then there are no arrays that a program could be
+    dispatched with, and the call becomes a part of someone's trace.
+    """
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
@@ -63,8 +68,9 @@ class Spec:
         return hash(self._key())
 
     def unpack(self, arrays: Sequence[Any]) -> PyTree:
-        """The inverse of `pack`."""
+        """The inverse of `pack`: the pytree with these arrays."""
         assert len(arrays) == self.arrays, (len(arrays), self.arrays)
+        # Most pytrees hold arrays alone, and every dispatched call unpacks several.
         if not self.static:
             return self.treedef.unflatten(arrays)
         rest = iter(arrays)
@@ -81,6 +87,8 @@ class Spec:
 
 def _exact(value: Any) -> Any:
     """A value that equals another's only if both are the same to the last bit."""
+    # The text of the bits: `0.0 == -0.0` and `nan != nan`, but their hexadecimal forms
+    # differ and agree as the bits do.
     if isinstance(value, complex):
         return value.real.hex(), value.imag.hex()
     return value.hex() if isinstance(value, float) else value
@@ -94,6 +102,9 @@ def pack(tree: PyTree) -> tuple[list[Any], Spec]:
     return arrays, Spec(treedef, static, len(arrays))
 
 
+# `jax.jit` refuses a string as a leaf. In a bundle it is a part of the structure, which
+# `jax.jit` compares with `==` to find a kept trace. So `Spec.__eq__` decides when a
+# function with static leaves is traced again.
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bundle:
@@ -131,6 +142,8 @@ def aval(leaf: Any) -> jax.ShapeDtypeStruct:
         # JAX takes numpy's float64 for float32, unless 64-bit types are enabled.
         dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
         return jax.ShapeDtypeStruct(leaf.shape, dtype)
+    # A weak float32 and a strong one promote differently, so programs for the two
+    # differ.
     return jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False)
     )
@@ -157,6 +170,7 @@ class Shape:
 
 def float0_like(leaf: Any) -> np.ndarray:
     """The cotangent of an integer array, as JAX spells it."""
+    # A numpy array: JAX has no arrays of `float0` of its own.
     return np.zeros(leaf.shape, jax.dtypes.float0)
 
 
@@ -198,6 +212,7 @@ def eval_shape(f: Callable[..., PyTree], *args: PyTree) -> PyTree:
     arrays, spec = pack(args)
     # `jax.eval_shape` takes and returns arrays alone, so the structure of the result,
     # with its static leaves, comes out by the side.
+    # (The list holds one entry for each trace.)
     specs: list[Spec] = []
 
     def flat(*leaves: Any) -> list[Any]:
@@ -226,6 +241,7 @@ def describe(tree: PyTree) -> str:
             return repr(leaf)
         return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
+    # `str` of a dict takes the `repr` of its values: plain text would stand in quotes.
     text = str(jax.tree.map(lambda leaf: _Unquoted(short(leaf)), tree))
     # A model's parameters would fill pages; their beginning says what they are.
     return text if len(text) <= 200 else text[:199] + "…"
@@ -233,6 +249,8 @@ def describe(tree: PyTree) -> str:
 
 def numbers_as_arrays(tree: PyTree) -> PyTree:
     """Python numbers among the leaves as arrays; other static leaves stay."""
+    # Left as a number, a parameter or a state would be static: compiled into the
+    # programs, without a gradient, and compiled again for each new value.
     numbers = (bool, int, float, complex)
     return jax.tree.map(
         lambda leaf: jnp.asarray(leaf) if isinstance(leaf, numbers) else leaf, tree

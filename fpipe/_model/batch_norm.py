@@ -4,7 +4,16 @@ call.
 torchgpipe's (Kim et al., arXiv 2004.09910, section 4.1.4). There sums and sums of
 squares are added up, which cancels where the mean is large; here means and summed
 squared distances are merged pair by pair (Chan, Golub and LeVeque, "Algorithms for
-computing the sample variance", 1983).
+computing the sample variance", 1983). For 4,096 numbers in float32 with mean 10,000 and
+variance 1.02, sums of squares give the variance 0, and merged halves give 1.02.
+
+The state of a layer with two features, which goes from microbatch to microbatch:
+
+    {"mean": [0, 0], "var": [1, 1], "calls": 0,          as the last call left them
+     "moments": (count, mean [., .], m2 [., .])}         of this call's microbatches
+
+Each microbatch merges its own moments into the last row. `finish` mixes the last row
+into the first and empties it.
 """
 
 import dataclasses
@@ -43,8 +52,11 @@ def moments(x: Any, axes: Sequence[int]) -> Moments:
     # The result is the same from any origin, so no gradient needs to go through it.
     origin = jax.lax.stop_gradient(x.mean(axes, keepdims=True))
     distance = x - origin
+    # In exact arithmetic `off` is 0. In float32 the mean of large numbers is rounded,
+    # and without this correction `m2` would be too large by the square of the rounding.
     off = distance.mean(axes)
     m2 = jnp.square(distance).sum(axes) - count * jnp.square(off)
+    # Rounding may leave a tiny negative `m2`, whose root would be nan.
     mean = origin.reshape(off.shape) + off
     return Moments(jnp.asarray(count, x.dtype), mean, jnp.maximum(m2, 0))
 
@@ -57,6 +69,10 @@ def no_moments(shape: Sequence[int], dtype: Any = jnp.float32) -> Moments:
 
 def merge(a: Moments, b: Moments) -> Moments:
     """The moments of the values of `a` and `b` together; either may have none."""
+    # With n values in all and the distance d between the two means (Chan et al.):
+    #     mean = mean_a + d * n_b / n
+    #     m2   = m2_a + m2_b + d**2 * n_a * n_b / n
+    # No large numbers are subtracted from each other, so nothing cancels.
     count = a.count + b.count
     share = b.count / jnp.maximum(count, 1)
     distance = b.mean - a.mean
@@ -80,6 +96,7 @@ def updated(old: Any, new: Any, momentum: Any, count: Any) -> Any:
     `old` if nothing was counted.
     """
     mixed = momentum * old + (1 - momentum) * new.astype(old.dtype)
+    # `where` and not `if`: the count is traced.
     return jnp.where(count > 0, mixed, old)
 
 
@@ -149,6 +166,7 @@ def DeferredBatchNorm(  # noqa: N802 - it stands where a class of layers would
         )
     if not epsilon >= 0:
         raise ValueError(f"{call}(epsilon={epsilon!r})`: at least 0")
+    # Dtypes and axes in one form each: equal options must make equal layers.
     axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
     inits = {"scale": scale_init} if use_scale else {}
     inits |= {"bias": bias_init} if use_bias else {}
@@ -178,11 +196,15 @@ class _Norm:
         mean = state["mean"]
         var = state["var"]
         if train:
+            # In training the running statistics play no part until `finish`: no
+            # microbatch is normalised by what another one left.
             others = tuple(a for a in range(x.ndim) if a not in features)
             microbatch = moments(x, others)
             mean = microbatch.mean
             var = variance(microbatch)
             state = {**state, "moments": merge(state["moments"], microbatch)}
+        # From here on training and evaluation are the same, in float32 for half
+        # precision too.
         shape = [n if a in features else 1 for a, n in enumerate(x.shape)]
         wide = mean.dtype
         factor = jax.lax.rsqrt(var + self.epsilon).reshape(shape)
@@ -193,6 +215,8 @@ class _Norm:
             y = y + params["bias"].astype(wide).reshape(shape)
         if self.dtype is not None:
             return y.astype(self.dtype), state
+        # A user who asks JAX for strict promotion means their own code. Here the dtype
+        # is by definition what the inputs promote to.
         with jax.numpy_dtype_promotion("standard"):
             return y.astype(jnp.result_type(x, *params.values())), state
 
@@ -222,6 +246,7 @@ class _Init:
 
     def __call__(self, key: Any, x: Any) -> dict[str, Any]:
         shape = tuple(x.shape[a] for a in self.norm.features(x))
+        # Two keys always, so that the scale begins alike with and without a bias.
         keys = jax.random.split(key, 2)
         return {
             name: init(k, shape, self.dtype)
@@ -253,9 +278,12 @@ class _Finish:
         batch = state["moments"]
         momentum = self.momentum
         if momentum is None:
+            # Weights 0, 1/2, 2/3, …: after n calls each of them has the weight 1/n.
             calls = state["calls"].astype(batch.mean.dtype)
             momentum = calls / (calls + 1)
         var = variance(batch, self.unbiased)
+        # A call with `train=False` has merged nothing and changes nothing, also not the
+        # number of calls.
         counted = (batch.count > 0).astype(jnp.int32)
         return {
             "mean": updated(state["mean"], batch.mean, momentum, batch.count),
@@ -266,7 +294,7 @@ class _Finish:
 
 
 def statistics_dtype(dtype: Any) -> Any:
-    """What statistics are computed in."""
+    """The dtype of statistics of such values: float32, or float64 for float64."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
@@ -282,6 +310,7 @@ def deferred(layers: Sequence[Layer], call: str) -> tuple[Layer, ...]:
         TypeError: a hook that returns no `Layer`.
     """
     where = f"`{call}(deferred_batch_norm=True)`"
+    # An option without an effect would let a user believe that statistics are exact.
     if all(layer.defer is None for layer in layers):
         raise ValueError(
             f"{where}: no layer can defer its batch norms. `fpipe.DeferredBatchNorm` "

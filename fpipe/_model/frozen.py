@@ -42,11 +42,15 @@ class FrozenLeaves:
         """
         if self._frozen is None:
             return frozenset()
+        # A user's function runs once for each structure and not in each call: a model
+        # has hundreds of arrays, and a step should take microseconds on the host.
         leaves, structure = jax.tree.flatten(params)
         key = structure, tuple((a.shape, a.dtype) if is_array(a) else a for a in leaves)
         return self._found.get(key, lambda: self._find(params))
 
     def _find(self, params: tuple[PyTree, ...]) -> frozenset[Leaf]:
+        # `_flags` counts the arrays of all layers in one row, a `Leaf` those of its
+        # layer.
         flags = iter(_flags(self._frozen, params))
         found = set[Leaf]()
         for layer, tree in enumerate(params):
@@ -72,6 +76,8 @@ def spread(frozen: Frozen, tree: PyTree) -> list[Any]:
             is_array(a) and bool(frozen(jax.tree_util.keystr(path), aval(a)))
             for path, a in named
         ]
+    # `jax.tree.map` takes the first tree for a prefix of the second: the part of the
+    # tree below each flag gets that flag at every leaf.
     flags = jax.tree.map(
         lambda flag, part: jax.tree.map(lambda _: flag, part), frozen, tree
     )
@@ -81,6 +87,8 @@ def spread(frozen: Frozen, tree: PyTree) -> list[Any]:
 def _flags(frozen: Any, trees: tuple[PyTree, ...]) -> list[bool]:
     """A bool for each array."""
     try:
+        # Parameters are a tuple, and to JAX a list is another structure: a list of
+        # flags should fit too.
         flags = spread(frozen if callable(frozen) else tuple(frozen), trees)
     except (TypeError, ValueError) as error:
         if callable(frozen):

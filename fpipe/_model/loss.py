@@ -6,6 +6,9 @@ What `loss_fn(y, *targets)` returns, by its options, and what becomes of it:
     False    "mean" or "sum"   l                   (l, None, None)
     False    "weighted"        (l, w)              (l, w, None)
     True     "weighted"        ((l, w), aux)       (l, w, aux)
+
+A `Loss` is a value that hashes: compiled programs are kept by it, so the same function
+with other options is another program.
 """
 
 import dataclasses
@@ -41,12 +44,17 @@ class Loss:
         """`(loss, weight, aux)` of one microbatch."""
         with noting(f"in loss_fn{where}"):
             scale = None
+            # A scale of the loss changes from step to step (dynamic loss scaling for
+            # float16). As a target it is traced, so that another scale compiles
+            # nothing.
             if self.scaled:
                 *targets, scale = targets
             try:
                 result = self.fn(y, *targets)
             except TypeError as error:
                 # It may be the user's own, so it is raised if the call was right.
+                # Checked after the failure and not before every call: built-in
+                # functions have no signature, and a call that works needs no check.
                 _check_signature(self.fn, y, targets, error)
                 raise
             aux = None
@@ -68,6 +76,7 @@ class Loss:
                 # The total weight divides once, at the end, and is not differentiated.
                 weight = jax.lax.stop_gradient(_scalar(weight, "weight"))
             loss = _scalar(result, "loss")
+            # In float32: scales reach 2**15 and more, and float16 ends at 65,504.
             if scale is not None:
                 loss = wide(loss) * scale
             return loss, weight, numbers_as_arrays(aux)
@@ -91,6 +100,7 @@ def as_loss(call: str, fn: Any, has_aux: bool, reduction: Any) -> Loss:
             f'`{call}(reduction={reduction!r})`: it is "mean", "sum" or "weighted"'
         )
     try:
+        # A partial over an array, for one, has no hash.
         hash(fn)
     except TypeError:
         raise TypeError(
@@ -104,6 +114,8 @@ def sum_dtype(dtype: Any) -> Any:
     """The dtype in which gradients, losses and weights are summed: float32 for the
     16-bit floats.
     """
+    # bfloat16 has 8 bits of precision: adding 1 to 256 changes nothing, and a sum over
+    # hundreds of microbatches would stand still.
     return jnp.float32 if dtype in (jnp.bfloat16, jnp.float16) else dtype
 
 
@@ -137,6 +149,8 @@ def _check_signature(
 
 def _scalar(value: Any, name: str) -> jax.Array:
     """A loss or a weight as a 0-d array of floats, or an error that says what it is."""
+    # The most frequent mistakes each get their cure: a tuple, a loss for each row, a
+    # complex number.
     if not hasattr(value, "shape") and not isinstance(value, (int, float)):
         hint = ""
         if isinstance(value, tuple):

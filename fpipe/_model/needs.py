@@ -89,6 +89,7 @@ def check_key(key: Any) -> Any:
         raise TypeError(
             f"`key={key!r}`: a PRNG key is needed; write `jax.random.key({key!r})`"
         )
+    # New-style keys have a dtype of their own, old-style ones are arrays of uint32.
     typed = jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not (typed or jnp.issubdtype(dtype, jnp.unsignedinteger)):
         raise TypeError(
@@ -99,6 +100,8 @@ def check_key(key: Any) -> Any:
 
 def check_step(step: Any) -> Any:
     """The number of a training step as an int32 scalar; shapes will do."""
+    # One type for all kinds of numbers: a Python int, a numpy int64 and an int32 on the
+    # device would otherwise each compile the programs anew.
     if isinstance(step, jax.ShapeDtypeStruct):
         scalar, integer = step.shape == (), jnp.issubdtype(step.dtype, jnp.integer)
     elif is_array(step):
@@ -121,9 +124,13 @@ def _is_int(value: Any) -> bool:
         operator.index(value)
     except TypeError:
         return False
+    # `True` is an index to Python; as a step it is more likely to be `train`.
     return not isinstance(value, bool)
 
 
+# The dtype casts (`computed`) leave state, key and step alone: statistics that are
+# rounded to half precision from call to call would drift, and the others are no floats.
+# Targets are the loss's, which computes in its own dtype.
 TABLE = (
     Need("params", Giver.LAYER, Share.WHOLE, True, computed=True, keyword=False),
     Need("x", Giver.CALL, Share.ROWS, True, computed=True, keyword=False),
@@ -184,12 +191,15 @@ def call_needs(**arguments: PyTree) -> dict[str, PyTree]:
         >>> call_needs(side=None, key=None, train=1)
         {'key': None, 'train': True, 'side': None, 'step': None}
     """
+    # An `assert`: the names come from signatures in this package, not from a user.
     unknown = set(arguments) - {need.name for need in OF_CALL}
     assert not unknown, unknown
     given: dict[str, PyTree] = {}
     for need in OF_CALL:
         value = arguments.get(need.name)
         if value is None:
+            # `train` becomes `False`; of `step` `None` stays, and a layer's own default
+            # holds.
             value = need.missing
         elif need.checked is not None:
             value = need.checked(value)

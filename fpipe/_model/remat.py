@@ -1,5 +1,8 @@
 """Which backwards recompute their forward, and what they keep instead.
 
+In: what `Pipe(checkpoint=...)` was given. Out: a `Remat`, which the executors ask for
+each backward.
+
 With four microbatches, of the last stage under 1F1B (its backwards are *direct*) and of
 the others:
 
@@ -53,6 +56,8 @@ class Remat:
                 the forward: then keeping everything costs no memory that recomputing
                 would save.
         """
+        # A direct backward needs the residuals at once, so at the peak they are there
+        # with and without recomputation. Recomputing would cost time and save nothing.
         if self.option == "never" or direct:
             return False
         # GPipe's choice: the backward of the last microbatch comes right after its
