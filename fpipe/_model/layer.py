@@ -94,6 +94,8 @@ class Layer:
     namespaces: tuple[tuple[str, Namespace], ...] = ()
 
     def __post_init__(self) -> None:
+        # The dataclass is frozen, so that a layer can be a key of compiled programs;
+        # fields are brought into their final form here, past the freezing.
         put = functools.partial(object.__setattr__, self)
         for field in ("apply", "init", "init_state", "finish", "defer"):
             value = getattr(self, field)
@@ -116,6 +118,8 @@ class Layer:
                 ),
             )
         put("needs", self._checked_needs())
+        # Declarations without the need that they are for: the function could never see
+        # the skips, the borrowed parameters or the state.
         form = f"`def {self.name}(params, x, *, "
         if (self.stash or self.pop or self.peek) and not self.asks("carry"):
             raise TypeError(
@@ -137,6 +141,8 @@ class Layer:
             )
 
     def _checked_needs(self) -> tuple[str, ...]:
+        # In the order of the table, whatever order the user wrote: equal layers are
+        # equal.
         if self.needs is None:
             return signature_needs(self.apply, self.name)
         given = checked_names(
@@ -155,6 +161,12 @@ class Layer:
         return self.apply(params, x, **needs)
 
     def __reduce__(self) -> Any:
+        # `pickle` writes a function as its module and name, and checks that the name
+        # leads back to the same object. Behind a decorator it does not:
+        #     @fpipe.skippable(stash=["skip"])
+        #     def encode(params, x, *, carry): ...      # `module.encode` is now a Layer
+        # So the name is written in the place of the function, and read back as that
+        # layer's.
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         f = self.apply.f if isinstance(self.apply, _WithoutParams) else self.apply
         name = getattr(f, "__module__", None), getattr(f, "__qualname__", None)
@@ -163,7 +175,6 @@ class Layer:
         except (KeyError, AttributeError, TypeError):
             found = None
         if isinstance(found, Layer) and found.apply == self.apply:
-            # A decorated function: its name leads to the layer, which has it.
             return _remade, (fields | {"apply": None}, name)
         return _remade, (fields, None)
 
@@ -186,6 +197,8 @@ class Layer:
                 f"`isolate(namespace)` of layer {self.name!r}: {namespace!r} is no "
                 "fpipe.Namespace"
             )
+        # Isolating twice is allowed: the later namespace holds for the names it is
+        # given.
         mine = (*self.stash, *self.pop, *self.peek)
         chosen = (
             mine
@@ -203,10 +216,12 @@ class Layer:
 
 
 def _by_name(module: Any, name: Any) -> Any:
+    """What a module has under a name; dots lead into classes."""
     return operator.attrgetter(name)(sys.modules[module])
 
 
 def _remade(fields: dict[str, Any], name: tuple[str, str] | None) -> Layer:
+    """A layer from its pickle; `name`: of the decorated function, see `__reduce__`."""
     if name is not None:
         importlib.import_module(name[0])
         fields = fields | {"apply": _by_name(*name).apply}
@@ -215,6 +230,8 @@ def _remade(fields: dict[str, Any], name: tuple[str, str] | None) -> Layer:
 
 def function_name(f: Callable[..., Any]) -> str:
     """The name that a person would call a function by."""
+    # A partial of a partial too. What has no name, such as a callable object, is called
+    # by its class.
     while isinstance(f, functools.partial):
         f = f.func
     return getattr(f, "__name__", type(f).__name__)
@@ -245,7 +262,11 @@ def _check_function(f: Callable[..., Any], call: str) -> None:
 
 
 def checked_names(value: Iterable[str], where: str) -> tuple[str, ...]:
-    """A tuple of names, or an error that says what is wrong with it."""
+    """A tuple of names, or an error that says what is wrong with it.
+
+    A string is refused although it is iterable: `stash="skip"` would declare the four
+    skips "s", "k", "i" and "p".
+    """
     if isinstance(value, str):
         raise TypeError(
             f"{where}: got the string {value!r} where a list of names belongs: write "
@@ -253,6 +274,7 @@ def checked_names(value: Iterable[str], where: str) -> tuple[str, ...]:
         )
     if not isinstance(value, Iterable):
         raise TypeError(f"{where}: a list of names belongs here, got {value!r}")
+    # An iterator can be read once, so a tuple is made before anything is checked.
     result = tuple(value)
     for name in result:
         if not isinstance(name, str):
@@ -273,8 +295,12 @@ def signature_needs(
             parameter, a required keyword that is no need.
     """
     parameters = _parameters(f)
+    # Built-in functions may have no signature; they ask for nothing.
     if parameters is None:
         return ()
+    # Each check below is for one mistake that was likely enough to deserve its own
+    # words, the most specific first: (key, x), a need before the `*`, too few
+    # parameters, too many, a keyword that nobody would give a value.
     head = ", ".join(given)
     positional = [
         p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
@@ -292,6 +318,7 @@ def signature_needs(
                 "it keyword-only, after a bare "
                 f"`*`: `def {name}({head}, *, {p.name})`"
             )
+    # `*args` may take the parameters and the input: nothing can be said against it.
     variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     if len(positional) < len(given) and not variadic:
         one = len(positional) == 1 and len(given) == 2
@@ -319,6 +346,7 @@ def signature_needs(
                 "and is no need; the needs are "
                 f"{', '.join(NEEDS)}. Bind it with functools.partial"
             )
+    # A keyword with a default that is no need stays what it is: an option of the layer.
     return tuple(n for n in NEEDS if any(p.name == n for p in keywords))
 
 
@@ -333,6 +361,7 @@ def keyword_needs(f: Callable[..., Any]) -> tuple[str, ...]:
 
 def required_needs(f: Callable[..., Any]) -> tuple[str, ...]:
     """The needs that a layer's function names without a default of its own."""
+    # `fpipe.fn` wraps the function in one with `**needs`, which has no defaults to see.
     inner = f.f if isinstance(f, _WithoutParams) else f
     return tuple(
         p.name
@@ -377,6 +406,8 @@ def as_layer(value: Any) -> Layer:
 
 def flatten_layers(layers: Any) -> list[Layer]:
     """Nested sequences of functions and layers as one list of `Layer`s."""
+    # What can be called is one layer, even if it is iterable too, as the `Sequential`
+    # of Equinox is.
     nested = isinstance(layers, (list, tuple))
     if not nested and isinstance(layers, Iterable) and not callable(layers):
         # An iterator of layers is one too; a name, a dict or an array is a mistake,
@@ -417,6 +448,8 @@ def fn(f: Callable[..., Any], name: str = "") -> Layer:
     )
 
 
+# A class and not a closure: two `fpipe.fn(jnp.tanh)` are equal, share their programs,
+# and pickle.
 @dataclasses.dataclass(frozen=True)
 class _WithoutParams:
     """A function without parameters, called as a layer is."""
@@ -434,6 +467,7 @@ def without_params(layer: Layer) -> bool:
 
 
 def _no_params(key: Any, x: PyTree) -> PyTree:
+    """The `init` of `fn` layers: a pytree without leaves, as optimizers take it."""
     del key, x
     return ()
 
@@ -462,6 +496,8 @@ def skippable(
         ...     y = jnp.tanh(x @ params)
         ...     return y, fpipe.stash(carry, "skip", y)
     """
+    # Checked when the decorator is written and not when it is applied: the error then
+    # points at the line with the mistake.
     declared = {
         field: checked_names(value, f"`fpipe.skippable({field}=...)`")
         for field, value in (("stash", stash), ("pop", pop), ("peek", peek))
@@ -517,6 +553,7 @@ def call_layer(layer: Layer, index: int, call: LayerCall) -> LayerResult:
     """
     who = f"layer {index} {layer.name!r}"
     needs = dict(call.needs)
+    # 1. What the call gave nothing for.
     for name, value in call.needs.items():
         if value is None and BY_NAME[name].required:
             # Left out, so that the function's own default holds. A wrapper that takes
@@ -529,14 +566,18 @@ def call_layer(layer: Layer, index: int, call: LayerCall) -> LayerResult:
                     f"`def {layer.name}(params, x, *, {name}=0)`"
                 )
     if layer.asks("carry"):
+        # 2. A dict of the layer's own: what the function does to it stays with it.
         needs["carry"] = dict(call.carry)
     scope = Scope(who, tuple(layer.stash), tuple(layer.pop), tuple(layer.peek))
     with scoped(scope):
         result = layer.apply(call.params, call.x, **needs)
+    # 3. What came back. Without carry and state anything goes, also a tuple: it is `y`.
     returns = [name for name in ("carry", "state") if layer.asks(name)]
     if not returns:
         return LayerResult(result, {}, None)
     form = f"({', '.join(['y', *returns])})"
+    # `type` and not `isinstance`: a named tuple is more likely to be a `y` whose carry
+    # was forgotten.
     if type(result) is not tuple or len(result) != 1 + len(returns):
         if type(result) is tuple:
             got = f"a tuple of {len(result)}"
@@ -556,6 +597,15 @@ def call_layer(layer: Layer, index: int, call: LayerCall) -> LayerResult:
 def _checked_carry(
     layer: Layer, who: str, form: str, given: Mapping[str, PyTree], carry: Any
 ) -> dict[str, PyTree]:
+    """The skips that a layer stashed, from the carry that it returned.
+
+    The rules are the same as those of `stash` and `pop`, and are checked here again:
+    the carry is a plain dict, and a layer may change it without these functions.
+
+    Arguments:
+        form: how the layer returns it, for errors.
+        given: the carry that the layer was called with.
+    """
     if not isinstance(carry, dict):
         raise TypeError(
             f"{who} must return `{form}`, but its carry is {describe(carry)}, no dict"
@@ -575,6 +625,8 @@ def _checked_carry(
                 f"`return y, fpipe.stash(carry, {name!r}, value)`"
             )
     for name in layer.peek:
+        # By identity, as values are traced. Another value would be lost: a skip goes
+        # from the layer that stashed it straight to each reader, not through this one.
         if name in carry and carry[name] is not given[name]:
             raise ValueError(
                 f"{who} declares peek={list(layer.peek)} but returned another value of "

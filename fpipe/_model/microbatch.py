@@ -38,6 +38,8 @@ class NoChunk:
 
     value: PyTree
 
+    # A pytree, so that `jax.grad`, `jax.device_put` and the user's own maps reach what
+    # is inside.
     def tree_flatten(self) -> tuple[tuple[PyTree], None]:
         return (self.value,), None
 
@@ -109,7 +111,9 @@ class Cut:
         return tuple(n / sum(rows) for n in rows)
 
     def variant(self, i: int) -> tuple[int, ...]:
-        """Microbatches with equal variants have equal shapes."""
+        """The number of rows of each array. Microbatches with equal variants have equal
+        shapes, and so the same programs: of ten rows in four chunks (3,) or (1,).
+        """
         return tuple(rows[i] for rows in self.columns)
 
     def pieces(self, i: int, inputs: Mapping[str, PyTree]) -> dict[str, PyTree]:
@@ -131,6 +135,7 @@ def cut_inputs(inputs: Mapping[str, PyTree], chunks: int) -> Cut:
         ValueError: a 0-d array outside `NoChunk`, no rows, or arrays that give unequal
             numbers of pieces.
     """
+    # Without an array in `x` nothing says how many rows a microbatch has.
     if not any(map(is_array, jax.tree.leaves(inputs["x"]))):
         raise TypeError(
             "`pipe(params, x)`: x has no array; a pipeline needs at least one array to "
@@ -138,6 +143,8 @@ def cut_inputs(inputs: Mapping[str, PyTree], chunks: int) -> Cut:
         )
     shapes: dict[str, tuple[int, ...]] = {}
     splits: dict[str, Split] = {}
+    # In the order of the table, `x` first: errors compare the others with `x`, and so
+    # do the weights of a mean.
     for name in INPUTS:
         tree = inputs.get(name)
         if BY_NAME[name].share is Share.ROWS:
@@ -145,6 +152,9 @@ def cut_inputs(inputs: Mapping[str, PyTree], chunks: int) -> Cut:
         else:
             arrays, spec = pack(tree)
             splits[name] = Split(spec, (None,) * len(arrays))
+    # What must agree is the number of pieces. Rows may differ, and each array is then
+    # cut by its own rule: 10 and 20 rows in four chunks are 3, 3, 3, 1 and 5, 5, 5, 5.
+    # Only where the rows divide by the chunks do such pieces belong together.
     counts = {name: len(pieces(shape[0], chunks)) for name, shape in shapes.items()}
     first = next(iter(counts), "")
     for name, count in counts.items():
@@ -155,6 +165,7 @@ def cut_inputs(inputs: Mapping[str, PyTree], chunks: int) -> Cut:
                 f"{count}; give both the same number of rows, or wrap one in "
                 "fpipe.NoChunk"
             )
+    # Everything went whole: there is nothing to cut, and one microbatch.
     return Cut(splits, m=counts.get(first, 1))
 
 
@@ -168,6 +179,7 @@ def check_equal_pieces(cut: Cut, chunks: int) -> None:
     for rows in cut.columns:
         if len(set(rows)) > 1:
             total = sum(rows)
+            # The six nearest, as a user will change the number of chunks by little.
             divisors = [n for n in range(1, total + 1) if total % n == 0]
             divisors.sort(key=lambda n: (abs(n - chunks), n))
             nearest = ", ".join(map(str, sorted(divisors[:6])))
@@ -198,6 +210,8 @@ def pieces(rows: int, chunks: int) -> tuple[int, ...]:
         >>> pieces(10, 4), pieces(2, 4)
         ((3, 3, 3, 1), (1, 1))
     """
+    # The rule of `torch.chunk`, and so of torch's `Pipe`: all pieces but the last have
+    # one size, so there are at most two sets of programs.
     size = -(-rows // chunks)
     return tuple(min(size, rows - start) for start in range(0, rows, size))
 
@@ -220,6 +234,7 @@ def check_alike(parts: Sequence[Shape], name: str, stacked: bool) -> None:
         free = 0 if stacked or not leaf.shape else 1
         return (leaf.shape[free:], leaf.dtype)
 
+    # Microbatch 0 is the measure: it always has the full number of rows.
     first = parts[0]
     for i, part in enumerate(parts[1:], 1):
         if part.spec != first.spec:
@@ -245,6 +260,8 @@ def join(parts: Sequence[Any]) -> Any:
     `(m,)`.
     """
     if not parts[0].shape:
+        # Such as a mean over the rows: what a mean of means would be is for the user to
+        # say.
         return jnp.stack(parts)
     # One piece alone is the output already.
     return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
@@ -278,6 +295,7 @@ def _split(
                 raise ValueError(f"`{name}` has no rows: its shape is {leaf.shape}")
             rows.append(pieces(leaf.shape[0], chunks))
             shapes[name] = leaf.shape
+    # Layers never see a `NoChunk`: it says how to cut and is no part of the value.
     unwrapped = jax.tree.map(
         lambda leaf: leaf.value if _is_whole(leaf) else leaf, tree, is_leaf=_is_whole
     )

@@ -84,12 +84,15 @@ class Model:
         flat = number_namespaces(flatten_layers(layers))
         if not flat:
             raise ValueError("a pipeline needs at least one layer, got none")
+        # The dataclass is frozen; what follows from the layers is found once, here, so
+        # that a model with a wrong skip or borrow never exists.
         object.__setattr__(self, "layers", flat)
         object.__setattr__(self, "compute_dtype", compute_dtype)
         object.__setattr__(self, "routes", find_skip_routes(flat))
         object.__setattr__(self, "borrows", _borrows(self.layers))
         object.__setattr__(self, "_traced", {})
 
+    # Derived from the layers, so no part of the comparison and of the pickle.
     routes: Mapping[Skip, SkipRoute] = dataclasses.field(
         init=False, repr=False, compare=False
     )
@@ -150,6 +153,7 @@ class Model:
         new_state: dict[int, PyTree] = {}
         for k in span:
             layer = self.layers[k]
+            # 1. What the layer gets of the call.
             asked = {name: needs[name] for name in layer.needs or () if name in needs}
             for name in asked:
                 if BY_NAME[name].computed:
@@ -162,9 +166,13 @@ class Model:
                 # The layer and the microbatch alone decide the key: no partition,
                 # schedule or recomputation may change a dropout mask
                 # (pytorch issue 55036).
+                # As an argument of the program, not as a constant: with the constant
+                # two equal layers with dropout would be two programs to compile.
                 layer_number = k if numbers is None else numbers.get(k, k)
                 layer_key = jax.random.fold_in(asked["key"], layer_number)
                 asked["key"] = jax.random.fold_in(layer_key, microbatch)
+            # 2. What other layers own or have stashed. It is cast at each use: the
+            # owner's parameters keep their dtype, and their gradients come back in it.
             if layer.asks("borrowed"):
                 asked["borrowed"] = {
                     name: cast(params[owner], self.compute_dtype)
@@ -174,6 +182,8 @@ class Model:
                 name: cast(skips[skip_of(layer, name)], self.compute_dtype)
                 for name in (*layer.pop, *layer.peek)
             }
+            # 3. The layer runs. JAX's errors inside get a note with layer, stage,
+            # microbatch.
             call = LayerCall(
                 cast(params[k], self.compute_dtype),
                 cast(x, self.compute_dtype),
@@ -186,6 +196,8 @@ class Model:
                     new_state[k] = map_arrays(_constant_state, result.state)
                     _check_state(k, layer, asked["state"], new_state[k])
             x = result.y
+            # 4. Its skips get the names that they have in the whole model. Popped ones
+            # stay in the dict: the caller picks what leaves its span.
             for name, value in result.stashed.items():
                 skips[skip_of(layer, name)] = value
         if span.stop == len(self.layers):
@@ -207,6 +219,7 @@ class Model:
         if key not in self._traced:
             layer = self.layers[k]
 
+            # The number is for errors alone and no part of what is computed.
             def run(bundle: Bundle) -> Bundle:
                 return Bundle.of(call_layer(layer, k, LayerCall(*bundle.tree)))
 
@@ -214,7 +227,9 @@ class Model:
         return LayerResult(*self._traced[key](Bundle.of(call)).tree)
 
     def finish(self, state: Mapping[int, PyTree]) -> dict[int, PyTree]:
-        """The states as they leave a call: each layer's `finish` applied."""
+        """The states as they leave a call: each layer's `finish` applied, and strongly
+        typed, so that the next call finds its programs.
+        """
         finished = {}
         for k, value in state.items():
             finish = self.layers[k].finish
@@ -238,6 +253,8 @@ class Model:
 
         def make_params(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
             def make(key: Any) -> PyTree:
+                # The rule is public: parameters of one layer can be made again without
+                # the others, and no partition changes them.
                 own_key = jax.random.fold_in(key, k)
                 return self._make_params(k, own_key, zeros_like(x), zeros_like(needs))
 
@@ -260,11 +277,14 @@ class Model:
             key: layer `l` gets `fold_in(key, l)`, as in `init`; `None` is
                 `jax.random.key(0)`.
         """
+        # Most states begin with zeros and ones and need no key.
         key = jax.random.key(0) if key is None else key
 
         def params_of(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
             if params is not None:
                 return params[k]
+            # Shapes are enough here, and parameters of a large model would not fit on
+            # one device.
             return eval_shape(
                 lambda x, needs: self._make_params(k, jax.random.key(0), x, needs),
                 x,
@@ -320,6 +340,7 @@ class Model:
         self, role: str, k: int, f: Callable[..., Any], needs: Mapping[str, Any]
     ) -> dict[str, Any]:
         """The needs that an `init` or `init_state` names."""
+        # `init(key, x)` is enough for most layers, so only named needs are given.
         named = keyword_needs(f)
         for name in named:
             if name not in needs:
@@ -344,8 +365,12 @@ class Model:
         params: dict[int, PyTree] = {}
         states: dict[int, PyTree] = {}
         skips: dict[Skip, PyTree] = {}
+        # A layer's `init` takes the shapes of its input, which only the layers before
+        # it tell. So layers are traced one after the other, and nothing is computed.
         for k, layer in enumerate(self.layers):
             owners = [owner for _, owner in self.borrows[k]]
+            # The owner's parameters are an argument of the borrower's `init`, so they
+            # must be there already. (A call may borrow from anywhere.)
             late = [self.layers[owner].name for owner in owners if owner > k]
             if late:
                 raise ValueError(
@@ -375,6 +400,8 @@ class Model:
                     span, params, x, skips=skips, state=state, needs=needs, traced=True
                 )[:2]
 
+            # Only what this layer reads: the trace of the layer is kept by its
+            # arguments.
             used = {owner: params[owner] for owner in (k, *owners)}
             x, skips = eval_shape(apply, used, x, skips, {k: states[k]}, call_needs)
         return tuple(params.values()), tuple(states.values())
@@ -385,6 +412,7 @@ def cast(tree: PyTree, compute_dtype: Any) -> PyTree:
     if compute_dtype is None:
         return tree
     real = lambda a: jnp.issubdtype(a.dtype, jnp.floating)  # noqa: E731
+    # Complex numbers stay: there is no half-precision complex dtype.
     return map_arrays(lambda a: a.astype(compute_dtype) if real(a) else a, tree)
 
 
@@ -408,6 +436,8 @@ def _constant_state(array: Any) -> Any:
 
 def _check_state(k: int, layer: Layer, old: PyTree, new: PyTree) -> None:
     """A state keeps its type: the next microbatch takes what this one returned."""
+    # Else the programs of microbatch 1 would be others than those of microbatch 0, and
+    # the state after each call would compile the next call anew.
     if Shape.of(old) != Shape.of(new):
         raise TypeError(
             f"layer {k} {layer.name!r} got the state {describe(old)} and returned "
@@ -417,7 +447,15 @@ def _check_state(k: int, layer: Layer, old: PyTree, new: PyTree) -> None:
 
 
 def _borrows(layers: Sequence[Layer]) -> tuple[tuple[Borrow, ...], ...]:
-    """What each layer borrows."""
+    """What each layer borrows.
+
+    Owners are found by name, as only the user knows which weights are tied; so an
+    owner's name must be unique, and other names need not be.
+
+    Raises:
+        ValueError: no layer, or several, of that name; a layer that borrows from
+            itself.
+    """
     count = collections.Counter(layer.name for layer in layers)
     where = {layer.name: k for k, layer in enumerate(layers)}
     out = []

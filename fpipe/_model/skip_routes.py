@@ -102,6 +102,12 @@ def find_skip_routes(layers: Sequence[Layer]) -> dict[Skip, SkipRoute]:
     """
     # All stashes first: a skip that is read too early is told from one that nobody
     # stashes.
+    # Two passes over the layers and a look at what is left over:
+    #     makers     who stashes each skip (the first, if it is stashed twice)
+    #     poppers    who has popped it so far, while layers are read in order
+    #     left over  skips that nobody has popped
+    # A wrong declaration is noted and the search goes on: one round trip for the user,
+    # as torchgpipe's `verify_skippables` has it.
     makers: dict[Skip, int] = {}
     for position, layer in enumerate(layers):
         for name in layer.stash:
@@ -149,6 +155,7 @@ def find_skip_routes(layers: Sequence[Layer]) -> dict[Skip, SkipRoute]:
                 mismatches.append(
                     Mismatch(Problem.STASHED_TWICE, position, "stash", skip, maker)
                 )
+    # A skip that is only peeked at has readers, but nobody says which is the last one.
     for skip, maker in makers.items():
         if skip not in poppers:
             mismatches.append(Mismatch(Problem.NEVER_POPPED, maker, "stash", skip))

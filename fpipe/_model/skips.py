@@ -54,6 +54,9 @@ class Namespace:
             return self is other
         return self._number == other._number
 
+    # By identity until it is numbered: two libraries may each bring namespaces, and
+    # nothing else tells them apart. By number afterwards, so that pipes made of the same
+    # layers are equal.
     # An id is different in each process. It decides no order: before anything is
     # ordered by them, namespaces are numbered.
     def __hash__(self) -> int:
@@ -75,6 +78,9 @@ class Scope:
     peek: tuple[str, ...]
 
 
+# A context variable and not a global: several threads may trace layers at the same
+# time. And no argument of `pop`: `fpipe.pop(carry, "skip")` reads like an operation on a
+# dict.
 # Only checks and error messages read it: no value ever depends on it.
 _scope: contextvars.ContextVar[Scope | None] = contextvars.ContextVar(
     "scope", default=None
@@ -113,6 +119,8 @@ def stash(carry: Mapping[str, PyTree], name: str, value: PyTree) -> dict[str, Py
         raise ValueError(
             f"{call} in {_who()}: {name!r} is in the carry already; stash it once"
         )
+    # A new dict: a function that is traced twice (by `jax.lax.scan` or `cond`) would
+    # find its own stash in a changed one.
     return {**carry, name: value}
 
 

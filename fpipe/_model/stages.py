@@ -71,6 +71,7 @@ class Leaf(NamedTuple):
         return f"{self.port}[{self.k}]"
 
 
+# The ports that a stage has once. The others are made where they are named.
 X, Y, TARGETS, KEY, INDEX = (Port(k) for k in ("x", "y", "targets", "key", "index"))
 LOSS, WEIGHT, AUX = (Port(k) for k in ("loss", "weight", "aux"))
 
@@ -101,6 +102,8 @@ class Stage:
     @property
     def params(self) -> tuple[int, ...]:
         """The layers whose parameters it uses: its own, then borrowed ones."""
+        # Borrowed ones come in the order of layers: a set has no order that every
+        # process agrees on.
         borrowed = {
             owner for k in self.span for _, owner in self.model.borrows[k]
         } - set(self.span)
@@ -133,6 +136,7 @@ class Stage:
     @functools.cached_property
     def call_inputs(self) -> tuple[Port, ...]:
         """The ports of what it reads of what a call gives, targets aside."""
+        # Later stages have `X` too, but there it is the `y` of the stage before.
         first = (X,) if self.index == 0 else ()
         return (*first, *(Port(n.name) for n in OF_CALL if self.asks(n.name)))
 
@@ -146,6 +150,9 @@ class Stage:
             loss: of a call with a loss; the last stage ends with it.
             where: the stage and the microbatch, for errors.
         """
+        # The one place where ports become arguments of the model and results become
+        # ports: both executors, the plans and the costs trace this function and know
+        # ports alone.
         y, skips, state = self.model.apply(
             self.span,
             {k: inputs[Port("params", k)] for k in self.params},
@@ -162,8 +169,12 @@ class Stage:
             where=where,
             traced=True,
         )
+        # A skip whose reader is in this stage too has no port: it never leaves the
+        # program.
         out = {Port("skip", skip): skips[skip] for skip in self.skips_out}
         out |= {Port("state", k): state[k] for k in self.stateful}
+        # The loss takes the place of `y`: an output that nobody reads would be kept
+        # alive.
         if self.last and loss is not None:
             value, weight, aux = loss(y, inputs[TARGETS], where)
             return (
@@ -171,6 +182,8 @@ class Stage:
                 | {LOSS: value, AUX: aux}
                 | ({} if weight is None else {WEIGHT: weight})
             )
+        # The next stage waits for the arrays of its boundary; without one there is
+        # nothing to wait for, and no gradient could come back.
         if not pack(y)[0]:
             k = self.span[-1]
             raise TypeError(
@@ -182,9 +195,20 @@ class Stage:
 
 
 def cut_stages(model: Model, balance: Sequence[int]) -> tuple[Stage, ...]:
-    """Cut a model into stages of `balance` layers each."""
+    """Cut a model into stages of `balance` layers each.
+
+    Of three layers, of which the first stashes "a" and the last pops it, the balance
+    `[1, 1, 1]` makes
+
+        stage    span           skips_in    skips_out
+        0        range(0, 1)    ()          (a,)
+        1        range(1, 2)    ()          ()          no port: "a" does not pass here
+        2        range(2, 3)    (a,)        ()
+    """
     ends = [sum(balance[: s + 1]) for s in range(len(balance))]
     at = {k: s for s, end in enumerate(ends) for k in range(end - balance[s], end)}
+    # Each skip with the stage that makes it and the set of stages that read it. Readers
+    # in the maker's own stage need no port.
     routes = [
         (skip, at[r.maker], {at[k] for k in r.readers})
         for skip, r in model.routes.items()
