@@ -74,6 +74,9 @@ def edge_colors(edges: Sequence[Edge]) -> list[int]:
     fewest (König's theorem, by alternating paths). Edges take the first colour that is
     free at both ends, so that the first edges of a ring keep colour 0.
     """
+    # Greedy colouring alone may need nearly twice as many colours. A wire costs a
+    # `ppermute` in each tick and a pool on each device, so the fewest are worth a path.
+    #
     # The edge of each colour at each end.
     edge_at: dict[_End, dict[int, int]] = defaultdict(dict)
     colors = [-1] * len(edges)
@@ -101,6 +104,8 @@ def edge_colors(edges: Sequence[Edge]) -> list[int]:
                 first, second = ends(path[-1])
                 end = second if end == first else first
                 along = other if along == color else color
+            # Take all of the path out before any of it goes back: neighbours on it swap
+            # colours, and would overwrite each other's entries.
             for edge in path:
                 for end in ends(edge):
                     del edge_at[end][colors[edge]]
@@ -125,6 +130,7 @@ def slots(intervals: Iterable[tuple[int, int, K]]) -> tuple[dict[K, int], int]:
     free: list[int] = []
     busy: list[tuple[int, int]] = []  # when each interval ends, and its slot
     count = 0
+    # The greedy choice is exact for intervals, which it is not for graphs in general.
     # In the order of their starts each takes the lowest slot that is free. There is a
     # new one only where all are busy, so at that time so many intervals meet.
     for start, end, key in sorted(intervals, key=lambda interval: interval[:2]):
@@ -142,7 +148,9 @@ def slots(intervals: Iterable[tuple[int, int, K]]) -> tuple[dict[K, int], int]:
 
 
 class Place(NamedTuple):
-    """Where the bundles of a value wait: in a pool of a device."""
+    """Where the bundles of a value wait: in a pool of a device. Each microbatch's bundle
+    has a slot of its own there, while it waits.
+    """
 
     pool: PoolName
     device: int
@@ -163,9 +171,12 @@ class Buffers:
         slot_of: by place the slot of each microbatch's bundle. What nobody reads has
             none.
         counts: how many slots each pool has.
-        kinds: the kinds of bundles in each pool.
-        destinations: where a group's bundle goes.
-        arrivals: where it waits on other devices.
+        kinds: the kinds of bundles in each pool, in the order in which they were
+            found: a mapping to `None`, for a set has no order and all processes must
+            lay out their slots alike.
+        destinations: where the operation that makes a group's bundle puts it, which may
+            be in more places than it is read (see `_unite_destinations`).
+        arrivals: where it really waits on other devices.
     """
 
     pairs: Mapping[WireName, set[Edge]]
@@ -183,11 +194,14 @@ def place_bundles(work: Work, position: Mapping[Action, int]) -> Buffers:
     Arguments:
         position: the phase in which each action runs, counted through.
     """
+    # Activations and cotangents are coloured apart. In ticks of two phases each
+    # direction has its own phase, and one wire for both would have to run in both.
     wire_of: dict[tuple[Value, int], WireName] = {}
     pairs: dict[WireName, set[Edge]] = defaultdict(set)
     for direction in get_args(Direction):
         _color_wires(work, direction, wire_of, pairs)
     pool_of = _choose_pools(work, wire_of)
+    # Each device's slots are found by themselves.
     slot_of: dict[Place, dict[int, int]] = defaultdict(dict)
     counts: dict[PoolName, int] = {}
     kinds: dict[PoolName, dict[Avals, None]] = defaultdict(dict)
@@ -227,6 +241,8 @@ def _color_wires(
             for target in sorted({units.device[r.unit] for r in bundle.readers}):
                 if target != source:
                     of_stage.setdefault((source, target), {})[bundle.value] = None
+    # A pair of devices gets as many parallel edges as its stage that sends most needs.
+    # That of a stage with a skip has two, one for the skip and one for the boundary.
     most: dict[Edge, int] = {}
     for of_stage in sent.values():
         for pair, values in of_stage.items():
@@ -241,6 +257,8 @@ def _color_wires(
     for pair, color in zip(edges, edge_colors(edges), strict=True):
         wires[pair].append(WireName(direction, color))
         pairs[WireName(direction, color)].add(pair)
+    # Boundaries take the first wire of their pair, which is the ring's. A value has the
+    # same wire in every group of microbatches, or groups would share no operation.
     for of_stage in sent.values():
         for pair, values in of_stage.items():
             order = sorted(values, key=lambda value: value.port != Y)
@@ -256,6 +274,16 @@ def _choose_pools(
     Equal units are to run one operation, which takes from one pool. So what stays on
     its device (the input of the first core, made by the end before it) waits where the
     reader's like look for what comes by a wire.
+
+    In the machine that `machine.py` draws both cores read from one pool, although
+    nothing comes to the first of them by a wire:
+
+        reader            its `x` is made by    comes            waits in
+        unit 1, a core    unit 0                on its device    WireName("forward", 0)
+        unit 2, a core    unit 1                by the wire      WireName("forward", 0)
+        unit 3, the loss  unit 2                on its device    LocalPool("forward")
+
+    Nobody like the loss reads from a wire, so what it reads has a pool of its own.
     """
     pool_of: dict[tuple[Group, Value, int], PoolName] = {}
     pool_of_like: dict[Hashable, PoolName] = {}
@@ -286,7 +314,11 @@ def _choose_pools(
 
 
 def _name_at_reader(work: Work, group: Group, value: SentValue, t: int) -> Hashable:
-    """How units that are equal to the reader `t` call a value."""
+    """How units that are equal to the reader `t` call a value.
+
+    A cotangent's name needs a number too: what a unit sent to two readers comes back as
+    two cotangents, and each waits in a pool of its own choice.
+    """
     reader = group.units[t]
     if isinstance(value, ActivationValue):
         port = X if value.port == Y else value.port
@@ -306,6 +338,11 @@ def _find_intervals(
 ) -> Mapping[tuple[PoolName, int], list[tuple[int, int, tuple[Value, int]]]]:
     """For each pool and device from when to when each microbatch's bundle is there.
 
+    Time counts two for each phase: `2p` is the work of phase `p`, `2p + 1` are its
+    wires. So a slot that is read for the last time in the work of a phase can be filled
+    again by a wire at the end of that phase, but not by another operation in it, which
+    might run before the one that reads.
+
     Arguments:
         kinds: gets the kinds of bundles in each pool.
     """
@@ -316,7 +353,8 @@ def _find_intervals(
     for group, bundle in work.made():
         value = bundle.value
         stage = units.stage_of[value.unit]
-        # Several units of a device may read it from one pool.
+        # Several units of a device may read it from one pool. Then it waits there once,
+        # until the last of them has read it.
         uses: dict[tuple[PoolName, int], list[tuple[Kind, int]]] = defaultdict(list)
         for t, reads in bundle.readers:
             place = pool_of[group, value, t], units.device[t]
@@ -345,8 +383,15 @@ def _unite_destinations(
     An operation that serves several units puts its bundle wherever one of them needs
     it, and the table tells who looks: the last core's `y` goes on the wire of the other
     cores' too, where nobody takes it. On a wire that must not be where another bundle
-    of the same action goes. Equal units of which one would do that are taken apart, and
-    each is an operation of its own.
+    of the same action goes. Equal units that would do that are taken apart, and each is
+    an operation of its own:
+
+                  boundary            skip
+        unit 1    goes by wire 0      goes by wire 1
+        unit 2    goes by wire 1      stays on its device
+        as one    wires 0 and 1       wire 1, and the device's pool
+
+    As one operation unit 1 would send its boundary by wire 1 too, over its skip.
     """
     units = work.units
     own: dict[tuple[Group, Value], dict[Destination, None]] = {}
@@ -368,10 +413,12 @@ def _unite_destinations(
         own[group, value] = destinations
         by_device = sorted(places, key=lambda place: place.device)
         arrivals[group, value] = tuple(by_device)
-    # To take units apart may make others clash, so until none do.
+    # Clashes are found only when all destinations are united, and a unit that is taken
+    # apart sends to fewer places. So unite, look for clashes, take apart, and try again
+    # until nothing new clashes; each round takes at least one class of units apart.
     apart: set[Hashable] = set()
     while True:
-        # How equal units call a bundle that they make.
+        # Bundles with the same name here are made by the same operation.
         class_of: dict[tuple[Group, Value], Hashable] = {}
         united: dict[Hashable, dict[Destination, None]] = defaultdict(dict)
         sender: dict[tuple[int, Group, Outbox], Value] = {}

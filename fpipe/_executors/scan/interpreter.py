@@ -19,6 +19,11 @@ buffers (see `machine.py`) to their arrays:
 Every operation is a `lax.cond` whose other branch passes its buffers on. XLA then
 updates them in place; a `lax.switch` over several operations would copy every buffer at
 each tick (measured on jax 0.10.2, CPU).
+
+Nothing here asks which device it is on: that is in the table alone. Python runs over a
+phase's operations once, while JAX traces the body of the scan, and the numbers of the
+table are traced arrays by then. So the `carry` that the methods change in place is a
+dictionary of tracers, and the program holds what they leave in it.
 """
 
 import dataclasses
@@ -78,7 +83,9 @@ class InTransit:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Turn:
-    """A number that keeps the order of what moves, see `_together`."""
+    """A number that keeps the collectives of a tick in one order, see `_together`. It is
+    always zero, which XLA cannot know.
+    """
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -106,7 +113,8 @@ class SegmentResult(NamedTuple):
         outputs: each with a first axis of microbatches.
         gradients: of rows, with a first axis of devices, and of whole inputs.
         state: rows.
-        left: what the next segment needs.
+        left: what the next segment needs: the arrays of each pool, then each block of
+            states, all with a first axis of devices. After the last segment nothing.
     """
 
     outputs: dict[Leaf, Array]
@@ -132,7 +140,9 @@ class _Given(NamedTuple):
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Array:
-    """What lies in a buffer before anything is put there. No result depends on it."""
+    """What lies in a buffer before anything is put there. No result depends on it:
+    tests put NaN here.
+    """
     return jnp.empty(shape, dtype)
 
 
@@ -141,7 +151,7 @@ class Interpreter:
 
     Arguments:
         number: of the segment.
-        rows: of a microbatch.
+        rows: how many rows a microbatch has.
         clock: who is told when each operation starts and ends.
     """
 
@@ -157,6 +167,9 @@ class Interpreter:
         self.storage = {
             name: Storage(pool.avals, rows) for name, pool in machine.pools.items()
         }
+        # Each segment carries only the sums and outputs that its own operations change.
+        # The first one of a call that is differentiated from outside has no gradients,
+        # and would carry zeros.
         ops = [entry.op for phase in self.segment.phases for entry in phase.ops]
         changed = dict.fromkeys(t.buffer for op in ops for t in op.targets)
         self.gradients: list[SummedGradient] = [
@@ -183,7 +196,7 @@ class Interpreter:
         inputs: Mapping[Leaf, Array],
         left: Sequence[Sequence[Array]] | None = None,
     ) -> SegmentResult:
-        """Run the segment.
+        """Run the segment: on arrays over the whole mesh, outside of `shard_map`.
 
         Arguments:
             params, state: rows.
@@ -191,6 +204,8 @@ class Interpreter:
                 over the devices one that the devices divide.
             left: what the segment before left.
         """
+        # A row's gradient is returned if its own device has a sum for it or a borrower
+        # has: that goes back to the owner's block before it leaves the mesh.
         whole: list[SummedGradient] = []
         rows = set[int]()
         for gradient in self.gradients:
@@ -215,10 +230,12 @@ class Interpreter:
                 leaf: wrapped(a, inputs[leaf])
                 for leaf, a in zip(inputs, numbers, strict=True)
             }
+            # To run all ticks of this device,
             before = [[a[0] for a in arrays] for arrays in left]
             blocks = [a[0] for a in params]
             states = None if state is None else [a[0] for a in state]
             carry = self._scan(table[0], blocks, states, arrays, before)
+            # and to bring together what the devices have made, once for all ticks.
             outputs = [self._everywhere(carry[buffer]) for buffer in self.outputs]
             gradients = self._add_up(carry, [*of_rows, *whole])
             after: list[list[Array]] = []
@@ -273,6 +290,8 @@ class Interpreter:
         left: Sequence[Sequence[Array]],
     ) -> Carry:
         """All ticks; what there is behind the last one."""
+        # A parameter does not change during a step, so what is lent is sent once. All
+        # devices get an array for it, of zeros if they borrow nothing.
         loans = []
         for row, owner, borrower, aval in self.machine.loans:
             own = self.machine.params.rows[row].take(params[row], aval.shape)
@@ -282,6 +301,7 @@ class Interpreter:
         names = list(start)
 
         def tick(values: list[Any], now: tuple[Array, Array]) -> tuple[list[Any], None]:
+            # Feeds fill `fed` anew in each phase: what they brought is read at once.
             number, row = now
             carry = dict(zip(names, values, strict=True))
             for p in range(len(self.segment.phases)):
@@ -308,6 +328,8 @@ class Interpreter:
         left: Sequence[Sequence[Array]],
     ) -> Carry:
         """The buffers before the first tick, `left` if a segment was before this."""
+        # Slots that nobody has filled yet may hold anything. Outputs, sums and states
+        # begin with zeros or what is given: devices that write no output are added too.
         machine = self.machine
         carry: Carry = {}
         for n, (name, pool) in enumerate(machine.pools.items()):
@@ -334,6 +356,7 @@ class Interpreter:
         for gradient in self.gradients:
             of = self._shape_of(gradient)
             if gradient not in self.parts:
+                # Gradients in 16 bits are summed in 32, and cast once, in the end.
                 carry[gradient] = jnp.zeros(of.shape, sum_dtype(of.dtype))
                 continue
             # One part for each shard of the batch, added up at the end.
@@ -355,6 +378,8 @@ class Interpreter:
         Arguments:
             row: of the table, for all phases of the tick.
         """
+        # Feeds before operations: what is read now has to be here. Wires behind them:
+        # what an action sends is there in the next phase, as `ticks.py` counts on.
         phase = self.segment.phases[p]
         for feed in phase.feeds:
             self._move_feed(feed, carry, row[p], given)
@@ -401,11 +426,14 @@ class Interpreter:
         what the reader reads.
         """
         devices = self.machine.devices
+        # All pieces go the same way round, so that a step is one `ppermute`.
         # The reader is the end of the way: it sends nothing on.
         pairs = [(d, (d - 1) % devices) for d in range(devices) if d != feed.reader]
         own = row[feed.own]
 
         def move(come: list[Array]) -> tuple[list[Array], list[Array]]:
+            # A device puts in a piece of its own where nothing comes by; the table says
+            # which, or a number behind its last one to pass on what has come.
             here = []
             for leaf, a in zip(feed.leaves, come, strict=True):
                 share = given.inputs[leaf]
@@ -427,6 +455,7 @@ class Interpreter:
         """What the outboxes hold goes to the pools of the receivers."""
         wire = self.machine.wires[entry.wire]
 
+        # The outbox is only read, so it is no part of what the conditional returns.
         def move(pool: list[Array]) -> tuple[list[Array]]:
             sent = carry[Outbox(entry.wire)]
             arrived = [jax.lax.ppermute(a, AXIS, wire.pairs) for a in sent]
@@ -436,6 +465,8 @@ class Interpreter:
             ]
             return (filled,)
 
+        # Without a conditional XLA may run the transfer beside the operations of the next
+        # phase. Where nothing was sent, junk goes to a slot that nobody reads.
         if wire.always:
             (carry[entry.wire],) = move(carry[entry.wire])
         else:
@@ -458,6 +489,11 @@ class Interpreter:
         """An operation between two calls of the clock: one when what it reads is there,
         one when what it writes is.
         """
+        # What the host is told depends on arrays, and the operation on what it answers:
+        #
+        #     what is read -> stamp 0 -> token -> operation -> what is made -> stamp 1
+        #
+        # Without these dependencies XLA would be free to call at any time.
         op = entry.op
         if not op.targets:
             self._operate(entry, carry, row, given, runs)
@@ -468,6 +504,7 @@ class Interpreter:
         reads += [unwrapped(a) for a in given.fed.values()]
         token = clock.stamp(runs, where, 0, carry[ClockToken()], reads)
         self._operate(entry, carry, row, given, runs & (token >= 0))
+        # One array that it writes is enough: a conditional ends as a whole.
         made = jax.tree.leaves(carry[op.targets[0].buffer])[:1]
         carry[ClockToken()] = clock.stamp(runs, where, 1, token, made)
 
@@ -494,6 +531,7 @@ class Interpreter:
 
     def _apply(self, op: Op, carry: Carry, arguments: Array, given: _Given) -> None:
         """Take, compute, and put where it belongs."""
+        # Values by number, as the targets count them: sources, then what the code makes.
         values = [self._fetch(s, carry, arguments, given) for s in op.sources]
         if op.code is not None:
             values += self._compute(op, [values[n] for n in op.code_inputs])
@@ -536,6 +574,11 @@ class Interpreter:
     def _fetch(
         self, source: Source, carry: Carry, arguments: Array, given: _Given
     ) -> Array:
+        """The value of a source.
+
+        Called inside the operation's conditional, so that a device that does not run
+        the operation does not read its slots either.
+        """
         match source:
             case Parameter(row, aval):
                 packed = self.machine.params.rows[row]
@@ -547,6 +590,7 @@ class Interpreter:
                 packed = self.machine.state.rows[row]
                 return packed.take(carry[StateBlock(row)], aval.shape)
             case Number(argument):
+                # The table is signed; programs take numbers as keys are folded.
                 return arguments[argument].astype(jnp.uint32)
             case Held(pool, argument, avals, k):
                 slot = arguments[argument]
@@ -563,7 +607,14 @@ class Interpreter:
 
     def _find_parts(self, ops: Sequence[Op]) -> dict[SummedGradient, dict[Op, RowSum]]:
         """The gradients that are kept as parts over the mesh's data axis, with how each
-        operation makes them. Only if all of them can.
+        operation makes them.
+
+        A weight's gradient is a sum over rows, and the rows lie on several devices of
+        the data axis. As written XLA adds up over that axis in each operation, once for
+        each microbatch. With parts the sum has one more axis, which is sharded like the
+        rows, and is added up once, behind the last tick. `row_sums.py` finds the
+        equation that can be cut so. If it finds none in one of the operations that add
+        to a gradient, the gradient is kept whole in all of them.
         """
         size = self.mesh.shape.get(DATA, 1)
         if size == 1:
@@ -574,6 +625,7 @@ class Interpreter:
             for target in op.targets:
                 if not isinstance(target, Add) or op.code is None:
                     continue
+                # Targets count the sources first, so this is the code's own value.
                 code = op.code
                 value = (*code.outs, *code.sums)[target.value - len(op.sources)]
                 parts = find_row_sum(code.graph, code.nodes, value, self.rows, size)
@@ -596,6 +648,8 @@ class Interpreter:
         }
         if not parts:
             return code(*arrays)
+        # `terms` are the values that the sums are made of. They are asked for beside the
+        # outputs, and the sums over all rows, which then nobody reads, XLA leaves out.
         wanted = [*code.outs, *code.sums]
         terms = list(dict.fromkeys(v for p in parts.values() for v in values_read(p)))
         made = code.values(arrays, [*wanted, *terms])
@@ -606,7 +660,9 @@ class Interpreter:
         return values
 
     def _shape_of(self, gradient: SummedGradient) -> Any:
-        """What has the shape and dtype of what a gradient is for."""
+        """What a gradient is the gradient of: a row, a lent array or an input, of which
+        the caller takes the shape and the dtype.
+        """
         match gradient:
             case RowGradient(row):
                 return self.machine.params.rows[row]
@@ -621,6 +677,7 @@ class Interpreter:
         """The gradients to return: parts are added up, those of loans go back to their
         owners, and those of inputs are summed over the devices.
         """
+        # The one sum over the data axis of the whole step.
         own = {
             g: carry[g].sum(0) if g in self.parts else carry[g] for g in self.gradients
         }
@@ -634,6 +691,7 @@ class Interpreter:
                 out[gradient] = self._everywhere(own[gradient])
             else:
                 out[gradient] = own[gradient]
+        # On all devices but the owner a returned loan is zeros, which change nothing.
         for gradient in self.gradients:
             if isinstance(gradient, LoanGradient):
                 row, owner, borrower, _ = self.machine.loans[gradient.loan]
@@ -652,7 +710,9 @@ class Interpreter:
 
 
 def _added(total: Array, value: Array) -> Array:
-    """A sum in a row's block, which may be longer and flat."""
+    """A sum in a row's block, which may be longer and flat: where the stages' arrays
+    differ in shape, `packing.py` flattens them and pads to the longest.
+    """
     value = value.astype(total.dtype)
     if value.shape == total.shape:
         return total + value

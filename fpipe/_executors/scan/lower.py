@@ -9,6 +9,18 @@ is drawn). The passes:
     Operations   programs, buffers     ->  operations: each program with its sources
                                            and targets; equal ones are one
     _segment     operations, ticks     ->  columns, and the numbers in them
+
+An operation is a unit's program with all taken out that only this unit has: layers,
+slots and microbatches. What is taken out becomes numbers in the table. So equal units
+give equal operations, and the program has one of them. For unit 1 of the machine that
+`machine.py` draws (the first layer), kind `F`, `Operations.find` gives
+
+    op          stage0-1 F, equal to that of unit 2
+    number      1                   0 is the operation of unit 0
+    arguments   {0: (0, 0, 0, 1),   for each microbatch: itself, its slot in forward 0,
+                 1: (1, 1, 1, 1),   the slot of what it keeps for its backward, and the
+                 2: (2, 0, 0, 1)}   slot for the loss, where 1 means that nobody reads
+    arrivals    forward 0 on device 1
 """
 
 import dataclasses
@@ -115,23 +127,33 @@ def lower(
         opened: whether recomputations are inlined.
         kept: the traces of earlier calls.
     """
+    # When each action runs. Whether backwards recompute is asked for a typical
+    # microbatch, the first of two: it only decides which form of ticks is cheaper.
     ticks = ticks_of(
         schedule,
         forwards_alone=request.kind is not CallKind.GRADIENT,
         backwards=request.differentiates,
         recomputes=remat.recomputes(0, 2, direct=False),
     )
+    # Counted through both loops of a call that is differentiated from outside: what a
+    # forward in the first one keeps waits for a backward in the second.
     position: dict[Action, int] = {}
     for loop in ticks:
         position |= loop.positions(1 + max(position.values(), default=-1))
+    # What units make and read, and where that waits.
     work = find_work(units, schedule, position, remat, inputs, request, opened, kept)
     buffers = place_bundles(work, position)
+    # Only the first unit reads `x` and only the last one the targets, so all other
+    # devices would hold them for nothing. What goes whole to every microbatch stays
+    # whole, and side inputs may have readers on all devices.
     spread = frozenset(
         Leaf(port, k)
         for port in (X, TARGETS)
         for k, a in enumerate(inputs.of(port).leaves)
         if Leaf(port, k) not in inputs.whole(port) and is_large(a, schedule.devices)
     )
+    # Segments first: an operation is made, and its loans and outputs are noted, when an
+    # action asks for it.
     operations = Operations(work, buffers, params, state, spread)
     segments = tuple(_segment(loop, operations, inputs.cut.m) for loop in ticks)
     pools: dict[PoolName, Pool] = {}
@@ -143,6 +165,7 @@ def lower(
     # With a phase for each direction every wire carries something in nearly every tick.
     # It then runs unasked, which lets XLA move it beside the other phase.
     always = all(len(loop.phases) == 2 for loop in ticks)
+    # A wire without a pool is one by which nothing comes that anybody reads.
     wires = {
         name: Wire(tuple(sorted(pairs)), pools[name].avals, always)
         for name, pairs in buffers.pairs.items()
@@ -170,19 +193,23 @@ def lower(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MicrobatchNumber:
-    """The number of the microbatch, always argument 0."""
+    """The number of the microbatch, always argument 0: outputs and inputs that are cut
+    are found by it.
+    """
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerNumber:
-    """The number of a layer, for its keys."""
+    """The number of a layer, which it folds into its key."""
 
     layer: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SlotNumber:
-    """The slot of a microbatch's bundle in a pool; of what nobody reads, the last."""
+    """The slot of a microbatch's bundle in a pool. A bundle that nobody reads there has
+    the last slot.
+    """
 
     pool: PoolName
     value: Value
@@ -196,7 +223,8 @@ class UnitOp:
     """An operation as one unit runs it.
 
     Attributes:
-        number: of the operation among all: it takes long to hash.
+        number: of the operation among all. The table is filled by this number, for
+            an operation takes long to hash, and there is an entry for every action.
         arguments: for each microbatch the numbers that go into the table.
         fed: what it reads that a feed brings.
         arrivals: where the bundles arrive that the unit sends in this action.
@@ -211,6 +239,9 @@ class UnitOp:
 
 class Operations:
     """The operations of a call, each made when a unit's action first asks for it.
+
+    They are made once for each unit, group of microbatches and kind, not once for each
+    action: with thousands of microbatches only the numbers in the table are many.
 
     Attributes:
         numbers: the operations by number.
@@ -246,6 +277,8 @@ class Operations:
         key = (u, group.microbatches[0], kind)
         if key not in self._made:
             self._made[key] = self._make(group, u, kind)
+        # A program may have nothing left to do: the end that only takes the input has
+        # no gradient, so its backward computes nothing and tells nobody.
         found = self._made[key]
         return found if found.op.code is not None or found.op.targets else None
 
@@ -271,11 +304,14 @@ class Operations:
             values = tuple(map(number_of, bundle.arrays))
             return Put(pool, argument, bundle.avals, values)
 
+        # What becomes of the values. First what the unit keeps for its own later
+        # actions,
         targets: list[Target] = []
         arrivals: list[Place] = []
         kept = group.kept[u].get(kind)
         if kept is not None:
             targets.append(put(kept, self.buffers.pool_of[group, kept.value, u]))
+        # then what it makes for other units, to each place where one of them looks,
         for bundle in group.sent[u][kind]:
             for destination in self.buffers.destinations[group, bundle.value]:
                 if isinstance(destination, Outbox):
@@ -284,6 +320,7 @@ class Operations:
                 else:
                     targets.append(put(bundle, destination))
             arrivals += self.buffers.arrivals[group, bundle.value]
+        # and last what leaves the machine: outputs, sums of gradients, states.
         targets += self._results(u, unit, kind, number_of)
         op = Op(
             kind,
@@ -295,7 +332,10 @@ class Operations:
             name=kind,
         )
         fed = tuple(source.leaf for source in sources if isinstance(source, FedPiece))
+        # An equal operation of another unit keeps its number.
         n = self.numbers.setdefault(op, len(self.numbers))
+        # Each argument as a column of the table, with a number for every microbatch of
+        # the group.
         columns: list[Sequence[int]] = []
         for argument in arguments:
             match argument:
@@ -305,6 +345,9 @@ class Operations:
                     columns.append([layer] * len(group.microbatches))
                 case SlotNumber(pool, value):
                     place = Place(pool, self.work.units.device[u], value)
+                    # Equal units put their bundle in the same places. Where only others
+                    # have a reader (the loss reads what the last core makes, and
+                    # nobody reads there what the first one makes) there is no slot.
                     slot_of = self.buffers.slot_of.get(place, {})
                     unread = self.buffers.counts[pool]
                     columns.append([slot_of.get(i, unread) for i in group.microbatches])
@@ -337,6 +380,9 @@ class Operations:
             kept = group.kept[u].get(earlier)
             if earlier != kind and kept is not None and value in kept.arrays:
                 return held(kept, value)
+        # A cotangent comes from the backward of each unit that read the value. That of
+        # the model's output comes from the user, who called the pull-back: it is an
+        # input that is cut like others.
         if isinstance(value, Cotangent):
             port, k = value.leaf
             if port == Y and unit.stage.last:
@@ -345,12 +391,14 @@ class Operations:
             reader, name = readers[value.number]
             bundle = group.bundles[CotangentValue(reader, port, u)]
             return held(bundle, Gradient(name))
+        # What is left is an input of the unit: made by another unit,
         assert isinstance(value, Input), value
         port, k = leaf = value.leaf
         maker = self.work.programs.routes.source(u, port)
         if maker is not None:
             bundle = group.bundles[ActivationValue(maker.stage, maker.port)]
             return held(bundle, Output(Leaf(maker.port, k)))
+        # lying in a row on the device,
         if port.kind == "params":
             aval = self.params.shape((port.of, k))
             loan = self._loan(u, (port.of, k))
@@ -361,12 +409,13 @@ class Operations:
             assert self.state is not None
             entry = (port.of, k)
             return State(self.state.where[entry].row, self.state.shape(entry))
+        # being a number of the table itself,
         if port == INDEX:
             return Number(0)
         if port.kind == "number":
             layer = LayerNumber(port.of)
             return Number(arguments.setdefault(layer, len(arguments)))
-        # The rest is given by the call.
+        # or given by the call: whole, brought by a feed, or cut where it lies.
         if leaf in unit.flat.constant:
             return WholeInput(leaf)
         return FedPiece(leaf, kind) if leaf in self.spread else InputPiece(leaf)
@@ -378,7 +427,12 @@ class Operations:
         kind: Kind,
         number_of: Callable[[ProgramValue], int],
     ) -> Iterator[Target]:
-        """What goes to the user, and what is summed."""
+        """What goes to the user, and what is summed.
+
+        A gradient is either. That of an input that is cut belongs to one microbatch, so
+        it is an output with a place for each. What all microbatches see whole, such as
+        a parameter, has one gradient, the sum over them.
+        """
         flat = unit.flat
         if kind == "F":
             for port, shape in flat.out.items():
@@ -396,6 +450,7 @@ class Operations:
                         assert self.state is not None
                         block = StateBlock(self.state.where[port.of, k].row)
                         yield SetState(block, number_of(Output(leaf)))
+        # `W` makes sums only: inputs have their gradients from `I`.
         if kind in "BI":
             for leaf in unit.joint.gradients:
                 given = self.work.programs.routes.is_given(u, leaf.port)
@@ -408,6 +463,7 @@ class Operations:
             if isinstance(value, GradientSum):
                 port, k = value.leaf
                 if port.kind == "params":
+                    # A borrower sums on its own device, and sends once at the end.
                     loan = self._loan(u, (port.of, k))
                     row = self.params.where[port.of, k].row
                     buffer = RowGradient(row) if loan is None else LoanGradient(loan)
@@ -431,7 +487,7 @@ class Operations:
 
 
 class _Entry(NamedTuple):
-    """Numbers for a device in a tick."""
+    """Numbers for a device in a tick: the arguments of an operation, or a slot."""
 
     tick: int
     device: int
@@ -445,9 +501,10 @@ class _OpEntries:
     Attributes:
         op: with no name yet.
         order: by which the operations of a phase are sorted: forwards first, and along
-            the way of what they pass on to each other.
-        stages: whose it is.
-        runs: its arguments, where it runs.
+            the way of what they pass on to each other. An operation of several units
+            has the place of its first one.
+        stages: those that run it, for its name.
+        runs: where and with which arguments it runs.
     """
 
     op: Op
@@ -476,6 +533,10 @@ class _FeedEntries:
 class _PhaseEntries:
     """What is to be in the table for one phase of each tick.
 
+    Columns can be given out only when all operations of the phase are known. So the
+    actions are entered first (`enter`), then feeds get their steps (`move_feeds`), then
+    columns are given out (`lay_out`), and at last the numbers are written (`fill`).
+
     Attributes:
         ops: by number.
         arrivals: for each wire the slots where bundles arrive.
@@ -496,6 +557,8 @@ class _PhaseEntries:
             found = self.operations.find(u, i, kind)
             if found is None:
                 continue
+            # On one device an embedding runs before the core that reads it, and its
+            # backward after the core's.
             order = ("FBIW".index(kind), u if kind == "F" else -u)
             own = self.ops.get(found.number)
             if own is None:
@@ -503,11 +566,15 @@ class _PhaseEntries:
             own.order = min(own.order, order)
             own.stages.add(s)
             own.runs.append(_Entry(tick, device, found.arguments[i]))
+            # What a feed must have brought by this tick. One device reads `x`, another
+            # the targets, so a feed has one reader.
             for leaf in found.fed:
                 reader = units.device[0 if leaf.port == X else -1]
                 feed = self.feeds.setdefault((leaf.port, kind), _FeedEntries(reader))
                 feed.leaves.add(leaf)
                 feed.read_in[tick] = i
+            # The slot where a bundle arrives is told to the receiver, in the tick in
+            # which it is sent.
             for place in found.arrivals:
                 assert isinstance(place.pool, WireName)
                 slot = self.operations.buffers.slot_of[place][i]
@@ -515,8 +582,11 @@ class _PhaseEntries:
                 self.arrivals[place.pool].append(entry)
 
     def move_feeds(self, microbatches: int, devices: int) -> int:
-        """Find when feeds move. Ticks before the first one, for what is on its way
-        then, are negative; returns how many there are.
+        """Find when feeds move: in each tick in which something is read, and in as many
+        before the first of these as the farthest microbatch has to go.
+
+        Returns:
+            How many ticks that takes before tick 0. Such ticks have negative numbers.
         """
         lead = 0
         for feed in self.feeds.values():
@@ -529,13 +599,20 @@ class _PhaseEntries:
         return lead
 
     def lay_out(self) -> tuple[PhaseCode, int]:
-        """Give out columns; also how many there are."""
+        """Give out columns; also how many there are.
+
+        In the order of the drawing in `machine.py`: for each operation whether it runs,
+        then its arguments; for each wire and feed two.
+        """
         column = itertools.count()
         ops = []
+        # The program runs the operations in this order. The entries are sorted, and not
+        # only what is made of them, so that `fill` meets them in the same order.
         self.ops = dict(sorted(self.ops.items(), key=lambda item: item[1].order))
         for own in self.ops.values():
             op = dataclasses.replace(own.op, name=_op_name(own))
             ops.append(TableOp(op, next(column), next(column)))
+            # Every entry of an operation has as many numbers.
             for _ in own.runs[0].numbers[1:]:
                 next(column)
         wires = [TableWire(wire, next(column), next(column)) for wire in self.arrivals]
@@ -552,7 +629,7 @@ class _PhaseEntries:
 
         Arguments:
             table: that of this phase, `(devices, ticks, columns)`.
-            code: what has which columns.
+            code: what `lay_out` returned.
             lead: how many ticks the table has before the first one.
         """
         for own, (_, runs, first) in zip(self.ops.values(), code.ops, strict=True):
@@ -564,7 +641,8 @@ class _PhaseEntries:
             table[:, :, slot] = self.operations.buffers.counts[wire]
             for tick, device, (number,) in self.arrivals[wire]:
                 table[device, lead + tick, slot] = number
-                # A wire carries on all devices or on none: it is a collective.
+                # A wire carries on all devices or on none: it is a collective. A device
+                # to which nothing is sent gets something too, for the spare slot.
                 table[:, lead + tick, used] = 1
         for feed, own in zip(code.feeds, self.feeds.values(), strict=True):
             for tick, numbers in own.moves:
@@ -574,6 +652,7 @@ class _PhaseEntries:
 
 def _segment(ticks: Ticks, operations: Operations, microbatches: int) -> Segment:
     """One loop: what its phases do, and the table."""
+    # First enter all actions; what a phase does is known only behind the last one.
     devices = len(ticks.rows[0][0])
     phases = [_PhaseEntries(operations) for _ in ticks.phases]
     for tick, row in enumerate(ticks.rows):
@@ -581,7 +660,10 @@ def _segment(ticks: Ticks, operations: Operations, microbatches: int) -> Segment
             for device, action in enumerate(actions):
                 if action is not None:
                     phase.enter(action, tick, device)
+    # All phases begin in the same tick, so the feed that needs most ticks before the
+    # first action gives their number; in these nothing runs.
     lead = max(phase.move_feeds(microbatches, devices) for phase in phases)
+    # One array holds the numbers of all phases, as wide as the widest.
     codes = []
     width = 0
     for phase in phases:

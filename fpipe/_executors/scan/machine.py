@@ -102,7 +102,12 @@ class LocalPool:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SavedPool:
-    """The pool of what forwards keep for their backwards."""
+    """The pool of what forwards keep for their backwards.
+
+    A backward that recomputes needs little or nothing of its forward, one that does not
+    needs its residuals. Ends and cores keep different things too. With a pool for each
+    all bundles of a pool are usually of one kind, and no slot is padded.
+    """
 
     role: Role
     recomputes: bool
@@ -121,7 +126,10 @@ PoolName: TypeAlias = WireName | LocalPool | SavedPool | HandedPool
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outbox:
-    """What a device sends by a wire at the end of a phase."""
+    """What a device sends by a wire at the end of a phase.
+
+    It has the arrays of one bundle: at most one is sent by a wire in a phase.
+    """
 
     wire: WireName
 
@@ -166,13 +174,14 @@ SummedGradient: TypeAlias = RowGradient | LoanGradient | InputGradient
 
 # --- sources: where an operation takes a value from ---
 #
-# `argument` is the number of one of the operation's arguments in the table; argument 0
-# is the microbatch.
+# A source names no unit and no layer, so that equal units have equal sources: what
+# differs between them is in the table. `argument` is the number of one of the
+# operation's arguments there; argument 0 is the microbatch.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter, from a row."""
+    """A parameter, from a row: each device reads its own block of it."""
 
     row: int
     aval: jax.ShapeDtypeStruct
@@ -188,7 +197,7 @@ class BorrowedParameter:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class State:
-    """A layer's state, from a row."""
+    """A layer's state, from a row, as the last forward on that device left it."""
 
     row: int
     aval: jax.ShapeDtypeStruct
@@ -218,14 +227,22 @@ class FedPiece:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Number:
-    """An argument itself: the number of the microbatch or of a layer."""
+    """An argument itself: the number of the microbatch or of a layer.
+
+    Layers fold both into their keys. As a constant in the code the number of a layer
+    would make an operation of each of several equal layers.
+    """
 
     argument: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Held:
-    """The `k`-th array of the bundle in a slot of a pool."""
+    """The `k`-th array of the bundle in a slot of a pool.
+
+    `avals` tells which kind of bundle is there: a pool may hold several, and each lies
+    in a slot in its own way (`storage.py`).
+    """
 
     pool: PoolName
     argument: int
@@ -248,6 +265,8 @@ Source: TypeAlias = (
 # --- targets: what becomes of an operation's values, and the buffer that it changes ---
 #
 # A value is a number: first come the operation's sources, then what its code returns.
+# Sources count too, for an operation may pass on what it was given (a skip that a unit
+# also reads, or the input that the first end hands to the first core).
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -262,7 +281,9 @@ class Put:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Send:
-    """A bundle goes into an outbox."""
+    """A bundle goes into an outbox, and from there to another device when the phase
+    ends.
+    """
 
     buffer: Outbox
     avals: Avals
@@ -280,7 +301,7 @@ class Add:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Write:
     """A value goes into the microbatch's place of an output, or is added to what is
-    there.
+    there (`add`): several units may each have a gradient for the same side input.
     """
 
     buffer: OutputBuffer
@@ -306,6 +327,17 @@ Target: TypeAlias = Put | Send | Add | Write | SetState
 class Op:
     """An operation: one piece of work, of all units that compute the same.
 
+    `stage0-1 F` of the machine above. Both devices run it, each with its own block of
+    the rows and with its own slots:
+
+        sources       value 0    Parameter(row 0)    the bias
+                      value 1    Parameter(row 1)    the weight
+                      value 2    Held(forward 0)     the slot is argument 1
+        code          value 3 = f(value 0, value 1, value 2)
+        targets       Put value 3 into SavedPool("core"), the slot is argument 2
+                      Send value 3 by forward 0
+                      Put value 3 into LocalPool("forward"), the slot is argument 3
+
     Attributes:
         kind: of action.
         sources: what it takes.
@@ -318,10 +350,13 @@ class Op:
 
     kind: Kind
     sources: tuple[Source, ...]
+    # Every unit has a trace of its own, so its code is another object. `identity` is
+    # what makes the operations of equal units equal; the code of the first is kept.
     code: Code | None = dataclasses.field(compare=False)
     code_inputs: tuple[int, ...]
     targets: tuple[Target, ...]
     identity: Hashable
+    # Known only when all stages that share the operation are, so it takes no part.
     name: str = dataclasses.field(compare=False)
 
 
@@ -365,6 +400,10 @@ class Feed(NamedTuple):
 class PhaseCode(NamedTuple):
     """What the program does in one phase of every tick: first feeds move, then
     operations run in this order, then wires carry.
+
+    The order within a phase is the same on all devices, for it is the order of the
+    program. So an operation that reads what another makes on the same device in the
+    same phase (the core behind the embedding) stands behind it.
     """
 
     ops: tuple[TableOp, ...]
@@ -378,8 +417,11 @@ class Segment:
 
     Attributes:
         phases: of a tick, one or two.
-        actions: for each tick and phase the action of each device.
-        table: int32, `(devices, ticks, phases, columns)`.
+        actions: for each tick and phase the action of each device. The program does
+            not need them; recordings and plans do.
+        table: int32, `(devices, ticks, phases, columns)`. Each device gets its own part
+            of it, and `lax.scan` goes over its ticks, so that neither the program nor
+            the time to compile it grows with the microbatches.
     """
 
     phases: tuple[PhaseCode, ...]
@@ -408,7 +450,9 @@ class Pool:
     """Slots for bundles.
 
     Attributes:
-        slots: how many; the last one is for what nobody reads, if there can be any.
+        slots: how many. Where there can be bundles that nobody reads, one more than
+            the schedule needs: such a bundle goes to the last slot, so that writing it
+            needs no conditional of its own.
         avals: the arrays of each kind of bundle.
     """
 
@@ -417,7 +461,9 @@ class Pool:
 
 
 class Loan(NamedTuple):
-    """A parameter's array that another device's stage uses too."""
+    """A parameter's array that another device's stage uses too, such as a tied
+    embedding: the first device owns it, and the last one, with the head, borrows it.
+    """
 
     row: int
     owner: int
@@ -437,7 +483,8 @@ class Machine:
         outputs: the shape of one microbatch's piece of each output. The gradient of an
             input that is cut is one, under the input's name.
         inputs: those that go whole to every microbatch and whose gradient is made.
-        spread: those of which each device holds its share of the microbatches.
+        spread: those inputs that are too large for every device to hold: each has its
+            share of the microbatches, and feeds bring them.
         warnings: what the user should know.
     """
 

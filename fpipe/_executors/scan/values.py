@@ -55,7 +55,8 @@ from fpipe.schedules import Action, Kind, Schedule
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # The programs that may have made what a program takes, itself included: an alias in one
-# of them is followed.
+# of them is followed. If a forward returns its input as it is, its backward takes that
+# input, under whichever name it asks.
 EARLIER: Mapping[Kind, tuple[Kind, ...]] = {
     "F": ("F",),
     "B": ("F", "B"),
@@ -77,8 +78,12 @@ class ActivationValue:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CotangentValue:
-    """The cotangent that a unit's backward makes for the unit `source`, which calls
-    what it is of `port`.
+    """The cotangent that a unit's backward makes for the unit `source`.
+
+    Attributes:
+        unit: whose backward makes it.
+        port: what the cotangent is of, as `source` calls it: its `y`, or a skip.
+        source: the unit whose backward takes it.
     """
 
     unit: int
@@ -108,8 +113,10 @@ V = TypeVar("V", bound=Value)
 
 
 class Reader(NamedTuple):
-    """A unit that a bundle is made for, and the kinds of its actions that read it; it
-    may have none.
+    """A unit that a bundle is made for, and the kinds of its actions that read it.
+
+    There may be none: equal units make the same, also where nobody needs it. The first
+    core makes a cotangent for the end before it, which may have no parameters.
     """
 
     unit: int
@@ -139,6 +146,8 @@ class UnitWork:
     """What a unit does for each microbatch of a group.
 
     Attributes:
+        flat: its forward, traced, as a function of flat arrays.
+        joint: its forward and backward as one graph.
         programs: those that the schedule runs.
         recomputes: whether its backward recomputes its forward.
     """
@@ -186,6 +195,8 @@ class UnitWork:
     @cached_property
     def saved(self) -> tuple[ProgramValue, ...]:
         """What the forward keeps for the backward."""
+        # Boundaries and skips that come in are not kept again: they stay in the slot
+        # where they arrived until the backward has read them there.
         saved: dict[ProgramValue, None] = {}
         for kind, values in self.taken.items():
             if kind == "F":
@@ -204,8 +215,8 @@ class UnitWork:
         return tuple(v for v in taken if isinstance(v, Handed | Gradient))
 
     def aval(self, value: ProgramValue) -> jax.ShapeDtypeStruct:
-        """The shape of what is kept. What is weak about its type is of no matter where
-        it waits.
+        """The shape of what is kept, without weak types: whether a type is weak does not
+        change what lies in a slot, but would make two kinds of bundles of one.
         """
         if isinstance(value, Input):
             found: Any = self.input_shapes[value.leaf]
@@ -220,7 +231,11 @@ class UnitWork:
 
     @cached_property
     def identity(self) -> Hashable:
-        """Equal for units whose programs compute the same, from and to the same."""
+        """Equal for units whose programs compute the same, from and to the same.
+
+        This decides which units share an operation. Layers are not compared: the Python
+        functions of two layers may be different objects and compute the same.
+        """
         parts = []
         for kind, program in self.programs.items():
             code = None if program.code is None else program.code.identity
@@ -234,7 +249,7 @@ class UnitWork:
 
     def relative(self, value: ProgramValue) -> Hashable:
         """A value without the names of layers and skips, so that equal units call it
-        the same.
+        the same: not "array 0 of layer 5" but "array 0 of the unit's first layer".
         """
         if isinstance(value, Residual | Handed):
             return value
@@ -256,6 +271,10 @@ class UnitWork:
 class Group:
     """Microbatches for which every unit runs the same programs.
 
+    There is often one group. There are more if some backwards recompute and others do
+    not (`checkpoint="except_last"`, or a backward that follows its forward directly),
+    or if a schedule splits only some backwards into `I` and `W`.
+
     Attributes:
         units: what each unit does.
         sent: what each unit makes for other units, by kind of action, boundaries first.
@@ -275,6 +294,8 @@ class Work:
     """The work of a call.
 
     Attributes:
+        programs: those of the call, by unit and microbatch.
+        groups: all of them, in the order of their first microbatches.
         group_of: the group of each microbatch.
     """
 
@@ -319,6 +340,8 @@ def find_work(
         opened: whether recomputations are inlined.
         kept: the traces of earlier calls.
     """
+    # Which backwards follow their forward directly, and so recompute nothing, depends
+    # on the order in which the actions really run.
     rows = schedule.actions
     if request.kind is CallKind.PULL_BACK:
         # All forwards come first.
@@ -343,10 +366,14 @@ def find_work(
     programs = Programs(
         Routes(units.stages), form, direct, split, remat, inputs, request, kept
     )
+    # The kinds that run: a call without gradients has the forwards alone.
     kinds: dict[tuple[int, int], set[Kind]] = defaultdict(set)
     for action in actions:
         kinds[action.stage, action.microbatch].add(action.kind)
     microbatches: dict[Hashable, list[int]] = defaultdict(list)
+    # Two microbatches are in one group if they agree in every unit. What units make for
+    # each other then fits together, and no pair of groups has to be compared.
+    # `programs.of` returns the same object for equal programs.
     for i in range(inputs.cut.m):
         ran = [frozenset(kinds[s, i]) for s in range(len(units.of_stage))]
         traced = [id(programs.of(u, i)) for u in range(len(units.stages))]
@@ -375,7 +402,9 @@ def _group(
     Arguments:
         kinds: of the actions of each unit.
     """
+    # The first microbatch stands for all.
     i = microbatches[0]
+    # What each unit runs,
     works = []
     for u, ran in enumerate(kinds):
         of_unit = programs.of(u, i)
@@ -391,6 +420,7 @@ def _group(
                 programs.recomputes(u, i),
             )
         )
+    # and only then what it makes: who reads it is known from the programs of others.
     sent = []
     kept = []
     by_value: dict[Value, Bundle[Any]] = {}
@@ -452,6 +482,7 @@ def _cotangents(
             for leaf in unit.flat.inputs
             if leaf.port == name and leaf in unit.joint.gradients
         ]
+        # The gradient of what the call gives is an output, and goes to nobody.
         if maker is None or not leaves:
             continue
         # Of several units that read a skip, the maker takes a cotangent of each.
