@@ -230,12 +230,11 @@ class Interpreter:
                 leaf: wrapped(a, inputs[leaf])
                 for leaf, a in zip(inputs, numbers, strict=True)
             }
-            # To run all ticks of this device,
             before = [[a[0] for a in arrays] for arrays in left]
             blocks = [a[0] for a in params]
             states = None if state is None else [a[0] for a in state]
             carry = self._scan(table[0], blocks, states, arrays, before)
-            # and to bring together what the devices have made, once for all ticks.
+            # Behind the loop the devices bring together what they have made.
             outputs = [self._everywhere(carry[buffer]) for buffer in self.outputs]
             gradients = self._add_up(carry, [*of_rows, *whole])
             after: list[list[Array]] = []
@@ -590,7 +589,7 @@ class Interpreter:
                 packed = self.machine.state.rows[row]
                 return packed.take(carry[StateBlock(row)], aval.shape)
             case Number(argument):
-                # The table is signed; programs take numbers as keys are folded.
+                # As `jax.random.fold_in` takes it.
                 return arguments[argument].astype(jnp.uint32)
             case Held(pool, argument, avals, k):
                 slot = arguments[argument]

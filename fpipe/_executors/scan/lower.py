@@ -152,8 +152,8 @@ def lower(
         for k, a in enumerate(inputs.of(port).leaves)
         if Leaf(port, k) not in inputs.whole(port) and is_large(a, schedule.devices)
     )
-    # Segments first: an operation is made, and its loans and outputs are noted, when an
-    # action asks for it.
+    # To make the segments fills `operations.loans`, `.outputs` and `.inputs`, which are
+    # read below: an operation is made when the first action asks for it.
     operations = Operations(work, buffers, params, state, spread)
     segments = tuple(_segment(loop, operations, inputs.cut.m) for loop in ticks)
     pools: dict[PoolName, Pool] = {}
@@ -277,8 +277,7 @@ class Operations:
         key = (u, group.microbatches[0], kind)
         if key not in self._made:
             self._made[key] = self._make(group, u, kind)
-        # A program may have nothing left to do: the end that only takes the input has
-        # no gradient, so its backward computes nothing and tells nobody.
+        # A program may have nothing to do: no code, and nothing that it passes on.
         found = self._made[key]
         return found if found.op.code is not None or found.op.targets else None
 
@@ -304,8 +303,7 @@ class Operations:
             values = tuple(map(number_of, bundle.arrays))
             return Put(pool, argument, bundle.avals, values)
 
-        # What becomes of the values. First what the unit keeps for its own later
-        # actions,
+        # What becomes of the values. First what the unit keeps for its later actions,
         targets: list[Target] = []
         arrivals: list[Place] = []
         kept = group.kept[u].get(kind)
@@ -391,14 +389,14 @@ class Operations:
             reader, name = readers[value.number]
             bundle = group.bundles[CotangentValue(reader, port, u)]
             return held(bundle, Gradient(name))
-        # What is left is an input of the unit: made by another unit,
+        # What is left is an input of the unit. Another unit has made it:
         assert isinstance(value, Input), value
         port, k = leaf = value.leaf
         maker = self.work.programs.routes.source(u, port)
         if maker is not None:
             bundle = group.bundles[ActivationValue(maker.stage, maker.port)]
             return held(bundle, Output(Leaf(maker.port, k)))
-        # lying in a row on the device,
+        # It lies in a row, on this device or on one that lends it:
         if port.kind == "params":
             aval = self.params.shape((port.of, k))
             loan = self._loan(u, (port.of, k))
@@ -409,13 +407,13 @@ class Operations:
             assert self.state is not None
             entry = (port.of, k)
             return State(self.state.where[entry].row, self.state.shape(entry))
-        # being a number of the table itself,
+        # It is a number in the table:
         if port == INDEX:
             return Number(0)
         if port.kind == "number":
             layer = LayerNumber(port.of)
             return Number(arguments.setdefault(layer, len(arguments)))
-        # or given by the call: whole, brought by a feed, or cut where it lies.
+        # Or the call gives it: whole, brought by a feed, or cut where it lies.
         if leaf in unit.flat.constant:
             return WholeInput(leaf)
         return FedPiece(leaf, kind) if leaf in self.spread else InputPiece(leaf)
