@@ -3,7 +3,12 @@
 In comes a function of flat arrays and the devices of its arrays, out goes a
 `PlacedFunction`. It is traced and divided once, for arrays of one form, and then called
 with any of these: programs are dispatched in the order of the plan, arrays are moved
-just before the program that reads them, and nothing waits for a result.
+just before the program that reads them, and nothing waits for a result. A call that
+clips three gradients by their global norm (the plan in `_programs.py`) dispatches
+
+    program of device 1: its sum     program of device 2: its sum
+    move both sums to device 0       program of device 0: the norm
+    move the norm to 1 and 2         programs of devices 0, 1, 2: the updates
 """
 
 import enum
@@ -23,7 +28,8 @@ from fpipe.optim._partition import partition
 from fpipe.optim._programs import Part, ProgramPlan, Slot, plan_programs
 from fpipe.optim._update_graph import UpdateGraph, run_operations
 
-# Arrays by slot and device; `None`: where the array was made, or came in.
+# Arrays by slot and device; `None`: where the array was made, or came in. The norm in
+# slot 5, made on device 0 and moved to device 1, is at `(5, None)` and at `(5, 1)`.
 _Arrays: TypeAlias = dict[tuple[int, int | None], Any]
 
 
@@ -35,6 +41,8 @@ class Tree(enum.Enum):
     stays.
     """
 
+    # Parameters are of no tree: whoever gets an update may overwrite it, and the
+    # parameters still need their own arrays then.
     GRADIENTS = enum.auto()  # They come out as updates.
     STATE = enum.auto()
 
@@ -71,7 +79,7 @@ class PlacedFunction:
 
     def __init__(self, cut: ProgramPlan, devices: Sequence[Device]) -> None:
         # A constant that is a JAX array would pull a program to the device that it is
-        # on.
+        # on. PRNG keys stay as they are: numpy has no dtype for them.
         constants = {
             v: np.asarray(a)
             for v, a in cut.graph.constants.items()
@@ -94,9 +102,11 @@ class PlacedFunction:
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         """Run it on arrays of the form that it was traced for; nothing waits."""
+        # Inputs have the first slots, in order (`ProgramPlan.slots`).
         arrays: _Arrays = {(slot, None): array for slot, array in enumerate(inputs)}
         if self._donated:
             self._copy_repeated(inputs, arrays)
+        # `_moves` has one more entry than there are programs: that of the outputs.
         for moves, part, call in zip(
             self._moves, self.cut.parts, self.calls, strict=False
         ):
@@ -126,6 +136,7 @@ class PlacedFunction:
 
 
 def _find(arrays: _Arrays, slot: int, device: int) -> Any:
+    # A copy that was moved here, if there is one; without a move it was here already.
     key = (slot, device)
     return arrays[key] if key in arrays else arrays[slot, None]
 
@@ -143,6 +154,9 @@ def divide(
         graph: traced of arrays such as `arrays`.
         first: the device on which small values of several devices meet.
     """
+    # The owner of an input is the device that works on it, and `found_on` is where the
+    # array is now. They differ for a count of steps: all devices own it (`None`), and
+    # it is found on the first one, from where it is copied.
     found_on = [device_of(a) for a in arrays]
     devices = [first, *(output.device for output in outputs)]
     devices += [d for d in (*(i.owner for i in inputs), *found_on) if d is not None]
@@ -157,6 +171,8 @@ def divide(
         [[device] for device in wanted_on],
         meeting_device=0,
     )
+    # `optax.masked` returns the gradients that it leaves alone as they came. Such an
+    # output needs no program.
     tree_of = dict(zip(graph.inputs, (i.tree for i in inputs), strict=True))
     aliasing = [
         output.tree is not None and tree_of.get(value) is output.tree
@@ -177,6 +193,8 @@ def _jit_part(
 ) -> Callable[..., list[Any]]:
     """The program of a part."""
     graph = cut.graph
+    # What the program takes and gives are arrays; operations are between values.
+    # Bundles of small values are split on the way in and joined on the way out.
     takes = [cut.slots[slot] for slot in part.takes]
     gives = [cut.slots[slot] for slot in part.gives]
     wanted = [v for slot in gives for v in slot.values]

@@ -35,13 +35,17 @@ def device_of(array: Any) -> Device | None:
 
 
 def array_form(array: Any) -> Hashable:
-    """What a plan is specialised on."""
+    """What a plan is specialised on, of an array: two of one form have one plan."""
     weak = getattr(array, "weak_type", False)
     return array.shape, array.dtype, weak, device_of(array)
 
 
 def first_device(devices: Sequence[Device]) -> Device:
-    """The device of the first parameter; JAX's first one, if there is none."""
+    """The device of the first parameter; JAX's first one, if there is none.
+
+    What belongs to no parameter (a count of steps) lies there, and small values of
+    several devices meet there.
+    """
     return devices[0] if devices else jax.devices()[0]
 
 
@@ -100,6 +104,8 @@ def state_owners(
     Raises:
         ValueError: an array of the state is not where its parameter is.
     """
+    # The parameter of a leaf is found by the leaf's path, not by where the leaf is: a
+    # state that was restored may be anywhere, and that is the error to find.
     owners: list[Device | None] = []
     named = jax.tree_util.tree_flatten_with_path(state)[0]
     parameters = parameters_of_state(seen.seen_paths, state)
@@ -112,6 +118,7 @@ def state_owners(
             # the next one itself. Anything large stays where it is.
             owners.append(device if nbytes(aval(leaf)) > SMALL else None)
             continue
+        # To move it here would hide the error, and cost a large transfer in each step.
         if device != devices[parameter]:
             name = leaf_name("params", seen.seen_paths[parameter])
             raise ValueError(
@@ -141,6 +148,8 @@ def refuse_tracers(call: str) -> None:
     """Refuse a call with placed leaves inside of a trace, unless only shapes are asked
     for.
     """
+    # Flax and checkpoint libraries ask `jax.eval_shape(tx.init, params)` for the
+    # structure of a state. That traces too, but nothing is to run.
     if only_shapes():
         return
     raise TypeError(

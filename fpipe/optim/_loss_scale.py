@@ -55,8 +55,9 @@ class DynamicLossScale:
         finite = all_finite(grads)
         steps = self.steps + 1
         due = finite & (steps >= self.period)
-        # Not below 1: what overflows there is no matter of scale. Not to infinity
-        # either.
+        # Not below 1: if gradients overflow at 1, no scale helps, and a smaller one
+        # would lose the small gradients too. Not to infinity either: then all gradients
+        # would be infinite for ever, as half of infinity is infinity.
         lower = jnp.maximum(self.scale / self.factor, 1.0)
         higher = self.scale * self.factor
         higher = jnp.where(due & jnp.isfinite(higher), higher, self.scale)

@@ -60,6 +60,8 @@ def mesh_of(tree: PyTree) -> Mesh | None:
     """
     for node in _packed_nodes(tree):
         for array in node.arrays:
+            # In a trace the sharding is part of the type, and its mesh is an
+            # `AbstractMesh`; `shard_map` takes both kinds.
             sharding = (
                 jax.typeof(array).sharding
                 if isinstance(array, Tracer)
@@ -141,7 +143,11 @@ class Cell:
 
 
 class PackedLeaf(jax.ShapeDtypeStruct):
-    """The shape of a leaf that lies in a cell."""
+    """The shape of a leaf that lies in a cell.
+
+    To JAX it is a shape like any other, so that packed trees are traced and checked by
+    the code that placed trees are. The cell travels along with it.
+    """
 
     def __init__(self, shape: Any, dtype: Any, cell: Cell) -> None:
         super().__init__(shape, dtype)
@@ -168,6 +174,8 @@ class Rows:
 
     def _layers(self, node: Packed) -> tuple[PyTree, ...]:
         packing = node.packing
+        # Trees are added one after the other (parameters, state, gradients), so a row
+        # has one number in its own `Packed` and another one here.
         number: dict[int, int] = {}
         for r, array in enumerate(node.arrays):
             if not _is_empty(array):
@@ -252,6 +260,7 @@ def state_outputs(
         state: shapes.
         first: the number of the first of these outputs.
     """
+    # A tree like the state, with the number of the output in the place of each array.
     arrays, spec = pack(state)
     numbers = spec.unpack(range(first, first + len(arrays)))
 
@@ -295,6 +304,9 @@ class StateTemplate:
         """Whether a node is a tuple of layers with leaves in the places of these
         parameters and nowhere else.
         """
+        # The states of optax are named tuples, so a plain tuple is one of layers, or
+        # the state of an `optax.chain`. A chain of bare numbers fits too, if each layer
+        # is a bare array; it is packed then, and comes out right all the same.
         if type(node) is not tuple or len(node) != len(self.packing.shapes):
             return False
         places = [
@@ -306,6 +318,8 @@ class StateTemplate:
 
     def packing_of(self, layers: Sequence[PyTree]) -> Packing:
         """How a tuple of layers, or the shapes of one, is packed."""
+        # A masked state has fewer leaves than the layer, so its leaves have other
+        # numbers.
         state_entry: dict[Entry, Entry] = {}  # By the parameter's.
         for k, layer in enumerate(layers):
             named = jax.tree_util.tree_flatten_with_path(layer)[0]
@@ -345,6 +359,12 @@ class StateTemplate:
         self, old: Row, state_entry: Mapping[Entry, Entry], shapes: Sequence[Shape]
     ) -> Iterator[Row]:
         """The rows of a state for one row of the parameters: one for each dtype."""
+        # For two parameters that share a row, and states of Adam and Adafactor:
+        #
+        #   parameters   (4, 4) and (4, 2)   float32[2, 16]   flat, padded
+        #   mu           (4, 4) and (4, 2)   float32[2, 16]   like the parameters
+        #   v_col        (4,) and (4,)       float32[2, 4]    a stack
+        #   v_row        (4,) and (2,)       float32[2, 4]    flat, padded
         new = [None if e is None else state_entry.get(e) for e in old.entries]
         leaf = {e: shapes[e[0]].leaves[e[1]] for e in new if e is not None}
         for dtype in dict.fromkeys(a.dtype for a in leaf.values()):
@@ -402,6 +422,8 @@ def check_packing(templates: Sequence[StateTemplate], state: PyTree, fix: str) -
     for path, node in named:
         if not isinstance(node, Packed):
             continue
+        # The leaves may be right and their places wrong: the same layers on other
+        # devices. The update would then take each block for another layer's.
         layers = node.packing.whole
         if not any(
             template.fits(layers) and template.packing_of(layers) == node.packing

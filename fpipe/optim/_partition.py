@@ -116,6 +116,11 @@ def partition(
     # Forward: where each operation runs; small ones run where they are for. Backward
     # again: who reads each value, now that the operations between have owners, and how
     # many rounds follow.
+    # For the norm above, the passes find:
+    #
+    #   demand    s0, s1 and n are for devices 0 and 1, u0 is for 0, u1 for 1
+    #   owners    s0: 0 and s1: 1, like their gradients; n: the meeting device, 0
+    #   readers   s1: {0: 1}, one round follows; n: {0: 0, 1: 0}, none follows
     no_owners = [None] * len(graph.operations)
     demand = _readers(graph, output_readers, no_owners)
     owners = {
@@ -129,6 +134,9 @@ def partition(
             owners.update(dict.fromkeys(operation.makes, owner))
 
     readers = _readers(graph, output_readers, operation_owners)
+    # Rounds are counted from the end and turned around: `last - left`. If operations
+    # ran as early as they can, `s0` would be a program of its own before that of `n`:
+    # one more to dispatch on device 0, for nothing that anyone waits for.
     rounds_left = {v: _rounds_left(readers.get(v, {}), d) for v, d in owners.items()}
     operation_rounds_left = [
         max((rounds_left.get(v, 0) for v in operation.makes), default=0)
@@ -156,6 +164,8 @@ def _operation_owner(
     meeting_device: int | None,
 ) -> int | None:
     """The device that runs an operation; `None` for all that read its result."""
+    # The cases are in order of cost: never move a large array if it can be helped, then
+    # as few crossings as can be, then as few programs as can be.
     held = [
         _Held(owners[v], nbytes(graph.avals[v]))
         for v in dict.fromkeys(operation.reads)
@@ -184,7 +194,11 @@ def _operation_owner(
 
 
 def _heaviest(held: Sequence[_Held]) -> int:
-    """The device with the largest value; of several, the one that has most bytes."""
+    """The device with the largest value; of several, the one that has most bytes.
+
+    `a[1, 400] @ b[400, 400]` runs where `b` is. For equal arrays, the device with most
+    of them moves none of its own.
+    """
     largest = max(h.bytes for h in held)
     holders = {h.owner for h in held if h.bytes == largest}
     if len(holders) == 1:
@@ -207,6 +221,8 @@ def _readers(
     for operation, owner in zip(
         reversed(graph.operations), reversed(operation_owners), strict=True
     ):
+        # Who reads a result of an operation without owner reads its inputs too. With an
+        # owner, the owner alone reads them.
         reading: _Readers = {}
         for value in operation.makes:
             _add_readers(reading, readers.get(value, {}))
@@ -223,5 +239,9 @@ def _add_readers(readers: _Readers, more: Mapping[int, int]) -> None:
 
 
 def _rounds_left(readers: Mapping[int, int], owner: int) -> int:
-    """How many rounds follow the one in which a value is made on `owner`."""
+    """How many rounds follow the one in which a value is made on `owner`.
+
+    A reader on the same device adds none: it may be in the same program. Any other adds
+    one, because values cross between rounds only.
+    """
     return max((left + (d != owner) for d, left in readers.items()), default=0)

@@ -1,7 +1,11 @@
 """`init` and `update` for the placed executor: leaves lie on several devices.
 
 In come a transformation and trees with each leaf on one device, out goes a
-`PlacedTransformation`, made once for trees of one form and called for all of them.
+`PlacedTransformation`, made once for trees of one form and called for all of them. With
+Adam over two devices, the flat arrays of `update` and their owners are
+
+    gradient 0, gradient 1, count, mu 0, mu 1, nu 0, nu 1, parameter 0, parameter 1
+             0           1   all      0     1     0     1            0            1
 """
 
 import dataclasses
@@ -56,6 +60,9 @@ class PlacedTransformation:
         Arguments:
             state, extra: the arrays of the trees that the plan was made for.
         """
+        # Parameters say what is frozen or an integer, and so needs no update. Without
+        # them (`params=None` is allowed by optax) the gradients have the same
+        # structure.
         leaves = jax.tree.leaves(grads if params is None else params)
         gradients = self.seen.select_gradients(grads)
         parameters = [] if params is None else self.seen.select(leaves)
@@ -72,6 +79,8 @@ def plan_init(tx: Any, params: PyTree, frozen: Frozen | None) -> PlacedTransform
     leaves = jax.tree.leaves(params)
     parameters = seen.select(leaves)
     devices = parameter_devices("per_stage(tx).init", parameters, seen.seen_paths)
+    # Nothing is donated, and no output is handed through: a state may begin as a copy
+    # of the parameters (`optax.contrib.schedule_free`), and must outlive them.
     traced = trace_init(tx, seen, parameters)
     run = divide(
         traced.graph,
@@ -98,6 +107,8 @@ def plan_update(
     seen = SeenLeaves.of(like, frozen)
     shown = seen.select(leaves)
     devices = parameter_devices("per_stage(tx).update", shown, seen.seen_paths)
+    # All is checked before anything is traced: errors of a trace name operations, and
+    # these name leaves.
     gradients = seen.select_gradients(grads)
     check_gradients(seen, gradients, devices)
     check_state(tx, seen.seen_tree(shown), state, FIX)

@@ -1,7 +1,12 @@
 """Optimizer states between partitions: `gather` and `place`.
 
 Between them a state is as plain optax has it for `pipe.gather(params)`, one tree with
-an entry per layer, whatever the executor: that is what a checkpoint holds.
+an entry per layer, whatever the executor: that is what a checkpoint holds. A moment of
+two layers is
+
+    placed      (mu of layer 0 on device 0, mu of layer 1 on device 1)
+    scan        Packed(float32[2, 16]), a block on each device
+    gathered    (mu of layer 0, mu of layer 1), both on the first device
 """
 
 import functools
@@ -47,6 +52,7 @@ def gather(state: PyTree) -> PyTree:
     mesh = mesh_of(state)
     leaves = jax.tree.leaves(state)
     if not all(a.is_fully_addressable for a in leaves if isinstance(a, jax.Array)):
+        # An array is spread over several processes, so `device_put` cannot fetch it.
         # What is not packed is whole on every device.
         return state if mesh is None else _unpack_on(mesh)(Bundle.of(state)).tree
     arrays, spec = pack(unpack_tree(state))
@@ -87,16 +93,22 @@ def place(state: PyTree, params: PyTree, tx: Any = None) -> PyTree:
         ValueError: parameters that are not placed; a state that is not of `tx` and
             these parameters.
     """
+    # Unpacked first, so that every state is compared and placed in one form, even one
+    # that comes packed for another partition.
     state = unpack_tree(state)
     if tx is not None:
         _check_state_of(tx, state, params)
     if any_packed(params):
         mesh = mesh_of(params)
         arrays, spec = pack(state)
+        # Whole on all devices of the mesh first: then `jit` runs there, and each device
+        # cuts out its block. Arrays on one device alone would be refused beside a mesh.
         if mesh is not None and not is_traced((state, params)):
             arrays = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec()))
         templates = templates_of(params)
         return jax.jit(lambda a: pack_state(spec.unpack(a), templates, mesh))(arrays)
+    # Of all parameters, frozen ones too: `place` does not know what is frozen (unless
+    # it has `tx`), and a path that no state has does no harm.
     named = jax.tree_util.tree_flatten_with_path(params)[0]
     paths = [path for path, leaf in named if is_array(leaf)]
     arrays = [leaf for _, leaf in named if is_array(leaf)]
@@ -122,6 +134,7 @@ def _check_state_of(tx: Any, state: PyTree, params: PyTree) -> None:
     call = "fpipe.optim.place(state, params, tx)"
     check_transformation(call, tx)
     shapes = shapes_unpacked(params)
+    # What is frozen is masked as `init` masks it: the state has no leaf for it.
     if isinstance(tx, PerStage):
         engine = engine_of(tx)
         seen = SeenLeaves.of(shapes, engine.frozen)

@@ -154,14 +154,19 @@ def plan_programs(
         donate: whether each input may be overwritten.
     """
     graph = partition.graph
+    # Where each value is: on its owner, which makes it; inputs where they came in.
     found_on: dict[int, int | None] = dict(partition.owners)
     found_on.update(zip(graph.inputs, input_devices, strict=True))
+    # An output that is an input, and is there already, needs no program. One that has
+    # no owner may be moved: the array that comes in stays where it is.
     handed_through = {
         k
         for k, v in enumerate(graph.outputs)
         if aliasing[k]
         and (v not in partition.owners or found_on[v] == output_devices[k])
     }
+    # Slots are numbered in this order: inputs, arrays between programs, outputs. In the
+    # example 0 to 2 are the gradients, 3 and 4 sums, 5 the norm, 6 to 8 the updates.
     drafts = _draft_programs(partition, output_devices, handed_through)
     slots = [Slot((v,)) for v in graph.inputs]
     for key, values in _exports(partition, drafts):
@@ -175,6 +180,7 @@ def plan_programs(
             draft.gives.append(len(slots))
             slots.append(Slot((graph.outputs[k],), output=k))
 
+    # Values become slots. Several values of one bundle are one slot to take.
     parts = []
     for key, draft in drafts.items():
         takes = dict.fromkeys(slot_of[v] for v in draft.reads)
@@ -209,6 +215,9 @@ def _draft_programs(
             key = _Key(partition.last_round, device)
         drafts.setdefault(key, _Draft()).outputs.append(k)
 
+    # What a program may read: inputs, and values with an owner. Values without an owner,
+    # such as `1 - 0.9 ** count`, are in no slot: `select` adds the operations that make
+    # them to each program that needs one.
     readable = {*partition.owners, *graph.inputs}
     for draft in drafts.values():
         made_here = {v for n in draft.own_operations for v in graph.operations[n].makes}
@@ -273,6 +282,7 @@ def _moves(
     for position, part in enumerate(parts):
         for slot in part.takes:
             add(part.round, slot, part.device, position)
+    # Outputs that are made are made where they are wanted; only handed ones may move.
     for slot, device in outputs:
         if slot < len(graph.inputs):
             add(0, slot, device, len(parts))
@@ -292,6 +302,10 @@ def _with_donations(
     It is the last to read them, and gives an array of that shape: others would be
     donated in vain, and XLA warns of that.
     """
+    # JAX donates what it is told to, and deletes it, so an array that is still read
+    # would be an error in a later program: each condition below is one way to be still
+    # read, or to be donated in vain. Arrays between programs are left out: most are
+    # numbers, and all are freed when the call returns.
     last_reader: dict[int, int] = {}
     for position, part in enumerate(parts):
         last_reader.update(dict.fromkeys(part.takes, position))
@@ -309,6 +323,9 @@ def _with_donations(
         free = [form(slot) for slot in part.gives if not slots[slot].bundled]
         donates = []
         for slot in part.takes:
+            # In the order of the lines: an array that the caller gave, and allowed to
+            # overwrite; itself and not a copy on another device; not an output too;
+            # read by nothing later; and of the form of a result that has no memory yet.
             if (
                 slot < len(graph.inputs)
                 and donate[slot]

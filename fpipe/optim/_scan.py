@@ -1,7 +1,12 @@
 """`init` and `update` for the scan executor: parameters are `fpipe.Packed`.
 
 In come a transformation and packed trees, out go packed trees. All is traced, inside
-of the user's `jax.jit` or of one of our own, and becomes one program.
+of the user's `jax.jit` or of one of our own, and becomes one program. For two layers
+with a weight each, Adam's state goes in and comes out as
+
+    ScaleByAdamState(count=int32[], mu=Packed(float32[2, 16]), nu=Packed(...))
+
+and Adam itself is shown `mu=(float32[4, 4], float32[4, 2])`.
 """
 
 from typing import Any
@@ -31,6 +36,8 @@ _FIX = (
 
 def init(tx: Any, params: PyTree, frozen: Frozen | None, mesh: Mesh | None) -> PyTree:
     """The initial state; what is like the parameters is packed like them."""
+    # Rows go in as they are. What the transformation is shown are shapes, and the
+    # leaves are cut out of the rows inside of the program, by the device that has them.
     rows = Rows()
     leaves = rows.add(params)
     seen = SeenLeaves.of(leaves, frozen)
@@ -48,6 +55,7 @@ def update(
     frozen: Frozen | None,
 ) -> tuple[PyTree, PyTree]:
     """Packed updates and the next state."""
+    # Without parameters the gradients say how updates are packed.
     like = grads if params is None else params
     rows = Rows()
     leaves = rows.add(like)
@@ -56,6 +64,8 @@ def update(
     seen = SeenLeaves.of(leaves, frozen)
     shown = seen.select(jax.tree.leaves(leaves))
     templates = templates_of(like)
+    # First the leaves (another model or transformation), then their places (another
+    # partition): each has an error of its own.
     check_state(tx, seen.seen_tree(shown), old_state, _FIX)
     check_packing(templates, state, _FIX)
     traced = trace_update(
@@ -66,6 +76,8 @@ def update(
         None if params is None else shown,
         extra,
     )
+    # Updates are packed like the parameters, so that adding them is row plus row. The
+    # numbers of the outputs go on from one tree to the next.
     outputs = (
         update_outputs(like, seen),
         state_outputs(traced.state, templates, first=traced.updates),

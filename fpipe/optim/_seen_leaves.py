@@ -48,6 +48,8 @@ class SeenLeaves:
     def of(cls, tree: PyTree, frozen: Frozen | None) -> "SeenLeaves":
         """Of the unpacked parameters."""
         named, treedef = jax.tree_util.tree_flatten_with_path(tree)
+        # Integers are not seen because optax would make moments of them, and their
+        # gradients are `float0`, with which nothing can be computed.
         flags = [False] * len(named)
         if frozen is not None:
             flags = _frozen_flags(frozen, tree)
@@ -68,6 +70,8 @@ class SeenLeaves:
 
     def select_gradients(self, gradients: PyTree) -> list[Any]:
         """The gradients of the leaves that it sees."""
+        # `flatten_up_to` and not `flatten`: gradients of what is not seen may be
+        # anything, such as `None`, which is no leaf of its own.
         try:
             leaves = self.treedef.flatten_up_to(gradients)
         except ValueError as error:
@@ -143,6 +147,9 @@ def no_update(leaf: Any) -> Any:
     """
     if not is_array(leaf):
         return None
+    # A numpy zero is told from a JAX array by `apply_updates`, which then hands the
+    # parameter on; plain `optax.apply_updates` adds it. There is no zero of a PRNG key:
+    # `float0` stands for it.
     plain = isinstance(leaf.dtype, np.dtype)
     return np.zeros((), leaf.dtype if plain else jax.dtypes.float0)
 
@@ -162,6 +169,9 @@ def parameters_of_state(paths: Sequence[Path], state: PyTree) -> list[int | None
     number = {path: n for n, path in enumerate(paths)}
     found = []
     for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]:
+        # The longest end counts: of the parameters `[0]` and `[1][0]`, the moment
+        # `.mu[1][0]` is of the second. A bare number in a chain, at `[1]`, is taken for
+        # a part of the parameter `[1]`. That is no error: it only lies on that device.
         ends = (number.get(path[start:]) for start in range(len(path) + 1))
         found.append(next((n for n in ends if n is not None), None))
     return found
@@ -196,11 +206,14 @@ def check_state(
             f"these parameters and `frozen`: {len(paths)} leaves, and `init(params)` "
             f"gives {len(wanted_paths)}; {fix}"
         )
+    # Equal paths in nodes of another kind: a tuple for a list, or a named tuple of an
+    # older release of optax.
     if treedef != wanted_treedef:
         raise ValueError(
             f"`{call}`: the optimizer state is {treedef}, and `init(params)` gives "
             f"{wanted_treedef}; {fix}"
         )
+    # Dtypes may differ: the update is traced with those that the state has.
     for (path, leaf), (_, wanted) in zip(leaves, wanted_leaves, strict=True):
         if is_array(leaf) and leaf.shape != wanted.shape:
             raise ValueError(

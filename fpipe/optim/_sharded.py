@@ -84,6 +84,7 @@ def run_sharded(
         `outputs` with the results in place.
     """
     graph = traced.graph
+    # Who reads each output: the device whose block it goes into, or all.
     count = mesh.shape[AXIS] if mesh is not None else _device_count(rows)
     asked, treedef = jax.tree.flatten(outputs)
     packed = [out for out in asked if isinstance(out, PackedOutput)]
@@ -96,6 +97,7 @@ def run_sharded(
             for device, number in enumerate(numbers):
                 if number is not None:
                     readers[number] = [device]
+    # Who has each input: the device in whose block it lies, or all.
     cells: dict[int, Cell] = {}
     shared: dict[int, Any] = {}
     for value, leaf in zip(graph.inputs, traced.leaves, strict=True):
@@ -111,6 +113,8 @@ def run_sharded(
     else:
         made, known_to_all = _run_on_mesh(update, rows, shared, mesh)
 
+    # Results come flat, in the order of `packed` and of `whole`; rows in which nothing
+    # is were not made.
     blocks = iter(made)
     arrays = iter(known_to_all)
 
@@ -152,12 +156,17 @@ class ShardedUpdate:
         Arguments:
             shared: the inputs that all devices have.
         """
+        # What all devices know grows round by round. Everything else is computed inside
+        # of a task, from what is known and the device's own blocks, and is forgotten
+        # after it.
         known = dict(shared)
         rounds: dict[int, list[int]] = {}
         for crossing in self.partition.crossings:
             rounds.setdefault(crossing.round, []).append(crossing.value)
         for _, values in sorted(rounds.items()):
             known.update(self._exchange(values, known, devices))
+        # Outside of the branches, once, since all devices can: they are of known
+        # values.
         outputs = [self._value(out.number) for out in self.whole]
         whole = self._compute(outputs, known)
         blocks = devices.run_each(
@@ -174,6 +183,8 @@ class ShardedUpdate:
                 for n in numbers
                 if n is not None
             ]
+            # Updates of one row may differ in dtype although the parameters do not: the
+            # row is of the widest.
             found.append(max(dtypes, key=lambda d: d.itemsize) if dtypes else None)
         return found
 
@@ -196,6 +207,8 @@ class ShardedUpdate:
     ) -> list[Any]:
         """Make values from what is known to all, and from the cells of a device."""
         graph = self.partition.graph
+        # The device may start from its own cells and from what is known; `select` finds
+        # the operations from there, those without owner included.
         cells = {v for v, cell in self.cells.items() if cell.device == device}
         operations, reads = graph.select(wanted, cells.union(known))
         given = {
@@ -215,6 +228,8 @@ class ShardedUpdate:
             )
             if dtype is not None
         ]
+        # All devices return blocks of all rows, or they could not be branches of one
+        # `switch`: zeros where a device has nothing.
         wanted = [self._value(number) for _, _, number in rows if number is not None]
         made = iter(self._compute(wanted, known, device, blocks))
         return [
@@ -225,7 +240,12 @@ class ShardedUpdate:
         ]
 
     # An exchange: for each dtype a vector, in which each device has its values end to
-    # end. PRNG keys cross as numbers.
+    # end. PRNG keys cross as numbers. Device 0 with the sums a and b, device 1 with c:
+    #
+    #   device 0 | a b |      all_gather      every device | a b |
+    #   device 1 | c 0 |                                   | c 0 |
+    #
+    # One collective for all values of a dtype in a round: starting it is the cost.
 
     def _exchange(
         self, values: Sequence[int], known: Mapping[int, Any], devices: Devices
@@ -290,6 +310,9 @@ def _device_count(rows: Sequence[Any]) -> int:
 class LoopedDevices:
     """Devices one after the other, without a mesh: for shapes, or where nothing is in
     rows.
+
+    `jax.eval_shape` of packed shapes comes here: there are no arrays that could say
+    which mesh they are on. The results have the shapes that they have on a mesh.
     """
 
     def __init__(self, rows: Sequence[Any], count: int) -> None:
@@ -320,6 +343,8 @@ class MeshDevices:
 
     def run_each(self, task: Task) -> list[Any]:
         """A branch for each device; no `switch` where all branches are the same."""
+        # Equal stages share one branch, so that a model of 64 equal stages compiles one
+        # update and not 64.
         branch_of, branches = self._distinct_branches(task)
         if len(branches) == 1:
             return branches[0](self._blocks)
@@ -355,6 +380,7 @@ def _run_on_mesh(
     def local(
         rows: Sequence[Any], arrays: Sequence[Any]
     ) -> tuple[list[Any], list[Any]]:
+        # `shard_map` gives each device its part of a row, which is one block.
         devices = MeshDevices([row[0] for row in rows], mesh.shape[AXIS])
         known = {
             v: wrapped(array, aval(given))

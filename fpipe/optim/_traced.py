@@ -41,6 +41,8 @@ def trace_init(
     tx: Any, seen: SeenLeaves, parameters: Sequence[Any]
 ) -> TracedTransformation:
     """Trace `tx.init` of the parameters that it sees."""
+    # A trace returns arrays alone. The structure of the state is known when `tx.init`
+    # has run, and comes out of the trace by this list.
     states: list[PyTree] = []
 
     def init(*leaves: Any) -> list[Any]:
@@ -69,6 +71,7 @@ def trace_update(
     """
     state_arrays, state_spec = pack(state)
     extra_arrays, extra_spec = pack(extra)
+    # Static leaves (a function in a state) are set aside, and put back inside.
     sections = [gradients, state_arrays, parameters or (), extra_arrays]
     states: list[PyTree] = []
 
@@ -82,6 +85,7 @@ def trace_update(
             **extra_spec.unpack(e),
         )
         states.append(numbers_as_arrays(new))
+        # Masked updates have no leaves: there are as many as gradients were given.
         return [*jax.tree.leaves(updates), *pack(states[-1])[0]]
 
     leaves = [leaf for section in sections for leaf in section]

@@ -83,6 +83,9 @@ class Engine:
         self.frozen = frozen
         self.donate = donate
         self.plans = Recent(_KEPT_PLANS)
+        # Compiled once for each transformation: `jax.jit` keeps its programs by the
+        # function that it is given, and each `jit` of a new function would compile
+        # again.
         positions = {"grads": 0, "state": 1}
         self._init_compiled = jax.jit(self._init_packed, static_argnums=1)
         self._update_compiled = jax.jit(
@@ -92,6 +95,9 @@ class Engine:
 
     def init(self, params: PyTree) -> PyTree:
         """The initial state."""
+        # Three kinds of call: packed parameters, inside of a trace or not; placed ones
+        # in `jax.eval_shape`, where only shapes are wanted; placed ones, which is the
+        # usual one.
         if any_packed(params):
             mesh = mesh_of(params)
             if is_traced(params):
@@ -102,6 +108,8 @@ class Engine:
             seen = SeenLeaves.of(params, self.frozen)
             leaves = seen.select(jax.tree.leaves(params))
             return numbers_as_arrays(self.tx.init(seen.seen_tree(leaves)))
+        # Without weak types: updated parameters have none, and with them the second
+        # step would be another form than the first, and be traced and compiled again.
         params = map_arrays(strong, params)
         arrays, spec = pack(params)
         planned = self.plans.get(
@@ -114,6 +122,8 @@ class Engine:
         self, grads: PyTree, state: PyTree, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, PyTree]:
         """Updates and the next state."""
+        # A learning rate given as `0.1` is an array too, or each value of it would be
+        # static and have a plan of its own.
         extra = numbers_as_arrays(extra)
         traced = is_traced((grads, state, params, extra))
         if any_packed((grads, params)):
@@ -126,6 +136,9 @@ class Engine:
             refuse_tracers("per_stage(tx).update")
             return self._update_shapes(grads, state, params, extra)
         grads, state, params = map_arrays(strong, (grads, state, params))
+        # The plan is kept by all that its trace depends on: JAX's settings, the
+        # structures with their static leaves, and the form of each array. The
+        # transformation is not in the key, because the plans are its own.
         packs = [pack(part) for part in (grads, state, params, extra)]
         forms = [(spec, tuple(map(array_form, arrays))) for arrays, spec in packs]
         planned = self.plans.get(
@@ -239,7 +252,7 @@ def per_stage(
 
 def _without_float0(tree: PyTree) -> PyTree:
     """Without `float0` arrays, which `jax.jit` refuses: what has such a gradient is
-    passed over anyhow.
+    passed over in any case.
     """
     return jax.tree.map(
         lambda a: (

@@ -34,6 +34,8 @@ from fpipe.optim._packed import any_packed
 from fpipe.optim._seen_leaves import check_donate
 from fpipe.optim._update_graph import trace_update_graph
 
+# Kept for all calls, since there is no object that could keep them: a training loop
+# calls each function with one or two forms of trees.
 _plans = Recent(32)
 
 _DONATABLE = ("params", "updates")
@@ -86,8 +88,11 @@ def apply_updates(
         and is_array(leaves[n])
         and is_inexact(leaves[n])
     ]
+    # Weak types go for the reason that they go in `update`: one plan for all steps.
     old = map_arrays(strong, [leaves[n] for n in changing])
     added = map_arrays(strong, [changes[n] for n in changing])
+    # Three cases: part of the user's program; packed, one program over the mesh;
+    # placed, a program on each device.
     packed = any_packed(params)
     if is_traced((old, added)):
         if not packed:
@@ -117,6 +122,7 @@ def _add(params: Sequence[Any], updates: Sequence[Any]) -> list[Any]:
     return new
 
 
+# One `jit` for each choice of what is donated, as `jit` fixes that when it is made.
 @functools.cache
 def _compiled_add(
     donate_params: bool, donate_updates: bool
@@ -177,6 +183,8 @@ def _reduce(call: str, f: Callable[[Sequence[Any]], Any], tree: PyTree) -> Any:
     first one if they are placed.
     """
     arrays = [a for a in jax.tree.leaves(tree) if is_array(a) and is_inexact(a)]
+    # Rows of a `Packed` go in whole: their padding is zero, which adds nothing to a
+    # norm and is finite. XLA adds up the devices' parts.
     if any_packed(tree) or not arrays:
         return f(arrays)
     if is_traced(arrays):
@@ -190,5 +198,6 @@ def _reduce(call: str, f: Callable[[Sequence[Any]], Any], tree: PyTree) -> Any:
         inputs = [Input(owner) for owner in owners]
         return divide(graph, arrays, inputs, [Output(first)], first)
 
+    # The name of the call stands for `f`, of which there is one for each.
     key = (call, settings(), tuple(map(array_form, arrays)))
     return _plans.get(Key(key), plan)(arrays)[0]

@@ -10,6 +10,8 @@ finite, `cond(finite, [keep, adam], gradient, moment)`, for example, is
     | new = multiply(g, 0.1)    | 0, 2    | 3     | (conditional 0, 1)  |
     | choice: m or new          | 2, 1, 3 | 4     |                     |
 
+where value 0 is the gradient g and value 1 the moment m.
+
 A conditional left whole would be one operation that reads arrays of all devices, and
 all of them would have to move to one device. Opened, each equation can run on a device
 of its own. The *guards* of an equation say which conditionals it stood in.
@@ -121,6 +123,8 @@ class UpdateGraph:
             available: the values to start from.
             required: the positions of operations that run in any case.
         """
+        # Backward, from what is wanted. What is available stops the search: a norm that
+        # was moved here is not computed here again.
         needed = set(wanted)
         chosen = list[Operation]()
         for position in reversed(range(len(self.operations))):
@@ -173,6 +177,8 @@ class _Opener:
         self, graph: Graph, inputs: Sequence[int], guards: tuple[Guard, ...]
     ) -> list[int]:
         """Add the operations of a graph that reads `inputs`; return its outputs."""
+        # Numbers of a trace begin at 0 in each branch; here all values have numbers of
+        # their own, except that a branch's inputs are the operands of the conditional.
         number = dict(zip(graph.inputs, inputs, strict=True))
         for value, shape in graph.avals.items():
             if value not in number:
@@ -191,6 +197,9 @@ class _Opener:
                     Equation((*reads, *predicates), makes, guards, renumbered)
                 )
                 continue
+            # A `cond`: the operations of its branches in turn, each under one guard
+            # more, and then a choice for each result. `switch` is a `cond` with more
+            # branches.
             conditional = len(self.conditionals)
             branches = [
                 inline(branch, keep_rules=False)
@@ -213,6 +222,8 @@ class _Opener:
 def _without_dead_operations(
     operations: Sequence[Operation], outputs: Iterable[int]
 ) -> tuple[Operation, ...]:
+    # Each conditional was one equation, all of whose results JAX kept if any was read.
+    # Opened, what makes the others is dead. Effects (`jax.debug.print`) stay.
     needed = set(outputs)
     live = list[Operation]()
     for operation in reversed(operations):
@@ -235,6 +246,8 @@ def run_operations(
     """
     values = {**graph.constants, **given}
     _run(graph, operations, values, frozenset(wanted), 0)
+    # A constant is in numpy here, or a Python number. Programs return arrays, of the
+    # dtype that the trace promised.
     return [
         values[v]
         if isinstance(values[v], jax.Array)
@@ -282,6 +295,8 @@ def _run_conditional(
     It gives its choices, and those values of its branches that are wanted outside:
     another device may make the choice, or run the rest of the branch.
     """
+    # Three things: the operations of each branch, the choices of this conditional, and
+    # which branch makes each value that is read from outside.
     inside: dict[int, list[Operation]] = {}
     for operation in operations:
         if len(operation.guards) > depth:
@@ -315,6 +330,8 @@ def _run_conditional(
         functools.partial(run_branch, branch)
         for branch in range(graph.conditionals[conditional].branches)
     ]
+    # Branches close over `values`, so that `switch` has no operands to line up: JAX
+    # finds what each branch reads.
     predicate = values[graph.conditionals[conditional].predicate]
     results = jax.lax.switch(predicate, branches)
     made = [v for choice in choices for v in choice.makes]
