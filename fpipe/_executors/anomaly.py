@@ -11,11 +11,16 @@ fault of the microbatch so far, as a number (`fpipe._executors.faults`):
 
 Backward faults go the other way by the same road, as the cotangent of one more number,
 the *tap*: a layer's entry is an identity whose pull-back looks at the layer's gradients
-and returns, as the gradient of the tap, the code of the first fault. Thus the gradient
+and returns, as the gradient of the tap, the code of the first fault. So the gradient
 of the tap that a microbatch starts with names the first fault of its backward.
 
 A program does not hold the position of a layer as a constant: layers are counted on the
 way. So layers that compute the same stay the same program.
+
+Two other ways would not do. A host callback in each layer: on CPU, programs with
+callbacks run on the thread that calls them, so devices would no longer overlap.
+`jax.debug_nans`: it names the operation, and neither the layer nor the microbatch.
+Here the host looks once, at the codes, when the call has its results.
 """
 
 import dataclasses
@@ -74,7 +79,8 @@ class Watched(NamedTuple):
         value: what went there before.
         layer: how many layers it has passed.
         fault: the first forward fault of the microbatch so far.
-        tap: 0; its cotangent is the first backward fault.
+        tap: 0; its cotangent is the first backward fault. A float, for integers have no
+            cotangents: float32 holds codes up to 2**24 exactly.
     """
 
     value: PyTree
@@ -107,6 +113,9 @@ class _WatchedLayer:
     last: bool
 
     def __call__(self, params: PyTree, x: Watched, **needs: Any) -> Any:
+        # What the layer is given goes through the tap first. Then it is cast, here and
+        # not by the model: so the gradients that are looked at are those that the layer
+        # gives to its uncast inputs, as a call returns them.
         values = {"params": params, "x": x.value}
         values |= {name: needs.pop(name) for name in list(needs) if name in _TAPPED}
         tapped, tap = tap_gradients(values, x.tap, x.layer)
@@ -118,6 +127,7 @@ class _WatchedLayer:
             **needs,
         )
 
+        # What it returned, taken apart as the model would do it.
         names = [name for name in ("carry", "state") if self.layer.asks(name)]
         if not names:
             y = result
@@ -126,7 +136,7 @@ class _WatchedLayer:
             y = result[0]
             returned = dict(zip(names, result[1:], strict=True))
         else:
-            return result  # It is wrong, and whoever calls this says so.
+            return result  # It is wrong; the model checks it, and its error says so.
         stashed = returned.get("carry")
         if isinstance(stashed, dict):
             # A peeked skip is checked to be the very one that the layer was given, so
@@ -142,6 +152,8 @@ class _WatchedLayer:
         if self.last:
             y = wide_output(y, self.compute_dtype)
 
+        # It is a fault of this layer if something that it made is not finite. What it
+        # was given is noted with it, for the sentence.
         found = {
             ForwardPart.OUTPUT: is_bad(y),
             ForwardPart.STASHED: is_bad(stashed),
@@ -169,6 +181,7 @@ class _WatchedLoss:
     weighted: bool
 
     def __call__(self, y: Watched, *targets: PyTree) -> Any:
+        # The last tap goes nowhere: with the loss the backward begins, without a fault.
         tapped, _ = tap_gradients({"x": y.value, "side": targets}, y.tap, y.layer)
         result = self.fn(tapped["x"], *tapped["side"])
         aux = None
@@ -228,6 +241,13 @@ def tap_gradients(
 ) -> tuple[dict[str, PyTree], Any]:
     """The same values and tap, with a pull-back that looks at gradients.
 
+    The pull-back of this identity runs behind the layer's own backward: the cotangents
+    that it gets are the layer's gradients of what it was given.
+
+        forward     values, tap  ->  the same
+        backward    gradients, code of later layers  ->  the same gradients, and
+                    code = later, if it is not 0, else that of these gradients
+
     Arguments:
         values: what a layer is given, by the names in `_TAPPED`.
         tap: its cotangent is the code of the first fault of the layers that follow; the
@@ -236,7 +256,8 @@ def tap_gradients(
     """
     values = dict(values)
     arrays, spec = pack(values)
-    # In the order in which JAX flattens a dict.
+    # For each array the part that it belongs to, in the order in which JAX flattens a
+    # dict.
     parts = [_TAPPED[name] for name in sorted(values) for _ in pack(values[name])[0]]
     numbers = [n for n, array in enumerate(arrays) if is_inexact(array)]
 
@@ -245,12 +266,15 @@ def tap_gradients(
             parts[n] if a.perturbed else None
             for n, a in zip(numbers, floats, strict=True)
         ]
+        # A gradient that the call does not ask for is not looked at, for it would be
+        # computed only for that.
         outputs = (tap.value, *(a.value for a in floats))
         return outputs, (layer.value, _AskedParts(tuple(asked)))
 
     def backward(kept: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
         layer, asked = kept
         symbolic = jax.custom_derivatives.SymbolicZero
+        # A symbolic zero is finite, and looking at it would make an array of it.
         later, *gradients = [None if isinstance(c, symbolic) else c for c in cotangents]
         by_part: dict[BackwardPart, list[Any]] = {
             part: [] for part in asked.parts if part is not None
@@ -270,6 +294,8 @@ def tap_gradients(
         found[BackwardPart.PENDING] = bad_input_only
         code = jnp.where(bad, BACKWARD.encode(layer, found), 0)
         code = jnp.broadcast_to(code.astype(tap.dtype), tap.shape)
+        # A pending fault of a later layer is confirmed if of this layer more is asked
+        # for than the gradient of its input: that is made out of the infinite one.
         if later is not None:
             if set(by_part) - {BackwardPart.INPUT}:
                 later = confirm(later)
@@ -341,6 +367,8 @@ class Detector:
         self, args: Args, loss: Loss | None, argnums: tuple[int, ...], tap: Any = None
     ) -> tuple[Args, Loss | None, tuple[int, ...]]:
         """A call as the watched model takes it."""
+        # A tap for each microbatch: `m` rows, cut into `m` pieces. The layer's number
+        # and the fault begin as 0 for all.
         m = cut_inputs(args.inputs, self.chunks).m
         tap = np.zeros(m, np.float32) if tap is None else tap
         x = Watched(args.x, NoChunk(np.int32(0)), NoChunk(np.int32(0)), tap)
@@ -349,7 +377,8 @@ class Detector:
             watching = _WatchedLoss(loss.fn, loss.has_aux, loss.reduction == "weighted")
             loss = dataclasses.replace(loss, fn=watching, has_aux=True)
         if argnums and 1 not in argnums:
-            # Of x the tap alone is asked for.
+            # Of x the tap alone is asked for: all of its own arrays are frozen, so no
+            # more products are computed than without a detector.
             argnums = (*argnums, 1)
             frozen |= {Leaf(X, k) for k in range(len(pack(args.x)[0]))}
         return args._replace(x=x, frozen=frozen), loss, argnums
@@ -369,6 +398,7 @@ class Detector:
         watched_args, watched_loss, numbers = self.watch_call(args, loss, argnums)
         assert watched_loss is not None
         result = run(watched_args, watched_loss, numbers)
+        # The tap's gradient comes back as part of that of `x`, and is taken out of it.
         gradients = dict(zip(numbers, result.gradients, strict=True))
         taps = None
         if numbers:
@@ -403,6 +433,8 @@ class Detector:
             FloatingPointError: it made a NaN or an infinity, or a pull-back was given
                 one.
         """
+        # Without tracers nothing is differentiated. With them a pull-back may follow
+        # later, and JAX does not tell when; so taps and outputs report by themselves.
         if not is_traced(args):
             y, state = run(self.watch_call(args, None, ())[0])
             self._report(Evidence(faults=y.fault))
@@ -413,6 +445,8 @@ class Detector:
 
     def _reporting_tap(self, args: Args) -> Any:
         """A tap that is differentiated if anything is, and whose pull-back reports."""
+        # It is a function of everything that can be differentiated, and constant: JAX
+        # sends its cotangent, the codes, to this pull-back at the end of the backward.
         m = cut_inputs(args.inputs, self.chunks).m
         of_x = [a for a in pack(args.x)[0] if is_inexact(a)]
         varied = (args.params, differentiable_inputs(args))
@@ -448,6 +482,8 @@ class Detector:
             return primal(faults, taps, *arrays), (faults, taps)
 
         def backward(kept: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
+            # This is where the backward begins, so a code that is put here wins over
+            # all that follow.
             faults, taps = kept
             bad = is_bad(list(cotangents))
             # What was said of the forward is not said again of what follows from it.
@@ -465,6 +501,7 @@ class Detector:
         Raises:
             FloatingPointError: it is the first that was found.
         """
+        # Callbacks run when the devices come to them: wait until all have run.
         jax.effects_barrier()
         if self.found:
             text = self.found[0]
@@ -492,6 +529,8 @@ class Detector:
 
     def _verdict(self, evidence: Evidence) -> str | None:
         """What there is to say of a call, if anything is wrong."""
+        # In the order of cause: forwards, the whole loss, backwards, what a pull-back
+        # was given, sums of gradients. Only the first of these is said.
         evidence = jax.tree.map(np.asarray, evidence)
         explainer = Explainer(
             tuple(layer.name for layer in self.model.layers), self.balance
@@ -510,6 +549,8 @@ class Detector:
                     "`jnp.maximum(weight, 1)` in the loss"
                 )
         elif evidence.taps is not None:
+            # `weighted` divides every gradient by the total weight, the taps' too. That
+            # is undone, and rounded: codes are whole numbers.
             codes = evidence.taps.reshape(-1)
             if evidence.weights is not None:
                 codes = codes * evidence.weights.sum()

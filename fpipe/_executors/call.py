@@ -1,5 +1,18 @@
 """What `Pipe` and `sequential` share: the calls that a user makes, their arguments and
 their checks.
+
+In: what a user writes, for example
+
+    pipe.value_and_grad(mse, argnums=(0, 1))(params, x, t, key=key)
+
+Out: `Args` and what is asked for, which `Call._loss` (or `_forward`) then runs:
+
+    Args(params, x, targets=(t,), needs={"key": key, "train": False, …})
+    Loss(mse, has_aux=False, reduction="mean")
+    argnums (0, 1)
+
+`Call` alone knows the forms of the public calls (pairs with a state, `grads=`,
+`loss_scale=`), so that a pipe and the reference cannot differ in them.
 """
 
 import abc
@@ -27,7 +40,10 @@ class Args(NamedTuple):
 
     Attributes:
         params: one entry per layer, or packed.
+        x: the batch, whole.
+        targets: what the loss takes after `y`; none for a call without a loss.
         needs: what it gives of the needs of the table beside `x` and targets, by name.
+        state: one entry per layer, if the call was given state.
         frozen: the leaves of parameters and of `x` that get no gradient.
     """
 
@@ -165,15 +181,16 @@ class Call(abc.ABC):
 
         Returns:
             `f(params, x, *targets, side=None, key=None, state=None, train=False,
-            step=None, grads=None, loss_scale=None)`, which returns `loss, grads` (of a total
-            weight of 0: nan, as the formula says; mask with `jnp.maximum(weight, 1)`);
-            with `has_aux` `(loss, aux), grads`; and with `state` given the first of the
-            two becomes a pair with the new state: `(loss, state), grads`, or `((loss,
-            aux), state), grads`. With `grads` (what an earlier call returned, which is
-            not consumed) the gradients are added to those. With `loss_scale`, a number
-            or a 0-d array, the loss is multiplied by it before the backward, and
-            gradients are divided by it when they have been summed (Micikevicius et al.,
-            arXiv 1710.03740): for float16, whose small gradients would vanish.
+            step=None, grads=None, loss_scale=None)`, which returns `loss, grads` (of a
+            total weight of 0: nan, as the formula says; mask with
+            `jnp.maximum(weight, 1)`); with `has_aux` `(loss, aux), grads`; and with
+            `state` given the first of the two becomes a pair with the new state:
+            `(loss, state), grads`, or `((loss, aux), state), grads`. With `grads` (what
+            an earlier call returned, which is not consumed) the gradients are added to
+            those. With `loss_scale`, a number or a 0-d array, the loss is multiplied by
+            it before the backward, and gradients are divided by it when they have been
+            summed (Micikevicius et al., arXiv 1710.03740): for float16, whose small
+            gradients would vanish.
 
         Raises:
             TypeError: `loss_fn` is no function, or returns no scalar; `argnums` are no
@@ -204,8 +221,11 @@ class Call(abc.ABC):
                 # as all else that a call does before it dispatches.
                 shapes = self._param_shapes(args.params)
                 args = args._replace(frozen=which.of(shapes))
+            # The executor knows nothing of `loss_scale` and `grads`: the scale is a
+            # target of a changed loss, and both are undone or added behind the call.
             args, own = scaled(args, loss, loss_scale)
             result = self._loss(args, own, numbers)
+            # As in `jax.grad`: an int gives a gradient, a tuple a tuple of them.
             new = result.gradients[0] if isinstance(argnums, int) else result.gradients
             result = result._replace(loss=finished(result.loss, loss_scale, None, ""))
             return _value(result, loss, state), finished(
@@ -252,12 +272,17 @@ def scaled(args: Args, loss: Loss, scale: Any) -> tuple[Args, Loss]:
     """A call whose loss is multiplied by a last target, if there is a scale."""
     if scale is None:
         return args, loss
+    # A target, because those reach the last stage already, and because its value is no
+    # part of what is compiled: a dynamic scale changes often.
     return args._replace(
         targets=(*args.targets, NoChunk(as_scale(scale)))
     ), dataclasses.replace(loss, scaled=True)
 
 
 def _value(result: Result, loss: Loss, state: Any) -> Any:
+    """What a call with a loss returns first: `loss`, `(loss, aux)`, or one of them with
+    the new state.
+    """
     value = (result.loss, result.aux) if loss.has_aux else result.loss
     return value if state is None else (value, result.state)
 
@@ -276,6 +301,7 @@ def as_argnums(argnums: Any) -> tuple[int, ...]:
     """Argument numbers as a checked tuple."""
     numbers = tuple(argnums) if isinstance(argnums, Sequence) else (argnums,)
     call = f"`value_and_grad(argnums={argnums!r})`: numbers of (params, x, *targets)"
+    # Not `isinstance`: `True` is an int too, and `argnums=True` is a mistake.
     if any(type(n) is not int for n in numbers):
         raise TypeError(f"{call} are ints")
     if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
@@ -285,6 +311,7 @@ def as_argnums(argnums: Any) -> tuple[int, ...]:
 
 def check_chunks(call: str, chunks: Any) -> int:
     """The number of chunks, checked."""
+    # `operator.index` takes NumPy's integers too, and `True`, which is refused here.
     try:
         if isinstance(chunks, bool):
             raise TypeError

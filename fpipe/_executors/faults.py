@@ -9,6 +9,9 @@ infinity. Layer 2 of a model made an infinite output of an infinite input:
 
     2 * 256 + 0b01000001 = 577
 
+One number, because it has to travel with a microbatch from stage to stage, through
+every executor, and two of them must be compared on the device (the first one wins).
+
 The backward has codes of its own, with five bits: what a layer made an infinite
 gradient of. The position after the last layer is that of the loss. Decoded and
 explained, 577 is
@@ -42,13 +45,15 @@ class ForwardPart(enum.IntFlag):
 
 
 class BackwardPart(enum.IntFlag):
-    """What a layer's backward made a gradient of that is not finite.
+    """What has a gradient that is not finite, when a layer's backward has run.
 
-    A layer may well have an infinite derivative that nobody uses: that of the call's
+    A layer may well have an infinite derivative that is not used: that of the call's
     `x`, if only parameters are differentiated. So a fault of nothing but the input is
     `PENDING` until an earlier layer makes a gradient that is asked for out of it.
     """
 
+    # `PENDING` is the highest bit, so that arithmetic on arrays can test it and take it
+    # off; see `confirm`.
     PARAMS = 1
     BORROWED = 2
     SIDE = 4
@@ -94,6 +99,8 @@ REPORTED = -1
 
 def confirm(code: Any) -> Any:
     """A backward code without `PENDING`, as an array of the same type."""
+    # Codes of backwards are floats (they travel as cotangents), and floats have no
+    # bitwise operations. `REPORTED` is changed too, but stays negative.
     pending = BackwardPart.PENDING.value
     is_pending = code % BACKWARD.base >= pending
     return code - jnp.where(is_pending, pending, 0).astype(code.dtype)
@@ -115,6 +122,8 @@ class Explainer:
         """The sentence for the forward codes of all microbatches, of shape `(m,)`, one
         at least not 0.
         """
+        # The first microbatch with a fault, whatever schedule ran. The position behind
+        # the last layer is the loss, which has an output and two inputs of other names.
         microbatch = int(np.flatnonzero(codes)[0])
         layer, parts = FORWARD.decode(int(codes[microbatch]))
         if layer == len(self.names):
@@ -163,6 +172,8 @@ class Explainer:
             x_asked: whether the gradient of `x` was asked for: then a fault that is
                 still pending is one.
         """
+        # A fault is dropped if its forward was reported, or if no gradient that was
+        # asked for has been made of it.
         pending = codes % BACKWARD.base >= BackwardPart.PENDING.value
         reported = codes < 0
         dropped = reported if x_asked else reported | pending

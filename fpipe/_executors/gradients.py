@@ -1,5 +1,15 @@
 """What becomes of the gradients of a call: those of a scaled loss are divided, and they
 are added to given ones.
+
+Gradients lie where their parameters do, and a program runs on one set of devices. So
+there is one program for each place. With `loss_scale=1024` and `grads=(g0, g1)`:
+
+    in       w0 on cpu:0, w1 on cpu:1           the gradients of the scaled loss
+    cpu:0    w0 / 1024 + g0
+    cpu:1    w1 / 1024 + g1                     the scale is copied there
+
+The scan executor's gradients lie on one mesh, and are one group. Inside a trace there
+are no places, and one group too.
 """
 
 import functools
@@ -28,6 +38,7 @@ def finished(gradients: PyTree, scale: Any, given: PyTree, call: str) -> PyTree:
     """
     if scale is None and given is None:
         return gradients
+    # By place: integer parameters have `float0` gradients, which are left alone.
     flat, tree = jax.tree.flatten(gradients)
     old = [None] * len(flat) if given is None else _checked(given, gradients, call)
     out, groups = list(flat), dict[Any, list[int]]()
@@ -53,6 +64,8 @@ def as_scale(value: Any) -> Any:
     Raises:
         TypeError: it is no real number.
     """
+    # A NumPy scalar is an array for `jit`, so another scale compiles nothing anew. A
+    # Python float would be static here.
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return np.float32(value)
     dtype = getattr(value, "dtype", None)
@@ -70,13 +83,17 @@ def as_scale(value: Any) -> Any:
 
 def _scalar(sharding: Any) -> Any:
     """Where a number belongs that goes with arrays of this sharding."""
+    # A spec such as `P("stage")` has an axis that a 0-d array lacks: replicate it.
     if isinstance(sharding, jax.sharding.NamedSharding):
         return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
     return sharding
 
 
+# The new gradients were made by this call, and give their memory to the result. The
+# old ones are the caller's, who may read them again.
 @functools.partial(jax.jit, donate_argnums=0)
 def _finish(new: list[Any], scale: Any, old: list[Any]) -> list[Any]:
+    """The new gradients, divided and added in float32 at least, and cast once."""
     out = []
     for g, before in zip(new, old, strict=True):
         total = wide(g) if scale is None else divided(wide(g), jnp.asarray(scale))
@@ -85,6 +102,9 @@ def _finish(new: list[Any], scale: Any, old: list[Any]) -> list[Any]:
 
 
 def _checked(given: PyTree, gradients: PyTree, call: str) -> Sequence[Any]:
+    """The arrays of given gradients, which fit."""
+    # Here and not in `_finish`: there a wrong shape might broadcast silently, and a
+    # wrong device would be an error of `jit` without the name of the parameter.
     if jax.tree.structure(given) != jax.tree.structure(gradients):
         raise ValueError(
             f"{call}: they must have the structure of the gradients, "

@@ -1,4 +1,4 @@
-"""What an executor tells of a call, for somebody to predict what it will take.
+"""What an executor tells of a call, so that its time and memory can be predicted.
 
 The placed executor reads it off its plan, the scan executor off its machine. A
 prediction knows nothing else of either. For two stages on two devices, `1f1b`, two

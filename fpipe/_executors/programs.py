@@ -13,6 +13,14 @@ kind of action. Microbatches of one shape share them. For two stages and a batch
 A forward trace of a stage needs the shapes that the stages before it return; a backward
 of a stage is asked for only if a gradient of an earlier one depends on it. So stages
 are traced in order.
+
+The steps from a stage to its programs, each kept by what it depends on:
+
+    flat      the stage as a graph from arrays to arrays       shapes, settings
+    joint     forward and backward as one graph                + wanted gradients, remat
+    programs  that graph cut into F and B, or F, I and W       + how the schedule splits
+
+A smaller last microbatch repeats all three steps, another schedule the last one alone.
 """
 
 import dataclasses
@@ -60,6 +68,7 @@ class Layout:
 
 def index(i: int) -> np.uint32:
     """A number of a microbatch or of a layer, as the programs take it."""
+    # `jax.random.fold_in` takes a uint32.
     return np.uint32(i)
 
 
@@ -73,6 +82,12 @@ def direct_pairs(
 ) -> frozenset[tuple[int, int]]:
     """The (stage, microbatch) pairs whose backward, or input gradient, is what their
     device runs next after the forward.
+
+    To keep all residuals of these costs no memory: a recomputation would make them
+    again at once. For 1F1B and ZB-H1 they are all pairs of the last stage:
+
+        device 1 of 2, 1F1B      F0 B0 F1 B1     (1, 0) and (1, 1)
+        device 1 of 2, GPipe     F0 F1 B0 B1     none
     """
     last: dict[Hashable, Action] = {}
     found = set()
@@ -108,9 +123,12 @@ class Programs:
     """The programs of a call, by stage and microbatch.
 
     Arguments:
-        stages: in order, with their routes.
+        routes: the stages in order, and what goes between them.
         form: how the executor wants them.
         direct, split: (stage, microbatch) pairs, see `direct_pairs` and `split_pairs`.
+        remat: which backwards recompute their forward.
+        inputs: the shapes of the call's inputs, and how they are cut.
+        request: what the call asks for.
         kept: what other calls have traced and split, also of other pipes of the same
             layers.
     """
@@ -135,13 +153,16 @@ class Programs:
         self._split = split
         self._remat = remat
         self._kept = kept
+        # For a mean each microbatch's loss is weighted by its share of the rows, and so
+        # is its gradient: then sums over microbatches are those of the whole batch.
         mean = request.loss is not None and request.loss.reduction == "mean"
         shares = inputs.cut.shares
         self.scales: tuple[float, ...] = shares if mean else (1.0,) * len(shares)
         self._flats: dict[tuple[int, tuple[int, ...]], FlatStage] = {}
         self._joints: dict[tuple[int, tuple[int, ...], bool], JointStage] = {}
         self._programs: dict[Hashable, StagePrograms] = {}
-        # Whether a gradient depends on the cotangent of a stage's output.
+        # Whether a gradient depends on the cotangent of a stage's output. Stages with
+        # frozen parameters alone, in front, have no backward at all.
         reach: dict[tuple[int, Leaf], bool] = {}
         for stage in routes.stages:
             for i in range(inputs.cut.m):
@@ -164,7 +185,8 @@ class Programs:
 
     def readers(self, s: int, leaf: Leaf, i: int) -> list[tuple[int, Leaf]]:
         """The stages that have a gradient for an output leaf, with their name for it:
-        each sends a cotangent back.
+        each sends a cotangent back. A stage that reads an array but does not
+        differentiate it (a mask of integers) sends none.
         """
         found = []
         for reader in self.routes.readers(s, leaf.port):
@@ -188,6 +210,8 @@ class Programs:
             )
             for leaf in joint.cotangents
         )
+        # Only the last stage has the loss in it, so only its programs depend on the
+        # microbatch's share.
         scale = self.scales[i] if stage.last else 1.0
         split = (s, i) in self._split
         key = (id(joint), scale, counts, split)
@@ -200,7 +224,8 @@ class Programs:
             split_backward=split,
             inline_remats=self._form.inline_remats,
             loss_cotangent=scale,
-            # What the user gets as it is: states, and the `y` of a single microbatch.
+            # What the user gets unchanged: states, and the `y` of a single microbatch.
+            # A user may donate these, so they alias nothing that is still needed.
             returned=frozenset(
                 leaf
                 for leaf in self.flat(s, 0).outputs
@@ -215,6 +240,8 @@ class Programs:
         )
 
         def compile_code(code: Code) -> Any:
+            # The scan executor compiles no stage alone: codes become branches of its
+            # one program.
             if not whole:
                 return code
             if self._has_loss(s):
@@ -234,6 +261,8 @@ class Programs:
     def _trace(self, stage: Stage, i: int, reach: dict[tuple[int, Leaf], bool]) -> None:
         """Trace and differentiate a stage for a microbatch, unless that is done."""
         s = stage.index
+        # Microbatches of one shape share a trace, and those that also agree in whether
+        # they recompute share a joint graph. `except_last` makes two of these.
         variant = self.inputs.cut.variant(i)
         recomputes = self.recomputes(s, i)
         if (s, variant) not in self._flats:
@@ -250,6 +279,7 @@ class Programs:
         else:
             joint = self._keep(s, (flat,), lambda: forward_only(flat))
         self._joints[s, variant, recomputes] = joint
+        # A later stage asks for a gradient if any microbatch of this one needs it.
         for leaf, reached in joint.reach.items():
             reach[s, leaf] = reach.get((s, leaf), False) or reached
 
@@ -258,6 +288,8 @@ class Programs:
         s = stage.index
         inputs = self.inputs
         loss = self.request.loss if stage.last else None
+        # What enters, by port: parameters, what earlier stages make, what the call
+        # gives, states, and the numbers that keys are made from.
         entering = {Port("params", k): inputs.params[k] for k in stage.params}
         whole: frozenset[Leaf] = frozenset()
         ports = [X, *(Port("skip", skip) for skip in stage.skips_in)]
@@ -331,7 +363,11 @@ class Programs:
         return self.routes.stages[s].last and self.request.loss is not None
 
     def _keep(self, s: int, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """What does not depend on the loss is kept for other calls."""
+        """What does not depend on the loss is kept for other calls.
+
+        With the loss it is kept with its plan alone: a `loss_fn` that is a new function
+        at each step would fill the cache with programs that nothing finds again.
+        """
         if self._has_loss(s):
             return make()
         stage = self.routes.stages[s]

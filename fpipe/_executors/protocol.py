@@ -3,7 +3,8 @@
 `Pipe`, planning, recording and tuning know an executor by these methods alone, so that
 another executor is another class with them and nothing else. `Placed` dispatches one
 program per stage and kind of action; `Scan` runs the whole call as one program;
-`fpipe.sequential` is the reference, and has those that make sense without devices.
+`fpipe.sequential` is the reference. It is no executor: it has no devices and no
+schedule, and shares only the calls (`call.Call`) with a `Pipe`.
 """
 
 import dataclasses
@@ -30,6 +31,7 @@ class FirstHalf:
     """What the forwards of a differentiated call give.
 
     Attributes:
+        y, state: what the call returns.
         left: the arrays that the backwards start from. A pull-back may be called twice,
             so it must not consume them.
         second: the backward half.
@@ -136,7 +138,9 @@ class Executor(Protocol):
         threads: int | None,
         progress: Progress | None,
     ) -> int:
-        """Compile the programs of a call; shapes will do. Returns how many there are."""
+        """Compile the programs of a call; shapes will do. Returns how many there
+        are.
+        """
         ...
 
     # --- planning ---

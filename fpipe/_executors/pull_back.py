@@ -9,6 +9,10 @@ The arrays of a call, as the rules see them, in this order:
 
     parameters (placed: each array; packed: each row) | x | side | key, state, …
     |-------------- can be differentiated --------------------| |---- never ----|
+
+The forward rule gets concrete arrays although the caller sees tracers: JAX calls the
+rules of a `custom_vjp` with values under an eager `grad`, `vjp` and `value_and_grad`.
+That is what lets a call dispatch to devices and still be differentiated.
 """
 
 import dataclasses
@@ -28,7 +32,16 @@ from fpipe._model.stages import Port
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
 class _PullBack:
-    """What the forward rule leaves for the backward rule beside arrays."""
+    """What the forward rule leaves for the backward rule beside arrays.
+
+    Residuals are a pytree of arrays, so this is one without leaves. It compares by
+    identity, because arrays among `zeros` cannot be compared as one truth value.
+
+    Attributes:
+        second: the backward half.
+        zeros: for each array of the call what its cotangent is if there is no gradient:
+            a `float0` array for integers, `None` for floats.
+    """
 
     second: SecondHalf
     zeros: tuple[Any, ...]
@@ -50,7 +63,9 @@ def differentiable_call(
     for name, tree in differentiable.items():
         leaves += [(leaf,) for leaf in input_leaves(Port(name), tree)]
     arrays, spec = pack((varied, fixed))
-    # The structure of what a rule returned last: `custom_vjp` hands on arrays alone.
+    # The structure of what a rule returned last: `custom_vjp` hands on arrays alone,
+    # and an output may have static leaves. It is known when one of the two has run, and
+    # JAX decides which: `primal`, if nothing is differentiated after all.
     returned: list[Spec] = []
 
     def args_of(values: Sequence[Any]) -> Args:
@@ -64,6 +79,8 @@ def differentiable_call(
         return flat
 
     def forward(*primals: Any) -> tuple[list[Any], Any]:
+        # With symbolic zeros JAX tells which arrays are differentiated. For the others
+        # no gradient is computed, as if they stood in no `argnums`.
         values = [p.value for p in primals]
         asked = [
             bool(p.perturbed) and is_inexact(p.value) for p in primals[: len(leaves)]

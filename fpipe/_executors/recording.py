@@ -9,7 +9,10 @@ the block ends, each of them becomes a `fpipe.schedules.Recording`.
         step(params, x)                         calls=[whole]
         y, pull_back = jax.vjp(f, params)       calls=[whole, forward]
         pull_back(y)                            calls=[whole, forward and backward]
-    timeline.calls                          the two recordings; timeline is the last one
+    timeline.calls                          both recordings; timeline is the last one
+
+Where nobody records, a call asks one context variable and nothing is wrapped: an
+observer that stays in the executor would cost time in every step.
 """
 
 import contextlib
@@ -24,7 +27,9 @@ from fpipe.schedules._rules import needs
 
 
 class RecordedCall(Protocol):
-    """A call that was made, or a half of a differentiated one, as its executor saw it."""
+    """A call that was made, or a half of a differentiated one, as its executor saw
+    it.
+    """
 
     def joined(self, later: object) -> "RecordedCall | None":
         """A forward with its pull-back, as one call; `None` if these are two calls."""
@@ -56,6 +61,8 @@ class Recorder:
             self.calls[-1] = whole
 
 
+# A context variable and no global: calls that other threads make in the meantime are
+# not recorded. A tuple, so that a nested block can put back what was before.
 _recorders: contextvars.ContextVar[tuple[Recorder, ...]] = contextvars.ContextVar(
     "recorders", default=()
 )
@@ -115,7 +122,8 @@ def record(pipe: Any) -> Iterator[Recording]:
         recordings = [call.timeline() for call in recorder.calls]
         if recordings:
             # The caller has had this object since the block began: now it becomes the
-            # last recording.
+            # last recording. A `Recording` is frozen, as all timelines are; this is the
+            # one moment when that does not hold, and nobody has read it before.
             for field in dataclasses.fields(Recording):
                 value = getattr(recordings[-1], field.name)
                 object.__setattr__(timeline, field.name, value)
@@ -140,6 +148,8 @@ def completed(
         order: all actions, each behind what it needs.
         found: those that ran.
     """
+    # A recording has an event for every action of its schedule, so that it can be drawn
+    # and compared with a simulated timeline. The order makes each need known in time.
     done: dict[Action, Event] = {}
     free = [0.0] * schedule.devices
     for action in order:

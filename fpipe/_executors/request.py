@@ -11,7 +11,10 @@ calls that are alike have one plan:
 
     Inputs(params=(f32[4,4], f32[4,4]), call={"x": f32[8,4], "targets": f32[8,4], …},
            cut=8 rows in 4 pieces of 2)
-    Request(CallKind.GRADIENT, loss, wanted={params 0[0], params 1[0]})
+    Request(CallKind.GRADIENT, loss, wanted={params 0[0], params 1[0]}, settings)
+
+No array gets past this module: planning and tracing see shapes alone. So a plan can be
+made for a batch that does not exist yet.
 """
 
 import dataclasses
@@ -30,7 +33,12 @@ from fpipe.schedules import Schedule
 
 
 class CallKind(enum.Enum):
-    """What a call wants."""
+    """What a call wants.
+
+    `GRADIENT` and `PULL_BACK` both give gradients, but only the first can interleave
+    forwards and backwards. In a pull-back the cotangent of `y` comes from outside, and
+    exists only when all of `y` does. So its peak is GPipe's, whatever the schedule.
+    """
 
     FORWARD = "forward"  # the output
     LOSS = "loss"  # a loss
@@ -56,9 +64,12 @@ class Request:
     """What a call asks for; with the shapes of its inputs it decides the plan.
 
     Attributes:
+        kind: what kind of call it is.
+        loss: of a call with one, the function that ends the last stage.
         wanted: input leaves (of whole inputs, before they are cut) whose gradient is
             asked for.
-        settings: those of JAX that a trace bakes in.
+        settings: those of JAX that a trace bakes in, the precision of products for
+            example: calls under two settings have two plans.
     """
 
     kind: CallKind
@@ -80,6 +91,7 @@ class Inputs:
         params: of each layer.
         call: of what the call gives, by the names of the table of needs.
         state: of each layer; `None` if the call has none.
+        cut: how the arrays are cut into microbatches.
     """
 
     params: tuple[Shape, ...]
@@ -128,6 +140,7 @@ def schedule_of(
     Raises:
         ValueError: it permutes the forwards of layers with state.
     """
+    # Backwards may come in any order: no gradient goes through a state.
     schedule = scheduling.make(stage_to_device, microbatches)
     for stage in stages:
         order = schedule.order("F", stage.index) if stage.stateful else ()
@@ -169,6 +182,9 @@ def differentiable_inputs(args: Args) -> dict[str, PyTree]:
 
 def numbered_leaves(counts: Sequence[int], args: Args) -> list[tuple[Leaf, ...]]:
     """The leaves of each of `(params, x, *targets)`."""
+    # All targets are one port, a tuple, so their leaves are numbered through:
+    # `targets[0]` may be the first array of the first target, `targets[1]` that of the
+    # second.
     numbered = [params_leaves(counts), input_leaves(X, args.x)]
     start = 0
     for target in args.targets:

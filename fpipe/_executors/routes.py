@@ -18,11 +18,11 @@ itself where a value comes from. For three stages, of which the first stashes th
     Port("targets")          the call   stage 2                stage 2
 
 Cotangents go the same ways back: a reader makes one for the maker, if the leaf has a
-gradient there (`Programs.cotangents`). A borrower's program takes only the leaves that
-it reads, so borrowing goes leaf by leaf although it is declared by layer. A key goes
-whole to every stage that asks for it, with the microbatch's number beside it; a layer
-that has a key of its own takes the layer's number too, and one that would share a key
-with the whole model would take none.
+gradient there (`Programs.readers`). A borrower's program takes only the leaves that it
+reads, so borrowing goes leaf by leaf although it is declared by layer. A key goes whole
+to every stage that asks for it, with the microbatch's number and the numbers of the
+layers beside it: the program makes each layer's key of these three. So no key depends
+on where the stages are cut.
 """
 
 import dataclasses
@@ -42,7 +42,11 @@ class End(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Routes:
-    """The routes between some stages of a model."""
+    """The routes between some stages of a model.
+
+    They follow from the stages alone, not from a schedule or devices. So two plans of
+    one pipe share them, and an executor decides only how a value gets along a route.
+    """
 
     stages: tuple[Stage, ...]
 
@@ -55,6 +59,9 @@ class Routes:
             for skip in stage.skips_out
         }
 
+    # Looked up for every array of every microbatch while a plan is made, so these are
+    # tables, made once.
+
     @functools.cached_property
     def _stage_of_layer(self) -> Mapping[int, int]:
         return {k: stage.index for stage in self.stages for k in stage.span}
@@ -66,13 +73,15 @@ class Routes:
             port: tuple(s.index for s in self.stages if port in s.call_inputs)
             for port in CALL_PORTS
         }
+        # The loss reads the targets, and it is no layer that could declare it.
         readers[TARGETS] = (self.stages[-1].index,)
         return readers
 
     def source(self, stage: int, port: Port) -> End | None:
         """Who makes what a stage reads; `None`: the call gives it.
 
-        A state is the call's for the first microbatch only; see `state_is_passed_on`.
+        A state is the call's for the first microbatch only. Later ones read what the
+        one before left, on the same stage; the executors keep that.
         """
         if port == X and stage > 0:
             return End(stage - 1, Y)
@@ -82,6 +91,8 @@ class Routes:
 
     def readers(self, stage: int, port: Port) -> tuple[End, ...]:
         """The other stages that read what a stage makes, and what they call it."""
+        # The next stage reads the boundary under another name. A skip keeps its name,
+        # and may have several readers: those that peek, and the one that pops.
         if port == Y:
             return () if self.stages[stage].last else (End(stage + 1, X),)
         if port.kind == "skip":
@@ -106,6 +117,7 @@ class Routes:
         """
         if port.kind == "params":
             return self.home(port.of)
+        # What no stage reads has a gradient of zeros, made on the first stage.
         readers = self._call_readers[port]
         return readers[0] if readers else 0
 

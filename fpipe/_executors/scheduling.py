@@ -7,6 +7,10 @@ Each is asked three things. For two stages on two devices, and four microbatches
     "1f1b"        one a device: 2       (0, 1)                        one_f_one_b(2, 4)
     a Schedule    those that it has     its own                       itself, if it fits
     f             those of f(2, 4)      of f(2, 4), or of f(1, 4)     f(2, 4)
+
+The map has to be known when a pipe is made, because parameters are placed by it. The
+number of microbatches is known when a call comes. So `make` checks that the schedule
+for that number has the map that the parameters have.
 """
 
 import abc
@@ -49,6 +53,7 @@ class Scheduling(abc.ABC):
             return _Fixed(option)
         if not callable(option):
             raise TypeError(f"`Pipe(schedule={option!r})`: {expected}")
+        # A function may be slow, so it is not called to see whether it is a good one.
         generator: Any = option  # what it returns is checked when it is called
         return _ByFunction(generator)
 
@@ -68,7 +73,8 @@ class Scheduling(abc.ABC):
         """The device of each stage of a pipe with that many stages.
 
         Arguments:
-            available: the devices that there are. The map may need more.
+            available: how many devices there are. The map may need more.
+            chunks: the number of microbatches to ask a function with.
 
         Raises:
             ValueError: the schedule is for another number of stages.
@@ -150,6 +156,7 @@ class _ByName(Scheduling):
             return stages // each
         if available == 1:
             return 1
+        # As many devices as divide the stages evenly, with at least two stages on each.
         for devices in range(min(available, stages // 2), 1, -1):
             if stages % devices == 0:
                 return devices
@@ -199,6 +206,8 @@ class _ByFunction(Scheduling):
     def stage_to_device(
         self, stages: int, available: int, chunks: int
     ) -> tuple[int, ...]:
+        # A function says how many stages it makes of some devices, not the reverse. So
+        # it is asked about every number of devices that divides the stages evenly.
         made: dict[int, int] = {}
         for devices in range(min(stages, available), 0, -1):
             if stages % devices:

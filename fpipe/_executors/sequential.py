@@ -1,4 +1,16 @@
-"""The reference: what a `Pipe` must compute, as the plain composition of its layers."""
+"""The reference: what a `Pipe` must compute, as the plain composition of its layers.
+
+In: the same `Args` as an executor takes. Out: the same outputs, loss, states and
+gradients, by a loop over microbatches. With four rows in two chunks:
+
+    microbatch 0    rows 0-1    state 0 -> state 1    value 0, gradient 0
+    microbatch 1    rows 2-3    state 1 -> state 2    value 1, gradient 1
+    result                      state 2               weighted sums of both
+
+It is what tests compare with, so it is as simple as can be. It shares with the
+executors what defines the result (how a batch is cut, keys, `Loss`, dtypes of sums),
+and nothing of what can go wrong in a pipeline (routes, graphs, plans).
+"""
 
 import dataclasses
 import functools
@@ -102,11 +114,13 @@ class Sequential(Call):
         )
 
     def place(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
-        """The parameters as they are, Python numbers among them as arrays."""
+        """The parameters where they are, with Python numbers turned into arrays, as
+        `Pipe.place` does: there is one device.
+        """
         return tuple(numbers_as_arrays(p) for p in params)
 
     def gather(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
-        """The parameters as they are."""
+        """The parameters unchanged: nothing was packed or moved, as by a `Pipe`."""
         return tuple(params)
 
     def raise_anomaly(self) -> None:
@@ -115,6 +129,7 @@ class Sequential(Call):
             self.detector.raise_found()
 
     def _forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
+        # A detector runs another `Sequential`, of the watched layers.
         if self.detector is not None:
             return self.detector.forward(
                 Sequential(self.detector.watched, self.chunks)._forward, args
@@ -138,6 +153,8 @@ class Sequential(Call):
             )
         cut = cut_inputs(args.inputs, self.chunks)
         scales = cut.shares if loss.reduction == "mean" else (1.0,) * cut.m
+        # The arrays that are differentiated: of the numbered arguments what can have a
+        # gradient (`jax.grad` refuses integers) and is not frozen.
         arrays, spec = pack(tuple(args.numbered[n] for n in argnums))
         counts = [len(pack(params)[0]) for params in args.params]
         numbered = numbered_leaves(counts, args)
@@ -149,6 +166,7 @@ class Sequential(Call):
         chosen = [a for a, take in zip(arrays, asked, strict=True) if take]
 
         def microbatch(chosen: Sequence[Any], i: int, state: Any) -> Any:
+            # The whole arguments again, with the differentiated arrays in their places.
             rest = iter(chosen)
             given = spec.unpack(
                 [
@@ -171,7 +189,8 @@ class Sequential(Call):
             return value * scales[i], (value, weight, aux, state)
 
         # Gradients of whole arguments: each microbatch adds to its own rows, and to all
-        # of what goes whole.
+        # of what goes whole. One `grad` of the sum of all losses would be shorter, but
+        # it adds bfloat16 gradients in bfloat16, and keeps the residuals of all.
         state, auxes, values, weights = self._first_state(args), [], [], []
         dtype: Any = None
         sums: list[Any] = [jnp.zeros(a.shape, sum_dtype(a.dtype)) for a in chosen]
@@ -188,6 +207,7 @@ class Sequential(Call):
             values.append(wide(value) * scales[i])
             weights.append(weight)
             auxes.append(aux)
+        # Divided and cast once, at the end, as the executors do.
         total = functools.reduce(operator.add, values)
         if loss.reduction == "weighted":
             weight = functools.reduce(operator.add, map(wide, weights))
@@ -208,6 +228,7 @@ class Sequential(Call):
     def _microbatch(
         self, args: Args, cut: Cut, i: int, state: Any
     ) -> tuple[PyTree, Any]:
+        """All layers on one microbatch: `y`, and the states that it leaves."""
         y, _, state = self.model.apply(
             range(len(self.model.layers)),
             dict(enumerate(args.params)),

@@ -1,5 +1,14 @@
 """Calls under JAX's transformations: what the placed executor can do, and what it
 refuses.
+
+    pipe(params, x)                     runs
+    jax.grad(f) where f calls pipe      runs: a `custom_vjp` gets concrete arrays
+    jax.eval_shape(pipe, params, x)     traces the plain composition, for its shapes
+    jax.jit, jax.vmap                   refused: there are no arrays to dispatch with
+    jax.jvp                             refused by JAX, as of every `custom_vjp`
+
+The refusal is an exception of its own, so that `Pipe` can tell it from a user's error
+and try the way of `jax.eval_shape`.
 """
 
 import sys
@@ -19,6 +28,8 @@ def only_shapes() -> bool:
 
     JAX offers no way to ask; a traced call from anywhere else is refused.
     """
+    # So the frames of the stack are looked through. That is slow, but it is done only
+    # for a call that is refused otherwise.
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "eval_shape" and frame.f_globals.get(
@@ -35,6 +46,8 @@ def refuse_tracers(tree: PyTree) -> None:
     """
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, Tracer):
+            # The transformation is told by the name of its tracer's class, for the
+            # message alone: JAX has no public classes for them.
             if "Jaxpr" in type(leaf).__name__:
                 raise TracedCallError(
                     "a placed Pipe was called inside `jax.jit` (or another tracing "
