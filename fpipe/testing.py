@@ -43,6 +43,7 @@ def assert_equals_sequential(
     key: Any = None,
     state: Sequence[PyTree] | None = None,
     train: bool = False,
+    step: Any = None,
     has_aux: bool = False,
     reduction: Reduction = "mean",
     argnums: int | Sequence[int] = (0, 1),
@@ -55,8 +56,8 @@ def assert_equals_sequential(
 
     Arguments:
         pipe: either executor.
-        x, targets, side, key, state, train: as for a call. Without `state`, layers with
-            state get what `init_state` makes.
+        x, targets, side, key, state, train, step: as for a call. Without `state`,
+            layers with state get what `init_state` makes.
         loss_fn, has_aux, reduction, argnums: as for `pipe.value_and_grad`.
         params: one entry per layer, as for the plain composition; default what `init`
             makes from `jax.random.key(0)`.
@@ -89,7 +90,13 @@ def assert_equals_sequential(
         params = reference.place(params)
     if state is None and pipe.model.stateful:
         state = reference.init_state(x, side, params)
-    needs: dict[str, Any] = {"side": side, "key": key, "state": state, "train": train}
+    needs: dict[str, Any] = {
+        "side": side,
+        "key": key,
+        "state": state,
+        "train": train,
+        "step": step,
+    }
     placed = pipe.place(params)
     compare = _Comparison(pipe, len(pieces(_rows(x), pipe.chunks)), tolerance)
 

@@ -18,7 +18,7 @@ What leaves: `Port("y")`, `Port("skip", …)`, `Port("state", …)`, and, in the
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from fpipe._core.pytrees import PyTree, describe, pack
 from fpipe._model.loss import Loss
@@ -35,26 +35,7 @@ class Port(NamedTuple):
         of: a layer or a skip where there are several.
     """
 
-    kind: (
-        Literal[
-            "params",
-            "x",
-            "y",
-            "skip",
-            "side",
-            "targets",
-            "state",
-            "key",
-            "train",
-            "step",
-            "index",
-            "number",
-            "loss",
-            "weight",
-            "aux",
-        ]
-        | str
-    )
+    kind: str
     of: Any = None
 
     def __str__(self) -> str:

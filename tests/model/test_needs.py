@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import fpipe
+import fpipe.testing
 from fpipe._executors.call import Args
 from fpipe._model.needs import BY_NAME, INPUTS, NEEDS, OF_CALL, TABLE, Giver, call_needs
 from tests.helpers import WIDTH, assert_same, dense, mse, noise, raises
@@ -167,6 +168,12 @@ def test_plans_and_compilations_take_a_step(make):
     pipe.compile(params, X, X, loss_fn=mse, step=shape)
     loss, _ = pipe.value_and_grad(mse)(params, X, X, step=jnp.int32(5))
     assert_same(loss, pipe.evaluate(mse)(params, X, X, step=5))
+
+
+@pipes
+def test_a_comparison_with_the_sequential_takes_a_step(make):
+    pipe = make([dense(), warmed(), dense()], chunks=2)
+    fpipe.testing.assert_equals_sequential(pipe, X, X, loss_fn=mse, step=2)
 
 
 @pipes
