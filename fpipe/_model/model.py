@@ -99,7 +99,7 @@ class Model:
     borrows: tuple[tuple[Borrow, ...], ...] = dataclasses.field(
         init=False, repr=False, compare=False
     )
-    # The jitted function that traces a layer, by its number and JAX's settings.
+    # The jitted function that traces a layer, by the layer and JAX's settings.
     _traced: dict[Any, Any] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __reduce__(self) -> Any:
@@ -215,9 +215,14 @@ class Model:
         # Tried instead: keeping jaxprs here. Then the structure of what a layer returns
         # has to be kept beside them, and JAX's own context (a mesh, a precision) added
         # to the key by hand.
-        key = (k, settings())
+        layer = self.layers[k]
+        try:
+            hash(layer)
+            # Equal layers, such as the blocks of a transformer, have one trace.
+            key = (layer, settings())
+        except TypeError:
+            key = (k, settings())
         if key not in self._traced:
-            layer = self.layers[k]
 
             # The number is for errors alone and no part of what is computed.
             def run(bundle: Bundle) -> Bundle:
