@@ -29,7 +29,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 # Calls that are inlined, so that what is inside can be sliced. A `jax.checkpoint` is
 # not: XLA keeps its recomputation only while it stays one equation.
@@ -116,9 +116,17 @@ def trace(f: Callable[..., Sequence[Any]], *shapes: Any) -> Any:
 def function(closed: Any) -> Callable[..., list[Any]]:
     """A closed jaxpr as a function again.
 
-    It can be differentiated without calling the original function once more.
+    It can be differentiated without calling the original function once more. Nested
+    calls are gone: inside a `jax.checkpoint` they would stay calls to the end, for a
+    remat is lowered as the one equation that it is.
     """
-    return jaxpr_as_fun(closed)
+    graph = inline(closed)
+
+    def run(*values: Any) -> list[Any]:
+        given = dict(zip(graph.inputs, values, strict=True))
+        return evaluate(graph, graph.nodes, given, graph.outputs)
+
+    return run
 
 
 def inline(closed: Any, keep_rules: bool = True) -> Graph:
