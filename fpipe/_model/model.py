@@ -223,7 +223,6 @@ class Model:
         except TypeError:
             key = (k, settings())
         if key not in self._traced:
-
             # The number is for errors alone and no part of what is computed.
             def run(bundle: Bundle) -> Bundle:
                 return Bundle.of(call_layer(layer, k, LayerCall(*bundle.tree)))
