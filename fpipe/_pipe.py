@@ -1,4 +1,17 @@
-"""`Pipe`: a model cut into stages on devices, run by a schedule."""
+"""`Pipe`: a model cut into stages on devices, run by a schedule.
+
+This module checks what the user gives, finds what is left open (the balance, the
+devices that are used), and hands calls to one of the two executors. For five layers on
+two of eight devices:
+
+    Pipe(layers, devices=jax.devices(), balance=[2, 3], chunks=8)
+        stage_to_device    (0, 1)            which the schedule decides
+        devices            the first two     as many as the schedule uses
+        stages             layers 0-1, layers 2-4
+
+Calls, gradients and losses stand in `fpipe._executors.call.Call`, which
+`fpipe.sequential` shares.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -67,6 +80,9 @@ from fpipe._planning.step_request import StepRequest
 from fpipe.schedules import Recording, Schedule
 
 
+# A dataclass for its comparison, its hash and `dataclasses.replace`. `__init__` is
+# written by hand because fields hold what was found, not what was given: `balance` is
+# numbers even where "flops" was asked for, and so a copy is cut alike.
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class Pipe(Call):
     """A sequence of layers, cut into stages that live on devices, run microbatch by
@@ -173,6 +189,8 @@ class Pipe(Call):
         *,
         sample: PyTree = None,
     ) -> None:
+        # 1. Arguments that need no other one to be checked. Wrong values are refused
+        # here, at the user's line, and not in the first call.
         if executor not in ("placed", "scan"):
             raise ValueError(
                 f'`Pipe(executor={executor!r})`: the executor is "placed" or "scan"'
@@ -184,6 +202,7 @@ class Pipe(Call):
                 f"`Pipe(dispatch={dispatch!r})`: one of "
                 f"{', '.join(map(repr, DISPATCH))}"
             )
+        # 2. Each argument as a checked value of its own type.
         compute_dtype = as_compute_dtype("Pipe", compute_dtype)
         chunks = check_chunks("Pipe", chunks)
         model = Model(layers, compute_dtype)
@@ -196,6 +215,9 @@ class Pipe(Call):
         placements = as_placements(
             devices if mesh is None else stage_devices(mesh, devices)
         )
+        # 3. The cut. The order matters: how many stages there are depends on the
+        # schedule and the devices, which stage lives where on the number of stages, and
+        # how many devices are used on that.
         uncut = UncutPipe(model, scheduling, remat, placements, chunks)
         balance = given_balance(balance, sample, uncut)
         stage_to_device = scheduling.stage_to_device(
@@ -203,8 +225,10 @@ class Pipe(Call):
         )
         placements = first_placements(placements, 1 + max(stage_to_device))
         devices = tuple(p.device for p in placements)
+        # The scan executor runs on a mesh always; one is made of plain devices.
         if executor == "scan":
             mesh = as_mesh(list(devices), mesh, len(balance))
+        # 4. The value, field by field, past the freezing.
         fields = {
             "layers": layers,
             "balance": balance,
@@ -226,6 +250,8 @@ class Pipe(Call):
         self._executor: Executor
         self._detector: Detector | None
         object.__setattr__(self, "model", model)
+        # Looking for faults is a changed model, run like any other: without the option
+        # there is nothing in the programs to pay for.
         detector = Detector("Pipe", model, balance, chunks) if detect_anomaly else None
         object.__setattr__(self, "_detector", detector)
         runs = model if detector is None else detector.watched
@@ -238,6 +264,8 @@ class Pipe(Call):
             kept: traces and programs that it shares with other pipes of the same
                 layers; `None`: with none.
         """
+        # From the fields, and not handed over by `__init__`: `plan` makes executors
+        # too.
         scheduling = Scheduling.of(self.schedule)
         remat = Remat.of(self.checkpoint)
         stage_to_device = scheduling.stage_to_device(
@@ -255,6 +283,8 @@ class Pipe(Call):
                 kept,
             )
         placements = as_placements(self.devices)
+        # Without a mesh the placed executor: one place for each stage, by the
+        # schedule's map.
         layout = Layout(
             cut_stages(model, self.balance),
             tuple(placements[d] for d in stage_to_device),
@@ -271,12 +301,15 @@ class Pipe(Call):
 
     def __repr__(self) -> str:
         """What it is, on one screen, however many layers it has."""
+        # A model may have hundreds of layers: the beginning and the end are shown.
         names = [layer.name for layer in self.layers]
         shown = ", ".join(names if len(names) <= 8 else [*names[:6], "…", names[-1]])
         schedule = getattr(self.schedule, "name", self.schedule)
         schedule = getattr(schedule, "__name__", schedule)
         checkpoint = getattr(self.checkpoint, "__name__", self.checkpoint)
         places = list(map(str, self.devices))
+        # The same device several times is how a pipeline is tried without more
+        # hardware.
         if len(set(places)) == 1:
             places = (
                 [f"{places[0]}"]
@@ -294,6 +327,7 @@ class Pipe(Call):
             f"chunks={self.chunks}, schedule={schedule!r}, checkpoint={checkpoint!r}",
             f"executor={self.executor!r}, dispatch={self.dispatch!r}",
         ]
+        # Options that most pipes leave alone are shown where they are used.
         rare = {
             "compute_dtype": None,
             "deferred_batch_norm": False,
@@ -306,6 +340,9 @@ class Pipe(Call):
 
     def __reduce__(self) -> Any:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        # A `jax.Device` cannot be pickled: it belongs to a running process. A placement
+        # is written as platform and id, and finds the device again, or says which is
+        # missing. A mesh is written as a grid of them.
         fields["devices"] = as_placements(self.devices)
         if self.mesh is not None:
             grid = np.empty(self.mesh.devices.shape, object)
@@ -340,6 +377,7 @@ class Pipe(Call):
             TypeError: no key.
         """
         check_key(key)
+        # `init` functions see one microbatch, as the layers do in every call.
         first = first_microbatch(x, call_needs(side=side), self.chunks)
         return self.place(self.model.init(key, *first, self._executor.make_params))
 
@@ -360,6 +398,8 @@ class Pipe(Call):
             key: for states that begin with random numbers; layer `l` gets `fold_in(key,
                 l)`, as in `init`. Default `jax.random.key(0)`.
         """
+        # A state follows from shapes; packed parameters tell theirs without being
+        # unpacked.
         if isinstance(params, Packed):
             params = self._executor.param_shapes(params)
         first = first_microbatch(x, call_needs(side=side), self.chunks)
@@ -384,8 +424,8 @@ class Pipe(Call):
                 "`other` is the one that packed them"
             )
         check_params(self.model, params, "`place(params)`")
-        # A weak type would come back strong from the first update, and be compiled for
-        # again.
+        # An optimizer returns strong types: weakly typed parameters would change their
+        # type in the first update, and everything would compile once more.
         return self._executor.place(
             tuple(map_arrays(strong, numbers_as_arrays(p)) for p in params)
         )
@@ -476,6 +516,8 @@ class Pipe(Call):
         )
         needs = call_needs(side=side, key=key, train=train, step=step)
         args = self._checked(Args(params, x, targets, needs, state))
+        # The same steps as those of the call, in the same order: only then the programs
+        # are found under the same keys.
         numbers = () if loss is None else as_argnums(argnums)
         if loss is not None:
             check_argnums(argnums, numbers, args)
@@ -574,6 +616,7 @@ class Pipe(Call):
             memory=memory,
             optimizer=optimizer,
         )
+        # A plan is of a training step, so there must be something to differentiate.
         fn = mean_square if loss_fn is None else loss_fn
         loss = as_loss("plan", fn, has_aux, reduction)
         if isinstance(params, Packed):
@@ -594,6 +637,8 @@ class Pipe(Call):
             known: what other pipes of the same layers have found out; what this one
                 finds is added.
         """
+        # Arguments may all be shapes, so nothing in them shows that a trace is going
+        # on. But inside `jax.jit` even a constant that is put on a device is a tracer.
         if isinstance(jax.device_put(np.int32(0)), Tracer):
             raise TypeError(
                 "`pipe.plan(...)` was called inside `jax.jit` (or another tracing "
@@ -602,6 +647,8 @@ class Pipe(Call):
                 "`jax.ShapeDtypeStruct`) will do"
             )
         model, executor = self.model, self._executor
+        # `fpipe.tune` plans many pipes over the same layers: traces and costs are
+        # shared.
         if known is not None:
             model = known.model
             executor = self._make_executor(model, known.traces)
@@ -638,31 +685,45 @@ class Pipe(Call):
         return result, timeline
 
     def _recording_owner(self) -> Any:
+        """Whose calls a recording of this pipe watches; see `fpipe.record`."""
         return self._executor.owner
 
     def _param_shapes(self, params: Any) -> tuple[PyTree, ...]:
+        """Shapes of the parameters, one entry per layer, packed or not."""
         return self._executor.param_shapes(params)
 
+    # What `Call` asks of a pipe: to check arguments, and to run a forward or a loss.
+
     def _checked(self, args: Args) -> Args:
+        """The arguments of a call, or an error about parameters or state."""
         self._executor.check_params(args.params, "a call's params")
         return checked(self.model, args)
 
     def _forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
+        """`(y, states)` of a call without a loss."""
         try:
             if self._detector is not None:
                 return self._detector.forward(self._run_forward, args)
             return self._run_forward(args)
         except TracedCallError:
+            # `jax.eval_shape` traces as `jax.jit` does, and a placed pipe cannot be
+            # traced. But shapes are those of the plain composition, which can.
             if only_shapes():
                 return Sequential(self.model, self.chunks)._forward(args)
             raise
 
     def _run_forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
+        """A forward that someone may differentiate from outside, or that nobody will.
+
+        Under `jax.grad` arguments are tracers: then residuals have to be kept for a
+        pull-back. Otherwise none are.
+        """
         if is_traced(args):
             return self._executor.differentiable(args)
         return self._executor.forward(args)
 
     def _loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
+        """A call with a loss, its gradients by `argnums`; `()` is the loss alone."""
         try:
             if self._detector is not None:
                 return self._detector.loss(self._executor.loss, args, loss, argnums)
@@ -674,6 +735,7 @@ class Pipe(Call):
 
 
 def _remade(fields: dict[str, Any]) -> Pipe:
+    """A pipe from its pickle, on the devices of this process."""
     fields = fields | {"devices": tuple(place.device for place in fields["devices"])}
     if fields["mesh"] is not None:
         grid, names, types = fields["mesh"]

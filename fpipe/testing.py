@@ -78,6 +78,8 @@ def assert_equals_sequential(
         >>> pipe = fpipe.Pipe([dense, dense], devices=[jax.devices()[0]] * 2, chunks=4)
         >>> assert_equals_sequential(pipe, jnp.ones((8, 3)), loss_fn=jnp.mean)
     """
+    # The reference is `fpipe.sequential` at equal `chunks`, not the layers on the whole
+    # batch: batch statistics and dropout masks depend on the microbatches.
     reference = sequential(
         pipe.layers,
         pipe.chunks,
@@ -87,6 +89,7 @@ def assert_equals_sequential(
     if params is None:
         params = reference.init(jax.random.key(0), x, side)
     else:
+        # Checked, and with arrays for Python numbers, as `Pipe.place` has it.
         params = reference.place(params)
     if state is None and pipe.model.stateful:
         state = reference.init_state(x, side, params)
@@ -100,6 +103,7 @@ def assert_equals_sequential(
     placed = pipe.place(params)
     compare = _Comparison(pipe, len(pieces(_rows(x), pipe.chunks)), tolerance)
 
+    # 1. A forward alone.
     got = pipe(placed, x, **needs)
     want = reference(params, x, **needs)
     if state is not None:
@@ -110,6 +114,8 @@ def assert_equals_sequential(
     if loss_fn is None:
         return
 
+    # 2. Loss and gradients. Only here forwards and backwards take turns, so the state
+    # is compared once more.
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     options: dict[str, Any] = {
         "has_aux": has_aux,
@@ -131,6 +137,7 @@ def assert_equals_sequential(
     compare.tree("the loss", got, want)
     for number, got, want in zip(numbers, got_gradients, want_gradients, strict=True):
         if number == 0:
+            # Packed or on several devices: as one entry per layer on one device.
             got = pipe.gather(got)
             compare.layers("the gradient of params", got, want, gradients=True)
         elif number == 1:
@@ -140,6 +147,7 @@ def assert_equals_sequential(
 
 
 def _rows(x: PyTree) -> int:
+    """The rows of the first array that has any: they decide the microbatches."""
     return next(a.shape[0] for a in pack(x)[0] if a.shape)
 
 
@@ -171,6 +179,7 @@ class _Comparison(NamedTuple):
         """One entry per layer; in gradients the rounding of the layer's largest number
         is no difference.
         """
+        # A wrong gradient is most often one of a stage or a device, so both are named.
         schedule = self.pipe.make_schedule(self.microbatches)
         stages = [s for s, count in enumerate(self.pipe.balance) for _ in range(count)]
         for position, (layer, stage) in enumerate(
@@ -180,6 +189,10 @@ class _Comparison(NamedTuple):
             place = f"layer {position} {layer.name!r} (stage {stage} on {device})"
             largest = 0.0
             if gradients:
+                # The gradient of a bias before a batch norm is 0 in exact arithmetic.
+                # In float32 it is the rounding of the numbers that cancelled, another
+                # one in each order of summation. How large those were nobody has kept:
+                # the layer's largest gradient is the guess.
                 arrays = jax.tree.leaves(want[position])
                 numbers = [_largest(a) for a in arrays if is_inexact(a)]
                 largest = max(numbers, default=0.0)
@@ -187,6 +200,7 @@ class _Comparison(NamedTuple):
 
     def tree(self, title: str, got: PyTree, want: PyTree, largest: float = 0.0) -> None:
         """Any pytree; the rounding of the number `largest` is no difference."""
+        # Structure, then dtype and shape, then values: each hides the next.
         if jax.tree.structure(got) != jax.tree.structure(want):
             raise AssertionError(
                 f"{title}: the pipe gives {describe(got)}, the plain composition "
@@ -211,8 +225,12 @@ class _Comparison(NamedTuple):
     def array(self, where: str, got: Any, want: Any, largest: float) -> None:
         """One array of the same shape and dtype."""
         if jnp.issubdtype(got.dtype, jax.dtypes.prng_key):
+            # Keys have no numbers to subtract. Their bits must be equal.
             got = jax.random.key_data(got)
             want = jax.random.key_data(want)
+        # Integers and keys are equal or wrong. Floats may differ by a share of the
+        # array's largest number: element by element relative errors have no bound where
+        # gradients of opposite signs are summed in another order.
         limit = 0.0
         if is_inexact(got):
             # With `compute_dtype=jnp.bfloat16` gradients are float32 and as coarse as
@@ -230,6 +248,7 @@ class _Comparison(NamedTuple):
         b = _as_wide(want)
         both_finite = np.isfinite(a) & np.isfinite(b)
         difference = np.where(both_finite, np.abs(a - b), 0.0)
+        # What is not finite in both is no difference: it is what the model computes.
         wrong = (np.isfinite(a) != np.isfinite(b)) | (difference > limit)
         if wrong.any():
             # The largest difference is shown, and before that a number that is finite
@@ -258,6 +277,7 @@ class _RandomLayer(NamedTuple):
         """A bit of everything, mixed so that no order and no value can be mistaken for
         another.
         """
+        # Bounded whatever comes in, so that a chain of layers does not explode.
         y = jnp.tanh(x @ params["w"]) + params["b"]
         if needs.get("key") is not None:
             y = y * jax.random.uniform(needs["key"], y.shape, minval=0.5)
@@ -274,11 +294,15 @@ class _RandomLayer(NamedTuple):
                 value, carry = pop(carry, name)
                 y = y - value
             for name in self.stash:
+                # Names have different lengths, so two skips that change places change
+                # the result.
                 carry = stash(carry, name, jnp.sin(y) * len(name))
             returned.append(carry)
         if "state" in needs:
             state = needs["state"]
             y = y + state["mean"]
+            # Depends on the order of the microbatches, and `y` on it: a stage that runs
+            # them in another order is found.
             mean = 0.5 * state["mean"] + x.mean(0)
             returned.append({"mean": mean, "seen": state["seen"] + x.shape[0]})
         return (y, *returned) if returned else y
@@ -292,6 +316,7 @@ def models(width: int = 3, most: int = 6) -> "SearchStrategy[list[Layer]]":
         width: of what goes from layer to layer.
         most: layers at most; at least 2.
     """
+    # Imported here, so that the assertion does not need hypothesis.
     from hypothesis import strategies as st
 
     def init(k: int, key: Any, x: Any) -> PyTree:
@@ -380,11 +405,15 @@ def schedules(
 
     @st.composite
     def draw_schedule(draw: "DrawFn") -> Schedule:
+        # One seed, and not a draw for each action, which hypothesis would record and
+        # shrink one by one.
         rng = draw(st.randoms(use_true_random=False))
         rows: list[list[Action]] = [[] for _ in range(1 + max(stage_to_device))]
         done = set[Action]()
         left = list(actions)
         while left:
+            # One global order, cut into one row for each device: it is a proof that the
+            # rows cannot wait for each other in a circle.
             ready = [action for action in left if done.issuperset(waits_for[action])]
             chosen = ready[rng.randrange(len(ready))]
             rows[stage_to_device[chosen.stage]].append(chosen)
@@ -425,6 +454,8 @@ def partitions(
     ]
     scan = executor == "scan"
     chunk_counts = [n for n in range(1, rows + 1) if not scan or rows % n == 0]
+    # Four stages at most: they have every kind of boundary, from the first stage,
+    # between inner ones, and to the last.
     most_cuts = min(3, count - 1, len(choice) - 1)
     first_microbatch(x, {}, 1)  # an input that cannot be cut is refused here
 
@@ -434,6 +465,7 @@ def partitions(
         balance = [b - a for a, b in zip([0, *cuts], [*cuts, count], strict=True)]
         chunks = draw(st.sampled_from(chunk_counts))
         if scan:
+            # A mesh holds each device once; the placed executor also takes repeats.
             places = choice[: len(balance)]
         else:
             places = [draw(st.sampled_from(choice)) for _ in balance]

@@ -55,8 +55,8 @@ class Namespace:
         return self._number == other._number
 
     # By identity until it is numbered: two libraries may each bring namespaces, and
-    # nothing else tells them apart. By number afterwards, so that pipes made of the same
-    # layers are equal.
+    # nothing else tells them apart. By number afterwards, so that pipes made of the
+    # same layers are equal.
     # An id is different in each process. It decides no order: before anything is
     # ordered by them, namespaces are numbered.
     def __hash__(self) -> int:
@@ -79,8 +79,8 @@ class Scope:
 
 
 # A context variable and not a global: several threads may trace layers at the same
-# time. And no argument of `pop`: `fpipe.pop(carry, "skip")` reads like an operation on a
-# dict.
+# time. And no argument of `pop`: `fpipe.pop(carry, "skip")` reads like an operation
+# on a dict.
 # Only checks and error messages read it: no value ever depends on it.
 _scope: contextvars.ContextVar[Scope | None] = contextvars.ContextVar(
     "scope", default=None

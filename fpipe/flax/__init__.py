@@ -1,5 +1,11 @@
 """Flax modules as fpipe layers: `import fpipe.flax` to use it; it needs `pip install
 "fpipe[flax]"`.
+
+    layer, layers, tied       from modules to `fpipe.Layer`s
+    split_variables,          from the variables of a whole Flax model to those of its
+    merge_variables           layers, and back (checkpoints)
+    Parameters                from the parameters of a pipe to a module of NNX
+    stream_key                the key that a random stream gets, for tests by hand
 """
 
 from fpipe.flax._layers import layer as layer

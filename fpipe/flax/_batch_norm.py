@@ -97,6 +97,14 @@ def deferred_apply(
         ValueError: a norm in training for which `defer_stats` made no room; one with
             `axis_name`.
     """
+    # Flax computes a norm's mean and variance inside `__call__` and hands them out in
+    # one place only: the running statistics. So each norm in training is run by a
+    # stand-in, and what stands there is read and put back:
+    #     old       mean 0.0   var 1.0     running statistics before the call
+    #     stand-in  mean 0.5   var 0.25    momentum 0: those of the microbatch alone
+    #     after     mean 0.0   var 1.0     deferred: moments with 0.5 and 0.25 merged in
+    # Computing the moments here a second time would be another formula (masks, dtypes,
+    # axes) that has to agree with Flax's in every release.
     stand_ins: list[linen.Module] = []
 
     def intercept(
@@ -106,6 +114,7 @@ def deferred_apply(
         # Of a subclass it is Flax's own `__call__` that counts, with what the subclass
         # gives it.
         is_norm = getattr(context.orig_method, "func", None) is _NORM_CALL
+        # The stand-in is a `linen.BatchNorm` too, so its own call is intercepted.
         if not is_norm or any(norm is stand_in for stand_in in stand_ins):
             return call(*args, **kwargs)
         arguments = _NORM_SIGNATURE.bind(norm, *args, **kwargs).arguments
@@ -114,6 +123,7 @@ def deferred_apply(
             norm.use_running_average,
             arguments.get("use_running_average"),
         )
+        # A norm that only uses its statistics has nothing to defer.
         if average or norm.is_initializing():
             return call(*args, **kwargs)
         name = "/".join(norm.path)
@@ -126,6 +136,8 @@ def deferred_apply(
                 '`"batch_stats": defer_stats(batch_stats)`'
             )
 
+        # Plain `linen.BatchNorm` in the scope of the norm: it finds the norm's own
+        # scale, bias and statistics there by their names.
         old_mean = norm.get_variable("batch_stats", "mean")
         old_var = norm.get_variable("batch_stats", "var")
         fields = {
@@ -146,6 +158,8 @@ def deferred_apply(
             room["count"],
         )
         merged = merge(_moments_in(room), microbatch)
+        # `finish_stats` sees arrays and no modules, so the momentum goes along as an
+        # array.
         momentum = jnp.full_like(room["momentum"], norm.momentum)
         norm.put_variable("batch_stats", "mean", old_mean)
         norm.put_variable("batch_stats", "var", old_var)
@@ -154,6 +168,8 @@ def deferred_apply(
         )
         return y
 
+    # Flax's own hook around methods: it reaches norms at any depth, inside `nn.scan`,
+    # `nn.remat` and compact methods too, and the user's module stays as it is.
     with linen.intercept_methods(intercept):
         y, collections = module.apply(
             variables, *args, rngs=rngs, mutable=list(mutable), method=method, **kwargs
@@ -214,6 +230,7 @@ def _no_moments(mean: Any) -> dict[str, Any]:
 
 
 def _moments_in(room: Mapping[str, Any]) -> Moments:
+    """What has been merged into the room of a norm so far."""
     return Moments(room["count"], room["mean"], room["m2"])
 
 
@@ -224,6 +241,8 @@ MOMENTS = ("batch_count", "batch_mean", "batch_m2")
 """What a deferred norm keeps beside Flax's variables, by name."""
 
 
+# A subclass, so that filters for `nnx.BatchStat` (in `nnx.vmap`, `nnx.split`) treat
+# moments as they treat the running statistics.
 class BatchMoments(nnx.BatchStat):
     """The moments of the microbatches of a call, of one norm."""
 
@@ -237,6 +256,9 @@ class DeferredNorm(nnx.BatchNorm):
     """
 
     def __init__(self, norm: nnx.BatchNorm) -> None:
+        # NNX has no hook around methods as linen has, so the norm itself is replaced.
+        # All is made anew and then thrown away: only Flax knows how to set its fields
+        # up.
         super().__init__(
             norm.num_features,
             use_running_average=norm.use_running_average,
@@ -251,6 +273,8 @@ class DeferredNorm(nnx.BatchNorm):
             promote_dtype=norm.promote_dtype,
             rngs=nnx.Rngs(0),
         )
+        # The same variables, so that checkpoints and optimizers find them under the
+        # names and paths that they had.
         self.mean = norm.mean
         self.var = norm.var
         self.scale = norm.scale
@@ -265,6 +289,7 @@ class DeferredNorm(nnx.BatchNorm):
         self, x: Any, use_running_average: bool | None = None, *, mask: Any = None
     ) -> Any:
         """As `nnx.BatchNorm`, but for the running statistics."""
+        # Flax's rule: the argument of the call, else the attribute.
         average = use_running_average
         if average is None:
             average = self.use_running_average
@@ -329,6 +354,7 @@ def defer_module(module: nnx.Module) -> Any:
         if not isinstance(node, nnx.BatchNorm) or isinstance(node, DeferredNorm):
             return node
         name = "/".join(map(str, path))
+        # (Linen runs a subclass's own `__call__`; here it would be replaced and lost.)
         if type(node) is not nnx.BatchNorm:
             raise TypeError(
                 f"`defer_module`: {name!r} is a {type(node).__name__}, a subclass of "
@@ -372,6 +398,7 @@ def _microbatch_moments(
         mask: which values count; `None` for all.
         like: an array of the moments' shape and dtype.
     """
+    # Flax has divided by the number of values already: `m2` is the variance times that.
     axes = axis if isinstance(axis, Sequence) else (axis,)
     features = {a % x.ndim for a in axes}
     others = tuple(a for a in range(x.ndim) if a not in features)

@@ -38,6 +38,7 @@ class Borrow:
     def lent(self, borrowed: Mapping[str, PyTree]) -> PyTree:
         """What the owner has there; `None` if nothing."""
         tree = borrowed[self.layer]
+        # Only here it is known whether the owner is a linen or an NNX module.
         return find(tree, with_numbers(tree, self.source))
 
     @property
@@ -86,6 +87,9 @@ def with_numbers(tree: PyTree, path: Path) -> Path:
     """
     result: list[Any] = []
     for name in path:
+        # A user writes "blocks/0/w". NNX keeps the blocks of a list under the number 0,
+        # linen under names such as "blocks_0": a number is meant only where no such
+        # name is.
         here = find(tree, tuple(result))
         is_number = isinstance(here, Mapping) and name not in here
         is_number = is_number and str(name).isdigit()
@@ -98,6 +102,7 @@ def without(tree: PyTree, path: Path) -> PyTree:
     if not path:
         return {}
     first, *rest = path
+    # New dicts along the path, as the given ones belong to the caller.
     kept = {name: value for name, value in tree.items() if name != first}
     if first in tree and rest:
         inner = without(tree[first], tuple(rest))
@@ -153,6 +158,8 @@ def check_fit(
                 f"layer {name!r} borrows {part.title} from layer {part.owner!r}, but "
                 f"its module has no such parameters, only {describe(needed)}"
             )
+        # Leaf by leaf and not as whole structures: an owner may have more than is used,
+        # such as a bias beside the table.
         there = dict(jax.tree_util.tree_leaves_with_path(part.lent(borrowed)))
         fits = all(
             path in there and there[path].shape == leaf.shape

@@ -69,6 +69,7 @@ class Calling:
         self, x: PyTree, train: bool
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of a call."""
+        # A layer has one input; a module's call may have several.
         args: tuple[Any, ...] = (x,)
         kwargs: dict[str, Any] = {}
         if self.several and isinstance(x, tuple):
@@ -109,6 +110,9 @@ def find_calling(
     Raises:
         ValueError: no argument of that name.
     """
+    # Flax has no common way to say "training": modules name the argument as they like,
+    # and some the wrong way round (`deterministic`). The names of Flax's own modules
+    # are known; for others the user says which it is.
     parameters = parameters_of(method)
     positional = [
         p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
@@ -121,6 +125,7 @@ def find_calling(
         name = train.removeprefix("not ")
         if name not in names and not open_ended:
             raise ValueError(f"{call}: train={train!r}, but the arguments are {names}")
+        # "frozen" is true in training, "not frozen" false.
         in_training = {name: name == train}
     elif train is None or isinstance(train, bool):
         in_training = {name: SWITCHES[name] for name in names if name in SWITCHES}
@@ -129,12 +134,15 @@ def find_calling(
             f"{call}: train= is the name of an argument, True, False or None, got "
             f"{train!r}"
         )
+    # What the module's fields say already, as `nn.Dropout(deterministic=True)` does,
+    # cannot be said by the call too.
     places = {p.name: place for place, p in enumerate(positional)}
     switches = tuple(
         Switch(name, value, places.get(name))
         for name, value in in_training.items()
         if fields.get(name) is None
     )
+    # Only required ones: an optional mask does not make a tuple two inputs.
     inputs = [
         p for p in positional if p.default is p.empty and p.name not in in_training
     ]

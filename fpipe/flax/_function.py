@@ -45,7 +45,8 @@ class ModuleOptions:
 class ModuleFunction(abc.ABC):
     """The function of a layer that runs a Flax module.
 
-    It is a frozen value, so that equal layers are equal, also after pickling.
+    It is a frozen value, so that equal layers are equal, also after pickling, and share
+    their compiled programs. Two closures over equal modules would never be equal.
 
     Attributes:
         name: the layer's.
@@ -100,6 +101,7 @@ class ModuleFunction(abc.ABC):
         borrowed: Mapping[str, PyTree] | None = None,
     ) -> Any:
         """The layer on one microbatch."""
+        # Not every module asks for every need: what it does not ask for is not passed.
         owners = borrowed or {}
         params = lend(self.borrow, params, owners)
         y, new_state = self.run(params, x, state or {}, key, train, owners)
@@ -113,6 +115,9 @@ class ModuleFunction(abc.ABC):
         defer: Callable[[], Layer] | None = None,
     ) -> Layer:
         """The layer of this function; it declares what the module uses."""
+        # Not by the signature of `__call__`, which is the same for all modules, but
+        # what this module uses: a state forbids schedules that permute forwards, and a
+        # key would make programs depend on the numbers of microbatches and layers.
         declared = {
             "state": self.stateful,
             "key": self.draws,

@@ -1,7 +1,12 @@
-"""The front: one module, a whole model, or a borrowed module as layers.
+"""Flax modules as layers: one module, a whole model, or a module with the parameters of
+another layer.
 
-nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)])
--> [Layer "layers_0", Layer "relu", Layer "layers_2"]
+    layer(nn.Dense(4))                                    -> Layer "Dense"
+    layers(nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]))
+        -> [Layer "layers_0", Layer "relu", Layer "layers_2"]
+    tied(embed, "embed", method="attend")                 -> Layer "Embed_of_embed"
+
+What is different for linen and NNX stands in `_linen` and `_nnx`.
 """
 
 import dataclasses
@@ -187,6 +192,8 @@ def layers(
             f"functions belongs here, got {model!r}; "
             "for one module use `fpipe.flax.layer(module)`"
         )
+    # A list may be nested, as a user builds it of blocks. A `Sequential` is not opened
+    # further: what is inside one of its modules is that module's own.
     modules = list(model.layers) if chained else list(_flat(model))
     for module in modules:
         if isinstance(module, type) and issubclass(module, nn.Module):
@@ -194,6 +201,8 @@ def layers(
                 f"`fpipe.flax.layers(model)`: got the class {module.__name__}; a "
                 f"module is made of it, `{module.__name__}(...)`"
             )
+    # With a sample `x`, each layer is traced on what the one before returns. Then linen
+    # modules show their collections and streams, which they hide until they run.
     _check_shared(modules)
     result: list[Layer] = []
     params: dict[str, PyTree] = {}
@@ -206,6 +215,7 @@ def layers(
         if isinstance(module, Layer):
             made = module
         elif not _is_module(module):
+            # Its name stays the function's: it has no variables that Flax would name.
             f = ChainedFunction(module) if chained else module
             made = fn(f, function_name(module))
         elif owner is not None:
@@ -230,6 +240,7 @@ def layers(
 
 
 def _flat(model: Iterable[Any]) -> Iterator[Any]:
+    """The entries of nested lists and tuples."""
     for value in model:
         if isinstance(value, (list, tuple)):
             yield from _flat(value)
@@ -246,7 +257,7 @@ class ChainedFunction:
     f: Callable[..., Any]
 
     def __call__(self, x: PyTree) -> PyTree:
-        """Call it."""
+        """What `nn.Sequential` and `nnx.Sequential` do with a function."""
         if isinstance(x, tuple):
             return self.f(*x)
         return self.f(**x) if isinstance(x, dict) else self.f(x)
@@ -280,6 +291,7 @@ def _module_layer(module: Any, options: ModuleOptions) -> Layer:
 
 
 def _is_module(value: Any) -> bool:
+    """Whether a value is a linen or NNX module, or makes one."""
     return isinstance(value, (nn.Module, nnx.Module)) or is_factory(value)
 
 
@@ -295,6 +307,8 @@ def _name_of(module: Any) -> str:
 def _check_shared(modules: Sequence[Any]) -> None:
     """Refuse two layers that own one variable, or one linen module with variables."""
     # By identity: two modules that are equal own different variables.
+    # Each layer would own a copy, and both would be trained apart from each other:
+    # other numbers than Flax has, and no error.
     first_places: dict[int, int] = {}
     for position, module in enumerate(modules):
         for path, node in _owned_nodes(module):
@@ -319,6 +333,8 @@ def _owned_nodes(module: Any) -> Iterator[tuple[Path, Any]]:
     """
     if isinstance(module, nnx.Module):
         for path, node in nnx.iter_graph(module):
+            # Random state is made from the call's key by its path, so sharing does no
+            # harm.
             if isinstance(node, nnx.Variable) and not isinstance(node, nnx.RngState):
                 yield path, node
     elif isinstance(module, nn.Module):
@@ -339,6 +355,7 @@ def _trace_layer(
     """
     init = layer.init
     init_state = layer.init_state
+    # Skips and side inputs come from elsewhere: their shapes cannot be known here.
     missing = [f"asks for {need!r}" for need in ("carry", "side") if layer.asks(need)]
     missing += [
         f"borrows from {name!r}, which is no earlier layer"
@@ -359,6 +376,7 @@ def _trace_layer(
     def run(
         x: PyTree, borrowed: Mapping[str, PyTree], call_needs: Mapping[str, PyTree]
     ) -> tuple[PyTree, PyTree]:
+        # What a call would give, by stand-ins: a key and a step, and `train=False`.
         needs: dict[str, Any] = {**call_needs, "borrowed": borrowed, "carry": {}}
         own = init(needs["key"], x, **{n: needs[n] for n in keyword_needs(init)})
         if init_state is not None:

@@ -117,6 +117,8 @@ class LinenFunction(ModuleFunction):
                     **kwargs,
                 )
             except flax.errors.InvalidRngError as error:
+                # The error has no attribute with the name. If Flax words it differently
+                # one day, its own error is raised.
                 found = re.search(r'PRNG for "(.+?)"', str(error))
                 if found is None or found[1] in streams:
                     raise
@@ -131,6 +133,8 @@ class LinenFunction(ModuleFunction):
                         "`fpipe.flax.layer(module, "
                         f"rngs={[*self.streams, missing]})`"
                     ) from error
+                # Once for each stream and each trace: the loop ends when the module has
+                # all.
                 streams = (*streams, missing)
             else:
                 # With `mutable=` Flax returns dicts, whatever its types say.
@@ -145,6 +149,8 @@ class LinenFunction(ModuleFunction):
     def init_variables(self, key: Any, x: PyTree) -> dict[str, PyTree]:
         """All variables of the module as it makes them, but for what it sows."""
         args, kwargs = self.calling.arguments(x, False)
+        # Not in training: dropout would draw from a stream, and `init` has a key for
+        # the parameters alone.
         made = self.module.init({"params": key}, *args, method=self.method, **kwargs)
         collections = flax.core.unfreeze(made)
         return {name: collections[name] for name in collections if name not in IGNORED}
@@ -170,6 +176,9 @@ class LinenFunction(ModuleFunction):
     @contextlib.contextmanager
     def explained(self, borrowed: Mapping[str, PyTree]) -> Iterator[None]:
         """Flax's errors about variables that are not there, in the words of layers."""
+        # Flax says "collection params is not mutable". A user of layers wants to know
+        # which layer, which collection, and what to write; so its messages are read
+        # here.
         try:
             yield
         except (
@@ -179,8 +188,10 @@ class LinenFunction(ModuleFunction):
             found = re.search(r'collection "(.+?)"', str(error))
             if found is None:
                 raise
+            # A collection that the layer does not keep: the user has to declare it.
             if found[1] not in ("params", *self.collections):
                 raise self.unknown([found[1]]) from error
+            # A parameter that is not there: only of borrowed ones the cause is known.
             if found[1] != "params" or not self.borrow:
                 raise
             why = _without_address(error)
@@ -214,6 +225,8 @@ class LinenInit:
             eval_shape(self._run_with_borrowed, shapes_of(x), shapes_of(dict(borrowed)))
         variables = function.init_variables(key, x)
         params = variables.pop("params", {})
+        # Nobody has said what the module keeps. Without this the collection would be
+        # lost silently, and with it the statistics of a norm.
         unknown = variables.keys() - set(function.collections)
         if unknown and not function.known:
             raise function.unknown(unknown)
@@ -221,6 +234,7 @@ class LinenInit:
         return keep_own(function.borrow, params)
 
     def _run_with_borrowed(self, x: PyTree, borrowed: Mapping[str, PyTree]) -> PyTree:
+        """The module on the borrowed parameters, for the error if they do not fit."""
         function = self.function
         args, kwargs = function.calling.arguments(x, False)
         with function.explained(borrowed):
@@ -254,7 +268,9 @@ class DeferLinen:
     function: LinenFunction
 
     def __call__(self) -> Layer:
-        """Another function, state and end of a call."""
+        """The layer with deferred norms: its parameters are the same, so `init` is not
+        asked for.
+        """
         function = dataclasses.replace(self.function, deferred=True)
         return function.as_layer(None, LinenInitState(function), finish_linen)
 
@@ -270,6 +286,7 @@ def finish_linen(state: PyTree) -> PyTree:
 def linen_layer(module: nn.Module, options: ModuleOptions) -> Layer:
     """The layer of a linen module; see `fpipe.flax.layer`."""
     call = options.call
+    # What the user said holds; then what the sample shows; then what the fields show.
     method = find_method(type(module), options.method, call)
     fields = {name: getattr(module, name, None) for name in module.__dataclass_fields__}
     calling = find_calling(method, options.train, options.chained, fields, call)
@@ -296,6 +313,8 @@ def linen_layer(module: nn.Module, options: ModuleOptions) -> Layer:
             collections=shown_collections if collections is None else collections,
             streams=shown_streams if streams is None else streams,
         )
+    # Without a sample, the two modules of Flax with statistics are looked for among the
+    # fields. Those that a compact method makes cannot be seen.
     elif collections is None and any(
         isinstance(inner, (nn.BatchNorm, nn.SpectralNorm))
         for _, inner in modules_inside(module)
@@ -319,11 +338,14 @@ def _observe(
     """The collections that are state, and the random streams, of a module called in
     training on `x`.
     """
+    # Traced and not run: `eval_shape` returns arrays only, so names come out by the
+    # side.
     observed: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
 
     def call(key: Any, x: PyTree) -> PyTree:
         variables = function.init_variables(key, x)
         names = tuple(name for name in variables if name != "params")
+        # In training, with all collections mutable: only then everything shows.
         trial = dataclasses.replace(
             function, collections=names, streams=None, borrow=()
         )

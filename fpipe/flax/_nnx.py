@@ -44,6 +44,8 @@ class _DryStream(nnx.RngStream):
     """
 
     def __call__(self) -> jax.Array:
+        # With a placeholder for a key instead, a module that should not draw at all
+        # would draw the same mask in each call, and nobody would notice.
         raise _NoKeyError(self.tag)
 
 
@@ -59,6 +61,7 @@ class Values:
         mine, structure = jax.tree.flatten(self.tree)
         others, other_structure = jax.tree.flatten(other.tree)
         return structure == other_structure and all(
+            # Identity first: comparing the weights of a model takes long.
             a is b
             or (a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a, b))
             for a, b in zip(mine, others, strict=True)
@@ -82,7 +85,7 @@ class Given:
     values: Values
 
     def __call__(self, key: Any) -> Variables:
-        """The same in every call."""
+        """The values that the module has, whatever the key."""
         del key
         return self.values.tree
 
@@ -94,7 +97,7 @@ class Factory:
     make: Callable[..., nnx.Module]
 
     def __call__(self, key: Any) -> Variables:
-        """Those of the module of this key."""
+        """The variables of a module that is made with this key."""
         split = split_module(self.make(rngs=nnx.Rngs(as_typed(key))))
         return Variables(nnx.to_pure_dict(split.params), nnx.to_pure_dict(split.rest))
 
@@ -110,6 +113,7 @@ class SplitModule(NamedTuple):
 
 def split_module(module: nnx.Module) -> SplitModule:
     """Take a module apart; what it has sown is thrown away."""
+    # What is sown would count as state, and it grows from call to call.
     nnx.pop(module, nnx.Intermediate)
     return SplitModule(*nnx.split(module, nnx.Param, nnx.RngState, ...))
 
@@ -167,13 +171,16 @@ class NNXFunction(ModuleFunction):
         borrowed: Mapping[str, PyTree],
     ) -> tuple[PyTree, PyTree]:
         """See `ModuleFunction`."""
+        # 1. The module with this microbatch's variables.
         check_fit(self.borrow, self.name, self.params.tree, borrowed)
         module = self.merge(params, state, key)
         trains = self.calling.trains(train)
         if self.has_modes:
             module.train() if trains else module.eval()
+        # 2. Its random streams and its call.
         args, kwargs = self.calling.arguments(x, train)
         if self.takes_rngs:
+            # A placeholder: without a key every stream below is replaced by a dry one.
             default = jax.random.key(0)
             if key is not None:
                 default = stream_key(as_typed(key), "rngs")
@@ -181,6 +188,8 @@ class NNXFunction(ModuleFunction):
         if key is None:
             for _, node in nnx.iter_graph((module, kwargs.get("rngs"))):
                 if isinstance(node, nnx.RngStream):
+                    # The class of the object is changed, as the module may hold the
+                    # stream in many places.
                     # Not by assignment, which NNX checks.
                     object.__setattr__(node, "__class__", _DryStream)
         try:
@@ -195,6 +204,8 @@ class NNXFunction(ModuleFunction):
         Each random stream gets a key of its own, by its path, and starts to count at
         zero.
         """
+        # By path, and counting from zero, because a stream that counts on would make
+        # masks depend on how many microbatches its stage has seen.
         base = jax.random.key(0) if key is None else as_typed(key)
         random = {}
         for path, shape in self.streams:
@@ -202,6 +213,8 @@ class NNXFunction(ModuleFunction):
                 random[path] = jnp.zeros(shape, jnp.uint32)
             else:
                 own = stream_key(base, "/".join(map(str, path[:-1])))
+                # A stream inside `nnx.vmap` or `nnx.scan` has a key for each copy of
+                # the module.
                 random[path] = jax.random.split(own, shape) if shape else own
         return nnx.merge(self.graph, params, unflatten_dict(random), state)
 
@@ -212,6 +225,8 @@ class NNXFunction(ModuleFunction):
             ValueError: the module has variables that it had not when it was made.
         """
         split = split_module(module)
+        # A variable that is made in a call has no place in the state of the next call,
+        # whose structure must be the same.
         known = {*self.state_paths, *flatten_dict(self.params.tree)}
         found = (*paths_of(split.rest), *paths_of(split.params))
         more = ["/".join(map(str, path)) for path in found if path not in known]
@@ -256,7 +271,7 @@ class DeferredFactory:
     make: Callable[..., nnx.Module]
 
     def __call__(self, rngs: nnx.Rngs) -> nnx.Module:
-        """Make one."""
+        """A module as the user's factory makes it, with deferred norms."""
         return defer_module(self.make(rngs=rngs))
 
 
@@ -271,7 +286,7 @@ class DeferNNX:
     options: ModuleOptions
 
     def __call__(self) -> Layer:
-        """Make it."""
+        """The layer with deferred norms, from the same factory or the same values."""
         if isinstance(self.source, Factory):
             module = DeferredFactory(self.source.make)
         else:
@@ -287,6 +302,7 @@ class FinishNNX:
 
     def __call__(self, state: PyTree) -> PyTree:
         """The state with its running statistics updated."""
+        # `finish` reads no parameters: their shapes stand in for them.
         module = self.function.merge(self.function.params.tree, state)
         finish_module(module)
         return self.function.state_of(module)
@@ -317,12 +333,15 @@ def nnx_layer(module: Any, options: ModuleOptions) -> Layer:
         for path, variable in nnx.to_flat_state(split.random)
     ]
     method = find_method(type(made), options.method, options.call)
+    # A user who names the argument of the call wants the attributes left alone.
     has_modes = not isinstance(options.train, str) and any(
         hasattr(node, mode)
         for node in nodes
         if isinstance(node, nnx.Module)
         for mode in MODES
     )
+    # What is known of the module becomes a value without arrays, so that layers of
+    # equal modules are equal and stages of equal layers share their programs.
     function = NNXFunction(
         options.name,
         find_calling(method, options.train, options.chained, {}, options.call),
@@ -332,6 +351,7 @@ def nnx_layer(module: Any, options: ModuleOptions) -> Layer:
         ),
         graph=split.graph,
         method=str(options.method or "__call__"),
+        # Shapes alone: weights in here would be copies that no optimizer sees.
         params=Values(
             jax.tree.map(
                 lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), variables.params

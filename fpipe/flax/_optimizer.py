@@ -50,6 +50,8 @@ class Parameters(nnx.Module):
     """
 
     def __init__(self, params: PyTree) -> None:
+        # A flat dict by path: it fits the tuple that the placed executor has as well as
+        # the `Packed` of the scan executor.
         arrays, self._spec = pack(params)
         self._paths = _paths(params)
         self._arrays = nnx.Dict(
@@ -72,6 +74,8 @@ class Parameters(nnx.Module):
         Raises:
             ValueError: they are not of these parameters.
         """
+        # Gradients have the structure of the parameters, so equal paths mean equal
+        # places.
         paths = _paths(grads)
         if paths != self._paths:
             wrong = sorted(set(paths) ^ set(self._paths))
@@ -93,6 +97,11 @@ class Parameters(nnx.Module):
             tx: any transformation, or `fpipe.optim.per_stage(tx)`: see there which
                 needs it.
         """
+        # `tx` is asked for the whole parameters, with their structure: masks by path
+        # and `fpipe.optim` depend on it. NNX shows what is trained alone, as a state of
+        # its own:
+        #     seen by NNX     {"_arrays": {"[0]['w']": w}}
+        #     given to `tx`   ({"w": w}, {"n": n})
         tx = optax.with_extra_args_support(tx)
         shapes = eval_shape(tx.init, self.params)
         state_paths = _paths(shapes)
@@ -138,12 +147,12 @@ class Parameters(nnx.Module):
 
 
 def _state(arrays: dict[str, Any]) -> nnx.State:
-    """What is trained, as the state of the module."""
+    """Arrays by path as NNX holds them: `{"_arrays": {path: array}}`."""
     return nnx.State({"_arrays": arrays} if arrays else {})
 
 
 def _arrays(state: Any) -> Any:
-    """The inverse."""
+    """The arrays by path in a state of NNX: the inverse of `_state`."""
     return state.get("_arrays", {})
 
 

@@ -1,4 +1,10 @@
-"""Random streams: one key of the layer for each stream of its module."""
+"""Random streams: one key of the layer for each stream of its module.
+
+    key of the call -> of layer 3 -> of microbatch 1 -> of the stream "dropout"
+
+The first two steps are the pipe's, by number; the last one is done here, by name. So a
+mask depends on nothing else: not on the stage, the schedule, or the other streams.
+"""
 
 import zlib
 from typing import Any
@@ -29,6 +35,7 @@ def stream_key(key: Any, stream: str) -> jax.Array:
 
 def as_typed(key: Any) -> jax.Array:
     """A key as a typed key; old-style ones are arrays of `uint32`."""
+    # NNX takes typed keys only, and users may still have old ones.
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
     return jax.random.wrap_key_data(key)

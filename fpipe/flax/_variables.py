@@ -88,6 +88,8 @@ def split_variables(
             "they are `nnx.state(model)`"
         )
     layout = Layout.of(found_layers)
+    # Each layer takes what is its own out of `rest`. What is left belongs to nobody,
+    # and says that variables and model do not fit: a renamed module, a missing layer.
     rest = layout.read(variables)
     params: list[PyTree] = []
     states: list[PyTree] = []
@@ -175,6 +177,8 @@ class Layout:
     @classmethod
     def of(cls, found_layers: Sequence[Layer]) -> "Layout":
         """That of the model of these layers."""
+        # One linen module is enough for linen's layout: NNX has no collections to put
+        # its variables in, and linen has room for anything.
         kinds = {type(layer.apply) for layer in found_layers}
         return cls(NNXFunction in kinds and LinenFunction not in kinds)
 
@@ -245,6 +249,7 @@ def _split_nnx(
     with_state: bool,
 ) -> tuple[PyTree, PyTree]:
     """`_split_layer` of an NNX module, whose parameters and state stand together."""
+    # Parameters and state are told apart by the layer, which knows the paths of both.
     there: dict[Path, Any] = {}
     for collection in ("params", STATE):
         for path, array in flatten_dict(found.pop(collection, {})).items():
@@ -265,6 +270,7 @@ def _split_nnx(
             )
         return unflatten_dict({path: there[name] for path, name in names.items()})
 
+    # What is borrowed is stored once, with its owner.
     own = keep_own(function.borrow, function.params.tree)
     params = pick(list(flatten_dict(own)))
     if not (with_state and layer.asks("state")):
@@ -294,6 +300,7 @@ def _merge_layer(
 
 
 def _is_empty(tree: PyTree) -> bool:
+    """Whether a layer has nothing of that kind: `None`, `{}` or `()`."""
     return tree is None or (isinstance(tree, (Mapping, tuple)) and not tree)
 
 
