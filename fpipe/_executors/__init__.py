@@ -3,7 +3,7 @@
     call            what a user calls, and the arguments as `Args`
     protocol        `Executor`: what a pipe knows of the thing that runs its calls
     scheduling      which schedule, before the number of microbatches is known
-    request         a call as shapes and wishes: the key and the source of a plan
+    request         a call as data: shapes, and which gradients it wants
     routes          who makes and who reads every value
     programs        each stage traced, differentiated, and split into programs
     placement       where a stage lives

@@ -61,8 +61,8 @@ from fpipe._model.stages import Leaf, X
 
 _LOGGER = logging.getLogger("fpipe")
 
-# Whose gradient is looked at in the backward of a layer. What a layer was given by
-# skips is as good as its input.
+# Whose gradient is looked at in the backward of a layer. What a layer pops or peeks
+# counts as its input: an earlier layer made it too.
 _TAPPED = {
     "params": BackwardPart.PARAMS,
     "x": BackwardPart.INPUT,
@@ -360,7 +360,7 @@ class Detector:
 
     @functools.cached_property
     def watched(self) -> Model:
-        """The model that runs."""
+        """The same layers, each of them watched: the model that runs."""
         return watch_model(self.model)
 
     def watch_call(

@@ -105,6 +105,7 @@ class Call(abc.ABC):
 
     def _checked(self, args: Args) -> Args:
         """The arguments, or an error that says which is wrong."""
+        # By structure alone: a look at every array would cost time in every step.
         check_params(self.model, args.params, "a call's params")
         return checked(self.model, args)
 
@@ -288,7 +289,12 @@ def _value(result: Result, loss: Loss, state: Any) -> Any:
 
 
 def check_argnums(argnums: Any, numbers: tuple[int, ...], args: Args) -> None:
-    """The call has as many arguments; `argnums` is what was given."""
+    """Every argument that is numbered was given.
+
+    Arguments:
+        argnums: as the user gave it, for the message.
+        numbers: the same as a tuple.
+    """
     if max(numbers) >= len(args.numbered):
         raise ValueError(
             f"`value_and_grad(argnums={argnums!r})`: the call has {len(args.numbered)} "
@@ -350,7 +356,9 @@ def check_params(model: Model, params: Any, call: str) -> None:
 
 
 def checked(model: Model, args: Args) -> Args:
-    """State has one entry per layer, and is there if it is needed, and only where."""
+    """The call's state checked: given if a layer has state, with one entry per layer,
+    and empty for the layers without.
+    """
     count = len(model.layers)
     if args.state is None:
         if model.stateful:

@@ -8,8 +8,8 @@ there is one program for each place. With `loss_scale=1024` and `grads=(g0, g1)`
     cpu:0    w0 / 1024 + g0
     cpu:1    w1 / 1024 + g1                     the scale is copied there
 
-The scan executor's gradients lie on one mesh, and are one group. Inside a trace there
-are no places, and one group too.
+The scan executor's gradients lie on one mesh, and are grouped by their shardings.
+Inside a trace there are no places: all are one group.
 """
 
 import functools

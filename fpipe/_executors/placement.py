@@ -52,7 +52,9 @@ class Placement:
 
     @property
     def device(self) -> Device:
-        """The device."""
+        """The one device that it is. A stage on several devices would have none, so ask
+        `put` and `holds` where they will do.
+        """
         return next(iter(self.sharding.device_set))
 
     def as_default(self) -> Any:

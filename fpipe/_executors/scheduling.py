@@ -91,6 +91,7 @@ class Scheduling(abc.ABC):
             ValueError: it is for another number of stages or microbatches, or puts a
                 stage elsewhere.
         """
+        # A user's schedule or function may give anything, so this is checked for all.
         schedule, stages = (
             self._made(stage_to_device, microbatches),
             len(stage_to_device),
@@ -170,7 +171,9 @@ class _ByName(Scheduling):
 
 @dataclasses.dataclass(frozen=True)
 class _Fixed(Scheduling):
-    """A schedule for one number of stages and microbatches."""
+    """A schedule for one number of stages and microbatches. A batch that gives another
+    number of microbatches is an error of `make`.
+    """
 
     option: Schedule
 

@@ -165,6 +165,9 @@ class Sequential(Call):
         ]
         chosen = [a for a, take in zip(arrays, asked, strict=True) if take]
 
+        # One microbatch as a function of the differentiated arrays. It returns the loss
+        # times its share, whose gradients may be added as they come, and beside it
+        # what is not differentiated.
         def microbatch(chosen: Sequence[Any], i: int, state: Any) -> Any:
             # The whole arguments again, with the differentiated arrays in their places.
             rest = iter(chosen)
@@ -203,6 +206,7 @@ class Sequential(Call):
                 sums = [a + b.astype(a.dtype) for a, b in zip(sums, parts, strict=True)]
             else:
                 _, (value, weight, aux, state) = microbatch(chosen, i, state)
+            # The loss again times its share, now in the dtype of sums.
             dtype = value.dtype
             values.append(wide(value) * scales[i])
             weights.append(weight)

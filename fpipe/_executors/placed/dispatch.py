@@ -183,6 +183,7 @@ class Bound:
 
     @functools.cached_property
     def _shares(self) -> Mapping[Half, tuple[Share, ...]]:
+        """What each thread issues, for each half that a call may run."""
         # Threads call what is compiled here, in the thread of the caller: tracing
         # depends on its settings, such as `jax.enable_x64`, and they do not have them.
         # A single thread is the caller's, so it may call the `jit` functions, which
@@ -199,6 +200,7 @@ class Bound:
 
     @functools.cached_property
     def _compiled(self) -> Mapping[int, Any]:
+        """The compiled program of each run, by the number of its instruction."""
         return compile_plan(self.plan, self.shapes)
 
     @functools.cached_property

@@ -258,7 +258,8 @@ def _join_gradients(call: CallWork, stage: int) -> dict[Leaf, Slot]:
     if m == 1 or not leaves:
         return {leaf: held[0][Gradient(leaf)] for leaf in leaves}
 
-    # A piece without gradient is zero: its shape led another way through the layers.
+    # A piece without gradient is zero: a layer may do something else with a microbatch
+    # of another shape (the smaller last one), and not use this input there.
     ins: list[Slot] = []
     zeros: dict[tuple[Leaf, int], jax.ShapeDtypeStruct] = {}
     for leaf in leaves:

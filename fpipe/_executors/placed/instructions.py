@@ -51,7 +51,8 @@ class Run:
 
     Attributes:
         name: the program's, such as `stage2_F`.
-        call: the compiled function, from arrays to arrays.
+        call: a function under `jax.jit`, from arrays to arrays. Stages that compute the
+            same have one function, and so share what is traced.
         ins, outs: the slots that it reads and writes.
         placement: where it runs.
         action: of the schedule; `None` for the work around the schedule.
@@ -163,6 +164,9 @@ Value: TypeAlias = StageValue | StartedSum | JoinedGradient | CallValue | Number
 class Slot(NamedTuple):
     """A register: what it holds, where that is, and what it is for. A value that is
     moved has a slot on each placement where it is.
+
+    While a plan is made, slots are found by these three. In the plan they are numbers,
+    the indices of a list, because a run looks up each of them.
     """
 
     value: Value
@@ -171,7 +175,7 @@ class Slot(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What it holds, for people."""
+        """What it holds, as plans and recordings show it."""
         return str(self.value)
 
     def on(self, placement: Placement) -> "Slot":

@@ -50,7 +50,7 @@ class Peak(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The bytes of arrays, and what the program needs for itself."""
         return sum(self.roles.values()) + self.temporary
 
 
@@ -79,7 +79,8 @@ def levels(
             _, placement, role = plan.slots[slot]
             level[placement][role] -= sizes.pop(slot)
 
-    # Inputs are put where they are read before the first instruction is issued.
+    # Inputs are put where they are read before the first instruction is issued, also
+    # those of the last stage: they lie there while the pipeline fills.
     for slot, shape in shapes.items():
         take(slot, nbytes(shape))
     yield -1, level

@@ -371,6 +371,8 @@ class WatchedCall:
 
 
 class _Span(NamedTuple):
+    """From when to when an instruction ran, in seconds of `time.perf_counter`."""
+
     start: float
     end: float
 

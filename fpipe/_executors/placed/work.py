@@ -109,6 +109,8 @@ class CallWork:
         self.held: dict[tuple[int, int], dict[ProgramValue, Slot]] = {}
         self.sums: dict[tuple[int, Leaf], Slot] = {}
         self.states: dict[int, tuple[Slot, ...]] = {}
+        # All parameters are feeds, also those that no program reads: so the arrays of a
+        # call fill the first slots in the order in which they come.
         for layer, shape in enumerate(self.inputs.params):
             home = self.layout.home(layer)
             for k in range(len(shape.leaves)):
