@@ -4,6 +4,8 @@ import os
 import pathlib
 import signal
 
+import beartype
+import beartype.claw
 import hypothesis
 import jax
 import pytest
@@ -33,6 +35,23 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_addoption(parser):
+    text = "check the types of every call within fpipe, as `-m quick` does"
+    parser.addoption("--typed", action="store_true", help=text)
+
+
+def pytest_configure(config):
+    """Types are checked when tests ask for it, before the package is imported.
+
+    Not in every run: what is refused with a message of ours would be refused by the type
+    checker first, which has no remedy to offer.
+    """
+    if config.option.typed or config.option.markexpr == "quick":
+        # Annotated variables are left to the static checker. An `int` is a `float`.
+        conf = beartype.BeartypeConf(claw_is_pep526=False, is_pep484_tower=True)
+        beartype.claw.beartype_package("fpipe", conf=conf)
 
 
 @pytest.fixture
