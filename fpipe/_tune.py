@@ -199,7 +199,7 @@ def tune(
     state: Sequence[PyTree] | None = None,
     train: bool = False,
     step: Any = None,
-    params: Sequence[PyTree] | None = None,
+    params: PyTree | None = None,
     **options: Any,
 ) -> Tuning:
     """Choose balance, number of microbatches, schedule and checkpoint mode by what

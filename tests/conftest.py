@@ -52,6 +52,11 @@ def pytest_configure(config):
         # Annotated variables are left to the static checker. An `int` is a `float`.
         conf = beartype.BeartypeConf(claw_is_pep526=False, is_pep484_tower=True)
         beartype.claw.beartype_package("fpipe", conf=conf)
+        for message in (
+            r"(.|\n)*not decoratable by @beartype",  # a generic named tuple
+            "Do not use the `random` module",  # it looks at one entry of a list
+        ):
+            config.addinivalue_line("filterwarnings", f"ignore:{message}")
 
 
 @pytest.fixture

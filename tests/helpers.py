@@ -9,11 +9,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import beartype
 import chex
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
+from jaxtyping import Array, Float, Key
 
 import fpipe
 from fpipe._executors.placed import dispatch, threads
@@ -23,6 +26,9 @@ from fpipe._executors.placed.instructions import Run
 from fpipe._executors.scan.executor import Scan
 
 WIDTH = 4
+
+shaped = jaxtyping.jaxtyped(typechecker=beartype.beartype)
+"""Checks the types and the shapes that a function of the tests names."""
 
 HANG = 600
 """Seconds that only something that hangs takes, however busy the machine is."""
@@ -41,7 +47,10 @@ def scan_executor(pipe: fpipe.Pipe) -> Scan:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def noise(key, shape: tuple[int, ...], low: float = -1.0, high: float = 1.0):
+@shaped
+def noise(
+    key: Key[Array, ""], shape: tuple[int, ...], low: float = -1.0, high: float = 1.0
+) -> Float[Array, "..."]:
     """Numbers from `low` to `high` by a hash. `jax.random.normal` compiles five times
     as long, for each shape and device.
     """
@@ -59,7 +68,8 @@ def dense(width: int = WIDTH, activation: Callable[..., Any] = jnp.tanh) -> fpip
     def init(key, x):
         return {"w": noise(key, (x.shape[-1], width)), "b": jnp.full((width,), 0.1)}
 
-    def apply(params, x):
+    @shaped
+    def apply(params, x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:
         return activation(x @ params["w"] + params["b"])
 
     return fpipe.Layer(apply, init, name="dense")
@@ -213,7 +223,8 @@ def models() -> dict[str, list[fpipe.Layer]]:
     }
 
 
-def mse(y, t):
+@shaped
+def mse(y: Float[Array, "*shape"], t: Float[Array, "*shape"]) -> Float[Array, ""]:
     return jnp.mean((y - t) ** 2)
 
 

@@ -111,7 +111,7 @@ class Call(abc.ABC):
 
     def __call__(
         self,
-        params: Sequence[PyTree],
+        params: PyTree,
         x: PyTree,
         side: PyTree = None,
         key: Any = None,
@@ -203,7 +203,7 @@ class Call(abc.ABC):
         numbers, which = as_argnums(argnums), FrozenLeaves(frozen)
 
         def value_and_grad(
-            params: Sequence[PyTree],
+            params: PyTree,
             x: PyTree,
             *targets: PyTree,
             side: PyTree = None,
@@ -253,7 +253,7 @@ class Call(abc.ABC):
         loss = as_loss("evaluate", loss_fn, has_aux, reduction)
 
         def evaluate(
-            params: Sequence[PyTree],
+            params: PyTree,
             x: PyTree,
             *targets: PyTree,
             side: PyTree = None,

@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from fpipe._core.pytrees import (
     PyTree,
@@ -30,6 +29,7 @@ from fpipe._core.pytrees import (
     strong,
 )
 from fpipe._executors.scan.mesh import AXIS as AXIS
+from fpipe._executors.scan.mesh import AnyMesh as AnyMesh
 from fpipe._executors.scan.mesh import by_stage
 from fpipe._executors.scan.packing import Entry, Packing, Row
 from fpipe._executors.scan.packing import Packed as Packed
@@ -54,7 +54,7 @@ def _packed_nodes(tree: PyTree) -> list[Packed]:
     return [node for node in nodes if isinstance(node, Packed)]
 
 
-def mesh_of(tree: PyTree) -> Mesh | None:
+def mesh_of(tree: PyTree) -> AnyMesh | None:
     """The mesh that packed arrays lie on, in a trace too; `None` if that cannot be
     told.
     """
@@ -107,7 +107,7 @@ def shapes_unpacked(tree: PyTree) -> PyTree:
     )
 
 
-def constrain_to_stages(rows: Sequence[Any], mesh: Mesh | None) -> tuple[Any, ...]:
+def constrain_to_stages(rows: Sequence[Any], mesh: AnyMesh | None) -> tuple[Any, ...]:
     """Rows, laid over the stages of the mesh."""
     if mesh is None:
         return tuple(rows)
@@ -333,7 +333,7 @@ class StateTemplate:
         ]
         return Packing(shapes, tuple(rows))
 
-    def pack(self, layers: tuple[PyTree, ...], mesh: Mesh | None) -> Packed:
+    def pack(self, layers: tuple[PyTree, ...], mesh: AnyMesh | None) -> Packed:
         """A tuple of layers, packed; without weak types, so that a state has one
         structure in all steps.
         """
@@ -401,7 +401,7 @@ def _find_template(
 
 
 def pack_state(
-    state: PyTree, templates: Sequence[StateTemplate], mesh: Mesh | None
+    state: PyTree, templates: Sequence[StateTemplate], mesh: AnyMesh | None
 ) -> PyTree:
     """A state with everything that is like the parameters packed like them."""
 

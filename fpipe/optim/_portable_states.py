@@ -50,6 +50,7 @@ def gather(state: PyTree) -> PyTree:
         With a mesh over several processes it is on every device.
     """
     mesh = mesh_of(state)
+    assert mesh is None or isinstance(mesh, Mesh)  # this is no trace
     leaves = jax.tree.leaves(state)
     if not all(a.is_fully_addressable for a in leaves if isinstance(a, jax.Array)):
         # An array is spread over several processes, so `device_put` cannot fetch it.

@@ -12,9 +12,9 @@ and Adam itself is shown `mu=(float32[4, 4], float32[4, 2])`.
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from fpipe._core.pytrees import PyTree
+from fpipe._executors.scan.mesh import AnyMesh
 from fpipe._model.frozen import Frozen
 from fpipe.optim._packed import (
     Rows,
@@ -34,7 +34,9 @@ _FIX = (
 )
 
 
-def init(tx: Any, params: PyTree, frozen: Frozen | None, mesh: Mesh | None) -> PyTree:
+def init(
+    tx: Any, params: PyTree, frozen: Frozen | None, mesh: AnyMesh | None
+) -> PyTree:
     """The initial state; what is like the parameters is packed like them."""
     # Rows go in as they are. What the transformation is shown are shapes, and the
     # leaves are cut out of the rows inside of the program, by the device that has them.

@@ -23,10 +23,10 @@ from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from fpipe._core.pytrees import PyTree, aval, strong
+from fpipe._executors.scan.mesh import AnyMesh
 from fpipe._program.identity import function_identity
 from fpipe.optim._packed import (
     AXIS,
@@ -69,7 +69,7 @@ def run_sharded(
     traced: TracedTransformation,
     rows: Sequence[Any],
     outputs: PyTree,
-    mesh: Mesh | None,
+    mesh: AnyMesh | None,
 ) -> PyTree:
     """Divide a traced transformation over a mesh, and run it.
 
@@ -373,7 +373,7 @@ class MeshDevices:
 
 
 def _run_on_mesh(
-    update: ShardedUpdate, rows: Sequence[Any], shared: Mapping[int, Any], mesh: Mesh
+    update: ShardedUpdate, rows: Sequence[Any], shared: Mapping[int, Any], mesh: AnyMesh
 ) -> tuple[list[Any], list[Any]]:
     """Run it inside of `jax.shard_map`; PRNG keys go in and come out as numbers."""
 

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
 from fpipe._core.caches import Key, Recent
 from fpipe._core.pytrees import (
@@ -26,6 +25,7 @@ from fpipe._core.pytrees import (
     strong,
 )
 from fpipe._core.settings import settings
+from fpipe._executors.scan.mesh import AnyMesh
 from fpipe._model.frozen import Frozen
 from fpipe.optim import _placed, _scan
 from fpipe.optim._dispatch import PlacedFunction
@@ -165,7 +165,7 @@ class Engine:
         whole = seen.whole_tree(jax.tree.leaves(updates), leaves)
         return whole, numbers_as_arrays(new)
 
-    def _init_packed(self, params: Bundle, mesh: Mesh | None) -> PyTree:
+    def _init_packed(self, params: Bundle, mesh: AnyMesh | None) -> PyTree:
         return _scan.init(self.tx, params.tree, self.frozen, mesh)
 
     def _update_packed(

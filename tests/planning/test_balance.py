@@ -273,7 +273,6 @@ def test_virtual_stages_are_balanced(schedule, stages):
 # --- limits ---
 
 
-@pytest.mark.quick
 def test_a_limit_moves_layers():
     known = costs([1, 1, 1, 1], params=[3 * MIB, 3 * MIB, MIB, MIB], checkpoint="never")
     assert fpipe.balance(known, stages=2) == (2, 2)

@@ -10,16 +10,19 @@ each microbatch are shared:
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fpipe._core.pytrees import Tracer
 
 AXIS = "stage"
+
+AnyMesh: TypeAlias = Mesh | AbstractMesh
+"""A mesh of devices, or its shape alone, which is what a tracer has."""
 
 # The axis over which a batch is sharded, if the mesh has it.
 DATA = "data"
@@ -98,7 +101,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def by_stage(mesh: Mesh) -> NamedSharding:
+def by_stage(mesh: AnyMesh) -> NamedSharding:
     """The first axis over the places of the stages."""
     # What comes out of a program on one place does not name the axis; going in like
     # that it is compiled for once.
