@@ -555,8 +555,8 @@ class Pipe(Call):
         """What a training step will take, before it runs: `print(pipe.plan(params,
         x))`.
 
-        Nothing runs and nothing is allocated, but for `by="time"`. Memory is that of
-        arrays: of the placed executor it is exact, instruction by instruction, as an
+        Nothing runs and nothing is allocated, except with `by="time"`. Memory is that
+        of arrays: of the placed executor it is exact, instruction by instruction, as an
         allocator takes and gives it; of the scan executor it is the sizes of the
         buffers.
 

@@ -85,6 +85,6 @@ class Recent:
             return entry
 
     def values(self) -> list[Any]:
-        """All entries, the last used last."""
+        """All entries, from the one used longest ago to the one used last."""
         with self._lock:
             return list(self._entries.values())

@@ -31,7 +31,9 @@ def is_array(leaf: Any) -> bool:
 
 
 def is_inexact(leaf: Any) -> bool:
-    """Whether a leaf can carry a derivative."""
+    """Whether a leaf can carry a derivative: real or complex floats, not integers or
+    keys.
+    """
     return bool(jnp.issubdtype(leaf.dtype, np.inexact))
 
 
@@ -118,12 +120,12 @@ class Bundle:
 
     @classmethod
     def of(cls, tree: PyTree) -> "Bundle":
-        """The bundle of a pytree."""
+        """A pytree with its static leaves moved into the structure."""
         return cls(*pack(tree))
 
     @property
     def tree(self) -> PyTree:
-        """The pytree."""
+        """The pytree again, with its static leaves in their places."""
         return self.spec.unpack(self.arrays)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], Spec]:
@@ -151,20 +153,24 @@ def aval(leaf: Any) -> jax.ShapeDtypeStruct:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A pytree's structure and the shapes of its arrays."""
+    """A pytree's structure, static leaves and the shapes of its arrays: what a program
+    is specialised on.
+
+    It compares and hashes, so it is a part of the keys of programs and plans.
+    """
 
     spec: Spec
     leaves: tuple[jax.ShapeDtypeStruct, ...]
 
     @classmethod
     def of(cls, tree: PyTree) -> "Shape":
-        """The shape of a pytree."""
+        """From a pytree of arrays or of shapes; both give the same."""
         arrays, spec = pack(tree)
         return cls(spec, tuple(map(aval, arrays)))
 
     @property
     def tree(self) -> PyTree:
-        """The shapes in their structure."""
+        """The pytree with shapes in the place of its arrays."""
         return self.spec.unpack(self.leaves)
 
 

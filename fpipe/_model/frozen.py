@@ -85,7 +85,12 @@ def spread(frozen: Frozen, tree: PyTree) -> list[Any]:
 
 
 def _flags(frozen: Any, trees: tuple[PyTree, ...]) -> list[bool]:
-    """A bool for each array."""
+    """A bool for each array of all layers in their order, from what the user gave.
+
+    Raises:
+        TypeError: something else than bools.
+        ValueError: a pytree that the parameters do not begin with.
+    """
     try:
         # Parameters are a tuple, and to JAX a list is another structure: a list of
         # flags should fit too.

@@ -157,7 +157,9 @@ class Layer:
         return tuple(n for n in NEEDS if n in given)
 
     def __call__(self, params: PyTree, x: PyTree, **needs: Any) -> Any:
-        """Call the layer's function as it is."""
+        """Call the layer's function as it is, without the checks of a pipe: a decorated
+        function can be tested as the plain function that it was.
+        """
         return self.apply(params, x, **needs)
 
     def __reduce__(self) -> Any:
@@ -179,7 +181,7 @@ class Layer:
         return _remade, (fields, None)
 
     def asks(self, need: str) -> bool:
-        """Whether the layer declares a need."""
+        """Whether the layer declares a need, by its signature or by `needs=`."""
         return need in (self.needs or ())
 
     def isolate(
@@ -360,7 +362,9 @@ def keyword_needs(f: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def required_needs(f: Callable[..., Any]) -> tuple[str, ...]:
-    """The needs that a layer's function names without a default of its own."""
+    """The needs that a layer's function names without a default of its own, such as
+    `step` in `def f(params, x, *, step)`; with `step=0` it does without.
+    """
     # `fpipe.fn` wraps the function in one with `**needs`, which has no defaults to see.
     inner = f.f if isinstance(f, _WithoutParams) else f
     return tuple(

@@ -83,7 +83,14 @@ class Loss:
 
 
 def as_loss(call: str, fn: Any, has_aux: bool, reduction: Any) -> Loss:
-    """A checked `Loss`."""
+    """A `Loss` from the arguments of `value_and_grad` or `evaluate`.
+
+    Arguments:
+        call: the name of that method, for errors.
+
+    Raises:
+        TypeError, ValueError: before the first batch, with what would be right.
+    """
     if not callable(fn):
         raise TypeError(
             f"`{call}(loss_fn)`: {fn!r} is not callable; write "

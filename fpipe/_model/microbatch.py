@@ -86,7 +86,9 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """How what a call gives is cut into `m` microbatches.
+    """How all inputs of a call are cut into `m` microbatches.
+
+    It holds numbers and no arrays, so that plans, which have shapes only, use it too.
 
     Attributes:
         splits: for each input of the call, by its name in the table of needs, how its

@@ -6,7 +6,7 @@ layers on one microbatch, and makes parameters and states. For an encoder that s
 "a", a decoder that pops it, and a head that borrows the encoder's parameters:
 
     layers    (encode, decode, head)
-    routes    {a: stashed by layer 0, read by layer 1}
+    routes    {Skip(-1, "a"): SkipRoute(maker=0, readers=(1,))}
     borrows   ((), (), (Borrow("encode", 0),))
 """
 
@@ -68,7 +68,8 @@ class Borrow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Flattened, verified layers.
+    """The layers of a whole model in one row, with what follows from all of them: where
+    skips go, and who owns borrowed parameters.
 
     Arguments:
         layers: functions, `Layer`s, or nested sequences of them.
@@ -107,11 +108,11 @@ class Model:
 
     @functools.cached_property
     def stateful(self) -> tuple[int, ...]:
-        """The layers with state."""
+        """The numbers of the layers with state."""
         return self.needing("state")
 
     def needing(self, need: str) -> tuple[int, ...]:
-        """The layers that declare a need."""
+        """The numbers of the layers that declare a need."""
         return tuple(k for k, layer in enumerate(self.layers) if layer.asks(need))
 
     def apply(

@@ -45,7 +45,7 @@ class Giver(enum.Enum):
 
 
 class Share(enum.Enum):
-    """What of a value one microbatch gets."""
+    """Which part of a value one microbatch gets."""
 
     ROWS = enum.auto()  # its rows, cut on axis 0
     WHOLE = enum.auto()  # all of it, the same for every microbatch

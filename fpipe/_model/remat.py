@@ -10,7 +10,7 @@ the others:
     "always"           none             0 1 2 3
     "except_last"      none             0 1 2
     "never"            none             none
-    a policy           none             0 1 2 3, but for what it saves
+    a policy           none             0 1 2 3, without what it saves
 """
 
 import dataclasses

@@ -25,7 +25,11 @@ from fpipe._model.skips import Namespace
 
 
 class Skip(NamedTuple):
-    """A skip of the whole model: its name, and its namespace (-1: in none)."""
+    """A skip of the whole model: its name, and the number of its namespace.
+
+    The number is -1 for a skip in no namespace. It is written `a`, or `a#0` in the
+    first namespace.
+    """
 
     namespace: int
     name: str
@@ -171,7 +175,11 @@ def find_skip_routes(layers: Sequence[Layer]) -> dict[Skip, SkipRoute]:
 def explain_mismatches(
     mismatches: Iterable[Mismatch], layers: Sequence[Layer]
 ) -> list[str]:
-    """A line for each mismatch: which layers, what is wrong, how to put it right."""
+    """A line for each mismatch: which layers, what is wrong, how to put it right.
+
+    Words stand apart from the search, which returns data: a line may name two layers,
+    and how a layer is called in errors is decided once.
+    """
     titles = [f"layer {k} {layer.name!r}" for k, layer in enumerate(layers)]
     wrong: list[str] = []
     for mismatch in mismatches:

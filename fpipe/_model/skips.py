@@ -45,7 +45,7 @@ class Namespace:
 
     @property
     def number(self) -> int:
-        """Its number within a model."""
+        """Its number within a model; only numbered namespaces have one."""
         assert self._number is not None
         return self._number
 

@@ -43,7 +43,11 @@ class Port(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """An array of a port."""
+    """One array of a port, the `k`-th of its pytree.
+
+    Programs take and return flat arrays, so they know leaves: `Leaf(Port("params", 3),
+    1)` is written `params 3[1]`.
+    """
 
     port: Port
     k: int
@@ -106,12 +110,12 @@ class Stage:
 
     @property
     def keyed(self) -> tuple[int, ...]:
-        """Its layers that ask for a key."""
+        """The numbers of its layers that ask for a key."""
         return tuple(k for k in self.model.needing("key") if k in self.span)
 
     @property
     def stateful(self) -> tuple[int, ...]:
-        """Its layers with state."""
+        """The numbers of its layers with state."""
         return tuple(k for k in self.model.stateful if k in self.span)
 
     @functools.cached_property
@@ -178,7 +182,7 @@ class Stage:
 def cut_stages(model: Model, balance: Sequence[int]) -> tuple[Stage, ...]:
     """Cut a model into stages of `balance` layers each.
 
-    Of three layers, of which the first stashes "a" and the last pops it, the balance
+    For three layers, where the first stashes "a" and the last pops it, the balance
     `[1, 1, 1]` makes
 
         stage    span           skips_in    skips_out

@@ -288,7 +288,9 @@ class DeferredNorm(nnx.BatchNorm):
     def __call__(
         self, x: Any, use_running_average: bool | None = None, *, mask: Any = None
     ) -> Any:
-        """As `nnx.BatchNorm`, but for the running statistics."""
+        """What `nnx.BatchNorm` returns; in training the moments are merged, and the
+        running statistics stay.
+        """
         # Flax's rule: the argument of the call, else the attribute.
         average = use_running_average
         if average is None:

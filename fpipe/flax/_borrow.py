@@ -43,7 +43,7 @@ class Borrow:
 
     @property
     def title(self) -> str:
-        """What is borrowed, for errors."""
+        """What is borrowed, for errors: 'embed', or "its parameters" for all."""
         return repr("/".join(map(str, self.path))) if self.path else "its parameters"
 
     @property

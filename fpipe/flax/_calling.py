@@ -62,13 +62,17 @@ class Calling:
     train: bool | None
 
     def trains(self, train: bool) -> bool:
-        """Whether the module trains in a call."""
+        """Whether the module trains in a call with this `train`."""
         return train if self.train is None else self.train
 
     def arguments(
         self, x: PyTree, train: bool
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments of a call."""
+        """Positional and keyword arguments of a call.
+
+        With the example of this module, `arguments((h, m), train=True)` is
+        `((h, m, False), {})`.
+        """
         # A layer has one input; a module's call may have several.
         args: tuple[Any, ...] = (x,)
         kwargs: dict[str, Any] = {}

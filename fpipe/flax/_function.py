@@ -100,9 +100,10 @@ class ModuleFunction(abc.ABC):
         train: bool = False,
         borrowed: Mapping[str, PyTree] | None = None,
     ) -> Any:
-        """The layer on one microbatch."""
+        """The layer on one microbatch, as the pipe calls it."""
         # Not every module asks for every need: what it does not ask for is not passed.
         owners = borrowed or {}
+        # The module must find all of its parameters in one tree, whoever owns them.
         params = lend(self.borrow, params, owners)
         y, new_state = self.run(params, x, state or {}, key, train, owners)
         return (y, new_state) if self.stateful else y

@@ -41,7 +41,7 @@ def layer(
 
     Its parameters are what Flax calls so, with Flax's names: of a linen module the
     collection `params`, of an NNX module the `nnx.Param`s as nested dicts. All other
-    variables, but for what is sown into `intermediates`, are the layer's state. A tuple
+    variables are the layer's state, except what is sown into `intermediates`. A tuple
     that comes in is several inputs if the module's call has several required ones.
 
     Arguments:

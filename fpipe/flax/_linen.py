@@ -147,7 +147,7 @@ class LinenFunction(ModuleFunction):
         return any(part.path == () for part in self.borrow)
 
     def init_variables(self, key: Any, x: PyTree) -> dict[str, PyTree]:
-        """All variables of the module as it makes them, but for what it sows."""
+        """All variables of the module as `init` makes them, without what it sows."""
         args, kwargs = self.calling.arguments(x, False)
         # Not in training: dropout would draw from a stream, and `init` has a key for
         # the parameters alone.
@@ -175,7 +175,9 @@ class LinenFunction(ModuleFunction):
 
     @contextlib.contextmanager
     def explained(self, borrowed: Mapping[str, PyTree]) -> Iterator[None]:
-        """Flax's errors about variables that are not there, in the words of layers."""
+        """Inside this context Flax's errors about missing variables become errors about
+        the layer.
+        """
         # Flax says "collection params is not mutable". A user of layers wants to know
         # which layer, which collection, and what to write; so its messages are read
         # here.
@@ -215,7 +217,7 @@ class LinenInit:
     def __call__(
         self, key: Any, x: PyTree, *, borrowed: Mapping[str, PyTree]
     ) -> PyTree:
-        """The layer's own parameters."""
+        """The layer's own parameters, without those that it borrows."""
         function = self.function
         if function.owns_nothing:
             return {}  # A second embedding table would only be made to be thrown away.
@@ -255,7 +257,7 @@ class LinenInitState:
     function: LinenFunction
 
     def __call__(self, x: PyTree, *, key: Any) -> PyTree:
-        """The layer's collections."""
+        """Its collections as they begin: `{"batch_stats": …}`."""
         made = self.function.init_variables(key, x)
         kept = [name for name in self.function.collections if name in made]
         return self.function.as_state({name: made[name] for name in kept})

@@ -8,7 +8,8 @@ from the call's key, and all other variables are the layer's state:
       dense.kernel      params    {"dense": {"kernel": …}, "norm": {"scale": …}}
       norm.scale
       norm.mean         state     {"norm": {"mean": …}}
-      dropout.rngs      streams   (("dropout", "rngs", "key"), …): a key for each path
+      dropout.rngs      streams   ((("dropout", "rngs", "count"), ()),
+                                   (("dropout", "rngs", "key"), ()))   paths and shapes
 """
 
 import dataclasses
@@ -241,20 +242,20 @@ class NNXFunction(ModuleFunction):
 
 @dataclasses.dataclass(frozen=True)
 class NNXInit:
-    """The parameters of a layer."""
+    """The `init` of a layer: the parameters of its module."""
 
     function: NNXFunction
     source: Given | Factory
 
     def __call__(self, key: Any, x: PyTree) -> PyTree:
-        """The layer's own parameters."""
+        """The layer's own parameters, without those that it borrows."""
         del x
         return keep_own(self.function.borrow, self.source(key).params)
 
 
 @dataclasses.dataclass(frozen=True)
 class NNXInitState:
-    """The state of a layer."""
+    """The `init_state` of a layer: all other variables of its module."""
 
     source: Given | Factory
 

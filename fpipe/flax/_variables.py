@@ -176,7 +176,7 @@ class Layout:
 
     @classmethod
     def of(cls, found_layers: Sequence[Layer]) -> "Layout":
-        """That of the model of these layers."""
+        """How Flax lays out the variables of a model of these layers."""
         # One linen module is enough for linen's layout: NNX has no collections to put
         # its variables in, and linen has room for anything.
         kinds = {type(layer.apply) for layer in found_layers}
@@ -187,7 +187,7 @@ class Layout:
         return "layers" if self.nnx and collection == "params" else collection
 
     def name(self, position: int) -> str | int:
-        """The name of a layer there."""
+        """The name of a layer: `2`, or `"layers_2"`."""
         return position if self.nnx else sequential_name(position)
 
     def read(self, variables: Mapping[Any, Any]) -> dict[str, dict[str, PyTree]]:
@@ -202,6 +202,8 @@ class Layout:
         if isinstance(variables, nnx.State):
             variables = nnx.to_pure_dict(variables)
         # A list of modules may have no `"layers"` around its variables.
+        # `{"layers": {0: …}}` is what an `nnx.Sequential` has, `{0: …}` what a list
+        # has.
         bare = {name: tree for name, tree in variables.items() if name != STATE}
         params = variables.get("layers", bare)
         state = variables.get(STATE, {})
@@ -231,6 +233,7 @@ def _split_layer(
         state = found.pop(STATE, None)
     if not with_state:
         return params, None
+    # Starting with empty statistics would be a silent loss of a part of the checkpoint.
     if layer.asks("state") and _is_empty(state):
         raise ValueError(
             f"`fpipe.flax.split_variables`: layer {position} {layer.name!r} has state, "
@@ -286,6 +289,7 @@ def _merge_layer(
     collections = {"params": params, STATE: state}
     if isinstance(function, NNXFunction):
         # A deferred norm keeps moments beside these; the model has no place for them.
+        # Moments of deferred norms are empty between calls, so nothing is lost.
         flat = flatten_dict(state or {})
         flat = {path: a for path, a in flat.items() if path in function.state_paths}
         if layout.nnx:
@@ -293,6 +297,7 @@ def _merge_layer(
         else:
             collections[STATE] = unflatten_dict(flat)
     elif isinstance(function, LinenFunction):
+        # A linen state is collections already.
         collections = {"params": params, **(state or {})}
         if STATS in collections:
             collections[STATS] = plain_stats(collections[STATS])
