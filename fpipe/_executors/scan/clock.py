@@ -7,6 +7,16 @@ program is compiled for recording, which calls the host before and after each op
 What the calls get and return ties them to the operation: the one before waits for what
 the operation reads, the operation for that call, and the one behind for what the
 operation wrote.
+
+The stamps of the forward that device 1 runs in tick 1 of the first table in `ticks.py`,
+and the event that becomes of them if the first stamp of all was at 7.000:
+
+    Stamp(tick=1, phase=0, device=1, end=0, time=7.250)    F0 on device 1,
+    Stamp(tick=1, phase=0, device=1, end=1, time=7.262)    from 0.250 to 0.262
+
+Which action it was is in
+the segment, by tick, phase and device; if several units belong to it, each has stamps,
+and the action lasts from the first to the last.
 """
 
 import dataclasses
@@ -36,8 +46,10 @@ class Stamp(NamedTuple):
 
 
 class Clock:
-    """Collects stamps. Programs that are compiled for it call it while they run: one
-    call at a time.
+    """Collects stamps. Programs that are compiled for it call it while they run.
+
+    Such a program holds on to its clock, so two calls of it at the same time would mix
+    their stamps: the second waits.
     """
 
     def __init__(self) -> None:
@@ -66,6 +78,7 @@ class Clock:
             The next token.
         """
 
+        # Time first: to convert the numbers takes a while itself.
         def look(numbers: Any, *_: Any) -> Any:
             now = time.perf_counter()
             tick, phase, device, end = map(int, np.asarray(numbers))
@@ -81,12 +94,20 @@ class Clock:
                 look, jax.ShapeDtypeStruct((), jnp.int32), numbers, token, *probes
             )
 
+        # Devices that do not run the operation do not call: a call is slow, and idle
+        # ticks are many.
         return jax.lax.cond(runs, ask, lambda token: token, token)
 
 
 @dataclasses.dataclass(frozen=True)
 class Ran:
-    """A run of a machine's segments, with the stamps of each."""
+    """A run of a machine's segments, with the stamps of each.
+
+    Attributes:
+        step: the program that ran, by which a pull-back finds its forward.
+        places: the names of the devices.
+        backward: whether this is the pull-back of an earlier run.
+    """
 
     schedule: Schedule
     step: object
@@ -99,6 +120,7 @@ class Ran:
         """A forward with its pull-back, as one call; `None` if these are two calls."""
         if not isinstance(later, Ran) or later.step is not self.step:
             return None
+        # Only the first pull-back: one that is called again is a call of its own.
         if self.backward or not later.backward or len(self.segments) > 1:
             return None
         return dataclasses.replace(
@@ -118,6 +140,7 @@ class Ran:
                 action = segment.actions[stamp.tick][stamp.phase][stamp.device]
                 assert action is not None
                 times.setdefault(action, []).append(stamp.time)
+        # An action of several units has more than two stamps.
         zero = min((min(own) for own in times.values()), default=0.0)
         start = {a: min(own) - zero for a, own in times.items()}
         end = {a: max(own) - zero for a, own in times.items()}

@@ -4,6 +4,11 @@ In: a call's `Args`, with parameters packed into rows over the mesh (`Packed`). 
 arguments' structure, shapes and dtypes are the key of a `Step`, which is three jitted
 functions of flat arrays (`forward`, `backward`, `loss`). Out: what the step returns, in
 the structures that the caller knows.
+
+    pipe(params, x)                      forward: FORWARD, no gradients
+    pipe.value_and_grad(loss)(...)       loss: GRADIENT, interleaved as scheduled
+    jax.vjp(pipe, params, x)             first_half: PULL_BACK, all forwards
+    and the function that it returns     _SecondHalf: all backwards, as often as called
 """
 
 import dataclasses
@@ -85,6 +90,7 @@ class Scan:
         self.stage_to_device = stage_to_device
         self.scheduling = scheduling
         self.chunks = chunks
+        # Every pipe has an executor of its own, so it tells calls of pipes apart.
         self.owner = self
         self._model = model
         self._remat = remat
@@ -114,7 +120,7 @@ class Scan:
         return self.parameters.place(params)
 
     def gather(self, params: Packed) -> tuple[PyTree, ...]:
-        """The exact inverse."""
+        """The exact inverse of `place`: one pytree for each layer."""
         return self.parameters.gather(params)
 
     def check_params(self, params: Any, call: str) -> None:
@@ -126,7 +132,9 @@ class Scan:
         return tuple(shape.tree for shape in params.packing.shapes)
 
     def param_leaves(self, params: Packed) -> list[tuple[Leaf, ...]]:
-        """A row holds an array of every device's stages."""
+        """The leaves that each row holds: one of every device that has something there.
+        JAX differentiates rows, so their gradients are asked for together.
+        """
         rows: list[list[Leaf]] = [[] for _ in params.packing.rows]
         for (layer, n), (row, _) in params.packing.where.items():
             rows[row].append(Leaf(Port("params", layer), n))
@@ -147,7 +155,7 @@ class Scan:
         return on_mesh(arrays, self.mesh, sharding)
 
     def forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
-        """`(y, state)`."""
+        """`(y, state)` of a call that nothing differentiates."""
         step = self._find(CallKind.FORWARD, args, None, ())
         y, state, _ = self._run(step, "forward", *self._arrays(args))
         return step.out[Y].spec.unpack(y), self._state(step, state)
@@ -160,7 +168,7 @@ class Scan:
         self, args: Args, leaves: Sequence[tuple[Leaf, ...]], asked: Sequence[bool]
     ) -> FirstHalf:
         """All forwards of the schedule, in its order."""
-        # An array of several layers is asked for as a whole.
+        # A row has arrays of several layers, and JAX asks for it as a whole.
         wanted = tuple(
             leaf
             for held, ask in zip(leaves, asked, strict=True)
@@ -170,6 +178,8 @@ class Scan:
         step = self._find(CallKind.PULL_BACK, args, None, wanted)
         arrays = self._arrays(args)
         y, state, left = self._run(step, "forward", *arrays)
+        # The second half needs all that the first was given, and the buffers that it
+        # left. They go as flat arrays, for `custom_vjp` keeps arrays alone.
         flat, structure = jax.tree.flatten((*arrays, left))
         rows = len(args.params.packing.rows)
         names = [*range(rows), *(leaf for (leaf,) in leaves[rows:])]
@@ -185,6 +195,7 @@ class Scan:
         value, aux, state, found_arrays = self._run(step, "loss", *arrays)
         found = dict(zip(step.gradient_names, found_arrays, strict=True))
         numbered = numbered_leaves(_counts(args.params), args)
+        # Parameters come back as rows, other arguments in the user's own structure.
         gradients = []
         for n in argnums:
             if n == 0:
@@ -235,6 +246,7 @@ class Scan:
         if compiled:
             program = step.loss.lower(*self._arrays(args)).compile()
             analysis = program.memory_analysis()
+            # An output that takes the place of a donated argument counts once.
             size = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
             size += analysis.temp_size_in_bytes - analysis.alias_size_in_bytes
         schedule = self.schedule(step.m)
@@ -247,6 +259,7 @@ class Scan:
     def _loss_step(
         self, args: Args, loss: Loss | None, argnums: tuple[int, ...]
     ) -> Step:
+        # The leaves of each argument that `argnums` may name.
         numbered = numbered_leaves(_counts(args.params), args)
         wanted = tuple(leaf for n in argnums for leaf in numbered[n])
         return self._find(CallKind.of(loss, argnums), args, loss, wanted)
@@ -255,6 +268,8 @@ class Scan:
         self, kind: CallKind, args: Args, loss: Loss | None, wanted: tuple[Leaf, ...]
     ) -> Step:
         """The program of a call, from the cache or new."""
+        # Static leaves are in `spec`, and a call with other ones is another program. So
+        # is one under other settings of JAX that a trace bakes in.
         arrays, spec = pack(args)
         types = tuple(map(aval, arrays))
         try:
@@ -266,6 +281,8 @@ class Scan:
     def _make(
         self, kind: CallKind, args: Args, loss: Loss | None, wanted: tuple[Leaf, ...]
     ) -> Step:
+        # Shapes alone decide all of this. What cannot run is refused before a layer is
+        # traced.
         units, packing = self.parameters.packing(args.params.packing.shapes)
         inputs = inputs_of(args, packing.shapes, self.chunks)
         check_equal_pieces(inputs.cut, self.chunks)
@@ -306,12 +323,14 @@ class Scan:
         self, step: Step, name: Literal["forward", "backward", "loss"], *arrays: Any
     ) -> Any:
         """Call a function of a step; recorded, where somebody records."""
+        # The program without a clock, unless somebody records.
         recorders = recorders_of(self)
         if not recorders:
             return getattr(step, name)(*arrays)
         self._check_recordable(arrays)
         clocked = step.clocked
         assert clocked.clock is not None
+        # Compiled first, so that no recording has the time for that in it.
         f = getattr(clocked, name).lower(*arrays).compile()
         out, stamps = clocked.clock.run(f, *jax.block_until_ready(arrays))
         n = int(name == "backward")
@@ -328,7 +347,12 @@ class Scan:
         return out
 
     def _check_recordable(self, arrays: Any) -> None:
-        """Refuse to record where the host cannot be asked."""
+        """Refuse to record where the host cannot be asked.
+
+        Under a trace nothing runs yet. A stamp has the number of a place on the axis of
+        stages, and no number on other axes. And a clock collects the stamps of its own
+        process alone.
+        """
         why = ""
         if is_traced(arrays):
             why = (
@@ -362,7 +386,7 @@ class Scan:
         packing = step.machine.params
         devices = self.mesh.shape[AXIS]
         arrays = [
-            # A row of integers or frozen arrays alone has none.
+            # A row that holds only integers, or only frozen arrays, has no gradient.
             found[r]
             if r in found
             else np.zeros((devices, *row.shape), jax.dtypes.float0)
@@ -390,7 +414,8 @@ class _SecondHalf:
         params, state, given, buffers = self.structure.unflatten(left)
         # The cotangents of the states follow those of `y`; nothing goes through them.
         pairs = zip(cotangents, self.step.out[Y].leaves, strict=False)
-        # Of what has no cotangent, a number that nobody reads.
+        # Integers have no cotangents. The program takes a number in their place, and
+        # does not read it.
         carrying = [
             whole_cotangent(c, jax.ShapeDtypeStruct(c.shape, a.dtype))
             if is_inexact(a)

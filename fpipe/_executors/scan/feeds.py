@@ -36,6 +36,7 @@ def is_large(a: Any, devices: int) -> bool:
     Arguments:
         a: an array or its shape.
     """
+    # Keys are few, and they would have to be turned into numbers to lie over devices.
     if is_key(a.dtype) or not a.shape:
         return False
     return nbytes(a) - nbytes(a) // devices > LARGE
@@ -60,6 +61,9 @@ def feed_steps(
         `share(...)` where it passes on what has come; and how many of these steps come
         before the first in which something is read.
     """
+    # A piece travels past one device in each step, so the `k`-th to be read, `r` devices
+    # away, has to be put in at step `k - r`. For the first ones that may be before step
+    # 0; `early` is the most that any of them needs.
     own = share(microbatches, devices)
     distance = [(d - reader) % devices for d in range(devices)]
     early = max(0, *(distance[i // own] - k for k, i in enumerate(order)))

@@ -200,8 +200,8 @@ class Interpreter:
 
         Arguments:
             params, state: rows.
-            inputs: those that are cut have a first axis of microbatches, those that lie
-                over the devices one that the devices divide.
+            inputs: those that are cut have a first axis of microbatches. Where an input
+                lies over the devices, their number divides this axis.
             left: what the segment before left.
         """
         # A row's gradient is returned if its own device has a sum for it or a borrower
@@ -288,7 +288,11 @@ class Interpreter:
         inputs: Mapping[Leaf, Array],
         left: Sequence[Sequence[Array]],
     ) -> Carry:
-        """All ticks; what there is behind the last one."""
+        """Run all ticks.
+
+        Returns:
+            What the buffers hold after the last one.
+        """
         # A parameter does not change during a step, so what is lent is sent once. All
         # devices get an array for it, of zeros if they borrow nothing.
         loans = []
@@ -327,8 +331,8 @@ class Interpreter:
         left: Sequence[Sequence[Array]],
     ) -> Carry:
         """The buffers before the first tick, `left` if a segment was before this."""
-        # Slots that nobody has filled yet may hold anything. Outputs, sums and states
-        # begin with zeros or what is given: devices that write no output are added too.
+        # Slots that nobody has filled yet may hold anything. Outputs and sums must begin
+        # with zeros, also on devices that write none: they are added up over devices.
         machine = self.machine
         carry: Carry = {}
         for n, (name, pool) in enumerate(machine.pools.items()):
@@ -529,7 +533,9 @@ class Interpreter:
         carry.update(zip(names, new, strict=True))
 
     def _apply(self, op: Op, carry: Carry, arguments: Array, given: _Given) -> None:
-        """Take, compute, and put where it belongs."""
+        """What an operation does, once it runs: take values, compute, and put them into
+        the buffers in `carry`.
+        """
         # Values by number, as the targets count them: sources, then what the code makes.
         values = [self._fetch(s, carry, arguments, given) for s in op.sources]
         if op.code is not None:
@@ -659,8 +665,8 @@ class Interpreter:
         return values
 
     def _shape_of(self, gradient: SummedGradient) -> Any:
-        """What a gradient is the gradient of: a row, a lent array or an input, of which
-        the caller takes the shape and the dtype.
+        """What a gradient is the gradient of: a row, a lent array or an input. Callers
+        take its shape and dtype.
         """
         match gradient:
             case RowGradient(row):
@@ -682,7 +688,8 @@ class Interpreter:
         }
         out: dict[SummedGradient, Array] = {}
         for gradient in returned:
-            # A row of which only the borrowers have a gradient has none of its own.
+            # Only borrowers have a gradient for this row: it begins with zeros, and theirs
+            # are added below.
             if gradient not in own:
                 of = self._shape_of(gradient)
                 out[gradient] = jnp.zeros(of.shape, sum_dtype(of.dtype))

@@ -245,9 +245,10 @@ class Operations:
 
     Attributes:
         numbers: the operations by number.
-        loans: what they borrow, by number.
-        outputs: what they write for the user: the shape of one microbatch's piece.
-        inputs: those whose gradient they add up, whole.
+        loans: the parameters that they borrow, each with its number.
+        outputs: what they write for the user, with the shape of a microbatch's piece.
+        inputs: the inputs whose gradient they add up over microbatches, with the shape
+            of the whole.
     """
 
     def __init__(

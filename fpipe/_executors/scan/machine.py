@@ -51,8 +51,8 @@ The words of this room, each for one thing:
       device 0 <--backward 0-- device 1 <--backward 0-- device 2
       device 0 ----------------forward 1--------------> device 2      a skip
 
-- *feed*: brings a large input, of which each device holds its share of the
-  microbatches, to the device that reads it, one microbatch at a time (`feeds.py`).
+- *feed*: brings a large input to the device that reads it, one microbatch at a time.
+  Each device holds its share of the microbatches (`feeds.py`).
 - *loan*: a parameter that another device's stage uses too. It is sent once, before the
   first tick, and its gradient goes back once, behind the last.
 - *row*: an array with an axis of devices, which holds one parameter (or state) of each

@@ -1,5 +1,19 @@
 """What a call holds on each device under the scan executor, read off the machine: its
 buffers are there from start to end.
+
+In: a `Step`. Out: bytes by role. For the machine that `machine.py` draws (two layers of
+width 4, microbatches of 2 rows in float32, so that a boundary has 32 bytes):
+
+    parameters    80     a bias and a weight, 4 + 16 numbers
+    gradients     80     their sums
+    boundaries   288     3 + 2 + 2 slots of forward 0, the loss's pool and backward 0,
+                         and an outbox for each of the two wires
+    residuals     96     2 slots of the cores, 1 of the loss
+    inputs        96     `x`, all 6 rows on each device
+    outputs       12     3 losses
+
+What XLA needs beside these, for values inside an operation, only the compiled program
+tells (`plan_data.py`).
 """
 
 from collections.abc import Mapping
@@ -31,13 +45,14 @@ def held(step: Step) -> Mapping[Role, int]:
         has_rows = a.shape and a.shape[0] == step.rows and step.rows % shards == 0
         return nbytes(a) // (shards if has_rows else 1)
 
-    # What one device lends, all have: every device runs the same program.
+    # All devices run the same program, so all have an array for what one borrows.
     lent = sum(nbytes(loan.aval) for loan in machine.loans)
     roles: dict[Role, int] = {
         "parameters": sum(map(nbytes, machine.params.rows)) + lent,
         "boundaries": 0,
         "residuals": 0,
     }
+    # Sums of gradients: of each row, of each loan at its borrower, of whole inputs.
     if step.request.differentiates:
         rows = machine.params.rows
         names = step.gradient_names
@@ -46,19 +61,22 @@ def held(step: Step) -> Mapping[Role, int]:
         roles["gradients"] = sum(_bytes_of_sum(loan.aval) for loan in machine.loans)
         for a in returned:
             roles["gradients"] += _bytes_of_sum(a)
-            # A sum in another dtype is there beside what is made of it in the end.
+            # A sum in float32 is still there when the 16-bit gradient is made of it.
             if sum_dtype(a.dtype) != a.dtype:
                 roles["gradients"] += nbytes(a)
-    # Pools are there from the first tick to the last, filled or not.
+    # Pools are there from the first tick to the last, filled or not. Skips wait in the
+    # same pools as boundaries, and are counted among them.
     for name, pool in machine.pools.items():
         slot = sum(map(shard, Storage(pool.avals, step.rows).layout.shapes))
         saved = isinstance(name, SavedPool | HandedPool)
         roles["residuals" if saved else "boundaries"] += slot * pool.slots
+    # An outbox for each wire, as large as one slot.
     for wire in machine.wires.values():
         roles["boundaries"] += sum(
             map(shard, Storage(wire.avals, step.rows).layout.shapes)
         )
-    # States come and go whole, on every device; between, each device has its own.
+    # A call takes and returns states whole, on every device. While it runs each device
+    # has its blocks of them.
     state = machine.state
     roles["inputs"] = 0
     roles["outputs"] = machine.microbatches * sum(
@@ -67,6 +85,7 @@ def held(step: Step) -> Mapping[Role, int]:
     if state is not None and step.state_shape is not None:
         roles["inputs"] += sum(nbytes(state.shape(entry)) for entry in state.entries)
         roles["outputs"] += sum(map(nbytes, [*state.rows, *step.state_shape.leaves]))
+    # The inputs that have rows: whole on each device, or its share of them.
     for need in TABLE:
         if need.giver is not Giver.CALL or need.share is not Share.ROWS:
             continue

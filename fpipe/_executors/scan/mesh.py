@@ -40,6 +40,10 @@ def stage_devices(mesh: Any, devices: Any) -> list[Any]:
             f"`Pipe(mesh={mesh!r})`: a jax.sharding.Mesh, such as `jax.make_mesh((4,), "
             f"({AXIS!r},))`"
         )
+    # This executor leaves all axes but "stage" to XLA. With explicit axes the sharding
+    # of an array is part of its type, and a layer that contracts over a sharded axis
+    # does not trace. `jax.make_mesh` makes explicit axes unless it is told otherwise,
+    # so the error says how.
     auto = f"axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}"
     if AXIS not in mesh.axis_names:
         raise ValueError(
@@ -92,6 +96,7 @@ def as_mesh(devices: Sequence[Any], mesh: Mesh | None, stages: int) -> Mesh:
 
 def columns(mesh: Mesh) -> list[list[Any]]:
     """The devices of each stage's place, one for each combination of the other axes."""
+    # The axis "stage" may stand anywhere among the mesh's axes.
     moved = np.moveaxis(mesh.devices, mesh.axis_names.index(AXIS), 0)
     return [list(row) for row in moved.reshape(moved.shape[0], -1)]
 
@@ -103,8 +108,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def by_stage(mesh: AnyMesh) -> NamedSharding:
     """The first axis over the places of the stages."""
-    # What comes out of a program on one place does not name the axis; going in like
-    # that it is compiled for once.
+    # On a mesh of one place JAX returns `P()` for what went in as `P("stage")`. The two
+    # mean the same there but are different to `jit`: the parameters that a step returns
+    # would compile the next step again.
     return NamedSharding(mesh, P(AXIS) if mesh.shape[AXIS] > 1 else P())
 
 
@@ -127,6 +133,9 @@ def on_mesh(
     """Arrays where the program finds them: those of other devices are copied to the
     mesh. Shapes will do.
 
+    An array that lies on all devices of the mesh stays as it lies, however it is
+    sharded: the user may have put it so, and the program takes it.
+
     Arguments:
         sharding: how such an array is to lie.
     """
@@ -144,7 +153,8 @@ def on_mesh(
             # `device_put` takes no array of one process to devices of several, but
             # takes the same numbers on each.
             if jax.numpy.issubdtype(a.dtype, jax.dtypes.prng_key):
-                # A key that a traced function closes over is known.
+                # Inside a trace a key from outside of it still has its numbers, but JAX
+                # would trace `key_data` of it.
                 with jax.ensure_compile_time_eval():
                     data = np.asarray(jax.random.key_data(a))
                 data = jax.device_put(data, replicated(mesh))

@@ -42,7 +42,7 @@ class Location(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """An array with an axis of devices.
+    """An array with an axis of devices. Each device holds its own block of it.
 
     Attributes:
         shape: of each device's block; flat if the arrays differ.
@@ -54,14 +54,14 @@ class Row:
     entries: tuple[Entry | None, ...]
 
     def put(self, array: Any) -> Any:
-        """An array as a block."""
+        """An array as a block: flat and padded with zeros, if the row is."""
         if array.shape == self.shape:
             return array
         flat = array.reshape(-1)
         return jnp.pad(flat, (0, self.shape[0] - flat.shape[0]))
 
     def take(self, block: Any, shape: tuple[int, ...]) -> Any:
-        """The array of that shape in a block."""
+        """The array of that shape in a block; the inverse of `put`."""
         if shape == self.shape:
             return block
         size = math.prod(shape)
@@ -82,9 +82,20 @@ class Packing:
 
     @classmethod
     def of(cls, units: Units, shapes: Sequence[Shape]) -> "Packing":
-        """Cores and whole stages by their position on the device; all ends together."""
+        """Rows for the parameters (or states) of all layers.
+
+        Cores and whole stages are sorted by their position on the device; all ends go
+        together. For the model in `units.py`, each of whose layers has one array:
+
+            row 0    block 1    block 3    block 5     the first block of each core
+            row 1    block 2    block 4    block 6     the second
+            row 2    embed      nothing    head        flat, padded to the longer
+        """
         # Cores of one position are alike, so their rows are stacks. Ends differ anyway:
         # the first device's and the last one's share rows, with padding.
+        # With several stages on a device each position has rows of its own. One row for
+        # all of them would have to be sliced by the stage's number in each tick, which
+        # copies the parameters.
         devices = 1 + max(units.device)
         groups: dict[tuple[bool, int], list[list[Entry]]] = {}
         for unit, role, device, position in zip(
@@ -107,7 +118,7 @@ class Packing:
 
     @cached_property
     def where(self) -> Mapping[Entry, Location]:
-        """Where each array is."""
+        """The row and the device of each array."""
         return {
             entry: Location(r, d)
             for r, row in enumerate(self.rows)
@@ -120,6 +131,7 @@ class Packing:
         """A name for each row: its first array's, by layer."""
         names: dict[Entry, str] = {}
         for k, shape in enumerate(self.shapes):
+            # The layer's pytree with a number in place of each array gives its path.
             numbers = shape.spec.unpack(range(shape.spec.arrays))
             for path, n in jax.tree_util.tree_flatten_with_path(numbers)[0]:
                 if type(n) is int:
@@ -150,8 +162,11 @@ class Packing:
         return blocks
 
     def pack(self, trees: Sequence[PyTree]) -> tuple[Any, ...]:
-        """The rows, from the pytrees of all layers."""
+        """The rows, from the pytrees of all layers: whole arrays, as a trace makes them.
+        `Parameters.place` makes the blocks of each device by themselves.
+        """
         every = dict(enumerate(trees))
+        # Every row has an entry for each device, if only `None`.
         count = len(self.rows[0].entries) if self.rows else 0
         blocks = [self.blocks(d, every) for d in range(count)]
         return tuple(jnp.stack(column) for column in zip(*blocks, strict=True))
@@ -200,6 +215,7 @@ def _rows(group: Sequence[Sequence[Entry]], shapes: Sequence[Shape]) -> list[Row
                 [e for e in entries if str(aval(e).dtype) == dtype] for entries in group
             ]
             sorts.append([sorted(own, key=lambda e: -aval(e).size) for own in of_dtype])
+    # The n-th array of each device goes into the n-th row; some have fewer.
     rows = []
     for devices in sorts:
         for n in range(max(map(len, devices))):
@@ -266,5 +282,7 @@ class Packed:
 
     @classmethod
     def tree_unflatten(cls, packing: Packing, arrays: Sequence[Any]) -> "Packed":
-        """The inverse."""
+        """The arrays, with their packing again. JAX may give other things than arrays,
+        such as shapes or specs.
+        """
         return cls(tuple(arrays), packing)

@@ -41,6 +41,8 @@ class Parameters:
         self._model = model
         self._balance = tuple(balance)
         self._stage_to_device = tuple(stage_to_device)
+        # A pipe is made before its parameters, and may be called with parameters of
+        # other shapes later. So units and packings are made when they are asked for.
         self._kept = Recent(_KEPT)
         # The devices of each place, and of each layer, that this process has.
         process = jax.process_index()
@@ -63,8 +65,8 @@ class Parameters:
         return self._kept.get(Key(shapes), make)
 
     def make_state(self, layer: int, f: Callable[[Any], PyTree], key: Any) -> PyTree:
-        """Run `f(key)` where a layer belongs, or in a process that has no part of it: a
-        call takes whole states.
+        """Run `f(key)` where a layer belongs. A process that has no part of the layer
+        runs it too, on its default device: a call takes all states, whole.
         """
         device = next(iter(self._devices_of[layer]), None)
         with jax.default_device(device):
@@ -83,7 +85,9 @@ class Parameters:
     def place(self, params: Sequence[PyTree]) -> Packed:
         """Every device its own stages' parameters, and no others.
 
-        Inside a trace too: then XLA moves them.
+        Inside a trace too: then XLA moves them. Outside, the blocks of each place are
+        made there and joined to arrays over the mesh. To stack all of them first would
+        need a device that holds the whole model.
         """
         packing = self.packing([Shape.of(p) for p in params])[1]
         sharding = by_stage(self.mesh)
@@ -93,6 +97,8 @@ class Parameters:
             return Packed(tuple(placed), packing)
         shards: list[list[Any]] = [[] for _ in packing.rows]
         for place, devices in enumerate(self._columns):
+            # Each process makes the blocks of its own devices. It may have arrays for
+            # their layers alone: of the others `make` returns shapes.
             if not devices:
                 continue
             entries = [row.entries[place] for row in packing.rows]
@@ -121,6 +127,8 @@ class Parameters:
         # Rows of gradients of integers are no arrays of JAX, and hold nothing.
         whole = [r for r, a in enumerate(params.arrays) if a.dtype != jax.dtypes.float0]
 
+        # One program for all layers, which every process runs: slicing an array that
+        # lies on several processes is a collective.
         def unpack(arrays: Sequence[Any]) -> list[Any]:
             rows = dict(zip(whole, arrays, strict=True))
             return [
@@ -140,6 +148,8 @@ class Parameters:
             made = run(arrays)
             if not self.mesh.is_multi_process:
                 made = jax.device_put(made, self.mesh.devices.flat[0])
+        # Each leaf is an array that was unpacked, or, where its row has no gradient,
+        # the zeros of dtype `float0` that stand for none.
         found = iter(made)
         leaves = []
         for entry in packing.entries:
@@ -168,6 +178,7 @@ class Parameters:
                 f"{call}: these parameters are of {len(shapes)} layers, but the model "
                 f"has {len(self._model.layers)}"
             )
+        # They fit if this pipe would pack arrays of their shapes into the same rows.
         if self.packing(shapes)[1] != params.packing:
             raise ValueError(
                 f"{call}: these parameters are packed for another partition; write "

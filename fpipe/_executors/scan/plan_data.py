@@ -2,7 +2,12 @@
 
 A stage is one unit of the machine or several (an embedding, and the blocks behind it).
 An action of the stage runs an operation of each of them; its work is their codes
-together.
+together. For the model in `units.py` (an embedding, six blocks and a head on three
+devices):
+
+    ("F", 0)    the codes of units 0 and 1: the embedding, and the first core
+    ("F", 1)    the code of unit 2, which is the same code as that of unit 1
+    ("F", 2)    the codes of units 3 and 4: the last core, and the head with the loss
 """
 
 import itertools
@@ -90,6 +95,8 @@ def _first_actions(machine: Machine) -> Iterator[tuple[Action, int, list[Code]]]
                 if action is None or (action.kind, action.stage) in seen:
                     continue
                 seen.add((action.kind, action.stage))
+                # An action names a stage. Which operations it comes to is only in the
+                # table: units that share one have no other mark.
                 runs = segment.table[d, t, p]
                 ops = [e.op for e in segment.phases[p].ops if runs[e.runs]]
                 codes = [op.code for op in ops if op.code is not None]
@@ -98,7 +105,9 @@ def _first_actions(machine: Machine) -> Iterator[tuple[Action, int, list[Code]]]
 
 
 def _arguments(code: Code, place: Placement) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The shapes of what a unit's code takes."""
+    """The shapes of what a unit's code takes, as arrays of their own. In the step they
+    are parts of blocks and slots.
+    """
     avals = [code.graph.avals[arg.value] for arg in code.args if arg.value is not None]
     return tuple(
         jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place.sharding) for a in avals
@@ -118,7 +127,9 @@ def _constant_bytes(machine: Machine) -> int:
 
 
 def _memory(step: Step, compiled_bytes: int | None) -> tuple[DeviceMemory, ...]:
-    """The buffers of a step: they are there all along, on all devices alike."""
+    """The buffers of a step. They are there all along, so no moment has the most, and
+    all devices have the same.
+    """
     roles = dict(held(step))
     temporary = None
     if compiled_bytes is not None:

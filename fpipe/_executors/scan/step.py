@@ -6,6 +6,11 @@ comes out:
 
     inputs     x: f32[32, 8]  ->  f32[4, 8, 8]     four microbatches of eight rows
     outputs    y: f32[4, 8, 3]  ->  f32[32, 3]     one for each microbatch
+
+They know nothing of the user's pytrees, which the executor takes apart and puts
+together. A call with a loss is one program (`loss`). One that is differentiated from
+outside is two (`forward`, then `backward`), because JAX asks for the second half later,
+if at all.
 """
 
 import dataclasses
@@ -69,7 +74,9 @@ class Step:
         columns = self.inputs.cut.columns
         return columns[0][0] if columns else 1
 
-    # --- what is jitted, once ---
+    # --- what is jitted ---
+    #
+    # Cached properties: a function that is made again would be compiled again.
 
     @cached_property
     def forward(self) -> Any:
@@ -82,7 +89,8 @@ class Step:
         ) -> Any:
             made = self._run(0, params, state, self._cut(given))
             pieces = [made.outputs[Leaf(Y, k)] for k in range(len(self.out[Y].leaves))]
-            # One array of all rows. What is 0-d in a microbatch is stacked already.
+            # One array of all rows. What is 0-d in a microbatch is stacked already, one
+            # number for each.
             y = [a if a.ndim == 1 else a.reshape(-1, *a.shape[2:]) for a in pieces]
             return y, self._finished_states(made.state), made.left
 
@@ -99,6 +107,8 @@ class Step:
             left: Sequence[Sequence[Array]],
             cotangents: Sequence[Array],
         ) -> list[Array]:
+            # Cotangents are cut as `y` was put together. Those of integers stay as they
+            # are, for nobody reads them.
             inputs = self._cut(given)
             shapes = self.out[Y].leaves
             for k, (c, a) in enumerate(zip(cotangents, shapes, strict=True)):
@@ -118,6 +128,9 @@ class Step:
             assert self.request.loss is not None
             reduction = self.request.loss.reduction
             values = made.outputs[Leaf(LOSS, 0)]
+            # The machine writes the loss of each microbatch as it is. The gradients of a
+            # mean are scaled already (`Programs.scales`), those of a weighted loss are
+            # not: the total weight is known only now.
             weight = None
             scale = 1 / self.m if reduction == "mean" else 1.0
             total = jnp.sum(wide(values) * scale, 0)
@@ -153,12 +166,15 @@ class Step:
     # --- what goes in ---
 
     def _cut(self, given: Given) -> dict[Leaf, Array]:
-        """Inputs with a first axis of microbatches, those that lie over the devices
-        with one that these divide; what goes whole stays.
+        """The call's inputs as the machine takes them.
+
+        What is cut gets a first axis of microbatches. Where an input lies over the
+        devices this axis is padded to a multiple of their number. What goes whole to
+        every microbatch stays as it is.
 
         Every microbatch's rows are sharded over the mesh's data axis, if there is one.
-        Without this a microbatch, rows that follow each other, would be on one shard of
-        the batch alone.
+        A microbatch is consecutive rows: in a batch that is sharded as it comes, it
+        would lie on one shard alone, and the others would have nothing to do.
         """
         shards = self.mesh.shape.get(DATA, 1)
         devices = self.machine.devices
@@ -174,7 +190,8 @@ class Step:
                 spread = leaf in self.machine.spread
                 sharded = shards > 1 and rows[0] % shards == 0
                 sharded = sharded and not is_key(array.dtype)
-                # Every device holds as many microbatches: the last ones are padding.
+                # Devices hold equally many microbatches, so some behind the last one are
+                # padding. No feed brings them.
                 missing = share(self.m, devices) * devices - self.m
                 if spread and missing:
                     padding = [(0, missing)] + [(0, 0)] * (array.ndim - 1)
@@ -203,7 +220,9 @@ class Step:
 
     @cached_property
     def state_shape(self) -> Shape | None:
-        """The finished states."""
+        """The shapes of the states that a call returns. A layer's `finish` may give its
+        state another shape than it has between microbatches.
+        """
         packing = self.machine.state
         if packing is None:
             return None
@@ -216,6 +235,8 @@ class Step:
         depends on is not there.
         """
         machine = self.machine
+        # A row is asked for as a whole if any of its arrays is. The order is that of
+        # sorted numbers and names, so that all processes agree.
         rows = set[int]()
         made: list[Leaf] = []
         for leaf in sorted(self.request.wanted, key=str):

@@ -58,7 +58,8 @@ class Storage:
 
     @cached_property
     def layout(self) -> Layout:
-        """Where everything is."""
+        """The arrays of a slot, and where in them each array of each kind is."""
+        # The usual case, in which nothing is reshaped: start and stop are not used.
         if len(self.kinds) == 1:
             shapes = [raw(a) for a in self.kinds[0]]
             places = [Location(n, 0, 0) for n in range(len(shapes))]
@@ -67,9 +68,12 @@ class Storage:
         widths: dict[tuple[str, bool], int] = {}
         spans: dict[Avals, list[tuple[tuple[str, bool], int, int]]] = {}
         for kind in self.kinds:
+            # Each kind of bundle fills the slot from its beginning.
             ends: dict[tuple[str, bool], int] = {}
             spans[kind] = []
             for a in map(raw, kind):
+                # By its length: an array that only happens to be as long lies there
+                # too, which is as good.
                 has_rows = bool(a.shape) and a.shape[0] == self.rows
                 key = (str(a.dtype), has_rows)
                 start = ends.get(key, 0)
@@ -93,7 +97,9 @@ class Storage:
     def pack(
         self, avals: Avals, arrays: Sequence[Any], old: Sequence[Any]
     ) -> list[Any]:
-        """A bundle as the arrays of a slot; what it does not fill stays as in `old`."""
+        """A bundle as the arrays of a slot, for an outbox; what it does not fill stays
+        as in `old`.
+        """
         given = [unwrapped(a) for a in arrays]
         if len(self.kinds) == 1:
             return given
@@ -121,6 +127,7 @@ class Storage:
             shape = shapes[group].shape
             if len(self.kinds) > 1:
                 a = a.reshape(*shape[:-1], -1)
+            # The slot, then the beginning of each axis but the last.
             place = [slot, *[0] * (len(shape) - 1)]
             if shape:
                 place.append(start)
@@ -163,7 +170,7 @@ def unwrapped(array: Any) -> Any:
 
 
 def wrapped(array: Any, aval: Any) -> Any:
-    """The inverse; of `aval` only the dtype counts."""
+    """The inverse of `unwrapped`: keys again, if `aval` says so; only its dtype counts."""
     if not is_key(aval.dtype):
         return array
     implementation = jax.random.key_impl(jnp.zeros((), aval.dtype))

@@ -59,6 +59,8 @@ def cut_units(
     shapes: Sequence[Shape],
 ) -> Units:
     """Cut a model into units; `shapes` are those of each layer's parameters."""
+    # How many layers do not belong to a core: `head` before that of the first stage,
+    # `tail` behind that of the last.
     ends = _ends(model, balance, shapes)
     last = len(balance) - 1
     sizes: list[int] = []
@@ -72,7 +74,9 @@ def cut_units(
             head = ends[0] if s == 0 else 0
             tail = ends[1] if s == last else 0
             parts = [(layers - head - tail, "core")]
-            # An end may have no layers: it takes the input, or makes the loss.
+            # An end may have no layers: it takes the input, or makes the loss. Without
+            # it the first core alone would read the call's `x`, and the last one alone
+            # would make the loss, so neither would be equal to the others.
             if s == 0:
                 parts.insert(0, (head, "end"))
             if s == last:
@@ -98,6 +102,7 @@ def _ends(
     """How many layers stand before the core of the first stage and behind that of the
     last; `None` without a core.
     """
+    # One stage has nobody to be equal to.
     if len(balance) < 2:
         return None
     # Layers are taken to be alike if their names and shapes are. If they are not, two
@@ -111,19 +116,23 @@ def _ends(
     for n in balance:
         rows.append(kinds[start : start + n])
         start += n
+    # Between the first stage and the last a core is all of its stage, so these stages
+    # must be equal. With two stages alone its length is free, and the longest is taken.
     first, *middle, last = rows
     lengths: Sequence[int] = range(min(len(first), len(last)), 0, -1)
     if middle:
         if any(row != middle[0] for row in middle):
             return None
         lengths = [len(middle[0])]
-    # The longest core that first, last and all between have.
+    # The longest core that first, last and all between have: the end of the first stage
+    # and the beginning of the last.
     for n in lengths:
         if n > min(len(first), len(last)):
             continue
         core = last[:n]
         alike = first[len(first) - n :] == core and (not middle or core == middle[0])
-        # A core that is less than half of its stage is not worth the second unit.
+        # A core that is less than half of its stage is not worth the second unit: most
+        # of the work would be in ends, which share nothing.
         if alike and 2 * n >= max(balance[0], balance[-1]) - 1:
             return len(first) - n, len(last) - n
     return None

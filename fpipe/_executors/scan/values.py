@@ -164,8 +164,8 @@ class UnitWork:
         return dict(zip(self.flat.inputs, self.flat.shapes, strict=True))
 
     def resolve(self, kind: Kind, value: ProgramValue) -> ProgramValue:
-        """What a program takes or returns; if that is another value as it is, that
-        one.
+        """The value that a program takes or returns, whatever name it has there: if it
+        is an alias, what it is an alias of, back through the unit's earlier programs.
         """
         for earlier in EARLIER[kind]:
             if earlier in self.programs:
@@ -273,7 +273,8 @@ class Group:
 
     There is often one group. There are more if some backwards recompute and others do
     not (`checkpoint="except_last"`, or a backward that follows its forward directly),
-    or if a schedule splits only some backwards into `I` and `W`.
+    or if a schedule splits only some backwards into `I` and `W`. Operations are made
+    for each group, so there should be few.
 
     Attributes:
         units: what each unit does.
