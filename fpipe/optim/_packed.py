@@ -45,7 +45,7 @@ def is_packed(node: Any) -> bool:
 
 
 def any_packed(tree: PyTree) -> bool:
-    """Whether a tree has such nodes."""
+    """Whether any part of a tree is a `Packed`."""
     return bool(_packed_nodes(tree))
 
 

@@ -215,7 +215,7 @@ def _draft_programs(
             key = _Key(partition.last_round, device)
         drafts.setdefault(key, _Draft()).outputs.append(k)
 
-    # What a program may read: inputs, and values with an owner. Values without an owner,
+    # What a program may read: inputs, and values with an owner. Values without one,
     # such as `1 - 0.9 ** count`, are in no slot: `select` adds the operations that make
     # them to each program that needs one.
     readable = {*partition.owners, *graph.inputs}

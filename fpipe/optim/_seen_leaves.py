@@ -94,7 +94,7 @@ class SeenLeaves:
         """A tree of updates for all leaves, from those that it sees.
 
         Arguments:
-            leaves: all parameters, of which only the dtypes count.
+            leaves: all parameters; only their dtypes matter.
         """
         rest = iter(updates)
         return self.treedef.unflatten(
@@ -155,7 +155,7 @@ def no_update(leaf: Any) -> Any:
 
 
 def leaf_name(tree: str, path: Path) -> str:
-    """A leaf's name in an error."""
+    """A leaf's name in an error, such as `state[0].mu['w']`."""
     return f"{tree}{jax.tree_util.keystr(path)}"
 
 

@@ -198,6 +198,6 @@ def _reduce(call: str, f: Callable[[Sequence[Any]], Any], tree: PyTree) -> Any:
         inputs = [Input(owner) for owner in owners]
         return divide(graph, arrays, inputs, [Output(first)], first)
 
-    # The name of the call stands for `f`, of which there is one for each.
+    # The name of the call stands for `f`: each call has one.
     key = (call, settings(), tuple(map(array_form, arrays)))
     return _plans.get(Key(key), plan)(arrays)[0]

@@ -62,6 +62,8 @@ class Costs:
     memory_w: Cost | None = None
 
     def __post_init__(self) -> None:
+        # What is left out stays `None` and is worked out when asked for, so that
+        # `dataclasses.replace(costs, W=2)` changes the backward too.
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is None and field.default is None:
@@ -106,6 +108,7 @@ def read_numbers(call: str, each: str, value: Any) -> float | tuple[float, ...]:
         each: what there may be several numbers for; `""`: there may be one only.
         value: whatever was given.
     """
+    # A set has no order that could be that of the stages, and a dict iterates its keys.
     several = isinstance(value, Iterable) and not isinstance(
         value, (str, bytes, Mapping, Set)
     )
@@ -116,6 +119,7 @@ def read_numbers(call: str, each: str, value: Any) -> float | tuple[float, ...]:
 
 
 def _read_number(call: str, each: str, value: Any) -> float:
+    # `Real` has the numbers of numpy and fractions too. A bool is one by accident.
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         several = f", or one number per {each}" if each else ""
         raise TypeError(f"`{call}`: a number{several}")

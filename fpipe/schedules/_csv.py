@@ -63,6 +63,7 @@ def from_csv(
         raise TypeError(
             f"`from_csv(text)`: text is the content of a file, a str, not {text!r}"
         )
+    # Spreadsheets put a byte-order mark in front of the text.
     rows: list[_Row] = []
     for line, cells in _read_lines(text.removeprefix("\ufeff")):
         row = _Row(line, [])
@@ -72,6 +73,7 @@ def from_csv(
     kinds = {action.kind for row in rows for action in row.actions}
     if not kinds:
         raise ValueError("`from_csv`: there is no action in the table")
+    # Else `Schedule` would say that `B` and `W` do not go together, and not why.
     if "W" in kinds and "I" not in kinds:
         raise ValueError(
             "`from_csv`: the table has W but no I; early releases of torch wrote the "
@@ -120,6 +122,7 @@ def _read_cell(cell: str, line: int, column: int) -> Iterator[Action]:
 
 def _find_stages(rows: list[_Row]) -> tuple[int, ...]:
     """The device of each stage: the row that its actions are in."""
+    # torch has no map from stages to devices in its table, but its rows tell.
     device_of: dict[int, int] = {}
     for device, row in enumerate(rows):
         for action in row.actions:

@@ -35,6 +35,7 @@ class Named(NamedTuple):
     virtual: bool = False
 
 
+# The order is that in which messages list them, and in which the search tries them.
 NAMES: dict[str, Named] = {
     "gpipe": Named(gpipe, 1),
     "1f1b": Named(one_f_one_b, 1),
@@ -71,6 +72,8 @@ def named(
     if name not in NAMES:
         raise ValueError(f"no schedule is named {name!r}; there are {', '.join(NAMES)}")
     entry = NAMES[name]
+    # Sizes are checked by the generators, which know what they can have; only the
+    # stages per device of one that has no choice are checked here.
     if virtual is None:
         return entry.generator(devices, microbatches)
     if entry.virtual:

@@ -76,6 +76,8 @@ class Numbering:
                 continue
             if need not in meets:
                 meets[need] = self._meeting(need, rows)
+            # The search asks for this once for each schedule that it judges, so it is
+            # done by slices and not action by action.
             # Pairs stand in the order of their stages: those of a neighbouring stage
             # are the same list, shifted.
             shift = need.offset * self.microbatches
@@ -87,6 +89,8 @@ class Numbering:
 
     def _meeting(self, need: Need, rows: Rows) -> Sequence[int]:
         """For each pair its action that meets the need, or -1."""
+        # Where one kind alone meets the need, its numbers are known. Of `B` and `I`
+        # each pair has one, and the rows tell which.
         kinds = [KINDS.index(kind) for kind in need.kinds]
         if len(kinds) == 1:
             return range(kinds[0] * self.size, (kinds[0] + 1) * self.size)
@@ -102,7 +106,7 @@ class Numbering:
         return meeting
 
     def durations(self, costs: Costs) -> list[float]:
-        """What each action takes."""
+        """How long each action takes, by its number."""
         durations: list[float] = []
         for kind in KINDS:
             for stage in range(self.stages):
@@ -111,6 +115,8 @@ class Numbering:
 
     def latencies(self, costs: Costs, stage_to_device: Sequence[int]) -> list[float]:
         """How long what each action needs of another stage is under way."""
+        # Kept by the action that waits: it has at most one need of another stage, while
+        # a transfer has no number of its own.
         latencies: list[float] = []
         for kind in KINDS:
             need = crossing_need(kind)
@@ -149,11 +155,21 @@ def play(
     Returns:
         When everything ran; `None` if it is a deadlock.
     """
+    # There is no queue of events by time. An action starts at the larger of two ends,
+    # that of its device's last action and that of its need, and both are known when it
+    # is reached, in whatever order devices have their turns. So one pass is enough.
+    #
+    # For `one_f_one_b(2, 2)`: device 1 stops at F(1,0); device 0 runs F(0,0), which
+    # wakes device 1, runs F(0,1) and stops at B(0,0); device 1 runs to its end; device
+    # 0 too.
     order: list[int] = []
     starts = [0.0] * len(crossing)
+    # Below zero: has not run. An action may take no time, so zero is an end too.
     ends = [-1.0] * len(crossing)
     position = [0] * len(rows)
     free_at = [0.0] * len(rows)
+    # By the action that is missing, the device that waits. There is one at most: an
+    # action meets the need of one other stage.
     waiting: dict[int, int] = {}
     ready = list(range(len(rows)))
     while ready:

@@ -57,8 +57,8 @@ class Recording(Timeline):
 
     Arguments:
         events: the schedule's actions. One that has nothing to compute (such as the
-            input gradient of the first stage, where nobody asks for it) has no program,
-            and takes no time.
+            input gradient of the first stage, where it is not asked for) has no
+            program, and takes no time.
         devices: `D`.
         name: for drawings.
         memory: as in `Timeline`.
@@ -77,6 +77,7 @@ class Recording(Timeline):
         """As `Timeline.to_trace`, with every program and every transfer; a transfer
         stands at its target.
         """
+        # Programs of the schedule's actions are events already, with more to tell.
         of_schedule = {event.action.name for event in self.events}
         programs = self._spans()
         for program in self.programs:
@@ -98,6 +99,8 @@ class Recording(Timeline):
                 "what": ", ".join(transfer.what),
                 "bytes": transfer.bytes,
             }
+            # At the target, because there somebody waits for it. Transfers overlap, and
+            # `trace` gives those that do rows of their own.
             transfers.append(
                 Span(
                     transfer.target,

@@ -55,6 +55,8 @@ class Schedule:
         stage_to_device: Iterable[int] | None = None,
         name: str = "custom",
     ) -> None:
+        # Fields of a frozen dataclass are set by `object.__setattr__`. All is read
+        # before anything is checked: the checks rely on tuples of ints.
         rows = _read_rows(actions)
         if stage_to_device is None:
             stage_to_device = range(len(rows))
@@ -64,6 +66,7 @@ class Schedule:
         object.__setattr__(self, "actions", rows)
         object.__setattr__(self, "stage_to_device", devices)
         object.__setattr__(self, "name", name)
+        # In this order: the second check relies on each action being there once.
         check_complete(rows, devices)
         check_runs(rows, devices)
 
@@ -116,6 +119,8 @@ class Schedule:
         0F0,0F1,,0B0,,0B1
         ,1F0,1B0,1F1,1B1
         """
+        # A clock in which every action takes one step. What a device cannot run yet
+        # leaves an empty cell; torch reads such cells as waiting.
         present = {action for row in self.actions for action in row}
         done: set[Action] = set()
         cells: list[list[str]] = [[] for _ in self.actions]
@@ -196,8 +201,8 @@ def _read_action(value: Any, device: int, position: int) -> Action:
             f"{where} {shortened(value)}, no Action(kind, stage, microbatch)"
         )
     kind, stage, microbatch = value
-    # Compared, not looked up: a kind may be unhashable, or numpy's own `str`, of which
-    # the plain one is wanted.
+    # Compared, not looked up: a kind may be unhashable. The plain `str` is taken, since
+    # numpy has one of its own.
     known: list[Kind] = [k for k in KINDS if isinstance(kind, str) and k == kind]
     if not known:
         error = ValueError if isinstance(kind, str) else TypeError

@@ -1,6 +1,6 @@
 """When everything runs: a schedule under given costs becomes a timeline.
 
-In: a `Schedule` and `Costs`. Out: a `Timeline`, of which `_timeline.py` has an example.
+In: a `Schedule` and `Costs`. Out: a `Timeline`; `_timeline.py` has an example.
 The clock itself is in `_numbering.py`.
 """
 
@@ -28,6 +28,7 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     """
     costs = Costs() if costs is None else costs
     costs.check(schedule.stages)
+    # In numbers, played by the clock, and back as actions.
     numbering = Numbering(schedule.stages, schedule.microbatches)
     rows = numbering.rows(schedule)
     crossing = numbering.crossing_needs(rows)
@@ -60,11 +61,15 @@ def _rank_at_equal_starts(rows: Rows, crossing: list[int], played: Played) -> li
 
     Only an action that takes no time is before another that starts with it.
     """
+    # With `Costs(W=0)`, W(0,0) and what comes after it start at one moment. The order
+    # of starts cannot tell them apart, and `peak_live` would count the wrong one first.
     starts, ends = played.starts, played.ends
     rank = [0] * len(starts)
+    # As a rule everything takes time, and all ranks are 0.
     if all(starts[number] < ends[number] for number in played.order):
         return rank
     previous = {b: a for row in rows for a, b in itertools.pairwise(row)}
+    # In the order of play, what an action waits for has its rank already.
     for number in played.order:
         for first in (crossing[number], previous.get(number, -1)):
             if first >= 0 and starts[first] == starts[number]:

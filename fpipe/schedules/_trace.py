@@ -48,6 +48,7 @@ def trace(
         unit: microseconds that a unit of time takes.
     """
     events: list[dict[str, Any]] = []
+    # Metadata, `"ph": "M"`: names of the devices, and their order.
     for device, name in enumerate(processes):
         facts = {
             "process_name": {"name": name},
@@ -59,6 +60,9 @@ def trace(
     for title, spans in rows.items():
         # For each device its rows of this title, and until when each is taken.
         taken: list[dict[int, float]] = [{} for _ in processes]
+        # Each span takes the first row that is free at its start, and a new one if none
+        # is: as many rows as spans overlap at most. Viewers take spans of one row for
+        # calls, one inside of the other.
         for span in sorted(spans, key=lambda span: (span.start, span.end)):
             device = span.device
             row = next(
@@ -77,6 +81,7 @@ def trace(
                     }
                 )
             taken[device][row] = span.end
+            # A complete event, with a start and a length; both in microseconds.
             events.append(
                 {
                     "ph": "X",

@@ -51,6 +51,8 @@ def check_complete(rows: Rows, stage_to_device: Sequence[int]) -> None:
                 f"{devices} devices"
             )
 
+    # First every action by itself: is it on the right device, and there once? Then
+    # every cell: has it the kinds that it needs?
     # By cell; a dict, since a wrong microbatch may be a very large number.
     kinds_of: dict[int, int] = {}
     last = next(row[0] for row in rows if row)
@@ -81,6 +83,8 @@ def check_complete(rows: Rows, stage_to_device: Sequence[int]) -> None:
             if microbatch > last.microbatch:
                 last = action
 
+    # A microbatch number that is far too large makes this range long, but then an
+    # action is missing among the first cells.
     for cell in range(stages * (last.microbatch + 1)):
         kinds = kinds_of.get(cell, 0)
         if not kinds & BITS["F"]:
@@ -136,7 +140,7 @@ def _why_missing(
 # The bit of a need that is always met.
 _ALWAYS = 16
 
-# Two needs, each as the offset of a cell and the bits of which that cell must have one.
+# Two needs. Each is the offset of a cell, and bits: the cell must have one of them.
 _CodedNeeds: TypeAlias = tuple[int, int, int, int]
 
 
@@ -171,6 +175,8 @@ def check_runs(rows: Rows, stage_to_device: Sequence[int]) -> None:
     Every device runs until it has to wait for a cell, and again when something of that
     cell is done. What is left in the end does not depend on whose turn it was.
     """
+    # `needs` of `_rules.py` would do, but it makes actions and looks them up, which is
+    # slower, and every schedule pays for it. It is used for the message alone.
     stages = len(stage_to_device)
     microbatches = 1 + max(action.microbatch for action in rows[0])
     coded = _coded_needs(stages)
@@ -186,6 +192,8 @@ def check_runs(rows: Rows, stage_to_device: Sequence[int]) -> None:
             kind, stage, microbatch = action
             cell = microbatch * stages + stage
             offset, bits, second_offset, second_bits = coded[kind][stage]
+            # A device waits for a cell and not for one action: a need may be met by `B`
+            # or by `I`. Woken too early, it waits again.
             if not done[cell + offset] & bits:
                 waiting.setdefault(cell + offset, []).append(device)
                 break
@@ -224,6 +232,7 @@ def _find_waits(
     rows: Rows, stage_to_device: Sequence[int], stuck: dict[int, Action]
 ) -> dict[int, _Wait]:
     """What each device waits for that is stuck at an action."""
+    # Only when a schedule is refused, so this may take its time.
     present = {action for row in rows for action in row}
     done: set[Action] = set()
     for device, row in enumerate(rows):
@@ -239,6 +248,9 @@ def _find_waits(
 
 def _shortest_circle(waits: dict[int, _Wait]) -> list[_Wait]:
     """The devices that wait for one another, from the lowest of them on."""
+    # Most stuck devices wait behind a circle and not in it: to name one of those would
+    # send the reader to the wrong row. Two circles may be there at once; the shortest
+    # is the easiest to understand.
     circles: list[list[int]] = []
     for device in waits:
         path = [device]
@@ -252,6 +264,14 @@ def _shortest_circle(waits: dict[int, _Wait]) -> list[_Wait]:
 
 def _tell_deadlock(rows: Rows, waits: dict[int, _Wait]) -> str:
     """The message: who waits for whom, round to where it began."""
+    # For a device 1 that runs both forwards first:
+    #
+    #   deadlock: device 0 at B(0,0), position 1, waits for B(1,0), which device 1
+    #   has at position 2, after F(1,1), which waits for F(0,1), which device 0 has
+    #   at position 2, after B(0,0), where this began
+    #
+    # Each link names the need and what stands before it. A long circle is cut in the
+    # middle.
     circle = _shortest_circle(waits)
     first = circle[0]
     story = [

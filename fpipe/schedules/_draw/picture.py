@@ -102,6 +102,7 @@ class Picture:
         """At most `most` round times from 0 to `span`, or a few more."""
         if not self.span > 0:
             return [0.0]
+        # The smallest of 1, 2, 5 and 10 times a power of ten that is not below `rough`.
         rough = self.span / max(most, 1)
         power = 10.0 ** math.floor(math.log10(rough))
         # A little less is enough: a power of ten may be rounded up.
@@ -141,6 +142,7 @@ def picture(
         caption += f"; over {_caption(other)}"
         if not math.isclose(scale, 1.0):
             caption += f"; 1 there is {scale:.3g} here"
+    # Of both timelines, so that one legend serves both.
     kinds = {box.kind for box in (*boxes, *beneath)}
     return Picture(
         boxes=boxes,
@@ -166,6 +168,7 @@ def _read_timeline(what: Schedule | Timeline, call: str) -> Timeline:
 
 
 def _boxes(timeline: Timeline, scale: float) -> tuple[Box, ...]:
+    # A timeline need not begin at 0.
     first = min(event.start for event in timeline.events)
     # The chunks of a device are those of its stages that occur, in their order.
     stages_of: list[set[int]] = [set() for _ in range(timeline.devices)]

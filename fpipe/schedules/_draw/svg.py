@@ -83,9 +83,11 @@ def svg(
     if width < SMALLEST:
         raise ValueError(f"`svg(width={width})`: a width is at least {SMALLEST} pixels")
     shown = picture(what, "svg", over)
+    # Lower rows for many devices, so that 64 of them are 704 pixels and fit a screen.
     row = 26.0 if shown.devices <= 16 else 17.0 if shown.devices <= 40 else 11.0
     letters = min(SIZE, row - 2)
     foot = FOOT * row if shown.beneath else 0.0
+    # SVG wraps no text and does not tell its width, so that is estimated by `LETTER`.
     caption = textwrap.wrap(
         shown.caption,
         int((width - 2 * MARGIN) / (SIZE * LETTER)),
@@ -102,6 +104,7 @@ def svg(
     )
     bottom = layout.top + layout.row * shown.devices
 
+    # Later parts lie over earlier ones: the grey of idle time, boxes, labels on them.
     parts = [
         _text(MARGIN, MARGIN + SIZE + LINE * n, line) for n, line in enumerate(caption)
     ]
@@ -169,10 +172,12 @@ def _box(box: Box, layout: _Layout, y: float, height: float) -> str:
 
 def _labels(shown: Picture, layout: _Layout) -> list[str]:
     size = min(SIZE, layout.row - layout.foot - 4)
+    # Without pointer events, a pointer on a label still shows the box's tooltip.
     parts = [f'<g text-anchor="middle" font-size="{size:g}" pointer-events="none">']
     for box in shown.boxes:
         label = str(box.microbatch)
         width = (box.end - box.start) * layout.scale
+        # A label that does not fit is left out: a part of `12` would be another number.
         if len(label) * size * LETTER + 2 <= width:
             x = layout.left + (box.start + box.end) / 2 * layout.scale
             y = layout.top + layout.row * box.device
@@ -183,6 +188,7 @@ def _labels(shown: Picture, layout: _Layout) -> list[str]:
 
 def _axis(shown: Picture, layout: _Layout, y: float) -> list[str]:
     parts: list[str] = []
+    # A tick for each 70 pixels at most, which is room for its number.
     for time in shown.ticks(int((layout.right + MARGIN - layout.left) / 70)):
         x = layout.x(time)
         parts.append(f'<path d="M{x:.2f} {y:g}v5" stroke="{INK}"/>')
@@ -199,6 +205,7 @@ def _legend(shown: Picture, layout: _Layout, y: float) -> tuple[list[str], float
         fills_of[LIGHTER] = []
     parts: list[str] = []
     x = layout.left
+    # Entries go on in a new line where the next one does not fit.
     for words, fills in fills_of.items():
         width = 12 * len(fills) + 6 + len(words) * SIZE * LETTER
         if x > layout.left and x + width > layout.right:
@@ -229,4 +236,5 @@ def _text(x: float, y: float, text: str, style: str = "") -> str:
 
 
 def _escape(text: str) -> str:
+    # A schedule's name may have any character; XML refuses some even when escaped.
     return html.escape(NOT_XML.sub("\ufffd", text))

@@ -120,6 +120,7 @@ def draw(
     # One more than fits shows that something is cut.
     columns = min(round(shown.span * scale), width) + 1
 
+    # A line for each device, or two with `over`: that of the device, then that beneath.
     lines: list[_Line] = []
     for device in range(shown.devices):
         titles = [f"device {device}".ljust(title), "over".rjust(title - 1).ljust(title)]

@@ -57,6 +57,8 @@ def one_f_one_b(devices: int, microbatches: int) -> Schedule:
         devices,
         virtual=1,
         rounds=[range(microbatches)],
+        # As many as there are devices behind: then the first cotangent is back. More
+        # forwards would only be held longer.
         warm_up=[devices - 1 - d for d in range(devices)],
     )
     return Schedule(rows, looped_stages(devices, virtual=1), "1f1b")
@@ -78,6 +80,8 @@ def eager_1f1b(devices: int, microbatches: int) -> Schedule:
         devices,
         virtual=1,
         rounds=[range(microbatches)],
+        # Two for each device behind, one for the way there and one for the way back:
+        # with one, a device sits idle while each transfer is under way.
         warm_up=[2 * (devices - 1 - d) for d in range(devices)],
     )
     return Schedule(rows, looped_stages(devices, virtual=1), "eager_1f1b")
@@ -155,6 +159,7 @@ def zb_h1(devices: int, microbatches: int, virtual: int = 1) -> Schedule:
         2: .  .  F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3
     """
     check_sizes("zb_h1", devices=devices, microbatches=microbatches, virtual=virtual)
+    # With one stage a device, rounds would make no difference.
     rounds = [range(microbatches)]
     if virtual > 1:
         rounds = even_rounds(devices, microbatches)
@@ -163,6 +168,8 @@ def zb_h1(devices: int, microbatches: int, virtual: int = 1) -> Schedule:
         devices,
         virtual,
         rounds,
+        # Device `d` holds `D-d` microbatches by its warm-up and `d` by its lag: `D` on
+        # every device, which under 1F1B the first one holds alone.
         warm_up=[other_chunks + devices - 1 - d for d in range(devices)],
         weight_lag=range(devices),
     )
@@ -186,6 +193,8 @@ def zb_h2(devices: int, microbatches: int) -> Schedule:
         virtual=1,
         rounds=[range(microbatches)],
         warm_up=[2 * (devices - 1 - d) for d in range(devices)],
+        # Device `d` holds `2(D-1-d) + 1` microbatches by its warm-up and `2d` by its
+        # lag: `2D-1` on every device.
         weight_lag=[2 * d for d in range(devices)],
     )
     return Schedule(rows, looped_stages(devices, virtual=1), "zb_h2")
@@ -236,6 +245,13 @@ def _alternate(
         weight_lag: left out, a backward is a `B`. Else it is an `I`, and on each device
             a `W` comes right behind the `I` that is that many later than its own.
     """
+    # Two rows of four microbatches, cut into warm-up, pairs and drain:
+    #
+    #   warm_up=2                  F0 F1 / F2 B0  F3 B1 / B2 B3
+    #   warm_up=1, weight_lag=1    F0 / F1 I0  F2 I1 W0  F3 I2 W1 / I3 W2 W3
+    #
+    # Each generator is this loop with other numbers, so that orders, peaks and idle
+    # time can be compared number by number.
     rows: list[list[Action]] = []
     for device in range(devices):
         stages = [chunk * devices + device for chunk in range(virtual)]

@@ -44,6 +44,8 @@ def even_rounds(devices: int, microbatches: int) -> list[range]:
     until the first has passed all devices. A round longer than the first deadlocks
     after a warm-up that is as long as the first.
     """
+    # `even_rounds(4, 9)`: two rounds, of 5 and 4. Rounds of `D` alone, as in Megatron,
+    # would leave one of 1 behind.
     rounds = max(1, microbatches // devices)
     size, longer = divmod(microbatches, rounds)
     ends = [size * k + min(k, longer) for k in range(rounds + 1)]

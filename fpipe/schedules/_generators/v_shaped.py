@@ -155,6 +155,8 @@ def v_half(devices: int, microbatches: int) -> Schedule:
         )
         for d in range(D)
     ]
+    # The paper's peak, in chunks; the squeeze alone would start forwards sooner and
+    # hold more.
     rows = _squeeze(blocks, microbatches, most_live=2 * ((D + 2) // 2))
     return Schedule(rows, v_shaped_stages(devices), "v_half")
 
@@ -194,6 +196,15 @@ def _follow_scripts(
     scripts: Sequence[Sequence[Stretch]], microbatches: int
 ) -> list[list[Action]]:
     """The rows of devices that each follow a script."""
+    # Device 1 in `zb_v(2, 3)`, whose chunks 0 and 1 are the stages 1 and 2:
+    #
+    #   F0 once                    1F0
+    #   F1 F0 once                 2F0 1F1
+    #   F1 I1 W1 once              2F1 2I0 2W0
+    #   F0 I0 W0 F1 I1 W1 once     1F2 1I0 1W0 2F2 2I1 2W1
+    #   I0 I1 once                 1I1 2I2
+    #   I0 W0 once                 1I2 1W1
+    #   W1, W0 once                2W2 1W2
     devices = len(scripts)
     rows: list[list[Action]] = []
     for device, script in enumerate(scripts):
@@ -235,6 +246,8 @@ def _squeeze(
     costs, each as soon as it can, a forward only while fewer than `most_live` chunks
     are held; the oldest `W` takes a tick that is left.
     """
+    # Repeated every six ticks, the blocks are a schedule already, in which a device may
+    # wait for a tick although its input is there. Played as soon as can be, it does not.
     devices = len(blocks)
     orders = [
         deque(_repeat(block, device, 2 * devices - 1 - device, microbatches))

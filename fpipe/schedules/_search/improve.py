@@ -5,7 +5,7 @@ In: a `Problem` and a `Found`. Out: a `Found` that is no worse. There are two ch
 
 The moves are those of job-shop scheduling: only what is on a critical path is worth
 moving, to an end of the stretch that it is in (Nowicki and Smutnicki, 1996) or near it.
-With the critical path in capitals, of which two devices have a stretch each:
+With the critical path in capitals, a stretch of it on each of two devices:
 
     device 0   F0 F1 f2 . . .  b0 b1 b2
     device 1   .  .  F0 F1 B0 B1 ...        F1 may move before F0, or behind B0 or B1
@@ -30,6 +30,7 @@ def _fusible(problem: Problem, rows: Rows) -> list[int]:
     microbatches = problem.numbering.microbatches
     pairs: list[int] = []
     for row in rows:
+        # The number of a pair's `W` is `size` more than that of its `I`.
         for action, following in itertools.pairwise(row):
             if action // size == I and following == action + size:
                 pair = action % size
@@ -71,6 +72,8 @@ def toggle(problem: Problem, found: Found) -> Found:
     size = problem.numbering.size
     microbatches = problem.numbering.microbatches
 
+    # In the order of the kinds, F B I W: from `I` it is one `size` down to `B`, from
+    # `B` one up to `I` and two to `W`.
     def fuse(action: int) -> list[int]:
         if action // size == W:
             return []
@@ -112,6 +115,8 @@ def _change_some(
         change: what comes in the place of an action of such a pair.
         budget: of changes to try.
     """
+    # Halves and not one by one: one pair alone seldom changes the makespan, which is
+    # the longest of many paths, and each try is a play of all actions.
     size = problem.numbering.size
     todo = [pairs] if pairs else []
     while todo and budget.spend():
@@ -172,6 +177,8 @@ def anneal(problem: Problem, found: Found, bound: float, seed: int) -> Found:
         bound: a makespan at which to stop, since none is shorter.
         seed: of the random numbers.
     """
+    # `crossing` is made once: moves within a row change no need. Each step is a play of
+    # the whole schedule, which bounds how many steps there can be.
     dice = _Dice(seed)
     rows = [list(row) for row in found.rows]
     crossing = problem.numbering.crossing_needs(rows)
@@ -192,12 +199,16 @@ def anneal(problem: Problem, found: Found, bound: float, seed: int) -> Found:
     for _ in range(10 * trials):
         if tried == trials or best <= bound:
             break
+        # Choose an action on a critical path. No other move can make the schedule
+        # shorter.
         stretches = _critical_path(problem, rows, crossing, played, positions, dice)
         if not stretches:
             break
         device, first, last = stretches[dice.below(len(stretches))]
         row = rows[device]
         source = first + dice.below(last - first + 1)
+        # Choose where it goes: one place on, an end of its stretch, or within six
+        # places, each in two of six cases.
         near = source - 6 + dice.below(13)
         also_near = source - 6 + dice.below(13)
         targets = (source + 1, first, last, near, also_near, source + 1)
@@ -205,6 +216,8 @@ def anneal(problem: Problem, found: Found, bound: float, seed: int) -> Found:
         target = max(0, min(len(row) - 1, target))
         if source == target:
             continue
+        # Cheap checks first: the order of what it passes, then memory, then a play,
+        # which also finds deadlocks.
         moved = row[:source] + row[source + 1 :]
         moved.insert(target, row[source])
         start = min(source, target)
@@ -219,6 +232,8 @@ def anneal(problem: Problem, found: Found, bound: float, seed: int) -> Found:
         if after is None:
             rows[device] = row
             continue
+        # Worse is allowed at first, to leave a local optimum; the best rows are kept
+        # aside.
         allowed = heat * dice.random() * (1.0 - tried / trials)
         if max(after.ends) > makespan + allowed:
             rows[device] = row
@@ -247,6 +262,8 @@ def _critical_path(
     its row, or the one of another stage that it needs. Where it waited for both, the
     dice decide.
     """
+    # Floats are compared with `==`: `play` sets a start to the very end that it waited
+    # for.
     starts, ends, latencies = played.starts, played.ends, problem.latencies
     device = max(range(len(rows)), key=lambda d: ends[rows[d][-1]])
     index = last = len(rows[device]) - 1
@@ -257,6 +274,8 @@ def _critical_path(
         after_row = index > 0 and ends[rows[device][index - 1]] == start
         source = crossing[action]
         after_source = source >= 0 and ends[source] + latencies[action] == start
+        # Along the row; or a stretch ends here, and the path goes on at the source; or
+        # nothing was waited for, and this is the start of the schedule.
         if after_row and not (after_source and dice.below(2)):
             index -= 1
             continue

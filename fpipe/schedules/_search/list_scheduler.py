@@ -122,6 +122,9 @@ def list_schedule(problem: Problem, policy: Policy) -> Rows | None:
     """The rows that the policy leads to; `None` where its share of the limit is not
     enough for one microbatch.
     """
+    # Where backwards are split, a microbatch may hold more for its `W` than it did
+    # before. It is counted with the larger from the start, so that an `I` never needs
+    # room.
     held = [max(memory) if policy.split else memory.full for memory in problem.memory]
     limits: list[float] = []
     for device, stages in enumerate(problem.stages_of):
@@ -155,6 +158,7 @@ class _ListScheduler:
         # What device is to decide something, and when.
         self._events = [(0.0, device) for device in range(problem.devices)]
         due = _due_times(problem, policy, limits)
+        # Three queues for each stage, or two where backwards are whole.
         chunks: list[_Chunk] = []
         queues: dict[StageKind, _Queue] = {}
         for stage, due_of_stage in enumerate(due):
@@ -190,6 +194,9 @@ class _ListScheduler:
     def run(self) -> Rows:
         """The rows of all devices."""
         while self._events:
+            # An event is only a reason to look. One that comes while the device is busy
+            # is dropped, since the end of its action is an event too. Memory needs no
+            # events: a device frees its own, by actions that end in one.
             now, index = heapq.heappop(self._events)
             device = self._devices[index]
             if now < device.free_at:
@@ -205,6 +212,9 @@ class _ListScheduler:
 
     def _choose(self, device: _Device, now: float) -> _Choice:
         """What a free device does."""
+        # First the best of the backwards and forwards that could start; then whether to
+        # wait for a cotangent rather than start a forward; last whether a `W` fills the
+        # gap.
         best: _Queue | None = None
         best_due = math.inf
         weight: _Queue | None = None
@@ -245,11 +255,15 @@ class _ListScheduler:
 
         arrival = min(forward_arrival, gradient_arrival)
         if best is not None and best.kind == "F":
+            # A forward that starts just before a cotangent arrives delays the stages
+            # before.
             patience = self._policy.patience * best.duration
             if gradient_arrival < now + patience:
                 best = None
                 arrival = gradient_arrival
         if weight is not None:
+            # Against another action the due times decide. Against waiting, a `W` runs
+            # if the gap is long enough for `fill` of it; with `fill=0` it always runs.
             if best is not None:
                 first = weight_due < best_due
             else:
@@ -265,11 +279,15 @@ class _ListScheduler:
         room = device.limit - device.held - chunk.held
         if room < 0.0 or room == math.inf or len(device.chunks) == 1:
             return room >= 0.0
-        # With several chunks a device can be full of microbatches none of which can go
-        # on: each wants another chunk's forward, and there is no room for it.
+        # With several chunks a device can be full of microbatches that cannot go on:
+        # each wants another chunk's forward, and there is no room for it.
         new = chunk.forward.started
         oldest = min(other.finished for other in device.chunks)
         newest = max(other.forward.started for other in device.chunks)
+        # On paper: finish the microbatches one by one, the oldest first, and see
+        # whether each finds room for the forwards that it lacks and then gives its own
+        # room back. That is the banker's algorithm; it looks at microbatches under way
+        # only.
         for microbatch in range(oldest, newest + 1):
             wanted = freed = 0.0
             for other in device.chunks:
@@ -294,6 +312,7 @@ class _ListScheduler:
         device.held += queue.held_change
         device.row.append(queue.number + microbatch)
         heapq.heappush(self._events, (end, queue.device))
+        # Queues of the same device need no event: it has one when this action ends.
         for waiting in queue.waiting:
             arrival = end + waiting.latency
             waiting.arrivals[microbatch] = arrival
@@ -336,6 +355,12 @@ def _due_times(
         devices = problem.devices
         clock = [t - t % devices + (t % devices) / virtual for t in clock]
     step = policy.slope / 2.0 / virtual
+    # The numbers for four stages, one on each device, under `slope=1`:
+    #
+    #   stage       0     1     2     3
+    #   ahead       4     3     2     1       1F1B holds as many
+    #   F0 is due   0     0.5   1     1.5
+    #   B0 is due   3.5   3     2.5   2       the way back, stage by stage
     ahead = [1.0 + 2.0 * step * (stages - 1 - stage) for stage in range(stages)]
     due: list[_DueTimes] = []
     for stage, device in enumerate(problem.stage_to_device):
@@ -345,6 +370,8 @@ def _due_times(
             # A `W` is due when the device is full.
             of_device = [ahead[other] for other in problem.stages_of[device]]
             mean = sum(of_device) / len(of_device)
+            # That is: when as many microbatches wait for their `W` as the limit has
+            # room for, beside those that the warm-up holds; a little before.
             later = limits[device] / needed - mean - 0.2
         reached = [t + step * stage for t in clock]
         # At equal dues the input gradient goes first, then what is deeper.

@@ -2,7 +2,11 @@
 
 In: sizes, `Costs` and a memory limit, as `zero_bubble` gets them. Out: a `Problem`,
 which judges rows of numbered actions (`_numbering.py` has the numbers), and `Found`,
-rows with that judgement.
+rows with that judgement. For two devices, four microbatches and the default costs:
+
+    one_microbatch    (1.0, 1.0)
+    held_change       F: 1, 1   B: -1, -1   I: 0, 0   W: -1, -1      by stage
+    bound()           13.0, the fill of 1 and the work of the last device
 """
 
 import dataclasses
@@ -151,6 +155,7 @@ class Problem:
             math.fsum(held[s].full for s in of_device) for of_device in stages_of
         )
         numbering = Numbering(stages, microbatches)
+        # Tables and not methods: each play of a schedule reads them for each action.
         problem = Problem(
             devices=devices,
             numbering=numbering,
@@ -194,6 +199,8 @@ class Problem:
 
     def judge(self, rows: Rows, policy: Policy | None = None) -> Found:
         """The rows with what they are judged by; they are no deadlock."""
+        # Of schedules that end together the one that holds least is better, first on
+        # the fullest device, then on all.
         played = self.play(rows, self.numbering.crossing_needs(rows))
         assert played is not None, "a deadlock"
         peaks = [self.peak(row) for row in rows]
@@ -202,6 +209,8 @@ class Problem:
 
     def peak(self, row: Sequence[int]) -> float:
         """The most that a device holds, whatever the times."""
+        # A device runs one action after the other, so what it holds follows from the
+        # order of its row: when the actions run does not matter.
         microbatches = self.numbering.microbatches
         held_change = self.held_change
         held = peak = 0.0
@@ -230,6 +239,11 @@ class Problem:
         # The latency of what each stage gets from the one before: that of its forward.
         arriving = self.latencies[: self.numbering.size : microbatches]
         most = 0.0
+        # Two bounds for each device, and the larger counts. It starts after `head` and
+        # has all its work to do (`W` too, which may be the last). Or: it starts after
+        # `head`, has its forwards and the cotangents of all microbatches to make, and
+        # then the last cotangent goes on to stage 0, whose whole backward ends the step
+        # (`tail`).
         for stages in self.stages_of:
             first = stages[0]
             before = self.costs[:first]
@@ -260,6 +274,8 @@ def _read_limits(devices: int, memory: Any) -> tuple[float, ...]:
 
 def best_first(found: list[Found]) -> list[Found]:
     """The best first: by makespan, then by peak memory; rounding does not decide."""
+    # Makespans that differ by rounding are equal: first all that are as short as the
+    # shortest, by memory, then the others.
     ordered = sorted(found, key=lambda one: one.makespan)
     limit = ordered[0].makespan * ROUNDING
     equal = [one for one in ordered if one.makespan <= limit]

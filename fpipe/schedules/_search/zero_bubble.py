@@ -82,12 +82,15 @@ def zero_bubble(
     problem = Problem.of(
         devices, microbatches, stage_to_device, costs or Costs(), memory
     )
+    # Many cheap schedules, then an expensive search from the best few of them, unless
+    # one is as short as can be already.
     found = best_first([*_fixed(problem), *_grid(problem)])
     bound = problem.bound() * ROUNDING
     if found[0].makespan > bound:
         for seed, finalist in enumerate(_finalists(problem, found)):
             toggled = toggle(problem, finalist)
             found.append(anneal(problem, toggled, bound, seed))
+    # `Schedule` validates what comes out, as it does any rows.
     best = best_first(found)[0]
     rows = [[problem.numbering.action(number) for number in row] for row in best.rows]
     return Schedule(rows, stage_to_device, name="zero_bubble")
@@ -121,6 +124,7 @@ def _read_placement(devices: int, placement: Any, virtual: int) -> tuple[int, ..
 
 def _fixed(problem: Problem) -> Iterator[Found]:
     """The schedules with a name that have this placement and these sizes, and fit."""
+    # Not chosen by a table of placements: a generator says itself what it cannot have.
     virtual = len(problem.stages_of[0])
     for name in NAMES:
         try:
@@ -141,6 +145,8 @@ def _fixed(problem: Problem) -> Iterator[Found]:
 def _grid(problem: Problem) -> list[Found]:
     """The list scheduler over its policies; the best of them again with less memory."""
     # `slope` and `groups`, which give the order of the forwards and backwards.
+    # 0 lets every input gradient go first, 1 is 1F1B, 2 the eager one. Latency and
+    # unequal stages have their best ones in between.
     orders = [(slope, False) for slope in (0.0, 0.5, 1.0, 1.25, 1.5, 2.0, 2.5)]
     if len(problem.stage_to_device) > problem.devices:
         orders += [(2.0, True), (2.5, True)]
@@ -156,6 +162,9 @@ def _grid(problem: Problem) -> list[Found]:
         orders, (0.0, 0.5, 1.0), patiences, dues
     ):
         policies.append(Policy(slope, fill, patience, due, groups))
+    # With one stage a device and no limit, that is 14 policies for whole backwards and
+    # 42 for split ones. The best then get a share of the memory: a schedule that holds
+    # less may be as short, and is preferred.
     found = _try_all(problem, policies)
     best = [one.policy for one in best_first(found)[:8] if one.policy]
     with_less = [
