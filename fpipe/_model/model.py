@@ -209,8 +209,8 @@ class Model:
     def _trace(self, k: int, call: LayerCall) -> LayerResult:
         """A layer's call, by a trace of it that is kept.
 
-        `jax.jit` keeps one for each structure, shapes and dtypes. What it is called in
-        inlines it again.
+        `jax.jit` keeps one for each structure, shapes and dtypes. The trace of a stage,
+        which calls it, holds it as one equation and inlines it later.
         """
         # A jitted function for each layer: `jax.jit` looks traces up by the function.
         # Tried instead: keeping jaxprs here. Then the structure of what a layer returns
@@ -224,7 +224,7 @@ class Model:
         except TypeError:
             key = (k, settings())
         if key not in self._traced:
-            # The number is for errors alone and no part of what is computed.
+            # The number, of the first of equal layers, is for errors alone.
             def run(bundle: Bundle) -> Bundle:
                 return Bundle.of(call_layer(layer, k, LayerCall(*bundle.tree)))
 

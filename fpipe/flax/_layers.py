@@ -201,8 +201,6 @@ def layers(
                 f"`fpipe.flax.layers(model)`: got the class {module.__name__}; a "
                 f"module is made of it, `{module.__name__}(...)`"
             )
-    # With a sample `x`, each layer is traced on what the one before returns. Then linen
-    # modules show their collections and streams, which they hide until they run.
     _check_shared(modules)
     result: list[Layer] = []
     params: dict[str, PyTree] = {}
@@ -235,6 +233,8 @@ def layers(
                 owners[id(module)] = made
         result.append(made)
         if x is not None:
+            # The next layer's sample: linen modules show their collections and streams
+            # only when they run on an input.
             params[made.name], x = _trace_layer(made, position, params, x)
     return result
 
