@@ -75,9 +75,9 @@ def edge_colors(edges: Sequence[Edge]) -> list[int]:
     free at both ends, so that the first edges of a ring keep colour 0.
     """
     # Greedy colouring alone may need nearly twice as many colours. A wire costs a
-    # `ppermute` in each tick and a pool on each device, so the fewest are worth a path.
+    # `ppermute` in each tick and a pool on each device, so the fewest are worth it.
     #
-    # The edge of each colour at each end.
+    # `edge_at[end][color]` is the edge of that colour there.
     edge_at: dict[_End, dict[int, int]] = defaultdict(dict)
     colors = [-1] * len(edges)
 
@@ -130,9 +130,9 @@ def slots(intervals: Iterable[tuple[int, int, K]]) -> tuple[dict[K, int], int]:
     free: list[int] = []
     busy: list[tuple[int, int]] = []  # when each interval ends, and its slot
     count = 0
-    # The greedy choice is exact for intervals, which it is not for graphs in general.
     # In the order of their starts each takes the lowest slot that is free. There is a
-    # new one only where all are busy, so at that time so many intervals meet.
+    # new one only where all are busy, so at that time so many intervals meet. (Of
+    # graphs in general this would not be the fewest; of intervals it is.)
     for start, end, key in sorted(intervals, key=lambda interval: interval[:2]):
         while busy and busy[0][0] < start:
             heapq.heappush(free, heapq.heappop(busy)[1])
@@ -413,9 +413,8 @@ def _unite_destinations(
         own[group, value] = destinations
         by_device = sorted(places, key=lambda place: place.device)
         arrivals[group, value] = tuple(by_device)
-    # Clashes are found only when all destinations are united, and a unit that is taken
-    # apart sends to fewer places. So unite, look for clashes, take apart, and try again
-    # until nothing new clashes; each round takes at least one class of units apart.
+    # Whether units clash is seen only when the destinations of all are united. Then
+    # those that clash are taken apart, and what is left is united anew.
     apart: set[Hashable] = set()
     while True:
         # Bundles with the same name here are made by the same operation.

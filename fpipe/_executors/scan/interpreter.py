@@ -150,7 +150,7 @@ class Interpreter:
     """Runs one segment of a machine on a mesh.
 
     Arguments:
-        number: of the segment.
+        number: which of the machine's segments.
         rows: how many rows a microbatch has.
         clock: who is told when each operation starts and ends.
     """
@@ -429,14 +429,14 @@ class Interpreter:
         what the reader reads.
         """
         devices = self.machine.devices
-        # All pieces go the same way round, so that a step is one `ppermute`.
-        # The reader is the end of the way: it sends nothing on.
+        # All pieces go the same way round, so that each step is one `ppermute`. The
+        # reader is the end of the way: it sends nothing on.
         pairs = [(d, (d - 1) % devices) for d in range(devices) if d != feed.reader]
         own = row[feed.own]
 
         def move(come: list[Array]) -> tuple[list[Array], list[Array]]:
-            # A device puts in a piece of its own where nothing comes by; the table says
-            # which, or a number behind its last one to pass on what has come.
+            # `own` is the piece of its own that a device puts in now. Behind its last
+            # one it stands for none: the device passes on what has come.
             here = []
             for leaf, a in zip(feed.leaves, come, strict=True):
                 share = given.inputs[leaf]
@@ -468,8 +468,8 @@ class Interpreter:
             ]
             return (filled,)
 
-        # Without a conditional XLA may run the transfer beside the operations of the next
-        # phase. Where nothing was sent, junk goes to a slot that nobody reads.
+        # Without a conditional XLA may run the transfer beside the next phase. Where
+        # nothing was sent, junk goes to a slot that nobody reads.
         if wire.always:
             (carry[entry.wire],) = move(carry[entry.wire])
         else:

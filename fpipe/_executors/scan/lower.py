@@ -283,6 +283,11 @@ class Operations:
         return found if found.op.code is not None or found.op.targets else None
 
     def _make(self, group: Group, u: int, kind: Kind) -> UnitOp:
+        """The operation of a unit's actions of one kind, for a group of microbatches.
+
+        An equal operation may be there already, made for another unit: then this is the
+        same operation with other numbers, and the program does not grow.
+        """
         unit = group.units[u]
         program = unit.programs[kind]
         # What the operation has to be told, in the order of its columns. Units that
@@ -294,7 +299,8 @@ class Operations:
         # Values have numbers: first what is taken, then what the code makes.
         number = {value: n for n, value in enumerate((*taken, *program.outs))}
 
-        # What is handed on may be called otherwise than what it is the same as.
+        # An alias has no number of its own. It is handed on as the value that it is the
+        # same as.
         def number_of(value: ProgramValue) -> int:
             return number[value if value in number else unit.resolve(kind, value)]
 
@@ -304,13 +310,13 @@ class Operations:
             values = tuple(map(number_of, bundle.arrays))
             return Put(pool, argument, bundle.avals, values)
 
-        # What becomes of the values. First what the unit keeps for its later actions,
+        # What becomes of the values. First comes what the unit keeps for later actions.
         targets: list[Target] = []
         arrivals: list[Place] = []
         kept = group.kept[u].get(kind)
         if kept is not None:
             targets.append(put(kept, self.buffers.pool_of[group, kept.value, u]))
-        # then what it makes for other units, to each place where one of them looks,
+        # Then what it makes for other units goes to each place where one of them looks.
         for bundle in group.sent[u][kind]:
             for destination in self.buffers.destinations[group, bundle.value]:
                 if isinstance(destination, Outbox):
@@ -319,7 +325,7 @@ class Operations:
                 else:
                     targets.append(put(bundle, destination))
             arrivals += self.buffers.arrivals[group, bundle.value]
-        # and last what leaves the machine: outputs, sums of gradients, states.
+        # Last come outputs, sums of gradients and states.
         targets += self._results(u, unit, kind, number_of)
         op = Op(
             kind,
