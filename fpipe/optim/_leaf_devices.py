@@ -118,7 +118,8 @@ def state_owners(
             # the next one itself. Anything large stays where it is.
             owners.append(device if nbytes(aval(leaf)) > SMALL else None)
             continue
-        # To move it here would hide the error, and cost a large transfer in each step.
+        # It could be moved here, and nobody would notice. But most often all of the
+        # state is of another partition, which `place` moves at once.
         if device != devices[parameter]:
             name = leaf_name("params", seen.seen_paths[parameter])
             raise ValueError(

@@ -423,7 +423,8 @@ def check_packing(templates: Sequence[StateTemplate], state: PyTree, fix: str) -
         if not isinstance(node, Packed):
             continue
         # The leaves may be right and their places wrong: the same layers on other
-        # devices. The update would then take each block for another layer's.
+        # devices. What crosses a mesh is gathered on every device, so the update would
+        # hold the whole state on each of them; `place` moves it outside.
         layers = node.packing.whole
         if not any(
             template.fits(layers) and template.packing_of(layers) == node.packing

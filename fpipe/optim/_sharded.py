@@ -84,7 +84,6 @@ def run_sharded(
         `outputs` with the results in place.
     """
     graph = traced.graph
-    # Who reads each output: the device whose block it goes into, or all.
     count = mesh.shape[AXIS] if mesh is not None else _device_count(rows)
     asked, treedef = jax.tree.flatten(outputs)
     packed = [out for out in asked if isinstance(out, PackedOutput)]
@@ -165,8 +164,7 @@ class ShardedUpdate:
             rounds.setdefault(crossing.round, []).append(crossing.value)
         for _, values in sorted(rounds.items()):
             known.update(self._exchange(values, known, devices))
-        # Outside of the branches, once, since all devices can: they are of known
-        # values.
+        # Known values alone make them, so this needs no branch for each device.
         outputs = [self._value(out.number) for out in self.whole]
         whole = self._compute(outputs, known)
         blocks = devices.run_each(

@@ -91,8 +91,6 @@ def apply_updates(
     # Weak types go for the reason that they go in `update`: one plan for all steps.
     old = map_arrays(strong, [leaves[n] for n in changing])
     added = map_arrays(strong, [changes[n] for n in changing])
-    # Three cases: part of the user's program; packed, one program over the mesh;
-    # placed, a program on each device.
     packed = any_packed(params)
     if is_traced((old, added)):
         if not packed:

@@ -247,7 +247,7 @@ def _squeeze(
     are held; the oldest `W` takes a tick that is left.
     """
     # Repeated every six ticks, the blocks are a schedule already, in which a device may
-    # wait for a tick although its input is there. Played as soon as can be, it does not.
+    # wait although its input is there. Played as soon as can be, it does not.
     devices = len(blocks)
     orders = [
         deque(_repeat(block, device, 2 * devices - 1 - device, microbatches))
