@@ -148,8 +148,8 @@ def slots(intervals: Iterable[tuple[int, int, K]]) -> tuple[dict[K, int], int]:
 
 
 class Place(NamedTuple):
-    """Where the bundles of a value wait: in a pool of a device. Each microbatch's bundle
-    has a slot of its own there, while it waits.
+    """Where the bundles of a value wait: in a pool of a device. Each microbatch's
+    bundle has a slot of its own there, while it waits.
     """
 
     pool: PoolName

@@ -401,7 +401,8 @@ class _SecondHalf:
 
     Attributes:
         structure: of what the first half left: its own arguments, and its buffers.
-        names: what `Step.gradient_names` calls the arguments that can be differentiated.
+        names: what `Step.gradient_names` calls the arguments that can be
+            differentiated.
     """
 
     scan: Scan

@@ -83,8 +83,8 @@ class InTransit:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Turn:
-    """A number that keeps the collectives of a tick in one order, see `_together`. It is
-    always zero, which XLA cannot know.
+    """A number that keeps the collectives of a tick in one order, see `_together`. It
+    is always zero, which XLA cannot know.
     """
 
 
@@ -331,8 +331,8 @@ class Interpreter:
         left: Sequence[Sequence[Array]],
     ) -> Carry:
         """The buffers before the first tick, `left` if a segment was before this."""
-        # Slots that nobody has filled yet may hold anything. Outputs and sums must begin
-        # with zeros, also on devices that write none: they are added up over devices.
+        # Slots that nobody has filled yet may hold anything. Outputs and sums must
+        # begin with zeros, also on devices that write none: devices are added up.
         machine = self.machine
         carry: Carry = {}
         for n, (name, pool) in enumerate(machine.pools.items()):
@@ -536,7 +536,7 @@ class Interpreter:
         """What an operation does, once it runs: take values, compute, and put them into
         the buffers in `carry`.
         """
-        # Values by number, as the targets count them: sources, then what the code makes.
+        # Values by number, as targets count them: sources, then what the code makes.
         values = [self._fetch(s, carry, arguments, given) for s in op.sources]
         if op.code is not None:
             values += self._compute(op, [values[n] for n in op.code_inputs])
@@ -653,8 +653,8 @@ class Interpreter:
         }
         if not parts:
             return code(*arrays)
-        # `terms` are the values that the sums are made of. They are asked for beside the
-        # outputs, and the sums over all rows, which then nobody reads, XLA leaves out.
+        # `terms` are the values that the sums are made of. They are asked for beside
+        # the outputs. Nobody reads the sums over all rows then, so XLA leaves them out.
         wanted = [*code.outs, *code.sums]
         terms = list(dict.fromkeys(v for p in parts.values() for v in values_read(p)))
         made = code.values(arrays, [*wanted, *terms])
@@ -688,8 +688,8 @@ class Interpreter:
         }
         out: dict[SummedGradient, Array] = {}
         for gradient in returned:
-            # Only borrowers have a gradient for this row: it begins with zeros, and theirs
-            # are added below.
+            # Only borrowers have a gradient for this row. It begins with zeros, and
+            # theirs are added below.
             if gradient not in own:
                 of = self._shape_of(gradient)
                 out[gradient] = jnp.zeros(of.shape, sum_dtype(of.dtype))

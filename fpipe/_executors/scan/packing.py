@@ -162,7 +162,7 @@ class Packing:
         return blocks
 
     def pack(self, trees: Sequence[PyTree]) -> tuple[Any, ...]:
-        """The rows, from the pytrees of all layers: whole arrays, as a trace makes them.
+        """The rows, from the pytrees of all layers: whole arrays, for use in a trace.
         `Parameters.place` makes the blocks of each device by themselves.
         """
         every = dict(enumerate(trees))

@@ -128,9 +128,9 @@ class Step:
             assert self.request.loss is not None
             reduction = self.request.loss.reduction
             values = made.outputs[Leaf(LOSS, 0)]
-            # The machine writes the loss of each microbatch as it is. The gradients of a
-            # mean are scaled already (`Programs.scales`), those of a weighted loss are
-            # not: the total weight is known only now.
+            # The machine writes the loss of each microbatch as it is. The gradients of
+            # a mean are scaled already (`Programs.scales`), those of a weighted loss
+            # are not: the total weight is known only now.
             weight = None
             scale = 1 / self.m if reduction == "mean" else 1.0
             total = jnp.sum(wide(values) * scale, 0)
@@ -190,8 +190,8 @@ class Step:
                 spread = leaf in self.machine.spread
                 sharded = shards > 1 and rows[0] % shards == 0
                 sharded = sharded and not is_key(array.dtype)
-                # Devices hold equally many microbatches, so some behind the last one are
-                # padding. No feed brings them.
+                # Devices hold equally many microbatches, so some behind the last one
+                # are padding. No feed brings them.
                 missing = share(self.m, devices) * devices - self.m
                 if spread and missing:
                     padding = [(0, missing)] + [(0, 0)] * (array.ndim - 1)

@@ -170,7 +170,7 @@ def unwrapped(array: Any) -> Any:
 
 
 def wrapped(array: Any, aval: Any) -> Any:
-    """The inverse of `unwrapped`: keys again, if `aval` says so; only its dtype counts."""
+    """The inverse of `unwrapped`: keys again, if the dtype of `aval` says so."""
     if not is_key(aval.dtype):
         return array
     implementation = jax.random.key_impl(jnp.zeros((), aval.dtype))

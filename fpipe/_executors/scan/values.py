@@ -215,8 +215,8 @@ class UnitWork:
         return tuple(v for v in taken if isinstance(v, Handed | Gradient))
 
     def aval(self, value: ProgramValue) -> jax.ShapeDtypeStruct:
-        """The shape of what is kept, without weak types: whether a type is weak does not
-        change what lies in a slot, but would make two kinds of bundles of one.
+        """The shape of what is kept, without weak types: whether a type is weak does
+        not change what lies in a slot, but would make two kinds of bundles of one.
         """
         if isinstance(value, Input):
             found: Any = self.input_shapes[value.leaf]
