@@ -66,6 +66,26 @@ class Borrow(NamedTuple):
     owner: int
 
 
+class LayerTracer:
+    """A layer under `jax.jit`, which keeps a trace for each structure and shapes."""
+
+    def __init__(self, layer: Layer) -> None:
+        # Whose call is traced is for errors alone: as an argument of the jitted
+        # function it would give each of several equal layers a trace of its own.
+        self._number = 0
+
+        def run(bundle: Bundle) -> Bundle:
+            call = LayerCall(*bundle.tree)
+            return Bundle.of(call_layer(layer, self._number, call))
+
+        self._jitted = jax.jit(run)
+
+    def __call__(self, number: int, call: LayerCall) -> LayerResult:
+        """The call of the layer with that number, traced once for all equal ones."""
+        self._number = number
+        return LayerResult(*self._jitted(Bundle.of(call)).tree)
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """The layers of a whole model in one row, with what follows from all of them: where
@@ -101,7 +121,9 @@ class Model:
         init=False, repr=False, compare=False
     )
     # The jitted function that traces a layer, by the layer and JAX's settings.
-    _traced: dict[Any, Any] = dataclasses.field(init=False, repr=False, compare=False)
+    _traced: dict[Any, LayerTracer] = dataclasses.field(
+        init=False, repr=False, compare=False
+    )
 
     def __reduce__(self) -> Any:
         return Model, (self.layers, self.compute_dtype)
@@ -157,7 +179,7 @@ class Model:
             # 1. What the layer gets of the call.
             asked = {name: needs[name] for name in layer.needs or () if name in needs}
             for name in asked:
-                if BY_NAME[name].computed:
+                if BY_NAME[name].cast:
                     asked[name] = cast(asked[name], self.compute_dtype)
             if layer.asks("state"):
                 # Behind `stop_gradient` on both sides: 1F1B starts the backward of a
@@ -224,12 +246,8 @@ class Model:
         except TypeError:
             key = (k, settings())
         if key not in self._traced:
-            # The number, of the first of equal layers, is for errors alone.
-            def run(bundle: Bundle) -> Bundle:
-                return Bundle.of(call_layer(layer, k, LayerCall(*bundle.tree)))
-
-            self._traced[key] = jax.jit(run)
-        return LayerResult(*self._traced[key](Bundle.of(call)).tree)
+            self._traced[key] = LayerTracer(layer)
+        return self._traced[key](k, call)
 
     def finish(self, state: Mapping[int, PyTree]) -> dict[int, PyTree]:
         """The states as they leave a call: each layer's `finish` applied, and strongly

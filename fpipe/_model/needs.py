@@ -60,13 +60,13 @@ class Need:
         giver: who gives it.
         share: what of it a microbatch gets.
         differentiable: whether a gradient goes back through it.
-        computed: whether its real floats are cast to the dtype that the model computes
+        cast: whether its real floats are cast to the dtype that the model computes
             in (`Pipe(compute_dtype=...)`).
         keyword: whether a layer asks for it by naming it as a keyword-only parameter.
         missing: what a layer gets when the call gives nothing (`None`).
         required: whether a layer that asks for it, without a default of its own, cannot
             do without it.
-        checked: the argument of the call as it is kept, or an error.
+        check: the argument of the call as it is kept, or an error.
         stand_in: its shape while shapes are found, before there is a call.
     """
 
@@ -74,11 +74,11 @@ class Need:
     giver: Giver
     share: Share
     differentiable: bool
-    computed: bool = False
+    cast: bool = False
     keyword: bool = True
     missing: Any = None
     required: bool = False
-    checked: Callable[[Any], Any] | None = None
+    check: Callable[[Any], Any] | None = None
     stand_in: Callable[[], Any] | None = None
 
 
@@ -128,20 +128,20 @@ def _is_int(value: Any) -> bool:
     return not isinstance(value, bool)
 
 
-# The dtype casts (`computed`) leave state, key and step alone: statistics that are
+# The dtype casts (`cast`) leave state, key and step alone: statistics that are
 # rounded to half precision from call to call would drift, and the others are no floats.
 # Targets are the loss's, which computes in its own dtype.
 TABLE = (
-    Need("params", Giver.LAYER, Share.WHOLE, True, computed=True, keyword=False),
-    Need("x", Giver.CALL, Share.ROWS, True, computed=True, keyword=False),
-    Need("carry", Giver.SKIP, Share.OWN, True, computed=True),
+    Need("params", Giver.LAYER, Share.WHOLE, True, cast=True, keyword=False),
+    Need("x", Giver.CALL, Share.ROWS, True, cast=True, keyword=False),
+    Need("carry", Giver.SKIP, Share.OWN, True, cast=True),
     Need("state", Giver.LAYER, Share.OWN, differentiable=False),
     Need(
         "key",
         Giver.CALL,
         Share.WHOLE,
         differentiable=False,
-        checked=check_key,
+        check=check_key,
         stand_in=lambda: jax.eval_shape(lambda: jax.random.key(0)),
     ),
     Need(
@@ -150,18 +150,18 @@ TABLE = (
         Share.WHOLE,
         differentiable=False,
         missing=False,
-        checked=bool,
+        check=bool,
         stand_in=lambda: False,
     ),
-    Need("borrowed", Giver.LAYER, Share.WHOLE, True, computed=True),
-    Need("side", Giver.CALL, Share.ROWS, True, computed=True),
+    Need("borrowed", Giver.LAYER, Share.WHOLE, True, cast=True),
+    Need("side", Giver.CALL, Share.ROWS, True, cast=True),
     Need(
         "step",
         Giver.CALL,
         Share.WHOLE,
         differentiable=False,
         required=True,
-        checked=check_step,
+        check=check_step,
         stand_in=lambda: jax.ShapeDtypeStruct((), jnp.int32),
     ),
     Need("targets", Giver.CALL, Share.ROWS, True, keyword=False),
@@ -201,8 +201,8 @@ def call_needs(**arguments: PyTree) -> dict[str, PyTree]:
             # `train` becomes `False`; of `step` `None` stays, and a layer's own default
             # holds.
             value = need.missing
-        elif need.checked is not None:
-            value = need.checked(value)
+        elif need.check is not None:
+            value = need.check(value)
         given[need.name] = value
     return given
 

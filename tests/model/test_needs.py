@@ -214,3 +214,14 @@ def test_the_python_of_a_layer_runs_once(make, option):
     assert sorted(calls) == [0, 1, 2]
     pipe(params, X[:4])  # microbatches of one row
     assert sorted(calls) == [0, 0, 1, 1, 2, 2]
+
+
+@pipes
+def test_an_error_in_one_of_equal_layers_names_that_one(make):
+    def odd(params, x, *, state):
+        return (x, state) if x.shape[-1] == WIDTH else x
+
+    layer = fpipe.Layer(odd, lambda key, x: (), "odd", init_state=lambda x: ())
+    pipe = make([layer, fpipe.fn(lambda x: x[:, 1:], "cut"), layer], chunks=2)
+    with pytest.raises(TypeError, match="layer 2 'odd' declares state"):
+        pipe(pipe.place([(), (), ()]), X, state=((), None, ()))
