@@ -172,9 +172,16 @@ class Arg(NamedTuple):
     window: Window | None = None
 
 
+# Compared by identity: the graph holds arrays. Codes that compute the same are found by
+# `Code.identity`.
 @dataclasses.dataclass(frozen=True, eq=False)
 class Code:
     """What a program computes: a part of a graph, as a function from arrays to arrays.
+
+    The `W` of `y = tanh(x @ w)`, in a graph where `x` is value 0, `ds` is handed over
+    as value 6, and the weight gradient is value 9, is called as
+
+        code(x, ds, sum)  ->  [sum + value 9]      args (0, 6), outs (), sums (9,)
 
     Attributes:
         kind: of action.
@@ -200,6 +207,9 @@ class Code:
         """Run the equations, or trace them again."""
         results = self.values(arrays, (*self.outs, *self.sums))
         if self.accumulate:
+            # The addition is part of the program: as one of its own it would be another
+            # dispatch for each microbatch. The sum decides the dtype: gradients of
+            # bfloat16 parameters are summed in float32, and cast once at the end.
             so_far = arrays[len(self.args) :]
             for n, total in enumerate(so_far, len(self.outs)):
                 results[n] = total + results[n].astype(total.dtype)
@@ -207,13 +217,19 @@ class Code:
 
     def values(self, arrays: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
         """Any values of the graph, from the arguments."""
+        # A constant fill, for example the cotangent of an output that nobody reads, is
+        # made here, so that XLA can fold it. As an argument it would be an array to
+        # keep and pass.
         given: dict[int, Any] = {}
         for v, fill in self.fills:
             aval = self.graph.avals[v]
             given[v] = jnp.full(aval.shape, fill, aval.dtype)
+        # Not strict: the sums so far follow the arguments.
         for (v, window), array in zip(self.args, arrays, strict=False):
             if v is None:
                 continue
+            # Several arguments of the same value are terms of its sum: one addition
+            # more in the program, in place of one more dispatch.
             piece = array
             if window is not None and self.index is not None:
                 piece = window.cut(array, arrays[self.index])
@@ -223,6 +239,8 @@ class Code:
     @property
     def identity(self) -> Hashable:
         """Equal for codes that compute the same, whatever stage they are of."""
+        # The numbers of values differ from stage to stage, so all that names a value is
+        # told by the position of the value among those that come in.
         read = [arg.value for arg in self.args if arg.value is not None]
         given = list(dict.fromkeys([*read, *(v for v, _ in self.fills)]))
         position = {v: n for n, v in enumerate(given)}
@@ -245,9 +263,15 @@ class Code:
         def call(*arrays: Any) -> list[Any]:
             return self(*arrays)
 
+        # The name by which profiles and compiled programs are told apart. It has the
+        # kind and not the stage: equal stages share the function.
         call.__name__ = call.__qualname__ = f"fpipe_{self.kind}"
+        # Only sums are donated. An argument may be the user's parameter, or an alias of
+        # it: `device_put` to the same device copies nothing.
         donated = range(len(self.args), len(self.args) + len(self.sums))
         return jax.jit(call, donate_argnums=tuple(donated) if self.accumulate else ())
 
 
+# Makes the function of a code, or finds that of a code with the same identity. The scan
+# executor's gives the code back as it is: codes become branches of its one program.
 Compile: TypeAlias = Callable[[Code], Callable[..., Sequence[Any]]]

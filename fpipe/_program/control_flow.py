@@ -11,6 +11,7 @@ from fpipe._program.graph import Graph, Node, inline
 
 def is_remat(node: Node) -> bool:
     """Whether an equation is a `jax.checkpoint`, whatever this release calls it."""
+    # The primitive has had several names; its parameters have kept theirs.
     return {"jaxpr", "policy", "prevent_cse"} <= node.eqn.params.keys()
 
 
@@ -34,9 +35,17 @@ def has_loop(node: Node) -> bool:
 def content_dependents(nodes: Iterable[Node], values: Iterable[int]) -> set[int]:
     """The values whose content depends on some values, themselves included.
 
-    `dependents`, but seen through control flow: a weight that a `scan` passes through
-    next to the activations does not depend on the activations. The choice of a branch
-    does not count.
+    `dependents`, but seen through control flow. In
+
+        def body(h, w):
+            w16 = w.astype(jnp.bfloat16)
+            return jnp.tanh(h @ w16), w16
+
+        h, w16s = jax.lax.scan(body, x, ws)
+
+    `w16s` is a result of the same equation as `h`, and still only a copy of the weights:
+    it does not depend on `x`. Nor does the choice of a branch count: weights that a
+    `cond` passes through are weights, whatever decides about it.
     """
     found = set(values)
     for node in nodes:
@@ -54,12 +63,16 @@ def content_dependents(nodes: Iterable[Node], values: Iterable[int]) -> set[int]
 def _through(node: Node, depends: Sequence[bool]) -> list[bool]:
     """Which results of an equation depend, from which of its operands do."""
     if node.name == "cond":
+        # The first operand is the number of the branch.
         branches = [_through_body(body, depends[1:]) for body in node.bodies]
         return [any(results) for results in zip(*branches, strict=True)]
     if node.name == "scan":
         # The names of a scan's parameters are not stable, so its operands are told
         # apart by their shapes: what is scanned over, or stacked, has one axis more
-        # outside than inside.
+        # outside than inside:
+        #
+        #     operands   constants: as many   carry: as many   scanned over: one more
+        #     results                         carry: as many   stacked: one more
         (body,) = node.bodies
         outside = [v.aval.ndim for v in (*node.eqn.invars, *node.eqn.outvars)]
         inside = [body.avals[v].ndim for v in (*body.inputs, *body.outputs)]
@@ -77,10 +90,13 @@ def _through(node: Node, depends: Sequence[bool]) -> list[bool]:
         )
     if is_remat(node):
         return _through_body(node.bodies[0], depends)
+    # Of what is foreign all results depend: a warning too few is better than a wrong
+    # one.
     return [True] * len(node.outs)
 
 
 def _through_body(body: Graph, depends: Sequence[bool]) -> list[bool]:
+    """Which results of a loop's body, or of a branch, depend."""
     values = [v for v, yes in zip(body.inputs, depends, strict=True) if yes]
     found = content_dependents(body.nodes, values)
     return [v in found for v in body.outputs]
@@ -89,7 +105,13 @@ def _through_body(body: Graph, depends: Sequence[bool]) -> list[bool]:
 def _through_loop(
     body: Graph, depends: Sequence[bool], constants: int, carried: int
 ) -> list[bool]:
-    """Round after round, until no more of the carry depends."""
+    """Which results of a loop depend: round after round, until no more of the carry
+    does.
+
+    What depends in one round may reach another part of the carry in the next, as in
+    `(a, b) -> (x, a)`: after one round `a` depends on `x`, after two `b` does. Each
+    round but the last adds to the carry, so there are at most as many as it has parts.
+    """
     depends = list(depends)
     while True:
         results = _through_body(body, depends)

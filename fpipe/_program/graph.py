@@ -53,7 +53,8 @@ _FORM_CHANGES = ("broadcast_in_dim", "convert_element_type", "copy")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Node:
-    """One equation between numbered values. Nodes are compared by identity.
+    """One equation between numbered values. Nodes are compared by identity: where a
+    function is called twice, both have the same `eqn`, and other values.
 
     Attributes:
         eqn: the equation, as JAX made it.
@@ -79,6 +80,7 @@ class Node:
     @property
     def body_runs(self) -> int:
         """How often it runs its bodies. A `while` counts as once: nobody knows."""
+        # For work that is counted: a lower bound for a `while` is better than none.
         return self.eqn.params["length"] if self.name == "scan" else 1
 
 
@@ -143,6 +145,8 @@ def inline(closed: Any, keep_rules: bool = True) -> Graph:
 
     def number(atoms: Sequence[Any]) -> tuple[int, ...]:
         """New numbers for variables or literals."""
+        # Without gaps: `len(avals)` is always the next free number, for `inline_remats`
+        # too.
         first = len(avals)
         numbers = tuple(range(first, first + len(atoms)))
         for n, atom in zip(numbers, atoms, strict=True):
@@ -151,9 +155,14 @@ def inline(closed: Any, keep_rules: bool = True) -> Graph:
 
     def visit(closed: Any, args: Sequence[int]) -> list[int]:
         """Add the equations of a jaxpr that is called on `args`."""
+        # Some calls hold an open jaxpr, and from jax 0.12 on `Jaxpr` is both. What an
+        # open one captures has no value here: `consts` is empty then, so the `zip` is
+        # not strict.
         jaxpr = getattr(closed, "jaxpr", closed)
         captured = number(jaxpr.constvars)
         consts.update(zip(captured, getattr(closed, "consts", ()), strict=False))
+        # A table of its own for each call: the same jaxpr may be called several times,
+        # and its variables are other values each time.
         numbers = dict(zip(jaxpr.constvars, captured, strict=True))
         numbers.update(zip(jaxpr.invars, args, strict=True))
 
@@ -230,6 +239,7 @@ def needed_nodes(
         given: values that are there already.
         required: equations that run in any case: those with effects.
     """
+    # Backwards: when an equation is looked at, all that could read it has been.
     live = set(wanted).difference(given)
     nodes = list[Node]()
     for node in reversed(graph.nodes):
@@ -245,7 +255,11 @@ def needed_nodes(
 def bind(node: Node, inputs: Sequence[Any]) -> Sequence[Any]:
     """Run one equation, or trace it again where an input is traced."""
     eqn = node.eqn
+    # Some primitives (calls with their own derivatives) are bound to functions, not to
+    # the jaxprs that their equations hold; `get_bind_params` makes them again.
     params = eqn.primitive.get_bind_params(eqn.params)
+    # What held when the user's layer was traced, the mesh of its stage for example, must
+    # hold when its equation is traced again.
     with eqn.ctx.manager:
         result = eqn.primitive.bind(*inputs, **params)
     return result if eqn.primitive.multiple_results else (result,)
@@ -255,6 +269,8 @@ def evaluate(
     graph: Graph, nodes: Iterable[Node], given: Mapping[int, Any], wanted: Iterable[int]
 ) -> list[Any]:
     """Run equations one after the other and return the wanted values."""
+    # Values are not dropped when they are last read: this runs under a trace, where they
+    # are names, and XLA finds out what lives how long.
     values = {**graph.consts, **given}
     for node in nodes:
         results = bind(node, [values[v] for v in node.ins])
@@ -265,9 +281,14 @@ def evaluate(
 def is_zero(graph: Graph, value: int) -> bool:
     """Whether a value is zero by its making.
 
-    So a vector-Jacobian product says that there is no gradient.
+    So a vector-Jacobian product says that there is no gradient: for an input that is
+    never used, `jax.vjp` returns `broadcast_in_dim 0.0`. Such a gradient is not made,
+    sent or added. A zero that is only computed, `0 * x`, is not found, and is a
+    gradient as any other.
     """
     while value in graph.maker and graph.maker[value].name in _FORM_CHANGES:
         value = graph.maker[value].ins[0]
+    # Only scalars are looked at: a larger constant may be on a device, and would have
+    # to be fetched.
     const = graph.consts.get(value)
     return const is not None and np.ndim(const) == 0 and not np.any(np.asarray(const))

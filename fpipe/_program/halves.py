@@ -2,7 +2,7 @@
 
 A schedule can run `I` early, because the stage before waits for it, and fill idle time
 with `W` later (zero bubble, Qi et al., arXiv 2401.10241). Nothing is computed twice:
-what both need, `I` hands over. For `y = tanh(x @ w1) @ w2`, the backward of which takes
+what both need, `I` hands over. For `y = tanh(x @ w1) @ w2`, where the backward takes
 `x`, `h = tanh(x @ w1)`, both weights and `dy`:
 
     | equation           | half | why                                             |
@@ -16,6 +16,11 @@ what both need, `I` hands over. For `y = tanh(x @ w1) @ w2`, the backward of whi
 Where one equation gives input and weight gradients together, a `scan` for example, it
 cannot be halved. `I` runs it and makes these weight gradients too: to hand them to `W`
 would keep an array of the weights' size waiting for each microbatch.
+
+The halves are slices of one traced backward: `I` is what the input gradients are made
+from, `W` the rest. To differentiate twice, once for each half, computes much twice. On
+a stage of four layers, whose backward has 8 matrix products, `VJP.with_refs` did 4 in
+`I` and 7 in `W`, the slices 4 and 4 (measured on jax 0.10.2, CPU).
 """
 
 import dataclasses
@@ -59,6 +64,7 @@ def halve_backward(
         per_microbatch: the values that depend on the microbatch or on a cotangent.
     """
     part = dataclasses.replace(graph, nodes=tuple(backward.nodes))
+    # First as if nothing were made early: only this shows what `W` would be handed.
     first = _InputHalf(part, input_gradients, backward, summed, per_microbatch)
     # Results of equations that are more than one operation: control flow, and calls of
     # something foreign. `I` makes a weight gradient early if `W` would be handed such a
@@ -80,6 +86,7 @@ def halve_backward(
             for u in first.rest([v]).handed
         )
     }
+    # What is made early is one more thing that `I` is for, so `I` is sliced again.
     if early:
         targets = [*input_gradients, *(v for v in weight_gradients if v in early)]
         first = _InputHalf(part, targets, backward, summed, per_microbatch)
@@ -124,6 +131,8 @@ class _InputHalf:
         part = self._part
         handed = set[int]()
         makes = set[int]()
+        # From the gradients backwards, as far as `W` makes the values itself. It stops at
+        # what `I` has made, and at what `W` takes from where `I` took it.
         pending = list(wanted)
         while pending:
             v = pending.pop()
@@ -144,6 +153,9 @@ class _InputHalf:
             return False
         if value not in self._per_microbatch:
             return True  # Made from weights alone: not kept for each microbatch.
+        # A change of form is made again if that keeps fewer bytes: a cotangent is handed
+        # as the row that it was, not as the matrix that it was broadcast to, but as the
+        # bfloat16 that it was cast to, not as the float32.
         if node.name not in FORM_CHANGES:
             return False
         avals = self._part.avals

@@ -10,7 +10,11 @@ identity is the list of equations in a numbering of its own: for `tanh(x @ w)`
     constants  none
 
 Constants and parameters count by content where that can be told, otherwise as the
-very object that they are.
+very object that they are. An error to one side costs a compilation, to the other it
+would run the wrong program: in doubt two things differ.
+
+The text of a jaxpr would not do: it leaves out the content of constants, and prints
+functions by their addresses.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -35,7 +39,10 @@ _LARGEST_CONSTANT = 1024
 
 
 class _Same:
-    """An object that is equal to itself alone."""
+    """An object that is equal to itself alone.
+
+    It holds the object, so that no other one gets its `id` while identities are kept.
+    """
 
     __slots__ = ("_value",)
 
@@ -62,6 +69,8 @@ def identity(
     numbers: dict[int, int] = {}
     constants: list[Hashable] = []
 
+    # In the order of first use, so that the numbers say nothing of where in a larger
+    # graph the equations stand.
     def renumbered(values: Iterable[int]) -> tuple[int, ...]:
         for v in values:
             if v not in numbers:
@@ -81,6 +90,7 @@ def identity(
         )
         ins = renumbered(node.ins)
         outs = renumbered(node.outs)
+        # `ctx` is what held when it was traced, such as the mesh of a stage.
         equations.append((node.eqn.primitive, node.eqn.ctx, params, ins, outs))
     return inputs, tuple(equations), renumbered(wanted), tuple(constants)
 
@@ -95,11 +105,13 @@ def _type(aval: Any) -> Hashable:
 
 def _content(value: Any) -> Hashable:
     """A value by what it is, as far as that can be told; else the very object."""
+    # The type goes with the value, for `1 == True`.
     if isinstance(value, _PLAIN):
         return type(value), value
     if isinstance(value, (tuple, list)):
         return type(value), tuple(map(_content, value))
     if isinstance(value, (Jaxpr, ClosedJaxpr)):
+        # What an open jaxpr captures has no value here, so it cannot be compared.
         if hasattr(value, "consts") or not value.constvars:
             graph = inline(value)
             return identity(graph, graph.nodes, graph.inputs, graph.outputs)
@@ -113,6 +125,7 @@ def _content(value: Any) -> Hashable:
         )
     if isinstance(value, (float, complex)):
         return type(value), repr(value)  # 0.0 == -0.0, and nan is not nan
+    # To read an array would wait for its device.
     if isinstance(value, jax.Array):
         return _Same(value)
     try:

@@ -14,6 +14,9 @@ be made, both needed, is this network, in which `=` is an edge without limit:
 To cut `p` costs 8, to cut `m` and `t` 9: `p` is kept, and both are made again. Values
 that cannot be made again hang on the source. Among cheapest cuts the one nearest to the
 sink is taken: it leaves least to make again.
+
+A greedy walk would not do: neither `m` alone nor `t` alone costs more than `p`, both
+together do.
 """
 
 import collections
@@ -49,6 +52,9 @@ def cheapest(
         if v not in entrances:
             entrances[v] = 2 + 2 * len(entrances)
             pending.extend(remade_from.get(v, ()))
+    # Each value is two nodes, its entrance and its exit, with its cost between them. A
+    # path from the source to the sink is a way to do without any kept value; the cut
+    # must break each, and can do so only at the edges that are values.
     network = _Network(2 + 2 * len(entrances))
     for v, entrance in entrances.items():
         network.connect(entrance, entrance + 1, costs[v])
@@ -59,6 +65,8 @@ def cheapest(
     for v in needed:
         network.connect(entrances[v] + 1, _SINK, _NO_LIMIT)
     network.fill()
+    # When no more can flow, the edges that lead from the nodes cut off from the sink to
+    # those that are not are a minimum cut, and it is the one nearest to the sink.
     open_to_sink = network.leads_to_sink()
     return {
         v
@@ -69,6 +77,11 @@ def cheapest(
 
 class _Network:
     """A network, and the largest flow through it, by Dinic's algorithm.
+
+    Round after round: find how far each node is from the source, then fill all shortest
+    paths at once. Each round makes the shortest path longer, so there are few. Paths
+    are lists, not recursions: a chain of cheap equations, two nodes each, may be longer
+    than Python's stack.
 
     Attributes:
         edges_at: the edges that begin at each node.
@@ -128,6 +141,8 @@ class _Network:
                 for edge in path:
                     self.capacity[edge] -= flow
                     self.capacity[edge ^ 1] += flow
+                # Go on from where the first full edge begins: what leads there is not
+                # full, and need not be walked again.
                 full = next(n for n, edge in enumerate(path) if not self.capacity[edge])
                 node = self.end[
                     path[full] ^ 1

@@ -34,8 +34,10 @@ def inline_remats(joint: JointStage) -> JointStage:
     A `jax.checkpoint` that depends on no cotangent is of the forward, and stays.
     """
     inliner = _Inliner(joint)
+    # In order: whether an equation is of the backward depends on those before it.
     for node in joint.graph.nodes:
         inliner.add(node)
+    # The results of what was inlined have other numbers now, for all who look them up.
     renamed = inliner.renamed
     outputs = tuple(renamed.get(v, v) for v in joint.graph.outputs)
     return dataclasses.replace(
@@ -66,10 +68,13 @@ class _Inliner:
         self.avals = dict(joint.graph.avals)
         self.renamed: dict[int, int] = {}
         self.backward = set(joint.cotangents.values())
+        # One equation for each shape and dtype: to trace one takes a while.
         self._barriers: dict[tuple[Any, Any], Any] = {}
 
     def add(self, node: Node) -> None:
         """Add an equation, or what is in it."""
+        # Equations are never changed: they know their operands by position, so another
+        # node may read other values with the same equation.
         ins = tuple(self.renamed.get(v, v) for v in node.ins)
         if ins != node.ins:
             node = dataclasses.replace(node, ins=ins)
@@ -86,9 +91,13 @@ class _Inliner:
         first = len(self.avals)  # The body's values get the numbers from here on.
         self.avals.update({first + v: aval for v, aval in body.avals.items()})
         self.consts.update({first + v: value for v, value in body.consts.items()})
+        # Before each input, for what is recomputed from one without a barrier would be
+        # found equal to the forward's. Cotangents could do without; it costs nothing.
         for v, outer in zip(body.inputs, node.ins, strict=True):
             barrier = self._barrier(self.avals[outer])
             self.add(Node(barrier, (outer,), (first + v,), recomputes=True))
+        # By `add` again: a layer under `jax.checkpoint` in a stage under
+        # `jax.checkpoint` is a recomputation in a recomputation.
         for inner in body.nodes:
             ins = tuple(first + v for v in inner.ins)
             outs = tuple(first + v for v in inner.outs)
@@ -101,6 +110,8 @@ class _Inliner:
         """The equation that hides where a value of this type comes from."""
         key = (aval.shape, aval.dtype)
         if key not in self._barriers:
+            # Equations are not constructed, for their fields change between releases:
+            # one is taken out of a trace.
             shape = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
             graph = inline(trace(lambda a: [jax.lax.optimization_barrier(a)], shape))
             self._barriers[key] = graph.nodes[0].eqn

@@ -46,7 +46,10 @@ FORM_CHANGES = {
     "optimization_barrier", "reshape", "rev", "squeeze", "transpose",
 }
 
-# Equations that work number by number, or select.
+# Equations that work number by number, or select. A list of what is cheap, not of what
+# is expensive: a primitive that nobody thought of is kept, which costs memory but never
+# a second matrix product. Random bits are not here, so a dropout mask is kept, not drawn
+# again.
 _ELEMENTWISE = {
     "abs", "add", "add_any", "and", "cbrt", "ceil", "clamp", "cos", "div", "eq", "erf",
     "exp", "exp2", "expm1", "floor", "ge", "gt", "imag", "integer_pow", "iota",
@@ -104,9 +107,13 @@ def cut_off_backward(
         part: the values that are never kept.
         per_microbatch: the values that depend on the microbatch.
     """
+    # What must be there when the backward is done: the gradients, and what its equations
+    # with effects read.
     effects = [n for n in graph.nodes if n in part.nodes and n.eqn.effects]
     roots = [*gradients, *(v for node in effects for v in node.ins)]
     kept = _cheapest_to_keep(graph, roots, part, per_microbatch)
+    # From there towards the inputs: each value is taken from outside if it is kept or
+    # comes in, else its equation is one of the backward, and what that reads is next.
     takes = set[int]()
     makes = set[int]()
     pending = roots
@@ -134,10 +141,14 @@ def _cheapest_to_keep(
 ) -> set[int]:
     """The values of the forward that are kept for a backward that makes `roots`."""
     candidates = per_microbatch - part.values - graph.consts.keys()
+    # What the equations of the backward read of the forward; and the roots, for what a
+    # `print` in a recomputation shows may be a value of the forward.
     reads = set(roots)
     for node in needed_nodes(graph, roots):
         if node in part.nodes:
             reads.update(node.ins)
+    # What is not a candidate is free where a value is made again: parameters and what
+    # is made of them are there, or are made again too.
     remade_from = {
         v: [u for u in node.ins if u in candidates]
         for node in graph.nodes
@@ -145,5 +156,8 @@ def _cheapest_to_keep(
         for v in node.outs
         if v in candidates and not node.eqn.effects
     }
+    # At least 1: an edge of capacity 0 is cut wherever it stands, so an array without
+    # elements would be kept for nothing. Bytes alone decide, not FLOPs: to add the two
+    # would need the speeds of the device.
     costs = {v: max(1, nbytes(graph.avals[v])) for v in candidates}
     return cheapest(costs, remade_from, sorted(reads & candidates))

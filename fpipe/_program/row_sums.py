@@ -26,7 +26,8 @@ from jax.sharding import PartitionSpec as P
 
 from fpipe._program.graph import Graph, Node, bind, is_zero
 
-# Equations of one array that commute with a sum over parts.
+# Equations of one array that commute with a sum over parts. (A cast to fewer bits does
+# so up to rounding: the parts are rounded, not their sum.)
 _LINEAR = {
     "broadcast_in_dim",
     "convert_element_type",
@@ -84,6 +85,9 @@ def find_row_sum(
     Returns:
         `None` if that cannot be told.
     """
+    # From the gradient backwards through linear equations, until an equation that sums
+    # over rows is found. Any equation that is not known ends the search: the value is
+    # summed as written then, which is right too, and slower.
     maker = {v: node for node in nodes for v in node.outs}
 
     def linear(node: Node, operand: int) -> RowSum | None:
@@ -100,6 +104,8 @@ def find_row_sum(
             first, second = visit(node.ins[0]), visit(node.ins[1])
             return None if first is None or second is None else Addition(first, second)
         if node.name == "mul":
+            # By a scalar: a loss scale, or one over the number of rows. With an array
+            # the product may be linear too, but then either factor may hold rows.
             for operand in (0, 1):
                 if graph.avals[node.ins[1 - operand]].size == 1:
                     return linear(node, operand)
@@ -116,7 +122,13 @@ def find_row_sum(
 def _row_axes(
     graph: Graph, node: Node, rows: int, parts: int
 ) -> tuple[int | None, ...] | None:
-    """The axis of each operand over which an equation sums and along which rows lie."""
+    """The axis of each operand over which an equation sums and along which rows lie.
+
+    Rows are told by the length of the axis alone: `rows`, or a multiple where rows and
+    tokens were merged by a reshape. Another axis that happens to be as long is no
+    error, for a sum over any axis can be cut into parts: only the parts do not lie
+    where they are wanted, so that XLA moves them first.
+    """
     shapes = [graph.avals[v].shape for v in node.ins]
     params = node.eqn.params
 
@@ -140,6 +152,8 @@ def _row_axes(
         return (a, b) if has_rows(0, a) else None
     if node.name in ("scatter-add", "scatter_add") and is_zero(graph, node.ins[0]):
         numbers = params["dimension_numbers"]
+        # The gradient of an embedding: rows of `updates` are added into zeros. Into
+        # other numbers it would add these once for each part.
         _, indices, updates = shapes
         row_by_row = (
             indices[:1] == updates[:1]
@@ -181,9 +195,14 @@ def sum_rows_apart(row_sum: RowSum, values: Mapping[int, Any], axis: str) -> Any
                 sum_rows_apart(argument, values, axis) if n == operand else values[v]
                 for n, v in enumerate(node.ins)
             ]
+            # The parts are a new axis, and the equation knows nothing of it; `vmap`
+            # gives it a batching rule, in place of changing its axes here.
             mapped = [0 if n == operand else None for n in range(len(operands))]
             return jax.vmap(lambda *arrays: bind(node, arrays)[0], mapped)(*operands)
         case Contraction(node, row_axes):
+            # Only this equation runs device by device. The whole backward under
+            # `shard_map` would make every mean over the batch (batch norm) a mean over
+            # the rows of one device.
             over_devices = jax.shard_map(
                 lambda *own: bind(node, own)[0][None],
                 in_specs=tuple(

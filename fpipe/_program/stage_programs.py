@@ -126,12 +126,18 @@ class _Splitter:
         self.warnings: list[str] = []
 
         constant = joint.flat.constant
+        # What belongs to the backward, and what it takes from the forward. Parameters
+        # are the same for all microbatches, and so is what is made from them.
         varying = [v for leaf, v in joint.inputs.items() if leaf not in constant]
         self.per_microbatch = dependents(self.graph, varying)
         self.part = backward_part(self.graph, joint.cotangents.values())
         self.backward = cut_off_backward(
             self.graph, joint.gradients.values(), self.part, self.per_microbatch
         )
+        # Each value that the backward takes by one name. Those that it has anyway come
+        # first, so that nothing is kept twice: an input's name wins over an output's.
+        # What goes to the user is no name, for the user may donate it before the
+        # backward runs.
         self.names: dict[int, ProgramValue] = {
             v: Output(leaf)
             for leaf, v in joint.outputs.items()
@@ -139,8 +145,12 @@ class _Splitter:
         }
         self.names |= {v: Input(leaf) for leaf, v in joint.inputs.items()}
         named = self.names.keys() | joint.cotangents.values()
+        # Only what has no name yet is returned by `F` for the backward alone.
         self.residuals = [v for v in self.backward.takes if v not in named]
         self.names |= {v: Residual(n) for n, v in enumerate(self.residuals)}
+        # A leaf that several stages read has a cotangent from each. They come in one by
+        # one, and are added in the program: no dispatch for additions, and no
+        # accumulator.
         counts = dict(spec.cotangent_counts)
         self.terms = {
             v: [Cotangent(leaf, n) for n in range(counts.get(leaf, 0))]
@@ -153,6 +163,8 @@ class _Splitter:
         """The programs by kind."""
         programs: dict[Kind, Program] = {"F": self._forward()}
         self._warn_of_kept_weights()
+        # Gradients of what is the same for all microbatches are summed over them. The
+        # others go out, one for each microbatch.
         returned: dict[ProgramValue, int] = {}
         summed: list[Leaf] = []
         for leaf, v in self.joint.gradients.items():
@@ -191,6 +203,8 @@ class _Splitter:
                 "a "
                 "schedule that delays W gains less here"
             )
+        # A stage whose input has no gradient, the first one for example, has no `I`,
+        # and one whose weight gradients are all made early has no `W`.
         programs: dict[Kind, Program] = {}
         handed = {v: Handed(n) for n, v in enumerate(halves.handed)}
         if halves.input_nodes or returned:
@@ -206,7 +220,8 @@ class _Splitter:
         """Find residuals whose content comes from parameters alone.
 
         Control flow is one equation, and hides such values: a cast of the weights
-        inside a scan is stacked by it, and kept with the activations.
+        inside a scan is stacked by it, and kept with the activations. An equation
+        cannot be cut in two here, so the user is told.
         """
         kinds = {leaf: leaf.port.kind for leaf in self.joint.inputs}
         inputs = self.joint.inputs.items()
@@ -236,6 +251,9 @@ class _Splitter:
 
     def _forward(self) -> Program:
         joint = self.joint
+        # An output that is an input as it is, a boundary that a layer passes on for
+        # example, is no output of the program: `jit` would copy it. The user's outputs
+        # are outputs all the same, for the user needs a copy.
         inputs: dict[ProgramValue, int] = {
             Input(leaf): v for leaf, v in joint.inputs.items()
         }
@@ -247,6 +265,8 @@ class _Splitter:
         passed_on |= {Residual(n): v for n, v in enumerate(self.residuals)}
         outs, aliases = self._separate_aliases(passed_on, inputs)
         outs |= for_user
+        # Outputs and residuals decide what runs, not the order of the graph: what only
+        # the backward reads and makes again is left to it.
         effects = {
             node
             for node in self.graph.nodes
@@ -273,6 +293,9 @@ class _Splitter:
         sums = [self.joint.gradients[leaf] for leaf in summed]
         made = {v for node in nodes for v in node.outs}
         read = {v for node in nodes for v in node.ins}.union(returned.values(), sums)
+        # Everything that is read and not made here comes in by its name, or is
+        # constant: the cotangent of the loss, and those of outputs that no one
+        # differentiates, which are 0.
         ins: dict[ProgramValue, int] = {}
         fills: dict[int, float] = {}
         for v in sorted(read - made - self.graph.consts.keys()):
@@ -306,7 +329,8 @@ class _Splitter:
     ) -> tuple[dict[ProgramValue, int], dict[ProgramValue, ProgramValue]]:
         """The names of new values, and those of values that have a name already.
 
-        What comes in as a term of a sum, or whole, is not the graph's value.
+        What comes in as a term of a sum, or whole, is not the graph's value: then the
+        program makes it, and it needs a place.
         """
         counts = collections.Counter(ins.values())
         first_name = {
@@ -334,11 +358,14 @@ class _Splitter:
         aliases: Mapping[ProgramValue, ProgramValue],
         summed: Sequence[Leaf],
     ) -> Program:
+        # Where a window is cut out of a whole batch, the number of the microbatch says
+        # which, so the program takes it, also where no layer asks for a key.
         names = list(ins)
         args = [Arg(v, self.windows.get(name)) for name, v in ins.items()]
         if any(arg.window for arg in args) and _INDEX not in ins:
             names.append(_INDEX)
             args.append(Arg(None))
+        # Sums come last, as arguments and as results: so they can be donated as one range.
         sums = [GradientSum(leaf) for leaf in summed]
         code = Code(
             kind=kind,

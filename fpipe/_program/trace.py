@@ -9,6 +9,9 @@ the backward. For a stage `y = tanh(x @ w)` whose input gradient is asked for to
     constant  params 1[0]             outputs     {y[0]: 4}
                                       gradients   {params 1[0]: 9, x[0]: 7}
 
+The user's Python runs once: the backward is made by differentiating the jaxpr, not by
+calling the layers again under `jax.vjp`.
+
 The numbers are values of the joint graph. Which part of it runs in the forward, and
 which in the backward, is not decided here.
 """
@@ -94,6 +97,8 @@ def trace_stage(
     shapes = tuple(given[leaf.port].leaves[leaf.k] for leaf in inputs)
     out: dict[Port, Shape] = {}
 
+    # The trees of what comes out are only known when the layers have run, so they are
+    # noted on the way.
     def run(*values: Any) -> list[Any]:
         rest = iter(values)
         trees = {
@@ -105,6 +110,8 @@ def trace_stage(
         return [array for tree in results.values() for array in pack(tree)[0]]
 
     closed = trace(run, *shapes)
+    # A `number` is a layer's own, for its keys: equal layers have the same code, and
+    # take their number as an argument.
     of_model = {leaf for leaf in inputs if leaf.port.kind in ("params", "number")}
     outputs = tuple(_leaves(out))
     constant = whole.union(of_model)
@@ -141,6 +148,8 @@ def differentiate(
         remat: put the stage under `jax.checkpoint`, with its policy; `None`: keep
             everything.
     """
+    # What is differentiated, and by which outputs. States and integers have no
+    # cotangent: they are auxiliary results.
     run = function(flat.closed)
     asked = [n for n, leaf in enumerate(flat.inputs) if leaf in wanted]
     out_shapes = [flat.out[leaf.port].leaves[leaf.k] for leaf in flat.outputs]
@@ -166,6 +175,10 @@ def differentiate(
     inner = split if remat is None else jax.checkpoint(split, policy=remat.policy)
     count = len(flat.inputs)
 
+    # One trace of forward and backward: only so one can see which values of the forward
+    # the backward reads. A function that `jax.vjp` returns is a pytree of residuals; the
+    # weights, and casts of them, are among these, and `jit` copies what it returns: that
+    # would be a copy of the weights for each microbatch.
     def joint(*arguments: Any) -> list[Any]:
         values = arguments[:count]
         primal, pull_back, rest = jax.vjp(
@@ -179,6 +192,7 @@ def differentiate(
             next(primal) if yes else next(rest) for yes in has_cotangent
         ] + gradients
 
+    # The cotangents are arguments behind the inputs, one for each output that has one.
     carrying = [
         (leaf, jax.ShapeDtypeStruct(shape.shape, shape.dtype))
         for leaf, shape, yes in zip(
@@ -191,6 +205,7 @@ def differentiate(
         _remat_advice(remat),
     ):
         closed = trace(joint, *flat.shapes, *(shape for _, shape in carrying))
+    # Back to names: first the outputs, then the gradients, in the order of `joint`.
     graph = inline(closed)
     cotangents = {
         leaf: v for (leaf, _), v in zip(carrying, graph.inputs[count:], strict=True)
@@ -201,6 +216,8 @@ def differentiate(
         for n, v in zip(asked, made, strict=True)
         if not is_zero(graph, v)
     }
+    # A cotangent that no gradient depends on is not asked for, so that the stages behind
+    # do not make it.
     reached = ancestors(graph, gradients.values())
     return JointStage(
         flat,
