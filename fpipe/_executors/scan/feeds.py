@@ -62,8 +62,8 @@ def feed_steps(
         before the first in which something is read.
     """
     # A piece travels past one device in each step. So the `k`-th to be read, which is
-    # `r` devices away, has to be put in at step `k - r`. For the first ones that may be before step
-    # 0; `early` is the most that any of them needs.
+    # `r` devices away, has to be put in at step `k - r`. For the first ones that may be
+    # before step 0; `early` is the most that any of them needs.
     own = share(microbatches, devices)
     distance = [(d - reader) % devices for d in range(devices)]
     early = max(0, *(distance[i // own] - k for k, i in enumerate(order)))
