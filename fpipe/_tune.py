@@ -8,6 +8,9 @@ pipe and its prediction, or the reason why there is none.
     1f1b      8       never       [2, 2, 2]  51.2 kFLOP  20.0%  3.2 KiB
     gpipe     8       never       [2, 2, 2]  51.2 kFLOP  20.0%  4.9 KiB
     1f1b      3       never                                              10 rows in 3 …
+
+All combinations are tried, without a search that could miss one: what is expensive in a
+prediction, to trace and to count layers, is shared by them.
 """
 
 import abc
@@ -46,7 +49,8 @@ from fpipe._planning.text import option_name, quantity, size, table
 SCHEDULES = ("gpipe", "1f1b", "eager_1f1b", "zb_h1", "interleaved_1f1b", "zb_v")
 CHECKPOINTS = ("never", "except_last", "always")
 
-# Traces that the candidates share.
+# Traces that the candidates share. More than any sensible number of candidates makes:
+# the limit is only there so that memory does not grow without end.
 _TRACES = 4096
 
 
@@ -116,6 +120,7 @@ class Tuning:
         best = self.best
         own = best.prediction
         assert own is not None
+        # First what it takes, then what each other choice would cost, one at a time.
         lines = [
             f"{best.schedule}, chunks={best.chunks}, checkpoint={best.checkpoint!r}: "
             f"step {quantity(own.step, self.unit)}, "
@@ -132,6 +137,8 @@ class Tuning:
         """What the best candidate takes that differs from the best of all in one
         choice.
         """
+        # Candidates are in order, so the first one that is alike in all else is the next
+        # best. One that differs in two choices would not tell what either is good for.
         best, own = self.best, self.best.prediction
         others = [name for name, _ in _CHOICES if name != field]
         for c in self.candidates[1:]:
@@ -139,6 +146,7 @@ class Tuning:
             if c.refused or c.prediction is None or own is None or not alike:
                 continue
             longer = c.prediction.step / own.step - 1 if own.step else 0.0
+            # What would be printed as 0.0 % is no difference.
             if longer > 0.0005:
                 return [
                     f"the next best {noun} ({getattr(c, field)}) takes "
@@ -164,6 +172,7 @@ class Tuning:
                 step = quantity(own.step, self.unit)
                 row += [step, f"{own.bubble:.1%}", size(own.peak)]
             rows.append([*row, c.refused])
+        # `why` raises where none fits; the table says of each why.
         lines = table(head, rows, left=(0, 2, 3, 7))
         return lines if self.candidates[0].refused else f"{lines}\n\n{self.why}"
 
@@ -269,6 +278,7 @@ def tune(
         memory=memory,
         optimizer=optimizer,
     )
+    # What every candidate is to run: one training step, as shapes.
     fn = mean_square if loss_fn is None else loss_fn
     loss = as_loss("tune", fn, has_aux, reduction)
     if isinstance(params, Packed):
@@ -316,6 +326,8 @@ def _several(options: Any) -> list[Any]:
 
 def _divisors(args: Args, devices: int) -> list[int]:
     """The numbers of microbatches that are tried if nothing is said."""
+    # Fewer microbatches than devices leave devices idle, more than eight times as many
+    # gain next to nothing. Divisors, for a ragged last one compiles everything twice.
     columns = cut_inputs(args.inputs, 1).columns
     rows = sum(columns[0]) if columns else 1
     return [n for n in range(devices, 8 * devices + 1) if rows % n == 0] or [rows]
@@ -362,6 +374,8 @@ class _Source(abc.ABC):
             prediction = self.prediction(pipe, setup)
         except ValueError as error:
             return none._replace(refused=str(error).splitlines()[0])
+        # A pipe that is too large is kept with its prediction: by how much it is too
+        # large is what a user needs to know if none fits.
         worst = max(prediction.devices, key=lambda row: row.missing)
         refused = ""
         if worst.missing:
@@ -397,6 +411,8 @@ class _OfLayers(_Source):
         self._costs: dict[Any, LayerCosts] = {}
 
     def pipe(self, setup: _Setup) -> Pipe:
+        # The balance differs between candidates: a schedule decides how many stages there
+        # are, and checkpoint and memory limits what fits.
         costs, scheduling = self._costs_of(setup), Scheduling.of(setup.schedule)
         stage_to_device = balance_devices(costs, scheduling, None, len(self._devices))
         # By work alone: what crosses between stages is only told in the prediction.
@@ -423,6 +439,7 @@ class _OfLayers(_Source):
         """What the layers cost. It is counted once for a number of microbatches:
         recomputation is no part of it, but for what a policy saves.
         """
+        # The modes by name save the same, so they share an entry.
         policy = setup.checkpoint if callable(setup.checkpoint) else None
         key = policy, setup.chunks
         if key not in self._costs:
@@ -458,6 +475,8 @@ class _OfFunction(_Source):
                 "`fpipe.tune(f, x)`: the function makes the pipe, so "
                 f"{sorted(arguments)} belong into it"
             )
+        # A function that does not name an argument does not depend on it. It is asked
+        # for each combination all the same.
         named = inspect.signature(f).parameters
         every = any(p.kind is p.VAR_KEYWORD for p in named.values())
         self._f = f

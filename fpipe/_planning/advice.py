@@ -1,6 +1,7 @@
 """What a prediction says against the way a pipe is set up, and what would be better.
 
-Each function looks at one thing, and yields a sentence if there is something to say:
+In: the rows and the timeline of a prediction. Out: sentences for its `warnings`. Each
+function looks at one thing, and yields a sentence if there is something to say:
 
     stage 0 takes 2.0 times the mean of the stages: balance=[2, 2, 2] makes the most
     expensive one take 1.0 times
@@ -12,16 +13,19 @@ from fpipe._planning.prediction import DeviceRow, StageRow
 from fpipe._planning.text import size
 from fpipe.schedules import Timeline
 
-# A stage takes so many times the mean before it is worth a word.
+# The thresholds are for what a reader would act on. A cut between layers is hardly ever
+# even, so a stage is told of only if it takes so many times the mean.
 _UNEVEN = 1.25
 
-# A device is idle for that share of the time before it is worth a word.
+# A device is idle for that share of the time before it is worth a word: without any
+# bubble no schedule begins or ends.
 _IDLE = 0.2
 
 # What is proposed gains at least that share.
 _BETTER = 0.05
 
-# Microbatches for each stage, beyond which more gain little.
+# Microbatches for each stage, beyond which more gain little: with 4 the bubble of 1F1B,
+# (D - 1) / (m + D - 1), is less than a fifth.
 _ENOUGH = 4
 
 
@@ -34,6 +38,8 @@ def uneven(
         best: finds the balance that makes the most expensive stage cheapest, and what
             is left of its work, as a share. It is asked only if that is worth while.
     """
+    # A stage slows all others down by what it takes more than they do: in the steady
+    # state each microbatch takes as long as on the most expensive stage.
     mean = sum(row.total for row in stages) / len(stages)
     worst = max(stages, key=lambda row: row.total)
     if not mean or worst.total <= _UNEVEN * mean:
@@ -118,6 +124,7 @@ def short(devices: Sequence[DeviceRow]) -> Iterator[str]:
             )
 
 
+# By the largest part of what a device holds: what makes that part smaller.
 _CURES = {
     "constants": "make them parameters (frozen=...), which all programs share",
     "residuals": 'checkpoint="always", or more chunks',

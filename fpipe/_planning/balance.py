@@ -112,6 +112,7 @@ def balance(
         >>> fpipe.balance([dense] * 5, x, stages=2, chunks=4)
         (2, 3)
     """
+    # First the costs: those that were given, or those that the layers have.
     known = _known_costs(layers)
     if by is not None and by not in UNITS:
         raise ValueError(f"`balance(by={by!r})`: one of {', '.join(map(repr, UNITS))}")
@@ -148,6 +149,7 @@ def balance(
             known = dataclasses.replace(known, microbatches=chunks)
         if checkpoint is not None:
             known = dataclasses.replace(known, checkpoint=checkpoint)
+    # Then what the stages run on. Which device a stage has is the schedule's to say.
     stage_to_device = stage_devices(known, scheduling, stages, devices)
     hardware = Hardware.checked(
         "balance",
@@ -196,6 +198,7 @@ def best_balance(
 
     def memory_cost(s: int) -> Table:
         """As a share of the limit, where there is one."""
+        # Without limits bytes themselves, which is the same for all devices.
         limit = limits[stage_to_device[s]]
         return tables.memory(s) / (1.0 if math.isinf(limit) else max(limit, 1.0))
 
@@ -241,6 +244,7 @@ def stage_devices(
     for name, value in (("stages", stages), ("devices", available)):
         if value is not None and (type(value) is not int or value < 1):
             raise ValueError(f"{call}: {name} is a number, at least 1")
+    # As `Pipe` does, so that its stages are as many as those of the balance.
     if stages is None:
         there = len(jax.devices()) if available is None else available
         stages = scheduling.stages(there, microbatches, layers)
@@ -249,6 +253,7 @@ def stage_devices(
             f"{call}: every stage has at least one layer, but there are {layers} "
             f"layers for {stages} stages"
         )
+    # Stages without devices: as many devices as the schedule has use for.
     most = stages if available is None else available
     stage_to_device = scheduling.stage_to_device(stages, most, microbatches)
     if available is not None and max(stage_to_device) >= available:

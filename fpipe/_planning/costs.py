@@ -1,11 +1,17 @@
 """`LayerCosts`: what each layer of a model costs, as numbers.
 
-For `[embed, block, head]`, where the head borrows one array of the embedding:
+For `[embed, block, head]` on 32 tokens, 1024 words and width 64, where the head borrows
+the table of the embedding:
 
     names       ("embed", "block", "head")
-    forward     (0.0, 4.1e6, 8.4e6)         FLOP for one microbatch
-    boundaries  (8192, 8192, 65536)         bytes behind each layer
+    forward     (96.0, 2105344.0, 4194304.0)    FLOP for one microbatch
+    params      (262144, 131072, 0)             bytes that the layer owns
+    boundaries  (8192, 8192, 131072)            bytes behind each layer
     borrowed    (Sent(source=0, readers=(2,), bytes=262144),)
+
+A stage is a span of layers, and what it costs is found from these numbers by sums and
+differences (`span_tables.py`). So each is told layer by layer, and what is not a sum,
+because two layers share it, has a number of its own.
 """
 
 import dataclasses
@@ -100,6 +106,8 @@ class LayerCosts:
     @classmethod
     def given(cls, costs: Iterable[float]) -> "LayerCosts":
         """From one number for each layer, of all that it does."""
+        # As backwards, and no forwards: nothing is known of these costs, so nothing of
+        # them may count as recomputed.
         backward = tuple(map(float, costs))
         none = (0,) * len(backward)
         return cls(
@@ -132,7 +140,7 @@ class LayerCosts:
         return "\n".join(lines)
 
 
-# The fields with an entry for each layer.
+# The fields with an entry for each layer: made tuples and checked in one loop.
 _PER_LAYER = (
     "forward",
     "backward",

@@ -4,6 +4,9 @@
 
     Hardware(speed=(2e12, 2e12), latency=0.0, bandwidth=None,
              memory=(8e9, 4e9), optimizer=2.0)
+
+Three public functions take these numbers. They are checked here and nowhere else, with
+the name of the function that the user called in the message.
 """
 
 import dataclasses
@@ -16,6 +19,7 @@ By: TypeAlias = Literal["flops", "time"]
 
 def is_number(value: Any) -> bool:
     """Whether a value is a real number; numpy's are, and bools are not."""
+    # `True` is an int for Python; as a speed it is a mistake.
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
@@ -81,6 +85,7 @@ class Hardware:
 
     def memory_of(self, device: int) -> int | None:
         """The bytes of a device, if they are limited."""
+        # A prediction has whole bytes, and no infinity: JSON knows none.
         limit = float("inf") if self.memory is None else self.memory[device]
         return None if limit == float("inf") else int(limit)
 
@@ -93,6 +98,8 @@ def _for_each_device(
         return None
     # An array of numpy without axes is one number.
     several = isinstance(value, Iterable) and getattr(value, "ndim", 1)
+    # More numbers than devices are fine: a pipe may use fewer devices than a machine has,
+    # and the same numbers then go with any of them.
     each: tuple[Any, ...] = tuple(value) if several else (value,) * devices
     if len(each) < devices or not all(is_number(v) and v > 0 for v in each):
         raise ValueError(
@@ -129,6 +136,8 @@ class PlanOptions:
             raise ValueError(
                 f"`{call}(by={by!r})`: one of {', '.join(map(repr, get_args(By)))}"
             )
+        # The simulation adds the times of transfers to those of work, so that both must
+        # be in seconds.
         own = Hardware.checked(call, devices, **hardware)
         options = cls(own, by, bool(compiled))
         if options.unit == "FLOP" and (own.latency or own.bandwidth is not None):

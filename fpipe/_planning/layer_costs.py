@@ -1,4 +1,12 @@
-"""`layer_costs`: what each layer costs for one microbatch, from shapes."""
+"""`layer_costs`: what each layer costs for one microbatch, from shapes.
+
+In: layers, and a batch or its shapes. Out: a `LayerCosts`. Each layer is traced and
+differentiated as if it were a stage of its own (`layer_traces.py`), so that its backward
+is the one that a pipe would run; its programs are then counted (`work.py`), and what
+they take and return is measured in bytes. For a dense layer of width 3 on 8 rows:
+
+    forward 144 FLOP (2 * 8 * 3 * 3)    params 36 bytes    boundary 96 bytes
+"""
 
 import dataclasses
 import statistics
@@ -137,6 +145,7 @@ def costs_of(
     if params is not None:
         check_params(model, params, "`layer_costs(params=...)`")
         params = tuple(map_arrays(strong, numbers_as_arrays(p)) for p in params)
+    # The first microbatch stands for all. The others are as large, but for the last.
     first = first_microbatch(args.x, args.needs, chunks)
     traces = LayerTraces(model, *first, params)
     work = _work(traces, gauge, () if params is None else params)
@@ -151,6 +160,7 @@ def costs_of(
     for k in range(len(traces.layers) - 1):
         together = traces.pair(k).kept_bytes(_not_kept(k))
         shared.append(residuals[k] + residuals[k + 1] - together)
+    # One more than layers: the first is the model's input.
     boundaries = list(map(bytes_of, traces.boundaries))
     return LayerCosts(
         names=tuple(layer.name for layer in model.layers),
@@ -182,7 +192,7 @@ def _not_kept(layer: int) -> tuple[str, ...]:
 
 
 def _gradient_bytes(params: Shape) -> int:
-    """Gradients in the dtype that they are summed in."""
+    """The bytes of gradients, in the dtype that they are summed in."""
     total = 0
     for a in params.leaves:
         if is_inexact(a):
@@ -199,6 +209,8 @@ def _saved_bytes(traces: LayerTraces, remat: Remat) -> tuple[int, ...]:
         return tuple(
             bytes_of(states[k]) if k in states else 0 for k in range(len(traces.layers))
         )
+    # A policy saves values inside the layer, so only a trace under `jax.checkpoint` with
+    # that policy shows them.
     found: dict[Hashable, int] = {}
     for k, layer in enumerate(traces.layers):
         if layer.key not in found:
@@ -210,6 +222,8 @@ def _borrowed(traces: LayerTraces) -> tuple[Sent, ...]:
     """What layers lend, array by array: of those that nobody reads nothing is sent.
     Arrays of one owner with the same readers go together.
     """
+    # A layer borrows all that another one owns, but may read one array of it: only the
+    # table of an embedding, not its norm. Only what is read is sent.
     readers: dict[tuple[int, int], list[int]] = {}
     for k in range(len(traces.layers)):
         for owner, arrays in traces.arrays_borrowed(k).items():
@@ -263,6 +277,8 @@ def _seconds(
     Arguments:
         params: those of all layers, or none. What is no array is zeros.
     """
+    # Everything that the programs may take, by name: the inputs now, what the forward
+    # makes when it has run.
     device = jax.devices()[0] if gauge.device is None else gauge.device
     known: dict[ProgramValue, Any] = {}
     for port, shape in layer.inputs.items():

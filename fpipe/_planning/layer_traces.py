@@ -10,6 +10,9 @@ In: a model, and the shapes of one microbatch. Out: a `LayerTrace` for each laye
     2      C    x f32[4,8], params 2     F C, B C
 
 and 1 would share the programs of 0 if the model's input had a gradient too.
+
+Tracing is what takes time here: a stack of equal blocks is traced once or twice, not
+block by block.
 """
 
 import dataclasses
@@ -152,6 +155,7 @@ class LayerTraces:
     def _next(self, stage: Stage) -> LayerTrace:
         """Trace a layer, or find the trace of an equal one, and go behind it."""
         (k,) = stage.span
+        # What decides the trace, without where the layer stands in the model.
         given, local = self._given(stage), _local_names(stage)
         wanted = self._wanted(k, given)
         # Names of layers and namespaces do not change what is computed; with them in
@@ -174,6 +178,8 @@ class LayerTraces:
         for port, shape in joint.flat.out.items():
             if port.kind == "skip":
                 self.skips[sent[theirs(port)]] = shape
+        # What this layer hands on is what later ones are given; and whether a gradient
+        # depends on it decides what they differentiate.
         self.boundaries.append(joint.flat.out[Y])
         for leaf, reached in joint.reach.items():
             if leaf.port == Y:
@@ -237,6 +243,8 @@ class LayerTraces:
         """The arrays that a layer reads of those that it borrows, by their owner."""
         programs, borrows = self.layers[k].programs, self.model.borrows
         (traced,) = programs.joint.flat.stage.span
+        # The trace may be that of an equal layer, which borrows by the same names from
+        # other owners.
         owners = dict(borrows[traced])
         return {
             owner: programs.arrays_read(Port("params", owners[name]))
@@ -291,6 +299,10 @@ def shape_of_made(layer: int, make: Callable[[Any], PyTree], key: Any) -> PyTree
 
 def _local_names(stage: Stage) -> Callable[[Port], Port]:
     """Ports of one layer by names that do not depend on where it stands."""
+    # For layer 3, which borrows layer 0 as "embed":
+    #
+    #     Port("params", 3)  ->  Port("params")
+    #     Port("params", 0)  ->  Port("params", "embed")
     (k,) = stage.span
     layer = stage.model.layers[k]
     names = {Port(kind, k): Port(kind) for kind in ("params", "state", "number")}

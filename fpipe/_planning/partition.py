@@ -24,6 +24,11 @@ Memory limits hold for devices. With one stage on each they are limits on stages
 part of the same program: a span that does not fit costs infinity. With several stages
 on a device they bind stages that are not neighbours, which makes the problem hard (it
 contains bin packing); see `best_cut`.
+
+Two usual heuristics were not taken. Bisecting the cost, and filling stages greedily up
+to it, is only exact if a longer span never costs less: with what crosses its ends it
+may. And a balancer that starts from some cut and moves layers to and fro, as that of
+torchgpipe, may stop before the best one.
 """
 
 import dataclasses
@@ -37,7 +42,8 @@ import numpy as np
 # (L + 1, L + 1): at [i, j] a value of the layers i, …, j - 1 together.
 Table: TypeAlias = np.ndarray
 
-# Costs that differ by less than that share are equal: sums of floats have errors.
+# Costs that differ by less than that share are equal: sums of floats have errors. Else
+# the last digit of a sum, and not traffic, would decide between equal cuts.
 _EQUAL = 1e-9
 
 # So many nodes of the search for several stages on a device, each in some 50
@@ -124,6 +130,7 @@ def _sizes(ends: Sequence[int]) -> tuple[int, ...]:
 
 def _min_max(tables: Sequence[Table], layers: int) -> list[np.ndarray]:
     """The rows `best_s` of the recurrence above; the last row is for no stage."""
+    # For no stage: no layers cost nothing, and any layers that are left are no cut.
     rows = [np.full(layers + 1, np.inf)]
     rows[0][layers] = 0.0
     for table in reversed(tables):
@@ -223,6 +230,8 @@ class _Partition:
 
     def least(self, allowed: Sequence[Table]) -> _Least:
         """The second pass, over the spans that are allowed."""
+        # Traffic first, then squares among the ends that have the least traffic: as one
+        # number they would have to be weighed against each other.
         count, lengths_squared = self.task.layers, self._lengths.astype(float) ** 2
         nothing = np.full(count + 1, np.inf)
         nothing[count] = 0.0
@@ -377,7 +386,10 @@ class _Search:
         self._limits = np.asarray(partition.task.limits)
         self._nodes_left, self._limited = nodes, limited
         # What the stages from `s` on need at least, on layers from `i` on: of each
-        # device, and of all together.
+        # device, and of all together. The first looks at each stage alone, as if it
+        # could have its cheapest span, and so knows which device it burdens; the second
+        # knows that the spans must cover all layers, and not who has them. Neither
+        # bound is always the better one, so that both are asked.
         count = partition.task.layers
         self._least_of_each = [np.zeros((len(self._limits), count + 1))]
         self._least_of_all = [np.where(np.arange(count + 1) == count, 0.0, np.inf)]
@@ -387,6 +399,7 @@ class _Search:
             # Of any span that begins at `i` or later.
             least = np.minimum.accumulate(table.min(1)[::-1])[::-1]
             each = self._least_of_each[-1].copy()
+            # A stage has at least one layer, so the stages behind it begin at the next.
             each[d, :-1] = np.maximum(each[d, :-1], each[d, 1:]) + least[:-1]
             each[d, -1] = np.inf
             self._least_of_each.append(each)
@@ -406,6 +419,8 @@ class _Search:
             branches: the ways to go on, by which the search is led.
             known: a cut to begin with; only better ones are looked for.
         """
+        # A value is a tuple of one or of two numbers. Which it is, `branches` knows; it
+        # reads of the first value here as many as it needs.
         self._branches, self._best = branches, known
         self._visit(0, [], (0.0, 0.0), np.zeros(len(self._limits)))
         return self._best._replace(complete=self._nodes_left > 0)
@@ -418,6 +433,8 @@ class _Search:
         start, device = ends[-1] if ends else 0, self._devices[s]
         excess = self._excess(s, start, used)
         for bound, end, new in self._branches(_Node(s, start, value, excess)):
+            # Asked anew for each branch: an earlier one may have found a better cut. For
+            # a message, where limits do not bind, the search goes on until it has one.
             best = self._best.value
             if self._nodes_left <= 0 and (self._limited or best is not None):
                 return
@@ -435,6 +452,7 @@ class _Search:
         """For each end of stage `s` by how much memory will be exceeded at least: on
         one of the devices, or in the mean of all.
         """
+        # More than 0 says that no way to go on can fit, so the branch is not followed.
         stage = self._memory[s][start]
         need = used[:, None] + self._least_of_each[s + 1]
         need[self._devices[s]] += stage

@@ -4,6 +4,9 @@ balance         sample   the layers of each stage
 None            None     as even as possible in number
 [2, 3]          None     as given
 None, "flops"   x        found by what the layers cost on the batch `x`
+
+`Pipe(...)` asks here when it is constructed, so no parameters, side inputs or limits are
+known. Who has them calls `fpipe.balance`, and gives its result.
 """
 
 import dataclasses
@@ -51,6 +54,8 @@ def given_balance(balance: Any, sample: PyTree, pipe: UncutPipe) -> tuple[int, .
         return _found(balance, sample, pipe)
     layers = len(pipe.model.layers)
     if balance is None:
+        # The first stages get the layers that are left over: 5 on 3 are (2, 2, 1). The
+        # last stage has the loss besides.
         each, rest = divmod(layers, pipe.stages)
         return tuple(each + (s < rest) for s in range(pipe.stages))
     return _checked(balance, layers)
@@ -94,6 +99,8 @@ def _checked(balance: Any, count: int) -> tuple[int, ...]:
             f"{call}: a sequence of layers per stage is needed, such as [{count}]"
         )
     given = list(balance)
+    # `operator.index` takes the ints of numpy, and refuses 2.0. A bool is an int for
+    # Python, and no number of layers.
     try:
         counts = tuple(operator.index(b) for b in given if not isinstance(b, bool))
     except TypeError:

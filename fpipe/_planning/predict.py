@@ -3,6 +3,16 @@ they run, and what is alive meanwhile.
 
 In: `PlanData`, the shapes of the call's arguments, `PlanOptions`, and what the layers
 cost. Out: a `Prediction`, whose rows are those of its tables.
+
+    work of each program          counted or measured     work.py
+    how long each action takes    FLOPs / speed           _work_table
+    when each action runs         simulated               fpipe.schedules.simulate
+    what each device holds        told by the executor    PlanData.devices
+    what would be better          sentences               advice.py
+
+The programs are those that the executor would run, so what they recompute is in their
+work already. Only for advice, about pipes that do not exist, the costs of layers are
+added up.
 """
 
 import dataclasses
@@ -96,6 +106,8 @@ def predict(
 
 def mean_square(y: PyTree) -> Any:
     """The loss of a step for which none was given."""
+    # It reads every output, so that everything has a gradient, and costs next to nothing
+    # beside a model. In float32, and real, as a loss has to be.
     total = 0
     for a in pack(y)[0]:
         if is_inexact(a):
@@ -151,6 +163,7 @@ def _stage_rows(
 ) -> tuple[StageRow, ...]:
     """What each stage is, what it takes, and what it sends."""
     model = data.stages[0].model
+    # What goes past boundaries: skips, and what is borrowed.
     stage_of = {k: stage.index for stage in data.stages for k in stage.span}
     sent = [
         (str(name), value)
@@ -251,6 +264,8 @@ def _with_more_microbatches(
     data: PlanData, costs: Costs
 ) -> Iterator[tuple[int, float]]:
     """Larger numbers of microbatches that divide the batch, with the bubble of each."""
+    # With the same costs for each action: on half the rows all take about half, and the
+    # bubble is a share of the step.
     rows, m = sum(data.microbatch_rows), 2 * data.schedule.microbatches
     stage_to_device = data.schedule.stage_to_device
     while m <= rows and rows % m == 0:

@@ -20,7 +20,8 @@ from fpipe.schedules import Schedule, Timeline, draw
 
 
 class Crossing(NamedTuple):
-    """A skip, or borrowed parameters, between two stages.
+    """A skip, or borrowed parameters, between two stages. One thing with two readers is
+    two of these.
 
     Attributes:
         name: the skip's, or the owner's.
@@ -146,6 +147,8 @@ class Prediction:
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain data."""
+        # `asdict` leaves named tuples as they are, and JSON would write them as lists
+        # without names.
         stages = [
             dataclasses.asdict(row)
             | {
@@ -220,6 +223,7 @@ def _head(prediction: Prediction) -> str:
 def _stage_table(prediction: Prediction) -> str:
     """A line for each stage."""
     stages = prediction.stages
+    # Only the kinds that the schedule has: B, or I and W.
     kinds = [kind for kind in "FBIW" if any(kind in row.work for row in stages)]
     most = max((row.total for row in stages), default=0.0)
     scale, unit = scaled(most, prediction.unit)
@@ -242,6 +246,7 @@ def _stage_table(prediction: Prediction) -> str:
 
 def _layers(row: StageRow, most: int = 36) -> str:
     """The layers by number, and as many names as there is room for."""
+    # Equal blocks have equal names: "1-12 block", not twelve times "block".
     count = len(row.layers)
     numbers = str(row.first) if count == 1 else f"{row.first}-{row.first + count - 1}"
     names = ", ".join(dict.fromkeys(row.layers))
@@ -251,11 +256,13 @@ def _layers(row: StageRow, most: int = 36) -> str:
 def _device_table(prediction: Prediction) -> str:
     """A line for each device."""
     devices = prediction.devices
+    # Columns that are 0 for all devices are left out.
     roles = list(
         dict.fromkeys(
             role for row in devices for role in row.memory if row.memory[role]
         )
     )
+    # One unit for the whole table, so that numbers can be compared by their lengths.
     unit, name = byte_unit(prediction.peak)
     head = ["device", "", f"peak {name}", "limit", *roles, "when"]
     rows = []

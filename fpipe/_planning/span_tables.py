@@ -10,6 +10,19 @@ to `j - 1` together. The work of three layers that take 1, 2 and 4 is
     i=2                4
 
 Entries with `j <= i` are spans without layers, which nobody reads.
+
+Not every cost is a sum. A skip from layer 0 to the layers 2 and 3 arrives once in a
+span that has both readers, and not at all in one that has layer 0 too. `arriving` and
+`leaving` of it, for 10 bytes and four layers:
+
+           j=1  j=2  j=3  j=4              j=1  j=2  j=3  j=4
+    i=0      0    0    0    0        i=0    10   10   10    0
+    i=1           0   10   10        i=1          0    0    0
+    i=2               10   10        i=2               0    0
+    i=3                    10        i=3                    0
+
+Tables are whole arrays, and not functions of a span: the partition reads all spans of
+every stage, and numpy makes them in one go.
 """
 
 import itertools
@@ -29,6 +42,7 @@ from fpipe.schedules import Schedule, simulate
 
 def summed(values: Sequence[float]) -> Table:
     """The table of sums over spans."""
+    # Of running totals: the sum of a span is the total at its end minus that at its start.
     ends = np.concatenate([[0.0], np.cumsum(np.asarray(values, np.float64))])
     return ends[None, :] - ends[:, None]
 
@@ -128,6 +142,8 @@ class SpanTables:
         self._sent_in = arriving(count, [*costs.skips, *lent])
         self._sent_out = leaving(count, [*costs.skips, *lent])
         self._borrowed = arriving(count, costs.borrowed)
+        # The outer ends are 0: the batch is no boundary, and what the last layer returns
+        # goes to no stage.
         self.before = np.zeros((count + 1, count + 1))
         self.before[1:count] = np.array(costs.boundaries[:-1])[:, None]
         self.behind = np.zeros((count + 1, count + 1))
@@ -148,6 +164,8 @@ class SpanTables:
             return backward
         if not self._schedule.backwards:
             return forward
+        # Where a forward is directly followed by its backward, nothing is recomputed:
+        # which pairs these are depends on the stage, so that its work does too.
         order = itertools.chain(*self._schedule.actions)
         direct = direct_pairs(order, self._stage_to_device)
         recomputed = sum(
@@ -177,6 +195,9 @@ class SpanTables:
 
     def memory(self, s: int) -> Table:
         """Bytes that the stage needs on its device."""
+        # Five parts: what is there for the whole step, what each live microbatch holds,
+        # what the one at work needs besides, what waits to be sent or read, and one
+        # array at each end for what is on its way.
         costs, params = self._costs, summed(self._costs.params)
         # The batch, which lies on the first stage, and one of each array that comes and
         # goes.
@@ -208,6 +229,7 @@ class SpanTables:
         return fixed + held * holding.live + working + waiting + ends
 
     def _waiting_bytes(self, waiting: Waiting) -> Table:
+        """The bytes of what waits, for each span."""
         return (
             self.before * waiting.before
             + self.skips_in * waiting.skips_in
@@ -217,6 +239,9 @@ class SpanTables:
 
     def holding(self, s: int) -> Holding:
         """What a stage holds while the schedule runs."""
+        # Everything here is the most things at a time between two events, such as "the
+        # stage before has made it" and "this stage's backward has ended". Cotangents
+        # have the size of what they are cotangents of, so they count as that.
         times, last = self._times, len(self._stage_to_device) - 1
         live = _most_between(times.begun[[s]], times.back_done[[s]])
         neighbour_before = slice(max(0, s - 1), s)
@@ -260,6 +285,8 @@ class SpanTables:
     @cached_property
     def _times(self) -> "_Times":
         shape = len(self._stage_to_device), self._microbatches
+        # A backward in halves begins with `I` and is done with `W`: until then the
+        # microbatch holds what `W` reads.
         begun, made, back_done = np.zeros(shape), np.zeros(shape), np.zeros(shape)
         back_begun = np.full(shape, np.inf)
         for _, (kind, s, i), start, end in simulate(self._schedule).events:
@@ -291,6 +318,8 @@ def _most_between(starts: np.ndarray, ends: np.ndarray) -> int:
         starts, ends: by stage and microbatch; one of them is of one stage. Where one
             ends, another may start.
     """
+    # With starts 0, 1, 2 and ends 2, 5, 8: when the third starts, the first has ended,
+    # so 2 is the most. It is reached at a start, so only these are looked at.
     most = 0
     for start, end in itertools.product(np.sort(starts, 1), np.sort(ends, 1)):
         started = np.arange(1, len(start) + 1)

@@ -1,4 +1,10 @@
-"""`StepRequest`: the training step whose costs are asked for, before they are known."""
+"""`StepRequest`: the training step whose costs are asked for, before they are known.
+
+`pipe.plan(None, x, targets, loss_fn=...)` becomes a request with `args.params=None`; its
+`resolved(model, chunks)` is the same call with the shapes of all parameters and states.
+A pipe is planned, and `tune` tries many, before there are parameters: so everything is
+shapes, and nothing is allocated.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -42,6 +48,8 @@ class StepRequest:
         Raises:
             TypeError, ValueError: an argument is wrong, as for the call.
         """
+        # In this order: states may depend on parameters, and what is frozen is told by
+        # the paths of parameters.
         params, state = self.args.params, self.args.state
         first = first_microbatch(self.args.x, self.args.needs, chunks)
         key = jax.eval_shape(lambda: jax.random.key(0))

@@ -9,6 +9,7 @@ from typing import Any
 
 # The largest first: a value is told in the first unit that it is not less than.
 _BYTES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+# FLOPs by powers of ten and bytes by powers of two, as vendors and allocators tell them.
 _FLOP = (
     (1e15, "PFLOP"),
     (1e12, "TFLOP"),
@@ -65,6 +66,7 @@ def table(
     Arguments:
         left: the columns that are aligned to the left.
     """
+    # A column that is empty says nothing, such as the skips of a model without skips.
     kept = [n for n in range(len(head)) if any(row[n] for row in rows)]
     lines = []
     for row in (head, *rows):
