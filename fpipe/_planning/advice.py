@@ -17,8 +17,8 @@ from fpipe.schedules import Timeline
 # even, so a stage is told of only if it takes so many times the mean.
 _UNEVEN = 1.25
 
-# A device is idle for that share of the time before it is worth a word: without any
-# bubble no schedule begins or ends.
+# A device is idle for that share of the time before it is worth a word: a
+# pipeline has to fill and to drain, so that some idle time is normal.
 _IDLE = 0.2
 
 # What is proposed gains at least that share.

@@ -4,6 +4,10 @@ schedule.
 In: what layers cost (`LayerCosts`), the device of each stage, and `Hardware`. Out: the
 layers of each stage, such as `(2, 3)`. `span_tables.py` has what each span of layers
 costs as a stage, `partition.py` finds the best cut through these tables.
+
+Work and traffic are added up only where both are in seconds: a guessed weight between
+FLOPs and bytes makes cuts that are neither even nor narrow. Otherwise the most expensive
+stage is made as cheap as can be, and traffic decides among equals.
 """
 
 import dataclasses
@@ -203,6 +207,7 @@ def best_balance(
         return tables.memory(s) / (1.0 if math.isinf(limit) else max(limit, 1.0))
 
     def time_cost(s: int) -> Table:
+        """Work by speed, and the time of what crosses the ends."""
         speed = 1.0 if hardware.speed is None else hardware.speed[stage_to_device[s]]
         time = tables.work(s) / speed
         if hardware.bandwidth is not None:
@@ -219,6 +224,7 @@ def best_balance(
         limits=limits,
     )
     cut = best_cut(task)
+    # The nearest cut and what it lacks is part of the error: it tells how far off one is.
     if isinstance(cut, Shortage):
         raise ValueError(_does_not_fit(cut, costs, scheduling))
     return cut

@@ -1,7 +1,7 @@
 """`LayerCosts`: what each layer of a model costs, as numbers.
 
-For `[embed, block, head]` on 32 tokens, 1024 words and width 64, where the head borrows
-the table of the embedding:
+For `[embed, block, head]` on 32 tokens, with 1024 words, width 64, a block of two
+matrices (64 to 256 and back), and a head that borrows the table of the embedding:
 
     names       ("embed", "block", "head")
     forward     (96.0, 2105344.0, 4194304.0)    FLOP for one microbatch
@@ -88,6 +88,8 @@ class LayerCosts:
         count = len(self.names)
         if not count:
             raise ValueError("`LayerCosts(names=())`: at least one layer is needed")
+        # Lists and numpy arrays are taken, for `replace(costs, forward=measured)`, and
+        # become tuples, so that the record stays a frozen value.
         for name in _PER_LAYER:
             value = tuple(getattr(self, name))
             object.__setattr__(self, name, value)
@@ -124,6 +126,7 @@ class LayerCosts:
         )
 
     def __str__(self) -> str:
+        # Not all fields: what one looks at before cutting by hand.
         width = max(map(len, ("layer", *self.names))) + 3
         columns = ("forward", "backward", "params", "residuals", "boundary")
         lines = ["layer".ljust(width) + "".join(name.rjust(12) for name in columns)]

@@ -315,6 +315,8 @@ def _local_names(stage: Stage) -> Callable[[Port], Port]:
 
 def _comparable(layer: Any) -> Hashable:
     """A layer, or where its function cannot be hashed, what is equal to it alone."""
+    # A callable dataclass that is not frozen, for example. The model keeps it, so that
+    # no other object gets its `id`.
     try:
         hash(layer)
     except TypeError:

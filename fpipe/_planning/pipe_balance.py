@@ -63,6 +63,7 @@ def given_balance(balance: Any, sample: PyTree, pipe: UncutPipe) -> tuple[int, .
 
 def _found(balance: Any, sample: PyTree, pipe: UncutPipe) -> tuple[int, ...]:
     """Layers per stage by what a sample says that they cost."""
+    # A sample alone means FLOPs: it needs no device and gives the same each time.
     call, by = f"`Pipe(balance={balance!r})`", "flops" if balance is None else balance
     if not isinstance(by, str) or by not in UNITS:
         raise TypeError(

@@ -93,7 +93,7 @@ class DeviceRow:
 
     @property
     def missing(self) -> int:
-        """What it needs more than it has, in bytes."""
+        """By how many bytes it needs more than it has; 0 if there is no limit."""
         return 0 if self.limit is None else max(0, self.peak - self.limit)
 
 

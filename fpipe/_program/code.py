@@ -216,7 +216,13 @@ class Code:
         return results
 
     def values(self, arrays: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
-        """Any values of the graph, from the arguments."""
+        """Values of the graph, from the arguments.
+
+        Arguments:
+            arrays: one for each of `args`, or more.
+            wanted: not only what the program returns: the sums of rows that are made
+                device by device start from other values.
+        """
         # A constant fill, for example the cotangent of an output that nobody reads, is
         # made here, so that XLA can fold it. As an argument it would be an array to
         # keep and pass.

@@ -96,7 +96,7 @@ def halve_backward(
 
 @dataclasses.dataclass(frozen=True)
 class _Rest:
-    """What `W` does after `I`."""
+    """What `W` does after `I`, and the values that it is handed."""
 
     nodes: Sequence[Node]
     handed: Sequence[int]

@@ -96,6 +96,7 @@ def identity(
 
 
 def _type(aval: Any) -> Hashable:
+    """Shape, dtype, and whether the dtype is weak: then it gives way in a promotion."""
     return (
         getattr(aval, "shape", None),
         str(getattr(aval, "dtype", aval)),

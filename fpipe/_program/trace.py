@@ -119,6 +119,7 @@ def trace_stage(
 
 
 def _leaves(ports: Mapping[Port, Shape]) -> Iterator[Leaf]:
+    """A name for each array, in the order in which they are flattened."""
     for port, shape in ports.items():
         for k in range(len(shape.leaves)):
             yield Leaf(port, k)
@@ -234,7 +235,10 @@ def differentiate(
 
 @contextlib.contextmanager
 def _remat_advice(remat: Remat | None) -> Iterator[None]:
-    """JAX cannot recompute some effects (`io_callback`): say what to do."""
+    """JAX cannot recompute some effects (`io_callback`): say what to do.
+
+    Its own exception goes on, with a note: the diagnosis is JAX's, the cure ours.
+    """
     try:
         yield
     except NotImplementedError as error:
