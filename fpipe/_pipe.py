@@ -60,7 +60,7 @@ from fpipe._executors.scan.executor import Scan
 from fpipe._executors.scan.mesh import as_mesh, stage_devices
 from fpipe._executors.scan.packing import Packed
 from fpipe._executors.scheduling import Scheduling
-from fpipe._executors.sequential import Sequential
+from fpipe._executors.sequential import PlainExecutor
 from fpipe._executors.tracers import TracedCallError, only_shapes
 from fpipe._model.batch_norm import deferred
 from fpipe._model.frozen import Frozen, FrozenLeaves
@@ -709,7 +709,7 @@ class Pipe(Call):
             # `jax.eval_shape` traces as `jax.jit` does, and a placed pipe cannot be
             # traced. But shapes are those of the plain composition, which can.
             if only_shapes():
-                return Sequential(self.model, self.chunks)._forward(args)
+                return PlainExecutor(self.model, self.chunks).forward(args)
             raise
 
     def _run_forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
@@ -730,7 +730,7 @@ class Pipe(Call):
             return self._executor.loss(args, loss, argnums)
         except TracedCallError:
             if only_shapes():
-                return Sequential(self.model, self.chunks)._loss(args, loss, argnums)
+                return PlainExecutor(self.model, self.chunks).loss(args, loss, argnums)
             raise
 
 

@@ -36,6 +36,7 @@ from fpipe._executors.call import (
     Result,
     as_compute_dtype,
     check_chunks,
+    check_params,
 )
 from fpipe._executors.request import numbered_leaves
 from fpipe._model.batch_norm import deferred
@@ -94,11 +95,17 @@ class Sequential(Call):
     chunks: int
     detector: Detector | None = None
 
+    @property
+    def _executor(self) -> "PlainExecutor":
+        """What runs the layers: with a detector, the watched ones."""
+        model = self.model if self.detector is None else self.detector.watched
+        return PlainExecutor(model, self.chunks)
+
     def init(self, key: Any, x: PyTree, side: PyTree = None) -> tuple[PyTree, ...]:
         """Parameters of every layer; see `Pipe.init`."""
         check_key(key)
         first = first_microbatch(x, call_needs(side=side), self.chunks)
-        return self.model.init(key, *first, lambda _, make, key: make(key))
+        return self.model.init(key, *first, self._executor.make_params)
 
     def init_state(
         self,
@@ -109,19 +116,17 @@ class Sequential(Call):
     ) -> tuple[PyTree, ...]:
         """State of every layer; see `Pipe.init_state`."""
         first = first_microbatch(x, call_needs(side=side), self.chunks)
-        return self.model.init_state(
-            *first, params, key, lambda _, make, key: make(key)
-        )
+        return self.model.init_state(*first, params, key, self._executor.make_state)
 
     def place(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
         """The parameters where they are, with Python numbers turned into arrays, as
         `Pipe.place` does: there is one device.
         """
-        return tuple(numbers_as_arrays(p) for p in params)
+        return self._executor.place(params)
 
     def gather(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
         """The parameters unchanged: nothing was packed or moved, as by a `Pipe`."""
-        return tuple(params)
+        return self._executor.gather(params)
 
     def raise_anomaly(self) -> None:
         """Raise what calls inside `jax.jit` have found; see `Pipe.raise_anomaly`."""
@@ -129,11 +134,51 @@ class Sequential(Call):
             self.detector.raise_found()
 
     def _forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
-        # A detector runs another `Sequential`, of the watched layers.
         if self.detector is not None:
-            return self.detector.forward(
-                Sequential(self.detector.watched, self.chunks)._forward, args
-            )
+            return self.detector.forward(self._executor.forward, args)
+        return self._executor.forward(args)
+
+    def _loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
+        if self.detector is not None:
+            return self.detector.loss(self._executor.loss, args, loss, argnums)
+        return self._executor.loss(args, loss, argnums)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainExecutor:
+    """Runs layers in plain JAX, as far as `fpipe._executors.protocol.Executor` makes
+    sense without devices: there is nothing to schedule, to compile ahead, or to plan.
+    """
+
+    model: Model
+    chunks: int
+
+    def make_params(
+        self, layer: int, make: Callable[[Any], PyTree], key: Any
+    ) -> PyTree:
+        """Run `make(key)` here."""
+        del layer
+        return make(key)
+
+    def make_state(self, layer: int, make: Callable[[Any], PyTree], key: Any) -> PyTree:
+        """Run `make(key)` here."""
+        del layer
+        return make(key)
+
+    def place(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
+        """Parameters where they are, with Python numbers turned into arrays."""
+        return tuple(numbers_as_arrays(p) for p in params)
+
+    def gather(self, params: Any) -> tuple[PyTree, ...]:
+        """The exact inverse of `place`."""
+        return tuple(params)
+
+    def check_params(self, params: Any, call: str) -> None:
+        """Refuse parameters that do not have one entry per layer."""
+        check_params(self.model, params, call)
+
+    def forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
+        """`(y, state)`, which JAX can transform in any way."""
         cut = cut_inputs(args.inputs, self.chunks)
         state, parts = self._first_state(args), []
         for i in range(cut.m):
@@ -143,14 +188,8 @@ class Sequential(Call):
             parts, join, "`pipe(params, x)`: y", stacked=False
         ), self._last_state(state)
 
-    def _loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
-        if self.detector is not None:
-            return self.detector.loss(
-                Sequential(self.detector.watched, self.chunks)._loss,
-                args,
-                loss,
-                argnums,
-            )
+    def loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
+        """The loss, and the gradients of the numbered arguments."""
         cut = cut_inputs(args.inputs, self.chunks)
         scales = cut.shares if loss.reduction == "mean" else (1.0,) * cut.m
         # The arrays that are differentiated: of the numbered arguments what can have a

@@ -215,8 +215,8 @@ class Scan:
         args: Args,
         loss: Loss | None,
         argnums: tuple[int, ...],
-        threads: int | None = None,
-        progress: Progress | None = None,
+        threads: int | None,
+        progress: Progress | None,
     ) -> int:
         """Compile a call; arrays or their shapes will do. Returns the number of
         programs, which is one: threads have nothing to share.
