@@ -19,6 +19,6 @@ And when it is cut: what will a step take?
     text            numbers with units, and tables
 
 Balance adds up costs of layers, because it looks at every span of them. Prediction asks
-for the programs of the stages that there are. So the two may differ a
-little: what a backward makes again is decided for a stage, not layer by layer.
+for the programs of the stages that there are. So the two may differ a little: what a
+backward makes again is decided for a stage, not layer by layer.
 """

@@ -1,13 +1,13 @@
 """Programs: what they take and return by name, and what they compute as data.
 
-A stage is split into programs, one for each kind of action. The backward of a stage
-that is neither the first nor the last, for example:
+A stage is split into programs, one for each kind of action. The backward of a middle
+stage `y = tanh(x @ w)`, for example:
 
     Program(
         name="stage1_B",
         code=Code(...),                     what it computes: a part of a graph
         call=<jitted fpipe_B>,
-        ins=(Input(params 1[0]), Input(x[0]), Residual(0), Cotangent(y[0]),
+        ins=(Input(params 1[0]), Input(x[0]), Cotangent(y[0]), Output(y[0]),
              GradientSum(params 1[0])),
         outs=(Gradient(x[0]), GradientSum(params 1[0])),
         aliases={},
@@ -178,10 +178,10 @@ class Arg(NamedTuple):
 class Code:
     """What a program computes: a part of a graph, as a function from arrays to arrays.
 
-    The `W` of `y = tanh(x @ w)`, in a graph where `x` is value 0, `ds` is handed over
-    as value 6, and the weight gradient is value 9, is called as
+    The `W` of `y = tanh(x @ w)`, in a graph where `x` is value 1, what `I` hands over is
+    value 9, and the weight gradient is value 11, is called as
 
-        code(x, ds, sum)  ->  [sum + value 9]      args (0, 6), outs (), sums (9,)
+        code(x, handed, sum)  ->  [sum + value 11]     args (1, 9), outs (), sums (11,)
 
     Attributes:
         kind: of action.

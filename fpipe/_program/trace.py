@@ -7,7 +7,7 @@ the backward. For a stage `y = tanh(x @ w)` whose input gradient is asked for to
     inputs    params 1[0], x[0]       inputs      {params 1[0]: 0, x[0]: 1}
     outputs   y[0]                    cotangents  {y[0]: 2}
     constant  params 1[0]             outputs     {y[0]: 4}
-                                      gradients   {params 1[0]: 9, x[0]: 7}
+                                      gradients   {params 1[0]: 11, x[0]: 12}
 
 The user's Python runs once: the backward is made by differentiating the jaxpr, not by
 calling the layers again under `jax.vjp`.
