@@ -8,7 +8,7 @@ devices of 10,000 bytes:
     schedule  chunks  checkpoint  balance          step  bubble      peak
     1f1b           8  never       [2, 2, 2]  25.4 kFLOP   24.3%  7.93 KiB
     1f1b           4  never       [2, 2, 2]    30 kFLOP   35.9%  9.03 KiB
-    gpipe          8  never       [2, 2, 2]  25.4 kFLOP   24.3%  10.9 KiB  does not fit: …
+    gpipe          8  never       [2, 2, 2]  25.4 kFLOP   24.3%  10.9 KiB  does not …
 
 All combinations are tried, without a search that could miss one: what is expensive in a
 prediction, to trace and to count layers, is shared by them.
@@ -138,8 +138,9 @@ class Tuning:
         """What the best candidate takes that differs from the best of all in one
         choice.
         """
-        # Candidates are in order, so the first one that is alike in all else is the next
-        # best. One that differs in two choices would not tell what either is good for.
+        # Candidates are in order, so the first one that is alike in all else is the
+        # next best. One that differs in two choices would not tell what either is good
+        # for.
         best, own = self.best, self.best.prediction
         others = [name for name, _ in _CHOICES if name != field]
         for c in self.candidates[1:]:
@@ -412,8 +413,8 @@ class _OfLayers(_Source):
         self._costs: dict[Any, LayerCosts] = {}
 
     def pipe(self, setup: _Setup) -> Pipe:
-        # The balance differs between candidates: a schedule decides how many stages there
-        # are, and checkpoint and memory limits what fits.
+        # The balance differs between candidates: a schedule decides how many stages
+        # there are, and checkpoint and memory limits what fits.
         costs, scheduling = self._costs_of(setup), Scheduling.of(setup.schedule)
         stage_to_device = balance_devices(costs, scheduling, None, len(self._devices))
         # By work alone: what crosses between stages is only told in the prediction.

@@ -8,7 +8,8 @@ running anything. Before a model is cut: how many layers go into each stage?
     layer_costs     the two together, as `costs.LayerCosts`
     span_tables     what each span of layers costs as a stage
     partition       the best cut through these tables
-    balance         `fpipe.balance`: all of this; `pipe_balance`: for `Pipe(balance=...)`
+    balance         `fpipe.balance`: all of this together
+    pipe_balance    the same for `Pipe(balance=...)`
 
 And when it is cut: what will a step take?
 

@@ -1,7 +1,8 @@
 """What a prediction says against the way a pipe is set up, and what would be better.
 
 In: the rows and the timeline of a prediction. Out: sentences for its `warnings`. Each
-function looks at one thing, and yields a sentence if there is something to say. For six equal layers, cut as [4, 1, 1]:
+function looks at one thing, and yields a sentence if there is something to say. For six
+equal layers, cut as [4, 1, 1]:
 
     stage 0 takes 1.9 times the mean of the stages: balance=[2, 2, 2] makes the most
     expensive one take 1.0 times

@@ -6,8 +6,8 @@ layers of each stage, such as `(2, 3)`. `span_tables.py` has what each span of l
 costs as a stage, `partition.py` finds the best cut through these tables.
 
 Work and traffic are added up only where both are in seconds: a guessed weight between
-FLOPs and bytes makes cuts that are neither even nor narrow. Otherwise the most expensive
-stage is made as cheap as can be, and traffic decides among equals.
+FLOPs and bytes makes cuts that are neither even nor narrow. Otherwise the most
+expensive stage is made as cheap as can be, and traffic decides among equals.
 """
 
 import dataclasses
@@ -96,8 +96,8 @@ def balance(
     With several stages on a device each of them counts as a stage, so that *they* are
     balanced, and a skip counts as crossing also between two stages of one device.
     Memory limits hold for the sum of a device's stages; the search for a cut that keeps
-    them is exact while it is small (see `fpipe/_planning/partition.py`), and the best that was
-    found otherwise.
+    them is exact while it is small (see `fpipe/_planning/partition.py`), and the best
+    that was found otherwise.
 
     Returns:
         The number of layers in each stage.
@@ -224,7 +224,8 @@ def best_balance(
         limits=limits,
     )
     cut = best_cut(task)
-    # The nearest cut and what it lacks is part of the error: it tells how far off one is.
+    # The nearest cut and what it lacks is part of the error: it tells how far off one
+    # is.
     if isinstance(cut, Shortage):
         raise ValueError(_does_not_fit(cut, costs, scheduling))
     return cut

@@ -98,8 +98,8 @@ def _for_each_device(
         return None
     # An array of numpy without axes is one number.
     several = isinstance(value, Iterable) and getattr(value, "ndim", 1)
-    # More numbers than devices are fine: a pipe may use fewer devices than a machine has,
-    # and the same numbers then go with any of them.
+    # More numbers than devices are fine: a pipe may use fewer devices than a machine
+    # has, and the same numbers then go with any of them.
     each: tuple[Any, ...] = tuple(value) if several else (value,) * devices
     if len(each) < devices or not all(is_number(v) and v > 0 for v in each):
         raise ValueError(

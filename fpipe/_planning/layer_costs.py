@@ -1,9 +1,10 @@
 """`layer_costs`: what each layer costs for one microbatch, from shapes.
 
 In: layers, and a batch or its shapes. Out: a `LayerCosts`. Each layer is traced and
-differentiated as if it were a stage of its own (`layer_traces.py`), so that its backward
-is the one that a pipe would run; its programs are then counted (`work.py`), and what
-they take and return is measured in bytes. For a dense layer of width 3 on 8 rows:
+differentiated as if it were a stage of its own (`layer_traces.py`), so that its
+backward is the one that a pipe would run; its programs are then counted (`work.py`),
+and what they take and return is measured in bytes. For a dense layer of width 3 on 8
+rows:
 
     forward 144 FLOP (2 * 8 * 3 * 3)    params 36 bytes    boundary 96 bytes
 """
@@ -209,8 +210,8 @@ def _saved_bytes(traces: LayerTraces, remat: Remat) -> tuple[int, ...]:
         return tuple(
             bytes_of(states[k]) if k in states else 0 for k in range(len(traces.layers))
         )
-    # A policy saves values inside the layer, so only a trace under `jax.checkpoint` with
-    # that policy shows them.
+    # A policy saves values inside the layer, so only a trace under `jax.checkpoint`
+    # with that policy shows them.
     found: dict[Hashable, int] = {}
     for k, layer in enumerate(traces.layers):
         if layer.key not in found:

@@ -433,8 +433,9 @@ class _Search:
         start, device = ends[-1] if ends else 0, self._devices[s]
         excess = self._excess(s, start, used)
         for bound, end, new in self._branches(_Node(s, start, value, excess)):
-            # Asked anew for each branch: an earlier one may have found a better cut. For
-            # a message, where limits do not bind, the search goes on until it has one.
+            # Asked anew for each branch: an earlier one may have found a better cut.
+            # For a message, where limits do not bind, the search goes on until it has
+            # one.
             best = self._best.value
             if self._nodes_left <= 0 and (self._limited or best is not None):
                 return

@@ -5,8 +5,8 @@ None            None     as even as possible in number
 [2, 3]          None     as given
 None, "flops"   x        found by what the layers cost on the batch `x`
 
-`Pipe(...)` asks here when it is constructed, so no parameters, side inputs or limits are
-known. Who has them calls `fpipe.balance`, and gives its result.
+`Pipe(...)` asks here when it is constructed, so no parameters, side inputs or limits
+are known. Who has them calls `fpipe.balance`, and gives its result.
 """
 
 import dataclasses

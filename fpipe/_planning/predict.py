@@ -106,8 +106,8 @@ def predict(
 
 def mean_square(y: PyTree) -> Any:
     """The loss of a step for which none was given."""
-    # It reads every output, so that everything has a gradient, and costs next to nothing
-    # beside a model. In float32, and real, as a loss has to be.
+    # It reads every output, so that everything has a gradient, and costs next to
+    # nothing beside a model. In float32, and real, as a loss has to be.
     total = 0
     for a in pack(y)[0]:
         if is_inexact(a):

@@ -42,7 +42,8 @@ from fpipe.schedules import Schedule, simulate
 
 def summed(values: Sequence[float]) -> Table:
     """The table of sums over spans."""
-    # Of running totals: the sum of a span is the total at its end minus that at its start.
+    # Of running totals: the sum of a span is the total at its end minus that at its
+    # start.
     ends = np.concatenate([[0.0], np.cumsum(np.asarray(values, np.float64))])
     return ends[None, :] - ends[:, None]
 
@@ -142,8 +143,8 @@ class SpanTables:
         self._sent_in = arriving(count, [*costs.skips, *lent])
         self._sent_out = leaving(count, [*costs.skips, *lent])
         self._borrowed = arriving(count, costs.borrowed)
-        # The outer ends are 0: the batch is no boundary, and what the last layer returns
-        # goes to no stage.
+        # The outer ends are 0: the batch is no boundary, and what the last layer
+        # returns goes to no stage.
         self.before = np.zeros((count + 1, count + 1))
         self.before[1:count] = np.array(costs.boundaries[:-1])[:, None]
         self.behind = np.zeros((count + 1, count + 1))

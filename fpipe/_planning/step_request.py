@@ -1,9 +1,9 @@
 """`StepRequest`: the training step whose costs are asked for, before they are known.
 
-`pipe.plan(None, x, targets, loss_fn=...)` becomes a request with `args.params=None`; its
-`resolved(model, chunks)` is the same call with the shapes of all parameters and states.
-A pipe is planned, and `tune` tries many, before there are parameters: so everything is
-shapes, and nothing is allocated.
+`pipe.plan(None, x, targets, loss_fn=...)` becomes a request with `args.params=None`;
+its `resolved(model, chunks)` is the same call with the shapes of all parameters and
+states. A pipe is planned, and `tune` tries many, before there are parameters: so
+everything is shapes, and nothing is allocated.
 """
 
 import dataclasses

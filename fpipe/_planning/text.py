@@ -9,7 +9,8 @@ from typing import Any
 
 # The largest first: a value is told in the first unit that it is not less than.
 _BYTES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
-# FLOPs by powers of ten and bytes by powers of two, as vendors and allocators tell them.
+# FLOPs by powers of ten and bytes by powers of two, as vendors and allocators tell
+# them.
 _FLOP = (
     (1e15, "PFLOP"),
     (1e12, "TFLOP"),

@@ -178,8 +178,8 @@ class Arg(NamedTuple):
 class Code:
     """What a program computes: a part of a graph, as a function from arrays to arrays.
 
-    The `W` of `y = tanh(x @ w)`, in a graph where `x` is value 1, what `I` hands over is
-    value 9, and the weight gradient is value 11, is called as
+    The `W` of `y = tanh(x @ w)`, in a graph where `x` is value 1, what `I` hands over
+    is value 9, and the weight gradient is value 11, is called as
 
         code(x, handed, sum)  ->  [sum + value 11]     args (1, 9), outs (), sums (11,)
 

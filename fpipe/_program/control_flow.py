@@ -43,9 +43,9 @@ def content_dependents(nodes: Iterable[Node], values: Iterable[int]) -> set[int]
 
         h, w16s = jax.lax.scan(body, x, ws)
 
-    `w16s` is a result of the same equation as `h`, and still only a copy of the weights:
-    it does not depend on `x`. Nor does the choice of a branch count: weights that a
-    `cond` passes through are weights, whatever decides about it.
+    `w16s` is a result of the same equation as `h`, and still only a copy of the
+    weights: it does not depend on `x`. Nor does the choice of a branch count: weights
+    that a `cond` passes through are weights, whatever decides about it.
     """
     found = set(values)
     for node in nodes:

@@ -258,8 +258,8 @@ def bind(node: Node, inputs: Sequence[Any]) -> Sequence[Any]:
     # Some primitives (calls with their own derivatives) are bound to functions, not to
     # the jaxprs that their equations hold; `get_bind_params` makes them again.
     params = eqn.primitive.get_bind_params(eqn.params)
-    # What held when the user's layer was traced, the mesh of its stage for example, must
-    # hold when its equation is traced again.
+    # What held when the user's layer was traced, the mesh of its stage for example,
+    # must hold when its equation is traced again.
     with eqn.ctx.manager:
         result = eqn.primitive.bind(*inputs, **params)
     return result if eqn.primitive.multiple_results else (result,)
@@ -269,8 +269,8 @@ def evaluate(
     graph: Graph, nodes: Iterable[Node], given: Mapping[int, Any], wanted: Iterable[int]
 ) -> list[Any]:
     """Run equations one after the other and return the wanted values."""
-    # Values are not dropped when they are last read: this runs under a trace, where they
-    # are names, and XLA finds out what lives how long.
+    # Values are not dropped when they are last read: this runs under a trace, where
+    # they are names, and XLA finds out what lives how long.
     values = {**graph.consts, **given}
     for node in nodes:
         results = bind(node, [values[v] for v in node.ins])

@@ -131,8 +131,8 @@ class _InputHalf:
         part = self._part
         handed = set[int]()
         makes = set[int]()
-        # From the gradients backwards, as far as `W` makes the values itself. It stops at
-        # what `I` has made, and at what `W` takes from where `I` took it.
+        # From the gradients backwards, as far as `W` makes the values itself. It stops
+        # at what `I` has made, and at what `W` takes from where `I` took it.
         pending = list(wanted)
         while pending:
             v = pending.pop()
@@ -153,9 +153,9 @@ class _InputHalf:
             return False
         if value not in self._per_microbatch:
             return True  # Made from weights alone: not kept for each microbatch.
-        # A change of form is made again if that keeps fewer bytes: a cotangent is handed
-        # as the row that it was, not as the matrix that it was broadcast to, but as the
-        # bfloat16 that it was cast to, not as the float32.
+        # A change of form is made again if that keeps fewer bytes: a cotangent is
+        # handed as the row that it was, not as the matrix that it was broadcast to, but
+        # as the bfloat16 that it was cast to, not as the float32.
         if node.name not in FORM_CHANGES:
             return False
         avals = self._part.avals

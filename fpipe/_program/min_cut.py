@@ -168,8 +168,8 @@ class _Network:
 
     def leads_to_sink(self) -> set[int]:
         """The nodes from which more could flow to the sink."""
-        # Backwards from the sink. Of the edges at `b` the reverse ones lead to it, so that
-        # it is their capacity that counts.
+        # Backwards from the sink. Of the edges at `b` the reverse ones lead to it, so
+        # that it is their capacity that counts.
         found = {_SINK}
         pending = [_SINK]
         while pending:

@@ -48,8 +48,8 @@ FORM_CHANGES = {
 
 # Equations that work number by number, or select. A list of what is cheap, not of what
 # is expensive: a primitive that nobody thought of is kept, which costs memory but never
-# a second matrix product. Random bits are not here, so a dropout mask is kept, not drawn
-# again.
+# a second matrix product. Random bits are not here, so a dropout mask is kept, not
+# drawn again.
 _ELEMENTWISE = {
     "abs", "add", "add_any", "and", "cbrt", "ceil", "clamp", "cos", "div", "eq", "erf",
     "exp", "exp2", "expm1", "floor", "ge", "gt", "imag", "integer_pow", "iota",
@@ -107,8 +107,8 @@ def cut_off_backward(
         part: the values that are never kept.
         per_microbatch: the values that depend on the microbatch.
     """
-    # What must be there when the backward is done: the gradients, and what its equations
-    # with effects read.
+    # What must be there when the backward is done: the gradients, and what its
+    # equations with effects read.
     effects = [n for n in graph.nodes if n in part.nodes and n.eqn.effects]
     roots = [*gradients, *(v for node in effects for v in node.ins)]
     kept = _cheapest_to_keep(graph, roots, part, per_microbatch)

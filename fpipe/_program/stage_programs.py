@@ -365,7 +365,8 @@ class _Splitter:
         if any(arg.window for arg in args) and _INDEX not in ins:
             names.append(_INDEX)
             args.append(Arg(None))
-        # Sums come last, as arguments and as results: so they can be donated as one range.
+        # Sums come last, as arguments and as results: so they can be donated as one
+        # range.
         sums = [GradientSum(leaf) for leaf in summed]
         code = Code(
             kind=kind,

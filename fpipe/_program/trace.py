@@ -177,9 +177,9 @@ def differentiate(
     count = len(flat.inputs)
 
     # One trace of forward and backward: only so one can see which values of the forward
-    # the backward reads. A function that `jax.vjp` returns is a pytree of residuals; the
-    # weights, and casts of them, are among these, and `jit` copies what it returns: that
-    # would be a copy of the weights for each microbatch.
+    # the backward reads. A function that `jax.vjp` returns is a pytree of residuals;
+    # the weights, and casts of them, are among these, and `jit` copies what it returns:
+    # that would be a copy of the weights for each microbatch.
     def joint(*arguments: Any) -> list[Any]:
         values = arguments[:count]
         primal, pull_back, rest = jax.vjp(
@@ -217,8 +217,8 @@ def differentiate(
         for n, v in zip(asked, made, strict=True)
         if not is_zero(graph, v)
     }
-    # A cotangent that no gradient depends on is not asked for, so that the stages behind
-    # do not make it.
+    # A cotangent that no gradient depends on is not asked for, so that the stages
+    # behind do not make it.
     reached = ancestors(graph, gradients.values())
     return JointStage(
         flat,
