@@ -53,7 +53,9 @@ def public(module: str) -> list[str]:
 
 
 def described(module: str, name: str) -> bool:
-    """Whether a name has a docstring where it is defined, and its public methods have."""
+    """Whether a name has a docstring where it is defined, and its public methods
+    have.
+    """
     body = source(module)
     for n, node in enumerate(body):
         match node:

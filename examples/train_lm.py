@@ -32,7 +32,7 @@ import fpipe
 import fpipe.flax
 import fpipe.optim
 
-# --- the model -------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------
 
 BYTES = 256
 
@@ -102,7 +102,7 @@ def cross_entropy(scores, targets):
     return optax.softmax_cross_entropy_with_integer_labels(scores, targets).mean()
 
 
-# --- the data --------------------------------------------------------------------------------------
+# --- the data -------------------------------------------------------------------------
 
 
 def text() -> tuple[np.ndarray, np.ndarray]:
@@ -127,7 +127,7 @@ def batch_of(
     return windows[:, :-1], windows[:, 1:]
 
 
-# --- training --------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------
 
 
 def arguments() -> argparse.Namespace:
@@ -318,7 +318,7 @@ def train(pipe: fpipe.Pipe, args: argparse.Namespace) -> TrainState:
     return state
 
 
-# --- checkpoints, as for the plain composition: one entry per layer --------------------------------
+# --- checkpoints, as for the plain composition: one entry per layer -------------------
 
 
 def save(saved: ocp.CheckpointManager, pipe: fpipe.Pipe, state: TrainState) -> None:
@@ -348,7 +348,7 @@ def load(
     return state.replace(params=params, opt_state=moments, step=int(found["step"]))
 
 
-# --- the end ---------------------------------------------------------------------------------------
+# --- the end --------------------------------------------------------------------------
 
 
 def written(pipe: fpipe.Pipe, state: TrainState, args: argparse.Namespace) -> str:

@@ -27,7 +27,7 @@ import tqdm
 import fpipe
 import fpipe.optim
 
-# --- the model -------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------
 
 # Blocks of each level. With a convolution before and a dense layer behind they are so
 # many layers with weights.
@@ -161,7 +161,7 @@ def resnet(blocks: tuple[int, ...], width: int) -> list[fpipe.Layer]:
     return [*layers, head(10)]
 
 
-# --- the data --------------------------------------------------------------------------------------
+# --- the data -------------------------------------------------------------------------
 
 SIZE = 8
 
@@ -201,7 +201,7 @@ def shape_of_images(count: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((count, SIZE, SIZE, 1), jnp.float32)
 
 
-# --- the run ---------------------------------------------------------------------------------------
+# --- the run --------------------------------------------------------------------------
 
 
 def arguments() -> argparse.Namespace:
@@ -416,7 +416,9 @@ def train(
 def accuracy(
     pipe: fpipe.Pipe, params, state, images: np.ndarray, labels: np.ndarray
 ) -> float:
-    """The share of the images that are read right, with the norms' running statistics."""
+    """The share of the images that are read right, with the norms' running
+    statistics.
+    """
     more = (
         -len(images) % pipe.chunks
     )  # blank images: the scan executor's microbatches have equal size

@@ -27,7 +27,7 @@ import tqdm
 import fpipe
 import fpipe.optim
 
-# --- the model -------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------
 
 
 def conv_block(channels: int, rate: float = 0.1) -> fpipe.Layer:
@@ -103,7 +103,7 @@ def unet(depth: int, blocks: int, channels: int) -> list[fpipe.Layer]:
     return [*layers, head(3)]
 
 
-# --- the data --------------------------------------------------------------------------------------
+# --- the data -------------------------------------------------------------------------
 
 
 def photographs() -> list[np.ndarray]:
@@ -152,7 +152,7 @@ def psnr(image: np.ndarray, clean: np.ndarray) -> float:
     return float(-10 * np.log10(np.mean((np.clip(image, 0, 1) - clean) ** 2)))
 
 
-# --- the run ---------------------------------------------------------------------------------------
+# --- the run --------------------------------------------------------------------------
 
 
 def arguments() -> argparse.Namespace:

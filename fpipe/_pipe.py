@@ -150,11 +150,15 @@ class Pipe(Call):
             what would be right.
 
     Example:
-        >>> dense = fpipe.Layer(lambda w, x: jnp.tanh(x @ w), init=lambda key, x: jax.random.normal(key, (3, 3)))
+        >>> dense = fpipe.Layer(
+        ...     lambda w, x: jnp.tanh(x @ w),
+        ...     init=lambda key, x: jax.random.normal(key, (3, 3)),
+        ... )
         >>> pipe = fpipe.Pipe([dense, dense], devices=[jax.devices()[0]] * 2, chunks=4)
         >>> x = jnp.ones((8, 3))
         >>> params = pipe.init(jax.random.key(0), x)
-        >>> loss, grads = pipe.value_and_grad(lambda y, t: jnp.mean((y - t) ** 2))(params, x, x)
+        >>> step = pipe.value_and_grad(lambda y, t: jnp.mean((y - t) ** 2))
+        >>> loss, grads = step(params, x, x)
         >>> jax.tree.map(jnp.shape, grads)
         ((3, 3), (3, 3))
     """
@@ -498,8 +502,11 @@ class Pipe(Call):
             The number of programs.
 
         Example:
-            >>> dense = fpipe.Layer(lambda w, x: jnp.tanh(x @ w), init=lambda key, x: jnp.eye(3))
-            >>> pipe = fpipe.Pipe([dense, dense], devices=[jax.devices()[0]] * 2, chunks=4)
+            >>> dense = fpipe.Layer(
+            ...     lambda w, x: jnp.tanh(x @ w), init=lambda key, x: jnp.eye(3)
+            ... )
+            >>> devices = [jax.devices()[0]] * 2
+            >>> pipe = fpipe.Pipe([dense, dense], devices=devices, chunks=4)
             >>> x = jnp.ones((8, 3))
             >>> pipe.compile(pipe.init(jax.random.key(0), x), x)
             3
@@ -594,8 +601,11 @@ class Pipe(Call):
                 inside `jax.jit`.
 
         Example:
-            >>> dense = fpipe.Layer(lambda w, x: jnp.tanh(x @ w), init=lambda key, x: jnp.eye(3))
-            >>> pipe = fpipe.Pipe([dense, dense], devices=[jax.devices()[0]] * 2, chunks=4)
+            >>> dense = fpipe.Layer(
+            ...     lambda w, x: jnp.tanh(x @ w), init=lambda key, x: jnp.eye(3)
+            ... )
+            >>> devices = [jax.devices()[0]] * 2
+            >>> pipe = fpipe.Pipe([dense, dense], devices=devices, chunks=4)
             >>> plan = pipe.plan(None, jax.ShapeDtypeStruct((8, 3), jnp.float32))
             >>> plan.stages[0].work["F"], f"{plan.bubble:.0%}"
             (36.0, '28%')
@@ -672,11 +682,15 @@ class Pipe(Call):
             ValueError: `f` has not called this pipe.
 
         Example:
-            >>> dense = fpipe.Layer(lambda w, x: jnp.tanh(x @ w), init=lambda key, x: jnp.eye(3))
-            >>> pipe = fpipe.Pipe([dense, dense], devices=[jax.devices()[0]] * 2, chunks=4)
+            >>> dense = fpipe.Layer(
+            ...     lambda w, x: jnp.tanh(x @ w), init=lambda key, x: jnp.eye(3)
+            ... )
+            >>> devices = [jax.devices()[0]] * 2
+            >>> pipe = fpipe.Pipe([dense, dense], devices=devices, chunks=4)
             >>> x = jnp.ones((8, 3))
             >>> step = pipe.value_and_grad(lambda y: jnp.mean(y**2))
-            >>> (loss, grads), timeline = pipe.record(step, pipe.init(jax.random.key(0), x), x)
+            >>> params = pipe.init(jax.random.key(0), x)
+            >>> (loss, grads), timeline = pipe.record(step, params, x)
             >>> len(timeline.events)
             16
         """

@@ -10,10 +10,10 @@ import hypothesis
 import jax
 import pytest
 
-# Tests compile thousands of small programs and run each a few times, so they ask XLA for
-# code that is made fast, not for fast code: without optimization, without the emitters
-# of fused loops, and without a split of each program over threads. That is a third of
-# the compile time. `XLA_FLAGS= python -m pytest` tests what users run.
+# Tests compile thousands of small programs and run each a few times, so they ask XLA
+# for code that is made fast, not for fast code: without optimization, without the
+# emitters of fused loops, and without a split of each program over threads. That is a
+# third of the compile time. `XLA_FLAGS= python -m pytest` tests what users run.
 QUICK = (
     "--xla_backend_optimization_level=0",
     "--xla_cpu_use_fusion_emitters=false",
@@ -45,8 +45,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """Types are checked when tests ask for it, before the package is imported.
 
-    Not in every run: what is refused with a message of ours would be refused by the type
-    checker first, which has no remedy to offer.
+    Not in every run: what is refused with a message of ours would be refused by the
+    type checker first, which has no remedy to offer.
     """
     if config.option.typed or config.option.markexpr == "quick":
         # Annotated variables are left to the static checker. An `int` is a `float`.

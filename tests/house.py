@@ -1,8 +1,8 @@
 """The house as its source draws it: modules, the rooms that they stand in, floors.
 
 What comes in is a table of sources, `{"fpipe._core.errors": "import jax", …}`. What
-goes out is a graph of modules, the rooms that they stand in, and the floor of each room,
-which is one above the highest room that it imports:
+goes out is a graph of modules, the rooms that they stand in, and the floor of each
+room, which is one above the highest room that it imports:
 
     3  plot
     2  front

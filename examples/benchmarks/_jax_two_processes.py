@@ -110,7 +110,9 @@ class Maker:
         self.params = {}
 
     def __call__(self, schedule: str, checkpoint: str, m: int):
-        """A step, and the loss and the sum of the squared gradients that it computes."""
+        """A step, and the loss and the sum of the squared gradients that it
+        computes.
+        """
         shape = jax.ShapeDtypeStruct(self.arrays.shape[1:], jnp.float32)
         if schedule == "unpipelined":
             if self.rank:

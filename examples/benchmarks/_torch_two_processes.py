@@ -45,7 +45,9 @@ class Maker:
         self.x, self.t = torch.randn(2, batch, tokens, width)
 
     def __call__(self, schedule: str, checkpoint: str, m: int):
-        """A step, and the loss and the sum of the squared gradients that it computes."""
+        """A step, and the loss and the sum of the squared gradients that it
+        computes.
+        """
         assert checkpoint == "never"
         if schedule == "unpipelined":
             run, modules = self.unpipelined(m)

@@ -127,7 +127,9 @@ def stages_of(name: str) -> int:
 def agrees(
     measured: schedules.Timeline, simulated: schedules.Timeline, apart: float
 ) -> bool:
-    """Whether actions that start at least so far apart on paper started in that order."""
+    """Whether actions that start at least so far apart on paper started in that
+    order.
+    """
     started = {e.action: e.start for e in measured.events}
     paper = [e.start for e in simulated.events]
     earliest = [started[e.action] for e in simulated.events]
@@ -321,7 +323,10 @@ def medium(width: int) -> fpipe.Layer:
 def dispatch_table(unit: float, repeats: int, width: int) -> None:
     recorder, m = Recorder(), 8
     actions = 2 * DEVICES * m
-    times = f"medians over {repeats} (sleep), {10 * repeats} or {3 * repeats} (last) alternating repeats"
+    times = (
+        f"medians over {repeats} (sleep), {10 * repeats} or {3 * repeats} (last) "
+        "alternating repeats"
+    )
     print(f"\nWho dispatches: 1F1B, S={DEVICES}, m={m}, {times}")
     print(
         "                                            one thread   thread per device   "

@@ -68,7 +68,7 @@ PARTS = ("arrays", "scan", "allocator", "order", "seconds")
 NEAR, APART = 0.05, 0.03
 MIB = 2**20
 
-# --- the models ------------------------------------------------------------------------------------
+# --- the models -----------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +179,7 @@ def example(name: str, scale: int) -> Example:
     return Example(layers, x, labels, module.cross_entropy, keyed=False, stateful=True)
 
 
-# --- the placed executor's arrays ------------------------------------------------------------------
+# --- the placed executor's arrays -----------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -281,7 +281,7 @@ def verdict(ratios: Sequence[float]) -> bool:
     return near
 
 
-# --- the scan executor's program -------------------------------------------------------------------
+# --- the scan executor's program ------------------------------------------------------
 
 
 def scan_table(
@@ -338,7 +338,7 @@ def scan_table(
     return verdict(ratios)
 
 
-# --- a GPU's allocator -----------------------------------------------------------------------------
+# --- a GPU's allocator ----------------------------------------------------------------
 
 
 def allocator_table(
@@ -399,7 +399,7 @@ def one(name: str, schedule: str, checkpoint: str, scale: int) -> None:
     )
 
 
-# --- time ------------------------------------------------------------------------------------------
+# --- time -----------------------------------------------------------------------------
 
 
 def sleeping(seconds: float) -> fpipe.Layer:
@@ -521,7 +521,7 @@ def seconds_table(
         )
 
 
-# --- the run ---------------------------------------------------------------------------------------
+# --- the run --------------------------------------------------------------------------
 
 
 def main() -> None:

@@ -186,7 +186,10 @@ class Workers:
         tail = os.pread(file, 4000, max(0, os.fstat(file).st_size - 4000)).decode(
             errors="replace"
         )
-        return f"the {self.library} worker {rank} {what} at {line or 'its start'!r}; the end of its stderr:\n{tail}"
+        return (
+            f"the {self.library} worker {rank} {what} at {line or 'its start'!r}; the "
+            f"end of its stderr:\n{tail}"
+        )
 
     def close(self) -> None:
         """End both, whatever they are doing."""
@@ -334,7 +337,10 @@ def print_tables(seconds: dict[Row, float], args: argparse.Namespace) -> None:
         )
         for row in rows:
             library, schedule, checkpoint, _ = row
-            label = f"{library} {schedule or 'unpipelined'}{', remat' * (checkpoint == 'always')}"
+            label = (
+                f"{library} "
+                f"{schedule or 'unpipelined'}{', remat' * (checkpoint == 'always')}"
+            )
             text = f"{label:44s} {seconds[row]:7.3f}"
             speed_up = seconds[library, "", checkpoint, m] / seconds[row]
             top = ideal(schedule, m)

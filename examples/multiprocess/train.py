@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 import fpipe
 
-# --- the model -------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------
 
 
 def dense_init(key, fan_in: int, fan_out: int):
@@ -69,7 +69,7 @@ def cross_entropy(logits, labels):
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
-# --- the processes ---------------------------------------------------------------------------------
+# --- the processes --------------------------------------------------------------------
 
 
 def join(args: argparse.Namespace) -> None:
@@ -101,7 +101,7 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-# --- training --------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------
 
 
 def train(args: argparse.Namespace) -> None:

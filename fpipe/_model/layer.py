@@ -240,7 +240,9 @@ def function_name(f: Callable[..., Any]) -> str:
 
 
 def _check_function(f: Callable[..., Any], call: str) -> None:
-    """Refuse what looks like a function and has more than its call: that would be lost."""
+    """Refuse what looks like a function and has more than its call: that would be
+    lost.
+    """
     if isinstance(f, Layer):
         raise TypeError(
             f"{call}: {f.name!r} is an fpipe.Layer already, and its init, state, skips "

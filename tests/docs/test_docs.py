@@ -140,7 +140,9 @@ GAP = "…"  # where a message has a value
 
 
 def said(node, names):
-    """The text of an expression, with a gap for what is only known when it is raised."""
+    """The text of an expression, with a gap for what is only known when it is
+    raised.
+    """
     match node:
         case ast.Constant(value=str(text)):
             return text
@@ -212,7 +214,9 @@ def messages():
 
 
 def documented(page=None):
-    """The beginnings of messages on the page: code in the first column of its tables."""
+    """The beginnings of messages on the page: code in the first column of its
+    tables.
+    """
     page = (DOCS / "troubleshooting.md").read_text() if page is None else page
     cells = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
     return [

@@ -241,7 +241,7 @@ def test_plans_say_what_is_measured():
     assert "pairs in the right order: 1 of 1, goal all: yes" in done.stdout
 
 
-def test_the_language_model_prints_the_same_losses_whatever_the_executor_and_goes_on_from_a_checkpoint(
+def test_the_language_model_prints_the_same_losses_with_both_executors(
     tmp_path,
 ):
     small = [

@@ -323,7 +323,7 @@ def test_only_sums_are_donated():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_where_weights_are_all_there_is_a_plan_of_the_scan_executor_from_shapes_is_near_the_compiled_one(
+def test_where_weights_are_all_a_plan_of_scan_is_near_the_compiled_one(
     tied,
 ):
     def init(key, x):

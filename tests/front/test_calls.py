@@ -477,7 +477,10 @@ def test_a_loss_with_other_parameters_is_told_how_it_is_called(call):
     of it stays as it is.
     """
     pipe, placed, _, _ = with_params()
-    head = "`loss_fn` is called as `loss_fn(y, *targets)`, where y is the output of the last layer, here with "
+    head = (
+        "`loss_fn` is called as `loss_fn(y, *targets)`, where y is the output of the "
+        "last layer, here with "
+    )
 
     def as_for_grad(params, x, target):
         return mse(x, target)
@@ -1436,7 +1439,10 @@ def test_x_without_an_array_is_refused():
 @pytest.mark.parametrize("value", [None, "tag", (), {"a": None}, 3], ids=repr)
 def test_a_boundary_without_arrays_is_refused(value):
     nothing = fpipe.Layer(lambda p, x: value, lambda key, x: (), "nothing")
-    text = r"stage 0 ends with layer 0 'nothing', which returned .*: a boundary needs at least one array"
+    text = (
+        r"stage 0 ends with layer 0 'nothing', which returned .*: a boundary needs at "
+        r"least one array"
+    )
     for layers, balance in (
         ([nothing, dense()], [1, 1]),
         ([nothing], [1]),

@@ -183,7 +183,9 @@ def test_the_numbers_change_in_every_part(uninterrupted):
 
 
 def test_inside_jit(tmp_path):
-    """Loaded states and keys stand beside parameters on a mesh; plain optax as it is."""
+    """Loaded states and keys stand beside parameters on a mesh; plain optax as it
+    is.
+    """
     pipe, tx = pipe_of("scan on other devices"), optax.sgd(1e-2, momentum=0.9)
     x = jnp.ones((ROWS, WIDTH))
     layers = [
@@ -260,7 +262,8 @@ def test_on_disk_is_one_entry_per_layer(tmp_path):
 
 SAVE = """
 import itertools, sys, pathlib, jax, jax.numpy as jnp, orbax.checkpoint as ocp, fpipe
-pipe = fpipe.Pipe([fpipe.Layer(lambda p, x: x @ p, lambda key, x: jnp.zeros((512, 512)))] * 4, [2, 2], chunks=2)
+layer = fpipe.Layer(lambda p, x: x @ p, lambda key, x: jnp.zeros((512, 512)))
+pipe = fpipe.Pipe([layer] * 4, [2, 2], chunks=2)
 params = pipe.init(jax.random.key(0), jnp.zeros((4, 512)))
 manager = ocp.CheckpointManager(sys.argv[1])
 for step in itertools.count():
@@ -325,7 +328,10 @@ def test_killed_while_it_saves(tmp_path):
 # --- of something else ---
 
 CALL = "`fpipe.optim.place(state, params, tx)`: "
-FIX = "; load it with the model and the transformation that it was saved with, or begin anew with `tx.init(params)`"
+FIX = (
+    "; load it with the model and the transformation that it was saved with, or begin "
+    "anew with `tx.init(params)`"
+)
 
 
 @pytest.mark.parametrize("executor", ["placed", "scan"])
@@ -447,7 +453,10 @@ def test_two_processes_load_and_save(uninterrupted, tmp_path):
     with contextlib.ExitStack() as stack:
         both = []
         for k in range(2):
-            code = f"from tests.front.test_checkpoints import work; work({address!r}, {k}, {str(folder)!r})"
+            code = (
+                f"from tests.front.test_checkpoints import work; work({address!r}, "
+                f"{k}, {str(folder)!r})"
+            )
             error = stack.enter_context((tmp_path / f"stderr{k}").open("w"))
             both.append(
                 stack.enter_context(

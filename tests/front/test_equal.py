@@ -88,7 +88,9 @@ def pipe_of(layers, cut, chunks, checkpoint, schedule, executor="placed"):
 
 
 def check(case, pipe, loss, tolerance=1e-5):
-    """One model, one pipe: loss, gradients of everything, states, outputs, evaluation."""
+    """One model, one pipe: loss, gradients of everything, states, outputs,
+    evaluation.
+    """
     params, needs = case.params(), case.needs
     placed = pipe.place(params)
     if loss == "inside":

@@ -839,7 +839,10 @@ def test_a_schedule_of_forwards_evaluates_and_refuses_gradients():
         pipe.evaluate(mse)(placed, case.x, case.target),
         case.reference.evaluate(mse)(params, case.x, case.target),
     )
-    text = "the schedule 'forwards' has forwards only, and gradients are asked for; give it a B for every F"
+    text = (
+        "the schedule 'forwards' has forwards only, and gradients are asked for; give "
+        "it a B for every F"
+    )
     with pytest.raises(ValueError, match=text):
         pipe.value_and_grad(mse)(placed, case.x, case.target)
     with pytest.raises(ValueError, match=text):

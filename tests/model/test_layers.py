@@ -407,7 +407,10 @@ def test_what_is_no_layer_is_refused_in_words(case):
 @pytest.mark.parametrize("field", ["stash", "pop", "peek", "borrow", "needs"])
 def test_a_name_that_is_there_twice_is_refused(field):
     given = untyped({field: ["a", "b", "a"]})
-    text = f"`fpipe.Layer({field}=...)` of layer 'carried': a name is there twice in ['a', 'b', 'a']"
+    text = (
+        f"`fpipe.Layer({field}=...)` of layer 'carried': a name is there twice in "
+        "['a', 'b', 'a']"
+    )
     with raises(ValueError, text):
         fpipe.Layer(carried, **given)
 
@@ -750,7 +753,10 @@ def test_a_layer_without_init_is_told_what_to_do(make):
         make(
             [fpipe.fn(one), plain, fpipe.Layer(count, init_state=init_stats)]
         ).init_state(x)
-    text = "`init_state`: layer 0 'count' has state but no init_state; give it one with `fpipe.Layer(apply, init_state=...)`"
+    text = (
+        "`init_state`: layer 0 'count' has state but no init_state; give it one with "
+        "`fpipe.Layer(apply, init_state=...)`"
+    )
     with raises(ValueError, text):
         make([fpipe.Layer(count, lambda key, x: ())]).init_state(x)
 
@@ -785,7 +791,10 @@ def test_a_state_that_changes_its_type_is_refused(make, how):
             fpipe.Layer(lambda p, x, *, state: (x, change(state)), name="norm"),
         ]
     )
-    text = f"layer 1 'norm' got the state float32[1] and returned {got}; a state keeps its structure, shapes and dtypes"
+    text = (
+        f"layer 1 'norm' got the state float32[1] and returned {got}; a state keeps "
+        "its structure, shapes and dtypes"
+    )
     with raises(TypeError, text):
         pipe(((), ()), jnp.ones((2, 1)), state=(None, jnp.zeros(1)))
 
@@ -882,7 +891,10 @@ def test_a_layer_that_returns_the_wrong_arity_is_refused(make, case):
         lambda p, x, **needs: result(x), name="bad", needs=needs.split()
     )
     state = (None, jnp.zeros(1)) if "state" in needs else None
-    text = f"layer 1 'bad' declares {declared} and must return `{form}`, but returned {got}"
+    text = (
+        f"layer 1 'bad' declares {declared} and must return `{form}`, but returned "
+        f"{got}"
+    )
     with raises(TypeError, text) as error:
         make([fpipe.fn(one), layer])(((), ()), jnp.ones((2, 1)), state=state)
     assert notes(error) == [

@@ -144,8 +144,10 @@ def test_a_required_step_that_is_not_given_is_an_error(make):
     pipe = make([dense(), warmed()], chunks=2)
     params = pipe.init(jax.random.key(0), X)
     message = (
-        "layer 1 'warmed' asks for the need 'step', which this call was not given: pass "
-        "`step=...`, or give the parameter a default: `def warmed(params, x, *, step=0)`"
+        "layer 1 'warmed' asks for the need 'step', which this call was not given: "
+        "pass "
+        "`step=...`, or give the parameter a default: `def warmed(params, x, *, "
+        "step=0)`"
     )
     with raises(ValueError, message):
         pipe(params, X)

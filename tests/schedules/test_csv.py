@@ -115,7 +115,12 @@ def test_a_table_of_torch_with_overlapped_cells():
     assert from_csv(spaced, name="dualpipe_v") == schedule
 
 
-WANT = Schedule([[("F", 0, 0), ("F", 0, 1), ("B", 0, 0), ("B", 0, 1)], [("F", 1, 0), ("B", 1, 0), ("F", 1, 1), ("B", 1, 1)]])  # fmt: skip
+WANT = Schedule(
+    [
+        [("F", 0, 0), ("F", 0, 1), ("B", 0, 0), ("B", 0, 1)],
+        [("F", 1, 0), ("B", 1, 0), ("F", 1, 1), ("B", 1, 1)],
+    ]
+)
 FORMS = {
     "clock": "0F0,0F1,,0B0,,0B1\n,1F0,1B0,1F1,1B1\n",
     "order alone": "0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1",

@@ -205,8 +205,14 @@ def test_a_colour_for_each_kind_and_a_shade_for_the_next_microbatch_or_stage():
 
 
 @pytest.mark.parametrize(
-    ("terminal", "no_colour", "expected"), [(True, None, True), (True, "", True), (True, "1", False), (False, None, False)]
-)  # fmt: skip
+    ("terminal", "no_colour", "expected"),
+    [
+        (True, None, True),
+        (True, "", True),
+        (True, "1", False),
+        (False, None, False),
+    ],
+)
 def test_colour_none_asks_the_terminal(monkeypatch, terminal, no_colour, expected):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)

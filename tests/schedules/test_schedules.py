@@ -388,7 +388,9 @@ def test_kinds(name):
 
 
 def drawn(schedule):
-    """The table of a docstring: a column for an F, I or W, two for a B, `.` where idle."""
+    """The table of a docstring: a column for an F, I or W, two for a B, `.` where
+    idle.
+    """
     timeline = simulate(schedule)
     prefix = schedule.stages > schedule.devices
     boxes = [

@@ -75,7 +75,9 @@ def number(cost, stage):
 
 
 def oracle(schedule, costs):
-    """Start and end of every action: raise the starts until nothing changes any more."""
+    """Start and end of every action: raise the starts until nothing changes any
+    more.
+    """
     stage_to_device, stages = schedule.stage_to_device, schedule.stages
     actions = [a for row in schedule.actions for a in row]
     took = {

@@ -29,7 +29,9 @@ SPLIT: tuple[Kind, ...] = ("F", "I", "W")
 
 
 def arrows(kinds):
-    """`(action, what it needs)` of one microbatch on three stages, as in `_rules.py`."""
+    """`(action, what it needs)` of one microbatch on three stages, as in
+    `_rules.py`.
+    """
     present = {Action(k, s, 0) for k in kinds for s in range(3)}
     return {
         (f"{a.kind}{a.stage}", f"{n.kind}{n.stage}")
@@ -123,7 +125,7 @@ LEGAL = {
 }
 each = pytest.mark.parametrize("name", LEGAL)
 
-# --- the oracle: sweep over the devices and run whatever can run, until nothing does ---
+# --- the oracle: sweep over the devices and run whatever can run, until nothing does --
 
 
 def run(rows, stages):
@@ -485,7 +487,10 @@ def test_maps_that_do_not_fit(name):
 
 
 def test_a_device_without_a_stage_is_refused():
-    message = "device 1 has no stage and nothing to run; leave it out, or give it a stage in stage_to_device, (0, 2)"
+    message = (
+        "device 1 has no stage and nothing to run; leave it out, or give it a stage in "
+        "stage_to_device, (0, 2)"
+    )
     with raises(ValueError, f"`Schedule`: {message}"):
         Schedule([[("F", 0, 0)], [], [("F", 1, 0)]], [0, 2])
 
@@ -503,7 +508,10 @@ def test_a_deadlock_names_its_root_and_not_those_who_wait_behind_it():
 
 
 def test_of_two_reasons_a_deadlock_names_the_one_on_fewer_devices():
-    own = "waits for F({0},0), which device {0} itself has later, at position 1; 2 more devices are stuck"
+    own = (
+        "waits for F({0},0), which device {0} itself has later, at position 1; 2 more "
+        "devices are stuck"
+    )
     two, _ = BROKEN["two devices"]
     with raises(
         ValueError,

@@ -380,7 +380,8 @@ class Placed:
                         raise TypeError(
                             f"{layer} hold {array!r}, no array; `params = "
                             "pipe.place(params)` makes arrays of numbers, and what is "
-                            "fixed belongs into the layer's function (functools.partial)"
+                            "fixed belongs into the layer's function "
+                            "(functools.partial)"
                         )
                     if isinstance(array, jax.ShapeDtypeStruct) or home.holds(array):
                         continue

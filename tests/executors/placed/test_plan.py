@@ -110,7 +110,7 @@ def test_evaluate_and_a_plain_call_run_forwards_only():
         }
 
 
-def test_a_skip_goes_straight_from_its_stash_to_its_pop_and_its_gradient_straight_back():
+def test_a_skip_and_its_gradient_go_straight_between_stash_and_pop():
     middle = models()["plain"][0]
     pipe, step = call([middle, keep(), middle, middle, add()], [2, 1, 1, 1], 2)
     routes = set()
