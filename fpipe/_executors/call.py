@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from fpipe._core.errors import entries
 from fpipe._core.pytrees import PyTree, describe, numbers_as_arrays
-from fpipe._executors.gradients import as_scale, finished
+from fpipe._executors.gradients import as_scale, unscale_and_add
 from fpipe._model.frozen import Frozen, FrozenLeaves
 from fpipe._model.loss import Loss, Reduction, as_loss
 from fpipe._model.microbatch import NoChunk
@@ -228,10 +228,9 @@ class Call(abc.ABC):
             result = self._loss(args, own, numbers)
             # As in `jax.grad`: an int gives a gradient, a tuple a tuple of them.
             new = result.gradients[0] if isinstance(argnums, int) else result.gradients
-            result = result._replace(loss=finished(result.loss, loss_scale, None, ""))
-            return _value(result, loss, state), finished(
-                new, loss_scale, grads, "`grads=`"
-            )
+            value = unscale_and_add(result.loss, loss_scale, None, "")
+            gradients = unscale_and_add(new, loss_scale, grads, "`grads=`")
+            return _value(result._replace(loss=value), loss, state), gradients
 
         return value_and_grad
 

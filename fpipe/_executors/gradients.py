@@ -24,7 +24,7 @@ from fpipe._core.pytrees import PyTree, describe, is_traced
 from fpipe._model.loss import divided, wide
 
 
-def finished(gradients: PyTree, scale: Any, given: PyTree, call: str) -> PyTree:
+def unscale_and_add(gradients: PyTree, scale: Any, given: PyTree, call: str) -> PyTree:
     """`gradients / scale + given`, on the devices where the gradients are.
 
     Arguments:

@@ -30,7 +30,7 @@ _BETTER = 0.05
 _ENOUGH = 4
 
 
-def uneven(
+def advise_balance(
     stages: Sequence[StageRow], best: Callable[[], tuple[tuple[int, ...], float]]
 ) -> Iterator[str]:
     """A stage that the others wait for.
@@ -61,7 +61,7 @@ def uneven(
         )
 
 
-def few(
+def advise_more_microbatches(
     stages: Sequence[StageRow],
     timeline: Timeline,
     microbatches: int,
@@ -88,7 +88,7 @@ def few(
         )
 
 
-def ragged(microbatch_rows: Sequence[int]) -> Iterator[str]:
+def advise_equal_pieces(microbatch_rows: Sequence[int]) -> Iterator[str]:
     """A last microbatch of another size."""
     if len(set(microbatch_rows)) > 1:
         yield (
@@ -98,7 +98,7 @@ def ragged(microbatch_rows: Sequence[int]) -> Iterator[str]:
         )
 
 
-def repeated(places: int, devices: int) -> Iterator[str]:
+def warn_of_repeated_devices(places: int, devices: int) -> Iterator[str]:
     """A device under several numbers in the schedule, which knows nothing of that.
 
     Arguments:
@@ -113,7 +113,7 @@ def repeated(places: int, devices: int) -> Iterator[str]:
         )
 
 
-def short(devices: Sequence[DeviceRow]) -> Iterator[str]:
+def warn_of_short_memory(devices: Sequence[DeviceRow]) -> Iterator[str]:
     """Devices that have less memory than they need."""
     for row in devices:
         if row.missing:

@@ -29,7 +29,13 @@ from fpipe._executors.call import Args
 from fpipe._executors.plan_data import DeviceMemory, PlanData
 from fpipe._executors.request import schedule_of
 from fpipe._model.model import Model
-from fpipe._planning.advice import few, ragged, repeated, short, uneven
+from fpipe._planning.advice import (
+    advise_balance,
+    advise_equal_pieces,
+    advise_more_microbatches,
+    warn_of_repeated_devices,
+    warn_of_short_memory,
+)
 from fpipe._planning.balance import best_balance
 from fpipe._planning.costs import LayerCosts
 from fpipe._planning.hardware import Hardware, PlanOptions
@@ -79,16 +85,18 @@ def predict(
     timeline = simulate(data.schedule, action_costs)
     devices = tuple(_device_row(row, options.hardware) for row in data.devices)
     advice = [
-        *uneven(stages, lambda: _best_balance(data, layers, stages, options.hardware)),
-        *few(
+        *advise_balance(
+            stages, lambda: _best_balance(data, layers, stages, options.hardware)
+        ),
+        *advise_more_microbatches(
             stages,
             timeline,
             data.schedule.microbatches,
             _with_more_microbatches(data, action_costs),
         ),
-        *ragged(data.microbatch_rows),
-        *repeated(data.schedule.devices, len(devices)),
-        *short(devices),
+        *advise_equal_pieces(data.microbatch_rows),
+        *warn_of_repeated_devices(data.schedule.devices, len(devices)),
+        *warn_of_short_memory(devices),
     ]
     return Prediction(
         executor=data.executor,

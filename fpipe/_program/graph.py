@@ -115,7 +115,7 @@ def trace(f: Callable[..., Sequence[Any]], *shapes: Any) -> Any:
     return jax.make_jaxpr(f)(*shapes)
 
 
-def function(closed: Any) -> Callable[..., list[Any]]:
+def as_function(closed: Any) -> Callable[..., list[Any]]:
     """A closed jaxpr as a function again.
 
     It can be differentiated without calling the original function once more. Nested

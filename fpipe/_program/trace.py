@@ -28,7 +28,7 @@ from fpipe._core.pytrees import Shape, is_inexact, pack
 from fpipe._model.loss import Loss
 from fpipe._model.remat import Remat
 from fpipe._model.stages import Leaf, Port, Stage
-from fpipe._program.graph import Graph, ancestors, function, inline, is_zero, trace
+from fpipe._program.graph import Graph, ancestors, as_function, inline, is_zero, trace
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,7 +151,7 @@ def differentiate(
     """
     # What is differentiated, and by which outputs. States and integers have no
     # cotangent: they are auxiliary results.
-    run = function(flat.closed)
+    run = as_function(flat.closed)
     asked = [n for n, leaf in enumerate(flat.inputs) if leaf in wanted]
     out_shapes = [flat.out[leaf.port].leaves[leaf.k] for leaf in flat.outputs]
     has_cotangent = [

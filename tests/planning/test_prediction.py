@@ -84,7 +84,7 @@ def test_what_is_alive_is_predicted_to_the_byte_at_every_instruction(
     jax.block_until_ready(step(params, x, target))
 
     loss = as_loss("value_and_grad", mse, False, "mean")
-    bound = placed_executor(pipe).bound(Args(params, x, (target,)), loss, (0,))
+    bound = placed_executor(pipe).ready_plan(Args(params, x, (target,)), loss, (0,))
     plan = bound.plan
     kept = {f.slot for f in plan.feeds} | set(plan.constants)
     want = [
@@ -300,7 +300,7 @@ def test_inputs_that_lie_elsewhere_are_copied_and_freed():
     left = []
     for x, target in ((here, there), (here, here), (here.__array__(), there), (X, X)):
         args = Args(tuple(p.tree for p in params), x, (target,))
-        bound = placed_executor(pipe).bound(args, loss, (0,))
+        bound = placed_executor(pipe).ready_plan(args, loss, (0,))
         *_, (_, now) = levels(bound.plan, bound.shapes, kept_slots(bound, args))
         inputs = {place.device: roles.get("inputs", 0) for place, roles in now.items()}
         left.append([inputs[d] >= ROWS * WIDTH * 4 for d in pipe.devices])

@@ -1,9 +1,9 @@
 """A plan ready to run: what is put into its slots, and how its instructions are issued.
 
-`bind` makes it, once for each plan; `Bound.run` runs it, once for each call. A run only
-dispatches: JAX's runtime runs each program when its inputs are there, so the devices
-work while the host is already issuing what comes next. Nothing is waited for, except
-in a call that is recorded.
+`bind` makes it, once for each plan; `ReadyPlan.run` runs it, once for each call. A run
+only dispatches: JAX's runtime runs each program when its inputs are there, so the
+devices work while the host is already issuing what comes next. Nothing is waited for,
+except in a call that is recorded.
 
 The slots of a plan of two stages, on two devices, with several microbatches:
 
@@ -73,7 +73,7 @@ class InputTransfer(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Bound:
+class ReadyPlan:
     """A plan ready to run.
 
     Attributes:
@@ -257,7 +257,7 @@ def bind(
     inputs: Inputs,
     dispatch: Dispatch,
     constant: Callable[[Any, Placement], Any],
-) -> Bound:
+) -> ReadyPlan:
     """Make a plan ready to run: everything that is the same in each of its calls is
     worked out here.
 
@@ -305,7 +305,7 @@ def bind(
     wanted = dispatch == "thread_per_device" or (
         dispatch == "auto" and any(run.calls_host for run in runs)
     )
-    return Bound(
+    return ReadyPlan(
         plan=plan,
         layout=layout,
         threaded=wanted and several_devices,

@@ -75,7 +75,7 @@ def join_outputs(call: CallWork) -> SlotTree:
 
     shapes = [piece.leaves[leaf.k] for leaf in leaves for piece in pieces]
     outs = [Slot(CallValue(Output(leaf)), placement, "outputs") for leaf in leaves]
-    call.around("join y", joined, ins, outs, placement)
+    call.add_unscheduled("join y", joined, ins, outs, placement)
     whole = jax.eval_shape(joined, *shapes)
     return SlotTree(Shape(first.spec, tuple(whole)), tuple(outs))
 
@@ -122,7 +122,7 @@ def reduce_loss(call: CallWork, loss: Loss) -> ReducedLoss:
     leaves += [Leaf(AUX, k) for k in range(len(first[AUX].leaves))]
     ins = _of_all_microbatches(call, stage, leaves)
     outs = [Slot(CallValue(Output(leaf)), placement, "outputs") for leaf in leaves]
-    call.around("reduce loss", reduce, ins, outs, placement)
+    call.add_unscheduled("reduce loss", reduce, ins, outs, placement)
     total = outs.pop(0)
     weight = outs.pop(0) if weighted else None
     aux = SlotTree(first[AUX], tuple(outs)) if loss.has_aux else None
@@ -147,7 +147,7 @@ def finish_states(call: CallWork) -> dict[int, SlotTree]:
         leaves = [Leaf(port, k) for k in range(len(shape.leaves))]
         outs = [Slot(CallValue(Output(leaf)), placement, "outputs") for leaf in leaves]
         finish = _state_finisher(stage.model, layer, left.spec)
-        call.around(f"finish state {layer}", finish, slots, outs, placement)
+        call.add_unscheduled(f"finish state {layer}", finish, slots, outs, placement)
         states[layer] = SlotTree(shape, tuple(outs))
     return states
 
@@ -210,7 +210,7 @@ def finish_gradients(call: CallWork, weight: Slot | None) -> dict[Leaf, Slot]:
         if weight is not None:
             ins.append(weight)
         finish = _gradient_finisher(shapes, counts)
-        call.around("finish gradients", finish, ins, outs, owner)
+        call.add_unscheduled("finish gradients", finish, ins, outs, owner)
         gradients.update(zip(leaves, outs, strict=True))
     return gradients
 
@@ -288,7 +288,7 @@ def _join_gradients(call: CallWork, stage: int) -> dict[Leaf, Slot]:
     outs = [
         Slot(JoinedGradient(leaf, stage), placement, "gradients") for leaf in leaves
     ]
-    call.around("join gradients", joined, ins, outs, placement)
+    call.add_unscheduled("join gradients", joined, ins, outs, placement)
     return dict(zip(leaves, outs, strict=True))
 
 

@@ -33,7 +33,7 @@ from fpipe._core.pytrees import (
 )
 from fpipe._core.settings import settings
 from fpipe._executors.call import Args, Result, check_params
-from fpipe._executors.placed.dispatch import Bound, Dispatch, bind
+from fpipe._executors.placed.dispatch import Dispatch, ReadyPlan, bind
 from fpipe._executors.placed.instructions import Half, Plan
 from fpipe._executors.placed.lower import lower
 from fpipe._executors.placed.plan_data import plan_data
@@ -239,9 +239,11 @@ class Placed:
         """Compile the programs of a call; arrays or their shapes will do. Returns how
         many there are.
         """
-        return self.bound(args, loss, argnums).compile(threads, progress)
+        return self.ready_plan(args, loss, argnums).compile(threads, progress)
 
-    def bound(self, args: Args, loss: Loss | None, argnums: tuple[int, ...]) -> Bound:
+    def ready_plan(
+        self, args: Args, loss: Loss | None, argnums: tuple[int, ...]
+    ) -> ReadyPlan:
         """The plan of a call, ready to run; arrays or their shapes will do."""
         refuse_tracers(args)
         numbered = numbered_leaves(_counts(args.params), args)
@@ -261,14 +263,14 @@ class Placed:
             args: arrays or their shapes.
             compiled: whether to compile the programs, for the memory that they need.
         """
-        bound = self.bound(args, loss, argnums)
+        bound = self.ready_plan(args, loss, argnums)
         return plan_data(bound, args, self.scheduling, self._remat, compiled)
 
     # --- plans ---
 
     def _start(
         self, kind: CallKind, args: Args, loss: Loss | None, wanted: tuple[Leaf, ...]
-    ) -> tuple[Bound, list[Any]]:
+    ) -> tuple[ReadyPlan, list[Any]]:
         """The bound plan of a call, and slots with the inputs in them."""
         params, params_def = jax.tree.flatten(args.params)
         packs = self._packs(args)
@@ -305,7 +307,7 @@ class Placed:
         params: tuple[list[Any], Any],
         packs: Packs,
         type_of: Callable[[Any], Any],
-    ) -> Bound:
+    ) -> ReadyPlan:
         """The bound plan of a call, from the cache or new.
 
         Arguments:
@@ -342,7 +344,7 @@ class Placed:
 
     def _make(
         self, kind: CallKind, args: Args, loss: Loss | None, wanted: tuple[Leaf, ...]
-    ) -> Bound:
+    ) -> ReadyPlan:
         """A new plan, bound. This is where a call is checked against the model."""
         self._check_placed(args.params)
         inputs = inputs_of(args, [Shape.of(p) for p in args.params], self.chunks)
@@ -410,7 +412,7 @@ class _SecondHalf:
         arguments: the leaves that can be differentiated.
     """
 
-    bound: Bound
+    bound: ReadyPlan
     arguments: tuple[Leaf, ...]
 
     def __call__(self, left: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:

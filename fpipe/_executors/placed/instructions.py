@@ -286,7 +286,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def with_frees(code: Sequence[Run | Move], keep: Iterable[int]) -> list[Instruction]:
+def add_frees(code: Sequence[Run | Move], keep: Iterable[int]) -> list[Instruction]:
     """Add a `Free` after the last use of each slot that is not kept.
 
     Behind each instruction, here of a forward of two stages that keeps `z`, stands:

@@ -43,8 +43,8 @@ from fpipe._executors.placed.instructions import (
     Plan,
     Run,
     Slot,
+    add_frees,
     read_from_outside,
-    with_frees,
 )
 from fpipe._executors.placed.work import CallWork, Work
 from fpipe._executors.programs import (
@@ -127,8 +127,8 @@ def lower(
     numbers = {slot: number for number, slot in enumerate(given)}
     # The second pass. Both halves share the numbers: what the first half moved to a
     # placement is not moved there again by the second.
-    first = with_moves(call.work[:half], numbers)
-    second = with_moves(call.work[half:], numbers)
+    first = add_moves(call.work[:half], numbers)
+    second = add_moves(call.work[half:], numbers)
 
     # The third pass. Two halves are two runs: what the second one reads outlives the
     # first, and nothing that is returned is ever freed.
@@ -137,8 +137,8 @@ def lower(
     # A constant is the same array in the next call. A call begins with a copy of the
     # list of slots, so a `Free` would not harm the next one; it would only cost time.
     keep.update(numbers[slot] for slot in (*gradients.values(), *call.constants))
-    forward = with_frees(first, keep | read_from_outside(second))
-    backward = with_frees(second, keep)
+    forward = add_frees(first, keep | read_from_outside(second))
+    backward = add_frees(second, keep)
 
     def numbered(tree: SlotTree) -> OutputTree:
         return OutputTree(tree.shape, tuple(numbers[slot] for slot in tree.slots))
@@ -194,7 +194,7 @@ def issue_order(schedule: Schedule, kind: CallKind) -> list[Action]:
     return sorted(order, key=lambda action: action.kind != "F")
 
 
-def with_moves(work: Sequence[Work], numbers: dict[Slot, int]) -> list[Run | Move]:
+def add_moves(work: Sequence[Work], numbers: dict[Slot, int]) -> list[Run | Move]:
     """The second pass: moves before the programs that need them, and slots as numbers.
 
     A move is as late as it can be, right before the first program that needs it. So a

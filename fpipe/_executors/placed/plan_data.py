@@ -22,7 +22,7 @@ import jax
 from fpipe._core.pytrees import nbytes, pack
 from fpipe._executors.call import Args
 from fpipe._executors.placed.compile import compile_plan, traced_runs
-from fpipe._executors.placed.dispatch import Bound
+from fpipe._executors.placed.dispatch import ReadyPlan
 from fpipe._executors.placed.instructions import Plan, Run
 from fpipe._executors.placed.memory import peaks
 from fpipe._executors.placement import Placement
@@ -37,7 +37,7 @@ from fpipe.schedules import Kind
 
 
 def plan_data(
-    bound: Bound,
+    bound: ReadyPlan,
     args: Args,
     scheduling: Scheduling,
     remat: Remat,
@@ -69,7 +69,7 @@ def plan_data(
     )
 
 
-def _work(bound: Bound) -> dict[tuple[Kind, int], tuple[Work, ...]]:
+def _work(bound: ReadyPlan) -> dict[tuple[Kind, int], tuple[Work, ...]]:
     """The program of each kind of action on each stage, for its first microbatch."""
     found: dict[tuple[Kind, int], tuple[Work, ...]] = {}
     for traced in traced_runs(bound.plan, bound.shapes):
@@ -85,7 +85,7 @@ def _work(bound: Bound) -> dict[tuple[Kind, int], tuple[Work, ...]]:
     return found
 
 
-def _memory(bound: Bound, args: Args, compiled: bool) -> tuple[DeviceMemory, ...]:
+def _memory(bound: ReadyPlan, args: Args, compiled: bool) -> tuple[DeviceMemory, ...]:
     """The fullest moment of each device."""
     plan, layout = bound.plan, bound.layout
     programs = compile_plan(plan, bound.shapes) if compiled else {}
@@ -143,7 +143,7 @@ def _constant_bytes(plan: Plan, place: Placement) -> int:
     return sum(nbytes(a) for code in codes.values() for a in closed_over(code))
 
 
-def kept_slots(bound: Bound, args: Args) -> set[int]:
+def kept_slots(bound: ReadyPlan, args: Args) -> set[int]:
     """The slots of what stays after its last use: parameters, constants, and inputs
     that the caller has where they are read.
     """
@@ -162,7 +162,7 @@ def kept_slots(bound: Bound, args: Args) -> set[int]:
     return kept
 
 
-def _unread(bound: Bound, args: Args, place: Placement) -> int:
+def _unread(bound: ReadyPlan, args: Args, place: Placement) -> int:
     """The bytes of inputs that the caller has on a device where nothing reads them."""
     plan = bound.plan
     read = {

@@ -125,7 +125,7 @@ class CallWork:
             else:
                 self._backward(action)
 
-    def around(
+    def add_unscheduled(
         self,
         name: str,
         call: Callable[..., Sequence[Any]],
@@ -284,7 +284,9 @@ class CallWork:
             return [jnp.zeros(a.shape, sum_dtype(a.dtype)) for a in shapes]
 
         if outs:
-            self.around("zeros", zeros, [], outs, self.layout.placements[stage])
+            self.add_unscheduled(
+                "zeros", zeros, [], outs, self.layout.placements[stage]
+            )
 
 
 def _role(value: ProgramValue, stage: int, last: bool) -> Role:

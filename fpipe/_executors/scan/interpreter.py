@@ -10,7 +10,7 @@ buffers (see `machine.py`) to their arrays:
     SavedPool("core", True)   a pool          arrays with an axis of slots
     Outbox(WireName(...))     an outbox       the arrays of one bundle
     InTransit(feed)           a feed          the arrays of one microbatch
-    Turn()                    see `_together` a number
+    Turn()                    see `_move_in_turn` a number
     ClockToken()              for a clock     a number
     OutputBuffer(loss[0])     an output       an array with an axis of microbatches
     RowGradient(0)            a gradient      an array, the sum so far
@@ -83,7 +83,7 @@ class InTransit:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Turn:
-    """A number that keeps the collectives of a tick in one order, see `_together`. It
+    """A number that keeps the collectives of a tick in one order, see `_move_in_turn`. It
     is always zero, which XLA cannot know.
     """
 
@@ -185,7 +185,7 @@ class Interpreter:
         self.states: list[StateBlock] = []
         if machine.state is not None:
             self.states = [StateBlock(r) for r in range(len(machine.state.rows))]
-        self.parts = self._find_parts(ops)
+        self.parts = self._find_row_sums(ops)
 
     # --- outside the mesh ---
 
@@ -399,7 +399,7 @@ class Interpreter:
 
     # --- what moves ---
 
-    def _together(
+    def _move_in_turn(
         self,
         used: Array,
         carry: Carry,
@@ -446,7 +446,7 @@ class Interpreter:
             return [jax.lax.ppermute(a, AXIS, pairs) for a in here], here
 
         name = InTransit(feed)
-        carry[name], here = self._together(
+        carry[name], here = self._move_in_turn(
             row[feed.used], carry, move, lambda come: (come, come), carry[name]
         )
         for leaf, piece in zip(feed.leaves, here, strict=True):
@@ -473,7 +473,7 @@ class Interpreter:
         if wire.always:
             (carry[entry.wire],) = move(carry[entry.wire])
         else:
-            (carry[entry.wire],) = self._together(
+            (carry[entry.wire],) = self._move_in_turn(
                 used, carry, move, lambda pool: (pool,), carry[entry.wire]
             )
 
@@ -610,7 +610,9 @@ class Interpreter:
 
     # --- gradients ---
 
-    def _find_parts(self, ops: Sequence[Op]) -> dict[SummedGradient, dict[Op, RowSum]]:
+    def _find_row_sums(
+        self, ops: Sequence[Op]
+    ) -> dict[SummedGradient, dict[Op, RowSum]]:
         """The gradients that are kept as parts over the mesh's data axis, with how each
         operation makes them.
 
