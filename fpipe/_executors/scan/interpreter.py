@@ -83,7 +83,8 @@ class InTransit:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Turn:
-    """A number that keeps the collectives of a tick in one order, see `_move_in_turn`. It
+    """A number that keeps the collectives of a tick in one order, see
+    `_move_in_turn`. It
     is always zero, which XLA cannot know.
     """
 
