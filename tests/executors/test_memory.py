@@ -218,9 +218,9 @@ def test_each_layer_is_traced_once_per_shape():
     step = pipe.value_and_grad(jnp.mean)
     for _ in range(2):
         step(params, jnp.ones((7, 2)))
-    assert (
-        traces == [(3, 2), (1, 2)] * 2
-    )  # forward, backward, with and without recomputation: one trace
+    # One trace for both layers, which are equal: forward and backward, with and without
+    # recomputation.
+    assert traces == [(3, 2), (1, 2)]
 
 
 def test_a_new_loss_function_at_each_step_costs_bounded_memory(monkeypatch):

@@ -643,7 +643,7 @@ import fpipe
 from tests.model.test_skips import uses
 pipe = fpipe.Pipe(uses((1, 0, 2)), [1, 2, 3], chunks=2)
 print(pipe.model.routes)
-for stage in placed_executor(pipe).layout.stages:
+for stage in pipe._executor.stages:
     print(stage.skips_in, stage.skips_out)
 """
 

@@ -405,8 +405,8 @@ def test_equal_layers_are_traced_and_lowered_once(same):
     # The first layer has another backward: its input gets no gradient.
     assert lowered.count == 4
     if same == "object":
-        # Once for each layer: `init`, both kinds and their pairs share a trace.
-        assert len(traces) == 6
+        # Once for all: `init`, both kinds and their pairs share a trace.
+        assert len(traces) == 1
 
 
 def test_flops_of_dense_layers_are_the_formula():
