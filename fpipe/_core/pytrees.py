@@ -8,6 +8,7 @@ The arrays go into programs, and the `Spec` is a part of what a program is kept 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -59,15 +60,16 @@ class Spec:
 
     # Compared by hand: the comparison of tuples takes `1 == True` for equal, and a nan
     # for different from itself, where a program is specialised on what it is.
+    @functools.cached_property
     def _key(self) -> tuple[Any, ...]:
         static = tuple((k, type(v), _exact(v)) for k, v in self.static)
         return (self.treedef, self.arrays, static)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Spec) and self._key() == other._key()
+        return isinstance(other, Spec) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash(self._key())
+        return hash(self._key)
 
     def unpack(self, arrays: Sequence[Any]) -> PyTree:
         """The inverse of `pack`: the pytree with these arrays."""

@@ -192,8 +192,7 @@ def call_needs(**arguments: PyTree) -> dict[str, PyTree]:
         {'key': None, 'train': True, 'side': None, 'step': None}
     """
     # An `assert`: the names come from signatures in this package, not from a user.
-    unknown = set(arguments) - {need.name for need in OF_CALL}
-    assert not unknown, unknown
+    assert arguments.keys() <= BY_NAME.keys(), arguments.keys()
     given: dict[str, PyTree] = {}
     for need in OF_CALL:
         value = arguments.get(need.name)

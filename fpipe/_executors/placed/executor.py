@@ -15,7 +15,7 @@ every stage, so it takes long; a training loop finds its plan from the second st
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -56,9 +56,8 @@ from fpipe._executors.request import (
 from fpipe._executors.scheduling import Scheduling
 from fpipe._executors.tracers import refuse_tracers
 from fpipe._model.loss import Loss
-from fpipe._model.needs import INPUTS
 from fpipe._model.remat import Remat
-from fpipe._model.stages import Leaf, Port
+from fpipe._model.stages import CALL_PORTS, Leaf, Port
 from fpipe.schedules import Schedule
 
 # Plans, and programs that do not depend on a loss, that one pipe keeps: enough for a
@@ -71,6 +70,23 @@ _PROGRAMS = 1024
 # and programs take flat arrays: a dispatch with 50 arrays costs 20 µs so, and 55 µs
 # with nested dicts (measured on jax 0.10.2, CPU).
 Packs = Mapping[Port, tuple[list[Any], Spec]]
+
+
+# Most calls give few of the needs: what is not given is packed once for all.
+_NOTHING = pack(None)
+
+
+class Asked(NamedTuple):
+    """Which gradients a call asks for.
+
+    Attributes:
+        key: argument numbers, or a flag for each array. Its hash is part of the key of
+            a plan, which each call makes; the leaves themselves take longer to hash.
+        leaves: finds them, for a new plan.
+    """
+
+    key: tuple[int, ...] | tuple[bool, ...]
+    leaves: Callable[[], list[Leaf]]
 
 
 class Placed:
@@ -167,7 +183,7 @@ class Placed:
     def forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         """`(y, state)`."""
         refuse_tracers(args)
-        bound, slots = self._start(CallKind.FORWARD, args, None, ())
+        bound, slots = self._start(CallKind.FORWARD, args, None, Asked((), list))
         slots = bound.run(slots)
         assert bound.plan.y is not None
         return bound.plan.y.read(slots), self._state(bound.plan, slots)
@@ -190,10 +206,15 @@ class Placed:
     ) -> FirstHalf:
         """All forwards of the schedule, in its order."""
         refuse_tracers(args)
+
         # Placed parameters are plain arrays, so each holds one leaf. What JAX does not
         # differentiate is not wanted, and nothing is computed for it.
-        wanted = tuple(leaf for (leaf,), ask in zip(leaves, asked, strict=True) if ask)
-        bound, slots = self._start(CallKind.PULL_BACK, args, None, wanted)
+        def wanted() -> list[Leaf]:
+            return [leaf for (leaf,), ask in zip(leaves, asked, strict=True) if ask]
+
+        bound, slots = self._start(
+            CallKind.PULL_BACK, args, None, Asked(tuple(asked), wanted)
+        )
         slots = bound.run(slots, Half.FORWARD)
         assert bound.plan.y is not None
         arguments = tuple(leaf for (leaf,) in leaves)
@@ -208,9 +229,9 @@ class Placed:
         """The loss, and the gradients of the numbered arguments."""
         refuse_tracers(args)
         numbered = numbered_leaves(_counts(args.params), args)
-        wanted = tuple(leaf for n in argnums for leaf in numbered[n])
+        asked = Asked(argnums, lambda: [leaf for n in argnums for leaf in numbered[n]])
         kind = CallKind.of(loss, argnums)
-        bound, slots = self._start(kind, args, loss, wanted)
+        bound, slots = self._start(kind, args, loss, asked)
         slots = bound.run(slots)
         plan = bound.plan
         assert plan.loss is not None
@@ -247,11 +268,11 @@ class Placed:
         """The plan of a call, ready to run; arrays or their shapes will do."""
         refuse_tracers(args)
         numbered = numbered_leaves(_counts(args.params), args)
-        wanted = tuple(leaf for n in argnums for leaf in numbered[n])
+        asked = Asked(argnums, lambda: [leaf for n in argnums for leaf in numbered[n]])
         kind = CallKind.of(loss, argnums)
         params = jax.tree.flatten(args.params)
         return self._find(
-            kind, args, loss, wanted, params, self._packs(args), _type_or_shape
+            kind, args, loss, asked, params, self._packs(args), _type_or_shape
         )
 
     def plan_data(
@@ -269,13 +290,13 @@ class Placed:
     # --- plans ---
 
     def _start(
-        self, kind: CallKind, args: Args, loss: Loss | None, wanted: tuple[Leaf, ...]
+        self, kind: CallKind, args: Args, loss: Loss | None, asked: Asked
     ) -> tuple[ReadyPlan, list[Any]]:
         """The bound plan of a call, and slots with the inputs in them."""
         params, params_def = jax.tree.flatten(args.params)
         packs = self._packs(args)
         flat_params = (params, params_def)
-        bound = self._find(kind, args, loss, wanted, flat_params, packs, _type)
+        bound = self._find(kind, args, loss, asked, flat_params, packs, _type)
         # The key of a plan has no shardings in it, because another sharding of the
         # right device (a mesh of one) must find the same plan. So they are compared
         # here, and only if one differs, all parameters are looked at closely.
@@ -292,7 +313,10 @@ class Placed:
     def _packs(self, args: Args) -> Packs:
         """The inputs of a call, and its states, as flat arrays."""
         inputs = args.inputs
-        packs = {Port(name): pack(inputs[name]) for name in INPUTS}
+        packs = {
+            port: _NOTHING if (tree := inputs[port.kind]) is None else pack(tree)
+            for port in CALL_PORTS
+        }
         if args.state is not None:
             for k in self.stages[0].model.stateful:
                 packs[Port("state", k)] = pack(args.state[k])
@@ -303,7 +327,7 @@ class Placed:
         kind: CallKind,
         args: Args,
         loss: Loss | None,
-        wanted: tuple[Leaf, ...],
+        asked: Asked,
         params: tuple[list[Any], Any],
         packs: Packs,
         type_of: Callable[[Any], Any],
@@ -323,7 +347,7 @@ class Placed:
             kind,
             args.frozen,
             loss,
-            wanted,
+            asked.key,
             params[1],
             tuple([type_of(a) for a in params[0]]),
             tuple(
@@ -340,10 +364,10 @@ class Placed:
             leaves = [a for a in params[0] if not is_array(a)]
             leaves += [value for _, spec in packs.values() for _, value in spec.static]
             raise unhashable(leaves, error) from error
-        return self._plans.get(key, lambda: self._make(kind, args, loss, wanted))
+        return self._plans.get(key, lambda: self._make(kind, args, loss, asked))
 
     def _make(
-        self, kind: CallKind, args: Args, loss: Loss | None, wanted: tuple[Leaf, ...]
+        self, kind: CallKind, args: Args, loss: Loss | None, asked: Asked
     ) -> ReadyPlan:
         """A new plan, bound. This is where a call is checked against the model."""
         self._check_placed(args.params)
@@ -352,7 +376,7 @@ class Placed:
         if kind.differentiates:
             check_backwards(schedule)
         request = Request(
-            kind, loss, wanted_leaves(inputs, wanted, args.frozen), settings()
+            kind, loss, wanted_leaves(inputs, asked.leaves(), args.frozen), settings()
         )
         plan = lower(
             self.layout, schedule, self._remat, inputs, request, self._programs
