@@ -389,7 +389,7 @@ class Pipe(Call):
         self,
         x: PyTree,
         side: PyTree = None,
-        params: Sequence[PyTree] | None = None,
+        params: Sequence[PyTree] | Packed | None = None,
         key: Any = None,
     ) -> tuple[PyTree, ...]:
         """State of every layer (`None` for a layer without), made on the layer's
@@ -465,7 +465,7 @@ class Pipe(Call):
 
     def compile(
         self,
-        params: Sequence[PyTree],
+        params: Sequence[PyTree] | Packed,
         x: PyTree,
         *targets: PyTree,
         loss_fn: Callable[..., Any] | None = None,
@@ -538,7 +538,7 @@ class Pipe(Call):
 
     def plan(
         self,
-        params: Sequence[PyTree] | None,
+        params: Sequence[PyTree] | Packed | None,
         x: PyTree,
         *targets: PyTree,
         loss_fn: Callable[..., Any] | None = None,
