@@ -251,9 +251,11 @@ class Pipe(Call):
             object.__setattr__(self, name, value)
         # What runs it, and what looks for faults, is no part of its value.
         self.model: Model
+        self._stage_to_device: tuple[int, ...]
         self._executor: Executor
         self._detector: Detector | None
         object.__setattr__(self, "model", model)
+        object.__setattr__(self, "_stage_to_device", stage_to_device)
         # Looking for faults is a changed model, run like any other: without the option
         # there is nothing in the programs to pay for.
         detector = Detector("Pipe", model, balance, chunks) if detect_anomaly else None
@@ -272,9 +274,8 @@ class Pipe(Call):
         # too.
         scheduling = Scheduling.of(self.schedule)
         remat = Remat.of(self.checkpoint)
-        stage_to_device = scheduling.stage_to_device(
-            len(self.balance), len(self.devices), self.chunks
-        )
+        # Kept, because to ask a schedule that is a function may take long.
+        stage_to_device = self._stage_to_device
         if self.mesh is not None:
             return Scan(
                 model,

@@ -103,10 +103,6 @@ class Routes:
             )
         return ()
 
-    def call_readers(self, port: Port) -> tuple[int, ...]:
-        """The stages that read what the call gives."""
-        return self._call_readers[port]
-
     def home(self, layer: int) -> int:
         """The stage where a layer's parameters and state live."""
         return self._stage_of_layer[layer]
