@@ -112,9 +112,9 @@ class Pipe(Call):
             `f(devices, microbatches) -> Schedule`. Names put one stage on each device;
             `"zb_v"`, `"v_half"`, `"v_min"` and `"dualpipe_v"` two; `"interleaved_1f1b"`
             and `"looped_bfs"` the same number, at least two, on as many devices as that
-            allows. A function is asked at construction, with `chunks` microbatches, for
-            the largest number of `devices` on which it makes one stage for each entry
-            of `balance`, and again when a batch is cut.
+            allows. A function is asked at construction, with `chunks` microbatches (64
+            per device at most), for the largest number of `devices` on which it makes
+            one stage for each entry of `balance`, and again when a batch is cut.
         executor: `"placed"` (default): one program for each stage and kind of action,
             dispatched to the devices. `"scan"`: the whole call as one program, which
             may stand inside `jax.jit` and run on several processes; then parameters are

@@ -10,7 +10,9 @@ Each is asked three things. For two stages on two devices, and four microbatches
 
 The map has to be known when a pipe is made, because parameters are placed by it. The
 number of microbatches is known when a call comes. So `make` checks that the schedule
-for that number has the map that the parameters have.
+for that number has the map that the parameters have. A map does not grow with the
+number of microbatches, and a schedule does: for its map a function is asked with a
+limited number of them.
 """
 
 import abc
@@ -21,6 +23,11 @@ from typing import Any, TypeAlias
 from fpipe.schedules import NAMES, Schedule, named
 
 Generator: TypeAlias = Callable[[int, int], Schedule]
+
+# For its map a function is asked with this number of microbatches per device at most.
+# `chunks=10**6` says that a batch may be cut so far; a schedule of so many takes
+# minutes to make.
+_MOST_FOR_A_MAP = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +81,7 @@ class Scheduling(abc.ABC):
 
         Arguments:
             available: how many devices there are. The map may need more.
-            chunks: the number of microbatches to ask a function with.
+            chunks: the number of microbatches asked for.
 
         Raises:
             ValueError: the schedule is for another number of stages.
@@ -197,14 +204,14 @@ class _Fixed(Scheduling):
 
 @dataclasses.dataclass(frozen=True)
 class _ByFunction(Scheduling):
-    """A function of the user's. For a map it is asked, with `chunks` microbatches, for
-    the largest number of devices on which it makes as many stages as there are.
+    """A function of the user's. For a map it is asked for the largest number of devices
+    on which it makes as many stages as there are.
     """
 
     option: Generator
 
     def stages(self, available: int, chunks: int, layers: int) -> int:
-        return min(self._called(available, chunks).stages, layers)
+        return min(self._for_map(available, chunks).stages, layers)
 
     def stage_to_device(
         self, stages: int, available: int, chunks: int
@@ -215,7 +222,7 @@ class _ByFunction(Scheduling):
         for devices in range(min(stages, available), 0, -1):
             if stages % devices:
                 continue
-            schedule = self._called(devices, chunks)
+            schedule = self._for_map(devices, chunks)
             if schedule.stages == stages:
                 return schedule.stage_to_device
             made[devices] = schedule.stages
@@ -231,6 +238,10 @@ class _ByFunction(Scheduling):
 
     def _made(self, stage_to_device: tuple[int, ...], microbatches: int) -> Schedule:
         return self._called(1 + max(stage_to_device), microbatches)
+
+    def _for_map(self, devices: int, chunks: int) -> Schedule:
+        """A schedule that is looked at for its stages and its map alone."""
+        return self._called(devices, min(chunks, _MOST_FOR_A_MAP * devices))
 
     def _called(self, devices: int, microbatches: int) -> Schedule:
         schedule = self.option(devices, microbatches)

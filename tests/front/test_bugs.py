@@ -1,5 +1,8 @@
 """Each test is the story of a bug."""
 
+import dataclasses
+import pickle
+
 import jax
 import jax.monitoring
 import jax.numpy as jnp
@@ -188,6 +191,25 @@ def test_a_schedule_function_is_asked_only_for_what_the_pipe_could_have():
 
     fpipe.Pipe([scale, scale], [1, 1], chunks=3, schedule=schedule)
     assert set(asked) == {(2, 3)}
+
+
+def test_for_its_map_a_schedule_function_is_asked_with_few_microbatches():
+    """With `chunks=10**6` a pipe took 98 s to make."""
+    asked = []
+
+    def schedule(devices, microbatches):
+        asked.append((devices, microbatches))
+        return one_f_one_b(devices, microbatches)
+
+    pipe = fpipe.Pipe(
+        [scale, scale], devices=jax.devices()[:2], chunks=10**6, schedule=schedule
+    )
+    dataclasses.replace(pipe, chunks=10**7)
+    pickle.dumps(fpipe.Pipe([scale, scale], [1, 1], chunks=10**6, schedule=one_f_one_b))
+    assert set(asked) == {(2, 128)}
+    asked.clear()
+    pipe.make_schedule(130)
+    assert asked == [(2, 130)]
 
 
 def test_a_call_that_closes_over_everything_inside_jit_leaves_the_pipe_usable():
