@@ -119,6 +119,11 @@ class ProgramForm:
     input_gradients: frozenset[int] = frozenset()
 
 
+def _where(stage: Stage, microbatch: int) -> str:
+    """Where an error is, behind the name of the layer."""
+    return f", stage {stage.pipe_stage}, microbatch {microbatch}"
+
+
 class Programs:
     """The programs of a call, by stage and microbatch.
 
@@ -220,6 +225,7 @@ class Programs:
         whole = self._form.whole_inputs
         several = self.inputs.cut.m > 1
         spec = SplitSpec(
+            stage=stage.pipe_stage,
             cotangent_counts=counts,
             split_backward=split,
             inline_remats=self._form.inline_remats,
@@ -274,7 +280,9 @@ class Programs:
             wanted = self._wanted(stage, flat, reach)
             remat = self._remat if recomputes else None
             joint = self._keep(
-                s, (flat, wanted, remat), lambda: differentiate(flat, wanted, remat)
+                s,
+                (flat, wanted, remat),
+                lambda: differentiate(flat, wanted, remat, where=_where(stage, i)),
             )
         else:
             joint = self._keep(s, (flat,), lambda: forward_only(flat))
@@ -307,7 +315,7 @@ class Programs:
         if KEY in entering and entering[KEY].leaves:
             entering[INDEX] = Shape.of(index(0))
             entering |= {Port("number", k): Shape.of(index(k)) for k in stage.keyed}
-        where = f", stage {s}, microbatch {i}"
+        where = _where(stage, i)
         key = (tuple(entering.items()), whole, self.request.settings)
         return self._keep(
             s,

@@ -70,11 +70,13 @@ class Stage:
 
     Attributes:
         model: the whole model.
-        index: `s`.
+        index: its place among the stages that it was cut with.
         span: its layers.
         skips_in, skips_out: the skips that it takes from earlier stages, and those that
             later ones read.
         last: whether its `y` is the model's.
+        pipe_stage: `s`, the stage of the pipe that it is, or that it is a part of: the
+            number that users are told.
     """
 
     model: Model
@@ -83,6 +85,7 @@ class Stage:
     skips_in: tuple[Skip, ...]
     skips_out: tuple[Skip, ...]
     last: bool
+    pipe_stage: int
 
     @property
     def params(self) -> tuple[int, ...]:
@@ -172,15 +175,21 @@ class Stage:
         if not pack(y)[0]:
             k = self.span[-1]
             raise TypeError(
-                f"stage {self.index} ends with layer {k} "
+                f"stage {self.pipe_stage} ends with layer {k} "
                 f"{self.model.layers[k].name!r}, which returned {describe(y)}: a "
                 "boundary needs at least one array"
             )
         return out | {Y: y}
 
 
-def cut_stages(model: Model, balance: Sequence[int]) -> tuple[Stage, ...]:
+def cut_stages(
+    model: Model, balance: Sequence[int], pipe_stages: Sequence[int] | None = None
+) -> tuple[Stage, ...]:
     """Cut a model into stages of `balance` layers each.
+
+    Arguments:
+        pipe_stages: the stage of the pipe that each belongs to, where the cut is finer
+            than the pipe's own.
 
     For three layers, where the first stashes "a" and the last pops it, the balance
     `[1, 1, 1]` makes
@@ -212,6 +221,7 @@ def cut_stages(model: Model, balance: Sequence[int]) -> tuple[Stage, ...]:
                 if source == s and max(readers) > s
             ),
             last=s == len(ends) - 1,
+            pipe_stage=s if pipe_stages is None else pipe_stages[s],
         )
         for s, end in enumerate(ends)
     )

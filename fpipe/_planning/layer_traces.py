@@ -235,9 +235,10 @@ class LayerTraces:
         # Without a loss: what it costs belongs to no layer, and it is another one in
         # each call. So the last layer too gets a cotangent from outside.
         flat = trace_stage(stage, given, loss=None, whole=frozenset(), where="")
-        joint = differentiate(flat, wanted, remat)
+        joint = differentiate(flat, wanted, remat, where="")
         each = tuple((leaf, 1) for leaf in joint.cotangents)
-        return SpanPrograms(joint, split_stage(joint, SplitSpec(cotangent_counts=each)))
+        spec = SplitSpec(stage.pipe_stage, each)
+        return SpanPrograms(joint, split_stage(joint, spec))
 
     def arrays_borrowed(self, k: int) -> dict[int, frozenset[int]]:
         """The arrays that a layer reads of those that it borrows, by their owner."""

@@ -55,6 +55,7 @@ class SplitSpec:
     """How a stage is split into programs.
 
     Attributes:
+        stage: its number in the pipe, for names and warnings.
         cotangent_counts: how many cotangents each output leaf gets (summed in the
             program); none is zero.
         split_backward: whether the backward is split into `I` and `W`.
@@ -67,6 +68,7 @@ class SplitSpec:
         accumulate: whether constant leaves' gradients are added to a sum that comes in.
     """
 
+    stage: int
     cotangent_counts: tuple[tuple[Leaf, int], ...]
     split_backward: bool = False
     inline_remats: bool = False
@@ -197,7 +199,7 @@ class _Splitter:
         early = [leaf for leaf in summed if gradients[leaf] in halves.made_early]
         if early:
             self.warnings.append(
-                f"stage {self.stage.index}: I makes {len(early)} of its {len(summed)} "
+                f"stage {self.spec.stage}: I makes {len(early)} of its {len(summed)} "
                 "weight gradients, and W the rest, for one equation (a lax.scan, a "
                 "lax.cond, a custom call) gives them together with an input gradient; "
                 "a "
@@ -240,7 +242,7 @@ class _Splitter:
         params = [v for leaf, v in inputs if kinds[leaf] == "params"]
         from_params = content_dependents(nodes, params)
         self.warnings += [
-            f"stage {self.stage.index} keeps {self.graph.avals[v].str_short()} per "
+            f"stage {self.spec.stage} keeps {self.graph.avals[v].str_short()} per "
             "microbatch, made from parameters alone inside a lax.scan or lax.cond; "
             "make "
             "it outside (cast the stacked parameters before the scan, for example), or "
@@ -381,7 +383,7 @@ class _Splitter:
         )
         runs = bool(nodes or outs or sums)
         return Program(
-            name=f"stage{self.stage.index}_{kind}",
+            name=f"stage{self.spec.stage}_{kind}",
             code=code if runs else None,
             call=self.compile_code(code) if runs and self.compile_code else None,
             ins=(*names, *(sums if self.spec.accumulate else ())),

@@ -42,7 +42,6 @@ class FlatStage:
         outputs: the leaves that leave, in order.
         constant: the input leaves that are the same for every microbatch.
         closed: the function as a closed jaxpr.
-        where: which microbatch was traced, for errors.
     """
 
     stage: Stage
@@ -52,7 +51,6 @@ class FlatStage:
     outputs: tuple[Leaf, ...]
     constant: frozenset[Leaf]
     closed: Any
-    where: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,7 +89,7 @@ def trace_stage(
     Arguments:
         given: the shapes of its input ports.
         whole: leaves of what the call gives that go whole to every microbatch.
-        where: which microbatch it is, for errors.
+        where: which stage of the pipe and which microbatch it is, for errors.
     """
     inputs = tuple(_leaves(given))
     shapes = tuple(given[leaf.port].leaves[leaf.k] for leaf in inputs)
@@ -115,7 +113,7 @@ def trace_stage(
     of_model = {leaf for leaf in inputs if leaf.port.kind in ("params", "number")}
     outputs = tuple(_leaves(out))
     constant = whole.union(of_model)
-    return FlatStage(stage, inputs, shapes, out, outputs, constant, closed, where)
+    return FlatStage(stage, inputs, shapes, out, outputs, constant, closed)
 
 
 def _leaves(ports: Mapping[Port, Shape]) -> Iterator[Leaf]:
@@ -140,7 +138,7 @@ def forward_only(flat: FlatStage) -> JointStage:
 
 
 def differentiate(
-    flat: FlatStage, wanted: frozenset[Leaf], remat: Remat | None
+    flat: FlatStage, wanted: frozenset[Leaf], remat: Remat | None, *, where: str
 ) -> JointStage:
     """The joint graph of a stage.
 
@@ -148,6 +146,8 @@ def differentiate(
         wanted: the input leaves whose gradient is asked for.
         remat: put the stage under `jax.checkpoint`, with its policy; `None`: keep
             everything.
+        where: as for `trace_stage`. A trace may come from another pipe that cuts its
+            stages elsewhere, so it is not kept there.
     """
     # What is differentiated, and by which outputs. States and integers have no
     # cotangent: they are auxiliary results.
@@ -202,7 +202,7 @@ def differentiate(
         if yes
     ]
     with (
-        noting(f"in the backward of {flat.stage.described}{flat.where}"),
+        noting(f"in the backward of {flat.stage.described}{where}"),
         _remat_advice(remat),
     ):
         closed = trace(joint, *flat.shapes, *(shape for _, shape in carrying))

@@ -22,13 +22,13 @@ def joint_of(layer, params, remat=None):
     x = jax.ShapeDtypeStruct((2, 4), jnp.float32)
     given = {Port("params", 1): Shape.of(params), X: Shape.of(x)}
     flat = trace_stage(stage, given, loss=None, whole=frozenset(), where="")
-    return differentiate(flat, frozenset(flat.inputs), remat)
+    return differentiate(flat, frozenset(flat.inputs), remat, where="")
 
 
 def table_of(joint, split_backward):
     """For each kind what its program takes, returns, and runs."""
     counts = tuple((leaf, 1) for leaf in joint.cotangents)
-    spec = SplitSpec(counts, split_backward=split_backward, accumulate=True)
+    spec = SplitSpec(1, counts, split_backward=split_backward, accumulate=True)
     return {
         kind: (
             " ".join(str(name) for name in program.ins),
@@ -109,7 +109,7 @@ def test_an_equation_that_gives_both_gradients_is_i_s():
     assert table.keys() == {"F", "I"}
     assert table["I"][1] == "gradient x[0] sum params 1[0]"
     counts = tuple((leaf, 1) for leaf in joint.cotangents)
-    (warning,) = split_stage(joint, SplitSpec(counts, split_backward=True)).warnings
+    (warning,) = split_stage(joint, SplitSpec(1, counts, split_backward=True)).warnings
     assert warning.startswith("stage 1: I makes 1 of its 1 weight gradients")
 
 
@@ -124,7 +124,7 @@ def test_weights_that_control_flow_hides_are_warned_of(split_backward):
     stacked = jax.ShapeDtypeStruct((3, 4, 4), jnp.float32)
     joint = joint_of(layer, stacked)
     counts = tuple((leaf, 1) for leaf in joint.cotangents)
-    spec = SplitSpec(counts, split_backward=split_backward)
+    spec = SplitSpec(1, counts, split_backward=split_backward)
     warnings = split_stage(joint, spec).warnings
     kept = [w for w in warnings if "made from parameters alone inside a lax.scan" in w]
     assert len(kept) == 1

@@ -49,7 +49,7 @@ class Units:
     @cached_property
     def stage_of(self) -> tuple[int, ...]:
         """The stage of each unit."""
-        return tuple(s for s, units in enumerate(self.of_stage) for _ in units)
+        return tuple(unit.pipe_stage for unit in self.stages)
 
 
 def cut_units(
@@ -87,8 +87,9 @@ def cut_units(
             roles.append(role)
             devices.append(stage_to_device[s])
             positions.append(list(stage_to_device[:s]).count(stage_to_device[s]))
+    pipe_stages = [s for s, units in enumerate(of_stage) for _ in units]
     return Units(
-        cut_stages(model, sizes),
+        cut_stages(model, sizes, pipe_stages),
         tuple(roles),
         tuple(of_stage),
         tuple(devices),
