@@ -178,7 +178,8 @@ class Call(abc.ABC):
                 path such as `"[0]['w']"` (layer 0), or as a pytree of bools that the
                 parameters begin with (`(True, False, {"w": True, "b": False})`).
                 Nothing is computed for them; their gradients are `float0`, as those of
-                integers are.
+                integers are. (In an `fpipe.Packed` they share arrays with others and
+                are zero there: `pipe.gather` gives `float0`.)
 
         Returns:
             `f(params, x, *targets, side=None, key=None, state=None, train=False,

@@ -79,11 +79,12 @@ def parameter_devices(
 def check_gradients(
     seen: SeenLeaves, gradients: Sequence[Any], devices: Sequence[Device]
 ) -> None:
-    """Refuse a gradient that is not on the device of its parameter."""
+    """Refuse a gradient that is missing, or not on the device of its parameter."""
+    seen.check_gradients(gradients)
     for path, array, device in zip(seen.seen_paths, gradients, devices, strict=True):
-        if is_array(array) and device_of(array) == device:
+        if device_of(array) == device:
             continue
-        where = device_of(array) if is_array(array) else type(array).__name__
+        where = "no one device" if device_of(array) is None else device_of(array)
         raise ValueError(
             f"`per_stage(tx).update`: the gradient {leaf_name('grads', path)} is on "
             f"{where}, but its parameter is on {device}; "

@@ -23,6 +23,7 @@ from fpipe._core.pytrees import (
     PyTree,
     Shape,
     Tracer,
+    float0_like,
     map_arrays,
     pack,
     shapes_of,
@@ -87,10 +88,13 @@ def unpack_tree(tree: PyTree) -> PyTree:
         leaves = []
         for entry in node.packing.entries:
             row = node.arrays[node.packing.where[entry][0]]
-            # A row without blocks is handed on as it is: nothing looks at it.
-            leaves.append(
-                row if _is_empty(row) else node.packing.take(node.arrays, entry)
-            )
+            if entry in node.absent:
+                leaves.append(float0_like(node.packing.shape(entry)))
+            else:
+                # A row without blocks is handed on as it is: nothing looks at it.
+                leaves.append(
+                    row if _is_empty(row) else node.packing.take(node.arrays, entry)
+                )
         return node.packing.trees(leaves)
 
     return jax.tree.map(unpack, tree, is_leaf=is_packed)
@@ -184,7 +188,9 @@ class Rows:
         leaves = []
         for entry in packing.entries:
             r, device = packing.where[entry]
-            if r in number:
+            if entry in node.absent:
+                leaves.append(float0_like(packing.shape(entry)))
+            elif r in number:
                 shape = packing.shape(entry).shape
                 cell = Cell(number[r], device, packing.rows[r], shape)
                 leaves.append(PackedLeaf(shape, node.arrays[r].dtype, cell))

@@ -65,6 +65,8 @@ def update(
     gradients = rows.add(grads)
     seen = SeenLeaves.of(leaves, frozen)
     shown = seen.select(jax.tree.leaves(leaves))
+    trained = seen.select_gradients(gradients)
+    seen.check_gradients(trained)
     templates = templates_of(like)
     # First the leaves (another model or transformation), then their places (another
     # partition): each has an error of its own.
@@ -73,7 +75,7 @@ def update(
     traced = trace_update(
         tx,
         seen,
-        seen.select_gradients(gradients),
+        trained,
         old_state,
         None if params is None else shown,
         extra,

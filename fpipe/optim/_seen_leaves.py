@@ -81,6 +81,22 @@ class SeenLeaves:
             ) from error
         return self.select(leaves)
 
+    def check_gradients(self, gradients: Sequence[Any]) -> None:
+        """Refuse a leaf that is seen and has no gradient.
+
+        Arguments:
+            gradients: as `select_gradients` gives them.
+        """
+        for path, gradient in zip(self.seen_paths, gradients, strict=True):
+            if is_array(gradient) and gradient.dtype != jax.dtypes.float0:
+                continue
+            raise ValueError(
+                f"`per_stage(tx).update`: the parameter {leaf_name('params', path)} "
+                "has no gradient: it is frozen in "
+                "`pipe.value_and_grad(loss_fn, frozen=...)`, and here it is not; write "
+                "`fpipe.optim.per_stage(tx, frozen=...)`, with the same `frozen`"
+            )
+
     def seen_tree(self, leaves: Sequence[Any]) -> PyTree:
         """The tree that it sees, from the leaves that it sees."""
         # A `MaskedNode` has no leaves, so nothing is made for it, and the others keep

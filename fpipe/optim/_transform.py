@@ -11,7 +11,6 @@ from types import MethodType
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
 from fpipe._core.caches import Key, Recent
@@ -102,7 +101,7 @@ class Engine:
             mesh = mesh_of(params)
             if is_traced(params):
                 return _scan.init(self.tx, params, self.frozen, mesh)
-            return self._init_compiled(Bundle.of(_without_float0(params)), mesh)
+            return self._init_compiled(Bundle.of(params), mesh)
         if is_traced(params):
             refuse_tracers("per_stage(tx).init")
             seen = SeenLeaves.of(params, self.frozen)
@@ -130,7 +129,7 @@ class Engine:
             if traced:
                 return _scan.update(self.tx, grads, state, params, extra, self.frozen)
             parts = (grads, state, params, extra)
-            bundles = [Bundle.of(_without_float0(part)) for part in parts]
+            bundles = [Bundle.of(_float0_as_static(part)) for part in parts]
             return self._update_compiled(*bundles)
         if traced:
             refuse_tracers("per_stage(tx).update")
@@ -199,7 +198,7 @@ def per_stage(
     compiled by itself). Every part of the state that is like the parameters is an
     `fpipe.Packed`: each device holds that of its own stages, updates its own stages,
     and only numbers cross devices. Optimizers that work number by number (SGD, Adam)
-    need none of this: give them the `Packed` as it is.
+    need none of this: give them the `Packed` as it is, if nothing is frozen.
 
     Arguments:
         tx: the transformation.
@@ -222,7 +221,8 @@ def per_stage(
         TypeError: `tx` is no transformation; `init` or `update` of placed parameters
             inside `jax.jit`.
         ValueError: `init` or `update` of parameters that are not placed; a state of
-            another partition, of other parameters or on other devices.
+            another partition, of other parameters or on other devices; a parameter
+            without a gradient that is not `frozen` here.
 
     Example:
         >>> import optax, fpipe.optim
@@ -250,13 +250,11 @@ def per_stage(
     return PerStage(engine.init, update)
 
 
-def _without_float0(tree: PyTree) -> PyTree:
-    """Without `float0` arrays, which `jax.jit` refuses: what has such a gradient is
-    passed over in any case.
+def _float0_as_static(tree: PyTree) -> PyTree:
+    """`float0` arrays, which `jax.jit` refuses, as their dtype alone, which is a static
+    leaf.
     """
+    float0 = jax.dtypes.float0
     return jax.tree.map(
-        lambda a: (
-            np.zeros((), bool) if getattr(a, "dtype", None) == jax.dtypes.float0 else a
-        ),
-        tree,
+        lambda a: float0 if getattr(a, "dtype", None) == float0 else a, tree
     )

@@ -511,6 +511,74 @@ def test_integers_are_passed_over_with_float0_gradients():
         )
 
 
+NO_GRADIENT = (
+    "`per_stage(tx).update`: the parameter params[0]['b'] has no gradient: it is "
+    "frozen in `pipe.value_and_grad(loss_fn, frozen=...)`, and here it is not; write "
+    "`fpipe.optim.per_stage(tx, frozen=...)`, with the same `frozen`"
+)
+
+
+# Under `scan` the first has a part of the rows, the second whole ones.
+@pytest.mark.parametrize(
+    "frozen",
+    [(True, False, False, False), ({"w": False, "b": True},) * 4],
+    ids=["layer", "biases"],
+)
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_weight_decay_leaves_frozen_weights_alone(executor, frozen):
+    """With the frozen weights named they stay to the last bit, placed, packed and
+    gathered; without, the update is refused.
+    """
+    pipe = fpipe.Pipe([dense()] * 4, [2, 2], chunks=2, executor=executor)
+    start = pipe.gather(pipe.init(jax.random.key(0), X))
+    step = pipe.value_and_grad(mse, frozen=frozen)
+    flags = jax.tree.map(
+        lambda flag, part: jax.tree.map(lambda _: flag, part), frozen, start
+    )
+    adamw = optax.adamw(1e-2, weight_decay=0.5)
+    for gathered in (False, True):
+        tx = fpipe.optim.per_stage(adamw, frozen=frozen)
+        params = start if gathered else pipe.place(start)
+        state = tx.init(params)
+        grads: Any = None
+        for _ in range(3):
+            at = pipe.place(params) if gathered else params
+            _, grads = step(at, X, TARGET)
+            grads = pipe.gather(grads) if gathered else grads
+            updates, state = tx.update(grads, state, params)
+            params = fpipe.optim.apply_updates(params, updates)
+        end = params if gathered else pipe.gather(params)
+        assert jax.tree.map(np.array_equal, end, start) == flags
+        bare = fpipe.optim.per_stage(adamw)
+        with raises(ValueError, NO_GRADIENT):
+            bare.update(grads, bare.init(params), params)
+    if executor == "scan":
+        bare = fpipe.optim.per_stage(adamw)
+        with raises(ValueError, NO_GRADIENT):
+            jax.jit(lambda p: bare.update(step(p, X, TARGET)[1], bare.init(p), p))(
+                pipe.place(start)
+            )
+
+
+def test_plain_optax_refuses_packed_gradients_without_the_frozen_ones():
+    """Rows of frozen and trained weights together would be decayed as one."""
+    pipe = fpipe.Pipe([dense()] * 4, [2, 2], chunks=2, executor="scan")
+    params = pipe.init(jax.random.key(0), X)
+    step = pipe.value_and_grad(mse, frozen=(True, False, False, False))
+    tx = optax.adamw(1e-2)
+
+    def update(params):
+        grads = step(params, X, TARGET)[1]
+        return tx.update(grads, tx.init(params), params)
+
+    for run in (update, jax.jit(update)):
+        with pytest.raises(ValueError, match=r"frozen \[0\]\['b'\], \[0\]\['w'\].*"):
+            run(params)
+        with pytest.raises(ValueError, match=r"per_stage\(tx, frozen=\.\.\.\)"):
+            run(params)
+    assert repr(step(params, X, TARGET)[1]).endswith("none of [0]['b'], [0]['w'])")
+
+
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_train_state(executor):
     pipe = pipe_of(executor)

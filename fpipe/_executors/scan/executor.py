@@ -392,7 +392,7 @@ class Scan:
             else np.zeros((devices, *row.shape), jax.dtypes.float0)
             for r, row in enumerate(packing.rows)
         ]
-        return Packed(tuple(arrays), packing)
+        return Packed(tuple(arrays), packing, step.absent)
 
 
 @dataclasses.dataclass(frozen=True)

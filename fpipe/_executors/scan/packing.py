@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fpipe._core.pytrees import PyTree, Shape, nbytes, pack
 from fpipe._executors.scan.units import Units
@@ -52,6 +53,13 @@ class Row:
     shape: tuple[int, ...]
     dtype: Any
     entries: tuple[Entry | None, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether its arrays are `float0`, which hold nothing: gathered gradients of
+        integers and of what is frozen. JAX has no such arrays, numpy has.
+        """
+        return self.dtype == jax.dtypes.float0
 
     def put(self, array: Any) -> Any:
         """An array as a block: flat and padded with zeros, if the row is."""
@@ -129,14 +137,24 @@ class Packing:
     @cached_property
     def paths(self) -> tuple[str, ...]:
         """A name for each row: its first array's, by layer."""
-        names: dict[Entry, str] = {}
+        first = [next(e for e in row.entries if e) for row in self.rows]
+        return tuple(f"{e[0]}{self._keys[e]}" for e in first)
+
+    def name(self, entry: Entry) -> str:
+        """An array's path in the tuple of layers, such as `[0]['w']`."""
+        return f"[{entry[0]}]{self._keys[entry]}"
+
+    @cached_property
+    def _keys(self) -> Mapping[Entry, str]:
+        """Each array's path in its layer."""
+        keys: dict[Entry, str] = {}
         for k, shape in enumerate(self.shapes):
             # The layer's pytree with a number in place of each array gives its path.
             numbers = shape.spec.unpack(range(shape.spec.arrays))
             for path, n in jax.tree_util.tree_flatten_with_path(numbers)[0]:
                 if type(n) is int:
-                    names[(k, n)] = f"{k}{jax.tree_util.keystr(path)}"
-        return tuple(next(names[e] for e in row.entries if e) for row in self.rows)
+                    keys[(k, n)] = jax.tree_util.keystr(path)
+        return keys
 
     @property
     def padding(self) -> int:
@@ -155,7 +173,9 @@ class Packing:
         blocks = []
         for row in self.rows:
             entry = row.entries[device]
-            if entry is None:
+            if row.is_empty:
+                blocks.append(np.zeros(row.shape, row.dtype))
+            elif entry is None:
                 blocks.append(jnp.zeros(row.shape, row.dtype))
             else:
                 blocks.append(row.put(leaves[entry[0]][entry[1]]))
@@ -169,7 +189,10 @@ class Packing:
         # Every row has an entry for each device, if only `None`.
         count = len(self.rows[0].entries) if self.rows else 0
         blocks = [self.blocks(d, every) for d in range(count)]
-        return tuple(jnp.stack(column) for column in zip(*blocks, strict=True))
+        return tuple(
+            (np if row.is_empty else jnp).stack(column)
+            for row, column in zip(self.rows, zip(*blocks, strict=True), strict=True)
+        )
 
     @cached_property
     def entries(self) -> tuple[Entry, ...]:
@@ -228,6 +251,46 @@ def _rows(group: Sequence[Sequence[Entry]], shapes: Sequence[Shape]) -> list[Row
     return rows
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
+class PackedForm:
+    """What JAX keeps of a `Packed` beside its arrays: two `Packed` have one structure
+    if this is equal.
+
+    Gradients without those of frozen parameters have another structure than the
+    parameters. So what combines the two number by number is refused, by JAX, which
+    shows both forms: an optimizer that decays weights would decay frozen ones, for they
+    may lie in one row with trained ones.
+
+    Attributes:
+        packing: which layer's array is where.
+        absent: the arrays that have no gradient, in rows in which others have one.
+    """
+
+    packing: Packing
+    absent: frozenset[Entry] = frozenset()
+
+    @cached_property
+    def absent_names(self) -> str:
+        """The first of what has no gradient, such as `[0]['b'], [0]['w'], …`."""
+        names = [self.packing.name(entry) for entry in sorted(self.absent)]
+        return ", ".join(names if len(names) <= 4 else [*names[:4], "…"])
+
+    def __repr__(self) -> str:
+        if not self.absent:
+            # Enough to tell two packings apart in an error of JAX, on few lines.
+            rows = [
+                " | ".join("-" if e is None else self.packing.name(e) for e in entries)
+                for entries in (row.entries for row in self.packing.rows[:8])
+            ]
+            more = ["…"] if len(self.packing.rows) > 8 else []
+            return f"a packing with the rows {', '.join([*rows, *more])}"
+        return (
+            f"gradients without those of the frozen {self.absent_names}; to update the "
+            "others, `fpipe.optim.per_stage(tx, frozen=...)`, with the `frozen` of "
+            "`value_and_grad`, shows the optimizer those alone"
+        )
+
+
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packed:
@@ -242,10 +305,24 @@ class Packed:
         arrays: the arrays; block `d` of each is on device `d` of the mesh axis
             `"stage"`.
         packing: which layer's array is where.
+        absent: of gradients, the frozen arrays that lie in one row with others: their
+            blocks are zero, and `pipe.gather` gives `float0` for them.
     """
 
     arrays: tuple[Any, ...]
     packing: Packing
+    absent: frozenset[Entry] = frozenset()
+
+    @property
+    def form(self) -> PackedForm:
+        """All but the arrays."""
+        return PackedForm(self.packing, self.absent)
+
+    def has_gradient(self, entry: Entry) -> bool:
+        """Whether an array of gradients is one: not of what is frozen or an integer."""
+        row = self.arrays[self.packing.where[entry].row]
+        dtype = getattr(row, "dtype", None)
+        return entry not in self.absent and dtype != jax.dtypes.float0
 
     @property
     def padding(self) -> int:
@@ -267,22 +344,23 @@ class Packed:
             if hasattr(array, "dtype"):
                 text = f"{array.dtype}[{','.join(map(str, array.shape))}]"
             parts.append(f"{path}: {text}")
-        return f"Packed({', '.join(parts)}; {self.padding} bytes of padding)"
+        absent = f"; none of {self.form.absent_names}" if self.absent else ""
+        return f"Packed({', '.join(parts)}; {self.padding} bytes of padding{absent})"
 
-    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], Packing]:
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], PackedForm]:
         """The arrays by name."""
         return [
             (jax.tree_util.DictKey(path), array)
             for path, array in zip(self.packing.paths, self.arrays, strict=True)
-        ], self.packing
+        ], self.form
 
-    def tree_flatten(self) -> tuple[tuple[Any, ...], Packing]:
+    def tree_flatten(self) -> tuple[tuple[Any, ...], PackedForm]:
         """The arrays."""
-        return self.arrays, self.packing
+        return self.arrays, self.form
 
     @classmethod
-    def tree_unflatten(cls, packing: Packing, arrays: Sequence[Any]) -> "Packed":
-        """The arrays, with their packing again. JAX may give other things than arrays,
+    def tree_unflatten(cls, form: PackedForm, arrays: Sequence[Any]) -> "Packed":
+        """The arrays, with their form again. JAX may give other things than arrays,
         such as shapes or specs.
         """
-        return cls(tuple(arrays), packing)
+        return cls(tuple(arrays), form.packing, form.absent)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from fpipe._core.caches import Key, Recent
@@ -93,7 +94,10 @@ class Parameters:
         sharding = by_stage(self.mesh)
         if is_traced(params):
             rows = packing.pack(params)
-            placed = [jax.lax.with_sharding_constraint(a, sharding) for a in rows]
+            placed = [
+                a if row.is_empty else jax.lax.with_sharding_constraint(a, sharding)
+                for row, a in zip(packing.rows, rows, strict=True)
+            ]
             return Packed(tuple(placed), packing)
         shards: list[list[Any]] = [[] for _ in packing.rows]
         for place, devices in enumerate(self._columns):
@@ -101,7 +105,7 @@ class Parameters:
             # their layers alone: of the others `make` returns shapes.
             if not devices:
                 continue
-            entries = [row.entries[place] for row in packing.rows]
+            entries = [row.entries[place] for row in packing.rows if not row.is_empty]
             # The blocks are made on the first device: the others get copies.
             with jax.default_device(devices[0]):
                 own = {
@@ -109,13 +113,16 @@ class Parameters:
                     for k in {entry[0] for entry in entries if entry}
                 }
                 blocks = packing.blocks(place, own)
-            for shard, block in zip(shards, blocks, strict=True):
-                shard += [jax.device_put(block[None], device) for device in devices]
+            for row, shard, block in zip(packing.rows, shards, blocks, strict=True):
+                if not row.is_empty:
+                    shard += [jax.device_put(block[None], device) for device in devices]
         arrays = []
         for row, shard in zip(packing.rows, shards, strict=True):
             shape = (len(self._columns), *row.shape)
             arrays.append(
-                jax.make_array_from_single_device_arrays(shape, sharding, shard)
+                np.zeros(shape, row.dtype)
+                if row.is_empty
+                else jax.make_array_from_single_device_arrays(shape, sharding, shard)
             )
         return Packed(tuple(arrays), packing)
 
@@ -124,40 +131,37 @@ class Parameters:
         processes, on every device.
         """
         packing = params.packing
-        # Rows of gradients of integers are no arrays of JAX, and hold nothing.
-        whole = [r for r, a in enumerate(params.arrays) if a.dtype != jax.dtypes.float0]
+        # Rows of gradients of integers are no arrays of JAX, and hold nothing. Nor do
+        # the blocks of what is frozen, in a row with others.
+        kept = tuple(filter(params.has_gradient, packing.entries))
+        whole = sorted({packing.where[entry].row for entry in kept})
 
         # One program for all layers, which every process runs: slicing an array that
         # lies on several processes is a collective.
         def unpack(arrays: Sequence[Any]) -> list[Any]:
             rows = dict(zip(whole, arrays, strict=True))
-            return [
-                packing.take(rows, entry)
-                for entry in packing.entries
-                if packing.where[entry].row in rows
-            ]
+            return [packing.take(rows, entry) for entry in kept]
 
         arrays = [params.arrays[r] for r in whole]
         if is_traced(params):
             made = unpack(arrays)
         else:
             run = self._kept.get(
-                Key((packing, tuple(whole))),
+                Key((packing, kept)),
                 lambda: jax.jit(unpack, out_shardings=replicated(self.mesh)),
             )
             made = run(arrays)
             if not self.mesh.is_multi_process:
                 made = jax.device_put(made, self.mesh.devices.flat[0])
-        # Each leaf is an array that was unpacked, or, where its row has no gradient,
-        # the zeros of dtype `float0` that stand for none.
-        found = iter(made)
-        leaves = []
-        for entry in packing.entries:
-            if packing.where[entry].row in whole:
-                leaves.append(next(found))
-            else:
-                leaves.append(float0_like(packing.shape(entry)))
-        return packing.trees(leaves)
+        # Each leaf is an array that was unpacked, or, where there is no gradient, the
+        # zeros of dtype `float0` that stand for none.
+        found = dict(zip(kept, made, strict=True))
+        return packing.trees(
+            [
+                found[entry] if entry in found else float0_like(packing.shape(entry))
+                for entry in packing.entries
+            ]
+        )
 
     def check(self, params: Any, call: str) -> None:
         """Refuse parameters that are not packed for this pipe.

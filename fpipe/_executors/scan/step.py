@@ -30,6 +30,7 @@ from fpipe._executors.scan.feeds import share
 from fpipe._executors.scan.interpreter import Interpreter, SegmentResult
 from fpipe._executors.scan.machine import InputGradient, Machine, RowGradient
 from fpipe._executors.scan.mesh import AXIS, DATA, by_stage
+from fpipe._executors.scan.packing import Entry
 from fpipe._executors.scan.storage import is_key
 from fpipe._model.loss import divided, wide
 from fpipe._model.model import Model
@@ -245,6 +246,18 @@ class Step:
             elif leaf in machine.inputs or leaf in machine.outputs:
                 made.append(leaf)
         return [*sorted(rows), *made]
+
+    @cached_property
+    def absent(self) -> frozenset[Entry]:
+        """The parameters without a gradient, in rows in which others have one: frozen
+        ones.
+        """
+        rows = set(self.gradient_names)
+        return frozenset(
+            (layer, n)
+            for (layer, n), (row, _) in self.machine.params.where.items()
+            if row in rows and Leaf(Port("params", layer), n) not in self.request.wanted
+        )
 
     def _finished_gradients(
         self, made: SegmentResult, weight: Array | None
