@@ -8,6 +8,7 @@ from fpipe._model.batch_norm import DeferredBatchNorm as DeferredBatchNorm
 from fpipe._model.layer import Layer as Layer
 from fpipe._model.layer import fn as fn
 from fpipe._model.layer import skippable as skippable
+from fpipe._model.microbatch import Chunk as Chunk
 from fpipe._model.microbatch import NoChunk as NoChunk
 from fpipe._model.skip_routes import verify_skippables as verify_skippables
 from fpipe._model.skips import Namespace as Namespace

@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fpipe._core.pytrees import PyTree, describe, is_array, is_inexact, pack
+from fpipe._core.pytrees import PyTree, describe, is_array, is_inexact
 from fpipe._executors.sequential import sequential
 from fpipe._model.layer import Layer
 from fpipe._model.loss import Reduction
-from fpipe._model.microbatch import first_microbatch, pieces
+from fpipe._model.microbatch import cut_inputs, pieces
 from fpipe._model.skips import peek, pop, stash
 from fpipe._pipe import Pipe
 from fpipe.schedules import Action, Kind, Schedule
@@ -101,7 +101,8 @@ def assert_equals_sequential(
         "step": step,
     }
     placed = pipe.place(params)
-    compare = _Comparison(pipe, len(pieces(_rows(x), pipe.chunks)), tolerance)
+    inputs = {"x": x, "side": side, "targets": targets}
+    compare = _Comparison(pipe, cut_inputs(inputs, pipe.chunks).m, tolerance)
 
     # 1. A forward alone.
     got = pipe(placed, x, **needs)
@@ -144,11 +145,6 @@ def assert_equals_sequential(
             compare.tree("the gradient of x", got, want)
         else:
             compare.tree(f"the gradient of target {number - 2}", got, want)
-
-
-def _rows(x: PyTree) -> int:
-    """The rows of the first array that has any: they decide the microbatches."""
-    return next(a.shape[0] for a in pack(x)[0] if a.shape)
 
 
 def _as_wide(array: Any) -> np.ndarray:
@@ -443,7 +439,8 @@ def partitions(
     """
     from hypothesis import strategies as st
 
-    rows = _rows(x)
+    # Where nothing is cut there is one microbatch, as of one row.
+    rows = sum(cut_inputs({"x": x}, 1).rows) or 1
     count = len(layers)
     choice = list(jax.devices() if devices is None else devices)
     modes = [
@@ -457,7 +454,6 @@ def partitions(
     # Four stages at most: they have every kind of boundary, from the first stage,
     # between inner ones, and to the last.
     most_cuts = min(3, count - 1, len(choice) - 1)
-    first_microbatch(x, {}, 1)  # an input that cannot be cut is refused here
 
     @st.composite
     def draw_pipe(draw: "DrawFn") -> Pipe:

@@ -212,6 +212,11 @@ class _WatchedAux(NamedTuple):
     weight: Any
 
 
+def _of_first_rows(taps: Any, rows: tuple[int, ...]) -> Any:
+    """What a vector of all rows has for the first row of each microbatch."""
+    return taps[np.cumsum((0, *rows[:-1]))]
+
+
 def is_bad(tree: PyTree) -> Any:
     """Whether an array has a NaN or an infinity, as a boolean array."""
     bad = jnp.zeros((), bool)
@@ -367,10 +372,11 @@ class Detector:
         self, args: Args, loss: Loss | None, argnums: tuple[int, ...], tap: Any = None
     ) -> tuple[Args, Loss | None, tuple[int, ...]]:
         """A call as the watched model takes it."""
-        # A tap for each microbatch: `m` rows, cut into `m` pieces. The layer's number
-        # and the fault begin as 0 for all.
-        m = cut_inputs(args.inputs, self.chunks).m
-        tap = np.zeros(m, np.float32) if tap is None else tap
+        # The tap is cut by rows like `x`: all rows of a microbatch have the same code.
+        # The layer's number and the fault begin as 0 for all.
+        if tap is None:
+            rows = self._rows(args)
+            tap = np.zeros(sum(rows), np.float32)
         x = Watched(args.x, NoChunk(np.int32(0)), NoChunk(np.int32(0)), tap)
         frozen = args.frozen
         if loss is not None:
@@ -402,7 +408,7 @@ class Detector:
         gradients = dict(zip(numbers, result.gradients, strict=True))
         taps = None
         if numbers:
-            taps = gradients[1].tap
+            taps = _of_first_rows(gradients[1].tap, self._rows(args))
             gradients[1] = gradients[1].value
         bad_sums = {
             f"argument {n}{jax.tree_util.keystr(path)}": is_bad(array)
@@ -441,13 +447,17 @@ class Detector:
             return y.value, state
         tap = self._reporting_tap(args)
         y, state = run(self.watch_call(args, None, (), tap)[0])
-        return self._reporting_output(y), state
+        return self._reporting_output(y, self._rows(args)), state
+
+    def _rows(self, args: Args) -> tuple[int, ...]:
+        """The rows of each microbatch; where nothing is cut, one row for all."""
+        return cut_inputs(args.inputs, self.chunks).rows or (1,)
 
     def _reporting_tap(self, args: Args) -> Any:
         """A tap that is differentiated if anything is, and whose pull-back reports."""
         # It is a function of everything that can be differentiated, and constant: JAX
         # sends its cotangent, the codes, to this pull-back at the end of the backward.
-        m = cut_inputs(args.inputs, self.chunks).m
+        rows = self._rows(args)
         of_x = [a for a in pack(args.x)[0] if is_inexact(a)]
         varied = (args.params, differentiable_inputs(args))
         others = [a for a in pack(varied)[0] if is_inexact(a)]
@@ -456,20 +466,24 @@ class Detector:
             # The part says only whether any gradient of x is asked for.
             x_asked = any(a.perturbed for a in primals[: len(of_x)])
             asked = _AskedParts((BackwardPart.INPUT,) if x_asked else ())
-            return jnp.zeros(m, jnp.float32), asked
+            return jnp.zeros(sum(rows), jnp.float32), asked
 
         def backward(asked: _AskedParts, taps: Any) -> tuple[None, ...]:
             if not isinstance(taps, jax.custom_derivatives.SymbolicZero):
+                taps = _of_first_rows(taps, rows)
                 self._report(Evidence(taps=taps, x_asked=bool(asked.parts)))
             return (None,) * (len(of_x) + len(others))
 
-        tap = jax.custom_vjp(lambda *_: jnp.zeros(m, jnp.float32))
+        tap = jax.custom_vjp(lambda *_: jnp.zeros(sum(rows), jnp.float32))
         tap.defvjp(forward, backward, symbolic_zeros=True)
         return tap(*of_x, *others)
 
-    def _reporting_output(self, y: Watched) -> PyTree:
+    def _reporting_output(self, y: Watched, rows: tuple[int, ...]) -> PyTree:
         """The output, after its fault was reported; the pull-back looks at what it is
         given.
+
+        Arguments:
+            rows: of each microbatch.
         """
         arrays, spec = pack(y.value)
 
@@ -489,6 +503,7 @@ class Detector:
             # What was said of the forward is not said again of what follows from it.
             self._report(Evidence(bad_cotangent=bad & (faults == 0).all()))
             codes = jnp.where((faults != 0) | bad, REPORTED, 0).astype(taps.dtype)
+            codes = codes[np.repeat(np.arange(len(rows)), rows)]
             return (float0_like(faults), codes, *cotangents)
 
         output = jax.custom_vjp(primal)

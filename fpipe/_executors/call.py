@@ -125,8 +125,8 @@ class Call(abc.ABC):
             params: one entry per layer, placed.
             x: a pytree; every array is cut on axis 0 into microbatches of `ceil(rows /
                 chunks)` rows, the last one smaller (10 rows, 4 chunks: 3, 3, 3, 1),
-                unless it stands in an `fpipe.NoChunk`. Leaves that are no arrays, and
-                `None`, go to every microbatch and are static.
+                unless it stands in an `fpipe.Chunk` or `fpipe.NoChunk`. Leaves that are
+                no arrays, and `None`, go to every microbatch and are static.
             side: side inputs for the layers that ask for them, cut like `x`.
             key: a PRNG key; without one, layers that ask for a key get `None`.
             state: the layers' state, needed if any layer has state.
@@ -136,12 +136,13 @@ class Call(abc.ABC):
 
         Returns:
             `y`, or `(y, state)` if state was given. Pieces of `y` are concatenated on
-            axis 0; 0-d ones stacked to `(m,)`.
+            axis 0, or on that of the `fpipe.Chunk` that the last layer returns; 0-d
+            ones are stacked to `(m,)`.
 
         Raises:
             TypeError: no array in `x`; a traced call, where the executor cannot be part
                 of a trace.
-            ValueError: arrays that cannot be cut into equal numbers of pieces;
+            ValueError: arrays with unequal numbers of rows;
                 parameters or state that do not have one entry per layer; parameters on
                 the wrong device.
         """
@@ -169,9 +170,9 @@ class Call(abc.ABC):
                 microbatch.
             has_aux: whether it returns `(loss, aux)`; aux comes back stacked on a new
                 axis of `m`.
-            reduction: `"mean"` weighs microbatches by their rows (of the first array of
-                `x`), `"sum"` adds, `"weighted"` takes `(sum, weight)` from `loss_fn`
-                and divides by the total weight once.
+            reduction: `"mean"` weighs microbatches by their rows, `"sum"` adds,
+                `"weighted"` takes `(sum, weight)` from `loss_fn` and divides by the
+                total weight once.
             argnums: which of `(params, x, *targets)` to differentiate; the rest is not
                 computed.
             frozen: the parameters that get no gradient, as `frozen(path, array)` with a

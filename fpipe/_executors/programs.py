@@ -35,6 +35,7 @@ from fpipe._core.pytrees import Shape, is_inexact
 from fpipe._executors.placement import Placement
 from fpipe._executors.request import CallKind, Inputs, Request
 from fpipe._executors.routes import Routes
+from fpipe._model.microbatch import Join
 from fpipe._model.remat import Remat
 from fpipe._model.stages import INDEX, KEY, TARGETS, Leaf, Port, Stage, X, Y
 from fpipe._program.code import Code, Cotangent, Input, Program, ProgramValue, Window
@@ -163,8 +164,9 @@ class Programs:
         mean = request.loss is not None and request.loss.reduction == "mean"
         shares = inputs.cut.shares
         self.scales: tuple[float, ...] = shares if mean else (1.0,) * len(shares)
-        self._flats: dict[tuple[int, tuple[int, ...]], FlatStage] = {}
-        self._joints: dict[tuple[int, tuple[int, ...], bool], JointStage] = {}
+        # By the first microbatch of the same shapes.
+        self._flats: dict[tuple[int, int], FlatStage] = {}
+        self._joints: dict[tuple[int, int, bool], JointStage] = {}
         self._programs: dict[Hashable, StagePrograms] = {}
         # Whether a gradient depends on the cotangent of a stage's output. Stages with
         # frozen parameters alone, in front, have no backward at all.
@@ -175,11 +177,11 @@ class Programs:
 
     def flat(self, s: int, i: int) -> FlatStage:
         """The stage, traced for that microbatch's shape."""
-        return self._flats[s, self.inputs.cut.variant(i)]
+        return self._flats[s, self.inputs.cut.first_like(i)]
 
     def joint(self, s: int, i: int) -> JointStage:
         """Forward and backward as one graph."""
-        return self._joints[s, self.inputs.cut.variant(i), self.recomputes(s, i)]
+        return self._joints[s, self.inputs.cut.first_like(i), self.recomputes(s, i)]
 
     def recomputes(self, s: int, i: int) -> bool:
         """Whether the backward of that microbatch recomputes its forward."""
@@ -269,13 +271,13 @@ class Programs:
         s = stage.index
         # Microbatches of one shape share a trace, and those that also agree in whether
         # they recompute share a joint graph. `except_last` makes two of these.
-        variant = self.inputs.cut.variant(i)
+        like = self.inputs.cut.first_like(i)
         recomputes = self.recomputes(s, i)
-        if (s, variant) not in self._flats:
-            self._flats[s, variant] = self._flatten(stage, i)
-        if (s, variant, recomputes) in self._joints:
+        if (s, like) not in self._flats:
+            self._flats[s, like] = self._flatten(stage, i)
+        if (s, like, recomputes) in self._joints:
             return
-        flat = self._flats[s, variant]
+        flat = self._flats[s, like]
         if self.request.differentiates:
             wanted = self._wanted(stage, flat, reach)
             remat = self._remat if recomputes else None
@@ -286,7 +288,7 @@ class Programs:
             )
         else:
             joint = self._keep(s, (flat,), lambda: forward_only(flat))
-        self._joints[s, variant, recomputes] = joint
+        self._joints[s, like, recomputes] = joint
         # A later stage asks for a gradient if any microbatch of this one needs it.
         for leaf, reached in joint.reach.items():
             reach[s, leaf] = reach.get((s, leaf), False) or reached
@@ -349,17 +351,25 @@ class Programs:
         if self.inputs.cut.m == 1 or not self._form.whole_inputs:
             return windows
         flat = self.flat(s, i)
+        cut = self.inputs.cut
         # All pieces but the last have as many rows as the first.
-        first = self.flat(s, 0)
-        first_shapes = dict(zip(first.inputs, first.shapes, strict=True))
-        for leaf, shape in zip(flat.inputs, flat.shapes, strict=True):
+        for leaf in flat.inputs:
             if self.routes.is_given(s, leaf.port) and leaf not in flat.constant:
-                windows[Input(leaf)] = Window(first_shapes[leaf].shape[0], shape.shape)
+                axis = cut.splits[leaf.port.kind].axes[leaf.k]
+                windows[Input(leaf)] = Window(cut.rows[0], cut.rows[i], axis)
         if flat.stage.last and self.request.kind is CallKind.PULL_BACK:
-            pairs = zip(flat.out[Y].leaves, first.out[Y].leaves, strict=True)
-            for k, (piece, first_piece) in enumerate(pairs):
-                stride = first_piece.shape[0] if first_piece.shape else 1
-                windows[Cotangent(Leaf(Y, k))] = Window(stride, piece.shape)
+            # Cut as `y` was put together; its rows need not be those of the inputs.
+            first = self.flat(s, 0).out[Y]
+            pairs = zip(flat.out[Y].leaves, first.leaves, strict=True)
+            axes = Join.of(first).axes
+            for (k, (piece, first_piece)), axis in zip(
+                enumerate(pairs), axes, strict=True
+            ):
+                window = Window(1, 1, None)
+                if axis is not None:
+                    rows = piece.shape[axis]
+                    window = Window(first_piece.shape[axis], rows, axis)
+                windows[Cotangent(Leaf(Y, k))] = window
         return windows
 
     # --- keeping ---

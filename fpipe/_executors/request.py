@@ -110,12 +110,12 @@ class Inputs:
 
     def piece(self, port: Port, i: int) -> Shape:
         """The shape of what microbatch `i` gets of an input of the call."""
-        return self.cut.splits[port.kind].shape(i, self.call[port.kind].leaves)
+        return self.cut.piece_shape(port.kind, i, self.call[port.kind].leaves)
 
     def whole(self, port: Port) -> frozenset[Leaf]:
         """The leaves that go whole to every microbatch."""
-        rows = self.cut.splits[port.kind].rows
-        return frozenset(Leaf(port, k) for k, cut in enumerate(rows) if cut is None)
+        axes = self.cut.splits[port.kind].axes
+        return frozenset(Leaf(port, k) for k, axis in enumerate(axes) if axis is None)
 
 
 def inputs_of(args: Args, params: Sequence[Shape], chunks: int) -> Inputs:

@@ -41,7 +41,14 @@ from fpipe._executors.call import (
 from fpipe._executors.request import numbered_leaves
 from fpipe._model.batch_norm import deferred
 from fpipe._model.loss import Loss, divided, sum_dtype, wide
-from fpipe._model.microbatch import Cut, check_alike, cut_inputs, first_microbatch, join
+from fpipe._model.microbatch import (
+    Cut,
+    Join,
+    check_alike,
+    cut_inputs,
+    first_microbatch,
+    join,
+)
 from fpipe._model.model import Model
 from fpipe._model.needs import call_needs, check_key
 
@@ -184,9 +191,7 @@ class PlainExecutor:
         for i in range(cut.m):
             y, state = self._microbatch(args, cut, i, state)
             parts.append(y)
-        return _together(
-            parts, join, "`pipe(params, x)`: y", stacked=False
-        ), self._last_state(state)
+        return _joined(parts), self._last_state(state)
 
     def loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
         """The loss, and the gradients of the numbered arguments."""
@@ -226,7 +231,7 @@ class PlainExecutor:
             )
             y, state = self._microbatch(own, cut, i, state)
             value, weight, aux = loss(
-                y, cut.splits["targets"].tree(i, own.targets), f", microbatch {i}"
+                y, cut.piece("targets", i, own.targets), f", microbatch {i}"
             )
             return value * scales[i], (value, weight, aux, state)
 
@@ -261,9 +266,7 @@ class PlainExecutor:
         )
         return Result(
             total.astype(dtype),
-            _together(
-                auxes, jnp.stack, f"`{loss.call}(has_aux=True)`: aux", stacked=True
-            ),
+            _stacked(auxes, f"`{loss.call}(has_aux=True)`: aux"),
             self._last_state(state),
             gradients,
         )
@@ -275,7 +278,7 @@ class PlainExecutor:
         y, _, state = self.model.apply(
             range(len(self.model.layers)),
             dict(enumerate(args.params)),
-            cut.splits["x"].tree(i, args.x),
+            cut.piece("x", i, args.x),
             skips={},
             state=state,
             needs=cut.pieces(i, args.needs),
@@ -296,13 +299,18 @@ class PlainExecutor:
         return tuple(ended.get(k) for k in range(len(self.model.layers)))
 
 
-def _together(
-    parts: Sequence[PyTree],
-    join: Callable[[Sequence[Any]], Any],
-    what: str,
-    stacked: bool,
-) -> PyTree:
-    """The parts of all microbatches as one pytree."""
-    check_alike([Shape.of(part) for part in parts], what, stacked)
+def _joined(parts: Sequence[PyTree]) -> PyTree:
+    """The outputs of all microbatches as one pytree."""
+    shapes = [Shape.of(part) for part in parts]
+    how = Join.of(shapes[0])
+    check_alike(shapes, "`pipe(params, x)`: y", how.axes)
+    columns = zip(*(pack(part)[0] for part in parts), strict=True)
+    arrays = [join(c, axis) for c, axis in zip(columns, how.axes, strict=True)]
+    return how.whole.unpack(arrays)
+
+
+def _stacked(parts: Sequence[PyTree], what: str) -> PyTree:
+    """The parts of all microbatches as one pytree, stacked."""
+    check_alike([Shape.of(part) for part in parts], what, None)
     arrays, specs = zip(*map(pack, parts), strict=True)
-    return specs[0].unpack([join(column) for column in zip(*arrays, strict=True)])
+    return specs[0].unpack([join(c, None) for c in zip(*arrays, strict=True)])

@@ -22,6 +22,7 @@ import numpy as np
 
 from fpipe._core.errors import noting
 from fpipe._core.pytrees import PyTree, describe, is_inexact, numbers_as_arrays
+from fpipe._model.microbatch import without_chunks
 
 Reduction: TypeAlias = Literal["mean", "sum", "weighted"]
 
@@ -49,6 +50,8 @@ class Loss:
             # nothing.
             if self.scaled:
                 *targets, scale = targets
+            # Of how `y` would be joined a loss knows nothing.
+            y = without_chunks(y)
             try:
                 result = self.fn(y, *targets)
             except TypeError as error:

@@ -26,6 +26,7 @@ from fpipe._core.pytrees import (
     Shape,
     describe,
     eval_shape,
+    is_array,
     map_arrays,
     numbers_as_arrays,
     shapes_of,
@@ -41,6 +42,7 @@ from fpipe._model.layer import (
     flatten_layers,
     keyword_needs,
 )
+from fpipe._model.microbatch import check_output_axes, has_chunks
 from fpipe._model.needs import BY_NAME, stand_ins
 from fpipe._model.skip_routes import (
     Skip,
@@ -213,8 +215,10 @@ class Model:
                 carry,
                 asked,
             )
-            with noting(f"in layer {k} {layer.name!r}{where}"):
+            hint = _list_of_microbatches(x) if k == 0 else ""
+            with noting(f"in layer {k} {layer.name!r}{where}{hint}"):
                 result = self._trace(k, call) if traced else call_layer(layer, k, call)
+                _check_chunks(k, layer, result, k == len(self.layers) - 1)
                 if "state" in asked:
                     new_state[k] = map_arrays(_constant_state, result.state)
                     _check_state(k, layer, asked["state"], new_state[k])
@@ -455,6 +459,35 @@ def _constant_state(array: Any) -> Any:
     be.
     """
     return strong(jax.lax.stop_gradient(array))
+
+
+def _check_chunks(k: int, layer: Layer, result: LayerResult, last: bool) -> None:
+    """Only what leaves the last layer is joined, so only there a `Chunk` says how."""
+    who = f"layer {k} {layer.name!r}"
+    if last:
+        check_output_axes(result.y, who)
+    what = "stashed" if last else "returned or stashed"
+    if has_chunks(result.stashed if last else (result.y, result.stashed)):
+        raise TypeError(
+            f"{who} {what} an fpipe.Chunk: that says how outputs of the last layer "
+            "are joined; between layers write the array itself"
+        )
+
+
+def _list_of_microbatches(x: PyTree) -> str:
+    """What to add to an error of the first layer, if `x` may be meant as a list of
+    ready-made microbatches.
+    """
+    if type(x) not in (list, tuple) or len(x) < 2 or not all(map(is_array, x)):
+        return ""
+    if len({(a.shape[1:], a.dtype) for a in x}) > 1:
+        return ""
+    kind = type(x).__name__
+    return (
+        f": `x` is a {kind} of {len(x)} arrays, so every microbatch is a {kind} of "
+        f"{len(x)} arrays too, with some rows of each; if they are microbatches, pass "
+        "`jnp.concatenate(x)`, which `Pipe(chunks=...)` cuts"
+    )
 
 
 def _check_state(k: int, layer: Layer, old: PyTree, new: PyTree) -> None:

@@ -24,11 +24,13 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 
 from fpipe._core.caches import Recent
-from fpipe._core.pytrees import PyTree, is_inexact, pack
+from fpipe._core.pytrees import PyTree, describe, is_array, is_inexact, pack
 from fpipe._executors.call import Args
 from fpipe._executors.plan_data import DeviceMemory, PlanData
 from fpipe._executors.request import schedule_of
+from fpipe._model.microbatch import input_leaves_of
 from fpipe._model.model import Model
+from fpipe._model.needs import BY_NAME, Share
 from fpipe._planning.advice import (
     advise_balance,
     advise_equal_pieces,
@@ -40,7 +42,13 @@ from fpipe._planning.balance import best_balance
 from fpipe._planning.costs import LayerCosts
 from fpipe._planning.hardware import Hardware, PlanOptions
 from fpipe._planning.layer_costs import costs_of
-from fpipe._planning.prediction import Crossing, DeviceRow, Prediction, StageRow
+from fpipe._planning.prediction import (
+    Crossing,
+    DeviceRow,
+    InputRow,
+    Prediction,
+    StageRow,
+)
 from fpipe._planning.span_tables import SpanTables
 from fpipe._planning.text import option_name
 from fpipe._planning.work import count, seconds
@@ -105,11 +113,26 @@ def predict(
         unit=options.unit,
         stages=stages,
         devices=devices,
+        inputs=_input_rows(args, data.microbatch_rows),
         schedule=data.schedule,
         timeline=timeline,
         compiled=options.compiled,
         warnings=(*data.warnings, *advice),
     )
+
+
+def _input_rows(args: Args, rows: tuple[int, ...]) -> tuple[InputRow, ...]:
+    """What of each leaf of the inputs a microbatch gets."""
+    found = []
+    for name, tree in args.inputs.items():
+        if BY_NAME[name].share is not Share.ROWS:
+            continue
+        for leaf in input_leaves_of(name, tree):
+            static = not is_array(leaf.value)
+            value = type(leaf.value).__name__ if static else describe(leaf.value)
+            own = () if leaf.axis is None else rows
+            found.append(InputRow(leaf.name, value, leaf.axis, own, static))
+    return tuple(found)
 
 
 def mean_square(y: PyTree) -> Any:

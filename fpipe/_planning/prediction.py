@@ -1,11 +1,12 @@
 """`Prediction`: what a call will take, as numbers, as text and as JSON.
 
-It has a `StageRow` for each stage, a `DeviceRow` for each device, a schedule and a
-timeline, and prints as
+It has a `StageRow` for each stage, a `DeviceRow` for each device, an `InputRow` for
+each leaf of the inputs, a schedule and a timeline, and prints as
 
     3 stages on 3 devices, 4 microbatches, eager_1f1b, …   a line or two of totals
     stage  device  layers      parameters  F kFLOP …       a row for each stage
     device         peak KiB    parameters  gradients …     a row for each device
+    input  array           a microbatch gets               a row for each input leaf
     …                                                      the timeline, drawn
     - stage 0 takes 2.0 times …                            advice
 """
@@ -98,6 +99,37 @@ class DeviceRow:
 
 
 @dataclasses.dataclass(frozen=True)
+class InputRow:
+    """A leaf of `x`, `side` or the targets, and what of it a microbatch gets.
+
+    Attributes:
+        name: such as `x`, `side['mask']` or `targets[0]`.
+        value: an array's dtype and shape, or the type of a static leaf.
+        axis: of its rows; `None`: it has none.
+        rows: of each microbatch; empty: every microbatch gets all of it.
+        static: whether it is no array, but a part of what is compiled.
+    """
+
+    name: str
+    value: str
+    axis: int | None
+    rows: tuple[int, ...]
+    static: bool
+
+    @property
+    def share(self) -> str:
+        """What of it a microbatch gets, in words."""
+        if self.static:
+            return "all of it, static"
+        if self.axis is None:
+            return "all of it"
+        text = counted(self.rows[0], "row")
+        if self.rows[-1] != self.rows[0]:
+            text += f" (the last {self.rows[-1]})"
+        return f"{text} on axis {self.axis}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Prediction:
     """What a call will take: `Pipe.plan` makes one.
 
@@ -112,6 +144,8 @@ class Prediction:
             microbatch), `stashed` and `popped` (skips: name, other stage, bytes).
         devices: a row each: `name`, `memory` (bytes by what they are for, when it is
             fullest), `peak`, `doing` (what runs then), `limit`, `missing`.
+        inputs: a row for each leaf of `x`, `side` and targets: `name`, `value` (dtype
+            and shape), `axis` (of its rows), `rows` (of each microbatch), `static`.
         schedule: what runs.
         timeline: when it runs, under the work of the stages.
         compiled: whether `temporary` memory is in the devices' rows, as compiled
@@ -125,6 +159,7 @@ class Prediction:
     unit: str
     stages: tuple[StageRow, ...]
     devices: tuple[DeviceRow, ...]
+    inputs: tuple[InputRow, ...]
     schedule: Schedule
     timeline: Timeline
     compiled: bool
@@ -179,6 +214,10 @@ class Prediction:
                 }
                 for d in self.devices
             ],
+            "inputs": [
+                dataclasses.asdict(row) | {"rows": list(row.rows)}
+                for row in self.inputs
+            ],
             "warnings": list(self.warnings),
         }
 
@@ -196,6 +235,7 @@ class Prediction:
         name = f"{self.timeline.name}, in {unit}"
         timeline = dataclasses.replace(self.timeline, events=events, name=name)
         parts = [_head(self), _stage_table(self), _device_table(self)]
+        parts.append(_input_table(self))
         parts.append(draw(timeline, fit=True))
         if self.warnings:
             parts.append("\n".join(f"- {text}" for text in self.warnings))
@@ -278,3 +318,13 @@ def _device_table(prediction: Prediction) -> str:
         f"{text}\nwithout what programs need for themselves: plan(..., "
         "compiled=True) has it"
     )
+
+
+def _input_table(prediction: Prediction, most: int = 8) -> str:
+    """A line for each leaf of the inputs, as many as there is room for."""
+    rows = prediction.inputs
+    shown = rows if len(rows) <= most else rows[: most - 1]
+    lines = [[row.name, row.value, row.share] for row in shown]
+    text = table(["input", "", "a microbatch gets"], lines, left=(0, 1, 2))
+    left = len(rows) - len(shown)
+    return f"{text}\nand {left} more in `plan.inputs`" if left else text

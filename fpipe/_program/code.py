@@ -144,18 +144,20 @@ class Window(NamedTuple):
 
     Attributes:
         stride: rows from one piece to the next; all pieces but the last have as many.
-        shape: the piece's shape; 0-d for one element.
+        rows: of this piece.
+        axis: of the rows; `None`: the piece is one element of a vector.
     """
 
     stride: int
-    shape: tuple[int, ...]
+    rows: int
+    axis: int | None
 
     def cut(self, whole: Any, index: Any) -> Any:
         """The piece."""
         start = index.astype(jnp.int32) * self.stride
-        if not self.shape:
+        if self.axis is None:
             return jax.lax.dynamic_index_in_dim(whole, start, keepdims=False)
-        return jax.lax.dynamic_slice_in_dim(whole, start, self.shape[0])
+        return jax.lax.dynamic_slice_in_dim(whole, start, self.rows, self.axis)
 
 
 class Arg(NamedTuple):

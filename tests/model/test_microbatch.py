@@ -3,6 +3,7 @@ again.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import chex
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import fpipe
+import fpipe.testing
 from fpipe._model.microbatch import cut_inputs, pieces
 from tests.helpers import assert_same, raises
 
@@ -83,14 +84,14 @@ def test_the_pieces_of_a_pytree_put_together_are_the_pytree(shapes, chunks):
         np.arange(n * 2.0**k).reshape(n, *(2,) * k).astype(np.float32)
         for n, k in shapes
     ]
-    counts = {len(pieces(n, chunks)) for n, _ in shapes}
-    if len(counts) > 1:
-        with pytest.raises(ValueError, match="give both the same number of rows"):
+    unequal = [k for k, (n, _) in enumerate(shapes) if n != shapes[0][0]]
+    if unequal:
+        with pytest.raises(ValueError, match=rf"^`x\[{unequal[0]}\]` of shape .* has"):
             cut_inputs({"x": x}, chunks)
         return
     cut = cut_inputs({"x": x}, chunks)
-    parts = [cut.splits["x"].tree(i, x) for i in range(cut.m)]
-    assert {cut.m} == counts
+    parts = [cut.piece("x", i, x) for i in range(cut.m)]
+    assert cut.rows == pieces(shapes[0][0], chunks)
     for k, leaf in enumerate(x):
         np.testing.assert_array_equal(np.concatenate([part[k] for part in parts]), leaf)
         for part, piece in zip(parts, cut_by_hand(leaf, chunks), strict=True):
@@ -244,7 +245,11 @@ NO_ARRAY = (
     "into microbatches"
 )
 Z, V, W = jnp.float32(1), rows(4), rows(3)
-FIX = "give both the same number of rows, or wrap one in fpipe.NoChunk"
+FIX = (
+    "the rows of all arrays are cut together, so give both equally many, or wrap one "
+    "in fpipe.NoChunk(…), if it goes whole to every microbatch, or in "
+    "fpipe.Chunk(…, axis=…), if its rows are on another axis"
+)
 # x, side, targets, what is raised
 REFUSED = {
     "0-d": ({"a": V, "b": Z}, None, (), ValueError, f"`x['b']` {SCALAR}"),
@@ -288,24 +293,116 @@ REFUSED = {
         None,
         (),
         ValueError,
-        "with chunks=4 `x['a']` of shape (4, 2) gives 4 pieces, but `x['b'][0]` of "
-        f"shape (3, 2) gives 3; {FIX}",
+        "`x['b'][0]` of shape (3, 2) has 3 rows, but `x['a']` of shape (4, 2) has 4: "
+        f"{FIX}",
     ),
     "unequal side": (
         V,
         {"mask": rows(9)},
         (),
         ValueError,
-        "with chunks=4 `x` of shape (4, 2) gives 4 pieces, but `side['mask']` of "
-        f"shape (9, 2) gives 3; {FIX}",
+        "`side['mask']` of shape (9, 2) has 9 rows, but `x` of shape (4, 2) has 4: "
+        f"{FIX}",
+    ),
+    "as many pieces": (
+        rows(8),
+        {"mask": rows(7)},
+        (),
+        ValueError,
+        "`side['mask']` of shape (7, 2) has 7 rows, but `x` of shape (8, 2) has 8: "
+        f"{FIX}",
+    ),
+    "half as many targets": (
+        rows(8, 3),
+        None,
+        (V,),
+        ValueError,
+        "`targets[0]` of shape (4, 2) has 4 rows, but `x` of shape (8, 3) has 8: "
+        f"{FIX}; rows in groups of 2 are reshaped, `x.reshape(4, 2, 3)`",
+    ),
+    "targets in groups": (
+        V,
+        None,
+        (rows(12)[:, 0],),
+        ValueError,
+        "`targets[0]` of shape (12,) has 12 rows, but `x` of shape (4, 2) has 4: "
+        f"{FIX}; rows in groups of 3 are reshaped, `targets[0].reshape(4, 3)`",
+    ),
+    "positions": (
+        rows(8, 5),
+        {"ids": jnp.zeros((3, 8, 5), jnp.int32)},
+        (),
+        ValueError,
+        "`side['ids']` of shape (3, 8, 5) has 3 rows, but `x` of shape (8, 5) has 8: "
+        f"{FIX}; `fpipe.Chunk(side['ids'], axis=1)` has 8",
+    ),
+    "sequence first": (
+        jnp.zeros((4, 8, 3)),
+        None,
+        (rows(8),),
+        ValueError,
+        "`targets[0]` of shape (8, 2) has 8 rows, but `x` of shape (4, 8, 3) has 4: "
+        f"{FIX}; `fpipe.Chunk(x, axis=1)` has 8",
+    ),
+    "one row": (
+        V,
+        V[:1],
+        (),
+        ValueError,
+        f"`side` of shape (1, 2) has 1 row, but `x` of shape (4, 2) has 4: {FIX}",
+    ),
+    "0-d in a Chunk": (
+        fpipe.Chunk({"a": V, "b": Z}, 1),
+        None,
+        (),
+        ValueError,
+        f"`x['b']` {SCALAR}",
+    ),
+    "no such axis": (
+        V,
+        [fpipe.Chunk({"a": V}, axis=2)],
+        (),
+        ValueError,
+        "`side[0]['a']` in `fpipe.Chunk(…, axis=2)` has the shape (4, 2): its axes are "
+        "0 to 1",
+    ),
+    "no such negative axis": (
+        fpipe.Chunk(V[:, 0], axis=-2),
+        None,
+        (),
+        ValueError,
+        "`x` in `fpipe.Chunk(…, axis=-2)` has the shape (4,): its axes are 0 alone",
+    ),
+    "no rows on an axis": (
+        V,
+        fpipe.Chunk(V[:, :0], axis=1),
+        (),
+        ValueError,
+        "`side` has no rows on axis 1: its shape is (4, 0)",
+    ),
+    "unequal on an axis": (
+        V,
+        {"ids": fpipe.Chunk(jnp.zeros((3, 5, 4)), axis=1)},
+        (),
+        ValueError,
+        "`side['ids']` of shape (3, 5, 4) has 5 rows, but `x` of shape (4, 2) has 4: "
+        f"{FIX}",
+    ),
+    "one in the other": (
+        {"a": fpipe.NoChunk([V, fpipe.Chunk(V, 1)])},
+        None,
+        (),
+        ValueError,
+        "`x['a'][1]`: an fpipe.Chunk inside of an fpipe.NoChunk; one of the two says "
+        "how it is cut",
     ),
     "unequal target": (
         (fpipe.NoChunk(V), W),
         W,
         (W, {"t": V[:, 0]}),
         ValueError,
-        "with chunks=4 `x[1]` of shape (3, 2) gives 3 pieces, but `targets[1]['t']` "
-        f"of shape (4,) gives 4; {FIX}",
+        "`targets[1]['t']` of shape (4,) has 4 rows, but `x[1]` of shape (3, 2) has 3: "
+        f"{FIX}",
     ),
 }
 
@@ -324,25 +421,336 @@ def test_what_cannot_be_cut_is_refused_with_its_name(make, case):
             pipe.init(jax.random.key(0), x, side=side)
 
 
-@both
-def test_unequal_rows_that_give_as_many_pieces_are_cut_each_by_its_own_rule(make):
-    # 10 and 4 rows in 4 pieces: 3, 3, 3, 1 beside 1, 1, 1, 1.
-    pipe = make([fpipe.fn(lambda x, *, side: x * side.sum()), scale], chunks=4)
-    params, x, side, target = (
-        pipe.place(((), jnp.float32(2))),
-        rows(10),
-        rows(4, 3),
-        jnp.arange(1.0, 5),
+@pytest.mark.parametrize("axis", [True, 1.0, "1", None])
+def test_the_axis_of_a_chunk_is_an_int(axis):
+    text = f"`fpipe.Chunk(…, axis={axis!r})`: axis is an int, such as 1"
+    with raises(TypeError, text):
+        fpipe.Chunk(V, axis=untyped(axis))
+
+
+def test_a_chunk_is_a_pytree():
+    chunk = fpipe.Chunk({"a": rows(2), "b": None}, axis=untyped(np.int64(-1)))
+    doubled = jax.jit(lambda c: jax.tree.map(lambda a: 2 * a, c))(chunk)
+    assert type(doubled) is fpipe.Chunk
+    assert type(doubled.axis) is int
+    assert doubled.axis == -1
+    assert_same(doubled.value, {"a": 2 * rows(2), "b": None})
+
+
+# --- rows on other axes ---
+
+
+EXECUTORS = {
+    "sequential": (lambda layers, chunks: fpipe.sequential(layers, chunks), 7),
+    "placed": (lambda layers, chunks: fpipe.Pipe(layers, [2, 1], chunks=chunks), 7),
+    "scan": (
+        lambda layers, chunks: fpipe.Pipe(
+            layers, [2, 1], chunks=chunks, executor="scan"
+        ),
+        8,
+    ),
+}
+executors = pytest.mark.parametrize("executor", EXECUTORS)
+
+
+def sequence_layer(w, x, *, side):
+    # x: (L, B, D), positions: (2, B, L), a bias for each row: (B,)
+    position = side["deep"]["position"].sum(0).T[..., None] * side["bias"][:, None]
+    return jnp.tanh(x @ w + position)
+
+
+def sequence_head(w, x, *, side):
+    y = x @ w
+    return {
+        "y": fpipe.Chunk(y, axis=1),
+        "pair": fpipe.Chunk((y[..., 0], y.sum(-1)), axis=-1),
+        "rows": y.mean((0, 2)) * side["bias"],
+        "mean": y.mean(),
+    }
+
+
+def sequence_case(n):
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    noise = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
+    params = tuple(noise(4, 4) for _ in range(3))
+    x = fpipe.Chunk(noise(3, n, 4), axis=-2)
+    position = jnp.sin(jnp.arange(6.0 * n)).reshape(2, n, 3)
+    side = {"deep": fpipe.Chunk({"position": position}, 1), "bias": noise(n)}
+    target = {"t": fpipe.Chunk(noise(3, n, 4), axis=1)}
+    return params, x, side, target
+
+
+def sequence_loss(y, target):
+    error = ((y["y"] - target["t"]) ** 2).mean()
+    return error + (y["rows"] * y["pair"][0].sum(0)).mean() + y["mean"]
+
+
+def sequence_by_hand(params, x, side, target, bounds):
+    """The loss and outputs of pieces that numpy's own indices cut."""
+    total, outs = 0.0, []
+    n = x.shape[1]
+    for start, stop in bounds:
+        own = {
+            "deep": {"position": side["deep"].value["position"][:, start:stop]},
+            "bias": side["bias"][start:stop],
+        }
+        h = x[:, start:stop]
+        for w in params[:-1]:
+            h = sequence_layer(w, h, side=own)
+        y = sequence_head(params[-1], h, side=own)
+        y = {name: getattr(v, "value", v) for name, v in y.items()}
+        outs.append(y)
+        loss = sequence_loss(y, {"t": target[:, start:stop]})
+        total += (stop - start) / n * loss
+    return total, outs
+
+
+LAYERS = [sequence_layer, sequence_layer, sequence_head]
+
+
+@pytest.mark.quick
+@executors
+def test_rows_lie_on_the_axis_of_a_chunk(executor):
+    make, n = EXECUTORS[executor]
+    params, x, side, target = sequence_case(n)
+    bounds = [(start, min(start + 2, n)) for start in range(0, n, 2)]
+    pipe = make(LAYERS, 4)
+    placed = pipe.place(params)
+    by_hand = functools.partial(sequence_by_hand, bounds=bounds)
+    (want, outs), wanted = jax.jit(
+        jax.value_and_grad(by_hand, argnums=(0, 1, 3), has_aux=True)
+    )(params, x.value, side, target["t"].value)
+    y = pipe(placed, x, side)
+    join = lambda *parts: jnp.concatenate(parts, -1)  # noqa: E731
+    assert_same(
+        y,
+        {
+            "y": jnp.concatenate([out["y"] for out in outs], 1),
+            "pair": jax.tree.map(join, *(out["pair"] for out in outs)),
+            "rows": jnp.concatenate([out["rows"] for out in outs]),
+            "mean": jnp.stack([out["mean"] for out in outs]),
+        },
     )
-    loss, grad = pipe.value_and_grad(
-        lambda y, t: (y**2).sum() * t[0], reduction="sum", argnums=1
-    )(params, x, target, side=side)
+    loss, grads = pipe.value_and_grad(sequence_loss, argnums=(0, 1, 2))(
+        placed, x, target, side=side
+    )
+    assert_same((loss, pipe.gather(grads[0])), (want, wanted[0]))
+    assert_same(grads[1], fpipe.Chunk(wanted[1], axis=-2))
+    assert_same(grads[2], {"t": fpipe.Chunk(wanted[2], axis=1)})
+    assert_same(pipe.evaluate(sequence_loss)(placed, x, target, side=side), want)
 
-    def by_hand(x):
-        cut = zip(cut_by_hand(x, 4), cut_by_hand(side, 4), target, strict=True)
-        return sum(((x * s.sum() * 2) ** 2).sum() * t for x, s, t in cut)
 
-    assert_same((loss, grad), jax.value_and_grad(by_hand)(x))
+@pytest.mark.parametrize("executor", ["placed", "scan"])
+def test_a_gradient_outside_goes_through_rows_on_other_axes(executor):
+    make, n = EXECUTORS[executor]
+    params, x, side, _ = sequence_case(n)
+    pipe = make(LAYERS, 4)
+    placed = pipe.place(params)
+
+    def loss(run):
+        def f(params, x, side):
+            y = run(params, x, side)
+            factor = jnp.cos(jnp.arange(y["y"].size)).reshape(y["y"].shape)
+            return (y["y"] * factor).sum() + (y["pair"][1] ** 2).sum() - y["mean"][1]
+
+        return jax.value_and_grad(f, argnums=(0, 1, 2))
+
+    want = jax.jit(loss(fpipe.sequential(LAYERS, 4)))(params, x, side)
+    got, (into_params, *others) = loss(pipe)(placed, x, side)
+    assert type(others[0]) is fpipe.Chunk
+    assert_same((got, (pipe.gather(into_params), *others)), want)
+
+
+@executors
+def test_init_and_states_see_the_first_rows_of_a_chunk(executor):
+    make, n = EXECUTORS[executor]
+    size = 2
+
+    def init(key, x, *, side):
+        assert x.shape == (3, size, 4)
+        assert side.shape == (2, size)
+        return jnp.eye(4)
+
+    def init_state(x, *, side):
+        return jnp.zeros(x.shape[0]) + side.shape[0]
+
+    def apply(w, x, *, side, state):
+        return x @ w + side.sum(), state + x.sum((1, 2))
+
+    layer = fpipe.Layer(apply, init, init_state=init_state)
+    last = fpipe.Layer(lambda w, x: fpipe.Chunk(x @ w, 1), lambda key, x: jnp.eye(4))
+    x = fpipe.Chunk(jnp.ones((3, n, 4)), 1)
+    side = fpipe.Chunk(jnp.zeros((2, n)), -1)
+    pipe = make([layer, layer, last], 4)
+    params = pipe.init(jax.random.key(0), x, side)
+    state = pipe.init_state(x, side)
+    y, (new, *_) = pipe(params, x, side, state=state)
+    assert_same(y, jnp.ones((3, n, 4)))
+    assert_same(new, jnp.full(3, 2 + 4.0 * n))
+
+
+@both
+def test_an_inner_layer_that_returns_a_chunk_is_named(make):
+    wrap = fpipe.fn(lambda x: [fpipe.Chunk(x, 1)], name="wrap")
+    with raises(
+        TypeError,
+        "layer 0 'wrap' returned or stashed an fpipe.Chunk: that says how outputs of "
+        "the last layer are joined; between layers write the array itself",
+    ):
+        make([wrap, same], chunks=2)(((), ()), rows(4))
+
+    @fpipe.skippable(stash=["a"])
+    def stashing(params, x, *, carry):
+        return x, fpipe.stash(carry, "a", fpipe.Chunk(x, 1))
+
+    @fpipe.skippable(pop=["a"])
+    def popping(params, x, *, carry):
+        return fpipe.pop(carry, "a")
+
+    with raises(
+        TypeError,
+        "layer 0 'stashing' returned or stashed an fpipe.Chunk: that says how outputs "
+        "of the last layer are joined; between layers write the array itself",
+    ):
+        make([stashing, popping], chunks=2)(((), ()), rows(4))
+
+
+@both
+@pytest.mark.parametrize(
+    ("returns", "text"),
+    [
+        (
+            lambda x: fpipe.Chunk(x, 2),
+            "returned `fpipe.Chunk(…, axis=2)` of float32[2,2]: its axes are 0 to 1",
+        ),
+        (
+            lambda x: [fpipe.Chunk({"a": x.sum()}, 0)],
+            "returned `fpipe.Chunk(…, axis=0)` of a 0-d array, which has no rows; "
+            "return the array itself",
+        ),
+        (
+            lambda x: fpipe.Chunk([fpipe.Chunk(x, 0)], 1),
+            "returned an fpipe.Chunk inside of an fpipe.Chunk; one of the two says how "
+            "it is joined",
+        ),
+    ],
+)
+def test_the_last_layer_joins_on_an_axis_that_is_there(make, returns, text):
+    pipe = make([same, fpipe.fn(returns, name="last")], chunks=2)
+    with raises(ValueError, f"layer 1 'last' {text}"):
+        pipe(((), ()), rows(4))
+    with raises(ValueError, f"layer 1 'last' {text}"):
+        pipe.value_and_grad(lambda y: 0.0)(((), ()), rows(4))
+
+
+@pytest.mark.parametrize("executor", ["placed", "scan"])
+def test_anomalies_are_found_in_rows_on_other_axes(executor):
+    def root(x):
+        return jnp.sqrt(x)
+
+    layers = [fpipe.fn(root), fpipe.fn(lambda x: fpipe.Chunk(x, 1))]
+    pipe = fpipe.Pipe(layers, [1, 1], chunks=2, executor=executor, detect_anomaly=True)
+    x = jnp.ones((3, 6, 2))
+    step = pipe.value_and_grad(jnp.sum, reduction="sum", argnums=1)
+    params = pipe.place(((), ()))
+    _, grad = step(params, fpipe.Chunk(x, 1))
+    assert_same(grad, fpipe.Chunk(x / 2, 1))
+    # Finite forward, infinite backward, in the second microbatch alone.
+    bad = fpipe.Chunk(x.at[0, 4].set(0), 1)
+    with pytest.raises(FloatingPointError, match=r"'root', microbatch 1, backward"):
+        step(params, bad)
+    with pytest.raises(FloatingPointError, match=r"'root', microbatch 1, backward"):
+        jax.grad(lambda x: pipe(params, x).sum())(bad)
+
+
+def test_a_plan_says_how_every_leaf_is_cut():
+    params, x, side, target = sequence_case(7)
+    side = side | {"scale": fpipe.NoChunk(jnp.float32(2)), "mode": "a"}
+    plan = fpipe.Pipe(LAYERS, [2, 1], chunks=4).plan(
+        params, x, target, loss_fn=sequence_loss, side=side
+    )
+    rows_on_1 = (1, (2, 2, 2, 1), False)
+    assert [(r.name, r.value, r.axis, r.rows, r.static) for r in plan.inputs] == [
+        ("x", "float32[3,7,4]", *rows_on_1),
+        ("side['bias']", "float32[7]", 0, (2, 2, 2, 1), False),
+        ("side['deep']['position']", "float32[2,7,3]", *rows_on_1),
+        ("side['mode']", "str", None, (), True),
+        ("side['scale']", "float32[]", None, (), False),
+        ("targets[0]['t']", "float32[3,7,4]", *rows_on_1),
+    ]
+    printed = str(plan)
+    for words in (
+        "x                         float32[3,7,4]  2 rows (the last 1) on axis 1",
+        "side['mode']              str             all of it, static",
+        "side['scale']             float32[]       all of it",
+    ):
+        assert words in printed.splitlines()
+    assert plan.as_dict()["inputs"][4] == {
+        "name": "side['scale']",
+        "value": "float32[]",
+        "axis": None,
+        "rows": [],
+        "static": False,
+    }
+
+
+def test_a_plan_of_many_leaves_stays_short():
+    x = {f"leaf {k}": rows(2) for k in range(30)}
+    plan = fpipe.Pipe([fpipe.fn(lambda x: x["leaf 0"])]).plan(None, x)
+    assert len(plan.inputs) == 30
+    assert "and 23 more in `plan.inputs`" in str(plan).splitlines()
+
+
+def test_balance_counts_a_chunk_by_its_rows():
+    params, x, side, _ = sequence_case(8)
+    costs = fpipe.layer_costs(LAYERS, x, params=params, side=side, chunks=4)
+    assert costs.microbatches == 4
+    assert costs.inputs == 3 * 2 * 4 * 4
+
+
+def test_testing_takes_chunks():
+    params, x, side, target = sequence_case(7)
+    fpipe.testing.assert_equals_sequential(
+        fpipe.Pipe(LAYERS, [1, 2], chunks=3, schedule="zb_h1"),
+        x,
+        target,
+        params=params,
+        side=side,
+        loss_fn=sequence_loss,
+        argnums=(0, 1, 2),
+    )
+
+
+@both
+def test_a_list_of_microbatches_is_told_what_a_list_is(make):
+    def dense(w, x):
+        return x @ w
+
+    pipe = make([dense, same], chunks=2)
+    params = pipe.place((jnp.eye(2), ()))
+    with pytest.raises(TypeError) as caught:
+        pipe(params, [rows(4)] * 3)
+    (note,) = (n for n in caught.value.__notes__ if n.startswith("fpipe: "))
+    assert "in layer 0 'dense'" in note
+    assert note.endswith(
+        ": `x` is a list of 3 arrays, so every microbatch is a list of 3 arrays too, "
+        "with some rows of each; if they are microbatches, pass "
+        "`jnp.concatenate(x)`, which `Pipe(chunks=...)` cuts"
+    )
+
+
+@both
+def test_outputs_whose_dtype_depends_on_the_rows_are_refused(make):
+    def outputs(x):
+        return x.astype(jnp.float16) if x.shape[0] == 1 else x
+
+    with raises(
+        ValueError,
+        "`pipe(params, x)`: y of microbatch 1 has a float16[1,2] where that of "
+        "microbatch 0 has a float32[2,2]: they become one array, so the dtype must not "
+        "depend on the number of rows",
+    ):
+        make([same, fpipe.fn(outputs)], chunks=2)(((), ()), rows(3))
 
 
 # --- structures in and out ---

@@ -33,7 +33,7 @@ from fpipe._executors.placed.instructions import CallValue, JoinedGradient, Slot
 from fpipe._executors.placed.work import CallWork
 from fpipe._executors.placement import Placement
 from fpipe._model.loss import Loss, divided, sum_dtype, wide
-from fpipe._model.microbatch import check_alike, join
+from fpipe._model.microbatch import Join, check_alike, join
 from fpipe._model.model import Model
 from fpipe._model.stages import AUX, LOSS, WEIGHT, Leaf, Port, Y
 from fpipe._program.code import Gradient, Output
@@ -61,23 +61,26 @@ def join_outputs(call: CallWork) -> SlotTree:
     placement = call.layout.placements[stage]
     m = call.microbatches
     pieces = [call.programs.flat(stage, i).out[Y] for i in range(m)]
-    check_alike(pieces, "`pipe(params, x)`: y", stacked=False)
     first = pieces[0]
+    how = Join.of(first)
+    check_alike(pieces, "`pipe(params, x)`: y", how.axes)
     leaves = [Leaf(Y, k) for k in range(len(first.leaves))]
     ins = _of_all_microbatches(call, stage, leaves)
     # One piece is the whole, except that 0-d pieces become arrays of one element.
-    if m == 1 and all(array.shape for array in first.leaves):
-        return SlotTree(first, tuple(ins))
+    if m == 1 and None not in how.axes:
+        return SlotTree(Shape(how.whole, first.leaves), tuple(ins))
 
     def joined(*arrays: Any) -> list[Any]:
         # The pieces of one array stand together.
-        return [join(arrays[n : n + m]) for n in range(0, len(arrays), m)]
+        return [
+            join(arrays[k * m : (k + 1) * m], axis) for k, axis in enumerate(how.axes)
+        ]
 
     shapes = [piece.leaves[leaf.k] for leaf in leaves for piece in pieces]
     outs = [Slot(CallValue(Output(leaf)), placement, "outputs") for leaf in leaves]
     call.add_unscheduled("join y", joined, ins, outs, placement)
     whole = jax.eval_shape(joined, *shapes)
-    return SlotTree(Shape(first.spec, tuple(whole)), tuple(outs))
+    return SlotTree(Shape(how.whole, tuple(whole)), tuple(outs))
 
 
 def reduce_loss(call: CallWork, loss: Loss) -> ReducedLoss:
@@ -91,7 +94,7 @@ def reduce_loss(call: CallWork, loss: Loss) -> ReducedLoss:
     check_alike(
         [piece[AUX] for piece in pieces],
         f"`{loss.call}(has_aux=True)`: aux",
-        stacked=True,
+        axes=None,
     )
     first = pieces[0]
     weighted = WEIGHT in first
@@ -281,7 +284,8 @@ def _join_gradients(call: CallWork, stage: int) -> dict[Leaf, Slot]:
                     pieces.append(next(rest))
                 else:
                     pieces.append(jnp.zeros(shape.shape, shape.dtype))
-            gradients.append(join(pieces))
+            axis = call.inputs.cut.splits[leaf.port.kind].axes[leaf.k]
+            gradients.append(join(pieces, axis))
         return gradients
 
     placement = call.layout.placements[stage]

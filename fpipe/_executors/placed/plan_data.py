@@ -55,14 +55,13 @@ def plan_data(
     """
     # As many chunks as there are microbatches cut a batch as it was cut.
     microbatches = bound.plan.schedule.microbatches
-    columns = cut_inputs(args.inputs, microbatches).columns
     return PlanData(
         executor="placed",
         stages=bound.layout.stages,
         schedule=bound.plan.schedule,
         scheduling=scheduling,
         remat=remat,
-        microbatch_rows=next(iter(columns), ()),
+        microbatch_rows=cut_inputs(args.inputs, microbatches).rows,
         work=_work(bound),
         devices=_memory(bound, args, compiled),
         warnings=bound.plan.warnings,

@@ -158,7 +158,7 @@ class Scan:
         """`(y, state)` of a call that nothing differentiates."""
         step = self._find(CallKind.FORWARD, args, None, ())
         y, state, _ = self._run(step, "forward", *self._arrays(args))
-        return step.out[Y].spec.unpack(y), self._state(step, state)
+        return step.join.whole.unpack(y), self._state(step, state)
 
     def differentiable(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         """`(y, state)` of a call with traced arguments."""
@@ -185,7 +185,7 @@ class Scan:
         names = [*range(rows), *(leaf for (leaf,) in leaves[rows:])]
         second = _SecondHalf(self, step, structure, tuple(names))
         return FirstHalf(
-            step.out[Y].spec.unpack(y), self._state(step, state), flat, second
+            step.join.whole.unpack(y), self._state(step, state), flat, second
         )
 
     def loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:

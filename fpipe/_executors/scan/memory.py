@@ -90,10 +90,10 @@ def held(step: Step) -> Mapping[Role, int]:
         if need.giver is not Giver.CALL or need.share is not Share.ROWS:
             continue
         port = Port(need.name)
-        cut = inputs.cut.splits[need.name].rows
-        for k, (a, rows) in enumerate(zip(inputs.of(port).leaves, cut, strict=True)):
+        axes = inputs.cut.splits[need.name].axes
+        for k, (a, axis) in enumerate(zip(inputs.of(port).leaves, axes, strict=True)):
             parts = devices if Leaf(port, k) in machine.spread else 1
-            if rows is not None and rows[0] % shards == 0 and not is_key(a.dtype):
+            if axis is not None and step.rows % shards == 0 and not is_key(a.dtype):
                 parts *= shards
             roles["inputs"] += nbytes(a) // parts
     # Beside its share each device has a microbatch on its way.

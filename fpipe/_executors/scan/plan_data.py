@@ -51,7 +51,7 @@ def plan_data(
         schedule=schedule,
         scheduling=scheduling,
         remat=remat,
-        microbatch_rows=next(iter(step.inputs.cut.columns), ()),
+        microbatch_rows=step.inputs.cut.rows,
         work=_work(step),
         devices=_memory(step, compiled_bytes),
         warnings=tuple(step.machine.warnings),

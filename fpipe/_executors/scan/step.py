@@ -33,6 +33,7 @@ from fpipe._executors.scan.mesh import AXIS, DATA, by_stage
 from fpipe._executors.scan.packing import Entry
 from fpipe._executors.scan.storage import is_key
 from fpipe._model.loss import divided, wide
+from fpipe._model.microbatch import Join, joined_pieces, stacked_pieces
 from fpipe._model.model import Model
 from fpipe._model.stages import AUX, LOSS, WEIGHT, Leaf, Port, Y
 
@@ -72,8 +73,12 @@ class Step:
     @cached_property
     def rows(self) -> int:
         """Rows of a microbatch."""
-        columns = self.inputs.cut.columns
-        return columns[0][0] if columns else 1
+        return (self.inputs.cut.rows or (1,))[0]
+
+    @cached_property
+    def join(self) -> Join:
+        """How the outputs of the microbatches become `y`."""
+        return Join.of(self.out[Y])
 
     # --- what is jitted ---
     #
@@ -89,10 +94,12 @@ class Step:
             params: Sequence[Array], state: Sequence[Array], given: Given
         ) -> Any:
             made = self._run(0, params, state, self._cut(given))
-            pieces = [made.outputs[Leaf(Y, k)] for k in range(len(self.out[Y].leaves))]
             # One array of all rows. What is 0-d in a microbatch is stacked already, one
             # number for each.
-            y = [a if a.ndim == 1 else a.reshape(-1, *a.shape[2:]) for a in pieces]
+            y = [
+                joined_pieces(made.outputs[Leaf(Y, k)], axis)
+                for k, axis in enumerate(self.join.axes)
+            ]
             return y, self._finished_states(made.state), made.left
 
         return jax.jit(forward)
@@ -111,10 +118,13 @@ class Step:
             # Cotangents are cut as `y` was put together. Those of integers stay as they
             # are, for nobody reads them.
             inputs = self._cut(given)
-            shapes = self.out[Y].leaves
-            for k, (c, a) in enumerate(zip(cotangents, shapes, strict=True)):
-                piece = c.reshape(self.m, *a.shape) if is_inexact(a) else c
-                inputs[Leaf(Port("y"), k)] = piece
+            for k, (c, a) in enumerate(
+                zip(cotangents, self.out[Y].leaves, strict=True)
+            ):
+                axis = self.join.axes[k]
+                if is_inexact(a) and axis is not None:
+                    c = stacked_pieces(c, self.m, axis)
+                inputs[Leaf(Y, k)] = c
             made = self._run(1, params, state, inputs, left)
             return self._finished_gradients(made, None)
 
@@ -181,15 +191,15 @@ class Step:
         devices = self.machine.devices
         out: dict[Leaf, Array] = {}
         for port, arrays in given.items():
-            cut = self.inputs.cut.splits[port.kind].rows
-            for k, (array, rows) in enumerate(zip(arrays, cut, strict=True)):
+            axes = self.inputs.cut.splits[port.kind].axes
+            for k, (array, axis) in enumerate(zip(arrays, axes, strict=True)):
                 leaf = Leaf(port, k)
-                if rows is None:
+                if axis is None:
                     out[leaf] = array
                     continue
-                array = array.reshape(self.m, rows[0], *array.shape[1:])
+                array = stacked_pieces(array, self.m, axis)
                 spread = leaf in self.machine.spread
-                sharded = shards > 1 and rows[0] % shards == 0
+                sharded = shards > 1 and self.rows % shards == 0
                 sharded = sharded and not is_key(array.dtype)
                 # Devices hold equally many microbatches, so some behind the last one
                 # are padding. No feed brings them.
@@ -198,7 +208,8 @@ class Step:
                     padding = [(0, missing)] + [(0, 0)] * (array.ndim - 1)
                     array = jnp.pad(array, padding)
                 if spread or sharded:
-                    spec = P(AXIS if spread else None, DATA if sharded else None)
+                    rows = (*(None,) * axis, DATA if sharded else None)
+                    spec = P(AXIS if spread else None, *rows)
                     array = jax.lax.with_sharding_constraint(
                         array, NamedSharding(self.mesh, spec)
                     )
@@ -273,7 +284,8 @@ class Step:
                 if name in machine.inputs:
                     gradient = made.gradients[InputGradient(name)]
                 else:
-                    gradient = made.outputs[name].reshape(of.shape)
+                    axis = self.inputs.cut.splits[name.port.kind].axes[name.k]
+                    gradient = joined_pieces(made.outputs[name], axis)
             else:
                 of = machine.params.rows[name]
                 gradient = made.gradients.get(RowGradient(name))
