@@ -19,10 +19,11 @@ import pytest
 from jaxtyping import Array, Float
 
 import fpipe
-from fpipe._executors.placed import dispatch, threads
 from fpipe._executors.placed.compile import compile_plan
+from fpipe._executors.placed.dispatch import ReadyPlan
 from fpipe._executors.placed.executor import Placed
 from fpipe._executors.placed.instructions import Run
+from fpipe._executors.placed.threads import Crew
 from fpipe._executors.scan.executor import Scan
 
 WIDTH = 4
@@ -351,16 +352,25 @@ def observing(look: Callable[[Any, list[Any]], None]) -> Iterator[None]:
     meanwhile, with the slots of the thread that issues it; one call at a time.
     """
     one_at_a_time = threading.Lock()
-    issue = threads.issue
+    issue_all, issue_in_thread = ReadyPlan.issue, Crew.issue
 
-    def observed(step, slots, *inboxes):
-        issue(step, slots, *inboxes)
+    def observed(plan, shares, slots):
+        if plan.threaded:
+            issue_all(plan, shares, slots)
+            return
+        for share in shares:
+            for step in share.steps:
+                issue_all(plan, [share._replace(steps=(step,))], slots)
+                look(step.item, slots)
+
+    def observed_in_thread(crew, step, slots):
+        issue_in_thread(crew, step, slots)
         with one_at_a_time:
             look(step.item, slots)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(threads, "issue", observed)
-        patch.setattr(dispatch, "issue", observed)
+        patch.setattr(ReadyPlan, "issue", observed)
+        patch.setattr(Crew, "issue", observed_in_thread)
         yield
 
 

@@ -247,12 +247,11 @@ def memory_table(m: int) -> None:
         assert isinstance(pipe._executor, Placed)
         plan = pipe._executor._plans.values()[0].plan
 
-        issue = dispatch.issue
+        issue = dispatch.ReadyPlan.issue
 
         def counting(
             issued,
             slots,
-            issue=issue,
             peak=peak,
             counted=counted,
             size=size,
@@ -260,7 +259,6 @@ def memory_table(m: int) -> None:
             pipe=pipe,
             plan=plan,
         ):
-            issue(issued, slots)
             item = issued.item
             if (
                 not isinstance(item, Run)
@@ -285,7 +283,13 @@ def memory_table(m: int) -> None:
                 )
             peak[:] = map(max, peak, now)
 
-        with unittest.mock.patch.object(dispatch, "issue", counting):
+        def observed(ready, shares, slots, issue=issue, counting=counting):
+            for share in shares:
+                for step in share.steps:
+                    issue(ready, [share._replace(steps=(step,))], slots)
+                    counting(step, slots)
+
+        with unittest.mock.patch.object(dispatch.ReadyPlan, "issue", observed):
             jax.block_until_ready(step(params, x))
         simulated = schedules.simulate(schedule, schedules.Costs(memory=size))
         events = tuple(e for e in simulated.events if e.action.stage in counted)

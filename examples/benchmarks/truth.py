@@ -187,17 +187,20 @@ def looking(look: Callable[[], None]) -> Iterator[None]:
     """Call `look()` after each program and each transfer, before what is not needed any
     more is dropped.
     """
-    issue = dispatch.issue
+    issue = dispatch.ReadyPlan.issue
 
-    def watched(step: Any, slots: Any) -> None:
+    def looking(step: Any) -> Any:
         def looked_at(*arrays: Any) -> Any:
             out = step.call(*arrays)
             look()
             return out
 
-        issue(step._replace(call=looked_at), slots)
+        return looked_at
 
-    with unittest.mock.patch.object(dispatch, "issue", watched):
+    def watched(plan: Any, shares: Any, slots: Any) -> None:
+        issue(plan, dispatch.with_calls(shares, looking), slots)
+
+    with unittest.mock.patch.object(dispatch.ReadyPlan, "issue", watched):
         yield
 
 

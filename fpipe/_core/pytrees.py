@@ -101,8 +101,9 @@ def _exact(value: Any) -> Any:
 def pack(tree: PyTree) -> tuple[list[Any], Spec]:
     """Split a pytree into its arrays and its `Spec`."""
     leaves, treedef = jax.tree.flatten(tree)
-    arrays = [leaf for leaf in leaves if is_array(leaf)]
-    static = tuple((k, leaf) for k, leaf in enumerate(leaves) if not is_array(leaf))
+    static = tuple([(k, leaf) for k, leaf in enumerate(leaves) if not is_array(leaf)])
+    # Most pytrees hold arrays alone, and every dispatched call packs several.
+    arrays = [leaf for leaf in leaves if is_array(leaf)] if static else leaves
     return arrays, Spec(treedef, static, len(arrays))
 
 

@@ -11,6 +11,7 @@ nothing moves between them.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -50,7 +51,7 @@ class Placement:
             "from `jax.devices()`"
         )
 
-    @property
+    @functools.cached_property
     def device(self) -> Device:
         """The one device that it is. A stage on several devices would have none, so ask
         `put` and `holds` where they will do.

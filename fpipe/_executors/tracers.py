@@ -44,7 +44,11 @@ def refuse_tracers(tree: PyTree) -> None:
     """Raise if anything is traced: the placed executor dispatches, so it needs real
     arrays.
     """
-    for leaf in jax.tree.leaves(tree):
+    leaves = jax.tree.leaves(tree)
+    # By their few classes first: a call asks this of all its parameters.
+    if not any(issubclass(kind, Tracer) for kind in set(map(type, leaves))):
+        return
+    for leaf in leaves:
         if isinstance(leaf, Tracer):
             # The transformation is told by the name of its tracer's class, for the
             # message alone: JAX has no public classes for them.

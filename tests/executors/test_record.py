@@ -20,7 +20,7 @@ import pytest
 
 import fpipe
 import fpipe.plot
-from fpipe._executors.placed import dispatch
+from fpipe._executors.placed.dispatch import ReadyPlan
 from fpipe._executors.placed.instructions import Half, Run
 from fpipe._executors.placed.watch import Lane, Seen, Watch, WatchedCall
 from fpipe._executors.scan import clock as _clock
@@ -817,13 +817,13 @@ def test_nothing_is_wrapped_where_nobody_looks(monkeypatch):
     pipe, params, x = small()
     pipe(params, x)
     called = []
-    issue = dispatch.issue
+    issue = ReadyPlan.issue
 
-    def noted(step, slots):
-        called.append((step.call, step.item))
-        issue(step, slots)
+    def noted(plan, shares, slots):
+        called.extend((step.call, step.item) for s in shares for step in s.steps)
+        issue(plan, shares, slots)
 
-    monkeypatch.setattr(dispatch, "issue", noted)
+    monkeypatch.setattr(ReadyPlan, "issue", noted)
     pipe(params, x)
     programs = [(call, item) for call, item in called if isinstance(item, Run)]
     assert programs

@@ -17,11 +17,10 @@ import pytest
 import fpipe
 from fpipe._core.pytrees import Shape
 from fpipe._executors.call import Args
-from fpipe._executors.placed import dispatch
-from fpipe._executors.placed.instructions import Free
+from fpipe._executors.placed.dispatch import with_calls
+from fpipe._executors.placed.instructions import Free, Half
 from fpipe._executors.placed.memory import levels
 from fpipe._executors.placed.plan_data import kept_slots
-from fpipe._executors.placed.threads import issue
 from fpipe._model.loss import as_loss
 from fpipe._model.stages import TARGETS
 from fpipe._model.stages import X as XPORT
@@ -95,14 +94,14 @@ def test_what_is_alive_is_predicted_to_the_byte_at_every_instruction(
 
     got = []
 
-    def watched(step, slots):
+    def watched(step):
         def run(*arrays):
             # What is dropped after it is still there, what it consumes is not.
             made = step.call(*arrays)
             got.append(held())
             return made
 
-        issue(step._replace(call=run), slots)
+        return run
 
     slots = bound.slots(
         jax.tree.leaves(params),
@@ -115,9 +114,7 @@ def test_what_is_alive_is_predicted_to_the_byte_at_every_instruction(
         d: before.get(d, 0) - sum(a.nbytes for a in given if a.devices() == {d})
         for d in pipe.devices
     }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "issue", watched)
-        bound.run(slots)
+    bound.issue(with_calls(bound.shares[Half.WHOLE], watched), slots)
     assert [{d: now.get(d, 0) - others[d] for d in pipe.devices} for now in got] == want
     rows = {
         row.name: row

@@ -29,6 +29,7 @@ from fpipe._core.errors import add_note
 from fpipe._core.pytrees import is_inexact
 from fpipe._executors.placed.compile import Progress, compile_plan
 from fpipe._executors.placed.instructions import (
+    GradientTree,
     Half,
     Instruction,
     Move,
@@ -36,7 +37,7 @@ from fpipe._executors.placed.instructions import (
     Run,
     read_from_outside,
 )
-from fpipe._executors.placed.threads import Call, Crew, Share, Step, divide, issue
+from fpipe._executors.placed.threads import Call, Crew, Share, Step, divide
 from fpipe._executors.placed.watch import Probe, Watch, probes_of
 from fpipe._executors.placement import Placement
 from fpipe._executors.programs import Layout
@@ -78,21 +79,34 @@ class ReadyPlan:
 
     Attributes:
         threaded: whether each device has a dispatching thread.
-        params: where each parameter lives; they fill the first slots.
+        shardings: those with which the parameters were last found where they belong.
+            Parameters fill the first slots.
         transfers: what else is put where.
         shapes: those of all inputs, by slot.
         kept: the slots that the backward half reads and does not make.
         initial: what all slots hold before a call: constants, and `None`.
+        gradients: those of each argument that the call asks for.
     """
 
     plan: Plan
     layout: Layout
     threaded: bool
-    params: tuple[Placement, ...]
+    shardings: list[Any]
     transfers: tuple[InputTransfer, ...]
     shapes: Mapping[int, jax.ShapeDtypeStruct]
     kept: tuple[int, ...]
     initial: tuple[Any, ...]
+    gradients: tuple[GradientTree, ...]
+
+    def are_placed(self, params: Sequence[Any]) -> bool:
+        """Whether parameters are where they belong, as far as their shardings tell."""
+        # The parameters of a training step have the very same objects as those of the
+        # step before. Lists compare objects by identity first; to compare two of these
+        # by value takes 0.6 µs (measured on jax 0.10.2, CPU).
+        try:
+            return [array.sharding for array in params] == self.shardings
+        except AttributeError:  # numpy arrays have none
+            return False
 
     def slots(
         self, params: Sequence[Any], others: Mapping[Port, Sequence[Any]]
@@ -121,7 +135,7 @@ class ReadyPlan:
         if recorders:
             self._record(slots, half, recorders)
         else:
-            self._issue(self._shares[half], slots)
+            self.issue(self.shares[half], slots)
         return slots
 
     def _record(
@@ -133,7 +147,7 @@ class ReadyPlan:
         probes = self.probes  # compiles everything, before the clock starts
         jax.block_until_ready([array for array in slots if array is not None])
         with Watch(self.plan, probes) as watch:
-            self._issue(_with_calls(self._shares[half], watch.watched), slots)
+            self.issue(with_calls(self.shares[half], watch.watched), slots)
         # A program that fails makes those fail that read its results. The first in the
         # order of the plan is the cause; in time, a later one may have been seen first.
         if watch.failures:
@@ -148,7 +162,7 @@ class ReadyPlan:
         for recorder in recorders:
             recorder.add(call)
 
-    def _issue(self, shares: Sequence[Share], slots: list[Any]) -> None:
+    def issue(self, shares: Sequence[Share], slots: list[Any]) -> None:
         """Issue some shares: all in this thread, or each in a thread of its own.
 
         An exception leaves with a note that says what was being dispatched.
@@ -157,7 +171,7 @@ class ReadyPlan:
         # profile is being taken, they are always given.
         profiled = getattr(jax.profiler.TraceAnnotation, "is_enabled", None)
         if profiled is None or profiled():
-            shares = _with_calls(shares, _annotated)
+            shares = with_calls(shares, _annotated)
         if self.threaded:
             failure = Crew(shares).run(slots)
             if failure is None:
@@ -176,13 +190,16 @@ class ReadyPlan:
             step = share.steps[0]
             try:
                 for step in share.steps:
-                    issue(step, slots)
+                    read, call, outs, frees = step.issue
+                    slots[outs] = call(*read(slots))
+                    for slot in frees:
+                        slots[slot] = None
             except Exception as error:
                 add_note(error, f"while dispatching {self._described(step.item)}")
                 raise
 
     @functools.cached_property
-    def _shares(self) -> Mapping[Half, tuple[Share, ...]]:
+    def shares(self) -> Mapping[Half, tuple[Share, ...]]:
         """What each thread issues, for each half that a call may run."""
         # Threads call what is compiled here, in the thread of the caller: tracing
         # depends on its settings, such as `jax.enable_x64`, and they do not have them.
@@ -222,14 +239,12 @@ class ReadyPlan:
         )
 
 
-def _with_calls(
+def with_calls(
     shares: Sequence[Share], wrap: Callable[[Step], Call]
 ) -> tuple[Share, ...]:
     """The shares with what `wrap` makes of each step in place of its call."""
     return tuple(
-        share._replace(
-            steps=tuple(step._replace(call=wrap(step)) for step in share.steps)
-        )
+        share._replace(steps=tuple(step.with_call(wrap(step)) for step in share.steps))
         for share in shares
     )
 
@@ -257,6 +272,7 @@ def bind(
     inputs: Inputs,
     dispatch: Dispatch,
     constant: Callable[[Any, Placement], Any],
+    gradients: tuple[GradientTree, ...],
 ) -> ReadyPlan:
     """Make a plan ready to run: everything that is the same in each of its calls is
     worked out here.
@@ -266,6 +282,7 @@ def bind(
         dispatch: who dispatches, as the user chose it.
         inputs: the shapes of the call's inputs.
         constant: `constant(value, placement)` is a value that stays where it is read.
+        gradients: those of each argument that the call asks for.
     """
     # What is in the slots before a call, and the shape of everything that gets in.
     initial: list[Any] = [None] * len(plan.slots)
@@ -276,14 +293,14 @@ def bind(
         shapes[slot] = jax.ShapeDtypeStruct(array.shape, array.dtype)
 
     # The inputs: parameters stay where they are, the rest is grouped by placement.
-    params: list[Placement] = []
+    shardings: list[Any] = []
     together: dict[Placement, list[tuple[Leaf, int]]] = {}
     for leaf, slot in plan.feeds:
         placement = plan.slots[slot].placement
         shapes[slot] = inputs.of(leaf.port).leaves[leaf.k]
         if leaf.port.kind == "params":
-            assert slot == len(params), "parameters fill the first slots, in order"
-            params.append(placement)
+            assert slot == len(shardings), "parameters fill the first slots, in order"
+            shardings.append(placement.sharding)
         else:
             together.setdefault(placement, []).append((leaf, slot))
     transfers = [
@@ -309,9 +326,10 @@ def bind(
         plan=plan,
         layout=layout,
         threaded=wanted and several_devices,
-        params=tuple(params),
+        shardings=shardings,
         transfers=tuple(transfers),
         shapes=shapes,
         kept=tuple(sorted(kept)),
         initial=tuple(initial),
+        gradients=gradients,
     )

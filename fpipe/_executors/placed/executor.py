@@ -25,7 +25,6 @@ from fpipe._core.pytrees import (
     PyTree,
     Shape,
     Spec,
-    fill_gradient,
     is_array,
     is_inexact,
     pack,
@@ -34,7 +33,7 @@ from fpipe._core.pytrees import (
 from fpipe._core.settings import settings
 from fpipe._executors.call import Args, Result, check_params
 from fpipe._executors.placed.dispatch import Dispatch, ReadyPlan, bind
-from fpipe._executors.placed.instructions import Half, Plan
+from fpipe._executors.placed.instructions import GradientTree, Half, Plan
 from fpipe._executors.placed.lower import lower
 from fpipe._executors.placed.plan_data import plan_data
 from fpipe._executors.placement import Placement
@@ -82,11 +81,11 @@ class Asked(NamedTuple):
     Attributes:
         key: argument numbers, or a flag for each array. Its hash is part of the key of
             a plan, which each call makes; the leaves themselves take longer to hash.
-        leaves: finds them, for a new plan.
+        arguments: finds the leaves of each argument, for a new plan.
     """
 
     key: tuple[int, ...] | tuple[bool, ...]
-    leaves: Callable[[], list[Leaf]]
+    arguments: Callable[[], list[tuple[Leaf, ...]]]
 
 
 class Placed:
@@ -182,9 +181,8 @@ class Placed:
 
     def forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         """`(y, state)`."""
-        refuse_tracers(args)
         bound, slots = self._start(CallKind.FORWARD, args, None, Asked((), list))
-        slots = bound.run(slots)
+        bound.run(slots)
         assert bound.plan.y is not None
         return bound.plan.y.read(slots), self._state(bound.plan, slots)
 
@@ -205,17 +203,16 @@ class Placed:
         self, args: Args, leaves: Sequence[tuple[Leaf, ...]], asked: Sequence[bool]
     ) -> FirstHalf:
         """All forwards of the schedule, in its order."""
-        refuse_tracers(args)
 
         # Placed parameters are plain arrays, so each holds one leaf. What JAX does not
         # differentiate is not wanted, and nothing is computed for it.
-        def wanted() -> list[Leaf]:
-            return [leaf for (leaf,), ask in zip(leaves, asked, strict=True) if ask]
+        def wanted() -> list[tuple[Leaf, ...]]:
+            return [leaf for leaf, ask in zip(leaves, asked, strict=True) if ask]
 
         bound, slots = self._start(
             CallKind.PULL_BACK, args, None, Asked(tuple(asked), wanted)
         )
-        slots = bound.run(slots, Half.FORWARD)
+        bound.run(slots, Half.FORWARD)
         assert bound.plan.y is not None
         arguments = tuple(leaf for (leaf,) in leaves)
         return FirstHalf(
@@ -227,27 +224,15 @@ class Placed:
 
     def loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
         """The loss, and the gradients of the numbered arguments."""
-        refuse_tracers(args)
-        numbered = numbered_leaves(_counts(args.params), args)
-        asked = Asked(argnums, lambda: [leaf for n in argnums for leaf in numbered[n]])
         kind = CallKind.of(loss, argnums)
-        bound, slots = self._start(kind, args, loss, asked)
-        slots = bound.run(slots)
+        bound, slots = self._start(kind, args, loss, _numbered(args, argnums))
+        bound.run(slots)
         plan = bound.plan
         assert plan.loss is not None
-        # The gradients in the structure of the arguments. A wanted leaf has none if it
-        # is frozen, or an array of integers.
-        gradients = []
-        for n in argnums:
-            arrays, spec = pack(args.numbered[n])
-            found = [
-                slots[plan.gradients[leaf]] if leaf in plan.gradients else None
-                for leaf in numbered[n]
-            ]
-            gradients.append(fill_gradient(spec, arrays, found))
         aux = plan.aux.read(slots) if plan.aux else None
         state = self._state(plan, slots)
-        return Result(plan.loss.read(slots), aux, state, tuple(gradients))
+        gradients = tuple([tree.read(slots) for tree in bound.gradients])
+        return Result(plan.loss.read(slots), aux, state, gradients)
 
     def compile(
         self,
@@ -266,14 +251,11 @@ class Placed:
         self, args: Args, loss: Loss | None, argnums: tuple[int, ...]
     ) -> ReadyPlan:
         """The plan of a call, ready to run; arrays or their shapes will do."""
-        refuse_tracers(args)
-        numbered = numbered_leaves(_counts(args.params), args)
-        asked = Asked(argnums, lambda: [leaf for n in argnums for leaf in numbered[n]])
         kind = CallKind.of(loss, argnums)
         params = jax.tree.flatten(args.params)
-        return self._find(
-            kind, args, loss, asked, params, self._packs(args), _type_or_shape
-        )
+        packs = self._packs(args)
+        asked = _numbered(args, argnums)
+        return self._find(kind, args, loss, asked, params, packs, _type_or_shape)
 
     def plan_data(
         self, args: Args, loss: Loss, argnums: tuple[int, ...], compiled: bool
@@ -300,10 +282,9 @@ class Placed:
         # The key of a plan has no shardings in it, because another sharding of the
         # right device (a mesh of one) must find the same plan. So they are compared
         # here, and only if one differs, all parameters are looked at closely.
-        for array, placement in zip(params, bound.params, strict=True):
-            if not isinstance(array, jax.Array) or array.sharding != placement.sharding:
-                self._check_placed(args.params)
-                break
+        if not bound.are_placed(params):
+            self._check_placed(args.params)
+            bound.shardings[:] = [array.sharding for array in params]
         slots = bound.slots(params, {port: pack[0] for port, pack in packs.items()})
         # Concrete arguments inside a trace (a closed-over batch in a jitted function)
         # become tracers here.
@@ -339,6 +320,7 @@ class Placed:
             packs: the other inputs, flat.
             type_of: the part of an array that goes into the key.
         """
+        refuse_tracers([params[0], *[arrays for arrays, _ in packs.values()]])
         # Everything that a trace depends on. Static leaves are in the structures.
         # Settings of JAX are among it, because a trace bakes them in: a call under
         # `jax.enable_x64` has another plan.
@@ -349,10 +331,10 @@ class Placed:
             loss,
             asked.key,
             params[1],
-            tuple([type_of(a) for a in params[0]]),
+            _types(params[0], type_of),
             tuple(
                 [
-                    (port, spec, tuple([type_of(a) for a in arrays]))
+                    (port, spec, _types(arrays, type_of))
                     for port, (arrays, spec) in packs.items()
                 ]
             ),
@@ -375,15 +357,31 @@ class Placed:
         schedule = self.schedule(inputs.cut.m)
         if kind.differentiates:
             check_backwards(schedule)
-        request = Request(
-            kind, loss, wanted_leaves(inputs, asked.leaves(), args.frozen), settings()
-        )
+        arguments = asked.arguments()
+        leaves = [leaf for argument in arguments for leaf in argument]
+        wanted = wanted_leaves(inputs, leaves, args.frozen)
+        request = Request(kind, loss, wanted, settings())
         plan = lower(
             self.layout, schedule, self._remat, inputs, request, self._programs
         )
         for text in plan.warnings:
             warn(text)
-        return bind(plan, self.layout, inputs, self._dispatch, self._constant)
+        # The gradients in the structure of the arguments. A wanted leaf has none if it
+        # is frozen, or an array of integers. (A pull-back gives them leaf by leaf.)
+        gradients: list[GradientTree] = []
+        if kind is CallKind.GRADIENT:
+            for number, argument in zip(asked.key, arguments, strict=True):
+                slots = tuple(plan.gradients.get(leaf) for leaf in argument)
+                shape = Shape.of(args.numbered[number])
+                gradients.append(GradientTree(shape, slots))
+        return bind(
+            plan,
+            self.layout,
+            inputs,
+            self._dispatch,
+            self._constant,
+            tuple(gradients),
+        )
 
     def _constant(self, value: Any, placement: Placement) -> Any:
         """A host value where it is read, put there once for all plans."""
@@ -455,11 +453,21 @@ class _SecondHalf:
             placement = plan.slots[plan.cotangents[0]].placement
             for n, array in zip(plan.cotangents, placement.put(carrying), strict=True):
                 slots[n] = array
-        slots = self.bound.run(slots, Half.BACKWARD)
+        self.bound.run(slots, Half.BACKWARD)
         return [
             slots[plan.gradients[leaf]] if leaf in plan.gradients else None
             for leaf in self.arguments
         ]
+
+
+def _numbered(args: Args, argnums: tuple[int, ...]) -> Asked:
+    """The gradients of the numbered arguments."""
+
+    def arguments() -> list[tuple[Leaf, ...]]:
+        numbered = numbered_leaves(_counts(args.params), args)
+        return [numbered[n] for n in argnums]
+
+    return Asked(argnums, arguments)
 
 
 def _counts(params: Sequence[PyTree]) -> list[int]:
@@ -467,10 +475,18 @@ def _counts(params: Sequence[PyTree]) -> list[int]:
     return [len(pack(p)[0]) for p in params]
 
 
+def _types(arrays: Sequence[Any], type_of: Callable[[Any], Any]) -> tuple[Any, ...]:
+    """What a program is specialised on, of each array."""
+    # A call asks for those of all its parameters, so they are asked in one go if they
+    # are JAX's own: 0.05 µs each in place of 0.3 µs (measured on jax 0.10.2, CPU).
+    if all(issubclass(kind, jax.Array) for kind in set(map(type, arrays))):
+        return tuple([array.aval for array in arrays])
+    return tuple([type_of(array) for array in arrays])
+
+
 def _type(a: Any) -> Any:
     """What a program is specialised on."""
-    # `jax.typeof` gives the same in 1 µs; this takes 0.03 µs, and every array of every
-    # call is asked (measured on jax 0.10.2, CPU).
+    # `jax.typeof` gives the same in 1 µs (measured on jax 0.10.2, CPU).
     if isinstance(a, jax.Array):
         return a.aval
     if isinstance(a, jax.ShapeDtypeStruct):

@@ -37,7 +37,7 @@ import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from fpipe._core.pytrees import PyTree, Shape
+from fpipe._core.pytrees import PyTree, Shape, fill_gradient
 from fpipe._executors.placement import Placement
 from fpipe._executors.plan_data import Role
 from fpipe._model.stages import Leaf
@@ -53,7 +53,8 @@ class Run:
         name: the program's, such as `stage2_F`.
         call: a function under `jax.jit`, from arrays to arrays. Stages that compute the
             same have one function, and so share what is traced.
-        ins, outs: the slots that it reads and writes.
+        ins, outs: the slots that it reads, and those that it writes, which have
+            consecutive numbers.
         placement: where it runs.
         action: of the schedule; `None` for the work around the schedule.
         calls_host: whether the program calls Python while it runs.
@@ -75,7 +76,10 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """Put the arrays of `ins`, wherever they are, on a placement."""
+    """Put the arrays of `ins`, wherever they are, on a placement.
+
+    `outs` have consecutive numbers.
+    """
 
     ins: tuple[int, ...]
     outs: tuple[int, ...]
@@ -206,6 +210,23 @@ class OutputTree(NamedTuple):
     def read(self, values: Sequence[Any]) -> PyTree:
         """The pytree, from the values of all slots of the plan."""
         return self.shape.spec.unpack([values[slot] for slot in self.slots])
+
+
+class GradientTree(NamedTuple):
+    """The gradient of an argument of the call, as slots.
+
+    Attributes:
+        shape: the argument's structure, and the shapes of its arrays.
+        slots: that of each array; `None` where there is no gradient.
+    """
+
+    shape: Shape
+    slots: tuple[int | None, ...]
+
+    def read(self, values: Sequence[Any]) -> PyTree:
+        """The pytree, from the values of all slots of the plan."""
+        found = [None if slot is None else values[slot] for slot in self.slots]
+        return fill_gradient(self.shape.spec, self.shape.leaves, found)
 
 
 class Half(enum.Enum):

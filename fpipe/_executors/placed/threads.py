@@ -58,29 +58,46 @@ class Post(NamedTuple):
     slots: tuple[int, ...]
 
 
+# How a step is issued: what reads its slots, what to call on them, the slots to write,
+# and those to drop afterwards. The loop over these is the host time of a pipeline. So
+# it is a plain tuple, which Python unpacks three times as fast as a named one, and the
+# slots to write are a slice: one assignment, however many there are.
+Issue: TypeAlias = tuple[
+    Callable[[list[Any]], Sequence[Any]], Call, slice, tuple[int, ...]
+]
+
+
 class Step(NamedTuple):
     """An instruction as a thread issues it.
-
-    A tuple, because the loop over the steps is the host time of a pipeline: unpacking
-    one is cheaper than reading attributes.
 
     Attributes:
         number: of the instruction in the plan.
         item: the instruction.
-        read, call, outs: how to read its slots, what to call, and the slots to write.
+        issue: how it is issued. It drops what this thread does not read any more.
         waits: slots that other threads post.
         posts: what goes to other threads.
-        frees: slots that this thread does not read any more.
     """
 
     number: int
     item: Run | Move
-    read: Callable[[list[Any]], Sequence[Any]]
-    call: Call
-    outs: tuple[int, ...]
+    issue: Issue
     waits: tuple[int, ...]
     posts: tuple[Post, ...]
-    frees: tuple[int, ...]
+
+    @property
+    def call(self) -> Call:
+        """What is called."""
+        return self.issue[1]
+
+    @property
+    def frees(self) -> tuple[int, ...]:
+        """The slots that are dropped afterwards."""
+        return self.issue[3]
+
+    def with_call(self, call: Call) -> "Step":
+        """The same step with another call."""
+        read, _, outs, frees = self.issue
+        return self._replace(issue=(read, call, outs, frees))
 
 
 class Share(NamedTuple):
@@ -166,17 +183,8 @@ def divide(
         call = (
             compiled.get(number, item.call) if isinstance(item, Run) else _mover(item)
         )
-        step = Step(
-            number,
-            item,
-            _reader(item.ins),
-            call,
-            item.outs,
-            tuple(waits),
-            tuple(posts),
-            tuple(frees[number]),
-        )
-        steps[thread].append(step)
+        issue = (_reader(item.ins), call, _span(item.outs), tuple(frees[number]))
+        steps[thread].append(Step(number, item, issue, tuple(waits), tuple(posts)))
 
     # What each thread starts from, and what it leaves. Inputs that several threads read
     # are given to each of them.
@@ -204,37 +212,25 @@ def divide(
 
 
 def _reader(slots: Sequence[int]) -> Callable[[list[Any]], Sequence[Any]]:
-    """A function that reads some slots. `itemgetter` is the fastest that there is, but
-    it returns a tuple only for two slots or more.
-    """
+    """A function that reads some slots, the fastest that there is."""
+    # Of one slot, and of none, `itemgetter` makes no sequence; of a slice it does.
     if len(slots) > 1:
         return operator.itemgetter(*slots)
-    if len(slots) == 1:
-        (only,) = slots
-        return lambda values: (values[only],)
-    return lambda _: ()
+    return operator.itemgetter(_span(slots))
+
+
+def _span(slots: Sequence[int]) -> slice:
+    """Consecutive slots, as the outputs of an instruction are."""
+    start = slots[0] if slots else 0
+    span = slice(start, start + len(slots))
+    assert list(slots) == list(range(span.start, span.stop)), slots
+    return span
 
 
 def _mover(move: Move) -> Call:
     """The call of a move."""
     put = move.placement.put
     return lambda *arrays: put(arrays)
-
-
-def issue(step: Step, slots: list[Any], inboxes: Sequence[Inbox] = ()) -> None:
-    """Issue one step of a thread.
-
-    Arguments:
-        slots: the thread's own, read and written.
-        inboxes: of all threads; without posts none are needed.
-    """
-    _, _, read, call, outs, _, posts, frees = step
-    for slot, array in zip(outs, call(*read(slots))):  # noqa: B905 - strict costs time
-        slots[slot] = array
-    for thread, posted in posts:
-        inboxes[thread].put(Message(posted, [slots[slot] for slot in posted]))
-    for slot in frees:
-        slots[slot] = None
 
 
 class Failure(NamedTuple):
@@ -301,6 +297,16 @@ class Crew:
             self._failures, key=lambda failure: failure.step.number, default=None
         )
 
+    def issue(self, step: Step, slots: list[Any]) -> None:
+        """Issue one step of a thread, whose own slots these are."""
+        read, call, outs, frees = step.issue
+        slots[outs] = call(*read(slots))
+        for thread, posted in step.posts:
+            arrays = [slots[slot] for slot in posted]
+            self._inboxes[thread].put(Message(posted, arrays))
+        for slot in frees:
+            slots[slot] = None
+
     def _wait(self, threads: Sequence[threading.Thread]) -> None:
         """Wait until all threads that were started have ended.
 
@@ -341,7 +347,7 @@ class Crew:
                                 slots[k] = array
                     if self._stopped:
                         return
-                    issue(step, slots, self._inboxes)
+                    self.issue(step, slots)
         except BaseException as error:
             # `BaseException`: a thread that ended without a word would leave the others
             # waiting for its arrays for ever.
