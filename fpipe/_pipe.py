@@ -22,6 +22,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fpipe._core.caches import Recent
+from fpipe._core.checks import as_bool, as_compute_dtype, as_int, is_one_of
+from fpipe._core.errors import shown
 from fpipe._core.pytrees import (
     PyTree,
     Tracer,
@@ -30,13 +32,13 @@ from fpipe._core.pytrees import (
     numbers_as_arrays,
     strong,
 )
+from fpipe._core.statics import check_leaves
 from fpipe._executors.anomaly import Detector
 from fpipe._executors.call import (
     Args,
     Call,
     Result,
     as_argnums,
-    as_compute_dtype,
     check_argnums,
     check_chunks,
     check_params,
@@ -63,7 +65,7 @@ from fpipe._executors.scheduling import Scheduling
 from fpipe._executors.sequential import PlainExecutor
 from fpipe._executors.tracers import TracedCallError, only_shapes
 from fpipe._model.batch_norm import deferred
-from fpipe._model.frozen import Frozen, FrozenLeaves
+from fpipe._model.frozen import Frozen, FrozenLeaves, check_frozen
 from fpipe._model.layer import Layer
 from fpipe._model.loss import Loss, Reduction, as_loss
 from fpipe._model.microbatch import first_microbatch
@@ -78,6 +80,8 @@ from fpipe._planning.predict import KnownLayers, mean_square, predict
 from fpipe._planning.prediction import Prediction
 from fpipe._planning.step_request import StepRequest
 from fpipe.schedules import Recording, Schedule
+
+EXECUTORS = ("placed", "scan")
 
 
 # A dataclass for its comparison, its hash and `dataclasses.replace`. `__init__` is
@@ -195,20 +199,25 @@ class Pipe(Call):
     ) -> None:
         # 1. Arguments that need no other one to be checked. Wrong values are refused
         # here, at the user's line, and not in the first call.
-        if executor not in ("placed", "scan"):
+        if not is_one_of(executor, EXECUTORS):
             raise ValueError(
-                f'`Pipe(executor={executor!r})`: the executor is "placed" or "scan"'
+                f'`Pipe(executor={shown(executor)})`: the executor is "placed" or '
+                '"scan"'
             )
         if mesh is not None and executor != "scan":
             raise ValueError('`Pipe(mesh=...)`: a mesh is for executor="scan"')
-        if dispatch not in DISPATCH:
+        if not is_one_of(dispatch, DISPATCH):
             raise ValueError(
-                f"`Pipe(dispatch={dispatch!r})`: one of "
+                f"`Pipe(dispatch={shown(dispatch)})`: one of "
                 f"{', '.join(map(repr, DISPATCH))}"
             )
         # 2. Each argument as a checked value of its own type.
         compute_dtype = as_compute_dtype("Pipe", compute_dtype)
         chunks = check_chunks("Pipe", chunks)
+        deferred_batch_norm = as_bool(
+            "Pipe", "deferred_batch_norm", deferred_batch_norm
+        )
+        detect_anomaly = as_bool("Pipe", "detect_anomaly", detect_anomaly)
         model = Model(layers, compute_dtype)
         scheduling = Scheduling.of(schedule)
         remat = Remat.of(checkpoint)
@@ -363,6 +372,7 @@ class Pipe(Call):
             ValueError: `schedule` does not fit that number, or permutes the forwards of
                 layers with state.
         """
+        microbatches = as_int("make_schedule", "microbatches", microbatches)
         return self._executor.schedule(microbatches)
 
     # --- parameters and state ---
@@ -403,10 +413,14 @@ class Pipe(Call):
             key: for states that begin with random numbers; layer `l` gets `fold_in(key,
                 l)`, as in `init`. Default `jax.random.key(0)`.
         """
+        if key is not None:
+            check_key(key)
         # A state follows from shapes; packed parameters tell theirs without being
         # unpacked.
         if isinstance(params, Packed):
             params = self._executor.param_shapes(params)
+        if params is not None:
+            check_params(self.model, params, "`init_state(params=...)`")
         first = first_microbatch(x, call_needs(side=side), self.chunks)
         return self.model.init_state(*first, params, key, self._executor.make_state)
 
@@ -429,6 +443,7 @@ class Pipe(Call):
                 "`other` is the one that packed them"
             )
         check_params(self.model, params, "`place(params)`")
+        check_leaves(tuple(params), "params")
         # An optimizer returns strong types: weakly typed parameters would change their
         # type in the first update, and everything would compile once more.
         return self._executor.place(
@@ -517,6 +532,10 @@ class Pipe(Call):
                 "`pipe.compile(params, x, *targets)`: targets belong to a loss: give "
                 "`loss_fn=` too"
             )
+        check_frozen("pipe.compile", frozen)
+        if threads is not None:
+            threads = as_int("pipe.compile", "threads", threads)
+        report = as_progress(progress)
         loss = (
             None
             if loss_fn is None
@@ -533,9 +552,7 @@ class Pipe(Call):
             args, loss = scaled(args._replace(frozen=leaves), loss, loss_scale)
         if self._detector is not None:
             args, loss, numbers = self._detector.watch_call(args, loss, numbers)
-        return self._executor.compile(
-            args, loss, numbers, threads, as_progress(progress)
-        )
+        return self._executor.compile(args, loss, numbers, threads, report)
 
     def plan(
         self,
@@ -616,6 +633,7 @@ class Pipe(Call):
                 "`pipe.plan(params, x, *targets)`: targets belong to a loss: give "
                 "`loss_fn=` too"
             )
+        check_frozen("pipe.plan", frozen)
         options = PlanOptions.checked(
             "pipe.plan",
             len(self.devices),
@@ -695,6 +713,11 @@ class Pipe(Call):
             >>> len(timeline.events)
             16
         """
+        if not callable(f):
+            raise TypeError(
+                f"`pipe.record(f)`: {shown(f)} is not callable; write "
+                "`pipe.record(step, params, x)`"
+            )
         with record(self) as timeline:
             result = f(*args, **kwargs)
         return result, timeline

@@ -24,8 +24,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from fpipe._core.caches import Recent
+from fpipe._core.checks import as_bool, as_compute_dtype, is_one_of
+from fpipe._core.errors import shown
 from fpipe._core.pytrees import PyTree
-from fpipe._executors.call import Args, Call, as_compute_dtype, check_chunks
+from fpipe._executors.call import Args, Call, check_chunks
+from fpipe._executors.placement import as_placements
 from fpipe._executors.scan.mesh import stage_devices
 from fpipe._executors.scan.packing import Packed
 from fpipe._executors.scheduling import Scheduling
@@ -33,9 +36,9 @@ from fpipe._model.batch_norm import deferred
 from fpipe._model.loss import Reduction, as_loss
 from fpipe._model.microbatch import cut_inputs
 from fpipe._model.model import Model
-from fpipe._model.needs import call_needs
+from fpipe._model.needs import call_needs, stand_ins
 from fpipe._model.remat import Remat
-from fpipe._pipe import Pipe
+from fpipe._pipe import EXECUTORS, Pipe
 from fpipe._planning.balance import best_balance
 from fpipe._planning.balance import stage_devices as balance_devices
 from fpipe._planning.costs import LayerCosts
@@ -268,7 +271,23 @@ def tune(
             "from are `schedules=`, `checkpoints=` and "
             "`chunks=`, and a function in place of layers makes pipes as it likes"
         )
-    devices = jax.devices() if devices is None else list(devices)
+    known = inspect.signature(Pipe).parameters
+    strange = [name for name in options if name not in known]
+    if strange and isinstance(layers, Iterable):
+        raise TypeError(
+            f"`fpipe.tune(..., {strange[0]}=...)`: neither an argument of tune nor of "
+            "Pipe"
+        )
+    if not is_one_of(options.get("executor", "placed"), EXECUTORS):
+        raise ValueError(
+            f"`fpipe.tune(executor={shown(options['executor'])})`: one of "
+            f"{', '.join(map(repr, EXECUTORS))}"
+        )
+    for name in ("deferred_batch_norm", "detect_anomaly"):
+        as_bool("fpipe.tune", name, options.get(name, False))
+    devices = jax.devices() if devices is None else devices
+    as_placements(devices)
+    devices = list(devices)
     wanted = PlanOptions.checked(
         "fpipe.tune",
         len(devices),
@@ -280,6 +299,7 @@ def tune(
         memory=memory,
         optimizer=optimizer,
     )
+    _check_candidates(chunks, schedules, checkpoints)
     # What every candidate is to run: one training step, as shapes.
     fn = mean_square if loss_fn is None else loss_fn
     loss = as_loss("tune", fn, has_aux, reduction)
@@ -304,6 +324,18 @@ def tune(
             "an entry each"
         )
     return Tuning(tuple(sorted(tried, key=_rank)), wanted.unit)
+
+
+def _check_candidates(chunks: Any, schedules: Any, checkpoints: Any) -> None:
+    """Refuse what no pipe takes, whatever the other options: it would come back as one
+    more candidate that does not fit.
+    """
+    for number in _several(chunks) if chunks is not None else ():
+        check_chunks("Pipe", number)
+    for schedule in _several(schedules):
+        Scheduling.of(schedule)
+    for checkpoint in _several(checkpoints):
+        Remat.of(checkpoint)
 
 
 def _rank(c: Candidate) -> tuple[int, float, int]:
@@ -409,6 +441,8 @@ class _OfLayers(_Source):
         self._traces = Recent(_TRACES)
         if arguments.get("deferred_batch_norm"):
             self._model = Model(deferred(self._model.layers, "Pipe"), dtype)
+        # Wrong for one candidate, wrong for all.
+        self._model.check_given(stand_ins(**step.args.needs))
         self._costs: dict[Any, LayerCosts] = {}
 
     def pipe(self, setup: _Setup) -> Pipe:
@@ -466,7 +500,7 @@ class _OfFunction(_Source):
     ) -> None:
         super().__init__(step, options)
         if isinstance(f, Call) or not callable(f):
-            got = "a Pipe: give its `layers`" if isinstance(f, Call) else repr(f)
+            got = "a Pipe: give its `layers`" if isinstance(f, Call) else shown(f)
             raise TypeError(
                 "`fpipe.tune(layers, x)`: layers, or a function that makes a Pipe, "
                 f"got {got}"
@@ -487,7 +521,8 @@ class _OfFunction(_Source):
         pipe = self._f(**{name: getattr(setup, name) for name in self._names})
         if not isinstance(pipe, Pipe):
             raise TypeError(
-                f"`fpipe.tune(f, x)`: the function returned {pipe!r}, no fpipe.Pipe"
+                f"`fpipe.tune(f, x)`: the function returned {shown(pipe)}, no "
+                "fpipe.Pipe"
             )
         return pipe
 

@@ -19,11 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fpipe._core.checks import as_bool, as_int, is_at_least
+from fpipe._core.errors import shown
 from fpipe._core.pytrees import PyTree, describe, is_array, is_inexact
+from fpipe._executors.call import as_argnums
 from fpipe._executors.sequential import sequential
 from fpipe._model.layer import Layer
-from fpipe._model.loss import Reduction
-from fpipe._model.microbatch import cut_inputs, pieces
+from fpipe._model.loss import Reduction, as_loss
+from fpipe._model.microbatch import cut_inputs, first_microbatch, pieces
 from fpipe._model.skips import peek, pop, stash
 from fpipe._pipe import Pipe
 from fpipe.schedules import Action, Kind, Schedule
@@ -78,6 +81,18 @@ def assert_equals_sequential(
         >>> pipe = fpipe.Pipe([dense, dense], devices=[jax.devices()[0]] * 2, chunks=4)
         >>> assert_equals_sequential(pipe, jnp.ones((8, 3)), loss_fn=jnp.mean)
     """
+    if not isinstance(pipe, Pipe):
+        raise TypeError(
+            f"`assert_equals_sequential(pipe, x)`: a Pipe is needed, got {shown(pipe)}"
+        )
+    if tolerance is not None and not is_at_least(tolerance, 0):
+        raise ValueError(
+            f"`assert_equals_sequential(tolerance={shown(tolerance)})`: a finite "
+            "number, 0 or more"
+        )
+    # Asked before anything runs.
+    as_loss("value_and_grad", loss_fn or jnp.mean, has_aux, reduction)
+    as_argnums(argnums)
     # The reference is `fpipe.sequential` at equal `chunks`, not the layers on the whole
     # batch: batch statistics and dropout masks depend on the microbatches.
     reference = sequential(
@@ -306,12 +321,15 @@ class _RandomLayer(NamedTuple):
 
 def models(width: int = 3, most: int = 6) -> "SearchStrategy[list[Layer]]":
     """Random layers from `(rows, width)` to `(rows, width)`: skips between any two of
-    them, states, keys, side inputs (of the shape of `x`) and tied weights.
+    them, states, keys, side inputs (of the shape of `x`; at least one layer asks for
+    them) and tied weights.
 
     Arguments:
         width: of what goes from layer to layer.
         most: layers at most; at least 2.
     """
+    width = as_int("fpipe.testing.models", "width", width)
+    most = as_int("fpipe.testing.models", "most", most, least=2)
     # Imported here, so that the assertion does not need hypothesis.
     from hypothesis import strategies as st
 
@@ -353,11 +371,15 @@ def models(width: int = 3, most: int = 6) -> "SearchStrategy[list[Layer]]":
                 if draw(st.booleans()):
                     peeks[k].append(name)
         layers = []
+        # A call that gives side inputs needs a layer that asks for them.
+        asking = draw(st.integers(0, count - 1))
         for k in range(count):
             choices = ["key", "side", "state"]
             if k:
                 choices.append("borrowed")
             needs = draw(st.sets(st.sampled_from(choices), max_size=2))
+            if k == asking:
+                needs = needs | {"side"}
             if stashes[k] or pops[k] or peeks[k]:
                 needs = needs | {"carry"}
             function = _RandomLayer(tuple(stashes[k]), tuple(pops[k]), tuple(peeks[k]))
@@ -384,6 +406,16 @@ def schedules(
     """
     from hypothesis import strategies as st
 
+    call = "fpipe.testing.schedules"
+    microbatches = as_int(call, "microbatches", microbatches)
+    split, in_order = as_bool(call, "split", split), as_bool(call, "in_order", in_order)
+    if not isinstance(stage_to_device, Sequence) or not all(
+        type(device) is int and device >= 0 for device in stage_to_device
+    ):
+        raise TypeError(
+            f"`{call}(stage_to_device={shown(stage_to_device)})`: the device of each "
+            "stage, ints from 0"
+        )
     kinds: tuple[Kind, ...] = ("F", "I", "W") if split else ("F", "B")
     actions = [
         Action(kind, stage, i)
@@ -439,6 +471,10 @@ def partitions(
     """
     from hypothesis import strategies as st
 
+    # Refused here, before anything is drawn: layers, executor, devices, and an input
+    # that cannot be cut.
+    Pipe(layers, [len(list(layers))], devices, executor=executor)
+    first_microbatch(x, {}, 1)
     # Where nothing is cut there is one microbatch, as of one row.
     rows = sum(cut_inputs({"x": x}, 1).rows) or 1
     count = len(layers)

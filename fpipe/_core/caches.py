@@ -9,7 +9,7 @@ many different shapes would otherwise fill the memory of the host.
 """
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 
@@ -37,22 +37,6 @@ class Key:
             and self._hash == other._hash
             and self._value == other._value
         )
-
-
-def unhashable(leaves: Sequence[Any], error: TypeError) -> TypeError:
-    """The error for static leaves that cannot be part of a key: it shows these leaves,
-    where Python's own error shows the type of one alone.
-    """
-
-    def can_be_hashed(leaf: Any) -> bool:
-        try:
-            hash(leaf)
-        except TypeError:
-            return False
-        return True
-
-    wrong = [leaf for leaf in leaves if not can_be_hashed(leaf)]
-    return TypeError(f"static leaves must be hashable, among {wrong!r}: {error}")
 
 
 class Recent:

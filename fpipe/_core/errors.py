@@ -10,9 +10,14 @@ A warning points at the line of the user's code that called the package.
 """
 
 import contextlib
+import enum
+import functools
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
 
 PREFIX = "fpipe: "
 
@@ -47,6 +52,74 @@ def entries(value: object) -> str:
     if isinstance(value, (tuple, list)):
         return f"{len(value)} entries"
     return f"a {type(value).__name__}"
+
+
+def a_type(value: object) -> str:
+    """What a value is, by its type: `a Batch`, `the class Batch`, `a function`."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = type(value).__name__
+    # `an Unhashable`, and `a UserDict`.
+    vowel = name[:1].lower() in "aeio" or name[:2].lower() == "un"
+    return f"{'an' if vowel else 'a'} {name}"
+
+
+def shown(value: object) -> str:
+    """A value that a user gave, in one short line: numbers, strings, dtypes and small
+    containers of them as they are written, arrays by their shape, anything else by its
+    type or name.
+
+    Example:
+        >>> shown([1, "a", jnp.ones((2, 3))])
+        "[1, 'a', float32[2,3]]"
+    """
+    # Not `repr`: that of an array or of a foreign object may fill pages, or hold what
+    # nobody wants in a log.
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if isinstance(shape, tuple) and dtype is not None:
+        if isinstance(value, np.generic):
+            return _short(repr(value))
+        return f"{dtype}[{','.join(map(str, shape))}]"
+    known = (bool, int, float, complex, str, bytes, enum.Enum, range, np.dtype)
+    if value is None or value is ... or isinstance(value, known):
+        return _short(repr(value))
+    if type(value) in (tuple, list, set, frozenset):
+        return _container(value)
+    if type(value) is dict:
+        items = list(value.items())
+        inside = [f"{shown(k)}: {shown(v)}" for k, v in items[:_SHOWN]]
+        return _short("{" + ", ".join(inside + ["…"] * (len(items) > _SHOWN)) + "}")
+    if isinstance(value, type):
+        # A scalar type of numpy or JAX is a dtype.
+        known = hasattr(value, "dtype")
+        return value.__name__ if known else a_type(value)
+    if hasattr(value, "device_kind"):
+        return repr(value)  # a device of JAX
+    if isinstance(value, functools.partial):
+        return f"functools.partial({shown(value.func)}, ...)"
+    if callable(value) and isinstance(getattr(value, "__name__", None), str):
+        return f"the function {value.__name__}"
+    return a_type(value)
+
+
+_SHOWN = 16  # entries of a container that an error shows
+
+
+def _container(value: Any) -> str:
+    entries = [shown(v) for v, _ in zip(value, range(_SHOWN), strict=False)]
+    if len(value) > _SHOWN:
+        entries.append("…")
+    text = ", ".join(entries)
+    if isinstance(value, tuple):
+        return _short(f"({text}{',' * (len(value) == 1)})")
+    if isinstance(value, list):
+        return _short(f"[{text}]")
+    braced = "{" + text + "}" if value else "set()"
+    return _short(f"frozenset({braced})" if isinstance(value, frozenset) else braced)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else text[:199] + "…"
 
 
 def warn(text: str) -> None:

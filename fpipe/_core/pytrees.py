@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer as Tracer  # all others take it from here: JAX may move it
 
+from fpipe._core.errors import shown
+
 PyTree: TypeAlias = Any
 
 
@@ -95,7 +97,22 @@ def _exact(value: Any) -> Any:
     # differ and agree as the bits do.
     if isinstance(value, complex):
         return value.real.hex(), value.imag.hex()
-    return value.hex() if isinstance(value, float) else value
+    if isinstance(value, float):
+        return value.hex()
+    # Beside the value itself, as its own `==` may tell apart more.
+    if isinstance(value, (tuple, frozenset)):
+        kind = tuple if isinstance(value, tuple) else frozenset
+        return value, kind((type(v), _exact(v)) for v in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = (getattr(value, f.name, None) for f in dataclasses.fields(value))
+        return value, tuple((type(v), _exact(v)) for v in fields if _is_value(v))
+    return value
+
+
+def _is_value(value: Any) -> bool:
+    """Whether a field of a static leaf may equal one that a program tells apart."""
+    kinds = (bool, int, float, complex, tuple, frozenset)
+    return isinstance(value, kinds) or dataclasses.is_dataclass(value)
 
 
 def pack(tree: PyTree) -> tuple[list[Any], Spec]:
@@ -233,27 +250,43 @@ def eval_shape(f: Callable[..., PyTree], *args: PyTree) -> PyTree:
     return specs[-1].unpack(shapes)
 
 
-class _Unquoted(str):
-    """Text that shows itself without quotes inside a structure."""
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
 def describe(tree: PyTree) -> str:
     """A pytree in one short line for an error: shapes of arrays and static leaves in
     their structure.
     """
-
-    def short(leaf: Any) -> str:
-        if not is_array(leaf):
-            return repr(leaf)
-        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-
-    # `str` of a dict takes the `repr` of its values: plain text would stand in quotes.
-    text = str(jax.tree.map(lambda leaf: _Unquoted(short(leaf)), tree))
+    text = _described(tree)
     # A model's parameters would fill pages; their beginning says what they are.
     return text if len(text) <= 200 else text[:199] + "…"
+
+
+def _described(tree: PyTree) -> str:
+    if is_array(tree):
+        return f"{tree.dtype}[{','.join(map(str, tree.shape))}]"
+    if tree is None:
+        return "None"
+    # One level at a time, and not the `repr` of a class of the user's, which may show
+    # anything.
+    inside = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda t: t is not tree)
+    if len(inside) == 1 and not inside[0][0]:
+        return shown(tree)
+    texts = [_described(child) for _, child in inside]
+    if type(tree) is tuple:
+        return f"({', '.join(texts)}{',' * (len(texts) == 1)})"
+    if type(tree) is list:
+        return f"[{', '.join(texts)}]"
+    if type(tree) is dict:
+        # In the user's order; JAX sorts.
+        return (
+            "{"
+            + ", ".join(f"{shown(k)}: {_described(v)}" for k, v in tree.items())
+            + "}"
+        )
+    keys = [path[0] for path, _ in inside]
+    named = [
+        f"{key.name}={text}" if isinstance(key, jax.tree_util.GetAttrKey) else text
+        for key, text in zip(keys, texts, strict=True)
+    ]
+    return f"{type(tree).__name__}({', '.join(named)})"
 
 
 def numbers_as_arrays(tree: PyTree) -> PyTree:

@@ -112,6 +112,11 @@ class _WatchedLayer:
     compute_dtype: Any
     last: bool
 
+    @property
+    def __wrapped__(self) -> Any:
+        """Whose signature says what it needs; Python's convention for wrappers."""
+        return self.layer.apply
+
     def __call__(self, params: PyTree, x: Watched, **needs: Any) -> Any:
         # What the layer is given goes through the tap first. Then it is cast, here and
         # not by the model: so the gradients that are looked at are those that the layer

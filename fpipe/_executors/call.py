@@ -17,17 +17,16 @@ Out: `Args` and what is asked for, which `Call._loss` (or `_forward`) then runs:
 
 import abc
 import dataclasses
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from fpipe._core.errors import entries
+from fpipe._core.checks import as_int
+from fpipe._core.errors import entries, shown
 from fpipe._core.pytrees import PyTree, describe, numbers_as_arrays
 from fpipe._executors.gradients import as_scale, unscale_and_add
-from fpipe._model.frozen import Frozen, FrozenLeaves
+from fpipe._model.frozen import Frozen, FrozenLeaves, check_frozen
 from fpipe._model.loss import Loss, Reduction, as_loss
 from fpipe._model.microbatch import NoChunk
 from fpipe._model.model import Model
@@ -202,6 +201,7 @@ class Call(abc.ABC):
                 repeated or too large.
         """
         loss = as_loss("value_and_grad", loss_fn, has_aux, reduction)
+        check_frozen("value_and_grad", frozen)
         numbers, which = as_argnums(argnums), FrozenLeaves(frozen)
 
         def value_and_grad(
@@ -298,7 +298,8 @@ def check_argnums(argnums: Any, numbers: tuple[int, ...], args: Args) -> None:
     """
     if max(numbers) >= len(args.numbered):
         raise ValueError(
-            f"`value_and_grad(argnums={argnums!r})`: the call has {len(args.numbered)} "
+            f"`value_and_grad(argnums={shown(argnums)})`: the call has "
+            f"{len(args.numbered)} "
             "arguments (params, x, *targets), so "
             f"numbers go from 0 to {len(args.numbered) - 1}"
         )
@@ -307,7 +308,9 @@ def check_argnums(argnums: Any, numbers: tuple[int, ...], args: Args) -> None:
 def as_argnums(argnums: Any) -> tuple[int, ...]:
     """Argument numbers as a checked tuple."""
     numbers = tuple(argnums) if isinstance(argnums, Sequence) else (argnums,)
-    call = f"`value_and_grad(argnums={argnums!r})`: numbers of (params, x, *targets)"
+    call = (
+        f"`value_and_grad(argnums={shown(argnums)})`: numbers of (params, x, *targets)"
+    )
     # Not `isinstance`: `True` is an int too, and `argnums=True` is a mistake.
     if any(type(n) is not int for n in numbers):
         raise TypeError(f"{call} are ints")
@@ -318,32 +321,7 @@ def as_argnums(argnums: Any) -> tuple[int, ...]:
 
 def check_chunks(call: str, chunks: Any) -> int:
     """The number of chunks, checked."""
-    # `operator.index` takes NumPy's integers too, and `True`, which is refused here.
-    try:
-        if isinstance(chunks, bool):
-            raise TypeError
-        chunks = operator.index(chunks)
-    except TypeError:
-        raise TypeError(f"`{call}(chunks={chunks!r})`: chunks is an int") from None
-    if chunks < 1:
-        raise ValueError(f"`{call}(chunks={chunks})`: chunks is at least 1")
-    return chunks
-
-
-def as_compute_dtype(call: str, dtype: Any) -> Any:
-    """The dtype that a model computes in, checked; `None` stays."""
-    if dtype is None:
-        return None
-    try:
-        made = jnp.dtype(dtype)
-    except TypeError:
-        made = None
-    if made is None or not jnp.issubdtype(made, jnp.floating):
-        raise TypeError(
-            f"`{call}(compute_dtype={dtype!r})`: a floating dtype is needed, such as "
-            "jnp.bfloat16"
-        )
-    return made
+    return as_int(call, "chunks", chunks)
 
 
 def check_params(model: Model, params: Any, call: str) -> None:

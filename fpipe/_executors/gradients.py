@@ -13,6 +13,7 @@ Inside a trace there are no places: all are one group.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fpipe._core.checks import is_number
+from fpipe._core.errors import shown
 from fpipe._core.pytrees import PyTree, describe, is_traced
 from fpipe._model.loss import divided, wide
 
@@ -63,7 +66,14 @@ def as_scale(value: Any) -> Any:
 
     Raises:
         TypeError: it is no real number.
+        ValueError: it is zero, negative or not finite. What is on a device is not
+            looked at: that would wait for it.
     """
+    if is_number(value) and not (math.isfinite(value) and value > 0):
+        raise ValueError(
+            f"`loss_scale={shown(value)}`: a finite number more than 0; gradients are "
+            "divided by it"
+        )
     # A NumPy scalar is an array for `jit`, so another scale compiles nothing anew. A
     # Python float would be static here.
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -75,8 +85,7 @@ def as_scale(value: Any) -> Any:
         or not jnp.issubdtype(dtype, jnp.floating)
     ):
         raise TypeError(
-            f"`loss_scale={describe(value)}`: a number or a 0-d array of floats is "
-            "needed"
+            f"`loss_scale={shown(value)}`: a number or a 0-d array of floats is needed"
         )
     return value
 

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import jax
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from fpipe._core.errors import shown
 from fpipe._core.pytrees import PyTree, pack
 
 # `jax.Device` is a variable to type checkers: jaxlib does not declare it as a class.
@@ -47,7 +48,8 @@ class Placement:
                 )
             return cls(SingleDeviceSharding(next(iter(place.device_set))))
         raise TypeError(
-            f"`devices`: {place!r} is neither a jax.Device nor a Sharding; take them "
+            f"`devices`: {shown(place)} is neither a jax.Device nor a Sharding; take "
+            "them "
             "from `jax.devices()`"
         )
 
@@ -104,13 +106,14 @@ def as_placements(devices: Iterable[Place] | None) -> tuple[Placement, ...]:
     given = jax.devices() if devices is None else devices
     if isinstance(given, (jax.Device, Sharding)):
         raise TypeError(
-            f"`Pipe(devices=...)`: a sequence of jax.Device or Sharding, got {given!r} "
+            "`Pipe(devices=...)`: a sequence of jax.Device or Sharding, got "
+            f"{shown(given)} "
             "alone; write [device]"
         )
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise TypeError(
             "`Pipe(devices=...)`: a sequence of jax.Device or Sharding, got "
-            f"{given!r}; try `jax.devices()`"
+            f"{shown(given)}; try `jax.devices()`"
         )
     places = tuple(Placement.of(d) for d in given)
     if not places:

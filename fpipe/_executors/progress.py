@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import TypeAlias
 
+from fpipe._core.errors import shown
+
 # How many programs are compiled, of how many.
 Progress: TypeAlias = Callable[[int, int], None]
 
@@ -16,7 +18,14 @@ def as_progress(progress: bool | Progress | None) -> Progress | None:
     # On a terminal each bar replaces the one before; a log file would keep them all.
     if progress is None:
         progress = sys.stderr.isatty()
-    return (show_bar if progress else None) if isinstance(progress, bool) else progress
+    if isinstance(progress, bool):
+        return show_bar if progress else None
+    if not callable(progress):
+        raise TypeError(
+            f"`pipe.compile(progress={shown(progress)})`: True, False, or a function "
+            "`f(done, total)`"
+        )
+    return progress
 
 
 def show_bar(done: int, total: int) -> None:

@@ -21,6 +21,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
+from fpipe._core.errors import shown
 from fpipe._executors.call import Call
 from fpipe.schedules import Action, Event, Recording, Schedule
 from fpipe.schedules._rules import needs
@@ -111,7 +112,7 @@ def record(pipe: Any) -> Iterator[Recording]:
     front: Any = pipe  # what has an owner has devices too
     owner = front._recording_owner() if isinstance(front, Call) else None
     if owner is None:
-        raise TypeError(f"`fpipe.record({pipe!r})`: a Pipe is needed")
+        raise TypeError(f"`fpipe.record({shown(pipe)})`: a Pipe is needed")
     recorder = Recorder(owner)
     timeline = Recording((), len(pipe.devices))
     token = _recorders.set((*_recorders.get(), recorder))

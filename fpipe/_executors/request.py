@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fpipe._core.pytrees import PyTree, Shape, is_inexact, pack
+from fpipe._core.statics import check_leaves
 from fpipe._executors.call import Args
 from fpipe._executors.scheduling import Scheduling
 from fpipe._model.loss import Loss
@@ -116,6 +117,24 @@ class Inputs:
         """The leaves that go whole to every microbatch."""
         axes = self.cut.splits[port.kind].axes
         return frozenset(Leaf(port, k) for k, axis in enumerate(axes) if axis is None)
+
+
+def check_static(args: Args, params: Sequence[PyTree]) -> None:
+    """Refuse leaves of a call that are neither arrays nor values that compare.
+
+    Asked where a plan is made: a warm call finds its plan by the values of its static
+    leaves, so there is no plan for what is refused here.
+
+    Arguments:
+        params: one entry per layer; shapes will do.
+
+    Raises:
+        TypeError: such a leaf; it says what to write.
+    """
+    for name, tree in args.inputs.items():
+        check_leaves(tree, name)
+    check_leaves(tuple(params), "params")
+    check_leaves(args.state, "state")
 
 
 def inputs_of(args: Args, params: Sequence[Shape], chunks: int) -> Inputs:

@@ -20,6 +20,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+from fpipe._core.errors import shown
 from fpipe.schedules import NAMES, Schedule, named
 
 Generator: TypeAlias = Callable[[int, int], Schedule]
@@ -54,12 +55,12 @@ class Scheduling(abc.ABC):
         )
         if isinstance(option, str):
             if option not in NAMES:
-                raise ValueError(f"`Pipe(schedule={option!r})`: {expected}")
+                raise ValueError(f"`Pipe(schedule={shown(option)})`: {expected}")
             return _ByName(option)
         if isinstance(option, Schedule):
             return _Fixed(option)
         if not callable(option):
-            raise TypeError(f"`Pipe(schedule={option!r})`: {expected}")
+            raise TypeError(f"`Pipe(schedule={shown(option)})`: {expected}")
         # A function may be slow, so it is not called to see whether it is a good one.
         generator: Any = option  # what it returns is checked when it is called
         return _ByFunction(generator)
@@ -133,7 +134,7 @@ class _ByName(Scheduling):
         each = NAMES[self.option].per_device or 2
         if layers < each:
             raise ValueError(
-                f"`Pipe(schedule={self.option!r})` puts {each} stages on each "
+                f"`Pipe(schedule={shown(self.option)})` puts {each} stages on each "
                 f"device, but the model has {layers} layer"
             )
         return each * min(available, layers // each)
@@ -154,7 +155,10 @@ class _ByName(Scheduling):
 
     def _devices(self, stages: int, available: int) -> int:
         """On how many devices it puts that many stages."""
-        call, each = f"`Pipe(schedule={self.option!r})`", NAMES[self.option].per_device
+        call, each = (
+            f"`Pipe(schedule={shown(self.option)})`",
+            NAMES[self.option].per_device,
+        )
         if each is not None:
             if stages % each:
                 raise ValueError(
@@ -247,7 +251,7 @@ class _ByFunction(Scheduling):
         schedule = self.option(devices, microbatches)
         if not isinstance(schedule, Schedule):
             raise TypeError(
-                f"`Pipe(schedule=...)`: the function returned {schedule!r}, no "
+                f"`Pipe(schedule=...)`: the function returned {shown(schedule)}, no "
                 "fpipe.schedules.Schedule"
             )
         return schedule

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fpipe._core.checks import as_bool, as_compute_dtype
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
@@ -29,16 +30,16 @@ from fpipe._core.pytrees import (
     numbers_as_arrays,
     pack,
 )
+from fpipe._core.statics import check_leaves
 from fpipe._executors.anomaly import Detector
 from fpipe._executors.call import (
     Args,
     Call,
     Result,
-    as_compute_dtype,
     check_chunks,
     check_params,
 )
-from fpipe._executors.request import numbered_leaves
+from fpipe._executors.request import check_static, numbered_leaves
 from fpipe._model.batch_norm import deferred
 from fpipe._model.loss import Loss, divided, sum_dtype, wide
 from fpipe._model.microbatch import (
@@ -82,6 +83,10 @@ def sequential(
         (4, 3)
     """
     model = Model(layers, as_compute_dtype("sequential", compute_dtype))
+    deferred_batch_norm = as_bool(
+        "sequential", "deferred_batch_norm", deferred_batch_norm
+    )
+    detect_anomaly = as_bool("sequential", "detect_anomaly", detect_anomaly)
     if deferred_batch_norm:
         model = Model(deferred(model.layers, "sequential"), model.compute_dtype)
     chunks = check_chunks("sequential", chunks)
@@ -122,6 +127,10 @@ class Sequential(Call):
         key: Any = None,
     ) -> tuple[PyTree, ...]:
         """State of every layer; see `Pipe.init_state`."""
+        if key is not None:
+            check_key(key)
+        if params is not None:
+            check_params(self.model, params, "`init_state(params=...)`")
         first = first_microbatch(x, call_needs(side=side), self.chunks)
         return self.model.init_state(*first, params, key, self._executor.make_state)
 
@@ -174,10 +183,13 @@ class PlainExecutor:
 
     def place(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
         """Parameters where they are, with Python numbers turned into arrays."""
+        check_params(self.model, params, "`place(params)`")
+        check_leaves(tuple(params), "params")
         return tuple(numbers_as_arrays(p) for p in params)
 
     def gather(self, params: Any) -> tuple[PyTree, ...]:
         """The exact inverse of `place`."""
+        check_params(self.model, params, "`gather(params)`")
         return tuple(params)
 
     def check_params(self, params: Any, call: str) -> None:
@@ -186,6 +198,8 @@ class PlainExecutor:
 
     def forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         """`(y, state)`, which JAX can transform in any way."""
+        check_static(args, args.params)
+        self.model.check_given(args.needs)
         cut = cut_inputs(args.inputs, self.chunks)
         state, parts = self._first_state(args), []
         for i in range(cut.m):
@@ -195,6 +209,8 @@ class PlainExecutor:
 
     def loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
         """The loss, and the gradients of the numbered arguments."""
+        check_static(args, args.params)
+        self.model.check_given(args.needs)
         cut = cut_inputs(args.inputs, self.chunks)
         scales = cut.shares if loss.reduction == "mean" else (1.0,) * cut.m
         # The arrays that are differentiated: of the numbered arguments what can have a

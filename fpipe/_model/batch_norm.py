@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fpipe._core.errors import noting
+from fpipe._core.checks import as_bool, as_compute_dtype, is_at_least
+from fpipe._core.errors import noting, shown
 from fpipe._model.layer import Layer
 
 
@@ -159,13 +160,25 @@ def DeferredBatchNorm(  # noqa: N802 - it stands where a class of layers would
         (Array([0.75], dtype=float32), Array([1.125], dtype=float32))
     """
     call = "`fpipe.DeferredBatchNorm"
-    if momentum is not None and not 0 <= momentum <= 1:
+    if momentum is not None and not (is_at_least(momentum, 0) and momentum <= 1):
         raise ValueError(
-            f"{call}(momentum={momentum!r})`: from 0 to 1, or None for the average "
-            "over all calls"
+            f"{call}(momentum={shown(momentum)})`: from 0 to 1, or None for the "
+            "average over all calls"
         )
-    if not epsilon >= 0:
-        raise ValueError(f"{call}(epsilon={epsilon!r})`: at least 0")
+    if not is_at_least(epsilon, 0):
+        raise ValueError(f"{call}(epsilon={shown(epsilon)})`: at least 0")
+    switches = {"use_bias": use_bias, "use_scale": use_scale, "unbiased": unbiased}
+    for field, value in switches.items():
+        as_bool("fpipe.DeferredBatchNorm", field, value)
+    for field, init in (("scale_init", scale_init), ("bias_init", bias_init)):
+        if not callable(init):
+            raise TypeError(f"{call}({field}={shown(init)})`: a function is needed")
+    as_compute_dtype("fpipe.DeferredBatchNorm", dtype, "dtype")
+    if as_compute_dtype("fpipe.DeferredBatchNorm", param_dtype, "param_dtype") is None:
+        param_dtype = jnp.float32
+    several = axis if isinstance(axis, (list, tuple)) else (axis,)
+    if not all(type(a) is int for a in several):
+        raise TypeError(f"{call}(axis={shown(axis)})`: an int, or several")
     # Dtypes and axes in one form each: equal options must make equal layers.
     axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
     inits = {"scale": scale_init} if use_scale else {}
@@ -325,7 +338,7 @@ def deferred(layers: Sequence[Layer], call: str) -> tuple[Layer, ...]:
             if not isinstance(made, Layer):
                 raise TypeError(
                     f"{where}: the defer of layer {position} {layer.name!r} returns an "
-                    f"fpipe.Layer, got {made!r}"
+                    f"fpipe.Layer, got {shown(made)}"
                 )
             # Names, skips and parameters are the layer's own; it may have been isolated
             # or renamed since the hook was made.

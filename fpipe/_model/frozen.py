@@ -12,8 +12,10 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 
 from fpipe._core.caches import Recent
+from fpipe._core.errors import shown
 from fpipe._core.pytrees import PyTree, aval, is_array
 from fpipe._model.stages import Leaf, Port
 
@@ -73,7 +75,7 @@ def spread(frozen: Frozen, tree: PyTree) -> list[Any]:
     if callable(frozen):
         named = jax.tree_util.tree_leaves_with_path(tree)
         return [
-            is_array(a) and bool(frozen(jax.tree_util.keystr(path), aval(a)))
+            is_array(a) and _answer(frozen, jax.tree_util.keystr(path), aval(a))
             for path, a in named
         ]
     # `jax.tree.map` takes the first tree for a prefix of the second: the part of the
@@ -82,6 +84,30 @@ def spread(frozen: Frozen, tree: PyTree) -> list[Any]:
         lambda flag, part: jax.tree.map(lambda _: flag, part), frozen, tree
     )
     return jax.tree.leaves(flags)
+
+
+def check_frozen(call: str, frozen: Any) -> None:
+    """Refuse what is neither a function nor one flag, or a tree of flags, per layer.
+
+    Raises:
+        TypeError: something else.
+    """
+    if not (frozen is None or callable(frozen) or isinstance(frozen, (tuple, list))):
+        raise TypeError(
+            f"`{call}(frozen={shown(frozen)})`: a function of a path and an array, or "
+            "bools, one entry per layer"
+        )
+
+
+def _answer(frozen: Callable[[str, Any], Any], path: str, shape: Any) -> bool:
+    """What a user's function says of one array."""
+    answer = frozen(path, shape)
+    if not isinstance(answer, (bool, np.bool_)):
+        raise TypeError(
+            f"`frozen(path, array)` returned {shown(answer)} for {path}: it returns "
+            "True or False"
+        )
+    return bool(answer)
 
 
 def _flags(frozen: Any, trees: tuple[PyTree, ...]) -> list[bool]:
@@ -101,12 +127,12 @@ def _flags(frozen: Any, trees: tuple[PyTree, ...]) -> list[bool]:
         raise ValueError(
             "`value_and_grad(frozen=...)`: a function of a path and an array, or a "
             "pytree of bools with one entry per layer that the parameters begin with, "
-            f"got {frozen!r}: {error}"
+            f"got {shown(frozen)}: {error}"
         ) from None
-    wrong = [flag for flag in flags if not isinstance(flag, bool)]
+    wrong = [flag for flag in flags if not isinstance(flag, (bool, np.bool_))]
     if wrong:
         raise TypeError(
-            f"`value_and_grad(frozen=...)`: bools are needed, got {wrong[0]!r}"
+            f"`value_and_grad(frozen=...)`: bools are needed, got {shown(wrong[0])}"
         )
     return [
         flag

@@ -18,11 +18,16 @@ import importlib
 import inspect
 import operator
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fpipe._core.pytrees import PyTree, describe
-from fpipe._model.needs import BY_NAME, NEEDS
+import jax
+
+from fpipe._core.errors import a_type, shown
+from fpipe._core.pytrees import PyTree, describe, is_array, is_inexact
+from fpipe._core.statics import check_leaves
+from fpipe._model.needs import BY_NAME, NEEDS, Giver
 from fpipe._model.skips import Namespace, Scope, scoped
 
 
@@ -43,8 +48,10 @@ class Layer:
             - `train`: `True` or `False`, as the call was given it.
             - `borrowed`: a dict of the parameters of the layers in `borrow`, by name.
             - `side`: this microbatch's piece of the call's `side`.
-            - `step`: the call's `step`, an int32 scalar, the same for all microbatches;
-              if the call was given none, the parameter's default.
+            - `step`: the call's `step`, an int32 scalar, the same for all microbatches.
+
+            Of what the call is not given the parameter's own default holds
+            (`side=None`, `step=0`); without one, `side` and `step` are required.
 
             It returns `y`; with `carry` `(y, carry)`; with `state` `(y, state)`; with
             both `(y, carry, state)`.
@@ -55,7 +62,9 @@ class Layer:
     Other Arguments:
         stash, pop, peek: names of the skips that the layer stashes, pops, or reads
             without popping.
-        needs: overrides what the signature says, for wrappers that hide it.
+        needs: overrides what the signature says, for wrappers that hide it. By the
+            signature, keywords of an object with `__call__` are needs only if they have
+            no default.
         borrow: names of the layers whose parameters come as `borrowed[name]` (tied
             weights).
         init_state: `init_state(x, **needs) -> state`, for a layer with state; its `key`
@@ -69,7 +78,8 @@ class Layer:
     Raises:
         TypeError: a need as positional parameter, an unknown required keyword, a string
             where a list of names belongs, skips without the need `carry`; another
-            `Layer`, or a Flax module, as `apply`.
+            `Layer`, a Flax module, or an object that is a pytree with arrays of floats,
+            as `apply`.
         ValueError: a name that is there twice.
 
     Example:
@@ -101,12 +111,12 @@ class Layer:
             value = getattr(self, field)
             if not callable(value) and (value is not None or field == "apply"):
                 raise TypeError(
-                    f"`fpipe.Layer({field}=...)`: {value!r} is not callable"
+                    f"`fpipe.Layer({field}=...)`: {shown(value)} is not callable"
                 )
         _check_function(self.apply, "`fpipe.Layer(f)`")
         if not isinstance(self.name, str):
             raise TypeError(
-                f"`fpipe.Layer(name=...)`: a name is a string, got {self.name!r}"
+                f"`fpipe.Layer(name=...)`: a name is a string, got {shown(self.name)}"
             )
         put("name", self.name or function_name(self.apply))
         for field in ("stash", "pop", "peek", "borrow"):
@@ -118,6 +128,16 @@ class Layer:
                 ),
             )
         put("needs", self._checked_needs())
+        spaces = self.namespaces
+        if not isinstance(spaces, (tuple, list)) or not all(
+            isinstance(pair, tuple) and isinstance(pair[-1], Namespace)
+            for pair in spaces
+        ):
+            raise TypeError(
+                f"`fpipe.Layer(namespaces={shown(spaces)})` of layer {self.name!r}: "
+                "`layer.isolate(namespace)` sets them"
+            )
+        put("namespaces", tuple(spaces))
         # Declarations without the need that they are for: the function could never see
         # the skips, the borrowed parameters or the state.
         form = f"`def {self.name}(params, x, *, "
@@ -196,7 +216,8 @@ class Layer:
         """
         if not isinstance(namespace, Namespace):
             raise TypeError(
-                f"`isolate(namespace)` of layer {self.name!r}: {namespace!r} is no "
+                f"`isolate(namespace)` of layer {self.name!r}: {shown(namespace)} is "
+                "no "
                 "fpipe.Namespace"
             )
         # Isolating twice is allowed: the later namespace holds for the names it is
@@ -239,6 +260,33 @@ def function_name(f: Callable[..., Any]) -> str:
     return getattr(f, "__name__", type(f).__name__)
 
 
+def _inside(f: Any) -> Iterator[Any]:
+    """A callable, and what it calls in the end: the `func` of a partial, the object of
+    a method, what `jax.jit`, `jax.vmap` and decorators show as `__wrapped__`.
+    """
+    while f is not None:
+        yield f
+        if isinstance(f, functools.partial):
+            f = f.func
+        elif isinstance(f, types.MethodType):
+            f = f.__self__
+        else:
+            f = getattr(f, "__wrapped__", None)
+
+
+def _is_object(f: Any) -> bool:
+    """Whether what is called in the end is an object with `__call__`, not a function:
+    then keywords with defaults are its options, and no needs.
+    """
+    while True:
+        if isinstance(f, functools.partial):
+            f = f.func
+        elif getattr(f, "__wrapped__", None) is not None:
+            f = f.__wrapped__
+        else:
+            return not (inspect.isroutine(f) or isinstance(f, type))
+
+
 def _check_function(f: Callable[..., Any], call: str) -> None:
     """Refuse what looks like a function and has more than its call: that would be
     lost.
@@ -250,19 +298,43 @@ def _check_function(f: Callable[..., Any], call: str) -> None:
             "use it as it is; `dataclasses.replace(layer, name=...)` changes a part of "
             "it"
         )
-    kind: type = type(f)
-    # By name, as the core imports no Flax; what else Flax has, such as `nnx.jit` of a
-    # function, is a function.
-    if any(
-        base.__name__ == "Module" and base.__module__.startswith("flax.")
-        for base in kind.__mro__
-    ):
-        raise TypeError(
-            f"{call}: a {kind.__name__} is a Flax module, whose parameters would not "
-            "be seen: write "
-            "`fpipe.flax.layer(module)`, or `fpipe.flax.layers(...)` for a Sequential "
-            "or a list of modules"
-        )
+    outer: Any = None
+    for inner in _inside(f):
+        kind = type(inner)
+        # The method of a linen module, `module.apply`, takes its parameters as an
+        # argument, as a layer does. That of an NNX module has them in the module.
+        method = isinstance(outer, types.MethodType) and not _has_floats(inner)
+        # By name, as the core imports no Flax; what else Flax has, such as `nnx.jit` of
+        # a function, is a function.
+        if not method and any(
+            base.__name__ == "Module" and base.__module__.startswith("flax.")
+            for base in kind.__mro__
+        ):
+            raise TypeError(
+                f"{call}: a {kind.__name__} is a Flax module, whose parameters would "
+                "not be seen: write "
+                "`fpipe.flax.layer(module)`, or `fpipe.flax.layers(...)` for a "
+                "Sequential or a list of modules"
+            )
+        if _has_floats(inner):
+            cure = "`fpipe.Layer(lambda f, x: f(x), init=lambda key, x: f)`"
+            if any(b.__module__.startswith("equinox") for b in kind.__mro__):
+                cure = (
+                    "`params, static = eqx.partition(f, eqx.is_inexact_array)`, and "
+                    "`fpipe.Layer(lambda params, x: eqx.combine(params, static)(x), "
+                    "init=lambda key, x: params)`"
+                )
+            raise TypeError(
+                f"{call}: {a_type(inner)} is a pytree with arrays, which would be "
+                "constants and not train. As parameters, where `f` is that object: "
+                f"{cure}. Constants on purpose: `fpipe.fn(lambda x: f(x))`"
+            )
+        outer = inner
+
+
+def _has_floats(f: Any) -> bool:
+    """Whether a callable is a pytree with arrays that could be trained."""
+    return any(is_array(a) and is_inexact(a) for a in jax.tree.leaves(f))
 
 
 def checked_names(value: Iterable[str], where: str) -> tuple[str, ...]:
@@ -273,16 +345,17 @@ def checked_names(value: Iterable[str], where: str) -> tuple[str, ...]:
     """
     if isinstance(value, str):
         raise TypeError(
-            f"{where}: got the string {value!r} where a list of names belongs: write "
-            f"[{value!r}]"
+            f"{where}: got the string {shown(value)} where a list of names belongs: "
+            "write "
+            f"[{shown(value)}]"
         )
     if not isinstance(value, Iterable):
-        raise TypeError(f"{where}: a list of names belongs here, got {value!r}")
+        raise TypeError(f"{where}: a list of names belongs here, got {shown(value)}")
     # An iterator can be read once, so a tuple is made before anything is checked.
     result = tuple(value)
     for name in result:
         if not isinstance(name, str):
-            raise TypeError(f"{where}: names are strings, got {name!r}")
+            raise TypeError(f"{where}: names are strings, got {shown(name)}")
     if len(set(result)) < len(result):
         raise ValueError(f"{where}: a name is there twice in {list(result)}")
     return result
@@ -351,6 +424,10 @@ def signature_needs(
                 f"{', '.join(NEEDS)}. Bind it with functools.partial"
             )
     # A keyword with a default that is no need stays what it is: an option of the layer.
+    # So do all that have a default, of an object: `key=None` of a module's `__call__`
+    # says nothing of whether this one draws.
+    if _is_object(f):
+        keywords = [p for p in keywords if p.default is p.empty]
     return tuple(n for n in NEEDS if any(p.name == n for p in keywords))
 
 
@@ -363,17 +440,52 @@ def keyword_needs(f: Callable[..., Any]) -> tuple[str, ...]:
     )
 
 
-def required_needs(f: Callable[..., Any]) -> tuple[str, ...]:
-    """The needs that a layer's function names without a default of its own, such as
-    `step` in `def f(params, x, *, step)`; with `step=0` it does without.
+def defaults_of(f: Callable[..., Any]) -> dict[str, bool]:
+    """The needs that a function's signature names, and whether each has a default of
+    its own: `{"step": False}` of `def f(params, x, *, step)`. A wrapper that takes
+    `**needs` shows none.
     """
-    # `fpipe.fn` wraps the function in one with `**needs`, which has no defaults to see.
-    inner = f.f if isinstance(f, _WithoutParams) else f
-    return tuple(
-        p.name
-        for p in _parameters(inner) or ()
-        if p.name in NEEDS and p.default is p.empty
-    )
+    return {
+        p.name: p.default is not p.empty
+        for p in _parameters(f) or ()
+        if p.name in NEEDS
+    }
+
+
+def without_missing(
+    given: Mapping[str, Any], f: Callable[..., Any], who: str, name: str, head: str
+) -> dict[str, Any]:
+    """The needs that a function is called with: what the call gave nothing for is left
+    out, where the function's own default holds then.
+
+    Arguments:
+        given: by the names of the needs; `None`: nothing.
+        f: the layer's function, or its `init`.
+        who: what it is, in errors; `name` its name, and `head` its positional
+            parameters.
+
+    Raises:
+        ValueError: a need without default that cannot be missing.
+    """
+    if None not in given.values():
+        return dict(given)
+    defaults = defaults_of(f)
+    passed = {}
+    for need, value in given.items():
+        if value is None and BY_NAME[need].giver is Giver.CALL:
+            if need in defaults and not defaults[need] and BY_NAME[need].required:
+                usual = "0" if need == "step" else "None"
+                raise ValueError(
+                    f"{who} asks for the need {need!r}, which this call was not given: "
+                    f"pass `{need}=...`, or give the parameter a default: "
+                    f"`def {name}({head}, *, {need}={usual})`"
+                )
+            # Of a wrapper that takes `**needs` nobody sees a default. What a layer
+            # cannot do without is left out there too; then Python itself complains.
+            if defaults.get(need, BY_NAME[need].required):
+                continue
+        passed[need] = value
+    return passed
 
 
 def _parameters(f: Callable[..., Any]) -> list[inspect.Parameter] | None:
@@ -405,7 +517,7 @@ def as_layer(value: Any) -> Layer:
     if not callable(value):
         raise TypeError(
             f"a layer is a function or an fpipe.Layer, got {type(value).__name__}: "
-            f"{value!r}"
+            f"{shown(value)}"
         )
     return Layer(value)
 
@@ -425,16 +537,21 @@ def flatten_layers(layers: Any) -> list[Layer]:
     return [leaf for item in layers for leaf in flatten_layers(item)]
 
 
-def fn(f: Callable[..., Any], name: str = "") -> Layer:
+def fn(
+    f: Callable[..., Any], name: str = "", needs: Sequence[str] | None = None
+) -> Layer:
     """A layer without parameters: `fpipe.fn(jnp.tanh)` is `lambda params, x:
     jnp.tanh(x)`.
 
     Arguments:
         f: `f(x, **needs)`; needs as in `Layer`.
         name: default the function's name.
+        needs: overrides what the signature says, for wrappers that hide it; `()` for
+            none.
 
     Raises:
-        TypeError: no function, or a `Layer` or Flax module; parameters that `f` cannot
+        TypeError: no function, or a `Layer`, a Flax module, or an object that is a
+            pytree with arrays, whose arrays would not train; parameters that `f` cannot
             be called with.
 
     Example:
@@ -446,12 +563,12 @@ def fn(f: Callable[..., Any], name: str = "") -> Layer:
         ...     return x + skip, carry
     """
     if not callable(f):
-        raise TypeError(f"`fpipe.fn(f)`: {f!r} is not callable")
+        raise TypeError(f"`fpipe.fn(f)`: {shown(f)} is not callable")
     _check_function(f, "`fpipe.fn(f)`")
     name = name or function_name(f)
-    return Layer(
-        _WithoutParams(f), _no_params, name, needs=signature_needs(f, name, ("x",))
-    )
+    if needs is None:
+        needs = signature_needs(f, name, ("x",))
+    return Layer(_WithoutParams(f), _no_params, name, needs=needs)
 
 
 # A class and not a closure: two `fpipe.fn(jnp.tanh)` are equal, share their programs,
@@ -461,6 +578,11 @@ class _WithoutParams:
     """A function without parameters, called as a layer is."""
 
     f: Callable[..., Any]
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """Whose signature says what it needs; Python's convention for wrappers."""
+        return self.f
 
     def __call__(self, params: PyTree, x: PyTree, **needs: Any) -> Any:
         del params
@@ -558,19 +680,8 @@ def call_layer(layer: Layer, index: int, call: LayerCall) -> LayerResult:
         index: the layer's place among all layers, for errors.
     """
     who = f"layer {index} {layer.name!r}"
-    needs = dict(call.needs)
     # 1. What the call gave nothing for.
-    for name, value in call.needs.items():
-        if value is None and BY_NAME[name].required:
-            # Left out, so that the function's own default holds. A wrapper that takes
-            # `**needs` hides whether there is one; then Python itself complains.
-            del needs[name]
-            if name in required_needs(layer.apply):
-                raise ValueError(
-                    f"{who} asks for the need {name!r}, which this call was not given: "
-                    f"pass `{name}=...`, or give the parameter a default: "
-                    f"`def {layer.name}(params, x, *, {name}=0)`"
-                )
+    needs = without_missing(call.needs, layer.apply, who, layer.name, "params, x")
     if layer.asks("carry"):
         # 2. A dict of the layer's own: what the function does to it stays with it.
         needs["carry"] = dict(call.carry)
@@ -580,6 +691,7 @@ def call_layer(layer: Layer, index: int, call: LayerCall) -> LayerResult:
     # 3. What came back. Without carry and state anything goes, also a tuple: it is `y`.
     returns = [name for name in ("carry", "state") if layer.asks(name)]
     if not returns:
+        check_leaves(result, "y", f"{who}: ")
         return LayerResult(result, {}, None)
     form = f"({', '.join(['y', *returns])})"
     # `type` and not `isinstance`: a named tuple is more likely to be a `y` whose carry
@@ -597,6 +709,9 @@ def call_layer(layer: Layer, index: int, call: LayerCall) -> LayerResult:
     stashed: dict[str, PyTree] = {}
     if "carry" in returned:
         stashed = _checked_carry(layer, who, form, call.carry, returned["carry"])
+    check_leaves(result[0], "y", f"{who}: ")
+    check_leaves(stashed, "carry", f"{who}: ")
+    check_leaves(returned.get("state"), "state", f"{who}: ")
     return LayerResult(result[0], stashed, returned.get("state"))
 
 

@@ -20,8 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fpipe._core.errors import noting
+from fpipe._core.checks import is_one_of
+from fpipe._core.errors import noting, shown
 from fpipe._core.pytrees import PyTree, describe, is_inexact, numbers_as_arrays
+from fpipe._core.statics import check_leaves
 from fpipe._model.microbatch import without_chunks
 
 Reduction: TypeAlias = Literal["mean", "sum", "weighted"]
@@ -82,6 +84,7 @@ class Loss:
             # In float32: scales reach 2**15 and more, and float16 ends at 65,504.
             if scale is not None:
                 loss = wide(loss) * scale
+            check_leaves(aux, "aux", "`loss_fn`: ")
             return loss, weight, numbers_as_arrays(aux)
 
 
@@ -96,7 +99,7 @@ def as_loss(call: str, fn: Any, has_aux: bool, reduction: Any) -> Loss:
     """
     if not callable(fn):
         raise TypeError(
-            f"`{call}(loss_fn)`: {fn!r} is not callable; write "
+            f"`{call}(loss_fn)`: {shown(fn)} is not callable; write "
             f"`pipe.{call}(loss_fn)(params, x, *targets)`"
         )
     if not isinstance(has_aux, (bool, np.bool_)):
@@ -105,16 +108,17 @@ def as_loss(call: str, fn: Any, has_aux: bool, reduction: Any) -> Loss:
             f"{type(has_aux).__name__}; parameters and inputs go to the "
             f"function that comes back: `pipe.{call}(loss_fn)(params, x, *targets)`"
         )
-    if reduction not in get_args(Reduction):
+    if not is_one_of(reduction, get_args(Reduction)):
         raise ValueError(
-            f'`{call}(reduction={reduction!r})`: it is "mean", "sum" or "weighted"'
+            f'`{call}(reduction={shown(reduction)})`: it is "mean", "sum" or "weighted"'
         )
     try:
         # A partial over an array, for one, has no hash.
         hash(fn)
     except TypeError:
         raise TypeError(
-            f"`{call}(loss_fn)`: {fn!r} must be hashable: compiled programs are kept "
+            f"`{call}(loss_fn)`: {shown(fn)} must be hashable: compiled programs are "
+            "kept "
             "for each"
         ) from None
     return Loss(fn, bool(has_aux), reduction, call)

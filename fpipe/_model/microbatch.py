@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from fpipe._core.pytrees import PyTree, Shape, Spec, aval, describe, is_array, pack
+from fpipe._core.statics import check_leaves
 from fpipe._model.needs import BY_NAME, INPUTS, Share
 
 
@@ -352,8 +353,14 @@ def check_equal_pieces(cut: Cut, chunks: int) -> None:
 def first_microbatch(
     x: PyTree, needs: Mapping[str, PyTree], chunks: int
 ) -> tuple[PyTree, dict[str, PyTree]]:
-    """The shapes of the first microbatch: of `x`, and of the needs that are given."""
+    """The shapes of the first microbatch: of `x`, and of the needs that are given.
+
+    Raises:
+        TypeError: a leaf that is neither an array nor a value that compares.
+    """
     inputs = {"x": x, **needs}
+    for name, tree in inputs.items():
+        check_leaves(tree, name)
     cut = cut_inputs(inputs, chunks)
     shapes = {
         name: cut.piece_shape(name, 0, [aval(a) for a in pack(tree)[0]]).tree

@@ -34,6 +34,7 @@ from fpipe._core.pytrees import (
     zeros_like,
 )
 from fpipe._core.settings import settings
+from fpipe._core.statics import check_leaves
 from fpipe._model.layer import (
     Layer,
     LayerCall,
@@ -41,6 +42,7 @@ from fpipe._model.layer import (
     call_layer,
     flatten_layers,
     keyword_needs,
+    without_missing,
 )
 from fpipe._model.microbatch import check_output_axes, has_chunks
 from fpipe._model.needs import BY_NAME, stand_ins
@@ -139,6 +141,39 @@ class Model:
         """The numbers of the layers that declare a need."""
         return tuple(k for k, layer in enumerate(self.layers) if layer.asks(need))
 
+    def check_given(self, needs: Mapping[str, PyTree], making: bool = False) -> None:
+        """Refuse what a call gives and no layer asks for, and what it does not give
+        and a layer cannot do without. Asked where a plan is made.
+
+        Arguments:
+            needs: what the call gives, by need; `None`: nothing.
+            making: whether parameters and states are made: then their functions may ask
+                too.
+
+        Raises:
+            ValueError: it names the need, and the layer.
+        """
+        for name, value in needs.items():
+            need = BY_NAME[name]
+            asking = [layer for layer in self.layers if layer.asks(name)]
+            if value is not None and need.only_if_asked:
+                makers = [(each.init, each.init_state) for each in self.layers]
+                makers = [f for pair in makers for f in pair if f] if making else []
+                if not asking and not any(name in keyword_needs(f) for f in makers):
+                    raise ValueError(
+                        f"`{name}=` was given, but no layer asks for it: a layer asks "
+                        "by a keyword-only parameter, `def f(params, x, *, "
+                        f"{name})`, or `fpipe.Layer(f, needs=[{name!r}])`. The layer "
+                        "of a Flax module takes all its inputs in `x`, as a tuple"
+                    )
+            if value is None and need.required:
+                for k, layer in enumerate(self.layers):
+                    if layer.asks(name):
+                        who = f"layer {k} {layer.name!r}"
+                        without_missing(
+                            {name: None}, layer.apply, who, layer.name, "params, x"
+                        )
+
     def apply(
         self,
         span: range,
@@ -216,6 +251,8 @@ class Model:
                 asked,
             )
             hint = _list_of_microbatches(x) if k == 0 else ""
+            if "key" in asked and asked["key"] is None:
+                hint += "; this call was given no `key=`, so its key is None"
             with noting(f"in layer {k} {layer.name!r}{where}{hint}"):
                 result = self._trace(k, call) if traced else call_layer(layer, k, call)
                 _check_chunks(k, layer, result, k == len(self.layers) - 1)
@@ -346,6 +383,7 @@ class Model:
             )
         with noting(f"in the init of layer {k} {self.layers[k].name!r}"):
             params = init(key, x, **self._named_needs("init", k, init, needs))
+            check_leaves(params, "params")
             return numbers_as_arrays(params)
 
     def _make_state(
@@ -361,6 +399,7 @@ class Model:
         with noting(f"in the init_state of layer {k} {self.layers[k].name!r}"):
             needs = {**needs, "key": key}
             state = init(x, **self._named_needs("init_state", k, init, needs))
+            check_leaves(state, "state")
             return map_arrays(strong, numbers_as_arrays(state))
 
     def _named_needs(
@@ -369,13 +408,14 @@ class Model:
         """The needs that an `init` or `init_state` names."""
         # `init(key, x)` is enough for most layers, so only named needs are given.
         named = keyword_needs(f)
+        who = f"the {role} of layer {k} {self.layers[k].name!r}"
         for name in named:
             if name not in needs:
                 raise TypeError(
-                    f"the {role} of layer {k} {self.layers[k].name!r} names the need "
-                    f"{name!r}; it can name {', '.join(needs)}"
+                    f"{who} names the need {name!r}; it can name {', '.join(needs)}"
                 )
-        return {name: needs[name] for name in named}
+        head = "key, x" if role == "init" else "x"
+        return without_missing({n: needs[n] for n in named}, f, who, role, head)
 
     def _walk(
         self, x: PyTree, needs: Mapping[str, PyTree], params_of: Make, state_of: Make
@@ -389,6 +429,7 @@ class Model:
         x = shapes_of(x)
         # With a key: some layers always draw, and shapes are the same with and without.
         call_needs = shapes_of(stand_ins(**needs))
+        self.check_given(call_needs, making=True)
         params: dict[int, PyTree] = {}
         states: dict[int, PyTree] = {}
         skips: dict[Skip, PyTree] = {}

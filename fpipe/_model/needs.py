@@ -14,8 +14,8 @@ name in the signatures of the calls:
     state     each layer   what the one        no         (an error)
                            before it left
     borrowed  each layer   all of it           yes        an empty dict
-    side      the call     its rows            yes        None
-    key       the call     a key of its own    no         None
+    side      the call     its rows            yes        its own default, or an error
+    key       the call     a key of its own    no         its own default, or None
     train     the call     all of it           no         False
     step      the call     all of it           no         its own default, or an error
 
@@ -33,7 +33,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fpipe._core.pytrees import PyTree, describe, is_array
+from fpipe._core.checks import is_bool
+from fpipe._core.errors import shown
+from fpipe._core.pytrees import PyTree, describe, is_array, is_traced
 
 
 class Giver(enum.Enum):
@@ -66,6 +68,8 @@ class Need:
         missing: what a layer gets when the call gives nothing (`None`).
         required: whether a layer that asks for it, without a default of its own, cannot
             do without it.
+        only_if_asked: whether a call that gives it is an error where no layer asks for
+            it.
         check: the argument of the call as it is kept, or an error.
         stand_in: its shape while shapes are found, before there is a call.
     """
@@ -78,6 +82,7 @@ class Need:
     keyword: bool = True
     missing: Any = None
     required: bool = False
+    only_if_asked: bool = False
     check: Callable[[Any], Any] | None = None
     stand_in: Callable[[], Any] | None = None
 
@@ -87,7 +92,8 @@ def check_key(key: Any) -> Any:
     dtype = getattr(key, "dtype", None)
     if dtype is None:
         raise TypeError(
-            f"`key={key!r}`: a PRNG key is needed; write `jax.random.key({key!r})`"
+            f"`key={shown(key)}`: a PRNG key is needed; write "
+            f"`jax.random.key({shown(key)})`"
         )
     # New-style keys have a dtype of their own, old-style ones are arrays of uint32.
     typed = jnp.issubdtype(dtype, jax.dtypes.prng_key)
@@ -96,6 +102,18 @@ def check_key(key: Any) -> Any:
             f"`key={describe(key)}`: a PRNG key is needed, such as `jax.random.key(0)`"
         )
     return key
+
+
+def check_train(train: Any) -> bool:
+    """Whether the call trains: a bool that is known when the call is made."""
+    if is_array(train) and not is_traced(train) and train.shape == ():
+        train = train.item() if jnp.issubdtype(train.dtype, jnp.bool_) else train
+    if not is_bool(train):
+        raise TypeError(
+            f"`train={shown(train)}`: True or False; it is static, a part of what is "
+            "compiled"
+        )
+    return bool(train)
 
 
 def check_step(step: Any) -> Any:
@@ -109,9 +127,9 @@ def check_step(step: Any) -> Any:
     else:
         scalar, integer = True, _is_int(step)
     if not (scalar and integer):
-        shown = describe(step) if is_array(step) else repr(step)
+        text = describe(step) if is_array(step) else shown(step)
         raise TypeError(
-            f"`step={shown}`: the number of a training step is an int, or a 0-d array "
+            f"`step={text}`: the number of a training step is an int, or a 0-d array "
             "of integers"
         )
     if isinstance(step, jax.ShapeDtypeStruct):
@@ -150,11 +168,21 @@ TABLE = (
         Share.WHOLE,
         differentiable=False,
         missing=False,
-        check=bool,
+        check=check_train,
         stand_in=lambda: False,
     ),
     Need("borrowed", Giver.LAYER, Share.WHOLE, True, cast=True),
-    Need("side", Giver.CALL, Share.ROWS, True, cast=True),
+    # A mask that no layer looks at is a mistake. A key, a `train` or a step that no
+    # layer asks for is none: a training loop gives them to every model.
+    Need(
+        "side",
+        Giver.CALL,
+        Share.ROWS,
+        differentiable=True,
+        cast=True,
+        required=True,
+        only_if_asked=True,
+    ),
     Need(
         "step",
         Giver.CALL,

@@ -14,11 +14,44 @@ the others:
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, get_args
 
+import jax
+import numpy as np
+
+from fpipe._core.errors import shown
+
 Mode: TypeAlias = Literal["always", "except_last", "never"]
 Policy: TypeAlias = Callable[..., Any]
+
+
+def _check_policy(policy: Policy) -> None:
+    """Refuse what makes a policy where a policy belongs, such as
+    `save_only_these_names` without its call: `jax.checkpoint` would take the policy
+    that it makes for a "yes, save it".
+    """
+    # A policy is asked about an operation and the shapes of what it takes.
+    question = (jax.lax.sin_p, jax.typeof(np.float32(0.0)))
+    try:
+        makes = callable(policy(*question))
+    except Exception:
+        # It may be about certain operations. But what cannot even be called with
+        # positional arguments is none.
+        try:
+            inspect.signature(policy).bind(*question)
+            makes = False
+        except ValueError:  # a builtin without signature
+            makes = False
+        except TypeError:
+            makes = True
+    if makes:
+        name = getattr(policy, "__name__", type(policy).__name__)
+        raise TypeError(
+            f"`Pipe(checkpoint={name})`: it makes a policy and is none: call it, for "
+            f"example `jax.checkpoint_policies.{name}(...)`"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +70,28 @@ class Remat:
         expected = f"one of {modes}, or a policy of `jax.checkpoint_policies`"
         if isinstance(option, str):
             if option not in get_args(Mode):
-                raise ValueError(f"`Pipe(checkpoint={option!r})`: {expected}")
+                raise ValueError(f"`Pipe(checkpoint={shown(option)})`: {expected}")
         elif not callable(option):
-            raise TypeError(f"`Pipe(checkpoint={option!r})`: {expected}")
+            raise TypeError(f"`Pipe(checkpoint={shown(option)})`: {expected}")
+        else:
+            _check_policy(option)
         return cls(checked)
 
     @property
     def policy(self) -> Policy | None:
         """What `jax.checkpoint(policy=...)` takes; `None` saves the inputs alone."""
         return None if isinstance(self.option, str) else self.option
+
+    @property
+    def name(self) -> str:
+        """What a user calls it, for errors."""
+        if isinstance(self.option, str):
+            return repr(self.option)
+        # Some of JAX's policies are objects without a name of their own.
+        for name, policy in vars(jax.checkpoint_policies).items():
+            if policy is self.option:
+                return f"jax.checkpoint_policies.{name}"
+        return shown(self.option)
 
     def recomputes(self, microbatch: int, count: int, direct: bool) -> bool:
         """Whether a backward recomputes its forward.

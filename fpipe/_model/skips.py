@@ -12,6 +12,7 @@ import contextvars
 import dataclasses
 from collections.abc import Iterator, Mapping
 
+from fpipe._core.errors import shown
 from fpipe._core.pytrees import PyTree
 
 
@@ -113,7 +114,7 @@ def stash(carry: Mapping[str, PyTree], name: str, value: PyTree) -> dict[str, Py
         >>> fpipe.stash({}, "skip", 1)
         {'skip': 1}
     """
-    call = f"`fpipe.stash(carry, {name!r}, ...)`"
+    call = f"`fpipe.stash(carry, {shown(name)}, ...)`"
     _check(call, carry, name, "stash")
     if name in carry:
         raise ValueError(
@@ -139,7 +140,7 @@ def pop(carry: Mapping[str, PyTree], name: str) -> tuple[PyTree, dict[str, PyTre
         >>> fpipe.pop({"skip": 1}, "skip")
         (1, {})
     """
-    call = f"`fpipe.pop(carry, {name!r})`"
+    call = f"`fpipe.pop(carry, {shown(name)})`"
     _check(call, carry, name, "pop")
     if name not in carry:
         raise ValueError(
@@ -165,7 +166,7 @@ def peek(carry: Mapping[str, PyTree], name: str) -> PyTree:
         >>> fpipe.peek({"skip": 1}, "skip")
         1
     """
-    call = f"`fpipe.peek(carry, {name!r})`"
+    call = f"`fpipe.peek(carry, {shown(name)})`"
     _check(call, carry, name, "peek")
     if name not in carry:
         raise ValueError(
@@ -180,6 +181,8 @@ def _check(call: str, carry: object, name: str, field: str) -> None:
     Arguments:
         field: "stash", "pop" or "peek".
     """
+    if not isinstance(name, str):
+        raise TypeError(f"{call} in {_who()}: names are strings")
     if not isinstance(carry, Mapping):
         raise TypeError(
             f"{call} in {_who()}: the carry is a {type(carry).__name__}, no dict"

@@ -18,12 +18,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from fpipe._core.checks import is_number, is_one_of
+from fpipe._core.errors import shown
 from fpipe._core.pytrees import PyTree
 from fpipe._executors.call import check_chunks
 from fpipe._executors.scheduling import Generator, Scheduling
 from fpipe._model.remat import Policy
 from fpipe._planning.costs import LayerCosts
-from fpipe._planning.hardware import Hardware, is_number
+from fpipe._planning.hardware import Hardware
 from fpipe._planning.layer_costs import UNITS, By, layer_costs
 from fpipe._planning.partition import PartitionTask, Shortage, Table, best_cut
 from fpipe._planning.span_tables import SpanTables
@@ -118,8 +120,10 @@ def balance(
     """
     # First the costs: those that were given, or those that the layers have.
     known = _known_costs(layers)
-    if by is not None and by not in UNITS:
-        raise ValueError(f"`balance(by={by!r})`: one of {', '.join(map(repr, UNITS))}")
+    if by is not None and not is_one_of(by, UNITS):
+        raise ValueError(
+            f"`balance(by={shown(by)})`: one of {', '.join(map(repr, UNITS))}"
+        )
     scheduling = Scheduling.of(schedule)
     if chunks is not None:
         chunks = check_chunks("balance", chunks)
@@ -147,7 +151,7 @@ def balance(
             )
         if by not in (None, "memory") and UNITS[by] != known.unit:
             raise ValueError(
-                f"`balance(costs, by={by!r})`: the costs are in {known.unit}"
+                f"`balance(costs, by={shown(by)})`: the costs are in {known.unit}"
             )
         if chunks is not None:
             known = dataclasses.replace(known, microbatches=chunks)
@@ -245,7 +249,7 @@ def stage_devices(
     Raises:
         ValueError: more stages than layers, or than the devices can have.
     """
-    call = f"`balance(stages={stages!r}, devices={devices!r})`"
+    call = f"`balance(stages={shown(stages)}, devices={shown(devices)})`"
     layers, microbatches = len(costs.names), costs.microbatches
     available = len(devices) if isinstance(devices, Iterable) else devices
     for name, value in (("stages", stages), ("devices", available)):
@@ -286,7 +290,8 @@ def _known_costs(layers: Any) -> LayerCosts | None:
         )
     if not all(math.isfinite(v) and v >= 0 for v in values):
         raise ValueError(
-            f"`balance({values!r})`: costs are finite numbers that are not negative"
+            f"`balance({shown(values)})`: costs are finite numbers that are not "
+            "negative"
         )
     return LayerCosts.given(values)
 

@@ -19,6 +19,9 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from fpipe._core.checks import as_int, is_at_least
+from fpipe._core.errors import shown
+
 
 class Sent(NamedTuple):
     """An array that goes from one layer straight to others, not through the layers
@@ -85,23 +88,52 @@ class LayerCosts:
     checkpoint: str | Callable[..., Any] = "except_last"
 
     def __post_init__(self) -> None:
-        count = len(self.names)
+        names = self.names
+        if not isinstance(names, (tuple, list)) or not all(
+            isinstance(name, str) for name in names
+        ):
+            raise TypeError(
+                f"`LayerCosts(names={shown(names)})`: a name for each layer is needed"
+            )
+        count = len(names)
+        as_int("LayerCosts", "microbatches", self.microbatches)
+        if not is_at_least(self.inputs, 0):
+            raise ValueError(
+                f"`LayerCosts(inputs={shown(self.inputs)})`: bytes, 0 or more"
+            )
+        if not isinstance(self.unit, str):
+            raise TypeError(f"`LayerCosts(unit={shown(self.unit)})`: a string")
+        for name in ("skips", "borrowed"):
+            sent = getattr(self, name)
+            if not isinstance(sent, (tuple, list)) or not all(
+                isinstance(one, Sent) for one in sent
+            ):
+                raise TypeError(
+                    f"`LayerCosts({name}={shown(sent)})`: what `layer_costs` makes is "
+                    "needed"
+                )
         if not count:
             raise ValueError("`LayerCosts(names=())`: at least one layer is needed")
         # Lists and numpy arrays are taken, for `replace(costs, forward=measured)`, and
         # become tuples, so that the record stays a frozen value.
         for name in _PER_LAYER:
-            value = tuple(getattr(self, name))
+            value = getattr(self, name)
+            if not isinstance(value, Iterable) or isinstance(value, str):
+                raise TypeError(
+                    f"`LayerCosts({name}={shown(value)})`: a number for each layer is "
+                    "needed"
+                )
+            value = tuple(value)
             object.__setattr__(self, name, value)
             if len(value) != count:
                 raise ValueError(
                     f"`LayerCosts({name}=...)`: {len(value)} numbers for {count} layers"
                 )
             # What is shared is a difference of minimal cuts, of either sign.
-            negative = name != "shared" and min(value) < 0
-            if negative or not all(map(math.isfinite, value)):
+            least = -math.inf if name == "shared" else 0
+            if not all(is_at_least(v, least) for v in value):
                 raise ValueError(
-                    f"`LayerCosts({name}={value!r})`: finite numbers that are "
+                    f"`LayerCosts({name}={shown(value)})`: finite numbers that are "
                     "not negative are needed"
                 )
 

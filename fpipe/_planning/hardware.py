@@ -11,16 +11,12 @@ the name of the function that the user called in the message.
 
 import dataclasses
 from collections.abc import Iterable
-from numbers import Real
 from typing import Any, Literal, TypeAlias, get_args
 
+from fpipe._core.checks import as_bool, is_at_least, is_number, is_one_of
+from fpipe._core.errors import shown
+
 By: TypeAlias = Literal["flops", "time"]
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a real number; numpy's are, and bools are not."""
-    # `True` is an int for Python; as a speed it is a mistake.
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,15 +60,16 @@ class Hardware:
         Raises:
             ValueError: something is not a number, or out of range.
         """
-        if not is_number(latency) or latency < 0:
-            raise ValueError(f"`{call}(latency={latency!r})`: a number, 0 or more")
+        if not is_at_least(latency, 0):
+            raise ValueError(f"`{call}(latency={shown(latency)})`: a number, 0 or more")
         if bandwidth is not None and not (is_number(bandwidth) and bandwidth > 0):
             raise ValueError(
-                f"`{call}(bandwidth={bandwidth!r})`: bytes per second, more than 0"
+                f"`{call}(bandwidth={shown(bandwidth)})`: bytes per second, more than 0"
             )
-        if not is_number(optimizer) or optimizer < 0:
+        if not is_at_least(optimizer, 0):
             raise ValueError(
-                f"`{call}(optimizer={optimizer!r})`: bytes of state for each byte of "
+                f"`{call}(optimizer={shown(optimizer)})`: bytes of state for each "
+                "byte of "
                 "parameters, 0 or more"
             )
         return cls(
@@ -103,7 +100,8 @@ def _for_each_device(
     each: tuple[Any, ...] = tuple(value) if several else (value,) * devices
     if len(each) < devices or not all(is_number(v) and v > 0 for v in each):
         raise ValueError(
-            f"`{call}({name}={value!r})`: a number more than 0, or one for each of "
+            f"`{call}({name}={shown(value)})`: a number more than 0, or one for each "
+            "of "
             f"{devices} devices"
         )
     return tuple(float(v) for v in each[:devices])
@@ -132,14 +130,14 @@ class PlanOptions:
         Raises:
             ValueError: a wrong argument, or seconds beside FLOPs.
         """
-        if by not in get_args(By):
+        if not is_one_of(by, get_args(By)):
             raise ValueError(
-                f"`{call}(by={by!r})`: one of {', '.join(map(repr, get_args(By)))}"
+                f"`{call}(by={shown(by)})`: one of {', '.join(map(repr, get_args(By)))}"
             )
         # The simulation adds the times of transfers to those of work, so that both must
         # be in seconds.
         own = Hardware.checked(call, devices, **hardware)
-        options = cls(own, by, bool(compiled))
+        options = cls(own, by, as_bool(call, "compiled", compiled))
         if options.unit == "FLOP" and (own.latency or own.bandwidth is not None):
             raise ValueError(
                 f"`{call}(latency=..., bandwidth=...)`: seconds cannot be weighed "

@@ -16,6 +16,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 
+from fpipe._core.checks import as_compute_dtype, is_one_of
+from fpipe._core.errors import shown
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
@@ -27,7 +29,7 @@ from fpipe._core.pytrees import (
     strong,
     zeros,
 )
-from fpipe._executors.call import Args, as_compute_dtype, check_chunks, check_params
+from fpipe._executors.call import Args, check_chunks, check_params
 from fpipe._model.loss import sum_dtype
 from fpipe._model.microbatch import cut_inputs, first_microbatch
 from fpipe._model.model import Model
@@ -117,12 +119,18 @@ def layer_costs(
         >>> costs.forward, costs.params
         ((144.0, 144.0), (36, 36))
     """
-    if by not in get_args(By):
+    if not is_one_of(by, get_args(By)):
         raise ValueError(
-            f"`layer_costs(by={by!r})`: one of {', '.join(map(repr, get_args(By)))}"
+            f"`layer_costs(by={shown(by)})`: one of "
+            f"{', '.join(map(repr, get_args(By)))}"
         )
     if type(repeats) is not int or repeats < 1:
-        raise ValueError(f"`layer_costs(repeats={repeats!r})`: an int, at least 1")
+        raise ValueError(f"`layer_costs(repeats={shown(repeats)})`: an int, at least 1")
+    if not isinstance(device, (jax.Device, jax.sharding.Sharding, type(None))):
+        raise TypeError(
+            f"`layer_costs(device={shown(device)})`: a jax.Device, such as "
+            "`jax.devices()[0]`"
+        )
     chunks, remat = check_chunks("layer_costs", chunks), Remat.of(checkpoint)
     model = Model(layers, as_compute_dtype("layer_costs", compute_dtype))
     args = Args(params, x, needs=call_needs(side=side, train=train))

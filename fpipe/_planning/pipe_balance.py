@@ -14,6 +14,7 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+from fpipe._core.errors import shown
 from fpipe._core.pytrees import PyTree
 from fpipe._executors.call import Args
 from fpipe._executors.placement import Placement
@@ -64,7 +65,10 @@ def given_balance(balance: Any, sample: PyTree, pipe: UncutPipe) -> tuple[int, .
 def _found(balance: Any, sample: PyTree, pipe: UncutPipe) -> tuple[int, ...]:
     """Layers per stage by what a sample says that they cost."""
     # A sample alone means FLOPs: it needs no device and gives the same each time.
-    call, by = f"`Pipe(balance={balance!r})`", "flops" if balance is None else balance
+    call, by = (
+        f"`Pipe(balance={shown(balance)})`",
+        "flops" if balance is None else balance,
+    )
     if not isinstance(by, str) or by not in UNITS:
         raise TypeError(
             f"{call} and `sample`: a sample is there to find a balance by: "
@@ -94,7 +98,7 @@ def _found(balance: Any, sample: PyTree, pipe: UncutPipe) -> tuple[int, ...]:
 
 def _checked(balance: Any, count: int) -> tuple[int, ...]:
     """Layers per stage, each at least one, all of them."""
-    call = f"`Pipe(balance={balance!r})`"
+    call = f"`Pipe(balance={shown(balance)})`"
     if isinstance(balance, (str, bytes)) or not isinstance(balance, Iterable):
         raise TypeError(
             f"{call}: a sequence of layers per stage is needed, such as [{count}]"

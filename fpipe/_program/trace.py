@@ -237,7 +237,8 @@ def differentiate(
 def _remat_advice(remat: Remat | None) -> Iterator[None]:
     """JAX cannot recompute some effects (`io_callback`): say what to do.
 
-    Its own exception goes on, with a note: the diagnosis is JAX's, the cure ours.
+    Nor can it save complex values. Its own exception goes on, with a note: the
+    diagnosis is JAX's, the cure ours.
     """
     try:
         yield
@@ -246,5 +247,16 @@ def _remat_advice(remat: Remat | None) -> Iterator[None]:
             error.add_note(
                 "an effect in these layers cannot be recomputed: use `Pipe(..., "
                 "checkpoint='never')`"
+            )
+        raise
+    except TypeError as error:
+        # What a policy saves goes through an operation of JAX that takes no complex
+        # numbers.
+        if remat is not None and remat.policy and "reduce_precision" in str(error):
+            error.add_note(
+                f"checkpoint={remat.name} saves a complex value, which "
+                "`jax.checkpoint` cannot: use checkpoint='always' or 'never', or a "
+                "policy that does not save it, such as "
+                "`jax.checkpoint_policies.save_only_these_names(...)` of real values"
             )
         raise

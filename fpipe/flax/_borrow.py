@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import jax
 
+from fpipe._core.errors import shown
 from fpipe._core.pytrees import PyTree, describe
 
 # Where something is in nested dicts. NNX has numbers for what is in a list.
@@ -61,7 +62,7 @@ def parse_borrow(borrow: Mapping[str, str] | None, call: str) -> tuple[Borrow, .
     ):
         raise TypeError(
             f"{call}: borrow= is a dict from names in the module's parameters to names "
-            f"of layers, got {borrow!r}; to borrow all of them use "
+            f"of layers, got {shown(borrow)}; to borrow all of them use "
             "`fpipe.flax.tied(module, owner)`"
         )
     parts = []

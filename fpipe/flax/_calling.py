@@ -17,6 +17,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fpipe._core.errors import shown
 from fpipe._core.pytrees import PyTree
 
 # The arguments that Flax modules use, and whether they are true in training.
@@ -128,7 +129,9 @@ def find_calling(
     if isinstance(train, str):
         name = train.removeprefix("not ")
         if name not in names and not open_ended:
-            raise ValueError(f"{call}: train={train!r}, but the arguments are {names}")
+            raise ValueError(
+                f"{call}: train={shown(train)}, but the arguments are {names}"
+            )
         # "frozen" is true in training, "not frozen" false.
         in_training = {name: name == train}
     elif train is None or isinstance(train, bool):
@@ -136,7 +139,7 @@ def find_calling(
     else:
         raise TypeError(
             f"{call}: train= is the name of an argument, True, False or None, got "
-            f"{train!r}"
+            f"{shown(train)}"
         )
     # What the module's fields say already, as `nn.Dropout(deterministic=True)` does,
     # cannot be said by the call too.
@@ -171,7 +174,7 @@ def find_method(
     if not isinstance(method, (str, type(None))):
         raise TypeError(
             f"{call}: method= is the name of a method, or of a linen module a "
-            f"function, got {method!r}"
+            f"function, got {shown(method)}"
         )
     name = method or "__call__"
     # `hasattr` would find the `__call__` of the metaclass.

@@ -13,11 +13,13 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 from flax import linen as nn
 from flax import nnx
 
-from fpipe._core.errors import noting
-from fpipe._core.pytrees import PyTree, eval_shape, shapes_of
+from fpipe._core.errors import noting, shown
+from fpipe._core.pytrees import PyTree, describe, eval_shape, is_array, shapes_of
+from fpipe._core.statics import check_leaves
 from fpipe._model.layer import Layer, fn, function_name, keyword_needs
 from fpipe._model.needs import stand_ins
 from fpipe.flax._borrow import Borrow, Path, parse_borrow
@@ -91,6 +93,7 @@ def layer(
         >>> fpipe.flax.layer(nn.BatchNorm()).needs
         ('state', 'key', 'train')
     """
+    _check_sample("fpipe.flax.layer", x, name)
     options = ModuleOptions(
         name or _name_of(module),
         x,
@@ -141,8 +144,9 @@ def tied(
     if not isinstance(owner, str) or not owner:
         raise TypeError(
             "`fpipe.flax.tied(module, owner)`: the owner is the name of a layer, got "
-            f"{owner!r}"
+            f"{shown(owner)}"
         )
+    _check_sample("fpipe.flax.tied", None, name)
     options = ModuleOptions(
         name or f"{_name_of(module)}_of_{owner}",
         train=train,
@@ -185,11 +189,12 @@ def layers(
         >>> [layer.name for layer in fpipe.flax.layers(model)]
         ['layers_0', 'relu', 'layers_2']
     """
+    _check_sample("fpipe.flax.layers", x)
     chained = isinstance(model, (nn.Sequential, nnx.Sequential))
     if not chained and not isinstance(model, (list, tuple)):
         raise TypeError(
             "`fpipe.flax.layers(model)`: a Sequential or a list of modules and "
-            f"functions belongs here, got {model!r}; "
+            f"functions belongs here, got {shown(model)}; "
             "for one module use `fpipe.flax.layer(module)`"
         )
     # A list may be nested, as a user builds it of blocks. A `Sequential` is not opened
@@ -278,7 +283,7 @@ def _module_layer(module: Any, options: ModuleOptions) -> Layer:
     if not _is_module(module):
         raise TypeError(
             "`fpipe.flax.layer(module)`: a linen or NNX module belongs here, got "
-            f"{module!r}; a function without parameters is `fpipe.fn(f)`"
+            f"{shown(module)}; a function without parameters is `fpipe.fn(f)`"
         )
     for_linen = (options.rngs, options.state)
     if any(given is not None for given in for_linen) or callable(options.method):
@@ -293,6 +298,20 @@ def _module_layer(module: Any, options: ModuleOptions) -> Layer:
 def _is_module(value: Any) -> bool:
     """Whether a value is a linen or NNX module, or makes one."""
     return isinstance(value, (nn.Module, nnx.Module)) or is_factory(value)
+
+
+def _check_sample(call: str, x: PyTree, name: Any = "") -> None:
+    """Refuse a sample without an array, and a name that is none."""
+    if not isinstance(name, str):
+        raise TypeError(f"`{call}(name={shown(name)})`: a name is a string")
+    if x is None:
+        return
+    check_leaves(x, "x", f"`{call}(model, x)`: ")
+    if not any(map(is_array, jax.tree.leaves(x))):
+        raise TypeError(
+            f"`{call}(model, x)`: x is a sample input, arrays or shapes, got "
+            f"{describe(x)}"
+        )
 
 
 def _name_of(module: Any) -> str:

@@ -12,6 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fpipe._core.errors import shown
+from fpipe._model.needs import check_key
+
 
 def stream_key(key: Any, stream: str) -> jax.Array:
     """The key of one random stream of a module: `jax.random.fold_in(key,
@@ -30,6 +33,11 @@ def stream_key(key: Any, stream: str) -> jax.Array:
         >>> bool(key == jax.random.key(0))
         False
     """
+    check_key(key)
+    if not isinstance(stream, str):
+        raise TypeError(
+            f"`fpipe.flax.stream_key(key, {shown(stream)})`: the name of a stream"
+        )
     return jax.random.fold_in(key, zlib.crc32(stream.encode()))
 
 

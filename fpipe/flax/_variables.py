@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from fpipe._core.checks import as_bool
 from fpipe._core.pytrees import PyTree
 from fpipe._model.layer import Layer, without_params
 from fpipe.flax._batch_norm import MOMENTS, plain_stats
@@ -72,6 +73,9 @@ def split_variables(
         >>> state
         (None, None, None)
     """
+    call = "fpipe.flax.split_variables"
+    as_bool(call, "deferred_batch_norm", deferred_batch_norm)
+    as_bool(call, "state", state)
     found_layers = layers(model)
     if deferred_batch_norm:
         # Of a deferred layer only the function is needed: it knows its state.

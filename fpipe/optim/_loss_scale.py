@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fpipe._core.checks import as_int, is_at_least
+from fpipe._core.errors import shown
 from fpipe._core.pytrees import PyTree, strong
 from fpipe.optim._tree_functions import all_finite
 
@@ -47,6 +49,14 @@ class DynamicLossScale:
     steps: Any = dataclasses.field(default_factory=lambda: jnp.int32(0))
     period: int = dataclasses.field(default=2000, metadata={"static": True})
     factor: float = dataclasses.field(default=2.0, metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        as_int("DynamicLossScale", "period", self.period)
+        if not is_at_least(self.factor, 1) or self.factor == 1:
+            raise ValueError(
+                f"`DynamicLossScale(factor={shown(self.factor)})`: a finite number "
+                "more than 1"
+            )
 
     def adjusted(self, grads: PyTree) -> "DynamicLossScale":
         """The scale for the next call, after the gradients of this one, placed or

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import optax
 
+from fpipe._core.errors import shown
 from fpipe._core.pytrees import (
     PyTree,
     eval_shape,
@@ -126,7 +127,7 @@ def check_transformation(call: str, tx: Any) -> None:
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise TypeError(
             f"`{call}`: an optax.GradientTransformation, such as `optax.adam(1e-3)`, "
-            f"got {tx!r}"
+            f"got {shown(tx)}"
         )
 
 
@@ -134,12 +135,17 @@ def check_donate(
     call: str, donate: str | Iterable[str], known: Sequence[str]
 ) -> tuple[str, ...]:
     """The names that `donate` has, all of them known."""
+    if not isinstance(donate, Iterable):
+        raise TypeError(
+            f"`{call}(donate={shown(donate)})`: a list of some of "
+            f"{', '.join(map(repr, known))}"
+        )
     names = (donate,) if isinstance(donate, str) else tuple(donate)
     wrong = [name for name in names if name not in known]
     if wrong:
         raise ValueError(
-            f"`{call}(donate={donate!r})`: some of {', '.join(map(repr, known))}; "
-            f"{wrong[0]!r} is none"
+            f"`{call}(donate={shown(donate)})`: some of {', '.join(map(repr, known))}; "
+            f"{shown(wrong[0])} is none"
         )
     return names
 

@@ -25,7 +25,7 @@ from fpipe._core.pytrees import (
 )
 from fpipe._core.settings import settings
 from fpipe._executors.scan.mesh import AnyMesh
-from fpipe._model.frozen import Frozen
+from fpipe._model.frozen import Frozen, check_frozen
 from fpipe.optim import _placed, _scan
 from fpipe.optim._dispatch import PlacedFunction
 from fpipe.optim._leaf_devices import array_form, refuse_tracers
@@ -241,6 +241,7 @@ def per_stage(
         >>> params = fpipe.optim.apply_updates(params, updates, donate=["params"])
     """
     check_transformation("per_stage(tx)", tx)
+    check_frozen("per_stage", frozen)
     engine = Engine(
         optax.with_extra_args_support(tx),
         frozen,

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple, TypeAlias
 
 from fpipe.schedules._action import Action
+from fpipe.schedules._checks import shown
 
 Cost: TypeAlias = float | Sequence[float]
 
@@ -68,7 +69,7 @@ class Costs:
             value = getattr(self, field.name)
             if value is None and field.default is None:
                 continue
-            call = f"Costs({field.name}={value!r})"
+            call = f"Costs({field.name}={shown(value)})"
             each = "" if field.name == "transfer" else "stage"
             object.__setattr__(self, field.name, read_numbers(call, each, value))
 
@@ -95,7 +96,7 @@ class Costs:
             value = getattr(self, field.name)
             if isinstance(value, tuple) and len(value) != stages:
                 raise ValueError(
-                    f"`Costs({field.name}={value!r})`: {len(value)} numbers for "
+                    f"`Costs({field.name}={shown(value)})`: {len(value)} numbers for "
                     f"{stages} stages"
                 )
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from fpipe.schedules._action import KINDS, Action, Kind
+from fpipe.schedules._checks import shown
 from fpipe.schedules._schedule import Schedule
 
 ACTION = re.compile(r"([0-9]+)([FBIW])([0-9]+)")
@@ -61,7 +62,7 @@ def from_csv(
     """
     if not isinstance(text, str):
         raise TypeError(
-            f"`from_csv(text)`: text is the content of a file, a str, not {text!r}"
+            f"`from_csv(text)`: text is the content of a file, a str, not {shown(text)}"
         )
     # Spreadsheets put a byte-order mark in front of the text.
     rows: list[_Row] = []

@@ -6,6 +6,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from fpipe.schedules._checks import shown
 from fpipe.schedules._generators.looped import (
     eager_1f1b,
     forward_only,
@@ -69,8 +70,10 @@ def named(
         TypeError: a size that is no int.
         ValueError: no such name, or sizes that the schedule cannot have.
     """
-    if name not in NAMES:
-        raise ValueError(f"no schedule is named {name!r}; there are {', '.join(NAMES)}")
+    if not isinstance(name, str) or name not in NAMES:
+        raise ValueError(
+            f"no schedule is named {shown(name)}; there are {', '.join(NAMES)}"
+        )
     entry = NAMES[name]
     # Sizes are checked by the generators, which know what they can have; only the
     # stages per device of one that has no choice are checked here.
@@ -79,7 +82,7 @@ def named(
     if entry.virtual:
         return entry.generator(devices, microbatches, virtual=virtual)
     if type(virtual) is not int:
-        raise TypeError(f"`{name}`: virtual is an int, not {virtual!r}")
+        raise TypeError(f"`{name}`: virtual is an int, not {shown(virtual)}")
     per_device = entry.per_device
     if virtual != per_device:
         number = "one stage" if per_device == 1 else f"{per_device} stages"

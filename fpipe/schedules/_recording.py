@@ -10,6 +10,7 @@ One microbatch on two devices, in seconds from the first start:
 import dataclasses
 from typing import NamedTuple
 
+from fpipe.schedules._checks import check_positive
 from fpipe.schedules._timeline import Timeline
 from fpipe.schedules._trace import Span, trace
 
@@ -77,6 +78,7 @@ class Recording(Timeline):
         """As `Timeline.to_trace`, with every program and every transfer; a transfer
         stands at its target.
         """
+        check_positive("to_trace", "unit", unit)
         # Programs of the schedule's actions are events already, with more to tell.
         of_schedule = {event.action.name for event in self.events}
         programs = self._spans()

@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import Any
 
 from fpipe.schedules._action import KINDS, Action, Kind
+from fpipe.schedules._checks import shown
 from fpipe.schedules._rules import needs
 from fpipe.schedules._validation import check_complete, check_runs, shortened
 
@@ -99,6 +100,12 @@ class Schedule:
 
     def order(self, kind: str, stage: int) -> tuple[int, ...]:
         """The microbatches in the order in which `stage` runs its actions of `kind`."""
+        if kind not in KINDS or type(stage) is not int or not 0 <= stage < self.stages:
+            raise ValueError(
+                f"`schedule.order(kind={shown(kind)}, stage={shown(stage)})`: the "
+                "kinds "
+                f"are {', '.join(KINDS)}, the stages 0 to {self.stages - 1}"
+            )
         row = self.actions[self.stage_to_device[stage]]
         return tuple(
             action.microbatch

@@ -6,6 +6,7 @@ The clock itself is in `_numbering.py`.
 
 import itertools
 
+from fpipe.schedules._checks import check_type
 from fpipe.schedules._costs import Costs
 from fpipe.schedules._numbering import Numbering, Played, Rows, play
 from fpipe.schedules._schedule import Schedule
@@ -26,6 +27,9 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     Raises:
         ValueError: costs per stage, but not as many as there are stages.
     """
+    check_type("`simulate(schedule)`", schedule, Schedule)
+    if costs is not None:
+        check_type("`simulate(schedule, costs)`", costs, Costs)
     costs = Costs() if costs is None else costs
     costs.check(schedule.stages)
     # In numbers, played by the clock, and back as actions.

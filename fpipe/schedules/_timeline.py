@@ -11,6 +11,7 @@ import math
 from typing import NamedTuple
 
 from fpipe.schedules._action import Action
+from fpipe.schedules._checks import check_int, check_positive, check_type
 from fpipe.schedules._rules import HELD
 from fpipe.schedules._trace import Span, trace
 
@@ -41,6 +42,11 @@ class Timeline:
     devices: int
     name: str = "custom"
     memory: tuple[tuple[float, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        check_type("`Timeline(events=...)`", self.events, tuple)
+        check_int("Timeline", "devices", self.devices, 1)
+        check_type("`Timeline(name=...)`", self.name, str)
 
     @property
     def makespan(self) -> float:
@@ -108,6 +114,7 @@ class Timeline:
         Arguments:
             unit: microseconds that a unit of time takes; the default is for seconds.
         """
+        check_positive("to_trace", "unit", unit)
         names = [f"device {device}" for device in range(self.devices)]
         return trace(names, {"actions": self._spans()}, unit)
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from fpipe.schedules._action import KINDS, Action, Kind
+from fpipe.schedules._checks import shown
 from fpipe.schedules._rules import NEEDS, needs
 
 Rows: TypeAlias = Sequence[Sequence[Action]]
@@ -27,8 +28,8 @@ WITH_BACKWARDS = (
 
 
 def shortened(value: Any) -> str:
-    """The `repr` of what was given, for a message."""
-    text = repr(value)
+    """What was given, for a message."""
+    text = shown(value)
     return text if len(text) <= 80 else text[:79] + "…"
 
 

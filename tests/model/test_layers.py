@@ -5,6 +5,7 @@ error in a layer says.
 import dataclasses
 import functools
 import pickle
+import re
 from typing import Any, NamedTuple
 
 import chex
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from flax import nnx
 from jax.extend.core import Primitive
 
 import fpipe
@@ -389,7 +392,7 @@ REFUSED = {
     ),
     "an array as layer": (
         lambda: fpipe.sequential(untyped(np.ones(2))),
-        "a layer is a function or an fpipe.Layer, got ndarray: array([1., 1.])",
+        "a layer is a function or an fpipe.Layer, got ndarray: float64[2]",
     ),
 }
 
@@ -1170,3 +1173,95 @@ def test_a_layer_that_asks_for_borrowed_and_borrows_nothing_gets_an_empty_dict(m
 
     make([user])(((),), jnp.ones((2, 1)))
     assert seen == [{}]
+
+
+# --- callables with arrays ---
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Linear:
+    """A module that is a pytree, as those of Equinox are."""
+
+    w: jax.Array
+
+    def __call__(self, x, *, key=None):
+        return x @ self.w
+
+    def twice(self, x):
+        return 2 * self(x)
+
+
+class LikeEquinox(Linear):
+    pass
+
+
+LikeEquinox.__module__ = "equinox.nn"
+jax.tree_util.register_dataclass(LikeEquinox)
+LINEAR = Linear(jnp.full((3, 3), 0.123))
+WITH_ARRAYS = {
+    "a module": (LINEAR, "a Linear is a pytree with arrays"),
+    "in a partial": (functools.partial(LINEAR, key=None), "a Linear is a pytree"),
+    "under vmap": (jax.vmap(LINEAR), "a Linear is a pytree"),
+    "deep": (jax.jit(jax.vmap(functools.partial(LINEAR))), "a Linear is a pytree"),
+    "a method": (LINEAR.twice, "a Linear is a pytree"),
+    "a Partial": (jax.tree_util.Partial(jnp.matmul, jnp.eye(3)), "a Partial is a py"),
+    "of Equinox": (LikeEquinox(jnp.eye(3)), "`params, static = eqx.partition("),
+    "of NNX, in a partial": (
+        functools.partial(nnx.Linear(2, 2, rngs=nnx.Rngs(0))),
+        "a Linear is a Flax module",
+    ),
+    "of linen, under jit": (jax.jit(nn.Dense(3)), "a Dense is a Flax module"),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("case", WITH_ARRAYS)
+def test_a_callable_with_arrays_is_refused(case):
+    f, text = WITH_ARRAYS[case]
+    wraps = (fpipe.fn, fpipe.Layer, fpipe.skippable(), lambda f: fpipe.Pipe([f]))
+    for wrap in wraps:
+        with pytest.raises(TypeError, match=re.escape(text)) as caught:
+            wrap(f)
+        assert "0.123" not in str(caught.value)
+
+
+def test_what_the_refusal_says_trains():
+    f, x = LINEAR, jnp.arange(12.0).reshape(4, 3)
+    layer = fpipe.Layer(lambda f, x: f(x), init=lambda key, x: f)
+    pipe = fpipe.Pipe([layer], chunks=2)
+    params = pipe.init(jax.random.key(0), x)
+    _, (grad,) = pipe.value_and_grad(jnp.mean)(params, x)
+    assert_same(grad, jax.grad(lambda f: f(x).mean())(f))
+    constant = fpipe.fn(lambda x: f(x))
+    assert_same(fpipe.Pipe([constant], chunks=2)(((),), x), f(x))
+
+
+def test_arrays_that_a_partial_binds_are_constants():
+    layer = fpipe.Layer(
+        functools.partial(lambda params, x, table: x @ table, table=LINEAR.w)
+    )
+    assert layer.needs == ()
+    assert fpipe.Layer(nn.Dense(3).apply).needs == ()
+
+
+class Called:
+    """An object that is called."""
+
+    def __call__(self, x, *, key=None, side):
+        return x
+
+
+def test_keywords_of_an_object_are_needs_only_without_a_default():
+    both = lambda x, *, key=None, side: x  # noqa: E731
+    for wrap in (lambda f: f, jax.vmap, jax.jit, functools.partial):
+        assert fpipe.fn(wrap(Called())).needs == ("side",)
+        assert fpipe.fn(wrap(both)).needs == ("key", "side")
+    assert fpipe.fn(functools.partial(Called(), side=1)).needs == ()
+
+
+def test_needs_override_the_signature_of_a_function_without_parameters():
+    assert fpipe.fn(lambda x, *, key=None: x, needs=()).needs == ()
+    assert fpipe.fn(Called(), needs=["key"]).needs == ("key",)
+    with pytest.raises(TypeError, match="got the string 'key' where a list of names"):
+        fpipe.fn(Called(), needs="key")

@@ -227,3 +227,109 @@ def test_an_error_in_one_of_equal_layers_names_that_one(make):
     pipe = make([layer, fpipe.fn(lambda x: x[:, 1:], "cut"), layer], chunks=2)
     with pytest.raises(TypeError, match="layer 2 'odd' declares state"):
         pipe(pipe.place([(), (), ()]), X, state=((), None, ()))
+
+
+# --- what is not given, and what nobody asks for ---
+
+
+def masked(x, *, side):
+    return x * side["mask"]
+
+
+def optional(x, *, side=None, key=3):
+    return x * key if side is None else x * side["mask"]
+
+
+def made_of_side(key, x, *, side):
+    del key, x
+    return side["mask"][0]
+
+
+SIDE = {"mask": jnp.full_like(X, 2.0)}
+plain = fpipe.fn(jnp.sin, "plain")
+
+
+def every_call(pipe, count):
+    """The calls that take `side`, by name."""
+    params = pipe.place([()] * count)
+    step = pipe.value_and_grad(lambda y: y.sum())
+    key = jax.random.key(0)
+    calls = {
+        "call": lambda **side: pipe(params, X, **side),
+        "evaluate": lambda **side: pipe.evaluate(jnp.sum)(params, X, **side),
+        "value_and_grad": lambda **side: step(params, X, **side),
+        "grad": lambda **side: jax.grad(lambda x: pipe(params, x, **side).sum())(X),
+        "eval_shape": lambda **side: jax.eval_shape(
+            lambda p, x: pipe(p, x, **side), params, X
+        ),
+        "init": lambda **side: pipe.init(key, X, **side),
+        "init_state": lambda **side: pipe.init_state(X, **side),
+    }
+    if isinstance(pipe, fpipe.Pipe):
+        calls["plan"] = lambda **side: pipe.plan(None, X, **side)
+        calls["compile"] = lambda **side: pipe.compile(params, X, **side)
+    return calls
+
+
+@pytest.mark.quick
+@every
+@pytest.mark.parametrize("options", [{}, {"detect_anomaly": True}])
+def test_side_inputs_that_are_required_and_missing_are_an_error(make, options):
+    pipe = make([plain, fpipe.fn(masked)], chunks=2, **options)
+    for name, call in every_call(pipe, 2).items():
+        with pytest.raises(ValueError, match=r"layer 1 .masked. asks .* .side."):
+            call()
+        assert name
+    pipe(pipe.place([(), ()]), X, side=SIDE)
+
+
+@every
+def test_side_inputs_that_no_layer_asks_for_are_an_error(make):
+    pipe = make([plain, plain], chunks=2)
+    calls = every_call(pipe, 2)
+    for call in calls.values():
+        with pytest.raises(ValueError, match="`side=` was given, but no layer asks"):
+            call(side=SIDE)
+    # A training loop gives these to every model.
+    pipe(pipe.place([(), ()]), X, key=jax.random.key(0), train=True, step=3)
+
+
+@every
+def test_a_need_that_is_not_given_has_its_own_default(make):
+    pipe = make([plain, fpipe.fn(optional)], chunks=2)
+    params = pipe.place([(), ()])
+    assert_same(pipe(params, X), jnp.sin(X) * 3)
+    assert_same(pipe(params, X, side=SIDE), jnp.sin(X) * 2)
+
+
+@every
+def test_an_init_may_ask_for_side_inputs(make):
+    layer = fpipe.Layer(lambda params, x: x * params, made_of_side, "scaled")
+    pipe = make([layer], chunks=2)
+    with pytest.raises(ValueError, match="the init of layer 0 'scaled' asks"):
+        pipe.init(jax.random.key(0), X)
+    params = pipe.gather(pipe.init(jax.random.key(0), X, side=SIDE))
+    assert params[0].shape == (WIDTH,)
+
+
+@every
+def test_a_layer_that_has_no_key_says_so(make):
+    drop = fpipe.fn(lambda x, *, key: x * jax.random.uniform(key, x.shape), "drop")
+    pipe = make([drop], chunks=2)
+    with pytest.raises(TypeError) as caught:
+        pipe(pipe.place([()]), X)
+    notes = " ".join(caught.value.__notes__)
+    assert "this call was given no `key=`, so its key is None" in notes
+
+
+def test_planning_refuses_what_a_call_refuses():
+    asking = [plain, fpipe.fn(masked)]
+    for f in (
+        lambda layers, **side: fpipe.balance(layers, X, stages=2, **side),
+        lambda layers, **side: fpipe.layer_costs(layers, X, **side),
+        lambda layers, **side: fpipe.tune(layers, X, **side),
+    ):
+        with pytest.raises(ValueError, match="asks for the need 'side'"):
+            f(asking)
+        with pytest.raises(ValueError, match="no layer asks for it"):
+            f([plain, plain], side=SIDE)

@@ -496,7 +496,7 @@ ISOLATIONS = {
     "the class": (
         lambda: first.isolate(untyped(fpipe.Namespace)),
         TypeError,
-        "`isolate(namespace)` of layer 'first': <class 'fpipe._model.skips.Namespace'> "
+        "`isolate(namespace)` of layer 'first': the class Namespace "
         "is no fpipe.Namespace",
     ),
     "a string": (

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fpipe._core.caches import Key, Recent, unhashable
-from fpipe._core.errors import warn
+from fpipe._core.caches import Key, Recent
+from fpipe._core.errors import shown, warn
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
@@ -46,6 +46,7 @@ from fpipe._executors.request import (
     CallKind,
     Request,
     check_backwards,
+    check_static,
     inputs_of,
     numbered_leaves,
     params_leaves,
@@ -324,34 +325,36 @@ class Placed:
         # Everything that a trace depends on. Static leaves are in the structures.
         # Settings of JAX are among it, because a trace bakes them in: a call under
         # `jax.enable_x64` has another plan.
-        identity = (
-            settings(),
-            kind,
-            args.frozen,
-            loss,
-            asked.key,
-            params[1],
-            _types(params[0], type_of),
-            tuple(
-                [
-                    (port, spec, _types(arrays, type_of))
-                    for port, (arrays, spec) in packs.items()
-                ]
-            ),
-        )
         try:
-            key = Key(identity)
-        except TypeError as error:
-            # Only a static leaf can be what is not hashable; the message shows it.
-            leaves = [a for a in params[0] if not is_array(a)]
-            leaves += [value for _, spec in packs.values() for _, value in spec.static]
-            raise unhashable(leaves, error) from error
+            key = Key(
+                (
+                    settings(),
+                    kind,
+                    args.frozen,
+                    loss,
+                    asked.key,
+                    params[1],
+                    _types(params[0], type_of),
+                    tuple(
+                        [
+                            (port, spec, _types(arrays, type_of))
+                            for port, (arrays, spec) in packs.items()
+                        ]
+                    ),
+                )
+            )
+        except TypeError:
+            # A leaf that is neither an array of JAX's nor hashable: this names it.
+            check_static(args, args.params)
+            raise
         return self._plans.get(key, lambda: self._make(kind, args, loss, asked))
 
     def _make(
         self, kind: CallKind, args: Args, loss: Loss | None, asked: Asked
     ) -> ReadyPlan:
         """A new plan, bound. This is where a call is checked against the model."""
+        check_static(args, args.params)
+        self.stages[0].model.check_given(args.needs)
         self._check_placed(args.params)
         inputs = inputs_of(args, [Shape.of(p) for p in args.params], self.chunks)
         schedule = self.schedule(inputs.cut.m)
@@ -402,7 +405,7 @@ class Placed:
                 for array in jax.tree.leaves(params[k]):
                     if not is_array(array):
                         raise TypeError(
-                            f"{layer} hold {array!r}, no array; `params = "
+                            f"{layer} hold {shown(array)}, no array; `params = "
                             "pipe.place(params)` makes arrays of numbers, and what is "
                             "fixed belongs into the layer's function "
                             "(functools.partial)"

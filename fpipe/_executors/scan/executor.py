@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from fpipe._core.caches import Key, Recent, unhashable
+from fpipe._core.caches import Key, Recent
 from fpipe._core.errors import warn
 from fpipe._core.pytrees import (
     PyTree,
@@ -43,6 +43,7 @@ from fpipe._executors.request import (
     CallKind,
     Request,
     check_backwards,
+    check_static,
     inputs_of,
     numbered_leaves,
     schedule_of,
@@ -274,13 +275,17 @@ class Scan:
         types = tuple(map(aval, arrays))
         try:
             key = Key((settings(), kind, loss, wanted, spec, types))
-        except TypeError as error:
-            raise unhashable([leaf for _, leaf in spec.static], error) from error
+        except TypeError:
+            # A static leaf that is not hashable; the message names it.
+            check_static(args, self.param_shapes(args.params))
+            raise
         return self._steps.get(key, lambda: self._make(kind, args, loss, wanted))
 
     def _make(
         self, kind: CallKind, args: Args, loss: Loss | None, wanted: tuple[Leaf, ...]
     ) -> Step:
+        check_static(args, self.param_shapes(args.params))
+        self._model.check_given(args.needs)
         # Shapes alone decide all of this. What cannot run is refused before a layer is
         # traced.
         units, packing = self.parameters.packing(args.params.packing.shapes)
@@ -316,6 +321,7 @@ class Scan:
         state = [] if args.state is None else pack(tuple(args.state))[0]
         inputs = args.inputs
         given = {Port(name): self.bring(pack(inputs[name])[0]) for name in INPUTS}
+        self.parameters.check_devices(args.params.arrays, "a call's params")
         rows = on_mesh(args.params.arrays, self.mesh, lambda _: by_stage(self.mesh))
         return rows, self.bring(state), given
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fpipe._core.errors import shown
 from fpipe._core.pytrees import Tracer
 
 AXIS = "stage"
@@ -37,7 +38,8 @@ def stage_devices(mesh: Any, devices: Any) -> list[Any]:
     """
     if not isinstance(mesh, Mesh):
         raise TypeError(
-            f"`Pipe(mesh={mesh!r})`: a jax.sharding.Mesh, such as `jax.make_mesh((4,), "
+            f"`Pipe(mesh={shown(mesh)})`: a jax.sharding.Mesh, such as "
+            "`jax.make_mesh((4,), "
             f"({AXIS!r},))`"
         )
     # This executor leaves all axes but "stage" to XLA. With explicit axes the sharding

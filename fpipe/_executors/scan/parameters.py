@@ -13,7 +13,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fpipe._core.caches import Key, Recent
-from fpipe._core.pytrees import PyTree, Shape, float0_like, is_traced, map_arrays
+from fpipe._core.pytrees import (
+    PyTree,
+    Shape,
+    Tracer,
+    float0_like,
+    is_traced,
+    map_arrays,
+)
 from fpipe._executors.scan.mesh import by_stage, columns, on_device, replicated
 from fpipe._executors.scan.packing import Packed, Packing
 from fpipe._executors.scan.units import Units, cut_units
@@ -126,6 +133,30 @@ class Parameters:
             )
         return Packed(tuple(arrays), packing)
 
+    def check_devices(self, arrays: Sequence[Any], call: str) -> None:
+        """Refuse rows that lie on other devices than this pipe's mesh, or on the same
+        ones in another order: a stage's parameters would be on another stage's device.
+
+        Raises:
+            ValueError: they do.
+        """
+        # The rows of one packing lie together, so one of them tells, and a step looks
+        # at one. What is traced lies where the program has it, and of the host's arrays
+        # each device takes its block.
+        first = next(iter(arrays), None)
+        if not isinstance(first, jax.Array) or isinstance(first, Tracer):
+            return
+        mesh = getattr(first.sharding, "mesh", self.mesh)
+        if mesh is self.mesh or not isinstance(mesh, Mesh):
+            return
+        if list(mesh.devices.flat) != list(self.mesh.devices.flat):
+            raise ValueError(
+                f"{call}: these parameters are packed for the devices {_names(mesh)}, "
+                f"but this pipe is on {_names(self.mesh)}; write "
+                "`pipe.place(other.gather(params))`, where `other` is the pipe that "
+                "placed them"
+            )
+
     def gather(self, params: Packed) -> tuple[PyTree, ...]:
         """The exact inverse of `place`: on the first device, or, over several
         processes, on every device.
@@ -143,6 +174,7 @@ class Parameters:
             return [packing.take(rows, entry) for entry in kept]
 
         arrays = [params.arrays[r] for r in whole]
+        self.check_devices(arrays, "`gather(params)`")
         if is_traced(params):
             made = unpack(arrays)
         else:
@@ -189,3 +221,9 @@ class Parameters:
                 "`pipe.place(other.gather(params))`, "
                 "where `other` is the pipe that placed them"
             )
+
+
+def _names(mesh: Mesh) -> str:
+    """The devices of a mesh, in their order."""
+    names = list(map(str, mesh.devices.flat))
+    return ", ".join(names if len(names) <= 8 else [*names[:7], "…"])

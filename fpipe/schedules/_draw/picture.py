@@ -11,6 +11,7 @@ import math
 from typing import NamedTuple
 
 from fpipe.schedules._action import KINDS, Kind
+from fpipe.schedules._checks import shown
 from fpipe.schedules._schedule import Schedule
 from fpipe.schedules._simulate import simulate
 from fpipe.schedules._timeline import Timeline
@@ -158,7 +159,7 @@ def picture(
 def _read_timeline(what: Schedule | Timeline, call: str) -> Timeline:
     timeline = simulate(what) if isinstance(what, Schedule) else what
     if not isinstance(timeline, Timeline):
-        given = repr(what)
+        given = shown(what)
         if hasattr(what, "timeline"):
             given = f"a {type(what).__name__}: draw its `timeline`"
         raise TypeError(f"`{call}`: a Schedule or a Timeline can be drawn, not {given}")

@@ -11,6 +11,7 @@ import re
 import textwrap
 
 from fpipe.schedules._action import Kind
+from fpipe.schedules._checks import shown as shown_value
 from fpipe.schedules._draw.picture import (
     IDLE,
     INK,
@@ -80,7 +81,9 @@ def svg(
         ValueError: a width below 200, a timeline without events, or one over another
             with more or fewer devices.
     """
-    if width < SMALLEST:
+    if type(width) not in (int, float):
+        raise TypeError(f"`svg(width={shown_value(width)})`: a number of pixels")
+    if not width >= SMALLEST:
         raise ValueError(f"`svg(width={width})`: a width is at least {SMALLEST} pixels")
     shown = picture(what, "svg", over)
     # Lower rows for many devices, so that 64 of them are 704 pixels and fit a screen.

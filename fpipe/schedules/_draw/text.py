@@ -14,6 +14,7 @@ import textwrap
 from typing import NamedTuple
 
 from fpipe.schedules._action import Kind
+from fpipe.schedules._checks import check_bool, check_int
 from fpipe.schedules._draw.picture import Box, Picture, picture
 from fpipe.schedules._schedule import Schedule
 from fpipe.schedules._timeline import Timeline
@@ -103,8 +104,10 @@ def draw(
         device 1    F0 F1 B0--- B1---
         gpipe: makespan 9, bubble 33.3%, peak live microbatches 2, 2
     """
-    if width < 1:
-        raise ValueError(f"`draw(width={width})`: a width is at least 1")
+    check_int("draw", "width", width, 1)
+    if colour is not None:
+        check_bool("draw", "colour", colour)
+    check_bool("draw", "fit", fit)
     shown = picture(what, "draw", over)
     if colour is None:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")

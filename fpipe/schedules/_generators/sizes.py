@@ -8,6 +8,8 @@ For two devices:
 
 import itertools
 
+from fpipe.schedules._checks import shown
+
 
 def check_sizes(name: str, /, **sizes: int) -> None:
     """Refuse what is no size.
@@ -16,9 +18,8 @@ def check_sizes(name: str, /, **sizes: int) -> None:
         name: the generator, for the message.
         **sizes: its arguments.
     """
-    call = (
-        f"`{name}({', '.join(f'{size}={value!r}' for size, value in sizes.items())})`"
-    )
+    given = ", ".join(f"{size}={shown(value)}" for size, value in sizes.items())
+    call = f"`{name}({given})`"
     for size, value in sizes.items():
         if type(value) is not int:  # a bool is none
             raise TypeError(f"{call}: {size} is an int")

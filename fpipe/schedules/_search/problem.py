@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fpipe.schedules._action import KINDS, Action
+from fpipe.schedules._checks import shown
 from fpipe.schedules._costs import Costs, StageMemory, read_numbers
 from fpipe.schedules._numbering import Numbering, Played, Rows, play
 from fpipe.schedules._rules import HELD
@@ -182,7 +183,8 @@ class Problem:
                 stages = ", ".join(map(str, self.stages_of[device]))
                 every = ", ".join(f"{needed:g}" for needed in self.one_microbatch)
                 raise ValueError(
-                    f"`zero_bubble(memory={memory!r})`: device {device} needs at least "
+                    f"`zero_bubble(memory={shown(memory)})`: device {device} needs at "
+                    "least "
                     f"{needed:g}, what one microbatch holds on its stages {stages}; "
                     f"all devices: {every}"
                 )
@@ -263,7 +265,7 @@ class Problem:
 def _read_limits(devices: int, memory: Any) -> tuple[float, ...]:
     if memory is None:
         return (math.inf,) * devices
-    call = f"zero_bubble(memory={memory!r})"
+    call = f"zero_bubble(memory={shown(memory)})"
     limits = read_numbers(call, "device", memory)
     if not isinstance(limits, tuple):
         return (limits,) * devices

@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from fpipe.schedules._checks import check_type, shown
 from fpipe.schedules._costs import Costs
 from fpipe.schedules._generators.sizes import looped_stages, v_shaped_stages
 from fpipe.schedules._names import NAMES, named
@@ -75,9 +76,11 @@ def zero_bubble(
     sizes = {"devices": devices, "microbatches": microbatches, "virtual": virtual}
     for name, value in sizes.items():
         if type(value) is not int:
-            raise TypeError(f"`zero_bubble({name}={value!r})`: an int")
+            raise TypeError(f"`zero_bubble({name}={shown(value)})`: an int")
         if value < 1:
-            raise ValueError(f"`zero_bubble({name}={value!r})`: at least 1")
+            raise ValueError(f"`zero_bubble({name}={shown(value)})`: at least 1")
+    if costs is not None:
+        check_type("`zero_bubble(costs=...)`", costs, Costs)
     stage_to_device = _read_placement(devices, placement, virtual)
     problem = Problem.of(
         devices, microbatches, stage_to_device, costs or Costs(), memory
@@ -103,7 +106,7 @@ def _read_placement(devices: int, placement: Any, virtual: int) -> tuple[int, ..
         "v": v_shaped_stages(devices),
         "looped": looped_stages(devices, virtual),
     }
-    call = f"`zero_bubble(placement={placement!r})`"
+    call = f"`zero_bubble(placement={shown(placement)})`"
     choices = f"{', '.join(map(repr, known))}, or the device of each stage"
     if isinstance(placement, str):
         if placement not in known:
