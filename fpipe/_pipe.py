@@ -394,7 +394,8 @@ class Pipe(Call):
         check_key(key)
         # `init` functions see one microbatch, as the layers do in every call.
         first = first_microbatch(x, call_needs(side=side), self.chunks)
-        return self.place(self.model.init(key, *first, self._executor.make_params))
+        made = self.model.init(key, *first, self._executor.make_params)
+        return self.place(made, donate=True)
 
     def init_state(
         self,
@@ -424,8 +425,15 @@ class Pipe(Call):
         first = first_microbatch(x, call_needs(side=side), self.chunks)
         return self.model.init_state(*first, params, key, self._executor.make_state)
 
-    def place(self, params: Sequence[PyTree]) -> Any:
+    def place(self, params: Sequence[PyTree], donate: bool = False) -> Any:
         """Put the parameters of each layer on its device; Python numbers become arrays.
+
+        Arguments:
+            params: one entry per layer; numpy arrays too. They stay as they are,
+                whatever becomes of the placed ones.
+            donate: whether they are handed over instead: arrays that are on their
+                device already are not copied, and are deleted when the placed ones are
+                donated. Default `False`.
 
         Returns:
             With `executor="placed"` the same structure. With `"scan"` an
@@ -447,12 +455,12 @@ class Pipe(Call):
         # An optimizer returns strong types: weakly typed parameters would change their
         # type in the first update, and everything would compile once more.
         return self._executor.place(
-            tuple(map_arrays(strong, numbers_as_arrays(p)) for p in params)
+            tuple(map_arrays(strong, numbers_as_arrays(p)) for p in params), donate
         )
 
     def gather(self, params: Any) -> tuple[PyTree, ...]:
-        """The exact inverse of `place`: the parameters as for the plain composition, on
-        the first device.
+        """The exact inverse of `place`: a copy of the parameters as for the plain
+        composition, on the first device.
 
         With a mesh over several processes they are on every device.
 

@@ -310,6 +310,18 @@ def strong(array: Any) -> Any:
     return array
 
 
+def copied(tree: PyTree) -> PyTree:
+    """A pytree whose arrays of JAX are copies, each where it was."""
+    # Without a program to compile, as `jnp.copy` would be one for each shape. It does
+    # not copy numpy's arrays (jax 0.10.2), which nothing here deletes.
+    leaves, treedef = jax.tree.flatten(tree)
+    own = [n for n, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+    copies = jax.device_put([leaves[n] for n in own], may_alias=False)
+    for n, copy in zip(own, copies, strict=True):
+        leaves[n] = copy
+    return treedef.unflatten(leaves)
+
+
 def map_arrays(f: Callable[[Any], Any], tree: PyTree) -> PyTree:
     """Map the arrays of a pytree; static leaves stay."""
     return jax.tree.map(lambda leaf: f(leaf) if is_array(leaf) else leaf, tree)

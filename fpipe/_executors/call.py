@@ -125,7 +125,9 @@ class Call(abc.ABC):
             x: a pytree; every array is cut on axis 0 into microbatches of `ceil(rows /
                 chunks)` rows, the last one smaller (10 rows, 4 chunks: 3, 3, 3, 1),
                 unless it stands in an `fpipe.Chunk` or `fpipe.NoChunk`. Leaves that are
-                no arrays, and `None`, go to every microbatch and are static.
+                no arrays, and `None`, go to every microbatch and are static. A numpy
+                array is read while the call runs, after it has returned, as by
+                `jax.jit`: before you change one wait for the result, or give a copy.
             side: side inputs for the layers that ask for them, cut like `x`.
             key: a PRNG key; without one, layers that ask for a key get `None`.
             state: the layers' state, needed if any layer has state.
@@ -162,7 +164,8 @@ class Call(abc.ABC):
         interleaved as scheduled.
 
         Make it once, outside the training loop: compiled programs are kept for each
-        `loss_fn` object.
+        `loss_fn` object. Inputs are as for a call without a loss: numpy arrays are not
+        to change before the result is there.
 
         Arguments:
             loss_fn: `loss_fn(y, *targets)`, a scalar, on the last stage for each

@@ -16,10 +16,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from fpipe._core.errors import shown
-from fpipe._core.pytrees import PyTree, pack
+from fpipe._core.pytrees import PyTree, copied, is_traced, pack
 
 # `jax.Device` is a variable to type checkers: jaxlib does not declare it as a class.
 Device: TypeAlias = Any
@@ -70,10 +71,32 @@ class Placement:
         # (measured on jax 0.10.2, CPU). Every boundary of every microbatch is one.
         return jax.device_put(list(arrays), self.device)
 
-    def put_tree(self, tree: PyTree) -> PyTree:
-        """A pytree's arrays on this place; what is no array stays."""
+    def own(self, arrays: Sequence[Any]) -> list[Any]:
+        """Arrays on this place, in memory of their own: `put` and, where that is the
+        memory of a given array, a copy.
+
+        Whoever gets them may donate them, and the given arrays stay as they are.
+        """
+        put = self.put(arrays)
+        shared = [
+            n
+            for n, (array, new) in enumerate(zip(arrays, put, strict=True))
+            if _share_memory(array, new)
+        ]
+        # One put would not do: with `may_alias=False` too it shares numpy's memory, or
+        # one device's part of an array on several (jax 0.10.2).
+        for n, copy in zip(shared, copied([put[n] for n in shared]), strict=True):
+            put[n] = copy
+        return put
+
+    def put_tree(self, tree: PyTree, own: bool) -> PyTree:
+        """A pytree's arrays on this place; what is no array stays.
+
+        Arguments:
+            own: whether they are to have memory of their own.
+        """
         arrays, spec = pack(tree)
-        return spec.unpack(self.put(arrays))
+        return spec.unpack(self.own(arrays) if own else self.put(arrays))
 
     def holds(self, array: Any) -> bool:
         """Whether an array lives here."""
@@ -92,6 +115,22 @@ class Placement:
     # A device itself does not pickle: it belongs to the backend of this process.
     def __reduce__(self) -> Any:
         return _restore, (self.device.platform, self.device.id)
+
+
+def _share_memory(array: Any, new: Any) -> bool:
+    """Whether an array and what `jax.device_put` to one device made of it may be the
+    same memory.
+    """
+    # In a trace nothing has memory yet, and arrays of `float0` never have.
+    if not isinstance(new, jax.Array) or is_traced((array, new)):
+        return False
+    if isinstance(array, jax.Array):
+        return bool(new.sharding.device_set & array.sharding.device_set)
+    # On a CPU an array of JAX may be numpy's memory, if that is aligned.
+    return (
+        isinstance(array, np.ndarray)
+        and new.unsafe_buffer_pointer() == array.ctypes.data
+    )
 
 
 def _restore(platform: str, number: int) -> Placement:

@@ -76,12 +76,17 @@ class Executor(Protocol):
         """Run `make(key)` where a layer's state lives."""
         ...
 
-    def place(self, params: Sequence[PyTree]) -> Any:
-        """Parameters, one entry per layer, where they live, and as they are kept."""
+    def place(self, params: Sequence[PyTree], donate: bool) -> Any:
+        """Parameters, one entry per layer, where they live, and as they are kept.
+
+        Arguments:
+            donate: whether they may be the given arrays; else they have memory of their
+                own.
+        """
         ...
 
     def gather(self, params: Any) -> tuple[PyTree, ...]:
-        """The exact inverse of `place`, on one device."""
+        """The exact inverse of `place`, on one device, in memory of its own."""
         ...
 
     def check_params(self, params: Any, call: str) -> None:

@@ -25,6 +25,7 @@ from fpipe._core.checks import as_bool, as_compute_dtype
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
+    copied,
     fill_gradient,
     is_inexact,
     numbers_as_arrays,
@@ -134,14 +135,16 @@ class Sequential(Call):
         first = first_microbatch(x, call_needs(side=side), self.chunks)
         return self.model.init_state(*first, params, key, self._executor.make_state)
 
-    def place(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
-        """The parameters where they are, with Python numbers turned into arrays, as
-        `Pipe.place` does: there is one device.
+    def place(
+        self, params: Sequence[PyTree], donate: bool = False
+    ) -> tuple[PyTree, ...]:
+        """A copy of the parameters where they are, with Python numbers turned into
+        arrays: there is one device. See `Pipe.place`.
         """
-        return self._executor.place(params)
+        return self._executor.place(params, donate)
 
     def gather(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
-        """The parameters unchanged: nothing was packed or moved, as by a `Pipe`."""
+        """A copy of the parameters: nothing was packed or moved, as by a `Pipe`."""
         return self._executor.gather(params)
 
     def raise_anomaly(self) -> None:
@@ -174,23 +177,26 @@ class PlainExecutor:
     ) -> PyTree:
         """Run `make(key)` here."""
         del layer
-        return make(key)
+        # A user's `init` may return an array that the user keeps.
+        return copied(make(key))
 
     def make_state(self, layer: int, make: Callable[[Any], PyTree], key: Any) -> PyTree:
         """Run `make(key)` here."""
         del layer
-        return make(key)
+        # A user's `init` may return an array that the user keeps.
+        return copied(make(key))
 
-    def place(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
+    def place(self, params: Sequence[PyTree], donate: bool) -> tuple[PyTree, ...]:
         """Parameters where they are, with Python numbers turned into arrays."""
         check_params(self.model, params, "`place(params)`")
         check_leaves(tuple(params), "params")
-        return tuple(numbers_as_arrays(p) for p in params)
+        placed = tuple(numbers_as_arrays(p) for p in params)
+        return placed if donate else copied(placed)
 
     def gather(self, params: Any) -> tuple[PyTree, ...]:
         """The exact inverse of `place`."""
         check_params(self.model, params, "`gather(params)`")
-        return tuple(params)
+        return copied(tuple(params))
 
     def check_params(self, params: Any, call: str) -> None:
         """Refuse parameters that do not have one entry per layer."""

@@ -36,8 +36,8 @@ _Arrays: TypeAlias = dict[tuple[int, int | None], Any]
 class Tree(enum.Enum):
     """A tree that goes in and comes out again, changed.
 
-    An output that is an input, unchanged, may be the very array if both are of one
-    tree. An array of another tree is copied: if one tree is donated later, the other
+    An output that is an input, unchanged, is the very array if both are of one tree and
+    that is donated. Else it is copied: if what comes out is donated later, what went in
     stays.
     """
 
@@ -173,7 +173,7 @@ def divide(
     )
     # `optax.masked` returns the gradients that it leaves alone as they came. Such an
     # output needs no program.
-    tree_of = dict(zip(graph.inputs, (i.tree for i in inputs), strict=True))
+    tree_of = {v: i.tree for v, i in zip(graph.inputs, inputs, strict=True) if i.donate}
     aliasing = [
         output.tree is not None and tree_of.get(value) is output.tree
         for value, output in zip(graph.outputs, outputs, strict=True)

@@ -17,6 +17,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fpipe._core.pytrees import Bundle, PyTree, is_array, is_traced, pack
+from fpipe._executors.placement import Placement
 from fpipe.optim._leaf_devices import first_device, parameter_devices
 from fpipe.optim._packed import (
     any_packed,
@@ -46,8 +47,8 @@ def gather(state: PyTree) -> PyTree:
         state: of `per_stage`, or of plain optax over an `fpipe.Packed`.
 
     Returns:
-        The state, every array on the device of the first, or on the first of the mesh.
-        With a mesh over several processes it is on every device.
+        A copy of the state, every array on the device of the first, or on the first of
+        the mesh. With a mesh over several processes it is on every device.
     """
     mesh = mesh_of(state)
     assert mesh is None or isinstance(mesh, Mesh)  # this is no trace
@@ -58,9 +59,9 @@ def gather(state: PyTree) -> PyTree:
         return state if mesh is None else _unpack_on(mesh)(Bundle.of(state)).tree
     arrays, spec = pack(unpack_tree(state))
     if mesh is not None:
-        return spec.unpack(jax.device_put(arrays, mesh.devices.flat[0]))
+        return spec.unpack(Placement.of(mesh.devices.flat[0]).own(arrays))
     devices = [d for a in arrays if isinstance(a, jax.Array) for d in a.devices()]
-    return spec.unpack(jax.device_put(arrays, devices[0]) if devices else arrays)
+    return spec.unpack(Placement.of(devices[0]).own(arrays) if devices else arrays)
 
 
 @functools.lru_cache(8)
@@ -74,7 +75,9 @@ def _unpack_on(mesh: Mesh) -> Callable[[Bundle], Bundle]:
     )
 
 
-def place(state: PyTree, params: PyTree, tx: Any = None) -> PyTree:
+def place(
+    state: PyTree, params: PyTree, tx: Any = None, donate: bool = False
+) -> PyTree:
     """Put an optimizer state where `per_stage(tx).init(params)` has it: the inverse of
     `gather`.
 
@@ -85,6 +88,9 @@ def place(state: PyTree, params: PyTree, tx: Any = None) -> PyTree:
         params: parameters, placed or packed.
         tx: the transformation that the state is of: then a state of another one, or of
             another model, is refused. Default not looked at.
+        donate: whether the state is handed over: arrays that are on their device
+            already are not copied, and are deleted when the placed state is donated.
+            Default `False`: the given state stays as it is.
 
     Returns:
         The state, on its parameters' devices, or packed.
@@ -120,7 +126,8 @@ def place(state: PyTree, params: PyTree, tx: Any = None) -> PyTree:
     for n, (leaf, parameter) in enumerate(zip(leaves, parameters, strict=True)):
         if is_array(leaf):
             device = first if parameter is None else devices[parameter]
-            leaves[n] = jax.device_put(leaf, device)
+            place = Placement.of(device)
+            leaves[n] = (place.put if donate else place.own)([leaf])[0]
     return treedef.unflatten(leaves)
 
 

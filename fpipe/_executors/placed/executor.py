@@ -143,18 +143,23 @@ class Placed:
         # room for every layer in turn. The default device does not move a committed
         # key, so the key is put there first.
         with home.as_default():
-            return home.put_tree(make(None if key is None else home.put([key])[0]))
+            made = make(None if key is None else home.put([key])[0])
+            # A user's `init` may return an array that the user keeps.
+            return home.put_tree(made, own=True)
 
     make_state = make_params
 
-    def place(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
+    def place(self, params: Sequence[PyTree], donate: bool) -> tuple[PyTree, ...]:
         """The parameters of each layer on its device."""
-        return tuple(self.layout.home(k).put_tree(p) for k, p in enumerate(params))
+        return tuple(
+            self.layout.home(k).put_tree(p, own=not donate)
+            for k, p in enumerate(params)
+        )
 
     def gather(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
         """The parameters on the first device."""
         first = self.layout.placements[0]
-        return tuple(first.put_tree(p) for p in params)
+        return tuple(first.put_tree(p, own=True) for p in params)
 
     def check_params(self, params: Any, call: str) -> None:
         """Refuse parameters that do not have one entry per layer. Where they are is

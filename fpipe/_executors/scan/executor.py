@@ -116,8 +116,9 @@ class Scan:
         """Run `make(key)` where a layer lives, and in every process."""
         return self.parameters.make_state(layer, make, key)
 
-    def place(self, params: Sequence[PyTree]) -> Packed:
+    def place(self, params: Sequence[PyTree], donate: bool) -> Packed:
         """Every device its own stages' parameters."""
+        del donate  # Blocks are new arrays in any case.
         return self.parameters.place(params)
 
     def gather(self, params: Packed) -> tuple[PyTree, ...]:
@@ -241,7 +242,7 @@ class Scan:
             args: arrays or their shapes, of parameters as for the plain composition.
             compiled: whether to compile the program, for the memory that it needs.
         """
-        args = args._replace(params=eval_shape(self.place, args.params))
+        args = args._replace(params=eval_shape(self.parameters.place, args.params))
         step = self._loss_step(args, loss, argnums)
         size = None
         if compiled:

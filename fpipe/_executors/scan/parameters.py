@@ -17,6 +17,7 @@ from fpipe._core.pytrees import (
     PyTree,
     Shape,
     Tracer,
+    copied,
     float0_like,
     is_traced,
     map_arrays,
@@ -78,7 +79,9 @@ class Parameters:
         """
         device = next(iter(self._devices_of[layer]), None)
         with jax.default_device(device):
-            return f(key if device is None else jax.device_put(key, device))
+            made = f(key if device is None else jax.device_put(key, device))
+            # A user's `init_state` may return an array that the user keeps.
+            return copied(made)
 
     def make(self, layer: int, f: Callable[[Any], PyTree], key: Any) -> PyTree:
         """Run `f(key)` where a layer belongs; where this process has no part of it,
