@@ -406,10 +406,14 @@ SHARED_ROWS = {
 }
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(
     ("executor", "rows"),
-    [("placed", "integers"), *(("scan", rows) for rows in SHARED_ROWS)],
+    [
+        ("placed", "integers"),
+        ("scan", "alike"),
+        pytest.param("scan", "unlike", marks=pytest.mark.quick),
+        ("scan", "integers"),
+    ],
 )
 def test_what_is_frozen_has_no_gradient_in_a_row_with_others(executor, rows):
     """Gathered gradients are those of the plain composition: `float0` where the
