@@ -42,7 +42,8 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from fpipe.schedules import Action, Costs, Schedule
-from fpipe.schedules._rules import needs
+from fpipe.schedules._action import KINDS
+from fpipe.schedules._rules import crossing_need
 
 # Action or nothing, for each device.
 Phase: TypeAlias = tuple[Action | None, ...]
@@ -140,21 +141,40 @@ def lock_step(actions: Sequence[Sequence[Action]], phases: tuple[str, ...]) -> T
     # A need that is not among these actions was met in an earlier loop: backwards alone
     # need forwards that have all run.
     present = {action for row in actions for action in row}
-    done: set[Action] = set()
+    crossing = {kind: crossing_need(kind) for kind in KINDS}
+
+    def wait(row: Sequence[Action]) -> Action | None:
+        """What the next action of a row waits for. Only what another stage does: its
+        own stage's actions are earlier in the same row.
+        """
+        if not row:
+            return None
+        kind, stage, microbatch = row[-1]
+        need = crossing[kind]
+        if need is not None:
+            for other_kind in need.kinds:
+                other = Action(other_kind, stage + need.offset, microbatch)
+                if other in present:
+                    return other
+        return None
+
+    done: set[Action | None] = {None}
     # For each device what it has still to run, the next action last, and what that
     # waits for: looked up once, not in every tick that it waits.
     left = [list(reversed(row)) for row in actions]
-    waits = [needs(row[-1], present) if row else [] for row in left]
+    waits = [wait(row) for row in left]
     rows: list[tuple[Phase, ...]] = []
     while any(left):
         before = len(done)
         tick: list[Phase] = []
         for kinds in phases:
             phase = tuple(
-                row[-1]
-                if row and row[-1].kind in kinds and done.issuperset(waits[d])
-                else None
-                for d, row in enumerate(left)
+                [
+                    row[-1]
+                    if row and waits[d] in done and row[-1].kind in kinds
+                    else None
+                    for d, row in enumerate(left)
+                ]
             )
             # Only now, when all devices have chosen: what an action makes is there when
             # its phase has ended. In the second phase of a tick it is there.
@@ -163,8 +183,7 @@ def lock_step(actions: Sequence[Sequence[Action]], phases: tuple[str, ...]) -> T
                     continue
                 done.add(action)
                 left[d].pop()
-                if left[d]:
-                    waits[d] = needs(left[d][-1], present)
+                waits[d] = wait(left[d])
             tick.append(phase)
         assert len(done) > before, "a deadlock, which `Schedule` refuses"
         rows.append(tuple(tick))

@@ -14,7 +14,7 @@ other two, `v_half` and `v_min`, are a block of ticks that is repeated and squee
 
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from fpipe.schedules._action import KINDS, Action, Kind
 from fpipe.schedules._generators.sizes import check_sizes, v_shaped_stages
@@ -51,6 +51,10 @@ class Block(NamedTuple):
     input_up: int
     input_down: int
 
+
+# An action that is not made yet: a kind and stage, and the microbatch. (A plain tuple,
+# because 10^5 of them are made for a large schedule.)
+Turn: TypeAlias = tuple[StageKind, int]
 
 _KINDS: dict[str, Kind] = {kind: kind for kind in KINDS}
 
@@ -253,31 +257,35 @@ def _squeeze(
         deque(_repeat(block, device, 2 * devices - 1 - device, microbatches))
         for device, block in enumerate(blocks)
     ]
-    weights: list[deque[Action]] = [deque() for _ in blocks]
+    weights: list[deque[Turn]] = [deque() for _ in blocks]
     live = [0] * devices
     rows: list[list[Action]] = [[] for _ in blocks]
     waits_for = last_needs(2 * devices, ("F", "I", "W"))
+    weight_of = {
+        what: StageKind("W", what.stage) for what in waits_for if what.kind == "I"
+    }
     # How many microbatches are done, which is the next one: they go in order.
     done = dict.fromkeys(waits_for, 0)
     while any(orders) or any(weights):
         started: list[StageKind] = []
         for device, order in enumerate(orders):
             if order:
-                kind, stage, microbatch = order[0]
-                source = waits_for[StageKind(kind, stage)]
+                what, microbatch = order[0]
+                source = waits_for[what]
                 ready = source is None or done[source] > microbatch
-                if ready and (kind != "F" or live[device] < most_live):
-                    rows[device].append(order.popleft())
-                    started.append(StageKind(kind, stage))
-                    if kind == "F":
+                if ready and (what.kind != "F" or live[device] < most_live):
+                    order.popleft()
+                    rows[device].append(Action(*what, microbatch))
+                    started.append(what)
+                    if what.kind == "F":
                         live[device] += 1
                     else:
-                        weights[device].append(Action("W", stage, microbatch))
+                        weights[device].append((weight_of[what], microbatch))
                     continue
             if weights[device]:
-                weight = weights[device].popleft()
-                rows[device].append(weight)
-                started.append(StageKind("W", weight.stage))
+                what, microbatch = weights[device].popleft()
+                rows[device].append(Action(*what, microbatch))
+                started.append(what)
                 live[device] -= 1
         assert started, (devices, microbatches)
         # Only now: other devices see from the next tick on what is done in this one.
@@ -286,15 +294,17 @@ def _squeeze(
     return rows
 
 
-def _repeat(block: Block, down: int, up: int, microbatches: int) -> list[Action]:
+def _repeat(block: Block, down: int, up: int, microbatches: int) -> list[Turn]:
     """The forwards and `I` of a device with these stages, by their ticks."""
-    ticks: list[tuple[int, Action]] = []
-    for microbatch in range(microbatches):
-        later = BLOCK_TICKS * microbatch
-        ticks += [
-            (block.forward_down + later, Action("F", down, microbatch)),
-            (block.forward_up + later, Action("F", up, microbatch)),
-            (block.input_up + later, Action("I", up, microbatch)),
-            (block.input_down + later, Action("I", down, microbatch)),
-        ]
-    return [action for _, action in sorted(ticks)]
+    first = {
+        StageKind("F", down): block.forward_down,
+        StageKind("F", up): block.forward_up,
+        StageKind("I", up): block.input_up,
+        StageKind("I", down): block.input_down,
+    }
+    ticks = [
+        (tick + BLOCK_TICKS * microbatch, (what, microbatch))
+        for what, tick in first.items()
+        for microbatch in range(microbatches)
+    ]
+    return [turn for _, turn in sorted(ticks)]
