@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from fpipe._core.pytrees import PyTree, Shape, Spec, aval, describe, is_array, pack
 from fpipe._core.statics import check_leaves
-from fpipe._model.needs import BY_NAME, INPUTS, Share
+from fpipe._model.needs import INPUTS, ROW_INPUTS
 
 
 @jax.tree_util.register_pytree_node_class
@@ -200,7 +200,7 @@ def cut_inputs(inputs: Mapping[str, PyTree], chunks: int) -> Cut:
     # In the order of the table, `x` first: errors compare the others with `x`.
     for name in INPUTS:
         tree = inputs.get(name)
-        if BY_NAME[name].share is not Share.ROWS:
+        if name not in ROW_INPUTS:
             arrays, spec = pack(tree)
             splits[name] = Split(spec, (None,) * len(arrays))
             continue

@@ -205,6 +205,9 @@ OF_CALL = tuple(n for n in TABLE if n.keyword and n.giver is Giver.CALL)
 # Everything that a call gives, `x` first: `x` decides what a microbatch's rows are.
 INPUTS = ("x", *(need.name for need in OF_CALL), "targets")
 
+# Those of them that are cut into microbatches.
+ROW_INPUTS = tuple(name for name in INPUTS if BY_NAME[name].share is Share.ROWS)
+
 
 def call_needs(**arguments: PyTree) -> dict[str, PyTree]:
     """What a call was given of `OF_CALL`, checked; what it was not given is `None`.

@@ -30,7 +30,7 @@ from fpipe._executors.plan_data import DeviceMemory, PlanData
 from fpipe._executors.request import schedule_of
 from fpipe._model.microbatch import input_leaves_of
 from fpipe._model.model import Model
-from fpipe._model.needs import BY_NAME, Share
+from fpipe._model.needs import ROW_INPUTS
 from fpipe._planning.advice import (
     advise_balance,
     advise_equal_pieces,
@@ -124,10 +124,9 @@ def predict(
 def _input_rows(args: Args, rows: tuple[int, ...]) -> tuple[InputRow, ...]:
     """What of each leaf of the inputs a microbatch gets."""
     found = []
-    for name, tree in args.inputs.items():
-        if BY_NAME[name].share is not Share.ROWS:
-            continue
-        for leaf in input_leaves_of(name, tree):
+    inputs = args.inputs
+    for name in ROW_INPUTS:
+        for leaf in input_leaves_of(name, inputs[name]):
             static = not is_array(leaf.value)
             value = type(leaf.value).__name__ if static else describe(leaf.value)
             own = () if leaf.axis is None else rows

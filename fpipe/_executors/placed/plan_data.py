@@ -29,7 +29,7 @@ from fpipe._executors.placement import Placement
 from fpipe._executors.plan_data import DeviceMemory, PlanData, Work, closed_over
 from fpipe._executors.scheduling import Scheduling
 from fpipe._model.microbatch import cut_inputs
-from fpipe._model.needs import TABLE, Giver, Share
+from fpipe._model.needs import ROW_INPUTS
 from fpipe._model.remat import Remat
 from fpipe._model.stages import Leaf, Port
 from fpipe._program.code import Code
@@ -181,5 +181,5 @@ def _unread(bound: ReadyPlan, args: Args, place: Placement) -> int:
 
 def _inputs(args: Args) -> Mapping[Port, list[Any]]:
     """The arrays of a call's inputs, parameters and states aside."""
-    cut = [n.name for n in TABLE if n.giver is Giver.CALL and n.share is Share.ROWS]
-    return {Port(name): pack(args.inputs[name])[0] for name in cut}
+    inputs = args.inputs
+    return {Port(name): pack(inputs[name])[0] for name in ROW_INPUTS}

@@ -29,7 +29,7 @@ from fpipe._executors.scan.packing import Row
 from fpipe._executors.scan.step import Step
 from fpipe._executors.scan.storage import Storage, is_key, raw
 from fpipe._model.loss import sum_dtype
-from fpipe._model.needs import TABLE, Giver, Share
+from fpipe._model.needs import ROW_INPUTS
 from fpipe._model.stages import Leaf, Port
 
 
@@ -86,11 +86,9 @@ def held(step: Step) -> Mapping[Role, int]:
         roles["inputs"] += sum(nbytes(state.shape(entry)) for entry in state.entries)
         roles["outputs"] += sum(map(nbytes, [*state.rows, *step.state_shape.leaves]))
     # The inputs that have rows: whole on each device, or its share of them.
-    for need in TABLE:
-        if need.giver is not Giver.CALL or need.share is not Share.ROWS:
-            continue
-        port = Port(need.name)
-        axes = inputs.cut.splits[need.name].axes
+    for name in ROW_INPUTS:
+        port = Port(name)
+        axes = inputs.cut.splits[name].axes
         for k, (a, axis) in enumerate(zip(inputs.of(port).leaves, axes, strict=True)):
             parts = devices if Leaf(port, k) in machine.spread else 1
             if axis is not None and step.rows % shards == 0 and not is_key(a.dtype):
