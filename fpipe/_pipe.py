@@ -74,8 +74,8 @@ from fpipe._model.needs import call_needs, check_key
 from fpipe._model.remat import Policy, Remat
 from fpipe._model.stages import cut_stages
 from fpipe._planning.hardware import PlanOptions
-from fpipe._planning.layer_costs import By
-from fpipe._planning.pipe_balance import UncutPipe, given_balance
+from fpipe._planning.layer_costs import BalanceBy
+from fpipe._planning.pipe_balance import PipeSetup, given_balance
 from fpipe._planning.predict import KnownLayers, mean_square, predict
 from fpipe._planning.prediction import Prediction
 from fpipe._planning.step_request import StepRequest
@@ -183,7 +183,7 @@ class Pipe(Call):
     def __init__(
         self,
         layers: Iterable[Any],
-        balance: Sequence[int] | By | None = None,
+        balance: Sequence[int] | BalanceBy | None = None,
         devices: Iterable[Place] | None = None,
         chunks: int = 1,
         checkpoint: str | Policy = "except_last",
@@ -231,7 +231,7 @@ class Pipe(Call):
         # 3. The cut. The order matters: how many stages there are depends on the
         # schedule and the devices, which stage lives where on the number of stages, and
         # how many devices are used on that.
-        uncut = UncutPipe(model, scheduling, remat, placements, chunks)
+        uncut = PipeSetup(model, scheduling, remat, placements, chunks)
         balance = given_balance(balance, sample, uncut)
         stage_to_device = scheduling.stage_to_device(
             len(balance), len(placements), chunks
@@ -363,7 +363,7 @@ class Pipe(Call):
             for at, device in np.ndenumerate(self.mesh.devices):
                 grid[at] = Placement.of(device)
             fields["mesh"] = (grid, self.mesh.axis_names, self.mesh.axis_types)
-        return _remade, (fields,)
+        return _unpickled, (fields,)
 
     def make_schedule(self, microbatches: int) -> Schedule:
         """The schedule for that many microbatches.
@@ -780,7 +780,7 @@ class Pipe(Call):
             raise
 
 
-def _remade(fields: dict[str, Any]) -> Pipe:
+def _unpickled(fields: dict[str, Any]) -> Pipe:
     """A pipe from its pickle, on the devices of this process."""
     fields = fields | {"devices": tuple(place.device for place in fields["devices"])}
     if fields["mesh"] is not None:

@@ -32,14 +32,14 @@ class FirstHalf:
 
     Attributes:
         y, state: what the call returns.
-        left: the arrays that the backwards start from. A pull-back may be called twice,
-            so it must not consume them.
+        residuals: the arrays that the backwards start from. A pull-back may be called
+            twice, so it must not consume them.
         second: the backward half.
     """
 
     y: PyTree
     state: tuple[PyTree, ...]
-    left: Sequence[Any]
+    residuals: Sequence[Any]
     second: SecondHalf
 
 

@@ -89,11 +89,11 @@ def differentiable_call(
         flat, structure = pack((half.y, half.state))
         returned.append(structure)
         zeros = tuple(None if is_inexact(v) else float0_like(v) for v in values)
-        return flat, (list(half.left), _PullBack(half.second, zeros))
+        return flat, (list(half.residuals), _PullBack(half.second, zeros))
 
     def backward(residuals: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
-        left, pull_back = residuals
-        gradients = list(pull_back.second(left, cotangents))
+        arrays, pull_back = residuals
+        gradients = list(pull_back.second(arrays, cotangents))
         gradients += [None] * (len(pull_back.zeros) - len(gradients))
         # `None` is a zero that JAX does not have to make.
         return tuple(

@@ -197,8 +197,8 @@ class Layer:
         except (KeyError, AttributeError, TypeError):
             found = None
         if isinstance(found, Layer) and found.apply == self.apply:
-            return _remade, (fields | {"apply": None}, name)
-        return _remade, (fields, None)
+            return _unpickled, (fields | {"apply": None}, name)
+        return _unpickled, (fields, None)
 
     def asks(self, need: str) -> bool:
         """Whether the layer declares a need, by its signature or by `needs=`."""
@@ -243,7 +243,7 @@ def _by_name(module: Any, name: Any) -> Any:
     return operator.attrgetter(name)(sys.modules[module])
 
 
-def _remade(fields: dict[str, Any], name: tuple[str, str] | None) -> Layer:
+def _unpickled(fields: dict[str, Any], name: tuple[str, str] | None) -> Layer:
     """A layer from its pickle; `name`: of the decorated function, see `__reduce__`."""
     if name is not None:
         importlib.import_module(name[0])

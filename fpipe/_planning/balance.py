@@ -26,7 +26,7 @@ from fpipe._executors.scheduling import Generator, Scheduling
 from fpipe._model.remat import Policy
 from fpipe._planning.costs import LayerCosts
 from fpipe._planning.hardware import Hardware
-from fpipe._planning.layer_costs import UNITS, By, layer_costs
+from fpipe._planning.layer_costs import UNITS, BalanceBy, layer_costs
 from fpipe._planning.partition import PartitionTask, Shortage, Table, best_cut
 from fpipe._planning.span_tables import SpanTables
 from fpipe._planning.text import option_name
@@ -39,7 +39,7 @@ def balance(
     *,
     stages: int | None = None,
     devices: int | Sequence[Any] | None = None,
-    by: By | None = None,
+    by: BalanceBy | None = None,
     speeds: float | Sequence[float] | None = None,
     bandwidth: float | None = None,
     memory: float | Sequence[float] | None = None,

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from fpipe._core.checks import as_bool, is_at_least, is_number, is_one_of
 from fpipe._core.errors import shown
 
-By: TypeAlias = Literal["flops", "time"]
+WorkBy: TypeAlias = Literal["flops", "time"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ class PlanOptions:
     """
 
     hardware: Hardware
-    by: By = "flops"
+    by: WorkBy = "flops"
     compiled: bool = False
 
     @classmethod
@@ -130,9 +130,9 @@ class PlanOptions:
         Raises:
             ValueError: a wrong argument, or seconds beside FLOPs.
         """
-        if not is_one_of(by, get_args(By)):
+        if not is_one_of(by, get_args(WorkBy)):
             raise ValueError(
-                f"`{call}(by={shown(by)})`: one of {', '.join(map(repr, get_args(By)))}"
+                f"`{call}(by={shown(by)})`: one of {', '.join(map(repr, get_args(WorkBy)))}"
             )
         # The simulation adds the times of transfers to those of work, so that both must
         # be in seconds.

@@ -12,7 +12,7 @@ rows:
 import dataclasses
 import statistics
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import jax
 
@@ -42,8 +42,9 @@ from fpipe._planning.work import Counted, count, durations
 from fpipe._program.code import Cotangent, Input, ProgramValue
 from fpipe.schedules import Kind
 
-By: TypeAlias = Literal["flops", "bytes", "time", "memory"]
-UNITS: dict[By, str] = {
+BalanceBy: TypeAlias = Literal["flops", "bytes", "time", "memory"]
+# What the work of a layer is told in. By memory alone none is looked at.
+UNITS: dict[BalanceBy, str] = {
     "flops": "FLOP",
     "bytes": "byte",
     "time": "second",
@@ -58,7 +59,7 @@ _WARM_UP = 2
 class Gauge:
     """How the work of a layer is told: see `layer_costs`."""
 
-    by: By = "flops"
+    by: BalanceBy = "flops"
     device: Any = None
     repeats: int = 10
 
@@ -70,7 +71,7 @@ def layer_costs(
     layers: Iterable[Any],
     x: PyTree,
     *,
-    by: By = "flops",
+    by: BalanceBy = "flops",
     side: PyTree = None,
     chunks: int = 1,
     params: Sequence[PyTree] | None = None,
@@ -119,10 +120,10 @@ def layer_costs(
         >>> costs.forward, costs.params
         ((144.0, 144.0), (36, 36))
     """
-    if not is_one_of(by, get_args(By)):
+    if not is_one_of(by, get_args(BalanceBy)):
         raise ValueError(
             f"`layer_costs(by={shown(by)})`: one of "
-            f"{', '.join(map(repr, get_args(By)))}"
+            f"{', '.join(map(repr, get_args(BalanceBy)))}"
         )
     if type(repeats) is not int or repeats < 1:
         raise ValueError(f"`layer_costs(repeats={shown(repeats)})`: an int, at least 1")

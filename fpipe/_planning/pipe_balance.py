@@ -28,7 +28,7 @@ from fpipe._planning.layer_costs import UNITS, Gauge, costs_of
 
 
 @dataclasses.dataclass(frozen=True)
-class UncutPipe:
+class PipeSetup:
     """What a pipe consists of before it is cut into stages."""
 
     model: Model
@@ -44,7 +44,7 @@ class UncutPipe:
         return self.scheduling.stages(len(self.placements), self.chunks, layers)
 
 
-def given_balance(balance: Any, sample: PyTree, pipe: UncutPipe) -> tuple[int, ...]:
+def given_balance(balance: Any, sample: PyTree, pipe: PipeSetup) -> tuple[int, ...]:
     """Layers per stage: those that were given, found by a sample, or as even as
     possible.
 
@@ -62,7 +62,7 @@ def given_balance(balance: Any, sample: PyTree, pipe: UncutPipe) -> tuple[int, .
     return _checked(balance, layers)
 
 
-def _found(balance: Any, sample: PyTree, pipe: UncutPipe) -> tuple[int, ...]:
+def _found(balance: Any, sample: PyTree, pipe: PipeSetup) -> tuple[int, ...]:
     """Layers per stage by what a sample says that they cost."""
     # A sample alone means FLOPs: it needs no device and gives the same each time.
     call, by = (

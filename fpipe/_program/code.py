@@ -189,7 +189,7 @@ class Code:
         kind: of action.
         args: its arguments; those to accumulate into follow, one for each of `sums`.
         index: which argument is the microbatch's number.
-        fills: values of the graph that are a constant all over.
+        constants: values of the graph that are a constant all over.
         outs, sums: the values that it returns, and after them those whose sum over all
             microbatches is wanted.
         accumulate: whether the sums so far come in; they are donated.
@@ -200,7 +200,7 @@ class Code:
     nodes: tuple[Node, ...]
     args: tuple[Arg, ...]
     index: int | None
-    fills: tuple[tuple[int, float], ...]
+    constants: tuple[tuple[int, float], ...]
     outs: tuple[int, ...]
     sums: tuple[int, ...]
     accumulate: bool
@@ -229,7 +229,7 @@ class Code:
         # made here, so that XLA can fold it. As an argument it would be an array to
         # keep and pass.
         given: dict[int, Any] = {}
-        for v, fill in self.fills:
+        for v, fill in self.constants:
             aval = self.graph.avals[v]
             given[v] = jnp.full(aval.shape, fill, aval.dtype)
         # Not strict: the sums so far follow the arguments.
@@ -250,14 +250,14 @@ class Code:
         # The numbers of values differ from stage to stage, so all that names a value is
         # told by the position of the value among those that come in.
         read = [arg.value for arg in self.args if arg.value is not None]
-        given = list(dict.fromkeys([*read, *(v for v, _ in self.fills)]))
+        given = list(dict.fromkeys([*read, *(v for v, _ in self.constants)]))
         position = {v: n for n, v in enumerate(given)}
         return (
             self.kind,
             identity(self.graph, self.nodes, given, (*self.outs, *self.sums)),
             tuple((None if v is None else position[v], w) for v, w in self.args),
             self.index,
-            tuple((position[v], fill) for v, fill in self.fills),
+            tuple((position[v], fill) for v, fill in self.constants),
             len(self.sums),
             self.accumulate,
         )

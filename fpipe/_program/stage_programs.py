@@ -299,16 +299,16 @@ class _Splitter:
         # constant: the cotangent of the loss, and those of outputs that no one
         # differentiates, which are 0.
         ins: dict[ProgramValue, int] = {}
-        fills: dict[int, float] = {}
+        constants: dict[int, float] = {}
         for v in sorted(read - made - self.graph.consts.keys()):
             if v in self.names:
                 ins[self.names[v]] = v
             elif v == self.loss:
-                fills[v] = self.spec.loss_cotangent
+                constants[v] = self.spec.loss_cotangent
             elif self.terms[v]:
                 ins |= dict.fromkeys(self.terms[v], v)
             else:
-                fills[v] = 0.0
+                constants[v] = 0.0
         # What goes out as it came in needs no array of its own, except for the user,
         # who may donate it.
         passed_on: dict[ProgramValue, int] = {}
@@ -317,7 +317,7 @@ class _Splitter:
             (passed_on if self._stays_inside(name) else for_user)[name] = v
         outs, aliases = self._separate_aliases(passed_on, ins)
         outs |= for_user
-        return self._program(kind, nodes, ins, fills, outs, aliases, summed)
+        return self._program(kind, nodes, ins, constants, outs, aliases, summed)
 
     def _stays_inside(self, name: ProgramValue) -> bool:
         """Whether a value is for another stage, or for another program of this one."""
@@ -355,7 +355,7 @@ class _Splitter:
         kind: Kind,
         nodes: Sequence[Node],
         ins: Mapping[ProgramValue, int],
-        fills: Mapping[int, float],
+        constants: Mapping[int, float],
         outs: Mapping[ProgramValue, int],
         aliases: Mapping[ProgramValue, ProgramValue],
         summed: Sequence[Leaf],
@@ -376,7 +376,7 @@ class _Splitter:
             nodes=tuple(nodes),
             args=tuple(args),
             index=names.index(_INDEX) if _INDEX in names else None,
-            fills=tuple(fills.items()),
+            constants=tuple(constants.items()),
             outs=tuple(outs.values()),
             sums=tuple(self.joint.gradients[leaf] for leaf in summed),
             accumulate=self.spec.accumulate,

@@ -34,9 +34,9 @@ from fpipe._executors.scan.mesh import AnyMesh as AnyMesh
 from fpipe._executors.scan.mesh import by_stage
 from fpipe._executors.scan.packing import Entry, Packing, Row
 from fpipe._executors.scan.packing import Packed as Packed
-from fpipe._executors.scan.storage import raw as raw
-from fpipe._executors.scan.storage import unwrapped as unwrapped
-from fpipe._executors.scan.storage import wrapped as wrapped
+from fpipe._executors.scan.storage import as_stored as as_stored
+from fpipe._executors.scan.storage import from_stored as from_stored
+from fpipe._executors.scan.storage import stored_shape as stored_shape
 from fpipe.optim._seen_leaves import Path, SeenLeaves, leaf_name, no_update
 
 

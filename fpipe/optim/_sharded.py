@@ -35,10 +35,10 @@ from fpipe.optim._packed import (
     PackedLeaf,
     PackedOutput,
     WholeOutput,
+    as_stored,
     constrain_to_stages,
-    raw,
-    unwrapped,
-    wrapped,
+    from_stored,
+    stored_shape,
 )
 from fpipe.optim._partition import Partition, partition
 from fpipe.optim._seen_leaves import no_update
@@ -263,7 +263,7 @@ class ShardedUpdate:
 
     def _stored(self, v: int) -> jax.ShapeDtypeStruct:
         shape = self.partition.graph.avals[v]
-        return raw(jax.ShapeDtypeStruct(shape.shape, shape.dtype))
+        return stored_shape(jax.ShapeDtypeStruct(shape.shape, shape.dtype))
 
     def _size(self, v: int) -> int:
         return math.prod(self._stored(v).shape)
@@ -282,7 +282,7 @@ class ShardedUpdate:
         for dtype, of_dtype in vectors.items():
             length = max(sum(map(self._size, values)) for values in of_dtype.values())
             parts = [
-                unwrapped(next(made)).reshape(-1) for _ in of_dtype.get(device, ())
+                as_stored(next(made)).reshape(-1) for _ in of_dtype.get(device, ())
             ]
             vector = jnp.concatenate(parts) if parts else jnp.zeros(0, dtype)
             joined.append(jnp.pad(vector, (0, length - vector.shape[0])))
@@ -296,7 +296,7 @@ class ShardedUpdate:
             for v in own:
                 end = start + self._size(v)
                 array = vectors[device, start:end].reshape(self._stored(v).shape)
-                values[v] = wrapped(array, self.partition.graph.avals[v])
+                values[v] = from_stored(array, self.partition.graph.avals[v])
                 start = end
         return values
 
@@ -381,11 +381,11 @@ def _run_on_mesh(
         # `shard_map` gives each device its part of a row, which is one block.
         devices = MeshDevices([row[0] for row in rows], mesh.shape[AXIS])
         known = {
-            v: wrapped(array, aval(given))
+            v: from_stored(array, aval(given))
             for array, (v, given) in zip(arrays, shared.items(), strict=True)
         }
         made, whole = update.run(known, devices)
-        return [block[None] for block in made], [unwrapped(array) for array in whole]
+        return [block[None] for block in made], [as_stored(array) for array in whole]
 
     # Without `check_vma`: with it, JAX adds up what varies inside the branches of the
     # `switch`, where not all devices come by, and the program hangs.
@@ -397,12 +397,12 @@ def _run_on_mesh(
         axis_names={AXIS},
         check_vma=False,
     )
-    made, whole = run(list(rows), [unwrapped(jnp.asarray(a)) for a in shared.values()])
+    made, whole = run(list(rows), [as_stored(jnp.asarray(a)) for a in shared.values()])
     if not update.reads_cells:
         # Otherwise `jit` would drop the rows, and with them the devices of the mesh.
         made, whole = jax.lax.optimization_barrier((made, whole, rows[:1]))[:2]
     graph = update.partition.graph
     return made, [
-        wrapped(array, graph.avals[graph.outputs[out.number]])
+        from_stored(array, graph.avals[graph.outputs[out.number]])
         for array, out in zip(whole, update.whole, strict=True)
     ]

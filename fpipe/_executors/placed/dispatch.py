@@ -83,7 +83,7 @@ class ReadyPlan:
             Parameters fill the first slots.
         transfers: what else is put where.
         shapes: those of all inputs, by slot.
-        kept: the slots that the backward half reads and does not make.
+        residuals: the slots that the backward half reads and does not make.
         initial: what all slots hold before a call: constants, and `None`.
         gradients: those of each argument that the call asks for.
     """
@@ -94,7 +94,7 @@ class ReadyPlan:
     shardings: list[Any]
     transfers: tuple[InputTransfer, ...]
     shapes: Mapping[int, jax.ShapeDtypeStruct]
-    kept: tuple[int, ...]
+    residuals: tuple[int, ...]
     initial: tuple[Any, ...]
     gradients: tuple[GradientTree, ...]
 
@@ -313,7 +313,7 @@ def bind(
         carrying = [shape for shape in plan.y.shape.leaves if is_inexact(shape)]
         shapes.update(dict(zip(plan.cotangents, carrying, strict=True)))
     backward = plan.instructions[plan.backward :]
-    kept = read_from_outside(backward) - set(plan.constants) - set(plan.cotangents)
+    residuals = read_from_outside(backward) - set(plan.constants) - set(plan.cotangents)
 
     # On one device programs run one after the other whoever dispatches them, so threads
     # would only cost.
@@ -329,7 +329,7 @@ def bind(
         shardings=shardings,
         transfers=tuple(transfers),
         shapes=shapes,
-        kept=tuple(sorted(kept)),
+        residuals=tuple(sorted(residuals)),
         initial=tuple(initial),
         gradients=gradients,
     )

@@ -224,7 +224,7 @@ class Placed:
         return FirstHalf(
             bound.plan.y.read(slots),
             self._state(bound.plan, slots),
-            [slots[n] for n in bound.kept],
+            [slots[n] for n in bound.residuals],
             _SecondHalf(bound, arguments),
         )
 
@@ -443,13 +443,15 @@ class _SecondHalf:
     bound: ReadyPlan
     arguments: tuple[Leaf, ...]
 
-    def __call__(self, left: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
+    def __call__(
+        self, residuals: Sequence[Any], cotangents: Sequence[Any]
+    ) -> list[Any]:
         """The gradients of the arguments; `None` for zero."""
         refuse_tracers(cotangents)
         plan = self.bound.plan
         # Slots of its own for each call: JAX may call a pull-back twice.
         slots = list(self.bound.initial)
-        for n, array in zip(self.bound.kept, left, strict=True):
+        for n, array in zip(self.bound.residuals, residuals, strict=True):
             slots[n] = array
         assert plan.y is not None
         # The cotangents of the states follow those of `y`; nothing goes through them.

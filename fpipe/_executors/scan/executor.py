@@ -179,10 +179,10 @@ class Scan:
         )
         step = self._find(CallKind.PULL_BACK, args, None, wanted)
         arrays = self._arrays(args)
-        y, state, left = self._run(step, "forward", *arrays)
+        y, state, buffers = self._run(step, "forward", *arrays)
         # The second half needs all that the first was given, and the buffers that it
         # left. They go as flat arrays, for `custom_vjp` keeps arrays alone.
-        flat, structure = jax.tree.flatten((*arrays, left))
+        flat, structure = jax.tree.flatten((*arrays, buffers))
         rows = len(args.params.packing.rows)
         names = [*range(rows), *(leaf for (leaf,) in leaves[rows:])]
         second = _SecondHalf(self, step, structure, tuple(names))
@@ -417,9 +417,11 @@ class _SecondHalf:
     structure: Any
     names: tuple[int | Leaf, ...]
 
-    def __call__(self, left: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
+    def __call__(
+        self, residuals: Sequence[Any], cotangents: Sequence[Any]
+    ) -> list[Any]:
         """The gradients of the arguments; `None` for zero."""
-        params, state, given, buffers = self.structure.unflatten(left)
+        params, state, given, buffers = self.structure.unflatten(residuals)
         # The cotangents of the states follow those of `y`; nothing goes through them.
         pairs = zip(cotangents, self.step.out[Y].leaves, strict=False)
         # Integers have no cotangents. The program takes a number in their place, and

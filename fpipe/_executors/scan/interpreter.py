@@ -66,7 +66,7 @@ from fpipe._executors.scan.machine import (
     Write,
 )
 from fpipe._executors.scan.mesh import AXIS, DATA
-from fpipe._executors.scan.storage import Storage, raw, unwrapped, wrapped
+from fpipe._executors.scan.storage import Storage, as_stored, from_stored, stored_shape
 from fpipe._model.loss import sum_dtype
 from fpipe._model.stages import Leaf
 from fpipe._program.row_sums import RowSum, find_row_sum, sum_rows_apart, values_read
@@ -228,7 +228,7 @@ class Interpreter:
             # PRNG keys cross the border of the mesh as numbers. A device's block has an
             # axis of one device, which goes here and comes back at the end.
             arrays = {
-                leaf: wrapped(a, inputs[leaf])
+                leaf: from_stored(a, inputs[leaf])
                 for leaf, a in zip(inputs, numbers, strict=True)
             }
             before = [[a[0] for a in arrays] for arrays in left]
@@ -268,11 +268,11 @@ class Interpreter:
             jnp.asarray(self.segment.table),
             list(params),
             state,
-            [unwrapped(a) for a in inputs.values()],
+            [as_stored(a) for a in inputs.values()],
             list(left or ()),
         )
         named = {
-            buffer.leaf: wrapped(a, self.machine.outputs[buffer.leaf])
+            buffer.leaf: from_stored(a, self.machine.outputs[buffer.leaf])
             for buffer, a in zip(self.outputs, outputs, strict=True)
         }
         arrays = [*whole_arrays, *row_arrays]
@@ -355,7 +355,7 @@ class Interpreter:
         if self.clock is not None:
             carry[ClockToken()] = jnp.int32(0)
         for buffer in self.outputs:
-            piece = raw(machine.outputs[buffer.leaf])
+            piece = stored_shape(machine.outputs[buffer.leaf])
             carry[buffer] = jnp.zeros((machine.microbatches, *piece.shape), piece.dtype)
         for gradient in self.gradients:
             of = self._shape_of(gradient)
@@ -505,7 +505,7 @@ class Interpreter:
         where = (*when, jax.lax.axis_index(AXIS))
         pools = dict.fromkeys(s.pool for s in op.sources if isinstance(s, Held))
         reads = [a for pool in pools for a in carry[pool]]
-        reads += [unwrapped(a) for a in given.fed.values()]
+        reads += [as_stored(a) for a in given.fed.values()]
         token = clock.stamp(runs, where, 0, carry[ClockToken()], reads)
         self._operate(entry, carry, row, given, runs & (token >= 0))
         # One array that it writes is enough: a conditional ends as a whole.
@@ -560,7 +560,7 @@ class Interpreter:
                     add = jax.vmap(_added) if gradient in self.parts else _added
                     carry[buffer] = add(carry[buffer], values[n])
                 case Write(_, n, add=adds):
-                    value = unwrapped(values[n])
+                    value = as_stored(values[n])
                     # Side inputs have several readers, whose gradients add up.
                     if adds:
                         value += jax.lax.dynamic_index_in_dim(

@@ -27,7 +27,7 @@ from fpipe._executors.scan.machine import HandedPool, SavedPool
 from fpipe._executors.scan.mesh import AXIS, DATA
 from fpipe._executors.scan.packing import Row
 from fpipe._executors.scan.step import Step
-from fpipe._executors.scan.storage import Storage, is_key, raw
+from fpipe._executors.scan.storage import Storage, is_key, stored_shape
 from fpipe._model.loss import sum_dtype
 from fpipe._model.needs import ROW_INPUTS
 from fpipe._model.stages import Leaf, Port
@@ -80,7 +80,7 @@ def held(step: Step) -> Mapping[Role, int]:
     state = machine.state
     roles["inputs"] = 0
     roles["outputs"] = machine.microbatches * sum(
-        shard(raw(a)) for a in machine.outputs.values()
+        shard(stored_shape(a)) for a in machine.outputs.values()
     )
     if state is not None and step.state_shape is not None:
         roles["inputs"] += sum(nbytes(state.shape(entry)) for entry in state.entries)

@@ -61,7 +61,7 @@ class Storage:
         """The arrays of a slot, and where in them each array of each kind is."""
         # The usual case, in which nothing is reshaped: start and stop are not used.
         if len(self.kinds) == 1:
-            shapes = [raw(a) for a in self.kinds[0]]
+            shapes = [stored_shape(a) for a in self.kinds[0]]
             places = [Location(n, 0, 0) for n in range(len(shapes))]
             return Layout(shapes, {self.kinds[0]: places})
         # An array of the slot is known by its dtype and whether it has the rows.
@@ -71,7 +71,7 @@ class Storage:
             # Each kind of bundle fills the slot from its beginning.
             ends: dict[tuple[str, bool], int] = {}
             spans[kind] = []
-            for a in map(raw, kind):
+            for a in map(stored_shape, kind):
                 # By its length: an array that only happens to be as long lies there
                 # too, which is as good.
                 has_rows = bool(a.shape) and a.shape[0] == self.rows
@@ -100,7 +100,7 @@ class Storage:
         """A bundle as the arrays of a slot, for an outbox; what it does not fill stays
         as in `old`.
         """
-        given = [unwrapped(a) for a in arrays]
+        given = [as_stored(a) for a in arrays]
         if len(self.kinds) == 1:
             return given
         shapes, locations = self.layout
@@ -120,7 +120,7 @@ class Storage:
         """A bundle into a slot of a pool."""
         # Straight into the pool, array by array: to pack a slot first would read and
         # write it once more.
-        given = [unwrapped(a) for a in arrays]
+        given = [as_stored(a) for a in arrays]
         shapes, locations = self.layout
         out = list(pool)
         for a, (group, start, _) in zip(given, locations[avals], strict=True):
@@ -143,13 +143,13 @@ class Storage:
         group, start, stop = locations[avals][k]
         if len(self.kinds) == 1:
             part = jax.lax.dynamic_index_in_dim(pool[group], slot, keepdims=False)
-            return wrapped(part, aval)
+            return from_stored(part, aval)
         outer = shapes[group].shape[:-1]
         place = [slot, *[0] * len(outer), start]
         part = jax.lax.dynamic_slice(
             pool[group], [jnp.int32(n) for n in place], (1, *outer, stop - start)
         )
-        return wrapped(part.reshape(raw(aval).shape), aval)
+        return from_stored(part.reshape(stored_shape(aval).shape), aval)
 
 
 def is_key(dtype: Any) -> bool:
@@ -157,20 +157,20 @@ def is_key(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
 
 
-def raw(aval: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def stored_shape(aval: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """The shape of an array as it is stored: PRNG keys as numbers."""
     if not is_key(aval.dtype):
         return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
     return jax.eval_shape(jax.random.key_data, aval)
 
 
-def unwrapped(array: Any) -> Any:
+def as_stored(array: Any) -> Any:
     """An array as it is stored."""
     return jax.random.key_data(array) if is_key(array.dtype) else array
 
 
-def wrapped(array: Any, aval: Any) -> Any:
-    """The inverse of `unwrapped`: keys again, if the dtype of `aval` says so."""
+def from_stored(array: Any, aval: Any) -> Any:
+    """The inverse of `as_stored`: keys again, if the dtype of `aval` says so."""
     if not is_key(aval.dtype):
         return array
     implementation = jax.random.key_impl(jnp.zeros((), aval.dtype))
