@@ -132,7 +132,8 @@ class PlanOptions:
         """
         if not is_one_of(by, get_args(WorkBy)):
             raise ValueError(
-                f"`{call}(by={shown(by)})`: one of {', '.join(map(repr, get_args(WorkBy)))}"
+                f"`{call}(by={shown(by)})`: one of "
+                f"{', '.join(map(repr, get_args(WorkBy)))}"
             )
         # The simulation adds the times of transfers to those of work, so that both must
         # be in seconds.

@@ -120,10 +120,9 @@ def layer_costs(
         >>> costs.forward, costs.params
         ((144.0, 144.0), (36, 36))
     """
-    if not is_one_of(by, get_args(BalanceBy)):
+    if not is_one_of(by, UNITS):
         raise ValueError(
-            f"`layer_costs(by={shown(by)})`: one of "
-            f"{', '.join(map(repr, get_args(BalanceBy)))}"
+            f"`layer_costs(by={shown(by)})`: one of {', '.join(map(repr, UNITS))}"
         )
     if type(repeats) is not int or repeats < 1:
         raise ValueError(f"`layer_costs(repeats={shown(repeats)})`: an int, at least 1")
