@@ -68,7 +68,7 @@ from fpipe._model.batch_norm import deferred
 from fpipe._model.frozen import Frozen, FrozenLeaves, check_frozen
 from fpipe._model.layer import Layer
 from fpipe._model.loss import Loss, Reduction, as_loss
-from fpipe._model.microbatch import first_microbatch
+from fpipe._model.microbatch import first_microbatch, whole_batch
 from fpipe._model.model import Model
 from fpipe._model.needs import call_needs, check_key
 from fpipe._model.remat import Policy, Remat
@@ -422,8 +422,11 @@ class Pipe(Call):
             params = self._executor.param_shapes(params)
         if params is not None:
             check_params(self.model, params, "`init_state(params=...)`")
-        first = first_microbatch(x, call_needs(side=side), self.chunks)
-        return self.model.init_state(*first, params, key, self._executor.make_state)
+        needs = call_needs(side=side)
+        first = first_microbatch(x, needs, self.chunks)
+        batch = whole_batch(x, needs, self.chunks)
+        put = self._executor.make_state
+        return self.model.init_state(*first, params, key, put, batch)
 
     def place(self, params: Sequence[PyTree], donate: bool = False) -> Any:
         """Put the parameters of each layer on its device; Python numbers become arrays.

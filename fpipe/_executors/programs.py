@@ -36,6 +36,7 @@ from fpipe._executors.placement import Placement
 from fpipe._executors.request import CallKind, Inputs, Request
 from fpipe._executors.routes import Routes
 from fpipe._model.microbatch import Join
+from fpipe._model.needs import Share
 from fpipe._model.remat import Remat
 from fpipe._model.stages import INDEX, KEY, TARGETS, Leaf, Port, Stage, X, Y
 from fpipe._program.code import Code, Cotangent, Input, Program, ProgramValue, Window
@@ -239,7 +240,10 @@ class Programs:
                 for leaf in self.flat(s, 0).outputs
                 if whole
                 and (
-                    leaf.port.kind == "state"
+                    (
+                        leaf.port.kind == "state"
+                        and not (several and self._has_rows(leaf))
+                    )
                     or (leaf.port == Y and stage.last and not several)
                 )
             ),
@@ -313,7 +317,8 @@ class Programs:
             else:
                 entering[port] = self.flat(source.stage, i).out[source.port]
         if inputs.state is not None:
-            entering |= {Port("state", k): inputs.state[k] for k in stage.stateful}
+            for k in stage.stateful:
+                entering[Port("state", k)] = inputs.piece(Port("state", k), i)
         if KEY in entering and entering[KEY].leaves:
             entering[INDEX] = Shape.of(index(0))
             entering |= {Port("number", k): Shape.of(index(k)) for k in stage.keyed}
@@ -354,8 +359,12 @@ class Programs:
         cut = self.inputs.cut
         # All pieces but the last have as many rows as the first.
         for leaf in flat.inputs:
+            axis = None
             if self.routes.is_given(s, leaf.port) and leaf not in flat.constant:
                 axis = cut.splits[leaf.port.kind].axes[leaf.k]
+            elif self._has_rows(leaf):
+                axis = 0
+            if axis is not None:
                 windows[Input(leaf)] = Window(cut.rows[0], cut.rows[i], axis)
         if flat.stage.last and self.request.kind is CallKind.PULL_BACK:
             # Cut as `y` was put together; its rows need not be those of the inputs.
@@ -371,6 +380,10 @@ class Programs:
                     window = Window(first_piece.shape[axis], rows, axis)
                 windows[Cotangent(Leaf(Y, k))] = window
         return windows
+
+    def _has_rows(self, leaf: Leaf) -> bool:
+        """Whether a leaf is of a state of which each microbatch has its own rows."""
+        return leaf.port.kind == "state" and self.inputs.share(leaf) is Share.ROWS
 
     # --- keeping ---
 

@@ -27,9 +27,17 @@ from fpipe._core.statics import check_leaves
 from fpipe._executors.call import Args
 from fpipe._executors.scheduling import Scheduling
 from fpipe._model.loss import Loss
-from fpipe._model.microbatch import Cut, cut_inputs
-from fpipe._model.needs import BY_NAME, INPUTS
+from fpipe._model.microbatch import (
+    BatchShapes,
+    Cut,
+    cut_inputs,
+    first_microbatch,
+    whole_batch,
+)
+from fpipe._model.model import Model
+from fpipe._model.needs import BY_NAME, INPUTS, Share
 from fpipe._model.stages import TARGETS, Leaf, Port, Stage, X
+from fpipe._model.state import check_state_rows, state_piece, state_shares
 from fpipe.schedules import Schedule
 
 
@@ -92,12 +100,14 @@ class Inputs:
         params: of each layer.
         call: of what the call gives, by the names of the table of needs.
         state: of each layer; `None` if the call has none.
+        shares: what a microbatch gets of each array of the states.
         cut: how the arrays are cut into microbatches.
     """
 
     params: tuple[Shape, ...]
     call: Mapping[str, Shape]
     state: tuple[Shape, ...] | None
+    shares: tuple[tuple[Share, ...], ...]
     cut: Cut
 
     def of(self, port: Port) -> Shape:
@@ -109,8 +119,21 @@ class Inputs:
             return self.state[port.of]
         return self.call[port.kind]
 
+    def share(self, leaf: Leaf) -> Share:
+        """What a microbatch gets of an array of a state."""
+        return self.shares[leaf.port.of][leaf.k]
+
     def piece(self, port: Port, i: int) -> Shape:
-        """The shape of what microbatch `i` gets of an input of the call."""
+        """The shape of what microbatch `i` gets of an input of the call, or of a
+        state.
+        """
+        if port.kind == "state":
+            shape = self.of(port)
+            pieces = [
+                state_piece(a, self.cut.rows, i) if share is Share.ROWS else a
+                for a, share in zip(shape.leaves, self.shares[port.of], strict=True)
+            ]
+            return Shape(shape.spec, tuple(pieces))
         return self.cut.piece_shape(port.kind, i, self.call[port.kind].leaves)
 
     def whole(self, port: Port) -> frozenset[Leaf]:
@@ -137,15 +160,50 @@ def check_static(args: Args, params: Sequence[PyTree]) -> None:
     check_leaves(args.state, "state")
 
 
-def inputs_of(args: Args, params: Sequence[Shape], chunks: int) -> Inputs:
-    """The shapes of a call's inputs, and how they are cut."""
+def inputs_of(model: Model, args: Args, params: Sequence[Shape], chunks: int) -> Inputs:
+    """The shapes of a call's inputs, and how they are cut.
+
+    Raises:
+        ValueError: they cannot be cut, or a state does not fit them.
+    """
     inputs = args.inputs
+    cut = cut_inputs(inputs, chunks)
+    state = None
+    shares: list[tuple[Share, ...]] = []
+    if args.state is not None:
+        check_state(model, args, [shape.tree for shape in params], chunks)
+        state = tuple(map(Shape.of, args.state))
+        for layer, own in zip(model.layers, args.state, strict=True):
+            shares.append(state_shares(layer, own))
     return Inputs(
         params=tuple(params),
         call={name: Shape.of(inputs[name]) for name in INPUTS},
-        state=None if args.state is None else tuple(map(Shape.of, args.state)),
-        cut=cut_inputs(inputs, chunks),
+        state=state,
+        shares=tuple(shares),
+        cut=cut,
     )
+
+
+def check_state(
+    model: Model, args: Args, params: Sequence[PyTree], chunks: int
+) -> None:
+    """A call's states fit its rows.
+
+    Arguments:
+        params: one entry per layer; shapes will do.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if args.state is None:
+        return
+    check_state_rows(model.layers, args.state, cut_inputs(args.inputs, chunks).rows)
+    batch = whole_batch(args.x, args.needs, chunks)
+    if batch is not None:
+        first = first_microbatch(args.x, args.needs, chunks)
+        model.check_state(
+            args.state, BatchShapes(*first, batch.rows[:1]), batch, params
+        )
 
 
 def schedule_of(
@@ -159,10 +217,11 @@ def schedule_of(
     Raises:
         ValueError: it permutes the forwards of layers with state.
     """
-    # Backwards may come in any order: no gradient goes through a state.
+    # Backwards may come in any order: no gradient goes through a state. So may forwards
+    # where each microbatch has a state of its own rows.
     schedule = scheduling.make(stage_to_device, microbatches)
     for stage in stages:
-        order = schedule.order("F", stage.index) if stage.stateful else ()
+        order = schedule.order("F", stage.index) if stage.ordered else ()
         if list(order) != sorted(order):
             raise ValueError(
                 f"the schedule {schedule.name!r} runs the forwards of stage "

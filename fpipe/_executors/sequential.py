@@ -40,7 +40,7 @@ from fpipe._executors.call import (
     check_chunks,
     check_params,
 )
-from fpipe._executors.request import check_static, numbered_leaves
+from fpipe._executors.request import check_state, check_static, numbered_leaves
 from fpipe._model.batch_norm import deferred
 from fpipe._model.loss import Loss, divided, sum_dtype, wide
 from fpipe._model.microbatch import (
@@ -50,9 +50,11 @@ from fpipe._model.microbatch import (
     cut_inputs,
     first_microbatch,
     join,
+    whole_batch,
 )
 from fpipe._model.model import Model
 from fpipe._model.needs import call_needs, check_key
+from fpipe._model.state import state_piece
 
 
 def sequential(
@@ -132,8 +134,11 @@ class Sequential(Call):
             check_key(key)
         if params is not None:
             check_params(self.model, params, "`init_state(params=...)`")
-        first = first_microbatch(x, call_needs(side=side), self.chunks)
-        return self.model.init_state(*first, params, key, self._executor.make_state)
+        needs = call_needs(side=side)
+        first = first_microbatch(x, needs, self.chunks)
+        batch = whole_batch(x, needs, self.chunks)
+        put = self._executor.make_state
+        return self.model.init_state(*first, params, key, put, batch)
 
     def place(
         self, params: Sequence[PyTree], donate: bool = False
@@ -207,11 +212,12 @@ class PlainExecutor:
         check_static(args, args.params)
         self.model.check_given(args.needs)
         cut = cut_inputs(args.inputs, self.chunks)
-        state, parts = self._first_state(args), []
+        states, parts = self._states(args, cut), []
         for i in range(cut.m):
-            y, state = self._microbatch(args, cut, i, state)
+            y, left = self._microbatch(args, cut, i, states.given(i))
+            states.take(left)
             parts.append(y)
-        return _joined(parts), self._last_state(state)
+        return _joined(parts), states.finished()
 
     def loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
         """The loss, and the gradients of the numbered arguments."""
@@ -260,18 +266,19 @@ class PlainExecutor:
         # Gradients of whole arguments: each microbatch adds to its own rows, and to all
         # of what goes whole. One `grad` of the sum of all losses would be shorter, but
         # it adds bfloat16 gradients in bfloat16, and keeps the residuals of all.
-        state, auxes, values, weights = self._first_state(args), [], [], []
+        states, auxes, values, weights = self._states(args, cut), [], [], []
         dtype: Any = None
         sums: list[Any] = [jnp.zeros(a.shape, sum_dtype(a.dtype)) for a in chosen]
         differentiated = jax.value_and_grad(microbatch, has_aux=True)
         for i in range(cut.m):
             if chosen:
-                (_, (value, weight, aux, state)), parts = differentiated(
-                    chosen, i, state
+                (_, (value, weight, aux, left)), parts = differentiated(
+                    chosen, i, states.given(i)
                 )
                 sums = [a + b.astype(a.dtype) for a, b in zip(sums, parts, strict=True)]
             else:
-                _, (value, weight, aux, state) = microbatch(chosen, i, state)
+                _, (value, weight, aux, left) = microbatch(chosen, i, states.given(i))
+            states.take(left)
             # The loss again times its share, now in the dtype of sums.
             dtype = value.dtype
             values.append(wide(value) * scales[i])
@@ -289,7 +296,7 @@ class PlainExecutor:
         return Result(
             total.astype(dtype),
             _stacked(auxes, f"`{loss.call}(has_aux=True)`: aux"),
-            self._last_state(state),
+            states.finished(),
             gradients,
         )
 
@@ -309,15 +316,48 @@ class PlainExecutor:
         )
         return y, state
 
-    def _first_state(self, args: Args) -> dict[int, PyTree]:
-        return (
-            {k: args.state[k] for k in self.model.stateful}
-            if args.state is not None
-            else {}
-        )
+    def _states(self, args: Args, cut: Cut) -> "_States":
+        check_state(self.model, args, args.params, self.chunks)
+        given = {} if args.state is None else dict(enumerate(args.state))
+        return _States(self.model, {k: given[k] for k in self.model.stateful}, cut)
 
-    def _last_state(self, state: dict[int, PyTree]) -> tuple[PyTree, ...]:
-        ended = self.model.finish(state)
+
+class _States:
+    """The states of the layers, as the microbatches go by.
+
+    Attributes:
+        whole: what the call gave, and what the last microbatch left in its place.
+        pieces: of each layer with state of rows what each microbatch left.
+    """
+
+    def __init__(self, model: Model, whole: dict[int, PyTree], cut: Cut) -> None:
+        self.model = model
+        self.rows = cut.rows
+        self.whole = whole
+        self.pieces: dict[int, list[PyTree]] = {
+            k: [] for k in whole if model.layers[k].state_rows
+        }
+
+    def given(self, i: int) -> dict[int, PyTree]:
+        """What microbatch `i` gets."""
+        return {
+            k: state_piece(state, self.rows, i) if k in self.pieces else state
+            for k, state in self.whole.items()
+        }
+
+    def take(self, left: dict[int, PyTree]) -> None:
+        """Keep what a microbatch has left."""
+        for k, state in left.items():
+            if k in self.pieces:
+                self.pieces[k].append(state)
+            else:
+                self.whole[k] = state
+
+    def finished(self) -> tuple[PyTree, ...]:
+        """The states as they leave the call, one entry per layer."""
+        for k, pieces in self.pieces.items():
+            self.whole[k] = jax.tree.map(lambda *parts: join(parts, 0), *pieces)
+        ended = self.model.finish(self.whole)
         return tuple(ended.get(k) for k in range(len(self.model.layers)))
 
 

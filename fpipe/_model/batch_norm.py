@@ -190,6 +190,7 @@ def DeferredBatchNorm(  # noqa: N802 - it stands where a class of layers would
         name,
         init_state=_InitState(norm),
         finish=_Finish(momentum, unbiased),
+        state_rows=False,
     )
 
 
@@ -348,6 +349,9 @@ def deferred(layers: Sequence[Layer], call: str) -> tuple[Layer, ...]:
                 needs=made.needs,
                 init_state=made.init_state,
                 finish=made.finish,
+                state_rows=(
+                    made.state_rows if layer.state_rows is None else layer.state_rows
+                ),
                 defer=None,
             )
         result.append(layer)

@@ -73,13 +73,20 @@ class Layer:
         defer: `defer() -> Layer`, the same layer with its batch norms deferred: for
             `Pipe(deferred_batch_norm=True)`, which takes that layer's `apply`, `needs`,
             `init_state` and `finish` in place of this one's.
+        state_rows: `True`: the state has one entry for each row of the batch, on the
+            first axis of each of its arrays, as a key-value cache has. It is cut like
+            `x`, and a microbatch gets and returns that of its own rows. `False`: one
+            state for all microbatches is meant, whatever its shapes. `None`, the
+            default: it is one state, and refused if `init_state` makes as many entries
+            as there are rows and there is more than one microbatch.
         namespaces: the namespace of each isolated skip; `isolate` sets it.
 
     Raises:
         TypeError: a need as positional parameter, an unknown required keyword, a string
-            where a list of names belongs, skips without the need `carry`; another
-            `Layer`, a Flax module, or an object that is a pytree with arrays of floats,
-            as `apply`.
+            where a list of names belongs, skips without the need `carry`, something of
+            a state without the need `state`; another `Layer`, a Flax module, or an
+            object that is a pytree with arrays of floats, as `apply`; a `state_rows`
+            that is no bool.
         ValueError: a name that is there twice.
 
     Example:
@@ -101,6 +108,7 @@ class Layer:
     init_state: Callable[..., PyTree] | None = None
     finish: Callable[[PyTree], PyTree] | None = None
     defer: Callable[[], "Layer"] | None = None
+    state_rows: bool | None = None
     namespaces: tuple[tuple[str, Namespace], ...] = ()
 
     def __post_init__(self) -> None:
@@ -153,10 +161,16 @@ class Layer:
                 "no keyword-only parameter "
                 f"`borrowed`: write {form}borrowed)`"
             )
-        if (self.init_state or self.finish) and not self.asks("state"):
+        if self.state_rows not in (None, True, False):
             raise TypeError(
-                f"layer {self.name!r} has init_state or finish but its function has no "
-                "keyword-only parameter "
+                f"`fpipe.Layer(state_rows={self.state_rows!r})` of layer "
+                f"{self.name!r}: True, False or None"
+            )
+        of_state = self.init_state or self.finish or self.state_rows is not None
+        if of_state and not self.asks("state"):
+            raise TypeError(
+                f"layer {self.name!r} has init_state, finish or state_rows but its "
+                "function has no keyword-only parameter "
                 f"`state`: write {form}state)` and return `(y, state)`"
             )
 

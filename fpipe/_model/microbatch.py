@@ -350,6 +350,22 @@ def check_equal_pieces(cut: Cut, chunks: int) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class BatchShapes:
+    """The shapes of what layers are given of a call, for one microbatch or for all
+    together.
+
+    Attributes:
+        x: with no wrapper in it.
+        needs: those that are given.
+        rows: of each microbatch; empty if everything goes whole to one microbatch.
+    """
+
+    x: PyTree
+    needs: Mapping[str, PyTree]
+    rows: tuple[int, ...]
+
+
 def first_microbatch(
     x: PyTree, needs: Mapping[str, PyTree], chunks: int
 ) -> tuple[PyTree, dict[str, PyTree]]:
@@ -367,6 +383,22 @@ def first_microbatch(
         for name, tree in inputs.items()
     }
     return shapes.pop("x"), shapes
+
+
+def whole_batch(
+    x: PyTree, needs: Mapping[str, PyTree], chunks: int
+) -> BatchShapes | None:
+    """The shapes of all rows together; `None` if there is one microbatch alone."""
+    inputs = {"x": x, **needs}
+    cut = cut_inputs(inputs, chunks)
+    if cut.m == 1:
+        return None
+    # Without the wrappers that say how it is cut, as layers see it.
+    shapes = {
+        name: cut.splits[name].piece.unpack([aval(a) for a in pack(tree)[0]])
+        for name, tree in inputs.items()
+    }
+    return BatchShapes(shapes.pop("x"), shapes, cut.rows)
 
 
 def pieces(rows: int, chunks: int) -> tuple[int, ...]:

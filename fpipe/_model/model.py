@@ -44,7 +44,7 @@ from fpipe._model.layer import (
     keyword_needs,
     without_missing,
 )
-from fpipe._model.microbatch import check_output_axes, has_chunks
+from fpipe._model.microbatch import BatchShapes, check_output_axes, has_chunks
 from fpipe._model.needs import BY_NAME, stand_ins
 from fpipe._model.skip_routes import (
     Skip,
@@ -53,6 +53,7 @@ from fpipe._model.skip_routes import (
     number_namespaces,
     skip_of,
 )
+from fpipe._model.state import may_have_rows, refuse_followed_rows
 
 # Parameters or state of a layer, from the shapes of its input and of its needs.
 Make: TypeAlias = Callable[[int, PyTree, Mapping[str, Any]], PyTree]
@@ -333,13 +334,19 @@ class Model:
         params: Sequence[PyTree] | None,
         key: Any,
         put: Put,
+        batch: BatchShapes | None = None,
     ) -> tuple[PyTree, ...]:
         """State of every layer (`None` for a layer without), from the shapes of one
-        microbatch.
+        microbatch; state of rows from those of the whole batch.
 
         Arguments:
             key: layer `l` gets `fold_in(key, l)`, as in `init`; `None` is
                 `jax.random.key(0)`.
+            batch: all microbatches together, if there are several.
+
+        Raises:
+            ValueError: a layer with state without `init_state`; state that follows the
+                rows where nobody has said what is meant.
         """
         # Most states begin with zeros and ones and need no key.
         key = jax.random.key(0) if key is None else key
@@ -362,7 +369,102 @@ class Model:
 
             return put(k, make, key)
 
-        return self._walk(x, needs, params_of, make_state)[1]
+        def make_if(of_rows: bool) -> Make:
+            """States of rows, or all others; of the rest shapes are enough."""
+            return lambda k, x, needs: (
+                make_state(k, x, needs)
+                if of_rows == bool(self.layers[k].state_rows)
+                else self._state_shapes(k, x, needs)
+            )
+
+        if batch is None:
+            return self._walk(x, needs, params_of, make_state)[1]
+        states = list(self._walk(x, needs, params_of, make_if(of_rows=False))[1])
+        # State of rows is made for all rows at once, as without microbatches: what is
+        # drawn for each row does not depend on `chunks`.
+        of_rows = [k for k in self.stateful if self.layers[k].state_rows]
+        if of_rows:
+            whole = make_if(of_rows=True)
+            made = self._walk(batch.x, batch.needs, params_of, whole)[1]
+            for k in of_rows:
+                states[k] = made[k]
+        suspects = self._may_follow_rows(states, batch.rows[:1])
+        if suspects:
+            self._refuse_undeclared_rows(suspects, states, batch, params_of)
+        return tuple(states)
+
+    def check_state(
+        self,
+        state: Sequence[PyTree],
+        first: BatchShapes,
+        batch: BatchShapes,
+        params: Sequence[PyTree],
+    ) -> None:
+        """Refuse a call's state that follows the rows where nobody has said what is
+        meant.
+
+        Arguments:
+            state: one entry per layer.
+            first, batch: one of several microbatches, and all of them together.
+            params: shapes will do.
+        """
+        suspects = self._may_follow_rows(state, (batch.rows[0], sum(batch.rows)))
+        if not suspects:
+            return
+
+        def params_of(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
+            del x, needs
+            return params[k]
+
+        few = self._shapes_of_states(first, params_of)
+        if few is not None:
+            self._refuse_undeclared_rows(suspects, few, batch, params_of)
+
+    def _may_follow_rows(
+        self, state: Sequence[PyTree], rows: Sequence[int]
+    ) -> list[int]:
+        """The layers whose state may follow the rows, and that do not say how it is
+        meant: a first look at shapes, which costs nothing.
+        """
+        return [
+            k
+            for k in self.stateful
+            if self.layers[k].state_rows is None
+            and self.layers[k].init_state is not None
+            and may_have_rows(state[k], rows)
+        ]
+
+    def _refuse_undeclared_rows(
+        self,
+        suspects: Sequence[int],
+        few: Sequence[PyTree],
+        batch: BatchShapes,
+        params_of: Make,
+    ) -> None:
+        """Refuse states that follow the rows.
+
+        Arguments:
+            suspects: the layers to look at.
+            few: the states for one microbatch.
+        """
+        # Only another number of rows shows whether 64 entries are rows or channels.
+        many = self._shapes_of_states(batch, params_of)
+        if many is not None:
+            for k in suspects:
+                refuse_followed_rows(k, self.layers[k], few[k], many[k], batch.rows)
+
+    def _shapes_of_states(
+        self, inputs: BatchShapes, params_of: Make
+    ) -> tuple[PyTree, ...] | None:
+        """The shapes of all states for some rows; `None` if they cannot be told."""
+        # This is only to see how a state is meant. A layer that cannot take so many
+        # rows (it has a shape written down), or one without `init_state` beside it, is
+        # no mistake.
+        try:
+            states_of = self._state_shapes
+            return self._walk(inputs.x, inputs.needs, params_of, states_of)[1]
+        except Exception:
+            return None
 
     def _state_shapes(self, k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
         return eval_shape(

@@ -12,7 +12,8 @@ name in the signatures of the calls:
     targets   the call     its rows            yes        (only the loss reads them)
     carry     layers       its own             yes        an empty dict
     state     each layer   what the one        no         (an error)
-                           before it left
+                           before it left,
+                           or its rows
     borrowed  each layer   all of it           yes        an empty dict
     side      the call     its rows            yes        its own default, or an error
     key       the call     a key of its own    no         its own default, or None
@@ -153,6 +154,7 @@ TABLE = (
     Need("params", Giver.LAYER, Share.WHOLE, True, cast=True, keyword=False),
     Need("x", Giver.CALL, Share.ROWS, True, cast=True, keyword=False),
     Need("carry", Giver.SKIP, Share.OWN, True, cast=True),
+    # (What a layer declares of its state may change its share: see `state.py`.)
     Need("state", Giver.LAYER, Share.OWN, differentiable=False),
     Need(
         "key",

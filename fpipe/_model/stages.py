@@ -121,6 +121,13 @@ class Stage:
         """The numbers of its layers with state."""
         return tuple(k for k in self.model.stateful if k in self.span)
 
+    @property
+    def ordered(self) -> bool:
+        """Whether its microbatches have an order: one takes the state that the one
+        before it left.
+        """
+        return any(not self.model.layers[k].state_rows for k in self.stateful)
+
     @functools.cached_property
     def call_inputs(self) -> tuple[Port, ...]:
         """The ports of what it reads of what a call gives, targets aside."""

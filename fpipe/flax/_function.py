@@ -34,6 +34,7 @@ class ModuleOptions:
     method: str | Callable[..., Any] | None = None
     borrow: tuple[Borrow, ...] = ()
     chained: bool = False
+    state_rows: bool | None = None
 
     @property
     def call(self) -> str:
@@ -114,8 +115,19 @@ class ModuleFunction(abc.ABC):
         init_state: Callable[..., PyTree] | None,
         finish: Callable[[PyTree], PyTree] | None = None,
         defer: Callable[[], Layer] | None = None,
+        state_rows: bool | None = None,
     ) -> Layer:
-        """The layer of this function; it declares what the module uses."""
+        """The layer of this function; it declares what the module uses.
+
+        Raises:
+            TypeError: `state_rows` of a module without state.
+        """
+        if state_rows is not None and not self.stateful:
+            raise TypeError(
+                f"`fpipe.flax.layer(state_rows={state_rows!r})`: layer {self.name!r} "
+                "has no state that could have rows; a linen module shows its "
+                "collections on a sample input, `fpipe.flax.layer(module, x, ...)`"
+            )
         # Not by the signature of `__call__`, which is the same for all modules, but
         # what this module uses: a state forbids schedules that permute forwards, and a
         # key would make programs depend on the numbers of microbatches and layers.
@@ -134,4 +146,5 @@ class ModuleFunction(abc.ABC):
             init_state=init_state if self.stateful else None,
             finish=finish,
             defer=defer,
+            state_rows=state_rows,
         )

@@ -38,6 +38,7 @@ def layer(
     train: str | bool | None = None,
     method: str | Callable[..., Any] | None = None,
     borrow: Mapping[str, str] | None = None,
+    state_rows: bool | None = None,
 ) -> Layer:
     """A Flax module as a layer.
 
@@ -73,6 +74,8 @@ def layer(
         borrow: parts of the parameters that other layers own: `{"embed": "tokens"}`
             puts the parameters of the layer `"tokens"` in the place of the module's own
             `embed`; `"tokens/table"` is a part of them. See `tied`.
+        state_rows: whether the state has an entry for each row of the batch, on the
+            first axis of each of its arrays; see `fpipe.Layer`.
 
     Returns:
         A `fpipe.Layer` that declares what it needs of `key`, `state`, `train` and
@@ -102,6 +105,7 @@ def layer(
         train,
         method,
         parse_borrow(borrow, "`fpipe.flax.layer(borrow=...)`"),
+        state_rows=state_rows,
     )
     return _module_layer(module, options)
 

@@ -322,10 +322,16 @@ def linen_layer(module: nn.Module, options: ModuleOptions) -> Layer:
         for _, inner in modules_inside(module)
     ):
         function = dataclasses.replace(function, collections=(STATS,))
+    # Statistics are of features. That they do not follow the rows need not be found out
+    # from shapes, for which the layers would be traced once more.
+    state_rows = options.state_rows
+    if state_rows is None and function.collections == (STATS,):
+        state_rows = False
     return function.as_layer(
         LinenInit(function),
         LinenInitState(function),
         defer=DeferLinen(function) if STATS in function.collections else None,
+        state_rows=state_rows,
     )
 
 

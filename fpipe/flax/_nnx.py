@@ -382,4 +382,9 @@ def nnx_layer(module: Any, options: ModuleOptions) -> Layer:
         # The sample is of no use here, and arrays would not compare as values.
         options = dataclasses.replace(options, x=None)
         defer = DeferNNX(function, source, options)
-    return function.as_layer(init, init_state, finish, defer)
+    # The module has its state before it sees a batch: nothing of it follows the rows
+    # unless the user says so.
+    state_rows = options.state_rows
+    if state_rows is None and function.stateful:
+        state_rows = False
+    return function.as_layer(init, init_state, finish, defer, state_rows)

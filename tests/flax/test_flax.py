@@ -51,6 +51,18 @@ class Block(nn.Module):
         return x + y
 
 
+class Remembering(nn.Module):
+    """A module whose variable has an entry for each row: its last input."""
+
+    @nn.compact
+    def __call__(self, x):
+        last = self.variable("cache", "last", lambda: jnp.zeros_like(x))
+        y = nn.Dense(3)(x) + last.value
+        if not self.is_initializing():
+            last.value = x
+        return y
+
+
 class Mixed(nn.Module):
     """Two inputs, two outputs."""
 
@@ -1492,3 +1504,35 @@ def test_the_core_does_not_know_flax():
         "assert 'flax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- state of rows ---
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_collection_may_have_an_entry_for_each_row(executor):
+    module = Remembering()
+    layers = [fpipe.flax.layer(module, X, state_rows=True, name=name) for name in "ab"]
+    pipe = fpipe.Pipe(layers, [1, 1], chunks=4, executor=executor)
+    params, state = pipe.init(KEY, X), pipe.init_state(X)
+    first, second = jax.device_get(pipe.gather(params))
+    assert state[0]["cache"]["last"].shape == X.shape
+    y, state = pipe(params, X, state=state)
+    y, state = pipe(params, TARGET, state=state)
+
+    def plain(params, last, x):
+        variables = {"params": params, "cache": {"last": last}}
+        return module.apply(variables, x)
+
+    hidden = [plain(first, 0 * X, X), plain(first, X, TARGET)]
+    assert_same(jax.device_get(y), plain(second, hidden[0], hidden[1]))
+    assert_same(jax.device_get(state[1]["cache"]["last"]), hidden[1])
+    undeclared = [fpipe.flax.layer(module, X, name=name) for name in "ab"]
+    pipe = fpipe.Pipe(undeclared, [1, 1], chunks=4, executor=executor)
+    with pytest.raises(ValueError, match="layer 0 'a': its state follows the rows"):
+        pipe.init_state(X)
+
+
+def test_a_module_without_state_has_none_with_rows():
+    with pytest.raises(TypeError, match="layer 'Dense' has no state that could have"):
+        fpipe.flax.layer(nn.Dense(3), X, state_rows=True)

@@ -28,14 +28,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fpipe._core.pytrees import Shape, Spec, eval_shape, pack
+from fpipe._core.pytrees import Shape, Spec, aval, pack
 from fpipe._executors.placed.instructions import CallValue, JoinedGradient, Slot
 from fpipe._executors.placed.work import CallWork
 from fpipe._executors.placement import Placement
 from fpipe._model.loss import Loss, divided, sum_dtype, wide
 from fpipe._model.microbatch import Join, check_alike, join
-from fpipe._model.model import Model
-from fpipe._model.stages import AUX, LOSS, WEIGHT, Leaf, Port, Y
+from fpipe._model.stages import AUX, LOSS, WEIGHT, Leaf, Port, Stage, Y
 from fpipe._program.code import Gradient, Output
 
 
@@ -133,36 +132,54 @@ def reduce_loss(call: CallWork, loss: Loss) -> ReducedLoss:
 
 
 def finish_states(call: CallWork) -> dict[int, SlotTree]:
-    """Finish the state of each layer with state: what the last microbatch left is
-    mapped once, where the layer has a `finish`.
+    """Finish the state of each layer with state: what the last microbatch left, or the
+    rows of all joined, is mapped once, where the layer has a `finish`.
     """
     states: dict[int, SlotTree] = {}
-    for layer, slots in sorted(call.states.items()):
-        stage = call.layout.stages[call.layout.routes.home(layer)]
-        port = Port("state", layer)
-        left = call.programs.flat(stage.index, call.microbatches - 1).out[port]
-        if stage.model.layers[layer].finish is None:
-            states[layer] = SlotTree(left, slots)
-            continue
-        finished = eval_shape(stage.model.finish, {layer: left.tree})[layer]
-        shape = Shape.of(finished)
-        placement = call.layout.home(layer)
-        leaves = [Leaf(port, k) for k in range(len(shape.leaves))]
-        outs = [Slot(CallValue(Output(leaf)), placement, "outputs") for leaf in leaves]
-        finish = _state_finisher(stage.model, layer, left.spec)
-        call.add_unscheduled(f"finish state {layer}", finish, slots, outs, placement)
-        states[layer] = SlotTree(shape, tuple(outs))
+    for stage in call.layout.stages:
+        for layer in stage.stateful:
+            states[layer] = _finish_state(call, stage, layer)
     return states
 
 
-def _state_finisher(model: Model, layer: int, spec: Spec) -> Callable[..., list[Any]]:
-    """A layer's `finish` as a function of the arrays of its state."""
+def _finish_state(call: CallWork, stage: Stage, layer: int) -> SlotTree:
+    """The state of a layer as it leaves the call."""
+    port = Port("state", layer)
+    m = call.microbatches
+    left = [call.programs.flat(stage.index, i).out[port] for i in range(m)]
+    # The slots of the pieces of each array, and their shapes: one piece, where a state
+    # goes from microbatch to microbatch.
+    if layer in call.states:
+        ins = list(call.states[layer])
+        pieces = left[-1:]
+    else:
+        leaves = [Leaf(port, k) for k in range(len(left[0].leaves))]
+        ins = _of_all_microbatches(call, stage.index, leaves)
+        pieces = left
+    if len(pieces) == 1 and stage.model.layers[layer].finish is None:
+        return SlotTree(left[-1], tuple(ins))
+    placement = call.layout.home(layer)
+    spec = left[-1].spec
+    columns = list(zip(*(piece.leaves for piece in pieces), strict=True))
+    finished: list[Spec] = []
 
     def finish(*arrays: Any) -> list[Any]:
-        state = spec.unpack(arrays)
-        return pack(model.finish({layer: state})[layer])[0]
+        # The pieces of one array stand together.
+        count = len(pieces)
+        whole = [join(arrays[n : n + count], 0) for n in range(0, len(arrays), count)]
+        state = stage.model.finish({layer: spec.unpack(whole)})[layer]
+        flat, finished_spec = pack(state)
+        finished.append(finished_spec)
+        return flat
 
-    return finish
+    shapes = jax.eval_shape(finish, *(a for column in columns for a in column))
+    shape = Shape(finished[-1], tuple(map(aval, shapes)))
+    outs = [
+        Slot(CallValue(Output(Leaf(port, k))), placement, "outputs")
+        for k in range(len(shape.leaves))
+    ]
+    call.add_unscheduled(f"finish state {layer}", finish, ins, outs, placement)
+    return SlotTree(shape, tuple(outs))
 
 
 def finish_gradients(call: CallWork, weight: Slot | None) -> dict[Leaf, Slot]:

@@ -359,7 +359,9 @@ class Placed:
         check_static(args, args.params)
         self.stages[0].model.check_given(args.needs)
         self._check_placed(args.params)
-        inputs = inputs_of(args, [Shape.of(p) for p in args.params], self.chunks)
+        model = self.stages[0].model
+        params = [Shape.of(p) for p in args.params]
+        inputs = inputs_of(model, args, params, self.chunks)
         schedule = self.schedule(inputs.cut.m)
         if kind.differentiates:
             check_backwards(schedule)

@@ -38,6 +38,7 @@ from fpipe._executors.placement import Placement
 from fpipe._executors.plan_data import Role
 from fpipe._executors.programs import Layout, Programs, index
 from fpipe._model.loss import sum_dtype
+from fpipe._model.needs import Share
 from fpipe._model.stages import INDEX, Leaf, Port, X, Y
 from fpipe._program.code import (
     Code,
@@ -95,7 +96,8 @@ class CallWork:
         held: for each (stage, microbatch) the slots of what its programs read and made,
             on the stage's placement.
         sums: the gradients accumulated so far, by stage and leaf.
-        states: of each layer with state, as the microbatches go by.
+        states: of each layer whose state goes from microbatch to microbatch, as they
+            go by.
     """
 
     def __init__(self, layout: Layout, programs: Programs) -> None:
@@ -161,6 +163,8 @@ class CallWork:
         # permutes forwards was refused for a model with state (`schedule_of`).
         for layer in self.layout.stages[stage].stateful:
             port = Port("state", layer)
+            if Share.ROWS in self.inputs.shares[layer]:
+                continue  # each microbatch has its own, out of the whole
             count = len(self.programs.flat(stage, microbatch).out[port].leaves)
             self.states[layer] = tuple(
                 held[Output(Leaf(port, k))] for k in range(count)

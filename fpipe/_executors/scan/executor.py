@@ -290,7 +290,7 @@ class Scan:
         # Shapes alone decide all of this. What cannot run is refused before a layer is
         # traced.
         units, packing = self.parameters.packing(args.params.packing.shapes)
-        inputs = inputs_of(args, packing.shapes, self.chunks)
+        inputs = inputs_of(self._model, args, packing.shapes, self.chunks)
         check_equal_pieces(inputs.cut, self.chunks)
         schedule = self.schedule(inputs.cut.m)
         if kind.differentiates:

@@ -56,9 +56,11 @@ from fpipe._executors.scan.machine import (
     RowGradient,
     Send,
     SetState,
+    SetStateRows,
     Source,
     State,
     StateBlock,
+    StateRows,
     SummedGradient,
     TableOp,
     TableWire,
@@ -576,6 +578,16 @@ class Interpreter:
                         flat = value.reshape(-1)
                         value = jax.lax.dynamic_update_slice_in_dim(block, flat, 0, 0)
                     carry[buffer] = value
+                case SetStateRows(block, n, whole):
+                    # Only these rows are written, in place: the others are those of
+                    # microbatches that may not have been here yet.
+                    assert self.machine.state is not None
+                    row = self.machine.state.rows[block.row]
+                    state = row.take(carry[buffer], whole.shape)
+                    value = values[n]
+                    start = arguments[0] * value.shape[0]
+                    state = jax.lax.dynamic_update_slice_in_dim(state, value, start, 0)
+                    carry[buffer] = row.put(state)
 
     def _fetch(
         self, source: Source, carry: Carry, arguments: Array, given: _Given
@@ -595,6 +607,12 @@ class Interpreter:
                 assert self.machine.state is not None
                 packed = self.machine.state.rows[row]
                 return packed.take(carry[StateBlock(row)], aval.shape)
+            case StateRows(row, aval, count):
+                assert self.machine.state is not None
+                packed = self.machine.state.rows[row]
+                state = packed.take(carry[StateBlock(row)], aval.shape)
+                start = arguments[0] * count
+                return jax.lax.dynamic_slice_in_dim(state, start, count)
             case Number(argument):
                 # As `jax.random.fold_in` takes it.
                 return arguments[argument].astype(jnp.uint32)

@@ -62,9 +62,11 @@ from fpipe._executors.scan.machine import (
     Segment,
     Send,
     SetState,
+    SetStateRows,
     Source,
     State,
     StateBlock,
+    StateRows,
     TableOp,
     TableWire,
     Target,
@@ -87,6 +89,7 @@ from fpipe._executors.scan.values import (
     Work,
     find_work,
 )
+from fpipe._model.needs import Share
 from fpipe._model.remat import Remat
 from fpipe._model.stages import (
     AUX,
@@ -412,8 +415,11 @@ class Operations:
             return BorrowedParameter(loan, aval)
         if port.kind == "state":
             assert self.state is not None
-            entry = (port.of, k)
-            return State(self.state.where[entry].row, self.state.shape(entry))
+            row = self.state.where[port.of, k].row
+            aval = self.state.shape((port.of, k))
+            if self.work.programs.inputs.share(leaf) is Share.ROWS:
+                return StateRows(row, aval, unit.input_shapes[leaf].shape[0])
+            return State(row, aval)
         # It is a number in the table:
         if port == INDEX:
             return Number(0)
@@ -454,7 +460,12 @@ class Operations:
                     elif port.kind == "state":
                         assert self.state is not None
                         block = StateBlock(self.state.where[port.of, k].row)
-                        yield SetState(block, number_of(Output(leaf)))
+                        value = number_of(Output(leaf))
+                        if self.work.programs.inputs.share(leaf) is Share.ROWS:
+                            whole = self.state.shape((port.of, k))
+                            yield SetStateRows(block, value, whole)
+                        else:
+                            yield SetState(block, value)
         # `W` makes sums only: inputs have their gradients from `I`.
         if kind in "BI":
             for leaf in unit.joint.gradients:

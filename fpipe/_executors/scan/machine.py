@@ -204,6 +204,20 @@ class State:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class StateRows:
+    """The microbatch's rows of a layer's state, from a row.
+
+    Attributes:
+        aval: of the whole state.
+        count: how many rows a microbatch has.
+    """
+
+    row: int
+    aval: jax.ShapeDtypeStruct
+    count: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class WholeInput:
     """An input that goes whole to every microbatch."""
 
@@ -254,6 +268,7 @@ Source: TypeAlias = (
     Parameter
     | BorrowedParameter
     | State
+    | StateRows
     | WholeInput
     | InputPiece
     | FedPiece
@@ -317,7 +332,20 @@ class SetState:
     value: int
 
 
-Target: TypeAlias = Put | Send | Add | Write | SetState
+@dataclasses.dataclass(frozen=True, slots=True)
+class SetStateRows:
+    """A value takes the place of the microbatch's rows in a layer's state.
+
+    Attributes:
+        aval: of the whole state.
+    """
+
+    buffer: StateBlock
+    value: int
+    aval: jax.ShapeDtypeStruct
+
+
+Target: TypeAlias = Put | Send | Add | Write | SetState | SetStateRows
 
 
 # --- the program of every device ---

@@ -1,0 +1,348 @@
+"""State of rows: each microbatch has that of its own rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fpipe
+from fpipe.schedules import Action, Schedule
+from tests.helpers import WIDTH, assert_same, dense, mse, noise
+
+KEY = jax.random.key
+X = noise(KEY(0), (12, WIDTH))
+T = noise(KEY(1), (12, WIDTH))
+LENGTH = 3
+
+
+def make_sequential(layers, **options):
+    return fpipe.sequential(layers, **options)
+
+
+def make_placed(layers, **options):
+    return fpipe.Pipe(layers, devices=jax.devices()[:2], **options)
+
+
+def make_scan(layers, **options):
+    return fpipe.Pipe(layers, devices=jax.devices()[:2], executor="scan", **options)
+
+
+every = pytest.mark.parametrize("make", [make_sequential, make_placed, make_scan])
+pipes = pytest.mark.parametrize("make", [make_placed, make_scan])
+
+
+def attention(width=WIDTH, **declared):
+    """One step of decoding: each row looks at what it was given before.
+
+    Its state is a cache of the rows' inputs, and how many each has had.
+    """
+    declared = {"state_rows": True} | declared
+
+    def apply(params, x, *, state):
+        length = state["length"][:, None]
+        now = jnp.arange(LENGTH) == length
+        cache = jnp.where(now[..., None], x[:, None], state["cache"])
+        scores = jnp.where(jnp.arange(LENGTH) <= length, cache @ params, 0.0)
+        y = x + jnp.einsum("bt,btd->bd", scores, cache)
+        return y, {"cache": cache, "length": state["length"] + 1}
+
+    def init_state(x):
+        rows = x.shape[0]
+        cache = jnp.zeros((rows, LENGTH, width), x.dtype)
+        return {"cache": cache, "length": jnp.zeros(rows, jnp.int32)}
+
+    return fpipe.Layer(
+        apply,
+        lambda key, x: noise(key, (width,), 0.5),
+        "attention",
+        init_state=init_state,
+        **declared,
+    )
+
+
+def used(state):
+    """A state with something in it, another in each row."""
+    return tuple(
+        one
+        and {
+            **one,
+            "cache": noise(KEY(2), one["cache"].shape),
+            "length": jnp.arange(len(one["length"]), dtype=jnp.int32) % LENGTH,
+        }
+        for one in jax.device_get(state)
+    )
+
+
+MODEL = [dense(), attention(), dense(), attention()]
+
+
+def compiled(make, f):
+    """A function of a model; what is no pipe already is compiled as a whole."""
+    return jax.jit(f) if make is make_sequential else f
+
+
+def step_of(layers, params, x, t, state, chunks=1):
+    """A training step of the plain composition."""
+    plain = fpipe.sequential(layers, chunks=chunks)
+    own = jax.device_get(params)
+    return jax.jit(plain.value_and_grad(mse))(own, x, t, state=state)
+
+
+def assert_steps_alike(pipe, layers, x, t, state, chunks=1):
+    """A step gives what it does without microbatches, or with as many as given."""
+    params = pipe.init(KEY(3), x)
+    step = pipe.value_and_grad(mse)
+    step = jax.jit(step) if isinstance(pipe, type(fpipe.sequential(layers))) else step
+    loss, grads = step(params, x, t, state=state)
+    want = step_of(layers, pipe.gather(params), x, t, state, chunks)
+    assert_same((loss, pipe.gather(grads)), want)
+
+
+@pytest.mark.quick
+@every
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_rows_are_decoded_as_without_microbatches(make, chunks):
+    pipe, plain = make(MODEL, chunks=chunks), fpipe.sequential(MODEL)
+    params, state = pipe.init(KEY(3), X), pipe.init_state(X)
+    own, want = pipe.gather(params), plain.init_state(X)
+    assert_same(state, want)
+    decode, expected = compiled(make, pipe.__call__), jax.jit(plain.__call__)
+    for k in range(LENGTH):
+        x = jnp.roll(X, k)
+        y, state = decode(params, x, state=state)
+        want_y, want = expected(own, x, state=want)
+        assert_same(y, want_y)
+        assert_same(state, want)
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (make_sequential, {}),
+        (make_placed, {"checkpoint": "always"}),
+        (make_placed, {"checkpoint": "never"}),
+        (make_scan, {"checkpoint": "always"}),
+        (make_scan, {"checkpoint": "never"}),
+    ],
+)
+def test_losses_and_gradients_are_those_of_the_whole_batch(make, options):
+    pipe = make(MODEL, chunks=3, **options)
+    params, state = pipe.init(KEY(3), X), used(pipe.init_state(X))
+    want, want_grads = step_of(MODEL, pipe.gather(params), X, T, state)
+    step = compiled(make, pipe.value_and_grad(mse))
+    result, grads = step(params, X, T, state=state)
+    assert_same((result, pipe.gather(grads)), (want, want_grads))
+    evaluate = compiled(make, pipe.evaluate(mse))
+    assert_same(evaluate(params, X, T, state=state), want)
+
+    # A gradient from outside has all forwards first, and the states come with them.
+    def pulled(params):
+        y, pull, new = jax.vjp(lambda p: pipe(p, X, state=state), params, has_aux=True)
+        return pull(2 * (y - jax.device_put(T, y.sharding)) / y.size)[0], new
+
+    if make is not make_sequential:
+        grads, new = pulled(params)
+        assert_same(new, want[1])
+        assert_same(pipe.gather(grads), want_grads)
+
+
+@pytest.mark.parametrize("make", [make_sequential, make_placed])
+def test_a_smaller_last_microbatch_has_fewer_rows_of_the_state(make):
+    x, t = X[:10], T[:10]
+    pipe = make(MODEL, chunks=4)
+    assert_steps_alike(pipe, MODEL, x, t, used(pipe.init_state(x)))
+
+
+def test_states_of_several_shapes_share_what_a_device_holds():
+    """Under scan, rows of states that differ are padded."""
+    layers = [dense(), attention(), dense(6), attention(6), counting(), dense()]
+    schedule = {"balance": [2, 1, 1, 2], "schedule": "interleaved_1f1b"}
+    pipe = make_scan(layers, chunks=4, **schedule)
+    state = (*used(pipe.init_state(X)[:4]), jnp.int32(3), None)
+    assert_steps_alike(pipe, layers, X, T, state, chunks=4)
+
+
+def counting(**declared):
+    """A layer with one state for all microbatches."""
+
+    def apply(params, x, *, state):
+        return x * jnp.cos(state), state + 1
+
+    return fpipe.Layer(
+        apply,
+        lambda key, x: (),
+        "counting",
+        init_state=lambda x: jnp.int32(0),
+        **declared,
+    )
+
+
+def test_rows_lie_over_a_data_axis():
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "stage"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+    pipe = fpipe.Pipe(MODEL, [2, 2], executor="scan", mesh=mesh, chunks=3)
+    state = used(pipe.init_state(X))
+    assert_steps_alike(pipe, MODEL, X, T, state)
+
+
+def backwards(devices, microbatches):
+    """All forwards, the last microbatch first, then all backwards."""
+    order = range(microbatches)[::-1]
+    rows = [
+        [*(Action("F", s, i) for i in order), *(Action("B", s, i) for i in order)]
+        for s in range(devices)
+    ]
+    return Schedule(rows, tuple(range(devices)))
+
+
+@pipes
+def test_forwards_may_come_in_any_order(make):
+    pipe = make(MODEL, chunks=3, schedule=backwards)
+    state = used(pipe.init_state(X))
+    assert_steps_alike(pipe, MODEL, X, T, state)
+    pipe = make([*MODEL, counting()], chunks=3, schedule=backwards)
+    params = pipe.init(KEY(3), X)
+    with pytest.raises(ValueError, match="runs the forwards of stage 1 in the order"):
+        pipe(params, X, state=(*state, 0))
+
+
+@every
+def test_what_is_drawn_for_each_row_does_not_depend_on_chunks(make):
+    def init_state(x, *, key):
+        return noise(key, x.shape)
+
+    def apply(params, x, *, state):
+        return x + state, state * 2
+
+    layer = fpipe.Layer(
+        apply,
+        lambda key, x: (),
+        init_state=init_state,
+        finish=lambda state: state + jnp.arange(12.0)[:, None],
+        state_rows=True,
+    )
+    pipe = make([dense(), layer], chunks=4)
+    state = pipe.init_state(jax.ShapeDtypeStruct(X.shape, X.dtype), key=KEY(5))
+    want = fpipe.sequential([dense(), layer]).init_state(X, key=KEY(5))
+    assert_same(state, want)
+    # `finish` sees all rows.
+    _, (_, new) = pipe(pipe.init(KEY(3), X), X, state=state)
+    assert_same(new, want[1] * 2 + np.arange(12, dtype=np.float32)[:, None])
+
+
+@pipes
+def test_plans_and_compilations_take_states_of_rows(make):
+    pipe = make(MODEL, chunks=3)
+    params, state = pipe.init(KEY(3), X), used(pipe.init_state(X))
+    assert pipe.plan(params, X, T, loss_fn=mse).microbatches == 3
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state)
+    assert pipe.plan(None, X, T, loss_fn=mse, state=shapes).microbatches == 3
+    pipe.compile(params, X, T, loss_fn=mse, state=shapes)
+    step = pipe.value_and_grad(mse)
+    step(params, X, T, state=state)
+    with jax.no_tracing():
+        step(params, X, T, state=state)
+
+
+def test_other_layers_of_it_keep_what_they_say_of_their_state():
+    layer = attention().isolate(fpipe.Namespace())
+    assert layer.state_rows
+    assert fpipe.skippable(stash=["a"])(
+        fpipe.Layer(skipping, state_rows=True)
+    ).state_rows
+
+
+def untyped(value):
+    """A value that no type checker looks at."""
+    return value
+
+
+def skipping(params, x, *, carry, state):
+    return x, fpipe.stash(carry, "a", x), state
+
+
+# --- what is refused ---
+
+
+@every
+def test_a_state_that_follows_the_rows_says_so(make):
+    layers = [dense(), attention(state_rows=None)]
+    refused = pytest.raises(
+        ValueError,
+        match=r"layer 1 'attention'.*\[3\]\} for 3 rows and .*\[12\]\} for 12, "
+        r".*4 microbatches .*state_rows=True\)`",
+    )
+    pipe = make(layers, chunks=4)
+    with refused:
+        pipe.init_state(X)
+    params = pipe.init(KEY(3), X)
+    for rows in (3, 12):  # made by hand: as many as a microbatch has, or the batch
+        (state,) = used([attention().init_state(X[:rows])])
+        with refused:
+            pipe(params, X, state=(None, state))
+        with refused:
+            pipe.value_and_grad(mse)(params, X, T, state=(None, state))
+    # One microbatch has all rows, and nothing to share.
+    pipe = make(layers)
+    pipe(params, X, state=pipe.init_state(X))
+
+
+@every
+def test_a_state_may_be_meant_to_be_shared(make):
+    pipe = make([dense(), attention(state_rows=False)], chunks=4)
+    params, state = pipe.init(KEY(3), X), pipe.init_state(X)
+    assert state[1]["cache"].shape == (3, LENGTH, WIDTH)
+    _, (_, new) = pipe(params, X, state=state)
+    assert new["length"].tolist() == [4, 4, 4]
+
+
+@every
+def test_channels_are_no_rows(make):
+    """Also if there are as many as rows, in a microbatch or in all."""
+    layer = fpipe.Layer(
+        lambda params, x, *, state: (x + state, state + x.mean(0)),
+        lambda key, x: (),
+        init_state=lambda x: jnp.zeros(x.shape[1]),
+    )
+    for rows in (WIDTH, 2 * WIDTH):
+        pipe = make([dense(), layer], chunks=2)
+        x = X[:rows]
+        params, state = pipe.init(KEY(3), x), pipe.init_state(x)
+        pipe(params, x, state=state)
+
+
+@every
+def test_layers_that_know_the_size_of_their_microbatches_are_left_alone(make):
+    """How their states follow the rows cannot be told."""
+    fixed = fpipe.fn(lambda x: x.reshape(3, 2, 2).reshape(x.shape))
+    pipe = make([fixed, attention(state_rows=None)], chunks=4)
+    params, state = pipe.init(KEY(3), X), pipe.init_state(X)
+    assert state[1]["length"].shape == (3,)
+    pipe(params, X, state=state)
+
+
+@every
+def test_a_state_of_other_rows_is_refused(make):
+    pipe = make(MODEL, chunks=4)
+    params, state = pipe.init(KEY(3), X), pipe.init_state(X[:8])
+    refused = pytest.raises(
+        ValueError, match=r"layer 1 'attention'.*`state\[1\]\['cache'\]` has 8 .* 12;"
+    )
+    with refused:
+        pipe(params, X, state=state)
+    with refused:
+        pipe.value_and_grad(mse)(params, X, T, state=state)
+    state = pipe.init_state(X)
+    state = (*state[:3], {**state[3], "length": jnp.int32(0)})
+    with pytest.raises(
+        ValueError, match=r"`state\[3\]\['length'\]` has no rows, it is"
+    ):
+        pipe(params, X, state=state)
+
+
+def test_what_is_said_of_rows_is_checked():
+    with pytest.raises(TypeError, match="True, False or None"):
+        fpipe.Layer(skipping, state_rows=untyped(2))
+    with pytest.raises(TypeError, match="has init_state, finish or state_rows but"):
+        fpipe.Layer(lambda params, x: x, state_rows=True)
