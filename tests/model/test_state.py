@@ -1,5 +1,7 @@
 """State of rows: each microbatch has that of its own rows."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ from fpipe.schedules import Action, Schedule
 from tests.helpers import WIDTH, assert_same, dense, mse, noise
 
 KEY = jax.random.key
+# What a type checker would refuse is tested here.
+untyped: Any = lambda value: value  # noqa: E731
 X = noise(KEY(0), (12, WIDTH))
 T = noise(KEY(1), (12, WIDTH))
 LENGTH = 3
@@ -31,12 +35,11 @@ every = pytest.mark.parametrize("make", [make_sequential, make_placed, make_scan
 pipes = pytest.mark.parametrize("make", [make_placed, make_scan])
 
 
-def attention(width=WIDTH, **declared):
+def attention(width: int = WIDTH, state_rows: bool | None = True) -> fpipe.Layer:
     """One step of decoding: each row looks at what it was given before.
 
     Its state is a cache of the rows' inputs, and how many each has had.
     """
-    declared = {"state_rows": True} | declared
 
     def apply(params, x, *, state):
         length = state["length"][:, None]
@@ -56,7 +59,7 @@ def attention(width=WIDTH, **declared):
         lambda key, x: noise(key, (width,), 0.5),
         "attention",
         init_state=init_state,
-        **declared,
+        state_rows=state_rows,
     )
 
 
@@ -162,7 +165,7 @@ def test_states_of_several_shapes_share_what_a_device_holds():
     assert_steps_alike(pipe, layers, X, T, state, chunks=4)
 
 
-def counting(**declared):
+def counting():
     """A layer with one state for all microbatches."""
 
     def apply(params, x, *, state):
@@ -173,7 +176,6 @@ def counting(**declared):
         lambda key, x: (),
         "counting",
         init_state=lambda x: jnp.int32(0),
-        **declared,
     )
 
 
@@ -253,11 +255,6 @@ def test_other_layers_of_it_keep_what_they_say_of_their_state():
     ).state_rows
 
 
-def untyped(value):
-    """A value that no type checker looks at."""
-    return value
-
-
 def skipping(params, x, *, carry, state):
     return x, fpipe.stash(carry, "a", x), state
 
@@ -278,7 +275,7 @@ def test_a_state_that_follows_the_rows_says_so(make):
         pipe.init_state(X)
     params = pipe.init(KEY(3), X)
     for rows in (3, 12):  # made by hand: as many as a microbatch has, or the batch
-        (state,) = used([attention().init_state(X[:rows])])
+        (state,) = used(make_sequential([attention()]).init_state(X[:rows]))
         with refused:
             pipe(params, X, state=(None, state))
         with refused:
