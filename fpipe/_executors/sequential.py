@@ -356,7 +356,9 @@ class _States:
     def finished(self) -> tuple[PyTree, ...]:
         """The states as they leave the call, one entry per layer."""
         for k, pieces in self.pieces.items():
-            self.whole[k] = jax.tree.map(lambda *parts: join(parts, 0), *pieces)
+            self.whole[k] = pieces[0]
+            if len(pieces) > 1:
+                self.whole[k] = jax.tree.map(lambda *parts: join(parts, 0), *pieces)
         ended = self.model.finish(self.whole)
         return tuple(ended.get(k) for k in range(len(self.model.layers)))
 

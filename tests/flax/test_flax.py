@@ -1522,7 +1522,7 @@ def test_a_collection_may_have_an_entry_for_each_row(executor):
 
     def plain(params, last, x):
         variables = {"params": params, "cache": {"last": last}}
-        return module.apply(variables, x)
+        return module.apply(variables, x, mutable=["cache"])[0]
 
     hidden = [plain(first, 0 * X, X), plain(first, X, TARGET)]
     assert_same(jax.device_get(y), plain(second, hidden[0], hidden[1]))

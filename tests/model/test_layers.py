@@ -664,9 +664,10 @@ def test_an_init_state_gets_the_needs_that_it_names(make):
     def init_state(x, *, side):
         return {"x": x + 1, "side": side + 2}
 
-    pipe = make(
-        [fpipe.Layer(apply, lambda key, x: (), init_state=init_state)], chunks=2
+    layer = fpipe.Layer(
+        apply, lambda key, x: (), init_state=init_state, state_rows=False
     )
+    pipe = make([layer], chunks=2)
     (state,) = pipe.init_state(jnp.ones((4, 1)), side=jnp.ones((4, 3), jnp.int32))
     assert_same(state, {"x": jnp.ones((2, 1)), "side": jnp.full((2, 3), 2, jnp.int32)})
 

@@ -166,7 +166,10 @@ def _finish_state(call: CallWork, stage: Stage, layer: int) -> SlotTree:
     def finish(*arrays: Any) -> list[Any]:
         # The pieces of one array stand together.
         count = len(pieces)
-        whole = [join(arrays[n : n + count], 0) for n in range(0, len(arrays), count)]
+        whole = list(arrays)
+        if count > 1:
+            starts = range(0, len(arrays), count)
+            whole = [join(arrays[n : n + count], 0) for n in starts]
         state = stage.model.finish({layer: spec.unpack(whole)})[layer]
         flat, finished_spec = pack(state)
         finished.append(finished_spec)
