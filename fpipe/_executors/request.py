@@ -164,10 +164,12 @@ def inputs_of(model: Model, args: Args, params: Sequence[Shape], chunks: int) ->
     """The shapes of a call's inputs, and how they are cut.
 
     Raises:
-        ValueError: they cannot be cut, or a state does not fit them.
+        ValueError: they cannot be cut, or a state does not fit them; side inputs that
+            no layer asks for, or that a layer lacks.
     """
     inputs = args.inputs
     cut = cut_inputs(inputs, chunks)
+    model.check_given(args.needs)
     state = None
     shares: list[tuple[Share, ...]] = []
     if args.state is not None:

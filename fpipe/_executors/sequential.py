@@ -210,8 +210,8 @@ class PlainExecutor:
     def forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         """`(y, state)`, which JAX can transform in any way."""
         check_static(args, args.params)
-        self.model.check_given(args.needs)
         cut = cut_inputs(args.inputs, self.chunks)
+        self.model.check_given(args.needs)
         states, parts = self._states(args, cut), []
         for i in range(cut.m):
             y, left = self._microbatch(args, cut, i, states.given(i))
@@ -222,8 +222,8 @@ class PlainExecutor:
     def loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
         """The loss, and the gradients of the numbered arguments."""
         check_static(args, args.params)
-        self.model.check_given(args.needs)
         cut = cut_inputs(args.inputs, self.chunks)
+        self.model.check_given(args.needs)
         scales = cut.shares if loss.reduction == "mean" else (1.0,) * cut.m
         # The arrays that are differentiated: of the numbered arguments what can have a
         # gradient (`jax.grad` refuses integers) and is not frozen.

@@ -357,7 +357,6 @@ class Placed:
     ) -> ReadyPlan:
         """A new plan, bound. This is where a call is checked against the model."""
         check_static(args, args.params)
-        self.stages[0].model.check_given(args.needs)
         self._check_placed(args.params)
         model = self.stages[0].model
         params = [Shape.of(p) for p in args.params]

@@ -286,7 +286,6 @@ class Scan:
         self, kind: CallKind, args: Args, loss: Loss | None, wanted: tuple[Leaf, ...]
     ) -> Step:
         check_static(args, self.param_shapes(args.params))
-        self._model.check_given(args.needs)
         # Shapes alone decide all of this. What cannot run is refused before a layer is
         # traced.
         units, packing = self.parameters.packing(args.params.packing.shapes)
