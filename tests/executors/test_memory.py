@@ -266,7 +266,7 @@ def test_a_pull_back_keeps_only_what_it_reads():
 @pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize("kind", [jnp.asarray, np.asarray], ids=["jax", "numpy"])
 def test_no_array_of_the_users_is_deleted_or_changed(kind, chunks, devices):
-    identity = fpipe.Layer(lambda p, x, *, side: x)
+    identity = fpipe.Layer(lambda p, x, *, side=None: x)
     layers = [dense(), identity, *([cast_weights(dense())] * (len(devices) - 1))]
     pipe = fpipe.Pipe(
         layers,
