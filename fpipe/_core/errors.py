@@ -38,10 +38,12 @@ def noting(text: str) -> Iterator[None]:
 
 
 def add_note(error: BaseException, text: str) -> None:
-    """Add `text` as a note, unless a note of this package is there already. Notes of
-    JAX, such as that on filtered tracebacks, do not count.
+    """Add `text` as a note, unless a note of this package is there already, or in the
+    text of the error: JAX makes text of what a callback raises. Notes of JAX, such as
+    that on filtered tracebacks, do not count.
     """
-    if not any(note.startswith(PREFIX) for note in getattr(error, "__notes__", ())):
+    said = [*getattr(error, "__notes__", ()), *str(error).splitlines()]
+    if not any(line.startswith(PREFIX) for line in said):
         error.add_note(PREFIX + text)
 
 

@@ -40,6 +40,7 @@ from fpipe._model.needs import Share
 from fpipe._model.remat import Remat
 from fpipe._model.stages import INDEX, KEY, TARGETS, Leaf, Port, Stage, X, Y
 from fpipe._program.code import Code, Cotangent, Input, Program, ProgramValue, Window
+from fpipe._program.host_calls import Places
 from fpipe._program.stage_programs import SplitSpec, StagePrograms, split_stage
 from fpipe._program.trace import (
     FlatStage,
@@ -165,6 +166,11 @@ class Programs:
         mean = request.loss is not None and request.loss.reduction == "mean"
         shares = inputs.cut.shares
         self.scales: tuple[float, ...] = shares if mean else (1.0,) * len(shares)
+        model = routes.stages[0].model
+        self._places = Places(
+            tuple(layer.name for layer in model.layers),
+            tuple(stage.pipe_stage for stage in routes.stages for _ in stage.span),
+        )
         # By the first microbatch of the same shapes.
         self._flats: dict[tuple[int, int], FlatStage] = {}
         self._joints: dict[tuple[int, int, bool], JointStage] = {}
@@ -249,6 +255,7 @@ class Programs:
             ),
             windows=tuple(self._windows(s, i).items()),
             accumulate=whole and several,
+            places=self._places,
         )
 
         def compile_code(code: Code) -> Any:

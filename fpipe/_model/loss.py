@@ -25,6 +25,7 @@ from fpipe._core.errors import noting, shown
 from fpipe._core.pytrees import PyTree, describe, is_inexact, numbers_as_arrays
 from fpipe._core.statics import check_leaves
 from fpipe._model.microbatch import without_chunks
+from fpipe._model.scopes import LOSS_SCOPE, scope_of
 
 Reduction: TypeAlias = Literal["mean", "sum", "weighted"]
 
@@ -45,7 +46,7 @@ class Loss:
         self, y: PyTree, targets: Sequence[PyTree], where: str
     ) -> tuple[jax.Array, jax.Array | None, PyTree]:
         """`(loss, weight, aux)` of one microbatch."""
-        with noting(f"in loss_fn{where}"):
+        with noting(f"in loss_fn{where}"), scope_of(LOSS_SCOPE):
             scale = None
             # A scale of the loss changes from step to step (dynamic loss scaling for
             # float16). As a target it is traced, so that another scale compiles

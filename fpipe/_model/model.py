@@ -46,6 +46,7 @@ from fpipe._model.layer import (
 )
 from fpipe._model.microbatch import BatchShapes, check_output_axes, has_chunks
 from fpipe._model.needs import BY_NAME, stand_ins
+from fpipe._model.scopes import scope_of
 from fpipe._model.skip_routes import (
     Skip,
     SkipRoute,
@@ -289,7 +290,8 @@ class Model:
             key = (k, settings())
         if key not in self._traced:
             self._traced[key] = LayerTracer(layer)
-        return self._traced[key](k, call)
+        with scope_of(k):
+            return self._traced[key](k, call)
 
     def finish(self, state: Mapping[int, PyTree]) -> dict[int, PyTree]:
         """The states as they leave a call: each layer's `finish` applied, and strongly

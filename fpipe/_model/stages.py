@@ -10,6 +10,7 @@ its *leaves*. The executors send all of them by the same mechanism. What enters:
     Port("side")          what the call gives for a need, whole or the microbatch's rows
     Port("index")         the microbatch's number, where keys are made from it
     Port("number", 3)     the number of layer 3, where its keys are made from it
+    Port("first")         the number of its first layer, where a program calls Python
 
 What leaves: `Port("y")`, `Port("skip", …)`, `Port("state", …)`, and, in the place of
 `y` where the stage ends with the loss, `Port("loss")`, `Port("weight")`, `Port("aux")`.
@@ -58,6 +59,7 @@ class Leaf(NamedTuple):
 
 # The ports that a stage has once. The others are made where they are named.
 X, Y, TARGETS, KEY, INDEX = (Port(k) for k in ("x", "y", "targets", "key", "index"))
+FIRST = Port("first")
 LOSS, WEIGHT, AUX = (Port(k) for k in ("loss", "weight", "aux"))
 
 # The ports of what a call gives, `x` first.

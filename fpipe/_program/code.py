@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from fpipe._model.stages import Leaf
 from fpipe._program.graph import Graph, Node, evaluate
+from fpipe._program.host_calls import Failures, Guard, Logged, evaluate_guarded
 from fpipe._program.identity import identity
 
 # --- what a program takes and returns ---
@@ -165,8 +166,8 @@ class Arg(NamedTuple):
 
     Attributes:
         value: the graph's value that it is. Several arguments may have the same: then
-            that is their sum. `None` for a microbatch's number that is only there to
-            cut windows.
+            that is their sum. `None` for a number that is no value of the graph: it
+            cuts windows, or says where Python was called.
         window: set if the argument is a whole array, of which this is the piece.
     """
 
@@ -193,6 +194,7 @@ class Code:
         outs, sums: the values that it returns, and after them those whose sum over all
             microbatches is wanted.
         accumulate: whether the sums so far come in; they are donated.
+        guard: how the Python that it calls is guarded; `None`: it calls none.
     """
 
     kind: str
@@ -204,10 +206,18 @@ class Code:
     outs: tuple[int, ...]
     sums: tuple[int, ...]
     accumulate: bool
+    guard: Guard | None = None
 
-    def __call__(self, *arrays: Any) -> list[Any]:
-        """Run the equations, or trace them again."""
-        results = self.values(arrays, (*self.outs, *self.sums))
+    def __call__(
+        self, *arrays: Any, failures: Failures | Logged | None = None
+    ) -> list[Any]:
+        """Run the equations, or trace them again.
+
+        Arguments:
+            failures: where exceptions of the Python that it calls are kept; `None`:
+                they are raised.
+        """
+        results = self.values(arrays, (*self.outs, *self.sums), failures)
         if self.accumulate:
             # The addition is part of the program: as one of its own it would be another
             # dispatch for each microbatch. The sum decides the dtype: gradients of
@@ -217,11 +227,17 @@ class Code:
                 results[n] = total + results[n].astype(total.dtype)
         return results
 
-    def values(self, arrays: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
+    def values(
+        self,
+        arrays: Sequence[Any],
+        wanted: Sequence[int],
+        failures: Failures | Logged | None = None,
+    ) -> list[Any]:
         """Values of the graph, from the arguments.
 
         Arguments:
             arrays: one for each of `args`, or more.
+            failures: as for a call.
             wanted: not only what the program returns: the sums of rows that are made
                 device by device start from other values.
         """
@@ -242,7 +258,17 @@ class Code:
             if window is not None and self.index is not None:
                 piece = window.cut(array, arrays[self.index])
             given[v] = given[v] + piece if v in given else piece
-        return evaluate(self.graph, self.nodes, given, wanted)
+        if self.guard is None:
+            return evaluate(self.graph, self.nodes, given, wanted)
+        return evaluate_guarded(
+            self.graph,
+            self.nodes,
+            given,
+            wanted,
+            self.guard,
+            [arrays[self.guard.first], arrays[self.guard.index]],
+            failures,
+        )
 
     @property
     def identity(self) -> Hashable:
@@ -260,6 +286,7 @@ class Code:
             tuple((position[v], fill) for v, fill in self.constants),
             len(self.sums),
             self.accumulate,
+            None if self.guard is None else self.guard.identity(self.nodes),
         )
 
     def compile(self) -> Callable[..., Sequence[Any]]:

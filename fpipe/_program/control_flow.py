@@ -32,6 +32,24 @@ def has_loop(node: Node) -> bool:
     )
 
 
+def scan_parts(node: Node) -> tuple[int, int]:
+    """How many of the first operands of a `scan` are constants, and how many behind
+    them its carry.
+    """
+    # The names of a scan's parameters are not stable, so its operands are told apart by
+    # their shapes: what is scanned over, or stacked, has one axis more outside than
+    # inside:
+    #
+    #     operands   constants: as many   carry: as many   scanned over: one more
+    #     results                         carry: as many   stacked: one more
+    (body,) = node.bodies
+    outside = [v.aval.ndim for v in (*node.eqn.invars, *node.eqn.outvars)]
+    inside = [body.avals[v].ndim for v in (*body.inputs, *body.outputs)]
+    whole = [a == b for a, b in zip(outside, inside, strict=True)]
+    carried = sum(whole[len(node.ins) :])
+    return sum(whole[: len(node.ins)]) - carried, carried
+
+
 def content_dependents(nodes: Iterable[Node], values: Iterable[int]) -> set[int]:
     """The values whose content depends on some values, themselves included.
 
@@ -67,19 +85,8 @@ def _through(node: Node, depends: Sequence[bool]) -> list[bool]:
         branches = [_through_body(body, depends[1:]) for body in node.bodies]
         return [any(results) for results in zip(*branches, strict=True)]
     if node.name == "scan":
-        # The names of a scan's parameters are not stable, so its operands are told
-        # apart by their shapes: what is scanned over, or stacked, has one axis more
-        # outside than inside:
-        #
-        #     operands   constants: as many   carry: as many   scanned over: one more
-        #     results                         carry: as many   stacked: one more
-        (body,) = node.bodies
-        outside = [v.aval.ndim for v in (*node.eqn.invars, *node.eqn.outvars)]
-        inside = [body.avals[v].ndim for v in (*body.inputs, *body.outputs)]
-        whole = [a == b for a, b in zip(outside, inside, strict=True)]
-        carried = sum(whole[len(depends) :])
-        constants = sum(whole[: len(depends)]) - carried
-        return _through_loop(body, depends, constants, carried)
+        constants, carried = scan_parts(node)
+        return _through_loop(node.bodies[0], depends, constants, carried)
     if node.name == "while":
         # Its operands: the constants of the condition, those of the body, the carry.
         body = inline(node.eqn.params["body_jaxpr"])

@@ -60,12 +60,15 @@ class Node:
         eqn: the equation, as JAX made it.
         ins, outs: the values that it reads and makes.
         recomputes: whether it makes again, in a backward, what the forward has made.
+        scope: the names of `jax.named_scope` that it was traced in, such as
+            `fpipe_layer_3/attention`.
     """
 
     eqn: Any
     ins: tuple[int, ...]
     outs: tuple[int, ...]
     recomputes: bool = False
+    scope: str = ""
 
     @property
     def name(self) -> str:
@@ -125,8 +128,17 @@ def as_function(closed: Any) -> Callable[..., list[Any]]:
     graph = inline(closed)
 
     def run(*values: Any) -> list[Any]:
-        given = dict(zip(graph.inputs, values, strict=True))
-        return evaluate(graph, graph.nodes, given, graph.outputs)
+        # The names around an equation go with it: its derivative has them too.
+        made = {**graph.consts, **dict(zip(graph.inputs, values, strict=True))}
+        for node in graph.nodes:
+            inputs = [made[v] for v in node.ins]
+            if node.scope:
+                with jax.named_scope(node.scope):
+                    results = bind(node, inputs)
+            else:
+                results = bind(node, inputs)
+            made.update(zip(node.outs, results, strict=True))
+        return [made[v] for v in graph.outputs]
 
     return run
 
@@ -153,8 +165,10 @@ def inline(closed: Any, keep_rules: bool = True) -> Graph:
             avals[n] = atom.aval
         return numbers
 
-    def visit(closed: Any, args: Sequence[int]) -> list[int]:
-        """Add the equations of a jaxpr that is called on `args`."""
+    def visit(closed: Any, args: Sequence[int], around: str) -> list[int]:
+        """Add the equations of a jaxpr that is called on `args`; `around` are the names
+        around the call.
+        """
         # Some calls hold an open jaxpr, and from jax 0.12 on `Jaxpr` is both. What an
         # open one captures has no value here: `consts` is empty then, so the `zip` is
         # not strict.
@@ -179,17 +193,18 @@ def inline(closed: Any, keep_rules: bool = True) -> Graph:
 
         for eqn in jaxpr.eqns:
             ins = read(eqn.invars)
+            scope = "/".join(filter(None, (around, str(eqn.source_info.name_stack))))
             called = eqn.params.get(calls.get(eqn.primitive.name, ""))
             if called is None:
                 outs: Sequence[int] = number(eqn.outvars)
-                nodes.append(Node(eqn, tuple(ins), tuple(outs)))
+                nodes.append(Node(eqn, tuple(ins), tuple(outs), scope=scope))
             else:
-                outs = visit(called, ins)
+                outs = visit(called, ins, scope)
             numbers.update(zip(eqn.outvars, outs, strict=True))
         return read(jaxpr.outvars)
 
     inputs = number(getattr(closed, "jaxpr", closed).invars)
-    outputs = visit(closed, inputs)
+    outputs = visit(closed, inputs, "")
     return Graph(inputs, tuple(outputs), tuple(nodes), consts, avals)
 
 
@@ -252,12 +267,16 @@ def needed_nodes(
 # --- running ---
 
 
-def bind(node: Node, inputs: Sequence[Any]) -> Sequence[Any]:
-    """Run one equation, or trace it again where an input is traced."""
+def bind(node: Node, inputs: Sequence[Any], **changed: Any) -> Sequence[Any]:
+    """Run one equation, or trace it again where an input is traced.
+
+    Arguments:
+        changed: parameters of the equation that are to be others.
+    """
     eqn = node.eqn
     # Some primitives (calls with their own derivatives) are bound to functions, not to
     # the jaxprs that their equations hold; `get_bind_params` makes them again.
-    params = eqn.primitive.get_bind_params(eqn.params)
+    params = {**eqn.primitive.get_bind_params(eqn.params), **changed}
     # What held when the user's layer was traced, the mesh of its stage for example,
     # must hold when its equation is traced again.
     with eqn.ctx.manager:

@@ -101,7 +101,8 @@ class _Inliner:
         for inner in body.nodes:
             ins = tuple(first + v for v in inner.ins)
             outs = tuple(first + v for v in inner.outs)
-            self.add(Node(inner.eqn, ins, outs, recomputes=True))
+            scope = "/".join(filter(None, (node.scope, inner.scope)))
+            self.add(Node(inner.eqn, ins, outs, recomputes=True, scope=scope))
         for v, outer in zip(body.outputs, node.outs, strict=True):
             self.renamed[outer] = self.renamed.get(first + v, first + v)
             self.backward.add(self.renamed[outer])

@@ -23,7 +23,7 @@ import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from fpipe._model.stages import INDEX, LOSS, Leaf
+from fpipe._model.stages import FIRST, INDEX, LOSS, Leaf
 from fpipe._program.code import (
     Arg,
     Code,
@@ -42,6 +42,7 @@ from fpipe._program.code import (
 from fpipe._program.control_flow import calls_host, content_dependents
 from fpipe._program.graph import Node, dependents, needed_nodes
 from fpipe._program.halves import halve_backward
+from fpipe._program.host_calls import Guard, Places
 from fpipe._program.remats import inline_remats
 from fpipe._program.residuals import backward_part, cut_off_backward
 from fpipe._program.trace import JointStage
@@ -66,6 +67,8 @@ class SplitSpec:
             may donate them.
         windows: what the programs take whole, and cut their piece out of.
         accumulate: whether constant leaves' gradients are added to a sum that comes in.
+        places: of the pipe, for exceptions in the Python that programs call; `None`:
+            the programs will not run.
     """
 
     stage: int
@@ -76,6 +79,7 @@ class SplitSpec:
     returned: frozenset[Leaf] = frozenset()
     windows: tuple[tuple[ProgramValue, Window], ...] = ()
     accumulate: bool = False
+    places: Places | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,9 +368,23 @@ class _Splitter:
         # which, so the program takes it, also where no layer asks for a key.
         names = list(ins)
         args = [Arg(v, self.windows.get(name)) for name, v in ins.items()]
-        if any(arg.window for arg in args) and _INDEX not in ins:
+        calls = calls_host(nodes)
+        places = self.spec.places if calls else None
+        if (places or any(arg.window for arg in args)) and _INDEX not in ins:
             names.append(_INDEX)
             args.append(Arg(None))
+        # So does a program that calls Python, to say where if that raises.
+        guard = None
+        if places is not None:
+            names.append(Input(Leaf(FIRST, 0)))
+            args.append(Arg(None))
+            guard = Guard(
+                kind,
+                places,
+                self.stage.span.start,
+                first=len(names) - 1,
+                index=names.index(_INDEX),
+            )
         # Sums come last, as arguments and as results: so they can be donated as one
         # range.
         sums = [GradientSum(leaf) for leaf in summed]
@@ -380,6 +398,7 @@ class _Splitter:
             outs=tuple(outs.values()),
             sums=tuple(self.joint.gradients[leaf] for leaf in summed),
             accumulate=self.spec.accumulate,
+            guard=guard,
         )
         runs = bool(nodes or outs or sums)
         return Program(
@@ -389,5 +408,5 @@ class _Splitter:
             ins=(*names, *(sums if self.spec.accumulate else ())),
             outs=(*outs, *sums),
             aliases=aliases,
-            calls_host=calls_host(nodes),
+            calls_host=calls,
         )

@@ -433,7 +433,7 @@ def test_an_exception_in_a_layer_ends_the_call_and_is_not_recorded():
     assert len(timeline.calls) == 1
     assert len(timeline.events) == 2 * 3 * M
     (note,) = notes(caught.value)
-    assert "the forward of stage 1 (layer 1 'host1'), microbatch 2, on" in note
+    assert note == "fpipe: in layer 1 'host1', stage 1, microbatch 2"
     host.trigger.at = None
     _, timeline = pipe.record(step, params, X)
     assert len(timeline.events) == 2 * 3 * M

@@ -68,9 +68,11 @@ def said(error):
 
 
 def notes(error):
-    return [
-        note for note in getattr(error, "__notes__", ()) if note.startswith("fpipe: ")
-    ]
+    """What the library says of an error: its notes, and where JAX has made a text of
+    what a callback raised, the lines in it.
+    """
+    lines = [*str(error).splitlines(), *getattr(error, "__notes__", ())]
+    return [line for line in lines if line.startswith("fpipe: ")]
 
 
 @functools.cache
@@ -1644,15 +1646,17 @@ def test_an_exception_while_running_keeps_its_text_and_says_where(
     ):
         step(placed, NUMBERED)
     assert f"BoomError: at ({stage}, {microbatch})" in str(caught.value)
-    assert notes(caught.value) == [
-        f"fpipe: while dispatching the {way} of stage {stage} (layer {stage} "
-        f"'watched{stage}'), microbatch {microbatch}, on "
-        f"{pipe.devices[stage]}"
+    place = "in" if way == "forward" else "in the backward of"
+    said = [
+        f"fpipe: {place} layer {stage} 'watched{stage}', stage {stage}, microbatch "
+        f"{microbatch}"
     ]
+    assert notes(caught.value) == said
     # Not waiting, the error comes at the call, or when its result is waited for.
     with pytest.raises((jax.errors.JaxRuntimeError, ValueError)) as caught:
         jax.block_until_ready(step(placed, NUMBERED))
     assert f"BoomError: at ({stage}, {microbatch})" in str(caught.value)
+    assert notes(caught.value) == said
     trigger.at = None
     assert_same(
         step(placed, NUMBERED), reference.value_and_grad(jnp.mean)(params, NUMBERED)

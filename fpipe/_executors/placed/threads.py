@@ -348,6 +348,10 @@ class Crew:
                     if self._stopped:
                         return
                     self.issue(step, slots)
+                # JAX keeps for each thread what `jax.effects_barrier` waits for. That
+                # would end with the thread, and with it what a `jax.debug.callback` has
+                # raised in a program that makes no array.
+                jax.effects_barrier()
         except BaseException as error:
             # `BaseException`: a thread that ended without a word would leave the others
             # waiting for its arrays for ever.

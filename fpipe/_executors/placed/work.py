@@ -39,7 +39,7 @@ from fpipe._executors.plan_data import Role
 from fpipe._executors.programs import Layout, Programs, index
 from fpipe._model.loss import sum_dtype
 from fpipe._model.needs import Share
-from fpipe._model.stages import INDEX, Leaf, Port, X, Y
+from fpipe._model.stages import FIRST, INDEX, Leaf, Port, X, Y
 from fpipe._program.code import (
     Code,
     Cotangent,
@@ -258,8 +258,12 @@ class CallWork:
             return Slot(CallValue(Input(leaf)), home, "parameters")
         if port.kind == "state" and port.of in self.states:
             return self.states[port.of][k]
-        if port == INDEX or port.kind == "number":
-            number = microbatch if port == INDEX else port.of
+        if port in (INDEX, FIRST) or port.kind == "number":
+            number = port.of
+            if port == INDEX:
+                number = microbatch
+            elif port == FIRST:
+                number = self.layout.stages[stage].span.start
             slot = Slot(Number(number), placement, "inputs")
             self.constants[slot] = index(number)
             return slot

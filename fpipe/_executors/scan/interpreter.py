@@ -71,6 +71,7 @@ from fpipe._executors.scan.mesh import AXIS, DATA
 from fpipe._executors.scan.storage import Storage, as_stored, from_stored, stored_shape
 from fpipe._model.loss import sum_dtype
 from fpipe._model.stages import Leaf
+from fpipe._program.host_calls import Failures, Logged
 from fpipe._program.row_sums import RowSum, find_row_sum, sum_rows_apart, values_read
 
 Array: TypeAlias = jax.Array
@@ -189,6 +190,13 @@ class Interpreter:
         if machine.state is not None:
             self.states = [StateBlock(r) for r in range(len(machine.state.rows))]
         self.parts = self._find_row_sums(ops)
+        # An exception in a layer's callback waits until all devices can raise it. Over
+        # a mesh with other axes too JAX refuses callbacks that return something, and to
+        # ask whether there was one is such a callback.
+        self.failures: Failures | Logged | None = None
+        if any(op.code is not None and op.code.guard is not None for op in ops):
+            alone = mesh.size == mesh.shape[AXIS]
+            self.failures = Failures(len(mesh.local_devices)) if alone else Logged()
 
     # --- outside the mesh ---
 
@@ -324,6 +332,12 @@ class Interpreter:
             told = values[names.index(ClockToken())] >= 0
             values = jax.tree.map(
                 lambda a: jnp.where(told, a, jnp.zeros_like(a)), values
+            )
+        if isinstance(self.failures, Failures):
+            # What is returned needs the answer, or XLA might drop the question.
+            raised = self.failures.raised(jax.tree.leaves(values), AXIS)
+            values = jax.tree.map(
+                lambda a: jnp.where(raised == 0, a, jnp.zeros_like(a)), values
             )
         return dict(zip(names, values, strict=True))
 
@@ -673,12 +687,12 @@ class Interpreter:
             if isinstance(target, Add) and target.buffer in self.parts
         }
         if not parts:
-            return code(*arrays)
+            return code(*arrays, failures=self.failures)
         # `terms` are the values that the sums are made of. They are asked for beside
         # the outputs. Nobody reads the sums over all rows then, so XLA leaves them out.
         wanted = [*code.outs, *code.sums]
         terms = list(dict.fromkeys(v for p in parts.values() for v in values_read(p)))
-        made = code.values(arrays, [*wanted, *terms])
+        made = code.values(arrays, [*wanted, *terms], self.failures)
         given = dict(zip(terms, made[len(wanted) :], strict=True))
         values = made[: len(wanted)]
         for n, own in parts.items():

@@ -93,6 +93,7 @@ from fpipe._model.needs import Share
 from fpipe._model.remat import Remat
 from fpipe._model.stages import (
     AUX,
+    FIRST,
     INDEX,
     LOSS,
     TARGETS,
@@ -203,7 +204,7 @@ class MicrobatchNumber:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerNumber:
-    """The number of a layer, which it folds into its key."""
+    """The number of a layer, which it folds into its key, or says where it is by."""
 
     layer: int
 
@@ -423,8 +424,8 @@ class Operations:
         # It is a number in the table:
         if port == INDEX:
             return Number(0)
-        if port.kind == "number":
-            layer = LayerNumber(port.of)
+        if port == FIRST or port.kind == "number":
+            layer = LayerNumber(unit.stage.span.start if port == FIRST else port.of)
             return Number(arguments.setdefault(layer, len(arguments)))
         # Or the call gives it: whole, brought by a feed, or cut where it lies.
         if leaf in unit.flat.constant:

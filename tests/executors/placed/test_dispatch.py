@@ -378,12 +378,16 @@ def test_who_dispatches_may_be_chosen(dispatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "doing"),
-    [("F", "forward"), ("I", "input gradient"), ("W", "weight gradient")],
+    ("kind", "place"),
+    [
+        ("F", "in"),
+        ("I", "in the input gradient of"),
+        ("W", "in the weight gradient of"),
+    ],
 )
 @pytest.mark.parametrize(("stage", "microbatch"), [(0, 0), (1, 2), (3, 3)])
 def test_an_exception_in_a_callback_ends_the_call_says_where_and_the_pipe_works(
-    kind, doing, stage, microbatch
+    kind, place, stage, microbatch
 ):
     host = Host()
     pipe = host.pipe("zb_h1")
@@ -399,16 +403,17 @@ def test_an_exception_in_a_callback_ends_the_call_says_where_and_the_pipe_works(
     ):
         jax.block_until_ready(step(params, NUMBERED))
     assert threads() == []
-    assert notes(caught.value) == [
-        f"fpipe: while dispatching the {doing} of stage {stage} (layer {stage} "
-        f"'host{stage}'), microbatch {microbatch}, "
-        f"on {pipe.devices[stage]}"
+    said = [
+        f"fpipe: {place} layer {stage} 'host{stage}', stage {stage}, microbatch "
+        f"{microbatch}"
     ]
+    assert notes(caught.value) == said
     # Not waiting, the error comes at the call, or when its result is waited for.
     with pytest.raises(
         ERRORS, match=rf"BoomError: at \('{kind}', {stage}, {microbatch}\)"
-    ):
+    ) as caught:
         jax.block_until_ready(step(params, NUMBERED))
+    assert notes(caught.value) == said
     assert threads() == []
     host.trigger.at = None
     assert_same(step(params, NUMBERED), want)
