@@ -454,6 +454,7 @@ class Pipe(Call):
                 "`other` is the one that packed them"
             )
         check_params(self.model, params, "`place(params)`")
+        donate = as_bool("place", "donate", donate)
         check_leaves(tuple(params), "params")
         # An optimizer returns strong types: weakly typed parameters would change their
         # type in the first update, and everything would compile once more.

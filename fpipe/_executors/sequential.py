@@ -193,6 +193,7 @@ class PlainExecutor:
 
     def place(self, params: Sequence[PyTree], donate: bool) -> tuple[PyTree, ...]:
         """Parameters where they are, with Python numbers turned into arrays."""
+        as_bool("place", "donate", donate)
         check_params(self.model, params, "`place(params)`")
         check_leaves(tuple(params), "params")
         placed = tuple(numbers_as_arrays(p) for p in params)

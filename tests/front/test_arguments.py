@@ -517,6 +517,10 @@ def calls(kind):
         ),
     )
     yield "place", of("place", {}, params=[1, F, (W,), "ab", W, None, (W, F)])
+    yield (
+        "place with donate",
+        case(lambda **k: made(kind)[0].place((W, W), **k), donate=BOOL),
+    )
     yield "gather", of("gather", {}, params=[1, F, (W,), "a", None])
     yield (
         "call",
