@@ -246,10 +246,7 @@ class Programs:
                 for leaf in self.flat(s, 0).outputs
                 if whole
                 and (
-                    (
-                        leaf.port.kind == "state"
-                        and not (several and self._has_rows(leaf))
-                    )
+                    self._returned_state(leaf)
                     or (leaf.port == Y and stage.last and not several)
                 )
             ),
@@ -326,6 +323,7 @@ class Programs:
         if inputs.state is not None:
             for k in stage.stateful:
                 entering[Port("state", k)] = inputs.piece(Port("state", k), i)
+            whole |= {leaf for leaf in inputs.overwritten if leaf.port in entering}
         if KEY in entering and entering[KEY].leaves:
             entering[INDEX] = Shape.of(index(0))
             entering |= {Port("number", k): Shape.of(index(k)) for k in stage.keyed}
@@ -387,6 +385,13 @@ class Programs:
                     window = Window(first_piece.shape[axis], rows, axis)
                 windows[Cotangent(Leaf(Y, k))] = window
         return windows
+
+    def _returned_state(self, leaf: Leaf) -> bool:
+        """Whether a leaf is of a state, and the user gets it as a stage leaves it."""
+        # What is joined, or made by the backward, is put together behind all stages.
+        if leaf.port.kind != "state" or leaf in self.inputs.overwritten:
+            return False
+        return not (self._has_rows(leaf) and self.inputs.cut.m > 1)
 
     def _has_rows(self, leaf: Leaf) -> bool:
         """Whether a leaf is of a state of which each microbatch has its own rows."""

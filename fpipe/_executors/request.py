@@ -37,7 +37,12 @@ from fpipe._model.microbatch import (
 from fpipe._model.model import Model
 from fpipe._model.needs import BY_NAME, INPUTS, Share
 from fpipe._model.stages import TARGETS, Leaf, Port, Stage, X
-from fpipe._model.state import check_state_rows, state_piece, state_shares
+from fpipe._model.state import (
+    check_overwritten,
+    check_state_rows,
+    rows_of_state,
+    state_shares,
+)
 from fpipe.schedules import Schedule
 
 
@@ -119,6 +124,16 @@ class Inputs:
             return self.state[port.of]
         return self.call[port.kind]
 
+    @property
+    def overwritten(self) -> frozenset[Leaf]:
+        """The arrays of states that a backward makes."""
+        return frozenset(
+            Leaf(Port("state", k), n)
+            for k, shares in enumerate(self.shares)
+            for n, share in enumerate(shares)
+            if share is Share.WHOLE
+        )
+
     def share(self, leaf: Leaf) -> Share:
         """What a microbatch gets of an array of a state."""
         return self.shares[leaf.port.of][leaf.k]
@@ -130,7 +145,7 @@ class Inputs:
         if port.kind == "state":
             shape = self.of(port)
             pieces = [
-                state_piece(a, self.cut.rows, i) if share is Share.ROWS else a
+                rows_of_state(a, self.cut.rows, i) if share is Share.ROWS else a
                 for a, share in zip(shape.leaves, self.shares[port.of], strict=True)
             ]
             return Shape(shape.spec, tuple(pieces))
@@ -199,6 +214,7 @@ def check_state(
     """
     if args.state is None:
         return
+    check_overwritten(model.layers, args.state)
     check_state_rows(model.layers, args.state, cut_inputs(args.inputs, chunks).rows)
     batch = whole_batch(args.x, args.needs, chunks)
     if batch is not None:
@@ -206,6 +222,19 @@ def check_state(
         model.check_state(
             args.state, BatchShapes(*first, batch.rows[:1]), batch, params
         )
+
+
+def unmade_states(kind: CallKind, inputs: Inputs, model: Model) -> list[str]:
+    """A warning, where backwards make states that do not come out of the call."""
+    if kind is not CallKind.PULL_BACK or not inputs.overwritten:
+        return []
+    layers = sorted({leaf.port.of for leaf in inputs.overwritten})
+    return [
+        f"the layers {[model.layers[k].name for k in layers]} have state that a "
+        "backward makes (`overwrite=`), but a call that is differentiated from outside "
+        "returns its state before that: it stays as it was; write the step with "
+        "`pipe.value_and_grad(loss_fn)`"
+    ]
 
 
 def schedule_of(
@@ -274,10 +303,13 @@ def numbered_leaves(counts: Sequence[int], args: Args) -> list[tuple[Leaf, ...]]
 
 
 def wanted_leaves(
-    inputs: Inputs, leaves: Iterable[Leaf], frozen: frozenset[Leaf]
+    kind: CallKind, inputs: Inputs, leaves: Iterable[Leaf], frozen: frozenset[Leaf]
 ) -> frozenset[Leaf]:
-    """Those that can have a gradient and are not frozen."""
-    return frozenset(
+    """Those that can have a gradient and are not frozen; and what backwards make of
+    states, where it comes out.
+    """
+    made = inputs.overwritten if kind is CallKind.GRADIENT else frozenset[Leaf]()
+    return made | frozenset(
         leaf
         for leaf in leaves
         if is_inexact(inputs.of(leaf.port).leaves[leaf.k]) and leaf not in frozen

@@ -15,7 +15,7 @@ and nothing of what can go wrong in a pipeline (routes, graphs, plans).
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from fpipe._core.pytrees import (
     copied,
     fill_gradient,
     is_inexact,
+    map_arrays,
     numbers_as_arrays,
     pack,
 )
@@ -53,8 +54,14 @@ from fpipe._model.microbatch import (
     whole_batch,
 )
 from fpipe._model.model import Model
-from fpipe._model.needs import call_needs, check_key
-from fpipe._model.state import state_piece
+from fpipe._model.needs import Share, call_needs, check_key
+from fpipe._model.state import (
+    map_state,
+    overwritten,
+    rows_of_state,
+    state_shares,
+    with_overwritten,
+)
 
 
 def sequential(
@@ -241,7 +248,16 @@ class PlainExecutor:
         # One microbatch as a function of the differentiated arrays. It returns the loss
         # times its share, whose gradients may be added as they come, and beside it
         # what is not differentiated.
-        def microbatch(chosen: Sequence[Any], i: int, state: Any) -> Any:
+        def microbatch(
+            differentiated: tuple[Sequence[Any], Mapping[int, Sequence[Any]]],
+            i: int,
+            state: Mapping[int, PyTree],
+        ) -> Any:
+            chosen, made = differentiated
+            layers = self.model.layers
+            state = dict(state) | {
+                k: with_overwritten(layers[k], state[k], a) for k, a in made.items()
+            }
             # The whole arguments again, with the differentiated arrays in their places.
             rest = iter(chosen)
             given = spec.unpack(
@@ -258,11 +274,11 @@ class PlainExecutor:
                 x=numbered[1],
                 targets=tuple(numbered[n] for n in range(2, len(numbered))),
             )
-            y, state = self._microbatch(own, cut, i, state)
+            y, left = self._microbatch(own, cut, i, state)
             value, weight, aux = loss(
                 y, cut.piece("targets", i, own.targets), f", microbatch {i}"
             )
-            return value * scales[i], (value, weight, aux, state)
+            return value * scales[i], (value, weight, aux, left)
 
         # Gradients of whole arguments: each microbatch adds to its own rows, and to all
         # of what goes whole. One `grad` of the sum of all losses would be shorter, but
@@ -271,14 +287,18 @@ class PlainExecutor:
         dtype: Any = None
         sums: list[Any] = [jnp.zeros(a.shape, sum_dtype(a.dtype)) for a in chosen]
         differentiated = jax.value_and_grad(microbatch, has_aux=True)
+        own_states = states.overwritten if argnums else {}
         for i in range(cut.m):
-            if chosen:
-                (_, (value, weight, aux, left)), parts = differentiated(
-                    chosen, i, states.given(i)
+            if chosen or own_states:
+                (_, (value, weight, aux, left)), (parts, made) = differentiated(
+                    (chosen, own_states), i, states.given(i)
                 )
                 sums = [a + b.astype(a.dtype) for a, b in zip(sums, parts, strict=True)]
+                states.make(made)
             else:
-                _, (value, weight, aux, left) = microbatch(chosen, i, states.given(i))
+                _, (value, weight, aux, left) = microbatch(
+                    (chosen, {}), i, states.given(i)
+                )
             states.take(left)
             # The loss again times its share, now in the dtype of sums.
             dtype = value.dtype
@@ -329,24 +349,38 @@ class _States:
     Attributes:
         whole: what the call gave, and what the last microbatch left in its place.
         pieces: of each layer with state of rows what each microbatch left.
+        made: what backwards have made, by layer: the maximum so far.
     """
 
     def __init__(self, model: Model, whole: dict[int, PyTree], cut: Cut) -> None:
         self.model = model
         self.rows = cut.rows
-        self.whole = whole
+        # Through what a backward makes there is no gradient from outside.
+        self.whole = {
+            k: map_arrays(jax.lax.stop_gradient, state) for k, state in whole.items()
+        }
         self.pieces: dict[int, list[PyTree]] = {
             k: [] for k in whole if model.layers[k].state_rows
         }
+        self.made: dict[int, list[Any]] = {}
+
+    @property
+    def overwritten(self) -> dict[int, list[Any]]:
+        """The arrays that a backward makes, by layer, as the call gave them."""
+        layers = self.model.layers
+        found = {k: overwritten(layers[k], state) for k, state in self.whole.items()}
+        return {k: arrays for k, arrays in found.items() if arrays}
 
     def given(self, i: int) -> dict[int, PyTree]:
         """What microbatch `i` gets."""
-        return {
-            k: state_piece(state, self.rows, i) if k in self.pieces else state
-            for k, state in self.whole.items()
-        }
 
-    def take(self, left: dict[int, PyTree]) -> None:
+        def piece(share: Share, a: Any) -> Any:
+            return rows_of_state(a, self.rows, i) if share is Share.ROWS else a
+
+        layers = self.model.layers
+        return {k: map_state(layers[k], piece, s) for k, s in self.whole.items()}
+
+    def take(self, left: Mapping[int, PyTree]) -> None:
         """Keep what a microbatch has left."""
         for k, state in left.items():
             if k in self.pieces:
@@ -354,14 +388,30 @@ class _States:
             else:
                 self.whole[k] = state
 
+    def make(self, made: Mapping[int, Sequence[Any]]) -> None:
+        """Keep what the backward of a microbatch has made."""
+        for k, arrays in made.items():
+            pairs = zip(self.made.get(k, arrays), arrays, strict=True)
+            self.made[k] = [jnp.maximum(a, b) for a, b in pairs]
+
     def finished(self) -> tuple[PyTree, ...]:
         """The states as they leave the call, one entry per layer."""
+        layers = self.model.layers
         for k, pieces in self.pieces.items():
-            self.whole[k] = pieces[0]
-            if len(pieces) > 1:
-                self.whole[k] = jax.tree.map(lambda *parts: join(parts, 0), *pieces)
+            columns: Iterable[Sequence[Any]]
+            columns = zip(*(pack(piece)[0] for piece in pieces), strict=True)
+            shares = state_shares(layers[k], pieces[0])
+            arrays = [
+                join(column, 0)
+                if share is Share.ROWS and len(pieces) > 1
+                else column[0]
+                for share, column in zip(shares, columns, strict=True)
+            ]
+            self.whole[k] = pack(pieces[0])[1].unpack(arrays)
+        for k, arrays in self.made.items():
+            self.whole[k] = with_overwritten(layers[k], self.whole[k], arrays)
         ended = self.model.finish(self.whole)
-        return tuple(ended.get(k) for k in range(len(self.model.layers)))
+        return tuple(ended.get(k) for k in range(len(layers)))
 
 
 def _joined(parts: Sequence[PyTree]) -> PyTree:

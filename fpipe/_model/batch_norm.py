@@ -352,6 +352,7 @@ def deferred(layers: Sequence[Layer], call: str) -> tuple[Layer, ...]:
                 state_rows=(
                     made.state_rows if layer.state_rows is None else layer.state_rows
                 ),
+                overwrite=made.overwrite,
                 defer=None,
             )
         result.append(layer)

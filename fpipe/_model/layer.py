@@ -79,6 +79,12 @@ class Layer:
             state for all microbatches is meant, whatever its shapes. `None`, the
             default: it is one state, and refused if `init_state` makes as many entries
             as there are rows and there is more than one microbatch.
+        overwrite: names of entries of the state, a dict, that a backward makes: their
+            "gradients" are what they shall be (scales and maxima of fp8 products, by a
+            `jax.custom_vjp`). All microbatches get what the call was given.
+            `value_and_grad` returns the maximum of their "gradients" as the new state;
+            other calls leave it. What the layer returns for it is not looked at. `True`
+            for all of the state.
         namespaces: the namespace of each isolated skip; `isolate` sets it.
 
     Raises:
@@ -109,6 +115,7 @@ class Layer:
     finish: Callable[[PyTree], PyTree] | None = None
     defer: Callable[[], "Layer"] | None = None
     state_rows: bool | None = None
+    overwrite: Sequence[str] | bool = ()
     namespaces: tuple[tuple[str, Namespace], ...] = ()
 
     def __post_init__(self) -> None:
@@ -166,11 +173,16 @@ class Layer:
                 f"`fpipe.Layer(state_rows={self.state_rows!r})` of layer "
                 f"{self.name!r}: True, False or None"
             )
-        of_state = self.init_state or self.finish or self.state_rows is not None
+        if self.overwrite is not True:
+            names = () if self.overwrite is False else self.overwrite
+            where = f"`fpipe.Layer(overwrite=...)` of layer {self.name!r}"
+            put("overwrite", checked_names(names, where))
+        of_state = self.init_state or self.finish or self.overwrite
+        of_state = of_state or self.state_rows is not None
         if of_state and not self.asks("state"):
             raise TypeError(
-                f"layer {self.name!r} has init_state, finish or state_rows but its "
-                "function has no keyword-only parameter "
+                f"layer {self.name!r} has init_state, finish, state_rows or overwrite "
+                "but its function has no keyword-only parameter "
                 f"`state`: write {form}state)` and return `(y, state)`"
             )
 

@@ -45,7 +45,7 @@ from fpipe._model.layer import (
     without_missing,
 )
 from fpipe._model.microbatch import BatchShapes, check_output_axes, has_chunks
-from fpipe._model.needs import BY_NAME, stand_ins
+from fpipe._model.needs import BY_NAME, Share, stand_ins
 from fpipe._model.scopes import scope_of
 from fpipe._model.skip_routes import (
     Skip,
@@ -54,7 +54,13 @@ from fpipe._model.skip_routes import (
     number_namespaces,
     skip_of,
 )
-from fpipe._model.state import may_have_rows, refuse_followed_rows
+from fpipe._model.state import (
+    map_state,
+    may_have_rows,
+    overwritten,
+    refuse_followed_rows,
+    with_overwritten,
+)
 
 # Parameters or state of a layer, from the shapes of its input and of its needs.
 Make: TypeAlias = Callable[[int, PyTree, Mapping[str, Any]], PyTree]
@@ -223,7 +229,8 @@ class Model:
             if layer.asks("state"):
                 # Behind `stop_gradient` on both sides: 1F1B starts the backward of a
                 # microbatch before the forward of the next, so none can go through it.
-                asked["state"] = map_arrays(_constant_state, state[k])
+                # What a backward makes has a "gradient", which is its new value.
+                asked["state"] = map_state(layer, _state_in, state[k])
             if asked.get("key") is not None:
                 # The layer and the microbatch alone decide the key: no partition,
                 # schedule or recomputation may change a dropout mask
@@ -261,6 +268,10 @@ class Model:
                 if "state" in asked:
                     new_state[k] = map_arrays(_constant_state, result.state)
                     _check_state(k, layer, asked["state"], new_state[k])
+                    if layer.overwrite:
+                        # A forward leaves it as it was.
+                        kept = overwritten(layer, asked["state"])
+                        new_state[k] = with_overwritten(layer, new_state[k], kept)
             x = result.y
             # 4. Its skips get the names that they have in the whole model. Popped ones
             # stay in the dict: the caller picks what leaves its span.
@@ -597,6 +608,11 @@ def wide_output(y: PyTree, compute_dtype: Any) -> PyTree:
     return map_arrays(
         lambda a: a.astype(jnp.float32) if a.dtype == compute_dtype else a, y
     )
+
+
+def _state_in(share: Share, array: Any) -> Any:
+    """An array of a state as a layer gets it."""
+    return strong(array) if share is Share.WHOLE else _constant_state(array)
 
 
 def _constant_state(array: Any) -> Any:

@@ -128,7 +128,8 @@ class Stage:
         """Whether its microbatches have an order: one takes the state that the one
         before it left.
         """
-        return any(not self.model.layers[k].state_rows for k in self.stateful)
+        layers = [self.model.layers[k] for k in self.stateful]
+        return any(not (a.state_rows or a.overwrite is True) for a in layers)
 
     @functools.cached_property
     def call_inputs(self) -> tuple[Port, ...]:

@@ -7,39 +7,118 @@ with four rows, cut into two microbatches:
     -----------------  -------  -------------  ---------------------  --------------
     nothing            OWN      all of it      what 0 left            what 1 left
     state_rows=True    ROWS     rows 0-1       rows 2-3               both, joined
+    overwrite=[name]   WHOLE    all of it      all of it              the maximum of its
+                                                                      "gradients"
 
 Whether a state follows the rows although nobody has declared it shows in its shapes for
 two numbers of rows (`refuse_followed_rows`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from fpipe._core.pytrees import PyTree, describe, is_array, map_arrays, pack
+from fpipe._core.pytrees import PyTree, describe, is_array, is_inexact, pack
 from fpipe._model.layer import Layer
 from fpipe._model.needs import Share
 
 
 def state_shares(layer: Layer, state: PyTree) -> tuple[Share, ...]:
     """What a microbatch gets of each array of a layer's state."""
-    share = Share.ROWS if layer.state_rows else Share.OWN
-    return (share,) * len(pack(state)[0])
+    other = Share.ROWS if layer.state_rows else Share.OWN
+    if not layer.overwrite:
+        return (other,) * len(pack(state)[0])
+    return tuple(
+        Share.WHOLE if _is_overwritten(layer, path) else other
+        for path, a in jax.tree_util.tree_leaves_with_path(state)
+        if is_array(a)
+    )
 
 
-def state_piece(state: PyTree, rows: Sequence[int], i: int) -> PyTree:
-    """The rows of microbatch `i` of a state of rows, arrays or shapes."""
+def _is_overwritten(layer: Layer, path: Sequence[Any]) -> bool:
+    """Whether a backward makes the array at that path of a layer's state."""
+    if layer.overwrite is True:
+        return True
+    return bool(path) and _entry(path) in _names(layer)
+
+
+def _entry(path: Sequence[Any]) -> Any:
+    """The first part of a path in a state: a key of a dict, or a field."""
+    return getattr(path[0], "key", getattr(path[0], "name", None))
+
+
+def _names(layer: Layer) -> tuple[str, ...]:
+    """The entries of a layer's state that a backward makes, if it names them."""
+    return tuple(layer.overwrite) if isinstance(layer.overwrite, Sequence) else ()
+
+
+def map_state(
+    layer: Layer,
+    f: Callable[[Share, Any], Any],
+    state: PyTree,
+) -> PyTree:
+    """Map the arrays of a layer's state, each with what a microbatch gets of it."""
+    arrays, spec = pack(state)
+    pairs = zip(state_shares(layer, state), arrays, strict=True)
+    return spec.unpack([f(share, a) for share, a in pairs])
+
+
+def with_overwritten(layer: Layer, state: PyTree, arrays: Sequence[Any]) -> PyTree:
+    """A layer's state with other arrays where a backward makes them."""
+    rest = iter(arrays)
+    return map_state(
+        layer, lambda share, a: next(rest) if share is Share.WHOLE else a, state
+    )
+
+
+def overwritten(layer: Layer, state: PyTree) -> list[Any]:
+    """The arrays of a layer's state that a backward makes."""
+    pairs = zip(state_shares(layer, state), pack(state)[0], strict=True)
+    return [a for share, a in pairs if share is Share.WHOLE]
+
+
+def check_overwritten(layers: Sequence[Layer], state: Sequence[PyTree] | None) -> None:
+    """What a backward makes is there, and of a kind that it can make.
+
+    Raises:
+        ValueError: it is not.
+    """
+    for k, layer in enumerate(layers):
+        if state is None or not layer.overwrite:
+            continue
+        who = f"layer {k} {layer.name!r}"
+        found = set[Any]()
+        for path, a in jax.tree_util.tree_leaves_with_path(state[k]):
+            if not (is_array(a) and _is_overwritten(layer, path)):
+                continue
+            found.add(_entry(path) if path else None)
+            if not is_inexact(a):
+                raise ValueError(
+                    f"{who} declares `overwrite={_shown(layer)}`, but "
+                    f"`state[{k}]{jax.tree_util.keystr(path)}` is {describe(a)}: what "
+                    "a backward makes are floats; name the entries that it makes"
+                )
+        missing = sorted({*_names(layer)} - found)
+        if missing:
+            raise ValueError(
+                f"{who} declares `overwrite={_shown(layer)}`, but its state has no "
+                f"arrays under {missing}: it is {describe(state[k])}"
+            )
+
+
+def _shown(layer: Layer) -> str:
+    """What a layer declares, for errors."""
+    return repr(list(_names(layer)) or layer.overwrite)
+
+
+def rows_of_state(array: Any, rows: Sequence[int], i: int) -> Any:
+    """The rows of microbatch `i` of an array of a state, or its shape."""
     if not rows:  # everything goes whole to one microbatch
-        return state
-    start, stop = sum(rows[:i]), sum(rows[: i + 1])
-
-    def piece(a: Any) -> Any:
-        if isinstance(a, jax.ShapeDtypeStruct):
-            return a.update(shape=(rows[i], *a.shape[1:]))
-        return jax.lax.slice_in_dim(a, start, stop)
-
-    return map_arrays(piece, state)
+        return array
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return array.update(shape=(rows[i], *array.shape[1:]))
+    return jax.lax.slice_in_dim(array, sum(rows[:i]), sum(rows[: i + 1]))
 
 
 def check_state_rows(
@@ -63,7 +142,9 @@ def check_state_rows(
         if not layer.state_rows:
             continue
         for path, a in jax.tree_util.tree_leaves_with_path(state[k]):
-            if not is_array(a) or (a.shape and a.shape[0] == total):
+            if not is_array(a) or _is_overwritten(layer, path):
+                continue
+            if a.shape and a.shape[0] == total:
                 continue
             what = f"{a.shape[0]} rows" if a.shape else "no rows, it is 0-d"
             raise ValueError(

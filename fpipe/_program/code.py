@@ -195,6 +195,8 @@ class Code:
             microbatches is wanted.
         accumulate: whether the sums so far come in; they are donated.
         guard: how the Python that it calls is guarded; `None`: it calls none.
+        maxima: which of `sums`, by their place among them, are no sums but maxima over
+            all microbatches.
     """
 
     kind: str
@@ -207,6 +209,7 @@ class Code:
     sums: tuple[int, ...]
     accumulate: bool
     guard: Guard | None = None
+    maxima: tuple[int, ...] = ()
 
     def __call__(
         self, *arrays: Any, failures: Failures | Logged | None = None
@@ -223,8 +226,10 @@ class Code:
             # dispatch for each microbatch. The sum decides the dtype: gradients of
             # bfloat16 parameters are summed in float32, and cast once at the end.
             so_far = arrays[len(self.args) :]
-            for n, total in enumerate(so_far, len(self.outs)):
-                results[n] = total + results[n].astype(total.dtype)
+            for k, total in enumerate(so_far):
+                n = len(self.outs) + k
+                add = jnp.maximum if k in self.maxima else jnp.add
+                results[n] = add(total, results[n].astype(total.dtype))
         return results
 
     def values(
@@ -287,6 +292,7 @@ class Code:
             len(self.sums),
             self.accumulate,
             None if self.guard is None else self.guard.identity(self.nodes),
+            self.maxima,
         )
 
     def compile(self) -> Callable[..., Sequence[Any]]:

@@ -169,8 +169,9 @@ class _Splitter:
         """The programs by kind."""
         programs: dict[Kind, Program] = {"F": self._forward()}
         self._warn_of_kept_weights()
-        # Gradients of what is the same for all microbatches are summed over them. The
-        # others go out, one for each microbatch.
+        # Gradients of what is the same for all microbatches are summed over them (those
+        # of states, which are their new values, go into a maximum). The others go out,
+        # one for each microbatch.
         returned: dict[ProgramValue, int] = {}
         summed: list[Leaf] = []
         for leaf, v in self.joint.gradients.items():
@@ -229,7 +230,13 @@ class _Splitter:
         inside a scan is stacked by it, and kept with the activations. An equation
         cannot be cut in two here, so the user is told.
         """
-        kinds = {leaf: leaf.port.kind for leaf in self.joint.inputs}
+        # A state that is the same for all microbatches is like a parameter.
+        kinds = {
+            leaf: "params"
+            if leaf.port.kind == "state" and leaf in self.joint.flat.constant
+            else leaf.port.kind
+            for leaf in self.joint.inputs
+        }
         inputs = self.joint.inputs.items()
         nodes = needed_nodes(self.graph, self.residuals)
         others = [
@@ -399,6 +406,9 @@ class _Splitter:
             sums=tuple(self.joint.gradients[leaf] for leaf in summed),
             accumulate=self.spec.accumulate,
             guard=guard,
+            maxima=tuple(
+                n for n, leaf in enumerate(summed) if leaf.port.kind == "state"
+            ),
         )
         runs = bool(nodes or outs or sums)
         return Program(

@@ -9,7 +9,7 @@ function behind the layer.
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fpipe._core.pytrees import PyTree
@@ -116,6 +116,7 @@ class ModuleFunction(abc.ABC):
         finish: Callable[[PyTree], PyTree] | None = None,
         defer: Callable[[], Layer] | None = None,
         state_rows: bool | None = None,
+        overwrite: Sequence[str] = (),
     ) -> Layer:
         """The layer of this function; it declares what the module uses.
 
@@ -147,4 +148,5 @@ class ModuleFunction(abc.ABC):
             finish=finish,
             defer=defer,
             state_rows=state_rows,
+            overwrite=overwrite,
         )

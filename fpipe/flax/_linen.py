@@ -23,6 +23,7 @@ import flax.core
 import flax.errors
 import jax
 from flax import linen as nn
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
 from fpipe._core.pytrees import PyTree, eval_shape, shapes_of
 from fpipe._model.layer import Layer, checked_names
@@ -34,6 +35,9 @@ from fpipe.flax._streams import no_key, stream_key
 
 # What a module sows for people to look at: a layer has no place for it.
 IGNORED = ("intermediates", "perturbations")
+
+# What fp8 products keep: its "gradients" are its new values.
+OVERWRITTEN = OVERWRITE_WITH_GRADIENT
 
 # Where batch norms keep their running statistics.
 STATS = "batch_stats"
@@ -69,6 +73,11 @@ class LinenFunction(ModuleFunction):
     def stateful(self) -> bool:
         """See `ModuleFunction`."""
         return bool(self.collections)
+
+    @property
+    def overwritten(self) -> tuple[str, ...]:
+        """The collections that a backward makes."""
+        return tuple(name for name in self.collections if name == OVERWRITTEN)
 
     @property
     def draws(self) -> bool:
@@ -274,7 +283,12 @@ class DeferLinen:
         asked for.
         """
         function = dataclasses.replace(self.function, deferred=True)
-        return function.as_layer(None, LinenInitState(function), finish_linen)
+        return function.as_layer(
+            None,
+            LinenInitState(function),
+            finish_linen,
+            overwrite=function.overwritten,
+        )
 
 
 def finish_linen(state: PyTree) -> PyTree:
@@ -322,16 +336,18 @@ def linen_layer(module: nn.Module, options: ModuleOptions) -> Layer:
         for _, inner in modules_inside(module)
     ):
         function = dataclasses.replace(function, collections=(STATS,))
-    # Statistics are of features. That they do not follow the rows need not be found out
-    # from shapes, for which the layers would be traced once more.
+    # Statistics and scales are of features: they do not follow the rows. Otherwise that
+    # would be seen from shapes, for which the layers are traced once more.
     state_rows = options.state_rows
-    if state_rows is None and function.collections == (STATS,):
+    of_features = {STATS, OVERWRITTEN}.issuperset(function.collections)
+    if state_rows is None and function.stateful and of_features:
         state_rows = False
     return function.as_layer(
         LinenInit(function),
         LinenInitState(function),
         defer=DeferLinen(function) if STATS in function.collections else None,
         state_rows=state_rows,
+        overwrite=function.overwritten,
     )
 
 

@@ -16,6 +16,8 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT, Fp8DirectDotGeneralOp
+from flax.training.train_state import TrainState
 
 import fpipe
 import fpipe.flax
@@ -1536,3 +1538,51 @@ def test_a_collection_may_have_an_entry_for_each_row(executor):
 def test_a_module_without_state_has_none_with_rows():
     with pytest.raises(TypeError, match="layer 'Dense' has no state that could have"):
         fpipe.flax.layer(nn.Dense(3), X, state_rows=True)
+
+
+# --- fp8 ---
+
+
+def fp8_loop(model, variables, x, target, steps):
+    """Plain Flax: the whole batch, and the "gradients" of scales as their values."""
+    state = TrainState.create(apply_fn=model.apply, params=variables, tx=optax.sgd(0.1))
+    step = jax.jit(jax.value_and_grad(lambda v: mse(model.apply(v, x), target)))
+    losses = []
+    for _ in range(steps):
+        loss, grads = step(state.params)
+        state = state.apply_gradients(grads=grads)
+        losses.append(loss)
+    return losses, state.params
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("executor", [*EXECUTORS, "sequential"])
+def test_fp8_scales_move_as_in_plain_flax(executor):
+    op = functools.partial(Fp8DirectDotGeneralOp, amax_history_length=4)
+    fp8 = functools.partial(nn.Dense, dot_general_cls=op)
+    model = nn.Sequential([fp8(4), nn.tanh, fp8(4)])
+    x = noise(KEY, (8, 4), -3.0, 3.0)
+    variables = model.init(KEY, x)
+    losses, want = fp8_loop(model, variables, x, jnp.cos(x), 4)
+
+    layers = fpipe.flax.layers(model, x)
+    assert layers[0].overwrite == (OVERWRITE_WITH_GRADIENT,)
+    if executor == "sequential":
+        pipe = fpipe.sequential(layers, chunks=4)
+        step = jax.jit(pipe.value_and_grad(mse))
+    else:
+        pipe = fpipe.Pipe(layers, [1, 2], chunks=4, executor=executor)
+        step = pipe.value_and_grad(mse)
+    params, state = fpipe.flax.split_variables(layers, variables)
+    params = pipe.place(params)
+    for loss in losses:
+        (got, state), grads = step(params, x, jnp.cos(x), state=state)
+        assert_same(jax.device_get(got), loss, 1e-4)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    own = jax.device_get((pipe.gather(params), state))
+    found = fpipe.flax.merge_variables(layers, *own)
+    scales = found[OVERWRITE_WITH_GRADIENT]
+    assert_same(scales, jax.device_get(want[OVERWRITE_WITH_GRADIENT]))
+    # What is only evaluated leaves them.
+    _, new = pipe.evaluate(mse)(params, x, jnp.cos(x), state=state)
+    assert_same(jax.device_get(new), own[1])

@@ -308,14 +308,14 @@ REFUSED = {
     ),
     "init_state without state": (
         lambda: fpipe.Layer(plain, init_state=lambda x: 0),
-        "layer 'plain' has init_state, finish or state_rows but its function has no "
-        "keyword-only parameter `state`: "
+        "layer 'plain' has init_state, finish, state_rows or overwrite but its "
+        "function has no keyword-only parameter `state`: "
         "write `def plain(params, x, *, state)` and return `(y, state)`",
     ),
     "finish without state": (
         lambda: fpipe.Layer(plain, finish=one),
-        "layer 'plain' has init_state, finish or state_rows but its function has no "
-        "keyword-only parameter `state`",
+        "layer 'plain' has init_state, finish, state_rows or overwrite but its "
+        "function has no keyword-only parameter `state`",
     ),
     "a positional need": (
         lambda: fpipe.Layer(positional),

@@ -259,6 +259,101 @@ def skipping(params, x, *, carry, state):
     return x, fpipe.stash(carry, "a", x), state
 
 
+# --- state that a backward makes ---
+
+
+@jax.custom_vjp
+def watched(x, largest):
+    """`x`; the "gradient" of `largest` is the largest cotangent that comes back."""
+    del largest
+    return x
+
+
+def watched_forward(x, largest):
+    return x, largest
+
+
+def watched_backward(largest, cotangent):
+    return cotangent, jnp.max(cotangent)[None] - 0 * largest
+
+
+watched.defvjp(watched_forward, watched_backward)
+
+
+def watching(overwrite: Any = ("largest",)) -> fpipe.Layer:
+    """A layer that keeps the largest cotangent of its output, and counts."""
+
+    def apply(params, x, *, state):
+        y = watched(x * params, state["largest"])
+        return y, {**state, "seen": state["seen"] + 1}
+
+    return fpipe.Layer(
+        apply,
+        lambda key, x: noise(key, (WIDTH,), 0.5),
+        "watching",
+        init_state=lambda x: {"largest": jnp.zeros(1), "seen": jnp.int32(0)},
+        state_rows=False,
+        overwrite=overwrite,
+    )
+
+
+WATCHING = [watching(), dense(), watching(), dense()]
+
+
+@every
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_backward_makes_the_maximum_over_microbatches(make, reduction):
+    pipe = make(WATCHING, chunks=3)
+    params, state = pipe.init(KEY(3), X), pipe.init_state(X)
+    own = jax.device_get(pipe.gather(params))
+    step = compiled(make, pipe.value_and_grad(mse, reduction=reduction))
+    (_, new), _ = step(params, X, T, state=state)
+
+    # By hand: the cotangents of both outputs, as gradients of what is added to them.
+    def loss(added):
+        h = X * own[0] + added[0]
+        h = jnp.tanh(h @ own[1]["w"] + own[1]["b"]) * own[2] + added[1]
+        y = jnp.tanh(h @ own[3]["w"] + own[3]["b"])
+        return mse(y, T) * (3 if reduction == "sum" else 1)
+
+    want = jax.grad(loss)((0 * X, 0 * X))
+    got = [new[0]["largest"], new[2]["largest"]]
+    assert_same(jax.device_get(got), [a.max()[None] for a in want])
+    assert [int(new[k]["seen"]) for k in (0, 2)] == [3, 3]
+    y = compiled(make, pipe.__call__)(params, X, state=new)[1]
+    assert_same(jax.device_get(y[0]["largest"]), jax.device_get(got[0]))
+
+
+@pipes
+def test_split_backwards_make_it_too(make):
+    pipe = make(WATCHING, chunks=3, schedule="zb_h1")
+    state = jax.device_get(pipe.init_state(X))
+    assert_steps_alike(pipe, WATCHING, X, T, state, chunks=3)
+
+
+@pipes
+def test_a_gradient_from_outside_says_that_it_does_not(make):
+    pipe = make(WATCHING, chunks=3)
+    params, state = pipe.init(KEY(3), X), pipe.init_state(X)
+    with pytest.warns(UserWarning, match=r"'watching'.*have state that a backward"):
+        jax.vjp(lambda p: pipe(p, X, state=state), params, has_aux=True)
+
+
+@every
+@pytest.mark.parametrize(
+    ("overwrite", "message"),
+    [
+        (True, r"`overwrite=True`, but `state\[0\]\['seen'\]` is int32"),
+        (["scale"], r"`overwrite=\['scale'\]`, but .* no arrays under \['scale'\]"),
+    ],
+)
+def test_what_a_backward_cannot_make_is_refused(make, overwrite, message):
+    pipe = make([watching(overwrite=overwrite), dense()], chunks=3)
+    params, state = pipe.init(KEY(3), X), pipe.init_state(X)
+    with pytest.raises(ValueError, match=message):
+        pipe(params, X, state=state)
+
+
 # --- what is refused ---
 
 
@@ -341,5 +436,5 @@ def test_a_state_of_other_rows_is_refused(make):
 def test_what_is_said_of_rows_is_checked():
     with pytest.raises(TypeError, match="True, False or None"):
         fpipe.Layer(skipping, state_rows=untyped(2))
-    with pytest.raises(TypeError, match="has init_state, finish or state_rows but"):
+    with pytest.raises(TypeError, match="has init_state, finish, state_rows or"):
         fpipe.Layer(lambda params, x: x, state_rows=True)

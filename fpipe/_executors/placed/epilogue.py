@@ -32,8 +32,10 @@ from fpipe._core.pytrees import Shape, Spec, aval, pack
 from fpipe._executors.placed.instructions import CallValue, JoinedGradient, Slot
 from fpipe._executors.placed.work import CallWork
 from fpipe._executors.placement import Placement
+from fpipe._executors.request import CallKind
 from fpipe._model.loss import Loss, divided, sum_dtype, wide
 from fpipe._model.microbatch import Join, check_alike, join
+from fpipe._model.needs import Share
 from fpipe._model.stages import AUX, LOSS, WEIGHT, Leaf, Port, Stage, Y
 from fpipe._program.code import Gradient, Output
 
@@ -132,8 +134,9 @@ def reduce_loss(call: CallWork, loss: Loss) -> ReducedLoss:
 
 
 def finish_states(call: CallWork) -> dict[int, SlotTree]:
-    """Finish the state of each layer with state: what the last microbatch left, or the
-    rows of all joined, is mapped once, where the layer has a `finish`.
+    """Finish the state of each layer with state: what the last microbatch left, the
+    rows of all joined, and what the backwards have made. It is mapped once, where the
+    layer has a `finish`.
     """
     states: dict[int, SlotTree] = {}
     for stage in call.layout.stages:
@@ -147,36 +150,55 @@ def _finish_state(call: CallWork, stage: Stage, layer: int) -> SlotTree:
     port = Port("state", layer)
     m = call.microbatches
     left = [call.programs.flat(stage.index, i).out[port] for i in range(m)]
-    # The slots of the pieces of each array, and their shapes: one piece, where a state
-    # goes from microbatch to microbatch.
-    if layer in call.states:
-        ins = list(call.states[layer])
-        pieces = left[-1:]
-    else:
-        leaves = [Leaf(port, k) for k in range(len(left[0].leaves))]
-        ins = _of_all_microbatches(call, stage.index, leaves)
-        pieces = left
-    if len(pieces) == 1 and stage.model.layers[layer].finish is None:
+    shares = call.inputs.shares[layer]
+    makes = call.programs.request.kind is CallKind.GRADIENT
+    # The slots that each array is made of, and their shapes.
+    columns: list[list[Slot]] = []
+    shapes: list[jax.ShapeDtypeStruct] = []
+    for k, share in enumerate(shares):
+        leaf = Leaf(port, k)
+        whole = left[-1].leaves[k]
+        if share is Share.ROWS:
+            columns.append(_of_all_microbatches(call, stage.index, [leaf]))
+            shapes += [piece.leaves[k] for piece in left]
+        elif share is Share.WHOLE and makes:
+            # Nothing at all, where no gradient depends on it.
+            slot = call.sums.get((stage.index, leaf))
+            columns.append([] if slot is None else [slot])
+            wide = whole.update(dtype=sum_dtype(whole.dtype)) if m > 1 else whole
+            shapes += [] if slot is None else [wide]
+        else:
+            columns.append([call.held[stage.index, m - 1][Output(leaf)]])
+            shapes.append(whole)
+    ins = [slot for column in columns for slot in column]
+    # The array that a call was given is no array that it returns: the user may donate
+    # the one, and read the other.
+    as_it_is = all(len(column) == 1 for column in columns)
+    as_it_is = as_it_is and Share.WHOLE not in shares
+    if as_it_is and stage.model.layers[layer].finish is None:
         return SlotTree(left[-1], tuple(ins))
     placement = call.layout.home(layer)
-    spec = left[-1].spec
-    columns = list(zip(*(piece.leaves for piece in pieces), strict=True))
+    counts = [len(column) for column in columns]
     finished: list[Spec] = []
 
     def finish(*arrays: Any) -> list[Any]:
-        # The pieces of one array stand together.
-        count = len(pieces)
-        whole = list(arrays)
-        if count > 1:
-            starts = range(0, len(arrays), count)
-            whole = [join(arrays[n : n + count], 0) for n in starts]
-        state = stage.model.finish({layer: spec.unpack(whole)})[layer]
-        flat, finished_spec = pack(state)
-        finished.append(finished_spec)
+        rest = iter(arrays)
+        whole = []
+        for of, share, count in zip(left[-1].leaves, shares, counts, strict=True):
+            pieces = [next(rest) for _ in range(count)]
+            if not pieces:
+                whole.append(jnp.zeros(of.shape, of.dtype))
+            elif share is Share.WHOLE:
+                whole.append(pieces[0].astype(of.dtype))
+            else:
+                whole.append(join(pieces, 0) if count > 1 else pieces[0])
+        state = left[-1].spec.unpack(whole)
+        flat, spec = pack(stage.model.finish({layer: state})[layer])
+        finished.append(spec)
         return flat
 
-    shapes = jax.eval_shape(finish, *(a for column in columns for a in column))
-    shape = Shape(finished[-1], tuple(map(aval, shapes)))
+    made = jax.eval_shape(finish, *shapes)
+    shape = Shape(finished[-1], tuple(map(aval, made)))
     outs = [
         Slot(CallValue(Output(Leaf(port, k))), placement, "outputs")
         for k in range(len(shape.leaves))
@@ -192,13 +214,16 @@ def finish_gradients(call: CallWork, weight: Slot | None) -> dict[Leaf, Slot]:
     # What the stages have of each gradient, in an order that is the same in every
     # process: sums are added in it.
     terms: dict[Leaf, list[Slot]] = {}
-    for leaf in sorted(call.programs.request.wanted, key=_order):
+    wanted = call.programs.request.wanted - call.inputs.overwritten
+    for leaf in sorted(wanted, key=_order):
         terms[leaf] = []
     for stage in call.layout.stages:
         for leaf, slot in _join_gradients(call, stage.index).items():
             terms[leaf].append(slot)
     summed: set[Leaf] = set()
     for (_, leaf), slot in sorted(call.sums.items(), key=lambda entry: entry[0][0]):
+        if leaf not in terms:  # the new value of a state
+            continue
         terms[leaf].append(slot)
         summed.add(leaf)
 

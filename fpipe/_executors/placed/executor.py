@@ -51,6 +51,7 @@ from fpipe._executors.request import (
     numbered_leaves,
     params_leaves,
     schedule_of,
+    unmade_states,
     wanted_leaves,
 )
 from fpipe._executors.scheduling import Scheduling
@@ -366,12 +367,12 @@ class Placed:
             check_backwards(schedule)
         arguments = asked.arguments()
         leaves = [leaf for argument in arguments for leaf in argument]
-        wanted = wanted_leaves(inputs, leaves, args.frozen)
+        wanted = wanted_leaves(kind, inputs, leaves, args.frozen)
         request = Request(kind, loss, wanted, settings())
         plan = lower(
             self.layout, schedule, self._remat, inputs, request, self._programs
         )
-        for text in plan.warnings:
+        for text in (*plan.warnings, *unmade_states(kind, inputs, model)):
             warn(text)
         # The gradients in the structure of the arguments. A wanted leaf has none if it
         # is frozen, or an array of integers. (A pull-back gives them leaf by leaf.)

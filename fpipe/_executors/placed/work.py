@@ -278,18 +278,21 @@ class CallWork:
         # Only the first backward of a stage finds some that are missing. Later ones add
         # to what the one before returned. Zeros, and not a first program that makes the
         # sum: that would be one more program to compile for each stage.
-        shapes = []
+        starts = []
         outs = []
         for value in program.ins:
             if isinstance(value, GradientSum) and (stage, value.leaf) not in self.sums:
-                shapes.append(self.inputs.of(value.leaf.port).leaves[value.leaf.k])
+                shape = self.inputs.of(value.leaf.port).leaves[value.leaf.k]
+                # The new value of a state is a maximum, and nothing is less than this.
+                start = -jnp.inf if value.leaf.port.kind == "state" else 0
+                starts.append((shape.shape, start, sum_dtype(shape.dtype)))
                 placement = self.layout.placements[stage]
                 slot = Slot(StartedSum(value.leaf, stage), placement, "gradients")
                 self.sums[stage, value.leaf] = slot
                 outs.append(slot)
 
         def zeros() -> list[Any]:
-            return [jnp.zeros(a.shape, sum_dtype(a.dtype)) for a in shapes]
+            return [jnp.full(*start) for start in starts]
 
         if outs:
             self.add_unscheduled(

@@ -47,6 +47,7 @@ from fpipe._executors.request import (
     inputs_of,
     numbered_leaves,
     schedule_of,
+    unmade_states,
     wanted_leaves,
 )
 from fpipe._executors.scan.clock import Ran
@@ -295,7 +296,7 @@ class Scan:
         if kind.differentiates:
             check_backwards(schedule)
         request = Request(
-            kind, loss, wanted_leaves(inputs, wanted, args.frozen), settings()
+            kind, loss, wanted_leaves(kind, inputs, wanted, args.frozen), settings()
         )
         state = None
         if args.state is not None:
@@ -312,7 +313,7 @@ class Scan:
             self.mesh.shape.get(DATA, 1) > 1,
             self._traces,
         )
-        for text in machine.warnings:
+        for text in (*machine.warnings, *unmade_states(kind, inputs, self._model)):
             warn(text)
         return Step(machine, self.mesh, inputs, request, self._model, out)
 

@@ -15,6 +15,7 @@ buffers (see `machine.py`) to their arrays:
     OutputBuffer(loss[0])     an output       an array with an axis of microbatches
     RowGradient(0)            a gradient      an array, the sum so far
     StateBlock(0)             a state         an array
+    StateMaximum(0)           a state         an array, the maximum so far
 
 Every operation is a `lax.cond` whose other branch passes its buffers on. XLA then
 updates them in place; a `lax.switch` over several operations would copy every buffer at
@@ -46,6 +47,7 @@ from fpipe._executors.scan.machine import (
     InputPiece,
     LoanGradient,
     Machine,
+    Maximise,
     Number,
     Op,
     Outbox,
@@ -60,6 +62,7 @@ from fpipe._executors.scan.machine import (
     Source,
     State,
     StateBlock,
+    StateMaximum,
     StateRows,
     SummedGradient,
     TableOp,
@@ -106,6 +109,7 @@ Buffer: TypeAlias = (
     | OutputBuffer
     | SummedGradient
     | StateBlock
+    | StateMaximum
 )
 Carry: TypeAlias = dict[Buffer, Any]
 
@@ -117,6 +121,7 @@ class SegmentResult(NamedTuple):
         outputs: each with a first axis of microbatches.
         gradients: of rows, with a first axis of devices, and of whole inputs.
         state: rows.
+        made: the rows of states that backwards make, by number.
         left: what the next segment needs: the arrays of each pool, then each block of
             states, all with a first axis of devices. After the last segment nothing.
     """
@@ -124,6 +129,7 @@ class SegmentResult(NamedTuple):
     outputs: dict[Leaf, Array]
     gradients: dict[SummedGradient, Array]
     state: list[Array]
+    made: dict[int, Array]
     left: list[list[Array]]
 
 
@@ -189,6 +195,7 @@ class Interpreter:
         self.states: list[StateBlock] = []
         if machine.state is not None:
             self.states = [StateBlock(r) for r in range(len(machine.state.rows))]
+        self.maxima = [buffer for buffer in changed if isinstance(buffer, StateMaximum)]
         self.parts = self._find_row_sums(ops)
         # An exception in a layer's callback waits until all devices can raise it. Over
         # a mesh with other axes too JAX refuses callbacks that return something, and to
@@ -257,6 +264,7 @@ class Interpreter:
                 [gradients[g] for g in whole],
                 [gradients[g][None] for g in of_rows],
                 [carry[block][None] for block in self.states],
+                [carry[block][None] for block in self.maxima],
                 after,
             )
 
@@ -270,11 +278,11 @@ class Interpreter:
             on_device,
             mesh=self.mesh,
             in_specs=(P(AXIS), P(AXIS), P(AXIS), spread, P(AXIS)),
-            out_specs=(P(), P(), P(AXIS), P(AXIS), P(AXIS)),
+            out_specs=(P(), P(), P(AXIS), P(AXIS), P(AXIS), P(AXIS)),
             axis_names={AXIS},
             check_vma=False,
         )
-        outputs, whole_arrays, row_arrays, new_state, after = run(
+        outputs, whole_arrays, row_arrays, new_state, maxima, after = run(
             jnp.asarray(self.segment.table),
             list(params),
             state,
@@ -287,7 +295,8 @@ class Interpreter:
         }
         arrays = [*whole_arrays, *row_arrays]
         gradients = dict(zip([*whole, *of_rows], arrays, strict=True))
-        return SegmentResult(named, gradients, new_state, after)
+        made = {b.row: a for b, a in zip(self.maxima, maxima, strict=True)}
+        return SegmentResult(named, gradients, new_state, made, after)
 
     # --- on one device ---
 
@@ -382,6 +391,10 @@ class Interpreter:
             # One part for each shard of the batch, added up at the end.
             zeros = jnp.zeros((self.mesh.shape[DATA], *of.shape), sum_dtype(of.dtype))
             carry[gradient] = jax.lax.with_sharding_constraint(zeros, P(DATA))
+        for maximum in self.maxima:
+            assert machine.state is not None
+            of = machine.state.rows[maximum.row]
+            carry[maximum] = jnp.full(of.shape, -jnp.inf, sum_dtype(of.dtype))
         for n, block in enumerate(self.states):
             if left:
                 (carry[block],) = left[len(machine.pools) + n]
@@ -592,6 +605,8 @@ class Interpreter:
                         flat = value.reshape(-1)
                         value = jax.lax.dynamic_update_slice_in_dim(block, flat, 0, 0)
                     carry[buffer] = value
+                case Maximise(_, n):
+                    carry[buffer] = _combined(jnp.maximum, carry[buffer], values[n])
                 case SetStateRows(block, n, whole):
                     # Only these rows are written, in place: the others are those of
                     # microbatches that may not have been here yet.
@@ -751,13 +766,21 @@ class Interpreter:
 
 
 def _added(total: Array, value: Array) -> Array:
-    """A sum in a row's block, which may be longer and flat: where the stages' arrays
-    differ in shape, `packing.py` flattens them and pads to the longest.
+    """A sum in a row's block."""
+    return _combined(jnp.add, total, value)
+
+
+def _combined(f: Callable[[Array, Array], Array], total: Array, value: Array) -> Array:
+    """A block of a row with a value added, or whatever `f` does.
+
+    The block may be longer and flat: where the stages' arrays differ in shape,
+    `packing.py` flattens them and pads to the longest.
     """
     value = value.astype(total.dtype)
     if value.shape == total.shape:
-        return total + value
+        return f(total, value)
     flat = value.reshape(-1)
     if flat.shape == total.shape:
-        return total + flat
-    return total.at[: flat.shape[0]].add(flat)
+        return f(total, flat)
+    size = flat.shape[0]
+    return total.at[:size].set(f(total[:size], flat))

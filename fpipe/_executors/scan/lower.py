@@ -49,6 +49,7 @@ from fpipe._executors.scan.machine import (
     LoanGradient,
     LocalPool,
     Machine,
+    Maximise,
     Number,
     Op,
     Outbox,
@@ -66,6 +67,7 @@ from fpipe._executors.scan.machine import (
     Source,
     State,
     StateBlock,
+    StateMaximum,
     StateRows,
     TableOp,
     TableWire,
@@ -75,7 +77,7 @@ from fpipe._executors.scan.machine import (
     WireName,
     Write,
 )
-from fpipe._executors.scan.packing import Packing
+from fpipe._executors.scan.packing import Entry, Packing
 from fpipe._executors.scan.ticks import Phase, Ticks, ticks_of
 from fpipe._executors.scan.units import Units
 from fpipe._executors.scan.values import (
@@ -187,6 +189,7 @@ def lower(
         outputs=operations.outputs,
         inputs=operations.inputs,
         spread=spread,
+        overwritten=frozenset(operations.overwritten),
         warnings=tuple(work.programs.warnings),
     )
     return machine, work.programs.flat(len(units.stages) - 1, 0).out
@@ -253,6 +256,7 @@ class Operations:
         outputs: what they write for the user, with the shape of a microbatch's piece.
         inputs: the inputs whose gradient they add up over microbatches, with the shape
             of the whole.
+        overwritten: the arrays of states that they make in backwards.
     """
 
     def __init__(
@@ -272,6 +276,7 @@ class Operations:
         self.loans: dict[Loan, int] = {}
         self.outputs: dict[Leaf, jax.ShapeDtypeStruct] = {}
         self.inputs: dict[Leaf, jax.ShapeDtypeStruct] = {}
+        self.overwritten: set[Entry] = set()
         self._made: dict[tuple[int, int, Kind], UnitOp] = {}
 
     def find(self, u: int, i: int, kind: Kind) -> UnitOp | None:
@@ -458,7 +463,7 @@ class Operations:
                     if returned:
                         self.outputs.setdefault(leaf, aval)
                         yield Write(OutputBuffer(leaf), number_of(Output(leaf)))
-                    elif port.kind == "state":
+                    elif port.kind == "state" and leaf not in flat.constant:
                         assert self.state is not None
                         block = StateBlock(self.state.where[port.of, k].row)
                         value = number_of(Output(leaf))
@@ -479,6 +484,12 @@ class Operations:
         for value in unit.programs[kind].outs:
             if isinstance(value, GradientSum):
                 port, k = value.leaf
+                if port.kind == "state":
+                    assert self.state is not None
+                    self.overwritten.add((port.of, k))
+                    row = self.state.where[port.of, k].row
+                    yield Maximise(StateMaximum(row), number_of(value))
+                    continue
                 if port.kind == "params":
                     # A borrower sums on its own device, and sends once at the end.
                     loan = self._loan(u, (port.of, k))

@@ -69,7 +69,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import jax
 import numpy as np
 
-from fpipe._executors.scan.packing import Packing
+from fpipe._executors.scan.packing import Entry, Packing
 from fpipe._executors.scan.ticks import Phase
 from fpipe._executors.scan.units import Role
 from fpipe._model.stages import Leaf
@@ -144,6 +144,15 @@ class OutputBuffer:
 @dataclasses.dataclass(frozen=True, slots=True)
 class StateBlock:
     """A device's block of a row of states."""
+
+    row: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StateMaximum:
+    """What backwards make of a device's block of a row of states: the maximum so
+    far.
+    """
 
     row: int
 
@@ -345,7 +354,15 @@ class SetStateRows:
     aval: jax.ShapeDtypeStruct
 
 
-Target: TypeAlias = Put | Send | Add | Write | SetState | SetStateRows
+@dataclasses.dataclass(frozen=True, slots=True)
+class Maximise:
+    """A value takes the place of what is less."""
+
+    buffer: StateMaximum
+    value: int
+
+
+Target: TypeAlias = Put | Send | Add | Write | SetState | SetStateRows | Maximise
 
 
 # --- the program of every device ---
@@ -513,6 +530,7 @@ class Machine:
         inputs: those that go whole to every microbatch and whose gradient is made.
         spread: those inputs that are too large for every device to hold: each has its
             share of the microbatches, and feeds bring them.
+        overwritten: the arrays of states that backwards make, by layer and number.
         warnings: what the user should know.
     """
 
@@ -527,4 +545,5 @@ class Machine:
     outputs: dict[Leaf, jax.ShapeDtypeStruct]
     inputs: dict[Leaf, jax.ShapeDtypeStruct]
     spread: frozenset[Leaf]
+    overwritten: frozenset[Entry]
     warnings: Sequence[str]

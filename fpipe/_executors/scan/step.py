@@ -100,7 +100,7 @@ class Step:
                 joined_pieces(made.outputs[Leaf(Y, k)], axis)
                 for k, axis in enumerate(self.join.axes)
             ]
-            return y, self._finished_states(made.state), made.left
+            return y, self._finished_states(made), made.left
 
         return jax.jit(forward)
 
@@ -152,7 +152,7 @@ class Step:
             return (
                 total.astype(values.dtype),
                 aux,
-                self._finished_states(made.state),
+                self._finished_states(made),
                 self._finished_gradients(made, weight),
             )
 
@@ -218,13 +218,24 @@ class Step:
 
     # --- what comes out ---
 
-    def _finished_states(self, rows: Sequence[Array]) -> list[Array]:
-        """The arrays of the states, finished by their layers, from their rows."""
+    def _finished_states(self, made: SegmentResult) -> list[Array]:
+        """The arrays of the states, finished by their layers: from the rows of states,
+        and of what backwards have made.
+        """
         packing = self.machine.state
         if packing is None:
             return []
-        trees = packing.trees([packing.take(rows, entry) for entry in packing.entries])
-        return pack(self._finish(trees))[0]
+        arrays = []
+        for k, n in packing.entries:
+            leaf = Leaf(Port("state", k), n)
+            of = packing.shape((k, n))
+            if leaf not in self.request.wanted:
+                arrays.append(packing.take(made.state, (k, n)))
+            elif (k, n) in self.machine.overwritten:
+                arrays.append(packing.take(made.made, (k, n)).astype(of.dtype))
+            else:  # no gradient depends on it
+                arrays.append(jnp.zeros(of.shape, of.dtype))
+        return pack(self._finish(packing.trees(arrays)))[0]
 
     def _finish(self, states: Sequence[Any]) -> tuple[Any, ...]:
         own = self.model.finish({k: states[k] for k in self.model.stateful})
@@ -254,6 +265,8 @@ class Step:
         for leaf in sorted(self.request.wanted, key=str):
             if leaf.port.kind == "params":
                 rows.add(machine.params.where[leaf.port.of, leaf.k].row)
+            elif leaf.port.kind == "state":
+                continue  # it is a new state, and no gradient
             elif leaf in machine.inputs or leaf in machine.outputs:
                 made.append(leaf)
         return [*sorted(rows), *made]

@@ -202,8 +202,13 @@ class UnitWork:
             if kind == "F":
                 continue
             for value in values:
-                # A recomputation uses the state that its forward saw.
-                state = isinstance(value, Input) and value.leaf.port.kind == "state"
+                # A recomputation uses the state that its forward saw; what is the same
+                # for all microbatches is still there.
+                state = (
+                    isinstance(value, Input)
+                    and value.leaf.port.kind == "state"
+                    and value.leaf not in self.flat.constant
+                )
                 if state or isinstance(value, Residual | Output):
                     saved[value] = None
         return tuple(saved)
