@@ -15,18 +15,18 @@ Calls, gradients and losses stand in `fpipe._executors.call.Call`, which
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from fpipe._core.caches import Recent
 from fpipe._core.checks import as_bool, as_compute_dtype, as_int, is_one_of
 from fpipe._core.errors import shown
+from fpipe._core.meshes import in_trace, no_mesh, set_aside
 from fpipe._core.pytrees import (
     PyTree,
-    Tracer,
     is_traced,
     map_arrays,
     numbers_as_arrays,
@@ -59,7 +59,7 @@ from fpipe._executors.progress import Progress, as_progress
 from fpipe._executors.protocol import Executor
 from fpipe._executors.recording import record
 from fpipe._executors.scan.executor import Scan
-from fpipe._executors.scan.mesh import as_mesh, stage_devices
+from fpipe._executors.scan.mesh import as_mesh, stage_context, stage_devices
 from fpipe._executors.scan.packing import Packed
 from fpipe._executors.scheduling import Scheduling
 from fpipe._executors.sequential import PlainExecutor
@@ -232,7 +232,9 @@ class Pipe(Call):
         # schedule and the devices, which stage lives where on the number of stages, and
         # how many devices are used on that.
         uncut = PipeSetup(model, scheduling, remat, placements, chunks)
-        balance = given_balance(balance, sample, uncut)
+        tracing = no_mesh() if mesh is None else stage_context(mesh)
+        with set_aside(), tracing:
+            balance = given_balance(balance, sample, uncut)
         stage_to_device = scheduling.stage_to_device(
             len(balance), len(placements), chunks
         )
@@ -392,9 +394,10 @@ class Pipe(Call):
             TypeError: no key.
         """
         check_key(key)
-        # `init` functions see one microbatch, as the layers do in every call.
-        first = first_microbatch(x, call_needs(side=side), self.chunks)
-        made = self.model.init(key, *first, self._executor.make_params)
+        with self._context(), self._executor.tracing():
+            # `init` functions see one microbatch, as the layers do in every call.
+            first = first_microbatch(x, call_needs(side=side), self.chunks)
+            made = self.model.init(key, *first, self._executor.make_params)
         return self.place(made, donate=True)
 
     def init_state(
@@ -422,11 +425,12 @@ class Pipe(Call):
             params = self._executor.param_shapes(params)
         if params is not None:
             check_params(self.model, params, "`init_state(params=...)`")
-        needs = call_needs(side=side)
-        first = first_microbatch(x, needs, self.chunks)
-        batch = whole_batch(x, needs, self.chunks)
         put = self._executor.make_state
-        return self.model.init_state(*first, params, key, put, batch)
+        with self._context(), self._executor.tracing():
+            needs = call_needs(side=side)
+            first = first_microbatch(x, needs, self.chunks)
+            batch = whole_batch(x, needs, self.chunks)
+            return self.model.init_state(*first, params, key, put, batch)
 
     def place(self, params: Sequence[PyTree], donate: bool = False) -> Any:
         """Put the parameters of each layer on its device; Python numbers become arrays.
@@ -458,9 +462,9 @@ class Pipe(Call):
         check_leaves(tuple(params), "params")
         # An optimizer returns strong types: weakly typed parameters would change their
         # type in the first update, and everything would compile once more.
-        return self._executor.place(
-            tuple(map_arrays(strong, numbers_as_arrays(p)) for p in params), donate
-        )
+        with self._context():
+            strong_params = [map_arrays(strong, numbers_as_arrays(p)) for p in params]
+            return self._executor.place(tuple(strong_params), donate)
 
     def gather(self, params: Any) -> tuple[PyTree, ...]:
         """The exact inverse of `place`: a copy of the parameters as for the plain
@@ -472,7 +476,8 @@ class Pipe(Call):
             ValueError: not one entry per layer, or packed for another partition.
         """
         self._executor.check_params(params, "`gather(params)`")
-        return self._executor.gather(params)
+        with self._context():
+            return self._executor.gather(params)
 
     # --- calls ---
 
@@ -553,18 +558,19 @@ class Pipe(Call):
             if loss_fn is None
             else as_loss("value_and_grad", loss_fn, has_aux, reduction)
         )
-        needs = call_needs(side=side, key=key, train=train, step=step)
-        args = self._checked(Args(params, x, targets, needs, state))
-        # The same steps as those of the call, in the same order: only then the programs
-        # are found under the same keys.
-        numbers = () if loss is None else as_argnums(argnums)
-        if loss is not None:
-            check_argnums(argnums, numbers, args)
-            leaves = FrozenLeaves(frozen).of(self._param_shapes(params))
-            args, loss = scaled(args._replace(frozen=leaves), loss, loss_scale)
-        if self._detector is not None:
-            args, loss, numbers = self._detector.watch_call(args, loss, numbers)
-        return self._executor.compile(args, loss, numbers, threads, report)
+        with self._context():
+            needs = call_needs(side=side, key=key, train=train, step=step)
+            args = self._checked(Args(params, x, targets, needs, state))
+            # The same steps as those of the call, in the same order: only then the
+            # programs are found under the same keys.
+            numbers = () if loss is None else as_argnums(argnums)
+            if loss is not None:
+                check_argnums(argnums, numbers, args)
+                leaves = FrozenLeaves(frozen).of(self._param_shapes(params))
+                args, loss = scaled(args._replace(frozen=leaves), loss, loss_scale)
+            if self._detector is not None:
+                args, loss, numbers = self._detector.watch_call(args, loss, numbers)
+            return self._executor.compile(args, loss, numbers, threads, report)
 
     def plan(
         self,
@@ -662,9 +668,10 @@ class Pipe(Call):
         loss = as_loss("plan", fn, has_aux, reduction)
         if isinstance(params, Packed):
             params = params.packing.whole
-        needs = call_needs(side=side, key=key, train=train, step=step)
-        args = Args(params, x, targets, needs, state)
-        return self._plan(StepRequest(args, loss, argnums, frozen), options)
+        with self._context():
+            needs = call_needs(side=side, key=key, train=train, step=step)
+            args = Args(params, x, targets, needs, state)
+            return self._plan(StepRequest(args, loss, argnums, frozen), options)
 
     def _plan(
         self,
@@ -680,7 +687,7 @@ class Pipe(Call):
         """
         # Arguments may all be shapes, so nothing in them shows that a trace is going
         # on. But inside `jax.jit` even a constant that is put on a device is a tracer.
-        if isinstance(jax.device_put(np.int32(0)), Tracer):
+        if in_trace():
             raise TypeError(
                 "`pipe.plan(...)` was called inside `jax.jit` (or another tracing "
                 "transformation): programs traced there would not "
@@ -696,9 +703,13 @@ class Pipe(Call):
         elif self._detector is not None:
             # The programs are those of the model alone.
             executor = self._make_executor(model, None)
-        args, numbers = step.resolved(model, self.chunks)
+        with executor.tracing():
+            args, numbers = step.resolved(model, self.chunks)
         data = executor.plan_data(args, step.loss, numbers, options.compiled)
-        return predict(data, args, options, None if known is None else known.costs)
+        # A prediction traces single layers, for its advice on the balance.
+        with executor.tracing():
+            costs = None if known is None else known.costs
+            return predict(data, args, options, costs)
 
     def record(
         self, f: Callable[..., Any], *args: Any, **kwargs: Any
@@ -733,6 +744,10 @@ class Pipe(Call):
         with record(self) as timeline:
             result = f(*args, **kwargs)
         return result, timeline
+
+    def _context(self) -> AbstractContextManager[Any]:
+        """The context of JAX that a call runs in; see `fpipe._core.meshes`."""
+        return self._executor.context()
 
     def _recording_owner(self) -> Any:
         """Whose calls a recording of this pipe watches; see `fpipe.record`."""

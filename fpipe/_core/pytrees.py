@@ -246,8 +246,9 @@ def eval_shape(f: Callable[..., PyTree], *args: PyTree) -> PyTree:
         specs.append(result_spec)
         return result
 
-    shapes = jax.eval_shape(flat, *map(aval, arrays))
-    return specs[-1].unpack(shapes)
+    # Without shardings: a mesh of the context is no part of a shape.
+    shapes = map(aval, jax.eval_shape(flat, *map(aval, arrays)))
+    return specs[-1].unpack(list(shapes))
 
 
 def describe(tree: PyTree) -> str:

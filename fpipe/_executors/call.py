@@ -16,8 +16,10 @@ Out: `Args` and what is asked for, which `Call._loss` (or `_forward`) then runs:
 """
 
 import abc
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -98,6 +100,10 @@ class Call(abc.ABC):
         """Parameters, placed, as the layers know them; shapes will do."""
         return tuple(params)
 
+    def _context(self) -> AbstractContextManager[Any]:
+        """The context of JAX that a call runs in: the caller's, if it has no other."""
+        return contextlib.nullcontext()
+
     def _recording_owner(self) -> Any:
         """What tells its calls from others in a recording; `None`: none is made."""
         return None
@@ -147,9 +153,10 @@ class Call(abc.ABC):
                 parameters or state that do not have one entry per layer; parameters on
                 the wrong device.
         """
-        needs = call_needs(side=side, key=key, train=train, step=step)
-        args = self._checked(Args(params, x, (), needs, state))
-        y, new = self._forward(args)
+        with self._context():
+            needs = call_needs(side=side, key=key, train=train, step=step)
+            args = self._checked(Args(params, x, (), needs, state))
+            y, new = self._forward(args)
         return y if state is None else (y, new)
 
     def value_and_grad(
@@ -219,23 +226,26 @@ class Call(abc.ABC):
             grads: Any = None,
             loss_scale: Any = None,
         ) -> Any:
-            needs = call_needs(side=side, key=key, train=train, step=step)
-            args = self._checked(Args(params, x, targets, needs, state))
-            check_argnums(argnums, numbers, args)
-            if frozen is not None:
-                # Not otherwise: to look at the shapes of all parameters takes as long
-                # as all else that a call does before it dispatches.
-                shapes = self._param_shapes(args.params)
-                args = args._replace(frozen=which.of(shapes))
-            # The executor knows nothing of `loss_scale` and `grads`: the scale is a
-            # target of a changed loss, and both are undone or added behind the call.
-            args, own = scaled(args, loss, loss_scale)
-            result = self._loss(args, own, numbers)
-            # As in `jax.grad`: an int gives a gradient, a tuple a tuple of them.
-            new = result.gradients[0] if isinstance(argnums, int) else result.gradients
-            value = unscale_and_add(result.loss, loss_scale, None, "")
-            gradients = unscale_and_add(new, loss_scale, grads, "`grads=`")
-            return _value(result._replace(loss=value), loss, state), gradients
+            with self._context():
+                needs = call_needs(side=side, key=key, train=train, step=step)
+                args = self._checked(Args(params, x, targets, needs, state))
+                check_argnums(argnums, numbers, args)
+                if frozen is not None:
+                    # Not otherwise: to look at the shapes of all parameters takes as
+                    # long as all else that a call does before it dispatches.
+                    shapes = self._param_shapes(args.params)
+                    args = args._replace(frozen=which.of(shapes))
+                # The executor knows nothing of `loss_scale` and `grads`: the scale is a
+                # target of a changed loss, and both are undone or added behind the
+                # call.
+                args, own = scaled(args, loss, loss_scale)
+                result = self._loss(args, own, numbers)
+                # As in `jax.grad`: an int gives a gradient, a tuple a tuple of them.
+                new = result.gradients
+                new = new[0] if isinstance(argnums, int) else new
+                value = unscale_and_add(result.loss, loss_scale, None, "")
+                gradients = unscale_and_add(new, loss_scale, grads, "`grads=`")
+                return _value(result._replace(loss=value), loss, state), gradients
 
         return value_and_grad
 
@@ -266,9 +276,10 @@ class Call(abc.ABC):
             train: bool = False,
             step: Any = None,
         ) -> Any:
-            needs = call_needs(side=side, key=key, train=train, step=step)
-            args = self._checked(Args(params, x, targets, needs, state))
-            return _value(self._loss(args, loss, ()), loss, state)
+            with self._context():
+                needs = call_needs(side=side, key=key, train=train, step=step)
+                args = self._checked(Args(params, x, targets, needs, state))
+                return _value(self._loss(args, loss, ()), loss, state)
 
         return evaluate
 

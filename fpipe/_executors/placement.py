@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from fpipe._core.errors import shown
+from fpipe._core.meshes import to_device
 from fpipe._core.pytrees import PyTree, copied, is_traced, pack
 
 # `jax.Device` is a variable to type checkers: jaxlib does not declare it as a class.
@@ -71,13 +72,17 @@ class Placement:
         # (measured on jax 0.10.2, CPU). Every boundary of every microbatch is one.
         return jax.device_put(list(arrays), self.device)
 
+    def take(self, arrays: Sequence[Any]) -> list[Any]:
+        """Arrays of the caller on this place, whatever mesh they lie over."""
+        return to_device(arrays, self.device)
+
     def own(self, arrays: Sequence[Any]) -> list[Any]:
-        """Arrays on this place, in memory of their own: `put` and, where that is the
+        """Arrays on this place, in memory of their own: `take` and, where that is the
         memory of a given array, a copy.
 
         Whoever gets them may donate them, and the given arrays stay as they are.
         """
-        put = self.put(arrays)
+        put = self.take(arrays)
         shared = [
             n
             for n, (array, new) in enumerate(zip(arrays, put, strict=True))
@@ -96,7 +101,7 @@ class Placement:
             own: whether they are to have memory of their own.
         """
         arrays, spec = pack(tree)
-        return spec.unpack(self.own(arrays) if own else self.put(arrays))
+        return spec.unpack(self.own(arrays) if own else self.take(arrays))
 
     def holds(self, array: Any) -> bool:
         """Whether an array lives here."""

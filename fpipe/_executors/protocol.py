@@ -9,6 +9,7 @@ schedule, and shares only the calls (`call.Call`) with a `Pipe`.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeAlias
 
 from fpipe._core.pytrees import PyTree
@@ -62,6 +63,14 @@ class Executor(Protocol):
 
     def schedule(self, microbatches: int) -> Schedule:
         """The schedule for that many microbatches, checked against the model."""
+        ...
+
+    def context(self) -> AbstractContextManager[Any]:
+        """The context of JAX in which it traces and runs, whatever is the caller's."""
+        ...
+
+    def tracing(self) -> AbstractContextManager[Any]:
+        """The context of JAX in which layers are traced: it has the axes of a stage."""
         ...
 
     # --- parameters ---

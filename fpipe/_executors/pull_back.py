@@ -74,7 +74,8 @@ def differentiable_call(
         return call.with_inputs(dict(zip(differentiable, inputs, strict=True)))
 
     def primal(*values: Any) -> list[Any]:
-        flat, structure = pack(executor.forward(args_of(values)))
+        with executor.context():
+            flat, structure = pack(executor.forward(args_of(values)))
         returned.append(structure)
         return flat
 
@@ -85,15 +86,19 @@ def differentiable_call(
         asked = [
             bool(p.perturbed) and is_inexact(p.value) for p in primals[: len(leaves)]
         ]
-        half = executor.first_half(args_of(values), leaves, asked)
-        flat, structure = pack((half.y, half.state))
+        # A rule runs outside of the trace of an eager `jax.grad`: only here can the
+        # caller's mesh be set aside.
+        with executor.context():
+            half = executor.first_half(args_of(values), leaves, asked)
+            flat, structure = pack((half.y, half.state))
         returned.append(structure)
         zeros = tuple(None if is_inexact(v) else float0_like(v) for v in values)
         return flat, (list(half.residuals), _PullBack(half.second, zeros))
 
     def backward(residuals: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
         arrays, pull_back = residuals
-        gradients = list(pull_back.second(arrays, cotangents))
+        with executor.context():
+            gradients = list(pull_back.second(arrays, cotangents))
         gradients += [None] * (len(pull_back.zeros) - len(gradients))
         # `None` is a zero that JAX does not have to make.
         return tuple(

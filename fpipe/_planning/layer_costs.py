@@ -18,6 +18,7 @@ import jax
 
 from fpipe._core.checks import as_compute_dtype, is_one_of
 from fpipe._core.errors import shown
+from fpipe._core.meshes import to_device
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
@@ -298,7 +299,7 @@ def _seconds(
             given = pack(params[port.of])[0]
             if not any(isinstance(a, jax.ShapeDtypeStruct) for a in given):
                 arrays = given
-        placed = jax.device_put(arrays, device)
+        placed = to_device(arrays, device)
         known |= {Input(Leaf(port, n)): a for n, a in enumerate(placed)}
     kinds: tuple[Kind, Kind] = ("F", "B")
     forward, backward = (_median(layer, kind, known, gauge, device) for kind in kinds)

@@ -277,10 +277,14 @@ def bind(node: Node, inputs: Sequence[Any], **changed: Any) -> Sequence[Any]:
     # Some primitives (calls with their own derivatives) are bound to functions, not to
     # the jaxprs that their equations hold; `get_bind_params` makes them again.
     params = {**eqn.primitive.get_bind_params(eqn.params), **changed}
-    # What held when the user's layer was traced, the mesh of its stage for example,
-    # must hold when its equation is traced again.
+    # What held when the user's layer was traced must hold when its equation is traced
+    # again; the mesh too, but for axes that a `shard_map` around it has taken since.
+    here = jax.sharding.get_abstract_mesh()
     with eqn.ctx.manager:
-        result = eqn.primitive.bind(*inputs, **params)
+        there = jax.sharding.get_abstract_mesh()
+        taken = set(here.manual_axes) - set(there.manual_axes)
+        with jax.sharding.use_abstract_mesh(here if taken else there):
+            result = eqn.primitive.bind(*inputs, **params)
     return result if eqn.primitive.multiple_results else (result,)
 
 

@@ -15,8 +15,16 @@ import jax.numpy as jnp
 
 from fpipe._core.checks import as_int, is_at_least
 from fpipe._core.errors import shown
+from fpipe._core.meshes import set_aside
 from fpipe._core.pytrees import PyTree, strong
+from fpipe.optim._packed import off_callers_mesh
 from fpipe.optim._tree_functions import all_finite
+
+
+def _number(dtype: Any, value: int) -> Any:
+    """A number that JAX may move: made under a mesh, it would be on all its devices."""
+    with set_aside():
+        return dtype(value)
 
 
 @jax.tree_util.register_dataclass
@@ -45,8 +53,8 @@ class DynamicLossScale:
         16384.0
     """
 
-    scale: Any = dataclasses.field(default_factory=lambda: jnp.float32(2.0**15))
-    steps: Any = dataclasses.field(default_factory=lambda: jnp.int32(0))
+    scale: Any = dataclasses.field(default_factory=lambda: _number(jnp.float32, 2**15))
+    steps: Any = dataclasses.field(default_factory=lambda: _number(jnp.int32, 0))
     period: int = dataclasses.field(default=2000, metadata={"static": True})
     factor: float = dataclasses.field(default=2.0, metadata={"static": True})
 
@@ -58,6 +66,7 @@ class DynamicLossScale:
                 "more than 1"
             )
 
+    @off_callers_mesh
     def adjusted(self, grads: PyTree) -> "DynamicLossScale":
         """The scale for the next call, after the gradients of this one, placed or
         packed.

@@ -12,13 +12,15 @@ makes of them is packed like the parameters again, if it has leaves in the same 
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fpipe._core.meshes import AnyMesh, set_aside
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
@@ -30,7 +32,6 @@ from fpipe._core.pytrees import (
     strong,
 )
 from fpipe._executors.scan.mesh import AXIS as AXIS
-from fpipe._executors.scan.mesh import AnyMesh as AnyMesh
 from fpipe._executors.scan.mesh import by_stage
 from fpipe._executors.scan.packing import Entry, Packing, Row
 from fpipe._executors.scan.packing import Packed as Packed
@@ -38,6 +39,9 @@ from fpipe._executors.scan.storage import as_stored as as_stored
 from fpipe._executors.scan.storage import from_stored as from_stored
 from fpipe._executors.scan.storage import stored_shape as stored_shape
 from fpipe.optim._seen_leaves import Path, SeenLeaves, leaf_name, no_update
+
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
 
 
 def is_packed(node: Any) -> bool:
@@ -72,6 +76,19 @@ def mesh_of(tree: PyTree) -> AnyMesh | None:
             if mesh is not None and AXIS in mesh.axis_names:
                 return mesh
     return None
+
+
+def off_callers_mesh(f: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
+    """A function of trees that lie on devices of their own, whatever mesh its caller
+    has in JAX's context.
+    """
+
+    @functools.wraps(f)
+    def run(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
+        with set_aside(lambda: mesh_of((args, kwargs))):
+            return f(*args, **kwargs)
+
+    return run
 
 
 def _is_empty(array: Any) -> bool:

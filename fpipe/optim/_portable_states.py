@@ -22,6 +22,7 @@ from fpipe.optim._leaf_devices import first_device, parameter_devices
 from fpipe.optim._packed import (
     any_packed,
     mesh_of,
+    off_callers_mesh,
     pack_state,
     shapes_unpacked,
     templates_of,
@@ -36,6 +37,7 @@ from fpipe.optim._seen_leaves import (
 from fpipe.optim._transform import PerStage, engine_of
 
 
+@off_callers_mesh
 def gather(state: PyTree) -> PyTree:
     """An optimizer state as plain optax has it for `pipe.gather(params)`: nothing
     packed, all on one device.
@@ -75,6 +77,7 @@ def _unpack_on(mesh: Mesh) -> Callable[[Bundle], Bundle]:
     )
 
 
+@off_callers_mesh
 def place(
     state: PyTree, params: PyTree, tx: Any = None, donate: bool = False
 ) -> PyTree:
@@ -127,7 +130,7 @@ def place(
         if is_array(leaf):
             device = first if parameter is None else devices[parameter]
             place = Placement.of(device)
-            leaves[n] = (place.put if donate else place.own)([leaf])[0]
+            leaves[n] = (place.take if donate else place.own)([leaf])[0]
     return treedef.unflatten(leaves)
 
 

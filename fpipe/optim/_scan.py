@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 
+from fpipe._core.meshes import AnyMesh
 from fpipe._core.pytrees import PyTree
-from fpipe._executors.scan.mesh import AnyMesh
 from fpipe._model.frozen import Frozen
 from fpipe.optim._packed import (
     Rows,

@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from fpipe._core.meshes import AnyMesh
 from fpipe._core.pytrees import PyTree, aval, strong
-from fpipe._executors.scan.mesh import AnyMesh
 from fpipe._program.identity import function_identity
 from fpipe.optim._packed import (
     AXIS,

@@ -14,6 +14,7 @@ import jax
 import optax
 
 from fpipe._core.caches import Key, Recent
+from fpipe._core.meshes import AnyMesh
 from fpipe._core.pytrees import (
     Bundle,
     PyTree,
@@ -24,12 +25,11 @@ from fpipe._core.pytrees import (
     strong,
 )
 from fpipe._core.settings import settings
-from fpipe._executors.scan.mesh import AnyMesh
 from fpipe._model.frozen import Frozen, check_frozen
 from fpipe.optim import _placed, _scan
 from fpipe.optim._dispatch import PlacedFunction
 from fpipe.optim._leaf_devices import array_form, refuse_tracers
-from fpipe.optim._packed import any_packed, mesh_of
+from fpipe.optim._packed import any_packed, mesh_of, off_callers_mesh
 from fpipe.optim._seen_leaves import SeenLeaves, check_donate, check_transformation
 
 # How many plans a transformation keeps: one for each form of its arguments.
@@ -92,6 +92,7 @@ class Engine:
             donate_argnums=tuple(sorted(positions[name] for name in donate)),
         )
 
+    @off_callers_mesh
     def init(self, params: PyTree) -> PyTree:
         """The initial state."""
         # Three kinds of call: packed parameters, inside of a trace or not; placed ones
@@ -117,6 +118,7 @@ class Engine:
         )
         return planned.init(params)
 
+    @off_callers_mesh
     def update(
         self, grads: PyTree, state: PyTree, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, PyTree]:

@@ -30,7 +30,7 @@ from fpipe.optim._leaf_devices import (
     parameter_devices,
     refuse_tracers,
 )
-from fpipe.optim._packed import any_packed
+from fpipe.optim._packed import any_packed, off_callers_mesh
 from fpipe.optim._seen_leaves import check_donate
 from fpipe.optim._update_graph import trace_update_graph
 
@@ -41,6 +41,7 @@ _plans = Recent(32)
 _DONATABLE = ("params", "updates")
 
 
+@off_callers_mesh
 def apply_updates(
     params: PyTree, updates: PyTree, donate: Iterable[str] = ()
 ) -> PyTree:
@@ -141,6 +142,7 @@ def _plan_addition(
     return divide(graph, arrays, inputs, outputs, first_device(devices))
 
 
+@off_callers_mesh
 def global_norm(tree: PyTree) -> Any:
     """The square root of the sum of all squares: `optax.tree.norm` of leaves on several
     devices.

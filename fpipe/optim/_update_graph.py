@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fpipe._core.meshes import no_mesh
 from fpipe._core.pytrees import aval, zeros
 from fpipe._program.graph import Graph, Node, bind, inline, trace
 
@@ -143,7 +144,10 @@ def trace_update_graph(
     opener = _Opener()
     # Nothing differentiates an update, so what has derivatives of its own, such as
     # `jax.nn.relu`, is opened like any other call.
-    graph = inline(trace(f, *map(aval, arrays)), keep_rules=False)
+    # Without a mesh: parts of the graph run inside of a `shard_map`, others outside.
+    with no_mesh():
+        traced = trace(f, *map(aval, arrays))
+    graph = inline(traced, keep_rules=False)
     inputs = [opener.new_value(graph.avals[v]) for v in graph.inputs]
     outputs = opener.add(graph, inputs, ())
     return UpdateGraph(

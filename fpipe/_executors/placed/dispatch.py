@@ -117,7 +117,7 @@ class ReadyPlan:
         # are many of them: one slice, no `device_put`.
         slots[: len(params)] = params
         for placement, leaves, numbers in self.transfers:
-            arrays = placement.put([others[leaf.port][leaf.k] for leaf in leaves])
+            arrays = placement.take([others[leaf.port][leaf.k] for leaf in leaves])
             for slot, array in zip(numbers, arrays, strict=True):
                 slots[slot] = array
         return slots

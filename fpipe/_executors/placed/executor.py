@@ -15,12 +15,14 @@ every stage, so it takes long; a training loop finds its plan from the second st
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
 
 from fpipe._core.caches import Key, Recent
 from fpipe._core.errors import shown, warn
+from fpipe._core.meshes import is_explicit, no_mesh, set_aside
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
@@ -133,6 +135,14 @@ class Placed:
             self.scheduling, self.stage_to_device, self.stages, microbatches
         )
 
+    def context(self) -> AbstractContextManager[Any]:
+        """The context of JAX in which it traces and runs, whatever is the caller's."""
+        return set_aside()
+
+    def tracing(self) -> AbstractContextManager[Any]:
+        """The context of JAX in which layers are traced: one device has no axes."""
+        return no_mesh()
+
     # --- parameters ---
 
     def make_params(
@@ -144,7 +154,7 @@ class Placed:
         # room for every layer in turn. The default device does not move a committed
         # key, so the key is put there first.
         with home.as_default():
-            made = make(None if key is None else home.put([key])[0])
+            made = make(None if key is None else home.take([key])[0])
             # A user's `init` may return an array that the user keeps.
             return home.put_tree(made, own=True)
 
@@ -182,9 +192,11 @@ class Placed:
     def bring(self, arrays: Sequence[Any]) -> list[Any]:
         """Inputs stay where they are: a plan moves them to the stages that read them.
 
-        (`Scan` puts them on its mesh here, before the call is a `custom_vjp`.)
+        (`Scan` puts them on its mesh here, before the call is a `custom_vjp`.) But a
+        sharding that is part of a type goes: the gradient would have to have it.
         """
-        return list(arrays)
+        first = self.layout.placements[0]
+        return [first.take([a])[0] if is_explicit(a) else a for a in arrays]
 
     def forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         """`(y, state)`."""
@@ -291,6 +303,11 @@ class Placed:
         # here, and only if one differs, all parameters are looked at closely.
         if not bound.are_placed(params):
             self._check_placed(args.params)
+            # They may be on a mesh of the one device, whose axes are explicit.
+            if any(map(is_explicit, params)):
+                places = [Placement.of(array.sharding) for array in params]
+                pairs = zip(places, params, strict=True)
+                params = [place.take([array])[0] for place, array in pairs]
             bound.shardings[:] = [array.sharding for array in params]
         slots = bound.slots(params, {port: pack[0] for port, pack in packs.items()})
         # Concrete arguments inside a trace (a closed-over batch in a jitted function)
@@ -461,7 +478,7 @@ class _SecondHalf:
         carrying = [whole_cotangent(c, a) for c, a in pairs if is_inexact(a)]
         if carrying:
             placement = plan.slots[plan.cotangents[0]].placement
-            for n, array in zip(plan.cotangents, placement.put(carrying), strict=True):
+            for n, array in zip(plan.cotangents, placement.take(carrying), strict=True):
                 slots[n] = array
         self.bound.run(slots, Half.BACKWARD)
         return [

@@ -13,6 +13,7 @@ the structures that the caller knows.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import jax
@@ -22,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from fpipe._core.caches import Key, Recent
 from fpipe._core.errors import warn
+from fpipe._core.meshes import set_aside
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
@@ -53,7 +55,14 @@ from fpipe._executors.request import (
 from fpipe._executors.scan.clock import Ran
 from fpipe._executors.scan.feeds import is_large
 from fpipe._executors.scan.lower import lower
-from fpipe._executors.scan.mesh import AXIS, DATA, by_stage, on_mesh, replicated
+from fpipe._executors.scan.mesh import (
+    AXIS,
+    DATA,
+    by_stage,
+    on_mesh,
+    replicated,
+    stage_context,
+)
 from fpipe._executors.scan.packing import Packed, Packing
 from fpipe._executors.scan.parameters import Parameters
 from fpipe._executors.scan.plan_data import plan_data
@@ -104,6 +113,14 @@ class Scan:
         return schedule_of(
             self.scheduling, self.stage_to_device, self.stages, microbatches
         )
+
+    def context(self) -> AbstractContextManager[Any]:
+        """The context of JAX in which it traces and runs, whatever is the caller's."""
+        return set_aside(lambda: self.mesh)
+
+    def tracing(self) -> AbstractContextManager[Any]:
+        """The context of JAX in which layers are traced: it has the axes of a stage."""
+        return stage_context(self.mesh)
 
     # --- parameters ---
 
@@ -301,18 +318,19 @@ class Scan:
         state = None
         if args.state is not None:
             state = Packing.of(units, [Shape.of(s) for s in args.state])
-        machine, out = lower(
-            units,
-            schedule,
-            self._remat,
-            inputs,
-            request,
-            packing,
-            state,
-            # Sums over a sharded batch need recomputations inlined; see `row_sums`.
-            self.mesh.shape.get(DATA, 1) > 1,
-            self._traces,
-        )
+        with self.tracing():
+            machine, out = lower(
+                units,
+                schedule,
+                self._remat,
+                inputs,
+                request,
+                packing,
+                state,
+                # Sums over a sharded batch need recomputations inlined; see `row_sums`.
+                self.mesh.shape.get(DATA, 1) > 1,
+                self._traces,
+            )
         for text in (*machine.warnings, *unmade_states(kind, inputs, self._model)):
             warn(text)
         return Step(machine, self.mesh, inputs, request, self._model, out)

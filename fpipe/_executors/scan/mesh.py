@@ -10,20 +10,19 @@ each microbatch are shared:
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fpipe._core.errors import shown
+from fpipe._core.meshes import AnyMesh, is_explicit, to_device
 from fpipe._core.pytrees import Tracer
 
 AXIS = "stage"
-
-AnyMesh: TypeAlias = Mesh | AbstractMesh
-"""A mesh of devices, or its shape alone, which is what a tracer has."""
 
 # The axis over which a batch is sharded, if the mesh has it.
 DATA = "data"
@@ -103,6 +102,16 @@ def columns(mesh: Mesh) -> list[list[Any]]:
     return [list(row) for row in moved.reshape(moved.shape[0], -1)]
 
 
+def stage_context(mesh: Mesh) -> AbstractContextManager[Any]:
+    """The context in which a stage is traced: that inside of the program's `shard_map`.
+
+    So a layer may use the axes of its stage, as in
+    `jax.lax.with_sharding_constraint(h, P("data"))`; that of the stages is taken.
+    """
+    inside = mesh.abstract_mesh.update_axis_types({AXIS: AxisType.Manual})
+    return jax.sharding.use_abstract_mesh(inside)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """On every device."""
     return NamedSharding(mesh, P())
@@ -126,7 +135,7 @@ def on_device(a: Any, device: Any) -> Any:
         and not a.is_fully_addressable
     ):
         a = a.addressable_data(0)
-    return jax.device_put(a, device)
+    return to_device([a], device)[0]
 
 
 def on_mesh(
@@ -136,7 +145,8 @@ def on_mesh(
     mesh. Shapes will do.
 
     An array that lies on all devices of the mesh stays as it lies, however it is
-    sharded: the user may have put it so, and the program takes it.
+    sharded: the user may have put it so, and the program takes it. But a sharding over
+    explicit axes is part of a type, and goes.
 
     Arguments:
         sharding: how such an array is to lie.
@@ -146,7 +156,7 @@ def on_mesh(
     def put(a: Any) -> Any:
         there = isinstance(a, jax.Array) and not isinstance(a, Tracer)
         if isinstance(a, Tracer) or (there and a.sharding.device_set == devices):
-            return a
+            return jax.device_put(a, sharding(a)) if is_explicit(a) else a
         if isinstance(a, jax.ShapeDtypeStruct):
             if a.sharding is not None:
                 return a

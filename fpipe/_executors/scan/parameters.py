@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fpipe._core.caches import Key, Recent
+from fpipe._core.meshes import no_mesh
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
@@ -78,8 +79,8 @@ class Parameters:
         runs it too, on its default device: a call takes all states, whole.
         """
         device = next(iter(self._devices_of[layer]), None)
-        with jax.default_device(device):
-            made = f(key if device is None else jax.device_put(key, device))
+        with no_mesh(), jax.default_device(device):
+            made = f(key if device is None else on_device(key, device))
             # A user's `init_state` may return an array that the user keeps.
             return copied(made)
 
@@ -90,8 +91,8 @@ class Parameters:
         here = self._devices_of[layer]
         if not here:
             return jax.eval_shape(f, key)
-        with jax.default_device(here[0]):
-            return f(None if key is None else jax.device_put(key, here[0]))
+        with no_mesh(), jax.default_device(here[0]):
+            return f(None if key is None else on_device(key, here[0]))
 
     def place(self, params: Sequence[PyTree]) -> Packed:
         """Every device its own stages' parameters, and no others.
