@@ -78,6 +78,10 @@ class Borrow(NamedTuple):
     owner: int
 
 
+# What the call of a layer is named in the trace of its stage.
+LAYER_CALL = "fpipe_layer"
+
+
 class LayerTracer:
     """A layer under `jax.jit`, which keeps a trace for each structure and shapes."""
 
@@ -90,6 +94,7 @@ class LayerTracer:
             call = LayerCall(*bundle.tree)
             return Bundle.of(call_layer(layer, self._number, call))
 
+        run.__name__ = run.__qualname__ = LAYER_CALL
         self._jitted = jax.jit(run)
 
     def __call__(self, number: int, call: LayerCall) -> LayerResult:

@@ -25,6 +25,17 @@ def calls_host(nodes: Iterable[Node]) -> bool:
     )
 
 
+def asks_host(nodes: Iterable[Node]) -> bool:
+    """Whether an equation calls Python and takes what it returns: a `pure_callback` or
+    an `io_callback`, and not a `jax.debug.print`.
+    """
+    return any(
+        node.name in ("pure_callback", "io_callback")
+        or any(asks_host(body.nodes) for body in node.bodies)
+        for node in nodes
+    )
+
+
 def has_loop(node: Node) -> bool:
     """Whether an equation is a loop, or has one in it."""
     return node.name in ("scan", "while") or any(

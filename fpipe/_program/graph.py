@@ -208,6 +208,16 @@ def inline(closed: Any, keep_rules: bool = True) -> Graph:
     return Graph(inputs, tuple(outputs), tuple(nodes), consts, avals)
 
 
+def called(closed: Any, name: str) -> list[Graph]:
+    """The jitted functions of a name that a jaxpr calls itself, in order."""
+    jaxpr = getattr(closed, "jaxpr", closed)
+    return [
+        inline(eqn.params[_CALLS[eqn.primitive.name]])
+        for eqn in jaxpr.eqns
+        if eqn.primitive.name in _CALLS and eqn.params.get("name") == name
+    ]
+
+
 def jaxprs_among(values: Iterable[Any]) -> list[Any]:
     """The jaxprs among the parameters of an equation, in order."""
     found = []

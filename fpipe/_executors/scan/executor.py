@@ -330,6 +330,7 @@ class Scan:
                 # Sums over a sharded batch need recomputations inlined; see `row_sums`.
                 self.mesh.shape.get(DATA, 1) > 1,
                 self._traces,
+                len(self.mesh.axis_names) > 1,
             )
         for text in (*machine.warnings, *unmade_states(kind, inputs, self._model)):
             warn(text)

@@ -91,6 +91,7 @@ from fpipe._executors.scan.values import (
     Work,
     find_work,
 )
+from fpipe._model.model import LAYER_CALL
 from fpipe._model.needs import Share
 from fpipe._model.remat import Remat
 from fpipe._model.stages import (
@@ -113,6 +114,8 @@ from fpipe._program.code import (
     Output,
     ProgramValue,
 )
+from fpipe._program.control_flow import asks_host
+from fpipe._program.graph import called
 from fpipe.schedules import Action, Kind, Schedule
 
 
@@ -126,10 +129,12 @@ def lower(
     state: Packing | None,
     opened: bool,
     kept: Recent,
+    shared: bool,
 ) -> tuple[Machine, Mapping[Port, Shape]]:
     """Lower a call. Also what the last unit returns for one microbatch.
 
     Arguments:
+        shared: whether a stage has axes of the mesh that are left to XLA.
         opened: whether recomputations are inlined.
         kept: the traces of earlier calls.
     """
@@ -148,6 +153,8 @@ def lower(
         position |= loop.positions(1 + max(position.values(), default=-1))
     # What units make and read, and where that waits.
     work = find_work(units, schedule, position, remat, inputs, request, opened, kept)
+    if shared:
+        _refuse_callbacks(work)
     buffers = place_bundles(work, position)
     # Only the first unit reads `x` and only the last one the targets, so all other
     # devices would hold them for nothing. What goes whole to every microbatch stays
@@ -193,6 +200,29 @@ def lower(
         warnings=tuple(work.programs.warnings),
     )
     return machine, work.programs.flat(len(units.stages) - 1, 0).out
+
+
+def _refuse_callbacks(work: Work) -> None:
+    """Refuse layers that wait for what Python returns.
+
+    JAX does so when it compiles, without the name of a layer. It has no rule for which
+    of the devices that share a stage would call.
+    """
+    for group in work.groups:
+        for unit in group.units:
+            stage = unit.stage
+            for k, body in zip(
+                stage.span, called(unit.flat.closed, LAYER_CALL), strict=False
+            ):
+                if asks_host(body.nodes):
+                    raise NotImplementedError(
+                        f"layer {k} {stage.model.layers[k].name!r} has a "
+                        "`jax.pure_callback` (or `io_callback`): with "
+                        'executor="scan" JAX calls no Python for a result where the '
+                        'mesh has other axes than "stage". Take a mesh of that axis '
+                        'alone, or executor="placed"; `jax.debug.print` and '
+                        "`jax.debug.callback` return nothing, and work"
+                    )
 
 
 # --- operations ---
