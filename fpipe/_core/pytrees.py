@@ -215,7 +215,10 @@ def fill_gradient(
 
 def nbytes(a: Any) -> int:
     """The bytes of an array, or of one of that shape."""
-    return math.prod(a.shape) * a.dtype.itemsize
+    # A dtype of somebody's own (Flax's `fp32_max_grad`) may say what it is stored as.
+    stored = getattr(a.dtype, "float_dtype", None)
+    dtype = a.dtype if stored is None else jnp.dtype(stored)
+    return math.prod(a.shape) * dtype.itemsize
 
 
 def zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:

@@ -16,7 +16,12 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT, Fp8DirectDotGeneralOp
+from flax.linen.fp8_ops import (
+    OVERWRITE_WITH_GRADIENT,
+    Fp8DirectDotGeneralOp,
+    fp32_max_grad,
+    in_qdq,
+)
 from flax.training.train_state import TrainState
 
 import fpipe
@@ -1586,3 +1591,35 @@ def test_fp8_scales_move_as_in_plain_flax(executor):
     # What is only evaluated leaves them.
     _, new = pipe.evaluate(mse)(params, x, jnp.cos(x), state=state)
     assert_same(jax.device_get(new), own[1])
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_scale_that_a_loop_uses_again_is_a_maximum_too(executor):
+    """`fp32_max_grad`: JAX adds up the uses of such a number by their maximum."""
+    as_max = functools.partial(jax.lax.convert_element_type, new_dtype=fp32_max_grad)
+    e4m3 = jnp.float8_e4m3fn
+
+    def apply(params, x, *, state):
+        scale, history = as_max(state["scale"]), as_max(state["history"])
+
+        def body(h, _):
+            return jnp.tanh(in_qdq(jnp.float32, e4m3, h, scale, history) @ params), None
+
+        return jax.lax.scan(body, x, None, length=3)[0], state
+
+    layer = fpipe.Layer(
+        apply,
+        lambda key, x: noise(key, (3, 3)),
+        init_state=lambda x: {"scale": jnp.ones(1), "history": jnp.zeros(4)},
+        overwrite=True,
+    )
+    pipe = fpipe.Pipe([layer, layer], [1, 1], chunks=4, executor=executor)
+    params, state = pipe.init(KEY, X), pipe.init_state(X)
+    (_, new), _ = pipe.value_and_grad(mse)(params, X, TARGET, state=state)
+    own, first = jax.device_get((pipe.gather(params), state))
+
+    def plain(state):
+        h, _ = apply(own[0], X, state=state[0])
+        return mse(apply(own[1], h, state=state[1])[0], TARGET)
+
+    assert_same(jax.device_get(new), jax.device_get(jax.jit(jax.grad(plain))(first)))
