@@ -8,13 +8,15 @@ from fpipe._model.batch_norm import DeferredBatchNorm as DeferredBatchNorm
 from fpipe._model.layer import Layer as Layer
 from fpipe._model.layer import fn as fn
 from fpipe._model.layer import skippable as skippable
-from fpipe._model.microbatch import Chunk as Chunk
-from fpipe._model.microbatch import NoChunk as NoChunk
 from fpipe._model.skip_routes import verify_skippables as verify_skippables
 from fpipe._model.skips import Namespace as Namespace
 from fpipe._model.skips import peek as peek
 from fpipe._model.skips import pop as pop
 from fpipe._model.skips import stash as stash
+from fpipe._model.wrappers import Chunk as Chunk
+from fpipe._model.wrappers import Microbatches as Microbatches
+from fpipe._model.wrappers import NoChunk as NoChunk
+from fpipe._model.wrappers import PerRow as PerRow
 from fpipe._pipe import Pipe as Pipe
 from fpipe._planning.balance import balance as balance
 from fpipe._planning.costs import LayerCosts as LayerCosts

@@ -364,7 +364,10 @@ def _divisors(args: Args, devices: int) -> list[int]:
     """The numbers of microbatches that are tried if nothing is said."""
     # Fewer microbatches than devices leave devices idle, more than eight times as many
     # gain next to nothing. Divisors, for a ragged last one compiles everything twice.
-    rows = sum(cut_inputs(args.inputs, 1).rows) or 1
+    cut = cut_inputs(args.inputs, 1)
+    if cut.ready:
+        return [cut.m]
+    rows = sum(cut.rows) or 1
     return [n for n in range(devices, 8 * devices + 1) if rows % n == 0] or [rows]
 
 

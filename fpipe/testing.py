@@ -26,7 +26,7 @@ from fpipe._executors.call import as_argnums
 from fpipe._executors.sequential import sequential
 from fpipe._model.layer import Layer
 from fpipe._model.loss import Reduction, as_loss
-from fpipe._model.microbatch import cut_inputs, first_microbatch, pieces
+from fpipe._model.microbatch import cut_inputs
 from fpipe._model.skips import peek, pop, stash
 from fpipe._pipe import Pipe
 from fpipe.schedules import Action, Kind, Schedule
@@ -474,9 +474,9 @@ def partitions(
     # Refused here, before anything is drawn: layers, executor, devices, and an input
     # that cannot be cut.
     Pipe(layers, [len(list(layers))], devices, executor=executor)
-    first_microbatch(x, {}, 1)
-    # Where nothing is cut there is one microbatch, as of one row.
-    rows = sum(cut_inputs({"x": x}, 1).rows) or 1
+    cut = cut_inputs({"x": x}, 1)
+    # Where nothing is cut there are as many microbatches as there are.
+    rows = sum(cut.rows) or cut.m
     count = len(layers)
     choice = list(jax.devices() if devices is None else devices)
     modes = [
@@ -487,6 +487,8 @@ def partitions(
     ]
     scan = executor == "scan"
     chunk_counts = [n for n in range(1, rows + 1) if not scan or rows % n == 0]
+    if not cut.rows:
+        chunk_counts = [cut.m]
     # Four stages at most: they have every kind of boundary, from the first stage,
     # between inner ones, and to the last.
     most_cuts = min(3, count - 1, len(choice) - 1)
@@ -504,7 +506,7 @@ def partitions(
         names = ["gpipe", "1f1b", "eager_1f1b", "zb_h1", None]
         schedule: Any = draw(st.sampled_from(names))
         if schedule is None:
-            m = len(pieces(rows, chunks))
+            m = cut_inputs({"x": x}, chunks).m
             split = draw(st.booleans())
             fixed = draw(schedules(range(len(balance)), m, split=split))
             # Construction asks with `chunks`, a call with the number of pieces.

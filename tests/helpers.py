@@ -236,18 +236,25 @@ class Case:
     chunks: int
     rows: int = 10
     dtype: Any = jnp.float32
+    ready: bool = False  # its microbatches are ready-made
+
+    def given(self, seed):
+        """An input of the call."""
+        array = noise(jax.random.key(seed), (self.rows, WIDTH), -2.0, 2.0)
+        array = array.astype(self.dtype)
+        if not self.ready:
+            return array
+        size = -(-self.rows // self.chunks)
+        starts = range(0, self.rows, size)
+        return fpipe.Microbatches([array[n : n + size] for n in starts])
 
     @property
     def x(self):
-        return noise(jax.random.key(1), (self.rows, WIDTH), -2.0, 2.0).astype(
-            self.dtype
-        )
+        return self.given(1)
 
     @property
     def target(self):
-        return noise(jax.random.key(2), (self.rows, WIDTH), -2.0, 2.0).astype(
-            self.dtype
-        )
+        return self.given(2)
 
     @property
     def reference(self):
@@ -255,7 +262,8 @@ class Case:
 
     def params(self):
         inputs = [
-            None if a is None else jnp.zeros(a.shape) for a in (self.x, self.side)
+            jax.tree.map(lambda a: jnp.zeros(a.shape), tree)
+            for tree in (self.x, self.side)
         ]  # made in float32
         made = self.reference.init(jax.random.key(0), *inputs)
         return jax.tree.map(lambda a: a.astype(self.dtype), made)
@@ -263,11 +271,7 @@ class Case:
     @property
     def side(self):
         needed = any(layer.asks("side") for layer in self.layers)
-        return (
-            noise(jax.random.key(3), (self.rows, WIDTH), -2.0, 2.0).astype(self.dtype)
-            if needed
-            else None
-        )
+        return self.given(3) if needed else None
 
     @property
     def needs(self) -> dict[str, Any]:

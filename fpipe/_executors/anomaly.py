@@ -55,9 +55,10 @@ from fpipe._executors.faults import (
 from fpipe._executors.request import differentiable_inputs
 from fpipe._model.layer import Layer
 from fpipe._model.loss import Loss, wide
-from fpipe._model.microbatch import NoChunk, cut_inputs
+from fpipe._model.microbatch import Cut, cut_inputs
 from fpipe._model.model import Model, cast, wide_output
 from fpipe._model.stages import Leaf, X
+from fpipe._model.wrappers import Microbatches, NoChunk
 
 _LOGGER = logging.getLogger("fpipe")
 
@@ -217,9 +218,43 @@ class _WatchedAux(NamedTuple):
     weight: Any
 
 
-def _of_first_rows(taps: Any, rows: tuple[int, ...]) -> Any:
-    """What a vector of all rows has for the first row of each microbatch."""
-    return taps[np.cumsum((0, *rows[:-1]))]
+# A tap is cut like `x`, so it has an entry for each row, and all rows of a microbatch
+# have its code. (Where nothing is cut there is one row.) Beside ready-made microbatches
+# it is ready-made too.
+
+
+def _spread(zeros: Callable[..., Any], cut: Cut) -> Any:
+    """A tap that is 0."""
+    if cut.ready:
+        return Microbatches([zeros((), np.float32)] * cut.m)
+    return zeros(sum(cut.rows) or 1, np.float32)
+
+
+def _codes(tap: Any, cut: Cut) -> Any:
+    """The codes of the microbatches, from a tap's gradient."""
+    if cut.ready:
+        codes = [jnp.zeros(()) if _is_zero(code) else code for code in tap]
+        return jnp.stack(codes)
+    return tap[np.cumsum((0, *cut.rows[:-1]))]
+
+
+def _of_codes(codes: Any, cut: Cut) -> Any:
+    """The inverse: what a tap is given."""
+    if cut.ready:
+        return Microbatches([codes[i] for i in range(cut.m)])
+    return codes[np.repeat(np.arange(cut.m), cut.rows or (1,))]
+
+
+def _is_zero(cotangent: Any) -> bool:
+    return isinstance(cotangent, jax.custom_derivatives.SymbolicZero)
+
+
+def _as_one(y: Any) -> Watched:
+    """The output of a watched call; of ready-made microbatches several come out."""
+    if not isinstance(y, Microbatches):
+        return y
+    value, _, _, tap = (Microbatches(column) for column in zip(*y, strict=True))
+    return Watched(value, None, jnp.stack([piece.fault for piece in y]), tap)
 
 
 def is_bad(tree: PyTree) -> Any:
@@ -377,11 +412,8 @@ class Detector:
         self, args: Args, loss: Loss | None, argnums: tuple[int, ...], tap: Any = None
     ) -> tuple[Args, Loss | None, tuple[int, ...]]:
         """A call as the watched model takes it."""
-        # The tap is cut by rows like `x`: all rows of a microbatch have the same code.
         # The layer's number and the fault begin as 0 for all.
-        if tap is None:
-            rows = self._rows(args)
-            tap = np.zeros(sum(rows), np.float32)
+        tap = _spread(np.zeros, self._cut(args)) if tap is None else tap
         x = Watched(args.x, NoChunk(np.int32(0)), NoChunk(np.int32(0)), tap)
         frozen = args.frozen
         if loss is not None:
@@ -413,7 +445,7 @@ class Detector:
         gradients = dict(zip(numbers, result.gradients, strict=True))
         taps = None
         if numbers:
-            taps = _of_first_rows(gradients[1].tap, self._rows(args))
+            taps = _codes(gradients[1].tap, self._cut(args))
             gradients[1] = gradients[1].value
         bad_sums = {
             f"argument {n}{jax.tree_util.keystr(path)}": is_bad(array)
@@ -448,21 +480,21 @@ class Detector:
         # later, and JAX does not tell when; so taps and outputs report by themselves.
         if not is_traced(args):
             y, state = run(self.watch_call(args, None, ())[0])
+            y = _as_one(y)
             self._report(Evidence(faults=y.fault))
             return y.value, state
         tap = self._reporting_tap(args)
         y, state = run(self.watch_call(args, None, (), tap)[0])
-        return self._reporting_output(y, self._rows(args)), state
+        return self._reporting_output(_as_one(y), self._cut(args)), state
 
-    def _rows(self, args: Args) -> tuple[int, ...]:
-        """The rows of each microbatch; where nothing is cut, one row for all."""
-        return cut_inputs(args.inputs, self.chunks).rows or (1,)
+    def _cut(self, args: Args) -> Cut:
+        return cut_inputs(args.inputs, self.chunks)
 
     def _reporting_tap(self, args: Args) -> Any:
         """A tap that is differentiated if anything is, and whose pull-back reports."""
         # It is a function of everything that can be differentiated, and constant: JAX
         # sends its cotangent, the codes, to this pull-back at the end of the backward.
-        rows = self._rows(args)
+        cut = self._cut(args)
         of_x = [a for a in pack(args.x)[0] if is_inexact(a)]
         varied = (args.params, differentiable_inputs(args))
         others = [a for a in pack(varied)[0] if is_inexact(a)]
@@ -471,24 +503,23 @@ class Detector:
             # The part says only whether any gradient of x is asked for.
             x_asked = any(a.perturbed for a in primals[: len(of_x)])
             asked = _AskedParts((BackwardPart.INPUT,) if x_asked else ())
-            return jnp.zeros(sum(rows), jnp.float32), asked
+            return _spread(jnp.zeros, cut), asked
 
         def backward(asked: _AskedParts, taps: Any) -> tuple[None, ...]:
-            if not isinstance(taps, jax.custom_derivatives.SymbolicZero):
-                taps = _of_first_rows(taps, rows)
-                self._report(Evidence(taps=taps, x_asked=bool(asked.parts)))
+            given = [t for t in jax.tree.leaves(taps) if not _is_zero(t)]
+            if given:
+                self._report(
+                    Evidence(taps=_codes(taps, cut), x_asked=bool(asked.parts))
+                )
             return (None,) * (len(of_x) + len(others))
 
-        tap = jax.custom_vjp(lambda *_: jnp.zeros(sum(rows), jnp.float32))
+        tap = jax.custom_vjp(lambda *_: _spread(jnp.zeros, cut))
         tap.defvjp(forward, backward, symbolic_zeros=True)
         return tap(*of_x, *others)
 
-    def _reporting_output(self, y: Watched, rows: tuple[int, ...]) -> PyTree:
+    def _reporting_output(self, y: Watched, cut: Cut) -> PyTree:
         """The output, after its fault was reported; the pull-back looks at what it is
         given.
-
-        Arguments:
-            rows: of each microbatch.
         """
         arrays, spec = pack(y.value)
 
@@ -507,9 +538,9 @@ class Detector:
             bad = is_bad(list(cotangents))
             # What was said of the forward is not said again of what follows from it.
             self._report(Evidence(bad_cotangent=bad & (faults == 0).all()))
-            codes = jnp.where((faults != 0) | bad, REPORTED, 0).astype(taps.dtype)
-            codes = codes[np.repeat(np.arange(len(rows)), rows)]
-            return (float0_like(faults), codes, *cotangents)
+            del taps
+            codes = jnp.where((faults != 0) | bad, REPORTED, 0).astype(jnp.float32)
+            return (float0_like(faults), _of_codes(codes, cut), *cotangents)
 
         output = jax.custom_vjp(primal)
         output.defvjp(forward, backward)

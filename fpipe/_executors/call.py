@@ -30,10 +30,10 @@ from fpipe._core.pytrees import PyTree, describe, numbers_as_arrays
 from fpipe._executors.gradients import as_scale, unscale_and_add
 from fpipe._model.frozen import Frozen, FrozenLeaves, check_frozen
 from fpipe._model.loss import Loss, Reduction, as_loss
-from fpipe._model.microbatch import NoChunk
 from fpipe._model.model import Model
 from fpipe._model.needs import call_needs
 from fpipe._model.stages import Leaf
+from fpipe._model.wrappers import NoChunk
 
 
 class Args(NamedTuple):

@@ -35,7 +35,8 @@ from fpipe._core.pytrees import Shape, is_inexact
 from fpipe._executors.placement import Placement
 from fpipe._executors.request import CallKind, Inputs, Request
 from fpipe._executors.routes import Routes
-from fpipe._model.microbatch import Join
+from fpipe._model.joining import Apart, Concatenated, Join, Stacked
+from fpipe._model.microbatch import Rows
 from fpipe._model.needs import Share
 from fpipe._model.remat import Remat
 from fpipe._model.stages import INDEX, KEY, TARGETS, Leaf, Port, Stage, X, Y
@@ -184,11 +185,18 @@ class Programs:
 
     def flat(self, s: int, i: int) -> FlatStage:
         """The stage, traced for that microbatch's shape."""
-        return self._flats[s, self.inputs.cut.first_like(i)]
+        return self._flats[s, self.inputs.cut.like[i]]
 
     def joint(self, s: int, i: int) -> JointStage:
         """Forward and backward as one graph."""
-        return self._joints[s, self.inputs.cut.first_like(i), self.recomputes(s, i)]
+        return self._joints[s, self.inputs.cut.like[i], self.recomputes(s, i)]
+
+    @functools.cached_property
+    def output(self) -> Join:
+        """How the outputs of the microbatches become `y`."""
+        cut = self.inputs.cut
+        last = self.routes.stages[-1].index
+        return Join.of_output(self.flat(last, 0).out[Y], cut.m if cut.ready else None)
 
     def recomputes(self, s: int, i: int) -> bool:
         """Whether the backward of that microbatch recomputes its forward."""
@@ -233,13 +241,15 @@ class Programs:
             return self._programs[key].by_kind
         whole = self._form.whole_inputs
         several = self.inputs.cut.m > 1
+        joined = several and not self.inputs.cut.ready
         spec = SplitSpec(
             stage=stage.pipe_stage,
             cotangent_counts=counts,
             split_backward=split,
             inline_remats=self._form.inline_remats,
             loss_cotangent=scale,
-            # What the user gets unchanged: states, and the `y` of a single microbatch.
+            # What the user gets unchanged: states, and the `y` of a single microbatch,
+            # or of ready-made ones.
             # A user may donate these, so they alias nothing that is still needed.
             returned=frozenset(
                 leaf
@@ -247,7 +257,7 @@ class Programs:
                 if whole
                 and (
                     self._returned_state(leaf)
-                    or (leaf.port == Y and stage.last and not several)
+                    or (leaf.port == Y and stage.last and not joined)
                 )
             ),
             windows=tuple(self._windows(s, i).items()),
@@ -279,7 +289,7 @@ class Programs:
         s = stage.index
         # Microbatches of one shape share a trace, and those that also agree in whether
         # they recompute share a joint graph. `except_last` makes two of these.
-        like = self.inputs.cut.first_like(i)
+        like = self.inputs.cut.like[i]
         recomputes = self.recomputes(s, i)
         if (s, like) not in self._flats:
             self._flats[s, like] = self._flatten(stage, i)
@@ -346,7 +356,10 @@ class Programs:
         for leaf, shape in zip(flat.inputs, flat.shapes, strict=True):
             source = self.routes.source(stage.index, leaf.port)
             if source is None:
-                asked = leaf in self.request.wanted
+                # Ready-made microbatches are arrays of their own. They share programs,
+                # so if any of them is asked for, all are.
+                arrays = {self.inputs.array(leaf, i) for i in range(self.inputs.cut.m)}
+                asked = not arrays.isdisjoint(self.request.wanted)
             else:
                 asked = reach.get((source.stage, Leaf(source.port, leaf.k)), False)
             if is_inexact(shape) and (asked or (always and leaf.port == X)):
@@ -366,7 +379,8 @@ class Programs:
         for leaf in flat.inputs:
             axis = None
             if self.routes.is_given(s, leaf.port) and leaf not in flat.constant:
-                axis = cut.splits[leaf.port.kind].axes[leaf.k]
+                source = cut.splits[leaf.port.kind].sources[leaf.k]
+                axis = source.axis if isinstance(source, Rows) else None
             elif self._has_rows(leaf):
                 axis = 0
             if axis is not None:
@@ -375,15 +389,16 @@ class Programs:
             # Cut as `y` was put together; its rows need not be those of the inputs.
             first = self.flat(s, 0).out[Y]
             pairs = zip(flat.out[Y].leaves, first.leaves, strict=True)
-            axes = Join.of(first).axes
-            for (k, (piece, first_piece)), axis in zip(
-                enumerate(pairs), axes, strict=True
-            ):
-                window = Window(1, 1, None)
-                if axis is not None:
-                    rows = piece.shape[axis]
-                    window = Window(first_piece.shape[axis], rows, axis)
-                windows[Cotangent(Leaf(Y, k))] = window
+            for k, (piece, first_piece) in enumerate(pairs):
+                cotangent = Cotangent(Leaf(Y, k))
+                match self.output.part_of(k, i)[1]:
+                    case Stacked():
+                        windows[cotangent] = Window(1, 1, None)
+                    case Concatenated(_, axis):
+                        stride, rows = first_piece.shape[axis], piece.shape[axis]
+                        windows[cotangent] = Window(stride, rows, axis)
+                    case Apart():
+                        pass  # it is one already
         return windows
 
     def _returned_state(self, leaf: Leaf) -> bool:

@@ -22,6 +22,8 @@ import enum
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from fpipe._core.pytrees import PyTree, Shape, is_inexact, pack
 from fpipe._core.statics import check_leaves
 from fpipe._executors.call import Args
@@ -30,6 +32,8 @@ from fpipe._model.loss import Loss
 from fpipe._model.microbatch import (
     BatchShapes,
     Cut,
+    Ready,
+    Whole,
     cut_inputs,
     first_microbatch,
     whole_batch,
@@ -153,8 +157,43 @@ class Inputs:
 
     def whole(self, port: Port) -> frozenset[Leaf]:
         """The leaves that go whole to every microbatch."""
-        axes = self.cut.splits[port.kind].axes
-        return frozenset(Leaf(port, k) for k, axis in enumerate(axes) if axis is None)
+        return frozenset(
+            Leaf(port, k)
+            for k, source in enumerate(self.cut.splits[port.kind].sources)
+            if isinstance(source, Whole)
+        )
+
+    # A microbatch's leaves are numbered as its own pytree is flattened, those of the
+    # call as the call's is. The two differ where microbatches are ready-made.
+
+    def array(self, leaf: Leaf, i: int = 0) -> Leaf:
+        """The array of the call that a leaf of microbatch `i` is, or is a part of."""
+        port, k = leaf
+        if port.kind not in self.call:
+            return leaf
+        return Leaf(port, self.cut.splits[port.kind].array(k, i))
+
+    def place(self, array: Leaf) -> tuple[Leaf, int | None]:
+        """The inverse: which leaf of a microbatch an array of the call is, or is cut
+        into, and of which microbatch if it is ready-made.
+        """
+        k, i = self.cut.splits[array.port.kind].place(array.k)
+        return Leaf(array.port, k), i
+
+    def array_shape(self, leaf: Leaf) -> jax.ShapeDtypeStruct:
+        """The shape of an array of the call."""
+        return self.of(leaf.port).leaves[leaf.k]
+
+    def together(self, port: Port) -> list[jax.ShapeDtypeStruct]:
+        """For each leaf of a microbatch the shape of all that the call gives for it."""
+        shapes = []
+        for source in self.cut.splits[port.kind].sources:
+            if isinstance(source, Ready):
+                a = self.of(port).leaves[source.arrays[0]]
+                shapes.append(a.update(shape=(self.cut.m, *a.shape)))
+            else:
+                shapes.append(self.of(port).leaves[source.array])
+        return shapes
 
 
 def check_static(args: Args, params: Sequence[PyTree]) -> None:

@@ -43,16 +43,9 @@ from fpipe._executors.call import (
 )
 from fpipe._executors.request import check_state, check_static, numbered_leaves
 from fpipe._model.batch_norm import deferred
+from fpipe._model.joining import Join, check_alike
 from fpipe._model.loss import Loss, divided, sum_dtype, wide
-from fpipe._model.microbatch import (
-    Cut,
-    Join,
-    check_alike,
-    cut_inputs,
-    first_microbatch,
-    join,
-    whole_batch,
-)
+from fpipe._model.microbatch import Cut, cut_inputs, first_microbatch, whole_batch
 from fpipe._model.model import Model
 from fpipe._model.needs import Share, call_needs, check_key
 from fpipe._model.state import (
@@ -225,7 +218,8 @@ class PlainExecutor:
             y, left = self._microbatch(args, cut, i, states.given(i))
             states.take(left)
             parts.append(y)
-        return _joined(parts), states.finished()
+        y = _together(parts, cut, "`pipe(params, x)`: y", Join.of_output)
+        return y, states.finished()
 
     def loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
         """The loss, and the gradients of the numbered arguments."""
@@ -316,7 +310,7 @@ class PlainExecutor:
         )
         return Result(
             total.astype(dtype),
-            _stacked(auxes, f"`{loss.call}(has_aux=True)`: aux"),
+            _together(auxes, cut, f"`{loss.call}(has_aux=True)`: aux", Join.of_aux),
             states.finished(),
             gradients,
         )
@@ -402,7 +396,7 @@ class _States:
             columns = zip(*(pack(piece)[0] for piece in pieces), strict=True)
             shares = state_shares(layers[k], pieces[0])
             arrays = [
-                join(column, 0)
+                jnp.concatenate(column)
                 if share is Share.ROWS and len(pieces) > 1
                 else column[0]
                 for share, column in zip(shares, columns, strict=True)
@@ -414,18 +408,15 @@ class _States:
         return tuple(ended.get(k) for k in range(len(layers)))
 
 
-def _joined(parts: Sequence[PyTree]) -> PyTree:
-    """The outputs of all microbatches as one pytree."""
+def _together(
+    parts: Sequence[PyTree],
+    cut: Cut,
+    what: str,
+    join_of: Callable[[Shape, int | None], Join],
+) -> PyTree:
+    """What all microbatches returned as one pytree."""
     shapes = [Shape.of(part) for part in parts]
-    how = Join.of(shapes[0])
-    check_alike(shapes, "`pipe(params, x)`: y", how.axes)
-    columns = zip(*(pack(part)[0] for part in parts), strict=True)
-    arrays = [join(c, axis) for c, axis in zip(columns, how.axes, strict=True)]
-    return how.whole.unpack(arrays)
-
-
-def _stacked(parts: Sequence[PyTree], what: str) -> PyTree:
-    """The parts of all microbatches as one pytree, stacked."""
-    check_alike([Shape.of(part) for part in parts], what, None)
-    arrays, specs = zip(*map(pack, parts), strict=True)
-    return specs[0].unpack([join(c, None) for c in zip(*arrays, strict=True)])
+    join = join_of(shapes[0], cut.m if cut.ready else None)
+    check_alike(shapes, what, join)
+    columns = list(zip(*(pack(part)[0] for part in parts), strict=True))
+    return join.whole.unpack(join.arrays(columns))

@@ -24,8 +24,8 @@ from fpipe._core.checks import is_one_of
 from fpipe._core.errors import noting, shown
 from fpipe._core.pytrees import PyTree, describe, is_inexact, numbers_as_arrays
 from fpipe._core.statics import check_leaves
-from fpipe._model.microbatch import without_chunks
 from fpipe._model.scopes import LOSS_SCOPE, scope_of
+from fpipe._model.wrappers import Chunk, PerRow, leaves_of, without_chunks
 
 Reduction: TypeAlias = Literal["mean", "sum", "weighted"]
 
@@ -71,6 +71,7 @@ class Loss:
                         f"{describe(result)}"
                     )
                 result, aux = result
+                _check_aux(aux)
             weight = None
             if self.reduction == "weighted":
                 if not isinstance(result, tuple) or len(result) != 2:
@@ -142,6 +143,24 @@ def wide(value: Any) -> Any:
 def divided(total: Any, weight: Any) -> Any:
     """A sum over a total weight, in the sum's dtype."""
     return total / weight.astype(total.dtype)
+
+
+def _check_aux(aux: PyTree) -> None:
+    """Refuse a `PerRow` without rows, and other wrappers."""
+    for wrapper in leaves_of(aux, PerRow):
+        for array in jax.tree.leaves(wrapper.value):
+            if not getattr(array, "shape", ()):
+                raise TypeError(
+                    "`loss_fn` returned an `fpipe.PerRow` in aux of "
+                    f"{describe(array)}, which has no rows; without it aux is stacked "
+                    "over microbatches"
+                )
+    if leaves_of(aux, Chunk):
+        raise TypeError(
+            "`loss_fn` returned an fpipe.Chunk in aux: that is for the outputs of the "
+            "last layer; what has an entry for each row goes in `fpipe.PerRow`, with "
+            "the rows on axis 0"
+        )
 
 
 def _check_signature(

@@ -1,99 +1,69 @@
-"""Microbatches: how a batch is cut by rows and how outputs are put together again.
+"""Microbatches: how a batch is cut by rows.
 
 A call with ten rows and `chunks=4` has four microbatches, the last one smaller:
 
     x                  float32[10,8]      rows 0-2 | 3-5 | 6-8 | 9
     side: Chunk(…, 1)  int32[3,10]        rows 0-2 | 3-5 | 6-8 | 9     on axis 1
     side: NoChunk      float32[8]         all      | all | all | all
-    y of each          float32[3,2] three times, then float32[1,2]
-    y of the call      float32[10,2]
 
-`cut_inputs` says so as a `Cut`, without cutting anything: `rows == (3, 3, 3, 1)`, and
-the axes of the arrays are 0, 1 and `None`. `Cut.piece` then makes the pieces. A `Join`
-says how the outputs are put together.
+`cut_inputs` says so as a `Cut`, without cutting anything:
+
+    rows       (3, 3, 3, 1)
+    x          Rows(array=0, axis=0)
+    side       Rows(array=0, axis=1), Whole(array=1)
+
+`Cut.piece` then makes the pieces. Of `Microbatches([x0, x1])` the source is
+`Ready(arrays=(0, 1))`: what a microbatch gets is one of the call's arrays as it is.
 """
 
 import dataclasses
-import operator
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 
 from fpipe._core.pytrees import PyTree, Shape, Spec, aval, describe, is_array, pack
 from fpipe._core.statics import check_leaves
 from fpipe._model.needs import INPUTS, ROW_INPUTS
+from fpipe._model.wrappers import (
+    Chunk,
+    Microbatches,
+    NoChunk,
+    PerRow,
+    is_wrapper,
+    unwrapped,
+)
 
 
-@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
-class NoChunk:
-    """A value that goes whole to every microbatch; its gradient is the sum over them.
+class Whole:
+    """An array of the call that goes whole to every microbatch, by its number."""
 
-    Arguments:
-        value: an array, or a pytree of arrays. 0-d arrays need it.
-
-    Example:
-        >>> temperature = fpipe.NoChunk(jnp.float32(0.7))
-        >>> x = {"image": jnp.ones((8, 32)), "temperature": temperature}
-    """
-
-    value: PyTree
-
-    # A pytree, so that `jax.grad`, `jax.device_put` and the user's own maps reach what
-    # is inside.
-    def tree_flatten(self) -> tuple[tuple[PyTree], None]:
-        return (self.value,), None
-
-    @classmethod
-    def tree_unflatten(cls, aux: None, children: tuple[PyTree]) -> "NoChunk":
-        del aux
-        return cls(children[0])
+    array: int
 
 
-@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
-class Chunk:
-    """A value whose rows lie along another axis than the first.
+class Rows:
+    """An array of the call of which a microbatch gets its rows, on an axis."""
 
-    In `x`, `side` and targets it is cut along that axis, and its gradient comes back as
-    a `Chunk`. Returned by the last layer, the outputs of the microbatches are
-    concatenated on that axis; the caller and the loss get the array itself. Layers
-    never see one.
-
-    Arguments:
-        value: an array, or a pytree of arrays, all with their rows on that axis.
-        axis: which; negative ones count from the last.
-
-    Raises:
-        TypeError: `axis` is no int.
-
-    Example:
-        >>> sequence_first = fpipe.Chunk(jnp.ones((128, 8, 32)), axis=1)  # 8 rows
-        >>> x = {"hidden": sequence_first, "label": jnp.ones(8)}
-    """
-
-    value: PyTree
+    array: int
     axis: int
 
-    def __post_init__(self) -> None:
-        # A part of the key of a plan: numpy's integers hash like Python's own.
-        try:
-            if isinstance(self.axis, bool):
-                raise TypeError
-            object.__setattr__(self, "axis", operator.index(self.axis))
-        except TypeError:
-            raise TypeError(
-                f"`fpipe.Chunk(…, axis={self.axis!r})`: axis is an int, such as 1"
-            ) from None
 
-    def tree_flatten(self) -> tuple[tuple[PyTree], int]:
-        return (self.value,), self.axis
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """Arrays of the call that are what the microbatches get, one for each.
 
-    @classmethod
-    def tree_unflatten(cls, axis: int, children: tuple[PyTree]) -> "Chunk":
-        return cls(children[0], axis)
+    Attributes:
+        axis: of the rows; `None` for 0-d arrays.
+    """
+
+    arrays: tuple[int, ...]
+    axis: int | None
+
+
+# Where an array that a microbatch gets comes from.
+Source: TypeAlias = Whole | Rows | Ready
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +71,34 @@ class Split:
     """How one pytree is cut into pieces.
 
     Attributes:
-        piece: the structure that a microbatch gets, with `NoChunk`s and `Chunk`s
-            unwrapped.
-        axes: for each array the axis of its rows; `None` for one that goes whole to
-            every microbatch.
+        piece: the structure that a microbatch gets, without wrappers.
+        sources: of each array of it.
     """
 
     piece: Spec
-    axes: tuple[int | None, ...]
+    sources: tuple[Source, ...]
+
+    def array(self, k: int, i: int) -> int:
+        """The number of the array of the call that the `k`-th array of microbatch `i`
+        is, or is a part of.
+        """
+        match self.sources[k]:
+            case Ready(arrays, _):
+                return arrays[i]
+            case source:
+                return source.array
+
+    def place(self, array: int) -> tuple[int, int | None]:
+        """The inverse: which array of a microbatch, and of which one if it is
+        ready-made.
+        """
+        for k, source in enumerate(self.sources):
+            if isinstance(source, Ready):
+                if array in source.arrays:
+                    return k, source.arrays.index(array)
+            elif source.array == array:
+                return k, None
+        raise AssertionError(array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,54 +110,54 @@ class Cut:
     Attributes:
         splits: for each input of the call, by its name in the table of needs, how its
             arrays are cut.
-        rows: of each microbatch; empty if everything goes whole to one microbatch.
+        m: the number of microbatches.
+        rows: of each microbatch, in the arrays that are cut; empty if none is.
+        weights: of each microbatch in a mean: its rows.
+        like: for each microbatch the first one with the same shapes. Microbatches of
+            equal shapes have the same programs: of ten rows in four chunks 0 or 3.
+        ready: whether any of them are ready-made.
     """
 
     splits: Mapping[str, Split]
+    m: int
     rows: tuple[int, ...]
-
-    @property
-    def m(self) -> int:
-        """The number of microbatches."""
-        return max(1, len(self.rows))
+    weights: tuple[int, ...]
+    like: tuple[int, ...]
+    ready: bool
 
     @property
     def shares(self) -> tuple[float, ...]:
         """Each microbatch's share of the rows: its weight in a mean."""
-        rows = self.rows or (1,)
-        return tuple(n / sum(rows) for n in rows)
-
-    def first_like(self, i: int) -> int:
-        """The first microbatch with the shapes of the `i`-th. Microbatches of equal
-        shapes have the same programs: of ten rows in four chunks 0 or 3.
-        """
-        return self.rows.index(self.rows[i]) if self.rows else 0
+        return tuple(n / sum(self.weights) for n in self.weights)
 
     def piece(self, name: str, i: int, tree: PyTree) -> PyTree:
         """What microbatch `i` gets of an input, a pytree of arrays."""
-        split = self.splits[name]
+        split, arrays = self.splits[name], pack(tree)[0]
         start = sum(self.rows[:i])
-        pieces = [
-            a
-            if axis is None
-            else jax.lax.slice_in_dim(a, start, start + self.rows[i], axis=axis)
-            for a, axis in zip(pack(tree)[0], split.axes, strict=True)
-        ]
+        pieces = []
+        for k, source in enumerate(split.sources):
+            array = arrays[split.array(k, i)]
+            if isinstance(source, Rows):
+                stop = start + self.rows[i]
+                array = jax.lax.slice_in_dim(array, start, stop, axis=source.axis)
+            pieces.append(array)
         return split.piece.unpack(pieces)
 
     def piece_shape(
         self, name: str, i: int, leaves: Sequence[jax.ShapeDtypeStruct]
     ) -> Shape:
-        """The shape of what microbatch `i` gets of an input, from the shapes of its
-        whole arrays.
+        """The shape of what microbatch `i` gets of an input, from the shapes of the
+        call's arrays.
         """
         split = self.splits[name]
-        pieces = [
-            a
-            if axis is None
-            else a.update(shape=(*a.shape[:axis], self.rows[i], *a.shape[axis + 1 :]))
-            for a, axis in zip(leaves, split.axes, strict=True)
-        ]
+        pieces = []
+        for k, source in enumerate(split.sources):
+            a = leaves[split.array(k, i)]
+            if isinstance(source, Rows):
+                axis = source.axis
+                shape = (*a.shape[:axis], self.rows[i], *a.shape[axis + 1 :])
+                a = a.update(shape=shape)
+            pieces.append(a)
         return Shape(split.piece, tuple(pieces))
 
     def pieces(self, i: int, inputs: Mapping[str, PyTree]) -> dict[str, PyTree]:
@@ -180,14 +170,15 @@ def cut_inputs(inputs: Mapping[str, PyTree], chunks: int) -> Cut:
 
     Arguments:
         inputs: what the call gives, by the names of the needs (`x`, `side`, `targets`,
-            …): arrays (or shapes), static leaves, `None`, `NoChunk`s, `Chunk`s. What is
-            not there is nothing.
+            …): arrays (or shapes), static leaves, `None`, wrappers. What is not there
+            is nothing.
         chunks: the most pieces.
 
     Raises:
         TypeError: no array in `x`.
         ValueError: a 0-d array outside `NoChunk`, no rows, an axis that is not there,
-            or arrays with unequal numbers of rows.
+            arrays with unequal numbers of rows, or ready-made microbatches that differ
+            in number or structure.
     """
     # Without an array in `x` nothing says how many rows a microbatch has.
     if not any(map(is_array, jax.tree.leaves(inputs["x"]))):
@@ -196,51 +187,88 @@ def cut_inputs(inputs: Mapping[str, PyTree], chunks: int) -> Cut:
             "cut into microbatches"
         )
     splits: dict[str, Split] = {}
-    first: InputLeaf | None = None
+    found: dict[str, list[InputLeaf]] = {}
     # In the order of the table, `x` first: errors compare the others with `x`.
     for name in INPUTS:
         tree = inputs.get(name)
         if name not in ROW_INPUTS:
             arrays, spec = pack(tree)
-            splits[name] = Split(spec, (None,) * len(arrays))
+            splits[name] = Split(spec, tuple(map(Whole, range(len(arrays)))))
             continue
-        axes = []
-        for leaf in input_leaves_of(name, tree):
-            if not is_array(leaf.value):
-                continue
-            axes.append(leaf.axis)
-            if leaf.axis is not None:
-                first = leaf if first is None else first
-                if leaf.rows != first.rows:
-                    raise ValueError(_unequal_rows(leaf, first))
-        # Layers never see a wrapper: it says how to cut and is no part of the value.
-        splits[name] = Split(pack(_unwrapped(tree, (NoChunk, Chunk)))[1], tuple(axes))
-    return Cut(splits, () if first is None else pieces(first.rows, chunks))
+        leaves = [leaf for leaf in input_leaves_of(name, tree) if leaf.source]
+        sources = tuple(leaf.source for leaf in leaves if leaf.source)
+        splits[name] = Split(pack(unwrapped(tree))[1], sources)
+        found[name] = leaves
+    every = [leaf for leaves in found.values() for leaf in leaves]
+    ready = [leaf for leaf in every if isinstance(leaf.source, Ready)]
+    sliced = [leaf for leaf in every if isinstance(leaf.source, Rows)]
+    for leaf in sliced:
+        if leaf.rows != sliced[0].rows:
+            raise ValueError(_unequal_rows(leaf, sliced[0]))
+    for leaf in ready:
+        if len(leaf.values) != len(ready[0].values):
+            raise ValueError(
+                f"`{leaf.name}` has {len(leaf.values)} ready-made microbatches, but "
+                f"`{ready[0].name}` has {len(ready[0].values)}: "
+                "all `fpipe.Microbatches` of a call have equally many"
+            )
+    m = len(ready[0].values) if ready else 1
+    rows: tuple[int, ...] = ()
+    if sliced:
+        rows = pieces(sliced[0].rows[0], m if ready else chunks)
+        if ready:
+            _check_fits(sliced[0], rows, ready[0])
+        m = len(rows)
+    # A mean weighs by the rows of the first array of `x` that has any.
+    first = next((leaf for leaf in found["x"] if leaf.rows), None)
+    weights = rows or (1,) * m
+    if first is not None and isinstance(first.source, Ready):
+        weights = first.rows
+        if sliced and weights != rows:
+            raise ValueError(
+                f"`{sliced[0].name}` of shape {sliced[0].values[0].shape} is cut into "
+                f"microbatches of {_listed(rows)} rows, but those of `{first.name}` "
+                f"have {_listed(weights)}; give it as fpipe.Microbatches([…]) too, or "
+                "wrap it in fpipe.NoChunk(…), if it goes whole to every microbatch"
+            )
+    shapes = [
+        (rows[i : i + 1], tuple(leaf.values[i].shape for leaf in ready))
+        for i in range(m)
+    ]
+    like = tuple(map(shapes.index, shapes))
+    return Cut(splits, m, rows, weights, like, bool(ready))
 
 
 @dataclasses.dataclass(frozen=True)
 class InputLeaf:
-    """A leaf of what a call gives, and how it is cut.
+    """A leaf of what a microbatch gets, and how it is cut out of the call's arrays.
 
     Attributes:
         name: as the user reaches it, such as `side['mask']`.
-        value: an array, its shape, or something static.
-        axis: of its rows; `None` if it has none: it goes whole to every microbatch.
+        values: an array, its shape, or something static; if it is ready-made, one for
+            each microbatch.
+        source: which arrays these are; `None` for what is static.
     """
 
     name: str
-    value: Any
-    axis: int | None
+    values: tuple[Any, ...]
+    source: Source | None
 
     @property
-    def rows(self) -> int:
-        """How many rows it has."""
-        assert self.axis is not None
-        return int(self.value.shape[self.axis])
+    def axis(self) -> int | None:
+        """The axis of the rows; `None` if there are none."""
+        return None if isinstance(self.source, Whole | None) else self.source.axis
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """How many rows each of the values has; nothing if they have none."""
+        if self.axis is None:
+            return ()
+        return tuple(int(value.shape[self.axis]) for value in self.values)
 
 
 def input_leaves_of(name: str, tree: PyTree) -> Iterator[InputLeaf]:
-    """The leaves of an input that is cut, in the order in which they are flattened.
+    """The leaves of an input that is cut, as a microbatch gets them.
 
     Arguments:
         name: of the input, in the table of needs.
@@ -248,46 +276,116 @@ def input_leaves_of(name: str, tree: PyTree) -> Iterator[InputLeaf]:
     Raises:
         ValueError: an array that cannot be cut as it is said to be.
     """
-    wrapped = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_wrapper)[0]
-    for path, leaf in wrapped:
-        where = name + jax.tree_util.keystr(path)
-        if not _is_wrapper(leaf):
-            yield _input_leaf(where, leaf, 0, "")
+    # Arrays are numbered as `pack` flattens the tree.
+    number = 0
+    for where, leaf in _named(name, tree):
+        if isinstance(leaf, Microbatches):
+            yield from _ready_leaves(where, leaf, number)
+            number += len(pack(leaf)[0])
             continue
-        kind = f"fpipe.{type(leaf).__name__}"
-        inside = jax.tree_util.tree_flatten_with_path(leaf.value, is_leaf=_is_wrapper)
-        for below, inner in inside[0]:
-            at = where + jax.tree_util.keystr(below)
-            if _is_wrapper(inner):
+        if isinstance(leaf, PerRow):
+            raise ValueError(
+                f"`{where}` is an fpipe.PerRow, which is for the aux of a loss "
+                "function; give the array itself"
+            )
+        inside = _named(where, leaf.value) if is_wrapper(leaf) else [(where, leaf)]
+        for at, inner in inside:
+            if is_wrapper(inner):
+                raise ValueError(_nested(at, inner, leaf))
+            if not is_array(inner):
+                yield InputLeaf(at, (inner,), None)
+                continue
+            source: Source = Whole(number)
+            if not isinstance(leaf, NoChunk):
+                axis = leaf.axis if isinstance(leaf, Chunk) else 0
+                _check_rows(at, inner, axis, "fpipe.Chunk" if inner is not leaf else "")
+                source = Rows(number, axis % len(inner.shape))
+            yield InputLeaf(at, (inner,), source)
+            number += 1
+
+
+def _ready_leaves(where: str, ready: Microbatches, start: int) -> Iterator[InputLeaf]:
+    """The leaves of ready-made microbatches.
+
+    Arguments:
+        start: the number of their first array.
+
+    Raises:
+        ValueError: they differ in structure, static leaves or dtypes.
+    """
+    bare = [unwrapped(piece) for piece in ready]
+    packs = [pack(piece) for piece in bare]
+    count = len(packs[0][0])
+    for i, (arrays, spec) in enumerate(packs):
+        if spec != packs[0][1]:
+            raise ValueError(
+                f"`{where}`: the ready-made microbatch {i} is {describe(bare[i])}, but "
+                f"microbatch 0 is {describe(bare[0])}: structure and static leaves are "
+                "those of all"
+            )
+        for a, first in zip(arrays, packs[0][0], strict=True):
+            if aval(a).dtype != aval(first).dtype:
                 raise ValueError(
-                    f"`{at}`: an fpipe.{type(inner).__name__} inside of an {kind}; one "
-                    "of the two says how it is cut"
+                    f"`{where}`: the ready-made microbatch {i} has a {describe(a)} "
+                    f"where microbatch 0 has a {describe(first)}: they have one dtype"
                 )
+    k = 0
+    for at, leaf in _named(where, ready[0]):
+        axis = 0
+        inside = [(at, leaf)]
+        if isinstance(leaf, Chunk):
+            axis, inside = leaf.axis, _named(at, leaf.value)
+        for name, inner in inside:
+            if is_wrapper(inner):
+                raise ValueError(_nested(name, inner, ready))
+            if not is_array(inner):
+                yield InputLeaf(name, (inner,), None)
+                continue
+            values = tuple(arrays[k] for arrays, _ in packs)
+            own = None
             if isinstance(leaf, Chunk):
-                yield _input_leaf(at, inner, leaf.axis, kind)
-            else:
-                yield InputLeaf(at, inner, None)
+                for value in values:
+                    _check_rows(name, value, axis, "fpipe.Chunk")
+            if all(value.shape for value in values):
+                own = axis
+            numbers = tuple(start + i * count + k for i in range(len(packs)))
+            yield InputLeaf(name, values, Ready(numbers, own))
+            k += 1
 
 
-def _input_leaf(name: str, leaf: Any, axis: int, wrapper: str) -> InputLeaf:
-    """A leaf that is cut on an axis, which may be negative; static ones are not."""
-    if not is_array(leaf):
-        return InputLeaf(name, leaf, None)
-    if not leaf.shape:
+def _named(name: str, tree: PyTree) -> list[tuple[str, Any]]:
+    """The leaves and wrappers of a pytree with their names."""
+    found = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_wrapper)[0]
+    return [(name + jax.tree_util.keystr(path), leaf) for path, leaf in found]
+
+
+def _nested(name: str, inner: Any, outer: Any) -> str:
+    """What is wrong with a wrapper inside of a wrapper."""
+    return (
+        f"`{name}`: an fpipe.{type(inner).__name__} inside of an "
+        f"fpipe.{type(outer).__name__}; one of the two says how it is cut"
+    )
+
+
+def _check_rows(name: str, array: Any, axis: int, wrapper: str) -> None:
+    """Refuse an array that has no rows on an axis.
+
+    Arguments:
+        wrapper: who says which axis it is, if anybody does.
+    """
+    if not array.shape:
         raise ValueError(
             f"`{name}` is a 0-d array and cannot be cut into microbatches; "
             "wrap it in fpipe.NoChunk to send it whole to every microbatch"
         )
-    if not has_axis(leaf, axis):
+    if not has_axis(array, axis):
         raise ValueError(
-            f"`{name}` in `{wrapper}(…, axis={axis})` has the shape {leaf.shape}: its "
-            f"axes are {_axes(leaf)}"
+            f"`{name}` in `{wrapper}(…, axis={axis})` has the shape {array.shape}: its "
+            f"axes are {axes_of(array)}"
         )
-    axis %= len(leaf.shape)
-    if not leaf.shape[axis]:
+    if not array.shape[axis]:
         on = f" on axis {axis}" if wrapper else ""
-        raise ValueError(f"`{name}` has no rows{on}: its shape is {leaf.shape}")
-    return InputLeaf(name, leaf, axis)
+        raise ValueError(f"`{name}` has no rows{on}: its shape is {array.shape}")
 
 
 def has_axis(array: Any, axis: int) -> bool:
@@ -295,34 +393,55 @@ def has_axis(array: Any, axis: int) -> bool:
     return -len(array.shape) <= axis < len(array.shape)
 
 
-def _axes(array: Any) -> str:
+def axes_of(array: Any) -> str:
     """The axes of an array, for errors."""
     last = len(array.shape) - 1
     return f"0 to {last}" if last else "0 alone"
+
+
+def _check_fits(leaf: InputLeaf, rows: tuple[int, ...], ready: InputLeaf) -> None:
+    """An array is cut into as many microbatches as there are ready-made ones."""
+    m = len(ready.values)
+    if len(rows) != m:
+        raise ValueError(
+            f"`{leaf.name}` of shape {leaf.values[0].shape} makes {len(rows)} "
+            f"microbatches of up to {rows[0]} rows, but `{ready.name}` has {m} "
+            "ready-made ones; give it as fpipe.Microbatches([…]) too, or wrap it in "
+            "fpipe.NoChunk(…), if it goes whole to every microbatch"
+        )
+
+
+def _listed(rows: tuple[int, ...]) -> str:
+    """Numbers of rows, not too many of them, for errors."""
+    text = ", ".join(map(str, rows[:8]))
+    return text if len(rows) <= 8 else f"{text}, …"
 
 
 def _unequal_rows(leaf: InputLeaf, first: InputLeaf) -> str:
     """What is wrong with an array whose rows are not as many as those of the first, and
     the cures.
     """
+    (array,), (rows,) = leaf.values, leaf.rows
     text = (
-        f"`{leaf.name}` of shape {leaf.value.shape} has {leaf.rows} "
-        f"row{'' if leaf.rows == 1 else 's'}, but "
-        f"`{first.name}` of shape {first.value.shape} has {first.rows}: the rows of "
-        "all arrays are cut together, so give both equally many, or wrap one in "
-        "fpipe.NoChunk(…), if it goes whole to every microbatch, or in "
+        f"`{leaf.name}` of shape {array.shape} has {rows} "
+        f"row{'' if rows == 1 else 's'}, but "
+        f"`{first.name}` of shape {first.values[0].shape} has {first.rows[0]}: the "
+        "rows of all arrays are cut together, so give both equally many, or wrap one "
+        "in fpipe.NoChunk(…), if it goes whole to every microbatch, or in "
         "fpipe.Chunk(…, axis=…), if its rows are on another axis"
     )
     # Which cure it is often shows in the shapes: then it is said as it is written.
     pairs = [(leaf, first), (first, leaf)]
     for one, other in pairs:
-        if one.axis == 0 and other.rows in one.value.shape:
-            axis = one.value.shape.index(other.rows)
-            return f"{text}; `fpipe.Chunk({one.name}, axis={axis})` has {other.rows}"
+        (array,), (wanted,) = one.values, other.rows
+        if one.axis == 0 and wanted in array.shape:
+            axis = array.shape.index(wanted)
+            return f"{text}; `fpipe.Chunk({one.name}, axis={axis})` has {wanted}"
     for one, other in pairs:
-        groups, rest = divmod(one.rows, other.rows)
-        if one.axis == 0 and not rest and other.rows > 1:
-            shape = (other.rows, groups, *one.value.shape[1:])
+        (array,), (rows,), (wanted,) = one.values, one.rows, other.rows
+        groups, rest = divmod(rows, wanted)
+        if one.axis == 0 and not rest and wanted > 1:
+            shape = (wanted, groups, *array.shape[1:])
             return (
                 f"{text}; rows in groups of {groups} are reshaped, "
                 f"`{one.name}.reshape{shape}`"
@@ -337,6 +456,12 @@ def check_equal_pieces(cut: Cut, chunks: int) -> None:
         ValueError: it says which numbers of chunks would do.
     """
     rows = cut.rows
+    if cut.ready and any(cut.like):
+        raise ValueError(
+            'executor="scan" needs microbatches of equal shapes, but the ready-made '
+            f"microbatch {next(filter(None, cut.like))} has others than microbatch 0; "
+            'pad them, or take executor="placed"'
+        )
     if len(set(rows)) > 1:
         total = sum(rows)
         # The six nearest, as a user will change the number of chunks by little.
@@ -388,10 +513,12 @@ def first_microbatch(
 def whole_batch(
     x: PyTree, needs: Mapping[str, PyTree], chunks: int
 ) -> BatchShapes | None:
-    """The shapes of all rows together; `None` if there is one microbatch alone."""
+    """The shapes of all rows together; `None` if there is one microbatch alone, or if
+    they are ready-made.
+    """
     inputs = {"x": x, **needs}
     cut = cut_inputs(inputs, chunks)
-    if cut.m == 1:
+    if cut.m == 1 or cut.ready:
         return None
     # Without the wrappers that say how it is cut, as layers see it.
     shapes = {
@@ -412,158 +539,3 @@ def pieces(rows: int, chunks: int) -> tuple[int, ...]:
     # one size, so there are at most two sets of programs.
     size = -(-rows // chunks)
     return tuple(min(size, rows - start) for start in range(0, rows, size))
-
-
-@dataclasses.dataclass(frozen=True)
-class Join:
-    """How the outputs of the microbatches become the output of the call.
-
-    Attributes:
-        whole: the structure of the whole, with `Chunk`s unwrapped.
-        axes: for each array the axis on which its pieces are concatenated; `None` for
-            0-d ones, which are stacked to `(m,)`. (Such as a mean over the rows: what a
-            mean of means would be is for the user to say.)
-    """
-
-    whole: Spec
-    axes: tuple[int | None, ...]
-
-    @classmethod
-    def of(cls, piece: Shape) -> "Join":
-        """From the output of one microbatch, as the last layer returned it."""
-        axes: list[int | None] = []
-        for leaf in jax.tree.leaves(piece.tree, is_leaf=_is_chunk):
-            axis = leaf.axis if _is_chunk(leaf) else 0
-            for array in pack(leaf)[0]:
-                rank = len(array.shape)
-                axes.append(axis % rank if rank else None)
-        return cls(pack(without_chunks(piece.tree))[1], tuple(axes))
-
-
-def without_chunks(tree: PyTree) -> PyTree:
-    """An output without the `Chunk`s that say how it is joined."""
-    return _unwrapped(tree, Chunk)
-
-
-def has_chunks(tree: PyTree) -> bool:
-    """Whether an output says of any of its arrays how they are joined."""
-    return any(map(_is_chunk, jax.tree.leaves(tree, is_leaf=_is_chunk)))
-
-
-def check_output_axes(y: PyTree, who: str) -> None:
-    """Refuse a `Chunk` with an axis that an array in it does not have.
-
-    Arguments:
-        who: the layer that returned `y`.
-
-    Raises:
-        ValueError: there is one.
-    """
-    for chunk in filter(_is_chunk, jax.tree.leaves(y, is_leaf=_is_chunk)):
-        if has_chunks(chunk.value):
-            raise ValueError(
-                f"{who} returned an fpipe.Chunk inside of an fpipe.Chunk; one of the "
-                "two says how it is joined"
-            )
-        for array in pack(chunk)[0]:
-            if not array.shape:
-                raise ValueError(
-                    f"{who} returned `fpipe.Chunk(…, axis={chunk.axis})` of a 0-d "
-                    "array, which has no rows; return the array itself"
-                )
-            if not has_axis(array, chunk.axis):
-                raise ValueError(
-                    f"{who} returned `fpipe.Chunk(…, axis={chunk.axis})` of "
-                    f"{describe(array)}: its axes are {_axes(array)}"
-                )
-
-
-def check_alike(
-    parts: Sequence[Shape], name: str, axes: Sequence[int | None] | None
-) -> None:
-    """What is put together again has one structure, the same static leaves, and shapes
-    that fit.
-
-    Arguments:
-        parts: the shape of each microbatch's part.
-        name: what it is, in errors, with the call.
-        axes: those of a `Join`; `None`: everything is stacked on a new axis.
-
-    Raises:
-        ValueError: a part that differs from the first.
-    """
-    if axes is None:
-        axes = (None,) * len(parts[0].leaves)
-
-    def kept(leaf: jax.ShapeDtypeStruct, axis: int | None) -> tuple[int, ...]:
-        """What of a shape must be the same: all but the number of rows."""
-        if axis is None:
-            return leaf.shape
-        return (*leaf.shape[:axis], -1, *leaf.shape[axis + 1 :])
-
-    # Microbatch 0 is the measure: it always has the full number of rows.
-    first = parts[0]
-    for i, part in enumerate(parts[1:], 1):
-        if part.spec != first.spec:
-            raise ValueError(
-                f"{name} of microbatch {i} is {describe(part.tree)}, that of "
-                f"microbatch 0 {describe(first.tree)}: they are put together again, so "
-                "structure and static leaves must not depend on the number of rows"
-            )
-        for a, b, axis in zip(part.leaves, first.leaves, axes, strict=True):
-            if a.dtype != b.dtype:
-                raise ValueError(
-                    f"{name} of microbatch {i} has a {describe(a)} where that of "
-                    f"microbatch 0 has a {describe(b)}: they become one array, so the "
-                    "dtype must not depend on the number of rows"
-                )
-            if len(a.shape) != len(b.shape) or kept(a, axis) != kept(b, axis):
-                joined = f"they are concatenated on axis {axis}"
-                if axis is None:
-                    joined = "they are stacked over microbatches"
-                raise ValueError(
-                    f"{name} of microbatch {i} has the shapes "
-                    f"{[a.shape for a in part.leaves]}, that of microbatch 0 "
-                    f"{[a.shape for a in first.leaves]}; {joined}, so reduce what "
-                    "depends on the number of rows"
-                )
-
-
-def join(parts: Sequence[Any], axis: int | None) -> Any:
-    """The pieces of one array, concatenated on an axis; `None`: stacked."""
-    if axis is None:
-        return jnp.stack(parts)
-    # One piece alone is the output already.
-    return jnp.concatenate(parts, axis) if len(parts) > 1 else parts[0]
-
-
-def stacked_pieces(whole: Any, m: int, axis: int) -> Any:
-    """An array as its `m` pieces of equal size, on a new first axis."""
-    shape = whole.shape
-    split = whole.reshape(*shape[:axis], m, shape[axis] // m, *shape[axis + 1 :])
-    return jnp.moveaxis(split, axis, 0) if axis else split
-
-
-def joined_pieces(pieces: Any, axis: int | None) -> Any:
-    """The inverse: pieces on a first axis, joined as `join` does it."""
-    if axis is None:
-        return pieces
-    m, *shape = pieces.shape
-    moved = jnp.moveaxis(pieces, 0, axis) if axis else pieces
-    return moved.reshape(*shape[:axis], m * shape[axis], *shape[axis + 1 :])
-
-
-def _is_chunk(leaf: Any) -> bool:
-    return isinstance(leaf, Chunk)
-
-
-def _is_wrapper(leaf: Any) -> bool:
-    return isinstance(leaf, (NoChunk, Chunk))
-
-
-def _unwrapped(tree: PyTree, kinds: Any) -> PyTree:
-    """A pytree with what the wrappers of these kinds hold in their places."""
-    is_kind = lambda leaf: isinstance(leaf, kinds)  # noqa: E731
-    return jax.tree.map(
-        lambda leaf: leaf.value if is_kind(leaf) else leaf, tree, is_leaf=is_kind
-    )

@@ -35,6 +35,7 @@ from fpipe._core.pytrees import (
 )
 from fpipe._core.settings import settings
 from fpipe._core.statics import check_leaves
+from fpipe._model.joining import check_output_axes
 from fpipe._model.layer import (
     Layer,
     LayerCall,
@@ -44,7 +45,7 @@ from fpipe._model.layer import (
     keyword_needs,
     without_missing,
 )
-from fpipe._model.microbatch import BatchShapes, check_output_axes, has_chunks
+from fpipe._model.microbatch import BatchShapes
 from fpipe._model.needs import BY_NAME, Share, stand_ins
 from fpipe._model.scopes import scope_of
 from fpipe._model.skip_routes import (
@@ -61,6 +62,7 @@ from fpipe._model.state import (
     refuse_followed_rows,
     with_overwritten,
 )
+from fpipe._model.wrappers import Chunk, leaves_of
 
 # Parameters or state of a layer, from the shapes of its input and of its needs.
 Make: TypeAlias = Callable[[int, PyTree, Mapping[str, Any]], PyTree]
@@ -633,7 +635,7 @@ def _check_chunks(k: int, layer: Layer, result: LayerResult, last: bool) -> None
     if last:
         check_output_axes(result.y, who)
     what = "stashed" if last else "returned or stashed"
-    if has_chunks(result.stashed if last else (result.y, result.stashed)):
+    if leaves_of(result.stashed if last else (result.y, result.stashed), Chunk):
         raise TypeError(
             f"{who} {what} an fpipe.Chunk: that says how outputs of the last layer "
             "are joined; between layers write the array itself"
@@ -651,8 +653,8 @@ def _list_of_microbatches(x: PyTree) -> str:
     kind = type(x).__name__
     return (
         f": `x` is a {kind} of {len(x)} arrays, so every microbatch is a {kind} of "
-        f"{len(x)} arrays too, with some rows of each; if they are microbatches, pass "
-        "`jnp.concatenate(x)`, which `Pipe(chunks=...)` cuts"
+        f"{len(x)} arrays too, with some rows of each; if they are ready-made "
+        "microbatches, pass `fpipe.Microbatches(x)`"
     )
 
 

@@ -28,7 +28,7 @@ from fpipe._core.pytrees import PyTree, describe, is_array, is_inexact, pack
 from fpipe._executors.call import Args
 from fpipe._executors.plan_data import DeviceMemory, PlanData
 from fpipe._executors.request import schedule_of
-from fpipe._model.microbatch import input_leaves_of
+from fpipe._model.microbatch import Ready, Rows, Whole, input_leaves_of
 from fpipe._model.model import Model
 from fpipe._model.needs import ROW_INPUTS
 from fpipe._planning.advice import (
@@ -127,10 +127,21 @@ def _input_rows(args: Args, rows: tuple[int, ...]) -> tuple[InputRow, ...]:
     inputs = args.inputs
     for name in ROW_INPUTS:
         for leaf in input_leaves_of(name, inputs[name]):
-            static = not is_array(leaf.value)
-            value = type(leaf.value).__name__ if static else describe(leaf.value)
-            own = () if leaf.axis is None else rows
-            found.append(InputRow(leaf.name, value, leaf.axis, own, static))
+            # Ready-made microbatches by their different shapes.
+            shown = [
+                describe(a) if is_array(a) else type(a).__name__ for a in leaf.values
+            ]
+            value = ", ".join(dict.fromkeys(shown))
+            match leaf.source:
+                case Rows(_, axis):
+                    row = InputRow(leaf.name, value, "rows", axis, rows)
+                case Ready():
+                    row = InputRow(leaf.name, value, "ready")
+                case Whole():
+                    row = InputRow(leaf.name, value, "whole")
+                case None:
+                    row = InputRow(leaf.name, value, "static")
+            found.append(row)
     return tuple(found)
 
 

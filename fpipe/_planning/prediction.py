@@ -14,7 +14,7 @@ each leaf of the inputs, a schedule and a timeline, and prints as
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fpipe._planning.text import byte_unit, counted, quantity, scaled, size, table
 from fpipe.schedules import Schedule, Timeline, draw
@@ -105,24 +105,28 @@ class InputRow:
     Attributes:
         name: such as `x`, `side['mask']` or `targets[0]`.
         value: an array's dtype and shape, or the type of a static leaf.
-        axis: of its rows; `None`: it has none.
-        rows: of each microbatch; empty: every microbatch gets all of it.
-        static: whether it is no array, but a part of what is compiled.
+        gets: what of it a microbatch gets: `"rows"`, all of it (`"whole"`), the same
+            (`"static"`: it is a part of what is compiled), or one of several
+            (`"ready"`: the microbatches are ready-made).
+        axis: of its rows, if it is cut.
+        rows: of each microbatch, if it is cut.
     """
 
     name: str
     value: str
-    axis: int | None
-    rows: tuple[int, ...]
-    static: bool
+    gets: Literal["rows", "whole", "static", "ready"]
+    axis: int | None = None
+    rows: tuple[int, ...] = ()
 
     @property
     def share(self) -> str:
         """What of it a microbatch gets, in words."""
-        if self.static:
+        if self.gets == "static":
             return "all of it, static"
-        if self.axis is None:
+        if self.gets == "whole":
             return "all of it"
+        if self.gets == "ready":
+            return "its own, ready-made"
         text = counted(self.rows[0], "row")
         if self.rows[-1] != self.rows[0]:
             text += f" (the last {self.rows[-1]})"
@@ -145,7 +149,8 @@ class Prediction:
         devices: a row each: `name`, `memory` (bytes by what they are for, when it is
             fullest), `peak`, `doing` (what runs then), `limit`, `missing`.
         inputs: a row for each leaf of `x`, `side` and targets: `name`, `value` (dtype
-            and shape), `axis` (of its rows), `rows` (of each microbatch), `static`.
+            and shape), `gets` (`"rows"`, `"whole"`, `"static"` or `"ready"`), `axis`
+            (of its rows), `rows` (of each microbatch).
         schedule: what runs.
         timeline: when it runs, under the work of the stages.
         compiled: whether `temporary` memory is in the devices' rows, as compiled

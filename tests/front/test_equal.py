@@ -35,6 +35,7 @@ TABLE = {
     ],  # that one has a test of its own
     "executor": ["placed", "scan"],
     "loss": ["inside", "outside"],
+    "inputs": ["cut", "ready"],
 }
 
 
@@ -114,7 +115,8 @@ def check(case, pipe, loss, tolerance=1e-5):
             y, state = out if needs["state"] is not None else (out, None)
             # On one side of the outputs: gradients that cancel over the rows are little
             # but rounding in bfloat16.
-            return mse(y, jnp.full_like(y, 3)), (y, state)
+            rows = y if isinstance(y, jax.Array) else jnp.concatenate(y.pieces)
+            return mse(rows, jnp.full_like(rows, 3)), (y, state)
 
         return jax.value_and_grad(f, argnums=numbers, has_aux=True)
 
@@ -135,12 +137,14 @@ def gathered(pipe, got):
     )
 
 
-def check_row(model, cut, chunks, rows, checkpoint, schedule, executor, loss):
+def check_row(
+    model, cut, chunks, rows, checkpoint, schedule, executor, loss, inputs="cut"
+):
     layers = models()[model]
     if executor == "scan":  # microbatches of equal size
         rows = chunks * -(-rows // chunks)
     check(
-        Case(layers, chunks, rows),
+        Case(layers, chunks, rows, ready=inputs == "ready"),
         pipe_of(layers, cut, chunks, checkpoint, schedule, executor),
         loss,
     )

@@ -669,14 +669,13 @@ def test_a_plan_says_how_every_leaf_is_cut():
     plan = fpipe.Pipe(LAYERS, [2, 1], chunks=4).plan(
         params, x, target, loss_fn=sequence_loss, side=side
     )
-    rows_on_1 = (1, (2, 2, 2, 1), False)
-    assert [(r.name, r.value, r.axis, r.rows, r.static) for r in plan.inputs] == [
-        ("x", "float32[3,7,4]", *rows_on_1),
-        ("side['bias']", "float32[7]", 0, (2, 2, 2, 1), False),
-        ("side['deep']['position']", "float32[2,7,3]", *rows_on_1),
-        ("side['mode']", "str", None, (), True),
-        ("side['scale']", "float32[]", None, (), False),
-        ("targets[0]['t']", "float32[3,7,4]", *rows_on_1),
+    assert [(r.name, r.value, r.gets, r.axis, r.rows) for r in plan.inputs] == [
+        ("x", "float32[3,7,4]", "rows", 1, (2, 2, 2, 1)),
+        ("side['bias']", "float32[7]", "rows", 0, (2, 2, 2, 1)),
+        ("side['deep']['position']", "float32[2,7,3]", "rows", 1, (2, 2, 2, 1)),
+        ("side['mode']", "str", "static", None, ()),
+        ("side['scale']", "float32[]", "whole", None, ()),
+        ("targets[0]['t']", "float32[3,7,4]", "rows", 1, (2, 2, 2, 1)),
     ]
     printed = str(plan)
     for words in (
@@ -688,9 +687,9 @@ def test_a_plan_says_how_every_leaf_is_cut():
     assert plan.as_dict()["inputs"][4] == {
         "name": "side['scale']",
         "value": "float32[]",
+        "gets": "whole",
         "axis": None,
         "rows": [],
-        "static": False,
     }
 
 
@@ -734,8 +733,8 @@ def test_a_list_of_microbatches_is_told_what_a_list_is(make):
     assert "in layer 0 'dense'" in note
     assert note.endswith(
         ": `x` is a list of 3 arrays, so every microbatch is a list of 3 arrays too, "
-        "with some rows of each; if they are microbatches, pass "
-        "`jnp.concatenate(x)`, which `Pipe(chunks=...)` cuts"
+        "with some rows of each; if they are ready-made microbatches, pass "
+        "`fpipe.Microbatches(x)`"
     )
 
 
@@ -747,8 +746,8 @@ def test_outputs_whose_dtype_depends_on_the_rows_are_refused(make):
     with raises(
         ValueError,
         "`pipe(params, x)`: y of microbatch 1 has a float16[1,2] where that of "
-        "microbatch 0 has a float32[2,2]: they become one array, so the dtype must not "
-        "depend on the number of rows",
+        "microbatch 0 has a float32[2,2]: they are put together again, so the dtype "
+        "must not depend on the number of rows",
     ):
         make([same, fpipe.fn(outputs)], chunks=2)(((), ()), rows(3))
 

@@ -33,8 +33,9 @@ from fpipe._executors.placed.instructions import CallValue, JoinedGradient, Slot
 from fpipe._executors.placed.work import CallWork
 from fpipe._executors.placement import Placement
 from fpipe._executors.request import CallKind
+from fpipe._model.joining import Apart, Concatenated, Join, check_alike
 from fpipe._model.loss import Loss, divided, sum_dtype, wide
-from fpipe._model.microbatch import Join, check_alike, join
+from fpipe._model.microbatch import Rows
 from fpipe._model.needs import Share
 from fpipe._model.stages import AUX, LOSS, WEIGHT, Leaf, Port, Stage, Y
 from fpipe._program.code import Gradient, Output
@@ -63,19 +64,27 @@ def join_outputs(call: CallWork) -> SlotTree:
     m = call.microbatches
     pieces = [call.programs.flat(stage, i).out[Y] for i in range(m)]
     first = pieces[0]
-    how = Join.of(first)
-    check_alike(pieces, "`pipe(params, x)`: y", how.axes)
+    how = call.programs.output
+    check_alike(pieces, "`pipe(params, x)`: y", how)
     leaves = [Leaf(Y, k) for k in range(len(first.leaves))]
     ins = _of_all_microbatches(call, stage, leaves)
-    # One piece is the whole, except that 0-d pieces become arrays of one element.
-    if m == 1 and None not in how.axes:
+    # One piece is the whole, except that 0-d pieces become arrays of one element. So is
+    # each of those that are ready-made.
+    if call.inputs.cut.ready:
+        parts = [part for part in how.parts if isinstance(part, Apart)]
+        return SlotTree(
+            Shape(
+                how.whole,
+                tuple(pieces[p.microbatch].leaves[p.number] for p in parts),
+            ),
+            tuple(ins[p.number * m + p.microbatch] for p in parts),
+        )
+    if m == 1 and all(isinstance(part, Concatenated) for part in how.parts):
         return SlotTree(Shape(how.whole, first.leaves), tuple(ins))
 
     def joined(*arrays: Any) -> list[Any]:
         # The pieces of one array stand together.
-        return [
-            join(arrays[k * m : (k + 1) * m], axis) for k, axis in enumerate(how.axes)
-        ]
+        return how.arrays([arrays[n : n + m] for n in range(0, len(arrays), m)])
 
     shapes = [piece.leaves[leaf.k] for leaf in leaves for piece in pieces]
     outs = [Slot(CallValue(Output(leaf)), placement, "outputs") for leaf in leaves]
@@ -92,12 +101,14 @@ def reduce_loss(call: CallWork, loss: Loss) -> ReducedLoss:
     placement = call.layout.placements[stage]
     m = call.microbatches
     pieces = [call.programs.flat(stage, i).out for i in range(m)]
+    first = pieces[0]
+    ready = m if call.inputs.cut.ready else None
+    join = Join.of_aux(first[AUX], ready)
     check_alike(
         [piece[AUX] for piece in pieces],
         f"`{loss.call}(has_aux=True)`: aux",
-        axes=None,
+        join,
     )
-    first = pieces[0]
     weighted = WEIGHT in first
     scales = [call.programs.scales[i] for i in range(m)]
 
@@ -111,25 +122,32 @@ def reduce_loss(call: CallWork, loss: Loss) -> ReducedLoss:
         # would round in another order.
         scaled = [wide(a) * scale for a, scale in zip(losses, scales, strict=True)]
         total = functools.reduce(operator.add, scaled)
-        stacked = [jnp.stack(column) for column in columns]
+        joined = join.arrays(columns)
         dtype = losses[0].dtype
         if weights is None:
-            return [total.astype(dtype), *stacked]
+            return [total.astype(dtype), *joined]
         # Divided once, by the total weight. A mean of the microbatches' own means would
         # give the rows of a light microbatch more weight.
         weight = functools.reduce(operator.add, [wide(a) for a in weights])
-        return [divided(total, weight).astype(dtype), weight, *stacked]
+        return [divided(total, weight).astype(dtype), weight, *joined]
 
     leaves = [Leaf(LOSS, 0)]
     if weighted:
         leaves.append(Leaf(WEIGHT, 0))
     leaves += [Leaf(AUX, k) for k in range(len(first[AUX].leaves))]
     ins = _of_all_microbatches(call, stage, leaves)
-    outs = [Slot(CallValue(Output(leaf)), placement, "outputs") for leaf in leaves]
+    made = [leaf for leaf in leaves if leaf.port != AUX]
+    made += [Leaf(AUX, n) for n in range(len(join.parts))]
+    outs = [Slot(CallValue(Output(leaf)), placement, "outputs") for leaf in made]
     call.add_unscheduled("reduce loss", reduce, ins, outs, placement)
+    shapes = [piece[leaf.port].leaves[leaf.k] for leaf in leaves for piece in pieces]
+    whole = tuple(jax.eval_shape(reduce, *shapes))
     total = outs.pop(0)
     weight = outs.pop(0) if weighted else None
-    aux = SlotTree(first[AUX], tuple(outs)) if loss.has_aux else None
+    aux = None
+    if loss.has_aux:
+        found = whole[len(whole) - len(outs) :]
+        aux = SlotTree(Shape(join.whole, found), tuple(outs))
     return ReducedLoss(SlotTree(first[LOSS], (total,)), weight, aux)
 
 
@@ -191,7 +209,7 @@ def _finish_state(call: CallWork, stage: Stage, layer: int) -> SlotTree:
             elif share is Share.WHOLE:
                 whole.append(pieces[0].astype(of.dtype))
             else:
-                whole.append(join(pieces, 0) if count > 1 else pieces[0])
+                whole.append(jnp.concatenate(pieces) if count > 1 else pieces[0])
         state = left[-1].spec.unpack(whole)
         flat, spec = pack(stage.model.finish({layer: state})[layer])
         finished.append(spec)
@@ -222,10 +240,11 @@ def finish_gradients(call: CallWork, weight: Slot | None) -> dict[Leaf, Slot]:
             terms[leaf].append(slot)
     summed: set[Leaf] = set()
     for (_, leaf), slot in sorted(call.sums.items(), key=lambda entry: entry[0][0]):
-        if leaf not in terms:  # the new value of a state
+        array = call.inputs.array(leaf)
+        if array not in terms:  # the new value of a state
             continue
-        terms[leaf].append(slot)
-        summed.add(leaf)
+        terms[array].append(slot)
+        summed.add(array)
 
     # Most gradients are finished: one sum of one stage, where the parameters are. The
     # others have terms of several stages (borrowed parameters, inputs that several
@@ -234,7 +253,7 @@ def finish_gradients(call: CallWork, weight: Slot | None) -> dict[Leaf, Slot]:
     unfinished: dict[Placement, list[Leaf]] = defaultdict(list)
     for leaf, slots in terms.items():
         owner = call.layout.placements[call.layout.routes.owner(leaf.port)]
-        dtype = call.inputs.of(leaf.port).leaves[leaf.k].dtype
+        dtype = call.inputs.array_shape(leaf).dtype
         # Several microbatches are summed in float32 at least.
         wider = leaf in summed and call.microbatches > 1 and sum_dtype(dtype) != dtype
         as_it_is = len(slots) == 1 and weight is None and not wider
@@ -251,7 +270,7 @@ def finish_gradients(call: CallWork, weight: Slot | None) -> dict[Leaf, Slot]:
         ins = []
         outs = []
         for leaf in leaves:
-            shapes.append(call.inputs.of(leaf.port).leaves[leaf.k])
+            shapes.append(call.inputs.array_shape(leaf))
             counts.append(len(terms[leaf]))
             ins += terms[leaf]
             outs.append(Slot(CallValue(Gradient(leaf)), owner, "gradients"))
@@ -293,52 +312,69 @@ def _join_gradients(call: CallWork, stage: int) -> dict[Leaf, Slot]:
     microbatch.
     """
     m = call.microbatches
+    inputs, wanted = call.inputs, call.programs.request.wanted
     held = [call.held[stage, i] for i in range(m)]
-    leaves: list[Leaf] = []
-    for values in held:
-        for value in values:
-            if not isinstance(value, Gradient) or value.leaf in leaves:
-                continue
-            # A later stage calls its boundary `x` too, like the input of the call.
-            given = call.layout.routes.source(stage, value.leaf.port) is None
-            if given and value.leaf in call.programs.request.wanted:
-                leaves.append(value.leaf)
-    if m == 1 or not leaves:
-        return {leaf: held[0][Gradient(leaf)] for leaf in leaves}
+    values = dict.fromkeys(value for slots in held for value in slots)
+    # A later stage calls its boundary `x` too, like the input of the call.
+    leaves = [
+        value.leaf
+        for value in values
+        if isinstance(value, Gradient)
+        and call.layout.routes.source(stage, value.leaf.port) is None
+    ]
+    gradients: dict[Leaf, Slot] = {}
+    pieces: list[Leaf] = []
+    for leaf in leaves:
+        if leaf.port.kind not in inputs.call:
+            continue
+        source = inputs.cut.splits[leaf.port.kind].sources[leaf.k]
+        if isinstance(source, Rows) and m > 1:
+            if inputs.array(leaf) in wanted:
+                pieces.append(leaf)
+            continue
+        # A ready-made microbatch is an array of its own, and so is its gradient.
+        for i in range(m):
+            slot = held[i].get(Gradient(leaf))
+            if slot is not None and inputs.array(leaf, i) in wanted:
+                gradients[inputs.array(leaf, i)] = slot
+    if not pieces:
+        return gradients
 
     # A piece without gradient is zero: a layer may do something else with a microbatch
     # of another shape (the smaller last one), and not use this input there.
     ins: list[Slot] = []
     zeros: dict[tuple[Leaf, int], jax.ShapeDtypeStruct] = {}
-    for leaf in leaves:
+    for leaf in pieces:
         for i in range(m):
             slot = held[i].get(Gradient(leaf))
             if slot is None:
-                zeros[leaf, i] = call.inputs.piece(leaf.port, i).leaves[leaf.k]
+                zeros[leaf, i] = inputs.piece(leaf.port, i).leaves[leaf.k]
             else:
                 ins.append(slot)
 
     def joined(*arrays: Any) -> list[Any]:
         rest = iter(arrays)
-        gradients = []
-        for leaf in leaves:
-            pieces = []
+        out = []
+        for leaf in pieces:
+            parts = []
             for i in range(m):
                 shape = zeros.get((leaf, i))
                 if shape is None:
-                    pieces.append(next(rest))
+                    parts.append(next(rest))
                 else:
-                    pieces.append(jnp.zeros(shape.shape, shape.dtype))
-            axis = call.inputs.cut.splits[leaf.port.kind].axes[leaf.k]
-            gradients.append(join(pieces, axis))
-        return gradients
+                    parts.append(jnp.zeros(shape.shape, shape.dtype))
+            source = inputs.cut.splits[leaf.port.kind].sources[leaf.k]
+            assert isinstance(source, Rows)
+            out.append(jnp.concatenate(parts, source.axis))
+        return out
 
     placement = call.layout.placements[stage]
+    arrays = [inputs.array(leaf) for leaf in pieces]
     outs = [
-        Slot(JoinedGradient(leaf, stage), placement, "gradients") for leaf in leaves
+        Slot(JoinedGradient(array, stage), placement, "gradients") for array in arrays
     ]
     call.add_unscheduled("join gradients", joined, ins, outs, placement)
-    return dict(zip(leaves, outs, strict=True))
+    return gradients | dict(zip(arrays, outs, strict=True))
 
 
 def _of_all_microbatches(

@@ -184,7 +184,9 @@ class CallWork:
         for value in program.ins:
             if isinstance(value, Cotangent) and value.leaf.port == Y and last:
                 # The cotangent of the model's `y` comes from outside, whole.
-                slot = Slot(CallValue(Cotangent(value.leaf)), placement, "inputs")
+                n, _ = self.programs.output.part_of(value.leaf.k, microbatch)
+                whole = Cotangent(Leaf(Y, n))
+                slot = Slot(CallValue(whole), placement, "inputs")
             elif isinstance(value, Cotangent):
                 # Each reader of an output has a gradient for it. The program takes them
                 # all and adds them up, so no action waits for a sum made elsewhere.
@@ -269,8 +271,9 @@ class CallWork:
             return slot
         # The whole input: the program cuts its piece out of it. Pieces that were cut
         # before would lie beside the batch, and cost a dispatch each.
-        slot = Slot(CallValue(Input(leaf)), placement, "inputs")
-        self.feeds[slot] = leaf
+        array = self.inputs.array(leaf, microbatch)
+        slot = Slot(CallValue(Input(array)), placement, "inputs")
+        self.feeds[slot] = array
         return slot
 
     def _start_sums(self, stage: int, program: Program) -> None:
@@ -282,7 +285,7 @@ class CallWork:
         outs = []
         for value in program.ins:
             if isinstance(value, GradientSum) and (stage, value.leaf) not in self.sums:
-                shape = self.inputs.of(value.leaf.port).leaves[value.leaf.k]
+                shape = self.inputs.array_shape(self.inputs.array(value.leaf))
                 # The new value of a state is a maximum, and nothing is less than this.
                 start = -jnp.inf if value.leaf.port.kind == "state" else 0
                 starts.append((shape.shape, start, sum_dtype(shape.dtype)))

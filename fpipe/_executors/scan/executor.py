@@ -73,7 +73,7 @@ from fpipe._model.microbatch import check_equal_pieces
 from fpipe._model.model import Model
 from fpipe._model.needs import INPUTS
 from fpipe._model.remat import Remat
-from fpipe._model.stages import AUX, Leaf, Port, Y, cut_stages
+from fpipe._model.stages import Leaf, Port, Y, cut_stages
 from fpipe.schedules import Schedule
 
 # Programs of calls that one pipe keeps, and traces that do not depend on a loss.
@@ -178,7 +178,7 @@ class Scan:
         """`(y, state)` of a call that nothing differentiates."""
         step = self._find(CallKind.FORWARD, args, None, ())
         y, state, _ = self._run(step, "forward", *self._arrays(args))
-        return step.join.whole.unpack(y), self._state(step, state)
+        return step.output.whole.unpack(y), self._state(step, state)
 
     def differentiable(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         """`(y, state)` of a call with traced arguments."""
@@ -205,7 +205,7 @@ class Scan:
         names = [*range(rows), *(leaf for (leaf,) in leaves[rows:])]
         second = _SecondHalf(self, step, structure, tuple(names))
         return FirstHalf(
-            step.join.whole.unpack(y), self._state(step, state), flat, second
+            step.output.whole.unpack(y), self._state(step, state), flat, second
         )
 
     def loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
@@ -227,7 +227,7 @@ class Scan:
                 for leaf, a in zip(numbered[n], values, strict=True)
             ]
             gradients.append(fill_gradient(spec, values, parts))
-        tree = step.out[AUX].spec.unpack(aux) if loss.has_aux else None
+        tree = step.aux.whole.unpack(aux) if loss.has_aux else None
         return Result(value, tree, self._state(step, state), tuple(gradients))
 
     def compile(
@@ -442,7 +442,9 @@ class _SecondHalf:
         """The gradients of the arguments; `None` for zero."""
         params, state, given, buffers = self.structure.unflatten(residuals)
         # The cotangents of the states follow those of `y`; nothing goes through them.
-        pairs = zip(cotangents, self.step.out[Y].leaves, strict=False)
+        leaves = self.step.out[Y].leaves
+        types = [leaves[part.number] for part in self.step.output.parts]
+        pairs = zip(cotangents, types, strict=False)
         # Integers have no cotangents. The program takes a number in their place, and
         # does not read it.
         carrying = [

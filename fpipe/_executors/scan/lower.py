@@ -162,7 +162,7 @@ def lower(
     spread = frozenset(
         Leaf(port, k)
         for port in (X, TARGETS)
-        for k, a in enumerate(inputs.of(port).leaves)
+        for k, a in enumerate(inputs.together(port))
         if Leaf(port, k) not in inputs.whole(port) and is_large(a, schedule.devices)
     )
     # To make the segments fills `operations.loans`, `.outputs` and `.inputs`, which are
@@ -526,7 +526,8 @@ class Operations:
                     row = self.params.where[port.of, k].row
                     buffer = RowGradient(row) if loan is None else LoanGradient(loan)
                 else:
-                    whole = self.work.programs.inputs.of(port).leaves[k]
+                    inputs = self.work.programs.inputs
+                    whole = inputs.array_shape(inputs.array(value.leaf))
                     self.inputs[value.leaf] = whole
                     buffer = InputGradient(value.leaf)
                 yield Add(buffer, number_of(value))

@@ -88,17 +88,18 @@ def held(step: Step) -> Mapping[Role, int]:
     # The inputs that have rows: whole on each device, or its share of them.
     for name in ROW_INPUTS:
         port = Port(name)
-        axes = inputs.cut.splits[name].axes
-        for k, (a, axis) in enumerate(zip(inputs.of(port).leaves, axes, strict=True)):
+        whole = inputs.whole(port)
+        for k, a in enumerate(inputs.together(port)):
             parts = devices if Leaf(port, k) in machine.spread else 1
-            if axis is not None and step.rows % shards == 0 and not is_key(a.dtype):
+            cut = Leaf(port, k) not in whole
+            if cut and step.rows % shards == 0 and not is_key(a.dtype):
                 parts *= shards
             roles["inputs"] += nbytes(a) // parts
     # Beside its share each device has a microbatch on its way.
     for segment in machine.segments:
         for phase in segment.phases:
             for port, k in (leaf for feed in phase.feeds for leaf in feed.leaves):
-                roles["inputs"] += nbytes(inputs.of(port).leaves[k]) // step.m
+                roles["inputs"] += nbytes(inputs.together(port)[k]) // step.m
     return roles
 
 

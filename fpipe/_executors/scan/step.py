@@ -32,8 +32,9 @@ from fpipe._executors.scan.machine import InputGradient, Machine, RowGradient
 from fpipe._executors.scan.mesh import AXIS, DATA, by_stage
 from fpipe._executors.scan.packing import Entry
 from fpipe._executors.scan.storage import is_key
+from fpipe._model.joining import Join, joined_pieces, stacked_pieces
 from fpipe._model.loss import divided, wide
-from fpipe._model.microbatch import Join, joined_pieces, stacked_pieces
+from fpipe._model.microbatch import Ready, Rows, Whole
 from fpipe._model.model import Model
 from fpipe._model.stages import AUX, LOSS, WEIGHT, Leaf, Port, Y
 
@@ -73,12 +74,22 @@ class Step:
     @cached_property
     def rows(self) -> int:
         """Rows of a microbatch."""
-        return (self.inputs.cut.rows or (1,))[0]
+        return self.inputs.cut.weights[0]
+
+    @property
+    def _ready(self) -> int | None:
+        """How many ready-made microbatches there are."""
+        return self.m if self.inputs.cut.ready else None
 
     @cached_property
-    def join(self) -> Join:
+    def output(self) -> Join:
         """How the outputs of the microbatches become `y`."""
-        return Join.of(self.out[Y])
+        return Join.of_output(self.out[Y], self._ready)
+
+    @cached_property
+    def aux(self) -> Join:
+        """How those of a loss become `aux`."""
+        return Join.of_aux(self.out[AUX], self._ready)
 
     # --- what is jitted ---
     #
@@ -94,12 +105,8 @@ class Step:
             params: Sequence[Array], state: Sequence[Array], given: Given
         ) -> Any:
             made = self._run(0, params, state, self._cut(given))
-            # One array of all rows. What is 0-d in a microbatch is stacked already, one
-            # number for each.
-            y = [
-                joined_pieces(made.outputs[Leaf(Y, k)], axis)
-                for k, axis in enumerate(self.join.axes)
-            ]
+            stacks = [made.outputs[Leaf(Y, k)] for k in range(len(self.out[Y].leaves))]
+            y = self.output.of_stacks(stacks)
             return y, self._finished_states(made), made.left
 
         return jax.jit(forward)
@@ -118,13 +125,12 @@ class Step:
             # Cotangents are cut as `y` was put together. Those of integers stay as they
             # are, for nobody reads them.
             inputs = self._cut(given)
-            for k, (c, a) in enumerate(
-                zip(cotangents, self.out[Y].leaves, strict=True)
-            ):
-                axis = self.join.axes[k]
-                if is_inexact(a) and axis is not None:
-                    c = stacked_pieces(c, self.m, axis)
-                inputs[Leaf(Y, k)] = c
+            for k, a in enumerate(self.out[Y].leaves):
+                if is_inexact(a):
+                    inputs[Leaf(Y, k)] = self.output.stack(k, cotangents, self.m)
+                else:
+                    n, _ = self.output.part_of(k, 0)
+                    inputs[Leaf(Y, k)] = cotangents[n]
             made = self._run(1, params, state, inputs, left)
             return self._finished_gradients(made, None)
 
@@ -148,7 +154,8 @@ class Step:
             if reduction == "weighted":
                 weight = jnp.sum(wide(made.outputs[Leaf(WEIGHT, 0)]), 0)
                 total = divided(total, weight)
-            aux = [made.outputs[Leaf(AUX, k)] for k in range(len(self.out[AUX].leaves))]
+            leaves = range(len(self.out[AUX].leaves))
+            aux = self.aux.of_stacks([made.outputs[Leaf(AUX, k)] for k in leaves])
             return (
                 total.astype(values.dtype),
                 aux,
@@ -191,27 +198,33 @@ class Step:
         devices = self.machine.devices
         out: dict[Leaf, Array] = {}
         for port, arrays in given.items():
-            axes = self.inputs.cut.splits[port.kind].axes
-            for k, (array, axis) in enumerate(zip(arrays, axes, strict=True)):
+            for k, source in enumerate(self.inputs.cut.splits[port.kind].sources):
                 leaf = Leaf(port, k)
-                if axis is None:
-                    out[leaf] = array
-                    continue
-                array = stacked_pieces(array, self.m, axis)
+                match source:
+                    case Whole(number):
+                        out[leaf] = arrays[number]
+                        continue
+                    case Rows(number, axis):
+                        array = stacked_pieces(arrays[number], self.m, axis)
+                    case Ready(numbers, axis):
+                        array = jnp.stack([arrays[n] for n in numbers])
+                # The first axis is that of the microbatches.
                 spread = leaf in self.machine.spread
-                sharded = shards > 1 and self.rows % shards == 0
-                sharded = sharded and not is_key(array.dtype)
+                spec: list[str | None] = [AXIS if spread else None]
+                spec += [None] * (array.ndim - 1)
+                if axis is not None and shards > 1 and not is_key(array.dtype):
+                    rows_axis = 1 + axis % (array.ndim - 1)
+                    if array.shape[rows_axis] % shards == 0:
+                        spec[rows_axis] = DATA
                 # Devices hold equally many microbatches, so some behind the last one
                 # are padding. No feed brings them.
                 missing = share(self.m, devices) * devices - self.m
                 if spread and missing:
                     padding = [(0, missing)] + [(0, 0)] * (array.ndim - 1)
                     array = jnp.pad(array, padding)
-                if spread or sharded:
-                    rows = (*(None,) * axis, DATA if sharded else None)
-                    spec = P(AXIS if spread else None, *rows)
+                if any(spec):
                     array = jax.lax.with_sharding_constraint(
-                        array, NamedSharding(self.mesh, spec)
+                        array, NamedSharding(self.mesh, P(*spec))
                     )
                 out[leaf] = array
         return out
@@ -265,9 +278,11 @@ class Step:
         for leaf in sorted(self.request.wanted, key=str):
             if leaf.port.kind == "params":
                 rows.add(machine.params.where[leaf.port.of, leaf.k].row)
-            elif leaf.port.kind == "state":
+                continue
+            if leaf.port.kind == "state":
                 continue  # it is a new state, and no gradient
-            elif leaf in machine.inputs or leaf in machine.outputs:
+            piece, _ = self.inputs.place(leaf)
+            if piece in machine.inputs or piece in machine.outputs:
                 made.append(leaf)
         return [*sorted(rows), *made]
 
@@ -293,12 +308,16 @@ class Step:
         out = []
         for name in self.gradient_names:
             if isinstance(name, Leaf):
-                of = self.inputs.of(name.port).leaves[name.k]
-                if name in machine.inputs:
-                    gradient = made.gradients[InputGradient(name)]
-                else:
-                    axis = self.inputs.cut.splits[name.port.kind].axes[name.k]
-                    gradient = joined_pieces(made.outputs[name], axis)
+                of = self.inputs.array_shape(name)
+                piece, i = self.inputs.place(name)
+                source = self.inputs.cut.splits[name.port.kind].sources[piece.k]
+                match source:
+                    case Whole():
+                        gradient = made.gradients[InputGradient(piece)]
+                    case Rows(_, axis):
+                        gradient = joined_pieces(made.outputs[piece], axis)
+                    case Ready():
+                        gradient = made.outputs[piece][i]
             else:
                 of = machine.params.rows[name]
                 gradient = made.gradients.get(RowGradient(name))
