@@ -204,7 +204,14 @@ def cut_inputs(inputs: Mapping[str, PyTree], chunks: int) -> Cut:
     sliced = [leaf for leaf in every if isinstance(leaf.source, Rows)]
     for leaf in sliced:
         if leaf.rows != sliced[0].rows:
-            raise ValueError(_unequal_rows(leaf, sliced[0]))
+            text = _unequal_rows(leaf, sliced[0])
+            within_x = any(leaf is own for own in found["x"])
+            if within_x and type(inputs["x"]) in (list, tuple):
+                text += (
+                    "; if `x` is a list of ready-made microbatches, pass "
+                    "`fpipe.Microbatches(x)`"
+                )
+            raise ValueError(text)
     for leaf in ready:
         if len(leaf.values) != len(ready[0].values):
             raise ValueError(

@@ -304,6 +304,14 @@ REFUSED = {
         "`side['mask']` of shape (9, 2) has 9 rows, but `x` of shape (4, 2) has 4: "
         f"{FIX}",
     ),
+    "list of microbatches": (
+        [V, W],
+        None,
+        (),
+        ValueError,
+        f"`x[1]` of shape (3, 2) has 3 rows, but `x[0]` of shape (4, 2) has 4: {FIX}; "
+        "if `x` is a list of ready-made microbatches, pass `fpipe.Microbatches(x)`",
+    ),
     "as many pieces": (
         rows(8),
         {"mask": rows(7)},
