@@ -254,7 +254,14 @@ def check_state(
     if args.state is None:
         return
     check_overwritten(model.layers, args.state)
-    check_state_rows(model.layers, args.state, cut_inputs(args.inputs, chunks).rows)
+    cut = cut_inputs(args.inputs, chunks)
+    # Which rows of a state a ready-made microbatch has, nothing says.
+    if cut.ready and any(layer.state_rows for layer in model.layers):
+        raise ValueError(
+            "`fpipe.Microbatches` beside a layer with `state_rows=True`: its state is "
+            "cut by the rows of the batch; pass arrays, which `chunks` cuts"
+        )
+    check_state_rows(model.layers, args.state, cut.rows)
     batch = whole_batch(args.x, args.needs, chunks)
     if batch is not None:
         first = first_microbatch(args.x, args.needs, chunks)

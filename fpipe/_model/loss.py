@@ -146,7 +146,7 @@ def divided(total: Any, weight: Any) -> Any:
 
 
 def _check_aux(aux: PyTree) -> None:
-    """Refuse a `PerRow` without rows, and other wrappers."""
+    """Refuse a `PerRow` without rows, and a `Chunk`."""
     for wrapper in leaves_of(aux, PerRow):
         for array in jax.tree.leaves(wrapper.value):
             if not getattr(array, "shape", ()):
