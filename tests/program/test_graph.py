@@ -203,7 +203,11 @@ def readers_of_jaxprs(texts):
 
 
 # `bind` there is of signatures, not of primitives.
-BIND_SIGNATURES = {"fpipe._model.loss", "fpipe.flax._batch_norm"}
+BIND_SIGNATURES = {
+    "fpipe._model.loss",
+    "fpipe._model.remat",
+    "fpipe.flax._batch_norm",
+}
 
 
 def test_only_the_program_room_reads_jaxprs():
