@@ -45,6 +45,8 @@ from fpipe._executors.call import (
     checked,
     scaled,
 )
+from fpipe._executors.eager import Eager, without_jit
+from fpipe._executors.not_finite import NotFiniteError
 from fpipe._executors.placed.dispatch import DISPATCH, Dispatch
 from fpipe._executors.placed.executor import Placed
 from fpipe._executors.placement import (
@@ -264,6 +266,7 @@ class Pipe(Call):
         self.model: Model
         self._stage_to_device: tuple[int, ...]
         self._executor: Executor
+        self._eager: Eager
         self._detector: Detector | None
         object.__setattr__(self, "model", model)
         object.__setattr__(self, "_stage_to_device", stage_to_device)
@@ -272,7 +275,10 @@ class Pipe(Call):
         detector = Detector("Pipe", model, balance, chunks) if detect_anomaly else None
         object.__setattr__(self, "_detector", detector)
         runs = model if detector is None else detector.watched
-        object.__setattr__(self, "_executor", self._make_executor(runs, None))
+        made = self._make_executor(runs, None)
+        object.__setattr__(self, "_executor", made)
+        eager = Eager(made, PlainExecutor(runs, chunks))
+        object.__setattr__(self, "_eager", eager)
 
     def _make_executor(self, model: Model, kept: Recent | None) -> Executor:
         """What runs a model as this pipe does.
@@ -570,7 +576,9 @@ class Pipe(Call):
                 args, loss = scaled(args._replace(frozen=leaves), loss, loss_scale)
             if self._detector is not None:
                 args, loss, numbers = self._detector.watch_call(args, loss, numbers)
-            return self._executor.compile(args, loss, numbers, threads, report)
+            # What is compiled here serves the calls that are made with `jit`.
+            with jax.disable_jit(False):
+                return self._executor.compile(args, loss, numbers, threads, report)
 
     def plan(
         self,
@@ -783,19 +791,35 @@ class Pipe(Call):
         Under `jax.grad` arguments are tracers: then residuals have to be kept for a
         pull-back. Otherwise none are.
         """
-        if is_traced(args):
-            return self._executor.differentiable(args)
-        return self._executor.forward(args)
+        if without_jit():
+            return self._eager.forward(args)
+        try:
+            if is_traced(args):
+                return self._executor.differentiable(args)
+            return self._executor.forward(args)
+        except NotFiniteError:
+            # The layers one by one, in which JAX finds the operation.
+            self._eager.forward(args)
+            raise
 
     def _loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
         """A call with a loss, its gradients by `argnums`; `()` is the loss alone."""
         try:
             if self._detector is not None:
-                return self._detector.loss(self._executor.loss, args, loss, argnums)
-            return self._executor.loss(args, loss, argnums)
+                return self._detector.loss(self._run_loss, args, loss, argnums)
+            return self._run_loss(args, loss, argnums)
         except TracedCallError:
             if only_shapes():
                 return PlainExecutor(self.model, self.chunks).loss(args, loss, argnums)
+            raise
+
+    def _run_loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
+        if without_jit():
+            return self._eager.loss(args, loss, argnums)
+        try:
+            return self._executor.loss(args, loss, argnums)
+        except NotFiniteError:
+            self._eager.loss(args, loss, argnums)
             raise
 
 

@@ -1,4 +1,4 @@
-"""What JAX's settings and contexts are now, as one value that can be part of a key.
+"""JAX's settings and contexts: as a value for keys, and handed to another thread.
 
 Every cache of traces, plans and programs has `settings()` in its keys. The value says
 nothing but whether two moments are alike:
@@ -15,7 +15,10 @@ depend on, and gives the kept structure otherwise. So meshes and settings that a
 release adds are in it too.
 """
 
-from typing import Any
+import contextlib
+import contextvars
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -52,3 +55,61 @@ def settings() -> tuple[Any, ...]:
     # a new token each time under `jax.disable_jit`.
     token = _probe.trace().out_tree
     return token, *[getattr(jax.config, name, None) for name in _BESIDES]
+
+
+def debugging() -> bool:
+    """Whether JAX looks for NaNs or infinities in what each program returns.
+
+    It runs a program that returned one again, operation by operation, on the same
+    arguments. So nothing may be donated then.
+    """
+    config: Any = jax.config
+    return bool(config.jax_debug_nans or config.jax_debug_infs)
+
+
+def donated(numbers: Sequence[int]) -> tuple[int, ...]:
+    """Arguments that a program made now may donate: none of them while debugging."""
+    return () if debugging() else tuple(numbers)
+
+
+# The settings that JAX has a context manager for, by that. Not the guard that names the
+# one thread which may use JAX: that is no other thread's to take.
+_CONTEXTS: dict[str, Callable[[Any], Any]] = {
+    name: manager
+    for name in jax.config.values
+    if isinstance(
+        manager := getattr(jax, name.removeprefix("jax_"), None), type(jax.enable_x64)
+    )
+    and name != "jax_thread_guard"
+}
+
+
+class CallerContext(NamedTuple):
+    """What holds in the calling thread, for threads that work for it.
+
+    A new thread has JAX's defaults and no context variables, whatever the caller set.
+
+    Attributes:
+        variables: a copy for each thread: a context is entered by one at a time.
+        values: of the settings that may differ between threads.
+    """
+
+    variables: contextvars.Context
+    values: tuple[Any, ...]
+
+    @classmethod
+    def here(cls) -> "CallerContext":
+        """That of this thread."""
+        return cls(contextvars.copy_context(), _values())
+
+    def run(self, f: Callable[..., None], *args: Any) -> None:
+        """Call `f(*args)`, in another thread, as if in this one."""
+        with contextlib.ExitStack() as stack:
+            for name, own, value in zip(_CONTEXTS, _values(), self.values, strict=True):
+                if own != value:
+                    stack.enter_context(_CONTEXTS[name](value))
+            self.variables.copy().run(f, *args)
+
+
+def _values() -> tuple[Any, ...]:
+    return tuple([getattr(jax.config, name) for name in _CONTEXTS])

@@ -14,7 +14,7 @@ Inside a trace there are no places: all are one group.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ import numpy as np
 from fpipe._core.checks import is_number
 from fpipe._core.errors import shown
 from fpipe._core.pytrees import PyTree, describe, is_traced
+from fpipe._core.settings import debugging
 from fpipe._model.loss import divided, wide
 
 
@@ -55,7 +56,8 @@ def unscale_and_add(gradients: PyTree, scale: Any, given: PyTree, call: str) -> 
             if where is None or not isinstance(scale, jax.Array)
             else jax.device_put(scale, _scalar(where))
         )
-        made = _finish([flat[n] for n in numbers], own, [old[n] for n in numbers])
+        finish = _finisher(not debugging())
+        made = finish([flat[n] for n in numbers], own, [old[n] for n in numbers])
         for n, value in zip(numbers, made, strict=True):
             out[n] = value
     return jax.tree.unflatten(tree, out)
@@ -100,7 +102,11 @@ def _scalar(sharding: Any) -> Any:
 
 # The new gradients were made by this call, and give their memory to the result. The
 # old ones are the caller's, who may read them again.
-@functools.partial(jax.jit, donate_argnums=0)
+@functools.cache
+def _finisher(donating: bool) -> Callable[..., list[Any]]:
+    return jax.jit(_finish, donate_argnums=(0,) if donating else ())
+
+
 def _finish(new: list[Any], scale: Any, old: list[Any]) -> list[Any]:
     """The new gradients, divided and added in float32 at least, and cast once."""
     out = []

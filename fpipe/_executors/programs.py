@@ -32,6 +32,7 @@ import numpy as np
 
 from fpipe._core.caches import Key, Recent
 from fpipe._core.pytrees import Shape, is_inexact
+from fpipe._core.settings import debugging
 from fpipe._executors.placement import Placement
 from fpipe._executors.request import CallKind, Inputs, Request
 from fpipe._executors.routes import Routes
@@ -273,7 +274,8 @@ class Programs:
             if self._has_loss(s):
                 return code.compile()
             # Stages that compute the same share the function, and its trace.
-            return self._kept.get(Key(code.identity), code.compile)
+            # But for what they donate, which depends on whether JAX looks for NaNs.
+            return self._kept.get(Key((debugging(), code.identity)), code.compile)
 
         made = self._keep(
             s, (joint, spec), lambda: split_stage(joint, spec, compile_code)

@@ -157,6 +157,28 @@ class Executor(Protocol):
         """
         ...
 
+    # --- without jit ---
+
+    def collect(self, tree: PyTree) -> PyTree:
+        """Arrays where `gather` puts parameters."""
+        ...
+
+    def deliver(self, tree: PyTree) -> PyTree:
+        """What the last layer or the loss gives, where a call leaves it."""
+        ...
+
+    def deliver_state(self, state: Sequence[PyTree]) -> tuple[PyTree, ...]:
+        """The states of all layers where a call leaves them."""
+        ...
+
+    def spread(self, gradients: Sequence[PyTree], params: Any) -> Any:
+        """Gradients of gathered parameters as those of placed ones.
+
+        Arguments:
+            params: the placed parameters.
+        """
+        ...
+
     # --- planning ---
 
     def plan_data(

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from fpipe._core.settings import donated
 from fpipe._model.stages import Leaf
 from fpipe._program.graph import Graph, Node, evaluate
 from fpipe._program.host_calls import Failures, Guard, Logged, evaluate_guarded
@@ -309,8 +310,8 @@ class Code:
         call.__name__ = call.__qualname__ = f"fpipe_{self.kind}"
         # Only sums are donated. An argument may be the user's parameter, or an alias of
         # it: `device_put` to the same device copies nothing.
-        donated = range(len(self.args), len(self.args) + len(self.sums))
-        return jax.jit(call, donate_argnums=tuple(donated) if self.accumulate else ())
+        sums = range(len(self.args), len(self.args) + len(self.sums))
+        return jax.jit(call, donate_argnums=donated(sums) if self.accumulate else ())
 
 
 # Makes the function of a code, or finds that of a code with the same identity. The scan

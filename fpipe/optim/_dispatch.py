@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from fpipe._core.pytrees import strong
+from fpipe._core.settings import donated
 from fpipe._executors.placement import Device
 from fpipe.optim._leaf_devices import device_of
 from fpipe.optim._partition import partition
@@ -221,8 +222,8 @@ def _jit_part(
     if not takes:
         # Without arguments nothing else says where it runs.
         return jax.jit(run, out_shardings=SingleDeviceSharding(device))
-    donated = tuple(part.takes.index(slot) for slot in part.donates)
-    return jax.jit(run, donate_argnums=donated)
+    overwritten = [part.takes.index(slot) for slot in part.donates]
+    return jax.jit(run, donate_argnums=donated(overwritten))
 
 
 def _split(graph: UpdateGraph, slot: Slot, array: Any) -> dict[int, Any]:

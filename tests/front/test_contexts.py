@@ -1,13 +1,21 @@
 """JAX's own settings and contexts, which hold in a pipe as they do in plain JAX."""
 
+import contextlib
+import contextvars
+import threading
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import fpipe
-from fpipe._core.settings import settings
-from tests.helpers import assert_same
+from fpipe._core import settings as settings_room
+from fpipe._core.pytrees import Tracer
+from fpipe._core.settings import CallerContext, settings
+from fpipe._executors.placed import threads
+from tests.helpers import assert_same, raises
 
 EXECUTORS = ("placed", "scan")
 
@@ -156,3 +164,237 @@ def test_the_token_is_no_equation_and_the_same_without_jit():
     with jax.disable_jit():
         assert settings() == settings()
     assert settings() == token
+
+
+# --- without jit ---
+
+
+def make_rich_layers(seen):
+    """Layers with a key, state, integers and a borrower, which tell what they see."""
+
+    def noisy(params, x, *, key, state):
+        seen.append(x)
+        keep = jax.random.bernoulli(key, 0.5, x.shape).astype(x.dtype)
+        return x * keep + params["w"], state + x.mean()
+
+    def embed(params, x):
+        return x @ params["table"] + params["number"].astype(x.dtype)
+
+    def tied(params, x, *, borrowed):
+        return jnp.tanh(x * params @ borrowed["embed"]["table"])
+
+    return [
+        fpipe.Layer(embed, name="embed"),
+        fpipe.Layer(noisy, name="noisy"),
+        fpipe.Layer(tied, borrow=["embed"]),
+    ]
+
+
+RICH_PARAMS = (
+    {"table": jnp.arange(4.0).reshape(2, 2) / 3, "number": jnp.int32(1)},
+    {"w": jnp.full(2, 0.5)},
+    jnp.full(2, 0.7),
+)
+
+
+def weighted(y, target):
+    weight = (target > 2).sum().astype(y.dtype)
+    return (((y - target) ** 2).sum(), weight), {"y": y}
+
+
+def is_first_layer(path, array):
+    del array
+    return path.startswith("[0]")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_without_jit_a_layer_sees_values_and_nothing_else_changes(executor):
+    """A warm pipe ignored `jax.disable_jit`: no `print` and no debugger worked."""
+    seen = []
+    layers = make_rich_layers(seen)
+    pipe = pipe_of(layers, executor)
+    params, key = pipe.place(RICH_PARAMS), jax.random.key(2)
+    state = (None, jnp.zeros(()), None)
+    step = pipe.value_and_grad(
+        weighted, True, "weighted", argnums=(0, 1, 2), frozen=is_first_layer
+    )
+
+    def calls():
+        y, _ = pipe(params, X, key=key, state=state)
+        outer = jax.grad(
+            lambda p: pipe(p, X, key=key, state=state)[0].sum(), allow_int=True
+        )(params)
+        return step(params, X, X, key=key, state=state), y, outer
+
+    def place_of(array):
+        return getattr(array, "sharding", None)
+
+    warm = calls()
+    seen.clear()
+    with jax.disable_jit():
+        got = calls()
+        evaluated = pipe.evaluate(weighted, True, "weighted")(
+            params, X, X, key=key, state=state
+        )
+    # A forward and an evaluation of two microbatches each see plain arrays. Under a
+    # gradient JAX's tracers hold values, as in plain JAX.
+    assert sum(not isinstance(x, Tracer) for x in seen) == 4
+    assert_same(got, warm)
+    assert_same(evaluated, warm[0][0])
+    # Results are where a call leaves them: a step after it compiles nothing new.
+    (_, (grads, *_)), y, _ = got
+    (_, (warm_grads, *_)), warm_y, _ = warm
+    for array, like in zip(
+        jax.tree.leaves((grads, y)), jax.tree.leaves((warm_grads, warm_y)), strict=True
+    ):
+        assert place_of(array) == place_of(like)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_without_jit_a_call_is_not_recorded_and_compiling_serves_later_calls(executor):
+    pipe = pipe_of([fpipe.fn(jnp.sin)] * 2, executor, balance=[1, 1])
+    params = pipe.place(((), ()))
+    with jax.disable_jit():
+        assert pipe.compile(params, X) >= 1
+        with raises(
+            ValueError,
+            "`fpipe.record(pipe)`: the call is under `jax.disable_jit`, where the "
+            "layers run one by one and no program is dispatched; record it outside",
+        ):
+            pipe.record(pipe, params, X)
+    assert_same(pipe(params, X), jnp.sin(jnp.sin(X)))
+
+
+# --- NaNs ---
+
+
+def globally(name):
+    """A setting for all threads, as `jax.config.update` sets it."""
+
+    @contextlib.contextmanager
+    def context():
+        jax.config.update(name, True)
+        try:
+            yield
+        finally:
+            jax.config.update(name, False)
+
+    return context
+
+
+SENSES = {
+    "nans": lambda: jax.debug_nans(True),
+    "nans everywhere": globally("jax_debug_nans"),
+    "infs everywhere": globally("jax_debug_infs"),
+}
+
+
+@pytest.mark.parametrize("sense", SENSES)
+@pytest.mark.parametrize(
+    ("executor", "dispatch"),
+    [("placed", "one_thread"), ("placed", "thread_per_device"), ("scan", "auto")],
+)
+def test_an_operation_that_makes_a_nan_is_named(executor, dispatch, sense):
+    """In threads nothing was looked for, or an exception of JAX's own came out."""
+    value = -1.0 if sense.startswith("nans") else 0.0
+    pipe = pipe_of(
+        [lambda p, x: x * p, fpipe.fn(lambda x: jnp.log(x))],
+        executor,
+        balance=[1, 1],
+        dispatch=dispatch,
+    )
+    params = pipe.place((jnp.ones(()), ()))
+    step = pipe.value_and_grad(jnp.mean)
+    x = jnp.ones((4, 2))
+    warm = step(params, x)
+    with SENSES[sense]():
+        for call in (step, pipe, lambda p, x: jax.grad(lambda q: pipe(q, x).sum())(p)):
+            with pytest.raises(FloatingPointError) as info:
+                call(params, x * value)
+            assert type(info.value) is FloatingPointError
+            assert "encountered in log" in str(info.value)
+        notes = "".join(info.value.__notes__)
+        assert "layer 1" in notes or "layers 1" in notes
+        # Sums are not donated, for JAX runs a program again. What is finite passes.
+        assert_same(step(params, x), warm)
+    assert_same(step(params, x), warm)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_nan_of_a_backward_is_found(executor):
+    pipe = pipe_of([lambda p, x: jnp.sqrt(x * p)], executor, balance=[1])
+    params = pipe.place((jnp.zeros(()),))
+    x = jnp.ones((4, 2))
+    step = pipe.value_and_grad(jnp.sum, reduction="sum")
+    with jax.debug_infs(True):
+        with pytest.raises(FloatingPointError, match="invalid value"):
+            step(params, x)
+        y, pull_back = jax.vjp(pipe, params, x)
+        with pytest.raises(FloatingPointError, match="invalid value"):
+            pull_back(y + 1)
+
+
+# --- dispatching threads ---
+
+_VARIABLE = contextvars.ContextVar("of a user", default="unset")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", settings_room._CONTEXTS)
+def test_a_thread_works_under_each_setting_of_its_caller(name):
+    new = another(name, getattr(jax.config, name))
+    seen = []
+
+    def look():
+        seen.append(getattr(jax.config, name))
+
+    with settings_room._CONTEXTS[name](new):
+        context = CallerContext.here()
+        thread = threading.Thread(target=context.run, args=(look,))
+        thread.start()
+        thread.join()
+        assert seen == [getattr(jax.config, name)]
+    assert seen != [getattr(jax.config, name)]
+
+
+def test_dispatching_threads_have_the_settings_and_variables_of_the_caller(monkeypatch):
+    seen = []
+
+    def issue(crew, step, slots):
+        config: Any = jax.config
+        seen.append(
+            (
+                threading.current_thread().name,
+                config.jax_default_matmul_precision,
+                config.jax_numpy_rank_promotion,
+                config.jax_default_device,
+                config.jax_transfer_guard_device_to_host,
+                _VARIABLE.get(),
+            )
+        )
+        original(crew, step, slots)
+
+    original = threads.Crew.issue
+    pipe = pipe_of(
+        [fpipe.fn(jnp.sin)] * 2,
+        "placed",
+        balance=[1, 1],
+        dispatch="thread_per_device",
+    )
+    monkeypatch.setattr(threads.Crew, "issue", issue)
+    device = jax.devices()[3]
+    token = _VARIABLE.set("of the caller")
+    with (
+        jax.default_matmul_precision("highest"),
+        jax.numpy_rank_promotion("raise"),
+        jax.default_device(device),
+        jax.transfer_guard_device_to_host("disallow"),
+    ):
+        y = pipe(((), ()), X)
+    _VARIABLE.reset(token)
+    assert {name for name, *_ in seen} == {f"fpipe {d}" for d in jax.devices()[:2]}
+    assert {tuple(values) for _, *values in seen} == {
+        ("highest", "raise", device, "disallow", "of the caller")
+    }
+    assert_same(y, jnp.sin(jnp.sin(X)))

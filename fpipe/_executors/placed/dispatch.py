@@ -27,6 +27,7 @@ import jax
 
 from fpipe._core.errors import add_note
 from fpipe._core.pytrees import is_inexact
+from fpipe._core.settings import debugging
 from fpipe._executors.placed.compile import Progress, compile_plan
 from fpipe._executors.placed.instructions import (
     GradientTree,
@@ -322,6 +323,9 @@ def bind(
     wanted = dispatch == "thread_per_device" or (
         dispatch == "auto" and any(run.calls_host for run in runs)
     )
+    # While JAX looks for NaNs it waits for each result, and only the functions that a
+    # single thread calls say which operation made one: threads call compiled programs.
+    wanted = wanted and not debugging()
     return ReadyPlan(
         plan=plan,
         layout=layout,

@@ -287,6 +287,36 @@ class Placed:
         bound = self.ready_plan(args, loss, argnums)
         return plan_data(bound, args, self.scheduling, self._remat, compiled)
 
+    # --- without jit ---
+
+    def collect(self, tree: PyTree) -> PyTree:
+        """Arrays on the first device."""
+        return self.layout.placements[0].put_tree(tree)
+
+    def deliver(self, tree: PyTree) -> PyTree:
+        """Arrays on the device of the last stage."""
+        return self.layout.placements[-1].put_tree(tree)
+
+    def deliver_state(self, state: Sequence[PyTree]) -> tuple[PyTree, ...]:
+        """The state of each layer on its device."""
+        return tuple(self.layout.home(k).put_tree(s) for k, s in enumerate(state))
+
+    def spread(
+        self, gradients: Sequence[PyTree], params: Sequence[PyTree]
+    ) -> tuple[PyTree, ...]:
+        """The gradients of each layer on its device."""
+        del params
+        spread = []
+        for k, tree in enumerate(gradients):
+            arrays, treedef = jax.tree.flatten(tree)
+            # `float0` has no place: JAX has no arrays of it.
+            there = [n for n, a in enumerate(arrays) if a.dtype != jax.dtypes.float0]
+            put = self.layout.home(k).put([arrays[n] for n in there])
+            for n, array in zip(there, put, strict=True):
+                arrays[n] = array
+            spread.append(treedef.unflatten(arrays))
+        return tuple(spread)
+
     # --- plans ---
 
     def _start(

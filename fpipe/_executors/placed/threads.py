@@ -33,6 +33,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
+from fpipe._core.settings import CallerContext
 from fpipe._executors.placed.instructions import Free, Half, Move, Plan, Run
 from fpipe._executors.placement import Placement
 
@@ -251,9 +252,8 @@ class Crew:
         # The threads that have ended. The bell is rung when one does.
         self._ended: list[int] = []
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
-        # Transfers and callbacks look at this setting, and a new thread has the
-        # default.
-        self._x64 = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
+        # Transfers and host callbacks look at settings and context variables.
+        self._context = CallerContext.here()
 
     def run(self, slots: list[Any]) -> Failure | None:
         """Run all shares, from `slots` and back into them; returns what went wrong
@@ -269,7 +269,9 @@ class Crew:
                 own[slot] = slots[slot]
             own_slots.append(own)
             threads.append(
-                threading.Thread(target=self._work, args=(number, own), name=share.name)
+                threading.Thread(
+                    target=self._start, args=(number, own), name=share.name
+                )
             )
         # The caller's list must not keep alive what the threads drop.
         for share in self._shares:
@@ -329,34 +331,43 @@ class Crew:
         for inbox in self._inboxes:
             inbox.put(None)
 
-    def _work(self, number: int, slots: list[Any]) -> None:
-        """What a thread does: issue its steps, each when what it waits for is there."""
-        inbox = self._inboxes[number]
-        step = self._shares[number].steps[0]
+    def _start(self, number: int, slots: list[Any]) -> None:
+        """What a thread runs: its share, as if it were the caller."""
         try:
-            with jax.enable_x64(self._x64):
-                for step in self._shares[number].steps:
-                    for slot in step.waits:
-                        # Other threads run at their own pace, so messages for later
-                        # steps may come first. Their arrays are put in their slots.
-                        while slots[slot] is None:
-                            message = inbox.get()
-                            if message is None:
-                                return
-                            for k, array in zip(*message, strict=True):
-                                slots[k] = array
-                    if self._stopped:
-                        return
-                    self.issue(step, slots)
-                # JAX keeps for each thread what `jax.effects_barrier` waits for. That
-                # would end with the thread, and with it what a `jax.debug.callback` has
-                # raised in a program that makes no array.
-                jax.effects_barrier()
+            self._context.run(self._work, number, slots)
         except BaseException as error:
-            # `BaseException`: a thread that ended without a word would leave the others
-            # waiting for its arrays for ever.
-            self._failures.append(Failure(step, error))
-            self._stop()
+            self._fail(self._shares[number].steps[0], error)
         finally:
             self._ended.append(number)
             self._bell.put(None)
+
+    def _fail(self, step: Step, error: BaseException) -> None:
+        # `BaseException`: a thread that ended without a word would leave the others
+        # waiting for its arrays for ever.
+        self._failures.append(Failure(step, error))
+        self._stop()
+
+    def _work(self, number: int, slots: list[Any]) -> None:
+        """Issue the steps of a thread, each when what it waits for is there."""
+        inbox = self._inboxes[number]
+        step = self._shares[number].steps[0]
+        try:
+            for step in self._shares[number].steps:
+                for slot in step.waits:
+                    # Other threads run at their own pace, so messages for later steps
+                    # may come first. Their arrays are put in their slots.
+                    while slots[slot] is None:
+                        message = inbox.get()
+                        if message is None:
+                            return
+                        for k, array in zip(*message, strict=True):
+                            slots[k] = array
+                if self._stopped:
+                    return
+                self.issue(step, slots)
+            # JAX keeps for each thread what `jax.effects_barrier` waits for. That would
+            # end with the thread, and with it what a `jax.debug.callback` has raised in
+            # a program that makes no array.
+            jax.effects_barrier()
+        except BaseException as error:
+            self._fail(step, error)

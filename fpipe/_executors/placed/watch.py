@@ -77,7 +77,9 @@ def probes_of(plan: Plan, compiled: Mapping[int, Any]) -> dict[int, Probe]:
     ) -> Callable[[Any], Any]:
         # The sum keeps it from handing on the very array.
         array = jax.ShapeDtypeStruct(shape, dtype, sharding=placement.sharding)
-        return jax.jit(lambda a: a.reshape(-1)[:1].sum()).lower(array).compile()
+        program = jax.jit(lambda a: a.reshape(-1)[:1].sum())
+        program.lower(array).compile()  # `jit` finds it
+        return program
 
     probes: dict[int, Probe] = {}
     for number, item in enumerate(plan.instructions):

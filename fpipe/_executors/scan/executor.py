@@ -34,8 +34,9 @@ from fpipe._core.pytrees import (
     is_traced,
     pack,
 )
-from fpipe._core.settings import settings
+from fpipe._core.settings import debugging, settings
 from fpipe._executors.call import Args, Result
+from fpipe._executors.not_finite import check_finite
 from fpipe._executors.plan_data import PlanData
 from fpipe._executors.progress import Progress
 from fpipe._executors.protocol import FirstHalf
@@ -274,6 +275,33 @@ class Scan:
             step, self.stages, schedule, self.scheduling, self._remat, size
         )
 
+    # --- without jit ---
+
+    def collect(self, tree: PyTree) -> PyTree:
+        """Arrays on the first device, or, over several processes, on every device."""
+        several = self.mesh.is_multi_process
+        arrays, spec = pack(tree)
+        if several:
+            return spec.unpack(on_mesh(arrays, self.mesh, self._replicated))
+        return spec.unpack(jax.device_put(arrays, self.mesh.devices.flat[0]))
+
+    def deliver(self, tree: PyTree) -> PyTree:
+        """Arrays on every device."""
+        arrays, spec = pack(tree)
+        return spec.unpack(jax.device_put(arrays, replicated(self.mesh)))
+
+    def deliver_state(self, state: Sequence[PyTree]) -> tuple[PyTree, ...]:
+        """The states of all layers on every device."""
+        return tuple(map(self.deliver, state))
+
+    def spread(self, gradients: Sequence[PyTree], params: Packed) -> Packed:
+        """The gradients, packed as the parameters are."""
+        return self.parameters.pack_gradients(gradients, params.packing)
+
+    def _replicated(self, array: Any) -> NamedSharding:
+        del array
+        return replicated(self.mesh)
+
     # --- programs ---
 
     def _loss_step(
@@ -346,6 +374,21 @@ class Scan:
         return rows, self.bring(state), given
 
     def _run(
+        self, step: Step, name: Literal["forward", "backward", "loss"], *arrays: Any
+    ) -> Any:
+        """Call a function of a step, and look for NaNs in the result if JAX does."""
+        if not debugging() or is_traced(arrays):
+            return self._dispatch(step, name, *arrays)
+        # JAX would look for NaNs in what the program returns, and run it again without
+        # `jit`, operation by operation: a scan over a mesh takes minutes so. The layers
+        # alone do not: `Pipe` runs them if this finds one.
+        with jax.debug_nans(False), jax.debug_infs(False):
+            out = self._dispatch(step, name, *arrays)
+        # What is left for the backward may hold what nobody reads.
+        check_finite(out[:2] if name == "forward" else out, name)
+        return out
+
+    def _dispatch(
         self, step: Step, name: Literal["forward", "backward", "loss"], *arrays: Any
     ) -> Any:
         """Call a function of a step; recorded, where somebody records."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -22,6 +23,7 @@ from fpipe._core.pytrees import (
     float0_like,
     is_traced,
     map_arrays,
+    pack,
 )
 from fpipe._executors.scan.mesh import by_stage, columns, on_device, replicated
 from fpipe._executors.scan.packing import Packed, Packing
@@ -160,6 +162,33 @@ class Parameters:
                 "`pipe.place(other.gather(params))`, where `other` is the pipe that "
                 "placed them"
             )
+
+    def pack_gradients(self, gradients: Sequence[PyTree], packing: Packing) -> Packed:
+        """Gradients, one entry per layer, packed as their parameters are; what is
+        `float0` has no gradient.
+        """
+        arrays = [a for tree in gradients for a in pack(tree)[0]]
+        given = dict(zip(packing.entries, arrays, strict=True))
+        made = {e for e, a in given.items() if a.dtype != jax.dtypes.float0}
+        kept = {packing.where[entry].row for entry in made}
+        # A block that nobody has a gradient for is zero.
+        filled = [
+            a if entry in made else jnp.zeros(a.shape, packing.shape(entry).dtype)
+            for entry, a in given.items()
+        ]
+        rows = packing.pack(packing.trees(filled))
+        return Packed(
+            tuple(
+                jax.device_put(a, by_stage(self.mesh))
+                if r in kept
+                else np.zeros(a.shape, jax.dtypes.float0)
+                for r, a in enumerate(rows)
+            ),
+            packing,
+            frozenset(
+                e for e in given if e not in made and packing.where[e].row in kept
+            ),
+        )
 
     def gather(self, params: Packed) -> tuple[PyTree, ...]:
         """The exact inverse of `place`: on the first device, or, over several

@@ -1,0 +1,44 @@
+"""What a program returned, looked at under `jax.debug_nans` and `jax.debug_infs`.
+
+JAX looks itself where a program is small enough to be run again, operation by
+operation. For one that is a whole call this module looks. In: its arrays. Out: nothing,
+or a `NotFiniteError`, on which `Pipe` runs the layers one by one to find the operation.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class NotFiniteError(FloatingPointError):
+    """A program returned a NaN or an infinity under a setting that forbids it."""
+
+
+def check_finite(tree: Any, call: str) -> None:
+    """Raise if an array has what the settings of JAX forbid.
+
+    Arguments:
+        call: what returned it, for the message.
+    """
+    config: Any = jax.config
+    for array in jax.tree.leaves(tree):
+        if not isinstance(array, jax.Array) or not jnp.issubdtype(
+            array.dtype, jnp.inexact
+        ):
+            continue
+        # Each process looks at what it has.
+        for shard in array.addressable_shards:
+            data = np.asarray(shard.data)
+            if config.jax_debug_nans and np.isnan(data).any():
+                found = "nan"
+            elif config.jax_debug_infs and np.isinf(data).any():
+                found = "inf"
+            else:
+                continue
+            raise NotFiniteError(
+                f"invalid value ({found}) in what the {call} of a Pipe with "
+                'executor="scan" returned, and no operation of the layers, run one by '
+                "one, made it; `Pipe(..., detect_anomaly=True)` names the layer"
+            )
