@@ -18,12 +18,14 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from fpipe._core.caches import Recent
 from fpipe._core.checks import as_bool, as_compute_dtype, as_int, is_one_of
 from fpipe._core.errors import shown
+from fpipe._core.forks import check_process
 from fpipe._core.meshes import in_trace, no_mesh, set_aside
 from fpipe._core.pytrees import (
     PyTree,
@@ -32,6 +34,7 @@ from fpipe._core.pytrees import (
     numbers_as_arrays,
     strong,
 )
+from fpipe._core.settings import explicit_transfers
 from fpipe._core.statics import check_leaves
 from fpipe._executors.anomaly import Detector
 from fpipe._executors.call import (
@@ -246,6 +249,7 @@ class Pipe(Call):
         if executor == "scan":
             mesh = as_mesh(list(devices), mesh, len(balance))
         # 4. The value, field by field, past the freezing.
+        check_process()
         fields = {
             "layers": layers,
             "balance": balance,
@@ -400,7 +404,8 @@ class Pipe(Call):
             TypeError: no key.
         """
         check_key(key)
-        with self._context(), self._executor.tracing():
+        check_process()
+        with self._context(), self._executor.tracing(), explicit_transfers():
             # `init` functions see one microbatch, as the layers do in every call.
             first = first_microbatch(x, call_needs(side=side), self.chunks)
             made = self.model.init(key, *first, self._executor.make_params)
@@ -425,6 +430,7 @@ class Pipe(Call):
         """
         if key is not None:
             check_key(key)
+        check_process()
         # A state follows from shapes; packed parameters tell theirs without being
         # unpacked.
         if isinstance(params, Packed):
@@ -432,7 +438,7 @@ class Pipe(Call):
         if params is not None:
             check_params(self.model, params, "`init_state(params=...)`")
         put = self._executor.make_state
-        with self._context(), self._executor.tracing():
+        with self._context(), self._executor.tracing(), explicit_transfers():
             needs = call_needs(side=side)
             first = first_microbatch(x, needs, self.chunks)
             batch = whole_batch(x, needs, self.chunks)
@@ -466,9 +472,10 @@ class Pipe(Call):
         check_params(self.model, params, "`place(params)`")
         donate = as_bool("place", "donate", donate)
         check_leaves(tuple(params), "params")
+        check_process()
         # An optimizer returns strong types: weakly typed parameters would change their
         # type in the first update, and everything would compile once more.
-        with self._context():
+        with self._context(), explicit_transfers():
             strong_params = [map_arrays(strong, numbers_as_arrays(p)) for p in params]
             return self._executor.place(tuple(strong_params), donate)
 
@@ -482,7 +489,8 @@ class Pipe(Call):
             ValueError: not one entry per layer, or packed for another partition.
         """
         self._executor.check_params(params, "`gather(params)`")
-        with self._context():
+        check_process()
+        with self._context(), explicit_transfers():
             return self._executor.gather(params)
 
     # --- calls ---
@@ -577,7 +585,7 @@ class Pipe(Call):
             if self._detector is not None:
                 args, loss, numbers = self._detector.watch_call(args, loss, numbers)
             # What is compiled here serves the calls that are made with `jit`.
-            with jax.disable_jit(False):
+            with jax.disable_jit(False), explicit_transfers():
                 return self._executor.compile(args, loss, numbers, threads, report)
 
     def plan(
@@ -676,7 +684,15 @@ class Pipe(Call):
         loss = as_loss("plan", fn, has_aux, reduction)
         if isinstance(params, Packed):
             params = params.packing.whole
-        with self._context():
+        # Programs are traced, and timed on zeros, for this alone. So what JAX does to
+        # the caller's own programs is nothing to them.
+        with (
+            self._context(),
+            jax.disable_jit(False),
+            jax.debug_nans(False),
+            jax.debug_infs(False),
+            explicit_transfers(),
+        ):
             needs = call_needs(side=side, key=key, train=train, step=step)
             args = Args(params, x, targets, needs, state)
             return self._plan(StepRequest(args, loss, argnums, frozen), options)
@@ -693,6 +709,7 @@ class Pipe(Call):
             known: what other pipes of the same layers have found out; what this one
                 finds is added.
         """
+        check_process()
         # Arguments may all be shapes, so nothing in them shows that a trace is going
         # on. But inside `jax.jit` even a constant that is put on a device is a tracer.
         if in_trace():
@@ -769,6 +786,7 @@ class Pipe(Call):
 
     def _checked(self, args: Args) -> Args:
         """The arguments of a call, or an error about parameters or state."""
+        check_process()
         self._executor.check_params(args.params, "a call's params")
         return checked(self.model, args)
 

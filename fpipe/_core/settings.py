@@ -17,7 +17,7 @@ release adds are in it too.
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -113,3 +113,26 @@ class CallerContext(NamedTuple):
 
 def _values() -> tuple[Any, ...]:
     return tuple([getattr(jax.config, name) for name in _CONTEXTS])
+
+
+_GUARDS = (
+    "transfer_guard_host_to_device",
+    "transfer_guard_device_to_device",
+    "transfer_guard_device_to_host",
+)
+_IMPLICIT = ("disallow", "log")
+
+
+@contextlib.contextmanager
+def explicit_transfers() -> Iterator[None]:
+    """A block in which arrays are made and moved on purpose, as `device_put` does.
+
+    `jax.transfer_guard("disallow")` is there to find what nobody asked for. Whoever
+    calls `init`, `place` or `gather` asks for it, but what runs inside is not one
+    `device_put`. Where explicit transfers are disallowed too, they stay so.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in _GUARDS:
+            if getattr(jax.config, f"jax_{name}") in _IMPLICIT:
+                stack.enter_context(getattr(jax, name)("allow"))
+        yield

@@ -42,6 +42,7 @@ from fpipe._core.pytrees import (
     numbers_as_arrays,
     pack,
 )
+from fpipe._core.settings import explicit_transfers
 from fpipe._executors.call import Args, Result
 from fpipe._executors.faults import (
     BACKWARD,
@@ -426,6 +427,8 @@ class Detector:
             frozen |= {Leaf(X, k) for k in range(len(pack(args.x)[0]))}
         return args._replace(x=x, frozen=frozen), loss, argnums
 
+    # What a detector looks at lies where the call left it, and comes to the host.
+    @explicit_transfers()
     def loss(
         self,
         run: Callable[[Args, Loss, tuple[int, ...]], Result],
@@ -467,6 +470,7 @@ class Detector:
             aux=result.aux.aux, gradients=tuple(gradients[n] for n in argnums)
         )
 
+    @explicit_transfers()
     def forward(
         self, run: Callable[[Args], tuple[PyTree, Any]], args: Args
     ) -> tuple[PyTree, Any]:

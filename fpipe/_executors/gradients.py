@@ -50,12 +50,10 @@ def unscale_and_add(gradients: PyTree, scale: Any, given: PyTree, call: str) -> 
         if g.dtype != jax.dtypes.float0:
             groups.setdefault(None if is_traced(g) else g.sharding, []).append(n)
     for where, numbers in groups.items():
-        # A scale may come from the device of the loss.
-        own = (
-            scale
-            if where is None or not isinstance(scale, jax.Array)
-            else jax.device_put(scale, _scalar(where))
-        )
+        # A scale may come from the device of the loss, or from the host.
+        own = scale
+        if where is not None and scale is not None and not is_traced(scale):
+            own = jax.device_put(scale, _scalar(where))
         finish = _finisher(not debugging())
         made = finish([flat[n] for n in numbers], own, [old[n] for n in numbers])
         for n, value in zip(numbers, made, strict=True):
@@ -111,7 +109,10 @@ def _finish(new: list[Any], scale: Any, old: list[Any]) -> list[Any]:
     """The new gradients, divided and added in float32 at least, and cast once."""
     out = []
     for g, before in zip(new, old, strict=True):
-        total = wide(g) if scale is None else divided(wide(g), jnp.asarray(scale))
+        total = wide(g)
+        if scale is not None:
+            real = jnp.finfo(total.dtype).dtype
+            total = divided(total, jnp.asarray(scale).astype(real))
         out.append((total if before is None else total + wide(before)).astype(g.dtype))
     return out
 

@@ -32,6 +32,7 @@ from fpipe._core.pytrees import (
     numbers_as_arrays,
     pack,
 )
+from fpipe._core.settings import explicit_transfers
 from fpipe._core.statics import check_leaves
 from fpipe._executors.anomaly import Detector
 from fpipe._executors.call import (
@@ -120,7 +121,8 @@ class Sequential(Call):
         """Parameters of every layer; see `Pipe.init`."""
         check_key(key)
         first = first_microbatch(x, call_needs(side=side), self.chunks)
-        return self.model.init(key, *first, self._executor.make_params)
+        with explicit_transfers():
+            return self.model.init(key, *first, self._executor.make_params)
 
     def init_state(
         self,
@@ -138,7 +140,8 @@ class Sequential(Call):
         first = first_microbatch(x, needs, self.chunks)
         batch = whole_batch(x, needs, self.chunks)
         put = self._executor.make_state
-        return self.model.init_state(*first, params, key, put, batch)
+        with explicit_transfers():
+            return self.model.init_state(*first, params, key, put, batch)
 
     def place(
         self, params: Sequence[PyTree], donate: bool = False
@@ -146,7 +149,8 @@ class Sequential(Call):
         """A copy of the parameters where they are, with Python numbers turned into
         arrays: there is one device. See `Pipe.place`.
         """
-        return self._executor.place(params, donate)
+        with explicit_transfers():
+            return self._executor.place(params, donate)
 
     def gather(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
         """A copy of the parameters: nothing was packed or moved, as by a `Pipe`."""

@@ -85,7 +85,9 @@ class Loss:
             loss = _scalar(result, "loss")
             # In float32: scales reach 2**15 and more, and float16 ends at 65,504.
             if scale is not None:
-                loss = wide(loss) * scale
+                loss = wide(loss)
+                # In its dtype: the user may have 64 bits, or a strict promotion.
+                loss = loss * jnp.asarray(scale).astype(loss.dtype)
             check_leaves(aux, "aux", "`loss_fn`: ")
             return loss, weight, numbers_as_arrays(aux)
 

@@ -17,6 +17,7 @@ from fpipe._core.checks import as_int, is_at_least
 from fpipe._core.errors import shown
 from fpipe._core.meshes import set_aside
 from fpipe._core.pytrees import PyTree, strong
+from fpipe._core.settings import explicit_transfers
 from fpipe.optim._packed import off_callers_mesh
 from fpipe.optim._tree_functions import all_finite
 
@@ -24,7 +25,7 @@ from fpipe.optim._tree_functions import all_finite
 def _number(dtype: Any, value: int) -> Any:
     """A number that JAX may move: made under a mesh, it would be on all its devices."""
     with set_aside():
-        return dtype(value)
+        return jax.device_put(dtype(value))
 
 
 @jax.tree_util.register_dataclass
@@ -53,8 +54,8 @@ class DynamicLossScale:
         16384.0
     """
 
-    scale: Any = dataclasses.field(default_factory=lambda: _number(jnp.float32, 2**15))
-    steps: Any = dataclasses.field(default_factory=lambda: _number(jnp.int32, 0))
+    scale: Any = dataclasses.field(default_factory=lambda: _number(np.float32, 2**15))
+    steps: Any = dataclasses.field(default_factory=lambda: _number(np.int32, 0))
     period: int = dataclasses.field(default=2000, metadata={"static": True})
     factor: float = dataclasses.field(default=2.0, metadata={"static": True})
 
@@ -66,6 +67,7 @@ class DynamicLossScale:
                 "more than 1"
             )
 
+    @explicit_transfers()
     @off_callers_mesh
     def adjusted(self, grads: PyTree) -> "DynamicLossScale":
         """The scale for the next call, after the gradients of this one, placed or

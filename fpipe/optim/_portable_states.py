@@ -17,6 +17,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fpipe._core.pytrees import Bundle, PyTree, is_array, is_traced, pack
+from fpipe._core.settings import explicit_transfers
 from fpipe._executors.placement import Placement
 from fpipe.optim._leaf_devices import first_device, parameter_devices
 from fpipe.optim._packed import (
@@ -37,6 +38,7 @@ from fpipe.optim._seen_leaves import (
 from fpipe.optim._transform import PerStage, engine_of
 
 
+@explicit_transfers()
 @off_callers_mesh
 def gather(state: PyTree) -> PyTree:
     """An optimizer state as plain optax has it for `pipe.gather(params)`: nothing
@@ -77,6 +79,7 @@ def _unpack_on(mesh: Mesh) -> Callable[[Bundle], Bundle]:
     )
 
 
+@explicit_transfers()
 @off_callers_mesh
 def place(
     state: PyTree, params: PyTree, tx: Any = None, donate: bool = False

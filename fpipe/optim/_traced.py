@@ -48,11 +48,13 @@ def trace_init(
     def init(*leaves: Any) -> list[Any]:
         # A state may hold Python's numbers. They come out of a program as arrays, and
         # so that all states have one structure they are arrays from the beginning.
-        states.append(numbers_as_arrays(tx.init(seen.seen_tree(leaves))))
-        return pack(states[-1])[0]
+        state = numbers_as_arrays(tx.init(seen.seen_tree(leaves)))
+        # Shapes, because tracers must not outlive their trace.
+        states.append(shapes_of(state))
+        return pack(state)[0]
 
     graph = trace_update_graph(init, parameters)
-    return TracedTransformation(graph, tuple(parameters), 0, shapes_of(states[-1]))
+    return TracedTransformation(graph, tuple(parameters), 0, states[-1])
 
 
 def trace_update(
@@ -84,11 +86,11 @@ def trace_update(
             None if parameters is None else seen.seen_tree(p),
             **extra_spec.unpack(e),
         )
-        states.append(numbers_as_arrays(new))
+        new = numbers_as_arrays(new)
+        states.append(shapes_of(new))
         # Masked updates have no leaves: there are as many as gradients were given.
-        return [*jax.tree.leaves(updates), *pack(states[-1])[0]]
+        return [*jax.tree.leaves(updates), *pack(new)[0]]
 
     leaves = [leaf for section in sections for leaf in section]
     graph = trace_update_graph(update, leaves)
-    state_shapes = shapes_of(states[-1])
-    return TracedTransformation(graph, tuple(leaves), len(gradients), state_shapes)
+    return TracedTransformation(graph, tuple(leaves), len(gradients), states[-1])

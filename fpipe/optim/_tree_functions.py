@@ -21,7 +21,7 @@ from fpipe._core.pytrees import (
     map_arrays,
     strong,
 )
-from fpipe._core.settings import settings
+from fpipe._core.settings import explicit_transfers, settings
 from fpipe.optim._dispatch import Input, Output, PlacedFunction, divide
 from fpipe.optim._leaf_devices import (
     array_form,
@@ -178,6 +178,7 @@ def _all_finite(arrays: Sequence[Any]) -> Any:
     return functools.reduce(jnp.logical_and, finite, jnp.bool_(True))
 
 
+@explicit_transfers()
 def _reduce(call: str, f: Callable[[Sequence[Any]], Any], tree: PyTree) -> Any:
     """A number that is made from the leaves that can be trained, on the device of the
     first one if they are placed.

@@ -2,20 +2,23 @@
 
 import contextlib
 import contextvars
+import os
 import threading
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import fpipe
+import fpipe.optim
 from fpipe._core import settings as settings_room
 from fpipe._core.pytrees import Tracer
 from fpipe._core.settings import CallerContext, settings
 from fpipe._executors.placed import threads
-from tests.helpers import assert_same, raises
+from tests.helpers import assert_same, eventually, raises
 
 EXECUTORS = ("placed", "scan")
 
@@ -398,3 +401,153 @@ def test_dispatching_threads_have_the_settings_and_variables_of_the_caller(monke
         ("highest", "raise", device, "disallow", "of the caller")
     }
     assert_same(y, jnp.sin(jnp.sin(X)))
+
+
+# --- forks ---
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_pipe_in_a_fork_is_an_error_and_does_not_hang():
+    pipe = pipe_of([fpipe.fn(jnp.sin)], "placed", balance=[1])
+    params = pipe.place(((),))
+    child = os.fork()
+    if not child:
+        # Nothing of pytest may run here: the process ends in this block.
+        status = 0
+        try:
+            for call in (
+                lambda: pipe(params, X),
+                lambda: pipe.place(((),)),
+                lambda: fpipe.Pipe([fpipe.fn(jnp.sin)], devices=pipe.devices),
+            ):
+                try:
+                    call()
+                except RuntimeError as error:
+                    text = f"a Pipe is used in process {os.getpid()}, a fork of process"
+                    status |= not str(error).startswith(text)
+                else:
+                    status |= 2
+        finally:
+            os._exit(status)
+
+    ended = []
+
+    def has_ended():
+        ended.append(os.waitpid(child, os.WNOHANG))
+        return ended[-1][0] == child
+
+    try:
+        assert eventually(has_ended)
+    except BaseException:
+        os.kill(child, 9)
+        raise
+    assert ended[-1][1] == 0
+
+
+# --- every call under every context ---
+
+
+def noise_layer(params, x, *, key, state):
+    keep = jax.random.bernoulli(key, 0.5, x.shape).astype(x.dtype)
+    return x * keep + params, state + x.sum().astype(state.dtype)
+
+
+CALLED = [
+    fpipe.Layer(
+        lambda w, x: jnp.tanh(x @ w),
+        lambda key, x: jax.random.normal(key, (2, 2), x.dtype),
+    ),
+    fpipe.Layer(
+        noise_layer,
+        lambda key, x: jnp.full((1, *x.shape[1:]), 0.5, x.dtype),
+        init_state=lambda x: jnp.zeros((), x.dtype),
+    ),
+]
+
+
+def square(y, target):
+    return ((y - target) ** 2).sum()
+
+
+def call_everything(model, x, key, cotangent):
+    """What every public call gives, in a form that all models share."""
+    params, state = model.init(key, x), model.init_state(x)
+    needs = {"key": key, "state": state}
+    whole = model.gather(params)
+    out = {"init": whole, "state": state, "place": model.gather(model.place(whole))}
+    out["call"] = model(params, x, **needs)
+    out["evaluate"] = model.evaluate(square)(params, x, x, **needs)
+    step = model.value_and_grad(square, argnums=(0, 1))
+    first, (grads, of_x) = step(params, x, x, **needs)
+    _, (scaled, _) = step(params, x, x, **needs, loss_scale=2.0, grads=(grads, of_x))
+    out["value_and_grad"] = (first, model.gather(grads), of_x, model.gather(scaled))
+    _, pull_back = jax.vjp(lambda p: model(p, x, **needs)[0], params)
+    out["vjp"] = model.gather(*pull_back(cotangent))
+    if isinstance(model, fpipe.Pipe):
+        model.compile(params, x, x, **needs, loss_fn=square, progress=None)
+        model.plan(params, x, x, **needs, loss_fn=square)
+        tx = fpipe.optim.per_stage(optax.sgd(0.1, momentum=0.9))
+        moments = tx.init(params)
+        moments = fpipe.optim.place(fpipe.optim.gather(moments), params, tx)
+        updates, moments = tx.update(grads, moments, params)
+        out["optimizer"] = (
+            model.gather(fpipe.optim.apply_updates(params, updates)),
+            fpipe.optim.global_norm(grads),
+            fpipe.optim.gather(moments),
+        )
+        fpipe.optim.DynamicLossScale().adjusted(grads)
+    else:
+        tx = optax.sgd(0.1, momentum=0.9)
+        updates, moments = tx.update(grads, tx.init(params), params)
+        out["optimizer"] = (
+            optax.apply_updates(params, updates),
+            optax.tree.norm(grads),
+            moments,
+        )
+    return out
+
+
+# Under these the plain composition gives other numbers than without.
+NUMBERS = {
+    "enable_x64": lambda: jax.enable_x64(True),
+    "threefry_partitionable": lambda: jax.threefry_partitionable(False),
+}
+QUIET = {
+    "default_matmul_precision": lambda: jax.default_matmul_precision("highest"),
+    "default_device": lambda: jax.default_device(jax.devices()[3]),
+    "numpy_rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "transfer_guard": lambda: jax.transfer_guard("disallow"),
+    "checking_leaks": jax.checking_leaks,
+    "disable_jit": jax.disable_jit,
+    "debug_nans": lambda: jax.debug_nans(True),
+    "debug_infs": lambda: jax.debug_infs(True),
+    "debug_key_reuse": lambda: jax.debug_key_reuse(True),
+    "enable_checks": lambda: jax.enable_checks(True),
+}
+
+
+@pytest.fixture(scope="module")
+def plain_results():
+    """What the plain composition gives under no context."""
+    return call_everything(fpipe.sequential(CALLED, chunks=2), *arguments())
+
+
+def arguments():
+    x = jnp.linspace(0.1, 0.9, 8, dtype=float).reshape(4, 2)
+    return x, jax.random.key(5), jnp.ones_like(x)
+
+
+@pytest.mark.parametrize("name", [*NUMBERS, *QUIET])
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_every_call_holds_under_every_context(executor, name, plain_results):
+    pipe = pipe_of(CALLED, executor, balance=[1, 1])
+    if name in NUMBERS:
+        with NUMBERS[name]():
+            want = call_everything(fpipe.sequential(CALLED, chunks=2), *arguments())
+            got = call_everything(pipe, *arguments())
+    else:
+        want, given = plain_results, arguments()
+        with QUIET[name]():
+            got = call_everything(pipe, *given)
+    for call, result in want.items():
+        assert_same(got[call], result)

@@ -291,15 +291,17 @@ class Placed:
 
     def collect(self, tree: PyTree) -> PyTree:
         """Arrays on the first device."""
-        return self.layout.placements[0].put_tree(tree)
+        return self.layout.placements[0].put_tree(tree, own=False)
 
     def deliver(self, tree: PyTree) -> PyTree:
         """Arrays on the device of the last stage."""
-        return self.layout.placements[-1].put_tree(tree)
+        return self.layout.placements[-1].put_tree(tree, own=True)
 
     def deliver_state(self, state: Sequence[PyTree]) -> tuple[PyTree, ...]:
         """The state of each layer on its device."""
-        return tuple(self.layout.home(k).put_tree(s) for k, s in enumerate(state))
+        return tuple(
+            self.layout.home(k).put_tree(s, own=True) for k, s in enumerate(state)
+        )
 
     def spread(
         self, gradients: Sequence[PyTree], params: Sequence[PyTree]

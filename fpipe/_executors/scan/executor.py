@@ -17,7 +17,6 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -493,9 +492,11 @@ class _SecondHalf:
         carrying = [
             whole_cotangent(c, jax.ShapeDtypeStruct(c.shape, a.dtype))
             if is_inexact(a)
-            else jnp.zeros(())
+            else jax.device_put(np.float32(0))
             for c, a in pairs
         ]
+        # Cotangents may come from anywhere, and `jit` moves nothing under a guard.
+        carrying = self.scan.bring(carrying)
         gradients = self.scan._run(
             self.step, "backward", params, state, given, buffers, carrying
         )
@@ -510,4 +511,6 @@ def _counts(params: Packed) -> list[int]:
 
 def _gradient(found: Any, a: Any) -> Any:
     """Zeros where nothing depends on an array; `None` where it can have no gradient."""
-    return jnp.zeros(a.shape, a.dtype) if found is None and is_inexact(a) else found
+    if found is None and is_inexact(a):
+        return jax.device_put(np.zeros(a.shape, a.dtype))
+    return found
