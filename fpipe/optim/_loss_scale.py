@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fpipe._core.checks import as_int, is_at_least
 from fpipe._core.errors import shown
