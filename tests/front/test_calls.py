@@ -269,7 +269,7 @@ def test_aux_whose_shape_differs_between_microbatches_is_refused(call):
     pipe, placed, _, _ = with_params()
     with pytest.raises(
         ValueError,
-        match="aux is stacked over microbatches, so reduce what depends on the number",
+        match="they are stacked over microbatches, so reduce what depends on",
     ) as caught:
         getattr(pipe, call)(lambda y: (y.sum(), y), has_aux=True)(placed, X)
     assert (
