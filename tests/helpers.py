@@ -238,7 +238,7 @@ class Case:
     dtype: Any = jnp.float32
     ready: bool = False  # its microbatches are ready-made
 
-    def given(self, seed):
+    def given(self, seed) -> Any:
         """An input of the call."""
         array = noise(jax.random.key(seed), (self.rows, WIDTH), -2.0, 2.0)
         array = array.astype(self.dtype)
@@ -249,11 +249,11 @@ class Case:
         return fpipe.Microbatches([array[n : n + size] for n in starts])
 
     @property
-    def x(self):
+    def x(self) -> Any:
         return self.given(1)
 
     @property
-    def target(self):
+    def target(self) -> Any:
         return self.given(2)
 
     @property
