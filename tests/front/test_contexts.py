@@ -512,16 +512,34 @@ NUMBERS = {
     "enable_x64": lambda: jax.enable_x64(True),
     "threefry_partitionable": lambda: jax.threefry_partitionable(False),
 }
+
+
+@contextlib.contextmanager
+def traced_otherwise():
+    """Settings that change what is traced and no result; each makes all programs anew,
+    so they are tried together.
+    """
+    with (
+        jax.default_matmul_precision("highest"),
+        jax.default_device(jax.devices()[3]),
+        jax.numpy_rank_promotion("raise"),
+        jax.debug_key_reuse(True),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def debugging():
+    with jax.debug_nans(True), jax.debug_infs(True):
+        yield
+
+
 QUIET = {
-    "default_matmul_precision": lambda: jax.default_matmul_precision("highest"),
-    "default_device": lambda: jax.default_device(jax.devices()[3]),
-    "numpy_rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "traced_otherwise": traced_otherwise,
     "transfer_guard": lambda: jax.transfer_guard("disallow"),
     "checking_leaks": jax.checking_leaks,
     "disable_jit": jax.disable_jit,
-    "debug_nans": lambda: jax.debug_nans(True),
-    "debug_infs": lambda: jax.debug_infs(True),
-    "debug_key_reuse": lambda: jax.debug_key_reuse(True),
+    "debugging": debugging,
     "enable_checks": lambda: jax.enable_checks(True),
 }
 
