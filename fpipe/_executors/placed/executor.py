@@ -418,9 +418,12 @@ class Placed:
         leaves = [leaf for argument in arguments for leaf in argument]
         wanted = wanted_leaves(kind, inputs, leaves, args.frozen)
         request = Request(kind, loss, wanted, settings())
-        plan = lower(
-            self.layout, schedule, self._remat, inputs, request, self._programs
-        )
+        # In the context in which `init` traces the layers, so that they are not traced
+        # again.
+        with self.tracing():
+            plan = lower(
+                self.layout, schedule, self._remat, inputs, request, self._programs
+            )
         for text in (*plan.warnings, *unmade_states(kind, inputs, model)):
             warn(text)
         # The gradients in the structure of the arguments. A wanted leaf has none if it

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fpipe._core.errors import shown
-from fpipe._core.meshes import AnyMesh, is_explicit, to_device
+from fpipe._core.meshes import AnyMesh, is_explicit, no_mesh, to_device
 from fpipe._core.pytrees import Tracer
 
 AXIS = "stage"
@@ -108,6 +108,10 @@ def stage_context(mesh: Mesh) -> AbstractContextManager[Any]:
     So a layer may use the axes of its stage, as in
     `jax.lax.with_sharding_constraint(h, P("data"))`; that of the stages is taken.
     """
+    # A stage on one device has no axes. There a layer's output has the same type as its
+    # input, and with a mesh it has not: the layer would be traced for both.
+    if len(mesh.axis_names) == 1:
+        return no_mesh()
     inside = mesh.abstract_mesh.update_axis_types({AXIS: AxisType.Manual})
     return jax.sharding.use_abstract_mesh(inside)
 
