@@ -87,12 +87,14 @@ def spread(frozen: Frozen, tree: PyTree) -> list[Any]:
 
 
 def check_frozen(call: str, frozen: Any) -> None:
-    """Refuse what is neither a function nor one flag, or a tree of flags, per layer.
+    """Refuse what is neither a function nor a tree of flags. `True` alone is one.
 
     Raises:
         TypeError: something else.
     """
-    if not (frozen is None or callable(frozen) or isinstance(frozen, (tuple, list))):
+    # What is in a tree is looked at beside the parameters, whose paths a message names.
+    is_tree = not jax.tree_util.all_leaves([frozen])
+    if not (is_tree or callable(frozen) or isinstance(frozen, (bool, np.bool_))):
         raise TypeError(
             f"`{call}(frozen={shown(frozen)})`: a function of a path and an array, or "
             "bools, one entry per layer"
