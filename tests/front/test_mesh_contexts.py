@@ -206,8 +206,7 @@ def test_one_trace_for_all_meshes_and_the_caller_keeps_its_own():
             with pytest.raises(TypeError):
                 pipe(params, "no array")
             assert jax.sharding.get_mesh().axis_names == ("model",)
-        # A layer under scan has the axes of its stage, and others none.
-        assert set(calls) == {executor == "placed"}
+        assert all(calls)  # a stage on one device has no axes
         calls.clear()
 
 
