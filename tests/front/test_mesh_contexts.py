@@ -290,7 +290,7 @@ def test_scan_inside_jit_under_a_mesh(mesh):
     [
         (WIDE, P("data")),
         (a_mesh((2, 2), ("stage", "model"), AUTO), P(None, "model")),
-        (OWN, P()),
+        (OWN, None),
     ],
     ids=["data", "model", "stage"],
 )
