@@ -118,11 +118,13 @@ def to_device(arrays: Sequence[Any], device: Any) -> list[Any]:
 
 
 def off_callers_mesh(f: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
-    """A function that runs with the caller's mesh set aside."""
+    """A function that runs with the caller's mesh set aside, in the context in which
+    pipes trace layers: what it traces is theirs too.
+    """
 
     @functools.wraps(f)
     def run(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
-        with set_aside():
+        with set_aside(), no_mesh():
             return f(*args, **kwargs)
 
     return run
