@@ -76,7 +76,6 @@ def as_compute_dtype(call: str, dtype: Any, name: str = "compute_dtype") -> Any:
     if made is None or not jnp.issubdtype(made, jnp.floating):
         raise TypeError(
             f"`{call}({name}={shown(dtype)})`: a floating dtype is needed, "
-            "such as "
-            "jnp.bfloat16"
+            "such as jnp.bfloat16"
         )
     return made

@@ -10,6 +10,7 @@ import pytest
 import fpipe
 from fpipe.schedules import Action, Schedule
 from tests.helpers import WIDTH, assert_same, dense, mse, noise
+from tests.model.test_needs import every, make_placed, make_scan, make_sequential, pipes
 
 KEY = jax.random.key
 # What a type checker would refuse is tested here.
@@ -17,22 +18,6 @@ untyped: Any = lambda value: value  # noqa: E731
 X = noise(KEY(0), (12, WIDTH))
 T = noise(KEY(1), (12, WIDTH))
 LENGTH = 3
-
-
-def make_sequential(layers, **options):
-    return fpipe.sequential(layers, **options)
-
-
-def make_placed(layers, **options):
-    return fpipe.Pipe(layers, devices=jax.devices()[:2], **options)
-
-
-def make_scan(layers, **options):
-    return fpipe.Pipe(layers, devices=jax.devices()[:2], executor="scan", **options)
-
-
-every = pytest.mark.parametrize("make", [make_sequential, make_placed, make_scan])
-pipes = pytest.mark.parametrize("make", [make_placed, make_scan])
 
 
 def attention(width: int = WIDTH, state_rows: bool | None = True) -> fpipe.Layer:
