@@ -153,6 +153,9 @@ class Pipe(Call):
             same as without it.
         sample: a batch, or its shapes, for the balance to be found by; no field, and
             not kept.
+        sample_side: the side inputs of the sample, or their shapes, where layers ask
+            for some. A step stands in where layers ask for one, and layers are taken to
+            train.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message says what was given and
@@ -201,6 +204,7 @@ class Pipe(Call):
         detect_anomaly: bool = False,
         *,
         sample: PyTree = None,
+        sample_side: PyTree = None,
     ) -> None:
         # 1. Arguments that need no other one to be checked. Wrong values are refused
         # here, at the user's line, and not in the first call.
@@ -239,7 +243,7 @@ class Pipe(Call):
         uncut = PipeSetup(model, scheduling, remat, placements, chunks)
         tracing = no_mesh() if mesh is None else stage_context(mesh)
         with set_aside(), tracing:
-            balance = given_balance(balance, sample, uncut)
+            balance = given_balance(balance, sample, sample_side, uncut)
         stage_to_device = scheduling.stage_to_device(
             len(balance), len(placements), chunks
         )

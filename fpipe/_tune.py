@@ -37,7 +37,7 @@ from fpipe._model.batch_norm import deferred
 from fpipe._model.loss import Reduction, as_loss
 from fpipe._model.microbatch import cut_inputs
 from fpipe._model.model import Model
-from fpipe._model.needs import call_needs, stand_ins
+from fpipe._model.needs import call_needs
 from fpipe._model.remat import Remat
 from fpipe._pipe import EXECUTORS, Pipe
 from fpipe._planning.balance import best_balance
@@ -243,8 +243,8 @@ def tune(
             of the batch from the number of devices to eight times that.
         schedules, checkpoints: what to try, one or several.
         by, speed, latency, bandwidth, optimizer, compiled: as for `Pipe.plan`.
-        options: further arguments of `Pipe`, but for `balance` and `sample`:
-            `executor="scan"`, `compute_dtype=`, ….
+        options: further arguments of `Pipe`, but for `balance`, `sample` and
+            `sample_side`: `executor="scan"`, `compute_dtype=`, ….
 
     Returns:
         A `Tuning`: `tuning.pipe` is the best, `print(tuning)` has the table of the
@@ -266,7 +266,8 @@ def tune(
     mesh = options.get("mesh")
     if mesh is not None:
         devices = stage_devices(mesh, devices)
-    chosen = sorted({"balance", "schedule", "checkpoint", "sample"} & set(options))
+    own = {"balance", "schedule", "checkpoint", "sample", "sample_side"}
+    chosen = sorted(own & set(options))
     if chosen:
         raise TypeError(
             f"`fpipe.tune(..., {chosen[0]}=...)`: tune chooses it; what it may choose "
@@ -447,7 +448,7 @@ class _OfLayers(_Source):
         if arguments.get("deferred_batch_norm"):
             self._model = Model(deferred(self._model.layers, "Pipe"), dtype)
         # Wrong for one candidate, wrong for all.
-        self._model.check_given(stand_ins(**step.args.needs))
+        self._model.check_given(step.args.needs)
         self._costs: dict[Any, LayerCosts] = {}
 
     def pipe(self, setup: _Setup) -> Pipe:

@@ -41,6 +41,7 @@ from fpipe._model.layer import (
     LayerCall,
     LayerResult,
     call_layer,
+    defaults_of,
     flatten_layers,
     keyword_needs,
     without_missing,
@@ -155,6 +156,14 @@ class Model:
     def needing(self, need: str) -> tuple[int, ...]:
         """The numbers of the layers that declare a need."""
         return tuple(k for k, layer in enumerate(self.layers) if layer.asks(need))
+
+    def requiring(self, need: str) -> tuple[int, ...]:
+        """The numbers of the layers that declare a need and have no default for it."""
+        return tuple(
+            k
+            for k in self.needing(need)
+            if defaults_of(self.layers[k].apply).get(need) is False
+        )
 
     def check_given(self, needs: Mapping[str, PyTree], making: bool = False) -> None:
         """Refuse what a call gives and no layer asks for, and what it does not give

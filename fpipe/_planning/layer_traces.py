@@ -130,7 +130,7 @@ class LayerTraces:
     ) -> None:
         self.model = model
         needed = stand_ins(**needs)
-        model.check_given(needed)
+        model.check_given(needed, making=params is None)
         self._needs = {name: Shape.of(tree) for name, tree in needed.items()}
         key = needed["key"]
         if params is None:

@@ -11,7 +11,7 @@ are known. Who has them calls `fpipe.balance`, and gives its result.
 
 import dataclasses
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fpipe._core.errors import shown
@@ -20,7 +20,7 @@ from fpipe._executors.call import Args
 from fpipe._executors.placement import Placement
 from fpipe._executors.scheduling import Scheduling
 from fpipe._model.model import Model
-from fpipe._model.needs import call_needs
+from fpipe._model.needs import call_needs, stand_ins
 from fpipe._model.remat import Remat
 from fpipe._planning.balance import best_balance, stage_devices
 from fpipe._planning.hardware import Hardware
@@ -44,15 +44,25 @@ class PipeSetup:
         return self.scheduling.stages(len(self.placements), self.chunks, layers)
 
 
-def given_balance(balance: Any, sample: PyTree, pipe: PipeSetup) -> tuple[int, ...]:
+def given_balance(
+    balance: Any, sample: PyTree, sample_side: PyTree, pipe: PipeSetup
+) -> tuple[int, ...]:
     """Layers per stage: those that were given, found by a sample, or as even as
     possible.
+
+    Arguments:
+        sample_side: the side inputs of the sample; `None`: none.
 
     Raises:
         TypeError, ValueError: they are none for this model.
     """
     if sample is not None or (isinstance(balance, str) and balance in UNITS):
-        return _found(balance, sample, pipe)
+        return _found(balance, sample, sample_side, pipe)
+    if sample_side is not None:
+        raise TypeError(
+            "`Pipe(sample_side=...)`: these are the side inputs of a sample: give it "
+            "too, `Pipe(..., sample=x, sample_side=side)`"
+        )
     layers = len(pipe.model.layers)
     if balance is None:
         # The first stages get the layers that are left over: 5 on 3 are (2, 2, 1). The
@@ -62,7 +72,9 @@ def given_balance(balance: Any, sample: PyTree, pipe: PipeSetup) -> tuple[int, .
     return _checked(balance, layers)
 
 
-def _found(balance: Any, sample: PyTree, pipe: PipeSetup) -> tuple[int, ...]:
+def _found(
+    balance: Any, sample: PyTree, sample_side: PyTree, pipe: PipeSetup
+) -> tuple[int, ...]:
     """Layers per stage by what a sample says that they cost."""
     # A sample alone means FLOPs: it needs no device and gives the same each time.
     call, by = (
@@ -79,21 +91,48 @@ def _found(balance: Any, sample: PyTree, pipe: PipeSetup) -> tuple[int, ...]:
             f"{call}: a batch, or its shapes, is needed to find a balance: `Pipe(..., "
             "sample=x)`"
         )
-    if pipe.model.needing("side"):
-        raise ValueError(
-            f"{call} and `sample`: layers ask for side inputs; write "
-            "`balance=fpipe.balance(layers, x, side=side, ...)`"
-        )
     # As a step that trains is traced.
-    args = Args(None, sample, needs=call_needs(train=True))
+    needs = call_needs(side=sample_side, train=True)
+    _check_side(needs, pipe.model)
+    args = Args(None, sample, needs=needs)
     gauge = Gauge(by, pipe.placements[0].device)
-    costs = costs_of(pipe.model, args, pipe.chunks, pipe.remat, gauge)
+    try:
+        costs = costs_of(pipe.model, args, pipe.chunks, pipe.remat, gauge)
+    except Exception as error:
+        # What goes wrong here is told in the words of a call: `x` and `side`.
+        if sample_side is not None:
+            error.add_note(
+                "(in `Pipe(sample=..., sample_side=...)`: `x` is the sample, and "
+                "`side` is `sample_side`)"
+            )
+        raise
     # Neither speeds nor limits: who knows them calls `fpipe.balance`.
     stage_to_device = stage_devices(
         costs, pipe.scheduling, pipe.stages, len(pipe.placements)
     )
     by_memory = by == "memory"
     return best_balance(costs, pipe.scheduling, stage_to_device, Hardware(), by_memory)
+
+
+def _check_side(needs: Mapping[str, PyTree], model: Model) -> None:
+    """Refuse a sample without the side inputs that layers ask for, and side inputs that
+    none asks for, by the name of the argument.
+    """
+    lacking = model.requiring("side") if needs["side"] is None else ()
+    if lacking:
+        raise ValueError(
+            f"`Pipe(sample=...)`: layer {lacking[0]} {model.layers[lacking[0]].name!r} "
+            "asks for side inputs: give those of the sample, or their shapes, too: "
+            "`Pipe(..., sample=x, sample_side=side)`"
+        )
+    try:
+        model.check_given(stand_ins(**needs), making=True)
+    except ValueError as error:
+        raise ValueError(
+            "`Pipe(sample_side=...)`: side inputs were given, but no layer asks for "
+            "them: a layer asks by a keyword-only parameter, "
+            "`def f(params, x, *, side)`"
+        ) from error
 
 
 def _checked(balance: Any, count: int) -> tuple[int, ...]:

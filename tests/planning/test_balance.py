@@ -817,6 +817,30 @@ def test_a_pipe_finds_its_balance_by_a_sample():
     assert scan.balance == (2, 3)
 
 
+def test_a_sample_has_what_layers_ask_for():
+    def heavy(w, x, *, side, step, train):
+        y = x @ side @ side.T if train else x
+        return y[:, :W] * w * step.astype(x.dtype)
+
+    def light(w, x, *, side=None):
+        return x * w if side is None else x * w * side.sum()
+
+    def init(key, x, *, side=None):
+        return jnp.ones(W)
+
+    two, x, side = jax.devices()[:2], shape(4, W), shape(W, 64)
+    layers = [fpipe.Layer(heavy, init), *[fpipe.Layer(light, init)] * 2]
+    side = fpipe.NoChunk(side)
+    pipe = fpipe.Pipe(layers, devices=two, chunks=2, sample=x, sample_side=side)
+    assert pipe.balance == (1, 2)
+    assert pipe.balance == fpipe.balance(layers, x, side=side, devices=2, chunks=2)
+    assert "sample_side" not in {field.name for field in dataclasses.fields(pipe)}
+    # A default holds where nothing is given.
+    assert fpipe.Pipe(layers[1:], devices=two, sample=x).balance == (1, 1)
+    with pytest.raises(ValueError, match="layer 0 'heavy' asks for the need 'step'"):
+        fpipe.tune(layers, x, side=side, devices=two)
+
+
 def test_a_pipe_with_a_found_balance_trains():
     layers, x = models()["tied"], Case(models()["tied"], 2).x
     pipe = fpipe.Pipe(layers, "time", jax.devices()[:2], chunks=2, sample=x)
@@ -980,5 +1004,28 @@ def test_wrong_samples():
         TypeError, match=r"`Pipe\(balance='even'\)`: a sequence of layers per stage"
     ):
         fpipe.Pipe(layers, "even")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="layers ask for side inputs"):
-        fpipe.Pipe(models()["sided"], sample=shape(2, 4))
+    sided = models()["sided"]
+    with raises(
+        ValueError,
+        "`Pipe(sample=...)`: layer 1 'sided' asks for side inputs: give those of the "
+        "sample, or their shapes, too: `Pipe(..., sample=x, sample_side=side)`",
+    ):
+        fpipe.Pipe(sided, sample=shape(2, 4))
+    with raises(
+        TypeError,
+        "`Pipe(sample_side=...)`: these are the side inputs of a sample: give it too, "
+        "`Pipe(..., sample=x, sample_side=side)`",
+    ):
+        fpipe.Pipe(sided, [2, 2], sample_side=shape(2, 4))
+    with raises(
+        ValueError,
+        "`Pipe(sample_side=...)`: side inputs were given, but no layer asks for them: "
+        "a layer asks by a keyword-only parameter, `def f(params, x, *, side)`",
+    ):
+        fpipe.Pipe(layers, sample=shape(2, W), sample_side=shape(2, W))
+    with pytest.raises(ValueError, match="`side` of shape") as caught:
+        fpipe.Pipe(sided, sample=shape(2, 4), sample_side=shape(3, 4))
+    assert caught.value.__notes__ == [
+        "(in `Pipe(sample=..., sample_side=...)`: `x` is the sample, and `side` is "
+        "`sample_side`)"
+    ]
