@@ -48,7 +48,8 @@ from fpipe._planning.layer_costs import costs_of
 from fpipe._planning.predict import KnownLayers, mean_square
 from fpipe._planning.prediction import Prediction
 from fpipe._planning.step_request import StepRequest
-from fpipe._planning.text import option_name, quantity, size, table
+from fpipe._planning.text import Table, option_name, quantity, size
+from fpipe.schedules._html import escape
 
 # What is tried if nothing is said.
 SCHEDULES = ("gpipe", "1f1b", "eager_1f1b", "zb_h1", "interleaved_1f1b", "zb_v")
@@ -165,6 +166,20 @@ class Tuning:
         return []
 
     def __str__(self) -> str:
+        # `why` raises where none fits; the table says of each why.
+        lines = str(self._table())
+        return lines if self.candidates[0].refused else f"{lines}\n\n{self.why}"
+
+    def _repr_html_(self) -> str:
+        lines = self._table().html()
+        if self.candidates[0].refused:
+            return lines
+        first, *reasons = self.why.split("\n- ")
+        items = [f"<li>{escape(text)}</li>" for text in reasons]
+        return "\n".join([lines, f"<p>{escape(first)}</p>", "<ul>", *items, "</ul>"])
+
+    def _table(self) -> Table:
+        """A row for each candidate."""
         head = ["schedule", "chunks", "checkpoint", "balance"]
         head += ["step", "bubble", "peak", ""]
         rows = []
@@ -178,9 +193,7 @@ class Tuning:
                 step = quantity(own.step, self.unit)
                 row += [step, f"{own.bubble:.1%}", size(own.peak)]
             rows.append([*row, c.refused])
-        # `why` raises where none fits; the table says of each why.
-        lines = table(head, rows, left=(0, 2, 3, 7))
-        return lines if self.candidates[0].refused else f"{lines}\n\n{self.why}"
+        return Table(head, rows, left=(0, 2, 3, 7))
 
 
 # The fields that tell candidates apart, and what they are called in sentences.

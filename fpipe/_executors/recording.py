@@ -21,6 +21,8 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
+import jax
+
 from fpipe._core.errors import shown
 from fpipe._executors.call import Call
 from fpipe.schedules import Action, Event, Recording, Schedule
@@ -137,6 +139,27 @@ def record(pipe: Any) -> Iterator[Recording]:
             "its thread; a pipe made anew "
             "(`dataclasses.replace`, `copy`) is another pipe"
         )
+
+
+def peak_bytes(devices: Iterable[Any]) -> tuple[int, ...]:
+    """For each device the most bytes in use since the process began; empty if one of
+    them does not tell.
+    """
+    found: list[int] = []
+    for device in devices:
+        known = _memory_stats(device)
+        if "peak_bytes_in_use" not in known:
+            return ()
+        found.append(int(known["peak_bytes_in_use"]))
+    return tuple(found)
+
+
+def _memory_stats(device: Any) -> Mapping[str, int]:
+    """What a device tells of its memory."""
+    # A device of another process cannot be asked, and a CPU answers `None`.
+    if device.process_index != jax.process_index():
+        return {}
+    return device.memory_stats() or {}
 
 
 def completed(

@@ -16,8 +16,9 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from fpipe._planning.text import byte_unit, counted, quantity, scaled, size, table
+from fpipe._planning.text import Table, byte_unit, counted, quantity, scaled, size
 from fpipe.schedules import Schedule, Timeline, draw
+from fpipe.schedules._html import as_html, escape
 
 
 class Crossing(NamedTuple):
@@ -230,7 +231,24 @@ class Prediction:
         """The same as JSON."""
         return json.dumps(self.as_dict(), indent=indent)
 
-    def __str__(self) -> str:
+    def metrics(self) -> dict[str, float]:
+        """The totals in numbers, for a logger, named as those of a recorded step.
+
+        Returns:
+            `step_seconds` or `step_flop`, by the unit; `bubble`: the idle share of
+            device time, 0 to 1; `peak_live`: the most microbatches that a device holds
+            at once; `peak_bytes`: of the fullest device.
+        """
+        found = self.timeline.metrics()
+        step = "step_flop" if self.unit == "FLOP" else "step_seconds"
+        return {
+            step: found.pop("step"),
+            **found,
+            "peak_bytes": self.peak,
+        }
+
+    def _readable_timeline(self) -> Timeline:
+        """The timeline, with times in a unit of readable size."""
         scale, unit = scaled(self.step, self.unit)
         events = tuple(
             event._replace(start=event.start / scale, end=event.end / scale)
@@ -238,13 +256,37 @@ class Prediction:
         )
         # The picture has whole numbers of columns, so times in a readable unit.
         name = f"{self.timeline.name}, in {unit}"
-        timeline = dataclasses.replace(self.timeline, events=events, name=name)
-        parts = [_head(self), _stage_table(self), _device_table(self)]
-        parts.append(_input_table(self))
-        parts.append(draw(timeline, fit=True))
+        return dataclasses.replace(self.timeline, events=events, name=name)
+
+    def __str__(self) -> str:
+        parts = [_head(self)]
+        for table, more in _tables(self):
+            parts.append(f"{table}\n{more}" if more else str(table))
+        parts.append(draw(self._readable_timeline(), fit=True))
         if self.warnings:
             parts.append("\n".join(f"- {text}" for text in self.warnings))
         return "\n\n".join(parts)
+
+    def _repr_html_(self) -> str:
+        parts = [f"<p>{escape(_head(self))}</p>"]
+        for table, more in _tables(self):
+            parts.append(table.html())
+            if more:
+                parts.append(f"<p>{escape(more)}</p>")
+        parts.append(as_html(self._readable_timeline()))
+        if self.warnings:
+            items = [f"<li>{escape(text)}</li>" for text in self.warnings]
+            parts.append("\n".join(["<ul>", *items, "</ul>"]))
+        return "\n".join(parts)
+
+
+def _tables(prediction: Prediction) -> list[tuple[Table, str]]:
+    """The tables, each with what is said below it."""
+    return [
+        (_stage_table(prediction), ""),
+        _device_table(prediction),
+        _input_table(prediction),
+    ]
 
 
 def _head(prediction: Prediction) -> str:
@@ -265,7 +307,7 @@ def _head(prediction: Prediction) -> str:
     )
 
 
-def _stage_table(prediction: Prediction) -> str:
+def _stage_table(prediction: Prediction) -> Table:
     """A line for each stage."""
     stages = prediction.stages
     # Only the kinds that the schedule has: B, or I and W.
@@ -286,7 +328,7 @@ def _stage_table(prediction: Prediction) -> str:
         cells.append(size(row.boundary) if row.boundary else "")
         cells += [", ".join(out), ", ".join(into)]
         rows.append(cells)
-    return table(head, rows, left=(2, len(head) - 2, len(head) - 1))
+    return Table(head, rows, left=(2, len(head) - 2, len(head) - 1))
 
 
 def _layers(row: StageRow, most: int = 36) -> str:
@@ -298,7 +340,7 @@ def _layers(row: StageRow, most: int = 36) -> str:
     return f"{numbers} {names if len(names) <= most else names[: most - 1] + '…'}"
 
 
-def _device_table(prediction: Prediction) -> str:
+def _device_table(prediction: Prediction) -> tuple[Table, str]:
     """A line for each device."""
     devices = prediction.devices
     # Columns that are 0 for all devices are left out.
@@ -316,20 +358,16 @@ def _device_table(prediction: Prediction) -> str:
         cells = [str(row.device), row.name, f"{row.peak / unit:.2f}", limit]
         cells += [f"{row.memory.get(role, 0) / unit:.2f}" for role in roles]
         rows.append([*cells, row.doing])
-    text = table(head, rows, left=(1, len(head) - 1))
-    if prediction.compiled:
-        return text
-    return (
-        f"{text}\nwithout what programs need for themselves: plan(..., "
-        "compiled=True) has it"
-    )
+    more = "without what programs need for themselves: plan(..., compiled=True) has it"
+    table = Table(head, rows, left=(1, len(head) - 1))
+    return table, "" if prediction.compiled else more
 
 
-def _input_table(prediction: Prediction, most: int = 8) -> str:
+def _input_table(prediction: Prediction, most: int = 8) -> tuple[Table, str]:
     """A line for each leaf of the inputs, as many as there is room for."""
     rows = prediction.inputs
     shown = rows if len(rows) <= most else rows[: most - 1]
     lines = [[row.name, row.value, row.share] for row in shown]
-    text = table(["input", "", "a microbatch gets"], lines, left=(0, 1, 2))
+    table = Table(["input", "", "a microbatch gets"], lines, left=(0, 1, 2))
     left = len(rows) - len(shown)
-    return f"{text}\nand {left} more in `plan.inputs`" if left else text
+    return table, f"and {left} more in `plan.inputs`" if left else ""

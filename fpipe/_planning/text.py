@@ -1,11 +1,18 @@
-"""Numbers with units, and tables, as text.
+"""Numbers with units, and tables, as text and for notebooks.
 
 size(3 * 2**20)          3 MiB
 quantity(2.5e9, "FLOP")  2.5 GFLOP
 """
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Any
+
+from fpipe.schedules._html import escape
+
+# Of a table in a notebook: however large a model is, the notebook stays small.
+MOST_ROWS = 64
+MOST_CHARACTERS = 200
 
 # The largest first: a value is told in the first unit that it is not less than.
 _BYTES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
@@ -59,21 +66,51 @@ def option_name(option: Any) -> str:
     return str(getattr(option, "name", getattr(option, "__name__", option)))
 
 
-def table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = ()
-) -> str:
-    """Columns as wide as they need to be; those that are empty are left out.
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Cells of text in columns; those that are empty are left out.
 
     Arguments:
         left: the columns that are aligned to the left.
     """
-    # A column that is empty says nothing, such as the skips of a model without skips.
-    kept = [n for n in range(len(head)) if any(row[n] for row in rows)]
-    lines = []
-    for row in (head, *rows):
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: Collection[int] = ()
+
+    @property
+    def _kept(self) -> list[int]:
+        # A column that is empty says nothing, such as the skips of a model without.
+        return [n for n in range(len(self.head)) if any(row[n] for row in self.rows)]
+
+    def __str__(self) -> str:
+        """Columns as wide as they need to be."""
+        widths = {
+            n: max(len(row[n]) for row in (self.head, *self.rows)) for n in self._kept
+        }
+        lines = []
+        for row in (self.head, *self.rows):
+            cells = [
+                row[n].ljust(width) if n in self.left else row[n].rjust(width)
+                for n, width in widths.items()
+            ]
+            lines.append("  ".join(cells).rstrip())
+        return "\n".join(lines)
+
+    def html(self) -> str:
+        """The same for a notebook, at most `MOST_ROWS` rows of it."""
+        lines = [self._html_row("th", self.head)]
+        lines += [self._html_row("td", row) for row in self.rows[:MOST_ROWS]]
+        text = "\n".join(["<table>", *lines, "</table>"])
+        left_out = len(self.rows) - MOST_ROWS
+        return f"{text}\n<p>and {left_out} more</p>" if left_out > 0 else text
+
+    def _html_row(self, tag: str, row: Sequence[str]) -> str:
         cells = []
-        for n in kept:
-            width = max(len(other[n]) for other in (head, *rows))
-            cells.append(row[n].ljust(width) if n in left else row[n].rjust(width))
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+        for n in self._kept:
+            side = "left" if n in self.left else "right"
+            text = row[n]
+            if len(text) > MOST_CHARACTERS:
+                text = f"{text[: MOST_CHARACTERS - 1]}…"
+            cells.append(f'<{tag} style="text-align:{side}">{escape(text)}</{tag}>')
+        return f"<tr>{''.join(cells)}</tr>"

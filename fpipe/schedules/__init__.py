@@ -6,6 +6,7 @@ from fpipe.schedules._action import Action as Action
 from fpipe.schedules._action import Kind as Kind
 from fpipe.schedules._costs import Costs as Costs
 from fpipe.schedules._csv import from_csv as from_csv
+from fpipe.schedules._draw.html import html as html
 from fpipe.schedules._draw.svg import svg as svg
 from fpipe.schedules._draw.text import draw as draw
 from fpipe.schedules._generators.looped import eager_1f1b as eager_1f1b

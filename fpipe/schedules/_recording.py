@@ -66,13 +66,41 @@ class Recording(Timeline):
         programs: every program, also those around the schedule.
         transfers: every transfer between devices.
         places: what each device is.
+        host: seconds in which the host issued programs and transfers, if there were
+            several.
+        peak_bytes: for each place the most bytes in use since the process began, as
+            the device tells them; empty where devices do not (CPUs).
         calls: one recording for each call.
     """
 
     programs: tuple[ProgramRun, ...] = ()
     transfers: tuple[Transfer, ...] = ()
     places: tuple[str, ...] = ()
+    host: float | None = None
+    peak_bytes: tuple[int, ...] = ()
     calls: tuple["Recording", ...] = ()
+
+    def metrics(self) -> dict[str, float]:
+        """The call in numbers, for a logger; what is not known is left out.
+
+        Returns:
+            `step_seconds`: from the first start to the last end; `bubble`: the idle
+            share of device time, 0 to 1; `peak_live`: the most microbatches that a
+            device holds at once; `transfer_bytes`: between devices (not under scan,
+            where they are parts of the program); `host_seconds`: in which the host
+            issued the call, watching included (not under scan); `peak_bytes`: of the
+            fullest device since the process began (not on CPUs).
+
+        Raises:
+            ValueError: the block of `fpipe.record` has not ended yet.
+        """
+        found: dict[str, float] = {"step_seconds": self._step(), **self._shares()}
+        if self.host is not None:
+            found["transfer_bytes"] = sum(t.bytes for t in self.transfers)
+            found["host_seconds"] = self.host
+        if self.peak_bytes:
+            found["peak_bytes"] = max(self.peak_bytes)
+        return found
 
     def to_trace(self, unit: float = 1e6) -> str:
         """As `Timeline.to_trace`, with every program and every transfer; a transfer

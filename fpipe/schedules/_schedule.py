@@ -19,6 +19,7 @@ from typing import Any
 
 from fpipe.schedules._action import KINDS, Action, Kind
 from fpipe.schedules._checks import shown
+from fpipe.schedules._html import as_html
 from fpipe.schedules._rules import needs
 from fpipe.schedules._validation import check_complete, check_runs, shortened
 
@@ -165,6 +166,9 @@ class Schedule:
             f"<Schedule {self.name!r}: {self.devices} devices, {self.stages} stages, "
             f"{self.microbatches} microbatches, {kinds}>"
         )
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
     def __str__(self) -> str:
         plain = self.stage_to_device == tuple(range(self.devices))

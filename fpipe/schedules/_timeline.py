@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from fpipe.schedules._action import Action
 from fpipe.schedules._checks import check_int, check_positive, check_type
+from fpipe.schedules._html import as_html
 from fpipe.schedules._rules import HELD
 from fpipe.schedules._trace import Span, trace
 
@@ -117,6 +118,37 @@ class Timeline:
         check_positive("to_trace", "unit", unit)
         names = [f"device {device}" for device in range(self.devices)]
         return trace(names, {"actions": self._spans()}, unit)
+
+    def metrics(self) -> dict[str, float]:
+        """The timeline in numbers, for a logger.
+
+        Returns:
+            `step`: the makespan, in the timeline's own unit of time; `bubble`: the idle
+            share of device time, 0 to 1; `peak_live`: the most microbatches that a
+            device holds at once.
+
+        Raises:
+            ValueError: the timeline has no events.
+
+        Example:
+            >>> schedule = fpipe.schedules.gpipe(devices=2, microbatches=3)
+            >>> fpipe.schedules.simulate(schedule).metrics()
+            {'step': 12.0, 'bubble': 0.25, 'peak_live': 3}
+        """
+        return {"step": self._step(), **self._shares()}
+
+    def _step(self) -> float:
+        if not self.events:
+            raise ValueError(f"`metrics`: the timeline {self.name!r} has no events")
+        return float(self.makespan)
+
+    def _shares(self) -> dict[str, float]:
+        """Those metrics that have no unit."""
+        # Rounding may leave a bubble a little below nothing.
+        return {"bubble": max(self.bubble, 0.0), "peak_live": max(self.peak_live)}
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
     def _spans(self) -> list[Span]:
         spans: list[Span] = []

@@ -629,6 +629,8 @@ def test_what_is_seen_late_is_put_right():
         issued,
         ended,
         {n: [1] * len(plan.instructions[n].outs) for n in numbers},
+        host=0.0,
+        peak_bytes=(),
     )
     timeline = ran.timeline()
     check_devices(timeline)
@@ -638,6 +640,54 @@ def test_what_is_seen_late_is_put_right():
     (first, *_) = [t for t in timeline.transfers if "mb0" in t.what[0]]
     assert first.start == at["F", 0, 0].end
     assert first.end == at["F", 1, 0].start
+
+
+# --- numbers for a logger ---
+
+
+@pytest.mark.parametrize("executor", ["placed", "scan"])
+def test_a_recorded_step_in_numbers(executor, monkeypatch):
+    pipe, params, x = small(executor=executor)
+    step = pipe.value_and_grad(jnp.mean)
+    _, timeline = pipe.record(step, params, x)
+    found = timeline.metrics()
+    assert found["step_seconds"] == timeline.makespan > 0
+    assert found["bubble"] == max(timeline.bubble, 0)
+    assert found["peak_live"] == max(timeline.peak_live)
+    assert json.loads(json.dumps(found)) == found
+    # What stands there is known, and what is not known does not stand there.
+    names = {"step_seconds", "bubble", "peak_live"}
+    if executor == "placed":
+        names |= {"transfer_bytes", "host_seconds"}
+        # Two microbatches of two rows go over, and their cotangents come back.
+        assert found["transfer_bytes"] == (2 + 2) * 2 * 4 * 4
+        assert found["host_seconds"] > 0
+    assert set(found) == names
+    # CPUs do not tell what is in use; others do.
+    peaks = dict(zip(pipe.devices, (100, 101), strict=True))
+    monkeypatch.setattr(
+        "fpipe._executors.recording._memory_stats",
+        lambda device: {"peak_bytes_in_use": peaks[device]},
+    )
+    _, timeline = pipe.record(step, params, x)
+    assert timeline.peak_bytes == (100, 101)
+    assert timeline.metrics()["peak_bytes"] == 101
+
+
+def test_the_host_time_of_a_pull_back_counts_too():
+    pipe, params, x = small()
+    with fpipe.record(pipe) as timeline:
+        y, pull_back = jax.vjp(lambda p: pipe(p, x), params)
+        pull_back(y)
+    assert len(timeline.calls) == 1
+    (bound,) = placed_executor(pipe)._plans.values()
+    halves = [
+        WatchedCall(bound.plan, half, {}, {}, {}, host, (n,))
+        for half, host, n in [(Half.FORWARD, 0.5, 3), (Half.BACKWARD, 0.25, 4)]
+    ]
+    whole = halves[0].joined(halves[1])
+    assert whole is not None
+    assert (whole.host, whole.peak_bytes) == (0.75, (4,))
 
 
 # --- drawings ---

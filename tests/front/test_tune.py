@@ -6,6 +6,7 @@ import pytest
 
 import fpipe
 from tests.helpers import add, dense, keep, mse, raises
+from tests.schedules.test_draw import Page
 
 X = jax.ShapeDtypeStruct((16, 4), jnp.float32)
 LAYERS = [dense(), keep(), dense(), dense(12), dense(4), add()]
@@ -44,6 +45,21 @@ def test_the_candidates_are_all_combinations_and_the_best_is_first():
             checkpoint=c.checkpoint,
         )
         assert c.pipe.balance == cut
+
+
+def test_a_notebook_shows_the_candidates_and_the_reasons():
+    for memory in (None, 1.0):
+        tuning = fpipe.tune(
+            [dense()] * 2, X, schedules=["gpipe", "1f1b"], chunks=[2], memory=memory
+        )
+        page = Page(tuning._repr_html_())
+        words = " ".join(page.text.split())
+        assert page.tags == {"table", "tr", "th", "td"} | (
+            set() if memory else {"p", "ul", "li"}
+        )
+        for line in str(tuning).splitlines():
+            for cell in line.removeprefix("- ").split("  "):
+                assert " ".join(cell.split()) in words, cell
 
 
 def test_of_those_that_take_as_long_the_one_that_needs_less_memory_is_first():

@@ -24,7 +24,8 @@ from fpipe._executors.placed.plan_data import kept_slots
 from fpipe._model.loss import as_loss
 from fpipe._model.stages import TARGETS
 from fpipe._model.stages import X as XPORT
-from fpipe._planning.text import size
+from fpipe._planning.text import Table, size
+from fpipe.schedules import svg
 from tests.helpers import (
     Clock,
     add,
@@ -37,6 +38,7 @@ from tests.helpers import (
     placed_executor,
     raises,
 )
+from tests.schedules.test_draw import Page
 
 ROWS, WIDTH = 16, 4
 X = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
@@ -421,6 +423,38 @@ def test_what_is_drawn_of_a_plan_is_its_timeline():
     ):
         fpipe.schedules.draw(plan)  # type: ignore[arg-type]
     assert fpipe.schedules.draw(plan.timeline)
+
+
+def test_a_notebook_shows_tables_the_timeline_and_advice():
+    layers = [dense(), dense(), dense(16), dense(4)]
+    plan = fpipe.Pipe(layers, [1, 3], chunks=2).plan(None, X)
+    assert plan.warnings
+    shown = plan._repr_html_()
+    page = Page(shown)
+    assert {"table", "svg", "li"} < page.tags
+    assert svg(plan._readable_timeline()) in shown
+    # The text has the same words in the same order; the drawing stands apart.
+    words = " ".join(page.text.split())
+    for line in str(plan).splitlines():
+        if not line.startswith(("device 0 ", "device 1 ", "eager_1f1b, in")):
+            for cell in line.removeprefix("- ").split("  "):
+                assert " ".join(cell.split()) in words, cell
+    assert json.loads(json.dumps(plan.metrics())) == {
+        "step_flop": plan.step,
+        "bubble": plan.bubble,
+        "peak_live": max(plan.timeline.peak_live),
+        "peak_bytes": plan.peak,
+    }
+
+
+def test_a_table_in_a_notebook_is_escaped_and_has_a_bound():
+    table = Table(["a", "b", "c"], [["<i>", "", "x" * 1000]] * 1000, left=(0,))
+    page = Page(table.html())
+    assert page.tags == {"table", "tr", "th", "td", "p"}
+    assert "and 936 more" in page.text
+    assert "<i>" in page.text
+    assert "b" not in page.text
+    assert len(table.html()) < 40_000
 
 
 def test_json_has_all_that_is_shown():

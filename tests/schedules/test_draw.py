@@ -1,11 +1,13 @@
 """Drawings of timelines: text, SVG, and what matplotlib makes."""
 
 import itertools
+import json
 import re
 import subprocess
 import sys
 import textwrap
 import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
 
 import pytest
 from hypothesis import given, settings
@@ -339,6 +341,79 @@ def test_svg_escapes_names(name, more):
     }
     if not more:
         assert name.startswith("\x00") or root.attrib["aria-label"].startswith(name)
+
+
+# In notebooks
+
+
+class Page(HTMLParser):
+    """The tags and the text of HTML, which closes what it opens."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.text = set(), [], ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.add(tag)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.mark.quick
+def test_a_notebook_shows_what_svg_draws():
+    assert SPLIT._repr_html_() == svg(SPLIT)
+    assert TIMELINES["uneven"]._repr_html_() == svg(TIMELINES["uneven"])
+    assert schedules.html(SPLIT) == svg(SPLIT)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        TIMELINES["long"],
+        TIMELINES["many devices"],
+        schedules.gpipe(3, 400),
+        Timeline(TIMELINES["one event"].events, 1, "<b>&" * 10_000),
+        schedules.one_f_one_b(9, 55),
+    ],
+)
+def test_what_a_notebook_shows_of_something_large_is_small(what):
+    shown = what._repr_html_()
+    assert len(shown.encode()) < 200_000
+    page = Page(shown)
+    assert page.tags in ({"pre"}, {"svg", "g", "rect", "text", "title", "path"})
+    if page.tags == {"pre"}:
+        first, *_ = draw(what).splitlines()
+        assert page.text.splitlines()[0] == first
+    assert page.text.count("\ndevice ") < 32
+    assert ("and 32 more devices" in page.text) == (what.devices == 64)
+
+
+def test_a_recording_is_shown_before_its_block_ends():
+    shown = schedules.Recording((), 2, "<i>")._repr_html_()
+    assert Page(shown).text.startswith("Recording(events=(), devices=2, name='<i>'")
+    with pytest.raises(ValueError, match="has no events"):
+        schedules.html(schedules.Recording((), 2))
+    with pytest.raises(TypeError, match="a Schedule or a Timeline can be drawn"):
+        schedules.html("1f1b")  # type: ignore[arg-type]
+
+
+def test_a_simulated_timeline_in_numbers():
+    timeline = TIMELINES["1f1b"]
+    found = timeline.metrics()
+    assert found == {"step": 18.0, "bubble": timeline.bubble, "peak_live": 3}
+    assert json.loads(json.dumps(found)) == found
+    with pytest.raises(ValueError, match="`metrics`: the timeline 'x' has no events"):
+        Timeline((), 2, "x").metrics()
 
 
 # What all drawings share

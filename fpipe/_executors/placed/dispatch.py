@@ -20,6 +20,7 @@ Each run and each move is one step; the frees that follow it are part of the ste
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -148,7 +149,10 @@ class ReadyPlan:
         probes = self.probes  # compiles everything, before the clock starts
         jax.block_until_ready([array for array in slots if array is not None])
         with Watch(self.plan, probes) as watch:
-            self.issue(with_calls(self.shares[half], watch.watched), slots)
+            shares = with_calls(self.shares[half], watch.watched)
+            started = time.perf_counter()
+            self.issue(shares, slots)
+            watch.host = time.perf_counter() - started
         # A program that fails makes those fail that read its results. The first in the
         # order of the plan is the cause; in time, a later one may have been seen first.
         if watch.failures:

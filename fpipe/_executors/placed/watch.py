@@ -44,7 +44,7 @@ from fpipe._executors.placed.instructions import (
 )
 from fpipe._executors.placed.threads import Call, Step
 from fpipe._executors.placement import Placement
-from fpipe._executors.recording import completed
+from fpipe._executors.recording import completed, peak_bytes
 from fpipe.schedules import Action, Event, ProgramRun, Recording, Transfer
 
 
@@ -143,6 +143,7 @@ class Watch:
 
     Attributes:
         issued, ended: when, by the number of the instruction.
+        host: seconds that issuing took.
         moved: the bytes of each array of a transfer.
         failures: what went wrong on a device.
     """
@@ -150,6 +151,7 @@ class Watch:
     def __init__(self, plan: Plan, probes: Mapping[int, Probe]) -> None:
         self.issued: dict[int, float] = {}
         self.ended: dict[int, float] = {}
+        self.host = 0.0
         self.moved: dict[int, list[int]] = {}
         self.failures: list[Failure] = []
         self._plan = plan
@@ -204,7 +206,15 @@ class Watch:
 
     def call(self, half: Half) -> "WatchedCall":
         """What was seen of a run that has ended."""
-        return WatchedCall(self._plan, half, self.issued, self.ended, self.moved)
+        return WatchedCall(
+            self._plan,
+            half,
+            self.issued,
+            self.ended,
+            self.moved,
+            self.host,
+            peak_bytes([place.device for place in _devices_of(self._plan)]),
+        )
 
     def __enter__(self) -> "Watch":
         try:
@@ -243,6 +253,8 @@ class WatchedCall:
     issued: Mapping[int, float]
     ended: Mapping[int, float]
     moved: Mapping[int, Sequence[int]]
+    host: float
+    peak_bytes: tuple[int, ...]
 
     def joined(self, later: object) -> "WatchedCall | None":
         """A forward with its pull-back, as one call; `None` if these are two calls."""
@@ -256,6 +268,8 @@ class WatchedCall:
             {**self.issued, **later.issued},
             {**self.ended, **later.ended},
             {**self.moved, **later.moved},
+            self.host + later.host,
+            later.peak_bytes,
         )
 
     def timeline(self) -> Recording:
@@ -312,6 +326,8 @@ class WatchedCall:
             programs=tuple(programs),
             transfers=tuple(transfers),
             places=tuple(names_of.get(d, "") for d in range(schedule.devices)),
+            host=self.host,
+            peak_bytes=self.peak_bytes,
         )
 
     def _actions(self) -> list[Action]:

@@ -106,6 +106,7 @@ class Ran:
     Attributes:
         step: the program that ran, by which a pull-back finds its forward.
         places: the names of the devices.
+        peak_bytes: of each device, behind the run.
         backward: whether this is the pull-back of an earlier run.
     """
 
@@ -115,6 +116,7 @@ class Ran:
     stamps: tuple[tuple[Stamp, ...], ...]
     places: tuple[str, ...]
     backward: bool
+    peak_bytes: tuple[int, ...]
 
     def joined(self, later: object) -> "Ran | None":
         """A forward with its pull-back, as one call; `None` if these are two calls."""
@@ -127,6 +129,7 @@ class Ran:
             self,
             segments=(*self.segments, *later.segments),
             stamps=(*self.stamps, *later.stamps),
+            peak_bytes=later.peak_bytes,
         )
 
     def timeline(self) -> Recording:
@@ -163,4 +166,5 @@ class Ran:
             tuple(sorted(programs, key=lambda p: p.start)),
             (),
             self.places,
+            peak_bytes=self.peak_bytes,
         )

@@ -40,7 +40,7 @@ from fpipe._executors.plan_data import PlanData
 from fpipe._executors.progress import Progress
 from fpipe._executors.protocol import FirstHalf
 from fpipe._executors.pull_back import differentiable_call, whole_cotangent
-from fpipe._executors.recording import recorders_of
+from fpipe._executors.recording import peak_bytes, recorders_of
 from fpipe._executors.request import (
     CallKind,
     Request,
@@ -409,6 +409,7 @@ class Scan:
             (tuple(stamps),),
             tuple(map(str, self.mesh.devices.flat)),
             name == "backward",
+            peak_bytes(self.mesh.devices.flat),
         )
         for recorder in recorders:
             recorder.add(ran)

@@ -6,8 +6,6 @@ axis of time, a legend.
 """
 
 import dataclasses
-import html
-import re
 import textwrap
 
 from fpipe.schedules._action import Kind
@@ -21,6 +19,7 @@ from fpipe.schedules._draw.picture import (
     Picture,
     picture,
 )
+from fpipe.schedules._html import escape
 from fpipe.schedules._schedule import Schedule
 from fpipe.schedules._timeline import Timeline
 
@@ -31,7 +30,6 @@ LINE = 18.0
 MARGIN = 12.0
 SMALLEST = 200
 FOOT = 0.4  # of a row's height, for what is beneath
-NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +124,7 @@ def svg(
     size = f'width="{width}" height="{height:g}" viewBox="0 0 {width} {height:g}"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" '
-        f'aria-label="{_escape(shown.caption)}" '
+        f'aria-label="{escape(shown.caption)}" '
         f'font-family="{FONT}" font-size="{SIZE:g}" fill="{INK}">\n'
         f'<rect width="{width}" height="{height:g}" fill="#ffffff"/>\n'
         + "\n".join(parts)
@@ -235,9 +233,4 @@ def _rect(x: float, y: float, width: float, height: float, fill: str) -> str:
 
 def _text(x: float, y: float, text: str, style: str = "") -> str:
     style = f" {style}" if style else ""
-    return f'<text x="{x:.2f}" y="{y:.2f}"{style}>{_escape(text)}</text>'
-
-
-def _escape(text: str) -> str:
-    # A schedule's name may have any character; XML refuses some even when escaped.
-    return html.escape(NOT_XML.sub("\ufffd", text))
+    return f'<text x="{x:.2f}" y="{y:.2f}"{style}>{escape(text)}</text>'
