@@ -56,7 +56,8 @@ class Layer:
             It returns `y`; with `carry` `(y, carry)`; with `state` `(y, state)`; with
             both `(y, carry, state)`.
         init: `init(key, x, **needs) -> params`, where `x` is a microbatch of zeros; it
-            may name needs too. `fpipe.fn` layers need none.
+            may name needs too. `None` for a layer without parameters; `fpipe.fn` layers
+            need no `init`.
         name: for errors, drawings and `borrow`; default the function's name.
 
     Other Arguments:

@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import fpipe
+import fpipe.optim
 from fpipe.schedules import Schedule
 from tests.helpers import Case, assert_same, dense, models, mse, raises
 
@@ -603,6 +605,56 @@ def test_place_makes_arrays_of_python_numbers():
     )
     placed = pipe.place(({"scale": 2}, {"scale": True}))
     assert [a.dtype for a in jax.tree.leaves(placed)] == [jnp.int32, jnp.bool_]
+
+
+def test_the_parameters_of_a_layer_may_be_none():
+    """In every place that parameters have: calls, gradients, frozen, optimizers."""
+
+    def bare(params, x):
+        assert params is None
+        return jnp.sin(x)
+
+    none = fpipe.Layer(bare, lambda key, x: None)
+    layers, x = [none, SCALED, none], jnp.linspace(0, 1, 12).reshape(4, 3)
+    plain, tx = fpipe.sequential(layers, chunks=2), optax.sgd(0.1, momentum=0.9)
+    params: Any = (None, scaled_init(jax.random.key(0), x), None)
+    want = plain.value_and_grad(jnp.mean)(params, x)
+    assert want[1][0] is want[1][2] is None
+    updates, state = tx.update(want[1], tx.init(params), params)
+    for executor in ("placed", "scan"):
+        pipe = fpipe.Pipe(layers, [1, 2], chunks=2, executor=executor)
+        made = pipe.gather(pipe.init(jax.random.key(1), x))
+        assert_same(made, plain.init(jax.random.key(1), x))
+        placed = pipe.place(params)
+        assert_equal(pipe.gather(placed), params)
+        assert_same(pipe(placed, x), plain(params, x))
+        loss, grads = pipe.value_and_grad(jnp.mean)(placed, x)
+        assert_same((loss, pipe.gather(grads)), want)
+        for frozen in ((None, True, None), (False, True, False)):
+            step = pipe.value_and_grad(jnp.mean, frozen=frozen)
+            got = pipe.gather(step(placed, x)[1])
+            assert [g if g is None else g.dtype for g in got] == [
+                None,
+                jax.dtypes.float0,
+                None,
+            ]
+        own = fpipe.optim.per_stage(tx)
+        changes, moments = own.update(grads, own.init(placed), placed)
+        assert_same(pipe.gather(changes), updates)
+        saved = fpipe.optim.gather(moments)
+        assert_same(saved, state)
+        again = fpipe.optim.place(saved, placed, tx)
+        assert jax.tree.structure(again) == jax.tree.structure(moments)
+        new = pipe.gather(fpipe.optim.apply_updates(placed, changes))
+        assert_same(new, optax.apply_updates(params, updates))
+        # None of the parameters is one: there is nothing to differentiate by.
+        empty = fpipe.Pipe([none, none], chunks=2, executor=executor)
+        nothing = empty.place((None, None))
+        both = empty.value_and_grad(jnp.mean, argnums=(0, 1))
+        by_params, by_x = both(nothing, x)[1]
+        assert empty.gather(by_params) == (None, None)
+        bare_mean = jax.grad(lambda x: jnp.mean(jnp.sin(jnp.sin(x))))
+        assert_same(by_x, bare_mean(x))
 
 
 @pytest.mark.parametrize(
