@@ -58,7 +58,12 @@ class _Same:
 
 def function_identity(f: Callable[..., Sequence[Any]], *arrays: Any) -> Hashable:
     """What a function of flat arrays computes on arrays of these shapes."""
-    graph = inline(trace(f, *arrays))
+    return traced_identity(trace(f, *arrays))
+
+
+def traced_identity(traced: Any) -> Hashable:
+    """What a closed jaxpr computes."""
+    graph = inline(traced)
     return identity(graph, graph.nodes, graph.inputs, graph.outputs)
 
 

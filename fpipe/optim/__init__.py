@@ -3,6 +3,7 @@ it (it needs optax).
 """
 
 from fpipe.optim._loss_scale import DynamicLossScale as DynamicLossScale
+from fpipe.optim._map import map as map  # noqa: A004
 from fpipe.optim._portable_states import gather as gather
 from fpipe.optim._portable_states import place as place
 from fpipe.optim._transform import PerStage as PerStage

@@ -13,7 +13,7 @@ makes of them is packed like the parameters again, if it has leaves in the same 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -26,6 +26,7 @@ from fpipe._core.pytrees import (
     Shape,
     Tracer,
     float0_like,
+    is_array,
     map_arrays,
     pack,
     shapes_of,
@@ -51,10 +52,10 @@ def is_packed(node: Any) -> bool:
 
 def any_packed(tree: PyTree) -> bool:
     """Whether any part of a tree is a `Packed`."""
-    return bool(_packed_nodes(tree))
+    return bool(packed_nodes(tree))
 
 
-def _packed_nodes(tree: PyTree) -> list[Packed]:
+def packed_nodes(tree: PyTree) -> list[Packed]:
     nodes = jax.tree.leaves(tree, is_leaf=is_packed)
     return [node for node in nodes if isinstance(node, Packed)]
 
@@ -63,7 +64,7 @@ def mesh_of(tree: PyTree) -> AnyMesh | None:
     """The mesh that packed arrays lie on, in a trace too; `None` if that cannot be
     told.
     """
-    for node in _packed_nodes(tree):
+    for node in packed_nodes(tree):
         for array in node.arrays:
             # In a trace the sharding is part of the type, and its mesh is an
             # `AbstractMesh`; `shard_map` takes both kinds.
@@ -105,7 +106,7 @@ def unpack_tree(tree: PyTree) -> PyTree:
         leaves = []
         for entry in node.packing.entries:
             row = node.arrays[node.packing.where[entry][0]]
-            if entry in node.absent:
+            if not node.has_gradient(entry):
                 leaves.append(float0_like(node.packing.shape(entry)))
             else:
                 # A row without blocks is handed on as it is: nothing looks at it.
@@ -178,12 +179,17 @@ class PackedLeaf(jax.ShapeDtypeStruct):
 class Rows:
     """The rows of some trees.
 
+    Arguments:
+        spread: whether an update that changes nothing, which is one zero for all
+            devices, is shown as zeros of its shape, each device's own.
+
     Attributes:
         arrays: the rows, in the order in which trees were added.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spread: bool = False) -> None:
         self.arrays: list[Any] = []
+        self._spread = spread
 
     def add(self, tree: PyTree) -> PyTree:
         """The tree unpacked, with a `PackedLeaf` for every leaf of a `Packed`."""
@@ -199,13 +205,14 @@ class Rows:
         # has one number in its own `Packed` and another one here.
         number: dict[int, int] = {}
         for r, array in enumerate(node.arrays):
-            if not _is_empty(array):
+            float0 = getattr(array, "dtype", None) == jax.dtypes.float0
+            if not _is_empty(array) or (self._spread and not float0):
                 number[r] = len(self.arrays)
                 self.arrays.append(array)
         leaves = []
         for entry in packing.entries:
             r, device = packing.where[entry]
-            if entry in node.absent:
+            if not node.has_gradient(entry):
                 leaves.append(float0_like(packing.shape(entry)))
             elif r in number:
                 shape = packing.shape(entry).shape
@@ -226,13 +233,20 @@ class PackedOutput:
     Attributes:
         packing: its form.
         numbers: for each row the output that each device has in its block, if any.
+        absent: the leaves that are `float0`: there is no gradient.
     """
 
     packing: Packing
     numbers: tuple[tuple[int | None, ...], ...]
+    absent: frozenset[Entry] = frozenset()
 
     @classmethod
-    def of(cls, packing: Packing, number: Mapping[Entry, int]) -> "PackedOutput":
+    def of(
+        cls,
+        packing: Packing,
+        number: Mapping[Entry, int],
+        absent: Iterable[Entry] = (),
+    ) -> "PackedOutput":
         """From the number of the output for each leaf."""
         return cls(
             packing,
@@ -240,7 +254,54 @@ class PackedOutput:
                 tuple(None if e is None else number.get(e) for e in row.entries)
                 for row in packing.rows
             ),
+            frozenset(absent),
         )
+
+    def packed(self, made: Sequence[Any]) -> Packed:
+        """The `Packed`, from its rows; `None`: one in which nothing is."""
+        kept = {r for r, array in enumerate(made) if array is not None}
+        rows = []
+        for array, row in zip(made, self.packing.rows, strict=True):
+            if array is not None:
+                rows.append(array)
+            elif self.absent.issuperset(filter(None, row.entries)):
+                shape = (len(row.entries), *row.shape)
+                rows.append(np.zeros(shape, jax.dtypes.float0))
+            else:
+                rows.append(no_update(jax.ShapeDtypeStruct((), row.dtype)))
+        # As in `Parameters.pack_gradients`: a row that is `float0` says so itself.
+        absent = {e for e in self.absent if self.packing.where[e].row in kept}
+        return Packed(tuple(rows), self.packing, frozenset(absent))
+
+
+@dataclasses.dataclass(frozen=True)
+class NoGradient:
+    """What stands for a `float0` leaf in a trace, where it is static.
+
+    Attributes:
+        shape: of the leaf.
+    """
+
+    shape: tuple[int, ...]
+
+
+def without_float0(tree: PyTree) -> PyTree:
+    """A tree with a `NoGradient` for each `float0` leaf, which JAX cannot trace."""
+    return jax.tree.map(
+        lambda a: (
+            NoGradient(tuple(a.shape))
+            if getattr(a, "dtype", None) == jax.dtypes.float0
+            else a
+        ),
+        tree,
+    )
+
+
+def with_float0(tree: PyTree) -> PyTree:
+    """The inverse of `without_float0`."""
+    return jax.tree.map(
+        lambda a: float0_like(a) if isinstance(a, NoGradient) else a, tree
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,12 +352,17 @@ def state_outputs(
         template = _find_template(templates, node)
         if template is None:
             return WholeOutput(number) if isinstance(number, int) else number
-        leaves = {
-            (k, n): leaf
-            for k, layer in enumerate(number)
-            for n, leaf in enumerate(jax.tree.leaves(layer))
-        }
-        return PackedOutput.of(template.packing_of(node), leaves)
+        leaves: dict[Entry, int] = {}
+        absent: list[Entry] = []
+        for k, layer in enumerate(number):
+            # Static leaves are set aside in a packing, and have no number there.
+            kept = [n for n in jax.tree.leaves(layer) if _lies_in_a_cell(n)]
+            for n, leaf in enumerate(kept):
+                if isinstance(leaf, NoGradient):
+                    absent.append((k, n))
+                else:
+                    leaves[k, n] = leaf
+        return PackedOutput.of(template.packing_of(node), leaves, absent)
 
     return jax.tree.map(
         output,
@@ -305,6 +371,13 @@ def state_outputs(
         # A tuple of layers is one leaf here, but the state may hold it at any depth.
         is_leaf=lambda node: _find_template(templates, node) is not None,
     )
+
+
+def _lies_in_a_cell(leaf: Any) -> bool:
+    """Whether a leaf of a new tree is one of a packing: an array, its number among
+    outputs, or a gradient that is not there.
+    """
+    return is_array(leaf) or type(leaf) is int or isinstance(leaf, NoGradient)
 
 
 class StateTemplate:
@@ -332,11 +405,7 @@ class StateTemplate:
         # is a bare array; it is packed then, and comes out right all the same.
         if type(node) is not tuple or len(node) != len(self.packing.shapes):
             return False
-        places = [
-            (k, path)
-            for k, layer in enumerate(node)
-            for path, _ in jax.tree_util.tree_flatten_with_path(layer)[0]
-        ]
+        places = [(k, path) for k, layer in enumerate(node) for path in _places(layer)]
         return bool(places) and all(place in self._entry_of for place in places)
 
     def packing_of(self, layers: Sequence[PyTree]) -> Packing:
@@ -345,16 +414,28 @@ class StateTemplate:
         # numbers.
         state_entry: dict[Entry, Entry] = {}  # By the parameter's.
         for k, layer in enumerate(layers):
-            named = jax.tree_util.tree_flatten_with_path(layer)[0]
-            for n, (path, _) in enumerate(named):
+            for n, path in enumerate(_places(layer)):
                 state_entry[self._entry_of[k, path]] = (k, n)
-        shapes = tuple(Shape.of(layer) for layer in layers)
+        shapes = tuple(Shape.of(self._with_dtypes(k, t)) for k, t in enumerate(layers))
         rows = [
             row
             for old in self.packing.rows
             for row in self._rows_like(old, state_entry, shapes)
         ]
         return Packing(shapes, tuple(rows))
+
+    def _with_dtypes(self, k: int, layer: PyTree) -> PyTree:
+        """A layer with the shape of the parameter where there is no gradient: that is
+        how gradients are packed.
+        """
+
+        def shape(path: Path, leaf: Any) -> Any:
+            if not isinstance(leaf, NoGradient):
+                return leaf
+            dtype = self.packing.shape(self._entry_of[k, path]).dtype
+            return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+        return jax.tree_util.tree_map_with_path(shape, layer)
 
     def pack(self, layers: tuple[PyTree, ...], mesh: AnyMesh | None) -> Packed:
         """A tuple of layers, packed; without weak types, so that a state has one
@@ -365,7 +446,7 @@ class StateTemplate:
         leaves = {
             (k, n): leaf
             for k, layer in enumerate(layers)
-            for n, leaf in enumerate(jax.tree.leaves(layer))
+            for n, leaf in enumerate(pack(layer)[0])
         }
         rows = []
         for row in packing.rows:
@@ -412,9 +493,15 @@ class StateTemplate:
             yield Row(shape, dtype, entries)
 
 
+def _places(layer: PyTree) -> list[Path]:
+    """The paths of what lies in cells, of a layer of a state."""
+    named = jax.tree_util.tree_flatten_with_path(layer)[0]
+    return [path for path, leaf in named if _lies_in_a_cell(leaf)]
+
+
 def templates_of(tree: PyTree) -> list[StateTemplate]:
     """One for each `Packed` in a tree."""
-    return [StateTemplate(node.packing) for node in _packed_nodes(tree)]
+    return [StateTemplate(node.packing) for node in packed_nodes(tree)]
 
 
 def _find_template(

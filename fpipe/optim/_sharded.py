@@ -23,6 +23,7 @@ from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from fpipe._core.meshes import AnyMesh
@@ -31,7 +32,6 @@ from fpipe._program.identity import function_identity
 from fpipe.optim._packed import (
     AXIS,
     Cell,
-    Packed,
     PackedLeaf,
     PackedOutput,
     WholeOutput,
@@ -41,8 +41,7 @@ from fpipe.optim._packed import (
     stored_shape,
 )
 from fpipe.optim._partition import Partition, partition
-from fpipe.optim._seen_leaves import no_update
-from fpipe.optim._traced import TracedTransformation
+from fpipe.optim._traced import TracedFunction
 from fpipe.optim._update_graph import run_operations
 
 # What one device does, from its number and its blocks of the rows.
@@ -66,12 +65,12 @@ class Devices(Protocol):
 
 
 def run_sharded(
-    traced: TracedTransformation,
+    traced: TracedFunction,
     rows: Sequence[Any],
     outputs: PyTree,
     mesh: AnyMesh | None,
 ) -> PyTree:
-    """Divide a traced transformation over a mesh, and run it.
+    """Divide a traced function over a mesh, and run it.
 
     Arguments:
         traced: its leaves are `PackedLeaf`s, or arrays that all devices have.
@@ -83,54 +82,105 @@ def run_sharded(
     Returns:
         `outputs` with the results in place.
     """
-    graph = traced.graph
-    count = mesh.shape[AXIS] if mesh is not None else _device_count(rows)
-    asked, treedef = jax.tree.flatten(outputs)
-    packed = [out for out in asked if isinstance(out, PackedOutput)]
-    whole = [out for out in asked if isinstance(out, WholeOutput)]
-    # What all are to have is read by one device more than there are: then it is
-    # exchanged in any case, and is known outside of the branches of the devices.
-    readers: list[Sequence[int]] = [range(count + 1) for _ in graph.outputs]
-    for out in packed:
-        for numbers in out.numbers:
-            for device, number in enumerate(numbers):
-                if number is not None:
-                    readers[number] = [device]
-    # Who has each input: the device in whose block it lies, or all.
-    cells: dict[int, Cell] = {}
-    shared: dict[int, Any] = {}
-    for value, leaf in zip(graph.inputs, traced.leaves, strict=True):
-        if isinstance(leaf, PackedLeaf):
-            cells[value] = leaf.cell
-        else:
-            shared[value] = leaf
-    owners = [cells[v].device if v in cells else None for v in graph.inputs]
-    divided = partition(graph, owners, readers, meeting_device=None)
-    update = ShardedUpdate(divided, cells, packed, whole)
-    if mesh is None:
-        made, known_to_all = update.run(shared, LoopedDevices(rows, count))
-    else:
-        made, known_to_all = _run_on_mesh(update, rows, shared, mesh)
+    call = ShardedCall.of(traced, rows, outputs, mesh)
+    shared = [leaf for leaf in traced.leaves if not isinstance(leaf, PackedLeaf)]
+    return call.assemble(*call.run(rows, shared))
 
-    # Results come flat, in the order of `packed` and of `whole`; rows in which nothing
-    # is were not made.
-    blocks = iter(made)
-    arrays = iter(known_to_all)
 
-    def result(out: Any) -> Any:
-        if isinstance(out, WholeOutput):
-            return strong(next(arrays))
-        if not isinstance(out, PackedOutput):
-            return out
-        made_rows = []
-        for dtype, row in zip(update.row_dtypes(out), out.packing.rows, strict=True):
-            if dtype is None:
-                made_rows.append(no_update(jax.ShapeDtypeStruct((), row.dtype)))
+@dataclasses.dataclass(frozen=True)
+class ShardedCall:
+    """A traced function divided over a mesh, ready to run.
+
+    Attributes:
+        update: what the devices run.
+        shared: the inputs that all devices have.
+        outputs: as for `run_sharded`, flat.
+        treedef: the structure of the outputs.
+        mesh: what the rows lie on, if that is known.
+    """
+
+    update: "ShardedUpdate"
+    shared: tuple[int, ...]
+    outputs: tuple[Any, ...]
+    treedef: Any
+    mesh: AnyMesh | None
+
+    @classmethod
+    def of(
+        cls,
+        traced: TracedFunction,
+        rows: Sequence[Any],
+        outputs: PyTree,
+        mesh: AnyMesh | None,
+    ) -> "ShardedCall":
+        """From what `run_sharded` is given."""
+        graph = traced.graph
+        count = mesh.shape[AXIS] if mesh is not None else _device_count(rows)
+        asked, treedef = jax.tree.flatten(outputs)
+        packed = [out for out in asked if isinstance(out, PackedOutput)]
+        whole = [out for out in asked if isinstance(out, WholeOutput)]
+        # What all are to have is read by one device more than there are: then it is
+        # exchanged in any case, and is known outside of the branches of the devices.
+        readers: list[Sequence[int]] = [range(count + 1) for _ in graph.outputs]
+        for out in packed:
+            for numbers in out.numbers:
+                for device, number in enumerate(numbers):
+                    if number is not None:
+                        readers[number] = [device]
+        # Who has each input: the device in whose block it lies, or all.
+        cells: dict[int, Cell] = {}
+        shared: list[int] = []
+        for value, leaf in zip(graph.inputs, traced.leaves, strict=True):
+            if isinstance(leaf, PackedLeaf):
+                cells[value] = leaf.cell
             else:
-                made_rows.append(next(blocks))
-        return Packed(constrain_to_stages(made_rows, mesh), out.packing)
+                shared.append(value)
+        owners = [cells[v].device if v in cells else None for v in graph.inputs]
+        divided = partition(graph, owners, readers, meeting_device=None)
+        update = ShardedUpdate(divided, cells, packed, whole)
+        return cls(update, tuple(shared), tuple(asked), treedef, mesh)
 
-    return treedef.unflatten([result(out) for out in asked])
+    def run(
+        self, rows: Sequence[Any], arrays: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        """The rows and the whole arrays of the outputs, in their order; rows in which
+        nothing is are not made.
+
+        Arguments:
+            arrays: the inputs that all devices have.
+        """
+        shared = dict(zip(self.shared, arrays, strict=True))
+        rows = self._spread(rows)
+        if self.mesh is None:
+            devices = LoopedDevices(rows, _device_count(rows))
+            made, whole = self.update.run(shared, devices)
+        else:
+            made, whole = _run_on_mesh(self.update, rows, shared, self.mesh)
+        return list(constrain_to_stages(made, self.mesh)), [strong(a) for a in whole]
+
+    def _spread(self, rows: Sequence[Any]) -> list[Any]:
+        """The rows, with a zero that stands for a whole one spread over the devices."""
+        forms = {cell.row: cell.form for cell in self.update.cells.values()}
+        return [
+            row
+            if np.ndim(row) or r not in forms
+            else jnp.broadcast_to(row, (len(forms[r].entries), *forms[r].shape))
+            for r, row in enumerate(rows)
+        ]
+
+    def assemble(self, made: Sequence[Any], whole: Sequence[Any]) -> PyTree:
+        """The outputs, from what `run` gives."""
+        rows, arrays = iter(made), iter(whole)
+
+        def result(out: Any) -> Any:
+            if isinstance(out, WholeOutput):
+                return next(arrays)
+            if not isinstance(out, PackedOutput):
+                return out
+            dtypes = self.update.row_dtypes(out)
+            return out.packed([None if d is None else next(rows) for d in dtypes])
+
+        return self.treedef.unflatten([result(out) for out in self.outputs])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,7 +352,7 @@ class ShardedUpdate:
 
 
 def _device_count(rows: Sequence[Any]) -> int:
-    return max((row.shape[0] for row in rows), default=0)
+    return max((row.shape[0] for row in rows if np.ndim(row)), default=0)
 
 
 class LoopedDevices:

@@ -21,18 +21,27 @@ from fpipe.optim._update_graph import UpdateGraph, trace_update_graph
 
 
 @dataclasses.dataclass(frozen=True)
-class TracedTransformation:
-    """A transformation between flat leaves, for both executors to divide.
+class TracedFunction:
+    """A function of flat leaves, for both executors to divide.
 
     Attributes:
         graph: what it computes.
         leaves: its inputs: arrays, or shapes.
-        updates: how many outputs are updates; they come first.
-        state: the shapes of the new state, whose arrays are the other outputs.
     """
 
     graph: UpdateGraph
     leaves: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedTransformation(TracedFunction):
+    """A transformation between flat leaves.
+
+    Attributes:
+        updates: how many outputs are updates; they come first.
+        state: the shapes of the new state, whose arrays are the other outputs.
+    """
+
     updates: int
     state: PyTree
 

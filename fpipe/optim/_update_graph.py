@@ -141,12 +141,21 @@ def trace_update_graph(
     f: Callable[..., Sequence[Any]], arrays: Sequence[Any]
 ) -> UpdateGraph:
     """Trace a function of flat arrays, without the operations that nothing needs."""
+    return open_trace(trace_flat(f, arrays))
+
+
+def trace_flat(f: Callable[..., Sequence[Any]], arrays: Sequence[Any]) -> Any:
+    """A function of flat arrays, or of their shapes, as a closed jaxpr."""
+    # Without a mesh: parts of the graph run inside of a `shard_map`, others outside.
+    with no_mesh():
+        return trace(f, *map(aval, arrays))
+
+
+def open_trace(traced: Any) -> UpdateGraph:
+    """A closed jaxpr as operations, without those that nothing needs."""
     opener = _Opener()
     # Nothing differentiates an update, so what has derivatives of its own, such as
     # `jax.nn.relu`, is opened like any other call.
-    # Without a mesh: parts of the graph run inside of a `shard_map`, others outside.
-    with no_mesh():
-        traced = trace(f, *map(aval, arrays))
     graph = inline(traced, keep_rules=False)
     inputs = [opener.new_value(graph.avals[v]) for v in graph.inputs]
     outputs = opener.add(graph, inputs, ())
