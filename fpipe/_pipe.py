@@ -73,7 +73,7 @@ from fpipe._model.batch_norm import deferred
 from fpipe._model.frozen import Frozen, FrozenLeaves, check_frozen
 from fpipe._model.layer import Layer
 from fpipe._model.loss import Loss, Reduction, as_loss
-from fpipe._model.microbatch import first_microbatch, whole_batch
+from fpipe._model.microbatch import first_microbatch, ready_batches, whole_batch
 from fpipe._model.model import Model
 from fpipe._model.needs import call_needs, check_key
 from fpipe._model.remat import Policy, Remat
@@ -446,7 +446,8 @@ class Pipe(Call):
             needs = call_needs(side=side)
             first = first_microbatch(x, needs, self.chunks)
             batch = whole_batch(x, needs, self.chunks)
-            return self.model.init_state(*first, params, key, put, batch)
+            ready = ready_batches(x, needs, self.chunks)
+            return self.model.init_state(*first, params, key, put, batch, ready)
 
     def place(self, params: Sequence[PyTree], donate: bool = False) -> Any:
         """Put the parameters of each layer on its device; Python numbers become arrays.
@@ -529,6 +530,7 @@ class Pipe(Call):
         state: Sequence[PyTree] | None = None,
         train: bool = False,
         step: Any = None,
+        donate_state: bool = False,
         loss_scale: Any = None,
         threads: int | None = None,
         progress: bool | Progress | None = None,
@@ -539,8 +541,8 @@ class Pipe(Call):
         too, but one program after the other.
 
         Arguments:
-            params, x, targets, side, key, state, train, step: as for the call; shapes
-                (`jax.ShapeDtypeStruct`) will do.
+            params, x, targets, side, key, state, train, step, donate_state: as for the
+                call; shapes (`jax.ShapeDtypeStruct`) will do.
             loss_fn, has_aux, reduction, argnums, frozen: the call is
                 `value_and_grad(loss_fn, …)(params, x, *targets)`. Without `loss_fn` it
                 is `pipe(params, x)`.
@@ -568,6 +570,7 @@ class Pipe(Call):
                 "`loss_fn=` too"
             )
         check_frozen("pipe.compile", frozen)
+        donate_state = as_bool("pipe.compile", "donate_state", donate_state)
         if threads is not None:
             threads = as_int("pipe.compile", "threads", threads)
         report = as_progress(progress)
@@ -579,6 +582,7 @@ class Pipe(Call):
         with self._context():
             needs = call_needs(side=side, key=key, train=train, step=step)
             args = self._checked(Args(params, x, targets, needs, state))
+            args = args._replace(donate_state=donate_state)
             # The same steps as those of the call, in the same order: only then the
             # programs are found under the same keys.
             numbers = () if loss is None else as_argnums(argnums)

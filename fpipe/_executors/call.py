@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fpipe._core.checks import as_int
+from fpipe._core.checks import as_bool, as_int
 from fpipe._core.errors import entries, shown
 from fpipe._core.pytrees import PyTree, describe, numbers_as_arrays
 from fpipe._executors.gradients import as_scale, unscale_and_add
@@ -46,6 +46,7 @@ class Args(NamedTuple):
         needs: what it gives of the needs of the table beside `x` and targets, by name.
         state: one entry per layer, if the call was given state.
         frozen: the leaves of parameters and of `x` that get no gradient.
+        donate_state: whether the call may consume the arrays of `state`.
     """
 
     params: Any
@@ -54,6 +55,7 @@ class Args(NamedTuple):
     needs: Mapping[str, PyTree] = call_needs()
     state: Sequence[PyTree] | None = None
     frozen: frozenset[Leaf] = frozenset()
+    donate_state: bool = False
 
     @property
     def numbered(self) -> tuple[PyTree, ...]:
@@ -123,6 +125,7 @@ class Call(abc.ABC):
         state: Sequence[PyTree] | None = None,
         train: bool = False,
         step: Any = None,
+        donate_state: bool = False,
     ) -> Any:
         """The model's output.
 
@@ -140,6 +143,10 @@ class Call(abc.ABC):
             train: handed to the layers that ask.
             step: the number of the training step, an int or a 0-d array of integers:
                 an int32 scalar for the layers that ask, the same for all microbatches.
+            donate_state: whether the arrays of `state` are handed over: the new state
+                takes their place in memory, and they are deleted, as by
+                `jax.jit(donate_argnums=...)`. `fpipe.sequential` leaves that to the
+                `jax.jit` around it.
 
         Returns:
             `y`, or `(y, state)` if state was given. Pieces of `y` are concatenated on
@@ -151,11 +158,13 @@ class Call(abc.ABC):
                 of a trace.
             ValueError: arrays with unequal numbers of rows;
                 parameters or state that do not have one entry per layer; parameters on
-                the wrong device.
+                the wrong device; state that is to be donated and is cut by rows.
         """
+        donate_state = as_bool("pipe", "donate_state", donate_state)
         with self._context():
             needs = call_needs(side=side, key=key, train=train, step=step)
             args = self._checked(Args(params, x, (), needs, state))
+            args = args._replace(donate_state=donate_state)
             y, new = self._forward(args)
         return y if state is None else (y, new)
 

@@ -261,6 +261,13 @@ class Programs:
                     or (leaf.port == Y and stage.last and not joined)
                 )
             ),
+            donated=frozenset(
+                leaf
+                for leaf in self.flat(s, 0).inputs
+                if self.request.donates_state
+                and leaf.port.kind == "state"
+                and self._returned_state(leaf)
+            ),
             windows=tuple(self._windows(s, i).items()),
             accumulate=whole and several,
             places=self._places,

@@ -43,10 +43,13 @@ from fpipe._model.needs import BY_NAME, INPUTS, Share
 from fpipe._model.stages import TARGETS, Leaf, Port, Stage, X
 from fpipe._model.state import (
     check_overwritten,
+    check_pieces_of_state,
     check_state_rows,
+    joined_state,
     rows_of_state,
     state_shares,
 )
+from fpipe._model.wrappers import Microbatches
 from fpipe.schedules import Schedule
 
 
@@ -86,6 +89,7 @@ class Request:
         loss: of a call with one, the function that ends the last stage.
         wanted: input leaves (of whole inputs, before they are cut) whose gradient is
             asked for.
+        donates_state: whether forwards consume the states that they are given.
         settings: those of JAX that a trace bakes in, the precision of products for
             example: calls under two settings have two plans.
     """
@@ -94,6 +98,7 @@ class Request:
     loss: Loss | None
     wanted: frozenset[Leaf]
     settings: tuple[Any, ...]
+    donates_state: bool = False
 
     @property
     def differentiates(self) -> bool:
@@ -111,6 +116,9 @@ class Inputs:
         state: of each layer; `None` if the call has none.
         shares: what a microbatch gets of each array of the states.
         cut: how the arrays are cut into microbatches.
+        state_pieces: of each layer whose state comes in pieces their shapes; empty for
+            the others.
+        state_rows: of each microbatch, where states are cut.
     """
 
     params: tuple[Shape, ...]
@@ -118,6 +126,8 @@ class Inputs:
     state: tuple[Shape, ...] | None
     shares: tuple[tuple[Share, ...], ...]
     cut: Cut
+    state_pieces: tuple[tuple[Shape, ...], ...]
+    state_rows: tuple[int, ...]
 
     def of(self, port: Port) -> Shape:
         """The shape of a whole input."""
@@ -147,9 +157,12 @@ class Inputs:
         state.
         """
         if port.kind == "state":
+            ready = self.state_pieces[port.of]
+            if ready:
+                return ready[i]
             shape = self.of(port)
             pieces = [
-                rows_of_state(a, self.cut.rows, i) if share is Share.ROWS else a
+                rows_of_state(a, self.state_rows, i) if share is Share.ROWS else a
                 for a, share in zip(shape.leaves, self.shares[port.of], strict=True)
             ]
             return Shape(shape.spec, tuple(pieces))
@@ -169,6 +182,8 @@ class Inputs:
     def array(self, leaf: Leaf, i: int = 0) -> Leaf:
         """The array of the call that a leaf of microbatch `i` is, or is a part of."""
         port, k = leaf
+        if port.kind == "state" and self.state_pieces[port.of]:
+            return Leaf(port, i * len(self.state_pieces[port.of][0].leaves) + k)
         if port.kind not in self.call:
             return leaf
         return Leaf(port, self.cut.splits[port.kind].array(k, i))
@@ -183,6 +198,27 @@ class Inputs:
     def array_shape(self, leaf: Leaf) -> jax.ShapeDtypeStruct:
         """The shape of an array of the call."""
         return self.of(leaf.port).leaves[leaf.k]
+
+    def with_joined_states(self) -> "Inputs":
+        """The same with states whole that come in pieces of equal shapes."""
+        if not any(self.state_pieces):
+            return self
+        assert self.state is not None
+        rows = self.state_rows
+        shares, whole = list(self.shares), list(self.state)
+        for k, pieces in enumerate(self.state_pieces):
+            if pieces:
+                whole[k] = Shape.of(joined_state(self.state[k].tree))
+                shares[k] = (Share.ROWS,) * len(shares[k])
+                # Where `x` does not tell, the pieces do.
+                rows = tuple(a.shape[0] for p in pieces for a in p.leaves[:1]) or rows
+        return dataclasses.replace(
+            self,
+            state=tuple(whole),
+            shares=tuple(shares),
+            state_pieces=((),) * len(whole),
+            state_rows=rows,
+        )
 
     def together(self, port: Port) -> list[jax.ShapeDtypeStruct]:
         """For each leaf of a microbatch the shape of all that the call gives for it."""
@@ -226,17 +262,30 @@ def inputs_of(model: Model, args: Args, params: Sequence[Shape], chunks: int) ->
     model.check_given(args.needs)
     state = None
     shares: list[tuple[Share, ...]] = []
+    pieces: list[tuple[Shape, ...]] = []
     if args.state is not None:
         check_state(model, args, [shape.tree for shape in params], chunks)
         state = tuple(map(Shape.of, args.state))
         for layer, own in zip(model.layers, args.state, strict=True):
             shares.append(state_shares(layer, own))
+            ready = own if isinstance(own, Microbatches) else ()
+            pieces.append(tuple(map(Shape.of, ready)))
+    # Microbatches of equal shapes have the same programs, and the shapes of their
+    # states count too: caches may differ in length.
+    if any(pieces):
+        shapes = [
+            (like, [own[i].leaves for own in pieces if own])
+            for i, like in enumerate(cut.like)
+        ]
+        cut = dataclasses.replace(cut, like=tuple(map(shapes.index, shapes)))
     return Inputs(
         params=tuple(params),
         call={name: Shape.of(inputs[name]) for name in INPUTS},
         state=state,
         shares=tuple(shares),
         cut=cut,
+        state_pieces=tuple(pieces),
+        state_rows=cut.rows,
     )
 
 
@@ -253,20 +302,58 @@ def check_state(
     """
     if args.state is None:
         return
-    check_overwritten(model.layers, args.state)
     cut = cut_inputs(args.inputs, chunks)
-    # Which rows of a state a ready-made microbatch has, nothing says.
-    if cut.ready and any(layer.state_rows for layer in model.layers):
-        raise ValueError(
-            "`fpipe.Microbatches` beside a layer with `state_rows=True`: its state is "
-            "cut by the rows of the batch; pass arrays, which `chunks` cuts"
-        )
-    check_state_rows(model.layers, args.state, cut.rows)
+    check_pieces_of_state(model.layers, args.state, cut.m, cut.ready)
+    check_overwritten(model.layers, args.state)
+    check_state_rows(model.layers, args.state, cut.row_counts)
     batch = whole_batch(args.x, args.needs, chunks)
     if batch is not None:
         first = first_microbatch(args.x, args.needs, chunks)
         model.check_state(
             args.state, BatchShapes(*first, batch.rows[:1]), batch, params
+        )
+
+
+def check_donated(kind: CallKind, args: Args, inputs: Inputs, model: Model) -> None:
+    """The call can consume the states that it is to.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not args.donate_state:
+        return
+    if args.state is None:
+        raise ValueError(
+            "`pipe(params, x, donate_state=True)`: the call is given no `state=`"
+        )
+    if kind.differentiates:
+        raise ValueError(
+            "`pipe(params, x, donate_state=True)`: the call is differentiated, and its "
+            "backwards read the state again; leave `donate_state` out"
+        )
+    if inputs.cut.m == 1:
+        return
+    for k, shares in enumerate(inputs.shares):
+        if Share.ROWS in shares:
+            raise ValueError(
+                "`pipe(params, x, donate_state=True)`: the state of layer "
+                f"{k} {model.layers[k].name!r} is whole, and every microbatch reads "
+                "its rows of it; give a piece for each, as "
+                "`pipe.init_state(fpipe.Microbatches([…]))` makes them"
+            )
+
+
+def check_once(state: PyTree) -> None:
+    """No array stands twice among states that a call consumes.
+
+    Raises:
+        ValueError: one does.
+    """
+    arrays = pack(state)[0]
+    if len(set(map(id, arrays))) < len(arrays):
+        raise ValueError(
+            "`pipe(params, x, donate_state=True)`: `state` has the same array in two "
+            "places, and it can be donated once; make an array for each"
         )
 
 

@@ -46,7 +46,13 @@ from fpipe._executors.request import check_state, check_static, numbered_leaves
 from fpipe._model.batch_norm import deferred
 from fpipe._model.joining import Join, check_alike
 from fpipe._model.loss import Loss, divided, sum_dtype, wide
-from fpipe._model.microbatch import Cut, cut_inputs, first_microbatch, whole_batch
+from fpipe._model.microbatch import (
+    Cut,
+    cut_inputs,
+    first_microbatch,
+    ready_batches,
+    whole_batch,
+)
 from fpipe._model.model import Model
 from fpipe._model.needs import Share, call_needs, check_key
 from fpipe._model.state import (
@@ -56,6 +62,7 @@ from fpipe._model.state import (
     state_shares,
     with_overwritten,
 )
+from fpipe._model.wrappers import Microbatches
 
 
 def sequential(
@@ -139,9 +146,10 @@ class Sequential(Call):
         needs = call_needs(side=side)
         first = first_microbatch(x, needs, self.chunks)
         batch = whole_batch(x, needs, self.chunks)
+        ready = ready_batches(x, needs, self.chunks)
         put = self._executor.make_state
         with explicit_transfers():
-            return self.model.init_state(*first, params, key, put, batch)
+            return self.model.init_state(*first, params, key, put, batch, ready)
 
     def place(
         self, params: Sequence[PyTree], donate: bool = False
@@ -366,7 +374,11 @@ class _States:
     def overwritten(self) -> dict[int, list[Any]]:
         """The arrays that a backward makes, by layer, as the call gave them."""
         layers = self.model.layers
-        found = {k: overwritten(layers[k], state) for k, state in self.whole.items()}
+        found = {
+            k: overwritten(layers[k], state)
+            for k, state in self.whole.items()
+            if not isinstance(state, Microbatches)
+        }
         return {k: arrays for k, arrays in found.items() if arrays}
 
     def given(self, i: int) -> dict[int, PyTree]:
@@ -376,7 +388,10 @@ class _States:
             return rows_of_state(a, self.rows, i) if share is Share.ROWS else a
 
         layers = self.model.layers
-        return {k: map_state(layers[k], piece, s) for k, s in self.whole.items()}
+        return {
+            k: s[i] if isinstance(s, Microbatches) else map_state(layers[k], piece, s)
+            for k, s in self.whole.items()
+        }
 
     def take(self, left: Mapping[int, PyTree]) -> None:
         """Keep what a microbatch has left."""
@@ -396,6 +411,9 @@ class _States:
         """The states as they leave the call, one entry per layer."""
         layers = self.model.layers
         for k, pieces in self.pieces.items():
+            if isinstance(self.whole[k], Microbatches):
+                self.whole[k] = Microbatches(pieces)
+                continue
             columns: Iterable[Sequence[Any]]
             columns = zip(*(pack(piece)[0] for piece in pieces), strict=True)
             shares = state_shares(layers[k], pieces[0])

@@ -494,7 +494,8 @@ def without_missing(
     Raises:
         ValueError: a need without default that cannot be missing.
     """
-    if None not in given.values():
+    # By identity: an array of numpy compares with `None` entry by entry.
+    if all(value is not None for value in given.values()):
         return dict(given)
     defaults = defaults_of(f)
     passed = {}

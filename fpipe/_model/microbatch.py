@@ -113,6 +113,7 @@ class Cut:
         m: the number of microbatches.
         rows: of each microbatch, in the arrays that are cut; empty if none is.
         weights: of each microbatch in a mean: its rows.
+        row_counts: of each microbatch; empty if `x` has none.
         like: for each microbatch the first one with the same shapes. Microbatches of
             equal shapes have the same programs: of ten rows in four chunks 0 or 3.
         ready: whether any of them are ready-made.
@@ -122,6 +123,7 @@ class Cut:
     m: int
     rows: tuple[int, ...]
     weights: tuple[int, ...]
+    row_counts: tuple[int, ...]
     like: tuple[int, ...]
     ready: bool
 
@@ -229,8 +231,9 @@ def cut_inputs(inputs: Mapping[str, PyTree], chunks: int) -> Cut:
     # A mean weighs by the rows of the first array of `x` that has any.
     first = next((leaf for leaf in found["x"] if leaf.rows), None)
     weights = rows or (1,) * m
+    counts = rows
     if first is not None and isinstance(first.source, Ready):
-        weights = first.rows
+        weights = counts = first.rows
         if sliced and weights != rows:
             raise ValueError(
                 f"`{sliced[0].name}` of shape {sliced[0].values[0].shape} is cut into "
@@ -243,7 +246,7 @@ def cut_inputs(inputs: Mapping[str, PyTree], chunks: int) -> Cut:
         for i in range(m)
     ]
     like = tuple(map(shapes.index, shapes))
-    return Cut(splits, m, rows, weights, like, bool(ready))
+    return Cut(splits, m, rows, weights, counts, like, bool(ready))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -463,7 +466,7 @@ def check_equal_pieces(cut: Cut, chunks: int) -> None:
         ValueError: it says which numbers of chunks would do.
     """
     rows = cut.rows
-    if cut.ready and any(cut.like):
+    if any(cut.like) and (cut.ready or len(set(rows)) == 1):
         raise ValueError(
             'executor="scan" needs microbatches of equal shapes, but the ready-made '
             f"microbatch {next(filter(None, cut.like))} has others than microbatch 0; "
@@ -533,6 +536,24 @@ def whole_batch(
         for name, tree in inputs.items()
     }
     return BatchShapes(shapes.pop("x"), shapes, cut.rows)
+
+
+def ready_batches(
+    x: PyTree, needs: Mapping[str, PyTree], chunks: int
+) -> tuple[BatchShapes, ...]:
+    """The shapes of each microbatch, if they are ready-made; else nothing."""
+    inputs = {"x": x, **needs}
+    cut = cut_inputs(inputs, chunks)
+    if not cut.ready:
+        return ()
+    leaves = {name: [aval(a) for a in pack(tree)[0]] for name, tree in inputs.items()}
+    found = []
+    for i in range(cut.m):
+        shapes = {
+            name: cut.piece_shape(name, i, own).tree for name, own in leaves.items()
+        }
+        found.append(BatchShapes(shapes.pop("x"), shapes, cut.row_counts[i : i + 1]))
+    return tuple(found)
 
 
 def pieces(rows: int, chunks: int) -> tuple[int, ...]:

@@ -63,7 +63,7 @@ from fpipe._model.state import (
     refuse_followed_rows,
     with_overwritten,
 )
-from fpipe._model.wrappers import Chunk, leaves_of
+from fpipe._model.wrappers import Chunk, Microbatches, leaves_of
 
 # Parameters or state of a layer, from the shapes of its input and of its needs.
 Make: TypeAlias = Callable[[int, PyTree, Mapping[str, Any]], PyTree]
@@ -329,7 +329,7 @@ class Model:
             finish = self.layers[k].finish
             if finish is not None:
                 with noting(f"in the finish of layer {k} {self.layers[k].name!r}"):
-                    value = map_arrays(strong, finish(value))
+                    value = _finished(finish, value)
             finished[k] = value
         return finished
 
@@ -364,14 +364,17 @@ class Model:
         key: Any,
         put: Put,
         batch: BatchShapes | None = None,
+        ready: Sequence[BatchShapes] = (),
     ) -> tuple[PyTree, ...]:
         """State of every layer (`None` for a layer without), from the shapes of one
-        microbatch; state of rows from those of the whole batch.
+        microbatch; state of rows from those of the whole batch, or a piece for each
+        ready-made microbatch.
 
         Arguments:
             key: layer `l` gets `fold_in(key, l)`, as in `init`; `None` is
                 `jax.random.key(0)`.
             batch: all microbatches together, if there are several.
+            ready: each of them, if they are ready-made.
 
         Raises:
             ValueError: a layer with state without `init_state`; state that follows the
@@ -391,27 +394,43 @@ class Model:
                 needs,
             )
 
-        def make_state(k: int, x: PyTree, needs: Mapping[str, Any]) -> PyTree:
+        def make_state(
+            k: int, x: PyTree, needs: Mapping[str, Any], piece: int | None = None
+        ) -> PyTree:
             def make(key: Any) -> PyTree:
                 own_key = jax.random.fold_in(key, k)
+                if piece is not None:
+                    own_key = jax.random.fold_in(own_key, piece)
                 return self._make_state(k, own_key, zeros_like(x), zeros_like(needs))
 
             return put(k, make, key)
 
-        def make_if(of_rows: bool) -> Make:
+        def make_if(of_rows: bool, piece: int | None = None) -> Make:
             """States of rows, or all others; of the rest shapes are enough."""
             return lambda k, x, needs: (
-                make_state(k, x, needs)
+                make_state(k, x, needs, piece)
                 if of_rows == bool(self.layers[k].state_rows)
                 else self._state_shapes(k, x, needs)
             )
 
+        of_rows = [k for k in self.stateful if self.layers[k].state_rows]
+        if ready and of_rows:
+            others = make_if(of_rows=False)
+            states = list(self._walk(x, needs, params_of, others)[1])
+            pieces = [
+                self._walk(one.x, one.needs, params_of, make_if(of_rows=True, piece=i))[
+                    1
+                ]
+                for i, one in enumerate(ready)
+            ]
+            for k in of_rows:
+                states[k] = Microbatches([piece[k] for piece in pieces])
+            return tuple(states)
         if batch is None:
             return self._walk(x, needs, params_of, make_state)[1]
         states = list(self._walk(x, needs, params_of, make_if(of_rows=False))[1])
         # State of rows is made for all rows at once, as without microbatches: what is
         # drawn for each row does not depend on `chunks`.
-        of_rows = [k for k in self.stateful if self.layers[k].state_rows]
         if of_rows:
             whole = make_if(of_rows=True)
             made = self._walk(batch.x, batch.needs, params_of, whole)[1]
@@ -712,3 +731,10 @@ def _borrows(layers: Sequence[Layer]) -> tuple[tuple[Borrow, ...], ...]:
                 )
         out.append(tuple(Borrow(name, where[name]) for name in layer.borrow))
     return tuple(out)
+
+
+def _finished(finish: Callable[[PyTree], PyTree], state: PyTree) -> PyTree:
+    """A state as it leaves a call; of one in pieces each."""
+    if isinstance(state, Microbatches):
+        return Microbatches([_finished(finish, piece) for piece in state])
+    return map_arrays(strong, finish(state))

@@ -13,7 +13,8 @@ name in the signatures of the calls:
     carry     layers       its own             yes        an empty dict
     state     each layer   what the one        no         (an error)
                            before it left,
-                           or its rows
+                           its rows, or one
+                           given for it
     borrowed  each layer   all of it           yes        an empty dict
     side      the call     its rows            yes        its own default, or an error
     key       the call     a key of its own    no         its own default, or None
@@ -53,6 +54,7 @@ class Share(enum.Enum):
     ROWS = enum.auto()  # its rows, cut on axis 0
     WHOLE = enum.auto()  # all of it, the same for every microbatch
     OWN = enum.auto()  # one of its own, made on the way
+    READY = enum.auto()  # one of its own, which the call gives it
 
 
 @dataclasses.dataclass(frozen=True)

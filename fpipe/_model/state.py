@@ -7,8 +7,12 @@ with four rows, cut into two microbatches:
     -----------------  -------  -------------  ---------------------  --------------
     nothing            OWN      all of it      what 0 left            what 1 left
     state_rows=True    ROWS     rows 0-1       rows 2-3               both, joined
+      given in pieces  READY    piece 0        piece 1                both, as pieces
     overwrite=[name]   WHOLE    all of it      all of it              the maximum of its
                                                                       "gradients"
+
+State of rows may come as `fpipe.Microbatches`, with the state of each microbatch: then
+nothing is cut, nothing joined, and a microbatch's state need not wait for another's.
 
 Whether a state follows the rows although nobody has declared it shows in its shapes for
 two numbers of rows (`refuse_followed_rows`).
@@ -22,10 +26,15 @@ import jax
 from fpipe._core.pytrees import PyTree, describe, is_array, is_inexact, pack
 from fpipe._model.layer import Layer
 from fpipe._model.needs import Share
+from fpipe._model.wrappers import Microbatches
 
 
 def state_shares(layer: Layer, state: PyTree) -> tuple[Share, ...]:
-    """What a microbatch gets of each array of a layer's state."""
+    """What a microbatch gets of each array of a layer's state, or of each array of a
+    piece, if it comes in pieces.
+    """
+    if isinstance(state, Microbatches):
+        return (Share.READY,) * len(pack(state[0])[0])
     other = Share.ROWS if layer.state_rows else Share.OWN
     if not layer.overwrite:
         return (other,) * len(pack(state)[0])
@@ -85,7 +94,7 @@ def check_overwritten(layers: Sequence[Layer], state: Sequence[PyTree] | None) -
         ValueError: it is not.
     """
     for k, layer in enumerate(layers):
-        if state is None or not layer.overwrite:
+        if state is None or not layer.overwrite or isinstance(state[k], Microbatches):
             continue
         who = f"layer {k} {layer.name!r}"
         found = set[Any]()
@@ -121,6 +130,88 @@ def rows_of_state(array: Any, rows: Sequence[int], i: int) -> Any:
     return jax.lax.slice_in_dim(array, sum(rows[:i]), sum(rows[: i + 1]))
 
 
+def joined_state(state: PyTree) -> PyTree:
+    """State of rows whole: its pieces, of equal shapes, joined; or their shapes."""
+    if not isinstance(state, Microbatches):
+        return state
+    packs = [pack(piece) for piece in state]
+    arrays = []
+    for column in zip(*(arrays for arrays, _ in packs), strict=True):
+        if isinstance(column[0], jax.ShapeDtypeStruct):
+            rows = sum(a.shape[0] for a in column)
+            arrays.append(column[0].update(shape=(rows, *column[0].shape[1:])))
+        else:
+            arrays.append(jax.numpy.concatenate(column))
+    return packs[0][1].unpack(arrays)
+
+
+def cut_state(state: PyTree, pieces: int) -> Microbatches:
+    """The inverse of `joined_state`."""
+    arrays, spec = pack(state)
+    cut = []
+    for i in range(pieces):
+        rows = [[a.shape[0] // pieces] * pieces for a in arrays]
+        own = [rows_of_state(a, n, i) for a, n in zip(arrays, rows, strict=True)]
+        cut.append(spec.unpack(own))
+    return Microbatches(cut)
+
+
+def check_pieces_of_state(
+    layers: Sequence[Layer],
+    state: Sequence[PyTree] | None,
+    microbatches: int,
+    ready: bool,
+) -> None:
+    """State comes in pieces where it may, and where it must.
+
+    Arguments:
+        state: one entry per layer, arrays or shapes.
+        microbatches: of the call.
+        ready: whether some of its inputs are ready-made microbatches.
+
+    Raises:
+        ValueError: it does not, or the pieces do not fit.
+    """
+    for k, layer in enumerate(layers):
+        if state is None:
+            continue
+        own = state[k]
+        what = f"state: layer {k} {layer.name!r}"
+        if not isinstance(own, Microbatches):
+            # How many rows of a whole state are whose, nothing says.
+            if ready and layer.state_rows:
+                raise ValueError(
+                    f"{what} has state of rows (`state_rows=True`), and the call is "
+                    "given ready-made microbatches: its state is an "
+                    "`fpipe.Microbatches` too, as `pipe.init_state(x)` makes it for "
+                    "such an `x`"
+                )
+            continue
+        if not layer.state_rows or layer.overwrite:
+            why = "all microbatches share its state"
+            if layer.overwrite:
+                why = f"a backward makes its state (`overwrite={_shown(layer)}`)"
+            raise ValueError(
+                f"{what} is given an `fpipe.Microbatches`, but {why}; only state of "
+                "rows (`state_rows=True`) has a piece for each microbatch"
+            )
+        if len(own) != microbatches:
+            raise ValueError(
+                f"{what} has {len(own)} pieces of state (`fpipe.Microbatches`), but "
+                f"the call has {microbatches} microbatches; give one for each"
+            )
+        first = [(a.shape[1:], a.dtype) for a in pack(own[0])[0]]
+        for i, piece in enumerate(own):
+            arrays, spec = pack(piece)
+            alike = spec == pack(own[0])[1]
+            if not alike or [a.dtype for a in arrays] != [dtype for _, dtype in first]:
+                raise ValueError(
+                    f"{what}: the state of microbatch {i} is {describe(piece)}, but "
+                    f"that of microbatch 0 is {describe(own[0])}: structure, static "
+                    "leaves and dtypes are those of all"
+                )
+
+
 def check_state_rows(
     layers: Sequence[Layer],
     state: Sequence[PyTree] | None,
@@ -130,30 +221,42 @@ def check_state_rows(
 
     Arguments:
         state: one entry per layer, arrays or shapes.
-        rows: of each microbatch.
+        rows: of each microbatch; empty if they have none.
 
     Raises:
         ValueError: it has not.
     """
     if state is None or not rows:
         return
-    total = sum(rows)
     for k, layer in enumerate(layers):
         if not layer.state_rows:
             continue
-        for path, a in jax.tree_util.tree_leaves_with_path(state[k]):
-            if not is_array(a) or _is_overwritten(layer, path):
-                continue
-            if a.shape and a.shape[0] == total:
-                continue
-            what = f"{a.shape[0]} rows" if a.shape else "no rows, it is 0-d"
-            raise ValueError(
-                f"state: layer {k} {layer.name!r} has state of rows "
-                f"(`state_rows=True`), and `state[{k}]{jax.tree_util.keystr(path)}` "
-                f"has {what}, but the batch has {total}; give each array of it one "
-                "entry for each row on its first axis, as `pipe.init_state(x)` does "
-                "for an `x` of as many rows"
-            )
+        own = state[k]
+        if not isinstance(own, Microbatches):
+            _check_rows(k, layer, own, sum(rows), f"state[{k}]", "the batch")
+            continue
+        for i, piece in enumerate(own):
+            where = f"state[{k}][{i}]"
+            _check_rows(k, layer, piece, rows[i], where, f"microbatch {i}")
+
+
+def _check_rows(
+    k: int, layer: Layer, state: PyTree, rows: int, where: str, whose: str
+) -> None:
+    """State of rows, or a piece of it, has as many rows as the batch, or the piece."""
+    for path, a in jax.tree_util.tree_leaves_with_path(state):
+        if not is_array(a) or _is_overwritten(layer, path):
+            continue
+        if a.shape and a.shape[0] == rows:
+            continue
+        what = f"{a.shape[0]} rows" if a.shape else "no rows, it is 0-d"
+        raise ValueError(
+            f"state: layer {k} {layer.name!r} has state of rows "
+            f"(`state_rows=True`), and `{where}{jax.tree_util.keystr(path)}` "
+            f"has {what}, but {whose} has {rows}; give each array of it one "
+            "entry for each row on its first axis, as `pipe.init_state(x)` does "
+            "for an `x` of as many rows"
+        )
 
 
 def may_have_rows(state: PyTree, rows: Sequence[int]) -> bool:

@@ -196,6 +196,7 @@ class Code:
             microbatches is wanted.
         accumulate: whether the sums so far come in; they are donated.
         guard: how the Python that it calls is guarded; `None`: it calls none.
+        donated: which of its arguments, by their numbers, it consumes beside the sums.
         maxima: which of `sums`, by their place among them, are no sums but maxima over
             all microbatches.
     """
@@ -211,6 +212,7 @@ class Code:
     accumulate: bool
     guard: Guard | None = None
     maxima: tuple[int, ...] = ()
+    donated: tuple[int, ...] = ()
 
     def __call__(
         self, *arrays: Any, failures: Failures | Logged | None = None
@@ -294,6 +296,7 @@ class Code:
             self.accumulate,
             None if self.guard is None else self.guard.identity(self.nodes),
             self.maxima,
+            self.donated,
         )
 
     def compile(self) -> Callable[..., Sequence[Any]]:
@@ -308,10 +311,12 @@ class Code:
         # The name by which profiles and compiled programs are told apart. It has the
         # kind and not the stage: equal stages share the function.
         call.__name__ = call.__qualname__ = f"fpipe_{self.kind}"
-        # Only sums are donated. An argument may be the user's parameter, or an alias of
-        # it: `device_put` to the same device copies nothing.
+        # Only sums are donated, and what the caller has handed over. Another argument
+        # may be the user's parameter, or an alias of it: `device_put` to the same
+        # device copies nothing.
         sums = range(len(self.args), len(self.args) + len(self.sums))
-        return jax.jit(call, donate_argnums=donated(sums) if self.accumulate else ())
+        consumed = (*self.donated, *(sums if self.accumulate else ()))
+        return jax.jit(call, donate_argnums=donated(consumed))
 
 
 # Makes the function of a code, or finds that of a code with the same identity. The scan

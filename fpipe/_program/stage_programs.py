@@ -21,7 +21,7 @@ here; only what has none becomes a residual.
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from fpipe._model.stages import FIRST, INDEX, LOSS, Leaf
 from fpipe._program.code import (
@@ -65,6 +65,7 @@ class SplitSpec:
         loss_cotangent: baked into the last stage's backward.
         returned: output leaves that the user gets: buffers of their own, for the user
             may donate them.
+        donated: input leaves that the forward consumes.
         windows: what the programs take whole, and cut their piece out of.
         accumulate: whether constant leaves' gradients are added to a sum that comes in.
         places: of the pipe, for exceptions in the Python that programs call; `None`:
@@ -77,6 +78,7 @@ class SplitSpec:
     inline_remats: bool = False
     loss_cotangent: float = 1.0
     returned: frozenset[Leaf] = frozenset()
+    donated: frozenset[Leaf] = frozenset()
     windows: tuple[tuple[ProgramValue, Window], ...] = ()
     accumulate: bool = False
     places: Places | None = None
@@ -288,7 +290,9 @@ class _Splitter:
         nodes = needed_nodes(self.graph, outs.values(), required=effects)
         read = {v for node in nodes for v in node.ins}.union(outs.values())
         ins = {name: v for name, v in inputs.items() if v in read}
-        return self._program("F", nodes, ins, {}, outs, aliases, [])
+        # What a later stage reads as it is stays.
+        consumed = {Input(leaf) for leaf in self.spec.donated} - {*aliases.values()}
+        return self._program("F", nodes, ins, {}, outs, aliases, [], consumed)
 
     def _backward(
         self,
@@ -370,6 +374,7 @@ class _Splitter:
         outs: Mapping[ProgramValue, int],
         aliases: Mapping[ProgramValue, ProgramValue],
         summed: Sequence[Leaf],
+        consumed: Set[ProgramValue] = frozenset(),
     ) -> Program:
         # Where a window is cut out of a whole batch, the number of the microbatch says
         # which, so the program takes it, also where no layer asks for a key.
@@ -409,6 +414,7 @@ class _Splitter:
             maxima=tuple(
                 n for n, leaf in enumerate(summed) if leaf.port.kind == "state"
             ),
+            donated=tuple(n for n, name in enumerate(names) if name in consumed),
         )
         runs = bool(nodes or outs or sums)
         return Program(

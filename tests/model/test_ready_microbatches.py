@@ -189,25 +189,6 @@ def test_states_and_keys_go_from_one_ready_made_microbatch_to_the_next(make):
         assert_same(y[i], jnp.where(mask, piece, 0) + jnp.float32(before[i]))
 
 
-@every
-def test_state_of_rows_is_refused_beside_ready_made_microbatches(executor):
-    layer = fpipe.Layer(
-        lambda params, x, *, state: (x + state, x),
-        init_state=jnp.zeros_like,
-        state_rows=True,
-    )
-    pipe = MAKE[executor]([layer, fpipe.fn(lambda x: x)])
-    params, x = ((), ()), jnp.ones((4, WIDTH))
-    placed, state = pipe.place(params), pipe.init_state(x, params=params)
-    for f in (pipe, pipe.value_and_grad(jnp.mean)):
-        with raises(
-            ValueError,
-            "`fpipe.Microbatches` beside a layer with `state_rows=True`: its state is "
-            "cut by the rows of the batch; pass arrays, which `chunks` cuts",
-        ):
-            f(placed, fpipe.Microbatches([x[:2], x[2:]]), state=state)
-
-
 def test_each_shape_is_compiled_once():
     traced = []
 

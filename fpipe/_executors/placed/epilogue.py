@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fpipe._core.pytrees import Shape, Spec, aval, pack
+from fpipe._core.pytrees import PyTree, Shape, Spec, aval, pack
 from fpipe._executors.placed.instructions import CallValue, JoinedGradient, Slot
 from fpipe._executors.placed.work import CallWork
 from fpipe._executors.placement import Placement
@@ -38,6 +38,7 @@ from fpipe._model.loss import Loss, divided, sum_dtype, wide
 from fpipe._model.microbatch import Rows
 from fpipe._model.needs import Share
 from fpipe._model.stages import AUX, LOSS, WEIGHT, Leaf, Port, Stage, Y
+from fpipe._model.wrappers import Microbatches
 from fpipe._program.code import Gradient, Output
 
 
@@ -168,6 +169,8 @@ def _finish_state(call: CallWork, stage: Stage, layer: int) -> SlotTree:
     port = Port("state", layer)
     m = call.microbatches
     left = [call.programs.flat(stage.index, i).out[port] for i in range(m)]
+    if call.inputs.state_pieces[layer]:
+        return _finish_pieces(call, stage, layer, left)
     shares = call.inputs.shares[layer]
     makes = call.programs.request.kind is CallKind.GRADIENT
     # The slots that each array is made of, and their shapes.
@@ -223,6 +226,41 @@ def _finish_state(call: CallWork, stage: Stage, layer: int) -> SlotTree:
     ]
     call.add_unscheduled(f"finish state {layer}", finish, ins, outs, placement)
     return SlotTree(shape, tuple(outs))
+
+
+def _finish_pieces(
+    call: CallWork, stage: Stage, layer: int, left: Sequence[Shape]
+) -> SlotTree:
+    """The state of a layer that came in pieces: each as its microbatch left it, or
+    finished in a program of its own, so that it waits for no other.
+    """
+    port = Port("state", layer)
+    pieces: list[PyTree] = []
+    slots: list[Slot] = []
+    for i, shape in enumerate(left):
+        leaves = [Leaf(port, k) for k in range(len(shape.leaves))]
+        ins = [call.held[stage.index, i][Output(leaf)] for leaf in leaves]
+        if stage.model.layers[layer].finish is None:
+            pieces.append(shape.tree)
+            slots += ins
+            continue
+
+        def finish(*arrays: Any, spec: Spec = shape.spec) -> list[Any]:
+            state = {layer: spec.unpack(arrays)}
+            return pack(stage.model.finish(state)[layer])[0]
+
+        given = {layer: shape.tree}
+        made = Shape.of(jax.eval_shape(stage.model.finish, given)[layer])
+        placement = call.layout.home(layer)
+        # Numbered as the arrays of all pieces are.
+        outs = [
+            Slot(CallValue(Output(Leaf(port, len(slots) + k))), placement, "outputs")
+            for k in range(len(made.leaves))
+        ]
+        call.add_unscheduled(f"finish state {layer}", finish, ins, outs, placement)
+        pieces.append(made.tree)
+        slots += outs
+    return SlotTree(Shape.of(Microbatches(pieces)), tuple(slots))
 
 
 def finish_gradients(call: CallWork, weight: Slot | None) -> dict[Leaf, Slot]:

@@ -48,6 +48,8 @@ from fpipe._executors.request import (
     CallKind,
     Request,
     check_backwards,
+    check_donated,
+    check_once,
     check_static,
     inputs_of,
     numbered_leaves,
@@ -330,6 +332,8 @@ class Placed:
         flat_params = (params, params_def)
         _refuse_shapes([*params, *[a for arrays, _ in packs.values() for a in arrays]])
         bound = self._find(kind, args, loss, asked, flat_params, packs)
+        if args.donate_state:
+            check_once(args.state)
         # The key of a plan has no shardings in it, because another sharding of the
         # right device (a mesh of one) must find the same plan. So they are compared
         # here, and only if one differs, all parameters are looked at closely.
@@ -384,6 +388,7 @@ class Placed:
                     settings(),
                     kind,
                     args.frozen,
+                    args.donate_state,
                     loss,
                     asked.key,
                     params[1],
@@ -417,7 +422,8 @@ class Placed:
         arguments = asked.arguments()
         leaves = [leaf for argument in arguments for leaf in argument]
         wanted = wanted_leaves(kind, inputs, leaves, args.frozen)
-        request = Request(kind, loss, wanted, settings())
+        check_donated(kind, args, inputs, model)
+        request = Request(kind, loss, wanted, settings(), args.donate_state)
         # In the context in which `init` traces the layers, so that they are not traced
         # again.
         with self.tracing():

@@ -163,8 +163,8 @@ class CallWork:
         # permutes forwards was refused for a model with state (`schedule_of`).
         for layer in self.layout.stages[stage].stateful:
             port = Port("state", layer)
-            if Share.ROWS in self.inputs.shares[layer]:
-                continue  # each microbatch has its own, out of the whole
+            if {Share.ROWS, Share.READY} & {*self.inputs.shares[layer]}:
+                continue  # each microbatch has its own
             count = len(self.programs.flat(stage, microbatch).out[port].leaves)
             self.states[layer] = tuple(
                 held[Output(Leaf(port, k))] for k in range(count)
@@ -237,12 +237,14 @@ class CallWork:
             action,
             program.calls_host,
             # A sum is a buffer of the plan's own that nothing else refers to, and only
-            # such a buffer may be donated. An input may be the caller's array, or alias
-            # it. A residual is read again if a pull-back is called twice.
+            # such a buffer may be donated, or a state that the caller has handed over.
+            # An input may be the caller's array, or alias it. A residual is read again
+            # if a pull-back is called twice.
             tuple(
                 slot
-                for value, slot in zip(program.ins, ins, strict=True)
+                for n, (value, slot) in enumerate(zip(program.ins, ins, strict=True))
                 if isinstance(value, GradientSum)
+                or (program.code is not None and n in program.code.donated)
             ),
             program.code,
         )

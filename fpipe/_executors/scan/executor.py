@@ -25,7 +25,6 @@ from fpipe._core.errors import warn
 from fpipe._core.meshes import set_aside
 from fpipe._core.pytrees import (
     PyTree,
-    Shape,
     aval,
     eval_shape,
     fill_gradient,
@@ -45,6 +44,7 @@ from fpipe._executors.request import (
     CallKind,
     Request,
     check_backwards,
+    check_donated,
     check_static,
     inputs_of,
     numbered_leaves,
@@ -339,12 +339,18 @@ class Scan:
         schedule = self.schedule(inputs.cut.m)
         if kind.differentiates:
             check_backwards(schedule)
+        check_donated(kind, args, inputs, self._model)
         request = Request(
             kind, loss, wanted_leaves(kind, inputs, wanted, args.frozen), settings()
         )
-        state = None
-        if args.state is not None:
-            state = Packing.of(units, [Shape.of(s) for s in args.state])
+        pieces_of_state = tuple(
+            k for k, pieces in enumerate(inputs.state_pieces) if pieces
+        )
+        inputs = inputs.with_joined_states()
+        state, given = None, None
+        if inputs.state is not None:
+            state = Packing.of(units, inputs.state)
+            given = pack(tuple(args.state or ()))[1]
         with self.tracing():
             machine, out = lower(
                 units,
@@ -361,7 +367,17 @@ class Scan:
             )
         for text in (*machine.warnings, *unmade_states(kind, inputs, self._model)):
             warn(text)
-        return Step(machine, self.mesh, inputs, request, self._model, out)
+        return Step(
+            machine,
+            self.mesh,
+            inputs,
+            request,
+            self._model,
+            out,
+            given,
+            pieces_of_state,
+            args.donate_state and not debugging(),
+        )
 
     def _arrays(self, args: Args) -> tuple[list[Any], list[Any], dict[Port, list[Any]]]:
         """Parameters, states and other inputs as arrays, on the mesh."""

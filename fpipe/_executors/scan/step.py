@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fpipe._core.pytrees import Shape, is_inexact, pack
+from fpipe._core.pytrees import Shape, Spec, is_inexact, pack
 from fpipe._executors.request import Inputs, Request
 from fpipe._executors.scan.clock import Clock
 from fpipe._executors.scan.feeds import share
@@ -37,6 +37,7 @@ from fpipe._model.loss import divided, wide
 from fpipe._model.microbatch import Ready, Rows, Whole
 from fpipe._model.model import Model
 from fpipe._model.stages import AUX, LOSS, WEIGHT, Leaf, Port, Y
+from fpipe._model.state import cut_state, joined_state
 
 Array: TypeAlias = jax.Array
 
@@ -50,6 +51,9 @@ class Step:
 
     Attributes:
         out: the shapes of what the last unit returns, for one microbatch.
+        state_given: the structure of the states that the call is given.
+        pieces_of_state: the layers whose state comes in pieces.
+        donates_state: whether a forward consumes the given states.
         clock: who is told when each operation starts and ends.
     """
 
@@ -59,6 +63,9 @@ class Step:
     request: Request
     model: Model
     out: Mapping[Port, Shape]
+    state_given: Spec | None = None
+    pieces_of_state: tuple[int, ...] = ()
+    donates_state: bool = False
     clock: Clock | None = None
 
     @cached_property
@@ -109,7 +116,7 @@ class Step:
             y = self.output.of_stacks(stacks)
             return y, self._finished_states(made), made.left
 
-        return jax.jit(forward)
+        return jax.jit(forward, donate_argnums=(1,) if self.donates_state else ())
 
     @cached_property
     def backward(self) -> Any:
@@ -177,7 +184,10 @@ class Step:
         packing = self.machine.state
         rows = None
         if packing is not None:
-            rows = list(packing.pack(packing.trees(state)))
+            # The packing is that of whole states; those in pieces are joined first.
+            assert self.state_given is not None
+            trees = self.state_given.unpack(state)
+            rows = list(packing.pack([joined_state(tree) for tree in trees]))
         run = Interpreter(self.machine, segment, self.mesh, self.rows, self.clock)
         return run(params, rows, inputs, left)
 
@@ -251,7 +261,10 @@ class Step:
         return pack(self._finish(packing.trees(arrays)))[0]
 
     def _finish(self, states: Sequence[Any]) -> tuple[Any, ...]:
-        own = self.model.finish({k: states[k] for k in self.model.stateful})
+        given = {k: states[k] for k in self.model.stateful}
+        for k in self.pieces_of_state:
+            given[k] = cut_state(given[k], self.m)
+        own = self.model.finish(given)
         return tuple(own.get(k) for k in range(len(states)))
 
     @cached_property
