@@ -6,12 +6,17 @@
     merge_variables           layers, and back (checkpoints)
     Parameters                from the parameters of a pipe to a module of NNX
     stream_key                the key that a random stream gets, for tests by hand
+
+With it `flax.serialization` saves an `fpipe.Packed` by layer (`_serialization.py`).
 """
 
 from fpipe.flax._layers import layer as layer
 from fpipe.flax._layers import layers as layers
 from fpipe.flax._layers import tied as tied
 from fpipe.flax._optimizer import Parameters as Parameters
+from fpipe.flax._serialization import register as _register
 from fpipe.flax._streams import stream_key as stream_key
 from fpipe.flax._variables import merge_variables as merge_variables
 from fpipe.flax._variables import split_variables as split_variables
+
+_register()

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,11 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import serialization
+from flax.training.train_state import TrainState
 
 import fpipe
+import fpipe.flax
 import fpipe.optim
 from tests.helpers import (
     HANG,
@@ -53,7 +57,9 @@ def times() -> fpipe.Layer:
     return fpipe.Layer(apply, init, name="times")
 
 
-LAYERS = [dense(), counter(), dense(6), fpipe.fn(jnp.tanh), dense(), times(), dropout()]
+# Parameters that are `None` are a part of a checkpoint too.
+tanh = fpipe.Layer(lambda params, x: jnp.tanh(x), lambda key, x: None, name="tanh")
+LAYERS = [dense(), counter(), dense(6), tanh, dense(), times(), dropout()]
 PARTITIONS = {
     "placed": {"balance": [2, 1, 1, 3]},
     "scan": {"balance": [1, 3, 3], "executor": "scan"},
@@ -424,6 +430,119 @@ def test_orbax_refuses_another_structure(tmp_path):
                 ValueError, match=rf"(?sm)tree structures do not match.*^{part}"
             ):
                 manager.restore(0, args=ocp.args.StandardRestore({**like, part: other}))
+
+
+# --- packed ---
+
+# Rows of both partitions have one first array and one shape: `[2]['w']` is on the
+# second device, or on the third.
+ALIKE = ([1, 2, 1], [1, 1, 2])
+SIZES: Any = (10, 10, 5, 10)
+
+
+def alike(balance, executor="scan"):
+    """A pipe of four layers, the parameters, and a state that is made for them."""
+    layers = [fpipe.Layer(lambda p, x: x * p["w"].sum())] * len(SIZES)
+    pipe = fpipe.Pipe(layers, balance, executor=executor)
+    whole = tuple({"w": jnp.arange(n, dtype=jnp.float32) + n} for n in SIZES)
+    params = pipe.place(whole)
+    return pipe, params, momentum().init(params)
+
+
+def momentum():
+    return fpipe.optim.per_stage(
+        optax.sgd(0.1, momentum=0.9), frozen=lambda path, leaf: path.startswith("[1]")
+    )
+
+
+def test_orbax_takes_rows_of_the_same_partition_alone(tmp_path):
+    """Not those of another one in silence, where their names and shapes are equal."""
+    saver = ocp.StandardCheckpointer()
+    trees = {}
+    for n, balance in enumerate(ALIKE):
+        _, params, moments = alike(balance)
+        moments = jax.tree.map(lambda a, n=n: a + n + 1, moments)
+        trees[n] = {"params": params, "moments": moments}
+        saver.save(tmp_path / str(n), trees[n])
+        saver.wait_until_finished()
+        assert_same(saver.restore(tmp_path / str(n), trees[n]), trees[n], 0)
+    assert [a.shape for a in jax.tree.leaves(trees[0])] == [
+        a.shape for a in jax.tree.leaves(trees[1])
+    ]
+    for n, other in ((0, 1), (1, 0)):
+        with pytest.raises(ValueError, match=r"params.2\['w'\] \(3 devices, \w{8}\)"):
+            saver.restore(tmp_path / str(n), trees[other])
+    saver.close()
+
+
+@pytest.mark.parametrize("before", ALIKE, ids=str)
+def test_flax_saves_packed_trees_by_layer(before):
+    """Into another partition, the other executor and the plain composition."""
+    pipe, params, moments = alike(before)
+    moments = jax.tree.map(jnp.cos, moments)
+    saved = serialization.to_bytes({"params": params, "moments": moments})
+    plain = {"params": pipe.gather(params), "moments": fpipe.optim.gather(moments)}
+    assert_same(serialization.from_bytes(plain, saved), jax.device_get(plain), 0)
+    for balance, executor in ((ALIKE[0], "scan"), (ALIKE[1], "scan"), ([4], "placed")):
+        other, like, state = alike(balance, executor)
+        target = jax.tree.map(jnp.zeros_like, {"params": like, "moments": state})
+        got = serialization.from_bytes(target, saved)
+        if executor == "placed":  # where Flax returns the host's arrays
+            got["params"] = other.place(got["params"])
+            got["moments"] = fpipe.optim.place(got["moments"], like)
+        assert jax.tree.structure(got) == jax.tree.structure(target)
+        assert_same(other.gather(got["params"]), plain["params"], 0)
+        assert_same(fpipe.optim.gather(got["moments"]), plain["moments"], 0)
+        for a, b in zip(*map(jax.tree.leaves, (got, target)), strict=True):
+            assert isinstance(a, np.ndarray) or a.sharding == b.sharding
+    # A target of shapes, as `jax.eval_shape` makes one, gives the host's arrays.
+    shapes = jax.eval_shape(lambda tree: tree, params)
+    got = serialization.from_state_dict(shapes, serialization.to_state_dict(params))
+    assert_same(got, jax.device_get(params), 0)
+
+
+def test_a_train_state_goes_through_flax(uninterrupted):
+    """Under another partition it is the state that it was, dtypes and frozen too."""
+    one, other = pipe_of("scan"), pipe_of("scan on other devices")
+    states = []
+    for pipe in (one, other):
+        params, _, moments, _, _ = start(pipe)
+        states.append(TrainState(0, pipe, params, transformation(), opt_state=moments))
+    saved = serialization.to_bytes(states[0].replace(step=3))
+    got: Any = serialization.from_bytes(states[1].replace(step=0), saved)
+    assert got.step == 3
+    assert_same(other.gather(got.params), one.gather(states[0].params), 0)
+    want = fpipe.optim.gather(states[0].opt_state)
+    assert_same(fpipe.optim.gather(got.opt_state), want, 0)
+
+
+def test_what_flax_restores_is_of_the_same_model():
+    _, params, _ = alike(ALIKE[0])
+    state = serialization.to_state_dict(params)
+    call = "`flax.serialization.from_state_dict(...)`: at ./params: "
+    for wrong, message in (
+        (
+            {**state, "1": {"w": np.zeros(5, np.float32)}},
+            "[1]['w'] is float32[5], and the target has the shape (10,) there: a "
+            "state of another model",
+        ),
+        (
+            {**state, "2": {"w": np.zeros(5, np.float16)}},
+            "[2]['w'] is float16[5], and the target has float32 there: cast what is "
+            "restored, or give a target of its dtype",
+        ),
+        (
+            np.zeros(3),
+            "an fpipe.Packed is restored from a state dict with one entry per layer, "
+            "got a ndarray",
+        ),
+    ):
+        with raises(ValueError, f"{call}{message}"):
+            serialization.from_state_dict({"params": params}, {"params": wrong})
+    with pytest.raises(ValueError, match=r"got 4 and 3 at path \./params"):
+        serialization.from_state_dict(
+            {"params": params}, {"params": {k: state[k] for k in "012"}}
+        )
 
 
 # --- several processes ---

@@ -19,6 +19,7 @@ longest. Two layers on two devices, each with a bias (array 0) and a weight (arr
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
@@ -66,7 +67,9 @@ class Row:
         if array.shape == self.shape:
             return array
         flat = array.reshape(-1)
-        return jnp.pad(flat, (0, self.shape[0] - flat.shape[0]))
+        # What is on the host stays there.
+        pad = np.pad if isinstance(flat, np.ndarray) else jnp.pad
+        return pad(flat, (0, self.shape[0] - flat.shape[0]))
 
     def take(self, block: Any, shape: tuple[int, ...]) -> Any:
         """The array of that shape in a block; the inverse of `put`."""
@@ -139,6 +142,25 @@ class Packing:
         """A name for each row: its first array's, by layer."""
         first = [next(e for e in row.entries if e) for row in self.rows]
         return tuple(f"{e[0]}{self._keys[e]}" for e in first)
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """A name for each row that no row of another partition has: its first array's,
+        with the number of devices and a digest of what each of them has there.
+
+        Checkpoint libraries save rows by name. Rows of another partition may have the
+        same first array and the same shape, and be restored in silence; with a name of
+        their own they are missing.
+        """
+        return tuple(
+            f"{path} ({len(row.entries)} devices, {self._digest(row)})"
+            for path, row in zip(self.paths, self.rows, strict=True)
+        )
+
+    def _digest(self, row: Row) -> str:
+        """The same in every process: of each array its name and its shape."""
+        held = [e and f"{self.name(e)}{self.shape(e).shape}" for e in row.entries]
+        return f"{zlib.crc32(repr((row.shape, held)).encode()):08x}"
 
     def name(self, entry: Entry) -> str:
         """An array's path in the tuple of layers, such as `[0]['w']`."""
@@ -298,8 +320,9 @@ class Packed:
     arrays over the mesh.
 
     Its leaves are the arrays, each with a first axis of devices, so that
-    `jax.tree.map`, optax and checkpoint libraries work on it. `pipe.gather` turns it
-    back into a tuple with one entry per layer.
+    `jax.tree.map`, optax and checkpoint libraries work on it; the latter only for the
+    same partition. `pipe.gather` turns it back into a tuple with one entry per layer,
+    and `flax.serialization` saves it so, once `fpipe.flax` is imported.
 
     Attributes:
         arrays: the arrays; block `d` of each is on device `d` of the mesh axis
@@ -350,8 +373,8 @@ class Packed:
     def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], PackedForm]:
         """The arrays by name."""
         return [
-            (jax.tree_util.DictKey(path), array)
-            for path, array in zip(self.packing.paths, self.arrays, strict=True)
+            (jax.tree_util.DictKey(label), array)
+            for label, array in zip(self.packing.labels, self.arrays, strict=True)
         ], self.form
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], PackedForm]:
