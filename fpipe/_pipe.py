@@ -127,7 +127,7 @@ class Pipe(Call):
         executor: `"placed"` (default): one program for each stage and kind of action,
             dispatched to the devices. `"scan"`: the whole call as one program, which
             may stand inside `jax.jit` and run on several processes; then parameters are
-            `fpipe.Packed`, and microbatches have equal size.
+            `fpipe.Packed`.
         mesh: for `"scan"`: a `jax.sharding.Mesh` with an axis `"stage"`, in place of
             `devices`. Its other axes stay automatic: over an axis `"data"` batches are
             sharded. Default a mesh of the devices alone.

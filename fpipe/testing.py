@@ -466,7 +466,7 @@ def partitions(
     Arguments:
         layers: as for `Pipe`.
         x: an input, or its shapes: it decides how many microbatches there are.
-        executor: as for `Pipe`; for `"scan"` chunks divide the rows.
+        executor: as for `Pipe`.
         devices: to choose from; default all.
     """
     from hypothesis import strategies as st
@@ -486,9 +486,7 @@ def partitions(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     ]
     scan = executor == "scan"
-    chunk_counts = [n for n in range(1, rows + 1) if not scan or rows % n == 0]
-    if not cut.rows:
-        chunk_counts = [cut.m]
+    chunk_counts = list(range(1, rows + 1)) if cut.rows else [cut.m]
     # Four stages at most: they have every kind of boundary, from the first stage,
     # between inner ones, and to the last.
     most_cuts = min(3, count - 1, len(choice) - 1)

@@ -256,8 +256,8 @@ def test_random_partitions_fit_the_executor(executor):
     assert len({p.balance for p in pipes}) > 3
     assert len({p.chunks for p in pipes}) > 2
     assert any(isinstance(p.schedule, fpipe.schedules.Schedule) for p in pipes)
+    assert any(6 % p.chunks for p in pipes)
     if executor == "scan":
-        assert {6 % p.chunks for p in pipes} == {0}
         assert all(isinstance(p._executor, Scan) for p in pipes)
 
 

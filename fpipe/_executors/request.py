@@ -32,7 +32,6 @@ from fpipe._model.loss import Loss
 from fpipe._model.microbatch import (
     BatchShapes,
     Cut,
-    Ready,
     Whole,
     cut_inputs,
     first_microbatch,
@@ -45,7 +44,6 @@ from fpipe._model.state import (
     check_overwritten,
     check_pieces_of_state,
     check_state_rows,
-    joined_state,
     rows_of_state,
     state_shares,
 )
@@ -118,7 +116,6 @@ class Inputs:
         cut: how the arrays are cut into microbatches.
         state_pieces: of each layer whose state comes in pieces their shapes; empty for
             the others.
-        state_rows: of each microbatch, where states are cut.
     """
 
     params: tuple[Shape, ...]
@@ -127,7 +124,6 @@ class Inputs:
     shares: tuple[tuple[Share, ...], ...]
     cut: Cut
     state_pieces: tuple[tuple[Shape, ...], ...]
-    state_rows: tuple[int, ...]
 
     def of(self, port: Port) -> Shape:
         """The shape of a whole input."""
@@ -162,7 +158,7 @@ class Inputs:
                 return ready[i]
             shape = self.of(port)
             pieces = [
-                rows_of_state(a, self.state_rows, i) if share is Share.ROWS else a
+                rows_of_state(a, self.cut.rows, i) if share is Share.ROWS else a
                 for a, share in zip(shape.leaves, self.shares[port.of], strict=True)
             ]
             return Shape(shape.spec, tuple(pieces))
@@ -175,6 +171,11 @@ class Inputs:
             for k, source in enumerate(self.cut.splits[port.kind].sources)
             if isinstance(source, Whole)
         )
+
+    def cut_leaves(self, port: Port) -> list[Leaf]:
+        """The leaves of a microbatch that are its own pieces, and not whole."""
+        leaves = [Leaf(port, k) for k in range(len(self.cut.splits[port.kind].sources))]
+        return [leaf for leaf in leaves if leaf not in self.whole(port)]
 
     # A microbatch's leaves are numbered as its own pytree is flattened, those of the
     # call as the call's is. The two differ where microbatches are ready-made.
@@ -199,37 +200,13 @@ class Inputs:
         """The shape of an array of the call."""
         return self.of(leaf.port).leaves[leaf.k]
 
-    def with_joined_states(self) -> "Inputs":
-        """The same with states whole that come in pieces of equal shapes."""
-        if not any(self.state_pieces):
-            return self
-        assert self.state is not None
-        rows = self.state_rows
-        shares, whole = list(self.shares), list(self.state)
-        for k, pieces in enumerate(self.state_pieces):
-            if pieces:
-                whole[k] = Shape.of(joined_state(self.state[k].tree))
-                shares[k] = (Share.ROWS,) * len(shares[k])
-                # Where `x` does not tell, the pieces do.
-                rows = tuple(a.shape[0] for p in pieces for a in p.leaves[:1]) or rows
-        return dataclasses.replace(
-            self,
-            state=tuple(whole),
-            shares=tuple(shares),
-            state_pieces=((),) * len(whole),
-            state_rows=rows,
-        )
-
-    def together(self, port: Port) -> list[jax.ShapeDtypeStruct]:
-        """For each leaf of a microbatch the shape of all that the call gives for it."""
-        shapes = []
-        for source in self.cut.splits[port.kind].sources:
-            if isinstance(source, Ready):
-                a = self.of(port).leaves[source.arrays[0]]
-                shapes.append(a.update(shape=(self.cut.m, *a.shape)))
-            else:
-                shapes.append(self.of(port).leaves[source.array])
-        return shapes
+    def stack(self, leaf: Leaf, shape: int) -> jax.ShapeDtypeStruct:
+        """The shape of the pieces of all microbatches of one shape, by its number in
+        `Cut.alike`, on a first axis.
+        """
+        alike = self.cut.alike[shape]
+        a = self.piece(leaf.port, alike[0]).leaves[leaf.k]
+        return a.update(shape=(len(alike), *a.shape))
 
 
 def check_static(args: Args, params: Sequence[PyTree]) -> None:
@@ -285,7 +262,6 @@ def inputs_of(model: Model, args: Args, params: Sequence[Shape], chunks: int) ->
         shares=tuple(shares),
         cut=cut,
         state_pieces=tuple(pieces),
-        state_rows=cut.rows,
     )
 
 

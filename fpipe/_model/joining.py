@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fpipe._core.pytrees import PyTree, Shape, Spec, describe, pack
 from fpipe._model.microbatch import axes_of, has_axis
@@ -48,6 +49,9 @@ class Apart:
     number: int
     microbatch: int
 
+
+# The microbatches of each shape, ascending; see `Cut.alike`.
+Alike: TypeAlias = Sequence[Sequence[int]]
 
 # What an array of the whole is made of.
 Part: TypeAlias = Stacked | Concatenated | Apart
@@ -129,30 +133,52 @@ class Join:
                     made.append(column[i])
         return made
 
-    def of_stacks(self, stacks: Sequence[Any]) -> list[Any]:
-        """The arrays of the whole, from those of all microbatches on a first axis."""
+    def of_stacks(self, columns: Sequence[Sequence[Any]], alike: Alike) -> list[Any]:
+        """The arrays of the whole.
+
+        Arguments:
+            columns: for each array of a microbatch those of the microbatches of each
+                shape, on a first axis.
+        """
         made = []
         for part in self.parts:
-            stack = stacks[part.number]
+            stacks = columns[part.number]
             match part:
                 case Stacked():
-                    made.append(stack)
+                    made.append(in_order(stacks, alike))
                 case Concatenated(_, axis):
-                    made.append(joined_pieces(stack, axis))
+                    made.append(joined_stacks(stacks, alike, axis))
                 case Apart(_, i):
-                    made.append(stack[i])
+                    made.append(piece_of(stacks, alike, i))
         return made
 
-    def stack(self, number: int, arrays: Sequence[Any], m: int) -> Any:
-        """The inverse for one array of the `m` microbatches."""
+    def stacks(
+        self,
+        number: int,
+        arrays: Sequence[Any],
+        shapes: Sequence[jax.ShapeDtypeStruct],
+        alike: Alike,
+    ) -> list[Any]:
+        """The inverse for one array of the microbatches: those of each shape on a first
+        axis.
+
+        Arguments:
+            arrays: those of the whole.
+            shapes: of the array, for each shape of microbatch.
+        """
         found = [n for n, part in enumerate(self.parts) if part.number == number]
+        whole = arrays[found[0]]
         match self.parts[found[0]]:
             case Stacked():
-                return arrays[found[0]]
+                return [_taken(whole, pieces) for pieces in alike]
             case Concatenated(_, axis):
-                return stacked_pieces(arrays[found[0]], m, axis)
+                stride = shapes[0].shape[axis]
+                return [
+                    stacked_pieces(whole, axis, pieces, stride, shape.shape[axis])
+                    for pieces, shape in zip(alike, shapes, strict=True)
+                ]
             case Apart():
-                return jnp.stack([arrays[n] for n in found])
+                return [jnp.stack([arrays[found[i]] for i in own]) for own in alike]
 
     def part_of(self, number: int, i: int) -> tuple[int, Part]:
         """The array of the whole that an array of microbatch `i` is in, and how."""
@@ -200,10 +226,27 @@ def _apart(tree: PyTree, m: int) -> Microbatches:
     return Microbatches([piece(i) for i in range(m)])
 
 
-def stacked_pieces(whole: Any, m: int, axis: int) -> Any:
-    """An array as its `m` pieces of equal size, on a new first axis."""
-    shape = whole.shape
-    split = whole.reshape(*shape[:axis], m, shape[axis] // m, *shape[axis + 1 :])
+def stacked_pieces(
+    whole: Any, axis: int, pieces: Sequence[int], stride: int, size: int
+) -> Any:
+    """Pieces of an array, on a new first axis.
+
+    Arguments:
+        pieces: their numbers, ascending.
+        stride: how long each piece before the last one of the array is on the axis.
+        size: how long each of these is.
+    """
+    if not _is_range(pieces):
+        # Others of another shape are between them, so these are not the last ones.
+        every = stacked_pieces(
+            whole, axis, range(whole.shape[axis] // stride), stride, size
+        )
+        return _taken(every, pieces)
+    start = pieces[0] * stride
+    stop = start + len(pieces) * size
+    part = jax.lax.slice_in_dim(whole, start, stop, axis=axis)
+    shape = part.shape
+    split = part.reshape(*shape[:axis], len(pieces), size, *shape[axis + 1 :])
     return jnp.moveaxis(split, axis, 0) if axis else split
 
 
@@ -212,6 +255,44 @@ def joined_pieces(pieces: Any, axis: int) -> Any:
     m, *shape = pieces.shape
     moved = jnp.moveaxis(pieces, 0, axis) if axis else pieces
     return moved.reshape(*shape[:axis], m * shape[axis], *shape[axis + 1 :])
+
+
+def in_order(stacks: Sequence[Any], alike: Alike) -> Any:
+    """The arrays of all microbatches on a first axis, from those of each shape."""
+    if len(stacks) == 1:
+        return stacks[0]
+    together = jnp.concatenate(stacks)
+    order = [i for pieces in alike for i in pieces]
+    return together if _is_range(order) else together[np.argsort(order)]
+
+
+def joined_stacks(stacks: Sequence[Any], alike: Alike, axis: int) -> Any:
+    """The arrays of all microbatches concatenated, from those of each shape."""
+    if len(stacks) == 1:
+        return joined_pieces(stacks[0], axis)
+    order = [i for pieces in alike for i in pieces]
+    if _is_range(order):
+        return jnp.concatenate([joined_pieces(s, axis) for s in stacks], axis)
+    pieces = [piece_of(stacks, alike, i) for i in sorted(order)]
+    return jnp.concatenate(pieces, axis)
+
+
+def piece_of(stacks: Sequence[Any], alike: Alike, i: int) -> Any:
+    """The array of microbatch `i`, from those of each shape."""
+    n = next(n for n, pieces in enumerate(alike) if i in pieces)
+    return stacks[n][alike[n].index(i)]
+
+
+def _taken(stack: Any, pieces: Sequence[int]) -> Any:
+    """Some of the pieces on a first axis; their numbers are ascending."""
+    if _is_range(pieces):
+        return jax.lax.slice_in_dim(stack, pieces[0], pieces[-1] + 1)
+    return stack[np.array(pieces)]
+
+
+def _is_range(numbers: Sequence[int]) -> bool:
+    """Whether each number is the one before and one."""
+    return list(numbers) == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
 def check_output_axes(y: PyTree, who: str) -> None:

@@ -18,6 +18,7 @@ A call with ten rows and `chunks=4` has four microbatches, the last one smaller:
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import jax
@@ -131,6 +132,16 @@ class Cut:
     def shares(self) -> tuple[float, ...]:
         """Each microbatch's share of the rows: its weight in a mean."""
         return tuple(n / sum(self.weights) for n in self.weights)
+
+    @cached_property
+    def alike(self) -> tuple[tuple[int, ...], ...]:
+        """The microbatches of each shape, in the order of the first ones. Of ten rows
+        in four chunks: `((0, 1, 2), (3,))`.
+        """
+        found: dict[int, list[int]] = {}
+        for i, first in enumerate(self.like):
+            found.setdefault(first, []).append(i)
+        return tuple(map(tuple, found.values()))
 
     def piece(self, name: str, i: int, tree: PyTree) -> PyTree:
         """What microbatch `i` gets of an input, a pytree of arrays."""
@@ -457,32 +468,6 @@ def _unequal_rows(leaf: InputLeaf, first: InputLeaf) -> str:
                 f"`{one.name}.reshape{shape}`"
             )
     return text
-
-
-def check_equal_pieces(cut: Cut, chunks: int) -> None:
-    """Refuse pieces of different sizes, which one program cannot take.
-
-    Raises:
-        ValueError: it says which numbers of chunks would do.
-    """
-    rows = cut.rows
-    if any(cut.like) and (cut.ready or len(set(rows)) == 1):
-        raise ValueError(
-            'executor="scan" needs microbatches of equal shapes, but the ready-made '
-            f"microbatch {next(filter(None, cut.like))} has others than microbatch 0; "
-            'pad them, or take executor="placed"'
-        )
-    if len(set(rows)) > 1:
-        total = sum(rows)
-        # The six nearest, as a user will change the number of chunks by little.
-        divisors = [n for n in range(1, total + 1) if total % n == 0]
-        divisors.sort(key=lambda n: (abs(n - chunks), n))
-        nearest = ", ".join(map(str, sorted(divisors[:6])))
-        raise ValueError(
-            f'executor="scan" needs microbatches of equal size, but {total} rows '
-            f"in {chunks} chunks give pieces of {rows[0]} rows and a last one of "
-            f"{rows[-1]}; chunks={nearest} would do, or pad the batch"
-        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from fpipe._core.pytrees import PyTree, describe, is_array, is_inexact, pack
+from fpipe._core.pytrees import PyTree, Shape, describe, is_array, is_inexact, pack
 from fpipe._model.layer import Layer
 from fpipe._model.needs import Share
 from fpipe._model.wrappers import Microbatches
@@ -130,30 +131,39 @@ def rows_of_state(array: Any, rows: Sequence[int], i: int) -> Any:
     return jax.lax.slice_in_dim(array, sum(rows[:i]), sum(rows[: i + 1]))
 
 
-def joined_state(state: PyTree) -> PyTree:
-    """State of rows whole: its pieces, of equal shapes, joined; or their shapes."""
+def stacked_state(state: PyTree) -> PyTree:
+    """State as it is; of pieces of state a stack for each array, as large as the
+    largest piece on each axis, which begins where the piece does.
+    """
     if not isinstance(state, Microbatches):
         return state
     packs = [pack(piece) for piece in state]
-    arrays = []
+    stacks = []
     for column in zip(*(arrays for arrays, _ in packs), strict=True):
-        if isinstance(column[0], jax.ShapeDtypeStruct):
-            rows = sum(a.shape[0] for a in column)
-            arrays.append(column[0].update(shape=(rows, *column[0].shape[1:])))
-        else:
-            arrays.append(jax.numpy.concatenate(column))
-    return packs[0][1].unpack(arrays)
+        most = tuple(map(max, zip(*(a.shape for a in column), strict=True)))
+        stacks.append(jnp.stack([_padded(a, most) for a in column]))
+    return packs[0][1].unpack(stacks)
 
 
-def cut_state(state: PyTree, pieces: int) -> Microbatches:
-    """The inverse of `joined_state`."""
-    arrays, spec = pack(state)
-    cut = []
-    for i in range(pieces):
-        rows = [[a.shape[0] // pieces] * pieces for a in arrays]
-        own = [rows_of_state(a, n, i) for a, n in zip(arrays, rows, strict=True)]
-        cut.append(spec.unpack(own))
-    return Microbatches(cut)
+def _padded(array: Any, shape: Sequence[int]) -> Any:
+    """An array as the beginning of a larger one."""
+    missing = [n - own for n, own in zip(shape, array.shape, strict=True)]
+    return jnp.pad(array, [(0, n) for n in missing]) if any(missing) else array
+
+
+def unstacked_state(state: PyTree, shapes: Sequence[Shape]) -> Microbatches:
+    """The inverse of `stacked_state`.
+
+    Arguments:
+        shapes: of the pieces.
+    """
+    stacks = pack(state)[0]
+    pieces = []
+    for i, shape in enumerate(shapes):
+        pairs = zip(stacks, shape.leaves, strict=True)
+        arrays = [stack[i][tuple(map(slice, a.shape))] for stack, a in pairs]
+        pieces.append(shape.spec.unpack(arrays))
+    return Microbatches(pieces)
 
 
 def check_pieces_of_state(

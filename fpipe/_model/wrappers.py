@@ -103,9 +103,8 @@ class Microbatches:
     `chunks` says. What else the call is given is cut into as many, or ready-made too,
     and `pipe(...)` returns one.
 
-    With `executor="placed"` the programs are compiled once for each set of shapes;
-    `executor="scan"` takes equal shapes only. `reduction="mean"` weighs by the rows of
-    the first array of `x`; `"weighted"` is exact, whatever the lengths.
+    Each set of shapes is compiled once. `reduction="mean"` weighs by the rows of the
+    first array of `x`; `"weighted"` is exact, whatever the lengths.
 
     Arguments:
         pieces: what each microbatch gets, at least one. A `Chunk` around an array in it

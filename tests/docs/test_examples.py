@@ -340,10 +340,6 @@ def test_a_resnet_of_101_layers_has_33_skips(inside, executor):
         (["--steps", "-1"], "--steps -1: at least 0"),
         (["--stages", "99"], "--stages 99: the model has only 44 layers"),
         (["--batch", "9999"], "--batch 9999: there are only 1437 images to train on"),
-        (
-            ["--executor", "scan", "--chunks", "3"],
-            "--chunks 3: with --executor scan it divides --batch 128",
-        ),
     ],
 )
 def test_wrong_flags_of_the_resnet_get_one_line(inside, arguments, message):

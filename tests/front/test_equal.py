@@ -141,8 +141,6 @@ def check_row(
     model, cut, chunks, rows, checkpoint, schedule, executor, loss, inputs="cut"
 ):
     layers = models()[model]
-    if executor == "scan":  # microbatches of equal size
-        rows = chunks * -(-rows // chunks)
     check(
         Case(layers, chunks, rows, ready=inputs == "ready"),
         pipe_of(layers, cut, chunks, checkpoint, schedule, executor),

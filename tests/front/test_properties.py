@@ -31,9 +31,8 @@ def _check(data, executor):
     rows = data.draw(st.integers(1, 7))
     x, target, side = (noise(jax.random.key(k), (rows, WIDTH)) for k in range(3))
     if data.draw(st.booleans()):
-        # Ready-made, of any number of rows; of one program's all have one shape.
+        # Ready-made, of any number of rows.
         sizes = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
-        sizes = [sizes[0]] * len(sizes) if executor == "scan" else sizes
         x, target, side = (
             fpipe.Microbatches(
                 [

@@ -387,7 +387,7 @@ def test_scan(schedule, checkpoint):
             checkpoint=checkpoint,
             executor="scan",
         ),
-        12,
+        10,
         4,
     )
 

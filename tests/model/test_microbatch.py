@@ -449,15 +449,13 @@ def test_a_chunk_is_a_pytree():
 
 
 EXECUTORS = {
-    "sequential": (lambda layers, chunks: fpipe.sequential(layers, chunks), 7),
-    "placed": (lambda layers, chunks: fpipe.Pipe(layers, [2, 1], chunks=chunks), 7),
-    "scan": (
-        lambda layers, chunks: fpipe.Pipe(
-            layers, [2, 1], chunks=chunks, executor="scan"
-        ),
-        8,
+    "sequential": fpipe.sequential,
+    "placed": lambda layers, chunks: fpipe.Pipe(layers, [2, 1], chunks=chunks),
+    "scan": lambda layers, chunks: fpipe.Pipe(
+        layers, [2, 1], chunks=chunks, executor="scan"
     ),
 }
+SEQUENCE_ROWS = 7
 executors = pytest.mark.parametrize("executor", EXECUTORS)
 
 
@@ -519,7 +517,7 @@ LAYERS = [sequence_layer, sequence_layer, sequence_head]
 @pytest.mark.quick
 @executors
 def test_rows_lie_on_the_axis_of_a_chunk(executor):
-    make, n = EXECUTORS[executor]
+    make, n = EXECUTORS[executor], SEQUENCE_ROWS
     params, x, side, target = sequence_case(n)
     bounds = [(start, min(start + 2, n)) for start in range(0, n, 2)]
     pipe = make(LAYERS, 4)
@@ -550,7 +548,7 @@ def test_rows_lie_on_the_axis_of_a_chunk(executor):
 
 @pytest.mark.parametrize("executor", ["placed", "scan"])
 def test_a_gradient_outside_goes_through_rows_on_other_axes(executor):
-    make, n = EXECUTORS[executor]
+    make, n = EXECUTORS[executor], SEQUENCE_ROWS
     params, x, side, _ = sequence_case(n)
     pipe = make(LAYERS, 4)
     placed = pipe.place(params)
@@ -571,7 +569,7 @@ def test_a_gradient_outside_goes_through_rows_on_other_axes(executor):
 
 @executors
 def test_init_and_states_see_the_first_rows_of_a_chunk(executor):
-    make, n = EXECUTORS[executor]
+    make, n = EXECUTORS[executor], SEQUENCE_ROWS
     size = 2
 
     def init(key, x, *, side):

@@ -42,9 +42,9 @@ def weighted(y, target, row_weight):
     return (error.sum(), tokens), {"error": fpipe.PerRow(error), "tokens": tokens}
 
 
-def case(executor):
-    """Lengths and rows of microbatches; one program takes equal shapes."""
-    shapes = [(2, 4)] * 3 if executor == "scan" else [(2, 4), (2, 6), (1, 4), (2, 4)]
+def case():
+    """Lengths and rows of microbatches."""
+    shapes = [(2, 4), (2, 6), (1, 4), (2, 4)]
     params = (random(0, WIDTH, WIDTH), random(1, WIDTH, WIDTH))
     x = [random(2 + i, *s, WIDTH) for i, s in enumerate(shapes)]
     mask = [random(12 + i, *s) for i, s in enumerate(shapes)]
@@ -68,7 +68,7 @@ def by_hand(params, x, mask, target, weight):
 @pytest.mark.quick
 @every
 def test_a_weighted_loss_is_exact_over_lengths_that_differ(executor):
-    params, x, mask, target, weight = case(executor)
+    params, x, mask, target, weight = case()
     ready = fpipe.Microbatches
     pipe = MAKE[executor]([attend, score])
     step = pipe.value_and_grad(
@@ -92,7 +92,7 @@ def test_a_weighted_loss_is_exact_over_lengths_that_differ(executor):
 
 @every
 def test_a_call_returns_ready_made_outputs_and_is_differentiated(executor):
-    params, x, mask, *_ = case(executor)
+    params, x, mask, *_ = case()
     pipe = MAKE[executor]([attend, score])
     placed, ready = pipe.place(params), fpipe.Microbatches
     mask = {"mask": ready(mask)}
@@ -228,7 +228,7 @@ def test_anomalies_are_found_in_ready_made_microbatches():
 
 
 def test_a_plan_tells_the_shapes_of_ready_made_microbatches():
-    params, x, mask, target, weight = case("placed")
+    params, x, mask, target, weight = case()
     ready = fpipe.Microbatches
     pipe = fpipe.Pipe([attend, score], [1, 1], chunks=5)
     plan = pipe.plan(
@@ -332,16 +332,6 @@ WRONG = {
         "`x` have 2, 1, 2; give it as fpipe.Microbatches([…]) too, or wrap it in "
         "fpipe.NoChunk(…), if it goes whole to every microbatch",
     ),
-    "shapes in one program": (
-        lambda: MAKE["scan"]([fpipe.fn(lambda x: x)] * 2)(
-            fpipe.Pipe([fpipe.fn(lambda x: x)] * 2, executor="scan").place(((), ())),
-            fpipe.Microbatches([A, A, B]),
-        ),
-        ValueError,
-        'executor="scan" needs microbatches of equal shapes, but the ready-made '
-        "microbatch 2 has others than microbatch 0; pad them, or take "
-        'executor="placed"',
-    ),
     "per row as input": (
         lambda: call([fpipe.PerRow(A)]),
         ValueError,
@@ -384,15 +374,14 @@ def test_wrong_uses_are_named(wrong):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(
-    ("executor", "n"), [("sequential", 7), ("placed", 7), ("scan", 8)]
-)
-def test_what_a_loss_has_for_each_row_is_concatenated(executor, n):
+@every
+def test_what_a_loss_has_for_each_row_is_concatenated(executor):
     def loss(y, t):
         rows = fpipe.PerRow({"hit": y.argmax(-1) == t, "y": y, "none": None})
         return y.mean(), {"rows": rows, "max": y.max(), "name": "a"}
 
     pipe = MAKE[executor]([score, score])
+    n = 7
     x, t = random(5, n, WIDTH), jnp.arange(n) % WIDTH
     params = (random(0, WIDTH, WIDTH), random(1, WIDTH, WIDTH))
     y = x @ params[0] @ params[1]
@@ -421,7 +410,7 @@ def test_per_row_aux_keeps_its_structure_over_ragged_rows():
 
 @pytest.mark.parametrize("executor", ["placed", "scan"])
 def test_a_weighted_loss_is_exact_over_several_calls(executor):
-    params, x, mask, target, weight = case(executor)
+    params, x, mask, target, weight = case()
     ready = fpipe.Microbatches
     pipe = MAKE[executor]([attend, score])
 

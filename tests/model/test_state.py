@@ -134,7 +134,7 @@ def test_losses_and_gradients_are_those_of_the_whole_batch(make, options):
         assert_same(pipe.gather(grads), want_grads)
 
 
-@pytest.mark.parametrize("make", [make_sequential, make_placed])
+@every
 def test_a_smaller_last_microbatch_has_fewer_rows_of_the_state(make):
     x, t = X[:10], T[:10]
     pipe = make(MODEL, chunks=4)

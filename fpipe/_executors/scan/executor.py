@@ -25,6 +25,7 @@ from fpipe._core.errors import warn
 from fpipe._core.meshes import set_aside
 from fpipe._core.pytrees import (
     PyTree,
+    Shape,
     aval,
     eval_shape,
     fill_gradient,
@@ -69,11 +70,11 @@ from fpipe._executors.scan.plan_data import plan_data
 from fpipe._executors.scan.step import Step
 from fpipe._executors.scheduling import Scheduling
 from fpipe._model.loss import Loss
-from fpipe._model.microbatch import check_equal_pieces
 from fpipe._model.model import Model
 from fpipe._model.needs import INPUTS
 from fpipe._model.remat import Remat
 from fpipe._model.stages import Leaf, Port, Y, cut_stages
+from fpipe._model.state import stacked_state
 from fpipe.schedules import Schedule
 
 # Programs of calls that one pipe keeps, and traces that do not depend on a loss.
@@ -335,7 +336,6 @@ class Scan:
         # traced.
         units, packing = self.parameters.packing(args.params.packing.shapes)
         inputs = inputs_of(self._model, args, packing.shapes, self.chunks)
-        check_equal_pieces(inputs.cut, self.chunks)
         schedule = self.schedule(inputs.cut.m)
         if kind.differentiates:
             check_backwards(schedule)
@@ -343,16 +343,13 @@ class Scan:
         request = Request(
             kind, loss, wanted_leaves(kind, inputs, wanted, args.frozen), settings()
         )
-        pieces_of_state = tuple(
-            k for k, pieces in enumerate(inputs.state_pieces) if pieces
-        )
-        inputs = inputs.with_joined_states()
         state, given = None, None
-        if inputs.state is not None:
-            state = Packing.of(units, inputs.state)
+        if args.state is not None:
+            stacks = [eval_shape(stacked_state, tree) for tree in args.state]
+            state = Packing.of(units, list(map(Shape.of, stacks)))
             given = pack(tuple(args.state or ()))[1]
         with self.tracing():
-            machine, out = lower(
+            machine, outs = lower(
                 units,
                 schedule,
                 self._remat,
@@ -373,9 +370,8 @@ class Scan:
             inputs,
             request,
             self._model,
-            out,
+            outs,
             given,
-            pieces_of_state,
             args.donate_state and not debugging(),
         )
 

@@ -45,6 +45,8 @@ from fpipe._executors.scan.machine import (
     Held,
     InputGradient,
     InputPiece,
+    InputRows,
+    InputStack,
     LoanGradient,
     Machine,
     Maximise,
@@ -53,17 +55,18 @@ from fpipe._executors.scan.machine import (
     Outbox,
     OutputBuffer,
     Parameter,
+    Part,
     PoolName,
     Put,
     RowGradient,
     Send,
     SetState,
-    SetStateRows,
+    SetStatePart,
     Source,
     State,
     StateBlock,
     StateMaximum,
-    StateRows,
+    StatePart,
     SummedGradient,
     TableOp,
     TableWire,
@@ -114,11 +117,15 @@ Buffer: TypeAlias = (
 Carry: TypeAlias = dict[Buffer, Any]
 
 
+# What a call gives: inputs as they are, and pieces of those that are cut.
+GivenInputs: TypeAlias = Mapping[Leaf | InputStack, Array]
+
+
 class SegmentResult(NamedTuple):
     """What a segment gives.
 
     Attributes:
-        outputs: each with a first axis of microbatches.
+        outputs: each with a first axis of the microbatches of one shape.
         gradients: of rows, with a first axis of devices, and of whole inputs.
         state: rows.
         made: the rows of states that backwards make, by number.
@@ -126,7 +133,7 @@ class SegmentResult(NamedTuple):
             states, all with a first axis of devices. After the last segment nothing.
     """
 
-    outputs: dict[Leaf, Array]
+    outputs: dict[OutputBuffer, Array]
     gradients: dict[SummedGradient, Array]
     state: list[Array]
     made: dict[int, Array]
@@ -145,7 +152,7 @@ class _Given(NamedTuple):
 
     params: Sequence[Array]
     loans: Sequence[Array]
-    inputs: Mapping[Leaf, Array]
+    inputs: GivenInputs
     fed: dict[FedPiece, Array]
 
 
@@ -161,21 +168,21 @@ class Interpreter:
 
     Arguments:
         number: which of the machine's segments.
-        rows: how many rows a microbatch has.
         clock: who is told when each operation starts and ends.
     """
 
     def __init__(
-        self, machine: Machine, number: int, mesh: Mesh, rows: int, clock: Clock | None
+        self, machine: Machine, number: int, mesh: Mesh, clock: Clock | None
     ) -> None:
         self.machine = machine
         self.segment = machine.segments[number]
         self.last = number == len(machine.segments) - 1
         self.mesh = mesh
-        self.rows = rows
         self.clock = clock
+        shards = mesh.shape.get(DATA, 1)
         self.storage = {
-            name: Storage(pool.avals, rows) for name, pool in machine.pools.items()
+            name: Storage(pool.avals, machine.rows, shards)
+            for name, pool in machine.pools.items()
         }
         # Each segment carries only the sums and outputs that its own operations change.
         # The first one of a call that is differentiated from outside has no gradients,
@@ -187,11 +194,7 @@ class Interpreter:
             for buffer in changed
             if isinstance(buffer, RowGradient | LoanGradient | InputGradient)
         ]
-        self.outputs = [
-            OutputBuffer(leaf)
-            for leaf in machine.outputs
-            if OutputBuffer(leaf) in changed
-        ]
+        self.outputs = [buffer for buffer in machine.outputs if buffer in changed]
         self.states: list[StateBlock] = []
         if machine.state is not None:
             self.states = [StateBlock(r) for r in range(len(machine.state.rows))]
@@ -211,15 +214,16 @@ class Interpreter:
         self,
         params: Sequence[Array],
         state: Sequence[Array] | None,
-        inputs: Mapping[Leaf, Array],
+        inputs: GivenInputs,
         left: Sequence[Sequence[Array]] | None = None,
     ) -> SegmentResult:
         """Run the segment: on arrays over the whole mesh, outside of `shard_map`.
 
         Arguments:
             params, state: rows.
-            inputs: those that are cut have a first axis of microbatches. Where an input
-                lies over the devices, their number divides this axis.
+            inputs: the pieces of those that are cut have a first axis of the
+                microbatches of one shape. Where one lies over the devices, their number
+                divides this axis.
             left: what the segment before left.
         """
         # A row's gradient is returned if its own device has a sum for it or a borrower
@@ -245,8 +249,8 @@ class Interpreter:
             # PRNG keys cross the border of the mesh as numbers. A device's block has an
             # axis of one device, which goes here and comes back at the end.
             arrays = {
-                leaf: from_stored(a, inputs[leaf])
-                for leaf, a in zip(inputs, numbers, strict=True)
+                name: from_stored(a, inputs[name])
+                for name, a in zip(inputs, numbers, strict=True)
             }
             before = [[a[0] for a in arrays] for arrays in left]
             blocks = [a[0] for a in params]
@@ -273,7 +277,7 @@ class Interpreter:
         # that such an array is the same as numbers). Only the axis of stages is manual:
         # over a data axis XLA shards by itself. `check_vma` would put a `psum` into a
         # branch of a conditional that not all devices take: a deadlock.
-        spread = [P(AXIS) if leaf in self.machine.spread else P() for leaf in inputs]
+        spread = [P(AXIS) if name in self.machine.spread else P() for name in inputs]
         run = jax.shard_map(
             on_device,
             mesh=self.mesh,
@@ -290,7 +294,7 @@ class Interpreter:
             list(left or ()),
         )
         named = {
-            buffer.leaf: from_stored(a, self.machine.outputs[buffer.leaf])
+            buffer: from_stored(a, self.machine.outputs[buffer])
             for buffer, a in zip(self.outputs, outputs, strict=True)
         }
         arrays = [*whole_arrays, *row_arrays]
@@ -305,7 +309,7 @@ class Interpreter:
         table: Array,
         params: Sequence[Array],
         state: Sequence[Array] | None,
-        inputs: Mapping[Leaf, Array],
+        inputs: GivenInputs,
         left: Sequence[Sequence[Array]],
     ) -> Carry:
         """Run all ticks.
@@ -353,7 +357,7 @@ class Interpreter:
     def _start(
         self,
         state: Sequence[Array] | None,
-        inputs: Mapping[Leaf, Array],
+        inputs: GivenInputs,
         left: Sequence[Sequence[Array]],
     ) -> Carry:
         """The buffers before the first tick, `left` if a segment was before this."""
@@ -374,14 +378,15 @@ class Interpreter:
                 carry[Outbox(name)] = [empty(a.shape, a.dtype) for a in bundle]
         for phase in self.segment.phases:
             for feed in phase.feeds:
-                given = [inputs[leaf] for leaf in feed.leaves]
+                given = [inputs[stack] for stack in feed.stacks]
                 carry[InTransit(feed)] = [empty(a.shape[1:], a.dtype) for a in given]
         carry[Turn()] = jnp.int32(0)
         if self.clock is not None:
             carry[ClockToken()] = jnp.int32(0)
         for buffer in self.outputs:
-            piece = stored_shape(machine.outputs[buffer.leaf])
-            carry[buffer] = jnp.zeros((machine.microbatches, *piece.shape), piece.dtype)
+            piece = stored_shape(machine.outputs[buffer])
+            shape = (machine.counts[buffer.shape], *piece.shape)
+            carry[buffer] = jnp.zeros(shape, piece.dtype)
         for gradient in self.gradients:
             of = self._shape_of(gradient)
             if gradient not in self.parts:
@@ -468,8 +473,8 @@ class Interpreter:
             # `own` is the piece of its own that a device puts in now. Behind its last
             # one it stands for none: the device passes on what has come.
             here = []
-            for leaf, a in zip(feed.leaves, come, strict=True):
-                share = given.inputs[leaf]
+            for stack, a in zip(feed.stacks, come, strict=True):
+                share = given.inputs[stack]
                 puts = own < share.shape[0]
                 piece = jax.lax.dynamic_index_in_dim(share, own, keepdims=False)
                 here.append(jnp.where(puts, piece, a))
@@ -479,8 +484,8 @@ class Interpreter:
         carry[name], here = self._move_in_turn(
             row[feed.used], carry, move, lambda come: (come, come), carry[name]
         )
-        for leaf, piece in zip(feed.leaves, here, strict=True):
-            given.fed[FedPiece(leaf, feed.kind)] = piece
+        for stack, piece in zip(feed.stacks, here, strict=True):
+            given.fed[FedPiece(stack, feed.kind)] = piece
 
     def _deliver(
         self, entry: TableWire, carry: Carry, slot: Array, used: Array
@@ -588,15 +593,16 @@ class Interpreter:
                     # Parts have one more axis, that of the shards.
                     add = jax.vmap(_added) if gradient in self.parts else _added
                     carry[buffer] = add(carry[buffer], values[n])
-                case Write(_, n, add=adds):
+                case Write(_, n, argument, adds):
                     value = as_stored(values[n])
+                    place = arguments[argument]
                     # Side inputs have several readers, whose gradients add up.
                     if adds:
                         value += jax.lax.dynamic_index_in_dim(
-                            carry[buffer], arguments[0], keepdims=False
+                            carry[buffer], place, keepdims=False
                         )
                     carry[buffer] = jax.lax.dynamic_update_index_in_dim(
-                        carry[buffer], value, arguments[0], 0
+                        carry[buffer], value, place, 0
                     )
                 case SetState(_, n):
                     value, block = values[n], carry[buffer]
@@ -607,15 +613,15 @@ class Interpreter:
                     carry[buffer] = value
                 case Maximise(_, n):
                     carry[buffer] = _combined(jnp.maximum, carry[buffer], values[n])
-                case SetStateRows(block, n, whole):
-                    # Only these rows are written, in place: the others are those of
+                case SetStatePart(block, n, whole, part):
+                    # Only this part is written, in place: the others are those of
                     # microbatches that may not have been here yet.
                     assert self.machine.state is not None
                     row = self.machine.state.rows[block.row]
                     state = row.take(carry[buffer], whole.shape)
-                    value = values[n]
-                    start = arguments[0] * value.shape[0]
-                    state = jax.lax.dynamic_update_slice_in_dim(state, value, start, 0)
+                    value = values[n].reshape(part.sizes)
+                    place = _beginning(part, arguments[0])
+                    state = jax.lax.dynamic_update_slice(state, value, place)
                     carry[buffer] = row.put(state)
 
     def _fetch(
@@ -636,12 +642,13 @@ class Interpreter:
                 assert self.machine.state is not None
                 packed = self.machine.state.rows[row]
                 return packed.take(carry[StateBlock(row)], aval.shape)
-            case StateRows(row, aval, count):
+            case StatePart(row, aval, part, shape):
                 assert self.machine.state is not None
                 packed = self.machine.state.rows[row]
                 state = packed.take(carry[StateBlock(row)], aval.shape)
-                start = arguments[0] * count
-                return jax.lax.dynamic_slice_in_dim(state, start, count)
+                place = _beginning(part, arguments[0])
+                own = jax.lax.dynamic_slice(state, place, part.sizes)
+                return own.reshape(shape)
             case Number(argument):
                 # As `jax.random.fold_in` takes it.
                 return arguments[argument].astype(jnp.uint32)
@@ -652,9 +659,14 @@ class Interpreter:
                 return given.fed[source]
             case WholeInput(leaf):
                 return given.inputs[leaf]
-            case InputPiece(leaf):
+            case InputRows(leaf, axis, stride, count):
+                start = arguments[0] * stride
                 whole = given.inputs[leaf]
-                return jax.lax.dynamic_index_in_dim(whole, arguments[0], keepdims=False)
+                return jax.lax.dynamic_slice_in_dim(whole, start, count, axis)
+            case InputPiece(stack, argument):
+                pieces = given.inputs[stack]
+                place = arguments[argument]
+                return jax.lax.dynamic_index_in_dim(pieces, place, keepdims=False)
 
     # --- gradients ---
 
@@ -669,7 +681,9 @@ class Interpreter:
         each microbatch. With parts the sum has one more axis, which is sharded like the
         rows, and is added up once, behind the last tick. `row_sums.py` finds the
         equation that can be cut so. If it finds none in one of the operations that add
-        to a gradient, the gradient is kept whole in all of them.
+        to a gradient, the gradient is kept whole in all of them. (Not if that one is
+        for a smaller microbatch whose rows the axis does not divide: it adds what it
+        makes to the first part.)
         """
         size = self.mesh.shape.get(DATA, 1)
         if size == 1:
@@ -683,10 +697,10 @@ class Interpreter:
                 # Targets count the sources first, so this is the code's own value.
                 code = op.code
                 value = (*code.outs, *code.sums)[target.value - len(op.sources)]
-                parts = find_row_sum(code.graph, code.nodes, value, self.rows, size)
-                if parts is None:
+                parts = find_row_sum(code.graph, code.nodes, value, op.rows, size)
+                if parts is None and op.rows % size == 0:
                     as_one.add(target.buffer)
-                else:
+                elif parts is not None:
                     found.setdefault(target.buffer, {})[op] = parts
         return {name: of for name, of in found.items() if name not in as_one}
 
@@ -696,12 +710,16 @@ class Interpreter:
         """
         code = op.code
         assert code is not None
-        parts = {
-            target.value - len(op.sources): self.parts[target.buffer][op]
-            for target in op.targets
-            if isinstance(target, Add) and target.buffer in self.parts
-        }
-        if not parts:
+        parts: dict[int, RowSum] = {}
+        alone: list[int] = []
+        for target in op.targets:
+            if isinstance(target, Add) and target.buffer in self.parts:
+                n = target.value - len(op.sources)
+                if op in self.parts[target.buffer]:
+                    parts[n] = self.parts[target.buffer][op]
+                else:
+                    alone.append(n)
+        if not parts and not alone:
             return code(*arrays, failures=self.failures)
         # `terms` are the values that the sums are made of. They are asked for beside
         # the outputs. Nobody reads the sums over all rows then, so XLA leaves them out.
@@ -712,6 +730,8 @@ class Interpreter:
         values = made[: len(wanted)]
         for n, own in parts.items():
             values[n] = sum_rows_apart(own, given, DATA)
+        for n in alone:
+            values[n] = _first_part(values[n], self.mesh.shape[DATA])
         return values
 
     def _shape_of(self, gradient: SummedGradient) -> Any:
@@ -763,6 +783,18 @@ class Interpreter:
         if value.dtype == jnp.bool_:
             return jax.lax.psum(value.astype(jnp.uint8), AXIS) > 0
         return jax.lax.psum(value, AXIS)
+
+
+def _beginning(part: Part, microbatch: Array) -> list[Array]:
+    """Where a microbatch's part of an array begins, on each axis."""
+    first = microbatch * part.stride
+    return [first, *[jnp.zeros_like(first)] * (len(part.sizes) - 1)]
+
+
+def _first_part(value: Array, parts: int) -> Array:
+    """A sum as parts of which all but the first are zero."""
+    first = jax.lax.broadcasted_iota(jnp.int32, (parts, *value.shape), 0) == 0
+    return jnp.where(first, value[None], jnp.zeros_like(value))
 
 
 def _added(total: Array, value: Array) -> Array:

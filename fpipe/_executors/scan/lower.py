@@ -45,6 +45,8 @@ from fpipe._executors.scan.machine import (
     Held,
     InputGradient,
     InputPiece,
+    InputRows,
+    InputStack,
     Loan,
     LoanGradient,
     LocalPool,
@@ -55,6 +57,7 @@ from fpipe._executors.scan.machine import (
     Outbox,
     OutputBuffer,
     Parameter,
+    Part,
     PhaseCode,
     Pool,
     PoolName,
@@ -63,12 +66,12 @@ from fpipe._executors.scan.machine import (
     Segment,
     Send,
     SetState,
-    SetStateRows,
+    SetStatePart,
     Source,
     State,
     StateBlock,
     StateMaximum,
-    StateRows,
+    StatePart,
     TableOp,
     TableWire,
     Target,
@@ -86,13 +89,13 @@ from fpipe._executors.scan.values import (
     Bundle,
     CotangentValue,
     Group,
-    UnitWork,
     Value,
     Work,
     find_work,
 )
+from fpipe._model.microbatch import Rows
 from fpipe._model.model import LAYER_CALL
-from fpipe._model.needs import Share
+from fpipe._model.needs import ROW_INPUTS, Share
 from fpipe._model.remat import Remat
 from fpipe._model.stages import (
     AUX,
@@ -130,12 +133,13 @@ def lower(
     opened: bool,
     kept: Recent,
     shared: bool,
-) -> tuple[Machine, Mapping[Port, Shape]]:
-    """Lower a call. Also what the last unit returns for one microbatch.
+) -> tuple[Machine, tuple[Mapping[Port, Shape], ...]]:
+    """Lower a call. Also what the last unit returns for a microbatch of each shape.
 
     Arguments:
         shared: whether a stage has axes of the mesh that are left to XLA.
-        opened: whether recomputations are inlined.
+        opened: whether the batch is sharded over a data axis. Then sums over rows need
+            recomputations inlined; see `row_sums`.
         kept: the traces of earlier calls.
     """
     # When each action runs. Whether backwards recompute is asked for a typical
@@ -159,16 +163,30 @@ def lower(
     # Only the first unit reads `x` and only the last one the targets, so all other
     # devices would hold them for nothing. What goes whole to every microbatch stays
     # whole, and side inputs may have readers on all devices.
+    cut = inputs.cut
     spread = frozenset(
-        Leaf(port, k)
+        InputStack(leaf, shape)
         for port in (X, TARGETS)
-        for k, a in enumerate(inputs.together(port))
-        if Leaf(port, k) not in inputs.whole(port) and is_large(a, schedule.devices)
+        for leaf in inputs.cut_leaves(port)
+        for shape, own in enumerate(cut.alike)
+        # One microbatch alone is on each device in either way.
+        if len(own) > 1 and is_large(inputs.stack(leaf, shape), schedule.devices)
+    )
+    # Without a data axis a slice of the whole is a piece already, and no copy of the
+    # batch lies beside it.
+    stacked = {stack.leaf for stack in spread}
+    sliced = frozenset(
+        leaf
+        for port in map(Port, ROW_INPUTS)
+        for leaf in inputs.cut_leaves(port)
+        if not opened
+        and leaf not in stacked
+        and isinstance(cut.splits[port.kind].sources[leaf.k], Rows)
     )
     # To make the segments fills `operations.loans`, `.outputs` and `.inputs`, which are
     # read below: an operation is made when the first action asks for it.
-    operations = Operations(work, buffers, params, state, spread)
-    segments = tuple(_segment(loop, operations, inputs.cut.m) for loop in ticks)
+    operations = Operations(work, buffers, params, state, sliced, spread)
+    segments = tuple(_segment(loop, operations) for loop in ticks)
     pools: dict[PoolName, Pool] = {}
     for name, count in buffers.counts.items():
         # What stays in its unit is always read; for the rest there is a slot of what
@@ -186,7 +204,8 @@ def lower(
     }
     machine = Machine(
         devices=schedule.devices,
-        microbatches=inputs.cut.m,
+        counts=tuple(map(len, cut.alike)),
+        rows=tuple(cut.weights[own[0]] for own in cut.alike),
         segments=segments,
         pools=pools,
         wires=wires,
@@ -195,11 +214,13 @@ def lower(
         loans=tuple(operations.loans),
         outputs=operations.outputs,
         inputs=operations.inputs,
+        sliced=sliced,
         spread=spread,
         overwritten=frozenset(operations.overwritten),
         warnings=tuple(work.programs.warnings),
     )
-    return machine, work.programs.flat(len(units.stages) - 1, 0).out
+    last = len(units.stages) - 1
+    return machine, tuple(work.programs.flat(last, own[0]).out for own in cut.alike)
 
 
 def _refuse_callbacks(work: Work) -> None:
@@ -230,8 +251,13 @@ def _refuse_callbacks(work: Work) -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MicrobatchNumber:
-    """The number of the microbatch, always argument 0: outputs and inputs that are cut
-    are found by it.
+    """The number of the microbatch, always argument 0."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PlaceNumber:
+    """The place of the microbatch among those of its shape: outputs and inputs that are
+    cut are found by it. Where the two are the same it is the number of the microbatch.
     """
 
 
@@ -252,7 +278,7 @@ class SlotNumber:
     value: Value
 
 
-Argument: TypeAlias = MicrobatchNumber | LayerNumber | SlotNumber
+Argument: TypeAlias = MicrobatchNumber | PlaceNumber | LayerNumber | SlotNumber
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +296,7 @@ class UnitOp:
     op: Op
     number: int
     arguments: Mapping[int, Sequence[int]]
-    fed: tuple[Leaf, ...]
+    fed: tuple[InputStack, ...]
     arrivals: tuple[Place, ...]
 
 
@@ -284,6 +310,7 @@ class Operations:
         numbers: the operations by number.
         loans: the parameters that they borrow, each with its number.
         outputs: what they write for the user, with the shape of a microbatch's piece.
+        places: of each microbatch, among those of its shape.
         inputs: the inputs whose gradient they add up over microbatches, with the shape
             of the whole.
         overwritten: the arrays of states that they make in backwards.
@@ -295,18 +322,23 @@ class Operations:
         buffers: Buffers,
         params: Packing,
         state: Packing | None,
-        spread: frozenset[Leaf],
+        sliced: frozenset[Leaf],
+        spread: frozenset[InputStack],
     ) -> None:
         self.work = work
         self.buffers = buffers
         self.params = params
         self.state = state
+        self.sliced = sliced
         self.spread = spread
         self.numbers: dict[Op, int] = {}
         self.loans: dict[Loan, int] = {}
-        self.outputs: dict[Leaf, jax.ShapeDtypeStruct] = {}
+        self.outputs: dict[OutputBuffer, jax.ShapeDtypeStruct] = {}
         self.inputs: dict[Leaf, jax.ShapeDtypeStruct] = {}
         self.overwritten: set[Entry] = set()
+        self.alike = work.programs.inputs.cut.alike
+        self.places = {i: n for own in self.alike for n, i in enumerate(own)}
+        self._shapes = {i: shape for shape, own in enumerate(self.alike) for i in own}
         self._made: dict[tuple[int, int, Kind], UnitOp] = {}
 
     def find(self, u: int, i: int, kind: Kind) -> UnitOp | None:
@@ -365,7 +397,7 @@ class Operations:
                     targets.append(put(bundle, destination))
             arrivals += self.buffers.arrivals[group, bundle.value]
         # Last come outputs, sums of gradients and states.
-        targets += self._results(u, unit, kind, number_of)
+        targets += self._results(group, u, kind, number_of, arguments)
         op = Op(
             kind,
             tuple(sources),
@@ -373,9 +405,10 @@ class Operations:
             tuple(number[unit.resolve(kind, value)] for value in program.ins),
             tuple(targets),
             unit.identity,
+            self.work.programs.inputs.cut.weights[group.microbatches[0]],
             name=kind,
         )
-        fed = tuple(source.leaf for source in sources if isinstance(source, FedPiece))
+        fed = tuple(source.stack for source in sources if isinstance(source, FedPiece))
         # An equal operation of another unit keeps its number.
         n = self.numbers.setdefault(op, len(self.numbers))
         # Each argument as a column of the table, with a number for every microbatch of
@@ -385,6 +418,8 @@ class Operations:
             match argument:
                 case MicrobatchNumber():
                     columns.append(group.microbatches)
+                case PlaceNumber():
+                    columns.append([self.places[i] for i in group.microbatches])
                 case LayerNumber(layer):
                     columns.append([layer] * len(group.microbatches))
                 case SlotNumber(pool, value):
@@ -430,7 +465,7 @@ class Operations:
         if isinstance(value, Cotangent):
             port, k = value.leaf
             if port == Y and unit.stage.last:
-                return InputPiece(Leaf(Port("y"), k))
+                return self._piece(group, Leaf(Port("y"), k), arguments)
             readers = self.work.programs.readers(u, value.leaf, group.microbatches[0])
             reader, name = readers[value.number]
             bundle = group.bundles[CotangentValue(reader, port, u)]
@@ -453,8 +488,10 @@ class Operations:
             assert self.state is not None
             row = self.state.where[port.of, k].row
             aval = self.state.shape((port.of, k))
-            if self.work.programs.inputs.share(leaf) is Share.ROWS:
-                return StateRows(row, aval, unit.input_shapes[leaf].shape[0])
+            shape = unit.input_shapes[leaf].shape
+            part = self._part(leaf, shape)
+            if part is not None:
+                return StatePart(row, aval, part, shape)
             return State(row, aval)
         # It is a number in the table:
         if port == INDEX:
@@ -465,14 +502,56 @@ class Operations:
         # Or the call gives it: whole, brought by a feed, or cut where it lies.
         if leaf in unit.flat.constant:
             return WholeInput(leaf)
-        return FedPiece(leaf, kind) if leaf in self.spread else InputPiece(leaf)
+        if leaf in self.sliced:
+            cut = self.work.programs.inputs.cut
+            source = cut.splits[port.kind].sources[k]
+            assert isinstance(source, Rows)
+            count = cut.rows[group.microbatches[0]]
+            return InputRows(leaf, source.axis, cut.rows[0], count)
+        stack = InputStack(leaf, self._shapes[group.microbatches[0]])
+        if stack in self.spread:
+            return FedPiece(stack, kind)
+        return self._piece(group, leaf, arguments)
+
+    def _piece(
+        self, group: Group, leaf: Leaf, arguments: dict[Argument, int]
+    ) -> InputPiece:
+        """A piece of an input, cut where it lies."""
+        stack = InputStack(leaf, self._shapes[group.microbatches[0]])
+        return InputPiece(stack, self._place(group, arguments))
+
+    def _place(self, group: Group, arguments: dict[Argument, int]) -> int:
+        """The argument that tells the place of a microbatch among those of its
+        shape.
+        """
+        if all(self.places[i] == i for i in group.microbatches):
+            return arguments[MicrobatchNumber()]
+        return arguments.setdefault(PlaceNumber(), len(arguments))
+
+    def _part(self, leaf: Leaf, shape: tuple[int, ...]) -> Part | None:
+        """Which part of an array of a state belongs to a microbatch, if it has one of
+        its own.
+
+        Arguments:
+            shape: of what the layer gets.
+        """
+        inputs = self.work.programs.inputs
+        match inputs.share(leaf):
+            case Share.ROWS:
+                # All before the last one have as many rows as the first.
+                return Part(inputs.cut.rows[0] if inputs.cut.rows else 0, shape)
+            case Share.READY:
+                return Part(1, (1, *shape))
+            case _:
+                return None
 
     def _results(
         self,
+        group: Group,
         u: int,
-        unit: UnitWork,
         kind: Kind,
         number_of: Callable[[ProgramValue], int],
+        arguments: dict[Argument, int],
     ) -> Iterator[Target]:
         """What goes to the user, and what is summed.
 
@@ -480,7 +559,15 @@ class Operations:
         it is an output with a place for each. What all microbatches see whole, such as
         a parameter, has one gradient, the sum over them.
         """
+        unit = group.units[u]
         flat = unit.flat
+
+        def write(leaf: Leaf, aval: Any, value: ProgramValue, add: bool) -> Write:
+            buffer = OutputBuffer(leaf, self._shapes[group.microbatches[0]])
+            self.outputs.setdefault(buffer, aval)
+            place = self._place(group, arguments)
+            return Write(buffer, number_of(value), place, add)
+
         if kind == "F":
             for port, shape in flat.out.items():
                 # Equal units share one trace, which knows the place of the first of
@@ -491,15 +578,15 @@ class Operations:
                 for k, aval in enumerate(shape.leaves):
                     leaf = Leaf(port, k)
                     if returned:
-                        self.outputs.setdefault(leaf, aval)
-                        yield Write(OutputBuffer(leaf), number_of(Output(leaf)))
+                        yield write(leaf, aval, Output(leaf), False)
                     elif port.kind == "state" and leaf not in flat.constant:
                         assert self.state is not None
                         block = StateBlock(self.state.where[port.of, k].row)
                         value = number_of(Output(leaf))
-                        if self.work.programs.inputs.share(leaf) is Share.ROWS:
+                        part = self._part(leaf, aval.shape)
+                        if part is not None:
                             whole = self.state.shape((port.of, k))
-                            yield SetStateRows(block, value, whole)
+                            yield SetStatePart(block, value, whole, part)
                         else:
                             yield SetState(block, value)
         # `W` makes sums only: inputs have their gradients from `I`.
@@ -507,10 +594,9 @@ class Operations:
             for leaf in unit.joint.gradients:
                 given = self.work.programs.routes.is_given(u, leaf.port)
                 if given and leaf not in flat.constant:
-                    self.outputs.setdefault(leaf, unit.input_shapes[leaf])
                     # Several units may read the same input: each adds its own.
                     adds = leaf.port not in (X, TARGETS)
-                    yield Write(OutputBuffer(leaf), number_of(Gradient(leaf)), adds)
+                    yield write(leaf, unit.input_shapes[leaf], Gradient(leaf), adds)
         for value in unit.programs[kind].outs:
             if isinstance(value, GradientSum):
                 port, k = value.leaf
@@ -578,13 +664,14 @@ class _FeedEntries:
 
     Attributes:
         reader: the device that reads.
-        leaves: the inputs that it brings.
-        read_in: for each tick in which something is read the microbatch.
+        stacks: the inputs that it brings.
+        read_in: for each tick in which something is read the place of the microbatch
+            among those of its shape.
         moves: the ticks in which it moves, and what each device puts in then.
     """
 
     reader: int
-    leaves: set[Leaf] = dataclasses.field(default_factory=set)
+    stacks: set[InputStack] = dataclasses.field(default_factory=set)
     read_in: dict[int, int] = dataclasses.field(default_factory=dict)
     moves: list[tuple[int, list[int]]] = dataclasses.field(default_factory=list)
 
@@ -599,14 +686,15 @@ class _PhaseEntries:
     Attributes:
         ops: by number.
         arrivals: for each wire the slots where bundles arrive.
-        feeds: by the port that they bring, and the kind of action that reads it.
+        feeds: by the port that they bring, the shape of the microbatches, and the kind
+            of action that reads it.
     """
 
     def __init__(self, operations: Operations) -> None:
         self.operations = operations
         self.ops: dict[int, _OpEntries] = {}
         self.arrivals: dict[WireName, list[_Entry]] = defaultdict(list)
-        self.feeds: dict[tuple[Port, Kind], _FeedEntries] = {}
+        self.feeds: dict[tuple[Port, int, Kind], _FeedEntries] = {}
 
     def enter(self, action: Action, tick: int, device: int) -> None:
         """Enter what a device does in a tick."""
@@ -627,11 +715,13 @@ class _PhaseEntries:
             own.runs.append(_Entry(tick, device, found.arguments[i]))
             # What a feed must have brought by this tick. One device reads `x`, another
             # the targets, so a feed has one reader.
-            for leaf in found.fed:
-                reader = units.device[0 if leaf.port == X else -1]
-                feed = self.feeds.setdefault((leaf.port, kind), _FeedEntries(reader))
-                feed.leaves.add(leaf)
-                feed.read_in[tick] = i
+            for stack in found.fed:
+                port = stack.leaf.port
+                reader = units.device[0 if port == X else -1]
+                name = (port, stack.shape, kind)
+                feed = self.feeds.setdefault(name, _FeedEntries(reader))
+                feed.stacks.add(stack)
+                feed.read_in[tick] = self.operations.places[i]
             # The slot where a bundle arrives is told to the receiver, in the tick in
             # which it is sent.
             for place in found.arrivals:
@@ -640,7 +730,7 @@ class _PhaseEntries:
                 entry = _Entry(tick, place.device, [slot])
                 self.arrivals[place.pool].append(entry)
 
-    def move_feeds(self, microbatches: int, devices: int) -> int:
+    def move_feeds(self, devices: int) -> int:
         """Find when feeds move: in each tick in which something is read, and in as many
         before the first of these as the farthest microbatch has to go.
 
@@ -648,10 +738,11 @@ class _PhaseEntries:
             How many ticks that takes before tick 0. Such ticks have negative numbers.
         """
         lead = 0
-        for feed in self.feeds.values():
+        for (_, shape, _), feed in self.feeds.items():
+            count = len(self.operations.alike[shape])
             times = sorted(feed.read_in)
             order = [feed.read_in[t] for t in times]
-            steps, early = feed_steps(order, microbatches, devices, feed.reader)
+            steps, early = feed_steps(order, count, devices, feed.reader)
             times = [*range(times[0] - early, times[0]), *times]
             feed.moves = list(zip(times, steps, strict=True))
             lead = max(lead, -times[0])
@@ -677,9 +768,9 @@ class _PhaseEntries:
         wires = [TableWire(wire, next(column), next(column)) for wire in self.arrivals]
         feeds = [
             Feed(
-                kind, tuple(sorted(own.leaves)), own.reader, next(column), next(column)
+                kind, tuple(sorted(own.stacks)), own.reader, next(column), next(column)
             )
-            for (_, kind), own in self.feeds.items()
+            for (*_, kind), own in self.feeds.items()
         ]
         return PhaseCode(tuple(ops), tuple(wires), tuple(feeds)), next(column)
 
@@ -709,7 +800,7 @@ class _PhaseEntries:
                 table[:, lead + tick, feed.used] = 1
 
 
-def _segment(ticks: Ticks, operations: Operations, microbatches: int) -> Segment:
+def _segment(ticks: Ticks, operations: Operations) -> Segment:
     """One loop: what its phases do, and the table."""
     # First enter all actions; what a phase does is known only behind the last one.
     devices = len(ticks.rows[0][0])
@@ -721,7 +812,7 @@ def _segment(ticks: Ticks, operations: Operations, microbatches: int) -> Segment
                     phase.enter(action, tick, device)
     # All phases begin in the same tick, so the feed that needs most ticks before the
     # first action gives their number; in these nothing runs.
-    lead = max(phase.move_feeds(microbatches, devices) for phase in phases)
+    lead = max(phase.move_feeds(devices) for phase in phases)
     # One array holds the numbers of all phases, as wide as the widest.
     codes = []
     width = 0

@@ -51,6 +51,9 @@ The words of this room, each for one thing:
       device 0 <--backward 0-- device 1 <--backward 0-- device 2
       device 0 ----------------forward 1--------------> device 2      a skip
 
+- *shape*: of a microbatch, by number: the last one of a batch may be smaller, and
+  ready-made ones are as they are. Each shape has operations of its own, and a stack of
+  each input and output; a slot or an outbox has room for the largest.
 - *feed*: brings a large input to the device that reads it, one microbatch at a time.
   Each device holds its share of the microbatches (`feeds.py`).
 - *loan*: a parameter that another device's stage uses too. It is sent once, before the
@@ -136,9 +139,14 @@ class Outbox:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OutputBuffer:
-    """An output of the call: a place for each microbatch."""
+    """An output of the call: a place for each microbatch of one shape.
+
+    Attributes:
+        shape: the number of that shape.
+    """
 
     leaf: Leaf
+    shape: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -181,6 +189,19 @@ class InputGradient:
 SummedGradient: TypeAlias = RowGradient | LoanGradient | InputGradient
 
 
+@dataclasses.dataclass(frozen=True, slots=True, order=True)
+class InputStack:
+    """The pieces of an input that is cut, of all microbatches of one shape, on a first
+    axis.
+
+    Attributes:
+        shape: the number of that shape.
+    """
+
+    leaf: Leaf
+    shape: int
+
+
 # --- sources: where an operation takes a value from ---
 #
 # A source names no unit and no layer, so that equal units have equal sources: what
@@ -213,17 +234,34 @@ class State:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class StateRows:
-    """The microbatch's rows of a layer's state, from a row.
+class Part:
+    """The part of an array that belongs to a microbatch.
 
     Attributes:
-        aval: of the whole state.
-        count: how many rows a microbatch has.
+        stride: how many entries of the first axis each microbatch before it has.
+        sizes: of the part, on each axis. On all but the first it begins where the array
+            does.
+    """
+
+    stride: int
+    sizes: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StatePart:
+    """The microbatch's own part of a layer's state, from a row: rows of a state that is
+    cut, or its piece of a stack.
+
+    Attributes:
+        aval: of the whole state, or of the stack.
+        part: where it is.
+        shape: of what the layer gets.
     """
 
     row: int
     aval: jax.ShapeDtypeStruct
-    count: int
+    part: Part
+    shape: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -234,17 +272,36 @@ class WholeInput:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class InputPiece:
-    """The microbatch's piece of an input that every device has."""
+class InputRows:
+    """The microbatch's rows of an input that every device has.
+
+    Attributes:
+        axis: of the rows.
+        stride: how many rows each microbatch before it has.
+        count: how many it has itself.
+    """
 
     leaf: Leaf
+    axis: int
+    stride: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class InputPiece:
+    """The microbatch's piece of an input that was cut before the loop, and that every
+    device has. The argument is its place among those of its shape.
+    """
+
+    stack: InputStack
+    argument: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FedPiece:
     """The microbatch's piece of an input that a feed brings to actions of one kind."""
 
-    leaf: Leaf
+    stack: InputStack
     kind: Kind
 
 
@@ -277,8 +334,9 @@ Source: TypeAlias = (
     Parameter
     | BorrowedParameter
     | State
-    | StateRows
+    | StatePart
     | WholeInput
+    | InputRows
     | InputPiece
     | FedPiece
     | Number
@@ -324,12 +382,14 @@ class Add:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Write:
-    """A value goes into the microbatch's place of an output, or is added to what is
-    there (`add`): several units may each have a gradient for the same side input.
+    """A value goes into the microbatch's place of an output, which the argument tells,
+    or is added to what is there (`add`): several units may each have a gradient for the
+    same side input.
     """
 
     buffer: OutputBuffer
     value: int
+    argument: int
     add: bool = False
 
 
@@ -342,16 +402,18 @@ class SetState:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class SetStateRows:
-    """A value takes the place of the microbatch's rows in a layer's state.
+class SetStatePart:
+    """A value takes the place of the microbatch's own part of a layer's state.
 
     Attributes:
-        aval: of the whole state.
+        aval: of the whole state, or of the stack.
+        part: where it is.
     """
 
     buffer: StateBlock
     value: int
     aval: jax.ShapeDtypeStruct
+    part: Part
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -362,7 +424,7 @@ class Maximise:
     value: int
 
 
-Target: TypeAlias = Put | Send | Add | Write | SetState | SetStateRows | Maximise
+Target: TypeAlias = Put | Send | Add | Write | SetState | SetStatePart | Maximise
 
 
 # --- the program of every device ---
@@ -390,6 +452,7 @@ class Op:
         code_inputs: which of the sources the code takes.
         targets: what becomes of its values.
         identity: equal for codes that compute the same.
+        rows: how many a microbatch has that it is for.
         name: for profiles and errors: `stage0-3 F`.
     """
 
@@ -401,6 +464,7 @@ class Op:
     code_inputs: tuple[int, ...]
     targets: tuple[Target, ...]
     identity: Hashable
+    rows: int
     # Known only when all stages that share the operation are, so it takes no part.
     name: str = dataclasses.field(compare=False)
 
@@ -429,14 +493,14 @@ class Feed(NamedTuple):
     """What brings the pieces of large inputs to the actions of one kind.
 
     Attributes:
-        leaves: the inputs, all of one port.
+        stacks: the inputs, all of one port and shape of microbatch.
         reader: the device that reads them.
         own: the column that says which of its own microbatches a device puts in.
         used: the column that says whether the feed moves at all.
     """
 
     kind: Kind
-    leaves: tuple[Leaf, ...]
+    stacks: tuple[InputStack, ...]
     reader: int
     own: int
     used: int
@@ -521,6 +585,8 @@ class Machine:
     """A step.
 
     Attributes:
+        counts: how many microbatches there are of each shape.
+        rows: how many rows one of each shape has.
         segments: one, or two for a call that is differentiated from outside: forwards,
             then backwards.
         params, state: how they are packed.
@@ -528,6 +594,9 @@ class Machine:
         outputs: the shape of one microbatch's piece of each output. The gradient of an
             input that is cut is one, under the input's name.
         inputs: those that go whole to every microbatch and whose gradient is made.
+        sliced: those that operations slice their rows from. Others that have rows are
+            cut before the loop: each device has only its share of all microbatches, or
+            of the rows of each.
         spread: those inputs that are too large for every device to hold: each has its
             share of the microbatches, and feeds bring them.
         overwritten: the arrays of states that backwards make, by layer and number.
@@ -535,15 +604,22 @@ class Machine:
     """
 
     devices: int
-    microbatches: int
+    counts: tuple[int, ...]
+    rows: tuple[int, ...]
     segments: tuple[Segment, ...]
     pools: dict[PoolName, Pool]
     wires: dict[WireName, Wire]
     params: Packing
     state: Packing | None
     loans: tuple[Loan, ...]
-    outputs: dict[Leaf, jax.ShapeDtypeStruct]
+    outputs: dict[OutputBuffer, jax.ShapeDtypeStruct]
     inputs: dict[Leaf, jax.ShapeDtypeStruct]
-    spread: frozenset[Leaf]
+    sliced: frozenset[Leaf]
+    spread: frozenset[InputStack]
     overwritten: frozenset[Entry]
     warnings: Sequence[str]
+
+    @property
+    def microbatches(self) -> int:
+        """The number of microbatches."""
+        return sum(self.counts)

@@ -16,6 +16,7 @@ What XLA needs beside these, for values inside an operation, only the compiled p
 tells (`plan_data.py`).
 """
 
+import itertools
 from collections.abc import Mapping
 
 import jax
@@ -23,14 +24,19 @@ import numpy as np
 
 from fpipe._core.pytrees import nbytes
 from fpipe._executors.plan_data import Role
-from fpipe._executors.scan.machine import HandedPool, SavedPool
+from fpipe._executors.scan.machine import (
+    Avals,
+    HandedPool,
+    InputStack,
+    SavedPool,
+)
 from fpipe._executors.scan.mesh import AXIS, DATA
 from fpipe._executors.scan.packing import Row
 from fpipe._executors.scan.step import Step
-from fpipe._executors.scan.storage import Storage, is_key, stored_shape
+from fpipe._executors.scan.storage import Storage, is_key
 from fpipe._model.loss import sum_dtype
 from fpipe._model.needs import ROW_INPUTS
-from fpipe._model.stages import Leaf, Port
+from fpipe._model.stages import Port
 
 
 def held(step: Step) -> Mapping[Role, int]:
@@ -40,10 +46,8 @@ def held(step: Step) -> Mapping[Role, int]:
     devices = step.mesh.shape[AXIS]
     shards = step.mesh.shape.get(DATA, 1)
 
-    def shard(a: jax.ShapeDtypeStruct) -> int:
-        """What has a microbatch's rows is sharded, if the data axis divides them."""
-        has_rows = a.shape and a.shape[0] == step.rows and step.rows % shards == 0
-        return nbytes(a) // (shards if has_rows else 1)
+    def slot(kinds: tuple[Avals, ...]) -> int:
+        return Storage(kinds, machine.rows, shards).slot_bytes
 
     # All devices run the same program, so all have an array for what one borrows.
     lent = sum(nbytes(loan.aval) for loan in machine.loans)
@@ -67,39 +71,40 @@ def held(step: Step) -> Mapping[Role, int]:
     # Pools are there from the first tick to the last, filled or not. Skips wait in the
     # same pools as boundaries, and are counted among them.
     for name, pool in machine.pools.items():
-        slot = sum(map(shard, Storage(pool.avals, step.rows).layout.shapes))
         saved = isinstance(name, SavedPool | HandedPool)
-        roles["residuals" if saved else "boundaries"] += slot * pool.slots
+        roles["residuals" if saved else "boundaries"] += slot(pool.avals) * pool.slots
     # An outbox for each wire, as large as one slot.
     for wire in machine.wires.values():
-        roles["boundaries"] += sum(
-            map(shard, Storage(wire.avals, step.rows).layout.shapes)
-        )
+        roles["boundaries"] += slot(wire.avals)
     # A call takes and returns states whole, on every device. While it runs each device
     # has its blocks of them.
     state = machine.state
     roles["inputs"] = 0
-    roles["outputs"] = machine.microbatches * sum(
-        shard(stored_shape(a)) for a in machine.outputs.values()
+    roles["outputs"] = sum(
+        machine.counts[buffer.shape] * slot(((a,),))
+        for buffer, a in machine.outputs.items()
     )
     if state is not None and step.state_shape is not None:
         roles["inputs"] += sum(nbytes(state.shape(entry)) for entry in state.entries)
         roles["outputs"] += sum(map(nbytes, [*state.rows, *step.state_shape.leaves]))
     # The inputs that have rows: whole on each device, or its share of them.
-    for name in ROW_INPUTS:
-        port = Port(name)
-        whole = inputs.whole(port)
-        for k, a in enumerate(inputs.together(port)):
-            parts = devices if Leaf(port, k) in machine.spread else 1
-            cut = Leaf(port, k) not in whole
-            if cut and step.rows % shards == 0 and not is_key(a.dtype):
+    for port in map(Port, ROW_INPUTS):
+        for leaf in inputs.whole(port):
+            roles["inputs"] += nbytes(inputs.array_shape(inputs.array(leaf)))
+        for leaf, (shape, rows) in itertools.product(
+            inputs.cut_leaves(port), enumerate(machine.rows)
+        ):
+            a = inputs.stack(leaf, shape)
+            parts = devices if InputStack(leaf, shape) in machine.spread else 1
+            if rows % shards == 0 and not is_key(a.dtype):
                 parts *= shards
             roles["inputs"] += nbytes(a) // parts
     # Beside its share each device has a microbatch on its way.
     for segment in machine.segments:
         for phase in segment.phases:
-            for port, k in (leaf for feed in phase.feeds for leaf in feed.leaves):
-                roles["inputs"] += nbytes(inputs.together(port)[k]) // step.m
+            for stack in (stack for feed in phase.feeds for stack in feed.stacks):
+                a = inputs.stack(stack.leaf, stack.shape)
+                roles["inputs"] += nbytes(a) // machine.counts[stack.shape]
     return roles
 
 

@@ -1,11 +1,17 @@
 """One kind of call as functions of flat arrays.
 
-In: a `Machine`. Out: three functions to put under `jax.jit`. Each cuts the inputs into
-microbatches and packs the states, runs a segment of the machine, and puts together what
+In: a `Machine`. Out: three functions to put under `jax.jit`. Each lays out the inputs
+and packs the states, runs a segment of the machine, and puts together what
 comes out:
 
-    inputs     x: f32[32, 8]  ->  f32[4, 8, 8]     four microbatches of eight rows
-    outputs    y: f32[4, 8, 3]  ->  f32[32, 3]     one for each microbatch
+    outputs    y: f32[4, 8, 3]  ->  f32[32, 3]     four microbatches of eight rows
+    inputs     x: f32[32, 8]  ->  f32[4, 8, 8]     where it has to be cut before; else
+                                                   the machine slices it
+
+Microbatches of another shape are apart. Of 30 rows in four microbatches:
+
+    outputs    y: f32[3, 8, 3], f32[1, 6, 3]  ->  f32[30, 3]
+    inputs     x: f32[30, 8]  ->  f32[3, 8, 8], f32[1, 6, 8]
 
 They know nothing of the user's pytrees, which the executor takes apart and puts
 together. A call with a loss is one program (`loss`). One that is differentiated from
@@ -27,17 +33,35 @@ from fpipe._core.pytrees import Shape, Spec, is_inexact, pack
 from fpipe._executors.request import Inputs, Request
 from fpipe._executors.scan.clock import Clock
 from fpipe._executors.scan.feeds import share
-from fpipe._executors.scan.interpreter import Interpreter, SegmentResult
-from fpipe._executors.scan.machine import InputGradient, Machine, RowGradient
+from fpipe._executors.scan.interpreter import (
+    GivenInputs,
+    Interpreter,
+    SegmentResult,
+)
+from fpipe._executors.scan.machine import (
+    InputGradient,
+    InputStack,
+    Machine,
+    OutputBuffer,
+    RowGradient,
+)
 from fpipe._executors.scan.mesh import AXIS, DATA, by_stage
 from fpipe._executors.scan.packing import Entry
 from fpipe._executors.scan.storage import is_key
-from fpipe._model.joining import Join, joined_pieces, stacked_pieces
+from fpipe._model.joining import (
+    Alike,
+    Join,
+    check_alike,
+    in_order,
+    joined_stacks,
+    piece_of,
+    stacked_pieces,
+)
 from fpipe._model.loss import divided, wide
 from fpipe._model.microbatch import Ready, Rows, Whole
 from fpipe._model.model import Model
 from fpipe._model.stages import AUX, LOSS, WEIGHT, Leaf, Port, Y
-from fpipe._model.state import cut_state, joined_state
+from fpipe._model.state import stacked_state, unstacked_state
 
 Array: TypeAlias = jax.Array
 
@@ -50,9 +74,8 @@ class Step:
     """A call's program.
 
     Attributes:
-        out: the shapes of what the last unit returns, for one microbatch.
+        outs: the shapes of what the last unit returns, for a microbatch of each shape.
         state_given: the structure of the states that the call is given.
-        pieces_of_state: the layers whose state comes in pieces.
         donates_state: whether a forward consumes the given states.
         clock: who is told when each operation starts and ends.
     """
@@ -62,9 +85,8 @@ class Step:
     inputs: Inputs
     request: Request
     model: Model
-    out: Mapping[Port, Shape]
+    outs: tuple[Mapping[Port, Shape], ...]
     state_given: Spec | None = None
-    pieces_of_state: tuple[int, ...] = ()
     donates_state: bool = False
     clock: Clock | None = None
 
@@ -78,10 +100,15 @@ class Step:
         """The number of microbatches."""
         return self.machine.microbatches
 
-    @cached_property
-    def rows(self) -> int:
-        """Rows of a microbatch."""
-        return self.inputs.cut.weights[0]
+    @property
+    def out(self) -> Mapping[Port, Shape]:
+        """The shapes of what the last unit returns for the first microbatch."""
+        return self.outs[0]
+
+    @property
+    def alike(self) -> Alike:
+        """The microbatches of each shape."""
+        return self.inputs.cut.alike
 
     @property
     def _ready(self) -> int | None:
@@ -91,12 +118,27 @@ class Step:
     @cached_property
     def output(self) -> Join:
         """How the outputs of the microbatches become `y`."""
-        return Join.of_output(self.out[Y], self._ready)
+        join = Join.of_output(self.out[Y], self._ready)
+        self._check_alike(Y, "`pipe(params, x)`: y", join)
+        return join
 
     @cached_property
     def aux(self) -> Join:
         """How those of a loss become `aux`."""
-        return Join.of_aux(self.out[AUX], self._ready)
+        join = Join.of_aux(self.out[AUX], self._ready)
+        assert self.request.loss is not None
+        call = self.request.loss.call
+        self._check_alike(AUX, f"`{call}(has_aux=True)`: aux", join)
+        return join
+
+    def _check_alike(self, port: Port, what: str, join: Join) -> None:
+        pieces = {
+            i: out[port]
+            for own, out in zip(self.alike, self.outs, strict=True)
+            for i in own
+        }
+        if len(self.outs) > 1:
+            check_alike([pieces[i] for i in sorted(pieces)], what, join)
 
     # --- what is jitted ---
     #
@@ -112,8 +154,7 @@ class Step:
             params: Sequence[Array], state: Sequence[Array], given: Given
         ) -> Any:
             made = self._run(0, params, state, self._cut(given))
-            stacks = [made.outputs[Leaf(Y, k)] for k in range(len(self.out[Y].leaves))]
-            y = self.output.of_stacks(stacks)
+            y = self.output.of_stacks(self._columns(made, Y), self.alike)
             return y, self._finished_states(made), made.left
 
         return jax.jit(forward, donate_argnums=(1,) if self.donates_state else ())
@@ -134,10 +175,13 @@ class Step:
             inputs = self._cut(given)
             for k, a in enumerate(self.out[Y].leaves):
                 if is_inexact(a):
-                    inputs[Leaf(Y, k)] = self.output.stack(k, cotangents, self.m)
+                    shapes = [out[Y].leaves[k] for out in self.outs]
+                    stacks = self.output.stacks(k, cotangents, shapes, self.alike)
                 else:
                     n, _ = self.output.part_of(k, 0)
-                    inputs[Leaf(Y, k)] = cotangents[n]
+                    stacks = [cotangents[n]] * len(self.outs)
+                for shape, stack in enumerate(stacks):
+                    inputs[InputStack(Leaf(Y, k), shape)] = stack
             made = self._run(1, params, state, inputs, left)
             return self._finished_gradients(made, None)
 
@@ -151,18 +195,19 @@ class Step:
             made = self._run(0, params, state, self._cut(given))
             assert self.request.loss is not None
             reduction = self.request.loss.reduction
-            values = made.outputs[Leaf(LOSS, 0)]
+            values = self._losses(made, LOSS)
             # The machine writes the loss of each microbatch as it is. The gradients of
             # a mean are scaled already (`Programs.scales`), those of a weighted loss
             # are not: the total weight is known only now.
             weight = None
-            scale = 1 / self.m if reduction == "mean" else 1.0
-            total = jnp.sum(wide(values) * scale, 0)
+            total = wide(values)
+            if reduction == "mean":
+                total = total * jnp.asarray(self.inputs.cut.shares, total.dtype)
+            total = jnp.sum(total, 0)
             if reduction == "weighted":
-                weight = jnp.sum(wide(made.outputs[Leaf(WEIGHT, 0)]), 0)
+                weight = jnp.sum(wide(self._losses(made, WEIGHT)), 0)
                 total = divided(total, weight)
-            leaves = range(len(self.out[AUX].leaves))
-            aux = self.aux.of_stacks([made.outputs[Leaf(AUX, k)] for k in leaves])
+            aux = self.aux.of_stacks(self._columns(made, AUX), self.alike)
             return (
                 total.astype(values.dtype),
                 aux,
@@ -177,69 +222,108 @@ class Step:
         segment: int,
         params: Sequence[Array],
         state: Sequence[Array],
-        inputs: Mapping[Leaf, Array],
+        inputs: GivenInputs,
         left: Sequence[Sequence[Array]] | None = None,
     ) -> SegmentResult:
         """Run a segment; `state` are the arrays of the states, which it packs."""
         packing = self.machine.state
         rows = None
         if packing is not None:
-            # The packing is that of whole states; those in pieces are joined first.
+            # The packing is that of whole states; of those in pieces, of the stacks.
             assert self.state_given is not None
             trees = self.state_given.unpack(state)
-            rows = list(packing.pack([joined_state(tree) for tree in trees]))
-        run = Interpreter(self.machine, segment, self.mesh, self.rows, self.clock)
+            rows = list(packing.pack([stacked_state(tree) for tree in trees]))
+        run = Interpreter(self.machine, segment, self.mesh, self.clock)
         return run(params, rows, inputs, left)
 
     # --- what goes in ---
 
-    def _cut(self, given: Given) -> dict[Leaf, Array]:
+    def _cut(self, given: Given) -> dict[Leaf | InputStack, Array]:
         """The call's inputs as the machine takes them.
 
-        What is cut gets a first axis of microbatches. Where an input lies over the
-        devices this axis is padded to a multiple of their number. What goes whole to
-        every microbatch stays as it is.
+        What is cut here gets a first axis of microbatches, for each shape of these.
+        Where such a stack lies over the devices this axis is padded to a multiple of
+        their number. What goes whole to every microbatch stays as it is, and so does
+        that of which operations slice rows.
+        """
+        cut = self.inputs.cut
+        out: dict[Leaf | InputStack, Array] = {}
+        for port, arrays in given.items():
+            for k, source in enumerate(cut.splits[port.kind].sources):
+                leaf = Leaf(port, k)
+                if isinstance(source, Whole) or leaf in self.machine.sliced:
+                    assert not isinstance(source, Ready)
+                    out[leaf] = arrays[source.array]
+                    continue
+                for shape, own in enumerate(self.alike):
+                    match source:
+                        case Rows(n, axis):
+                            stride, size = cut.rows[0], cut.rows[own[0]]
+                            stack = stacked_pieces(arrays[n], axis, own, stride, size)
+                        case Ready(numbers, _):
+                            stack = jnp.stack([arrays[numbers[i]] for i in own])
+                    name = InputStack(leaf, shape)
+                    out[name] = self._laid(stack, source.axis, name)
+        return out
+
+    def _laid(self, stack: Array, axis: int | None, name: InputStack) -> Array:
+        """Microbatches as they lie on the mesh.
 
         Every microbatch's rows are sharded over the mesh's data axis, if there is one.
         A microbatch is consecutive rows: in a batch that is sharded as it comes, it
         would lie on one shard alone, and the others would have nothing to do.
+
+        Arguments:
+            stack: on a first axis.
+            axis: of the rows of one, if they have any.
         """
         shards = self.mesh.shape.get(DATA, 1)
-        devices = self.machine.devices
-        out: dict[Leaf, Array] = {}
-        for port, arrays in given.items():
-            for k, source in enumerate(self.inputs.cut.splits[port.kind].sources):
-                leaf = Leaf(port, k)
-                match source:
-                    case Whole(number):
-                        out[leaf] = arrays[number]
-                        continue
-                    case Rows(number, axis):
-                        array = stacked_pieces(arrays[number], self.m, axis)
-                    case Ready(numbers, axis):
-                        array = jnp.stack([arrays[n] for n in numbers])
-                # The first axis is that of the microbatches.
-                spread = leaf in self.machine.spread
-                spec: list[str | None] = [AXIS if spread else None]
-                spec += [None] * (array.ndim - 1)
-                if axis is not None and shards > 1 and not is_key(array.dtype):
-                    rows_axis = 1 + axis % (array.ndim - 1)
-                    if array.shape[rows_axis] % shards == 0:
-                        spec[rows_axis] = DATA
-                # Devices hold equally many microbatches, so some behind the last one
-                # are padding. No feed brings them.
-                missing = share(self.m, devices) * devices - self.m
-                if spread and missing:
-                    padding = [(0, missing)] + [(0, 0)] * (array.ndim - 1)
-                    array = jnp.pad(array, padding)
-                if any(spec):
-                    array = jax.lax.with_sharding_constraint(
-                        array, NamedSharding(self.mesh, P(*spec))
-                    )
-                out[leaf] = array
-        return out
+        spread = name in self.machine.spread
+        spec: list[str | None] = [AXIS if spread else None]
+        spec += [None] * (stack.ndim - 1)
+        if axis is not None and shards > 1 and not is_key(stack.dtype):
+            rows_axis = 1 + axis % (stack.ndim - 1)
+            if stack.shape[rows_axis] % shards == 0:
+                spec[rows_axis] = DATA
+        # Devices hold equally many microbatches, so some behind the last one are
+        # padding. No feed brings them.
+        devices, count = self.machine.devices, stack.shape[0]
+        missing = share(count, devices) * devices - count
+        if spread and missing:
+            stack = jnp.pad(stack, [(0, missing)] + [(0, 0)] * (stack.ndim - 1))
+        if not any(spec):
+            return stack
+        sharding = NamedSharding(self.mesh, P(*spec))
+        return jax.lax.with_sharding_constraint(stack, sharding)
 
     # --- what comes out ---
+
+    def _columns(self, made: SegmentResult, port: Port) -> list[list[Array]]:
+        """What the last unit returned: for each array those of each shape of
+        microbatch.
+        """
+        return [
+            [
+                made.outputs[OutputBuffer(Leaf(port, k), shape)]
+                for shape in range(len(self.alike))
+            ]
+            for k in range(len(self.out[port].leaves))
+        ]
+
+    def _losses(self, made: SegmentResult, port: Port) -> Array:
+        """The losses of all microbatches, or their weights."""
+        (stacks,) = self._columns(made, port)
+        return in_order(stacks, self.alike)
+
+    def _input_gradient(self, made: SegmentResult, leaf: Leaf) -> list[Array]:
+        """The gradients of a piece of an input, for each shape of microbatch."""
+        stacks = []
+        for shape in range(len(self.alike)):
+            a = self.inputs.stack(leaf, shape)
+            found = made.outputs.get(OutputBuffer(leaf, shape))
+            # In microbatches of one shape nothing may depend on it.
+            stacks.append(jnp.zeros(a.shape, a.dtype) if found is None else found)
+        return stacks
 
     def _finished_states(self, made: SegmentResult) -> list[Array]:
         """The arrays of the states, finished by their layers: from the rows of states,
@@ -262,8 +346,9 @@ class Step:
 
     def _finish(self, states: Sequence[Any]) -> tuple[Any, ...]:
         given = {k: states[k] for k in self.model.stateful}
-        for k in self.pieces_of_state:
-            given[k] = cut_state(given[k], self.m)
+        for k, pieces in enumerate(self.inputs.state_pieces):
+            if pieces:
+                given[k] = unstacked_state(given[k], pieces)
         own = self.model.finish(given)
         return tuple(own.get(k) for k in range(len(states)))
 
@@ -288,6 +373,7 @@ class Step:
         # sorted numbers and names, so that all processes agree.
         rows = set[int]()
         made: list[Leaf] = []
+        written = {buffer.leaf for buffer in machine.outputs}
         for leaf in sorted(self.request.wanted, key=str):
             if leaf.port.kind == "params":
                 rows.add(machine.params.where[leaf.port.of, leaf.k].row)
@@ -295,7 +381,7 @@ class Step:
             if leaf.port.kind == "state":
                 continue  # it is a new state, and no gradient
             piece, _ = self.inputs.place(leaf)
-            if piece in machine.inputs or piece in machine.outputs:
+            if piece in machine.inputs or piece in written:
                 made.append(leaf)
         return [*sorted(rows), *made]
 
@@ -328,9 +414,12 @@ class Step:
                     case Whole():
                         gradient = made.gradients[InputGradient(piece)]
                     case Rows(_, axis):
-                        gradient = joined_pieces(made.outputs[piece], axis)
+                        stacks = self._input_gradient(made, piece)
+                        gradient = joined_stacks(stacks, self.alike, axis)
                     case Ready():
-                        gradient = made.outputs[piece][i]
+                        stacks = self._input_gradient(made, piece)
+                        assert i is not None
+                        gradient = piece_of(stacks, self.alike, i)
             else:
                 of = machine.params.rows[name]
                 gradient = made.gradients.get(RowGradient(name))

@@ -6,13 +6,20 @@ and where in them each array of a bundle is.
 If all bundles are alike a slot has their arrays as they are. Otherwise they share
 arrays, one for each dtype: arrays with the microbatch's rows are laid side by side in
 one with those rows, so that a batch that is sharded stays so, and others are flattened.
-Each is as large as the largest bundle needs it. With microbatches of 2 rows, two kinds:
+Each is as large as the largest bundle needs it. With microbatches of 2 rows and a last
+one of 1 row, three kinds:
 
     bundle                        f32[2, 7]         f32[4]
     f32[2, 4], f32[2, 3]          a a a a b b b     . . . .
                                   a a a a b b b
     f32[2, 5], f32[4]             c c c c c . .     d d d d
                                   c c c c c . .
+    f32[1, 4], f32[1, 3]          e e e e f f f     . . . .
+                                  . . . . . . .
+
+A batch that is sharded has its rows on several devices, so many of each microbatch. The
+array then has an axis of these shards, and a smaller microbatch fills the beginning of
+each, where its rows are.
 """
 
 import dataclasses
@@ -24,23 +31,27 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fpipe._core.pytrees import nbytes
 from fpipe._executors.scan.machine import Avals
 
 
 class Location(NamedTuple):
-    """Where an array of a bundle is: in which array of the slot, and from where to
-    where on its last axis.
+    """Where an array of a bundle is: in which array of the slot, from where on its last
+    axis, and in which shape. On all other axes it begins where the slot does.
     """
 
     group: int
     start: int
-    stop: int
+    shape: tuple[int, ...]
 
 
 class Layout(NamedTuple):
-    """A slot: its arrays, and for each kind of bundle where its arrays are."""
+    """A slot: its arrays, which of them have rows, and for each kind of bundle where
+    its arrays are.
+    """
 
     shapes: list[jax.ShapeDtypeStruct]
+    has_rows: list[bool]
     locations: dict[Avals, list[Location]]
 
 
@@ -50,49 +61,89 @@ class Storage:
 
     Attributes:
         kinds: the arrays of each kind of bundle.
-        rows: of a microbatch.
+        rows: of a microbatch of each shape.
+        shards: the devices over which a batch is sharded.
     """
 
     kinds: tuple[Avals, ...]
-    rows: int
+    rows: tuple[int, ...]
+    shards: int = 1
+
+    @cached_property
+    def _sizes(self) -> frozenset[int]:
+        """The numbers of rows by which arrays with rows are told. Of several only those
+        that lie on all shards alike: the rows of others lie on each device anyway.
+        """
+        even = frozenset(n for n in self.rows if n % self.shards == 0)
+        return even if even and len(set(self.rows)) > 1 else frozenset(self.rows)
+
+    def _has_rows(self, a: jax.ShapeDtypeStruct) -> bool:
+        # By its length: an array that only happens to be as long lies there too, which
+        # is as good.
+        return bool(a.shape) and a.shape[0] in self._sizes
+
+    def _leading(self, rows: int) -> tuple[int, ...]:
+        """The leading axes of an array with rows, where bundles share arrays."""
+        # A smaller number of rows has to be the beginning of each shard's.
+        if len(self._sizes) > 1 and self._sharded:
+            return self.shards, rows // self.shards
+        return (rows,)
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether each shard of a batch has rows of each slot."""
+        return self.shards > 1 and all(n % self.shards == 0 for n in self._sizes)
 
     @cached_property
     def layout(self) -> Layout:
         """The arrays of a slot, and where in them each array of each kind is."""
-        # The usual case, in which nothing is reshaped: start and stop are not used.
+        # The usual case, in which nothing is reshaped.
         if len(self.kinds) == 1:
             shapes = [stored_shape(a) for a in self.kinds[0]]
-            places = [Location(n, 0, 0) for n in range(len(shapes))]
-            return Layout(shapes, {self.kinds[0]: places})
+            places = [Location(n, 0, a.shape) for n, a in enumerate(shapes)]
+            return Layout(
+                shapes, list(map(self._has_rows, shapes)), {self.kinds[0]: places}
+            )
         # An array of the slot is known by its dtype and whether it has the rows.
         widths: dict[tuple[str, bool], int] = {}
-        spans: dict[Avals, list[tuple[tuple[str, bool], int, int]]] = {}
+        spans: dict[Avals, list[tuple[tuple[str, bool], int, tuple[int, ...]]]] = {}
         for kind in self.kinds:
             # Each kind of bundle fills the slot from its beginning.
             ends: dict[tuple[str, bool], int] = {}
             spans[kind] = []
             for a in map(stored_shape, kind):
-                # By its length: an array that only happens to be as long lies there
-                # too, which is as good.
-                has_rows = bool(a.shape) and a.shape[0] == self.rows
+                has_rows = self._has_rows(a)
+                leading = self._leading(a.shape[0]) if has_rows else ()
+                width = math.prod(a.shape[1:] if has_rows else a.shape)
                 key = (str(a.dtype), has_rows)
                 start = ends.get(key, 0)
-                ends[key] = start + math.prod(a.shape[1:] if has_rows else a.shape)
-                spans[kind].append((key, start, ends[key]))
+                ends[key] = start + width
+                spans[kind].append((key, start, (*leading, width)))
             for key, end in ends.items():
                 widths[key] = max(widths.get(key, 0), end)
         # Sorted, so that every process lays them out alike.
         groups = sorted(widths)
         shapes = []
         for dtype, has_rows in groups:
-            width = widths[dtype, has_rows]
-            shape = (self.rows, width) if has_rows else (width,)
+            leading = self._leading(max(self._sizes)) if has_rows else ()
+            shape = (*leading, widths[dtype, has_rows])
             shapes.append(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
         locations = {
-            kind: [Location(groups.index(key), start, stop) for key, start, stop in own]
+            kind: [
+                Location(groups.index(key), start, shape) for key, start, shape in own
+            ]
             for kind, own in spans.items()
         }
-        return Layout(shapes, locations)
+        return Layout(shapes, [has_rows for _, has_rows in groups], locations)
+
+    @cached_property
+    def slot_bytes(self) -> int:
+        """The bytes of a slot on each device: what has rows is sharded, if the shards
+        divide them.
+        """
+        parts = self.shards if self._sharded else 1
+        pairs = zip(self.layout.shapes, self.layout.has_rows, strict=True)
+        return sum(nbytes(a) // (parts if has_rows else 1) for a, has_rows in pairs)
 
     def pack(
         self, avals: Avals, arrays: Sequence[Any], old: Sequence[Any]
@@ -103,14 +154,15 @@ class Storage:
         given = [as_stored(a) for a in arrays]
         if len(self.kinds) == 1:
             return given
-        shapes, locations = self.layout
         out = list(old)
         # What lies beside is kept rather than cleared: clearing it would be one more
         # write, and nobody reads it.
-        for a, (group, start, _) in zip(given, locations[avals], strict=True):
-            flat = a.reshape(*shapes[group].shape[:-1], -1)
-            out[group] = jax.lax.dynamic_update_slice_in_dim(
-                out[group], flat, start, -1
+        for a, (group, start, shape) in zip(
+            given, self.layout.locations[avals], strict=True
+        ):
+            place = [*[0] * (len(shape) - 1), start]
+            out[group] = jax.lax.dynamic_update_slice(
+                out[group], a.reshape(shape), place
             )
         return out
 
@@ -121,35 +173,29 @@ class Storage:
         # Straight into the pool, array by array: to pack a slot first would read and
         # write it once more.
         given = [as_stored(a) for a in arrays]
-        shapes, locations = self.layout
         out = list(pool)
-        for a, (group, start, _) in zip(given, locations[avals], strict=True):
-            shape = shapes[group].shape
-            if len(self.kinds) > 1:
-                a = a.reshape(*shape[:-1], -1)
-            # The slot, then the beginning of each axis but the last.
-            place = [slot, *[0] * (len(shape) - 1)]
-            if shape:
-                place.append(start)
+        for a, (group, start, shape) in zip(
+            given, self.layout.locations[avals], strict=True
+        ):
             out[group] = jax.lax.dynamic_update_slice(
-                out[group], a[None], [jnp.int32(n) for n in place]
+                out[group], a.reshape(1, *shape), _place(slot, start, shape)
             )
         return out
 
     def take(self, avals: Avals, k: int, pool: Sequence[Any], slot: Any) -> Any:
         """The `k`-th array of the bundle in a slot."""
         aval = avals[k]
-        shapes, locations = self.layout
-        group, start, stop = locations[avals][k]
-        if len(self.kinds) == 1:
-            part = jax.lax.dynamic_index_in_dim(pool[group], slot, keepdims=False)
-            return from_stored(part, aval)
-        outer = shapes[group].shape[:-1]
-        place = [slot, *[0] * len(outer), start]
+        group, start, shape = self.layout.locations[avals][k]
         part = jax.lax.dynamic_slice(
-            pool[group], [jnp.int32(n) for n in place], (1, *outer, stop - start)
+            pool[group], _place(slot, start, shape), (1, *shape)
         )
         return from_stored(part.reshape(stored_shape(aval).shape), aval)
+
+
+def _place(slot: Any, start: int, shape: tuple[int, ...]) -> list[Any]:
+    """Where an array of a shape begins in a pool: its slot, then each of its axes."""
+    place = [slot, *[0] * (len(shape) - 1), start][: 1 + len(shape)]
+    return [jnp.int32(n) for n in place]
 
 
 def is_key(dtype: Any) -> bool:

@@ -278,8 +278,9 @@ class Group:
 
     There is often one group. There are more if some backwards recompute and others do
     not (`checkpoint="except_last"`, or a backward that follows its forward directly),
-    or if a schedule splits only some backwards into `I` and `W`. Operations are made
-    for each group, so there should be few.
+    if a schedule splits only some backwards into `I` and `W`, or if microbatches differ
+    in shape (the last one may be smaller). Operations are made for each group, so there
+    should be few.
 
     Attributes:
         units: what each unit does.
@@ -383,7 +384,8 @@ def find_work(
     for i in range(inputs.cut.m):
         ran = [frozenset(kinds[s, i]) for s in range(len(units.of_stage))]
         traced = [id(programs.of(u, i)) for u in range(len(units.stages))]
-        microbatches[*ran, *traced].append(i)
+        # Of one shape, for their pieces of the inputs lie by shape.
+        microbatches[inputs.cut.like[i], *ran, *traced].append(i)
     groups = []
     for own in microbatches.values():
         ran = [kinds[s, own[0]] for s in units.stage_of]

@@ -33,7 +33,6 @@ from tests.helpers import (
     mse,
     noise,
     owner,
-    raises,
     scan_executor,
 )
 
@@ -749,18 +748,6 @@ def test_a_batch_of_another_size_than_the_data_axis_still_works():
 
 
 # --- errors and the value ---
-
-
-def test_a_batch_that_does_not_divide():
-    pipe = pipe_of([dense()] * 4, chunks=4)
-    placed = pipe.init(jax.random.key(0), jnp.ones((8, WIDTH)))
-    text = (
-        'executor="scan" needs microbatches of equal size, but 10 rows in 4 chunks '
-        "give pieces of 3 rows and a last one of 1; "
-        "chunks=1, 2, 5, 10 would do, or pad the batch"
-    )
-    with raises(ValueError, text):
-        pipe(placed, jnp.ones((10, WIDTH)))
 
 
 def test_meshes_that_do_not_fit():
