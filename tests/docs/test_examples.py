@@ -1,5 +1,6 @@
 """The examples run, at sizes that take seconds, and say what they are meant to say."""
 
+import argparse
 import os
 import pathlib
 import re
@@ -9,7 +10,10 @@ import signal
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import matplotlib.image
+import numpy as np
 import pytest
 
 import fpipe
@@ -282,6 +286,79 @@ def test_the_language_model_prints_the_same_losses_with_both_executors(
     again, printed = losses("--executor", "placed", "--stages", 3)
     assert "going on from step 3" in printed
     assert again == {"6": want["6"]}
+    # Text is written with what has been trained.
+    some = ["--prompt", "A", "--sequences", 4, "--count", 5, "--checkpoints", tmp_path]
+    done = run("examples/generate_lm.py", *some)
+    assert done.returncode == 0, done.stderr
+    assert "4 sequences of 5 bytes, in 2 groups; layers per stage [2, 2]" in done.stdout
+    assert "100.0% of the bytes are those that one device writes" in done.stdout
+    assert done.stdout.startswith("A")
+    for devices in ("2 devices", "1 device"):
+        assert re.search(
+            rf"^ *{devices}: [\d,]+ bytes a sec", done.stdout, re.MULTILINE
+        )
+
+
+@pytest.fixture
+def language_model(monkeypatch):
+    """What the scripts of the language model define."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    return [
+        argparse.Namespace(**runpy.run_path(str(ROOT / "examples" / name)))
+        for name in ("train_lm.py", "generate_lm.py")
+    ]
+
+
+def test_what_is_generated_is_what_the_trained_modules_say(language_model):
+    """The functions of one place at a time are the Flax modules of all places."""
+    train, generate = language_model
+    shape = argparse.Namespace(blocks=2, width=8, heads=2, context=8, seed=0)
+    # Biases begin with 0, and the same everywhere would not show a mistake.
+    params = jax.tree.map(
+        lambda a: a + 0.1 * jnp.cos(jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape),
+        generate.random_params(shape),
+    )
+    prompt = np.array([[84, 104, 101], [73, 102, 32]], np.int32)
+    layers = generate.layers_of(params, 0.0)
+    keys = jax.random.split(jax.random.key(0), 2)
+    written = generate.on_one_device(layers, params, prompt, keys, 5)()
+    modules = train.gpt(argparse.Namespace(**vars(shape), dropout=0.0))
+    scores = jax.jit(fpipe.sequential(modules).__call__)
+    seen = np.zeros((2, 8), np.int32)
+    seen[:, :3] = prompt
+    for n in range(3, 8):
+        seen[:, n] = np.asarray(scores(params, seen))[:, n - 1].argmax(-1)
+    assert written.tokens.tolist() == seen[:, 3:].tolist()
+
+
+def test_the_generator_refuses_what_does_not_fit(inside, language_model, tmp_path):
+    for arguments, message in [
+        (["--groups", "3"], "--groups 3: a divisor of the 16 sequences"),
+        (["--prompt", ""], "--prompt: at least one byte"),
+        (["--count", "-1"], "--count -1: at least 0"),
+    ]:
+        done = inside("examples/generate_lm.py", *arguments)
+        assert done.returncode == 2
+        assert message in done.stderr.splitlines()[-1]
+    _, generate = language_model
+    params = [{"places": np.zeros((64, 8))}, None, None]
+    given = {"stages": 1, "prompt": "The ", "count": 0}
+    assert generate.bytes_to_write(argparse.Namespace(**given), params) == 61
+    for changed, message in [
+        ({"stages": 2}, "--stages 2: the model has only 1 blocks"),
+        (
+            {"count": 62},
+            "--count 62 behind a prompt of 4 bytes: the model sees 64",
+        ),
+        (
+            {"prompt": "é" * 33},
+            "--count 0 behind a prompt of 66 bytes: the model sees 64",
+        ),
+    ]:
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            generate.bytes_to_write(argparse.Namespace(**(given | changed)), params)
+    with pytest.raises(SystemExit, match="no checkpoint is there"):
+        generate.load(tmp_path)
 
 
 def test_the_resnet_trains_with_running_statistics():
