@@ -276,19 +276,31 @@ def test_each_piece_of_a_random_state_is_drawn_anew(make):
 
 
 def test_a_state_that_goes_on_to_a_later_stage_is_not_consumed():
-    """It is the boundary as it is, and still read there when the stage has run."""
+    """It is a part of the boundary as it is, and read there when the stage has run."""
 
     def handing_on(params, x, *, state):
-        return state, x
+        return (state, x + state), x
 
     layer = fpipe.Layer(handing_on, init_state=jnp.ones_like, state_rows=True)
-    pipe = make_placed([layer, fpipe.fn(lambda x: 2 * x)])
+    pipe = make_placed([layer, fpipe.fn(lambda pair: pair[0] + 10 * pair[1])])
     x = fpipe.Microbatches([jnp.full((2, 4), 3.0), jnp.full((2, 4), 4.0)])
     params = ((), ())
     state = pipe.init_state(x, params=params)
-    for want in ([1.0, 1.0], [3.0, 4.0]):
+    for want in ([41.0, 51.0], [63.0, 84.0]):
         y, state = pipe(params, x, state=state, donate_state=True)
-        assert_same(y, fpipe.Microbatches([jnp.full((2, 4), 2 * n) for n in want]))
+        assert_same(y, fpipe.Microbatches([jnp.full((2, 4), n) for n in want]))
+
+
+def test_only_a_call_that_is_told_so_consumes_its_state():
+    """Calls that do and calls that do not have programs of their own."""
+    pipe, params, x, state = decoder()
+    tokens = []
+    for donate in (False, True, False):
+        y, new = pipe(params, x, state=state, step=0, donate_state=donate)
+        assert {a.is_deleted() for a in jax.tree.leaves(state)} == {donate}
+        tokens.append(jax.device_get(y))
+        state = new if donate else state
+    assert_same(tokens[1:], tokens[:1] * 2)
 
 
 def test_a_state_of_all_microbatches_may_be_donated_too():
