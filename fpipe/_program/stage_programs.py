@@ -290,8 +290,10 @@ class _Splitter:
         nodes = needed_nodes(self.graph, outs.values(), required=effects)
         read = {v for node in nodes for v in node.ins}.union(outs.values())
         ins = {name: v for name, v in inputs.items() if v in read}
-        # What a later stage reads as it is stays.
-        consumed = {Input(leaf) for leaf in self.spec.donated} - {*aliases.values()}
+        # A state enters a layer through `stop_gradient`, so that no later stage reads
+        # that array itself under another name.
+        consumed = {Input(leaf) for leaf in self.spec.donated}
+        assert consumed.isdisjoint(aliases.values())
         return self._program("F", nodes, ins, {}, outs, aliases, [], consumed)
 
     def _backward(
