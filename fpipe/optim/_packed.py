@@ -406,7 +406,11 @@ class StateTemplate:
         if type(node) is not tuple or len(node) != len(self.packing.shapes):
             return False
         places = [(k, path) for k, layer in enumerate(node) for path in _places(layer)]
-        return bool(places) and all(place in self._entry_of for place in places)
+        if not places:
+            # Parameters without any array are parameters too.
+            whole = jax.tree.structure(self.packing.whole)
+            return not self._entry_of and jax.tree.structure(node) == whole
+        return all(place in self._entry_of for place in places)
 
     def packing_of(self, layers: Sequence[PyTree]) -> Packing:
         """How a tuple of layers, or the shapes of one, is packed."""

@@ -178,6 +178,12 @@ def _all_finite(arrays: Sequence[Any]) -> Any:
     return functools.reduce(jnp.logical_and, finite, jnp.bool_(True))
 
 
+# One for each function there is: `global_norm` and `all_finite` have one each.
+@functools.cache
+def _compiled_reduction(f: Callable[[Sequence[Any]], Any]) -> Callable[..., Any]:
+    return jax.jit(f)
+
+
 @explicit_transfers()
 def _reduce(call: str, f: Callable[[Sequence[Any]], Any], tree: PyTree) -> Any:
     """A number that is made from the leaves that can be trained, on the device of the
@@ -185,9 +191,10 @@ def _reduce(call: str, f: Callable[[Sequence[Any]], Any], tree: PyTree) -> Any:
     """
     arrays = [a for a in jax.tree.leaves(tree) if is_array(a) and is_inexact(a)]
     # Rows of a `Packed` go in whole: their padding is zero, which adds nothing to a
-    # norm and is finite. XLA adds up the devices' parts.
+    # norm and is finite. XLA adds up the devices' parts, in one program: of programs
+    # that run at once on one mesh the collectives of CPU devices block one another.
     if any_packed(tree) or not arrays:
-        return f(arrays)
+        return f(arrays) if is_traced(arrays) else _compiled_reduction(f)(arrays)
     if is_traced(arrays):
         refuse_tracers(call)
         return f(arrays)

@@ -197,6 +197,26 @@ def test_only_numbers_cross(executor):
         fpipe.optim.map(jnp.concatenate, params)
 
 
+def test_the_norm_of_packed_leaves_is_one_program(caplog):
+    """Programs that add up over one mesh at once block one another on CPU devices."""
+    layers = [fpipe.Layer(lambda p, x: x)] * 3
+    pipe = fpipe.Pipe(layers, [2, 1], DEVICES[:2], executor="scan")
+    params = pipe.place([np.ones(n, np.float32) for n in (13, 11, 12)])
+    with jax.log_compiles():
+        assert_same(fpipe.optim.global_norm(params), jnp.float32(6), 0)
+    assert [r.message.split()[0] for r in caplog.records].count("Compiling") == 1
+
+
+def test_parameters_without_arrays():
+    """What comes out is packed if what went in was."""
+    for executor in EXECUTORS:
+        layers = [fpipe.Layer(lambda p, x: x)] * 2
+        params = fpipe.Pipe(layers, [1, 1], executor=executor).place((None, ()))
+        got, norm = fpipe.optim.map(lambda p: (p, optax.tree.norm(p)), params)
+        assert jax.tree.structure(got) == jax.tree.structure(params)
+        assert norm == 0
+
+
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_trees_of_other_pipes(executor):
     pipe = pipe_of(executor)
