@@ -26,7 +26,7 @@ import jax
 from fpipe._core.caches import Recent
 from fpipe._core.checks import as_bool, as_compute_dtype, is_one_of
 from fpipe._core.errors import shown
-from fpipe._core.meshes import off_callers_mesh
+from fpipe._core.meshes import in_tracing_context
 from fpipe._core.pytrees import PyTree
 from fpipe._executors.call import Args, Call, check_chunks
 from fpipe._executors.placement import as_placements
@@ -204,7 +204,7 @@ _CHOICES = (
 )
 
 
-@off_callers_mesh
+@in_tracing_context
 def tune(
     layers: Iterable[Any] | Callable[..., Pipe],
     x: PyTree,

@@ -117,7 +117,7 @@ def to_device(arrays: Sequence[Any], device: Any) -> list[Any]:
     return jax.device_put(list(arrays), device)
 
 
-def off_callers_mesh(f: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
+def in_tracing_context(f: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
     """A function that runs with the caller's mesh set aside, in the context in which
     pipes trace layers: what it traces is theirs too.
     """

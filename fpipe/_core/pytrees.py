@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer as Tracer  # all others take it from here: JAX may move it
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fpipe._core.errors import shown
 
@@ -171,6 +172,24 @@ def aval(leaf: Any) -> jax.ShapeDtypeStruct:
     )
 
 
+def in_context(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """A shape whose type tells of the mesh in JAX's context, as what is made there does.
+
+    Without it the first operation of a trace gives its result another type than its
+    input has, and a function that is traced for both runs twice.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return shape
+    whole = PartitionSpec(*[None] * len(shape.shape))
+    return jax.ShapeDtypeStruct(
+        shape.shape,
+        shape.dtype,
+        sharding=NamedSharding(mesh, whole),
+        weak_type=shape.weak_type,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """A pytree's structure, static leaves and the shapes of its arrays: what a program
@@ -249,8 +268,9 @@ def eval_shape(f: Callable[..., PyTree], *args: PyTree) -> PyTree:
         specs.append(result_spec)
         return result
 
+    given = [in_context(aval(a)) for a in arrays]
     # Without shardings: a mesh of the context is no part of a shape.
-    shapes = map(aval, jax.eval_shape(flat, *map(aval, arrays)))
+    shapes = map(aval, jax.eval_shape(flat, *given))
     return specs[-1].unpack(list(shapes))
 
 

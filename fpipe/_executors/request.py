@@ -35,6 +35,7 @@ from fpipe._model.microbatch import (
     Whole,
     cut_inputs,
     first_microbatch,
+    like_two_first,
     whole_batch,
 )
 from fpipe._model.model import Model
@@ -282,7 +283,10 @@ def check_state(
     check_pieces_of_state(model.layers, args.state, cut.m, cut.ready)
     check_overwritten(model.layers, args.state)
     check_state_rows(model.layers, args.state, cut.row_counts)
-    batch = whole_batch(args.x, args.needs, chunks)
+    # Ready-made microbatches may have no rows in common. Two like the first show as
+    # well whether a state follows the rows.
+    several = like_two_first if cut.ready else whole_batch
+    batch = several(args.x, args.needs, chunks)
     if batch is not None:
         first = first_microbatch(args.x, args.needs, chunks)
         model.check_state(

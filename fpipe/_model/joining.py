@@ -24,7 +24,13 @@ import numpy as np
 
 from fpipe._core.pytrees import PyTree, Shape, Spec, describe, pack
 from fpipe._model.microbatch import axes_of, has_axis
-from fpipe._model.wrappers import Chunk, Microbatches, PerRow, leaves_of, without_chunks
+from fpipe._model.wrappers import (
+    Chunk,
+    Microbatches,
+    PerRow,
+    without_chunks,
+    wrappers_in,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,16 +305,17 @@ def check_output_axes(y: PyTree, who: str) -> None:
     """Refuse a `Chunk` with an axis that an array in it does not have.
 
     Arguments:
-        who: the layer that returned `y`.
+        y: with no other wrappers in it.
+        who: the layer that returned it.
 
     Raises:
         ValueError: there is one.
     """
-    for chunk in leaves_of(y, Chunk):
-        if leaves_of(chunk.value, Chunk):
+    for chunk in wrappers_in(y):
+        for inner in wrappers_in(chunk.value):
             raise ValueError(
-                f"{who} returned an fpipe.Chunk inside of an fpipe.Chunk; one of the "
-                "two says how it is joined"
+                f"{who} returned an fpipe.{type(inner).__name__} inside of an "
+                "fpipe.Chunk; one wrapper says how it is joined"
             )
         for array in pack(chunk)[0]:
             if not array.shape:

@@ -25,7 +25,7 @@ from fpipe._core.errors import noting, shown
 from fpipe._core.pytrees import PyTree, describe, is_inexact, numbers_as_arrays
 from fpipe._core.statics import check_leaves
 from fpipe._model.scopes import LOSS_SCOPE, scope_of
-from fpipe._model.wrappers import Chunk, PerRow, leaves_of, without_chunks
+from fpipe._model.wrappers import PerRow, is_wrapper, without_chunks
 
 Reduction: TypeAlias = Literal["mean", "sum", "weighted"]
 
@@ -148,21 +148,32 @@ def divided(total: Any, weight: Any) -> Any:
 
 
 def _check_aux(aux: PyTree) -> None:
-    """Refuse a `PerRow` without rows, and a `Chunk`."""
-    for wrapper in leaves_of(aux, PerRow):
-        for array in jax.tree.leaves(wrapper.value):
-            if not getattr(array, "shape", ()):
-                raise TypeError(
-                    "`loss_fn` returned an `fpipe.PerRow` in aux of "
-                    f"{describe(array)}, which has no rows; without it aux is stacked "
-                    "over microbatches"
-                )
-    if leaves_of(aux, Chunk):
-        raise TypeError(
-            "`loss_fn` returned an fpipe.Chunk in aux: that is for the outputs of the "
-            "last layer; what has an entry for each row goes in `fpipe.PerRow`, with "
-            "the rows on axis 0"
-        )
+    """Refuse a `PerRow` without rows, and every other wrapper."""
+    for leaf in jax.tree.leaves(aux, is_leaf=is_wrapper):
+        if isinstance(leaf, PerRow):
+            _check_per_row(leaf)
+        elif is_wrapper(leaf):
+            raise _misplaced(leaf, "aux")
+
+
+def _check_per_row(wrapper: PerRow) -> None:
+    for leaf in jax.tree.leaves(wrapper.value, is_leaf=is_wrapper):
+        if is_wrapper(leaf):
+            raise _misplaced(leaf, "an fpipe.PerRow")
+        if not getattr(leaf, "shape", ()):
+            raise TypeError(
+                "`loss_fn` returned an `fpipe.PerRow` in aux of "
+                f"{describe(leaf)}, which has no rows; without it aux is stacked "
+                "over microbatches"
+            )
+
+
+def _misplaced(wrapper: Any, where: str) -> TypeError:
+    return TypeError(
+        f"`loss_fn` returned an fpipe.{type(wrapper).__name__} in {where}: what has an "
+        "entry for each row goes in `fpipe.PerRow(leaf)`, with the rows on axis 0, and "
+        "other leaves of aux are stacked over microbatches"
+    )
 
 
 def _check_signature(

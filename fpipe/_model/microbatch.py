@@ -173,6 +173,18 @@ class Cut:
             pieces.append(a)
         return Shape(split.piece, tuple(pieces))
 
+    def doubled_shape(self, name: str, leaves: Sequence[jax.ShapeDtypeStruct]) -> Shape:
+        """The shape of twice what the first microbatch gets of an input."""
+        piece = self.piece_shape(name, 0, leaves)
+        doubled = []
+        for source, a in zip(self.splits[name].sources, piece.leaves, strict=True):
+            axis = None if isinstance(source, Whole) else source.axis
+            if axis is not None:
+                rows = 2 * a.shape[axis]
+                a = a.update(shape=(*a.shape[:axis], rows, *a.shape[axis + 1 :]))
+            doubled.append(a)
+        return Shape(piece.spec, tuple(doubled))
+
     def pieces(self, i: int, inputs: Mapping[str, PyTree]) -> dict[str, PyTree]:
         """What microbatch `i` gets of the inputs."""
         return {name: self.piece(name, i, tree) for name, tree in inputs.items()}
@@ -539,6 +551,23 @@ def ready_batches(
         }
         found.append(BatchShapes(shapes.pop("x"), shapes, cut.row_counts[i : i + 1]))
     return tuple(found)
+
+
+def like_two_first(
+    x: PyTree, needs: Mapping[str, PyTree], chunks: int
+) -> BatchShapes | None:
+    """The shapes of a batch of two microbatches like the first, where they are
+    ready-made; `None` if there is one alone.
+    """
+    inputs = {"x": x, **needs}
+    cut = cut_inputs(inputs, chunks)
+    if cut.m == 1:
+        return None
+    shapes = {
+        name: cut.doubled_shape(name, [aval(a) for a in pack(tree)[0]]).tree
+        for name, tree in inputs.items()
+    }
+    return BatchShapes(shapes.pop("x"), shapes, (cut.weights[0],) * 2)
 
 
 def pieces(rows: int, chunks: int) -> tuple[int, ...]:

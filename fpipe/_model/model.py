@@ -63,7 +63,7 @@ from fpipe._model.state import (
     refuse_followed_rows,
     with_overwritten,
 )
-from fpipe._model.wrappers import Chunk, Microbatches, leaves_of
+from fpipe._model.wrappers import Chunk, Microbatches, wrappers_in
 
 # Parameters or state of a layer, from the shapes of its input and of its needs.
 Make: TypeAlias = Callable[[int, PyTree, Mapping[str, Any]], PyTree]
@@ -280,7 +280,7 @@ class Model:
                 hint += "; this call was given no `key=`, so its key is None"
             with noting(f"in layer {k} {layer.name!r}{where}{hint}"):
                 result = self._trace(k, call) if traced else call_layer(layer, k, call)
-                _check_chunks(k, layer, result, k == len(self.layers) - 1)
+                _check_wrappers(k, layer, result, k == len(self.layers) - 1)
                 if "state" in asked:
                     new_state[k] = map_arrays(_constant_state, result.state)
                     _check_state(k, layer, asked["state"], new_state[k])
@@ -657,17 +657,19 @@ def _constant_state(array: Any) -> Any:
     return strong(jax.lax.stop_gradient(array))
 
 
-def _check_chunks(k: int, layer: Layer, result: LayerResult, last: bool) -> None:
+def _check_wrappers(k: int, layer: Layer, result: LayerResult, last: bool) -> None:
     """Only what leaves the last layer is joined, so only there a `Chunk` says how."""
     who = f"layer {k} {layer.name!r}"
+    for wrapper in wrappers_in((result.y, result.stashed)):
+        if last and isinstance(wrapper, Chunk):
+            continue
+        raise TypeError(
+            f"{who} returned or stashed an fpipe.{type(wrapper).__name__}: layers "
+            "return and stash the arrays themselves; only the last layer may return "
+            "an `fpipe.Chunk`, which says how outputs are joined"
+        )
     if last:
         check_output_axes(result.y, who)
-    what = "stashed" if last else "returned or stashed"
-    if leaves_of(result.stashed if last else (result.y, result.stashed), Chunk):
-        raise TypeError(
-            f"{who} {what} an fpipe.Chunk: that says how outputs of the last layer "
-            "are joined; between layers write the array itself"
-        )
 
 
 def _list_of_microbatches(x: PyTree) -> str:

@@ -187,10 +187,11 @@ def is_wrapper(leaf: Any) -> bool:
     return isinstance(leaf, (NoChunk, Chunk, Microbatches, PerRow))
 
 
-def leaves_of(tree: PyTree, kind: type) -> list[Any]:
-    """The wrappers of a kind in a pytree."""
-    is_kind = lambda leaf: isinstance(leaf, kind)  # noqa: E731
-    return [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_kind) if is_kind(leaf)]
+def wrappers_in(tree: PyTree) -> list[Any]:
+    """The outermost wrappers in a pytree."""
+    return [
+        leaf for leaf in jax.tree.leaves(tree, is_leaf=is_wrapper) if is_wrapper(leaf)
+    ]
 
 
 def without_chunks(tree: PyTree) -> PyTree:

@@ -20,7 +20,7 @@ import numpy as np
 
 from fpipe._core.checks import is_number, is_one_of
 from fpipe._core.errors import shown
-from fpipe._core.meshes import off_callers_mesh
+from fpipe._core.meshes import in_tracing_context
 from fpipe._core.pytrees import PyTree
 from fpipe._executors.call import check_chunks
 from fpipe._executors.scheduling import Generator, Scheduling
@@ -34,7 +34,7 @@ from fpipe._planning.text import option_name
 from fpipe.schedules import Schedule
 
 
-@off_callers_mesh
+@in_tracing_context
 def balance(
     layers: Any,
     x: PyTree = None,

@@ -31,6 +31,8 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from fpipe._core.pytrees import in_context
+
 # Calls that are inlined, so that what is inside can be sliced. A `jax.checkpoint` is
 # not: XLA keeps its recomputation only while it stays one equation.
 _CALLS = {
@@ -115,7 +117,7 @@ class Graph:
 
 def trace(f: Callable[..., Sequence[Any]], *shapes: Any) -> Any:
     """Trace a function of flat arrays into a closed jaxpr."""
-    return jax.make_jaxpr(f)(*shapes)
+    return jax.make_jaxpr(f)(*map(in_context, shapes))
 
 
 def as_function(closed: Any) -> Callable[..., list[Any]]:

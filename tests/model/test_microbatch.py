@@ -596,14 +596,24 @@ def test_init_and_states_see_the_first_rows_of_a_chunk(executor):
 
 
 @both
-def test_an_inner_layer_that_returns_a_chunk_is_named(make):
+def test_a_layer_that_returns_a_wrapper_is_named(make):
+    text = (
+        "layers return and stash the arrays themselves; only the last layer may return "
+        "an `fpipe.Chunk`, which says how outputs are joined"
+    )
     wrap = fpipe.fn(lambda x: [fpipe.Chunk(x, 1)], name="wrap")
     with raises(
-        TypeError,
-        "layer 0 'wrap' returned or stashed an fpipe.Chunk: that says how outputs of "
-        "the last layer are joined; between layers write the array itself",
+        TypeError, f"layer 0 'wrap' returned or stashed an fpipe.Chunk: {text}"
     ):
         make([wrap, same], chunks=2)(((), ()), rows(4))
+
+    for wrapper in (fpipe.NoChunk, fpipe.PerRow, lambda x: fpipe.Microbatches([x])):
+        last = fpipe.fn(lambda x, wrapper=wrapper: {"y": wrapper(x)}, name="last")
+        name = type(wrapper(0)).__name__
+        with raises(
+            TypeError, f"layer 1 'last' returned or stashed an fpipe.{name}: {text}"
+        ):
+            make([same, last], chunks=2)(((), ()), rows(4))
 
     @fpipe.skippable(stash=["a"])
     def stashing(params, x, *, carry):
@@ -615,8 +625,7 @@ def test_an_inner_layer_that_returns_a_chunk_is_named(make):
 
     with raises(
         TypeError,
-        "layer 0 'stashing' returned or stashed an fpipe.Chunk: that says how outputs "
-        "of the last layer are joined; between layers write the array itself",
+        f"layer 0 'stashing' returned or stashed an fpipe.Chunk: {text}",
     ):
         make([stashing, popping], chunks=2)(((), ()), rows(4))
 
@@ -636,7 +645,12 @@ def test_an_inner_layer_that_returns_a_chunk_is_named(make):
         ),
         (
             lambda x: fpipe.Chunk([fpipe.Chunk(x, 0)], 1),
-            "returned an fpipe.Chunk inside of an fpipe.Chunk; one of the two says how "
+            "returned an fpipe.Chunk inside of an fpipe.Chunk; one wrapper says how it "
+            "is joined",
+        ),
+        (
+            lambda x: fpipe.Chunk([fpipe.PerRow(x)], 1),
+            "returned an fpipe.PerRow inside of an fpipe.Chunk; one wrapper says how "
             "it is joined",
         ),
     ],

@@ -189,6 +189,37 @@ def test_states_and_keys_go_from_one_ready_made_microbatch_to_the_next(make):
         assert_same(y[i], jnp.where(mask, piece, 0) + jnp.float32(before[i]))
 
 
+@every
+def test_state_that_follows_the_rows_of_ready_made_microbatches_is_refused(executor):
+    def make(state_rows):
+        layer = fpipe.Layer(
+            lambda params, x, *, state: (x + state, x),
+            init_state=jnp.zeros_like,
+            name="follows",
+            state_rows=state_rows,
+        )
+        return MAKE[executor]([layer, fpipe.fn(lambda x: x)])
+
+    x = fpipe.Microbatches([jnp.ones((2, WIDTH)), jnp.ones((2, WIDTH))])
+    state = (jnp.zeros((2, WIDTH)), None)
+    params = ((), ())
+    shape = f"float32[2,{WIDTH}]"
+    with raises(
+        ValueError,
+        f"layer 0 'follows': its state follows the rows: it is {shape} for 2 rows and "
+        f"float32[4,{WIDTH}] for 4, and all 2 microbatches would share its entries; "
+        "write `fpipe.Layer(..., state_rows=True)`, and each microbatch gets those of "
+        "its own rows (`state_rows=False`: they are meant to share them)",
+    ):
+        pipe = make(None)
+        pipe(pipe.place(params), x, state=state)
+    # The second microbatch takes what the first one left.
+    meant = make(False)
+    y, (after, _) = meant(meant.place(params), x, state=state)
+    assert_same(y, fpipe.Microbatches([x[0], 2 * x[0]]))
+    assert_same(after, x[0])
+
+
 def test_each_shape_is_compiled_once():
     traced = []
 
@@ -264,6 +295,10 @@ def test_microbatches_is_a_pytree_and_a_sequence():
 
 
 A, B = jnp.ones((2, 3)), jnp.ones((1, 3))
+OF_AUX = (
+    "what has an entry for each row goes in `fpipe.PerRow(leaf)`, with the rows on "
+    "axis 0, and other leaves of aux are stacked over microbatches"
+)
 WRONG = {
     "no list": (
         lambda: fpipe.Microbatches(untyped(A)),
@@ -347,9 +382,22 @@ WRONG = {
     "a chunk in aux": (
         lambda: aux_of(lambda y: (y.sum(), fpipe.Chunk(y, 1))),
         TypeError,
-        "`loss_fn` returned an fpipe.Chunk in aux: that is for the outputs of the last "
-        "layer; what has an entry for each row goes in `fpipe.PerRow`, with the rows "
-        "on axis 0",
+        f"`loss_fn` returned an fpipe.Chunk in aux: {OF_AUX}",
+    ),
+    "what goes whole in aux": (
+        lambda: aux_of(lambda y: (y.sum(), [fpipe.NoChunk(y)])),
+        TypeError,
+        f"`loss_fn` returned an fpipe.NoChunk in aux: {OF_AUX}",
+    ),
+    "per row of per row": (
+        lambda: aux_of(lambda y: (y.sum(), fpipe.PerRow([fpipe.PerRow(y)]))),
+        TypeError,
+        f"`loss_fn` returned an fpipe.PerRow in an fpipe.PerRow: {OF_AUX}",
+    ),
+    "microbatches per row": (
+        lambda: aux_of(lambda y: (y.sum(), fpipe.PerRow(fpipe.Microbatches([y])))),
+        TypeError,
+        f"`loss_fn` returned an fpipe.Microbatches in an fpipe.PerRow: {OF_AUX}",
     ),
 }
 

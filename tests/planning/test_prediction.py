@@ -611,10 +611,14 @@ def test_what_a_plan_has_traced_the_call_finds():
     assert len(traced) == first
 
 
-@pytest.mark.parametrize("executor", ["placed", "scan"])
-def test_a_layer_runs_once_whatever_is_asked(executor):
+@pytest.mark.parametrize(
+    ("executor", "axes"), [("placed", ()), ("scan", ()), ("scan", ("stage", "data"))]
+)
+def test_a_layer_runs_once_whatever_is_asked(executor, axes):
     """Its Python: for a shape and a mode, one trace serves all."""
     ran = []
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), axes, axis_types=auto) if axes else None
 
     def counting(name):
         def apply(w, x, *, train=False):
@@ -624,7 +628,9 @@ def test_a_layer_runs_once_whatever_is_asked(executor):
         return fpipe.Layer(apply, lambda key, x: jnp.eye(WIDTH), name=name)
 
     names = ["a", "b", "c"]
-    pipe = fpipe.Pipe(list(map(counting, names)), [1, 2], chunks=4, executor=executor)
+    pipe = fpipe.Pipe(
+        list(map(counting, names)), [1, 2], chunks=4, executor=executor, mesh=mesh
+    )
     x = jnp.ones((ROWS, WIDTH))
     for train in (False, True):
         params = pipe.init(jax.random.key(0), X)

@@ -108,8 +108,7 @@ def stage_context(mesh: Mesh) -> AbstractContextManager[Any]:
     So a layer may use the axes of its stage, as in
     `jax.lax.with_sharding_constraint(h, P("data"))`; that of the stages is taken.
     """
-    # A stage on one device has no axes. There a layer's output has the same type as its
-    # input, and with a mesh it has not: the layer would be traced for both.
+    # A stage on one device has no axes, and shares its traces with the other executor.
     if len(mesh.axis_names) == 1:
         return no_mesh()
     inside = mesh.abstract_mesh.update_axis_types({AXIS: AxisType.Manual})
