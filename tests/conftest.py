@@ -1,5 +1,6 @@
 """Four simulated CPU devices, quick compilation, and a cache of it for all runs."""
 
+import gc
 import os
 import pathlib
 import signal
@@ -59,6 +60,18 @@ def pytest_configure(config):
             "Do not use the `random` module",  # it looks at one entry of a list
         ):
             config.addinivalue_line("filterwarnings", f"ignore:{message}")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_heap():
+    """What a module leaves is looked at no more by Python's garbage collector.
+
+    JAX keeps traces and programs: millions of objects in the end, and each collection
+    that a test asks for would walk over all of them.
+    """
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

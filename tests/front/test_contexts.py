@@ -469,12 +469,31 @@ def square(y, target):
     return ((y - target) ** 2).sum()
 
 
+def plan_everything(x, key, state):
+    """A balance, and what tuning predicts: the same for a pipe and the composition."""
+    devices = jax.devices()[:2]
+    tuning = fpipe.tune(
+        CALLED,
+        x,
+        key=key,
+        state=state,
+        devices=devices,
+        chunks=2,
+        schedules=["1f1b"],
+        checkpoints=["never"],
+    )
+    assert tuning.best.prediction is not None
+    cut = fpipe.balance(CALLED, x, devices=devices, chunks=2)
+    return np.array([*cut, tuning.best.prediction.step])
+
+
 def call_everything(model, x, key, cotangent):
     """What every public call gives, in a form that all models share."""
     params, state = model.init(key, x), model.init_state(x)
     needs = {"key": key, "state": state}
     whole = model.gather(params)
     out = {"init": whole, "state": state, "place": model.gather(model.place(whole))}
+    out["plan"] = plan_everything(x, key, state)
     out["call"] = model(params, x, **needs)
     out["evaluate"] = model.evaluate(square)(params, x, x, **needs)
     step = model.value_and_grad(square, argnums=(0, 1))
@@ -486,6 +505,12 @@ def call_everything(model, x, key, cotangent):
     if isinstance(model, fpipe.Pipe):
         model.compile(params, x, x, **needs, loss_fn=square, progress=None)
         model.plan(params, x, x, **needs, loss_fn=square)
+        if not jax.config.values["jax_disable_jit"]:  # nothing is dispatched then
+            with fpipe.record(model) as timeline:
+                recorded, _ = step(params, x, x, **needs)
+            assert_same(recorded, first)
+            # Two stages, and at least a forward and a backward of each microbatch.
+            assert len(timeline.events) >= 2 * 2 * model.chunks
         tx = fpipe.optim.per_stage(optax.sgd(0.1, momentum=0.9))
         moments = tx.init(params)
         moments = fpipe.optim.place(fpipe.optim.gather(moments), params, tx)
@@ -507,40 +532,43 @@ def call_everything(model, x, key, cotangent):
     return out
 
 
-# Under these the plain composition gives other numbers than without.
-NUMBERS = {
-    "enable_x64": lambda: jax.enable_x64(True),
-    "threefry_partitionable": lambda: jax.threefry_partitionable(False),
-}
+@contextlib.contextmanager
+def other_numbers():
+    """Under these the plain composition gives other numbers than without."""
+    with jax.enable_x64(True), jax.threefry_partitionable(False):
+        yield
 
 
 @contextlib.contextmanager
 def traced_otherwise():
-    """Settings that change what is traced and no result; each makes all programs anew,
-    so they are tried together.
-    """
+    """Settings that change what is traced, or what may be done, and no result."""
     with (
         jax.default_matmul_precision("highest"),
         jax.default_device(jax.devices()[3]),
         jax.numpy_rank_promotion("raise"),
         jax.debug_key_reuse(True),
+        jax.transfer_guard("disallow"),
     ):
         yield
 
 
 @contextlib.contextmanager
-def debugging():
-    with jax.debug_nans(True), jax.debug_infs(True):
+def checked():
+    """JAX looks for mistakes of its users."""
+    with (
+        jax.checking_leaks(),
+        jax.enable_checks(True),
+        jax.debug_nans(True),
+        jax.debug_infs(True),
+    ):
         yield
 
 
+# Each makes all programs anew, so what goes together is tried together.
 QUIET = {
     "traced_otherwise": traced_otherwise,
-    "transfer_guard": lambda: jax.transfer_guard("disallow"),
-    "checking_leaks": jax.checking_leaks,
+    "checked": checked,
     "disable_jit": jax.disable_jit,
-    "debugging": debugging,
-    "enable_checks": lambda: jax.enable_checks(True),
 }
 
 
@@ -555,17 +583,21 @@ def arguments():
     return x, jax.random.key(5), jnp.ones_like(x)
 
 
-@pytest.mark.parametrize("name", [*NUMBERS, *QUIET])
+@pytest.mark.parametrize("name", QUIET)
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_every_call_holds_under_every_context(executor, name, plain_results):
+    pipe, given = pipe_of(CALLED, executor, balance=[1, 1]), arguments()
+    with QUIET[name]():
+        got = call_everything(pipe, *given)
+    for call, result in plain_results.items():
+        assert_same(got[call], result)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_every_call_holds_under_contexts_that_change_numbers(executor):
     pipe = pipe_of(CALLED, executor, balance=[1, 1])
-    if name in NUMBERS:
-        with NUMBERS[name]():
-            want = call_everything(fpipe.sequential(CALLED, chunks=2), *arguments())
-            got = call_everything(pipe, *arguments())
-    else:
-        want, given = plain_results, arguments()
-        with QUIET[name]():
-            got = call_everything(pipe, *given)
+    with other_numbers():
+        want = call_everything(fpipe.sequential(CALLED, chunks=2), *arguments())
+        got = call_everything(pipe, *arguments())
     for call, result in want.items():
         assert_same(got[call], result)

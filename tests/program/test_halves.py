@@ -2,6 +2,8 @@
 compiled programs.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -284,8 +286,9 @@ MIXED = Schedule(
 )
 
 
-@pytest.mark.parametrize("checkpoint", ["always", "never"])
-@pytest.mark.parametrize("model", models())
+@pytest.mark.parametrize(
+    ("model", "checkpoint"), zip(models(), itertools.cycle(["always", "never"]))
+)
 def test_whole_and_split_backwards_may_be_mixed(model, checkpoint):
     layers = models()[model]
     case = Case(layers, 2)
