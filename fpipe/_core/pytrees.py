@@ -173,7 +173,7 @@ def aval(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def in_context(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """A shape whose type tells of the mesh in JAX's context, as what is made there does.
+    """A shape whose type tells of the mesh in the context, as what is made there does.
 
     Without it the first operation of a trace gives its result another type than its
     input has, and a function that is traced for both runs twice.
