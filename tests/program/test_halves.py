@@ -287,7 +287,7 @@ MIXED = Schedule(
 
 
 @pytest.mark.parametrize(
-    ("model", "checkpoint"), zip(models(), itertools.cycle(["always", "never"]))
+    ("model", "checkpoint"), list(zip(models(), itertools.cycle(["always", "never"])))
 )
 def test_whole_and_split_backwards_may_be_mixed(model, checkpoint):
     layers = models()[model]
