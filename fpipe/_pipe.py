@@ -259,7 +259,7 @@ class Pipe(Call):
             "balance": balance,
             "devices": devices,
             "chunks": chunks,
-            "checkpoint": checkpoint,
+            "checkpoint": remat.option,
             "schedule": schedule,
             "executor": executor,
             "dispatch": dispatch,

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, SingleDeviceSharding
 
-from fpipe._core.pytrees import Tracer
+from fpipe._core.pytrees import Tracer, on_host
 
 AnyMesh: TypeAlias = Mesh | AbstractMesh
 """A mesh of devices, or its shape alone, which is what a tracer has."""
@@ -106,13 +106,15 @@ def is_explicit(array: Any) -> bool:
 
 
 def to_device(arrays: Sequence[Any], device: Any) -> list[Any]:
-    """Arrays of the caller on one device, whatever their types tell of a sharding.
+    """Arrays of the caller on one device, whatever their types tell of a sharding, and
+    in its own memory.
 
     A `device_put` to a `Device` would leave that in the type, and no program of the
-    device could take the array. One to a `Sharding` takes 45 µs and not 15 (measured on
-    jax 0.10.2, CPU), so it is for these alone.
+    device could take the array; of one in the host's memory it raises. One to a
+    `Sharding` takes 45 µs and not 15 (measured on jax 0.10.2, CPU), so it is for these
+    alone.
     """
-    if any(map(is_explicit, arrays)):
+    if any(is_explicit(array) or on_host(array) for array in arrays):
         device = SingleDeviceSharding(device)
     return jax.device_put(list(arrays), device)
 

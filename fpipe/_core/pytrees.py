@@ -232,8 +232,57 @@ def fill_gradient(
     return spec.fill(filled, None)
 
 
+class HostShape(jax.ShapeDtypeStruct):
+    """The shape of an array in the host's memory, on no device in particular.
+
+    JAX writes such a type as `f32<host>[4,3]`; of its own, `jax.ShapeDtypeStruct` says
+    where memory is by a sharding alone, which names a device.
+    """
+
+    memory_space = jax.memory.Space.Host
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HostShape) and super().__eq__(other)
+
+    def __hash__(self) -> int:
+        return hash((HostShape, super().__hash__()))
+
+
+def on_host(a: Any) -> bool:
+    """Whether an array, or one of that type, lies in the host's memory, where an
+    offloading policy moves what is saved for a backward.
+    """
+    space = getattr(getattr(a, "aval", a), "memory_space", None)
+    if space is not None:
+        return space == jax.memory.Space.Host
+    kind = getattr(getattr(a, "sharding", None), "memory_kind", None)
+    return kind in ("pinned_host", "unpinned_host")
+
+
+def off_host(tree: PyTree) -> PyTree:
+    """A pytree under a trace, whose arrays on the host are brought to the device."""
+    return jax.tree.map(
+        lambda leaf: (
+            jax.device_put(leaf, jax.memory.Space.Device)
+            if is_array(leaf) and on_host(leaf)
+            else leaf
+        ),
+        tree,
+    )
+
+
+def device_bytes(a: Any) -> int:
+    """The bytes of an array in the memory of its device: none, if it is on the host."""
+    return 0 if on_host(a) else nbytes(a)
+
+
+def host_bytes(a: Any) -> int:
+    """The bytes of an array in the host's memory."""
+    return nbytes(a) if on_host(a) else 0
+
+
 def nbytes(a: Any) -> int:
-    """The bytes of an array, or of one of that shape."""
+    """The bytes of an array, or of one of that shape, wherever it lies."""
     # A dtype of somebody's own (Flax's `fp32_max_grad`) may say what it is stored as.
     stored = getattr(a.dtype, "float_dtype", None)
     dtype = a.dtype if stored is None else jnp.dtype(stored)

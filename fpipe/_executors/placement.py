@@ -21,7 +21,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from fpipe._core.errors import shown
 from fpipe._core.meshes import to_device
-from fpipe._core.pytrees import PyTree, copied, is_traced, pack
+from fpipe._core.pytrees import PyTree, copied, is_traced, on_host, pack, zeros
 
 # `jax.Device` is a variable to type checkers: jaxlib does not declare it as a class.
 Device: TypeAlias = Any
@@ -61,6 +61,11 @@ class Placement:
         `put` and `holds` where they will do.
         """
         return next(iter(self.sharding.device_set))
+
+    @functools.cached_property
+    def host(self) -> SingleDeviceSharding:
+        """The memory of its host: where an offloading policy moves what is saved."""
+        return self.sharding.with_memory_kind("pinned_host")
 
     def as_default(self) -> Any:
         """A context in which new arrays are made here."""
@@ -104,11 +109,12 @@ class Placement:
         return spec.unpack(self.own(arrays) if own else self.take(arrays))
 
     def holds(self, array: Any) -> bool:
-        """Whether an array lives here."""
+        """Whether an array lives here, in the memory of the device."""
         # By its devices, not its sharding: a mesh of this one device is here too.
         return (
             isinstance(array, jax.Array)
             and array.sharding.device_set == self.sharding.device_set
+            and not on_host(array)
         )
 
     def __str__(self) -> str:
@@ -120,6 +126,21 @@ class Placement:
     # A device itself does not pickle: it belongs to the backend of this process.
     def __reduce__(self) -> Any:
         return _restore, (self.device.platform, self.device.id)
+
+
+def as_argument(shape: jax.ShapeDtypeStruct) -> Any:
+    """What a program is lowered for: a shape with its sharding, or, where that is in
+    the host's memory, zeros.
+
+    Of a shape on one device JAX takes the device, and not the kind of its memory (jax
+    0.10.2), so that only an array gives the program that a call will run.
+    """
+    return zeros_at(shape) if on_host(shape) else shape
+
+
+def zeros_at(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros where a shape says that they lie."""
+    return jax.device_put(zeros(shape), shape.sharding)
 
 
 def _share_memory(array: Any, new: Any) -> bool:

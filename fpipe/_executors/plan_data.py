@@ -84,6 +84,8 @@ class DeviceMemory:
             multiple of them.
         temporary: bytes that a program needs for itself; `None`: nothing was compiled.
         moment: what runs then.
+        host: the most bytes of residuals that wait in the host's memory, where an
+            offloading policy moves them. No part of what the device holds.
     """
 
     device: int
@@ -92,6 +94,7 @@ class DeviceMemory:
     owned: int
     temporary: int | None
     moment: str
+    host: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

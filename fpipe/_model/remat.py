@@ -14,6 +14,7 @@ the others:
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, get_args
@@ -55,6 +56,63 @@ def _check_policy(policy: Policy) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class MadePolicy:
+    """A policy of JAX as a value: who makes it, and from what.
+
+    Those that offload are functions inside of functions: they do not pickle, and two
+    that were made alike are not equal, so that they would share no program.
+
+    Attributes:
+        maker: its name among `jax.checkpoint_policies`.
+        arguments: by name.
+    """
+
+    maker: str
+    arguments: tuple[tuple[str, Any], ...]
+
+    @functools.cached_property
+    def _policy(self) -> Policy:
+        return getattr(jax.checkpoint_policies, self.maker)(**dict(self.arguments))
+
+    def __call__(self, *args: Any, **params: Any) -> Any:
+        """What JAX asks a policy."""
+        return self._policy(*args, **params)
+
+    @property
+    def __name__(self) -> str:
+        return self.maker
+
+    def __reduce__(self) -> Any:
+        return MadePolicy, (self.maker, self.arguments)
+
+
+def _as_value(policy: Any) -> Any:
+    """A policy that one of JAX's makers has made as a `MadePolicy`, if its arguments
+    are values; any other option as it is.
+    """
+    maker, *rest = getattr(policy, "__qualname__", "").split(".<locals>.")
+    make = getattr(jax.checkpoint_policies, maker, None)
+    if not rest or make is None or make.__module__ != policy.__module__:
+        return policy
+    # What it was made from are the variables that it takes from around it.
+    cells = [cell.cell_contents for cell in policy.__closure__ or ()]
+    around = dict(zip(policy.__code__.co_freevars, map(_frozen, cells), strict=True))
+    try:
+        hash(tuple(around.values()))
+        inspect.signature(make).bind(**around)
+    except TypeError:
+        return policy
+    return MadePolicy(maker, tuple(sorted(around.items())))
+
+
+def _frozen(value: Any) -> Any:
+    """What a policy was made from, as a value: names, memories, other policies."""
+    if isinstance(value, (set, list)):
+        return frozenset(value)
+    return _as_value(value)
+
+
+@dataclasses.dataclass(frozen=True)
 class Remat:
     """A checkpoint mode, or a policy of `jax.checkpoint`. The mechanism is one:
     `jax.checkpoint` around the stage.
@@ -75,6 +133,7 @@ class Remat:
             raise TypeError(f"`Pipe(checkpoint={shown(option)})`: {expected}")
         else:
             _check_policy(option)
+            checked = _as_value(option)
         return cls(checked)
 
     @property
@@ -87,6 +146,8 @@ class Remat:
         """What a user calls it, for errors."""
         if isinstance(self.option, str):
             return repr(self.option)
+        if isinstance(self.option, MadePolicy):
+            return f"jax.checkpoint_policies.{self.option.maker}(...)"
         # Some of JAX's policies are objects without a name of their own.
         for name, policy in vars(jax.checkpoint_policies).items():
             if policy is self.option:

@@ -21,7 +21,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fpipe._core.pytrees import PyTree, Shape, eval_shape, is_inexact, nbytes
+from fpipe._core.pytrees import (
+    PyTree,
+    Shape,
+    device_bytes,
+    eval_shape,
+    is_inexact,
+    nbytes,
+)
 from fpipe._model.model import Model
 from fpipe._model.needs import stand_ins
 from fpipe._model.remat import Remat
@@ -62,8 +69,8 @@ class SpanPrograms:
         return program, program.code
 
     def kept_bytes(self, besides: Collection[str] = ()) -> int:
-        """Bytes that the backward takes from the forward, or from the inputs of a
-        microbatch.
+        """Bytes on the device that the backward takes from the forward, or from the
+        inputs of a microbatch.
 
         Arguments:
             besides: kinds of inputs that do not count.
@@ -79,7 +86,7 @@ class SpanPrograms:
                 kind = value.leaf.port.kind
                 kept = kind in _PER_MICROBATCH and kind not in besides
             if kept and arg.value is not None:
-                total += nbytes(code.graph.avals[arg.value])
+                total += device_bytes(code.graph.avals[arg.value])
         return total
 
     def arrays_read(self, port: Port) -> frozenset[int]:

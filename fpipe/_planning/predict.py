@@ -253,7 +253,7 @@ def _device_row(row: DeviceMemory, hardware: Hardware) -> DeviceRow:
         memory["temporary"] = row.temporary
     ordered = {role: memory[role] for role in _ROLES if role in memory}
     limit = hardware.memory_of(row.device)
-    return DeviceRow(row.device, row.name, ordered, row.moment, limit)
+    return DeviceRow(row.device, row.name, ordered, row.moment, limit, row.host)
 
 
 # The order of the columns.

@@ -80,6 +80,8 @@ class DeviceRow:
             needs for itself while it runs.
         doing: what runs then.
         limit: bytes that it has, if given.
+        host: the most bytes of residuals that wait in the host's memory, where an
+            offloading policy moves them. No part of `memory` and `peak`.
     """
 
     device: int
@@ -87,6 +89,7 @@ class DeviceRow:
     memory: Mapping[str, int]
     doing: str
     limit: int | None = None
+    host: int = 0
 
     @property
     def peak(self) -> int:
@@ -148,7 +151,9 @@ class Prediction:
             `work` (by kind of action, for one microbatch), `boundary` (bytes for one
             microbatch), `stashed` and `popped` (skips: name, other stage, bytes).
         devices: a row each: `name`, `memory` (bytes by what they are for, when it is
-            fullest), `peak`, `doing` (what runs then), `limit`, `missing`.
+            fullest), `peak`, `doing` (what runs then), `limit`, `missing`, `host`
+            (bytes of residuals that a policy moves to the host's memory, no part of
+            `peak`).
         inputs: a row for each leaf of `x`, `side` and targets: `name`, `value` (dtype
             and shape), `gets` (`"rows"`, `"whole"`, `"static"` or `"ready"`), `axis`
             (of its rows), `rows` (of each microbatch).
@@ -217,6 +222,7 @@ class Prediction:
                     "limit": d.limit,
                     "doing": d.doing,
                     "memory": dict(d.memory),
+                    "host": d.host,
                 }
                 for d in self.devices
             ],
@@ -351,12 +357,14 @@ def _device_table(prediction: Prediction) -> tuple[Table, str]:
     )
     # One unit for the whole table, so that numbers can be compared by their lengths.
     unit, name = byte_unit(prediction.peak)
-    head = ["device", "", f"peak {name}", "limit", *roles, "when"]
+    head = ["device", "", f"peak {name}", "limit", *roles, "host", "when"]
     rows = []
     for row in devices:
         limit = "" if row.limit is None else f"{row.limit / unit:.2f}"
         cells = [str(row.device), row.name, f"{row.peak / unit:.2f}", limit]
         cells += [f"{row.memory.get(role, 0) / unit:.2f}" for role in roles]
+        # Of a column where no device has any, nothing is shown.
+        cells.append(f"{row.host / unit:.2f}" if row.host else "")
         rows.append([*cells, row.doing])
     more = "without what programs need for themselves: plan(..., compiled=True) has it"
     table = Table(head, rows, left=(1, len(head) - 1))

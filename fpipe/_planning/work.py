@@ -21,8 +21,8 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 
-from fpipe._core.pytrees import zeros
-from fpipe._executors.placement import Placement
+from fpipe._core.pytrees import on_host
+from fpipe._executors.placement import as_argument, zeros_at
 from fpipe._executors.plan_data import Work
 from fpipe._program.code import Code
 from fpipe._program.control_flow import calls_host, has_loop
@@ -63,8 +63,10 @@ def _count(
     def call(*arrays: Any) -> list[Any]:
         return evaluate(graph, inside, dict(zip(ins, arrays, strict=True)), outs)
 
+    # Only the type itself says that a value lies on the host.
+    avals = [graph.avals[v] for v in ins]
     shapes = [
-        jax.ShapeDtypeStruct(graph.avals[v].shape, graph.avals[v].dtype) for v in ins
+        a if on_host(a) else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals
     ]
     return total + _count_lowered(jax.jit(call).lower(*shapes), what)
 
@@ -125,7 +127,10 @@ def seconds(every: Sequence[Work]) -> dict[Work, float]:
     """
     distinct = {(work.function, work.placement): work for work in every}
     # Tracing and lowering are Python, one after the other; XLA compiles in threads.
-    traces = [work.function.trace(*work.arguments) for work in distinct.values()]
+    traces = [
+        work.function.trace(*map(as_argument, work.arguments))
+        for work in distinct.values()
+    ]
     lowered = [traced.lower() for traced in traces]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         programs = list(pool.map(lambda program: program.compile(), lowered))
@@ -133,23 +138,26 @@ def seconds(every: Sequence[Work]) -> dict[Work, float]:
     for (key, work), traced, program in zip(
         distinct.items(), traces, programs, strict=True
     ):
-        found[key] = _shortest(program, traced.args_info[0], work.placement)
+        found[key] = _shortest(program, work.arguments, traced.args_info[0])
     return {work: found[work.function, work.placement] for work in every}
 
 
-def _shortest(compiled: Any, infos: Sequence[Any], place: Placement) -> float:
+def _shortest(
+    compiled: Any, shapes: Sequence[jax.ShapeDtypeStruct], infos: Sequence[Any]
+) -> float:
     """The seconds of the shortest of some runs.
 
     Arguments:
-        infos: the shape of each argument, and whether a run consumes it.
+        shapes: of the arguments, and where they lie.
+        infos: for each argument whether a run consumes it.
     """
-    arrays = place.put([zeros(info) for info in infos])
+    arrays = [zeros_at(shape) for shape in shapes]
 
     def arguments() -> list[Any]:
         """The same arrays each time; anew those that a run consumes."""
         return [
-            place.put([zeros(info)])[0] if info.donated else array
-            for info, array in zip(infos, arrays, strict=True)
+            zeros_at(shape) if info.donated else array
+            for shape, info, array in zip(shapes, infos, arrays, strict=True)
         ]
 
     return min(durations(compiled, arguments, 1, _REPEATS))

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from fpipe._core.pytrees import on_host
 from fpipe._core.settings import donated
 from fpipe._model.stages import Leaf
 from fpipe._program.graph import Graph, Node, evaluate
@@ -277,6 +278,13 @@ class Code:
             [arrays[self.guard.first], arrays[self.guard.index]],
             failures,
         )
+
+    @property
+    def on_host(self) -> dict[int, Any]:
+        """The types of those results that lie in the host's memory, by number."""
+        results = enumerate((*self.outs, *self.sums))
+        types = ((n, self.graph.avals[v]) for n, v in results)
+        return {n: aval for n, aval in types if on_host(aval)}
 
     @property
     def identity(self) -> Hashable:

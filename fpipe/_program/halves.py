@@ -26,7 +26,7 @@ a stage of four layers, whose backward has 8 matrix products, `VJP.with_refs` di
 import dataclasses
 from collections.abc import Collection, Iterable, Sequence, Set
 
-from fpipe._core.pytrees import nbytes
+from fpipe._core.pytrees import device_bytes
 from fpipe._program.graph import Graph, Node, needed_nodes
 from fpipe._program.residuals import FORM_CHANGES, Backward
 
@@ -155,9 +155,10 @@ class _InputHalf:
             return True  # Made from weights alone: not kept for each microbatch.
         # A change of form is made again if that keeps fewer bytes: a cotangent is
         # handed as the row that it was, not as the matrix that it was broadcast to, but
-        # as the bfloat16 that it was cast to, not as the float32.
-        if node.name not in FORM_CHANGES:
+        # as the bfloat16 that it was cast to, not as the float32. What came back from
+        # the host's memory comes once more: `W` waits, and meanwhile the host keeps it.
+        if node.name not in FORM_CHANGES and node.name != "device_put":
             return False
         avals = self._part.avals
-        read = sum(nbytes(avals[v]) for v in node.ins)
-        return read <= sum(nbytes(avals[v]) for v in node.outs)
+        read = sum(device_bytes(avals[v]) for v in node.ins)
+        return read <= sum(device_bytes(avals[v]) for v in node.outs)

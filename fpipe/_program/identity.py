@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from fpipe._core.pytrees import on_host
 from fpipe._program.graph import Graph, Node, inline, trace
 
 # How to differentiate a custom function: made anew by each trace, and of no use in
@@ -101,11 +102,14 @@ def identity(
 
 
 def _type(aval: Any) -> Hashable:
-    """Shape, dtype, and whether the dtype is weak: then it gives way in a promotion."""
+    """Shape, dtype, whether the dtype is weak (then it gives way in a promotion), and
+    whether it lies on the host.
+    """
     return (
         getattr(aval, "shape", None),
         str(getattr(aval, "dtype", aval)),
         getattr(aval, "weak_type", False),
+        on_host(aval),
     )
 
 

@@ -35,7 +35,7 @@ makes `w'` and `r` again:
 import dataclasses
 from collections.abc import Collection, Iterable, Sequence, Set
 
-from fpipe._core.pytrees import nbytes
+from fpipe._core.pytrees import device_bytes
 from fpipe._program.graph import Graph, Node, needed_nodes
 from fpipe._program.min_cut import cheapest
 
@@ -159,5 +159,6 @@ def _cheapest_to_keep(
     # At least 1: an edge of capacity 0 is cut wherever it stands, so an array without
     # elements would be kept for nothing. Bytes alone decide, not FLOPs: to add the two
     # would need the speeds of the device.
-    costs = {v: max(1, nbytes(graph.avals[v])) for v in candidates}
+    # What an offloading policy has moved to the host takes nothing of the device.
+    costs = {v: max(1, device_bytes(graph.avals[v])) for v in candidates}
     return cheapest(costs, remade_from, sorted(reads & candidates))

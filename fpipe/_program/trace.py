@@ -24,7 +24,7 @@ from typing import Any
 import jax
 
 from fpipe._core.errors import noting
-from fpipe._core.pytrees import Shape, is_inexact, pack
+from fpipe._core.pytrees import Shape, is_inexact, off_host, pack
 from fpipe._model.loss import Loss
 from fpipe._model.remat import Remat
 from fpipe._model.stages import Leaf, Port, Stage
@@ -103,7 +103,8 @@ def trace_stage(
             port: shape.spec.unpack([next(rest) for _ in shape.leaves])
             for port, shape in given.items()
         }
-        results = stage.run(trees, loss, where)
+        # What leaves a stage is sent, or lies beside what was: all of it on devices.
+        results = off_host(stage.run(trees, loss, where))
         out.update({port: Shape.of(tree) for port, tree in results.items()})
         return [array for tree in results.values() for array in pack(tree)[0]]
 

@@ -690,7 +690,12 @@ def test_a_scale_inside_of_jit_is_taken_as_it_is():
     ],
 )
 def test_policies_are_taken(policy):
-    assert fpipe.Pipe(LAYERS, [1, 1], checkpoint=policy).checkpoint == policy
+    pipe = fpipe.Pipe(LAYERS, [1, 1], checkpoint=policy)
+    assert pipe == fpipe.Pipe(LAYERS, [1, 1], checkpoint=policy)
+    # It may be an equal one that compares and pickles.
+    assert callable(pipe.checkpoint)
+    question = jax.lax.sin_p, jax.typeof(jnp.float32(0.0))
+    assert pipe.checkpoint(*question) == policy(*question)
 
 
 @pytest.mark.parametrize("kind", ["placed", "scan"])

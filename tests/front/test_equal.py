@@ -23,13 +23,18 @@ BALANCES = {
     ]
     for n in (4, 5)
 }
-POLICY = jax.checkpoint_policies.dots_saveable
+POLICIES = {
+    "policy": jax.checkpoint_policies.dots_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims(
+        "device", "pinned_host"
+    ),
+}
 TABLE = {
     "model": list(models()),
     "cut": list(range(8)),
     "chunks": list(range(1, 9)),
     "rows": [8, 10, 3],
-    "checkpoint": ["always", "except_last", "never", "policy"],
+    "checkpoint": ["always", "except_last", "never", *POLICIES],
     "schedule": [
         name for name in NAMES if name != "forward_only"
     ],  # that one has a test of its own
@@ -82,7 +87,7 @@ def pipe_of(layers, cut, chunks, checkpoint, schedule, executor="placed"):
         balance,
         jax.devices()[: len(balance) // 2 if several else len(balance)],
         chunks=chunks,
-        checkpoint=POLICY if checkpoint == "policy" else checkpoint,
+        checkpoint=POLICIES.get(checkpoint, checkpoint),
         schedule=schedule,
         executor=executor,
     )

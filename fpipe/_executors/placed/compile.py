@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import jax
 
 from fpipe._core.errors import add_note
+from fpipe._core.pytrees import on_host
 from fpipe._executors.placed.instructions import Free, Move, Plan
-from fpipe._executors.placement import Placement
+from fpipe._executors.placement import Placement, as_argument
 from fpipe._executors.progress import Progress
 
 
@@ -52,7 +53,10 @@ def compile_plan(
     for run in traced_runs(plan, shapes):
         key_of[run.number] = run.key
         if run.key not in lowered:
-            lowered[run.key] = run.traced.lower()
+            traced = run.traced
+            if any(map(on_host, run.key.shapes)):
+                traced = run.call.trace(*map(as_argument, run.key.shapes))
+            lowered[run.key] = traced.lower()
             names[run.key] = run.name
     # Results are taken as they come, not in order, so that progress is seen although a
     # large stage takes long.
@@ -101,13 +105,17 @@ class TracedRun(NamedTuple):
     Attributes:
         number: of its instruction.
         key: runs with equal keys share a program.
-        traced: what `jax.jit(f).trace(...)` returns.
+        call: the function under `jax.jit`.
+        traced: what its `trace` returns.
+        made: the shapes of its results, those on the host with their sharding.
         name: for errors.
     """
 
     number: int
     key: ProgramKey
+    call: Any
     traced: Any
+    made: tuple[jax.ShapeDtypeStruct, ...]
     name: str
 
 
@@ -125,32 +133,48 @@ def traced_runs(
 
     # The very arguments that a call will have, weak types too. If they differed in
     # anything, `jit` would compile once more in the first step.
-    def placed(shape: jax.ShapeDtypeStruct, slot: int) -> jax.ShapeDtypeStruct:
+    def placed(
+        shape: jax.ShapeDtypeStruct, slot: int, host: bool = False
+    ) -> jax.ShapeDtypeStruct:
+        placement = plan.slots[slot].placement
         return jax.ShapeDtypeStruct(
             shape.shape,
             shape.dtype,
-            sharding=plan.slots[slot].placement.sharding,
+            sharding=placement.host if host else placement.sharding,
             weak_type=shape.weak_type,
         )
 
     # Slots are followed as when the plan runs, with shapes in place of arrays.
     held = {slot: placed(shape, slot) for slot, shape in shapes.items()}
+    # What a trace takes for those on the host: the types that their program gave them.
+    types: dict[int, Any] = {}
     traces: dict[ProgramKey, Any] = {}
     for number, item in enumerate(plan.instructions):
         if isinstance(item, Free):
             for slot in item.slots:
                 held.pop(slot, None)
+                types.pop(slot, None)
             continue
         if isinstance(item, Move):
-            made = [held[slot] for slot in item.ins]
-        else:
-            call: Any = item.call
-            args = tuple(held[slot] for slot in item.ins)
-            key = ProgramKey(id(call), item.placement, args)
-            if key not in traces:
-                traces[key] = call.trace(*args)
-            made = traces[key].out_info
-            name = f"{item.name} for {item.placement}"
-            yield TracedRun(number, key, traces[key], name)
-        for slot, shape in zip(item.outs, made, strict=True):
-            held[slot] = placed(shape, slot)
+            # Nothing on the host is sent: what crosses stages is on devices.
+            for source, target in zip(item.ins, item.outs, strict=True):
+                held[target] = placed(held[source], target)
+            continue
+        call: Any = item.call
+        args = tuple(held[slot] for slot in item.ins)
+        key = ProgramKey(id(call), item.placement, args)
+        if key not in traces:
+            traces[key] = call.trace(
+                *(types.get(slot, held[slot]) for slot in item.ins)
+            )
+        # The results of a trace do not say where they are, but their values do.
+        moved = {} if item.code is None else item.code.on_host
+        for n, (slot, shape) in enumerate(
+            zip(item.outs, traces[key].out_info, strict=True)
+        ):
+            held[slot] = placed(shape, slot, n in moved)
+            if n in moved:
+                types[slot] = moved[n]
+        made = tuple(held[slot] for slot in item.outs)
+        name = f"{item.name} for {item.placement}"
+        yield TracedRun(number, key, call, traces[key], made, name)

@@ -21,11 +21,11 @@ that an allocator leaves.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Set
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
-from fpipe._core.pytrees import nbytes
+from fpipe._core.pytrees import device_bytes, host_bytes
 from fpipe._executors.placed.compile import traced_runs
 from fpipe._executors.placed.instructions import Free, Move, Plan, Run
 from fpipe._executors.placement import Placement
@@ -55,7 +55,10 @@ class Peak(NamedTuple):
 
 
 def levels(
-    plan: Plan, shapes: Mapping[int, jax.ShapeDtypeStruct], kept: Set[int]
+    plan: Plan,
+    shapes: Mapping[int, jax.ShapeDtypeStruct],
+    kept: Set[int],
+    count: Callable[[Any], int] = device_bytes,
 ) -> Iterator[tuple[int, Level]]:
     """What is alive after each instruction, with its number; first after none, as
     number -1. The level is the same object each time, because a plan has thousands of
@@ -64,6 +67,8 @@ def levels(
     Arguments:
         shapes: those of the plan's inputs, by slot.
         kept: those of them that are the caller's own arrays, which stay.
+        count: the bytes that an array takes: in the memory of its device, or of the
+            host.
     """
     level: dict[Placement, dict[Role, int]] = {}
     sizes: dict[int, int] = {}
@@ -82,9 +87,9 @@ def levels(
     # Inputs are put where they are read before the first instruction is issued, also
     # those of the last stage: they lie there while the pipeline fills.
     for slot, shape in shapes.items():
-        take(slot, nbytes(shape))
+        take(slot, count(shape))
     yield -1, level
-    traces = {run.number: run.traced for run in traced_runs(plan, shapes)}
+    traces = {run.number: run for run in traced_runs(plan, shapes)}
     for number, item in enumerate(plan.instructions):
         if isinstance(item, Free):
             for slot in item.slots:
@@ -94,12 +99,12 @@ def levels(
                 take(target, sizes[source])
         else:
             # What a program consumes is gone before its results are there.
-            traced = traces[number]
-            for slot, info in zip(item.ins, traced.args_info[0], strict=True):
+            run = traces[number]
+            for slot, info in zip(item.ins, run.traced.args_info[0], strict=True):
                 if info.donated:
                     drop(slot)
-            for slot, shape in zip(item.outs, traced.out_info, strict=True):
-                take(slot, nbytes(shape))
+            for slot, shape in zip(item.outs, run.made, strict=True):
+                take(slot, count(shape))
         yield number, level
 
 
@@ -133,4 +138,21 @@ def peaks(
         now = Peak(dict(level[item.placement]), own, doing)
         if item.placement not in found or now.total > found[item.placement].total:
             found[item.placement] = now
+    return found
+
+
+def most_on_host(
+    plan: Plan, shapes: Mapping[int, jax.ShapeDtypeStruct]
+) -> dict[Placement, int]:
+    """The most bytes that each placement has in its host's memory: residuals that a
+    policy moves there. They wait for their backwards, and are not at the moment of a
+    device's peak alone.
+    """
+    found: dict[Placement, int] = {}
+    runs = (item for item in plan.instructions if isinstance(item, Run))
+    if not any(run.code is not None and run.code.on_host for run in runs):
+        return found
+    for _, level in levels(plan, shapes, frozenset(), host_bytes):
+        for placement, roles in level.items():
+            found[placement] = max(found.get(placement, 0), sum(roles.values()))
     return found

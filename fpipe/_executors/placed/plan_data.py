@@ -24,7 +24,7 @@ from fpipe._executors.call import Args
 from fpipe._executors.placed.compile import compile_plan, traced_runs
 from fpipe._executors.placed.dispatch import ReadyPlan
 from fpipe._executors.placed.instructions import Plan, Run
-from fpipe._executors.placed.memory import peaks
+from fpipe._executors.placed.memory import most_on_host, peaks
 from fpipe._executors.placement import Placement
 from fpipe._executors.plan_data import DeviceMemory, PlanData, Work, closed_over
 from fpipe._executors.scheduling import Scheduling
@@ -95,6 +95,7 @@ def _memory(bound: ReadyPlan, args: Args, compiled: bool) -> tuple[DeviceMemory,
         return 0 if analysis is None else analysis.temp_size_in_bytes
 
     found = peaks(plan, bound.shapes, kept_slots(bound, args), temporary)
+    host = most_on_host(plan, bound.shapes)
     # A placement may be several devices of the schedule; it is named by the first.
     device_of: dict[Placement, int] = {}
     stage_to_device = plan.schedule.stage_to_device
@@ -126,6 +127,7 @@ def _memory(bound: ReadyPlan, args: Args, compiled: bool) -> tuple[DeviceMemory,
                 owned=owned_by[place],
                 temporary=peak.temporary if compiled else None,
                 moment=peak.doing,
+                host=host.get(place, 0),
             )
         )
     return tuple(sorted(rows, key=lambda row: row.device))

@@ -8,6 +8,7 @@ buffers (see `machine.py`) to their arrays:
 
     WireName("forward", 0)    a pool          arrays with an axis of slots
     SavedPool("core", True)   a pool          arrays with an axis of slots
+    HostSlots(SavedPool(...)) of a pool       its arrays that are on the host
     Outbox(WireName(...))     an outbox       the arrays of one bundle
     InTransit(feed)           a feed          the arrays of one microbatch
     Turn()                    see `_move_in_turn` a number
@@ -20,6 +21,12 @@ buffers (see `machine.py`) to their arrays:
 Every operation is a `lax.cond` whose other branch passes its buffers on. XLA then
 updates them in place; a `lax.switch` over several operations would copy every buffer at
 each tick (measured on jax 0.10.2, CPU).
+
+What a policy offloads leaves an operation on the device, and goes to a slot on the host
+behind the operations of the phase, so that no conditional returns anything on the host.
+XLA for GPUs refuses to compile one that does, or copies the whole pool from host to
+host at each tick. Like this it copies one slot, and the pool is nowhere but on the host
+(read off what it compiles for an H200, jax 0.10.2).
 
 Nothing here asks which device it is on: that is in the table alone. Python runs over a
 phase's operations once, while JAX traces the body of the scan, and the numbers of the
@@ -36,6 +43,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from fpipe._core.pytrees import on_host
 from fpipe._executors.scan.clock import Clock
 from fpipe._executors.scan.machine import (
     Add,
@@ -91,6 +99,22 @@ class InTransit:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class HostSlots:
+    """Those arrays of a pool that are in the host's memory."""
+
+    pool: PoolName
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Staged:
+    """What goes to a slot on the host at the end of the phase: arrays, still on the
+    device, and behind them the number of the slot.
+    """
+
+    pool: PoolName
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Turn:
     """A number that keeps the collectives of a tick in one order, see
     `_move_in_turn`. It
@@ -105,6 +129,8 @@ class ClockToken:
 
 Buffer: TypeAlias = (
     PoolName
+    | HostSlots
+    | Staged
     | Outbox
     | InTransit
     | Turn
@@ -161,6 +187,12 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Array:
     tests put NaN here.
     """
     return jnp.empty(shape, dtype)
+
+
+def empty_on_host(shape: tuple[int, ...], dtype: Any) -> Array:
+    """The same in the host's memory."""
+    # XLA would fill `jnp.empty` on the device, all slots at once, and copy it.
+    return jax.device_put(jax.lax.empty(shape, dtype), jax.memory.Space.Host)
 
 
 class Interpreter:
@@ -261,7 +293,10 @@ class Interpreter:
             gradients = self._add_up(carry, [*of_rows, *whole])
             after: list[list[Array]] = []
             if not self.last:
-                after = [[a[None] for a in carry[name]] for name in self.machine.pools]
+                after = [
+                    [a[None] for a in self._pool(name, carry)]
+                    for name in self.machine.pools
+                ]
                 after += [[carry[block][None]] for block in self.states]
             return (
                 outputs,
@@ -343,15 +378,12 @@ class Interpreter:
             # What is returned needs the last call of the clock too, or XLA might drop
             # it.
             told = values[names.index(ClockToken())] >= 0
-            values = jax.tree.map(
-                lambda a: jnp.where(told, a, jnp.zeros_like(a)), values
-            )
+            values = _where(told, values)
         if isinstance(self.failures, Failures):
             # What is returned needs the answer, or XLA might drop the question.
-            raised = self.failures.raised(jax.tree.leaves(values), AXIS)
-            values = jax.tree.map(
-                lambda a: jnp.where(raised == 0, a, jnp.zeros_like(a)), values
-            )
+            made = [a for a in jax.tree.leaves(values) if not on_host(a)]
+            raised = self.failures.raised(made, AXIS)
+            values = _where(raised == 0, values)
         return dict(zip(names, values, strict=True))
 
     def _start(
@@ -366,11 +398,20 @@ class Interpreter:
         machine = self.machine
         carry: Carry = {}
         for n, (name, pool) in enumerate(machine.pools.items()):
+            layout = self.storage[name].layout
+            device, host = (
+                layout.shapes[: layout.on_device],
+                layout.shapes[layout.on_device :],
+            )
             if left:
-                carry[name] = list(left[n])
+                carry[name] = list(left[n][: len(device)])
+                carry[HostSlots(name)] = list(left[n][len(device) :])
                 continue
-            slots = self.storage[name].layout.shapes
-            carry[name] = [empty((pool.slots, *a.shape), a.dtype) for a in slots]
+            carry[name] = [empty((pool.slots, *a.shape), a.dtype) for a in device]
+            # One more: where nothing is staged, what goes to the host goes there.
+            carry[HostSlots(name)] = [
+                empty_on_host((pool.slots + 1, *a.shape), a.dtype) for a in host
+            ]
         used = {entry.wire for phase in self.segment.phases for entry in phase.wires}
         for name in machine.wires:
             if name in used:
@@ -421,6 +462,11 @@ class Interpreter:
         phase = self.segment.phases[p]
         for feed in phase.feeds:
             self._move_feed(feed, carry, row[p], given)
+        # One slot goes to the host for a phase, not one for each operation, for most of
+        # these do not run.
+        staged = dict.fromkeys(s for entry in phase.ops for s in _staged(entry.op))
+        for name in staged:
+            carry[name] = self._nothing_staged(name.pool)
         for entry in phase.ops:
             own = row[p]
             runs = own[entry.runs] > 0
@@ -429,6 +475,8 @@ class Interpreter:
             else:
                 when = (tick, p)
                 self._operate_timed(self.clock, entry, carry, own, given, runs, when)
+        for name in staged:
+            self._store_on_host(name, carry)
         for wire in phase.wires:
             self._deliver(wire, carry, row[p, wire.slot], row[p, wire.used])
 
@@ -512,6 +560,29 @@ class Interpreter:
                 used, carry, move, lambda pool: (pool,), carry[entry.wire]
             )
 
+    # --- what goes to the host ---
+
+    def _nothing_staged(self, pool: PoolName) -> list[Array]:
+        """What is staged where no operation runs: anything, for the last slot."""
+        layout = self.storage[pool].layout
+        arrays = [empty(a.shape, a.dtype) for a in layout.shapes[layout.on_device :]]
+        return [*arrays, jnp.int32(self.machine.pools[pool].slots)]
+
+    def _store_on_host(self, staged: Staged, carry: Carry) -> None:
+        """What is staged goes to its slot on the host."""
+        *arrays, slot = carry.pop(staged)
+        name = HostSlots(staged.pool)
+        carry[name] = [
+            jax.lax.dynamic_update_index_in_dim(
+                slots, jax.device_put(a[None], jax.memory.Space.Host), slot, 0
+            )
+            for slots, a in zip(carry[name], arrays, strict=True)
+        ]
+
+    def _pool(self, name: PoolName, carry: Carry) -> list[Array]:
+        """All arrays of a pool, in the order of its layout."""
+        return [*carry[name], *carry[HostSlots(name)]]
+
     # --- what is computed ---
 
     def _operate_timed(
@@ -543,7 +614,9 @@ class Interpreter:
         token = clock.stamp(runs, where, 0, carry[ClockToken()], reads)
         self._operate(entry, carry, row, given, runs & (token >= 0))
         # One array that it writes is enough: a conditional ends as a whole.
-        made = jax.tree.leaves(carry[op.targets[0].buffer])[:1]
+        written = [carry[target.buffer] for target in op.targets]
+        written += [carry[staged] for staged in _staged(op)]
+        made = jax.tree.leaves(written)[:1]
         carry[ClockToken()] = clock.stamp(runs, where, 1, token, made)
 
     def _operate(
@@ -553,7 +626,8 @@ class Interpreter:
         op = entry.op
         # The conditional carries what the operation changes, and nothing else: XLA
         # updates that in place, and would copy what only passes through.
-        changed = {target.buffer for target in op.targets}
+        changed: set[Buffer] = {target.buffer for target in op.targets}
+        changed.update(_staged(op))
         names = [name for name in carry if name in changed]
 
         def run(arrays: list[Any]) -> list[Any]:
@@ -581,9 +655,12 @@ class Interpreter:
                 case Put(name, argument, avals, numbers):
                     bundle = [values[n] for n in numbers]
                     slot = arguments[argument]
-                    carry[buffer] = self.storage[name].put(
-                        avals, bundle, carry[buffer], slot
-                    )
+                    storage = self.storage[name]
+                    carry[buffer] = storage.put(avals, bundle, carry[buffer], slot)
+                    if any(map(on_host, avals)):
+                        staged = carry[Staged(name)]
+                        arrays = storage.stage(avals, bundle, staged[:-1])
+                        carry[Staged(name)] = [*arrays, slot]
                 case Send(Outbox(wire), avals, numbers):
                     bundle = [values[n] for n in numbers]
                     carry[buffer] = self.storage[wire].pack(
@@ -654,7 +731,7 @@ class Interpreter:
                 return arguments[argument].astype(jnp.uint32)
             case Held(pool, argument, avals, k):
                 slot = arguments[argument]
-                return self.storage[pool].take(avals, k, carry[pool], slot)
+                return self.storage[pool].take(avals, k, self._pool(pool, carry), slot)
             case FedPiece():
                 return given.fed[source]
             case WholeInput(leaf):
@@ -795,6 +872,29 @@ def _first_part(value: Array, parts: int) -> Array:
     """A sum as parts of which all but the first are zero."""
     first = jax.lax.broadcasted_iota(jnp.int32, (parts, *value.shape), 0) == 0
     return jnp.where(first, value[None], jnp.zeros_like(value))
+
+
+def _staged(op: Op) -> list[Staged]:
+    """Where an operation leaves what goes to the host.
+
+    No other that runs in the same phase on the same device leaves anything there: the
+    units of a stage, an end and a core, have pools of their own.
+    """
+    return [
+        Staged(target.buffer)
+        for target in op.targets
+        if isinstance(target, Put) and any(map(on_host, target.avals))
+    ]
+
+
+def _where(condition: Array, values: list[Any]) -> list[Any]:
+    """The buffers if a condition holds. They wait for it; what is on the host is left
+    alone, for nothing is computed there.
+    """
+    return jax.tree.map(
+        lambda a: a if on_host(a) else jnp.where(condition, a, jnp.zeros_like(a)),
+        values,
+    )
 
 
 def _added(total: Array, value: Array) -> Array:

@@ -119,6 +119,7 @@ from fpipe._program.code import (
 )
 from fpipe._program.control_flow import asks_host
 from fpipe._program.graph import called
+from fpipe._program.host_memory import kept_on_device
 from fpipe.schedules import Action, Kind, Schedule
 
 
@@ -401,7 +402,8 @@ class Operations:
         op = Op(
             kind,
             tuple(sources),
-            program.code,
+            # What goes to the host goes there behind the operation (`interpreter.py`).
+            None if program.code is None else kept_on_device(program.code),
             tuple(number[unit.resolve(kind, value)] for value in program.ins),
             tuple(targets),
             unit.identity,

@@ -46,8 +46,8 @@ def held(step: Step) -> Mapping[Role, int]:
     devices = step.mesh.shape[AXIS]
     shards = step.mesh.shape.get(DATA, 1)
 
-    def slot(kinds: tuple[Avals, ...]) -> int:
-        return Storage(kinds, machine.rows, shards).slot_bytes
+    def storage(kinds: tuple[Avals, ...]) -> Storage:
+        return Storage(kinds, machine.rows, shards)
 
     # All devices run the same program, so all have an array for what one borrows.
     lent = sum(nbytes(loan.aval) for loan in machine.loans)
@@ -72,16 +72,19 @@ def held(step: Step) -> Mapping[Role, int]:
     # same pools as boundaries, and are counted among them.
     for name, pool in machine.pools.items():
         saved = isinstance(name, SavedPool | HandedPool)
-        roles["residuals" if saved else "boundaries"] += slot(pool.avals) * pool.slots
+        of = storage(pool.avals)
+        # What goes to the host is on the device until the end of its phase.
+        size = pool.slots * of.slot_bytes + of.slot_host_bytes
+        roles["residuals" if saved else "boundaries"] += size
     # An outbox for each wire, as large as one slot.
     for wire in machine.wires.values():
-        roles["boundaries"] += slot(wire.avals)
+        roles["boundaries"] += storage(wire.avals).slot_bytes
     # A call takes and returns states whole, on every device. While it runs each device
     # has its blocks of them.
     state = machine.state
     roles["inputs"] = 0
     roles["outputs"] = sum(
-        machine.counts[buffer.shape] * slot(((a,),))
+        machine.counts[buffer.shape] * storage(((a,),)).slot_bytes
         for buffer, a in machine.outputs.items()
     )
     if state is not None and step.state_shape is not None:
@@ -106,6 +109,17 @@ def held(step: Step) -> Mapping[Role, int]:
                 a = inputs.stack(stack.leaf, stack.shape)
                 roles["inputs"] += nbytes(a) // machine.counts[stack.shape]
     return roles
+
+
+def held_on_host(step: Step) -> int:
+    """The bytes of buffers in the host's memory, for each device."""
+    shards = step.mesh.shape.get(DATA, 1)
+    # One slot more than the pool has: for what nobody reads.
+    return sum(
+        (pool.slots + 1)
+        * Storage(pool.avals, step.machine.rows, shards).slot_host_bytes
+        for pool in step.machine.pools.values()
+    )
 
 
 def _bytes_of_sum(a: jax.ShapeDtypeStruct | Row) -> int:

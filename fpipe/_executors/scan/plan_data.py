@@ -16,11 +16,11 @@ from typing import Any
 
 import jax
 
-from fpipe._core.pytrees import nbytes
+from fpipe._core.pytrees import nbytes, on_host
 from fpipe._executors.placement import Placement
 from fpipe._executors.plan_data import DeviceMemory, PlanData, Work, closed_over
 from fpipe._executors.scan.machine import Machine
-from fpipe._executors.scan.memory import held
+from fpipe._executors.scan.memory import held, held_on_host
 from fpipe._executors.scan.mesh import columns
 from fpipe._executors.scan.step import Step
 from fpipe._executors.scheduling import Scheduling
@@ -110,7 +110,10 @@ def _arguments(code: Code, place: Placement) -> tuple[jax.ShapeDtypeStruct, ...]
     """
     avals = [code.graph.avals[arg.value] for arg in code.args if arg.value is not None]
     return tuple(
-        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place.sharding) for a in avals
+        jax.ShapeDtypeStruct(
+            a.shape, a.dtype, sharding=place.host if on_host(a) else place.sharding
+        )
+        for a in avals
     )
 
 
@@ -147,6 +150,7 @@ def _memory(step: Step, compiled_bytes: int | None) -> tuple[DeviceMemory, ...]:
             owned=sum(nbytes(row) for row in step.machine.params.rows),
             temporary=temporary,
             moment="all along",
+            host=held_on_host(step),
         )
         for number, column in enumerate(columns(step.mesh))
         for device in column

@@ -20,18 +20,21 @@ one of 1 row, three kinds:
 A batch that is sharded has its rows on several devices, so many of each microbatch. The
 array then has an axis of these shards, and a smaller microbatch fills the beginning of
 each, where its rows are.
+
+Arrays that an offloading policy has moved to the host share none with others. They are
+the last arrays of a slot.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fpipe._core.pytrees import nbytes
+from fpipe._core.pytrees import HostShape, device_bytes, host_bytes, on_host
 from fpipe._executors.scan.machine import Avals
 
 
@@ -45,14 +48,31 @@ class Location(NamedTuple):
     shape: tuple[int, ...]
 
 
+class _Group(NamedTuple):
+    """What arrays have in common that lie side by side in one array of a slot."""
+
+    host: bool
+    dtype: str
+    has_rows: bool
+
+
 class Layout(NamedTuple):
-    """A slot: its arrays, which of them have rows, and for each kind of bundle where
-    its arrays are.
+    """A slot.
+
+    Attributes:
+        shapes: its arrays, those on the host last.
+        has_rows: which of them have rows.
+        locations: for each kind of bundle where its arrays are.
     """
 
     shapes: list[jax.ShapeDtypeStruct]
     has_rows: list[bool]
     locations: dict[Avals, list[Location]]
+
+    @property
+    def on_device(self) -> int:
+        """How many of the arrays are on the device: the first ones."""
+        return sum(not on_host(a) for a in self.shapes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,22 +120,26 @@ class Storage:
         # The usual case, in which nothing is reshaped.
         if len(self.kinds) == 1:
             shapes = [stored_shape(a) for a in self.kinds[0]]
-            places = [Location(n, 0, a.shape) for n, a in enumerate(shapes)]
-            return Layout(
-                shapes, list(map(self._has_rows, shapes)), {self.kinds[0]: places}
-            )
-        # An array of the slot is known by its dtype and whether it has the rows.
-        widths: dict[tuple[str, bool], int] = {}
-        spans: dict[Avals, list[tuple[tuple[str, bool], int, tuple[int, ...]]]] = {}
+            order = sorted(range(len(shapes)), key=lambda n: on_host(shapes[n]))
+            places = [
+                Location(order.index(n), 0, a.shape) for n, a in enumerate(shapes)
+            ]
+            shapes = [shapes[n] for n in order]
+            has_rows = list(map(self._has_rows, shapes))
+            return Layout(shapes, has_rows, {self.kinds[0]: places})
+        # An array of the slot is known by whether it is on the host, its dtype, and
+        # whether it has the rows.
+        widths: dict[_Group, int] = {}
+        spans: dict[Avals, list[tuple[_Group, int, tuple[int, ...]]]] = {}
         for kind in self.kinds:
             # Each kind of bundle fills the slot from its beginning.
-            ends: dict[tuple[str, bool], int] = {}
+            ends: dict[_Group, int] = {}
             spans[kind] = []
             for a in map(stored_shape, kind):
                 has_rows = self._has_rows(a)
                 leading = self._leading(a.shape[0]) if has_rows else ()
                 width = math.prod(a.shape[1:] if has_rows else a.shape)
-                key = (str(a.dtype), has_rows)
+                key = _Group(on_host(a), str(a.dtype), has_rows)
                 start = ends.get(key, 0)
                 ends[key] = start + width
                 spans[kind].append((key, start, (*leading, width)))
@@ -124,26 +148,33 @@ class Storage:
         # Sorted, so that every process lays them out alike.
         groups = sorted(widths)
         shapes = []
-        for dtype, has_rows in groups:
-            leading = self._leading(max(self._sizes)) if has_rows else ()
-            shape = (*leading, widths[dtype, has_rows])
-            shapes.append(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
+        for group in groups:
+            leading = self._leading(max(self._sizes)) if group.has_rows else ()
+            kind = HostShape if group.host else jax.ShapeDtypeStruct
+            shapes.append(kind((*leading, widths[group]), jnp.dtype(group.dtype)))
         locations = {
             kind: [
                 Location(groups.index(key), start, shape) for key, start, shape in own
             ]
             for kind, own in spans.items()
         }
-        return Layout(shapes, [has_rows for _, has_rows in groups], locations)
+        return Layout(shapes, [group.has_rows for group in groups], locations)
 
-    @cached_property
+    @property
     def slot_bytes(self) -> int:
-        """The bytes of a slot on each device: what has rows is sharded, if the shards
-        divide them.
-        """
+        """The bytes of a slot on each device."""
+        return self._bytes(device_bytes)
+
+    @property
+    def slot_host_bytes(self) -> int:
+        """The bytes of a slot in the host's memory, for each device."""
+        return self._bytes(host_bytes)
+
+    def _bytes(self, count: Callable[[Any], int]) -> int:
+        """What has rows is sharded, if the shards divide them."""
         parts = self.shards if self._sharded else 1
         pairs = zip(self.layout.shapes, self.layout.has_rows, strict=True)
-        return sum(nbytes(a) // (parts if has_rows else 1) for a, has_rows in pairs)
+        return sum(count(a) // (parts if has_rows else 1) for a, has_rows in pairs)
 
     def pack(
         self, avals: Avals, arrays: Sequence[Any], old: Sequence[Any]
@@ -169,7 +200,7 @@ class Storage:
     def put(
         self, avals: Avals, arrays: Sequence[Any], pool: Sequence[Any], slot: Any
     ) -> list[Any]:
-        """A bundle into a slot of a pool."""
+        """A bundle into a slot of a pool; `pool` are its arrays on the device."""
         # Straight into the pool, array by array: to pack a slot first would read and
         # write it once more.
         given = [as_stored(a) for a in arrays]
@@ -177,13 +208,33 @@ class Storage:
         for a, (group, start, shape) in zip(
             given, self.layout.locations[avals], strict=True
         ):
+            if group >= len(out):
+                continue
             out[group] = jax.lax.dynamic_update_slice(
                 out[group], a.reshape(1, *shape), _place(slot, start, shape)
             )
         return out
 
+    def stage(
+        self, avals: Avals, arrays: Sequence[Any], old: Sequence[Any]
+    ) -> list[Any]:
+        """What of a bundle goes to the host, as arrays of a slot that are still on the
+        device; what it does not fill stays as in `old`.
+        """
+        out = list(old)
+        for a, (group, start, shape) in zip(
+            arrays, self.layout.locations[avals], strict=True
+        ):
+            n = group - self.layout.on_device
+            if n >= 0 and len(self.kinds) == 1:
+                out[n] = a
+            elif n >= 0:
+                place = [*[0] * (len(shape) - 1), start]
+                out[n] = jax.lax.dynamic_update_slice(out[n], a.reshape(shape), place)
+        return out
+
     def take(self, avals: Avals, k: int, pool: Sequence[Any], slot: Any) -> Any:
-        """The `k`-th array of the bundle in a slot."""
+        """The `k`-th array of the bundle in a slot; `pool` are all of its arrays."""
         aval = avals[k]
         group, start, shape = self.layout.locations[avals][k]
         part = jax.lax.dynamic_slice(
@@ -206,7 +257,8 @@ def is_key(dtype: Any) -> bool:
 def stored_shape(aval: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """The shape of an array as it is stored: PRNG keys as numbers."""
     if not is_key(aval.dtype):
-        return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+        kind = HostShape if on_host(aval) else jax.ShapeDtypeStruct
+        return kind(aval.shape, aval.dtype)
     return jax.eval_shape(jax.random.key_data, aval)
 
 

@@ -27,6 +27,7 @@ from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar, get_args
 import jax
 
 from fpipe._core.caches import Key, Recent
+from fpipe._core.pytrees import HostShape, on_host
 from fpipe._executors.programs import (
     ProgramForm,
     Programs,
@@ -232,7 +233,8 @@ class UnitWork:
             assert program.code is not None
             n = program.code.outs[program.outs.index(value)]
             found = program.code.graph.avals[n]
-        return jax.ShapeDtypeStruct(found.shape, found.dtype)
+        kind = HostShape if on_host(found) else jax.ShapeDtypeStruct
+        return kind(found.shape, found.dtype)
 
     @cached_property
     def identity(self) -> Hashable:
