@@ -213,7 +213,7 @@ class Programs:
         """
         found = []
         for reader in self.routes.readers(s, leaf.port):
-            name = Leaf(reader.port, leaf.k)
+            name = Leaf(reader.port, leaf.number)
             if name in self.joint(reader.stage, i).gradients:
                 found.append((reader.stage, name))
         return found
@@ -327,7 +327,7 @@ class Programs:
         loss = self.request.loss if stage.last else None
         # What enters, by port: parameters, what earlier stages make, what the call
         # gives, states, and the numbers that keys are made from.
-        entering = {Port("params", k): inputs.params[k] for k in stage.params}
+        entering = {Port("params", k): inputs.params[k] for k in stage.param_layers}
         whole: frozenset[Leaf] = frozenset()
         ports = [X, *(Port("skip", skip) for skip in stage.skips_in)]
         ports += [port for port in stage.call_inputs if port != X]
@@ -370,7 +370,7 @@ class Programs:
                 arrays = {self.inputs.array(leaf, i) for i in range(self.inputs.cut.m)}
                 asked = not arrays.isdisjoint(self.request.wanted)
             else:
-                asked = reach.get((source.stage, Leaf(source.port, leaf.k)), False)
+                asked = reach.get((source.stage, Leaf(source.port, leaf.number)), False)
             if is_inexact(shape) and (asked or (always and leaf.port == X)):
                 wanted.add(leaf)
         return frozenset(wanted)
@@ -388,7 +388,7 @@ class Programs:
         for leaf in flat.inputs:
             axis = None
             if self.routes.is_given(s, leaf.port) and leaf not in flat.constant:
-                source = cut.splits[leaf.port.kind].sources[leaf.k]
+                source = cut.splits[leaf.port.kind].sources[leaf.number]
                 axis = source.axis if isinstance(source, Rows) else None
             elif self._has_rows(leaf):
                 axis = 0

@@ -147,7 +147,7 @@ class Inputs:
 
     def share(self, leaf: Leaf) -> Share:
         """What a microbatch gets of an array of a state."""
-        return self.shares[leaf.port.of][leaf.k]
+        return self.shares[leaf.port.of][leaf.number]
 
     def piece(self, port: Port, i: int) -> Shape:
         """The shape of what microbatch `i` gets of an input of the call, or of a
@@ -194,19 +194,19 @@ class Inputs:
         """The inverse: which leaf of a microbatch an array of the call is, or is cut
         into, and of which microbatch if it is ready-made.
         """
-        k, i = self.cut.splits[array.port.kind].place(array.k)
+        k, i = self.cut.splits[array.port.kind].place(array.number)
         return Leaf(array.port, k), i
 
     def array_shape(self, leaf: Leaf) -> jax.ShapeDtypeStruct:
         """The shape of an array of the call."""
-        return self.of(leaf.port).leaves[leaf.k]
+        return self.of(leaf.port).leaves[leaf.number]
 
     def stack(self, leaf: Leaf, shape: int) -> jax.ShapeDtypeStruct:
         """The shape of the pieces of all microbatches of one shape, by its number in
         `Cut.alike`, on a first axis.
         """
         alike = self.cut.alike[shape]
-        a = self.piece(leaf.port, alike[0]).leaves[leaf.k]
+        a = self.piece(leaf.port, alike[0]).leaves[leaf.number]
         return a.update(shape=(len(alike), *a.shape))
 
 
@@ -425,7 +425,7 @@ def wanted_leaves(
     return made | frozenset(
         leaf
         for leaf in leaves
-        if is_inexact(inputs.of(leaf.port).leaves[leaf.k]) and leaf not in frozen
+        if is_inexact(inputs.of(leaf.port).leaves[leaf.number]) and leaf not in frozen
     )
 
 

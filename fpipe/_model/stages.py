@@ -44,17 +44,17 @@ class Port(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """One array of a port, the `k`-th of its pytree.
+    """One array of a port, by its number in the port's flattened pytree.
 
     Programs take and return flat arrays, so they know leaves: `Leaf(Port("params", 3),
     1)` is written `params 3[1]`.
     """
 
     port: Port
-    k: int
+    number: int
 
     def __str__(self) -> str:
-        return f"{self.port}[{self.k}]"
+        return f"{self.port}[{self.number}]"
 
 
 # The ports that a stage has once. The others are made where they are named.
@@ -90,7 +90,7 @@ class Stage:
     pipe_stage: int
 
     @property
-    def params(self) -> tuple[int, ...]:
+    def param_layers(self) -> tuple[int, ...]:
         """The layers whose parameters it uses: its own, then borrowed ones."""
         # Borrowed ones come in the order of layers: a set has no order that every
         # process agrees on.
@@ -153,7 +153,7 @@ class Stage:
         # ports alone.
         y, skips, state = self.model.apply(
             self.span,
-            {k: inputs[Port("params", k)] for k in self.params},
+            {k: inputs[Port("params", k)] for k in self.param_layers},
             inputs[X],
             skips={skip: inputs[Port("skip", skip)] for skip in self.skips_in},
             state={k: inputs[Port("state", k)] for k in self.stateful},

@@ -94,7 +94,9 @@ class SpanPrograms:
         programs = [self.program("F"), self.program("B")]
         values = [v for found in programs if found is not None for v in found[0].ins]
         return frozenset(
-            v.leaf.k for v in values if isinstance(v, Input) and v.leaf.port == port
+            v.leaf.number
+            for v in values
+            if isinstance(v, Input) and v.leaf.port == port
         )
 
 
@@ -175,7 +177,7 @@ class LayerTraces:
             # What the last layer returns is cast where there is a compute dtype.
             stage.last and self.model.compute_dtype is not None,
             tuple((local(port), shape) for port, shape in given.items()),
-            frozenset((local(leaf.port), leaf.k) for leaf in wanted),
+            frozenset((local(leaf.port), leaf.number) for leaf in wanted),
             frozenset(map(str, sent)),
         )
         if key not in self._known:
@@ -191,17 +193,17 @@ class LayerTraces:
         self.boundaries.append(joint.flat.out[Y])
         for leaf, reached in joint.reach.items():
             if leaf.port == Y:
-                self._reached[Port("x", k + 1), leaf.k] = reached
+                self._reached[Port("x", k + 1), leaf.number] = reached
             else:
                 skip = sent[theirs(leaf.port)]
-                self._reached[Port("skip", skip), leaf.k] = reached
+                self._reached[Port("skip", skip), leaf.number] = reached
         return LayerTrace(key, given, wanted, programs)
 
     def _given(self, stage: Stage) -> dict[Port, Shape]:
         """The shapes of what a stage takes, its first layer being the next of the walk
         or an earlier one.
         """
-        given = {Port("params", n): self.params[n] for n in stage.params}
+        given = {Port("params", n): self.params[n] for n in stage.param_layers}
         given[X] = self.boundaries[stage.span.start]
         given |= {Port("skip", skip): self.skips[skip] for skip in stage.skips_in}
         for port in stage.call_inputs:

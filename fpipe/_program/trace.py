@@ -92,7 +92,7 @@ def trace_stage(
         where: which stage of the pipe and which microbatch it is, for errors.
     """
     inputs = tuple(_leaves(given))
-    shapes = tuple(given[leaf.port].leaves[leaf.k] for leaf in inputs)
+    shapes = tuple(given[leaf.port].leaves[leaf.number] for leaf in inputs)
     out: dict[Port, Shape] = {}
 
     # The trees of what comes out are only known when the layers have run, so they are
@@ -154,7 +154,7 @@ def differentiate(
     # cotangent: they are auxiliary results.
     run = as_function(flat.closed)
     asked = [n for n, leaf in enumerate(flat.inputs) if leaf in wanted]
-    out_shapes = [flat.out[leaf.port].leaves[leaf.k] for leaf in flat.outputs]
+    out_shapes = [flat.out[leaf.port].leaves[leaf.number] for leaf in flat.outputs]
     has_cotangent = [
         leaf.port.kind in ("y", "skip", "loss") and is_inexact(shape)
         for leaf, shape in zip(flat.outputs, out_shapes, strict=True)

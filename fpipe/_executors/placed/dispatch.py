@@ -149,7 +149,7 @@ class ReadyPlan:
         # are many of them: one slice, no `device_put`.
         slots[: len(params)] = params
         for transfer in self.transfers:
-            given = [others[leaf.port][leaf.k] for leaf in transfer.leaves]
+            given = [others[leaf.port][leaf.number] for leaf in transfer.leaves]
             for slot, array in zip(transfer.slots, transfer.bring(given), strict=True):
                 slots[slot] = array
         return slots
@@ -332,7 +332,7 @@ def bind(
     together: dict[Placement, list[tuple[Leaf, int]]] = {}
     for leaf, slot in plan.feeds:
         placement = plan.slots[slot].placement
-        shapes[slot] = inputs.of(leaf.port).leaves[leaf.k]
+        shapes[slot] = inputs.of(leaf.port).leaves[leaf.number]
         if leaf.port.kind == "params":
             assert slot == len(shardings), "parameters fill the first slots, in order"
             shardings.append(placement.sharding)

@@ -87,7 +87,7 @@ def join_outputs(call: CallWork) -> SlotTree:
         # The pieces of one array stand together.
         return how.arrays([arrays[n : n + m] for n in range(0, len(arrays), m)])
 
-    shapes = [piece.leaves[leaf.k] for leaf in leaves for piece in pieces]
+    shapes = [piece.leaves[leaf.number] for leaf in leaves for piece in pieces]
     outs = [Slot(CallValue(Output(leaf)), placement, "outputs") for leaf in leaves]
     call.add_unscheduled("join y", joined, ins, outs, placement)
     whole = jax.eval_shape(joined, *shapes)
@@ -141,7 +141,9 @@ def reduce_loss(call: CallWork, loss: Loss) -> ReducedLoss:
     made += [Leaf(AUX, n) for n in range(len(join.parts))]
     outs = [Slot(CallValue(Output(leaf)), placement, "outputs") for leaf in made]
     call.add_unscheduled("reduce loss", reduce, ins, outs, placement)
-    shapes = [piece[leaf.port].leaves[leaf.k] for leaf in leaves for piece in pieces]
+    shapes = [
+        piece[leaf.port].leaves[leaf.number] for leaf in leaves for piece in pieces
+    ]
     whole = tuple(jax.eval_shape(reduce, *shapes))
     total = outs.pop(0)
     weight = outs.pop(0) if weighted else None
@@ -365,7 +367,7 @@ def _join_gradients(call: CallWork, stage: int) -> dict[Leaf, Slot]:
     for leaf in leaves:
         if leaf.port.kind not in inputs.call:
             continue
-        source = inputs.cut.splits[leaf.port.kind].sources[leaf.k]
+        source = inputs.cut.splits[leaf.port.kind].sources[leaf.number]
         if isinstance(source, Rows) and m > 1:
             if inputs.array(leaf) in wanted:
                 pieces.append(leaf)
@@ -386,7 +388,7 @@ def _join_gradients(call: CallWork, stage: int) -> dict[Leaf, Slot]:
         for i in range(m):
             slot = held[i].get(Gradient(leaf))
             if slot is None:
-                zeros[leaf, i] = inputs.piece(leaf.port, i).leaves[leaf.k]
+                zeros[leaf, i] = inputs.piece(leaf.port, i).leaves[leaf.number]
             else:
                 ins.append(slot)
 
@@ -401,7 +403,7 @@ def _join_gradients(call: CallWork, stage: int) -> dict[Leaf, Slot]:
                     parts.append(next(rest))
                 else:
                     parts.append(jnp.zeros(shape.shape, shape.dtype))
-            source = inputs.cut.splits[leaf.port.kind].sources[leaf.k]
+            source = inputs.cut.splits[leaf.port.kind].sources[leaf.number]
             assert isinstance(source, Rows)
             out.append(jnp.concatenate(parts, source.axis))
         return out
@@ -429,4 +431,4 @@ def _of_all_microbatches(
 def _order(leaf: Leaf) -> tuple[str, int, int]:
     """The place of a leaf in an order of all leaves: a set has none of its own."""
     layer = -1 if leaf.port.of is None else leaf.port.of
-    return leaf.port.kind, layer, leaf.k
+    return leaf.port.kind, layer, leaf.number

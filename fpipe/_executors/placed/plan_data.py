@@ -156,7 +156,7 @@ def kept_slots(bound: ReadyPlan, args: Args) -> set[int]:
             kept.add(feed.slot)
             continue
         # A shape is taken to lie where it is read.
-        array = arrays[feed.leaf.k]
+        array = arrays[feed.leaf.number]
         shape = isinstance(array, jax.ShapeDtypeStruct)
         if shape or plan.slots[feed.slot].placement.holds(array):
             kept.add(feed.slot)

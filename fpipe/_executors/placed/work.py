@@ -184,7 +184,7 @@ class CallWork:
         for value in program.ins:
             if isinstance(value, Cotangent) and value.leaf.port == Y and last:
                 # The cotangent of the model's `y` comes from outside, whole.
-                n, _ = self.programs.output.part_of(value.leaf.k, microbatch)
+                n, _ = self.programs.output.part_of(value.leaf.number, microbatch)
                 whole = Cotangent(Leaf(Y, n))
                 slot = Slot(CallValue(whole), placement, "inputs")
             elif isinstance(value, Cotangent):

@@ -478,7 +478,7 @@ class Interpreter:
         for name in staged:
             self._store_on_host(name, carry)
         for wire in phase.wires:
-            self._deliver(wire, carry, row[p, wire.slot], row[p, wire.used])
+            self._deliver(wire, carry, row[p, wire.slot], row[p, wire.carries])
 
     # --- what moves ---
 
@@ -515,7 +515,7 @@ class Interpreter:
         # All pieces go the same way round, so that each step is one `ppermute`. The
         # reader is the end of the way: it sends nothing on.
         pairs = [(d, (d - 1) % devices) for d in range(devices) if d != feed.reader]
-        own = row[feed.own]
+        own = row[feed.piece]
 
         def move(come: list[Array]) -> tuple[list[Array], list[Array]]:
             # `own` is the piece of its own that a device puts in now. Behind its last
@@ -530,7 +530,7 @@ class Interpreter:
 
         name = InTransit(feed)
         carry[name], here = self._move_in_turn(
-            row[feed.used], carry, move, lambda come: (come, come), carry[name]
+            row[feed.moves], carry, move, lambda come: (come, come), carry[name]
         )
         for stack, piece in zip(feed.stacks, here, strict=True):
             given.fed[FedPiece(stack, feed.kind)] = piece

@@ -182,7 +182,7 @@ def lower(
         for leaf in inputs.cut_leaves(port)
         if not opened
         and leaf not in stacked
-        and isinstance(cut.splits[port.kind].sources[leaf.k], Rows)
+        and isinstance(cut.splits[port.kind].sources[leaf.number], Rows)
     )
     # To make the segments fills `operations.loans`, `.outputs` and `.inputs`, which are
     # read below: an operation is made when the first action asks for it.
@@ -798,8 +798,8 @@ class _PhaseEntries:
                 table[:, lead + tick, used] = 1
         for feed, own in zip(code.feeds, self.feeds.values(), strict=True):
             for tick, numbers in own.moves:
-                table[:, lead + tick, feed.own] = numbers
-                table[:, lead + tick, feed.used] = 1
+                table[:, lead + tick, feed.piece] = numbers
+                table[:, lead + tick, feed.moves] = 1
 
 
 def _segment(ticks: Ticks, operations: Operations) -> Segment:

@@ -486,7 +486,7 @@ class TableWire(NamedTuple):
 
     wire: WireName
     slot: int
-    used: int
+    carries: int
 
 
 class Feed(NamedTuple):
@@ -495,15 +495,15 @@ class Feed(NamedTuple):
     Attributes:
         stacks: the inputs, all of one port and shape of microbatch.
         reader: the device that reads them.
-        own: the column that says which of its own microbatches a device puts in.
-        used: the column that says whether the feed moves at all.
+        piece: the column that says which of its own microbatches a device puts in.
+        moves: the column that says whether the feed moves at all.
     """
 
     kind: Kind
     stacks: tuple[InputStack, ...]
     reader: int
-    own: int
-    used: int
+    piece: int
+    moves: int
 
 
 class PhaseCode(NamedTuple):

@@ -376,7 +376,7 @@ class Step:
         written = {buffer.leaf for buffer in machine.outputs}
         for leaf in sorted(self.request.wanted, key=str):
             if leaf.port.kind == "params":
-                rows.add(machine.params.where[leaf.port.of, leaf.k].row)
+                rows.add(machine.params.where[leaf.port.of, leaf.number].row)
                 continue
             if leaf.port.kind == "state":
                 continue  # it is a new state, and no gradient
@@ -409,7 +409,7 @@ class Step:
             if isinstance(name, Leaf):
                 of = self.inputs.array_shape(name)
                 piece, i = self.inputs.place(name)
-                source = self.inputs.cut.splits[name.port.kind].sources[piece.k]
+                source = self.inputs.cut.splits[name.port.kind].sources[piece.number]
                 match source:
                     case Whole():
                         gradient = made.gradients[InputGradient(piece)]

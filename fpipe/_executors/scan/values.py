@@ -227,7 +227,7 @@ class UnitWork:
         if isinstance(value, Input):
             found: Any = self.input_shapes[value.leaf]
         elif isinstance(value, Output):
-            found = self.flat.out[value.leaf.port].leaves[value.leaf.k]
+            found = self.flat.out[value.leaf.port].leaves[value.leaf.number]
         else:
             program = self.programs["F" if isinstance(value, Residual) else "I"]
             assert program.code is not None
@@ -263,7 +263,7 @@ class UnitWork:
         (kind, of), k = value.leaf
         stage = self.stage
         if kind in ("params", "number"):
-            of = stage.params.index(of)
+            of = stage.param_layers.index(of)
         elif kind == "state":
             of = stage.stateful.index(of)
         elif kind == "skip":

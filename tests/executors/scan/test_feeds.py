@@ -186,7 +186,7 @@ def test_only_what_is_large_lies_over_the_devices(monkeypatch):
         ref.value_and_grad(lambda y: jnp.mean(y**2))(params, x),
     )
     spread = [stack.leaf for stack in machine_of(pipe).spread]
-    assert [(leaf.port.kind, leaf.k) for leaf in spread] == [
+    assert [(leaf.port.kind, leaf.number) for leaf in spread] == [
         ("x", 1)
     ]  # bias, image, scale
 
