@@ -20,7 +20,7 @@ from fpipe._core.pytrees import (
 from fpipe._executors.call import Args, as_argnums, check_argnums, check_params, checked
 from fpipe._model.frozen import Frozen, FrozenLeaves
 from fpipe._model.loss import Loss
-from fpipe._model.microbatch import first_microbatch, whole_batch
+from fpipe._model.microbatch import first_microbatch, ready_batches, whole_batch
 from fpipe._model.model import Model
 from fpipe._planning.layer_traces import shape_of_made
 
@@ -63,7 +63,8 @@ class StepRequest:
         )
         if state is None and model.stateful:
             batch = whole_batch(self.args.x, self.args.needs, chunks)
-            state = model.init_state(*first, params, key, shape_of_made, batch)
+            ready = ready_batches(self.args.x, self.args.needs, chunks)
+            state = model.init_state(*first, params, key, shape_of_made, batch, ready)
         args = checked(model, self.args._replace(params=params, state=state))
         numbers = as_argnums(self.argnums)
         check_argnums(self.argnums, numbers, args)

@@ -1,6 +1,7 @@
 """Decoding with caches: state of rows in pieces, handed over from call to call."""
 
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -165,6 +166,9 @@ def test_caches_are_not_cut_joined_moved_or_copied(monkeypatch):
     # No program but those of the stages, and no state among what goes over.
     for bound in placed_executor(pipe)._plans.values():
         plan = bound.plan
+        # The next call finds the very objects, and compares none by its value.
+        own = [a.sharding for a in jax.tree.leaves(params)]
+        assert all(map(operator.is_, bound.shardings, own))
         for item in plan.instructions:
             if isinstance(item, Run):
                 assert item.action is not None
@@ -420,3 +424,12 @@ def test_what_cannot_be_donated_is_refused():
     # Nothing was consumed.
     y, _ = pipe(params, x, state=pieces)
     assert_same(y, pipe(params, x, state=state)[0])
+
+
+def test_a_plan_of_ready_made_microbatches_makes_their_states():
+    pipe = make_placed([remembering(), dense()])
+    x = in_pieces(jnp.ones((4, 4)))
+    params, state = pipe.init(jax.random.key(0), x), pipe.init_state(x)
+    plan = pipe.plan(None, x)
+    assert plan.as_dict() == pipe.plan(params, x, state=state).as_dict()
+    assert plan.microbatches == 2

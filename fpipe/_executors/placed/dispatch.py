@@ -133,12 +133,16 @@ class ReadyPlan:
     def are_placed(self, params: Sequence[Any]) -> bool:
         """Whether parameters are where they belong, as far as their shardings tell."""
         # The parameters of a training step have the very same objects as those of the
-        # step before. Lists compare objects by identity first; to compare two of these
-        # by value takes 0.6 µs (measured on jax 0.10.2, CPU).
+        # step before, so these are kept. Lists compare objects by identity first; to
+        # compare two of these by value takes 0.6 µs (measured on jax 0.10.2, CPU).
         try:
-            return [array.sharding for array in params] == self.shardings
+            found = [array.sharding for array in params]
         except AttributeError:  # numpy arrays have none
             return False
+        if found != self.shardings:
+            return False
+        self.shardings[:] = found
+        return True
 
     def slots(
         self, params: Sequence[Any], others: Mapping[Port, Sequence[Any]]
