@@ -3,10 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import beartype
@@ -19,12 +17,6 @@ import pytest
 from jaxtyping import Array, Float
 
 import fpipe
-from fpipe._executors.placed.compile import compile_plan
-from fpipe._executors.placed.dispatch import ReadyPlan
-from fpipe._executors.placed.executor import Placed
-from fpipe._executors.placed.instructions import Run
-from fpipe._executors.placed.threads import Crew
-from fpipe._executors.scan.executor import Scan
 
 WIDTH = 4
 
@@ -33,18 +25,6 @@ shaped = jaxtyping.jaxtyped(typechecker=beartype.beartype)
 
 HANG = 600
 """Seconds that only something that hangs takes, however busy the machine is."""
-
-
-def placed_executor(pipe: fpipe.Pipe) -> Placed:
-    """The placed executor of a pipe, for tests of its own room."""
-    assert isinstance(pipe._executor, Placed)
-    return pipe._executor
-
-
-def scan_executor(pipe: fpipe.Pipe) -> Scan:
-    """The scan executor of a pipe, for tests of its own room."""
-    assert isinstance(pipe._executor, Scan)
-    return pipe._executor
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -348,62 +328,3 @@ def assert_same(got: Any, want: Any, tolerance: float = 1e-5) -> None:
             np.abs(a - b).max(),
             limit,
         )
-
-
-@contextlib.contextmanager
-def observing(look: Callable[[Any, list[Any]], None]) -> Iterator[None]:
-    """Call `look(instruction, slots)` after each step that placed pipes issue
-    meanwhile, with the slots of the thread that issues it; one call at a time.
-    """
-    one_at_a_time = threading.Lock()
-    issue_all, issue_in_thread = ReadyPlan.issue, Crew.issue
-
-    def observed(plan, shares, slots):
-        if plan.threaded:
-            issue_all(plan, shares, slots)
-            return
-        for share in shares:
-            for step in share.steps:
-                issue_all(plan, [share._replace(steps=(step,))], slots)
-                look(step.item, slots)
-
-    def observed_in_thread(crew, step, slots):
-        issue_in_thread(crew, step, slots)
-        with one_at_a_time:
-            look(step.item, slots)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ReadyPlan, "issue", observed)
-        patch.setattr(Crew, "issue", observed_in_thread)
-        yield
-
-
-def products(
-    layers: Any,
-    checkpoint: Any,
-    schedule: Any = "gpipe",
-    balance: Any = None,
-    chunks: int = 4,
-    wrt: Any = 0,
-    width: int = 8,
-) -> Counter[tuple[str, int]]:
-    """Matrix products of a training step by (kind, stage), in the compiled programs
-    that it runs.
-    """
-    balance = [1] * len(layers) if balance is None else balance
-    pipe = fpipe.Pipe(
-        layers, balance, chunks=chunks, checkpoint=checkpoint, schedule=schedule
-    )
-    x = jnp.ones((2 * chunks, width))
-    params = pipe.init(jax.random.key(0), x)
-    pipe.compile(params, x, loss_fn=lambda y: jnp.mean(y**2), argnums=wrt)
-    bound = placed_executor(pipe)._plans.values()[0]
-    counts: Counter[tuple[str, int]] = Counter()
-    for n, program in compile_plan(bound.plan, bound.shapes).items():
-        item = bound.plan.instructions[n]
-        assert isinstance(item, Run)
-        if item.action is not None:
-            counts[item.action.kind, item.action.stage] += program.as_text().count(
-                " dot("
-            )
-    return counts

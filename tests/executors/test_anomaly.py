@@ -17,16 +17,8 @@ import fpipe._executors.anomaly
 from fpipe._executors.faults import FORWARD, Explainer, ForwardPart
 from fpipe._executors.placed.compile import compile_plan
 from fpipe._executors.placed.instructions import Run
-from tests.helpers import (
-    WIDTH,
-    add,
-    dense,
-    keep,
-    models,
-    noise,
-    placed_executor,
-    scale_init,
-)
+from tests.executors.helpers import placed_executor
+from tests.helpers import WIDTH, add, dense, keep, models, noise, scale_init
 
 CALL = r"^`Pipe\(detect_anomaly=True\)`: "
 ROWS, CHUNKS, ROW, BAD = 8, 4, 5, 2  # row 5 is in microbatch 2

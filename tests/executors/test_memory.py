@@ -12,16 +12,8 @@ import numpy as np
 import pytest
 
 import fpipe
-from tests.helpers import (
-    Case,
-    cast_weights,
-    dense,
-    models,
-    mse,
-    noise,
-    observing,
-    placed_executor,
-)
+from tests.executors.helpers import observing, plan_of
+from tests.helpers import Case, cast_weights, dense, models, mse, noise
 
 W = 16
 
@@ -306,7 +298,7 @@ def test_only_sums_are_donated():
 
     def watch(item, slots):
         del item
-        plan = placed_executor(pipe)._plans.values()[0].plan
+        plan = plan_of(pipe)
         seen.update(
             {n: (plan.slots[n].name, a) for n, a in enumerate(slots) if a is not None}
         )

@@ -20,6 +20,7 @@ from fpipe._executors.placed.instructions import Run
 from fpipe._model.remat import MadePolicy, Remat
 from fpipe._program.graph import inline
 from fpipe.schedules import Action, Kind
+from tests.executors.helpers import observing, plan_of
 from tests.helpers import (
     Case,
     add,
@@ -30,8 +31,6 @@ from tests.helpers import (
     keep,
     mse,
     noise,
-    observing,
-    placed_executor,
     sided,
 )
 
@@ -243,7 +242,7 @@ def test_both_halves_of_a_backward_read_from_the_host():
     want = reference.value_and_grad(loss_of, argnums=(0, 1))(pipe.gather(params), X)
     loss, (grads, x_grad) = step(params, X)
     assert_same((loss, (pipe.gather(grads), x_grad)), want)
-    plan = placed_executor(pipe)._plans.values()[0].plan
+    plan = plan_of(pipe)
     found = {}
     kinds: tuple[Kind, Kind] = ("I", "W")
     for kind in kinds:

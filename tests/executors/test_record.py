@@ -26,18 +26,10 @@ from fpipe._executors.placed.watch import Lane, Seen, Watch, WatchedCall
 from fpipe._executors.scan import clock as _clock
 from fpipe.schedules import Action, Costs, Event, Timeline, draw, simulate, svg
 from fpipe.schedules._trace import Span, trace
+from tests.executors.helpers import observing, placed_executor, plan_of
 from tests.executors.placed.test_dispatch import ERRORS, Host
 from tests.front.test_calls import BoomError, Trigger, notes
-from tests.helpers import (
-    Case,
-    dense,
-    eventually,
-    models,
-    mse,
-    observing,
-    placed_executor,
-    raises,
-)
+from tests.helpers import Case, dense, eventually, models, mse, raises
 
 M = 4
 X = jnp.arange(M, dtype=jnp.float32)[:, None] + jnp.zeros(
@@ -449,7 +441,7 @@ def test_an_exception_on_a_device_says_where(monkeypatch):
             raise BoomError("on the device")
 
     def broken(self, seen):
-        plan = placed_executor(pipe)._plans.values()[0].plan
+        plan = plan_of(pipe)
         action = getattr(plan.instructions[seen.number], "action", None)
         wait(self, seen._replace(array=Bad()) if action == ("F", 1, 1) else seen)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import fpipe
+from tests.executors.helpers import observing
 from tests.helpers import (
     WIDTH,
     Case,
@@ -19,7 +20,6 @@ from tests.helpers import (
     models,
     mse,
     noise,
-    observing,
     raises,
     sided,
 )

@@ -15,6 +15,7 @@ import pytest
 
 import fpipe
 from fpipe._executors.placed.instructions import Move
+from tests.executors.helpers import observing
 from tests.helpers import (
     WIDTH,
     Case,
@@ -26,7 +27,6 @@ from tests.helpers import (
     models,
     mse,
     noise,
-    observing,
     owner,
     raises,
 )

@@ -12,7 +12,8 @@ import pytest
 import fpipe
 from fpipe._executors.placed.instructions import Move, Run
 from fpipe._executors.placement import Placement
-from tests.helpers import assert_same, dense, mse, noise, placed_executor, raises
+from tests.executors.helpers import placed_executor
+from tests.helpers import assert_same, dense, mse, noise, raises
 from tests.model.test_needs import every, make_placed, make_scan, make_sequential, pipes
 
 VOCABULARY, WIDTH, LENGTH, ROWS, PROMPT = 11, 8, 7, 4, 3

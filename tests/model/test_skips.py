@@ -16,16 +16,7 @@ import numpy as np
 import pytest
 
 import fpipe
-from tests.helpers import (
-    add,
-    assert_same,
-    dense,
-    keep,
-    look,
-    mse,
-    noise,
-    raises,
-)
+from tests.helpers import add, assert_same, dense, keep, look, mse, noise, raises
 
 # What a type checker would refuse is tested here.
 untyped: Any = lambda value: value  # noqa: E731

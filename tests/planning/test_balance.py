@@ -22,19 +22,8 @@ from fpipe._executors.scheduling import Scheduling
 from fpipe._planning.costs import Sent
 from fpipe._planning.partition import PartitionTask, Shortage, best_cut
 from fpipe._planning.span_tables import SpanTables, arriving, leaving, summed
-from tests.helpers import (
-    Case,
-    Clock,
-    add,
-    dense,
-    keep,
-    models,
-    mse,
-    noise,
-    observing,
-    placed_executor,
-    raises,
-)
+from tests.executors.helpers import observing, plan_of
+from tests.helpers import Case, Clock, add, dense, keep, models, mse, noise, raises
 
 W = 8
 MIB = 2**20
@@ -632,7 +621,7 @@ def held(pipe, step):
     action.
     """
     step()
-    plan = placed_executor(pipe)._plans.values()[0].plan
+    plan = plan_of(pipe)
     names = [str(device) for device in pipe.devices]
     outside = ("key", "side", "targets", "loss", "index", "number")
     moments = []

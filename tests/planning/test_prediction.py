@@ -26,18 +26,8 @@ from fpipe._model.stages import TARGETS
 from fpipe._model.stages import X as XPORT
 from fpipe._planning.text import Table, size
 from fpipe.schedules import svg
-from tests.helpers import (
-    Clock,
-    add,
-    counter,
-    dense,
-    dropout,
-    keep,
-    look,
-    mse,
-    placed_executor,
-    raises,
-)
+from tests.executors.helpers import placed_executor
+from tests.helpers import Clock, add, counter, dense, dropout, keep, look, mse, raises
 from tests.schedules.test_draw import Page
 
 ROWS, WIDTH = 16, 4

@@ -9,7 +9,8 @@ import fpipe
 from fpipe._core.pytrees import on_host
 from fpipe._executors.placed.instructions import Run
 from fpipe._program.host_memory import kept_on_device
-from tests.helpers import assert_same, noise, placed_executor
+from tests.executors.helpers import plan_of
+from tests.helpers import assert_same, noise
 
 POLICY = jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
@@ -41,7 +42,7 @@ def forward_of(layer, checkpoint):
     )
     params = pipe.init(jax.random.key(0), X)
     pipe.compile(params, X, loss_fn=jnp.mean)
-    plan = placed_executor(pipe)._plans.values()[0].plan
+    plan = plan_of(pipe)
     first = next(item for item in plan.instructions if isinstance(item, Run))
     assert first.code is not None
     return first.code

@@ -23,20 +23,12 @@ import fpipe
 from fpipe._executors.placed.dispatch import DISPATCH
 from fpipe._executors.placed.instructions import Half
 from fpipe._executors.placed.threads import divide
+from tests.executors.helpers import observing, placed_executor, plan_of
 from tests.executors.placed.test_plan import STAGES, bare, by_device, widening
 from tests.executors.test_memory import counting
 from tests.front.test_calls import BoomError, Trigger, notes, wait
 from tests.front.test_equal import check
-from tests.helpers import (
-    Case,
-    assert_same,
-    dense,
-    models,
-    mse,
-    observing,
-    placed_executor,
-    raises,
-)
+from tests.helpers import Case, assert_same, dense, models, mse, raises
 
 M = 4
 NUMBERED = jnp.arange(M, dtype=jnp.float32)[:, None] + jnp.zeros(
@@ -155,7 +147,7 @@ def test_a_plan_is_divided_as_it_is_drawn_in_the_module():
     x = jnp.ones((8, 3))
     pipe, params = bare(x)
     pipe(params, x)
-    plan = placed_executor(pipe)._plans.values()[0].plan
+    plan = plan_of(pipe)
     shares = divide(plan, Half.WHOLE, True, {})
     made, moved, left = (plan.slots[item.outs[0]] for item in plan.instructions[::2])
     w0, w1, x0 = plan.slots[:3]
@@ -549,7 +541,7 @@ def test_each_device_holds_no_more_inputs_than_the_schedule_and_those_on_their_w
     params = pipe.init(jax.random.key(0), x)
     step = pipe.value_and_grad(lambda y: jnp.mean(y**2))
     jax.block_until_ready(step(params, x))
-    plan, peak = placed_executor(pipe)._plans.values()[0].plan, [0] * STAGES
+    plan, peak = plan_of(pipe), [0] * STAGES
     names = [str(device) for device in pipe.devices]
 
     def count(item, slots):

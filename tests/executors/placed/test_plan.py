@@ -9,17 +9,8 @@ import pytest
 import fpipe
 from fpipe._executors.placed import instructions
 from fpipe._executors.placed.instructions import Free, Move, Run
-from tests.helpers import (
-    Case,
-    add,
-    assert_same,
-    keep,
-    look,
-    models,
-    mse,
-    observing,
-    placed_executor,
-)
+from tests.executors.helpers import observing, plan_of
+from tests.helpers import Case, add, assert_same, keep, look, models, mse
 
 SCHEDULES = ["gpipe", "1f1b", "eager_1f1b"]
 STAGES = 4
@@ -115,7 +106,7 @@ def test_a_skip_and_its_gradient_go_straight_between_stash_and_pop():
     pipe, step = call([middle, keep(), middle, middle, add()], [2, 1, 1, 1], 2)
     routes = set()
     for item, _ in record(step):
-        plan = placed_executor(pipe)._plans.values()[0].plan
+        plan = plan_of(pipe)
         if isinstance(item, Move):
             skips = [plan.slots[n] for n in item.ins if "skip" in plan.slots[n].name]
             routes |= {(str(slot.placement), str(item.placement)) for slot in skips}
@@ -155,7 +146,7 @@ def test_readers_of_one_skip_each_get_it_once():
     layers = [keep(), look(), look(), add()]
     pipe, step = call(layers, [1, 1, 1, 1], 2, checkpoint="always")
     step()
-    plan = placed_executor(pipe)._plans.values()[0].plan
+    plan = plan_of(pipe)
     moved = [
         (plan.slots[n].name, str(item.placement))
         for item in plan.instructions
@@ -183,7 +174,7 @@ def test_each_slot_is_made_once_and_freed_once_after_its_last_use():
         )
         params, needs = pipe.place(case.params()), case.needs
         pipe.value_and_grad(mse)(params, case.x, case.target, **needs)
-        plan = placed_executor(pipe)._plans.values()[0].plan
+        plan = plan_of(pipe)
         made = [feed.slot for feed in plan.feeds] + list(plan.constants)
         dead: set[int] = set()
         for item in plan.instructions:
@@ -301,7 +292,7 @@ def test_outputs_that_are_inputs_cost_no_copy():
     pipe = fpipe.Pipe([fork, join], [1, 1], chunks=2)
     params = pipe.place((jnp.ones(4), jnp.ones(4)))
     pipe(params, jnp.ones((4, 4)))
-    plan = placed_executor(pipe)._plans.values()[0].plan
+    plan = plan_of(pipe)
     forwards = [
         item
         for item in plan.instructions
@@ -318,7 +309,7 @@ def test_borrowed_parameters_are_moved_once_per_call():
     layers = models()["tied"]
     pipe, step = call(layers, [1, 1, 1, 1], 4)
     step()
-    plan = placed_executor(pipe)._plans.values()[0].plan
+    plan = plan_of(pipe)
     moved = [
         plan.slots[n].name
         for item in plan.instructions
@@ -333,7 +324,7 @@ def test_borrowed_parameters_are_moved_once_per_call():
 def test_a_plan_reads_as_text():
     pipe, step = call([keep(), add()], [1, 1], 1)
     step()
-    text = str(placed_executor(pipe)._plans.values()[0].plan)
+    text = str(plan_of(pipe))
     for line in (
         f"{pipe.devices[0]}: F(0,0) (",
         f"{pipe.devices[0]} -> {pipe.devices[1]}: ",
@@ -355,7 +346,7 @@ def test_the_plan_that_is_drawn_in_the_module_is_the_plan():
     x = jnp.ones((8, 3))
     pipe, params = bare(x)
     pipe.value_and_grad(lambda y, t: jnp.mean(y - t))(params, x, x)
-    text = str(placed_executor(pipe)._plans.values()[0].plan)
+    text = str(plan_of(pipe))
     for number, device in enumerate(pipe.devices):
         text = text.replace(str(device), f"cpu:{number}")
     drawing = str(instructions.__doc__).split("\n\n")[3]
@@ -384,7 +375,7 @@ def test_what_is_still_on_a_device_is_not_moved_back_to_it():
     x = jnp.ones((4, 4))
     got = pipe(((),) * 3, x)
     assert_same(got, fpipe.sequential(layers, chunks=2)(((),) * 3, x))
-    plan = placed_executor(pipe)._plans.values()[0].plan
+    plan = plan_of(pipe)
     moved = [
         plan.slots[n].name
         for item in plan.instructions
@@ -400,5 +391,5 @@ def test_orders_are_the_same_in_every_run():
     for _ in range(2):
         pipe, step = call(layers, [2, 1, 2], 3)
         step()
-        texts.append(str(placed_executor(pipe)._plans.values()[0].plan))
+        texts.append(str(plan_of(pipe)))
     assert texts[0] == texts[1]

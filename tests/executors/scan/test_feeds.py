@@ -16,17 +16,9 @@ import fpipe
 from fpipe._executors.scan import feeds
 from fpipe._executors.scan.feeds import LARGE, feed_steps, is_large, share
 from fpipe.schedules import Action, Kind, Schedule
+from tests.executors.helpers import machine_of, scan_executor
 from tests.executors.scan.poison import poison
-from tests.helpers import (
-    WIDTH,
-    Case,
-    assert_same,
-    dense,
-    models,
-    mse,
-    noise,
-    scan_executor,
-)
+from tests.helpers import WIDTH, Case, assert_same, dense, models, mse, noise
 
 
 def brought(order, microbatches, devices, reader):
@@ -86,10 +78,6 @@ def all_large(monkeypatch):
 
 def pipe_of(layers, balance, chunks, **options):
     return fpipe.Pipe(layers, balance, chunks=chunks, executor="scan", **options)
-
-
-def machine_of(pipe):
-    return scan_executor(pipe)._steps.values()[-1].machine
 
 
 # A model, the devices, the schedule, the checkpoint mode and the number of

@@ -6,13 +6,11 @@ import jax.numpy as jnp
 import fpipe
 from fpipe._executors.scan import machine as machine_module
 from fpipe._executors.scan.machine import LocalPool, SavedPool, WireName
-from tests.helpers import (
-    dense,
-    scan_executor,
-)
+from tests.executors.helpers import machine_of
+from tests.helpers import dense
 
 
-def machine_of(schedule):
+def machine_for(schedule):
     """Two equal layers on two devices, three microbatches."""
     pipe = fpipe.Pipe(
         [dense()] * 2,
@@ -25,7 +23,7 @@ def machine_of(schedule):
     x = jnp.ones((6, 4))
     params = pipe.init(jax.random.key(0), x)
     pipe.compile(params, x, loss_fn=lambda y: jnp.mean(y**2))
-    return scan_executor(pipe)._steps.values()[-1].machine
+    return machine_of(pipe)
 
 
 def drawn(machine, device):
@@ -64,12 +62,12 @@ def test_the_table_is_as_drawn():
     text = machine_module.__doc__
     assert text is not None
     documented = [line.strip() for line in text.splitlines()]
-    for line in drawn(machine_of("1f1b"), 0):
+    for line in drawn(machine_for("1f1b"), 0):
         assert line.strip() in documented, line
 
 
 def test_pools_and_wires_are_as_drawn():
-    machine = machine_of("1f1b")
+    machine = machine_for("1f1b")
     forward, backward = WireName("forward", 0), WireName("backward", 0)
     assert machine.wires[forward].pairs == ((0, 1),)
     assert machine.wires[backward].pairs == ((1, 0),)
@@ -78,6 +76,6 @@ def test_pools_and_wires_are_as_drawn():
     assert machine.pools[SavedPool("core", recomputes=False)].slots == 2
     assert machine.pools[LocalPool("forward")].slots == 1 + 1
     # In the eager form three are, and every wire runs in every tick.
-    machine = machine_of("eager_1f1b")
+    machine = machine_for("eager_1f1b")
     assert machine.pools[forward].slots == 3 + 1
     assert all(wire.always for wire in machine.wires.values())

@@ -14,9 +14,10 @@ from jax.sharding import AxisType
 import fpipe
 from fpipe._executors.scan import feeds
 from fpipe._executors.scan.storage import Storage
+from tests.executors.helpers import machine_of
 from tests.executors.scan.poison import poison
 from tests.executors.scan.test_scan import collectives, loop_body, text_of
-from tests.helpers import WIDTH, assert_same, dense, mse, noise, scan_executor
+from tests.helpers import WIDTH, assert_same, dense, mse, noise
 
 KEY = jax.random.key
 
@@ -270,10 +271,6 @@ def test_a_shape_that_no_layer_reads_is_one_of_its_own():
 
 
 # --- how it runs ---
-
-
-def machine_of(pipe):
-    return scan_executor(pipe)._steps.values()[-1].machine
 
 
 SIMPLE = [fpipe.Layer(lambda p, x: jnp.tanh(x * p)), fpipe.Layer(lambda p, x: x * p)]

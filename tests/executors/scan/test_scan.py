@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import fpipe
 import fpipe.testing
+from tests.executors.helpers import machine_of, scan_executor
 from tests.executors.scan.poison import poison
 from tests.helpers import (
     WIDTH,
@@ -33,7 +34,6 @@ from tests.helpers import (
     mse,
     noise,
     owner,
-    scan_executor,
 )
 
 
@@ -115,7 +115,7 @@ def collectives(lines):
 
 
 def ops_of(pipe):
-    machine = scan_executor(pipe)._steps.values()[-1].machine
+    machine = machine_of(pipe)
     return [
         [entry.op for entry in phase.ops]
         for segment in machine.segments
@@ -299,7 +299,7 @@ def test_a_u_net_of_convolutions():
     params = ref.init(jax.random.key(0), x)
     value, grads = pipe.value_and_grad(mse)(pipe.place(params), x, x)
     assert_same((value, pipe.gather(grads)), ref.value_and_grad(mse)(params, x, x))
-    wires = scan_executor(pipe)._steps.values()[-1].machine.wires
+    wires = machine_of(pipe).wires
     assert sorted(
         wire.pairs for name, wire in wires.items() if name.direction == "forward"
     ) == [
@@ -566,10 +566,7 @@ def test_buffers_are_updated_in_place(checkpoint):
         for line in body
         if re.search(rf"= {weights}\S* (copy|dynamic-slice)\(", line)
     ]
-    slots = {
-        pool.slots
-        for pool in scan_executor(pipe)._steps.values()[-1].machine.pools.values()
-    }
+    slots = {pool.slots for pool in machine_of(pipe).pools.values()}
     pools = "|".join(rf"f32\[{n},{rows},{width}\]" for n in slots)
     assert any(re.search(pools, line) for line in body)
     assert not [line for line in body if re.search(rf"= (?:{pools})\S* copy\(", line)]
@@ -638,7 +635,7 @@ def test_skips_wait_in_as_many_slots_as_the_schedule_needs():
     pipe = pipe_of(layers, chunks=8, schedule="eager_1f1b", checkpoint="never")
     x = jnp.ones((8, WIDTH))
     pipe.compile(pipe.init(jax.random.key(0), x), x, loss_fn=lambda y: jnp.mean(y**2))
-    machine = scan_executor(pipe)._steps.values()[-1].machine
+    machine = machine_of(pipe)
     forward = {
         name: wire.pairs
         for name, wire in machine.wires.items()

@@ -12,20 +12,10 @@ from jax.ad_checkpoint import checkpoint_name
 import fpipe
 from fpipe._executors.placed.instructions import Move, Run
 from fpipe.schedules import Schedule
+from tests.executors.helpers import observing, plan_of, products
 from tests.executors.placed.test_plan import actions, by_device
 from tests.front.test_equal import pipe_of
-from tests.helpers import (
-    Case,
-    assert_same,
-    dense,
-    dropout,
-    models,
-    mse,
-    noise,
-    observing,
-    placed_executor,
-    products,
-)
+from tests.helpers import Case, assert_same, dense, dropout, models, mse, noise
 
 W, M = 8, 4
 EVERYTHING, NOTHING = (
@@ -56,10 +46,6 @@ def chain(count):
         return x
 
     return fpipe.Layer(apply, init)
-
-
-def plan_of(pipe):
-    return placed_executor(pipe)._plans.values()[0].plan
 
 
 @pytest.mark.quick

@@ -8,7 +8,8 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 import fpipe
-from tests.helpers import noise, products
+from tests.executors.helpers import products
+from tests.helpers import noise
 
 M = 4
 W = 8
