@@ -60,13 +60,18 @@ def _count(
     # What the equations apart make comes in as an argument of the rest.
     ins = sorted({v for node in inside for v in node.ins} - made - set(graph.consts))
 
+    # A shape does not say that an array lies on the host, so it is put there.
     def call(*arrays: Any) -> list[Any]:
-        return evaluate(graph, inside, dict(zip(ins, arrays, strict=True)), outs)
+        given = {
+            v: jax.device_put(a, jax.memory.Space.Host)
+            if on_host(graph.avals[v])
+            else a
+            for v, a in zip(ins, arrays, strict=True)
+        }
+        return evaluate(graph, inside, given, outs)
 
-    # Only the type itself says that a value lies on the host.
-    avals = [graph.avals[v] for v in ins]
     shapes = [
-        a if on_host(a) else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals
+        jax.ShapeDtypeStruct(graph.avals[v].shape, graph.avals[v].dtype) for v in ins
     ]
     return total + _count_lowered(jax.jit(call).lower(*shapes), what)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType
 
 import fpipe
 from fpipe._core.pytrees import HostShape, device_bytes, host_bytes, nbytes, on_host
@@ -166,6 +167,15 @@ def test_with_skips_state_side_inputs_and_keys(executor, schedule):
     got = (loss, state), pipe.gather(grads)
     want = case.reference.value_and_grad(mse)(params, case.x, case.target, **case.needs)
     assert_same(got, want)
+
+
+def test_with_a_batch_over_several_devices():
+    mesh = jax.make_mesh((2, 2), ("stage", "data"), axis_types=(AxisType.Auto,) * 2)
+    pipe = pipe_of(executor="scan", mesh=mesh)
+    params = check(pipe)
+    # A device has one of the two rows of each microbatch.
+    other = pipe_of(executor="scan").plan(params, X).devices[0]
+    assert [2 * row.host for row in pipe.plan(params, X).devices] == [other.host] * 4
 
 
 @pytest.mark.parametrize("executor", ["placed", "scan"])
