@@ -60,7 +60,7 @@ class LayerCosts:
         shared: bytes that are in the residuals of this layer and of the next one, and
             are kept once where both are in one stage.
         saved: bytes that are kept besides a stage's inputs where it is recomputed:
-            states, and what the policy saves.
+            states, and what the policy saves on the device.
         boundaries: bytes of what the layer hands to the next one; of the last one, the
             model's output.
         inputs: bytes of one microbatch of the model's input.
