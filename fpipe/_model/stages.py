@@ -103,11 +103,10 @@ class Stage:
     def described(self) -> str:
         """Its layers by number and name, for errors."""
         layers = [f"{k} {self.model.layers[k].name!r}" for k in self.span]
-        return (
-            "no layers"
-            if not layers
-            else f"layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
-        )
+        if not layers:
+            # Under scan the loss may stand apart from the layers before it.
+            return "the loss function" if self.last else "no layers"
+        return f"layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
 
     def asks(self, need: str) -> bool:
         """Whether any of its layers declares a need."""

@@ -345,3 +345,11 @@ def test_a_callback_that_returns_is_refused_over_shared_stages():
     params = pipe.place((reference_params()[0], jnp.ones(WIDTH)))
     with pytest.raises(NotImplementedError, match="layer 1 'ask' has a"):
         pipe(params, X)
+
+    def loss(y):
+        return y.mean() + ask(1, y[:1, 0])[0]
+
+    plain = fpipe.Pipe([dense(), dense()], mesh=WIDE, chunks=2, executor="scan")
+    params = plain.init(jax.random.key(0), X)
+    with pytest.raises(NotImplementedError, match="the loss function has a"):
+        plain.evaluate(loss)(params, X)

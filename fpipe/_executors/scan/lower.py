@@ -106,6 +106,7 @@ from fpipe._model.stages import (
     WEIGHT,
     Leaf,
     Port,
+    Stage,
     X,
     Y,
 )
@@ -118,8 +119,9 @@ from fpipe._program.code import (
     ProgramValue,
 )
 from fpipe._program.control_flow import asks_host
-from fpipe._program.graph import called
+from fpipe._program.graph import called, inline
 from fpipe._program.host_memory import kept_on_device
+from fpipe._program.trace import FlatStage
 from fpipe.schedules import Action, Kind, Schedule
 
 
@@ -225,26 +227,32 @@ def lower(
 
 
 def _refuse_callbacks(work: Work) -> None:
-    """Refuse layers that wait for what Python returns.
+    """Refuse layers, or a loss, that wait for what Python returns.
 
     JAX does so when it compiles, without the name of a layer. It has no rule for which
     of the devices that share a stage would call.
     """
     for group in work.groups:
         for unit in group.units:
-            stage = unit.stage
-            for k, body in zip(
-                stage.span, called(unit.flat.closed, LAYER_CALL), strict=False
-            ):
-                if asks_host(body.nodes):
-                    raise NotImplementedError(
-                        f"layer {k} {stage.model.layers[k].name!r} has a "
-                        "`jax.pure_callback` (or `io_callback`): with "
-                        'executor="scan" JAX calls no Python for a result where the '
-                        'mesh has other axes than "stage". Take a mesh of that axis '
-                        'alone, or executor="placed"; `jax.debug.print` and '
-                        "`jax.debug.callback` return nothing, and work"
-                    )
+            who = _asks_host(unit.stage, unit.flat)
+            if who:
+                raise NotImplementedError(
+                    f"{who} has a `jax.pure_callback` (or `io_callback`): with "
+                    'executor="scan" JAX calls no Python for a result where the mesh '
+                    'has other axes than "stage". Take a mesh of that axis alone, or '
+                    'executor="placed"; `jax.debug.print` and `jax.debug.callback` '
+                    "return nothing, and work"
+                )
+
+
+def _asks_host(stage: Stage, flat: FlatStage) -> str:
+    """Which part of a stage calls Python for a result; empty if none does."""
+    bodies = called(flat.closed, LAYER_CALL)
+    for k, body in zip(stage.span, bodies, strict=False):
+        if asks_host(body.nodes):
+            return f"layer {k} {stage.model.layers[k].name!r}"
+    # What is behind the layers.
+    return "the loss function" if asks_host(inline(flat.closed).nodes) else ""
 
 
 # --- operations ---
