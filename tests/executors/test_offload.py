@@ -150,11 +150,11 @@ def test_a_loop_over_layers_that_offload(executor):
     ("executor", "schedule"), [("placed", "zb_h1"), ("scan", "1f1b")]
 )
 def test_with_skips_state_side_inputs_and_keys(executor, schedule):
-    layers = [dense(), keep(), counter(), sided(), dense(), dropout(), add()]
+    layers = [keep(), counter(), dense(), dropout(), sided(), add()]
     case = Case(layers, chunks=4, rows=10)  # 3, 3, 3, 1
     pipe = fpipe.Pipe(
         layers,
-        [3, 4],
+        [4, 2],
         chunks=4,
         checkpoint=dots(),
         executor=executor,
