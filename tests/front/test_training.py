@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 
 import fpipe
-from fpipe._executors.placed.instructions import Move
-from tests.executors.helpers import observing
 from tests.helpers import (
     WIDTH,
     Case,
@@ -136,20 +134,24 @@ def test_mixed_precision_is_the_same_everywhere(model):
         assert_same((value, (pipe.gather(grads[0]), grads[1])), want, tolerance=2e-2)
 
 
-def test_boundaries_have_the_dtype():
+def test_boundaries_have_the_dtype(monkeypatch):
     """What crosses from stage to stage is half as large."""
     layers = [dense()] * 4
     pipe = made("placed", layers, compute_dtype=jnp.bfloat16)
-    params = pipe.init(jax.random.key(0), jnp.ones((8, WIDTH)))
-    seen = set()
+    first, *_, last = pipe.devices
+    x, target = (jax.device_put(jnp.ones((8, WIDTH)), d) for d in (first, last))
+    params, put = pipe.init(jax.random.key(0), x), []
+    step, device_put = pipe.value_and_grad(mse), jax.device_put
+    step(params, x, target)
 
-    def look(item, slots):
-        if isinstance(item, Move):
-            seen.update(slots[n].dtype for n in item.outs if slots[n] is not None)
+    def seen(arrays, device):
+        put.extend(array.dtype for array in arrays)
+        return device_put(arrays, device)
 
-    with observing(look):
-        pipe.value_and_grad(mse)(params, jnp.ones((8, WIDTH)), jnp.ones((8, WIDTH)))
-    assert seen == {jnp.dtype(jnp.bfloat16)}
+    monkeypatch.setattr(jax, "device_put", seen)
+    step(params, x, target)
+    # Each microbatch goes over three cuts, and its cotangent comes back.
+    assert put == [jnp.bfloat16] * (2 * 3 * pipe.chunks)
 
 
 def test_what_is_no_float_stays():

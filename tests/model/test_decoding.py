@@ -1,7 +1,6 @@
 """Decoding with caches: state of rows in pieces, handed over from call to call."""
 
 import functools
-import operator
 from typing import Any
 
 import jax
@@ -10,9 +9,6 @@ import numpy as np
 import pytest
 
 import fpipe
-from fpipe._executors.placed.instructions import Move, Run
-from fpipe._executors.placement import Placement
-from tests.executors.helpers import placed_executor
 from tests.helpers import assert_same, dense, mse, noise, raises
 from tests.model.test_needs import every, make_placed, make_scan, make_sequential, pipes
 
@@ -145,36 +141,6 @@ def decoder():
     pipe = make_placed(GPT, chunks=2, schedule="forward_only")
     params, x = pipe.init(jax.random.key(0), TOKENS), in_pieces(TOKENS)
     return pipe, params, x, pipe.init_state(x)
-
-
-def test_caches_are_not_cut_joined_moved_or_copied(monkeypatch):
-    pipe, params, x, state = decoder()
-    x, state = pipe(params, x, state=state, step=0, donate_state=True)
-    x, state = pipe(params, x, state=state, step=PROMPT, donate_state=True)
-    taken = []
-    take = Placement.take
-    monkeypatch.setattr(
-        Placement, "take", lambda self, a: [taken.append(len(a)), take(self, a)][1]
-    )
-    where = [a.unsafe_buffer_pointer() for a in jax.tree.leaves(state)]
-    x, state = pipe(params, x, state=state, step=PROMPT + 1, donate_state=True)
-    # Each cache stays at its place in memory, on the device of its stage.
-    assert [a.unsafe_buffer_pointer() for a in jax.tree.leaves(state)] == where
-    for k, device in zip((1, 2), pipe.devices, strict=True):
-        assert {a.device for a in jax.tree.leaves(state[k])} == {device}
-    # The two pieces of `x`, which come from the last stage; and the step, for each.
-    assert sum(taken) == 2 + 2
-    # No program but those of the stages, and no state among what goes over.
-    for bound in placed_executor(pipe)._plans.values():
-        plan = bound.plan
-        # The next call finds the very objects, and compares none by its value.
-        own = [a.sharding for a in jax.tree.leaves(params)]
-        assert all(map(operator.is_, bound.shardings, own))
-        for item in plan.instructions:
-            if isinstance(item, Run):
-                assert item.action is not None
-            if isinstance(item, Move):
-                assert not any("state" in plan.slots[n].name for n in item.ins)
 
 
 def test_each_shape_of_a_step_is_compiled_once():

@@ -15,18 +15,8 @@ import numpy as np
 import pytest
 
 import fpipe
-from fpipe._core.pytrees import Shape
-from fpipe._executors.call import Args
-from fpipe._executors.placed.dispatch import with_calls
-from fpipe._executors.placed.instructions import Free, Half
-from fpipe._executors.placed.memory import levels
-from fpipe._executors.placed.plan_data import kept_slots
-from fpipe._model.loss import as_loss
-from fpipe._model.stages import TARGETS
-from fpipe._model.stages import X as XPORT
 from fpipe._planning.text import Table, size
 from fpipe.schedules import svg
-from tests.executors.helpers import placed_executor
 from tests.helpers import Clock, add, counter, dense, dropout, keep, look, mse, raises
 from tests.schedules.test_draw import Page
 
@@ -37,91 +27,6 @@ X = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
 def skips():
     """A skip over two cuts with two readers, and a random layer."""
     return [dense(), keep(), dropout(), look(), dense(6), dense(WIDTH), add()]
-
-
-def held(old):
-    """The bytes on each device, each buffer once, without those of arrays of before.
-
-    Other tests have left thousands, and to ask each takes long.
-    """
-    found, seen = {}, set()
-    before = set(map(id, old))
-    for array in jax.live_arrays():
-        if id(array) in before:
-            continue
-        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-            continue
-        for a in (shard.data for shard in array.addressable_shards):
-            (device,) = a.devices()
-            if a.unsafe_buffer_pointer() not in seen:
-                seen.add(a.unsafe_buffer_pointer())
-                found[device] = found.get(device, 0) + a.nbytes
-    return found
-
-
-@pytest.mark.parametrize("checkpoint", ["always", "except_last", "never"])
-@pytest.mark.parametrize(
-    "schedule", ["gpipe", "eager_1f1b", "zb_h1", "interleaved_1f1b", "dualpipe_v"]
-)
-def test_what_is_alive_is_predicted_to_the_byte_at_every_instruction(
-    schedule, checkpoint
-):
-    old = jax.live_arrays()
-    several = schedule in ("interleaved_1f1b", "dualpipe_v")
-    balance = [2, 2, 2, 1] if several else [2, 2, 3]
-    pipe = fpipe.Pipe(
-        skips(), balance, jax.devices()[: 2 if several else 3], 4, checkpoint, schedule
-    )
-    x = jnp.ones((ROWS, WIDTH))
-    target = jax.device_put(
-        jnp.ones((ROWS, WIDTH)), pipe.devices[pipe.make_schedule(4).stage_to_device[-1]]
-    )
-    params, step = pipe.init(jax.random.key(0), x), pipe.value_and_grad(mse)
-    jax.block_until_ready(step(params, x, target))
-
-    loss = as_loss("value_and_grad", mse, False, "mean")
-    bound = placed_executor(pipe).ready_plan(Args(params, x, (target,)), loss, (0,))
-    plan = bound.plan
-    kept = {f.slot for f in plan.feeds} | set(plan.constants)
-    want = [
-        {place.device: sum(roles.values()) for place, roles in now.items()}
-        for n, now in levels(plan, bound.shapes, kept)
-        if n >= 0 and not isinstance(plan.instructions[n], Free)
-    ]
-
-    got = []
-
-    def watched(step):
-        def run(*arrays):
-            # What is dropped after it is still there, what it consumes is not.
-            made = step.call(*arrays)
-            got.append(held(old))
-            return made
-
-        return run
-
-    slots = bound.slots(
-        jax.tree.leaves(params),
-        {port: [a] for port, a in ((XPORT, x), (TARGETS, target))},
-    )
-    given = [a for a in slots if a is not None]
-    gc.collect()
-    before = held(old)
-    others = {
-        d: before.get(d, 0) - sum(a.nbytes for a in given if a.devices() == {d})
-        for d in pipe.devices
-    }
-    bound.issue(with_calls(bound.shares[Half.WHOLE], watched), slots)
-    assert [{d: now.get(d, 0) - others[d] for d in pipe.devices} for now in got] == want
-    rows = {
-        row.name: row
-        for row in pipe.plan(params, x, target, loss_fn=mse, optimizer=0).devices
-    }
-    start = {
-        d: sum(a.nbytes for a in given if a.devices() == {d}) for d in pipe.devices
-    }
-    for d in pipe.devices:
-        assert rows[str(d)].peak == max(start[d], *(now[d] for now in want))
 
 
 @pytest.mark.quick
@@ -282,28 +187,6 @@ def test_it_is_the_same_from_arrays_shapes_and_placed_or_packed_parameters():
             dataclasses.replace(pipe, detect_anomaly=True).plan(params, X).as_dict()
             == want
         )
-
-
-def test_inputs_that_lie_elsewhere_are_copied_and_freed():
-    pipe = fpipe.Pipe([dense()] * 3, chunks=4)
-    here, there = (
-        jax.device_put(jnp.ones((ROWS, WIDTH)), pipe.devices[d]) for d in (0, 2)
-    )
-    loss = as_loss("value_and_grad", mse, False, "mean")
-    params = tuple(map(Shape.of, pipe.gather(pipe.init(jax.random.key(0), X))))
-    left = []
-    for x, target in ((here, there), (here, here), (here.__array__(), there), (X, X)):
-        args = Args(tuple(p.tree for p in params), x, (target,))
-        bound = placed_executor(pipe).ready_plan(args, loss, (0,))
-        *_, (_, now) = levels(bound.plan, bound.shapes, kept_slots(bound, args))
-        inputs = {place.device: roles.get("inputs", 0) for place, roles in now.items()}
-        left.append([inputs[d] >= ROWS * WIDTH * 4 for d in pipe.devices])
-    assert left == [
-        [True, False, True],
-        [True, False, False],
-        [False, False, True],
-        [True, False, True],
-    ]
 
 
 def test_under_scan_every_device_has_the_buffers_of_the_machine():

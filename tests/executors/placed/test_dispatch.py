@@ -21,12 +21,13 @@ from jax.experimental import io_callback
 
 import fpipe
 from fpipe._executors.placed.dispatch import DISPATCH
-from fpipe._executors.placed.instructions import Half
+from fpipe._executors.placed.instructions import Free, Half
 from fpipe._executors.placed.threads import divide
 from tests.executors.helpers import observing, placed_executor, plan_of
+from tests.executors.placed.test_interruptions import wait
 from tests.executors.placed.test_plan import STAGES, bare, by_device, widening
 from tests.executors.test_memory import counting
-from tests.front.test_calls import BoomError, Trigger, notes, wait
+from tests.front.test_calls import BoomError, Trigger, notes
 from tests.front.test_equal import check
 from tests.helpers import Case, assert_same, dense, models, mse, raises
 
@@ -149,7 +150,8 @@ def test_a_plan_is_divided_as_it_is_drawn_in_the_module():
     pipe(params, x)
     plan = plan_of(pipe)
     shares = divide(plan, Half.WHOLE, True, {})
-    made, moved, left = (plan.slots[item.outs[0]] for item in plan.instructions[::2])
+    issued = [item for item in plan.instructions if not isinstance(item, Free)]
+    made, moved, left = (plan.slots[item.outs[0]] for item in issued)
     w0, w1, x0 = plan.slots[:3]
 
     def named(numbers):
