@@ -230,6 +230,27 @@ def test_a_new_loss_function_at_each_step_costs_bounded_memory(monkeypatch):
     assert [ref() is not None for ref in held] == [False] * 3 + [True] * 3
 
 
+def test_the_plan_in_use_outlives_a_stream_of_others(monkeypatch):
+    """First in, first out threw away the plan of every step."""
+    monkeypatch.setattr("fpipe._executors.placed.executor._PLANS", 3)
+    traces = []
+
+    def layer(p, x):
+        return x * p
+
+    def loss(y):
+        traces.append(1)
+        return y.sum()
+
+    pipe = fpipe.Pipe([layer], [1])
+    params, step = pipe.place((jnp.ones(4),)), pipe.value_and_grad(loss)
+    x = jnp.ones((4, 4))
+    for k in range(8):
+        step(params, x)
+        pipe.evaluate(lambda y, k=k: y.sum() * k)(params, x)
+    assert len(traces) == 1
+
+
 def test_a_dropped_pipe_and_its_parameters_are_collected():
     pipe, params, step = step_of("nested")
     step()

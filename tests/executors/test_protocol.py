@@ -4,10 +4,12 @@ import inspect
 
 import pytest
 
+from fpipe._executors.call import Args
 from fpipe._executors.placed.executor import Placed
 from fpipe._executors.protocol import Executor
 from fpipe._executors.scan.executor import Scan
 from fpipe._executors.sequential import PlainExecutor
+from fpipe._model.needs import INPUTS
 
 METHODS = [
     name
@@ -62,3 +64,7 @@ def test_the_reference_has_those_that_need_no_devices(name):
 def test_the_interface_is_what_planning_and_the_pipe_use():
     assert len(METHODS) == 21
     assert set(METHODS) > DEVICES_ONLY
+
+
+def test_the_inputs_of_a_call_are_those_of_the_table_of_needs_in_its_order():
+    assert list(Args((), None).inputs) == list(INPUTS)

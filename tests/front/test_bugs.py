@@ -237,26 +237,6 @@ def test_a_call_that_closes_over_everything_inside_jit_leaves_the_pipe_usable():
     assert_same(pipe(params, X, key=key), X)
 
 
-def test_the_plan_in_use_outlives_a_stream_of_others(monkeypatch):
-    """First in, first out threw away the plan of every step."""
-    monkeypatch.setattr("fpipe._executors.placed.executor._PLANS", 3)
-    traces = []
-
-    def layer(p, x):
-        return x * p
-
-    def loss(y):
-        traces.append(1)
-        return y.sum()
-
-    pipe = fpipe.Pipe([layer], [1])
-    params, step = pipe.place((jnp.ones(4),)), pipe.value_and_grad(loss)
-    for k in range(8):
-        step(params, X)
-        pipe.evaluate(lambda y, k=k: y.sum() * k)(params, X)
-    assert len(traces) == 1
-
-
 def test_another_loss_compiles_the_last_stage_only():
     pipe = fpipe.Pipe([scale] * 4, [1, 1, 1, 1], chunks=2)
     params = pipe.place((jnp.ones(4),) * 4)

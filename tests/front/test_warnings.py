@@ -1,14 +1,12 @@
 """Warnings point at the line of the user's code, whichever way it calls the package."""
 
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import fpipe
-from fpipe._core.errors import warn
 
 W = 16
 X = jnp.ones((4, W))
@@ -90,9 +88,3 @@ def test_a_warning_points_at_the_line_that_called(call, executor):
 @pytest.mark.parametrize("executor", ["placed", "scan"])
 def test_a_forward_has_nothing_to_warn_of(executor):
     assert not warnings_of(lambda pipe, params: pipe(params, X), executor)
-
-
-def test_without_a_line_of_the_user_a_warning_is_still_heard():
-    """A thread that runs nothing but the package and the standard library."""
-    with ThreadPoolExecutor() as threads, pytest.warns(UserWarning, match="heard"):
-        threads.submit(warn, "heard").result()

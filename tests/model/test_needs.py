@@ -9,7 +9,6 @@ import pytest
 
 import fpipe
 import fpipe.testing
-from fpipe._executors.call import Args
 from fpipe._model.needs import BY_NAME, INPUTS, NEEDS, OF_CALL, TABLE, Giver, call_needs
 from tests.helpers import WIDTH, assert_same, dense, mse, noise, raises
 
@@ -58,7 +57,6 @@ def test_every_keyword_of_a_call_is_a_need_of_the_table():
 def test_what_a_call_gives_is_in_the_order_of_the_table_and_complete():
     assert list(call_needs()) == [need.name for need in OF_CALL]
     assert set(INPUTS) == {n.name for n in TABLE if n.giver is Giver.CALL}
-    assert list(Args((), X).inputs) == list(INPUTS)
     assert set(NEEDS) == {need.name for need in TABLE if need.keyword}
 
 

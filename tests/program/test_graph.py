@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import pytest
 
 import fpipe
-from fpipe._core.pytrees import nbytes
 from fpipe._program.control_flow import calls_host, content_dependents, has_loop
 from fpipe._program.graph import (
     ancestors,
@@ -168,17 +167,6 @@ def test_captured_arrays_count_as_the_objects_that_they_are():
     a, b = jnp.arange(4.0), jnp.arange(4.0)
     identities = [function_identity(lambda x, c=c: [x + c], X) for c in (a, a, b)]
     assert identities[0] == identities[1] != identities[2]
-
-
-# --- bytes ---
-
-
-@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
-def test_the_bytes_of_a_key_are_those_of_its_data(impl):
-    keys = jax.random.split(jax.random.key(0, impl=impl), 3)
-    want = jax.random.key_data(keys).nbytes
-    assert nbytes(keys) == nbytes(jax.eval_shape(lambda: keys)) == want
-    assert nbytes(jax.typeof(keys)) == want
 
 
 # --- the only reader ---

@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
-import fpipe
-from fpipe._core.pytrees import on_host
-from fpipe._executors.placed.instructions import Run
+from fpipe._model.remat import Remat
 from fpipe._program.host_memory import kept_on_device
-from tests.executors.helpers import plan_of
+from fpipe._program.stage_programs import SplitSpec, split_stage
 from tests.helpers import assert_same, noise
+from tests.program.test_split import W, joint_of
 
 POLICY = jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
@@ -19,7 +18,6 @@ POLICY = jax.checkpoint_policies.save_and_offload_only_these_names(
     offload_dst="pinned_host",
 )
 DOTS = jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")
-X = noise(jax.random.key(1), (4, 3))
 
 
 def wave(w, x):
@@ -35,23 +33,20 @@ def looped(w, x):
 
 
 def forward_of(layer, checkpoint):
-    """The code of a stage's forward."""
-    layer = fpipe.Layer(layer, lambda key, x: noise(key, (3, 3)))
-    pipe = fpipe.Pipe(
-        [layer] * 2, [1, 1], chunks=2, checkpoint=checkpoint, schedule="gpipe"
-    )
-    params = pipe.init(jax.random.key(0), X)
-    pipe.compile(params, X, loss_fn=jnp.mean)
-    plan = plan_of(pipe)
-    first = next(item for item in plan.instructions if isinstance(item, Run))
-    assert first.code is not None
-    return first.code
+    """The code of the forward of a stage in the middle."""
+    joint = joint_of(layer, W, None if checkpoint == "never" else Remat.of(checkpoint))
+    counts = tuple((leaf, 1) for leaf in joint.cotangents)
+    code = split_stage(joint, SplitSpec(1, counts)).by_kind["F"].code
+    assert code is not None
+    return code
 
 
 def moves(nodes):
     """The equations that move something to the host, at any depth."""
     for node in nodes:
-        if node.name == "device_put" and any(on_host(v.aval) for v in node.eqn.outvars):
+        if node.name == "device_put" and any(
+            v.aval.memory_space == jax.memory.Space.Host for v in node.eqn.outvars
+        ):
             yield node
         for body in node.bodies:
             yield from moves(body.nodes)
@@ -75,20 +70,12 @@ def test_nothing_is_moved_but_in_loops(layer, checkpoint, left):
     assert len(list(moves(kept.nodes))) == left
     assert code.on_host
     assert not kept.on_host
-    arrays = [argument(code, arg) for arg in code.args]
+    taken = [code.graph.avals[arg.value].shape for arg in code.args]
+    arrays = [noise(jax.random.key(k), shape) for k, shape in enumerate(taken)]
     got, want = jax.jit(kept)(*arrays), jax.jit(code)(*arrays)
     assert {a.sharding.memory_kind for a in want} == {"device", "pinned_host"}
     assert {a.sharding.memory_kind for a in got} == {"device"}
     assert_same(got, want)
-
-
-def argument(code, arg):
-    """An array for an argument: a whole batch, a weight, or the microbatch's number."""
-    if arg.value is None:
-        return jnp.uint32(0)
-    return (
-        X if arg.window else noise(jax.random.key(2), code.graph.avals[arg.value].shape)
-    )
 
 
 def test_a_code_that_moves_nothing_stays_the_same():

@@ -3,6 +3,7 @@ and leave behind.
 """
 
 import _thread
+import contextvars
 import copy
 import dataclasses
 import gc
@@ -22,7 +23,7 @@ from jax.experimental import io_callback
 import fpipe
 from fpipe._executors.placed.dispatch import DISPATCH
 from fpipe._executors.placed.instructions import Free, Half
-from fpipe._executors.placed.threads import divide
+from fpipe._executors.placed.threads import Crew, divide
 from tests.executors.helpers import observing, placed_executor, plan_of
 from tests.executors.placed.test_interruptions import wait
 from tests.executors.placed.test_plan import STAGES, bare, by_device, widening
@@ -790,3 +791,50 @@ def test_compile_runs_nothing():
     assert host.seen == []
     jax.block_until_ready(pipe.value_and_grad(jnp.mean)(params, NUMBERED))
     assert len(host.seen) == 3 * STAGES * M - M  # the first stage has no input gradient
+
+
+# --- what a thread has of its caller ---
+
+VARIABLE = contextvars.ContextVar("of a user", default="unset")
+
+
+def test_dispatching_threads_have_the_settings_and_variables_of_the_caller(monkeypatch):
+    seen = []
+
+    def issue(crew, step, slots):
+        config: Any = jax.config
+        seen.append(
+            (
+                threading.current_thread().name,
+                config.jax_default_matmul_precision,
+                config.jax_numpy_rank_promotion,
+                config.jax_default_device,
+                config.jax_transfer_guard_device_to_host,
+                VARIABLE.get(),
+            )
+        )
+        original(crew, step, slots)
+
+    original = Crew.issue
+    pipe = fpipe.Pipe(
+        [fpipe.fn(jnp.sin)] * 2,
+        [1, 1],
+        chunks=2,
+        dispatch="thread_per_device",
+    )
+    monkeypatch.setattr(Crew, "issue", issue)
+    device, x = jax.devices()[3], jnp.arange(8.0).reshape(4, 2)
+    token = VARIABLE.set("of the caller")
+    with (
+        jax.default_matmul_precision("highest"),
+        jax.numpy_rank_promotion("raise"),
+        jax.default_device(device),
+        jax.transfer_guard_device_to_host("disallow"),
+    ):
+        y = pipe(((), ()), x)
+    VARIABLE.reset(token)
+    assert {name for name, *_ in seen} == {f"fpipe {d}" for d in jax.devices()[:2]}
+    assert {tuple(values) for _, *values in seen} == {
+        ("highest", "raise", device, "disallow", "of the caller")
+    }
+    assert_same(y, jnp.sin(jnp.sin(x)))

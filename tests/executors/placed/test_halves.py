@@ -7,9 +7,11 @@ import itertools
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen, nnx
 from jax.ad_checkpoint import checkpoint_name
 
 import fpipe
+import fpipe.flax
 from fpipe._executors.placed.instructions import Move, Run
 from fpipe.schedules import Schedule
 from tests.executors.helpers import observing, plan_of, products
@@ -373,6 +375,20 @@ def test_stages_that_compute_the_same_share_their_programs():
         ("W", middle),
         ("W", [5]),
     ]
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_equal_modules_of_flax_share_their_programs(kind):
+    modules = [
+        linen.Dense(3) if kind == "linen" else nnx.Linear(3, 3, rngs=nnx.Rngs(k))
+        for k in range(4)
+    ]
+    pipe = fpipe.Pipe(fpipe.flax.layers(modules), [1] * 4, chunks=2)
+    x = jnp.ones((4, 3))
+    params = pipe.init(jax.random.key(0), x)
+    pipe(params, x, key=jax.random.key(1), train=True)
+    # The first stage cuts its microbatches out of `x` itself.
+    assert programs(pipe) == [("F", [0]), ("F", [1, 2, 3])]
 
 
 @pytest.mark.parametrize(
