@@ -8,12 +8,17 @@ room, which is one above the highest room that it imports:
     2  front
     1  _core  schedules
 
+The tests mirror the rooms: `rooms_entered` says which of them use private names of a
+room that they do not stand in.
+
 `python -m tests.house` prints the drawing.
 """
 
 import ast
 import functools
 import pathlib
+import re
+from collections.abc import Iterator
 
 FRONT = "front"
 """The room of `fpipe/__init__.py` and of the private modules next to it."""
@@ -29,7 +34,7 @@ def sources(package: pathlib.Path) -> Sources:
     """The text of every module of the package in that folder, by the module's name."""
     texts = {}
     for path in sorted(package.rglob("*.py")):
-        parts = ("fpipe", *path.relative_to(package).with_suffix("").parts)
+        parts = (package.name, *path.relative_to(package).with_suffix("").parts)
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         texts[name] = path.read_text()
     return texts
@@ -190,6 +195,71 @@ def foreign_imports(texts: Sources, library: str) -> dict[str, list[str]]:
         if names:
             found[module] = names
     return found
+
+
+# --- the tests ---
+
+NAMED_TUPLES = {"_replace", "_make", "_asdict", "_fields"}
+"""Public, though they look private."""
+
+
+def rooms_entered(tests: Sources, texts: Sources) -> dict[str, set[str]]:
+    """By test, the rooms that it uses private names of and does not stand in."""
+    rooms = {module: room_of(module, texts) for module in texts}
+    holders: Graph = {}  # of each private name, the rooms that have it
+    for module, text in texts.items():
+        for name in set(re.findall(r"\b_\w*[^\W_]\b", text)):
+            holders.setdefault(name, set()).add(rooms[module])
+    found: Graph = {}
+    for test, text in tests.items():
+        own = own_rooms(test, set(rooms.values()))
+        for entered in private_uses(text, rooms, holders):
+            if entered.isdisjoint(own):
+                found.setdefault(test, set()).update(entered)
+    return found
+
+
+def own_rooms(test: str, rooms: set[str]) -> set[str]:
+    """The rooms that a test mirrors: `tests.model.test_skips` stands in `fpipe._model`.
+
+    A test of a hall looks into the rooms within, and one of a room into its hall.
+    """
+    *folders, module = test.split(".")
+    place = folders[1:] or [module.removeprefix("test_")]
+    found = set()
+    for room in rooms:
+        parts = [part.strip("_") for part in room.removeprefix("fpipe.").split(".")]
+        if all(part == own for part, own in zip(parts, place, strict=False)):
+            found.add(room)
+    return found
+
+
+def private_uses(
+    text: str, rooms: dict[str, str], holders: Graph
+) -> Iterator[set[str]]:
+    """The rooms of each private name that a test uses: several may have an attribute.
+
+    It imports a private module, patches one by its name, or reads a private attribute.
+    What the tests of a room share, such as `tests.executors.helpers`, is as private as
+    that room.
+    """
+    names = list(imported_names(text))
+    for node in ast.walk(ast.parse(text)):
+        match node:
+            case ast.Call(ast.Attribute(attr="setattr"), [ast.Constant(str(name)), *_]):
+                names.append(name)
+            case ast.Attribute(value, name) if ast.unparse(value) != "self":
+                if name not in NAMED_TUPLES:
+                    yield from [holders[name]] if name in holders else []
+    for name in names:
+        package, _, shared = name.partition(".helpers.")
+        if shared and package != "tests":
+            yield own_rooms(f"{package}.helpers", set(rooms.values()))
+        parts = [part for part in name.split(".") if part != "__main__"]
+        if parts[0] == "fpipe" and any(part.startswith("_") for part in parts):
+            while name not in rooms:
+                name = name.rpartition(".")[0]
+            yield {rooms[name]}
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from tests.house import (
     module_graph,
     room_graph,
     room_of,
+    rooms_entered,
     sources,
 )
 
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.quick
 
 ROOT = pathlib.Path(fpipe.__file__).parent
 HOUSE = sources(ROOT)
+TESTS = sources(pathlib.Path(__file__).parent)
 
 MOST_FLOORS = 7
 MOST_ROOMS = 14
@@ -164,6 +166,50 @@ import fpipe.schedules
 assert not {{'jax', 'numpy', 'matplotlib'}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Each room is tested by what it exports, or from within by its own tests. These need a
+# private name of another room, and say what for.
+ENTERED = {
+    # What their own room takes, made where it is made.
+    "tests.program.test_split": {"fpipe._core", "fpipe._model"},  # a stage of a model
+    "tests.program.test_host_memory": {"fpipe._model"},  # how a stage recomputes
+    "tests.planning.test_balance": {"fpipe._executors"},  # a schedule's costs
+    "tests.executors.test_offload": {"fpipe._core", "fpipe._model", "fpipe._program"},
+    "tests.executors.placed.test_levels": {"fpipe._core", "fpipe._model"},  # a call
+    # Two rooms are compared.
+    "tests.executors.test_protocol": {"fpipe._model"},  # a call, the table of needs
+    "tests.executors.placed.test_kept": {"fpipe._planning"},  # a plan, a balance
+    # The executor that a pipe hides is put wrong, for the assertion to find.
+    "tests.test_testing": {FRONT, "fpipe._executors"},
+}
+
+
+def test_tests_enter_no_room_but_their_own():
+    assert rooms_entered(TESTS, HOUSE) == ENTERED
+    made_up = {
+        "fpipe": "from fpipe._pipe import Pipe as Pipe",
+        "fpipe._pipe": "self._hidden = 1",
+        "fpipe._hall": "",
+        "fpipe._hall.one": "",
+        "fpipe.plot": "self._canvas = 2",
+    }
+
+    def entered(test: str, text: str) -> set[str]:
+        return rooms_entered({test: text}, made_up).get(test, set())
+
+    for text, room in {
+        "from fpipe._hall.one import run": "fpipe._hall",
+        "from fpipe._hall import one": "fpipe._hall",
+        "monkeypatch.setattr('fpipe._hall.one.run', 3)": "fpipe._hall",
+        "from tests.hall.helpers import look": "fpipe._hall",
+        "pipe._hidden": FRONT,
+    }.items():
+        assert entered("tests.test_plot", text) == {room}
+        own = "hall" if room == "fpipe._hall" else "front"
+        assert entered(f"tests.{own}.test_it", text) == set()
+    assert entered("tests.test_plot", "fpipe.plot._canvas; self._hidden") == set()
+    assert entered("tests.test_plot", "import fpipe.plot") == set()
 
 
 def test_jax_internals_are_left_alone():

@@ -25,7 +25,6 @@ from fpipe._executors.placed.instructions import Half, Run
 from fpipe._executors.placed.watch import Lane, Seen, Watch, WatchedCall
 from fpipe._executors.scan import clock as _clock
 from fpipe.schedules import Action, Costs, Event, Timeline, draw, simulate, svg
-from fpipe.schedules._trace import Span, trace
 from tests.executors.helpers import observing, placed_executor, plan_of
 from tests.executors.placed.test_dispatch import ERRORS, Host
 from tests.front.test_calls import BoomError, Trigger, notes
@@ -785,27 +784,6 @@ def test_a_trace_has_every_program_and_every_transfer():
         assert all(
             a["ts"] + a["dur"] <= b["ts"] + 1e-3 for a, b in itertools.pairwise(row)
         )  # a viewer nests what overlaps
-
-
-def test_what_overlaps_in_a_trace_has_a_row_of_its_own():
-    spans = [
-        Span(0, name, "F", a, b, {})
-        for name, a, b in (("a", 0, 2), ("b", 1, 3), ("c", 2, 4), ("d", 0, 1))
-    ]
-    found = json.loads(trace(["one"], {"x": spans, "y": spans[:1]}, 1.0))["traceEvents"]
-    assert {e["name"]: e["tid"] for e in found if e["ph"] == "X" and e["tid"] < 2} == {
-        "a": 1,
-        "b": 0,
-        "c": 1,
-        "d": 0,
-    }
-    assert [
-        (e["tid"], e["args"]["name"]) for e in found if e["name"] == "thread_name"
-    ] == [
-        (0, "x"),
-        (1, "x"),
-        (2, "y"),
-    ]
 
 
 def test_a_simulated_timeline_has_a_trace_too():
