@@ -24,6 +24,7 @@ from flax.linen.fp8_ops import (
     in_qdq,
 )
 from flax.training.train_state import TrainState
+from jax.core import Tracer
 
 import fpipe
 import fpipe.flax
@@ -769,7 +770,7 @@ def test_parts_of_lists_of_nnx_are_borrowed_by_number():
 
 def test_a_tied_layer_makes_no_parameters():
     def ones(key, shape, dtype):
-        assert isinstance(key, jax.core.Tracer)  # shapes may be looked at
+        assert isinstance(key, Tracer)  # shapes may be looked at
         return jnp.ones(shape, dtype)
 
     layer = fpipe.flax.tied(nn.Dense(3, kernel_init=ones), "dense")

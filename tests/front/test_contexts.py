@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.core import Tracer
 
 import fpipe
 import fpipe.optim
@@ -115,7 +116,7 @@ def test_without_jit_a_layer_sees_values_and_nothing_else_changes(executor):
         )
     # A forward and an evaluation of two microbatches each see plain arrays. Under a
     # gradient JAX's tracers hold values, as in plain JAX.
-    assert sum(not isinstance(x, jax.core.Tracer) for x in seen) == 4
+    assert sum(not isinstance(x, Tracer) for x in seen) == 4
     assert_same(got, warm)
     assert_same(evaluated, warm[0][0])
     # Results are where a call leaves them: a step after it compiles nothing new.
