@@ -41,6 +41,14 @@ KEY = jax.random.key(7)
 untyped: Any = lambda value: value  # noqa: E731
 
 
+def no_key(layer, stream):
+    """The error of a module whose call was given no key."""
+    return (
+        f"layer {layer!r}: its module draws from the random stream {stream!r}, but the "
+        "call was given no key: pass `key=`, or `train=False`"
+    )
+
+
 class Block(nn.Module):
     """A compact module with all of it: parameters, batch statistics, a stream."""
 
@@ -625,9 +633,7 @@ def test_streams_that_an_nnx_module_takes_in_its_call():
     np.testing.assert_array_equal(layer({}, x, key=None, train=False), x)
     with raises(
         ValueError,
-        "layer 'Takes': its module draws from the random stream 'default', but the "
-        "call was given no key: pass `key=`, "
-        "or `train=False`",
+        no_key("Takes", "default"),
     ):
         layer({}, x, key=None, train=True)
 
@@ -1281,11 +1287,7 @@ def strings(tree):
 
 
 def test_a_random_stream_without_a_key():
-    message = (
-        "layer 'layers_1': its module draws from the random stream 'dropout', but the "
-        "call was given no key: pass `key=`, "
-        "or `train=False`"
-    )
+    message = no_key("layers_1", "dropout")
     layers = fpipe.flax.layers([nn.Dense(3), nn.Dropout(0.5)])
     pipe = pipe_of(layers, "placed")
     params = pipe.init(KEY, X)

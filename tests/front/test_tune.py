@@ -184,15 +184,15 @@ def test_wrong_arguments():
         fpipe.tune(LAYERS, X, schedules=[])
     with raises(ValueError, "`fpipe.tune(by='flop')`: one of 'flops', 'time'"):
         fpipe.tune(LAYERS, X, by="flop")  # type: ignore[arg-type]
+    given = "`fpipe.tune(layers, x)`: layers, or a function that makes a Pipe, got"
     with raises(
         TypeError,
-        "`fpipe.tune(layers, x)`: layers, or a function that makes a Pipe, got 3",
+        f"{given} 3",
     ):
         fpipe.tune(3, X)  # type: ignore[arg-type]
     with raises(
         TypeError,
-        "`fpipe.tune(layers, x)`: layers, or a function that makes a Pipe, got a Pipe: "
-        "give its `layers`",
+        f"{given} a Pipe: give its `layers`",
     ):
         fpipe.tune(fpipe.Pipe(LAYERS), X)  # type: ignore[arg-type]
     with raises(

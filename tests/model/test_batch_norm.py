@@ -450,6 +450,9 @@ def test_a_wrong_option(name):
     assert text in str(caught.value)
 
 
+TWO_AXES = "got an array of shape (2, 3); its axes go from -2 to 1"
+
+
 @pytest.mark.parametrize(
     ("x", "axis", "kind", "text"),
     [
@@ -457,13 +460,13 @@ def test_a_wrong_option(name):
             jnp.ones((2, 3)),
             2,
             ValueError,
-            "got an array of shape (2, 3); its axes go from -2 to 1",
+            TWO_AXES,
         ),
         (
             jnp.ones((2, 3)),
             -3,
             ValueError,
-            "got an array of shape (2, 3); its axes go from -2 to 1",
+            TWO_AXES,
         ),
         (
             jnp.ones((2, 3), jnp.int32),

@@ -232,6 +232,20 @@ def carried(params, x, *, carry):
 
 HEAD = "the needs are carry, state, key, train, borrowed, side, step"
 STRING = "where a list of names belongs: write ['skip']"
+NO_STATE = (
+    "layer 'plain' has init_state, finish, state_rows or overwrite but its function "
+    "has no keyword-only parameter `state`"
+)
+
+
+def no_params(name):
+    """The error of a function without parameters of its own, given as a layer."""
+    return (
+        f"layer {name!r} takes 1 positional parameter(s), but it is called as "
+        f"`f(params, x)`; for a function without parameters write `fpipe.fn({name})`"
+    )
+
+
 REFUSED = {
     "no function": (
         lambda: fpipe.Layer(untyped(3)),
@@ -308,14 +322,11 @@ REFUSED = {
     ),
     "init_state without state": (
         lambda: fpipe.Layer(plain, init_state=lambda x: 0),
-        "layer 'plain' has init_state, finish, state_rows or overwrite but its "
-        "function has no keyword-only parameter `state`: "
-        "write `def plain(params, x, *, state)` and return `(y, state)`",
+        f"{NO_STATE}: write `def plain(params, x, *, state)` and return `(y, state)`",
     ),
     "finish without state": (
         lambda: fpipe.Layer(plain, finish=one),
-        "layer 'plain' has init_state, finish, state_rows or overwrite but its "
-        "function has no keyword-only parameter `state`",
+        NO_STATE,
     ),
     "a positional need": (
         lambda: fpipe.Layer(positional),
@@ -337,15 +348,11 @@ REFUSED = {
     ),
     "one parameter": (
         lambda: fpipe.Layer(one),
-        "layer 'one' takes 1 positional parameter(s), but it is called as `f(params, "
-        "x)`; "
-        "for a function without parameters write `fpipe.fn(one)`",
+        no_params("one"),
     ),
     "one parameter, bare": (
         lambda: fpipe.sequential([jnp.tanh]),
-        "layer 'tanh' takes 1 positional parameter(s), but it is called as `f(params, "
-        "x)`; "
-        "for a function without parameters write `fpipe.fn(tanh)`",
+        no_params("tanh"),
     ),
     "no parameter": (
         lambda: fpipe.Layer(nothing),

@@ -236,6 +236,7 @@ def test_no_chunk_is_a_pytree():
 # --- what cannot be cut ---
 
 
+ONE_SAYS = "one of the two says how it is cut"
 SCALAR = (
     "is a 0-d array and cannot be cut into microbatches; wrap it in fpipe.NoChunk to "
     "send it whole to every microbatch"
@@ -401,8 +402,7 @@ REFUSED = {
         None,
         (),
         ValueError,
-        "`x['a'][1]`: an fpipe.Chunk inside of an fpipe.NoChunk; one of the two says "
-        "how it is cut",
+        f"`x['a'][1]`: an fpipe.Chunk inside of an fpipe.NoChunk; {ONE_SAYS}",
     ),
     "unequal target": (
         (fpipe.NoChunk(V), W),

@@ -9,6 +9,7 @@ import pytest
 
 import fpipe.testing
 from tests.helpers import assert_same, noise, raises
+from tests.model.test_microbatch import ONE_SAYS
 
 # What a type checker would refuse is tested here.
 untyped: Any = lambda value: value  # noqa: E731
@@ -299,6 +300,10 @@ OF_AUX = (
     "what has an entry for each row goes in `fpipe.PerRow(leaf)`, with the rows on "
     "axis 0, and other leaves of aux are stacked over microbatches"
 )
+TOO_OR_WHOLE = (
+    "give it as fpipe.Microbatches([…]) too, or wrap it in fpipe.NoChunk(…), if it "
+    "goes whole to every microbatch"
+)
 WRONG = {
     "no list": (
         lambda: fpipe.Microbatches(untyped(A)),
@@ -344,28 +349,24 @@ WRONG = {
     "whole inside": (
         lambda: call(fpipe.Microbatches([[fpipe.NoChunk(A)]])),
         ValueError,
-        "`x[0]`: an fpipe.NoChunk inside of an fpipe.Microbatches; one of the two says "
-        "how it is cut",
+        f"`x[0]`: an fpipe.NoChunk inside of an fpipe.Microbatches; {ONE_SAYS}",
     ),
     "inside": (
         lambda: call(fpipe.NoChunk(fpipe.Microbatches([A]))),
         ValueError,
-        "`x`: an fpipe.Microbatches inside of an fpipe.NoChunk; one of the two says "
-        "how it is cut",
+        f"`x`: an fpipe.Microbatches inside of an fpipe.NoChunk; {ONE_SAYS}",
     ),
     "cut beside it": (
         lambda: call(fpipe.Microbatches([A] * 4), jnp.ones(9)),
         ValueError,
         "`side` of shape (9,) makes 3 microbatches of up to 3 rows, but `x` has 4 "
-        "ready-made ones; give it as fpipe.Microbatches([…]) too, or wrap it in "
-        "fpipe.NoChunk(…), if it goes whole to every microbatch",
+        f"ready-made ones; {TOO_OR_WHOLE}",
     ),
     "other rows beside it": (
         lambda: call(fpipe.Microbatches([A, B, A]), jnp.ones(5)),
         ValueError,
         "`side` of shape (5,) is cut into microbatches of 2, 2, 1 rows, but those of "
-        "`x` have 2, 1, 2; give it as fpipe.Microbatches([…]) too, or wrap it in "
-        "fpipe.NoChunk(…), if it goes whole to every microbatch",
+        f"`x` have 2, 1, 2; {TOO_OR_WHOLE}",
     ),
     "per row as input": (
         lambda: call([fpipe.PerRow(A)]),

@@ -73,6 +73,12 @@ def with_neither(f):
 
 
 BAD = "layer 1 'bad'"
+UNPOPPED = (
+    f"{BAD} declares pop=['a'] but never popped 'a': it is still in the carry that it "
+    "returned. Write `a, carry = fpipe.pop(carry, 'a')`, or declare it as peek"
+)
+REPLACED = f"{BAD} declares peek=['a'] but returned another value of 'a'"
+NO_PAIR = f"{BAD} declares carry and must return `(y, carry)`, but returned"
 WRONG_VALUES = {
     "undeclared stash": (
         stashing(lambda x, c: (x, fpipe.stash(c, "c", x))),
@@ -134,29 +140,23 @@ WRONG_VALUES = {
     ),
     "missing pop": (
         popping(lambda x, c: (x, c)),
-        f"{BAD} declares pop=['a'] but never popped 'a': it is still in the carry that "
-        "it returned. "
-        "Write `a, carry = fpipe.pop(carry, 'a')`, or declare it as peek",
+        UNPOPPED,
     ),
     "a pop whose carry is dropped": (
         popping(lambda x, c: (x + fpipe.pop(c, "a")[0], c)),
-        f"{BAD} declares pop=['a'] but never popped 'a': it is still in the carry that "
-        "it returned. "
-        "Write `a, carry = fpipe.pop(carry, 'a')`, or declare it as peek",
+        UNPOPPED,
     ),
     "a popped value left in": (
         popping(lambda x, c: (x, {**fpipe.pop(c, "a")[1], "a": x})),
-        f"{BAD} declares pop=['a'] but never popped 'a': it is still in the carry that "
-        "it returned. "
-        "Write `a, carry = fpipe.pop(carry, 'a')`, or declare it as peek",
+        UNPOPPED,
     ),
     "a peeked value replaced": (
         peeking(lambda x, c: (x, {"a": x + fpipe.peek(c, "a")})),
-        f"{BAD} declares peek=['a'] but returned another value of 'a'",
+        REPLACED,
     ),
     "a peeked value replaced in place": (
         peeking(lambda x, c: (x, [c.update(a=x + 1), c][1])),
-        f"{BAD} declares peek=['a'] but returned another value of 'a'",
+        REPLACED,
     ),
     "a peek at what was taken out by hand": (
         peeking(lambda x, c: (fpipe.peek({}, "a"), c)),
@@ -196,17 +196,15 @@ WRONG_TYPES = {
     ),
     "y alone": (
         with_neither(lambda x, c: x),
-        f"{BAD} declares carry and must return `(y, carry)`, but returned "
-        "float32[3,2], no tuple",
+        f"{NO_PAIR} float32[3,2], no tuple",
     ),
     "the carry alone": (
         with_neither(lambda x, c: c),
-        f"{BAD} declares carry and must return `(y, carry)`, but returned {{}}, no "
-        "tuple",
+        f"{NO_PAIR} {{}}, no tuple",
     ),
     "three": (
         popping(lambda x, c: (x, *fpipe.pop(c, "a"))),
-        f"{BAD} declares carry and must return `(y, carry)`, but returned a tuple of 3",
+        f"{NO_PAIR} a tuple of 3",
     ),
 }
 
@@ -306,6 +304,18 @@ def layer(name, stash=(), pop=(), peek=()):
 
 
 ONE, TWO = fpipe.Namespace(), fpipe.Namespace()
+STASHED_TWICE = (
+    "'a' is stashed by layer 0 'x' and again by layer 1 'x'; isolate the pairs with "
+    "namespaces: `layer.isolate(fpipe.Namespace())`"
+)
+STASHED_IN_VAIN = "'a' is stashed by layer 0 'x', but no later layer pops it"
+ONE_READER = (
+    "isolate the pairs with namespaces, or let all readers but the last one peek"
+)
+ELSEWHERE = (
+    "declares pop=['a'], but it is stashed only in another namespace: isolate both "
+    "ends with the same one"
+)
 MISMATCHES = {
     "stash and pop": (
         [layer("x", stash=["a"], pop=["a"])],
@@ -321,26 +331,17 @@ MISMATCHES = {
     ),
     "stashed twice": (
         [layer("x", stash=["a"]), layer("x", stash=["a"]), layer("y", pop=["a"])],
-        [
-            "'a' is stashed by layer 0 'x' and again by layer 1 'x'; isolate the pairs "
-            "with namespaces: "
-            "`layer.isolate(fpipe.Namespace())`"
-        ],
+        [STASHED_TWICE],
     ),
     "popped twice": (
         [layer("x", stash=["a"]), layer("y", pop=["a"]), layer("z", pop=["a"])],
-        [
-            "'a' is popped by layer 1 'y' and layer 2 'z' pops it again; isolate the "
-            "pairs with namespaces, "
-            "or let all readers but the last one peek"
-        ],
+        [f"'a' is popped by layer 1 'y' and layer 2 'z' pops it again; {ONE_READER}"],
     ),
     "peeked after its pop": (
         [layer("x", stash=["a"]), layer("y", pop=["a"]), layer("z", peek=["a"])],
         [
             "'a' is popped by layer 1 'y' and layer 2 'z' peeks at it after that; "
-            "isolate the pairs with namespaces, "
-            "or let all readers but the last one peek"
+            f"{ONE_READER}"
         ],
     ),
     "popped, never stashed": (
@@ -371,34 +372,24 @@ MISMATCHES = {
             layer("y", pop=["a"]).isolate(ONE),
             layer("z", pop=["a"]).isolate(TWO),
         ],
-        [
-            "layer 2 'z' declares pop=['a'], but it is stashed only in another "
-            "namespace: isolate both ends with the "
-            "same one"
-        ],
+        [f"layer 2 'z' {ELSEWHERE}"],
     ),
     "stashed, never popped": (
         [layer("x", stash=["a"]), layer("y", peek=["a"])],
-        ["'a' is stashed by layer 0 'x', but no later layer pops it"],
+        [STASHED_IN_VAIN],
     ),
     "stashed twice in one namespace": (
         [
             *[layer("x", stash=["a"]).isolate(ONE)] * 2,
             layer("y", pop=["a"]).isolate(ONE),
         ],
-        [
-            "'a' is stashed by layer 0 'x' and again by layer 1 'x'; isolate the pairs "
-            "with namespaces: "
-            "`layer.isolate(fpipe.Namespace())`"
-        ],
+        [STASHED_TWICE],
     ),
     "one end isolated": (
         [layer("x", stash=["a"]).isolate(ONE), layer("y", pop=["a"])],
         [
-            "layer 1 'y' declares pop=['a'], but it is stashed only in another "
-            "namespace: isolate both ends with the "
-            "same one",
-            "'a' is stashed by layer 0 'x', but no later layer pops it",
+            f"layer 1 'y' {ELSEWHERE}",
+            STASHED_IN_VAIN,
         ],
     ),
 }

@@ -47,6 +47,7 @@ FLOATS: Any = jax.tree.map(
     lambda a: a if a.dtype == np.float32 else np.float32(a), WHOLE
 )
 CALL = "`fpipe.optim.map(f, *trees)`: "
+AS_ONE = "give all as one pipe has them, by `pipe.place(other.gather(params))`"
 
 
 @functools.cache
@@ -243,16 +244,14 @@ def test_trees_of_other_pipes(executor):
         of_state = f"{CALL}{of_state}{fix}"
     else:
         of_state = (
-            f"{CALL}trees are packed for different partitions; give all as one pipe "
-            "has them, by `pipe.place(other.gather(params))` and "
+            f"{CALL}trees are packed for different partitions; {AS_ONE} and "
             "`fpipe.optim.place(fpipe.optim.gather(state), params)`"
         )
         wrong = [
             (of_state, other),
             (
                 f"{CALL}trees are packed for different devices, or for the same ones "
-                "in another order; give all as one pipe has them, by "
-                "`pipe.place(other.gather(params))`",
+                f"in another order; {AS_ONE}",
                 swapped,
             ),
             (

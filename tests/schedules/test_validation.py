@@ -381,6 +381,12 @@ def test_any_order_is_accepted_exactly_when_it_runs(data):
 
 # --- the reasons, word by word ---
 
+WHOLE_OR_HALVES = "a schedule with backwards needs F with either B, or both I and W"
+F_TWICE = "device 0, position 1: F(0,0) is there twice, first at position 0"
+W_BEFORE_I = (
+    "deadlock: device 0 at W(0,0), position 1, waits for I(0,0), which device 0 itself "
+    "has later, at position 2"
+)
 BROKEN = {
     "missing forward": (
         [[("B", 0, 0)]],
@@ -388,12 +394,11 @@ BROKEN = {
     ),
     "missing backward": (
         [[("F", 0, 0), ("B", 0, 0), ("F", 0, 1)]],
-        "stage 0, microbatch 1 has F; a schedule with backwards needs F with either B, "
-        "or both I and W",
+        f"stage 0, microbatch 1 has F; {WHOLE_OR_HALVES}",
     ),
     "repeated": (
         [[("F", 0, 0), ("F", 0, 0), ("B", 0, 0)]],
-        "device 0, position 1: F(0,0) is there twice, first at position 0",
+        F_TWICE,
     ),
     "gap": (
         [[("F", 0, 0), ("B", 0, 0), ("F", 0, 2), ("B", 0, 2)]],
@@ -424,18 +429,15 @@ BROKEN = {
     ),
     "half split": (
         [[("F", 0, 0), ("I", 0, 0)]],
-        "stage 0, microbatch 0 has F and I; a schedule with backwards needs F with "
-        "either B, or both I and W",
+        f"stage 0, microbatch 0 has F and I; {WHOLE_OR_HALVES}",
     ),
     "twice backward": (
         [[("F", 0, 0), ("I", 0, 0), ("W", 0, 0), ("B", 0, 0)]],
-        "stage 0, microbatch 0 has F and B and I and W; a schedule with backwards "
-        "needs F with either B, or both I and W",
+        f"stage 0, microbatch 0 has F and B and I and W; {WHOLE_OR_HALVES}",
     ),
     "W before I": (
         [[("F", 0, 0), ("W", 0, 0), ("I", 0, 0)]],
-        "deadlock: device 0 at W(0,0), position 1, waits for I(0,0), which device 0 "
-        "itself has later, at position 2",
+        W_BEFORE_I,
     ),
     "B before F": (
         [[("B", 0, 0), ("F", 0, 0)]],
@@ -528,9 +530,7 @@ def test_of_two_reasons_a_deadlock_names_the_one_on_fewer_devices():
 def test_of_two_reasons_alike_a_deadlock_names_the_one_on_the_lower_device():
     with raises(
         ValueError,
-        "`Schedule`: deadlock: device 0 at W(0,0), position 1, waits for I(0,0), which "
-        "device 0 itself has later, "
-        "at position 2; 1 more device is stuck",
+        f"`Schedule`: {W_BEFORE_I}; 1 more device is stuck",
     ):
         Schedule(parse("0F0 0W0 0I0", "1F0 1W0 1I0"))
 
@@ -569,21 +569,22 @@ def test_the_table_of_jaxpp_with_two_tasks_twice_and_fourteen_omitted():
     assert everything - len({a for row in rows for a in row}) == 14
     with raises(
         ValueError,
-        "`Schedule`: device 0, position 1: F(0,0) is there twice, first at position 0",
+        f"`Schedule`: {F_TWICE}",
     ):
         Schedule(rows, stage_to_device)
 
 
 # --- what may be given ---
 
+NO_SEQUENCE = "`Schedule`: one sequence of actions per device is a sequence, not"
 WRONG = {
     "None": (
         None,
-        "`Schedule`: one sequence of actions per device is a sequence, not None",
+        f"{NO_SEQUENCE} None",
     ),
     "a string": (
         "F0",
-        "`Schedule`: one sequence of actions per device is a sequence, not 'F0'",
+        f"{NO_SEQUENCE} 'F0'",
     ),
     "a string as a row": (
         ["F0"],

@@ -758,11 +758,7 @@ def test_the_bar_is_on_stderr_and_only_if_asked_for(capfd):
 
 def test_what_compile_refuses():
     case, pipe, params = fresh()
-    with raises(
-        TypeError,
-        "`pipe.compile(params, x, *targets)`: targets belong to a loss: give "
-        "`loss_fn=` too",
-    ):
+    with pytest.raises(TypeError, match=r"`pipe\.compile.*targets belong to a loss"):
         pipe.compile(params, case.x, case.target)
     with pytest.raises(ValueError, match="argnums"):
         pipe.compile(params, case.x, case.target, loss_fn=mse, argnums=7)
