@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import fpipe
+from fpipe.schedules import one_f_one_b
 from tests.helpers import add, dense, keep, mse, raises
 from tests.schedules.test_draw import Page
 
@@ -128,23 +129,30 @@ def test_a_function_that_makes_the_pipe_is_asked_for_what_it_names():
     )
 
 
-def test_what_a_schedule_or_a_batch_does_not_allow_is_a_reason_and_no_error():
+def in_pairs(devices, microbatches):
+    """A schedule that takes microbatches two by two."""
+    if microbatches % 2:
+        raise ValueError(f"{microbatches} microbatches are no pairs")
+    return one_f_one_b(devices, microbatches)
+
+
+@pytest.mark.parametrize("executor", ["placed", "scan"])
+def test_what_a_schedule_does_not_allow_is_a_reason_and_no_error(executor):
     tuning = fpipe.tune(
         LAYERS,
         X,
         devices=jax.devices()[:2],
-        schedules=["1f1b", "interleaved_1f1b"],
+        schedules=[in_pairs, "1f1b"],
+        checkpoints="always",
         chunks=[2, 3],
-        executor="scan",
+        executor=executor,
     )
-    reasons = {
-        (c.schedule, c.chunks): c.refused
-        for c in tuning.candidates
-        if c.checkpoint == "always"
-    }
-    assert reasons["1f1b", 2] == ""
-    assert "16 rows" in reasons["1f1b", 3]
-    assert tuning.pipe.executor == "scan"
+    # The batch of 16 rows does not divide by 3, and no executor minds.
+    refused = {(c.schedule, c.chunks): c.refused for c in tuning.candidates}
+    (name,) = {schedule for schedule, _ in refused} - {"1f1b"}
+    assert refused.pop((name, 3)) == "3 microbatches are no pairs"
+    assert refused == {("1f1b", 2): "", ("1f1b", 3): "", (name, 2): ""}
+    assert tuning.pipe.executor == executor
 
 
 def test_the_default_numbers_of_microbatches_divide_the_batch():
