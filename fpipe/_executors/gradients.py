@@ -117,6 +117,9 @@ def _finish(new: list[Any], scale: Any, old: list[Any]) -> list[Any]:
     return out
 
 
+_TYPE = ("shape", "dtype")
+
+
 def _checked(given: PyTree, gradients: PyTree, call: str) -> Sequence[Any]:
     """The arrays of given gradients, which fit."""
     # Here and not in `_finish`: there a wrong shape might broadcast silently, and a
@@ -132,7 +135,8 @@ def _checked(given: PyTree, gradients: PyTree, call: str) -> Sequence[Any]:
         jax.tree_util.tree_leaves_with_path(gradients), old, strict=True
     ):
         where = f"{call}: at {jax.tree_util.keystr(path)}"
-        if (g.shape, g.dtype) != (before.shape, before.dtype):
+        # A Python number has neither.
+        if (g.shape, g.dtype) != tuple(getattr(before, a, None) for a in _TYPE):
             raise ValueError(
                 f"{where} they are {describe(before)}, but the gradient is "
                 f"{describe(g)}"

@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 
-from fpipe._core.pytrees import PyTree, Shape, is_inexact, pack
+from fpipe._core.pytrees import PyTree, Shape, is_inexact, is_traced, pack
 from fpipe._core.statics import check_leaves
 from fpipe._executors.call import Args
 from fpipe._executors.scheduling import Scheduling
@@ -323,17 +323,37 @@ def check_donated(kind: CallKind, args: Args, inputs: Inputs, model: Model) -> N
             )
 
 
-def check_once(state: PyTree) -> None:
-    """No array stands twice among states that a call consumes.
+def check_consumed(args: Args) -> None:
+    """The arrays of the states that a call consumes are there, and are nothing else.
+
+    It is asked in every call, for it is about these very arrays.
 
     Raises:
-        ValueError: one does.
+        ValueError: an array was consumed before, or stands in another place too.
     """
-    arrays = pack(state)[0]
-    if len(set(map(id, arrays))) < len(arrays):
+    arrays = pack(args.state)[0]
+    # In a program around this one XLA decides what is donated.
+    if not args.donate_state or is_traced(arrays):
+        return
+    call = "`pipe(params, x, donate_state=True)`"
+    if any(isinstance(a, jax.Array) and a.is_deleted() for a in arrays):
         raise ValueError(
-            "`pipe(params, x, donate_state=True)`: `state` has the same array in two "
-            "places, and it can be donated once; make an array for each"
+            f"{call}: an array of `state` was consumed by an earlier call; take the "
+            "state that that call returned"
+        )
+    # XLA refuses them in its own words, or ends the process.
+    consumed = set(map(id, arrays))
+    inputs = {"params": args.params, "x": args.x, **args.needs}
+    for name, tree in inputs.items():
+        if not consumed.isdisjoint(map(id, jax.tree.leaves(tree))):
+            raise ValueError(
+                f"{call}: an array of `state` stands in `{name}` too; make an array "
+                "for each"
+            )
+    if len(consumed) < len(arrays):
+        raise ValueError(
+            f"{call}: `state` has the same array in two places, and it can be donated "
+            "once; make an array for each"
         )
 
 

@@ -187,7 +187,10 @@ def inline(closed: Any, keep_rules: bool = True) -> Graph:
             for atom in atoms:
                 if isinstance(atom, Literal):
                     (v,) = number([atom])
-                    consts[v] = atom.val
+                    # JAX writes a bool as Python has it, and other numbers with their
+                    # dtype. Values have a dtype everywhere else.
+                    known = isinstance(atom.val, bool)
+                    consts[v] = np.bool_(atom.val) if known else atom.val
                     values.append(v)
                 else:
                     values.append(numbers[atom])

@@ -321,6 +321,8 @@ def test_gradients_that_do_not_fit():
         run(params, case.x, case.target, grads=grads[:3])
     with pytest.raises(ValueError, match=r"`grads=`: at \[0\].* they are bfloat16"):
         run(params, case.x, case.target, grads=low(grads))
+    with pytest.raises(ValueError, match=r"`grads=`: at \[0\].* they are 0, but the"):
+        run(params, case.x, case.target, grads=jax.tree.map(lambda a: 0, grads))
     with pytest.raises(
         ValueError, match=r"`grads=`: at \[1\].* they are on .* but the gradient is on "
     ):

@@ -375,6 +375,22 @@ def test_what_cannot_be_donated_is_refused():
     ):
         twice = (fpipe.Microbatches([piece, piece]), None)
         pipe(params, x, state=twice, donate_state=True)
+    for each in (pipe, make_scan([remembering(), dense()], chunks=2)):
+        own, pieces = each.place(pipe.gather(params)), in_pieces(x)
+        # XLA has words of its own for this, or ends the process.
+        with raises(
+            ValueError,
+            f"{call}an array of `state` stands in `x` too; make an array for each",
+        ):
+            each(own, pieces, state=(pieces, None), donate_state=True)
+        with raises(
+            ValueError,
+            f"{call}an array of `state` was consumed by an earlier call; take the "
+            "state that that call returned",
+        ):
+            gone = each.init_state(pieces)
+            jax.tree.map(lambda a: a.delete(), gone)
+            each(own, pieces, state=gone, donate_state=True)
     pieces = pipe.init_state(in_pieces(x))
     with raises(
         ValueError,

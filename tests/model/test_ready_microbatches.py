@@ -427,7 +427,7 @@ def test_wrong_uses_are_named(wrong):
 def test_what_a_loss_has_for_each_row_is_concatenated(executor):
     def loss(y, t):
         rows = fpipe.PerRow({"hit": y.argmax(-1) == t, "y": y, "none": None})
-        return y.mean(), {"rows": rows, "max": y.max(), "name": "a"}
+        return y.mean(), {"rows": rows, "max": y.max(), "name": "a", "flag": True}
 
     pipe = MAKE[executor]([score, score])
     n = 7
@@ -441,7 +441,8 @@ def test_what_a_loss_has_for_each_row_is_concatenated(executor):
     for got in (aux, same):
         assert got.pop("name") == "a"
         rows = {"hit": y.argmax(-1) == t, "y": y, "none": None}
-        assert_same(got, {"rows": rows, "max": jnp.stack(pieces)})
+        want = {"rows": rows, "max": jnp.stack(pieces), "flag": jnp.array([True] * 4)}
+        assert_same(got, want)
 
 
 def test_per_row_aux_keeps_its_structure_over_ragged_rows():

@@ -423,3 +423,29 @@ def test_what_is_said_of_rows_is_checked():
         fpipe.Layer(skipping, state_rows=untyped(2))
     with pytest.raises(TypeError, match="has init_state, finish, state_rows or"):
         fpipe.Layer(lambda params, x: x, state_rows=True)
+
+
+# --- static leaves ---
+
+
+@every
+def test_a_state_may_hold_static_leaves(make):
+    def counting(params, x, *, state):
+        assert state["mode"] == "sum"
+        return x, {**state, "total": state["total"] + x.sum(0)}
+
+    def finish(state):
+        return {**state, "total": 2 * state["total"]}
+
+    def init_state(x):
+        return {"mode": "sum", "total": jnp.zeros(WIDTH)}
+
+    layer = fpipe.Layer(
+        counting, lambda key, x: (), "counting", init_state=init_state, finish=finish
+    )
+    pipe = make([layer, layer], chunks=4)
+    params, state = pipe.init(KEY(0), X), pipe.init_state(X)
+    _, new = pipe(params, X, state=state)
+    want = {"mode": "sum", "total": 2 * X.sum(0)}
+    assert [one.pop("mode") for one in new] == [want.pop("mode")] * 2
+    assert_same(new, (want, want))

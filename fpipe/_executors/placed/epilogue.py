@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fpipe._core.pytrees import PyTree, Shape, Spec, aval, pack
+from fpipe._core.pytrees import PyTree, Shape, Spec, aval, eval_shape, pack
 from fpipe._executors.placed.instructions import CallValue, JoinedGradient, Slot
 from fpipe._executors.placed.work import CallWork
 from fpipe._executors.placement import Placement
@@ -252,7 +252,7 @@ def _finish_pieces(
             return pack(stage.model.finish(state)[layer])[0]
 
         given = {layer: shape.tree}
-        made = Shape.of(jax.eval_shape(stage.model.finish, given)[layer])
+        made = Shape.of(eval_shape(stage.model.finish, given)[layer])
         placement = call.layout.home(layer)
         # Numbered as the arrays of all pieces are.
         outs = [

@@ -48,8 +48,8 @@ from fpipe._executors.request import (
     CallKind,
     Request,
     check_backwards,
+    check_consumed,
     check_donated,
-    check_once,
     check_static,
     inputs_of,
     numbered_leaves,
@@ -332,8 +332,7 @@ class Placed:
         flat_params = (params, params_def)
         _refuse_shapes([*params, *[a for arrays, _ in packs.values() for a in arrays]])
         bound = self._find(kind, args, loss, asked, flat_params, packs)
-        if args.donate_state:
-            check_once(args.state)
+        check_consumed(args)
         # The key of a plan has no shardings in it, because another sharding of the
         # right device (a mesh of one) must find the same plan. So they are compared
         # here, and only if one differs, all parameters are looked at closely.

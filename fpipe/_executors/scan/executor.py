@@ -45,6 +45,7 @@ from fpipe._executors.request import (
     CallKind,
     Request,
     check_backwards,
+    check_consumed,
     check_donated,
     check_static,
     inputs_of,
@@ -178,6 +179,7 @@ class Scan:
     def forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         """`(y, state)` of a call that nothing differentiates."""
         step = self._find(CallKind.FORWARD, args, None, ())
+        check_consumed(args)
         y, state, _ = self._run(step, "forward", *self._arrays(args))
         return step.output.whole.unpack(y), self._state(step, state)
 

@@ -20,6 +20,7 @@ from fpipe._core.pytrees import (
     Shape,
     Tracer,
     copied,
+    eval_shape,
     float0_like,
     is_traced,
     map_arrays,
@@ -92,7 +93,7 @@ class Parameters:
         """
         here = self._devices_of[layer]
         if not here:
-            return jax.eval_shape(f, key)
+            return eval_shape(f, key)
         with no_mesh(), jax.default_device(here[0]):
             return f(None if key is None else on_device(key, here[0]))
 

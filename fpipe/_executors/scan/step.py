@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fpipe._core.pytrees import Shape, Spec, is_inexact, pack
+from fpipe._core.pytrees import Shape, Spec, eval_shape, is_inexact, pack
 from fpipe._executors.request import Inputs, Request
 from fpipe._executors.scan.clock import Clock
 from fpipe._executors.scan.feeds import share
@@ -361,7 +361,7 @@ class Step:
         if packing is None:
             return None
         shapes = packing.trees([packing.shape(entry) for entry in packing.entries])
-        return Shape.of(jax.eval_shape(self._finish, shapes))
+        return Shape.of(eval_shape(self._finish, shapes))
 
     @cached_property
     def gradient_names(self) -> list[int | Leaf]:
