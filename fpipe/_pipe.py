@@ -84,6 +84,7 @@ from fpipe._planning.pipe_balance import PipeSetup, given_balance
 from fpipe._planning.predict import KnownLayers, mean_square, predict
 from fpipe._planning.prediction import Prediction
 from fpipe._planning.step_request import StepRequest
+from fpipe._split.split import Split
 from fpipe.schedules import Recording, Schedule
 
 EXECUTORS = ("placed", "scan")
@@ -102,7 +103,8 @@ class Pipe(Call):
     `chunks` it computes what `fpipe.sequential` computes.
 
     Arguments:
-        layers: functions, `Layer`s, or nested sequences of them.
+        layers: functions, `Layer`s, or nested sequences of them; or an `fpipe.Split`:
+            then parameters and gradients are trees of the function that was split.
         balance: layers per stage, such as `fpipe.balance` returns. Default as even as
             possible over the devices, in number; with a `sample` in FLOPs. Also, with a
             `sample`, `"flops"`, `"bytes"`, `"time"` (measured on the first device) or
@@ -175,7 +177,7 @@ class Pipe(Call):
         ((3, 3), (3, 3))
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[Layer, ...] | Split
     balance: tuple[int, ...]
     devices: tuple[Device, ...]
     chunks: int
@@ -231,7 +233,10 @@ class Pipe(Call):
         scheduling = Scheduling.of(schedule)
         remat = Remat.of(checkpoint)
         # As they were given: `dataclasses.replace` defers them again.
-        layers = model.layers
+        if isinstance(layers, Split):
+            _check_split_options(compute_dtype, deferred_batch_norm)
+        else:
+            layers = model.layers
         if deferred_batch_norm:
             model = Model(deferred(layers, "Pipe"), compute_dtype)
         placements = as_placements(
@@ -242,6 +247,9 @@ class Pipe(Call):
         # how many devices are used on that.
         uncut = PipeSetup(model, scheduling, remat, placements, chunks)
         tracing = no_mesh() if mesh is None else stage_context(mesh)
+        # A function that was split knows what its pieces take.
+        if isinstance(layers, Split) and balance is None and sample is None:
+            balance = layers.balance(uncut.stages)
         with set_aside(), tracing:
             balance = given_balance(balance, sample, sample_side, uncut)
         stage_to_device = scheduling.stage_to_device(
@@ -409,6 +417,11 @@ class Pipe(Call):
         """
         check_key(key)
         check_process()
+        if isinstance(self.layers, Split):
+            raise TypeError(
+                "`pipe.init(key, x)`: a function that was split makes no parameters: "
+                "make them as for the function itself, and write `pipe.place(params)`"
+            )
         with self._context(), self._executor.tracing(), explicit_transfers():
             # `init` functions see one microbatch, as the layers do in every call.
             first = first_microbatch(x, call_needs(side=side), self.chunks)
@@ -440,6 +453,7 @@ class Pipe(Call):
         if isinstance(params, Packed):
             params = self._executor.param_shapes(params)
         if params is not None:
+            params = tuple(self._per_layer(params))
             check_params(self.model, params, "`init_state(params=...)`")
         put = self._executor.make_state
         with self._context(), self._executor.tracing(), explicit_transfers():
@@ -449,12 +463,13 @@ class Pipe(Call):
             ready = ready_batches(x, needs, self.chunks)
             return self.model.init_state(*first, params, key, put, batch, ready)
 
-    def place(self, params: Sequence[PyTree], donate: bool = False) -> Any:
+    def place(self, params: PyTree, donate: bool = False) -> Any:
         """Put the parameters of each layer on its device; Python numbers become arrays.
 
         Arguments:
-            params: one entry per layer; numpy arrays too. They stay as they are,
-                whatever becomes of the placed ones.
+            params: one entry per layer, or, of a function that was split, its own
+                tree; numpy arrays too. They stay as they are, whatever becomes of the
+                placed ones.
             donate: whether they are handed over instead: arrays that are on their
                 device already are not copied, and are deleted when the placed ones are
                 donated. Default `False`.
@@ -474,6 +489,7 @@ class Pipe(Call):
                 "`pipe.place(other.gather(params))`, where "
                 "`other` is the one that packed them"
             )
+        params = self._per_layer(params)
         check_params(self.model, params, "`place(params)`")
         donate = as_bool("place", "donate", donate)
         check_leaves(tuple(params), "params")
@@ -482,9 +498,9 @@ class Pipe(Call):
         # type in the first update, and everything would compile once more.
         with self._context(), explicit_transfers():
             strong_params = [map_arrays(strong, numbers_as_arrays(p)) for p in params]
-            return self._executor.place(tuple(strong_params), donate)
+            return self._own_tree(self._executor.place(tuple(strong_params), donate))
 
-    def gather(self, params: Any) -> tuple[PyTree, ...]:
+    def gather(self, params: Any) -> Any:
         """The exact inverse of `place`: a copy of the parameters as for the plain
         composition, on the first device.
 
@@ -493,10 +509,33 @@ class Pipe(Call):
         Raises:
             ValueError: not one entry per layer, or packed for another partition.
         """
+        params = self._per_layer(params)
         self._executor.check_params(params, "`gather(params)`")
         check_process()
         with self._context(), explicit_transfers():
-            return self._executor.gather(params)
+            return self._own_tree(self._executor.gather(params))
+
+    def _per_layer(self, params: Any) -> Any:
+        """Parameters as the executors take them, from those of a call: of a function
+        that was split one entry per layer.
+        """
+        split = self.layers
+        if isinstance(split, Split) and not isinstance(params, Packed):
+            return split.params(params)
+        return params
+
+    def _own_tree(self, params: Any) -> Any:
+        """The inverse of `_per_layer`; gradients too."""
+        split = self.layers
+        if isinstance(split, Split) and not isinstance(params, Packed):
+            return split.tree(params)
+        return params
+
+    def _layer_frozen(self, frozen: Frozen | None) -> Frozen | None:
+        """What is frozen, by layer."""
+        if isinstance(self.layers, Split) and frozen is not None:
+            return self.layers.frozen(frozen)
+        return frozen
 
     # --- calls ---
 
@@ -588,7 +627,8 @@ class Pipe(Call):
             numbers = () if loss is None else as_argnums(argnums)
             if loss is not None:
                 check_argnums(argnums, numbers, args)
-                leaves = FrozenLeaves(frozen).of(self._param_shapes(params))
+                which = FrozenLeaves(self._layer_frozen(frozen))
+                leaves = which.of(self._param_shapes(args.params))
                 args, loss = scaled(args._replace(frozen=leaves), loss, loss_scale)
             if self._detector is not None:
                 args, loss, numbers = self._detector.watch_call(args, loss, numbers)
@@ -692,6 +732,9 @@ class Pipe(Call):
         loss = as_loss("plan", fn, has_aux, reduction)
         if isinstance(params, Packed):
             params = params.packing.whole
+        elif isinstance(self.layers, Split):
+            params = self.layers.param_shapes if params is None else params
+            params = self._per_layer(params)
         # Programs are traced, and timed on zeros, for this alone. So what JAX does to
         # the caller's own programs is nothing to them.
         with (
@@ -703,6 +746,7 @@ class Pipe(Call):
         ):
             needs = call_needs(side=side, key=key, train=train, step=step)
             args = Args(params, x, targets, needs, state)
+            frozen = self._layer_frozen(frozen)
             return self._plan(StepRequest(args, loss, argnums, frozen), options)
 
     def _plan(
@@ -795,6 +839,7 @@ class Pipe(Call):
     def _checked(self, args: Args) -> Args:
         """The arguments of a call, or an error about parameters or state."""
         check_process()
+        args = args._replace(params=self._per_layer(args.params))
         self._executor.check_params(args.params, "a call's params")
         return checked(self.model, args)
 
@@ -830,6 +875,15 @@ class Pipe(Call):
 
     def _loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
         """A call with a loss, its gradients by `argnums`; `()` is the loss alone."""
+        result = self._layer_loss(args, loss, argnums)
+        gradients = [
+            self._own_tree(gradient) if number == 0 else gradient
+            for number, gradient in zip(argnums, result.gradients, strict=True)
+        ]
+        return result._replace(gradients=tuple(gradients))
+
+    def _layer_loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
+        """The same, with the gradients of parameters by layer."""
         try:
             if self._detector is not None:
                 return self._detector.loss(self._run_loss, args, loss, argnums)
@@ -847,6 +901,21 @@ class Pipe(Call):
         except NotFiniteError:
             self._eager.loss(args, loss, argnums)
             raise
+
+
+def _check_split_options(compute_dtype: Any, deferred_batch_norm: bool) -> None:
+    """Refuse options that a function that was split does not have."""
+    if compute_dtype is not None:
+        raise ValueError(
+            "`Pipe(split, compute_dtype=...)`: the dtypes of a function are decided "
+            "when it is split: cast parameters and inputs in the function, or give "
+            "`fpipe.split` those that are cast"
+        )
+    if deferred_batch_norm:
+        raise ValueError(
+            "`Pipe(split, deferred_batch_norm=True)`: batch norms are layers there, "
+            "and a function that was split has none: give layers to `Pipe`"
+        )
 
 
 def _unpickled(fields: dict[str, Any]) -> Pipe:

@@ -23,6 +23,9 @@ from collections.abc import Iterator
 FRONT = "front"
 """The room of `fpipe/__init__.py` and of the private modules next to it."""
 
+FRONT_PACKAGES = {"fpipe._split"}
+"""Packages that are a part of the front."""
+
 HALLS = {"fpipe._executors"}
 """Rooms with rooms inside: the executors share a hall, and do not know each other."""
 
@@ -82,6 +85,8 @@ def room_of(module: str, texts: Sources) -> str:
     if len(parts) == 1:
         return FRONT
     room = ".".join(parts[:2])
+    if room in FRONT_PACKAGES:
+        return FRONT
     if not is_package(room, texts):
         return FRONT if is_private(room) else room
     inner = ".".join(parts[:3])

@@ -102,6 +102,10 @@ class Call(abc.ABC):
         """Parameters, placed, as the layers know them; shapes will do."""
         return tuple(params)
 
+    def _layer_frozen(self, frozen: Frozen | None) -> Frozen | None:
+        """What a user says is frozen, by layer."""
+        return frozen
+
     def _context(self) -> AbstractContextManager[Any]:
         """The context of JAX that a call runs in: the caller's, if it has no other."""
         return contextlib.nullcontext()
@@ -194,7 +198,8 @@ class Call(abc.ABC):
             argnums: which of `(params, x, *targets)` to differentiate; the rest is not
                 computed.
             frozen: the parameters that get no gradient, as `frozen(path, array)` with a
-                path such as `"[0]['w']"` (layer 0), or as a pytree of bools that the
+                path such as `"[0]['w']"` (layer 0; of a function that was split a path
+                in its own tree), or as a pytree of bools that the
                 parameters begin with (`(True, False, {"w": True, "b": False})`).
                 Nothing is computed for them; their gradients are `float0`, as those of
                 integers are. (In an `fpipe.Packed` they share arrays with others and
@@ -221,7 +226,8 @@ class Call(abc.ABC):
         """
         loss = as_loss("value_and_grad", loss_fn, has_aux, reduction)
         check_frozen("value_and_grad", frozen)
-        numbers, which = as_argnums(argnums), FrozenLeaves(frozen)
+        numbers = as_argnums(argnums)
+        which = FrozenLeaves(self._layer_frozen(frozen))
 
         def value_and_grad(
             params: PyTree,

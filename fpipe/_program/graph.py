@@ -18,6 +18,8 @@ This room is the only one that reads jaxprs or binds equations. What the others 
     trace, inline               a function as a closed jaxpr, and that as a graph
     needed_nodes, ancestors     slices
     bind, evaluate              run one equation, or several
+    replay                      the same, with the names around them
+    given_name                  the name that `checkpoint_name` gave a value
     node.bodies, body_runs      what is inside of an equation, and how often it runs
     identity.identity           a value that is equal for equal computations
 """
@@ -130,17 +132,8 @@ def as_function(closed: Any) -> Callable[..., list[Any]]:
     graph = inline(closed)
 
     def run(*values: Any) -> list[Any]:
-        # The names around an equation go with it: its derivative has them too.
-        made = {**graph.consts, **dict(zip(graph.inputs, values, strict=True))}
-        for node in graph.nodes:
-            inputs = [made[v] for v in node.ins]
-            if node.scope:
-                with jax.named_scope(node.scope):
-                    results = bind(node, inputs)
-            else:
-                results = bind(node, inputs)
-            made.update(zip(node.outs, results, strict=True))
-        return [made[v] for v in graph.outputs]
+        given = dict(zip(graph.inputs, values, strict=True))
+        return replay(graph, graph.nodes, given, graph.outputs)
 
     return run
 
@@ -314,6 +307,29 @@ def evaluate(
         results = bind(node, [values[v] for v in node.ins])
         values.update(zip(node.outs, results, strict=True))
     return [values[v] for v in wanted]
+
+
+def replay(
+    graph: Graph, nodes: Iterable[Node], given: Mapping[int, Any], wanted: Iterable[int]
+) -> list[Any]:
+    """`evaluate` for equations that stand for the user's function: the names around an
+    equation go with it, so that its derivative has them too.
+    """
+    made = {**graph.consts, **given}
+    for node in nodes:
+        inputs = [made[v] for v in node.ins]
+        if node.scope:
+            with jax.named_scope(node.scope):
+                results = bind(node, inputs)
+        else:
+            results = bind(node, inputs)
+        made.update(zip(node.outs, results, strict=True))
+    return [made[v] for v in wanted]
+
+
+def given_name(node: Node) -> str | None:
+    """The name that `jax.ad_checkpoint.checkpoint_name` gives, if it is that."""
+    return node.eqn.params["name"] if node.name == "name" else None
 
 
 def is_zero(graph: Graph, value: int) -> bool:

@@ -107,9 +107,16 @@ def _ends(
     if len(balance) < 2:
         return None
     # Layers are taken to be alike if their names and shapes are. If they are not, two
-    # cores are two operations, and nothing else is lost.
+    # cores are two operations, and nothing else is lost. The last reader of a skip pops
+    # it and others peek, but they read it alike.
     kinds = [
-        (layer.name, len(layer.stash), len(layer.pop), layer.asks("state"), shape)
+        (
+            layer.name,
+            len(layer.stash),
+            len(layer.pop) + len(layer.peek),
+            layer.asks("state"),
+            shape,
+        )
         for layer, shape in zip(model.layers, shapes, strict=True)
     ]
     rows = []

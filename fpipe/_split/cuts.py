@@ -1,0 +1,279 @@
+"""Where a traced function is cut: by marks, by paths of parameters, or by itself.
+
+In: a trace. Out: *places*. The place `p` is before the equation with number `p`: what
+stands before it belongs to the piece before. For an encoder and a decoder
+
+    0  dot_general   "enc/w"       first use of enc/w
+    1  add           "enc/b"
+    2  tanh
+    3  dot_general   "dec/w"       first use of dec/w
+
+the path "dec" gives the place 3: of the places from 2 to 3, which lie behind the first
+use of the last parameter before "dec" and not behind that of its own first, it is the
+narrowest one, over which the fewest bytes of data go; of equal ones the last.
+
+A function is traced again for other shapes, for evaluation, and so on. Where that trace
+has the same equations, the places are the same. Else marks are looked for again, and
+other cuts are found by what they stand before: the first use of a parameter.
+"""
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from fpipe._core.errors import shown
+from fpipe._planning.partition import PartitionTask, Shortage, best_cut
+from fpipe._planning.span_tables import summed
+from fpipe._program.control_flow import is_remat
+from fpipe._program.flops import flops
+from fpipe._split.crossing import Crossing
+from fpipe._split.mark import has_mark_inside, mark_of
+from fpipe._split.trace import Function, Traced
+
+# Of the cuts whose most expensive stage costs at most so much more than the best, the
+# one with the least traffic is taken. Without it one that is a bit better by the count
+# of FLOPs would be cut inside a block, over which several arrays go.
+_SLACK = 0.05
+
+# A place is narrow if no more goes over it than over the next ones, or little more: a
+# mask that is read for the last time between them makes no difference.
+_NARROW = 1.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Cuts:
+    """Where the first trace is cut, and how to find the places in others.
+
+    Attributes:
+        places: in the first trace, in order.
+        names: of each piece behind a place, as its author called it; `""`: not at all.
+        marked: whether marks say where.
+        before: for each place the leaves of the parameters that are first used behind
+            it, in that order.
+    """
+
+    places: tuple[int, ...]
+    names: tuple[str, ...]
+    marked: bool
+    before: tuple[tuple[int, ...], ...]
+
+
+def find_cuts(
+    function: Function,
+    traced: Traced,
+    paths: Sequence[str] | None,
+    stages: int | None,
+) -> Cuts:
+    """Where to cut the first trace of a function.
+
+    Arguments:
+        paths: where the user cuts by parameters.
+        stages: into how many pieces it cuts by itself; `None`: at every narrow place.
+
+    Raises:
+        ValueError: a path that leads to no parameter that is used; a mark inside an
+            equation; too few places.
+    """
+    _refuse_marks_inside(traced)
+    marks = _marks(traced)
+    marked = bool(marks) and paths is None
+    if paths is not None:
+        places = _places_of_paths(function, traced, paths)
+    elif marks:
+        places = [place for place, _ in marks]
+    else:
+        places = _own_places(function, traced, stages)
+    names = [name for _, name in marks] if marked else [""] * len(places)
+    first = sorted(traced.first_uses.items(), key=lambda use: (use[1], use[0]))
+    before = [tuple(leaf for leaf, use in first if use >= p) for p in places]
+    return Cuts(tuple(places), tuple(names), marked, tuple(before))
+
+
+def places_in(cuts: Cuts, first: Traced, traced: Traced) -> tuple[int, ...]:
+    """The places of the same cuts in another trace.
+
+    Raises:
+        ValueError: a cut is not there.
+    """
+    if traced is first or traced.form == first.form:
+        return cuts.places
+    if cuts.marked:
+        _refuse_marks_inside(traced)
+        places = [place for place, _ in _marks(traced)]
+        if len(places) != len(cuts.places):
+            raise ValueError(
+                f"`fpipe.cut(h)`: the function has {len(cuts.places)} marks when it is "
+                f"split, but {len(places)} when it is traced for this call: all traces "
+                "(other shapes, `train`, no key) have the same marks"
+            )
+        return tuple(places)
+    used, crossing = traced.first_uses, Crossing(traced)
+    found = []
+    for leaves in cuts.before:
+        leaf = next((leaf for leaf in leaves if leaf in used), None)
+        place = None if leaf is None else crossing.narrowest_before(used[leaf])
+        if place is None or (found and place <= found[-1]):
+            raise ValueError(
+                "`fpipe.split(fn)`: traced for this call (other shapes, `train`, no "
+                "key) the function uses its parameters in another order than when it "
+                "was split, so the cuts are not there: mark them, `h = fpipe.cut(h)`"
+            )
+        found.append(place)
+    return tuple(found)
+
+
+# --- marks ---
+
+
+def _marks(traced: Traced) -> list[tuple[int, str]]:
+    """The places of marks, and their names."""
+    named = [(p, mark_of(node)) for p, node in enumerate(traced.graph.nodes)]
+    return [(place, name) for place, name in named if name is not None]
+
+
+def _refuse_marks_inside(traced: Traced) -> None:
+    for node in traced.graph.nodes:
+        if has_mark_inside(node):
+            name = "jax.checkpoint" if is_remat(node) else node.name
+            where = f" (in {node.scope})" if node.scope else ""
+            raise ValueError(
+                f"`fpipe.cut(h)` stands inside a `{name}`{where}, which runs as "
+                "one operation: put it before or behind the loop, the branch, the "
+                "checkpointed function or the function with its own derivative"
+            )
+
+
+# --- paths ---
+
+
+def _places_of_paths(
+    function: Function, traced: Traced, paths: Sequence[str]
+) -> list[int]:
+    """A place before the first use of the parameters under each path."""
+    first, crossing = traced.first_uses, Crossing(traced)
+    beginning = min(first.values(), default=0)
+    found = set[int]()
+    for path in paths:
+        mine = [
+            leaf for leaf, name in enumerate(function.paths) if is_under(name, path)
+        ]
+        uses = [first[leaf] for leaf in mine if leaf in first]
+        if not uses:
+            what = "no parameter with that path is used" if mine else "there is none"
+            some = ", ".join(map(repr, function.paths[:5]))
+            raise ValueError(
+                f"`fpipe.split(cuts=[{shown(path)}])`: {what}; the paths are {some}"
+                f"{', …' if len(function.paths) > 5 else ''}, and a prefix goes by "
+                "whole parts"
+            )
+        # The first piece begins where the function does.
+        if min(uses) > beginning:
+            found.add(crossing.narrowest_before(min(uses)))
+    return sorted(found)
+
+
+def is_under(path: str, prefix: str) -> bool:
+    """Whether a path begins with a prefix, by whole parts: `h/1` with `h`, and `h/10`
+    not with `h/1`.
+    """
+    return path == prefix or path.startswith(prefix + "/")
+
+
+# --- by itself ---
+
+
+def _own_places(function: Function, traced: Traced, stages: int | None) -> list[int]:
+    """Places that nobody has named: all narrow ones, or the best ones."""
+    crossing = Crossing(traced)
+    # Between any two first uses of parameters that follow each other.
+    every = [crossing.narrowest_before(use) for use in crossing.uses[1:]]
+    places = _between_modules(function, traced, every)
+    if stages is None:
+        return _narrow_places(crossing, places)
+    if len(places) < stages - 1:
+        places = every
+    if len(places) < stages - 1:
+        raise ValueError(
+            f"`fpipe.split(stages={stages})`: there are {len(places)} places to cut "
+            "at, between the first uses of parameters on the way of the data: ask for "
+            "fewer stages, or mark places with `h = fpipe.cut(h)`"
+        )
+    return _best_places(crossing, places, stages)
+
+
+def _between_modules(
+    function: Function, traced: Traced, places: Sequence[int]
+) -> list[int]:
+    """The places that do not divide a module: what has its parameters right under one
+    path, such as the weights and the bias of one layer. If there are none, all.
+    """
+    spans: dict[str, list[int]] = {}
+    for leaf, use in traced.first_uses.items():
+        module = function.paths[leaf].rpartition("/")[0]
+        # The root is none: what is right under it may be all there is.
+        if module:
+            spans.setdefault(module, []).append(use)
+    # How many modules have begun and not ended at each place.
+    open_at = np.zeros(len(traced.graph.nodes) + 2, int)
+    for uses in spans.values():
+        open_at[min(uses) + 1] += 1
+        open_at[max(uses) + 1] -= 1
+    divided = np.cumsum(open_at)
+    return [p for p in places if not divided[p]] or list(places)
+
+
+def _narrow_places(crossing: Crossing, places: Sequence[int]) -> list[int]:
+    """Of some places those over which about as few bytes go as over the next ones."""
+    here = [np.inf, *(crossing.bytes[p] for p in places), np.inf]
+    return [
+        p
+        for n, p in enumerate(places, 1)
+        if here[n] <= min(here[n - 1], here[n + 1]) * _NARROW
+    ]
+
+
+def _best_places(crossing: Crossing, places: Sequence[int], stages: int) -> list[int]:
+    """Of some places those that make the most expensive stage as cheap as can be; of
+    nearly as good cuts the one with the least traffic, then the most even one.
+    """
+    traced = crossing.traced
+    work = np.zeros(len(places) + 1)
+    for node in traced.live:
+        if not traced.of_data.isdisjoint(node.outs):
+            work[bisect.bisect_right(places, traced.position[node])] += flops(node)
+    sizes = best_balance(
+        list(work), [0.0, *(crossing.bytes[p] for p in places)], stages
+    )
+    return [places[sum(sizes[: s + 1]) - 1] for s in range(stages - 1)]
+
+
+def best_balance(
+    work: Sequence[float], arriving: Sequence[float], stages: int
+) -> tuple[int, ...]:
+    """How many of some units in a row go to each stage.
+
+    Arguments:
+        work: the FLOPs of each unit.
+        arriving: the bytes that it gets if a stage begins with it.
+    """
+    units = len(work)
+    costs = summed(work)
+    traffic = np.array([0.0, *arriving[1:], 0.0])[:, None].repeat(units + 1, 1)
+
+    def cut(costs: np.ndarray) -> tuple[int, ...]:
+        devices, limits = tuple(range(stages)), (np.inf,) * stages
+        task = PartitionTask(
+            units, devices, lambda s: costs, lambda s: traffic, None, limits
+        )
+        found = best_cut(task)
+        assert not isinstance(found, Shortage)
+        return found
+
+    # FLOPs and bytes are not added up: first the least FLOPs, then, among all cuts that
+    # cost little more, the fewest bytes.
+    ends = [0, *np.cumsum(cut(costs))]
+    least = max(costs[a, b] for a, b in itertools.pairwise(ends))
+    return cut(np.maximum(costs, least * (1 + _SLACK)))

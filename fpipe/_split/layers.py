@@ -1,0 +1,339 @@
+"""The pieces of a function as layers.
+
+In: a function, and how it is cut. Out: an `fpipe.Layer` for each piece. Its parameters
+are a tuple of the leaves that it owns; what crosses a cut is
+
+    boundary    what a piece hands to the next one, a `Boundary`
+    skip        what it hands to several or to later ones, a tuple of arrays
+    borrowed    leaves of the parameters that an earlier piece owns
+
+A layer gets nothing but these, so a `Boundary` says which trace it comes from: for
+evaluation, or a smaller last microbatch, the same pieces are those of another trace.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fpipe._core.pytrees import PyTree, Shape, aval, describe, pack
+from fpipe._core.settings import settings
+from fpipe._model.layer import Layer
+from fpipe._model.skips import peek, pop, stash
+from fpipe._program.graph import replay
+from fpipe._split.cuts import Cuts, find_cuts, places_in
+from fpipe._split.pieces import CutTrace, cut_trace
+from fpipe._split.trace import Function, Kind, Traced, trace_function
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class Boundary:
+    """What a piece hands to the next one.
+
+    Attributes:
+        values: arrays; one at least, for the next stage waits for it.
+        kind: the trace that they are of.
+    """
+
+    values: tuple[Any, ...]
+    kind: Kind
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], Kind]:
+        """For JAX."""
+        return self.values, self.kind
+
+    @classmethod
+    def tree_unflatten(cls, kind: Kind, values: Sequence[Any]) -> "Boundary":
+        """For JAX."""
+        return cls(tuple(values), kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class CutFunction:
+    """A function and how it is cut: what decides the layers.
+
+    Attributes:
+        first: the microbatch that it was cut for.
+        paths, stages: how, see `fpipe.split`.
+    """
+
+    function: Function
+    first: Kind
+    paths: tuple[str, ...] | None
+    stages: int | None
+
+    @cached_property
+    def _traces(self) -> dict[Any, CutTrace]:
+        return {}
+
+    @cached_property
+    def _first_trace(self) -> Traced:
+        return trace_function(self.function, self.first)
+
+    @cached_property
+    def cuts(self) -> Cuts:
+        """Where it is cut."""
+        return find_cuts(self.function, self._first_trace, self.paths, self.stages)
+
+    def trace(self, kind: Kind) -> CutTrace:
+        """The pieces of the function, traced for microbatches of one kind."""
+        # The settings of JAX are in a trace too, such as its precision.
+        key = (kind, settings())
+        if key not in self._traces:
+            first = self._first_trace
+            traced = (
+                first if kind == self.first else trace_function(self.function, kind)
+            )
+            places = places_in(self.cuts, first, traced)
+            self._traces[key] = cut_trace(traced, places)
+        return self._traces[key]
+
+    @cached_property
+    def wiring(self) -> "Wiring":
+        """What the layers declare."""
+        return _wire(self)
+
+    def __reduce__(self) -> Any:
+        # Traces are made again where it is unpickled.
+        fields = [getattr(self, f.name) for f in dataclasses.fields(self)]
+        return CutFunction, tuple(fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wiring:
+    """Who owns, lends, stashes and reads what, over all traces: what the layers
+    declare.
+
+    Attributes:
+        names: of the layers.
+        owned: for each piece the leaves of the parameters that it owns.
+        lenders: for each piece the pieces that it borrows of.
+        sources: for each piece the pieces whose skip it reads.
+        side, step: for each piece whether it reads the side inputs, or the step.
+    """
+
+    names: tuple[str, ...]
+    owned: tuple[tuple[int, ...], ...]
+    lenders: tuple[tuple[int, ...], ...]
+    sources: tuple[tuple[int, ...], ...]
+    side: tuple[bool, ...]
+    step: tuple[bool, ...]
+
+    @cached_property
+    def place_of(self) -> dict[int, tuple[int, int]]:
+        """Of each leaf its owner, and its number among what that owns."""
+        return {
+            leaf: (k, n)
+            for k, leaves in enumerate(self.owned)
+            for n, leaf in enumerate(leaves)
+        }
+
+    @cached_property
+    def last_reader(self) -> dict[int, int]:
+        """Of each piece with a skip the last one that reads it."""
+        return {s: k for k, sources in enumerate(self.sources) for s in sources}
+
+
+def skip_name(k: int) -> str:
+    """What the skip of a piece is called."""
+    return f"piece {k}"
+
+
+def _wire(cut: CutFunction) -> Wiring:
+    """What layers declare must hold in every mode: the union of what they read when
+    they train and when they do not, with a key and without.
+    """
+    traces = [cut.trace(kind) for kind in _modes(cut)]
+    count = len(traces[0].pieces)
+    readers: dict[int, dict[int, None]] = {}
+    for trace in traces:
+        for k, piece in enumerate(trace.pieces):
+            for leaf in piece.params:
+                readers.setdefault(leaf, {})[k] = None
+    owned: list[list[int]] = [[] for _ in range(count)]
+    for leaf, pieces in readers.items():
+        owned[min(pieces)].append(leaf)
+    # What nobody reads has a gradient of zeros, in the first piece.
+    unused = set(range(len(cut.function.paths))) - set(readers)
+    owned[0] += sorted(unused)
+    owner = {leaf: k for k, leaves in enumerate(owned) for leaf in leaves}
+    lenders, sources, side, step = [], [], [], []
+    for k in range(count):
+        pieces = [trace.pieces[k] for trace in traces]
+        mine = {owner[leaf] for piece in pieces for leaf in piece.params} - {k}
+        lenders.append(tuple(sorted(mine)))
+        makers = {maker for trace in traces for maker in trace.skips(k).values()}
+        sources.append(tuple(sorted(makers)))
+        side.append(any(piece.side for piece in pieces))
+        step.append(any(piece.step for piece in pieces))
+    lending = {k for own in lenders for k in own}
+    return Wiring(
+        _names(cut, owned, lending),
+        tuple(map(tuple, owned)),
+        tuple(lenders),
+        tuple(sources),
+        tuple(side),
+        tuple(step),
+    )
+
+
+def _modes(cut: CutFunction) -> list[Kind]:
+    """The kinds of the first microbatch, as it is trained and as it is evaluated."""
+    needs, first = cut.function.layer.needs or (), cut.first
+    keys = [first.key, Shape.of(None)] if "key" in needs else [first.key]
+    trains = [first.train, not first.train] if "train" in needs else [first.train]
+    found = [first]
+    for key in keys:
+        for train in trains:
+            kind = first.replace(key, train)
+            if kind in found:
+                continue
+            try:
+                cut.trace(kind)
+            except Exception:
+                # Some functions cannot train without a key: a call in that mode says
+                # so.
+                continue
+            found.append(kind)
+    return found
+
+
+def _names(
+    cut: CutFunction, owned: Sequence[Sequence[int]], lending: set[int]
+) -> tuple[str, ...]:
+    """Of each layer: the path that its parameters share, numbers as `*`.
+
+    Equal layers, such as the blocks of a transformer, have one name: the scan executor
+    stacks what has the same name and shapes.
+    """
+    paths, names = cut.function.paths, list[str]()
+    for k, leaves in enumerate(owned):
+        given = cut.cuts.names[k - 1] if k else ""
+        parts = [paths[leaf].split("/") for leaf in leaves]
+        shared = []
+        for column in zip(*parts, strict=False):
+            if len(set(column)) > 1:
+                break
+            shared.append(column[0])
+        if not shared:
+            # Of several modules the first one names the piece.
+            shared = parts[0][:1] if parts and parts[0][0] else ["piece"]
+        name = given or "/".join(shared)
+        names.append(name if k in lending else re.sub(r"\d+", "*", name))
+    # Who lends is borrowed of by name, so that must be its own.
+    return tuple(
+        f"{name} #{k}" if k in lending and names.count(name) > 1 else name
+        for k, name in enumerate(names)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PieceLayer:
+    """A piece as the function of a layer.
+
+    Attributes:
+        cut: the function, and how it is cut.
+        number: of the piece.
+    """
+
+    cut: CutFunction
+    number: int
+
+    @property
+    def layer(self) -> Layer:
+        """The layer that it is the function of."""
+        k, wiring = self.number, self.cut.wiring
+        needs = ["carry"] if wiring.sources[k] or k in wiring.last_reader else []
+        needs += ["borrowed"] if wiring.lenders[k] else []
+        asked = self.cut.function.layer.needs or ()
+        # The first piece looks at all that decides which trace it is.
+        needs += [n for n in ("side", "step") if getattr(wiring, n)[k] or not k]
+        needs += ["key", "train"] if k == 0 else []
+        return Layer(
+            self,
+            name=wiring.names[k],
+            stash=[skip_name(k)] if k in wiring.last_reader else [],
+            # The last reader pops.
+            pop=[skip_name(s) for s in wiring.sources[k] if k == wiring.last_reader[s]],
+            peek=[skip_name(s) for s in wiring.sources[k] if k < wiring.last_reader[s]],
+            needs=[n for n in needs if n in asked or n in ("carry", "borrowed")],
+            borrow=[wiring.names[lender] for lender in wiring.lenders[k]],
+        )
+
+    def __call__(self, params: Sequence[Any], x: PyTree, **needs: Any) -> Any:
+        """Run the piece on a microbatch."""
+        k, wiring = self.number, self.cut.wiring
+        kind = x.kind if k else Kind.of(x, needs)
+        trace = self.cut.trace(kind)
+        traced, piece = trace.traced, trace.pieces[k]
+        self._check_reads(trace)
+        # 1. What enters, by the values of the graph.
+        given = dict[int, Any]()
+        if k:
+            given.update(zip(trace.boundaries[k - 1], x.values, strict=False))
+        else:
+            given.update(zip(traced.x, pack(x)[0], strict=True))
+            given.update(zip(traced.key, pack(needs.get("key"))[0], strict=True))
+        if piece.side:
+            given.update(zip(traced.side, pack(needs["side"])[0], strict=True))
+        if piece.step:
+            given.update(zip(traced.step, pack(needs["step"])[0], strict=True))
+        carry = needs.get("carry", {})
+        for source in wiring.sources[k]:
+            name = skip_name(source)
+            if k == wiring.last_reader[source]:
+                values, carry = pop(carry, name)
+            else:
+                values = peek(carry, name)
+            given.update(zip(trace.stashes[source], values, strict=True))
+        for leaf in piece.params:
+            owner, n = wiring.place_of[leaf]
+            own = params if owner == k else needs["borrowed"][wiring.names[owner]]
+            given[traced.params[leaf]] = own[n]
+        self._check_params(trace, given)
+        # 2. What it makes of it, and 3. what leaves.
+        out = trace.boundaries[k] if k < len(trace.boundaries) else traced.graph.outputs
+        stashed = trace.stashes[k] if k in wiring.last_reader else ()
+        made = replay(traced.graph, piece.nodes, given, (*out, *stashed))
+        leaving, rest = made[: len(out)], made[len(out) :]
+        if k < len(trace.boundaries):
+            y: Any = Boundary(tuple(leaving) or (jnp.zeros(1),), kind)
+        else:
+            y = traced.output.unpack(leaving)
+        if "carry" not in needs:
+            return y
+        if k in wiring.last_reader:
+            carry = stash(carry, skip_name(k), tuple(rest))
+        return y, carry
+
+    def _check_reads(self, trace: CutTrace) -> None:
+        """What the piece reads in this trace is what its layer declares."""
+        wiring, k = self.cut.wiring, self.number
+        piece = trace.pieces[k]
+        lent = {wiring.place_of[leaf][0] for leaf in piece.params} - {k}
+        skips = set(trace.skips(k).values())
+        fits = lent <= set(wiring.lenders[k]) and skips <= set(wiring.sources[k])
+        if not fits or piece.side > wiring.side[k] or piece.step > wiring.step[k]:
+            raise ValueError(
+                "`fpipe.split(fn)`: traced for this call (other shapes or needs) piece "
+                f"{k} {wiring.names[k]!r} reads what it did not read when the function "
+                "was split: split it with an example of these shapes and needs"
+            )
+
+    def _check_params(self, trace: CutTrace, given: dict[int, Any]) -> None:
+        """The parameters are those that the trace was made for."""
+        for leaf in trace.pieces[self.number].params:
+            v = trace.traced.params[leaf]
+            expected, got = trace.traced.graph.avals[v], aval(given[v])
+            if (got.shape, got.dtype) != (expected.shape, expected.dtype):
+                raise ValueError(
+                    "`fpipe.split(fn, params)`: the parameter "
+                    f"{self.cut.function.paths[leaf]!r} is {describe(got)}, but it was "
+                    f"{describe(aval(expected))} when the function was split: split it "
+                    "with such parameters, or their shapes"
+                )

@@ -1,0 +1,70 @@
+"""`fpipe.cut`: a place in a function where it is cut, written by its author.
+
+In the trace a mark is the equation of `jax.ad_checkpoint.checkpoint_name`, whose name
+begins with `PREFIX`. It is the identity in every other use of the function, and a
+policy of `jax.checkpoint` that saves by names does not know these.
+"""
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from fpipe._core.errors import shown
+from fpipe._core.pytrees import PyTree, describe, is_array
+from fpipe._program.graph import Node, given_name
+
+PREFIX = "fpipe.cut:"
+
+
+def cut(h: PyTree, name: str = "") -> PyTree:
+    """Mark where `fpipe.split` cuts the function that is being written; else nothing.
+
+    Everything that the function has computed before this line belongs to the piece
+    before, if it depends on the function's input.
+
+    Arguments:
+        h: a pytree with at least one array; what follows should go on from it.
+        name: what the piece behind it is called in tables and errors; default by its
+            parameters.
+
+    Returns:
+        `h`.
+
+    Raises:
+        TypeError: `h` has no array, or the name is no string.
+
+    Example:
+        >>> def mlp(params, x):
+        ...     h = jnp.tanh(x @ params["encode"])
+        ...     h = fpipe.cut(h)
+        ...     return h @ params["decode"]
+        >>> params = {"encode": jnp.ones((3, 4)), "decode": jnp.ones((4, 2))}
+        >>> len(fpipe.split(mlp, params, jnp.ones((2, 3))).layers)
+        2
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"`fpipe.cut(h, name={shown(name)})`: a name is a string")
+    leaves, structure = jax.tree.flatten(h)
+    # Of several arrays one is marked: a cut is a place in the order of equations, and
+    # all of `h` has been made before it.
+    for n, leaf in enumerate(leaves):
+        if is_array(leaf) and leaf.dtype != jax.dtypes.float0:
+            leaves[n] = checkpoint_name(leaf, PREFIX + name)
+            return structure.unflatten(leaves)
+    raise TypeError(f"`fpipe.cut(h)`: h is {describe(h)}, which has no array to mark")
+
+
+def mark_of(node: Node) -> str | None:
+    """The name of the mark that an equation is; `None`: it is none."""
+    name = given_name(node)
+    if name is None or not name.startswith(PREFIX):
+        return None
+    return name.removeprefix(PREFIX)
+
+
+def has_mark_inside(node: Node) -> bool:
+    """Whether a mark stands in a body of an equation, at any depth."""
+    return any(
+        mark_of(inner) is not None or has_mark_inside(inner)
+        for body in node.bodies
+        for inner in body.nodes
+    )

@@ -1,0 +1,268 @@
+"""What each piece of a cut trace runs, what it reads, and what it hands on.
+
+In: a trace and the places of its cuts. Out: for each piece a `Piece`. A function of two
+layers with a mask `m = x > 0`, cut between them,
+
+    piece  equations            reads                         makes for others
+    0      tanh(x @ w0) -> h    x                             h
+    1      x > 0, h @ w1, …     h and x of piece 0            the output
+
+shows the rules of who makes a value:
+
+- What depends on the data is made in the piece where it stands, and sent to the pieces
+  that read it. Where something cheap can be made again out of fewer bytes, it is: the
+  mask above, from `x`. The set that is sent is a minimum cut (`min_cut`).
+- What depends on parameters alone, or on nothing, is made wherever it is used: casts,
+  masks, tables of positions. But a reduction of parameters that makes them small, such
+  as a penalty on their norm, is made where the parameters are, and sent.
+- A key that is made from the key is made in the first piece and sent, so that all
+  pieces that draw do the same; what is drawn from it is drawn where it is used.
+- Equations with effects run where they stand.
+"""
+
+import bisect
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fpipe._core.pytrees import nbytes
+from fpipe._program.flops import flops
+from fpipe._program.graph import Node
+from fpipe._program.min_cut import cheapest
+from fpipe._split.crossing import CHEAP, remade_from
+from fpipe._split.trace import Traced
+
+# A value of parameters alone is made at their owner if it has so many times fewer
+# bytes than they have.
+_REDUCTION = 8
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Piece:
+    """A piece of a trace.
+
+    Attributes:
+        nodes: its equations, in order.
+        params: the leaves of the parameters that it reads, in the order of first use.
+        takes: the values that it reads of earlier pieces, each with the piece that
+            makes it, in the order of first use.
+        side, step: whether it reads the side inputs, or the step.
+        flops: what it takes.
+        again: the values of the data that it makes again, which an earlier piece has
+            made.
+    """
+
+    nodes: tuple[Node, ...]
+    params: tuple[int, ...]
+    takes: Mapping[int, int]
+    side: bool
+    step: bool
+    again: tuple[int, ...]
+
+    @property
+    def flops(self) -> float:
+        return sum(map(flops, self.nodes))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CutTrace:
+    """A trace with its pieces."""
+
+    traced: Traced
+    pieces: tuple[Piece, ...]
+
+    @cached_property
+    def _readers(self) -> dict[int, list[int]]:
+        """For each value that crosses a cut the pieces that read it."""
+        readers: dict[int, list[int]] = {}
+        for k, piece in enumerate(self.pieces):
+            for v in piece.takes:
+                readers.setdefault(v, []).append(k)
+        return readers
+
+    @cached_property
+    def boundaries(self) -> tuple[tuple[int, ...], ...]:
+        """For each piece but the last the values that it hands to the next one: of the
+        data, and read by no other piece.
+        """
+        # What several read, such as a mask, and keys come to all pieces the same way:
+        # so pieces that do the same have the same inputs.
+        return tuple(
+            tuple(
+                v
+                for v, maker in after.takes.items()
+                if maker == k and self._goes_on(v, maker)
+            )
+            for k, after in enumerate(self.pieces[1:])
+        )
+
+    def _goes_on(self, v: int, maker: int) -> bool:
+        """Whether a value is a part of the boundary behind its maker."""
+        return v in self.traced.of_data and self._readers[v] == [maker + 1]
+
+    @cached_property
+    def stashes(self) -> tuple[tuple[int, ...], ...]:
+        """For each piece all other values that it hands on."""
+        found: list[list[int]] = [[] for _ in self.pieces]
+        for v, readers in sorted(self._readers.items()):
+            maker = self.pieces[readers[0]].takes[v]
+            if not self._goes_on(v, maker):
+                found[maker].append(v)
+        return tuple(map(tuple, found))
+
+    def skips(self, k: int) -> dict[int, int]:
+        """What a piece reads of skips, each value with the piece that makes it."""
+        takes = self.pieces[k].takes.items()
+        return {v: maker for v, maker in takes if v in self.stashes[maker]}
+
+    def bytes_of(self, values: Sequence[int]) -> int:
+        """The bytes of some values together."""
+        return sum(nbytes(self.traced.graph.avals[v]) for v in values)
+
+
+def cut_trace(traced: Traced, places: Sequence[int]) -> CutTrace:
+    """Cut a trace at some places."""
+    homes = _homes(traced, places)
+    last = len(places)
+    # Backwards: what a piece has to make is known when all later ones are.
+    wanted: list[list[int]] = [[] for _ in range(last + 1)]
+    wanted[last] += traced.graph.outputs
+    pieces = []
+    for k in range(last, -1, -1):
+        piece = _piece(traced, places, homes, k, wanted[k])
+        pieces.append(piece)
+        for v, maker in piece.takes.items():
+            wanted[maker].append(v)
+    return CutTrace(traced, tuple(pieces[::-1]))
+
+
+def _homes(traced: Traced, places: Sequence[int]) -> dict[int, int]:
+    """The piece that makes each value; a value that is not there is made wherever it is
+    used.
+    """
+    graph = traced.graph
+
+    def piece_at(node: Node) -> int:
+        return bisect.bisect_right(places, traced.position[node])
+
+    owners = {
+        leaf: bisect.bisect_right(places, use)
+        for leaf, use in traced.first_uses.items()
+    }
+    nothing: frozenset[int] = frozenset()
+    made_of = {v: frozenset([leaf]) for leaf, v in enumerate(traced.params)}
+    homes = dict.fromkeys((*traced.x, *traced.key), 0)
+    for node in traced.live:
+        if node.eqn.effects or not traced.of_data.isdisjoint(node.outs):
+            homes.update(dict.fromkeys(node.outs, piece_at(node)))
+            continue
+        leaves = nothing.union(*(made_of.get(v, nothing) for v in node.ins))
+        made_of.update(dict.fromkeys(node.outs, leaves))
+        if not traced.of_key.isdisjoint(node.outs):
+            if not leaves and all(_is_key(graph.avals[v]) for v in node.outs):
+                homes.update(dict.fromkeys(node.outs, 0))
+            continue
+        if leaves and node.name not in CHEAP:
+            read = sum(nbytes(graph.avals[traced.params[leaf]]) for leaf in leaves)
+            made = sum(nbytes(graph.avals[v]) for v in node.outs)
+            where = {owners.get(leaf) for leaf in leaves}
+            if made * _REDUCTION <= read and len(where) == 1:
+                (owner,) = where
+                # What is used for a penalty alone lives in the last piece.
+                home = len(places) if owner is None else owner
+                homes.update(dict.fromkeys(node.outs, home))
+    return homes
+
+
+def _is_key(aval: Any) -> bool:
+    """Whether a value is a key, new-style or raw, or several."""
+    if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        return True
+    return str(aval.dtype) == "uint32" and aval.shape[-1:] == (2,)
+
+
+def _piece(
+    traced: Traced,
+    places: Sequence[int],
+    homes: Mapping[int, int],
+    k: int,
+    wanted: Sequence[int],
+) -> Piece:
+    """The piece `k`, which makes the values that others want of it."""
+    graph, maker = traced.graph, traced.graph.maker
+    leaf_of = {v: leaf for leaf, v in enumerate(traced.params)}
+    side, step = set(traced.side), set(traced.step)
+    forced = [
+        node
+        for node in traced.live
+        if node.eqn.effects and bisect.bisect_right(places, traced.position[node]) == k
+    ]
+
+    def needed(elsewhere: set[int]) -> tuple[set[int], set[int]]:
+        """The values that it makes, and those that it reads, if some are made
+        elsewhere.
+        """
+        inside, read = set[int](), set[int]()
+        pending = [*wanted, *(v for node in forced for v in (*node.ins, *node.outs))]
+        while pending:
+            v = pending.pop()
+            if v in inside or v in read or v in graph.consts:
+                continue
+            if v in maker and v not in elsewhere:
+                inside.update(maker[v].outs)
+                pending += maker[v].ins
+            else:
+                read.add(v)
+        return inside, read
+
+    # 1. What it reads if nothing is made again; 2. what is cheapest to send for that.
+    earlier = {v for v, home in homes.items() if home < k}
+    _, read = needed(earlier)
+    sent = _cheapest_to_send(traced, [v for v in sorted(read) if v in earlier])
+    inside, read = needed(sent)
+    nodes = tuple(
+        node
+        for node in traced.live
+        if node in forced or not inside.isdisjoint(node.outs)
+    )
+    # 3. In the order of first use, so that equal pieces have equal programs.
+    order = dict.fromkeys([*(v for node in nodes for v in node.ins), *wanted])
+    reads = [v for v in order if v in read]
+    again = [
+        v
+        for node in nodes
+        for v in node.outs
+        if v in traced.of_data
+        and bisect.bisect_right(places, traced.position[node]) < k
+    ]
+    return Piece(
+        nodes,
+        tuple(leaf_of[v] for v in reads if v in leaf_of),
+        {v: homes[v] for v in reads if v in earlier},
+        side=not side.isdisjoint(reads),
+        step=not step.isdisjoint(reads),
+        again=tuple(again),
+    )
+
+
+def _cheapest_to_send(traced: Traced, foreign: Sequence[int]) -> set[int]:
+    """Of the values of earlier pieces the cheapest set from which a piece can make
+    those that it reads.
+    """
+    costs, remade = dict[int, int](), dict[int, tuple[int, ...]]()
+    pending = list(foreign)
+    while pending:
+        v = pending.pop()
+        if v in costs:
+            continue
+        # The side inputs go to every piece that reads them.
+        costs[v] = 0 if v in traced.side else nbytes(traced.graph.avals[v])
+        sources = remade_from(traced, v)
+        if sources is not None:
+            remade[v] = sources
+            pending += sources
+    return cheapest(costs, remade, foreign)

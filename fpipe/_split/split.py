@@ -1,0 +1,310 @@
+"""`fpipe.split`: any function that JAX can trace, cut into layers.
+
+In: the user's function, its parameters, and a microbatch; shapes will do. Out: a
+`Split`, whose layers a `Pipe` runs, and which takes the user's own tree of parameters
+to the layers' and back. The steps, one module each:
+
+    mark.py      `fpipe.cut`, which an author writes into the function
+    trace.py     the function's graph, whose inputs have names
+    cuts.py      places: marks, paths of parameters, or the best narrow ones
+    pieces.py    what each piece runs, reads, and hands on
+    layers.py    the pieces as layers, over all traces of the function
+
+How JAX's own partial evaluation does the like is told in `jax.linearize`; that a trace
+is cut into stages by marks is due to JaxPP (Xhebraj et al., arXiv 2412.14374).
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, overload
+
+import jax
+
+from fpipe._core.checks import as_bool, as_int
+from fpipe._core.errors import shown
+from fpipe._core.pytrees import (
+    PyTree,
+    describe,
+    is_array,
+    numbers_as_arrays,
+    pack,
+    shapes_of,
+)
+from fpipe._model.frozen import Frozen, spread
+from fpipe._model.layer import Layer, as_layer
+from fpipe._model.microbatch import first_microbatch
+from fpipe._model.needs import call_needs
+from fpipe._planning.text import Table, counted, quantity, size
+from fpipe._split.cuts import best_balance
+from fpipe._split.layers import CutFunction, PieceLayer
+from fpipe._split.trace import Function, Kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Split(Sequence[Layer]):
+    """A function cut into layers; `fpipe.split` makes it.
+
+    It is a sequence of `fpipe.Layer`s: `fpipe.Pipe(split, ...)` runs it, takes
+    parameters in the function's own tree, and returns gradients in that. `print(split)`
+    shows the pieces. It compares, hashes and pickles as the function does.
+    """
+
+    cut: CutFunction
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The pieces, in order; each layer's parameters are a tuple of the arrays that
+        it owns.
+        """
+        count = len(self.cut.wiring.names)
+        return tuple(PieceLayer(self.cut, k).layer for k in range(count))
+
+    def __len__(self) -> int:
+        return len(self.cut.wiring.names)
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    @overload
+    def __getitem__(self, at: int) -> Layer: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[Layer, ...]: ...
+    def __getitem__(self, at: int | slice) -> Layer | tuple[Layer, ...]:
+        return self.layers[at]
+
+    def __reduce__(self) -> Any:
+        return Split, (self.cut,)
+
+    # --- parameters ---
+
+    @property
+    def param_shapes(self) -> PyTree:
+        """The function's parameters, as shapes."""
+        return self.cut.function.params.tree
+
+    def params(self, tree: PyTree) -> tuple[PyTree, ...]:
+        """The function's parameters as its layers take them: one entry per layer.
+
+        Arguments:
+            tree: the function's own tree; shapes will do, and gradients.
+
+        Raises:
+            ValueError: another tree than the function was split with.
+        """
+        spec = self.cut.function.params.spec
+        arrays, given = pack(tree)
+        if given != spec:
+            arrays, given = pack(numbers_as_arrays(tree))
+        if given.treedef != spec.treedef or given.arrays != spec.arrays:
+            raise ValueError(
+                "`fpipe.Pipe(split)`: the parameters are a tree as the function was "
+                f"split with, {describe(self.param_shapes)}, got {describe(tree)}"
+            )
+        return tuple(
+            tuple(arrays[leaf] for leaf in owned) for owned in self.cut.wiring.owned
+        )
+
+    def tree(self, params: Sequence[PyTree]) -> PyTree:
+        """The inverse of `params`: the function's own tree.
+
+        Arguments:
+            params: one entry per layer; gradients too.
+        """
+        place = self.cut.wiring.place_of
+        spec = self.cut.function.params.spec
+        places = [place[leaf] for leaf in range(spec.arrays)]
+        return spec.unpack([params[k][n] for k, n in places])
+
+    def frozen(self, frozen: Frozen) -> PyTree:
+        """What is frozen of the function's own tree, as flags by layer.
+
+        Arguments:
+            frozen: `frozen(path, array)`, or a pytree of bools that the function's
+                parameters begin with.
+        """
+        tree = self.param_shapes
+        try:
+            flags = spread(frozen, tree)
+        except (TypeError, ValueError) as error:
+            if callable(frozen):
+                raise
+            raise ValueError(
+                "`value_and_grad(frozen=...)`: a function of a path and an array, or a "
+                "pytree of bools that the parameters begin with, "
+                f"{describe(tree)}, got {shown(frozen)}"
+            ) from error
+        pairs = zip(flags, jax.tree.leaves(tree), strict=True)
+        mine = [flag for flag, leaf in pairs if is_array(leaf)]
+        owned = self.cut.wiring.owned
+        return tuple(tuple(mine[leaf] for leaf in leaves) for leaves in owned)
+
+    # --- what it is ---
+
+    def balance(self, stages: int) -> tuple[int, ...]:
+        """The number of pieces in each of so many stages: those whose most expensive
+        stage takes the fewest FLOPs, then those that the fewest bytes go between.
+
+        Raises:
+            ValueError: more stages than pieces.
+        """
+        stages = as_int("Split.balance", "stages", stages)
+        if stages > len(self):
+            raise ValueError(
+                f"`Split.balance({stages})`: the function is cut into "
+                f"{counted(len(self), 'piece')}: ask for fewer stages, or cut it finer"
+            )
+        trace = self.cut.trace(self.cut.first)
+        arriving = [
+            sum(trace.bytes_of([v]) for v in piece.takes) for piece in trace.pieces
+        ]
+        return best_balance([p.flops for p in trace.pieces], arriving, stages)
+
+    def __str__(self) -> str:
+        """A table: the pieces, their parameters, what they take, what crosses."""
+        return str(self._table)
+
+    def _repr_html_(self) -> str:
+        """The same for a notebook."""
+        return self._table.html()
+
+    def __repr__(self) -> str:
+        name = self.cut.function.layer.name
+        return f"Split({name}: {counted(len(self), 'piece')})"
+
+    @property
+    def _table(self) -> Table:
+        trace, wiring = self.cut.trace(self.cut.first), self.cut.wiring
+        rows = []
+        for k, piece in enumerate(trace.pieces):
+            owned = wiring.owned[k]
+            borrowed = [leaf for leaf in piece.params if leaf not in owned]
+            far = trace.skips(k)
+            near = [v for v in piece.takes if v not in far]
+            makers = sorted(set(far.values()))
+            skips = ""
+            if far:
+                numbers = ", ".join(map(str, makers))
+                skips = f"{size(trace.bytes_of(list(far)))} of {numbers}"
+            rows.append(
+                (
+                    str(k),
+                    wiring.names[k],
+                    self._paths(owned),
+                    self._paths(borrowed),
+                    quantity(piece.flops, "FLOP"),
+                    size(trace.bytes_of(near)) if k else "",
+                    skips,
+                    size(trace.bytes_of(piece.again)) if piece.again else "",
+                )
+            )
+        head = (
+            "piece",
+            "name",
+            "parameters",
+            "borrows",
+            "FLOPs",
+            "boundary",
+            "skips",
+            "made again",
+        )
+        return Table(head, rows, left=(1, 2, 3))
+
+    def _paths(self, leaves: Sequence[int]) -> str:
+        """Paths of parameters in a cell."""
+        paths = [self.cut.function.paths[leaf] or "(all)" for leaf in sorted(leaves)]
+        shown_paths = paths if len(paths) <= 4 else [*paths[:3], "…", paths[-1]]
+        return " ".join(shown_paths)
+
+
+def split(
+    fn: Any,
+    params: PyTree,
+    x: PyTree,
+    *,
+    side: PyTree = None,
+    key: Any = None,
+    train: bool = False,
+    step: Any = None,
+    stages: int | None = None,
+    cuts: Sequence[str] | None = None,
+) -> Split:
+    """Cut a function into layers for a `Pipe`, which then computes what the function
+    computes, microbatch by microbatch.
+
+    Any function that JAX can trace will do: the `apply` of a model, or one written by
+    hand. What crosses a cut, and how it travels, is found in its trace: a value that
+    only the next piece reads is the boundary, what later ones read is a skip.
+
+    Where it is cut: before the parameters that `cuts` names; else at the marks
+    `h = fpipe.cut(h)` in the function; else by itself, into `stages` pieces of nearly
+    equal FLOPs, or at every place over which few bytes go.
+
+    Arguments:
+        fn: `fn(params, x, **needs)`, pure; `x` is any pytree. The needs `side`, `key`,
+            `train` and `step` are its keyword-only parameters, as those of a layer.
+            Its key on microbatch `i` is `fold_in(fold_in(key, 0), i)` of the call's
+            key, wherever it is cut.
+        params: its parameters, or their shapes.
+        x: an example of a microbatch, of any number of rows, or its shapes.
+
+    Other Arguments:
+        side, key, train, step: examples of what calls will give; shapes will do.
+        stages: into how many pieces, where it is cut by itself.
+        cuts: paths of parameters as `jax.tree_util.keystr(path, simple=True,
+            separator="/")` writes them, or what they begin with by whole parts: `"h/1"`
+            is not `"h/10"`. A piece begins before the first use of any of these.
+
+    Returns:
+        A `Split`. Its pieces are the same for all shapes and modes: the function is
+        traced again for a smaller microbatch, or to evaluate, and cut at the same
+        places.
+
+    Raises:
+        TypeError: `fn` is no function, or has parameters that are no needs; a need that
+            cannot be split yet.
+        ValueError: no such parameters; too few places to cut at; a mark inside a loop,
+            a branch, a checkpointed function or one with its own derivative.
+
+    Example:
+        >>> def mlp(params, x):
+        ...     for layer in params:
+        ...         x = x + jnp.tanh(x @ layer["w"])
+        ...     return x
+        >>> params = [{"w": jnp.eye(3)} for _ in range(4)]
+        >>> split = fpipe.split(mlp, params, jnp.ones((2, 3)), cuts=["2"])
+        >>> devices = [jax.devices()[0]] * 2
+        >>> pipe = fpipe.Pipe(split, devices=devices, chunks=4)
+        >>> placed = pipe.place(params)
+        >>> pipe(placed, jnp.ones((8, 3))).shape
+        (8, 3)
+    """
+    layer = as_layer(fn)
+    refused = [n for n in layer.needs or () if n in ("carry", "borrowed", "state")]
+    if refused:
+        raise TypeError(
+            f"`fpipe.split(fn)`: {layer.name!r} asks for {', '.join(refused)}, and a "
+            "function that is split can have the needs side, key, train and step alone"
+        )
+    if stages is not None:
+        stages = as_int("fpipe.split", "stages", stages)
+    train = as_bool("fpipe.split", "train", train)
+    if cuts is not None:
+        if isinstance(cuts, str) or not all(isinstance(path, str) for path in cuts):
+            raise TypeError(
+                f"`fpipe.split(cuts={shown(cuts)})`: a list of paths of parameters, "
+                'such as ["decoder"]'
+            )
+        cuts = tuple(cuts)
+        if stages is not None:
+            raise TypeError(
+                "`fpipe.split(stages=..., cuts=...)`: one of them says where it is cut"
+            )
+    needs = call_needs(side=side, key=key, train=train, step=step)
+    x, needs = first_microbatch(x, needs, 1)
+    kind = Kind.of(shapes_of(x), needs)
+    cut = CutFunction(Function.of(layer, params), kind, cuts, stages)
+    made = Split(cut)
+    # Whatever is wrong is told here, and not in the first call.
+    len(made)
+    return made

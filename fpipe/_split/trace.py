@@ -1,0 +1,217 @@
+"""The function that is split, and its traces.
+
+In: the user's function with the shapes of its parameters, and for each trace the shapes
+of a microbatch. Out: a `Traced`, a graph of equations whose inputs have names. For
+
+    def f(params, x, *, side):  return tanh(x @ params["w"]) + side
+
+the trace of microbatches of 2 rows is
+
+    | equation     | reads | makes |     params  (0,)   leaf 0 is "w"
+    | dot_general  | 1, 0  | 3     |     x       (1,)
+    | tanh         | 3     | 4     |     side    (2,)
+    | add          | 4, 2  | 5     |     outputs (5,)
+
+A function is traced once for each `Kind`: other shapes, `train`, or no key make another
+graph, in which the cuts have to be found again.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import jax
+
+from fpipe._core.errors import noting, warn
+from fpipe._core.pytrees import (
+    PyTree,
+    Shape,
+    is_array,
+    is_traced,
+    nbytes,
+    numbers_as_arrays,
+    pack,
+)
+from fpipe._model.layer import Layer, LayerCall, call_layer
+from fpipe._program.graph import Graph, Node, dependents, inline, needed_nodes, trace
+
+# A closed-over array of more bytes is told: it is a constant of every program.
+_LARGE_CONSTANT = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a trace is for: everything that decides how the function is traced.
+
+    Attributes:
+        x, side, key, step: the shapes of one microbatch; `Shape.of(None)` of what is
+            not given.
+        train: as the call has it.
+    """
+
+    x: Shape
+    side: Shape
+    key: Shape
+    step: Shape
+    train: bool
+
+    @classmethod
+    def of(cls, x: PyTree, needs: Mapping[str, Any]) -> "Kind":
+        """From arrays, tracers or shapes."""
+        shapes = {name: Shape.of(needs.get(name)) for name in ("side", "key", "step")}
+        return cls(Shape.of(x), **shapes, train=bool(needs.get("train")))
+
+    def replace(self, key: Shape, train: bool) -> "Kind":
+        """The same microbatch in another mode."""
+        return dataclasses.replace(self, key=key, train=train)
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """The user's function.
+
+    Attributes:
+        layer: the function as a layer: its needs, and the checks of its call.
+        params: the structure and the shapes of its parameters.
+        paths: for each array of the parameters its path, such as `h/0/attention/w`.
+    """
+
+    layer: Layer
+    params: Shape
+    paths: tuple[str, ...]
+
+    @classmethod
+    def of(cls, layer: Layer, params: PyTree) -> "Function":
+        """From parameters, or their shapes."""
+        params = numbers_as_arrays(params)
+        named = jax.tree_util.tree_leaves_with_path(params)
+        paths = tuple(
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            for path, leaf in named
+            if is_array(leaf)
+        )
+        return cls(layer, Shape.of(params), paths)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Traced:
+    """A trace of the function.
+
+    Attributes:
+        graph: its equations, calls inlined.
+        params, x, side, key, step: the graph's values of these inputs' arrays.
+        output: how the outputs become what the function returns.
+    """
+
+    graph: Graph
+    params: tuple[int, ...]
+    x: tuple[int, ...]
+    side: tuple[int, ...]
+    key: tuple[int, ...]
+    step: tuple[int, ...]
+    output: Any
+
+    @cached_property
+    def live(self) -> tuple[Node, ...]:
+        """The equations that the outputs need, and those with effects."""
+        effects = [node for node in self.graph.nodes if node.eqn.effects]
+        return tuple(needed_nodes(self.graph, self.graph.outputs, required=effects))
+
+    @cached_property
+    def position(self) -> dict[Node, int]:
+        """The place of each equation among all."""
+        return {node: n for n, node in enumerate(self.graph.nodes)}
+
+    @cached_property
+    def of_data(self) -> set[int]:
+        """The values that depend on the microbatch."""
+        return dependents(self.graph, (*self.x, *self.side))
+
+    @cached_property
+    def of_params(self) -> set[int]:
+        """The values that depend on parameters."""
+        return dependents(self.graph, self.params)
+
+    @cached_property
+    def of_key(self) -> set[int]:
+        """The values that depend on the key."""
+        return dependents(self.graph, self.key)
+
+    @cached_property
+    def first_uses(self) -> dict[int, int]:
+        """For each used leaf of the parameters the position of the first equation on
+        the way of the data that needs it: directly, or through values that depend on
+        parameters alone, such as a cast.
+        """
+        # The parameters that each value without data is made of.
+        made_of = {v: frozenset([leaf]) for leaf, v in enumerate(self.params)}
+        found: dict[int, int] = {}
+        nothing: frozenset[int] = frozenset()
+        for node in self.live:
+            leaves = nothing.union(*(made_of.get(v, nothing) for v in node.ins))
+            if self.of_data.isdisjoint(node.outs):
+                made_of.update(dict.fromkeys(node.outs, leaves))
+                continue
+            for leaf in leaves:
+                found.setdefault(leaf, self.position[node])
+        return found
+
+    @cached_property
+    def form(self) -> tuple[Any, ...]:
+        """Its equations without their shapes: traces of the same form are cut at the
+        same equations.
+        """
+        return tuple((node.name, node.ins, node.outs) for node in self.graph.nodes)
+
+
+def trace_function(function: Function, kind: Kind) -> Traced:
+    """Run the function's Python on a microbatch of one kind.
+
+    Raises:
+        ValueError: it holds a value of a trace around it.
+    """
+    parts = (function.params, kind.x, kind.side, kind.key, kind.step)
+    outputs: list[Any] = []
+
+    def run(*values: Any) -> list[Any]:
+        rest = iter(values)
+        params, x, side, key, step = (
+            part.spec.unpack([next(rest) for _ in part.leaves]) for part in parts
+        )
+        given = {"side": side, "key": key, "step": step, "train": kind.train}
+        needs = {name: given[name] for name in function.layer.needs or ()}
+        result = call_layer(function.layer, 0, LayerCall(params, x, {}, needs))
+        arrays, spec = pack(result.y)
+        outputs.append(spec)
+        return arrays
+
+    name = function.layer.name
+    with noting(f"in the trace of {name!r}, which `fpipe.split` cuts"):
+        closed = trace(run, *(leaf for part in parts for leaf in part.leaves))
+    graph = inline(closed)
+    _check_constants(graph, name)
+    rest = iter(graph.inputs)
+    params, x, side, key, step = (
+        tuple(next(rest) for _ in part.leaves) for part in parts
+    )
+    return Traced(graph, params, x, side, key, step, outputs[-1])
+
+
+def _check_constants(graph: Graph, name: str) -> None:
+    """Look at the arrays that the function closes over."""
+    constants = list(graph.consts.values())
+    if is_traced(constants):
+        raise ValueError(
+            f"`fpipe.split(fn)`: {name!r} closes over a value of a trace around it "
+            "(`jax.jit`, `jax.grad`): give it as a parameter or in `x`, or split "
+            "outside of the trace"
+        )
+    large = [a for a in constants if is_array(a) and nbytes(a) > _LARGE_CONSTANT]
+    if large:
+        total = sum(map(nbytes, large)) / 2**20
+        warn(
+            f"`fpipe.split(fn)`: {name!r} closes over arrays of {total:.3g} MiB, which "
+            "become constants of the pieces that use them and do not train: give them "
+            "as parameters (frozen ones need no gradient)"
+        )

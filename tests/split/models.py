@@ -1,0 +1,165 @@
+"""Functions that are split, and the same computed microbatch by microbatch."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import fpipe
+from tests.helpers import noise
+
+WIDTH = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A function with its parameters and a batch of six rows.
+
+    Attributes:
+        paths: where it is cut by parameters.
+        marks: how many marks it has.
+        needs: what a call gives besides.
+    """
+
+    fn: Callable[..., Any]
+    params: Any
+    x: Any
+    paths: tuple[str, ...]
+    marks: int = 1
+    needs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def split(self, **how: Any) -> fpipe.Split:
+        """Cut, by an example of two rows."""
+        x = rows(self.x, 0, 2)
+        needs = dict(self.needs)
+        if "side" in needs:
+            needs["side"] = rows(needs["side"], 0, 2)
+        return fpipe.split(self.fn, self.params, x, **needs, **how)
+
+
+def rows(tree: Any, start: int, stop: int) -> Any:
+    return jax.tree.map(lambda a: a[start:stop], tree)
+
+
+def weights(*shape: int, seed: int = 0) -> Any:
+    return noise(jax.random.key(seed), shape)
+
+
+def loss(y: Any) -> Any:
+    """The mean of the squares of all outputs, which all have the same rows."""
+    return sum(jnp.mean(leaf**2) for leaf in jax.tree.leaves(y))
+
+
+def plain(example: Example, params: Any, size: int) -> tuple[Any, Any]:
+    """The loss and the outputs of the function itself, on microbatches of so many
+    rows.
+    """
+    count = jax.tree.leaves(example.x)[0].shape[0]
+    total, pieces = 0.0, []
+    for i, start in enumerate(range(0, count, size)):
+        stop = min(start + size, count)
+        needs = dict(example.needs)
+        if "key" in needs:
+            needs["key"] = jax.random.fold_in(jax.random.fold_in(needs["key"], 0), i)
+        if "side" in needs:
+            needs["side"] = rows(needs["side"], start, stop)
+        y = example.fn(params, rows(example.x, start, stop), **needs)
+        pieces.append(y)
+        total = total + loss(y) * ((stop - start) / count)
+    return total, jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
+
+
+def _residual_mlp(params, x):
+    h = jnp.tanh(x @ params["in"])
+    for n, block in enumerate(params["blocks"]):
+        h = h + jnp.tanh(h @ block["w"] + block["b"])
+        h = fpipe.cut(h) if n == 0 else h
+    return h
+
+
+def residual_mlp() -> Example:
+    """Two blocks with a residual, a mark between them."""
+    block = {"w": weights(WIDTH, WIDTH), "b": weights(WIDTH, seed=1)}
+    params = {"in": weights(WIDTH, WIDTH, seed=2), "blocks": [block, block]}
+    return Example(_residual_mlp, params, weights(6, WIDTH, seed=3), ("blocks/1",))
+
+
+def _u_net(params, x):
+    skips, h = [], x
+    for w in params["down"]:
+        h = jnp.tanh(h @ w)
+        skips.append(h)
+
+    @jax.jit
+    def middle(h):
+        return fpipe.cut(h * 0.5, "up")
+
+    h = middle(h)
+    for w, skip in zip(params["up"], reversed(skips), strict=True):
+        h = jnp.tanh(jnp.concatenate([h, skip], 1) @ w)
+        h = fpipe.cut(h)
+    return h
+
+
+def u_net() -> Example:
+    """Two levels down and up, with a mark in a jitted function."""
+    params = {
+        "down": [weights(WIDTH, WIDTH, seed=n) for n in range(2)],
+        "up": [weights(2 * WIDTH, WIDTH, seed=n) for n in range(2)],
+    }
+    return Example(
+        _u_net, params, weights(6, WIDTH), ("down/1", "up/0", "up/1"), marks=3
+    )
+
+
+def _gpt(params, x, *, key=None, train=False):
+    h = params["embed"][x["tokens"]]
+    length = h.shape[1]
+    seen = jnp.tril(jnp.ones((length, length), bool)) & x["mask"][:, None, :]
+    bias = jnp.where(seen, 0.0, -1e9)
+    keys = jax.random.split(jax.random.key(0) if key is None else key, 2)
+    for n, block in enumerate(params["h"]):
+        h = fpipe.cut(h, f"block {n}")
+        q, k, v = jnp.split(h @ block["qkv"], 3, -1)
+        a = jax.nn.softmax(q @ k.swapaxes(1, 2) + bias) @ v
+        if train:
+            a = jnp.where(noise(keys[n], a.shape) < 0.0, a, 0.0)
+        h = h + a @ block["out"]
+    return fpipe.cut(h) @ params["embed"].T
+
+
+def gpt() -> Example:
+    """Two blocks with a mask and dropout; the embedding is the head too."""
+    block = {"qkv": weights(WIDTH, 3 * WIDTH), "out": weights(WIDTH, WIDTH)}
+    params = {"embed": weights(5, WIDTH), "h": [block, block]}
+    tokens = jnp.arange(24).reshape(6, 4) % 5
+    x = {"tokens": tokens, "mask": tokens != 1}
+    needs = {"key": jax.random.key(7), "train": True}
+    return Example(_gpt, params, x, ("h/0", "h/1"), 3, needs)
+
+
+def _two_inputs(params, x, *, side, step=2):
+    a, b = x
+    h = jnp.sin(a @ params["a"]) * side["scale"]
+    penalty = jnp.sum(params["a"] ** 2)
+    h = fpipe.cut({"h": h})["h"]
+    out = jnp.cos(h @ params["b"]) + b * step
+    aux = out[:, :1] * penalty + side["scale"]
+    return {"out": out, "aux": aux, "rest": (b * 2.0,)}
+
+
+def two_inputs() -> Example:
+    """A tuple goes in, a dict comes out; side inputs, and a penalty on a weight."""
+    params = {
+        "a": weights(WIDTH, 4 * WIDTH),
+        "b": weights(4 * WIDTH, WIDTH),
+        "unused": weights(2),
+    }
+    x = (weights(6, WIDTH), weights(6, WIDTH, seed=1))
+    side = {"scale": weights(6, 1)}
+    return Example(_two_inputs, params, x, ("b",), 1, {"side": side})
+
+
+EXAMPLES = {f.__name__: f for f in (residual_mlp, u_net, gpt, two_inputs)}

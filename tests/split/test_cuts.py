@@ -1,0 +1,250 @@
+"""Where functions are cut, what crosses, and what is refused. Nothing is compiled."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fpipe
+from fpipe._split.cuts import best_balance
+from tests.split.models import EXAMPLES, gpt, residual_mlp, two_inputs, u_net
+
+X = jnp.ones((2, 3))
+
+
+def owned(split):
+    """The paths of the parameters of each piece."""
+    paths = split.cut.function.paths
+    return [sorted(paths[leaf] for leaf in own) for own in split.cut.wiring.owned]
+
+
+def test_a_mark_is_the_identity():
+    h = {"a": jnp.ones(2), "n": 3}
+    assert fpipe.cut(h)["n"] == 3
+    np.testing.assert_array_equal(fpipe.cut(h)["a"], h["a"])
+    grads = jax.grad(lambda x: jnp.sum(fpipe.cut(x) ** 2))(jnp.ones(2))
+    np.testing.assert_array_equal(grads, jnp.full(2, 2.0))
+    with pytest.raises(TypeError, match="no array to mark"):
+        fpipe.cut({"n": 3})
+    number: Any = 3
+    with pytest.raises(TypeError, match="a name is a string"):
+        fpipe.cut(X, number)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_marks_paths_and_itself(name):
+    example = EXAMPLES[name]()
+    assert len(example.split()) == example.marks + 1
+    assert len(example.split(cuts=example.paths)) == len(example.paths) + 1
+    # All parameters have one owner, whoever uses them.
+    split = example.split(cuts=example.paths)
+    found = sorted(itertools.chain(*owned(split)))
+    assert found == sorted(split.cut.function.paths)
+
+
+def test_pieces_begin_with_the_parameters_that_are_named():
+    split = gpt().split(cuts=["h/1", "h/0"])
+    assert owned(split) == [["embed"], ["h/0/out", "h/0/qkv"], ["h/1/out", "h/1/qkv"]]
+    assert [layer.borrow for layer in split.layers] == [(), (), ("embed",)]
+    # The first piece begins where the function does: it may be named or not.
+    assert len(gpt().split(cuts=["embed", "h/0", "h/1"])) == 3
+
+
+def test_a_prefix_goes_by_whole_parts():
+    def stack(params, x):
+        for w in params["h"]:
+            x = jnp.tanh(x @ w)
+        return x
+
+    params = {"h": [jnp.eye(3)] * 11}
+    split = fpipe.split(stack, params, X, cuts=["h/1"])
+    assert owned(split) == [["h/0"], sorted(f"h/{n}" for n in range(1, 11))]
+
+
+def test_equal_pieces_are_equal():
+    """The pieces of a transformer have equal names, parameters, inputs and outputs,
+    although a mask and a key go to each.
+    """
+    split = gpt().split()
+    embed, first, second, head = split.layers
+    assert first.name == second.name == "block *"
+    assert (embed.name, head.name) == ("embed", "piece")
+    assert first.peek == second.pop == ("piece 0",)
+    trace = split.cut.trace(split.cut.first)
+    params = [[x.shape for x in own] for own in split.params(split.param_shapes)]
+    assert params[1] == params[2]
+    names = [[node.name for node in piece.nodes] for piece in trace.pieces]
+    assert names[1] == names[2]
+    assert len(trace.boundaries[0]) == len(trace.boundaries[1]) == 1
+
+
+def test_a_mask_is_made_where_it_is_used_and_skips_go_straight():
+    trace = gpt().split()
+    cut = trace.cut.trace(trace.cut.first)
+    shapes = [[str(cut.traced.graph.avals[v]) for v in cut.skips(k)] for k in range(4)]
+    # The mask of the tokens, not what is added to each pair of them.
+    assert sorted(shapes[1]) == ["bool[2,1,4]", "uint32[2]"]
+    assert shapes[3] == []
+    levels = u_net().split()
+    stashed = [layer.stash for layer in levels.layers]
+    assert stashed == [("piece 0",), (), (), ()]
+    # Half of the lowest level, which piece 0 makes, is made again beside the whole.
+    assert [layer.pop for layer in levels.layers] == [(), (), ("piece 0",), ()]
+
+
+def test_a_penalty_is_made_where_the_parameters_are():
+    split = two_inputs().split()
+    assert [layer.borrow for layer in split.layers] == [(), ()]
+    cut = split.cut.trace(split.cut.first)
+    # The input `b`, and the sum of squares; the side inputs come by themselves.
+    shapes = [str(cut.traced.graph.avals[v]) for v in cut.pieces[1].takes]
+    assert sorted(shapes) == ["float32[2,12]", "float32[2,3]", "float32[]"]
+    assert all("side" in (layer.needs or ()) for layer in split.layers)
+
+
+def test_the_table():
+    text = str(residual_mlp().split())
+    head, first, second = text.splitlines()
+    assert head.split() == ["piece", "name", "parameters", "FLOPs", "boundary"]
+    assert first.split()[:5] == ["0", "in", "blocks/0/b", "blocks/0/w", "in"]
+    assert second.split()[-2:] == ["24", "B"]
+    assert repr(residual_mlp().split()) == "Split(_residual_mlp: 2 pieces)"
+    assert "<table>" in residual_mlp().split()._repr_html_()
+
+
+# --- by itself ---
+
+
+def dense_stack(widths):
+    """A function of layers of these widths."""
+
+    def run(params, x):
+        for p in params:
+            x = jnp.tanh(x @ p["w"] + p["b"])
+        return x
+
+    shapes = [
+        {"w": jax.ShapeDtypeStruct((a, b), "float32"), "b": jnp.ones(b)}
+        for a, b in itertools.pairwise(widths)
+    ]
+    return run, shapes
+
+
+def test_by_itself_it_is_cut_between_modules():
+    run, params = dense_stack([3, 4, 4, 4, 2])
+    split = fpipe.split(run, params, X)
+    assert all(
+        {path.split("/")[0] for path in own} == {str(k)}
+        for k, own in enumerate(owned(split))
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_most_expensive_piece_is_as_cheap_as_can_be(seed):
+    """Against all cuts between layers."""
+    rng = np.random.default_rng(seed)
+    run, params = dense_stack([3, *rng.integers(1, 9, 6)])
+    stages = int(rng.integers(2, 4))
+    names = [str(n) for n in range(len(params))]
+    whole = fpipe.split(run, params, X, cuts=names)
+    trace = whole.cut.trace(whole.cut.first)
+    work = [piece.flops for piece in trace.pieces]
+    best = min(
+        max(sum(work[a:b]) for a, b in itertools.pairwise((0, *ends, len(work))))
+        for ends in itertools.combinations(range(1, len(work)), stages - 1)
+    )
+    found = fpipe.split(run, params, X, stages=stages)
+    mine = found.cut.trace(found.cut.first)
+    assert len(mine.pieces) == stages
+    # Narrow places may lie inside of these layers: then it is better still.
+    assert max(piece.flops for piece in mine.pieces) <= best * 1.05
+
+
+def test_a_balance_takes_the_fewest_bytes_among_the_cheapest():
+    assert best_balance([2, 2, 2, 2], [0, 9, 9, 9], 2) == (2, 2)
+    assert best_balance([40, 1, 40], [0, 1, 9], 2) == (1, 2)
+    assert best_balance([40, 1, 40], [0, 9, 1], 2) == (2, 1)
+    split = residual_mlp().split()
+    assert split.balance(1) == (2,)
+    with pytest.raises(ValueError, match="cut into 2 pieces"):
+        split.balance(3)
+
+
+# --- refused ---
+
+
+def under(transform):
+    """A function with a mark inside of something."""
+
+    def run(params, x):
+        return transform(lambda h: fpipe.cut(jnp.tanh(h @ params["w"])), x)
+
+    return run
+
+
+@jax.custom_vjp
+def _own_derivative(h):
+    return fpipe.cut(h * 2.0)
+
+
+_own_derivative.defvjp(lambda h: (h * 2.0, None), lambda _, g: (g * 2.0,))
+
+INSIDE = {
+    "scan": lambda f, x: jax.lax.scan(lambda h, _: (f(h), None), x, None, 2)[0],
+    "while": lambda f, x: jax.lax.while_loop(lambda h: jnp.sum(h) < 0, f, x),
+    "cond": lambda f, x: jax.lax.cond(jnp.sum(x) > 0, f, lambda h: h, x),
+    "jax.checkpoint": lambda f, x: jax.checkpoint(f)(x),
+    "custom_vjp_call": lambda f, x: _own_derivative(f(x)),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_mark_inside_of_an_operation_is_refused(name):
+    params = {"w": jnp.eye(3)}
+    with pytest.raises(ValueError, match=f"stands inside a `{name}`"):
+        fpipe.split(under(INSIDE[name]), params, X)
+
+
+def test_wrong_arguments():
+    example = residual_mlp()
+    fn, params, x = example.fn, example.params, example.x
+    with pytest.raises(
+        ValueError, match=r"cuts=\['block'\].*there is none.*'blocks/0/b'"
+    ):
+        fpipe.split(fn, params, x, cuts=["block"])
+    with pytest.raises(
+        ValueError, match=r"'unused'.*no parameter with that path is used"
+    ):
+        two_inputs().split(cuts=["unused"])
+    with pytest.raises(TypeError, match="a list of paths"):
+        fpipe.split(fn, params, x, cuts="blocks/1")
+    with pytest.raises(TypeError, match="one of them says"):
+        fpipe.split(fn, params, x, cuts=["blocks/1"], stages=2)
+    with pytest.raises(ValueError, match="there are 1 places"):
+        fpipe.split(lambda p, x: (x @ p[0]) @ p[1], [X.T, X], X, stages=9)
+    with pytest.raises(TypeError, match="asks for state"):
+        fpipe.split(lambda p, x, *, state: (x, state), params, x)
+
+    def outer(a):
+        fpipe.split(lambda p, x: x * a, {}, X)
+
+    with pytest.raises(ValueError, match="closes over a value of a trace"):
+        jax.jit(outer)(X)
+    large = jnp.asarray(np.ones((600, 600), np.float32))
+    with pytest.warns(UserWarning, match=r"closes over arrays of 1\.37 MiB"):
+        fpipe.split(lambda p, x: fpipe.cut(x) * large[:2, :3], {}, X)
+
+
+def test_marks_that_change_with_the_mode_are_refused():
+    def fn(params, x, *, train=False):
+        h = x @ params["w"]
+        return fpipe.cut(h) if x.shape[0] == 2 else h
+
+    params = {"w": jnp.eye(3)}
+    split = fpipe.split(fn, params, X)
+    with pytest.raises(ValueError, match="1 marks when it is split, but 0"):
+        fpipe.sequential(split.layers)(split.params(params), jnp.ones((4, 3)))

@@ -1,0 +1,165 @@
+"""A pipe of a function that was split computes what the function computes, microbatch
+by microbatch.
+"""
+
+import pickle
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import fpipe
+import fpipe.optim
+from tests.helpers import assert_same
+from tests.split.models import EXAMPLES, gpt, loss, plain, residual_mlp, rows
+
+EXECUTORS = ("placed", "scan")
+
+
+def pipe_of(split, executor, **options):
+    options = {"chunks": 3, "devices": jax.devices()[:2]} | options
+    return fpipe.Pipe(split, executor=executor, **options)
+
+
+def step_of(pipe, example, placed, x=None):
+    """Loss and gradients, in the function's own tree on one device."""
+    step = pipe.value_and_grad(loss)
+    value, grads = step(placed, example.x if x is None else x, **example.needs)
+    return value, pipe.gather(grads)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_pipe_computes_what_the_function_computes(name, executor):
+    example = EXAMPLES[name]()
+    # Each model is cut in another way: by marks, by paths, by itself.
+    how = {
+        "residual_mlp": {"stages": 2},
+        "u_net": {},
+        "gpt": {},
+        "two_inputs": {"cuts": ["b"]},
+    }
+    pipe = pipe_of(example.split(**how[name]), executor)
+    assert len(pipe.balance) == 2
+    placed = pipe.place(example.params)
+    assert_same(pipe.gather(placed), example.params)
+    reference = jax.jit(
+        jax.value_and_grad(lambda p: plain(example, p, 2), has_aux=True)
+    )
+    (want, y), want_grads = reference(example.params)
+    value, grads = step_of(pipe, example, placed)
+    assert_same(value, want)
+    assert_same(grads, want_grads)
+    assert_same(pipe(placed, example.x, **example.needs), y)
+
+
+def test_placed_parameters_and_gradients_are_the_functions_own_tree():
+    example = gpt()
+    pipe = pipe_of(example.split(cuts=["h/1"]), "placed")
+    placed = pipe.place(example.params)
+    first, second = pipe.devices
+    want = {
+        "embed": {first},
+        "h": [{key: {d} for key in ("out", "qkv")} for d in (first, second)],
+    }
+    assert jax.tree.map(lambda a: a.devices(), placed) == want
+    _, grads = pipe.value_and_grad(loss)(placed, example.x, **example.needs)
+    assert jax.tree.map(lambda a: a.devices(), grads) == want
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_evaluation_and_a_smaller_last_microbatch_are_cut_at_the_same_places(executor):
+    example = gpt()
+    pipe = pipe_of(example.split(), executor)
+    placed, x = pipe.place(example.params), rows(example.x, 0, 5)
+    y = pipe(placed, x)
+    want = jax.jit(example.fn)(example.params, x)
+    assert_same(jax.device_get(y), jax.device_get(want))
+
+
+def test_gradients_from_outside_have_the_functions_own_tree():
+    example = residual_mlp()
+    pipe = pipe_of(example.split(), "placed")
+    placed = pipe.place(example.params)
+    grads = jax.grad(lambda p: loss(pipe(p, example.x)))(placed)
+    want = jax.jit(jax.grad(lambda p: loss(example.fn(p, example.x))))(example.params)
+    assert_same(pipe.gather(grads), want)
+
+
+def test_frozen_parameters_go_by_the_functions_own_paths():
+    example = residual_mlp()
+    pipe = pipe_of(example.split(), "placed")
+    placed = pipe.place(example.params)
+    flags = {"in": True, "blocks": False}
+    for frozen in (flags, lambda path, a: path == "['in']"):
+        step = pipe.value_and_grad(loss, frozen=frozen)
+        _, grads = step(placed, example.x)
+        assert grads["in"].dtype == jax.dtypes.float0
+        assert grads["blocks"][1]["w"].dtype == jnp.float32
+    with pytest.raises(ValueError, match="a pytree of bools that the parameters begin"):
+        pipe.value_and_grad(loss, frozen={"in": True})
+
+
+def test_an_optimizer_sees_the_functions_own_tree():
+    example = residual_mlp()
+    pipe = pipe_of(example.split(), "placed")
+    own = optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1, 0.9))
+    tx = fpipe.optim.per_stage(own)
+    placed = pipe.place(example.params)
+    state = tx.init(placed)
+    _, grads = pipe.value_and_grad(loss)(placed, example.x)
+    updates, _ = tx.update(grads, state, placed)
+    _, want_grads = jax.jit(
+        jax.value_and_grad(lambda p: plain(example, p, 2), has_aux=True)
+    )(example.params)
+    want, _ = jax.jit(own.update)(want_grads, own.init(example.params))
+    assert_same(pipe.gather(updates), want)
+
+
+@pytest.mark.quick
+def test_a_split_and_its_pipe_are_values():
+    example = residual_mlp()
+    split = example.split()
+    pipe = pipe_of(split, "placed")
+    again = pickle.loads(pickle.dumps(pipe))
+    assert again == pipe
+    assert again.layers == split
+    assert example.split() == split
+    assert example.split(cuts=["blocks/1"]) != split
+    placed = again.place(example.params)
+    assert_same(again.gather(placed), example.params)
+
+
+def test_equal_blocks_share_their_programs_and_their_arrays():
+    """Four equal pieces: under scan one core, stacked without padding."""
+    block = {"w": jnp.eye(2), "b": jnp.ones(2)}
+
+    def blocks(params, x):
+        for p in params:
+            x = fpipe.cut(x + jnp.tanh(x @ p["w"] + p["b"]))
+        return x
+
+    params, x = [block] * 4, jnp.ones((4, 2))
+    split = fpipe.split(blocks, params, x)
+    assert {layer.name for layer in split.layers[:4]} == {"*"}
+    pipe = fpipe.Pipe(split, balance=[1, 1, 1, 2], chunks=2, executor="scan")
+    placed = pipe.place(params)
+    assert [a.shape for a in jax.tree.leaves(placed)] == [(4, 2, 2), (4, 2)]
+
+
+def test_pipes_refuse_what_a_split_function_has_not():
+    example = residual_mlp()
+    split = example.split()
+    with pytest.raises(ValueError, match="compute_dtype"):
+        fpipe.Pipe(split, compute_dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match="deferred_batch_norm"):
+        fpipe.Pipe(split, deferred_batch_norm=True)
+    pipe = pipe_of(split, "placed")
+    with pytest.raises(TypeError, match="makes no parameters"):
+        pipe.init(jax.random.key(0), example.x)
+    with pytest.raises(ValueError, match="a tree as the function was split with"):
+        pipe.place({"in": example.params["in"]})
+    wrong = jax.tree.map(lambda a: a.astype(jnp.bfloat16), example.params)
+    with pytest.raises(ValueError, match="the parameter 'in' is bfloat16"):
+        pipe(pipe.place(wrong), example.x)
