@@ -236,6 +236,8 @@ def own_rooms(test: str, rooms: set[str]) -> set[str]:
         parts = [part.strip("_") for part in room.removeprefix("fpipe.").split(".")]
         if all(part == own for part, own in zip(parts, place, strict=False)):
             found.add(room)
+    if f"fpipe._{place[0]}" in FRONT_PACKAGES:
+        found.add(FRONT)
     return found
 
 
