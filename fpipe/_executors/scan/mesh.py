@@ -130,8 +130,10 @@ def by_stage(mesh: AnyMesh) -> NamedSharding:
 
 def on_device(a: Any, device: Any) -> Any:
     """An array on a device of this process. Of an array that is whole on several
-    processes its own copy is taken.
+    processes its own copy is taken, and what is traced lies where the program has it.
     """
+    if isinstance(a, Tracer):
+        return a
     if (
         isinstance(a, jax.Array)
         and a.is_fully_replicated

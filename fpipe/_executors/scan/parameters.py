@@ -105,14 +105,21 @@ class Parameters:
         need a device that holds the whole model.
         """
         packing = self.packing([Shape.of(p) for p in params])[1]
-        sharding = by_stage(self.mesh)
         if is_traced(params):
+            sharding = by_stage(self.mesh)
             rows = packing.pack(params)
             placed = [
                 a if row.is_empty else jax.lax.with_sharding_constraint(a, sharding)
                 for row, a in zip(packing.rows, rows, strict=True)
             ]
             return Packed(tuple(placed), packing)
+        # Arrays that a trace has from outside are placed outside of it.
+        with jax.ensure_compile_time_eval():
+            return self._joined(params, packing)
+
+    def _joined(self, params: Sequence[PyTree], packing: Packing) -> Packed:
+        """The blocks of each place, made there and joined to arrays over the mesh."""
+        sharding = by_stage(self.mesh)
         shards: list[list[Any]] = [[] for _ in packing.rows]
         for place, devices in enumerate(self._columns):
             # Each process makes the blocks of its own devices. It may have arrays for

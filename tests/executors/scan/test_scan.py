@@ -400,6 +400,23 @@ def test_place_and_gather_inside_a_trace():
     chex.assert_trees_all_equal(same, params)
 
 
+def test_init_and_place_of_what_a_trace_has_from_outside():
+    case = Case(models()["plain"], 2, rows=4)
+    pipe, params = pipe_of(case.layers, chunks=2), case.params()
+    key = jax.random.key(3)
+    want = pipe.init(key, case.x)
+    shapes = jax.eval_shape(lambda key: pipe.init(key, case.x), key)
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, want)
+
+    @jax.jit
+    def made(key):
+        return pipe.init(key, case.x), pipe.gather(pipe.place(params))
+
+    inside, same = made(key)
+    assert_same(pipe.gather(inside), pipe.gather(want))
+    chex.assert_trees_all_equal(same, params)
+
+
 # --- parameters ---
 
 
