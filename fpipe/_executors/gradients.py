@@ -128,7 +128,8 @@ def _checked(given: PyTree, gradients: PyTree, call: str) -> Sequence[Any]:
         raise ValueError(
             f"{call}: they must have the structure of the gradients, "
             f"{describe(gradients)}, got {describe(given)}; pass what "
-            "an earlier call of the same pipe returned"
+            "an earlier call of the same pipe returned, with the same `argnums` and "
+            "`frozen`"
         )
     old = jax.tree.leaves(given)
     for (path, g), before in zip(
