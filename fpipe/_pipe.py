@@ -453,8 +453,9 @@ class Pipe(Call):
         if isinstance(params, Packed):
             params = self._executor.param_shapes(params)
         if params is not None:
-            params = tuple(self._per_layer(params))
-            check_params(self.model, params, "`init_state(params=...)`")
+            own = self._per_layer(params)
+            check_params(self.model, own, "`init_state(params=...)`")
+            params = tuple(own)
         put = self._executor.make_state
         with self._context(), self._executor.tracing(), explicit_transfers():
             needs = call_needs(side=side)

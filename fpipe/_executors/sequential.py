@@ -25,6 +25,7 @@ from fpipe._core.checks import as_bool, as_compute_dtype
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
+    aval,
     copied,
     fill_gradient,
     is_inexact,
@@ -291,7 +292,9 @@ class PlainExecutor:
         # it adds bfloat16 gradients in bfloat16, and keeps the residuals of all.
         states, auxes, values, weights = self._states(args, cut), [], [], []
         dtype: Any = None
-        sums: list[Any] = [jnp.zeros(a.shape, sum_dtype(a.dtype)) for a in chosen]
+        # numpy's float64 is JAX's float32, and so are its gradients.
+        types = [aval(a) for a in chosen]
+        sums: list[Any] = [jnp.zeros(a.shape, sum_dtype(a.dtype)) for a in types]
         differentiated = jax.value_and_grad(microbatch, has_aux=True)
         own_states = states.overwritten if argnums else {}
         for i in range(cut.m):
@@ -316,7 +319,7 @@ class PlainExecutor:
         if loss.reduction == "weighted":
             weight = functools.reduce(operator.add, map(wide, weights))
             total, sums = divided(total, weight), [divided(g, weight) for g in sums]
-        found = iter(g.astype(a.dtype) for g, a in zip(sums, chosen, strict=True))
+        found = iter(g.astype(a.dtype) for g, a in zip(sums, types, strict=True))
         gradients = fill_gradient(
             spec, arrays, [next(found) if take else None for take in asked]
         )

@@ -12,6 +12,8 @@ and try the way of `jax.eval_shape`.
 """
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -71,3 +73,17 @@ def refuse_tracers(tree: PyTree) -> None:
                 "or `evaluate`. `fpipe.sequential` "
                 "supports them all"
             )
+
+
+def refuse_shapes(arrays: Sequence[Any]) -> None:
+    """A call takes arrays alone, while a plan may be made from their shapes."""
+    # By their few classes first: a call asks this of all its parameters.
+    if not any(
+        issubclass(kind, jax.ShapeDtypeStruct) for kind in set(map(type, arrays))
+    ):
+        return
+    shape = next(a for a in arrays if isinstance(a, jax.ShapeDtypeStruct))
+    raise TypeError(
+        f"a Pipe was called with the shape {shape} in place of an array; use "
+        "`jax.eval_shape` for shapes"
+    )

@@ -524,6 +524,9 @@ def test_init_state_of_a_model_without_init_needs_the_parameters():
         match=r"layer 0 'counter' has no init.*`init_state\(x, params=params\)`",
     ):
         pipe.init_state(case.x)
+    wrong: Any = 3
+    with pytest.raises(ValueError, match=r"`init_state\(params=...\)`.*got a int"):
+        pipe.init_state(case.x, params=wrong)
     params = pipe.place(case.params())
     assert_equal(
         pipe.init_state(case.x, params=params), case.reference.init_state(case.x)

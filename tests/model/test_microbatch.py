@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 import fpipe.testing
 from fpipe._model.microbatch import cut_inputs, pieces
-from tests.helpers import assert_same, raises
+from tests.helpers import assert_same, mse, raises
+from tests.model.test_needs import every
 
 # What a type checker would refuse is tested here.
 untyped: Any = lambda value: value  # noqa: E731
@@ -1169,3 +1170,19 @@ def test_weights_of_a_loss_are_summed_over_ragged_pieces(make):
 
     want, (wp, wx) = jax.value_and_grad(by_hand, argnums=(0, 1))(jnp.float32(3), x)
     assert_same(got, (want, ((wp,), wx)))
+
+
+@every
+def test_gradients_of_numpys_float64_are_float32(make):
+    def scaled(w, x):
+        return x * w
+
+    x, w = np.arange(12.0).reshape(4, 3), np.ones(3)
+    model = make([scaled, scaled], chunks=2)
+    step = model.value_and_grad(mse, argnums=(0, 1))
+    _, (grads, grad) = step(model.place((w, w)), x, x + 1)
+    low = x.astype(np.float32)
+    want = jax.grad(lambda w, v, x: mse(x * w * v, low + 1), (0, 1, 2))(
+        *[jnp.float32(a) for a in (w, w, low)]
+    )
+    assert_same((*model.gather(grads), grad), want)

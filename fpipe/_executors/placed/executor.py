@@ -59,7 +59,7 @@ from fpipe._executors.request import (
     wanted_leaves,
 )
 from fpipe._executors.scheduling import Scheduling
-from fpipe._executors.tracers import refuse_tracers
+from fpipe._executors.tracers import refuse_shapes, refuse_tracers
 from fpipe._model.loss import Loss
 from fpipe._model.remat import Remat
 from fpipe._model.stages import CALL_PORTS, Leaf, Port
@@ -330,7 +330,7 @@ class Placed:
         params, params_def = jax.tree.flatten(args.params)
         packs = self._packs(args)
         flat_params = (params, params_def)
-        _refuse_shapes([*params, *[a for arrays, _ in packs.values() for a in arrays]])
+        refuse_shapes([*params, *[a for arrays, _ in packs.values() for a in arrays]])
         bound = self._find(kind, args, loss, asked, flat_params, packs)
         check_consumed(args)
         # The key of a plan has no shardings in it, because another sharding of the
@@ -540,20 +540,6 @@ def _numbered(args: Args, argnums: tuple[int, ...]) -> Asked:
 def _counts(params: Sequence[PyTree]) -> list[int]:
     """The number of arrays of each layer's parameters."""
     return [len(pack(p)[0]) for p in params]
-
-
-def _refuse_shapes(arrays: Sequence[Any]) -> None:
-    """A call takes arrays alone, while a plan may be made from their shapes."""
-    # By their few classes first: a call asks this of all its parameters.
-    if not any(
-        issubclass(kind, jax.ShapeDtypeStruct) for kind in set(map(type, arrays))
-    ):
-        return
-    shape = next(a for a in arrays if isinstance(a, jax.ShapeDtypeStruct))
-    raise TypeError(
-        f"a Pipe was called with the shape {shape} in place of an array; use "
-        "`jax.eval_shape` for shapes"
-    )
 
 
 def _types(arrays: Sequence[Any]) -> tuple[Any, ...]:

@@ -70,6 +70,7 @@ from fpipe._executors.scan.parameters import Parameters
 from fpipe._executors.scan.plan_data import plan_data
 from fpipe._executors.scan.step import Step
 from fpipe._executors.scheduling import Scheduling
+from fpipe._executors.tracers import refuse_shapes
 from fpipe._model.loss import Loss
 from fpipe._model.model import Model
 from fpipe._model.needs import INPUTS
@@ -390,6 +391,7 @@ class Scan:
         self, step: Step, name: Literal["forward", "backward", "loss"], *arrays: Any
     ) -> Any:
         """Call a function of a step, and look for NaNs in the result if JAX does."""
+        refuse_shapes(jax.tree.leaves(arrays))
         if not debugging() or is_traced(arrays):
             return self._dispatch(step, name, *arrays)
         # JAX would look for NaNs in what the program returns, and run it again without

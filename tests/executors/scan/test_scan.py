@@ -412,6 +412,8 @@ def test_init_and_place_of_what_a_trace_has_from_outside():
     def made(key):
         return pipe.init(key, case.x), pipe.gather(pipe.place(params))
 
+    with pytest.raises(TypeError, match=r"called with the shape .*`jax.eval_shape`"):
+        pipe(want, jax.eval_shape(lambda: case.x))
     inside, same = made(key)
     assert_same(pipe.gather(inside), pipe.gather(want))
     chex.assert_trees_all_equal(same, params)
