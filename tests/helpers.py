@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import beartype
 import chex
@@ -14,14 +14,20 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Inexact
 
 import fpipe
 
 WIDTH = 4
 
 shaped = jaxtyping.jaxtyped(typechecker=beartype.beartype)
-"""Checks the types and the shapes that a function of the tests names."""
+"""Checks the types and the shapes that a function of the tests names.
+
+For functions of a module: to wrap one takes longer than to trace it, so none is wrapped
+each time that a layer is made.
+"""
+
+AnyArray: TypeAlias = Array | np.ndarray
 
 HANG = 600
 """Seconds that only something that hangs takes, however busy the machine is."""
@@ -45,13 +51,37 @@ def noise(
     return low + (high - low) * unit
 
 
+@shaped
+def affine(
+    x: Float[AnyArray, "*rows in"],
+    w: Float[AnyArray, "in out"],
+    b: Float[AnyArray, " out"],
+) -> Float[AnyArray, "*rows out"]:
+    return x @ w + b
+
+
+@shaped
+def scaled(
+    x: Float[AnyArray, "*rows width"], by: Float[AnyArray, " width"]
+) -> Float[AnyArray, "*rows width"]:
+    """Rows times one number for each column."""
+    return x * by
+
+
+@shaped
+def plus(
+    x: Float[AnyArray, "*rows width"], y: Float[AnyArray, "*rows width"]
+) -> Float[AnyArray, "*rows width"]:
+    """Rows and as many others: neither is repeated for the other."""
+    return x + y
+
+
 def dense(width: int = WIDTH, activation: Callable[..., Any] = jnp.tanh) -> fpipe.Layer:
     def init(key, x):
         return {"w": noise(key, (x.shape[-1], width)), "b": jnp.full((width,), 0.1)}
 
-    @shaped
-    def apply(params, x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:
-        return activation(x @ params["w"] + params["b"])
+    def apply(params, x):
+        return activation(affine(x, params["w"], params["b"]))
 
     return fpipe.Layer(apply, init, name="dense")
 
@@ -78,7 +108,7 @@ def keep(name: str = "skip") -> fpipe.Layer:
 
     @fpipe.skippable(stash=[name])
     def stash(params, x, *, carry):
-        return jnp.sin(x) * params, fpipe.stash(carry, name, x)
+        return scaled(jnp.sin(x), params), fpipe.stash(carry, name, x)
 
     return dataclasses.replace(stash, init=scale_init)
 
@@ -89,7 +119,7 @@ def add(name: str = "skip") -> fpipe.Layer:
     @fpipe.skippable(pop=[name])
     def pop(params, x, *, carry):
         skip, carry = fpipe.pop(carry, name)
-        return x * params + skip, carry
+        return plus(scaled(x, params), skip), carry
 
     return dataclasses.replace(pop, init=scale_init)
 
@@ -99,14 +129,14 @@ def look(name: str = "skip") -> fpipe.Layer:
 
     @fpipe.skippable(peek=[name])
     def peek(params, x, *, carry):
-        return x * params + jnp.cos(fpipe.peek(carry, name)), carry
+        return plus(scaled(x, params), jnp.cos(fpipe.peek(carry, name))), carry
 
     return dataclasses.replace(peek, init=scale_init)
 
 
 def dropout() -> fpipe.Layer:
     def apply(params, x, *, key):
-        y = x * params
+        y = scaled(x, params)
         return y if key is None else jnp.where(noise(key, x.shape) < 0.4, y, 0)
 
     return fpipe.Layer(apply, scale_init, name="dropout")
@@ -117,7 +147,7 @@ def counter() -> fpipe.Layer:
 
     def apply(params, x, *, state, train):
         mean = x.mean(0)
-        y = (x - state["mean"]) * params
+        y = scaled(x - state["mean"], params)
         return y, {
             "mean": 0.5 * (state["mean"] + mean),
             "count": state["count"] + 1,
@@ -140,7 +170,7 @@ def split_layer() -> fpipe.Layer:
     def apply(params, x):
         kind = jnp.argmax(x, -1)
         return {
-            "a": x * params,
+            "a": scaled(x, params),
             "b": (x[:, :2] + 1, None),
             "kind": kind,
             "sign": x > 0,
@@ -156,14 +186,14 @@ def merge_layer() -> fpipe.Layer:
         y = jnp.where(x["sign"], x["a"], 0.1 * x["a"]) + x["b"][0].sum(
             -1, keepdims=True
         )
-        return y * params + jax.nn.one_hot(x["kind"], WIDTH, dtype=y.dtype)
+        return plus(scaled(y, params), jax.nn.one_hot(x["kind"], WIDTH, dtype=y.dtype))
 
     return fpipe.Layer(apply, scale_init, name="merge")
 
 
 def sided() -> fpipe.Layer:
     def apply(params, x, *, side):
-        return x * params + side
+        return plus(scaled(x, params), side)
 
     return fpipe.Layer(apply, scale_init, name="sided")
 
@@ -174,7 +204,7 @@ def owner() -> fpipe.Layer:
 
 def borrower() -> fpipe.Layer:
     def apply(params, x, *, borrowed):
-        return (x * params) @ borrowed["embed"]["w"].T
+        return scaled(x, params) @ borrowed["embed"]["w"].T
 
     return fpipe.Layer(apply, scale_init, name="head", borrow=("embed",))
 
@@ -204,7 +234,11 @@ def models() -> dict[str, list[fpipe.Layer]]:
     }
 
 
-def mse(y, t):
+@shaped
+def mse(
+    y: Inexact[AnyArray, "*shape"], t: Inexact[AnyArray, "*shape"]
+) -> Float[Array, ""]:
+    """The mean over all numbers. A target of another shape would be repeated."""
     return jnp.mean((y - t) ** 2)
 
 

@@ -487,23 +487,26 @@ def test_a_loss_with_other_parameters_is_told_how_it_is_called(call):
         "last layer, here with "
     )
 
+    def error(y, t):
+        return jnp.mean((y - t) ** 2)
+
     def as_for_grad(params, x, target):
-        return mse(x, target)
+        return error(x, target)
 
     def inside(y, target):
-        return mse(y)  # type: ignore[call-arg]
+        return error(y)  # type: ignore[call-arg]
 
     run = getattr(pipe, call)
     for fn, targets, text in (
         (as_for_grad, [TARGET], "1 target: "),
-        (mse, [], "0 targets: "),
+        (error, [], "0 targets: "),
     ):
         with pytest.raises(TypeError) as caught:
             run(fn)(placed, X, *targets)
         assert str(caught.value).startswith(head + text)
         assert "missing 1 required positional argument" in str(caught.value)
         assert notes(caught.value) == ["fpipe: in loss_fn, stage 1, microbatch 0"]
-    with pytest.raises(TypeError, match=r"^mse\(\) missing 1 required"):
+    with pytest.raises(TypeError, match=r"^test_a_loss\S+error\(\) missing 1 required"):
         run(inside)(placed, X, TARGET)
 
 

@@ -1,15 +1,16 @@
 """Decoding with caches: state of rows in pieces, handed over from call to call."""
 
 import functools
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import Array, Float, Int
 
 import fpipe
-from tests.helpers import assert_same, dense, mse, noise, raises
+from tests.helpers import assert_same, dense, mse, noise, raises, shaped
 from tests.model.test_needs import every, make_placed, make_scan, make_sequential, pipes
 
 VOCABULARY, WIDTH, LENGTH, ROWS, PROMPT = 11, 8, 7, 4, 3
@@ -17,7 +18,15 @@ TOKENS = jax.random.randint(jax.random.key(1), (ROWS, PROMPT), 0, VOCABULARY, jn
 KEYS = jax.random.split(jax.random.key(2), ROWS)
 
 
-def embed(params, tokens, *, step):
+Tokens: TypeAlias = Int[Array, "rows time"]
+Values: TypeAlias = Float[Array, "rows time width"]
+Caches: TypeAlias = dict[str, Float[Array, "rows length width"]]
+
+
+@shaped
+def embed(
+    params: dict[str, Float[Array, "_ width"]], tokens: Tokens, *, step
+) -> Values:
     """Tokens and their places; `step` is the place of the first."""
     count = tokens.shape[1]
     places = jax.lax.dynamic_slice_in_dim(params["places"], step, count)
@@ -31,7 +40,10 @@ def init_embed(key, x):
     }
 
 
-def attend(params, x, *, state, step):
+@shaped
+def attend(
+    params: Float[Array, "width 3*width"], x: Values, *, state: Caches, step
+) -> tuple[Values, Caches]:
     """Causal attention to all that the cache has seen, by one head."""
     query, key, value = jnp.split(x @ params, 3, -1)
     keys = jax.lax.dynamic_update_slice_in_dim(state["keys"], key, step, 1)
@@ -50,7 +62,10 @@ def caches(x):
     }
 
 
-def choose(params, x, *, step, side=None):
+@shaped
+def choose(
+    params: Float[Array, "width words"], x: Values, *, step, side=None
+) -> Int[Array, "rows 1"]:
     """The next token of each row: the likeliest, or drawn with the row's own key."""
     scores = x[:, -1] @ params
     if side is None:

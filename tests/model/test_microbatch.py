@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import Array, Float
 
 import fpipe.testing
 from fpipe._model.microbatch import cut_inputs, pieces
-from tests.helpers import assert_same, mse, raises
+from tests.helpers import assert_same, mse, raises, shaped
 from tests.model.test_needs import every
 
 # What a type checker would refuse is tested here.
@@ -461,9 +462,17 @@ executors = pytest.mark.parametrize("executor", EXECUTORS)
 
 
 def sequence_layer(w, x, *, side):
-    # x: (L, B, D), positions: (2, B, L), a bias for each row: (B,)
-    position = side["deep"]["position"].sum(0).T[..., None] * side["bias"][:, None]
-    return jnp.tanh(x @ w + position)
+    return shifted_sequence(w, x, side["deep"]["position"], side["bias"])
+
+
+@shaped
+def shifted_sequence(
+    w: Float[Array, "width width"],
+    x: Float[Array, "length rows width"],
+    position: Float[Array, "2 rows length"],
+    bias: Float[Array, " rows"],
+) -> Float[Array, "length rows width"]:
+    return jnp.tanh(x @ w + position.sum(0).T[..., None] * bias[:, None])
 
 
 def sequence_head(w, x, *, side):

@@ -1,14 +1,15 @@
 """Ready-made microbatches, whose shapes may differ, and aux for each row."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import Array, Float
 
 import fpipe.testing
-from tests.helpers import assert_same, noise, raises
+from tests.helpers import assert_same, noise, raises, shaped
 from tests.model.test_microbatch import ONE_SAYS
 
 # What a type checker would refuse is tested here.
@@ -27,17 +28,29 @@ def random(seed, *shape):
     return noise(jax.random.key(seed), shape)
 
 
-def attend(w, x, *, side):
-    # x: (rows, length, WIDTH), a mask: (rows, length)
+Sequences: TypeAlias = Float[Array, "rows length width"]
+
+
+@shaped
+def attend(
+    w: Float[Array, "width width"],
+    x: Sequences,
+    *,
+    side: dict[str, Float[Array, "rows length"]],
+) -> Sequences:
     h = jnp.tanh(x @ w) * side["mask"][..., None]
     return h - h.mean(1, keepdims=True)
 
 
-def score(w, x):
+@shaped
+def score(
+    w: Float[Array, "width width"], x: Float[Array, "*rows width"]
+) -> Float[Array, "*rows width"]:
     return x @ w
 
 
-def weighted(y, target, row_weight):
+@shaped
+def weighted(y: Sequences, target: Sequences, row_weight: Float[Array, " rows"]):
     error = ((y - target) ** 2).sum((1, 2)) * row_weight
     tokens = jnp.float32(y.shape[1]) * row_weight.sum()
     return (error.sum(), tokens), {"error": fpipe.PerRow(error), "tokens": tokens}

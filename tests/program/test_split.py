@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jaxtyping import Array, Float
 
 from fpipe._core.pytrees import Shape
 from fpipe._model.model import Model
@@ -11,6 +12,7 @@ from fpipe._model.stages import Port, X, cut_stages
 from fpipe._program.remats import inline_remats
 from fpipe._program.stage_programs import SplitSpec, split_stage
 from fpipe._program.trace import differentiate, trace_stage
+from tests.helpers import shaped
 
 W = jax.ShapeDtypeStruct((4, 4), jnp.float32)
 
@@ -39,7 +41,10 @@ def table_of(joint, split_backward):
     }
 
 
-def dense(w, x):
+@shaped
+def dense(
+    w: Float[Array, "in out"], x: Float[Array, "rows in"]
+) -> Float[Array, "rows out"]:
     return jnp.tanh(x @ w)
 
 
@@ -98,7 +103,10 @@ def test_a_recomputation_is_inlined_behind_barriers():
     assert table["W"][2].split().count("dot_general") == 1
 
 
-def scanned(ws, x):
+@shaped
+def scanned(
+    ws: Float[Array, "layers width width"], x: Float[Array, "rows width"]
+) -> Float[Array, "rows width"]:
     return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0]
 
 

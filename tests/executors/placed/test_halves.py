@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen, nnx
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
 
 import fpipe
 import fpipe.flax
@@ -17,7 +18,16 @@ from fpipe.schedules import Schedule
 from tests.executors.helpers import observing, plan_of, products
 from tests.executors.placed.test_plan import actions, by_device
 from tests.front.test_equal import pipe_of
-from tests.helpers import Case, assert_same, dense, dropout, models, mse, noise
+from tests.helpers import (
+    Case,
+    assert_same,
+    dense,
+    dropout,
+    models,
+    mse,
+    noise,
+    shaped,
+)
 
 W, M = 8, 4
 EVERYTHING, NOTHING = (
@@ -199,7 +209,10 @@ def test_a_scan_gives_both_in_i_and_the_plan_says_so():
     assert ("W", 1) not in kinds  # nothing is left for it
 
 
-def scan(ws, x):
+@shaped
+def scan(
+    ws: Float[Array, "layers width width"], x: Float[Array, "rows width"]
+) -> Float[Array, "rows width"]:
     return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0]
 
 
