@@ -229,14 +229,22 @@ class Pipe(Call):
             "Pipe", "deferred_batch_norm", deferred_batch_norm
         )
         detect_anomaly = as_bool("Pipe", "detect_anomaly", detect_anomaly)
-        model = Model(layers, compute_dtype)
+        if isinstance(layers, Split):
+            # The function casts what enters; what crosses a cut keeps its dtype, so
+            # that cuts change nothing.
+            model = Model(layers.computing_in(compute_dtype))
+        else:
+            model = Model(layers, compute_dtype)
         scheduling = Scheduling.of(schedule)
         remat = Remat.of(checkpoint)
         # As they were given: `dataclasses.replace` defers them again.
-        if isinstance(layers, Split):
-            _check_split_options(compute_dtype, deferred_batch_norm)
-        else:
+        if not isinstance(layers, Split):
             layers = model.layers
+        elif deferred_batch_norm:
+            raise ValueError(
+                "`Pipe(split, deferred_batch_norm=True)`: a function that was split "
+                "has no layers of batch norm: give layers to `Pipe`"
+            )
         if deferred_batch_norm:
             model = Model(deferred(layers, "Pipe"), compute_dtype)
         placements = as_placements(
@@ -902,21 +910,6 @@ class Pipe(Call):
         except NotFiniteError:
             self._eager.loss(args, loss, argnums)
             raise
-
-
-def _check_split_options(compute_dtype: Any, deferred_batch_norm: bool) -> None:
-    """Refuse options that a function that was split does not have."""
-    if compute_dtype is not None:
-        raise ValueError(
-            "`Pipe(split, compute_dtype=...)`: the dtypes of a function are decided "
-            "when it is split: cast parameters and inputs in the function, or give "
-            "`fpipe.split` those that are cast"
-        )
-    if deferred_batch_norm:
-        raise ValueError(
-            "`Pipe(split, deferred_batch_norm=True)`: batch norms are layers there, "
-            "and a function that was split has none: give layers to `Pipe`"
-        )
 
 
 def _unpickled(fields: dict[str, Any]) -> Pipe:

@@ -29,6 +29,7 @@ from fpipe._model.loss import Reduction, as_loss
 from fpipe._model.microbatch import cut_inputs
 from fpipe._model.skips import peek, pop, stash
 from fpipe._pipe import Pipe
+from fpipe._split.split import Split
 from fpipe.schedules import Action, Kind, Schedule
 from fpipe.schedules._rules import needs as needed_actions
 
@@ -41,7 +42,7 @@ def assert_equals_sequential(
     x: PyTree,
     *targets: PyTree,
     loss_fn: Callable[..., Any] | None = None,
-    params: Sequence[PyTree] | None = None,
+    params: PyTree = None,
     side: PyTree = None,
     key: Any = None,
     state: Sequence[PyTree] | None = None,
@@ -62,7 +63,8 @@ def assert_equals_sequential(
         x, targets, side, key, state, train, step: as for a call. Without `state`,
             layers with state get what `init_state` makes.
         loss_fn, has_aux, reduction, argnums: as for `pipe.value_and_grad`.
-        params: one entry per layer, as for the plain composition; default what `init`
+        params: one entry per layer, as for the plain composition (of a function that
+            was split its own tree); default what `init`
             makes from `jax.random.key(0)`.
         tolerance: the largest difference of an array, as a share of its largest number:
             `max|a - b| <= tolerance * max|b|`. Default 1e-5, and 2e-2 where 16-bit
@@ -95,16 +97,19 @@ def assert_equals_sequential(
     as_argnums(argnums)
     # The reference is `fpipe.sequential` at equal `chunks`, not the layers on the whole
     # batch: batch statistics and dropout masks depend on the microbatches.
+    # Of a function that was split they are the pieces, which cast by themselves.
+    split = pipe.layers if isinstance(pipe.layers, Split) else None
     reference = sequential(
-        pipe.layers,
+        pipe.model.layers if split else pipe.layers,
         pipe.chunks,
-        compute_dtype=pipe.compute_dtype,
+        compute_dtype=None if split else pipe.compute_dtype,
         deferred_batch_norm=pipe.deferred_batch_norm,
     )
     if params is None:
         params = reference.init(jax.random.key(0), x, side)
     else:
         # Checked, and with arrays for Python numbers, as `Pipe.place` has it.
+        params = split.params(params) if split else params
         params = reference.place(params)
     if state is None and pipe.model.stateful:
         state = reference.init_state(x, side, params)
@@ -115,7 +120,7 @@ def assert_equals_sequential(
         "train": train,
         "step": step,
     }
-    placed = pipe.place(params)
+    placed = pipe.place(split.tree(params) if split else params)
     inputs = {"x": x, "side": side, "targets": targets}
     compare = _Comparison(pipe, cut_inputs(inputs, pipe.chunks).m, tolerance)
 
@@ -155,6 +160,7 @@ def assert_equals_sequential(
         if number == 0:
             # Packed or on several devices: as one entry per layer on one device.
             got = pipe.gather(got)
+            got = split.params(got) if split else got
             compare.layers("the gradient of params", got, want, gradients=True)
         elif number == 1:
             compare.tree("the gradient of x", got, want)

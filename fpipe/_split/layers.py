@@ -60,36 +60,52 @@ class CutFunction:
     Attributes:
         first: the microbatch that it was cut for.
         paths, stages: how, see `fpipe.split`.
+        dtype: what it computes in, see `Pipe(compute_dtype=...)`; it is cut where it is
+            without.
     """
 
     function: Function
     first: Kind
     paths: tuple[str, ...] | None
     stages: int | None
+    dtype: Any = None
 
     @cached_property
     def _traces(self) -> dict[Any, CutTrace]:
         return {}
 
     @cached_property
-    def _first_trace(self) -> Traced:
-        return trace_function(self.function, self.first)
+    def _first(self) -> tuple[Any, Traced]:
+        """The trace that is cut, and its key."""
+        key = self._key(self.first)
+        return key, trace_function(self.function, self.first, self.dtype)
+
+    @cached_property
+    def in_own_dtypes(self) -> "CutFunction":
+        """The same function in its own dtypes."""
+        return self if self.dtype is None else dataclasses.replace(self, dtype=None)
 
     @cached_property
     def cuts(self) -> Cuts:
         """Where it is cut."""
-        return find_cuts(self.function, self._first_trace, self.paths, self.stages)
+        if self.dtype is not None:
+            return self.in_own_dtypes.cuts
+        _, traced = self._first
+        return find_cuts(self.function, traced, self.paths, self.stages)
+
+    def _key(self, kind: Kind) -> Any:
+        """What a trace depends on: the settings of JAX too, such as its precision."""
+        return kind, settings()
 
     def trace(self, kind: Kind) -> CutTrace:
         """The pieces of the function, traced for microbatches of one kind."""
-        # The settings of JAX are in a trace too, such as its precision.
-        key = (kind, settings())
+        key = self._key(kind)
         if key not in self._traces:
-            first = self._first_trace
-            traced = (
-                first if kind == self.first else trace_function(self.function, kind)
-            )
-            places = places_in(self.cuts, first, traced)
+            first_key, traced = self._first
+            if key != first_key:
+                traced = trace_function(self.function, kind, self.dtype)
+            _, cut_first = self.in_own_dtypes._first
+            places = places_in(self.cuts, cut_first, traced)
             self._traces[key] = cut_trace(traced, places)
         return self._traces[key]
 
@@ -150,17 +166,11 @@ def _wire(cut: CutFunction) -> Wiring:
     """
     traces = [cut.trace(kind) for kind in _modes(cut)]
     count = len(traces[0].pieces)
-    readers: dict[int, dict[int, None]] = {}
-    for trace in traces:
-        for k, piece in enumerate(trace.pieces):
-            for leaf in piece.params:
-                readers.setdefault(leaf, {})[k] = None
-    owned: list[list[int]] = [[] for _ in range(count)]
-    for leaf, pieces in readers.items():
-        owned[min(pieces)].append(leaf)
-    # What nobody reads has a gradient of zeros, in the first piece.
-    unused = set(range(len(cut.function.paths))) - set(readers)
-    owned[0] += sorted(unused)
+    # A cast changes nothing of who owns what: `Split.params` has one order.
+    if cut.dtype is not None:
+        owned = cut.in_own_dtypes.wiring.owned
+    else:
+        owned = _owned(cut, traces)
     owner = {leaf: k for k, leaves in enumerate(owned) for leaf in leaves}
     lenders, sources, side, step = [], [], [], []
     for k in range(count):
@@ -174,12 +184,29 @@ def _wire(cut: CutFunction) -> Wiring:
     lending = {k for own in lenders for k in own}
     return Wiring(
         _names(cut, owned, lending),
-        tuple(map(tuple, owned)),
+        owned,
         tuple(lenders),
         tuple(sources),
         tuple(side),
         tuple(step),
     )
+
+
+def _owned(cut: CutFunction, traces: Sequence[CutTrace]) -> tuple[tuple[int, ...], ...]:
+    """For each piece the leaves of the parameters that it owns: those that it is the
+    first to read, in the order of first use.
+    """
+    readers: dict[int, set[int]] = {}
+    for trace in traces:
+        for k, piece in enumerate(trace.pieces):
+            for leaf in piece.params:
+                readers.setdefault(leaf, set()).add(k)
+    owned: list[list[int]] = [[] for _ in traces[0].pieces]
+    for leaf, pieces in readers.items():
+        owned[min(pieces)].append(leaf)
+    # What nobody reads has a gradient of zeros, in the first piece.
+    owned[0] += sorted(set(range(len(cut.function.paths))) - set(readers))
+    return tuple(map(tuple, owned))
 
 
 def _modes(cut: CutFunction) -> list[Kind]:
@@ -328,12 +355,12 @@ class PieceLayer:
     def _check_params(self, trace: CutTrace, given: dict[int, Any]) -> None:
         """The parameters are those that the trace was made for."""
         for leaf in trace.pieces[self.number].params:
-            v = trace.traced.params[leaf]
-            expected, got = trace.traced.graph.avals[v], aval(given[v])
+            expected = self.cut.function.params.leaves[leaf]
+            got = aval(given[trace.traced.params[leaf]])
             if (got.shape, got.dtype) != (expected.shape, expected.dtype):
                 raise ValueError(
                     "`fpipe.split(fn, params)`: the parameter "
                     f"{self.cut.function.paths[leaf]!r} is {describe(got)}, but it was "
-                    f"{describe(aval(expected))} when the function was split: split it "
+                    f"{describe(expected)} when the function was split: split it "
                     "with such parameters, or their shapes"
                 )

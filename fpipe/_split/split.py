@@ -76,6 +76,13 @@ class Split(Sequence[Layer]):
     def __reduce__(self) -> Any:
         return Split, (self.cut,)
 
+    def computing_in(self, dtype: Any) -> "Split":
+        """The same function, cut at the same places, with parameters, `x` and side
+        inputs cast to a dtype where they are real floats, and what it returns in it in
+        float32: for `Pipe(compute_dtype=...)`.
+        """
+        return Split(dataclasses.replace(self.cut, dtype=dtype))
+
     # --- parameters ---
 
     @property

@@ -34,6 +34,7 @@ from fpipe._core.pytrees import (
     pack,
 )
 from fpipe._model.layer import Layer, LayerCall, call_layer
+from fpipe._model.model import cast, wide_output
 from fpipe._program.graph import Graph, Node, dependents, inline, needed_nodes, trace
 
 # A closed-over array of more bytes is told: it is a constant of every program.
@@ -165,8 +166,12 @@ class Traced:
         return tuple((node.name, node.ins, node.outs) for node in self.graph.nodes)
 
 
-def trace_function(function: Function, kind: Kind) -> Traced:
+def trace_function(function: Function, kind: Kind, dtype: Any = None) -> Traced:
     """Run the function's Python on a microbatch of one kind.
+
+    Arguments:
+        dtype: what parameters, `x` and side inputs are cast to before, if they are real
+            floats; what comes out in it becomes float32.
 
     Raises:
         ValueError: it holds a value of a trace around it.
@@ -179,10 +184,12 @@ def trace_function(function: Function, kind: Kind) -> Traced:
         params, x, side, key, step = (
             part.spec.unpack([next(rest) for _ in part.leaves]) for part in parts
         )
+        # Casts are equations too: those of parameters are made where they are used.
+        params, x, side = cast((params, x, side), dtype)
         given = {"side": side, "key": key, "step": step, "train": kind.train}
         needs = {name: given[name] for name in function.layer.needs or ()}
         result = call_layer(function.layer, 0, LayerCall(params, x, {}, needs))
-        arrays, spec = pack(result.y)
+        arrays, spec = pack(wide_output(result.y, dtype))
         outputs.append(spec)
         return arrays
 

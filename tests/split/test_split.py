@@ -11,6 +11,7 @@ import pytest
 
 import fpipe
 import fpipe.optim
+from fpipe.testing import assert_equals_sequential
 from tests.helpers import assert_same
 from tests.split.models import EXAMPLES, gpt, loss, plain, residual_mlp, rows
 
@@ -52,6 +53,50 @@ def test_a_pipe_computes_what_the_function_computes(name, executor):
     assert_same(value, want)
     assert_same(grads, want_grads)
     assert_same(pipe(placed, example.x, **example.needs), y)
+
+
+def test_what_it_computes_in_is_cast_before_the_function():
+    """In bfloat16, cut in the middle: as the function on cast parameters, to the last
+    bit, for what crosses keeps its dtype.
+    """
+    example = residual_mlp()
+    pipe = pipe_of(example.split(), "placed", compute_dtype=jnp.bfloat16)
+    placed = pipe.place(example.params)
+
+    def cast(tree):
+        return jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree)
+
+    def want(params):
+        return example.fn(cast(params), cast(example.x)).astype(jnp.float32)
+
+    y = pipe(placed, example.x)
+    assert_same(jax.device_get(y), jax.device_get(jax.jit(want)(example.params)), 2e-2)
+    _, grads = pipe.value_and_grad(loss)(placed, example.x)
+    wanted = jax.jit(jax.grad(lambda p: loss(want(p))))(example.params)
+    assert_same(pipe.gather(grads), wanted, 2e-2)
+
+
+def test_the_assertion_of_a_pipe_takes_a_split():
+    example = residual_mlp()
+    pipe = pipe_of(example.split(), "placed")
+    assert_equals_sequential(pipe, example.x, loss_fn=loss, params=example.params)
+
+
+def test_settings_make_other_traces():
+    """What is traced in 64 bits is no trace for 32 bits, whichever comes first."""
+
+    def fn(params, x):
+        return fpipe.cut(x @ params["w"]) * jnp.ones(3, float).astype(x.dtype)
+
+    params, x = {"w": jnp.eye(3)}, jnp.ones((2, 3))
+    split = fpipe.split(fn, params, x)
+    kinds = [split.cut.trace(split.cut.first)]
+    with jax.enable_x64(True):
+        kinds.append(split.cut.trace(split.cut.first))
+    dtypes = [
+        {str(a.dtype) for a in kind.traced.graph.avals.values()} for kind in kinds
+    ]
+    assert [("float64" in found) for found in dtypes] == [False, True]
 
 
 def test_placed_parameters_and_gradients_are_the_functions_own_tree():
@@ -131,28 +176,32 @@ def test_a_split_and_its_pipe_are_values():
     assert_same(again.gather(placed), example.params)
 
 
-def test_equal_blocks_share_their_programs_and_their_arrays():
-    """Four equal pieces: under scan one core, stacked without padding."""
+def test_equal_blocks_are_one_core_under_scan():
+    """Their arrays are stacked without padding, although a mask goes to each, and the
+    matrix of the embedding is the head's too.
+    """
     block = {"w": jnp.eye(2), "b": jnp.ones(2)}
 
     def blocks(params, x):
-        for p in params:
-            x = fpipe.cut(x + jnp.tanh(x @ p["w"] + p["b"]))
-        return x
+        h = x["a"] @ params["embed"]
+        for p in params["h"]:
+            h = fpipe.cut(h)
+            h = jnp.where(x["mask"], h + jnp.tanh(h @ p["w"] + p["b"]), h)
+        return fpipe.cut(h) @ params["embed"].T
 
-    params, x = [block] * 4, jnp.ones((4, 2))
+    params = {"embed": jnp.ones((3, 2)), "h": [block] * 3}
+    x = {"a": jnp.ones((4, 3)), "mask": jnp.ones((4, 1), bool)}
     split = fpipe.split(blocks, params, x)
-    assert {layer.name for layer in split.layers[:4]} == {"*"}
-    pipe = fpipe.Pipe(split, balance=[1, 1, 1, 2], chunks=2, executor="scan")
-    placed = pipe.place(params)
-    assert [a.shape for a in jax.tree.leaves(placed)] == [(4, 2, 2), (4, 2)]
+    assert [layer.name for layer in split.layers[1:4]] == ["h/*"] * 3
+    pipe = fpipe.Pipe(split, balance=[2, 1, 2], chunks=2, executor="scan")
+    shapes = sorted(a.shape for a in jax.tree.leaves(pipe.place(params)))
+    # The embedding is the first device's alone: there are zeros on the others.
+    assert shapes == [(3, 2), (3, 2, 2), (3, 3, 2)]
 
 
 def test_pipes_refuse_what_a_split_function_has_not():
     example = residual_mlp()
     split = example.split()
-    with pytest.raises(ValueError, match="compute_dtype"):
-        fpipe.Pipe(split, compute_dtype=jnp.bfloat16)
     with pytest.raises(ValueError, match="deferred_batch_norm"):
         fpipe.Pipe(split, deferred_batch_norm=True)
     pipe = pipe_of(split, "placed")
