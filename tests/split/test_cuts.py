@@ -56,13 +56,27 @@ def test_pieces_begin_with_the_parameters_that_are_named():
 
 def test_a_prefix_goes_by_whole_parts():
     def stack(params, x):
-        for w in params["h"]:
+        for w in reversed(params["h"]):
             x = jnp.tanh(x @ w)
         return x
 
     params = {"h": [jnp.eye(3)] * 11}
     split = fpipe.split(stack, params, X, cuts=["h/1"])
-    assert owned(split) == [["h/0"], sorted(f"h/{n}" for n in range(1, 11))]
+    # Not before `h/10`, which is used first.
+    assert owned(split) == [sorted(f"h/{n}" for n in range(2, 11)), ["h/0", "h/1"]]
+
+
+def test_a_key_that_a_later_piece_draws_from_comes_from_the_first():
+    def noisy(params, x, *, key):
+        h = fpipe.cut(x @ params["w"])
+        return h + jax.random.uniform(key, h.shape)
+
+    split = fpipe.split(noisy, {"w": jnp.eye(3)}, X, key=jax.random.key(0))
+    first, second = split.layers
+    assert (first.needs, second.needs) == (("carry", "key"), ("carry",))
+    assert first.stash == second.pop == ("piece 0",)
+    cut = split.cut.trace(split.cut.first)
+    assert [str(cut.traced.graph.avals[v]) for v in cut.stashes[0]] == ["key<fry>[]"]
 
 
 def test_equal_pieces_are_equal():

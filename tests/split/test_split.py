@@ -3,6 +3,7 @@ by microbatch.
 """
 
 import pickle
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,12 +57,14 @@ def test_a_pipe_computes_what_the_function_computes(name, executor):
 
 
 def test_what_it_computes_in_is_cast_before_the_function():
-    """In bfloat16, cut in the middle: as the function on cast parameters, to the last
-    bit, for what crosses keeps its dtype.
-    """
+    """In bfloat16, cut in the middle: as the function on cast parameters and input."""
     example = residual_mlp()
     pipe = pipe_of(example.split(), "placed", compute_dtype=jnp.bfloat16)
     placed = pipe.place(example.params)
+    layer: Any = pipe.model.layers[0].apply
+    trace = layer.cut.trace(layer.cut.first)
+    crossing = [str(trace.traced.graph.avals[v]) for v in trace.boundaries[0]]
+    assert crossing == ["bfloat16[2,3]"]
 
     def cast(tree):
         return jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree)
