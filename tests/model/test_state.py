@@ -1,5 +1,6 @@
 """State of rows: each microbatch has that of its own rows."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -181,6 +182,41 @@ def backwards(devices, microbatches):
         for s in range(devices)
     ]
     return Schedule(rows, tuple(range(devices)))
+
+
+def test_states_that_share_a_block_stay_within_their_stage():
+    # A state of columns and one of rows: XLA sharded the block that both lie in over
+    # "data", and moved pieces of it by a permutation that waits for all stages.
+    def following(params, x, *, state):
+        return x - state, state
+
+    columns = fpipe.Layer(
+        following,
+        lambda key, x: (),
+        "columns",
+        init_state=lambda x: jnp.ones(WIDTH - 1),
+    )
+    rows = dataclasses.replace(
+        columns, name="rows", init_state=jnp.ones_like, state_rows=True
+    )
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "stage"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+    layers = [columns, rows, columns, fpipe.fn(jnp.sin)]
+    pipe = fpipe.Pipe(layers, [2, 2], executor="scan", mesh=mesh)
+    x = X[:8, 1:]
+    params, state = pipe.place([()] * 4), pipe.init_state(x)
+    step = jax.jit(lambda x: pipe.evaluate(mse)(params, x, 0 * x, state=state))
+    moves = [
+        line
+        for line in step.lower(x).compile().as_text().splitlines()
+        if " collective-permute(" in line and "/cond/" in line
+    ]
+    assert all('/ppermute"' in line for line in moves)
+    assert moves
+    plain = fpipe.sequential(layers)
+    want = plain.evaluate(mse)([()] * 4, x, 0 * x, state=state)
+    assert_same(jax.device_get(step(x)), jax.device_get(want))
 
 
 @pipes

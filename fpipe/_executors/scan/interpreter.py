@@ -35,6 +35,7 @@ dictionary of tracers, and the program holds what they leave in it.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -82,7 +83,13 @@ from fpipe._executors.scan.machine import (
     Write,
 )
 from fpipe._executors.scan.mesh import AXIS, DATA
-from fpipe._executors.scan.storage import Storage, as_stored, from_stored, stored_shape
+from fpipe._executors.scan.storage import (
+    Storage,
+    as_stored,
+    from_stored,
+    is_key,
+    stored_shape,
+)
 from fpipe._model.loss import sum_dtype
 from fpipe._model.stages import Leaf
 from fpipe._program.host_calls import Failures, Logged
@@ -339,6 +346,27 @@ class Interpreter:
 
     # --- on one device ---
 
+    def _unsharded(self, block: Array) -> Array:
+        """A flat block of states, whole on each device of the other axes.
+
+        XLA would shard it as the rows of a batch are, and shift its ends between
+        devices where a layer's state is cut out. On CPUs such a `collective-permute`
+        waits for all devices of the mesh, those of other stages too, which do something
+        else: a deadlock. A gather waits for the devices of its own stage alone.
+        """
+        if len(self.mesh.axis_names) == 1 or block.ndim != 1 or is_key(block.dtype):
+            return block
+        return jax.lax.with_sharding_constraint(block, P())
+
+    def _state(self, row: int, shape: tuple[int, ...], carry: Carry) -> Array:
+        """A state, out of its block."""
+        assert self.machine.state is not None
+        packed, block = self.machine.state.rows[row], carry[StateBlock(row)]
+        if block.shape == shape:
+            return block
+        flat = packed.take(self._unsharded(block), (math.prod(shape),))
+        return self._unsharded(flat).reshape(shape)
+
     def _scan(
         self,
         table: Array,
@@ -446,7 +474,7 @@ class Interpreter:
                 (carry[block],) = left[len(machine.pools) + n]
             else:
                 assert state is not None
-                carry[block] = state[n]
+                carry[block] = self._unsharded(state[n])
         return carry
 
     def _run_phase(
@@ -685,9 +713,9 @@ class Interpreter:
                     value, block = values[n], carry[buffer]
                     # A block that layers of several shapes share is longer and flat.
                     if value.shape != block.shape:
-                        flat = value.reshape(-1)
+                        flat = self._unsharded(value.reshape(-1))
                         value = jax.lax.dynamic_update_slice_in_dim(block, flat, 0, 0)
-                    carry[buffer] = value
+                    carry[buffer] = self._unsharded(value)
                 case Maximise(_, n):
                     carry[buffer] = _combined(jnp.maximum, carry[buffer], values[n])
                 case SetStatePart(block, n, whole, part):
@@ -699,7 +727,7 @@ class Interpreter:
                     value = values[n].reshape(part.sizes)
                     place = _beginning(part, arguments[0])
                     state = jax.lax.dynamic_update_slice(state, value, place)
-                    carry[buffer] = row.put(state)
+                    carry[buffer] = self._unsharded(row.put(state))
 
     def _fetch(
         self, source: Source, carry: Carry, arguments: Array, given: _Given
@@ -716,13 +744,9 @@ class Interpreter:
             case BorrowedParameter(loan):
                 return given.loans[loan]
             case State(row, aval):
-                assert self.machine.state is not None
-                packed = self.machine.state.rows[row]
-                return packed.take(carry[StateBlock(row)], aval.shape)
+                return self._state(row, aval.shape, carry)
             case StatePart(row, aval, part, shape):
-                assert self.machine.state is not None
-                packed = self.machine.state.rows[row]
-                state = packed.take(carry[StateBlock(row)], aval.shape)
+                state = self._state(row, aval.shape, carry)
                 place = _beginning(part, arguments[0])
                 own = jax.lax.dynamic_slice(state, place, part.sizes)
                 return own.reshape(shape)
