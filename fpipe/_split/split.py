@@ -10,8 +10,7 @@ to the layers' and back. The steps, one module each:
     pieces.py    what each piece runs, reads, and hands on
     layers.py    the pieces as layers, over all traces of the function
 
-How JAX's own partial evaluation does the like is told in `jax.linearize`; that a trace
-is cut into stages by marks is due to JaxPP (Xhebraj et al., arXiv 2412.14374).
+To cut a trace into stages at marks is due to JaxPP (Xhebraj et al., arXiv 2412.14374).
 """
 
 import dataclasses
