@@ -389,17 +389,8 @@ def test_the_resnet_trains_with_running_statistics():
     assert "loss=" in done.stderr
 
 
-@pytest.mark.parametrize("executor", ["placed", "scan"])
-def test_a_resnet_of_101_layers_has_33_skips(inside, executor):
-    done = inside(
-        "examples/train_resnet.py",
-        "--layers",
-        "101",
-        "--steps",
-        "0",
-        "--executor",
-        executor,
-    )
+def test_a_resnet_of_101_layers_has_33_skips(inside):
+    done = inside("examples/train_resnet.py", "--layers", "101", "--steps", "0")
     assert done.returncode == 0, done.stderr
     assert "ResNet-101: 334 layers in 4 stages" in done.stdout
     assert re.search(

@@ -30,7 +30,9 @@ POLICIES = {
     ),
 }
 TABLE = {
-    "model": list(models()),
+    # Each row compiles a model anew. "stateful" has a dropout too, and "jump1" and
+    # "jump3" are as "jump2".
+    "model": [name for name in models() if name not in ("dropout", "jump2")],
     "cut": list(range(8)),
     "chunks": list(range(1, 9)),
     "rows": [8, 10, 3],
@@ -222,8 +224,9 @@ def test_the_full_product(model):
         check_row(**row)
 
 
-@pytest.mark.parametrize("loss", ["inside", "outside"])
-@pytest.mark.parametrize("model", models())
+@pytest.mark.parametrize(
+    ("model", "loss"), list(zip(models(), itertools.cycle(["inside", "outside"])))
+)
 def test_bfloat16_models(model, loss):
     layers = models()[model]
     case = Case(layers, chunks=3, dtype=jnp.bfloat16)
