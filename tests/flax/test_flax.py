@@ -1042,8 +1042,9 @@ NORMED = {
 }
 
 
-@pytest.mark.parametrize("checkpoint", ["always", "never"])
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize(
+    ("executor", "checkpoint"), list(zip(EXECUTORS, ["always", "never"], strict=True))
+)
 @pytest.mark.parametrize("kind", NORMED)
 def test_deferred_statistics_are_those_of_the_whole_batch(kind, executor, checkpoint):
     """As Flax has them after one call with all rows; outputs and gradients are those of

@@ -213,7 +213,7 @@ def product(model):
 
 @pytest.mark.parametrize("model", models())
 def test_a_share_of_the_full_product(model):
-    for row in itertools.islice(product(model), 997, None, 20011):
+    for row in itertools.islice(product(model), 997, None, 50021):
         check_row(**row)
 
 
@@ -257,8 +257,16 @@ def test_bfloat16_gradients_are_summed_in_float32_and_cast_once():
     assert float(grad[0]) == 1.125
 
 
-@pytest.mark.parametrize("devices", [[0, 0, 0, 0], [3, 1, 0, 2], [1, 0, 1, 0]])
-@pytest.mark.parametrize("model", ["nested", "jump3", "tied", "sided", "stateful"])
+@pytest.mark.parametrize(
+    ("model", "devices"),
+    [
+        ("nested", [0, 0, 0, 0]),
+        ("jump3", [3, 1, 0, 2]),
+        ("tied", [1, 0, 1, 0]),
+        ("sided", [3, 1, 0, 2]),
+        ("stateful", [1, 0, 1, 0]),
+    ],
+)
 def test_devices_may_repeat_and_come_in_any_order(model, devices):
     layers = models()[model]
     balance = [1, 1, 1, len(layers) - 3]
@@ -266,7 +274,9 @@ def test_devices_may_repeat_and_come_in_any_order(model, devices):
     check(Case(layers, 3), pipe, "inside")
 
 
-@pytest.mark.parametrize("schedule", TABLE["schedule"])
+@pytest.mark.parametrize(
+    "schedule", ["gpipe", "eager_1f1b", "interleaved_1f1b", "zb_h1", "v_min"]
+)
 def test_dropout_masks_are_equal_whatever_the_partition(schedule):
     """The very same masks, not only close values: a product of masks is exact."""
     layers = [

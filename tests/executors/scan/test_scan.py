@@ -599,9 +599,18 @@ def test_buffers_are_updated_in_place(checkpoint):
 
 
 @pytest.mark.parametrize(
-    "schedule", ["gpipe", "eager_1f1b", "interleaved_1f1b", "zb_h1"]
+    ("model", "schedule"),
+    [
+        ("plain", "gpipe"),
+        ("plain", "interleaved_1f1b"),
+        ("nested", "eager_1f1b"),
+        ("nested", "zb_h1"),
+        ("stateful", "gpipe"),
+        ("stateful", "interleaved_1f1b"),
+        ("tied", "eager_1f1b"),
+        ("tied", "zb_h1"),
+    ],
 )
-@pytest.mark.parametrize("model", ["plain", "nested", "stateful", "tied"])
 def test_idle_ticks_are_harmless(monkeypatch, model, schedule):
     """Everything that is not filled, and everything that an idle device sends, is NaN;
     nothing changes.
