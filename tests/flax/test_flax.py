@@ -211,7 +211,12 @@ def test_a_linen_sequential_is_what_it_is_without_a_pipeline(executor):
 
     assert_same(pipe(pipe.place(params), X), model.apply(variables, X))
     got, grads = trained(layers, executor, params, X, TARGET)
-    want = jax.value_and_grad(lambda v: mse(model.apply(v, X), TARGET))(variables)
+
+    def loss(variables: Any) -> Any:
+        y: Any = model.apply(variables, X)
+        return mse(y, TARGET)
+
+    want = jax.value_and_grad(loss)(variables)
     assert_same((got, fpipe.flax.merge_variables(model, grads)), want)
 
 
