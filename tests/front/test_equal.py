@@ -30,9 +30,9 @@ POLICIES = {
     ),
 }
 TABLE = {
-    # Each row compiles a model anew. "stateful" has a dropout too, and "jump1" and
-    # "jump3" are as "jump2".
-    "model": [name for name in models() if name not in ("dropout", "jump2")],
+    # Each row compiles a model anew. "stateful" has a dropout too, "jump1" and "jump3"
+    # are as "jump2", and "nested" is cut in all ways in a test of its own.
+    "model": [n for n in models() if n not in ("dropout", "jump2", "nested")],
     "cut": list(range(8)),
     "chunks": list(range(1, 9)),
     "rows": [8, 10, 3],
@@ -213,7 +213,7 @@ def product(model):
 
 @pytest.mark.parametrize("model", models())
 def test_a_share_of_the_full_product(model):
-    for row in itertools.islice(product(model), 997, None, 50021):
+    for row in itertools.islice(product(model), 997, None, 84481):
         check_row(**row)
 
 
@@ -225,7 +225,14 @@ def test_the_full_product(model):
 
 
 @pytest.mark.parametrize(
-    ("model", "loss"), list(zip(models(), itertools.cycle(["inside", "outside"])))
+    ("model", "loss"),
+    [
+        ("branched", "inside"),
+        ("nested", "outside"),
+        ("stateful", "inside"),
+        ("sided", "outside"),
+        ("tied", "inside"),
+    ],
 )
 def test_bfloat16_models(model, loss):
     layers = models()[model]
@@ -290,7 +297,7 @@ def test_dropout_masks_are_equal_whatever_the_partition(schedule):
     key = jax.random.key(3)
     want = fpipe.sequential(layers, chunks=3)(params, x, key=key)
     assert set(np.unique(want)) == {0.0, 1.0}
-    for cut, checkpoint in [(1, "always"), (4, "except_last"), (7, "always")]:
+    for cut, checkpoint in [(1, "except_last"), (7, "always")]:
         pipe = pipe_of(layers, cut, 3, checkpoint, schedule)
         np.testing.assert_array_equal(pipe(pipe.place(params), x, key=key), want)
         # The gradient of the sum with respect to x is the product of the masks too.

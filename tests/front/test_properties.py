@@ -55,7 +55,7 @@ def _check(data, executor):
     )
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=SLOW)
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=SLOW)
 @given(st.data())
 def test_random_models_on_random_partitions(data):
     check(data, "placed")

@@ -305,9 +305,10 @@ def assert_statistics(state, want, calls=1):
 
 
 PLACED = [
-    (10, 4, s, c) for s in ("gpipe", "1f1b") for c in ("always", "except_last", "never")
-]
-PLACED += [(2, 4, s, "always") for s in ("gpipe", "1f1b")] + [
+    (10, 4, "gpipe", "always"),
+    (10, 4, "gpipe", "never"),
+    (10, 4, "1f1b", "except_last"),
+    (2, 4, "1f1b", "always"),
     (12, 4, "eager_1f1b", "always"),
     (12, 1, "1f1b", "always"),
 ]

@@ -130,8 +130,16 @@ def reference(name, poison=None):
     return steps(tx, whole(), lambda t: t, lambda t: t, jit=True, poison=poison)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("executor", ["placed", "scan in jit"])
+# What an optimizer looks at differs between these: each leaf, all of them, their
+# shapes, labels, or a counter.
+IN_JIT = ["adamw", "clip", "lamb", "adafactor", "multi_steps", "multi_transform"]
+
+
+@pytest.mark.parametrize(
+    ("name", "executor"),
+    [(name, "placed") for name in OPTIMIZERS]
+    + [(name, "scan in jit") for name in [*IN_JIT, "inject", "finite", "own_mask"]],
+)
 def test_equal_to_plain_optax(name, executor):
     pipe = pipe_of(executor.split()[0])
     tx = fpipe.optim.per_stage(OPTIMIZERS[name]())

@@ -41,9 +41,18 @@ def held(old):
     return found
 
 
-@pytest.mark.parametrize("checkpoint", ["always", "except_last", "never"])
 @pytest.mark.parametrize(
-    "schedule", ["gpipe", "eager_1f1b", "zb_h1", "interleaved_1f1b", "dualpipe_v"]
+    ("schedule", "checkpoint"),
+    [
+        ("gpipe", "always"),
+        ("gpipe", "never"),
+        ("eager_1f1b", "except_last"),
+        ("zb_h1", "always"),
+        ("zb_h1", "never"),
+        ("interleaved_1f1b", "except_last"),
+        ("interleaved_1f1b", "never"),
+        ("dualpipe_v", "always"),
+    ],
 )
 def test_what_is_alive_is_predicted_to_the_byte_at_every_instruction(
     schedule, checkpoint
