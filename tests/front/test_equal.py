@@ -62,7 +62,7 @@ def covering(table: dict[str, list], seed: int = 0) -> list[dict]:
     while pairs:
         first = min(pairs)
         best, gain = None, -1
-        for _ in range(40):
+        for _ in range(150):
             row = {n: int(rng.integers(len(table[n]))) for n in names}
             row[first[0]], row[first[2]] = first[1], first[3]
             covered = {
