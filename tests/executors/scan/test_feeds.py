@@ -88,9 +88,7 @@ CASES = [
     ("stateful", 4, "1f1b", "except_last", 3),
     ("jump3", 2, "interleaved_1f1b", "always", 5),
     ("nested", 4, "zb_h1", "never", 4),
-    ("tied", 4, "zb_h1", "always", 5),
-    ("plain", 2, "zb_v", "always", 7),
-    ("plain", 2, "dualpipe_v", "never", 8),
+    ("tied", 2, "zb_v", "always", 7),
     ("jump3", 2, "looped_bfs", "never", 1),
 ]
 
