@@ -172,11 +172,14 @@ def aval(leaf: Any) -> jax.ShapeDtypeStruct:
     )
 
 
-def in_context(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def in_context(shape: Any) -> Any:
     """A shape whose type tells of the mesh in the context, as what is made there does.
 
     Without it the first operation of a trace gives its result another type than its
     input has, and a function that is traced for both runs twice.
+
+    Arguments:
+        shape: a `jax.ShapeDtypeStruct`, or an array or a tracer in its place.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

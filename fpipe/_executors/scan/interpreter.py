@@ -805,9 +805,9 @@ class Interpreter:
                     found.setdefault(target.buffer, {})[op] = parts
         return {name: of for name, of in found.items() if name not in as_one}
 
-    def _compute(self, op: Op, arrays: Sequence[Array]) -> list[Array]:
-        """What an operation's code makes. Of a gradient that is kept as parts, instead
-        of the sum over rows, the parts.
+    def _compute(self, op: Op, arrays: Sequence[Array]) -> list[Any]:
+        """What an operation's code makes: arrays, or constants of Python. Of a gradient
+        that is kept as parts, instead of the sum over rows, the parts.
         """
         code = op.code
         assert code is not None
