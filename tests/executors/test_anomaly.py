@@ -140,7 +140,6 @@ def plain():
     }
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("executor", ["placed", "scan"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_first_fault_is_named(setting, executor, plain):

@@ -84,7 +84,6 @@ def is_first_layer(path, array):
     return path.startswith("[0]")
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_without_jit_a_layer_sees_values_and_nothing_else_changes(executor):
     """A warm pipe ignored `jax.disable_jit`: no `print` and no debugger worked."""

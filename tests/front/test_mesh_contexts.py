@@ -284,7 +284,6 @@ def test_scan_inside_jit_under_a_mesh(mesh):
     assert_same((loss, pipe.gather(new)), (want_loss, pipe.gather(want)))
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(
     ("mesh", "spec"),
     [

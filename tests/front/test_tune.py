@@ -97,7 +97,6 @@ def test_a_memory_limit_rules_out_and_says_how_much_is_missing():
     assert "short by" in str(none)
 
 
-@pytest.mark.quick
 def test_it_says_why():
     tuning = fpipe.tune(LAYERS, X, devices=jax.devices()[:3], **TWO)
     text = str(tuning)

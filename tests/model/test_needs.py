@@ -187,7 +187,6 @@ def test_an_anomaly_in_a_layer_with_a_step_is_found(make):
         pipe(params, X, step=0)
 
 
-@pytest.mark.quick
 @pipes
 @pytest.mark.parametrize("option", [{}, {"checkpoint": "always"}])
 def test_the_python_of_a_layer_runs_once(make, option):
