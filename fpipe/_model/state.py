@@ -210,11 +210,11 @@ def check_pieces_of_state(
                 f"{what} has {len(own)} pieces of state (`fpipe.Microbatches`), but "
                 f"the call has {microbatches} microbatches; give one for each"
             )
-        first = [(a.shape[1:], a.dtype) for a in pack(own[0])[0]]
+        first, structure = pack(own[0])
+        dtypes = [a.dtype for a in first]
         for i, piece in enumerate(own):
             arrays, spec = pack(piece)
-            alike = spec == pack(own[0])[1]
-            if not alike or [a.dtype for a in arrays] != [dtype for _, dtype in first]:
+            if spec != structure or [a.dtype for a in arrays] != dtypes:
                 raise ValueError(
                     f"{what}: the state of microbatch {i} is {describe(piece)}, but "
                     f"that of microbatch 0 is {describe(own[0])}: structure, static "
