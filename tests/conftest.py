@@ -62,6 +62,24 @@ def pytest_configure(config):
             config.addinivalue_line("filterwarnings", f"ignore:{message}")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """`@pytest.mark.quick(cases=3)`: of the cases of a parametrized test, the quick
+    check runs three that are spread over all.
+    """
+    cases = {}
+    for item in items:
+        if mark := item.get_closest_marker("quick"):
+            test = item.nodeid.partition("[")[0]
+            cases.setdefault(test, []).append((item, mark))
+    for among in cases.values():
+        count = among[0][1].kwargs.get("cases", len(among))
+        kept = {n * len(among) // count for n in range(count)}
+        for n, (item, mark) in enumerate(among):
+            if n not in kept:
+                item.own_markers.remove(mark)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def small_heap():
     """What a module leaves is given back, or looked at no more.

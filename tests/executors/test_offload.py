@@ -120,7 +120,7 @@ def check(pipe, tolerance=1e-5):
 # --- the same numbers ---
 
 
-@pytest.mark.quick
+@pytest.mark.quick(cases=4)
 @pytest.mark.parametrize("executor", ["placed", "scan"])
 @pytest.mark.parametrize(
     ("layer", "checkpoint", "schedule"),

@@ -123,7 +123,7 @@ def check_devices(timeline):
 # --- what is recorded ---
 
 
-@pytest.mark.quick
+@pytest.mark.quick(cases=4)
 @pytest.mark.parametrize("schedule", fpipe.schedules.NAMES)
 def test_a_recorded_step_is_the_schedule(schedule):
     timeline, pipe, got, want = slept(schedule)

@@ -1547,7 +1547,7 @@ def fp8_loop(model, variables, x, target, steps):
     return losses, state.params
 
 
-@pytest.mark.quick
+@pytest.mark.quick(cases=2)
 @pytest.mark.parametrize("executor", [*EXECUTORS, "sequential"])
 def test_fp8_scales_move_as_in_plain_flax(executor):
     op = functools.partial(Fp8DirectDotGeneralOp, amax_history_length=4)

@@ -167,7 +167,7 @@ def test_the_balances_are_all_there():
     assert len(TABLE["cut"]) == 8
 
 
-@pytest.mark.quick
+@pytest.mark.quick(cases=4)
 @pytest.mark.parametrize("cut", range(15))
 def test_every_balance_of_five_layers(cut):
     schedule = ["eager_1f1b", "zb_h1"][cut % 2]
@@ -179,7 +179,7 @@ def test_every_balance_of_five_layers(cut):
     check_row("nested", cut, 1 + cut % 4, 8, checkpoint, schedule, executor, loss)
 
 
-@pytest.mark.quick
+@pytest.mark.quick(cases=4)
 @pytest.mark.parametrize("model", models())
 def test_forwards_alone(model):
     layers = models()[model]

@@ -71,7 +71,7 @@ PARTS = {
 }
 
 
-@pytest.mark.quick
+@pytest.mark.quick(cases=4)
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize(
     ("shape", "axes"), [((4,), (0,)), ((3, 4), (0, 1)), ((4, 3), (0, 2))]
@@ -163,7 +163,7 @@ def flax_norm(options, params, stats, x, average=False, **more):
     return y, new["batch_stats"]
 
 
-@pytest.mark.quick
+@pytest.mark.quick(cases=3)
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [(s, "float32") for s in SHAPES] + [("rows", d) for d in DTYPES if d != "float32"],

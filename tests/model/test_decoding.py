@@ -122,7 +122,7 @@ def whole_batch_decoded(drawn):
     return decode(call, params, TOKENS, state, KEYS if drawn else None)
 
 
-@pytest.mark.quick
+@pytest.mark.quick(cases=4)
 @every
 @pytest.mark.parametrize(
     ("pieces", "drawn", "donate"),

@@ -100,7 +100,7 @@ def test_the_pieces_of_a_pytree_put_together_are_the_pytree(shapes, chunks):
             np.testing.assert_array_equal(part[k], piece)
 
 
-@pytest.mark.quick
+@pytest.mark.quick(cases=2)
 @both
 @pytest.mark.parametrize(("n", "chunks", "expected"), RULE[:3])
 def test_a_loss_sees_each_piece_and_weighs_it_by_its_rows(make, n, chunks, expected):

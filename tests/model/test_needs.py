@@ -268,7 +268,7 @@ def every_call(pipe, count):
     return calls
 
 
-@pytest.mark.quick
+@pytest.mark.quick(cases=2)
 @every
 @pytest.mark.parametrize("options", [{}, {"detect_anomaly": True}])
 def test_side_inputs_that_are_required_and_missing_are_an_error(make, options):

@@ -87,7 +87,7 @@ def assert_steps_alike(pipe, layers, x, t, state, chunks=1):
     assert_same((loss, pipe.gather(grads)), want)
 
 
-@pytest.mark.quick
+@pytest.mark.quick(cases=2)
 @every
 @pytest.mark.parametrize("chunks", [1, 4])
 def test_rows_are_decoded_as_without_microbatches(make, chunks):

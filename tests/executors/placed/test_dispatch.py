@@ -241,7 +241,7 @@ def started(seen, schedule):
     return list(dict.fromkeys(fpipe.schedules.Action(*name) for name in names))
 
 
-@pytest.mark.quick
+@pytest.mark.quick(cases=3)
 @pytest.mark.parametrize(
     "schedule",
     [

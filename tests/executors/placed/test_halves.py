@@ -58,7 +58,7 @@ def chain(count):
     return fpipe.Layer(apply, init)
 
 
-@pytest.mark.quick
+@pytest.mark.quick(cases=4)
 @pytest.mark.parametrize("wrt", [0, (0, 1)], ids=["params", "params and x"])
 @pytest.mark.parametrize("checkpoint", MODES, ids=IDS)
 def test_i_and_w_together_are_b(checkpoint, wrt):
