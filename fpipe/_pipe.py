@@ -71,6 +71,7 @@ from fpipe._executors.sequential import PlainExecutor
 from fpipe._executors.tracers import TracedCallError, only_shapes
 from fpipe._model.batch_norm import deferred
 from fpipe._model.frozen import Frozen, FrozenLeaves, check_frozen
+from fpipe._model.function_layers import model_of, params_by_layer
 from fpipe._model.layer import Layer
 from fpipe._model.loss import Loss, Reduction, as_loss
 from fpipe._model.microbatch import first_microbatch, ready_batches, whole_batch
@@ -229,12 +230,7 @@ class Pipe(Call):
             "Pipe", "deferred_batch_norm", deferred_batch_norm
         )
         detect_anomaly = as_bool("Pipe", "detect_anomaly", detect_anomaly)
-        if isinstance(layers, Split):
-            # The function casts what enters; what crosses a cut keeps its dtype, so
-            # that cuts change nothing.
-            model = Model(layers.computing_in(compute_dtype))
-        else:
-            model = Model(layers, compute_dtype)
+        model = model_of(layers, compute_dtype)
         scheduling = Scheduling.of(schedule)
         remat = Remat.of(checkpoint)
         # As they were given: `dataclasses.replace` defers them again.
@@ -253,7 +249,8 @@ class Pipe(Call):
         # 3. The cut. The order matters: how many stages there are depends on the
         # schedule and the devices, which stage lives where on the number of stages, and
         # how many devices are used on that.
-        uncut = PipeSetup(model, scheduling, remat, placements, chunks)
+        known = params_by_layer(layers, None)
+        uncut = PipeSetup(model, scheduling, remat, placements, chunks, known)
         tracing = no_mesh() if mesh is None else stage_context(mesh)
         # A function that was split knows what its pieces take.
         if isinstance(layers, Split) and balance is None and sample is None:
@@ -741,9 +738,8 @@ class Pipe(Call):
         loss = as_loss("plan", fn, has_aux, reduction)
         if isinstance(params, Packed):
             params = params.packing.whole
-        elif isinstance(self.layers, Split):
-            params = self.layers.param_shapes if params is None else params
-            params = self._per_layer(params)
+        else:
+            params = params_by_layer(self.layers, params)
         # Programs are traced, and timed on zeros, for this alone. So what JAX does to
         # the caller's own programs is nothing to them.
         with (

@@ -34,6 +34,11 @@ from fpipe._executors.scan.mesh import stage_devices
 from fpipe._executors.scan.packing import Packed
 from fpipe._executors.scheduling import Scheduling
 from fpipe._model.batch_norm import deferred
+from fpipe._model.function_layers import (
+    FunctionLayers,
+    model_of,
+    params_by_layer,
+)
 from fpipe._model.loss import Reduction, as_loss
 from fpipe._model.microbatch import cut_inputs
 from fpipe._model.model import Model
@@ -242,9 +247,10 @@ def tune(
     themselves (but for `compiled=True`).
 
     Arguments:
-        layers: as for `Pipe`; each balance is then found by FLOPs, under the memory
-            limit. Or a function `f(schedule=, checkpoint=, chunks=) -> Pipe`, which may
-            choose a balance itself, or look at fewer of these.
+        layers: as for `Pipe`, an `fpipe.Split` too; each balance is then found by
+            FLOPs, under the memory limit. Or a function `f(schedule=, checkpoint=,
+            chunks=) -> Pipe`, which may choose a balance itself, or look at fewer of
+            these.
         x, targets, side, key, state, train, step, params: as for `Pipe.plan`; shapes
             will do.
         loss_fn, has_aux, reduction: as for `Pipe.plan`.
@@ -321,10 +327,15 @@ def tune(
     loss = as_loss("tune", fn, has_aux, reduction)
     if isinstance(params, Packed):
         params = params.packing.whole
+    elif isinstance(layers, Iterable):
+        params = params_by_layer(layers, params)
     needs = call_needs(side=side, key=key, train=train, step=step)
     request = StepRequest(Args(params, x, targets, needs, state), loss)
     if isinstance(layers, Iterable):
-        source = _OfLayers(list(layers), request, devices, wanted, options)
+        # An iterator could be read once only; a function's pieces stay what they are.
+        if not isinstance(layers, FunctionLayers):
+            layers = list(layers)
+        source = _OfLayers(layers, request, devices, wanted, options)
     else:
         source = _OfFunction(layers, request, wanted, options)
     if chunks is None:
@@ -456,7 +467,7 @@ class _OfLayers(_Source):
         self._layers, self._devices, self._arguments = layers, devices, arguments
         dtype = as_compute_dtype("Pipe", arguments.get("compute_dtype"))
         # One model for all candidates: its layers' Python runs once for each shape.
-        self._model = Model(layers, dtype)
+        self._model = model_of(layers, dtype)
         self._traces = Recent(_TRACES)
         if arguments.get("deferred_batch_norm"):
             self._model = Model(deferred(self._model.layers, "Pipe"), dtype)

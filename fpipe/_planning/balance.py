@@ -62,8 +62,8 @@ def balance(
     the most even one, then the first.
 
     Arguments:
-        layers: layers as for `Pipe`; or their costs: a `LayerCosts`, or one number for
-            each.
+        layers: layers, or an `fpipe.Split`, as for `Pipe`; or their costs: a
+            `LayerCosts`, or one number for each.
         x: a batch, or its shapes (`jax.ShapeDtypeStruct`); none with costs.
         stages: how many; default as many as `Pipe` would make on the devices.
         devices: how many, or the devices; default one for each of `stages`, or those of

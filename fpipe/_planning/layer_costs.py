@@ -31,6 +31,7 @@ from fpipe._core.pytrees import (
     zeros,
 )
 from fpipe._executors.call import Args, check_chunks, check_params
+from fpipe._model.function_layers import model_of, params_by_layer
 from fpipe._model.loss import sum_dtype
 from fpipe._model.microbatch import cut_inputs, first_microbatch
 from fpipe._model.model import Model
@@ -89,7 +90,8 @@ def layer_costs(
     layers that compute the same are lowered, or measured, once.
 
     Arguments:
-        layers: functions, `Layer`s, or nested sequences of them, as for `Pipe`.
+        layers: functions, `Layer`s, or nested sequences of them, or an `fpipe.Split`,
+            as for `Pipe`.
         x: a batch, or its shapes (`jax.ShapeDtypeStruct`).
 
     Other Arguments:
@@ -103,8 +105,9 @@ def layer_costs(
         chunks: as for `Pipe`: the batch is cut into so many microbatches; default 1,
             `x` is one.
         params: parameters of every layer, or their shapes; needed if a layer has no
-            `init`. `"time"` uses them if they are arrays; else, and for all other
-            inputs, zeros.
+            `init`. Of an `fpipe.Split`, which knows their shapes, the function's own
+            tree. `"time"` uses them if they are arrays; else, and for all other inputs,
+            zeros.
         checkpoint, compute_dtype: as for `Pipe`.
         train: handed to the layers that ask; default `True`.
         device: where `"time"` runs; default the first of `jax.devices()`.
@@ -133,7 +136,8 @@ def layer_costs(
             "`jax.devices()[0]`"
         )
     chunks, remat = check_chunks("layer_costs", chunks), Remat.of(checkpoint)
-    model = Model(layers, as_compute_dtype("layer_costs", compute_dtype))
+    model = model_of(layers, as_compute_dtype("layer_costs", compute_dtype))
+    params = params_by_layer(layers, params)
     args = Args(params, x, needs=call_needs(side=side, train=train))
     return costs_of(model, args, chunks, remat, Gauge(by, device, repeats))
 

@@ -11,7 +11,7 @@ are known. Who has them calls `fpipe.balance`, and gives its result.
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fpipe._core.errors import shown
@@ -29,13 +29,19 @@ from fpipe._planning.layer_costs import UNITS, Gauge, costs_of
 
 @dataclasses.dataclass(frozen=True)
 class PipeSetup:
-    """What a pipe consists of before it is cut into stages."""
+    """What a pipe consists of before it is cut into stages.
+
+    Attributes:
+        params: shapes of the parameters of each layer, where they are known; `None`:
+            those that the layers make.
+    """
 
     model: Model
     scheduling: Scheduling
     remat: Remat
     placements: tuple[Placement, ...]
     chunks: int
+    params: Sequence[PyTree] | None = None
 
     @property
     def stages(self) -> int:
@@ -94,7 +100,7 @@ def _found(
     # As a step that trains is traced.
     needs = call_needs(side=sample_side, train=True)
     _check_side(needs, pipe.model)
-    args = Args(None, sample, needs=needs)
+    args = Args(pipe.params, sample, needs=needs)
     gauge = Gauge(by, pipe.placements[0].device)
     try:
         costs = costs_of(pipe.model, args, pipe.chunks, pipe.remat, gauge)

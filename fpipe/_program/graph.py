@@ -79,6 +79,10 @@ class Node:
         """The name of its primitive."""
         return self.eqn.primitive.name
 
+    def reading(self, ins: tuple[int, ...]) -> "Node":
+        """The same equation on other values."""
+        return dataclasses.replace(self, ins=ins)
+
     @functools.cached_property
     def bodies(self) -> tuple["Graph", ...]:
         """What it runs: a loop's body, the branches of a `cond`, a call's function."""

@@ -30,7 +30,7 @@ from fpipe._planning.span_tables import summed
 from fpipe._program.control_flow import is_remat
 from fpipe._program.flops import flops
 from fpipe._split.crossing import Crossing
-from fpipe._split.mark import has_mark_inside, mark_of
+from fpipe._split.mark import has_mark_inside
 from fpipe._split.trace import Function, Traced
 
 # Of the cuts whose most expensive stage costs at most so much more than the best, the
@@ -78,15 +78,15 @@ def find_cuts(
             equation; too few places.
     """
     _refuse_marks_inside(traced)
-    marks = _marks(traced)
+    marks = traced.marks
     marked = bool(marks) and paths is None
     if paths is not None:
         places = _places_of_paths(function, traced, paths)
     elif marks:
-        places = [place for place, _ in marks]
+        places = [mark.place for mark in marks]
     else:
         places = _own_places(function, traced, stages)
-    names = [name for _, name in marks] if marked else [""] * len(places)
+    names = [mark.name for mark in marks] if marked else [""] * len(places)
     first = sorted(traced.first_uses.items(), key=lambda use: (use[1], use[0]))
     before = [tuple(leaf for leaf, use in first if use >= p) for p in places]
     return Cuts(tuple(places), tuple(names), marked, tuple(before))
@@ -98,11 +98,11 @@ def places_in(cuts: Cuts, first: Traced, traced: Traced) -> tuple[int, ...]:
     Raises:
         ValueError: a cut is not there.
     """
-    if traced is first or traced.form == first.form:
+    if traced is first:
         return cuts.places
     if cuts.marked:
         _refuse_marks_inside(traced)
-        places = [place for place, _ in _marks(traced)]
+        places = [mark.place for mark in traced.marks]
         if len(places) != len(cuts.places):
             raise ValueError(
                 f"`fpipe.cut(h)`: the function has {len(cuts.places)} marks when it is "
@@ -110,6 +110,8 @@ def places_in(cuts: Cuts, first: Traced, traced: Traced) -> tuple[int, ...]:
                 "(other shapes, `train`, no key) have the same marks"
             )
         return tuple(places)
+    if traced.form == first.form:
+        return cuts.places
     used, crossing = traced.first_uses, Crossing(traced)
     found = []
     for leaves in cuts.before:
@@ -126,12 +128,6 @@ def places_in(cuts: Cuts, first: Traced, traced: Traced) -> tuple[int, ...]:
 
 
 # --- marks ---
-
-
-def _marks(traced: Traced) -> list[tuple[int, str]]:
-    """The places of marks, and their names."""
-    named = [(p, mark_of(node)) for p, node in enumerate(traced.graph.nodes)]
-    return [(place, name) for place, name in named if name is not None]
 
 
 def _refuse_marks_inside(traced: Traced) -> None:

@@ -5,12 +5,14 @@ begins with `PREFIX`. It is the identity in every other use of the function, and
 policy of `jax.checkpoint` that saves by names does not know these.
 """
 
+import dataclasses
+
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from fpipe._core.errors import shown
 from fpipe._core.pytrees import PyTree, describe, is_array
-from fpipe._program.graph import Node, given_name
+from fpipe._program.graph import Graph, Node, given_name
 
 PREFIX = "fpipe.cut:"
 
@@ -59,6 +61,40 @@ def mark_of(node: Node) -> str | None:
     if name is None or not name.startswith(PREFIX):
         return None
     return name.removeprefix(PREFIX)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """A mark in a graph.
+
+    Attributes:
+        place: the number of the first equation behind it.
+        name: as its author called it; `""`: not at all.
+    """
+
+    place: int
+    name: str
+
+
+def take_out_marks(graph: Graph) -> tuple[Graph, tuple[Mark, ...]]:
+    """A graph without its marks, and where they stood.
+
+    They would be equations of the pieces: a backward would keep the marked value beside
+    the one that comes in, which is the same.
+    """
+    same: dict[int, int] = {}
+    nodes, marks = list[Node](), list[Mark]()
+    for node in graph.nodes:
+        ins = tuple(same.get(v, v) for v in node.ins)
+        name = mark_of(node)
+        if name is not None:
+            marks.append(Mark(len(nodes), name))
+            same[node.outs[0]] = ins[0]
+        else:
+            nodes.append(node if ins == node.ins else node.reading(ins))
+    outputs = tuple(same.get(v, v) for v in graph.outputs)
+    left = dataclasses.replace(graph, nodes=tuple(nodes), outputs=outputs)
+    return left, tuple(marks)
 
 
 def has_mark_inside(node: Node) -> bool:

@@ -31,6 +31,7 @@ from fpipe._core.pytrees import (
     shapes_of,
 )
 from fpipe._model.frozen import Frozen, spread
+from fpipe._model.function_layers import FunctionLayers
 from fpipe._model.layer import Layer, as_layer
 from fpipe._model.microbatch import first_microbatch
 from fpipe._model.needs import call_needs
@@ -41,7 +42,7 @@ from fpipe._split.trace import Function, Kind
 
 
 @dataclasses.dataclass(frozen=True)
-class Split(Sequence[Layer]):
+class Split(FunctionLayers):
     """A function cut into layers; `fpipe.split` makes it.
 
     It is a sequence of `fpipe.Layer`s: `fpipe.Pipe(split, ...)` runs it, takes

@@ -36,6 +36,7 @@ from fpipe._core.pytrees import (
 from fpipe._model.layer import Layer, LayerCall, call_layer
 from fpipe._model.model import cast, wide_output
 from fpipe._program.graph import Graph, Node, dependents, inline, needed_nodes, trace
+from fpipe._split.mark import Mark, take_out_marks
 
 # A closed-over array of more bytes is told: it is a constant of every program.
 _LARGE_CONSTANT = 2**20
@@ -100,12 +101,14 @@ class Traced:
     """A trace of the function.
 
     Attributes:
-        graph: its equations, calls inlined.
+        graph: its equations, calls inlined, without marks.
+        marks: where `fpipe.cut` stands in it.
         params, x, side, key, step: the graph's values of these inputs' arrays.
         output: how the outputs become what the function returns.
     """
 
     graph: Graph
+    marks: tuple[Mark, ...]
     params: tuple[int, ...]
     x: tuple[int, ...]
     side: tuple[int, ...]
@@ -196,13 +199,13 @@ def trace_function(function: Function, kind: Kind, dtype: Any = None) -> Traced:
     name = function.layer.name
     with noting(f"in the trace of {name!r}, which `fpipe.split` cuts"):
         closed = trace(run, *(leaf for part in parts for leaf in part.leaves))
-    graph = inline(closed)
+    graph, marks = take_out_marks(inline(closed))
     _check_constants(graph, name)
     rest = iter(graph.inputs)
     params, x, side, key, step = (
         tuple(next(rest) for _ in part.leaves) for part in parts
     )
-    return Traced(graph, params, x, side, key, step, outputs[-1])
+    return Traced(graph, marks, params, x, side, key, step, outputs[-1])
 
 
 def _check_constants(graph: Graph, name: str) -> None:

@@ -1,0 +1,64 @@
+"""Layers that are the pieces of one function.
+
+A user who splits a function keeps its own tree of parameters, and its layers have one
+entry each. For a function with the parameters `{"enc": w0, "dec": w1}` and two pieces
+
+    params({"enc": w0, "dec": w1})     ((w0,), (w1,))     what the layers take
+    tree(((w0,), (w1,)))               the inverse
+
+Who takes layers (`Pipe`, `tune`, `layer_costs`) takes these as well, and goes by what
+is said here. `fpipe.split` makes them.
+"""
+
+import abc
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from fpipe._core.pytrees import PyTree
+from fpipe._model.layer import Layer
+from fpipe._model.model import Model
+
+
+class FunctionLayers(Sequence[Layer], abc.ABC):
+    """A sequence of layers that knows the function that they are the pieces of."""
+
+    @property
+    @abc.abstractmethod
+    def param_shapes(self) -> PyTree:
+        """The function's parameters, as shapes."""
+
+    @abc.abstractmethod
+    def params(self, tree: PyTree) -> tuple[PyTree, ...]:
+        """The function's parameters as its layers take them."""
+
+    @abc.abstractmethod
+    def tree(self, params: Sequence[PyTree]) -> PyTree:
+        """The inverse of `params`."""
+
+    @abc.abstractmethod
+    def computing_in(self, dtype: Any) -> "FunctionLayers":
+        """The same layers of the function computed in another dtype."""
+
+
+def model_of(layers: Iterable[Any], compute_dtype: Any) -> Model:
+    """The model of layers, or of a function's pieces.
+
+    Arguments:
+        compute_dtype: as for `Model`, already checked. A function casts what enters by
+            itself; what crosses a cut keeps its dtype, so that cuts change nothing.
+    """
+    if isinstance(layers, FunctionLayers):
+        return Model(layers.computing_in(compute_dtype))
+    return Model(layers, compute_dtype)
+
+
+def params_by_layer(layers: Iterable[Any], params: Any) -> Any:
+    """Parameters, or their shapes, with one entry per layer: those of a function are
+    known, and may be left out.
+
+    Arguments:
+        params: `None`: not given.
+    """
+    if not isinstance(layers, FunctionLayers):
+        return params
+    return layers.params(layers.param_shapes if params is None else params)

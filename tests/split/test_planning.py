@@ -1,0 +1,125 @@
+"""Costs, balances and predictions of a function that was split are those of the same
+layers written by hand. Nothing is compiled.
+"""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import fpipe
+from tests.split.models import gpt
+
+WIDTHS = (3, 8, 8, 2, 9, 3)
+X = jax.ShapeDtypeStruct((6, WIDTHS[0]), jnp.float32)
+
+
+def dense(w, x):
+    return jnp.tanh(x @ w)
+
+
+def stack(params, x):
+    for n, w in enumerate(params):
+        x = fpipe.cut(x) if n else x
+        x = dense(w, x)
+    return x
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return [
+        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in itertools.pairwise(WIDTHS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def split(shapes):
+    return fpipe.split(stack, shapes, X)
+
+
+@pytest.fixture(scope="module")
+def layers(shapes):
+    def layer(w):
+        return fpipe.Layer(dense, lambda key, x: jnp.zeros(w.shape), "dense")
+
+    return [layer(w) for w in shapes]
+
+
+@pytest.mark.quick
+def test_costs_are_those_of_layers(split, layers):
+    own, theirs = (
+        fpipe.layer_costs(given, X, chunks=3, by="bytes") for given in (split, layers)
+    )
+    # A piece hands on the same arrays, and is called by the path of its parameters.
+    assert dataclasses.replace(own, names=theirs.names) == theirs
+
+
+def test_a_balance_is_that_of_layers(split, layers):
+    # The limits are such that the balance by FLOPs alone does not fit.
+    limits = [fpipe.balance(layers, X, stages=2), fpipe.balance(split, X, stages=2)]
+    tight = {"stages": 2, "chunks": 3, "memory": [1600, 4000]}
+    limits += [fpipe.balance(layers, X, **tight), fpipe.balance(split, X, **tight)]
+    assert limits[0] == limits[1] != limits[2] == limits[3]
+    with pytest.raises(ValueError, match="does not fit: short by"):
+        fpipe.balance(split, X, stages=2, memory=100)
+
+
+def test_a_pipe_finds_its_balance_by_a_sample(split, layers):
+    devices = jax.devices()[:2]
+    for by in (None, "flops", "bytes", "memory"):
+        found = [
+            fpipe.Pipe(given, by, devices, 3, sample=X).balance
+            for given in (split, layers)
+        ]
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("schedule", ["interleaved_1f1b", "zb_v"])
+def test_a_pipe_balances_virtual_stages(split, schedule):
+    pipe = fpipe.Pipe(split, devices=jax.devices()[:2], chunks=4, schedule=schedule)
+    assert pipe.balance == split.balance(4)
+
+
+def test_the_best_pipe_is_that_of_layers(split, layers, shapes):
+    what = {
+        "devices": jax.devices()[:2],
+        "chunks": [2, 6],
+        "schedules": ["1f1b", "zb_v"],
+        "checkpoints": "never",
+        "memory": 1700,
+    }
+    own, theirs = (fpipe.tune(given, X, **what) for given in (split, layers))
+    assert own.unit == theirs.unit
+    found = []
+    for tuning in (own, theirs):
+        rows: list[Any] = []
+        for c in tuning.candidates:
+            rows.append((c.schedule, c.chunks, c.refused))
+            if c.pipe is not None and c.prediction is not None:
+                rows.append((c.pipe.balance, c.prediction.step, c.prediction.peak))
+        found.append(rows)
+    assert found[0] == found[1]
+    assert any(c.refused for c in own.candidates)
+    # It takes the function's own tree.
+    assert own.pipe.layers == split
+    assert own.pipe.plan(shapes, X).step == found[0][1][1]
+
+
+def test_tuning_takes_the_functions_own_parameters():
+    example = gpt()
+    tuning = fpipe.tune(
+        example.split(),
+        example.x,
+        params=example.params,
+        devices=jax.devices()[:2],
+        chunks=3,
+        schedules="1f1b",
+        checkpoints="always",
+        compute_dtype=jnp.bfloat16,
+        **example.needs,
+    )
+    assert tuning.pipe.balance == (2, 2)
+    assert tuning.pipe.compute_dtype == jnp.bfloat16
