@@ -28,3 +28,5 @@ from fpipe._split.split import split as split
 from fpipe._tune import Candidate as Candidate
 from fpipe._tune import Tuning as Tuning
 from fpipe._tune import tune as tune
+from fpipe._value_and_grad import ValueAndGrad as ValueAndGrad
+from fpipe._value_and_grad import value_and_grad as value_and_grad

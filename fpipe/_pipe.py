@@ -14,6 +14,7 @@ Calls, gradients and losses stand in `fpipe._executors.call.Call`, which
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -252,10 +253,10 @@ class Pipe(Call):
         known = params_by_layer(layers, None)
         uncut = PipeSetup(model, scheduling, remat, placements, chunks, known)
         tracing = no_mesh() if mesh is None else stage_context(mesh)
-        # A function that was split knows what its pieces take.
-        if isinstance(layers, Split) and balance is None and sample is None:
-            balance = layers.balance(uncut.stages)
         with set_aside(), tracing:
+            # A function that was split knows what its pieces take.
+            if isinstance(layers, Split) and balance is None and sample is None:
+                balance = layers.balance(uncut.stages)
             balance = given_balance(balance, sample, sample_side, uncut)
         stage_to_device = scheduling.stage_to_device(
             len(balance), len(placements), chunks
@@ -432,6 +433,19 @@ class Pipe(Call):
             first = first_microbatch(x, call_needs(side=side), self.chunks)
             made = self.model.init(key, *first, self._executor.make_params)
         return self.place(made, donate=True)
+
+    def _make_params(
+        self, make: Callable[[int, Any], PyTree], key: Any
+    ) -> tuple[PyTree, ...]:
+        """The parameters of every layer, `make(layer, key)`, each made on the layer's
+        device.
+        """
+        check_process()
+        with self._context(), self._executor.tracing(), explicit_transfers():
+            return tuple(
+                self._executor.make_params(k, functools.partial(make, k), key)
+                for k in range(len(self.layers))
+            )
 
     def init_state(
         self,

@@ -287,7 +287,7 @@ def function_name(f: Callable[..., Any]) -> str:
     return getattr(f, "__name__", type(f).__name__)
 
 
-def _inside(f: Any) -> Iterator[Any]:
+def inside_of(f: Any) -> Iterator[Any]:
     """A callable, and what it calls in the end: the `func` of a partial, the object of
     a method, what `jax.jit`, `jax.vmap` and decorators show as `__wrapped__`.
     """
@@ -326,11 +326,11 @@ def _check_function(f: Callable[..., Any], call: str) -> None:
             "it"
         )
     outer: Any = None
-    for inner in _inside(f):
+    for inner in inside_of(f):
         kind = type(inner)
         # The method of a linen module, `module.apply`, takes its parameters as an
         # argument, as a layer does. That of an NNX module has them in the module.
-        method = isinstance(outer, types.MethodType) and not _has_floats(inner)
+        method = isinstance(outer, types.MethodType) and not has_floats(inner)
         # By name, as the core imports no Flax; what else Flax has, such as `nnx.jit` of
         # a function, is a function.
         if not method and any(
@@ -343,7 +343,7 @@ def _check_function(f: Callable[..., Any], call: str) -> None:
                 "`fpipe.flax.layer(module)`, or `fpipe.flax.layers(...)` for a "
                 "Sequential or a list of modules"
             )
-        if _has_floats(inner):
+        if has_floats(inner):
             cure = "`fpipe.Layer(lambda f, x: f(x), init=lambda key, x: f)`"
             if any(b.__module__.startswith("equinox") for b in kind.__mro__):
                 cure = (
@@ -359,7 +359,7 @@ def _check_function(f: Callable[..., Any], call: str) -> None:
         outer = inner
 
 
-def _has_floats(f: Any) -> bool:
+def has_floats(f: Any) -> bool:
     """Whether a callable is a pytree with arrays that could be trained."""
     return any(is_array(a) and is_inexact(a) for a in jax.tree.leaves(f))
 

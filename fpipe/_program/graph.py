@@ -142,14 +142,18 @@ def as_function(closed: Any) -> Callable[..., list[Any]]:
     return run
 
 
-def inline(closed: Any, keep_rules: bool = True) -> Graph:
+def inline(
+    closed: Any, keep_rules: bool = True, keep_calls: Collection[str] = ()
+) -> Graph:
     """A jaxpr as a `Graph`, nested calls inlined.
 
     Arguments:
         keep_rules: whether functions with their own derivatives (`jax.custom_jvp`,
             `jax.custom_vjp`) stay one equation, so that they can be differentiated.
+        keep_calls: names of calls that stay one equation, such as `"jit"`.
     """
     calls = _CALLS if keep_rules else _CALLS | _CALLS_WITH_RULES
+    calls = {name: of for name, of in calls.items() if name not in keep_calls}
     nodes: list[Node] = []
     consts: dict[int, Any] = {}
     avals: dict[int, Any] = {}

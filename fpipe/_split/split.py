@@ -81,6 +81,9 @@ class Split(FunctionLayers):
         inputs cast to a dtype where they are real floats, and what it returns in it in
         float32: for `Pipe(compute_dtype=...)`.
         """
+        # Itself where nothing changes: its traces are kept with it.
+        if dtype == self.cut.dtype:
+            return self
         return Split(dataclasses.replace(self.cut, dtype=dtype))
 
     # --- parameters ---

@@ -1,0 +1,340 @@
+"""A user's loss function as a function that can be split, and its calls.
+
+In: the function and how it is called, for example
+
+    def loss_fn(params, tokens, temperature, *, key): ...
+    loss_fn(params, tokens, 0.7, key=key)          tokens int32[8,16]
+
+Out: what `fpipe.split` takes, `f(params, x, *, key)`, and for each call a `LossCall`:
+
+    params    as it was given
+    x         {"tokens": tokens, "temperature": NoChunk(0.7)}
+    key       key
+
+All arguments but the parameters and the key are `x`, by name. Numbers become arrays
+that go whole to every microbatch. What is static stays as it is: another value is
+another trace, cut at the same places.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fpipe._core.errors import a_type, add_note, shown
+from fpipe._core.pytrees import PyTree, is_array
+from fpipe._model.layer import Layer, function_name, has_floats, inside_of
+from fpipe._model.loss import Loss
+from fpipe._model.needs import BY_NAME
+from fpipe._model.wrappers import Microbatches, NoChunk, PerRow, is_wrapper
+
+KEY = "key"
+
+# Errors that come of a value which a function wants to know while it is traced.
+_UNKNOWN_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossCall:
+    """What a loss function is called with.
+
+    Attributes:
+        params: the parameters.
+        x: the other arguments by name, but for the key.
+        key: the key; `None`: the call gives none.
+    """
+
+    params: PyTree
+    x: dict[str, PyTree]
+    key: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class LossFunction:
+    """A loss function whose arguments are `(params, x, key)`.
+
+    Attributes:
+        loss: the function, and what it returns.
+        argnum: which of its positional parameters is the model's parameters.
+        static: the names of arguments that are not traced.
+    """
+
+    loss: Loss
+    argnum: int
+    static: frozenset[str]
+
+    @classmethod
+    def checked(
+        cls, loss: Loss, argnums: Any, static_argnames: str | Sequence[str]
+    ) -> "LossFunction":
+        """From the arguments of `fpipe.value_and_grad`.
+
+        Raises:
+            TypeError: the function has no such parameters, or arrays of its own.
+            ValueError: a static argument that it has not.
+        """
+        _check_arrays(loss.fn)
+        if type(argnums) is not int or argnums < 0:
+            raise TypeError(
+                f"`fpipe.value_and_grad(argnums={shown(argnums)})`: the number of the "
+                "argument that is the model's parameters, one pytree: of several trees "
+                "make one, such as `(encoder, decoder)`; for gradients of the batch "
+                "write `fpipe.Pipe(fpipe.split(...))`, whose argnums have it"
+            )
+        names = (
+            (static_argnames,) if isinstance(static_argnames, str) else static_argnames
+        )
+        if not isinstance(names, Sequence) or not all(
+            isinstance(name, str) for name in names
+        ):
+            raise TypeError(
+                f"`fpipe.value_and_grad(static_argnames={shown(static_argnames)})`: "
+                'names of arguments, such as ("causal",)'
+            )
+        made = cls(loss, argnums, frozenset(names))
+        try:
+            parameters = made.signature.parameters
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"`fpipe.value_and_grad(loss_fn)`: {shown(loss.fn)} has no signature "
+                f"that says how it is called ({error}): wrap it, "
+                "`lambda params, batch: loss_fn(params, batch)`"
+            ) from None
+        if argnums >= len(made._positional):
+            raise TypeError(
+                f"`fpipe.value_and_grad(loss_fn, argnums={argnums})`: {made.name!r} "
+                f"takes {made.signature}, which has no such positional parameter for "
+                "the model's parameters: it is called as `loss_fn(params, *batch)`"
+            )
+        unknown = sorted(made.static - set(parameters) | made.static & {made.of_params})
+        if unknown:
+            raise ValueError(
+                f"`fpipe.value_and_grad(static_argnames={shown(static_argnames)})`: "
+                f"{made.name!r} takes {made.signature}, where {unknown[0]!r} is no "
+                "argument of the batch"
+            )
+        return made
+
+    # --- its signature ---
+
+    @property
+    def name(self) -> str:
+        return function_name(self.loss.fn)
+
+    @functools.cached_property
+    def signature(self) -> inspect.Signature:
+        return inspect.signature(self.loss.fn)
+
+    @functools.cached_property
+    def _positional(self) -> list[str]:
+        """The names of its positional parameters."""
+        kinds = (
+            inspect.Parameter.POSITIONAL_ONLY,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        )
+        return [n for n, p in self.signature.parameters.items() if p.kind in kinds]
+
+    @property
+    def of_params(self) -> str:
+        """The name of the argument that is the model's parameters."""
+        return self._positional[self.argnum]
+
+    @functools.cached_property
+    def draws(self) -> bool:
+        """Whether it has an argument for a key."""
+        own = KEY in self.signature.parameters and self.of_params != KEY
+        return own and KEY not in self.static
+
+    def names(self, name: str) -> bool:
+        """Whether it has an argument of that name."""
+        return name in self.signature.parameters
+
+    # --- as a layer ---
+
+    @property
+    def layer(self) -> Layer:
+        """It as a function that can be split."""
+        return Layer(self, name=self.name, needs=(KEY,) if self.draws else ())
+
+    def __call__(
+        self, params: PyTree, x: Mapping[str, PyTree], *, key: Any = None
+    ) -> Any:
+        """Run it on a microbatch, and check what it returns."""
+        arguments = {**x, self.of_params: params}
+        if key is not None:
+            arguments[KEY] = key
+        bound = inspect.BoundArguments(self.signature, arguments)  # pyright: ignore[reportArgumentType] - it is asked by name
+        try:
+            result = self.loss.fn(*bound.args, **bound.kwargs)
+        except _UNKNOWN_VALUES as error:
+            add_note(
+                error,
+                f"in the trace of {self.name!r}, where the arrays and the numbers of "
+                "the batch have no values: an argument whose value decides what is "
+                "computed is named in `fpipe.value_and_grad(static_argnames=...)`",
+            )
+            raise
+        # Here, and not only in the call: a mistake is told at the first trace.
+        own = dataclasses.replace(self.loss, fn=_unchanged)
+        loss, weight, aux = own(result, (), f" {self.name!r}")
+        value = loss if weight is None else (loss, weight)
+        if not self.loss.has_aux:
+            return value
+        return value, jax.tree.map(
+            lambda leaf: _Rows(leaf.value) if is_wrapper(leaf) else leaf,
+            aux,
+            is_leaf=is_wrapper,
+        )
+
+    def __reduce__(self) -> Any:
+        # A signature may hold what does not pickle.
+        return LossFunction, (self.loss, self.argnum, self.static)
+
+    # --- its calls ---
+
+    def call(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], name: str, shapes: bool
+    ) -> LossCall:
+        """A call, its arguments told apart.
+
+        Arguments:
+            name: what was called, such as `step`, for errors.
+            shapes: whether a key that is not given stands in, for only shapes matter.
+
+        Raises:
+            TypeError: it cannot be called so.
+        """
+        bound = self._bound(args, kwargs, name, shapes)
+        arguments = dict(bound.arguments)
+        params = arguments.pop(self.of_params)
+        key = None
+        # A `None` that is given stays: it need not be the default.
+        if self.draws and arguments.get(KEY) is not None:
+            key = arguments.pop(KEY)
+        x = {
+            at: self._static(at, value) if at in self.static else _as_data(at, value)
+            for at, value in arguments.items()
+        }
+        if not any(is_array(leaf) and leaf.shape for leaf in jax.tree.leaves(x)):
+            raise TypeError(
+                f"`{name}(params, *batch)`: the batch of {self.name!r} has no array "
+                "with rows; a pipeline needs one, to cut it into microbatches"
+            )
+        return LossCall(params, x, key)
+
+    def _bound(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], name: str, shapes: bool
+    ) -> inspect.BoundArguments:
+        """The arguments by their names."""
+        try:
+            return self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            stand_in = BY_NAME[KEY].stand_in
+            if shapes and self.draws and KEY not in kwargs and stand_in is not None:
+                try:
+                    return self.signature.bind(*args, **{**kwargs, KEY: stand_in()})
+                except TypeError:
+                    pass
+            raise TypeError(
+                f"`{name}(...)` takes what {self.name!r} does, {self.signature}: "
+                f"{error}"
+            ) from None
+
+    def _static(self, name: str, value: Any) -> Any:
+        """A static argument."""
+        if any(map(is_array, jax.tree.leaves(value))):
+            raise TypeError(
+                f"`fpipe.value_and_grad(static_argnames={sorted(self.static)})`: "
+                f"{name!r} holds an array, whose values are no part of what is "
+                "compiled: give it as an argument that is not static"
+            )
+        return value
+
+
+def _unchanged(result: Any) -> Any:
+    return result
+
+
+# A layer returns no `PerRow`, which is for the aux of a loss.
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """A `PerRow` on its way from the last piece to the loss."""
+
+    value: PyTree
+
+    def tree_flatten(self) -> tuple[tuple[PyTree], None]:
+        """For JAX."""
+        return (self.value,), None
+
+    @classmethod
+    def tree_unflatten(cls, aux: None, children: tuple[PyTree]) -> "_Rows":
+        """For JAX."""
+        del aux
+        return cls(children[0])
+
+
+def as_returned(y: Any) -> Any:
+    """The loss of a pipe whose last piece returns the loss already."""
+    return jax.tree.map(
+        lambda leaf: PerRow(leaf.value) if isinstance(leaf, _Rows) else leaf,
+        y,
+        is_leaf=lambda leaf: isinstance(leaf, _Rows),
+    )
+
+
+def _as_data(name: str, tree: PyTree) -> PyTree:
+    """An argument of the batch, whose numbers are arrays that go whole to every
+    microbatch.
+    """
+
+    def wrapped(leaf: Any) -> Any:
+        if isinstance(leaf, Microbatches):
+            return Microbatches([_numbers_as_arrays(piece) for piece in leaf])
+        if is_wrapper(leaf):
+            return _numbers_as_arrays(leaf)
+        leaf = _numbers_as_arrays(leaf)
+        if not is_array(leaf) or leaf.shape:
+            return leaf
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise TypeError(
+                f"`step(...)`: {name!r} has a PRNG key, with which all microbatches "
+                "would draw the same: call the argument `key`, of which each gets its "
+                "own; or `fpipe.NoChunk(key)`, if that is meant"
+            )
+        return NoChunk(leaf)
+
+    return jax.tree.map(wrapped, tree, is_leaf=is_wrapper)
+
+
+def _numbers_as_arrays(tree: PyTree) -> PyTree:
+    """Numbers among the leaves as arrays. A bool is none: what it switches is another
+    computation.
+    """
+
+    def converted(leaf: Any) -> Any:
+        number = isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool)
+        return jnp.asarray(leaf) if number else leaf
+
+    return jax.tree.map(converted, tree)
+
+
+def _check_arrays(f: Callable[..., Any]) -> None:
+    """Refuse a function that is a pytree with arrays: they would not train."""
+    for inner in inside_of(f):
+        if has_floats(inner):
+            raise TypeError(
+                f"`fpipe.value_and_grad(loss_fn)`: {a_type(inner)} is a pytree with "
+                "arrays, which would be constants and not train: give it as the "
+                "parameters, `lambda f, *batch: f(*batch)`; of an Equinox module "
+                "`params, static = eqx.partition(f, eqx.is_inexact_array)`"
+            )

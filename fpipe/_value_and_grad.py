@@ -1,0 +1,474 @@
+"""`fpipe.value_and_grad`: a pipeline where `jax.value_and_grad(loss_fn)` stood.
+
+In: the user's loss function, and what a `Pipe` is told. Out: a `ValueAndGrad`, which is
+called as that function's derivative. The first call that has parameters and a batch,
+or their shapes, builds what all others use:
+
+    loss_fn(params, tokens, key)            the user's
+      LossFunction     f(params, x, *, key)     _split/loss_function.py
+      Split            its pieces               fpipe.split
+      Pipe             stages on devices; its last piece returns the loss
+
+Other shapes, and other values of static arguments, are other traces of the function,
+cut at the same places: placed parameters fit all of them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from fpipe._core.checks import as_bool
+from fpipe._core.errors import shown
+from fpipe._core.meshes import no_mesh, set_aside
+from fpipe._core.pytrees import PyTree, map_arrays, numbers_as_arrays, shapes_of, strong
+from fpipe._executors.call import check_chunks
+from fpipe._executors.placed.dispatch import Dispatch
+from fpipe._executors.placement import Place
+from fpipe._executors.scan.mesh import stage_context
+from fpipe._executors.scan.packing import Packed
+from fpipe._model.frozen import Frozen, check_frozen
+from fpipe._model.loss import Reduction, as_loss
+from fpipe._model.microbatch import first_microbatch
+from fpipe._model.needs import call_needs, check_key
+from fpipe._model.remat import Policy
+from fpipe._model.wrappers import NoChunk
+from fpipe._pipe import Pipe
+from fpipe._planning.layer_costs import BalanceBy
+from fpipe._planning.prediction import Prediction
+from fpipe._split.init import Init
+from fpipe._split.loss_function import LossCall, LossFunction, as_returned
+from fpipe._split.split import Split, split
+from fpipe.schedules import Schedule
+
+# What these methods take besides the loss function's arguments. An argument of the
+# function that has such a name goes to the function.
+_OF_CALL = ("grads", "loss_scale")
+_OF_PLAN = (
+    "by",
+    "speed",
+    "latency",
+    "bandwidth",
+    "optimizer",
+    "memory",
+    "compiled",
+)
+_OF_COMPILE = ("loss_scale", "threads", "progress")
+_OF_TUNE = (*_OF_PLAN, "chunks", "schedules", "checkpoints")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Built:
+    """What a loss function and shapes have made.
+
+    Attributes:
+        split: the pieces.
+        pipe: that runs them.
+        step, evaluate: of the pipe, made once: programs are kept for each.
+    """
+
+    split: Split
+    pipe: Pipe
+    step: Callable[..., Any]
+    evaluate: Callable[..., Any]
+
+
+class ValueAndGrad:
+    """A loss function that runs as a pipeline; `fpipe.value_and_grad` makes it.
+
+    It is called as the loss function is, and returns `(loss, grads)`. What else it
+    does takes the same arguments; shapes (`jax.ShapeDtypeStruct`) will do where nothing
+    is computed.
+    """
+
+    def __init__(
+        self,
+        function: LossFunction,
+        cutting: Mapping[str, Any],
+        options: Mapping[str, Any],
+        frozen: Frozen | None,
+        init: Callable[..., PyTree] | None,
+    ) -> None:
+        self._function = function
+        self._cutting = dict(cutting)
+        self._options = dict(options)
+        self._frozen = frozen
+        self._init = init
+        self._built: _Built | None = None
+
+    def __repr__(self) -> str:
+        built = "" if self._built is None else f", {self._built.pipe!r}"
+        return f"fpipe.value_and_grad({self._function.name}{built})"
+
+    # --- what it is made of ---
+
+    @property
+    def split(self) -> Split:
+        """The loss function's pieces, as `fpipe.split` makes them."""
+        return self._known("split").split
+
+    @property
+    def pipe(self) -> Pipe:
+        """The pipe that runs it: `step.pipe.record(step, params, batch)`, for
+        example.
+        """
+        return self._known("pipe").pipe
+
+    def _known(self, name: str) -> _Built:
+        if self._built is None:
+            raise ValueError(
+                f"`step.{name}`: there is none before the shapes are known: call "
+                "`step.place(params, batch)` or `step.plan(params, batch)` first; "
+                "shapes will do for the batch, and in `plan` for both"
+            )
+        return self._built
+
+    def _build(self, call: LossCall, name: str) -> _Built:
+        """The pieces and the pipe, made for the first shapes that come."""
+        if self._built is not None:
+            return self._built
+        if isinstance(call.params, Packed):
+            raise ValueError(
+                f"`{name}(params, ...)`: these parameters are packed already, but this "
+                "step has not been built: write `step.place(params, batch)` with the "
+                "function's own tree"
+            )
+        function, options = self._function, self._options
+        # The trace that is cut is the one that a call runs: of one microbatch.
+        x, needs = first_microbatch(call.x, call_needs(key=call.key), options["chunks"])
+        params = map_arrays(strong, shapes_of(numbers_as_arrays(call.params)))
+        # In the context in which the pipe traces, for other settings are other traces.
+        mesh = options["mesh"]
+        inside = stage_context(mesh) if isinstance(mesh, Mesh) else no_mesh()
+        with set_aside(), inside:
+            # It is of the right size already: no array is cut again.
+            pieces = split(
+                function.layer, params, NoChunk(x), key=needs["key"], **self._cutting
+            )
+        # A balance by name looks at a batch.
+        sample = call.x if isinstance(options["balance"], str) else None
+        pipe = Pipe(pieces, sample=sample, **options)
+        loss = function.loss
+        step = pipe.value_and_grad(
+            as_returned, loss.has_aux, loss.reduction, frozen=self._frozen
+        )
+        evaluate = pipe.evaluate(as_returned, loss.has_aux, loss.reduction)
+        self._built = _Built(pieces, pipe, step, evaluate)
+        return self._built
+
+    def _called(
+        self,
+        name: str,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        own: Sequence[str],
+        shapes: bool = True,
+    ) -> tuple[_Built, LossCall, dict[str, Any]]:
+        """A call's arguments: the loss function's, and those of `own`."""
+        mine = {
+            at: kwargs.pop(at)
+            for at in own
+            if at in kwargs and not self._function.names(at)
+        }
+        call = self._function.call(args, kwargs, name, shapes)
+        with self._naming(name):
+            return self._build(call, name), call, mine
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Say what stands for what in errors of the pipe."""
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            text = str(error)
+            if "pipe.place(" in text:
+                error.add_note("fpipe: here it is `step.place(params, batch)`")
+            elif "`x[" in text:
+                error.add_note(
+                    f"fpipe: in `{name}(...)` `x` has the batch's arguments by name, "
+                    f"those of {self._function.name!r}"
+                )
+            raise
+
+    # --- parameters ---
+
+    def place(self, *args: Any, **kwargs: Any) -> Any:
+        """Put each parameter on the device of the stage that uses it.
+
+        Arguments:
+            args, kwargs: as for the loss function. Shapes will do for the batch; a key
+                may be left out.
+
+        Other Arguments:
+            donate: as for `Pipe.place`: whether arrays that are where they belong are
+                not copied.
+
+        Returns:
+            The parameters: the same tree, or with `executor="scan"` an
+            `fpipe.Packed`.
+        """
+        built, call, mine = self._called("step.place", args, kwargs, ("donate",))
+        return built.pipe.place(call.params, **mine)
+
+    def gather(self, params: Any) -> PyTree:
+        """The inverse of `place`: a copy of the tree on the first device; gradients
+        too.
+        """
+        return self._known("gather").pipe.gather(params)
+
+    def init(self, key: Any, /, *batch: Any, **kwargs: Any) -> Any:
+        """Parameters as the user's `init` makes them, each made where it lives.
+
+        Arguments:
+            key: for `init`.
+            batch, kwargs: as for the loss function, without the parameters; shapes will
+                do. `init` gets them too, if it requires more than a key; in place of
+                shapes zeros.
+
+        Returns:
+            Placed parameters. No device has ever held others than its own.
+
+        Raises:
+            TypeError: `fpipe.value_and_grad` was given no `init=`.
+        """
+        if self._init is None:
+            raise TypeError(
+                "`step.init(key, batch)`: write `fpipe.value_and_grad(loss_fn, "
+                "init=...)` with the function that makes the parameters, `init(key)` "
+                "or `init(key, batch)`"
+            )
+        check_key(key)
+        init = Init.of(self._init, key, batch, kwargs)
+        at = self._function.argnum
+        args = (*batch[:at], init.shapes, *batch[at:])
+        built, _, _ = self._called("step.init", args, kwargs, ())
+        traced = init.traced(built.split.params)
+        made = built.pipe._make_params(traced.make, key)
+        return built.pipe.place(built.split.tree(made), donate=True)
+
+    # --- calls ---
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss and its gradients.
+
+        Arguments:
+            args, kwargs: as for the loss function, with placed parameters.
+
+        Other Arguments:
+            grads: gradients of an earlier call, to which these are added.
+            loss_scale: as for `Pipe.value_and_grad`.
+
+        Returns:
+            `(loss, grads)`, or `((loss, aux), grads)`; the gradients have the structure
+            and the places of the parameters.
+        """
+        built, call, mine = self._called("step", args, kwargs, _OF_CALL, shapes=False)
+        with self._naming("step"):
+            return built.step(call.params, call.x, key=call.key, **mine)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss alone, forward only: `loss`, or `(loss, aux)`.
+
+        Arguments:
+            args, kwargs: as for the loss function, with placed parameters.
+        """
+        built, call, _ = self._called("step.evaluate", args, kwargs, (), shapes=False)
+        with self._naming("step.evaluate"):
+            return built.evaluate(call.params, call.x, key=call.key)
+
+    # --- before it runs ---
+
+    def plan(self, *args: Any, **kwargs: Any) -> Prediction:
+        """What a step will take, before it runs; see `Pipe.plan`.
+
+        Arguments:
+            args, kwargs: as for the loss function; shapes will do, and a key may be
+                left out. Parameters may be `None`, if there is an `init=`.
+
+        Other Arguments:
+            by, speed, latency, bandwidth, optimizer, memory, compiled: as for
+                `Pipe.plan`.
+        """
+        args = self._with_shapes("step.plan", args, kwargs)
+        built, call, mine = self._called("step.plan", args, kwargs, _OF_PLAN)
+        loss = self._function.loss
+        with self._naming("step.plan"):
+            return built.pipe.plan(
+                call.params,
+                call.x,
+                loss_fn=as_returned,
+                has_aux=loss.has_aux,
+                reduction=loss.reduction,
+                frozen=self._frozen,
+                key=call.key,
+                **mine,
+            )
+
+    def compile(self, *args: Any, **kwargs: Any) -> int:
+        """Compile all programs of a step, several at once; see `Pipe.compile`.
+
+        Arguments:
+            args, kwargs: as for the loss function; shapes will do. A key is one of the
+                kind that calls give, and without one none is taken to be given.
+
+        Other Arguments:
+            loss_scale, threads, progress: as for `Pipe.compile`.
+
+        Returns:
+            The number of programs.
+        """
+        args = self._with_shapes("step.compile", args, kwargs)
+        built, call, mine = self._called("step.compile", args, kwargs, _OF_COMPILE)
+        pipe, params, loss = built.pipe, call.params, self._function.loss
+        # Wherever they are: of those that are not placed yet the shapes are enough.
+        if not isinstance(params, Packed):
+            params = shapes_of(params)
+            params = jax.eval_shape(pipe.place, params) if pipe.mesh else params
+        with self._naming("step.compile"):
+            return pipe.compile(
+                params,
+                call.x,
+                loss_fn=as_returned,
+                has_aux=loss.has_aux,
+                reduction=loss.reduction,
+                frozen=self._frozen,
+                key=call.key,
+                **mine,
+            )
+
+    def _with_shapes(
+        self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, ...]:
+        """Positional arguments with the shapes of parameters where they are `None`."""
+        at = self._function.argnum
+        if len(args) <= at or args[at] is not None:
+            return tuple(args)
+        if self._built is not None:
+            shapes = self._built.split.param_shapes
+        elif self._init is not None:
+            key = call_needs(key=jax.eval_shape(lambda: jax.random.key(0)))["key"]
+            own = {k: v for k, v in kwargs.items() if self._function.names(k)}
+            rest = (*args[:at], *args[at + 1 :])
+            shapes = Init.of(self._init, key, rest, own).shapes
+        else:
+            raise TypeError(
+                f"`{name}(None, batch)`: give the parameters, or their shapes; without "
+                "them `fpipe.value_and_grad(loss_fn, init=...)` says what they are"
+            )
+        return (*args[:at], shapes, *args[at + 1 :])
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any],
+    argnums: int = 0,
+    has_aux: bool = False,
+    *,
+    devices: Iterable[Place] | None = None,
+    chunks: int = 1,
+    stages: int | None = None,
+    cuts: Sequence[str] | None = None,
+    balance: Sequence[int] | BalanceBy | None = None,
+    reduction: Reduction = "mean",
+    frozen: Frozen | None = None,
+    static_argnames: str | Sequence[str] = (),
+    init: Callable[..., PyTree] | None = None,
+    checkpoint: str | Policy = "except_last",
+    schedule: str | Schedule | Callable[[int, int], Schedule] = "eager_1f1b",
+    executor: str = "placed",
+    dispatch: Dispatch = "auto",
+    mesh: Mesh | None = None,
+    compute_dtype: Any = None,
+    deferred_batch_norm: bool = False,
+    detect_anomaly: bool = False,
+) -> ValueAndGrad:
+    """A loss function's value and gradient as a pipeline, where
+    `jax.value_and_grad(loss_fn)` stood.
+
+    The function is cut into pieces by itself (`fpipe.split`), and these into stages on
+    the devices. At equal `chunks` it computes what the function computes, microbatch
+    by microbatch.
+
+    Arguments:
+        loss_fn: `loss_fn(params, *batch)`, any function that JAX can trace, which
+            returns a scalar: with `reduction="mean"` a mean over rows. Arrays of the
+            batch are cut by rows on axis 0; `fpipe.NoChunk`, `Chunk` and `Microbatches`
+            say otherwise. Numbers (0-d arrays, and Python's) are traced, and go whole
+            to every microbatch; bools, strings and `None` are static. Of an argument
+            named `key`, a PRNG key, microbatch `i` gets `fold_in(fold_in(key, 0), i)`.
+        argnums: which argument is the model's parameters, a pytree.
+        has_aux: whether it returns `(loss, aux)`; aux comes back stacked over
+            microbatches, or, in an `fpipe.PerRow`, concatenated.
+        devices, chunks: as for `fpipe.Pipe`.
+
+    Other Arguments:
+        stages, cuts: where the function is cut, as for `fpipe.split`; default where it
+            is marked by `fpipe.cut`, or at every narrow place, of which the balance
+            chooses.
+        reduction: `"mean"`, `"sum"`, or `"weighted"` of a function that returns `(sum,
+            weight)`; see `Pipe.value_and_grad`.
+        frozen: as for `Pipe.value_and_grad`, by the paths of the function's own tree.
+        static_argnames: the names of arguments whose values are part of what is
+            compiled.
+        init: the function that makes the parameters, `init(key)` or `init(key,
+            *batch)`, for `step.init`.
+        balance, checkpoint, schedule, executor, dispatch, mesh, compute_dtype,
+            detect_anomaly: as for `fpipe.Pipe`.
+        deferred_batch_norm: needs layers, and is refused.
+
+    Returns:
+        A `ValueAndGrad`. `params = step.place(params, batch)` puts parameters where
+        they belong, then `loss, grads = step(params, batch)`.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; where that shows only with shapes,
+            when the first batch comes.
+
+    Example:
+        >>> def loss_fn(params, x, y):
+        ...     for w in params["layers"]:
+        ...         x = jnp.tanh(x @ w)
+        ...     return jnp.mean((x - y) ** 2)
+        >>> params = {"layers": [jnp.eye(3)] * 4}
+        >>> devices = [jax.devices()[0]] * 2
+        >>> step = fpipe.value_and_grad(loss_fn, devices=devices, chunks=4)
+        >>> x = jnp.ones((8, 3))
+        >>> params = step.place(params, x, x)
+        >>> loss, grads = step(params, x, x)
+        >>> jax.tree.structure(grads) == jax.tree.structure(params)
+        True
+    """
+    if as_bool("fpipe.value_and_grad", "deferred_batch_norm", deferred_batch_norm):
+        raise ValueError(
+            "`fpipe.value_and_grad(deferred_batch_norm=True)`: a loss function has no "
+            "layers of batch norm: give layers to `fpipe.Pipe`"
+        )
+    if not callable(loss_fn):
+        raise TypeError(
+            f"`fpipe.value_and_grad(loss_fn)`: {shown(loss_fn)} is not callable; write "
+            "`fpipe.value_and_grad(loss_fn, ...)(params, batch)`"
+        )
+    if init is not None and not callable(init):
+        raise TypeError(
+            f"`fpipe.value_and_grad(init={shown(init)})`: a function that makes the "
+            "parameters, `init(key)` or `init(key, batch)`"
+        )
+    loss = as_loss("value_and_grad", loss_fn, has_aux, reduction)
+    check_frozen("value_and_grad", frozen)
+    function = LossFunction.checked(loss, argnums, static_argnames)
+    options = {
+        "balance": balance,
+        "devices": devices if devices is None else list(devices),
+        "chunks": check_chunks("fpipe.value_and_grad", chunks),
+        "checkpoint": checkpoint,
+        "schedule": schedule,
+        "executor": executor,
+        "dispatch": dispatch,
+        "mesh": mesh,
+        "compute_dtype": compute_dtype,
+        "detect_anomaly": detect_anomaly,
+    }
+    cutting = {"stages": stages, "cuts": cuts}
+    return ValueAndGrad(function, cutting, options, frozen, init)

@@ -1,0 +1,406 @@
+"""`fpipe.value_and_grad` computes what `jax.value_and_grad` computes: on the whole
+batch where the function is a mean over rows, and microbatch by microbatch else.
+"""
+
+import collections
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fpipe
+import fpipe.optim
+from fpipe._split.init import Init
+from tests.helpers import assert_same, noise
+
+EXECUTORS = ("placed", "scan")
+WIDTH = 3
+
+# How often the Python of each loss function ran.
+traces = collections.Counter[str]()
+
+
+def blocks(params, h):
+    h = h @ params["embed"]
+    for block in params["blocks"]:
+        h = h + jnp.tanh(h @ block["w"] + block["b"])
+    return h
+
+
+def loss_fn(params, batch, weight, scale=1.0, *, key=None, causal=False):
+    """A mean over rows, with an auxiliary output for all rows and one for each."""
+    traces["loss_fn"] += 1
+    h = blocks(params, batch["x"])
+    if key is not None:
+        h = jnp.where(noise(key, h.shape) < 0.0, h, 0.0)
+    if causal:
+        h = jnp.cumsum(h, 1)
+    error = ((h @ params["embed"].T - batch["y"]) ** 2).mean(1) * weight
+    return scale * error.mean(), {"rows": fpipe.PerRow(error), "largest": error.max()}
+
+
+def init(key):
+    embed, *others = jax.random.split(key, 5)
+    return {
+        "embed": jax.random.normal(embed, (WIDTH, WIDTH)),
+        "blocks": [
+            {
+                "w": jax.random.truncated_normal(k, -1.0, 1.0, (WIDTH, WIDTH)),
+                "b": jnp.full(WIDTH, 0.1),
+            }
+            for k in others
+        ],
+    }
+
+
+def params_of():
+    return init(jax.random.key(0))
+
+
+def batch_of(count=6):
+    x = noise(jax.random.key(1), (count, WIDTH))
+    return {"x": x, "y": jnp.sin(x)}, noise(jax.random.key(2), (count,))
+
+
+def step_of(executor="placed", fn=loss_fn, **options):
+    options = {"devices": jax.devices()[:2], "chunks": 3, "has_aux": True} | options
+    return fpipe.value_and_grad(fn, executor=executor, **options)
+
+
+def rows(tree, start, stop):
+    return jax.tree.map(lambda a: a[start:stop], tree)
+
+
+@pytest.fixture(scope="module", params=EXECUTORS)
+def step(request):
+    """A step of each executor that several tests use, and placed parameters."""
+    made = step_of(request.param, init=init)
+    batch, weight = batch_of()
+    return made, made.place(params_of(), batch, weight)
+
+
+def in_plain_jax(function, params, *args, **kwargs):
+    """`jax.value_and_grad` of the whole batch; the loss is a mean over rows."""
+    return jax.jit(
+        jax.value_and_grad(lambda p: function(p, *args, **kwargs), has_aux=True)
+    )(params)
+
+
+@pytest.mark.quick
+def test_it_computes_what_jax_computes(step):
+    """Also of five rows in three microbatches, with a number, and without a key."""
+    step, params = step
+    assert_same(step.gather(params), params_of())
+    for count in (6, 5):
+        batch, weight = batch_of(count)
+        (value, aux), grads = step(params, batch, weight, 0.5)
+        (want, want_aux), want_grads = in_plain_jax(
+            loss_fn, params_of(), batch, weight, 0.5
+        )
+        assert_same(value, want)
+        assert_same(step.gather(grads), want_grads)
+        assert_same(aux["rows"], want_aux["rows"].value)
+        assert aux["largest"].shape == (3,)
+        assert_same(aux["largest"].max(), want_aux["largest"])
+        assert_same(step.evaluate(params, batch, weight, scale=0.5)[0], want)
+
+
+def test_each_microbatch_has_its_own_key(step):
+    step, params = step
+    (batch, weight), key = batch_of(), jax.random.key(3)
+    (value, _), grads = step(params, batch, weight, key=key)
+
+    def plain(p):
+        own = [jax.random.fold_in(jax.random.fold_in(key, 0), i) for i in range(3)]
+        return sum(
+            loss_fn(p, *rows((batch, weight), 2 * i, 2 * i + 2), key=own[i])[0]
+            for i in range(3)
+        ) / len(own)
+
+    want, want_grads = jax.jit(jax.value_and_grad(plain))(params_of())
+    assert_same(value, want)
+    assert_same(step.gather(grads), want_grads)
+
+
+def test_what_is_static_is_traced_for_each_value_and_cut_alike(step):
+    """Placed parameters fit all of them; numbers and arrays are traced once."""
+    step, params = step
+    batch, weight = batch_of()
+    (value, _), _ = step(params, batch, weight, causal=True)
+    (want, _), _ = in_plain_jax(loss_fn, params_of(), batch, weight, causal=True)
+    assert_same(value, want)
+    step(params, batch, weight, 2.0)
+    before = traces["loss_fn"]
+    for scale in (3.0, np.float32(4.0)):
+        step(params, rows(batch, 0, 6), weight + 1.0, scale)
+    assert traces["loss_fn"] - before <= 1  # a number of numpy is of another type
+    step(params, batch, weight, 5.0, causal=True)
+
+
+def test_named_static_arguments_are_values():
+    def power(params, x, n, how):
+        traces["power"] += 1
+        assert (type(n), how) == (int, ("sum", 2))
+        return jnp.mean((x @ params["a"] @ params["b"]) ** n)
+
+    params = {"a": jnp.eye(WIDTH), "b": jnp.eye(WIDTH)}
+    step = step_of(fn=power, has_aux=False, static_argnames=("n", "how"))
+    x = batch_of()[0]["x"]
+    placed = step.place(params, x, 2, ("sum", 2))
+    for n in (2, 3, 2, 3):
+        value, _ = step(placed, x, n, how=("sum", 2))
+        assert_same(jax.device_get(value), jax.device_get(jnp.mean(x**n)))
+    assert traces["power"] == 2
+
+
+def test_under_scan_it_stands_in_the_users_own_jit():
+    step = step_of("scan")
+    batch, weight = batch_of()
+    params = step.place(params_of(), batch, weight)
+
+    @jax.jit
+    def sgd(params, batch, weight):
+        (value, _), grads = step(params, batch, weight)
+        return value, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+
+    value, updated = sgd(params, batch, weight)
+    (want, _), grads = in_plain_jax(loss_fn, params_of(), batch, weight)
+    assert_same(value, want)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, params_of(), grads)
+    assert_same(step.gather(updated), expected)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_weights_of_tokens_and_ready_made_microbatches(executor):
+    """The sum over all tokens by their number, of sequences of two lengths under the
+    placed executor; gradients of two calls are added up.
+    """
+
+    def tokens(params, batch, ends):
+        h = blocks(params, batch["x"]).sum(-1)
+        return (h * batch["mask"]).sum() + 0.0 * ends, batch["mask"].sum()
+
+    lengths = (2, 4) if executor == "placed" else (3, 3)
+    pieces = [
+        {
+            "x": noise(jax.random.key(length), (2, length, WIDTH)),
+            "mask": (noise(jax.random.key(n), (2, length)) < 0.5).astype(jnp.float32),
+        }
+        for n, length in enumerate(lengths)
+    ]
+    step = step_of(executor, tokens, has_aux=False, reduction="weighted")
+    batch = fpipe.Microbatches(pieces)
+    params = step.place(params_of(), batch, 1)
+    value, grads = step(params, batch, 1)
+
+    def plain(p):
+        sums, counts = zip(*(tokens(p, piece, 1) for piece in pieces), strict=True)
+        return sum(sums) / sum(counts)
+
+    want, want_grads = jax.jit(jax.value_and_grad(plain))(params_of())
+    assert_same(value, want)
+    assert_same(step.gather(grads), want_grads)
+    _, twice = step(params, batch, 1, grads=grads, loss_scale=8.0)
+    assert_same(step.gather(twice), jax.tree.map(lambda g: 2 * g, want_grads))
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_parameters_are_made_where_they_live(executor):
+    """The numbers are those of the user's function; each stage draws its own alone."""
+    drawn = []
+
+    def watched(key):
+        assert "Tracer" in type(key).__name__  # no array is made in it
+        drawn.append(key)
+        return init(key)
+
+    step = step_of(executor, init=watched)
+    batch, weight = jax.eval_shape(batch_of)
+    params = step.init(jax.random.key(0), batch, weight)
+    assert len(drawn) == 2  # for the shapes, and for the programs
+    for got, want in zip(
+        jax.tree.leaves(step.gather(params)), jax.tree.leaves(params_of()), strict=True
+    ):
+        np.testing.assert_array_equal(got, want, strict=True)
+    if executor == "placed":
+        placed = step.pipe.place(params_of())
+        assert jax.tree.map(lambda a: a.devices(), params) == jax.tree.map(
+            lambda a: a.devices(), placed
+        )
+
+
+def test_a_piece_makes_its_own_parameters_alone():
+    step = step_of(init=init)
+    batch, weight = jax.eval_shape(batch_of)
+    step.plan(None, batch, weight)
+    traced = Init.of(init, jax.random.key(0), (), {}).traced(step.split.params)
+    drawn = []
+    for k, own in enumerate(step.split.params(params_of())):
+        nodes, _ = traced.needed(k)
+        names = [str(node.eqn.params.get("name")) for node in nodes]
+        drawn.append(sum("normal" in name for name in names))
+        assert drawn[-1] == sum(a.ndim == 2 for a in jax.tree.leaves(own))
+    assert sum(drawn) == 5
+
+
+def test_an_init_function_that_is_jitted_is_opened_up():
+    step = step_of(init=jax.jit(init))
+    params = step.init(jax.random.key(0), *batch_of())
+    assert_same(step.gather(params), params_of())
+    assert len({a.device for a in jax.tree.leaves(params)}) == 2
+
+
+def test_an_init_function_gets_the_batch_if_it_requires_it():
+    def of_batch(key, batch, weight):
+        made = init(key)
+        return made | {"embed": made["embed"] + batch["x"].mean() + weight.sum()}
+
+    step = step_of(init=of_batch)
+    batch, weight = batch_of()
+    params = step.init(jax.random.key(0), batch, weight)
+    want = jax.jit(of_batch)(jax.random.key(0), batch, weight)
+    assert_same(step.gather(params), jax.device_get(want))
+    # Of shapes it gets zeros.
+    made = step.init(jax.random.key(0), *jax.eval_shape(batch_of))
+    assert_same(step.gather(made)["embed"], params_of()["embed"])
+
+
+def test_one_trace_is_enough_for_the_plan_the_programs_and_the_step():
+    def once(params, x):
+        traces["once"] += 1
+        return jnp.mean(blocks(params, x) ** 2)
+
+    step = step_of(fn=once, has_aux=False)
+    x = batch_of()[0]["x"]
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    step.plan(jax.eval_shape(params_of), shape)
+    assert step.compile(jax.eval_shape(params_of), shape) > 0
+    params = step.place(params_of(), x)
+    step(params, x)
+    assert traces["once"] == 1
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_nothing_but_the_loss_leaves_the_last_piece(executor):
+    """Of a head that is many times wider than the model."""
+
+    def wide(params, x):
+        h = x @ params["a"]
+        return jnp.mean(jax.nn.logsumexp(h @ params["head"], -1))
+
+    params = {"a": jnp.eye(WIDTH), "head": jnp.ones((WIDTH, 1000))}
+    shapes = jax.eval_shape(lambda: (params, batch_of()[0]["x"]))
+    step = step_of(executor, wide, has_aux=False, cuts=["head"])
+    plan = step.plan(*shapes)
+    assert [row.params for row in plan.stages] == [WIDTH * WIDTH, WIDTH * 1000]
+    trace = step.split.cut.trace(step.split.cut.first)
+    graph = trace.traced.graph
+    assert [graph.avals[v].shape for v in graph.outputs] == [()]
+    # A float32 for each microbatch at most, and one for their sum.
+    outputs = [row.memory.get("outputs", 0) for row in plan.devices]
+    assert max(outputs) <= 4 * (3 + 1)
+
+
+def test_options_of_a_pipe():
+    """Frozen parameters by path, another schedule, bfloat16, parameters that come
+    second; an optimizer sees the function's own tree.
+    """
+
+    def second(batch, params):
+        return loss_fn(params, *batch)[0]
+
+    tx = fpipe.optim.per_stage(optax.sgd(0.1, 0.9))
+    step = step_of(
+        fn=second,
+        has_aux=False,
+        argnums=1,
+        schedule="zb_h1",
+        checkpoint="never",
+        frozen=lambda path, a: path == "['blocks'][0]['w']",
+        cuts=["blocks/2"],
+    )
+    batch = batch_of()
+    params = step.place(batch, params_of())
+    assert (len(step.split), step.pipe.schedule) == (2, "zb_h1")
+    _, grads = step(batch, params)
+    assert grads["blocks"][0]["w"].dtype == jax.dtypes.float0
+    _, want = in_plain_jax(loss_fn, params_of(), *batch)
+    assert_same(step.gather(grads)["blocks"][1:], want["blocks"][1:])
+    grads["blocks"][0]["w"] = jnp.zeros_like(params["blocks"][0]["w"])
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params_of())
+
+
+# --- errors ---
+
+
+def test_arguments_that_are_wrong():
+    def refused(text, kind: Any = TypeError, fn: Any = loss_fn, **options):
+        with pytest.raises(kind, match=text):
+            step_of(fn=fn, **options)
+
+    refused("is not callable", fn=params_of())
+    refused("has_aux is a bool", has_aux=1.0)
+    refused("reduction='median'", ValueError, reduction="median")
+    refused("one pytree: of several trees", argnums=(0, 1))
+    refused("no such positional parameter", argnums=7)
+    refused("names of arguments", static_argnames=3)
+    refused("'causl' is no argument", ValueError, static_argnames="causl")
+    refused("'params' is no argument", ValueError, static_argnames="params")
+    refused("a function that makes the parameters", init=params_of())
+    refused("no layers of batch norm", ValueError, deferred_batch_norm=True)
+    refused("chunks is at least 1", ValueError, chunks=0)
+    refused("would be constants", fn=jax.tree_util.Partial(loss_fn, params_of()))
+    refused("has no signature", fn=min)
+
+
+def test_calls_that_are_wrong():
+    step = step_of()
+    batch, weight = batch_of()
+    params = params_of()
+    with pytest.raises(ValueError, match="before the shapes are known"):
+        _ = step.pipe
+    with pytest.raises(TypeError, match=r"takes what 'loss_fn' does, .*'weight'"):
+        step.place(params, batch)
+    with pytest.raises(TypeError, match="has no array with rows"):
+        step.place(params, {"x": 1.0}, None)
+    with pytest.raises(TypeError, match="a PRNG key, with which all microbatches"):
+        step.place(params, batch | {"rng": jax.random.key(0)}, weight)
+    with pytest.raises(TypeError, match="give the parameters, or their shapes"):
+        step.plan(None, batch, weight)
+    with pytest.raises(TypeError, match="the function that makes the parameters"):
+        step.init(jax.random.key(0), batch, weight)
+    with pytest.raises(ValueError, match="on the wrong device") as caught:
+        step(params, batch, weight)
+    assert "fpipe: here it is `step.place(params, batch)`" in caught.value.__notes__
+    placed = step.place(params, batch, weight)
+    with pytest.raises(ValueError, match=r"`x.*` of shape .* has") as caught:
+        step(placed, batch, weight[:3])
+    assert "the batch's arguments by name" in caught.value.__notes__[-1]
+    packed = step_of("scan").place(params, batch, weight)
+    with pytest.raises(ValueError, match="packed already"):
+        step_of("scan")(packed, batch, weight)
+
+
+def test_functions_that_are_wrong():
+    batch = batch_of()
+    cases = [
+        ("must return a scalar loss", lambda p, b: blocks(p, b[0]["x"])),
+        ("say has_aux=True", lambda p, b: loss_fn(p, *b)),
+    ]
+    for text, fn in cases:
+        with pytest.raises(TypeError, match=text):
+            step_of(fn=fn, has_aux=False).place(params_of(), batch)
+
+    def decides(params, x):
+        return jnp.mean(blocks(params, x)) if x.sum() > 0 else 0.0
+
+    with pytest.raises(jax.errors.TracerBoolConversionError) as caught:
+        step_of(fn=decides, has_aux=False).place(params_of(), batch[0]["x"])
+    assert any("static_argnames" in note for note in caught.value.__notes__)
+    static = step_of(static_argnames="causal")
+    with pytest.raises(TypeError, match="'causal' holds an array"):
+        static.place(params_of(), *batch, causal=jnp.ones(2))
