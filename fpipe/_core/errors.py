@@ -12,9 +12,11 @@ A warning points at the line of the user's code that called the package.
 import contextlib
 import enum
 import functools
+import os
 import sys
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -122,6 +124,53 @@ def _container(value: Any) -> str:
 
 def _short(text: str) -> str:
     return text if len(text) <= 200 else text[:199] + "…"
+
+
+# Whose lines are not the user's: by folders of packages.
+_LIBRARIES = ("jax", "jaxlib", "numpy", "fpipe", "flax", "optax", "equinox", "haiku")
+_STDLIB = os.path.dirname(os.__file__) + os.sep
+
+
+def user_line(frames: Iterable[tuple[str, int, str]]) -> str:
+    """The innermost line that is not of a library for models, or of Python's own.
+
+    Arguments:
+        frames: file, line and function of each, the innermost first.
+
+    Returns:
+        `model.py:12 (attention)`, the file as seen from the working directory; `""` if
+        there is no such line.
+
+    Example:
+        >>> user_line([("/x/site-packages/jax/a.py", 3, "f"), ("model.py", 12, "g")])
+        'model.py:12 (g)'
+    """
+    own = os.path.dirname(os.path.dirname(__file__)) + os.sep
+    for file, line, function in frames:
+        _, installed, inside = file.partition(f"site-packages{os.sep}")
+        package = inside.partition(os.sep)[0]
+        if (
+            package in _LIBRARIES
+            if installed
+            else file.startswith((own, _STDLIB, "<frozen"))
+        ):
+            continue
+        near = file.removeprefix(os.getcwd() + os.sep)
+        return f"{near}:{line} ({function.rpartition('.')[2]})"
+    return ""
+
+
+def at_line(line: str) -> str:
+    """A line within a sentence: ` at model.py:12 (attention)`; `""` if it is
+    unknown.
+    """
+    return f" at {line}" if line else ""
+
+
+def line_of(error: BaseException) -> str:
+    """The user's line that an exception comes from; `""` if there is none."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return user_line((f.filename, f.lineno or 0, f.name) for f in reversed(frames))
 
 
 def warn(text: str) -> None:

@@ -517,6 +517,27 @@ def first_microbatch(
     return shapes.pop("x"), shapes
 
 
+def first_and_twice(
+    inputs: Mapping[str, PyTree],
+) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+    """The shapes of an example of a microbatch, without wrappers, and the same with
+    twice the rows.
+
+    Arguments:
+        inputs: by the names of the needs, as for `cut_inputs`.
+
+    Raises:
+        TypeError: a leaf that is neither an array nor a value that compares.
+    """
+    for name, tree in inputs.items():
+        check_leaves(tree, name)
+    cut = cut_inputs(inputs, 1)
+    leaves = {name: [aval(a) for a in pack(tree)[0]] for name, tree in inputs.items()}
+    once = {name: cut.piece_shape(name, 0, own).tree for name, own in leaves.items()}
+    twice = {name: cut.doubled_shape(name, own).tree for name, own in leaves.items()}
+    return once, twice
+
+
 def whole_batch(
     x: PyTree, needs: Mapping[str, PyTree], chunks: int
 ) -> BatchShapes | None:

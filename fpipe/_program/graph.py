@@ -21,6 +21,7 @@ This room is the only one that reads jaxprs or binds equations. What the others 
     replay                      the same, with the names around them
     given_name                  the name that `checkpoint_name` gave a value
     node.bodies, body_runs      what is inside of an equation, and how often it runs
+    node.where                  the line of the user's that made an equation
     identity.identity           a value that is equal for equal computations
 """
 
@@ -33,6 +34,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from fpipe._core.errors import user_line
 from fpipe._core.pytrees import in_context
 
 # Calls that are inlined, so that what is inside can be sliced. A `jax.checkpoint` is
@@ -66,6 +68,7 @@ class Node:
         recomputes: whether it makes again, in a backward, what the forward has made.
         scope: the names of `jax.named_scope` that it was traced in, such as
             `fpipe_layer_3/attention`.
+        calls: the calls that it stands in and that are inlined, the innermost first.
     """
 
     eqn: Any
@@ -73,6 +76,7 @@ class Node:
     outs: tuple[int, ...]
     recomputes: bool = False
     scope: str = ""
+    calls: tuple[Any, ...] = ()
 
     @property
     def name(self) -> str:
@@ -87,6 +91,21 @@ class Node:
     def bodies(self) -> tuple["Graph", ...]:
         """What it runs: a loop's body, the branches of a `cond`, a call's function."""
         return tuple(map(inline, jaxprs_among(self.eqn.params.values())))
+
+    @functools.cached_property
+    def where(self) -> str:
+        """The line of the user's that made it, such as `model.py:12 (attention)`; `""`
+        if the trace does not know.
+        """
+        # What is inside of a call knows the lines inside alone: JAX keeps its trace for
+        # other calls.
+        for eqn in (self.eqn, *self.calls):
+            traceback = getattr(eqn.source_info, "traceback", None)
+            frames = getattr(traceback, "frames", ())
+            line = user_line((f.file_name, f.line_num, f.function_name) for f in frames)
+            if line:
+                return line
+        return ""
 
     @property
     def body_runs(self) -> int:
@@ -168,9 +187,14 @@ def inline(
             avals[n] = atom.aval
         return numbers
 
-    def visit(closed: Any, args: Sequence[int], around: str) -> list[int]:
-        """Add the equations of a jaxpr that is called on `args`; `around` are the names
-        around the call.
+    def visit(
+        closed: Any, args: Sequence[int], around: str, within: tuple[Any, ...]
+    ) -> list[int]:
+        """Add the equations of a jaxpr that is called on `args`.
+
+        Arguments:
+            around: the names around the call.
+            within: this call and those around it.
         """
         # Some calls hold an open jaxpr, and from jax 0.12 on `Jaxpr` is both. What an
         # open one captures has no value here: `consts` is empty then, so the `zip` is
@@ -203,14 +227,16 @@ def inline(
             called = eqn.params.get(calls.get(eqn.primitive.name, ""))
             if called is None:
                 outs: Sequence[int] = number(eqn.outvars)
-                nodes.append(Node(eqn, tuple(ins), tuple(outs), scope=scope))
+                nodes.append(
+                    Node(eqn, tuple(ins), tuple(outs), scope=scope, calls=within)
+                )
             else:
-                outs = visit(called, ins, scope)
+                outs = visit(called, ins, scope, (eqn, *within))
             numbers.update(zip(eqn.outvars, outs, strict=True))
         return read(jaxpr.outvars)
 
     inputs = number(getattr(closed, "jaxpr", closed).invars)
-    outputs = visit(closed, inputs, "")
+    outputs = visit(closed, inputs, "", ())
     return Graph(inputs, tuple(outputs), tuple(nodes), consts, avals)
 
 

@@ -24,13 +24,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fpipe._core.errors import shown
+from fpipe._core.errors import at_line, shown
 from fpipe._planning.partition import PartitionTask, Shortage, best_cut
 from fpipe._planning.span_tables import summed
 from fpipe._program.control_flow import is_remat
 from fpipe._program.flops import flops
 from fpipe._split.crossing import Crossing
-from fpipe._split.mark import has_mark_inside
+from fpipe._split.mark import mark_inside
 from fpipe._split.trace import Function, Traced
 
 # Of the cuts whose most expensive stage costs at most so much more than the best, the
@@ -132,13 +132,14 @@ def places_in(cuts: Cuts, first: Traced, traced: Traced) -> tuple[int, ...]:
 
 def _refuse_marks_inside(traced: Traced) -> None:
     for node in traced.graph.nodes:
-        if has_mark_inside(node):
+        mark = mark_inside(node)
+        if mark is not None:
             name = "jax.checkpoint" if is_remat(node) else node.name
-            where = f" (in {node.scope})" if node.scope else ""
             raise ValueError(
-                f"`fpipe.cut(h)` stands inside a `{name}`{where}, which runs as "
-                "one operation: put it before or behind the loop, the branch, the "
-                "checkpointed function or the function with its own derivative"
+                f"`fpipe.cut(h)`{at_line(mark.where)} stands inside a `{name}`"
+                f"{at_line(node.where)}, which runs as one operation: put it before or "
+                "behind the loop, the branch, the checkpointed function or the "
+                "function with its own derivative"
             )
 
 

@@ -26,7 +26,14 @@ from fpipe._model.layer import Layer
 from fpipe._model.skips import peek, pop, stash
 from fpipe._program.graph import replay
 from fpipe._split.cuts import Cuts, find_cuts, places_in
+from fpipe._split.notes import (
+    note_constants,
+    note_kept,
+    note_narrow_loss,
+    note_unused,
+)
 from fpipe._split.pieces import CutTrace, cut_trace
+from fpipe._split.rows import note_rows
 from fpipe._split.trace import Function, Kind, Traced, trace_function
 
 
@@ -78,7 +85,22 @@ class CutFunction:
     def _first(self) -> tuple[Any, Traced]:
         """The trace that is cut, and its key."""
         key = self._key(self.first)
-        return key, trace_function(self.function, self.first, self.dtype)
+        traced = trace_function(self.function, self.first, self.dtype)
+        note_narrow_loss(self.function.layer.name, traced)
+        return key, traced
+
+    def note(self, twice: Kind) -> None:
+        """Warn of what is likely to be meant otherwise.
+
+        Arguments:
+            twice: the first microbatch, with twice the rows.
+        """
+        _, traced = self._first
+        name = self.function.layer.name
+        note_kept(name, traced)
+        note_constants(name, traced)
+        note_unused(self.function, self.wiring.used)
+        note_rows(self.function, self.first, twice, traced)
 
     @cached_property
     def in_own_dtypes(self) -> "CutFunction":
@@ -131,6 +153,7 @@ class Wiring:
         lenders: for each piece the pieces that it borrows of.
         sources: for each piece the pieces whose skip it reads.
         side, step: for each piece whether it reads the side inputs, or the step.
+        used: the leaves of the parameters that some piece reads.
     """
 
     names: tuple[str, ...]
@@ -139,6 +162,7 @@ class Wiring:
     sources: tuple[tuple[int, ...], ...]
     side: tuple[bool, ...]
     step: tuple[bool, ...]
+    used: frozenset[int]
 
     @cached_property
     def place_of(self) -> dict[int, tuple[int, int]]:
@@ -182,6 +206,8 @@ def _wire(cut: CutFunction) -> Wiring:
         side.append(any(piece.side for piece in pieces))
         step.append(any(piece.step for piece in pieces))
     lending = {k for own in lenders for k in own}
+    pieces = [piece for trace in traces for piece in trace.pieces]
+    used = frozenset(leaf for piece in pieces for leaf in piece.params)
     return Wiring(
         _names(cut, owned, lending),
         owned,
@@ -189,6 +215,7 @@ def _wire(cut: CutFunction) -> Wiring:
         tuple(sources),
         tuple(side),
         tuple(step),
+        used,
     )
 
 
@@ -222,6 +249,8 @@ def _modes(cut: CutFunction) -> list[Kind]:
                 continue
             try:
                 cut.trace(kind)
+            except jax.errors.UnexpectedTracerError:
+                raise  # A value that an earlier trace has left.
             except Exception:
                 # Some functions cannot train without a key: a call in that mode says
                 # so.

@@ -97,10 +97,11 @@ def take_out_marks(graph: Graph) -> tuple[Graph, tuple[Mark, ...]]:
     return left, tuple(marks)
 
 
-def has_mark_inside(node: Node) -> bool:
-    """Whether a mark stands in a body of an equation, at any depth."""
-    return any(
-        mark_of(inner) is not None or has_mark_inside(inner)
-        for body in node.bodies
-        for inner in body.nodes
-    )
+def mark_inside(node: Node) -> Node | None:
+    """A mark in a body of an equation, at any depth."""
+    for body in node.bodies:
+        for inner in body.nodes:
+            found = inner if mark_of(inner) is not None else mark_inside(inner)
+            if found is not None:
+                return found
+    return None

@@ -28,12 +28,11 @@ from fpipe._core.pytrees import (
     is_array,
     numbers_as_arrays,
     pack,
-    shapes_of,
 )
 from fpipe._model.frozen import Frozen, spread
 from fpipe._model.function_layers import FunctionLayers
 from fpipe._model.layer import Layer, as_layer
-from fpipe._model.microbatch import first_microbatch
+from fpipe._model.microbatch import first_and_twice
 from fpipe._model.needs import call_needs
 from fpipe._planning.text import Table, counted, quantity, size
 from fpipe._split.cuts import best_balance
@@ -310,11 +309,13 @@ def split(
             raise TypeError(
                 "`fpipe.split(stages=..., cuts=...)`: one of them says where it is cut"
             )
-    needs = call_needs(side=side, key=key, train=train, step=step)
-    x, needs = first_microbatch(x, needs, 1)
-    kind = Kind.of(shapes_of(x), needs)
-    cut = CutFunction(Function.of(layer, params), kind, cuts, stages)
+    inputs = {"x": x, **call_needs(side=side, key=key, train=train, step=step)}
+    once, twice = (
+        Kind.of(shapes.pop("x"), shapes) for shapes in first_and_twice(inputs)
+    )
+    cut = CutFunction(Function.of(layer, params), once, cuts, stages)
     made = Split(cut)
     # Whatever is wrong is told here, and not in the first call.
     len(made)
+    cut.note(twice)
     return made

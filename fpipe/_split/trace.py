@@ -16,20 +16,22 @@ A function is traced once for each `Kind`: other shapes, `train`, or no key make
 graph, in which the cuts have to be found again.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
 import jax
 
-from fpipe._core.errors import noting, warn
+from fpipe._core.errors import add_note, at_line, line_of
+from fpipe._core.leaks import TraceWatch
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
+    describe,
     is_array,
     is_traced,
-    nbytes,
     numbers_as_arrays,
     pack,
 )
@@ -38,8 +40,13 @@ from fpipe._model.model import cast, wide_output
 from fpipe._program.graph import Graph, Node, dependents, inline, needed_nodes, trace
 from fpipe._split.mark import Mark, take_out_marks
 
-# A closed-over array of more bytes is told: it is a constant of every program.
-_LARGE_CONSTANT = 2**20
+# What JAX raises where Python asks for what a tracer does not know.
+_UNKNOWN_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +112,9 @@ class Traced:
         marks: where `fpipe.cut` stands in it.
         params, x, side, key, step: the graph's values of these inputs' arrays.
         output: how the outputs become what the function returns.
+        kept: what the function has put where it stays, such as `float32[3]`; `""`:
+            nothing.
+        jaxpr: what the graph was read from.
     """
 
     graph: Graph
@@ -115,6 +125,8 @@ class Traced:
     key: tuple[int, ...]
     step: tuple[int, ...]
     output: Any
+    kept: str
+    jaxpr: Any
 
     @cached_property
     def live(self) -> tuple[Node, ...]:
@@ -181,8 +193,10 @@ def trace_function(function: Function, kind: Kind, dtype: Any = None) -> Traced:
     """
     parts = (function.params, kind.x, kind.side, kind.key, kind.step)
     outputs: list[Any] = []
+    watch = TraceWatch()
 
     def run(*values: Any) -> list[Any]:
+        watch.see(values[-1])
         rest = iter(values)
         params, x, side, key, step = (
             part.spec.unpack([next(rest) for _ in part.leaves]) for part in parts
@@ -197,31 +211,58 @@ def trace_function(function: Function, kind: Kind, dtype: Any = None) -> Traced:
         return arrays
 
     name = function.layer.name
-    with noting(f"in the trace of {name!r}, which `fpipe.split` cuts"):
+    with _explaining(name):
         closed = trace(run, *(leaf for part in parts for leaf in part.leaves))
     graph, marks = take_out_marks(inline(closed))
-    _check_constants(graph, name)
+    if is_traced(list(graph.consts.values())):
+        raise ValueError(
+            f"`fpipe.split(fn)`: {name!r} closes over a value of a trace around it "
+            "(`jax.jit`, `jax.grad`), or of an earlier trace of its own, which it has "
+            "put into a list, an attribute or a cache: give it as a parameter or in "
+            "`x`, or split outside of the trace"
+        )
+    kept = watch.kept()
     rest = iter(graph.inputs)
     params, x, side, key, step = (
         tuple(next(rest) for _ in part.leaves) for part in parts
     )
-    return Traced(graph, marks, params, x, side, key, step, outputs[-1])
+    return Traced(
+        graph,
+        marks,
+        params,
+        x,
+        side,
+        key,
+        step,
+        output=outputs[-1],
+        kept=describe(kept[0]) if kept else "",
+        jaxpr=closed,
+    )
 
 
-def _check_constants(graph: Graph, name: str) -> None:
-    """Look at the arrays that the function closes over."""
-    constants = list(graph.consts.values())
-    if is_traced(constants):
-        raise ValueError(
-            f"`fpipe.split(fn)`: {name!r} closes over a value of a trace around it "
-            "(`jax.jit`, `jax.grad`): give it as a parameter or in `x`, or split "
-            "outside of the trace"
-        )
-    large = [a for a in constants if is_array(a) and nbytes(a) > _LARGE_CONSTANT]
-    if large:
-        total = sum(map(nbytes, large)) / 2**20
-        warn(
-            f"`fpipe.split(fn)`: {name!r} closes over arrays of {total:.3g} MiB, which "
-            "become constants of the pieces that use them and do not train: give them "
-            "as parameters (frozen ones need no gradient)"
-        )
+@contextlib.contextmanager
+def _explaining(name: str) -> Iterator[None]:
+    """Say of an exception in the function's trace where it was, and of JAX's own ones
+    what to do.
+    """
+    try:
+        yield
+    except Exception as error:
+        where = f"in the trace of {name!r}, which `fpipe.split` cuts"
+        line = at_line(line_of(error))
+        if isinstance(error, _UNKNOWN_VALUES):
+            where += (
+                f":{line} Python asks for the content of an array, which a trace does "
+                "not know. Write `jnp.where` or `jax.lax.cond` in place of `if`, "
+                "`jax.lax.while_loop` in place of `while`, `jnp` in place of `np` and "
+                "`float`; what decides in Python and is no data is bound by "
+                "`functools.partial`"
+            )
+        elif isinstance(error, jax.errors.UnexpectedTracerError):
+            where += (
+                f":{line} it uses what an earlier trace of it has put into a list, an "
+                "attribute or a cache. It is traced several times (other shapes, "
+                "`train`, no key): return such values, or make them in each trace"
+            )
+        add_note(error, where)
+        raise

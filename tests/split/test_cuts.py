@@ -248,9 +248,6 @@ def test_wrong_arguments():
 
     with pytest.raises(ValueError, match="closes over a value of a trace"):
         jax.jit(outer)(X)
-    large = jnp.asarray(np.ones((600, 600), np.float32))
-    with pytest.warns(UserWarning, match=r"closes over arrays of 1\.37 MiB"):
-        fpipe.split(lambda p, x: fpipe.cut(x) * large[:2, :3], {}, X)
 
 
 def test_marks_that_change_with_the_mode_are_refused():

@@ -84,6 +84,7 @@ def loss(y):
     return sum(jnp.mean(v**2) for v in (y["h"], y["x"], *y["aux"]))
 
 
+@pytest.mark.filterwarnings("ignore:`fpipe.split")
 @pytest.mark.parametrize("seed", range(5))
 def test_random_functions(seed):
     fn, params = random_function(seed)
