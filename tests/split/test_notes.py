@@ -4,6 +4,7 @@ Nothing is compiled.
 
 import functools
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def normalized(h):
     return (h - mean) / jnp.sqrt(jnp.mean((h - mean) ** 2, 0) + 1e-5)
 
 
-def noted(fn, params=PARAMS, x=X, **needs):
+def noted(fn, params: Any = PARAMS, x: Any = X, **needs):
     """The warnings of a split."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
