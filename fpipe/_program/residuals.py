@@ -161,4 +161,5 @@ def _cheapest_to_keep(
     # would need the speeds of the device.
     # What an offloading policy has moved to the host takes nothing of the device.
     costs = {v: max(1, device_bytes(graph.avals[v])) for v in candidates}
-    return cheapest(costs, remade_from, sorted(reads & candidates))
+    needed = sorted(reads & candidates)
+    return cheapest(costs.__getitem__, remade_from.get, needed)

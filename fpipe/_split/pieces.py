@@ -22,7 +22,7 @@ shows the rules of who makes a value:
 
 import bisect
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -198,11 +198,14 @@ def _piece(
     side, step = set(traced.side), set(traced.step)
     forced = [
         node
-        for node in traced.live
-        if node.eqn.effects and bisect.bisect_right(places, traced.position[node]) == k
+        for node in traced.effects
+        if bisect.bisect_right(places, traced.position[node]) == k
     ]
 
-    def needed(elsewhere: set[int]) -> tuple[set[int], set[int]]:
+    def is_earlier(v: int) -> bool:
+        return homes.get(v, k) < k
+
+    def needed(is_elsewhere: Callable[[int], bool]) -> tuple[set[int], set[int]]:
         """The values that it makes, and those that it reads, if some are made
         elsewhere.
         """
@@ -212,7 +215,7 @@ def _piece(
             v = pending.pop()
             if v in inside or v in read or v in graph.consts:
                 continue
-            if v in maker and v not in elsewhere:
+            if v in maker and not is_elsewhere(v):
                 inside.update(maker[v].outs)
                 pending += maker[v].ins
             else:
@@ -220,15 +223,12 @@ def _piece(
         return inside, read
 
     # 1. What it reads if nothing is made again; 2. what is cheapest to send for that.
-    earlier = {v for v, home in homes.items() if home < k}
-    _, read = needed(earlier)
-    sent = _cheapest_to_send(traced, [v for v in sorted(read) if v in earlier])
-    inside, read = needed(sent)
-    nodes = tuple(
-        node
-        for node in traced.live
-        if node in forced or not inside.isdisjoint(node.outs)
-    )
+    _, read = needed(is_earlier)
+    sent = _cheapest_to_send(traced, sorted(filter(is_earlier, read)))
+    inside, read = needed(sent.__contains__)
+    # Of each piece its own equations alone are looked at: there may be hundreds.
+    runs = dict.fromkeys([*forced, *(maker[v] for v in inside)])
+    nodes = tuple(sorted(runs, key=traced.position.__getitem__))
     # 3. In the order of first use, so that equal pieces have equal programs.
     order = dict.fromkeys([*(v for node in nodes for v in node.ins), *wanted])
     reads = [v for v in order if v in read]
@@ -242,7 +242,7 @@ def _piece(
     return Piece(
         nodes,
         tuple(leaf_of[v] for v in reads if v in leaf_of),
-        {v: homes[v] for v in reads if v in earlier},
+        {v: homes[v] for v in reads if is_earlier(v)},
         side=not side.isdisjoint(reads),
         step=not step.isdisjoint(reads),
         again=tuple(again),
@@ -253,16 +253,9 @@ def _cheapest_to_send(traced: Traced, foreign: Sequence[int]) -> set[int]:
     """Of the values of earlier pieces the cheapest set from which a piece can make
     those that it reads.
     """
-    costs, remade = dict[int, int](), dict[int, tuple[int, ...]]()
-    pending = list(foreign)
-    while pending:
-        v = pending.pop()
-        if v in costs:
-            continue
+
+    def cost(v: int) -> int:
         # The side inputs go to every piece that reads them.
-        costs[v] = 0 if v in traced.side else nbytes(traced.graph.avals[v])
-        sources = remade_from(traced, v)
-        if sources is not None:
-            remade[v] = sources
-            pending += sources
-    return cheapest(costs, remade, foreign)
+        return 0 if v in traced.side else nbytes(traced.graph.avals[v])
+
+    return cheapest(cost, lambda v: remade_from(traced, v), foreign)

@@ -131,8 +131,14 @@ class Traced:
     @cached_property
     def live(self) -> tuple[Node, ...]:
         """The equations that the outputs need, and those with effects."""
-        effects = [node for node in self.graph.nodes if node.eqn.effects]
-        return tuple(needed_nodes(self.graph, self.graph.outputs, required=effects))
+        return tuple(
+            needed_nodes(self.graph, self.graph.outputs, required=self.effects)
+        )
+
+    @cached_property
+    def effects(self) -> tuple[Node, ...]:
+        """The equations with effects."""
+        return tuple(node for node in self.graph.nodes if node.eqn.effects)
 
     @cached_property
     def position(self) -> dict[Node, int]:
