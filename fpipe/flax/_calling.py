@@ -1,24 +1,27 @@
 """How a module is called: its inputs, and the argument that says whether it trains.
 
-In comes the method of a module, out comes a `Calling`. Of the method
+In comes the method of a module, and what the user says of its arguments; out comes a
+`Calling`. Of the method
 
-    def __call__(self, x, mask, deterministic): ...
+    def __call__(self, h, mask, deterministic): ...
 
-it is
+as `fpipe.flax.layer(module, inputs="h", side={"mask": "padding"})` it is
 
-    Calling(several=True, named=False, train=None,
-            switches=(Switch("deterministic", in_training=False, place=2),))
+    Calling(inputs="h", side=(SideInput("mask", "padding"),), ...,
+            switches=(Switch("deterministic", in_training=False),),
+            positional=("h", "mask", "deterministic"))
 
-so that in training a layer that gets `(h, m)` calls `module(h, m, False)`.
+so that in training a layer that gets `h` calls `module(h, side["padding"], False)`.
 """
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from fpipe._core.errors import shown
-from fpipe._core.pytrees import PyTree
+from fpipe._core.pytrees import PyTree, describe
+from fpipe._model.layer import checked_names
 
 # The arguments that Flax modules use, and whether they are true in training.
 SWITCHES = {
@@ -36,13 +39,40 @@ class Switch:
     Attributes:
         name: of the parameter.
         in_training: its value in training; otherwise it has the opposite.
-        place: its place among the positional parameters after `self`; `None` if it is
-            keyword-only.
     """
 
     name: str
     in_training: bool
-    place: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class SideInput:
+    """An argument that is one of the call's side inputs.
+
+    Attributes:
+        argument: the name of the parameter.
+        source: where it is in `side`; `"text/mask"` is a dict in a dict.
+    """
+
+    argument: str
+    source: str
+
+    def of(self, side: PyTree, layer: str) -> Any:
+        """The side input of a microbatch.
+
+        Raises:
+            ValueError: it is not there.
+        """
+        value = side
+        for name in self.source.split("/"):
+            if not isinstance(value, Mapping) or name not in value:
+                raise ValueError(
+                    f"layer {layer!r}: the argument {self.argument!r} of its module is "
+                    f"the side input {self.source!r}, but side is {describe(side)}: "
+                    f"pass `side={{{self.source.split('/')[0]!r}: ...}}`"
+                )
+            value = value[name]
+        return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,45 +82,82 @@ class Calling:
     Attributes:
         several: a tuple is several inputs; otherwise `x` is one input, whatever it is.
         named: a dict is inputs by name.
+        inputs: what the user said in their place: the name of the one argument that `x`
+            is, or of the arguments that its entries are.
+        side: the arguments that are side inputs.
         switches: the arguments that say whether the module trains.
         train: the value that the layer was given once and for all; `None`: as each call
             says.
+        positional: the names of the positional parameters after `self`.
     """
 
     several: bool
     named: bool
+    inputs: str | tuple[str, ...] | None
+    side: tuple[SideInput, ...]
     switches: tuple[Switch, ...]
     train: bool | None
+    positional: tuple[str, ...]
+
+    @property
+    def takes_whole(self) -> bool:
+        """Whether `x` is one input, even if it is a tuple."""
+        if self.inputs is None:
+            return not self.several
+        return isinstance(self.inputs, str)
 
     def trains(self, train: bool) -> bool:
         """Whether the module trains in a call with this `train`."""
         return train if self.train is None else self.train
 
     def arguments(
-        self, x: PyTree, train: bool
+        self, x: PyTree, side: PyTree, train: bool, layer: str
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of a call.
 
-        With the example of this module, `arguments((h, m), train=True)` is
-        `((h, m, False), {})`.
+        With the example of this module, `arguments(h, {"padding": m}, True, "block")`
+        is `((h, m, False), {})`.
+
+        Arguments:
+            layer: its name, for errors.
         """
         # A layer has one input; a module's call may have several.
-        args: tuple[Any, ...] = (x,)
+        args: tuple[Any, ...] = ()
         kwargs: dict[str, Any] = {}
-        if self.several and isinstance(x, tuple):
+        if self.inputs is not None:
+            kwargs = _by_name(self.inputs, x, layer)
+        elif self.several and isinstance(x, tuple):
             args = x
         elif self.named and isinstance(x, dict):
-            args = ()
             kwargs = dict(x)
+        else:
+            args = (x,)
+        for each in self.side:
+            kwargs[each.argument] = each.of(side, layer)
         for switch in self.switches:
-            value = switch.in_training == self.trains(train)
-            # By position where it can be: `nn.remat(static_argnums=...)` counts
-            # positions.
-            if switch.place == len(args) and not kwargs:
-                args = (*args, value)
-            else:
-                kwargs[switch.name] = value
+            kwargs[switch.name] = switch.in_training == self.trains(train)
+        # By position where it can be: `nn.remat(static_argnums=...)` counts positions.
+        for name in self.positional[len(args) :]:
+            if name not in kwargs:
+                break
+            args = (*args, kwargs.pop(name))
         return args, kwargs
+
+
+def _by_name(inputs: str | tuple[str, ...], x: PyTree, layer: str) -> dict[str, PyTree]:
+    """What comes in, by the names of the arguments."""
+    if isinstance(inputs, str):
+        return {inputs: x}
+    if isinstance(x, Mapping) and set(x) == set(inputs):
+        return dict(x)
+    if not isinstance(x, (tuple, list)) or len(x) != len(inputs):
+        names = list(inputs)
+        raise ValueError(
+            f"layer {layer!r}: its inputs are {names}, so it takes a tuple of "
+            f"{len(names)} or a dict with these names, got {describe(x)}; for one "
+            f"input, whatever it is, write `inputs={names[0]!r}`"
+        )
+    return dict(zip(inputs, x, strict=True))
 
 
 def find_calling(
@@ -99,6 +166,8 @@ def find_calling(
     chained: bool,
     fields: Mapping[str, Any],
     call: str,
+    inputs: str | Iterable[str] | None = None,
+    side: Mapping[str, str] | None = None,
 ) -> Calling:
     """How to call `method(self, ...)` of a module.
 
@@ -111,9 +180,11 @@ def find_calling(
         fields: attributes of the module: an argument that is set there is not given
             again, which Flax refuses.
         call: for errors.
+        inputs, side: see `fpipe.flax.layer`.
 
     Raises:
-        ValueError: no argument of that name.
+        TypeError: no names.
+        ValueError: no argument of that name, or one that is there twice.
     """
     # Flax has no common way to say "training": modules name the argument as they like,
     # and some the wrong way round (`deterministic`). The names of Flax's own modules
@@ -126,6 +197,26 @@ def find_calling(
     variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
 
+    # 1. The arguments that the user names.
+    if inputs is not None and not isinstance(inputs, str):
+        inputs = checked_names(inputs, f"{call}: inputs=")
+        if not inputs:
+            raise ValueError(f"{call}: inputs=() names no argument")
+    side_inputs = _side_inputs(side, call)
+    named_inputs = () if inputs is None else inputs
+    named_inputs = (named_inputs,) if isinstance(named_inputs, str) else named_inputs
+    claims = [("inputs", name) for name in named_inputs]
+    claims += [("side", each.argument) for each in side_inputs]
+    for argument, name in claims:
+        if name not in names and not open_ended:
+            raise ValueError(
+                f"{call}: {argument}= names {name!r}, but the arguments are {names}"
+            )
+    twice = {each.argument for each in side_inputs}.intersection(named_inputs)
+    if twice:
+        raise ValueError(f"{call}: {sorted(twice)} are in inputs= and in side=")
+
+    # 2. The argument that says whether the module trains.
     if isinstance(train, str):
         name = train.removeprefix("not ")
         if name not in names and not open_ended:
@@ -142,23 +233,43 @@ def find_calling(
             f"{shown(train)}"
         )
     # What the module's fields say already, as `nn.Dropout(deterministic=True)` does,
-    # cannot be said by the call too.
-    places = {p.name: place for place, p in enumerate(positional)}
+    # cannot be said by the call too. What is named as an input is one.
+    given = {name for _, name in claims}
     switches = tuple(
-        Switch(name, value, places.get(name))
+        Switch(name, value)
         for name, value in in_training.items()
-        if fields.get(name) is None
+        if fields.get(name) is None and name not in given
     )
-    # Only required ones: an optional mask does not make a tuple two inputs.
-    inputs = [
-        p for p in positional if p.default is p.empty and p.name not in in_training
+    # 3. The inputs, if nobody names them. Only required ones: an optional mask does not
+    # make a tuple two inputs.
+    required = [
+        p
+        for p in positional
+        if p.default is p.empty and p.name not in in_training and p.name not in given
     ]
     return Calling(
-        several=chained or len(inputs) > 1 or variadic,
+        several=chained or len(required) > 1 or variadic,
         named=chained,
+        inputs=inputs,
+        side=side_inputs,
         switches=switches,
         train=train if isinstance(train, bool) else None,
+        positional=tuple(p.name for p in positional),
     )
+
+
+def _side_inputs(side: Mapping[str, str] | None, call: str) -> tuple[SideInput, ...]:
+    """The arguments that are side inputs, from `{"argument": "name in side"}`."""
+    if side is None:
+        return ()
+    if not isinstance(side, Mapping) or not all(
+        isinstance(name, str) for pair in side.items() for name in pair
+    ):
+        raise TypeError(
+            f"{call}: side= is a dict from names of the module's arguments to names of "
+            f"side inputs, got {shown(side)}"
+        )
+    return tuple(SideInput(argument, source) for argument, source in side.items())
 
 
 def find_method(

@@ -10,12 +10,17 @@ function behind the layer.
 import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
-from fpipe._core.pytrees import PyTree
+from fpipe._core.pytrees import PyTree, describe
 from fpipe._model.layer import Layer
 from fpipe.flax._borrow import Borrow, lend
-from fpipe.flax._calling import Calling
+from fpipe.flax._calling import Calling, find_calling
+from fpipe.flax._places import Place
+
+# What of a module's result is the layer's output: its entry under an index or a name,
+# or a function of it; `None`: all.
+Output: TypeAlias = int | str | Callable[[Any], PyTree] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +29,16 @@ class ModuleOptions:
 
     Attributes:
         chained: whether the module stands in a Flax `Sequential`.
+        places: where its variables are in those of the whole model, if the user says
+            so.
     """
 
     name: str
     x: PyTree = None
+    side_sample: PyTree = None
+    inputs: str | Iterable[str] | None = None
+    side: Mapping[str, str] | None = None
+    output: Output = None
     rngs: Iterable[str] | None = None
     state: Iterable[str] | None = None
     train: str | bool | None = None
@@ -35,11 +46,47 @@ class ModuleOptions:
     borrow: tuple[Borrow, ...] = ()
     chained: bool = False
     state_rows: bool | None = None
+    places: tuple[Place, ...] = ()
 
     @property
     def call(self) -> str:
         """Where the options come from, for errors."""
         return f"`fpipe.flax.layer(module)` of layer {self.name!r}"
+
+    def find_calling(
+        self, method: Callable[..., Any], fields: Mapping[str, Any]
+    ) -> Calling:
+        """How to call a method of the module; see `find_calling`."""
+        return find_calling(
+            method,
+            self.train,
+            self.chained,
+            fields,
+            self.call,
+            self.inputs,
+            self.side,
+        )
+
+    @property
+    def particular(self) -> bool:
+        """Whether the user says how this one module is called, or where it is."""
+        said = (self.inputs, self.side, self.output)
+        return bool(self.places) or any(value is not None for value in said)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What comes into a module in one call.
+
+    Attributes:
+        x: what the layer before returned.
+        side: the side inputs; `None` if the call was given none.
+        train: whether the call trains.
+    """
+
+    x: PyTree
+    side: PyTree = None
+    train: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +100,25 @@ class ModuleFunction(abc.ABC):
         name: the layer's.
         calling: how the module is called.
         borrow: parts of the parameters that other layers own.
+        output: what of the module's result is the layer's output.
+        particular: whether the user said how this one module is called, or where it is:
+            then a tuple is no output by itself.
+        places: where its variables are in those of the whole model; `()`: at the
+            layer's number. It changes nothing in what is computed.
+        shapes: the module's variables by collection, where a sample showed them.
     """
 
     name: str
     calling: Calling
     borrow: tuple[Borrow, ...]
+    output: Output = dataclasses.field(default=None, kw_only=True)
+    particular: bool = dataclasses.field(default=False, kw_only=True)
+    places: tuple[Place, ...] = dataclasses.field(
+        default=(), kw_only=True, compare=False
+    )
+    shapes: Mapping[str, PyTree] | None = dataclasses.field(
+        default=None, kw_only=True, compare=False
+    )
 
     @property
     @abc.abstractmethod
@@ -78,18 +139,21 @@ class ModuleFunction(abc.ABC):
     def run(
         self,
         params: PyTree,
-        x: PyTree,
+        inputs: Inputs,
         state: PyTree,
         key: Any,
-        train: bool,
         borrowed: Mapping[str, PyTree],
     ) -> tuple[PyTree, PyTree]:
-        """`(y, state)` of one microbatch.
+        """`(y, state)` of one microbatch, `y` as the module returns it.
 
         Arguments:
             params: all of the module's, the borrowed ones in their places.
             borrowed: what the owners have, for errors.
         """
+
+    def arguments(self, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of the module's call."""
+        return self.calling.arguments(inputs.x, inputs.side, inputs.train, self.name)
 
     def __call__(
         self,
@@ -100,14 +164,51 @@ class ModuleFunction(abc.ABC):
         key: Any = None,
         train: bool = False,
         borrowed: Mapping[str, PyTree] | None = None,
+        side: PyTree = None,
     ) -> Any:
         """The layer on one microbatch, as the pipe calls it."""
         # Not every module asks for every need: what it does not ask for is not passed.
         owners = borrowed or {}
         # The module must find all of its parameters in one tree, whoever owns them.
         params = lend(self.borrow, params, owners)
-        y, new_state = self.run(params, x, state or {}, key, train, owners)
+        inputs = Inputs(x, side, train)
+        try:
+            y, new_state = self.run(params, inputs, state or {}, key, owners)
+        except Exception as error:
+            if isinstance(x, tuple) and self.calling.takes_whole:
+                error.add_note(
+                    f"layer {self.name!r} takes one input and got the tuple "
+                    f"{describe(x)}: where the module before returns more than its "
+                    "output, write `fpipe.flax.layer(module, output=0)` there"
+                )
+            raise
+        y = self.picked(y)
         return (y, new_state) if self.stateful else y
+
+    def picked(self, y: Any) -> PyTree:
+        """The layer's output, out of what the module returned.
+
+        Raises:
+            ValueError: a tuple of which nobody said what the output is, or without that
+                entry.
+        """
+        if callable(self.output):
+            return self.output(y)
+        if self.output is not None:
+            try:
+                return y[self.output]
+            except (KeyError, IndexError, TypeError) as error:
+                raise ValueError(
+                    f"layer {self.name!r}: output={self.output!r} is no entry of what "
+                    f"its module returned, {describe(y)}"
+                ) from error
+        if self.particular and isinstance(y, tuple):
+            raise ValueError(
+                f"layer {self.name!r}: its module returned the tuple {describe(y)}; "
+                "say which of it is the layer's output, "
+                "`fpipe.flax.layer(module, output=0)`, or `output=lambda y: y` for all"
+            )
+        return y
 
     def as_layer(
         self,
@@ -137,6 +238,7 @@ class ModuleFunction(abc.ABC):
             "key": self.draws,
             "train": self.switched and self.calling.train is None,
             "borrowed": bool(self.borrow),
+            "side": bool(self.calling.side),
         }
         return Layer(
             self,

@@ -23,9 +23,10 @@ from fpipe._core.statics import check_leaves
 from fpipe._model.layer import Layer, fn, function_name, keyword_needs
 from fpipe._model.needs import stand_ins
 from fpipe.flax._borrow import Borrow, Path, parse_borrow
-from fpipe.flax._function import ModuleOptions
+from fpipe.flax._function import ModuleOptions, Output
 from fpipe.flax._linen import linen_layer, modules_inside
 from fpipe.flax._nnx import is_factory, nnx_layer
+from fpipe.flax._places import parse_places
 
 
 def layer(
@@ -39,6 +40,12 @@ def layer(
     method: str | Callable[..., Any] | None = None,
     borrow: Mapping[str, str] | None = None,
     state_rows: bool | None = None,
+    inputs: str | Iterable[str] | None = None,
+    side: Mapping[str, str] | None = None,
+    side_sample: PyTree = None,
+    output: Output = None,
+    path: str | Mapping[str, str] | None = None,
+    stacked: str | None = None,
 ) -> Layer:
     """A Flax module as a layer.
 
@@ -76,16 +83,34 @@ def layer(
             `embed`; `"tokens/table"` is a part of them. See `tied`.
         state_rows: whether the state has an entry for each row of the batch, on the
             first axis of each of its arrays; see `fpipe.Layer`.
+        inputs: the arguments of the call that come from the layer before. A name:
+            what comes in, whatever it is, is that argument. Names, `("x", "mask")`:
+            a tuple has these arguments in this order, a dict has them by name.
+        side: the arguments of the call that are side inputs, by name:
+            `{"attention_mask": "mask"}` gives `side["mask"]`, and `"text/mask"` is a
+            dict in a dict.
+        side_sample: a sample of the side inputs, beside `x`.
+        output: what of the module's result is the layer's output: an index or a name,
+            as in `result[0]`, or a function of it. Indices and names keep equal layers
+            equal, so that they are traced once. Default: all of it; but where this
+            layer is given `inputs`, `side`, `path` or `stacked`, a tuple is an error.
+        path: where the module's variables are in those of the whole model, in every
+            collection: `"transformer/h/0"`; or the places of its parts, `{"wte":
+            "transformer/wte"}`. For `split_variables` and `merge_variables`; default by
+            the layer's number.
+        stacked: the path at which each of some layers has a row, as `nn.scan` stacks
+            them: the n-th layer that names it has row n of all that is there.
 
     Returns:
-        A `fpipe.Layer` that declares what it needs of `key`, `state`, `train` and
-        `borrowed`.
+        A `fpipe.Layer` that declares what it needs of `key`, `state`, `train`, `side`
+        and `borrowed`.
 
     Raises:
         TypeError: no Flax module; an argument that this kind of module does not have.
-        ValueError: `train` names no argument. Later, in `Pipe.init` or a call: a random
-            stream without a key, a collection that is not the layer's state, borrowed
-            parameters that do not fit.
+        ValueError: `train`, `inputs` or `side` name no argument; both `path` and
+            `stacked`. Later, in `Pipe.init` or a call: a random stream without a key, a
+            collection that is not the layer's state, borrowed parameters that do not
+            fit, a tuple without `output`, a side input that is not there.
 
     Example:
         >>> from flax import linen as nn
@@ -95,17 +120,30 @@ def layer(
         {'bias': (2,), 'kernel': (3, 2)}
         >>> fpipe.flax.layer(nn.BatchNorm()).needs
         ('state', 'key', 'train')
+        >>> attention = nn.MultiHeadAttention(num_heads=2)
+        >>> layer = fpipe.flax.layer(
+        ...     attention, inputs="inputs_q", side={"mask": "mask"}, path="h/0/attn"
+        ... )
+        >>> layer.needs
+        ('side', 'key', 'train')
     """
     _check_sample("fpipe.flax.layer", x, name)
+    name = name or _name_of(module)
+    call = f"`fpipe.flax.layer(module)` of layer {name!r}"
     options = ModuleOptions(
-        name or _name_of(module),
+        name,
         x,
+        side_sample,
+        inputs,
+        side,
+        _checked_output(output, call),
         rngs,
         state,
         train,
         method,
         parse_borrow(borrow, "`fpipe.flax.layer(borrow=...)`"),
         state_rows=state_rows,
+        places=parse_places(path, stacked, call),
     )
     return _module_layer(module, options)
 
@@ -117,6 +155,9 @@ def tied(
     method: str | Callable[..., Any] | None = None,
     name: str = "",
     train: str | bool | None = None,
+    inputs: str | Iterable[str] | None = None,
+    side: Mapping[str, str] | None = None,
+    output: Output = None,
 ) -> Layer:
     """A layer that owns no parameters and runs a module with those of another layer.
 
@@ -126,7 +167,7 @@ def tied(
             part of its parameters.
         method: the method to call, such as `"attend"` of `nn.Embed`; default
             `__call__`.
-        name, train: as in `layer`.
+        name, train, inputs, side, output: as in `layer`.
 
     Returns:
         A `fpipe.Layer`; the gradient of the parameters is summed where they are owned.
@@ -151,8 +192,12 @@ def tied(
             f"{shown(owner)}"
         )
     _check_sample("fpipe.flax.tied", None, name)
+    name = name or f"{_name_of(module)}_of_{owner}"
     options = ModuleOptions(
-        name or f"{_name_of(module)}_of_{owner}",
+        name,
+        inputs=inputs,
+        side=side,
+        output=_checked_output(output, f"`fpipe.flax.tied(module)` of layer {name!r}"),
         train=train,
         method=method,
         borrow=parse_borrow({"": owner}, ""),
@@ -297,6 +342,17 @@ def _module_layer(module: Any, options: ModuleOptions) -> Layer:
             "variables itself"
         )
     return nnx_layer(module, options)
+
+
+def _checked_output(output: Any, call: str) -> Output:
+    """`output`, or an error that says what it may be."""
+    named = isinstance(output, (int, str)) and not isinstance(output, bool)
+    if output is None or named or callable(output):
+        return output
+    raise TypeError(
+        f"{call}: output= is an index, a name, or a function of what the module "
+        f"returns, got {shown(output)}"
+    )
 
 
 def _is_module(value: Any) -> bool:

@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.core
 import flax.errors
@@ -29,8 +29,8 @@ from fpipe._core.pytrees import PyTree, eval_shape, shapes_of
 from fpipe._model.layer import Layer, checked_names
 from fpipe.flax._batch_norm import defer_stats, deferred_apply, finish_stats
 from fpipe.flax._borrow import Path, check_fit, keep_own, lend, misfit
-from fpipe.flax._calling import find_calling, find_method
-from fpipe.flax._function import ModuleFunction, ModuleOptions
+from fpipe.flax._calling import find_method
+from fpipe.flax._function import Inputs, ModuleFunction, ModuleOptions
 from fpipe.flax._streams import no_key, stream_key
 
 # What a module sows for people to look at: a layer has no place for it.
@@ -87,19 +87,19 @@ class LinenFunction(ModuleFunction):
     def run(
         self,
         params: PyTree,
-        x: PyTree,
+        inputs: Inputs,
         state: PyTree,
         key: Any,
-        train: bool,
         borrowed: Mapping[str, PyTree],
     ) -> tuple[PyTree, PyTree]:
         """See `ModuleFunction`."""
+        variables = {"params": params, **state}
         with self.explained(borrowed):
-            y, state, _ = self.apply_module({"params": params, **state}, x, key, train)
+            y, state, _ = self.apply_module(variables, inputs, key)
         return y, state
 
     def apply_module(
-        self, variables: PyTree, x: PyTree, key: Any, train: bool
+        self, variables: PyTree, inputs: Inputs, key: Any
     ) -> tuple[PyTree, PyTree, tuple[str, ...]]:
         """Apply the module.
 
@@ -110,7 +110,7 @@ class LinenFunction(ModuleFunction):
             `(y, collections, streams)`: the layer's collections as they are now, and
                 the streams that were given.
         """
-        args, kwargs = self.calling.arguments(x, train)
+        args, kwargs = self.arguments(inputs)
         apply = self.module.apply
         if self.deferred:
             apply = functools.partial(deferred_apply, self.module)
@@ -133,7 +133,7 @@ class LinenFunction(ModuleFunction):
                     raise
                 missing = found[1]
                 if key is None and self.streams != ():
-                    trains = self.calling.trains(train)
+                    trains = self.calling.trains(inputs.train)
                     raise no_key(self.name, missing, trains) from error
                 if self.streams is not None:
                     raise ValueError(
@@ -155,9 +155,11 @@ class LinenFunction(ModuleFunction):
         """Whether other layers own all of the parameters."""
         return any(part.path == () for part in self.borrow)
 
-    def init_variables(self, key: Any, x: PyTree) -> dict[str, PyTree]:
+    def init_variables(
+        self, key: Any, x: PyTree, side: PyTree = None
+    ) -> dict[str, PyTree]:
         """All variables of the module as `init` makes them, without what it sows."""
-        args, kwargs = self.calling.arguments(x, False)
+        args, kwargs = self.arguments(Inputs(x, side))
         # Not in training: dropout would draw from a stream, and `init` has a key for
         # the parameters alone.
         made = self.module.init({"params": key}, *args, method=self.method, **kwargs)
@@ -227,14 +229,21 @@ class LinenInit:
         self, key: Any, x: PyTree, *, borrowed: Mapping[str, PyTree]
     ) -> PyTree:
         """The layer's own parameters, without those that it borrows."""
+        return self.make(key, x, None, borrowed)
+
+    def make(
+        self, key: Any, x: PyTree, side: PyTree, borrowed: Mapping[str, PyTree]
+    ) -> PyTree:
+        """The same, of a module with side inputs too."""
         function = self.function
         if function.owns_nothing:
             return {}  # A second embedding table would only be made to be thrown away.
         if function.borrow:
             # What does not fit shows before the module computes with parameters of its
             # own in that place.
-            eval_shape(self._run_with_borrowed, shapes_of(x), shapes_of(dict(borrowed)))
-        variables = function.init_variables(key, x)
+            shapes = shapes_of((x, side, dict(borrowed)))
+            eval_shape(self._run_with_borrowed, *shapes)
+        variables = function.init_variables(key, x, side)
         params = variables.pop("params", {})
         # Nobody has said what the module keeps. Without this the collection would be
         # lost silently, and with it the statistics of a norm.
@@ -244,10 +253,12 @@ class LinenInit:
         check_fit(function.borrow, function.name, params, borrowed)
         return keep_own(function.borrow, params)
 
-    def _run_with_borrowed(self, x: PyTree, borrowed: Mapping[str, PyTree]) -> PyTree:
+    def _run_with_borrowed(
+        self, x: PyTree, side: PyTree, borrowed: Mapping[str, PyTree]
+    ) -> PyTree:
         """The module on the borrowed parameters, for the error if they do not fit."""
         function = self.function
-        args, kwargs = function.calling.arguments(x, False)
+        args, kwargs = function.arguments(Inputs(x, side))
         with function.explained(borrowed):
             return function.module.apply(
                 {"params": lend(function.borrow, {}, borrowed)},
@@ -267,9 +278,49 @@ class LinenInitState:
 
     def __call__(self, x: PyTree, *, key: Any) -> PyTree:
         """Its collections as they begin: `{"batch_stats": …}`."""
-        made = self.function.init_variables(key, x)
+        return self.make(x, None, key)
+
+    def make(self, x: PyTree, side: PyTree, key: Any) -> PyTree:
+        """The same, of a module with side inputs too."""
+        made = self.function.init_variables(key, x, side)
         kept = [name for name in self.function.collections if name in made]
         return self.function.as_state({name: made[name] for name in kept})
+
+
+# An `init` names the needs that it is given. One that named `side` in every layer would
+# make side inputs that no layer asks for pass unseen.
+class LinenInitWithSide(LinenInit):
+    """`LinenInit` of a module with side inputs."""
+
+    def __call__(
+        self,
+        key: Any,
+        x: PyTree,
+        *,
+        borrowed: Mapping[str, PyTree],
+        side: PyTree = None,
+    ) -> PyTree:
+        """The layer's own parameters, without those that it borrows."""
+        return self.make(key, x, side, borrowed)
+
+
+class LinenInitStateWithSide(LinenInitState):
+    """`LinenInitState` of a module with side inputs."""
+
+    def __call__(self, x: PyTree, *, key: Any, side: PyTree = None) -> PyTree:
+        """Its collections as they begin."""
+        return self.make(x, side, key)
+
+
+def init_of(function: LinenFunction) -> LinenInit:
+    """The `init` of a layer."""
+    return (LinenInitWithSide if function.calling.side else LinenInit)(function)
+
+
+def init_state_of(function: LinenFunction) -> LinenInitState:
+    """The `init_state` of a layer."""
+    kind = LinenInitStateWithSide if function.calling.side else LinenInitState
+    return kind(function)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,7 +336,7 @@ class DeferLinen:
         function = dataclasses.replace(self.function, deferred=True)
         return function.as_layer(
             None,
-            LinenInitState(function),
+            init_state_of(function),
             finish_linen,
             overwrite=function.overwritten,
         )
@@ -305,7 +356,7 @@ def linen_layer(module: nn.Module, options: ModuleOptions) -> Layer:
     # What the user said holds; then what the sample shows; then what the fields show.
     method = find_method(type(module), options.method, call)
     fields = {name: getattr(module, name, None) for name in module.__dataclass_fields__}
-    calling = find_calling(method, options.train, options.chained, fields, call)
+    calling = options.find_calling(method, fields)
     streams = collections = None
     if options.rngs is not None:
         streams = checked_names(options.rngs, f"{call}: rngs=")
@@ -321,13 +372,17 @@ def linen_layer(module: nn.Module, options: ModuleOptions) -> Layer:
         streams,
         collections or (),
         known,
+        output=options.output,
+        particular=options.particular,
+        places=options.places,
     )
     if options.x is not None:
-        shown_collections, shown_streams = _observe(function, options.x)
+        seen = _observe(function, options.x, options.side_sample)
         function = dataclasses.replace(
             function,
-            collections=shown_collections if collections is None else collections,
-            streams=shown_streams if streams is None else streams,
+            collections=seen.collections if collections is None else collections,
+            streams=seen.streams if streams is None else streams,
+            shapes=seen.variables,
         )
     # Without a sample, the two modules of Flax with statistics are looked for among the
     # fields. Those that a compact method makes cannot be seen.
@@ -343,8 +398,8 @@ def linen_layer(module: nn.Module, options: ModuleOptions) -> Layer:
     if state_rows is None and function.stateful and of_features:
         state_rows = False
     return function.as_layer(
-        LinenInit(function),
-        LinenInitState(function),
+        init_of(function),
+        init_state_of(function),
         defer=DeferLinen(function) if STATS in function.collections else None,
         state_rows=state_rows,
         overwrite=function.overwritten,
@@ -356,31 +411,39 @@ def _without_address(error: Exception) -> str:
     return re.sub(r"\.? \(https://.*", "", str(error), flags=re.DOTALL)
 
 
-def _observe(
-    function: LinenFunction, x: PyTree
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The collections that are state, and the random streams, of a module called in
-    training on `x`.
+class Observed(NamedTuple):
+    """What a sample shows of a module: the collections that are state, the random
+    streams, and the shapes of its variables by collection.
     """
+
+    collections: tuple[str, ...]
+    streams: tuple[str, ...]
+    variables: dict[str, PyTree]
+
+
+def _observe(function: LinenFunction, x: PyTree, side: PyTree) -> Observed:
+    """What a module uses that is called in training on `x`."""
     # Traced and not run: `eval_shape` returns arrays only, so names come out by the
     # side.
-    observed: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+    observed: list[Observed] = []
 
-    def call(key: Any, x: PyTree) -> PyTree:
-        variables = function.init_variables(key, x)
+    def call(key: Any, x: PyTree, side: PyTree) -> PyTree:
+        variables = function.init_variables(key, x, side)
         names = tuple(name for name in variables if name != "params")
         # In training, with all collections mutable: only then everything shows.
         trial = dataclasses.replace(
             function, collections=names, streams=None, borrow=()
         )
-        _, state, streams = trial.apply_module(variables, x, key, True)
+        inputs = Inputs(x, side, train=True)
+        y, state, streams = trial.apply_module(variables, inputs, key)
+        function.picked(y)  # for the error, here where the module is
         # What is sown grows from call to call, so it can be no state.
         structure = jax.tree.structure
         kept = [n for n in names if structure(state.get(n)) == structure(variables[n])]
-        observed.append((tuple(kept), streams))
+        observed.append(Observed(tuple(kept), streams, shapes_of(variables)))
         return ()
 
-    eval_shape(call, jax.random.key(0), shapes_of(x))
+    eval_shape(call, jax.random.key(0), shapes_of(x), shapes_of(side))
     return observed[-1]
 
 

@@ -27,8 +27,8 @@ from fpipe._core.pytrees import PyTree
 from fpipe._model.layer import Layer
 from fpipe.flax._batch_norm import DeferredNorm, defer_module, finish_module
 from fpipe.flax._borrow import Path, check_fit, keep_own, with_numbers
-from fpipe.flax._calling import find_calling, find_method, parameters_of
-from fpipe.flax._function import ModuleFunction, ModuleOptions
+from fpipe.flax._calling import find_method, parameters_of
+from fpipe.flax._function import Inputs, ModuleFunction, ModuleOptions
 from fpipe.flax._streams import as_typed, no_key, stream_key
 
 # The attributes that `nnx.Module.train` and `eval` set.
@@ -165,21 +165,20 @@ class NNXFunction(ModuleFunction):
     def run(
         self,
         params: PyTree,
-        x: PyTree,
+        inputs: Inputs,
         state: PyTree,
         key: Any,
-        train: bool,
         borrowed: Mapping[str, PyTree],
     ) -> tuple[PyTree, PyTree]:
         """See `ModuleFunction`."""
         # 1. The module with this microbatch's variables.
         check_fit(self.borrow, self.name, self.params.tree, borrowed)
         module = self.merge(params, state, key)
-        trains = self.calling.trains(train)
+        trains = self.calling.trains(inputs.train)
         if self.has_modes:
             module.train() if trains else module.eval()
         # 2. Its random streams and its call.
-        args, kwargs = self.calling.arguments(x, train)
+        args, kwargs = self.arguments(inputs)
         if self.takes_rngs:
             # A placeholder: without a key every stream below is replaced by a dry one.
             default = jax.random.key(0)
@@ -345,7 +344,7 @@ def nnx_layer(module: Any, options: ModuleOptions) -> Layer:
     # equal modules are equal and stages of equal layers share their programs.
     function = NNXFunction(
         options.name,
-        find_calling(method, options.train, options.chained, {}, options.call),
+        options.find_calling(method, {}),
         tuple(
             dataclasses.replace(part, path=with_numbers(variables.params, part.path))
             for part in options.borrow
@@ -362,6 +361,9 @@ def nnx_layer(module: Any, options: ModuleOptions) -> Layer:
         state_paths=paths_of(split.rest),
         has_modes=has_modes,
         takes_rngs=not streams and any(p.name == "rngs" for p in parameters_of(method)),
+        output=options.output,
+        particular=options.particular,
+        places=options.places,
     )
 
     init = init_state = None
@@ -380,7 +382,7 @@ def nnx_layer(module: Any, options: ModuleOptions) -> Layer:
         finish = FinishNNX(function)
     if not all(deferred):
         # The sample is of no use here, and arrays would not compare as values.
-        options = dataclasses.replace(options, x=None)
+        options = dataclasses.replace(options, x=None, side_sample=None)
         defer = DeferNNX(function, source, options)
     # The module has its state before it sees a batch: nothing of it follows the rows
     # unless the user says so.
