@@ -217,6 +217,13 @@ class Pipe(Call):
                 f'`Pipe(executor={shown(executor)})`: the executor is "placed" or '
                 '"scan"'
             )
+        listed = layers if isinstance(layers, (tuple, list)) else ()
+        if any(isinstance(layer, Split) for layer in listed):
+            raise TypeError(
+                "`Pipe([split, ...])`: a function that was split is all that a pipe "
+                "runs: write `Pipe(split)`, and make what comes before or behind a "
+                "part of the function"
+            )
         if mesh is not None and executor != "scan":
             raise ValueError('`Pipe(mesh=...)`: a mesh is for executor="scan"')
         if not is_one_of(dispatch, DISPATCH):
@@ -501,7 +508,7 @@ class Pipe(Call):
 
         Raises:
             ValueError: not one entry per layer.
-            TypeError: an `fpipe.Packed`.
+            TypeError: an `fpipe.Packed`, or shapes.
         """
         if isinstance(params, Packed):
             raise TypeError(
@@ -513,6 +520,11 @@ class Pipe(Call):
         check_params(self.model, params, "`place(params)`")
         donate = as_bool("place", "donate", donate)
         check_leaves(tuple(params), "params")
+        if any(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(params)):
+            raise TypeError(
+                "`place(params)`: shapes have nothing that can be placed; `pipe.plan` "
+                "and `compile` of a step take them"
+            )
         check_process()
         # An optimizer returns strong types: weakly typed parameters would change their
         # type in the first update, and everything would compile once more.

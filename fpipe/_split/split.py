@@ -14,7 +14,7 @@ To cut a trace into stages at marks is due to JaxPP (Xhebraj et al., arXiv 2412.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, overload
 
@@ -119,8 +119,20 @@ class Split(FunctionLayers):
 
         Arguments:
             params: one entry per layer; gradients too.
+
+        Raises:
+            ValueError: something else than `params` returns.
         """
-        place = self.cut.wiring.place_of
+        place, owned = self.cut.wiring.place_of, self.cut.wiring.owned
+        listed = isinstance(params, (tuple, list)) and len(params) == len(owned)
+        if not listed or any(
+            not isinstance(own, (tuple, list)) or len(own) != len(leaves)
+            for own, leaves in zip(params, owned, strict=True)
+        ):
+            raise ValueError(
+                "`split.tree(params)`: a tuple with one entry per layer, as "
+                f"`split.params` makes it, got {describe(params)}"
+            )
         spec = self.cut.function.params.spec
         places = [place[leaf] for leaf in range(spec.arrays)]
         return spec.unpack([params[k][n] for k, n in places])
@@ -288,6 +300,11 @@ def split(
         >>> pipe(placed, jnp.ones((8, 3))).shape
         (8, 3)
     """
+    if not callable(fn) and not isinstance(fn, Layer):
+        raise TypeError(
+            f"`fpipe.split(fn)`: fn is a function `fn(params, x)`, got {shown(fn)}; "
+            "`fpipe.Pipe(layers)` takes layers, and a split, as they are"
+        )
     layer = as_layer(fn)
     refused = [n for n in layer.needs or () if n in ("carry", "borrowed", "state")]
     if refused:
@@ -299,17 +316,22 @@ def split(
         stages = as_int("fpipe.split", "stages", stages)
     train = as_bool("fpipe.split", "train", train)
     if cuts is not None:
-        if isinstance(cuts, str) or not all(isinstance(path, str) for path in cuts):
-            raise TypeError(
-                f"`fpipe.split(cuts={shown(cuts)})`: a list of paths of parameters, "
-                'such as ["decoder"]'
-            )
-        cuts = tuple(cuts)
+        cuts = _as_paths(cuts)
         if stages is not None:
             raise TypeError(
                 "`fpipe.split(stages=..., cuts=...)`: one of them says where it is cut"
             )
+    if not any(map(is_array, jax.tree.leaves(x))):
+        raise TypeError(
+            "`fpipe.split(fn, params, x)`: x is an example of a microbatch, or its "
+            f"shapes, got {describe(x)}, which has no array"
+        )
     inputs = {"x": x, **call_needs(side=side, key=key, train=train, step=step)}
+    if side is not None and not layer.asks("side"):
+        raise ValueError(
+            f"`fpipe.split(fn, side=...)`: {layer.name!r} does not ask for it: make it "
+            f"a keyword-only parameter, `def {layer.name}(params, x, *, side)`"
+        )
     once, twice = (
         Kind.of(shapes.pop("x"), shapes) for shapes in first_and_twice(inputs)
     )
@@ -319,3 +341,15 @@ def split(
     len(made)
     cut.note(twice)
     return made
+
+
+def _as_paths(cuts: Any) -> tuple[str, ...]:
+    """Paths of parameters, checked."""
+    listed = isinstance(cuts, Iterable) and not isinstance(cuts, (str, Mapping))
+    paths = tuple(cuts) if listed else (None,)
+    if not all(isinstance(path, str) for path in paths):
+        raise TypeError(
+            f"`fpipe.split(cuts={shown(cuts)})`: a list of paths of parameters, "
+            'such as ["decoder"]'
+        )
+    return paths

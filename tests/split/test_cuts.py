@@ -234,8 +234,18 @@ def test_wrong_arguments():
         ValueError, match=r"'unused'.*no parameter with that path is used"
     ):
         two_inputs().split(cuts=["unused"])
-    with pytest.raises(TypeError, match="a list of paths"):
-        fpipe.split(fn, params, x, cuts="blocks/1")
+    wrong: Any
+    for wrong in ("blocks/1", 3, [1], {"blocks/1": 2}):
+        with pytest.raises(TypeError, match="a list of paths"):
+            fpipe.split(fn, params, x, cuts=wrong)
+    for wrong in ([fn, fn], None, example.split()):
+        with pytest.raises(TypeError, match="fn is a function"):
+            fpipe.split(wrong, params, x)
+    for wrong in (None, 3.0, {}):
+        with pytest.raises(TypeError, match="x is an example of a microbatch"):
+            fpipe.split(fn, params, wrong)
+    with pytest.raises(ValueError, match="'_residual_mlp' does not ask for it"):
+        fpipe.split(fn, params, x, side=x)
     with pytest.raises(TypeError, match="one of them says"):
         fpipe.split(fn, params, x, cuts=["blocks/1"], stages=2)
     with pytest.raises(ValueError, match="there are 1 places"):
@@ -246,6 +256,10 @@ def test_wrong_arguments():
     def outer(a):
         fpipe.split(lambda p, x: x * a, {}, X)
 
+    split = example.split()
+    for wrong in (params, split.params(params)[:1], [(), ()]):
+        with pytest.raises(ValueError, match="a tuple with one entry per layer, as"):
+            split.tree(wrong)
     with pytest.raises(ValueError, match="closes over a value of a trace"):
         jax.jit(outer)(X)
 

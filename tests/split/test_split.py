@@ -202,12 +202,48 @@ def test_equal_blocks_are_one_core_under_scan():
     assert shapes == [(3, 2), (3, 2, 2), (3, 3, 2)]
 
 
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_side_effects_run_where_they_stand(executor):
+    """Once for each microbatch, also where they read parameters or nothing."""
+    log = []
+
+    def told(name, *values):
+        jax.debug.callback(lambda *a: log.append((name, *map(float, a))), *values)
+
+    def fn(params, x):
+        told("begin")
+        h = x @ params["a"]
+        told("first", h[0, 0])
+        h = fpipe.cut(h)
+        told("weight", params["b"][0, 0])
+        h = h @ params["b"]
+        told("second", h[0, 0])
+        return h
+
+    params = {"a": jnp.eye(2), "b": 3.0 * jnp.eye(2)}
+    x = jnp.arange(8.0).reshape(4, 2)
+    split = fpipe.split(fn, params, x)
+    trace = split.cut.trace(split.cut.first)
+    kinds = [[node.name for node in piece.nodes] for piece in trace.pieces]
+    assert [names.count("debug_callback") for names in kinds] == [2, 2]
+    pipe = pipe_of(split, executor, chunks=2)
+    jax.block_until_ready(pipe(pipe.place(params), x))
+    jax.effects_barrier()
+    # JAX does not say in which order those of one program run.
+    of_microbatches = [("first", 0.0), ("first", 4.0), ("second", 0.0), ("second", 12)]
+    assert sorted(log) == [*[("begin",)] * 2, *of_microbatches, *[("weight", 3.0)] * 2]
+
+
 def test_pipes_refuse_what_a_split_function_has_not():
     example = residual_mlp()
     split = example.split()
     with pytest.raises(ValueError, match="deferred_batch_norm"):
         fpipe.Pipe(split, deferred_batch_norm=True)
+    with pytest.raises(TypeError, match="is all that a pipe runs"):
+        fpipe.Pipe([split, fpipe.fn(jnp.tanh)])
     pipe = pipe_of(split, "placed")
+    with pytest.raises(TypeError, match="shapes have nothing that can be placed"):
+        pipe.place(split.param_shapes)
     with pytest.raises(TypeError, match="makes no parameters"):
         pipe.init(jax.random.key(0), example.x)
     with pytest.raises(ValueError, match="a tree as the function was split with"):
