@@ -346,8 +346,9 @@ def split(
 def _as_paths(cuts: Any) -> tuple[str, ...]:
     """Paths of parameters, checked."""
     listed = isinstance(cuts, Iterable) and not isinstance(cuts, (str, Mapping))
-    paths = tuple(cuts) if listed else (None,)
-    if not all(isinstance(path, str) for path in paths):
+    given = list(cuts) if listed else []
+    paths = tuple(path for path in given if isinstance(path, str))
+    if not listed or len(paths) < len(given):
         raise TypeError(
             f"`fpipe.split(cuts={shown(cuts)})`: a list of paths of parameters, "
             'such as ["decoder"]'
