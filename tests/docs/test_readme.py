@@ -139,6 +139,17 @@ def test_all_blocks_are_of_a_kind_that_is_tested(page):
     assert (ROOT / page).read_text().count("```") == 2 * len(found)
 
 
+@pytest.mark.parametrize("page", TESTED)
+def test_code_is_narrow_enough_for_the_site(page):
+    lines = [
+        line
+        for language, text in blocks(page)
+        if language == "python"
+        for line in text.splitlines()
+    ]
+    assert [line for line in lines if len(line) > 80] == []
+
+
 def test_the_commands_name_what_is_there():
     assert [
         text.strip() for language, text in blocks("README.md") if language == "bash"
