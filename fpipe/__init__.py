@@ -25,6 +25,7 @@ from fpipe._planning.prediction import Prediction as Prediction
 from fpipe._split.mark import cut as cut
 from fpipe._split.split import Split as Split
 from fpipe._split.split import split as split
+from fpipe._split.stacks import RowBlocks as RowBlocks
 from fpipe._tune import Candidate as Candidate
 from fpipe._tune import Tuning as Tuning
 from fpipe._tune import tune as tune

@@ -87,6 +87,7 @@ from fpipe._planning.predict import KnownLayers, mean_square, predict
 from fpipe._planning.prediction import Prediction
 from fpipe._planning.step_request import StepRequest
 from fpipe._split.split import Split
+from fpipe._split.stacks import joined
 from fpipe.schedules import Recording, Schedule
 
 EXECUTORS = ("placed", "scan")
@@ -545,7 +546,7 @@ class Pipe(Call):
         self._executor.check_params(params, "`gather(params)`")
         check_process()
         with self._context(), explicit_transfers():
-            return self._own_tree(self._executor.gather(params))
+            return joined(self._own_tree(self._executor.gather(params)))
 
     def _per_layer(self, params: Any) -> Any:
         """Parameters as the executors take them, from those of a call: of a function

@@ -92,9 +92,22 @@ class Crossing:
 
     def narrowest_before(self, use: int) -> int:
         """Of the places behind the first use before that one, the narrowest; of equal
-        ones the last.
+        ones the last. Those between rounds of a loop come before those in a round.
         """
         at = bisect.bisect_left(self.uses, use)
         start = self.uses[at - 1] + 1 if at else 0
-        across = self.bytes[start : use + 1]
+        # Between rounds of a loop, so that equal rounds are equal pieces; inside of one
+        # only if nothing else is there.
+        across = self.bytes[start : use + 1].copy()
+        inside = self._in_a_round[start : use + 1]
+        if not inside.all():
+            across[inside] = np.inf
         return use - int(np.argmin(across[::-1]))
+
+    @cached_property
+    def _in_a_round(self) -> np.ndarray:
+        """Whether each place is in the middle of a round of a loop."""
+        inside = np.zeros(len(self.traced.graph.nodes) + 1, bool)
+        for span in self.traced.rounds:
+            inside[span.start + 1 : span.stop] = True
+        return inside

@@ -20,14 +20,13 @@ other cuts are found by what they stand before: the first use of a parameter.
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
 from fpipe._core.errors import at_line, shown
 from fpipe._planning.partition import PartitionTask, Shortage, best_cut
 from fpipe._planning.span_tables import summed
-from fpipe._program.control_flow import is_remat
 from fpipe._program.flops import flops
 from fpipe._split.crossing import Crossing
 from fpipe._split.mark import mark_inside
@@ -51,8 +50,8 @@ class Cuts:
         places: in the first trace, in order.
         names: of each piece behind a place, as its author called it; `""`: not at all.
         marked: whether marks say where.
-        before: for each place the leaves of the parameters that are first used behind
-            it, in that order.
+        before: for each place the roots (parameters, and rows of parameters) that are
+            first used behind it, in that order.
     """
 
     places: tuple[int, ...]
@@ -88,7 +87,7 @@ def find_cuts(
         places = _own_places(function, traced, stages)
     names = [mark.name for mark in marks] if marked else [""] * len(places)
     first = sorted(traced.first_uses.items(), key=lambda use: (use[1], use[0]))
-    before = [tuple(leaf for leaf, use in first if use >= p) for p in places]
+    before = [tuple(root for root, use in first if use >= p) for p in places]
     return Cuts(tuple(places), tuple(names), marked, tuple(before))
 
 
@@ -114,9 +113,9 @@ def places_in(cuts: Cuts, first: Traced, traced: Traced) -> tuple[int, ...]:
         return cuts.places
     used, crossing = traced.first_uses, Crossing(traced)
     found = []
-    for leaves in cuts.before:
-        leaf = next((leaf for leaf in leaves if leaf in used), None)
-        place = None if leaf is None else crossing.narrowest_before(used[leaf])
+    for roots in cuts.before:
+        root = next((root for root in roots if root in used), None)
+        place = None if root is None else crossing.narrowest_before(used[root])
         if place is None or (found and place <= found[-1]):
             raise ValueError(
                 "`fpipe.split(fn)`: traced for this call (other shapes, `train`, no "
@@ -134,11 +133,10 @@ def _refuse_marks_inside(traced: Traced) -> None:
     for node in traced.graph.nodes:
         mark = mark_inside(node)
         if mark is not None:
-            name = "jax.checkpoint" if is_remat(node) else node.name
             raise ValueError(
-                f"`fpipe.cut(h)`{at_line(mark.where)} stands inside a `{name}`"
+                f"`fpipe.cut(h)`{at_line(mark.where)} stands inside a `{node.name}`"
                 f"{at_line(node.where)}, which runs as one operation: put it before or "
-                "behind the loop, the branch, the checkpointed function or the "
+                "behind the loop, the branch or the "
                 "function with its own derivative"
             )
 
@@ -154,10 +152,8 @@ def _places_of_paths(
     beginning = min(first.values(), default=0)
     found = set[int]()
     for path in paths:
-        mine = [
-            leaf for leaf, name in enumerate(function.paths) if is_under(name, path)
-        ]
-        uses = [first[leaf] for leaf in mine if leaf in first]
+        mine = _roots_under(function, traced, path)
+        uses = [first[root] for root in mine if root in first]
         if not uses:
             what = "no parameter with that path is used" if mine else "there is none"
             some = ", ".join(map(repr, function.paths[:5]))
@@ -170,6 +166,36 @@ def _places_of_paths(
         if min(uses) > beginning:
             found.add(crossing.narrowest_before(min(uses)))
     return sorted(found)
+
+
+def _roots_under(function: Function, traced: Traced, path: str) -> list[int]:
+    """The roots under a path; of a stacked parameter it may end with a row."""
+    named = [function.paths[rows.leaf] for rows in traced.roots]
+    mine = [root for root, name in enumerate(named) if is_under(name, path)]
+    stack, _, row = path.rpartition("/")
+    if mine or not row.isdecimal():
+        return mine
+    return [
+        root
+        for root, rows in enumerate(traced.roots)
+        if not rows.whole
+        and rows.start == int(row)
+        and (not stack or is_under(named[root], stack))
+    ]
+
+
+def leaves_under(function: Function, paths: Sequence[str]) -> frozenset[int]:
+    """The leaves of the parameters that a user cuts before, or before rows of them."""
+    found = set[int]()
+    for path in paths:
+        stack, _, row = path.rpartition("/")
+        for prefix in (path, stack) if row.isdecimal() else (path,):
+            named = enumerate(function.paths)
+            mine = {leaf for leaf, name in named if is_under(name, prefix)}
+            found |= mine
+            if mine:
+                break
+    return frozenset(found)
 
 
 def is_under(path: str, prefix: str) -> bool:
@@ -205,14 +231,18 @@ def _between_modules(
     function: Function, traced: Traced, places: Sequence[int]
 ) -> list[int]:
     """The places that do not divide a module: what has its parameters right under one
-    path, such as the weights and the bias of one layer. If there are none, all.
+    path, such as the weights and the bias of one layer, the same rows of what is
+    stacked; and a round of a loop. If there are none, all.
     """
-    spans: dict[str, list[int]] = {}
-    for leaf, use in traced.first_uses.items():
-        module = function.paths[leaf].rpartition("/")[0]
-        # The root is none: what is right under it may be all there is.
-        if module:
-            spans.setdefault(module, []).append(use)
+    spans: dict[Hashable, list[int]] = {}
+    for root, use in traced.first_uses.items():
+        rows = traced.roots[root]
+        module = function.paths[rows.leaf].rpartition("/")[0]
+        # The root of the tree is none: what is right under it may be all there is.
+        if module or not rows.whole:
+            key = (module, None if rows.whole else rows.start)
+            spans.setdefault(key, []).append(use)
+    spans.update({span: [span[0], span[-1]] for span in traced.rounds if span})
     # How many modules have begun and not ended at each place.
     open_at = np.zeros(len(traced.graph.nodes) + 2, int)
     for uses in spans.values():

@@ -13,7 +13,7 @@ evaluation, or a smaller last microbatch, the same pieces are those of another t
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -24,8 +24,7 @@ from fpipe._core.pytrees import PyTree, Shape, aval, describe, pack
 from fpipe._core.settings import settings
 from fpipe._model.layer import Layer
 from fpipe._model.skips import peek, pop, stash
-from fpipe._program.graph import replay
-from fpipe._split.cuts import Cuts, find_cuts, places_in
+from fpipe._split.cuts import Cuts, find_cuts, leaves_under, places_in
 from fpipe._split.notes import (
     note_constants,
     note_kept,
@@ -34,6 +33,7 @@ from fpipe._split.notes import (
 )
 from fpipe._split.pieces import CutTrace, cut_trace
 from fpipe._split.rows import note_rows
+from fpipe._split.stacks import Rows
 from fpipe._split.trace import Function, Kind, Traced, trace_function
 
 
@@ -85,7 +85,7 @@ class CutFunction:
     def _first(self) -> tuple[Any, Traced]:
         """The trace that is cut, and its key."""
         key = self._key(self.first)
-        traced = trace_function(self.function, self.first, self.dtype)
+        traced = self._trace(self.first, None if self.dtype is None else self.roots)
         note_narrow_loss(self.function.layer.name, traced)
         return key, traced
 
@@ -101,6 +101,18 @@ class CutFunction:
         note_constants(name, traced)
         note_unused(self.function, self.wiring.used)
         note_rows(self.function, self.first, twice, traced)
+
+    def _trace(self, kind: Kind, roots: Sequence[Rows] | None) -> Traced:
+        leaves = leaves_under(self.function, self.paths or ())
+        return trace_function(self.function, kind, leaves, roots, self.dtype)
+
+    @property
+    def roots(self) -> tuple[Rows, ...]:
+        """The parameters, and the rows of parameters, that pieces read by themselves;
+        the same in all traces.
+        """
+        _, traced = self.in_own_dtypes._first
+        return traced.roots
 
     @cached_property
     def in_own_dtypes(self) -> "CutFunction":
@@ -125,7 +137,7 @@ class CutFunction:
         if key not in self._traces:
             first_key, traced = self._first
             if key != first_key:
-                traced = trace_function(self.function, kind, self.dtype)
+                traced = self._trace(kind, self.roots)
             _, cut_first = self.in_own_dtypes._first
             places = places_in(self.cuts, cut_first, traced)
             self._traces[key] = cut_trace(traced, places)
@@ -149,7 +161,7 @@ class Wiring:
 
     Attributes:
         names: of the layers.
-        owned: for each piece the leaves of the parameters that it owns.
+        owned: for each piece the parameters, and the rows of parameters, that it owns.
         lenders: for each piece the pieces that it borrows of.
         sources: for each piece the pieces whose skip it reads.
         side, step: for each piece whether it reads the side inputs, or the step.
@@ -157,7 +169,7 @@ class Wiring:
     """
 
     names: tuple[str, ...]
-    owned: tuple[tuple[int, ...], ...]
+    owned: tuple[tuple[Rows, ...], ...]
     lenders: tuple[tuple[int, ...], ...]
     sources: tuple[tuple[int, ...], ...]
     side: tuple[bool, ...]
@@ -165,13 +177,25 @@ class Wiring:
     used: frozenset[int]
 
     @cached_property
-    def place_of(self) -> dict[int, tuple[int, int]]:
-        """Of each leaf its owner, and its number among what that owns."""
+    def places_of(self) -> dict[int, list[tuple[int, int]]]:
+        """Of each leaf the owners of its rows in order, each with the number of these
+        rows among what it owns.
+        """
+        found: dict[int, list[tuple[Rows, int, int]]] = {}
+        for k, blocks in enumerate(self.owned):
+            for n, rows in enumerate(blocks):
+                found.setdefault(rows.leaf, []).append((rows, k, n))
         return {
-            leaf: (k, n)
-            for k, leaves in enumerate(self.owned)
-            for n, leaf in enumerate(leaves)
+            leaf: [(k, n) for _, k, n in sorted(places)]
+            for leaf, places in found.items()
         }
+
+    def place_of(self, root: Rows) -> tuple[int, int]:
+        """The owner of a root, and the number of the block there that it is in."""
+        for k, n in self.places_of[root.leaf]:
+            if self.owned[k][n].has(root):
+                return k, n
+        raise AssertionError(root)
 
     @cached_property
     def last_reader(self) -> dict[int, int]:
@@ -195,11 +219,20 @@ def _wire(cut: CutFunction) -> Wiring:
         owned = cut.in_own_dtypes.wiring.owned
     else:
         owned = _owned(cut, traces)
-    owner = {leaf: k for k, leaves in enumerate(owned) for leaf in leaves}
+    blocks_of: dict[int, list[tuple[Rows, int]]] = {}
+    for k, blocks in enumerate(owned):
+        for block in blocks:
+            blocks_of.setdefault(block.leaf, []).append((block, k))
+    owner = {
+        root: k
+        for root, rows in enumerate(cut.roots)
+        for block, k in blocks_of[rows.leaf]
+        if block.has(rows)
+    }
     lenders, sources, side, step = [], [], [], []
     for k in range(count):
         pieces = [trace.pieces[k] for trace in traces]
-        mine = {owner[leaf] for piece in pieces for leaf in piece.params} - {k}
+        mine = {owner[root] for piece in pieces for root in piece.params} - {k}
         lenders.append(tuple(sorted(mine)))
         makers = {maker for trace in traces for maker in trace.skips(k).values()}
         sources.append(tuple(sorted(makers)))
@@ -207,7 +240,7 @@ def _wire(cut: CutFunction) -> Wiring:
         step.append(any(piece.step for piece in pieces))
     lending = {k for own in lenders for k in own}
     pieces = [piece for trace in traces for piece in trace.pieces]
-    used = frozenset(leaf for piece in pieces for leaf in piece.params)
+    used = frozenset(cut.roots[r].leaf for piece in pieces for r in piece.params)
     return Wiring(
         _names(cut, owned, lending),
         owned,
@@ -219,20 +252,44 @@ def _wire(cut: CutFunction) -> Wiring:
     )
 
 
-def _owned(cut: CutFunction, traces: Sequence[CutTrace]) -> tuple[tuple[int, ...], ...]:
-    """For each piece the leaves of the parameters that it owns: those that it is the
-    first to read, in the order of first use.
+def _owned(
+    cut: CutFunction, traces: Sequence[CutTrace]
+) -> tuple[tuple[Rows, ...], ...]:
+    """For each piece the parameters that it owns: those that it is the first to read,
+    in the order of first use. Rows that follow each other are one block.
     """
     readers: dict[int, set[int]] = {}
     for trace in traces:
         for k, piece in enumerate(trace.pieces):
-            for leaf in piece.params:
-                readers.setdefault(leaf, set()).add(k)
-    owned: list[list[int]] = [[] for _ in traces[0].pieces]
-    for leaf, pieces in readers.items():
-        owned[min(pieces)].append(leaf)
-    # What nobody reads has a gradient of zeros, in the first piece.
-    owned[0] += sorted(set(range(len(cut.function.paths))) - set(readers))
+            for root in piece.params:
+                readers.setdefault(root, set()).add(k)
+    owner = {root: min(pieces) for root, pieces in readers.items()}
+    # What nobody reads has a gradient of zeros: rows beside those before them, others
+    # in the first piece. Roots are in the order of their rows.
+    home: dict[int, int] = {}
+    for root, rows in enumerate(cut.roots):
+        owner.setdefault(root, home.get(rows.leaf, 0))
+        home[rows.leaf] = owner[root]
+    owned: list[list[Rows]] = [[] for _ in traces[0].pieces]
+    shapes, joined = cut.function.params.leaves, set[int]()
+    for root in owner:
+        if root in joined:
+            continue
+        first = last = root
+        while owner.get(first - 1) == owner[root] and cut.roots[first].after(
+            cut.roots[first - 1]
+        ):
+            first -= 1
+        while owner.get(last + 1) == owner[root] and cut.roots[last + 1].after(
+            cut.roots[last]
+        ):
+            last += 1
+        joined.update(range(first, last + 1))
+        a, b = cut.roots[first], cut.roots[last]
+        block = Rows(a.leaf, a.start, b.stop)
+        if not a.whole and block.count == shapes[a.leaf].shape[0]:
+            block = Rows(a.leaf)
+        owned[owner[root]].append(block)
     return tuple(map(tuple, owned))
 
 
@@ -260,7 +317,7 @@ def _modes(cut: CutFunction) -> list[Kind]:
 
 
 def _names(
-    cut: CutFunction, owned: Sequence[Sequence[int]], lending: set[int]
+    cut: CutFunction, owned: Sequence[Sequence[Rows]], lending: set[int]
 ) -> tuple[str, ...]:
     """Of each layer: the path that its parameters share, numbers as `*`.
 
@@ -268,9 +325,9 @@ def _names(
     stacks what has the same name and shapes.
     """
     paths, names = cut.function.paths, list[str]()
-    for k, leaves in enumerate(owned):
+    for k, blocks in enumerate(owned):
         given = cut.cuts.names[k - 1] if k else ""
-        parts = [paths[leaf].split("/") for leaf in leaves]
+        parts = [paths[rows.leaf].split("/") for rows in blocks]
         shared = []
         for column in zip(*parts, strict=False):
             if len(set(column)) > 1:
@@ -347,15 +404,12 @@ class PieceLayer:
             else:
                 values = peek(carry, name)
             given.update(zip(trace.stashes[source], values, strict=True))
-        for leaf in piece.params:
-            owner, n = wiring.place_of[leaf]
-            own = params if owner == k else needs["borrowed"][wiring.names[owner]]
-            given[traced.params[leaf]] = own[n]
-        self._check_params(trace, given)
+        borrowed = needs.get("borrowed", {})
+        given.update(self._params(trace, params, borrowed))
         # 2. What it makes of it, and 3. what leaves.
         out = trace.boundaries[k] if k < len(trace.boundaries) else traced.graph.outputs
         stashed = trace.stashes[k] if k in wiring.last_reader else ()
-        made = replay(traced.graph, piece.nodes, given, (*out, *stashed))
+        made = traced.run(piece.nodes, given, (*out, *stashed))
         leaving, rest = made[: len(out)], made[len(out) :]
         if k < len(trace.boundaries):
             y: Any = Boundary(tuple(leaving) or (jnp.zeros(1),), kind)
@@ -371,7 +425,7 @@ class PieceLayer:
         """What the piece reads in this trace is what its layer declares."""
         wiring, k = self.cut.wiring, self.number
         piece = trace.pieces[k]
-        lent = {wiring.place_of[leaf][0] for leaf in piece.params} - {k}
+        lent = {wiring.place_of(self.cut.roots[r])[0] for r in piece.params} - {k}
         skips = set(trace.skips(k).values())
         fits = lent <= set(wiring.lenders[k]) and skips <= set(wiring.sources[k])
         if not fits or piece.side > wiring.side[k] or piece.step > wiring.step[k]:
@@ -381,15 +435,36 @@ class PieceLayer:
                 "was split: split it with an example of these shapes and needs"
             )
 
-    def _check_params(self, trace: CutTrace, given: dict[int, Any]) -> None:
-        """The parameters are those that the trace was made for."""
-        for leaf in trace.pieces[self.number].params:
-            expected = self.cut.function.params.leaves[leaf]
-            got = aval(given[trace.traced.params[leaf]])
-            if (got.shape, got.dtype) != (expected.shape, expected.dtype):
-                raise ValueError(
-                    "`fpipe.split(fn, params)`: the parameter "
-                    f"{self.cut.function.paths[leaf]!r} is {describe(got)}, but it was "
-                    f"{describe(expected)} when the function was split: split it "
-                    "with such parameters, or their shapes"
-                )
+    def _params(
+        self,
+        trace: CutTrace,
+        own: Sequence[Any],
+        borrowed: Mapping[str, Sequence[Any]],
+    ) -> dict[int, Any]:
+        """The parameters that the piece reads, by the values of the trace."""
+        wiring, roots = self.cut.wiring, self.cut.roots
+        # Of each block, its own or another's, the roots that are in it.
+        read: dict[tuple[int, int], list[int]] = {}
+        for root in trace.pieces[self.number].params:
+            read.setdefault(wiring.place_of(roots[root]), []).append(root)
+        given = dict[int, Any]()
+        for (owner, n), mine in read.items():
+            arrays = own if owner == self.number else borrowed[wiring.names[owner]]
+            block = wiring.owned[owner][n]
+            self._check_block(block, arrays[n])
+            found = block.split(arrays[n], [roots[root] for root in mine])
+            values = [trace.traced.params[root] for root in mine]
+            given.update(zip(values, found, strict=True))
+        return given
+
+    def _check_block(self, block: Rows, array: Any) -> None:
+        """A parameter is as the trace was made for."""
+        expected = block.of(self.cut.function.params.leaves[block.leaf])
+        got = aval(array)
+        if (got.shape, got.dtype) != (expected.shape, expected.dtype):
+            raise ValueError(
+                "`fpipe.split(fn, params)`: the parameter "
+                f"{self.cut.function.paths[block.leaf]!r} is {describe(got)}, but it "
+                f"was {describe(expected)} when the function was split: split it with "
+                "such parameters, or their shapes"
+            )

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from fpipe._core.errors import shown
 from fpipe._core.pytrees import PyTree, describe, is_array
-from fpipe._program.graph import Graph, Node, given_name
+from fpipe._program.graph import Node, given_name
 
 PREFIX = "fpipe.cut:"
 
@@ -74,27 +74,6 @@ class Mark:
 
     place: int
     name: str
-
-
-def take_out_marks(graph: Graph) -> tuple[Graph, tuple[Mark, ...]]:
-    """A graph without its marks, and where they stood.
-
-    They would be equations of the pieces: a backward would keep the marked value beside
-    the one that comes in, which is the same.
-    """
-    same: dict[int, int] = {}
-    nodes, marks = list[Node](), list[Mark]()
-    for node in graph.nodes:
-        ins = tuple(same.get(v, v) for v in node.ins)
-        name = mark_of(node)
-        if name is not None:
-            marks.append(Mark(len(nodes), name))
-            same[node.outs[0]] = ins[0]
-        else:
-            nodes.append(node if ins == node.ins else node.reading(ins))
-    outputs = tuple(same.get(v, v) for v in graph.outputs)
-    left = dataclasses.replace(graph, nodes=tuple(nodes), outputs=outputs)
-    return left, tuple(marks)
 
 
 def mark_inside(node: Node) -> Node | None:

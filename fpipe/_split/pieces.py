@@ -47,7 +47,7 @@ class Piece:
 
     Attributes:
         nodes: its equations, in order.
-        params: the leaves of the parameters that it reads, in the order of first use.
+        params: the roots that it reads, in the order of first use.
         takes: the values that it reads of earlier pieces, each with the piece that
             makes it, in the order of first use.
         side, step: whether it reads the side inputs, or the step.
@@ -150,26 +150,26 @@ def _homes(traced: Traced, places: Sequence[int]) -> dict[int, int]:
         return bisect.bisect_right(places, traced.position[node])
 
     owners = {
-        leaf: bisect.bisect_right(places, use)
-        for leaf, use in traced.first_uses.items()
+        root: bisect.bisect_right(places, use)
+        for root, use in traced.first_uses.items()
     }
     nothing: frozenset[int] = frozenset()
-    made_of = {v: frozenset([leaf]) for leaf, v in enumerate(traced.params)}
+    made_of = {v: frozenset([root]) for root, v in enumerate(traced.params)}
     homes = dict.fromkeys((*traced.x, *traced.key), 0)
     for node in traced.live:
         if node.eqn.effects or not traced.of_data.isdisjoint(node.outs):
             homes.update(dict.fromkeys(node.outs, piece_at(node)))
             continue
-        leaves = nothing.union(*(made_of.get(v, nothing) for v in node.ins))
-        made_of.update(dict.fromkeys(node.outs, leaves))
+        roots = nothing.union(*(made_of.get(v, nothing) for v in node.ins))
+        made_of.update(dict.fromkeys(node.outs, roots))
         if not traced.of_key.isdisjoint(node.outs):
-            if not leaves and all(_is_key(graph.avals[v]) for v in node.outs):
+            if not roots and all(_is_key(graph.avals[v]) for v in node.outs):
                 homes.update(dict.fromkeys(node.outs, 0))
             continue
-        if leaves and node.name not in CHEAP:
-            read = sum(nbytes(graph.avals[traced.params[leaf]]) for leaf in leaves)
+        if roots and node.name not in CHEAP:
+            read = sum(nbytes(graph.avals[traced.params[root]]) for root in roots)
             made = sum(nbytes(graph.avals[v]) for v in node.outs)
-            where = {owners.get(leaf) for leaf in leaves}
+            where = {owners.get(root) for root in roots}
             if made * _REDUCTION <= read and len(where) == 1:
                 (owner,) = where
                 # What is used for a penalty alone lives in the last piece.
@@ -194,7 +194,7 @@ def _piece(
 ) -> Piece:
     """The piece `k`, which makes the values that others want of it."""
     graph, maker = traced.graph, traced.graph.maker
-    leaf_of = {v: leaf for leaf, v in enumerate(traced.params)}
+    root_of = {v: root for root, v in enumerate(traced.params)}
     side, step = set(traced.side), set(traced.step)
     forced = [
         node
@@ -241,7 +241,7 @@ def _piece(
     ]
     return Piece(
         nodes,
-        tuple(leaf_of[v] for v in reads if v in leaf_of),
+        tuple(root_of[v] for v in reads if v in root_of),
         {v: homes[v] for v in reads if is_earlier(v)},
         side=not side.isdisjoint(reads),
         step=not step.isdisjoint(reads),

@@ -24,6 +24,7 @@ from fpipe._core.checks import as_bool, as_int
 from fpipe._core.errors import shown
 from fpipe._core.pytrees import (
     PyTree,
+    Spec,
     describe,
     is_array,
     numbers_as_arrays,
@@ -37,6 +38,7 @@ from fpipe._model.needs import call_needs
 from fpipe._planning.text import Table, counted, quantity, size
 from fpipe._split.cuts import best_balance
 from fpipe._split.layers import CutFunction, PieceLayer
+from fpipe._split.stacks import RowBlocks, Rows
 from fpipe._split.trace import Function, Kind
 
 
@@ -101,21 +103,47 @@ class Split(FunctionLayers):
         Raises:
             ValueError: another tree than the function was split with.
         """
-        spec = self.cut.function.params.spec
+        spec, placed = self.cut.function.params.spec, self._placed
         arrays, given = pack(tree)
-        if given != spec:
+        if given not in (spec, placed):
             arrays, given = pack(numbers_as_arrays(tree))
-        if given.treedef != spec.treedef or given.arrays != spec.arrays:
+        if _fits(given, placed):
+            made = dict(zip(self._places, arrays, strict=True))
+            return tuple(
+                tuple(made[k, n] for n in range(len(owned)))
+                for k, owned in enumerate(self.cut.wiring.owned)
+            )
+        if not _fits(given, spec):
             raise ValueError(
                 "`fpipe.Pipe(split)`: the parameters are a tree as the function was "
                 f"split with, {describe(self.param_shapes)}, got {describe(tree)}"
             )
+        return self._by_piece(arrays)
+
+    def _by_piece(self, arrays: Sequence[Any]) -> tuple[PyTree, ...]:
+        """The arrays of the function's own tree, or their shapes, as layers take
+        them.
+        """
         return tuple(
-            tuple(arrays[leaf] for leaf in owned) for owned in self.cut.wiring.owned
+            tuple(rows.of(arrays[rows.leaf]) for rows in owned)
+            for owned in self.cut.wiring.owned
         )
 
+    @cached_property
+    def _places(self) -> list[tuple[int, int]]:
+        """For each array of a placed tree its piece, and its number there."""
+        places = self.cut.wiring.places_of
+        return [place for leaf in sorted(places) for place in places[leaf]]
+
+    @cached_property
+    def _placed(self) -> Spec:
+        """The structure of the function's tree when leaves are in blocks."""
+        shapes = self.cut.function.params.leaves
+        return pack(self.tree(self._by_piece(shapes)))[1]
+
     def tree(self, params: Sequence[PyTree]) -> PyTree:
-        """The inverse of `params`: the function's own tree.
+        """The inverse of `params`: the function's own tree. A leaf whose rows belong to
+        several pieces is an `fpipe.RowBlocks`.
 
         Arguments:
             params: one entry per layer; gradients too.
@@ -123,19 +151,24 @@ class Split(FunctionLayers):
         Raises:
             ValueError: something else than `params` returns.
         """
-        place, owned = self.cut.wiring.place_of, self.cut.wiring.owned
+        places, owned = self.cut.wiring.places_of, self.cut.wiring.owned
         listed = isinstance(params, (tuple, list)) and len(params) == len(owned)
         if not listed or any(
-            not isinstance(own, (tuple, list)) or len(own) != len(leaves)
-            for own, leaves in zip(params, owned, strict=True)
+            not isinstance(own, (tuple, list)) or len(own) != len(blocks)
+            for own, blocks in zip(params, owned, strict=True)
         ):
             raise ValueError(
                 "`split.tree(params)`: a tuple with one entry per layer, as "
                 f"`split.params` makes it, got {describe(params)}"
             )
         spec = self.cut.function.params.spec
-        places = [place[leaf] for leaf in range(spec.arrays)]
-        return spec.unpack([params[k][n] for k, n in places])
+        found = [[params[k][n] for k, n in places[leaf]] for leaf in range(spec.arrays)]
+        return spec.unpack(
+            [
+                blocks[0] if len(blocks) == 1 else RowBlocks(tuple(blocks))
+                for blocks in found
+            ]
+        )
 
     def frozen(self, frozen: Frozen) -> PyTree:
         """What is frozen of the function's own tree, as flags by layer.
@@ -158,7 +191,7 @@ class Split(FunctionLayers):
         pairs = zip(flags, jax.tree.leaves(tree), strict=True)
         mine = [flag for flag, leaf in pairs if is_array(leaf)]
         owned = self.cut.wiring.owned
-        return tuple(tuple(mine[leaf] for leaf in leaves) for leaves in owned)
+        return tuple(tuple(mine[rows.leaf] for rows in blocks) for blocks in owned)
 
     # --- what it is ---
 
@@ -199,7 +232,8 @@ class Split(FunctionLayers):
         rows = []
         for k, piece in enumerate(trace.pieces):
             owned = wiring.owned[k]
-            borrowed = [leaf for leaf in piece.params if leaf not in owned]
+            roots = [self.cut.roots[root] for root in piece.params]
+            borrowed = [r for r in roots if not any(rows.has(r) for rows in owned)]
             far = trace.skips(k)
             near = [v for v in piece.takes if v not in far]
             makers = sorted(set(far.values()))
@@ -231,11 +265,17 @@ class Split(FunctionLayers):
         )
         return Table(head, rows, left=(1, 2, 3))
 
-    def _paths(self, leaves: Sequence[int]) -> str:
+    def _paths(self, leaves: Sequence[Rows]) -> str:
         """Paths of parameters in a cell."""
-        paths = [self.cut.function.paths[leaf] or "(all)" for leaf in sorted(leaves)]
+        of_leaf = self.cut.function.paths
+        paths = [rows.label(of_leaf[rows.leaf]) for rows in sorted(leaves)]
         shown_paths = paths if len(paths) <= 4 else [*paths[:3], "…", paths[-1]]
         return " ".join(shown_paths)
+
+
+def _fits(given: Spec, expected: Spec) -> bool:
+    """Whether a tree has the structure of another one, whatever is static in it."""
+    return given.treedef == expected.treedef and given.arrays == expected.arrays
 
 
 def split(

@@ -18,7 +18,8 @@ graph, in which the cuts have to be found again.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -37,8 +38,18 @@ from fpipe._core.pytrees import (
 )
 from fpipe._model.layer import Layer, LayerCall, call_layer
 from fpipe._model.model import cast, wide_output
-from fpipe._program.graph import Graph, Node, dependents, inline, needed_nodes, trace
-from fpipe._split.mark import Mark, take_out_marks
+from fpipe._program.graph import (
+    Graph,
+    Node,
+    dependents,
+    inline,
+    needed_nodes,
+    replay,
+    trace,
+)
+from fpipe._split.mark import Mark
+from fpipe._split.opening import Checkpoint, open_trace
+from fpipe._split.stacks import Rows
 
 # What JAX raises where Python asks for what a tracer does not know.
 _UNKNOWN_VALUES = (
@@ -108,9 +119,14 @@ class Traced:
     """A trace of the function.
 
     Attributes:
-        graph: its equations, calls inlined, without marks.
+        graph: its equations, calls inlined, loops over layers written out, without
+            marks.
         marks: where `fpipe.cut` stands in it.
-        params, x, side, key, step: the graph's values of these inputs' arrays.
+        rounds: the positions of the equations of each round of a loop.
+        checkpoints: the checkpoints that an equation was in, the outermost first.
+        roots: the parameters, and the rows of parameters, that it reads by themselves.
+        params: the graph's value of each.
+        x, side, key, step: the graph's values of these inputs' arrays.
         output: how the outputs become what the function returns.
         kept: what the function has put where it stays, such as `float32[3]`; `""`:
             nothing.
@@ -119,6 +135,9 @@ class Traced:
 
     graph: Graph
     marks: tuple[Mark, ...]
+    rounds: tuple[range, ...]
+    checkpoints: Mapping[Node, tuple[Checkpoint, ...]]
+    roots: tuple[Rows, ...]
     params: tuple[int, ...]
     x: tuple[int, ...]
     side: tuple[int, ...]
@@ -162,22 +181,75 @@ class Traced:
 
     @cached_property
     def first_uses(self) -> dict[int, int]:
-        """For each used leaf of the parameters the position of the first equation on
-        the way of the data that needs it: directly, or through values that depend on
-        parameters alone, such as a cast.
+        """For each root that is used the position of the first equation on the way of
+        the data that needs it: directly, or through values that depend on parameters
+        alone, such as a cast.
         """
         # The parameters that each value without data is made of.
-        made_of = {v: frozenset([leaf]) for leaf, v in enumerate(self.params)}
+        made_of = {v: frozenset([root]) for root, v in enumerate(self.params)}
         found: dict[int, int] = {}
         nothing: frozenset[int] = frozenset()
         for node in self.live:
-            leaves = nothing.union(*(made_of.get(v, nothing) for v in node.ins))
+            roots = nothing.union(*(made_of.get(v, nothing) for v in node.ins))
             if self.of_data.isdisjoint(node.outs):
-                made_of.update(dict.fromkeys(node.outs, leaves))
+                made_of.update(dict.fromkeys(node.outs, roots))
                 continue
-            for leaf in leaves:
-                found.setdefault(leaf, self.position[node])
+            for root in roots:
+                found.setdefault(root, self.position[node])
         return found
+
+    def run(
+        self, nodes: Sequence[Node], given: Mapping[int, Any], wanted: Sequence[int]
+    ) -> list[Any]:
+        """Run some of its equations in order; what stood in a `jax.checkpoint` is
+        checkpointed.
+        """
+        if self.checkpoints:
+            return self._run_inside(nodes, given, wanted, 0)
+        return replay(self.graph, nodes, given, wanted)
+
+    def _run_inside(
+        self,
+        nodes: Sequence[Node],
+        given: Mapping[int, Any],
+        wanted: Sequence[int],
+        depth: int,
+    ) -> list[Any]:
+        """Run equations that have so many checkpoints around them."""
+
+        def inside(node: Node) -> tuple[Checkpoint, ...]:
+            return self.checkpoints.get(node, ())[depth : depth + 1]
+
+        made = {**self.graph.consts, **given}
+        groups = [(key, list(part)) for key, part in itertools.groupby(nodes, inside)]
+        # What is read behind each group.
+        needed = set(wanted)
+        later = list[set[int]]()
+        for _, part in reversed(groups):
+            later.append(set(needed))
+            needed.update(v for node in part for v in node.ins)
+        for (around, part), behind in zip(groups, reversed(later), strict=True):
+            outs = [v for node in part for v in node.outs if v in behind]
+            if not around:
+                results = replay(self.graph, part, made, outs)
+            else:
+                own = {v for node in part for v in node.outs}
+                ins = dict.fromkeys(v for node in part for v in node.ins)
+                read = [v for v in ins if v not in own and v not in self.graph.consts]
+
+                def run(
+                    *arrays: Any,
+                    part: list[Node] = part,
+                    read: list[int] = read,
+                    outs: list[int] = outs,
+                ) -> list[Any]:
+                    values = dict(zip(read, arrays, strict=True))
+                    return self._run_inside(part, values, outs, depth + 1)
+
+                (checkpoint,) = around
+                results = checkpoint(run)(*(made[v] for v in read))
+            made.update(zip(outs, results, strict=True))
+        return [made[v] for v in wanted]
 
     @cached_property
     def form(self) -> tuple[Any, ...]:
@@ -187,10 +259,17 @@ class Traced:
         return tuple((node.name, node.ins, node.outs) for node in self.graph.nodes)
 
 
-def trace_function(function: Function, kind: Kind, dtype: Any = None) -> Traced:
+def trace_function(
+    function: Function,
+    kind: Kind,
+    cut_leaves: frozenset[int] = frozenset(),
+    roots: Sequence[Rows] | None = None,
+    dtype: Any = None,
+) -> Traced:
     """Run the function's Python on a microbatch of one kind.
 
     Arguments:
+        cut_leaves, roots: see `open_trace`.
         dtype: what parameters, `x` and side inputs are cast to before, if they are real
             floats; what comes out in it becomes float32.
 
@@ -219,7 +298,7 @@ def trace_function(function: Function, kind: Kind, dtype: Any = None) -> Traced:
     name = function.layer.name
     with _explaining(name):
         closed = trace(run, *(leaf for part in parts for leaf in part.leaves))
-    graph, marks = take_out_marks(inline(closed))
+    graph = inline(closed)
     if is_traced(list(graph.consts.values())):
         raise ValueError(
             f"`fpipe.split(fn)`: {name!r} closes over a value of a trace around it "
@@ -232,10 +311,14 @@ def trace_function(function: Function, kind: Kind, dtype: Any = None) -> Traced:
     params, x, side, key, step = (
         tuple(next(rest) for _ in part.leaves) for part in parts
     )
+    opened = open_trace(graph, params, cut_leaves, roots)
     return Traced(
-        graph,
-        marks,
-        params,
+        opened.graph,
+        opened.marks,
+        opened.rounds,
+        opened.checkpoints,
+        opened.roots,
+        opened.params,
         x,
         side,
         key,

@@ -166,4 +166,33 @@ def two_inputs() -> Example:
     return Example(_two_inputs, params, x, ("b",), 1, {"side": side})
 
 
-EXAMPLES = {f.__name__: f for f in (residual_mlp, u_net, gpt, two_inputs)}
+def _scanned(params, x, *, key=None, train=False):
+    scale = 1.0 + jnp.mean(x**2, 1, keepdims=True)
+    keys = jax.random.split(jax.random.key(0) if key is None else key, 4)
+
+    @jax.checkpoint
+    def block(h, layer):
+        a = jnp.tanh(h @ layer["w"] + layer["b"]) * scale
+        if train:
+            a = jnp.where(noise(layer["key"], a.shape) < 0.5, a, 0.0)
+        h = fpipe.cut(h + a)
+        return h, jnp.sum(h, 1)
+
+    layers = params["blocks"] | {"key": keys}
+    h, sums = jax.lax.scan(block, x @ params["in"], layers)
+    return {"y": h @ params["out"], "sums": sums.T}
+
+
+def scanned() -> Example:
+    """A loop over four stacked blocks, each checkpointed, with a mark behind each."""
+    params = {
+        "in": weights(WIDTH, WIDTH),
+        "blocks": {"w": weights(4, WIDTH, WIDTH), "b": weights(4, WIDTH, seed=1)},
+        "out": weights(WIDTH, WIDTH, seed=2),
+    }
+    needs = {"key": jax.random.key(7), "train": True}
+    paths = ("blocks/2", "out")
+    return Example(_scanned, params, weights(6, WIDTH, seed=3), paths, 4, needs)
+
+
+EXAMPLES = {f.__name__: f for f in (residual_mlp, u_net, gpt, two_inputs, scanned)}

@@ -16,9 +16,12 @@ X = jnp.ones((2, 3))
 
 
 def owned(split):
-    """The paths of the parameters of each piece."""
+    """The paths of the parameters of each piece, and which rows of them."""
     paths = split.cut.function.paths
-    return [sorted(paths[leaf] for leaf in own) for own in split.cut.wiring.owned]
+    return [
+        sorted(rows.label(paths[rows.leaf]) for rows in own)
+        for own in split.cut.wiring.owned
+    ]
 
 
 def test_a_mark_is_the_identity():
@@ -42,8 +45,8 @@ def test_marks_paths_and_itself(name):
     assert len(example.split(cuts=example.paths)) == len(example.paths) + 1
     # All parameters have one owner, whoever uses them.
     split = example.split(cuts=example.paths)
-    found = sorted(itertools.chain(*owned(split)))
-    assert found == sorted(split.cut.function.paths)
+    found = {path.split("[")[0] for path in itertools.chain(*owned(split))}
+    assert found == set(split.cut.function.paths)
 
 
 def test_pieces_begin_with_the_parameters_that_are_named():
@@ -208,10 +211,8 @@ def _own_derivative(h):
 _own_derivative.defvjp(lambda h: (h * 2.0, None), lambda _, g: (g * 2.0,))
 
 INSIDE = {
-    "scan": lambda f, x: jax.lax.scan(lambda h, _: (f(h), None), x, None, 2)[0],
     "while": lambda f, x: jax.lax.while_loop(lambda h: jnp.sum(h) < 0, f, x),
     "cond": lambda f, x: jax.lax.cond(jnp.sum(x) > 0, f, lambda h: h, x),
-    "jax.checkpoint": lambda f, x: jax.checkpoint(f)(x),
     "custom_vjp_call": lambda f, x: _own_derivative(f(x)),
 }
 

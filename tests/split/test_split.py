@@ -41,6 +41,7 @@ def test_a_pipe_computes_what_the_function_computes(name, executor):
         "u_net": {},
         "gpt": {},
         "two_inputs": {"cuts": ["b"]},
+        "scanned": {"cuts": ["blocks/2"]},
     }
     pipe = pipe_of(example.split(**how[name]), executor)
     assert len(pipe.balance) == 2

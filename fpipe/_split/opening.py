@@ -1,0 +1,559 @@
+"""Loops over layers and checkpointed models, opened: what is inside can be cut.
+
+In: a trace, and which of its inputs are parameters. Out: the same computation, in which
+
+- a `scan` over stacked parameters, or one with a mark in its body, is written out round
+  by round. A round reads its own rows of what the loop runs over;
+- rows of a stacked parameter are inputs of their own, wherever they come from: a round
+  of a loop, a slice, an index that the trace knows, also behind a cast;
+- a `jax.checkpoint` that spans the model, or in which there is a mark, is written out,
+  and remembered: what of it is in one piece is checkpointed there by itself.
+
+So of `jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params)[0]` with two layers
+
+    | equation     | reads    | makes |     inputs     params[0:1], params[1:2], x
+    | squeeze      | params 0 | 3     |
+    | dot_general  | x, 3     | 4     |     rounds     equations 0 to 2, 3 to 5
+    | tanh         | 4        | 5     |
+    | squeeze      | params 1 | 6     |
+    | dot_general  | 5, 6     | 7     |
+    | tanh         | 7        | 8     |
+
+Pieces of several rounds are written out too. As a loop, the rows of their weights would
+be values that the loop makes, and be kept for the backward of each microbatch beside
+the weights; and a piece of one round would be no loop, so that it had another program.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fpipe._core.errors import at_line
+from fpipe._core.pytrees import aval, is_traced, nbytes
+from fpipe._program.control_flow import is_remat, scan_parts
+from fpipe._program.graph import Graph, Node, bind, inline, trace
+from fpipe._program.rewriting import Rewriter
+from fpipe._split.mark import Mark, mark_inside, mark_of
+from fpipe._split.stacks import Rows, divided
+
+# Operations that make each row of their result of the same row of what they read; all
+# that they read has the shape of the result, or is a number.
+# fmt: off
+_ELEMENTWISE = frozenset((
+    "abs", "add", "ceil", "convert_element_type", "copy", "div", "exp", "floor",
+    "integer_pow", "log", "max", "min", "mul", "name", "neg", "pow", "reduce_precision",
+    "round", "rsqrt", "sign", "sqrt", "square", "stop_gradient", "sub", "tanh",
+))
+# fmt: on
+
+# Numbers that are known while tracing are indices: larger arrays are not looked at.
+_LARGEST_KNOWN = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A `jax.checkpoint` that was written out.
+
+    Attributes:
+        number: which one of the trace.
+        policy, prevent_cse: as it was given them.
+    """
+
+    number: int
+    policy: Any
+    prevent_cse: Any
+
+    def __call__(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        """A function, checkpointed as it was."""
+        return jax.checkpoint(f, policy=self.policy, prevent_cse=self.prevent_cse)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Opened:
+    """A trace with its loops over layers opened.
+
+    Attributes:
+        graph: the equations, without marks. Of its inputs those that are parameters
+            are others now.
+        roots: the parameters, and the rows of parameters, that it reads.
+        params: the value of each.
+        marks: where `fpipe.cut` stands in it.
+        rounds: the positions of the equations of each round of a loop.
+        checkpoints: the checkpoints that an equation was in, the outermost first.
+    """
+
+    graph: Graph
+    roots: tuple[Rows, ...]
+    params: tuple[int, ...]
+    marks: tuple[Mark, ...]
+    rounds: tuple[range, ...]
+    checkpoints: Mapping[Node, tuple[Checkpoint, ...]]
+
+
+def open_trace(
+    graph: Graph,
+    params: Sequence[int],
+    cut_leaves: frozenset[int],
+    roots: Sequence[Rows] | None,
+) -> Opened:
+    """Open the loops and the checkpoints of a trace.
+
+    Arguments:
+        params: the values that are parameters.
+        cut_leaves: the parameters before which the user cuts, or before rows of them.
+        roots: the rows of parameters that the first trace reads; `None`: this is it.
+
+    Raises:
+        ValueError: a mark in a loop that does not mark what the loop's body returns.
+    """
+    if roots is not None:
+        return _opened(graph, params, cut_leaves, roots)
+    whole = [Rows(leaf) for leaf in range(len(params))]
+    opener = _Opener(graph, params, cut_leaves, whole)
+    opened = opener.opened(graph)
+    # What it reads by rows is known when all has been read.
+    found = list[Rows]()
+    for leaf, v in enumerate(params):
+        rows = graph.avals[v].shape[:1]
+        parts = divided(rows[0], opener.asked.get(leaf, ())) if rows else []
+        found += [Rows(leaf, *part) for part in parts] or [Rows(leaf)]
+    return opened if found == whole else _opened(graph, params, cut_leaves, found)
+
+
+def _opened(
+    graph: Graph,
+    params: Sequence[int],
+    cut_leaves: frozenset[int],
+    roots: Sequence[Rows],
+) -> Opened:
+    return _Opener(graph, params, cut_leaves, roots).opened(graph)
+
+
+class _Opener(Rewriter):
+    """Opens a graph.
+
+    Attributes:
+        asked: for each leaf the rows that are read by themselves.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        params: Sequence[int],
+        cut_leaves: frozenset[int],
+        roots: Sequence[Rows],
+    ) -> None:
+        super().__init__(graph)
+        self.asked: dict[int, set[tuple[int, int]]] = {}
+        self._cut_leaves = cut_leaves
+        self._roots = tuple(roots)
+        self._leaf_of = {v: leaf for leaf, v in enumerate(params)}
+        self._bytes = sum(nbytes(graph.avals[v]) for v in params)
+        self._rounds: list[range] = []
+        self._checkpoints: dict[Node, tuple[Checkpoint, ...]] = {}
+        self._inside: tuple[Checkpoint, ...] = ()
+        self._count = 0
+        self._marks: list[Mark] = []
+        # Those of the round that is being written out, with the values that they mark.
+        self._unchecked: list[tuple[Node, int]] = []
+        self._in_loop = 0
+        self._apart: dict[int, Any] = {}
+        # For each value of parameters alone, or of nothing, the leaves that it is made
+        # of.
+        self._leaves: dict[int, frozenset[int]] = {
+            v: frozenset((leaf,)) for v, leaf in self._leaf_of.items()
+        }
+        self._varying = set(graph.inputs) - set(params)
+        self._rows: dict[tuple[int, int, int], int] = {}
+        self._divisible: dict[int, bool] = {}
+        self._values: dict[Rows, int] = {}
+        self._parts: dict[int, list[Rows]] = {}
+        for root in self._roots:
+            v = params[root.leaf]
+            self._values[root] = v
+            self._parts.setdefault(root.leaf, []).append(root)
+            if not root.whole:
+                whole = graph.avals[v]
+                shape = (root.count, *whole.shape[1:])
+                self._values[root] = block = self.new(whole.update(shape=shape))
+                self._leaves[block] = frozenset((root.leaf,))
+
+    def opened(self, graph: Graph) -> Opened:
+        """The graph, opened."""
+        self._join_leaves()
+        new = self.rewrite(graph)
+        values = tuple(self._values[root] for root in self._roots)
+        inputs = tuple(v for v in graph.inputs if v not in self._leaf_of)
+        new = dataclasses.replace(new, inputs=(*values, *inputs))
+        return Opened(
+            new,
+            self._roots,
+            values,
+            tuple(self._marks),
+            tuple(self._rounds),
+            self._checkpoints,
+        )
+
+    def _join_leaves(self) -> None:
+        """Leaves that are divided are made of their rows, for whoever reads all."""
+        for v, leaf in list(self._leaf_of.items()):
+            blocks = [self._values[r] for r in self._parts[leaf] if not r.whole]
+            if blocks:
+                join = lambda *rows: jnp.concatenate(rows)  # noqa: E731
+                self.renamed[v] = self.apply(join, blocks, "join", "")
+                self._leaf_of[self.renamed[v]] = leaf
+
+    # --- equations ---
+
+    def add(self, node: Node) -> None:
+        """Add an equation, or what it is opened to."""
+        if (name := mark_of(node)) is not None:
+            # A mark is no equation: a backward would keep the marked value beside the
+            # one that comes in, which is the same.
+            self.renamed[node.outs[0]] = node.ins[0]
+            self._marks.append(Mark(len(self.nodes), name))
+            self._unchecked.append((node, node.ins[0]))
+        elif node.name == "scan" and self._is_opened_loop(node):
+            self._open_loop(node)
+        elif is_remat(node) and self._is_opened_checkpoint(node):
+            self._open_checkpoint(node)
+        elif is_remat(node) and self._in_loop and not node.eqn.params["prevent_cse"]:
+            # What a loop kept apart: XLA would find the forward's computation equal to
+            # the recomputation, and keep that.
+            self.keep(dataclasses.replace(node, eqn=self._kept_apart(node)))
+        elif not self._takes_rows(node):
+            self.keep(node)
+
+    def keep(self, node: Node) -> None:
+        """Add an equation as it is."""
+        super().keep(node)
+        if self._inside:
+            self._checkpoints[node] = self._inside
+        if self._varying.isdisjoint(node.ins):
+            read = (self._leaves[v] for v in node.ins if v in self._leaves)
+            self._leaves.update(dict.fromkeys(node.outs, frozenset().union(*read)))
+        else:
+            self._varying.update(node.outs)
+
+    def _bytes_of_params(self, values: Sequence[int]) -> int:
+        """The bytes of what of some values is made of parameters alone."""
+        return sum(nbytes(self.avals[v]) for v in set(values) if self._leaves.get(v))
+
+    # --- loops ---
+
+    def _is_opened_loop(self, node: Node) -> bool:
+        """Whether it is a loop over layers, or over what a mark tells apart."""
+        if mark_inside(node) is not None:
+            return True
+        # A loop over time may read a table of positions by rows, and all its weights in
+        # every round: nothing is gained by cutting that. In one over layers a round
+        # reads no more of what all share than of its own.
+        first = sum(scan_parts(node))
+        stacked = [v for v in node.ins[first:] if self._is_divisible(v)]
+        shared = self._bytes_of_params(node.ins[:first])
+        return bool(stacked) and self._bytes_of_params(stacked) >= (
+            shared * node.body_runs
+        )
+
+    def _open_loop(self, node: Node) -> None:
+        """Write a loop out."""
+        (body,) = node.bodies
+        constants, carried = scan_parts(node)
+        first = constants + carried
+        carry = node.ins[constants:first]
+        count = node.body_runs
+        stacks: list[list[int]] = [[0] * count for _ in node.outs[carried:]]
+        order = range(count)
+        for r in reversed(order) if node.eqn.params["reverse"] else order:
+            start, before, self._unchecked = len(self.nodes), self._unchecked, []
+            rows = [self._row(v, r, node.scope) for v in node.ins[first:]]
+            self._in_loop += 1
+            outs = self.call(body, [*node.ins[:constants], *carry, *rows], node)
+            carry = outs[:carried]
+            for stack, v in zip(stacks, outs[carried:], strict=True):
+                stack[r] = v
+            self._in_loop -= 1
+            self._check_marks(node, carry)
+            self._unchecked = before
+            self._rounds.append(range(start, len(self.nodes)))
+        self.renamed.update(zip(node.outs, carry, strict=False))
+        for v, stack in zip(node.outs[carried:], stacks, strict=True):
+            pile = lambda *rows: jnp.stack(rows)  # noqa: E731
+            self.renamed[v] = self.apply(pile, stack, "stack", node.scope)
+
+    def _check_marks(self, node: Node, carry: Sequence[int]) -> None:
+        """Refuse a mark in the middle of a round."""
+        # Loops inside have looked at their own.
+        for mark, v in self._unchecked:
+            if v not in carry:
+                raise ValueError(
+                    f"`fpipe.cut(h)`{at_line(mark.where)} stands in the middle of a "
+                    f"round of a `scan`{at_line(node.where)}, which is cut between its "
+                    "rounds only: mark the carry that its body returns, `return "
+                    "fpipe.cut(h), y`"
+                )
+
+    def _row(self, v: int, r: int, scope: str) -> int:
+        """The row `r` of what a loop runs over."""
+        rows = self.rows(v, r, r + 1, scope)
+        return self.apply(lambda a: jax.lax.squeeze(a, [0]), [rows], "squeeze", scope)
+
+    # --- checkpoints ---
+
+    def _is_opened_checkpoint(self, node: Node) -> bool:
+        """Whether a checkpoint spans the model, or is to be cut inside."""
+        if mark_inside(node) is not None:
+            return True
+        (body,) = node.bodies
+        divisible = {
+            v
+            for v, outer in zip(body.inputs, node.ins, strict=True)
+            if self._is_divisible(outer)
+        }
+        if _has_loop_over(body, divisible):
+            return True
+        leaves = frozenset[int]().union(*(self._leaves.get(v, ()) for v in node.ins))
+        if leaves & self._cut_leaves and leaves - self._cut_leaves:
+            return True
+        # More than half of all parameters: it is no layer among others.
+        return 2 * self._bytes_of_params(node.ins) > self._bytes
+
+    def _open_checkpoint(self, node: Node) -> None:
+        """Write a checkpoint out."""
+        (body,) = node.bodies
+        params = node.eqn.params
+        apart = params["prevent_cse"] or self._in_loop > 0
+        here = Checkpoint(self._count, params["policy"], apart)
+        self._count += 1
+        with self._in_checkpoint(here):
+            outs = self.call(body, node.ins, node)
+        self.renamed.update(zip(node.outs, outs, strict=True))
+
+    def _kept_apart(self, node: Node) -> Any:
+        """The equation of a checkpoint, with what XLA cannot see through around it."""
+        # One for all rounds: by the equation, which is the same in each.
+        if id(node.eqn) not in self._apart:
+
+            def run(*arrays: Any) -> Sequence[Any]:
+                return bind(node, arrays, prevent_cse=True)
+
+            shapes = [aval(self.avals[v]) for v in node.ins]
+            (kept,) = inline(trace(run, *shapes)).nodes
+            self._apart[id(node.eqn)] = kept.eqn
+        return self._apart[id(node.eqn)]
+
+    @contextmanager
+    def _in_checkpoint(self, here: Checkpoint) -> Iterator[None]:
+        around = self._inside
+        self._inside = (*around, here)
+        yield
+        self._inside = around
+
+    # --- rows ---
+
+    def _takes_rows(self, node: Node) -> bool:
+        """Whether an equation takes rows of a stacked parameter: then they stand in the
+        place of what it makes.
+        """
+        parts = self._parts_taken(node)
+        if not parts or not self._is_divisible(node.ins[0]):
+            return False
+        for v, (start, stop) in zip(node.outs, parts, strict=True):
+            made = self.rows(node.ins[0], start, stop, node.scope)
+            if self.avals[v].ndim < self.avals[made].ndim:
+                squeeze = lambda a: jax.lax.squeeze(a, [0])  # noqa: E731
+                made = self.apply(squeeze, [made], "squeeze", node.scope)
+            self.renamed[v] = made
+        return True
+
+    def _parts_taken(self, node: Node) -> list[tuple[int, int]]:
+        """The rows of its first operand that each result of an equation is."""
+        shape = self.avals[node.ins[0]].shape if node.ins else ()
+        params = node.eqn.params
+        if not shape:
+            return []
+        if node.name == "slice":
+            starts, stops = params["start_indices"], params["limit_indices"]
+            whole = not any(starts[1:]) and tuple(stops[1:]) == tuple(shape[1:])
+            steps = set(params["strides"] or (1,))
+            return [(starts[0], stops[0])] if whole and steps == {1} else []
+        if node.name == "split" and params["axis"] == 0:
+            ends = np.cumsum([0, *params["sizes"]]).tolist()
+            return list(itertools.pairwise(ends))
+        if node.name == "dynamic_slice":
+            sizes = tuple(params["slice_sizes"])
+            start = self._known(node.ins[1])
+            if start is None or sizes[1:] != tuple(shape[1:]):
+                return []
+            at = min(max(int(start), 0), shape[0] - sizes[0])
+            return [(at, at + sizes[0])]
+        if node.name == "gather":
+            numbers, sizes = params["dimension_numbers"], tuple(params["slice_sizes"])
+            one_row = sizes == (1, *shape[1:]) and numbers.start_index_map == (0,)
+            index = self._known(node.ins[1]) if one_row else None
+            if index is None or index.size != 1 or numbers.collapsed_slice_dims != (0,):
+                return []
+            row = int(index.reshape(()))
+            return [(row, row + 1)] if 0 <= row < shape[0] else []
+        return []
+
+    def _known(self, v: int) -> np.ndarray | None:
+        """A value of few numbers that the trace alone decides; `None`: it is none."""
+        if math.prod(self.avals[v].shape) > _LARGEST_KNOWN:
+            return None
+        dtype = self.avals[v].dtype
+        if not jnp.issubdtype(dtype, np.integer) and dtype.kind != "b":
+            return None
+        if v in self.consts:
+            value = self.consts[v]
+            return None if is_traced(value) else np.asarray(value)
+        node = self.maker.get(v)
+        if node is None or node.bodies or node.eqn.effects or len(node.outs) != 1:
+            return None
+        read = [self._known(u) for u in node.ins]
+        if any(value is None for value in read):
+            return None
+        with jax.ensure_compile_time_eval():
+            (made,) = bind(node, read)
+        self.consts[v] = known = np.asarray(made)
+        return known
+
+    def _is_divisible(self, v: int) -> bool:
+        """Whether rows of a value are made of rows of parameters."""
+        if v not in self._divisible:
+            self._divisible[v] = self._finds_divisible(v)
+        return self._divisible[v]
+
+    def _finds_divisible(self, v: int) -> bool:
+        if not self._leaves.get(v) or not self.avals[v].shape:
+            return False
+        node = self.maker.get(v)
+        if v in self._leaf_of or node is None:
+            return True
+        return self._is_join(node) or any(
+            self._is_divisible(u) for u in self._row_operands(node) or ()
+        )
+
+    def _is_join(self, node: Node) -> bool:
+        """Whether an equation puts rows one behind the other."""
+        params = node.eqn.params
+        return (node.name == "concatenate" and params["dimension"] == 0) or (
+            node.name == "stack" and params["axis"] == 0
+        )
+
+    def _row_operands(self, node: Node) -> list[int] | None:
+        """The operands of whose rows an equation makes its own, one by one; the others
+        are numbers. `None`: it does not go by rows.
+        """
+        params = node.eqn.params
+        shape = self.avals[node.outs[0]].shape
+        shapes = [self.avals[v].shape for v in node.ins]
+        if node.name in _ELEMENTWISE:
+            fits = all(s in ((), shape) for s in shapes)
+        elif node.name == "reshape":
+            fits = params["dimensions"] is None and shapes[0][:1] == shape[:1]
+        elif node.name == "transpose":
+            fits = params["permutation"][0] == 0
+        elif node.name == "squeeze":
+            fits = 0 not in params["dimensions"]
+        elif node.name == "broadcast_in_dim":
+            kept = params["broadcast_dimensions"][:1] == (0,)
+            fits = kept and shapes[0][:1] == shape[:1] and len(node.ins) == 1
+        else:
+            fits = False
+        if not fits:
+            return None
+        return [v for v, s in zip(node.ins, shapes, strict=True) if s]
+
+    def rows(self, v: int, start: int, stop: int, scope: str) -> int:
+        """Some rows of a value, made of as little as can be."""
+        key = (v, start, stop)
+        if key not in self._rows:
+            self._rows[key] = self._make_rows(v, start, stop, scope)
+        return self._rows[key]
+
+    def _make_rows(self, v: int, start: int, stop: int, scope: str) -> int:
+        if (start, stop) == (0, self.avals[v].shape[0]):
+            return v
+        if v in self._leaf_of:
+            return self._rows_of_leaf(v, start, stop, scope)
+        node = self.maker.get(v)
+        if node is not None and self._is_divisible(v):
+            if self._is_join(node):
+                return self._rows_of_join(node, start, stop, scope)
+            return self._rows_of_each(node, start, stop, scope)
+        return self._slice(v, start, stop, scope)
+
+    def _rows_of_leaf(self, v: int, start: int, stop: int, scope: str) -> int:
+        """Rows of a parameter: a root, or a part of one."""
+        leaf = self._leaf_of[v]
+        self.asked.setdefault(leaf, set()).add((start, stop))
+        for root in self._parts[leaf]:
+            if not root.whole and root.start <= start and stop <= root.stop:
+                block = self._values[root]
+                at = start - root.start
+                return self.rows(block, at, at + stop - start, scope)
+        return self._slice(v, start, stop, scope)
+
+    def _rows_of_join(self, node: Node, start: int, stop: int, scope: str) -> int:
+        """Rows of what was stacked or concatenated."""
+        parts, end = [], 0
+        for v in node.ins:
+            first = end
+            end += 1 if node.name == "stack" else self.avals[v].shape[0]
+            a, b = max(start, first), min(stop, end)
+            if a >= b:
+                continue
+            if node.name == "stack":
+                parts.append(self.apply(lambda a: a[None], [v], "expand", scope))
+            else:
+                parts.append(self.rows(v, a - first, b - first, scope))
+        if len(parts) == 1:
+            return parts[0]
+        return self.apply(lambda *rows: jnp.concatenate(rows), parts, "join", scope)
+
+    def _rows_of_each(self, node: Node, start: int, stop: int, scope: str) -> int:
+        """Rows of what an operation makes of each row."""
+        operands = set(self._row_operands(node) or ())
+        read = [
+            self.rows(v, start, stop, scope) if v in operands else v for v in node.ins
+        ]
+        changed = dict[str, Any]()
+        for name in ("new_sizes", "shape"):
+            if name in node.eqn.params:
+                changed[name] = (stop - start, *node.eqn.params[name][1:])
+
+        def run(*arrays: Any) -> Any:
+            return bind(node, arrays, **changed)[0]
+
+        return self.apply(run, read, (id(node), stop - start), scope)
+
+    def _slice(self, v: int, start: int, stop: int, scope: str) -> int:
+        def take(a: Any) -> Any:
+            return jax.lax.slice_in_dim(a, start, stop)
+
+        return self.apply(take, [v], ("slice", start, stop), scope)
+
+
+def _has_loop_over(body: Graph, stacked: set[int]) -> bool:
+    """Whether a loop in a body runs over rows of some of its values."""
+    stacked = set(stacked)
+    for node in body.nodes:
+        if node.name == "scan":
+            if not stacked.isdisjoint(node.ins[sum(scan_parts(node)) :]):
+                return True
+        elif node.name == "convert_element_type":
+            stacked.update(node.outs if node.ins[0] in stacked else ())
+        elif is_remat(node):
+            (inner,) = node.bodies
+            pairs = zip(inner.inputs, node.ins, strict=True)
+            if _has_loop_over(inner, {v for v, outer in pairs if outer in stacked}):
+                return True
+    return False

@@ -1,0 +1,169 @@
+"""Rows of stacked parameters: a leaf that several pieces own, block by block.
+
+In: a leaf of the parameters in which the layers of a model are stacked, `w[48, 4, 4]`.
+Out: `Rows`, which name parts of it on its first axis, and `RowBlocks`, which stand in
+the place of the leaf in the user's tree when it is placed:
+
+    Rows(leaf=0, start=0, stop=24)      piece 0       RowBlocks(w[0:24], w[24:48])
+    Rows(leaf=0, start=24, stop=48)     piece 1       each block on its own device
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fpipe._core.pytrees import PyTree
+
+# The end of the rows of a leaf that is not divided, of whatever rank.
+_WHOLE = -1
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Rows:
+    """A leaf of the parameters, or some of its rows.
+
+    Attributes:
+        leaf: its number among the arrays of the parameters.
+        start, stop: its rows from `start` up to `stop`; a leaf that is not divided ends
+            at -1.
+    """
+
+    leaf: int
+    start: int = 0
+    stop: int = _WHOLE
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of the leaf."""
+        return self.stop == _WHOLE
+
+    @property
+    def count(self) -> int:
+        """How many rows, of a leaf that is divided."""
+        return self.stop - self.start
+
+    def of(self, array: Any) -> Any:
+        """These rows of the leaf, or of its shape."""
+        if self.whole:
+            return array
+        if isinstance(array, jax.ShapeDtypeStruct):
+            shape = (self.count, *array.shape[1:])
+            return jax.ShapeDtypeStruct(shape, array.dtype, weak_type=array.weak_type)
+        return array[self.start : self.stop]
+
+    def has(self, other: "Rows") -> bool:
+        """Whether other rows are among these."""
+        return self.leaf == other.leaf and (
+            self.whole or (self.start <= other.start and other.stop <= self.stop)
+        )
+
+    def after(self, other: "Rows") -> bool:
+        """Whether these follow other rows of the same leaf."""
+        return self.leaf == other.leaf and self.start == other.stop
+
+    def split(self, array: Any, parts: Sequence["Rows"]) -> list[Any]:
+        """Some parts of these rows, from the array that has all of them."""
+        if list(parts) == [self] or any(part.whole for part in parts):
+            return [array for _ in parts]
+        ends = sorted({e - self.start for p in parts for e in (p.start, p.stop)})
+        ends = [*({0} - {ends[0]}), *ends, *({array.shape[0]} - {ends[-1]})]
+        # As one operation, whose derivative puts the gradients of all parts together:
+        # of so many slices it would add as many arrays of all rows.
+        sizes = [b - a for a, b in itertools.pairwise(ends)]
+        made = dict(zip(ends, jax.lax.split(array, sizes), strict=False))
+        return [made[part.start - self.start] for part in parts]
+
+    def label(self, path: str) -> str:
+        """What tables call them, by the path of the leaf."""
+        if self.whole:
+            return path or "(all)"
+        last = f":{self.stop}" if self.count > 1 else ""
+        return f"{path or '(all)'}[{self.start}{last}]"
+
+
+def divided(rows: int, asked: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The parts of a leaf that are read apart, gaps between them included; none: it is
+    read as a whole, or in parts that overlap.
+    """
+    parts, end = [], 0
+    asked = sorted(asked)
+    for start, stop in asked:
+        if start < end:
+            return []
+        parts += [(end, start)] if start > end else []
+        parts.append((start, stop))
+        end = stop
+    return parts + ([(end, rows)] if end < rows else []) if len(asked) > 1 else []
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
+class RowBlocks:
+    """A stacked parameter in blocks of rows, each on the device of its owner.
+
+    It stands in the place of an array whose rows belong to several pieces of an
+    `fpipe.split`: in placed parameters, gradients, and what optimizers keep for them.
+    `pipe.place` makes it, `pipe.gather` joins it. It is a pytree of its blocks.
+
+    Attributes:
+        blocks: arrays, one behind the other on their first axis.
+
+    Example:
+        >>> whole = fpipe.RowBlocks((jnp.ones((2, 3)), jnp.zeros((1, 3))))
+        >>> whole.shape
+        (3, 3)
+        >>> whole.join().shape
+        (3, 3)
+    """
+
+    blocks: tuple[Any, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of all rows together."""
+        rows = sum(block.shape[0] for block in self.blocks)
+        return (rows, *self.blocks[0].shape[1:])
+
+    @property
+    def dtype(self) -> Any:
+        """Of its blocks."""
+        return self.blocks[0].dtype
+
+    def join(self) -> Any:
+        """All rows as one array; the blocks are on one device, or under a trace."""
+        if self.dtype == jax.dtypes.float0:
+            return np.zeros(self.shape, jax.dtypes.float0)
+        if isinstance(self.blocks[0], jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(self.shape, self.dtype)
+        if all(isinstance(block, np.ndarray) for block in self.blocks):
+            return np.concatenate(self.blocks)
+        return jnp.concatenate(self.blocks)
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], None]:
+        """For JAX."""
+        keys = map(jax.tree_util.SequenceKey, range(len(self.blocks)))
+        return tuple(zip(keys, self.blocks, strict=True)), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, blocks: Sequence[Any]) -> "RowBlocks":
+        """For JAX."""
+        return cls(tuple(blocks))
+
+
+def is_row_blocks(node: Any) -> bool:
+    """Whether a node of a tree is a leaf in blocks."""
+    return isinstance(node, RowBlocks)
+
+
+def joined(tree: PyTree) -> PyTree:
+    """A tree with an array in the place of each leaf in blocks."""
+    return jax.tree.map(
+        lambda node: node.join() if isinstance(node, RowBlocks) else node,
+        tree,
+        is_leaf=is_row_blocks,
+    )
