@@ -44,6 +44,8 @@ _CALLS = {
     "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
     "core_call": "call_jaxpr",
+    # JAX 0.12: the two above, and the forward of a `jax.checkpoint`.
+    "eval_jaxpr": "call_jaxpr",
 }
 
 # Calls with their own rules for derivatives. Inlined only where nothing will be
