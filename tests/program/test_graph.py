@@ -194,6 +194,7 @@ def readers_of_jaxprs(texts):
 BIND_SIGNATURES = {
     "fpipe._model.loss",
     "fpipe._model.remat",
+    "fpipe._split.loss_function",
     "fpipe.flax._batch_norm",
 }
 
