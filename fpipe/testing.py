@@ -295,7 +295,9 @@ class _RandomLayer(NamedTuple):
         another.
         """
         # Bounded whatever comes in, so that a chain of layers does not explode.
-        y = jnp.tanh(x @ params["w"]) + params["b"]
+        y = jnp.tanh(x)
+        if params is not None:
+            y = jnp.tanh(x @ params["w"]) + params["b"]
         if needs.get("key") is not None:
             y = y * jax.random.uniform(needs["key"], y.shape, minval=0.5)
         if needs.get("side") is not None:
@@ -319,16 +321,23 @@ class _RandomLayer(NamedTuple):
             state = needs["state"]
             y = y + state["mean"]
             # Depends on the order of the microbatches, and `y` on it: a stage that runs
-            # them in another order is found.
-            mean = 0.5 * state["mean"] + x.mean(0)
+            # them in another order is found. State of rows has a mean for each row.
+            own = x if state["seen"].ndim else x.mean(0)
+            mean = 0.5 * state["mean"] + own
             returned.append({"mean": mean, "seen": state["seen"] + x.shape[0]})
         return (y, *returned) if returned else y
 
 
+def _no_parameters(key: Any, x: Any) -> None:
+    """The init of a random layer without parameters."""
+    del key, x
+
+
 def models(width: int = 3, most: int = 6) -> "SearchStrategy[list[Layer]]":
     """Random layers from `(rows, width)` to `(rows, width)`: skips between any two of
-    them, states, keys, side inputs (of the shape of `x`; at least one layer asks for
-    them) and tied weights.
+    them, states of the call and of rows, keys, side inputs (of the shape of `x`; at
+    least one layer asks for them), tied weights, and layers whose parameters are
+    `None`.
 
     Arguments:
         width: of what goes from layer to layer.
@@ -349,15 +358,25 @@ def models(width: int = 3, most: int = 6) -> "SearchStrategy[list[Layer]]":
     def init_state(x: Any) -> PyTree:
         return {"mean": jnp.zeros((width,), x.dtype), "seen": jnp.int32(0)}
 
-    def layer(k: int, function: _RandomLayer, needs: set[str]) -> Layer:
+    def init_rows(x: Any) -> PyTree:
+        # Another number in each row, so that no two can change places.
+        rows = jnp.arange(x.shape[0], dtype=jnp.int32)
+        mean = jnp.cos(rows.astype(x.dtype))[:, None] * jnp.ones((1, width), x.dtype)
+        return {"mean": mean, "seen": rows}
+
+    def layer(
+        k: int, function: _RandomLayer, needs: set[str], bare: bool, by_row: bool
+    ) -> Layer:
+        stateful = "state" in needs
         return Layer(
             function,
-            functools.partial(init, k),
+            _no_parameters if bare else functools.partial(init, k),
             f"layer{k}",
             *function,
             needs=sorted(needs),
             borrow=("layer0",) if "borrowed" in needs else (),
-            init_state=init_state if "state" in needs else None,
+            init_state=(init_rows if by_row else init_state) if stateful else None,
+            state_rows=by_row if stateful else None,
         )
 
     @st.composite
@@ -389,7 +408,10 @@ def models(width: int = 3, most: int = 6) -> "SearchStrategy[list[Layer]]":
             if stashes[k] or pops[k] or peeks[k]:
                 needs = needs | {"carry"}
             function = _RandomLayer(tuple(stashes[k]), tuple(pops[k]), tuple(peeks[k]))
-            layers.append(layer(k, function, needs))
+            # The first layer owns what others borrow.
+            bare = k > 0 and draw(st.integers(0, 3)) == 3
+            by_row = "state" in needs and draw(st.booleans())
+            layers.append(layer(k, function, needs, bare, by_row))
         return layers
 
     return draw_layers()
@@ -490,6 +512,7 @@ def partitions(
         "except_last",
         "never",
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
     ]
     scan = executor == "scan"
     chunk_counts = list(range(1, rows + 1)) if cut.rows else [cut.m]

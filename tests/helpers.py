@@ -209,6 +209,61 @@ def borrower() -> fpipe.Layer:
     return fpipe.Layer(apply, scale_init, name="head", borrow=("embed",))
 
 
+def bare() -> fpipe.Layer:
+    """A layer whose parameters are `None`: the first columns, squeezed."""
+
+    def apply(params, x):
+        assert params is None
+        return jnp.tanh(x[:, :WIDTH])
+
+    return fpipe.Layer(apply, lambda key, x: None, name="bare")
+
+
+def cached() -> fpipe.Layer:
+    """State of rows: what each row was given last, another array for each row."""
+
+    def apply(params, x, *, state):
+        y = plus(scaled(x, params), jnp.sin(state["last"]))
+        return y, {"last": x, "seen": state["seen"] + 1}
+
+    def init_state(x):
+        last = noise(jax.random.key(5), x.shape).astype(x.dtype)
+        return {"last": last, "seen": jnp.arange(x.shape[0], dtype=jnp.int32)}
+
+    return fpipe.Layer(
+        apply, scale_init, name="cached", init_state=init_state, state_rows=True
+    )
+
+
+def turned(layers: list[fpipe.Layer]) -> list[fpipe.Layer]:
+    """The same model with its rows on the last axis, of what goes in and comes out."""
+    first, last = layers[0], layers[-1]
+
+    def enter(params, x, **needs):
+        return first.apply(params, x.T, **needs)
+
+    def leave(params, x, **needs):
+        returned = last.apply(params, x, **needs)
+        if {"carry", "state"}.isdisjoint(last.needs or ()):
+            return fpipe.Chunk(returned.T, axis=1)
+        y, *others = returned
+        return fpipe.Chunk(y.T, axis=1), *others
+
+    def of_turned(f):
+        return f and (lambda *args: f(*args[:-1], args[-1].T))
+
+    return [
+        dataclasses.replace(
+            first,
+            apply=enter,
+            init=of_turned(first.init),
+            init_state=of_turned(first.init_state),
+        ),
+        *layers[1:-1],
+        dataclasses.replace(last, apply=leave),
+    ]
+
+
 def models() -> dict[str, list[fpipe.Layer]]:
     """Every kind of model, four layers at least, so that each can be cut into four
     stages.
@@ -250,13 +305,16 @@ class Case:
     chunks: int
     rows: int = 10
     dtype: Any = jnp.float32
-    ready: bool = False  # its microbatches are ready-made
+    # "cut" by rows; "turned": rows on the last axis, of all but `side`; or "ready"-made
+    inputs: str = "cut"
 
-    def given(self, seed) -> Any:
+    def given(self, seed, turned: bool = True) -> Any:
         """An input of the call."""
         array = noise(jax.random.key(seed), (self.rows, WIDTH), -2.0, 2.0)
         array = array.astype(self.dtype)
-        if not self.ready:
+        if self.inputs == "turned" and turned:
+            return fpipe.Chunk(array.T, axis=-1)
+        if self.inputs != "ready":
             return array
         size = -(-self.rows // self.chunks)
         starts = range(0, self.rows, size)
@@ -285,7 +343,7 @@ class Case:
     @property
     def side(self):
         needed = any(layer.asks("side") for layer in self.layers)
-        return self.given(3) if needed else None
+        return self.given(3, turned=False) if needed else None
 
     @property
     def needs(self) -> dict[str, Any]:

@@ -15,6 +15,8 @@ import fpipe
 import fpipe.testing
 from tests.helpers import WIDTH, Case, counter, dense, dropout, models, mse
 
+KEY = jax.random.key(0)
+
 
 def pipe_of(layers, executor="placed", **options):
     return fpipe.Pipe(
@@ -265,10 +267,11 @@ def test_random_partitions_fit_the_executor(executor):
     assert len({p.chunks for p in pipes}) > 2
     assert any(isinstance(p.schedule, fpipe.schedules.Schedule) for p in pipes)
     assert any(6 % p.chunks for p in pipes)
+    assert any("offload" in str(p.checkpoint) for p in pipes)
 
 
 def test_random_models_have_skips_states_keys_and_ties():
-    seen = set()
+    seen, rows, bare = set(), set(), set()
 
     @FEW
     @given(st.data())
@@ -279,8 +282,12 @@ def test_random_models_have_skips_states_keys_and_ties():
         for layer in layers:
             seen.update(layer.needs or ())
             seen.update(f for f in ("stash", "pop", "peek") if getattr(layer, f))
+            if layer.init_state is not None:
+                rows.add(layer.state_rows)
+            bare.add(layer.init(KEY, None) is None)
 
     draw()
+    assert rows == bare == {True, False}
     assert seen == {"carry", "key", "side", "state", "borrowed", "stash", "pop", "peek"}
 
 

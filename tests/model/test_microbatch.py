@@ -323,6 +323,14 @@ REFUSED = {
         "`side['mask']` of shape (7, 2) has 7 rows, but `x` of shape (8, 2) has 8: "
         f"{FIX}",
     ),
+    "as many pieces of a target": (
+        rows(8, 1),
+        None,
+        (rows(7, 1),),
+        ValueError,
+        "`targets[0]` of shape (7, 1) has 7 rows, but `x` of shape (8, 1) has 8: "
+        f"{FIX}",
+    ),
     "half as many targets": (
         rows(8, 3),
         None,
