@@ -1,4 +1,4 @@
-"""What goes over a place where a function may be cut, in bytes.
+"""What goes over the places where a function may be cut, in bytes.
 
 In: a trace. Out: for each place the bytes of the data that are made before it and used
 behind it. Of `h = x @ w; y = relu(h) * h`, with 100 bytes in each value, there go
@@ -8,15 +8,20 @@ behind it. Of `h = x @ w; y = relu(h) * h`, with 100 bytes in each value, there 
     bytes    100    100    100           100
 
 for `relu(h)` is not sent: it is made again from `h`, which is.
+
+These are estimates: for each value by itself it is decided what is sent for it. What
+is sent in the end is found for each piece, for all that it reads (`pieces.py`).
 """
 
 import bisect
 import dataclasses
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
 
 from fpipe._core.pytrees import nbytes
+from fpipe._planning.costs import Sent
 from fpipe._split.trace import Traced
 
 # Operations that cost no more than to read their inputs: what they make can be made
@@ -55,35 +60,74 @@ class Crossing:
 
     @cached_property
     def bytes(self) -> np.ndarray:
-        """The bytes of data that go over each place, `(equations + 1,)`.
+        """The bytes of data that go over each place, `(equations + 1,)`."""
+        count = len(self.traced.graph.nodes)
+        last = dict[int, int]()
+        for v, reader in self._reads():
+            for u in self._sent_for[v]:
+                last[u] = max(last.get(u, 0), reader)
+        steps = np.zeros(count + 2)
+        for v, reader in last.items():
+            steps[self._made_at(v) + 1] += self._bytes_of(v)
+            steps[reader + 1] -= self._bytes_of(v)
+        return np.cumsum(steps)[: count + 1]
 
-        An estimate: a value that can be made again counts as what that needs, at most
-        as itself. What is sent in the end is found for each piece (`pieces.py`).
+    def sent(self, places: Sequence[int]) -> list[Sent]:
+        """What goes between the units that lie between some places."""
+
+        def unit(position: int) -> int:
+            return bisect.bisect_right(places, position)
+
+        readers: dict[int, set[int]] = {}
+        for v, reader in self._reads():
+            for u in self._sent_for[v]:
+                if unit(self._made_at(u)) < unit(reader):
+                    readers.setdefault(u, set()).add(unit(reader))
+        return [
+            Sent(unit(self._made_at(v)), tuple(sorted(own)), self._bytes_of(v))
+            for v, own in sorted(readers.items())
+        ]
+
+    @cached_property
+    def _sent_for(self) -> dict[int, tuple[int, ...]]:
+        """For each value of the data what is sent if it is read behind a cut: itself,
+        or what it is made again from, if that has no more bytes.
+        """
+        # Side inputs go to every piece that reads them, over no cut.
+        found: dict[int, tuple[int, ...]] = dict.fromkeys(self.traced.side, ())
+        found |= {v: (v,) for v in self.traced.x}
+        for node in self.traced.live:
+            for v in node.outs:
+                if v in self.traced.of_data:
+                    found[v] = (v,)
+                    sources = remade_from(self.traced, v)
+                    if sources is None:
+                        continue
+                    sent = dict.fromkeys(u for w in sources for u in found[w])
+                    if sum(map(self._bytes_of, sent)) <= self._bytes_of(v):
+                        found[v] = tuple(sent)
+        return found
+
+    def _reads(self) -> Iterator[tuple[int, int]]:
+        """The values of the data, each with the position of an equation that reads it;
+        outputs are read at the end.
         """
         traced = self.traced
-        graph, position = traced.graph, traced.position
-        count = len(graph.nodes)
-        made = dict.fromkeys(traced.x, -1)
-        last = dict.fromkeys(graph.outputs, count)
-        # Side inputs go to every piece that reads them, over no cut.
-        price = dict.fromkeys(traced.side, 0)
-        price |= {v: nbytes(graph.avals[v]) for v in traced.x}
         for node in traced.live:
             for v in node.ins:
-                last[v] = max(last.get(v, 0), position[node])
-            for v in node.outs:
                 if v in traced.of_data:
-                    made[v], price[v] = position[node], nbytes(graph.avals[v])
-                    sources = remade_from(traced, v)
-                    if sources is not None:
-                        again = sum(price[u] for u in set(sources))
-                        price[v] = min(price[v], again)
-        steps = np.zeros(count + 2)
-        for v, at in made.items():
-            if last.get(v, -1) > at:
-                steps[at + 1] += price[v]
-                steps[last[v] + 1] -= price[v]
-        return np.cumsum(steps)[: count + 1]
+                    yield v, traced.position[node]
+        for v in traced.graph.outputs:
+            if v in traced.of_data:
+                yield v, len(traced.graph.nodes)
+
+    def _made_at(self, v: int) -> int:
+        """The position of the equation that makes a value; -1: it is an input."""
+        maker = self.traced.graph.maker.get(v)
+        return -1 if maker is None else self.traced.position[maker]
+
+    def _bytes_of(self, v: int) -> int:
+        return nbytes(self.traced.graph.avals[v])
 
     @cached_property
     def uses(self) -> list[int]:

@@ -25,17 +25,11 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 from fpipe._core.errors import at_line, shown
-from fpipe._planning.partition import PartitionTask, Shortage, best_cut
-from fpipe._planning.span_tables import summed
 from fpipe._program.flops import flops
+from fpipe._split.balance import best_balance
 from fpipe._split.crossing import Crossing
 from fpipe._split.mark import mark_inside
 from fpipe._split.trace import Function, Traced
-
-# Of the cuts whose most expensive stage costs at most so much more than the best, the
-# one with the least traffic is taken. Without it one that is a bit better by the count
-# of FLOPs would be cut inside a block, over which several arrays go.
-_SLACK = 0.05
 
 # A place is narrow if no more goes over it than over the next ones, or little more: a
 # mask that is read for the last time between them makes no difference.
@@ -263,44 +257,14 @@ def _narrow_places(crossing: Crossing, places: Sequence[int]) -> list[int]:
 
 
 def _best_places(crossing: Crossing, places: Sequence[int], stages: int) -> list[int]:
-    """Of some places those that make the most expensive stage as cheap as can be; of
-    nearly as good cuts the one with the least traffic, then the most even one.
-    """
+    """Of some places those that `best_balance` cuts at."""
     traced = crossing.traced
-    work = np.zeros(len(places) + 1)
+    work = [0.0] * (len(places) + 1)
     for node in traced.live:
-        if not traced.of_data.isdisjoint(node.outs):
-            work[bisect.bisect_right(places, traced.position[node])] += flops(node)
-    sizes = best_balance(
-        list(work), [0.0, *(crossing.bytes[p] for p in places)], stages
-    )
-    return [places[sum(sizes[: s + 1]) - 1] for s in range(stages - 1)]
-
-
-def best_balance(
-    work: Sequence[float], arriving: Sequence[float], stages: int
-) -> tuple[int, ...]:
-    """How many of some units in a row go to each stage.
-
-    Arguments:
-        work: the FLOPs of each unit.
-        arriving: the bytes that it gets if a stage begins with it.
-    """
-    units = len(work)
-    costs = summed(work)
-    traffic = np.array([0.0, *arriving[1:], 0.0])[:, None].repeat(units + 1, 1)
-
-    def cut(costs: np.ndarray) -> tuple[int, ...]:
-        devices, limits = tuple(range(stages)), (np.inf,) * stages
-        task = PartitionTask(
-            units, devices, lambda s: costs, lambda s: traffic, None, limits
-        )
-        found = best_cut(task)
-        assert not isinstance(found, Shortage)
-        return found
-
-    # FLOPs and bytes are not added up: first the least FLOPs, then, among all cuts that
-    # cost little more, the fewest bytes.
-    ends = [0, *np.cumsum(cut(costs))]
-    least = max(costs[a, b] for a, b in itertools.pairwise(ends))
-    return cut(np.maximum(costs, least * (1 + _SLACK)))
+        # What needs no data is made where it is used.
+        at = traced.position[node]
+        if traced.of_data.isdisjoint(node.outs):
+            at = min(traced.used_at.get(v, at) for v in node.outs)
+        work[bisect.bisect_right(places, at)] += flops(node)
+    sizes = best_balance(work, crossing.sent(places), stages)
+    return [places[end - 1] for end in itertools.accumulate(sizes[:-1])]

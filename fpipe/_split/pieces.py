@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from fpipe._core.pytrees import nbytes
+from fpipe._planning.costs import Sent
 from fpipe._program.flops import flops
 from fpipe._program.graph import Node
 from fpipe._program.min_cut import cheapest
@@ -83,6 +84,16 @@ class CutTrace:
             for v in piece.takes:
                 readers.setdefault(v, []).append(k)
         return readers
+
+    @cached_property
+    def sent(self) -> list[Sent]:
+        """The values that cross cuts, each from the piece that makes it to those that
+        read it.
+        """
+        return [
+            Sent(self.pieces[readers[0]].takes[v], tuple(readers), self.bytes_of([v]))
+            for v, readers in self._readers.items()
+        ]
 
     @cached_property
     def boundaries(self) -> tuple[tuple[int, ...], ...]:

@@ -36,7 +36,7 @@ from fpipe._model.layer import Layer, as_layer
 from fpipe._model.microbatch import first_and_twice
 from fpipe._model.needs import call_needs
 from fpipe._planning.text import Table, counted, quantity, size
-from fpipe._split.cuts import best_balance
+from fpipe._split.balance import best_balance
 from fpipe._split.layers import CutFunction, PieceLayer
 from fpipe._split.stacks import RowBlocks, Rows
 from fpipe._split.trace import Function, Kind
@@ -209,10 +209,7 @@ class Split(FunctionLayers):
                 f"{counted(len(self), 'piece')}: ask for fewer stages, or cut it finer"
             )
         trace = self.cut.trace(self.cut.first)
-        arriving = [
-            sum(trace.bytes_of([v]) for v in piece.takes) for piece in trace.pieces
-        ]
-        return best_balance([p.flops for p in trace.pieces], arriving, stages)
+        return best_balance([p.flops for p in trace.pieces], trace.sent, stages)
 
     def __str__(self) -> str:
         """A table: the pieces, their parameters, what they take, what crosses."""

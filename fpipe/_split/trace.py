@@ -185,17 +185,23 @@ class Traced:
         the data that needs it: directly, or through values that depend on parameters
         alone, such as a cast.
         """
-        # The parameters that each value without data is made of.
-        made_of = {v: frozenset([root]) for root, v in enumerate(self.params)}
+        used = ((root, self.used_at.get(v)) for root, v in enumerate(self.params))
+        return {root: at for root, at in used if at is not None}
+
+    @cached_property
+    def used_at(self) -> dict[int, int]:
+        """For each value without data the position of the first equation with data that
+        needs it, directly or through other such values; without those that none needs.
+        """
         found: dict[int, int] = {}
-        nothing: frozenset[int] = frozenset()
-        for node in self.live:
-            roots = nothing.union(*(made_of.get(v, nothing) for v in node.ins))
+        for node in reversed(self.live):
+            at: int | None = self.position[node]
             if self.of_data.isdisjoint(node.outs):
-                made_of.update(dict.fromkeys(node.outs, roots))
-                continue
-            for root in roots:
-                found.setdefault(root, self.position[node])
+                uses = [found[v] for v in node.outs if v in found]
+                at = min(uses, default=None)
+            for v in node.ins:
+                if at is not None and v not in self.of_data:
+                    found[v] = min(at, found.get(v, at))
         return found
 
     def run(

@@ -123,3 +123,21 @@ def test_tuning_takes_the_functions_own_parameters():
     )
     assert tuning.pipe.balance == (2, 2)
     assert tuning.pipe.compute_dtype == jnp.bfloat16
+
+
+def test_pieces_take_what_xla_counts():
+    """By rules and by XLA, which counts an `exp` apart."""
+
+    def attention(params, x):
+        q, k, v = jnp.split(x @ params["qkv"], 3, -1)
+        h = x + jax.nn.softmax(q @ k.swapaxes(1, 2)) @ v
+        return jnp.tanh(fpipe.cut(h) @ params["out"]).mean(1)
+
+    params = {"qkv": jnp.ones((32, 96)), "out": jnp.ones((32, 64))}
+    x = jax.ShapeDtypeStruct((2, 16, 32), jnp.float32)
+    split = fpipe.split(attention, params, x)
+    trace = split.cut.trace(split.cut.first)
+    counted = fpipe.layer_costs(split, x).forward
+    assert len(counted) == 2
+    for piece, flops in zip(trace.pieces, counted, strict=True):
+        assert abs(piece.flops - flops) <= 0.03 * flops
