@@ -86,14 +86,27 @@ class CutTrace:
         return readers
 
     @cached_property
-    def sent(self) -> list[Sent]:
-        """The values that cross cuts, each from the piece that makes it to those that
+    def senders(self) -> dict[int, tuple[int, tuple[int, ...]]]:
+        """For each value that crosses a cut the piece that makes it, and those that
         read it.
         """
-        return [
-            Sent(self.pieces[readers[0]].takes[v], tuple(readers), self.bytes_of([v]))
+        return {
+            v: (self.pieces[readers[0]].takes[v], tuple(readers))
             for v, readers in self._readers.items()
+        }
+
+    @cached_property
+    def sent(self) -> list[Sent]:
+        """The same with bytes, for costs."""
+        return [
+            Sent(source, readers, self.bytes_of([v]))
+            for v, (source, readers) in self.senders.items()
         ]
+
+    @cached_property
+    def boundary_values(self) -> frozenset[int]:
+        """The values that are parts of boundaries."""
+        return frozenset().union(*self.boundaries)
 
     @cached_property
     def boundaries(self) -> tuple[tuple[int, ...], ...]:

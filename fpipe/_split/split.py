@@ -35,10 +35,11 @@ from fpipe._model.function_layers import FunctionLayers
 from fpipe._model.layer import Layer, as_layer
 from fpipe._model.microbatch import first_and_twice
 from fpipe._model.needs import call_needs
-from fpipe._planning.text import Table, counted, quantity, size
+from fpipe._planning.text import Table, counted
 from fpipe._split.balance import best_balance
 from fpipe._split.layers import CutFunction, PieceLayer
 from fpipe._split.stacks import RowBlocks, Rows
+from fpipe._split.table import PieceRow, tables
 from fpipe._split.trace import Function, Kind
 
 
@@ -212,62 +213,35 @@ class Split(FunctionLayers):
         return best_balance([p.flops for p in trace.pieces], trace.sent, stages)
 
     def __str__(self) -> str:
-        """A table: the pieces, their parameters, what they take, what crosses."""
-        return str(self._table)
+        """Tables: the pieces and their parameters; what crosses their cuts, and why;
+        what is made again behind a cut.
+        """
+        return "\n\n".join(map(str, self._tables))
 
     def _repr_html_(self) -> str:
         """The same for a notebook."""
-        return self._table.html()
+        return "\n".join(table.html() for table in self._tables)
 
     def __repr__(self) -> str:
         name = self.cut.function.layer.name
         return f"Split({name}: {counted(len(self), 'piece')})"
 
     @property
-    def _table(self) -> Table:
+    def _tables(self) -> list[Table]:
         trace, wiring = self.cut.trace(self.cut.first), self.cut.wiring
         rows = []
         for k, piece in enumerate(trace.pieces):
             owned = wiring.owned[k]
             roots = [self.cut.roots[root] for root in piece.params]
             borrowed = [r for r in roots if not any(rows.has(r) for rows in owned)]
-            far = trace.skips(k)
-            near = [v for v in piece.takes if v not in far]
-            makers = sorted(set(far.values()))
-            skips = ""
-            if far:
-                numbers = ", ".join(map(str, makers))
-                skips = f"{size(trace.bytes_of(list(far)))} of {numbers}"
             rows.append(
-                (
-                    str(k),
-                    wiring.names[k],
-                    self._paths(owned),
-                    self._paths(borrowed),
-                    quantity(piece.flops, "FLOP"),
-                    size(trace.bytes_of(near)) if k else "",
-                    skips,
-                    size(trace.bytes_of(piece.again)) if piece.again else "",
-                )
+                PieceRow(wiring.names[k], self._paths(owned), self._paths(borrowed))
             )
-        head = (
-            "piece",
-            "name",
-            "parameters",
-            "borrows",
-            "FLOPs",
-            "boundary",
-            "skips",
-            "made again",
-        )
-        return Table(head, rows, left=(1, 2, 3))
+        return tables(trace, self.cut.first, rows)
 
-    def _paths(self, leaves: Sequence[Rows]) -> str:
-        """Paths of parameters in a cell."""
+    def _paths(self, leaves: Sequence[Rows]) -> list[str]:
         of_leaf = self.cut.function.paths
-        paths = [rows.label(of_leaf[rows.leaf]) for rows in sorted(leaves)]
-        shown_paths = paths if len(paths) <= 4 else [*paths[:3], "…", paths[-1]]
-        return " ".join(shown_paths)
+        return [rows.label(of_leaf[rows.leaf]) for rows in sorted(leaves)]
 
 
 def _fits(given: Spec, expected: Spec) -> bool:

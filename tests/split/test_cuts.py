@@ -122,16 +122,6 @@ def test_a_penalty_is_made_where_the_parameters_are():
     assert all("side" in (layer.needs or ()) for layer in split.layers)
 
 
-def test_the_table():
-    text = str(residual_mlp().split())
-    head, first, second = text.splitlines()
-    assert head.split() == ["piece", "name", "parameters", "FLOPs", "boundary"]
-    assert first.split()[:5] == ["0", "in", "blocks/0/b", "blocks/0/w", "in"]
-    assert second.split()[-2:] == ["24", "B"]
-    assert repr(residual_mlp().split()) == "Split(_residual_mlp: 2 pieces)"
-    assert "<table>" in residual_mlp().split()._repr_html_()
-
-
 # --- by itself ---
 
 
