@@ -235,6 +235,68 @@ def test_side_effects_run_where_they_stand(executor):
     assert sorted(log) == [*[("begin",)] * 2, *of_microbatches, *[("weight", 3.0)] * 2]
 
 
+def attend(p, h, mask, key):
+    """A block with a mask, and dropout where there is a key."""
+    h = jnp.where(mask, h + jnp.tanh(h @ p["w"]), h)
+    if key is None:
+        return h
+    return jnp.where(jax.random.bits(key, h.shape) % 2 == 0, h, 0.0)
+
+
+def language_model(params, x, *, key: Any = None, train=False):
+    h = params["embed"][x["tokens"]]
+    keys = jax.random.split(key, 3) if train else [None] * 3
+    for p, own in zip(params["h"], keys, strict=True):
+        h = attend(p, fpipe.cut(h), x["mask"], own)
+    return fpipe.cut(h) @ params["embed"].T
+
+
+def layers_by_hand():
+    """The same: the mask is a skip, and each layer has a key of its own."""
+
+    def embed(table, x, *, carry):
+        return table[x["tokens"]], fpipe.stash(carry, "mask", x["mask"])
+
+    def block(p, h, *, carry, key=None, train=False):
+        return attend(p, h, fpipe.peek(carry, "mask"), key if train else None), carry
+
+    def last(p, h, *, carry, key=None, train=False):
+        mask, carry = fpipe.pop(carry, "mask")
+        return attend(p, h, mask, key if train else None), carry
+
+    def head(p, h, *, borrowed):
+        return h @ borrowed["embed"].T
+
+    return [
+        fpipe.Layer(embed, name="embed", stash=["mask"]),
+        *[fpipe.Layer(block, name="block", peek=["mask"])] * 2,
+        fpipe.Layer(last, name="block", pop=["mask"]),
+        fpipe.Layer(head, name="head", borrow=["embed"]),
+    ]
+
+
+def test_as_many_programs_and_arrays_as_layers_by_hand():
+    """With an embedding in front that is the head's too, a mask and dropout."""
+    params = {"embed": jnp.ones((5, 2)), "h": [{"w": jnp.eye(2)}] * 3}
+    x = {"tokens": jnp.zeros(4, int), "mask": jnp.ones((4, 1), bool)}
+    needs = {"key": jax.random.key(0), "train": True}
+    split = fpipe.split(language_model, params, rows(x, 0, 2), **needs)
+    by_hand = (params["embed"], *params["h"], ())
+    programs, arrays = [], []
+    for layers, own in ((split, params), (layers_by_hand(), by_hand)):
+        # The second stage and the third are equal, and on the same device.
+        first, second = jax.devices()[:2]
+        devices = [first, second, second, first]
+        pipe = fpipe.Pipe(layers, [1, 1, 1, 2], devices, 2, checkpoint="always")
+        programs.append(pipe.compile(pipe.place(own), x, loss_fn=loss, **needs))
+        pipe = fpipe.Pipe(layers, [2, 1, 2], chunks=2, executor="scan")
+        arrays.append(sorted(a.shape for a in jax.tree.leaves(pipe.place(own))))
+    assert programs[0] == programs[1]
+    assert arrays[0] == arrays[1]
+    # One array for the blocks of three stages, and the embedding's.
+    assert arrays[0] == [(3, 2, 2), (3, 5, 2)]
+
+
 def test_pipes_refuse_what_a_split_function_has_not():
     example = residual_mlp()
     split = example.split()
