@@ -39,6 +39,13 @@ from fpipe._core.pytrees import (
 from fpipe._model.wrappers import unwrapped
 from fpipe._program.graph import Graph, Node, evaluate, inline, needed_nodes, trace
 
+_POSITIONAL = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+)
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Init:
@@ -60,10 +67,26 @@ class Init:
     def of(
         cls, fn: Callable[..., PyTree], key: Any, args: Sequence[Any], kwargs: Any
     ) -> "Init":
-        """The call of an init function: of the key alone, if it requires no more."""
-        if _takes_key_alone(fn):
-            return cls(fn, key, (), {})
-        return cls(fn, key, tuple(map(unwrapped, args)), unwrapped(dict(kwargs)))
+        """The call of an init function: of the key alone, if it requires no more; else
+        with the batch's positional arguments, as many as it takes, and those keywords
+        that it names.
+        """
+        try:
+            parameters = list(inspect.signature(fn).parameters.values())
+        except (TypeError, ValueError):  # some built-in functions have none
+            return cls(fn, key, tuple(map(unwrapped, args)), {})
+        kinds = {p.kind for p in parameters}
+        required = [
+            p for p in parameters if p.default is p.empty and p.kind not in _VARIADIC
+        ]
+        if inspect.Parameter.VAR_POSITIONAL not in kinds:
+            if len(required) <= 1:
+                return cls(fn, key, (), {})
+            positional = [p for p in parameters if p.kind in _POSITIONAL]
+            args = args[: len(positional) - 1]
+        names = [p.name for p in parameters[1 + len(args) :] if p.kind in _NAMED]
+        own = {name: unwrapped(kwargs[name]) for name in names if name in kwargs}
+        return cls(fn, key, tuple(map(unwrapped, args)), own)
 
     @property
     def _given(self) -> PyTree:
@@ -152,17 +175,3 @@ def _beside(a: Any, key: Any) -> Any:
         return a
     (device,) = key.devices()
     return jax.device_put(a, device)
-
-
-def _takes_key_alone(fn: Callable[..., Any]) -> bool:
-    """Whether a function requires one argument, and takes no number of others."""
-    try:
-        parameters = inspect.signature(fn).parameters.values()
-    except (TypeError, ValueError):  # some built-in functions have none
-        return False
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return False
-    return (
-        sum(p.default is p.empty and p.kind is not p.VAR_KEYWORD for p in parameters)
-        == 1
-    )
