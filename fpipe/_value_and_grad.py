@@ -24,7 +24,14 @@ from jax.sharding import Mesh
 from fpipe._core.checks import as_bool
 from fpipe._core.errors import shown
 from fpipe._core.meshes import no_mesh, set_aside
-from fpipe._core.pytrees import PyTree, map_arrays, numbers_as_arrays, shapes_of, strong
+from fpipe._core.pytrees import (
+    PyTree,
+    map_arrays,
+    numbers_as_arrays,
+    pack,
+    shapes_of,
+    strong,
+)
 from fpipe._executors.call import check_chunks
 from fpipe._executors.placed.dispatch import Dispatch
 from fpipe._executors.placement import Place
@@ -33,15 +40,17 @@ from fpipe._executors.scan.packing import Packed
 from fpipe._model.frozen import Frozen, check_frozen
 from fpipe._model.loss import Reduction, as_loss
 from fpipe._model.microbatch import first_microbatch
-from fpipe._model.needs import call_needs, check_key
+from fpipe._model.needs import call_needs, check_key, stand_ins
 from fpipe._model.remat import Policy
 from fpipe._model.wrappers import NoChunk
 from fpipe._pipe import Pipe
 from fpipe._planning.layer_costs import BalanceBy
 from fpipe._planning.prediction import Prediction
 from fpipe._split.init import Init
+from fpipe._split.layers import PieceLayer
 from fpipe._split.loss_function import LossCall, LossFunction, as_returned
 from fpipe._split.split import Split, split
+from fpipe._split.trace import Kind
 from fpipe.schedules import Schedule
 
 # What these methods take besides the loss function's arguments. An argument of the
@@ -68,12 +77,14 @@ class _Built:
         split: the pieces.
         pipe: that runs them.
         step, evaluate: of the pipe, made once: programs are kept for each.
+        modes: of the calls that it is known to take.
     """
 
     split: Split
     pipe: Pipe
     step: Callable[..., Any]
     evaluate: Callable[..., Any]
+    modes: set[Any]
 
 
 class ValueAndGrad:
@@ -126,38 +137,76 @@ class ValueAndGrad:
             )
         return self._built
 
+    @contextmanager
+    def _tracing(self) -> Iterator[None]:
+        """The context in which a pipe traces: under others, a trace is another one."""
+        mesh = self._options["mesh"]
+        inside = stage_context(mesh) if isinstance(mesh, Mesh) else no_mesh()
+        with set_aside(), inside:
+            yield
+
     def _build(self, call: LossCall, name: str) -> _Built:
-        """The pieces and the pipe, made for the first shapes that come."""
-        if self._built is not None:
+        """The pieces and the pipe that take a call; made for the first one."""
+        # Other values of static arguments, and no key, may read more.
+        mode = pack(call.x)[1], call.key is None
+        if self._built is not None and mode in self._built.modes:
             return self._built
-        if isinstance(call.params, Packed):
+        if self._built is None and isinstance(call.params, Packed):
             raise ValueError(
                 f"`{name}(params, ...)`: these parameters are packed already, but this "
                 "step has not been built: write `step.place(params, batch)` with the "
                 "function's own tree"
             )
-        function, options = self._function, self._options
         # The trace that is cut is the one that a call runs: of one microbatch.
-        x, needs = first_microbatch(call.x, call_needs(key=call.key), options["chunks"])
-        params = map_arrays(strong, shapes_of(numbers_as_arrays(call.params)))
-        # In the context in which the pipe traces, for other settings are other traces.
-        mesh = options["mesh"]
-        inside = stage_context(mesh) if isinstance(mesh, Mesh) else no_mesh()
-        with set_aside(), inside:
-            # It is of the right size already: no array is cut again.
-            pieces = split(
-                function.layer, params, NoChunk(x), key=needs["key"], **self._cutting
-            )
+        x, needs = first_microbatch(
+            call.x, call_needs(key=call.key), self._options["chunks"]
+        )
+        kind = Kind.of(x, needs)
+        if self._built is None:
+            function = self._function.layer
+            params = map_arrays(strong, shapes_of(numbers_as_arrays(call.params)))
+            with self._tracing():
+                # A key stands in, where none is given: so the pieces take calls with
+                # one too.
+                given = stand_ins(key=call.key) if self._function.draws else {}
+                key = given.get("key")
+                # It is of the right size already: no array is cut again.
+                pieces = split(function, params, NoChunk(x), key=key, **self._cutting)
+            self._built = self._built_of(pieces, self._options, call)
+        elif not self._takes(self._built, kind):
+            before = self._built
+            pieces = before.split.also_for(kind)
+            if pieces.cut.wiring.owned != before.split.cut.wiring.owned:
+                raise ValueError(
+                    f"`{name}(...)`: called so, {self._function.name!r} uses "
+                    "parameters in other pieces than when it was cut, and they live "
+                    "there: make another step, and place by such a call first"
+                )
+            options = self._options | {"balance": before.pipe.balance}
+            self._built = self._built_of(pieces, options, call)
+            self._built.modes.update(before.modes)
+        self._built.modes.add(mode)
+        return self._built
+
+    def _takes(self, built: _Built, kind: Kind) -> bool:
+        """Whether a pipe takes microbatches of a kind."""
+        piece = built.pipe.model.layers[0].apply
+        assert isinstance(piece, PieceLayer)
+        with self._tracing():
+            return piece.cut.fits(kind)
+
+    def _built_of(
+        self, pieces: Split, options: Mapping[str, Any], call: LossCall
+    ) -> _Built:
         # A balance by name looks at a batch.
         sample = call.x if isinstance(options["balance"], str) else None
         pipe = Pipe(pieces, sample=sample, **options)
-        loss = function.loss
+        loss = self._function.loss
         step = pipe.value_and_grad(
             as_returned, loss.has_aux, loss.reduction, frozen=self._frozen
         )
         evaluate = pipe.evaluate(as_returned, loss.has_aux, loss.reduction)
-        self._built = _Built(pieces, pipe, step, evaluate)
-        return self._built
+        return _Built(pieces, pipe, step, evaluate, set())
 
     def _called(
         self,

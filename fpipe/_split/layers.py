@@ -69,6 +69,7 @@ class CutFunction:
         paths, stages: how, see `fpipe.split`.
         dtype: what it computes in, see `Pipe(compute_dtype=...)`; it is cut where it is
             without.
+        others: microbatches of other kinds that the layers take.
     """
 
     function: Function
@@ -76,6 +77,7 @@ class CutFunction:
     paths: tuple[str, ...] | None
     stages: int | None
     dtype: Any = None
+    others: tuple[Kind, ...] = ()
 
     @cached_property
     def _traces(self) -> dict[Any, CutTrace]:
@@ -143,6 +145,24 @@ class CutFunction:
             self._traces[key] = cut_trace(traced, places)
         return self._traces[key]
 
+    def fits(self, kind: Kind) -> bool:
+        """Whether the layers take microbatches of a kind: no piece reads what its layer
+        does not declare.
+        """
+        trace = self.trace(kind)
+        pieces = range(len(trace.pieces))
+        return all(self.wiring.declares(trace, k, self.roots) for k in pieces)
+
+    def also_for(self, kind: Kind) -> "CutFunction":
+        """The same cuts, with layers that take microbatches of another kind too."""
+        made = dataclasses.replace(self, others=(*self.others, kind))
+        if self.dtype is not None:
+            made.__dict__["in_own_dtypes"] = self.in_own_dtypes.also_for(kind)
+        # What is traced, and where it is cut, is the same: it is kept together.
+        for name in ("_traces", "_first", "cuts"):
+            made.__dict__[name] = getattr(self, name)
+        return made
+
     @cached_property
     def wiring(self) -> "Wiring":
         """What the layers declare."""
@@ -201,6 +221,18 @@ class Wiring:
     def last_reader(self) -> dict[int, int]:
         """Of each piece with a skip the last one that reads it."""
         return {s: k for k, sources in enumerate(self.sources) for s in sources}
+
+    def declares(self, trace: CutTrace, k: int, roots: Sequence[Rows]) -> bool:
+        """Whether a piece of a trace reads nothing that its layer does not declare.
+
+        Arguments:
+            roots: the parameters that pieces read by themselves.
+        """
+        piece = trace.pieces[k]
+        lent = {self.place_of(roots[r])[0] for r in piece.params} - {k}
+        skips = set(trace.skips(k).values())
+        fits = lent <= set(self.lenders[k]) and skips <= set(self.sources[k])
+        return fits and piece.side <= self.side[k] and piece.step <= self.step[k]
 
 
 def skip_name(k: int) -> str:
@@ -313,7 +345,7 @@ def _modes(cut: CutFunction) -> list[Kind]:
                 # so.
                 continue
             found.append(kind)
-    return found
+    return [*found, *cut.others]
 
 
 def _names(
@@ -424,11 +456,7 @@ class PieceLayer:
     def _check_reads(self, trace: CutTrace) -> None:
         """What the piece reads in this trace is what its layer declares."""
         wiring, k = self.cut.wiring, self.number
-        piece = trace.pieces[k]
-        lent = {wiring.place_of(self.cut.roots[r])[0] for r in piece.params} - {k}
-        skips = set(trace.skips(k).values())
-        fits = lent <= set(wiring.lenders[k]) and skips <= set(wiring.sources[k])
-        if not fits or piece.side > wiring.side[k] or piece.step > wiring.step[k]:
+        if not wiring.declares(trace, k, self.cut.roots):
             raise ValueError(
                 "`fpipe.split(fn)`: traced for this call (other shapes or needs) piece "
                 f"{k} {wiring.names[k]!r} reads what it did not read when the function "

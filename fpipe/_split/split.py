@@ -88,6 +88,12 @@ class Split(FunctionLayers):
             return self
         return Split(dataclasses.replace(self.cut, dtype=dtype))
 
+    def also_for(self, kind: Kind) -> "Split":
+        """The same function, cut at the same places, with pieces that take microbatches
+        of another kind too.
+        """
+        return Split(self.cut.also_for(kind))
+
     # --- parameters ---
 
     @property

@@ -140,6 +140,63 @@ def test_what_is_static_is_traced_for_each_value_and_cut_alike(step):
     step(params, batch, weight, 5.0, causal=True)
 
 
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_call_may_read_more_than_the_one_that_it_was_built_by(executor):
+    """Where only training draws, and hands the middle of the model to the end."""
+
+    def noisy(params, x, train=False, key=None):
+        first, *others = params["blocks"]
+        middle = blocks(params | {"blocks": [first]}, x)
+        h = middle
+        for n, block in enumerate(others):
+            h = h + jnp.tanh(h @ block["w"] + block["b"])
+            if train:
+                h = h + noise(jax.random.fold_in(key, n), h.shape) + middle
+        return jnp.mean(h**2)
+
+    step, x = step_of(executor, noisy, has_aux=False), batch_of()[0]["x"]
+    params = step.place(params_of(), x)
+    first = step.pipe
+    assert_same(
+        jax.device_get(step.evaluate(params, x)),
+        jax.device_get(jax.jit(noisy)(params_of(), x)),
+    )
+    assert step.pipe is first
+    key = jax.random.key(3)
+    value, grads = step(params, x, train=True, key=key)
+    assert step.pipe is not first
+    assert step.pipe.balance == first.balance
+
+    def plain(p):
+        own = [jax.random.fold_in(jax.random.fold_in(key, 0), i) for i in range(3)]
+        parts = [noisy(p, x[2 * i : 2 * i + 2], True, own[i]) for i in range(3)]
+        return sum(parts) / 3
+
+    want, want_grads = jax.jit(jax.value_and_grad(plain))(params_of())
+    assert_same(value, want)
+    assert_same(step.gather(grads), want_grads)
+    last = step.pipe
+    step(params, x)
+    assert step.pipe is last
+
+
+def test_parameters_stay_where_they_were_placed():
+    """A call that uses one in an earlier piece would have it elsewhere."""
+
+    def moving(params, x, early=False):
+        h = jnp.tanh(x @ params["a"])
+        if early:
+            h = h @ params["b"]
+        return jnp.mean(fpipe.cut(h) @ params["b"])
+
+    params = {"a": jnp.eye(WIDTH), "b": jnp.eye(WIDTH)}
+    step, x = step_of(fn=moving, has_aux=False), batch_of()[0]["x"]
+    placed = step.place(params, x)
+    with pytest.raises(ValueError, match="uses parameters in other pieces"):
+        step(placed, x, early=True)
+    step(placed, x)
+
+
 def test_named_static_arguments_are_values():
     def power(params, x, n, how):
         traces["power"] += 1
