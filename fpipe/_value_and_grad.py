@@ -174,19 +174,35 @@ class ValueAndGrad:
                 pieces = split(function, params, NoChunk(x), key=key, **self._cutting)
             self._built = self._built_of(pieces, self._options, call)
         elif not self._takes(self._built, kind):
-            before = self._built
-            pieces = before.split.also_for(kind)
-            if pieces.cut.wiring.owned != before.split.cut.wiring.owned:
-                raise ValueError(
-                    f"`{name}(...)`: called so, {self._function.name!r} uses "
-                    "parameters in other pieces than when it was cut, and they live "
-                    "there: make another step, and place by such a call first"
-                )
-            options = self._options | {"balance": before.pipe.balance}
-            self._built = self._built_of(pieces, options, call)
-            self._built.modes.update(before.modes)
+            self._built = self._widened(self._built, call, kind, name)
         self._built.modes.add(mode)
         return self._built
+
+    def _widened(self, before: _Built, call: LossCall, kind: Kind, name: str) -> _Built:
+        """The same stages, whose pieces take microbatches of another kind too.
+
+        Raises:
+            ValueError: placed parameters would have to be elsewhere.
+        """
+        pieces = before.split.also_for(kind)
+        options = self._options | {"balance": before.pipe.balance}
+        made = self._built_of(pieces, options, call)
+        same = pieces.cut.wiring.owned == before.split.cut.wiring.owned
+        if same and made.pipe.mesh is not None:
+            # How parameters are packed is a part of their structure.
+            places = [
+                jax.tree.structure(jax.eval_shape(pipe.place, pieces.param_shapes))
+                for pipe in (before.pipe, made.pipe)
+            ]
+            same = places[0] == places[1]
+        if not same:
+            raise ValueError(
+                f"`{name}(...)`: called so, {self._function.name!r} uses values in "
+                "other pieces than when it was cut, and placed parameters do not fit: "
+                "make another step, and place by such a call first"
+            )
+        made.modes.update(before.modes)
+        return made
 
     def _takes(self, built: _Built, kind: Kind) -> bool:
         """Whether a pipe takes microbatches of a kind."""
