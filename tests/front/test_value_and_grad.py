@@ -140,7 +140,7 @@ def test_what_is_static_is_traced_for_each_value_and_cut_alike(step):
     step(params, batch, weight, 5.0, causal=True)
 
 
-def noisy(params, x, train=False, key=None):
+def noisy(params, x, train=False, key: Any = None):
     first, *others = params["blocks"]
     middle = blocks(params | {"blocks": [first]}, x)
     h = middle
