@@ -357,7 +357,7 @@ class Pair(nn.Module):
     """Two inputs, one of them with a default, and a result by name."""
 
     @nn.compact
-    def __call__(self, a, b=None, *, scale=1.0):
+    def __call__(self, a, b=None, *, scale=2.0):
         b = jnp.zeros_like(a) if b is None else b
         return {"sum": a + scale * b, "both": (a, b)}
 
@@ -365,9 +365,9 @@ class Pair(nn.Module):
 @pytest.mark.parametrize(
     ("options", "x", "wanted"),
     [
-        ({"inputs": ("a", "b"), "output": "sum"}, (2.0, 3.0), 5.0),
-        ({"inputs": ("b", "a"), "output": "sum"}, (2.0, 3.0), 5.0),
-        ({"inputs": ("a", "b"), "output": "sum"}, {"b": 3.0, "a": 2.0}, 5.0),
+        ({"inputs": ("a", "b"), "output": "sum"}, (2.0, 3.0), 8.0),
+        ({"inputs": ("b", "a"), "output": "sum"}, (2.0, 3.0), 7.0),
+        ({"inputs": ("a", "b"), "output": "sum"}, {"b": 3.0, "a": 2.0}, 8.0),
         ({"inputs": "a", "output": "both"}, 2.0, (2.0, 0.0)),
         ({"inputs": ("a",), "output": "sum"}, (2.0,), 2.0),
         (
@@ -375,7 +375,7 @@ class Pair(nn.Module):
             2.0,
             14.0,
         ),
-        ({"inputs": "b", "side": {"a": "m"}, "output": lambda y: y["sum"]}, 2.0, 6.0),
+        ({"inputs": "b", "side": {"a": "m"}, "output": lambda y: y["sum"]}, 2.0, 8.0),
     ],
 )
 def test_arguments_and_output(options, x, wanted):
