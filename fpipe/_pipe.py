@@ -72,7 +72,11 @@ from fpipe._executors.sequential import PlainExecutor
 from fpipe._executors.tracers import TracedCallError, only_shapes
 from fpipe._model.batch_norm import deferred
 from fpipe._model.frozen import Frozen, FrozenLeaves, check_frozen
-from fpipe._model.function_layers import model_of, params_by_layer
+from fpipe._model.function_layers import (
+    model_of,
+    params_by_layer,
+    state_by_layer,
+)
 from fpipe._model.layer import Layer
 from fpipe._model.loss import Loss, Reduction, as_loss
 from fpipe._model.microbatch import first_microbatch, ready_batches, whole_batch
@@ -86,6 +90,7 @@ from fpipe._planning.pipe_balance import PipeSetup, given_balance
 from fpipe._planning.predict import KnownLayers, mean_square, predict
 from fpipe._planning.prediction import Prediction
 from fpipe._planning.step_request import StepRequest
+from fpipe._split.init import Init, make_state
 from fpipe._split.split import Split
 from fpipe._split.stacks import joined
 from fpipe.schedules import Recording, Schedule
@@ -419,28 +424,37 @@ class Pipe(Call):
         """Parameters of every layer, made on the layer's device.
 
         Arguments:
-            key: a PRNG key; layer `l` gets `fold_in(key, l)`.
+            key: a PRNG key; layer `l` gets `fold_in(key, l)`; a function that was split
+                `fold_in(key, 0)`.
             x, side: inputs as for a call, or their shapes.
 
         Returns:
-            A tuple with one entry per layer; with `executor="scan"` the same, packed.
+            A tuple with one entry per layer, or the tree of a function that was split;
+            with `executor="scan"` the same, packed.
 
         Raises:
             ValueError: a layer without `init`, or one that borrows from a later layer.
-            TypeError: no key.
+            TypeError: no key; a function that was split without `init`.
         """
         check_key(key)
         check_process()
-        if isinstance(self.layers, Split):
+        split = self.layers if isinstance(self.layers, Split) else None
+        if split is not None and split.function.init is None:
             raise TypeError(
-                "`pipe.init(key, x)`: a function that was split makes no parameters: "
-                "make them as for the function itself, and write `pipe.place(params)`"
+                "`pipe.init(key, x)`: the function that was split makes no parameters: "
+                "make them yourself, and write `pipe.place(params)`, or split "
+                "`fpipe.Layer(fn, init)`"
             )
         with self._context(), self._executor.tracing(), explicit_transfers():
             # `init` functions see one microbatch, as the layers do in every call.
             first = first_microbatch(x, call_needs(side=side), self.chunks)
-            made = self.model.init(key, *first, self._executor.make_params)
-        return self.place(made, donate=True)
+            if split is None:
+                made = self.model.init(key, *first, self._executor.make_params)
+                return self.place(made, donate=True)
+            init = Init.of_layer(split.function, key, *first)
+            traced = init.traced(split.params)
+        made = self._make_params(traced.make, init.key)
+        return self.place(split.tree(made), donate=True)
 
     def _make_params(
         self, make: Callable[[int, Any], PyTree], key: Any
@@ -461,9 +475,9 @@ class Pipe(Call):
         side: PyTree = None,
         params: Sequence[PyTree] | Packed | None = None,
         key: Any = None,
-    ) -> tuple[PyTree, ...]:
+    ) -> PyTree:
         """State of every layer (`None` for a layer without), made on the layer's
-        device.
+        device; of a function that was split its own tree.
 
         Arguments:
             x, side: inputs as for a call, or their shapes.
@@ -471,7 +485,17 @@ class Pipe(Call):
                 without them.
             key: for states that begin with random numbers; layer `l` gets `fold_in(key,
                 l)`, as in `init`. Default `jax.random.key(0)`.
+
+        Raises:
+            TypeError: a function that was split without `init_state`.
         """
+        split = self.layers if isinstance(self.layers, Split) else None
+        if split is not None and split.function.init_state is None:
+            raise TypeError(
+                "`pipe.init_state(x)`: the function that was split makes no state: "
+                "make it yourself, and give it to calls, or split "
+                "`fpipe.Layer(fn, init_state=...)`"
+            )
         if key is not None:
             check_key(key)
         check_process()
@@ -489,6 +513,10 @@ class Pipe(Call):
             first = first_microbatch(x, needs, self.chunks)
             batch = whole_batch(x, needs, self.chunks)
             ready = ready_batches(x, needs, self.chunks)
+            if split is not None:
+                layer = split.function
+                own = make_state(layer, split, key, *first, put, batch, ready)
+                return split.state_tree(own)
             return self.model.init_state(*first, params, key, put, batch, ready)
 
     def place(self, params: PyTree, donate: bool = False) -> Any:
@@ -552,17 +580,39 @@ class Pipe(Call):
         """Parameters as the executors take them, from those of a call: of a function
         that was split one entry per layer.
         """
-        split = self.layers
-        if isinstance(split, Split) and not isinstance(params, Packed):
-            return split.params(params)
-        return params
+        if not isinstance(self.layers, Split):
+            return params
+        if isinstance(params, Packed):
+            return params.by_layer
+        return self.layers.params(params)
 
     def _own_tree(self, params: Any) -> Any:
         """The inverse of `_per_layer`; gradients too."""
+        if not isinstance(self.layers, Split):
+            return params
+        if not isinstance(params, Packed):
+            return self.layers.tree(params)
+        packing = params.packing.shown_as(self.layers.own_tree)
+        return Packed(params.arrays, packing, params.absent)
+
+    def _per_layer_state(self, state: Any) -> Any:
+        """State as the executors take it, from that of a call: of a function that was
+        split one entry per layer.
+
+        Raises:
+            ValueError: none, where the function has state.
+        """
+        if state is None and isinstance(self.layers, Split) and self.model.stateful:
+            raise ValueError(
+                "`fpipe.Pipe(split)`: the function that was split has state: pass "
+                "`state=`, its own tree, and take the new state back"
+            )
+        return state_by_layer(self.layers, state)
+
+    def _own_state(self, state: Sequence[PyTree]) -> PyTree:
+        """The inverse of `_per_layer_state`."""
         split = self.layers
-        if isinstance(split, Split) and not isinstance(params, Packed):
-            return split.tree(params)
-        return params
+        return split.state_tree(state) if isinstance(split, Split) else state
 
     def _layer_frozen(self, frozen: Frozen | None) -> Frozen | None:
         """What is frozen, by layer."""
@@ -599,7 +649,7 @@ class Pipe(Call):
         frozen: Frozen | None = None,
         side: PyTree = None,
         key: Any = None,
-        state: Sequence[PyTree] | None = None,
+        state: PyTree = None,
         train: bool = False,
         step: Any = None,
         donate_state: bool = False,
@@ -681,7 +731,7 @@ class Pipe(Call):
         frozen: Frozen | None = None,
         side: PyTree = None,
         key: Any = None,
-        state: Sequence[PyTree] | None = None,
+        state: PyTree = None,
         train: bool = False,
         step: Any = None,
         by: Literal["flops", "time"] = "flops",
@@ -767,6 +817,7 @@ class Pipe(Call):
             params = params.packing.whole
         else:
             params = params_by_layer(self.layers, params)
+        state = state_by_layer(self.layers, state)
         # Programs are traced, and timed on zeros, for this alone. So what JAX does to
         # the caller's own programs is nothing to them.
         with (
@@ -871,12 +922,20 @@ class Pipe(Call):
     def _checked(self, args: Args) -> Args:
         """The arguments of a call, or an error about parameters or state."""
         check_process()
-        args = args._replace(params=self._per_layer(args.params))
+        args = args._replace(
+            params=self._per_layer(args.params),
+            state=self._per_layer_state(args.state),
+        )
         self._executor.check_params(args.params, "a call's params")
         return checked(self.model, args)
 
     def _forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         """`(y, states)` of a call without a loss."""
+        y, states = self._layer_forward(args)
+        return y, self._own_state(states)
+
+    def _layer_forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
+        """The same, with the states by layer."""
         try:
             if self._detector is not None:
                 return self._detector.forward(self._run_forward, args)
@@ -912,7 +971,8 @@ class Pipe(Call):
             self._own_tree(gradient) if number == 0 else gradient
             for number, gradient in zip(argnums, result.gradients, strict=True)
         ]
-        return result._replace(gradients=tuple(gradients))
+        state = self._own_state(result.state)
+        return result._replace(gradients=tuple(gradients), state=state)
 
     def _layer_loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
         """The same, with the gradients of parameters by layer."""

@@ -38,6 +38,7 @@ from fpipe._model.function_layers import (
     FunctionLayers,
     model_of,
     params_by_layer,
+    state_by_layer,
 )
 from fpipe._model.loss import Reduction, as_loss
 from fpipe._model.microbatch import cut_inputs
@@ -230,7 +231,7 @@ def tune(
     reduction: Reduction = "mean",
     side: PyTree = None,
     key: Any = None,
-    state: Sequence[PyTree] | None = None,
+    state: PyTree = None,
     train: bool = False,
     step: Any = None,
     params: PyTree | None = None,
@@ -329,6 +330,7 @@ def tune(
         params = params.packing.whole
     elif isinstance(layers, Iterable):
         params = params_by_layer(layers, params)
+        state = state_by_layer(layers, state)
     needs = call_needs(side=side, key=key, train=train, step=step)
     request = StepRequest(Args(params, x, targets, needs, state), loss)
     if isinstance(layers, Iterable):

@@ -45,7 +45,7 @@ def assert_equals_sequential(
     params: PyTree = None,
     side: PyTree = None,
     key: Any = None,
-    state: Sequence[PyTree] | None = None,
+    state: PyTree = None,
     train: bool = False,
     step: Any = None,
     has_aux: bool = False,
@@ -53,7 +53,8 @@ def assert_equals_sequential(
     argnums: int | Sequence[int] = (0, 1),
     tolerance: float | None = None,
 ) -> None:
-    """Check that a pipe computes what `fpipe.sequential` computes, at equal `chunks`.
+    """Check that a pipe computes what `fpipe.sequential` computes, at equal `chunks`;
+    that of a function that was split, what the function computes.
 
     Compared are the output and the new state, and with `loss_fn` the loss, aux and
     gradients: structure, shapes and dtypes first, then values.
@@ -97,39 +98,38 @@ def assert_equals_sequential(
     as_argnums(argnums)
     # The reference is `fpipe.sequential` at equal `chunks`, not the layers on the whole
     # batch: batch statistics and dropout masks depend on the microbatches.
-    # Of a function that was split they are the pieces, which cast by themselves.
+    # Of a function that was split it is the function itself, as one layer.
     split = pipe.layers if isinstance(pipe.layers, Split) else None
     reference = sequential(
-        pipe.model.layers if split else pipe.layers,
+        [split.function] if split else pipe.layers,
         pipe.chunks,
-        compute_dtype=None if split else pipe.compute_dtype,
+        compute_dtype=pipe.compute_dtype,
         deferred_batch_norm=pipe.deferred_batch_norm,
     )
     if params is None:
         params = reference.init(jax.random.key(0), x, side)
     else:
         # Checked, and with arrays for Python numbers, as `Pipe.place` has it.
-        params = split.params(params) if split else params
-        params = reference.place(params)
+        params = reference.place((params,) if split else params)
     if state is None and pipe.model.stateful:
         state = reference.init_state(x, side, params)
-    needs: dict[str, Any] = {
-        "side": side,
-        "key": key,
-        "state": state,
-        "train": train,
-        "step": step,
-    }
-    placed = pipe.place(split.tree(params) if split else params)
+    elif state is not None and split:
+        state = (state,)
+    given = {"side": side, "key": key, "train": train, "step": step}
+    needs: dict[str, Any] = given | {"state": state and state[0] if split else state}
+    wanted: dict[str, Any] = given | {"state": state}
+    placed = pipe.place(params[0] if split else params)
     inputs = {"x": x, "side": side, "targets": targets}
     compare = _Comparison(pipe, cut_inputs(inputs, pipe.chunks).m, tolerance)
 
     # 1. A forward alone.
     got = pipe(placed, x, **needs)
-    want = reference(params, x, **needs)
+    want = reference(params, x, **wanted)
     if state is not None:
         got, got_state = got
         want, want_state = want
+        if split:
+            got_state, want_state = split.state(got_state), split.state(want_state[0])
         compare.layers("the state", got_state, want_state)
     compare.tree("y", got, want)
     if loss_fn is None:
@@ -146,10 +146,12 @@ def assert_equals_sequential(
     step = pipe.value_and_grad(loss_fn, **options)
     reference_step = reference.value_and_grad(loss_fn, **options)
     got, got_gradients = step(placed, x, *targets, **needs)
-    want, want_gradients = reference_step(params, x, *targets, **needs)
+    want, want_gradients = reference_step(params, x, *targets, **wanted)
     if state is not None:
         got, got_state = got
         want, want_state = want
+        if split:
+            got_state, want_state = split.state(got_state), split.state(want_state[0])
         compare.layers("the state of value_and_grad", got_state, want_state)
     if has_aux:
         got, got_aux = got
@@ -160,7 +162,8 @@ def assert_equals_sequential(
         if number == 0:
             # Packed or on several devices: as one entry per layer on one device.
             got = pipe.gather(got)
-            got = split.params(got) if split else got
+            if split:
+                got, want = split.params(got), split.params(want[0])
             compare.layers("the gradient of params", got, want, gradients=True)
         elif number == 1:
             compare.tree("the gradient of x", got, want)

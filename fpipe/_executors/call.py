@@ -126,7 +126,7 @@ class Call(abc.ABC):
         x: PyTree,
         side: PyTree = None,
         key: Any = None,
-        state: Sequence[PyTree] | None = None,
+        state: PyTree = None,
         train: bool = False,
         step: Any = None,
         donate_state: bool = False,
@@ -143,7 +143,8 @@ class Call(abc.ABC):
                 `jax.jit`: before you change one wait for the result, or give a copy.
             side: side inputs for the layers that ask for them, cut like `x`.
             key: a PRNG key; without one, layers that ask for a key get `None`.
-            state: the layers' state, needed if any layer has state.
+            state: the layers' state, one entry per layer, or, of a function that was
+                split, its own tree; needed if any layer has state.
             train: handed to the layers that ask.
             step: the number of the training step, an int or a 0-d array of integers:
                 an int32 scalar for the layers that ask, the same for all microbatches.
@@ -235,7 +236,7 @@ class Call(abc.ABC):
             *targets: PyTree,
             side: PyTree = None,
             key: Any = None,
-            state: Sequence[PyTree] | None = None,
+            state: PyTree = None,
             train: bool = False,
             step: Any = None,
             grads: Any = None,
@@ -287,7 +288,7 @@ class Call(abc.ABC):
             *targets: PyTree,
             side: PyTree = None,
             key: Any = None,
-            state: Sequence[PyTree] | None = None,
+            state: PyTree = None,
             train: bool = False,
             step: Any = None,
         ) -> Any:

@@ -1,7 +1,8 @@
 """Layers that are the pieces of one function.
 
-A user who splits a function keeps its own tree of parameters, and its layers have one
-entry each. For a function with the parameters `{"enc": w0, "dec": w1}` and two pieces
+A user who splits a function keeps its own trees of parameters and state, and its layers
+have one entry each. For a function with the parameters `{"enc": w0, "dec": w1}` and two
+pieces
 
     params({"enc": w0, "dec": w1})     ((w0,), (w1,))     what the layers take
     tree(((w0,), (w1,)))               the inverse
@@ -11,12 +12,26 @@ is said here. `fpipe.split` makes them.
 """
 
 import abc
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from fpipe._core.pytrees import PyTree
+from fpipe._core.pytrees import PyTree, Spec
 from fpipe._model.layer import Layer
 from fpipe._model.model import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnTree:
+    """How the parameters of all layers are the function's own tree, placed.
+
+    Attributes:
+        spec: the structure of the tree.
+        places: of each array of it the layer, and its number among the layer's arrays.
+    """
+
+    spec: Spec
+    places: tuple[tuple[int, int], ...]
 
 
 class FunctionLayers(Sequence[Layer], abc.ABC):
@@ -34,6 +49,24 @@ class FunctionLayers(Sequence[Layer], abc.ABC):
     @abc.abstractmethod
     def tree(self, params: Sequence[PyTree]) -> PyTree:
         """The inverse of `params`."""
+
+    @property
+    @abc.abstractmethod
+    def own_tree(self) -> OwnTree:
+        """What `tree` makes."""
+
+    @property
+    @abc.abstractmethod
+    def state_shapes(self) -> PyTree:
+        """The function's state, as shapes."""
+
+    @abc.abstractmethod
+    def state(self, tree: PyTree) -> tuple[PyTree, ...]:
+        """The function's state as its layers take it."""
+
+    @abc.abstractmethod
+    def state_tree(self, states: Sequence[PyTree]) -> PyTree:
+        """The inverse of `state`."""
 
     @abc.abstractmethod
     def computing_in(self, dtype: Any) -> "FunctionLayers":
@@ -62,3 +95,15 @@ def params_by_layer(layers: Iterable[Any], params: Any) -> Any:
     if not isinstance(layers, FunctionLayers):
         return params
     return layers.params(layers.param_shapes if params is None else params)
+
+
+def state_by_layer(layers: Iterable[Any], state: Any) -> Any:
+    """A state, or its shapes, with one entry per layer; that of a function is its own
+    tree.
+
+    Arguments:
+        state: `None`: not given.
+    """
+    if state is None or not isinstance(layers, FunctionLayers):
+        return state
+    return layers.state(state)

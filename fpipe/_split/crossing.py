@@ -22,6 +22,7 @@ import numpy as np
 
 from fpipe._core.pytrees import nbytes
 from fpipe._planning.costs import Sent
+from fpipe._split.state import ANYWHERE, StateSides, StateSpans
 from fpipe._split.trace import Traced
 
 # Operations that cost no more than to read their inputs: what they make can be made
@@ -46,8 +47,11 @@ def remade_from(traced: Traced, v: int) -> tuple[int, ...] | None:
     if node is None or node.name not in CHEAP or v not in traced.of_data:
         return None
     others = [u for u in node.ins if u not in traced.of_data]
-    # Parameters would have to be borrowed, and keys sent.
-    if not traced.of_params.isdisjoint(others) or not traced.of_key.isdisjoint(others):
+    # Parameters would have to be borrowed, keys and state sent.
+    if any(
+        not values.isdisjoint(others)
+        for values in (traced.of_params, traced.of_key, traced.of_state)
+    ):
         return None
     return tuple(u for u in node.ins if u in traced.of_data)
 
@@ -60,7 +64,9 @@ class Crossing:
 
     @cached_property
     def bytes(self) -> np.ndarray:
-        """The bytes of data that go over each place, `(equations + 1,)`."""
+        """The bytes of data that go over each place, `(equations + 1,)`. Where a cut
+        would divide a state there is no end of them.
+        """
         count = len(self.traced.graph.nodes)
         last = dict[int, int]()
         for v, reader in self._reads():
@@ -70,7 +76,8 @@ class Crossing:
         for v, reader in last.items():
             steps[self._made_at(v) + 1] += self._bytes_of(v)
             steps[reader + 1] -= self._bytes_of(v)
-        return np.cumsum(steps)[: count + 1]
+        across = np.cumsum(steps)[: count + 1]
+        return np.where(self.state.divided(count + 1), np.inf, across)
 
     def sent(self, places: Sequence[int]) -> list[Sent]:
         """What goes between the units that lie between some places."""
@@ -113,11 +120,12 @@ class Crossing:
         outputs are read at the end.
         """
         traced = self.traced
-        for node in traced.live:
+        # What makes new state alone goes over no cut: see `state.py`.
+        for node in filter(traced.live_for_y.__contains__, traced.live):
             for v in node.ins:
                 if v in traced.of_data:
                     yield v, traced.position[node]
-        for v in traced.graph.outputs:
+        for v in traced.outputs:
             if v in traced.of_data:
                 yield v, len(traced.graph.nodes)
 
@@ -130,23 +138,36 @@ class Crossing:
         return nbytes(self.traced.graph.avals[v])
 
     @cached_property
+    def state(self) -> StateSpans:
+        """Where the state is used."""
+        return StateSpans.of(self.traced)
+
+    @cached_property
     def uses(self) -> list[int]:
         """The positions of the first uses of parameters, in order."""
         return sorted(set(self.traced.first_uses.values()))
 
-    def narrowest_before(self, use: int) -> int:
+    def narrowest_before(self, use: int, sides: StateSides = ANYWHERE) -> int | None:
         """Of the places behind the first use before that one, the narrowest; of equal
         ones the last. Those between rounds of a loop come before those in a round.
+        `None`: each divides a state.
+
+        Arguments:
+            sides: the leaves of the state that are used before it and behind it.
         """
         at = bisect.bisect_left(self.uses, use)
-        start = self.uses[at - 1] + 1 if at else 0
+        first, last = self.state.between(sides)
+        start = max(self.uses[at - 1] + 1 if at else 0, first)
+        stop = int(min(use, last))
+        across = self.bytes[start : stop + 1].copy()
+        if not np.isfinite(across).any():
+            return None
         # Between rounds of a loop, so that equal rounds are equal pieces; inside of one
         # only if nothing else is there.
-        across = self.bytes[start : use + 1].copy()
-        inside = self._in_a_round[start : use + 1]
-        if not inside.all():
+        inside = self._in_a_round[start : stop + 1]
+        if np.isfinite(across[~inside]).any():
             across[inside] = np.inf
-        return use - int(np.argmin(across[::-1]))
+        return stop - int(np.argmin(across[::-1]))
 
     @cached_property
     def _in_a_round(self) -> np.ndarray:

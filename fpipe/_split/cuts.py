@@ -29,6 +29,7 @@ from fpipe._program.flops import flops
 from fpipe._split.balance import best_balance
 from fpipe._split.crossing import Crossing
 from fpipe._split.mark import mark_inside
+from fpipe._split.state import StateSides, StateSpans
 from fpipe._split.trace import Function, Traced
 
 # A place is narrow if no more goes over it than over the next ones, or little more: a
@@ -46,12 +47,14 @@ class Cuts:
         marked: whether marks say where.
         before: for each place the roots (parameters, and rows of parameters) that are
             first used behind it, in that order.
+        state: for each place the leaves of the state on its two sides.
     """
 
     places: tuple[int, ...]
     names: tuple[str, ...]
     marked: bool
     before: tuple[tuple[int, ...], ...]
+    state: tuple[StateSides, ...]
 
 
 def find_cuts(
@@ -82,7 +85,9 @@ def find_cuts(
     names = [mark.name for mark in marks] if marked else [""] * len(places)
     first = sorted(traced.first_uses.items(), key=lambda use: (use[1], use[0]))
     before = [tuple(root for root, use in first if use >= p) for p in places]
-    return Cuts(tuple(places), tuple(names), marked, tuple(before))
+    spans = StateSpans.of(traced)
+    sides = tuple(map(spans.sides, places))
+    return Cuts(tuple(places), tuple(names), marked, tuple(before), sides)
 
 
 def places_in(cuts: Cuts, first: Traced, traced: Traced) -> tuple[int, ...]:
@@ -107,9 +112,16 @@ def places_in(cuts: Cuts, first: Traced, traced: Traced) -> tuple[int, ...]:
         return cuts.places
     used, crossing = traced.first_uses, Crossing(traced)
     found = []
-    for roots in cuts.before:
+    for roots, sides in zip(cuts.before, cuts.state, strict=True):
         root = next((root for root in roots if root in used), None)
-        place = None if root is None else crossing.narrowest_before(used[root])
+        place = None if root is None else crossing.narrowest_before(used[root], sides)
+        if root is not None and place is None:
+            raise ValueError(
+                "`fpipe.split(fn)`: traced for this call (other shapes, `train`, no "
+                "key) the function reads a state before each place of a cut, and makes "
+                "its new value behind it; each array of a state is read and written in "
+                "one piece: split it with an example of this call, such as `train=True`"
+            )
         if place is None or (found and place <= found[-1]):
             raise ValueError(
                 "`fpipe.split(fn)`: traced for this call (other shapes, `train`, no "
@@ -158,7 +170,14 @@ def _places_of_paths(
             )
         # The first piece begins where the function does.
         if min(uses) > beginning:
-            found.add(crossing.narrowest_before(min(uses)))
+            place = crossing.narrowest_before(min(uses))
+            if place is None:
+                raise ValueError(
+                    f"`fpipe.split(cuts=[{shown(path)}])`: a state is read before each "
+                    "place there, and its new value is made behind it; each array of a "
+                    "state is read and written in one piece: cut at another path"
+                )
+            found.add(place)
     return sorted(found)
 
 
@@ -206,7 +225,8 @@ def _own_places(function: Function, traced: Traced, stages: int | None) -> list[
     """Places that nobody has named: all narrow ones, or the best ones."""
     crossing = Crossing(traced)
     # Between any two first uses of parameters that follow each other.
-    every = [crossing.narrowest_before(use) for use in crossing.uses[1:]]
+    found = [crossing.narrowest_before(use) for use in crossing.uses[1:]]
+    every = [place for place in found if place is not None]
     places = _between_modules(function, traced, every)
     if stages is None:
         return _narrow_places(crossing, places)
@@ -228,10 +248,11 @@ def _between_modules(
     path, such as the weights and the bias of one layer, the same rows of what is
     stacked; and a round of a loop. If there are none, all.
     """
+    modules = _modules(function.paths)
     spans: dict[Hashable, list[int]] = {}
     for root, use in traced.first_uses.items():
         rows = traced.roots[root]
-        module = function.paths[rows.leaf].rpartition("/")[0]
+        module = modules[rows.leaf]
         # The root of the tree is none: what is right under it may be all there is.
         if module or not rows.whole:
             key = (module, None if rows.whole else rows.start)
@@ -244,6 +265,14 @@ def _between_modules(
         open_at[max(uses) + 1] -= 1
     divided = np.cumsum(open_at)
     return [p for p in places if not divided[p]] or list(places)
+
+
+def _modules(paths: Sequence[str]) -> list[str]:
+    """For each parameter the path of its module; `""`: the root."""
+    parts = [path.split("/") for path in paths]
+    # In a state of NNX every path ends with `value`.
+    alike = len({own[-1] for own in parts}) == 1 and all(len(own) > 1 for own in parts)
+    return ["/".join(own[: -2 if alike else -1]) for own in parts]
 
 
 def _narrow_places(crossing: Crossing, places: Sequence[int]) -> list[int]:

@@ -36,6 +36,10 @@ from fpipe._core.pytrees import (
     pack,
     zeros,
 )
+from fpipe._model.function_layers import FunctionLayers
+from fpipe._model.layer import Layer, keyword_needs
+from fpipe._model.microbatch import BatchShapes
+from fpipe._model.model import Model, Put
 from fpipe._model.wrappers import unwrapped
 from fpipe._program.graph import Graph, Node, evaluate, inline, needed_nodes, trace
 
@@ -87,6 +91,19 @@ class Init:
         names = [p.name for p in parameters[1 + len(args) :] if p.kind in _NAMED]
         own = {name: unwrapped(kwargs[name]) for name in names if name in kwargs}
         return cls(fn, key, tuple(map(unwrapped, args)), own)
+
+    @classmethod
+    def of_layer(
+        cls, layer: Layer, key: Any, x: PyTree, needs: Mapping[str, Any]
+    ) -> "Init":
+        """The call of the `init` of a function that is a layer: as that of layer 0.
+
+        Arguments:
+            x, needs: shapes of a microbatch, and of what the call gives besides.
+        """
+        assert layer.init is not None
+        named = {n: needs[n] for n in keyword_needs(layer.init) if n in needs}
+        return cls(layer.init, jax.random.fold_in(key, 0), (x,), named)
 
     @property
     def _given(self) -> PyTree:
@@ -175,3 +192,34 @@ def _beside(a: Any, key: Any) -> Any:
         return a
     (device,) = key.devices()
     return jax.device_put(a, device)
+
+
+def make_state(
+    function: Layer,
+    pieces: FunctionLayers,
+    key: Any,
+    x: PyTree,
+    needs: Mapping[str, Any],
+    put: Put,
+    batch: BatchShapes | None,
+    ready: Sequence[BatchShapes],
+) -> tuple[PyTree, ...]:
+    """What the `init_state` of a function makes, one entry per piece.
+
+    Arguments:
+        function: the function as a layer.
+        key: `init_state` gets `fold_in(key, 0)`; `None`: of `jax.random.key(0)`.
+        x, needs: shapes of a microbatch.
+        put: `put(piece, make, key)` runs `make(key)` where a piece lives.
+        batch, ready: all microbatches together, or each; see `Model.init_state`.
+    """
+    key = jax.random.key(0) if key is None else key
+    params = (pieces.param_shapes,)
+    # All of it at once: a state is small, or it is of rows and begins with zeros.
+    state = Model([function]).init_state(
+        x, needs, params, key, lambda _, make, key: make(key), batch, ready
+    )[0]
+    return tuple(
+        None if own is None else put(k, lambda _, own=own: own, key)
+        for k, own in enumerate(pieces.state(state))
+    )

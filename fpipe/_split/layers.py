@@ -7,11 +7,14 @@ are a tuple of the leaves that it owns; what crosses a cut is
     skip        what it hands to several or to later ones, a tuple of arrays
     borrowed    leaves of the parameters that an earlier piece owns
 
+and its state is a tuple of the leaves of the state that it reads and writes.
+
 A layer gets nothing but these, so a `Boundary` says which trace it comes from: for
 evaluation, or a smaller last microbatch, the same pieces are those of another trace.
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -20,8 +23,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fpipe._core.pytrees import PyTree, Shape, aval, describe, pack
+from fpipe._core.pytrees import PyTree, Shape, aval, describe, pack, zeros
 from fpipe._core.settings import settings
+from fpipe._executors.tracers import only_shapes
 from fpipe._model.layer import Layer
 from fpipe._model.skips import peek, pop, stash
 from fpipe._split.cuts import Cuts, find_cuts, leaves_under, places_in
@@ -34,6 +38,7 @@ from fpipe._split.notes import (
 from fpipe._split.pieces import CutTrace, cut_trace
 from fpipe._split.rows import note_rows
 from fpipe._split.stacks import Rows
+from fpipe._split.state import check_state_use, state_owners
 from fpipe._split.trace import Function, Kind, Traced, trace_function
 
 
@@ -81,6 +86,10 @@ class CutFunction:
 
     @cached_property
     def _traces(self) -> dict[Any, CutTrace]:
+        return {}
+
+    @cached_property
+    def _placed(self) -> dict[Any, tuple[Traced, tuple[int, ...]]]:
         return {}
 
     @cached_property
@@ -133,16 +142,25 @@ class CutFunction:
         """What a trace depends on: the settings of JAX too, such as its precision."""
         return kind, settings()
 
-    def trace(self, kind: Kind) -> CutTrace:
-        """The pieces of the function, traced for microbatches of one kind."""
+    def placed(self, kind: Kind) -> tuple[Traced, tuple[int, ...]]:
+        """The function, traced for microbatches of one kind, and where it is cut."""
         key = self._key(kind)
-        if key not in self._traces:
+        if key not in self._placed:
             first_key, traced = self._first
             if key != first_key:
                 traced = self._trace(kind, self.roots)
             _, cut_first = self.in_own_dtypes._first
             places = places_in(self.cuts, cut_first, traced)
-            self._traces[key] = cut_trace(traced, places)
+            self._placed[key] = traced, places
+        return self._placed[key]
+
+    def trace(self, kind: Kind) -> CutTrace:
+        """The pieces of the function, traced for microbatches of one kind."""
+        key = self._key(kind)
+        if key not in self._traces:
+            traced, places = self.placed(kind)
+            check_state_use(self.function, traced, places, self.state_owners)
+            self._traces[key] = cut_trace(traced, places, self.state_owners)
         return self._traces[key]
 
     def fits(self, kind: Kind) -> bool:
@@ -162,6 +180,15 @@ class CutFunction:
         for name in ("_traces", "_first", "cuts"):
             made.__dict__[name] = getattr(self, name)
         return made
+
+    @cached_property
+    def state_owners(self) -> tuple[int, ...]:
+        """For each array of the state the piece that reads and writes it, in every
+        mode.
+        """
+        if self.dtype is not None:
+            return self.in_own_dtypes.state_owners
+        return state_owners(self.function, [self.placed(k) for k in _modes(self)])
 
     @cached_property
     def wiring(self) -> "Wiring":
@@ -186,6 +213,7 @@ class Wiring:
         sources: for each piece the pieces whose skip it reads.
         side, step: for each piece whether it reads the side inputs, or the step.
         used: the leaves of the parameters that some piece reads.
+        state: for each piece the leaves of the state that it reads and writes.
     """
 
     names: tuple[str, ...]
@@ -195,6 +223,7 @@ class Wiring:
     side: tuple[bool, ...]
     step: tuple[bool, ...]
     used: frozenset[int]
+    state: tuple[tuple[int, ...], ...]
 
     @cached_property
     def places_of(self) -> dict[int, list[tuple[int, int]]]:
@@ -281,6 +310,10 @@ def _wire(cut: CutFunction) -> Wiring:
         tuple(side),
         tuple(step),
         used,
+        tuple(
+            tuple(leaf for leaf, own in enumerate(cut.state_owners) if own == k)
+            for k in range(count)
+        ),
     )
 
 
@@ -337,7 +370,7 @@ def _modes(cut: CutFunction) -> list[Kind]:
             if kind in found:
                 continue
             try:
-                cut.trace(kind)
+                cut.placed(kind)
             except jax.errors.UnexpectedTracerError:
                 raise  # A value that an earlier trace has left.
             except Exception:
@@ -378,6 +411,24 @@ def _names(
 
 
 @dataclasses.dataclass(frozen=True)
+class _StateShapes:
+    """The `init_state` of a piece, for plans that ask for shapes alone."""
+
+    cut: CutFunction
+    number: int
+
+    def __call__(self, x: PyTree) -> PyTree:
+        if not only_shapes():
+            raise ValueError(
+                "`init_state(x)`: the pieces of a function that was split make no "
+                "state: make it as for the function itself, and give it to calls"
+            )
+        inputs = x.kind.x if self.number else Shape.of(x)
+        shapes = self.cut.function.state_of(inputs).leaves
+        return tuple(zeros(shapes[leaf]) for leaf in self.cut.wiring.state[self.number])
+
+
+@dataclasses.dataclass(frozen=True)
 class PieceLayer:
     """A piece as the function of a layer.
 
@@ -399,6 +450,9 @@ class PieceLayer:
         # The first piece looks at all that decides which trace it is.
         needs += [n for n in ("side", "step") if getattr(wiring, n)[k] or not k]
         needs += ["key", "train"] if k == 0 else []
+        needs = [n for n in needs if n in asked or n in ("carry", "borrowed")]
+        state = wiring.state[k]
+        needs += ["state"] if state else []
         return Layer(
             self,
             name=wiring.names[k],
@@ -406,8 +460,10 @@ class PieceLayer:
             # The last reader pops.
             pop=[skip_name(s) for s in wiring.sources[k] if k == wiring.last_reader[s]],
             peek=[skip_name(s) for s in wiring.sources[k] if k < wiring.last_reader[s]],
-            needs=[n for n in needs if n in asked or n in ("carry", "borrowed")],
+            needs=needs,
             borrow=[wiring.names[lender] for lender in wiring.lenders[k]],
+            init_state=_StateShapes(self.cut, k) if state else None,
+            state_rows=bool(self.cut.function.layer.state_rows) if state else None,
         )
 
     def __call__(self, params: Sequence[Any], x: PyTree, **needs: Any) -> Any:
@@ -428,6 +484,8 @@ class PieceLayer:
             given.update(zip(traced.side, pack(needs["side"])[0], strict=True))
         if piece.step:
             given.update(zip(traced.step, pack(needs["step"])[0], strict=True))
+        for leaf, value in zip(wiring.state[k], needs.get("state", ()), strict=True):
+            given[traced.state[leaf]] = value
         carry = needs.get("carry", {})
         for source in wiring.sources[k]:
             name = skip_name(source)
@@ -436,22 +494,29 @@ class PieceLayer:
             else:
                 values = peek(carry, name)
             given.update(zip(trace.stashes[source], values, strict=True))
+        for v in piece.takes:
+            if v in traced.state:
+                # As in the piece that it came from, so that no gradient is sent there.
+                given[v] = jax.lax.stop_gradient(given[v])
         borrowed = needs.get("borrowed", {})
         given.update(self._params(trace, params, borrowed))
         # 2. What it makes of it, and 3. what leaves.
-        out = trace.boundaries[k] if k < len(trace.boundaries) else traced.graph.outputs
+        out = trace.boundaries[k] if k < len(trace.boundaries) else traced.outputs
         stashed = trace.stashes[k] if k in wiring.last_reader else ()
-        made = traced.run(piece.nodes, given, (*out, *stashed))
-        leaving, rest = made[: len(out)], made[len(out) :]
+        new = [traced.new_state[leaf] for leaf in wiring.state[k]]
+        made = iter(traced.run(piece.nodes, given, (*out, *stashed, *new)))
+        leaving, rest, state = (
+            tuple(itertools.islice(made, len(part))) for part in (out, stashed, new)
+        )
         if k < len(trace.boundaries):
-            y: Any = Boundary(tuple(leaving) or (jnp.zeros(1),), kind)
+            y: Any = Boundary(leaving or (jnp.zeros(1),), kind)
         else:
             y = traced.output.unpack(leaving)
-        if "carry" not in needs:
-            return y
         if k in wiring.last_reader:
-            carry = stash(carry, skip_name(k), tuple(rest))
-        return y, carry
+            carry = stash(carry, skip_name(k), rest)
+        returned = [("carry", carry), ("state", state)]
+        others = [value for need, value in returned if need in needs]
+        return (y, *others) if others else y
 
     def _check_reads(self, trace: CutTrace) -> None:
         """What the piece reads in this trace is what its layer declares."""

@@ -86,7 +86,7 @@ def note_narrow_loss(name: str, traced: Traced) -> None:
     """Warn of a number that is returned, such as a loss, if it is narrower than
     float32 from its last reduction on.
     """
-    for v in traced.graph.outputs:
+    for v in traced.outputs:
         if traced.graph.avals[v].shape or v not in traced.of_data:
             continue
         node, width = _last_reduction(traced, v)

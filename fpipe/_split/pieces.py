@@ -17,6 +17,7 @@ shows the rules of who makes a value:
   as a penalty on their norm, is made where the parameters are, and sent.
 - A key that is made from the key is made in the first piece and sent, so that all
   pieces that draw do the same; what is drawn from it is drawn where it is used.
+- New state is made where the state is, out of what that piece has.
 - Equations with effects run where they stand.
 """
 
@@ -148,13 +149,21 @@ class CutTrace:
         return sum(nbytes(self.traced.graph.avals[v]) for v in values)
 
 
-def cut_trace(traced: Traced, places: Sequence[int]) -> CutTrace:
-    """Cut a trace at some places."""
-    homes = _homes(traced, places)
+def cut_trace(
+    traced: Traced, places: Sequence[int], state_owners: Sequence[int] = ()
+) -> CutTrace:
+    """Cut a trace at some places.
+
+    Arguments:
+        state_owners: for each array of the state the piece that reads and writes it.
+    """
+    homes = _homes(traced, places, state_owners)
     last = len(places)
     # Backwards: what a piece has to make is known when all later ones are.
     wanted: list[list[int]] = [[] for _ in range(last + 1)]
-    wanted[last] += traced.graph.outputs
+    wanted[last] += traced.outputs
+    for v, owner in zip(traced.new_state, state_owners, strict=True):
+        wanted[owner].append(v)
     pieces = []
     for k in range(last, -1, -1):
         piece = _piece(traced, places, homes, k, wanted[k])
@@ -164,7 +173,9 @@ def cut_trace(traced: Traced, places: Sequence[int]) -> CutTrace:
     return CutTrace(traced, tuple(pieces[::-1]))
 
 
-def _homes(traced: Traced, places: Sequence[int]) -> dict[int, int]:
+def _homes(
+    traced: Traced, places: Sequence[int], state_owners: Sequence[int]
+) -> dict[int, int]:
     """The piece that makes each value; a value that is not there is made wherever it is
     used.
     """
@@ -180,15 +191,26 @@ def _homes(traced: Traced, places: Sequence[int]) -> dict[int, int]:
     nothing: frozenset[int] = frozenset()
     made_of = {v: frozenset([root]) for root, v in enumerate(traced.params)}
     homes = dict.fromkeys((*traced.x, *traced.key), 0)
+    homes.update(zip(traced.state, state_owners, strict=True))
+    # Of values that are made wherever they are used the first piece that can.
+    first = dict[int, int]()
     for node in traced.live:
+        start = max((homes.get(v, first.get(v, 0)) for v in node.ins), default=0)
         if node.eqn.effects or not traced.of_data.isdisjoint(node.outs):
-            homes.update(dict.fromkeys(node.outs, piece_at(node)))
+            # What makes new state alone runs as soon as it can, wherever it stands:
+            # the update of a running mean may be written at the end of the function.
+            home = piece_at(node) if node in traced.live_for_y else start
+            homes.update(dict.fromkeys(node.outs, home))
             continue
+        first.update(dict.fromkeys(node.outs, start))
         roots = nothing.union(*(made_of.get(v, nothing) for v in node.ins))
         made_of.update(dict.fromkeys(node.outs, roots))
         if not traced.of_key.isdisjoint(node.outs):
-            if not roots and all(_is_key(graph.avals[v]) for v in node.outs):
+            of_keys = all(_is_key(graph.avals[v]) for v in node.outs)
+            if not roots and of_keys and traced.of_state.isdisjoint(node.outs):
                 homes.update(dict.fromkeys(node.outs, 0))
+            continue
+        if not traced.of_state.isdisjoint(node.outs):
             continue
         if roots and node.name not in CHEAP:
             read = sum(nbytes(graph.avals[traced.params[root]]) for root in roots)

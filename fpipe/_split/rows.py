@@ -79,14 +79,16 @@ def note_rows(function: Function, kind: Kind, twice: Kind, traced: Traced) -> No
         )
         return
     first, second = (inline(one.jaxpr, keep_rules=False) for one in (traced, other))
+    outputs = first.outputs[: len(traced.outputs)]
     # A loop of Python over rows makes more equations: then they cannot be compared.
-    if _form(first) != _form(second) or not RowUse(name, rows, first, second).note():
+    same = _form(first) == _form(second)
+    if not same or not RowUse(name, rows, first, second, outputs).note():
         _note_fixed_results(name, rows, traced, other)
 
 
 def _note_fixed_results(name: str, rows: int, traced: Traced, other: Traced) -> None:
     """Warn of what is returned for as many rows, however many go in."""
-    for v, w in zip(traced.graph.outputs, other.graph.outputs, strict=True):
+    for v, w in zip(traced.outputs, other.outputs, strict=True):
         a, b = traced.graph.avals[v], other.graph.avals[w]
         if v in traced.of_data and a.shape[:1] == b.shape[:1] == (rows,) != (1,):
             warn(
@@ -140,12 +142,14 @@ class RowUse:
         name: of the function.
         rows: how many the first trace has.
         graph, twice: its traces, which have the same equations.
+        outputs: what it returns, without new state.
     """
 
     name: str
     rows: int
     graph: Graph
     twice: Graph
+    outputs: tuple[int, ...]
 
     def note(self) -> bool:
         """Warn of all that is found.
@@ -273,7 +277,7 @@ class RowUse:
     # --- numbers that are no means ---
 
     def _note_bent_results(self) -> None:
-        for v in self.graph.outputs:
+        for v in self.outputs:
             reduced = self.reduced.get(v)
             if reduced is None or self.graph.avals[v].shape or reduced.bent is None:
                 continue

@@ -7,6 +7,7 @@ to the layers' and back. The steps, one module each:
     mark.py      `fpipe.cut`, which an author writes into the function
     trace.py     the function's graph, whose inputs have names
     cuts.py      places: marks, paths of parameters, or the best narrow ones
+    state.py     which piece has each array of the state
     pieces.py    what each piece runs, reads, and hands on
     layers.py    the pieces as layers, over all traces of the function
 
@@ -30,17 +31,19 @@ from fpipe._core.pytrees import (
     numbers_as_arrays,
     pack,
 )
+from fpipe._core.statics import check_leaves
 from fpipe._model.frozen import Frozen, spread
-from fpipe._model.function_layers import FunctionLayers
+from fpipe._model.function_layers import FunctionLayers, OwnTree
 from fpipe._model.layer import Layer, as_layer
 from fpipe._model.microbatch import first_and_twice
 from fpipe._model.needs import call_needs
+from fpipe._model.wrappers import Microbatches
 from fpipe._planning.text import Table, counted
 from fpipe._split.balance import best_balance
 from fpipe._split.layers import CutFunction, PieceLayer
 from fpipe._split.stacks import RowBlocks, Rows
 from fpipe._split.table import PieceRow, tables
-from fpipe._split.trace import Function, Kind
+from fpipe._split.trace import Function, Kind, RowsAt, trace_function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,11 @@ class Split(FunctionLayers):
         """
         count = len(self.cut.wiring.names)
         return tuple(PieceLayer(self.cut, k).layer for k in range(count))
+
+    @property
+    def function(self) -> Layer:
+        """The function that was split, as a layer."""
+        return self.cut.function.layer
 
     def __len__(self) -> int:
         return len(self.cut.wiring.names)
@@ -177,6 +185,84 @@ class Split(FunctionLayers):
             ]
         )
 
+    @property
+    def own_tree(self) -> OwnTree:
+        """What `tree` makes."""
+        return self._own_tree
+
+    @cached_property
+    def _own_tree(self) -> OwnTree:
+        return OwnTree(self._placed, tuple(self._places))
+
+    # --- state ---
+
+    @property
+    def state_shapes(self) -> PyTree:
+        """The function's state, as shapes."""
+        return self.cut.function.state.tree
+
+    def state(self, tree: PyTree) -> tuple[PyTree, ...]:
+        """The function's state as its layers take it: one entry per layer, `None` for
+        a layer without.
+
+        Arguments:
+            tree: the function's own tree, or an `fpipe.Microbatches` of such trees;
+                shapes will do.
+
+        Raises:
+            ValueError: another tree than the function was split with.
+        """
+        if isinstance(tree, Microbatches):
+            pieces = [self.state(piece) for piece in tree]
+            return tuple(
+                None if own[0] is None else Microbatches(own)
+                for own in zip(*pieces, strict=True)
+            )
+        known = self.cut.function.state
+        arrays, given = pack(numbers_as_arrays(tree))
+        if given != known.spec:
+            raise ValueError(
+                "`fpipe.Pipe(split)`: the state is a tree as the function was split "
+                f"with, {describe(known.tree)}, got {describe(tree)}"
+            )
+        pairs = zip(self.cut.function.state_paths, known.leaves, arrays, strict=True)
+        for path, expected, got in pairs:
+            # Of state of rows there may be any number: `Pipe` looks at that.
+            first = 1 if self.function.state_rows else 0
+            same = got.shape[first:] == expected.shape[first:]
+            if len(got.shape) != len(expected.shape) or got.dtype != expected.dtype:
+                same = False
+            if not same:
+                hint = "" if first else " (state of rows is `Layer(state_rows=True)`)"
+                raise ValueError(
+                    f"`fpipe.Pipe(split)`: the state {path!r} is {describe(got)}, but "
+                    f"it was {describe(expected)} when the function was split{hint}"
+                )
+        return tuple(
+            tuple(arrays[leaf] for leaf in leaves) or None
+            for leaves in self.cut.wiring.state
+        )
+
+    def state_tree(self, states: Sequence[PyTree]) -> PyTree:
+        """The inverse of `state`: the function's own tree.
+
+        Arguments:
+            states: one entry per layer.
+        """
+        pieces = [s for s in states if isinstance(s, Microbatches)]
+        if pieces:
+            return Microbatches(
+                [
+                    self.state_tree([s and s[i] for s in states])
+                    for i in range(len(pieces[0]))
+                ]
+            )
+        leaves = dict[int, Any]()
+        for own, state in zip(self.cut.wiring.state, states, strict=True):
+            leaves.update(zip(own, state or (), strict=True))
+        spec = self.cut.function.state.spec
+        return spec.unpack([leaves[leaf] for leaf in range(spec.arrays)])
+
     def frozen(self, frozen: Frozen) -> PyTree:
         """What is frozen of the function's own tree, as flags by layer.
 
@@ -262,6 +348,7 @@ def split(
     *,
     side: PyTree = None,
     key: Any = None,
+    state: PyTree = None,
     train: bool = False,
     step: Any = None,
     stages: int | None = None,
@@ -280,14 +367,16 @@ def split(
 
     Arguments:
         fn: `fn(params, x, **needs)`, pure; `x` is any pytree. The needs `side`, `key`,
-            `train` and `step` are its keyword-only parameters, as those of a layer.
-            Its key on microbatch `i` is `fold_in(fold_in(key, 0), i)` of the call's
-            key, wherever it is cut.
+            `state`, `train` and `step` are its keyword-only parameters, as those of a
+            layer. Its key on microbatch `i` is `fold_in(fold_in(key, 0), i)` of the
+            call's key, wherever it is cut. With `state` it returns `y, state`.
         params: its parameters, or their shapes.
         x: an example of a microbatch, of any number of rows, or its shapes.
 
     Other Arguments:
-        side, key, train, step: examples of what calls will give; shapes will do.
+        side, key, state, train, step: examples of what calls will give; shapes will
+            do. `state` is any pytree, needed if `fn` asks for it: its arrays keep their
+            shapes.
         stages: into how many pieces, where it is cut by itself.
         cuts: paths of parameters as `jax.tree_util.keystr(path, simple=True,
             separator="/")` writes them, or what they begin with by whole parts: `"h/1"`
@@ -302,7 +391,8 @@ def split(
         TypeError: `fn` is no function, or has parameters that are no needs; a need that
             cannot be split yet.
         ValueError: no such parameters; too few places to cut at; a mark inside a loop,
-            a branch, a checkpointed function or one with its own derivative.
+            a branch, a checkpointed function or one with its own derivative; an array
+            of the state that is read in a piece before the one that writes it.
 
     Example:
         >>> def mlp(params, x):
@@ -323,12 +413,26 @@ def split(
             "`fpipe.Pipe(layers)` takes layers, and a split, as they are"
         )
     layer = as_layer(fn)
-    refused = [n for n in layer.needs or () if n in ("carry", "borrowed", "state")]
+    refused = [n for n in layer.needs or () if n in ("carry", "borrowed")]
     if refused:
         raise TypeError(
             f"`fpipe.split(fn)`: {layer.name!r} asks for {', '.join(refused)}, and a "
-            "function that is split can have the needs side, key, train and step alone"
+            "function that is split can have the needs side, key, state, train and "
+            "step alone"
         )
+    if layer.finish or layer.overwrite:
+        raise TypeError(
+            f"`fpipe.split(layer)`: {layer.name!r} declares finish or overwrite, which "
+            "a function that is split cannot have: give `fpipe.Pipe` the layers "
+            "themselves"
+        )
+    if layer.asks("state") != (state is not None):
+        what = "asks for its" if state is None else "asks for no"
+        raise TypeError(
+            f"`fpipe.split(fn, state=...)`: {layer.name!r} {what} state; the parameter "
+            "`state` and an example of it, or its shapes, belong together"
+        )
+    check_leaves(state, "state")
     if stages is not None:
         stages = as_int("fpipe.split", "stages", stages)
     train = as_bool("fpipe.split", "train", train)
@@ -352,7 +456,9 @@ def split(
     once, twice = (
         Kind.of(shapes.pop("x"), shapes) for shapes in first_and_twice(inputs)
     )
-    cut = CutFunction(Function.of(layer, params), once, cuts, stages)
+    function = Function.of(layer, params, state, RowsAt.of(x))
+    _check_rows(function, once, twice)
+    cut = CutFunction(function, once, cuts, stages)
     made = Split(cut)
     # Whatever is wrong is told here, and not in the first call.
     len(made)
@@ -371,3 +477,48 @@ def _as_paths(cuts: Any) -> tuple[str, ...]:
             'such as ["decoder"]'
         )
     return paths
+
+
+def _check_rows(function: Function, once: Kind, twice: Kind) -> None:
+    """State of rows is declared, and has as many as the microbatch that the function is
+    split for.
+
+    Arguments:
+        once, twice: the microbatch, and one of twice the rows.
+    """
+    if function.rows is None or not function.state.leaves:
+        return
+    rows = function.rows.count(once.x)
+    leaves = function.state.leaves
+    follows = [a.shape[:1] == (rows,) for a in leaves]
+    if function.layer.state_rows and not all(follows):
+        n = follows.index(False)
+        raise ValueError(
+            f"`fpipe.split(layer, state=...)`: the state {function.state_paths[n]!r} "
+            f"is {describe(leaves[n])}, but x has {rows} rows, and a state of rows "
+            "(`Layer(state_rows=True)`) has as many on its first axis"
+        )
+    if function.layer.state_rows is not None or not any(follows):
+        return
+    # Whether 64 entries are rows or channels shows with another number of rows: if the
+    # function takes as many, they are rows.
+    more = tuple(
+        a.update(shape=(2 * rows, *a.shape[1:])) if own else a
+        for own, a in zip(follows, leaves, strict=True)
+    )
+    state = dataclasses.replace(function.state, leaves=more)
+    try:
+        traced = trace_function(dataclasses.replace(function, state=state), twice)
+    except Exception:
+        return
+    read = {v for node in traced.live for v in node.ins}
+    found = [n for n, own in enumerate(follows) if own and traced.state[n] in read]
+    if not found:
+        return
+    path = function.state_paths[found[0]]
+    raise ValueError(
+        f"`fpipe.split(fn, state=...)`: the state follows the rows: {path!r} has an "
+        f"entry for each of the {rows} rows of x, and all microbatches would share "
+        "them: split `fpipe.Layer(fn, state_rows=True)`, and each microbatch gets "
+        "those of its own rows (`state_rows=False`: they are meant to share them)"
+    )

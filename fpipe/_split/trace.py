@@ -12,6 +12,8 @@ the trace of microbatches of 2 rows is
     | tanh         | 3     | 4     |     side    (2,)
     | add          | 4, 2  | 5     |     outputs (5,)
 
+State goes in and comes out as `state` and `new_state`, beside these.
+
 A function is traced once for each `Kind`: other shapes, `train`, or no key make another
 graph, in which the cuts have to be found again.
 """
@@ -30,6 +32,7 @@ from fpipe._core.leaks import TraceWatch
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
+    aval,
     describe,
     is_array,
     is_traced,
@@ -37,6 +40,7 @@ from fpipe._core.pytrees import (
     pack,
 )
 from fpipe._model.layer import Layer, LayerCall, call_layer
+from fpipe._model.microbatch import Whole, cut_inputs
 from fpipe._model.model import cast, wide_output
 from fpipe._program.graph import (
     Graph,
@@ -88,6 +92,27 @@ class Kind:
 
 
 @dataclasses.dataclass(frozen=True)
+class RowsAt:
+    """Where a microbatch of `x` tells its number of rows: an axis of an array."""
+
+    array: int
+    axis: int
+
+    @classmethod
+    def of(cls, x: PyTree) -> "RowsAt | None":
+        """Of a batch, with what says how it is cut; `None`: it is not."""
+        sources = cut_inputs({"x": x}, 1).splits["x"].sources
+        for n, source in enumerate(sources):
+            if not isinstance(source, Whole) and source.axis is not None:
+                return cls(n, source.axis)
+        return None
+
+    def count(self, x: Shape) -> int:
+        """The rows of a microbatch."""
+        return x.leaves[self.array].shape[self.axis]
+
+
+@dataclasses.dataclass(frozen=True)
 class Function:
     """The user's function.
 
@@ -95,23 +120,49 @@ class Function:
         layer: the function as a layer: its needs, and the checks of its call.
         params: the structure and the shapes of its parameters.
         paths: for each array of the parameters its path, such as `h/0/attention/w`.
+        state: the structure and the shapes of its state.
+        state_paths: for each array of the state its path.
+        rows: where a microbatch of `x` tells its number of rows; `None`: nowhere.
     """
 
     layer: Layer
     params: Shape
     paths: tuple[str, ...]
+    state: Shape
+    state_paths: tuple[str, ...]
+    rows: RowsAt | None
 
     @classmethod
-    def of(cls, layer: Layer, params: PyTree) -> "Function":
-        """From parameters, or their shapes."""
-        params = numbers_as_arrays(params)
-        named = jax.tree_util.tree_leaves_with_path(params)
-        paths = tuple(
-            jax.tree_util.keystr(path, simple=True, separator="/")
-            for path, leaf in named
-            if is_array(leaf)
+    def of(
+        cls, layer: Layer, params: PyTree, state: PyTree, rows: RowsAt | None
+    ) -> "Function":
+        """From parameters and state, or their shapes."""
+        params, state = numbers_as_arrays(params), numbers_as_arrays(state)
+        return cls(
+            layer,
+            Shape.of(params),
+            _paths_of(params),
+            Shape.of(state),
+            _paths_of(state),
+            rows,
         )
-        return cls(layer, Shape.of(params), paths)
+
+    def state_of(self, x: Shape) -> Shape:
+        """The shapes of the state of a microbatch: state of rows has as many."""
+        if not self.layer.state_rows or self.rows is None:
+            return self.state
+        rows = self.rows.count(x)
+        leaves = [a.update(shape=(rows, *a.shape[1:])) for a in self.state.leaves]
+        return dataclasses.replace(self.state, leaves=tuple(leaves))
+
+
+def _paths_of(tree: PyTree) -> tuple[str, ...]:
+    """For each array of a tree its path, such as `h/0/attention/w`."""
+    return tuple(
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if is_array(leaf)
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,8 +177,11 @@ class Traced:
         checkpoints: the checkpoints that an equation was in, the outermost first.
         roots: the parameters, and the rows of parameters, that it reads by themselves.
         params: the graph's value of each.
-        x, side, key, step: the graph's values of these inputs' arrays.
-        output: how the outputs become what the function returns.
+        params: the graph's value of each.
+        x, side, key, step, state: the graph's values of these inputs' arrays.
+        output: how `outputs` become what the function returns.
+        outputs: the graph's values of that.
+        new_state: for each array of the state the value that it has afterwards.
         kept: what the function has put where it stays, such as `float32[3]`; `""`:
             nothing.
         jaxpr: what the graph was read from.
@@ -143,16 +197,29 @@ class Traced:
     side: tuple[int, ...]
     key: tuple[int, ...]
     step: tuple[int, ...]
+    state: tuple[int, ...]
     output: Any
+    outputs: tuple[int, ...]
+    new_state: tuple[int, ...]
     kept: str
     jaxpr: Any
 
     @cached_property
     def live(self) -> tuple[Node, ...]:
-        """The equations that the outputs need, and those with effects."""
-        return tuple(
-            needed_nodes(self.graph, self.graph.outputs, required=self.effects)
-        )
+        """The equations that the outputs and the new state need, and those with
+        effects.
+        """
+        return self._needed_for(self.graph.outputs)
+
+    @cached_property
+    def live_for_y(self) -> frozenset[Node]:
+        """Those that the outputs need, or that have effects: all others make new state
+        alone.
+        """
+        return frozenset(self._needed_for(self.outputs))
+
+    def _needed_for(self, values: Sequence[int]) -> tuple[Node, ...]:
+        return tuple(needed_nodes(self.graph, values, required=self.effects))
 
     @cached_property
     def effects(self) -> tuple[Node, ...]:
@@ -178,6 +245,11 @@ class Traced:
     def of_key(self) -> set[int]:
         """The values that depend on the key."""
         return dependents(self.graph, self.key)
+
+    @cached_property
+    def of_state(self) -> set[int]:
+        """The values that depend on the state."""
+        return dependents(self.graph, self.state)
 
     @cached_property
     def first_uses(self) -> dict[int, int]:
@@ -281,25 +353,34 @@ def trace_function(
 
     Raises:
         ValueError: it holds a value of a trace around it.
+        TypeError: it returns another state than it is given.
     """
-    parts = (function.params, kind.x, kind.side, kind.key, kind.step)
+    parts = (
+        function.params,
+        kind.x,
+        kind.side,
+        kind.key,
+        kind.step,
+        function.state_of(kind.x),
+    )
     outputs: list[Any] = []
     watch = TraceWatch()
 
     def run(*values: Any) -> list[Any]:
         watch.see(values[-1])
         rest = iter(values)
-        params, x, side, key, step = (
+        params, x, side, key, step, state = (
             part.spec.unpack([next(rest) for _ in part.leaves]) for part in parts
         )
         # Casts are equations too: those of parameters are made where they are used.
         params, x, side = cast((params, x, side), dtype)
         given = {"side": side, "key": key, "step": step, "train": kind.train}
+        given["state"] = state
         needs = {name: given[name] for name in function.layer.needs or ()}
         result = call_layer(function.layer, 0, LayerCall(params, x, {}, needs))
         arrays, spec = pack(wide_output(result.y, dtype))
         outputs.append(spec)
-        return arrays
+        return [*arrays, *_checked_state(function.layer, parts[-1], result.state)]
 
     name = function.layer.name
     with _explaining(name):
@@ -314,10 +395,11 @@ def trace_function(
         )
     kept = watch.kept()
     rest = iter(graph.inputs)
-    params, x, side, key, step = (
+    params, x, side, key, step, state = (
         tuple(next(rest) for _ in part.leaves) for part in parts
     )
     opened = open_trace(graph, params, cut_leaves, roots)
+    count = outputs[-1].arrays
     return Traced(
         opened.graph,
         opened.marks,
@@ -329,10 +411,28 @@ def trace_function(
         side,
         key,
         step,
+        state,
         output=outputs[-1],
+        outputs=opened.graph.outputs[:count],
+        new_state=opened.graph.outputs[count:],
         kept=describe(kept[0]) if kept else "",
         jaxpr=closed,
     )
+
+
+def _checked_state(layer: Layer, old: Shape, new: PyTree) -> list[Any]:
+    """The arrays of the state that a function returns."""
+    if not layer.asks("state"):
+        return []
+    arrays, spec = pack(numbers_as_arrays(new))
+    kinds = [(a.shape, a.dtype) for a in map(aval, arrays)]
+    if spec != old.spec or kinds != [(a.shape, a.dtype) for a in old.leaves]:
+        raise TypeError(
+            f"`fpipe.split(fn)`: {layer.name!r} got the state "
+            f"{describe(old.tree)} and returned {describe(new)}; a state keeps its "
+            "structure, shapes and dtypes"
+        )
+    return arrays
 
 
 @contextlib.contextmanager

@@ -43,8 +43,8 @@ def _to_state_dict(packed: Packed) -> dict[str, Any]:
         # An update that changes nothing is one zero for all devices.
         return packing.take(rows, entry) if np.ndim(row) else row
 
-    trees = packing.trees([leaf(entry) for entry in packing.entries])
-    return serialization.to_state_dict(trees)
+    leaves = [leaf(entry) for entry in packing.shown_entries]
+    return serialization.to_state_dict(packing.shown_spec.unpack(leaves))
 
 
 def _on_host(row: Any) -> Any:
@@ -69,12 +69,12 @@ def _from_state_dict(target: Packed, state: Any) -> Packed:
             "is restored from a state dict with one entry per layer, got "
             f"{a_type(state)}"
         )
-    whole = packing.whole
+    whole = packing.shown_shapes
     restored = serialization.from_state_dict(whole, dict(state))
     leaves, treedef = jax.tree.flatten(whole)
     found = treedef.flatten_up_to(restored)
     arrays = [v for v, leaf in zip(found, leaves, strict=True) if is_array(leaf)]
-    given = dict(zip(packing.entries, arrays, strict=True))
+    given = dict(zip(packing.shown_entries, arrays, strict=True))
     kept = {e: v for e, v in given.items() if target.has_gradient(e)}
     for entry, value in kept.items():
         _check(where, value, target, entry)

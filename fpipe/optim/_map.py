@@ -490,7 +490,7 @@ def _check_packings(trees: Sequence[PyTree]) -> None:
                     "same ones in another order; give all as one pipe has them, by "
                     "`pipe.place(other.gather(params))`"
                 )
-    wholes = {Shape.of(node.packing.whole) for node in nodes}
+    wholes = {Shape.of(node.packing.shown_shapes) for node in nodes}
     for n, tree in enumerate(trees):
         for part in _tuples(tree):
             if Shape.of(map_arrays(strong, part)) in wholes:
@@ -515,8 +515,8 @@ def _tuples(tree: PyTree) -> Iterator[tuple[Any, ...]]:
 
 def _agree(template: StateTemplate, node: Packed) -> bool:
     """Whether a `Packed` is of other parameters, or packed as a template has it."""
-    layers = node.packing.whole
-    return not template.fits(layers) or template.packing_of(layers) == node.packing
+    tree = node.packing.shown_shapes
+    return not template.fits(tree) or template.packing_of(tree) == node.packing
 
 
 def _same_devices(one: AnyMesh | None, other: AnyMesh | None) -> bool:

@@ -39,6 +39,7 @@ from fpipe._executors.scan.packing import Packed as Packed
 from fpipe._executors.scan.storage import as_stored as as_stored
 from fpipe._executors.scan.storage import from_stored as from_stored
 from fpipe._executors.scan.storage import stored_shape as stored_shape
+from fpipe._model.function_layers import OwnTree
 from fpipe.optim._seen_leaves import Path, SeenLeaves, leaf_name, no_update
 
 _Args = ParamSpec("_Args")
@@ -98,13 +99,13 @@ def _is_empty(array: Any) -> bool:
 
 
 def unpack_tree(tree: PyTree) -> PyTree:
-    """Every `Packed` as a tuple with one pytree per layer."""
+    """Every `Packed` as the tree that it stands for, such as a tuple of layers."""
 
     def unpack(node: Any) -> Any:
         if not isinstance(node, Packed):
             return node
         leaves = []
-        for entry in node.packing.entries:
+        for entry in node.packing.shown_entries:
             row = node.arrays[node.packing.where[entry][0]]
             if not node.has_gradient(entry):
                 leaves.append(float0_like(node.packing.shape(entry)))
@@ -113,7 +114,7 @@ def unpack_tree(tree: PyTree) -> PyTree:
                 leaves.append(
                     row if _is_empty(row) else node.packing.take(node.arrays, entry)
                 )
-        return node.packing.trees(leaves)
+        return node.packing.shown_spec.unpack(leaves)
 
     return jax.tree.map(unpack, tree, is_leaf=is_packed)
 
@@ -122,7 +123,9 @@ def shapes_unpacked(tree: PyTree) -> PyTree:
     """The shapes of a tree, packed or not, as they are when it is unpacked."""
     return shapes_of(
         jax.tree.map(
-            lambda node: node.packing.whole if isinstance(node, Packed) else node,
+            lambda node: (
+                node.packing.shown_shapes if isinstance(node, Packed) else node
+            ),
             tree,
             is_leaf=is_packed,
         )
@@ -194,12 +197,12 @@ class Rows:
     def add(self, tree: PyTree) -> PyTree:
         """The tree unpacked, with a `PackedLeaf` for every leaf of a `Packed`."""
         return jax.tree.map(
-            lambda node: self._layers(node) if isinstance(node, Packed) else node,
+            lambda node: self._shown(node) if isinstance(node, Packed) else node,
             tree,
             is_leaf=is_packed,
         )
 
-    def _layers(self, node: Packed) -> tuple[PyTree, ...]:
+    def _shown(self, node: Packed) -> PyTree:
         packing = node.packing
         # Trees are added one after the other (parameters, state, gradients), so a row
         # has one number in its own `Packed` and another one here.
@@ -210,7 +213,7 @@ class Rows:
                 number[r] = len(self.arrays)
                 self.arrays.append(array)
         leaves = []
-        for entry in packing.entries:
+        for entry in packing.shown_entries:
             r, device = packing.where[entry]
             if not node.has_gradient(entry):
                 leaves.append(float0_like(packing.shape(entry)))
@@ -220,7 +223,7 @@ class Rows:
                 leaves.append(PackedLeaf(shape, node.arrays[r].dtype, cell))
             else:
                 leaves.append(node.arrays[r])  # Of what is not trained.
-        return packing.trees(leaves)
+        return packing.shown_spec.unpack(leaves)
 
 
 # --- out: rows, and what each device has in them ---
@@ -323,12 +326,12 @@ def update_outputs(like: PyTree, seen: SeenLeaves) -> PyTree:
         if not isinstance(node, Packed):
             return WholeOutput(next(numbers)) if next(is_seen) else no_update(node)
         number: dict[Entry, int] = {}
-        for k, shape in enumerate(node.packing.shapes):
-            # Static leaves count among all leaves, and are not seen.
-            positions = shape.spec.fill(range(len(shape.leaves)), -1)
-            for n in jax.tree.leaves(positions):
-                if next(is_seen):
-                    number[k, n] = next(numbers)
+        entries = node.packing.shown_entries
+        # Static leaves count among all leaves, and are not seen.
+        positions = node.packing.shown_spec.fill(range(len(entries)), -1)
+        for n in jax.tree.leaves(positions):
+            if next(is_seen):
+                number[entries[n]] = next(numbers)
         return PackedOutput.of(node.packing, number)
 
     return jax.tree.map(output, like, is_leaf=is_packed)
@@ -354,21 +357,18 @@ def state_outputs(
             return WholeOutput(number) if isinstance(number, int) else number
         leaves: dict[Entry, int] = {}
         absent: list[Entry] = []
-        for k, layer in enumerate(number):
-            # Static leaves are set aside in a packing, and have no number there.
-            kept = [n for n in jax.tree.leaves(layer) if _lies_in_a_cell(n)]
-            for n, leaf in enumerate(kept):
-                if isinstance(leaf, NoGradient):
-                    absent.append((k, n))
-                else:
-                    leaves[k, n] = leaf
+        for entry, leaf in template.leaves_of(number):
+            if isinstance(leaf, NoGradient):
+                absent.append(entry)
+            else:
+                leaves[entry] = leaf
         return PackedOutput.of(template.packing_of(node), leaves, absent)
 
     return jax.tree.map(
         output,
         state,
         numbers,
-        # A tuple of layers is one leaf here, but the state may hold it at any depth.
+        # A tree like the parameters is one leaf here, at any depth of the state.
         is_leaf=lambda node: _find_template(templates, node) is not None,
     )
 
@@ -390,68 +390,100 @@ class StateTemplate:
 
     def __init__(self, packing: Packing) -> None:
         self.packing = packing
-        self._entry_of: dict[tuple[int, Path], Entry] = {}
-        for k, shape in enumerate(packing.shapes):
-            positions = shape.spec.fill(range(len(shape.leaves)), None)
-            for path, n in jax.tree_util.tree_flatten_with_path(positions)[0]:
-                self._entry_of[k, path] = (k, n)
+        entries = packing.shown_entries
+        positions = packing.shown_spec.fill(range(len(entries)), None)
+        # Static leaves are set aside in a packing, and have no entry.
+        self._entry_of: dict[Path, Entry] = {
+            path: entries[n]
+            for path, n in jax.tree_util.tree_flatten_with_path(positions)[0]
+        }
 
     def fits(self, node: Any) -> bool:
-        """Whether a node is a tuple of layers with leaves in the places of these
-        parameters and nowhere else.
+        """Whether a node is a tree such as the parameters, with leaves in their places
+        and nowhere else.
         """
+        root = self.packing.shown_shapes
+        if is_array(root):
+            # One array of numbers is its own tree: a moment has its shape.
+            return is_array(node) and (node.shape, node.dtype) == (
+                root.shape,
+                root.dtype,
+            )
         # The states of optax are named tuples, so a plain tuple is one of layers, or
         # the state of an `optax.chain`. A chain of bare numbers fits too, if each layer
         # is a bare array; it is packed then, and comes out right all the same.
-        if type(node) is not tuple or len(node) != len(self.packing.shapes):
+        if type(node) is not type(root):
             return False
-        places = [(k, path) for k, layer in enumerate(node) for path in _places(layer)]
+        if isinstance(root, (tuple, list)) and len(node) != len(root):
+            return False
+        places = [path for path, _ in _leaves_in_cells(node)]
         if not places:
             # Parameters without any array are parameters too.
-            whole = jax.tree.structure(self.packing.whole)
+            whole = jax.tree.structure(root)
             return not self._entry_of and jax.tree.structure(node) == whole
         return all(place in self._entry_of for place in places)
 
-    def packing_of(self, layers: Sequence[PyTree]) -> Packing:
-        """How a tuple of layers, or the shapes of one, is packed."""
+    def leaves_of(self, node: PyTree) -> list[tuple[Entry, Any]]:
+        """The leaves of a state that is like the parameters, each with its entry in the
+        packing of the state.
+        """
         # A masked state has fewer leaves than the layer, so its leaves have other
         # numbers.
-        state_entry: dict[Entry, Entry] = {}  # By the parameter's.
-        for k, layer in enumerate(layers):
-            for n, path in enumerate(_places(layer)):
-                state_entry[self._entry_of[k, path]] = (k, n)
-        shapes = tuple(Shape.of(self._with_dtypes(k, t)) for k, t in enumerate(layers))
+        places = _leaves_in_cells(node)
+        mine = sorted(self._entry_of[path] for path, _ in places)
+        number: dict[Entry, Entry] = {}
+        counts: dict[int, int] = {}
+        for entry in mine:
+            k = entry[0]
+            number[entry] = (k, counts.get(k, 0))
+            counts[k] = counts.get(k, 0) + 1
+        return [(number[self._entry_of[path]], leaf) for path, leaf in places]
+
+    def packing_of(self, node: PyTree) -> Packing:
+        """How a tree that is like the parameters, or the shapes of one, is packed."""
+        node = self._with_dtypes(node)
+        leaves = dict(self.leaves_of(node))
+        places = [path for path, _ in _leaves_in_cells(node)]
+        state_entry = {  # By the parameter's.
+            self._entry_of[path]: entry
+            for path, entry in zip(places, leaves, strict=True)
+        }
+        if self.packing.own is None:
+            shapes = tuple(map(Shape.of, node))
+            own = None
+        else:
+            layers: list[list[Any]] = [[] for _ in self.packing.shapes]
+            for k, n in sorted(leaves):
+                layers[k].append(leaves[k, n])
+            shapes = tuple(Shape.of(tuple(layer)) for layer in layers)
+            own = OwnTree(pack(node)[1], tuple(leaves))
         rows = [
             row
             for old in self.packing.rows
             for row in self._rows_like(old, state_entry, shapes)
         ]
-        return Packing(shapes, tuple(rows))
+        return Packing(shapes, tuple(rows), own)
 
-    def _with_dtypes(self, k: int, layer: PyTree) -> PyTree:
-        """A layer with the shape of the parameter where there is no gradient: that is
+    def _with_dtypes(self, node: PyTree) -> PyTree:
+        """A tree with the shape of the parameter where there is no gradient: that is
         how gradients are packed.
         """
 
         def shape(path: Path, leaf: Any) -> Any:
             if not isinstance(leaf, NoGradient):
                 return leaf
-            dtype = self.packing.shape(self._entry_of[k, path]).dtype
+            dtype = self.packing.shape(self._entry_of[path]).dtype
             return jax.ShapeDtypeStruct(leaf.shape, dtype)
 
-        return jax.tree_util.tree_map_with_path(shape, layer)
+        return jax.tree_util.tree_map_with_path(shape, node)
 
-    def pack(self, layers: tuple[PyTree, ...], mesh: AnyMesh | None) -> Packed:
-        """A tuple of layers, packed; without weak types, so that a state has one
-        structure in all steps.
+    def pack(self, node: PyTree, mesh: AnyMesh | None) -> Packed:
+        """A tree that is like the parameters, packed; without weak types, so that a
+        state has one structure in all steps.
         """
-        layers = map_arrays(strong, layers)
-        packing = self.packing_of(layers)
-        leaves = {
-            (k, n): leaf
-            for k, layer in enumerate(layers)
-            for n, leaf in enumerate(pack(layer)[0])
-        }
+        node = map_arrays(strong, node)
+        packing = self.packing_of(node)
+        leaves = dict(self.leaves_of(node))
         rows = []
         for row in packing.rows:
             blocks = [
@@ -497,10 +529,10 @@ class StateTemplate:
             yield Row(shape, dtype, entries)
 
 
-def _places(layer: PyTree) -> list[Path]:
-    """The paths of what lies in cells, of a layer of a state."""
-    named = jax.tree_util.tree_flatten_with_path(layer)[0]
-    return [path for path, leaf in named if _lies_in_a_cell(leaf)]
+def _leaves_in_cells(tree: PyTree) -> list[tuple[Path, Any]]:
+    """What lies in cells, of a state that is like the parameters."""
+    named = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [(path, leaf) for path, leaf in named if _lies_in_a_cell(leaf)]
 
 
 def templates_of(tree: PyTree) -> list[StateTemplate]:
@@ -539,9 +571,9 @@ def check_packing(templates: Sequence[StateTemplate], state: PyTree, fix: str) -
         # The leaves may be right and their places wrong: the same layers on other
         # devices. What crosses a mesh is gathered on every device, so the update would
         # hold the whole state on each of them; `place` moves it outside.
-        layers = node.packing.whole
+        tree = node.packing.shown_shapes
         if not any(
-            template.fits(layers) and template.packing_of(layers) == node.packing
+            template.fits(tree) and template.packing_of(tree) == node.packing
             for template in templates
         ):
             raise ValueError(

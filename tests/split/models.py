@@ -22,6 +22,7 @@ class Example:
         paths: where it is cut by parameters.
         marks: how many marks it has.
         needs: what a call gives besides.
+        state: what it begins with, if it has state.
     """
 
     fn: Callable[..., Any]
@@ -30,6 +31,7 @@ class Example:
     paths: tuple[str, ...]
     marks: int = 1
     needs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    state: Any = None
 
     def split(self, **how: Any) -> fpipe.Split:
         """Cut, by an example of two rows."""
@@ -37,6 +39,8 @@ class Example:
         needs = dict(self.needs)
         if "side" in needs:
             needs["side"] = rows(needs["side"], 0, 2)
+        if self.state is not None:
+            needs["state"] = self.state
         with warnings.catch_warnings():
             # What nothing uses, and rows that read others, are what a test is about.
             warnings.filterwarnings("ignore", "`fpipe.split")
@@ -58,8 +62,9 @@ def loss(y: Any) -> Any:
 
 def plain(example: Example, params: Any, size: int) -> tuple[Any, Any]:
     """The loss and the outputs of the function itself, on microbatches of so many
-    rows.
+    rows. With state the outputs are a pair with that behind the last one.
     """
+    state = example.state
     count = jax.tree.leaves(example.x)[0].shape[0]
     total, pieces = 0.0, []
     for i, start in enumerate(range(0, count, size)):
@@ -69,10 +74,15 @@ def plain(example: Example, params: Any, size: int) -> tuple[Any, Any]:
             needs["key"] = jax.random.fold_in(jax.random.fold_in(needs["key"], 0), i)
         if "side" in needs:
             needs["side"] = rows(needs["side"], start, stop)
-        y = example.fn(params, rows(example.x, start, stop), **needs)
+        if state is None:
+            y = example.fn(params, rows(example.x, start, stop), **needs)
+        else:
+            needs["state"] = jax.lax.stop_gradient(state)
+            y, state = example.fn(params, rows(example.x, start, stop), **needs)
         pieces.append(y)
         total = total + loss(y) * ((stop - start) / count)
-    return total, jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
+    y = jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
+    return total, y if state is None else (y, state)
 
 
 def _residual_mlp(params, x):
@@ -193,6 +203,46 @@ def scanned() -> Example:
     needs = {"key": jax.random.key(7), "train": True}
     paths = ("blocks/2", "out")
     return Example(_scanned, params, weights(6, WIDTH, seed=3), paths, 4, needs)
+
+
+def _batch_norm(params, x, *, state, key=None, train=False):
+    h, new = x, {}
+    for n, (name, p) in enumerate(sorted(params.items())):
+        h = h @ p["w"]
+        h = h if n else fpipe.cut(h)
+        old = state[name]
+        if train:
+            mean, var = jnp.mean(h, 0), jnp.var(h, 0)
+            new[name] = {
+                "mean": 0.9 * old["mean"] + 0.1 * mean,
+                "var": 0.9 * old["var"] + 0.1 * var,
+            }
+        else:
+            mean, var = old["mean"], old["var"]
+            new[name] = old
+        h = (h - mean) * jax.lax.rsqrt(var + 0.1) * p["scale"]
+        if key is not None:
+            kept = jax.random.bernoulli(jax.random.fold_in(key, n), 0.7, h.shape)
+            h = jnp.where(kept, h, 0.0)
+        h = jnp.tanh(h)
+    seen = state["seen"] + (1 if train else 0)
+    return h, {**new, "seen": seen, "unused": state["unused"]}
+
+
+def batch_norm() -> Example:
+    """Two batch norms with dropout, a mark before the first one's statistics."""
+    layer = {"w": weights(WIDTH, WIDTH), "scale": weights(WIDTH, seed=1)}
+    statistics = {"mean": jnp.zeros(WIDTH), "var": jnp.ones(WIDTH)}
+    state = {"a": statistics, "b": statistics}
+    state |= {"seen": jnp.zeros((), jnp.int32), "unused": jnp.ones(2)}
+    return Example(
+        _batch_norm,
+        {"a": layer, "b": layer},
+        weights(6, WIDTH, seed=3),
+        ("b",),
+        needs={"key": jax.random.key(7), "train": True},
+        state=state,
+    )
 
 
 EXAMPLES = {f.__name__: f for f in (residual_mlp, u_net, gpt, two_inputs, scanned)}

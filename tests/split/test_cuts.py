@@ -237,8 +237,6 @@ def test_wrong_arguments():
         fpipe.split(fn, params, x, cuts=["blocks/1"], stages=2)
     with pytest.raises(ValueError, match="there are 1 places"):
         fpipe.split(lambda p, x: (x @ p[0]) @ p[1], [X.T, X], X, stages=9)
-    with pytest.raises(TypeError, match="asks for state"):
-        fpipe.split(lambda p, x, *, state: (x, state), params, x)
 
     def outer(a):
         fpipe.split(lambda p, x: x * a, {}, X)

@@ -179,8 +179,9 @@ class Watch:
             made = call(*arrays)
             array = made[result]
             # Some programs run in the thread that calls them. Then nobody has to wake
-            # up to see the end.
-            ended = time.perf_counter() if array.is_ready() else None
+            # up to see the end. A key can be waited for, and cannot be asked.
+            is_ready = getattr(array, "is_ready", None)
+            ended = time.perf_counter() if is_ready and is_ready() else None
             # The next program on this device consumes the array, and then it cannot be
             # waited for. So the mark is issued now, before that program.
             if mark is not None:

@@ -28,8 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fpipe._core.pytrees import PyTree, Shape, nbytes, pack
+from fpipe._core.pytrees import PyTree, Shape, Spec, nbytes, pack
 from fpipe._executors.scan.units import Units
+from fpipe._model.function_layers import OwnTree
 
 # An array: a layer, and the array's number among the layer's own.
 Entry: TypeAlias = tuple[int, int]
@@ -86,10 +87,13 @@ class Packing:
     Attributes:
         shapes: of each layer's pytree.
         rows: the arrays over the mesh.
+        own: of parameters of a function that was split the tree that its user has;
+            `None`: users have one entry per layer.
     """
 
     shapes: tuple[Shape, ...]
     rows: tuple[Row, ...]
+    own: OwnTree | None = None
 
     @classmethod
     def of(cls, units: Units, shapes: Sequence[Shape]) -> "Packing":
@@ -127,6 +131,41 @@ class Packing:
         """The shapes of the arrays, as one pytree for each layer."""
         return tuple(shape.tree for shape in self.shapes)
 
+    # --- as users see it: by layer, or a function's own tree ---
+
+    @cached_property
+    def by_layer(self) -> "Packing":
+        """The same arrays with one entry per layer, as executors take them."""
+        return self if self.own is None else Packing(self.shapes, self.rows)
+
+    @cached_property
+    def _shown(self) -> dict[OwnTree, "Packing"]:
+        return {}
+
+    def shown_as(self, own: OwnTree) -> "Packing":
+        """The same arrays as a function's own tree."""
+        if own not in self._shown:
+            made = Packing(self.shapes, self.rows, own)
+            # The very same one comes back: calls compare it.
+            made.__dict__["by_layer"] = self
+            self._shown[own] = made
+        return self._shown[own]
+
+    @cached_property
+    def shown_entries(self) -> tuple[Entry, ...]:
+        """The arrays in the order of the tree that users see."""
+        return self.entries if self.own is None else self.own.places
+
+    @cached_property
+    def shown_spec(self) -> Spec:
+        """The structure of the tree that users see."""
+        return pack(self.whole)[1] if self.own is None else self.own.spec
+
+    @property
+    def shown_shapes(self) -> PyTree:
+        """The tree that users see, of shapes."""
+        return self.shown_spec.unpack([self.shape(e) for e in self.shown_entries])
+
     @cached_property
     def where(self) -> Mapping[Entry, Location]:
         """The row and the device of each array."""
@@ -141,6 +180,8 @@ class Packing:
     def paths(self) -> tuple[str, ...]:
         """A name for each row: its first array's, by layer."""
         first = [next(e for e in row.entries if e) for row in self.rows]
+        if self.own is not None:
+            return tuple(self._keys[e] for e in first)
         return tuple(f"{e[0]}{self._keys[e]}" for e in first)
 
     @cached_property
@@ -163,13 +204,20 @@ class Packing:
         return f"{zlib.crc32(repr((row.shape, held)).encode()):08x}"
 
     def name(self, entry: Entry) -> str:
-        """An array's path in the tuple of layers, such as `[0]['w']`."""
+        """An array's path in the tree that users see, such as `[0]['w']`."""
+        if self.own is not None:
+            return self._keys[entry]
         return f"[{entry[0]}]{self._keys[entry]}"
 
     @cached_property
     def _keys(self) -> Mapping[Entry, str]:
-        """Each array's path in its layer."""
+        """Each array's path in its layer, or in a function's own tree."""
         keys: dict[Entry, str] = {}
+        if self.own is not None:
+            numbers = self.own.spec.fill(range(len(self.own.places)), None)
+            for path, n in jax.tree_util.tree_flatten_with_path(numbers)[0]:
+                keys[self.own.places[n]] = jax.tree_util.keystr(path)
+            return keys
         for k, shape in enumerate(self.shapes):
             # The layer's pytree with a number in place of each array gives its path.
             numbers = shape.spec.unpack(range(shape.spec.arrays))
@@ -322,7 +370,8 @@ class Packed:
     Its leaves are the arrays, each with a first axis of devices, so that
     `jax.tree.map`, optax and checkpoint libraries work on it; the latter only for the
     same partition. `pipe.gather` turns it back into a tuple with one entry per layer,
-    and `flax.serialization` saves it so, once `fpipe.flax` is imported.
+    or the tree of a function that was split, and `flax.serialization` saves it so, once
+    `fpipe.flax` is imported.
 
     Attributes:
         arrays: the arrays; block `d` of each is on device `d` of the mesh axis
@@ -353,6 +402,11 @@ class Packed:
         parameters differ.
         """
         return self.packing.padding
+
+    @property
+    def by_layer(self) -> "Packed":
+        """The same with one entry per layer, as executors take it."""
+        return Packed(self.arrays, self.packing.by_layer, self.absent)
 
     def __contains__(self, name: object) -> bool:
         """`False`: arrays have no names that could be asked for. Flax's `TrainState`
