@@ -39,10 +39,9 @@ from fpipe._executors.scan.mesh import stage_context
 from fpipe._executors.scan.packing import Packed
 from fpipe._model.frozen import Frozen, check_frozen
 from fpipe._model.loss import Reduction, as_loss
-from fpipe._model.microbatch import first_microbatch
+from fpipe._model.microbatch import first_example, first_microbatch
 from fpipe._model.needs import call_needs, check_key, stand_ins
 from fpipe._model.remat import Policy
-from fpipe._model.wrappers import NoChunk
 from fpipe._pipe import Pipe
 from fpipe._planning.layer_costs import BalanceBy
 from fpipe._planning.prediction import Prediction
@@ -51,6 +50,7 @@ from fpipe._split.layers import PieceLayer
 from fpipe._split.loss_function import LossCall, LossFunction, as_returned
 from fpipe._split.split import Split, split
 from fpipe._split.trace import Kind
+from fpipe._tune import Tuning, tune
 from fpipe.schedules import Schedule
 
 # What these methods take besides the loss function's arguments. An argument of the
@@ -170,9 +170,9 @@ class ValueAndGrad:
                 # one too.
                 given = stand_ins(key=call.key) if self._function.draws else {}
                 key = given.get("key")
-                # It is of the right size already: no array is cut again.
-                pieces = split(function, params, NoChunk(x), key=key, **self._cutting)
-            self._built = self._built_of(pieces, self._options, call)
+                example = first_example(call.x, self._options["chunks"])
+                pieces = split(function, params, example, key=key, **self._cutting)
+            self._built = self._built_of(self._pipe_of(pieces, self._options, call))
         elif not self._takes(self._built, kind):
             self._built = self._widened(self._built, call, kind, name)
         self._built.modes.add(mode)
@@ -186,7 +186,7 @@ class ValueAndGrad:
         """
         pieces = before.split.also_for(kind)
         options = self._options | {"balance": before.pipe.balance}
-        made = self._built_of(pieces, options, call)
+        made = self._built_of(self._pipe_of(pieces, options, call))
         same = pieces.cut.wiring.owned == before.split.cut.wiring.owned
         if same and made.pipe.mesh is not None:
             # How parameters are packed is a part of their structure.
@@ -211,13 +211,16 @@ class ValueAndGrad:
         with self._tracing():
             return piece.cut.fits(kind)
 
-    def _built_of(
+    def _pipe_of(
         self, pieces: Split, options: Mapping[str, Any], call: LossCall
-    ) -> _Built:
+    ) -> Pipe:
         # A balance by name looks at a batch.
         sample = call.x if isinstance(options["balance"], str) else None
-        pipe = Pipe(pieces, sample=sample, **options)
-        loss = self._function.loss
+        return Pipe(pieces, sample=sample, **options)
+
+    def _built_of(self, pipe: Pipe) -> _Built:
+        pieces, loss = pipe.layers, self._function.loss
+        assert isinstance(pieces, Split)
         step = pipe.value_and_grad(
             as_returned, loss.has_aux, loss.reduction, frozen=self._frozen
         )
@@ -403,6 +406,60 @@ class ValueAndGrad:
                 key=call.key,
                 **mine,
             )
+
+    def tune(self, *args: Any, **kwargs: Any) -> Tuning:
+        """Choose schedule, number of microbatches and checkpoint mode by predictions;
+        see `fpipe.tune`. `step.with_pipe(tuning.pipe)` is the step that it found.
+
+        Arguments:
+            args, kwargs: as for the loss function; shapes will do. Parameters may be
+                `None`, if there is an `init=`.
+
+        Other Arguments:
+            chunks, schedules, checkpoints: what to try, as for `fpipe.tune`.
+            memory, by, speed, latency, bandwidth, optimizer, compiled: as for
+                `fpipe.tune`.
+        """
+        args = self._with_shapes("step.tune", args, kwargs)
+        built, call, mine = self._called("step.tune", args, kwargs, _OF_TUNE)
+        loss = self._function.loss
+        # What it chooses is no option of its candidates.
+        chosen = ("balance", "chunks", "checkpoint", "schedule")
+        options = {k: v for k, v in self._options.items() if k not in chosen}
+        with self._naming("step.tune"):
+            return tune(
+                built.split,
+                call.x,
+                loss_fn=as_returned,
+                has_aux=loss.has_aux,
+                reduction=loss.reduction,
+                key=call.key,
+                params=built.split.param_shapes,
+                **options,
+                **mine,
+            )
+
+    def with_pipe(self, pipe: Pipe) -> "ValueAndGrad":
+        """The same loss function on another pipe of its pieces.
+
+        Arguments:
+            pipe: of `step.split`, such as that of a `step.tune(...)`, or
+                `dataclasses.replace(step.pipe, schedule="zb_h1")`.
+
+        Raises:
+            TypeError: no such pipe.
+        """
+        if not isinstance(pipe, Pipe) or pipe.layers != self._known("with_pipe").split:
+            raise TypeError(
+                f"`step.with_pipe({shown(pipe)})`: a pipe of this step's pieces is "
+                "needed, `fpipe.Pipe(step.split, ...)`"
+            )
+        options = {name: getattr(pipe, name) for name in self._options}
+        made = ValueAndGrad(
+            self._function, self._cutting, options, self._frozen, self._init
+        )
+        made._built = made._built_of(pipe)
+        return made
 
     def _with_shapes(
         self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]

@@ -517,6 +517,22 @@ def first_microbatch(
     return shapes.pop("x"), shapes
 
 
+def first_example(x: PyTree, chunks: int) -> PyTree:
+    """The shapes of the first microbatch of `x`, in wrappers that say where it has
+    rows: what goes whole to every microbatch is a `NoChunk` again.
+
+    Raises:
+        ValueError: it cannot be cut.
+    """
+    cut = cut_inputs({"x": x}, chunks)
+    shape = cut.piece_shape("x", 0, [aval(a) for a in pack(x)[0]])
+    wrapped = list[Any]()
+    for source, a in zip(cut.splits["x"].sources, shape.leaves, strict=True):
+        axis = None if isinstance(source, Whole) else source.axis
+        wrapped.append(NoChunk(a) if axis is None else Chunk(a, axis) if axis else a)
+    return shape.spec.unpack(wrapped)
+
+
 def first_and_twice(
     inputs: Mapping[str, PyTree],
 ) -> tuple[dict[str, PyTree], dict[str, PyTree]]:

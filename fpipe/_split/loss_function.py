@@ -31,6 +31,7 @@ from fpipe._model.layer import Layer, function_name, has_floats, inside_of
 from fpipe._model.loss import Loss
 from fpipe._model.needs import BY_NAME
 from fpipe._model.wrappers import Microbatches, NoChunk, PerRow, is_wrapper
+from fpipe._split.mark import as_aux
 
 KEY = "key"
 
@@ -191,7 +192,7 @@ class LossFunction:
             return value
         return value, jax.tree.map(
             lambda leaf: _Rows(leaf.value) if is_wrapper(leaf) else leaf,
-            aux,
+            as_aux(aux),
             is_leaf=is_wrapper,
         )
 

@@ -16,6 +16,9 @@ from fpipe._program.graph import Node, given_name
 
 PREFIX = "fpipe.cut:"
 
+# What a loss function returns beside its loss.
+_AUX = "fpipe.aux"
+
 
 def cut(h: PyTree, name: str = "") -> PyTree:
     """Mark where `fpipe.split` cuts the function that is being written; else nothing.
@@ -53,6 +56,20 @@ def cut(h: PyTree, name: str = "") -> PyTree:
             leaves[n] = checkpoint_name(leaf, PREFIX + name)
             return structure.unflatten(leaves)
     raise TypeError(f"`fpipe.cut(h)`: h is {describe(h)}, which has no array to mark")
+
+
+def as_aux(tree: PyTree) -> PyTree:
+    """Mark the arrays that a loss function returns beside its loss: each microbatch's
+    reach the caller, and nothing takes their mean.
+    """
+    return jax.tree.map(
+        lambda leaf: checkpoint_name(leaf, _AUX) if is_array(leaf) else leaf, tree
+    )
+
+
+def is_aux(node: Node | None) -> bool:
+    """Whether an equation is that mark."""
+    return node is not None and given_name(node) == _AUX
 
 
 def mark_of(node: Node) -> str | None:

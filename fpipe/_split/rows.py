@@ -25,6 +25,7 @@ import numpy as np
 from fpipe._core.errors import at_line, line_of, warn
 from fpipe._core.pytrees import describe
 from fpipe._program.graph import Graph, Node, dependents, inline
+from fpipe._split.mark import is_aux
 from fpipe._split.notes import REDUCTIONS
 from fpipe._split.trace import Function, Kind, Traced, trace_function
 
@@ -280,6 +281,9 @@ class RowUse:
         for v in self.outputs:
             reduced = self.reduced.get(v)
             if reduced is None or self.graph.avals[v].shape or reduced.bent is None:
+                continue
+            # The caller gets that of each microbatch, and sees what it is.
+            if is_aux(self.graph.maker.get(v)):
                 continue
             by, bent = reduced.by, reduced.bent
             behind = ""

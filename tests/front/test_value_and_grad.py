@@ -215,7 +215,8 @@ def test_named_static_arguments_are_values():
     for n in (2, 3, 2, 3):
         value, _ = step(placed, x, n, how=("sum", 2))
         assert_same(jax.device_get(value), jax.device_get(jnp.mean(x**n)))
-    assert traces["power"] == 2
+    # One for each value, and one that looks at what a function does with rows.
+    assert traces["power"] == 3
 
 
 def test_under_scan_it_stands_in_the_users_own_jit():
@@ -339,10 +340,12 @@ def test_one_trace_is_enough_for_the_plan_the_programs_and_the_step():
     x = batch_of()[0]["x"]
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
     step.plan(jax.eval_shape(params_of), shape)
+    # One to be cut and run, and one that looks at what it does with rows.
+    assert traces["once"] == 2
     assert step.compile(jax.eval_shape(params_of), shape) > 0
     params = step.place(params_of(), x)
     step(params, x)
-    assert traces["once"] == 1
+    assert traces["once"] == 2
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -394,6 +397,33 @@ def test_options_of_a_pipe():
     grads["blocks"][0]["w"] = jnp.zeros_like(params["blocks"][0]["w"])
     updates, _ = tx.update(grads, tx.init(params), params)
     assert jax.tree.structure(updates) == jax.tree.structure(params_of())
+
+
+def test_tuning_finds_another_pipe_of_the_same_pieces():
+    step = step_of(init=init, chunks=2)
+    batch, weight = jax.eval_shape(batch_of)
+    tuning = step.tune(None, batch, weight, chunks=[3], schedules=["gpipe", "zb_h1"])
+    assert {c.schedule for c in tuning.candidates} == {"gpipe", "zb_h1"}
+    tuned = step.with_pipe(tuning.pipe)
+    assert tuned.pipe == tuning.pipe
+    batch, weight = batch_of()
+    params = tuned.place(params_of(), batch, weight)
+    (value, aux), _ = tuned(params, batch, weight)
+    want, _ = in_plain_jax(loss_fn, params_of(), batch, weight)
+    assert_same(value, want[0])
+    assert aux["largest"].shape == (3,)
+    with pytest.raises(TypeError, match="a pipe of this step's pieces"):
+        step.with_pipe(step)
+
+
+def test_what_a_microbatch_changes_is_told_of_the_loss_and_not_of_aux():
+    """The aux of `loss_fn` has a maximum over rows, and is silent in all tests here."""
+
+    def bent(params, x):
+        return jnp.sqrt(jnp.mean(blocks(params, x) ** 2))
+
+    with pytest.warns(UserWarning, match="which is no sum or mean over them"):
+        step_of(fn=bent, has_aux=False).place(params_of(), batch_of()[0]["x"])
 
 
 # --- errors ---
