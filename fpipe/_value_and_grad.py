@@ -111,8 +111,13 @@ class ValueAndGrad:
         self._built: _Built | None = None
 
     def __repr__(self) -> str:
-        built = "" if self._built is None else f", {self._built.pipe!r}"
-        return f"fpipe.value_and_grad({self._function.name}{built})"
+        if self._built is None:
+            return f"fpipe.value_and_grad({self._function.name})"
+        pieces, stages = len(self.split), len(self.pipe.balance)
+        return (
+            f"fpipe.value_and_grad({self._function.name}: {pieces} pieces in {stages} "
+            "stages)"
+        )
 
     # --- what it is made of ---
 

@@ -412,8 +412,9 @@ def test_tuning_finds_another_pipe_of_the_same_pieces():
     want, _ = in_plain_jax(loss_fn, params_of(), batch, weight)
     assert_same(value, want[0])
     assert aux["largest"].shape == (3,)
+    other: Any = step
     with pytest.raises(TypeError, match="a pipe of this step's pieces"):
-        step.with_pipe(step)
+        step.with_pipe(other)
 
 
 def test_what_a_microbatch_changes_is_told_of_the_loss_and_not_of_aux():
