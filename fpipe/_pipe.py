@@ -27,7 +27,7 @@ from fpipe._core.caches import Recent
 from fpipe._core.checks import as_bool, as_compute_dtype, as_int, is_one_of
 from fpipe._core.errors import shown
 from fpipe._core.forks import check_process
-from fpipe._core.meshes import in_trace, no_mesh, set_aside
+from fpipe._core.meshes import in_trace, set_aside
 from fpipe._core.pytrees import (
     PyTree,
     is_traced,
@@ -57,7 +57,9 @@ from fpipe._executors.placement import (
     Device,
     Place,
     Placement,
+    as_data_axes,
     as_placements,
+    as_places,
     first_placements,
 )
 from fpipe._executors.programs import Layout
@@ -65,7 +67,12 @@ from fpipe._executors.progress import Progress, as_progress
 from fpipe._executors.protocol import Executor
 from fpipe._executors.recording import record
 from fpipe._executors.scan.executor import Scan
-from fpipe._executors.scan.mesh import as_mesh, stage_context, stage_devices
+from fpipe._executors.scan.mesh import (
+    as_mesh,
+    check_size,
+    stage_context,
+    stage_places,
+)
 from fpipe._executors.scan.packing import Packed
 from fpipe._executors.scheduling import Scheduling
 from fpipe._executors.sequential import PlainExecutor
@@ -118,8 +125,9 @@ class Pipe(Call):
             `sample`, `"flops"`, `"bytes"`, `"time"` (measured on the first device) or
             `"memory"`. The field is always the numbers.
         devices: one per stage (one per device of the schedule, if that puts several
-            stages on each), a `jax.Device` or a `Sharding` of one device; repeats and
-            any order are allowed, extra ones ignored. Default `jax.devices()`.
+            stages on each), a `jax.Device` or, for a stage on several devices, a
+            `jax.sharding.Mesh`; repeats and any order are allowed, extra ones ignored.
+            Meshes may differ in size. Default `jax.devices()`.
         chunks: the number of microbatches asked for; default 1.
 
     Other Arguments:
@@ -138,9 +146,12 @@ class Pipe(Call):
             dispatched to the devices. `"scan"`: the whole call as one program, which
             may stand inside `jax.jit` and run on several processes; then parameters are
             `fpipe.Packed`.
-        mesh: for `"scan"`: a `jax.sharding.Mesh` with an axis `"stage"`, in place of
-            `devices`. Its other axes stay automatic: over an axis `"data"` batches are
-            sharded. Default a mesh of the devices alone.
+        mesh: a `jax.sharding.Mesh` with an axis `"stage"`, in place of `devices`: each
+            stage lives on the mesh of the other axes, which stay automatic. Default for
+            `"scan"` a mesh of the devices alone.
+        data_axes: names of axes of meshes over which the rows of each microbatch are
+            shared; gradients cross them once per step. Default `("data",)`, if there is
+            such an axis; for `"scan"` it can be no other.
         dispatch: who hands programs to the devices. `"one_thread"`: the calling thread,
             in clock order. `"thread_per_device"`: a thread for each device, which ends
             with the call; it keeps the devices busy where handing over a program waits
@@ -187,13 +198,14 @@ class Pipe(Call):
 
     layers: tuple[Layer, ...] | Split
     balance: tuple[int, ...]
-    devices: tuple[Device, ...]
+    devices: tuple[Device | Mesh, ...]
     chunks: int
     checkpoint: str | Policy
     schedule: str | Schedule | Callable[[int, int], Schedule]
     executor: str
     dispatch: Dispatch
     mesh: Mesh | None
+    data_axes: tuple[str, ...]
     compute_dtype: Any
     deferred_batch_norm: bool
     detect_anomaly: bool
@@ -209,6 +221,7 @@ class Pipe(Call):
         executor: str = "placed",
         dispatch: Dispatch = "auto",
         mesh: Mesh | None = None,
+        data_axes: Sequence[str] | None = None,
         compute_dtype: Any = None,
         deferred_batch_norm: bool = False,
         detect_anomaly: bool = False,
@@ -230,8 +243,6 @@ class Pipe(Call):
                 "runs: write `Pipe(split)`, and make what comes before or behind a "
                 "part of the function"
             )
-        if mesh is not None and executor != "scan":
-            raise ValueError('`Pipe(mesh=...)`: a mesh is for executor="scan"')
         if not is_one_of(dispatch, DISPATCH):
             raise ValueError(
                 f"`Pipe(dispatch={shown(dispatch)})`: one of "
@@ -257,15 +268,24 @@ class Pipe(Call):
             )
         if deferred_batch_norm:
             model = Model(deferred(layers, "Pipe"), compute_dtype)
-        placements = as_placements(
-            devices if mesh is None else stage_devices(mesh, devices)
-        )
+        places = as_places(devices) if mesh is None else None
+        if places is None:
+            places = stage_places(mesh, devices, executor)
+        elif executor == "scan" and any(isinstance(place, Mesh) for place in places):
+            raise ValueError(
+                '`Pipe(executor="scan", devices=...)`: several devices for each stage '
+                'are given as one mesh with an axis "stage", `mesh=`'
+            )
+        data_axes = as_data_axes(data_axes, places if mesh is None else [mesh])
+        placements = as_placements(places, data_axes)
         # 3. The cut. The order matters: how many stages there are depends on the
         # schedule and the devices, which stage lives where on the number of stages, and
         # how many devices are used on that.
         known = params_by_layer(layers, None)
         uncut = PipeSetup(model, scheduling, remat, placements, chunks, known)
-        tracing = no_mesh() if mesh is None else stage_context(mesh)
+        tracing = placements[0].tracing()
+        if executor == "scan" and mesh is not None:
+            tracing = stage_context(mesh)
         with set_aside(), tracing:
             # A function that was split knows what its pieces take.
             if isinstance(layers, Split) and balance is None and sample is None:
@@ -275,22 +295,25 @@ class Pipe(Call):
             len(balance), len(placements), chunks
         )
         placements = first_placements(placements, 1 + max(stage_to_device))
-        devices = tuple(p.device for p in placements)
+        own = tuple(p.place for p in placements)
         # The scan executor runs on a mesh always; one is made of plain devices.
         if executor == "scan":
-            mesh = as_mesh(list(devices), mesh, len(balance))
+            mesh = as_mesh(own, mesh, len(balance))
+        elif mesh is not None:
+            check_size(mesh, len(own), len(balance))
         # 4. The value, field by field, past the freezing.
         check_process()
         fields = {
             "layers": layers,
             "balance": balance,
-            "devices": devices,
+            "devices": own,
             "chunks": chunks,
             "checkpoint": remat.option,
             "schedule": schedule,
             "executor": executor,
             "dispatch": dispatch,
             "mesh": mesh,
+            "data_axes": data_axes,
             "compute_dtype": compute_dtype,
             "deferred_batch_norm": deferred_batch_norm,
             "detect_anomaly": detect_anomaly,
@@ -328,7 +351,8 @@ class Pipe(Call):
         remat = Remat.of(self.checkpoint)
         # Kept, because to ask a schedule that is a function may take long.
         stage_to_device = self._stage_to_device
-        if self.mesh is not None:
+        if self.executor == "scan":
+            assert self.mesh is not None, "one was made of the devices"
             return Scan(
                 model,
                 self.balance,
@@ -339,9 +363,8 @@ class Pipe(Call):
                 self.chunks,
                 kept,
             )
-        placements = as_placements(self.devices)
-        # Without a mesh the placed executor: one place for each stage, by the
-        # schedule's map.
+        placements = as_placements(self.devices, self.data_axes)
+        # One place for each stage, by the schedule's map.
         layout = Layout(
             cut_stages(model, self.balance),
             tuple(placements[d] for d in stage_to_device),
@@ -364,7 +387,7 @@ class Pipe(Call):
         schedule = getattr(self.schedule, "name", self.schedule)
         schedule = getattr(schedule, "__name__", schedule)
         checkpoint = getattr(self.checkpoint, "__name__", self.checkpoint)
-        places = list(map(str, self.devices))
+        places = list(map(str, as_placements(self.devices, self.data_axes)))
         # The same device several times is how a pipeline is tried without more
         # hardware.
         if len(set(places)) == 1:
@@ -400,7 +423,7 @@ class Pipe(Call):
         # A `jax.Device` cannot be pickled: it belongs to a running process. A placement
         # is written as platform and id, and finds the device again, or says which is
         # missing. A mesh is written as a grid of them.
-        fields["devices"] = as_placements(self.devices)
+        fields["devices"] = as_placements(self.devices, self.data_axes)
         if self.mesh is not None:
             grid = np.empty(self.mesh.devices.shape, object)
             for at, device in np.ndenumerate(self.mesh.devices):
@@ -997,7 +1020,7 @@ class Pipe(Call):
 
 def _unpickled(fields: dict[str, Any]) -> Pipe:
     """A pipe from its pickle, on the devices of this process."""
-    fields = fields | {"devices": tuple(place.device for place in fields["devices"])}
+    fields = fields | {"devices": tuple(place.place for place in fields["devices"])}
     if fields["mesh"] is not None:
         grid, names, types = fields["mesh"]
         devices = np.array([place.device for place in grid.flat]).reshape(grid.shape)

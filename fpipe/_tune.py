@@ -30,7 +30,7 @@ from fpipe._core.meshes import in_tracing_context
 from fpipe._core.pytrees import PyTree
 from fpipe._executors.call import Args, Call, check_chunks
 from fpipe._executors.placement import as_placements
-from fpipe._executors.scan.mesh import stage_devices
+from fpipe._executors.scan.mesh import stage_places
 from fpipe._executors.scan.packing import Packed
 from fpipe._executors.scheduling import Scheduling
 from fpipe._model.batch_norm import deferred
@@ -285,7 +285,7 @@ def tune(
     """
     mesh = options.get("mesh")
     if mesh is not None:
-        devices = stage_devices(mesh, devices)
+        devices = stage_places(mesh, devices, options.get("executor", "placed"))
     own = {"balance", "schedule", "checkpoint", "sample", "sample_side"}
     chosen = sorted(own & set(options))
     if chosen:

@@ -23,12 +23,16 @@ The steps from a stage to its programs, each kept by what it depends on:
 A smaller last microbatch repeats all three steps, another schedule the last one alone.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import AbstractMesh
 
 from fpipe._core.caches import Key, Recent
 from fpipe._core.pytrees import Shape, is_inexact
@@ -43,6 +47,7 @@ from fpipe._model.remat import Remat
 from fpipe._model.stages import INDEX, KEY, TARGETS, Leaf, Port, Stage, X, Y
 from fpipe._program.code import Code, Cotangent, Input, Program, ProgramValue, Window
 from fpipe._program.host_calls import Places
+from fpipe._program.over_mesh import MeshForm, compile_over
 from fpipe._program.stage_programs import SplitSpec, StagePrograms, split_stage
 from fpipe._program.trace import (
     FlatStage,
@@ -64,6 +69,11 @@ class Layout:
     def home(self, layer: int) -> Placement:
         """Where a layer's parameters and state live."""
         return self.placements[self.routes.home(layer)]
+
+    @functools.cached_property
+    def has_meshes(self) -> bool:
+        """Whether a stage is on several devices."""
+        return any(place.mesh is not None for place in self.placements)
 
     @functools.cached_property
     def routes(self) -> Routes:
@@ -117,11 +127,13 @@ class ProgramForm:
             apart.
         input_gradients: stages whose input gradient is always made, whether or not
             anything depends on it.
+        axes: of stages on several devices, the mesh whose axes their layers may name.
     """
 
     whole_inputs: bool = True
     inline_remats: bool = False
     input_gradients: frozenset[int] = frozenset()
+    axes: Mapping[int, AbstractMesh] = dataclasses.field(default_factory=dict)
 
 
 def _where(stage: Stage, microbatch: int) -> str:
@@ -181,8 +193,9 @@ class Programs:
         # frozen parameters alone, in front, have no backward at all.
         reach: dict[tuple[int, Leaf], bool] = {}
         for stage in routes.stages:
-            for i in range(inputs.cut.m):
-                self._trace(stage, i, reach)
+            with self._tracing(stage.index):
+                for i in range(inputs.cut.m):
+                    self._trace(stage, i, reach)
 
     def flat(self, s: int, i: int) -> FlatStage:
         """The stage, traced for that microbatch's shape."""
@@ -284,14 +297,33 @@ class Programs:
             # But for what they donate, which depends on whether JAX looks for NaNs.
             return self._kept.get(Key((debugging(), code.identity)), code.compile)
 
-        made = self._keep(
-            s, (joint, spec), lambda: split_stage(joint, spec, compile_code)
-        )
+        with self._tracing(s):
+            made = self._keep(
+                s, (joint, spec), lambda: split_stage(joint, spec, compile_code)
+            )
         self.warnings.update(dict.fromkeys(made.warnings))
         self._programs[key] = made
         return made.by_kind
 
+    def over_mesh(
+        self, s: int, code: Code, form: MeshForm
+    ) -> Callable[..., Sequence[Any]]:
+        """The function of one of a stage's codes, over a mesh."""
+        if self._has_loss(s):
+            return compile_over(code, form)
+        key = Key((debugging(), form.identity(code)))
+        return self._kept.get(key, lambda: compile_over(code, form))
+
     # --- tracing ---
+
+    def _tracing(self, s: int) -> AbstractContextManager[Any]:
+        """The context in which a stage is traced: that of the executor, or the axes of
+        the stage's own mesh.
+        """
+        axes = self._form.axes.get(s)
+        if axes is None:
+            return contextlib.nullcontext()
+        return jax.sharding.use_abstract_mesh(axes)
 
     def _trace(self, stage: Stage, i: int, reach: dict[tuple[int, Leaf], bool]) -> None:
         """Trace and differentiate a stage for a microbatch, unless that is done."""
@@ -438,5 +470,6 @@ class Programs:
         if self._has_loss(s):
             return make()
         stage = self.routes.stages[s]
-        whole_key = Key((stage.span, stage.skips_in, stage.skips_out, *key))
+        axes = self._form.axes.get(s)
+        whole_key = Key((stage.span, stage.skips_in, stage.skips_out, axes, *key))
         return self._kept.get(whole_key, make)

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import PartitionSpec
 
 from fpipe._core.errors import a_type, shown
 from fpipe._core.pytrees import PyTree, describe, is_array, is_inexact
@@ -86,6 +87,11 @@ class Layer:
             `value_and_grad` returns the maximum of their "gradients" as the new state;
             other calls leave it. What the layer returns for it is not looked at. `True`
             for all of the state.
+        spec: how the parameters are cut over the other axes of a mesh, where a stage of
+            a placed pipe lives on one (tensor parallelism): a
+            `jax.sharding.PartitionSpec` for all of them, or a tree of them in the form
+            of the parameters, or of its upper part, with `None` for what is as it
+            comes. Where a stage is on one device nobody looks at it.
         namespaces: the namespace of each isolated skip; `isolate` sets it.
 
     Raises:
@@ -117,6 +123,8 @@ class Layer:
     defer: Callable[[], "Layer"] | None = None
     state_rows: bool | None = None
     overwrite: Sequence[str] | bool = ()
+    # A dict has no hash. Equal layers have equal ones without it.
+    spec: PyTree = dataclasses.field(default=None, hash=False)
     namespaces: tuple[tuple[str, Namespace], ...] = ()
 
     def __post_init__(self) -> None:
@@ -144,6 +152,12 @@ class Layer:
                 ),
             )
         put("needs", self._checked_needs())
+        for part in jax.tree.leaves(self.spec, is_leaf=is_spec):
+            if not is_spec(part):
+                raise TypeError(
+                    f"`fpipe.Layer(spec=...)` of layer {self.name!r}: {shown(part)} is "
+                    "no jax.sharding.PartitionSpec"
+                )
         spaces = self.namespaces
         if not isinstance(spaces, (tuple, list)) or not all(
             isinstance(pair, tuple) and isinstance(pair[-1], Namespace)
@@ -263,6 +277,11 @@ class Layer:
                 )
         spaces = dict(self.namespaces) | dict.fromkeys(chosen, namespace)
         return dataclasses.replace(self, namespaces=tuple(spaces.items()))
+
+
+def is_spec(value: Any) -> bool:
+    """Whether a value is a leaf of `Layer.spec`, and not a tree of such."""
+    return value is None or isinstance(value, PartitionSpec)
 
 
 def _by_name(module: Any, name: Any) -> Any:

@@ -225,6 +225,12 @@ class Code:
                 they are raised.
         """
         results = self.values(arrays, (*self.outs, *self.sums), failures)
+        return self.added(results, arrays)
+
+    def added(self, results: list[Any], arrays: Sequence[Any]) -> list[Any]:
+        """What the program returns: its values, those of `sums` added to the sums so
+        far, if they come in.
+        """
         if self.accumulate:
             # The addition is part of the program: as one of its own it would be another
             # dispatch for each microbatch. The sum decides the dtype: gradients of
@@ -241,6 +247,7 @@ class Code:
         arrays: Sequence[Any],
         wanted: Sequence[int],
         failures: Failures | Logged | None = None,
+        share_rows: Callable[[Any, int], Any] | None = None,
     ) -> list[Any]:
         """Values of the graph, from the arguments.
 
@@ -249,6 +256,8 @@ class Code:
             failures: as for a call.
             wanted: not only what the program returns: the sums of rows that are made
                 device by device start from other values.
+            share_rows: `share_rows(piece, axis)` is a piece that was cut out of a whole
+                array, with its rows over several devices.
         """
         # A constant fill, for example the cotangent of an output that nobody reads, is
         # made here, so that XLA can fold it. As an argument it would be an array to
@@ -266,6 +275,8 @@ class Code:
             piece = array
             if window is not None and self.index is not None:
                 piece = window.cut(array, arrays[self.index])
+                if share_rows is not None and window.axis is not None:
+                    piece = share_rows(piece, window.axis)
             given[v] = given[v] + piece if v in given else piece
         if self.guard is None:
             return evaluate(self.graph, self.nodes, given, wanted)
@@ -319,12 +330,16 @@ class Code:
         # The name by which profiles and compiled programs are told apart. It has the
         # kind and not the stage: equal stages share the function.
         call.__name__ = call.__qualname__ = f"fpipe_{self.kind}"
+        return jax.jit(call, donate_argnums=donated(self.consumed))
+
+    @property
+    def consumed(self) -> tuple[int, ...]:
+        """The arguments whose memory it may take for its results."""
         # Only sums are donated, and what the caller has handed over. Another argument
         # may be the user's parameter, or an alias of it: `device_put` to the same
         # device copies nothing.
         sums = range(len(self.args), len(self.args) + len(self.sums))
-        consumed = (*self.donated, *(sums if self.accumulate else ()))
-        return jax.jit(call, donate_argnums=donated(consumed))
+        return (*self.donated, *(sums if self.accumulate else ()))
 
 
 # Makes the function of a code, or finds that of a code with the same identity. The scan

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from fpipe._program.graph import Graph, Node, bind, is_zero
@@ -178,21 +179,29 @@ def values_read(row_sum: RowSum) -> Iterator[int]:
             yield from values_read(second)
 
 
-def sum_rows_apart(row_sum: RowSum, values: Mapping[int, Any], axis: str) -> Any:
+def sum_rows_apart(
+    row_sum: RowSum,
+    values: Mapping[int, Any],
+    axes: str | tuple[str, ...],
+    mesh: Mesh | None = None,
+) -> Any:
     """The sums over the rows of each device, on a new first axis.
 
     Arguments:
         values: those of `values_read`.
-        axis: the mesh axis over which the rows lie, and the new axis will.
+        axes: the mesh axes over which the rows lie, and the new axis will.
+        mesh: that of the axes; default the one in the context.
     """
     match row_sum:
         case Addition(first, second):
-            return sum_rows_apart(first, values, axis) + sum_rows_apart(
-                second, values, axis
+            return sum_rows_apart(first, values, axes, mesh) + sum_rows_apart(
+                second, values, axes, mesh
             )
         case LinearMap(node, operand, argument):
             operands = [
-                sum_rows_apart(argument, values, axis) if n == operand else values[v]
+                sum_rows_apart(argument, values, axes, mesh)
+                if n == operand
+                else values[v]
                 for n, v in enumerate(node.ins)
             ]
             # The parts are a new axis, and the equation knows nothing of it; `vmap`
@@ -205,11 +214,12 @@ def sum_rows_apart(row_sum: RowSum, values: Mapping[int, Any], axis: str) -> Any
             # the rows of one device.
             over_devices = jax.shard_map(
                 lambda *own: bind(node, own)[0][None],
+                mesh=mesh,
                 in_specs=tuple(
-                    P() if a is None else P(*[None] * a, axis) for a in row_axes
+                    P() if a is None else P(*[None] * a, axes) for a in row_axes
                 ),
-                out_specs=P(axis),
-                axis_names={axis},
+                out_specs=P(axes),
+                axis_names={axes} if isinstance(axes, str) else set(axes),
                 check_vma=False,
             )
             return over_devices(*(values[v] for v in node.ins))

@@ -168,23 +168,23 @@ WRONG = {
     "one device": (
         {"devices": DEVICES[0]},
         TypeError,
-        f"a sequence of jax.Device or Sharding, got {DEVICES[0]!r} alone; write "
+        f"a sequence of jax.Device, Mesh or Sharding, got {DEVICES[0]!r} alone; write "
         "[device]",
     ),
     "devices string": (
         {"devices": "cpu"},
         TypeError,
-        "a sequence of jax.Device or Sharding, got 'cpu'",
+        "a sequence of jax.Device, Mesh or Sharding, got 'cpu'",
     ),
     "devices number": (
         {"devices": 2},
         TypeError,
-        "a sequence of jax.Device or Sharding, got 2",
+        "a sequence of jax.Device, Mesh or Sharding, got 2",
     ),
     "device number": (
         {"devices": [0, 1, 2, 3]},
         TypeError,
-        "`devices`: 0 is neither a jax.Device nor a Sharding; take them from "
+        "`devices`: 0 is neither a jax.Device nor a Mesh or Sharding; take them from "
         "`jax.devices()`",
     ),
     "device mesh": (
@@ -193,7 +193,7 @@ WRONG = {
             "balance": [4],
         },
         ValueError,
-        "spans 2 devices; a stage's place is one device for now",
+        "says how arrays are cut, but a stage's place is a mesh alone",
     ),
 }
 
@@ -210,7 +210,7 @@ def test_a_wrong_argument_says_what_was_given_and_what_would_be_right(name):
 @pytest.mark.parametrize("given", ["cpu", 2])
 def test_what_an_error_about_devices_suggests_to_write_is_accepted(given):
     with pytest.raises(
-        TypeError, match=r"a sequence of jax\.Device or Sharding"
+        TypeError, match=r"a sequence of jax\.Device, Mesh or Sharding"
     ) as caught:
         fpipe.Pipe([SIN], devices=given)
     assert f"write [{given!r}]" not in str(caught.value)  # that would be an error too

@@ -13,10 +13,11 @@ The numbers between them are those of moves and frees, which need no program of 
 
 import concurrent.futures
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Sharding
 
 from fpipe._core.errors import add_note
 from fpipe._core.pytrees import on_host
@@ -50,27 +51,41 @@ def compile_plan(
     key_of: dict[int, ProgramKey] = {}
     lowered: dict[ProgramKey, Any] = {}
     names: dict[ProgramKey, str] = {}
-    for run in traced_runs(plan, shapes):
-        key_of[run.number] = run.key
-        if run.key not in lowered:
-            traced = run.traced
-            if any(map(on_host, run.key.shapes)):
-                traced = run.call.trace(*map(as_argument, run.key.shapes))
-            lowered[run.key] = traced.lower()
-            names[run.key] = run.name
-    # Results are taken as they come, not in order, so that progress is seen although a
-    # large stage takes long.
+    futures: dict[ProgramKey, concurrent.futures.Future[Any]] = {}
     compiled: dict[ProgramKey, Any] = {}
-    workers = min(threads or os.cpu_count() or 1, len(lowered))
-    if progress is not None:
-        progress(0, len(lowered))
-    with concurrent.futures.ThreadPoolExecutor(max(workers, 1)) as pool:
-        futures = {
-            pool.submit(program.compile): key for key, program in lowered.items()
-        }
+
+    def results_of(key: ProgramKey) -> Sequence[Sharding]:
         try:
-            for future in concurrent.futures.as_completed(futures):
-                key = futures[future]
+            return futures[key].result().output_shardings
+        except Exception as error:
+            add_note(error, f"while compiling {names[key]}")
+            raise
+
+    with concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+        try:
+            for run in traced_runs(plan, shapes, results_of):
+                key_of[run.number] = run.key
+                if run.key in lowered:
+                    continue
+                traced = run.traced
+                if any(map(on_host, run.key.shapes)):
+                    traced = run.call.trace(*map(as_argument, run.key.shapes))
+                lowered[run.key] = traced.lower()
+                names[run.key] = run.name
+                # How its results lie is known when it is compiled, and programs that
+                # read them are lowered for that.
+                if not plan.free.isdisjoint(plan.instructions[run.number].outs):
+                    futures[run.key] = pool.submit(lowered[run.key].compile)
+            # Results are taken as they come, not in order, so that progress is seen
+            # although a large stage takes long.
+            if progress is not None:
+                progress(0, len(lowered))
+            for key, program in lowered.items():
+                if key not in futures:
+                    futures[key] = pool.submit(program.compile)
+            key_for = {future: key for key, future in futures.items()}
+            for future in concurrent.futures.as_completed(key_for):
+                key = key_for[future]
                 try:
                     compiled[key] = future.result()
                 except Exception as error:
@@ -120,7 +135,9 @@ class TracedRun(NamedTuple):
 
 
 def traced_runs(
-    plan: Plan, shapes: Mapping[int, jax.ShapeDtypeStruct]
+    plan: Plan,
+    shapes: Mapping[int, jax.ShapeDtypeStruct],
+    results_of: Callable[[ProgramKey], Sequence[Sharding]] | None = None,
 ) -> Iterator[TracedRun]:
     """The runs of a plan in order, each traced on the shapes of what its slots hold.
 
@@ -129,6 +146,8 @@ def traced_runs(
 
     Arguments:
         shapes: those of the plan's inputs, by slot.
+        results_of: how the results of a program lie of which XLA decides; it has been
+            yielded by then. Default the plan's guess.
     """
 
     # The very arguments that a call will have, weak types too. If they differed in
@@ -136,16 +155,25 @@ def traced_runs(
     def placed(
         shape: jax.ShapeDtypeStruct, slot: int, host: bool = False
     ) -> jax.ShapeDtypeStruct:
-        placement = plan.slots[slot].placement
+        sharding = plan.sharding(slot)
         return jax.ShapeDtypeStruct(
             shape.shape,
             shape.dtype,
-            sharding=placement.host if host else placement.sharding,
+            sharding=sharding.with_memory_kind("pinned_host") if host else sharding,
             weak_type=shape.weak_type,
         )
 
     # Slots are followed as when the plan runs, with shapes in place of arrays.
     held = {slot: placed(shape, slot) for slot, shape in shapes.items()}
+    # Of what XLA decides: the program that makes it, and the number of the result.
+    makers: dict[int, tuple[ProgramKey, int]] = {}
+
+    def argument(slot: int) -> jax.ShapeDtypeStruct:
+        if results_of is not None and slot in makers:
+            key, n = makers.pop(slot)
+            held[slot] = held[slot].update(sharding=results_of(key)[n])
+        return held[slot]
+
     # What a trace takes for those on the host: the types that their program gave them.
     types: dict[int, Any] = {}
     traces: dict[ProgramKey, Any] = {}
@@ -157,11 +185,17 @@ def traced_runs(
             continue
         if isinstance(item, Move):
             # Nothing on the host is sent: what crosses stages is on devices.
-            for source, target in zip(item.ins, item.outs, strict=True):
-                held[target] = placed(held[source], target)
+            for n, (source, target) in enumerate(
+                zip(item.sources, item.outs, strict=True)
+            ):
+                shape = held[source]
+                if item.sendings:
+                    whole = item.sendings[n].shape(shape.shape)
+                    shape = shape.update(shape=whole)
+                held[target] = placed(shape, target)
             continue
         call: Any = item.call
-        args = tuple(held[slot] for slot in item.ins)
+        args = tuple(argument(slot) for slot in item.ins)
         key = ProgramKey(id(call), item.placement, args)
         if key not in traces:
             traces[key] = call.trace(
@@ -175,6 +209,8 @@ def traced_runs(
             held[slot] = placed(shape, slot, n in moved)
             if n in moved:
                 types[slot] = moved[n]
+            if slot in plan.free:
+                makers[slot] = key, n
         made = tuple(held[slot] for slot in item.outs)
         name = f"{item.name} for {item.placement}"
         yield TracedRun(number, key, call, traces[key], made, name)

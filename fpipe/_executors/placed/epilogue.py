@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from fpipe._core.pytrees import PyTree, Shape, Spec, aval, eval_shape, pack
 from fpipe._executors.placed.instructions import CallValue, JoinedGradient, Slot
@@ -89,8 +90,11 @@ def join_outputs(call: CallWork) -> SlotTree:
 
     shapes = [piece.leaves[leaf.number] for leaf in leaves for piece in pieces]
     outs = [Slot(CallValue(Output(leaf)), placement, "outputs") for leaf in leaves]
-    call.add_unscheduled("join y", joined, ins, outs, placement)
     whole = jax.eval_shape(joined, *shapes)
+    lie = [
+        (a.shape, placement.by_rows(_shared_axis(a.shape, placement))) for a in whole
+    ]
+    call.add_unscheduled("join y", joined, ins, outs, placement, lie)
     return SlotTree(Shape(how.whole, tuple(whole)), tuple(outs))
 
 
@@ -279,7 +283,8 @@ def finish_gradients(call: CallWork, weight: Slot | None) -> dict[Leaf, Slot]:
         for leaf, slot in _join_gradients(call, stage.index).items():
             terms[leaf].append(slot)
     summed: set[Leaf] = set()
-    for (_, leaf), slot in sorted(call.sums.items(), key=lambda entry: entry[0][0]):
+    sums = _add_parts(call)
+    for (_, leaf), slot in sorted(sums.items(), key=lambda entry: entry[0][0]):
         array = call.inputs.array(leaf)
         if array not in terms:  # the new value of a state
             continue
@@ -297,7 +302,7 @@ def finish_gradients(call: CallWork, weight: Slot | None) -> dict[Leaf, Slot]:
         # Several microbatches are summed in float32 at least.
         wider = leaf in summed and call.microbatches > 1 and sum_dtype(dtype) != dtype
         as_it_is = len(slots) == 1 and weight is None and not wider
-        if as_it_is and slots[0].placement == owner:
+        if as_it_is and slots[0].placement == owner and _is_final(call, leaf, slots[0]):
             gradients[leaf] = slots[0]
         else:
             unfinished[owner].append(leaf)
@@ -317,9 +322,60 @@ def finish_gradients(call: CallWork, weight: Slot | None) -> dict[Leaf, Slot]:
         if weight is not None:
             ins.append(weight)
         finish = _gradient_finisher(shapes, counts)
-        call.add_unscheduled("finish gradients", finish, ins, outs, owner)
+        lie = [
+            (shape.shape, _final(call, leaf))
+            for leaf, shape in zip(leaves, shapes, strict=True)
+        ]
+        call.add_unscheduled("finish gradients", finish, ins, outs, owner, lie)
         gradients.update(zip(leaves, outs, strict=True))
     return gradients
+
+
+def _final(call: CallWork, leaf: Leaf) -> Sharding:
+    """How a gradient lies in the end: as its parameter does."""
+    owner = call.layout.placements[call.layout.routes.owner(leaf.port)]
+    if leaf.port.kind == "params":
+        return call.shardings.param(leaf, owner)
+    shape = call.inputs.array_shape(leaf).shape
+    return owner.by_rows(_shared_axis(shape, owner))
+
+
+def _is_final(call: CallWork, leaf: Leaf, slot: Slot) -> bool:
+    """Whether a gradient lies as it does in the end."""
+    if leaf.port.kind != "params":
+        return True
+    known = call.shardings.known.get(slot)
+    return known is None or known == _final(call, leaf)
+
+
+def _add_parts(call: CallWork) -> dict[tuple[int, Leaf], Slot]:
+    """The sums of each stage, those that each device has a part of added up: the one
+    time in a step that gradients cross the axes of rows.
+    """
+    sums = dict(call.sums)
+    for stage, apart in call.apart.items():
+        placement = call.layout.placements[stage]
+        leaves = [leaf for leaf in sorted(apart, key=_order) if (stage, leaf) in sums]
+        if not leaves:
+            continue
+
+        def add_parts(*parts: Any) -> list[Any]:
+            return [part.sum(0) for part in parts]
+
+        ins = [sums[stage, leaf] for leaf in leaves]
+        outs = [
+            Slot(JoinedGradient(leaf, stage), placement, "gradients") for leaf in leaves
+        ]
+        lie = [
+            (
+                call.inputs.array_shape(call.inputs.array(leaf)).shape,
+                call.shardings.param(leaf, placement),
+            )
+            for leaf in leaves
+        ]
+        call.add_unscheduled("add parts", add_parts, ins, outs, placement, lie)
+        sums.update(zip([(stage, leaf) for leaf in leaves], outs, strict=True))
+    return sums
 
 
 def _gradient_finisher(
@@ -413,8 +469,15 @@ def _join_gradients(call: CallWork, stage: int) -> dict[Leaf, Slot]:
     outs = [
         Slot(JoinedGradient(array, stage), placement, "gradients") for array in arrays
     ]
-    call.add_unscheduled("join gradients", joined, ins, outs, placement)
+    shapes = [inputs.array_shape(array).shape for array in arrays]
+    lie = [(a, placement.by_rows(_shared_axis(a, placement))) for a in shapes]
+    call.add_unscheduled("join gradients", joined, ins, outs, placement, lie)
     return gradients | dict(zip(arrays, outs, strict=True))
+
+
+def _shared_axis(shape: Sequence[int], placement: Placement) -> int | None:
+    """The axis of a whole array that is shared over a mesh: the first, if it can be."""
+    return 0 if shape and shape[0] % placement.parts == 0 else None
 
 
 def _of_all_microbatches(

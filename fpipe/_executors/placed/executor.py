@@ -14,11 +14,14 @@ every stage, so it takes long; a training loop finds its plan from the second st
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding, Sharding
 
 from fpipe._core.caches import Key, Recent
 from fpipe._core.errors import shown, warn
@@ -38,7 +41,11 @@ from fpipe._executors.placed.dispatch import Dispatch, ReadyPlan, bind
 from fpipe._executors.placed.instructions import GradientTree, Half, Plan
 from fpipe._executors.placed.lower import lower
 from fpipe._executors.placed.plan_data import plan_data
-from fpipe._executors.placement import Placement
+from fpipe._executors.placement import (
+    Placement,
+    param_shardings,
+    sharding_at,
+)
 from fpipe._executors.plan_data import PlanData
 from fpipe._executors.programs import Layout
 from fpipe._executors.progress import Progress
@@ -46,6 +53,7 @@ from fpipe._executors.protocol import FirstHalf
 from fpipe._executors.pull_back import differentiable_call, whole_cotangent
 from fpipe._executors.request import (
     CallKind,
+    Inputs,
     Request,
     check_backwards,
     check_consumed,
@@ -61,6 +69,7 @@ from fpipe._executors.request import (
 from fpipe._executors.scheduling import Scheduling
 from fpipe._executors.tracers import refuse_shapes, refuse_tracers
 from fpipe._model.loss import Loss
+from fpipe._model.microbatch import pieces
 from fpipe._model.remat import Remat
 from fpipe._model.stages import CALL_PORTS, Leaf, Port
 from fpipe.schedules import Schedule
@@ -142,8 +151,11 @@ class Placed:
         return set_aside()
 
     def tracing(self) -> AbstractContextManager[Any]:
-        """The context of JAX in which layers are traced: one device has no axes."""
-        return no_mesh()
+        """The context of JAX in which layers are traced that are asked for their shapes
+        or costs alone: that of the first stage. The programs of a stage are traced in
+        its own.
+        """
+        return self.layout.placements[0].tracing()
 
     # --- parameters ---
 
@@ -151,28 +163,52 @@ class Placed:
         self, layer: int, make: Callable[[Any], PyTree], key: Any
     ) -> PyTree:
         """Run `make(key)` where a layer lives."""
+        made = self._make_at(layer, make, key)
+        return self._at_home(layer, made, own=True)
+
+    def make_state(self, layer: int, make: Callable[[Any], PyTree], key: Any) -> PyTree:
+        """Run `make(key)` where a layer lives; over a mesh its state is whole on each
+        device.
+        """
+        made = self._make_at(layer, make, key)
+        # A user's `init_state` may return an array that the user keeps.
+        return self.layout.home(layer).put_tree(made, own=True)
+
+    def _make_at(self, layer: int, make: Callable[[Any], PyTree], key: Any) -> PyTree:
+        """Run `make(key)` on the first device of a layer's place."""
         home = self.layout.home(layer)
         # Made there, and not made on the first device and moved: that device would need
         # room for every layer in turn. The default device does not move a committed
         # key, so the key is put there first.
-        with home.as_default():
-            made = make(None if key is None else home.take([key])[0])
-            # A user's `init` may return an array that the user keeps.
-            return home.put_tree(made, own=True)
-
-    make_state = make_params
+        with no_mesh(), home.as_default():
+            device = Placement.of(home.device)
+            return make(None if key is None else device.take([key])[0])
 
     def place(self, params: Sequence[PyTree], donate: bool) -> tuple[PyTree, ...]:
         """The parameters of each layer on its device."""
-        return tuple(
-            self.layout.home(k).put_tree(p, own=not donate)
-            for k, p in enumerate(params)
-        )
+        return tuple(self._at_home(k, p, own=not donate) for k, p in enumerate(params))
+
+    def _at_home(self, layer: int, params: PyTree, own: bool) -> PyTree:
+        """The parameters of a layer where it lives, cut over its mesh as they say."""
+        home = self.layout.home(layer)
+        if home.mesh is None:
+            return home.put_tree(params, own=own)
+        return home.put_tree(params, own, self._shardings(layer, params))
+
+    def _shardings(self, layer: int, params: PyTree) -> list[Sharding]:
+        """How the parameters of a layer are put on its mesh."""
+        own = self.stages[0].model.layers[layer]
+        call = f"layer {layer} {own.name!r}"
+        return param_shardings(own, call, params, self.layout.home(layer))
 
     def gather(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
         """The parameters on the first device."""
-        first = self.layout.placements[0]
-        return tuple(first.put_tree(p, own=True) for p in params)
+        return tuple(self._first.put_tree(p, own=True) for p in params)
+
+    @functools.cached_property
+    def _first(self) -> Placement:
+        """The first device of the first place."""
+        return Placement.of(self.layout.placements[0].device)
 
     def check_params(self, params: Any, call: str) -> None:
         """Refuse parameters that do not have one entry per layer. Where they are is
@@ -197,8 +233,7 @@ class Placed:
         (`Scan` puts them on its mesh here, before the call is a `custom_vjp`.) But a
         sharding that is part of a type goes: the gradient would have to have it.
         """
-        first = self.layout.placements[0]
-        return [first.take([a])[0] if is_explicit(a) else a for a in arrays]
+        return [self._first.take([a])[0] if is_explicit(a) else a for a in arrays]
 
     def forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         """`(y, state)`."""
@@ -293,7 +328,7 @@ class Placed:
 
     def collect(self, tree: PyTree) -> PyTree:
         """Arrays on the first device."""
-        return self.layout.placements[0].put_tree(tree, own=False)
+        return self._first.put_tree(tree, own=False)
 
     def deliver(self, tree: PyTree) -> PyTree:
         """Arrays on the device of the last stage."""
@@ -309,13 +344,14 @@ class Placed:
         self, gradients: Sequence[PyTree], params: Sequence[PyTree]
     ) -> tuple[PyTree, ...]:
         """The gradients of each layer on its device."""
-        del params
         spread = []
         for k, tree in enumerate(gradients):
             arrays, treedef = jax.tree.flatten(tree)
             # `float0` has no place: JAX has no arrays of it.
             there = [n for n, a in enumerate(arrays) if a.dtype != jax.dtypes.float0]
-            put = self.layout.home(k).put([arrays[n] for n in there])
+            own = jax.tree.leaves(params[k])
+            shardings = [own[n].sharding for n in there]
+            put = self.layout.home(k).take([arrays[n] for n in there], shardings)
             for n, array in zip(there, put, strict=True):
                 arrays[n] = array
             spread.append(treedef.unflatten(arrays))
@@ -340,9 +376,13 @@ class Placed:
             self._check_placed(args.params)
             # They may be on a mesh of the one device, whose axes are explicit.
             if any(map(is_explicit, params)):
-                places = [Placement.of(array.sharding) for array in params]
-                pairs = zip(places, params, strict=True)
-                params = [place.take([array])[0] for place, array in pairs]
+                homes = [
+                    self.layout.home(k)
+                    for k, count in enumerate(_counts(args.params))
+                    for _ in range(count)
+                ]
+                pairs = zip(homes, params, strict=True)
+                params = [home.take([array])[0] for home, array in pairs]
             bound.shardings[:] = [array.sharding for array in params]
         slots = bound.slots(params, {port: pack[0] for port, pack in packs.items()})
         # Concrete arguments inside a trace (a closed-over batch in a jitted function)
@@ -392,6 +432,7 @@ class Placed:
                     asked.key,
                     params[1],
                     _types(params[0]),
+                    self._param_shardings(args.params),
                     tuple(
                         [
                             (port, spec, _types(arrays))
@@ -415,6 +456,8 @@ class Placed:
         model = self.stages[0].model
         params = [Shape.of(p) for p in args.params]
         inputs = inputs_of(model, args, params, self.chunks)
+        for place in self.layout.placements:
+            _check_rows(inputs, place)
         schedule = self.schedule(inputs.cut.m)
         if kind.differentiates:
             check_backwards(schedule)
@@ -425,9 +468,15 @@ class Placed:
         request = Request(kind, loss, wanted, settings(), args.donate_state)
         # In the context in which `init` traces the layers, so that they are not traced
         # again.
-        with self.tracing():
+        with no_mesh():
             plan = lower(
-                self.layout, schedule, self._remat, inputs, request, self._programs
+                self.layout,
+                schedule,
+                self._remat,
+                inputs,
+                request,
+                self._programs,
+                dict(self._param_shardings(args.params)),
             )
         for text in (*plan.warnings, *unmade_states(kind, inputs, model)):
             warn(text)
@@ -447,6 +496,32 @@ class Placed:
             self._constant,
             tuple(gradients),
         )
+
+    def _param_shardings(
+        self, params: Sequence[PyTree]
+    ) -> tuple[tuple[Leaf, NamedSharding], ...]:
+        """How the parameters lie that are on meshes; a shape lies as `place` would put
+        it.
+        """
+        if not self.layout.has_meshes:
+            return ()
+        found = []
+        for k, tree in enumerate(params):
+            home = self.layout.home(k)
+            if home.mesh is None:
+                continue
+            arrays = jax.tree.leaves(tree)
+            if any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays):
+                shardings = self._shardings(k, tree)
+            else:
+                shardings = [
+                    sharding_at(getattr(a, "sharding", None), np.shape(a), home)
+                    for a in arrays
+                ]
+            for n, lies in enumerate(shardings):
+                assert isinstance(lies, NamedSharding)
+                found.append((Leaf(Port("params", k), n), lies))
+        return tuple(found)
 
     def _constant(self, value: Any, placement: Placement) -> Any:
         """A host value where it is read, put there once for all plans."""
@@ -488,6 +563,34 @@ class Placed:
         return tuple(
             plan.state[k].read(slots) if k in plan.state else None for k in layers
         )
+
+
+def _check_rows(inputs: Inputs, place: Placement) -> None:
+    """The devices of a mesh can share the rows of every microbatch.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    parts, cut = place.parts, inputs.cut
+    counts = cut.rows or cut.row_counts
+    wrong = [n for n in counts if n % parts]
+    if not wrong:
+        return
+    total = sum(counts)
+    fitting = [
+        chunks
+        for chunks in range(1, total // parts + 1)
+        if not any(n % parts for n in pieces(total, chunks))
+    ]
+    remedy = f"each needs a multiple of {parts}"
+    if not cut.ready and fitting:
+        remedy = f"`chunks` can be {', '.join(map(str, fitting[:12]))}"
+    elif not cut.ready:
+        remedy = f"give a batch of a multiple of {parts} rows"
+    raise ValueError(
+        f"`Pipe(data_axes={place.data})`: {parts} devices share the rows of each "
+        f"microbatch, and one has {wrong[0]}; of {total} rows in all, {remedy}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,12 +34,16 @@ it, and a program `zeros` makes the sum that the first one adds to.
 
 import dataclasses
 import enum
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
+
+from jax.sharding import Sharding
 
 from fpipe._core.pytrees import PyTree, Shape, fill_gradient
 from fpipe._executors.placement import Placement
 from fpipe._executors.plan_data import Role
+from fpipe._executors.transfers import Sending
 from fpipe._model.stages import Leaf
 from fpipe._program.code import Code, ProgramValue
 from fpipe.schedules import Action, Schedule
@@ -78,12 +82,29 @@ class Run:
 class Move:
     """Put the arrays of `ins`, wherever they are, on a placement.
 
-    `outs` have consecutive numbers.
+    Attributes:
+        ins: the slots that are read.
+        outs: those that are written; they have consecutive numbers.
+        placement: where the arrays go.
+        sendings: where some placements are meshes, how each array comes there: it has
+            as many of `ins` as it is sent in parts. Empty: each goes as it is.
     """
 
     ins: tuple[int, ...]
     outs: tuple[int, ...]
     placement: Placement
+    sendings: tuple[Sending, ...] = ()
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """For each of `outs` the slot that it comes from, or the first of its parts."""
+        if not self.sendings:
+            return self.ins
+        ends = itertools.accumulate(to.parts for to in self.sendings)
+        return tuple(
+            self.ins[end - to.parts]
+            for end, to in zip(ends, self.sendings, strict=True)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +154,9 @@ class StartedSum:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class JoinedGradient:
-    """A stage's gradient of an input of the call: the pieces of all microbatches."""
+    """A stage's gradient of an input of the call: the pieces of all microbatches, or
+    the parts of all its devices added up.
+    """
 
     leaf: Leaf
     stage: int
@@ -162,7 +185,21 @@ class Number:
         return f"number {self.number}"
 
 
-Value: TypeAlias = StageValue | StartedSum | JoinedGradient | CallValue | Number
+@dataclasses.dataclass(frozen=True, slots=True)
+class SentPart:
+    """A part of a value that is cut for its way to another placement."""
+
+    of: "Value"
+    to: Sending
+    number: int
+
+    def __str__(self) -> str:
+        return f"part {self.number} of {self.of}"
+
+
+Value: TypeAlias = (
+    StageValue | StartedSum | JoinedGradient | CallValue | Number | SentPart
+)
 
 
 class Slot(NamedTuple):
@@ -251,6 +288,8 @@ class Plan:
             nothing to run.
         instructions: everything, in the order in which it is issued.
         slots: what each slot holds.
+        shardings: how the arrays of slots on meshes lie.
+        free: the slots of which XLA decides that; `shardings` has a guess.
         feeds: the inputs; parameters first, in the slots 0, 1, ….
         constants: slots with a value known when planning.
         backward: the number of the first instruction of the backward half (of a
@@ -267,6 +306,8 @@ class Plan:
     order: tuple[Action, ...]
     instructions: tuple[Instruction, ...]
     slots: tuple[Slot, ...]
+    shardings: Mapping[int, Sharding]
+    free: frozenset[int]
     feeds: tuple[Feed, ...]
     constants: Mapping[int, Any]
     backward: int
@@ -277,6 +318,10 @@ class Plan:
     state: Mapping[int, OutputTree]
     gradients: Mapping[Leaf, int]
     warnings: tuple[str, ...]
+
+    def sharding(self, slot: int) -> Sharding:
+        """How the array of a slot lies."""
+        return self.shardings.get(slot, self.slots[slot].placement.sharding)
 
     def numbers(self, half: Half) -> range:
         """The numbers of the instructions of a half, or of all."""
@@ -301,7 +346,7 @@ class Plan:
                     str(self.slots[slot].placement) for slot in item.ins
                 )
                 line = f"{' and '.join(sources)} -> {item.placement}: "
-                lines.append(line + names(item.ins))
+                lines.append(line + names(item.outs))
             else:
                 lines.append(f"free {names(item.slots)}")
         return "\n".join(lines)

@@ -22,9 +22,10 @@ Three passes and not one, because each needs the whole result of the one before:
 program reads decides the moves, and a last use is known when all uses are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
+from jax.sharding import NamedSharding
 
 from fpipe._core.caches import Recent
 from fpipe._core.pytrees import is_inexact
@@ -42,11 +43,14 @@ from fpipe._executors.placed.instructions import (
     OutputTree,
     Plan,
     Run,
+    SentPart,
     Slot,
     add_frees,
     read_from_outside,
 )
+from fpipe._executors.placed.shardings import Shardings
 from fpipe._executors.placed.work import CallWork, Work
+from fpipe._executors.placement import Placement
 from fpipe._executors.programs import (
     Layout,
     ProgramForm,
@@ -55,6 +59,7 @@ from fpipe._executors.programs import (
     split_pairs,
 )
 from fpipe._executors.request import CallKind, Inputs, Request
+from fpipe._executors.transfers import Sending
 from fpipe._model.remat import Remat
 from fpipe._model.stages import Leaf, Y
 from fpipe._program.code import Cotangent
@@ -68,6 +73,7 @@ def lower(
     inputs: Inputs,
     request: Request,
     kept: Recent,
+    params: Mapping[Leaf, NamedSharding],
 ) -> Plan:
     """Lower a call to a plan.
 
@@ -82,16 +88,29 @@ def lower(
         inputs: the shapes of the call's inputs, and how they are cut.
         request: what it asks for.
         kept: the programs of earlier calls.
+        params: for each array of parameters on a mesh how the caller has it.
     """
     # Which programs there are. What a program computes depends on the order: a backward
     # right behind its forward recomputes nothing.
     order = issue_order(schedule, request.kind)
     direct = direct_pairs(order, layout.placements)
     split = split_pairs(order)
+    form = ProgramForm()
+    if layout.has_meshes:
+        form = ProgramForm(
+            # Sums over shared rows need recomputations inlined; see `row_sums`.
+            inline_remats=any(place.parts > 1 for place in layout.placements),
+            axes={
+                s: place.axes
+                for s, place in enumerate(layout.placements)
+                if place.axes is not None
+            },
+        )
     programs = Programs(
-        layout.routes, ProgramForm(), direct, split, remat, inputs, request, kept
+        layout.routes, form, direct, split, remat, inputs, request, kept
     )
-    call = CallWork(layout, programs)
+    shardings = Shardings(layout, inputs, params)
+    call = CallWork(layout, programs, shardings)
 
     # The first pass.
     y = loss = aux = weight = None
@@ -127,8 +146,9 @@ def lower(
     numbers = {slot: number for number, slot in enumerate(given)}
     # The second pass. Both halves share the numbers: what the first half moved to a
     # placement is not moved there again by the second.
-    first = add_moves(call.work[:half], numbers)
-    second = add_moves(call.work[half:], numbers)
+    send = shardings.sent if layout.has_meshes else None
+    first = add_moves(call.work[:half], numbers, send)
+    second = add_moves(call.work[half:], numbers, send)
 
     # The third pass. Two halves are two runs: what the second one reads outlives the
     # first, and nothing that is returned is ever freed.
@@ -148,6 +168,12 @@ def lower(
         order=tuple(order),
         instructions=(*forward, *backward),
         slots=tuple(numbers),
+        shardings={
+            number: shardings.known[slot]
+            for slot, number in numbers.items()
+            if slot in shardings.known
+        },
+        free=frozenset(numbers[slot] for slot in shardings.free),
         feeds=tuple(Feed(leaf, numbers[slot]) for slot, leaf in call.feeds.items()),
         constants={numbers[slot]: value for slot, value in call.constants.items()},
         backward=len(forward),
@@ -194,7 +220,11 @@ def issue_order(schedule: Schedule, kind: CallKind) -> list[Action]:
     return sorted(order, key=lambda action: action.kind != "F")
 
 
-def add_moves(work: Sequence[Work], numbers: dict[Slot, int]) -> list[Run | Move]:
+def add_moves(
+    work: Sequence[Work],
+    numbers: dict[Slot, int],
+    send: Callable[[Slot, Placement], Sending] | None = None,
+) -> list[Run | Move]:
     """The second pass: moves before the programs that need them, and slots as numbers.
 
     A move is as late as it can be, right before the first program that needs it. So a
@@ -205,8 +235,13 @@ def add_moves(work: Sequence[Work], numbers: dict[Slot, int]) -> list[Run | Move
     Arguments:
         numbers: those of the slots that there are so far; new ones are added. A slot
             that has a number has been filled.
+        send: how an array comes to another placement, where some are meshes. What has
+            to be cut for that is cut right behind the program that makes it: later, the
+            reader would wait for what its maker runs in between.
     """
     code: list[Run | Move] = []
+    made_by: dict[int, int] = {}
+    cuts: dict[int, list[Run]] = {}
     for item in work:
         placement = item.placement
         # For each copy that is missing here, what it is a copy of. All of them go in
@@ -221,15 +256,29 @@ def add_moves(work: Sequence[Work], numbers: dict[Slot, int]) -> list[Run | Move
             here = slot.on(placement)
             if here not in numbers:
                 copies[here] = slot
+        sendings: list[Sending] = []
+        sources: list[int] = []
+        for slot in copies.values():
+            if send is None:
+                sources.append(numbers[slot])
+                continue
+            to = send(slot, placement)
+            sendings.append(to)
+            if not to.cuts:
+                sources.append(numbers[slot])
+                continue
+            cut = _cut(slot, to, numbers)
+            sources += cut.outs
+            # An input has no maker in this code.
+            cuts.setdefault(made_by.get(numbers[slot], len(code) - 1), []).append(cut)
         for slot in (*copies, *item.outs):
             numbers[slot] = len(numbers)
         if copies:
-            sources = tuple(numbers[slot] for slot in copies.values())
             targets = tuple(numbers[here] for here in copies)
-            code.append(Move(sources, targets, placement))
+            code.append(Move(tuple(sources), targets, placement, tuple(sendings)))
         call = item.call
         if call is not None:
-            if not item.ins:
+            if not item.ins and placement.mesh is None:
                 # `jit` runs where its arguments are, and here there are none (`zeros`).
                 # Without this it would run on the default device.
                 call = jax.jit(call, out_shardings=placement.sharding)
@@ -244,5 +293,26 @@ def add_moves(work: Sequence[Work], numbers: dict[Slot, int]) -> list[Run | Move
                 donates=tuple(numbers[slot] for slot in item.donates),
                 code=item.code,
             )
+            made_by.update(dict.fromkeys(run.outs, len(code)))
             code.append(run)
-    return code
+    if not cuts:
+        return code
+    with_cuts: list[Run | Move] = [*cuts.get(-1, ())]
+    for n, entry in enumerate(code):
+        with_cuts += [entry, *cuts.get(n, ())]
+    return with_cuts
+
+
+def _cut(slot: Slot, to: Sending, numbers: dict[Slot, int]) -> Run:
+    """The program that cuts an array into what is sent; its results get numbers."""
+    outs = []
+    for n, _ in enumerate(to.cuts):
+        part = Slot(SentPart(slot.value, to, n), slot.placement, slot.role)
+        outs.append(numbers.setdefault(part, len(numbers)))
+    return Run(
+        name="cut for a transfer",
+        call=jax.jit(to.cut, out_shardings=[to.made] * len(to.cuts)),
+        ins=(numbers[slot],),
+        outs=tuple(outs),
+        placement=slot.placement,
+    )

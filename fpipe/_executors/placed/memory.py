@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from fpipe._core.pytrees import device_bytes, host_bytes
 from fpipe._executors.placed.compile import traced_runs
@@ -33,6 +34,17 @@ from fpipe._executors.plan_data import Role
 
 # The bytes that are alive, by placement and role.
 Level: TypeAlias = Mapping[Placement, Mapping[Role, int]]
+
+
+def on_one_device(
+    shape: jax.ShapeDtypeStruct, sharding: Sharding
+) -> jax.ShapeDtypeStruct:
+    """What each device of a placement has of an array."""
+    if isinstance(sharding, SingleDeviceSharding):
+        return shape
+    return shape.update(
+        shape=sharding.shard_shape(shape.shape), sharding=shape.sharding
+    )
 
 
 class Peak(NamedTuple):
@@ -72,9 +84,11 @@ def levels(
     """
     level: dict[Placement, dict[Role, int]] = {}
     sizes: dict[int, int] = {}
+    held: dict[int, jax.ShapeDtypeStruct] = {}
 
-    def take(slot: int, size: int) -> None:
-        sizes[slot] = size
+    def take(slot: int, shape: jax.ShapeDtypeStruct) -> None:
+        held[slot] = shape
+        size = sizes[slot] = count(on_one_device(shape, plan.sharding(slot)))
         _, placement, role = plan.slots[slot]
         roles = level.setdefault(placement, {})
         roles[role] = roles.get(role, 0) + size
@@ -87,7 +101,7 @@ def levels(
     # Inputs are put where they are read before the first instruction is issued, also
     # those of the last stage: they lie there while the pipeline fills.
     for slot, shape in shapes.items():
-        take(slot, count(shape))
+        take(slot, shape)
     yield -1, level
     traces = {run.number: run for run in traced_runs(plan, shapes)}
     for number, item in enumerate(plan.instructions):
@@ -95,8 +109,15 @@ def levels(
             for slot in item.slots:
                 drop(slot)
         elif isinstance(item, Move):
-            for source, target in zip(item.ins, item.outs, strict=True):
-                take(target, sizes[source])
+            for n, (source, target) in enumerate(
+                zip(item.sources, item.outs, strict=True)
+            ):
+                # What is cut for its way to another mesh is put together there.
+                shape = held[source]
+                if item.sendings:
+                    whole = item.sendings[n].shape(shape.shape)
+                    shape = shape.update(shape=whole)
+                take(target, shape)
         else:
             # What a program consumes is gone before its results are there.
             run = traces[number]
@@ -104,7 +125,7 @@ def levels(
                 if info.donated:
                     drop(slot)
             for slot, shape in zip(item.outs, run.made, strict=True):
-                take(slot, count(shape))
+                take(slot, shape)
         yield number, level
 
 

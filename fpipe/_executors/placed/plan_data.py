@@ -19,12 +19,12 @@ from typing import Any
 
 import jax
 
-from fpipe._core.pytrees import nbytes, pack
+from fpipe._core.pytrees import aval, nbytes, pack
 from fpipe._executors.call import Args
 from fpipe._executors.placed.compile import compile_plan, traced_runs
 from fpipe._executors.placed.dispatch import ReadyPlan
 from fpipe._executors.placed.instructions import Plan, Run
-from fpipe._executors.placed.memory import most_on_host, peaks
+from fpipe._executors.placed.memory import most_on_host, on_one_device, peaks
 from fpipe._executors.placement import Placement
 from fpipe._executors.plan_data import DeviceMemory, PlanData, Work, closed_over
 from fpipe._executors.scheduling import Scheduling
@@ -106,7 +106,8 @@ def _memory(bound: ReadyPlan, args: Args, compiled: bool) -> tuple[DeviceMemory,
     owned_by: dict[Placement, int] = defaultdict(int)
     for feed in plan.feeds:
         if feed.leaf.port.kind == "params":
-            owned_by[plan.slots[feed.slot].placement] += nbytes(bound.shapes[feed.slot])
+            own = on_one_device(bound.shapes[feed.slot], plan.sharding(feed.slot))
+            owned_by[plan.slots[feed.slot].placement] += nbytes(own)
     rows = []
     for place, device in device_of.items():
         peak = found[place]
@@ -175,7 +176,8 @@ def _unread(bound: ReadyPlan, args: Args, place: Placement) -> int:
     for port, arrays in _inputs(args).items():
         for k, array in enumerate(arrays):
             if place.holds(array):
-                idle[id(array)] = nbytes(array)
+                own = on_one_device(aval(array), array.sharding)
+                idle[id(array)] = nbytes(own)
                 if Leaf(port, k) in read:
                     counted.add(id(array))
     return sum(size for key, size in idle.items() if key not in counted)

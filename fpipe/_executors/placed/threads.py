@@ -24,6 +24,7 @@ that has to wait holds up the device that needs the array, and no other.
 """
 
 import contextlib
+import functools
 import operator
 import queue
 import threading
@@ -36,6 +37,7 @@ import jax
 from fpipe._core.settings import CallerContext
 from fpipe._executors.placed.instructions import Free, Half, Move, Plan, Run
 from fpipe._executors.placement import Placement
+from fpipe._executors.transfers import Sending, receive
 
 # From arrays to arrays: a compiled program, or a transfer.
 Call: TypeAlias = Callable[..., Sequence[Any]]
@@ -230,8 +232,14 @@ def _span(slots: Sequence[int]) -> slice:
 
 def _mover(move: Move) -> Call:
     """The call of a move."""
+    if move.sendings:
+        return functools.partial(_received, move.sendings)
     put = move.placement.put
     return lambda *arrays: put(arrays)
+
+
+def _received(sendings: Sequence[Sending], *arrays: Any) -> list[Any]:
+    return receive(sendings, arrays)
 
 
 class Failure(NamedTuple):

@@ -33,6 +33,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Sharding
 
 from fpipe._executors.placed.instructions import (
     Free,
@@ -73,10 +74,10 @@ def probes_of(plan: Plan, compiled: Mapping[int, Any]) -> dict[int, Probe]:
     # Few marks do for many instructions: one for each shape and placement.
     @functools.cache
     def mark(
-        shape: tuple[int, ...], dtype: Any, placement: Placement
+        shape: tuple[int, ...], dtype: Any, sharding: Sharding
     ) -> Callable[[Any], Any]:
         # The sum keeps it from handing on the very array.
-        array = jax.ShapeDtypeStruct(shape, dtype, sharding=placement.sharding)
+        array = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         program = jax.jit(lambda a: a.reshape(-1)[:1].sum())
         program.lower(array).compile()  # `jit` finds it
         return program
@@ -94,9 +95,8 @@ def probes_of(plan: Plan, compiled: Mapping[int, Any]) -> dict[int, Probe]:
             # The cheapest to read.
             smallest = min(range(len(shapes)), key=lambda k: shapes[k].size)
             shape = shapes[smallest]
-            probes[number] = Probe(
-                smallest, mark(shape.shape, shape.dtype, item.placement)
-            )
+            sharding = plan.sharding(item.outs[smallest])
+            probes[number] = Probe(smallest, mark(shape.shape, shape.dtype, sharding))
     return probes
 
 
@@ -214,7 +214,7 @@ class Watch:
             self.ended,
             self.moved,
             self.host,
-            peak_bytes([place.device for place in _devices_of(self._plan)]),
+            peak_bytes([d for p in _devices_of(self._plan) for d in p.devices]),
         )
 
     def __enter__(self) -> "Watch":
@@ -293,7 +293,7 @@ class WatchedCall:
                 # One instruction may move arrays of several devices: a transfer each.
                 names: dict[Placement, list[str]] = {}
                 sizes: dict[Placement, int] = {}
-                for slot, size in zip(item.ins, self.moved[number], strict=True):
+                for slot, size in zip(item.sources, self.moved[number], strict=True):
                     value, source, _ = plan.slots[slot]
                     names.setdefault(source, []).append(str(value))
                     sizes[source] = sizes.get(source, 0) + size

@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from fpipe._executors.placed.instructions import (
     CallValue,
@@ -34,6 +35,7 @@ from fpipe._executors.placed.instructions import (
     StageValue,
     StartedSum,
 )
+from fpipe._executors.placed.shardings import Shardings
 from fpipe._executors.placement import Placement
 from fpipe._executors.plan_data import Role
 from fpipe._executors.programs import Layout, Programs, index
@@ -52,6 +54,7 @@ from fpipe._program.code import (
     ProgramValue,
     Residual,
 )
+from fpipe._program.over_mesh import MeshForm, row_sums
 from fpipe.schedules import Action
 
 
@@ -98,11 +101,17 @@ class CallWork:
         sums: the gradients accumulated so far, by stage and leaf.
         states: of each layer whose state goes from microbatch to microbatch, as they
             go by.
+        shardings: how arrays lie over the meshes of stages; empty where each is on one
+            device.
+        apart: by stage, the leaves whose gradients are kept as parts over its devices.
     """
 
-    def __init__(self, layout: Layout, programs: Programs) -> None:
+    def __init__(
+        self, layout: Layout, programs: Programs, shardings: Shardings
+    ) -> None:
         self.programs = programs
         self.layout = layout
+        self.shardings = shardings
         self.inputs = programs.inputs
         self.microbatches = programs.inputs.cut.m
         self.work: list[Work] = []
@@ -111,13 +120,22 @@ class CallWork:
         self.held: dict[tuple[int, int], dict[ProgramValue, Slot]] = {}
         self.sums: dict[tuple[int, Leaf], Slot] = {}
         self.states: dict[int, tuple[Slot, ...]] = {}
+        self.apart: dict[int, frozenset[Leaf]] = {
+            stage.index: self._kept_apart(stage.index)
+            for stage in layout.stages
+            if layout.placements[stage.index].parts > 1
+        }
+        self._over_meshes: dict[tuple[int, MeshForm], Any] = {}
         # All parameters are feeds, also those that no program reads: so the arrays of a
         # call fill the first slots in the order in which they come.
         for layer, shape in enumerate(self.inputs.params):
             home = self.layout.home(layer)
-            for k in range(len(shape.leaves)):
+            for k, array in enumerate(shape.leaves):
                 leaf = Leaf(Port("params", layer), k)
-                self.feeds[Slot(CallValue(Input(leaf)), home, "parameters")] = leaf
+                slot = Slot(CallValue(Input(leaf)), home, "parameters")
+                self.feeds[slot] = leaf
+                if layout.has_meshes:
+                    shardings.add(slot, array.shape, shardings.param(leaf, home))
 
     def add(self, actions: Iterable[Action]) -> None:
         """Add what some actions run."""
@@ -134,9 +152,24 @@ class CallWork:
         ins: Sequence[Slot],
         outs: Sequence[Slot],
         placement: Placement,
+        lie: Sequence[tuple[tuple[int, ...], Sharding]] | None = None,
     ) -> None:
-        """Add a program that belongs to no action."""
-        work = Work(name, jax.jit(call), tuple(ins), tuple(outs), placement)
+        """Add a program that belongs to no action.
+
+        Arguments:
+            lie: of a placement that is a mesh, the shapes of the results, and how each
+                lies; default whole on each device.
+        """
+        jitted = jax.jit(call)
+        if self.layout.has_meshes:
+            known = lie or [((), placement.sharding)] * len(outs)
+            for slot, (shape, sharding) in zip(outs, known, strict=True):
+                self.shardings.add(slot, shape, sharding)
+            if placement.mesh is not None:
+                jitted = jax.jit(
+                    call, out_shardings=[sharding for _, sharding in known]
+                )
+        work = Work(name, jitted, tuple(ins), tuple(outs), placement)
         self.work.append(work)
 
     def _forward(self, action: Action) -> None:
@@ -227,9 +260,12 @@ class CallWork:
             held[value] = slot
         for value, same in program.aliases.items():
             held[value] = held[same]
+        call = program.call
+        if self.layout.has_meshes:
+            call = self._over_mesh(stage, microbatch, program, outs)
         work = Work(
             program.name,
-            program.call,
+            call,
             tuple(ins),
             tuple(outs),
             placement,
@@ -249,6 +285,82 @@ class CallWork:
             program.code,
         )
         self.work.append(work)
+
+    def _over_mesh(
+        self, stage: int, microbatch: int, program: Program, outs: Sequence[Slot]
+    ) -> Callable[..., Sequence[Any]] | None:
+        """The function of a program over the mesh of its stage, and how its results
+        lie.
+        """
+        code, placement = program.code, self.layout.placements[stage]
+        if code is None:
+            return program.call
+        shapes = [code.graph.avals[v].shape for v in (*code.outs, *code.sums)]
+        if placement.mesh is None:
+            for slot, shape in zip(outs, shapes, strict=True):
+                self.shardings.add(slot, shape, placement.sharding)
+            return program.call
+        on_host = code.on_host
+        results: list[Sharding | None] = []
+        apart: set[int] = set()
+        pairs = zip(outs, program.outs, shapes, strict=True)
+        for n, (slot, value, shape) in enumerate(pairs):
+            is_apart = self.is_apart(stage, value)
+            if is_apart:
+                apart.add(n - len(code.outs))
+            lies = self.shardings.result(value, shape, microbatch, placement, is_apart)
+            # Over other axes than those of rows, what stays on the stage lies as the
+            # layers have it.
+            inside = isinstance(value, Residual | Handed)
+            free = inside and placement.has_other_axes and n not in on_host
+            if n in on_host:
+                lies = lies.with_memory_kind("pinned_host")
+            self.shardings.add(slot, shape, lies)
+            if free:
+                self.shardings.free.add(slot)
+            results.append(None if free else lies)
+        form = MeshForm(
+            placement.mesh,
+            placement.data,
+            frozenset(apart),
+            tuple(results),
+            self.shardings.rows(microbatch),
+        )
+        # The same code runs for all microbatches of one shape.
+        key = (id(code), form)
+        if key not in self._over_meshes:
+            self._over_meshes[key] = self.programs.over_mesh(stage, code, form)
+        return self._over_meshes[key]
+
+    def is_apart(self, stage: int, value: ProgramValue) -> bool:
+        """Whether a value is a sum that each device has a part of."""
+        return isinstance(value, GradientSum) and value.leaf in self.apart.get(
+            stage, ()
+        )
+
+    def _kept_apart(self, stage: int) -> frozenset[Leaf]:
+        """The leaves whose gradients a stage's programs sum apart on each device: those
+        for which all of them can.
+        """
+        if self.microbatches == 1:
+            return frozenset()
+        parts = self.layout.placements[stage].parts
+        can: set[Leaf] = set()
+        cannot: set[Leaf] = set()
+        seen: set[int] = set()
+        for i in range(self.microbatches):
+            for program in self.programs.of(stage, i).values():
+                code = program.code
+                if code is None or id(code) in seen:
+                    continue
+                seen.add(id(code))
+                found = row_sums(code, self.shardings.rows(i), parts)
+                sums = [v.leaf for v in program.outs if isinstance(v, GradientSum)]
+                for n, leaf in enumerate(sums):
+                    # What is cut over these axes itself has no room for the parts.
+                    free = not self.shardings.shares_rows(leaf, stage)
+                    (can if free and n in found else cannot).add(leaf)
+        return frozenset(can - cannot)
 
     def _source(self, stage: int, microbatch: int, leaf: Leaf) -> Slot:
         """Where an input of a stage is made, or put."""
@@ -276,6 +388,9 @@ class CallWork:
         array = self.inputs.array(leaf, microbatch)
         slot = Slot(CallValue(Input(array)), placement, "inputs")
         self.feeds[slot] = array
+        if self.layout.has_meshes:
+            lies = self.shardings.given(leaf, microbatch, placement)
+            self.shardings.add(slot, self.inputs.array_shape(array).shape, lies)
         return slot
 
     def _start_sums(self, stage: int, program: Program) -> None:
@@ -285,24 +400,30 @@ class CallWork:
         # sum: that would be one more program to compile for each stage.
         starts = []
         outs = []
+        lie: list[tuple[tuple[int, ...], Sharding]] = []
+        placement = self.layout.placements[stage]
         for value in program.ins:
             if isinstance(value, GradientSum) and (stage, value.leaf) not in self.sums:
                 shape = self.inputs.array_shape(self.inputs.array(value.leaf))
+                sizes = shape.shape
+                if self.is_apart(stage, value):
+                    sizes = (placement.parts, *sizes)
                 # The new value of a state is a maximum, and nothing is less than this.
                 start = -jnp.inf if value.leaf.port.kind == "state" else 0
-                starts.append((shape.shape, start, sum_dtype(shape.dtype)))
-                placement = self.layout.placements[stage]
+                starts.append((sizes, start, sum_dtype(shape.dtype)))
                 slot = Slot(StartedSum(value.leaf, stage), placement, "gradients")
                 self.sums[stage, value.leaf] = slot
                 outs.append(slot)
+                apart = self.is_apart(stage, value)
+                lie.append(
+                    (sizes, self.shardings.result(value, sizes, 0, placement, apart))
+                )
 
         def zeros() -> list[Any]:
             return [jnp.full(*start) for start in starts]
 
         if outs:
-            self.add_unscheduled(
-                "zeros", zeros, [], outs, self.layout.placements[stage]
-            )
+            self.add_unscheduled("zeros", zeros, [], outs, placement, lie)
 
 
 def _role(value: ProgramValue, stage: int, last: bool) -> Role:

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from fpipe._core.errors import shown
 from fpipe._core.meshes import AnyMesh, is_explicit, no_mesh, to_device
 from fpipe._core.pytrees import Tracer
+from fpipe._executors.placement import refuse_explicit, sub_meshes
 
 AXIS = "stage"
 
@@ -28,8 +29,9 @@ AXIS = "stage"
 DATA = "data"
 
 
-def stage_devices(mesh: Any, devices: Any) -> list[Any]:
-    """The first device of each place on the mesh's axis of stages.
+def stage_places(mesh: Any, devices: Any, executor: str) -> list[Any]:
+    """What a pipe has for each place on the mesh's axis of stages: for the scan
+    executor its first device, for the placed one the mesh of the other axes.
 
     Arguments:
         mesh: the user's, checked here.
@@ -41,35 +43,24 @@ def stage_devices(mesh: Any, devices: Any) -> list[Any]:
             "`jax.make_mesh((4,), "
             f"({AXIS!r},))`"
         )
-    # This executor leaves all axes but "stage" to XLA. With explicit axes the sharding
-    # of an array is part of its type, and a layer that contracts over a sharded axis
-    # does not trace. `jax.make_mesh` makes explicit axes unless it is told otherwise,
-    # so the error says how.
-    auto = f"axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}"
     if AXIS not in mesh.axis_names:
+        auto = f"axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}"
         raise ValueError(
             f"`Pipe(mesh=...)`: the mesh has the axes {mesh.axis_names}, and none is "
             f"called {AXIS!r}; make one with "
             f"`jax.make_mesh({tuple(mesh.shape.values())}, "
             f"{(*mesh.axis_names[:-1], AXIS)}, {auto})`"
         )
-    wrong = [
-        n
-        for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Explicit
-    ]
-    if wrong:
-        raise ValueError(
-            f"`Pipe(mesh=...)`: the axes {wrong} are explicit; make the mesh with "
-            f"`{auto}`"
-        )
-    own = [column[0] for column in columns(mesh)]
-    if devices is not None and list(devices) != own:
+    refuse_explicit(mesh, "mesh=...")
+    firsts = [column[0] for column in columns(mesh)]
+    places = sub_meshes(mesh, AXIS)
+    # Either, for `dataclasses.replace` may change the executor.
+    if devices is not None and list(devices) not in (firsts, places):
         raise ValueError(
             "`Pipe(mesh=..., devices=...)`: the devices are those of the mesh; leave "
             "one of the two out"
         )
-    return own
+    return firsts if executor == "scan" else places
 
 
 def as_mesh(devices: Sequence[Any], mesh: Mesh | None, stages: int) -> Mesh:
@@ -85,14 +76,23 @@ def as_mesh(devices: Sequence[Any], mesh: Mesh | None, stages: int) -> Mesh:
                 '"interleaved_1f1b"'
             )
         return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
-    if mesh.shape[AXIS] != len(devices):
+    check_size(mesh, len(devices), stages)
+    return mesh
+
+
+def check_size(mesh: Mesh, places: int, stages: int) -> None:
+    """The schedule uses all places of a mesh.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if mesh.shape[AXIS] != places:
         raise ValueError(
             f"`Pipe(mesh=...)`: the mesh has {mesh.shape[AXIS]} places on its axis "
             f"{AXIS!r}, but the schedule puts {stages} "
-            f"stages on {len(devices)} devices; give `balance` as many entries as the "
-            f"mesh needs, or a mesh of {len(devices)}"
+            f"stages on {places} devices; give `balance` as many entries as the "
+            f"mesh needs, or a mesh of {places}"
         )
-    return mesh
 
 
 def columns(mesh: Mesh) -> list[list[Any]]:

@@ -1,0 +1,185 @@
+"""How an array gets from the devices of one stage to those of another, without the host
+waiting for whoever makes it.
+
+In: the shape of an array, how it lies and how it is to lie. Out: a `Sending`. Of eight
+rows over two devices, that go to
+
+    the next two devices, by rows      the array as it is, by one `device_put`
+    the next two devices, whole        cut by a program of the source into the array,
+                                       whole; then by one `device_put`
+    the next four devices, by rows     cut by a program of the source into four pieces
+                                       of two rows, each whole on both of its devices;
+                                       then a copy of a piece to each device
+
+A `device_put` to another sharding, or to another number of devices, does all of these
+too, but the host waits in it until the array is made (jax 0.10.2). In a pipeline that
+is a stage's whole forward, in which no other stage is given work.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from fpipe._core.meshes import is_explicit
+
+Index: TypeAlias = tuple[tuple[int, int], ...]
+"""A block of an array: from where to where on each axis."""
+
+
+class Copy(NamedTuple):
+    """A block, by its number, that a device gets."""
+
+    device: Any
+    block: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sending:
+    """How one array goes from some devices to others.
+
+    Attributes:
+        cuts: the blocks that a program of the source's devices makes; empty if the
+            array goes as it is.
+        made: how these blocks lie.
+        target: how the array lies in the end.
+        copies: for each device of `target` the block that it gets a copy of; `None`:
+            what is sent goes to all of them by one `device_put`.
+    """
+
+    cuts: tuple[Index, ...]
+    made: Sharding
+    target: Sharding
+    copies: tuple["Copy", ...] | None
+
+    @property
+    def parts(self) -> int:
+        """How many arrays are sent."""
+        return max(1, len(self.cuts))
+
+    def shape(self, part: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the array, from that of the first part."""
+        if not self.cuts:
+            return part
+        return tuple(max(b for _, b in ends) for ends in zip(*self.cuts, strict=True))
+
+    def cut(self, array: Any) -> list[Any]:
+        """The arrays to send, in the program of the source."""
+        return [
+            jax.lax.slice(array, [a for a, _ in cut], [b for _, b in cut])
+            for cut in self.cuts
+        ]
+
+
+@functools.lru_cache(maxsize=4096)
+def sending(shape: tuple[int, ...], source: Sharding, target: Sharding) -> Sending:
+    """How an array goes from one sharding to another, over other devices."""
+    everything = tuple((0, length) for length in shape)
+    if isinstance(source, NamedSharding) and isinstance(target, NamedSharding):
+        # One `device_put` moves each shard to the device in the same place.
+        if _form(source.mesh) == _form(target.mesh):
+            if source.spec == target.spec:
+                return Sending((), source, target, None)
+            made = NamedSharding(source.mesh, target.spec)
+            return Sending((everything,), made, target, None)
+    elif len(source.device_set) == len(target.device_set) == 1:
+        return Sending((), source, target, None)
+    given = target.devices_indices_map(shape)
+    indices = [
+        tuple(part.indices(length)[:2] for part, length in zip(at, shape, strict=True))
+        for at in given.values()
+    ]
+    cuts = tuple(dict.fromkeys(indices))
+    copies = tuple(
+        Copy(device, cuts.index(index))
+        for device, index in zip(given, indices, strict=True)
+    )
+    if cuts == (everything,) and source.is_fully_replicated:
+        return Sending((), source, target, copies)
+    return Sending(cuts, whole(source), target, copies)
+
+
+def _form(mesh: Any) -> tuple[tuple[str, int], ...]:
+    return tuple(mesh.shape.items())
+
+
+def whole(sharding: Sharding) -> Sharding:
+    """All of an array on each device of a sharding."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, P())
+    return sharding
+
+
+def receive(sendings: Sequence[Sending], arrays: Sequence[Any]) -> list[Any]:
+    """Put arrays where they are sent to: for each sending its parts."""
+    # All copies are one `device_put`: one for each would cost a dispatch each.
+    sent: list[Any] = []
+    places: list[Any] = []
+    rest = iter(arrays)
+    for to in sendings:
+        parts = [next(rest) for _ in range(to.parts)]
+        if to.copies is None:
+            sent += parts
+            places.append(to.target)
+            continue
+        # Each device of the source has all blocks, and sends its share of them.
+        for n, (device, block) in enumerate(to.copies):
+            part = parts[block]
+            sent.append(part.addressable_data(n % len(part.sharding.device_set)))
+            places.append(device)
+    put = iter(jax.device_put(sent, places))
+    received = []
+    for to in sendings:
+        shards = [next(put) for _ in to.copies or (None,)]
+        if to.copies is None or isinstance(to.target, SingleDeviceSharding):
+            received += shards
+            continue
+        received.append(
+            jax.make_array_from_single_device_arrays(
+                to.shape(shards[0].shape), to.target, shards
+            )
+        )
+    return received
+
+
+def bring(arrays: Sequence[Any], targets: Sequence[Sharding]) -> list[Any]:
+    """Arrays of the caller, wherever they lie, as shardings say."""
+    out = list(arrays)
+    parts: list[Any] = []
+    sendings: list[Sending] = []
+    sent: list[int] = []
+    put: list[int] = []
+    for n, (array, target) in enumerate(zip(arrays, targets, strict=True)):
+        # What is on the host is made, so that nobody waits in a `device_put`, and over
+        # the same devices that is a program.
+        source = array.sharding if isinstance(array, jax.Array) else None
+        if source == target:
+            continue
+        if (
+            not isinstance(source, NamedSharding | SingleDeviceSharding)
+            or is_explicit(array)
+            or source.device_set == target.device_set
+        ):
+            put.append(n)
+            continue
+        to = sending(array.shape, source, target)
+        parts += _cutter(to)(array) if to.cuts else [array]
+        sendings.append(to)
+        sent.append(n)
+    made = jax.device_put([arrays[n] for n in put], [targets[n] for n in put])
+    for n, array in zip(put, made, strict=True):
+        out[n] = array
+    if sent:
+        for n, array in zip(sent, receive(sendings, parts), strict=True):
+            out[n] = array
+    return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _cutter(to: Sending) -> Any:
+    """The program of the source that makes what is sent."""
+    return jax.jit(to.cut, out_shardings=[to.made] * len(to.cuts))

@@ -1,0 +1,107 @@
+"""A stage's programs over a mesh: how their arrays lie, and gradients that are summed
+apart on each device.
+
+In: the code of a program, the mesh of its stage, and the axes over which the rows of a
+microbatch are shared. Out: a function under `jax.jit`. The backward of a dense layer,
+over two devices with two of four rows each:
+
+    argument, result             shape     lies
+    params[0]                    [3, 5]    as the parameters do: whole on each device
+    x[0]                         [4, 3]    by rows
+    cotangent y[0]               [4, 5]    by rows
+    sum params[0], in and out    [2, 3, 5] one part on each device, of its own rows
+
+As written XLA would add the parts up in each backward. They are added up once, behind
+the last one (`row_sums.py` says why that is the same).
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
+
+from fpipe._core.settings import donated
+from fpipe._program.code import Code
+from fpipe._program.row_sums import RowSum, find_row_sum, sum_rows_apart, values_read
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshForm:
+    """How a program runs over a mesh.
+
+    Attributes:
+        mesh: that of its stage.
+        data: its axes over which rows are shared.
+        apart: those of the code's sums, by number, that are kept as parts.
+        results: how each result lies; `None`: as XLA has it.
+        rows: of the microbatch.
+    """
+
+    mesh: Mesh
+    data: tuple[str, ...]
+    apart: frozenset[int]
+    results: tuple[Sharding | None, ...]
+    rows: int
+
+    @property
+    def parts(self) -> int:
+        """Over how many devices rows are shared."""
+        return devices_over(self.mesh, self.data)
+
+    def identity(self, code: Code) -> Hashable:
+        """Equal for programs that compute the same on the same devices."""
+        return code.identity, self
+
+
+def devices_over(mesh: Mesh, axes: Sequence[str]) -> int:
+    """The number of devices along some axes of a mesh."""
+    size = 1
+    for name in axes:
+        size *= mesh.shape[name]
+    return size
+
+
+def row_sums(code: Code, rows: int, parts: int) -> dict[int, RowSum]:
+    """Those of the code's sums, by number, that can be kept as parts."""
+    found: dict[int, RowSum] = {}
+    for n, value in enumerate(code.sums):
+        row_sum = find_row_sum(code.graph, code.nodes, value, rows, parts)
+        if row_sum is not None and n not in code.maxima:
+            found[n] = row_sum
+    return found
+
+
+def compile_over(code: Code, form: MeshForm) -> Callable[..., Sequence[Any]]:
+    """The function under `jax.jit`, for this mesh alone."""
+    found = row_sums(code, form.rows, form.parts) if form.apart else {}
+    apart: Mapping[int, RowSum] = {n: found[n] for n in sorted(form.apart)}
+    # The values that these are made of are asked for beside the results. Nobody reads
+    # the sums over all rows then, so XLA leaves them out.
+    terms = list(dict.fromkeys(v for s in apart.values() for v in values_read(s)))
+
+    def share_rows(piece: Any, axis: int) -> Any:
+        by_rows = NamedSharding(form.mesh, P(*[None] * axis, form.data))
+        return jax.lax.with_sharding_constraint(piece, by_rows)
+
+    def call(*arrays: Any) -> list[Any]:
+        results = [*code.outs, *code.sums]
+        made = code.values(
+            arrays,
+            [*results, *terms],
+            share_rows=share_rows if form.parts > 1 else None,
+        )
+        given = dict(zip(terms, made[len(results) :], strict=True))
+        made = made[: len(results)]
+        for n, own in apart.items():
+            made[len(code.outs) + n] = sum_rows_apart(own, given, form.data, form.mesh)
+        return code.added(made, arrays)
+
+    call.__name__ = call.__qualname__ = f"fpipe_{code.kind}"
+    return jax.jit(
+        call,
+        donate_argnums=donated(code.consumed),
+        out_shardings=list(form.results),
+    )

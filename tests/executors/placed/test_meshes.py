@@ -1,0 +1,478 @@
+"""Stages on several devices: the same numbers, what crosses devices and how often, what
+each device holds, and that the host waits for nothing.
+"""
+
+import dataclasses
+import functools
+import pickle
+import re
+import threading
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import fpipe
+import fpipe.optim
+from fpipe._executors.placed.compile import compile_plan
+from fpipe._executors.placed.instructions import Run
+from tests.executors.helpers import placed_executor
+from tests.helpers import (
+    Case,
+    assert_same,
+    dense,
+    eventually,
+    models,
+    mse,
+    noise,
+    raises,
+)
+
+DEVICES = np.array(jax.devices())
+DATA = Mesh(DEVICES.reshape(2, 2), ("stage", "data"))
+MODEL = Mesh(DEVICES.reshape(2, 2).T, ("model", "stage"))
+PAIR = Mesh(DEVICES[:2], ("data",))
+PLACES = {
+    "data": {"mesh": DATA},
+    "model": {"mesh": MODEL},
+    # A mesh of two, and one device; the other way round; and twice one mesh.
+    "to one": {"devices": [PAIR, DEVICES[2]]},
+    "from one": {"devices": [DEVICES[3], PAIR]},
+    "same": {"devices": [Mesh(DEVICES.reshape(2, 2), ("data", "model"))] * 2},
+}
+
+
+def collectives(pipe):
+    """How often a step runs each collective, by its kind and the program's kind: of the
+    compiled programs, each as often as it runs. Those of single numbers (a loss) are
+    not counted.
+    """
+    bound = placed_executor(pipe)._plans.values()[-1]
+    counts = Counter()
+    for n, program in compile_plan(bound.plan, bound.shapes).items():
+        run = bound.plan.instructions[n]
+        assert isinstance(run, Run)
+        name = run.action.kind if run.action else run.name
+        for line in (program.as_text() or "").splitlines():
+            found = re.search(
+                r" = (.*) (all-reduce|all-gather|all-to-all|reduce-scatter|"
+                r"collective-permute)(-start)?\(",
+                line,
+            )
+            if found and re.search(r"\[\d", found[1]):
+                counts[name, found[2]] += 1
+    return counts
+
+
+# --- the numbers ---
+
+
+@pytest.mark.parametrize(
+    ("model", "place", "options"),
+    [
+        ("tied", "to one", {"schedule": "zb_v", "checkpoint": "always"}),
+        ("stateful", "data", {"schedule": "eager_1f1b"}),
+        ("jump3", "from one", {"schedule": "gpipe", "checkpoint": "never"}),
+        ("sided", "model", {"schedule": "interleaved_1f1b"}),
+        ("branched", "data", {"schedule": "zb_h1", "checkpoint": "always"}),
+        pytest.param("tied", "same", {}, marks=pytest.mark.quick),
+    ],
+)
+def test_a_mesh_changes_no_number(model, place, options):
+    case = Case(models()[model], chunks=2, rows=8)
+    several = options.get("schedule") in ("zb_v", "interleaved_1f1b")
+    balance = [1, 1, 1, 1] if several else [2, 2]
+    pipe = fpipe.Pipe(case.layers, balance, chunks=2, **options, **PLACES[place])
+    params = case.params()
+    placed = pipe.place(params)
+    assert_same(pipe.gather(placed), params)
+    numbers = {"argnums": (0, 1, 2)}
+    got = pipe.value_and_grad(mse, **numbers)(placed, case.x, case.target, **case.needs)
+    want = case.reference.value_and_grad(mse, **numbers)(
+        params, case.x, case.target, **case.needs
+    )
+    assert_same(got, want)
+    # Each gradient lies as its parameter does.
+    for a, b in zip(jax.tree.leaves(got[1][0]), jax.tree.leaves(placed), strict=True):
+        assert a.sharding == b.sharding
+
+
+def test_outputs_and_gradients_from_outside():
+    case = Case(models()["jump2"], chunks=2, rows=8)
+    pipe = fpipe.Pipe(case.layers, [2, 2], chunks=2, mesh=DATA)
+    params = case.params()
+
+    def loss_of(run):
+        return lambda params, x: mse(run(params, x), jnp.ones_like(x))
+
+    placed = pipe.place(params)
+    assert_same(pipe(placed, case.x), case.reference(params, case.x))
+    got = jax.value_and_grad(loss_of(pipe), argnums=(0, 1))(placed, case.x)
+    want = jax.value_and_grad(loss_of(case.reference), argnums=(0, 1))(params, case.x)
+    assert_same(got, want)
+    assert pipe(placed, case.x).sharding.spec == P(("data",))
+
+
+def test_batches_from_anywhere():
+    layers = [dense(), dense()]
+    pipe = fpipe.Pipe(layers, chunks=2, mesh=DATA)
+    x = np.asarray(noise(jax.random.key(1), (8, 4)))
+    params = pipe.init(jax.random.key(0), x)
+    want = pipe(params, x)
+    explicit = jax.make_mesh((4,), ("rows",))
+    for given in (
+        jax.device_put(x, DEVICES[3]),
+        jax.device_put(x, NamedSharding(DATA, P(("stage", "data")))),
+        jax.device_put(x, NamedSharding(explicit, P("rows"))),
+    ):
+        with jax.set_mesh(explicit):
+            assert_same(pipe(params, given), want)
+
+
+def test_layers_name_the_axes_of_their_stage():
+    seen = []
+
+    def layer(w, x):
+        seen.append(jax.sharding.get_abstract_mesh().axis_names)
+        return jax.lax.with_sharding_constraint(jnp.tanh(x @ w), P("data", "model"))
+
+    mesh = Mesh(DEVICES.reshape(1, 2, 2), ("stage", "data", "model"))
+    w, x = noise(jax.random.key(0), (4, 4)), noise(jax.random.key(1), (8, 4))
+    pipe = fpipe.Pipe([layer], chunks=2, mesh=mesh)
+    step = pipe.value_and_grad(jnp.mean)
+    with jax.set_mesh(DATA):
+        got = step(pipe.place((w,)), x)
+    want = jax.value_and_grad(lambda w: jnp.mean(jnp.tanh(x @ w[0])))((w,))
+    assert_same(got, want)
+    assert set(seen) == {("data", "model")}
+
+
+# --- what crosses devices ---
+
+
+def test_gradients_cross_the_data_axis_once_per_step():
+    layers = [dense(), normed(), dense(), dense()]
+    x = noise(jax.random.key(1), (16, 4))
+    pipe = fpipe.Pipe(layers, [2, 2], chunks=4, mesh=DATA, checkpoint="always")
+    params = pipe.init(jax.random.key(0), x)
+    step = pipe.value_and_grad(mse)
+    want = fpipe.sequential(layers, chunks=4).value_and_grad(mse)(
+        pipe.gather(params), x, x
+    )
+    assert_same(step(params, x, x), want)
+    counts = collectives(pipe)
+    # XLA joins those of a stage's gradients. The layer's own means, of its forward, its
+    # recomputation and its backward, cross in each microbatch.
+    assert counts["add parts", "all-reduce"] == 2
+    assert counts["F", "all-reduce"] <= 2 * 4
+    assert counts["B", "all-reduce"] <= 4 * 4  # the first stage has the layer
+
+
+def normed():
+    """A layer with the statistics of a batch."""
+
+    def apply(scale, x):
+        mean, square = x.mean(0), (x**2).mean(0)
+        return scale * (x - mean) / jnp.sqrt(square - mean**2 + 1e-3)
+
+    return fpipe.Layer(apply, lambda key, x: jnp.full(x.shape[-1], 0.5), name="normed")
+
+
+WIDE = 8
+COLUMNS, ROWS = P(None, "model"), P("model")
+
+
+def gpt_block():
+    """A transformer's block with Megatron's sharding: columns of what goes in, rows of
+    what comes out of attention and of the perceptron.
+    """
+
+    def normalized(scale, x):
+        centred = x - x.mean(-1, keepdims=True)
+        return scale * centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+
+    def apply(p, x):
+        h = normalized(p["before"], x)
+        q, k, v = (jnp.einsum("btd,dhk->bthk", h, p[name]) for name in "qkv")
+        weights = jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", q, k), axis=-1)
+        mixed = jnp.einsum("bhts,bshk->bthk", weights, v)
+        x = x + jnp.einsum("bthk,hkd->btd", mixed, p["out"])
+        return x + jax.nn.relu(normalized(p["between"], x) @ p["up"]) @ p["down"]
+
+    shapes = {"q": (WIDE, 4, 2), "k": (WIDE, 4, 2), "v": (WIDE, 4, 2)}
+    shapes |= {"out": (4, 2, WIDE), "up": (WIDE, 2 * WIDE), "down": (2 * WIDE, WIDE)}
+
+    def init(key, x):
+        keys = jax.random.split(key, len(shapes))
+        made = {
+            name: noise(own, shape)
+            for own, (name, shape) in zip(keys, shapes.items(), strict=True)
+        }
+        return made | {"before": jnp.ones(WIDE), "between": jnp.ones(WIDE)}
+
+    spec = {**dict.fromkeys(["q", "k", "v", "up"], COLUMNS), "out": ROWS, "down": ROWS}
+    spec |= {"before": None, "between": None}
+    return fpipe.Layer(apply, init, name="block", spec=spec)
+
+
+def test_tensor_parallel_blocks_reduce_twice_in_each_direction():
+    blocks = [gpt_block()] * 2
+    x = noise(jax.random.key(1), (4, 3, WIDE))
+    pipe = fpipe.Pipe(blocks, chunks=2, mesh=MODEL, checkpoint="never")
+    params = pipe.init(jax.random.key(0), x)
+    assert params[0]["up"].sharding.spec == COLUMNS
+    step = pipe.value_and_grad(mse, argnums=(0, 1))
+    got = step(params, x, x)
+    assert got[1][0][1]["down"].sharding.spec == ROWS
+    whole = pipe.gather(params)
+    want = fpipe.sequential(blocks, chunks=2).value_and_grad(mse, argnums=(0, 1))
+    assert_same(got, want(whole, x, x))
+    # Two blocks, two microbatches; nothing else crosses the axis.
+    counts = collectives(pipe)
+    assert counts == {("F", "all-reduce"): 8, ("B", "all-reduce"): 8}
+    # A compiled call finds the programs that compiling ahead has made.
+    plans = placed_executor(pipe)._plans.values()
+    step(params, x, x)
+    assert len(placed_executor(pipe)._plans.values()) == len(plans)
+
+
+def test_arrays_say_how_they_are_cut():
+    x = noise(jax.random.key(1), (4, WIDE))
+    whole = [noise(jax.random.key(n), (WIDE, WIDE)) for n in (2, 3)]
+    whole[1] = jax.device_put(whole[1], NamedSharding(MODEL, COLUMNS))
+    layers = [multiplied, multiplied]
+    pipe = fpipe.Pipe(layers, mesh=MODEL)
+    params = pipe.place(tuple(whole))
+    assert [a.sharding.spec for a in params] == [P(), COLUMNS]
+    got = pipe.value_and_grad(mse)(params, x, x)
+    assert [a.sharding.spec for a in got[1]] == [P(), COLUMNS]
+    assert_same(
+        got,
+        fpipe.sequential(layers).value_and_grad(mse)(
+            tuple(map(np.asarray, whole)), x, x
+        ),
+    )
+
+
+def multiplied(w, x):
+    return jnp.tanh(x @ w)
+
+
+# --- transfers ---
+
+
+@pytest.mark.parametrize("target", [DEVICES[2], Mesh(DEVICES[2:], ("model",)), PAIR])
+def test_issuing_waits_for_no_stage(target):
+    """A stage on two devices waits, and its result goes to a place of another size, or
+    of other axes.
+    """
+    source = Mesh(DEVICES[2:] if target is PAIR else DEVICES[:2], ("data",))
+    go = threading.Event()
+
+    def wait(value):
+        go.wait()
+        return np.asarray(value)
+
+    @fpipe.skippable(stash=["skip"])
+    def slow(params, x, *, carry):
+        late = jax.pure_callback(wait, jax.ShapeDtypeStruct((), x.dtype), params)
+        return x * late, fpipe.stash(carry, "skip", (x + late)[0])
+
+    @fpipe.skippable(pop=["skip"])
+    def last(params, x, *, carry):
+        skip, carry = fpipe.pop(carry, "skip")
+        return x * params + skip, carry
+
+    pipe = fpipe.Pipe(
+        [slow, last], devices=[source, target], chunks=2, dispatch="one_thread"
+    )
+    x = noise(jax.random.key(1), (8, 4))
+    params = pipe.place((jnp.float32(2), jnp.float32(3)))
+    go.set()
+    want = jax.block_until_ready(pipe(params, x))
+    go.clear()
+    made = []
+    thread = threading.Thread(target=lambda: made.append(pipe(params, x)))
+    thread.start()
+    try:
+        assert eventually(lambda: not thread.is_alive())
+        assert not made[0].is_ready()
+    finally:
+        go.set()
+        thread.join()
+    assert_same(made[0], want)
+    per = 4
+    rows = [x[n : n + per] * 2 * 3 + (x[n : n + per] + 2)[0] for n in (0, per)]
+    assert_same(made[0], jnp.concatenate(rows))
+
+
+# --- memory, recordings, optimizers ---
+
+
+def test_a_plan_counts_what_each_device_holds():
+    layer = fpipe.Layer(
+        lambda w, x: jnp.tanh(x @ w), lambda key, x: noise(key, (8, 8)), spec=COLUMNS
+    )
+    pipe = fpipe.Pipe([layer, layer], chunks=2, mesh=MODEL)
+    x = noise(jax.random.key(1), (8, 8))
+    params = pipe.init(jax.random.key(0), x)
+    plan = pipe.plan(None, jax.ShapeDtypeStruct(x.shape, x.dtype), compiled=True)
+    assert [row.memory["parameters"] for row in plan.devices] == [128, 128]
+    held = [a.addressable_data(0).nbytes for a in params]
+    assert held == [128, 128]
+    assert plan.devices[0].name == "model=2 (cpu:0, cpu:1)"
+
+
+def test_a_recording_names_meshes():
+    pipe = fpipe.Pipe([dense(), dense()], chunks=2, devices=[PAIR, DEVICES[2]])
+    x = noise(jax.random.key(1), (8, 4))
+    params = pipe.init(jax.random.key(0), x)
+    _, recording = pipe.record(pipe.value_and_grad(mse), params, x, x)
+    assert recording.places == ("data=2 (cpu:0, cpu:1)", "cpu:2")
+    assert len(recording.events) == 8
+    moved = Counter((t.source, t.target) for t in recording.transfers)
+    assert moved == {(0, 1): 2, (1, 0): 2}
+
+
+# --- what a pipe is ---
+
+
+@functools.cache
+def small():
+    return fpipe.Pipe([double, double], chunks=2, mesh=DATA)
+
+
+def double(params, x):
+    return x * params
+
+
+def test_a_pipe_over_meshes_is_a_value():
+    pipe = small()
+    assert pipe == pickle.loads(pickle.dumps(pipe))
+    assert dataclasses.replace(pipe, chunks=4).devices == pipe.devices
+    assert pipe.data_axes == ("data",)
+    assert "devices=[data=2 (cpu:0, cpu:1), data=2 (cpu:2, cpu:3)]" in repr(pipe)
+    other = fpipe.Pipe([double, double], chunks=2, devices=list(pipe.devices))
+    assert other.devices == pipe.devices
+    scan = dataclasses.replace(pipe, executor="scan")
+    assert dataclasses.replace(scan, executor="placed") == pipe
+
+
+# --- errors ---
+
+
+def test_wrong_meshes_are_refused():
+    layers = [double, double]
+    with raises(
+        ValueError,
+        "`Pipe(mesh=...)`: the mesh has the axes ('data',), and none is called "
+        "'stage'; make one with `jax.make_mesh((2,), ('stage',), "
+        "axis_types=(jax.sharding.AxisType.Auto,) * 1)`",
+    ):
+        fpipe.Pipe(layers, mesh=PAIR)
+    with raises(
+        ValueError,
+        "`Pipe(devices=[mesh, ...])`: the axes ['data'] are explicit; make the mesh "
+        "with `axis_types=(jax.sharding.AxisType.Auto,) * 1`",
+    ):
+        fpipe.Pipe(
+            layers,
+            devices=[Mesh(DEVICES[:2], ("data",), axis_types=(AxisType.Explicit,))] * 2,
+        )
+    with raises(
+        ValueError,
+        "`Pipe(devices=...)`: cpu:1 is in two places, data=2 (cpu:0, cpu:1) and "
+        "data=2 (cpu:1, cpu:2); a device belongs to one of them, which may be given "
+        "several times",
+    ):
+        fpipe.Pipe(layers, devices=[PAIR, Mesh(DEVICES[1:3], ("data",))])
+    with raises(
+        ValueError,
+        f"`devices`: the sharding {P('data')} says how arrays are cut, but a "
+        "stage's place is a mesh alone: give the mesh, and say by "
+        "`fpipe.Layer(spec=...)` how parameters are cut",
+    ):
+        fpipe.Pipe(layers, devices=[NamedSharding(PAIR, P("data"))] * 2)
+    with raises(
+        ValueError,
+        "`Pipe(data_axes=('rows',))`: no mesh has an axis 'rows' beside that of "
+        "stages; the axes are ['data']",
+    ):
+        fpipe.Pipe(layers, mesh=DATA, data_axes=("rows",))
+    with raises(
+        TypeError,
+        "`Pipe(data_axes='data')`: a sequence of names of axes, such as (\"data\",)",
+    ):
+        fpipe.Pipe(layers, mesh=DATA, data_axes="data")
+    with raises(
+        ValueError,
+        "`Pipe(mesh=...)`: the mesh has 2 places on its axis 'stage', but the schedule "
+        "puts 1 stages on 1 devices; give `balance` as many entries as the mesh needs, "
+        "or a mesh of 1",
+    ):
+        fpipe.Pipe(layers, [2], mesh=DATA)
+    with raises(
+        ValueError,
+        '`Pipe(executor="scan", devices=...)`: several devices for each stage are '
+        'given as one mesh with an axis "stage", `mesh=`',
+    ):
+        fpipe.Pipe(layers, devices=[PAIR] * 2, executor="scan")
+
+
+def test_rows_that_devices_cannot_share_are_refused():
+    params = small().place((jnp.float32(2), jnp.float32(3)))
+    with raises(
+        ValueError,
+        "`Pipe(data_axes=('data',))`: 2 devices share the rows of each microbatch, and "
+        "one has 3; of 6 rows in all, `chunks` can be 1, 3",
+    ):
+        small()(params, jnp.ones((6, 4)))
+    with raises(
+        ValueError,
+        "`Pipe(data_axes=('data',))`: 2 devices share the rows of each microbatch, and "
+        "one has 3; of 5 rows in all, give a batch of a multiple of 2 rows",
+    ):
+        small()(params, jnp.ones((5, 4)))
+    pieces = fpipe.Microbatches([jnp.ones((2, 4)), jnp.ones((1, 4))])
+    with raises(
+        ValueError,
+        "`Pipe(data_axes=('data',))`: 2 devices share the rows of each microbatch, and "
+        "one has 1; of 3 rows in all, each needs a multiple of 2",
+    ):
+        small()(params, pieces)
+
+
+def test_specs_that_do_not_fit_are_refused():
+    def pipe_of(spec):
+        layer = fpipe.Layer(lambda p, x: x @ p["w"], name="mlp", spec=spec)
+        return fpipe.Pipe([layer, double], mesh=MODEL)
+
+    params = {"w": jnp.ones((4, 3))}, jnp.float32(1)
+    with raises(
+        ValueError,
+        f"layer 0 'mlp': its `spec` {P('columns')} of params['w'] names the axis "
+        "'columns', but the mesh of its stage has ('model',)",
+    ):
+        pipe_of(P("columns")).place(params)
+    with raises(
+        ValueError,
+        f"layer 0 'mlp': its `spec` {COLUMNS} of params['w'] does not "
+        "divide its shape (4, 3) over the mesh {'model': 2}",
+    ):
+        pipe_of({"w": COLUMNS}).place(params)
+    with raises(
+        ValueError,
+        "layer 0 'mlp': its `spec` has another form than its parameters, "
+        "{'w': float32[4,3]}",
+    ):
+        pipe_of({"v": COLUMNS}).place(params)
+    with raises(
+        TypeError,
+        "`fpipe.Layer(spec=...)` of layer 'mlp': 'model' is no "
+        "jax.sharding.PartitionSpec",
+    ):
+        pipe_of({"w": "model"})
