@@ -138,8 +138,8 @@ class Failures:
                 self._thrown = ""
         raise CallbackError(text)
 
-    def raised(self, after: Sequence[Any], axis: str) -> Any:
-        """Inside a program: a zero, or on all devices of an axis what is kept.
+    def raised(self, after: Sequence[Any], axis: str | tuple[str, ...]) -> Any:
+        """Inside a program: a zero, or on all devices of some axes what is kept.
 
         Arguments:
             after: arrays that are there when all callbacks have been called.

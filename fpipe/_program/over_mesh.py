@@ -20,11 +20,15 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
+from fpipe._core.pytrees import on_host
 from fpipe._core.settings import donated
 from fpipe._program.code import Code
+from fpipe._program.host_calls import Failures
 from fpipe._program.row_sums import RowSum, find_row_sum, sum_rows_apart, values_read
 
 
@@ -86,18 +90,23 @@ def compile_over(code: Code, form: MeshForm) -> Callable[..., Sequence[Any]]:
         by_rows = NamedSharding(form.mesh, P(*[None] * axis, form.data))
         return jax.lax.with_sharding_constraint(piece, by_rows)
 
+    # One device that raised alone would be waited for by the others.
+    failures = None if code.guard is None else Failures(form.mesh.size)
+
     def call(*arrays: Any) -> list[Any]:
         results = [*code.outs, *code.sums]
         made = code.values(
             arrays,
             [*results, *terms],
+            failures,
             share_rows=share_rows if form.parts > 1 else None,
         )
         given = dict(zip(terms, made[len(results) :], strict=True))
         made = made[: len(results)]
         for n, own in apart.items():
             made[len(code.outs) + n] = sum_rows_apart(own, given, form.data, form.mesh)
-        return code.added(made, arrays)
+        made = code.added(made, arrays)
+        return made if failures is None else _together(failures, made, form)
 
     call.__name__ = call.__qualname__ = f"fpipe_{code.kind}"
     return jax.jit(
@@ -105,3 +114,30 @@ def compile_over(code: Code, form: MeshForm) -> Callable[..., Sequence[Any]]:
         donate_argnums=donated(code.consumed),
         out_shardings=list(form.results),
     )
+
+
+def _together(failures: Failures, made: list[Any], form: MeshForm) -> list[Any]:
+    """The results of a program, or on all its devices what a callback has raised."""
+    # The devices ask when they have their parts of the results. Of some results it is
+    # not known here which parts that are, and keys are no numbers.
+    asked = [
+        n
+        for n, lies in enumerate(form.results)
+        if isinstance(lies, NamedSharding)
+        and not on_host(made[n])
+        and isinstance(made[n].dtype, np.dtype)
+    ]
+    if not asked:
+        return made
+    axes = form.mesh.axis_names
+    raised = jax.shard_map(
+        lambda *own: failures.raised(own, axes),
+        mesh=form.mesh,
+        in_specs=tuple(form.results[n].spec for n in asked),
+        out_specs=P(),
+        check_vma=False,
+    )(*(made[n] for n in asked))
+    # What is returned needs the answer, or XLA might drop the question.
+    first = made[asked[0]]
+    made[asked[0]] = jnp.where(raised == 0, first, jnp.zeros_like(first))
+    return made
