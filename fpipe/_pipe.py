@@ -198,7 +198,7 @@ class Pipe(Call):
 
     layers: tuple[Layer, ...] | Split
     balance: tuple[int, ...]
-    devices: tuple[Device | Mesh, ...]
+    devices: tuple[Device, ...]  # or meshes
     chunks: int
     checkpoint: str | Policy
     schedule: str | Schedule | Callable[[int, int], Schedule]

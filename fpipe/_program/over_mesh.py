@@ -120,20 +120,20 @@ def _together(failures: Failures, made: list[Any], form: MeshForm) -> list[Any]:
     """The results of a program, or on all its devices what a callback has raised."""
     # The devices ask when they have their parts of the results. Of some results it is
     # not known here which parts that are, and keys are no numbers.
-    asked = [
-        n
-        for n, lies in enumerate(form.results)
-        if isinstance(lies, NamedSharding)
-        and not on_host(made[n])
-        and isinstance(made[n].dtype, np.dtype)
-    ]
+    asked: list[int] = []
+    specs: list[P] = []
+    for n, (array, lies) in enumerate(zip(made, form.results, strict=True)):
+        is_number = isinstance(array.dtype, np.dtype) and not on_host(array)
+        if isinstance(lies, NamedSharding) and is_number:
+            asked.append(n)
+            specs.append(lies.spec)
     if not asked:
         return made
     axes = form.mesh.axis_names
     raised = jax.shard_map(
         lambda *own: failures.raised(own, axes),
         mesh=form.mesh,
-        in_specs=tuple(form.results[n].spec for n in asked),
+        in_specs=tuple(specs),
         out_specs=P(),
         check_vma=False,
     )(*(made[n] for n in asked))

@@ -19,12 +19,18 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import (
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 
 from fpipe._core.pytrees import strong
 from fpipe._core.settings import donated
-from fpipe._executors.placement import Device
-from fpipe.optim._leaf_devices import device_of
+from fpipe._executors.transfers import bring
+from fpipe.optim._leaf_devices import Home, device_of
 from fpipe.optim._partition import partition
 from fpipe.optim._programs import Part, ProgramPlan, Slot, plan_programs
 from fpipe.optim._update_graph import UpdateGraph, run_operations
@@ -58,16 +64,23 @@ class Input(NamedTuple):
         tree: the tree that it is of.
     """
 
-    owner: Device | None
+    owner: Home | None
     donate: bool = False
     tree: Tree | None = None
 
 
 class Output(NamedTuple):
-    """What is asked of an output: the device that it is wanted on, and its tree."""
+    """What is asked of an output.
 
-    device: Device
+    Attributes:
+        device: that it is wanted on, or a mesh.
+        tree: the tree that it is of.
+        lies: how it is to lie on a mesh; `None`: as it comes.
+    """
+
+    device: Home
     tree: Tree | None = None
+    lies: Sharding | None = None
 
 
 class PlacedFunction:
@@ -78,7 +91,9 @@ class PlacedFunction:
         calls: one jitted function for each program.
     """
 
-    def __init__(self, cut: ProgramPlan, devices: Sequence[Device]) -> None:
+    def __init__(
+        self, cut: ProgramPlan, devices: Sequence[Home], outputs: Sequence[Output]
+    ) -> None:
         # A constant that is a JAX array would pull a program to the device that it is
         # on. PRNG keys stay as they are: numpy has no dtype for them.
         constants = {
@@ -88,7 +103,8 @@ class PlacedFunction:
         }
         self.cut = cut
         self.calls = [
-            _jit_part(cut, part, devices[part.device], constants) for part in cut.parts
+            _jit_part(cut, part, devices[part.device], constants, outputs)
+            for part in cut.parts
         ]
         self._devices = tuple(devices)
         self._donated = sorted({slot for part in cut.parts for slot in part.donates})
@@ -130,9 +146,14 @@ class PlacedFunction:
 
     def _move(self, moves: dict[int, list[int]], arrays: _Arrays) -> None:
         for device, slots in moves.items():
-            put = jax.device_put(
-                [arrays[slot, None] for slot in slots], self._devices[device]
-            )
+            home = self._devices[device]
+            given = [arrays[slot, None] for slot in slots]
+            if isinstance(home, Mesh):
+                put = bring(given, [NamedSharding(home, PartitionSpec())] * len(given))
+            elif any(len(a.devices()) > 1 for a in given if isinstance(a, jax.Array)):
+                put = bring(given, [SingleDeviceSharding(home)] * len(given))
+            else:
+                put = jax.device_put(given, home)
             arrays.update(zip([(slot, device) for slot in slots], put, strict=True))
 
 
@@ -147,7 +168,7 @@ def divide(
     arrays: Sequence[Any],
     inputs: Sequence[Input],
     outputs: Sequence[Output],
-    first: Device,
+    first: Home,
 ) -> PlacedFunction:
     """Divide a traced function over the devices of its arrays.
 
@@ -163,7 +184,7 @@ def divide(
     devices += [d for d in (*(i.owner for i in inputs), *found_on) if d is not None]
     devices = list(dict.fromkeys(devices))
     # The plan knows devices by number; no device stays none.
-    number: dict[Device | None, int | None] = {None: None}
+    number: dict[Home | None, int | None] = {None: None}
     number.update((device, n) for n, device in enumerate(devices))
     wanted_on = [devices.index(output.device) for output in outputs]
     divided = partition(
@@ -186,11 +207,15 @@ def divide(
         aliasing,
         [i.donate for i in inputs],
     )
-    return PlacedFunction(cut, devices)
+    return PlacedFunction(cut, devices, outputs)
 
 
 def _jit_part(
-    cut: ProgramPlan, part: Part, device: Device, constants: Mapping[int, Any]
+    cut: ProgramPlan,
+    part: Part,
+    device: Home,
+    constants: Mapping[int, Any],
+    outputs: Sequence[Output],
 ) -> Callable[..., list[Any]]:
     """The program of a part."""
     graph = cut.graph
@@ -219,10 +244,19 @@ def _jit_part(
 
     # The name that profiles show.
     run.__name__ = run.__qualname__ = f"fpipe_optim_{part.round}"
+    overwritten = [part.takes.index(slot) for slot in part.donates]
+    if isinstance(device, Mesh):
+        # What goes out lies as its parameter does; what is between programs as it
+        # comes.
+        lies: list[Sharding | None] = []
+        for slot in gives:
+            output = None if slot.output is None else outputs[slot.output]
+            here = output is not None and output.device == device
+            lies.append(output.lies if output is not None and here else None)
+        return jax.jit(run, donate_argnums=donated(overwritten), out_shardings=lies)
     if not takes:
         # Without arguments nothing else says where it runs.
         return jax.jit(run, out_shardings=SingleDeviceSharding(device))
-    overwritten = [part.takes.index(slot) for slot in part.donates]
     return jax.jit(run, donate_argnums=donated(overwritten))
 
 

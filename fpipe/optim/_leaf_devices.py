@@ -6,9 +6,10 @@ a transformation sees: `[device 0, device 1]`.
 """
 
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from fpipe._core.pytrees import PyTree, aval, is_array, nbytes
 from fpipe._executors.placement import Device
@@ -16,14 +17,17 @@ from fpipe._executors.tracers import only_shapes
 from fpipe.optim._partition import SMALL
 from fpipe.optim._seen_leaves import Path, SeenLeaves, leaf_name, parameters_of_state
 
+Home: TypeAlias = Device | Mesh
+"""Where leaves lie: one device, or the mesh of a stage on several."""
+
 FIX = (
     "make one with `tx.init(params)`, or move this one with "
     "`fpipe.optim.place(state, params)`"
 )
 
 
-def device_of(array: Any) -> Device | None:
-    """The one device that an array is committed to, if there is one.
+def device_of(array: Any) -> Home | None:
+    """The one device that an array is committed to, or its mesh, if there is one.
 
     An array that is not committed is where it is by chance, and JAX moves it to
     whatever it is combined with: nothing can be placed by it.
@@ -31,16 +35,36 @@ def device_of(array: Any) -> Device | None:
     if not isinstance(array, jax.Array) or not array.committed:
         return None
     devices = array.devices()
-    return next(iter(devices)) if len(devices) == 1 else None
+    if len(devices) == 1:
+        return next(iter(devices))
+    mesh = getattr(array.sharding, "mesh", None)
+    return mesh if isinstance(mesh, Mesh) else None
 
 
 def array_form(array: Any) -> Hashable:
     """What a plan is specialised on, of an array: two of one form have one plan."""
     weak = getattr(array, "weak_type", False)
-    return array.shape, array.dtype, weak, device_of(array)
+    home = device_of(array)
+    lies = array.sharding if isinstance(home, Mesh) else home
+    return array.shape, array.dtype, weak, lies
 
 
-def first_device(devices: Sequence[Device]) -> Device:
+def lies_like(shape: Any, home: Home, like: Any = None) -> Sharding | None:
+    """How an array is to lie at a home that is a mesh: as another one of its shape
+    does, or whole on each device. `None`: the home is one device.
+
+    Arguments:
+        shape: its shape.
+        like: an array, the parameter for example that a moment is of.
+    """
+    if not isinstance(home, Mesh):
+        return None
+    if like is not None and like.shape == shape:
+        return like.sharding
+    return NamedSharding(home, PartitionSpec())
+
+
+def first_device(devices: Sequence[Home]) -> Home:
     """The device of the first parameter; JAX's first one, if there is none.
 
     What belongs to no parameter (a count of steps) lies there, and small values of
@@ -51,7 +75,7 @@ def first_device(devices: Sequence[Device]) -> Device:
 
 def parameter_devices(
     call: str, arrays: Sequence[Any], paths: Sequence[Path]
-) -> list[Device]:
+) -> list[Home]:
     """The device of each parameter, all of which have to be placed.
 
     Arguments:
@@ -77,7 +101,7 @@ def parameter_devices(
 
 
 def check_gradients(
-    seen: SeenLeaves, gradients: Sequence[Any], devices: Sequence[Device]
+    seen: SeenLeaves, gradients: Sequence[Any], devices: Sequence[Home]
 ) -> None:
     """Refuse a gradient that is missing, or not on the device of its parameter."""
     seen.check_gradients(gradients)
@@ -94,8 +118,8 @@ def check_gradients(
 
 
 def state_owners(
-    seen: SeenLeaves, state: PyTree, devices: Sequence[Device]
-) -> list[Device | None]:
+    seen: SeenLeaves, state: PyTree, devices: Sequence[Home]
+) -> list[Home | None]:
     """The device that each array of a state belongs to; `None` for a number that all
     share.
 
@@ -107,7 +131,7 @@ def state_owners(
     """
     # The parameter of a leaf is found by the leaf's path, not by where the leaf is: a
     # state that was restored may be anywhere, and that is the error to find.
-    owners: list[Device | None] = []
+    owners: list[Home | None] = []
     named = jax.tree_util.tree_flatten_with_path(state)[0]
     parameters = parameters_of_state(seen.seen_paths, state)
     for parameter, (path, leaf) in zip(parameters, named, strict=True):
@@ -132,18 +156,34 @@ def state_owners(
     return owners
 
 
-def new_state_devices(
-    seen: SeenLeaves, state: PyTree, devices: Sequence[Device]
-) -> list[Device]:
-    """Where each array of a new state is wanted: at its parameter, or on the first
-    device.
+class Wanted(NamedTuple):
+    """Where an output is wanted, and how it is to lie there; `None`: as it comes."""
+
+    home: Home
+    lies: Sharding | None
+
+
+def new_state_places(
+    seen: SeenLeaves,
+    state: PyTree,
+    devices: Sequence[Home],
+    parameters: Sequence[Any],
+) -> list[Wanted]:
+    """Where each array of a new state is wanted: at its parameter, cut as that is, or
+    on the first device.
+
+    Arguments:
+        parameters: arrays that lie as the parameters do.
     """
-    parameters = parameters_of_state(seen.seen_paths, state)
-    return [
-        first_device(devices) if parameter is None else devices[parameter]
-        for parameter, leaf in zip(parameters, jax.tree.leaves(state), strict=True)
-        if is_array(leaf)
-    ]
+    wanted = []
+    numbers = parameters_of_state(seen.seen_paths, state)
+    for number, leaf in zip(numbers, jax.tree.leaves(state), strict=True):
+        if not is_array(leaf):
+            continue
+        home = first_device(devices) if number is None else devices[number]
+        like = None if number is None else parameters[number]
+        wanted.append(Wanted(home, lies_like(leaf.shape, home, like)))
+    return wanted
 
 
 def refuse_tracers(call: str) -> None:

@@ -43,10 +43,10 @@ from fpipe._core.pytrees import (
 )
 from fpipe._core.settings import explicit_transfers, settings
 from fpipe._core.statics import check_leaves
-from fpipe._executors.placement import Device
 from fpipe._program.identity import traced_identity
 from fpipe.optim._dispatch import Input, Output, PlacedFunction, divide
 from fpipe.optim._leaf_devices import (
+    Home,
     array_form,
     device_of,
     first_device,
@@ -254,7 +254,7 @@ class _Node(NamedTuple):
 
     treedef: Any
     first: int
-    devices: tuple[Device | None, ...]
+    devices: tuple[Home | None, ...]
 
 
 def _nodes(tree: PyTree) -> Iterator[_Node]:
@@ -275,9 +275,9 @@ def _nodes(tree: PyTree) -> Iterator[_Node]:
     yield from walk(treedef, 0)
 
 
-def _homes(nodes: Sequence[Sequence[_Node]]) -> dict[Any, tuple[Device | None, ...]]:
+def _homes(nodes: Sequence[Sequence[_Node]]) -> dict[Any, tuple[Home | None, ...]]:
     """Where leaves lie in a tree of each structure, if all that have it agree."""
-    homes: dict[Any, tuple[Device | None, ...]] = {}
+    homes: dict[Any, tuple[Home | None, ...]] = {}
     ambiguous = set()
     for node in (node for own in nodes for node in own):
         if homes.setdefault(node.treedef, node.devices) != node.devices:
@@ -286,13 +286,13 @@ def _homes(nodes: Sequence[Sequence[_Node]]) -> dict[Any, tuple[Device | None, .
 
 
 def _devices_like(
-    result: PyTree, homes: dict[Any, tuple[Device | None, ...]]
-) -> list[Device | None]:
+    result: PyTree, homes: dict[Any, tuple[Home | None, ...]]
+) -> list[Home | None]:
     """For each array of the result the device of the leaf in its place, if the result,
     or a part of it, has the structure of something that was given.
     """
 
-    def walk(node: Any) -> Iterator[Device | None]:
+    def walk(node: Any) -> Iterator[Home | None]:
         if node in homes:
             yield from homes[node]
         elif node.node_data() is None:
@@ -311,13 +311,13 @@ def _devices_like(
 
 def _sources(
     graph: UpdateGraph,
-    devices: Sequence[Device | None],
-    owners: Sequence[Device | None],
-) -> list[Device | None]:
+    devices: Sequence[Home | None],
+    owners: Sequence[Home | None],
+) -> list[Home | None]:
     """For each output the one device that has all arrays it is made of, if there is
     one. Numbers count where there is nothing else.
     """
-    none = frozenset[Device]()
+    none = frozenset[Home]()
     # By value: the devices of arrays, and those of numbers.
     arrays = {
         v: none if d is None else none | {d}

@@ -22,7 +22,8 @@ from fpipe.optim._leaf_devices import (
     check_gradients,
     device_of,
     first_device,
-    new_state_devices,
+    lies_like,
+    new_state_places,
     parameter_devices,
     state_owners,
 )
@@ -86,7 +87,10 @@ def plan_init(tx: Any, params: PyTree, frozen: Frozen | None) -> PlacedTransform
         traced.graph,
         traced.leaves,
         [Input(device) for device in devices],
-        [Output(device) for device in new_state_devices(seen, traced.state, devices)],
+        [
+            Output(home, lies=lies)
+            for home, lies in new_state_places(seen, traced.state, devices, parameters)
+        ],
         first_device(devices),
     )
     return PlacedTransformation(run, seen, 0, pack(traced.state)[1])
@@ -128,10 +132,13 @@ def plan_update(
     for array in pack(extra)[0]:
         large = nbytes(array) > SMALL
         inputs.append(Input(device_of(array) if large else None))
-    outputs = [Output(device, Tree.GRADIENTS) for device in devices]
+    outputs = [
+        Output(home, Tree.GRADIENTS, lies_like(like.shape, home, like))
+        for home, like in zip(devices, shown, strict=True)
+    ]
     outputs += [
-        Output(device, Tree.STATE)
-        for device in new_state_devices(seen, traced.state, devices)
+        Output(home, Tree.STATE, lies)
+        for home, lies in new_state_places(seen, traced.state, devices, shown)
     ]
     run = divide(traced.graph, traced.leaves, inputs, outputs, first_device(devices))
     return PlacedTransformation(run, seen, traced.updates, pack(traced.state)[1])

@@ -19,7 +19,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fpipe._core.pytrees import Bundle, PyTree, is_array, is_traced, pack
 from fpipe._core.settings import explicit_transfers
 from fpipe._executors.placement import Placement
-from fpipe.optim._leaf_devices import first_device, parameter_devices
+from fpipe.optim._leaf_devices import (
+    first_device,
+    lies_like,
+    parameter_devices,
+)
 from fpipe.optim._packed import (
     any_packed,
     mesh_of,
@@ -133,7 +137,10 @@ def place(
         if is_array(leaf):
             device = first if parameter is None else devices[parameter]
             place = Placement.of(device)
-            leaves[n] = (place.take if donate else place.own)([leaf])[0]
+            like = None if parameter is None else arrays[parameter]
+            lies = lies_like(leaf.shape, device, like)
+            put = place.take if donate else place.own
+            leaves[n] = put([leaf], None if lies is None else [lies])[0]
     return treedef.unflatten(leaves)
 
 

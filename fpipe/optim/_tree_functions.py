@@ -27,6 +27,7 @@ from fpipe.optim._leaf_devices import (
     array_form,
     device_of,
     first_device,
+    lies_like,
     parameter_devices,
     refuse_tracers,
 )
@@ -138,7 +139,10 @@ def _plan_addition(
     graph = trace_update_graph(lambda *a: _add(a[:count], a[count:]), arrays)
     inputs = [Input(device, donate="params" in names) for device in devices]
     inputs += [Input(device_of(a), donate="updates" in names) for a in updates]
-    outputs = [Output(device) for device in devices]
+    outputs = [
+        Output(home, lies=lies_like(like.shape, home, like))
+        for home, like in zip(devices, params, strict=True)
+    ]
     return divide(graph, arrays, inputs, outputs, first_device(devices))
 
 

@@ -74,7 +74,7 @@ def compile_plan(
                 names[run.key] = run.name
                 # How its results lie is known when it is compiled, and programs that
                 # read them are lowered for that.
-                if not plan.free.isdisjoint(plan.instructions[run.number].outs):
+                if run.free:
                     futures[run.key] = pool.submit(lowered[run.key].compile)
             # Results are taken as they come, not in order, so that progress is seen
             # although a large stage takes long.
@@ -124,6 +124,7 @@ class TracedRun(NamedTuple):
         traced: what its `trace` returns.
         made: the shapes of its results, those on the host with their sharding.
         name: for errors.
+        free: whether XLA decides how some of its results lie.
     """
 
     number: int
@@ -132,6 +133,7 @@ class TracedRun(NamedTuple):
     traced: Any
     made: tuple[jax.ShapeDtypeStruct, ...]
     name: str
+    free: bool
 
 
 def traced_runs(
@@ -213,4 +215,5 @@ def traced_runs(
                 makers[slot] = key, n
         made = tuple(held[slot] for slot in item.outs)
         name = f"{item.name} for {item.placement}"
-        yield TracedRun(number, key, call, traces[key], made, name)
+        free = not plan.free.isdisjoint(item.outs)
+        yield TracedRun(number, key, call, traces[key], made, name, free)

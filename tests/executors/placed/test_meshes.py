@@ -12,6 +12,7 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -90,9 +91,10 @@ def test_a_mesh_changes_no_number(model, place, options):
     params = case.params()
     placed = pipe.place(params)
     assert_same(pipe.gather(placed), params)
-    numbers = {"argnums": (0, 1, 2)}
-    got = pipe.value_and_grad(mse, **numbers)(placed, case.x, case.target, **case.needs)
-    want = case.reference.value_and_grad(mse, **numbers)(
+    got = pipe.value_and_grad(mse, argnums=(0, 1, 2))(
+        placed, case.x, case.target, **case.needs
+    )
+    want = case.reference.value_and_grad(mse, argnums=(0, 1, 2))(
         params, case.x, case.target, **case.needs
     )
     assert_same(got, want)
@@ -310,7 +312,66 @@ def test_issuing_waits_for_no_stage(target):
     assert_same(made[0], jnp.concatenate(rows))
 
 
+@pytest.mark.parametrize("place", ["data", "model"])
+def test_what_a_callback_raises_is_raised_by_all_devices(place):
+    def raising(params, x):
+        def callback(total):
+            raise ZeroDivisionError(f"of {total.dtype}")
+
+        jax.debug.callback(callback, x.sum())
+        return x * params
+
+    params = jnp.float32(2), jnp.float32(3)
+    x = noise(jax.random.key(1), (8, 4))
+    bad = fpipe.Pipe([double, raising], chunks=2, **PLACES[place])
+    good = fpipe.Pipe([double, double], chunks=2, **PLACES[place])
+    placed = good.place(params)
+    want = good(placed, x)
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        jax.block_until_ready(bad(placed, x))
+    assert "ZeroDivisionError: of float32" in str(caught.value)
+    assert "fpipe: in layer 1 'raising', stage 1, microbatch" in str(caught.value)
+    # No device waits for another one, so the next call runs.
+    assert_same(good(placed, x), want)
+
+
 # --- memory, recordings, optimizers ---
+
+
+@pytest.fixture
+def promotion():
+    """`optax` raises floats to integer powers, which strict promotion refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def test_optimizers_keep_what_is_cut(promotion):
+    layer = fpipe.Layer(
+        multiplied, lambda key, x: noise(key, (WIDE, WIDE)), spec=COLUMNS
+    )
+    layers = [layer, dataclasses.replace(layer, spec=None)]
+    x = noise(jax.random.key(1), (4, WIDE))
+    pipe = fpipe.Pipe(layers, chunks=2, mesh=MODEL)
+    params = pipe.init(jax.random.key(0), x)
+    whole = jax.tree.map(np.asarray, params)
+    plain = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2))
+    tx = fpipe.optim.per_stage(plain)
+    state = tx.init(params)
+    moments = [a for a in jax.tree.leaves(state) if a.ndim]
+    assert [a.sharding.spec for a in moments] == [COLUMNS, P()] * 2
+    grads = pipe.value_and_grad(mse)(params, x, x)[1]
+    updates, state = tx.update(grads, state, params)
+    assert [a.sharding.spec for a in jax.tree.leaves(updates)] == [COLUMNS, P()]
+    moments = [a for a in jax.tree.leaves(state) if a.ndim]
+    assert [a.sharding.spec for a in moments] == [COLUMNS, P()] * 2
+    _, gradients = fpipe.sequential(layers, chunks=2).value_and_grad(mse)(whole, x, x)
+    want, after = plain.update(gradients, plain.init(whole), whole)
+    assert_same(updates, want)
+    assert_same(fpipe.optim.gather(state), after)
+    again = fpipe.optim.place(fpipe.optim.gather(state), params)
+    assert [a.sharding for a in jax.tree.leaves(again) if a.ndim] == [
+        a.sharding for a in moments
+    ]
 
 
 def test_a_plan_counts_what_each_device_holds():
