@@ -176,7 +176,14 @@ class ValueAndGrad:
                 given = stand_ins(key=call.key) if self._function.draws else {}
                 key = given.get("key")
                 example = first_example(call.x, self._options["chunks"])
-                pieces = split(function, params, example, key=key, **self._cutting)
+                pieces = split(
+                    function,
+                    params,
+                    example,
+                    key=key,
+                    state=call.state,
+                    **self._cutting,
+                )
             self._built = self._built_of(self._pipe_of(pieces, self._options, call))
         elif not self._takes(self._built, kind):
             self._built = self._widened(self._built, call, kind, name)
@@ -192,7 +199,8 @@ class ValueAndGrad:
         pieces = before.split.also_for(kind)
         options = self._options | {"balance": before.pipe.balance}
         made = self._built_of(self._pipe_of(pieces, options, call))
-        same = pieces.cut.wiring.owned == before.split.cut.wiring.owned
+        old, new = before.split.cut.wiring, pieces.cut.wiring
+        same = (old.owned, old.state) == (new.owned, new.state)
         if same and made.pipe.mesh is not None:
             # How parameters are packed is a part of their structure.
             places = [
@@ -340,7 +348,9 @@ class ValueAndGrad:
         """
         built, call, mine = self._called("step", args, kwargs, _OF_CALL, shapes=False)
         with self._naming("step"):
-            return built.step(call.params, call.x, key=call.key, **mine)
+            return built.step(
+                call.params, call.x, key=call.key, state=call.state, **mine
+            )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """The loss alone, forward only: `loss`, or `(loss, aux)`.
@@ -350,7 +360,7 @@ class ValueAndGrad:
         """
         built, call, _ = self._called("step.evaluate", args, kwargs, (), shapes=False)
         with self._naming("step.evaluate"):
-            return built.evaluate(call.params, call.x, key=call.key)
+            return built.evaluate(call.params, call.x, key=call.key, state=call.state)
 
     # --- before it runs ---
 
@@ -377,6 +387,7 @@ class ValueAndGrad:
                 reduction=loss.reduction,
                 frozen=self._frozen,
                 key=call.key,
+                state=call.state,
                 **mine,
             )
 
@@ -409,6 +420,7 @@ class ValueAndGrad:
                 reduction=loss.reduction,
                 frozen=self._frozen,
                 key=call.key,
+                state=call.state,
                 **mine,
             )
 
@@ -439,6 +451,7 @@ class ValueAndGrad:
                 has_aux=loss.has_aux,
                 reduction=loss.reduction,
                 key=call.key,
+                state=call.state,
                 params=built.split.param_shapes,
                 **options,
                 **mine,

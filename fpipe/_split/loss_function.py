@@ -11,9 +11,9 @@ Out: what `fpipe.split` takes, `f(params, x, *, key)`, and for each call a `Loss
     x         {"tokens": tokens, "temperature": NoChunk(0.7)}
     key       key
 
-All arguments but the parameters and the key are `x`, by name. Numbers become arrays
-that go whole to every microbatch. What is static stays as it is: another value is
-another trace, cut at the same places.
+All arguments but the parameters, the key and the state are `x`, by name. Numbers become
+arrays that go whole to every microbatch. What is static stays as it is: another value
+is another trace, cut at the same places.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from fpipe._core.errors import a_type, add_note, shown
-from fpipe._core.pytrees import PyTree, is_array
+from fpipe._core.pytrees import PyTree, describe, is_array
 from fpipe._model.layer import Layer, function_name, has_floats, inside_of
 from fpipe._model.loss import Loss
 from fpipe._model.needs import BY_NAME
@@ -34,6 +34,7 @@ from fpipe._model.wrappers import Microbatches, NoChunk, PerRow, is_wrapper
 from fpipe._split.mark import as_aux
 
 KEY = "key"
+STATE = "state"
 
 # Errors that come of a value which a function wants to know while it is traced.
 _UNKNOWN_VALUES = (
@@ -50,13 +51,15 @@ class LossCall:
 
     Attributes:
         params: the parameters.
-        x: the other arguments by name, but for the key.
+        x: the other arguments by name, but for the key and the state.
         key: the key; `None`: the call gives none.
+        state: the state; `None`: the function has none.
     """
 
     params: PyTree
     x: dict[str, PyTree]
     key: Any
+    state: PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +155,16 @@ class LossFunction:
     @functools.cached_property
     def draws(self) -> bool:
         """Whether it has an argument for a key."""
-        own = KEY in self.signature.parameters and self.of_params != KEY
-        return own and KEY not in self.static
+        return self._has(KEY)
+
+    @functools.cached_property
+    def stateful(self) -> bool:
+        """Whether it has an argument for a state, and returns the new one."""
+        return self._has(STATE)
+
+    def _has(self, need: str) -> bool:
+        named = need in self.signature.parameters and need not in self.static
+        return named and need != self.of_params
 
     def names(self, name: str) -> bool:
         """Whether it has an argument of that name."""
@@ -164,15 +175,25 @@ class LossFunction:
     @property
     def layer(self) -> Layer:
         """It as a function that can be split."""
-        return Layer(self, name=self.name, needs=(KEY,) if self.draws else ())
+        needs = ((KEY, self.draws), (STATE, self.stateful))
+        return Layer(
+            self, name=self.name, needs=[need for need, asked in needs if asked]
+        )
 
     def __call__(
-        self, params: PyTree, x: Mapping[str, PyTree], *, key: Any = None
+        self,
+        params: PyTree,
+        x: Mapping[str, PyTree],
+        *,
+        key: Any = None,
+        state: PyTree = None,
     ) -> Any:
         """Run it on a microbatch, and check what it returns."""
         arguments = {**x, self.of_params: params}
         if key is not None:
             arguments[KEY] = key
+        if self.stateful:
+            arguments[STATE] = state
         bound = inspect.BoundArguments(self.signature, arguments)  # pyright: ignore[reportArgumentType] - it is asked by name
         try:
             result = self.loss.fn(*bound.args, **bound.kwargs)
@@ -184,6 +205,31 @@ class LossFunction:
                 "computed is named in `fpipe.value_and_grad(static_argnames=...)`",
             )
             raise
+        new = None
+        if self.stateful:
+            result, new = self._result_and_state(result)
+        y = self._checked(result)
+        return (y, new) if self.stateful else y
+
+    def _result_and_state(self, result: Any) -> tuple[Any, PyTree]:
+        """What a function with a state returns."""
+        form = "((loss, aux), state)" if self.loss.has_aux else "(loss, state)"
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise TypeError(
+                f"`fpipe.value_and_grad(loss_fn)`: {self.name!r} has an argument "
+                f"`state`, and returns `{form}`, got {describe(result)}"
+            )
+        inner = result[0]
+        if self.loss.has_aux and not (isinstance(inner, tuple) and len(inner) == 2):
+            raise TypeError(
+                f"`fpipe.value_and_grad(loss_fn, has_aux=True)`: {self.name!r} has an "
+                f"argument `state`, and returns `{form}`, got {describe(result)}: a "
+                "new state alone is no aux, and needs no `has_aux=True`"
+            )
+        return result[0], result[1]
+
+    def _checked(self, result: Any) -> PyTree:
+        """What the last piece returns."""
         # Here, and not only in the call: a mistake is told at the first trace.
         own = dataclasses.replace(self.loss, fn=_unchanged)
         loss, weight, aux = own(result, (), f" {self.name!r}")
@@ -221,6 +267,13 @@ class LossFunction:
         # A `None` that is given stays: it need not be the default.
         if self.draws and arguments.get(KEY) is not None:
             key = arguments.pop(KEY)
+        state = arguments.pop(STATE, None) if self.stateful else None
+        if self.stateful and state is None:
+            raise TypeError(
+                f"`{name}(...)`: {self.name!r} has an argument `state`, which every "
+                "microbatch gets from the one before it: give it, or call the argument "
+                "otherwise"
+            )
         x = {
             at: self._static(at, value) if at in self.static else _as_data(at, value)
             for at, value in arguments.items()
@@ -230,7 +283,7 @@ class LossFunction:
                 f"`{name}(params, *batch)`: the batch of {self.name!r} has no array "
                 "with rows; a pipeline needs one, to cut it into microbatches"
             )
-        return LossCall(params, x, key)
+        return LossCall(params, x, key, state)
 
     def _bound(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], name: str, shapes: bool

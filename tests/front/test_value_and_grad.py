@@ -237,6 +237,41 @@ def test_under_scan_it_stands_in_the_users_own_jit():
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
+def test_state_goes_from_microbatch_to_microbatch(executor):
+    def centred(params, x, state):
+        h = x @ params["embed"] - state["mean"]
+        mean = 0.9 * state["mean"] + 0.1 * x.mean(0)
+        new = {"mean": mean, "count": state["count"] + 1}
+        h = blocks(params | {"embed": jnp.eye(WIDTH)}, h)
+        return (jnp.mean(h**2), {"largest": h.max()}), new
+
+    x = batch_of()[0]["x"]
+    start = {"mean": jnp.full(WIDTH, 0.5), "count": jnp.int32(3)}
+    step = step_of(executor, centred)
+    params = step.place(params_of(), x, start)
+    ((value, aux), state), grads = step(params, x, start)
+
+    def plain(p):
+        total, own = 0.0, start
+        for i in range(3):
+            (part, _), new = centred(p, x[2 * i : 2 * i + 2], own)
+            total, own = total + part / 3, jax.lax.stop_gradient(new)
+        return total, own
+
+    (want, want_state), want_grads = jax.jit(jax.value_and_grad(plain, has_aux=True))(
+        params_of()
+    )
+    assert_same(value, want)
+    assert_same(jax.device_get(state), jax.device_get(want_state))
+    assert_same(step.gather(grads), want_grads)
+    assert aux["largest"].shape == (3,)
+    if executor == "placed":
+        (value, _), state = step.evaluate(params, x, state=start)
+        assert_same(jax.device_get(value), jax.device_get(want))
+        assert step.compile(params, x, start) == step.compile(params, x, start)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
 def test_weights_of_tokens_and_ready_made_microbatches(executor):
     """The sum over all tokens by their number, of sequences of two lengths under the
     placed executor; gradients of two calls are added up.
@@ -487,6 +522,21 @@ def test_functions_that_are_wrong():
     for text, fn in cases:
         with pytest.raises(TypeError, match=text):
             step_of(fn=fn, has_aux=False).place(params_of(), batch)
+
+    def stateful(params, x, state):
+        return jnp.mean(blocks(params, x)), state
+
+    x = batch[0]["x"]
+    with pytest.raises(TypeError, match="a new state alone is no aux"):
+        step_of(fn=stateful).place(params_of(), x, jnp.ones(2))
+    with pytest.raises(TypeError, match="which every microbatch gets"):
+        step_of(fn=stateful, has_aux=False).place(params_of(), x, None)
+
+    def forgetful(params, x, state):
+        return stateful(params, x, state)[0]
+
+    with pytest.raises(TypeError, match=r"and returns `\(loss, state\)`, got float32"):
+        step_of(fn=forgetful, has_aux=False).place(params_of(), x, jnp.ones(2))
 
     def decides(params, x):
         return jnp.mean(blocks(params, x)) if x.sum() > 0 else 0.0
