@@ -277,6 +277,11 @@ class Pipe(Call):
                 'are given as one mesh with an axis "stage", `mesh=`'
             )
         data_axes = as_data_axes(data_axes, places if mesh is None else [mesh])
+        if executor == "scan" and not {*data_axes} <= {"data"}:
+            raise ValueError(
+                f'`Pipe(executor="scan", data_axes={shown(data_axes)})`: the scan '
+                'executor shares rows over an axis "data", and no other'
+            )
         placements = as_placements(places, data_axes)
         # 3. The cut. The order matters: how many stages there are depends on the
         # schedule and the devices, which stage lives where on the number of stages, and

@@ -247,7 +247,7 @@ class Code:
         arrays: Sequence[Any],
         wanted: Sequence[int],
         failures: Failures | Logged | None = None,
-        share_rows: Callable[[Any, int], Any] | None = None,
+        cut: Callable[[int, Any, Any], Any] | None = None,
     ) -> list[Any]:
         """Values of the graph, from the arguments.
 
@@ -256,8 +256,8 @@ class Code:
             failures: as for a call.
             wanted: not only what the program returns: the sums of rows that are made
                 device by device start from other values.
-            share_rows: `share_rows(piece, axis)` is a piece that was cut out of a whole
-                array, with its rows over several devices.
+            cut: `cut(n, array, index)` is the piece of the `n`-th argument that has a
+                window, if it is not what the window cuts out of a whole array.
         """
         # A constant fill, for example the cotangent of an output that nobody reads, is
         # made here, so that XLA can fold it. As an argument it would be an array to
@@ -267,16 +267,18 @@ class Code:
             aval = self.graph.avals[v]
             given[v] = jnp.full(aval.shape, fill, aval.dtype)
         # Not strict: the sums so far follow the arguments.
-        for (v, window), array in zip(self.args, arrays, strict=False):
+        pairs = zip(self.args, arrays, strict=False)
+        for n, ((v, window), array) in enumerate(pairs):
             if v is None:
                 continue
             # Several arguments of the same value are terms of its sum: one addition
             # more in the program, in place of one more dispatch.
             piece = array
             if window is not None and self.index is not None:
-                piece = window.cut(array, arrays[self.index])
-                if share_rows is not None and window.axis is not None:
-                    piece = share_rows(piece, window.axis)
+                index = arrays[self.index]
+                piece = (
+                    window.cut(array, index) if cut is None else cut(n, array, index)
+                )
             given[v] = given[v] + piece if v in given else piece
         if self.guard is None:
             return evaluate(self.graph, self.nodes, given, wanted)

@@ -7,7 +7,7 @@ over two devices with two of four rows each:
 
     argument, result             shape     lies
     params[0]                    [3, 5]    as the parameters do: whole on each device
-    x[0]                         [4, 3]    by rows
+    x[0], of 8 microbatches      [8, 4, 3] each by rows
     cotangent y[0]               [4, 5]    by rows
     sum params[0], in and out    [2, 3, 5] one part on each device, of its own rows
 
@@ -42,6 +42,9 @@ class MeshForm:
         apart: those of the code's sums, by number, that are kept as parts.
         results: how each result lies; `None`: as XLA has it.
         rows: of the microbatch.
+        stacked: those of the code's arguments, by number, that are not whole arrays but
+            the pieces of all microbatches on a first axis: so a device needs no more
+            than its rows of each.
     """
 
     mesh: Mesh
@@ -49,6 +52,7 @@ class MeshForm:
     apart: frozenset[int]
     results: tuple[Sharding | None, ...]
     rows: int
+    stacked: frozenset[int] = frozenset()
 
     @property
     def parts(self) -> int:
@@ -86,8 +90,16 @@ def compile_over(code: Code, form: MeshForm) -> Callable[..., Sequence[Any]]:
     # the sums over all rows then, so XLA leaves them out.
     terms = list(dict.fromkeys(v for s in apart.values() for v in values_read(s)))
 
-    def share_rows(piece: Any, axis: int) -> Any:
-        by_rows = NamedSharding(form.mesh, P(*[None] * axis, form.data))
+    def cut(n: int, array: Any, index: Any) -> Any:
+        window = code.args[n].window
+        assert window is not None
+        if n in form.stacked:
+            place = index.astype(jnp.int32)
+            return jax.lax.dynamic_index_in_dim(array, place, keepdims=False)
+        piece = window.cut(array, index)
+        if form.parts == 1 or window.axis is None:
+            return piece
+        by_rows = NamedSharding(form.mesh, P(*[None] * window.axis, form.data))
         return jax.lax.with_sharding_constraint(piece, by_rows)
 
     # One device that raised alone would be waited for by the others.
@@ -99,7 +111,7 @@ def compile_over(code: Code, form: MeshForm) -> Callable[..., Sequence[Any]]:
             arrays,
             [*results, *terms],
             failures,
-            share_rows=share_rows if form.parts > 1 else None,
+            cut,
         )
         given = dict(zip(terms, made[len(results) :], strict=True))
         made = made[: len(results)]

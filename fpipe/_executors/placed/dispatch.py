@@ -25,9 +25,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
+from jax.sharding import SingleDeviceSharding
 
 from fpipe._core.errors import add_note
-from fpipe._core.pytrees import is_inexact
+from fpipe._core.meshes import is_explicit
+from fpipe._core.pytrees import eval_shape, is_inexact
 from fpipe._core.settings import debugging
 from fpipe._executors.placed.compile import Progress, compile_plan
 from fpipe._executors.placed.instructions import (
@@ -71,6 +73,7 @@ class InputTransfer(NamedTuple):
 
     Attributes:
         targets: how each is to lie there.
+        stacks: in how many pieces each is stacked before; 0: it is not.
         shardings: those with which each was last found to be there already.
     """
 
@@ -78,6 +81,7 @@ class InputTransfer(NamedTuple):
     leaves: tuple[Leaf, ...]
     slots: tuple[int, ...]
     targets: tuple[Any, ...]
+    stacks: tuple[int, ...]
     shardings: list[Any]
 
     def bring(self, arrays: Sequence[Any]) -> list[Any]:
@@ -90,7 +94,11 @@ class InputTransfer(NamedTuple):
         if not away:
             return here
         targets = [self.targets[n] for n in away]
-        taken = self.placement.take([here[n] for n in away], targets)
+        given = [
+            stacked(here[n], self.stacks[n]) if self.stacks[n] else here[n]
+            for n in away
+        ]
+        taken = self.placement.take(given, targets)
         for n, array in zip(away, taken, strict=True):
             here[n] = array
         return here
@@ -99,7 +107,7 @@ class InputTransfer(NamedTuple):
         """Whether the `n`-th array is on the placement, and bound to it."""
         # One that is not committed may be on the device by chance, and would compile
         # the programs that read it once more.
-        if not getattr(array, "committed", False):
+        if not getattr(array, "committed", False) or self.stacks[n]:
             return False
         sharding = array.sharding
         # By identity first: to compare two of them by value takes 2 µs.
@@ -108,6 +116,15 @@ class InputTransfer(NamedTuple):
                 return False
             self.shardings[n] = sharding
         return True
+
+
+def stacked(array: Any, pieces: int) -> Any:
+    """The pieces of an array on a first axis."""
+    # An array over explicit axes is reshaped by no operation that does not say how it
+    # is cut then.
+    if is_explicit(array):
+        array = jax.device_put(array, SingleDeviceSharding(jax.local_devices()[0]))
+    return array.reshape(pieces, array.shape[0] // pieces, *array.shape[1:])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -342,6 +359,10 @@ def bind(
     for leaf, slot in plan.feeds:
         placement = plan.slots[slot].placement
         shapes[slot] = inputs.of(leaf.port).leaves[leaf.number]
+        if slot in plan.stacks:
+            shapes[slot] = eval_shape(
+                functools.partial(stacked, pieces=plan.stacks[slot]), shapes[slot]
+            )
         if leaf.port.kind == "params":
             assert slot == len(shardings), "parameters fill the first slots, in order"
             shardings.append(plan.sharding(slot))
@@ -353,6 +374,7 @@ def bind(
             leaves=tuple(leaf for leaf, _ in entries),
             slots=tuple(slot for _, slot in entries),
             targets=tuple(plan.sharding(slot) for _, slot in entries),
+            stacks=tuple(plan.stacks.get(slot, 0) for _, slot in entries),
             shardings=[None] * len(entries),
         )
         for placement, entries in together.items()

@@ -152,10 +152,11 @@ class Placed:
 
     def tracing(self) -> AbstractContextManager[Any]:
         """The context of JAX in which layers are traced that are asked for their shapes
-        or costs alone: that of the first stage. The programs of a stage are traced in
-        its own.
+        or costs alone. The programs of a stage are traced in its own.
         """
-        return self.layout.placements[0].tracing()
+        # Stages differ at most in which axes they have, and here no device counts: any
+        # layer may name axes of the mesh with most of them.
+        return max(self.layout.placements, key=_count_axes).tracing()
 
     # --- parameters ---
 
@@ -628,6 +629,11 @@ class _SecondHalf:
             slots[plan.gradients[leaf]] if leaf in plan.gradients else None
             for leaf in self.arguments
         ]
+
+
+def _count_axes(place: Placement) -> int:
+    """How many axes the layers on a placement may name."""
+    return 0 if place.axes is None else len(place.axes.axis_names)
 
 
 def _numbered(args: Args, argnums: tuple[int, ...]) -> Asked:

@@ -290,6 +290,8 @@ class Plan:
         slots: what each slot holds.
         shardings: how the arrays of slots on meshes lie.
         free: the slots of which XLA decides that; `shardings` has a guess.
+        stacks: of inputs whose pieces are put in their slots stacked, how many there
+            are.
         feeds: the inputs; parameters first, in the slots 0, 1, ….
         constants: slots with a value known when planning.
         backward: the number of the first instruction of the backward half (of a
@@ -308,6 +310,7 @@ class Plan:
     slots: tuple[Slot, ...]
     shardings: Mapping[int, Sharding]
     free: frozenset[int]
+    stacks: Mapping[int, int]
     feeds: tuple[Feed, ...]
     constants: Mapping[int, Any]
     backward: int

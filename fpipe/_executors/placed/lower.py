@@ -174,6 +174,7 @@ def lower(
             if slot in shardings.known
         },
         free=frozenset(numbers[slot] for slot in shardings.free),
+        stacks={numbers[slot]: m for slot, m in shardings.stacks.items()},
         feeds=tuple(Feed(leaf, numbers[slot]) for slot, leaf in call.feeds.items()),
         constants={numbers[slot]: value for slot, value in call.constants.items()},
         backward=len(forward),

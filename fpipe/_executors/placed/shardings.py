@@ -5,15 +5,16 @@ two meshes with the axes data=2 and model=2, with four rows a microbatch:
 
     slot                            shape      lies by
     params 0['up']                  [8, 32]    P(None, "model"), as the caller has it
-    x[0], of all microbatches       [16, 8]    P()
+    x[0], of all microbatches       [4, 4, 8]  P(None, "data")
     y[0] stage0 mb0                 [4, 8]     P("data")
     residual 0 stage0 mb0           [4, 32]    what XLA finds best
     sum params 0['up'] stage0       [2, 8, 32] P("data", None, "model"), a part each
     gradient params 0['up']         [8, 32]    P(None, "model")
 
 What crosses stages has a sharding that is known before anything is compiled, so that a
-transfer can be planned. A batch of several microbatches is whole on each device of the
-mesh: a piece of consecutive rows would have to be gathered from all.
+transfer can be planned. A batch of several microbatches is stacked, so that each device
+has its rows of each of them. Cut by rows as a whole, a piece of consecutive rows would
+lie on few devices, and had to be sent to the others.
 """
 
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from fpipe._executors.placement import Placement
 from fpipe._executors.programs import Layout
 from fpipe._executors.request import Inputs
 from fpipe._executors.transfers import Sending, sending
+from fpipe._model.microbatch import Rows
 from fpipe._model.needs import Share
 from fpipe._model.stages import Leaf
 from fpipe._program.code import GradientSum, Handed, Input, ProgramValue, Residual
@@ -48,6 +50,7 @@ class Shardings:
     Attributes:
         known: by slot, of those on meshes.
         free: the slots of which XLA decides; `known` has a guess.
+        stacks: of the slots of stacked inputs the number of microbatches.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Shardings:
     ) -> None:
         self.known: dict[Slot, Sharding] = {}
         self.free: set[Slot] = set()
+        self.stacks: dict[Slot, int] = {}
         self._layout = layout
         self._inputs = inputs
         self._params = params
@@ -90,15 +94,34 @@ class Shardings:
         parts = [(part,) if isinstance(part, str) else part or () for part in lies.spec]
         return not {*placement.data}.isdisjoint(name for part in parts for name in part)
 
-    def given(self, leaf: Leaf, microbatch: int, placement: Placement) -> Sharding:
-        """How an input of the call lies that a stage reads."""
-        inputs = self._inputs
-        array = inputs.array(leaf, microbatch)
-        shape = inputs.array_shape(array).shape
+    def is_stacked(self, leaf: Leaf, placement: Placement) -> bool:
+        """Whether the pieces of an input of the call lie stacked on a placement."""
+        cut = self._inputs.cut
+        if leaf.port.kind not in self._inputs.call:
+            return False
+        source = cut.splits[leaf.port.kind].sources[leaf.number]
+        return (
+            placement.parts > 1
+            and cut.m > 1
+            and len({*cut.rows}) == 1
+            and isinstance(source, Rows)
+            and source.axis == 0
+        )
+
+    def add_given(self, slot: Slot, leaf: Leaf, microbatch: int) -> None:
+        """Note how an input of the call lies that a stage reads."""
+        inputs, placement = self._inputs, slot.placement
+        shape = inputs.array_shape(inputs.array(leaf, microbatch)).shape
+        if self.is_stacked(leaf, placement):
+            m = self.stacks[slot] = inputs.cut.m
+            shape = (m, shape[0] // m, *shape[1:])
+            self.add(slot, shape, placement.by_rows(1))
+            return
         apart = inputs.cut.m == 1 or inputs.cut.ready
         if leaf.port.kind == "state" and not _has_rows(inputs, leaf):
             apart = False
-        return self.by_rows(shape, microbatch if apart else None, placement)
+        lies = self.by_rows(shape, microbatch if apart else None, placement)
+        self.add(slot, shape, lies)
 
     def by_rows(
         self, shape: Shape, microbatch: int | None, placement: Placement

@@ -29,7 +29,7 @@ import functools
 import queue
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -214,7 +214,7 @@ class Watch:
             self.ended,
             self.moved,
             self.host,
-            peak_bytes([d for p in _devices_of(self._plan) for d in p.devices]),
+            _peak_bytes(_devices_of(self._plan)),
         )
 
     def __enter__(self) -> "Watch":
@@ -387,6 +387,14 @@ class WatchedCall:
             )
             for number in code
         }
+
+
+def _peak_bytes(places: Iterable[Placement]) -> tuple[int, ...]:
+    """For each placement the most bytes in use on one of its devices; empty if one of
+    them does not tell.
+    """
+    found = [peak_bytes(place.devices) for place in places]
+    return tuple(map(max, found)) if all(found) else ()
 
 
 class _Span(NamedTuple):

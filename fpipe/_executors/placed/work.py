@@ -325,6 +325,13 @@ class CallWork:
             frozenset(apart),
             tuple(results),
             self.shardings.rows(microbatch),
+            frozenset(
+                n
+                for n, value in enumerate(program.ins)
+                if isinstance(value, Input)
+                and self.layout.routes.is_given(stage, value.leaf.port)
+                and self.shardings.is_stacked(value.leaf, placement)
+            ),
         )
         # The same code runs for all microbatches of one shape.
         key = (id(code), form)
@@ -389,8 +396,7 @@ class CallWork:
         slot = Slot(CallValue(Input(array)), placement, "inputs")
         self.feeds[slot] = array
         if self.layout.has_meshes:
-            lies = self.shardings.given(leaf, microbatch, placement)
-            self.shardings.add(slot, self.inputs.array_shape(array).shape, lies)
+            self.shardings.add_given(slot, leaf, microbatch)
         return slot
 
     def _start_sums(self, stage: int, program: Program) -> None:

@@ -21,7 +21,7 @@ import fpipe
 import fpipe.optim
 from fpipe._executors.placed.compile import compile_plan
 from fpipe._executors.placed.instructions import Run
-from tests.executors.helpers import placed_executor
+from tests.executors.helpers import placed_executor, plan_of
 from tests.helpers import (
     Case,
     assert_same,
@@ -133,6 +133,11 @@ def test_batches_from_anywhere():
     ):
         with jax.set_mesh(explicit):
             assert_same(pipe(params, given), want)
+    # A device of the first stage has its two rows of each of the two microbatches.
+    plan = plan_of(pipe)
+    (slot,) = plan.stacks
+    assert plan.slots[slot].name == "x[0]"
+    assert plan.sharding(slot).shard_shape((2, 4, 4)) == (2, 2, 4)
 
 
 def test_layers_name_the_axes_of_their_stage():
@@ -482,6 +487,12 @@ def test_wrong_meshes_are_refused():
         'given as one mesh with an axis "stage", `mesh=`',
     ):
         fpipe.Pipe(layers, devices=[PAIR] * 2, executor="scan")
+    with raises(
+        ValueError,
+        "`Pipe(executor=\"scan\", data_axes=('model',))`: the scan executor shares "
+        'rows over an axis "data", and no other',
+    ):
+        fpipe.Pipe(layers, mesh=MODEL, executor="scan", data_axes=("model",))
 
 
 def test_rows_that_devices_cannot_share_are_refused():
