@@ -448,11 +448,13 @@ def split(
             f"shapes, got {describe(x)}, which has no array"
         )
     inputs = {"x": x, **call_needs(side=side, key=key, train=train, step=step)}
-    if side is not None and not layer.asks("side"):
-        raise ValueError(
-            f"`fpipe.split(fn, side=...)`: {layer.name!r} does not ask for it: make it "
-            f"a keyword-only parameter, `def {layer.name}(params, x, *, side)`"
-        )
+    for name, given in (("side", side), ("key", key), ("step", step), ("train", train)):
+        if given is not None and given is not False and not layer.asks(name):
+            raise ValueError(
+                f"`fpipe.split(fn, {name}=...)`: {layer.name!r} does not ask for it: "
+                f"make it a keyword-only parameter, `def {layer.name}(params, x, *, "
+                f"{name})`, or write `fpipe.Layer(fn, needs=[{name!r}])`"
+            )
     once, twice = (
         Kind.of(shapes.pop("x"), shapes) for shapes in first_and_twice(inputs)
     )
