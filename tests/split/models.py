@@ -56,8 +56,9 @@ def weights(*shape: int, seed: int = 0) -> Any:
 
 
 def loss(y: Any) -> Any:
-    """The mean of the squares of all outputs, which all have the same rows."""
-    return sum(jnp.mean(leaf**2) for leaf in jax.tree.leaves(y))
+    """The mean of the squares of all outputs of floats, which have the same rows."""
+    floats = [a for a in jax.tree.leaves(y) if jnp.issubdtype(a.dtype, jnp.floating)]
+    return sum(jnp.mean(a**2) for a in floats)
 
 
 def plain(example: Example, params: Any, size: int) -> tuple[Any, Any]:
@@ -245,4 +246,71 @@ def batch_norm() -> Example:
     )
 
 
-EXAMPLES = {f.__name__: f for f in (residual_mlp, u_net, gpt, two_inputs, scanned)}
+def _encoder_decoder(params, x):
+    bias = jnp.tanh(params["bias"])
+
+    def attend(block, h, memory):
+        scores = (h @ block["q"]) @ memory.swapaxes(1, 2) + bias
+        return h + jax.nn.softmax(scores) @ memory @ block["v"]
+
+    memory = params["embed"][x["source"]]
+    for block in params["encoder"]:
+        memory = attend(block, memory, memory)
+        memory = fpipe.cut(memory)
+    h = params["embed"][x["target"]]
+    for block in params["decoder"]:
+        h = attend(block, h, memory)
+        h = fpipe.cut(h)
+    return h @ params["embed"].T
+
+
+def encoder_decoder() -> Example:
+    """Two blocks each, with one bias of all of them; what the encoder gives goes to
+    both blocks of the decoder.
+    """
+    block = {"q": weights(WIDTH, WIDTH), "v": weights(WIDTH, WIDTH, seed=1)}
+    params = {
+        "embed": weights(5, WIDTH),
+        "bias": weights(4, 4, seed=2),
+        "encoder": [block, block],
+        "decoder": [block, block],
+    }
+    tokens = jnp.arange(24).reshape(6, 4)
+    x = {"source": tokens % 5, "target": tokens % 3}
+    return Example(_encoder_decoder, params, x, ("decoder/0", "decoder/1"), 4)
+
+
+def _integers(params, x):
+    """Tokens that are made of what was computed, and counted."""
+    h, counts = params["embed"][x], jnp.zeros((x.shape[0], 5), jnp.int32)
+    for w in params["rounds"]:
+        h = fpipe.cut(h)
+        scores = h @ w
+        tokens = jnp.argmax(scores, -1)
+        counts = counts + jax.nn.one_hot(tokens, 5, dtype=jnp.int32)
+        chosen = jnp.take_along_axis(scores, tokens[:, None], 1)
+        h = jnp.tanh(h) + params["embed"][tokens] * jax.nn.sigmoid(chosen)
+    return {"h": h, "seen": counts > 1, "counts": counts}
+
+
+def integers() -> Example:
+    """Integers go from piece to piece beside floats."""
+    params = {
+        "embed": weights(5, WIDTH),
+        "rounds": [weights(WIDTH, 5, seed=n) for n in range(3)],
+    }
+    return Example(_integers, params, jnp.arange(6) % 5, ("rounds/1",), 3)
+
+
+EXAMPLES = {
+    f.__name__: f
+    for f in (
+        residual_mlp,
+        u_net,
+        gpt,
+        two_inputs,
+        scanned,
+        encoder_decoder,
+        integers,
+    )
+}

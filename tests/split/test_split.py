@@ -31,20 +31,27 @@ def step_of(pipe, example, placed, x=None):
     return value, pipe.gather(grads)
 
 
+# Each model is cut in another way, by marks, by paths, or by itself, and runs by
+# another schedule. `python -m tests.split.table` runs all.
+WAYS = {
+    "residual_mlp": ({"stages": 2}, ("zb_h1", "1f1b")),
+    "u_net": ({}, ("zb_v", "zb_v")),
+    "gpt": ({}, ("interleaved_1f1b", "1f1b")),
+    "two_inputs": ({"cuts": ["b"]}, ("1f1b", "zb_h1")),
+    "scanned": ({"cuts": ["blocks/2"]}, ("eager_1f1b", "gpipe")),
+    "encoder_decoder": ({"cuts": ["decoder/0"]}, ("1f1b", "1f1b")),
+    "integers": ({}, ("gpipe", "1f1b")),
+}
+
+
 @pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", WAYS)
 def test_a_pipe_computes_what_the_function_computes(name, executor):
     example = EXAMPLES[name]()
-    # Each model is cut in another way: by marks, by paths, by itself.
-    how = {
-        "residual_mlp": {"stages": 2},
-        "u_net": {},
-        "gpt": {},
-        "two_inputs": {"cuts": ["b"]},
-        "scanned": {"cuts": ["blocks/2"]},
-    }
-    pipe = pipe_of(example.split(**how[name]), executor)
-    assert len(pipe.balance) == 2
+    how, schedules = WAYS[name]
+    schedule = schedules[EXECUTORS.index(executor)]
+    pipe = pipe_of(example.split(**how), executor, schedule=schedule)
+    assert len(pipe.balance) == (4 if schedule in ("zb_v", "interleaved_1f1b") else 2)
     placed = pipe.place(example.params)
     assert_same(pipe.gather(placed), example.params)
     reference = jax.jit(
@@ -55,6 +62,10 @@ def test_a_pipe_computes_what_the_function_computes(name, executor):
     assert_same(value, want)
     assert_same(grads, want_grads)
     assert_same(pipe(placed, example.x, **example.needs), y)
+
+
+def test_every_model_is_run():
+    assert set(WAYS) == set(EXAMPLES)
 
 
 def test_what_it_computes_in_is_cast_before_the_function():
