@@ -317,8 +317,9 @@ class Case:
         if self.inputs != "ready":
             return array
         size = -(-self.rows // self.chunks)
-        starts = range(0, self.rows, size)
-        return fpipe.Microbatches([array[n : n + size] for n in starts])
+        pieces = [array[n : n + size] for n in range(0, self.rows, size)]
+        pieces.insert(1, pieces.pop())  # the smaller one, if any, is not the last
+        return fpipe.Microbatches(pieces)
 
     @property
     def x(self) -> Any:

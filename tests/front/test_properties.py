@@ -30,20 +30,29 @@ def has_all(layers):
     return any(bare) and any(layer.state_rows for layer in layers)
 
 
+def all_of(_):
+    return True
+
+
+def cuts(pipe):
+    """Whether a pipe has several stages and microbatches."""
+    return pipe.chunks > 1 and len(pipe.balance) > 1
+
+
 def offloads(pipe):
-    return "offload" in str(pipe.checkpoint)
+    return "offload" in str(pipe.checkpoint) and cuts(pipe)
 
 
-def check(data, executor, form, wanted=lambda layers: True, pipes=lambda pipe: True):
+def check(data, executor, form, wanted=all_of, pipes=all_of, most=6):
     """In float64: where a random model's gradients cancel, float32 leaves nothing to
     compare.
     """
     with jax.enable_x64(True):
-        _check(data, executor, form, wanted, pipes)
+        _check(data, executor, form, wanted, pipes, most)
 
 
-def _check(data, executor, form, wanted, pipes):
-    layers = data.draw(fpipe.testing.models(WIDTH).filter(wanted))
+def _check(data, executor, form, wanted, pipes, most):
+    layers = data.draw(fpipe.testing.models(WIDTH, most).filter(wanted))
     rows = data.draw(st.integers(1, 7))
     x, target, side = (noise(jax.random.key(k), (rows, WIDTH)) for k in range(3))
     if form == "turned":
@@ -121,7 +130,8 @@ def in_pieces(pipe, state):
     )
 
 
-@pytest.mark.parametrize("form", FORMS)
+# Of "cut" alone the table of `test_equal.py` has most rows.
+@pytest.mark.parametrize("form", FORMS[1:])
 @pytest.mark.parametrize("executor", ["placed", "scan"])
 @settings(
     max_examples=1,
@@ -132,8 +142,8 @@ def in_pieces(pipe, state):
 )
 @given(st.data())
 def test_a_random_model_on_a_random_partition(executor, form, data):
-    pipes = offloads if form == "pieces" else lambda pipe: True
-    check(data, executor, form, has_all, pipes)
+    pipes = offloads if form == "pieces" else cuts
+    check(data, executor, form, has_all, pipes, most=4)
 
 
 @pytest.mark.full

@@ -4,6 +4,8 @@ again.
 
 import dataclasses
 import functools
+import random
+import re
 from typing import Any, NamedTuple
 
 import chex
@@ -788,6 +790,109 @@ def test_outputs_whose_dtype_depends_on_the_rows_are_refused(make):
         "must not depend on the number of rows",
     ):
         make([same, fpipe.fn(outputs)], chunks=2)(((), ()), rows(3))
+
+
+# --- inputs of any rows, axes and dtypes ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """A leaf of an input: an array, or something static."""
+
+    shape: tuple[int, ...]
+    axis: int | None  # of its rows; `None`: it goes whole
+    dtype: str = "float32"
+    static: int | str | None = None
+
+    def value(self):
+        if not self.shape:
+            return self.static
+        array = (np.arange(np.prod(self.shape)) % 7).reshape(self.shape)
+        array = array.astype(self.dtype)
+        if self.axis is None:
+            return fpipe.NoChunk(array)
+        return fpipe.Chunk(array, self.axis) if self.axis else array
+
+    def piece(self, start, stop):
+        """What a microbatch gets of it, by numpy's own indices."""
+        value: Any = self.value()
+        array = getattr(value, "value", value)
+        if not self.shape or self.axis is None:
+            return array
+        return array[(slice(None),) * self.axis + (slice(start, stop),)]
+
+
+def random_leaf(rng, n, unequal):
+    """A leaf beside others of `n` rows; with as many, or with one more."""
+    if not unequal and rng.random() < 0.2:
+        return Given((), None, static=rng.choice([3, "ab", None]))
+    rank = rng.randint(1, 3)
+    axis = rng.randrange(rank)
+    if not unequal and rng.random() < 0.2:
+        axis = None
+    shape = [rng.randint(1, 4) for _ in range(rank)]
+    if axis is not None:
+        shape[axis] = n + unequal
+    dtype = rng.choice(["float32", "float16", "int32", "bool"])
+    return Given(tuple(shape), axis, dtype)
+
+
+def fingerprint(tree):
+    """A number that depends on every number of a pytree, and on where it is."""
+    total = jnp.float32(0)
+    for k, leaf in enumerate(jax.tree.leaves(tree)):
+        if hasattr(leaf, "shape"):
+            where = jnp.cos(jnp.arange(leaf.size, dtype=jnp.float32) + k)
+            total += (where * jnp.asarray(leaf).ravel().astype(jnp.float32)).sum()
+        else:
+            total += np.float32(leaf if isinstance(leaf, int) else len(leaf))
+    return total
+
+
+@executors
+@pytest.mark.parametrize("unequal", [False, True])
+@pytest.mark.parametrize("seed", range(2))
+def test_every_leaf_is_cut_as_it_says_or_named(executor, unequal, seed):
+    rng = random.Random(f"{executor} {seed}")
+    n, chunks = rng.randint(2, 7), rng.randint(2, 4)
+    inputs = {
+        name: [random_leaf(rng, n, False) for _ in range(3)]
+        for name in ("x", "side", "targets[0]")
+    }
+    inputs["x"][0] = Given((n, 2), 0)
+    name, k = rng.choice(list(inputs)), rng.randint(1, 2)
+    if unequal:
+        inputs[name][k] = random_leaf(rng, n, True)
+    x, side, target = ([leaf.value() for leaf in tree] for tree in inputs.values())
+    layers = [
+        fpipe.fn(lambda x, *, side: {"x": x, "side": fingerprint(side)}),
+        fpipe.fn(lambda h: h),
+        fpipe.fn(lambda h: (fingerprint(h["x"]), h["side"])),
+    ]
+    pipe = EXECUTORS[executor](layers, chunks)
+    params = pipe.place([()] * 3)
+
+    def loss(y, t):
+        return y[0] + 2 * y[1] + 3 * fingerprint(t)
+
+    def call():
+        run = pipe.evaluate(loss, reduction="sum")
+        return pipe(params, x, side=side), run(params, x, target, side=side)
+
+    if unequal:
+        named = f"`{name}[{k}]` of shape {inputs[name][k].shape} has {n + 1} rows, but "
+        with pytest.raises(ValueError, match=re.escape(named)):
+            call()
+        return
+    size = -(-n // chunks)
+    cuts = [
+        [[leaf.piece(start, start + size) for leaf in tree] for tree in inputs.values()]
+        for start in range(0, n, size)
+    ]
+    outs = [(fingerprint(x), fingerprint(side)) for x, side, _ in cuts]
+    want = sum(loss(y, cut[2]) for y, cut in zip(outs, cuts, strict=True))
+    y = jax.tree.map(lambda *parts: jnp.stack(parts), *outs)
+    assert_same(call(), (y, want))
 
 
 # --- structures in and out ---
