@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fpipe._core.pytrees import PyTree
+from fpipe._core.pytrees import PyTree, is_array
 
 # The end of the rows of a leaf that is not divided, of whatever rank.
 _WHOLE = -1
@@ -162,8 +162,11 @@ def is_row_blocks(node: Any) -> bool:
 
 def joined(tree: PyTree) -> PyTree:
     """A tree with an array in the place of each leaf in blocks."""
-    return jax.tree.map(
-        lambda node: node.join() if isinstance(node, RowBlocks) else node,
-        tree,
-        is_leaf=is_row_blocks,
-    )
+
+    def join(node: Any) -> Any:
+        if not isinstance(node, RowBlocks):
+            return node
+        # What a transformation of optax does not see has no rows.
+        return node.join() if all(map(is_array, node.blocks)) else node.blocks[0]
+
+    return jax.tree.map(join, tree, is_leaf=is_row_blocks)

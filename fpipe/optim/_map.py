@@ -44,6 +44,8 @@ from fpipe._core.pytrees import (
 from fpipe._core.settings import explicit_transfers, settings
 from fpipe._core.statics import check_leaves
 from fpipe._program.identity import traced_identity
+from fpipe._split.stacks import joined
+from fpipe.optim._blocks import divide_leaves, split_result
 from fpipe.optim._dispatch import Input, Output, PlacedFunction, divide
 from fpipe.optim._leaf_devices import (
     Home,
@@ -166,7 +168,8 @@ def _trace(f: Callable[..., PyTree], spec: Spec, arrays: Sequence[Any]) -> _Trac
     results: list[PyTree] = []
 
     def flat(*leaves: Any) -> list[Any]:
-        made = f(*with_float0(spec.unpack(leaves)))
+        given = with_float0(spec.unpack(leaves))
+        made = split_result(f(*joined(given)), given)
         made = without_float0(numbers_as_arrays(made))
         check_leaves(made, "f(*trees)", f"in `{_CALL}`: ")
         results.append(shapes_of(made))
@@ -221,7 +224,7 @@ def _plan_placed(trees: Sequence[PyTree], traced: _Traced) -> _PlacedMap:
     """Divide a function over the devices of the leaves of its trees."""
     nodes = [list(_nodes(tree)) for tree in trees]
     _check_devices(trees, nodes)
-    graph = open_trace(traced.jaxpr)
+    graph = divide_leaves(open_trace(traced.jaxpr))
     arrays, _ = pack(trees)
     devices = [device_of(a) for a in arrays]
     first = first_device([d for d in devices if d is not None])
@@ -456,7 +459,7 @@ def _divide_packed(
     mesh: AnyMesh | None,
     traced: _Traced,
 ) -> ShardedCall:
-    graph = open_trace(traced.jaxpr)
+    graph = divide_leaves(open_trace(traced.jaxpr))
     outputs = state_outputs(traced.result, templates_of(trees), first=0)
     function = TracedFunction(graph, tuple(leaves))
     call = ShardedCall.of(function, rows.arrays, outputs, mesh)

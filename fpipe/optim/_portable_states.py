@@ -14,11 +14,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fpipe._core.pytrees import Bundle, PyTree, is_array, is_traced, pack
 from fpipe._core.settings import explicit_transfers
 from fpipe._executors.placement import Placement
+from fpipe._split.stacks import RowBlocks, is_row_blocks, joined
+from fpipe.optim._blocks import on_whole_leaves, split_state
 from fpipe.optim._leaf_devices import (
     first_device,
     lies_like,
@@ -67,9 +70,10 @@ def gather(state: PyTree) -> PyTree:
         return state if mesh is None else _unpack_on(mesh)(Bundle.of(state)).tree
     arrays, spec = pack(unpack_tree(state))
     if mesh is not None:
-        return spec.unpack(Placement.of(mesh.devices.flat[0]).own(arrays))
+        return joined(spec.unpack(Placement.of(mesh.devices.flat[0]).own(arrays)))
     devices = [d for a in arrays if isinstance(a, jax.Array) for d in a.devices()]
-    return spec.unpack(Placement.of(devices[0]).own(arrays) if devices else arrays)
+    own = Placement.of(devices[0]).own(arrays) if devices else arrays
+    return joined(spec.unpack(own))
 
 
 @functools.lru_cache(8)
@@ -78,7 +82,7 @@ def _unpack_on(mesh: Mesh) -> Callable[[Bundle], Bundle]:
     take a block of another one by itself.
     """
     return jax.jit(
-        lambda state: Bundle.of(unpack_tree(state.tree)),
+        lambda state: Bundle.of(joined(unpack_tree(state.tree))),
         out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
 
@@ -112,7 +116,8 @@ def place(
     """
     # Unpacked first, so that every state is compared and placed in one form, even one
     # that comes packed for another partition.
-    state = unpack_tree(state)
+    shapes = shapes_unpacked(params)
+    state = split_state(_joined_anywhere(unpack_tree(state)), shapes)
     if tx is not None:
         _check_state_of(tx, state, params)
     if any_packed(params):
@@ -144,6 +149,22 @@ def place(
     return treedef.unflatten(leaves)
 
 
+def _joined_anywhere(state: PyTree) -> PyTree:
+    """A state with whole leaves in the place of blocks, on whatever devices those
+    are.
+    """
+
+    def together(node: Any) -> Any:
+        if not isinstance(node, RowBlocks) or is_traced(node):
+            return node
+        arrays = [b for b in node.blocks if isinstance(b, jax.Array)]
+        if len({frozenset(a.devices()) for a in arrays}) < 2:
+            return node
+        return RowBlocks(tuple(jax.device_put(list(node.blocks), arrays[0].sharding)))
+
+    return joined(jax.tree.map(together, state, is_leaf=is_row_blocks))
+
+
 _FIX = (
     "load it with the model and the transformation that it was saved with, or begin "
     "anew with `tx.init(params)`"
@@ -161,4 +182,6 @@ def _check_state_of(tx: Any, state: PyTree, params: PyTree) -> None:
         seen = SeenLeaves.of(shapes, engine.frozen)
         shapes = seen.seen_tree(seen.select(jax.tree.leaves(shapes)))
         tx = engine.tx
+    else:
+        tx = on_whole_leaves(optax.with_extra_args_support(tx))
     check_state(tx, shapes, state, _FIX, call)

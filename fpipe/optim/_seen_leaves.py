@@ -27,6 +27,7 @@ from fpipe._core.pytrees import (
     shapes_of,
 )
 from fpipe._model.frozen import Frozen, spread
+from fpipe._split.stacks import is_row_blocks, joined
 
 Path: TypeAlias = tuple[Any, ...]
 
@@ -151,8 +152,16 @@ def check_donate(
 
 
 def _frozen_flags(frozen: Frozen, tree: PyTree) -> list[bool]:
+    # A stacked leaf in blocks is one to the user.
+    nodes = jax.tree.leaves(tree, is_leaf=is_row_blocks)
+    counts = [len(node.blocks) if is_row_blocks(node) else 1 for node in nodes]
     try:
-        return [bool(flag) for flag in spread(frozen, tree)]
+        flags = spread(frozen, joined(shapes_of(tree)))
+        return [
+            bool(flag)
+            for flag, count in zip(flags, counts, strict=True)
+            for _ in range(count)
+        ]
     except ValueError as error:
         if callable(frozen):
             raise

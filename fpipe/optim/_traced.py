@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from fpipe._core.pytrees import PyTree, numbers_as_arrays, pack, shapes_of
+from fpipe.optim._blocks import divide_leaves
 from fpipe.optim._seen_leaves import SeenLeaves
 from fpipe.optim._update_graph import UpdateGraph, trace_update_graph
 
@@ -62,7 +63,7 @@ def trace_init(
         states.append(shapes_of(state))
         return pack(state)[0]
 
-    graph = trace_update_graph(init, parameters)
+    graph = divide_leaves(trace_update_graph(init, parameters))
     return TracedTransformation(graph, tuple(parameters), 0, states[-1])
 
 
@@ -101,5 +102,5 @@ def trace_update(
         return [*jax.tree.leaves(updates), *pack(new)[0]]
 
     leaves = [leaf for section in sections for leaf in section]
-    graph = trace_update_graph(update, leaves)
+    graph = divide_leaves(trace_update_graph(update, leaves))
     return TracedTransformation(graph, tuple(leaves), len(gradients), states[-1])

@@ -27,6 +27,7 @@ from fpipe._core.pytrees import (
 from fpipe._core.settings import settings
 from fpipe._model.frozen import Frozen, check_frozen
 from fpipe.optim import _placed, _scan
+from fpipe.optim._blocks import on_whole_leaves
 from fpipe.optim._dispatch import PlacedFunction
 from fpipe.optim._leaf_devices import array_form, refuse_tracers
 from fpipe.optim._packed import any_packed, mesh_of, off_callers_mesh
@@ -245,7 +246,7 @@ def per_stage(
     check_transformation("per_stage(tx)", tx)
     check_frozen("per_stage", frozen)
     engine = Engine(
-        optax.with_extra_args_support(tx),
+        on_whole_leaves(optax.with_extra_args_support(tx)),
         frozen,
         check_donate("per_stage", donate, _DONATABLE),
     )

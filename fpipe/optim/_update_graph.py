@@ -162,7 +162,7 @@ def open_trace(traced: Any) -> UpdateGraph:
     return UpdateGraph(
         tuple(inputs),
         tuple(outputs),
-        _without_dead_operations(opener.operations, outputs),
+        live_operations(opener.operations, outputs),
         opener.constants,
         opener.avals,
         tuple(opener.conditionals),
@@ -232,9 +232,10 @@ class _Opener:
         return [number[v] for v in graph.outputs]
 
 
-def _without_dead_operations(
+def live_operations(
     operations: Sequence[Operation], outputs: Iterable[int]
 ) -> tuple[Operation, ...]:
+    """The operations that some values need, and those with effects."""
     # Each conditional was one equation, all of whose results JAX kept if any was read.
     # Opened, what makes the others is dead. Effects (`jax.debug.print`) stay.
     needed = set(outputs)

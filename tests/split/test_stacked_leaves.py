@@ -1,0 +1,137 @@
+"""Stacked leaves whose rows lie on several devices are one leaf to `fpipe.optim`."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import fpipe
+import fpipe.optim
+from tests.helpers import assert_same
+from tests.split.models import weights
+from tests.split.test_scans import STACK, W, loss, scan_of
+
+X = weights(4, W)
+
+
+def model(params, x):
+    return scan_of(params["blocks"], x) @ params["out"]
+
+
+PARAMS = {"blocks": STACK, "out": weights(W, W, seed=2)}
+
+
+@functools.cache
+def pipe_of(executor):
+    split = fpipe.split(model, PARAMS, X[:2], cuts=["blocks/1"])
+    devices = jax.devices()[:2]
+    return fpipe.Pipe(split, devices=devices, chunks=2, executor=executor)
+
+
+@functools.cache
+def placed_step(executor):
+    """Placed parameters with their gradients."""
+    pipe = pipe_of(executor)
+    placed = pipe.place(PARAMS)
+    return placed, pipe.value_and_grad(loss)(placed, X)[1]
+
+
+WANT_GRADS = jax.grad(lambda p: loss(model(p, X)))
+
+TRANSFORMATIONS = {
+    "lamb": optax.lamb(0.1, weight_decay=0.01),
+    "adafactor": optax.adafactor(0.1, min_dim_size_to_factor=2),
+    "adaptive clip": optax.adaptive_grad_clip(0.01),
+    "block clip": optax.clip_by_block_rms(0.001),
+    "sorted": optax.stateless(
+        lambda g, p: jax.tree.map(lambda a: jnp.sort(a, axis=0), g)
+    ),
+    "skips": optax.apply_if_finite(optax.adam(0.1, mu_dtype=jnp.bfloat16), 2),
+    "labels": optax.multi_transform(
+        {"all": optax.sgd(0.1, 0.9), "bias": optax.lamb(0.1)},
+        {"blocks": {"w": "all", "b": "bias"}, "out": "all"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+@pytest.mark.parametrize("executor", ["placed"])
+def test_a_transformation_sees_whole_leaves(executor, name):
+    own = TRANSFORMATIONS[name]
+    placed, grads = placed_step(executor)
+    pipe = pipe_of(executor)
+    with jax.numpy_dtype_promotion("standard"):
+        tx = fpipe.optim.per_stage(own)
+        state = tx.init(placed)
+        updates, state = tx.update(grads, state, placed)
+        updates, state = tx.update(grads, state, placed)
+        want_grads = pipe.gather(grads)
+        want = own.init(PARAMS)
+        step = jax.jit(own.update)
+        _, want = step(want_grads, want, PARAMS)
+        want_updates, want = step(want_grads, want, PARAMS)
+    assert_same(pipe.gather(updates), want_updates)
+    gathered = fpipe.optim.gather(state)
+    assert_same(gathered, jax.tree.map(jnp.asarray, want))
+    again = fpipe.optim.place(gathered, placed, tx)
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    assert_same(fpipe.optim.gather(again), gathered)
+
+
+def test_only_numbers_cross_devices():
+    """LAMB's norm of a leaf is one of its blocks' norms."""
+    params = {"w": jnp.ones((4, 32, 32))}
+    split = fpipe.split(
+        lambda p, x: jax.lax.scan(lambda h, w: (h @ w, None), x, p["w"])[0],
+        params,
+        jnp.ones((2, 32)),
+        stages=2,
+    )
+    pipe = fpipe.Pipe(split, devices=jax.devices()[:2], chunks=2)
+    placed = pipe.place(params)
+    with jax.numpy_dtype_promotion("standard"):
+        tx = fpipe.optim.per_stage(optax.lamb(0.1))
+        tx.update(placed, tx.init(placed), placed)
+    moves = [move for run in tx.runs for move in run.cut.moves]
+    assert moves
+    assert max(move.bytes for move in moves) <= 64
+
+
+def average(old, new, decay):
+    return jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, old, new)
+
+
+@pytest.mark.parametrize("executor", ["placed"])
+def test_a_function_of_whole_trees_sees_whole_leaves(executor):
+    placed, grads = placed_step(executor)
+    pipe = pipe_of(executor)
+    mixed = fpipe.optim.map(average, placed, grads, 0.75)
+    assert jax.tree.structure(mixed) == jax.tree.structure(placed)
+    want = pipe.gather(grads)
+    assert_same(pipe.gather(mixed), average(PARAMS, want, 0.75))
+    shapes = []
+    norms = fpipe.optim.map(
+        lambda p: shapes.append(p["blocks"]["w"].shape) or optax.tree.norm(p), grads
+    )
+    assert shapes == [(4, W, W)]
+    assert_same(norms, optax.tree.norm(want))
+
+
+def test_frozen_by_the_path_of_the_whole_leaf():
+    placed, grads = placed_step("placed")
+    seen = []
+
+    def frozen(path, shape):
+        seen.append((path, shape.shape))
+        return path == "['blocks']['w']"
+
+    tx = fpipe.optim.per_stage(optax.lamb(0.1), frozen=frozen)
+    with jax.numpy_dtype_promotion("standard"):
+        made: Any = tx.update(grads, tx.init(placed), placed)
+    updates = made[0]
+    assert ("['blocks']['w']", (4, W, W)) in seen
+    assert [u.shape for u in updates["blocks"]["w"].blocks] == [(), ()]
+    assert updates["blocks"]["b"].shape == (4, W)
