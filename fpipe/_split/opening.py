@@ -114,9 +114,9 @@ def open_trace(
         ValueError: a mark in a loop that does not mark what the loop's body returns.
     """
     if roots is not None:
-        return _opened(graph, params, cut_leaves, roots)
+        return _Opener(graph, params, cut_leaves, roots).opened(graph)
     whole = [Rows(leaf) for leaf in range(len(params))]
-    opener = _Opener(graph, params, cut_leaves, whole)
+    opener = _Opener(graph, params, cut_leaves, whole, looking=True)
     opened = opener.opened(graph)
     # What it reads by rows is known when all has been read.
     found = list[Rows]()
@@ -124,23 +124,21 @@ def open_trace(
         rows = graph.avals[v].shape[:1]
         parts = divided(rows[0], opener.asked.get(leaf, ())) if rows else []
         found += [Rows(leaf, *part) for part in parts] or [Rows(leaf)]
-    return opened if found == whole else _opened(graph, params, cut_leaves, found)
-
-
-def _opened(
-    graph: Graph,
-    params: Sequence[int],
-    cut_leaves: frozenset[int],
-    roots: Sequence[Rows],
-) -> Opened:
-    return _Opener(graph, params, cut_leaves, roots).opened(graph)
+    if not opener.left_out:
+        return opened
+    return _Opener(graph, params, cut_leaves, found).opened(graph)
 
 
 class _Opener(Rewriter):
     """Opens a graph.
 
+    Arguments:
+        looking: whether it only looks for the rows that are read: it leaves out slices,
+            which are many, and take long to trace.
+
     Attributes:
         asked: for each leaf the rows that are read by themselves.
+        left_out: whether there was a slice to leave out.
     """
 
     def __init__(
@@ -149,8 +147,11 @@ class _Opener(Rewriter):
         params: Sequence[int],
         cut_leaves: frozenset[int],
         roots: Sequence[Rows],
+        looking: bool = False,
     ) -> None:
         super().__init__(graph)
+        self.left_out = False
+        self._looking = looking
         self.asked: dict[int, set[tuple[int, int]]] = {}
         self._cut_leaves = cut_leaves
         self._roots = tuple(roots)
@@ -495,6 +496,9 @@ class _Opener(Rewriter):
         """Rows of a parameter: a root, or a part of one."""
         leaf = self._leaf_of[v]
         self.asked.setdefault(leaf, set()).add((start, stop))
+        exact = self._values.get(Rows(leaf, start, stop))
+        if exact is not None:
+            return exact
         for root in self._parts[leaf]:
             if not root.whole and root.start <= start and stop <= root.stop:
                 block = self._values[root]
@@ -536,6 +540,16 @@ class _Opener(Rewriter):
         return self.apply(run, read, (id(node), stop - start), scope)
 
     def _slice(self, v: int, start: int, stop: int, scope: str) -> int:
+        if self._looking:
+            self.left_out = True
+            like = self.avals[v]
+            left = self.new(like.update(shape=(stop - start, *like.shape[1:])))
+            if v in self._varying:
+                self._varying.add(left)
+            elif v in self._leaves:
+                self._leaves[left] = self._leaves[v]
+            return left
+
         def take(a: Any) -> Any:
             return jax.lax.slice_in_dim(a, start, stop)
 

@@ -58,7 +58,7 @@ TRANSFORMATIONS = {
 
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
-@pytest.mark.parametrize("executor", ["placed"])
+@pytest.mark.parametrize("executor", ["placed", "scan"])
 def test_a_transformation_sees_whole_leaves(executor, name):
     own = TRANSFORMATIONS[name]
     placed, grads = placed_step(executor)
@@ -104,7 +104,7 @@ def average(old, new, decay):
     return jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, old, new)
 
 
-@pytest.mark.parametrize("executor", ["placed"])
+@pytest.mark.parametrize("executor", ["placed", "scan"])
 def test_a_function_of_whole_trees_sees_whole_leaves(executor):
     placed, grads = placed_step(executor)
     pipe = pipe_of(executor)
