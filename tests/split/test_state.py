@@ -4,11 +4,13 @@ does, microbatch by microbatch.
 
 import dataclasses
 import pickle
+import random
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import fpipe
@@ -155,6 +157,24 @@ def test_new_state_is_made_in_the_piece_that_reads_the_old_one():
     assert_same(got, value)
     assert_same(split.state_tree(states), new)
     assert_same(split.tree(got_grads), grads)
+
+
+def test_what_a_state_is_made_of_is_sent_as_small_as_it_gets():
+    """The mean of a layer of the first piece, written behind the cut, and not all of
+    the layer.
+    """
+
+    def fn(params, x, *, state):
+        inner = jnp.tanh(x @ params["a"])
+        h = fpipe.cut(inner @ params["b"])
+        return h * state, jnp.mean(inner, 0)
+
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 4))}
+    split = fpipe.split(fn, params, jnp.ones((8, 3)), state=jnp.ones(4))
+    assert owners(split) == {"": 1}
+    trace = split.cut.trace(split.cut.first)
+    taken = [trace.traced.graph.avals[v].shape for v in trace.pieces[1].takes]
+    assert sorted(taken) == [(4,), (8, 4)]
 
 
 def test_several_pieces_may_read_a_state():
@@ -396,3 +416,73 @@ def test_wrong_state():
         pipe.init_state(x)
     with pytest.raises(ValueError, match="make no state"):
         fpipe.sequential(split.layers).init_state(x, params=split.params(params))
+
+
+STEPS = ("dense", "dense", "read", "collect", "norm", "update", "weights", "shift")
+
+
+def random_function(seed):
+    """A function of some steps with marks between them, which read a state, or write it
+    with what earlier steps have made.
+    """
+    rng, numbers = random.Random(seed), np.random.default_rng(seed)
+    layers = [f"l{n}" for n in range(rng.randint(2, 3))]
+    arrays = [f"s{n}" for n in range(rng.randint(2, 3))]
+
+    def normal(*shape):
+        return jnp.asarray(numbers.normal(size=shape), jnp.float32) / 2
+
+    params = {name: normal(3, 3) for name in layers}
+    state = {name: normal(3) for name in arrays} | {"count": jnp.ones((), jnp.int32)}
+    steps = [
+        (rng.choice(STEPS), rng.choice(layers), rng.choice(arrays), rng.randrange(9))
+        for _ in range(rng.randint(5, 8))
+    ]
+    marked = [rng.random() < 0.3 for _ in steps]
+
+    def fn(params, x, *, state, train=False):
+        h, new, made, means = x @ params["l0"], dict(state), [x], [jnp.zeros(3)]
+        for (step, layer, name, back), mark in zip(steps, marked, strict=True):
+            w, old, mean = params[layer], made[back % len(made)], means[back % 2 - 1]
+            h = fpipe.cut(h) if mark else h
+            match step:
+                case "dense":
+                    h = h + jnp.tanh(old @ w)
+                case "read":
+                    h = h * (1.0 + state[name])
+                case "collect":
+                    means.append(jnp.mean(old, 0))
+                case "norm" if train:
+                    h, new[name] = h - jnp.mean(h, 0), jnp.mean(h, 0) + state[name]
+                case "norm":
+                    h = h - state[name]
+                case "update":
+                    new[name] = 0.5 * new[name] + mean
+                case "weights":
+                    new[name] = 0.5 * new[name] + jnp.sum(w, 0)
+                case "shift":
+                    new[name] = state[arrays[back % len(arrays)]]
+            made.append(h)
+        return h, {**new, "count": state["count"] + 1}
+
+    return Example(fn, params, normal(5, 3), (), state=state)
+
+
+@pytest.mark.parametrize("seed", [7, 21, 27])
+def test_random_functions_with_state(seed):
+    """Their pieces hand on what they do, trained and evaluated."""
+    example = random_function(seed)
+    split = example.split()
+    assert len(split) > 1
+    reference = fpipe.sequential(split.layers, chunks=3)
+    own = split.state(example.state)
+    for train in (True, False):
+        example = dataclasses.replace(example, needs={"train": train})
+        value, state, grads = trained(example)
+        step = reference.value_and_grad(loss)
+        (got, states), got_grads = jax.jit(step, static_argnames="train")(
+            split.params(example.params), example.x, state=own, train=train
+        )
+        assert_same(got, value)
+        assert_same(split.state_tree(states), state)
+        assert_same(split.tree(got_grads), grads)
