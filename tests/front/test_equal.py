@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 import fpipe
 from fpipe.schedules import NAMES
@@ -231,6 +232,59 @@ def test_forwards_alone(model):
 )
 def test_every_pair(row):
     check_row(**row)
+
+
+def a_mesh(axis):
+    """Two stages on two devices each."""
+    return Mesh(np.array(jax.devices()).reshape(2, 2), ("stage", axis))
+
+
+OVER_MESHES = {
+    "model": list(models()),
+    "axis": ["data", "model"],
+    "schedule": TABLE["schedule"],
+    "checkpoint": TABLE["checkpoint"],
+    "loss": TABLE["loss"],
+    "inputs": TABLE["inputs"],
+}
+
+
+def each_once(table):
+    """Rows in which every value occurs."""
+    for n in range(max(map(len, table.values()))):
+        yield {name: values[n % len(values)] for name, values in table.items()}
+
+
+def check_over_mesh(model, axis, schedule, checkpoint, loss, inputs):
+    layers = models()[model]
+    layers = turned(layers) if inputs == "turned" else layers
+    several = NAMES[schedule].per_device != 1
+    pipe = fpipe.Pipe(
+        layers,
+        [1, 1, 1, len(layers) - 3] if several else [2, len(layers) - 2],
+        chunks=2,
+        checkpoint=POLICIES.get(checkpoint, checkpoint),
+        schedule=schedule,
+        mesh=a_mesh(axis),
+    )
+    check(Case(layers, chunks=2, rows=8, inputs=inputs), pipe, loss)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [[*each_once(OVER_MESHES)][n] for n in (2, 5, 7, 8)],
+    ids=lambda r: "-".join(r.values()),
+)
+def test_stages_on_two_devices(row):
+    check_over_mesh(**row)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "row", covering(OVER_MESHES), ids=lambda r: "-".join(r.values())
+)
+def test_every_pair_over_meshes(row):
+    check_over_mesh(**row)
 
 
 def product(model):
