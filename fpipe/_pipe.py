@@ -86,7 +86,7 @@ from fpipe._model.function_layers import (
 )
 from fpipe._model.layer import Layer
 from fpipe._model.loss import Loss, Reduction, as_loss
-from fpipe._model.microbatch import first_microbatch, ready_batches, whole_batch
+from fpipe._model.microbatch import CallShapes
 from fpipe._model.model import Model
 from fpipe._model.needs import call_needs, check_key
 from fpipe._model.remat import Policy, Remat
@@ -475,7 +475,7 @@ class Pipe(Call):
             )
         with self._context(), self._executor.tracing(), explicit_transfers():
             # `init` functions see one microbatch, as the layers do in every call.
-            first = first_microbatch(x, call_needs(side=side), self.chunks)
+            first = CallShapes.of(x, call_needs(side=side), self.chunks).first
             if split is None:
                 made = self.model.init(key, *first, self._executor.make_params)
                 return self.place(made, donate=True)
@@ -537,15 +537,13 @@ class Pipe(Call):
             params = tuple(own)
         put = self._executor.make_state
         with self._context(), self._executor.tracing(), explicit_transfers():
-            needs = call_needs(side=side)
-            first = first_microbatch(x, needs, self.chunks)
-            batch = whole_batch(x, needs, self.chunks)
-            ready = ready_batches(x, needs, self.chunks)
+            shapes = CallShapes.of(x, call_needs(side=side), self.chunks)
+            first, batches = shapes.first, (shapes.whole, shapes.ready)
             if split is not None:
                 layer = split.function
-                own = make_state(layer, split, key, *first, put, batch, ready)
+                own = make_state(layer, split, key, *first, put, *batches)
                 return split.state_tree(own)
-            return self.model.init_state(*first, params, key, put, batch, ready)
+            return self.model.init_state(*first, params, key, put, *batches)
 
     def place(self, params: PyTree, donate: bool = False) -> Any:
         """Put the parameters of each layer on its device; Python numbers become arrays.

@@ -39,7 +39,7 @@ from fpipe._executors.scan.mesh import stage_context
 from fpipe._executors.scan.packing import Packed
 from fpipe._model.frozen import Frozen, check_frozen
 from fpipe._model.loss import Reduction, as_loss
-from fpipe._model.microbatch import first_example, first_microbatch
+from fpipe._model.microbatch import CallShapes, first_example
 from fpipe._model.needs import call_needs, check_key, stand_ins
 from fpipe._model.remat import Policy
 from fpipe._pipe import Pipe
@@ -163,9 +163,9 @@ class ValueAndGrad:
                 "function's own tree"
             )
         # The trace that is cut is the one that a call runs: of one microbatch.
-        x, needs = first_microbatch(
+        x, needs = CallShapes.of(
             call.x, call_needs(key=call.key), self._options["chunks"]
-        )
+        ).first
         kind = Kind.of(x, needs)
         if self._built is None:
             function = self._function.layer

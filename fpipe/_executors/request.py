@@ -31,12 +31,10 @@ from fpipe._executors.scheduling import Scheduling
 from fpipe._model.loss import Loss
 from fpipe._model.microbatch import (
     BatchShapes,
+    CallShapes,
     Cut,
     Whole,
     cut_inputs,
-    first_microbatch,
-    like_two_first,
-    whole_batch,
 )
 from fpipe._model.model import Model
 from fpipe._model.needs import BY_NAME, INPUTS, Share
@@ -283,15 +281,14 @@ def check_state(
     check_pieces_of_state(model.layers, args.state, cut.m, cut.ready)
     check_overwritten(model.layers, args.state)
     check_state_rows(model.layers, args.state, cut.row_counts)
+    if cut.m == 1:
+        return
     # Ready-made microbatches may have no rows in common. Two like the first show as
     # well whether a state follows the rows.
-    several = like_two_first if cut.ready else whole_batch
-    batch = several(args.x, args.needs, chunks)
-    if batch is not None:
-        first = first_microbatch(args.x, args.needs, chunks)
-        model.check_state(
-            args.state, BatchShapes(*first, batch.rows[:1]), batch, params
-        )
+    shapes = CallShapes.of(args.x, args.needs, chunks)
+    batch = shapes.whole or shapes.twice
+    first = BatchShapes(*shapes.first, batch.rows[:1])
+    model.check_state(args.state, first, batch, params)
 
 
 def check_donated(kind: CallKind, args: Args, inputs: Inputs, model: Model) -> None:

@@ -48,11 +48,9 @@ from fpipe._model.batch_norm import deferred
 from fpipe._model.joining import Join, check_alike
 from fpipe._model.loss import Loss, divided, sum_dtype, wide
 from fpipe._model.microbatch import (
+    CallShapes,
     Cut,
     cut_inputs,
-    first_microbatch,
-    ready_batches,
-    whole_batch,
 )
 from fpipe._model.model import Model
 from fpipe._model.needs import Share, call_needs, check_key
@@ -128,7 +126,7 @@ class Sequential(Call):
     def init(self, key: Any, x: PyTree, side: PyTree = None) -> tuple[PyTree, ...]:
         """Parameters of every layer; see `Pipe.init`."""
         check_key(key)
-        first = first_microbatch(x, call_needs(side=side), self.chunks)
+        first = CallShapes.of(x, call_needs(side=side), self.chunks).first
         with explicit_transfers():
             return self.model.init(key, *first, self._executor.make_params)
 
@@ -144,13 +142,12 @@ class Sequential(Call):
             check_key(key)
         if params is not None:
             check_params(self.model, params, "`init_state(params=...)`")
-        needs = call_needs(side=side)
-        first = first_microbatch(x, needs, self.chunks)
-        batch = whole_batch(x, needs, self.chunks)
-        ready = ready_batches(x, needs, self.chunks)
+        shapes = CallShapes.of(x, call_needs(side=side), self.chunks)
         put = self._executor.make_state
         with explicit_transfers():
-            return self.model.init_state(*first, params, key, put, batch, ready)
+            return self.model.init_state(
+                *shapes.first, params, key, put, shapes.whole, shapes.ready
+            )
 
     def place(
         self, params: Sequence[PyTree], donate: bool = False

@@ -17,7 +17,7 @@ A call with ten rows and `chunks=4` has four microbatches, the last one smaller:
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -484,7 +484,7 @@ def _unequal_rows(leaf: InputLeaf, first: InputLeaf) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class BatchShapes:
-    """The shapes of what layers are given of a call, for one microbatch or for all
+    """The shapes of what layers are given of a call, for one microbatch or for several
     together.
 
     Attributes:
@@ -498,23 +498,74 @@ class BatchShapes:
     rows: tuple[int, ...]
 
 
-def first_microbatch(
-    x: PyTree, needs: Mapping[str, PyTree], chunks: int
-) -> tuple[PyTree, dict[str, PyTree]]:
-    """The shapes of the first microbatch: of `x`, and of the needs that are given.
+@dataclasses.dataclass(frozen=True)
+class CallShapes:
+    """The shapes of a call's inputs, and of what layers are given of them.
 
-    Raises:
-        TypeError: a leaf that is neither an array nor a value that compares.
+    Attributes:
+        cut: how the inputs are cut.
+        leaves: the shapes of the arrays of each input, by its name.
     """
-    inputs = {"x": x, **needs}
-    for name, tree in inputs.items():
-        check_leaves(tree, name)
-    cut = cut_inputs(inputs, chunks)
-    shapes = {
-        name: cut.piece_shape(name, 0, [aval(a) for a in pack(tree)[0]]).tree
-        for name, tree in inputs.items()
-    }
-    return shapes.pop("x"), shapes
+
+    cut: Cut
+    leaves: Mapping[str, Sequence[jax.ShapeDtypeStruct]]
+
+    @classmethod
+    def of(cls, x: PyTree, needs: Mapping[str, PyTree], chunks: int) -> "CallShapes":
+        """Those of `x` and of the needs that are given.
+
+        Raises:
+            TypeError: a leaf that is neither an array nor a value that compares.
+            ValueError: an input that cannot be cut.
+        """
+        inputs = {"x": x, **needs}
+        for name, tree in inputs.items():
+            check_leaves(tree, name)
+        leaves = {name: list(map(aval, pack(t)[0])) for name, t in inputs.items()}
+        return cls(cut_inputs(inputs, chunks), leaves)
+
+    @property
+    def first(self) -> tuple[PyTree, Mapping[str, PyTree]]:
+        """`x` and the needs of the first microbatch."""
+        first = self._microbatch(0)
+        return first.x, first.needs
+
+    @property
+    def twice(self) -> BatchShapes:
+        """Two microbatches like the first, together."""
+        rows = (self.cut.weights[0],) * 2
+        return self._batch(rows, lambda name, a: self.cut.doubled_shape(name, a).tree)
+
+    @property
+    def whole(self) -> BatchShapes | None:
+        """All microbatches together; `None` if there is one alone, or if they are
+        ready-made.
+        """
+        if self.cut.m == 1 or self.cut.ready:
+            return None
+        # Without the wrappers that say how it is cut, as layers see it.
+        splits = self.cut.splits
+        return self._batch(
+            self.cut.rows, lambda name, a: splits[name].piece.unpack(list(a))
+        )
+
+    @property
+    def ready(self) -> tuple[BatchShapes, ...]:
+        """Each microbatch, if they are ready-made; else nothing."""
+        count = self.cut.m if self.cut.ready else 0
+        return tuple(map(self._microbatch, range(count)))
+
+    def _microbatch(self, i: int) -> BatchShapes:
+        rows = self.cut.row_counts[i : i + 1]
+        return self._batch(rows, lambda name, a: self.cut.piece_shape(name, i, a).tree)
+
+    def _batch(
+        self,
+        rows: tuple[int, ...],
+        shape_of: Callable[[str, Sequence[jax.ShapeDtypeStruct]], PyTree],
+    ) -> BatchShapes:
+        shapes = {name: shape_of(name, own) for name, own in self.leaves.items()}
+        return BatchShapes(shapes.pop("x"), shapes, rows)
 
 
 def first_example(x: PyTree, chunks: int) -> PyTree:
@@ -531,80 +582,6 @@ def first_example(x: PyTree, chunks: int) -> PyTree:
         axis = None if isinstance(source, Whole) else source.axis
         wrapped.append(NoChunk(a) if axis is None else Chunk(a, axis) if axis else a)
     return shape.spec.unpack(wrapped)
-
-
-def first_and_twice(
-    inputs: Mapping[str, PyTree],
-) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
-    """The shapes of an example of a microbatch, without wrappers, and the same with
-    twice the rows.
-
-    Arguments:
-        inputs: by the names of the needs, as for `cut_inputs`.
-
-    Raises:
-        TypeError: a leaf that is neither an array nor a value that compares.
-    """
-    for name, tree in inputs.items():
-        check_leaves(tree, name)
-    cut = cut_inputs(inputs, 1)
-    leaves = {name: [aval(a) for a in pack(tree)[0]] for name, tree in inputs.items()}
-    once = {name: cut.piece_shape(name, 0, own).tree for name, own in leaves.items()}
-    twice = {name: cut.doubled_shape(name, own).tree for name, own in leaves.items()}
-    return once, twice
-
-
-def whole_batch(
-    x: PyTree, needs: Mapping[str, PyTree], chunks: int
-) -> BatchShapes | None:
-    """The shapes of all rows together; `None` if there is one microbatch alone, or if
-    they are ready-made.
-    """
-    inputs = {"x": x, **needs}
-    cut = cut_inputs(inputs, chunks)
-    if cut.m == 1 or cut.ready:
-        return None
-    # Without the wrappers that say how it is cut, as layers see it.
-    shapes = {
-        name: cut.splits[name].piece.unpack([aval(a) for a in pack(tree)[0]])
-        for name, tree in inputs.items()
-    }
-    return BatchShapes(shapes.pop("x"), shapes, cut.rows)
-
-
-def ready_batches(
-    x: PyTree, needs: Mapping[str, PyTree], chunks: int
-) -> tuple[BatchShapes, ...]:
-    """The shapes of each microbatch, if they are ready-made; else nothing."""
-    inputs = {"x": x, **needs}
-    cut = cut_inputs(inputs, chunks)
-    if not cut.ready:
-        return ()
-    leaves = {name: [aval(a) for a in pack(tree)[0]] for name, tree in inputs.items()}
-    found = []
-    for i in range(cut.m):
-        shapes = {
-            name: cut.piece_shape(name, i, own).tree for name, own in leaves.items()
-        }
-        found.append(BatchShapes(shapes.pop("x"), shapes, cut.row_counts[i : i + 1]))
-    return tuple(found)
-
-
-def like_two_first(
-    x: PyTree, needs: Mapping[str, PyTree], chunks: int
-) -> BatchShapes | None:
-    """The shapes of a batch of two microbatches like the first, where they are
-    ready-made; `None` if there is one alone.
-    """
-    inputs = {"x": x, **needs}
-    cut = cut_inputs(inputs, chunks)
-    if cut.m == 1:
-        return None
-    shapes = {
-        name: cut.doubled_shape(name, [aval(a) for a in pack(tree)[0]]).tree
-        for name, tree in inputs.items()
-    }
-    return BatchShapes(shapes.pop("x"), shapes, (cut.weights[0],) * 2)
 
 
 def pieces(rows: int, chunks: int) -> tuple[int, ...]:

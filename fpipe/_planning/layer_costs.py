@@ -33,7 +33,7 @@ from fpipe._core.pytrees import (
 from fpipe._executors.call import Args, check_chunks, check_params
 from fpipe._model.function_layers import model_of, params_by_layer
 from fpipe._model.loss import sum_dtype
-from fpipe._model.microbatch import cut_inputs, first_microbatch
+from fpipe._model.microbatch import CallShapes, cut_inputs
 from fpipe._model.model import Model
 from fpipe._model.needs import call_needs
 from fpipe._model.remat import Policy, Remat
@@ -160,7 +160,7 @@ def costs_of(
         check_params(model, params, "`layer_costs(params=...)`")
         params = tuple(map_arrays(strong, numbers_as_arrays(p)) for p in params)
     # The first microbatch stands for all. The others are as large, but for the last.
-    first = first_microbatch(args.x, args.needs, chunks)
+    first = CallShapes.of(args.x, args.needs, chunks).first
     traces = LayerTraces(model, *first, params)
     work = _work(traces, gauge, () if params is None else params)
     # A stage keeps less than its layers one by one: what a layer hands to the next is

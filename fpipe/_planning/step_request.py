@@ -20,7 +20,7 @@ from fpipe._core.pytrees import (
 from fpipe._executors.call import Args, as_argnums, check_argnums, check_params, checked
 from fpipe._model.frozen import Frozen, FrozenLeaves
 from fpipe._model.loss import Loss
-from fpipe._model.microbatch import first_microbatch, ready_batches, whole_batch
+from fpipe._model.microbatch import CallShapes
 from fpipe._model.model import Model
 from fpipe._planning.layer_traces import shape_of_made
 
@@ -51,7 +51,8 @@ class StepRequest:
         # In this order: states may depend on parameters, and what is frozen is told by
         # the paths of parameters.
         params, state = self.args.params, self.args.state
-        first = first_microbatch(self.args.x, self.args.needs, chunks)
+        shapes = CallShapes.of(self.args.x, self.args.needs, chunks)
+        first = shapes.first
         key = jax.eval_shape(lambda: jax.random.key(0))
         if params is None:
             params = model.init(key, *first, shape_of_made)
@@ -62,9 +63,8 @@ class StepRequest:
             shapes_of(map_arrays(strong, numbers_as_arrays(p))) for p in params
         )
         if state is None and model.stateful:
-            batch = whole_batch(self.args.x, self.args.needs, chunks)
-            ready = ready_batches(self.args.x, self.args.needs, chunks)
-            state = model.init_state(*first, params, key, shape_of_made, batch, ready)
+            batches = shapes.whole, shapes.ready
+            state = model.init_state(*first, params, key, shape_of_made, *batches)
         args = checked(model, self.args._replace(params=params, state=state))
         numbers = as_argnums(self.argnums)
         check_argnums(self.argnums, numbers, args)

@@ -35,7 +35,7 @@ from fpipe._core.statics import check_leaves
 from fpipe._model.frozen import Frozen, spread
 from fpipe._model.function_layers import FunctionLayers, OwnTree
 from fpipe._model.layer import Layer, as_layer
-from fpipe._model.microbatch import first_and_twice
+from fpipe._model.microbatch import CallShapes
 from fpipe._model.needs import call_needs
 from fpipe._model.wrappers import Microbatches
 from fpipe._planning.text import Table, counted
@@ -447,7 +447,7 @@ def split(
             "`fpipe.split(fn, params, x)`: x is an example of a microbatch, or its "
             f"shapes, got {describe(x)}, which has no array"
         )
-    inputs = {"x": x, **call_needs(side=side, key=key, train=train, step=step)}
+    needs = call_needs(side=side, key=key, train=train, step=step)
     for name, given in (("side", side), ("key", key), ("step", step), ("train", train)):
         if given is not None and given is not False and not layer.asks(name):
             raise ValueError(
@@ -455,9 +455,8 @@ def split(
                 f"make it a keyword-only parameter, `def {layer.name}(params, x, *, "
                 f"{name})`, or write `fpipe.Layer(fn, needs=[{name!r}])`"
             )
-    once, twice = (
-        Kind.of(shapes.pop("x"), shapes) for shapes in first_and_twice(inputs)
-    )
+    shapes = CallShapes.of(x, needs, 1)
+    once, twice = Kind.of(*shapes.first), Kind.of(shapes.twice.x, shapes.twice.needs)
     function = Function.of(layer, params, state, RowsAt.of(x))
     _check_rows(function, once, twice)
     cut = CutFunction(function, once, cuts, stages)
