@@ -158,6 +158,17 @@ def test_the_overhead_benchmark_runs():
     )
 
 
+def test_the_benchmark_of_splits_runs():
+    tables = ("--tables", "seconds", "host")
+    done = run("examples/benchmarks/split.py", "--blocks", 4, "--repeats", 2, *tables)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^ +4 +\d+ .* (\d+) +[\d.]+ +[\d.]+ +[\d.]+$", done.stdout, re.M)
+    assert rows == ["8", "5"]
+    programs = re.findall(r"^(?:by hand|split) +(\d+) ", done.stdout, re.M)
+    assert len(programs) == 2
+    assert programs[0] == programs[1]
+
+
 def test_the_benchmark_of_schedules_runs():
     done = run(
         "examples/benchmarks/schedules.py",

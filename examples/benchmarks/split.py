@@ -1,0 +1,327 @@
+"""Functions that `fpipe.split` cuts, beside the same models cut by hand.
+
+Three tables. How long it takes to trace a function and to cut it. How expensive the
+most expensive stage is, measured, of an automatic cut and of the best cut that one
+would write by hand. And how many programs a split pipe has, and how much time its
+actions take on the host, beside the same model as layers written by hand.
+
+    python examples/benchmarks/split.py [--blocks 360]
+"""
+
+import argparse
+import functools
+import itertools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+import fpipe
+
+STAGES, CHUNKS = 4, 8
+
+
+# --- models ---
+
+
+def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+def zeros(tree):
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree)
+
+
+def norm(p, h):
+    h = h - jnp.mean(h, -1, keepdims=True)
+    return h * jax.lax.rsqrt(jnp.mean(h**2, -1, keepdims=True) + 1e-5) * p["g"]
+
+
+def block(p, h, mask):
+    q, k, v = jnp.split(norm(p, h) @ p["qkv"], 3, -1)
+    scores = jnp.where(mask[:, None, :], q @ k.swapaxes(1, 2), -1e9)
+    h = h + jax.nn.softmax(scores) @ v @ p["out"]
+    return h + jax.nn.gelu(norm(p, h) @ p["up"]) @ p["down"]
+
+
+def gpt(params, x):
+    """Tokens with a mask; the embedding is the head too."""
+    h = params["embed"][x["tokens"]]
+    for p in params["h"]:
+        h = block(p, h, x["mask"])
+    return h @ params["embed"].T
+
+
+def gpt_params(blocks, width, words):
+    own = {
+        "qkv": shape(width, 3 * width),
+        "out": shape(width, width),
+        "g": shape(width),
+        "up": shape(width, 4 * width),
+        "down": shape(4 * width, width),
+    }
+    return {"embed": shape(words, width), "h": [own] * blocks}
+
+
+def gpt_batch(rows, length):
+    return {
+        "tokens": jax.ShapeDtypeStruct((rows, length), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((rows, length), jnp.bool_),
+    }
+
+
+def convolve(p, h):
+    for w in (p["a"], p["b"]):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        h = jax.lax.conv_general_dilated(
+            h, w, (1, 1), "SAME", dimension_numbers=numbers
+        )
+        h = jax.nn.relu(h)
+    return h
+
+
+def u_net(params, x):
+    """Each level is read again on the way up."""
+    h, skips = x, []
+    for p in params["encode"]:
+        h = convolve(p, h)
+        skips.append(h)
+        b, height, width, c = h.shape
+        h = h.reshape(b, height // 2, 2, width // 2, 2, c).mean((2, 4))
+    h = convolve(params["middle"], h)
+    for p, skip in zip(params["decode"], reversed(skips), strict=True):
+        h = jnp.repeat(jnp.repeat(h, 2, 1), 2, 2)
+        h = convolve(p, jnp.concatenate([h, skip], -1))
+    return h @ params["head"]
+
+
+def u_net_params(levels, width):
+    def pair(given, made):
+        return {"a": shape(3, 3, given, made), "b": shape(3, 3, made, made)}
+
+    widths = [width * 2**n for n in range(levels + 1)]
+    return {
+        "encode": [pair(a, b) for a, b in itertools.pairwise([3, *widths[:-1]])],
+        "middle": pair(*widths[-2:]),
+        "decode": [
+            pair(a + b, b) for b, a in reversed(list(itertools.pairwise(widths)))
+        ],
+        "head": shape(width, 3),
+    }
+
+
+def small_models():
+    """Each with its parameters, a microbatch, and where one would cut it by hand."""
+    blocks, levels = 8, 3
+    return {
+        "GPT": (
+            gpt,
+            gpt_params(blocks, 128, 512),
+            gpt_batch(4, 64),
+            [f"h/{n}" for n in range(blocks)],
+        ),
+        "U-Net": (
+            u_net,
+            u_net_params(levels, 16),
+            shape(4, 32, 32, 3),
+            [
+                *[f"encode/{n}" for n in range(1, levels)],
+                "middle",
+                *[f"decode/{n}" for n in range(levels)],
+                "head",
+            ],
+        ),
+    }
+
+
+# --- 1. how long it takes ---
+
+
+def seconds_to_split(blocks):
+    """What its own Python takes is told apart: it runs twice, for microbatches of
+    another number of rows show what is written for this one.
+    """
+    params, x = gpt_params(blocks, 16, 64), gpt_batch(2, 8)
+    equations = len(jax.make_jaxpr(gpt)(params, x).jaxpr.eqns)
+    for how in ({"stages": 8}, {}):
+        traced = 0.0
+
+        def timed(params, x):
+            nonlocal traced
+            started = time.process_time()
+            y = gpt(params, x)
+            traced += time.process_time() - started
+            return y
+
+        started = time.process_time()
+        split = fpipe.split(timed, params, x, **how)
+        cut = time.process_time() - started - traced
+        started = time.process_time()
+        split.balance(min(8, len(split)))
+        balance = time.process_time() - started
+        print(
+            f"{blocks:6} {equations:9} {'stages=8' if how else '':9}"
+            f"{len(split):7} {traced:8.2f} {cut:8.2f} {balance:8.2f}"
+        )
+
+
+# --- 2. the most expensive stage ---
+
+
+def stage_seconds(pipe, params, x):
+    """What a microbatch takes on each stage, forward and backward."""
+    plan = pipe.plan(params, x, by="time")
+    return [sum(stage.work.values()) for stage in plan.stages]
+
+
+def most_expensive_stage(name, fn, params, x, cuts):
+    devices = jax.devices()[:STAGES]
+    what = {"devices": devices, "checkpoint": "never", "chunks": 1}
+    automatic = fpipe.split(fn, params, x)
+    pieces = fpipe.split(fn, params, x, cuts=cuts)
+    times = fpipe.layer_costs(pieces, x, by="time")
+    work = [f + b for f, b in zip(times.forward, times.backward, strict=True)]
+    # The best by the sums of what pieces take alone; a few of them are measured.
+    by_hand = sorted(
+        (
+            max(sum(work[a:b]) for a, b in itertools.pairwise((0, *ends, len(work)))),
+            tuple(b - a for a, b in itertools.pairwise((0, *ends, len(work)))),
+        )
+        for ends in itertools.combinations(range(1, len(work)), STAGES - 1)
+    )
+    pipes = {
+        "itself": fpipe.Pipe(automatic, **what),
+        f"stages={STAGES}": fpipe.Pipe(
+            fpipe.split(fn, params, x, stages=STAGES), **what
+        ),
+        'itself, balance="time"': fpipe.Pipe(
+            automatic, balance="time", sample=x, **what
+        ),
+    }
+    for _, balance in by_hand[:2]:
+        pipes[f"by hand {list(balance)}"] = fpipe.Pipe(pieces, balance, **what)
+    found = {how: [] for how in pipes}
+    for _ in range(3):
+        for how, pipe in pipes.items():
+            found[how].append(stage_seconds(pipe, params, x))
+    # What else the machine does only adds to a run: of each stage the shortest time,
+    # of these the most expensive.
+    most = {
+        how: max(map(min, zip(*rounds, strict=True))) for how, rounds in found.items()
+    }
+    best = min(seconds for how, seconds in most.items() if "hand" in how)
+    for how, seconds in most.items():
+        balance = list(pipes[how].balance)
+        print(
+            f"{name:6} {how:24} {balance!s:16} {1e3 * seconds:9.2f} "
+            f"{seconds / best:6.2f}"
+        )
+
+
+# --- 3. programs and host time ---
+
+
+def layers_by_hand(blocks):
+    """The GPT as layers: the mask is a skip, the head borrows the embedding."""
+
+    def embed(table, x, *, carry):
+        return table[x["tokens"]], fpipe.stash(carry, "mask", x["mask"])
+
+    def middle(p, h, *, carry):
+        return block(p, h, fpipe.peek(carry, "mask")), carry
+
+    def last(p, h, *, carry):
+        mask, carry = fpipe.pop(carry, "mask")
+        return block(p, h, mask), carry
+
+    def head(p, h, *, borrowed):
+        return h @ borrowed["embed"].T
+
+    return [
+        fpipe.Layer(embed, name="embed", stash=["mask"]),
+        *[fpipe.Layer(middle, name="block", peek=["mask"])] * (blocks - 1),
+        fpipe.Layer(last, name="block", pop=["mask"]),
+        fpipe.Layer(head, name="head", borrow=["embed"]),
+    ]
+
+
+def masked_side(params, tokens, *, side):
+    """The same function with its mask as a side input."""
+    return gpt(params, {"tokens": tokens, "mask": side})
+
+
+def host_time(repeats):
+    blocks, width = 4, 4
+    params = zeros(gpt_params(blocks, width, 8))
+    x = zeros(gpt_batch(CHUNKS, 4))
+    row = jax.tree.map(lambda a: a[:1], x)
+    cuts = [f"h/{n}" for n in range(blocks)]
+    split = functools.partial(fpipe.split, cuts=cuts)
+    ends = [2, *[1] * (STAGES - 2)]
+    # By hand the head is a layer of its own.
+    by_hand = (params["embed"], *params["h"], ())
+    side = {"side": x["mask"]}
+    kinds = {
+        "by hand": (layers_by_hand(blocks), [*ends, 2], by_hand, x, {}),
+        "split": (split(gpt, params, row), [*ends, 1], params, x, {}),
+        "split, mask in side": (
+            split(masked_side, params, row["tokens"], side=row["mask"]),
+            [*ends, 1],
+            params,
+            x["tokens"],
+            side,
+        ),
+    }
+    runs = {}
+    for name, (layers, balance, own, batch, needs) in kinds.items():
+        pipe = fpipe.Pipe(
+            layers, balance, jax.devices()[:STAGES], CHUNKS, "always", "1f1b"
+        )
+        step = pipe.value_and_grad(lambda y: jnp.mean(y**2))
+        placed = pipe.place(own)
+        count = pipe.compile(
+            placed, batch, loss_fn=lambda y: jnp.mean(y**2), progress=False, **needs
+        )
+        runs[name] = count, functools.partial(step, placed, batch, **needs), []
+        jax.block_until_ready(runs[name][1]())
+    for _ in range(repeats):
+        for _, step, times in runs.values():
+            started = time.perf_counter()
+            jax.block_until_ready(step())
+            times.append(time.perf_counter() - started)
+    first = statistics.median(runs["by hand"][2])
+    for name, (count, _, times) in runs.items():
+        median = statistics.median(times)
+        action = 1e6 * median / (2 * STAGES * CHUNKS)
+        print(f"{name:20} {count:8} {action:10.1f} {median / first:6.2f}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--blocks", type=int, default=330, help="of the large GPT")
+    parser.add_argument("--repeats", type=int, default=200)
+    tables = ("seconds", "stages", "host")
+    parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
+    args = parser.parse_args()
+    # Before anything asks for devices.
+    jax.config.update("jax_num_cpu_devices", STAGES)
+    print(f"jax {jax.__version__}, {jax.devices()[0].platform}")
+    if "seconds" in args.tables:
+        print("\nCPU seconds")
+        print("blocks equations how       pieces    trace    split  balance")
+        for blocks in (args.blocks // 4, args.blocks):
+            seconds_to_split(blocks)
+    if "stages" in args.tables:
+        print(f"\nS={STAGES}, milliseconds of the most expensive stage")
+        print("model  cut                      balance                 ms  ratio")
+        for name, model in small_models().items():
+            most_expensive_stage(name, *model)
+    if "host" in args.tables:
+        print(f"\nS={STAGES}, m={CHUNKS}")
+        print("layers               programs  us/action  ratio")
+        host_time(args.repeats)
+
+
+if __name__ == "__main__":
+    main()
