@@ -32,9 +32,12 @@ from fpipe._split.mark import mark_inside
 from fpipe._split.state import StateSides, StateSpans
 from fpipe._split.trace import Function, Traced
 
-# A place is narrow if no more goes over it than over the next ones, or little more: a
-# mask that is read for the last time between them makes no difference.
+# A place in a module is narrow if no more goes over it than before the module or behind
+# it, or little more: a mask that is read for the last time there makes no difference.
 _NARROW = 1.1
+
+# A module with more than this share of all FLOPs may be cut anywhere.
+_LARGE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +232,7 @@ def _own_places(function: Function, traced: Traced, stages: int | None) -> list[
     every = [place for place in found if place is not None]
     places = _between_modules(function, traced, every)
     if stages is None:
-        return _narrow_places(crossing, places)
+        return _narrow_places(function, crossing, places)
     if len(places) < stages - 1:
         places = every
     if len(places) < stages - 1:
@@ -275,25 +278,55 @@ def _modules(paths: Sequence[str]) -> list[str]:
     return ["/".join(own[: -2 if alike else -1]) for own in parts]
 
 
-def _narrow_places(crossing: Crossing, places: Sequence[int]) -> list[int]:
-    """Of some places those over which about as few bytes go as over the next ones."""
-    here = [np.inf, *(crossing.bytes[p] for p in places), np.inf]
-    return [
-        p
-        for n, p in enumerate(places, 1)
-        if here[n] <= min(here[n - 1], here[n + 1]) * _NARROW
-    ]
+def _narrow_places(
+    function: Function, crossing: Crossing, places: Sequence[int]
+) -> list[int]:
+    """Some places without those in the middle of a module over which more goes than
+    before it and behind it.
+
+    In a block of a transformer the residual stream and what is added to it go over
+    every place but its ends. In a U-Net more and more goes over the places towards its
+    middle, and yet it is cut there: its encoder is no small part of it.
+    """
+    across, work = crossing.bytes, np.cumsum([0.0, *_work(crossing.traced)])
+    ends = [0, *places, len(work) - 1]
+    dropped = set[int]()
+    for uses in _uses_by_path(function, crossing.traced).values():
+        # The places around it, and those that divide it.
+        first = bisect.bisect_right(ends, min(uses)) - 1
+        last = bisect.bisect_right(ends, max(uses))
+        begin, end = ends[first], ends[last]
+        if work[end] - work[begin] <= work[-1] * _LARGE:
+            most = max(across[begin], across[end]) * _NARROW
+            dropped.update(p for p in ends[first + 1 : last] if across[p] > most)
+    return [p for p in places if p not in dropped]
+
+
+def _uses_by_path(function: Function, traced: Traced) -> dict[str, list[int]]:
+    """The first uses of the parameters under each path that several are under."""
+    found: dict[str, list[int]] = {}
+    for root, use in traced.first_uses.items():
+        path = function.paths[traced.roots[root].leaf]
+        while "/" in path:
+            path = path.rpartition("/")[0]
+            found.setdefault(path, []).append(use)
+    return {path: uses for path, uses in found.items() if min(uses) < max(uses)}
+
+
+def _work(traced: Traced) -> np.ndarray:
+    """The FLOPs at each equation. What needs no data is made where it is used."""
+    found = np.zeros(len(traced.graph.nodes))
+    for node in traced.live:
+        at = traced.position[node]
+        if traced.of_data.isdisjoint(node.outs):
+            at = min(traced.used_at.get(v, at) for v in node.outs)
+        found[at] += flops(node)
+    return found
 
 
 def _best_places(crossing: Crossing, places: Sequence[int], stages: int) -> list[int]:
     """Of some places those that `best_balance` cuts at."""
-    traced = crossing.traced
-    work = [0.0] * (len(places) + 1)
-    for node in traced.live:
-        # What needs no data is made where it is used.
-        at = traced.position[node]
-        if traced.of_data.isdisjoint(node.outs):
-            at = min(traced.used_at.get(v, at) for v in node.outs)
-        work[bisect.bisect_right(places, at)] += flops(node)
+    parts = np.split(_work(crossing.traced), places)
+    work = [float(part.sum()) for part in parts]
     sizes = best_balance(work, crossing.sent(places), stages)
     return [places[end - 1] for end in itertools.accumulate(sizes[:-1])]

@@ -149,6 +149,54 @@ def test_by_itself_it_is_cut_between_modules():
     )
 
 
+def test_by_itself_it_is_cut_where_the_residual_stream_alone_goes_over():
+    """Before and behind the two halves of each block, and not inside of them."""
+
+    def run(params, x):
+        for p in params["h"]:
+            q, k = x @ p["attend"]["q"]["w"], x @ p["attend"]["k"]["w"]
+            x = x + jnp.sin(q * k) @ p["attend"]["out"]["w"]
+            x = x + jnp.tanh(x @ p["mlp"]["up"]["w"]) @ p["mlp"]["down"]["w"]
+        return x
+
+    def block():
+        halves = {"attend": ("q", "k", "out"), "mlp": ("up", "down")}
+        return {
+            half: {name: {"w": jnp.eye(3)} for name in names}
+            for half, names in halves.items()
+        }
+
+    split = fpipe.split(run, {"h": [block() for _ in range(4)]}, X)
+    halves = [f"h/{n}/{half}" for n in range(4) for half in ("attend", "mlp")]
+    found = [{path.rsplit("/", 2)[0] for path in own} for own in owned(split)]
+    assert found == [{half} for half in halves]
+    assert [len(layer.stash) for layer in split.layers] == [0] * 8
+
+
+def test_by_itself_a_u_net_is_cut_at_all_its_levels():
+    """Although most goes over the places in its middle."""
+
+    def run(params, x):
+        h, skips = x, []
+        for p in params["encode"]:
+            h = jnp.tanh(h @ p["a"]) @ p["b"]
+            skips.append(h)
+            h = h.reshape(len(x), -1, 2, 4).mean(2)
+        for p, skip in zip(params["decode"], reversed(skips), strict=True):
+            h = jnp.concatenate([jnp.repeat(h, 2, 1), skip], 2)
+            h = jnp.tanh(h @ p["a"]) @ p["b"]
+        return h
+
+    def levels(width):
+        return [{"a": jnp.ones((width, 4)), "b": jnp.ones((4, 4))} for _ in range(3)]
+
+    split = fpipe.split(
+        run, {"encode": levels(4), "decode": levels(8)}, jnp.ones((2, 16, 4))
+    )
+    names = [f"{half}/{n}" for half in ("encode", "decode") for n in range(3)]
+    assert owned(split) == [[f"{name}/a", f"{name}/b"] for name in names]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_the_most_expensive_piece_is_as_cheap_as_can_be(seed):
     """Against all cuts between layers."""
