@@ -109,7 +109,10 @@ class Rewriter:
             outs = tuple(first + v for v in node.outs)
             around = "/".join(filter(None, (scope, node.scope)))
             inside = (*node.calls, *calls)
-            add(Node(node.eqn, ins, outs, node.recomputes, around, inside))
+            new = Node(node.eqn, ins, outs, node.recomputes, around, inside)
+            # What is inside is read once for all rounds of a loop.
+            vars(new)["bodies"] = node.bodies
+            add(new)
         return list(self.current(first + v for v in body.outputs))
 
     def apply(

@@ -166,7 +166,9 @@ def joined(tree: PyTree) -> PyTree:
     def join(node: Any) -> Any:
         if not isinstance(node, RowBlocks):
             return node
-        # What a transformation of optax does not see has no rows.
-        return node.join() if all(map(is_array, node.blocks)) else node.blocks[0]
+        # What a transformation of optax does not see has no rows, nor has an update
+        # that changes nothing.
+        rows = all(is_array(block) and block.ndim for block in node.blocks)
+        return node.join() if rows else node.blocks[0]
 
     return jax.tree.map(join, tree, is_leaf=is_row_blocks)

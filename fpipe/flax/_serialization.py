@@ -23,13 +23,35 @@ from flax import serialization
 from fpipe._core.errors import a_type
 from fpipe._core.pytrees import Tracer, describe, float0_like, is_array
 from fpipe._executors.scan.packing import Entry, Packed
+from fpipe._split.stacks import RowBlocks, joined
 
 
 def register() -> None:
-    """Tell Flax how a `Packed` is saved and restored."""
+    """Tell Flax how a `Packed` and a leaf in blocks of rows are saved and restored."""
+    serialization.register_serialization_state(
+        RowBlocks, _join_blocks, _split_blocks, override=True
+    )
     serialization.register_serialization_state(
         Packed, _to_state_dict, _from_state_dict, override=True
     )
+
+
+def _join_blocks(leaf: RowBlocks) -> Any:
+    """The whole leaf, as the plain model saves it."""
+    return joined(RowBlocks(tuple(map(_on_host, leaf.blocks))))
+
+
+def _split_blocks(target: RowBlocks, state: Any) -> RowBlocks:
+    """A whole leaf in the blocks of another one."""
+    where = serialization.current_path()
+    if not is_array(state) or state.shape != target.shape:
+        raise ValueError(
+            f"`flax.serialization.from_state_dict(...)`: at {where}: an "
+            f"fpipe.RowBlocks of the shape {target.shape} is restored from a whole "
+            f"array, got {describe(state)}: a state of another model"
+        )
+    ends = np.cumsum([block.shape[0] for block in target.blocks])[:-1]
+    return RowBlocks(tuple(np.split(np.asarray(state), ends)))
 
 
 def _to_state_dict(packed: Packed) -> dict[str, Any]:
@@ -53,7 +75,7 @@ def _on_host(row: Any) -> Any:
         return row
     if not row.is_fully_addressable:
         raise ValueError(
-            "`flax.serialization.to_state_dict(...)`: an fpipe.Packed lies on several "
+            "`flax.serialization.to_state_dict(...)`: an array lies on several "
             "processes, and this one has a part of it; gather it in all of them first: "
             "`pipe.gather(params)`, `fpipe.optim.gather(state)`"
         )

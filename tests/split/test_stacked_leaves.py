@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import serialization
 
 import fpipe
+import fpipe.flax
 import fpipe.optim
 from tests.helpers import assert_same
 from tests.split.models import weights
@@ -135,3 +137,22 @@ def test_frozen_by_the_path_of_the_whole_leaf():
     assert ("['blocks']['w']", (4, W, W)) in seen
     assert [u.shape for u in updates["blocks"]["w"].blocks] == [(), ()]
     assert updates["blocks"]["b"].shape == (4, W)
+    assert pipe_of("placed").gather(updates)["blocks"]["w"].shape == ()
+
+
+@pytest.mark.parametrize("executor", ["placed", "scan"])
+def test_flax_saves_whole_leaves(executor):
+    """What a pipe has loads in the plain model, and the other way round."""
+    pipe, (placed, _) = pipe_of(executor), placed_step(executor)
+    plain = jax.tree.map(jnp.zeros_like, PARAMS)
+    saved = serialization.to_bytes(placed)
+    assert_same(serialization.from_bytes(plain, saved), jax.device_get(PARAMS))
+    other = pipe.place(plain)
+    back = serialization.from_bytes(other, serialization.to_bytes(PARAMS))
+    assert jax.tree.structure(back) == jax.tree.structure(placed)
+    assert_same(pipe.gather(back), PARAMS)
+    if executor == "placed":
+        with pytest.raises(ValueError, match=r"an fpipe.RowBlocks of the shape \(4, 3"):
+            serialization.from_state_dict(
+                placed["blocks"], {"b": plain["out"]} | {"w": plain["out"]}
+            )
