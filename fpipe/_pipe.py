@@ -268,30 +268,13 @@ class Pipe(Call):
             )
         if deferred_batch_norm:
             model = Model(deferred(layers, "Pipe"), compute_dtype)
-        places = as_places(devices) if mesh is None else None
-        if places is None:
-            places = stage_places(mesh, devices, executor)
-        elif executor == "scan" and any(isinstance(place, Mesh) for place in places):
-            raise ValueError(
-                '`Pipe(executor="scan", devices=...)`: several devices for each stage '
-                'are given as one mesh with an axis "stage", `mesh=`'
-            )
-        data_axes = as_data_axes(data_axes, places if mesh is None else [mesh])
-        if executor == "scan" and not {*data_axes} <= {"data"}:
-            raise ValueError(
-                f'`Pipe(executor="scan", data_axes={shown(data_axes)})`: the scan '
-                'executor shares rows over an axis "data", and no other'
-            )
-        placements = as_placements(places, data_axes)
+        placements, data_axes = stage_placements(executor, devices, mesh, data_axes)
         # 3. The cut. The order matters: how many stages there are depends on the
         # schedule and the devices, which stage lives where on the number of stages, and
         # how many devices are used on that.
         known = params_by_layer(layers, None)
         uncut = PipeSetup(model, scheduling, remat, placements, chunks, known)
-        tracing = placements[0].tracing()
-        if executor == "scan" and mesh is not None:
-            tracing = stage_context(mesh)
-        with set_aside(), tracing:
+        with set_aside(), stage_tracing(executor, placements, mesh):
             # A function that was split knows what its pieces take.
             if isinstance(layers, Split) and balance is None and sample is None:
                 balance = layers.balance(uncut.stages)
@@ -1019,6 +1002,44 @@ class Pipe(Call):
         except NotFiniteError:
             self._eager.loss(args, loss, argnums)
             raise
+
+
+def stage_placements(
+    executor: str,
+    devices: Iterable[Place] | None,
+    mesh: Mesh | None,
+    data_axes: Sequence[str] | None,
+) -> tuple[tuple[Placement, ...], tuple[str, ...]]:
+    """Where stages may live, and the axes over which rows are shared there, from
+    arguments of `Pipe`.
+
+    Raises:
+        TypeError, ValueError: no such places or axes.
+    """
+    places = as_places(devices) if mesh is None else None
+    if places is None:
+        places = stage_places(mesh, devices, executor)
+    elif executor == "scan" and any(isinstance(place, Mesh) for place in places):
+        raise ValueError(
+            '`Pipe(executor="scan", devices=...)`: several devices for each stage '
+            'are given as one mesh with an axis "stage", `mesh=`'
+        )
+    axes = as_data_axes(data_axes, places if mesh is None else [mesh])
+    if executor == "scan" and not {*axes} <= {"data"}:
+        raise ValueError(
+            f'`Pipe(executor="scan", data_axes={shown(axes)})`: the scan '
+            'executor shares rows over an axis "data", and no other'
+        )
+    return as_placements(places, axes), axes
+
+
+def stage_tracing(
+    executor: str, placements: Sequence[Placement], mesh: Mesh | None
+) -> AbstractContextManager[Any]:
+    """The context of JAX in which the stages of a pipe are traced."""
+    if executor == "scan" and mesh is not None:
+        return stage_context(mesh)
+    return placements[0].tracing()
 
 
 def _unpickled(fields: dict[str, Any]) -> Pipe:

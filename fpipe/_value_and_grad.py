@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from fpipe._core.checks import as_bool
 from fpipe._core.errors import shown
-from fpipe._core.meshes import no_mesh, set_aside
+from fpipe._core.meshes import set_aside
 from fpipe._core.pytrees import (
     PyTree,
     map_arrays,
@@ -35,14 +35,13 @@ from fpipe._core.pytrees import (
 from fpipe._executors.call import check_chunks
 from fpipe._executors.placed.dispatch import Dispatch
 from fpipe._executors.placement import Place
-from fpipe._executors.scan.mesh import stage_context
 from fpipe._executors.scan.packing import Packed
 from fpipe._model.frozen import Frozen, check_frozen
 from fpipe._model.loss import Reduction, as_loss
 from fpipe._model.microbatch import CallShapes, first_example
 from fpipe._model.needs import call_needs, check_key, stand_ins
 from fpipe._model.remat import Policy
-from fpipe._pipe import Pipe
+from fpipe._pipe import Pipe, stage_placements, stage_tracing
 from fpipe._planning.layer_costs import BalanceBy
 from fpipe._planning.prediction import Prediction
 from fpipe._split.init import Init
@@ -145,9 +144,10 @@ class ValueAndGrad:
     @contextmanager
     def _tracing(self) -> Iterator[None]:
         """The context in which a pipe traces: under others, a trace is another one."""
-        mesh = self._options["mesh"]
-        inside = stage_context(mesh) if isinstance(mesh, Mesh) else no_mesh()
-        with set_aside(), inside:
+        names = ("executor", "devices", "mesh", "data_axes")
+        executor, devices, mesh, axes = (self._options[name] for name in names)
+        placements, _ = stage_placements(executor, devices, mesh, axes)
+        with set_aside(), stage_tracing(executor, placements, mesh):
             yield
 
     def _build(self, call: LossCall, name: str) -> _Built:
@@ -520,6 +520,7 @@ def value_and_grad(
     executor: str = "placed",
     dispatch: Dispatch = "auto",
     mesh: Mesh | None = None,
+    data_axes: Sequence[str] | None = None,
     compute_dtype: Any = None,
     deferred_batch_norm: bool = False,
     detect_anomaly: bool = False,
@@ -554,8 +555,8 @@ def value_and_grad(
             compiled.
         init: the function that makes the parameters, `init(key)` or `init(key,
             *batch)`, for `step.init`.
-        balance, checkpoint, schedule, executor, dispatch, mesh, compute_dtype,
-            detect_anomaly: as for `fpipe.Pipe`.
+        balance, checkpoint, schedule, executor, dispatch, mesh, data_axes,
+            compute_dtype, detect_anomaly: as for `fpipe.Pipe`.
         deferred_batch_norm: needs layers, and is refused.
 
     Returns:
@@ -607,6 +608,7 @@ def value_and_grad(
         "executor": executor,
         "dispatch": dispatch,
         "mesh": mesh,
+        "data_axes": data_axes,
         "compute_dtype": compute_dtype,
         "detect_anomaly": detect_anomaly,
     }

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
 import fpipe
 import fpipe.optim
@@ -434,6 +435,19 @@ def test_options_of_a_pipe():
     assert jax.tree.structure(updates) == jax.tree.structure(params_of())
 
 
+def test_arguments_of_the_function_come_before_those_of_the_step():
+    def decoder(params, x, memory):
+        return jnp.mean(x @ params["a"] + memory @ params["b"])
+
+    params = dict.fromkeys("ab", jnp.eye(WIDTH))
+    step, x = step_of(fn=decoder, has_aux=False), batch_of()[0]["x"]
+    plan = step.plan(params, x, memory=x)
+    assert [row.name for row in plan.inputs] == ["x['memory']", "x['x']"]
+    assert all(row.limit is None for row in plan.devices)
+    placed = step.place(params, x, x, donate=True)
+    assert_same(step.gather(placed), dict.fromkeys("ab", jnp.eye(WIDTH)))
+
+
 def test_tuning_finds_another_pipe_of_the_same_pieces():
     step = step_of(init=init, chunks=2)
     batch, weight = jax.eval_shape(batch_of)
@@ -460,6 +474,25 @@ def test_what_a_microbatch_changes_is_told_of_the_loss_and_not_of_aux():
 
     with pytest.warns(UserWarning, match="which is no sum or mean over them"):
         step_of(fn=bent, has_aux=False).place(params_of(), batch_of()[0]["x"])
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_stage_on_several_devices(executor):
+    """Rows are shared by the two devices of a stage, whose axis the function names."""
+
+    def constrained(params, batch, weight):
+        shared = jax.lax.with_sharding_constraint(batch["x"], PartitionSpec("data"))
+        return loss_fn(params, batch | {"x": shared}, weight)[0]
+
+    devices = np.array(jax.devices()[:4]).reshape(2, 2)
+    mesh = jax.sharding.Mesh(devices, ("stage", "data"))
+    step = step_of(executor, constrained, devices=None, mesh=mesh, has_aux=False)
+    batch, weight = batch_of()
+    params = step.place(params_of(), batch, weight)
+    value, grads = step(params, batch, weight)
+    (want, _), want_grads = in_plain_jax(loss_fn, params_of(), batch, weight)
+    assert_same(jax.device_get(value), jax.device_get(want))
+    assert_same(jax.device_get(step.gather(grads)), jax.device_get(want_grads))
 
 
 # --- errors ---
