@@ -24,7 +24,7 @@ import numpy as np
 
 from fpipe._core.errors import at_line, line_of, warn
 from fpipe._core.pytrees import describe
-from fpipe._program.graph import Graph, Node, dependents, inline
+from fpipe._program.graph import Graph, Node, ancestors, dependents, inline
 from fpipe._split.mark import is_aux
 from fpipe._split.notes import REDUCTIONS
 from fpipe._split.trace import Function, Kind, Traced, trace_function
@@ -191,6 +191,13 @@ class RowUse:
                     found[v] = Reduced(before[0].by, (*bents, bent)[0])
         return found
 
+    @cached_property
+    def into_state(self) -> set[int]:
+        """The values that new state is made of. A batch norm takes the mean of rows and
+        hands it on as state: what that means in a pipeline is known of layers.
+        """
+        return ancestors(self.graph, self.graph.outputs[len(self.outputs) :])
+
     # --- a number of rows that is written into it ---
 
     def _note_written_sizes(self) -> bool:
@@ -265,7 +272,8 @@ class RowUse:
             return None
         for v in node.ins:
             if v in self.reduced:
-                return self.reduced[v].by
+                by = self.reduced[v].by
+                return by if self.into_state.isdisjoint(by.outs) else None
         rows_of_ins = [axes for v in node.ins if (axes := self.axes(v))]
         if rows_of_ins and node.name in _ALONG:
             along = node.eqn.params[_ALONG[node.name]]

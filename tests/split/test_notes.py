@@ -155,6 +155,21 @@ def test_inputs_that_go_whole_to_every_microbatch_are_no_rows():
     assert "`reduce_sum`" in note
 
 
+def test_a_mean_that_becomes_state_is_a_batch_norm():
+    def norm(params, x, *, state, source):
+        h = x @ params["w"]
+        mean = jnp.mean(h, 0)
+        largest = jnp.max(jnp.abs(h))
+        new = {"mean": 0.9 * state["mean"] + 0.1 * mean, "largest": largest}
+        return h - (mean if source == "mean" else jnp.min(h, 0)), new
+
+    state = {"mean": jnp.zeros(3), "largest": jnp.zeros(())}
+    quiet, noisy = (functools.partial(norm, source=s) for s in ("mean", "other"))
+    assert noted(quiet, state=state) == []
+    (note,) = noted(noisy, state=state)
+    assert note.startswith("in 'norm' a row depends on other rows by `reduce_min`")
+
+
 def test_parameters_that_nothing_uses():
     more = {"b": jnp.ones(3), "head": [jnp.ones(3)] * 5, "count": jnp.ones(3, int)}
     (note,) = noted(dense, PARAMS | more)
