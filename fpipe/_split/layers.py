@@ -398,10 +398,11 @@ def _names(
             if len(set(column)) > 1:
                 break
             shared.append(column[0])
-        if not shared:
+        if not shared and parts:
             # Of several modules the first one names the piece.
-            shared = parts[0][:1] if parts and parts[0][0] else ["piece"]
-        name = given or "/".join(shared)
+            shared = parts[0][:1]
+        # A tree that is an array has no paths.
+        name = given or "/".join(shared) or "piece"
         names.append(name if k in lending else re.sub(r"\d+", "*", name))
     # Who lends is borrowed of by name, so that must be its own.
     return tuple(

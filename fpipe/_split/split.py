@@ -22,7 +22,7 @@ from typing import Any, overload
 import jax
 
 from fpipe._core.checks import as_bool, as_int
-from fpipe._core.errors import shown
+from fpipe._core.errors import noting, shown
 from fpipe._core.pytrees import (
     PyTree,
     Spec,
@@ -412,7 +412,11 @@ def split(
             f"`fpipe.split(fn)`: fn is a function `fn(params, x)`, got {shown(fn)}; "
             "`fpipe.Pipe(layers)` takes layers, and a split, as they are"
         )
-    layer = as_layer(fn)
+    with noting(
+        "`fpipe.split(fn)` takes a function of its parameters, such as `module.apply` "
+        "of a linen module, or one that merges a module of NNX or Equinox"
+    ):
+        layer = as_layer(fn)
     refused = [n for n in layer.needs or () if n in ("carry", "borrowed")]
     if refused:
         raise TypeError(

@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +55,16 @@ def test_pieces_begin_with_the_parameters_that_are_named():
     assert [layer.borrow for layer in split.layers] == [(), (), ("embed",)]
     # The first piece begins where the function does: it may be named or not.
     assert len(gpt().split(cuts=["embed", "h/0", "h/1"])) == 3
+
+
+def test_a_tree_that_is_an_array_has_an_owner_with_a_name():
+    def twice(w, x):
+        return fpipe.cut(jnp.tanh(x @ w)) @ w
+
+    split = fpipe.split(twice, jnp.eye(3), X)
+    assert [layer.name for layer in split] == ["piece #0", "piece"]
+    assert [layer.borrow for layer in split] == [(), ("piece #0",)]
+    assert fpipe.sequential(split)(split.params(jnp.eye(3)), X).shape == (2, 3)
 
 
 def test_a_prefix_goes_by_whole_parts():
@@ -276,6 +287,9 @@ def test_wrong_arguments():
     for wrong in ([fn, fn], None, example.split()):
         with pytest.raises(TypeError, match="fn is a function"):
             fpipe.split(wrong, params, x)
+    with pytest.raises(TypeError, match="is a Flax module") as caught:
+        fpipe.split(nn.Dense(3), {}, X)
+    assert "`module.apply` of a linen module" in "".join(caught.value.__notes__)
     for wrong in (None, 3.0, {}):
         with pytest.raises(TypeError, match="x is an example of a microbatch"):
             fpipe.split(fn, params, wrong)
