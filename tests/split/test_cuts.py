@@ -264,8 +264,8 @@ INSIDE = {
 
 @pytest.mark.parametrize("name", INSIDE)
 def test_a_mark_inside_of_an_operation_is_refused(name):
-    params = {"w": jnp.eye(3)}
-    with pytest.raises(ValueError, match=f"stands inside a `{name}`"):
+    params, line = {"w": jnp.eye(3)}, r"at tests/split/test_cuts\.py:\d+ \(.*\)"
+    with pytest.raises(ValueError, match=line + f" stands inside a `{name}`"):
         fpipe.split(under(INSIDE[name]), params, X)
 
 
