@@ -346,10 +346,17 @@ def test_a_piece_makes_its_own_parameters_alone():
 
 
 def test_an_init_function_that_is_jitted_is_opened_up():
+    """A piece runs its own part of the one program, not all of it."""
     step = step_of(init=jax.jit(init))
     params = step.init(jax.random.key(0), *batch_of())
     assert_same(step.gather(params), params_of())
     assert len({a.device for a in jax.tree.leaves(params)}) == 2
+    traced = Init.of(jax.jit(init), jax.random.key(0), (), {})
+    traced = traced.traced(step.split.params)
+    for k, own in enumerate(step.split.params(params_of())):
+        nodes, _ = traced.needed(k)
+        drawn = sum(node.name == "random_bits" for node in nodes)
+        assert drawn == sum(a.ndim == 2 for a in jax.tree.leaves(own))
 
 
 def test_an_init_function_gets_the_batch_if_it_requires_it():
