@@ -58,6 +58,17 @@ def _entropy(logits: Any, labels: Any) -> Any:
     return losses.mean()
 
 
+def _moved(params: Any) -> Any:
+    """Parameters away from where they start: behind zeros nothing has a gradient."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(3), len(leaves))
+    moved = [
+        leaf + 0.1 * jax.random.normal(key, leaf.shape)
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(tree, moved)
+
+
 def _hugging_face(model: Any, params: Any, folder: pathlib.Path) -> Any:
     model.save_pretrained(folder, params=params)
     return type(model).from_pretrained(folder).params
@@ -78,6 +89,17 @@ def _flax_bytes(params: Any, folder: pathlib.Path) -> Any:
 
 
 # --- Hugging Face transformers ---
+
+
+class _OlderNumpy:
+    """`jax.numpy` with an argument of its earlier releases."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(jnp, name)
+
+    def clip(self, x: Any, a_max: Any) -> Any:
+        """At most `a_max`."""
+        return jnp.minimum(x, a_max)
 
 
 def gpt2() -> RealModel:
@@ -101,7 +123,10 @@ def gpt2() -> RealModel:
 def t5() -> RealModel:
     """An encoder and a decoder; each decoder block reads what the encoder made."""
     from transformers import FlaxT5ForConditionalGeneration, T5Config
+    from transformers.models.t5 import modeling_flax_t5
 
+    # It asks for `jnp.clip(x, a_max=…)`, which later releases of JAX call `max`.
+    modeling_flax_t5.jnp = _OlderNumpy()
     config = T5Config(
         num_layers=2,
         d_model=32,
@@ -310,8 +335,7 @@ def haiku_resnet() -> RealModel:
     model = hk.without_apply_rng(hk.transform_with_state(forward))
     images = jax.random.normal(jax.random.key(1), (ROWS, 16, 16, 3))
     params, state = jax.jit(model.init)(jax.random.key(0), images)
-    # Haiku starts the last norm of each block at zero: then blocks do nothing.
-    params = jax.tree.map(lambda a: a + 0.1, params)
+    params = _moved(params)  # the head and the last norm of each block start at zero
 
     def loss_fn(params, state, images, labels):
         logits, state = model.apply(params, state, images)
@@ -403,12 +427,7 @@ def gemma() -> RealModel:
     params = jax.jit(lambda key: model.init(key, tokens, positions, None, mask))(
         jax.random.key(0)
     )
-    # Its norms and tables start at zero, where nothing has a gradient.
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(3), len(leaves))
-    moved = zip(leaves, keys, strict=True)
-    leaves = [a + 0.1 * jax.random.normal(key, a.shape) for a, key in moved]
-    params = jax.tree.unflatten(tree, leaves)
+    params = _moved(params)  # some tables and norms start at zero
     return RealModel("Gemma 2", "gemma", loss_fn, params, (tokens,), _flax_bytes)
 
 
