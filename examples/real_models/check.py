@@ -71,27 +71,32 @@ class Trained:
     first_step: float = 0.0
 
 
+def arguments_of(model: RealModel) -> dict[str, Any]:
+    """The batch by the names of the loss function's arguments."""
+    names = list(inspect.signature(model.loss_fn).parameters)[1:]
+    return dict(zip(names, model.batch, strict=True))
+
+
 def train(model: RealModel, executor: str, schedule: str) -> Trained:
     """Three steps of the pipeline."""
     started = time.perf_counter()
-    batch = list(model.batch)
-    if model.whole is not None:
-        batch[model.whole] = fpipe.NoChunk(batch[model.whole])  # 6, with a state
+    batch = arguments_of(model)
     step = fpipe.value_and_grad(  # 1
         model.loss_fn,
-        has_aux=model.whole is not None,
         devices=jax.devices(),
         chunks=CHUNKS,
         schedule=schedule,
         executor=executor,
     )
-    params = step.place(model.params, *batch)  # 2
+    params = step.place(model.params, **batch)  # 2
     split = time.perf_counter() - started
     tx = fpipe.optim.per_stage(optimizer())  # 3
     moments = tx.init(params)
     firsts, seconds = [], 0.0
     for _ in range(STEPS):
-        loss, grads = step(params, *batch)
+        loss, grads = step(params, **batch)
+        if "state" in batch:
+            batch["state"] = loss[1]
         updates, moments = tx.update(grads, moments, params)
         params = fpipe.optim.apply_updates(params, updates)  # 4
         if not firsts:
@@ -100,37 +105,37 @@ def train(model: RealModel, executor: str, schedule: str) -> Trained:
     ((loss, grads),) = firsts
     crossing = sum(
         (row.boundary or 0) + sum(c.bytes for c in row.stashed)
-        for row in step.plan(params, *batch).stages
+        for row in step.plan(params, **batch).stages
     )
     return Trained(loss, grads, step.gather(params), crossing, split, seconds)  # 5
 
 
 def plain(model: RealModel) -> Trained:
     """Three steps in plain JAX: microbatch by microbatch, and the mean of all."""
-    has_aux = model.whole is not None
-    names = list(inspect.signature(model.loss_fn).parameters)[1:]
-    one = jax.jit(jax.value_and_grad(model.loss_fn, has_aux=has_aux))
+    batch = arguments_of(model)
+    has_state = "state" in batch
+    one = jax.jit(jax.value_and_grad(model.loss_fn, has_aux=has_state))
 
-    def microbatch(i: int) -> list[Any]:
-        pieces = []
-        for k, (name, value) in enumerate(zip(names, model.batch, strict=True)):
+    def microbatch(i: int) -> dict[str, Any]:
+        pieces = {}
+        for name, value in batch.items():
             if name == "key":
                 value = jax.random.fold_in(jax.random.fold_in(value, 0), i)
-            elif k != model.whole:
+            elif name != "state":
                 value = jnp.split(value, CHUNKS)[i]
-            pieces.append(value)
+            pieces[name] = value
         return pieces
 
     def step(params: Any) -> tuple[Any, Any]:
-        made = [one(params, *microbatch(i)) for i in range(CHUNKS)]
-        # Microbatches have equally many rows. New states are not averaged, but stacked.
-        grads = jax.tree.map(lambda *g: sum(g) / CHUNKS, *(g for _, g in made))
-        losses = [loss for loss, _ in made]
-        if not has_aux:
-            return sum(losses) / CHUNKS, grads
-        loss = sum(loss for loss, _ in losses) / CHUNKS
-        states = jax.tree.map(lambda *a: jnp.stack(a), *(state for _, state in losses))
-        return (loss, states), grads
+        made = []
+        for i in range(CHUNKS):
+            loss, grads = one(params, **microbatch(i))
+            if has_state:  # from microbatch to microbatch
+                loss, batch["state"] = loss
+            made.append((loss, grads))
+        # Microbatches have equally many rows.
+        mean = jax.tree.map(lambda *a: sum(a) / CHUNKS, *made)
+        return ((mean[0], batch["state"]) if has_state else mean[0]), mean[1]
 
     params, tx = model.params, optimizer()
     update = jax.jit(tx.update)

@@ -31,12 +31,10 @@ class RealModel:
     """A model and its training.
 
     Attributes:
-        loss_fn: `loss_fn(params, *batch)`, a mean over rows; with a state `(loss, new
-            state)`.
-        batch: its other arguments. The last is a PRNG key if the function's is `key`.
+        loss_fn: `loss_fn(params, *batch)`, a mean over rows. With an argument `state`
+            it returns `(loss, new state)`.
+        batch: its other arguments.
         saved: writes parameters with the model's own library, and reads them.
-        whole: the number of the argument of the batch that is the model's state: the
-            same for every microbatch.
     """
 
     name: str
@@ -45,7 +43,6 @@ class RealModel:
     params: Any
     batch: tuple[Any, ...]
     saved: Callable[[Any, pathlib.Path], Any]
-    whole: int | None = None
 
 
 def _tokens(seed: int, length: int, vocabulary: int) -> jax.Array:
@@ -242,8 +239,8 @@ def nnx_convolutions() -> RealModel:
         Model(nnx.Rngs(0)), nnx.Param, nnx.BatchStat, ...
     )
 
-    def loss_fn(params, statistics, images, labels, key):
-        model = nnx.merge(graph, params, statistics, rest, copy=True)
+    def loss_fn(params, state, images, labels, key):
+        model = nnx.merge(graph, params, state, rest, copy=True)
         nnx.reseed(model, default=key, dropout=key)
         loss = _entropy(model(images), labels)
         return loss, nnx.state(model, nnx.BatchStat)
@@ -256,9 +253,7 @@ def nnx_convolutions() -> RealModel:
 
     images = jax.random.normal(jax.random.key(1), (ROWS, 8, 8, 3))
     batch = (statistics, images, jnp.arange(ROWS) % 5, jax.random.key(2))
-    return RealModel(
-        "batch norm, dropout", "NNX", loss_fn, params, batch, saved, whole=0
-    )
+    return RealModel("batch norm, dropout", "NNX", loss_fn, params, batch, saved)
 
 
 # --- Equinox ---
@@ -342,7 +337,7 @@ def haiku_resnet() -> RealModel:
         return _entropy(logits, labels), state
 
     batch = (state, images, jnp.arange(ROWS) % 5)
-    return RealModel("ResNet", "Haiku", loss_fn, params, batch, _pickled, whole=0)
+    return RealModel("ResNet", "Haiku", loss_fn, params, batch, _pickled)
 
 
 # --- Penzai ---
