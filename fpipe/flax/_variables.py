@@ -8,7 +8,13 @@ other.
 
 In the variables of an NNX model, parameters and state of a layer stand together:
 `{"layers": {0: …, 2: …}}`. What is no Flax module has its state in a collection
-`"state"` of its own, in both.
+`"state"` of its own, in both. A layer with a path has its variables there
+(`_places.py`).
+
+Inside, variables are leaves by their names, so that each has one owner:
+
+    ("params", "layers_0", "kernel"): K       layer 0 takes it as ("kernel",): K
+    ("batch_stats", "blocks", "mean"): M      layers 1 and 2 take a row each
 """
 
 import dataclasses
@@ -46,7 +52,8 @@ def split_variables(
     """Parameters and states of the layers, from the variables of the whole Flax model.
 
     Arguments:
-        model: what `layers` takes, or the list that it returned.
+        model: what `layers` takes, or the list that it returned; layers with a `path`
+            or `stacked` take what is there, in every collection.
         variables: of an `nn.Sequential` `{"params": {"layers_0": …}, "batch_stats":
             {…}}`; of an `nnx.Sequential` its `nnx.state(model)`, or that as nested
             dicts `{"layers": {0: …}}`, numbers as strings too. In a list stands beside
@@ -64,8 +71,10 @@ def split_variables(
 
     Raises:
         TypeError: `variables` is no dict.
-        ValueError: variables of no layer; a layer whose state, or an NNX module whose
-            parameter, is not there.
+        ValueError: variables of no layer, or of two; a layer whose state, or whose
+            variables as a sample or NNX shows them, are not there; a path that leads to
+            nothing; a stack with another number of rows than layers; with
+            `deferred_batch_norm`, a module that does not show its norms.
 
     Example:
         >>> from flax import linen as nn
@@ -132,7 +141,8 @@ def merge_variables(
 
     Raises:
         TypeError: packed parameters.
-        ValueError: not one entry for each layer.
+        ValueError: not one entry for each layer; two layers with one path; rows of a
+            stack that differ.
 
     Example:
         >>> from flax import linen as nn
@@ -175,10 +185,12 @@ class Layout:
         nnx: as those of an NNX model. In the code below they are a collection
             `"params"`, as if they were linen's.
         has_state: whether a layer that is no Flax module has state.
+        numbered: whether a layer has its variables by its number.
     """
 
     nnx: bool
     has_state: bool
+    numbered: bool
 
     @classmethod
     def of(cls, found_layers: Sequence[Layer]) -> "Layout":
@@ -188,7 +200,12 @@ class Layout:
         kinds = {type(layer.apply) for layer in found_layers}
         nnx = NNXFunction in kinds and LinenFunction not in kinds
         foreign = [x for x in found_layers if not isinstance(x.apply, ModuleFunction)]
-        return cls(nnx, any(layer.asks("state") for layer in foreign))
+        modules = [x.apply for x in found_layers if isinstance(x.apply, ModuleFunction)]
+        return cls(
+            nnx,
+            has_state=any(layer.asks("state") for layer in foreign),
+            numbered=bool(foreign) or not all(module.places for module in modules),
+        )
 
     def places(self, layer: Layer, position: int) -> tuple[Place, ...]:
         """Where the variables of a layer are: as the user says, or by its number."""
@@ -219,7 +236,7 @@ class Layout:
         # A list of modules may have no `"layers"` around its variables.
         # `{"layers": {0: …}}` is what an `nnx.Sequential` has, `{0: …}` what a list
         # has. The states of other layers stand beside, by number, in both.
-        if params and all(name.isdigit() for name in params):
+        if self.numbered and params and all(name.isdigit() for name in params):
             params = {"layers": params}
         return {"params": params} | ({STATE: {"layers": state}} if state else {})
 

@@ -353,6 +353,15 @@ def test_a_nested_nnx_model_is_what_flax_computes():
     )
 
 
+def test_a_list_of_nnx_has_its_modules_by_number():
+    model = nnx.List([nnx.Linear(3, 3, rngs=nnx.Rngs(n)) for n in range(2)])
+    layers = [fpipe.flax.layer(module, path=str(n)) for n, module in enumerate(model)]
+    variables: Any = nnx.to_pure_dict(nnx.state(model))
+    params, _ = fpipe.flax.split_variables(layers, variables)
+    assert_same(params, (variables[0], variables[1]), 0.0)
+    assert_same(fpipe.flax.merge_variables(layers, params), variables, 0.0)
+
+
 class Pair(nn.Module):
     """Two inputs, one of them with a default, and a result by name."""
 
