@@ -363,7 +363,8 @@ def split(
 
     Where it is cut: before the parameters that `cuts` names; else at the marks
     `h = fpipe.cut(h)` in the function; else by itself, into `stages` pieces of nearly
-    equal FLOPs, or at every place over which few bytes go.
+    equal FLOPs, or between all its modules, but not in the middle of a small one over
+    which more goes than over its ends.
 
     Arguments:
         fn: `fn(params, x, **needs)`, pure; `x` is any pytree. The needs `side`, `key`,

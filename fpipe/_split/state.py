@@ -54,6 +54,8 @@ def state_use(traced: Traced, piece_at: Callable[[int], int], last: int) -> Stat
         piece_at: the piece in which an equation at a position stands.
         last: the piece that returns the output.
     """
+    if not traced.state:
+        return StateUse((), (), (), ())
     nothing: frozenset[int] = frozenset()
     reader = [math.inf] * len(traced.state)
     # Of each value the first piece that has what it takes of the data, the last one
