@@ -512,10 +512,9 @@ class Pipe(Call):
         check_process()
         # A state follows from shapes; packed parameters tell theirs without being
         # unpacked.
-        if isinstance(params, Packed):
-            params = self._executor.param_shapes(params)
         if params is not None:
-            own = self._per_layer(params)
+            packed = isinstance(params, Packed)
+            own = (self._executor.param_shapes if packed else self._per_layer)(params)
             check_params(self.model, own, "`init_state(params=...)`")
             params = tuple(own)
         put = self._executor.make_state

@@ -326,10 +326,13 @@ class Split(FunctionLayers):
             owned = wiring.owned[k]
             roots = [self.cut.roots[root] for root in piece.params]
             borrowed = [r for r in roots if not any(rows.has(r) for rows in owned)]
+            state = [self.cut.function.state_paths[leaf] for leaf in wiring.state[k]]
             rows.append(
-                PieceRow(wiring.names[k], self._paths(owned), self._paths(borrowed))
+                PieceRow(
+                    wiring.names[k], self._paths(owned), self._paths(borrowed), state
+                )
             )
-        return tables(trace, self.cut.first, rows)
+        return tables(trace, self.cut.first, rows, self.state_shapes)
 
     def _paths(self, leaves: Sequence[Rows]) -> list[str]:
         of_leaf = self.cut.function.paths

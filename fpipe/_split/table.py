@@ -24,7 +24,7 @@ from collections.abc import Iterable, Sequence
 
 import jax
 
-from fpipe._core.pytrees import describe, is_array
+from fpipe._core.pytrees import PyTree, describe, is_array
 from fpipe._planning.text import Table, quantity, size
 from fpipe._split.pieces import CutTrace, Piece
 from fpipe._split.trace import Kind
@@ -46,20 +46,25 @@ class PieceRow:
         name: of the layer.
         owned, borrowed: paths of the parameters that it owns, and of those of others
             that it reads.
+        state: paths of the arrays of the state that it reads and writes.
     """
 
     name: str
     owned: Sequence[str]
     borrowed: Sequence[str]
+    state: Sequence[str] = ()
 
 
-def tables(cut: CutTrace, kind: Kind, rows: Sequence[PieceRow]) -> list[Table]:
+def tables(
+    cut: CutTrace, kind: Kind, rows: Sequence[PieceRow], state: PyTree = None
+) -> list[Table]:
     """The tables that have rows.
 
     Arguments:
         kind: what the trace is for.
+        state: the shapes of the function's state.
     """
-    crossing = _Crossing(cut, kind)
+    crossing = _Crossing(cut, kind, state)
     found = [_pieces(cut, rows), crossing.sent(), crossing.again()]
     return [table for table in found if table.rows]
 
@@ -80,15 +85,16 @@ def _pieces(cut: CutTrace, rows: Sequence[PieceRow]) -> Table:
                 _short(row.name, _NAME),
                 paths(row.owned),
                 paths(row.borrowed),
+                paths(row.state),
                 quantity(piece.flops, "FLOP"),
                 size(cut.bytes_of(near)) if k else "",
                 f"{size(cut.bytes_of(list(far)))} of {sources}" if far else "",
                 size(cut.bytes_of(piece.again)) if piece.again else "",
             )
         )
-    head = ("piece", "name", "parameters", "borrows", "FLOPs")
+    head = ("piece", "name", "parameters", "borrows", "state", "FLOPs")
     head += ("boundary", "skips", "made again")
-    return Table(head, cells, left=(1, 2, 3))
+    return Table(head, cells, left=(1, 2, 3, 4))
 
 
 def paths(given: Sequence[str]) -> str:
@@ -140,11 +146,12 @@ class _Value:
 class _Crossing:
     """The tables of what crosses, and of what is made again so that it need not."""
 
-    def __init__(self, cut: CutTrace, kind: Kind) -> None:
+    def __init__(self, cut: CutTrace, kind: Kind, state: PyTree) -> None:
         self._cut, self._traced = cut, cut.traced
         self._inputs: dict[int, str] = {}
-        for name in ("x", "side", "key", "step"):
-            named = jax.tree_util.tree_leaves_with_path(getattr(kind, name).tree)
+        trees = {n: getattr(kind, n).tree for n in ("x", "side", "key", "step")}
+        for name, tree in (*trees.items(), ("state", state)):
+            named = jax.tree_util.tree_leaves_with_path(tree)
             arrays = [path for path, leaf in named if is_array(leaf)]
             for v, path in zip(getattr(self._traced, name), arrays, strict=True):
                 self._inputs[v] = name + jax.tree_util.keystr(path)

@@ -188,6 +188,10 @@ def test_several_pieces_may_read_a_state():
     example = Example(fn, params, weights(6, 3), (), state=jnp.ones(()))
     split = example.split()
     assert owners(split) == {"": 0}
+    # The tables say where it is, and that it goes to the next piece.
+    pieces, crossing = str(split).split("\n\n")
+    assert [line.split()[3] for line in pieces.splitlines()[:2]] == ["state", "(all)"]
+    assert any(line.startswith("state ") for line in crossing.splitlines())
     value, state, grads = trained(example)
     pipe = pipe_of(split, "placed")
     (got, got_state), got_grads = pipe.value_and_grad(loss)(
@@ -375,7 +379,8 @@ def test_a_pipe_makes_what_the_layer_that_was_split_makes(executor):
     layer = fpipe.Layer(_with_init, _random_init, init_state=_random_state)
     split = fpipe.split(layer, params, x[:2], state=state)
     pipe = pipe_of(split, executor)
-    placed, made = pipe.init(key, x), pipe.init_state(x, key=key)
+    placed = pipe.init(key, x)
+    made = pipe.init_state(x, params=placed, key=key)
     assert_same(pipe.gather(placed), params)
     assert_same(jax.device_get(made), jax.device_get(state))
     if executor == "placed":
