@@ -311,7 +311,17 @@ def test_evaluation_and_other_shapes_are_cut_at_the_same_rounds():
     assert_same(y, jax.jit(example.fn)(example.params, example.x))
 
 
-def test_programs_are_shared_by_equal_rounds():
+def test_as_many_programs_as_layers_by_hand():
+    split = fpipe.split(scan_of, STACK, X[:2])
+    programs = []
+    for layers, params in ((split, STACK), ([lambda p, x: layer(x, p)] * 4, LAYERS)):
+        devices = [jax.devices()[0]] * 4
+        pipe = fpipe.Pipe(layers, devices=devices, chunks=2)
+        programs.append(pipe.compile(pipe.place(params), X, loss_fn=loss))
+    assert programs[0] == programs[1]
+
+
+def test_equal_rounds_are_one_core_under_scan():
     split = fpipe.split(scan_of, STACK, X[:2])
     pipe = fpipe.Pipe(split, devices=jax.devices()[:2], chunks=2, executor="scan")
     shapes = sorted(a.shape for a in jax.tree.leaves(pipe.place(STACK)))
