@@ -4,7 +4,9 @@ import gc
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 import fpipe
 from fpipe._core.pytrees import Shape
@@ -41,6 +43,49 @@ def held(old):
     return found
 
 
+def alive(pipe, params, x, target, devices, old):
+    """What is alive on some devices after each instruction of a step: as predicted, and
+    as it is; and the arrays that it begins with.
+    """
+    loss = as_loss("value_and_grad", mse, False, "mean")
+    bound = placed_executor(pipe).ready_plan(Args(params, x, (target,)), loss, (0,))
+    plan = bound.plan
+    kept = {f.slot for f in plan.feeds} | set(plan.constants)
+    want = [
+        {place.device: sum(roles.values()) for place, roles in now.items()}
+        for n, now in levels(plan, bound.shapes, kept)
+        if n >= 0 and not isinstance(plan.instructions[n], Free)
+    ]
+
+    got = []
+
+    def watched(step):
+        def run(*arrays):
+            # What is dropped after it is still there, what it consumes is not.
+            made = step.call(*arrays)
+            got.append(held(old))
+            return made
+
+        return run
+
+    slots = bound.slots(
+        jax.tree.leaves(params),
+        {port: [a] for port, a in ((XPORT, x), (TARGETS, target))},
+    )
+    given = [a for a in slots if a is not None]
+    gc.collect()
+    before = held(old)
+    others = {d: before.get(d, 0) - sum(bytes_on(a, d) for a in given) for d in devices}
+    bound.issue(with_calls(bound.shares[Half.WHOLE], watched), slots)
+    return want, [{d: now.get(d, 0) - others[d] for d in devices} for now in got], given
+
+
+def bytes_on(array, device):
+    """What a device has of an array."""
+    shards = array.addressable_shards
+    return sum(shard.data.nbytes for shard in shards if shard.device == device)
+
+
 @pytest.mark.parametrize(
     ("schedule", "checkpoint"),
     [
@@ -70,40 +115,8 @@ def test_what_is_alive_is_predicted_to_the_byte_at_every_instruction(
     params, step = pipe.init(jax.random.key(0), x), pipe.value_and_grad(mse)
     jax.block_until_ready(step(params, x, target))
 
-    loss = as_loss("value_and_grad", mse, False, "mean")
-    bound = placed_executor(pipe).ready_plan(Args(params, x, (target,)), loss, (0,))
-    plan = bound.plan
-    kept = {f.slot for f in plan.feeds} | set(plan.constants)
-    want = [
-        {place.device: sum(roles.values()) for place, roles in now.items()}
-        for n, now in levels(plan, bound.shapes, kept)
-        if n >= 0 and not isinstance(plan.instructions[n], Free)
-    ]
-
-    got = []
-
-    def watched(step):
-        def run(*arrays):
-            # What is dropped after it is still there, what it consumes is not.
-            made = step.call(*arrays)
-            got.append(held(old))
-            return made
-
-        return run
-
-    slots = bound.slots(
-        jax.tree.leaves(params),
-        {port: [a] for port, a in ((XPORT, x), (TARGETS, target))},
-    )
-    given = [a for a in slots if a is not None]
-    gc.collect()
-    before = held(old)
-    others = {
-        d: before.get(d, 0) - sum(a.nbytes for a in given if a.devices() == {d})
-        for d in pipe.devices
-    }
-    bound.issue(with_calls(bound.shares[Half.WHOLE], watched), slots)
-    assert [{d: now.get(d, 0) - others[d] for d in pipe.devices} for now in got] == want
+    want, got, given = alive(pipe, params, x, target, pipe.devices, old)
+    assert got == want
     rows = {
         row.name: row
         for row in pipe.plan(params, x, target, loss_fn=mse, optimizer=0).devices
@@ -113,6 +126,26 @@ def test_what_is_alive_is_predicted_to_the_byte_at_every_instruction(
     }
     for d in pipe.devices:
         assert rows[str(d)].peak == max(start[d], *(now[d] for now in want))
+
+
+@pytest.mark.parametrize(
+    ("axis", "checkpoint"), [("data", "never"), ("model", "always")]
+)
+def test_what_a_device_of_a_mesh_holds_is_predicted_to_the_byte(axis, checkpoint):
+    old = jax.live_arrays()
+    devices = np.array(jax.devices()).reshape(2, 2)
+    pipe = fpipe.Pipe(
+        [dense(WIDTH)] * 4,
+        [2, 2],
+        chunks=4,
+        checkpoint=checkpoint,
+        mesh=Mesh(devices, ("stage", axis)),
+    )
+    x = np.ones((ROWS, WIDTH), np.float32)
+    params = pipe.init(jax.random.key(0), x)
+    jax.block_until_ready(pipe.value_and_grad(mse)(params, x, x))
+    want, got, _ = alive(pipe, params, x, x, devices[:, 0], old)
+    assert got == want
 
 
 def test_inputs_that_lie_elsewhere_are_copied_and_freed():
