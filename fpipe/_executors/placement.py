@@ -32,17 +32,9 @@ from jax.sharding import PartitionSpec as P
 
 from fpipe._core.errors import shown
 from fpipe._core.meshes import no_mesh, to_device
-from fpipe._core.pytrees import (
-    PyTree,
-    copied,
-    describe,
-    is_traced,
-    on_host,
-    pack,
-    zeros,
-)
+from fpipe._core.pytrees import PyTree, copied, is_traced, on_host, pack, zeros
 from fpipe._executors.transfers import bring
-from fpipe._model.layer import Layer, is_spec
+from fpipe._program.over_mesh import devices_over
 
 # `jax.Device` is a variable to type checkers: jaxlib does not declare it as a class.
 Device: TypeAlias = Any
@@ -132,7 +124,7 @@ class Placement:
         """Over how many devices the rows of a microbatch are shared."""
         if self.mesh is None:
             return 1
-        return int(np.prod([self.mesh.shape[name] for name in self.data], dtype=int))
+        return devices_over(self.mesh, self.data)
 
     @functools.cached_property
     def has_other_axes(self) -> bool:
@@ -252,81 +244,6 @@ class Placement:
         for at, device in np.ndenumerate(self.mesh.devices):
             grid[at] = device.platform, device.id
         return _restore_mesh, (grid, self.mesh.axis_names, self.data)
-
-
-def param_shardings(
-    layer: Layer, call: str, params: PyTree, place: Placement
-) -> list[Sharding]:
-    """How the parameters of a layer are put on a mesh: as its `spec` says; what it does
-    not name as it is cut now, if the mesh has these axes too; else whole on each
-    device.
-
-    Arguments:
-        call: names the layer, for errors.
-
-    Raises:
-        ValueError: the spec has another form than the parameters, names an axis that
-            the mesh lacks, or does not divide an array.
-    """
-    assert place.mesh is not None
-    try:
-        specs = jax.tree.broadcast(layer.spec, params, is_leaf=is_spec)
-    except ValueError as error:
-        raise ValueError(
-            f"{call}: its `spec` has another form than its parameters, "
-            f"{describe(params)}"
-        ) from error
-    found: list[Sharding] = []
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    pairs = zip(leaves, jax.tree.leaves(specs, is_leaf=is_spec), strict=True)
-    for (path, leaf), spec in pairs:
-        if spec is None:
-            found.append(
-                sharding_at(getattr(leaf, "sharding", None), leaf.shape, place)
-            )
-            continue
-        where = f"its `spec` {spec} of params{jax.tree_util.keystr(path)}"
-        for name in _axes_of(spec):
-            if name not in place.mesh.axis_names:
-                raise ValueError(
-                    f"{call}: {where} names the axis {name!r}, but the mesh of its "
-                    f"stage has {place.mesh.axis_names}"
-                )
-        if not _divides(place.cut_by(spec), leaf.shape):
-            raise ValueError(
-                f"{call}: {where} does not divide its shape {leaf.shape} over the mesh "
-                f"{dict(place.mesh.shape)}"
-            )
-        found.append(place.cut_by(spec))
-    return found
-
-
-@functools.lru_cache(maxsize=4096)
-def sharding_at(
-    sharding: Sharding | None, shape: tuple[int, ...], place: Placement
-) -> Sharding:
-    """How an array lies on a mesh that keeps how it is cut, if it can."""
-    if not isinstance(sharding, NamedSharding) or place.mesh is None:
-        return place.sharding
-    if not {*_axes_of(sharding.spec)} <= {*place.mesh.axis_names}:
-        return place.sharding
-    cut = place.cut_by(sharding.spec)
-    return cut if _divides(cut, shape) else place.sharding
-
-
-def _axes_of(spec: P) -> list[str]:
-    """The axes that a spec names."""
-    parts = [(part,) if isinstance(part, str) else part or () for part in spec]
-    return [name for part in parts for name in part]
-
-
-def _divides(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
-    """Whether an array of this shape can be cut so."""
-    try:
-        sharding.shard_shape(shape)
-    except ValueError:
-        return False
-    return True
 
 
 def as_argument(shape: jax.ShapeDtypeStruct) -> Any:

@@ -37,15 +37,12 @@ from fpipe._core.pytrees import (
 )
 from fpipe._core.settings import settings
 from fpipe._executors.call import Args, Result, check_params
+from fpipe._executors.parameter_cuts import param_shardings, sharding_at
 from fpipe._executors.placed.dispatch import Dispatch, ReadyPlan, bind
 from fpipe._executors.placed.instructions import GradientTree, Half, Plan
 from fpipe._executors.placed.lower import lower
 from fpipe._executors.placed.plan_data import plan_data
-from fpipe._executors.placement import (
-    Placement,
-    param_shardings,
-    sharding_at,
-)
+from fpipe._executors.placement import Placement
 from fpipe._executors.plan_data import PlanData
 from fpipe._executors.programs import Layout
 from fpipe._executors.progress import Progress

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
+from fpipe._executors.parameter_cuts import axes_of
 from fpipe._executors.placed.instructions import (
     CallValue,
     JoinedGradient,
@@ -91,8 +92,7 @@ class Shardings:
         lies = self.param(leaf, placement)
         if not isinstance(lies, NamedSharding):
             return False
-        parts = [(part,) if isinstance(part, str) else part or () for part in lies.spec]
-        return not {*placement.data}.isdisjoint(name for part in parts for name in part)
+        return not {*placement.data}.isdisjoint(axes_of(lies.spec))
 
     def is_stacked(self, leaf: Leaf, placement: Placement) -> bool:
         """Whether the pieces of an input of the call lie stacked on a placement."""
