@@ -323,9 +323,9 @@ def sub_meshes(mesh: Mesh, axis: str) -> list[Device | Mesh]:
     device if there are none.
     """
     along = mesh.axis_names.index(axis)
-    rows = np.moveaxis(mesh.devices, along, 0)
+    rows = list(np.moveaxis(mesh.devices, along, 0))
     names = (*mesh.axis_names[:along], *mesh.axis_names[along + 1 :])
-    return [Mesh(row, names) if names else row.item() for row in rows]
+    return [Mesh(row, names) for row in rows] if names else rows
 
 
 def as_data_axes(data: Any, places: Iterable[Any] | None) -> tuple[str, ...]:

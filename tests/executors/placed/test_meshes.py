@@ -420,6 +420,9 @@ def test_a_pipe_over_meshes_is_a_value():
     assert "devices=[data=2 (cpu:0, cpu:1), data=2 (cpu:2, cpu:3)]" in repr(pipe)
     other = fpipe.Pipe([double, double], chunks=2, devices=list(pipe.devices))
     assert other.devices == pipe.devices
+    alone = Mesh(DEVICES[:2], ("stage",))
+    devices = fpipe.Pipe([double, double], mesh=alone).devices
+    assert devices == tuple(DEVICES[:2])
     scan = dataclasses.replace(pipe, executor="scan")
     assert dataclasses.replace(scan, executor="placed") == pipe
 
