@@ -37,8 +37,9 @@ def held(old):
             continue
         for a in (shard.data for shard in array.addressable_shards):
             (device,) = a.devices()
-            if a.unsafe_buffer_pointer() not in seen:
-                seen.add(a.unsafe_buffer_pointer())
+            # Numpy's memory may be that of several CPU devices.
+            if (device, a.unsafe_buffer_pointer()) not in seen:
+                seen.add((device, a.unsafe_buffer_pointer()))
                 found[device] = found.get(device, 0) + a.nbytes
     return found
 
@@ -141,7 +142,7 @@ def test_what_a_device_of_a_mesh_holds_is_predicted_to_the_byte(axis, checkpoint
         checkpoint=checkpoint,
         mesh=Mesh(devices, ("stage", axis)),
     )
-    # On a device that is not looked at. Numpy's memory may be that of several devices.
+    # On a device that is not looked at.
     x = jax.device_put(np.ones((ROWS, WIDTH), np.float32), devices[1, 1])
     params = pipe.init(jax.random.key(0), x)
     jax.block_until_ready(pipe.value_and_grad(mse)(params, x, x))
