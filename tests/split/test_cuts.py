@@ -166,16 +166,18 @@ def test_by_itself_it_is_cut_where_the_residual_stream_alone_goes_over():
     def run(params, x):
         for p in params["h"]:
             q, k = x @ p["attend"]["q"]["w"], x @ p["attend"]["k"]["w"]
-            x = x + jnp.sin(q * k) @ p["attend"]["out"]["w"]
+            x = x + jnp.sin(q * k) @ p["attend"]["out"]["w"] + p["attend"]["out"]["b"]
             x = x + jnp.tanh(x @ p["mlp"]["up"]["w"]) @ p["mlp"]["down"]["w"]
         return x
 
     def block():
         halves = {"attend": ("q", "k", "out"), "mlp": ("up", "down")}
-        return {
+        made = {
             half: {name: {"w": jnp.eye(3)} for name in names}
             for half, names in halves.items()
         }
+        made["attend"]["out"]["b"] = jnp.ones(3)
+        return made
 
     split = fpipe.split(run, {"h": [block() for _ in range(4)]}, X)
     halves = [f"h/{n}/{half}" for n in range(4) for half in ("attend", "mlp")]
