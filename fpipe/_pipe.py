@@ -557,7 +557,12 @@ class Pipe(Call):
         check_params(self.model, params, "`place(params)`")
         donate = as_bool("place", "donate", donate)
         check_leaves(tuple(params), "params")
-        if any(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(params)):
+        # A process of several has shapes for the layers of the others.
+        several = self.mesh is not None and self.mesh.is_multi_process
+        shapes = any(
+            isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(params)
+        )
+        if shapes and not several:
             raise TypeError(
                 "`place(params)`: shapes have nothing that can be placed; `pipe.plan` "
                 "and `compile` of a step take them"
