@@ -25,24 +25,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fpipe._core.errors import a_type, add_note, shown
+from fpipe._core.errors import a_type, add_note, at_line, line_of, shown
 from fpipe._core.pytrees import PyTree, describe, is_array
 from fpipe._model.layer import Layer, function_name, has_floats, inside_of
 from fpipe._model.loss import Loss
 from fpipe._model.needs import BY_NAME
 from fpipe._model.wrappers import Microbatches, NoChunk, PerRow, is_wrapper
 from fpipe._split.mark import as_aux
+from fpipe._split.trace import UNKNOWN_VALUES
 
 KEY = "key"
 STATE = "state"
-
-# Errors that come of a value which a function wants to know while it is traced.
-_UNKNOWN_VALUES = (
-    jax.errors.ConcretizationTypeError,
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
-    jax.errors.NonConcreteBooleanIndexError,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,12 +190,13 @@ class LossFunction:
         bound = inspect.BoundArguments(self.signature, arguments)  # pyright: ignore[reportArgumentType] - it is asked by name
         try:
             result = self.loss.fn(*bound.args, **bound.kwargs)
-        except _UNKNOWN_VALUES as error:
+        except UNKNOWN_VALUES as error:
             add_note(
                 error,
-                f"in the trace of {self.name!r}, where the arrays and the numbers of "
-                "the batch have no values: an argument whose value decides what is "
-                "computed is named in `fpipe.value_and_grad(static_argnames=...)`",
+                f"in the trace of {self.name!r}{at_line(line_of(error))}, where the "
+                "arrays and the numbers of the batch have no values: an argument whose "
+                "value decides what is computed is named in "
+                "`fpipe.value_and_grad(static_argnames=...)`",
             )
             raise
         new = None

@@ -56,7 +56,7 @@ from fpipe._split.opening import Checkpoint, open_trace
 from fpipe._split.stacks import Rows
 
 # What JAX raises where Python asks for what a tracer does not know.
-_UNKNOWN_VALUES = (
+UNKNOWN_VALUES = (
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerArrayConversionError,
     jax.errors.TracerIntegerConversionError,
@@ -445,7 +445,7 @@ def _explaining(name: str) -> Iterator[None]:
     except Exception as error:
         where = f"in the trace of {name!r}, which `fpipe.split` cuts"
         line = at_line(line_of(error))
-        if isinstance(error, _UNKNOWN_VALUES):
+        if isinstance(error, UNKNOWN_VALUES):
             where += (
                 f":{line} Python asks for the content of an array, which a trace does "
                 "not know. Write `jnp.where` or `jax.lax.cond` in place of `if`, "

@@ -583,7 +583,8 @@ def test_functions_that_are_wrong():
 
     with pytest.raises(jax.errors.TracerBoolConversionError) as caught:
         step_of(fn=decides, has_aux=False).place(params_of(), batch[0]["x"])
-    assert any("static_argnames" in note for note in caught.value.__notes__)
+    (note,) = [n for n in caught.value.__notes__ if "static_argnames" in n]
+    assert "at tests/front/test_value_and_grad.py:" in note
     static = step_of(static_argnames="causal")
     with pytest.raises(TypeError, match="'causal' holds an array"):
         static.place(params_of(), *batch, causal=jnp.ones(2))
