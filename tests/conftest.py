@@ -80,6 +80,11 @@ def pytest_collection_modifyitems(items):
                 item.own_markers.remove(mark)
 
 
+# Each young collection walks what a few layers leave when they are traced. JAX makes so
+# many small objects that it is a twentieth of all time by default.
+gc.set_threshold(50_000, 20, 20)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def small_heap():
     """What a module leaves is given back, or looked at no more.

@@ -125,7 +125,7 @@ def layer(
         ...     attention, inputs="inputs_q", side={"mask": "mask"}, path="h/0/attn"
         ... )
         >>> layer.needs
-        ('side', 'key', 'train')
+        ('key', 'train', 'side')
     """
     _check_sample("fpipe.flax.layer", x, name)
     name = name or _name_of(module)

@@ -83,13 +83,11 @@ def pipe_of(layers, balance, chunks, **options):
 # A model, the devices, the schedule, the checkpoint mode and the number of
 # microbatches, divided by the devices or not.
 CASES = [
-    ("plain", 4, "gpipe", "always", 8),
     ("plain", 4, "eager_1f1b", "never", 6),
     ("stateful", 4, "1f1b", "except_last", 3),
     ("jump3", 2, "interleaved_1f1b", "always", 5),
     ("nested", 4, "zb_h1", "never", 4),
     ("tied", 2, "zb_v", "always", 7),
-    ("jump3", 2, "looped_bfs", "never", 1),
 ]
 
 
