@@ -153,7 +153,6 @@ def uninterrupted(promotion):
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("placed", "placed"),
         ("placed", "scan"),
         ("scan", "placed"),
         ("placed", "placed on other devices"),

@@ -295,7 +295,7 @@ def product(model):
 
 @pytest.mark.parametrize("model", models())
 def test_a_share_of_the_full_product(model):
-    for row in itertools.islice(product(model), 997, None, 168_962):
+    for row in itertools.islice(product(model), 99_997, None, 168_962):
         check_row(**row)
 
 

@@ -375,14 +375,14 @@ def test_who_dispatches_may_be_chosen(dispatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "place"),
+    ("kind", "place", "stage", "microbatch"),
     [
-        ("F", "in"),
-        ("I", "in the input gradient of"),
-        ("W", "in the weight gradient of"),
+        ("F", "in", 0, 0),
+        ("F", "in", 3, 3),
+        ("I", "in the input gradient of", 1, 2),
+        ("W", "in the weight gradient of", 3, 3),
     ],
 )
-@pytest.mark.parametrize(("stage", "microbatch"), [(0, 0), (1, 2), (3, 3)])
 def test_an_exception_in_a_callback_ends_the_call_says_where_and_the_pipe_works(
     kind, place, stage, microbatch
 ):
@@ -680,8 +680,9 @@ def fresh(model="nested", chunks=3, **options):
     return case, pipe, pipe.place(case.params())
 
 
-@pytest.mark.parametrize("shapes", [False, True], ids=["arrays", "shapes"])
-@pytest.mark.parametrize("dispatch", ["one_thread", "thread_per_device"])
+@pytest.mark.parametrize(
+    ("dispatch", "shapes"), [("one_thread", True), ("thread_per_device", False)]
+)
 @pytest.mark.parametrize("model", ["nested", "stateful", "tied"])
 def test_after_compile_the_first_step_compiles_nothing(model, dispatch, shapes):
     case, pipe, params = fresh(model, dispatch=dispatch)

@@ -59,8 +59,11 @@ def chain(count):
 
 
 @pytest.mark.quick(cases=4)
-@pytest.mark.parametrize("wrt", [0, (0, 1)], ids=["params", "params and x"])
-@pytest.mark.parametrize("checkpoint", MODES, ids=IDS)
+@pytest.mark.parametrize(
+    ("checkpoint", "wrt"),
+    [(mode, (0, (0, 1))[n % 2]) for n, mode in enumerate(MODES)],
+    ids=IDS,
+)
 def test_i_and_w_together_are_b(checkpoint, wrt):
     layers = [chain(2), chain(3), chain(2)]
     whole, halves = (
