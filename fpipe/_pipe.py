@@ -942,7 +942,7 @@ class Pipe(Call):
         self._executor.check_params(args.params, "a call's params")
         return checked(self.model, args)
 
-    def _forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
+    def _forward(self, args: Args) -> tuple[PyTree, PyTree]:
         """`(y, states)` of a call without a loss."""
         y, states = self._layer_forward(args)
         return y, self._own_state(states)

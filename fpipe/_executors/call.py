@@ -44,7 +44,8 @@ class Args(NamedTuple):
         x: the batch, whole.
         targets: what the loss takes after `y`; none for a call without a loss.
         needs: what it gives of the needs of the table beside `x` and targets, by name.
-        state: one entry per layer, if the call was given state.
+        state: one entry per layer, if the call was given state; of a function that was
+            split its own tree, until the pipe takes that apart.
         frozen: the leaves of parameters and of `x` that get no gradient.
         donate_state: whether the call may consume the arrays of `state`.
     """
@@ -53,7 +54,7 @@ class Args(NamedTuple):
     x: PyTree
     targets: tuple[PyTree, ...] = ()
     needs: Mapping[str, PyTree] = call_needs()
-    state: Sequence[PyTree] | None = None
+    state: PyTree = None
     frozen: frozenset[Leaf] = frozenset()
     donate_state: bool = False
 
@@ -80,7 +81,7 @@ class Result(NamedTuple):
 
     loss: Any
     aux: PyTree
-    state: tuple[PyTree, ...]
+    state: PyTree
     gradients: tuple[PyTree, ...]
 
 
@@ -91,7 +92,7 @@ class Call(abc.ABC):
     chunks: int
 
     @abc.abstractmethod
-    def _forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
+    def _forward(self, args: Args) -> tuple[PyTree, PyTree]:
         """`(y, state)`."""
 
     @abc.abstractmethod
