@@ -555,8 +555,8 @@ def value_and_grad(
             compiled.
         init: the function that makes the parameters, `init(key)` or `init(key,
             *batch)`, for `step.init`.
-        balance, checkpoint, schedule, executor, dispatch, mesh, data_axes,
-            compute_dtype, detect_anomaly: as for `fpipe.Pipe`.
+        balance, checkpoint, schedule, executor, dispatch: as for `fpipe.Pipe`.
+        mesh, data_axes, compute_dtype, detect_anomaly: as for `fpipe.Pipe`.
         deferred_batch_norm: needs layers, and is refused.
 
     Returns:
