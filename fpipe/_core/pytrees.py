@@ -34,6 +34,15 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
 
 
+def path_of(keys: Sequence[Any]) -> str:
+    """The path of a leaf as users write it, such as `h/0/w`.
+
+    Arguments:
+        keys: as JAX tells them, such as `tree_leaves_with_path`.
+    """
+    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
+
+
 def is_inexact(leaf: Any) -> bool:
     """Whether a leaf can carry a derivative: real or complex floats, not integers or
     keys.

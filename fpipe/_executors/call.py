@@ -200,9 +200,10 @@ class Call(abc.ABC):
             argnums: which of `(params, x, *targets)` to differentiate; the rest is not
                 computed.
             frozen: the parameters that get no gradient, as `frozen(path, array)` with a
-                path such as `"[0]['w']"` (layer 0; of a function that was split a path
-                in its own tree), or as a pytree of bools that the
-                parameters begin with (`(True, False, {"w": True, "b": False})`).
+                path such as `"0/w"` (layer 0; of a function that was split a path in
+                its own tree, such as `"h/1/w"`; `jax.tree_util.keystr(path,
+                simple=True, separator="/")` writes it), or as a pytree of bools that
+                the parameters begin with (`(True, False, {"w": True, "b": False})`).
                 Nothing is computed for them; their gradients are `float0`, as those of
                 integers are. (In an `fpipe.Packed` they share arrays with others and
                 are zero there: `pipe.gather` gives `float0`.)

@@ -3,7 +3,7 @@
 Of the parameters `({"w": …, "b": …}, {"w": …})`, all of these say that layer 0 and no
 other is frozen, which is found as `{Leaf(Port("params", 0), 0), …}`:
 
-    lambda path, array: path.startswith("[0]")
+    lambda path, array: path.startswith("0/")       the paths are 0/b, 0/w and 1/w
     (True, False)
     ({"w": True, "b": True}, False)
 """
@@ -16,7 +16,7 @@ import numpy as np
 
 from fpipe._core.caches import Recent
 from fpipe._core.errors import shown
-from fpipe._core.pytrees import PyTree, aval, is_array
+from fpipe._core.pytrees import PyTree, aval, is_array, path_of
 from fpipe._model.stages import Leaf, Port
 
 # `frozen(path, array)`, or a pytree of bools that the parameters begin with.
@@ -27,9 +27,8 @@ class FrozenLeaves:
     """The frozen arrays of parameters, found once for each structure.
 
     Arguments:
-        frozen: `frozen(path, array)`, with a path as `jax.tree_util.keystr` writes it;
-            or a pytree of bools that the parameters begin with, one entry per layer; or
-            `None`.
+        frozen: `frozen(path, array)`, with a path such as `0/w`; or a pytree of bools
+            that the parameters begin with, one entry per layer; or `None`.
     """
 
     def __init__(self, frozen: Frozen | None) -> None:
@@ -70,14 +69,17 @@ def spread(frozen: Frozen, tree: PyTree) -> list[Any]:
     A function gets shapes: what it says is kept for all arrays of these.
 
     Raises:
-        ValueError, TypeError: the tree does not begin with the prefix.
+        ValueError, TypeError: the tree does not begin with the prefix; the function
+            reads paths of another form.
     """
     if callable(frozen):
         named = jax.tree_util.tree_leaves_with_path(tree)
-        return [
-            is_array(a) and _answer(frozen, jax.tree_util.keystr(path), aval(a))
-            for path, a in named
+        found = [
+            is_array(a) and _answer(frozen, path_of(path), aval(a)) for path, a in named
         ]
+        if not any(found):
+            _refuse_bracketed_paths(frozen, named)
+        return found
     # `jax.tree.map` takes the first tree for a prefix of the second: the part of the
     # tree below each flag gets that flag at every leaf.
     flags = jax.tree.map(
@@ -99,6 +101,31 @@ def check_frozen(call: str, frozen: Any) -> None:
             f"`{call}(frozen={shown(frozen)})`: a function of a path and an array, or "
             "bools, one entry per layer"
         )
+
+
+def _refuse_bracketed_paths(
+    frozen: Callable[[str, Any], Any], named: list[tuple[Any, Any]]
+) -> None:
+    """Refuse a function that finds nothing by paths such as `0/w`, but something by
+    `[0]['w']`: what JAX writes by default. Without an error nothing would be frozen.
+
+    Raises:
+        ValueError: it is one.
+    """
+    for path, a in named:
+        if not is_array(a):
+            continue
+        bracketed = jax.tree_util.keystr(path)
+        try:
+            found = frozen(bracketed, aval(a))
+        except Exception:
+            return  # It reads paths of the right form, and these are none to it.
+        if isinstance(found, (bool, np.bool_)) and found:
+            raise ValueError(
+                f"`frozen(path, array)`: it freezes {shown(bracketed)}, but that path "
+                f'is written "{path_of(path)}", as `jax.tree_util.keystr(path, '
+                'simple=True, separator="/")` does; by such paths it freezes nothing'
+            )
 
 
 def _answer(frozen: Callable[[str, Any], Any], path: str, shape: Any) -> bool:

@@ -38,6 +38,7 @@ from fpipe._core.pytrees import (
     is_traced,
     numbers_as_arrays,
     pack,
+    path_of,
 )
 from fpipe._model.layer import Layer, LayerCall, call_layer
 from fpipe._model.microbatch import Whole, cut_inputs
@@ -159,7 +160,7 @@ class Function:
 def _paths_of(tree: PyTree) -> tuple[str, ...]:
     """For each array of a tree its path, such as `h/0/attention/w`."""
     return tuple(
-        jax.tree_util.keystr(path, simple=True, separator="/")
+        path_of(path)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         if is_array(leaf)
     )

@@ -206,7 +206,7 @@ def per_stage(
     Arguments:
         tx: the transformation.
         frozen: which parameters are not trained, as for `pipe.value_and_grad`:
-            `frozen(path, shape)` with a path such as `"[0]['w']"` and a
+            `frozen(path, shape)` with a path such as `"0/w"` and a
             `jax.ShapeDtypeStruct`, or bools in the structure of the parameters or of
             its first levels (one per layer). Frozen ones have no state and an update of
             zero, and their gradients may be `float0`. Default none.

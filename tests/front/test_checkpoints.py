@@ -79,7 +79,7 @@ def pipe_of(name):
 def transformation():
     """Frozen parameters, the norm of all gradients, two moments."""
     tx = optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-2))
-    return fpipe.optim.per_stage(tx, frozen=lambda path, leaf: path.startswith("[2]"))
+    return fpipe.optim.per_stage(tx, frozen=lambda path, leaf: path.startswith("2/"))
 
 
 def start(pipe):
@@ -450,7 +450,7 @@ def alike(balance, executor="scan"):
 
 def momentum():
     return fpipe.optim.per_stage(
-        optax.sgd(0.1, momentum=0.9), frozen=lambda path, leaf: path.startswith("[1]")
+        optax.sgd(0.1, momentum=0.9), frozen=lambda path, leaf: path.startswith("1/")
     )
 
 

@@ -81,7 +81,7 @@ def weighted(y, target):
 
 def is_first_layer(path, array):
     del array
-    return path.startswith("[0]")
+    return path.startswith("0/")
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

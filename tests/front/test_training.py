@@ -359,7 +359,7 @@ def lora(rank=2):
 
 
 def is_base(path, array):
-    return path.endswith("['w']") and array.ndim == 2
+    return path.endswith("/w") and array.ndim == 2
 
 
 @pytest.mark.parametrize(
@@ -445,7 +445,7 @@ def test_what_is_frozen_has_no_gradient_in_a_row_with_others(executor, rows):
     placed = pipe.place(params)
 
     def frozen(path, array):
-        return path.startswith("[1]") or path in ("[0]['w']", "[2]['b']")
+        return path.startswith("1/") or path in ("0/w", "2/b")
 
     want = plain.value_and_grad(mse, frozen=frozen)(params, case.x, case.target)
     run = pipe.value_and_grad(mse, frozen=frozen)
@@ -521,3 +521,22 @@ def test_frozen_that_does_not_fit():
             pipe.value_and_grad(mse, frozen=(False, False, False, "yes"))(
                 params, case.x, case.target
             )
+
+
+def test_a_path_in_brackets_freezes_nothing_and_is_refused():
+    case = Case([dense()] * 4, 4, rows=8)
+    pipe = made("placed", case.layers)
+    params = pipe.place(case.params())
+
+    def step(frozen):
+        return pipe.value_and_grad(mse, frozen=frozen)(params, case.x, case.target)
+
+    with raises(
+        ValueError,
+        "`frozen(path, array)`: it freezes \"[0]['b']\", but that path is written "
+        '"0/b", as `jax.tree_util.keystr(path, simple=True, separator="/")` does; by '
+        "such paths it freezes nothing",
+    ):
+        step(lambda path, array: path.startswith("[0]"))
+    # One that takes paths apart cannot read brackets, and need not.
+    step(lambda path, array: int(path.partition("/")[0]) > 3)

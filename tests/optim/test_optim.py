@@ -456,7 +456,7 @@ def test_bfloat16_parameters_with_a_float32_state(executor):
 FROZEN = {
     "prefix": (True, False, False, {"w": True, "b": False}),
     "predicate": lambda path, leaf: (
-        path.startswith("[0]") or (path.startswith("[3]") and leaf.ndim == 2)
+        path.startswith("0/") or (path.startswith("3/") and leaf.ndim == 2)
     ),
 }
 

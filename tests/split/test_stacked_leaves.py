@@ -128,13 +128,13 @@ def test_frozen_by_the_path_of_the_whole_leaf():
 
     def frozen(path, shape):
         seen.append((path, shape.shape))
-        return path == "['blocks']['w']"
+        return path == "blocks/w"
 
     tx = fpipe.optim.per_stage(optax.lamb(0.1), frozen=frozen)
     with jax.numpy_dtype_promotion("standard"):
         made: Any = tx.update(grads, tx.init(placed), placed)
     updates = made[0]
-    assert ("['blocks']['w']", (4, W, W)) in seen
+    assert ("blocks/w", (4, W, W)) in seen
     assert [u.shape for u in updates["blocks"]["w"].blocks] == [(), ()]
     assert updates["blocks"]["b"].shape == (4, W)
     assert pipe_of("placed").gather(updates)["blocks"]["w"].shape == ()
