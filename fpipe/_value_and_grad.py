@@ -377,19 +377,9 @@ class ValueAndGrad:
         """
         args = self._with_shapes("step.plan", args, kwargs)
         built, call, mine = self._called("step.plan", args, kwargs, _OF_PLAN)
-        loss = self._function.loss
+        options = self._of_step(call) | {"frozen": self._frozen} | mine
         with self._naming("step.plan"):
-            return built.pipe.plan(
-                call.params,
-                call.x,
-                loss_fn=as_returned,
-                has_aux=loss.has_aux,
-                reduction=loss.reduction,
-                frozen=self._frozen,
-                key=call.key,
-                state=call.state,
-                **mine,
-            )
+            return built.pipe.plan(call.params, call.x, **options)
 
     def compile(self, *args: Any, **kwargs: Any) -> int:
         """Compile all programs of a step, several at once; see `Pipe.compile`.
@@ -406,23 +396,14 @@ class ValueAndGrad:
         """
         args = self._with_shapes("step.compile", args, kwargs)
         built, call, mine = self._called("step.compile", args, kwargs, _OF_COMPILE)
-        pipe, params, loss = built.pipe, call.params, self._function.loss
+        pipe, params = built.pipe, call.params
         # Wherever they are: of those that are not placed yet the shapes are enough.
         if not isinstance(params, Packed):
             params = shapes_of(params)
             params = jax.eval_shape(pipe.place, params) if pipe.mesh else params
+        options = self._of_step(call) | {"frozen": self._frozen} | mine
         with self._naming("step.compile"):
-            return pipe.compile(
-                params,
-                call.x,
-                loss_fn=as_returned,
-                has_aux=loss.has_aux,
-                reduction=loss.reduction,
-                frozen=self._frozen,
-                key=call.key,
-                state=call.state,
-                **mine,
-            )
+            return pipe.compile(params, call.x, **options)
 
     def tune(self, *args: Any, **kwargs: Any) -> Tuning:
         """Choose schedule, number of microbatches and checkpoint mode by predictions;
@@ -439,23 +420,25 @@ class ValueAndGrad:
         """
         args = self._with_shapes("step.tune", args, kwargs)
         built, call, mine = self._called("step.tune", args, kwargs, _OF_TUNE)
-        loss = self._function.loss
         # What it chooses is no option of its candidates.
         chosen = ("balance", "chunks", "checkpoint", "schedule")
         options = {k: v for k, v in self._options.items() if k not in chosen}
+        options |= self._of_step(call) | {"params": built.split.param_shapes} | mine
         with self._naming("step.tune"):
-            return tune(
-                built.split,
-                call.x,
-                loss_fn=as_returned,
-                has_aux=loss.has_aux,
-                reduction=loss.reduction,
-                key=call.key,
-                state=call.state,
-                params=built.split.param_shapes,
-                **options,
-                **mine,
-            )
+            return tune(built.split, call.x, **options)
+
+    def _of_step(self, call: LossCall) -> dict[str, Any]:
+        """What a method of `Pipe` that is told of a step gets, beside parameters and
+        `x`.
+        """
+        loss = self._function.loss
+        return {
+            "loss_fn": as_returned,
+            "has_aux": loss.has_aux,
+            "reduction": loss.reduction,
+            "key": call.key,
+            "state": call.state,
+        }
 
     def with_pipe(self, pipe: Pipe) -> "ValueAndGrad":
         """The same loss function on another pipe of its pieces.

@@ -3,6 +3,7 @@ batch where the function is a mean over rows, and microbatch by microbatch else.
 """
 
 import collections
+import inspect
 from typing import Any
 
 import jax
@@ -427,7 +428,7 @@ def test_options_of_a_pipe():
         argnums=1,
         schedule="zb_h1",
         checkpoint="never",
-        frozen=lambda path, a: path == "['blocks'][0]['w']",
+        frozen=lambda path, a: path == "blocks/0/w",
         cuts=["blocks/2"],
     )
     batch = batch_of()
@@ -588,3 +589,20 @@ def test_functions_that_are_wrong():
     static = step_of(static_argnames="causal")
     with pytest.raises(TypeError, match="'causal' holds an array"):
         static.place(params_of(), *batch, causal=jnp.ones(2))
+
+
+def test_it_has_every_option_of_a_pipe():
+    """With the same default, and none that neither a pipe nor a split has."""
+
+    def options(f, *without):
+        parameters = inspect.signature(f).parameters.items()
+        return {name: p.default for name, p in parameters if name not in without}
+
+    own = options(fpipe.value_and_grad, "loss_fn")
+    of_pipe = options(fpipe.Pipe, "layers", "sample", "sample_side")
+    of_step = options(fpipe.Pipe.value_and_grad, "self", "loss_fn")
+    of_call = ("fn", "params", "x", "side", "key", "state", "train", "step")
+    of_split = options(fpipe.split, *of_call)
+    known = {**of_pipe, **of_step, **of_split}
+    assert {name: own.get(name, "missing") for name in known} == known
+    assert own.keys() - known.keys() == {"static_argnames", "init"}
