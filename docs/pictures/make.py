@@ -1,10 +1,16 @@
-"""Makes the pictures of the documentation: `python docs/pictures/make.py`."""
+"""Makes the pictures of the documentation: `python docs/pictures/make.py`.
 
+All are simulated but one: recorded.csv has a run that `record.py` recorded.
+"""
+
+import csv
 import pathlib
 
 from fpipe.schedules import (
     NAMES,
+    Action,
     Costs,
+    Event,
     Schedule,
     Timeline,
     named,
@@ -13,6 +19,7 @@ from fpipe.schedules import (
     zero_bubble,
 )
 
+HERE = pathlib.Path(__file__).parent
 DEVICES, MICROBATCHES = 4, 8
 SCALE = 22  # pixels for a unit of time
 BESIDE = 88  # pixels for the names of the devices and the margins
@@ -51,6 +58,28 @@ def recomputing(forward: float) -> Timeline:
     return simulate(named("1f1b", DEVICES, MICROBATCHES), Costs(F=1, B=2 + forward))
 
 
+def from_csv(name: str, rows: list[dict[str, str]]) -> Timeline:
+    """One of the timelines of recorded.csv."""
+    events = tuple(
+        Event(
+            device=int(row["device"]),
+            action=Action(row["kind"], int(row["stage"]), int(row["microbatch"])),
+            start=float(row["start"]),
+            end=float(row["end"]),
+        )
+        for row in rows
+        if row["timeline"] == name
+    )
+    return Timeline(events, 1 + max(event.device for event in events), name)
+
+
+def recorded() -> str:
+    """A recorded step over its prediction."""
+    with (HERE / "recorded.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return svg(from_csv("recorded", rows), over=from_csv("predicted", rows))
+
+
 def drawn(scale: float, timelines: dict[str, Timeline]) -> dict[str, str]:
     """SVGs to one scale: pixels for a unit of time."""
     return {
@@ -63,9 +92,14 @@ def pictures() -> dict[str, str]:
     """All pictures, by the name of the file."""
     pieces = {f"microbatches_{m}": one_batch(m) for m in (1, 4, 16)}
     remat = {"remat_never": recomputing(0), "remat_always": recomputing(1)}
-    return drawn(SCALE, schedules()) | drawn(4, pieces) | drawn(17, remat)
+    return {
+        **drawn(SCALE, schedules()),
+        **drawn(4, pieces),
+        **drawn(17, remat),
+        "recorded.svg": recorded(),
+    }
 
 
 if __name__ == "__main__":
     for name, text in pictures().items():
-        (pathlib.Path(__file__).parent / name).write_text(text, encoding="utf-8")
+        (HERE / name).write_text(text, encoding="utf-8")
