@@ -70,6 +70,7 @@ from fpipe._executors.scan.executor import Scan
 from fpipe._executors.scan.mesh import (
     as_mesh,
     check_size,
+    refuse_specs,
     stage_context,
     stage_places,
 )
@@ -287,8 +288,13 @@ class Pipe(Call):
         # The scan executor runs on a mesh always; one is made of plain devices.
         if executor == "scan":
             mesh = as_mesh(own, mesh, len(balance))
+            refuse_specs(model.layers, mesh)
         elif mesh is not None:
             check_size(mesh, len(own), len(balance))
+        if isinstance(layers, Split) and executor == "placed":
+            homes = [placements[d] for d in stage_to_device]
+            pairs = zip(homes, balance, strict=True)
+            layers.check_places([home for home, n in pairs for _ in range(n)])
         # 4. The value, field by field, past the freezing.
         check_process()
         fields = {

@@ -493,6 +493,7 @@ def value_and_grad(
     chunks: int = 1,
     stages: int | None = None,
     cuts: Sequence[str] | None = None,
+    specs: PyTree = None,
     balance: Sequence[int] | BalanceBy | None = None,
     reduction: Reduction = "mean",
     frozen: Frozen | None = None,
@@ -531,6 +532,7 @@ def value_and_grad(
         stages, cuts: where the function is cut, as for `fpipe.split`; default where it
             is marked by `fpipe.cut`, or at every narrow place, of which the balance
             chooses.
+        specs: how parameters are cut over the meshes of stages, as for `fpipe.split`.
         reduction: `"mean"`, `"sum"`, or `"weighted"` of a function that returns `(sum,
             weight)`; see `Pipe.value_and_grad`.
         frozen: as for `Pipe.value_and_grad`, by the paths of the function's own tree.
@@ -595,5 +597,5 @@ def value_and_grad(
         "compute_dtype": compute_dtype,
         "detect_anomaly": detect_anomaly,
     }
-    cutting = {"stages": stages, "cuts": cuts}
+    cutting = {"stages": stages, "cuts": cuts, "specs": specs}
     return ValueAndGrad(function, cutting, options, frozen, init)

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from fpipe._core.pytrees import PyTree, describe
 from fpipe._executors.placement import Placement
-from fpipe._model.layer import Layer, is_spec
+from fpipe._model.layer import Layer, spread_specs
 
 
 def param_shardings(
@@ -35,7 +35,7 @@ def param_shardings(
     """
     assert place.mesh is not None
     try:
-        specs = jax.tree.broadcast(layer.spec, params, is_leaf=is_spec)
+        specs = spread_specs(layer.spec, params)
     except ValueError as error:
         raise ValueError(
             f"{call}: its `spec` has another form than its parameters, "
@@ -43,27 +43,43 @@ def param_shardings(
         ) from error
     found: list[Sharding] = []
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    pairs = zip(leaves, jax.tree.leaves(specs, is_leaf=is_spec), strict=True)
-    for (path, leaf), spec in pairs:
+    for (path, leaf), spec in zip(leaves, specs, strict=True):
         if spec is None:
             found.append(
                 sharding_at(getattr(leaf, "sharding", None), leaf.shape, place)
             )
             continue
-        where = f"its `spec` {spec} of params{jax.tree_util.keystr(path)}"
-        for name in axes_of(spec):
-            if name not in place.mesh.axis_names:
-                raise ValueError(
-                    f"{call}: {where} names the axis {name!r}, but the mesh of its "
-                    f"stage has {place.mesh.axis_names}"
-                )
-        if not _divides(place.cut_by(spec), leaf.shape):
-            raise ValueError(
-                f"{call}: {where} does not divide its shape {leaf.shape} over the mesh "
-                f"{dict(place.mesh.shape)}"
-            )
-        found.append(place.cut_by(spec))
+        where = f"{call}: its `spec` {spec} of params{jax.tree_util.keystr(path)}"
+        found.append(cut_as_said(spec, leaf.shape, place, where))
     return found
+
+
+def cut_as_said(
+    spec: P, shape: tuple[int, ...], place: Placement, where: str
+) -> NamedSharding:
+    """How an array lies on a mesh that a spec cuts.
+
+    Arguments:
+        where: the spec and its array, for errors.
+
+    Raises:
+        ValueError: the spec names an axis that the mesh lacks, or does not divide the
+            array.
+    """
+    assert place.mesh is not None
+    for name in axes_of(spec):
+        if name not in place.mesh.axis_names:
+            raise ValueError(
+                f"{where} names the axis {name!r}, but the mesh of its stage has "
+                f"{place.mesh.axis_names}"
+            )
+    lies = place.cut_by(spec)
+    if not _divides(lies, shape):
+        raise ValueError(
+            f"{where} does not divide its shape {shape} over the mesh "
+            f"{dict(place.mesh.shape)}"
+        )
+    return lies
 
 
 @functools.lru_cache(maxsize=4096)

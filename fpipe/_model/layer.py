@@ -284,6 +284,24 @@ def is_spec(value: Any) -> bool:
     return value is None or isinstance(value, PartitionSpec)
 
 
+def spread_specs(specs: PyTree, tree: PyTree) -> list[PartitionSpec | None]:
+    """The spec of each leaf of a tree.
+
+    Arguments:
+        specs: a spec, or a tree of them in the form of `tree` or of its upper part.
+
+    Raises:
+        ValueError: it has another form.
+    """
+    found: list[PartitionSpec | None] = []
+
+    def spread(spec: PartitionSpec | None, part: PyTree) -> None:
+        found.extend([spec] * len(jax.tree.leaves(part)))
+
+    jax.tree.map(spread, specs, tree, is_leaf=is_spec)
+    return found
+
+
 def _by_name(module: Any, name: Any) -> Any:
     """What a module has under a name; dots lead into classes."""
     return operator.attrgetter(name)(sys.modules[module])

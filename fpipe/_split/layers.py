@@ -37,6 +37,7 @@ from fpipe._split.notes import (
 )
 from fpipe._split.pieces import CutTrace, cut_trace
 from fpipe._split.rows import note_rows
+from fpipe._split.specs import Specs, specs_of_blocks
 from fpipe._split.stacks import Rows
 from fpipe._split.state import check_state_use, state_owners
 from fpipe._split.trace import Function, Kind, Traced, trace_function
@@ -75,6 +76,8 @@ class CutFunction:
         dtype: what it computes in, see `Pipe(compute_dtype=...)`; it is cut where it is
             without.
         others: microbatches of other kinds that the layers take.
+        specs: for each array of the parameters how it is cut over a mesh; empty:
+            nothing says so.
     """
 
     function: Function
@@ -83,6 +86,7 @@ class CutFunction:
     stages: int | None
     dtype: Any = None
     others: tuple[Kind, ...] = ()
+    specs: Specs = ()
 
     @cached_property
     def _traces(self) -> dict[Any, CutTrace]:
@@ -465,6 +469,7 @@ class PieceLayer:
             borrow=[wiring.names[lender] for lender in wiring.lenders[k]],
             init_state=_StateShapes(self.cut, k) if state else None,
             state_rows=bool(self.cut.function.layer.state_rows) if state else None,
+            spec=specs_of_blocks(self.cut.specs, wiring.owned[k]),
         )
 
     def __call__(self, params: Sequence[Any], x: PyTree, **needs: Any) -> Any:

@@ -32,6 +32,7 @@ from fpipe._core.pytrees import (
     pack,
 )
 from fpipe._core.statics import check_leaves
+from fpipe._executors.placement import Placement
 from fpipe._model.frozen import Frozen, spread
 from fpipe._model.function_layers import FunctionLayers, OwnTree
 from fpipe._model.layer import Layer, as_layer
@@ -41,6 +42,7 @@ from fpipe._model.wrappers import Microbatches
 from fpipe._planning.text import Table, counted
 from fpipe._split.balance import best_balance
 from fpipe._split.layers import CutFunction, PieceLayer
+from fpipe._split.specs import check_blocks, check_places, specs_of
 from fpipe._split.stacks import RowBlocks, Rows
 from fpipe._split.table import PieceRow, tables
 from fpipe._split.trace import Function, Kind, RowsAt, trace_function
@@ -193,6 +195,18 @@ class Split(FunctionLayers):
     @cached_property
     def _own_tree(self) -> OwnTree:
         return OwnTree(self._placed, tuple(self._places))
+
+    def check_places(self, homes: Sequence[Placement]) -> None:
+        """The specs of the parameters fit the meshes on which they are.
+
+        Arguments:
+            homes: for each piece where it lives.
+
+        Raises:
+            ValueError: one names an axis that its mesh lacks, or does not divide its
+                array.
+        """
+        check_places(self.cut.specs, self.cut.function, self.cut.wiring.owned, homes)
 
     # --- state ---
 
@@ -356,6 +370,7 @@ def split(
     step: Any = None,
     stages: int | None = None,
     cuts: Sequence[str] | None = None,
+    specs: PyTree = None,
 ) -> Split:
     """Cut a function into layers for a `Pipe`, which then computes what the function
     computes, microbatch by microbatch.
@@ -385,6 +400,11 @@ def split(
         cuts: paths of parameters as `jax.tree_util.keystr(path, simple=True,
             separator="/")` writes them, or what they begin with by whole parts: `"h/1"`
             is not `"h/10"`. A piece begins before the first use of any of these.
+        specs: how parameters are cut over the meshes of stages, as `Layer(spec=...)`
+            says it of a layer: a `jax.sharding.PartitionSpec` for all of them, or a
+            tree of them in the form of `params`, or of its upper part, with `None` for
+            what is as it comes. Of parameters in which layers are stacked the first
+            entry is `None`: their rows belong to several stages.
 
     Returns:
         A `Split`. Its pieces are the same for all shapes and modes: the function is
@@ -393,8 +413,9 @@ def split(
 
     Raises:
         TypeError: `fn` is no function, or has parameters that are no needs; a need that
-            cannot be split yet.
-        ValueError: no such parameters; too few places to cut at; a mark inside a loop,
+            cannot be split yet; something else than specs.
+        ValueError: no such parameters; specs in another form, or of the rows of stacked
+            parameters; too few places to cut at; a mark inside a loop,
             a branch, a checkpointed function or one with its own derivative; an array
             of the state that is read in a piece before the one that writes it.
 
@@ -467,10 +488,10 @@ def split(
     once, twice = Kind.of(*shapes.first), Kind.of(shapes.twice.x, shapes.twice.needs)
     function = Function.of(layer, params, state, RowsAt.of(x))
     _check_rows(function, once, twice)
-    cut = CutFunction(function, once, cuts, stages)
+    cut = CutFunction(function, once, cuts, stages, specs=specs_of(specs, params))
     made = Split(cut)
     # Whatever is wrong is told here, and not in the first call.
-    len(made)
+    check_blocks(cut.specs, function.paths, made.cut.wiring.owned)
     cut.note(twice)
     return made
 

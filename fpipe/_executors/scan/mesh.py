@@ -22,6 +22,7 @@ from fpipe._core.errors import shown
 from fpipe._core.meshes import AnyMesh, is_explicit, no_mesh, to_device
 from fpipe._core.pytrees import Tracer
 from fpipe._executors.placement import refuse_explicit, sub_meshes
+from fpipe._model.layer import Layer, is_spec
 
 AXIS = "stage"
 
@@ -93,6 +94,28 @@ def check_size(mesh: Mesh, places: int, stages: int) -> None:
             f"stages on {places} devices; give `balance` as many entries as the "
             f"mesh needs, or a mesh of {places}"
         )
+
+
+def refuse_specs(layers: Sequence[Layer], mesh: Mesh) -> None:
+    """Refuse layers that say how their parameters are cut over a mesh: each device of a
+    place has all of them.
+
+    Raises:
+        ValueError: one does.
+    """
+    if len(mesh.axis_names) == 1:
+        return
+    for k, layer in enumerate(layers):
+        specs = jax.tree.leaves(layer.spec, is_leaf=is_spec)
+        cuts = [spec for spec in specs if spec and any(spec)]
+        if cuts:
+            raise ValueError(
+                f'`Pipe(executor="scan", mesh=...)`: layer {k} {layer.name!r} is to '
+                f"be cut by {cuts[0]}, but the scan executor keeps parameters whole on "
+                'each device of a stage: take `executor="placed"`, or leave out '
+                "`Layer(spec=...)` or `specs=`, and say in the layer by "
+                "`jax.lax.with_sharding_constraint` how its work is divided"
+            )
 
 
 def columns(mesh: Mesh) -> list[list[Any]]:
