@@ -11,10 +11,14 @@ to the layers' and back. The steps, one module each:
     pieces.py    what each piece runs, reads, and hands on
     layers.py    the pieces as layers, over all traces of the function
 
+What it shows of itself is a `CutGraph` (`cut_graph.py`), as tables (`table.py`) and as
+a drawing (`svg.py`).
+
 To cut a trace into stages at marks is due to JaxPP (Xhebraj et al., arXiv 2412.14374).
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, overload
@@ -28,6 +32,7 @@ from fpipe._core.pytrees import (
     Spec,
     describe,
     is_array,
+    nbytes,
     numbers_as_arrays,
     pack,
 )
@@ -39,12 +44,19 @@ from fpipe._model.layer import Layer, as_layer
 from fpipe._model.microbatch import CallShapes
 from fpipe._model.needs import call_needs
 from fpipe._model.wrappers import Microbatches
-from fpipe._planning.text import Table, counted
+from fpipe._planning.text import counted
 from fpipe._split.balance import best_balance
+from fpipe._split.cut_graph import (
+    BorrowedParameter,
+    CutGraph,
+    PieceNode,
+    values_and_inputs,
+)
 from fpipe._split.layers import CutFunction, PieceLayer
 from fpipe._split.specs import check_blocks, check_places, specs_of
 from fpipe._split.stacks import RowBlocks, Rows
-from fpipe._split.table import PieceRow, tables
+from fpipe._split.svg import MOST_PIECES, svg
+from fpipe._split.table import tables
 from fpipe._split.trace import Function, Kind, RowsAt, trace_function
 
 
@@ -322,35 +334,81 @@ class Split(FunctionLayers):
         """Tables: the pieces and their parameters; what crosses their cuts, and why;
         what is made again behind a cut.
         """
-        return "\n\n".join(map(str, self._tables))
+        return "\n\n".join(map(str, tables(self._graph)))
+
+    def to_svg(self) -> str:
+        """A drawing of the pieces and of what goes from one to another, an SVG document
+        of at most 700 pixels in width for up to 12 pieces.
+
+        A box is a piece, filled by its FLOPs. Straight arrows are boundaries; arcs over
+        the boxes are skips, keys, borrowed parameters and side inputs, with their
+        bytes. A pointer on any of them shows what it is.
+
+        Returns:
+            The document. It has a white ground, for light and dark pages.
+
+        Example:
+            >>> mlp = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]
+            >>> params = {"a": jnp.eye(3), "b": jnp.eye(3)}
+            >>> split = fpipe.split(mlp, params, jnp.ones((2, 3)), cuts=["b"])
+            >>> split.to_svg().startswith("<svg")
+            True
+        """
+        return svg(self._graph)
 
     def _repr_html_(self) -> str:
-        """The same for a notebook."""
-        return "\n".join(table.html() for table in self._tables)
+        """The drawing and the tables, for a notebook."""
+        graph = self._graph
+        shown = [table.html() for table in tables(graph)]
+        # A drawing of hundreds of pieces shows less than their table.
+        if len(graph.pieces) <= MOST_PIECES:
+            shown.insert(0, svg(graph))
+        return "\n".join(shown)
 
     def __repr__(self) -> str:
         name = self.cut.function.layer.name
         return f"Split({name}: {counted(len(self), 'piece')})"
 
     @property
-    def _tables(self) -> list[Table]:
+    def _graph(self) -> CutGraph:
         trace, wiring = self.cut.trace(self.cut.first), self.cut.wiring
-        rows = []
-        for k, piece in enumerate(trace.pieces):
-            owned = wiring.owned[k]
-            roots = [self.cut.roots[root] for root in piece.params]
-            borrowed = [r for r in roots if not any(rows.has(r) for rows in owned)]
-            state = [self.cut.function.state_paths[leaf] for leaf in wiring.state[k]]
-            rows.append(
-                PieceRow(
-                    wiring.names[k], self._paths(owned), self._paths(borrowed), state
-                )
+        borrowed = [
+            [
+                root
+                for root in (self.cut.roots[n] for n in piece.params)
+                if not any(rows.has(root) for rows in wiring.owned[k])
+            ]
+            for k, piece in enumerate(trace.pieces)
+        ]
+        pieces = tuple(
+            PieceNode(
+                wiring.names[k],
+                self._paths(wiring.owned[k]),
+                self._paths(borrowed[k]),
+                tuple(self.cut.function.state_paths[leaf] for leaf in wiring.state[k]),
+                piece.flops,
+                trace.bytes_of(piece.again),
             )
-        return tables(trace, self.cut.first, rows, self.state_shapes)
+            for k, piece in enumerate(trace.pieces)
+        )
+        crossing, again, given = values_and_inputs(
+            trace, self.cut.first, self.state_shapes
+        )
+        lent = tuple(
+            BorrowedParameter(
+                self._paths([root])[0],
+                nbytes(root.of(self.cut.function.params.leaves[root.leaf])),
+                wiring.place_of(root)[0],
+                tuple(k for k, own in enumerate(borrowed) if root in own),
+            )
+            for root in sorted(set(itertools.chain(*borrowed)))
+        )
+        name = self.cut.function.layer.name
+        return CutGraph(name, pieces, crossing, again, lent, given)
 
-    def _paths(self, leaves: Sequence[Rows]) -> list[str]:
+    def _paths(self, leaves: Sequence[Rows]) -> tuple[str, ...]:
         of_leaf = self.cut.function.paths
-        return [rows.label(of_leaf[rows.leaf]) for rows in sorted(leaves)]
+        return tuple(rows.label(of_leaf[rows.leaf]) for rows in sorted(leaves))
 
 
 def _fits(given: Spec, expected: Spec) -> bool:

@@ -10,6 +10,15 @@ import textwrap
 
 from fpipe.schedules._action import Kind
 from fpipe.schedules._checks import shown as shown_value
+from fpipe.schedules._draw.elements import (
+    LETTER,
+    LINE,
+    MARGIN,
+    SIZE,
+    document,
+    rect,
+    text,
+)
 from fpipe.schedules._draw.picture import (
     IDLE,
     INK,
@@ -19,15 +28,9 @@ from fpipe.schedules._draw.picture import (
     Picture,
     picture,
 )
-from fpipe.schedules._html import escape
 from fpipe.schedules._schedule import Schedule
 from fpipe.schedules._timeline import Timeline
 
-FONT = "system-ui, 'Segoe UI', 'DejaVu Sans', Helvetica, Arial, sans-serif"
-SIZE = 12.0  # of the letters, in pixels
-LETTER = 0.6  # width of a letter by its size, on the wide side
-LINE = 18.0
-MARGIN = 12.0
 SMALLEST = 200
 FOOT = 0.4  # of a row's height, for what is beneath
 
@@ -107,29 +110,21 @@ def svg(
 
     # Later parts lie over earlier ones: the grey of idle time, boxes, labels on them.
     parts = [
-        _text(MARGIN, MARGIN + SIZE + LINE * n, line) for n, line in enumerate(caption)
+        text(MARGIN, MARGIN + SIZE + LINE * n, line) for n, line in enumerate(caption)
     ]
     for device in range(shown.devices):
         y = layout.top + layout.row * device
-        parts.append(_rect(left, y + 1, width - left - MARGIN, layout.row - 2, IDLE))
+        parts.append(rect(left, y + 1, width - left - MARGIN, layout.row - 2, IDLE))
         middle = y + layout.row / 2 + letters * 0.35
         style = f'text-anchor="end" font-size="{letters:g}"'
-        parts.append(_text(left - 6, middle, f"device {device}", style))
+        parts.append(text(left - 6, middle, f"device {device}", style))
     parts += _boxes(shown, layout)
     parts += _labels(shown, layout)
     parts += _boxes_beneath(shown, layout)
     parts += _axis(shown, layout, bottom)
     legend, height = _legend(shown, layout, bottom + 28)
     parts += legend
-    size = f'width="{width}" height="{height:g}" viewBox="0 0 {width} {height:g}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" '
-        f'aria-label="{escape(shown.caption)}" '
-        f'font-family="{FONT}" font-size="{SIZE:g}" fill="{INK}">\n'
-        f'<rect width="{width}" height="{height:g}" fill="#ffffff"/>\n'
-        + "\n".join(parts)
-        + "\n</svg>\n"
-    )
+    return document(width, height, shown.caption, parts)
 
 
 def _boxes(shown: Picture, layout: _Layout) -> list[str]:
@@ -183,7 +178,7 @@ def _labels(shown: Picture, layout: _Layout) -> list[str]:
             x = layout.left + (box.start + box.end) / 2 * layout.scale
             y = layout.top + layout.row * box.device
             y += (layout.row - layout.foot) / 2 + size * 0.35
-            parts.append(_text(x, y, label))
+            parts.append(text(x, y, label))
     return [*parts, "</g>"]
 
 
@@ -193,7 +188,7 @@ def _axis(shown: Picture, layout: _Layout, y: float) -> list[str]:
     for time in shown.ticks(int((layout.right + MARGIN - layout.left) / 70)):
         x = layout.x(time)
         parts.append(f'<path d="M{x:.2f} {y:g}v5" stroke="{INK}"/>')
-        parts.append(_text(x, y + 5 + SIZE, f"{time:g}", 'text-anchor="middle"'))
+        parts.append(text(x, y + 5 + SIZE, f"{time:g}", 'text-anchor="middle"'))
     return parts
 
 
@@ -213,24 +208,12 @@ def _legend(shown: Picture, layout: _Layout, y: float) -> tuple[list[str], float
             x = layout.left
             y += LINE
         for n, fill in enumerate(fills):
-            parts.append(_rect(x + 12 * n, y, 12, 12, fill))
+            parts.append(rect(x + 12 * n, y, 12, 12, fill))
         indent = 12 * len(fills) + 5 if fills else 0
-        parts.append(_text(x + indent, y + SIZE * 0.85, words))
+        parts.append(text(x + indent, y + SIZE * 0.85, words))
         x += width + 12
     return parts, y + LINE + MARGIN / 2
 
 
 def _fills(shown: Picture, kind: Kind) -> list[str]:
     return [shown.fill(kind, chunk) for chunk in range(shown.chunks)]
-
-
-def _rect(x: float, y: float, width: float, height: float, fill: str) -> str:
-    return (
-        f'<rect x="{x:.2f}" y="{y:g}" width="{width:.2f}" height="{height:g}" '
-        f'fill="{fill}"/>'
-    )
-
-
-def _text(x: float, y: float, text: str, style: str = "") -> str:
-    style = f" {style}" if style else ""
-    return f'<text x="{x:.2f}" y="{y:.2f}"{style}>{escape(text)}</text>'
