@@ -30,6 +30,7 @@ from fpipe._core.forks import check_process
 from fpipe._core.meshes import in_trace, set_aside
 from fpipe._core.pytrees import (
     PyTree,
+    copied,
     is_traced,
     map_arrays,
     numbers_as_arrays,
@@ -594,6 +595,24 @@ class Pipe(Call):
         check_process()
         with self._context(), explicit_transfers():
             return joined(self._own_tree(self._executor.gather(params)))
+
+    def gather_state(self, state: PyTree) -> PyTree:
+        """The state of a call as the plain composition has it: a copy on the first
+        device. Of a function that was split it is the function's own tree, with whole
+        leaves in the place of `fpipe.RowBlocks`.
+
+        With a mesh over several processes it is on every device.
+
+        Arguments:
+            state: from a call, or from `init_state`.
+
+        Raises:
+            ValueError: of a function that was split, the state of another one.
+        """
+        own = state_by_layer(self.layers, state)
+        check_process()
+        with self._context(), explicit_transfers():
+            return joined(self._own_state(copied(self._executor.collect(own))))
 
     def _per_layer(self, params: Any) -> Any:
         """Parameters as the executors take them, from those of a call: of a function

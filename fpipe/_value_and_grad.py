@@ -300,6 +300,12 @@ class ValueAndGrad:
         """
         return self._known("gather").pipe.gather(params)
 
+    def gather_state(self, state: PyTree) -> PyTree:
+        """The state of a step as the loss function takes it: a copy on the first
+        device, with whole leaves in the place of `fpipe.RowBlocks`.
+        """
+        return self._known("gather_state").pipe.gather_state(state)
+
     def init(self, key: Any, /, *batch: Any, **kwargs: Any) -> Any:
         """Parameters as the user's `init` makes them, each made where it lives.
 

@@ -166,18 +166,25 @@ def _given(cut: CutTrace) -> tuple[GivenInput, ...]:
     )
 
 
+def _names(what: str, tree: PyTree) -> list[str]:
+    """What the arrays of an input are called."""
+    named = jax.tree_util.tree_leaves_with_path(tree)
+    return [what + jax.tree_util.keystr(p) for p, leaf in named if is_array(leaf)]
+
+
 class _Values:
     """The values of a trace that cross its cuts, and those that need not."""
 
     def __init__(self, cut: CutTrace, kind: Kind, state: PyTree) -> None:
         self._cut, self._traced = cut, cut.traced
         self._inputs: dict[int, str] = {}
-        trees = {n: getattr(kind, n).tree for n in ("x", "side", "key", "step")}
-        for name, tree in (*trees.items(), ("state", state)):
-            named = jax.tree_util.tree_leaves_with_path(tree)
-            arrays = [path for path, leaf in named if is_array(leaf)]
-            for v, path in zip(getattr(self._traced, name), arrays, strict=True):
-                self._inputs[v] = name + jax.tree_util.keystr(path)
+        traced = self._traced
+        for name in ("x", "side", "key", "step"):
+            named = _names(name, getattr(kind, name).tree)
+            self._inputs.update(zip(getattr(traced, name), named, strict=True))
+        named = _names("state", state)
+        for v, rows in zip(traced.state, traced.state_roots, strict=True):
+            self._inputs[v] = rows.label(named[rows.leaf])
 
     def crossing(self) -> tuple[CrossingValue, ...]:
         """What pieces send to others."""

@@ -38,7 +38,7 @@ from fpipe._split.notes import (
 from fpipe._split.pieces import CutTrace, cut_trace
 from fpipe._split.rows import note_rows
 from fpipe._split.specs import Specs, specs_of_blocks
-from fpipe._split.stacks import Rows
+from fpipe._split.stacks import Owners, Place, Roots, Rows
 from fpipe._split.state import check_state_use, state_owners
 from fpipe._split.trace import Function, Kind, Traced, trace_function
 
@@ -100,7 +100,8 @@ class CutFunction:
     def _first(self) -> tuple[Any, Traced]:
         """The trace that is cut, and its key."""
         key = self._key(self.first)
-        traced = self._trace(self.first, None if self.dtype is None else self.roots)
+        roots = None if self.dtype is None else self._all_roots
+        traced = self._trace(self.first, roots)
         note_narrow_loss(self.function.layer.name, traced)
         return key, traced
 
@@ -117,7 +118,7 @@ class CutFunction:
         note_unused(self.function, self.wiring.used)
         note_rows(self.function, self.first, twice, traced)
 
-    def _trace(self, kind: Kind, roots: Sequence[Rows] | None) -> Traced:
+    def _trace(self, kind: Kind, roots: Roots | None) -> Traced:
         leaves = leaves_under(self.function, self.paths or ())
         return trace_function(self.function, kind, leaves, roots, self.dtype)
 
@@ -126,8 +127,17 @@ class CutFunction:
         """The parameters, and the rows of parameters, that pieces read by themselves;
         the same in all traces.
         """
+        return self._all_roots.params
+
+    @property
+    def state_roots(self) -> tuple[Rows, ...]:
+        """The same of the state."""
+        return self._all_roots.state
+
+    @property
+    def _all_roots(self) -> Roots:
         _, traced = self.in_own_dtypes._first
-        return traced.roots
+        return traced.all_roots
 
     @cached_property
     def in_own_dtypes(self) -> "CutFunction":
@@ -152,7 +162,7 @@ class CutFunction:
         if key not in self._placed:
             first_key, traced = self._first
             if key != first_key:
-                traced = self._trace(kind, self.roots)
+                traced = self._trace(kind, self._all_roots)
             _, cut_first = self.in_own_dtypes._first
             places = places_in(self.cuts, cut_first, traced)
             self._placed[key] = traced, places
@@ -187,12 +197,30 @@ class CutFunction:
 
     @cached_property
     def state_owners(self) -> tuple[int, ...]:
-        """For each array of the state the piece that reads and writes it, in every
+        """For each root of the state the piece that reads and writes it, in every
         mode.
         """
         if self.dtype is not None:
             return self.in_own_dtypes.state_owners
         return state_owners(self.function, [self.placed(k) for k in _modes(self)])
+
+    @cached_property
+    def state_in_blocks(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """For each piece, and each block of the state there, the roots that are in
+        it.
+        """
+        state = self.wiring.state
+        found = {
+            Place(k, n): list[int]()
+            for k, blocks in enumerate(state.owned)
+            for n in range(len(blocks))
+        }
+        for root, rows in enumerate(self.state_roots):
+            found[state.place_of(rows)].append(root)
+        return tuple(
+            tuple(tuple(found[Place(k, n)]) for n in range(len(blocks)))
+            for k, blocks in enumerate(state.owned)
+        )
 
     @cached_property
     def wiring(self) -> "Wiring":
@@ -212,43 +240,27 @@ class Wiring:
 
     Attributes:
         names: of the layers.
-        owned: for each piece the parameters, and the rows of parameters, that it owns.
+        params: which piece owns each parameter, or rows of one.
+        state: which piece reads and writes each array of the state, or rows of one.
         lenders: for each piece the pieces that it borrows of.
         sources: for each piece the pieces whose skip it reads.
         side, step: for each piece whether it reads the side inputs, or the step.
         used: the leaves of the parameters that some piece reads.
-        state: for each piece the leaves of the state that it reads and writes.
     """
 
     names: tuple[str, ...]
-    owned: tuple[tuple[Rows, ...], ...]
+    params: Owners
+    state: Owners
     lenders: tuple[tuple[int, ...], ...]
     sources: tuple[tuple[int, ...], ...]
     side: tuple[bool, ...]
     step: tuple[bool, ...]
     used: frozenset[int]
-    state: tuple[tuple[int, ...], ...]
 
-    @cached_property
-    def places_of(self) -> dict[int, list[tuple[int, int]]]:
-        """Of each leaf the owners of its rows in order, each with the number of these
-        rows among what it owns.
-        """
-        found: dict[int, list[tuple[Rows, int, int]]] = {}
-        for k, blocks in enumerate(self.owned):
-            for n, rows in enumerate(blocks):
-                found.setdefault(rows.leaf, []).append((rows, k, n))
-        return {
-            leaf: [(k, n) for _, k, n in sorted(places)]
-            for leaf, places in found.items()
-        }
-
-    def place_of(self, root: Rows) -> tuple[int, int]:
-        """The owner of a root, and the number of the block there that it is in."""
-        for k, n in self.places_of[root.leaf]:
-            if self.owned[k][n].has(root):
-                return k, n
-        raise AssertionError(root)
+    @property
+    def owned(self) -> tuple[tuple[Rows, ...], ...]:
+        """For each piece the parameters, and the rows of parameters, that it owns."""
+        return self.params.owned
 
     @cached_property
     def last_reader(self) -> dict[int, int]:
@@ -262,7 +274,7 @@ class Wiring:
             roots: the parameters that pieces read by themselves.
         """
         piece = trace.pieces[k]
-        lent = {self.place_of(roots[r])[0] for r in piece.params} - {k}
+        lent = {self.params.place_of(roots[r]).piece for r in piece.params} - {k}
         skips = set(trace.skips(k).values())
         fits = lent <= set(self.lenders[k]) and skips <= set(self.sources[k])
         return fits and piece.side <= self.side[k] and piece.step <= self.step[k]
@@ -281,19 +293,10 @@ def _wire(cut: CutFunction) -> Wiring:
     count = len(traces[0].pieces)
     # A cast changes nothing of who owns what: `Split.params` has one order.
     if cut.dtype is not None:
-        owned = cut.in_own_dtypes.wiring.owned
+        params = cut.in_own_dtypes.wiring.params
     else:
-        owned = _owned(cut, traces)
-    blocks_of: dict[int, list[tuple[Rows, int]]] = {}
-    for k, blocks in enumerate(owned):
-        for block in blocks:
-            blocks_of.setdefault(block.leaf, []).append((block, k))
-    owner = {
-        root: k
-        for root, rows in enumerate(cut.roots)
-        for block, k in blocks_of[rows.leaf]
-        if block.has(rows)
-    }
+        params = _param_owners(cut, traces)
+    owner = [params.place_of(rows).piece for rows in cut.roots]
     lenders, sources, side, step = [], [], [], []
     for k in range(count):
         pieces = [trace.pieces[k] for trace in traces]
@@ -306,26 +309,27 @@ def _wire(cut: CutFunction) -> Wiring:
     lending = {k for own in lenders for k in own}
     pieces = [piece for trace in traces for piece in trace.pieces]
     used = frozenset(cut.roots[r].leaf for piece in pieces for r in piece.params)
+    state = Owners.of(
+        cut.state_roots,
+        dict(enumerate(cut.state_owners)),
+        cut.function.state.leaves,
+        count,
+    )
     return Wiring(
-        _names(cut, owned, lending),
-        owned,
+        _names(cut, params.owned, lending),
+        params,
+        state,
         tuple(lenders),
         tuple(sources),
         tuple(side),
         tuple(step),
         used,
-        tuple(
-            tuple(leaf for leaf, own in enumerate(cut.state_owners) if own == k)
-            for k in range(count)
-        ),
     )
 
 
-def _owned(
-    cut: CutFunction, traces: Sequence[CutTrace]
-) -> tuple[tuple[Rows, ...], ...]:
-    """For each piece the parameters that it owns: those that it is the first to read,
-    in the order of first use. Rows that follow each other are one block.
+def _param_owners(cut: CutFunction, traces: Sequence[CutTrace]) -> Owners:
+    """Each piece owns the parameters that it is the first to read, in the order of
+    first use.
     """
     readers: dict[int, set[int]] = {}
     for trace in traces:
@@ -339,27 +343,8 @@ def _owned(
     for root, rows in enumerate(cut.roots):
         owner.setdefault(root, home.get(rows.leaf, 0))
         home[rows.leaf] = owner[root]
-    owned: list[list[Rows]] = [[] for _ in traces[0].pieces]
-    shapes, joined = cut.function.params.leaves, set[int]()
-    for root in owner:
-        if root in joined:
-            continue
-        first = last = root
-        while owner.get(first - 1) == owner[root] and cut.roots[first].after(
-            cut.roots[first - 1]
-        ):
-            first -= 1
-        while owner.get(last + 1) == owner[root] and cut.roots[last + 1].after(
-            cut.roots[last]
-        ):
-            last += 1
-        joined.update(range(first, last + 1))
-        a, b = cut.roots[first], cut.roots[last]
-        block = Rows(a.leaf, a.start, b.stop)
-        if not a.whole and block.count == shapes[a.leaf].shape[0]:
-            block = Rows(a.leaf)
-        owned[owner[root]].append(block)
-    return tuple(map(tuple, owned))
+    shapes, count = cut.function.params.leaves, len(traces[0].pieces)
+    return Owners.of(cut.roots, owner, shapes, count)
 
 
 def _modes(cut: CutFunction) -> list[Kind]:
@@ -430,7 +415,7 @@ class _StateShapes:
             )
         inputs = x.kind.x if self.number else Shape.of(x)
         shapes = self.cut.function.state_of(inputs).leaves
-        return tuple(zeros(shapes[leaf]) for leaf in self.cut.wiring.state[self.number])
+        return tuple(map(zeros, self.cut.wiring.state.by_piece(shapes)[self.number]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -456,7 +441,7 @@ class PieceLayer:
         needs += [n for n in ("side", "step") if getattr(wiring, n)[k] or not k]
         needs += ["key", "train"] if k == 0 else []
         needs = [n for n in needs if n in asked or n in ("carry", "borrowed")]
-        state = wiring.state[k]
+        state = wiring.state.owned[k]
         needs += ["state"] if state else []
         return Layer(
             self,
@@ -479,6 +464,7 @@ class PieceLayer:
         trace = self.cut.trace(kind)
         traced, piece = trace.traced, trace.pieces[k]
         self._check_reads(trace)
+        state = wiring.state.owned[k]
         # 1. What enters, by the values of the graph.
         given = dict[int, Any]()
         if k:
@@ -490,8 +476,11 @@ class PieceLayer:
             given.update(zip(traced.side, pack(needs["side"])[0], strict=True))
         if piece.step:
             given.update(zip(traced.step, pack(needs["step"])[0], strict=True))
-        for leaf, value in zip(wiring.state[k], needs.get("state", ()), strict=True):
-            given[traced.state[leaf]] = value
+        in_block = self.cut.state_in_blocks[k]
+        blocks = zip(state, in_block, needs.get("state", ()), strict=True)
+        for block, roots, value in blocks:
+            parts = block.split(value, [self.cut.state_roots[n] for n in roots])
+            given.update(zip([traced.state[n] for n in roots], parts, strict=True))
         carry = needs.get("carry", {})
         for source in wiring.sources[k]:
             name = skip_name(source)
@@ -509,10 +498,14 @@ class PieceLayer:
         # 2. What it makes of it, and 3. what leaves.
         out = trace.boundaries[k] if k < len(trace.boundaries) else traced.outputs
         stashed = trace.stashes[k] if k in wiring.last_reader else ()
-        new = [traced.new_state[leaf] for leaf in wiring.state[k]]
+        new = [traced.new_state[n] for roots in in_block for n in roots]
         made = iter(traced.run(piece.nodes, given, (*out, *stashed, *new)))
-        leaving, rest, state = (
-            tuple(itertools.islice(made, len(part))) for part in (out, stashed, new)
+        leaving, rest = (
+            tuple(itertools.islice(made, len(part))) for part in (out, stashed)
+        )
+        new_state = tuple(
+            block.joined(itertools.islice(made, len(roots)))
+            for block, roots in zip(state, in_block, strict=True)
         )
         if k < len(trace.boundaries):
             y: Any = Boundary(leaving or (jnp.zeros(1),), kind)
@@ -520,7 +513,7 @@ class PieceLayer:
             y = traced.output.unpack(leaving)
         if k in wiring.last_reader:
             carry = stash(carry, skip_name(k), rest)
-        returned = [("carry", carry), ("state", state)]
+        returned = [("carry", carry), ("state", new_state)]
         others = [value for need, value in returned if need in needs]
         return (y, *others) if others else y
 
@@ -543,13 +536,13 @@ class PieceLayer:
         """The parameters that the piece reads, by the values of the trace."""
         wiring, roots = self.cut.wiring, self.cut.roots
         # Of each block, its own or another's, the roots that are in it.
-        read: dict[tuple[int, int], list[int]] = {}
+        read: dict[Place, list[int]] = {}
         for root in trace.pieces[self.number].params:
-            read.setdefault(wiring.place_of(roots[root]), []).append(root)
+            read.setdefault(wiring.params.place_of(roots[root]), []).append(root)
         given = dict[int, Any]()
         for (owner, n), mine in read.items():
             arrays = own if owner == self.number else borrowed[wiring.names[owner]]
-            block = wiring.owned[owner][n]
+            block = wiring.params.owned[owner][n]
             self._check_block(block, arrays[n])
             found = block.split(arrays[n], [roots[root] for root in mine])
             values = [trace.traced.params[root] for root in mine]

@@ -1,11 +1,13 @@
 """Loops over layers and checkpointed models, opened: what is inside can be cut.
 
-In: a trace, and which of its inputs are parameters. Out: the same computation, in which
+In: a trace, and which of its inputs are parameters and state. Out: the same
+computation, in which
 
 - a `scan` over stacked parameters, or one with a mark in its body, is written out round
   by round. A round reads its own rows of what the loop runs over;
 - rows of a stacked parameter are inputs of their own, wherever they come from: a round
   of a loop, a slice, an index that the trace knows, also behind a cast;
+- so are rows of a stacked state, and the rows that the function returns for them;
 - a `jax.checkpoint` that spans the model, or in which there is a mark, is written out,
   and remembered: what of it is in one piece is checkpointed there by itself.
 
@@ -27,7 +29,7 @@ the weights; and a piece of one round would be no loop, so that it had another p
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,7 +43,7 @@ from fpipe._program.control_flow import is_remat, scan_parts
 from fpipe._program.graph import Graph, Node, bind, inline, trace
 from fpipe._program.rewriting import Rewriter
 from fpipe._split.mark import Mark, mark_inside, mark_of
-from fpipe._split.stacks import Rows, divided
+from fpipe._split.stacks import Roots, Rows, divided
 
 # Operations that make each row of their result of the same row of what they read; all
 # that they read has the shape of the result, or is a number.
@@ -81,52 +83,96 @@ class Opened:
 
     Attributes:
         graph: the equations, without marks. Of its inputs those that are parameters
-            are others now.
-        roots: the parameters, and the rows of parameters, that it reads.
-        params: the value of each.
+            or state are others now.
+        roots: the parameters, the state, and the rows of them, that it reads.
+        params, state: the value of each.
+        new_state: for each root of the state the value that it has afterwards.
         marks: where `fpipe.cut` stands in it.
         rounds: the positions of the equations of each round of a loop.
         checkpoints: the checkpoints that an equation was in, the outermost first.
     """
 
     graph: Graph
-    roots: tuple[Rows, ...]
+    roots: Roots
     params: tuple[int, ...]
+    state: tuple[int, ...]
+    new_state: tuple[int, ...]
     marks: tuple[Mark, ...]
     rounds: tuple[range, ...]
     checkpoints: Mapping[Node, tuple[Checkpoint, ...]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Stacks:
+    """Inputs of a trace of which rows may be read.
+
+    Attributes:
+        params, state: the values of these arrays.
+        new_state: for each array of the state the value that is returned for it.
+        rows_of_batch: whether the first axis of the state has the rows of a batch, so
+            that no layers are stacked there.
+    """
+
+    params: tuple[int, ...]
+    state: tuple[int, ...]
+    new_state: tuple[int, ...]
+    rows_of_batch: bool
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """All of them: here a state is a leaf behind those of the parameters."""
+        return (*self.params, *self.state)
+
+    def separate(self, leaves: Iterable[Rows]) -> Roots:
+        """Leaves that are numbered so, as those of parameters and of state."""
+        first = len(self.params)
+        leaves = tuple(leaves)
+        return Roots(
+            tuple(rows for rows in leaves if rows.leaf < first),
+            tuple(
+                dataclasses.replace(rows, leaf=rows.leaf - first)
+                for rows in leaves
+                if rows.leaf >= first
+            ),
+        )
+
+    def together(self, roots: Roots) -> list[Rows]:
+        """The inverse of `separate`."""
+        first = len(self.params)
+        state = (dataclasses.replace(r, leaf=r.leaf + first) for r in roots.state)
+        return [*roots.params, *state]
+
+
 def open_trace(
     graph: Graph,
-    params: Sequence[int],
+    stacks: Stacks,
     cut_leaves: frozenset[int],
-    roots: Sequence[Rows] | None,
+    roots: Roots | None,
 ) -> Opened:
     """Open the loops and the checkpoints of a trace.
 
     Arguments:
-        params: the values that are parameters.
         cut_leaves: the parameters before which the user cuts, or before rows of them.
-        roots: the rows of parameters that the first trace reads; `None`: this is it.
+        roots: the rows that the first trace reads; `None`: this is it.
 
     Raises:
         ValueError: a mark in a loop that does not mark what the loop's body returns.
     """
     if roots is not None:
-        return _Opener(graph, params, cut_leaves, roots).opened(graph)
-    whole = [Rows(leaf) for leaf in range(len(params))]
-    opener = _Opener(graph, params, cut_leaves, whole, looking=True)
+        return _Opener(graph, stacks, cut_leaves, stacks.together(roots)).opened(graph)
+    whole = [Rows(leaf) for leaf in range(len(stacks.values))]
+    opener = _Opener(graph, stacks, cut_leaves, whole, looking=True)
     opened = opener.opened(graph)
     # What it reads by rows is known when all has been read.
+    asked = opener.asked_rows()
     found = list[Rows]()
-    for leaf, v in enumerate(params):
+    for leaf, v in enumerate(stacks.values):
         rows = graph.avals[v].shape[:1]
-        parts = divided(rows[0], opener.asked.get(leaf, ())) if rows else []
+        parts = divided(rows[0], asked.get(leaf, ())) if rows else []
         found += [Rows(leaf, *part) for part in parts] or [Rows(leaf)]
-    if not opener.left_out:
+    if found == whole and not opener.left_out:
         return opened
-    return _Opener(graph, params, cut_leaves, found).opened(graph)
+    return _Opener(graph, stacks, cut_leaves, found).opened(graph)
 
 
 class _Opener(Rewriter):
@@ -137,14 +183,13 @@ class _Opener(Rewriter):
             which are many, and take long to trace.
 
     Attributes:
-        asked: for each leaf the rows that are read by themselves.
         left_out: whether there was a slice to leave out.
     """
 
     def __init__(
         self,
         graph: Graph,
-        params: Sequence[int],
+        stacks: Stacks,
         cut_leaves: frozenset[int],
         roots: Sequence[Rows],
         looking: bool = False,
@@ -152,11 +197,13 @@ class _Opener(Rewriter):
         super().__init__(graph)
         self.left_out = False
         self._looking = looking
-        self.asked: dict[int, set[tuple[int, int]]] = {}
+        self._stacks = stacks
+        # For each leaf the rows that are read by themselves.
+        self._asked: dict[int, set[tuple[int, int]]] = {}
         self._cut_leaves = cut_leaves
         self._roots = tuple(roots)
-        self._leaf_of = {v: leaf for leaf, v in enumerate(params)}
-        self._bytes = sum(nbytes(graph.avals[v]) for v in params)
+        self._leaf_of = {v: leaf for leaf, v in enumerate(stacks.values)}
+        self._bytes = sum(nbytes(graph.avals[v]) for v in stacks.params)
         self._rounds: list[range] = []
         self._checkpoints: dict[Node, tuple[Checkpoint, ...]] = {}
         self._inside: tuple[Checkpoint, ...] = ()
@@ -166,18 +213,19 @@ class _Opener(Rewriter):
         self._unchecked: list[tuple[Node, int]] = []
         self._in_loop = 0
         self._apart: dict[int, Any] = {}
-        # For each value of parameters alone, or of nothing, the leaves that it is made
-        # of.
+        # For each value of parameters and state alone, or of nothing, the leaves that
+        # it is made of.
         self._leaves: dict[int, frozenset[int]] = {
             v: frozenset((leaf,)) for v, leaf in self._leaf_of.items()
         }
-        self._varying = set(graph.inputs) - set(params)
+        self._varying = set(graph.inputs) - set(stacks.values)
         self._rows: dict[tuple[int, int, int], int] = {}
         self._divisible: dict[int, bool] = {}
+        self._by_rows: dict[int, bool] = {}
         self._values: dict[Rows, int] = {}
         self._parts: dict[int, list[Rows]] = {}
         for root in self._roots:
-            v = params[root.leaf]
+            v = stacks.values[root.leaf]
             self._values[root] = v
             self._parts.setdefault(root.leaf, []).append(root)
             if not root.whole:
@@ -192,14 +240,51 @@ class _Opener(Rewriter):
         new = self.rewrite(graph)
         values = tuple(self._values[root] for root in self._roots)
         inputs = tuple(v for v in graph.inputs if v not in self._leaf_of)
-        new = dataclasses.replace(new, inputs=(*values, *inputs))
+        new_state = self._new_state()
+        count = len(graph.outputs) - len(self._stacks.state)
+        new = dataclasses.replace(
+            new,
+            inputs=(*values, *inputs),
+            outputs=(*new.outputs[:count], *new_state),
+            nodes=tuple(self.nodes),
+        )
+        roots = self._stacks.separate(self._roots)
         return Opened(
             new,
-            self._roots,
-            values,
+            roots,
+            values[: len(roots.params)],
+            values[len(roots.params) :],
+            new_state,
             tuple(self._marks),
             tuple(self._rounds),
             self._checkpoints,
+        )
+
+    def asked_rows(self) -> dict[int, set[tuple[int, int]]]:
+        """For each leaf the rows that are read by themselves; of a state that is not,
+        those that are written so.
+        """
+        found = dict(self._asked)
+        first = len(self._stacks.params)
+        if self._stacks.rows_of_batch:
+            return {leaf: rows for leaf, rows in found.items() if leaf < first}
+        for leaf, v in enumerate(self.current(self._stacks.new_state), first):
+            node = self.maker.get(v)
+            if leaf not in found and node is not None and self._is_join(node):
+                ends = np.cumsum([0, *self._joined_counts(node)]).tolist()
+                found[leaf] = set(itertools.pairwise(ends))
+        return found
+
+    def _new_state(self) -> tuple[int, ...]:
+        """For each root of the state the value that is returned for it."""
+        first = len(self._stacks.params)
+        made = self.current(self._stacks.new_state)
+        return tuple(
+            made[root.leaf - first]
+            if root.whole
+            else self.rows(made[root.leaf - first], root.start, root.stop, "")
+            for root in self._roots
+            if root.leaf >= first
         )
 
     def _join_leaves(self) -> None:
@@ -245,7 +330,13 @@ class _Opener(Rewriter):
 
     def _bytes_of_params(self, values: Sequence[int]) -> int:
         """The bytes of what of some values is made of parameters alone."""
-        return sum(nbytes(self.avals[v]) for v in set(values) if self._leaves.get(v))
+        of_params = filter(self._params_of, set(values))
+        return sum(nbytes(self.avals[v]) for v in of_params)
+
+    def _params_of(self, v: int) -> frozenset[int]:
+        """The parameters that a value is made of, if of no data."""
+        first = len(self._stacks.params)
+        return frozenset(n for n in self._leaves.get(v, ()) if n < first)
 
     # --- loops ---
 
@@ -257,7 +348,9 @@ class _Opener(Rewriter):
         # every round: nothing is gained by cutting that. In one over layers a round
         # reads no more of what all share than of its own.
         first = sum(scan_parts(node))
-        stacked = [v for v in node.ins[first:] if self._is_divisible(v)]
+        stacked = [
+            v for v in node.ins[first:] if self._params_of(v) and self._is_divisible(v)
+        ]
         shared = self._bytes_of_params(node.ins[:first])
         return bool(stacked) and self._bytes_of_params(stacked) >= (
             shared * node.body_runs
@@ -320,7 +413,7 @@ class _Opener(Rewriter):
         }
         if _has_loop_over(body, divisible):
             return True
-        leaves = frozenset[int]().union(*(self._leaves.get(v, ()) for v in node.ins))
+        leaves = frozenset[int]().union(*map(self._params_of, node.ins))
         if leaves & self._cut_leaves and leaves - self._cut_leaves:
             return True
         # More than half of all parameters: it is no layer among others.
@@ -427,7 +520,9 @@ class _Opener(Rewriter):
         return known
 
     def _is_divisible(self, v: int) -> bool:
-        """Whether rows of a value are made of rows of parameters."""
+        """Whether rows of a value without data are made of rows of parameters or
+        state.
+        """
         if v not in self._divisible:
             self._divisible[v] = self._finds_divisible(v)
         return self._divisible[v]
@@ -448,6 +543,25 @@ class _Opener(Rewriter):
         return (node.name == "concatenate" and params["dimension"] == 0) or (
             node.name == "stack" and params["axis"] == 0
         )
+
+    def _joined_counts(self, node: Node) -> list[int]:
+        """How many rows of a join each of its operands is."""
+        if node.name == "stack":
+            return [1] * len(node.ins)
+        return [self.avals[v].shape[0] for v in node.ins]
+
+    def _goes_by_rows(self, v: int) -> bool:
+        """Whether rows of a value, of data too, are made of rows of others."""
+        if v not in self._by_rows:
+            node = self.maker.get(v)
+            self._by_rows[v] = self._is_divisible(v) or (
+                node is not None
+                and (
+                    self._is_join(node)
+                    or any(map(self._goes_by_rows, self._row_operands(node) or ()))
+                )
+            )
+        return self._by_rows[v]
 
     def _row_operands(self, node: Node) -> list[int] | None:
         """The operands of whose rows an equation makes its own, one by one; the others
@@ -486,7 +600,7 @@ class _Opener(Rewriter):
         if v in self._leaf_of:
             return self._rows_of_leaf(v, start, stop, scope)
         node = self.maker.get(v)
-        if node is not None and self._is_divisible(v):
+        if node is not None and self._goes_by_rows(v):
             if self._is_join(node):
                 return self._rows_of_join(node, start, stop, scope)
             return self._rows_of_each(node, start, stop, scope)
@@ -495,7 +609,7 @@ class _Opener(Rewriter):
     def _rows_of_leaf(self, v: int, start: int, stop: int, scope: str) -> int:
         """Rows of a parameter: a root, or a part of one."""
         leaf = self._leaf_of[v]
-        self.asked.setdefault(leaf, set()).add((start, stop))
+        self._asked.setdefault(leaf, set()).add((start, stop))
         exact = self._values.get(Rows(leaf, start, stop))
         if exact is not None:
             return exact
@@ -509,9 +623,9 @@ class _Opener(Rewriter):
     def _rows_of_join(self, node: Node, start: int, stop: int, scope: str) -> int:
         """Rows of what was stacked or concatenated."""
         parts, end = [], 0
-        for v in node.ins:
+        for v, count in zip(node.ins, self._joined_counts(node), strict=True):
             first = end
-            end += 1 if node.name == "stack" else self.avals[v].shape[0]
+            end += count
             a, b = max(start, first), min(stop, end)
             if a >= b:
                 continue

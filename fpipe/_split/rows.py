@@ -66,7 +66,7 @@ def note_rows(function: Function, kind: Kind, twice: Kind, traced: Traced) -> No
     if not rows:
         return
     try:
-        other = trace_function(function, twice, roots=traced.roots)
+        other = trace_function(function, twice, roots=traced.all_roots)
     except Exception as error:
         if traced.kept:
             raise  # It has read a value that the first trace has left.

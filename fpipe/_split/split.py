@@ -54,7 +54,7 @@ from fpipe._split.cut_graph import (
 )
 from fpipe._split.layers import CutFunction, PieceLayer
 from fpipe._split.specs import check_blocks, check_places, specs_of
-from fpipe._split.stacks import RowBlocks, Rows
+from fpipe._split.stacks import Rows
 from fpipe._split.svg import MOST_PIECES, svg
 from fpipe._split.table import tables
 from fpipe._split.trace import Function, Kind, RowsAt, trace_function
@@ -137,38 +137,19 @@ class Split(FunctionLayers):
         if given not in (spec, placed):
             arrays, given = pack(numbers_as_arrays(tree))
         if _fits(given, placed):
-            made = dict(zip(self._places, arrays, strict=True))
-            return tuple(
-                tuple(made[k, n] for n in range(len(owned)))
-                for k, owned in enumerate(self.cut.wiring.owned)
-            )
+            return self.cut.wiring.params.from_blocks(arrays)
         if not _fits(given, spec):
             raise ValueError(
                 "`fpipe.Pipe(split)`: the parameters are a tree as the function was "
                 f"split with, {describe(self.param_shapes)}, got {describe(tree)}"
             )
-        return self._by_piece(arrays)
-
-    def _by_piece(self, arrays: Sequence[Any]) -> tuple[PyTree, ...]:
-        """The arrays of the function's own tree, or their shapes, as layers take
-        them.
-        """
-        return tuple(
-            tuple(rows.of(arrays[rows.leaf]) for rows in owned)
-            for owned in self.cut.wiring.owned
-        )
-
-    @cached_property
-    def _places(self) -> list[tuple[int, int]]:
-        """For each array of a placed tree its piece, and its number there."""
-        places = self.cut.wiring.places_of
-        return [place for leaf in sorted(places) for place in places[leaf]]
+        return self.cut.wiring.params.by_piece(arrays)
 
     @cached_property
     def _placed(self) -> Spec:
         """The structure of the function's tree when leaves are in blocks."""
         shapes = self.cut.function.params.leaves
-        return pack(self.tree(self._by_piece(shapes)))[1]
+        return pack(self.tree(self.cut.wiring.params.by_piece(shapes)))[1]
 
     def tree(self, params: Sequence[PyTree]) -> PyTree:
         """The inverse of `params`: the function's own tree. A leaf whose rows belong to
@@ -180,7 +161,8 @@ class Split(FunctionLayers):
         Raises:
             ValueError: something else than `params` returns.
         """
-        places, owned = self.cut.wiring.places_of, self.cut.wiring.owned
+        owners = self.cut.wiring.params
+        owned = owners.owned
         listed = isinstance(params, (tuple, list)) and len(params) == len(owned)
         if not listed or any(
             not isinstance(own, (tuple, list)) or len(own) != len(blocks)
@@ -190,14 +172,7 @@ class Split(FunctionLayers):
                 "`split.tree(params)`: a tuple with one entry per layer, as "
                 f"`split.params` makes it, got {describe(params)}"
             )
-        spec = self.cut.function.params.spec
-        found = [[params[k][n] for k, n in places[leaf]] for leaf in range(spec.arrays)]
-        return spec.unpack(
-            [
-                blocks[0] if len(blocks) == 1 else RowBlocks(tuple(blocks))
-                for blocks in found
-            ]
-        )
+        return self.cut.function.params.spec.unpack(owners.leaves(params))
 
     @property
     def own_tree(self) -> OwnTree:
@@ -206,7 +181,7 @@ class Split(FunctionLayers):
 
     @cached_property
     def _own_tree(self) -> OwnTree:
-        return OwnTree(self._placed, tuple(self._places))
+        return OwnTree(self._placed, tuple(self.cut.wiring.params.places))
 
     def check_places(self, homes: Sequence[Placement]) -> None:
         """The specs of the parameters fit the meshes on which they are.
@@ -232,8 +207,8 @@ class Split(FunctionLayers):
         a layer without.
 
         Arguments:
-            tree: the function's own tree, or an `fpipe.Microbatches` of such trees;
-                shapes will do.
+            tree: the function's own tree, or what `state_tree` makes of it, or an
+                `fpipe.Microbatches` of such trees; shapes will do.
 
         Raises:
             ValueError: another tree than the function was split with.
@@ -244,15 +219,30 @@ class Split(FunctionLayers):
                 None if own[0] is None else Microbatches(own)
                 for own in zip(*pieces, strict=True)
             )
-        known = self.cut.function.state
+        known, owners = self.cut.function.state, self.cut.wiring.state
         arrays, given = pack(numbers_as_arrays(tree))
-        if given != known.spec:
+        if given == known.spec:
+            self._check_state(map(Rows, range(len(arrays))), arrays)
+            pieces = owners.by_piece(arrays)
+        elif given == self._placed_state:
+            blocks = [
+                owners.owned[place.piece][place.number] for place in owners.places
+            ]
+            self._check_state(blocks, arrays)
+            pieces = owners.from_blocks(arrays)
+        else:
             raise ValueError(
                 "`fpipe.Pipe(split)`: the state is a tree as the function was split "
-                f"with, {describe(known.tree)}, got {describe(tree)}"
+                f"with, {describe(known.tree)}, got {describe(tree)}; of another pipe "
+                "take `other.gather_state(state)`"
             )
-        pairs = zip(self.cut.function.state_paths, known.leaves, arrays, strict=True)
-        for path, expected, got in pairs:
+        return tuple(own or None for own in pieces)
+
+    def _check_state(self, blocks: Iterable[Rows], arrays: Sequence[Any]) -> None:
+        """Refuse arrays of other shapes than those of some blocks of the state."""
+        paths, leaves = self.cut.function.state_paths, self.cut.function.state.leaves
+        for rows, got in zip(blocks, arrays, strict=True):
+            expected = rows.of(leaves[rows.leaf])
             # Of state of rows there may be any number: `Pipe` looks at that.
             first = 1 if self.function.state_rows else 0
             same = got.shape[first:] == expected.shape[first:]
@@ -260,17 +250,23 @@ class Split(FunctionLayers):
                 same = False
             if not same:
                 hint = "" if first else " (state of rows is `Layer(state_rows=True)`)"
+                path = paths[rows.leaf]
+                path = path if rows.whole else rows.label(path)
                 raise ValueError(
                     f"`fpipe.Pipe(split)`: the state {path!r} is {describe(got)}, but "
                     f"it was {describe(expected)} when the function was split{hint}"
                 )
-        return tuple(
-            tuple(arrays[leaf] for leaf in leaves) or None
-            for leaves in self.cut.wiring.state
-        )
+
+    @cached_property
+    def _placed_state(self) -> Spec:
+        """The structure of the function's state when leaves are in blocks."""
+        state, owners = self.cut.function.state, self.cut.wiring.state
+        blocks = owners.leaves(owners.by_piece(state.leaves))
+        return pack(state.spec.unpack(blocks))[1]
 
     def state_tree(self, states: Sequence[PyTree]) -> PyTree:
-        """The inverse of `state`: the function's own tree.
+        """The inverse of `state`: the function's own tree. A leaf whose rows belong to
+        several pieces is an `fpipe.RowBlocks`.
 
         Arguments:
             states: one entry per layer.
@@ -283,11 +279,8 @@ class Split(FunctionLayers):
                     for i in range(len(pieces[0]))
                 ]
             )
-        leaves = dict[int, Any]()
-        for own, state in zip(self.cut.wiring.state, states, strict=True):
-            leaves.update(zip(own, state or (), strict=True))
-        spec = self.cut.function.state.spec
-        return spec.unpack([leaves[leaf] for leaf in range(spec.arrays)])
+        own = [state or () for state in states]
+        return self.cut.function.state.spec.unpack(self.cut.wiring.state.leaves(own))
 
     def frozen(self, frozen: Frozen) -> PyTree:
         """What is frozen of the function's own tree, as flags by layer.
@@ -383,9 +376,9 @@ class Split(FunctionLayers):
         pieces = tuple(
             PieceNode(
                 wiring.names[k],
-                self._paths(wiring.owned[k]),
-                self._paths(borrowed[k]),
-                tuple(self.cut.function.state_paths[leaf] for leaf in wiring.state[k]),
+                _labels(self.cut.function.paths, wiring.owned[k]),
+                _labels(self.cut.function.paths, borrowed[k]),
+                _labels(self.cut.function.state_paths, wiring.state.owned[k]),
                 piece.flops,
                 trace.bytes_of(piece.again),
             )
@@ -396,9 +389,9 @@ class Split(FunctionLayers):
         )
         lent = tuple(
             BorrowedParameter(
-                self._paths([root])[0],
+                root.label(self.cut.function.paths[root.leaf]),
                 nbytes(root.of(self.cut.function.params.leaves[root.leaf])),
-                wiring.place_of(root)[0],
+                wiring.params.place_of(root).piece,
                 tuple(k for k, own in enumerate(borrowed) if root in own),
             )
             for root in sorted(set(itertools.chain(*borrowed)))
@@ -406,9 +399,10 @@ class Split(FunctionLayers):
         name = self.cut.function.layer.name
         return CutGraph(name, pieces, crossing, again, lent, given)
 
-    def _paths(self, leaves: Sequence[Rows]) -> tuple[str, ...]:
-        of_leaf = self.cut.function.paths
-        return tuple(rows.label(of_leaf[rows.leaf]) for rows in sorted(leaves))
+
+def _labels(paths: Sequence[str], blocks: Sequence[Rows]) -> tuple[str, ...]:
+    """What a table calls some blocks of leaves with these paths."""
+    return tuple(rows.label(paths[rows.leaf]) for rows in sorted(blocks))
 
 
 def _fits(given: Spec, expected: Spec) -> bool:
@@ -600,7 +594,9 @@ def _check_rows(function: Function, once: Kind, twice: Kind) -> None:
     except Exception:
         return
     read = {v for node in traced.live for v in node.ins}
-    found = [n for n, own in enumerate(follows) if own and traced.state[n] in read]
+    pairs = zip(traced.state_roots, traced.state, strict=True)
+    read_leaves = {rows.leaf for rows, v in pairs if v in read}
+    found = [n for n, own in enumerate(follows) if own and n in read_leaves]
     if not found:
         return
     path = function.state_paths[found[0]]

@@ -10,8 +10,9 @@ the place of the leaf in the user's tree when it is placed:
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,12 +79,131 @@ class Rows:
         made = dict(zip(ends, jax.lax.split(array, sizes), strict=False))
         return [made[part.start - self.start] for part in parts]
 
+    def joined(self, parts: Iterable[Any]) -> Any:
+        """These rows, from all their parts in order."""
+        parts = tuple(parts)
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
     def label(self, path: str) -> str:
         """What tables call them, by the path of the leaf."""
         if self.whole:
             return path or "(all)"
         last = f":{self.stop}" if self.count > 1 else ""
         return f"{path or '(all)'}[{self.start}{last}]"
+
+
+class Place(NamedTuple):
+    """Where a block is: a piece, and the number of the block there."""
+
+    piece: int
+    number: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Roots:
+    """What a trace reads by itself of parameters and of state: leaves, and rows of
+    stacked ones.
+    """
+
+    params: tuple[Rows, ...]
+    state: tuple[Rows, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Owners:
+    """Which piece has which leaves, and rows of leaves.
+
+    Attributes:
+        owned: for each piece its blocks, in order.
+    """
+
+    owned: tuple[tuple[Rows, ...], ...]
+
+    @classmethod
+    def of(
+        cls,
+        roots: Sequence[Rows],
+        owner: Mapping[int, int],
+        shapes: Sequence[Any],
+        pieces: int,
+    ) -> "Owners":
+        """From the piece that has each root. Rows that follow each other are one block.
+
+        Arguments:
+            owner: for each root its piece, in the order of the blocks.
+            shapes: of the leaves.
+        """
+        owned: list[list[Rows]] = [[] for _ in range(pieces)]
+        joined = set[int]()
+        for root, piece in owner.items():
+            if root in joined:
+                continue
+
+            def continues(before: int, after: int, piece: int = piece) -> bool:
+                same = owner.get(before) == owner.get(after) == piece
+                return same and roots[after].after(roots[before])
+
+            first = last = root
+            while continues(first - 1, first):
+                first -= 1
+            while continues(last, last + 1):
+                last += 1
+            joined.update(range(first, last + 1))
+            a, b = roots[first], roots[last]
+            block = Rows(a.leaf, a.start, b.stop)
+            if not a.whole and block.count == shapes[a.leaf].shape[0]:
+                block = Rows(a.leaf)
+            owned[piece].append(block)
+        return cls(tuple(map(tuple, owned)))
+
+    @cached_property
+    def places_of(self) -> dict[int, list[Place]]:
+        """Of each leaf the places of its rows, in order."""
+        found: dict[int, list[tuple[Rows, Place]]] = {}
+        for k, blocks in enumerate(self.owned):
+            for n, rows in enumerate(blocks):
+                found.setdefault(rows.leaf, []).append((rows, Place(k, n)))
+        return {
+            leaf: [place for _, place in sorted(places)]
+            for leaf, places in found.items()
+        }
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """For each array of a tree with its leaves in blocks where it is."""
+        return [
+            place for leaf in sorted(self.places_of) for place in self.places_of[leaf]
+        ]
+
+    def place_of(self, root: Rows) -> Place:
+        """Where the block is that a root is in."""
+        for place in self.places_of[root.leaf]:
+            if self.owned[place.piece][place.number].has(root):
+                return place
+        raise AssertionError(root)
+
+    def by_piece(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], ...]:
+        """The leaves, or their shapes, as the pieces have them."""
+        return tuple(
+            tuple(rows.of(arrays[rows.leaf]) for rows in blocks)
+            for blocks in self.owned
+        )
+
+    def from_blocks(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], ...]:
+        """The same from the arrays of a tree with its leaves in blocks."""
+        made = dict(zip(self.places, arrays, strict=True))
+        return tuple(
+            tuple(made[Place(k, n)] for n in range(len(blocks)))
+            for k, blocks in enumerate(self.owned)
+        )
+
+    def leaves(self, pieces: Sequence[Sequence[Any]]) -> list[Any]:
+        """The inverse of both: an array for each leaf, or a `RowBlocks`."""
+        found = []
+        for leaf in sorted(self.places_of):
+            blocks = [pieces[p.piece][p.number] for p in self.places_of[leaf]]
+            found.append(blocks[0] if len(blocks) == 1 else RowBlocks(tuple(blocks)))
+        return found
 
 
 def divided(rows: int, asked: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

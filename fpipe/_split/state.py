@@ -29,7 +29,8 @@ from fpipe._split.trace import Function, Traced
 
 @dataclasses.dataclass(frozen=True)
 class StateUse:
-    """Where a trace reads and writes the leaves of the state.
+    """Where a trace reads and writes the leaves of the state. A leaf may here be rows
+    of a stacked one.
 
     Attributes:
         reader: of each leaf the first piece that reads it on the way to the output;
@@ -200,7 +201,9 @@ def state_owners(
     """
     use = _united([_use_of_pieces(*trace) for trace in traces])
     first, last = _bounds(use)
-    _refuse(function, first, last)
+    traced, _ = traces[0]
+    paths = _paths(function, traced)
+    _refuse(paths, first, last)
     # Where it is read, if it is: then only what writes it is sent. Else where it can
     # be written.
     owners = [
@@ -230,20 +233,30 @@ def check_state_use(
     """
     use = _use_of_pieces(traced, places)
     first, last = _bounds(use)
-    _refuse(function, first, last)
+    paths = _paths(function, traced)
+    _refuse(paths, first, last)
     for leaf, owner in enumerate(owners):
         if not first[leaf] <= owner <= last[leaf]:
             raise ValueError(
                 "`fpipe.split(fn)`: traced for this call (other shapes or needs) the "
-                f"state {function.state_paths[leaf]!r} is used in another piece than "
+                f"state {paths[leaf]!r} is used in another piece than "
                 "when the function was split: split it with an example of these shapes "
                 "and needs"
             )
 
 
-def _refuse(function: Function, first: Sequence[int], last: Sequence[float]) -> None:
+def _paths(function: Function, traced: Traced) -> list[str]:
+    """What messages call the leaves of the state, rows of one by their number."""
+    named = function.state_paths
+    return [
+        named[rows.leaf] if rows.whole else rows.label(named[rows.leaf])
+        for rows in traced.state_roots
+    ]
+
+
+def _refuse(paths: Sequence[str], first: Sequence[int], last: Sequence[float]) -> None:
     """Refuse a leaf that no piece can have."""
-    for path, start, end in zip(function.state_paths, first, last, strict=True):
+    for path, start, end in zip(paths, first, last, strict=True):
         if end < start:
             raise ValueError(
                 f"`fpipe.split(fn)`: the state {path!r} is read in piece {int(end)}, "

@@ -53,8 +53,8 @@ from fpipe._program.graph import (
     trace,
 )
 from fpipe._split.mark import Mark
-from fpipe._split.opening import Checkpoint, open_trace
-from fpipe._split.stacks import Rows
+from fpipe._split.opening import Checkpoint, Stacks, open_trace
+from fpipe._split.stacks import Roots, Rows
 
 # What JAX raises where Python asks for what a tracer does not know.
 UNKNOWN_VALUES = (
@@ -178,11 +178,13 @@ class Traced:
         checkpoints: the checkpoints that an equation was in, the outermost first.
         roots: the parameters, and the rows of parameters, that it reads by themselves.
         params: the graph's value of each.
-        params: the graph's value of each.
-        x, side, key, step, state: the graph's values of these inputs' arrays.
+        x, side, key, step: the graph's values of these inputs' arrays.
+        state_roots: the arrays of the state, and the rows of them, that it reads by
+            themselves.
+        state: the graph's value of each.
         output: how `outputs` become what the function returns.
         outputs: the graph's values of that.
-        new_state: for each array of the state the value that it has afterwards.
+        new_state: for each root of the state the value that it has afterwards.
         kept: what the function has put where it stays, such as `float32[3]`; `""`:
             nothing.
         jaxpr: what the graph was read from.
@@ -198,12 +200,18 @@ class Traced:
     side: tuple[int, ...]
     key: tuple[int, ...]
     step: tuple[int, ...]
+    state_roots: tuple[Rows, ...]
     state: tuple[int, ...]
     output: Any
     outputs: tuple[int, ...]
     new_state: tuple[int, ...]
     kept: str
     jaxpr: Any
+
+    @property
+    def all_roots(self) -> Roots:
+        """The roots of the parameters and of the state."""
+        return Roots(self.roots, self.state_roots)
 
     @cached_property
     def live(self) -> tuple[Node, ...]:
@@ -342,7 +350,7 @@ def trace_function(
     function: Function,
     kind: Kind,
     cut_leaves: frozenset[int] = frozenset(),
-    roots: Sequence[Rows] | None = None,
+    roots: Roots | None = None,
     dtype: Any = None,
 ) -> Traced:
     """Run the function's Python on a microbatch of one kind.
@@ -399,23 +407,27 @@ def trace_function(
     params, x, side, key, step, state = (
         tuple(next(rest) for _ in part.leaves) for part in parts
     )
-    opened = open_trace(graph, params, cut_leaves, roots)
     count = outputs[-1].arrays
+    stacks = Stacks(
+        params, state, graph.outputs[count:], bool(function.layer.state_rows)
+    )
+    opened = open_trace(graph, stacks, cut_leaves, roots)
     return Traced(
         opened.graph,
         opened.marks,
         opened.rounds,
         opened.checkpoints,
-        opened.roots,
+        opened.roots.params,
         opened.params,
         x,
         side,
         key,
         step,
-        state,
+        opened.roots.state,
+        opened.state,
         output=outputs[-1],
         outputs=opened.graph.outputs[:count],
-        new_state=opened.graph.outputs[count:],
+        new_state=opened.new_state,
         kept=describe(kept[0]) if kept else "",
         jaxpr=closed,
     )
