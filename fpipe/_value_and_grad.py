@@ -383,7 +383,8 @@ class ValueAndGrad:
         """
         args = self._with_shapes("step.plan", args, kwargs)
         built, call, mine = self._called("step.plan", args, kwargs, _OF_PLAN)
-        options = self._of_step(call) | {"frozen": self._frozen} | mine
+        frozen: dict[str, Any] = {"frozen": self._frozen}
+        options = self._of_step(call) | frozen | mine
         with self._naming("step.plan"):
             return built.pipe.plan(call.params, call.x, **options)
 
@@ -407,7 +408,8 @@ class ValueAndGrad:
         if not isinstance(params, Packed):
             params = shapes_of(params)
             params = jax.eval_shape(pipe.place, params) if pipe.mesh else params
-        options = self._of_step(call) | {"frozen": self._frozen} | mine
+        frozen: dict[str, Any] = {"frozen": self._frozen}
+        options = self._of_step(call) | frozen | mine
         with self._naming("step.compile"):
             return pipe.compile(params, call.x, **options)
 
