@@ -119,6 +119,15 @@ def test_every_page_is_in_the_navigation():
     assert sorted(listed) == sorted(path.name for path in DOCS.glob("*.md"))
 
 
+NAMING = [ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", NAMING, ids=lambda path: path.name)
+def test_modules_that_a_page_names_are_there(page):
+    named = re.findall(r"`((?:fpipe|tests|examples|docs)/[\w/.]+)`", page.read_text())
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 def test_both_tables_for_torch_say_the_same():
     """The README's is a part of the page's."""
 
