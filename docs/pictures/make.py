@@ -1,10 +1,15 @@
 """Makes the pictures of the documentation: `python docs/pictures/make.py`.
 
-All are simulated but one: recorded.csv has a run that `record.py` recorded.
+Timelines are simulated but for one: recorded.csv has a run that `record.py` recorded.
 """
 
+import contextlib
 import csv
 import pathlib
+import re
+from typing import Any, cast
+
+import jax
 
 from fpipe.schedules import (
     NAMES,
@@ -63,7 +68,9 @@ def from_csv(name: str, rows: list[dict[str, str]]) -> Timeline:
     events = tuple(
         Event(
             device=int(row["device"]),
-            action=Action(row["kind"], int(row["stage"]), int(row["microbatch"])),
+            action=Action(
+                cast("Any", row["kind"]), int(row["stage"]), int(row["microbatch"])
+            ),
             start=float(row["start"]),
             end=float(row["end"]),
         )
@@ -88,6 +95,20 @@ def drawn(scale: float, timelines: dict[str, Timeline]) -> dict[str, str]:
     }
 
 
+def cut_graphs() -> dict[str, str]:
+    """The functions that docs/cutting.md splits, by the code of that page."""
+    text = (HERE.parent / "cutting.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        # The page adds a bias to each row, which tests of the library may not.
+        with contextlib.redirect_stdout(None), jax.numpy_rank_promotion("allow"):
+            exec(block, names)
+    return {
+        "cut_u_net.svg": names["u_net_split"].to_svg(),
+        "cut_gpt.svg": names["gpt_split"].to_svg(),
+    }
+
+
 def pictures() -> dict[str, str]:
     """All pictures, by the name of the file."""
     pieces = {f"microbatches_{m}": one_batch(m) for m in (1, 4, 16)}
@@ -97,6 +118,7 @@ def pictures() -> dict[str, str]:
         **drawn(4, pieces),
         **drawn(17, remat),
         "recorded.svg": recorded(),
+        **cut_graphs(),
     }
 
 

@@ -85,6 +85,20 @@ class Node:
         """The name of its primitive."""
         return self.eqn.primitive.name
 
+    @property
+    def told_name(self) -> str:
+        """What a user knows it by: a function with its own derivative, such as `relu`,
+        by the function's name, all else by the primitive's.
+        """
+        if not self.name.startswith(("custom_jvp_call", "custom_vjp_call")):
+            return self.name
+        # JAX promises no such field of a jaxpr.
+        for jaxpr in jaxprs_among(self.eqn.params.values()):
+            called = getattr(getattr(jaxpr, "debug_info", None), "func_name", "")
+            if called and called.isidentifier():
+                return called
+        return self.name
+
     def reading(self, ins: tuple[int, ...]) -> "Node":
         """The same equation on other values."""
         return dataclasses.replace(self, ins=ins)

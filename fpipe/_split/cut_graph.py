@@ -254,4 +254,4 @@ class _Values:
             (at,) = maker[at].ins
         if at in self._inputs:
             return self._inputs[at]
-        return maker[v].name
+        return maker[v].told_name

@@ -1,5 +1,6 @@
 """What `print(split)` shows. Nothing is compiled."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -50,6 +51,15 @@ def test_a_function_that_is_not_cut_has_one_table():
     split = fpipe.split(lambda p, x: x @ p["w"], {"w": jnp.eye(3)}, jnp.ones((2, 3)))
     (rows,) = tables(split)
     assert rows[1] == ["0", "w", "w", "36 FLOP"]
+
+
+def test_a_function_with_its_own_derivative_has_its_name():
+    def mlp(params, x):
+        return jax.nn.relu(x @ params["a"]) @ params["b"]
+
+    params = {"a": jnp.eye(3), "b": jnp.eye(3)}
+    _, crosses = tables(fpipe.split(mlp, params, jnp.ones((2, 3)), cuts=["b"]))
+    assert crosses[1][0] == "relu"
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
