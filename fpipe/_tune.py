@@ -1,5 +1,4 @@
-"""`tune`: a pipe's balance, number of microbatches, schedule and checkpoint mode,
-chosen by predictions.
+"""`tune`: choose balance, chunks, schedule and checkpoint mode by prediction.
 
 Every combination of schedule, checkpoint mode and number of chunks is a `Candidate`: a
 pipe and its prediction, or the reason why there is none. Six equal layers on three
@@ -10,8 +9,8 @@ devices of 10,000 bytes:
     1f1b           4  never       [2, 2, 2]    30 kFLOP   35.9%  9.03 KiB
     gpipe          8  never       [2, 2, 2]  25.4 kFLOP   24.3%  10.9 KiB  does not …
 
-All combinations are tried, without a search that could miss one: what is expensive in a
-prediction, to trace and to count layers, is shared by them.
+All combinations are tried, because a search could miss the best one. They share the
+expensive parts of a prediction: the traces of the layers, and the counts of their work.
 """
 
 import abc
@@ -57,7 +56,7 @@ from fpipe._planning.step_request import StepRequest
 from fpipe._planning.text import Table, option_name, quantity, size
 from fpipe.schedules._html import escape
 
-# What is tried if nothing is said.
+# The defaults of `schedules` and `checkpoints`.
 SCHEDULES = ("gpipe", "1f1b", "eager_1f1b", "zb_h1", "interleaved_1f1b", "zb_v")
 CHECKPOINTS = ("never", "except_last", "always")
 
@@ -67,13 +66,13 @@ _TRACES = 4096
 
 
 class Candidate(NamedTuple):
-    """A way to set up a pipe, and what it is predicted to take.
+    """One combination of options of a pipe, with its prediction.
 
     Attributes:
-        schedule, checkpoint, chunks: as for `Pipe`; a function by its name.
-        pipe: ready to use; `None` where there is none.
-        prediction: of a training step.
-        refused: why it is none, if it is none.
+        schedule, checkpoint, chunks: as for `Pipe`. A function is given by its name.
+        pipe: the `Pipe`, ready to use. `None` if the combination is not possible.
+        prediction: the `Prediction` of a training step. `None` if there is none.
+        refused: why the combination cannot be used; empty if it can.
     """
 
     schedule: Any
@@ -86,12 +85,13 @@ class Candidate(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """All candidates, the best first; it prints as a table.
+    """All candidates, the best first. It prints as a table.
 
     Attributes:
-        candidates: those that fit, by the time of a step per row of the batch, then
-            those that do not.
-        unit: of times: `"FLOP"` or `"second"`.
+        candidates: first the candidates that fit into memory, sorted by the time of a
+            step. Then the candidates that are too large, sorted by the bytes that they
+            lack. Then the combinations that are not possible.
+        unit: the unit of times, `"FLOP"` or `"second"`.
     """
 
     candidates: tuple[Candidate, ...]
@@ -99,10 +99,10 @@ class Tuning:
 
     @property
     def best(self) -> Candidate:
-        """The fastest that fits.
+        """The fastest candidate that fits into memory.
 
         Raises:
-            ValueError: none fits.
+            ValueError: no candidate fits.
         """
         first = self.candidates[0]
         if first.pipe is None or first.refused:
@@ -113,10 +113,10 @@ class Tuning:
 
     @property
     def pipe(self) -> Pipe:
-        """The fastest that fits.
+        """The pipe of the fastest candidate that fits into memory.
 
         Raises:
-            ValueError: none fits.
+            ValueError: no candidate fits.
         """
         found = self.best.pipe
         assert found is not None
@@ -124,10 +124,13 @@ class Tuning:
 
     @property
     def why(self) -> str:
-        """What speaks for the best.
+        """The reasons for the best candidate, as text.
+
+        It says how much slower the next best schedule, number of microbatches and
+        checkpoint mode are.
 
         Raises:
-            ValueError: none fits.
+            ValueError: no candidate fits.
         """
         best = self.best
         own = best.prediction
@@ -146,12 +149,12 @@ class Tuning:
         return "\n- ".join(lines)
 
     def _next_best(self, field: str, noun: str) -> list[str]:
-        """What the best candidate takes that differs from the best of all in one
-        choice.
+        """How the best candidate compares with the next best one that differs from it
+        in one choice.
         """
-        # Candidates are in order, so the first one that is alike in all else is the
-        # next best. One that differs in two choices would not tell what either is good
-        # for.
+        # Candidates are in order, so the first one that is equal in all other choices
+        # is the next best. A candidate that differs in two choices would not tell the
+        # effect of either.
         best, own = self.best, self.best.prediction
         others = [name for name, _ in _CHOICES if name != field]
         for c in self.candidates[1:]:
@@ -159,7 +162,7 @@ class Tuning:
             if c.refused or c.prediction is None or own is None or not alike:
                 continue
             longer = c.prediction.step / own.step - 1 if own.step else 0.0
-            # What would be printed as 0.0 % is no difference.
+            # A difference that would be printed as 0.0 % is none.
             if longer > 0.0005:
                 return [
                     f"the next best {noun} ({getattr(c, field)}) takes "
@@ -172,7 +175,7 @@ class Tuning:
         return []
 
     def __str__(self) -> str:
-        # `why` raises where none fits; the table says of each why.
+        # `why` raises if no candidate fits. The table gives each one's reason.
         lines = str(self._table())
         return lines if self.candidates[0].refused else f"{lines}\n\n{self.why}"
 
@@ -237,41 +240,46 @@ def tune(
     params: PyTree | None = None,
     **options: Any,
 ) -> Tuning:
-    """Choose balance, number of microbatches, schedule and checkpoint mode by what
-    `Pipe.plan` predicts, and say why.
+    """Choose balance, chunks, schedule and checkpoint mode by prediction.
 
-    All combinations are predicted, and those that fit into `memory` are put in the
-    order of the time of a step; where two take as long, the one that needs less memory
-    is first. From shapes alone, but for `by="time"`. What a prediction does not see,
-    tuning does not see either: that smaller microbatches keep a device less busy (but
-    for `by="time"`, which measures the programs of each), and what programs need for
-    themselves (but for `compiled=True`).
+    `tune` predicts a training step for every combination, as `Pipe.plan` does. It sorts
+    the combinations that fit into `memory` by the time of a step. If two take the same
+    time, the one with less memory is first. Predictions come from shapes alone; only
+    `by="time"` runs programs.
+
+    A prediction does not know that small microbatches keep a device less busy;
+    `by="time"` measures this. It does not know the memory that programs need for
+    themselves; `compiled=True` adds it.
 
     Arguments:
-        layers: as for `Pipe`, an `fpipe.Split` too; each balance is then found by
+        layers: layers or an `fpipe.Split`, as for `Pipe`. Each balance is then found by
             FLOPs, under the memory limit. Or a function `f(schedule=, checkpoint=,
-            chunks=) -> Pipe`, which may choose a balance itself, or look at fewer of
-            these.
-        x, targets, side, key, state, train, step, params: as for `Pipe.plan`; shapes
-            will do.
+            chunks=) -> Pipe`, which may choose the balance itself, and may ignore some
+            of these arguments.
+        x, targets, side, key, state, train, step, params: as for `Pipe.plan`, as arrays
+            or as shapes.
         loss_fn, has_aux, reduction: as for `Pipe.plan`.
 
     Other Arguments:
-        memory: bytes that a device has, one number or one for each. Default no limit.
-        devices: default those of `mesh=`, if that is given, else `jax.devices()`.
-        chunks: the numbers of microbatches to try, one or several; default the divisors
-            of the batch from the number of devices to eight times that.
-        schedules, checkpoints: what to try, one or several.
+        memory: bytes that a device has, one number or one for each device. Default: no
+            limit.
+        devices: the devices. Default: those of `mesh=` if it is given, otherwise
+            `jax.devices()`.
+        chunks: the numbers of microbatches to try, one or several. Default: the
+            divisors of the number of rows, from the number of devices to eight times
+            that number.
+        schedules, checkpoints: the schedules and checkpoint modes to try, one or
+            several.
         by, speed, latency, bandwidth, optimizer, compiled: as for `Pipe.plan`.
-        options: further arguments of `Pipe`, but for `balance`, `sample` and
-            `sample_side`: `executor="scan"`, `compute_dtype=`, ….
+        options: other arguments of `Pipe`, such as `executor="scan"` or
+            `compute_dtype=`, except `balance`, `sample` and `sample_side`.
 
     Returns:
-        A `Tuning`: `tuning.pipe` is the best, `print(tuning)` has the table of the
-        candidates and the reasons.
+        A `Tuning`. `tuning.pipe` is the best pipe, and `print(tuning)` shows the table
+        of candidates and the reasons for the best.
 
     Raises:
-        TypeError, ValueError: nothing to try, or an argument is wrong.
+        TypeError, ValueError: there is nothing to try, or an argument is wrong.
 
     Example:
         >>> make = lambda key, x: jnp.eye(3)
@@ -323,7 +331,7 @@ def tune(
         optimizer=optimizer,
     )
     _check_candidates(chunks, schedules, checkpoints)
-    # What every candidate is to run: one training step, as shapes.
+    # Every candidate runs one training step, as shapes.
     fn = mean_square if loss_fn is None else loss_fn
     loss = as_loss("tune", fn, has_aux, reduction)
     if isinstance(params, Packed):
@@ -342,7 +350,7 @@ def tune(
         source = _OfFunction(layers, request, wanted, options)
     if chunks is None:
         chunks = _divisors(request.args, len(devices))
-    # By number of microbatches first: that is what layers are traced anew for.
+    # By number of microbatches first, because each number needs new traces of layers.
     every = itertools.product(
         _several(chunks), _several(checkpoints), _several(schedules)
     )
@@ -356,8 +364,8 @@ def tune(
 
 
 def _check_candidates(chunks: Any, schedules: Any, checkpoints: Any) -> None:
-    """Refuse what no pipe takes, whatever the other options: it would come back as one
-    more candidate that does not fit.
+    """Refuse options that no pipe takes. Without this check they would come back as
+    candidates that do not fit.
     """
     for number in _several(chunks) if chunks is not None else ():
         check_chunks("Pipe", number)
@@ -368,29 +376,31 @@ def _check_candidates(chunks: Any, schedules: Any, checkpoints: Any) -> None:
 
 
 def _rank(c: Candidate) -> tuple[int, float, int]:
-    """Those that fit, fastest first; then those that are too large, nearest first; then
-    those that are none.
+    """The order of candidates: first those that fit, by time and then memory; then
+    those that are too large, by the bytes that they lack; then those without a
+    prediction.
     """
     if c.prediction is None:
         return 2, 0.0, 0
     if c.refused:
         return 1, max(d.missing for d in c.prediction.devices), 0
-    # Sums of floats differ in their last digits. Steps that are equal but for these
-    # are equal, so that memory decides between them.
+    # Sums of floats differ in their last digits. Steps that differ only there count as
+    # equal, and memory decides between them.
     return 0, float(f"{c.prediction.step:.9e}"), c.prediction.peak
 
 
 def _several(options: Any) -> list[Any]:
-    """What is to be tried: one is enough."""
+    """A list of options, from several or from one."""
     if isinstance(options, Iterable) and not isinstance(options, str):
         return list(options)
     return [options]
 
 
 def _divisors(args: Args, devices: int) -> list[int]:
-    """The numbers of microbatches that are tried if nothing is said."""
-    # Fewer microbatches than devices leave devices idle, more than eight times as many
-    # gain next to nothing. Divisors, for a ragged last one compiles everything twice.
+    """The default numbers of microbatches."""
+    # Fewer microbatches than devices leave devices idle. More than eight times as many
+    # gain next to nothing. Only divisors, because a smaller last microbatch compiles
+    # everything twice.
     cut = cut_inputs(args.inputs, 1)
     if cut.ready:
         return [cut.m]
@@ -399,7 +409,7 @@ def _divisors(args: Args, devices: int) -> list[int]:
 
 
 class _Setup(NamedTuple):
-    """What is tried; the names are those of the arguments of `Pipe`."""
+    """One combination to try. The names are those of the arguments of `Pipe`."""
 
     schedule: Any
     checkpoint: Any
@@ -407,11 +417,11 @@ class _Setup(NamedTuple):
 
 
 class _Source(abc.ABC):
-    """What candidates come from.
+    """The source of candidates.
 
     Arguments:
-        step: what they are to run.
-        options: what predictions are asked for.
+        step: the training step that every candidate runs.
+        options: the options of the predictions.
     """
 
     def __init__(self, step: StepRequest, options: PlanOptions) -> None:
@@ -419,15 +429,15 @@ class _Source(abc.ABC):
 
     @abc.abstractmethod
     def pipe(self, setup: _Setup) -> Pipe:
-        """A pipe that is set up so."""
+        """The pipe of a combination of options."""
 
     @abc.abstractmethod
     def prediction(self, pipe: Pipe, setup: _Setup) -> Prediction:
-        """What the pipe will take."""
+        """The predicted time and memory of the pipe."""
 
     def candidate(self, setup: _Setup) -> Candidate:
-        """The pipe and its prediction, or why there is none: too few layers, a batch
-        that cannot be cut so, no cut that fits.
+        """The pipe and its prediction, or the reason why there is none: too few layers,
+        a batch that cannot be cut into these microbatches, or no cut that fits.
         """
         none = Candidate(
             option_name(setup.schedule), option_name(setup.checkpoint), setup.chunks
@@ -439,8 +449,8 @@ class _Source(abc.ABC):
             prediction = self.prediction(pipe, setup)
         except ValueError as error:
             return none._replace(refused=str(error).splitlines()[0])
-        # A pipe that is too large is kept with its prediction: by how much it is too
-        # large is what a user needs to know if none fits.
+        # A pipe that is too large is kept with its prediction. If no candidate fits, a
+        # user needs to know how many bytes are missing.
         worst = max(prediction.devices, key=lambda row: row.missing)
         refused = ""
         if worst.missing:
@@ -450,11 +460,10 @@ class _Source(abc.ABC):
 
 
 class _OfLayers(_Source):
-    """Pipes of the same layers, balanced by FLOPs. What one has traced the others
-    find.
+    """Pipes of the same layers, balanced by FLOPs. They share their traces.
 
     Arguments:
-        arguments: further ones of `Pipe`.
+        arguments: the other arguments of `Pipe`.
     """
 
     def __init__(
@@ -478,11 +487,11 @@ class _OfLayers(_Source):
         self._costs: dict[Any, LayerCosts] = {}
 
     def pipe(self, setup: _Setup) -> Pipe:
-        # The balance differs between candidates: a schedule decides how many stages
-        # there are, and checkpoint and memory limits what fits.
+        # The balance differs between candidates. The schedule decides the number of
+        # stages; the checkpoint mode and the memory limits decide which cuts fit.
         costs, scheduling = self._costs_of(setup), Scheduling.of(setup.schedule)
         stage_to_device = balance_devices(costs, scheduling, None, len(self._devices))
-        # By work alone: what crosses between stages is only told in the prediction.
+        # By work alone. The prediction counts the traffic between stages.
         hardware = dataclasses.replace(
             self.options.hardware, latency=0.0, bandwidth=None
         )
@@ -503,8 +512,9 @@ class _OfLayers(_Source):
         return pipe._plan(self.step, self.options, known)
 
     def _costs_of(self, setup: _Setup) -> LayerCosts:
-        """What the layers cost. It is counted once for a number of microbatches:
-        recomputation is no part of it, but for what a policy saves.
+        """The costs of the layers, counted once for each number of microbatches.
+
+        Recomputation does not change them, except for the values that a policy saves.
         """
         # The modes by name save the same, so they share an entry.
         policy = setup.checkpoint if callable(setup.checkpoint) else None
@@ -517,10 +527,10 @@ class _OfLayers(_Source):
 
 
 class _OfFunction(_Source):
-    """Pipes that the user's function makes, of the arguments that it names.
+    """Pipes that the user's function makes, from the arguments that it names.
 
     Raises:
-        TypeError: it is no function, or there are arguments of `Pipe` beside it.
+        TypeError: `f` is no function, or there are arguments of `Pipe` beside it.
     """
 
     def __init__(

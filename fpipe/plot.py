@@ -1,7 +1,7 @@
-"""Schedules and timelines through matplotlib.
+"""Schedules and timelines, drawn by matplotlib.
 
-`pip install "fpipe[plot]"`, and `import fpipe.plot` to use it. What is drawn is the
-`Picture` that `fpipe.schedules` makes for its own drawings, too.
+`pip install "fpipe[plot]"`, and `import fpipe.plot` to use it. It draws the same
+`Picture` as the drawings of `fpipe.schedules`.
 
     fpipe.plot.save(fpipe.schedules.gpipe(4, 8), "gpipe.png")
 """
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SUFFIXES = (".svg", ".png", ".pdf")
-"""What `save` writes, by the suffix of the file."""
+"""The suffixes of the files that `save` writes."""
 WIDTH = 12.0
-"""Of a new figure, in inches."""
+"""The width of a new figure, in inches."""
 
 
 def draw(
@@ -39,25 +39,26 @@ def draw(
 ) -> "Axes":
     """Draw a schedule, or a timeline, on axes of matplotlib.
 
-    A row for each device, a box for each event with the number of its microbatch, a
-    colour for each kind, lighter for the later stages of a device, as
-    `fpipe.schedules.svg` draws it. `pyplot` is not used.
+    Each device has a row, and each event a box with the number of its microbatch. The
+    colour of a box shows the kind of action. The later stages of a device have lighter
+    colours. `fpipe.schedules.svg` draws the same picture. `pyplot` is not used.
 
     Arguments:
-        what: a `Schedule` (drawn with a forward of 1 and a backward of 2) or a
-            `Timeline`.
-        ax: axes to draw on; default those of a new figure, which is
+        what: a `Schedule` or a `Timeline`. In a schedule a forward takes 1 unit of time
+            and a backward 2.
+        ax: the axes to draw on. Default: the axes of a new figure, which is
             `draw(what).figure`.
-        over: another schedule or timeline, as for `fpipe.schedules.svg`.
+        over: another schedule or timeline to compare with, as for
+            `fpipe.schedules.svg`.
 
     Returns:
         The axes.
 
     Raises:
         ImportError: matplotlib is not installed.
-        TypeError: neither a `Schedule` nor a `Timeline`.
-        ValueError: a timeline without events, or one over another with more or fewer
-            devices.
+        TypeError: `what` is neither a `Schedule` nor a `Timeline`.
+        ValueError: the timeline has no events, or `what` and `over` have different
+            numbers of devices.
     """
     shown = picture(what, "plot.draw", over)
     # Where matplotlib is missing, that is said before anything is made.
@@ -184,16 +185,18 @@ def save(
     """Draw a schedule, or a timeline, into a file.
 
     Arguments:
-        what: a `Schedule` (drawn with a forward of 1 and a backward of 2) or a
-            `Timeline`.
-        path: its suffix says the form: `.svg` (without matplotlib), `.png` or `.pdf`.
-        over: another schedule or timeline, as for `fpipe.schedules.svg`.
+        what: a `Schedule` or a `Timeline`. In a schedule a forward takes 1 unit of time
+            and a backward 2.
+        path: the file. Its suffix gives the format: `.svg` (without matplotlib), `.png`
+            or `.pdf`.
+        over: another schedule or timeline to compare with, as for
+            `fpipe.schedules.svg`.
 
     Raises:
         ImportError: matplotlib is needed and not installed.
-        TypeError: neither a `Schedule` nor a `Timeline`.
-        ValueError: another suffix, a timeline without events, or one over another with
-            more or fewer devices.
+        TypeError: `what` is neither a `Schedule` nor a `Timeline`.
+        ValueError: the suffix is another one, the timeline has no events, or `what` and
+            `over` have different numbers of devices.
         OSError: the file cannot be written.
     """
     path = pathlib.Path(path)

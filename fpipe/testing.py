@@ -1,8 +1,8 @@
-"""For tests of your own pipelines: a pipe against the plain composition, and random
-models, partitions and schedules.
+"""For tests of your own pipelines: compare a pipe with the plain composition, and draw
+random models, partitions and schedules.
 
-`assert_equals_sequential` says nothing if all is well, and otherwise where the first
-difference is:
+`assert_equals_sequential` returns nothing if the two are equal. Otherwise it raises an
+error that names the first difference:
 
     AssertionError: the gradient of params, layer 2 'dense' (stage 2 on TFRT_CPU_2) at
     ['w']: 1 of 16 numbers differ; at (1, 3) the pipe gives 1.25, the plain composition
@@ -53,31 +53,32 @@ def assert_equals_sequential(
     argnums: int | Sequence[int] = (0, 1),
     tolerance: float | None = None,
 ) -> None:
-    """Check that a pipe computes what `fpipe.sequential` computes, at equal `chunks`;
-    that of a function that was split, what the function computes.
+    """Check that a pipe computes what `fpipe.sequential` computes, at equal `chunks`.
 
-    Compared are the output and the new state, and with `loss_fn` the loss, aux and
-    gradients: structure, shapes and dtypes first, then values.
+    A pipe of an `fpipe.Split` is compared with the function that was split. The check
+    compares the output and the new state, and with `loss_fn` also the loss, aux and
+    gradients. It compares structure, shapes and dtypes first, then values.
 
     Arguments:
-        pipe: either executor.
+        pipe: a `Pipe`, with either executor.
         x, targets, side, key, state, train, step: as for a call. Without `state`,
-            layers with state get what `init_state` makes.
+            layers with state start from the state of `init_state`.
         loss_fn, has_aux, reduction, argnums: as for `pipe.value_and_grad`.
-        params: one entry per layer, as for the plain composition (of a function that
-            was split its own tree); default what `init`
-            makes from `jax.random.key(0)`.
-        tolerance: the largest difference of an array, as a share of its largest number:
-            `max|a - b| <= tolerance * max|b|`. Default 1e-5, and 2e-2 where 16-bit
-            floats are computed in. Where an array of gradients is a small difference of
+        params: the parameters, one entry per layer. For an `fpipe.Split` they are the
+            function's own tree. Default: the parameters of `init` from
+            `jax.random.key(0)`.
+        tolerance: the largest allowed difference of an array, as a share of its largest
+            number: `max|a - b| <= tolerance * max|b|`. Default 1e-5, or 2e-2 if the
+            model computes in 16-bit floats. If a gradient is a small difference of
             large numbers, compare in float64 (`with jax.enable_x64(True):`) rather than
-            with a large tolerance. Gradients that are nothing but rounding (of a bias
-            before a batch norm, of the keys' bias in attention) are no difference: 16
-            roundings of the largest number among the gradients of the layer's
-            parameters, or `tolerance` of it if that is less.
+            with a large tolerance. Some gradients are only rounding errors, such as
+            that of a bias before a batch norm. They pass up to 16 roundings of the
+            largest gradient among the layer's parameters, or up to `tolerance` of it,
+            whichever is less.
 
     Raises:
-        AssertionError: it names the first array that differs, with its stage and layer.
+        AssertionError: the two differ. The message names the first array that differs,
+            with its stage and layer.
 
     Example:
         >>> dense = fpipe.Layer(lambda w, x: jnp.tanh(x @ w), lambda key, x: jnp.eye(3))
@@ -337,14 +338,15 @@ def _no_parameters(key: Any, x: Any) -> None:
 
 
 def models(width: int = 3, most: int = 6) -> "SearchStrategy[list[Layer]]":
-    """Random layers from `(rows, width)` to `(rows, width)`: skips between any two of
-    them, states of the call and of rows, keys, side inputs (of the shape of `x`; at
-    least one layer asks for them), tied weights, and layers whose parameters are
-    `None`.
+    """A hypothesis strategy for random layers from `(rows, width)` to `(rows, width)`.
+
+    The layers have skips between any two of them, states (of the call and of rows),
+    keys, side inputs, tied weights, and parameters that are `None`. Side inputs have
+    the shape of `x`, and at least one layer asks for them.
 
     Arguments:
-        width: of what goes from layer to layer.
-        most: layers at most; at least 2.
+        width: the width of the arrays that go from layer to layer.
+        most: the largest number of layers, at least 2.
     """
     width = as_int("fpipe.testing.models", "width", width)
     most = as_int("fpipe.testing.models", "most", most, least=2)
@@ -426,14 +428,16 @@ def schedules(
     split: bool = False,
     in_order: bool = True,
 ) -> "SearchStrategy[Schedule]":
-    """Random valid schedules: any order in which everything can run.
+    """A hypothesis strategy for random valid schedules.
+
+    A schedule has the actions in any order in which all of them can run.
 
     Arguments:
-        stage_to_device: the map.
-        microbatches: how many.
+        stage_to_device: the device of each stage.
+        microbatches: the number of microbatches.
         split: whether backwards are cut into `I` and `W`.
-        in_order: whether each stage's forwards keep the order of the microbatches, as
-            layers with state need.
+        in_order: whether each stage runs its forwards in the order of the microbatches.
+            Layers with state need that.
     """
     from hypothesis import strategies as st
 
@@ -491,14 +495,15 @@ def partitions(
     executor: str = "placed",
     devices: Sequence[Any] | None = None,
 ) -> "SearchStrategy[Pipe]":
-    """Random pipes over given layers: balance, devices, chunks, checkpoint mode and
-    schedule, named or random.
+    """A hypothesis strategy for random pipes over given layers.
+
+    It draws balance, devices, chunks, checkpoint mode, and a named or random schedule.
 
     Arguments:
         layers: as for `Pipe`.
-        x: an input, or its shapes: it decides how many microbatches there are.
+        x: an input, or its shapes. Its rows limit the number of microbatches.
         executor: as for `Pipe`.
-        devices: to choose from; default all.
+        devices: the devices to choose from. Default: all of `jax.devices()`.
     """
     from hypothesis import strategies as st
 

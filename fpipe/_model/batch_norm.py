@@ -1,13 +1,13 @@
 """Deferred batch normalisation: running statistics of the whole batch, updated once per
 call.
 
-torchgpipe's (Kim et al., arXiv 2004.09910, section 4.1.4). There sums and sums of
-squares are added up, which cancels where the mean is large; here means and summed
-squared distances are merged pair by pair (Chan, Golub and LeVeque, "Algorithms for
+After torchgpipe (Kim et al., arXiv 2004.09910, section 4.1.4). torchgpipe adds up sums
+and sums of squares, and these cancel where the mean is large. This module merges means
+and summed squared distances pair by pair (Chan, Golub and LeVeque, "Algorithms for
 computing the sample variance", 1983). For 4,096 numbers in float32 with mean 10,000 and
 variance 1.02, sums of squares give the variance 0, and merged halves give 1.02.
 
-The state of a layer with two features, which goes from microbatch to microbatch:
+The state of a layer with two features goes from microbatch to microbatch:
 
     {"mean": [0, 0], "var": [1, 1], "calls": 0,          as the last call left them
      "moments": (count, mean [., .], m2 [., .])}         of this call's microbatches
@@ -45,8 +45,8 @@ class Moments(NamedTuple):
 def moments(x: Any, axes: Sequence[int]) -> Moments:
     """The moments of `x` over `axes`.
 
-    The corrected two-pass algorithm: distances are taken from a first mean, and what
-    that mean was off by is put right.
+    The corrected two-pass algorithm: distances are taken from a first mean, and the
+    error of that mean is then corrected.
     """
     x = x.astype(statistics_dtype(x.dtype))
     count = math.prod(x.shape[a] for a in axes)
@@ -114,42 +114,48 @@ def DeferredBatchNorm(  # noqa: N802 - it stands where a class of layers would
     bias_init: Callable[..., Any] = jax.nn.initializers.zeros,
     name: str = "batch_norm",
 ) -> Layer:
-    """A batch normalisation whose running statistics are those of the whole batch,
-    whatever `chunks` is.
+    """A batch normalisation with running statistics of the whole batch.
 
-    With `train=True` each microbatch is normalised by its own mean and (biased)
-    variance. The running statistics stay as they are until the end of the call, and are
-    then updated once, with mean and variance of the whole batch: the same numbers as
-    `flax.linen.BatchNorm` has for the batch in one piece, for the same inputs. With
-    `train=False` they normalise, and stay. After torchgpipe (arXiv 2004.09910).
+    The statistics are the same for any `chunks`.
+
+    With `train=True` each microbatch is normalised by its own mean and its own (biased)
+    variance. The running statistics are updated once, at the end of the call, with the
+    mean and variance of the whole batch. They are the numbers that
+    `flax.linen.BatchNorm` computes for the same inputs in one piece. With `train=False`
+    the running statistics normalise, and do not change. After torchgpipe (arXiv
+    2004.09910, section 4.1.4).
 
     Arguments:
-        axis: the feature axis or axes; means are taken over all others. Default the
-            last.
+        axis: the feature axis or axes. Means are taken over all other axes. Default:
+            the last axis.
         momentum: the weight of the old statistics in `momentum * old + (1 - momentum) *
-            new`; `None` for the plain average over all calls.
-        epsilon: added to the variance.
+            new`. `None` takes the plain average over all calls.
+        epsilon: a number that is added to the variance, at least 0.
 
     Other Arguments:
-        use_bias, use_scale: whether there are parameters `"bias"` and `"scale"`, each
-            of the features' shape.
-        unbiased: whether the running variance divides by the count less one (as PyTorch
-            does; of one value it is then 0). Default `False`, as Flax.
-        dtype: of the output; default what `x` and the parameters promote to. Statistics
-            are computed in float32 (float64 if `x` is) in any case.
-        param_dtype, scale_init, bias_init: of the parameters; an init is `f(key, shape,
-            dtype)`, default ones and zeros.
+        use_bias, use_scale: whether the layer has the parameters `"bias"` and
+            `"scale"`, each of the shape of the features.
+        unbiased: whether the running variance divides by `count - 1`, as PyTorch does;
+            the variance of one value is then 0. Default `False`, as in Flax.
+        dtype: the dtype of the output. Default: the dtype that `x` and the parameters
+            promote to. Statistics are always computed in float32, or in float64 if `x`
+            is float64.
+        param_dtype, scale_init, bias_init: the dtype and the initializers of the
+            parameters. An initializer is `f(key, shape, dtype)`; the defaults give ones
+            and zeros.
         name: the layer's name.
 
     Returns:
-        A `Layer`: `x` an array of floats, `y` of its shape. Parameters `{"scale",
-        "bias"}`. State `{"mean", "var"}`, each of the features' shape, the `"calls"`
-        counted, and the `"moments"` of the call's microbatches so far.
+        A `Layer` from an array of floats to an array of the same shape. Its parameters
+        are `{"scale", "bias"}`. Its state is a dict: `"mean"` and `"var"`, each of the
+        shape of the features; `"calls"`, the number of training calls; and `"moments"`,
+        the moments of the call's microbatches so far.
 
     Raises:
-        ValueError: a momentum or epsilon out of range; an axis that `x` does not have
-            (when the layer is called).
-        TypeError: `x` is no array of real floats (when the layer is called).
+        ValueError: `momentum` or `epsilon` is out of range, or, when the layer is
+            called, `x` does not have an axis of `axis`.
+        TypeError: an argument has a wrong type, or, when the layer is called, `x` is no
+            array of real floats.
 
     Example:
         >>> model = fpipe.sequential([fpipe.DeferredBatchNorm(momentum=0.5)], chunks=2)

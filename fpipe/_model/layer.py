@@ -8,8 +8,8 @@ the signature:
     @fpipe.skippable(stash=["a"], pop=["b"])
     def cross(params, x, *, carry): …         needs ("carry",), returns y, carry
 
-`call_layer` runs one on a microbatch and checks all that it returns: a mistake in a
-user's function is told at the first trace, in words that name the layer.
+`call_layer` runs a layer on one microbatch and checks what the layer returns. A mistake
+in a user's function is an error at the first trace, and the error names the layer.
 """
 
 import dataclasses
@@ -34,73 +34,75 @@ from fpipe._model.skips import Namespace, Scope, scoped
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A layer of the model: a pure function and what it declares.
+    """A layer of the model: a pure function and its declarations.
 
     Arguments:
-        apply: `apply(params, x, **needs)`; `x` is any pytree. A need is asked for by
-            naming it as a keyword-only parameter:
+        apply: `apply(params, x, **needs)`; `x` is any pytree. The function asks for a
+            need by naming it as a keyword-only parameter:
 
             - `carry`: a dict of the skips that the layer pops or peeks; see
               `fpipe.stash` and `fpipe.pop`.
-            - `state`: the layer's state, from microbatch to microbatch in order, behind
-              `stop_gradient`. It keeps its structure, shapes and dtypes.
+            - `state`: the layer's state. It goes from microbatch to microbatch in
+              order, under `stop_gradient`, and keeps its structure, shapes and dtypes.
             - `key`: a PRNG key of this layer and microbatch, `fold_in(fold_in(key,
-              layer), microbatch)`; `None` if the call was given none.
-            - `train`: `True` or `False`, as the call was given it.
-            - `borrowed`: a dict of the parameters of the layers in `borrow`, by name.
+              layer), microbatch)`. It is `None` if the call has no key.
+            - `train`: the call's `train`, `True` or `False`.
+            - `borrowed`: a dict from each name in `borrow` to that layer's parameters.
             - `side`: this microbatch's piece of the call's `side`.
             - `step`: the call's `step`, an int32 scalar, the same for all microbatches.
 
-            Of what the call is not given the parameter's own default holds
-            (`side=None`, `step=0`); without one, `side` and `step` are required.
+            If the call does not give a need, the parameter takes its own default
+            (`side=None`, `step=0`). A `side` or `step` without a default is required.
 
-            It returns `y`; with `carry` `(y, carry)`; with `state` `(y, state)`; with
-            both `(y, carry, state)`.
-        init: `init(key, x, **needs) -> params`, where `x` is a microbatch of zeros; it
-            may name needs too. `None` for a layer without parameters; `fpipe.fn` layers
-            need no `init`.
-        name: for errors, drawings and `borrow`; default the function's name.
+            The function returns `y`. With `carry` it returns `(y, carry)`, with
+            `state` `(y, state)`, and with both `(y, carry, state)`.
+        init: `init(key, x, **needs) -> params`, where `x` is a microbatch of zeros.
+            `init` may name needs too. `None`, the default, is for a layer without
+            parameters. An `fpipe.fn` layer needs no `init`.
+        name: the layer's name in errors, drawings and `borrow`. Default: the name of
+            the function.
 
     Other Arguments:
         stash, pop, peek: names of the skips that the layer stashes, pops, or reads
             without popping.
-        needs: overrides what the signature says, for wrappers that hide it. By the
-            signature, keywords of an object with `__call__` are needs only if they have
-            no default.
-        borrow: names of the layers whose parameters come as `borrowed[name]` (tied
-            weights).
-        init_state: `init_state(x, **needs) -> state`, for a layer with state; its `key`
+        needs: the needs, where a wrapper hides the signature of the function. Default:
+            the needs that the signature names. If `apply` is an object with `__call__`,
+            a keyword of its signature is a need only if it has no default.
+        borrow: names of layers. This layer gets their parameters as `borrowed[name]`
+            (tied weights).
+        init_state: `init_state(x, **needs) -> state`, for a layer with state. Its `key`
             is the layer's own.
         finish: `finish(state) -> state`, applied once at the end of a call.
-        defer: `defer() -> Layer`, the same layer with its batch norms deferred: for
-            `Pipe(deferred_batch_norm=True)`, which takes that layer's `apply`, `needs`,
-            `init_state` and `finish` in place of this one's.
+        defer: `defer() -> Layer`, the same layer with deferred batch norms.
+            `Pipe(deferred_batch_norm=True)` uses the `apply`, `needs`, `init_state` and
+            `finish` of that layer in place of this layer's.
         state_rows: `True`: the state has one entry for each row of the batch, on the
-            first axis of each of its arrays, as a key-value cache has. It is cut like
-            `x`, and a microbatch gets and returns that of its own rows. `False`: one
-            state for all microbatches is meant, whatever its shapes. `None`, the
-            default: it is one state, and refused if `init_state` makes as many entries
-            as there are rows and there is more than one microbatch.
-        overwrite: names of entries of the state, a dict, that a backward makes: their
-            "gradients" are what they shall be (scales and maxima of fp8 products, by a
-            `jax.custom_vjp`). All microbatches get what the call was given.
-            `value_and_grad` returns the maximum of their "gradients" as the new state;
-            other calls leave it. What the layer returns for it is not looked at. `True`
-            for all of the state.
-        spec: how the parameters are cut over the other axes of a mesh, where a stage of
-            a placed pipe lives on one (tensor parallelism): a
-            `jax.sharding.PartitionSpec` for all of them, or a tree of them in the form
-            of the parameters, or of its upper part, with `None` for what is as it
-            comes. Where a stage is on one device nobody looks at it.
+            first axis of each array, as a key-value cache has. The state is cut like
+            `x`: a microbatch gets and returns the entries of its own rows. `False`: all
+            microbatches share one state, whatever its shapes. `None`, the default: they
+            share one state, but with more than one microbatch a state with one entry
+            for each row is an error.
+        overwrite: names of entries of the state, which is a dict. The backward makes
+            these entries: their "gradients" are their new values (scales and maxima of
+            fp8 products, by a `jax.custom_vjp`). Every microbatch gets the values that
+            the call was given. `value_and_grad` returns the maximum over the
+            microbatches as the new state; other calls leave these entries as they are.
+            What the layer itself returns for them is ignored. `True` means all entries.
+        spec: how the parameters are sharded over the axes of a stage's mesh (tensor
+            parallelism). A `jax.sharding.PartitionSpec` holds for all parameters. A
+            tree of specs has the form of the parameters, or of the upper part of their
+            tree; `None` in it leaves a parameter as it is given. A stage on one device
+            ignores `spec`.
         namespaces: the namespace of each isolated skip; `isolate` sets it.
 
     Raises:
-        TypeError: a need as positional parameter, an unknown required keyword, a string
-            where a list of names belongs, skips without the need `carry`, something of
-            a state without the need `state`; another `Layer`, a Flax module, or an
-            object that is a pytree with arrays of floats, as `apply`; a `state_rows`
-            that is no bool.
-        ValueError: a name that is there twice.
+        TypeError: a need is a positional parameter. A required keyword is no need. A
+            string stands where a list of names belongs. The layer declares skips
+            without the need `carry`, or an `init_state`, `finish`, `state_rows` or
+            `overwrite` without the need `state`. `apply` is a `Layer`, a Flax module,
+            or an object that is a pytree with arrays of floats. `state_rows` is no
+            bool.
+        ValueError: a list has the same name twice.
 
     Example:
         >>> dense = fpipe.Layer(
@@ -218,8 +220,17 @@ class Layer:
         return tuple(n for n in NEEDS if n in given)
 
     def __call__(self, params: PyTree, x: PyTree, **needs: Any) -> Any:
-        """Call the layer's function as it is, without the checks of a pipe: a decorated
-        function can be tested as the plain function that it was.
+        """Call the layer's function directly, without the checks of a pipe.
+
+        A decorated function can be tested like a plain one.
+
+        Arguments:
+            params: the layer's parameters.
+            x: one microbatch.
+            needs: the values of the needs that the layer asks for.
+
+        Returns:
+            What the function returns.
         """
         return self.apply(params, x, **needs)
 
@@ -242,18 +253,29 @@ class Layer:
         return _unpickled, (fields, None)
 
     def asks(self, need: str) -> bool:
-        """Whether the layer declares a need, by its signature or by `needs=`."""
+        """Whether the layer declares a need, by its signature or by `needs=`.
+
+        Arguments:
+            need: the name of the need, such as `"key"`.
+        """
         return need in (self.needs or ())
 
     def isolate(
         self, namespace: Namespace, only: Iterable[str] | None = None
     ) -> "Layer":
-        """The same layer with its skips (or `only` some of them) in a namespace.
+        """The same layer with its skips, or `only` some of them, in a namespace.
 
         Arguments:
-            namespace: a `Namespace`, shared by the layers that stash, peek and pop the
-                skip.
-            only: names of skips that this layer declares; default all of them.
+            namespace: a `Namespace`. The layers that stash, peek or pop the same skip
+                need the same namespace.
+            only: names of skips that this layer declares. Default: all of them.
+
+        Returns:
+            A new `Layer`.
+
+        Raises:
+            TypeError: `namespace` is no `Namespace`, or `only` is no list of names.
+            ValueError: the layer declares no skip of a name in `only`.
         """
         if not isinstance(namespace, Namespace):
             raise TypeError(
@@ -609,15 +631,18 @@ def fn(
     jnp.tanh(x)`.
 
     Arguments:
-        f: `f(x, **needs)`; needs as in `Layer`.
-        name: default the function's name.
-        needs: overrides what the signature says, for wrappers that hide it; `()` for
-            none.
+        f: `f(x, **needs)`; the needs are those of `Layer`.
+        name: the layer's name. Default: the name of the function.
+        needs: the needs, where a wrapper hides the signature of `f`; `()` for none.
+            Default: the needs that the signature names.
+
+    Returns:
+        A `Layer` whose parameters are `()`.
 
     Raises:
-        TypeError: no function, or a `Layer`, a Flax module, or an object that is a
-            pytree with arrays, whose arrays would not train; parameters that `f` cannot
-            be called with.
+        TypeError: `f` cannot be called as `f(x, **needs)`. Or it is a `Layer`, a Flax
+            module, or an object that is a pytree with arrays of floats: these arrays
+            would not train.
 
     Example:
         >>> activation = fpipe.fn(jax.nn.relu)
@@ -668,20 +693,22 @@ def _no_params(key: Any, x: PyTree) -> PyTree:
 def skippable(
     stash: Iterable[str] = (), pop: Iterable[str] = (), peek: Iterable[str] = ()
 ) -> Callable[[Callable[..., Any] | Layer], Layer]:
-    """Declare the skips of a layer (torchgpipe's `@skippable`, Kim et al., arXiv
-    2004.09910).
+    """Declare the skips of a layer.
+
+    After torchgpipe's `@skippable` (Kim et al., arXiv 2004.09910).
 
     Arguments:
-        stash: names that the layer stashes: each with one `fpipe.stash`.
-        pop: names that the layer takes: each with one `fpipe.pop`.
-        peek: names that the layer reads and leaves for a later layer to pop.
+        stash: names that the layer stashes, each with one `fpipe.stash`.
+        pop: names that the layer takes out, each with one `fpipe.pop`.
+        peek: names that the layer reads with `fpipe.peek`. A later layer pops them.
 
     Returns:
-        A decorator from a function with the keyword-only parameter `carry`, or a
-        `Layer`, to a `Layer`. What a `Layer` declares already stays.
+        A decorator. It takes a function with the keyword-only parameter `carry`, or a
+        `Layer`, and returns a `Layer`. Skips that a `Layer` declares already are kept.
 
     Raises:
-        TypeError: a string where a list of names belongs.
+        TypeError: a string stands where a list of names belongs.
+        ValueError: a list has the same name twice.
 
     Example:
         >>> @fpipe.skippable(stash=["skip"])

@@ -11,8 +11,7 @@ becomes
     Skip(-1, "a"): SkipRoute(maker=0, readers=(2, 4))
     Skip(0, "a"):  SkipRoute(maker=1, readers=(3,))
 
-Declarations that do not fit together have no route: all of them are collected, and one
-error lists them.
+Declarations that do not fit together have no route. One error lists all of them.
 """
 
 import dataclasses
@@ -80,17 +79,18 @@ class Mismatch:
 
 
 def verify_skippables(layers: Iterable[Any]) -> None:
-    """Check the skips of a whole model, at any nesting depth, and report all that is
-    wrong at once.
+    """Check the skips of a whole model. One error reports all mistakes.
+
+    `Pipe` calls this itself.
 
     Arguments:
-        layers: functions, `Layer`s, or nested sequences of them. `Pipe` calls this
-            itself.
+        layers: functions, `Layer`s, or sequences of them, nested to any depth.
 
     Raises:
-        ValueError: a skip declared both ways in one layer; stashed twice, or popped
-            twice, without a namespace; popped or peeked but never stashed (or stashed
-            only later); peeked after its pop; stashed but never popped.
+        ValueError: one layer declares a skip in two ways. A skip is stashed twice, or
+            popped twice, without a namespace. A skip is popped or peeked, and no
+            earlier layer stashes it. A skip is peeked after its pop. A skip is stashed
+            and never popped.
     """
     find_skip_routes(number_namespaces(flatten_layers(layers)))
 
@@ -177,8 +177,8 @@ def explain_mismatches(
 ) -> list[str]:
     """A line for each mismatch: which layers, what is wrong, how to put it right.
 
-    Words stand apart from the search, which returns data: a line may name two layers,
-    and how a layer is called in errors is decided once.
+    The search returns data and writes no text: a line may name two layers, and one
+    place decides how an error names a layer.
     """
     titles = [f"layer {k} {layer.name!r}" for k, layer in enumerate(layers)]
     wrong: list[str] = []

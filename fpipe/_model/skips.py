@@ -1,5 +1,6 @@
-"""Skips as a layer sees them: an explicit carry dict, and namespaces for layers that
-are used many times.
+"""Skips as a layer sees them: a carry, which is a dict, and namespaces.
+
+A namespace lets a model use the same layer several times.
 
 A layer that pops "a" and stashes "b" gets `{"a": value}` and returns `{"b": value}`:
 
@@ -17,11 +18,12 @@ from fpipe._core.pytrees import PyTree
 
 
 class Namespace:
-    """A space of skip names of its own, so that the same layers can be used many times.
+    """A space of skip names, so that a model can use the same layers several times.
 
-    Two namespaces are equal only if they are the same object. Inside a `Pipe` they are
-    numbered by first use, in layer order, so that every process and every run agrees on
-    them.
+    Two skips of the same name in two namespaces are two different skips;
+    `Layer.isolate` puts a layer's skips into a namespace. Two namespaces are equal only
+    if they are the same object. A `Pipe` numbers its namespaces by first use, in the
+    order of the layers, so every process and every run gives the same numbers.
 
     Example:
         >>> import fpipe
@@ -39,14 +41,14 @@ class Namespace:
 
     @classmethod
     def numbered(cls, number: int) -> "Namespace":
-        """The namespace of that number: equal to every other one of that number."""
+        """The namespace with a number. All namespaces with that number are equal."""
         self = cls()
         self._number = number
         return self
 
     @property
     def number(self) -> int:
-        """Its number within a model; only numbered namespaces have one."""
+        """The namespace's number in its model. Only a model's namespaces have one."""
         assert self._number is not None
         return self._number
 
@@ -99,12 +101,15 @@ def scoped(scope: Scope) -> Iterator[None]:
 
 
 def stash(carry: Mapping[str, PyTree], name: str, value: PyTree) -> dict[str, PyTree]:
-    """A new carry with `value` stashed under `name`, for a later layer to pop.
+    """Stash a value under a name, for a later layer to pop.
 
     Arguments:
-        carry: the layer's carry.
-        name: declared in `skippable(stash=[name])`.
-        value: any pytree; `None` and integers too.
+        carry: the layer's carry. It is not changed.
+        name: a name that the layer declares in `skippable(stash=[name])`.
+        value: any pytree, also `None` or integers.
+
+    Returns:
+        A new carry, with `value` under `name`.
 
     Raises:
         TypeError: `carry` is no dict.
@@ -126,11 +131,14 @@ def stash(carry: Mapping[str, PyTree], name: str, value: PyTree) -> dict[str, Py
 
 
 def pop(carry: Mapping[str, PyTree], name: str) -> tuple[PyTree, dict[str, PyTree]]:
-    """Take a skip: its value, and a new carry without it.
+    """Take a skip out of the carry.
 
     Arguments:
-        carry: the layer's carry.
-        name: declared in `skippable(pop=[name])`.
+        carry: the layer's carry. It is not changed.
+        name: a name that the layer declares in `skippable(pop=[name])`.
+
+    Returns:
+        `(value, carry)`: the value that was stashed, and a new carry without it.
 
     Raises:
         TypeError: `carry` is no dict.
@@ -156,7 +164,10 @@ def peek(carry: Mapping[str, PyTree], name: str) -> PyTree:
 
     Arguments:
         carry: the layer's carry.
-        name: declared in `skippable(peek=[name])`.
+        name: a name that the layer declares in `skippable(peek=[name])`.
+
+    Returns:
+        The value that was stashed.
 
     Raises:
         TypeError: `carry` is no dict.
@@ -187,7 +198,7 @@ def _check(call: str, carry: object, name: str, field: str) -> None:
         raise TypeError(
             f"{call} in {_who()}: the carry is a {type(carry).__name__}, no dict"
         )
-    # Outside of a pipeline, in a user's test of a layer for one, all is allowed.
+    # Outside a pipeline, for example in a user's test of a layer, any name is allowed.
     scope = _scope.get()
     if scope is None or name in getattr(scope, field):
         return

@@ -1,4 +1,4 @@
-"""Wrappers: what a user writes around a value to say how it is cut, or put together.
+"""Wrappers: a user puts one around a value to say how the value is cut or joined.
 
     in x, side, targets            what a microbatch gets
     -----------------------------  ---------------------------------------------
@@ -11,8 +11,8 @@
     Chunk(y, axis=1)               by the last layer: `y`, concatenated on axis 1
     PerRow(prediction)             in aux: it, concatenated on axis 0
 
-All are pytrees, so that `jax.grad`, `jax.device_put` and the user's own maps reach what
-is inside. Layers and losses never get one.
+All are pytrees, so `jax.grad`, `jax.device_put` and the user's own maps reach the
+arrays inside. Layers and losses never get a wrapper.
 """
 
 import dataclasses
@@ -28,10 +28,13 @@ from fpipe._core.pytrees import PyTree
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class NoChunk:
-    """A value that goes whole to every microbatch; its gradient is the sum over them.
+    """A value that every microbatch gets whole, in `x`, `side` or targets.
+
+    Its gradient is the sum over the microbatches.
 
     Arguments:
-        value: an array, or a pytree of arrays. 0-d arrays need it.
+        value: an array, or a pytree of arrays. A 0-d array needs this wrapper, because
+            it has no rows.
 
     Example:
         >>> temperature = fpipe.NoChunk(jnp.float32(0.7))
@@ -54,14 +57,14 @@ class NoChunk:
 class Chunk:
     """A value whose rows lie along another axis than the first.
 
-    In `x`, `side` and targets it is cut along that axis, and its gradient comes back as
-    a `Chunk`. Returned by the last layer, the outputs of the microbatches are
-    concatenated on that axis; the caller and the loss get the array itself. Layers
-    never see one.
+    In `x`, `side` and targets the value is cut along that axis, and its gradient comes
+    back as a `Chunk`. The last layer may return a `Chunk`: then the outputs of the
+    microbatches are concatenated on that axis. Layers, the loss and the caller get the
+    array itself, without the wrapper.
 
     Arguments:
-        value: an array, or a pytree of arrays, all with their rows on that axis.
-        axis: which; negative ones count from the last.
+        value: an array, or a pytree of arrays. All have their rows on `axis`.
+        axis: the axis of the rows. A negative axis counts from the last.
 
     Raises:
         TypeError: `axis` is no int.
@@ -96,23 +99,24 @@ class Chunk:
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Microbatches:
-    """Ready-made microbatches, in the place of something that would be cut.
+    """Ready-made microbatches, in the place of an input that would be cut.
 
-    Their shapes may differ, in the lengths of sequences for example; structure, dtypes
-    and static leaves may not. Their number is that of the call's microbatches, whatever
-    `chunks` says. What else the call is given is cut into as many, or ready-made too,
-    and `pipe(...)` returns one.
+    The shapes of the microbatches may differ, for example in the lengths of sequences.
+    Their structure, dtypes and static leaves must be equal. The number of pieces is the
+    call's number of microbatches, whatever `chunks` says. The call's other inputs are
+    cut into the same number, or are `Microbatches` too. `pipe(...)` then returns
+    `Microbatches`.
 
-    Each set of shapes is compiled once. `reduction="mean"` weighs by the rows of the
-    first array of `x`; `"weighted"` is exact, whatever the lengths.
+    Each set of shapes is compiled once. `reduction="mean"` weighs a microbatch by the
+    rows of the first array of `x`. `"weighted"` is exact for any lengths.
 
     Arguments:
-        pieces: what each microbatch gets, at least one. A `Chunk` around an array in it
-            says on which axis its rows are.
+        pieces: one pytree for each microbatch, at least one. A `Chunk` around an array
+            in it says on which axis the rows of that array are.
 
     Raises:
         TypeError: `pieces` is no list or tuple.
-        ValueError: it is empty.
+        ValueError: `pieces` is empty.
 
     Example:
         >>> short, long = jnp.ones((4, 16, 8)), jnp.ones((4, 64, 8))
@@ -156,11 +160,11 @@ class Microbatches:
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class PerRow:
-    """A value of a loss function's aux that has an entry for each row.
+    """A value in a loss function's `aux` that has one entry for each row.
 
-    The caller gets it of all rows: the microbatches' values are concatenated on axis 0,
-    where other leaves of aux are stacked. Of a call with `Microbatches` it gets a
-    `Microbatches`.
+    The caller gets the entries of all rows: the values of the microbatches are
+    concatenated on axis 0. Other leaves of `aux` are stacked on a new axis of `m`
+    microbatches. If the inputs are `Microbatches`, the caller gets `Microbatches`.
 
     Arguments:
         value: an array, or a pytree of arrays, with the rows on axis 0.

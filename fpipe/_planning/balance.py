@@ -53,63 +53,74 @@ def balance(
     params: Sequence[PyTree] | None = None,
     compute_dtype: Any = None,
 ) -> tuple[int, ...]:
-    """Layers per stage, for `Pipe(balance=...)`: the most expensive stage is as cheap
-    as can be, exactly.
+    """The number of layers in each stage, for `Pipe(balance=...)`.
 
-    From shapes alone, but for `by="time"`. A stage costs its layers' work, divided by
-    the speed of its device, plus the time of what crosses its ends, if a bandwidth is
-    given. Of cuts that are equal in that, the one with the least traffic in total, then
-    the most even one, then the first.
+    The cut makes the most expensive stage as cheap as possible. Without memory limits
+    the search is exact. Costs come from shapes alone; only `by="time"` runs the layers.
+
+    The cost of a stage is the work of its layers divided by the speed of its device.
+    With `bandwidth`, the transfer time at both ends of the stage is added. Among cuts
+    of equal cost, the cut with the least total traffic is taken, then the most even
+    one, then the first.
 
     Arguments:
-        layers: layers, or an `fpipe.Split`, as for `Pipe`; or their costs: a
-            `LayerCosts`, or one number for each.
-        x: a batch, or its shapes (`jax.ShapeDtypeStruct`); none with costs.
-        stages: how many; default as many as `Pipe` would make on the devices.
-        devices: how many, or the devices; default one for each of `stages`, or those of
-            `jax.devices()`.
+        layers: layers, or an `fpipe.Split`, as for `Pipe`. Or the costs of the layers:
+            a `LayerCosts`, or one number for each layer.
+        x: a batch, or its shapes (`jax.ShapeDtypeStruct`). Leave it out if `layers` are
+            costs.
+        stages: the number of stages. Default: the number that `Pipe` makes on the
+            devices.
+        devices: the number of devices, or the devices. Default: one for each of
+            `stages`, or `jax.devices()` without `stages`.
 
     Other Arguments:
-        by: what a stage costs. `"flops"` (default), `"bytes"`, `"time"`: see
-            `layer_costs`; `"memory"`: the memory that it needs (over the limit, where
-            there are limits). With a `LayerCosts`, what that has, or `"memory"`.
-        speeds: of the devices, one number or one for each: work per second, where bytes
-            are to be weighed against it (FLOP/s for `"flops"`), else relative to one
-            another. Default all equal.
-        bandwidth: bytes per second of a device's links, each way. Default: traffic
-            decides between equal cuts only.
-        memory: bytes that a device has, one number or one for each: a cut that needs
-            more is none. Default no limit.
+        by: the measure of a stage's cost. `"flops"` (default), `"bytes"` and `"time"`
+            are those of `layer_costs`. `"memory"` is the memory that the stage needs,
+            as a share of its limit if `memory` is given. For a `LayerCosts`, the
+            measure that it was made with, or `"memory"`.
+        speeds: the speeds of the devices, one number or one for each. With `bandwidth`
+            they are work per second (FLOP/s for `"flops"`). Otherwise only their ratios
+            count. Default: all equal.
+        bandwidth: bytes per second of a device's links, in each direction. Costs that
+            are plain numbers then count as seconds. Default: traffic only decides
+            between cuts of equal cost.
+        memory: bytes that a device has, one number or one for each device. A cut that
+            needs more is not taken. Default: no limit.
         optimizer: bytes of optimizer state for each byte of parameters: 2 for Adam (the
             default), 1 for momentum, 0 for SGD.
-        chunks: as for `Pipe`; default 1, with a `LayerCosts` the number of microbatches
-            that it was made for.
-        checkpoint, schedule, compute_dtype: as for `Pipe`. They say which forwards run
-            twice, how many microbatches a stage holds, and how many stages are on each
-            device.
+        chunks: as for `Pipe`. Default: 1; for a `LayerCosts`, the number of
+            microbatches that it was made for.
+        checkpoint, schedule, compute_dtype: as for `Pipe`. They determine which
+            forwards run twice, how many microbatches a stage holds, and how many stages
+            each device has.
         side, params: as for `layer_costs`.
 
-    A stage needs memory for its parameters, their gradients and the optimizer's state;
-    for each microbatch that the schedule holds, what the backward keeps (with
-    recomputation the stage's inputs, and the residuals of the microbatch at work, of
-    one more with `"except_last"`); for what waits on its way; and for one array at each
-    end. Borrowed parameters count again where they are borrowed, the batch on the first
-    stage. Not counted: side inputs and targets, what XLA needs inside a program, and
-    casts of parameters to `compute_dtype`.
+    These count as the memory of a stage:
 
-    With several stages on a device each of them counts as a stage, so that *they* are
-    balanced, and a skip counts as crossing also between two stages of one device.
-    Memory limits hold for the sum of a device's stages; the search for a cut that keeps
-    them is exact while it is small (see `fpipe/_planning/partition.py`), and the best
-    that was found otherwise.
+    - its parameters, their gradients and the optimizer's state;
+    - borrowed parameters, in each stage that borrows them;
+    - the values that the backward needs, for each microbatch that the schedule holds.
+      With recomputation these are the stage's inputs, and the residuals of one
+      microbatch (of two with `"except_last"`);
+    - arrays that wait to be sent or used, and one array at each end of the stage;
+    - the batch, on the first stage.
+
+    Side inputs, targets, XLA's memory inside a program, and casts of parameters to
+    `compute_dtype` are not counted.
+
+    If a device has several stages, the stages are balanced, not the devices. A skip
+    between two stages of one device counts as traffic too. A memory limit holds for the
+    sum of a device's stages. A search under memory limits is exact for small problems
+    (see `fpipe/_planning/partition.py`); for large ones the best cut that was found is
+    taken.
 
     Returns:
         The number of layers in each stage.
 
     Raises:
-        ValueError: no cut fits into `memory`, and by how much; more stages than layers;
-            an argument that is out of range.
-        TypeError: `x` missing, or given beside costs.
+        ValueError: no cut fits into `memory`; the message says by how much. There are
+            more stages than layers. An argument is out of range.
+        TypeError: `x` is missing, or is given together with costs.
 
     Example:
         >>> fpipe.balance([3, 1, 1, 1, 2], stages=2)
@@ -120,7 +131,7 @@ def balance(
         >>> fpipe.balance([dense] * 5, x, stages=2, chunks=4)
         (2, 3)
     """
-    # First the costs: those that were given, or those that the layers have.
+    # First the costs: given ones, or those of the layers.
     known = _known_costs(layers)
     if by is not None and not is_one_of(by, UNITS):
         raise ValueError(
@@ -159,7 +170,7 @@ def balance(
             known = dataclasses.replace(known, microbatches=chunks)
         if checkpoint is not None:
             known = dataclasses.replace(known, checkpoint=checkpoint)
-    # Then what the stages run on. Which device a stage has is the schedule's to say.
+    # Then the hardware. The schedule says which device a stage runs on.
     stage_to_device = stage_devices(known, scheduling, stages, devices)
     hardware = Hardware.checked(
         "balance",
@@ -171,8 +182,8 @@ def balance(
         speed_name="speeds",
     )
     by_memory = by == "memory"
-    # Transfers take seconds. FLOPs or bytes can be added to them only by a speed; costs
-    # that the user gave are taken to be in seconds, or in whatever goes with seconds.
+    # Transfers take seconds. FLOPs or bytes need a speed before they can be added to
+    # seconds. Costs that the user gave count as seconds.
     counted = known.unit in ("FLOP", "byte") and not by_memory
     if bandwidth is not None and speeds is None and counted:
         raise ValueError(
@@ -203,8 +214,8 @@ def best_balance(
     devices = 1 + max(stage_to_device)
     limits = hardware.memory or (math.inf,) * devices
 
-    # A stage of a device with more memory, or a faster one, may be larger: both costs
-    # are shares of what the device has, so that they can be compared between devices.
+    # A device with more memory, or a faster one, may have a larger stage. So both costs
+    # are shares of the device's memory or speed, and can be compared between devices.
 
     def memory_cost(s: int) -> Table:
         """As a share of the limit, where there is one."""
@@ -230,8 +241,7 @@ def best_balance(
         limits=limits,
     )
     cut = best_cut(task)
-    # The nearest cut and what it lacks is part of the error: it tells how far off one
-    # is.
+    # The error names the cut that lacks least, and how many bytes it lacks.
     if isinstance(cut, Shortage):
         raise ValueError(_does_not_fit(cut, costs, scheduling))
     return cut

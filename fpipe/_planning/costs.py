@@ -40,35 +40,36 @@ class Sent(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LayerCosts:
-    """What each layer of a model costs for one microbatch. `fpipe.layer_costs` makes
-    one, `fpipe.balance` cuts by it.
+    """The costs of each layer of a model, for one microbatch.
 
-    A frozen value of plain numbers: it prints, pickles, and `dataclasses.replace(costs,
-    forward=...)` puts other numbers in. All tuples have one entry for each layer. Bytes
-    are those of arrays, without what an allocator adds.
+    `fpipe.layer_costs` makes a `LayerCosts`, and `fpipe.balance` takes one. It is a
+    frozen value of plain numbers: it prints and pickles, and
+    `dataclasses.replace(costs, forward=...)` changes numbers. A tuple has one entry for
+    each layer. Bytes are the sizes of arrays, without an allocator's padding.
 
     Attributes:
-        names: of the layers.
-        forward, backward: the work of each, without recomputation, in `unit`.
-        unit: `"FLOP"`, `"byte"` (read and written), `"second"`, or anything else.
+        names: the names of the layers.
+        forward, backward: the work of each layer's forward and backward, without
+            recomputation, in `unit`.
+        unit: `"FLOP"`, `"byte"` (read and written), `"second"`, or any other name.
         params: bytes of the parameters that the layer owns.
-        gradients: bytes of their gradients as they are summed: 16-bit floats in
-            float32.
+        gradients: bytes of the gradients of these parameters while they are summed.
+            Gradients of 16-bit floats are summed in float32.
         residuals: bytes that a microbatch keeps from the layer's forward to its
-            backward if nothing is recomputed: values made in the layer, and its inputs
-            if the backward reads them.
-        shared: bytes that are in the residuals of this layer and of the next one, and
-            are kept once where both are in one stage.
-        saved: bytes that are kept besides a stage's inputs where it is recomputed:
-            states, and what the policy saves on the device.
-        boundaries: bytes of what the layer hands to the next one; of the last one, the
-            model's output.
+            backward, without recomputation. They are values made in the layer, and its
+            inputs if the backward reads them.
+        shared: bytes that are in the residuals of this layer and also in those of the
+            next one. A stage with both layers keeps them once.
+        saved: bytes that a recomputed stage keeps besides its inputs: states, and
+            values that the checkpoint policy saves on the device.
+        boundaries: bytes that the layer hands to the next one. For the last layer, the
+            bytes of the model's output.
         inputs: bytes of one microbatch of the model's input.
-        skips: the skips.
-        borrowed: parameters that other layers borrow and read; whole arrays, not for
-            one microbatch. Those of an owner with the same readers are one entry.
-        microbatches: into how many the batch was cut.
-        checkpoint: as in `Pipe`: it says what `saved` is.
+        skips: the skips, with their ends and bytes.
+        borrowed: parameters that other layers borrow and read, as bytes of whole
+            arrays. Parameters of one owner with the same readers are one entry.
+        microbatches: the number of microbatches that the batch was cut into.
+        checkpoint: as in `Pipe`; `saved` depends on it.
     """
 
     names: tuple[str, ...]
@@ -139,7 +140,12 @@ class LayerCosts:
 
     @classmethod
     def given(cls, costs: Iterable[float]) -> "LayerCosts":
-        """From one number for each layer, of all that it does."""
+        """Costs from one number for each layer, its work in forward and backward.
+
+        Arguments:
+            costs: the work of each layer, in any unit, at least 0. All of it counts as
+                backward, so none counts as recomputed.
+        """
         # As backwards, and no forwards: nothing is known of these costs, so nothing of
         # them may count as recomputed.
         backward = tuple(map(float, costs))

@@ -83,38 +83,41 @@ def layer_costs(
     device: Any = None,
     repeats: int = 10,
 ) -> LayerCosts:
-    """What each layer costs for one microbatch, in work, memory and traffic.
+    """The costs of each layer for one microbatch: work, memory and traffic.
 
-    From shapes alone, but for `by="time"`: nothing is allocated and nothing compiled.
-    Layers that are equal are traced once (the same functions on the same shapes), and
-    layers that compute the same are lowered, or measured, once.
+    The costs come from shapes alone: no array is allocated and no program is compiled.
+    Only `by="time"` runs the layers. Equal layers are traced once. Layers with the same
+    computation are lowered, or measured, once.
 
     Arguments:
-        layers: functions, `Layer`s, or nested sequences of them, or an `fpipe.Split`,
-            as for `Pipe`.
+        layers: functions, `Layer`s, nested sequences of them, or an `fpipe.Split`, as
+            for `Pipe`.
         x: a batch, or its shapes (`jax.ShapeDtypeStruct`).
 
     Other Arguments:
-        by: what work is. `"flops"` (default) and `"bytes"` (read and written): as XLA
-            counts them in the layer's lowered forward and backward, the body of a
-            `lax.scan` as often as it runs; what is inside a foreign call, such as a
-            Pallas kernel or a callback, is not counted. `"time"`: seconds, the medians
-            of runs on one device after a warm-up. `"memory"`: no work is counted, only
-            memory.
-        side: side inputs, or their shapes.
-        chunks: as for `Pipe`: the batch is cut into so many microbatches; default 1,
-            `x` is one.
-        params: parameters of every layer, or their shapes; needed if a layer has no
-            `init`. Of an `fpipe.Split`, which knows their shapes, the function's own
-            tree. `"time"` uses them if they are arrays; else, and for all other inputs,
-            zeros.
+        by: the measure of work. `"flops"` (default) and `"bytes"` (read and written)
+            are XLA's counts for the lowered forward and backward. The body of a
+            `lax.scan` counts as often as it runs. Work inside a foreign call, such as a
+            Pallas kernel or a callback, is not counted. `"time"` is in seconds: the
+            medians of runs on one device, after a warm-up. `"memory"` counts no work,
+            only memory.
+        side: side inputs, or their shapes. Default: none.
+        chunks: the number of microbatches that the batch is cut into, as for `Pipe`.
+            Default: 1, so `x` is one microbatch.
+        params: parameters of every layer, or their shapes. They are required if a layer
+            has no `init`. For an `fpipe.Split` they are the function's own tree, and
+            may be left out. `"time"` runs with these parameters if they are arrays.
+            Otherwise, and for all other inputs, it runs with zeros.
         checkpoint, compute_dtype: as for `Pipe`.
-        train: handed to the layers that ask; default `True`.
-        device: where `"time"` runs; default the first of `jax.devices()`.
-        repeats: how often `"time"` runs each; default 10.
+        train: the value for layers that ask for `train`. Default `True`.
+        device: the device that `"time"` runs on. Default: the first of `jax.devices()`.
+        repeats: the number of runs of each layer for `"time"`. Default 10.
+
+    Returns:
+        A `LayerCosts`.
 
     Raises:
-        ValueError: an unknown `by`; a layer without `init` and no `params`.
+        ValueError: `by` is unknown. Or a layer has no `init`, and `params` is missing.
 
     Example:
         >>> make = lambda key, x: jnp.zeros((3, 3))

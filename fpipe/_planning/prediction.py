@@ -139,29 +139,31 @@ class InputRow:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a call will take: `Pipe.plan` makes one.
+    """The predicted time and memory of a call. `Pipe.plan` makes one.
 
-    It prints as a table; `to_json()` has the same as data.
+    It prints as a table, and `to_json()` returns the same data as JSON.
 
     Attributes:
         executor, checkpoint: as in the pipe.
-        microbatches: their number.
-        unit: of work and time: `"FLOP"` or `"second"`.
-        stages: a row each: `stage`, `device`, `layers`, `params` (how many numbers),
-            `work` (by kind of action, for one microbatch), `boundary` (bytes for one
-            microbatch), `stashed` and `popped` (skips: name, other stage, bytes).
-        devices: a row each: `name`, `memory` (bytes by what they are for, when it is
-            fullest), `peak`, `doing` (what runs then), `limit`, `missing`, `host`
-            (bytes of residuals that a policy moves to the host's memory, no part of
-            `peak`).
+        microbatches: the number of microbatches.
+        unit: the unit of work and time, `"FLOP"` or `"second"`.
+        stages: a row for each stage: `stage`, `device`, `layers`, `params` (the number
+            of values), `work` (of one microbatch, by kind of action), `boundary` (bytes
+            of one microbatch), `stashed` and `popped` (for each skip: name, other
+            stage, bytes).
+        devices: a row for each device, at the moment when its memory is fullest:
+            `name`, `memory` (bytes by purpose), `peak` (their sum), `doing` (what runs
+            then), `limit` (bytes), `missing` (bytes over the limit) and `host` (bytes
+            of residuals that a policy moves to the host's memory; `peak` does not
+            count them).
         inputs: a row for each leaf of `x`, `side` and targets: `name`, `value` (dtype
             and shape), `gets` (`"rows"`, `"whole"`, `"static"` or `"ready"`), `axis`
-            (of its rows), `rows` (of each microbatch).
-        schedule: what runs.
-        timeline: when it runs, under the work of the stages.
-        compiled: whether `temporary` memory is in the devices' rows, as compiled
-            programs say it.
-        warnings: what could be better, and how.
+            (the axis of its rows) and `rows` (of each microbatch).
+        schedule: the schedule that runs.
+        timeline: the simulated timeline, from the work of the stages.
+        compiled: whether the devices' rows count `temporary` memory, the memory that
+            compiled programs need for themselves.
+        warnings: sentences about possible improvements, each with its cure.
     """
 
     executor: str
@@ -178,7 +180,7 @@ class Prediction:
 
     @property
     def step(self) -> float:
-        """From the first start to the last end, in `unit`."""
+        """The time of a step, from the first start to the last end, in `unit`."""
         return self.timeline.makespan
 
     @property
@@ -188,11 +190,11 @@ class Prediction:
 
     @property
     def peak(self) -> int:
-        """Bytes of the fullest device."""
+        """The peak memory of the fullest device, in bytes."""
         return max(row.peak for row in self.devices)
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """The prediction as plain data: dicts, lists, numbers and strings."""
         # `asdict` leaves named tuples as they are, and JSON would write them as lists
         # without names.
         stages = [
@@ -234,16 +236,19 @@ class Prediction:
         }
 
     def to_json(self, indent: int | None = 2) -> str:
-        """The same as JSON."""
+        """The prediction as JSON."""
         return json.dumps(self.as_dict(), indent=indent)
 
     def metrics(self) -> dict[str, float]:
-        """The totals in numbers, for a logger, named as those of a recorded step.
+        """The totals as a dict of numbers, for a logger.
+
+        The names are those of `Recording.metrics`.
 
         Returns:
-            `step_seconds` or `step_flop`, by the unit; `bubble`: the idle share of
-            device time, 0 to 1; `peak_live`: the most microbatches that a device holds
-            at once; `peak_bytes`: of the fullest device.
+            `step_seconds` or `step_flop`: the time of a step, by the unit. `bubble`:
+            the idle share of device time, 0 to 1. `peak_live`: the most microbatches
+            that a device holds at once. `peak_bytes`: the peak memory of the fullest
+            device.
         """
         found = self.timeline.metrics()
         step = "step_flop" if self.unit == "FLOP" else "step_seconds"

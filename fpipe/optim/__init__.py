@@ -1,5 +1,6 @@
-"""optax over the parameters of a pipe, wherever they are: `import fpipe.optim` to use
-it (it needs optax).
+"""optax for the parameters of a pipe, on the devices where they are.
+
+`import fpipe.optim` to use it. It needs optax.
 """
 
 from fpipe.optim._loss_scale import DynamicLossScale as DynamicLossScale

@@ -1,7 +1,7 @@
-"""A loss scale that finds its size by itself.
+"""A loss scale that adjusts itself.
 
-In come the gradients of a step, out goes the scale of the next one. With a period of
-two, a scale of 4 and gradients that are finite, finite, finite, infinite:
+In: the gradients of a step. Out: the scale of the next step. With a period of two, a
+scale of 4 and gradients that are finite, finite, finite, infinite:
 
     scale   4   4   8   8   4
     steps   0   1   0   1   0
@@ -32,21 +32,26 @@ def _number(dtype: Any, value: int) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DynamicLossScale:
-    """A loss scale for float16: halved where gradients overflow, doubled where they
-    have not for a while.
+    """A loss scale for float16 that adjusts itself.
 
-    A pytree of two numbers, so that it goes through `jax.jit` and into checkpoints.
-    Give `scale.scale` to a call as `loss_scale=`, leave out the updates that are not
-    finite (`optax.apply_if_finite` within `per_stage`), and take the next one from
-    `scale.adjusted(grads)`. After Micikevicius et al., Mixed Precision Training ([arXiv
+    It is halved when gradients overflow, and doubled after many steps without overflow.
+    It is a pytree of two numbers, so `jax.jit` and checkpoint libraries take it. A
+    training step uses it in three places:
+
+    1. Give `scale.scale` to the call as `loss_scale=`.
+    2. Skip updates that are not finite: `per_stage(optax.apply_if_finite(tx, ...))`.
+    3. Take the scale of the next step from `scale.adjusted(grads)`.
+
+    After Micikevicius et al., Mixed Precision Training ([arXiv
     1710.03740](https://arxiv.org/abs/1710.03740)), section 3.2.
 
     Arguments:
-        scale: the first one; default 2**15.
-        steps: how many calls with finite gradients there have been since it changed;
+        scale: the scale; default 2**15.
+        steps: the number of calls with finite gradients since the scale last changed;
             default 0.
-        period: after how many of these it is multiplied by `factor`; default 2000.
-        factor: what it is multiplied or divided by; default 2.
+        period: the number of such calls after which the scale grows; default 2000.
+        factor: the scale is multiplied by this number when it grows, and divided by it
+            after an overflow; default 2.
 
     Example:
         >>> import fpipe.optim
@@ -71,19 +76,24 @@ class DynamicLossScale:
     @explicit_transfers()
     @off_callers_mesh
     def adjusted(self, grads: PyTree) -> "DynamicLossScale":
-        """The scale for the next call, after the gradients of this one, placed or
-        packed.
+        """The loss scale for the next call.
+
+        Arguments:
+            grads: the gradients of this call, placed or packed.
+
+        Returns:
+            A new `DynamicLossScale`. Its scale is at least 1.
         """
         finite = all_finite(grads)
         steps = self.steps + 1
         due = finite & (steps >= self.period)
         # Not below 1: if gradients overflow at 1, no scale helps, and a smaller one
-        # would lose the small gradients too. Not to infinity either: then all gradients
-        # would be infinite for ever, as half of infinity is infinity.
+        # would lose the small gradients too. Not up to infinity: half of infinity is
+        # infinity, so all later gradients would be infinite.
         lower = jnp.maximum(self.scale / self.factor, 1.0)
         higher = self.scale * self.factor
         higher = jnp.where(due & jnp.isfinite(higher), higher, self.scale)
         scale = jnp.where(finite, higher, lower)
         steps = jnp.where(due | ~finite, 0, steps)
-        # A weak type would make the next call a new one to compile.
+        # With a weak type the next call would be compiled again.
         return dataclasses.replace(self, scale=strong(scale), steps=strong(steps))

@@ -1,19 +1,18 @@
 """`map`: a function of whole trees whose leaves lie on several devices.
 
-In come a function and trees, placed or packed; out comes what the function makes of
-them. It is traced on whole trees, and the trace is divided over the devices as an
-update is (`_partition.py`), so that each device computes what belongs to its own
-leaves. Of two layers on two devices, `lambda old, new: (ema(old, new), norm(new))`
-gives
+In: a function and trees, placed or packed. Out: the results of the function. The
+function is traced on whole trees. The trace is then divided over the devices, as an
+update is (`_partition.py`): each device computes the part of its own leaves. For two
+layers on two devices, `lambda old, new: (ema(old, new), norm(new))` gives
 
     output                 where                 why
-    average of layer 0     device 0              all that it is made of is there
-    average of layer 1     device 1
+    average of layer 0     device 0              it is made of arrays on device 0 only
+    average of layer 1     device 1              it is made of arrays on device 1 only
     norm                   the first device      a number, of sums of both devices
 
-Where an output is made of leaves of several devices, as a gradient that was clipped by
-the norm of all, it lies where the leaf in its place lies: its tree has the structure of
-a tree that was given.
+An output may be made of leaves of several devices, such as a gradient that was clipped
+by the norm of all. If its tree has the structure of a given tree, it lies where the
+given leaf in the same place lies.
 """
 
 import dataclasses
@@ -77,12 +76,12 @@ from fpipe.optim._update_graph import UpdateGraph, open_trace, trace_flat
 
 _CALL = "fpipe.optim.map(f, *trees)"
 
-# Bytes of leaves that a device may get of other devices, numbers apart. More than that
-# would be a part of the model that the device has no room for.
+# A device may get this many bytes of leaves from other devices; numbers do not count.
+# More would be a part of the model, and the device may have no room for that.
 _LARGEST_SHARE = 1 << 16
 
-# Plans by what the function computes, and by the function itself if that closes over
-# nothing: then it need not be traced to be known.
+# Plans by the computation of the function. If the function closes over nothing, its
+# plan is also kept by the function itself, so the next call need not trace it.
 _plans = Recent(32)
 _plans_of_functions = Recent(64)
 
@@ -90,34 +89,34 @@ _plans_of_functions = Recent(64)
 @explicit_transfers()
 @off_callers_mesh
 def map(f: Callable[..., PyTree], *trees: PyTree) -> PyTree:  # noqa: A001
-    """`f(*trees)` of whole trees whose leaves lie on several devices, where they lie.
+    """Compute `f(*trees)` for trees whose leaves lie on several devices.
 
-    It computes what `jax.jit(f)` computes on the gathered trees: a norm of all
-    parameters (`optax.tree.norm`), parameters for evaluation
-    (`optax.contrib.schedule_free_eval_params`), an average, any function of
-    `jax.tree.map`. Stage by stage: each device computes what belongs to its own leaves,
-    and only numbers cross devices.
+    The result is that of `jax.jit(f)` on the gathered trees. Examples of `f`: a norm of
+    all parameters (`optax.tree.norm`), parameters for evaluation
+    (`optax.contrib.schedule_free_eval_params`), an average, a function of
+    `jax.tree.map`. Each device computes the part of its own leaves, and only numbers
+    cross devices.
 
     Arguments:
-        f: a function of arrays that JAX can trace. It gets trees as you write them, a
-            tuple with one entry per layer, also in states of optimizers and for an
-            `fpipe.Packed`. `float0`, `None` and other leaves that are no arrays come to
-            it as they are, Python numbers as arrays.
-        trees: parameters, gradients, updates, states of `per_stage`, of one pipe,
-            placed or packed; and what goes to all devices: numbers, numpy arrays.
+        f: a function of arrays that JAX can trace. It gets whole trees, a tuple with
+            one entry per layer. That holds for states of optimizers and for an
+            `fpipe.Packed` too. Python numbers come as arrays. `float0`, `None` and
+            other leaves that are no arrays come unchanged.
+        trees: parameters, gradients, updates or states of `per_stage`. All are of one
+            pipe, placed or packed. Numbers and numpy arrays are sent to all devices.
 
     Returns:
-        What `f` returns. A tree like one of the given ones (or like the parameters in
-        a state) is placed, or packed, like that; what is made of the leaves of one
-        device is there. All else, such as a norm, is on the device of the first leaf,
-        or on all of the mesh.
+        The result of `f`. A tree with the structure of a given tree, or of the
+        parameters in a state, is placed or packed like that tree. A value made of the
+        leaves of one device stays on that device. Any other value, such as a norm, is
+        on the device of the first leaf, or replicated over the mesh.
 
     Raises:
-        TypeError: `f` is no function; placed trees inside `jax.jit`; a leaf that is
-            neither an array nor a value that compares.
-        ValueError: trees of other devices, or packed for another partition; a result
-            that takes more than 64 KiB of leaves of other devices on one of them, such
-            as all parameters in one array.
+        TypeError: `f` is no function, placed trees are given inside `jax.jit`, or a
+            leaf is neither an array nor a value that compares.
+        ValueError: the trees are on different devices, or packed for another partition.
+            Or a result needs, on one device, more than 64 KiB of leaves of other
+            devices; all parameters in one array, for example.
 
     Example:
         >>> import optax, fpipe.optim

@@ -1,8 +1,7 @@
 """Optimizer states between partitions: `gather` and `place`.
 
-Between them a state is as plain optax has it for `pipe.gather(params)`, one tree with
-an entry per layer, whatever the executor: that is what a checkpoint holds. A moment of
-two layers is
+A gathered state is the state of plain optax for `pipe.gather(params)`: trees with one
+entry per layer, for any executor. Checkpoints hold this form. A moment of two layers is
 
     placed      (mu of layer 0 on device 0, mu of layer 1 on device 1)
     scan        Packed(float32[2, 16]), a block on each device
@@ -48,18 +47,19 @@ from fpipe.optim._transform import PerStage, engine_of
 @explicit_transfers()
 @off_callers_mesh
 def gather(state: PyTree) -> PyTree:
-    """An optimizer state as plain optax has it for `pipe.gather(params)`: nothing
-    packed, all on one device.
+    """An optimizer state in the form of plain optax, on one device.
 
-    So a checkpoint of one partition or executor is loaded in another:
-    `place(gather(state), params, tx)`.
+    It is the state that plain optax has for `pipe.gather(params)`. A checkpoint in this
+    form of one partition or executor loads in another: `place(gather(state), params,
+    tx)`.
 
     Arguments:
-        state: of `per_stage`, or of plain optax over an `fpipe.Packed`.
+        state: a state of `per_stage`, or of plain optax over an `fpipe.Packed`.
 
     Returns:
-        A copy of the state, every array on the device of the first, or on the first of
-        the mesh. With a mesh over several processes it is on every device.
+        A copy of the state, unpacked. Every array is on the device of the first array,
+        or on the first device of the mesh. If the mesh spans several processes, every
+        array is on every device.
     """
     mesh = mesh_of(state)
     assert mesh is None or isinstance(mesh, Mesh)  # this is no trace
@@ -92,27 +92,28 @@ def _unpack_on(mesh: Mesh) -> Callable[[Bundle], Bundle]:
 def place(
     state: PyTree, params: PyTree, tx: Any = None, donate: bool = False
 ) -> PyTree:
-    """Put an optimizer state where `per_stage(tx).init(params)` has it: the inverse of
-    `gather`.
+    """Put an optimizer state on the devices of its parameters.
+
+    This is the inverse of `gather`. The state lies where `per_stage(tx).init(params)`
+    puts it.
 
     Arguments:
-        state: from `gather`, from plain optax on `pipe.gather(params)` (without
-            `frozen` and integers), or of another partition. Numpy arrays too, as a
-            checkpoint has them.
-        params: parameters, placed or packed.
-        tx: the transformation that the state is of: then a state of another one, or of
-            another model, is refused. Default not looked at.
-        donate: whether the state is handed over: arrays that are on their device
-            already are not copied, and are deleted when the placed state is donated.
-            Default `False`: the given state stays as it is.
+        state: a state from `gather`, from plain optax on `pipe.gather(params)` (without
+            `frozen` parameters and integers), or of another partition. Numpy arrays, as
+            a checkpoint has them, are taken too.
+        params: the parameters, placed or packed.
+        tx: the transformation of the state. If it is given, a state of another
+            transformation or of another model is an error. Default: not checked.
+        donate: whether the result may reuse the arrays of `state`. With `True`, an
+            array that is on its device already is not copied, and it is deleted when
+            the placed state is donated. Default `False`: the given state stays valid.
 
     Returns:
-        The state, on its parameters' devices, or packed.
+        The state, on the devices of its parameters, or packed.
 
     Raises:
         TypeError: `tx` is no transformation.
-        ValueError: parameters that are not placed; a state that is not of `tx` and
-            these parameters.
+        ValueError: `params` are not placed, or `state` is not of `tx` and `params`.
     """
     # Unpacked first, so that every state is compared and placed in one form, even one
     # that comes packed for another partition.

@@ -1,9 +1,9 @@
 """`per_stage`: any optax transformation for the parameters of a pipe.
 
-In comes a transformation, out goes one whose `init` and `update` take what a pipe
-gives: trees with leaves on several devices (`_placed.py` has the work done there), or
-with `fpipe.Packed` nodes (`_scan.py`). Both trace the transformation on whole leaves
-(`_traced.py`) and divide the trace over the devices (`_partition.py`).
+In: a transformation. Out: a transformation whose `init` and `update` take the trees of
+a pipe. These are trees with leaves on several devices (`_placed.py`), or with
+`fpipe.Packed` nodes (`_scan.py`). Both modules trace the given transformation on whole
+leaves (`_traced.py`) and divide the trace over the devices (`_partition.py`).
 """
 
 from collections.abc import Iterable
@@ -36,20 +36,22 @@ from fpipe.optim._seen_leaves import SeenLeaves, check_donate, check_transformat
 # How many plans a transformation keeps: one for each form of its arguments.
 _KEPT_PLANS = 32
 
-# What `update` may overwrite. Parameters never: whoever applies the updates still needs
-# them.
+# The arguments that `update` may overwrite. Never the parameters: `apply_updates` still
+# needs them.
 _DONATABLE = ("state", "grads")
 
 
 class PerStage(optax.GradientTransformationExtraArgs):
-    """What `per_stage` returns: an `optax.GradientTransformationExtraArgs` that shows
-    its plans.
+    """The result of `per_stage`: an `optax.GradientTransformationExtraArgs`.
+
+    Its property `runs` shows the plans that it has made.
     """
 
     @property
     def runs(self) -> list[PlacedFunction]:
-        """The plans made so far for placed parameters: `run.cut.moves` says what
-        crosses devices in a call.
+        """The plans made so far for placed parameters.
+
+        For each plan, `run.cut.moves` lists the values that cross devices in a call.
         """
         return [planned.run for planned in engine_of(self).plans.values()]
 
@@ -183,49 +185,51 @@ def per_stage(
     frozen: Frozen | None = None,
     donate: Iterable[str] = (),
 ) -> PerStage:
-    """Any optax transformation for the parameters of a pipe, on the devices where they
-    are.
+    """An optax transformation that updates a pipe's parameters on their own devices.
 
-    It computes what `tx` computes on `pipe.gather(params)`: what looks at a whole leaf
-    (LAMB, Adafactor, decay masks by rank) sees the leaf as the layer knows it, and what
-    looks at all parameters (clipping by the global norm) sees those of all stages.
-    Parameters are any pytree; integers in it are passed over.
+    It computes what `tx` computes on `pipe.gather(params)`. Transformations that read a
+    whole leaf (LAMB, Adafactor, decay masks by rank) see the leaf in the shape that the
+    layer knows. Transformations that read all parameters (clipping by the global norm)
+    see the parameters of all stages. Parameters are any pytree; integers in it are not
+    updated.
 
-    With `executor="placed"` `update` is traced once and cut into compiled programs that
-    run on the parameters' devices. Only numbers cross devices. A state that is like a
-    parameter is on its device. All else (the count of steps, hyperparameters) is on the
-    device of the first parameter, and is copied to the others in each update. `update`
-    cannot be inside `jax.jit`.
+    With `executor="placed"`, `update` is traced once and cut into compiled programs
+    that run on the devices of the parameters. Only numbers cross devices. A state of
+    the shape of a parameter, such as a moment, is on the device of that parameter. Any
+    other state (the count of steps, hyperparameters) is on the device of the first
+    parameter, and each update copies it to the other devices. `update` cannot be called
+    inside `jax.jit`.
 
-    With `executor="scan"` `update` is a function for your own `jax.jit` (outside, it is
-    compiled by itself). Every part of the state that is like the parameters is an
-    `fpipe.Packed`: each device holds that of its own stages, updates its own stages,
-    and only numbers cross devices. Optimizers that work number by number (SGD, Adam)
-    need none of this: give them the `Packed` as it is, if nothing is frozen.
+    With `executor="scan"`, `update` can be called inside your own `jax.jit`. Outside,
+    it is compiled by itself. Every part of the state with the structure of the
+    parameters is an `fpipe.Packed`: each device holds and updates the state of its own
+    stages, and only numbers cross devices. Optimizers that work number by number (SGD,
+    Adam) do not need `per_stage` here: they take the `Packed` directly, if no parameter
+    is frozen.
 
     Arguments:
         tx: the transformation.
-        frozen: which parameters are not trained, as for `pipe.value_and_grad`:
-            `frozen(path, shape)` with a path such as `"0/w"` and a
+        frozen: the parameters that are not trained, as for `pipe.value_and_grad`: a
+            function `frozen(path, shape)` of a path such as `"0/w"` and a
             `jax.ShapeDtypeStruct`, or bools in the structure of the parameters or of
-            its first levels (one per layer). Frozen ones have no state and an update of
-            zero, and their gradients may be `float0`. Default none.
+            its first levels (one per layer). A frozen parameter has no state, its
+            update is zero, and its gradient may be `float0`. Default: none.
 
     Other Arguments:
-        donate: what `update` may reuse the memory of: `"state"`, `"grads"`, or both. It
-            is deleted, where an output of the same shape takes its place. Default
-            nothing.
+        donate: the arguments whose memory `update` may reuse: `"state"`, `"grads"`, or
+            both. An array is deleted if an output of the same shape takes its place.
+            Default: none.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`; `update(grads, state, params=None,
-        **extra)`. Its `runs` are the plans made so far.
+        A `PerStage`, which is an `optax.GradientTransformationExtraArgs`. Its update is
+        `update(grads, state, params=None, **extra)`.
 
     Raises:
-        TypeError: `tx` is no transformation; `init` or `update` of placed parameters
-            inside `jax.jit`.
-        ValueError: `init` or `update` of parameters that are not placed; a state of
-            another partition, of other parameters or on other devices; a parameter
-            without a gradient that is not `frozen` here.
+        TypeError: `tx` is no transformation, or `init` or `update` gets placed
+            parameters inside `jax.jit`.
+        ValueError: `init` or `update` gets parameters that are not placed. The state is
+            of another partition, of other parameters or on other devices. A parameter
+            has no gradient and is not `frozen`.
 
     Example:
         >>> import optax, fpipe.optim

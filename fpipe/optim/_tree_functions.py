@@ -1,7 +1,7 @@
 """Functions of trees with leaves on several devices: `apply_updates`, `global_norm`.
 
-In come trees, placed or packed. What optax computes of them is divided over the devices
-as an update is: each device adds, or sums, what it has.
+In: trees, placed or packed. The computation of optax is divided over the devices: each
+device adds, or sums, its own leaves.
 """
 
 import functools
@@ -35,8 +35,8 @@ from fpipe.optim._packed import any_packed, off_callers_mesh
 from fpipe.optim._seen_leaves import check_donate
 from fpipe.optim._update_graph import trace_update_graph
 
-# Kept for all calls, since there is no object that could keep them: a training loop
-# calls each function with one or two forms of trees.
+# The module keeps the plans, because these functions have no object that could. A
+# training loop calls each function with one or two forms of trees.
 _plans = Recent(32)
 
 _DONATABLE = ("params", "updates")
@@ -49,21 +49,21 @@ def apply_updates(
     """`optax.apply_updates`, compiled, on the devices of the parameters.
 
     Arguments:
-        params: parameters, placed or packed.
-        updates: of the same structure. Where one is not a JAX array (`per_stage` gives
-            a 0-d numpy zero for frozen and integer parameters), the parameter is handed
-            on as it is.
+        params: the parameters, placed or packed.
+        updates: the updates, in the structure of `params`. A parameter stays the same
+            if its update is not a JAX array. (`per_stage` gives a 0-d numpy zero for
+            frozen and integer parameters.)
 
     Other Arguments:
-        donate: what may be reused the memory of: `"params"`, `"updates"`, or both; it
-            is deleted. Default nothing.
+        donate: the arguments whose memory may be reused: `"params"`, `"updates"`, or
+            both. Their arrays are deleted. Default: none.
 
     Returns:
         The new parameters.
 
     Raises:
-        TypeError: placed parameters inside `jax.jit`.
-        ValueError: not of the same structure, or parameters that are not placed.
+        TypeError: placed parameters are given inside `jax.jit`.
+        ValueError: the structures differ, or the parameters are not placed.
 
     Example:
         >>> import numpy as np
@@ -148,19 +148,19 @@ def _plan_addition(
 
 @off_callers_mesh
 def global_norm(tree: PyTree) -> Any:
-    """The square root of the sum of all squares: `optax.tree.norm` of leaves on several
-    devices.
+    """The square root of the sum of all squares: `optax.tree.norm` of a placed tree.
+
+    Each device sums the squares of its own leaves.
 
     Arguments:
-        tree: gradients, updates or parameters, placed or packed; integers and `float0`
-            are passed over.
+        tree: gradients, updates or parameters, placed or packed. Integers and `float0`
+            are not counted.
 
     Returns:
-        A scalar; on the device of the first leaf if they are placed. The stages' sums
-        run on their own devices.
+        A scalar. For placed trees it is on the device of the first leaf.
 
     Raises:
-        TypeError: placed arrays inside `jax.jit`.
+        TypeError: placed arrays are given inside `jax.jit`.
 
     Example:
         >>> import fpipe.optim
