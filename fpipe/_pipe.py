@@ -14,7 +14,6 @@ Calls, gradients and losses stand in `fpipe._executors.call.Call`, which
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -58,9 +57,7 @@ from fpipe._executors.placement import (
     Device,
     Place,
     Placement,
-    as_data_axes,
     as_placements,
-    as_places,
     first_placements,
 )
 from fpipe._executors.programs import Layout
@@ -68,24 +65,15 @@ from fpipe._executors.progress import Progress, as_progress
 from fpipe._executors.protocol import Executor
 from fpipe._executors.recording import record
 from fpipe._executors.scan.executor import Scan
-from fpipe._executors.scan.mesh import (
-    as_mesh,
-    check_size,
-    refuse_specs,
-    stage_context,
-    stage_places,
-)
+from fpipe._executors.scan.mesh import as_mesh, check_size, refuse_specs
 from fpipe._executors.scan.packing import Packed
 from fpipe._executors.scheduling import Scheduling
 from fpipe._executors.sequential import PlainExecutor
+from fpipe._executors.stage_places import stage_placements, stage_tracing
 from fpipe._executors.tracers import TracedCallError, only_shapes
 from fpipe._model.batch_norm import deferred
 from fpipe._model.frozen import Frozen, FrozenLeaves, check_frozen
-from fpipe._model.function_layers import (
-    model_of,
-    params_by_layer,
-    state_by_layer,
-)
+from fpipe._model.function_layers import model_of, params_by_layer
 from fpipe._model.layer import Layer
 from fpipe._model.loss import Loss, Reduction, as_loss
 from fpipe._model.microbatch import CallShapes
@@ -99,9 +87,10 @@ from fpipe._planning.pipe_balance import PipeSetup, given_balance
 from fpipe._planning.predict import KnownLayers, mean_square, predict
 from fpipe._planning.prediction import Prediction
 from fpipe._planning.step_request import StepRequest
-from fpipe._split.init import Init, make_state
+from fpipe._split.init import Init
 from fpipe._split.split import Split
 from fpipe._split.stacks import joined
+from fpipe._split.user_trees import FunctionTrees, UserTrees, trees_of
 from fpipe.schedules import Recording, Schedule
 
 EXECUTORS = ("placed", "scan")
@@ -317,11 +306,13 @@ class Pipe(Call):
             object.__setattr__(self, name, value)
         # What runs it, and what looks for faults, is no part of its value.
         self.model: Model
+        self._trees: UserTrees
         self._stage_to_device: tuple[int, ...]
         self._executor: Executor
         self._eager: Eager
         self._detector: Detector | None
         object.__setattr__(self, "model", model)
+        object.__setattr__(self, "_trees", trees_of(layers, model))
         object.__setattr__(self, "_stage_to_device", stage_to_device)
         # Looking for faults is a changed model, run like any other: without the option
         # there is nothing in the programs to pay for.
@@ -456,36 +447,21 @@ class Pipe(Call):
         """
         check_key(key)
         check_process()
-        split = self.layers if isinstance(self.layers, Split) else None
-        if split is not None and split.function.init is None:
-            raise TypeError(
-                "`pipe.init(key, x)`: the function that was split makes no parameters: "
-                "make them yourself, and write `pipe.place(params)`, or split "
-                "`fpipe.Layer(fn, init)`"
-            )
         with self._context(), self._executor.tracing(), explicit_transfers():
             # `init` functions see one microbatch, as the layers do in every call.
             first = CallShapes.of(x, call_needs(side=side), self.chunks).first
-            if split is None:
-                made = self.model.init(key, *first, self._executor.make_params)
-                return self.place(made, donate=True)
-            init = Init.of_layer(split.function, key, *first)
-            traced = init.traced(split.params)
-        made = self._make_params(traced.make, init.key)
-        return self.place(split.tree(made), donate=True)
+            made = self._trees.init(key, *first, self._executor.make_params)
+        return self.place(made, donate=True)
 
-    def _make_params(
-        self, make: Callable[[int, Any], PyTree], key: Any
-    ) -> tuple[PyTree, ...]:
-        """The parameters of every layer, `make(layer, key)`, each made on the layer's
-        device.
+    def _init_by(self, init: Init) -> Any:
+        """Placed parameters as an init function makes them, of a function that was
+        split.
         """
+        assert isinstance(self._trees, FunctionTrees)
         check_process()
         with self._context(), self._executor.tracing(), explicit_transfers():
-            return tuple(
-                self._executor.make_params(k, functools.partial(make, k), key)
-                for k in range(len(self.layers))
-            )
+            made = self._trees.init_by(init, self._executor.make_params)
+        return self.place(made, donate=True)
 
     def init_state(
         self,
@@ -507,13 +483,6 @@ class Pipe(Call):
         Raises:
             TypeError: a function that was split without `init_state`.
         """
-        split = self.layers if isinstance(self.layers, Split) else None
-        if split is not None and split.function.init_state is None:
-            raise TypeError(
-                "`pipe.init_state(x)`: the function that was split makes no state: "
-                "make it yourself, and give it to calls, or split "
-                "`fpipe.Layer(fn, init_state=...)`"
-            )
         if key is not None:
             check_key(key)
         check_process()
@@ -521,18 +490,15 @@ class Pipe(Call):
         # unpacked.
         if params is not None:
             packed = isinstance(params, Packed)
-            own = (self._executor.param_shapes if packed else self._per_layer)(params)
+            own = (self._executor.param_shapes if packed else self._trees.params)(
+                params
+            )
             check_params(self.model, own, "`init_state(params=...)`")
             params = tuple(own)
         put = self._executor.make_state
         with self._context(), self._executor.tracing(), explicit_transfers():
             shapes = CallShapes.of(x, call_needs(side=side), self.chunks)
-            first, batches = shapes.first, (shapes.whole, shapes.ready)
-            if split is not None:
-                layer = split.function
-                own = make_state(layer, split, key, *first, put, *batches)
-                return split.state_tree(own)
-            return self.model.init_state(*first, params, key, put, *batches)
+            return self._trees.init_state(key, shapes, params, put)
 
     def place(self, params: PyTree, donate: bool = False) -> Any:
         """Put the parameters of each layer on its device; Python numbers become arrays.
@@ -560,7 +526,7 @@ class Pipe(Call):
                 "`pipe.place(other.gather(params))`, where "
                 "`other` is the one that packed them"
             )
-        params = self._per_layer(params)
+        params = self._trees.params(params)
         check_params(self.model, params, "`place(params)`")
         donate = as_bool("place", "donate", donate)
         check_leaves(tuple(params), "params")
@@ -579,7 +545,8 @@ class Pipe(Call):
         # type in the first update, and everything would compile once more.
         with self._context(), explicit_transfers():
             strong_params = [map_arrays(strong, numbers_as_arrays(p)) for p in params]
-            return self._own_tree(self._executor.place(tuple(strong_params), donate))
+            placed = self._executor.place(tuple(strong_params), donate)
+            return self._trees.own_params(placed)
 
     def gather(self, params: Any) -> Any:
         """The exact inverse of `place`: a copy of the parameters as for the plain
@@ -590,11 +557,11 @@ class Pipe(Call):
         Raises:
             ValueError: not one entry per layer, or packed for another partition.
         """
-        params = self._per_layer(params)
+        params = self._trees.params(params)
         self._executor.check_params(params, "`gather(params)`")
         check_process()
         with self._context(), explicit_transfers():
-            return joined(self._own_tree(self._executor.gather(params)))
+            return joined(self._trees.own_params(self._executor.gather(params)))
 
     def gather_state(self, state: PyTree) -> PyTree:
         """The state of a call as the plain composition has it: a copy on the first
@@ -609,54 +576,10 @@ class Pipe(Call):
         Raises:
             ValueError: of a function that was split, the state of another one.
         """
-        own = state_by_layer(self.layers, state)
+        own = self._trees.state(state)
         check_process()
         with self._context(), explicit_transfers():
-            return joined(self._own_state(copied(self._executor.collect(own))))
-
-    def _per_layer(self, params: Any) -> Any:
-        """Parameters as the executors take them, from those of a call: of a function
-        that was split one entry per layer.
-        """
-        if not isinstance(self.layers, Split):
-            return params
-        if isinstance(params, Packed):
-            return params.by_layer
-        return self.layers.params(params)
-
-    def _own_tree(self, params: Any) -> Any:
-        """The inverse of `_per_layer`; gradients too."""
-        if not isinstance(self.layers, Split):
-            return params
-        if not isinstance(params, Packed):
-            return self.layers.tree(params)
-        packing = params.packing.shown_as(self.layers.own_tree)
-        return Packed(params.arrays, packing, params.absent)
-
-    def _per_layer_state(self, state: Any) -> Any:
-        """State as the executors take it, from that of a call: of a function that was
-        split one entry per layer.
-
-        Raises:
-            ValueError: none, where the function has state.
-        """
-        if state is None and isinstance(self.layers, Split) and self.model.stateful:
-            raise ValueError(
-                "`fpipe.Pipe(split)`: the function that was split has state: pass "
-                "`state=`, its own tree, and take the new state back"
-            )
-        return state_by_layer(self.layers, state)
-
-    def _own_state(self, state: Sequence[PyTree]) -> PyTree:
-        """The inverse of `_per_layer_state`."""
-        split = self.layers
-        return split.state_tree(state) if isinstance(split, Split) else state
-
-    def _layer_frozen(self, frozen: Frozen | None) -> Frozen | None:
-        """What is frozen, by layer."""
-        if isinstance(self.layers, Split) and frozen is not None:
-            return self.layers.frozen(frozen)
-        return frozen
+            return joined(self._trees.own_state(copied(self._executor.collect(own))))
 
     # --- calls ---
 
@@ -851,11 +774,6 @@ class Pipe(Call):
         # A plan is of a training step, so there must be something to differentiate.
         fn = mean_square if loss_fn is None else loss_fn
         loss = as_loss("plan", fn, has_aux, reduction)
-        if isinstance(params, Packed):
-            params = params.packing.whole
-        else:
-            params = params_by_layer(self.layers, params)
-        state = state_by_layer(self.layers, state)
         # Programs are traced, and timed on zeros, for this alone. So what JAX does to
         # the caller's own programs is nothing to them.
         with (
@@ -866,8 +784,8 @@ class Pipe(Call):
             explicit_transfers(),
         ):
             needs = call_needs(side=side, key=key, train=train, step=step)
-            args = Args(params, x, targets, needs, state)
-            frozen = self._layer_frozen(frozen)
+            args = self._trees.planned(Args(params, x, targets, needs, state))
+            frozen = self._trees.frozen(frozen)
             return self._plan(StepRequest(args, loss, argnums, frozen), options)
 
     def _plan(
@@ -947,6 +865,10 @@ class Pipe(Call):
         """The context of JAX that a call runs in; see `fpipe._core.meshes`."""
         return self._executor.context()
 
+    def _layer_frozen(self, frozen: Frozen | None) -> Frozen | None:
+        """What is frozen, by layer."""
+        return self._trees.frozen(frozen)
+
     def _recording_owner(self) -> Any:
         """Whose calls a recording of this pipe watches; see `fpipe.record`."""
         return self._executor.owner
@@ -960,17 +882,14 @@ class Pipe(Call):
     def _checked(self, args: Args) -> Args:
         """The arguments of a call, or an error about parameters or state."""
         check_process()
-        args = args._replace(
-            params=self._per_layer(args.params),
-            state=self._per_layer_state(args.state),
-        )
+        args = self._trees.args(args)
         self._executor.check_params(args.params, "a call's params")
         return checked(self.model, args)
 
     def _forward(self, args: Args) -> tuple[PyTree, PyTree]:
         """`(y, states)` of a call without a loss."""
         y, states = self._layer_forward(args)
-        return y, self._own_state(states)
+        return y, self._trees.own_state(states)
 
     def _layer_forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         """The same, with the states by layer."""
@@ -1004,13 +923,7 @@ class Pipe(Call):
 
     def _loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
         """A call with a loss, its gradients by `argnums`; `()` is the loss alone."""
-        result = self._layer_loss(args, loss, argnums)
-        gradients = [
-            self._own_tree(gradient) if number == 0 else gradient
-            for number, gradient in zip(argnums, result.gradients, strict=True)
-        ]
-        state = self._own_state(result.state)
-        return result._replace(gradients=tuple(gradients), state=state)
+        return self._trees.own_result(self._layer_loss(args, loss, argnums), argnums)
 
     def _layer_loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
         """The same, with the gradients of parameters by layer."""
@@ -1031,44 +944,6 @@ class Pipe(Call):
         except NotFiniteError:
             self._eager.loss(args, loss, argnums)
             raise
-
-
-def stage_placements(
-    executor: str,
-    devices: Iterable[Place] | None,
-    mesh: Mesh | None,
-    data_axes: Sequence[str] | None,
-) -> tuple[tuple[Placement, ...], tuple[str, ...]]:
-    """Where stages may live, and the axes over which rows are shared there, from
-    arguments of `Pipe`.
-
-    Raises:
-        TypeError, ValueError: no such places or axes.
-    """
-    places = as_places(devices) if mesh is None else None
-    if places is None:
-        places = stage_places(mesh, devices, executor)
-    elif executor == "scan" and any(isinstance(place, Mesh) for place in places):
-        raise ValueError(
-            '`Pipe(executor="scan", devices=...)`: several devices for each stage '
-            'are given as one mesh with an axis "stage", `mesh=`'
-        )
-    axes = as_data_axes(data_axes, places if mesh is None else [mesh])
-    if executor == "scan" and not {*axes} <= {"data"}:
-        raise ValueError(
-            f'`Pipe(executor="scan", data_axes={shown(axes)})`: the scan '
-            'executor shares rows over an axis "data", and no other'
-        )
-    return as_placements(places, axes), axes
-
-
-def stage_tracing(
-    executor: str, placements: Sequence[Placement], mesh: Mesh | None
-) -> AbstractContextManager[Any]:
-    """The context of JAX in which the stages of a pipe are traced."""
-    if executor == "scan" and mesh is not None:
-        return stage_context(mesh)
-    return placements[0].tracing()
 
 
 def _unpickled(fields: dict[str, Any]) -> Pipe:

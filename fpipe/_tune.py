@@ -29,9 +29,9 @@ from fpipe._core.meshes import in_tracing_context
 from fpipe._core.pytrees import PyTree
 from fpipe._executors.call import Args, Call, check_chunks
 from fpipe._executors.placement import as_placements
-from fpipe._executors.scan.mesh import stage_places
 from fpipe._executors.scan.packing import Packed
 from fpipe._executors.scheduling import Scheduling
+from fpipe._executors.stage_places import stage_places
 from fpipe._model.batch_norm import deferred
 from fpipe._model.function_layers import (
     FunctionLayers,

@@ -36,12 +36,13 @@ from fpipe._executors.call import check_chunks
 from fpipe._executors.placed.dispatch import Dispatch
 from fpipe._executors.placement import Place
 from fpipe._executors.scan.packing import Packed
+from fpipe._executors.stage_places import stage_placements, stage_tracing
 from fpipe._model.frozen import Frozen, check_frozen
 from fpipe._model.loss import Reduction, as_loss
 from fpipe._model.microbatch import CallShapes, first_example
 from fpipe._model.needs import call_needs, check_key, stand_ins
 from fpipe._model.remat import Policy
-from fpipe._pipe import Pipe, stage_placements, stage_tracing
+from fpipe._pipe import Pipe
 from fpipe._planning.layer_costs import BalanceBy
 from fpipe._planning.prediction import Prediction
 from fpipe._split.init import Init
@@ -332,9 +333,7 @@ class ValueAndGrad:
         at = self._function.argnum
         args = (*batch[:at], init.shapes, *batch[at:])
         built, _, _ = self._called("step.init", args, kwargs, ())
-        traced = init.traced(built.split.params)
-        made = built.pipe._make_params(traced.make, key)
-        return built.pipe.place(built.split.tree(made), donate=True)
+        return built.pipe._init_by(init)
 
     # --- calls ---
 

@@ -7,6 +7,7 @@
     routes          who makes and who reads every value
     programs        each stage traced, differentiated, and split into programs
     placement       where a stage lives
+    stage_places    where stages may live, from the arguments of a pipe
     pull_back       calls that `jax.grad` and `jax.vjp` differentiate from outside
     gradients       loss scales, and gradients that are added to earlier ones
     recording       `fpipe.record`

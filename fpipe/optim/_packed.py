@@ -32,13 +32,13 @@ from fpipe._core.pytrees import (
     shapes_of,
     strong,
 )
-from fpipe._executors.scan.mesh import AXIS as AXIS
 from fpipe._executors.scan.mesh import by_stage
 from fpipe._executors.scan.packing import Entry, Packing, Row
 from fpipe._executors.scan.packing import Packed as Packed
 from fpipe._executors.scan.storage import as_stored as as_stored
 from fpipe._executors.scan.storage import from_stored as from_stored
 from fpipe._executors.scan.storage import stored_shape as stored_shape
+from fpipe._executors.stage_places import AXIS as AXIS
 from fpipe._model.function_layers import OwnTree
 from fpipe.optim._seen_leaves import Path, SeenLeaves, leaf_name, no_update
 

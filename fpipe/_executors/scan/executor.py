@@ -57,19 +57,13 @@ from fpipe._executors.request import (
 from fpipe._executors.scan.clock import Ran
 from fpipe._executors.scan.feeds import is_large
 from fpipe._executors.scan.lower import lower
-from fpipe._executors.scan.mesh import (
-    AXIS,
-    DATA,
-    by_stage,
-    on_mesh,
-    replicated,
-    stage_context,
-)
+from fpipe._executors.scan.mesh import DATA, by_stage, on_mesh, replicated
 from fpipe._executors.scan.packing import Packed, Packing
 from fpipe._executors.scan.parameters import Parameters
 from fpipe._executors.scan.plan_data import plan_data
 from fpipe._executors.scan.step import Step
 from fpipe._executors.scheduling import Scheduling
+from fpipe._executors.stage_places import AXIS, stage_context
 from fpipe._executors.tracers import refuse_shapes
 from fpipe._model.loss import Loss
 from fpipe._model.model import Model

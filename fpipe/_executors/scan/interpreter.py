@@ -82,7 +82,7 @@ from fpipe._executors.scan.machine import (
     WholeInput,
     Write,
 )
-from fpipe._executors.scan.mesh import AXIS, DATA
+from fpipe._executors.scan.mesh import DATA
 from fpipe._executors.scan.storage import (
     Storage,
     as_stored,
@@ -90,6 +90,7 @@ from fpipe._executors.scan.storage import (
     is_key,
     stored_shape,
 )
+from fpipe._executors.stage_places import AXIS
 from fpipe._model.loss import sum_dtype
 from fpipe._model.stages import Leaf
 from fpipe._program.host_calls import Failures, Logged

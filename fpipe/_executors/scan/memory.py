@@ -30,10 +30,11 @@ from fpipe._executors.scan.machine import (
     InputStack,
     SavedPool,
 )
-from fpipe._executors.scan.mesh import AXIS, DATA
+from fpipe._executors.scan.mesh import DATA
 from fpipe._executors.scan.packing import Row
 from fpipe._executors.scan.step import Step
 from fpipe._executors.scan.storage import Storage, is_key
+from fpipe._executors.stage_places import AXIS
 from fpipe._model.loss import sum_dtype
 from fpipe._model.needs import ROW_INPUTS
 from fpipe._model.stages import Port

@@ -10,7 +10,6 @@ each microbatch are shared:
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -18,50 +17,13 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fpipe._core.errors import shown
-from fpipe._core.meshes import AnyMesh, is_explicit, no_mesh, to_device
+from fpipe._core.meshes import AnyMesh, is_explicit, to_device
 from fpipe._core.pytrees import Tracer
-from fpipe._executors.placement import refuse_explicit, sub_meshes
+from fpipe._executors.stage_places import AXIS
 from fpipe._model.layer import Layer, is_spec
-
-AXIS = "stage"
 
 # The axis over which a batch is sharded, if the mesh has it.
 DATA = "data"
-
-
-def stage_places(mesh: Any, devices: Any, executor: str) -> list[Any]:
-    """What a pipe has for each place on the mesh's axis of stages: for the scan
-    executor its first device, for the placed one the mesh of the other axes.
-
-    Arguments:
-        mesh: the user's, checked here.
-        devices: what else the user gave.
-    """
-    if not isinstance(mesh, Mesh):
-        raise TypeError(
-            f"`Pipe(mesh={shown(mesh)})`: a jax.sharding.Mesh, such as "
-            "`jax.make_mesh((4,), "
-            f"({AXIS!r},))`"
-        )
-    if AXIS not in mesh.axis_names:
-        auto = f"axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}"
-        raise ValueError(
-            f"`Pipe(mesh=...)`: the mesh has the axes {mesh.axis_names}, and none is "
-            f"called {AXIS!r}; make one with "
-            f"`jax.make_mesh({tuple(mesh.shape.values())}, "
-            f"{(*mesh.axis_names[:-1], AXIS)}, {auto})`"
-        )
-    refuse_explicit(mesh, "mesh=...")
-    firsts = [column[0] for column in columns(mesh)]
-    places = sub_meshes(mesh, AXIS)
-    # Either, for `dataclasses.replace` may change the executor.
-    if devices is not None and list(devices) not in (firsts, places):
-        raise ValueError(
-            "`Pipe(mesh=..., devices=...)`: the devices are those of the mesh; leave "
-            "one of the two out"
-        )
-    return firsts if executor == "scan" else places
 
 
 def as_mesh(devices: Sequence[Any], mesh: Mesh | None, stages: int) -> Mesh:
@@ -116,26 +78,6 @@ def refuse_specs(layers: Sequence[Layer], mesh: Mesh) -> None:
                 "`Layer(spec=...)` or `specs=`, and say in the layer by "
                 "`jax.lax.with_sharding_constraint` how its work is divided"
             )
-
-
-def columns(mesh: Mesh) -> list[list[Any]]:
-    """The devices of each stage's place, one for each combination of the other axes."""
-    # The axis "stage" may stand anywhere among the mesh's axes.
-    moved = np.moveaxis(mesh.devices, mesh.axis_names.index(AXIS), 0)
-    return [list(row) for row in moved.reshape(moved.shape[0], -1)]
-
-
-def stage_context(mesh: Mesh) -> AbstractContextManager[Any]:
-    """The context in which a stage is traced: that inside of the program's `shard_map`.
-
-    So a layer may use the axes of its stage, as in
-    `jax.lax.with_sharding_constraint(h, P("data"))`; that of the stages is taken.
-    """
-    # A stage on one device has no axes, and shares its traces with the other executor.
-    if len(mesh.axis_names) == 1:
-        return no_mesh()
-    inside = mesh.abstract_mesh.update_axis_types({AXIS: AxisType.Manual})
-    return jax.sharding.use_abstract_mesh(inside)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

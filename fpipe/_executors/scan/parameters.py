@@ -26,9 +26,10 @@ from fpipe._core.pytrees import (
     map_arrays,
     pack,
 )
-from fpipe._executors.scan.mesh import by_stage, columns, on_device, replicated
+from fpipe._executors.scan.mesh import by_stage, on_device, replicated
 from fpipe._executors.scan.packing import Packed, Packing
 from fpipe._executors.scan.units import Units, cut_units
+from fpipe._executors.stage_places import columns
 from fpipe._model.model import Model
 
 # Packings, and programs that unpack, that one pipe keeps.

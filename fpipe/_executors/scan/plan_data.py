@@ -21,9 +21,9 @@ from fpipe._executors.placement import Placement
 from fpipe._executors.plan_data import DeviceMemory, PlanData, Work, closed_over
 from fpipe._executors.scan.machine import Machine
 from fpipe._executors.scan.memory import held, held_on_host
-from fpipe._executors.scan.mesh import columns
 from fpipe._executors.scan.step import Step
 from fpipe._executors.scheduling import Scheduling
+from fpipe._executors.stage_places import columns
 from fpipe._model.remat import Remat
 from fpipe._model.stages import Stage
 from fpipe._program.code import Code

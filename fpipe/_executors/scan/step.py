@@ -45,9 +45,10 @@ from fpipe._executors.scan.machine import (
     OutputBuffer,
     RowGradient,
 )
-from fpipe._executors.scan.mesh import AXIS, DATA, by_stage
+from fpipe._executors.scan.mesh import DATA, by_stage
 from fpipe._executors.scan.packing import Entry
 from fpipe._executors.scan.storage import is_key
+from fpipe._executors.stage_places import AXIS
 from fpipe._model.joining import (
     Alike,
     Join,

@@ -1,0 +1,215 @@
+"""A call's trees as the user has them, and as the layers of a pipe take them.
+
+In: what a user gives to a call. Out: the same for the layers, and what these return as
+the user has it. Of layers these are the same trees. Of a function that was split, such
+as `f(params, x)` with the parameters `{"enc": w0, "dec": w1}` and two pieces,
+
+    the user's                      the layers'
+    ------------------------------  ---------------------------------------------
+    {"enc": w0, "dec": w1}          ((w0,), (w1,))
+    gradients {"enc": …, "dec": …}  ((…,), (…,))
+    state {"mean": a}               (None, (a,))
+    frozen {"enc": True, …}         ((True,), (False,))
+
+A `Pipe` asks here for all of it, and does not know which of the two it runs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fpipe._core.pytrees import PyTree
+from fpipe._executors.call import Args, Result
+from fpipe._executors.scan.packing import Packed
+from fpipe._model.frozen import Frozen
+from fpipe._model.function_layers import params_by_layer, state_by_layer
+from fpipe._model.microbatch import CallShapes
+from fpipe._model.model import Model, Put
+from fpipe._split.init import Init, make_state
+from fpipe._split.split import Split
+
+
+def trees_of(layers: Iterable[Any], model: Model) -> "UserTrees":
+    """The adapter between a user of layers, or of a function that was split, and the
+    layers.
+
+    Arguments:
+        model: the layers.
+    """
+    if isinstance(layers, Split):
+        return FunctionTrees(model, layers)
+    return UserTrees(model)
+
+
+@dataclasses.dataclass(frozen=True)
+class UserTrees:
+    """Of layers: they take the user's trees as these are.
+
+    Attributes:
+        model: the layers.
+    """
+
+    model: Model
+
+    # --- from the user to the layers ---
+
+    def params(self, params: Any) -> Any:
+        """Parameters of a call."""
+        return params
+
+    def state(self, state: PyTree) -> PyTree:
+        """The state of a call; `None`: not given."""
+        return state
+
+    def frozen(self, frozen: Frozen | None) -> Frozen | None:
+        """What is frozen."""
+        return frozen
+
+    def args(self, args: Args) -> Args:
+        """The arguments of a call."""
+        return args
+
+    def planned(self, args: Args) -> Args:
+        """The arguments of a call that is planned, or their shapes: parameters may be
+        packed, or `None`, and a state may be missing.
+        """
+        return args._replace(params=_shapes_of_packed(args.params))
+
+    # --- from the layers to the user ---
+
+    def own_params(self, params: Any) -> Any:
+        """The inverse of `params`; gradients too."""
+        return params
+
+    def own_state(self, states: Sequence[PyTree]) -> PyTree:
+        """The inverse of `state`."""
+        return states
+
+    def own_result(self, result: Result, argnums: Sequence[int]) -> Result:
+        """What a call with a loss gives."""
+        del argnums
+        return result
+
+    # --- what the user's functions make ---
+
+    def init(self, key: Any, x: PyTree, needs: Mapping[str, Any], put: Put) -> PyTree:
+        """Parameters, made where they live.
+
+        Arguments:
+            x, needs: shapes of a microbatch.
+            put: `put(layer, make, key)` runs `make(key)` where a layer lives.
+
+        Raises:
+            TypeError, ValueError: nothing makes them.
+        """
+        return self.model.init(key, x, needs, put)
+
+    def init_state(
+        self, key: Any, shapes: CallShapes, params: Sequence[PyTree] | None, put: Put
+    ) -> PyTree:
+        """State, made where it lives.
+
+        Arguments:
+            params: one entry per layer, or `None`.
+
+        Raises:
+            TypeError, ValueError: nothing makes it.
+        """
+        batches = shapes.whole, shapes.ready
+        return self.model.init_state(*shapes.first, params, key, put, *batches)
+
+
+@dataclasses.dataclass(frozen=True)
+class FunctionTrees(UserTrees):
+    """Of a function that was split: they are the function's own.
+
+    Attributes:
+        split: its pieces.
+    """
+
+    split: Split
+
+    def params(self, params: Any) -> Any:
+        if isinstance(params, Packed):
+            return params.by_layer
+        return self.split.params(params)
+
+    def state(self, state: PyTree) -> PyTree:
+        if state is None and self.model.stateful:
+            raise ValueError(
+                "`fpipe.Pipe(split)`: the function that was split has state: pass "
+                "`state=`, its own tree, and take the new state back"
+            )
+        return state_by_layer(self.split, state)
+
+    def frozen(self, frozen: Frozen | None) -> Frozen | None:
+        return None if frozen is None else self.split.frozen(frozen)
+
+    def args(self, args: Args) -> Args:
+        return args._replace(
+            params=self.params(args.params), state=self.state(args.state)
+        )
+
+    def planned(self, args: Args) -> Args:
+        params = args.params
+        if isinstance(params, Packed):
+            params = _shapes_of_packed(params)
+        else:
+            params = params_by_layer(self.split, params)
+        return args._replace(
+            params=params, state=state_by_layer(self.split, args.state)
+        )
+
+    def own_params(self, params: Any) -> Any:
+        if not isinstance(params, Packed):
+            return self.split.tree(params)
+        packing = params.packing.shown_as(self.split.own_tree)
+        return Packed(params.arrays, packing, params.absent)
+
+    def own_state(self, states: Sequence[PyTree]) -> PyTree:
+        return self.split.state_tree(states)
+
+    def own_result(self, result: Result, argnums: Sequence[int]) -> Result:
+        gradients = [
+            self.own_params(gradient) if number == 0 else gradient
+            for number, gradient in zip(argnums, result.gradients, strict=True)
+        ]
+        state = self.own_state(result.state)
+        return result._replace(gradients=tuple(gradients), state=state)
+
+    def init(self, key: Any, x: PyTree, needs: Mapping[str, Any], put: Put) -> PyTree:
+        if self.split.function.init is None:
+            raise TypeError(
+                "`pipe.init(key, x)`: the function that was split makes no parameters: "
+                "make them yourself, and write `pipe.place(params)`, or split "
+                "`fpipe.Layer(fn, init)`"
+            )
+        return self.init_by(Init.of_layer(self.split.function, key, x, needs), put)
+
+    def init_by(self, init: Init, put: Put) -> PyTree:
+        """Parameters as an init function makes them."""
+        make = init.traced(self.split.params).make
+        pieces = range(len(self.split))
+        made = [put(k, functools.partial(make, k), init.key) for k in pieces]
+        return self.split.tree(made)
+
+    def init_state(
+        self, key: Any, shapes: CallShapes, params: Sequence[PyTree] | None, put: Put
+    ) -> PyTree:
+        del params  # The function's are known.
+        function = self.split.function
+        if function.init_state is None:
+            raise TypeError(
+                "`pipe.init_state(x)`: the function that was split makes no state: "
+                "make it yourself, and give it to calls, or split "
+                "`fpipe.Layer(fn, init_state=...)`"
+            )
+        batches = shapes.whole, shapes.ready
+        made = make_state(function, self.split, key, *shapes.first, put, *batches)
+        return self.own_state(made)
+
+
+def _shapes_of_packed(params: Any) -> Any:
+    """Packed parameters as shapes, one entry per layer; others as they are."""
+    return params.packing.whole if isinstance(params, Packed) else params
