@@ -8,7 +8,8 @@ outermost: it crosses the whole pipeline, and goes straight from the device that
 it to the one that pops it.
 
 Run it with no argument. It uses the GPUs of this machine, or else simulated CPU
-devices.
+devices. It ends with two pictures: patches before and after, and the recorded timeline
+of the last step over its simulation.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-import matplotlib.image
+import matplotlib.figure
 import numpy as np
 import optax
 import sklearn.datasets
@@ -26,6 +27,7 @@ import tqdm
 
 import fpipe
 import fpipe.optim
+import fpipe.plot
 
 # --- the model ------------------------------------------------------------------------
 
@@ -147,6 +149,12 @@ def held_out(size: int) -> np.ndarray:
     return np.stack(tiles)
 
 
+def detail(patches: np.ndarray) -> np.ndarray:
+    """How much of a patch is edges and texture: its mean absolute gradient."""
+    down, right = np.diff(patches, axis=1), np.diff(patches, axis=2)
+    return np.abs(down).mean((1, 2, 3)) + np.abs(right).mean((1, 2, 3))
+
+
 def psnr(image: np.ndarray, clean: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB."""
     return float(-10 * np.log10(np.mean((np.clip(image, 0, 1) - clean) ** 2)))
@@ -250,8 +258,15 @@ def build(args: argparse.Namespace) -> fpipe.Pipe:
     )
 
 
+def mse(y, noise):
+    return jnp.mean((y - noise) ** 2)
+
+
 def train(pipe: fpipe.Pipe, args: argparse.Namespace):
-    """The trained parameters; what there is of them after Ctrl-C."""
+    """The trained parameters, and the timeline of the last step. Ctrl-C ends the
+    training early, and leaves no timeline.
+    """
+    timeline = None
     key = jax.random.key(args.seed)
     data = batches(np.random.default_rng(args.seed), args.batch, args.size, args.noise)
     params = pipe.init(key, next(data)[0])
@@ -272,15 +287,19 @@ def train(pipe: fpipe.Pipe, args: argparse.Namespace):
     )
     tx = fpipe.optim.per_stage(adam, donate=["state", "grads"])
     moments = tx.init(params)
-    step = pipe.value_and_grad(lambda y, noise: jnp.mean((y - noise) ** 2))
+    step = pipe.value_and_grad(mse)
     bar = tqdm.tqdm(total=args.steps, desc="training", unit="step")
     started = time.perf_counter()
     try:
         for n in range(args.steps):
             noisy, noise = next(data)
-            loss, grads = step(
-                params, noisy, noise, key=jax.random.fold_in(key, n), train=True
-            )
+            options = {"key": jax.random.fold_in(key, n), "train": True}
+            if n < args.steps - 1:
+                loss, grads = step(params, noisy, noise, **options)
+            else:
+                (loss, grads), timeline = pipe.record(
+                    step, params, noisy, noise, **options
+                )
             updates, moments = tx.update(grads, moments, params)
             params = fpipe.optim.apply_updates(params, updates, donate=["params"])
             if n == 0:
@@ -300,11 +319,38 @@ def train(pipe: fpipe.Pipe, args: argparse.Namespace):
             raise
         bar.write(f"stopped after {bar.n} steps")
     bar.close()
-    return params
+    return params, timeline
 
 
-def report(pipe: fpipe.Pipe, params, args: argparse.Namespace) -> None:
-    """Held-out quality, the picture, and the schedule."""
+def draw_patches(images: dict[str, np.ndarray], path: pathlib.Path) -> None:
+    """A column for each kind of image, a row for each chosen patch: of each photograph
+    the two with the most detail.
+    """
+    clean = images["clean"]
+    halves = np.split(detail(clean), 2)
+    chosen = [
+        half * len(details) + n
+        for half, details in enumerate(halves)
+        for n in np.argsort(details)[-2:]
+    ]
+    figure = matplotlib.figure.Figure(
+        figsize=(2 * len(images), 2.3 * len(chosen)), layout="constrained"
+    )
+    grid = figure.subplots(len(chosen), len(images), squeeze=False)
+    for row, n in zip(grid, chosen, strict=True):
+        for ax, (name, patches) in zip(row, images.items(), strict=True):
+            ax.imshow(np.clip(patches[n], 0, 1))
+            ax.set_xticks([])
+            ax.set_yticks([])
+            if name != "clean":
+                ax.set_xlabel(f"PSNR {psnr(patches[n], clean[n]):.1f} dB")
+    for ax, name in zip(grid[0], images, strict=True):
+        ax.set_title(name)
+    figure.savefig(path, dpi=150)
+
+
+def report(pipe: fpipe.Pipe, params, timeline, args: argparse.Namespace) -> None:
+    """Held-out quality, the pictures, and the schedule."""
     clean = held_out(args.size)
     noisy = clean + np.random.default_rng(args.seed + 1).normal(
         0, args.noise, clean.shape
@@ -315,17 +361,15 @@ def report(pipe: fpipe.Pipe, params, args: argparse.Namespace) -> None:
         f"held-out patches: {before:.2f} dB noisy, {after:.2f} dB denoised: "
         f"{after - before:+.2f} dB"
     )
-    # The two liveliest patches of each photograph.
-    halves = np.split(clean.std((1, 2, 3)), 2)
-    chosen = np.concatenate(
-        [np.argsort(std)[-2:] + n * len(std) for n, std in enumerate(halves)]
-    )
-    columns = [
-        np.concatenate(list(images[chosen])) for images in (noisy, denoised, clean)
-    ]
-    picture = np.clip(np.concatenate(columns, 1), 0, 1).repeat(3, 0).repeat(3, 1)
-    matplotlib.image.imsave(args.out, picture)
-    print(f"noisy | denoised | clean: {args.out}\n")
+    draw_patches({"noisy": noisy, "denoised": denoised, "clean": clean}, args.out)
+    print(f"noisy, denoised and clean patches: {args.out}")
+    if timeline is not None:
+        batch = jax.ShapeDtypeStruct((args.batch, *noisy.shape[1:]), jnp.float32)
+        key = jax.random.key(args.seed)
+        plan = pipe.plan(params, batch, batch, loss_fn=mse, key=key, train=True)
+        path = args.out.with_name(f"{args.out.stem}_timeline.png")
+        fpipe.plot.save(timeline, path, over=plan.timeline)
+        print(f"the last step over its simulation: {path}\n")
     microbatches = -(-args.batch // -(-args.batch // args.chunks))
     print(fpipe.schedules.draw(pipe.make_schedule(microbatches)))
 
@@ -334,7 +378,8 @@ def main() -> None:
     args = arguments()
     try:
         pipe = build(args)
-        report(pipe, train(pipe, args), args)
+        params, timeline = train(pipe, args)
+        report(pipe, params, timeline, args)
     except KeyboardInterrupt:
         raise SystemExit("stopped") from None
 

@@ -85,7 +85,10 @@ def test_the_u_net_trains_and_draws(tmp_path):
     assert float(gained[1]) > 1
     assert re.search(r"^device 0 F0", done.stdout, re.MULTILINE)
     assert "loss=" in done.stderr  # the progress bar
-    assert matplotlib.image.imread(picture).shape[:2] == (4 * 16 * 3, 3 * 16 * 3)
+    # Three columns, and four patches of 2.3 inches with what stands around them.
+    assert matplotlib.image.imread(picture).shape[:2] == (4 * 2.3 * 150, 3 * 2 * 150)
+    timeline = matplotlib.image.imread(tmp_path / "out_timeline.png")
+    assert timeline.shape[1] > timeline.shape[0]
 
 
 @pytest.mark.parametrize(
