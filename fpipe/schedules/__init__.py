@@ -9,6 +9,7 @@ from fpipe.schedules._csv import from_csv as from_csv
 from fpipe.schedules._draw.html import html as html
 from fpipe.schedules._draw.svg import svg as svg
 from fpipe.schedules._draw.text import draw as draw
+from fpipe.schedules._early_recompute import early_recompute as early_recompute
 from fpipe.schedules._generators.looped import eager_1f1b as eager_1f1b
 from fpipe.schedules._generators.looped import forward_only as forward_only
 from fpipe.schedules._generators.looped import gpipe as gpipe

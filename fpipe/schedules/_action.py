@@ -6,24 +6,26 @@ An action is one kind of work for one stage and one microbatch:
 
 A backward is either one whole, `B`, or two halves: `I` makes the gradient of the
 stage's input, which the stage before waits for, and `W` makes the gradient of its
-weights, which nobody waits for.
+weights, which nobody waits for. A backward that needs its forward's residuals again
+makes them itself, or has them made by an action of its own before it, `R`.
 """
 
 from typing import Literal, NamedTuple, TypeAlias
 
-Kind: TypeAlias = Literal["F", "B", "I", "W"]
-"""What an action does: forward, whole backward, input gradient, weight gradient."""
+Kind: TypeAlias = Literal["F", "R", "B", "I", "W"]
+"""What an action does: forward, recomputation, whole backward, input gradient, weight
+gradient."""
 
 # In an order in which the actions of one stage and one microbatch may run.
-KINDS: tuple[Kind, ...] = ("F", "B", "I", "W")
+KINDS: tuple[Kind, ...] = ("F", "R", "B", "I", "W")
 
 
 class Action(NamedTuple):
     """One piece of work on one device.
 
     Attributes:
-        kind: `"F"` forward, `"B"` full backward, `"I"` input gradient only, `"W"`
-            weight gradient only.
+        kind: `"F"` forward, `"R"` recomputation of a forward for its backward, `"B"`
+            full backward, `"I"` input gradient only, `"W"` weight gradient only.
         stage: the stage `s`, `0 <= s < S`.
         microbatch: the microbatch `i`, `0 <= i < m`.
     """

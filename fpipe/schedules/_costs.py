@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from fpipe.schedules._action import Action
 from fpipe.schedules._checks import shown
+from fpipe.schedules._rules import Held
 
 Cost: TypeAlias = float | Sequence[float]
 
@@ -22,12 +23,28 @@ class StageMemory(NamedTuple):
     """What one microbatch holds on one stage.
 
     Attributes:
-        full: from the start of its `F` to the end of its `B` or `I`.
+        full: from the start of its `F` to the end of its `B` or `I`, or to the start of
+            its `R`.
         weight: from there to the end of its `W`.
+        recomputed: from the start of its `R` to the end of its `B` or `I`; `None`: as
+            `full`.
     """
 
     full: float
     weight: float
+    recomputed: float | None = None
+
+    def of(self, held: Held) -> float:
+        """What that is."""
+        match held:
+            case Held.NOTHING:
+                return 0.0
+            case Held.FORWARD:
+                return self.full
+            case Held.WEIGHT:
+                return self.weight
+            case Held.RECOMPUTED:
+                return self.full if self.recomputed is None else self.recomputed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +65,11 @@ class Costs:
             of its `B` or `I`.
         memory_w: what it holds from there to the end of its `W`; left out, all of
             `memory`.
+        R: a recomputation; left out, `F`. A `B` or `I` behind an `R` takes as long as
+            one that recomputes nothing.
+        memory_r: what a microbatch holds from the start of its `R` to the end of its
+            `B` or `I`: the residuals, where `memory` is its saved input; left out, all
+            of `memory`.
 
     Raises:
         TypeError: something that is neither a number nor a sequence of numbers.
@@ -61,6 +83,8 @@ class Costs:
     transfer: float = 0.0
     memory: Cost = 1.0
     memory_w: Cost | None = None
+    R: Cost | None = None
+    memory_r: Cost | None = None
 
     def __post_init__(self) -> None:
         # What is left out stays `None` and is worked out when asked for, so that
@@ -77,16 +101,20 @@ class Costs:
         """The cost of one action."""
         if action.kind == "B" and self.B is None:
             return _of_stage(self.I, action.stage) + _of_stage(self.W, action.stage)
+        if action.kind == "R" and self.R is None:
+            return _of_stage(self.F, action.stage)
         return _of_stage(getattr(self, action.kind), action.stage)
 
     def holds(self, stage: int) -> StageMemory:
-        """What a microbatch holds on a stage from `F` to `B` or `I`, and from `I` to
-        `W`.
-        """
-        full = _of_stage(self.memory, stage)
-        if self.memory_w is None:
-            return StageMemory(full, weight=full)
-        return StageMemory(full, weight=_of_stage(self.memory_w, stage))
+        """What a microbatch holds on a stage."""
+        full = self.memory
+        weight = full if self.memory_w is None else self.memory_w
+        recomputed = full if self.memory_r is None else self.memory_r
+        return StageMemory(
+            _of_stage(full, stage),
+            _of_stage(weight, stage),
+            _of_stage(recomputed, stage),
+        )
 
     def check(self, stages: int) -> None:
         """Refuse costs per stage that are not those of `stages` stages, with a

@@ -16,7 +16,7 @@ from fpipe.schedules._action import KINDS, Action, Kind
 from fpipe.schedules._checks import shown
 from fpipe.schedules._schedule import Schedule
 
-ACTION = re.compile(r"([0-9]+)([FBIW])([0-9]+)")
+ACTION = re.compile(rf"([0-9]+)([{''.join(KINDS)}])([0-9]+)")
 # torch: "(0F3;7B1)OVERLAP_F_B", a forward and a backward that it may run at the same
 # time.
 OVERLAP = re.compile(r"\(([^;()]*);([^;()]*)\)OVERLAP_F_B")
@@ -40,9 +40,10 @@ def from_csv(
     `_dump_csv(format="compute_only")` write.
 
     A row for each device; a cell such as `2F0` is stage 2, forward, microbatch 0, with
-    the kinds of `Action`. Empty cells, where a device waits, are skipped: only the
-    order in a row matters. So are empty lines, and spaces. A cell
-    `(0F3;7B1)OVERLAP_F_B` (torch's DualPipeV) is read as `0F3`, then `7B1`.
+    the kinds of `Action`, of which torch knows F, B, I and W. Empty cells, where a
+    device waits, are skipped: only the order in a row matters. So are empty lines, and
+    spaces. A cell `(0F3;7B1)OVERLAP_F_B` (torch's DualPipeV) is read as `0F3`, then
+    `7B1`.
 
     Arguments:
         text: the content of the file.
@@ -114,8 +115,8 @@ def _read_cell(cell: str, line: int, column: int) -> Iterator[Action]:
                     'format="compute_only")`'
                 )
             raise ValueError(
-                f"{where} no action; one looks like 2F0: stage, one of F B I W, "
-                "microbatch"
+                f"{where} no action; one looks like 2F0: stage, one of "
+                f"{' '.join(KINDS)}, microbatch"
             )
         stage, kind, microbatch = match.groups()
         yield Action(LETTERS[kind], int(stage), int(microbatch))

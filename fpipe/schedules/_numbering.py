@@ -6,9 +6,10 @@ is a list with that index. With two stages and three microbatches:
 
               stage 0      stage 1
     F        0   1   2    3   4   5
-    B        6   7   8    9  10  11
-    I       12  13  14   15  16  17
-    W       18  19  20   21  22  23
+    R        6   7   8    9  10  11
+    B       12  13  14   15  16  17
+    I       18  19  20   21  22  23
+    W       24  25  26   27  28  29
 
 The numbers of one kind follow each other, and so do those of one kind and stage. `size`
 is the number of pairs of stage and microbatch, here 6: adding it leads to the next kind
@@ -27,7 +28,7 @@ from fpipe.schedules._schedule import Schedule
 # For each device the numbers of its actions, in order.
 Rows: TypeAlias = list[list[int]]
 
-F, B, I, W = range(len(KINDS))  # noqa: E741 - the letter of the literature
+F, R, B, I, W = range(len(KINDS))  # noqa: E741 - the letter of the literature
 
 
 @dataclasses.dataclass(frozen=True)

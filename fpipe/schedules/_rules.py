@@ -18,12 +18,20 @@ One microbatch on three stages; an arrow goes from an action to one that needs i
 `B` is `I` and `W` in one and stands where `I` stands. It gives the stage before the
 same cotangent as `I` does, so a stage may have `B` where its neighbour has `I`.
 
+A backward that recomputes may have its recomputation before it, as an `R`. That needs
+no cotangent, so it runs while the cotangent is still on its way:
+
+    stage 1      F ----> R ----> B <---- the cotangent, from stage 2
+                the saved   the
+                 input   residuals
+
 Two things are not rules. A device runs its actions in the order of its row, but that
 order is the choice of a schedule. And microbatches do not need each other: a model with
 state needs its forwards in order, which only such a model asks for.
 """
 
 import dataclasses
+import enum
 from collections.abc import Collection, Container
 from typing import NamedTuple
 
@@ -35,7 +43,8 @@ class Need:
     """One thing that an action waits for, of the same microbatch.
 
     Attributes:
-        kinds: an action of any one of these kinds meets the need.
+        kinds: an action of any one of these kinds meets the need. Where there is none
+            of them there is no need: not every backward has an `R`.
         offset: the stage of that action minus the stage of the one that waits. Where
             there is no such stage there is no need.
     """
@@ -47,36 +56,42 @@ class Need:
 # The needs of an action stand in the order in which a pipeline meets them.
 _BACKWARD = (
     Need(kinds=("F",), offset=0),
+    Need(kinds=("R",), offset=0),
     Need(kinds=("B", "I"), offset=+1),
 )
 NEEDS: dict[Kind, tuple[Need, ...]] = {
     "F": (Need(kinds=("F",), offset=-1),),
+    "R": (Need(kinds=("F",), offset=0),),
     "B": _BACKWARD,
     "I": _BACKWARD,
     "W": (Need(kinds=("I",), offset=0),),
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Held:
-    """How an action changes what its device holds, in numbers of microbatches.
+# The kinds that a stage and microbatch may have or lack, in a schedule with backwards.
+OPTIONAL: tuple[Kind, ...] = ("R",)
 
-    Attributes:
-        full: microbatches that wait for their `B` or `I`.
-        weight: microbatches that wait for their `W` alone.
-    """
 
-    full: int
-    weight: int
+class Held(enum.Enum):
+    """What a microbatch holds on a stage, between its actions there."""
+
+    NOTHING = enum.auto()
+    FORWARD = enum.auto()
+    """What the forward left: its residuals, or its input if they are recomputed."""
+    RECOMPUTED = enum.auto()
+    """The residuals, made again."""
+    WEIGHT = enum.auto()
+    """What the weight gradient needs."""
 
 
 # What a device holds follows from the rules: a forward's residuals are kept until
 # nothing waits for them any more.
-HELD: dict[Kind, Held] = {
-    "F": Held(full=+1, weight=0),
-    "B": Held(full=-1, weight=0),
-    "I": Held(full=-1, weight=+1),
-    "W": Held(full=0, weight=-1),
+HELD_AFTER: dict[Kind, Held] = {
+    "F": Held.FORWARD,
+    "R": Held.RECOMPUTED,
+    "B": Held.NOTHING,
+    "I": Held.WEIGHT,
+    "W": Held.NOTHING,
 }
 
 

@@ -93,7 +93,7 @@ class Schedule:
     @cached_property
     def backwards(self) -> bool:
         """Whether there are backwards, or forwards alone."""
-        return any(action.kind != "F" for action in self.actions[0])
+        return any(action.kind in ("B", "I") for action in self.actions[0])
 
     @cached_property
     def _hash(self) -> int:
@@ -120,7 +120,7 @@ class Schedule:
 
         A row for each device, a column for each step of a clock in which every action
         takes one step; a cell such as `2F0` is stage 2, forward, microbatch 0. Lines
-        end in a newline alone.
+        end in a newline alone. torch knows the kinds F, B, I and W.
 
         >>> schedule = fpipe.schedules.one_f_one_b(devices=2, microbatches=2)
         >>> print(schedule.to_csv(), end="")
@@ -217,7 +217,9 @@ def _read_action(value: Any, device: int, position: int) -> Action:
     known: list[Kind] = [k for k in KINDS if isinstance(kind, str) and k == kind]
     if not known:
         error = ValueError if isinstance(kind, str) else TypeError
-        raise error(f"{where} of kind {shortened(kind)}; the kinds are F, B, I, W")
+        raise error(
+            f"{where} of kind {shortened(kind)}; the kinds are {', '.join(KINDS)}"
+        )
     try:
         return Action(known[0], _read_index(stage), _read_index(microbatch))
     except TypeError:

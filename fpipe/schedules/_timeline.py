@@ -8,12 +8,14 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from fpipe.schedules._action import Action
 from fpipe.schedules._checks import check_int, check_positive, check_type
+from fpipe.schedules._costs import StageMemory
 from fpipe.schedules._html import as_html
-from fpipe.schedules._rules import HELD
+from fpipe.schedules._rules import HELD_AFTER, Held
 from fpipe.schedules._trace import Span, trace
 
 
@@ -35,14 +37,14 @@ class Timeline:
             time, what waits for another comes after it.
         devices: `D`.
         name: for drawings.
-        memory: for each stage what a microbatch holds there from `F` to `B` or `I`, and
-            from `I` to `W`; left out, 1 and 1.
+        memory: for each stage what a microbatch holds there from `F` to `B`, `I` or
+            `R`, and from `I` to `W`, or a `StageMemory`; left out, 1 and 1.
     """
 
     events: tuple[Event, ...]
     devices: int
     name: str = "custom"
-    memory: tuple[tuple[float, float], ...] = ()
+    memory: tuple[StageMemory | tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
         check_type("`Timeline(events=...)`", self.events, tuple)
@@ -76,37 +78,53 @@ class Timeline:
         """For each device the most (stage, microbatch) pairs held at once, from `F` to
         `B` or `W`.
         """
-        live = [0] * self.devices
-        peak = [0] * self.devices
-        for event in self._in_order():
-            held = HELD[event.action.kind]
-            live[event.device] += held.full + held.weight
-            peak[event.device] = max(peak[event.device], live[event.device])
-        return tuple(peak)
+        return self._peak(set(Held) - {Held.NOTHING})
+
+    @property
+    def peak_recomputed(self) -> tuple[int, ...]:
+        """For each device the most (stage, microbatch) pairs held at once from `R` to
+        `B` or `I`: sets of residuals that were made again.
+        """
+        return self._peak({Held.RECOMPUTED})
 
     @property
     def peak_memory(self) -> tuple[float, ...]:
         """For each device the most memory held at once; forwards alone hold theirs to
         the end.
         """
-        # Microbatches are counted and multiplied afresh each time: a running sum of
-        # floats would drift.
-        full: list[dict[int, int]] = [{} for _ in range(self.devices)]
-        weight: list[dict[int, int]] = [{} for _ in range(self.devices)]
         peak = [0.0] * self.devices
-        for event in self._in_order():
-            device = event.device
-            kind, stage, _ = event.action
-            change = HELD[kind]
-            full[device][stage] = full[device].get(stage, 0) + change.full
-            weight[device][stage] = weight[device].get(stage, 0) + change.weight
-            # Nothing grows where something ends altogether.
-            if change.full + change.weight < 0:
-                continue
-            held = math.fsum(n * self._full(s) for s, n in full[device].items())
-            held += math.fsum(n * self._weight(s) for s, n in weight[device].items())
-            peak[device] = max(peak[device], held)
+        for device, changes in enumerate(held_changes(self.events, self.devices)):
+            # Microbatches are counted and multiplied afresh each time: a running sum of
+            # floats would drift.
+            counts: dict[tuple[int, Held], int] = {}
+            for change in changes:
+                stage = change.stage
+                counts[stage, change.before] = counts.get((stage, change.before), 0) - 1
+                counts[stage, change.after] = counts.get((stage, change.after), 0) + 1
+                # Nothing grows where something ends altogether.
+                if change.after is Held.NOTHING:
+                    continue
+                held = math.fsum(n * self._holds(*of) for of, n in counts.items())
+                peak[device] = max(peak[device], held)
         return tuple(peak)
+
+    def _peak(self, which: set[Held]) -> tuple[int, ...]:
+        """For each device the most pairs that hold one of these at once."""
+        peak = [0] * self.devices
+        for device, changes in enumerate(held_changes(self.events, self.devices)):
+            live = 0
+            for change in changes:
+                live += (change.after in which) - (change.before in which)
+                peak[device] = max(peak[device], live)
+        return tuple(peak)
+
+    def _holds(self, stage: int, held: Held) -> float:
+        if not self.memory:
+            return 0.0 if held is Held.NOTHING else 1.0
+        memory = self.memory[stage]
+        if not isinstance(memory, StageMemory):
+            memory = StageMemory(memory[0], memory[1])
+        return memory.of(held)
 
     def to_trace(self, unit: float = 1e6) -> str:
         """The timeline as JSON that https://ui.perfetto.dev and `chrome://tracing`
@@ -157,14 +175,37 @@ class Timeline:
             spans.append(Span(device, action.name, action.kind, start, end, shown))
         return spans
 
-    def _full(self, stage: int) -> float:
-        return self.memory[stage][0] if self.memory else 1.0
 
-    def _weight(self, stage: int) -> float:
-        return self.memory[stage][1] if self.memory else 1.0
+class HeldChange(NamedTuple):
+    """A moment at which a microbatch holds something else on a stage.
 
-    def _in_order(self) -> list[Event]:
-        # A device runs one action after the other, so at equal starts its events
-        # already stand in their order; times alone cannot tell it where an action takes
-        # none.
-        return sorted(self.events, key=lambda event: event.start)
+    Attributes:
+        stage: where.
+        before: what it held.
+        after: what it holds now.
+    """
+
+    stage: int
+    before: Held
+    after: Held
+
+
+def held_changes(events: Sequence[Event], devices: int) -> list[list[HeldChange]]:
+    """For each device what changes in what it holds, in the order of time.
+
+    An action takes memory when it starts and gives it back when it ends. `F(0,0)`,
+    `F(0,1)`, `B(0,0)`:
+
+        NOTHING -> FORWARD, NOTHING -> FORWARD, FORWARD -> NOTHING
+    """
+    # A device runs one action after the other, so at equal starts its events already
+    # stand in their order; times alone cannot tell it where an action takes none.
+    in_order = sorted(events, key=lambda event: event.start)
+    # By pair of stage and microbatch, which is on one device.
+    held: dict[tuple[int, int], Held] = {}
+    changes: list[list[HeldChange]] = [[] for _ in range(devices)]
+    for device, (kind, stage, microbatch), _, _ in in_order:
+        before = held.get((stage, microbatch), Held.NOTHING)
+        after = held[stage, microbatch] = HELD_AFTER[kind]
+        changes[device].append(HeldChange(stage, before, after))
+    return changes

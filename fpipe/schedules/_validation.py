@@ -7,7 +7,7 @@ number, its *cell*, and the kinds of it as bits. With three stages:
 
                      stage 0   stage 1   stage 2
     microbatch 0        0         1         2
-    microbatch 1        3         4         5           bits: F 1, B 2, I 4, W 8
+    microbatch 1        3         4         5           bits: F 1, R 2, B 4, I 8, W 16
 """
 
 import dataclasses
@@ -16,15 +16,16 @@ from typing import Any, TypeAlias
 
 from fpipe.schedules._action import KINDS, Action, Kind
 from fpipe.schedules._checks import shown
-from fpipe.schedules._rules import NEEDS, needs
+from fpipe.schedules._rules import NEEDS, OPTIONAL, crossing_need, needs
 
 Rows: TypeAlias = Sequence[Sequence[Action]]
 
-BITS: dict[Kind, int] = {"F": 1, "B": 2, "I": 4, "W": 8}
+BITS: dict[Kind, int] = {kind: 1 << k for k, kind in enumerate(KINDS)}
 WITH_BACKWARDS = (
     BITS["F"] | BITS["B"],
     BITS["F"] | BITS["I"] | BITS["W"],
 )
+_OPTIONAL_BITS = sum(BITS[kind] for kind in OPTIONAL)
 
 
 def shortened(value: Any) -> str:
@@ -95,7 +96,7 @@ def check_complete(rows: Rows, stage_to_device: Sequence[int]) -> None:
                 f"`Schedule`: {missing} is missing: "
                 f"{_why_missing(missing, rows, stage_to_device, last)}"
             )
-        if backwards and kinds not in WITH_BACKWARDS:
+        if backwards and kinds & ~_OPTIONAL_BITS not in WITH_BACKWARDS:
             microbatch, stage = divmod(cell, stages)
             present = " and ".join(kind for kind in KINDS if kinds & BITS[kind])
             raise ValueError(
@@ -139,10 +140,12 @@ def _why_missing(
 # --- whether it runs ---
 
 # The bit of a need that is always met.
-_ALWAYS = 16
+_ALWAYS = 128
+assert max(BITS.values()) < _ALWAYS
 
-# Two needs. Each is the offset of a cell, and bits: the cell must have one of them.
-_CodedNeeds: TypeAlias = tuple[int, int, int, int]
+# What an action needs: bits that its own cell must have, all of them; the offset of
+# another cell, and bits that this must have, any of them.
+_CodedNeeds: TypeAlias = tuple[int, int, int]
 
 
 def _coded_needs(stages: int) -> dict[Kind, list[_CodedNeeds]]:
@@ -150,24 +153,43 @@ def _coded_needs(stages: int) -> dict[Kind, list[_CodedNeeds]]:
 
     For three stages:
 
-        F   stage 0: own cell has 16         and own cell has 16
-            stage 1: cell - 1 has 1          and own cell has 16
-        I   stage 1: own cell has 1          and cell + 1 has 2 or 4
-            stage 2: own cell has 1          and own cell has 16
+        F   stage 0: own cell has nothing      and own cell has 128
+            stage 1: own cell has nothing      and cell - 1 has 1
+        I   stage 1: own cell has 1 and 2      and cell + 1 has 4 or 8
+            stage 2: own cell has 1 and 2      and own cell has 128
 
-    Each is filled up to two, so that the loop that reads them has no branch for less.
+    Where there is no other stage to wait for, the need is one that is always met, so
+    that the loop that reads them has no branch for less.
     """
     coded: dict[Kind, list[_CodedNeeds]] = {kind: [] for kind in KINDS}
     for kind in KINDS:
+        own = 0
+        for need in NEEDS[kind]:
+            if not need.offset:
+                # Of several kinds any one would do, and `own` asks for all its bits.
+                assert len(need.kinds) == 1, need
+                own |= BITS[need.kinds[0]]
+        crossing = crossing_need(kind)
         for stage in range(stages):
-            pairs = [
-                (need.offset, sum(BITS[other] for other in need.kinds))
-                for need in NEEDS[kind]
-                if 0 <= stage + need.offset < stages
-            ]
-            first, second, *_ = [*pairs, (0, _ALWAYS), (0, _ALWAYS)]
-            coded[kind].append((*first, *second))
+            offset, bits = 0, _ALWAYS
+            if crossing is not None and 0 <= stage + crossing.offset < stages:
+                offset = crossing.offset
+                bits = sum(BITS[other] for other in crossing.kinds)
+            coded[kind].append((own, offset, bits))
     return coded
+
+
+def _done_at_first(rows: Rows, stages: int) -> bytearray:
+    """For each cell the bits that count as done before anything runs: those of optional
+    actions that the schedule has not.
+    """
+    microbatches = 1 + max(action.microbatch for action in rows[0])
+    done = bytearray([_ALWAYS | _OPTIONAL_BITS]) * (stages * microbatches)
+    for row in rows:
+        for kind, stage, microbatch in row:
+            if kind in OPTIONAL:
+                done[microbatch * stages + stage] ^= BITS[kind]
+    return done
 
 
 def check_runs(rows: Rows, stage_to_device: Sequence[int]) -> None:
@@ -179,9 +201,8 @@ def check_runs(rows: Rows, stage_to_device: Sequence[int]) -> None:
     # `needs` of `_rules.py` would do, but it makes actions and looks them up, which is
     # slower, and every schedule pays for it. It is used for the message alone.
     stages = len(stage_to_device)
-    microbatches = 1 + max(action.microbatch for action in rows[0])
     coded = _coded_needs(stages)
-    done = bytearray([_ALWAYS]) * (stages * microbatches)
+    done = _done_at_first(rows, stages)
     waiting: dict[int, list[int]] = {}
     left = [iter(row) for row in rows]
     current: list[Action | None] = [next(row) for row in left]
@@ -192,14 +213,14 @@ def check_runs(rows: Rows, stage_to_device: Sequence[int]) -> None:
         while action is not None:
             kind, stage, microbatch = action
             cell = microbatch * stages + stage
-            offset, bits, second_offset, second_bits = coded[kind][stage]
+            own, offset, bits = coded[kind][stage]
             # A device waits for a cell and not for one action: a need may be met by `B`
             # or by `I`. Woken too early, it waits again.
+            if done[cell] & own != own:
+                waiting.setdefault(cell, []).append(device)
+                break
             if not done[cell + offset] & bits:
                 waiting.setdefault(cell + offset, []).append(device)
-                break
-            if not done[cell + second_offset] & second_bits:
-                waiting.setdefault(cell + second_offset, []).append(device)
                 break
             done[cell] |= BITS[kind]
             if cell in waiting:

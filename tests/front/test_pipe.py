@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 
 import fpipe
 import fpipe.optim
-from fpipe.schedules import Schedule
+from fpipe.schedules import Schedule, early_recompute, one_f_one_b
 from tests.helpers import Case, assert_same, dense, models, mse, raises
 
 DEVICES = jax.devices()
@@ -149,6 +149,18 @@ WRONG = {
         {"schedule": 3},
         TypeError,
         "`Pipe(schedule=3)`: one of 'gpipe', '1f1b', 'eager_1f1b'",
+    ),
+    "schedule that no executor runs": (
+        {"schedule": early_recompute(one_f_one_b(2, 4))},
+        ValueError,
+        "`Pipe(schedule=...)`: the schedule '1f1b, early recomputation' has actions of "
+        "kind R, which can be simulated and drawn",
+    ),
+    "function of what no executor runs": (
+        {"schedule": lambda d, m: early_recompute(one_f_one_b(d, m))},
+        ValueError,
+        "`Pipe(schedule=...)`: the schedule '1f1b, early recomputation' has actions of "
+        "kind R, which can be simulated and drawn",
     ),
     "schedule made": (
         {"schedule": lambda d, m: d * m},

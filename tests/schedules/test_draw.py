@@ -76,6 +76,7 @@ def measured(timeline, start, scale):
 
 
 TIMELINES = {
+    "recomputed": simulate(schedules.early_recompute(schedules.one_f_one_b(3, 4))),
     "1f1b": simulate(schedules.one_f_one_b(3, 4)),
     "split": simulate(SPLIT),
     "virtual": simulate(VIRTUAL),

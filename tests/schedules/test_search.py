@@ -11,6 +11,7 @@ import pytest
 
 from fpipe import schedules
 from fpipe.schedules import NAMES, Costs, named, simulate, zb_h1, zero_bubble
+from fpipe.schedules._action import KINDS
 from fpipe.schedules._search import zero_bubble as search
 from fpipe.schedules._search.problem import Problem
 
@@ -210,7 +211,7 @@ def test_the_optimum_where_all_can_be_tried(devices, seeds):
     size = devices * m
     every = [
         [
-            [("FBIW".index(k) * devices + s) * m + i for k, s, i in row]
+            [(KINDS.index(k) * devices + s) * m + i for k, s, i in row]
             for row in interleavings(d, m)
         ]
         for d in range(devices)
@@ -250,7 +251,7 @@ def test_the_run_of_the_search_is_that_of_simulate():
     for schedule in fixed(4, 6, (0, 1, 2, 3)):
         problem = Problem.of(4, 6, schedule.stage_to_device, costs, None)
         rows = [
-            [("FBIW".index(k) * 4 + s) * 6 + i for k, s, i in row]
+            [(KINDS.index(k) * 4 + s) * 6 + i for k, s, i in row]
             for row in schedule.actions
         ]
         assert rows == problem.numbering.rows(schedule)

@@ -30,6 +30,7 @@ def some_schedule(
     split="none",
     backwards=True,
     choose=lambda n: 0,
+    recomputed=lambda s, i: False,
 ):
     """A valid schedule: of the actions that could run next, `choose` picks one until
     none is left.
@@ -45,12 +46,14 @@ def some_schedule(
     todo = [Action("F", s, i) for s, i in pairs]
     if backwards:
         todo += [Action(k, s, i) for s, i in pairs for k in KINDS[is_split(s, i)]]
+        todo += [Action("R", s, i) for s, i in pairs if recomputed(s, i)]
+    everything = set(todo)
     rows, done = [[] for _ in range(devices)], set()
     while todo:
         runnable = [
             a
             for a in todo
-            if all(any(n in done for n in ns) for ns in needs(a, stages))
+            if all(any(n in done for n in ns) for ns in needs(a, stages, everything))
         ]
         a = runnable[choose(len(runnable))]
         rows[stage_to_device[a.stage]].append(a)
@@ -59,15 +62,18 @@ def some_schedule(
     return Schedule(rows, stage_to_device)
 
 
-def needs(a, stages):
+def needs(a, stages, everything):
     """For each thing that `a` waits for, the actions that would provide it."""
     kind, s, i = a
     if kind == "W":
         return [[Action("I", s, i)]]
     if kind == "F":
         return [[Action("F", s - 1, i)]] if s else []
+    if kind == "R":
+        return [[Action("F", s, i)]]
     later = [[Action("B", s + 1, i), Action("I", s + 1, i)]] if s + 1 < stages else []
-    return [[Action("F", s, i)], *later]
+    own = [[Action("F", s, i)], [Action("R", s, i)]]
+    return [*(need for need in own if need[0] in everything), *later]
 
 
 def number(cost, stage):
@@ -83,7 +89,10 @@ def oracle(schedule, costs):
     took = {
         a: number(getattr(costs, a.kind), a.stage)
         for a in actions
-        if a.kind != "B" or costs.B is not None
+        if getattr(costs, a.kind) is not None
+    }
+    took |= {
+        a: number(costs.F, a.stage) for a in actions if a.kind == "R" and a not in took
     }
     took |= {
         a: number(costs.I, a.stage) + number(costs.W, a.stage)
@@ -92,7 +101,7 @@ def oracle(schedule, costs):
     }
     arcs = [(x, y, 0.0) for row in schedule.actions for x, y in itertools.pairwise(row)]
     for y in actions:
-        others = [x for x in itertools.chain(*needs(y, stages)) if x in took]
+        others = [x for x in itertools.chain(*needs(y, stages, took)) if x in took]
         arcs += [
             (
                 x,
@@ -118,23 +127,23 @@ def peaks(schedule, costs):
     """The most memory and the most pairs held on each device, replayed from the
     device's row alone.
     """
-    memory, live = [], []
+    memory, live, recomputed = [], [], []
+    own = {"I": costs.memory_w, "R": costs.memory_r}
     for row in schedule.actions:
-        held, most, most_live = {}, 0.0, 0
+        held, most, most_live, most_sets, sets = {}, 0.0, 0, 0, set()
         for kind, s, i in row:
             if kind in "BW":
                 del held[s, i]
             else:
-                held[s, i] = number(
-                    costs.memory
-                    if kind == "F" or costs.memory_w is None
-                    else costs.memory_w,
-                    s,
-                )
+                cost = own.get(kind)
+                held[s, i] = number(costs.memory if cost is None else cost, s)
+            sets = sets | {(s, i)} if kind == "R" else sets - {(s, i)}
             most, most_live = max(most, sum(held.values())), max(most_live, len(held))
+            most_sets = max(most_sets, len(sets))
         memory.append(most)
         live.append(most_live)
-    return memory, tuple(live)
+        recomputed.append(most_sets)
+    return memory, tuple(live), tuple(recomputed)
 
 
 def check(schedule, costs):
@@ -143,8 +152,9 @@ def check(schedule, costs):
     assert {e.action: (e.start, e.end) for e in timeline.events} == expected
     assert len(timeline.events) == len(expected)
     assert timeline.makespan == max(end for _, end in expected.values())
-    memory, live = peaks(schedule, costs)
+    memory, live, recomputed = peaks(schedule, costs)
     assert timeline.peak_live == live
+    assert timeline.peak_recomputed == recomputed
     assert timeline.peak_memory == pytest.approx(memory)
     for d, row in enumerate(schedule.actions):
         assert tuple(e.action for e in timeline.events if e.device == d) == row
@@ -152,7 +162,8 @@ def check(schedule, costs):
     done = set()
     for e in timeline.events:
         assert all(
-            any(n in done for n in ns) for ns in needs(e.action, schedule.stages)
+            any(n in done for n in ns)
+            for ns in needs(e.action, schedule.stages, expected)
         )
         done.add(e.action)
     assert [e.start for e in timeline.events] == sorted(
@@ -212,8 +223,15 @@ def schedules_and_costs(draw):
         draw(st.sampled_from(["none", "all", "some"])),
     )
     random = draw(st.randoms(use_true_random=False))
+    share = draw(st.sampled_from([0.0, 0.5, 1.0]))
     schedule = some_schedule(
-        devices, microbatches, placement, split, draw(st.booleans()), random.randrange
+        devices,
+        microbatches,
+        placement,
+        split,
+        draw(st.booleans()),
+        random.randrange,
+        recomputed=lambda s, i: random.random() < share,
     )
     one = st.one_of(st.just(0.0), st.integers(0, 3), st.floats(0, 5))
     cost = st.one_of(
@@ -228,6 +246,8 @@ def schedules_and_costs(draw):
         draw(one),
         draw(cost),
         draw(optional),
+        R=draw(optional),
+        memory_r=draw(optional),
     )
 
 
@@ -315,7 +335,7 @@ def test_costs_are_values():
     assert Costs(B=[5, 6]).of(Action("B", 1, 0)) == 6.0
 
 
-FIELDS = ["F", "B", "I", "W", "transfer", "memory", "memory_w"]
+FIELDS = ["F", "B", "I", "W", "transfer", "memory", "memory_w", "R", "memory_r"]
 
 
 @pytest.mark.parametrize("field", FIELDS)

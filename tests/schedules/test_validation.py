@@ -19,7 +19,15 @@ from hypothesis import strategies as st
 from fpipe import schedules
 from fpipe.schedules import Action, Kind, Schedule
 from fpipe.schedules._action import KINDS
-from fpipe.schedules._rules import HELD, NEEDS, crossing_need, last_needs, needs
+from fpipe.schedules._rules import (
+    HELD_AFTER,
+    NEEDS,
+    OPTIONAL,
+    Held,
+    crossing_need,
+    last_needs,
+    needs,
+)
 from tests.helpers import raises
 
 # --- the rules themselves ---
@@ -40,11 +48,15 @@ def arrows(kinds):
     }
 
 
+@pytest.mark.parametrize("optional", ["", "R"])
 @pytest.mark.parametrize("backward", "BI")
-def test_the_rules_are_those_of_the_drawing(backward):
-    kinds = WHOLE if backward == "B" else SPLIT
+def test_the_rules_are_those_of_the_drawing(backward, optional):
+    kinds = (*(WHOLE if backward == "B" else SPLIT), *optional)
     drawn = {("F1", "F0"), ("F2", "F1")}
     drawn |= {(f"{backward}{s}", f"F{s}") for s in range(3)}
+    if "R" in optional:
+        drawn |= {(f"R{s}", f"F{s}") for s in range(3)}
+        drawn |= {(f"{backward}{s}", f"R{s}") for s in range(3)}
     drawn |= {(f"{backward}{s}", f"{backward}{s + 1}") for s in range(2)}
     if backward == "I":
         drawn |= {(f"W{s}", f"I{s}") for s in range(3)}
@@ -81,10 +93,11 @@ def test_the_last_needs_are_those_of_the_docstring():
     assert table == set(drawn)
 
 
-def test_nothing_is_held_after_a_backward():
+def test_nothing_is_held_after_a_backward_and_something_after_a_forward():
+    assert HELD_AFTER["F"] is not Held.NOTHING
     for kinds in (WHOLE, SPLIT):
-        assert sum(HELD[kind].full for kind in kinds) == 0
-        assert sum(HELD[kind].weight for kind in kinds) == 0
+        assert HELD_AFTER[kinds[-1]] is Held.NOTHING
+    assert set(OPTIONAL) == set(KINDS) - {*WHOLE, *SPLIT}
 
 
 # --- the legal schedules that are broken below: rows, and the device of each stage ---
@@ -115,6 +128,14 @@ LEGAL = {
         parse("0F0 0F1 2F0 2F1 2B0 2B1 0B0 0B1", "1F0 1F1 3F0 3B0 3F1 3B1 1B0 1B1"),
         (0, 1, 0, 1),
     ),
+    "recomputed": (
+        parse(
+            "0F0 0F1 0R0 0B0 0R1 0I1 0W1",
+            "1F0 1R0 1F1 1B0 1R1 1I1 1W1",
+            "2F0 2B0 2F1 2R1 2I1 2W1",
+        ),
+        (0, 1, 2),
+    ),
     "V": (
         parse(
             "0F0 0F1 3F0 3I0 3W0 3F1 3I1 0I0 0W0 0B1 3W1",
@@ -130,25 +151,35 @@ each = pytest.mark.parametrize("name", LEGAL)
 
 def run(rows, stages):
     """The actions that ever run, for rows that are complete."""
+    everything = {tuple(a) for row in rows for a in row}
     queues, ran = [collections.deque(row) for row in rows], set()
     before = -1
     while before != len(ran):
         before = len(ran)
         for queue in queues:
-            if queue and runnable(queue[0], ran, stages):
+            if queue and runnable(queue[0], ran, stages, everything):
                 ran.add(tuple(queue.popleft()))
     return ran
 
 
-def runnable(action, ran, stages):
+def runnable(action, ran, stages, everything):
     kind, s, i = action
     if kind == "F":
         return s == 0 or ("F", s - 1, i) in ran
     if kind == "W":
         return ("I", s, i) in ran
-    return ("F", s, i) in ran and (
+    own = {(k, s, i) for k in before(kind)} & everything
+    if kind in OPTIONAL:
+        return own <= ran
+    return own <= ran and (
         s + 1 == stages or ("B", s + 1, i) in ran or ("I", s + 1, i) in ran
     )
+
+
+def before(kind):
+    """The optional kinds, and `F`, that come before a kind on its stage."""
+    order = "FR"
+    return order[: order.index(kind)] if kind in order else order
 
 
 def complete(rows, stage_to_device):
@@ -160,14 +191,14 @@ def complete(rows, stage_to_device):
     ):
         return False
     kinds = {
-        "".join(k for k in "FBIW" if (k, s, i) in counts)
+        "".join(k for k in KINDS if (k, s, i) in counts)
         for s in range(len(stage_to_device))
         for i in range(m)
     }
-    return kinds == {"F"} or kinds <= {"FB", "FIW"}
+    return kinds == {"F"} or kinds <= {"FB", "FIW", "FRB", "FRIW"}
 
 
-LABEL = r"([FBIW])\((\d+),(\d+)\)"
+LABEL = r"([FRBIW])\((\d+),(\d+)\)"
 STUCK = re.compile(rf"(?:device \d+ at|after) {LABEL}")
 AWAITED = re.compile(rf"waits for {LABEL}")
 
@@ -208,9 +239,9 @@ def check(rows, stage_to_device):
         told
     )  # each is the first of its device that can never run
     assert set(awaited) <= everything - ran, told
-    assert not runnable(stuck[0], ran, len(stage_to_device))
+    assert not runnable(stuck[0], ran, len(stage_to_device), everything)
     assert (
-        runnable(stuck[0], ran | {awaited[0]}, len(stage_to_device))
+        runnable(stuck[0], ran | {awaited[0]}, len(stage_to_device), everything)
         or stuck[0][0] in "BI"
     ), told
     for d, k, s, i, p in re.findall(rf"device (\d+) at {LABEL}, position (\d+)", told):
@@ -239,6 +270,9 @@ def test_without_any_one_action(name):
     for d, row in enumerate(rows):
         for p, a in enumerate(row):
             broken = [*rows[:d], row[:p] + row[p + 1 :], *rows[d + 1 :]]
+            if a.kind == "R":
+                assert check(broken, stage_to_device)
+                continue
             had = rf"stage {a.stage}, microbatch {a.microbatch} has F"
             with pytest.raises(
                 ValueError,
@@ -297,7 +331,7 @@ def test_with_any_kind_stage_or_microbatch_changed(name):
     rows, stage_to_device = LEGAL[name]
     for d, row in enumerate(rows):
         for p, a in enumerate(row):
-            others = [a._replace(kind=k) for k in "FBIW" if k != a.kind]
+            others = [a._replace(kind=k) for k in KINDS if k != a.kind]
             others += [
                 a._replace(microbatch=a.microbatch + k)
                 for k in (-1, 1, 7)
@@ -314,7 +348,7 @@ def test_with_any_kind_stage_or_microbatch_changed(name):
 
 
 @each
-@pytest.mark.parametrize("kinds", ["W", "I", "B", "F", "BI", "BIW"])
+@pytest.mark.parametrize("kinds", ["W", "I", "B", "F", "BI", "BIW", "R"])
 def test_without_a_kind_altogether(name, kinds):
     rows, stage_to_device = LEGAL[name]
     left = [[a for a in row if a.kind not in kinds] for row in rows]
@@ -443,6 +477,20 @@ BROKEN = {
         [[("B", 0, 0), ("F", 0, 0)]],
         "deadlock: device 0 at B(0,0), position 0, waits for F(0,0), which device 0 "
         "itself has later, at position 1",
+    ),
+    "R without a backward": (
+        [[("F", 0, 0), ("R", 0, 0)]],
+        f"stage 0, microbatch 0 has F and R; {WHOLE_OR_HALVES}",
+    ),
+    "R before F": (
+        [[("R", 0, 0), ("F", 0, 0), ("B", 0, 0)]],
+        "deadlock: device 0 at R(0,0), position 0, waits for F(0,0), which device 0 "
+        "itself has later, at position 1",
+    ),
+    "R after B": (
+        [[("F", 0, 0), ("B", 0, 0), ("R", 0, 0)]],
+        "deadlock: device 0 at B(0,0), position 1, waits for R(0,0), which device 0 "
+        "itself has later, at position 2",
     ),
     "two devices": (
         [
@@ -621,7 +669,7 @@ WRONG = {
     ),
     "an unhashable kind": (
         [[(["F"], 0, 0)]],
-        "position 0 is of kind ['F']; the kinds are F, B, I, W",
+        "position 0 is of kind ['F']; the kinds are F, R, B, I, W",
     ),
 }
 
@@ -642,7 +690,7 @@ def test_an_unknown_kind():
     with raises(
         ValueError,
         "`Schedule(actions=...)`: device 0, position 0 is of kind 'X'; the kinds are "
-        "F, B, I, W",
+        "F, R, B, I, W",
     ):
         Schedule([[("X", 0, 0)]])
 

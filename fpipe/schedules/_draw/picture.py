@@ -18,6 +18,7 @@ from fpipe.schedules._timeline import Timeline
 
 WORDS: dict[Kind, str] = {
     "F": "forward (F)",
+    "R": "recomputation (R)",
     "B": "backward (B)",
     "I": "input gradient (I)",
     "W": "weight gradient (W)",
@@ -27,6 +28,7 @@ LIGHTER = "lighter: later stages of the device"
 # dark text.
 COLOURS: dict[Kind, str] = {
     "F": "#56b4e9",
+    "R": "#f0e442",
     "B": "#e69f00",
     "I": "#d684b3",
     "W": "#19aa82",

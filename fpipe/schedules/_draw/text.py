@@ -23,6 +23,7 @@ from fpipe.schedules._timeline import Timeline
 # other drawings.
 SHADES: dict[Kind, tuple[int, int]] = {
     "F": (75, 153),
+    "R": (227, 229),
     "B": (214, 223),
     "I": (175, 219),
     "W": (72, 157),

@@ -72,7 +72,7 @@ def toggle(problem: Problem, found: Found) -> Found:
     size = problem.numbering.size
     microbatches = problem.numbering.microbatches
 
-    # In the order of the kinds, F B I W: from `I` it is one `size` down to `B`, from
+    # In the order of the kinds, B I W: from `I` it is one `size` down to `B`, from
     # `B` one up to `I` and two to `W`.
     def fuse(action: int) -> list[int]:
         if action // size == W:
@@ -192,8 +192,13 @@ def anneal(problem: Problem, found: Found, bound: float, seed: int) -> Found:
         for index, action in enumerate(row)
     }
     trials = max(200, min(2000, 1_000_000 // len(positions)))
+    durations = [
+        duration
+        for stage in problem.costs
+        for duration in (stage.forward, stage.whole, stage.input, stage.weight)
+    ]
     # How much worse a move may make it: a share of an action, less and less of it.
-    heat = 0.05 * math.fsum(problem.durations) / len(problem.durations)
+    heat = 0.05 * math.fsum(durations) / len(durations)
     tried = 0
     # Not every move is a trial: some break an order or a limit.
     for _ in range(10 * trials):

@@ -125,7 +125,10 @@ def list_schedule(problem: Problem, policy: Policy) -> Rows | None:
     # Where backwards are split, a microbatch may hold more for its `W` than it did
     # before. It is counted with the larger from the start, so that an `I` never needs
     # room.
-    held = [max(memory) if policy.split else memory.full for memory in problem.memory]
+    held = [
+        max(memory.full, memory.weight) if policy.split else memory.full
+        for memory in problem.memory
+    ]
     limits: list[float] = []
     for device, stages in enumerate(problem.stages_of):
         limit = problem.limits[device]

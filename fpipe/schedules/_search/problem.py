@@ -14,11 +14,21 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from fpipe.schedules._action import KINDS, Action
+from fpipe.schedules._action import KINDS, Action, Kind
 from fpipe.schedules._checks import shown
 from fpipe.schedules._costs import Costs, StageMemory, read_numbers
 from fpipe.schedules._numbering import Numbering, Played, Rows, play
-from fpipe.schedules._rules import HELD
+from fpipe.schedules._rules import HELD_AFTER, Held
+
+# The kinds of action that a search deals in, in the order of `StageCosts`.
+SEARCHED: tuple[Kind, ...] = ("F", "B", "I", "W")
+# What a microbatch holds on a stage before an action of each kind.
+HELD_BEFORE: dict[Kind, Held] = {
+    "F": Held.NOTHING,
+    "B": Held.FORWARD,
+    "I": Held.FORWARD,
+    "W": Held.WEIGHT,
+}
 
 # Rounding neither breaks a limit nor makes a schedule better.
 ROUNDING = 1.0 + 1e-9
@@ -148,7 +158,7 @@ class Problem:
             for device in range(devices)
         )
         times = tuple(
-            StageCosts(*(costs.of(Action(kind, stage, 0)) for kind in KINDS))
+            StageCosts(*(costs.of(Action(kind, stage, 0)) for kind in SEARCHED))
             for stage in range(stages)
         )
         held = tuple(costs.holds(stage) for stage in range(stages))
@@ -169,9 +179,7 @@ class Problem:
             durations=numbering.durations(costs),
             latencies=numbering.latencies(costs, stage_to_device),
             held_change=[
-                HELD[kind].full * held[s].full + HELD[kind].weight * held[s].weight
-                for kind in KINDS
-                for s in range(stages)
+                _held_change(kind, held[s]) for kind in KINDS for s in range(stages)
             ],
         )
         problem._check_limits(memory)
@@ -260,6 +268,13 @@ class Problem:
                 most, head + microbatches * work, head + microbatches * chain + tail
             )
         return most
+
+
+def _held_change(kind: Kind, memory: StageMemory) -> float:
+    """How an action changes what its device holds."""
+    if kind not in HELD_BEFORE:
+        return 0.0
+    return memory.of(HELD_AFTER[kind]) - memory.of(HELD_BEFORE[kind])
 
 
 def _read_limits(devices: int, memory: Any) -> tuple[float, ...]:

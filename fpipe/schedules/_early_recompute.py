@@ -1,0 +1,203 @@
+"""Recomputations as actions of their own, put where a device would wait.
+
+In: a `Schedule` whose backwards recompute, and `Costs`. Out: the same schedule with an
+`R` for each of these backwards. Torchgpipe does it for GPipe (Kim et al., arXiv
+2004.09910), Mario for other schedules (Liu et al., PPoPP 2025). `one_f_one_b(2, 2)`,
+with a recomputation of 1 inside the backward and before it:
+
+    device 0 F0 F1          B0------ B1------      F0 F1    R0    B0--- R1 B1---
+    device 1    F0 B0------ F1 …                      F0 R0 B0--- F1 R1 B1---
+
+An `R` right before its backward can only help: the two together end no later than a
+backward that starts when its cotangent is there and recomputes first. From there an `R`
+moves into an earlier gap if it fits into it as a whole. Then everything else runs when
+it would run otherwise, or earlier; so no step makes the schedule slower, whatever the
+costs are.
+"""
+
+from collections.abc import Collection
+
+from fpipe.schedules._action import Action
+from fpipe.schedules._checks import check_int, check_type, shown
+from fpipe.schedules._costs import Costs
+from fpipe.schedules._schedule import Schedule
+from fpipe.schedules._simulate import simulate
+from fpipe.schedules._timeline import Event
+
+# Passes over a schedule. What moves into a gap lets others start earlier, which opens
+# and closes gaps; after a few passes hardly anything moves.
+PASSES = 8
+# How many recomputations are tried for a gap, the nearest first.
+TRIED = 4
+
+
+def early_recompute(
+    schedule: Schedule,
+    costs: Costs | None = None,
+    *,
+    pairs: Collection[tuple[int, int]] | None = None,
+    ahead: int = 1,
+) -> Schedule:
+    """The schedule with the recomputations of its backwards as actions `R`.
+
+    A backward that recomputes needs its cotangent only after the recomputation, which
+    may run while the cotangent is on its way. Never slower than the schedule whose
+    backwards recompute, under the same costs: there a `B` or `I` costs its `R` more.
+    Under 1F1B the idle time is `(D-1)(F+B)`, in which `B` recomputes nothing.
+
+    Arguments:
+        schedule: any `Schedule` without `R`.
+        costs: `R` by default takes as long as `F`, and `B` and `I` recompute nothing;
+            default `Costs()`.
+        pairs: the (stage, microbatch) pairs whose backwards recompute; default all.
+        ahead: how many recomputed microbatches a device may hold beside that of the
+            backward that runs, where that makes the step shorter; with 0 every `R` is
+            right before its backward.
+
+    Returns:
+        The `Schedule`; `Timeline.peak_recomputed` of it is at most `1 + ahead`.
+
+    Raises:
+        TypeError: something of the wrong type.
+        ValueError: a schedule that has `R` already, costs for another number of stages,
+            or pairs that are not in the schedule.
+
+    Example:
+        >>> schedule = fpipe.schedules.one_f_one_b(devices=2, microbatches=2)
+        >>> print(fpipe.schedules.early_recompute(schedule))
+        0: F0 F1 R0 B0 R1 B1
+        1: F0 R0 B0 F1 R1 B1
+    """
+    check_type("`early_recompute(schedule)`", schedule, Schedule)
+    costs = Costs() if costs is None else costs
+    check_type("`early_recompute(schedule, costs)`", costs, Costs)
+    costs.check(schedule.stages)
+    check_int("early_recompute", "ahead", ahead, 0)
+    if any(action.kind == "R" for row in schedule.actions for action in row):
+        raise ValueError(
+            f"`early_recompute(schedule)`: the schedule {schedule.name!r} has R already"
+        )
+    backwards = {
+        action[1:]
+        for row in schedule.actions
+        for action in row
+        if action.kind in ("B", "I")
+    }
+    chosen = _read_pairs(schedule, pairs, backwards)
+    rows = [_with_recomputations(row, chosen) for row in schedule.actions]
+    name = f"{schedule.name}, early recomputation"
+    found = Schedule(rows, schedule.stage_to_device, name)
+    makespan = simulate(found, costs).makespan
+    # What is recomputed long before its backward takes memory, so it has to pay.
+    for more in range(1, ahead + 1):
+        moved = _fill_all_gaps(found, costs, more)
+        shorter = simulate(moved, costs).makespan
+        if shorter < makespan:
+            found, makespan = moved, shorter
+    return found
+
+
+def _read_pairs(
+    schedule: Schedule,
+    pairs: Collection[tuple[int, int]] | None,
+    backwards: set[tuple[int, int]],
+) -> set[tuple[int, int]]:
+    if pairs is None:
+        return backwards
+    chosen: set[tuple[int, int]] = set()
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or tuple(pair) not in backwards:
+            raise ValueError(
+                f"`early_recompute(pairs=...)`: the schedule {schedule.name!r} has no "
+                f"backward of a stage and microbatch {shown(pair)}"
+            )
+        chosen.add((pair[0], pair[1]))
+    return chosen
+
+
+def _fill_all_gaps(schedule: Schedule, costs: Costs, ahead: int) -> Schedule:
+    """The schedule with recomputations moved into gaps until there is none for them."""
+    for _ in range(PASSES):
+        moved = _fill_gaps(schedule, costs, ahead)
+        if moved == schedule:
+            break
+        schedule = moved
+    return schedule
+
+
+def _with_recomputations(
+    row: Collection[Action], pairs: set[tuple[int, int]]
+) -> list[Action]:
+    """A row with each `R` right before its backward."""
+    new: list[Action] = []
+    for action in row:
+        if action.kind in ("B", "I") and action[1:] in pairs:
+            new.append(action._replace(kind="R"))
+        new.append(action)
+    return new
+
+
+def _fill_gaps(schedule: Schedule, costs: Costs, ahead: int) -> Schedule:
+    """The schedule with recomputations moved into the gaps that it has now."""
+    events: list[list[Event]] = [[] for _ in schedule.actions]
+    for event in simulate(schedule, costs).events:
+        events[event.device].append(event)
+    rows = [_fill_gaps_of_row(row, costs, ahead) for row in events]
+    return Schedule(rows, schedule.stage_to_device, schedule.name)
+
+
+def _fill_gaps_of_row(row: list[Event], costs: Costs, ahead: int) -> list[Action]:
+    """The actions of a device, with recomputations moved into its gaps.
+
+    Arguments:
+        row: the device's events, in the order of its row.
+        costs: what the actions take.
+        ahead: as for `early_recompute`.
+    """
+    # Gap by gap, from the left. What moves keeps its place in `row` until the end, so
+    # that all gaps are those of the same timeline.
+    held = _recomputed_at(row)
+    recomputations = [n for n, event in enumerate(row) if event.action.kind == "R"]
+    moved: set[int] = set()
+    new: list[Action] = []
+    done: set[Action] = set()
+    first = 0
+    free_at = 0.0
+    for place, event in enumerate(row):
+        while first < len(recomputations) and recomputations[first] <= place:
+            first += 1
+        if event.start > free_at:
+            behind = recomputations[first : first + TRIED + len(moved)]
+            for n in [n for n in behind if n not in moved][:TRIED]:
+                action = row[n].action
+                end = free_at + costs.of(action)
+                if max(held[place:n], default=0) > ahead:
+                    break
+                if end > event.start or action._replace(kind="F") not in done:
+                    continue
+                new.append(action)
+                moved.add(n)
+                free_at = end
+                held[place:n] = [count + 1 for count in held[place:n]]
+        if place not in moved:
+            new.append(event.action)
+            done.add(event.action)
+        free_at = event.end
+    return new
+
+
+def _recomputed_at(row: list[Event]) -> list[int]:
+    """For each place of a row how many recomputed microbatches are held there."""
+    counts: list[int] = []
+    held = 0
+    recomputed: set[tuple[int, int]] = set()
+    for event in row:
+        kind, stage, microbatch = event.action
+        if kind == "R":
+            recomputed.add((stage, microbatch))
+            held += 1
+        counts.append(held)
+        # Until its backward ends, which is still of that place.
+        if kind in ("B", "I") and (stage, microbatch) in recomputed:
+            held -= 1
+    return counts
