@@ -66,11 +66,9 @@ def draw(
     if ax is None:
         ax = _new_axes(shown)
     ax.set_xlim(0, shown.span or 1.0)
-    ax.set_ylim(shown.devices - 0.5, -0.5)
-    for device in range(shown.devices):
-        ax.broken_barh(
-            [(0, shown.span)], (device - 0.46, 0.92), facecolors=IDLE, zorder=0
-        )
+    ax.set_ylim(len(shown.titles) - 0.5, -0.5)
+    for row in range(len(shown.titles)):
+        ax.broken_barh([(0, shown.span)], (row - 0.46, 0.92), facecolors=IDLE, zorder=0)
     # Of a row's height 0.92 is drawn on; what is beneath takes the foot of that.
     height = 0.64 if shown.beneath else 0.92
     plain = {"edgecolors": "white", "linewidth": 0.4}
@@ -79,8 +77,8 @@ def draw(
     _draw_boxes(ax, shown, shown.beneath, -0.44 + height, 0.88 - height, faint)
     size = _draw_labels(ax, shown, height)
     ax.set_yticks(
-        range(shown.devices),
-        [f"device {device}" for device in range(shown.devices)],
+        range(len(shown.titles)),
+        shown.titles,
         fontsize=max(size, 5.0),
     )
     ax.set_xticks(shown.ticks(14))
@@ -99,11 +97,12 @@ def draw(
 
 def _new_axes(shown: Picture) -> "Axes":
     """Axes of a new figure that is as high as its rows need."""
-    row = 0.36 if shown.devices <= 16 else 0.2
+    count = len(shown.titles)
+    row = 0.36 if count <= 16 else 0.2
     if shown.beneath:
         row *= 1.4
     figure = _matplotlib("figure").Figure(
-        figsize=(WIDTH, 1.3 + row * shown.devices), layout="constrained"
+        figsize=(WIDTH, 1.3 + row * count), layout="constrained"
     )
     _matplotlib("backends.backend_agg").FigureCanvasAgg(figure)
     return figure.add_subplot()
@@ -121,11 +120,11 @@ def _draw_boxes(
     # One collection for all boxes of a colour: one for each box would take minutes.
     groups: dict[tuple[int, Kind, int], list[tuple[float, float]]] = {}
     for box in boxes:
-        group = groups.setdefault((box.device, box.kind, box.chunk), [])
+        group = groups.setdefault((box.row, box.kind, box.chunk), [])
         group.append((box.start, box.end - box.start))
-    for (device, kind, chunk), spans in sorted(groups.items()):
+    for (row, kind, chunk), spans in sorted(groups.items()):
         fill = shown.fill(kind, chunk)
-        ax.broken_barh(spans, (device + top, height), facecolors=fill, **style)
+        ax.broken_barh(spans, (row + top, height), facecolors=fill, **style)
 
 
 def _draw_labels(ax: "Axes", shown: Picture, height: float) -> float:
@@ -133,14 +132,14 @@ def _draw_labels(ax: "Axes", shown: Picture, height: float) -> float:
     position = ax.get_position()
     inches = ax.get_figure(root=True).get_size_inches()  # pyright: ignore[reportOptionalMemberAccess]
     points = 72 * position.width * inches[0] / (shown.span or 1.0)
-    row = 72 * position.height * inches[1] / shown.devices
+    row = 72 * position.height * inches[1] / len(shown.titles)
     size = min(9.0, row * 0.65 * height)
     for box in shown.boxes:
         label = str(box.microbatch)
         if len(label) * size * 0.62 + 1.5 <= (box.end - box.start) * points:
             ax.text(
                 (box.start + box.end) / 2,
-                box.device - 0.46 + height / 2,
+                box.row - 0.46 + height / 2,
                 label,
                 ha="center",
                 va="center_baseline",

@@ -31,4 +31,5 @@ from fpipe.schedules._schedule import Schedule as Schedule
 from fpipe.schedules._search.zero_bubble import zero_bubble as zero_bubble
 from fpipe.schedules._simulate import simulate as simulate
 from fpipe.schedules._timeline import Event as Event
+from fpipe.schedules._timeline import Launch as Launch
 from fpipe.schedules._timeline import Timeline as Timeline

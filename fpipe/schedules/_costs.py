@@ -18,6 +18,10 @@ from fpipe.schedules._rules import Held
 
 Cost: TypeAlias = float | Sequence[float]
 
+# These do not differ from stage to stage.
+ONE_NUMBER = ("transfer", "launch")
+LAUNCHERS = ("one", "per_device")
+
 
 class StageMemory(NamedTuple):
     """What one microbatch holds on one stage.
@@ -52,8 +56,8 @@ class Costs:
     """What each action takes, in any unit of time, and what it holds, in any unit of
     memory.
 
-    Each is one number, or one number per stage; `transfer` is one number. All are
-    finite and not negative.
+    Each is one number, or one number per stage; `transfer` and `launch` are one number.
+    All are finite and not negative.
 
     Arguments:
         F: a forward.
@@ -70,10 +74,15 @@ class Costs:
         memory_r: what a microbatch holds from the start of its `R` to the end of its
             `B` or `I`: the residuals, where `memory` is its saved input; left out, all
             of `memory`.
+        launch: the host's time for an action, one number. No action starts before it is
+            launched; the host does not wait for what it has launched.
+        launchers: `"one"` thread launches the actions of all devices, one after the
+            other, or `"per_device"` one those of each.
 
     Raises:
         TypeError: something that is neither a number nor a sequence of numbers.
-        ValueError: a number that is negative, infinite or NaN.
+        ValueError: a number that is negative, infinite or NaN, or launchers of another
+            name.
     """
 
     F: Cost = 1.0
@@ -85,6 +94,8 @@ class Costs:
     memory_w: Cost | None = None
     R: Cost | None = None
     memory_r: Cost | None = None
+    launch: float = 0.0
+    launchers: str = "one"
 
     def __post_init__(self) -> None:
         # What is left out stays `None` and is worked out when asked for, so that
@@ -94,7 +105,13 @@ class Costs:
             if value is None and field.default is None:
                 continue
             call = f"Costs({field.name}={shown(value)})"
-            each = "" if field.name == "transfer" else "stage"
+            if field.name == "launchers":
+                if value not in LAUNCHERS:
+                    raise ValueError(
+                        f"`{call}`: one of {', '.join(map(repr, LAUNCHERS))}"
+                    )
+                continue
+            each = "" if field.name in ONE_NUMBER else "stage"
             object.__setattr__(self, field.name, read_numbers(call, each, value))
 
     def of(self, action: Action) -> float:

@@ -57,6 +57,13 @@ class Numbering:
             for row in schedule.actions
         ]
 
+    def number(self, action: Action) -> int:
+        """The number of an action."""
+        kind, stage, microbatch = action
+        return (
+            KINDS.index(kind) * self.stages + stage
+        ) * self.microbatches + microbatch
+
     def action(self, number: int) -> Action:
         """The action of a number."""
         kind, pair = divmod(number, self.size)
@@ -147,11 +154,19 @@ def play(
     crossing: Sequence[int],
     durations: Sequence[float],
     latencies: Sequence[float],
+    launched: Sequence[float] | None = None,
 ) -> Played | None:
     """Run every action as soon as its device is free and what it needs is there.
 
     A device runs through its row until something is missing; whoever makes that wakes
     it up again.
+
+    Arguments:
+        rows: the actions of each device.
+        crossing: `Numbering.crossing_needs(rows)`.
+        durations: of each action.
+        latencies: of what each action needs of another stage.
+        launched: for each action when the host has launched it; left out, at once.
 
     Returns:
         When everything ran; `None` if it is a deadlock.
@@ -190,6 +205,8 @@ def play(
                 arrival += latencies[action]
                 if arrival > time:
                     time = arrival
+            if launched is not None and launched[action] > time:
+                time = launched[action]
             starts[action] = time
             time += durations[action]
             ends[action] = time

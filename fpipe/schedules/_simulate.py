@@ -10,12 +10,12 @@ from fpipe.schedules._checks import check_type
 from fpipe.schedules._costs import Costs
 from fpipe.schedules._numbering import Numbering, Played, Rows, play
 from fpipe.schedules._schedule import Schedule
-from fpipe.schedules._timeline import Event, Timeline
+from fpipe.schedules._timeline import Event, Launch, Timeline
 
 
 def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
-    """Run a schedule on paper: every action starts when its device is free and its
-    inputs are there.
+    """Run a schedule on paper: every action starts when its device is free, its inputs
+    are there, and the host has launched it.
 
     Arguments:
         schedule: any `Schedule`.
@@ -36,11 +36,18 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     numbering = Numbering(schedule.stages, schedule.microbatches)
     rows = numbering.rows(schedule)
     crossing = numbering.crossing_needs(rows)
+    launches = _launches(schedule, costs) if costs.launch else ()
+    launched: list[float] | None = None
+    if launches:
+        launched = [0.0] * len(crossing)
+        for launch in launches:
+            launched[numbering.number(launch.action)] = launch.end
     played = play(
         rows,
         crossing,
         numbering.durations(costs),
         numbering.latencies(costs, schedule.stage_to_device),
+        launched,
     )
     assert played is not None, "a deadlock, which `Schedule` refuses"
     starts = played.starts
@@ -57,7 +64,29 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
         for start, _, device, position, number in order
     )
     memory = tuple(costs.holds(stage) for stage in range(schedule.stages))
-    return Timeline(events, schedule.devices, schedule.name, memory)
+    return Timeline(events, schedule.devices, schedule.name, memory, launches)
+
+
+def _launches(schedule: Schedule, costs: Costs) -> tuple[Launch, ...]:
+    """When the host launches each action.
+
+    A launch waits for nothing but the launch before it on its thread. `one_f_one_b(2,
+    2)`, with one thread and a launch of 1:
+
+        host     F(0,0) F(0,1) F(1,0) B(1,0) B(0,0) F(1,1) B(1,1) B(0,1)
+                 0      1      2      3      4      5      6      7      8
+    """
+    # The order in which the placed executor dispatches: that of the simulation under
+    # the default costs, whatever the costs are here.
+    order = simulate(schedule).events
+    free_at = [0.0] * schedule.devices
+    launches: list[Launch] = []
+    for device, action, _, _ in order:
+        thread = device if costs.launchers == "per_device" else 0
+        start = free_at[thread]
+        free_at[thread] = start + costs.launch
+        launches.append(Launch(thread, action, start, free_at[thread]))
+    return tuple(launches)
 
 
 def _rank_at_equal_starts(rows: Rows, crossing: list[int], played: Played) -> list[int]:

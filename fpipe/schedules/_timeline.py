@@ -28,6 +28,21 @@ class Event(NamedTuple):
     end: float
 
 
+class Launch(NamedTuple):
+    """The launch of one action by the host.
+
+    Attributes:
+        thread: the thread's number: 0, or that of the device whose actions it launches.
+        action: what is launched.
+        start, end: when.
+    """
+
+    thread: int
+    action: Action
+    start: float
+    end: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Timeline:
     """What ran when, predicted or measured.
@@ -39,12 +54,15 @@ class Timeline:
         name: for drawings.
         memory: for each stage what a microbatch holds there from `F` to `B`, `I` or
             `R`, and from `I` to `W`, or a `StageMemory`; left out, 1 and 1.
+        launches: of the actions by the host, in their order; none where they take no
+            time.
     """
 
     events: tuple[Event, ...]
     devices: int
     name: str = "custom"
     memory: tuple[StageMemory | tuple[float, float], ...] = ()
+    launches: tuple[Launch, ...] = ()
 
     def __post_init__(self) -> None:
         check_type("`Timeline(events=...)`", self.events, tuple)
@@ -52,10 +70,20 @@ class Timeline:
         check_type("`Timeline(name=...)`", self.name, str)
 
     @property
+    def start(self) -> float:
+        """The first start, of an action or of its launch."""
+        launched = min((launch.start for launch in self.launches), default=math.inf)
+        return min(launched, min(event.start for event in self.events))
+
+    @property
     def makespan(self) -> float:
         """From the first start to the last end."""
-        first = min(event.start for event in self.events)
-        return max(event.end for event in self.events) - first
+        return max(event.end for event in self.events) - self.start
+
+    @property
+    def threads(self) -> int:
+        """The number of threads that launch, as far as they are known."""
+        return 1 + max((launch.thread for launch in self.launches), default=-1)
 
     @property
     def idle(self) -> tuple[float, ...]:
@@ -118,6 +146,25 @@ class Timeline:
                 peak[device] = max(peak[device], live)
         return tuple(peak)
 
+    def _hosts(self) -> list[str]:
+        """A name for each thread that launches."""
+        if self.threads == 1:
+            return ["host"]
+        return [f"host {thread}" for thread in range(self.threads)]
+
+    def _launch_spans(self) -> list[Span]:
+        return [
+            Span(
+                self.devices + thread,
+                action.name,
+                category="launch",
+                start=start,
+                end=end,
+                args={"stage": action.stage, "microbatch": action.microbatch},
+            )
+            for thread, action, start, end in self.launches
+        ]
+
     def _holds(self, stage: int, held: Held) -> float:
         if not self.memory:
             return 0.0 if held is Held.NOTHING else 1.0
@@ -128,14 +175,17 @@ class Timeline:
 
     def to_trace(self, unit: float = 1e6) -> str:
         """The timeline as JSON that https://ui.perfetto.dev and `chrome://tracing`
-        show, a process for each device.
+        show, a process for each device, and for each thread that launches.
 
         Arguments:
             unit: microseconds that a unit of time takes; the default is for seconds.
         """
         check_positive("to_trace", "unit", unit)
-        names = [f"device {device}" for device in range(self.devices)]
-        return trace(names, {"actions": self._spans()}, unit)
+        return trace(
+            [*(f"device {device}" for device in range(self.devices)), *self._hosts()],
+            {"actions": self._spans(), "launches": self._launch_spans()},
+            unit,
+        )
 
     def metrics(self) -> dict[str, float]:
         """The timeline in numbers, for a logger.

@@ -76,6 +76,10 @@ def measured(timeline, start, scale):
 
 
 TIMELINES = {
+    "launched": simulate(schedules.zb_v(2, 4), Costs(launch=0.4)),
+    "launched by several": simulate(
+        schedules.one_f_one_b(3, 4), Costs(launch=0.7, launchers="per_device")
+    ),
     "recomputed": simulate(schedules.early_recompute(schedules.one_f_one_b(3, 4))),
     "1f1b": simulate(schedules.one_f_one_b(3, 4)),
     "split": simulate(SPLIT),
@@ -117,6 +121,20 @@ def test_text_as_drawn():
         4, 3""")
 
 
+def test_launches_as_drawn():
+    schedule = schedules.one_f_one_b(2, 2)
+    assert draw(simulate(schedule, Costs(launch=1))) == textwrap.dedent("""\
+        device 0     F0- F1-             B0-----     B1-----
+        device 1             F0- B0----- F1- B1-----
+        host     0F0 0F1 1F0 1B0 0B0 1F1 1B1 0B1
+        1f1b: makespan 11, bubble 45.5%, peak live microbatches 2, 1""")
+    costs = Costs(launch=0.5, launchers="per_device")
+    assert draw(simulate(schedule, costs)).splitlines()[2:4] == [
+        "host 0   F FBB",
+        "host 1   F BFB",
+    ]
+
+
 def test_measured_times_are_drawn_as_predicted_ones():
     for name in ("1f1b", "split", "virtual", "forwards"):
         there = draw(measured(TIMELINES[name], 1e4, 0.0213)).splitlines()
@@ -132,8 +150,9 @@ def test_no_line_is_wider_than_asked_for(name, width):
     timeline = TIMELINES[name]
     lines = draw(timeline, width=width).splitlines()
     assert max(map(len, lines)) <= width
-    assert len(lines) > timeline.devices
-    assert "".join("".join(lines[timeline.devices :]).split()) == "".join(
+    rows = timeline.devices + timeline.threads
+    assert len(lines) > rows
+    assert "".join("".join(lines[rows:]).split()) == "".join(
         picture(timeline, "").caption.split()
     )
 
@@ -251,6 +270,19 @@ def test_widths_that_make_no_sense():
 NS = "{http://www.w3.org/2000/svg}"
 
 
+def told(timeline):
+    """What is said of each box, and when it is."""
+    events = [
+        (e.action.kind, e.action[1:], f"device {e.device}", e.start, e.end)
+        for e in timeline.events
+    ]
+    host = "host {}" if timeline.threads > 1 else "host"
+    return events + [
+        (f"launch of {e.action.kind}", e.action[1:], host.format(e.thread), *e[2:])
+        for e in timeline.launches
+    ]
+
+
 def rows_of(text):
     """The boxes of an SVG by the `y` of their row: x, width, fill, title."""
     rows: dict[float, list] = {}
@@ -276,13 +308,15 @@ def test_svg_has_a_box_for_each_event(name, width):
         n
         for d in range(timeline.devices)
         if (n := sum(e.device == d for e in timeline.events))
+    ) + sorted(
+        sum(launch.thread == n for launch in timeline.launches)
+        for n in range(timeline.threads)
     )
-    start = min(e.start for e in timeline.events)
+    start = timeline.start
     titles = sorted(title for row in rows for *_, title in row)
     assert titles == sorted(
-        f"{kind} of stage {s}, microbatch {i}, device {d}: {a - start:g} to "
-        f"{b - start:g}"
-        for d, (kind, s, i), a, b in timeline.events
+        f"{what} of stage {s}, microbatch {i}, {row}: {a - start:g} to {b - start:g}"
+        for what, (s, i), row, a, b in told(timeline)
     )
     for rect in root.iter(f"{NS}rect"):
         x, y = float(rect.get("x", 0)), float(rect.get("y", 0))
@@ -466,17 +500,19 @@ def test_chunks_are_counted_on_each_device():
 def test_axes_have_a_box_for_each_event(name):
     timeline = TIMELINES[name]
     ax = fpipe.plot.draw(timeline)
-    boxes = [path for c in ax.collections[timeline.devices :] for path in c.get_paths()]
-    assert len(boxes) == len(timeline.events)
-    start = min(e.start for e in timeline.events)
+    rows = timeline.devices + timeline.threads
+    boxes = [path for c in ax.collections[rows:] for path in c.get_paths()]
+    assert len(boxes) == len(timeline.events) + len(timeline.launches)
+    start = timeline.start
     edges = sorted(
         (round(p.get_extents().x0, 6), round(p.get_extents().x1, 6)) for p in boxes
     )
     assert edges == sorted(
-        (round(e.start - start, 6), round(e.end - start, 6)) for e in timeline.events
+        (round(a - start, 6), round(b - start, 6)) for *_, a, b in told(timeline)
     )
     assert [t.get_text() for t in ax.get_yticklabels()] == [
-        f"device {d}" for d in range(timeline.devices)
+        *(f"device {d}" for d in range(timeline.devices)),
+        *sorted({row for _, _, row, *_ in told(timeline) if "host" in row}),
     ]
     assert ax.get_title(loc="left").replace("\n", " ") == picture(timeline, "").caption
     bottom, top = ax.get_ylim()

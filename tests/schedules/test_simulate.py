@@ -1,5 +1,6 @@
 """Simulated time and memory: against a naive oracle, and by hand."""
 
+import dataclasses
 import itertools
 import math
 import sys
@@ -80,6 +81,18 @@ def number(cost, stage):
     return cost[stage] if isinstance(cost, tuple) else cost
 
 
+def launched(schedule, costs):
+    """When each action has been launched: on its thread one after the other."""
+    order = [(e.device, e.action) for e in simulate(schedule).events]
+    ends, counts = {}, {}
+    for device, action in order:
+        thread = 0 if costs.launchers == "one" else device
+        counts[thread] = counts.get(thread, 0) + 1
+        # A sum and no product: it rounds in the same way.
+        ends[action] = sum([costs.launch] * counts[thread])
+    return ends
+
+
 def oracle(schedule, costs):
     """Start and end of every action: raise the starts until nothing changes any
     more.
@@ -112,7 +125,7 @@ def oracle(schedule, costs):
             )
             for x in others
         ]
-    start = dict.fromkeys(actions, 0.0)
+    start = launched(schedule, costs)
     changed = True
     while changed:
         changed = False
@@ -248,6 +261,8 @@ def schedules_and_costs(draw):
         draw(optional),
         R=draw(optional),
         memory_r=draw(optional),
+        launch=draw(st.one_of(st.just(0.0), st.integers(1, 3), st.floats(0, 2))),
+        launchers=draw(st.sampled_from(["one", "per_device"])),
     )
 
 
@@ -335,7 +350,8 @@ def test_costs_are_values():
     assert Costs(B=[5, 6]).of(Action("B", 1, 0)) == 6.0
 
 
-FIELDS = ["F", "B", "I", "W", "transfer", "memory", "memory_w", "R", "memory_r"]
+PER_STAGE = ["F", "B", "I", "W", "memory", "memory_w", "R", "memory_r"]
+FIELDS = [*PER_STAGE, "transfer", "launch"]
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -346,7 +362,7 @@ def test_numbers_that_are_no_cost(field, bad):
     ):
         Costs(**{field: bad})
     several: Any = {field: [1.0, bad]}
-    if field != "transfer":
+    if field in PER_STAGE:
         with pytest.raises(
             ValueError,
             match=rf"`Costs\({field}=\[1.0, {bad}\]\)`: finite and not negative",
@@ -367,11 +383,15 @@ def test_what_is_no_number(field, bad):
 def test_one_number_where_none_or_several_may_not_be():
     with pytest.raises(TypeError, match=r"`Costs\(transfer=\[1.0, 1.0\]\)`: a number$"):
         Costs(transfer=[1.0, 1.0])  # pyright: ignore
+    with pytest.raises(
+        ValueError, match=r"`Costs\(launchers='two'\)`: one of .one., .per"
+    ):
+        Costs(launchers="two")
     with pytest.raises(TypeError, match=r"`Costs\(F=None\)`"):
         Costs(F=None)  # pyright: ignore
 
 
-@pytest.mark.parametrize("field", [f for f in FIELDS if f != "transfer"])
+@pytest.mark.parametrize("field", PER_STAGE)
 @pytest.mark.parametrize("numbers", [(), (1.0,), (1.0, 1.0, 1.0)])
 def test_one_number_per_stage_exactly(field, numbers):
     with pytest.raises(
@@ -428,3 +448,66 @@ def test_work_grows_with_the_actions(kinds):
 
     more, as_many_again = lines(64) - lines(32), lines(96) - lines(64)
     assert as_many_again < 1.2 * more
+
+
+SOME_NAMES = ["gpipe", "1f1b", "eager_1f1b", "zb_h1", "zb_v", "interleaved_1f1b"]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", SOME_NAMES)
+def test_where_the_host_is_the_bound_the_step_takes_as_long_as_its_launches(name):
+    """Actions are short beside launches: each has ended before the next is launched."""
+    schedule = schedules.named(name, 3, 6)
+    actions = sum(map(len, schedule.actions))
+    longest = max(map(len, schedule.actions))
+    costs = {k: Costs(launch=10.0, launchers=k) for k in ("one", "per_device")}
+    one, each = (simulate(schedule, costs[k]) for k in ("one", "per_device"))
+    last = one.launches[-1].action
+    assert one.makespan == actions * 10.0 + costs["one"].of(last)
+    assert [launch.end for launch in one.launches] == [
+        10.0 * (n + 1) for n in range(actions)
+    ]
+    assert one.threads == 1
+    assert longest * 10.0 < each.makespan <= one.makespan
+    assert each.threads == 3
+    for timeline in (one, each):
+        ends = {launch.action: launch.end for launch in timeline.launches}
+        assert all(ends[event.action] <= event.start for event in timeline.events)
+
+
+@pytest.mark.parametrize("name", SOME_NAMES)
+def test_launches_that_cost_nothing_change_nothing(name):
+    schedule = schedules.named(name, 3, 6)
+    costs = Costs(F=1.0, I=1.2, W=0.7, transfer=0.2)
+    plain = simulate(schedule, costs)
+    for launchers in ("one", "per_device"):
+        free = dataclasses.replace(costs, launch=0.0, launchers=launchers)
+        assert simulate(schedule, free) == plain
+        # And a longer launch never makes a step shorter.
+        spans = [
+            simulate(schedule, dataclasses.replace(free, launch=launch)).makespan
+            for launch in (0.0, 0.05, 0.2, 0.5, 1.0, 3.0)
+        ]
+        assert spans == sorted(spans)
+        assert spans[0] == plain.makespan
+
+
+@pytest.mark.quick
+def test_one_device_is_bound_by_its_host_or_by_its_work():
+    """Of launches and actions one after the other, the longer ones are the sum."""
+    schedule = schedules.one_f_one_b(1, 5)
+    for launch in (0.25, 1.0, 4.0):
+        costs = Costs(F=2.0, B=2.0, launch=launch)
+        longer, shorter = max(launch, 2.0), min(launch, 2.0)
+        assert simulate(schedule, costs).makespan == 10 * longer + shorter
+
+
+def test_more_microbatches_do_not_help_where_the_host_is_the_bound():
+    """24 units of work a device, in `m` pieces, of which 16 take 64 to launch."""
+
+    def makespan(m, launch):
+        costs = Costs(F=8 / m, B=16 / m, launch=launch)
+        return simulate(schedules.one_f_one_b(4, m), costs).makespan
+
+    assert min((4, 8, 16, 32, 64), key=lambda m: makespan(m, 0.0)) == 64
+    assert min((4, 8, 16, 32, 64), key=lambda m: makespan(m, 0.5)) == 8

@@ -2,6 +2,7 @@
 
 import json
 
+from fpipe.schedules import Costs, one_f_one_b, simulate
 from fpipe.schedules._trace import Span, trace
 
 
@@ -23,4 +24,18 @@ def test_what_overlaps_in_a_trace_has_a_row_of_its_own():
         (0, "x"),
         (1, "x"),
         (2, "y"),
+    ]
+
+
+def test_threads_that_launch_are_processes_of_a_trace():
+    timeline = simulate(one_f_one_b(2, 1), Costs(launch=1.0))
+    found = json.loads(timeline.to_trace())["traceEvents"]
+    names = [e["args"]["name"] for e in found if e["name"] == "process_name"]
+    assert names == ["device 0", "device 1", "host"]
+    launches = [e for e in found if e.get("cat") == "launch"]
+    assert [(e["pid"], e["name"], e["ts"]) for e in launches] == [
+        (2, "stage0 F mb0", 0.0),
+        (2, "stage1 F mb0", 1e6),
+        (2, "stage1 B mb0", 2e6),
+        (2, "stage0 B mb0", 3e6),
     ]

@@ -45,7 +45,8 @@ def html(what: Schedule | Timeline) -> str:
     if len(timeline.events) <= ACTIONS and len(timeline.name) <= NAME:
         return svg(timeline)
     lines = draw(timeline, WIDTH).splitlines()
-    rows, caption = lines[: timeline.devices], " ".join(lines[timeline.devices :])
+    count = timeline.devices + timeline.threads
+    rows, caption = lines[:count], " ".join(lines[count:])
     if len(rows) > DEVICES:
         rows = [*rows[:DEVICES], f"and {len(rows) - DEVICES} more devices"]
     if len(caption) > CAPTION:

@@ -3,7 +3,7 @@
 In: a `Schedule` or a `Timeline`. Out: a `Picture`, with a `Box` for each event. The
 first of `one_f_one_b(2, 2)` on its second device, `F(1,0)` from 1 to 2:
 
-    Box(device=1, start=1.0, end=2.0, kind="F", chunk=0, stage=1, microbatch=0)
+    Box(row=1, start=1.0, end=2.0, kind="F", chunk=0, stage=1, microbatch=0)
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class Box(NamedTuple):
     """One event, drawn.
 
     Attributes:
-        device: its row.
+        row: its row: a device, or behind these a thread that launches.
         start: from the start of the timeline.
         end: from the start of the timeline.
         kind: its colour.
@@ -52,7 +52,7 @@ class Box(NamedTuple):
         microbatch: its label.
     """
 
-    device: int
+    row: int
     start: float
     end: float
     kind: Kind
@@ -60,27 +60,21 @@ class Box(NamedTuple):
     stage: int
     microbatch: int
 
-    @property
-    def title(self) -> str:
-        """Everything about it, for a tooltip."""
-        return (
-            f"{self.kind} of stage {self.stage}, microbatch {self.microbatch}, "
-            f"device {self.device}: {self.start:g} to {self.end:g}"
-        )
-
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
     """A timeline, ready to be drawn by anything.
 
     Attributes:
-        boxes: in the order of the events.
-        devices: the number of rows.
+        boxes: in the order of the events, then of the launches.
+        devices: the number of devices.
         span: the makespan.
         chunks: the most stages on a device.
         kinds: those that occur.
         caption: name, makespan, bubble, peak of live microbatches.
         beneath: the boxes of the timeline that this one is laid over.
+        threads: the number of rows below the devices, one for each thread that
+            launches.
     """
 
     boxes: tuple[Box, ...]
@@ -90,6 +84,23 @@ class Picture:
     kinds: tuple[Kind, ...]
     caption: str
     beneath: tuple[Box, ...] = ()
+    threads: int = 0
+
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """What stands before each row."""
+        devices = [f"device {device}" for device in range(self.devices)]
+        if self.threads == 1:
+            return (*devices, "host")
+        return (*devices, *(f"host {thread}" for thread in range(self.threads)))
+
+    def tooltip(self, box: Box) -> str:
+        """Everything about a box."""
+        launch = "" if box.row < self.devices else "launch of "
+        return (
+            f"{launch}{box.kind} of stage {box.stage}, microbatch {box.microbatch}, "
+            f"{self.titles[box.row]}: {box.start:g} to {box.end:g}"
+        )
 
     def fill(self, kind: Kind, chunk: int) -> str:
         """The colour of a kind, the lighter the later the chunk."""
@@ -126,6 +137,7 @@ def picture(
     """
     timeline = _read_timeline(what, call)
     boxes = _boxes(timeline, scale=1.0)
+    threads = timeline.threads
     beneath: tuple[Box, ...] = ()
     span = timeline.makespan
     caption = _caption(timeline)
@@ -142,6 +154,7 @@ def picture(
         scale = work / other_work if min(work, other_work) > 0 else 1.0
         beneath = _boxes(other, scale)
         span = max(span, other.makespan * scale)
+        threads = max(threads, other.threads)
         caption += f"; over {_caption(other)}"
         if not math.isclose(scale, 1.0):
             caption += f"; 1 there is {scale:.3g} here"
@@ -155,6 +168,7 @@ def picture(
         kinds=tuple(kind for kind in KINDS if kind in kinds),
         caption=caption,
         beneath=beneath,
+        threads=threads,
     )
 
 
@@ -172,26 +186,34 @@ def _read_timeline(what: Schedule | Timeline, call: str) -> Timeline:
 
 def _boxes(timeline: Timeline, scale: float) -> tuple[Box, ...]:
     # A timeline need not begin at 0.
-    first = min(event.start for event in timeline.events)
+    first = timeline.start
     # The chunks of a device are those of its stages that occur, in their order.
     stages_of: list[set[int]] = [set() for _ in range(timeline.devices)]
     for event in timeline.events:
         stages_of[event.device].add(event.action.stage)
-    chunks = [
-        {stage: chunk for chunk, stage in enumerate(sorted(stages))}
+    chunks = {
+        stage: chunk
         for stages in stages_of
+        for chunk, stage in enumerate(sorted(stages))
+    }
+    rows = [
+        *timeline.events,
+        *(
+            launch._replace(thread=timeline.devices + launch.thread)
+            for launch in timeline.launches
+        ),
     ]
     return tuple(
         Box(
-            device=device,
+            row=row,
             start=(start - first) * scale,
             end=(end - first) * scale,
             kind=action.kind,
-            chunk=chunks[device][action.stage],
+            chunk=chunks[action.stage],
             stage=action.stage,
             microbatch=action.microbatch,
         )
-        for device, action, start, end in timeline.events
+        for row, action, start, end in rows
     )
 
 

@@ -66,8 +66,9 @@ def svg(
     """Draw a schedule, or a timeline, as an SVG document.
 
     A row for each device, a box for each event with the number of its microbatch, a
-    colour for each kind, lighter for the later stages of a device. A pointer on a box
-    shows all about it.
+    colour for each kind, lighter for the later stages of a device. Where launches take
+    time there is a row for each thread that launches. A pointer on a box shows all
+    about it.
 
     Arguments:
         what: a `Schedule` (drawn with a forward of 1 and a backward of 2) or a
@@ -88,7 +89,8 @@ def svg(
         raise ValueError(f"`svg(width={width})`: a width is at least {SMALLEST} pixels")
     shown = picture(what, "svg", over)
     # Lower rows for many devices, so that 64 of them are 704 pixels and fit a screen.
-    row = 26.0 if shown.devices <= 16 else 17.0 if shown.devices <= 40 else 11.0
+    count = len(shown.titles)
+    row = 26.0 if count <= 16 else 17.0 if count <= 40 else 11.0
     letters = min(SIZE, row - 2)
     foot = FOOT * row if shown.beneath else 0.0
     # SVG wraps no text and does not tell its width, so that is estimated by `LETTER`.
@@ -97,7 +99,7 @@ def svg(
         int((width - 2 * MARGIN) / (SIZE * LETTER)),
         break_on_hyphens=False,
     )
-    left = MARGIN + LETTER * letters * len(f"device {shown.devices - 1}") + 6
+    left = MARGIN + LETTER * letters * max(map(len, shown.titles)) + 6
     layout = _Layout(
         left=left,
         right=width - MARGIN,
@@ -106,18 +108,18 @@ def svg(
         foot=foot,
         scale=(width - left - MARGIN) / (shown.span or 1.0),
     )
-    bottom = layout.top + layout.row * shown.devices
+    bottom = layout.top + layout.row * count
 
     # Later parts lie over earlier ones: the grey of idle time, boxes, labels on them.
     parts = [
         text(MARGIN, MARGIN + SIZE + LINE * n, line) for n, line in enumerate(caption)
     ]
-    for device in range(shown.devices):
-        y = layout.top + layout.row * device
+    for n, title in enumerate(shown.titles):
+        y = layout.top + layout.row * n
         parts.append(rect(left, y + 1, width - left - MARGIN, layout.row - 2, IDLE))
         middle = y + layout.row / 2 + letters * 0.35
         style = f'text-anchor="end" font-size="{letters:g}"'
-        parts.append(text(left - 6, middle, f"device {device}", style))
+        parts.append(text(left - 6, middle, title, style))
     parts += _boxes(shown, layout)
     parts += _labels(shown, layout)
     parts += _boxes_beneath(shown, layout)
@@ -131,18 +133,19 @@ def _boxes(shown: Picture, layout: _Layout) -> list[str]:
     height = layout.row - 2 - layout.foot
     groups: dict[str, list[str]] = {}
     for box in shown.boxes:
-        y = layout.top + layout.row * box.device + 1
+        y = layout.top + layout.row * box.row + 1
         fill = shown.fill(box.kind, box.chunk)
-        groups.setdefault(fill, []).append(_box(box, layout, y, height))
+        groups.setdefault(fill, []).append(_box(shown, box, layout, y, height))
     return _grouped(groups, style="")
 
 
 def _boxes_beneath(shown: Picture, layout: _Layout) -> list[str]:
     groups: dict[str, list[str]] = {}
     for box in shown.beneath:
-        y = layout.top + layout.row * (box.device + 1) - layout.foot
+        y = layout.top + layout.row * (box.row + 1) - layout.foot
         fill = shown.fill(box.kind, box.chunk)
-        groups.setdefault(fill, []).append(_box(box, layout, y, layout.foot - 1.5))
+        drawn = _box(shown, box, layout, y, layout.foot - 1.5)
+        groups.setdefault(fill, []).append(drawn)
     style = f' fill-opacity="0.45" stroke="{INK}" stroke-width="0.6"'
     return _grouped(groups, style)
 
@@ -155,14 +158,14 @@ def _grouped(groups: dict[str, list[str]], style: str) -> list[str]:
     ]
 
 
-def _box(box: Box, layout: _Layout, y: float, height: float) -> str:
+def _box(shown: Picture, box: Box, layout: _Layout, y: float, height: float) -> str:
     width = (box.end - box.start) * layout.scale
     # A pixel between boxes where there is room for it; what takes no time is seen
     # nevertheless.
     width = width - 1 if width > 4 else max(width, 0.5)
     return (
         f'<rect x="{layout.x(box.start):.2f}" y="{y:g}" width="{width:.2f}" '
-        f'height="{height:g}"><title>{box.title}</title></rect>'
+        f'height="{height:g}"><title>{shown.tooltip(box)}</title></rect>'
     )
 
 
@@ -176,7 +179,7 @@ def _labels(shown: Picture, layout: _Layout) -> list[str]:
         # A label that does not fit is left out: a part of `12` would be another number.
         if len(label) * size * LETTER + 2 <= width:
             x = layout.left + (box.start + box.end) / 2 * layout.scale
-            y = layout.top + layout.row * box.device
+            y = layout.top + layout.row * box.row
             y += (layout.row - layout.foot) / 2 + size * 0.35
             parts.append(text(x, y, label))
     return [*parts, "</g>"]

@@ -78,7 +78,8 @@ def draw(
 
     Each box is as wide as its action is long; `F3` is the forward of microbatch 3.
     Where a device has several stages the stage stands before the letter. A box too
-    small for that has the letter alone.
+    small for that has the letter alone. Where launches take time there is a line for
+    each thread that launches.
 
     Arguments:
         what: a `Schedule` (drawn with a forward of 1 and a backward of 2) or a
@@ -115,7 +116,7 @@ def draw(
     layers = [_labelled(shown, shown.boxes)]
     if over is not None:
         layers.append(_labelled(shown, shown.beneath))
-    title = len(f"device {shown.devices - 1} ")
+    title = 1 + max(map(len, shown.titles))
     room = width - title
     scale = _scale(shown.span, layers, room)
     if fit and shown.span:
@@ -124,17 +125,17 @@ def draw(
     # One more than fits shows that something is cut.
     columns = min(round(shown.span * scale), width) + 1
 
-    # A line for each device, or two with `over`: that of the device, then that beneath.
+    # A line for each row, or two with `over`: that of the row, then that beneath.
     lines: list[_Line] = []
-    for device in range(shown.devices):
-        titles = [f"device {device}".ljust(title), "over".rjust(title - 1).ljust(title)]
+    for row in shown.titles:
+        titles = [row.ljust(title), "over".rjust(title - 1).ljust(title)]
         lines += [
             _Line(one, [" "] * columns, [0] * columns) for one in titles[: len(layers)]
         ]
     for n, layer in enumerate(layers):
         for box, label in layer:
             of_kind = box.chunk if shown.chunks > 1 else box.microbatch
-            lines[box.device * len(layers) + n].put(
+            lines[box.row * len(layers) + n].put(
                 box,
                 label,
                 start=round(box.start * scale),
@@ -153,12 +154,13 @@ def draw(
 
 
 def _labelled(shown: Picture, boxes: tuple[Box, ...]) -> list[_Labelled]:
-    return [
-        _Labelled(
-            box, f"{box.stage if shown.chunks > 1 else ''}{box.kind}{box.microbatch}"
-        )
-        for box in boxes
-    ]
+    labelled: list[_Labelled] = []
+    for box in boxes:
+        # One thread launches for all devices, so there the stage has to be told too.
+        of_all = box.row >= shown.devices > shown.threads
+        stage = box.stage if shown.chunks > 1 or of_all else ""
+        labelled.append(_Labelled(box, f"{stage}{box.kind}{box.microbatch}"))
+    return labelled
 
 
 def _scale(span: float, layers: list[list[_Labelled]], room: int) -> float:
