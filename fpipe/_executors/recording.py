@@ -78,26 +78,26 @@ def recorders_of(owner: object) -> list[Recorder]:
 
 @contextlib.contextmanager
 def record(pipe: Any) -> Iterator[Recording]:
-    """Record the calls of a pipe: when which program ran on which device, and every
-    transfer.
+    """Record the calls of a pipe: every program run and every transfer, with its times.
 
-    `with fpipe.record(pipe) as timeline: step(params, x)`. A call in the block compiles
-    what it needs before its clock starts, waits for its inputs, and returns when
-    everything has run; its results are the very same. Calls of other pipes are not
-    recorded, nor those that other threads make. The forward and the pull-back of a
-    differentiated call are one timeline, if they are made in the same block and one
-    after the other.
+    Use it as `with fpipe.record(pipe) as timeline: step(params, x)`. A call in the
+    block compiles its programs and waits for its inputs before its clock starts. It
+    returns when everything has run. Its results are the same as without a recording.
+    Calls of other pipes, and calls in other threads, are not recorded. The forward and
+    the pull-back of a differentiated call are one timeline if they run in the same
+    block, one directly after the other.
 
     Arguments:
         pipe: a `Pipe`.
 
     Returns:
-        A context manager for the `fpipe.schedules.Recording`. It is empty until the
-        block ends; then it is the last call, and its `calls` are all of them.
+        A context manager, which gives a `fpipe.schedules.Recording`. The recording is
+        empty until the block ends. After that it is the last call in the block, and its
+        `calls` are all calls.
 
     Raises:
-        TypeError: no `Pipe`.
-        ValueError: no call of that very pipe has run in the block.
+        TypeError: `pipe` is no `Pipe`.
+        ValueError: no call of this pipe has run in the block.
 
     Example:
         >>> def init(key, x):

@@ -71,20 +71,22 @@ def sequential(
     deferred_batch_norm: bool = False,
     detect_anomaly: bool = False,
 ) -> "Sequential":
-    """The plain composition of layers, with the calls, microbatches, keys and state
-    order of a `Pipe`.
+    """The plain composition of layers, with the calls of a `Pipe`.
 
-    It is plain JAX: `jax.jit`, `jax.grad`, `jax.vmap` and `jax.eval_shape` work on it.
-    At equal `chunks` every `Pipe` over the same layers computes the same.
+    Microbatches, keys and the order of states are those of a `Pipe`. At equal `chunks`
+    every `Pipe` over the same layers computes the same. A sequential model is plain
+    JAX: `jax.jit`, `jax.grad`, `jax.vmap` and `jax.eval_shape` work on it.
 
     Arguments:
         layers: functions, `Layer`s, or nested sequences of them.
-        chunks: the number of microbatches asked for.
+        chunks: the number of microbatches asked for. A batch with few rows may make
+            fewer.
         compute_dtype, deferred_batch_norm, detect_anomaly: as for `Pipe`.
 
     Returns:
-        An object with `init`, `init_state`, `place`, `gather`, a call, `value_and_grad`
-        and `evaluate`.
+        A callable object with the methods `init`, `init_state`, `place`, `gather`,
+        `value_and_grad` and `evaluate`. They take the arguments of the methods of
+        `Pipe`.
 
     Example:
         >>> model = fpipe.sequential([fpipe.fn(jnp.sin), fpipe.fn(jnp.cos)], chunks=2)

@@ -1,13 +1,15 @@
-"""Flax modules as fpipe layers: `import fpipe.flax` to use it; it needs `pip install
-"fpipe[flax]"`.
+"""Flax modules as fpipe layers.
+
+`pip install "fpipe[flax]"`, and `import fpipe.flax` to use it.
 
     layer, layers, tied       from modules to `fpipe.Layer`s
     split_variables,          from the variables of a whole Flax model to those of its
     merge_variables           layers, and back (checkpoints)
-    Parameters                from the parameters of a pipe to a module of NNX
-    stream_key                the key that a random stream gets, for tests by hand
+    Parameters                from the parameters of a pipe to an NNX module
+    stream_key                the key of a random stream, for tests by hand
 
-With it `flax.serialization` saves an `fpipe.Packed` by layer (`_serialization.py`).
+After the import, `flax.serialization` saves an `fpipe.Packed` by layer
+(`_serialization.py`).
 """
 
 from fpipe.flax._layers import layer as layer

@@ -1,22 +1,22 @@
 """Deferred batch normalisation for modules that contain Flax's: `flax.linen.BatchNorm`
 and `flax.nnx.BatchNorm`.
 
-Both ways are alike. Beside the running statistics of each norm stand the moments of the
-call's microbatches so far:
+Linen and NNX work in the same way. The state of each norm has its running statistics,
+and also the moments of the call's microbatches so far:
 
     linen  {"mean", "var"} -> {"mean", "var", "deferred": {"count", "mean", "m2",
                                                            "momentum"}}
     NNX     mean, var      ->  mean, var, batch_count, batch_mean, batch_m2
 
-A norm that would update its running statistics merges the microbatch's moments into
-these instead, and `finish` updates the running statistics once. All of it is ordinary
-Flax state, so that it goes through Flax's own transforms. Moments have the shape of the
-statistics, count and momentum too: a transform may give them all one more axis.
+For each microbatch a norm merges the microbatch's moments into these, and does not
+update its running statistics. `finish` updates the running statistics once. All of it
+is ordinary Flax state, so Flax's own transforms work on it. The moments, the count and
+the momentum have the shape of the statistics: a transform may add an axis to all.
 
-The mean and variance of a microbatch are Flax's own: a norm with a momentum of 0 writes
-them where its running statistics are, from where they are read, and the old ones are
-put back. Variances are computed from squared distances in any case, as with
-`use_fast_variance=False`.
+Flax itself computes the mean and variance of a microbatch. A norm with a momentum of 0
+writes them in the place of its running statistics. They are read there, and the old
+running statistics are put back. Variances are always computed from squared distances,
+as with `use_fast_variance=False`.
 """
 
 import inspect
@@ -30,7 +30,7 @@ from flax import linen, nnx
 from fpipe._model.batch_norm import Moments, merge, statistics_dtype, updated, variance
 
 DEFERRED = "deferred"
-"""Where linen's moments stand in the statistics of a norm."""
+"""The name of linen's moments in the statistics of a norm."""
 
 
 # --- linen ---

@@ -1,12 +1,12 @@
 """Borrowed parameters: parts of a module's parameters that another layer owns.
 
-A user writes `borrow={"embed": "tokens/table"}`: the parameters that the layer
-`"tokens"` has under `table` are used in the place of the module's own `embed`. That is
+A user writes `borrow={"embed": "tokens/table"}`. The module then uses the parameters
+under `table` of the layer `"tokens"` in place of its own `embed`. That is
 
     Borrow(path=("embed",), layer="tokens", source=("table",))
 
-and from the layer's own `{"out": w}` and the owner's `{"table": t, "scale": s}` it
-makes what the module is called with: `{"out": w, "embed": t}`.
+The layer's own parameters are `{"out": w}`, and the owner has `{"table": t, "scale":
+s}`. So the module is called with `{"out": w, "embed": t}`.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import jax
 from fpipe._core.errors import shown
 from fpipe._core.pytrees import PyTree, describe
 
-# Where something is in nested dicts. NNX has numbers for what is in a list.
+# A path in nested dicts. NNX uses numbers for the entries of a list.
 Path: TypeAlias = tuple[Any, ...]
 
 
@@ -27,9 +27,9 @@ class Borrow:
     """One borrowed part.
 
     Attributes:
-        path: where it belongs in the module's parameters; `()`: it is all of them.
+        path: its place in the module's parameters; `()` for all of them.
         layer: the name of the layer that owns it.
-        source: where it is in that layer's parameters.
+        source: its place in that layer's parameters.
     """
 
     path: Path

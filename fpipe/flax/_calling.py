@@ -1,7 +1,7 @@
 """How a module is called: its inputs, and the argument that says whether it trains.
 
-In comes the method of a module, and what the user says of its arguments; out comes a
-`Calling`. Of the method
+In: the method of a module, and what the user says about its arguments. Out: a
+`Calling`. For the method
 
     def __call__(self, h, mask, deterministic): ...
 
@@ -11,7 +11,7 @@ as `fpipe.flax.layer(module, inputs="h", side={"mask": "padding"})` it is
             switches=(Switch("deterministic", in_training=False),),
             positional=("h", "mask", "deterministic"))
 
-so that in training a layer that gets `h` calls `module(h, side["padding"], False)`.
+In training, a layer that gets `h` then calls `module(h, side["padding"], False)`.
 """
 
 import dataclasses

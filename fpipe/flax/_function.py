@@ -1,5 +1,5 @@
-"""What linen and NNX modules share as layers: the options that a user gives, and the
-function behind the layer.
+"""The common part of linen and NNX layers: the user's options, and the function behind
+the layer.
 
     fpipe.flax.layer(nn.BatchNorm(), train="not frozen")
         -> ModuleOptions(name="BatchNorm", train="not frozen")
@@ -18,19 +18,19 @@ from fpipe.flax._borrow import Borrow, lend
 from fpipe.flax._calling import Calling, find_calling
 from fpipe.flax._places import Place
 
-# What of a module's result is the layer's output: its entry under an index or a name,
-# or a function of it; `None`: all.
+# The part of a module's result that is the layer's output: its entry under an index or
+# a name, or a function of it. `None` is the whole result.
 Output: TypeAlias = int | str | Callable[[Any], PyTree] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class ModuleOptions:
-    """What a user says of one module; see `fpipe.flax.layer`.
+    """A user's options for one module; see `fpipe.flax.layer`.
 
     Attributes:
-        chained: whether the module stands in a Flax `Sequential`.
-        places: where its variables are in those of the whole model, if the user says
-            so.
+        chained: whether the module is in a Flax `Sequential`.
+        places: the places of its variables in those of the whole model, if the user
+            gives them.
     """
 
     name: str

@@ -6,7 +6,7 @@ another layer.
         -> [Layer "layers_0", Layer "relu", Layer "layers_2"]
     tied(embed, "embed", method="attend")                 -> Layer "Embed_of_embed"
 
-What is different for linen and NNX stands in `_linen` and `_nnx`.
+`_linen` and `_nnx` hold the differences between linen and NNX.
 """
 
 import dataclasses
@@ -49,68 +49,74 @@ def layer(
 ) -> Layer:
     """A Flax module as a layer.
 
-    Its parameters are what Flax calls so, with Flax's names: of a linen module the
-    collection `params`, of an NNX module the `nnx.Param`s as nested dicts. All other
-    variables are the layer's state, except what is sown into `intermediates`. A tuple
-    that comes in is several inputs if the module's call has several required ones.
+    The layer's parameters have Flax's own names. For a linen module they are the
+    collection `params`; for an NNX module they are its `nnx.Param`s as nested dicts.
+    All other variables are the layer's state, except values sown into `intermediates`.
+    If the module's call has several required inputs, the layer takes a tuple of them.
 
     Arguments:
-        module: a linen module; an NNX module, whose own values are what `init` and
-            `init_state` return, whatever the key; or the type of an NNX module or a
-            `functools.partial` of it, called as `module(rngs=nnx.Rngs(key))`.
+        module: a linen module, or an NNX module. For an NNX module `init` and
+            `init_state` return its own values, for any key. Or the type of an NNX
+            module, or a `functools.partial` of it: that is called as
+            `module(rngs=nnx.Rngs(key))`.
         x: a sample input of a linen module, arrays or `jax.ShapeDtypeStruct`s. The
-            module is traced on it, in training, to see what it uses. An NNX module
-            shows that itself.
+            module is traced on it in training mode, which shows the random streams and
+            collections that it uses. An NNX module needs no sample.
 
     Other Arguments:
-        name: for errors, drawings and `borrow`; default the module's name, or its
-            type's.
-        rngs: the random streams of a linen module, `()` for none; default those seen
-            with `x`, else all that it asks for. Each gets the key `stream_key(key,
-            name)`.
-        state: the collections of a linen module that are state; default those seen with
-            `x`, else `["batch_stats"]` if an `nn.BatchNorm` is among the fields, else
-            none.
-        train: the name of the argument that says whether the module trains (`"not
-            frozen"` where it says the opposite); `True` or `False` for a layer that
-            always or never trains. Default `train`, `training`, `deterministic` or
-            `use_running_average`, where the call has them; of an NNX module also the
-            attributes that `module.train()` and `module.eval()` set.
-        method: the method to call; default `__call__`. A name; of a linen module also a
-            function.
-        borrow: parts of the parameters that other layers own: `{"embed": "tokens"}`
-            puts the parameters of the layer `"tokens"` in the place of the module's own
-            `embed`; `"tokens/table"` is a part of them. See `tied`.
-        state_rows: whether the state has an entry for each row of the batch, on the
-            first axis of each of its arrays; see `fpipe.Layer`.
-        inputs: the arguments of the call that come from the layer before. A name:
-            what comes in, whatever it is, is that argument. Names, `("x", "mask")`:
-            a tuple has these arguments in this order, a dict has them by name.
-        side: the arguments of the call that are side inputs, by name:
-            `{"attention_mask": "mask"}` gives `side["mask"]`, and `"text/mask"` is a
-            dict in a dict.
-        side_sample: a sample of the side inputs, beside `x`.
-        output: what of the module's result is the layer's output: an index or a name,
-            as in `result[0]`, or a function of it. Indices and names keep equal layers
-            equal, so that they are traced once. Default: all of it; but where this
-            layer is given `inputs`, `side`, `path` or `stacked`, a tuple is an error.
-        path: where the module's variables are in those of the whole model, in every
-            collection: `"transformer/h/0"`; or the places of its parts, `{"wte":
-            "transformer/wte"}`. For `split_variables` and `merge_variables`; default by
-            the layer's number.
-        stacked: the path at which each of some layers has a row, as `nn.scan` stacks
-            them: the n-th layer that names it has row n of all that is there.
+        name: the layer's name in errors, drawings and `borrow`. Default: the module's
+            name, or the name of its type.
+        rngs: the random streams of a linen module, `()` for none. Default: the streams
+            that it uses on `x`, or without `x` every stream that it asks for. Each
+            stream gets the key `stream_key(key, name)`.
+        state: the collections of a linen module that are state. Default: the
+            collections that it uses on `x`. Without `x` it is `["batch_stats"]` if a
+            field of the module is an `nn.BatchNorm`, otherwise none.
+        train: the name of the argument that is true in training, or `"not frozen"` for
+            an argument `frozen` that is false in training. `True` or `False` is for a
+            layer that always or never trains. Default: the arguments `train`,
+            `training`, `deterministic` and `use_running_average` that the call has. For
+            an NNX module also the attributes that `module.train()` and `module.eval()`
+            set.
+        method: the name of the method to call, or for a linen module a function.
+            Default `__call__`.
+        borrow: parts of the parameters that other layers own. `{"embed": "tokens"}`
+            uses the parameters of the layer `"tokens"` in place of the module's own
+            `embed`. `"tokens/table"` is a part of that layer's parameters. See `tied`.
+        state_rows: whether the state has one entry for each row of the batch, on the
+            first axis of each array; see `fpipe.Layer`.
+        inputs: the arguments of the call that come from the previous layer. With one
+            name, the whole input is that argument. With several names, such as `("x",
+            "mask")`, the input is a tuple of these arguments in this order, or a dict
+            of them by name.
+        side: the arguments of the call that are side inputs, by name.
+            `{"attention_mask": "mask"}` passes `side["mask"]`; `"text/mask"` passes
+            `side["text"]["mask"]`.
+        side_sample: a sample of the side inputs, to go with `x`.
+        output: the part of the module's result that is the layer's output: an index or
+            a name, as in `result[0]`, or a function of the result. With an index or a
+            name equal layers stay equal, and are traced once. Default: the whole
+            result. But if `inputs`, `side`, `path` or `stacked` is given, a tuple
+            without `output` is an error.
+        path: the place of the module's variables in those of the whole model, the same
+            in every collection: `"transformer/h/0"`. Or a dict with the place of each
+            part: `{"wte": "transformer/wte"}`. `split_variables` and `merge_variables`
+            use it. Default: a place by the layer's number.
+        stacked: the path of stacked variables, as `nn.scan` makes them. The n-th layer
+            with this path has row n of each array there.
 
     Returns:
-        A `fpipe.Layer` that declares what it needs of `key`, `state`, `train`, `side`
-        and `borrowed`.
+        A `fpipe.Layer`. Of the needs `key`, `state`, `train`, `side` and `borrowed` it
+        declares those that the module uses.
 
     Raises:
-        TypeError: no Flax module; an argument that this kind of module does not have.
-        ValueError: `train`, `inputs` or `side` name no argument; both `path` and
-            `stacked`. Later, in `Pipe.init` or a call: a random stream without a key, a
-            collection that is not the layer's state, borrowed parameters that do not
-            fit, a tuple without `output`, a side input that is not there.
+        TypeError: `module` is no Flax module, or this kind of module does not have an
+            argument that was given.
+        ValueError: `train`, `inputs` or `side` names no argument of the call, or both
+            `path` and `stacked` are given. Later, in `Pipe.init` or in a call: a random
+            stream has no key, a collection is not in the layer's state, borrowed
+            parameters do not fit, the result is a tuple without `output`, or a side
+            input is missing.
 
     Example:
         >>> from flax import linen as nn
@@ -159,22 +165,24 @@ def tied(
     side: Mapping[str, str] | None = None,
     output: Output = None,
 ) -> Layer:
-    """A layer that owns no parameters and runs a module with those of another layer.
+    """A layer that runs a module with the parameters of another layer.
+
+    It owns no parameters itself.
 
     Arguments:
         module: as in `layer`.
-        owner: the name of an earlier layer, which must be unique; `"tokens/table"` is a
-            part of its parameters.
-        method: the method to call, such as `"attend"` of `nn.Embed`; default
+        owner: the name of an earlier layer. Only one layer may have this name.
+            `"tokens/table"` is a part of the parameters of the layer `"tokens"`.
+        method: the method to call, such as `"attend"` of `nn.Embed`. Default
             `__call__`.
         name, train, inputs, side, output: as in `layer`.
 
     Returns:
-        A `fpipe.Layer`; the gradient of the parameters is summed where they are owned.
+        A `fpipe.Layer`. The gradient of the parameters is summed at their owner.
 
     Raises:
-        ValueError: in `Pipe.init` or a call: the owner's parameters are not those that
-            the module needs.
+        ValueError: in `Pipe.init` or in a call, the owner's parameters are not those
+            that the module needs.
 
     Example:
         >>> from flax import linen as nn
@@ -210,27 +218,27 @@ def layers(
 ) -> list[Layer]:
     """The layers of a whole model.
 
-    A module's layer is named as Flax names its parameters: `layers_0`, `layers_1` and
-    so on. In a Flax `Sequential` a tuple that comes out of a module is several inputs
-    of the next, and a dict is inputs by name. A module that is there twice is tied to
-    its first place.
+    The layers have the names that Flax gives to their parameters: `layers_0`,
+    `layers_1` and so on. In a Flax `Sequential`, a module that returns a tuple gives
+    several inputs to the next one, and a dict gives inputs by name. If a module is in
+    the model twice, its second layer is tied to the first.
 
     Arguments:
-        model: an `nn.Sequential`, an `nnx.Sequential`, or a list or tuple, nested or
-            not, of modules, functions of `x`, and `fpipe.Layer`s (which are left as
-            they are).
-        x: a sample input, arrays or shapes, with which linen modules are seen through
-            one after the other.
+        model: an `nn.Sequential` or an `nnx.Sequential`. Or a list or tuple, nested or
+            not, of modules, functions of `x`, and `fpipe.Layer`s. A `fpipe.Layer` is
+            not changed.
+        x: a sample input, arrays or shapes. Linen modules are traced on it, one after
+            the other; see `layer`.
         train: as in `layer`, for all modules.
 
     Returns:
         A list of `fpipe.Layer`s, one for each entry.
 
     Raises:
-        TypeError: none of these.
-        ValueError: a module with state that is there twice; a parameter that two NNX
-            modules share, or a module that is a field of two linen ones; with `x`, a
-            layer with skips or side inputs.
+        TypeError: `model` is none of these.
+        ValueError: a module with state is in the model twice. Two NNX modules share a
+            parameter, or two linen modules have the same module as a field. `x` is
+            given, and a layer has skips or side inputs.
 
     Example:
         >>> from flax import linen as nn

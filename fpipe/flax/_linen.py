@@ -1,15 +1,15 @@
 """Linen modules as layers.
 
 A linen module keeps its variables in collections. `"params"` are the layer's
-parameters; the layer's state is the collections that the user names, or that the module
-shows on a sample input:
+parameters. The layer's state is the collections that the user names, or that the module
+uses on a sample input:
 
     {"params": {"kernel": …}, "batch_stats": {"mean": …, "var": …}}
        parameters                state: {"batch_stats": …}
 
-Without a sample nobody knows what a compact module uses before it runs: it is then
-taken to draw random numbers, and an error of Flax about a collection or a stream that
-is not there becomes one that says how to declare it.
+Without a sample, the collections and streams of a compact module are not known before
+it runs. The layer then declares `key`. If Flax raises an error about a missing
+collection or stream, the error here says how to declare it.
 """
 
 import contextlib
@@ -33,10 +33,10 @@ from fpipe.flax._calling import find_method
 from fpipe.flax._function import Inputs, ModuleFunction, ModuleOptions
 from fpipe.flax._streams import no_key, stream_key
 
-# What a module sows for people to look at: a layer has no place for it.
+# Collections of sown values, for inspection. A layer has no place for them.
 IGNORED = ("intermediates", "perturbations")
 
-# What fp8 products keep: its "gradients" are its new values.
+# The collection of fp8 products. Its "gradients" are its new values.
 OVERWRITTEN = OVERWRITE_WITH_GRADIENT
 
 # Where batch norms keep their running statistics.

@@ -1,10 +1,10 @@
 """NNX modules as layers.
 
-A module is taken apart into its graph and its variables, and put together again in
-every call. Its `nnx.Param`s are the layer's parameters, its random streams are made
-from the call's key, and all other variables are the layer's state:
+A module is split into its graph and its variables, and merged again in every call. Its
+`nnx.Param`s are the layer's parameters, its random streams are made from the call's
+key, and all other variables are the layer's state:
 
-    Residual            graph     dense, norm, dropout, how they hang together
+    Residual            graph     dense, norm, dropout, and how they are connected
       dense.kernel      params    {"dense": {"kernel": …}, "norm": {"scale": …}}
       norm.scale
       norm.mean         state     {"norm": {"mean": …}}
@@ -36,7 +36,7 @@ MODES = ("deterministic", "use_running_average")
 
 
 class _NoKeyError(Exception):
-    """A stream without a key was drawn from. A user never sees it."""
+    """A stream without a key was used. A user never sees this error."""
 
 
 class _DryStream(nnx.RngStream):

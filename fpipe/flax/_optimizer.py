@@ -1,12 +1,11 @@
-"""The parameters of a pipe as an NNX module: what `nnx.Optimizer` and `nnx.jit` work
-on.
+"""The parameters of a pipe as an NNX module, for `nnx.Optimizer` and `nnx.jit`.
 
     params of the pipe        ({"w": w}, {"n": 3 as an int32 array})
     state of the module       {"_arrays": {"[0]['w']": nnx.Param(w),
                                            "[1]['n']": nnx.Variable(n)}}
 
-An optimizer of NNX sees the `nnx.Param`s alone. The transformation that it is given
-turns them into the pipe's parameters, asks optax, and turns the updates back.
+An NNX optimizer sees only the `nnx.Param`s. Its transformation makes the pipe's
+parameters from them, calls optax, and converts the updates back.
 """
 
 from collections.abc import Callable
@@ -23,13 +22,13 @@ from fpipe._core.pytrees import PyTree, eval_shape, is_array, is_inexact, pack
 class Parameters(nnx.Module):
     """The parameters of a pipe, placed or packed, as an NNX module.
 
-    Each array is an `nnx.Param` under its path in the parameters, where it lies; those
-    that cannot be trained (integers) are an `nnx.Variable`. So NNX's optimizer holds no
-    more than they do, whatever the executor; with `executor="scan"` the step may stand
-    inside `nnx.jit`.
+    Each array is an `nnx.Param` under its path in the parameters, and stays on its
+    device. Integers cannot be trained; they are `nnx.Variable`s. `nnx.Optimizer` works
+    on this module with either executor. With `executor="scan"` the step may be inside
+    `nnx.jit`.
 
     Arguments:
-        params: from `pipe.init` or `pipe.place`.
+        params: parameters from `pipe.init` or `pipe.place`.
 
     Example:
         >>> import optax
@@ -63,16 +62,22 @@ class Parameters(nnx.Module):
 
     @property
     def params(self) -> PyTree:
-        """The parameters as the pipe takes them."""
+        """The parameters in the form that the pipe takes."""
         return self._spec.unpack(
             [self._arrays[path].get_value() for path in self._paths]
         )
 
     def gradients(self, grads: PyTree) -> nnx.State:
-        """Gradients, as the pipe returns them, for `nnx.Optimizer.update(model, ...)`.
+        """The pipe's gradients in the form of `nnx.Optimizer.update(model, ...)`.
+
+        Arguments:
+            grads: gradients from `pipe.value_and_grad`.
+
+        Returns:
+            An `nnx.State`, without the gradients of integers.
 
         Raises:
-            ValueError: they are not of these parameters.
+            ValueError: `grads` are not the gradients of these parameters.
         """
         # Gradients have the structure of the parameters, so equal paths mean equal
         # places.
@@ -90,16 +95,20 @@ class Parameters(nnx.Module):
     def transformation(
         self, tx: optax.GradientTransformation
     ) -> optax.GradientTransformationExtraArgs:
-        """An optax transformation that sees the parameters as the pipe has them, for
-        `nnx.Optimizer(model, …, wrt=nnx.Param)`.
+        """An optax transformation for `nnx.Optimizer(model, …, wrt=nnx.Param)`.
+
+        It shows the parameters to `tx` in the form of the pipe.
 
         Arguments:
-            tx: any transformation, or `fpipe.optim.per_stage(tx)`: see there which
-                needs it.
+            tx: any optax transformation, or `fpipe.optim.per_stage(tx)`. The page of
+                `per_stage` says which transformations need it.
+
+        Returns:
+            An `optax.GradientTransformationExtraArgs`.
         """
-        # `tx` is asked for the whole parameters, with their structure: masks by path
-        # and `fpipe.optim` depend on it. NNX shows what is trained alone, as a state of
-        # its own:
+        # `tx` gets the whole parameters with their structure, because masks by path
+        # and `fpipe.optim` depend on it. NNX shows only trained parameters, in its own
+        # form of a state:
         #     seen by NNX     {"_arrays": {"[0]['w']": w}}
         #     given to `tx`   ({"w": w}, {"n": n})
         tx = optax.with_extra_args_support(tx)
@@ -108,7 +117,7 @@ class Parameters(nnx.Module):
         state_spec = pack(shapes)[1]
 
         def as_tree(seen: Any, untrained: Callable[[str], Any]) -> PyTree:
-            """What NNX sees, with what it does not see, as the pipe has it."""
+            """The trained arrays that NNX sees and the others, in the pipe's form."""
             trained = {path: nnx.as_pure(a) for path, a in _arrays(seen).items()}
             return self._spec.unpack(
                 [

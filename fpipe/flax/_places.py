@@ -1,4 +1,4 @@
-"""Places: where the variables of a layer's module are in those of the whole model.
+"""Places of a module's variables in those of the whole model.
 
 layer(Block(), path="transformer/h/0")          all of it there
     -> (Place(own=(), model=("transformer", "h", "0")),)
@@ -22,12 +22,12 @@ Names: TypeAlias = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a part of a module's variables is, in every collection.
+    """The place of a part of a module's variables, in every collection.
 
     Attributes:
-        own: in the module's own variables; `()`: all of them.
-        model: in those of the whole model.
-        stacked: what is there has a row for each layer that names it.
+        own: the path in the module's own variables; `()` for all of them.
+        model: the path in the variables of the whole model.
+        stacked: whether the arrays there have a row for each layer that names it.
     """
 
     own: Names

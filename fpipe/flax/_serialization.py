@@ -1,16 +1,16 @@
-"""`flax.serialization` of an `fpipe.Packed`: by layer, as of gathered parameters.
+"""`flax.serialization` of an `fpipe.Packed`: by layer, as for gathered parameters.
 
-In comes a `Packed`, alone or in a state, out goes the state dict that Flax makes of
-`pipe.gather(params)`, with the host's arrays:
+In: a `Packed`, alone or in a state. Out: the state dict that Flax makes of
+`pipe.gather(params)`, with arrays on the host:
 
     Packed(0['w']: float32[2,8,8])  ->  {"0": {"w": float32[8,8]}, "1": {"w": …}}
 
-So what is saved does not depend on the partition, and is restored into a `Packed` of
-another one, into placed parameters and into plain ones. Rows go through the host:
-nothing of the whole model is on one device.
+So a saved file does not depend on the partition. It can be restored into a `Packed` of
+another partition, into placed parameters and into plain parameters. Rows go through the
+host, so no device ever holds the whole model.
 
 Flax keeps one pair of functions for each type. This pair is registered when
-`fpipe.flax` is imported, for the core of fpipe does not import Flax.
+`fpipe.flax` is imported, because the core of fpipe does not import Flax.
 """
 
 from collections.abc import Mapping

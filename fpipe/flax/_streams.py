@@ -2,8 +2,8 @@
 
     key of the call -> of layer 3 -> of microbatch 1 -> of the stream "dropout"
 
-The first two steps are the pipe's, by number; the last one is done here, by name. So a
-mask depends on nothing else: not on the stage, the schedule, or the other streams.
+The pipe does the first two steps, by number. This module does the last one, by name. So
+a mask does not depend on the stage, the schedule, or the other streams.
 """
 
 import zlib
@@ -17,16 +17,22 @@ from fpipe._model.needs import check_key
 
 
 def stream_key(key: Any, stream: str) -> jax.Array:
-    """The key of one random stream of a module: `jax.random.fold_in(key,
-    zlib.crc32(stream.encode()))`.
+    """The key of one random stream of a module.
 
-    A name has the same number in every process, which Python's `hash` does not promise.
+    It is `jax.random.fold_in(key, zlib.crc32(stream.encode()))`. `crc32` gives the same
+    number in every process; Python's `hash` does not.
 
     Arguments:
-        key: the layer's key: layer `l` gets `fold_in(fold_in(call's key, l),
+        key: the layer's key. Layer `l` gets `fold_in(fold_in(key of the call, l),
             microbatch)`.
-        stream: of a linen module the stream's name (`"dropout"`); of an NNX module the
-            path of the `nnx.RngStream` in it (`"dropout/rngs"`).
+        stream: for a linen module, the name of the stream (`"dropout"`). For an NNX
+            module, the path of the `nnx.RngStream` in the module (`"dropout/rngs"`).
+
+    Returns:
+        The key of the stream.
+
+    Raises:
+        TypeError: `key` is no PRNG key, or `stream` is no string.
 
     Example:
         >>> key = fpipe.flax.stream_key(jax.random.key(0), "dropout")

@@ -1,17 +1,17 @@
-"""Checkpoints: the variables of the whole Flax model and those of its layers, into each
-other.
+"""Checkpoints: from the variables of a whole Flax model to those of its layers, and
+back.
 
     of the model (linen)                      of the layers
     {"params": {"layers_0": P0,               params: (P0, (), P2)
                 "layers_2": P2},        <->   state:  ({"batch_stats": S0}, None, None)
      "batch_stats": {"layers_0": S0}}
 
-In the variables of an NNX model, parameters and state of a layer stand together:
-`{"layers": {0: …, 2: …}}`. What is no Flax module has its state in a collection
-`"state"` of its own, in both. A layer with a path has its variables there
-(`_places.py`).
+The variables of an NNX model have a layer's parameters and state in one place:
+`{"layers": {0: …, 2: …}}`. A layer that is no Flax module has its state in a separate
+collection `"state"`, for linen and for NNX. A layer with a path has its variables at
+that path (`_places.py`).
 
-Inside, variables are leaves by their names, so that each has one owner:
+Inside this module variables are leaves by their names, so that each has one owner:
 
     ("params", "layers_0", "kernel"): K       layer 0 takes it as ("kernel",): K
     ("batch_stats", "blocks", "mean"): M      layers 1 and 2 take a row each
@@ -49,32 +49,34 @@ Collections: TypeAlias = dict[str, PyTree]
 def split_variables(
     model: Any, variables: Any, *, deferred_batch_norm: bool = False, state: bool = True
 ) -> tuple[tuple[PyTree, ...], tuple[PyTree, ...]]:
-    """Parameters and states of the layers, from the variables of the whole Flax model.
+    """Split the variables of a whole Flax model into those of its layers.
 
     Arguments:
-        model: what `layers` takes, or the list that it returned; layers with a `path`
-            or `stacked` take what is there, in every collection.
-        variables: of an `nn.Sequential` `{"params": {"layers_0": …}, "batch_stats":
-            {…}}`; of an `nnx.Sequential` its `nnx.state(model)`, or that as nested
-            dicts `{"layers": {0: …}}`, numbers as strings too. In a list stands beside
-            them what `merge_variables` makes of layers that are no Flax modules.
-        deferred_batch_norm: as the pipe has it: batch norms that are deferred keep more
-            in their state.
-        state: `False` for what has the structure of parameters alone, such as gradients
-            or the moments of an optimizer.
+        model: a model that `layers` takes, or the list that `layers` returned. A layer
+            with `path` or `stacked` takes the variables at that path, in every
+            collection.
+        variables: the variables of the model. For an `nn.Sequential` they are
+            `{"params": {"layers_0": …}, "batch_stats": {…}}`. For an `nnx.Sequential`
+            they are `nnx.state(model)`, or the same as nested dicts `{"layers": {0:
+            …}}`, with numbers or strings as keys. For a list of layers, variables of
+            layers that are no Flax modules are in the form of `merge_variables`.
+        deferred_batch_norm: the value that the pipe has. Deferred batch norms have
+            additional entries in their state.
+        state: `False` if `variables` have parameters only, for example gradients or the
+            moments of an optimizer.
 
     Returns:
-        `(params, state)`: a tuple each with one entry per layer, for
-            `pipe.place(params)` and `state=`. The state of a layer without state is
-            `None`, and the parameters of one that is no Flax module are `()` if there
-            are none. What is sown, and random state, is left out.
+        `(params, state)`: two tuples with one entry per layer, for `pipe.place(params)`
+            and `state=`. The state of a layer without state is `None`. A layer that is
+            no Flax module has the parameters `()` if there are none for it. Sown values
+            and random state are left out.
 
     Raises:
         TypeError: `variables` is no dict.
-        ValueError: variables of no layer, or of two; a layer whose state, or whose
-            variables as a sample or NNX shows them, are not there; a path that leads to
-            nothing; a stack with another number of rows than layers; with
-            `deferred_batch_norm`, a module that does not show its norms.
+        ValueError: a variable belongs to no layer, or to two. The state of a layer is
+            missing, or a variable that the module is known to have. A path leads to
+            nothing. A stack has not one row for each of its layers. With
+            `deferred_batch_norm`, a module does not show its norms.
 
     Example:
         >>> from flax import linen as nn
@@ -126,23 +128,25 @@ def split_variables(
 def merge_variables(
     model: Any, params: Sequence[PyTree], state: Sequence[PyTree] | None = None
 ) -> dict[str, PyTree]:
-    """The variables of the whole Flax model: the inverse of `split_variables`.
+    """Merge the variables of layers into those of the whole Flax model.
+
+    This is the inverse of `split_variables`.
 
     Arguments:
-        model: what `layers` takes, or the list that it returned.
+        model: a model that `layers` takes, or the list that `layers` returned.
         params: one entry per layer: `pipe.gather(params)`, or gradients in that form.
         state: one entry per layer, or `None` to leave all states out.
 
     Returns:
-        Of linen modules `{"params": {"layers_0": …}, "batch_stats": {…}}`; of NNX
-        modules nested dicts for `nnx.update(model, …)`. Layers of a list that are no
-        Flax modules have their parameters there as they are, and their state in a
-        collection `"state"`; so have NNX modules in a list with linen ones.
+        For linen modules, `{"params": {"layers_0": …}, "batch_stats": {…}}`. For NNX
+        modules, nested dicts for `nnx.update(model, …)`. A layer of a list that is no
+        Flax module has its parameters there unchanged, and its state in a collection
+        `"state"`. So has an NNX module in a list with linen modules.
 
     Raises:
-        TypeError: packed parameters.
-        ValueError: not one entry for each layer; two layers with one path; rows of a
-            stack that differ.
+        TypeError: `params` are packed.
+        ValueError: there is not one entry for each layer, two layers have the same
+            path, or rows of a stack have different shapes.
 
     Example:
         >>> from flax import linen as nn

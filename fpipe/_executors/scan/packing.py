@@ -364,21 +364,20 @@ class PackedForm:
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packed:
-    """Placed parameters (or gradients) of a pipe with `executor="scan"`: a pytree of
-    arrays over the mesh.
+    """Placed parameters, or their gradients, of a pipe with `executor="scan"`.
 
-    Its leaves are the arrays, each with a first axis of devices, so that
-    `jax.tree.map`, optax and checkpoint libraries work on it; the latter only for the
-    same partition. `pipe.gather` turns it back into a tuple with one entry per layer,
-    or the tree of a function that was split, and `flax.serialization` saves it so, once
-    `fpipe.flax` is imported.
+    It is a pytree. Its leaves are arrays over the mesh, and the first axis of each
+    array is the devices. `jax.tree.map` and optax work on it. Checkpoint libraries work
+    on it too, but such a checkpoint only loads for the same partition. `pipe.gather`
+    returns a tuple with one entry per layer, or the tree of a function that was split.
+    After `import fpipe.flax`, `flax.serialization` saves a `Packed` in that form.
 
     Attributes:
-        arrays: the arrays; block `d` of each is on device `d` of the mesh axis
+        arrays: the arrays. Block `d` of each is on device `d` of the mesh axis
             `"stage"`.
-        packing: which layer's array is where.
-        absent: of gradients, the frozen arrays that lie in one row with others: their
-            blocks are zero, and `pipe.gather` gives `float0` for them.
+        packing: the place of each layer's arrays in `arrays`.
+        absent: for gradients, the frozen parameters that share an array with others.
+            Their blocks are zero, and `pipe.gather` returns `float0` for them.
     """
 
     arrays: tuple[Any, ...]
@@ -387,25 +386,26 @@ class Packed:
 
     @property
     def form(self) -> PackedForm:
-        """All but the arrays."""
+        """Everything except the arrays."""
         return PackedForm(self.packing, self.absent)
 
     def has_gradient(self, entry: Entry) -> bool:
-        """Whether an array of gradients is one: not of what is frozen or an integer."""
+        """Whether an array has a gradient: not if it is frozen or an integer."""
         row = self.arrays[self.packing.where[entry].row]
         dtype = getattr(row, "dtype", None)
         return entry not in self.absent and dtype != jax.dtypes.float0
 
     @property
     def padding(self) -> int:
-        """The bytes on all devices together that hold nothing, because the stages'
-        parameters differ.
+        """The bytes of padding, on all devices together.
+
+        Arrays are padded where the parameters of the stages have different shapes.
         """
         return self.packing.padding
 
     @property
     def by_layer(self) -> "Packed":
-        """The same with one entry per layer, as executors take it."""
+        """The arrays with one entry per layer, in the form that executors take."""
         return Packed(self.arrays, self.packing.by_layer, self.absent)
 
     def __contains__(self, name: object) -> bool:
@@ -425,19 +425,19 @@ class Packed:
         return f"Packed({', '.join(parts)}; {self.padding} bytes of padding{absent})"
 
     def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], PackedForm]:
-        """The arrays by name."""
+        """The arrays with their names; JAX calls this."""
         return [
             (jax.tree_util.DictKey(label), array)
             for label, array in zip(self.packing.labels, self.arrays, strict=True)
         ], self.form
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], PackedForm]:
-        """The arrays."""
+        """The arrays; JAX calls this."""
         return self.arrays, self.form
 
     @classmethod
     def tree_unflatten(cls, form: PackedForm, arrays: Sequence[Any]) -> "Packed":
-        """The arrays, with their form again. JAX may give other things than arrays,
-        such as shapes or specs.
+        """A `Packed` of new leaves; JAX calls this. The leaves may be other things than
+        arrays, such as shapes or specs.
         """
         return cls(tuple(arrays), form.packing, form.absent)
