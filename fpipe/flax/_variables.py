@@ -146,7 +146,7 @@ def merge_variables(
     Raises:
         TypeError: `params` are packed.
         ValueError: there is not one entry for each layer, two layers have the same
-            path, or rows of a stack have different shapes.
+            path, or the rows of a stack differ in shape or dtype.
 
     Example:
         >>> from flax import linen as nn
