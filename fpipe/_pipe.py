@@ -1,15 +1,15 @@
 """`Pipe`: a model cut into stages on devices, run by a schedule.
 
-This module checks what the user gives, finds what is left open (the balance, the
-devices that are used), and hands calls to one of the two executors. For five layers on
-two of eight devices:
+This module checks the user's arguments, decides the balance and the devices if they are
+not given, and hands calls to one of the two executors. For five layers on two of eight
+devices:
 
     Pipe(layers, devices=jax.devices(), balance=[2, 3], chunks=8)
-        stage_to_device    (0, 1)            which the schedule decides
+        stage_to_device    (0, 1)            the schedule decides it
         devices            the first two     as many as the schedule uses
         stages             layers 0-1, layers 2-4
 
-Calls, gradients and losses stand in `fpipe._executors.call.Call`, which
+Calls, gradients and losses are in `fpipe._executors.call.Call`, the base class that
 `fpipe.sequential` shares.
 """
 
@@ -101,76 +101,80 @@ EXECUTORS = ("placed", "scan")
 # numbers even where "flops" was asked for, and so a copy is cut alike.
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class Pipe(Call):
-    """A sequence of layers, cut into stages that live on devices, run microbatch by
-    microbatch.
+    """A model cut into stages, which run on devices microbatch by microbatch.
 
-    A frozen value: it compares, hashes, copies and pickles, and
-    `dataclasses.replace(pipe, chunks=8)` makes another; nothing to close. At equal
-    `chunks` it computes what `fpipe.sequential` computes.
+    A `Pipe` is a frozen value. It compares, hashes, copies and pickles, and nothing has
+    to be closed. `dataclasses.replace(pipe, chunks=8)` makes another pipe. At equal
+    `chunks` a pipe computes what `fpipe.sequential` computes.
 
     Arguments:
-        layers: functions, `Layer`s, or nested sequences of them; or an `fpipe.Split`:
+        layers: functions, `Layer`s, or nested sequences of them. Or an `fpipe.Split`:
             then parameters and gradients are trees of the function that was split.
-        balance: layers per stage, such as `fpipe.balance` returns. Default as even as
-            possible over the devices, in number; with a `sample` in FLOPs. Also, with a
-            `sample`, `"flops"`, `"bytes"`, `"time"` (measured on the first device) or
-            `"memory"`. The field is always the numbers.
-        devices: one per stage (one per device of the schedule, if that puts several
-            stages on each), a `jax.Device` or, for a stage on several devices, a
-            `jax.sharding.Mesh`; repeats and any order are allowed, extra ones ignored.
-            Meshes may differ in size. Default `jax.devices()`.
-        chunks: the number of microbatches asked for; default 1.
+        balance: the number of layers of each stage, such as `fpipe.balance` returns.
+            With a `sample` it may be `"flops"`, `"bytes"`, `"time"` (measured on the
+            first device) or `"memory"`. Default: equal FLOPs as far as possible if
+            there is a `sample`, otherwise equal numbers of layers. The field `balance`
+            always has numbers.
+        devices: one device for each stage, or for each device of the schedule if it
+            puts several stages on a device. An entry is a `jax.Device`, or a
+            `jax.sharding.Mesh` for a stage on several devices. Meshes may differ in
+            size. Devices may repeat and have any order; extra ones are ignored.
+            Default: `jax.devices()`.
+        chunks: the number of microbatches asked for. Default 1.
 
     Other Arguments:
-        checkpoint: what a backward recomputes: `"always"`, `"except_last"` (default:
-            all but the last microbatch), `"never"`, or a policy of
-            `jax.checkpoint_policies`.
-        schedule: a name from `fpipe.schedules.NAMES` (`"gpipe"`, `"1f1b"`,
-            `"eager_1f1b"`, the default, `"zb_h1"`, …), a `Schedule`, or a function
-            `f(devices, microbatches) -> Schedule`. Names put one stage on each device;
-            `"zb_v"`, `"v_half"`, `"v_min"` and `"dualpipe_v"` two; `"interleaved_1f1b"`
-            and `"looped_bfs"` the same number, at least two, on as many devices as that
-            allows. A function is asked at construction, with `chunks` microbatches (64
-            per device at most), for the largest number of `devices` on which it makes
-            one stage for each entry of `balance`, and again when a batch is cut.
-        executor: `"placed"` (default): one program for each stage and kind of action,
-            dispatched to the devices. `"scan"`: the whole call as one program, which
-            may stand inside `jax.jit` and run on several processes; then parameters are
-            `fpipe.Packed`.
-        mesh: a `jax.sharding.Mesh` with an axis `"stage"`, in place of `devices`: each
-            stage lives on the mesh of the other axes, which stay automatic. Default for
-            `"scan"` a mesh of the devices alone.
-        data_axes: names of axes of meshes over which the rows of each microbatch are
-            shared; gradients cross them once per step. Default `("data",)`, if there is
-            such an axis; for `"scan"` it can be no other.
-        dispatch: who hands programs to the devices. `"one_thread"`: the calling thread,
-            in clock order. `"thread_per_device"`: a thread for each device, which ends
-            with the call; it keeps the devices busy where handing over a program waits
-            for it, and costs more on the host. `"auto"` (default): threads if a layer
-            calls Python while it runs (`jax.pure_callback`, `io_callback`,
-            `jax.debug.print`), for that waits.
-        compute_dtype: mixed precision: layers get their parameters, inputs, skips and
-            side inputs in this dtype (real floats only; state stays), so boundaries
-            have it too; what the last layer returns in it becomes float32. Parameters
-            keep their own dtype and gradients have that. `jnp.bfloat16`, or
-            `jnp.float16` with a `loss_scale`. Default: everything as it is.
-        deferred_batch_norm: whether layers that can (`fpipe.Layer(defer=...)`) update
-            their batch norms' running statistics once per call, with those of the whole
-            batch; default `False`: once per microbatch.
+        checkpoint: the forwards that a backward recomputes: `"always"` (those of all
+            microbatches), `"except_last"` (default: of all microbatches except the last
+            one), `"never"`, or a policy of `jax.checkpoint_policies`.
+        schedule: a name from `fpipe.schedules.NAMES` (`"eager_1f1b"`, the default,
+            `"gpipe"`, `"1f1b"`, `"zb_h1"`, …), a `Schedule`, or a function
+            `f(devices, microbatches) -> Schedule`. `"zb_v"`, `"v_half"`, `"v_min"` and
+            `"dualpipe_v"` put two stages on each device. `"interleaved_1f1b"` and
+            `"looped_bfs"` put the same number of stages on each device, at least two,
+            and use as many devices as that allows. All other names put one stage on
+            each device. A function is called at construction with `chunks`
+            microbatches, but no more than 64 per device. It gets the largest number of
+            `devices` for which it makes one stage for each entry of `balance`. It is
+            called again when a batch is cut.
+        executor: `"placed"` (default) runs one program for each stage and kind of
+            action, and dispatches them to the devices. `"scan"` runs the whole call as
+            one program, which can be inside `jax.jit` and run on several processes. Its
+            parameters are `fpipe.Packed`.
+        mesh: a `jax.sharding.Mesh` with an axis `"stage"`, in place of `devices`. Each
+            stage lives on the mesh of the other axes, which are automatic axes.
+            Default for `"scan"`: a mesh of the devices with only the axis `"stage"`.
+        data_axes: the names of mesh axes that share out the rows of each microbatch.
+            Gradients are summed over these axes once per step. Default: `("data",)` if
+            there is such an axis. `"scan"` takes no other value.
+        dispatch: the threads that dispatch programs to the devices. `"one_thread"` is
+            the calling thread, in clock order. `"thread_per_device"` starts a thread
+            for each device, and ends it with the call. It keeps devices busy when a
+            dispatch waits for its program, and costs more time on the host. `"auto"`
+            (default) uses threads if a layer calls Python while it runs
+            (`jax.pure_callback`, `io_callback`, `jax.debug.print`), because such a
+            dispatch waits.
+        compute_dtype: the dtype for mixed precision, `jnp.bfloat16`, or `jnp.float16`
+            with a `loss_scale`. Layers get parameters, inputs, skips and side inputs in
+            this dtype, if they are real floats. States are not cast. Boundaries have
+            this dtype too. If the last layer returns it, the output is cast to float32.
+            Parameters keep their own dtype, and gradients have the dtype of the
+            parameters. Default: nothing is cast.
+        deferred_batch_norm: whether batch norms update their running statistics once
+            per call, with the statistics of the whole batch. It holds for layers with
+            `fpipe.Layer(defer=...)`. Default `False`: once per microbatch.
         detect_anomaly: whether a call that makes a NaN or an infinity raises
-            `FloatingPointError`, which names the first stage, layer and microbatch that
-            did, forward or backward (inside `jax.jit` see `raise_anomaly`). It costs a
-            look at everything that a layer takes and returns, and a wait for the result
-            of each call. Default `False`, which costs nothing: the programs are the
-            same as without it.
-        sample: a batch, or its shapes, for the balance to be found by; no field, and
-            not kept.
-        sample_side: the side inputs of the sample, or their shapes, where layers ask
-            for some. A step stands in where layers ask for one, and layers are taken to
-            train.
+            `FloatingPointError`. The error names the first stage, layer and microbatch
+            that made one, forward or backward. Inside `jax.jit` see `raise_anomaly`.
+            With this option every array that a layer takes or returns is checked, and
+            each call waits for its result. Default `False`, at no cost: the programs
+            then have no checks.
+        sample: a batch, or its shapes, from which the balance is computed. It is not
+            kept, and is no field.
+        sample_side: the side inputs of the sample, or their shapes, if layers ask for
+            some. Layers that ask for `step` get a stand-in, and `train` is `True`.
 
     Raises:
-        TypeError, ValueError: an argument is wrong; the message says what was given and
+        TypeError, ValueError: an argument is wrong. The message says what was given and
             what would be right.
 
     Example:
@@ -220,8 +224,8 @@ class Pipe(Call):
         sample: PyTree = None,
         sample_side: PyTree = None,
     ) -> None:
-        # 1. Arguments that need no other one to be checked. Wrong values are refused
-        # here, at the user's line, and not in the first call.
+        # 1. Arguments that can be checked alone. Wrong values are refused here, at the
+        # user's line, and not in the first call.
         if not is_one_of(executor, EXECUTORS):
             raise ValueError(
                 f'`Pipe(executor={shown(executor)})`: the executor is "placed" or '
@@ -260,13 +264,13 @@ class Pipe(Call):
         if deferred_batch_norm:
             model = Model(deferred(layers, "Pipe"), compute_dtype)
         placements, data_axes = stage_placements(executor, devices, mesh, data_axes)
-        # 3. The cut. The order matters: how many stages there are depends on the
-        # schedule and the devices, which stage lives where on the number of stages, and
-        # how many devices are used on that.
+        # 3. The cut. The order matters. The schedule and the devices decide the number
+        # of stages. That number decides the device of each stage, and so the number of
+        # devices that are used.
         known = params_by_layer(layers, None)
         uncut = PipeSetup(model, scheduling, remat, placements, chunks, known)
         with set_aside(), stage_tracing(executor, placements, mesh):
-            # A function that was split knows what its pieces take.
+            # A function that was split knows the costs of its pieces.
             if isinstance(layers, Split) and balance is None and sample is None:
                 balance = layers.balance(uncut.stages)
             balance = given_balance(balance, sample, sample_side, uncut)
@@ -275,7 +279,7 @@ class Pipe(Call):
         )
         placements = first_placements(placements, 1 + max(stage_to_device))
         own = tuple(p.place for p in placements)
-        # The scan executor runs on a mesh always; one is made of plain devices.
+        # The scan executor always runs on a mesh. Plain devices become a mesh.
         if executor == "scan":
             mesh = as_mesh(own, mesh, len(balance))
             refuse_specs(model.layers, mesh)
@@ -304,7 +308,7 @@ class Pipe(Call):
         }
         for name, value in fields.items():
             object.__setattr__(self, name, value)
-        # What runs it, and what looks for faults, is no part of its value.
+        # The executor and the detector of anomalies are no part of the value.
         self.model: Model
         self._trees: UserTrees
         self._stage_to_device: tuple[int, ...]
@@ -314,8 +318,8 @@ class Pipe(Call):
         object.__setattr__(self, "model", model)
         object.__setattr__(self, "_trees", trees_of(layers, model))
         object.__setattr__(self, "_stage_to_device", stage_to_device)
-        # Looking for faults is a changed model, run like any other: without the option
-        # there is nothing in the programs to pay for.
+        # The detector runs a changed model, like any other model. Without the option
+        # the programs have no checks.
         detector = Detector("Pipe", model, balance, chunks) if detect_anomaly else None
         object.__setattr__(self, "_detector", detector)
         runs = model if detector is None else detector.watched
@@ -325,17 +329,17 @@ class Pipe(Call):
         object.__setattr__(self, "_eager", eager)
 
     def _make_executor(self, model: Model, kept: Recent | None) -> Executor:
-        """What runs a model as this pipe does.
+        """The executor that runs a model with the options of this pipe.
 
         Arguments:
-            kept: traces and programs that it shares with other pipes of the same
-                layers; `None`: with none.
+            kept: traces and programs that are shared with other pipes of the same
+                layers; `None` shares nothing.
         """
-        # From the fields, and not handed over by `__init__`: `plan` makes executors
-        # too.
+        # From the fields, and not handed over by `__init__`, because `plan` makes
+        # executors too.
         scheduling = Scheduling.of(self.schedule)
         remat = Remat.of(self.checkpoint)
-        # Kept, because to ask a schedule that is a function may take long.
+        # Kept, because a schedule that is a function may take long.
         stage_to_device = self._stage_to_device
         if self.executor == "scan":
             assert self.mesh is not None, "one was made of the devices"
@@ -418,11 +422,17 @@ class Pipe(Call):
         return _unpickled, (fields,)
 
     def make_schedule(self, microbatches: int) -> Schedule:
-        """The schedule for that many microbatches.
+        """The schedule for a number of microbatches.
+
+        Arguments:
+            microbatches: the number of microbatches, at least 1.
+
+        Returns:
+            A `fpipe.schedules.Schedule`.
 
         Raises:
-            ValueError: `schedule` does not fit that number, or permutes the forwards of
-                layers with state.
+            ValueError: `schedule` does not fit that number. Or it changes the order of
+                the forwards of a stage with state.
         """
         microbatches = as_int("make_schedule", "microbatches", microbatches)
         return self._executor.schedule(microbatches)
@@ -430,20 +440,20 @@ class Pipe(Call):
     # --- parameters and state ---
 
     def init(self, key: Any, x: PyTree, side: PyTree = None) -> Any:
-        """Parameters of every layer, made on the layer's device.
+        """Make the parameters of every layer, on the layer's device.
 
         Arguments:
-            key: a PRNG key; layer `l` gets `fold_in(key, l)`; a function that was split
-                `fold_in(key, 0)`.
+            key: a PRNG key. Layer `l` gets `fold_in(key, l)`. A function that was split
+                gets `fold_in(key, 0)`.
             x, side: inputs as for a call, or their shapes.
 
         Returns:
-            A tuple with one entry per layer, or the tree of a function that was split;
-            with `executor="scan"` the same, packed.
+            A tuple with one entry per layer, or the tree of a function that was split.
+            With `executor="scan"` it is an `fpipe.Packed`.
 
         Raises:
-            ValueError: a layer without `init`, or one that borrows from a later layer.
-            TypeError: no key; a function that was split without `init`.
+            ValueError: a layer has no `init`, or it borrows from a later layer.
+            TypeError: `key` is no PRNG key, or a function was split without `init`.
         """
         check_key(key)
         check_process()
@@ -470,18 +480,23 @@ class Pipe(Call):
         params: Sequence[PyTree] | Packed | None = None,
         key: Any = None,
     ) -> PyTree:
-        """State of every layer (`None` for a layer without), made on the layer's
-        device; of a function that was split its own tree.
+        """Make the state of every layer, on the layer's device.
 
         Arguments:
             x, side: inputs as for a call, or their shapes.
-            params: needed if some layer has no `init`: then the shapes cannot be told
-                without them.
-            key: for states that begin with random numbers; layer `l` gets `fold_in(key,
-                l)`, as in `init`. Default `jax.random.key(0)`.
+            params: the parameters, placed or not. They are required if a layer has no
+                `init`, because then nothing else gives the shapes.
+            key: a PRNG key for states that begin with random numbers. Layer `l` gets
+                `fold_in(key, l)`, as in `init`. Default `jax.random.key(0)`.
+
+        Returns:
+            A tuple with one entry per layer, `None` for a layer without state. For a
+            function that was split it is the function's own tree.
 
         Raises:
-            TypeError: a function that was split without `init_state`.
+            ValueError: a layer with state has no `init_state`. Or its state has one
+                entry for each row, and the layer does not declare `state_rows`.
+            TypeError: a function was split without `init_state`.
         """
         if key is not None:
             check_key(key)
@@ -501,24 +516,25 @@ class Pipe(Call):
             return self._trees.init_state(key, shapes, params, put)
 
     def place(self, params: PyTree, donate: bool = False) -> Any:
-        """Put the parameters of each layer on its device; Python numbers become arrays.
+        """Put the parameters of each layer on its device.
+
+        Numpy arrays and Python numbers become JAX arrays.
 
         Arguments:
-            params: one entry per layer, or, of a function that was split, its own
-                tree; numpy arrays too. They stay as they are, whatever becomes of the
-                placed ones.
-            donate: whether they are handed over instead: arrays that are on their
-                device already are not copied, and are deleted when the placed ones are
-                donated. Default `False`.
+            params: one entry per layer. For a function that was split, its own tree.
+            donate: whether the result may reuse the given arrays. With `True`, an array
+                that is on its device already is not copied, and it is deleted when the
+                placed parameters are donated. Default `False`: the given arrays stay
+                valid.
 
         Returns:
-            With `executor="placed"` the same structure. With `"scan"` an
-            `fpipe.Packed`: one array over the mesh for each parameter that all stages
-            have, and for what they do not have alike arrays that are padded.
+            With `executor="placed"`, the same structure. With `"scan"`, an
+            `fpipe.Packed`. It has one array over the mesh for each parameter of the
+            same shape in all stages, and padded arrays for the other parameters.
 
         Raises:
-            ValueError: not one entry per layer.
-            TypeError: an `fpipe.Packed`, or shapes.
+            ValueError: there is not one entry for each layer.
+            TypeError: `params` are an `fpipe.Packed`, or shapes.
         """
         if isinstance(params, Packed):
             raise TypeError(
@@ -549,13 +565,20 @@ class Pipe(Call):
             return self._trees.own_params(placed)
 
     def gather(self, params: Any) -> Any:
-        """The exact inverse of `place`: a copy of the parameters as for the plain
-        composition, on the first device.
+        """A copy of the parameters on the first device: the exact inverse of `place`.
 
-        With a mesh over several processes they are on every device.
+        It has the form of the plain composition's parameters. With a mesh over several
+        processes the copy is on every device.
+
+        Arguments:
+            params: placed parameters, or their gradients.
+
+        Returns:
+            A tuple with one entry per layer, or the tree of a function that was split.
 
         Raises:
-            ValueError: not one entry per layer, or packed for another partition.
+            ValueError: there is not one entry for each layer, or `params` are packed
+                for another partition.
         """
         params = self._trees.params(params)
         self._executor.check_params(params, "`gather(params)`")
@@ -564,17 +587,20 @@ class Pipe(Call):
             return joined(self._trees.own_params(self._executor.gather(params)))
 
     def gather_state(self, state: PyTree) -> PyTree:
-        """The state of a call as the plain composition has it: a copy on the first
-        device. Of a function that was split it is the function's own tree, with whole
-        leaves in the place of `fpipe.RowBlocks`.
+        """A copy of the state on the first device.
 
-        With a mesh over several processes it is on every device.
+        It has the form of the plain composition's state. With a mesh over several
+        processes the copy is on every device.
 
         Arguments:
-            state: from a call, or from `init_state`.
+            state: a state from a call, or from `init_state`.
+
+        Returns:
+            A tuple with one entry per layer. For a function that was split it is the
+            function's own tree, with whole leaves in place of `fpipe.RowBlocks`.
 
         Raises:
-            ValueError: of a function that was split, the state of another one.
+            ValueError: `state` is not the state of the function that was split.
         """
         own = self._trees.state(state)
         check_process()
@@ -584,16 +610,16 @@ class Pipe(Call):
     # --- calls ---
 
     def raise_anomaly(self) -> None:
-        """Raise what calls inside `jax.jit` have found since this was called last, of a
-        pipe with `detect_anomaly`.
+        """Raise the first NaN or infinity that calls inside `jax.jit` have made.
 
-        A program that runs on several devices cannot raise: inside `jax.jit` the fault
-        is logged (`logging`'s `"fpipe"`) when the program runs, and kept for this
-        method, which waits for what is running. Without `detect_anomaly` it does
-        nothing.
+        It is for a pipe with `detect_anomaly`; otherwise it does nothing. A program on
+        several devices cannot raise an error. So a call inside `jax.jit` logs the fault
+        (to the logger `"fpipe"`) when it runs, and this method raises it. It waits for
+        running programs, and covers the calls since it was last called.
 
         Raises:
-            FloatingPointError: the first that was found.
+            FloatingPointError: a call made a NaN or an infinity; the first one is
+                named.
         """
         if self._detector is not None:
             self._detector.raise_found()
@@ -618,24 +644,29 @@ class Pipe(Call):
         threads: int | None = None,
         progress: bool | Progress | None = None,
     ) -> int:
-        """Compile all programs of a call before it is made, several at once.
+        """Compile all programs of a call before the call, several at a time.
 
-        The call then finds them: nothing compiles any more. Calls compile by themselves
-        too, but one program after the other.
+        The call itself then compiles nothing. Without `compile`, a call compiles its
+        programs one after the other.
 
         Arguments:
             params, x, targets, side, key, state, train, step, donate_state: as for the
-                call; shapes (`jax.ShapeDtypeStruct`) will do.
+                call, as arrays or as shapes (`jax.ShapeDtypeStruct`).
             loss_fn, has_aux, reduction, argnums, frozen: the call is
                 `value_and_grad(loss_fn, …)(params, x, *targets)`. Without `loss_fn` it
                 is `pipe(params, x)`.
-            loss_scale: whether the call is given one.
-            threads: at most so many compile at once; default one for each core.
-            progress: `True` for a bar on stderr, or a function `f(done, total)`;
-                default a bar if stderr is a terminal.
+            loss_scale: the `loss_scale` of the call, if it has one.
+            threads: the largest number of programs that compile at once. Default: the
+                number of cores.
+            progress: `True` for a progress bar on stderr, `False` for none, or a
+                function `f(done, total)`. Default: a bar if stderr is a terminal.
 
         Returns:
             The number of programs.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong, as for the call. Or `targets`
+                are given without a `loss_fn`.
 
         Example:
             >>> dense = fpipe.Layer(
@@ -666,8 +697,8 @@ class Pipe(Call):
             needs = call_needs(side=side, key=key, train=train, step=step)
             args = self._checked(Args(params, x, targets, needs, state))
             args = args._replace(donate_state=donate_state)
-            # The same steps as those of the call, in the same order: only then the
-            # programs are found under the same keys.
+            # The same steps as in the call, in the same order. Otherwise the call would
+            # look for its programs under other keys.
             numbers = () if loss is None else as_argnums(argnums)
             if loss is not None:
                 check_argnums(argnums, numbers, args)
@@ -676,7 +707,7 @@ class Pipe(Call):
                 args, loss = scaled(args._replace(frozen=leaves), loss, loss_scale)
             if self._detector is not None:
                 args, loss, numbers = self._detector.watch_call(args, loss, numbers)
-            # What is compiled here serves the calls that are made with `jit`.
+            # The programs serve calls with `jit`, so they are compiled with it.
             with jax.disable_jit(False), explicit_transfers():
                 return self._executor.compile(args, loss, numbers, threads, report)
 
@@ -703,46 +734,46 @@ class Pipe(Call):
         memory: float | Sequence[float] | None = None,
         compiled: bool = False,
     ) -> Prediction:
-        """What a training step will take, before it runs: `print(pipe.plan(params,
-        x))`.
+        """Predict the time and memory of a training step, before it runs.
 
-        Nothing runs and nothing is allocated, except with `by="time"`. Memory is that
-        of arrays: of the placed executor it is exact, instruction by instruction, as an
-        allocator takes and gives it; of the scan executor it is the sizes of the
-        buffers.
+        `print(pipe.plan(params, x))` shows a table. Nothing runs and nothing is
+        allocated, except with `by="time"`. Memory is the memory of arrays. For the
+        placed executor it is exact: it follows each allocation and each release of the
+        plan. For the scan executor it is the sum of the buffers.
 
         Arguments:
-            params: placed or not, or their shapes; `None`: what `init` makes.
-            x, targets, side, key, state, train, step: as for the call; shapes
-                (`jax.ShapeDtypeStruct`) will do. Layers with state get what
-                `init_state` makes, if none is given. Inputs that are no arrays yet are
-                taken to lie where they are read.
+            params: the parameters, placed or not, or their shapes. `None` stands for
+                the parameters that `init` makes.
+            x, targets, side, key, state, train, step: as for the call, as arrays or as
+                shapes (`jax.ShapeDtypeStruct`). Without `state`, layers with state
+                start from the state of `init_state`. An input given as a shape counts
+                as already on the device that reads it.
             loss_fn, has_aux, reduction, argnums, frozen: the step is
                 `value_and_grad(loss_fn, …)(params, x, *targets)`. Without `loss_fn` the
                 loss is the mean of the squares of the output.
 
         Other Arguments:
-            by: what work is: `"flops"` (default), counted in the programs, or `"time"`:
-                each program is compiled and run some times on its device.
-            speed: FLOP per second of a device, one number or one for each: then times
-                are in seconds. A device that is given several times counts as several;
-                of a mesh with more axes than `"stage"` all devices of a stage count as
-                one.
-            latency, bandwidth: seconds, and bytes per second, between devices, where
-                times are in seconds; default 0 and no limit.
-            optimizer: bytes of optimizer state for each byte of parameters; default 2,
-                as Adam has it.
-            memory: bytes that a device has, one number or one for each; more than that
-                is a warning.
-            compiled: whether to compile the programs, for the memory that they need for
-                themselves.
+            by: the measure of work. `"flops"` (default) counts the FLOPs in the
+                programs. `"time"` compiles each program and runs it a few times on its
+                device.
+            speed: FLOP per second of a device, one number or one for each device. Times
+                are then in seconds. A device that is given twice counts as two. If a
+                stage has a mesh, all its devices together count as one.
+            latency, bandwidth: the latency in seconds, and the bytes per second,
+                between devices. They need times in seconds. Default: 0, and no limit.
+            optimizer: bytes of optimizer state for each byte of parameters. Default 2,
+                as for Adam.
+            memory: bytes that a device has, one number or one for each device. A step
+                that needs more gets a warning. Default: no limit.
+            compiled: whether to compile the programs and add the memory that they need
+                for themselves. Default `False`.
 
         Returns:
             A `fpipe.Prediction`.
 
         Raises:
-            TypeError, ValueError: an argument is wrong, as for the call; or it is
-                inside `jax.jit`.
+            TypeError, ValueError: an argument is wrong, as for the call, or `plan` is
+                called inside `jax.jit`.
 
         Example:
             >>> dense = fpipe.Layer(
@@ -774,8 +805,8 @@ class Pipe(Call):
         # A plan is of a training step, so there must be something to differentiate.
         fn = mean_square if loss_fn is None else loss_fn
         loss = as_loss("plan", fn, has_aux, reduction)
-        # Programs are traced, and timed on zeros, for this alone. So what JAX does to
-        # the caller's own programs is nothing to them.
+        # These programs are only traced, or timed on zeros. So JAX's settings for the
+        # caller's own programs do not matter to them.
         with (
             self._context(),
             jax.disable_jit(False),
@@ -797,11 +828,11 @@ class Pipe(Call):
         """`plan` of checked options.
 
         Arguments:
-            known: what other pipes of the same layers have found out; what this one
-                finds is added.
+            known: traces and costs from other pipes of the same layers. The traces of
+                this pipe are added.
         """
         check_process()
-        # Arguments may all be shapes, so nothing in them shows that a trace is going
+        # All arguments may be shapes, and then they do not show that a trace is going
         # on. But inside `jax.jit` even a constant that is put on a device is a tracer.
         if in_trace():
             raise TypeError(
@@ -830,13 +861,20 @@ class Pipe(Call):
     def record(
         self, f: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> tuple[Any, Recording]:
-        """Run `f(*args, **kwargs)`, a step that calls this pipe, and record its last
-        call, as `fpipe.record` does.
+        """Run `f(*args, **kwargs)` and record its last call of this pipe.
+
+        See `fpipe.record`.
+
+        Arguments:
+            f: a training step, or another function that calls this pipe.
+            args, kwargs: the arguments of `f`.
 
         Returns:
-            What `f` returns, and the `fpipe.schedules.Recording`.
+            `(result, recording)`: the result of `f`, and a
+            `fpipe.schedules.Recording`.
 
         Raises:
+            TypeError: `f` is not callable.
             ValueError: `f` has not called this pipe.
 
         Example:
@@ -905,10 +943,10 @@ class Pipe(Call):
             raise
 
     def _run_forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
-        """A forward that someone may differentiate from outside, or that nobody will.
+        """A forward, which keeps residuals only if it is being differentiated.
 
-        Under `jax.grad` arguments are tracers: then residuals have to be kept for a
-        pull-back. Otherwise none are.
+        Under `jax.grad` the arguments are tracers. Then residuals are kept for a
+        pull-back.
         """
         if without_jit():
             return self._eager.forward(args)

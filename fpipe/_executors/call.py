@@ -1,18 +1,18 @@
-"""What `Pipe` and `sequential` share: the calls that a user makes, their arguments and
-their checks.
+"""The base class of `Pipe` and `sequential`: the user's calls, their arguments and the
+checks.
 
-In: what a user writes, for example
+In: a user's call, for example
 
     pipe.value_and_grad(mse, argnums=(0, 1))(params, x, t, key=key)
 
-Out: `Args` and what is asked for, which `Call._loss` (or `_forward`) then runs:
+Out: `Args` and the requested results. `Call._loss` (or `_forward`) then runs them:
 
     Args(params, x, targets=(t,), needs={"key": key, "train": False, …})
     Loss(mse, has_aux=False, reduction="mean")
     argnums (0, 1)
 
-`Call` alone knows the forms of the public calls (pairs with a state, `grads=`,
-`loss_scale=`), so that a pipe and the reference cannot differ in them.
+Only `Call` knows the forms of the public calls (pairs with a state, `grads=`,
+`loss_scale=`). So a pipe and the reference cannot differ in them.
 """
 
 import abc
@@ -37,15 +37,15 @@ from fpipe._model.wrappers import NoChunk
 
 
 class Args(NamedTuple):
-    """What a call was given.
+    """The arguments of a call.
 
     Attributes:
         params: one entry per layer, or packed.
         x: the batch, whole.
-        targets: what the loss takes after `y`; none for a call without a loss.
-        needs: what it gives of the needs of the table beside `x` and targets, by name.
-        state: one entry per layer, if the call was given state; of a function that was
-            split its own tree, until the pipe takes that apart.
+        targets: the arguments of the loss after `y`; none for a call without a loss.
+        needs: the values of the table's other needs, by name.
+        state: one entry per layer, if the call has state. For a function that was split
+            it is the function's own tree, until the pipe converts it.
         frozen: the leaves of parameters and of `x` that get no gradient.
         donate_state: whether the call may consume the arrays of `state`.
     """
@@ -77,7 +77,9 @@ class Args(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a call with a loss gives; `gradients` has one entry per argument number."""
+    """The results of a call with a loss; `gradients` has one entry for each number in
+    `argnums`.
+    """
 
     loss: Any
     aux: PyTree
@@ -104,7 +106,7 @@ class Call(abc.ABC):
         return tuple(params)
 
     def _layer_frozen(self, frozen: Frozen | None) -> Frozen | None:
-        """What a user says is frozen, by layer."""
+        """The user's `frozen`, by layer."""
         return frozen
 
     def _context(self) -> AbstractContextManager[Any]:
@@ -112,7 +114,7 @@ class Call(abc.ABC):
         return contextlib.nullcontext()
 
     def _recording_owner(self) -> Any:
-        """What tells its calls from others in a recording; `None`: none is made."""
+        """The mark of its calls in a recording; `None` if calls are not recorded."""
         return None
 
     def _checked(self, args: Args) -> Args:
@@ -132,39 +134,40 @@ class Call(abc.ABC):
         step: Any = None,
         donate_state: bool = False,
     ) -> Any:
-        """The model's output.
+        """Compute the model's output.
 
         Arguments:
-            params: one entry per layer, placed.
-            x: a pytree; every array is cut on axis 0 into microbatches of `ceil(rows /
-                chunks)` rows, the last one smaller (10 rows, 4 chunks: 3, 3, 3, 1),
-                unless it stands in an `fpipe.Chunk` or `fpipe.NoChunk`. Leaves that are
-                no arrays, and `None`, go to every microbatch and are static. A numpy
-                array is read while the call runs, after it has returned, as by
-                `jax.jit`: before you change one wait for the result, or give a copy.
+            params: the parameters, one entry per layer, placed.
+            x: a pytree. Every array in it is cut on axis 0 into microbatches of
+                `ceil(rows / chunks)` rows; the last one may be smaller (10 rows, 4
+                chunks: 3, 3, 3, 1). An `fpipe.Chunk` or `fpipe.NoChunk` around an array
+                changes that. `None` and leaves that are no arrays are static, and go to
+                every microbatch. As with `jax.jit`, a numpy array may still be read
+                after the call has returned. Wait for the result before you change the
+                array, or give a copy.
             side: side inputs for the layers that ask for them, cut like `x`.
-            key: a PRNG key; without one, layers that ask for a key get `None`.
-            state: the layers' state, one entry per layer, or, of a function that was
-                split, its own tree; needed if any layer has state.
-            train: handed to the layers that ask.
-            step: the number of the training step, an int or a 0-d array of integers:
-                an int32 scalar for the layers that ask, the same for all microbatches.
-            donate_state: whether the arrays of `state` are handed over: the new state
-                takes their place in memory, and they are deleted, as by
-                `jax.jit(donate_argnums=...)`. `fpipe.sequential` leaves that to the
-                `jax.jit` around it.
+            key: a PRNG key. Without one, layers that ask for a key get `None`.
+            state: the state of the layers, one entry per layer. For a function that was
+                split, its own tree. It is required if a layer has state.
+            train: the value for layers that ask for `train`. Default `False`.
+            step: the number of the training step, an int or a 0-d array of integers.
+                Layers that ask for it get an int32 scalar, the same for all
+                microbatches.
+            donate_state: whether the new state may reuse the memory of `state`. Its
+                arrays are then deleted, as by `jax.jit(donate_argnums=...)`. In
+                `fpipe.sequential` it has no effect: donate in the `jax.jit` around it.
 
         Returns:
-            `y`, or `(y, state)` if state was given. Pieces of `y` are concatenated on
-            axis 0, or on that of the `fpipe.Chunk` that the last layer returns; 0-d
-            ones are stacked to `(m,)`.
+            `y`, or `(y, state)` if `state` was given. The outputs of the microbatches
+            are concatenated on axis 0, or on the axis of an `fpipe.Chunk` that the last
+            layer returns. 0-d outputs are stacked to `(m,)`.
 
         Raises:
-            TypeError: no array in `x`; a traced call, where the executor cannot be part
-                of a trace.
-            ValueError: arrays with unequal numbers of rows;
-                parameters or state that do not have one entry per layer; parameters on
-                the wrong device; state that is to be donated and is cut by rows.
+            TypeError: `x` has no array. Or the call is traced, and the executor cannot
+                be part of a trace.
+            ValueError: arrays have different numbers of rows. Parameters or state do
+                not have one entry per layer. Parameters are on a wrong device. `state`
+                is to be donated, but it is cut by rows.
         """
         donate_state = as_bool("pipe", "donate_state", donate_state)
         with self._context():
@@ -182,49 +185,51 @@ class Call(abc.ABC):
         argnums: int | Sequence[int] = 0,
         frozen: Frozen | None = None,
     ) -> Callable[..., Any]:
-        """A function that computes a loss and its gradients, forwards and backwards
-        interleaved as scheduled.
+        """Make a function that computes a loss and its gradients.
 
-        Make it once, outside the training loop: compiled programs are kept for each
-        `loss_fn` object. Inputs are as for a call without a loss: numpy arrays are not
-        to change before the result is there.
+        Its forwards and backwards are interleaved by the schedule. Make the function
+        once, outside the training loop: compiled programs are kept for each `loss_fn`
+        object. As in a call without a loss, do not change numpy arrays before the
+        result is there.
 
         Arguments:
-            loss_fn: `loss_fn(y, *targets)`, a scalar, on the last stage for each
-                microbatch.
-            has_aux: whether it returns `(loss, aux)`; aux comes back stacked on a new
-                axis of `m`.
-            reduction: `"mean"` weighs microbatches by their rows, `"sum"` adds,
-                `"weighted"` takes `(sum, weight)` from `loss_fn` and divides by the
-                total weight once.
-            argnums: which of `(params, x, *targets)` to differentiate; the rest is not
-                computed.
-            frozen: the parameters that get no gradient, as `frozen(path, array)` with a
-                path such as `"0/w"` (layer 0; of a function that was split a path in
-                its own tree, such as `"h/1/w"`; `jax.tree_util.keystr(path,
-                simple=True, separator="/")` writes it), or as a pytree of bools that
-                the parameters begin with (`(True, False, {"w": True, "b": False})`).
-                Nothing is computed for them; their gradients are `float0`, as those of
-                integers are. (In an `fpipe.Packed` they share arrays with others and
-                are zero there: `pipe.gather` gives `float0`.)
+            loss_fn: `loss_fn(y, *targets)`, which returns a scalar. It runs on the last
+                stage, for each microbatch.
+            has_aux: whether `loss_fn` returns `(loss, aux)`. The `aux` of the
+                microbatches is stacked on a new first axis of length `m`.
+            reduction: how the losses of the microbatches are combined. `"mean"` weighs
+                them by their rows, and `"sum"` adds them. For `"weighted"` `loss_fn`
+                returns `(sum, weight)`; the total sum is divided by the total weight
+                once.
+            argnums: the positions in `(params, x, *targets)` to differentiate. Other
+                gradients are not computed. Default 0, the parameters.
+            frozen: the parameters that get no gradient. It is a function `frozen(path,
+                array)`, with a path such as `"0/w"` in layer 0, or `"h/1/w"` in the own
+                tree of a function that was split. (`jax.tree_util.keystr(path,
+                simple=True, separator="/")` writes such a path.) Or it is a pytree of
+                bools in the structure of the parameters or of the upper part of their
+                tree: `(True, False, {"w": True, "b": False})`. No gradient is computed
+                for them. Theirs are `float0`, as for integers. In an `fpipe.Packed`
+                they may share an array with other gradients; they are zero there, and
+                `pipe.gather` returns `float0`. Default: none.
 
         Returns:
             `f(params, x, *targets, side=None, key=None, state=None, train=False,
-            step=None, grads=None, loss_scale=None)`, which returns `loss, grads` (of a
-            total weight of 0: nan, as the formula says; mask with
-            `jnp.maximum(weight, 1)`); with `has_aux` `(loss, aux), grads`; and with
-            `state` given the first of the two becomes a pair with the new state:
-            `(loss, state), grads`, or `((loss, aux), state), grads`. With `grads` (what
-            an earlier call returned, which is not consumed) the gradients are added to
-            those. With `loss_scale`, a number or a 0-d array, the loss is multiplied by
-            it before the backward, and gradients are divided by it when they have been
-            summed (Micikevicius et al., arXiv 1710.03740): for float16, whose small
-            gradients would vanish.
+            step=None, grads=None, loss_scale=None)`. It returns `loss, grads`; with
+            `has_aux` `(loss, aux), grads`. With `state` it returns `(loss, state),
+            grads` or `((loss, aux), state), grads`, with the new state.
+
+            `grads` are gradients of an earlier call. The new gradients are added to
+            them, and they stay valid. `loss_scale` is a number or a 0-d array. The loss
+            is multiplied by it before the backward, and the summed gradients are
+            divided by it (Micikevicius et al., arXiv 1710.03740). It keeps small
+            float16 gradients from vanishing. If the total weight of `"weighted"` is 0,
+            the loss is NaN; return `jnp.maximum(weight, 1)` to avoid that.
 
         Raises:
-            TypeError: `loss_fn` is no function, or returns no scalar; `argnums` are no
+            TypeError: `loss_fn` is no function, or returns no scalar. `argnums` are no
                 ints.
-            ValueError: an unknown reduction; argument numbers that are negative,
+            ValueError: `reduction` is unknown. A number in `argnums` is negative,
                 repeated or too large.
         """
         loss = as_loss("value_and_grad", loss_fn, has_aux, reduction)
@@ -249,13 +254,13 @@ class Call(abc.ABC):
                 args = self._checked(Args(params, x, targets, needs, state))
                 check_argnums(argnums, numbers, args)
                 if frozen is not None:
-                    # Not otherwise: to look at the shapes of all parameters takes as
-                    # long as all else that a call does before it dispatches.
+                    # Only then, because the shapes of all parameters take as long to
+                    # find as everything else that a call does before it dispatches.
                     shapes = self._param_shapes(args.params)
                     args = args._replace(frozen=which.of(shapes))
-                # The executor knows nothing of `loss_scale` and `grads`: the scale is a
-                # target of a changed loss, and both are undone or added behind the
-                # call.
+                # The executor does not know `loss_scale` and `grads`. The scale is a
+                # target of a changed loss. The gradients are divided by the scale and
+                # added to `grads` after the call.
                 args, own = scaled(args, loss, loss_scale)
                 result = self._loss(args, own, numbers)
                 # As in `jax.grad`: an int gives a gradient, a tuple a tuple of them.
@@ -273,14 +278,20 @@ class Call(abc.ABC):
         has_aux: bool = False,
         reduction: Reduction = "mean",
     ) -> Callable[..., Any]:
-        """The loss alone: forward only, nothing is kept.
+        """Make a function that computes the loss alone, without gradients.
+
+        It runs forwards only, and keeps no residuals.
 
         Arguments:
             loss_fn, has_aux, reduction: as for `value_and_grad`.
 
         Returns:
             `f(params, x, *targets, side=None, key=None, state=None, train=False,
-            step=None)`, which returns what `value_and_grad`'s function returns first.
+            step=None)`. It returns `loss` or `(loss, aux)`; with `state`, a pair of
+            that and the new state.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong, as for `value_and_grad`.
         """
         loss = as_loss("evaluate", loss_fn, has_aux, reduction)
 
@@ -306,8 +317,8 @@ def scaled(args: Args, loss: Loss, scale: Any) -> tuple[Args, Loss]:
     """A call whose loss is multiplied by a last target, if there is a scale."""
     if scale is None:
         return args, loss
-    # A target, because those reach the last stage already, and because its value is no
-    # part of what is compiled: a dynamic scale changes often.
+    # The scale is a target, because targets reach the last stage already, and because
+    # its value is then no constant of the program. A dynamic scale changes often.
     return args._replace(
         targets=(*args.targets, NoChunk(as_scale(scale)))
     ), dataclasses.replace(loss, scaled=True)
