@@ -1,16 +1,16 @@
-"""`fpipe.value_and_grad`: a pipeline where `jax.value_and_grad(loss_fn)` stood.
+"""`fpipe.value_and_grad`: a pipeline in place of `jax.value_and_grad(loss_fn)`.
 
-In: the user's loss function, and what a `Pipe` is told. Out: a `ValueAndGrad`, which is
-called as that function's derivative. The first call that has parameters and a batch,
-or their shapes, builds what all others use:
+In: the user's loss function, and the options of a `Pipe`. Out: a `ValueAndGrad`. It is
+called with the arguments of the loss function. The first call that has parameters and a
+batch, or their shapes, builds the pieces and the pipe for all calls:
 
-    loss_fn(params, tokens, key)            the user's
+    loss_fn(params, tokens, key)            the user's function
       LossFunction     f(params, x, *, key)     _split/loss_function.py
       Split            its pieces               fpipe.split
       Pipe             stages on devices; its last piece returns the loss
 
-Other shapes, and other values of static arguments, are other traces of the function,
-cut at the same places: placed parameters fit all of them.
+Other shapes, and other values of static arguments, need new traces of the function.
+They are cut at the same places, so placed parameters fit all of them.
 """
 
 import dataclasses
@@ -53,8 +53,8 @@ from fpipe._split.trace import Kind
 from fpipe._tune import Tuning, tune
 from fpipe.schedules import Schedule
 
-# What these methods take besides the loss function's arguments. An argument of the
-# function that has such a name goes to the function.
+# The arguments of these methods besides those of the loss function. If the function has
+# an argument of the same name, the value goes to the function.
 _OF_CALL = ("grads", "loss_scale")
 _OF_PLAN = (
     "by",
@@ -71,13 +71,14 @@ _OF_TUNE = (*_OF_PLAN, "chunks", "schedules", "checkpoints")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Built:
-    """What a loss function and shapes have made.
+    """The pieces and the pipe, made from a loss function and shapes.
 
     Attributes:
         split: the pieces.
-        pipe: that runs them.
-        step, evaluate: of the pipe, made once: programs are kept for each.
-        modes: of the calls that it is known to take.
+        pipe: the pipe that runs them.
+        step, evaluate: the pipe's functions, made once, because programs are kept for
+            each of them.
+        modes: the modes of the calls that it takes.
     """
 
     split: Split
@@ -88,11 +89,11 @@ class _Built:
 
 
 class ValueAndGrad:
-    """A loss function that runs as a pipeline; `fpipe.value_and_grad` makes it.
+    """A loss function that runs as a pipeline. `fpipe.value_and_grad` makes it.
 
-    It is called as the loss function is, and returns `(loss, grads)`. What else it
-    does takes the same arguments; shapes (`jax.ShapeDtypeStruct`) will do where nothing
-    is computed.
+    It is called with the arguments of the loss function, and returns `(loss, grads)`.
+    Its methods take the same arguments. Methods that compute nothing take shapes
+    (`jax.ShapeDtypeStruct`) too.
     """
 
     def __init__(
@@ -123,13 +124,21 @@ class ValueAndGrad:
 
     @property
     def split(self) -> Split:
-        """The loss function's pieces, as `fpipe.split` makes them."""
+        """The pieces of the loss function, an `fpipe.Split`.
+
+        Raises:
+            ValueError: no method has been called with parameters and a batch yet.
+        """
         return self._known("split").split
 
     @property
     def pipe(self) -> Pipe:
-        """The pipe that runs it: `step.pipe.record(step, params, batch)`, for
-        example.
+        """The `fpipe.Pipe` that runs the pieces.
+
+        `step.pipe.record(step, params, batch)` uses it, for example.
+
+        Raises:
+            ValueError: no method has been called with parameters and a batch yet.
         """
         return self._known("pipe").pipe
 
@@ -144,7 +153,7 @@ class ValueAndGrad:
 
     @contextmanager
     def _tracing(self) -> Iterator[None]:
-        """The context in which a pipe traces: under others, a trace is another one."""
+        """The context in which a pipe traces. A trace in another context differs."""
         names = ("executor", "devices", "mesh", "data_axes")
         executor, devices, mesh, axes = (self._options[name] for name in names)
         placements, _ = stage_placements(executor, devices, mesh, axes)
@@ -152,8 +161,8 @@ class ValueAndGrad:
             yield
 
     def _build(self, call: LossCall, name: str) -> _Built:
-        """The pieces and the pipe that take a call; made for the first one."""
-        # Other values of static arguments, and no key, may read more.
+        """The pieces and the pipe that take a call. The first call makes them."""
+        # With other static arguments, or without a key, a piece may read more values.
         mode = pack(call.x)[1], call.key is None
         if self._built is not None and mode in self._built.modes:
             return self._built
@@ -163,7 +172,7 @@ class ValueAndGrad:
                 "step has not been built: write `step.place(params, batch)` with the "
                 "function's own tree"
             )
-        # The trace that is cut is the one that a call runs: of one microbatch.
+        # The trace of one microbatch is cut, because that is what a call runs.
         x, needs = CallShapes.of(
             call.x, call_needs(key=call.key), self._options["chunks"]
         ).first
@@ -172,8 +181,8 @@ class ValueAndGrad:
             function = self._function.layer
             params = map_arrays(strong, shapes_of(numbers_as_arrays(call.params)))
             with self._tracing():
-                # A key stands in, where none is given: so the pieces take calls with
-                # one too.
+                # Without a key a stand-in is used, so the pieces take calls with a key
+                # too.
                 given = stand_ins(key=call.key) if self._function.draws else {}
                 key = given.get("key")
                 example = first_example(call.x, self._options["chunks"])
@@ -203,7 +212,7 @@ class ValueAndGrad:
         old, new = before.split.cut.wiring, pieces.cut.wiring
         same = (old.owned, old.state) == (new.owned, new.state)
         if same and made.pipe.mesh is not None:
-            # How parameters are packed is a part of their structure.
+            # The packing of parameters is a part of their structure.
             places = [
                 jax.tree.structure(jax.eval_shape(pipe.place, pieces.param_shapes))
                 for pipe in (before.pipe, made.pipe)
@@ -249,7 +258,7 @@ class ValueAndGrad:
         own: Sequence[str],
         shapes: bool = True,
     ) -> tuple[_Built, LossCall, dict[str, Any]]:
-        """A call's arguments: the loss function's, and those of `own`."""
+        """A call's arguments: those of the loss function, and those in `own`."""
         mine = {
             at: kwargs.pop(at)
             for at in own
@@ -261,7 +270,7 @@ class ValueAndGrad:
 
     @contextmanager
     def _naming(self, name: str) -> Iterator[None]:
-        """Say what stands for what in errors of the pipe."""
+        """Add a note to errors of the pipe: the names that are different here."""
         try:
             yield
         except (TypeError, ValueError) as error:
@@ -281,43 +290,64 @@ class ValueAndGrad:
         """Put each parameter on the device of the stage that uses it.
 
         Arguments:
-            args, kwargs: as for the loss function. Shapes will do for the batch; a key
-                may be left out.
+            args, kwargs: as for the loss function. The batch may be shapes. A key may
+                be left out.
 
         Other Arguments:
-            donate: as for `Pipe.place`: whether arrays that are where they belong are
-                not copied.
+            donate: as for `Pipe.place`: whether arrays that are on their device already
+                are not copied. Default `False`.
 
         Returns:
-            The parameters: the same tree, or with `executor="scan"` an
+            The placed parameters, in the same tree. With `executor="scan"` they are an
             `fpipe.Packed`.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong, or the function cannot be cut.
         """
         built, call, mine = self._called("step.place", args, kwargs, ("donate",))
         return built.pipe.place(call.params, **mine)
 
     def gather(self, params: Any) -> PyTree:
-        """The inverse of `place`: a copy of the tree on the first device; gradients
-        too.
+        """A copy of the parameters on the first device: the inverse of `place`.
+
+        Arguments:
+            params: placed parameters, or their gradients.
+
+        Returns:
+            The loss function's own tree, with whole leaves.
+
+        Raises:
+            ValueError: `params` are not of this step. Or no method has been called with
+                parameters and a batch yet.
         """
         return self._known("gather").pipe.gather(params)
 
     def gather_state(self, state: PyTree) -> PyTree:
-        """The state of a step as the loss function takes it: a copy on the first
-        device, with whole leaves in the place of `fpipe.RowBlocks`.
+        """A copy of the state on the first device, in the loss function's own tree.
+
+        Arguments:
+            state: the state from a step.
+
+        Returns:
+            The tree, with whole leaves in place of `fpipe.RowBlocks`.
+
+        Raises:
+            ValueError: `state` is not of this step. Or no method has been called with
+                parameters and a batch yet.
         """
         return self._known("gather_state").pipe.gather_state(state)
 
     def init(self, key: Any, /, *batch: Any, **kwargs: Any) -> Any:
-        """Parameters as the user's `init` makes them, each made where it lives.
+        """Make the parameters by the user's `init`, each on its own device.
 
         Arguments:
-            key: for `init`.
-            batch, kwargs: as for the loss function, without the parameters; shapes will
-                do. `init` gets them too, if it requires more than a key; in place of
-                shapes zeros.
+            key: a PRNG key for `init`.
+            batch, kwargs: as for the loss function, without the parameters. They may be
+                shapes. If `init` requires more than a key, it gets them too, with zeros
+                in place of shapes.
 
         Returns:
-            Placed parameters. No device has ever held others than its own.
+            Placed parameters. A device only ever holds its own parameters.
 
         Raises:
             TypeError: `fpipe.value_and_grad` was given no `init=`.
@@ -338,18 +368,22 @@ class ValueAndGrad:
     # --- calls ---
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The loss and its gradients.
+        """Compute the loss and its gradients.
 
         Arguments:
             args, kwargs: as for the loss function, with placed parameters.
 
         Other Arguments:
-            grads: gradients of an earlier call, to which these are added.
+            grads: gradients of an earlier call. The new gradients are added to them.
             loss_scale: as for `Pipe.value_and_grad`.
 
         Returns:
-            `(loss, grads)`, or `((loss, aux), grads)`; the gradients have the structure
-            and the places of the parameters.
+            `(loss, grads)`, or `((loss, aux), grads)` with `has_aux`. The gradients
+            have the structure and the devices of the parameters.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong, such as parameters that are not
+                placed.
         """
         built, call, mine = self._called("step", args, kwargs, _OF_CALL, shapes=False)
         with self._naming("step"):
@@ -358,10 +392,13 @@ class ValueAndGrad:
             )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """The loss alone, forward only: `loss`, or `(loss, aux)`.
+        """Compute the loss alone, by forwards only.
 
         Arguments:
             args, kwargs: as for the loss function, with placed parameters.
+
+        Returns:
+            `loss`, or `(loss, aux)` with `has_aux`.
         """
         built, call, _ = self._called("step.evaluate", args, kwargs, (), shapes=False)
         with self._naming("step.evaluate"):
@@ -370,15 +407,18 @@ class ValueAndGrad:
     # --- before it runs ---
 
     def plan(self, *args: Any, **kwargs: Any) -> Prediction:
-        """What a step will take, before it runs; see `Pipe.plan`.
+        """Predict the time and memory of a step, before it runs. See `Pipe.plan`.
 
         Arguments:
-            args, kwargs: as for the loss function; shapes will do, and a key may be
-                left out. Parameters may be `None`, if there is an `init=`.
+            args, kwargs: as for the loss function, as arrays or as shapes. A key may be
+                left out. Parameters may be `None` if there is an `init=`.
 
         Other Arguments:
             by, speed, latency, bandwidth, optimizer, memory, compiled: as for
                 `Pipe.plan`.
+
+        Returns:
+            A `fpipe.Prediction`.
         """
         args = self._with_shapes("step.plan", args, kwargs)
         built, call, mine = self._called("step.plan", args, kwargs, _OF_PLAN)
@@ -388,11 +428,11 @@ class ValueAndGrad:
             return built.pipe.plan(call.params, call.x, **options)
 
     def compile(self, *args: Any, **kwargs: Any) -> int:
-        """Compile all programs of a step, several at once; see `Pipe.compile`.
+        """Compile all programs of a step, several at a time. See `Pipe.compile`.
 
         Arguments:
-            args, kwargs: as for the loss function; shapes will do. A key is one of the
-                kind that calls give, and without one none is taken to be given.
+            args, kwargs: as for the loss function, as arrays or as shapes. If the calls
+                have a key, give one of the same kind.
 
         Other Arguments:
             loss_scale, threads, progress: as for `Pipe.compile`.
@@ -403,7 +443,7 @@ class ValueAndGrad:
         args = self._with_shapes("step.compile", args, kwargs)
         built, call, mine = self._called("step.compile", args, kwargs, _OF_COMPILE)
         pipe, params = built.pipe, call.params
-        # Wherever they are: of those that are not placed yet the shapes are enough.
+        # On any device: for parameters that are not placed yet the shapes are enough.
         if not isinstance(params, Packed):
             params = shapes_of(params)
             params = jax.eval_shape(pipe.place, params) if pipe.mesh else params
@@ -413,21 +453,25 @@ class ValueAndGrad:
             return pipe.compile(params, call.x, **options)
 
     def tune(self, *args: Any, **kwargs: Any) -> Tuning:
-        """Choose schedule, number of microbatches and checkpoint mode by predictions;
-        see `fpipe.tune`. `step.with_pipe(tuning.pipe)` is the step that it found.
+        """Choose schedule, chunks and checkpoint mode by prediction. See `fpipe.tune`.
+
+        `step.with_pipe(tuning.pipe)` is the step with the best choice.
 
         Arguments:
-            args, kwargs: as for the loss function; shapes will do. Parameters may be
-                `None`, if there is an `init=`.
+            args, kwargs: as for the loss function, as arrays or as shapes. Parameters
+                may be `None` if there is an `init=`.
 
         Other Arguments:
-            chunks, schedules, checkpoints: what to try, as for `fpipe.tune`.
+            chunks, schedules, checkpoints: the values to try, as for `fpipe.tune`.
             memory, by, speed, latency, bandwidth, optimizer, compiled: as for
                 `fpipe.tune`.
+
+        Returns:
+            A `fpipe.Tuning`.
         """
         args = self._with_shapes("step.tune", args, kwargs)
         built, call, mine = self._called("step.tune", args, kwargs, _OF_TUNE)
-        # What it chooses is no option of its candidates.
+        # The options that `tune` chooses are not passed on.
         chosen = ("balance", "chunks", "checkpoint", "schedule")
         options = {k: v for k, v in self._options.items() if k not in chosen}
         options |= self._of_step(call) | {"params": built.split.param_shapes} | mine
@@ -435,8 +479,8 @@ class ValueAndGrad:
             return tune(built.split, call.x, **options)
 
     def _of_step(self, call: LossCall) -> dict[str, Any]:
-        """What a method of `Pipe` that is told of a step gets, beside parameters and
-        `x`.
+        """The arguments of `Pipe.plan`, `compile` and `tune` for a step, without
+        parameters and `x`.
         """
         loss = self._function.loss
         return {
@@ -451,11 +495,14 @@ class ValueAndGrad:
         """The same loss function on another pipe of its pieces.
 
         Arguments:
-            pipe: of `step.split`, such as that of a `step.tune(...)`, or
+            pipe: a `Pipe` of `step.split`, such as the pipe of `step.tune(...)`, or
                 `dataclasses.replace(step.pipe, schedule="zb_h1")`.
 
+        Returns:
+            A new `ValueAndGrad`.
+
         Raises:
-            TypeError: no such pipe.
+            TypeError: `pipe` is no pipe of `step.split`.
         """
         if not isinstance(pipe, Pipe) or pipe.layers != self._known("with_pipe").split:
             raise TypeError(
@@ -472,7 +519,7 @@ class ValueAndGrad:
     def _with_shapes(
         self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[Any, ...]:
-        """Positional arguments with the shapes of parameters where they are `None`."""
+        """Positional arguments, with shapes in place of parameters that are `None`."""
         at = self._function.argnum
         if len(args) <= at or args[at] is not None:
             return tuple(args)
@@ -516,48 +563,50 @@ def value_and_grad(
     deferred_batch_norm: bool = False,
     detect_anomaly: bool = False,
 ) -> ValueAndGrad:
-    """A loss function's value and gradient as a pipeline, where
-    `jax.value_and_grad(loss_fn)` stood.
+    """Run a loss function as a pipeline, in place of `jax.value_and_grad(loss_fn)`.
 
-    The function is cut into pieces by itself (`fpipe.split`), and these into stages on
-    the devices. At equal `chunks` it computes what the function computes, microbatch
-    by microbatch.
+    `fpipe.split` cuts the function into pieces, and the pieces become stages on the
+    devices. The pipeline computes the loss function on each microbatch, and combines
+    the results by `reduction`.
 
     Arguments:
-        loss_fn: `loss_fn(params, *batch)`, any function that JAX can trace, which
-            returns a scalar: with `reduction="mean"` a mean over rows. Arrays of the
-            batch are cut by rows on axis 0; `fpipe.NoChunk`, `Chunk` and `Microbatches`
-            say otherwise. Numbers (0-d arrays, and Python's) are traced, and go whole
-            to every microbatch; bools, strings and `None` are static. Of an argument
-            named `key`, a PRNG key, microbatch `i` gets `fold_in(fold_in(key, 0), i)`.
-        argnums: which argument is the model's parameters, a pytree.
-        has_aux: whether it returns `(loss, aux)`; aux comes back stacked over
-            microbatches, or, in an `fpipe.PerRow`, concatenated.
+        loss_fn: `loss_fn(params, *batch)`, any function that JAX can trace. It returns
+            a scalar; with `reduction="mean"` that is a mean over rows. Arrays of the
+            batch are cut by rows on axis 0. `fpipe.NoChunk`, `Chunk` and `Microbatches`
+            change that. Numbers (Python numbers and 0-d arrays) are traced, and go
+            whole to every microbatch. Bools, strings and `None` are static. If an
+            argument is named `key`, it is a PRNG key, and microbatch `i` gets
+            `fold_in(fold_in(key, 0), i)`.
+        argnums: the position of the model's parameters, a pytree. Default 0.
+        has_aux: whether `loss_fn` returns `(loss, aux)`. The `aux` of the microbatches
+            is stacked, or, in an `fpipe.PerRow`, concatenated. Default `False`.
         devices, chunks: as for `fpipe.Pipe`.
 
     Other Arguments:
-        stages, cuts: where the function is cut, as for `fpipe.split`; default where it
-            is marked by `fpipe.cut`, or at every narrow place, of which the balance
-            chooses.
-        specs: how parameters are cut over the meshes of stages, as for `fpipe.split`.
-        reduction: `"mean"`, `"sum"`, or `"weighted"` of a function that returns `(sum,
-            weight)`; see `Pipe.value_and_grad`.
-        frozen: as for `Pipe.value_and_grad`, by the paths of the function's own tree.
-        static_argnames: the names of arguments whose values are part of what is
-            compiled.
-        init: the function that makes the parameters, `init(key)` or `init(key,
-            *batch)`, for `step.init`.
+        stages, cuts: the places where the function is cut, as for `fpipe.split`.
+            Default: the marks of `fpipe.cut` in the function. Without marks the balance
+            chooses among all narrow places.
+        specs: how parameters are sharded over the meshes of stages, as for
+            `fpipe.split`.
+        reduction: `"mean"` (default) or `"sum"`. Or `"weighted"`, for a function that
+            returns `(sum, weight)`. See `Pipe.value_and_grad`.
+        frozen: the parameters that get no gradient, as for `Pipe.value_and_grad`, with
+            paths in the function's own tree.
+        static_argnames: names of arguments that are static: another value compiles the
+            programs again.
+        init: a function that makes the parameters, `init(key)` or `init(key, *batch)`.
+            `step.init` uses it.
         balance, checkpoint, schedule, executor, dispatch: as for `fpipe.Pipe`.
         mesh, data_axes, compute_dtype, detect_anomaly: as for `fpipe.Pipe`.
-        deferred_batch_norm: needs layers, and is refused.
+        deferred_batch_norm: must be `False`, because it needs layers.
 
     Returns:
-        A `ValueAndGrad`. `params = step.place(params, batch)` puts parameters where
-        they belong, then `loss, grads = step(params, batch)`.
+        A `ValueAndGrad`. `params = step.place(params, batch)` puts the parameters on
+        their devices. Then `loss, grads = step(params, batch)`.
 
     Raises:
-        TypeError, ValueError: an argument is wrong; where that shows only with shapes,
-            when the first batch comes.
+        TypeError, ValueError: an argument is wrong. Some mistakes show only with
+            shapes; they are raised at the first batch.
 
     Example:
         >>> def loss_fn(params, x, y):

@@ -1,8 +1,8 @@
-"""`fpipe.cut`: a place in a function where it is cut, written by its author.
+"""`fpipe.cut`: the author of a function marks where it is cut.
 
-In the trace a mark is the equation of `jax.ad_checkpoint.checkpoint_name`, whose name
-begins with `PREFIX`. It is the identity in every other use of the function, and a
-policy of `jax.checkpoint` that saves by names does not know these.
+In the trace a mark is an equation of `jax.ad_checkpoint.checkpoint_name`, with a name
+that begins with `PREFIX`. In every other use of the function a mark is the identity. A
+`jax.checkpoint` policy that saves by names does not know these names.
 """
 
 import dataclasses
@@ -16,26 +16,28 @@ from fpipe._program.graph import Node, given_name
 
 PREFIX = "fpipe.cut:"
 
-# What a loss function returns beside its loss.
+# The mark of the values that a loss function returns besides its loss.
 _AUX = "fpipe.aux"
 
 
 def cut(h: PyTree, name: str = "") -> PyTree:
-    """Mark where `fpipe.split` cuts the function that is being written; else nothing.
+    """Mark a place in a function where `fpipe.split` cuts it.
 
-    Everything that the function has computed before this line belongs to the piece
-    before, if it depends on the function's input.
+    Outside `fpipe.split` it does nothing. Values that the function has computed before
+    this line belong to the piece before the cut, if they depend on the function's
+    input.
 
     Arguments:
-        h: a pytree with at least one array; what follows should go on from it.
-        name: what the piece behind it is called in tables and errors; default by its
-            parameters.
+        h: a pytree with at least one array. The code after the mark should continue
+            from it.
+        name: the name of the piece after the cut, in tables and errors. Default: a name
+            from its parameters.
 
     Returns:
         `h`.
 
     Raises:
-        TypeError: `h` has no array, or the name is no string.
+        TypeError: `h` has no array, or `name` is no string.
 
     Example:
         >>> def mlp(params, x):
@@ -49,8 +51,8 @@ def cut(h: PyTree, name: str = "") -> PyTree:
     if not isinstance(name, str):
         raise TypeError(f"`fpipe.cut(h, name={shown(name)})`: a name is a string")
     leaves, structure = jax.tree.flatten(h)
-    # Of several arrays one is marked: a cut is a place in the order of equations, and
-    # all of `h` has been made before it.
+    # One of several arrays is marked, and that is enough: a cut is a place in the order
+    # of equations, and all of `h` is computed before it.
     for n, leaf in enumerate(leaves):
         if is_array(leaf) and leaf.dtype != jax.dtypes.float0:
             leaves[n] = checkpoint_name(leaf, PREFIX + name)

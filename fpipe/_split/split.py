@@ -1,20 +1,20 @@
 """`fpipe.split`: any function that JAX can trace, cut into layers.
 
-In: the user's function, its parameters, and a microbatch; shapes will do. Out: a
-`Split`, whose layers a `Pipe` runs, and which takes the user's own tree of parameters
-to the layers' and back. The steps, one module each:
+In: the user's function, its parameters, and a microbatch, or their shapes. Out: a
+`Split`. A `Pipe` runs its layers. It also converts the user's own tree of parameters to
+the layers' parameters, and back. The steps, one module each:
 
     mark.py      `fpipe.cut`, which an author writes into the function
     trace.py     the function's graph, whose inputs have names
-    cuts.py      places: marks, paths of parameters, or the best narrow ones
-    state.py     which piece has each array of the state
-    pieces.py    what each piece runs, reads, and hands on
+    cuts.py      the places: marks, paths of parameters, or the best narrow places
+    state.py     the piece of each array of the state
+    pieces.py    the equations, the inputs and the outputs of each piece
     layers.py    the pieces as layers, over all traces of the function
 
-What it shows of itself is a `CutGraph` (`cut_graph.py`), as tables (`table.py`) and as
-a drawing (`svg.py`).
+A `CutGraph` (`cut_graph.py`) describes the result. `table.py` prints it as tables, and
+`svg.py` draws it.
 
-To cut a trace into stages at marks is due to JaxPP (Xhebraj et al., arXiv 2412.14374).
+JaxPP (Xhebraj et al., arXiv 2412.14374) cuts traces into stages at marks too.
 """
 
 import dataclasses
@@ -62,19 +62,21 @@ from fpipe._split.trace import Function, Kind, RowsAt, trace_function
 
 @dataclasses.dataclass(frozen=True)
 class Split(FunctionLayers):
-    """A function cut into layers; `fpipe.split` makes it.
+    """A function cut into layers. `fpipe.split` makes it.
 
-    It is a sequence of `fpipe.Layer`s: `fpipe.Pipe(split, ...)` runs it, takes
-    parameters in the function's own tree, and returns gradients in that. `print(split)`
-    shows the pieces. It compares, hashes and pickles as the function does.
+    It is a sequence of `fpipe.Layer`s. `fpipe.Pipe(split, ...)` runs it. Such a pipe
+    takes parameters in the function's own tree, and returns gradients in that tree.
+    `print(split)` shows the pieces. It compares, hashes and pickles if the function
+    does.
     """
 
     cut: CutFunction
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
-        """The pieces, in order; each layer's parameters are a tuple of the arrays that
-        it owns.
+        """The pieces as layers, in order.
+
+        The parameters of each layer are a tuple of the arrays that it owns.
         """
         count = len(self.cut.wiring.names)
         return tuple(PieceLayer(self.cut, k).layer for k in range(count))
@@ -101,9 +103,13 @@ class Split(FunctionLayers):
         return Split, (self.cut,)
 
     def computing_in(self, dtype: Any) -> "Split":
-        """The same function, cut at the same places, with parameters, `x` and side
-        inputs cast to a dtype where they are real floats, and what it returns in it in
-        float32: for `Pipe(compute_dtype=...)`.
+        """The same function and cuts, computing in another dtype.
+
+        `Pipe(compute_dtype=...)` uses it. Parameters, `x` and side inputs are cast to
+        the dtype if they are real floats. An output in this dtype is cast to float32.
+
+        Arguments:
+            dtype: the dtype, or `None` for no casts.
         """
         # Itself where nothing changes: its traces are kept with it.
         if dtype == self.cut.dtype:
@@ -111,8 +117,10 @@ class Split(FunctionLayers):
         return Split(dataclasses.replace(self.cut, dtype=dtype))
 
     def also_for(self, kind: Kind) -> "Split":
-        """The same function, cut at the same places, with pieces that take microbatches
-        of another kind too.
+        """The same function and cuts, for another kind of microbatch too.
+
+        Arguments:
+            kind: the shapes and the mode of the microbatch.
         """
         return Split(self.cut.also_for(kind))
 
@@ -120,17 +128,20 @@ class Split(FunctionLayers):
 
     @property
     def param_shapes(self) -> PyTree:
-        """The function's parameters, as shapes."""
+        """The shapes of the function's parameters, in its own tree."""
         return self.cut.function.params.tree
 
     def params(self, tree: PyTree) -> tuple[PyTree, ...]:
-        """The function's parameters as its layers take them: one entry per layer.
+        """Convert the function's own tree to parameters with one entry per layer.
 
         Arguments:
-            tree: the function's own tree; shapes will do, and gradients.
+            tree: the function's own tree of parameters, gradients or shapes.
+
+        Returns:
+            A tuple with one entry per layer.
 
         Raises:
-            ValueError: another tree than the function was split with.
+            ValueError: `tree` is not the tree that the function was split with.
         """
         spec, placed = self.cut.function.params.spec, self._placed
         arrays, given = pack(tree)
@@ -152,14 +163,19 @@ class Split(FunctionLayers):
         return pack(self.tree(self.cut.wiring.params.by_piece(shapes)))[1]
 
     def tree(self, params: Sequence[PyTree]) -> PyTree:
-        """The inverse of `params`: the function's own tree. A leaf whose rows belong to
-        several pieces is an `fpipe.RowBlocks`.
+        """Convert parameters with one entry per layer to the function's own tree.
+
+        This is the inverse of `params`.
 
         Arguments:
-            params: one entry per layer; gradients too.
+            params: parameters or gradients, one entry per layer.
+
+        Returns:
+            The function's own tree. A leaf whose rows belong to several pieces is an
+            `fpipe.RowBlocks`.
 
         Raises:
-            ValueError: something else than `params` returns.
+            ValueError: `params` do not have the form that the method `params` returns.
         """
         owners = self.cut.wiring.params
         owned = owners.owned
@@ -176,7 +192,7 @@ class Split(FunctionLayers):
 
     @property
     def own_tree(self) -> OwnTree:
-        """What `tree` makes."""
+        """The form of the trees that `tree` returns."""
         return self._own_tree
 
     @cached_property
@@ -184,14 +200,14 @@ class Split(FunctionLayers):
         return OwnTree(self._placed, tuple(self.cut.wiring.params.places))
 
     def check_places(self, homes: Sequence[Placement]) -> None:
-        """The specs of the parameters fit the meshes on which they are.
+        """Check that the specs of parameters fit the meshes of their stages.
 
         Arguments:
-            homes: for each piece where it lives.
+            homes: the placement of each piece.
 
         Raises:
-            ValueError: one names an axis that its mesh lacks, or does not divide its
-                array.
+            ValueError: a spec names an axis that its mesh does not have, or the size of
+                an axis does not divide the array.
         """
         check_places(self.cut.specs, self.cut.function, self.cut.wiring.owned, homes)
 
@@ -199,19 +215,21 @@ class Split(FunctionLayers):
 
     @property
     def state_shapes(self) -> PyTree:
-        """The function's state, as shapes."""
+        """The shapes of the function's state, in its own tree."""
         return self.cut.function.state.tree
 
     def state(self, tree: PyTree) -> tuple[PyTree, ...]:
-        """The function's state as its layers take it: one entry per layer, `None` for
-        a layer without.
+        """Convert the function's own state to a state with one entry per layer.
 
         Arguments:
-            tree: the function's own tree, or what `state_tree` makes of it, or an
-                `fpipe.Microbatches` of such trees; shapes will do.
+            tree: the function's own tree, a tree of `state_tree`, or an
+                `fpipe.Microbatches` of such trees. It may have shapes for arrays.
+
+        Returns:
+            A tuple with one entry per layer, `None` for a layer without state.
 
         Raises:
-            ValueError: another tree than the function was split with.
+            ValueError: `tree` is not the tree that the function was split with.
         """
         if isinstance(tree, Microbatches):
             pieces = [self.state(piece) for piece in tree]
@@ -243,7 +261,7 @@ class Split(FunctionLayers):
         paths, leaves = self.cut.function.state_paths, self.cut.function.state.leaves
         for rows, got in zip(blocks, arrays, strict=True):
             expected = rows.of(leaves[rows.leaf])
-            # Of state of rows there may be any number: `Pipe` looks at that.
+            # A state of rows may have any number of rows; `Pipe` checks the number.
             first = 1 if self.function.state_rows else 0
             same = got.shape[first:] == expected.shape[first:]
             if len(got.shape) != len(expected.shape) or got.dtype != expected.dtype:
@@ -265,11 +283,16 @@ class Split(FunctionLayers):
         return pack(state.spec.unpack(blocks))[1]
 
     def state_tree(self, states: Sequence[PyTree]) -> PyTree:
-        """The inverse of `state`: the function's own tree. A leaf whose rows belong to
-        several pieces is an `fpipe.RowBlocks`.
+        """Convert a state with one entry per layer to the function's own tree.
+
+        This is the inverse of `state`.
 
         Arguments:
             states: one entry per layer.
+
+        Returns:
+            The function's own tree. A leaf whose rows belong to several pieces is an
+            `fpipe.RowBlocks`.
         """
         pieces = [s for s in states if isinstance(s, Microbatches)]
         if pieces:
@@ -283,11 +306,11 @@ class Split(FunctionLayers):
         return self.cut.function.state.spec.unpack(self.cut.wiring.state.leaves(own))
 
     def frozen(self, frozen: Frozen) -> PyTree:
-        """What is frozen of the function's own tree, as flags by layer.
+        """Convert `frozen` of the function's own tree to flags by layer.
 
         Arguments:
-            frozen: `frozen(path, array)`, or a pytree of bools that the function's
-                parameters begin with.
+            frozen: `frozen(path, array)`, or a pytree of bools in the structure of the
+                function's parameters or of the upper part of their tree.
         """
         tree = self.param_shapes
         try:
@@ -308,11 +331,16 @@ class Split(FunctionLayers):
     # --- what it is ---
 
     def balance(self, stages: int) -> tuple[int, ...]:
-        """The number of pieces in each of so many stages: those whose most expensive
-        stage takes the fewest FLOPs, then those that the fewest bytes go between.
+        """The number of pieces in each stage, for a number of stages.
+
+        The most expensive stage has as few FLOPs as possible. Among such balances the
+        one with the fewest bytes between stages is taken.
+
+        Arguments:
+            stages: the number of stages, at least 1.
 
         Raises:
-            ValueError: more stages than pieces.
+            ValueError: there are more stages than pieces.
         """
         stages = as_int("Split.balance", "stages", stages)
         if stages > len(self):
@@ -324,21 +352,21 @@ class Split(FunctionLayers):
         return best_balance([p.flops for p in trace.pieces], trace.sent, stages)
 
     def __str__(self) -> str:
-        """Tables: the pieces and their parameters; what crosses their cuts, and why;
-        what is made again behind a cut.
+        """Tables of the pieces and their parameters, of the values that cross cuts, and
+        of the values that are computed again after a cut.
         """
         return "\n\n".join(map(str, tables(self._graph)))
 
     def to_svg(self) -> str:
-        """A drawing of the pieces and of what goes from one to another, an SVG document
-        of at most 700 pixels in width for up to 12 pieces.
+        """Draw the pieces, and the values that go between them, as an SVG document.
 
-        A box is a piece, filled by its FLOPs. Straight arrows are boundaries; arcs over
-        the boxes are skips, keys, borrowed parameters and side inputs, with their
-        bytes. A pointer on any of them shows what it is.
+        A box is a piece. The filled part of a box shows its FLOPs. A straight arrow is
+        a boundary. An arc over the boxes is a skip, a key, borrowed parameters or a
+        side input, with its bytes. A tooltip on each of them has the details.
 
         Returns:
-            The document. It has a white ground, for light and dark pages.
+            The document. It has a white background, for light and dark pages. Up to 12
+            pieces it is at most 700 pixels wide.
 
         Example:
             >>> mlp = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]
@@ -353,7 +381,7 @@ class Split(FunctionLayers):
         """The drawing and the tables, for a notebook."""
         graph = self._graph
         shown = [table.html() for table in tables(graph)]
-        # A drawing of hundreds of pieces shows less than their table.
+        # For hundreds of pieces a table is clearer than a drawing.
         if len(graph.pieces) <= MOST_PIECES:
             shown.insert(0, svg(graph))
         return "\n".join(shown)
@@ -401,12 +429,12 @@ class Split(FunctionLayers):
 
 
 def _labels(paths: Sequence[str], blocks: Sequence[Rows]) -> tuple[str, ...]:
-    """What a table calls some blocks of leaves with these paths."""
+    """The names of some blocks of leaves in tables."""
     return tuple(rows.label(paths[rows.leaf]) for rows in sorted(blocks))
 
 
 def _fits(given: Spec, expected: Spec) -> bool:
-    """Whether a tree has the structure of another one, whatever is static in it."""
+    """Whether a tree has the structure of another one; static values may differ."""
     return given.treedef == expected.treedef and given.arrays == expected.arrays
 
 
@@ -424,52 +452,58 @@ def split(
     cuts: Sequence[str] | None = None,
     specs: PyTree = None,
 ) -> Split:
-    """Cut a function into layers for a `Pipe`, which then computes what the function
-    computes, microbatch by microbatch.
+    """Cut a function into layers for a `Pipe`.
 
-    Any function that JAX can trace will do: the `apply` of a model, or one written by
-    hand. What crosses a cut, and how it travels, is found in its trace: a value that
-    only the next piece reads is the boundary, what later ones read is a skip.
+    The pipe then computes the function on each microbatch. `fn` is any function that
+    JAX can trace: the `apply` of a model, or a function written by hand. `split` finds
+    in its trace the values that cross a cut. A value that only the next piece reads is
+    part of the boundary. A value that later pieces read is a skip.
 
-    Where it is cut: before the parameters that `cuts` names; else at the marks
-    `h = fpipe.cut(h)` in the function; else by itself, into `stages` pieces of nearly
-    equal FLOPs, or between all its modules, but not in the middle of a small one over
-    which more goes than over its ends.
+    There are three ways to choose the places of the cuts, in this order:
+
+    1. `cuts`: before the first use of the parameters that it names.
+    2. The marks `h = fpipe.cut(h)` in the function.
+    3. Otherwise `split` chooses. With `stages` it makes that many pieces of nearly
+       equal FLOPs. Without, it cuts between all modules of the function. It does not
+       cut inside a small module if more bytes would cross there than at its ends.
 
     Arguments:
-        fn: `fn(params, x, **needs)`, pure; `x` is any pytree. The needs `side`, `key`,
-            `state`, `train` and `step` are its keyword-only parameters, as those of a
-            layer. Its key on microbatch `i` is `fold_in(fold_in(key, 0), i)` of the
-            call's key, wherever it is cut. With `state` it returns `y, state`.
-        params: its parameters, or their shapes.
-        x: an example of a microbatch, of any number of rows, or its shapes.
+        fn: `fn(params, x, **needs)`, a pure function; `x` is any pytree. It may have
+            the needs `side`, `key`, `state`, `train` and `step` as keyword-only
+            parameters, like a layer. Its key on microbatch `i` is
+            `fold_in(fold_in(key, 0), i)` of the call's key, for any cuts. With `state`
+            it returns `y, state`.
+        params: the parameters of `fn`, or their shapes.
+        x: an example of a microbatch, with any number of rows, or its shapes.
 
     Other Arguments:
-        side, key, state, train, step: examples of what calls will give; shapes will
-            do. `state` is any pytree, needed if `fn` asks for it: its arrays keep their
-            shapes.
-        stages: into how many pieces, where it is cut by itself.
-        cuts: paths of parameters as `jax.tree_util.keystr(path, simple=True,
-            separator="/")` writes them, or what they begin with by whole parts: `"h/1"`
-            is not `"h/10"`. A piece begins before the first use of any of these.
-        specs: how parameters are cut over the meshes of stages, as `Layer(spec=...)`
-            says it of a layer: a `jax.sharding.PartitionSpec` for all of them, or a
-            tree of them in the form of `params`, or of its upper part, with `None` for
-            what is as it comes. Of parameters in which layers are stacked the first
-            entry is `None`: their rows belong to several stages.
+        side, key, state, train, step: examples of the needs that calls will give, as
+            arrays or as shapes. `state` is any pytree, and is required if `fn` asks for
+            it. Its arrays must keep their shapes.
+        stages: the number of pieces, if there are neither `cuts` nor marks.
+        cuts: paths of parameters, in the form of `jax.tree_util.keystr(path,
+            simple=True, separator="/")`. A path may be a prefix, by whole parts:
+            `"h/1"` includes `"h/1/w"`, but not `"h/10"`. Each path begins a new piece
+            before the first use of its parameters.
+        specs: how parameters are sharded over the meshes of stages, as for
+            `Layer(spec=...)`. A `jax.sharding.PartitionSpec` holds for all parameters.
+            A tree of specs has the form of `params`, or of the upper part of the tree;
+            `None` in it leaves a parameter as it is given. For stacked parameters the
+            first entry of a spec is `None`, because their rows belong to several
+            stages.
 
     Returns:
-        A `Split`. Its pieces are the same for all shapes and modes: the function is
-        traced again for a smaller microbatch, or to evaluate, and cut at the same
-        places.
+        A `Split`. The cuts are the same for all shapes and modes. The function is
+        traced again for a smaller microbatch, or for evaluation.
 
     Raises:
-        TypeError: `fn` is no function, or has parameters that are no needs; a need that
-            cannot be split yet; something else than specs.
-        ValueError: no such parameters; specs in another form, or of the rows of stacked
-            parameters; too few places to cut at; a mark inside a loop,
-            a branch, a checkpointed function or one with its own derivative; an array
-            of the state that is read in a piece before the one that writes it.
+        TypeError: `fn` is no function, has parameters that are no needs, or has a need
+            that cannot be split. `specs` has something else than specs.
+        ValueError: a path in `cuts` names no parameter. `specs` has another form than
+            `params`, or shards the rows of stacked parameters. There are too few places
+            to cut at. A mark is inside a loop, a branch, a checkpointed function or a
+            function with its own derivative. A piece reads an array of the state that a
+            later piece writes.
 
     Example:
         >>> def mlp(params, x):
@@ -542,7 +576,7 @@ def split(
     _check_rows(function, once, twice)
     cut = CutFunction(function, once, cuts, stages, specs=specs_of(specs, params))
     made = Split(cut)
-    # Whatever is wrong is told here, and not in the first call.
+    # All mistakes are found here, and not in the first call.
     check_blocks(cut.specs, function.paths, made.cut.wiring.owned)
     cut.note(twice)
     return made
@@ -562,8 +596,7 @@ def _as_paths(cuts: Any) -> tuple[str, ...]:
 
 
 def _check_rows(function: Function, once: Kind, twice: Kind) -> None:
-    """State of rows is declared, and has as many as the microbatch that the function is
-    split for.
+    """Check that a state of rows is declared, and has as many rows as the microbatch.
 
     Arguments:
         once, twice: the microbatch, and one of twice the rows.
@@ -582,8 +615,8 @@ def _check_rows(function: Function, once: Kind, twice: Kind) -> None:
         )
     if function.layer.state_rows is not None or not any(follows):
         return
-    # Whether 64 entries are rows or channels shows with another number of rows: if the
-    # function takes as many, they are rows.
+    # 64 entries may be rows or channels. A trace with another number of rows tells: if
+    # the function takes that many entries, they are rows.
     more = tuple(
         a.update(shape=(2 * rows, *a.shape[1:])) if own else a
         for own, a in zip(follows, leaves, strict=True)

@@ -1,8 +1,8 @@
 """Rows of stacked parameters: a leaf that several pieces own, block by block.
 
 In: a leaf of the parameters in which the layers of a model are stacked, `w[48, 4, 4]`.
-Out: `Rows`, which name parts of it on its first axis, and `RowBlocks`, which stand in
-the place of the leaf in the user's tree when it is placed:
+Out: `Rows`, which name parts of the leaf on its first axis, and `RowBlocks`, which
+replace the leaf in the user's tree when it is placed:
 
     Rows(leaf=0, start=0, stop=24)      piece 0       RowBlocks(w[0:24], w[24:48])
     Rows(leaf=0, start=24, stop=48)     piece 1       each block on its own device
@@ -20,7 +20,7 @@ import numpy as np
 
 from fpipe._core.pytrees import PyTree, is_array
 
-# The end of the rows of a leaf that is not divided, of whatever rank.
+# The `stop` of a leaf that is not divided, for any rank.
 _WHOLE = -1
 
 
@@ -226,12 +226,12 @@ def divided(rows: int, asked: Iterable[tuple[int, int]]) -> list[tuple[int, int]
 class RowBlocks:
     """A stacked parameter in blocks of rows, each on the device of its owner.
 
-    It stands in the place of an array whose rows belong to several pieces of an
-    `fpipe.split`: in placed parameters, gradients, and what optimizers keep for them.
-    `pipe.place` makes it, `pipe.gather` joins it. It is a pytree of its blocks.
+    It replaces an array whose rows belong to several pieces of an `fpipe.split`: in
+    placed parameters, in gradients, and in the states of optimizers. `pipe.place` makes
+    it, and `pipe.gather` joins it. It is a pytree of its blocks.
 
     Attributes:
-        blocks: arrays, one behind the other on their first axis.
+        blocks: arrays with consecutive rows of the whole array, on the first axis.
 
     Example:
         >>> whole = fpipe.RowBlocks((jnp.ones((2, 3)), jnp.zeros((1, 3))))
@@ -245,17 +245,20 @@ class RowBlocks:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of all rows together."""
+        """The shape of the whole array."""
         rows = sum(block.shape[0] for block in self.blocks)
         return (rows, *self.blocks[0].shape[1:])
 
     @property
     def dtype(self) -> Any:
-        """Of its blocks."""
+        """The dtype of the blocks."""
         return self.blocks[0].dtype
 
     def join(self) -> Any:
-        """All rows as one array; the blocks are on one device, or under a trace."""
+        """All rows as one array.
+
+        The blocks must be on one device, or traced.
+        """
         if self.dtype == jax.dtypes.float0:
             return np.zeros(self.shape, jax.dtypes.float0)
         if isinstance(self.blocks[0], jax.ShapeDtypeStruct):
@@ -265,13 +268,13 @@ class RowBlocks:
         return jnp.concatenate(self.blocks)
 
     def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], None]:
-        """For JAX."""
+        """The blocks with their numbers; JAX calls this."""
         keys = map(jax.tree_util.SequenceKey, range(len(self.blocks)))
         return tuple(zip(keys, self.blocks, strict=True)), None
 
     @classmethod
     def tree_unflatten(cls, _: None, blocks: Sequence[Any]) -> "RowBlocks":
-        """For JAX."""
+        """A `RowBlocks` of new blocks; JAX calls this."""
         return cls(tuple(blocks))
 
 
@@ -286,8 +289,8 @@ def joined(tree: PyTree) -> PyTree:
     def join(node: Any) -> Any:
         if not isinstance(node, RowBlocks):
             return node
-        # What a transformation of optax does not see has no rows, nor has an update
-        # that changes nothing.
+        # A leaf that an optax transformation does not see has no rows. Neither has an
+        # update that changes nothing.
         rows = all(is_array(block) and block.ndim for block in node.blocks)
         return node.join() if rows else node.blocks[0]
 
