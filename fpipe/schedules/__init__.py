@@ -1,5 +1,6 @@
-"""Schedules are data: which device works on which (stage, microbatch), in which order.
-No JAX here.
+"""Schedules are data: for each device, which (stage, microbatch) it works on, in order.
+
+This package does not import JAX.
 """
 
 from fpipe.schedules._action import Action as Action

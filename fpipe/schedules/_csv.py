@@ -27,7 +27,7 @@ LETTERS: dict[str, Kind] = {kind: kind for kind in KINDS}
 
 
 class _Row(NamedTuple):
-    """What a device runs, and in which line of the text that is, from 1."""
+    """The actions of a device, and their line in the text, counted from 1."""
 
     line: int
     actions: list[Action]
@@ -36,25 +36,29 @@ class _Row(NamedTuple):
 def from_csv(
     text: str, stage_to_device: Iterable[int] | None = None, name: str = "csv"
 ) -> Schedule:
-    r"""The schedule in a table: what `Schedule.to_csv` and torch's
-    `_dump_csv(format="compute_only")` write.
+    r"""Read a schedule from a table.
 
-    A row for each device; a cell such as `2F0` is stage 2, forward, microbatch 0, with
-    the kinds of `Action`, of which torch knows F, B, I and W. Empty cells, where a
-    device waits, are skipped: only the order in a row matters. So are empty lines, and
-    spaces. A cell `(0F3;7B1)OVERLAP_F_B` (torch's DualPipeV) is read as `0F3`, then
-    `7B1`.
+    `Schedule.to_csv` writes such tables, and so does torch's
+    `_dump_csv(format="compute_only")`. The table has a row for each device. The cell
+    `2F0` is stage 2, forward, microbatch 0. The letters are the kinds of `Action`;
+    torch knows F, B, I and W. Only the order in a row matters: empty cells (where a
+    device waits), empty lines and spaces are skipped. The cell
+    `(0F3;7B1)OVERLAP_F_B` of torch's DualPipeV is read as `0F3`, then `7B1`.
 
     Arguments:
         text: the content of the file.
-        stage_to_device: for each stage the index of its device; left out, the row that
-            its actions are in.
-        name: for drawings and messages.
+        stage_to_device: the index of the device of each stage. Default: the row that
+            has the actions of the stage.
+        name: the name of the schedule in drawings and messages.
+
+    Returns:
+        A `Schedule`.
 
     Raises:
         TypeError: `text` is no `str`.
-        ValueError: a cell that is no action, or is communication, with its row and
-            column, which count from 1; a stage in two rows; or what `Schedule` refuses.
+        ValueError: a cell is no action, or is communication. The message has its row
+            and column, counted from 1. Or a stage is in two rows, or the schedule
+            cannot run (see `Schedule`).
 
     Example:
         >>> schedule = fpipe.schedules.from_csv("0F0,0F1,,0B0,,0B1\n,1F0,1B0,1F1,1B1\n")
@@ -75,7 +79,7 @@ def from_csv(
     kinds = {action.kind for row in rows for action in row.actions}
     if not kinds:
         raise ValueError("`from_csv`: there is no action in the table")
-    # Else `Schedule` would say that `B` and `W` do not go together, and not why.
+    # Otherwise `Schedule` would say that `B` and `W` do not go together, but not why.
     if "W" in kinds and "I" not in kinds:
         raise ValueError(
             "`from_csv`: the table has W but no I; early releases of torch wrote the "
@@ -91,8 +95,8 @@ def _read_lines(text: str) -> Iterator[tuple[int, list[str]]]:
     reader = csv.reader(text.splitlines())
     try:
         for cells in reader:
-            # A line of spaces is no row; one of commas is, of a device that does
-            # nothing.
+            # A line of spaces is no row. A line of commas is the row of a device that
+            # does nothing.
             if len(cells) > 1 or (cells and cells[0].strip()):
                 yield reader.line_num, [cell.strip() for cell in cells]
     except csv.Error as error:

@@ -25,10 +25,10 @@ class Named(NamedTuple):
     """A generator by name.
 
     Attributes:
-        generator: `f(devices, microbatches)`; also `virtual=` where that is so.
-        per_device: the stages on each device unless told otherwise; `None`: several, at
-            least two by default.
-        virtual: whether the generator takes another number of them.
+        generator: `f(devices, microbatches)`, also with `virtual=` if `virtual` is set.
+        per_device: the default number of stages on each device. `None` means several;
+            the default is then two.
+        virtual: whether the generator takes another number of stages per device.
     """
 
     generator: Callable[..., Schedule]
@@ -36,7 +36,7 @@ class Named(NamedTuple):
     virtual: bool = False
 
 
-# The order is that in which messages list them, and in which the search tries them.
+# Messages list the names in this order, and the search tries them in this order.
 NAMES: dict[str, Named] = {
     "gpipe": Named(gpipe, 1),
     "1f1b": Named(one_f_one_b, 1),
@@ -57,26 +57,29 @@ NAMES: dict[str, Named] = {
 def named(
     name: str, devices: int, microbatches: int, virtual: int | None = None
 ) -> Schedule:
-    """The schedule of that name.
+    """The schedule with a name.
 
     Arguments:
         name: one of `NAMES`.
-        devices: `D`.
-        microbatches: `m`.
-        virtual: `v`, stages per device; default what the schedule prescribes, 2 where
-            it takes several.
+        devices: `D`, the number of devices.
+        microbatches: `m`, the number of microbatches.
+        virtual: `v`, the number of stages per device. Default: the schedule's own
+            number, or 2 if it takes several.
+
+    Returns:
+        A `Schedule`.
 
     Raises:
-        TypeError: a size that is no int.
-        ValueError: no such name, or sizes that the schedule cannot have.
+        TypeError: a size is no int.
+        ValueError: `name` is unknown, or the schedule cannot have these sizes.
     """
     if not isinstance(name, str) or name not in NAMES:
         raise ValueError(
             f"no schedule is named {shown(name)}; there are {', '.join(NAMES)}"
         )
     entry = NAMES[name]
-    # Sizes are checked by the generators, which know what they can have; only the
-    # stages per device of one that has no choice are checked here.
+    # The generators check the sizes, because they know their limits. Only one check is
+    # here: `virtual`, for a generator that has no choice of it.
     if virtual is None:
         return entry.generator(devices, microbatches)
     if entry.virtual:

@@ -1,4 +1,4 @@
-"""A timeline that was measured: a `Timeline` with every program and every transfer.
+"""A measured timeline: a `Timeline` with every program run and every transfer.
 
 One microbatch on two devices, in seconds from the first start:
 
@@ -19,9 +19,9 @@ class ProgramRun(NamedTuple):
     """One run of a program.
 
     Attributes:
-        device: its number in the schedule.
-        name: `stage2 F mb3` for an action, else what it does.
-        start, end: in seconds.
+        device: the number of the device in the schedule.
+        name: `stage2 F mb3` for an action; for another program, what it does.
+        start, end: times in seconds.
     """
 
     device: int
@@ -31,14 +31,14 @@ class ProgramRun(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """Arrays that went from one device to another.
+    """A transfer of arrays from one device to another.
 
     Attributes:
-        source, target: devices' numbers in the schedule.
-        what: names of the arrays.
-        bytes: of all of them.
-        start, end: in seconds: from when they were there and the transfer had been
-            asked for, until they had arrived.
+        source, target: the numbers of the devices in the schedule.
+        what: the names of the arrays.
+        bytes: the bytes of all these arrays.
+        start, end: times in seconds. A transfer starts when its arrays are ready and
+            the host has issued it. It ends when the arrays have arrived.
     """
 
     source: int
@@ -51,26 +51,26 @@ class Transfer(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recording(Timeline):
-    """What really ran when: a `Timeline` in seconds, counted from the first start.
+    """A measured `Timeline`, in seconds from the first start.
 
-    It is empty until the block of `fpipe.record` ends. Then it is the last of the calls
-    that were made in the block, and `calls` has all of them.
+    It is empty until the block of `fpipe.record` ends. After that it is the last call
+    in the block, and `calls` has all calls.
 
     Arguments:
-        events: the schedule's actions. One that has nothing to compute (such as the
-            input gradient of the first stage, where it is not asked for) has no
-            program, and takes no time.
-        devices: `D`.
-        name: for drawings.
+        events: the schedule's actions, with their times. An action with nothing to
+            compute has no program and takes no time. An example is the input gradient
+            of the first stage, if it is not requested.
+        devices: `D`, the number of devices.
+        name: the name in drawings.
         memory: as in `Timeline`.
-        programs: every program, also those around the schedule.
-        transfers: every transfer between devices.
-        places: what each device is.
-        host: seconds in which the host issued programs and transfers, if there were
-            several.
-        peak_bytes: for each place the most bytes in use since the process began, as
-            the device tells them; empty where devices do not (CPUs).
-        calls: one recording for each call.
+        programs: all program runs, also those that belong to no action.
+        transfers: all transfers between devices.
+        places: a description of each device.
+        host: the seconds that the host took to issue programs and transfers. `None` if
+            the call was one program.
+        peak_bytes: for each device, the most bytes in use since the process began, as
+            the device reports them. Empty if a device does not report them (CPUs).
+        calls: a recording of each call.
     """
 
     programs: tuple[ProgramRun, ...] = ()
@@ -81,15 +81,18 @@ class Recording(Timeline):
     calls: tuple["Recording", ...] = ()
 
     def metrics(self) -> dict[str, float]:
-        """The call in numbers, for a logger; what is not known is left out.
+        """The call as a dict of numbers, for a logger.
+
+        Numbers that are not known are left out.
 
         Returns:
-            `step_seconds`: from the first start to the last end; `bubble`: the idle
-            share of device time, 0 to 1; `peak_live`: the most microbatches that a
-            device holds at once; `transfer_bytes`: between devices (not under scan,
-            where they are parts of the program); `host_seconds`: in which the host
-            issued the call, watching included (not under scan); `peak_bytes`: of the
-            fullest device since the process began (not on CPUs).
+            `step_seconds`: the time from the first start to the last end. `bubble`: the
+            idle share of device time, 0 to 1. `peak_live`: the most microbatches that a
+            device holds at once. `transfer_bytes`: the bytes that went between devices
+            (left out under scan, where transfers are parts of the program).
+            `host_seconds`: the time that the host took to issue the call, with the time
+            of the recording (left out under scan). `peak_bytes`: the most bytes in use
+            on the fullest device since the process began (left out on CPUs).
 
         Raises:
             ValueError: the block of `fpipe.record` has not ended yet.
@@ -103,11 +106,15 @@ class Recording(Timeline):
         return found
 
     def to_trace(self, unit: float = 1e6) -> str:
-        """As `Timeline.to_trace`, with every program and every transfer; a transfer
-        stands at its target.
+        """The recording as a JSON trace, with all programs and transfers.
+
+        See `Timeline.to_trace`. A transfer is in the rows of its target device.
+
+        Arguments:
+            unit: the microseconds in a unit of time. The default is right for seconds.
         """
         check_positive("to_trace", "unit", unit)
-        # Programs of the schedule's actions are events already, with more to tell.
+        # Programs of the schedule's actions are events already, with more details.
         of_schedule = {event.action.name for event in self.events}
         programs = self._spans()
         for program in self.programs:
@@ -129,8 +136,8 @@ class Recording(Timeline):
                 "what": ", ".join(transfer.what),
                 "bytes": transfer.bytes,
             }
-            # At the target, because there somebody waits for it. Transfers overlap, and
-            # `trace` gives those that do rows of their own.
+            # At the target, because the target waits for it. Transfers may overlap;
+            # `trace` then puts them into different rows.
             transfers.append(
                 Span(
                     transfer.target,
@@ -146,7 +153,7 @@ class Recording(Timeline):
             names.append(f"device {device} ({place})" if place else f"device {device}")
         return trace(names, {"programs": programs, "transfers": transfers}, unit)
 
-    # It is filled when the block ends: equal to nothing but itself.
+    # A recording is filled when its block ends, so it is equal only to itself.
     def __eq__(self, other: object) -> bool:
         return self is other
 

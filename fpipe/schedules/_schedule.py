@@ -1,8 +1,8 @@
-"""What runs where and in which order: the schedule as frozen, validated data.
+"""A schedule: the actions of each device in order, as frozen, validated data.
 
-In: rows of actions and the device of each stage, in whatever sequences a caller has.
-Out: a `Schedule`, which is tuples of `Action` and of ints, and can run. 1F1B on two
-devices, as `str(schedule)` writes it, a row for each device:
+In: rows of actions and the device of each stage, in any kind of sequence. Out: a
+`Schedule`, which has tuples of `Action`s and of ints, and can run. 1F1B on two devices,
+as `str(schedule)` writes it, with a row for each device:
 
     0: F0 F1 B0 B1          Action("F", 0, 0), Action("F", 0, 1), Action("B", 0, 0), …
     1: F0 B0 F1 B1          Action("F", 1, 0), Action("B", 1, 0), Action("F", 1, 1), …
@@ -26,25 +26,29 @@ from fpipe.schedules._validation import check_complete, check_runs, shortened
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Schedule:
-    """For each device the actions that it runs, in order.
+    """The actions of each device, in the order in which it runs them.
 
-    Building one validates it, so an illegal schedule cannot exist. `str(schedule)` is
-    one line of labels per device, as `F3` for the forward of microbatch 3, or `2F3` for
-    that of stage 2 where stage `s` is not simply on device `s`.
+    The constructor validates a schedule, so an illegal schedule cannot exist.
+    `str(schedule)` is one line of labels per device. `F3` is the forward of microbatch
+    3. If stage `s` is not always on device `s`, the label has the stage too: `2F3` is
+    on stage 2.
 
     Arguments:
-        actions: one sequence of `Action` per device; a plain `("F", 0, 0)` is accepted.
-        stage_to_device: for each stage the index of its device; left out, stage `s` is
-            on device `s`. Every device has a stage.
-        name: for drawings and messages.
+        actions: one sequence of `Action`s per device. A plain tuple `("F", 0, 0)` is
+            accepted.
+        stage_to_device: the index of the device of each stage. Every device has a
+            stage. Default: stage `s` is on device `s`.
+        name: the name in drawings and messages.
 
     Raises:
-        TypeError: something that is no `Action`, no index or no sequence.
-        ValueError: an action that is missing, repeated, unknown or on the wrong device,
-            a device without a stage, or a deadlock. A deadlock names the shortest
-            circle of devices that wait for one another (of several, the one with the
-            lowest device): for each the first action that it can never run, and what
-            that waits for.
+        TypeError: an entry is no `Action`, an index is no int, or an argument is no
+            sequence.
+        ValueError: an action is missing, repeated, unknown or on the wrong device; a
+            device has no stage; or the schedule has a deadlock. For a deadlock the
+            message shows the shortest cycle of devices that wait for one another, and
+            among several the one with the lowest device. For each device in the cycle
+            it names the first action that can never run, and the action that it waits
+            for.
     """
 
     actions: tuple[tuple[Action, ...], ...]
@@ -82,8 +86,8 @@ class Schedule:
         """`S`, the number of stages."""
         return len(self.stage_to_device)
 
-    # What is derived is computed once, on demand, and is no part of the value: no copy
-    # or pickle holds it.
+    # Derived values are computed once, on demand. They are no part of the value, so
+    # copies and pickles do not have them.
 
     @cached_property
     def microbatches(self) -> int:
@@ -92,7 +96,7 @@ class Schedule:
 
     @cached_property
     def backwards(self) -> bool:
-        """Whether there are backwards, or forwards alone."""
+        """Whether the schedule has backwards, and not only forwards."""
         return any(action.kind in ("B", "I") for action in self.actions[0])
 
     @cached_property
@@ -100,7 +104,15 @@ class Schedule:
         return hash((self.actions, self.stage_to_device, self.name))
 
     def order(self, kind: str, stage: int) -> tuple[int, ...]:
-        """The microbatches in the order in which `stage` runs its actions of `kind`."""
+        """The microbatches in the order in which a stage runs its actions of a kind.
+
+        Arguments:
+            kind: the kind of the actions, such as `"F"`.
+            stage: the stage `s`, `0 <= s < S`.
+
+        Raises:
+            ValueError: the kind is unknown, or there is no such stage.
+        """
         if kind not in KINDS or type(stage) is not int or not 0 <= stage < self.stages:
             raise ValueError(
                 f"`schedule.order(kind={shown(kind)}, stage={shown(stage)})`: the "
@@ -115,20 +127,21 @@ class Schedule:
         )
 
     def to_csv(self) -> str:
-        """The table that `torch.distributed.pipelining` reads as `compute_only`, and
-        `from_csv` here.
+        """Write the schedule as a table.
 
-        A row for each device, a column for each step of a clock in which every action
-        takes one step; a cell such as `2F0` is stage 2, forward, microbatch 0. Lines
-        end in a newline alone. torch knows the kinds F, B, I and W.
+        `from_csv` reads it, and so does `torch.distributed.pipelining` as
+        `compute_only`; torch knows the kinds F, B, I and W. The table has a row for
+        each device. Its columns are the steps of a clock in which every action takes
+        one step. The cell `2F0` is stage 2, forward, microbatch 0. Lines end in a
+        single newline character.
 
         >>> schedule = fpipe.schedules.one_f_one_b(devices=2, microbatches=2)
         >>> print(schedule.to_csv(), end="")
         0F0,0F1,,0B0,,0B1
         ,1F0,1B0,1F1,1B1
         """
-        # A clock in which every action takes one step. What a device cannot run yet
-        # leaves an empty cell; torch reads such cells as waiting.
+        # A clock in which every action takes one step. If a device cannot run its next
+        # action yet, the cell is empty; torch reads such cells as waiting.
         present = {action for row in self.actions for action in row}
         done: set[Action] = set()
         cells: list[list[str]] = [[] for _ in self.actions]
@@ -143,7 +156,7 @@ class Schedule:
                 kind, stage, microbatch = row.pop()
                 cells[device].append(f"{stage}{kind}{microbatch}")
                 started.append(action)
-            # Only now: what one device does in a step, others see in the next one.
+            # Only now: the other devices see the results of a step in the next one.
             done.update(started)
             left = {device: row for device, row in left.items() if row}
         return "".join(",".join(row) + "\n" for row in cells)

@@ -1,8 +1,8 @@
 """Schedules whose stages go round the devices: stage `c*D + d` on device `d`.
 
 They are one family. A device warms up with some forwards, then alternates forwards and
-backwards. How many forwards, in which rounds, and how long a `W` is put off tells them
-apart. The words, units and drawings are those of the package.
+backwards. They differ in the number of warm-up forwards, in the rounds, and in the
+delay of a `W`. The words, units and drawings are those of the package.
 
     family          warm-up of device d       rounds         a backward is
     gpipe           all                       one            B
@@ -24,12 +24,19 @@ from fpipe.schedules._schedule import Schedule
 def gpipe(devices: int, microbatches: int) -> Schedule:
     """All forwards, then all backwards (GPipe, Huang et al., arXiv 1811.06965).
 
-    Idle time `(D-1)(F+B)`; with unequal stages of times `f` and `b` the makespan is
-    `sum(f+b) + (m-1)(max f + max b)`. Peak live microbatches `m` on every device.
-    `gpipe(2, 4)`:
+    The idle time is `(D-1)(F+B)`. With unequal stages of times `f` and `b` the makespan
+    is `sum(f+b) + (m-1)(max f + max b)`. The peak is `m` live microbatches on every
+    device. `gpipe(2, 4)`:
 
         0: F0 F1 F2 F3 .  .  .  B0--- B1--- B2--- B3---
         1: .  F0 F1 F2 F3 B0--- B1--- B2--- B3--- .  .
+
+    Arguments:
+        devices: `D`, the number of devices.
+        microbatches: `m`, the number of microbatches.
+
+    Returns:
+        A `Schedule`.
     """
     check_sizes("gpipe", devices=devices, microbatches=microbatches)
     rows = _alternate(
@@ -42,69 +49,91 @@ def gpipe(devices: int, microbatches: int) -> Schedule:
 
 
 def one_f_one_b(devices: int, microbatches: int) -> Schedule:
-    """Few forwards to warm up, then one forward, one backward (1F1B, PipeDream-flush,
-    arXiv 2006.09503).
+    """A short warm-up, then one forward and one backward in turn (1F1B).
 
-    Idle time `(D-1)(F+B)`; with unequal stages no longer than GPipe, and at most
-    `sum(f+b) + (m-1) max(f+b)` where every `b` is the same multiple of its `f`. Peak
-    live microbatches `min(m, D-d)`. `one_f_one_b(2, 4)`:
+    This is PipeDream-flush (Narayanan et al., arXiv 2006.09503). The idle time is
+    `(D-1)(F+B)`. With unequal stages the makespan is no longer than that of GPipe. If
+    every `b` is the same multiple of its `f`, it is at most `sum(f+b) + (m-1)
+    max(f+b)`. The peak is `min(m, D-d)` live microbatches. `one_f_one_b(2, 4)`:
 
         0: F0 F1 .  .  B0--- F2 B1--- F3 B2--- .  B3---
         1: .  F0 B0--- F1 B1--- F2 B2--- F3 B3--- .  .
+
+    Arguments:
+        devices: `D`, the number of devices.
+        microbatches: `m`, the number of microbatches.
+
+    Returns:
+        A `Schedule`.
     """
     check_sizes("1f1b", devices=devices, microbatches=microbatches)
     rows = _alternate(
         devices,
         virtual=1,
         rounds=[range(microbatches)],
-        # As many as there are devices behind: then the first cotangent is back. More
-        # forwards would only be held longer.
+        # One forward for each later device: after these the first cotangent is back.
+        # More forwards would only be held longer.
         warm_up=[devices - 1 - d for d in range(devices)],
     )
     return Schedule(rows, looped_stages(devices, virtual=1), "1f1b")
 
 
 def eager_1f1b(devices: int, microbatches: int) -> Schedule:
-    """1F1B with twice the warm-up, which hides the transfers (Zhuang et al., arXiv
-    2211.05322).
+    """1F1B with twice the warm-up, which hides transfers.
 
-    Idle time `(D-1)(F+B)`, and transfers of latency `c`, up to `(F+B)/2`, add
-    `2(D-1)c`, where 1F1B pays `m*c` and more. Peak live microbatches `min(m,
-    2(D-1-d)+1)`. `eager_1f1b(2, 4)`:
+    After Zhuang et al. (arXiv 2211.05322). The idle time is `(D-1)(F+B)`. Transfers of
+    latency `c`, up to `(F+B)/2`, add `2(D-1)c`; in 1F1B they add `m*c` and more. The
+    peak is `min(m, 2(D-1-d)+1)` live microbatches. `eager_1f1b(2, 4)`:
 
         0: F0 F1 F2 .  B0--- F3 B1--- .  B2--- .  B3---
         1: .  F0 B0--- F1 B1--- F2 B2--- F3 B3--- .  .
+
+    Arguments:
+        devices: `D`, the number of devices.
+        microbatches: `m`, the number of microbatches.
+
+    Returns:
+        A `Schedule`.
     """
     check_sizes("eager_1f1b", devices=devices, microbatches=microbatches)
     rows = _alternate(
         devices,
         virtual=1,
         rounds=[range(microbatches)],
-        # Two for each device behind, one for the way there and one for the way back:
-        # with one, a device sits idle while each transfer is under way.
+        # Two forwards for each later device, one for each direction. With one, a device
+        # would be idle during each transfer.
         warm_up=[2 * (devices - 1 - d) for d in range(devices)],
     )
     return Schedule(rows, looped_stages(devices, virtual=1), "eager_1f1b")
 
 
 def interleaved_1f1b(devices: int, microbatches: int, virtual: int = 2) -> Schedule:
-    """1F1B over `v` stages a device, which divides the idle time by `v` (Narayanan et
-    al., arXiv 2104.04473).
+    """1F1B with `v` stages per device, which divides the idle time by `v`.
 
-    Stage `c*D + d` is on device `d`. Megatron takes rounds of `D` microbatches through
-    all chunks and wants `m` to be a multiple of `D`. Here any `m` is cut into `max(1,
-    m//D)` rounds as equal as can be, the longer ones first, the longest of `r = ceil(m
-    / max(1, m//D))`: the same order where `D` divides `m`, and as little idle time
-    elsewhere.
+    After Narayanan et al. (arXiv 2104.04473). Stage `c*D + d` is on device `d`.
+    Megatron takes rounds of `D` microbatches through all chunks, and requires that `m`
+    is a multiple of `D`. Here any `m` is cut into `max(1, m//D)` rounds. They are as
+    equal as possible, with the longer ones first; the longest has `r = ceil(m / max(1,
+    m//D))` microbatches. If `D` divides `m`, the order is Megatron's. Otherwise the
+    idle time is as short.
 
-    Idle time `((D-1) + (v-1) max(D-m, 0)) (F+B)/v`; peak live chunks `min(v*m, (v-1)r +
-    2(D-1-d) + 1)`. One stage a device is eager 1F1B. `interleaved_1f1b(2, 4)`:
+    The idle time is `((D-1) + (v-1) max(D-m, 0)) (F+B)/v`. The peak is `min(v*m,
+    (v-1)r + 2(D-1-d) + 1)` live chunks. With one stage per device this is eager 1F1B.
+    `interleaved_1f1b(2, 4)`:
 
         0: 0F0 0F1 2F0 2F1 0F2 .   2B0---- 0F3 2B1---- 2F2 0B0---- 2F3 0B1---- .
         1: .   1F0 1F1 3F0 3B0---- 3F1 3B1---- 1F2 1B0---- 1F3 1B1---- 3F2 3B2----
 
         0: 2B2---- .   2B3---- 0B2---- 0B3----
         1: 3F3 3B3---- 1B2---- 1B3---- .   .
+
+    Arguments:
+        devices: `D`, the number of devices.
+        microbatches: `m`, the number of microbatches.
+        virtual: `v`, the number of stages per device. Default 2.
+
+    Returns:
+        A `Schedule`.
     """
     check_sizes(
         "interleaved_1f1b", devices=devices, microbatches=microbatches, virtual=virtual
@@ -122,14 +151,22 @@ def interleaved_1f1b(devices: int, microbatches: int, virtual: int = 2) -> Sched
 
 
 def looped_bfs(devices: int, microbatches: int, virtual: int = 2) -> Schedule:
-    """GPipe over `v` stages a device, one chunk after the other (breadth-first,
-    Lamy-Poirier, arXiv 2211.05953).
+    """GPipe with `v` stages per device, one chunk after the other (breadth-first).
 
-    Stage `c*D + d` is on device `d`. Idle time `((D-1) + (v-1) max(D-m, 0)) (F+B)/v`;
-    peak live chunks `v*m` on every device. `looped_bfs(2, 2)`:
+    After Lamy-Poirier (arXiv 2211.05953). Stage `c*D + d` is on device `d`. The idle
+    time is `((D-1) + (v-1) max(D-m, 0)) (F+B)/v`. The peak is `v*m` live chunks on
+    every device. `looped_bfs(2, 2)`:
 
         0: 0F0 0F1 2F0 2F1 .   .   .   2B0---- 2B1---- 0B0---- 0B1----
         1: .   1F0 1F1 3F0 3F1 3B0---- 3B1---- 1B0---- 1B1---- .   .
+
+    Arguments:
+        devices: `D`, the number of devices.
+        microbatches: `m`, the number of microbatches.
+        virtual: `v`, the number of stages per device. Default 2.
+
+    Returns:
+        A `Schedule`.
     """
     check_sizes(
         "looped_bfs", devices=devices, microbatches=microbatches, virtual=virtual
@@ -144,22 +181,30 @@ def looped_bfs(devices: int, microbatches: int, virtual: int = 2) -> Schedule:
 
 
 def zb_h1(devices: int, microbatches: int, virtual: int = 1) -> Schedule:
-    """1F1B with `W` put off by `d` backwards: less idle time, the same peak (ZB-H1, Qi
-    et al., arXiv 2401.10241).
+    """1F1B with each `W` delayed by `d` backwards: less idle time at the same peak.
 
-    `virtual > 1` is the interleaved ZB-H1: stage `c*D + d` on device `d`, in the rounds
-    of `interleaved_1f1b`, the longest of `r` microbatches.
+    This is ZB-H1 (Qi et al., arXiv 2401.10241). `virtual > 1` gives the interleaved
+    ZB-H1: stage `c*D + d` is on device `d`, and the rounds are those of
+    `interleaved_1f1b`, the longest with `r` microbatches.
 
-    Idle time `(D-1)(F+I-min(F, I, W))/v` where `m >= D`, and for `v = 1`, `W <= min(F,
-    I)` also below: `(D-1)(F+I-W) + max(D-m, 0) W`. Peak live chunks `min(v*m, (v-1)r +
-    D)` on every device. `zb_h1(3, 4)`:
+    The idle time is `(D-1)(F+I-min(F, I, W))/v` if `m >= D`. For any `m`, with `v = 1`
+    and `W <= min(F, I)`, it is `(D-1)(F+I-W) + max(D-m, 0) W`. The peak is `min(v*m,
+    (v-1)r + D)` live chunks on every device. `zb_h1(3, 4)`:
 
         0: F0 F1 F2 .  .  I0 W0 F3 I1 W1 I2 W2 I3 W3
         1: .  F0 F1 .  I0 F2 I1 W0 F3 I2 W1 I3 W2 W3
         2: .  .  F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3
+
+    Arguments:
+        devices: `D`, the number of devices.
+        microbatches: `m`, the number of microbatches.
+        virtual: `v`, the number of stages per device. Default 1.
+
+    Returns:
+        A `Schedule`.
     """
     check_sizes("zb_h1", devices=devices, microbatches=microbatches, virtual=virtual)
-    # With one stage a device, rounds would make no difference.
+    # With one stage per device, rounds make no difference.
     rounds = [range(microbatches)]
     if virtual > 1:
         rounds = even_rounds(devices, microbatches)
@@ -168,8 +213,8 @@ def zb_h1(devices: int, microbatches: int, virtual: int = 1) -> Schedule:
         devices,
         virtual,
         rounds,
-        # Device `d` holds `D-d` microbatches by its warm-up and `d` by its lag: `D` on
-        # every device, which under 1F1B the first one holds alone.
+        # Device `d` holds `D-d` microbatches by its warm-up and `d` by its lag. That is
+        # `D` on every device; under 1F1B only the first device holds `D`.
         warm_up=[other_chunks + devices - 1 - d for d in range(devices)],
         weight_lag=range(devices),
     )
@@ -177,15 +222,22 @@ def zb_h1(devices: int, microbatches: int, virtual: int = 1) -> Schedule:
 
 
 def zb_h2(devices: int, microbatches: int) -> Schedule:
-    """ZB-H1 with twice the warm-up and twice the lag: only the fill is idle (ZB-H2, Qi
-    et al., arXiv 2401.10241).
+    """ZB-H1 with twice the warm-up and twice the delay: no idle time except the fill.
 
-    Idle time `(D-1)F` where `m >= 2D-1` and `I <= 2 min(F, W)`, and `(D-1) max(F, I-F,
-    F+I-2W)` for other costs. Peak live microbatches `min(m, 2D-1)` on every device.
-    `zb_h2(2, 4)`:
+    This is ZB-H2 (Qi et al., arXiv 2401.10241). For `m >= 2D-1` the idle time is
+    `(D-1)F`, the time to fill the pipeline, if `I <= 2 min(F, W)`. For other costs it
+    is `(D-1) max(F, I-F, F+I-2W)`. The peak is `min(m, 2D-1)` live microbatches on
+    every device. `zb_h2(2, 4)`:
 
         0: F0 F1 F2 I0 W0 F3 I1 W1 I2 W2 I3 W3 .
         1: .  F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3
+
+    Arguments:
+        devices: `D`, the number of devices.
+        microbatches: `m`, the number of microbatches.
+
+    Returns:
+        A `Schedule`.
     """
     check_sizes("zb_h2", devices=devices, microbatches=microbatches)
     rows = _alternate(
@@ -201,14 +253,22 @@ def zb_h2(devices: int, microbatches: int) -> Schedule:
 
 
 def forward_only(devices: int, microbatches: int, virtual: int = 1) -> Schedule:
-    """The forwards alone, for evaluation, in the order of `interleaved_1f1b`.
+    """Only the forwards, for evaluation, in the order of `interleaved_1f1b`.
 
-    Stage `c*D + d` is on device `d`. Idle time `((D-1) + (v-1) max(D-m, 0)) F/v`.
-    Nothing is kept for a backward, but `Timeline.peak_live`, which waits for one, says
-    `v*m`. `forward_only(2, 4)`:
+    Stage `c*D + d` is on device `d`. The idle time is `((D-1) + (v-1) max(D-m, 0))
+    F/v`. Nothing is kept for a backward. But `Timeline.peak_live` counts up to a
+    backward, so it shows `v*m`. `forward_only(2, 4)`:
 
         0: F0 F1 F2 F3 .
         1: .  F0 F1 F2 F3
+
+    Arguments:
+        devices: `D`, the number of devices.
+        microbatches: `m`, the number of microbatches.
+        virtual: `v`, the number of stages per device. Default 1.
+
+    Returns:
+        A `Schedule`.
     """
     check_sizes(
         "forward_only", devices=devices, microbatches=microbatches, virtual=virtual
@@ -250,8 +310,8 @@ def _alternate(
     #   warm_up=2                  F0 F1 / F2 B0  F3 B1 / B2 B3
     #   warm_up=1, weight_lag=1    F0 / F1 I0  F2 I1 W0  F3 I2 W1 / I3 W2 W3
     #
-    # Each generator is this loop with other numbers, so that orders, peaks and idle
-    # time can be compared number by number.
+    # Each generator is this loop with other numbers. So their orders, peaks and idle
+    # times can be compared number by number.
     rows: list[list[Action]] = []
     for device in range(devices):
         stages = [chunk * devices + device for chunk in range(virtual)]

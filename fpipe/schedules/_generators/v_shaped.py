@@ -1,15 +1,15 @@
 """Schedules whose stages go down the devices and up again, in a *V*.
 
-Device `d` holds the stages `d` and `2D-1-d`, its chunks 0 and 1; the loss is on device
-0. All of them split a backward into `I` and `W`: only `I` is waited for, and `W` fills
-the gaps. The words, units and drawings are those of the package.
+Device `d` holds the stages `d` and `2D-1-d`, its chunks 0 and 1. The loss is on device
+0. All of them split a backward into `I` and `W`. Other devices only wait for `I`, and
+`W` fills the gaps. The words, units and drawings are those of the package.
 
     device     0   1   2
     chunk 0    0   1   2
     chunk 1    5   4   3
 
-Two of them, `zb_v` and `dualpipe_v`, are written down as a script for each device; the
-other two, `v_half` and `v_min`, are a block of ticks that is repeated and squeezed.
+`zb_v` and `dualpipe_v` are written as a script for each device. `v_half` and `v_min`
+are a block of ticks that is repeated, and then squeezed.
 """
 
 from collections import deque
@@ -63,15 +63,21 @@ BLOCK_TICKS = 6
 
 
 def zb_v(devices: int, microbatches: int) -> Schedule:
-    """Half of ZB-H2's idle time at the peak of 1F1B (ZB-V, Qi et al., arXiv
-    2401.10241).
+    """Half of ZB-H2's idle time, with the peak memory of 1F1B (ZB-V).
 
-    Idle time `(D-1)F/2` where `m >= 2D-1` and `W <= F = I`; at `F = I = W` it is
-    `max(D-1, 4(D-1) - 2(m-1)) F/2` for every `m`. Peak live chunks `min(2m, m+1+d,
-    2D)`. `zb_v(2, 3)`:
+    After Qi et al. (arXiv 2401.10241). The idle time is `(D-1)F/2` if `m >= 2D-1` and
+    `W <= F = I`. At `F = I = W` it is `max(D-1, 4(D-1) - 2(m-1)) F/2` for every `m`.
+    The peak is `min(2m, m+1+d, 2D)` live chunks. `zb_v(2, 3)`:
 
         0: 0F0 0F1 0F2 3F0 3I0 3W0 3F1 3I1 3W1 0I0 0W0 3F2 3I2 3W2 0I1 0W1 0I2 0W2 .
         1: .   1F0 2F0 1F1 2F1 2I0 2W0 1F2 1I0 1W0 2F2 2I1 2W1 1I1 2I2 1I2 1W1 2W2 1W2
+
+    Arguments:
+        devices: `D`, the number of devices.
+        microbatches: `m`, the number of microbatches.
+
+    Returns:
+        A `Schedule`.
     """
     check_sizes("zb_v", devices=devices, microbatches=microbatches)
     D = devices  # noqa: N806 - the letter of the formulas
@@ -95,19 +101,27 @@ def zb_v(devices: int, microbatches: int) -> Schedule:
 
 
 def dualpipe_v(devices: int, microbatches: int) -> Schedule:
-    """A forward and a backward side by side, to overlap their communication (DualPipeV,
-    DeepSeek, arXiv 2412.19437).
+    """A forward paired with a backward, to overlap their communication (DualPipeV).
 
-    A pair that the paper overlaps is a forward and then a backward here. Idle time
-    `(D-1)(F+I-W)/2` where `m >= 2D` and `W <= I <= F <= I+W`. The paper's
-    `(D-1)(F+2I-W)/2` is for pairs that end together: the forward's output is here
-    sooner. Peak live chunks `min(2m, m+1+d, 2D+1)`. `dualpipe_v(2, 4)`:
+    After DeepSeek-V3 (arXiv 2412.19437). The paper runs the two actions of a pair at
+    the same time. Here the forward runs first, then the backward. The idle time is
+    `(D-1)(F+I-W)/2` if `m >= 2D` and `W <= I <= F <= I+W`. The paper has
+    `(D-1)(F+2I-W)/2`, because both actions of a pair end together there; here the
+    forward ends sooner. The peak is `min(2m, m+1+d, 2D+1)` live chunks.
+    `dualpipe_v(2, 4)`:
 
         0: 0F0 0F1 0F2 3F0 3I0 3W0 3F1 0F3 3B1---- 3F2 0B0---- 3B2---- 3F3 .   0B1----
         1: .   1F0 2F0 1F1 2F1 1F2 2B0---- 2F2 1B0---- 1F3 2B1---- 2F3 1B1---- 2B2----
 
         0: 3B3---- 0I2 0W2 0I3 0W3
         1: 1B2---- 2I3 1I3 2W3 1W3
+
+    Arguments:
+        devices: `D`, the number of devices.
+        microbatches: `m`, the number of microbatches.
+
+    Returns:
+        A `Schedule`.
     """
     check_sizes("dualpipe_v", devices=devices, microbatches=microbatches)
     D = devices  # noqa: N806 - the letter of the formulas
@@ -133,18 +147,25 @@ def dualpipe_v(devices: int, microbatches: int) -> Schedule:
 
 
 def v_half(devices: int, microbatches: int) -> Schedule:
-    """Half of 1F1B's idle time at half of its peak (V-Half, Qi et al., arXiv
-    2405.15362).
+    """Half of 1F1B's idle time, with half of its peak memory (V-Half).
 
-    At `F = I = W` idle time `(D-1)(F+B)/2`, less `F/2` where `D` is odd and above 1, as
-    soon as `m >= floor((D+2)/2)`. Peak live chunks at most `min(2m, 2 floor((D+2)/2))`,
-    reached on some device. `v_half(2, 3)`:
+    After Qi et al. (arXiv 2405.15362). At `F = I = W` and `m >= floor((D+2)/2)` the
+    idle time is `(D-1)(F+B)/2`; it is `F/2` less if `D` is odd and above 1. The peak is
+    `min(2m, 2 floor((D+2)/2))` live chunks on at least one device, and no more on the
+    others. `v_half(2, 3)`:
 
         0: 0F0 .   .   3F0 0F1 3I0 3W0 3F1 0F2 0I0 3I1 0W0 3W1 3F2 .   0I1 3I2 0W1 3W2
         1: .   1F0 2F0 .   .   1F1 2F1 2I0 1I0 2W0 1F2 1W0 2F2 2I1 1I1 2W1 1W1 2I2 1I2
 
         0: 0I2 0W2
         1: 2W2 1W2
+
+    Arguments:
+        devices: `D`, the number of devices.
+        microbatches: `m`, the number of microbatches.
+
+    Returns:
+        A `Schedule`.
     """
     check_sizes("v_half", devices=devices, microbatches=microbatches)
     D = devices  # noqa: N806 - the letter of the formulas
@@ -166,18 +187,25 @@ def v_half(devices: int, microbatches: int) -> Schedule:
 
 
 def v_min(devices: int, microbatches: int) -> Schedule:
-    """Two thirds of 1F1B's idle time at a third of its peak (V-Min, Qi et al., arXiv
-    2405.15362).
+    """Two thirds of 1F1B's idle time, with a third of its peak memory (V-Min).
 
-    At `F = I = W` and `D > 1` idle time `2(D-1)(F+B)/3 - F/2`, plus `F` where 3 divides
-    `D` and `m > 1`. Peak live chunks at most `min(2m, 2 floor((D+4)/3))`, reached on
-    some device. `v_min(2, 3)`:
+    After Qi et al. (arXiv 2405.15362). At `F = I = W` and `D > 1` the idle time is
+    `2(D-1)(F+B)/3 - F/2`; it is `F` more if 3 divides `D` and `m > 1`. The peak is
+    `min(2m, 2 floor((D+4)/3))` live chunks on at least one device, and no more on the
+    others. `v_min(2, 3)`:
 
         0: 0F0 .   .   3F0 3I0 0F1 3W0 0I0 0W0 3F1 3I1 0F2 3W1 0I1 0W1 3F2 3I2 3W2 .
         1: .   1F0 2F0 .   .   2I0 1I0 1F1 2F1 2W0 1W0 2I1 1I1 1F2 2F2 2W1 1W1 2I2 1I2
 
         0: 0I2 0W2
         1: 2W2 1W2
+
+    Arguments:
+        devices: `D`, the number of devices.
+        microbatches: `m`, the number of microbatches.
+
+    Returns:
+        A `Schedule`.
     """
     check_sizes("v_min", devices=devices, microbatches=microbatches)
     D = devices  # noqa: N806 - the letter of the formulas

@@ -1,14 +1,16 @@
 """A schedule made for given costs and a memory limit.
 
-After the automatic scheduling of Zero Bubble (Qi et al., arXiv 2401.10241), with the
-limit as the knob of Controllable Memory (arXiv 2405.15362). As there: a list scheduler
-with a few parameters, tried over a grid. It departs in three things: the parameters are
-the slope of the warm-up and how soon a `W` is due, so that the fixed schedules lie near
-the grid; the fixed schedules take part, so that the result is never worse; and a local
-search on the critical path has the last word, as in job-shop scheduling (Nowicki and
-Smutnicki), where a `W` is what moves most freely.
+After the automatic scheduling of Zero Bubble (Qi et al., arXiv 2401.10241), with a
+memory limit as in Controllable Memory (arXiv 2405.15362). As in the paper, a list
+scheduler with a few parameters is tried over a grid. Three things are different:
 
-Everything is decided by counts, never by the clock: the same call gives the same
+- The parameters are the slope of the warm-up and the delay of a `W`, so the fixed
+  schedules lie near the grid.
+- The fixed schedules are candidates too, so the result is never worse than they are.
+- A local search on the critical path comes last, as in job-shop scheduling (Nowicki and
+  Smutnicki). Here a `W` can move most freely.
+
+All limits of the search are counts, never times, so the same call gives the same
 schedule.
 """
 
@@ -42,32 +44,33 @@ def zero_bubble(
     placement: str | Sequence[int] = "one",
     virtual: int = 2,
 ) -> Schedule:
-    """The best schedule found for these costs, within a memory limit on each device.
+    """Search for the best schedule for given costs, within a memory limit.
 
-    Never later than any schedule of `NAMES` with the same map that keeps the limit,
-    under `simulate` with the same costs; of equal ones the one that holds least. `I`
-    and `W` are split where that pays. With equal costs and no limit, idle time is
-    `(D-1)F` for one stage per device, all of it the fill. Seconds for 16 devices and 64
-    microbatches.
+    The result is never slower, under `simulate` with the same costs, than any schedule
+    of `NAMES` that has the same placement and keeps the limit. Among equally fast
+    schedules the one with the least memory is taken. A backward is split into `I` and
+    `W` where that saves time. With equal costs, no limit and one stage per device, the
+    idle time is `(D-1)F`, the time that it takes to fill the pipeline. The search takes
+    seconds for 16 devices and 64 microbatches. After Qi et al. (arXiv 2401.10241).
 
     Arguments:
-        devices: `D`.
-        microbatches: `m`.
-        costs: what the actions take and hold; default `Costs()`.
-        memory: the most a device may hold, in the unit of `costs.memory`: one number,
-            or one per device; left out, there is no limit.
+        devices: `D`, the number of devices.
+        microbatches: `m`, the number of microbatches.
+        costs: the times and the memory of the actions. Default `Costs()`.
+        memory: the memory limit of a device, in the unit of `costs.memory`: one number,
+            or one per device. Default: no limit.
         placement: `"one"` (stage `s` on device `s`), `"v"` (device `d` holds stages `d`
             and `2D-1-d`), `"looped"` (stage `s` on device `s % D`), or the device of
             each stage.
-        virtual: `v`, the stages per device of `"looped"`.
+        virtual: `v`, the number of stages per device for `"looped"`.
 
     Returns:
-        The `Schedule`, named `zero_bubble`.
+        A `Schedule` with the name `zero_bubble`.
 
     Raises:
-        TypeError: something of the wrong type.
-        ValueError: sizes that make no sense, or a limit under what one microbatch alone
-            needs; the message says how much that is.
+        TypeError: an argument has a wrong type.
+        ValueError: a size is too small, or the limit is below the memory that one
+            microbatch alone needs. The message says how much that is.
 
     Example:
         `fpipe.Pipe(..., schedule=functools.partial(zero_bubble, costs=costs,
@@ -85,15 +88,15 @@ def zero_bubble(
     problem = Problem.of(
         devices, microbatches, stage_to_device, costs or Costs(), memory
     )
-    # Many cheap schedules, then an expensive search from the best few of them, unless
-    # one is as short as can be already.
+    # Many cheap schedules first. Then an expensive search starts from the best few of
+    # them, unless one of them is optimal already.
     found = best_first([*_fixed(problem), *_grid(problem)])
     bound = problem.bound() * ROUNDING
     if found[0].makespan > bound:
         for seed, finalist in enumerate(_finalists(problem, found)):
             toggled = toggle(problem, finalist)
             found.append(anneal(problem, toggled, bound, seed))
-    # `Schedule` validates what comes out, as it does any rows.
+    # `Schedule` validates the result, like any rows.
     best = best_first(found)[0]
     rows = [[problem.numbering.action(number) for number in row] for row in best.rows]
     return Schedule(rows, stage_to_device, name="zero_bubble")
@@ -127,7 +130,8 @@ def _read_placement(devices: int, placement: Any, virtual: int) -> tuple[int, ..
 
 def _fixed(problem: Problem) -> Iterator[Found]:
     """The schedules with a name that have this placement and these sizes, and fit."""
-    # Not chosen by a table of placements: a generator says itself what it cannot have.
+    # There is no table of placements: a generator itself refuses sizes that it cannot
+    # have.
     virtual = len(problem.stages_of[0])
     for name in NAMES:
         try:
@@ -165,9 +169,9 @@ def _grid(problem: Problem) -> list[Found]:
         orders, (0.0, 0.5, 1.0), patiences, dues
     ):
         policies.append(Policy(slope, fill, patience, due, groups))
-    # With one stage a device and no limit, that is 14 policies for whole backwards and
-    # 42 for split ones. The best then get a share of the memory: a schedule that holds
-    # less may be as short, and is preferred.
+    # With one stage a device and no limit, there are 14 policies for whole backwards
+    # and 42 for split ones. The best are then tried with less memory: a schedule that
+    # holds less may be as short, and is preferred.
     found = _try_all(problem, policies)
     best = [one.policy for one in best_first(found)[:8] if one.policy]
     with_less = [
