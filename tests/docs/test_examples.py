@@ -425,3 +425,46 @@ def test_wrong_flags_of_the_resnet_get_one_line(inside, arguments, message):
     done = inside("examples/train_resnet.py", *arguments)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
+
+
+# --- a model that others wrote ---
+
+
+def run_any(inside, folder, *arguments):
+    """Four steps of a small model, as many as no checkpoint has, and what is said."""
+    small = ["--depth", 1, "--width", 8, "--heads", 2, "--stages", 4, "--batch", 8]
+    small += ["--steps", 4, "--every", 2, "--checkpoints", folder / "saved"]
+    small += ["--out", folder / "digits.png"]
+    with jax.numpy_dtype_promotion("standard"):
+        done = inside("examples/train_any.py", *small, *arguments)
+    assert done.returncode == 0, done.stderr
+    losses = re.findall(r"step (\d): loss (\S+), held-out loss (\S+)", done.stdout)
+    return {int(step): (float(a), float(b)) for step, a, b in losses}, done.stdout
+
+
+def test_a_model_of_somebody_else_trains_and_draws(inside, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    want, printed = run_any(inside, tmp_path)
+    assert list(want) == [2, 4]
+    assert "vision transformer, depth 1, 1,162 parameters" in printed
+    assert re.search(r"^ +3  .* [kM]?FLOP +\d", printed, re.MULTILINE)
+    assert "placed, eager_1f1b, 4 microbatches; plan: bubble" in printed
+    assert re.search(r"held-out digits: \S+% of 360 are read right", printed)
+    picture = tmp_path / "digits.png"
+    assert matplotlib.image.imread(picture).shape[:2] == (600, 1000)
+    # The model's own loop goes on where the pipeline was.
+    shutil.rmtree(tmp_path / "saved" / "4")
+    picture.unlink()
+    again, printed = run_any(inside, tmp_path, "--executor", "plain")
+    assert "going on from step 2" in printed
+    assert list(again) == [4]
+    np.testing.assert_allclose(again[4], want[4], atol=1.5e-4)
+    assert picture.exists()
+
+
+def test_the_model_of_somebody_else_knows_nothing_of_pipelines():
+    text = (ROOT / "examples/vision_transformer.py").read_text()
+    assert re.findall(r"^(?:from|import) (\S+)", text, re.MULTILINE) == [
+        "jax.numpy",
+        "flax",
+    ]
