@@ -16,22 +16,23 @@ from jax.sharding import PartitionSpec as P
 
 from fpipe._core.pytrees import PyTree, describe
 from fpipe._executors.placement import Placement
-from fpipe._model.layer import Layer, spread_specs
+from fpipe._model.layer import Layer
+from fpipe._model.specs import annotated_specs, spread_specs
 
 
 def param_shardings(
     layer: Layer, call: str, params: PyTree, place: Placement
 ) -> list[Sharding]:
-    """How the parameters of a layer are put on a mesh: as its `spec` says; what it does
-    not name as it is cut now, if the mesh has these axes too; else whole on each
-    device.
+    """How the parameters of a layer are put on a mesh: as its `spec` says, or what they
+    are annotated with; of what neither names as it is cut now, if the mesh has these
+    axes too; else whole on each device.
 
     Arguments:
         call: names the layer, for errors.
 
     Raises:
-        ValueError: the spec has another form than the parameters, names an axis that
-            the mesh lacks, or does not divide an array.
+        ValueError: the spec has another form than the parameters; a spec names an axis
+            that the mesh lacks, or does not divide an array.
     """
     assert place.mesh is not None
     try:
@@ -43,14 +44,18 @@ def param_shardings(
         ) from error
     found: list[Sharding] = []
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    for (path, leaf), spec in zip(leaves, specs, strict=True):
-        if spec is None:
-            found.append(
-                sharding_at(getattr(leaf, "sharding", None), leaf.shape, place)
-            )
-            continue
-        where = f"{call}: its `spec` {spec} of params{jax.tree_util.keystr(path)}"
-        found.append(cut_as_said(spec, leaf.shape, place, where))
+    annotated = annotated_specs(params)
+    for (path, leaf), spec, said in zip(leaves, specs, annotated, strict=True):
+        name = f"params{jax.tree_util.keystr(path)}"
+        if spec is not None:
+            where = f"{call}: its `spec` {spec} of {name}"
+            found.append(cut_as_said(spec, leaf.shape, place, where))
+        elif said is not None:
+            where = f"{call}: the annotation {said} of {name}"
+            found.append(cut_as_said(said, leaf.shape, place, where))
+        else:
+            own = getattr(leaf, "sharding", None)
+            found.append(sharding_at(own, leaf.shape, place))
     return found
 
 

@@ -23,13 +23,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import PartitionSpec
 
 from fpipe._core.errors import a_type, shown
 from fpipe._core.pytrees import PyTree, describe, is_array, is_inexact
 from fpipe._core.statics import check_leaves
 from fpipe._model.needs import BY_NAME, NEEDS, Giver
 from fpipe._model.skips import Namespace, Scope, scoped
+from fpipe._model.specs import is_spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +91,8 @@ class Layer:
         spec: how the parameters are sharded over the axes of a stage's mesh (tensor
             parallelism). A `jax.sharding.PartitionSpec` holds for all parameters. A
             tree of specs has the form of the parameters, or of the upper part of their
-            tree; `None` in it leaves a parameter as it is given. A stage on one device
-            ignores `spec`.
+            tree; `None` in it leaves a parameter as it is given: as a box of Flax around
+            the array says, or as the array lies. A stage on one device ignores `spec`.
         namespaces: the namespace of each isolated skip; `isolate` sets it.
 
     Raises:
@@ -299,29 +299,6 @@ class Layer:
                 )
         spaces = dict(self.namespaces) | dict.fromkeys(chosen, namespace)
         return dataclasses.replace(self, namespaces=tuple(spaces.items()))
-
-
-def is_spec(value: Any) -> bool:
-    """Whether a value is a leaf of `Layer.spec`, and not a tree of such."""
-    return value is None or isinstance(value, PartitionSpec)
-
-
-def spread_specs(specs: PyTree, tree: PyTree) -> list[PartitionSpec | None]:
-    """The spec of each leaf of a tree.
-
-    Arguments:
-        specs: a spec, or a tree of them in the form of `tree` or of its upper part.
-
-    Raises:
-        ValueError: it has another form.
-    """
-    found: list[PartitionSpec | None] = []
-
-    def spread(spec: PartitionSpec | None, part: PyTree) -> None:
-        found.extend([spec] * len(jax.tree.leaves(part)))
-
-    jax.tree.map(spread, specs, tree, is_leaf=is_spec)
-    return found
 
 
 def _by_name(module: Any, name: Any) -> Any:

@@ -306,6 +306,10 @@ class _Opener(Rewriter):
             self.renamed[node.outs[0]] = node.ins[0]
             self._marks.append(Mark(len(self.nodes), name))
             self._unchecked.append((node, node.ins[0]))
+        elif node.name == "sharding_constraint" and self._is_of_parameter(node):
+            # Flax constrains annotated parameters where they are used. They lie so
+            # already, or were gathered.
+            self.renamed[node.outs[0]] = node.ins[0]
         elif node.name == "scan" and self._is_opened_loop(node):
             self._open_loop(node)
         elif is_remat(node) and self._is_opened_checkpoint(node):
@@ -327,6 +331,19 @@ class _Opener(Rewriter):
             self._leaves.update(dict.fromkeys(node.outs, frozenset().union(*read)))
         else:
             self._varying.update(node.outs)
+
+    def _is_of_parameter(self, node: Node) -> bool:
+        """Whether an equation cuts a parameter, or its rows, over axes of a mesh."""
+        (v,) = node.ins
+        maker = self.maker.get(v)
+        is_own = maker is None or maker.name in ("squeeze", "convert_element_type")
+        spec = getattr(node.eqn.params["sharding"], "spec", ())
+        return (
+            is_own
+            and v not in self._varying
+            and bool(self._leaves.get(v))
+            and any(spec)
+        )
 
     def _bytes_of_params(self, values: Sequence[int]) -> int:
         """The bytes of what of some values is made of parameters alone."""

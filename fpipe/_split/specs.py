@@ -1,8 +1,9 @@
 """How the parameters of a function are cut over the meshes of its stages.
 
 In: what the user says, a tree of specs in the form of the parameters or of its upper
-part. Out: a spec for each array, and of each piece's arrays theirs. With two of four
-layers in each piece, and `specs={"blocks": P(None, None, "model"), "out": P("model")}`,
+part, or what boxes around the parameters say. Out: a spec for each array, and of each
+piece's arrays theirs. With two of four layers in each piece, and
+`specs={"blocks": P(None, None, "model"), "out": P("model")}`,
 
     array             piece 0                     piece 1
     blocks [4,8,8]    [2,8,8] P(,, "model")       [2,8,8] P(,, "model")
@@ -22,7 +23,7 @@ from fpipe._core.errors import shown
 from fpipe._core.pytrees import PyTree, describe, is_array, shapes_of
 from fpipe._executors.parameter_cuts import cut_as_said
 from fpipe._executors.placement import Placement
-from fpipe._model.layer import is_spec, spread_specs
+from fpipe._model.specs import annotated_specs, is_spec, spread_specs
 from fpipe._split.stacks import Rows
 from fpipe._split.trace import Function
 
@@ -31,7 +32,8 @@ Specs: TypeAlias = tuple[P | None, ...]
 
 
 def specs_of(given: PyTree, params: PyTree) -> Specs:
-    """The specs of a function's arrays; none at all: nothing says how they are cut.
+    """The specs of a function's arrays, the user's or those that they are annotated
+    with; none at all: nothing says how they are cut.
 
     Arguments:
         given: the user's.
@@ -54,9 +56,13 @@ def specs_of(given: PyTree, params: PyTree) -> Specs:
             "`fpipe.split(specs=...)`: they have another form than the parameters, "
             f"{describe(shapes_of(params))}; of what is as it comes write `None`"
         ) from error
-    leaves = jax.tree.leaves(params)
-    pairs = zip(specs, leaves, strict=True)
-    mine = tuple(spec for spec, leaf in pairs if is_array(leaf))
+    mine = tuple(
+        annotation if spec is None else spec
+        for spec, annotation, leaf in zip(
+            specs, annotated_specs(params), jax.tree.leaves(params), strict=True
+        )
+        if is_array(leaf)
+    )
     return mine if any(spec is not None for spec in mine) else ()
 
 

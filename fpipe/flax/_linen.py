@@ -115,6 +115,10 @@ class LinenFunction(ModuleFunction):
         if self.deferred:
             apply = functools.partial(deferred_apply, self.module)
         streams = () if key is None else self.streams or ()
+        # Flax constrains annotated parameters where it takes them out of their boxes.
+        # Here they lie so already, or were gathered.
+        params = variables.get("params", {})
+        variables = {**variables, "params": _without_boxes(params)}
         while True:
             try:
                 y, collections = apply(
@@ -403,6 +407,17 @@ def linen_layer(module: nn.Module, options: ModuleOptions) -> Layer:
         defer=DeferLinen(function) if STATS in function.collections else None,
         state_rows=state_rows,
         overwrite=function.overwritten,
+    )
+
+
+def _without_boxes(params: PyTree) -> PyTree:
+    """Parameters out of the boxes that say how they are cut."""
+
+    def is_box(node: Any) -> bool:
+        return isinstance(node, nn.Partitioned)
+
+    return jax.tree.map(
+        lambda node: node.value if is_box(node) else node, params, is_leaf=is_box
     )
 
 

@@ -25,6 +25,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fpipe._core.pytrees import PyTree
 from fpipe._model.layer import Layer
+from fpipe._model.specs import annotated_specs
 from fpipe.flax._batch_norm import DeferredNorm, defer_module, finish_module
 from fpipe.flax._borrow import Path, check_fit, keep_own, with_numbers
 from fpipe.flax._calling import find_method, parameters_of
@@ -99,8 +100,23 @@ class Factory:
 
     def __call__(self, key: Any) -> Variables:
         """The variables of a module that is made with this key."""
-        split = split_module(self.make(rngs=nnx.Rngs(as_typed(key))))
+        rngs = nnx.Rngs(as_typed(key))
+        split = split_module(_without_mesh(lambda: self.make(rngs=rngs)))
         return Variables(nnx.to_pure_dict(split.params), nnx.to_pure_dict(split.rest))
+
+
+def _without_mesh(make: Callable[[], nnx.Module]) -> nnx.Module:
+    """A module, also one whose variables say how they are cut: of these Flax asks for a
+    mesh in the context, and here their stage has one.
+    """
+    try:
+        return make()
+    except ValueError as error:
+        # If Flax words it differently one day, its own error is raised.
+        if "out_sharding" not in str(error):
+            raise
+    with nnx.use_eager_sharding(False):
+        return make()
 
 
 class SplitModule(NamedTuple):
@@ -323,7 +339,7 @@ def nnx_layer(module: Any, options: ModuleOptions) -> Layer:
     # of its stage.
     made = module
     if not isinstance(module, nnx.Module):
-        made = nnx.eval_shape(lambda: module(rngs=nnx.Rngs(0)))
+        made = _without_mesh(lambda: nnx.eval_shape(lambda: module(rngs=nnx.Rngs(0))))
     nodes = [node for _, node in nnx.iter_graph(made)]
     # A clone, as splitting throws away what is sown and the module is the user's.
     split = split_module(nnx.clone(made))
@@ -389,4 +405,14 @@ def nnx_layer(module: Any, options: ModuleOptions) -> Layer:
     state_rows = options.state_rows
     if state_rows is None and function.stateful:
         state_rows = False
-    return function.as_layer(init, init_state, finish, defer, state_rows)
+    made_layer = function.as_layer(init, init_state, finish, defer, state_rows)
+    return dataclasses.replace(made_layer, spec=_spec_of(function, split.params))
+
+
+def _spec_of(function: NNXFunction, params: nnx.State) -> PyTree:
+    """What the variables of a module say of how a layer's own parameters are cut."""
+    specs = annotated_specs(params)
+    if not any(specs):
+        return None
+    tree = jax.tree.unflatten(jax.tree.structure(function.params.tree), specs)
+    return keep_own(function.borrow, tree)

@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 from fpipe._core.meshes import AnyMesh, is_explicit, to_device
 from fpipe._core.pytrees import Tracer
 from fpipe._executors.stage_places import AXIS
-from fpipe._model.layer import Layer, is_spec
+from fpipe._model.layer import Layer
+from fpipe._model.specs import is_spec
 
 # The axis over which a batch is sharded, if the mesh has it.
 DATA = "data"

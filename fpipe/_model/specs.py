@@ -1,0 +1,71 @@
+"""How the arrays of a pytree are cut over a mesh, as users say it.
+
+In: a spec, or a tree of specs in the form of another tree or of its upper part; or
+boxes around arrays that say it, as Flax makes them. Out: a spec for each leaf, in the
+order of `jax.tree.leaves`. Of the tree `{"w": {"q": a, "k": b}, "bias": c}`
+
+    {"w": P("model"), "bias": None}                [None, P("model"), P("model")]
+    {"w": {"q": Partitioned(a, ("model",)), …      [None, None, P("model")]
+
+`None` is what nothing says anything of: an array then lies as it comes.
+"""
+
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from fpipe._core.pytrees import PyTree
+
+
+def is_spec(value: Any) -> bool:
+    """Whether a value is a leaf of a tree of specs, and not a tree of such."""
+    return value is None or isinstance(value, PartitionSpec)
+
+
+def spread_specs(specs: PyTree, tree: PyTree) -> list[PartitionSpec | None]:
+    """The spec of each leaf of a tree.
+
+    Arguments:
+        specs: a spec, or a tree of them in the form of `tree` or of its upper part.
+
+    Raises:
+        ValueError: it has another form.
+    """
+    found: list[PartitionSpec | None] = []
+
+    def spread(spec: PartitionSpec | None, part: PyTree) -> None:
+        found.extend([spec] * len(jax.tree.leaves(part)))
+
+    jax.tree.map(spread, specs, tree, is_leaf=is_spec)
+    return found
+
+
+def annotated_specs(tree: PyTree) -> list[PartitionSpec | None]:
+    """What boxes around the leaves of a tree say: linen's `Partitioned`, and variables
+    of NNX with `out_sharding`.
+    """
+    found: list[PartitionSpec | None] = []
+    for part in jax.tree.leaves(tree, is_leaf=lambda node: _said(node) is not None):
+        found.extend([_said(part)] * len(jax.tree.leaves(part)))
+    return found
+
+
+def _said(node: Any) -> PartitionSpec | None:
+    """What a box says of the array in it."""
+    # By their methods, not their types: Flax need not be installed.
+    ask = getattr(node, "get_partition_spec", None)
+    if callable(ask):
+        spec = ask()
+        return spec if isinstance(spec, PartitionSpec) else None
+    ask = getattr(node, "get_metadata", None)
+    if not callable(ask):
+        return None
+    metadata: Any = ask()
+    said = metadata.get("out_sharding") if isinstance(metadata, dict) else None
+    if isinstance(said, NamedSharding):
+        said = said.spec
+    if not isinstance(said, (tuple, PartitionSpec)):
+        return None
+    rules = dict(metadata.get("sharding_rules") or ())
+    return PartitionSpec(*[rules.get(name, name) for name in said])
