@@ -54,9 +54,11 @@ from fpipe._executors.not_finite import NotFiniteError
 from fpipe._executors.placed.dispatch import DISPATCH, Dispatch
 from fpipe._executors.placed.executor import Placed
 from fpipe._executors.placement import (
+    UNSHARD,
     Device,
     Place,
     Placement,
+    Unshard,
     as_placements,
     first_placements,
 )
@@ -146,6 +148,11 @@ class Pipe(Call):
         data_axes: the names of mesh axes that share out the rows of each microbatch.
             Gradients are summed over these axes once per step. Default: `("data",)` if
             there is such an axis. `"scan"` takes no other value.
+        unshard: how often a parameter is gathered that a spec shards over one of
+            `data_axes`. `"step"` (default): once for all actions of a call. `"action"`:
+            once in each action, which takes less memory and more time. In both, its
+            gradient is summed on each device and scattered once per step. Only placed
+            pipes over meshes read it.
         dispatch: the threads that dispatch programs to the devices. `"one_thread"` is
             the calling thread, in clock order. `"thread_per_device"` starts a thread
             for each device, and ends it with the call. It keeps devices busy when a
@@ -201,6 +208,7 @@ class Pipe(Call):
     dispatch: Dispatch
     mesh: Mesh | None
     data_axes: tuple[str, ...]
+    unshard: Unshard
     compute_dtype: Any
     deferred_batch_norm: bool
     detect_anomaly: bool
@@ -217,6 +225,7 @@ class Pipe(Call):
         dispatch: Dispatch = "auto",
         mesh: Mesh | None = None,
         data_axes: Sequence[str] | None = None,
+        unshard: Unshard = "step",
         compute_dtype: Any = None,
         deferred_batch_norm: bool = False,
         detect_anomaly: bool = False,
@@ -242,6 +251,11 @@ class Pipe(Call):
             raise ValueError(
                 f"`Pipe(dispatch={shown(dispatch)})`: one of "
                 f"{', '.join(map(repr, DISPATCH))}"
+            )
+        if not is_one_of(unshard, UNSHARD):
+            raise ValueError(
+                f"`Pipe(unshard={shown(unshard)})`: one of "
+                f"{', '.join(map(repr, UNSHARD))}"
             )
         # 2. Each argument as a checked value of its own type.
         compute_dtype = as_compute_dtype("Pipe", compute_dtype)
@@ -302,6 +316,7 @@ class Pipe(Call):
             "dispatch": dispatch,
             "mesh": mesh,
             "data_axes": data_axes,
+            "unshard": unshard,
             "compute_dtype": compute_dtype,
             "deferred_batch_norm": deferred_batch_norm,
             "detect_anomaly": detect_anomaly,
@@ -358,6 +373,7 @@ class Pipe(Call):
         layout = Layout(
             cut_stages(model, self.balance),
             tuple(placements[d] for d in stage_to_device),
+            self.unshard,
         )
         return Placed(
             layout,
@@ -399,6 +415,7 @@ class Pipe(Call):
         ]
         # Options that most pipes leave alone are shown where they are used.
         rare = {
+            "unshard": "step",
             "compute_dtype": None,
             "deferred_batch_norm": False,
             "detect_anomaly": False,

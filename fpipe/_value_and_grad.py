@@ -34,7 +34,7 @@ from fpipe._core.pytrees import (
 )
 from fpipe._executors.call import check_chunks
 from fpipe._executors.placed.dispatch import Dispatch
-from fpipe._executors.placement import Place
+from fpipe._executors.placement import Place, Unshard
 from fpipe._executors.scan.packing import Packed
 from fpipe._executors.stage_places import stage_placements, stage_tracing
 from fpipe._model.frozen import Frozen, check_frozen
@@ -559,6 +559,7 @@ def value_and_grad(
     dispatch: Dispatch = "auto",
     mesh: Mesh | None = None,
     data_axes: Sequence[str] | None = None,
+    unshard: Unshard = "step",
     compute_dtype: Any = None,
     deferred_batch_norm: bool = False,
     detect_anomaly: bool = False,
@@ -597,7 +598,8 @@ def value_and_grad(
         init: a function that makes the parameters, `init(key)` or `init(key, *batch)`.
             `step.init` uses it.
         balance, checkpoint, schedule, executor, dispatch: as for `fpipe.Pipe`.
-        mesh, data_axes, compute_dtype, detect_anomaly: as for `fpipe.Pipe`.
+        mesh, data_axes, unshard: as for `fpipe.Pipe`.
+        compute_dtype, detect_anomaly: as for `fpipe.Pipe`.
         deferred_batch_norm: must be `False`, because it needs layers.
 
     Returns:
@@ -650,6 +652,7 @@ def value_and_grad(
         "dispatch": dispatch,
         "mesh": mesh,
         "data_axes": data_axes,
+        "unshard": unshard,
         "compute_dtype": compute_dtype,
         "detect_anomaly": detect_anomaly,
     }

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from fpipe._core.pytrees import PyTree, describe
-from fpipe._executors.placement import Placement
+from fpipe._executors.placement import Placement, axes_in
 from fpipe._model.layer import Layer
 from fpipe._model.specs import annotated_specs, spread_specs
 
@@ -102,8 +102,7 @@ def sharding_at(
 
 def axes_of(spec: P) -> list[str]:
     """The axes that a spec names."""
-    parts = [(part,) if isinstance(part, str) else part or () for part in spec]
-    return [name for part in parts for name in part]
+    return [name for part in spec for name in axes_in(part)]
 
 
 def _divides(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:

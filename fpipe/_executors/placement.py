@@ -16,7 +16,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import numpy as np
@@ -39,6 +39,12 @@ from fpipe._program.over_mesh import devices_over
 # `jax.Device` is a variable to type checkers: jaxlib does not declare it as a class.
 Device: TypeAlias = Any
 Place: TypeAlias = Device | Mesh | Sharding
+
+Unshard: TypeAlias = Literal["step", "action"]
+"""How often a parameter is gathered that is cut over axes of rows: once for all actions
+of a step, or in each."""
+
+UNSHARD: tuple[Unshard, ...] = get_args(Unshard)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +153,16 @@ class Placement:
             parts.pop()  # for two
         return NamedSharding(self.mesh, P(*parts))
 
+    def gathered(self, lies: Sharding) -> Sharding:
+        """How an array lies that is gathered over the axes of rows."""
+        if not isinstance(lies, NamedSharding) or not self.data:
+            return lies
+        parts = [
+            tuple(name for name in axes_in(part) if name not in self.data)
+            for part in lies.spec
+        ]
+        return self.cut_by(P(*[_part(names) for names in parts]))
+
     def by_rows(self, axis: int | None) -> Sharding:
         """How an array lies whose rows are shared; `None`: it has none."""
         if axis is None or self.mesh is None or self.parts == 1:
@@ -244,6 +260,16 @@ class Placement:
         for at, device in np.ndenumerate(self.mesh.devices):
             grid[at] = device.platform, device.id
         return _restore_mesh, (grid, self.mesh.axis_names, self.data)
+
+
+def axes_in(part: Any) -> tuple[str, ...]:
+    """The axes that an entry of a spec names."""
+    return (part,) if isinstance(part, str) else tuple(part or ())
+
+
+def _part(names: tuple[str, ...]) -> Any:
+    """The entry of a spec that names some axes, as JAX writes it."""
+    return names if len(names) > 1 else next(iter(names), None)
 
 
 def as_argument(shape: jax.ShapeDtypeStruct) -> Any:

@@ -37,7 +37,7 @@ from jax.sharding import AbstractMesh
 from fpipe._core.caches import Key, Recent
 from fpipe._core.pytrees import Shape, is_inexact
 from fpipe._core.settings import debugging
-from fpipe._executors.placement import Placement
+from fpipe._executors.placement import Placement, Unshard
 from fpipe._executors.request import CallKind, Inputs, Request
 from fpipe._executors.routes import Routes
 from fpipe._model.joining import Apart, Concatenated, Join, Stacked
@@ -61,10 +61,15 @@ from fpipe.schedules import Action, Kind
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The stages and the placement of each."""
+    """The stages and the placement of each.
+
+    Attributes:
+        unshard: how often parameters are gathered that are cut over axes of rows.
+    """
 
     stages: tuple[Stage, ...]
     placements: tuple[Placement, ...]
+    unshard: Unshard = "step"
 
     def home(self, layer: int) -> Placement:
         """Where a layer's parameters and state live."""

@@ -17,7 +17,7 @@ the last one (`row_sums.py` says why that is the same).
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,13 @@ from fpipe._core.settings import donated
 from fpipe._program.code import Code
 from fpipe._program.host_calls import Failures
 from fpipe._program.row_sums import RowSum, find_row_sum, sum_rows_apart, values_read
+
+
+class GatheredArgument(NamedTuple):
+    """An argument of a program, by its number, and how it lies when it is gathered."""
+
+    argument: int
+    lies: Sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +52,7 @@ class MeshForm:
         stacked: those of the code's arguments, by number, that are not whole arrays but
             the pieces of all microbatches on a first axis: so a device needs no more
             than its rows of each.
+        gathered: those that it gathers before it reads them.
     """
 
     mesh: Mesh
@@ -53,6 +61,7 @@ class MeshForm:
     results: tuple[Sharding | None, ...]
     rows: int
     stacked: frozenset[int] = frozenset()
+    gathered: tuple[GatheredArgument, ...] = ()
 
     @property
     def parts(self) -> int:
@@ -105,7 +114,10 @@ def compile_over(code: Code, form: MeshForm) -> Callable[..., Sequence[Any]]:
     # One device that raised alone would be waited for by the others.
     failures = None if code.guard is None else Failures(form.mesh.size)
 
-    def call(*arrays: Any) -> list[Any]:
+    def call(*given_arrays: Any) -> list[Any]:
+        arrays = list(given_arrays)
+        for n, lies in form.gathered:
+            arrays[n] = jax.lax.with_sharding_constraint(arrays[n], lies)
         results = [*code.outs, *code.sums]
         made = code.values(
             arrays,

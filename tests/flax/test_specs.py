@@ -113,10 +113,6 @@ def test_a_function_of_linen_parameters():
         assert specs == BOTH
         assert jax.tree.structure(step.gather(grads)) == jax.tree.structure(params)
         assert_same((loss, step.gather(grads)), jax.value_and_grad(loss_fn)(params, X))
-        # Flax constrains what is in a box where it is used.
-        traces = step.split.cut._traces.values()
-        names = {n.name for t in traces for n in t.traced.graph.nodes}
-        assert "sharding_constraint" not in names
 
 
 def test_a_function_of_nnx_variables():

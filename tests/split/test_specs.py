@@ -84,6 +84,33 @@ def test_parameters_and_gradients_lie_as_they_are_told(placed_by):
     assert_same(step.gather(placed), PARAMS)
 
 
+def test_what_a_function_says_of_a_parameter_is_no_equation():
+    """Flax constrains annotated parameters wherever they are used, also in loops. That
+    would cut again what has been gathered for a program.
+    """
+
+    def loss_fn(params, x):
+        def layer(h, w):
+            w = jax.lax.with_sharding_constraint(w, P("model"))
+            return jnp.tanh(h @ w), None
+
+        h, _ = jax.lax.scan(layer, x, params["blocks"])
+        # A constraint of other values is one.
+        h = jax.lax.with_sharding_constraint(h, P(None, "model"))
+        out = jax.lax.with_sharding_constraint(params["out"], P("model"))
+        return jnp.mean(h @ out)
+
+    params = {
+        "blocks": noise(KEY, (2, WIDTH, WIDTH)),
+        "out": noise(KEY, (WIDTH, 2)),
+    }
+    step = fpipe.value_and_grad(loss_fn, mesh=MODEL, chunks=2)
+    step.place(params, X)
+    (trace,) = step.split.cut._traces.values()
+    names = [node.name for node in trace.traced.graph.nodes]
+    assert names.count("sharding_constraint") == 1
+
+
 def test_one_spec_says_it_of_all():
     params = {"a": noise(KEY, (WIDTH, WIDTH)), "b": noise(KEY, (WIDTH, WIDTH))}
     split = fpipe.split(mlp, params, X, cuts=["b"], specs=P(None, "model"))

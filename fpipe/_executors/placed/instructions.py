@@ -166,6 +166,16 @@ class JoinedGradient:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class GatheredParam:
+    """A parameter that is cut over axes of rows, gathered for all actions of a step."""
+
+    leaf: Leaf
+
+    def __str__(self) -> str:
+        return f"gathered {self.leaf}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class CallValue:
     """What the call is given (an input or a cotangent) or returns, whole."""
 
@@ -198,7 +208,13 @@ class SentPart:
 
 
 Value: TypeAlias = (
-    StageValue | StartedSum | JoinedGradient | CallValue | Number | SentPart
+    StageValue
+    | StartedSum
+    | JoinedGradient
+    | GatheredParam
+    | CallValue
+    | Number
+    | SentPart
 )
 
 

@@ -11,6 +11,9 @@ two meshes with the axes data=2 and model=2, with four rows a microbatch:
     sum params 0['up'] stage0       [2, 8, 32] P("data", None, "model"), a part each
     gradient params 0['up']         [8, 32]    P(None, "model")
 
+A parameter that is itself cut over an axis of rows, `P("data", "model")`, is gathered
+over that axis where actions read it: `P(None, "model")`.
+
 What crosses stages has a sharding that is known before anything is compiled, so that a
 transfer can be planned. A batch of several microbatches is stacked, so that each device
 has its rows of each of them. Cut by rows as a whole, a piece of consecutive rows would
@@ -25,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 from fpipe._executors.parameter_cuts import axes_of
 from fpipe._executors.placed.instructions import (
     CallValue,
+    GatheredParam,
     JoinedGradient,
     SentPart,
     Slot,
@@ -86,13 +90,16 @@ class Shardings:
             return placement.cut_by(own.spec)
         return placement.sharding
 
-    def shares_rows(self, leaf: Leaf, stage: int) -> bool:
+    def is_cut_by_rows(self, leaf: Leaf, placement: Placement) -> bool:
         """Whether an array of parameters is cut over the axes of rows itself."""
-        placement = self._layout.placements[stage]
         lies = self.param(leaf, placement)
         if not isinstance(lies, NamedSharding):
             return False
         return not {*placement.data}.isdisjoint(axes_of(lies.spec))
+
+    def gathered(self, leaf: Leaf, placement: Placement) -> Sharding:
+        """How an array of parameters lies on a placement while actions read it."""
+        return placement.gathered(self.param(leaf, placement))
 
     def is_stacked(self, leaf: Leaf, placement: Placement) -> bool:
         """Whether the pieces of an input of the call lie stacked on a placement."""
@@ -152,9 +159,9 @@ class Shardings:
             apart: whether it is a sum that is kept as parts.
         """
         if isinstance(value, GradientSum):
-            total = self.param(value.leaf, placement)
             if not apart:
-                return total
+                return self.param(value.leaf, placement)
+            total = self.gathered(value.leaf, placement)
             assert isinstance(total, NamedSharding)
             return placement.cut_by(P(placement.data, *total.spec))
         if not isinstance(value, Residual | Handed) and (
@@ -172,6 +179,8 @@ class Shardings:
         match slot.value:
             case CallValue(Input(leaf)) if leaf.port.kind == "params":
                 target = self.param(leaf, placement)
+            case GatheredParam(leaf):
+                target = self.gathered(leaf, placement)
             case JoinedGradient(leaf) if leaf.port.kind == "params":
                 target = self.param(leaf, placement)
             case StageValue(GradientSum(leaf)):

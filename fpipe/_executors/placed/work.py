@@ -30,6 +30,7 @@ from jax.sharding import Sharding
 
 from fpipe._executors.placed.instructions import (
     CallValue,
+    GatheredParam,
     Number,
     Slot,
     StageValue,
@@ -54,7 +55,7 @@ from fpipe._program.code import (
     ProgramValue,
     Residual,
 )
-from fpipe._program.over_mesh import MeshForm, row_sums
+from fpipe._program.over_mesh import GatheredArgument, MeshForm, row_sums
 from fpipe.schedules import Action
 
 
@@ -101,6 +102,7 @@ class CallWork:
         sums: the gradients accumulated so far, by stage and leaf.
         states: of each layer whose state goes from microbatch to microbatch, as they
             go by.
+        gathered: the parameters that are gathered for all actions, so far.
         shardings: how arrays lie over the meshes of stages; empty where each is on one
             device.
         apart: by stage, the leaves whose gradients are kept as parts over its devices.
@@ -120,6 +122,7 @@ class CallWork:
         self.held: dict[tuple[int, int], dict[ProgramValue, Slot]] = {}
         self.sums: dict[tuple[int, Leaf], Slot] = {}
         self.states: dict[int, tuple[Slot, ...]] = {}
+        self.gathered: set[Slot] = set()
         self.apart: dict[int, frozenset[Leaf]] = {
             stage.index: self._kept_apart(stage.index)
             for stage in layout.stages
@@ -332,12 +335,27 @@ class CallWork:
                 and self.layout.routes.is_given(stage, value.leaf.port)
                 and self.shardings.is_stacked(value.leaf, placement)
             ),
+            self._gathered_in(program, placement),
         )
         # The same code runs for all microbatches of one shape.
         key = (id(code), form)
         if key not in self._over_meshes:
             self._over_meshes[key] = self.programs.over_mesh(stage, code, form)
         return self._over_meshes[key]
+
+    def _gathered_in(
+        self, program: Program, placement: Placement
+    ) -> tuple[GatheredArgument, ...]:
+        """The parameters that a program gathers itself."""
+        if self.layout.unshard == "step" or placement.parts == 1:
+            return ()
+        return tuple(
+            GatheredArgument(n, self.shardings.gathered(value.leaf, placement))
+            for n, value in enumerate(program.ins)
+            if isinstance(value, Input)
+            and value.leaf.port.kind == "params"
+            and self.shardings.is_cut_by_rows(value.leaf, placement)
+        )
 
     def is_apart(self, stage: int, value: ProgramValue) -> bool:
         """Whether a value is a sum that each device has a part of."""
@@ -349,9 +367,8 @@ class CallWork:
         """The leaves whose gradients a stage's programs sum apart on each device: those
         for which all of them can.
         """
-        if self.microbatches == 1:
-            return frozenset()
-        parts = self.layout.placements[stage].parts
+        placement = self.layout.placements[stage]
+        parts = placement.parts
         can: set[Leaf] = set()
         cannot: set[Leaf] = set()
         seen: set[int] = set()
@@ -364,9 +381,11 @@ class CallWork:
                 found = row_sums(code, self.shardings.rows(i), parts)
                 sums = [v.leaf for v in program.outs if isinstance(v, GradientSum)]
                 for n, leaf in enumerate(sums):
-                    # What is cut over these axes itself has no room for the parts.
-                    free = not self.shardings.shares_rows(leaf, stage)
-                    (can if free and n in found else cannot).add(leaf)
+                    # A sum of one term crosses the axes once in any case. But what is
+                    # cut over them is scattered: no device needs all of it.
+                    several = self.microbatches > 1
+                    asked = several or self.shardings.is_cut_by_rows(leaf, placement)
+                    (can if asked and n in found else cannot).add(leaf)
         return frozenset(can - cannot)
 
     def _source(self, stage: int, microbatch: int, leaf: Leaf) -> Slot:
@@ -377,8 +396,7 @@ class CallWork:
         if maker is not None:
             return self.held[maker.stage, microbatch][Output(Leaf(maker.port, k))]
         if port.kind == "params":
-            home = self.layout.home(port.of)
-            return Slot(CallValue(Input(leaf)), home, "parameters")
+            return self._param(leaf)
         if port.kind == "state" and port.of in self.states:
             return self.states[port.of][k]
         if port in (INDEX, FIRST) or port.kind == "number":
@@ -398,6 +416,40 @@ class CallWork:
         if self.layout.has_meshes:
             self.shardings.add_given(slot, leaf, microbatch)
         return slot
+
+    def _param(self, leaf: Leaf) -> Slot:
+        """Where an array of parameters is, for all stages that read it."""
+        home = self.layout.home(leaf.port.of)
+        gathered = Slot(GatheredParam(leaf), home, "parameters")
+        if gathered in self.gathered:
+            return gathered
+        given = Slot(CallValue(Input(leaf)), home, "parameters")
+        if home.parts == 1 or self.layout.unshard == "action":
+            return given
+        if not self.shardings.is_cut_by_rows(leaf, home):
+            return given
+        self._gather_params(self.layout.routes.home(leaf.port.of))
+        return gathered
+
+    def _gather_params(self, stage: int) -> None:
+        """Gather the parameters of a stage that are cut over axes of rows: together,
+        before the first action that reads one of them.
+        """
+        placement = self.layout.placements[stage]
+        ins, outs = [], []
+        lie: list[tuple[tuple[int, ...], Sharding]] = []
+        for layer in self.layout.stages[stage].span:
+            for k, array in enumerate(self.inputs.params[layer].leaves):
+                leaf = Leaf(Port("params", layer), k)
+                if not self.shardings.is_cut_by_rows(leaf, placement):
+                    continue
+                ins.append(Slot(CallValue(Input(leaf)), placement, "parameters"))
+                outs.append(Slot(GatheredParam(leaf), placement, "parameters"))
+                lie.append((array.shape, self.shardings.gathered(leaf, placement)))
+        self.add_unscheduled(
+            "gather parameters", lambda *arrays: [*arrays], ins, outs, placement, lie
+        )
+        self.gathered.update(outs)
 
     def _start_sums(self, stage: int, program: Program) -> None:
         """Zeros for the sums that a stage's program adds to, made together."""

@@ -1,5 +1,6 @@
 """What is alive at each instruction of a plan, as it is predicted and as it is."""
 
+import dataclasses
 import gc
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import fpipe
 from fpipe._core.pytrees import Shape
@@ -130,16 +132,25 @@ def test_what_is_alive_is_predicted_to_the_byte_at_every_instruction(
 
 
 @pytest.mark.parametrize(
-    ("axis", "checkpoint"), [("data", "never"), ("model", "always")]
+    ("axis", "checkpoint", "spec", "unshard"),
+    [
+        ("data", "never", None, "step"),
+        ("model", "always", None, "step"),
+        ("data", "except_last", P("data"), "step"),
+        ("data", "except_last", P("data"), "action"),
+    ],
 )
-def test_what_a_device_of_a_mesh_holds_is_predicted_to_the_byte(axis, checkpoint):
+def test_what_a_device_of_a_mesh_holds_is_predicted_to_the_byte(
+    axis, checkpoint, spec, unshard
+):
     old = jax.live_arrays()
     devices = np.array(jax.devices()).reshape(2, 2)
     pipe = fpipe.Pipe(
-        [dense(WIDTH)] * 4,
+        [dataclasses.replace(dense(WIDTH), spec=spec)] * 4,
         [2, 2],
         chunks=4,
         checkpoint=checkpoint,
+        unshard=unshard,
         mesh=Mesh(devices, ("stage", axis)),
     )
     # On a device that is not looked at.

@@ -8,6 +8,7 @@ import pickle
 import re
 import threading
 from collections import Counter
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -243,6 +244,77 @@ def test_tensor_parallel_blocks_reduce_twice_in_each_direction():
     assert len(placed_executor(pipe)._plans.values()) == len(plans)
 
 
+SHARDED = {"up": P(None, "data"), "down": P("data"), "bias": None}
+
+
+def perceptron(params, x):
+    return x + jnp.tanh(x @ params["up"] + params["bias"]) @ params["down"]
+
+
+def init_perceptron(key, x):
+    up, down = noise(key, (WIDE, 2 * WIDE)), noise(key, (2 * WIDE, WIDE))
+    return {"up": up, "down": down, "bias": jnp.ones(2 * WIDE)}
+
+
+FULLY_SHARDED = fpipe.Layer(perceptron, init_perceptron, name="mlp", spec=SHARDED)
+
+
+@pytest.mark.parametrize(
+    ("unshard", "chunks", "gathered"),
+    [
+        # Two layers with two of such parameters.
+        ("step", 4, {("gather parameters", "all-gather"): 4}),
+        ("step", 1, {("gather parameters", "all-gather"): 4}),
+        ("action", 4, {("F", "all-gather"): 16, ("B", "all-gather"): 16}),
+    ],
+)
+def test_sharded_parameters_are_gathered_and_their_gradients_scattered_once(
+    unshard, chunks, gathered
+):
+    layers = [FULLY_SHARDED] * 2
+    x = noise(jax.random.key(1), (8, WIDE))
+    pipe = fpipe.Pipe(
+        layers, chunks=chunks, mesh=DATA, unshard=unshard, checkpoint="always"
+    )
+    params = pipe.init(jax.random.key(0), x)
+    got = pipe.value_and_grad(mse)(params, x, x)
+    want = fpipe.sequential(layers, chunks=chunks).value_and_grad(mse)
+    assert_same(got, want(pipe.gather(params), x, x))
+    for tree in (params, got[1]):
+        assert [a.sharding.spec for a in jax.tree.leaves(tree)] == [
+            P(),
+            P("data"),
+            P(None, "data"),
+        ] * 2
+    counts = collectives(pipe)
+    scattered = {("add parts", "reduce-scatter"): 4}
+    # The gradients of what is whole on each device are added up, those of a stage
+    # together.
+    added = "B" if chunks == 1 else "add parts"
+    assert counts == {**gathered, **scattered, (added, "all-reduce"): 2}
+
+
+@pytest.mark.parametrize(
+    ("axes", "spec"),
+    [
+        (("data", "model"), P(("model", "data"))),
+        (("data", "model"), P(("data", "model"))),
+        (("data", "rows"), P(("rows", "data"))),
+    ],
+)
+def test_pieces_of_pieces_are_scattered_where_they_belong(axes, spec):
+    mesh = Mesh(DEVICES.reshape(1, 2, 2), ("stage", *axes))
+    data = tuple(name for name in axes if name != "model")
+    x = noise(jax.random.key(1), (8, WIDE))
+    layer = fpipe.Layer(multiplied, lambda key, x: noise(key, (WIDE, WIDE)), spec=spec)
+    pipe = fpipe.Pipe([layer], chunks=2, mesh=mesh, data_axes=data)
+    params = pipe.init(jax.random.key(0), x)
+    got = pipe.value_and_grad(mse)(params, x, x)
+    assert got[1][0].sharding == params[0].sharding
+    want = fpipe.sequential([layer], chunks=2).value_and_grad(mse)
+    assert_same(got, want(pipe.gather(params), x, x))
+
+
 def test_arrays_say_how_they_are_cut():
     x = noise(jax.random.key(1), (4, WIDE))
     whole = [noise(jax.random.key(n), (WIDE, WIDE)) for n in (2, 3)]
@@ -473,6 +545,8 @@ def test_wrong_meshes_are_refused():
         "`Pipe(data_axes='data')`: a sequence of names of axes, such as (\"data\",)",
     ):
         fpipe.Pipe(layers, mesh=DATA, data_axes="data")
+    with raises(ValueError, "`Pipe(unshard='layer')`: one of 'step', 'action'"):
+        fpipe.Pipe(layers, mesh=DATA, unshard=cast("Any", "layer"))
     with raises(
         ValueError,
         "`Pipe(mesh=...)`: the mesh has 2 places on its axis 'stage', but the schedule "
