@@ -92,7 +92,7 @@ class Routes:
     def readers(self, stage: int, port: Port) -> tuple[End, ...]:
         """The other stages that read what a stage makes, and what they call it."""
         # The next stage reads the boundary under another name. A skip keeps its name,
-        # and may have several readers: those that peek, and the one that pops.
+        # and may have several readers: those that peek, and one that pops.
         if port == Y:
             return () if self.stages[stage].last else (End(stage + 1, X),)
         if port.kind == "skip":

@@ -71,7 +71,7 @@ def refuse_tracers(tree: PyTree) -> None:
                 "derivatives, forward mode and "
                 "`jax.vmap` do not, and neither does differentiating `value_and_grad` "
                 "or `evaluate`. `fpipe.sequential` "
-                "supports them all"
+                'supports them all, and `executor="scan"` second derivatives'
             )
 
 

@@ -678,7 +678,7 @@ def skippable(
     Arguments:
         stash: names that the layer stashes, each with one `fpipe.stash`.
         pop: names that the layer takes out, each with one `fpipe.pop`.
-        peek: names that the layer reads with `fpipe.peek`. A later layer pops them.
+        peek: names that the layer reads with `fpipe.peek`. Others may read them too.
 
     Returns:
         A decorator. It takes a function with the keyword-only parameter `carry`, or a

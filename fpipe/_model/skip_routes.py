@@ -58,7 +58,7 @@ class Problem(enum.Enum):
     POPPED_TWICE = enum.auto()
     PEEKED_AFTER_POP = enum.auto()
     STASHED_TWICE = enum.auto()
-    NEVER_POPPED = enum.auto()
+    NEVER_READ = enum.auto()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def verify_skippables(layers: Iterable[Any]) -> None:
         ValueError: one layer declares a skip in two ways. A skip is stashed twice, or
             popped twice, without a namespace. A skip is popped or peeked, and no
             earlier layer stashes it. A skip is peeked after its pop. A skip is stashed
-            and never popped.
+            and never popped or peeked.
     """
     find_skip_routes(number_namespaces(flatten_layers(layers)))
 
@@ -109,7 +109,7 @@ def find_skip_routes(layers: Sequence[Layer]) -> dict[Skip, SkipRoute]:
     # Two passes over the layers and a look at what is left over:
     #     makers     who stashes each skip (the first, if it is stashed twice)
     #     poppers    who has popped it so far, while layers are read in order
-    #     left over  skips that nobody has popped
+    #     left over  skips that nobody has read
     # A wrong declaration is noted and the search goes on: one round trip for the user,
     # as torchgpipe's `verify_skippables` has it.
     makers: dict[Skip, int] = {}
@@ -149,7 +149,7 @@ def find_skip_routes(layers: Sequence[Layer]) -> dict[Skip, SkipRoute]:
             else:
                 mismatches.append(Mismatch(problem, position, field, skip, other))
             # A wrong pop counts too: else the same skip would be reported once more,
-            # as never popped.
+            # as never read.
             if field == "pop":
                 poppers.setdefault(skip, position)
         for name in layer.stash:
@@ -159,10 +159,11 @@ def find_skip_routes(layers: Sequence[Layer]) -> dict[Skip, SkipRoute]:
                 mismatches.append(
                     Mismatch(Problem.STASHED_TWICE, position, "stash", skip, maker)
                 )
-    # A skip that is only peeked at has readers, but nobody says which is the last one.
+    # A skip that is only peeked at is freed behind its last reader: the layers of a
+    # decoder that all read the same need not be told which of them is the last one.
     for skip, maker in makers.items():
-        if skip not in poppers:
-            mismatches.append(Mismatch(Problem.NEVER_POPPED, maker, "stash", skip))
+        if skip not in poppers and not readers[skip]:
+            mismatches.append(Mismatch(Problem.NEVER_READ, maker, "stash", skip))
 
     if mismatches:
         wrong = explain_mismatches(mismatches, layers)
@@ -227,9 +228,10 @@ def explain_mismatches(
                     f"{name!r} is stashed by {other} and again by {who}; isolate the "
                     "pairs with namespaces: `layer.isolate(fpipe.Namespace())`"
                 )
-            case Problem.NEVER_POPPED:
+            case Problem.NEVER_READ:
                 wrong.append(
-                    f"{name!r} is stashed by {who}, but no later layer pops it"
+                    f"{name!r} is stashed by {who}, but no later layer pops it or "
+                    "peeks at it"
                 )
     return wrong
 

@@ -101,7 +101,7 @@ def scoped(scope: Scope) -> Iterator[None]:
 
 
 def stash(carry: Mapping[str, PyTree], name: str, value: PyTree) -> dict[str, PyTree]:
-    """Stash a value under a name, for a later layer to pop.
+    """Stash a value under a name, for later layers to peek at or to pop.
 
     Arguments:
         carry: the layer's carry. It is not changed.
@@ -160,7 +160,8 @@ def pop(carry: Mapping[str, PyTree], name: str) -> tuple[PyTree, dict[str, PyTre
 
 
 def peek(carry: Mapping[str, PyTree], name: str) -> PyTree:
-    """Read a skip that a later layer pops.
+    """Read a skip and leave it for others: later layers may peek at it too, and the
+    last one of all may pop it.
 
     Arguments:
         carry: the layer's carry.

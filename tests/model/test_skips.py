@@ -308,7 +308,9 @@ STASHED_TWICE = (
     "'a' is stashed by layer 0 'x' and again by layer 1 'x'; isolate the pairs with "
     "namespaces: `layer.isolate(fpipe.Namespace())`"
 )
-STASHED_IN_VAIN = "'a' is stashed by layer 0 'x', but no later layer pops it"
+STASHED_IN_VAIN = (
+    "'a' is stashed by layer 0 'x', but no later layer pops it or peeks at it"
+)
 ONE_READER = (
     "isolate the pairs with namespaces, or let all readers but the last one peek"
 )
@@ -374,8 +376,8 @@ MISMATCHES = {
         ],
         [f"layer 2 'z' {ELSEWHERE}"],
     ),
-    "stashed, never popped": (
-        [layer("x", stash=["a"]), layer("y", peek=["a"])],
+    "stashed, never read": (
+        [layer("x", stash=["a"]), layer("y")],
         [STASHED_IN_VAIN],
     ),
     "stashed twice in one namespace": (
@@ -439,7 +441,8 @@ def test_all_mismatches_are_reported_at_once_at_any_depth(check):
         f"'t' is popped by layer 6 'pop' and layer 7 'repop' pops it again; {others}",
         "'t' is popped by layer 6 'pop' and layer 8 'peek' peeks at it after that; "
         f"{others}",
-        "'lost' is stashed by layer 9 'lost', but no later layer pops it",
+        "'lost' is stashed by layer 9 'lost', but no later layer pops it or peeks at "
+        "it",
     ]
     with raises(ValueError, report(wrong)):
         check(layers)
@@ -454,6 +457,7 @@ def test_models_that_fit_pass():
     fpipe.verify_skippables(
         [layer("x", stash=["a"]), *[layer("y", peek=["a"])] * 3, layer("z", pop=["a"])]
     )
+    fpipe.verify_skippables([layer("x", stash=["a"]), *[layer("y", peek=["a"])] * 3])
 
 
 @pytest.mark.parametrize("field", ["stash", "pop", "peek"])
@@ -715,8 +719,8 @@ VALUES = {
 }
 
 
-def model(case):
-    """One layer stashes it, the next peeks at it, the last pops it."""
+def model(case, last_peeks=False):
+    """One layer stashes it, the next peeks at it, the last pops it, or peeks too."""
     made, read = VALUES[case]
 
     def stash(p, x, *, carry):
@@ -729,10 +733,15 @@ def model(case):
         value, carry = fpipe.pop(carry, "value")
         return x * p + read(value), carry
 
+    def peek_last(p, x, *, carry):
+        return x * p + read(fpipe.peek(carry, "value")), carry
+
     return [
         fpipe.Layer(stash, stash=("value",)),
         fpipe.Layer(peek, peek=("value",)),
-        fpipe.Layer(pop, pop=("value",)),
+        fpipe.Layer(peek_last, peek=("value",))
+        if last_peeks
+        else fpipe.Layer(pop, pop=("value",)),
     ]
 
 
@@ -768,6 +777,25 @@ def test_any_value_can_be_a_skip(case):
 )
 def test_the_ends_of_a_skip_may_share_a_stage(run, balance):
     check("a pytree", run, balance)
+
+
+@pytest.mark.parametrize("executor", ["placed", "scan"])
+def test_the_last_reader_may_peek(executor):
+    popping, peeking = (
+        fpipe.Pipe(model("the output", last_peeks), chunks=3, executor=executor)
+        for last_peeks in (False, True)
+    )
+    placed = popping.place(PARAMS)
+    run = functools.partial(inside, x=X / 4)
+    if executor == "scan":
+        run = jax.jit(run, static_argnums=0)
+    assert_same(run(peeking, placed), run(popping, placed))
+    # Behind its last reader it is freed, as if that had popped it.
+    held = [
+        pipe.plan(PARAMS, X, jnp.cos(X), loss_fn=mse).devices
+        for pipe in (popping, peeking)
+    ]
+    assert held[0] == held[1]
 
 
 @both

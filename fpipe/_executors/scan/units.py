@@ -107,8 +107,8 @@ def _ends(
     if len(balance) < 2:
         return None
     # Layers are taken to be alike if their names and shapes are. If they are not, two
-    # cores are two operations, and nothing else is lost. The last reader of a skip pops
-    # it and others peek, but they read it alike.
+    # cores are two operations, and nothing else is lost. The last reader of a skip may
+    # pop it while others peek, but they read it alike.
     kinds = [
         (
             layer.name,

@@ -900,3 +900,38 @@ def test_stages_that_send_different_values_on_one_wire():
         (value, pipe.gather(grads)),
         case.reference.value_and_grad(mse)(params, case.x, case.target),
     )
+
+
+@pytest.mark.parametrize(
+    "schedule", ["1f1b", pytest.param("zb_h1", marks=pytest.mark.full)]
+)
+def test_second_derivatives_in_jit(schedule):
+    """Of a step, in a direction and backwards, and of a call, backwards twice."""
+
+    def layer(w, x):
+        return jnp.tanh(x @ w)
+
+    def second(pipe, params, direction, x):
+        step = pipe.value_and_grad(mse)
+        grads = lambda params: step(params, x, jnp.cos(x))[1]  # noqa: E731
+
+        def norm(params):
+            return sum(jnp.sum(g**2) for g in jax.tree.leaves(grads(params)))
+
+        def penalty(params):
+            return jnp.sum(jax.grad(lambda x: pipe(params, x).sum())(x) ** 2)
+
+        product = jax.jvp(grads, (params,), (direction,))[1]
+        return product, jax.grad(norm)(params), jax.grad(penalty)(params)
+
+    params, direction = (
+        tuple(noise(jax.random.key(seed + k), (3, 3)) for k in range(2))
+        for seed in (0, 7)
+    )
+    x = noise(jax.random.key(3), (4, 3))
+    plain = fpipe.sequential([layer] * 2, chunks=2)
+    pipe = pipe_of([layer] * 2, (1, 1), chunks=2, schedule=schedule)
+    run = jax.jit(second, static_argnums=0)
+    got = run(pipe, pipe.place(params), pipe.place(direction), x)
+    want = run(plain, params, direction, x)
+    assert_same(tuple(map(pipe.gather, got)), want)
