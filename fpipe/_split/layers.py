@@ -504,7 +504,10 @@ class PieceLayer:
             tuple(itertools.islice(made, len(part))) for part in (out, stashed)
         )
         new_state = tuple(
-            block.joined(itertools.islice(made, len(roots)))
+            block.joined(
+                list(itertools.islice(made, len(roots))),
+                [self.cut.state_roots[n] for n in roots],
+            )
             for block, roots in zip(state, in_block, strict=True)
         )
         if k < len(trace.boundaries):

@@ -27,7 +27,6 @@ the weights; and a piece of one round would be no loop, so that it had another p
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,21 +41,23 @@ from fpipe._core.pytrees import aval, is_traced, nbytes
 from fpipe._program.control_flow import is_remat, scan_parts
 from fpipe._program.graph import Graph, Node, bind, inline, trace
 from fpipe._program.rewriting import Rewriter
+from fpipe._split.by_rows import (
+    Part,
+    changed_sizes,
+    goes_by_rows,
+    index_operand,
+    indexed_axis,
+    joined_axis,
+    joined_parts,
+    sources,
+    taken_parts,
+)
 from fpipe._split.mark import Mark, mark_inside, mark_of
 from fpipe._split.stacks import Roots, Rows, divided
 
-# Operations that make each row of their result of the same row of what they read; all
-# that they read has the shape of the result, or is a number.
-# fmt: off
-_ELEMENTWISE = frozenset((
-    "abs", "add", "ceil", "convert_element_type", "copy", "div", "exp", "floor",
-    "integer_pow", "log", "max", "min", "mul", "name", "neg", "pow", "reduce_precision",
-    "round", "rsqrt", "sign", "sqrt", "square", "stop_gradient", "sub", "tanh",
-))
-# fmt: on
-
-# Numbers that are known while tracing are indices: larger arrays are not looked at.
-_LARGEST_KNOWN = 16
+# Numbers that are known while tracing are indices of layers: larger arrays are not
+# looked at.
+_LARGEST_KNOWN = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,12 +168,28 @@ def open_trace(
     asked = opener.asked_rows()
     found = list[Rows]()
     for leaf, v in enumerate(stacks.values):
-        rows = graph.avals[v].shape[:1]
-        parts = divided(rows[0], asked.get(leaf, ())) if rows else []
-        found += [Rows(leaf, *part) for part in parts] or [Rows(leaf)]
+        found += _divided(leaf, graph.avals[v].shape, asked.get(leaf, ()))
     if found == whole and not opener.left_out:
         return opened
     return _Opener(graph, stacks, cut_leaves, found).opened(graph)
+
+
+def _divided(leaf: int, shape: Sequence[int], asked: Iterable[Part]) -> list[Rows]:
+    """A leaf in the parts of it that are read by themselves, or as a whole.
+
+    Arguments:
+        asked: these parts.
+    """
+    # One that is read on several axes is divided on that with the most parts.
+    by_axis: dict[int, set[tuple[int, int]]] = {}
+    for part in asked:
+        by_axis.setdefault(part.axis, set()).add((part.start, part.stop))
+    found: list[Rows] = []
+    for axis, spans in sorted(by_axis.items()):
+        parts = divided(shape[axis], spans)
+        if len(parts) > len(found):
+            found = [Rows(leaf, start, stop, axis) for start, stop in parts]
+    return found or [Rows(leaf)]
 
 
 class _Opener(Rewriter):
@@ -199,7 +216,7 @@ class _Opener(Rewriter):
         self._looking = looking
         self._stacks = stacks
         # For each leaf the rows that are read by themselves.
-        self._asked: dict[int, set[tuple[int, int]]] = {}
+        self._asked: dict[int, set[Part]] = {}
         self._cut_leaves = cut_leaves
         self._roots = tuple(roots)
         self._leaf_of = {v: leaf for leaf, v in enumerate(stacks.values)}
@@ -219,9 +236,11 @@ class _Opener(Rewriter):
             v: frozenset((leaf,)) for v, leaf in self._leaf_of.items()
         }
         self._varying = set(graph.inputs) - set(stacks.values)
-        self._rows: dict[tuple[int, int, int], int] = {}
-        self._divisible: dict[int, bool] = {}
-        self._by_rows: dict[int, bool] = {}
+        self._rows: dict[tuple[int, Part], int] = {}
+        self._divisible: dict[tuple[int, int], bool] = {}
+        self._by_rows: dict[tuple[int, int], bool] = {}
+        # What slices that are left out are parts of.
+        self._left: dict[int, tuple[int, Part]] = {}
         self._values: dict[Rows, int] = {}
         self._parts: dict[int, list[Rows]] = {}
         for root in self._roots:
@@ -230,7 +249,7 @@ class _Opener(Rewriter):
             self._parts.setdefault(root.leaf, []).append(root)
             if not root.whole:
                 whole = graph.avals[v]
-                shape = (root.count, *whole.shape[1:])
+                shape = root.part.shape(whole.shape)
                 self._values[root] = block = self.new(whole.update(shape=shape))
                 self._leaves[block] = frozenset((root.leaf,))
 
@@ -260,20 +279,35 @@ class _Opener(Rewriter):
             self._checkpoints,
         )
 
-    def asked_rows(self) -> dict[int, set[tuple[int, int]]]:
+    def asked_rows(self) -> dict[int, set[Part]]:
         """For each leaf the rows that are read by themselves; of a state that is not,
         those that are written so.
         """
         found = dict(self._asked)
         first = len(self._stacks.params)
-        if self._stacks.rows_of_batch:
-            return {leaf: rows for leaf, rows in found.items() if leaf < first}
         for leaf, v in enumerate(self.current(self._stacks.new_state), first):
-            node = self.maker.get(v)
-            if leaf not in found and node is not None and self._is_join(node):
-                ends = np.cumsum([0, *self._joined_counts(node)]).tolist()
-                found[leaf] = set(itertools.pairwise(ends))
+            if leaf not in found:
+                found[leaf] = self._written_parts(v)
+        if self._stacks.rows_of_batch:
+            # No layers are stacked where the rows of the batch are.
+            for leaf in range(first, len(self._stacks.values)):
+                found[leaf] = {part for part in found[leaf] if part.axis}
         return found
+
+    def _written_parts(self, v: int) -> set[Part]:
+        """The parts that a value is joined of."""
+        node = self.maker.get(v)
+        if node is None:
+            return set()
+        if joined_axis(node) is not None:
+            return set(joined_parts(node, self.avals))
+        if node.name != "transpose":
+            return set()
+        to = node.eqn.params["permutation"]
+        return {
+            dataclasses.replace(part, axis=to.index(part.axis))
+            for part in self._written_parts(node.ins[0])
+        }
 
     def _new_state(self) -> tuple[int, ...]:
         """For each root of the state the value that is returned for it."""
@@ -282,7 +316,7 @@ class _Opener(Rewriter):
         return tuple(
             made[root.leaf - first]
             if root.whole
-            else self.rows(made[root.leaf - first], root.start, root.stop, "")
+            else self.rows(made[root.leaf - first], root.part, "")
             for root in self._roots
             if root.leaf >= first
         )
@@ -290,11 +324,27 @@ class _Opener(Rewriter):
     def _join_leaves(self) -> None:
         """Leaves that are divided are made of their rows, for whoever reads all."""
         for v, leaf in list(self._leaf_of.items()):
-            blocks = [self._values[r] for r in self._parts[leaf] if not r.whole]
-            if blocks:
-                join = lambda *rows: jnp.concatenate(rows)  # noqa: E731
-                self.renamed[v] = self.apply(join, blocks, "join", "")
+            parts = [root for root in self._parts[leaf] if not root.whole]
+            if parts:
+                blocks = [self._values[root] for root in parts]
+                self.renamed[v] = self._join(blocks, parts[0].axis, "")
                 self._leaf_of[self.renamed[v]] = leaf
+
+    def _join(self, values: Sequence[int], axis: int, scope: str) -> int:
+        """Some values one behind the other."""
+
+        def join(*arrays: Any) -> Any:
+            return jnp.concatenate(arrays, axis)
+
+        return self.apply(join, values, ("join", axis), scope)
+
+    def _squeeze(self, v: int, axis: int, scope: str) -> int:
+        """A value without an axis of one row."""
+
+        def squeeze(a: Any) -> Any:
+            return jax.lax.squeeze(a, [axis])
+
+        return self.apply(squeeze, [v], ("squeeze", axis), scope)
 
     # --- equations ---
 
@@ -366,12 +416,53 @@ class _Opener(Rewriter):
         # reads no more of what all share than of its own.
         first = sum(scan_parts(node))
         stacked = [
-            v for v in node.ins[first:] if self._params_of(v) and self._is_divisible(v)
+            v
+            for v in node.ins[first:]
+            if self._params_of(v) and self._is_divisible(v, 0)
         ]
-        shared = self._bytes_of_params(node.ins[:first])
+        indexed = self._read_by_index(node)
+        stacked += indexed
+        shared = self._bytes_of_params(
+            [v for v in node.ins[:first] if v not in indexed]
+        )
         return bool(stacked) and self._bytes_of_params(stacked) >= (
             shared * node.body_runs
         )
+
+    def _read_by_index(self, node: Node) -> list[int]:
+        """The stacks of parameters that a loop reads by the number of its round, as a
+        `fori_loop` does.
+        """
+        constants, carried = scan_parts(node)
+        (body,) = node.bodies
+        stacks = {
+            v: outer
+            for v, outer in zip(body.inputs, node.ins[:constants], strict=False)
+            if self._params_of(outer)
+        }
+        if not stacks:
+            return []
+        known = {
+            v
+            for v, outer in zip(body.inputs, node.ins, strict=True)
+            if self._known(outer) is not None
+        }
+        carry = list(zip(body.inputs[constants:], body.outputs[:carried], strict=False))
+        # A part of the carry that is known in one round is known in the next, if it
+        # goes on from what is known.
+        lost: set[int] = set()
+        while True:
+            numbers = _made_of(body, known - lost)
+            unknown = {v for v, new in carry if v in numbers and new not in numbers}
+            if not unknown:
+                break
+            lost |= unknown
+        by_rows = _only_indexed(body, set(stacks), numbers)
+        return [
+            stacks[v]
+            for v, axis in by_rows.items()
+            if self._is_divisible(stacks[v], axis)
+        ]
 
     def _open_loop(self, node: Node) -> None:
         """Write a loop out."""
@@ -413,8 +504,7 @@ class _Opener(Rewriter):
 
     def _row(self, v: int, r: int, scope: str) -> int:
         """The row `r` of what a loop runs over."""
-        rows = self.rows(v, r, r + 1, scope)
-        return self.apply(lambda a: jax.lax.squeeze(a, [0]), [rows], "squeeze", scope)
+        return self._squeeze(self.rows(v, Part(0, r, r + 1), scope), 0, scope)
 
     # --- checkpoints ---
 
@@ -423,12 +513,12 @@ class _Opener(Rewriter):
         if mark_inside(node) is not None:
             return True
         (body,) = node.bodies
-        divisible = {
-            v
-            for v, outer in zip(body.inputs, node.ins, strict=True)
-            if self._is_divisible(outer)
-        }
-        if _has_loop_over(body, divisible):
+        pairs = list(zip(body.inputs, node.ins, strict=True))
+        stacks = {v for v, outer in pairs if self._leaves.get(outer)}
+        if _has_loop_over(body, stacks):
+            return True
+        numbers = {v for v, outer in pairs if self._known(outer) is not None}
+        if _only_indexed(body, stacks, _made_of(body, numbers)):
             return True
         leaves = frozenset[int]().union(*map(self._params_of, node.ins))
         if leaves & self._cut_leaves and leaves - self._cut_leaves:
@@ -474,53 +564,30 @@ class _Opener(Rewriter):
         place of what it makes.
         """
         parts = self._parts_taken(node)
-        if not parts or not self._is_divisible(node.ins[0]):
+        if not parts or not self._is_divisible(node.ins[0], parts[0].axis):
             return False
-        for v, (start, stop) in zip(node.outs, parts, strict=True):
-            made = self.rows(node.ins[0], start, stop, node.scope)
+        for v, part in zip(node.outs, parts, strict=True):
+            made = self.rows(node.ins[0], part, node.scope)
             if self.avals[v].ndim < self.avals[made].ndim:
-                squeeze = lambda a: jax.lax.squeeze(a, [0])  # noqa: E731
-                made = self.apply(squeeze, [made], "squeeze", node.scope)
+                made = self._squeeze(made, part.axis, node.scope)
             self.renamed[v] = made
         return True
 
-    def _parts_taken(self, node: Node) -> list[tuple[int, int]]:
-        """The rows of its first operand that each result of an equation is."""
+    def _parts_taken(self, node: Node) -> list[Part]:
+        """The part of its first operand that each result of an equation is."""
         shape = self.avals[node.ins[0]].shape if node.ins else ()
-        params = node.eqn.params
         if not shape:
             return []
-        if node.name == "slice":
-            starts, stops = params["start_indices"], params["limit_indices"]
-            whole = not any(starts[1:]) and tuple(stops[1:]) == tuple(shape[1:])
-            steps = set(params["strides"] or (1,))
-            return [(starts[0], stops[0])] if whole and steps == {1} else []
-        if node.name == "split" and params["axis"] == 0:
-            ends = np.cumsum([0, *params["sizes"]]).tolist()
-            return list(itertools.pairwise(ends))
-        if node.name == "dynamic_slice":
-            sizes = tuple(params["slice_sizes"])
-            start = self._known(node.ins[1])
-            if start is None or sizes[1:] != tuple(shape[1:]):
-                return []
-            at = min(max(int(start), 0), shape[0] - sizes[0])
-            return [(at, at + sizes[0])]
-        if node.name == "gather":
-            numbers, sizes = params["dimension_numbers"], tuple(params["slice_sizes"])
-            one_row = sizes == (1, *shape[1:]) and numbers.start_index_map == (0,)
-            index = self._known(node.ins[1]) if one_row else None
-            if index is None or index.size != 1 or numbers.collapsed_slice_dims != (0,):
-                return []
-            row = int(index.reshape(()))
-            return [(row, row + 1)] if 0 <= row < shape[0] else []
-        return []
+        axis = indexed_axis(node, shape)
+        read = [] if axis is None else [index_operand(node, axis)]
+        return taken_parts(node, shape, {n: self._known(node.ins[n]) for n in read})
 
     def _known(self, v: int) -> np.ndarray | None:
         """A value of few numbers that the trace alone decides; `None`: it is none."""
         if math.prod(self.avals[v].shape) > _LARGEST_KNOWN:
             return None
         dtype = self.avals[v].dtype
-        if not jnp.issubdtype(dtype, np.integer) and dtype.kind != "b":
+        if not any(jnp.issubdtype(dtype, kind) for kind in (np.integer, np.bool_)):
             return None
         if v in self.consts:
             value = self.consts[v]
@@ -536,145 +603,137 @@ class _Opener(Rewriter):
         self.consts[v] = known = np.asarray(made)
         return known
 
-    def _is_divisible(self, v: int) -> bool:
+    def _is_divisible(self, v: int, axis: int) -> bool:
         """Whether rows of a value without data are made of rows of parameters or
         state.
         """
-        if v not in self._divisible:
-            self._divisible[v] = self._finds_divisible(v)
-        return self._divisible[v]
+        if (v, axis) not in self._divisible:
+            self._divisible[v, axis] = self._finds_divisible(v, axis)
+        return self._divisible[v, axis]
 
-    def _finds_divisible(self, v: int) -> bool:
-        if not self._leaves.get(v) or not self.avals[v].shape:
+    def _finds_divisible(self, v: int, axis: int) -> bool:
+        if not self._leaves.get(v) or self.avals[v].ndim <= axis:
             return False
         node = self.maker.get(v)
         if v in self._leaf_of or node is None:
             return True
-        return self._is_join(node) or any(
-            self._is_divisible(u) for u in self._row_operands(node) or ()
+        return joined_axis(node) == axis or any(
+            self._is_divisible(node.ins[n], part.axis)
+            for n, part in goes_by_rows(node, self.avals, axis).items()
         )
 
-    def _is_join(self, node: Node) -> bool:
-        """Whether an equation puts rows one behind the other."""
-        params = node.eqn.params
-        return (node.name == "concatenate" and params["dimension"] == 0) or (
-            node.name == "stack" and params["axis"] == 0
-        )
-
-    def _joined_counts(self, node: Node) -> list[int]:
-        """How many rows of a join each of its operands is."""
-        if node.name == "stack":
-            return [1] * len(node.ins)
-        return [self.avals[v].shape[0] for v in node.ins]
-
-    def _goes_by_rows(self, v: int) -> bool:
+    def _goes_by_rows(self, v: int, axis: int) -> bool:
         """Whether rows of a value, of data too, are made of rows of others."""
-        if v not in self._by_rows:
+        if (v, axis) not in self._by_rows:
             node = self.maker.get(v)
-            self._by_rows[v] = self._is_divisible(v) or (
+            self._by_rows[v, axis] = self._is_divisible(v, axis) or (
                 node is not None
                 and (
-                    self._is_join(node)
-                    or any(map(self._goes_by_rows, self._row_operands(node) or ()))
+                    joined_axis(node) == axis
+                    or any(
+                        self._goes_by_rows(node.ins[n], part.axis)
+                        for n, part in goes_by_rows(node, self.avals, axis).items()
+                    )
                 )
             )
-        return self._by_rows[v]
+        return self._by_rows[v, axis]
 
-    def _row_operands(self, node: Node) -> list[int] | None:
-        """The operands of whose rows an equation makes its own, one by one; the others
-        are numbers. `None`: it does not go by rows.
-        """
-        params = node.eqn.params
-        shape = self.avals[node.outs[0]].shape
-        shapes = [self.avals[v].shape for v in node.ins]
-        if node.name in _ELEMENTWISE:
-            fits = all(s in ((), shape) for s in shapes)
-        elif node.name == "reshape":
-            fits = params["dimensions"] is None and shapes[0][:1] == shape[:1]
-        elif node.name == "transpose":
-            fits = params["permutation"][0] == 0
-        elif node.name == "squeeze":
-            fits = 0 not in params["dimensions"]
-        elif node.name == "broadcast_in_dim":
-            kept = params["broadcast_dimensions"][:1] == (0,)
-            fits = kept and shapes[0][:1] == shape[:1] and len(node.ins) == 1
-        else:
-            fits = False
-        if not fits:
-            return None
-        return [v for v, s in zip(node.ins, shapes, strict=True) if s]
-
-    def rows(self, v: int, start: int, stop: int, scope: str) -> int:
+    def rows(self, v: int, part: Part, scope: str) -> int:
         """Some rows of a value, made of as little as can be."""
-        key = (v, start, stop)
-        if key not in self._rows:
-            self._rows[key] = self._make_rows(v, start, stop, scope)
-        return self._rows[key]
+        if (v, part) not in self._rows:
+            self._rows[v, part] = self._make_rows(v, part, scope)
+        return self._rows[v, part]
 
-    def _make_rows(self, v: int, start: int, stop: int, scope: str) -> int:
-        if (start, stop) == (0, self.avals[v].shape[0]):
+    def _make_rows(self, v: int, part: Part, scope: str) -> int:
+        if part.count == self.avals[v].shape[part.axis]:
             return v
         if v in self._leaf_of:
-            return self._rows_of_leaf(v, start, stop, scope)
+            return self._rows_of_leaf(v, part, scope)
+        source, own = self._left.get(v, (v, part))
+        if source != v and own.axis == part.axis:
+            first, last = (own.start + end for end in (part.start, part.stop))
+            return self.rows(source, Part(part.axis, first, last), scope)
         node = self.maker.get(v)
-        if node is not None and self._goes_by_rows(v):
-            if self._is_join(node):
-                return self._rows_of_join(node, start, stop, scope)
-            return self._rows_of_each(node, start, stop, scope)
-        return self._slice(v, start, stop, scope)
+        if node is not None and self._goes_by_rows(v, part.axis):
+            if joined_axis(node) == part.axis:
+                return self._rows_of_join(node, part, scope)
+            read = sources(node, self.avals, part)
+            if read is not None:
+                return self._rows_of_each(node, part, read, scope)
+        return self._slice(v, part, scope)
 
-    def _rows_of_leaf(self, v: int, start: int, stop: int, scope: str) -> int:
+    def _rows_of_leaf(self, v: int, part: Part, scope: str) -> int:
         """Rows of a parameter: a root, or a part of one."""
         leaf = self._leaf_of[v]
-        self._asked.setdefault(leaf, set()).add((start, stop))
-        exact = self._values.get(Rows(leaf, start, stop))
-        if exact is not None:
-            return exact
+        self._asked.setdefault(leaf, set()).add(part)
         for root in self._parts[leaf]:
-            if not root.whole and root.start <= start and stop <= root.stop:
-                block = self._values[root]
-                at = start - root.start
-                return self.rows(block, at, at + stop - start, scope)
-        return self._slice(v, start, stop, scope)
+            if not root.whole and root.part == part:
+                return self._values[root]
+            if not root.whole and root.has(
+                Rows(leaf, part.start, part.stop, part.axis)
+            ):
+                start = part.start - root.start
+                inside = Part(part.axis, start, start + part.count)
+                return self.rows(self._values[root], inside, scope)
+        whole = Rows(leaf, part.start, part.stop, part.axis)
+        inside = [root for root in self._parts[leaf] if whole.has(root)]
+        if sum(root.count for root in inside) == part.count:
+            blocks = [self._values[root] for root in inside]
+            return self._join(blocks, part.axis, scope)
+        return self._slice(v, part, scope)
 
-    def _rows_of_join(self, node: Node, start: int, stop: int, scope: str) -> int:
+    def _rows_of_join(self, node: Node, part: Part, scope: str) -> int:
         """Rows of what was stacked or concatenated."""
-        parts, end = [], 0
-        for v, count in zip(node.ins, self._joined_counts(node), strict=True):
-            first = end
-            end += count
-            a, b = max(start, first), min(stop, end)
-            if a >= b:
+        found = []
+        for v, own in zip(node.ins, joined_parts(node, self.avals), strict=True):
+            start, stop = max(part.start, own.start), min(part.stop, own.stop)
+            if start >= stop:
                 continue
             if node.name == "stack":
-                parts.append(self.apply(lambda a: a[None], [v], "expand", scope))
+                found.append(self._expand(v, part.axis, scope))
             else:
-                parts.append(self.rows(v, a - first, b - first, scope))
-        if len(parts) == 1:
-            return parts[0]
-        return self.apply(lambda *rows: jnp.concatenate(rows), parts, "join", scope)
+                inside = Part(part.axis, start - own.start, stop - own.start)
+                found.append(self.rows(v, inside, scope))
+        return found[0] if len(found) == 1 else self._join(found, part.axis, scope)
 
-    def _rows_of_each(self, node: Node, start: int, stop: int, scope: str) -> int:
-        """Rows of what an operation makes of each row."""
-        operands = set(self._row_operands(node) or ())
-        read = [
-            self.rows(v, start, stop, scope) if v in operands else v for v in node.ins
+    def _expand(self, v: int, axis: int, scope: str) -> int:
+        """A value as one row on a new axis."""
+
+        def expand(a: Any) -> Any:
+            return jnp.expand_dims(a, axis)
+
+        return self.apply(expand, [v], ("expand", axis), scope)
+
+    def _rows_of_each(
+        self, node: Node, part: Part, read: Mapping[int, Part], scope: str
+    ) -> int:
+        """Rows of what an operation makes of rows.
+
+        Arguments:
+            read: the parts of its operands that it makes them of.
+        """
+        values = [
+            self.rows(v, read[n], scope) if n in read else v
+            for n, v in enumerate(node.ins)
         ]
-        changed = dict[str, Any]()
-        for name in ("new_sizes", "shape"):
-            if name in node.eqn.params:
-                changed[name] = (stop - start, *node.eqn.params[name][1:])
+        turned = node.eqn.params["dimensions"] if node.name == "rev" else ()
+        if turned == (part.axis,) and part.count == 1:
+            return values[0]
 
         def run(*arrays: Any) -> Any:
-            return bind(node, arrays, **changed)[0]
+            return bind(node, arrays, **changed_sizes(node, part))[0]
 
-        return self.apply(run, read, (id(node), stop - start), scope)
+        return self.apply(run, values, (id(node), part.axis, part.count), scope)
 
-    def _slice(self, v: int, start: int, stop: int, scope: str) -> int:
+    def _slice(self, v: int, part: Part, scope: str) -> int:
         if self._looking:
             self.left_out = True
             like = self.avals[v]
-            left = self.new(like.update(shape=(stop - start, *like.shape[1:])))
+            left = self.new(like.update(shape=part.shape(like.shape)))
+            self._left[left] = v, part
+            numbers = self._known(v)
+            if numbers is not None:
+                self.consts[left] = part.of(numbers)
             if v in self._varying:
                 self._varying.add(left)
             elif v in self._leaves:
@@ -682,9 +741,54 @@ class _Opener(Rewriter):
             return left
 
         def take(a: Any) -> Any:
-            return jax.lax.slice_in_dim(a, start, stop)
+            return jax.lax.slice_in_dim(a, part.start, part.stop, axis=part.axis)
 
-        return self.apply(take, [v], ("slice", start, stop), scope)
+        return self.apply(take, [v], ("slice", part), scope)
+
+
+def _made_of(body: Graph, known: Iterable[int]) -> set[int]:
+    """The values of a loop's body that some values, and what is written in it, alone
+    decide.
+    """
+    found = {*known, *body.consts}
+    for node in body.nodes:
+        if not node.bodies and not node.eqn.effects and found.issuperset(node.ins):
+            found.update(node.outs)
+    return found
+
+
+def _only_indexed(body: Graph, stacks: set[int], numbers: set[int]) -> dict[int, int]:
+    """Of some values those that a body reads only by taking rows of them by an index
+    that is known, each with the axis.
+
+    Arguments:
+        numbers: the values that are known.
+    """
+    axes: dict[int, set[int | None]] = {}
+    for node in body.nodes:
+        read = stacks.intersection(node.ins)
+        inside: dict[int, int] = {}
+        if is_remat(node) and read:
+            (inner,) = node.bodies
+            pairs = list(zip(inner.inputs, node.ins, strict=True))
+            mine = {v for v, outer in pairs if outer in read}
+            own = _made_of(inner, (v for v, outer in pairs if outer in numbers))
+            found = _only_indexed(inner, mine, own)
+            inside = {outer: found[v] for v, outer in pairs if v in found}
+        for v in read:
+            axis = inside.get(v)
+            if v == node.ins[0] and node.ins.count(v) == 1:
+                cut = indexed_axis(node, body.avals[v].shape)
+                if cut is not None and node.ins[index_operand(node, cut)] in numbers:
+                    axis = cut
+            axes.setdefault(v, set()).add(axis)
+    for v in stacks.intersection(body.outputs):
+        axes.setdefault(v, set()).add(None)
+    return {
+        v: axis
+        for v, (axis, *others) in ((v, tuple(own)) for v, own in axes.items())
+        if axis is not None and not others
+    }
 
 
 def _has_loop_over(body: Graph, stacked: set[int]) -> bool:
@@ -694,8 +798,11 @@ def _has_loop_over(body: Graph, stacked: set[int]) -> bool:
         if node.name == "scan":
             if not stacked.isdisjoint(node.ins[sum(scan_parts(node)) :]):
                 return True
-        elif node.name == "convert_element_type":
-            stacked.update(node.outs if node.ins[0] in stacked else ())
+        elif (
+            not node.bodies and len(node.outs) == 1 and not stacked.isdisjoint(node.ins)
+        ):
+            if body.avals[node.outs[0]].ndim and goes_by_rows(node, body.avals, 0):
+                stacked.update(node.outs)
         elif is_remat(node):
             (inner,) = node.bodies
             pairs = zip(inner.inputs, node.ins, strict=True)

@@ -87,14 +87,16 @@ def check_blocks(
     """
     if not specs:
         return
-    divided = {rows.leaf for blocks in owned for rows in blocks if not rows.whole}
-    for leaf in sorted(divided):
+    divided = {
+        (rows.leaf, rows.axis) for blocks in owned for rows in blocks if not rows.whole
+    }
+    for leaf, axis in sorted(divided):
         spec = specs[leaf]
-        if spec and spec[0] is not None:
+        if spec and spec[axis : axis + 1] not in ((), (None,)):
             raise ValueError(
                 f"`fpipe.split(specs=...)`: the spec {spec} of {paths[leaf]!r} cuts "
-                "its first axis, on which layers are stacked, and these belong to "
-                f"several stages: write {P(None, *spec[1:])}"
+                f"axis {axis}, on which layers are stacked, and these belong to "
+                f"several stages: write {P(*spec[:axis], None, *spec[axis + 1 :])}"
             )
 
 

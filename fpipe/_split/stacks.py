@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fpipe._core.pytrees import PyTree, is_array
+from fpipe._split.by_rows import Part
 
 # The `stop` of a leaf that is not divided, for any rank.
 _WHOLE = -1
@@ -32,11 +33,13 @@ class Rows:
         leaf: its number among the arrays of the parameters.
         start, stop: its rows from `start` up to `stop`; a leaf that is not divided ends
             at -1.
+        axis: where the rows are.
     """
 
     leaf: int
     start: int = 0
     stop: int = _WHOLE
+    axis: int = 0
 
     @property
     def whole(self) -> bool:
@@ -46,50 +49,57 @@ class Rows:
     @property
     def count(self) -> int:
         """How many rows, of a leaf that is divided."""
-        return self.stop - self.start
+        return self.part.count
+
+    @property
+    def part(self) -> Part:
+        """The rows of a leaf that is divided."""
+        return Part(self.axis, self.start, self.stop)
 
     def of(self, array: Any) -> Any:
         """These rows of the leaf, or of its shape."""
         if self.whole:
             return array
         if isinstance(array, jax.ShapeDtypeStruct):
-            shape = (self.count, *array.shape[1:])
+            shape = self.part.shape(array.shape)
             return jax.ShapeDtypeStruct(shape, array.dtype, weak_type=array.weak_type)
-        return array[self.start : self.stop]
+        return self.part.of(array)
 
     def has(self, other: "Rows") -> bool:
         """Whether other rows are among these."""
-        return self.leaf == other.leaf and (
-            self.whole or (self.start <= other.start and other.stop <= self.stop)
-        )
+        inside = self.start <= other.start and other.stop <= self.stop
+        same = (self.leaf, self.axis) == (other.leaf, other.axis)
+        return (same and inside) or (self.whole and self.leaf == other.leaf)
 
     def after(self, other: "Rows") -> bool:
         """Whether these follow other rows of the same leaf."""
-        return self.leaf == other.leaf and self.start == other.stop
+        same = (self.leaf, self.axis) == (other.leaf, other.axis)
+        return same and self.start == other.stop
 
     def split(self, array: Any, parts: Sequence["Rows"]) -> list[Any]:
         """Some parts of these rows, from the array that has all of them."""
         if list(parts) == [self] or any(part.whole for part in parts):
             return [array for _ in parts]
+        # Of a leaf that one piece has as a whole the axis is that of its parts.
+        axis = parts[0].axis
         ends = sorted({e - self.start for p in parts for e in (p.start, p.stop)})
-        ends = [*({0} - {ends[0]}), *ends, *({array.shape[0]} - {ends[-1]})]
+        ends = [*({0} - {ends[0]}), *ends, *({array.shape[axis]} - {ends[-1]})]
         # As one operation, whose derivative puts the gradients of all parts together:
         # of so many slices it would add as many arrays of all rows.
         sizes = [b - a for a, b in itertools.pairwise(ends)]
-        made = dict(zip(ends, jax.lax.split(array, sizes), strict=False))
+        made = dict(zip(ends, jax.lax.split(array, sizes, axis), strict=False))
         return [made[part.start - self.start] for part in parts]
 
-    def joined(self, parts: Iterable[Any]) -> Any:
-        """These rows, from all their parts in order."""
-        parts = tuple(parts)
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    def joined(self, arrays: Sequence[Any], parts: Sequence["Rows"]) -> Any:
+        """The inverse of `split`, of all parts of these rows."""
+        return arrays[0] if len(parts) == 1 else jnp.concatenate(arrays, parts[0].axis)
 
     def label(self, path: str) -> str:
         """What tables call them, by the path of the leaf."""
         if self.whole:
             return path or "(all)"
         last = f":{self.stop}" if self.count > 1 else ""
-        return f"{path or '(all)'}[{self.start}{last}]"
+        return f"{path or '(all)'}[{':, ' * self.axis}{self.start}{last}]"
 
 
 class Place(NamedTuple):
@@ -150,8 +160,8 @@ class Owners:
                 last += 1
             joined.update(range(first, last + 1))
             a, b = roots[first], roots[last]
-            block = Rows(a.leaf, a.start, b.stop)
-            if not a.whole and block.count == shapes[a.leaf].shape[0]:
+            block = Rows(a.leaf, a.start, b.stop, a.axis)
+            if not a.whole and block.count == shapes[a.leaf].shape[a.axis]:
                 block = Rows(a.leaf)
             owned[piece].append(block)
         return cls(tuple(map(tuple, owned)))
@@ -201,17 +211,29 @@ class Owners:
         """The inverse of both: an array for each leaf, or a `RowBlocks`."""
         found = []
         for leaf in sorted(self.places_of):
-            blocks = [pieces[p.piece][p.number] for p in self.places_of[leaf]]
-            found.append(blocks[0] if len(blocks) == 1 else RowBlocks(tuple(blocks)))
+            places = self.places_of[leaf]
+            blocks = [pieces[p.piece][p.number] for p in places]
+            axis = self.owned[places[0].piece][places[0].number].axis
+            if len(blocks) == 1:
+                found += blocks
+            else:
+                found.append(RowBlocks(tuple(blocks), axis))
         return found
 
 
 def divided(rows: int, asked: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """The parts of a leaf that are read apart, gaps between them included; none: it is
-    read as a whole, or in parts that overlap.
+    read as a whole, or in parts that overlap. Of parts in parts, as those of a loop in
+    a loop, it is the inner ones.
     """
     parts, end = [], 0
-    asked = sorted(asked)
+    # An outer part comes right before what is in it.
+    asked = sorted(asked, key=lambda part: (part[0], -part[1]))
+    asked = [
+        (start, stop)
+        for (start, stop), following in zip(asked, [*asked[1:], None], strict=True)
+        if following is None or following[1] > stop or following[0] >= stop
+    ]
     for start, stop in asked:
         if start < end:
             return []
@@ -231,7 +253,8 @@ class RowBlocks:
     it, and `pipe.gather` joins it. It is a pytree of its blocks.
 
     Attributes:
-        blocks: arrays with consecutive rows of the whole array, on the first axis.
+        blocks: arrays with consecutive rows of the whole array.
+        axis: the axis of the rows, on which layers are stacked. Default 0.
 
     Example:
         >>> whole = fpipe.RowBlocks((jnp.ones((2, 3)), jnp.zeros((1, 3))))
@@ -242,12 +265,17 @@ class RowBlocks:
     """
 
     blocks: tuple[Any, ...]
+    axis: int = 0
+
+    @property
+    def counts(self) -> list[int]:
+        """The number of rows of each block."""
+        return [block.shape[self.axis] for block in self.blocks]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the whole array."""
-        rows = sum(block.shape[0] for block in self.blocks)
-        return (rows, *self.blocks[0].shape[1:])
+        return Part(self.axis, 0, sum(self.counts)).shape(self.blocks[0].shape)
 
     @property
     def dtype(self) -> Any:
@@ -264,18 +292,28 @@ class RowBlocks:
         if isinstance(self.blocks[0], jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(self.shape, self.dtype)
         if all(isinstance(block, np.ndarray) for block in self.blocks):
-            return np.concatenate(self.blocks)
-        return jnp.concatenate(self.blocks)
+            return np.concatenate(self.blocks, self.axis)
+        return jnp.concatenate(self.blocks, self.axis)
 
-    def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], None]:
+    def of_whole(self, array: Any) -> "RowBlocks":
+        """A whole array, or its shape, in as many rows as these."""
+        ends = list(itertools.accumulate(self.counts, initial=0))
+        rows = (Rows(0, a, b, self.axis) for a, b in itertools.pairwise(ends))
+        return RowBlocks(tuple(part.of(array) for part in rows), self.axis)
+
+    def with_blocks(self, blocks: Iterable[Any]) -> "RowBlocks":
+        """Other blocks in the place of these."""
+        return RowBlocks(tuple(blocks), self.axis)
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], int]:
         """The blocks with their numbers; JAX calls this."""
         keys = map(jax.tree_util.SequenceKey, range(len(self.blocks)))
-        return tuple(zip(keys, self.blocks, strict=True)), None
+        return tuple(zip(keys, self.blocks, strict=True)), self.axis
 
     @classmethod
-    def tree_unflatten(cls, _: None, blocks: Sequence[Any]) -> "RowBlocks":
+    def tree_unflatten(cls, axis: int, blocks: Sequence[Any]) -> "RowBlocks":
         """A `RowBlocks` of new blocks; JAX calls this."""
-        return cls(tuple(blocks))
+        return cls(tuple(blocks), axis)
 
 
 def is_row_blocks(node: Any) -> bool:
@@ -291,7 +329,7 @@ def joined(tree: PyTree) -> PyTree:
             return node
         # A leaf that an optax transformation does not see has no rows. Neither has an
         # update that changes nothing.
-        rows = all(is_array(block) and block.ndim for block in node.blocks)
+        rows = all(is_array(block) and block.ndim > node.axis for block in node.blocks)
         return node.join() if rows else node.blocks[0]
 
     return jax.tree.map(join, tree, is_leaf=is_row_blocks)

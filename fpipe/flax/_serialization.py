@@ -38,7 +38,7 @@ def register() -> None:
 
 def _join_blocks(leaf: RowBlocks) -> Any:
     """The whole leaf, as the plain model saves it."""
-    return joined(RowBlocks(tuple(map(_on_host, leaf.blocks))))
+    return joined(leaf.with_blocks(map(_on_host, leaf.blocks)))
 
 
 def _split_blocks(target: RowBlocks, state: Any) -> RowBlocks:
@@ -50,8 +50,7 @@ def _split_blocks(target: RowBlocks, state: Any) -> RowBlocks:
             f"fpipe.RowBlocks of the shape {target.shape} is restored from a whole "
             f"array, got {describe(state)}: a state of another model"
         )
-    ends = np.cumsum([block.shape[0] for block in target.blocks])[:-1]
-    return RowBlocks(tuple(np.split(np.asarray(state), ends)))
+    return target.of_whole(np.asarray(state))
 
 
 def _to_state_dict(packed: Packed) -> dict[str, Any]:

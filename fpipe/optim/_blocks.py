@@ -76,15 +76,13 @@ def _split_like(node: Any, like: Any) -> Any:
     if not isinstance(like, RowBlocks):
         return node
     if not is_array(node):  # a `MaskedNode`
-        return RowBlocks(tuple(node for _ in like.blocks))
-    return RowBlocks(tuple(_slices(node, [b.shape[0] for b in like.blocks])))
+        return like.with_blocks(node for _ in like.blocks)
+    return like.of_whole(node)
 
 
-def _slices(array: Any, sizes: Sequence[int]) -> list[Any]:
-    ends = list(itertools.accumulate(sizes, initial=0))
-    if isinstance(array, jax.ShapeDtypeStruct):
-        return [array.update(shape=(n, *array.shape[1:])) for n in sizes]
-    return [array[a:b] for a, b in itertools.pairwise(ends)]
+def _same_rows(whole: Any, like: RowBlocks) -> bool:
+    """Whether an array has the rows of a leaf in blocks."""
+    return whole.shape[: like.axis + 1] == like.shape[: like.axis + 1]
 
 
 def split_updates(updates: PyTree, like: PyTree) -> PyTree:
@@ -107,7 +105,7 @@ def split_state(state: PyTree, params: PyTree) -> PyTree:
             isinstance(like, RowBlocks)
             and all(map(is_array, like.blocks))
             and is_array(leaves[n])
-            and leaves[n].shape[:1] == like.shape[:1]
+            and _same_rows(leaves[n], like)
         ):
             leaves[n] = _split_like(leaves[n], like)
     return treedef.unflatten(leaves)
@@ -163,7 +161,7 @@ def _split_alike(node: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(
         lambda old, new: (
             _split_like(new, old)
-            if not is_array(new) or new.shape[:1] == old.shape[:1]
+            if not is_array(new) or not is_row_blocks(old) or _same_rows(new, old)
             else new
         ),
         like,
@@ -195,11 +193,20 @@ def divide_leaves(graph: UpdateGraph) -> UpdateGraph:
 
 
 def _is_join(operation: Operation) -> bool:
-    return (
-        isinstance(operation, Equation)
-        and operation.node.name == "concatenate"
-        and operation.node.eqn.params["dimension"] == 0
-    )
+    return isinstance(operation, Equation) and operation.node.name == "concatenate"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """A value that is there in blocks.
+
+    Attributes:
+        values: the value of each block.
+        axis: on which they are one behind the other.
+    """
+
+    values: tuple[int, ...]
+    axis: int
 
 
 class _Divider:
@@ -213,7 +220,7 @@ class _Divider:
         self.operations: list[Operation] = []
         self.constants = dict(graph.constants)
         self.avals = dict(graph.avals)
-        self.blocks: dict[int, tuple[int, ...]] = {}
+        self.blocks: dict[int, _Blocks] = {}
         self._conditionals = graph.conditionals
         self._inputs = set(graph.inputs)
         self._renamed: dict[int, int] = {}
@@ -229,7 +236,8 @@ class _Divider:
         ins = tuple(self._renamed.get(v, v) for v in node.ins)
         guards = operation.guards
         if _is_join(operation) and self._inputs.issuperset(ins):
-            self.blocks[node.outs[0]] = ins
+            axis = node.eqn.params["dimension"]
+            self.blocks[node.outs[0]] = _Blocks(ins, axis)
         elif any(v in self.blocks for v in ins) and len(node.outs) == 1:
             if not self._add_in_blocks(node, ins, guards):
                 self._keep(node, ins, guards)
@@ -250,8 +258,9 @@ class _Divider:
         if v not in self.blocks:
             return v
         if (v, guards) not in self._joined:
+            own = self.blocks[v]
             self._joined[v, guards] = self._apply(
-                lambda *blocks: jnp.concatenate(blocks), self.blocks[v], guards
+                lambda *blocks: jnp.concatenate(blocks, own.axis), own.values, guards
             )
         return self._joined[v, guards]
 
@@ -290,19 +299,25 @@ class _Divider:
 
     def _rows(self, v: int) -> list[int]:
         """The rows of each block of a value."""
-        return [self.avals[block].shape[0] for block in self.blocks[v]]
+        own = self.blocks[v]
+        return [self.avals[block].shape[own.axis] for block in own.values]
 
     def _part(
-        self, v: int, rows: Sequence[int], k: int, guards: tuple[Guard, ...]
+        self,
+        v: int,
+        rows: Sequence[int],
+        axis: int,
+        k: int,
+        guards: tuple[Guard, ...],
     ) -> int:
-        """The block `k` of a value, or a number as it is."""
+        """The block `k` of a value on an axis, or a number as it is."""
         if not self.avals[v].shape:
             return v
-        if v in self.blocks and self._rows(v) == rows:
-            return self.blocks[v][k]
+        if v in self.blocks and self.blocks[v].axis == axis and self._rows(v) == rows:
+            return self.blocks[v].values[k]
         start = sum(rows[:k])
         return self._apply(
-            lambda a: jax.lax.slice_in_dim(a, start, start + rows[k]),
+            lambda a: jax.lax.slice_in_dim(a, start, start + rows[k], axis=axis),
             [self.whole(v, guards)],
             guards,
         )
@@ -312,65 +327,71 @@ class _Divider:
     ) -> bool:
         """Add an equation block by block, if that is how it goes."""
         first = next(v for v in ins if v in self.blocks)
-        rows, params = self._rows(first), node.eqn.params
+        rows, axis, params = self._rows(first), self.blocks[first].axis, node.eqn.params
         (out,) = node.outs
         shape = self.avals[out].shape
-        shapes = [self.avals[v].shape for v in ins]
         old = self.avals[first].shape
 
-        def each(f: Callable[..., Any]) -> tuple[int, ...]:
-            """A function of the blocks of all operands."""
-            return tuple(
-                self._apply(f, [self._part(v, rows, k, guards) for v in ins], guards)
+        def each() -> tuple[int, ...]:
+            """The same equation of the blocks of all operands."""
+            parts = [
+                [self._part(v, rows, axis, k, guards) for v in ins]
                 for k in range(len(rows))
-            )
+            ]
+            return tuple(self._bind(node, own, guards) for own in parts)
 
-        def equation(**changed: Any) -> Callable[..., Any]:
-            return lambda *arrays: bind(node, arrays, **changed)[0]
+        def resized(name: str, to: int, sizes: Sequence[int]) -> tuple[int, ...]:
+            """The same of each block, with results of these sizes on an axis."""
+            changed = [{name: (*shape[:to], n, *shape[to + 1 :])} for n in sizes]
+            blocks = zip(self.blocks[first].values, changed, strict=True)
+            return tuple(self._bind(node, [v], guards, **own) for v, own in blocks)
 
         if node.name in _ELEMENTWISE:
-            if any(s not in ((), shape) for s in shapes):
+            if any(self.avals[v].shape not in ((), shape) for v in ins):
                 return False
-            self.blocks[out] = each(equation())
+            self.blocks[out] = _Blocks(each(), axis)
         elif node.name in _REDUCTIONS:
-            made = each(equation())
-            if 0 in params["axes"]:
-                self._renamed[out] = self._together(
-                    _REDUCTIONS[node.name], made, guards
-                )
+            made = each()
+            if axis in params["axes"]:
+                add = _REDUCTIONS[node.name]
+                self._renamed[out] = self._together(add, made, guards)
             else:
-                self.blocks[out] = made
+                before = sum(a < axis for a in params["axes"])
+                self.blocks[out] = _Blocks(made, axis - before)
         elif node.name == "reshape":
             # Blocks of rows are blocks of numbers, one behind the other.
-            width, inner = math.prod(old[1:]), math.prod(shape[1:])
-            if not shape or not inner or any(n * width % inner for n in rows):
+            outside, width = math.prod(old[:axis]), math.prod(old[axis + 1 :])
+            ends = [n for n in range(len(shape)) if math.prod(shape[:n]) == outside]
+            to = max(ends, default=0)
+            inner = math.prod(shape[to + 1 :])
+            if not ends or not inner or any(n * width % inner for n in rows):
                 return False
-            self.blocks[out] = tuple(
-                self._apply(
-                    equation(new_sizes=(n * width // inner, *shape[1:])),
-                    [block],
-                    guards,
-                )
-                for n, block in zip(rows, self.blocks[first], strict=True)
-            )
+            sizes = [n * width // inner for n in rows]
+            self.blocks[out] = _Blocks(resized("new_sizes", to, sizes), to)
         elif node.name == "broadcast_in_dim":
-            if params["broadcast_dimensions"][:1] != (0,) or old[0] != shape[0]:
+            to = params["broadcast_dimensions"][axis]
+            if old[axis] != shape[to]:
                 return False
-            self.blocks[out] = tuple(
-                self._apply(equation(shape=(n, *shape[1:])), [block], guards)
-                for n, block in zip(rows, self.blocks[first], strict=True)
-            )
-        elif (node.name == "transpose" and params["permutation"][0] == 0) or (
-            node.name == "squeeze" and 0 not in params["dimensions"]
-        ):
-            self.blocks[out] = each(equation())
+            self.blocks[out] = _Blocks(resized("shape", to, rows), to)
+        elif node.name == "transpose":
+            to = params["permutation"].index(axis)
+            self.blocks[out] = _Blocks(each(), to)
+        elif node.name == "squeeze" and axis not in params["dimensions"]:
+            before = sum(a < axis for a in params["dimensions"])
+            self.blocks[out] = _Blocks(each(), axis - before)
         elif node.name == "slice":
-            return self._add_slice(out, first, rows, params, guards)
+            return self._add_slice(out, first, rows, params)
         elif node.name == "dot_general":
-            return self._add_product(node, ins, guards)
+            return self._add_product(node, ins, first, guards)
         else:
             return False
         return True
+
+    def _bind(
+        self, node: Node, ins: Sequence[int], guards: tuple[Guard, ...], **changed: Any
+    ) -> int:
+        """Add an equation on other values."""
+        return self._apply(lambda *a: bind(node, a, **changed)[0], ins, guards)
 
     def _together(
         self,
@@ -385,57 +406,66 @@ class _Divider:
         return total
 
     def _add_slice(
-        self,
-        out: int,
-        v: int,
-        rows: Sequence[int],
-        params: dict[str, Any],
-        guards: tuple[Guard, ...],
+        self, out: int, v: int, rows: Sequence[int], params: dict[str, Any]
     ) -> bool:
         """A slice that is a block."""
-        shape = self.avals[v].shape
-        starts, stops = params["start_indices"], params["limit_indices"]
+        shape, axis = self.avals[v].shape, self.blocks[v].axis
+        pairs = zip(params["start_indices"], params["limit_indices"], strict=True)
         ends = list(itertools.accumulate(rows, initial=0))
-        block = (starts[0], stops[0])
-        whole = not any(starts[1:]) and tuple(stops[1:]) == tuple(shape[1:])
+        expected: list[tuple[int, int]] = [(0, n) for n in shape]
+        taken = list(pairs)
+        expected[axis] = taken[axis]
         steps = set(params["strides"] or (1,))
-        if not whole or steps != {1} or block not in itertools.pairwise(ends):
+        if taken != expected or steps != {1}:
             return False
-        self._renamed[out] = self.blocks[v][ends.index(block[0])]
+        if taken[axis] not in itertools.pairwise(ends):
+            return False
+        self._renamed[out] = self.blocks[v].values[ends.index(taken[axis][0])]
         return True
 
     def _add_product(
-        self, node: Node, ins: tuple[int, ...], guards: tuple[Guard, ...]
+        self, node: Node, ins: tuple[int, ...], v: int, guards: tuple[Guard, ...]
     ) -> bool:
-        """A product of matrices: over rows it is a sum, of rows it is in blocks."""
-        (left, right), (left_batch, right_batch) = node.eqn.params["dimension_numbers"]
+        """A product of matrices: over rows it is a sum, of rows it is in blocks.
+
+        Arguments:
+            v: an operand that is in blocks.
+        """
+        contracted, batch = node.eqn.params["dimension_numbers"]
         (out,) = node.outs
-        a, b = ins
-        rows = self._rows(a if a in self.blocks else b)
-        pairs = list(zip(left, right, strict=True))
-        batch = list(zip(left_batch, right_batch, strict=True))
+        rows, axis, own = self._rows(v), self.blocks[v].axis, ins.index(v)
 
-        def each(which: Sequence[bool]) -> tuple[int, ...]:
-            return tuple(
-                self._apply(
-                    lambda *arrays: bind(node, arrays)[0],
-                    [
-                        self._part(v, rows, k, guards) if cut else self.whole(v, guards)
-                        for v, cut in zip(ins, which, strict=True)
-                    ],
-                    guards,
-                )
+        def each(axes: Sequence[int | None]) -> tuple[int, ...]:
+            """Of the blocks on an axis of each operand; `None`: of all of it."""
+            parts = [
+                [
+                    self.whole(u, guards)
+                    if cut is None
+                    else self._part(u, rows, cut, k, guards)
+                    for u, cut in zip(ins, axes, strict=True)
+                ]
                 for k in range(len(rows))
-            )
+            ]
+            return tuple(self._bind(node, p, guards) for p in parts)
 
-        if (0, 0) in pairs:
-            self._renamed[out] = self._together(jnp.add, each((True, True)), guards)
-        elif batch[:1] == [(0, 0)]:
-            self.blocks[out] = each((True, True))
-        elif not batch and a in self.blocks and 0 not in left:
-            self.blocks[out] = each((True, False))
+        if axis in contracted[own]:
+            n = contracted[own].index(axis)
+            axes = [numbers[n] for numbers in contracted]
+            self._renamed[out] = self._together(jnp.add, each(axes), guards)
+        elif axis in batch[own]:
+            n = batch[own].index(axis)
+            self.blocks[out] = _Blocks(each([numbers[n] for numbers in batch]), n)
         else:
-            return False
+            # Behind the axes of the batch come those of the left, then of the right.
+            free = [
+                (side, a)
+                for side, u in enumerate(ins)
+                for a in range(self.avals[u].ndim)
+                if a not in contracted[side] and a not in batch[side]
+            ]
+            to = len(batch[0]) + free.index((own, axis))
+            axes = [axis if side == own else None for side in range(2)]
+            self.blocks[out] = _Blocks(each(axes), to)
         return True
 
     # --- conditionals ---
@@ -460,12 +490,15 @@ class _Divider:
         if not in_blocks:
             add(out, options)
             return
-        rows = self._rows(in_blocks[0])
+        rows, like = self._rows(in_blocks[0]), self.blocks[in_blocks[0]]
         blocks = []
         for k in range(len(rows)):
-            parts = [self._part(v, rows, k, inside(b)) for b, v in enumerate(options)]
+            parts = [
+                self._part(v, rows, like.axis, k, inside(b))
+                for b, v in enumerate(options)
+            ]
             made = len(self.avals)
-            self.avals[made] = self.avals[self.blocks[in_blocks[0]][k]]
+            self.avals[made] = self.avals[like.values[k]]
             add(made, parts)
             blocks.append(made)
-        self.blocks[out] = tuple(blocks)
+        self.blocks[out] = _Blocks(tuple(blocks), like.axis)

@@ -161,7 +161,7 @@ def _joined_anywhere(state: PyTree) -> PyTree:
         arrays = [b for b in node.blocks if isinstance(b, jax.Array)]
         if len({frozenset(a.devices()) for a in arrays}) < 2:
             return node
-        return RowBlocks(tuple(jax.device_put(list(node.blocks), arrays[0].sharding)))
+        return node.with_blocks(jax.device_put(list(node.blocks), arrays[0].sharding))
 
     return joined(jax.tree.map(together, state, is_leaf=is_row_blocks))
 

@@ -150,7 +150,53 @@ def by_index(params, x):
     return layer(x, jax.tree.map(lambda a: jnp.take(a, -1, axis=0), params))
 
 
+def last_layer_first(params, x):
+    """A loop over rows in the other order, behind a cast."""
+    return scan_of(jax.tree.map(lambda a: (0.5 * a)[::-1], params), x)
+
+
+def counted_loop(params, x):
+    """Layers by the number of the round."""
+
+    def body(i, h):
+        return layer(h, jax.tree.map(lambda a: a[i], params))
+
+    return jax.lax.fori_loop(0, 4, body, x)
+
+
+def checkpointed_numbers(params, x):
+    """The same from a list of numbers, each layer checkpointed."""
+
+    @jax.checkpoint
+    def block(h, i, stack):
+        take = lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False)  # noqa: E731
+        return layer(h, jax.tree.map(take, stack))
+
+    numbers = jnp.array([2, 0, 3, 1])
+    return jax.lax.scan(lambda h, i: (block(h, i, params), None), x, numbers)[0]
+
+
+def on_another_axis(params, x):
+    """Layers that are stacked on the second axis of the weights."""
+    rows = {"b": params["b"], "w": jnp.moveaxis(params["w"], 1, 0)}
+    return scan_of(rows, x)
+
+
+def by_index_on_another_axis(params, x):
+    def body(i, h):
+        return layer(h, {"w": jnp.take(params["w"], i, 1), "b": params["b"][i]})
+
+    return jax.lax.fori_loop(0, 4, body, x)
+
+
+def in_groups(params, x):
+    """Two layers in a round, by another form of the stack."""
+    groups = jax.tree.map(lambda a: a.reshape(2, 2, *a.shape[1:]), params)
+    return jax.lax.scan(lambda h, g: (scan_of(g, h), None), x, groups)[0]
+
+
 LAYERS = [jax.tree.map(lambda a, n=n: a[n], STACK) for n in range(4)]
+ON_AXIS_1 = STACK | {"w": STACK["w"].swapaxes(0, 1)}
 GROUPED = jax.tree.map(lambda a: a.reshape(2, 2, *a.shape[1:]), STACK)
 LOOPS = {
     "reverse": (reverse_with_results, STACK, 3, {"b": 4, "w": 4}),
@@ -164,6 +210,12 @@ LOOPS = {
     ),
     "stacked inside": (stacked_inside, LAYERS, 4, {}),
     "by index": (by_index, STACK, 4, {"b": 4, "w": 4}),
+    "last layer first": (last_layer_first, STACK, 4, {"b": 4, "w": 4}),
+    "counted": (counted_loop, STACK, 4, {"b": 4, "w": 4}),
+    "numbers": (checkpointed_numbers, STACK, 4, {"b": 4, "w": 4}),
+    "another axis": (on_another_axis, ON_AXIS_1, 4, {"b": 4, "w": 4}),
+    "index of axis": (by_index_on_another_axis, ON_AXIS_1, 4, {"b": 4, "w": 4}),
+    "groups": (in_groups, STACK, 4, {"b": 4, "w": 4}),
 }
 
 

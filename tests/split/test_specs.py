@@ -149,7 +149,7 @@ def test_specs_that_do_not_fit_are_refused():
     with raises(
         ValueError,
         f"`fpipe.split(specs=...)`: the spec {P('model', 'data')} of 'blocks/down' "
-        "cuts its first axis, on which layers are stacked, and these belong to "
+        "cuts axis 0, on which layers are stacked, and these belong to "
         f"several stages: write {P(None, 'data')}",
     ):
         place(SPECS | {"blocks": P("model", "data")})

@@ -20,10 +20,16 @@ X = weights(4, W)
 
 
 def model(params, x):
-    return scan_of(params["blocks"], x) @ params["out"]
+    """The biases of its layers are stacked on the first axis, the weights on the
+    second.
+    """
+    blocks = params["blocks"]
+    rows = {"b": blocks["b"], "w": jnp.moveaxis(blocks["w"], 1, 0)}
+    return scan_of(rows, x) @ params["out"]
 
 
-PARAMS = {"blocks": STACK, "out": weights(W, W, seed=2)}
+BLOCKS = {"b": STACK["b"], "w": STACK["w"].swapaxes(0, 1)}
+PARAMS = {"blocks": BLOCKS, "out": weights(W, W, seed=2)}
 
 
 @functools.cache
@@ -85,13 +91,13 @@ def test_a_transformation_sees_whole_leaves(executor, name):
 
 def test_only_numbers_cross_devices():
     """LAMB's norm of a leaf is one of its blocks' norms."""
-    params = {"w": jnp.ones((4, 32, 32))}
-    split = fpipe.split(
-        lambda p, x: jax.lax.scan(lambda h, w: (h @ w, None), x, p["w"])[0],
-        params,
-        jnp.ones((2, 32)),
-        stages=2,
-    )
+    params = {"w": jnp.ones((4, 32, 32)), "v": jnp.ones((32, 4, 32))}
+
+    def fn(p, x):
+        rows = p["w"], jnp.moveaxis(p["v"], 1, 0)
+        return jax.lax.scan(lambda h, row: (h @ row[0] @ row[1], None), x, rows)[0]
+
+    split = fpipe.split(fn, params, jnp.ones((2, 32)), stages=2)
     pipe = fpipe.Pipe(split, devices=jax.devices()[:2], chunks=2)
     placed = pipe.place(params)
     with jax.numpy_dtype_promotion("standard"):
@@ -118,7 +124,7 @@ def test_a_function_of_whole_trees_sees_whole_leaves(executor):
     norms = fpipe.optim.map(
         lambda p: shapes.append(p["blocks"]["w"].shape) or optax.tree.norm(p), grads
     )
-    assert shapes == [(4, W, W)]
+    assert shapes == [(W, 4, W)]
     assert_same(norms, optax.tree.norm(want))
 
 
@@ -134,7 +140,7 @@ def test_frozen_by_the_path_of_the_whole_leaf():
     with jax.numpy_dtype_promotion("standard"):
         made: Any = tx.update(grads, tx.init(placed), placed)
     updates = made[0]
-    assert ("blocks/w", (4, W, W)) in seen
+    assert ("blocks/w", (W, 4, W)) in seen
     assert [u.shape for u in updates["blocks"]["w"].blocks] == [(), ()]
     assert updates["blocks"]["b"].shape == (4, W)
     assert pipe_of("placed").gather(updates)["blocks"]["w"].shape == ()

@@ -185,3 +185,35 @@ def test_pieces_have_the_rows_of_their_rounds(fn, train):
         )
         assert_same(got, want)
         assert_same(got_grads, want_grads)
+
+
+# --- caches ---
+
+
+def decode(params, x, *, state):
+    """Each layer adds up what it has seen: an entry for each row and layer."""
+
+    def body(h, layer):
+        p, seen = layer
+        seen = seen + h @ p
+        return jnp.tanh(h + seen), seen
+
+    h, seen = jax.lax.scan(body, x, (params, jnp.moveaxis(state, 1, 0)))
+    return h, jnp.moveaxis(seen, 0, 1)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_cache_of_rows_may_be_stacked_behind_the_rows(executor):
+    """Microbatches have their rows, and pieces the layers of their rounds."""
+    params, x = weights(2, W, W), weights(5, W)
+    cache = weights(5, 2, W, seed=1)
+    layer = fpipe.Layer(decode, state_rows=True)
+    split = fpipe.split(layer, params, x[:2], state=cache[:2])
+    assert [[r.label("seen") for r in own] for own in split.cut.wiring.state.owned] == [
+        ["seen[:, 0]"],
+        ["seen[:, 1]"],
+    ]
+    pipe = fpipe.Pipe(split, devices=jax.devices()[:2], chunks=3, executor=executor)
+    y, state = pipe(pipe.place(params), x, state=cache)
+    assert state.shape == cache.shape
+    assert_same((y, pipe.gather_state(state)), jax.jit(decode)(params, x, state=cache))
