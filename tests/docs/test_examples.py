@@ -17,32 +17,15 @@ import numpy as np
 import pytest
 
 import fpipe
+from tests import scripts
 from tests.helpers import HANG
 
 ROOT = pathlib.Path(__file__).parents[2]
-# The scripts share compiled programs with each other, and with earlier runs. No test
-# reads a time that a script measures: programs that LLVM leaves as they are compile in
-# half the time.
-ENVIRONMENT = {
-    "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
-    + " --xla_backend_optimization_level=0",
-    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
 SMALL = ["--depth", "2", "--channels", "4", "--size", "16", "--batch", "8"]
 
 
 def run(script, *arguments):
-    command = [sys.executable, script, *map(str, arguments)]
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return scripts.run([script, *map(str, arguments)])
 
 
 @pytest.fixture
@@ -129,7 +112,7 @@ def test_ctrl_c_ends_training_cleanly(tmp_path):
     with subprocess.Popen(
         command,
         cwd=ROOT,
-        env=os.environ | ENVIRONMENT,
+        env=os.environ | scripts.ENVIRONMENT,
         text=True,
         stdout=pipe,
         stderr=pipe,

@@ -5,13 +5,10 @@ pictures exist.
 import doctest
 import importlib
 import importlib.util
-import os
 import pathlib
 import pkgutil
 import re
 import shlex
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +16,9 @@ import pytest
 
 import fpipe
 from fpipe.schedules import NAMES
+from tests import scripts
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Pages run in processes of their own, which share compiled programs. To optimize these
-# takes longer than running them.
-FAST = {
-    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
-    "--xla_backend_optimization_level=0",
-    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
 README = (ROOT / "README.md").read_text()
 MEASURED = "docs/benchmarks.md"  # its text is what was measured once
 PAGES = [
@@ -82,15 +71,7 @@ def as_shown(text, kind):
 
 def python(arguments, folder):
     """Run Python with fpipe in an empty folder, and return what it prints."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", *arguments],
-        cwd=folder,
-        env={**os.environ, **FAST, "PYTHONPATH": path, "PYTHONUTF8": "1"},
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-    )
+    done = scripts.run(arguments, folder, strict=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -108,12 +89,9 @@ def test_the_python_blocks_run_one_after_the_other_and_print_what_the_text_block
 ):
     code = shown_after(page, "python")
     between = "print('-' * 8)"
-    printed = python(
-        ["-c", f"\n{between}\n".join(text for text, _, _ in code)], tmp_path
-    )
-    # Readers have the code in a file.
-    printed = printed.replace("<string>:", "model.py:")
-    parts = re.split("^-{8}\n", printed, flags=re.MULTILINE)
+    model = tmp_path / "model.py"  # readers have the code in a file
+    model.write_text(f"\n{between}\n".join(text for text, _, _ in code))
+    parts = re.split("^-{8}\n", python([model.name], tmp_path), flags=re.MULTILINE)
     for part, (_, shown, kind) in zip(parts, code, strict=bool(code)):
         assert as_shown(part, kind) == as_shown(shown, kind)
 
