@@ -47,7 +47,7 @@ TABLE = {
     # in a test of its own.
     "model": [n for n in MODELS if n not in ("plain", "dropout", "jump2", "nested")],
     "cut": list(range(8)),
-    "chunks": list(range(1, 9)),
+    "chunks": [1, 2, 3, 4, 5, 8],  # 6 and 7 cut these rows as 5 does
     "rows": [8, 10, 3],
     "checkpoint": ["always", "except_last", "never", *POLICIES],
     "schedule": [
@@ -59,9 +59,17 @@ TABLE = {
 }
 
 
+def repeats(row: dict) -> bool:
+    """Whether a smaller cut gives the same balance: a schedule with several stages on
+    a device has one of the four even balances.
+    """
+    several = "schedule" in row and NAMES[row["schedule"]].per_device != 1
+    return several and row.get("cut", 0) > 3
+
+
 def covering(table: dict[str, list], seed: int = 0) -> list[dict]:
-    """Rows in which every pair of values of two columns occurs: greedy, the best of
-    some random rows.
+    """Rows in which every pair of values of two columns occurs, but for those that
+    repeat another: greedy, the best of some random rows.
     """
     rng = np.random.default_rng(seed)
     names = list(table)
@@ -70,6 +78,7 @@ def covering(table: dict[str, list], seed: int = 0) -> list[dict]:
         for a, b in itertools.combinations(names, 2)
         for i in range(len(table[a]))
         for j in range(len(table[b]))
+        if not repeats({a: table[a][i], b: table[b][j]})
     }
     rows = []
     while pairs:
@@ -228,7 +237,7 @@ def test_forwards_alone(model):
 
 
 @pytest.mark.parametrize(
-    "row", covering(TABLE, seed=1), ids=lambda r: "-".join(str(v) for v in r.values())
+    "row", covering(TABLE, seed=7), ids=lambda r: "-".join(str(v) for v in r.values())
 )
 def test_every_pair(row):
     check_row(**row)
@@ -293,7 +302,8 @@ def product(model):
         yield {"model": model} | dict(zip(names, values, strict=True))
 
 
-@pytest.mark.parametrize("model", models())
+# The pairs have all other models.
+@pytest.mark.parametrize("model", [n for n in models() if n not in TABLE["model"]])
 def test_a_share_of_the_full_product(model):
     for row in itertools.islice(product(model), 99_997, None, 168_962):
         check_row(**row)
@@ -320,7 +330,15 @@ def test_bfloat16_models(model, loss):
     check(case, pipe_of(layers, 5, 3, "except_last", "1f1b"), loss, tolerance=2e-2)
 
 
-@pytest.mark.parametrize("checkpoint", TABLE["checkpoint"])
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        "except_last",
+        "policy",
+        *(pytest.param(n, marks=pytest.mark.full) for n in ("always", "never")),
+        pytest.param("offload", marks=pytest.mark.full),
+    ],
+)
 def test_bfloat16_compute_on_float32_parameters(checkpoint):
     layers = [cast_weights(layer) for layer in models()["plain"]]
     check(
@@ -362,9 +380,16 @@ def test_devices_may_repeat_and_come_in_any_order(model, devices):
 
 
 @pytest.mark.parametrize(
-    "schedule", ["gpipe", "eager_1f1b", "interleaved_1f1b", "zb_h1", "v_min"]
+    ("schedule", "cut", "checkpoint"),
+    [
+        ("gpipe", 7, "always"),
+        ("eager_1f1b", 1, "except_last"),
+        ("interleaved_1f1b", 7, "always"),
+        ("zb_h1", 1, "always"),
+        ("v_min", 1, "except_last"),
+    ],
 )
-def test_dropout_masks_are_equal_whatever_the_partition(schedule):
+def test_dropout_masks_are_equal_whatever_the_partition(schedule, cut, checkpoint):
     """The very same masks, not only close values: a product of masks is exact."""
     layers = [
         fpipe.Layer(
@@ -377,14 +402,13 @@ def test_dropout_masks_are_equal_whatever_the_partition(schedule):
     key = jax.random.key(3)
     want = fpipe.sequential(layers, chunks=3)(params, x, key=key)
     assert set(np.unique(want)) == {0.0, 1.0}
-    for cut, checkpoint in [(1, "except_last"), (7, "always")]:
-        pipe = pipe_of(layers, cut, 3, checkpoint, schedule)
-        np.testing.assert_array_equal(pipe(pipe.place(params), x, key=key), want)
-        # The gradient of the sum with respect to x is the product of the masks too.
-        _, grad = pipe.value_and_grad(jnp.sum, reduction="sum", argnums=1)(
-            pipe.place(params), x, key=key
-        )
-        np.testing.assert_array_equal(grad, want)
+    pipe = pipe_of(layers, cut, 3, checkpoint, schedule)
+    np.testing.assert_array_equal(pipe(pipe.place(params), x, key=key), want)
+    # The gradient of the sum with respect to x is the product of the masks too.
+    _, grad = pipe.value_and_grad(jnp.sum, reduction="sum", argnums=1)(
+        pipe.place(params), x, key=key
+    )
+    np.testing.assert_array_equal(grad, want)
 
 
 def test_rank_promotion_is_never_needed():
