@@ -84,7 +84,8 @@ def recorded() -> str:
     """A recorded step over its prediction."""
     with (HERE / "recorded.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    return svg(from_csv("recorded", rows), over=from_csv("predicted", rows))
+    timelines = [from_csv(name, rows) for name in ("recorded", "predicted")]
+    return svg(timelines[0], width=700, over=timelines[1])
 
 
 def drawn(scale: float, timelines: dict[str, Timeline]) -> dict[str, str]:
