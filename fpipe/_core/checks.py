@@ -3,7 +3,7 @@
     as_bool("Pipe", "detect_anomaly", "yes")
         TypeError: `Pipe(detect_anomaly='yes')`: detect_anomaly is True or False
     as_int("Pipe", "chunks", 2.0)
-        TypeError: `Pipe(chunks=2.0)`: chunks is an int
+        TypeError: `Pipe(chunks=2.0)`: chunks must be an int
 
 Python takes any object for a truth value, and a bool for an int. Neither is what a
 user means.
@@ -36,7 +36,9 @@ def is_one_of(value: Any, names: Iterable[str]) -> bool:
 def as_bool(call: str, name: str, value: Any) -> bool:
     """A switch, checked."""
     if not is_bool(value):
-        raise TypeError(f"`{call}({name}={shown(value)})`: {name} is True or False")
+        raise TypeError(
+            f"`{call}({name}={shown(value)})`: {name} must be True or False"
+        )
     return bool(value)
 
 
@@ -48,9 +50,11 @@ def as_int(call: str, name: str, value: Any, least: int = 1) -> int:
             raise TypeError
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"`{call}({name}={shown(value)})`: {name} is an int") from None
+        raise TypeError(
+            f"`{call}({name}={shown(value)})`: {name} must be an int"
+        ) from None
     if number < least:
-        raise ValueError(f"`{call}({name}={number})`: {name} is at least {least}")
+        raise ValueError(f"`{call}({name}={number})`: {name} must be at least {least}")
     return number
 
 

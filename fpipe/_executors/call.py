@@ -356,7 +356,7 @@ def as_argnums(argnums: Any) -> tuple[int, ...]:
     )
     # Not `isinstance`: `True` is an int too, and `argnums=True` is a mistake.
     if any(type(n) is not int for n in numbers):
-        raise TypeError(f"{call} are ints")
+        raise TypeError(f"{call} must be ints")
     if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
         raise ValueError(f"{call}, counted from 0, each once, and at least one")
     return numbers

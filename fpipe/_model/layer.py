@@ -143,7 +143,8 @@ class Layer:
         _check_function(self.apply, "`fpipe.Layer(f)`")
         if not isinstance(self.name, str):
             raise TypeError(
-                f"`fpipe.Layer(name=...)`: a name is a string, got {shown(self.name)}"
+                "`fpipe.Layer(name=...)`: a name must be a string, got "
+                f"{shown(self.name)}"
             )
         put("name", self.name or function_name(self.apply))
         for field in ("stash", "pop", "peek", "borrow"):
@@ -419,7 +420,7 @@ def checked_names(value: Iterable[str], where: str) -> tuple[str, ...]:
     result = tuple(value)
     for name in result:
         if not isinstance(name, str):
-            raise TypeError(f"{where}: names are strings, got {shown(name)}")
+            raise TypeError(f"{where}: names must be strings, got {shown(name)}")
     if len(set(result)) < len(result):
         raise ValueError(f"{where}: a name is there twice in {list(result)}")
     return result

@@ -194,7 +194,7 @@ def _check(call: str, carry: object, name: str, field: str) -> None:
         field: "stash", "pop" or "peek".
     """
     if not isinstance(name, str):
-        raise TypeError(f"{call} in {_who()}: names are strings")
+        raise TypeError(f"{call} in {_who()}: names must be strings")
     if not isinstance(carry, Mapping):
         raise TypeError(
             f"{call} in {_who()}: the carry is a {type(carry).__name__}, no dict"

@@ -85,7 +85,7 @@ class Chunk:
             object.__setattr__(self, "axis", operator.index(self.axis))
         except TypeError:
             raise TypeError(
-                f"`fpipe.Chunk(…, axis={self.axis!r})`: axis is an int, such as 1"
+                f"`fpipe.Chunk(…, axis={self.axis!r})`: axis must be an int, such as 1"
             ) from None
 
     def tree_flatten(self) -> tuple[tuple[PyTree], int]:

@@ -266,14 +266,14 @@ def stage_devices(
     available = len(devices) if isinstance(devices, Iterable) else devices
     for name, value in (("stages", stages), ("devices", available)):
         if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{call}: {name} is a number, at least 1")
+            raise ValueError(f"{call}: {name} must be an int of at least 1")
     # As `Pipe` does, so that its stages are as many as those of the balance.
     if stages is None:
         there = len(jax.devices()) if available is None else available
         stages = scheduling.stages(there, microbatches, layers)
     if stages > layers:
         raise ValueError(
-            f"{call}: every stage has at least one layer, but there are {layers} "
+            f"{call}: every stage needs at least one layer, but there are {layers} "
             f"layers for {stages} stages"
         )
     # Stages without devices: as many devices as the schedule has use for.

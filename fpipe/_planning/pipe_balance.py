@@ -156,9 +156,9 @@ def _checked(balance: Any, count: int) -> tuple[int, ...]:
     except TypeError:
         counts = ()
     if len(counts) < len(given):
-        raise TypeError(f"{call}: layers per stage are ints")
+        raise TypeError(f"{call}: layers per stage must be ints")
     if not counts or min(counts) < 1:
-        raise ValueError(f"{call}: every stage has at least one layer")
+        raise ValueError(f"{call}: every stage needs at least one layer")
     if sum(counts) != count:
         raise ValueError(
             f"{call}: that is {sum(counts)} layers, but the model has {count}"

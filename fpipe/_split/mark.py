@@ -49,7 +49,7 @@ def cut(h: PyTree, name: str = "") -> PyTree:
         2
     """
     if not isinstance(name, str):
-        raise TypeError(f"`fpipe.cut(h, name={shown(name)})`: a name is a string")
+        raise TypeError(f"`fpipe.cut(h, name={shown(name)})`: a name must be a string")
     leaves, structure = jax.tree.flatten(h)
     # One of several arrays is marked, and that is enough: a cut is a place in the order
     # of equations, and all of `h` is computed before it.

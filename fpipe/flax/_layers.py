@@ -371,7 +371,7 @@ def _is_module(value: Any) -> bool:
 def _check_sample(call: str, x: PyTree, name: Any = "") -> None:
     """Refuse a sample without an array, and a name that is none."""
     if not isinstance(name, str):
-        raise TypeError(f"`{call}(name={shown(name)})`: a name is a string")
+        raise TypeError(f"`{call}(name={shown(name)})`: a name must be a string")
     if x is None:
         return
     check_leaves(x, "x", f"`{call}(model, x)`: ")

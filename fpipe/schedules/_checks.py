@@ -37,21 +37,25 @@ def check_type(call: str, value: Any, kind: type) -> None:
 def check_int(call: str, name: str, value: Any, least: int) -> None:
     """Refuse what is no int, or too small."""
     if type(value) is not int:  # a bool is none
-        raise TypeError(f"`{call}({name}={shown(value)})`: {name} is an int")
+        raise TypeError(f"`{call}({name}={shown(value)})`: {name} must be an int")
     if value < least:
-        raise ValueError(f"`{call}({name}={value})`: {name} is at least {least}")
+        raise ValueError(f"`{call}({name}={value})`: {name} must be at least {least}")
 
 
 def check_bool(call: str, name: str, value: Any) -> None:
     """Refuse what is no switch."""
     if type(value) is not bool and not (type(value) is int and value in (0, 1)):
-        raise TypeError(f"`{call}({name}={shown(value)})`: {name} is True or False")
+        raise TypeError(
+            f"`{call}({name}={shown(value)})`: {name} must be True or False"
+        )
 
 
 def check_positive(call: str, name: str, value: Any) -> None:
     """Refuse what is no finite number, or not more than 0."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number:
-        raise TypeError(f"`{call}({name}={shown(value)})`: {name} is a number")
+        raise TypeError(f"`{call}({name}={shown(value)})`: {name} must be a number")
     if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"`{call}({name}={value})`: {name} is finite and more than 0")
+        raise ValueError(
+            f"`{call}({name}={value})`: {name} must be finite and more than 0"
+        )

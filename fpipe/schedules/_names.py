@@ -85,7 +85,7 @@ def named(
     if entry.virtual:
         return entry.generator(devices, microbatches, virtual=virtual)
     if type(virtual) is not int:
-        raise TypeError(f"`{name}`: virtual is an int, not {shown(virtual)}")
+        raise TypeError(f"`{name}`: virtual must be an int, not {shown(virtual)}")
     per_device = entry.per_device
     if virtual != per_device:
         number = "one stage" if per_device == 1 else f"{per_device} stages"

@@ -237,7 +237,7 @@ def _read_action(value: Any, device: int, position: int) -> Action:
         return Action(known[0], _read_index(stage), _read_index(microbatch))
     except TypeError:
         raise TypeError(
-            f"{where} {shortened(value)}; stage and microbatch are ints"
+            f"{where} {shortened(value)}; stage and microbatch must be ints"
         ) from None
 
 
@@ -248,8 +248,8 @@ def _read_stage_to_device(stage_to_device: Any) -> tuple[int, ...]:
             devices.append(_read_index(device))
         except TypeError:
             raise TypeError(
-                f"`Schedule`: stage_to_device[{stage}] is {shortened(device)}; it is "
-                "an int, a device's index"
+                f"`Schedule`: stage_to_device[{stage}] is {shortened(device)}, "
+                "not a device's index (an int)"
             ) from None
     return tuple(devices)
 

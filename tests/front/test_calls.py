@@ -367,12 +367,12 @@ def test_integer_leaves_give_float0_and_static_leaves_none():
 
 
 WRONG_NUMBERS = {
-    "float": (2.0, TypeError, "are ints"),
-    "string": ("0", TypeError, "are ints"),
-    "in a list": ([0, 1.0], TypeError, "are ints"),
-    "bool": (True, TypeError, "are ints"),
-    "none": (None, TypeError, "are ints"),
-    "a set": ({0}, TypeError, "are ints"),
+    "float": (2.0, TypeError, "must be ints"),
+    "string": ("0", TypeError, "must be ints"),
+    "in a list": ([0, 1.0], TypeError, "must be ints"),
+    "bool": (True, TypeError, "must be ints"),
+    "none": (None, TypeError, "must be ints"),
+    "a set": ({0}, TypeError, "must be ints"),
     "negative": (-1, ValueError, "counted from 0, each once, and at least one"),
     "negative among": (
         (0, -1),

@@ -66,32 +66,32 @@ WRONG = {
     "zero": (
         {"balance": [0, 4]},
         ValueError,
-        "`Pipe(balance=[0, 4])`: every stage has at least one layer",
+        "`Pipe(balance=[0, 4])`: every stage needs at least one layer",
     ),
     "negative": (
         {"balance": [-1, 5]},
         ValueError,
-        "`Pipe(balance=[-1, 5])`: every stage has at least one layer",
+        "`Pipe(balance=[-1, 5])`: every stage needs at least one layer",
     ),
     "empty": (
         {"balance": []},
         ValueError,
-        "`Pipe(balance=[])`: every stage has at least one layer",
+        "`Pipe(balance=[])`: every stage needs at least one layer",
     ),
     "float": (
         {"balance": [2.0, 2]},
         TypeError,
-        "`Pipe(balance=[2.0, 2])`: layers per stage are ints",
+        "`Pipe(balance=[2.0, 2])`: layers per stage must be ints",
     ),
     "bool": (
         {"balance": [True, 3]},
         TypeError,
-        "`Pipe(balance=[True, 3])`: layers per stage are ints",
+        "`Pipe(balance=[True, 3])`: layers per stage must be ints",
     ),
     "none in it": (
         {"balance": [4, None]},
         TypeError,
-        "`Pipe(balance=[4, None])`: layers per stage are ints",
+        "`Pipe(balance=[4, None])`: layers per stage must be ints",
     ),
     "string": (
         {"balance": "22"},
@@ -108,22 +108,30 @@ WRONG = {
         TypeError,
         "`Pipe(balance=4)`: a sequence of layers per stage is needed, such as [4]",
     ),
-    "chunks 0": ({"chunks": 0}, ValueError, "`Pipe(chunks=0)`: chunks is at least 1"),
+    "chunks 0": (
+        {"chunks": 0},
+        ValueError,
+        "`Pipe(chunks=0)`: chunks must be at least 1",
+    ),
     "chunks -1": (
         {"chunks": -1},
         ValueError,
-        "`Pipe(chunks=-1)`: chunks is at least 1",
+        "`Pipe(chunks=-1)`: chunks must be at least 1",
     ),
-    "chunks 2.5": ({"chunks": 2.5}, TypeError, "`Pipe(chunks=2.5)`: chunks is an int"),
+    "chunks 2.5": (
+        {"chunks": 2.5},
+        TypeError,
+        "`Pipe(chunks=2.5)`: chunks must be an int",
+    ),
     "chunks True": (
         {"chunks": True},
         TypeError,
-        "`Pipe(chunks=True)`: chunks is an int",
+        "`Pipe(chunks=True)`: chunks must be an int",
     ),
     "chunks string": (
         {"chunks": "2"},
         TypeError,
-        "`Pipe(chunks='2')`: chunks is an int",
+        "`Pipe(chunks='2')`: chunks must be an int",
     ),
     "checkpoint": (
         {"checkpoint": "sometimes"},

@@ -521,7 +521,7 @@ def test_arguments_that_are_wrong():
     refused("'params' is no argument", ValueError, static_argnames="params")
     refused("a function that makes the parameters", init=params_of())
     refused("no layers of batch norm", ValueError, deferred_batch_norm=True)
-    refused("chunks is at least 1", ValueError, chunks=0)
+    refused("chunks must be at least 1", ValueError, chunks=0)
     refused("would be constants", fn=jax.tree_util.Partial(loss_fn, params_of()))
     refused("has no signature", fn=min)
 

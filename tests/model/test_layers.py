@@ -269,7 +269,7 @@ REFUSED = {
     ),
     "name": (
         lambda: fpipe.Layer(plain, name=untyped(3)),
-        "`fpipe.Layer(name=...)`: a name is a string, got 3",
+        "`fpipe.Layer(name=...)`: a name must be a string, got 3",
     ),
     "stash is a string": (
         lambda: fpipe.Layer(carried, stash=untyped("skip")),
@@ -302,7 +302,7 @@ REFUSED = {
     ),
     "a number for a name": (
         lambda: fpipe.Layer(carried, pop=untyped([3])),
-        "`fpipe.Layer(pop=...)` of layer 'carried': names are strings, got 3",
+        "`fpipe.Layer(pop=...)` of layer 'carried': names must be strings, got 3",
     ),
     "needs that are none": (
         lambda: fpipe.Layer(plain, needs=["rng", "key", "mask"]),

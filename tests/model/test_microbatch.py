@@ -135,11 +135,11 @@ def test_a_loss_sees_each_piece_and_weighs_it_by_its_rows(make, n, chunks, expec
 @pytest.mark.parametrize(
     ("chunks", "kind", "text"),
     [
-        (0, ValueError, "(chunks=0)`: chunks is at least 1"),
-        (-3, ValueError, "(chunks=-3)`: chunks is at least 1"),
-        (2.0, TypeError, "(chunks=2.0)`: chunks is an int"),
-        (True, TypeError, "(chunks=True)`: chunks is an int"),
-        ("2", TypeError, "(chunks='2')`: chunks is an int"),
+        (0, ValueError, "(chunks=0)`: chunks must be at least 1"),
+        (-3, ValueError, "(chunks=-3)`: chunks must be at least 1"),
+        (2.0, TypeError, "(chunks=2.0)`: chunks must be an int"),
+        (True, TypeError, "(chunks=True)`: chunks must be an int"),
+        ("2", TypeError, "(chunks='2')`: chunks must be an int"),
     ],
 )
 def test_chunks_that_are_no_positive_int_are_refused(make, chunks, kind, text):
@@ -443,7 +443,7 @@ def test_what_cannot_be_cut_is_refused_with_its_name(make, case):
 
 @pytest.mark.parametrize("axis", [True, 1.0, "1", None])
 def test_the_axis_of_a_chunk_is_an_int(axis):
-    text = f"`fpipe.Chunk(…, axis={axis!r})`: axis is an int, such as 1"
+    text = f"`fpipe.Chunk(…, axis={axis!r})`: axis must be an int, such as 1"
     with raises(TypeError, text):
         fpipe.Chunk(V, axis=untyped(axis))
 

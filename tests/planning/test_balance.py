@@ -781,8 +781,16 @@ WRONG = [
         "go with layers, not with their costs",
     ),
     ({"layers": [1, 1], "stages": 3}, ValueError, "there are 2 layers for 3 stages"),
-    ({"layers": [1, 1], "stages": 0}, ValueError, "stages is a number, at least 1"),
-    ({"layers": [1, 1], "devices": 2.0}, ValueError, "devices is a number, at least 1"),
+    (
+        {"layers": [1, 1], "stages": 0},
+        ValueError,
+        "stages must be an int of at least 1",
+    ),
+    (
+        {"layers": [1, 1], "devices": 2.0},
+        ValueError,
+        "devices must be an int of at least 1",
+    ),
     (
         {"layers": [1] * 4, "stages": 4, "devices": 2},
         ValueError,
@@ -823,7 +831,11 @@ WRONG = [
         ValueError,
         "bytes of state for each byte",
     ),
-    ({"layers": [1] * 4, "stages": 2, "chunks": 0}, ValueError, "chunks is at least 1"),
+    (
+        {"layers": [1] * 4, "stages": 2, "chunks": 0},
+        ValueError,
+        "chunks must be at least 1",
+    ),
     (
         {"layers": [1] * 4, "stages": 3, "schedule": "zb_v"},
         ValueError,

@@ -259,9 +259,13 @@ def test_what_cannot_be_drawn(name):
 
 
 def test_widths_that_make_no_sense():
-    with pytest.raises(ValueError, match=r"`draw\(width=0\)`: width is at least 1"):
+    with pytest.raises(
+        ValueError, match=r"`draw\(width=0\)`: width must be at least 1"
+    ):
         draw(SPLIT, width=0)
-    with pytest.raises(ValueError, match=r"`svg\(width=10\)`: a width is at least 200"):
+    with pytest.raises(
+        ValueError, match=r"`svg\(width=10\)`: a width must be at least 200"
+    ):
         svg(SPLIT, width=10)
 
 

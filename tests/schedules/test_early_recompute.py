@@ -154,7 +154,7 @@ def test_what_is_refused():
             f"stage and microbatch {told}",
         ):
             early_recompute(schedule, pairs=[wrong])  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="ahead is at least 0"):
+    with pytest.raises(ValueError, match="ahead must be at least 0"):
         early_recompute(schedule, ahead=-1)
     with pytest.raises(TypeError, match="a Schedule is needed, got '1f1b'"):
         early_recompute("1f1b")  # pyright: ignore[reportArgumentType]

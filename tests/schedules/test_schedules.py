@@ -448,7 +448,7 @@ def test_names():
 def test_sizes_that_make_no_sense(name, bad):
     with pytest.raises(
         ValueError,
-        match=rf"`{name}\(devices=.*\)`: (devices|microbatches) is at least 1",
+        match=rf"`{name}\(devices=.*\)`: (devices|microbatches) must be at least 1",
     ):
         named(name, *bad)
 
@@ -459,14 +459,14 @@ def test_sizes_that_make_no_sense(name, bad):
 )
 def test_sizes_of_the_wrong_type(name, bad):
     with pytest.raises(
-        TypeError, match=rf"`{name}.*: (devices|microbatches|virtual) is an int"
+        TypeError, match=rf"`{name}.*: (devices|microbatches|virtual) must be an int"
     ):
         named(name, *bad)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if NAMES[n].virtual])
 def test_no_stage_on_a_device(name):
-    with pytest.raises(ValueError, match=r"virtual=0\)`: virtual is at least 1"):
+    with pytest.raises(ValueError, match=r"virtual=0\)`: virtual must be at least 1"):
         named(name, 2, 4, virtual=0)
 
 

@@ -657,15 +657,15 @@ WRONG = {
     ),
     "a bool": (
         [[("F", 0, False)]],
-        "position 0 is ('F', 0, False); stage and microbatch are ints",
+        "position 0 is ('F', 0, False); stage and microbatch must be ints",
     ),
     "a float": (
         [[("F", 0, 0.0)]],
-        "position 0 is ('F', 0, 0.0); stage and microbatch are ints",
+        "position 0 is ('F', 0, 0.0); stage and microbatch must be ints",
     ),
     "unhashable": (
         [[("F", [0], 0)]],
-        "position 0 is ('F', [0], 0); stage and microbatch are ints",
+        "position 0 is ('F', [0], 0); stage and microbatch must be ints",
     ),
     "an unhashable kind": (
         [[(["F"], 0, 0)]],
@@ -700,15 +700,15 @@ def test_an_unknown_kind():
     [
         (
             [True],
-            "`Schedule`: stage_to_device[0] is True; it is an int, a device's index",
+            "`Schedule`: stage_to_device[0] is True, not a device's index (an int)",
         ),
         (
             [0.0],
-            "`Schedule`: stage_to_device[0] is 0.0; it is an int, a device's index",
+            "`Schedule`: stage_to_device[0] is 0.0, not a device's index (an int)",
         ),
         (
             [None],
-            "`Schedule`: stage_to_device[0] is None; it is an int, a device's index",
+            "`Schedule`: stage_to_device[0] is None, not a device's index (an int)",
         ),
         ("0", "`Schedule`: stage_to_device is a sequence, not '0'"),
         ({0}, "`Schedule`: stage_to_device is a sequence, not {0}"),

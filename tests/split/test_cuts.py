@@ -33,7 +33,7 @@ def test_a_mark_is_the_identity():
     with pytest.raises(TypeError, match="no array to mark"):
         fpipe.cut({"n": 3})
     number: Any = 3
-    with pytest.raises(TypeError, match="a name is a string"):
+    with pytest.raises(TypeError, match="a name must be a string"):
         fpipe.cut(X, number)
 
 

@@ -86,7 +86,9 @@ def svg(
     if type(width) not in (int, float):
         raise TypeError(f"`svg(width={shown_value(width)})`: a number of pixels")
     if not width >= SMALLEST:
-        raise ValueError(f"`svg(width={width})`: a width is at least {SMALLEST} pixels")
+        raise ValueError(
+            f"`svg(width={width})`: a width must be at least {SMALLEST} pixels"
+        )
     shown = picture(what, "svg", over)
     # Lower rows for many devices, so that 64 of them are 704 pixels and fit a screen.
     count = len(shown.titles)

@@ -22,9 +22,9 @@ def check_sizes(name: str, /, **sizes: int) -> None:
     call = f"`{name}({given})`"
     for size, value in sizes.items():
         if type(value) is not int:  # a bool is none
-            raise TypeError(f"{call}: {size} is an int")
+            raise TypeError(f"{call}: {size} must be an int")
         if value < 1:
-            raise ValueError(f"{call}: {size} is at least 1")
+            raise ValueError(f"{call}: {size} must be at least 1")
 
 
 def looped_stages(devices: int, virtual: int) -> list[int]:
