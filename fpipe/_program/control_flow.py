@@ -61,6 +61,15 @@ def scan_parts(node: Node) -> tuple[int, int]:
     return sum(whole[: len(node.ins)]) - carried, carried
 
 
+def while_body(node: Node) -> tuple[Graph, tuple[int, ...]]:
+    """The body of a `while`, and the operands that are its inputs: its constants, and
+    the carry.
+    """
+    # Before them come the constants of the condition.
+    body = inline(node.eqn.params["body_jaxpr"])
+    return body, node.ins[len(node.ins) - len(body.inputs) :]
+
+
 def content_dependents(nodes: Iterable[Node], values: Iterable[int]) -> set[int]:
     """The values whose content depends on some values, themselves included.
 
@@ -99,13 +108,10 @@ def _through(node: Node, depends: Sequence[bool]) -> list[bool]:
         constants, carried = scan_parts(node)
         return _through_loop(node.bodies[0], depends, constants, carried)
     if node.name == "while":
-        # Its operands: the constants of the condition, those of the body, the carry.
-        body = inline(node.eqn.params["body_jaxpr"])
+        body, ins = while_body(node)
         carried = len(node.outs)
-        constants = len(body.inputs) - carried
-        return _through_loop(
-            body, depends[len(depends) - len(body.inputs) :], constants, carried
-        )
+        constants = len(ins) - carried
+        return _through_loop(body, depends[-len(ins) :], constants, carried)
     if is_remat(node):
         return _through_body(node.bodies[0], depends)
     # Of what is foreign all results depend: a warning too few is better than a wrong

@@ -34,6 +34,7 @@ from fpipe._split.notes import (
     note_kept,
     note_narrow_loss,
     note_unused,
+    note_whole_loops,
 )
 from fpipe._split.pieces import CutTrace, cut_trace
 from fpipe._split.rows import note_rows
@@ -115,6 +116,7 @@ class CutFunction:
         name = self.function.layer.name
         note_kept(name, traced)
         note_constants(name, traced)
+        note_whole_loops(name, traced)
         note_unused(self.function, self.wiring.used)
         note_rows(self.function, self.first, twice, traced)
 

@@ -6,6 +6,7 @@ In: a cut function. Out: warnings, at the line of the user's that splits it:
     note_constants     large arrays that it closes over
     note_unused        parameters that nothing uses
     note_narrow_loss   a loss of less than 32 bits
+    note_whole_loops   loops over layers that are not cut between their rounds
 
 What it does with rows is in `rows.py`.
 """
@@ -80,6 +81,27 @@ def note_unused(function: Function, used: Collection[int]) -> None:
             f"{function.layer.name!r}: their gradients are zeros, and piece 0 holds "
             "them"
         )
+
+
+def note_whole_loops(name: str, traced: Traced) -> None:
+    """Warn of loops over stacked parameters that are not cut by their rows."""
+    for loop in traced.whole_loops:
+        where = f"`{loop.node.name}`{at_line(loop.node.where)}"
+        if loop.rows_by is None:
+            warn(
+                f"`fpipe.split(fn)`: {name!r} takes stacked parameters by an index in "
+                f"a {where}. How many rounds it has a trace does not know, so it is "
+                "one operation, in one piece: write `jax.lax.fori_loop` with its ends "
+                "as Python numbers, or `jax.lax.scan` over the parameters"
+            )
+        else:
+            by = f"`{loop.rows_by.name}`{at_line(loop.rows_by.where)}"
+            warn(
+                f"`fpipe.split(fn)`: {name!r} runs over stacked parameters in a "
+                f"{where}, but each row is made by {by} of all of them. So pieces "
+                "cannot have rows of their own: give the function the parameters in "
+                "the order and the form in which the loop takes them"
+            )
 
 
 def note_narrow_loss(name: str, traced: Traced) -> None:

@@ -38,7 +38,7 @@ import numpy as np
 
 from fpipe._core.errors import at_line
 from fpipe._core.pytrees import aval, is_traced, nbytes
-from fpipe._program.control_flow import is_remat, scan_parts
+from fpipe._program.control_flow import is_remat, scan_parts, while_body
 from fpipe._program.graph import Graph, Node, bind, inline, trace
 from fpipe._program.rewriting import Rewriter
 from fpipe._split.by_rows import (
@@ -79,6 +79,20 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class WholeLoop:
+    """A loop over stacked parameters that cannot be cut by rows.
+
+    Attributes:
+        node: its equation.
+        rows_by: what makes the rows that it runs over, and needs all of the stack for
+            each; `None`: it is a `while`, which takes them by an index.
+    """
+
+    node: Node
+    rows_by: Node | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Opened:
     """A trace with its loops over layers opened.
 
@@ -91,6 +105,7 @@ class Opened:
         marks: where `fpipe.cut` stands in it.
         rounds: the positions of the equations of each round of a loop.
         checkpoints: the checkpoints that an equation was in, the outermost first.
+        whole_loops: loops over most of the parameters that are not cut by rows.
     """
 
     graph: Graph
@@ -101,6 +116,7 @@ class Opened:
     marks: tuple[Mark, ...]
     rounds: tuple[range, ...]
     checkpoints: Mapping[Node, tuple[Checkpoint, ...]]
+    whole_loops: tuple[WholeLoop, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +239,7 @@ class _Opener(Rewriter):
         self._bytes = sum(nbytes(graph.avals[v]) for v in stacks.params)
         self._rounds: list[range] = []
         self._checkpoints: dict[Node, tuple[Checkpoint, ...]] = {}
+        self._whole_loops: list[WholeLoop] = []
         self._inside: tuple[Checkpoint, ...] = ()
         self._count = 0
         self._marks: list[Mark] = []
@@ -277,6 +294,7 @@ class _Opener(Rewriter):
             tuple(self._marks),
             tuple(self._rounds),
             self._checkpoints,
+            tuple(self._whole_loops),
         )
 
     def asked_rows(self) -> dict[int, set[Part]]:
@@ -350,6 +368,8 @@ class _Opener(Rewriter):
 
     def add(self, node: Node) -> None:
         """Add an equation, or what it is opened to."""
+        if node.name in ("scan", "while"):
+            self._look_at_rows(node)
         if (name := mark_of(node)) is not None:
             # A mark is no equation: a backward would keep the marked value beside the
             # one that comes in, which is the same.
@@ -463,6 +483,46 @@ class _Opener(Rewriter):
             for v, axis in by_rows.items()
             if self._is_divisible(stacks[v], axis)
         ]
+
+    def _look_at_rows(self, node: Node) -> None:
+        """Keep in mind a loop over most of the parameters that needs all of them in
+        each round, or takes them as nobody knows.
+        """
+        if node.name == "while":
+            body, ins = while_body(node)
+            stacks = {
+                v: outer
+                for v, outer in zip(body.inputs, ins, strict=True)
+                if self._params_of(outer)
+            }
+            numbers = {v for v, a in body.avals.items() if _is_index(a)}
+            taken = [stacks[v] for v in _only_indexed(body, set(stacks), numbers)]
+            if 2 * self._bytes_of_params(taken) > self._bytes:
+                self._whole_loops.append(WholeLoop(node, None))
+            return
+        first = sum(scan_parts(node))
+        mixed = [
+            v
+            for v in node.ins[first:]
+            if self._params_of(v) and not self._is_divisible(v, 0)
+        ]
+        if 2 * self._bytes_of_params(mixed) > self._bytes:
+            largest = max(mixed, key=lambda v: nbytes(self.avals[v]))
+            self._whole_loops.append(WholeLoop(node, self._mixing(largest)))
+
+    def _mixing(self, v: int) -> Node:
+        """The operation on the way to rows of a value that needs more than rows."""
+        node, axis = self.maker[v], 0
+        while parts := goes_by_rows(node, self.avals, axis):
+            made = [
+                (self.maker[u], part.axis)
+                for u, part in ((node.ins[n], part) for n, part in parts.items())
+                if self._params_of(u) and u in self.maker
+            ]
+            if not made:
+                break
+            node, axis = made[0]
+        return node
 
     def _open_loop(self, node: Node) -> None:
         """Write a loop out."""
@@ -744,6 +804,11 @@ class _Opener(Rewriter):
             return jax.lax.slice_in_dim(a, part.start, part.stop, axis=part.axis)
 
         return self.apply(take, [v], ("slice", part), scope)
+
+
+def _is_index(a: Any) -> bool:
+    """Whether a value may be the number of a layer."""
+    return not a.shape and jnp.issubdtype(a.dtype, np.integer)
 
 
 def _made_of(body: Graph, known: Iterable[int]) -> set[int]:

@@ -53,7 +53,7 @@ from fpipe._program.graph import (
     trace,
 )
 from fpipe._split.mark import Mark
-from fpipe._split.opening import Checkpoint, Stacks, open_trace
+from fpipe._split.opening import Checkpoint, Stacks, WholeLoop, open_trace
 from fpipe._split.stacks import Roots, Rows
 
 # What JAX raises where Python asks for what a tracer does not know.
@@ -185,6 +185,7 @@ class Traced:
         output: how `outputs` become what the function returns.
         outputs: the graph's values of that.
         new_state: for each root of the state the value that it has afterwards.
+        whole_loops: loops over most of the parameters that are not cut by rows.
         kept: what the function has put where it stays, such as `float32[3]`; `""`:
             nothing.
         jaxpr: what the graph was read from.
@@ -205,6 +206,7 @@ class Traced:
     output: Any
     outputs: tuple[int, ...]
     new_state: tuple[int, ...]
+    whole_loops: tuple[WholeLoop, ...]
     kept: str
     jaxpr: Any
 
@@ -428,6 +430,7 @@ def trace_function(
         output=outputs[-1],
         outputs=opened.graph.outputs[:count],
         new_state=opened.new_state,
+        whole_loops=opened.whole_loops,
         kept=describe(kept[0]) if kept else "",
         jaxpr=closed,
     )

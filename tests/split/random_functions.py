@@ -11,6 +11,7 @@ many seeds:
 """
 
 import dataclasses
+import functools
 import random
 import sys
 import traceback
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fpipe
+from fpipe._split.stacks import joined
 from tests.helpers import assert_same
 from tests.split.models import rows
 
@@ -195,13 +197,26 @@ def _apply(drawn, n, params, h, old, carry, given):
             places = jnp.arange(WIDTH, dtype=h.dtype)
             return h + jnp.sin(places) * jnp.eye(WIDTH, dtype=h.dtype)[0]
         case "scan":
+            stack = params["stack"]
+            match drawn.back % 4:
+                case 1:
+                    stack = jax.tree.map(lambda a: a[::-1], stack)
+                case 2:
+                    # As if they were stacked on another axis.
+                    turned = stack["w"].swapaxes(0, 1)
+                    stack = {"w": jnp.moveaxis(turned * 0.5, 1, 0), "b": stack["b"]}
+                case 3:
+
+                    def counted(i, h):
+                        return jnp.tanh(h @ stack["w"][i] + stack["b"][i])
+
+                    return jax.lax.fori_loop(0, 3, counted, h)
 
             def round_of(h, one):
                 own, bias = one
                 h = jnp.tanh(h @ own + bias)
                 return h, jnp.sum(h, 1)
 
-            stack = params["stack"]
             h, sums = jax.lax.scan(round_of, h, (stack["w"], stack["b"]))
             carry["aux"].append(sums.T)
             return h
@@ -349,7 +364,7 @@ def of_pieces(case: Case, split: fpipe.Split) -> Any:
         return value, y, grads
 
     value, y, grads = jax.jit(run)(split.params(case.params))
-    return value, y, split.tree(grads)
+    return value, y, joined(split.tree(grads))
 
 
 def of_pipe(case: Case, split: fpipe.Split) -> Any:
@@ -384,12 +399,17 @@ def check(seed: int, run: Any = of_pipe, executor: str | None = None) -> None:
 if __name__ == "__main__":
     start, stop = map(int, sys.argv[1:3])
     warnings.simplefilter("ignore")
+    runs = {
+        "pieces": functools.partial(check, run=of_pieces),
+        "placed": functools.partial(check, executor="placed"),
+        "scan": functools.partial(check, executor="scan"),
+    }
     for seed in range(start, stop):
-        for one in (of_pieces, of_pipe):
+        for name, run in runs.items():
             try:
-                check(seed, one)
+                run(seed)
             except Exception as error:
-                print(f"seed {seed}, {one.__name__}: {type(error).__name__}: {error}")
+                print(f"seed {seed}, {name}: {type(error).__name__}: {error}")
                 traceback.print_exc(limit=-4)
         print(seed, end=" ", flush=True)
         jax.clear_caches()

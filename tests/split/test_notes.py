@@ -90,6 +90,18 @@ NOTES = {
         lambda p, x: jnp.max(x @ p["w"]),
         "'<lambda>' returns a number made of all its rows by `reduce_max` at tests",
     ),
+    "layers in another order": (
+        lambda p, x: jax.lax.scan(
+            lambda h, w: (jnp.tanh(h * w), None), x, p["w"][jnp.array([2, 0, 1])] * 2.0
+        )[0],
+        "'<lambda>' runs over stacked parameters in a `scan` at tests/split",
+    ),
+    "layers by an index in a loop of no known length": (
+        lambda p, x: jax.lax.fori_loop(
+            0, jnp.sum(p["w"] > 0), lambda i, h: jnp.tanh(h * p["w"][i]), x
+        ),
+        "'<lambda>' takes stacked parameters by an index in a `while` at tests/split",
+    ),
     "a narrow loss": (
         lambda p, x: jnp.mean((x @ p["w"]).astype(jnp.bfloat16)),
         "'<lambda>' returns a number that is bfloat16 from its last reduction on",
@@ -123,6 +135,9 @@ QUIET = {
     },
     "a penalty": lambda p, x: x @ p["w"] * jnp.sqrt(jnp.sum(p["w"] ** 2)),
     "groups": _grouped,
+    "a loop over time": lambda p, x: jax.lax.scan(
+        lambda h, a: (jnp.tanh(h @ p["w"] + a), None), x, p["w"] * 2.0
+    )[0],
     "a layer norm": lambda p, x: normalized((x @ p["w"]).T).T,
     "a loss of bfloat16 in float32": lambda p, x: jnp.mean(
         (x @ p["w"]).astype(jnp.bfloat16).astype(jnp.float32)
