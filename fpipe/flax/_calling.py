@@ -89,6 +89,7 @@ class Calling:
         train: the value that the layer was given once and for all; `None`: as each call
             says.
         positional: the names of the positional parameters after `self`.
+        carry: whether it takes skips, by a keyword-only parameter of that name.
     """
 
     several: bool
@@ -98,6 +99,7 @@ class Calling:
     switches: tuple[Switch, ...]
     train: bool | None
     positional: tuple[str, ...]
+    carry: bool = False
 
     @property
     def takes_whole(self) -> bool:
@@ -111,14 +113,20 @@ class Calling:
         return train if self.train is None else self.train
 
     def arguments(
-        self, x: PyTree, side: PyTree, train: bool, layer: str
+        self,
+        x: PyTree,
+        side: PyTree,
+        train: bool,
+        carry: Mapping[str, PyTree],
+        layer: str,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of a call.
 
-        With the example of this module, `arguments(h, {"padding": m}, True, "block")`
-        is `((h, m, False), {})`.
+        With the example of this module, `arguments(h, {"padding": m}, True, {},
+        "block")` is `((h, m, False), {})`.
 
         Arguments:
+            carry: the skips that the layer pops or peeks.
             layer: its name, for errors.
         """
         # A layer has one input; a module's call may have several.
@@ -134,6 +142,8 @@ class Calling:
             args = (x,)
         for each in self.side:
             kwargs[each.argument] = each.of(side, layer)
+        if self.carry:
+            kwargs["carry"] = dict(carry)
         for switch in self.switches:
             kwargs[switch.name] = switch.in_training == self.trains(train)
         # By position where it can be: `nn.remat(static_argnums=...)` counts positions.
@@ -247,6 +257,11 @@ def find_calling(
         for p in positional
         if p.default is p.empty and p.name not in in_training and p.name not in given
     ]
+    # By keyword alone, as in a layer: a recurrent cell has an input that is called so.
+    takes_carry = any(
+        p.name == "carry" and p.kind is p.KEYWORD_ONLY and p.name not in given
+        for p in parameters
+    )
     return Calling(
         several=chained or len(required) > 1 or variadic,
         named=chained,
@@ -255,6 +270,7 @@ def find_calling(
         switches=switches,
         train=train if isinstance(train, bool) else None,
         positional=tuple(p.name for p in positional),
+        carry=takes_carry,
     )
 
 

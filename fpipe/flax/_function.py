@@ -36,6 +36,7 @@ class ModuleOptions:
     name: str
     x: PyTree = None
     side_sample: PyTree = None
+    carry_sample: Mapping[str, PyTree] | None = None
     inputs: str | Iterable[str] | None = None
     side: Mapping[str, str] | None = None
     output: Output = None
@@ -82,11 +83,13 @@ class Inputs:
         x: what the layer before returned.
         side: the side inputs; `None` if the call was given none.
         train: whether the call trains.
+        carry: the skips that the layer pops or peeks.
     """
 
     x: PyTree
     side: PyTree = None
     train: bool = False
+    carry: Mapping[str, PyTree] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +156,9 @@ class ModuleFunction(abc.ABC):
 
     def arguments(self, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of the module's call."""
-        return self.calling.arguments(inputs.x, inputs.side, inputs.train, self.name)
+        return self.calling.arguments(
+            inputs.x, inputs.side, inputs.train, inputs.carry, self.name
+        )
 
     def __call__(
         self,
@@ -165,13 +170,14 @@ class ModuleFunction(abc.ABC):
         train: bool = False,
         borrowed: Mapping[str, PyTree] | None = None,
         side: PyTree = None,
+        carry: Mapping[str, PyTree] | None = None,
     ) -> Any:
         """The layer on one microbatch, as the pipe calls it."""
         # Not every module asks for every need: what it does not ask for is not passed.
         owners = borrowed or {}
         # The module must find all of its parameters in one tree, whoever owns them.
         params = lend(self.borrow, params, owners)
-        inputs = Inputs(x, side, train)
+        inputs = Inputs(x, side, train, carry or {})
         try:
             y, new_state = self.run(params, inputs, state or {}, key, owners)
         except Exception as error:
@@ -182,16 +188,32 @@ class ModuleFunction(abc.ABC):
                     "output, write `fpipe.flax.layer(module, output=0)` there"
                 )
             raise
-        y = self.picked(y)
-        return (y, new_state) if self.stateful else y
+        y, *returned = self.picked(y)
+        if self.stateful:
+            returned.append(new_state)
+        return (y, *returned) if returned else y
 
-    def picked(self, y: Any) -> PyTree:
-        """The layer's output, out of what the module returned.
+    def picked(self, y: Any) -> tuple[PyTree, ...]:
+        """The layer's output, out of what the module returned; behind it the carry, if
+        the module takes one.
 
         Raises:
+            TypeError: a module that takes a carry and returns none.
             ValueError: a tuple of which nobody said what the output is, or without that
                 entry.
         """
+        if not self.calling.carry:
+            return (self._output_of(y),)
+        if type(y) is not tuple or len(y) != 2:
+            raise TypeError(
+                f"layer {self.name!r}: its module takes `carry`, so it returns `(y, "
+                f"carry)`, got {describe(y)}"
+            )
+        y, carry = y
+        return self._output_of(y), carry
+
+    def _output_of(self, y: Any) -> PyTree:
+        """The layer's output, out of what the module returned without the carry."""
         if callable(self.output):
             return self.output(y)
         if self.output is not None:
@@ -239,6 +261,7 @@ class ModuleFunction(abc.ABC):
             "train": self.switched and self.calling.train is None,
             "borrowed": bool(self.borrow),
             "side": bool(self.calling.side),
+            "carry": self.calling.carry,
         }
         return Layer(
             self,

@@ -43,6 +43,7 @@ def layer(
     inputs: str | Iterable[str] | None = None,
     side: Mapping[str, str] | None = None,
     side_sample: PyTree = None,
+    carry_sample: Mapping[str, PyTree] | None = None,
     output: Output = None,
     path: str | Mapping[str, str] | None = None,
     stacked: str | None = None,
@@ -53,6 +54,9 @@ def layer(
     collection `params`; for an NNX module they are its `nnx.Param`s as nested dicts.
     All other variables are the layer's state, except values sown into `intermediates`.
     If the module's call has several required inputs, the layer takes a tuple of them.
+
+    A module that stashes, peeks or pops skips has the keyword-only parameter `carry`,
+    as layers have, and returns `(y, carry)`. `fpipe.skippable` declares the names.
 
     Arguments:
         module: a linen module, or an NNX module. For an NNX module `init` and
@@ -93,6 +97,8 @@ def layer(
             `{"attention_mask": "mask"}` passes `side["mask"]`; `"text/mask"` passes
             `side["text"]["mask"]`.
         side_sample: a sample of the side inputs, to go with `x`.
+        carry_sample: a sample of the skips that the module peeks at or pops, by name,
+            to go with `x`.
         output: the part of the module's result that is the layer's output: an index or
             a name, as in `result[0]`, or a function of the result. With an index or a
             name equal layers stay equal, and are traced once. Default: the whole
@@ -106,12 +112,13 @@ def layer(
             with this path has row n of each array there.
 
     Returns:
-        A `fpipe.Layer`. Of the needs `key`, `state`, `train`, `side` and `borrowed` it
-        declares those that the module uses.
+        A `fpipe.Layer`. Of the needs `key`, `state`, `train`, `side`, `carry` and
+        `borrowed` it declares those that the module uses.
 
     Raises:
         TypeError: `module` is no Flax module, or this kind of module does not have an
-            argument that was given.
+            argument that was given. Later, in a call: the module takes `carry` and does
+            not return it.
         ValueError: `train`, `inputs` or `side` names no argument of the call, or both
             `path` and `stacked` are given. Later, in `Pipe.init` or in a call: a random
             stream has no key, a collection is not in the layer's state, borrowed
@@ -132,6 +139,14 @@ def layer(
         ... )
         >>> layer.needs
         ('key', 'train', 'side')
+        >>> class Encode(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, x, *, carry):
+        ...         y = nn.Dense(3)(x)
+        ...         return y, fpipe.stash(carry, "skip", y)
+        >>> encode = fpipe.skippable(stash=["skip"])(fpipe.flax.layer(Encode()))
+        >>> encode.needs, encode.stash
+        (('carry', 'key'), ('skip',))
     """
     _check_sample("fpipe.flax.layer", x, name)
     name = name or _name_of(module)
@@ -140,6 +155,7 @@ def layer(
         name,
         x,
         side_sample,
+        carry_sample,
         inputs,
         side,
         _checked_output(output, call),

@@ -159,11 +159,9 @@ class LinenFunction(ModuleFunction):
         """Whether other layers own all of the parameters."""
         return any(part.path == () for part in self.borrow)
 
-    def init_variables(
-        self, key: Any, x: PyTree, side: PyTree = None
-    ) -> dict[str, PyTree]:
+    def init_variables(self, key: Any, inputs: Inputs) -> dict[str, PyTree]:
         """All variables of the module as `init` makes them, without what it sows."""
-        args, kwargs = self.arguments(Inputs(x, side))
+        args, kwargs = self.arguments(inputs)
         # Not in training: dropout would draw from a stream, and `init` has a key for
         # the parameters alone.
         made = self.module.init({"params": key}, *args, method=self.method, **kwargs)
@@ -230,14 +228,17 @@ class LinenInit:
     function: LinenFunction
 
     def __call__(
-        self, key: Any, x: PyTree, *, borrowed: Mapping[str, PyTree]
+        self,
+        key: Any,
+        x: PyTree,
+        *,
+        borrowed: Mapping[str, PyTree],
+        carry: Mapping[str, PyTree] | None = None,
     ) -> PyTree:
         """The layer's own parameters, without those that it borrows."""
-        return self.make(key, x, None, borrowed)
+        return self.make(key, Inputs(x, carry=carry or {}), borrowed)
 
-    def make(
-        self, key: Any, x: PyTree, side: PyTree, borrowed: Mapping[str, PyTree]
-    ) -> PyTree:
+    def make(self, key: Any, inputs: Inputs, borrowed: Mapping[str, PyTree]) -> PyTree:
         """The same, of a module with side inputs too."""
         function = self.function
         if function.owns_nothing:
@@ -245,9 +246,9 @@ class LinenInit:
         if function.borrow:
             # What does not fit shows before the module computes with parameters of its
             # own in that place.
-            shapes = shapes_of((x, side, dict(borrowed)))
-            eval_shape(self._run_with_borrowed, *shapes)
-        variables = function.init_variables(key, x, side)
+            given = (inputs.x, inputs.side, dict(inputs.carry), dict(borrowed))
+            eval_shape(self._run_with_borrowed, *shapes_of(given))
+        variables = function.init_variables(key, inputs)
         params = variables.pop("params", {})
         # Nobody has said what the module keeps. Without this the collection would be
         # lost silently, and with it the statistics of a norm.
@@ -258,11 +259,15 @@ class LinenInit:
         return keep_own(function.borrow, params)
 
     def _run_with_borrowed(
-        self, x: PyTree, side: PyTree, borrowed: Mapping[str, PyTree]
+        self,
+        x: PyTree,
+        side: PyTree,
+        carry: Mapping[str, PyTree],
+        borrowed: Mapping[str, PyTree],
     ) -> PyTree:
         """The module on the borrowed parameters, for the error if they do not fit."""
         function = self.function
-        args, kwargs = function.arguments(Inputs(x, side))
+        args, kwargs = function.arguments(Inputs(x, side, carry=carry))
         with function.explained(borrowed):
             return function.module.apply(
                 {"params": lend(function.borrow, {}, borrowed)},
@@ -280,13 +285,15 @@ class LinenInitState:
 
     function: LinenFunction
 
-    def __call__(self, x: PyTree, *, key: Any) -> PyTree:
+    def __call__(
+        self, x: PyTree, *, key: Any, carry: Mapping[str, PyTree] | None = None
+    ) -> PyTree:
         """Its collections as they begin: `{"batch_stats": …}`."""
-        return self.make(x, None, key)
+        return self.make(Inputs(x, carry=carry or {}), key)
 
-    def make(self, x: PyTree, side: PyTree, key: Any) -> PyTree:
+    def make(self, inputs: Inputs, key: Any) -> PyTree:
         """The same, of a module with side inputs too."""
-        made = self.function.init_variables(key, x, side)
+        made = self.function.init_variables(key, inputs)
         kept = [name for name in self.function.collections if name in made]
         return self.function.as_state({name: made[name] for name in kept})
 
@@ -302,18 +309,26 @@ class LinenInitWithSide(LinenInit):
         x: PyTree,
         *,
         borrowed: Mapping[str, PyTree],
+        carry: Mapping[str, PyTree] | None = None,
         side: PyTree = None,
     ) -> PyTree:
         """The layer's own parameters, without those that it borrows."""
-        return self.make(key, x, side, borrowed)
+        return self.make(key, Inputs(x, side, carry=carry or {}), borrowed)
 
 
 class LinenInitStateWithSide(LinenInitState):
     """`LinenInitState` of a module with side inputs."""
 
-    def __call__(self, x: PyTree, *, key: Any, side: PyTree = None) -> PyTree:
+    def __call__(
+        self,
+        x: PyTree,
+        *,
+        key: Any,
+        carry: Mapping[str, PyTree] | None = None,
+        side: PyTree = None,
+    ) -> PyTree:
         """Its collections as they begin."""
-        return self.make(x, side, key)
+        return self.make(Inputs(x, side, carry=carry or {}), key)
 
 
 def init_of(function: LinenFunction) -> LinenInit:
@@ -381,7 +396,8 @@ def linen_layer(module: nn.Module, options: ModuleOptions) -> Layer:
         places=options.places,
     )
     if options.x is not None:
-        seen = _observe(function, options.x, options.side_sample)
+        sample = (options.x, options.side_sample, dict(options.carry_sample or {}))
+        seen = _observe(function, *sample)
         function = dataclasses.replace(
             function,
             collections=seen.collections if collections is None else collections,
@@ -436,20 +452,22 @@ class Observed(NamedTuple):
     variables: dict[str, PyTree]
 
 
-def _observe(function: LinenFunction, x: PyTree, side: PyTree) -> Observed:
+def _observe(
+    function: LinenFunction, x: PyTree, side: PyTree, carry: PyTree
+) -> Observed:
     """What a module uses that is called in training on `x`."""
     # Traced and not run: `eval_shape` returns arrays only, so names come out by the
     # side.
     observed: list[Observed] = []
 
-    def call(key: Any, x: PyTree, side: PyTree) -> PyTree:
-        variables = function.init_variables(key, x, side)
+    def call(key: Any, x: PyTree, side: PyTree, carry: PyTree) -> PyTree:
+        variables = function.init_variables(key, Inputs(x, side, carry=carry))
         names = tuple(name for name in variables if name != "params")
         # In training, with all collections mutable: only then everything shows.
         trial = dataclasses.replace(
             function, collections=names, streams=None, borrow=()
         )
-        inputs = Inputs(x, side, train=True)
+        inputs = Inputs(x, side, train=True, carry=carry)
         y, state, streams = trial.apply_module(variables, inputs, key)
         function.picked(y)  # for the error, here where the module is
         # What is sown grows from call to call, so it can be no state.
@@ -458,7 +476,7 @@ def _observe(function: LinenFunction, x: PyTree, side: PyTree) -> Observed:
         observed.append(Observed(tuple(kept), streams, shapes_of(variables)))
         return ()
 
-    eval_shape(call, jax.random.key(0), shapes_of(x), shapes_of(side))
+    eval_shape(call, jax.random.key(0), *shapes_of((x, side, carry)))
     return observed[-1]
 
 
