@@ -281,12 +281,17 @@ class Pipe(Call):
         # 3. The cut. The order matters. The schedule and the devices decide the number
         # of stages. That number decides the device of each stage, and so the number of
         # devices that are used.
+        trees = trees_of(layers, model, compute_dtype, chunks)
         known = params_by_layer(layers, None)
         uncut = PipeSetup(model, scheduling, remat, placements, chunks, known)
         with set_aside(), stage_tracing(executor, placements, mesh):
             # A function that was split knows the costs of its pieces.
             if isinstance(layers, Split) and balance is None and sample is None:
                 balance = layers.balance(uncut.stages)
+            if sample is not None:
+                needs = call_needs(side=sample_side)
+                sample, given = trees.inputs(sample, needs)
+                sample_side = given["side"]
             balance = given_balance(balance, sample, sample_side, uncut)
         stage_to_device = scheduling.stage_to_device(
             len(balance), len(placements), chunks
@@ -331,7 +336,7 @@ class Pipe(Call):
         self._eager: Eager
         self._detector: Detector | None
         object.__setattr__(self, "model", model)
-        object.__setattr__(self, "_trees", trees_of(layers, model))
+        object.__setattr__(self, "_trees", trees)
         object.__setattr__(self, "_stage_to_device", stage_to_device)
         # The detector runs a changed model, like any other model. Without the option
         # the programs have no checks.
@@ -722,6 +727,7 @@ class Pipe(Call):
                 which = FrozenLeaves(self._layer_frozen(frozen))
                 leaves = which.of(self._param_shapes(args.params))
                 args, loss = scaled(args._replace(frozen=leaves), loss, loss_scale)
+                args, numbers = self._trees.asked(args, numbers)
             if self._detector is not None:
                 args, loss, numbers = self._detector.watch_call(args, loss, numbers)
             # The programs serve calls with `jit`, so they are compiled with it.
@@ -869,6 +875,7 @@ class Pipe(Call):
             executor = self._make_executor(model, None)
         with executor.tracing():
             args, numbers = step.resolved(model, self.chunks)
+            args, numbers = self._trees.asked(args, numbers)
         data = executor.plan_data(args, step.loss, numbers, options.compiled)
         # A prediction traces single layers, for its advice on the balance.
         with executor.tracing():
@@ -978,7 +985,9 @@ class Pipe(Call):
 
     def _loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
         """A call with a loss, its gradients by `argnums`; `()` is the loss alone."""
-        return self._trees.own_result(self._layer_loss(args, loss, argnums), argnums)
+        args, numbers = self._trees.asked(args, argnums)
+        result = self._layer_loss(args, loss, numbers)
+        return self._trees.own_result(result, argnums)
 
     def _layer_loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
         """The same, with the gradients of parameters by layer."""

@@ -17,7 +17,7 @@ import abc
 import dataclasses
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -35,6 +35,7 @@ from fpipe._executors.stage_places import stage_places
 from fpipe._model.batch_norm import deferred
 from fpipe._model.function_layers import (
     FunctionLayers,
+    inputs_by_layer,
     model_of,
     params_by_layer,
     state_by_layer,
@@ -339,7 +340,10 @@ def tune(
     elif isinstance(layers, Iterable):
         params = params_by_layer(layers, params)
         state = state_by_layer(layers, state)
-    needs = call_needs(side=side, key=key, train=train, step=step)
+    needs: Mapping[str, Any] = call_needs(side=side, key=key, train=train, step=step)
+    if isinstance(layers, Iterable):
+        dtype = as_compute_dtype("Pipe", options.get("compute_dtype"))
+        x, needs = inputs_by_layer(layers, x, needs, 1, dtype)
     request = StepRequest(Args(params, x, targets, needs, state), loss)
     if isinstance(layers, Iterable):
         # An iterator could be read once only; a function's pieces stay what they are.
@@ -570,4 +574,7 @@ class _OfFunction(_Source):
 
     def prediction(self, pipe: Pipe, setup: _Setup) -> Prediction:
         del setup  # pipes may differ in anything, and share nothing
-        return pipe._plan(self.step, self.options)
+        args = self.step.args
+        x, needs = pipe._trees.inputs(args.x, args.needs)
+        step = dataclasses.replace(self.step, args=args._replace(x=x, needs=needs))
+        return pipe._plan(step, self.options)

@@ -64,6 +64,13 @@ class Args(NamedTuple):
         return (self.params, self.x, *self.targets)
 
     @property
+    def arguments(self) -> tuple[PyTree, ...]:
+        """All that gradients are found for: those of `numbered`, and behind them the
+        side inputs, which `argnums` cannot name.
+        """
+        return (*self.numbered, self.needs["side"])
+
+    @property
     def inputs(self) -> dict[str, PyTree]:
         """Everything that the call gives, by the names of the table of needs."""
         return {"x": self.x, **self.needs, "targets": self.targets}

@@ -38,7 +38,7 @@ from fpipe._model.microbatch import (
 )
 from fpipe._model.model import Model
 from fpipe._model.needs import BY_NAME, INPUTS, Share
-from fpipe._model.stages import TARGETS, Leaf, Port, Stage, X
+from fpipe._model.stages import SIDE, TARGETS, Leaf, Port, Stage, X
 from fpipe._model.state import (
     check_overwritten,
     check_pieces_of_state,
@@ -420,7 +420,7 @@ def differentiable_inputs(args: Args) -> dict[str, PyTree]:
 
 
 def numbered_leaves(counts: Sequence[int], args: Args) -> list[tuple[Leaf, ...]]:
-    """The leaves of each of `(params, x, *targets)`."""
+    """The leaves of each of `(params, x, *targets, side)`."""
     # All targets are one port, a tuple, so their leaves are numbered through:
     # `targets[0]` may be the first array of the first target, `targets[1]` that of the
     # second.
@@ -429,6 +429,7 @@ def numbered_leaves(counts: Sequence[int], args: Args) -> list[tuple[Leaf, ...]]
     for target in args.targets:
         numbered.append(input_leaves(TARGETS, target, start))
         start += len(numbered[-1])
+    numbered.append(input_leaves(SIDE, args.needs["side"]))
     return numbered
 
 

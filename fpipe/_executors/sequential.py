@@ -241,7 +241,7 @@ class PlainExecutor:
         scales = cut.shares if loss.reduction == "mean" else (1.0,) * cut.m
         # The arrays that are differentiated: of the numbered arguments what can have a
         # gradient (`jax.grad` refuses integers) and is not frozen.
-        arrays, spec = pack(tuple(args.numbered[n] for n in argnums))
+        arrays, spec = pack(tuple(args.arguments[n] for n in argnums))
         counts = [len(pack(params)[0]) for params in args.params]
         numbered = numbered_leaves(counts, args)
         leaves = [leaf for n in argnums for leaf in numbered[n]]
@@ -272,13 +272,15 @@ class PlainExecutor:
                     for a, take in zip(arrays, asked, strict=True)
                 ]
             )
-            numbered = dict(enumerate(args.numbered)) | dict(
+            arguments = dict(enumerate(args.arguments)) | dict(
                 zip(argnums, given, strict=True)
             )
+            params, x, *targets, side = arguments.values()
             own = args._replace(
-                params=numbered[0],
-                x=numbered[1],
-                targets=tuple(numbered[n] for n in range(2, len(numbered))),
+                params=params,
+                x=x,
+                targets=tuple(targets),
+                needs={**args.needs, "side": side},
             )
             y, left = self._microbatch(own, cut, i, state)
             value, weight, aux = loss(

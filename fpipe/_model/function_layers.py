@@ -13,7 +13,7 @@ is said here. `fpipe.split` makes them.
 
 import abc
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fpipe._core.pytrees import PyTree, Spec
@@ -69,8 +69,18 @@ class FunctionLayers(Sequence[Layer], abc.ABC):
         """The inverse of `state`."""
 
     @abc.abstractmethod
-    def computing_in(self, dtype: Any) -> "FunctionLayers":
-        """The same layers of the function computed in another dtype."""
+    def layers_in(self, dtype: Any) -> tuple[Layer, ...]:
+        """The layers of the function computed in a dtype, which take `inputs`.
+
+        Arguments:
+            dtype: `None`: its own.
+        """
+
+    @abc.abstractmethod
+    def inputs(
+        self, x: PyTree, needs: Mapping[str, PyTree], chunks: int, dtype: Any
+    ) -> tuple[PyTree, dict[str, PyTree]]:
+        """The batch and the needs of a call as `layers_in(dtype)` take them."""
 
 
 def model_of(layers: Iterable[Any], compute_dtype: Any) -> Model:
@@ -81,7 +91,7 @@ def model_of(layers: Iterable[Any], compute_dtype: Any) -> Model:
             itself; what crosses a cut keeps its dtype, so that cuts change nothing.
     """
     if isinstance(layers, FunctionLayers):
-        return Model(layers.computing_in(compute_dtype))
+        return Model(layers.layers_in(compute_dtype))
     return Model(layers, compute_dtype)
 
 
@@ -95,6 +105,26 @@ def params_by_layer(layers: Iterable[Any], params: Any) -> Any:
     if not isinstance(layers, FunctionLayers):
         return params
     return layers.params(layers.param_shapes if params is None else params)
+
+
+def inputs_by_layer(
+    layers: Iterable[Any],
+    x: PyTree,
+    needs: Mapping[str, PyTree],
+    chunks: int,
+    dtype: Any,
+) -> tuple[PyTree, Mapping[str, PyTree]]:
+    """The batch and the needs of a call as the layers of `model_of` take them.
+
+    Arguments:
+        dtype: what the model computes in.
+
+    Raises:
+        TypeError, ValueError: they cannot be cut; side inputs that nobody asks for.
+    """
+    if not isinstance(layers, FunctionLayers):
+        return x, needs
+    return layers.inputs(x, needs, chunks, dtype)
 
 
 def state_by_layer(layers: Iterable[Any], state: Any) -> Any:

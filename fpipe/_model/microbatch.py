@@ -17,6 +17,7 @@ A call with ten rows and `chunks=4` has four microbatches, the last one smaller:
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -26,6 +27,7 @@ import jax
 from fpipe._core.pytrees import PyTree, Shape, Spec, aval, describe, is_array, pack
 from fpipe._core.statics import check_leaves
 from fpipe._model.needs import INPUTS, ROW_INPUTS
+from fpipe._model.straight import names_of
 from fpipe._model.wrappers import (
     Chunk,
     Microbatches,
@@ -311,7 +313,8 @@ def input_leaves_of(name: str, tree: PyTree) -> Iterator[InputLeaf]:
     """
     # Arrays are numbered as `pack` flattens the tree.
     number = 0
-    for where, leaf in _named(name, tree):
+    parts = [_named(known_as, part) for known_as, part in names_of(name, tree)]
+    for where, leaf in itertools.chain(*parts):
         if isinstance(leaf, Microbatches):
             yield from _ready_leaves(where, leaf, number)
             number += len(pack(leaf)[0])

@@ -58,7 +58,8 @@ class Leaf(NamedTuple):
 
 
 # The ports that a stage has once. The others are made where they are named.
-X, Y, TARGETS, KEY, INDEX = (Port(k) for k in ("x", "y", "targets", "key", "index"))
+X, Y, TARGETS, SIDE = (Port(k) for k in ("x", "y", "targets", "side"))
+KEY, INDEX = Port("key"), Port("index")
 FIRST = Port("first")
 LOSS, WEIGHT, AUX = (Port(k) for k in ("loss", "weight", "aux"))
 

@@ -11,7 +11,7 @@ rows:
 
 import dataclasses
 import statistics
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -31,7 +31,7 @@ from fpipe._core.pytrees import (
     zeros,
 )
 from fpipe._executors.call import Args, check_chunks, check_params
-from fpipe._model.function_layers import model_of, params_by_layer
+from fpipe._model.function_layers import inputs_by_layer, model_of, params_by_layer
 from fpipe._model.loss import sum_dtype
 from fpipe._model.microbatch import CallShapes, cut_inputs
 from fpipe._model.model import Model
@@ -139,9 +139,12 @@ def layer_costs(
             "`jax.devices()[0]`"
         )
     chunks, remat = check_chunks("layer_costs", chunks), Remat.of(checkpoint)
-    model = model_of(layers, as_compute_dtype("layer_costs", compute_dtype))
+    dtype = as_compute_dtype("layer_costs", compute_dtype)
+    model = model_of(layers, dtype)
     params = params_by_layer(layers, params)
-    args = Args(params, x, needs=call_needs(side=side, train=train))
+    needs: Mapping[str, Any] = call_needs(side=side, train=train)
+    x, needs = inputs_by_layer(layers, x, needs, chunks, dtype)
+    args = Args(params, x, needs=needs)
     return costs_of(model, args, chunks, remat, Gauge(by, device, repeats))
 
 

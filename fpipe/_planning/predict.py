@@ -141,7 +141,9 @@ def _input_rows(args: Args, rows: tuple[int, ...]) -> tuple[InputRow, ...]:
                     row = InputRow(leaf.name, value, "whole")
                 case None:
                     row = InputRow(leaf.name, value, "static")
-            found.append(row)
+            # What of `x` goes straight to later layers may go to the first one too.
+            if row not in found:
+                found.append(row)
     return tuple(found)
 
 

@@ -6,9 +6,9 @@ from a mask,
 
     pieces    0 h/*   1 h/*
     crossing  add        1 KiB  0 -> 1  NEXT
-              x['mask']   32 B  0 -> 1  LATER
     again     select_n   128 B  in 1    out of x['mask']
     given     x          1 KiB  -> 0
+              x['mask']   32 B  -> 0, 1
 
 A value is called by its path, if it is an input of the function, and else by the
 operation that makes it, for a trace does not know the names of variables.
@@ -113,9 +113,16 @@ class BorrowedParameter:
 
 @dataclasses.dataclass(frozen=True)
 class GivenInput:
-    """What a call gives straight to some pieces: `x`, `key`, `side` or `step`."""
+    """What a call gives straight to some pieces.
+
+    Attributes:
+        name: the path of an array that pieces behind the first one read, such as
+            `x['mask']`; `x` and `key` are all that the first one alone gets.
+        array: its dtype and shape; empty for several.
+    """
 
     name: str
+    array: str
     bytes: int
     readers: tuple[int, ...]
 
@@ -148,22 +155,7 @@ def values_and_inputs(
         state: the shapes of the function's state.
     """
     found = _Values(cut, kind, state)
-    return found.crossing(), found.again(), _given(cut)
-
-
-def _given(cut: CutTrace) -> tuple[GivenInput, ...]:
-    traced, pieces = cut.traced, cut.pieces
-    readers = {
-        "x": (0,),
-        "key": (0,),
-        "side": tuple(k for k, piece in enumerate(pieces) if piece.side),
-        "step": tuple(k for k, piece in enumerate(pieces) if piece.step),
-    }
-    return tuple(
-        GivenInput(name, cut.bytes_of(getattr(traced, name)), own)
-        for name, own in readers.items()
-        if own and getattr(traced, name)
-    )
+    return found.crossing(), found.again(), found.given()
 
 
 def _names(what: str, tree: PyTree) -> list[str]:
@@ -192,6 +184,28 @@ class _Values:
             CrossingValue(self._value(v), source, readers, self._reason(v, readers))
             for v, (source, readers) in sorted(self._cut.senders.items())
         )
+
+    def given(self) -> tuple[GivenInput, ...]:
+        """What a call gives to pieces."""
+        traced, pieces = self._cut.traced, self._cut.pieces
+        first = [v for n, v in enumerate(traced.x) if n not in self._cut.straight]
+        found = [
+            GivenInput(name, "", self._cut.bytes_of(values), (0,))
+            for name, values in (("x", first), ("key", traced.key))
+            if values
+        ]
+        straight = [traced.x[n] for n in sorted(self._cut.straight)]
+        readers = {
+            v: tuple(k for k, piece in enumerate(pieces) if v in piece.given)
+            for v in (*straight, *traced.side)
+        }
+        steps = tuple(k for k, piece in enumerate(pieces) if piece.step)
+        readers |= dict.fromkeys(traced.step, steps)
+        for v, own in readers.items():
+            if own:
+                value = self._value(v)
+                found.append(GivenInput(value.name, value.array, value.bytes, own))
+        return tuple(found)
 
     def _reason(self, v: int, readers: Sequence[int]) -> Reason:
         if v in self._cut.boundary_values:

@@ -6,6 +6,8 @@ are a tuple of the leaves that it owns; what crosses a cut is
     boundary    what a piece hands to the next one, a `Boundary`
     skip        what it hands to several or to later ones, a tuple of arrays
     borrowed    leaves of the parameters that an earlier piece owns
+    side        what the call gives to it: side inputs, and arrays of `x` that later
+                pieces read (`fpipe._model.straight`)
 
 and its state is a tuple of the leaves of the state that it reads and writes.
 
@@ -23,11 +25,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fpipe._core.pytrees import PyTree, Shape, aval, describe, pack, zeros
+from fpipe._core.pytrees import PyTree, Shape, Spec, aval, describe, pack, zeros
 from fpipe._core.settings import settings
 from fpipe._executors.tracers import only_shapes
 from fpipe._model.layer import Layer
 from fpipe._model.skips import peek, pop, stash
+from fpipe._model.straight import (
+    arrays_in_place,
+    rejoined,
+    straight_arrays,
+    user_side,
+)
 from fpipe._split.cuts import Cuts, find_cuts, leaves_under, places_in
 from fpipe._split.notes import (
     note_constants,
@@ -36,7 +44,7 @@ from fpipe._split.notes import (
     note_unused,
     note_whole_loops,
 )
-from fpipe._split.pieces import CutTrace, cut_trace
+from fpipe._split.pieces import CutTrace, cut_trace, straight_inputs
 from fpipe._split.rows import note_rows
 from fpipe._split.specs import Specs, specs_of_blocks
 from fpipe._split.stacks import Owners, Place, Roots, Rows
@@ -79,6 +87,8 @@ class CutFunction:
         others: microbatches of other kinds that the layers take.
         specs: for each array of the parameters how it is cut over a mesh; empty:
             nothing says so.
+        straight: whether arrays of `x` that later pieces read come to them from the
+            call, with the side inputs, and not by way of the first piece.
     """
 
     function: Function
@@ -88,6 +98,16 @@ class CutFunction:
     dtype: Any = None
     others: tuple[Kind, ...] = ()
     specs: Specs = ()
+    straight: bool = True
+
+    @cached_property
+    def through_first(self) -> "CutFunction":
+        """The same pieces, of which the first one gets all of `x`."""
+        made = dataclasses.replace(self, straight=False)
+        for name in ("_placed", "_first", "cuts", "in_own_dtypes", "state_owners"):
+            made.__dict__[name] = getattr(self, name)
+        made.__dict__["param_owners"] = self.param_owners
+        return made
 
     @cached_property
     def _traces(self) -> dict[Any, CutTrace]:
@@ -95,6 +115,10 @@ class CutFunction:
 
     @cached_property
     def _placed(self) -> dict[Any, tuple[Traced, tuple[int, ...]]]:
+        return {}
+
+    @cached_property
+    def _straight(self) -> dict[Spec, frozenset[int]]:
         return {}
 
     @cached_property
@@ -174,10 +198,27 @@ class CutFunction:
         """The pieces of the function, traced for microbatches of one kind."""
         key = self._key(kind)
         if key not in self._traces:
-            traced, places = self.placed(kind)
-            check_state_use(self.function, traced, places, self.state_owners)
-            self._traces[key] = cut_trace(traced, places, self.state_owners)
+            self._traces[key] = self._cut(kind, self.straight_of(kind))
         return self._traces[key]
+
+    def _cut(self, kind: Kind, straight: frozenset[int]) -> CutTrace:
+        traced, places = self.placed(kind)
+        check_state_use(self.function, traced, places, self.state_owners)
+        return cut_trace(traced, places, self.state_owners, straight)
+
+    def straight_of(self, kind: Kind) -> frozenset[int]:
+        """The arrays of `x`, by their numbers in it, that come from the call to the
+        pieces that read them: the same ones for all microbatches of that structure.
+        """
+        if not self.straight:
+            return frozenset()
+        if kind.x.spec not in self._straight:
+            alike = [one for one in _modes(self, kind) if one.x.spec == kind.x.spec]
+            self._straight[kind.x.spec] = straight_inputs(
+                kind.x.leaves,
+                lambda numbers: [self._cut(one, numbers) for one in alike],
+            )
+        return self._straight[kind.x.spec]
 
     def fits(self, kind: Kind) -> bool:
         """Whether the layers take microbatches of a kind: no piece reads what its layer
@@ -193,7 +234,7 @@ class CutFunction:
         if self.dtype is not None:
             made.__dict__["in_own_dtypes"] = self.in_own_dtypes.also_for(kind)
         # What is traced, and where it is cut, is the same: it is kept together.
-        for name in ("_traces", "_first", "cuts"):
+        for name in ("_placed", "_first", "cuts"):
             made.__dict__[name] = getattr(self, name)
         return made
 
@@ -204,7 +245,20 @@ class CutFunction:
         """
         if self.dtype is not None:
             return self.in_own_dtypes.state_owners
-        return state_owners(self.function, [self.placed(k) for k in _modes(self)])
+        kinds = _modes(self, self.first)
+        return state_owners(self.function, [self.placed(k) for k in kinds])
+
+    @cached_property
+    def param_owners(self) -> Owners:
+        """Which piece owns each parameter, or rows of one."""
+        # Neither a cast nor the way of an input changes who owns what: `Split.params`
+        # has one order.
+        if self.dtype is not None:
+            return self.in_own_dtypes.param_owners
+        if not self.straight:
+            return dataclasses.replace(self, straight=True).param_owners
+        kinds = _modes(self, self.first)
+        return _param_owners(self, [self.trace(kind) for kind in kinds])
 
     @cached_property
     def state_in_blocks(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
@@ -246,7 +300,8 @@ class Wiring:
         state: which piece reads and writes each array of the state, or rows of one.
         lenders: for each piece the pieces that it borrows of.
         sources: for each piece the pieces whose skip it reads.
-        side, step: for each piece whether it reads the side inputs, or the step.
+        side: for each piece whether it reads something that comes as side inputs.
+        step: for each piece whether it reads the step.
         used: the leaves of the parameters that some piece reads.
     """
 
@@ -279,7 +334,8 @@ class Wiring:
         lent = {self.params.place_of(roots[r]).piece for r in piece.params} - {k}
         skips = set(trace.skips(k).values())
         fits = lent <= set(self.lenders[k]) and skips <= set(self.sources[k])
-        return fits and piece.side <= self.side[k] and piece.step <= self.step[k]
+        side = trace.asks_side[k] <= self.side[k]
+        return fits and side and piece.step <= self.step[k]
 
 
 def skip_name(k: int) -> str:
@@ -291,13 +347,8 @@ def _wire(cut: CutFunction) -> Wiring:
     """What layers declare must hold in every mode: the union of what they read when
     they train and when they do not, with a key and without.
     """
-    traces = [cut.trace(kind) for kind in _modes(cut)]
-    count = len(traces[0].pieces)
-    # A cast changes nothing of who owns what: `Split.params` has one order.
-    if cut.dtype is not None:
-        params = cut.in_own_dtypes.wiring.params
-    else:
-        params = _param_owners(cut, traces)
+    traces = [cut.trace(kind) for kind in _modes(cut, cut.first)]
+    count, params = len(traces[0].pieces), cut.param_owners
     owner = [params.place_of(rows).piece for rows in cut.roots]
     lenders, sources, side, step = [], [], [], []
     for k in range(count):
@@ -306,7 +357,7 @@ def _wire(cut: CutFunction) -> Wiring:
         lenders.append(tuple(sorted(mine)))
         makers = {maker for trace in traces for maker in trace.skips(k).values()}
         sources.append(tuple(sorted(makers)))
-        side.append(any(piece.side for piece in pieces))
+        side.append(any(trace.asks_side[k] for trace in traces))
         step.append(any(piece.step for piece in pieces))
     lending = {k for own in lenders for k in own}
     pieces = [piece for trace in traces for piece in trace.pieces]
@@ -349,9 +400,11 @@ def _param_owners(cut: CutFunction, traces: Sequence[CutTrace]) -> Owners:
     return Owners.of(cut.roots, owner, shapes, count)
 
 
-def _modes(cut: CutFunction) -> list[Kind]:
-    """The kinds of the first microbatch, as it is trained and as it is evaluated."""
-    needs, first = cut.function.layer.needs or (), cut.first
+def _modes(cut: CutFunction, first: Kind) -> list[Kind]:
+    """The kinds of a microbatch, as it is trained and as it is evaluated, and the other
+    kinds that layers take.
+    """
+    needs = cut.function.layer.needs or ()
     keys = [first.key, Shape.of(None)] if "key" in needs else [first.key]
     trains = [first.train, not first.train] if "train" in needs else [first.train]
     found = [first]
@@ -409,13 +462,13 @@ class _StateShapes:
     cut: CutFunction
     number: int
 
-    def __call__(self, x: PyTree) -> PyTree:
+    def __call__(self, x: PyTree, *, side: PyTree = None) -> PyTree:
         if not only_shapes():
             raise ValueError(
                 "`init_state(x)`: the pieces of a function that was split make no "
                 "state: make it as for the function itself, and give it to calls"
             )
-        inputs = x.kind.x if self.number else Shape.of(x)
+        inputs = x.kind.x if self.number else Shape.of(rejoined(x, side))
         shapes = self.cut.function.state_of(inputs).leaves
         return tuple(map(zeros, self.cut.wiring.state.by_piece(shapes)[self.number]))
 
@@ -440,9 +493,11 @@ class PieceLayer:
         needs += ["borrowed"] if wiring.lenders[k] else []
         asked = self.cut.function.layer.needs or ()
         # The first piece looks at all that decides which trace it is.
-        needs += [n for n in ("side", "step") if getattr(wiring, n)[k] or not k]
-        needs += ["key", "train"] if k == 0 else []
-        needs = [n for n in needs if n in asked or n in ("carry", "borrowed")]
+        first = k == 0
+        has_side = "side" in asked or any(wiring.side)
+        needs += ["side"] if wiring.side[k] or (first and has_side) else []
+        needs += ["step"] if wiring.step[k] or (first and "step" in asked) else []
+        needs += [n for n in ("key", "train") if first and n in asked]
         state = wiring.state.owned[k]
         needs += ["state"] if state else []
         return Layer(
@@ -462,7 +517,12 @@ class PieceLayer:
     def __call__(self, params: Sequence[Any], x: PyTree, **needs: Any) -> Any:
         """Run the piece on a microbatch."""
         k, wiring = self.number, self.cut.wiring
-        kind = x.kind if k else Kind.of(x, needs)
+        side = needs.get("side")
+        if k:
+            kind = x.kind
+        else:
+            own = user_side(side)
+            kind = Kind.of(rejoined(x, side), {**needs, "side": own})
         trace = self.cut.trace(kind)
         traced, piece = trace.traced, trace.pieces[k]
         self._check_reads(trace)
@@ -472,10 +532,12 @@ class PieceLayer:
         if k:
             given.update(zip(trace.boundaries[k - 1], x.values, strict=False))
         else:
-            given.update(zip(traced.x, pack(x)[0], strict=True))
+            given.update({traced.x[n]: a for n, a in arrays_in_place(x).items()})
             given.update(zip(traced.key, pack(needs.get("key"))[0], strict=True))
-        if piece.side:
-            given.update(zip(traced.side, pack(needs["side"])[0], strict=True))
+        if trace.asks_side[k]:
+            straight = straight_arrays(side)
+            given.update(zip(traced.side, pack(user_side(side))[0], strict=True))
+            given.update({traced.x[n]: straight[n] for n in trace.straight})
         if piece.step:
             given.update(zip(traced.step, pack(needs["step"])[0], strict=True))
         in_block = self.cut.state_in_blocks[k]

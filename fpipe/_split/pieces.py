@@ -15,6 +15,8 @@ shows the rules of who makes a value:
 - What depends on parameters alone, or on nothing, is made wherever it is used: casts,
   masks, tables of positions. But a reduction of parameters that makes them small, such
   as a penalty on their norm, is made where the parameters are, and sent.
+- What the call gives goes straight to the pieces that read it: side inputs, and those
+  arrays of `x` that the caller names (`straight`). Others are sent by the first piece.
 - A key that is made from the key is made in the first piece and sent, so that all
   pieces that draw do the same; what is drawn from it is drawn where it is used.
 - New state is made where the state is, out of what that piece has.
@@ -23,14 +25,14 @@ shows the rules of who makes a value:
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fpipe._core.pytrees import nbytes
+from fpipe._core.pytrees import is_inexact, nbytes
 from fpipe._planning.costs import Sent
 from fpipe._program.flops import flops
 from fpipe._program.graph import Node
@@ -52,7 +54,8 @@ class Piece:
         params: the roots that it reads, in the order of first use.
         takes: the values that it reads of earlier pieces, each with the piece that
             makes it, in the order of first use.
-        side, step: whether it reads the side inputs, or the step.
+        given: the arrays of `x` and of the side inputs that it reads of the call.
+        step: whether it reads the step.
         flops: what it takes.
         again: the values of the data that it makes again, which an earlier piece has
             made.
@@ -61,7 +64,7 @@ class Piece:
     nodes: tuple[Node, ...]
     params: tuple[int, ...]
     takes: Mapping[int, int]
-    side: bool
+    given: tuple[int, ...]
     step: bool
     again: tuple[int, ...]
 
@@ -72,10 +75,27 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CutTrace:
-    """A trace with its pieces."""
+    """A trace with its pieces.
+
+    Attributes:
+        straight: the arrays of `x` that the call gives to all pieces that read them, by
+            their numbers in it.
+    """
 
     traced: Traced
     pieces: tuple[Piece, ...]
+    straight: frozenset[int]
+
+    def readers_of_x(self, n: int) -> tuple[int, ...]:
+        """The pieces that get an array of `x` from the call, by its number in it."""
+        v = self.traced.x[n]
+        return tuple(k for k, piece in enumerate(self.pieces) if v in piece.given)
+
+    @cached_property
+    def asks_side(self) -> tuple[bool, ...]:
+        """For each piece whether it reads something that comes as side inputs."""
+        values = {*self.traced.side, *(self.traced.x[n] for n in self.straight)}
+        return tuple(not values.isdisjoint(piece.given) for piece in self.pieces)
 
     @cached_property
     def _readers(self) -> dict[int, list[int]]:
@@ -150,14 +170,19 @@ class CutTrace:
 
 
 def cut_trace(
-    traced: Traced, places: Sequence[int], state_owners: Sequence[int] = ()
+    traced: Traced,
+    places: Sequence[int],
+    state_owners: Sequence[int] = (),
+    straight: frozenset[int] = frozenset(),
 ) -> CutTrace:
     """Cut a trace at some places.
 
     Arguments:
         state_owners: for each array of the state the piece that reads and writes it.
+        straight: the arrays of `x`, by their numbers in it, that the call gives to all
+            pieces that read them; others go to the first piece.
     """
-    homes = _homes(traced, places, state_owners)
+    homes = _homes(traced, places, state_owners, straight)
     last = len(places)
     # Backwards: what a piece has to make is known when all later ones are.
     wanted: list[list[int]] = [[] for _ in range(last + 1)]
@@ -170,11 +195,46 @@ def cut_trace(
         pieces.append(piece)
         for v, maker in piece.takes.items():
             wanted[maker].append(v)
-    return CutTrace(traced, tuple(pieces[::-1]))
+    return CutTrace(traced, tuple(pieces[::-1]), straight)
+
+
+def straight_inputs(
+    leaves: Sequence[Any], cut: Callable[[frozenset[int]], Sequence[CutTrace]]
+) -> frozenset[int]:
+    """The arrays of `x`, by their numbers in it, that go straight from the call to all
+    pieces that read them: what pieces behind the first one read.
+
+    But a float that the first one reads too goes by way of it. Pieces would else make
+    again whatever is cheap to make of `x`, such as the sum of a residual, and equal
+    blocks would not be equal pieces.
+
+    Arguments:
+        leaves: shapes of the arrays of `x`.
+        cut: the traces of a function, cut where so many arrays go straight.
+    """
+    floats = {n for n, a in enumerate(leaves) if is_inexact(a)}
+    straight = frozenset(range(len(leaves)))
+    while True:
+        traces = cut(straight)
+        readers = {
+            n: {k for trace in traces for k in trace.readers_of_x(n)}
+            for n in range(len(leaves))
+        }
+        later = {n for n in straight if any(readers[n])}
+        through_first = {n for n in later & floats if 0 in readers[n]}
+        # The first piece is there to do something with the batch.
+        if not through_first and not any(0 in own for own in readers.values()):
+            through_first = set(sorted(later & floats)[:1])
+        if not through_first:
+            return frozenset(later)
+        straight -= through_first
 
 
 def _homes(
-    traced: Traced, places: Sequence[int], state_owners: Sequence[int]
+    traced: Traced,
+    places: Sequence[int],
+    state_owners: Sequence[int],
+    straight: frozenset[int],
 ) -> dict[int, int]:
     """The piece that makes each value; a value that is not there is made wherever it is
     used.
@@ -190,7 +250,8 @@ def _homes(
     }
     nothing: frozenset[int] = frozenset()
     made_of = {v: frozenset([root]) for root, v in enumerate(traced.params)}
-    homes = dict.fromkeys((*traced.x, *traced.key), 0)
+    through_first = [v for n, v in enumerate(traced.x) if n not in straight]
+    homes = dict.fromkeys((*through_first, *traced.key), 0)
     homes.update(zip(traced.state, state_owners, strict=True))
     # Of values that are made wherever they are used the first piece that can.
     first = dict[int, int]()
@@ -241,7 +302,8 @@ def _piece(
     """The piece `k`, which makes the values that others want of it."""
     graph, maker = traced.graph, traced.graph.maker
     root_of = {v: root for root, v in enumerate(traced.params)}
-    side, step = set(traced.side), set(traced.step)
+    # What it reads and no piece makes.
+    of_call = {*traced.x, *traced.side}
     forced = [
         node
         for node in traced.effects
@@ -270,7 +332,9 @@ def _piece(
 
     # 1. What it reads if nothing is made again; 2. what is cheapest to send for that.
     _, read = needed(is_earlier)
-    sent = _cheapest_to_send(traced, sorted(filter(is_earlier, read)))
+    # What the call gives costs nothing.
+    free = of_call - homes.keys()
+    sent = _cheapest_to_send(traced, sorted(filter(is_earlier, read)), free)
     inside, read = needed(sent.__contains__)
     # Of each piece its own equations alone are looked at: there may be hundreds.
     runs = dict.fromkeys([*forced, *(maker[v] for v in inside)])
@@ -289,19 +353,23 @@ def _piece(
         nodes,
         tuple(root_of[v] for v in reads if v in root_of),
         {v: homes[v] for v in reads if is_earlier(v)},
-        side=not side.isdisjoint(reads),
-        step=not step.isdisjoint(reads),
+        tuple(v for v in reads if v in of_call and not is_earlier(v)),
+        step=not set(traced.step).isdisjoint(reads),
         again=tuple(again),
     )
 
 
-def _cheapest_to_send(traced: Traced, foreign: Sequence[int]) -> set[int]:
+def _cheapest_to_send(
+    traced: Traced, foreign: Sequence[int], free: Set[int]
+) -> set[int]:
     """Of the values of earlier pieces the cheapest set from which a piece can make
     those that it reads.
+
+    Arguments:
+        free: values that go to every piece that reads them.
     """
 
     def cost(v: int) -> int:
-        # The side inputs go to every piece that reads them.
-        return 0 if v in traced.side else nbytes(traced.graph.avals[v])
+        return 0 if v in free else nbytes(traced.graph.avals[v])
 
     return cheapest(cost, lambda v: remade_from(traced, v), foreign)

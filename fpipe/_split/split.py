@@ -41,8 +41,10 @@ from fpipe._executors.placement import Placement
 from fpipe._model.frozen import Frozen, spread
 from fpipe._model.function_layers import FunctionLayers, OwnTree
 from fpipe._model.layer import Layer, as_layer
-from fpipe._model.microbatch import CallShapes
+from fpipe._model.microbatch import CallShapes, Cut, Whole
+from fpipe._model.model import Model
 from fpipe._model.needs import call_needs
+from fpipe._model.straight import StraightInputs, only
 from fpipe._model.wrappers import Microbatches
 from fpipe._planning.text import counted
 from fpipe._split.balance import best_balance
@@ -78,8 +80,18 @@ class Split(FunctionLayers):
 
         The parameters of each layer are a tuple of the arrays that it owns.
         """
-        count = len(self.cut.wiring.names)
-        return tuple(PieceLayer(self.cut, k).layer for k in range(count))
+        return _layers_of(self.cut.through_first)
+
+    @cached_property
+    def _straight_layers(self) -> tuple[Layer, ...]:
+        return _layers_of(self.cut)
+
+    def layers_in(self, dtype: Any) -> tuple[Layer, ...]:
+        """The pieces of the function computed in a dtype (`None`: its own) as a `Pipe`
+        runs them: arrays of `x` that later pieces read come straight to these, as
+        `inputs` gives them.
+        """
+        return self.computing_in(dtype)._straight_layers
 
     @property
     def function(self) -> Layer:
@@ -114,7 +126,13 @@ class Split(FunctionLayers):
         # Itself where nothing changes: its traces are kept with it.
         if dtype == self.cut.dtype:
             return self
-        return Split(dataclasses.replace(self.cut, dtype=dtype))
+        if dtype not in self._in_dtypes:
+            self._in_dtypes[dtype] = Split(dataclasses.replace(self.cut, dtype=dtype))
+        return self._in_dtypes[dtype]
+
+    @cached_property
+    def _in_dtypes(self) -> dict[Any, "Split"]:
+        return {}
 
     def also_for(self, kind: Kind) -> "Split":
         """The same function and cuts, for another kind of microbatch too.
@@ -210,6 +228,46 @@ class Split(FunctionLayers):
                 an axis does not divide the array.
         """
         check_places(self.cut.specs, self.cut.function, self.cut.wiring.owned, homes)
+
+    # --- inputs ---
+
+    def inputs(
+        self, x: PyTree, needs: Mapping[str, PyTree], chunks: int, dtype: Any
+    ) -> tuple[PyTree, dict[str, PyTree]]:
+        """The batch and the needs of a call as the layers of a `Pipe` take them: see
+        `fpipe._model.straight`.
+
+        Arguments:
+            needs: what the call gives, by the names of the needs.
+            dtype: what the function computes in; `None`: its own.
+
+        Raises:
+            TypeError, ValueError: they cannot be cut into microbatches; side inputs
+                that the function does not ask for.
+        """
+        side = needs["side"]
+        specs = pack(x)[1], pack(side)[1]
+        try:
+            ways = self._ways.get((dtype, *specs))
+        except TypeError:
+            # A static leaf that is not hashable; the message names it.
+            CallShapes.of(x, needs, chunks)
+            raise
+        if ways is None:
+            shapes = CallShapes.of(x, needs, chunks)
+            numbers = self.computing_in(dtype).cut.straight_of(Kind.of(*shapes.first))
+            ways = _Ways.of(shapes.cut, numbers)
+            self._ways[(dtype, *specs)] = ways
+            if ways.straight and side is not None:
+                Model([self.function]).check_given({"side": side})
+        if not ways.straight:
+            return x, dict(needs)
+        side = StraightInputs(side, only(x, ways.straight))
+        return only(x, ways.first), {**needs, "side": side}
+
+    @cached_property
+    def _ways(self) -> dict[Any, "_Ways"]:
+        return {}
 
     # --- state ---
 
@@ -431,6 +489,44 @@ class Split(FunctionLayers):
 def _labels(paths: Sequence[str], blocks: Sequence[Rows]) -> tuple[str, ...]:
     """The names of some blocks of leaves in tables."""
     return tuple(rows.label(paths[rows.leaf]) for rows in sorted(blocks))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ways:
+    """Which arrays of a batch go which way, by their numbers in what the call gives.
+
+    Attributes:
+        first: those that the first piece gets as `x`.
+        straight: those that come straight to the pieces that read them.
+    """
+
+    first: frozenset[int]
+    straight: frozenset[int]
+
+    @classmethod
+    def of(cls, cut: Cut, numbers: Iterable[int]) -> "_Ways":
+        """Of a batch that is cut so.
+
+        Arguments:
+            numbers: the arrays of a microbatch that come straight.
+        """
+        split = cut.splits["x"]
+        given = [
+            {split.array(n, i) for i in range(cut.m)} for n in range(len(split.sources))
+        ]
+        straight = frozenset().union(*(given[n] for n in numbers))
+        rest = frozenset().union(*given) - straight
+        # By the rows of the first array that has any a mean is weighed.
+        rows = (
+            n
+            for n, source in enumerate(split.sources)
+            if not isinstance(source, Whole) and source.axis is not None
+        )
+        return cls(rest | given[next(rows, 0)], straight)
+
+
+def _layers_of(cut: CutFunction) -> tuple[Layer, ...]:
+    return tuple(PieceLayer(cut, k).layer for k in range(len(cut.wiring.names)))
 
 
 def _fits(given: Spec, expected: Spec) -> bool:

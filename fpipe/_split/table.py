@@ -1,15 +1,17 @@
 """`print(split)`: what the pieces are, and what goes over their cuts and why.
 
-In: a cut function as a graph. Out: three tables. Of two blocks that add a bias, which
+In: a cut function as a graph. Out: four tables. Of two blocks that add a bias, which
 is made from a mask,
 
-    piece  name  parameters     FLOPs  boundary      skips  made again
+    piece  name  parameters     FLOPs  boundary  made again
         0  h/*   h/0/w       34 kFLOP
-        1  h/*   h/1/w       34 kFLOP     1 KiB  32 B of 0       128 B
+        1  h/*   h/1/w       34 kFLOP     1 KiB       128 B
 
-    crosses    array            bytes  from  to        made at      why
-    add        float32[2,16,8]  1 KiB  0     the next  model.py:12  read there alone
-    x['mask']  bool[2,16]        32 B  0     1                      read later
+    crosses  array            bytes  from  to        made at      why
+    add      float32[2,16,8]  1 KiB  0     the next  model.py:12  read there alone
+
+    of the call  array       bytes  given to
+    x['mask']    bool[2,16]   32 B  0-1
 
     made again  array            bytes  in  out of     made at
     select_n    float32[2,1,16]  128 B  1   x['mask']  model.py:8
@@ -32,7 +34,7 @@ _WHERE = 20
 
 def tables(graph: CutGraph) -> list[Table]:
     """The tables that have rows."""
-    found = [_pieces(graph), _sent(graph), _again(graph)]
+    found = [_pieces(graph), _sent(graph), _given(graph), _again(graph)]
     return [table for table in found if table.rows]
 
 
@@ -128,6 +130,16 @@ def _sent(graph: CutGraph) -> Table:
 def _row(value: Value, source: str, to: str, why: Reason) -> tuple[str, ...]:
     of_value = value.name, value.array, size(value.bytes)
     return (*of_value, source, to, value.where, why.value)
+
+
+def _given(graph: CutGraph) -> Table:
+    """A row for each input that the call gives to pieces behind the first one."""
+    rows = [
+        (short(own.name, NAME), own.array, size(own.bytes), numbers(own.readers))
+        for own in graph.given
+        if any(own.readers)
+    ]
+    return Table(("of the call", "array", "bytes", "given to"), rows, left=(0, 1, 3))
 
 
 def _again(graph: CutGraph) -> Table:

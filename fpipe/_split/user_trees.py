@@ -7,6 +7,8 @@ as `f(params, x)` with the parameters `{"enc": w0, "dec": w1}` and two pieces,
     the user's                      the layers'
     ------------------------------  ---------------------------------------------
     {"enc": w0, "dec": w1}          ((w0,), (w1,))
+    x {"ids": a, "labels": b}       {"ids": a, "labels": Elsewhere()}
+    side None                       StraightInputs(None, {"ids": …, "labels": b})
     gradients {"enc": …, "dec": …}  ((…,), (…,))
     state {"mean": a}               (None, (a,))
     frozen {"enc": True, …}         ((True,), (False,))
@@ -19,26 +21,31 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fpipe._core.pytrees import PyTree
+from fpipe._core.pytrees import PyTree, pack
 from fpipe._executors.call import Args, Result
 from fpipe._executors.scan.packing import Packed
 from fpipe._model.frozen import Frozen
 from fpipe._model.function_layers import params_by_layer, state_by_layer
 from fpipe._model.microbatch import CallShapes
 from fpipe._model.model import Model, Put
+from fpipe._model.stages import SIDE, Leaf, X
+from fpipe._model.straight import StraightInputs, arrays_in_place, rejoined
 from fpipe._split.init import Init, make_state
 from fpipe._split.split import Split
 
 
-def trees_of(layers: Iterable[Any], model: Model) -> "UserTrees":
+def trees_of(
+    layers: Iterable[Any], model: Model, compute_dtype: Any, chunks: int
+) -> "UserTrees":
     """The adapter between a user of layers, or of a function that was split, and the
     layers.
 
     Arguments:
         model: the layers.
+        compute_dtype, chunks: as for `Pipe`, checked.
     """
     if isinstance(layers, Split):
-        return FunctionTrees(model, layers)
+        return FunctionTrees(model, layers, compute_dtype, chunks)
     return UserTrees(model)
 
 
@@ -69,6 +76,23 @@ class UserTrees:
     def args(self, args: Args) -> Args:
         """The arguments of a call."""
         return args
+
+    def inputs(
+        self, x: PyTree, needs: Mapping[str, PyTree]
+    ) -> tuple[PyTree, Mapping[str, PyTree]]:
+        """The batch and the needs of a call."""
+        return x, needs
+
+    def asked(
+        self, args: Args, argnums: tuple[int, ...]
+    ) -> tuple[Args, tuple[int, ...]]:
+        """The arguments of a call with a loss that the layers take, and the numbers of
+        those whose gradients it asks for.
+
+        Arguments:
+            argnums: as the user counts them.
+        """
+        return args, argnums
 
     def planned(self, args: Args) -> Args:
         """The arguments of a call that is planned, or their shapes: parameters may be
@@ -126,9 +150,12 @@ class FunctionTrees(UserTrees):
 
     Attributes:
         split: its pieces.
+        compute_dtype, chunks: as for `Pipe`.
     """
 
     split: Split
+    compute_dtype: Any
+    chunks: int
 
     def params(self, params: Any) -> Any:
         if isinstance(params, Packed):
@@ -147,9 +174,34 @@ class FunctionTrees(UserTrees):
         return None if frozen is None else self.split.frozen(frozen)
 
     def args(self, args: Args) -> Args:
+        x, needs = self.inputs(args.x, args.needs)
         return args._replace(
-            params=self.params(args.params), state=self.state(args.state)
+            params=self.params(args.params),
+            x=x,
+            needs=needs,
+            state=self.state(args.state),
         )
+
+    def inputs(
+        self, x: PyTree, needs: Mapping[str, PyTree]
+    ) -> tuple[PyTree, Mapping[str, PyTree]]:
+        return self.split.inputs(x, needs, self.chunks, self.compute_dtype)
+
+    def asked(
+        self, args: Args, argnums: tuple[int, ...]
+    ) -> tuple[Args, tuple[int, ...]]:
+        side = args.needs["side"]
+        if 1 not in argnums or not isinstance(side, StraightInputs):
+            return args, argnums
+        # Of the side inputs the part that is the user's `x`, and what is in both parts
+        # of that once.
+        frozen = {Leaf(SIDE, n) for n in range(len(pack(side.side)[0]))}
+        straight = arrays_in_place(side.x)
+        for k, n in enumerate(arrays_in_place(args.x)):
+            if n in straight:
+                frozen.add(Leaf(X, k))
+        args = args._replace(frozen=args.frozen | frozen)
+        return args, (*argnums, len(args.numbered))
 
     def planned(self, args: Args) -> Args:
         params = args.params
@@ -157,9 +209,9 @@ class FunctionTrees(UserTrees):
             params = _shapes_of_packed(params)
         else:
             params = params_by_layer(self.split, params)
-        return args._replace(
-            params=params, state=state_by_layer(self.split, args.state)
-        )
+        x, needs = self.inputs(args.x, args.needs)
+        state = state_by_layer(self.split, args.state)
+        return args._replace(params=params, x=x, needs=needs, state=state)
 
     def own_params(self, params: Any) -> Any:
         if not isinstance(params, Packed):
@@ -171,12 +223,14 @@ class FunctionTrees(UserTrees):
         return self.split.state_tree(states)
 
     def own_result(self, result: Result, argnums: Sequence[int]) -> Result:
-        gradients = [
-            self.own_params(gradient) if number == 0 else gradient
-            for number, gradient in zip(argnums, result.gradients, strict=True)
-        ]
+        # What `asked` adds is the last one.
+        found = dict(zip(argnums, result.gradients, strict=False))
+        if 0 in found:
+            found[0] = self.own_params(found[0])
+        if len(result.gradients) > len(argnums):
+            found[1] = rejoined(found[1], result.gradients[-1])
         state = self.own_state(result.state)
-        return result._replace(gradients=tuple(gradients), state=state)
+        return result._replace(gradients=tuple(found.values()), state=state)
 
     def init(self, key: Any, x: PyTree, needs: Mapping[str, Any], put: Put) -> PyTree:
         if self.split.function.init is None:

@@ -484,7 +484,7 @@ class Placed:
         if kind is CallKind.GRADIENT:
             for number, argument in zip(asked.key, arguments, strict=True):
                 slots = tuple(plan.gradients.get(leaf) for leaf in argument)
-                shape = Shape.of(args.numbered[number])
+                shape = Shape.of(args.arguments[number])
                 gradients.append(GradientTree(shape, slots))
         return bind(
             plan,

@@ -219,7 +219,7 @@ class Scan:
             if n == 0:
                 gradients.append(self._packed(step, found))
                 continue
-            values, spec = pack(args.numbered[n])
+            values, spec = pack(args.arguments[n])
             parts = [
                 _gradient(found.get(leaf), a)
                 for leaf, a in zip(numbered[n], values, strict=True)
