@@ -103,7 +103,7 @@ def watch_model(model: Model) -> Model:
         for position, layer in enumerate(model.layers)
     ]
     # This model casts nothing. The layers do, so that taps and faults are left alone.
-    return Model(layers)
+    return Model(layers, one_key=model.one_key)
 
 
 @dataclasses.dataclass(frozen=True)

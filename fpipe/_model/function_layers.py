@@ -91,7 +91,7 @@ def model_of(layers: Iterable[Any], compute_dtype: Any) -> Model:
             itself; what crosses a cut keeps its dtype, so that cuts change nothing.
     """
     if isinstance(layers, FunctionLayers):
-        return Model(layers.layers_in(compute_dtype))
+        return Model(layers.layers_in(compute_dtype), one_key=True)
     return Model(layers, compute_dtype)
 
 

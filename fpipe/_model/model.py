@@ -116,12 +116,17 @@ class Model:
         compute_dtype: what parameters, boundaries, skips and side inputs are cast to
             where a layer takes them, if they are real floats; what comes out of the
             last layer in it is cast to float32.
+        one_key: whether all layers get the key of layer 0, as the pieces of one
+            function do; else each has its own.
     """
 
     layers: tuple[Layer, ...]
     compute_dtype: Any
+    one_key: bool
 
-    def __init__(self, layers: Iterable[Any], compute_dtype: Any = None) -> None:
+    def __init__(
+        self, layers: Iterable[Any], compute_dtype: Any = None, one_key: bool = False
+    ) -> None:
         flat = number_namespaces(flatten_layers(layers))
         if not flat:
             raise ValueError("a pipeline needs at least one layer, got none")
@@ -129,6 +134,7 @@ class Model:
         # that a model with a wrong skip or borrow never exists.
         object.__setattr__(self, "layers", flat)
         object.__setattr__(self, "compute_dtype", compute_dtype)
+        object.__setattr__(self, "one_key", one_key)
         object.__setattr__(self, "routes", find_skip_routes(flat))
         object.__setattr__(self, "borrows", _borrows(self.layers))
         object.__setattr__(self, "_traced", {})
@@ -146,7 +152,11 @@ class Model:
     )
 
     def __reduce__(self) -> Any:
-        return Model, (self.layers, self.compute_dtype)
+        return Model, (self.layers, self.compute_dtype, self.one_key)
+
+    def key_number(self, layer: int) -> int:
+        """The number of which a layer's key is made."""
+        return 0 if self.one_key else layer
 
     @functools.cached_property
     def stateful(self) -> tuple[int, ...]:
@@ -223,9 +233,10 @@ class Model:
                 comes out.
             needs: this microbatch's share of what the call gives, by need. The key is
                 the call's: layer `l` on microbatch `i` gets `fold_in(fold_in(key, l),
-                i)`: nothing but these three decides a dropout mask.
-            numbers: the layers' own numbers as arrays, so that layers that do the same
-                are the same program.
+                i)`: nothing but these three decides a dropout mask. (With `one_key` it
+                is that of layer 0.)
+            numbers: those that keys are made of, by layer, as arrays, so that layers
+                that do the same are the same program.
             traced: whether this is inside a trace that is kept. Then a layer's Python
                 runs once for all traces with the same shapes, whichever stage, call or
                 pipe they are for.
@@ -253,7 +264,9 @@ class Model:
                 # (pytorch issue 55036).
                 # As an argument of the program, not as a constant: with the constant
                 # two equal layers with dropout would be two programs to compile.
-                layer_number = k if numbers is None else numbers.get(k, k)
+                layer_number = self.key_number(k)
+                if numbers is not None:
+                    layer_number = numbers.get(k, layer_number)
                 layer_key = jax.random.fold_in(asked["key"], layer_number)
                 asked["key"] = jax.random.fold_in(layer_key, microbatch)
             # 2. What other layers own or have stashed. It is cast at each use: the
@@ -575,7 +588,9 @@ class Model:
         """
         # Parameters and states are those of the model that computes in their own dtype:
         # half precision is how a call computes, not what is kept.
-        plain = self if self.compute_dtype is None else Model(self.layers)
+        plain = self
+        if self.compute_dtype is not None:
+            plain = Model(self.layers, one_key=self.one_key)
         x = shapes_of(x)
         # With a key: some layers always draw, and shapes are the same with and without.
         call_needs = shapes_of(stand_ins(**needs))

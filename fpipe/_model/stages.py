@@ -9,7 +9,7 @@ its *leaves*. The executors send all of them by the same mechanism. What enters:
     Port("state", 3)      the state of layer 3
     Port("side")          what the call gives for a need, whole or the microbatch's rows
     Port("index")         the microbatch's number, where keys are made from it
-    Port("number", 3)     the number of layer 3, where its keys are made from it
+    Port("number", 3)     the number that the keys of layer 3 are made from
     Port("first")         the number of its first layer, where a program calls Python
 
 What leaves: `Port("y")`, `Port("skip", …)`, `Port("state", …)`, and, in the place of

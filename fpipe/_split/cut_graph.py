@@ -116,15 +116,15 @@ class GivenInput:
     """What a call gives straight to some pieces.
 
     Attributes:
-        name: the path of an array that pieces behind the first one read, such as
-            `x['mask']`; `x` and `key` are all that the first one alone gets.
+        name: the path of an array, such as `x['mask']`; `x` is all of it that the first
+            piece alone gets.
         array: its dtype and shape; empty for several.
     """
 
     name: str
-    array: str
     bytes: int
     readers: tuple[int, ...]
+    array: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,22 +189,22 @@ class _Values:
         """What a call gives to pieces."""
         traced, pieces = self._cut.traced, self._cut.pieces
         first = [v for n, v in enumerate(traced.x) if n not in self._cut.straight]
-        found = [
-            GivenInput(name, "", self._cut.bytes_of(values), (0,))
-            for name, values in (("x", first), ("key", traced.key))
-            if values
-        ]
+        found = [GivenInput("x", self._cut.bytes_of(first), (0,))] if first else []
         straight = [traced.x[n] for n in sorted(self._cut.straight)]
         readers = {
             v: tuple(k for k, piece in enumerate(pieces) if v in piece.given)
             for v in (*straight, *traced.side)
         }
-        steps = tuple(k for k, piece in enumerate(pieces) if piece.step)
-        readers |= dict.fromkeys(traced.step, steps)
+        for values, asks in (
+            (traced.key, [piece.key for piece in pieces]),
+            (traced.step, [piece.step for piece in pieces]),
+        ):
+            own = tuple(k for k, asked in enumerate(asks) if asked)
+            readers |= dict.fromkeys(values, own)
         for v, own in readers.items():
             if own:
                 value = self._value(v)
-                found.append(GivenInput(value.name, value.array, value.bytes, own))
+                found.append(GivenInput(value.name, value.bytes, own, value.array))
         return tuple(found)
 
     def _reason(self, v: int, readers: Sequence[int]) -> Reason:

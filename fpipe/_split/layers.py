@@ -87,8 +87,8 @@ class CutFunction:
         others: microbatches of other kinds that the layers take.
         specs: for each array of the parameters how it is cut over a mesh; empty:
             nothing says so.
-        straight: whether arrays of `x` that later pieces read come to them from the
-            call, with the side inputs, and not by way of the first piece.
+        straight: whether arrays of `x` and the key come to later pieces that read them
+            from the call, and not by way of the first piece.
     """
 
     function: Function
@@ -201,17 +201,18 @@ class CutFunction:
             self._traces[key] = self._cut(kind, self.straight_of(kind))
         return self._traces[key]
 
-    def _cut(self, kind: Kind, straight: frozenset[int]) -> CutTrace:
+    def _cut(self, kind: Kind, straight: frozenset[int] | None) -> CutTrace:
         traced, places = self.placed(kind)
         check_state_use(self.function, traced, places, self.state_owners)
         return cut_trace(traced, places, self.state_owners, straight)
 
-    def straight_of(self, kind: Kind) -> frozenset[int]:
+    def straight_of(self, kind: Kind) -> frozenset[int] | None:
         """The arrays of `x`, by their numbers in it, that come from the call to the
         pieces that read them: the same ones for all microbatches of that structure.
+        `None`: even the key goes to the first piece alone.
         """
         if not self.straight:
-            return frozenset()
+            return None
         if kind.x.spec not in self._straight:
             alike = [one for one in _modes(self, kind) if one.x.spec == kind.x.spec]
             self._straight[kind.x.spec] = straight_inputs(
@@ -301,7 +302,7 @@ class Wiring:
         lenders: for each piece the pieces that it borrows of.
         sources: for each piece the pieces whose skip it reads.
         side: for each piece whether it reads something that comes as side inputs.
-        step: for each piece whether it reads the step.
+        key, step: for each piece whether it reads the key, or the step.
         used: the leaves of the parameters that some piece reads.
     """
 
@@ -311,6 +312,7 @@ class Wiring:
     lenders: tuple[tuple[int, ...], ...]
     sources: tuple[tuple[int, ...], ...]
     side: tuple[bool, ...]
+    key: tuple[bool, ...]
     step: tuple[bool, ...]
     used: frozenset[int]
 
@@ -334,8 +336,8 @@ class Wiring:
         lent = {self.params.place_of(roots[r]).piece for r in piece.params} - {k}
         skips = set(trace.skips(k).values())
         fits = lent <= set(self.lenders[k]) and skips <= set(self.sources[k])
-        side = trace.asks_side[k] <= self.side[k]
-        return fits and side and piece.step <= self.step[k]
+        fits = fits and trace.asks_side[k] <= self.side[k]
+        return fits and piece.key <= self.key[k] and piece.step <= self.step[k]
 
 
 def skip_name(k: int) -> str:
@@ -350,7 +352,7 @@ def _wire(cut: CutFunction) -> Wiring:
     traces = [cut.trace(kind) for kind in _modes(cut, cut.first)]
     count, params = len(traces[0].pieces), cut.param_owners
     owner = [params.place_of(rows).piece for rows in cut.roots]
-    lenders, sources, side, step = [], [], [], []
+    lenders, sources, side, key, step = [], [], [], [], []
     for k in range(count):
         pieces = [trace.pieces[k] for trace in traces]
         mine = {owner[root] for piece in pieces for root in piece.params} - {k}
@@ -358,6 +360,7 @@ def _wire(cut: CutFunction) -> Wiring:
         makers = {maker for trace in traces for maker in trace.skips(k).values()}
         sources.append(tuple(sorted(makers)))
         side.append(any(trace.asks_side[k] for trace in traces))
+        key.append(any(piece.key for piece in pieces))
         step.append(any(piece.step for piece in pieces))
     lending = {k for own in lenders for k in own}
     pieces = [piece for trace in traces for piece in trace.pieces]
@@ -375,6 +378,7 @@ def _wire(cut: CutFunction) -> Wiring:
         tuple(lenders),
         tuple(sources),
         tuple(side),
+        tuple(key),
         tuple(step),
         used,
     )
@@ -497,7 +501,8 @@ class PieceLayer:
         has_side = "side" in asked or any(wiring.side)
         needs += ["side"] if wiring.side[k] or (first and has_side) else []
         needs += ["step"] if wiring.step[k] or (first and "step" in asked) else []
-        needs += [n for n in ("key", "train") if first and n in asked]
+        needs += ["key"] if wiring.key[k] and "key" in asked else []
+        needs += ["train"] if first and "train" in asked else []
         state = wiring.state.owned[k]
         needs += ["state"] if state else []
         return Layer(
@@ -533,6 +538,7 @@ class PieceLayer:
             given.update(zip(trace.boundaries[k - 1], x.values, strict=False))
         else:
             given.update({traced.x[n]: a for n, a in arrays_in_place(x).items()})
+        if piece.key:
             given.update(zip(traced.key, pack(needs.get("key"))[0], strict=True))
         if trace.asks_side[k]:
             straight = straight_arrays(side)

@@ -17,6 +17,7 @@ shows the rules of who makes a value:
   as a penalty on their norm, is made where the parameters are, and sent.
 - What the call gives goes straight to the pieces that read it: side inputs, and those
   arrays of `x` that the caller names (`straight`). Others are sent by the first piece.
+- The key goes straight to the pieces that draw from it itself, as `x` does.
 - A key that is made from the key is made in the first piece and sent, so that all
   pieces that draw do the same; what is drawn from it is drawn where it is used.
 - New state is made where the state is, out of what that piece has.
@@ -55,7 +56,7 @@ class Piece:
         takes: the values that it reads of earlier pieces, each with the piece that
             makes it, in the order of first use.
         given: the arrays of `x` and of the side inputs that it reads of the call.
-        step: whether it reads the step.
+        key, step: whether it reads the key, or the step.
         flops: what it takes.
         again: the values of the data that it makes again, which an earlier piece has
             made.
@@ -65,6 +66,7 @@ class Piece:
     params: tuple[int, ...]
     takes: Mapping[int, int]
     given: tuple[int, ...]
+    key: bool
     step: bool
     again: tuple[int, ...]
 
@@ -173,14 +175,15 @@ def cut_trace(
     traced: Traced,
     places: Sequence[int],
     state_owners: Sequence[int] = (),
-    straight: frozenset[int] = frozenset(),
+    straight: frozenset[int] | None = None,
 ) -> CutTrace:
     """Cut a trace at some places.
 
     Arguments:
         state_owners: for each array of the state the piece that reads and writes it.
         straight: the arrays of `x`, by their numbers in it, that the call gives to all
-            pieces that read them; others go to the first piece.
+            pieces that read them, as it gives the key; others go to the first piece.
+            `None`: `x` and the key do.
     """
     homes = _homes(traced, places, state_owners, straight)
     last = len(places)
@@ -195,7 +198,7 @@ def cut_trace(
         pieces.append(piece)
         for v, maker in piece.takes.items():
             wanted[maker].append(v)
-    return CutTrace(traced, tuple(pieces[::-1]), straight)
+    return CutTrace(traced, tuple(pieces[::-1]), straight or frozenset())
 
 
 def straight_inputs(
@@ -234,7 +237,7 @@ def _homes(
     traced: Traced,
     places: Sequence[int],
     state_owners: Sequence[int],
-    straight: frozenset[int],
+    straight: frozenset[int] | None,
 ) -> dict[int, int]:
     """The piece that makes each value; a value that is not there is made wherever it is
     used.
@@ -250,8 +253,10 @@ def _homes(
     }
     nothing: frozenset[int] = frozenset()
     made_of = {v: frozenset([root]) for root, v in enumerate(traced.params)}
-    through_first = [v for n, v in enumerate(traced.x) if n not in straight]
-    homes = dict.fromkeys((*through_first, *traced.key), 0)
+    if straight is None:
+        homes = dict.fromkeys((*traced.x, *traced.key), 0)
+    else:
+        homes = {v: 0 for n, v in enumerate(traced.x) if n not in straight}
     homes.update(zip(traced.state, state_owners, strict=True))
     # Of values that are made wherever they are used the first piece that can.
     first = dict[int, int]()
@@ -354,6 +359,7 @@ def _piece(
         tuple(root_of[v] for v in reads if v in root_of),
         {v: homes[v] for v in reads if is_earlier(v)},
         tuple(v for v in reads if v in of_call and not is_earlier(v)),
+        key=k == 0 or any(v in reads and not is_earlier(v) for v in traced.key),
         step=not set(traced.step).isdisjoint(reads),
         again=tuple(again),
     )

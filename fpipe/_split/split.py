@@ -255,8 +255,9 @@ class Split(FunctionLayers):
             raise
         if ways is None:
             shapes = CallShapes.of(x, needs, chunks)
-            numbers = self.computing_in(dtype).cut.straight_of(Kind.of(*shapes.first))
-            ways = _Ways.of(shapes.cut, numbers)
+            kind = Kind.of(*shapes.first)
+            numbers = self.computing_in(dtype).cut.straight_of(kind)
+            ways = _Ways.of(shapes.cut, numbers or ())
             self._ways[(dtype, *specs)] = ways
             if ways.straight and side is not None:
                 Model([self.function]).check_given({"side": side})

@@ -88,8 +88,12 @@ def test_a_key_that_a_later_piece_draws_from_comes_from_the_first():
     first, second = split.layers
     assert (first.needs, second.needs) == (("carry", "key"), ("carry",))
     assert first.stash == second.pop == ("piece 0",)
-    cut = split.cut.trace(split.cut.first)
+    cut = split.cut.through_first.trace(split.cut.first)
     assert [str(cut.traced.graph.avals[v]) for v in cut.stashes[0]] == ["key<fry>[]"]
+    # A pipe gives it to the piece that draws.
+    first, second = split.layers_in(None)
+    assert (first.needs, second.needs) == (("key",), ("key",))
+    assert split.cut.trace(split.cut.first).stashes == ((), ())
 
 
 def test_equal_pieces_are_equal():
@@ -113,9 +117,16 @@ def test_a_mask_is_made_where_it_is_used_and_skips_go_straight():
     trace = gpt().split()
     cut = trace.cut.trace(trace.cut.first)
     shapes = [[str(cut.traced.graph.avals[v]) for v in cut.skips(k)] for k in range(4)]
-    # The mask of the tokens, not what is added to each pair of them.
-    assert sorted(shapes[1]) == ["bool[2,1,4]", "uint32[2]"]
+    # What is added to each pair of tokens is made of the mask, which the call gives.
+    assert shapes[1] == ["uint32[2]"]
     assert shapes[3] == []
+    tokens, mask = cut.traced.x[1], cut.traced.x[0]
+    assert [(tokens in own.given, mask in own.given) for own in cut.pieces] == [
+        (True, False),
+        (False, True),
+        (False, True),
+        (False, False),
+    ]
     levels = u_net().split()
     stashed = [layer.stash for layer in levels.layers]
     assert stashed == [("piece 0",), (), (), ()]
@@ -127,9 +138,9 @@ def test_a_penalty_is_made_where_the_parameters_are():
     split = two_inputs().split()
     assert [layer.borrow for layer in split.layers] == [(), ()]
     cut = split.cut.trace(split.cut.first)
-    # The input `b`, and the sum of squares; the side inputs come by themselves.
+    # The sum of squares; the input `b` and the side inputs come by themselves.
     shapes = [str(cut.traced.graph.avals[v]) for v in cut.pieces[1].takes]
-    assert sorted(shapes) == ["float32[2,12]", "float32[2,3]", "float32[]"]
+    assert sorted(shapes) == ["float32[2,12]", "float32[]"]
     assert all("side" in (layer.needs or ()) for layer in split.layers)
 
 

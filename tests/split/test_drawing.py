@@ -201,7 +201,8 @@ def test_what_a_call_gives():
     graph = graph_of("two_inputs")
     assert [(g.name, g.readers) for g in graph.given] == [
         ("x", (0,)),
-        ("side", (0, 1)),
+        ("x[1]", (1,)),
+        ("side['scale']", (0, 1)),
     ]
     assert graph_of("gpt").borrowed == (BorrowedParameter("embed", 60, 0, (3,)),)
 

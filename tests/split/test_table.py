@@ -19,7 +19,7 @@ def tables(split):
 
 @pytest.mark.quick
 def test_what_crosses_and_why():
-    pieces, crosses, again = tables(gpt().split())
+    pieces, crosses, given, again = tables(gpt().split())
     head = ["piece", "name", "parameters", "borrows", "FLOPs", "boundary", "skips"]
     assert pieces[0] == [*head, "made again"]
     assert [row[1] for row in pieces[1:]] == ["embed", "block *", "block *", "piece"]
@@ -29,9 +29,13 @@ def test_what_crosses_and_why():
     assert rows == [
         ["gather", "float32[2,4,3]", "0", "the next", "read there alone"],
         ["add", "float32[2,4,3]", "1-2", "the next", "read there alone"],
-        ["x['mask']", "bool[2,1,4]", "0", "1-2", "several read it"],
         ["random_unwrap", "uint32[2]", "0", "1", "a key: all draw from one"],
         ["random_unwrap", "uint32[2]", "0", "2", "a key: all draw from one"],
+    ]
+    # The mask goes from the call to whoever reads it, over no cut.
+    assert given == [
+        ["of the call", "array", "bytes", "given to"],
+        ["x['mask']", "bool[2,4]", "8 B", "1-2"],
     ]
     # Where the function makes it.
     assert crosses[2][5].startswith("models.py:")
@@ -39,11 +43,26 @@ def test_what_crosses_and_why():
 
 
 def test_a_small_value_of_parameters():
-    _, crosses = tables(two_inputs().split())
+    _, crosses, given = tables(two_inputs().split())
     assert crosses[-1][:2] == ["reduce_sum", "float32[]"]
     assert crosses[-1][-1] == "small beside its parameters"
-    # An input of the function is called by its path, and made nowhere.
-    assert crosses[1][:5] == ["x[1]", "float32[2,3]", "24 B", "0", "the next"]
+    # What the call gives to later pieces is called by its path.
+    assert given[1:] == [
+        ["x[1]", "float32[2,3]", "24 B", "1"],
+        ["side['scale']", "float32[2,1]", "8 B", "0-1"],
+    ]
+
+
+def test_an_input_that_crosses_is_called_by_its_path():
+    """One of floats that the first piece reads too: its gradient has one owner."""
+
+    def residual(params, x):
+        h = fpipe.cut(jnp.tanh(x @ params["a"]))
+        return x + h @ params["b"]
+
+    params = {"a": jnp.eye(3), "b": jnp.eye(3)}
+    _, crosses = tables(fpipe.split(residual, params, jnp.ones((2, 3))))
+    assert crosses[1] == ["x", "float32[2,3]", "24 B", "0", "the next", *crosses[1][5:]]
     assert len(crosses[1]) == 6
 
 

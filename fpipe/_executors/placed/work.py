@@ -400,11 +400,13 @@ class CallWork:
         if port.kind == "state" and port.of in self.states:
             return self.states[port.of][k]
         if port in (INDEX, FIRST) or port.kind == "number":
-            number = port.of
+            own = self.layout.stages[stage]
             if port == INDEX:
                 number = microbatch
             elif port == FIRST:
-                number = self.layout.stages[stage].span.start
+                number = own.span.start
+            else:
+                number = own.model.key_number(port.of)
             slot = Slot(Number(number), placement, "inputs")
             self.constants[slot] = index(number)
             return slot

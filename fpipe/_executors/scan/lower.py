@@ -507,7 +507,10 @@ class Operations:
         if port == INDEX:
             return Number(0)
         if port == FIRST or port.kind == "number":
-            layer = LayerNumber(unit.stage.span.start if port == FIRST else port.of)
+            own = unit.stage
+            key_number = own.model.key_number
+            number = own.span.start if port == FIRST else key_number(port.of)
+            layer = LayerNumber(number)
             return Number(arguments.setdefault(layer, len(arguments)))
         # Or the call gives it: whole, brought by a feed, or cut where it lies.
         if leaf in unit.flat.constant:
