@@ -374,13 +374,17 @@ def check_chunks(call: str, chunks: Any) -> int:
     return as_int(call, "chunks", chunks)
 
 
-def check_params(model: Model, params: Any, call: str) -> None:
-    """Parameters have one entry per layer."""
+def check_params(model: Model, params: Any, call: str, hint: str = "") -> None:
+    """Parameters have one entry per layer.
+
+    Arguments:
+        hint: ends the message.
+    """
     count = len(model.layers)
     if not isinstance(params, (tuple, list)) or len(params) != count:
         raise ValueError(
             f"{call}: a tuple with one entry per layer is needed, {count} in all, got "
-            f"{entries(params)}"
+            f"{entries(params)}{hint}"
         )
 
 

@@ -45,6 +45,7 @@ from fpipe._executors.call import (
 )
 from fpipe._executors.request import check_state, check_static, numbered_leaves
 from fpipe._model.batch_norm import deferred
+from fpipe._model.function_layers import FunctionLayers
 from fpipe._model.joining import Join, check_alike
 from fpipe._model.loss import Loss, divided, sum_dtype, wide
 from fpipe._model.microbatch import (
@@ -62,6 +63,12 @@ from fpipe._model.state import (
     with_overwritten,
 )
 from fpipe._model.wrappers import Microbatches
+
+_OF_SPLIT = (
+    "; `split.params(params)` makes it of the function's own tree (and `split.state` "
+    "that of a state), or write `fpipe.sequential([split.function])`, whose parameters "
+    "are `(params,)`"
+)
 
 
 def sequential(
@@ -106,6 +113,7 @@ def sequential(
         model,
         chunks,
         Detector("fpipe.sequential", model, None, chunks) if detect_anomaly else None,
+        _OF_SPLIT if isinstance(layers, FunctionLayers) else "",
     )
 
 
@@ -118,6 +126,8 @@ class Sequential(Call):
     model: Model
     chunks: int
     detector: Detector | None = None
+    # What an error about parameters adds.
+    hint: str = ""
 
     @property
     def _executor(self) -> "PlainExecutor":
@@ -168,6 +178,10 @@ class Sequential(Call):
         """Raise what calls inside `jax.jit` have found; see `Pipe.raise_anomaly`."""
         if self.detector is not None:
             self.detector.raise_found()
+
+    def _checked(self, args: Args) -> Args:
+        check_params(self.model, args.params, "a call's params", self.hint)
+        return super()._checked(args)
 
     def _forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         if self.detector is not None:

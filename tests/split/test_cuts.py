@@ -65,6 +65,8 @@ def test_a_tree_that_is_an_array_has_an_owner_with_a_name():
     assert [layer.name for layer in split] == ["piece #0", "piece"]
     assert [layer.borrow for layer in split] == [(), ("piece #0",)]
     assert fpipe.sequential(split)(split.params(jnp.eye(3)), X).shape == (2, 3)
+    with pytest.raises(ValueError, match=r"`split.params\(params\)` makes it of the"):
+        fpipe.sequential(split)(jnp.eye(3), X)
 
 
 def test_a_prefix_goes_by_whole_parts():
