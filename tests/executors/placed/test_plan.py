@@ -321,6 +321,53 @@ def test_borrowed_parameters_are_moved_once_per_call():
     ]  # of bias and weight, the weight
 
 
+def test_inputs_go_straight_to_the_pieces_of_a_function_that_read_them():
+    """No program of the first stage takes them, and fewer arrays move than where they
+    go by way of it.
+    """
+
+    def fn(params, x):
+        h = fpipe.cut(jnp.tanh(x["image"] @ params["a"]))
+        h = fpipe.cut(jnp.tanh(h @ params["b"]) * x["scale"])
+        picked = jnp.take_along_axis(h @ params["c"], x["label"], 1)
+        return (picked - x["target"]) ** 2 + x["image"]
+
+    params = {name: jnp.eye(3) for name in "abc"}
+    x = {
+        "image": jnp.ones((6, 3)),
+        "label": jnp.zeros((6, 1), int),
+        "scale": fpipe.NoChunk(jnp.float32(2.0)),
+        "target": jnp.ones((6, 1)),
+    }
+    row = {name: a if name == "scale" else a[:2] for name, a in x.items()}
+    split, moved = fpipe.split(fn, params, row), []
+    for layers, own in (
+        (split, params),
+        (split.layers, split.params(params)),
+    ):
+        pipe = fpipe.Pipe(layers, devices=jax.devices()[:3], chunks=3)
+        pipe.value_and_grad(jnp.mean)(pipe.place(own), x)
+        plan = plan_of(pipe)
+        runs = [item for item in plan.instructions if isinstance(item, Run)]
+        taken = [
+            {
+                plan.slots[n].name
+                for item in runs
+                if item.name.startswith(f"stage{stage}_")
+                for n in item.ins
+            }
+            for stage in range(3)
+        ]
+        moves = [item for item in plan.instructions if isinstance(item, Move)]
+        moved.append(sum(len(item.ins) for item in moves))
+        if layers is split:
+            inputs = [{n for n in own if n[:2] in ("x[", "si")} for own in taken]
+            assert [len(own) for own in inputs] == [1, 1, 2]
+            assert inputs[0] == {"x[0]"}
+    # Three labels and three targets, and the scale once. The image stays a skip.
+    assert moved[1] - moved[0] == 7
+
+
 def test_a_plan_reads_as_text():
     pipe, step = call([keep(), add()], [1, 1], 1)
     step()
