@@ -68,11 +68,26 @@ def cut_as_said(
         where: the spec and its array, for errors.
 
     Raises:
-        ValueError: the spec names an axis that the mesh lacks, or does not divide the
-            array.
+        ValueError: the spec names an axis that the mesh lacks, or one twice; it has
+            more entries than the array has axes, or does not divide it.
     """
     assert place.mesh is not None
-    for name in axes_of(spec):
+    if P.UNCONSTRAINED in spec:
+        raise ValueError(
+            f"{where} leaves an axis unconstrained, but a parameter lies as it is "
+            "told: write `None`, or the name of an axis"
+        )
+    if len(spec) > len(shape):
+        raise ValueError(
+            f"{where} has {len(spec)} entries, but the array has {len(shape)} axes"
+        )
+    names = axes_of(spec)
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"{where} names the axis {name!r} twice; it can shard one axis of the "
+                "array"
+            )
         if name not in place.mesh.axis_names:
             raise ValueError(
                 f"{where} names the axis {name!r}, but the mesh of its stage has "

@@ -461,6 +461,29 @@ def test_a_plan_counts_what_each_device_holds():
     assert plan.devices[0].name == "model=2 (cpu:0, cpu:1)"
 
 
+def test_pipes_over_meshes_are_tuned_and_their_programs_timed():
+    x = jax.ShapeDtypeStruct((8, WIDE), jnp.float32)
+    layers = [dataclasses.replace(FULLY_SHARDED, name=name) for name in "abcd"]
+    tuning = fpipe.tune(
+        layers,
+        x,
+        mesh=DATA,
+        unshard="action",
+        chunks=[2, 3],
+        schedules=["gpipe", "zb_v"],
+        checkpoints=["never"],
+    )
+    pipe = tuning.pipe
+    assert (pipe.mesh, pipe.unshard, pipe.data_axes) == (DATA, "action", ("data",))
+    refused = {c.chunks: c.refused for c in tuning.candidates if c.refused}
+    assert [*refused] == [3]
+    assert "2 devices share the rows of each microbatch" in refused[3]
+    small = fpipe.Pipe(layers[:2], chunks=2, mesh=DATA)
+    plan = small.plan(None, noise(jax.random.key(1), (8, WIDE)), by="time")
+    assert plan.unit == "second"
+    assert all(seconds > 0 for row in plan.stages for seconds in row.work.values())
+
+
 def test_a_recording_names_meshes():
     pipe = fpipe.Pipe([dense(), dense()], chunks=2, devices=[PAIR, DEVICES[2]])
     x = noise(jax.random.key(1), (8, 4))
@@ -609,6 +632,25 @@ def test_specs_that_do_not_fit_are_refused():
         "divide its shape (4, 3) over the mesh {'model': 2}",
     ):
         pipe_of({"w": COLUMNS}).place(params)
+    with raises(
+        ValueError,
+        f"layer 0 'mlp': its `spec` {P('model', 'model')} of params['w'] names the "
+        "axis 'model' twice; it can shard one axis of the array",
+    ):
+        pipe_of(P("model", "model")).place(params)
+    with raises(
+        ValueError,
+        f"layer 0 'mlp': its `spec` {P(None, None, 'model')} of params['w'] has 3 "
+        "entries, but the array has 2 axes",
+    ):
+        pipe_of(P(None, None, "model")).place(params)
+    with raises(
+        ValueError,
+        f"layer 0 'mlp': its `spec` {P(P.UNCONSTRAINED)} of params['w'] leaves an axis "
+        "unconstrained, but a parameter lies as it is told: write `None`, or the name "
+        "of an axis",
+    ):
+        pipe_of(P(P.UNCONSTRAINED)).place(params)
     with raises(
         ValueError,
         "layer 0 'mlp': its `spec` has another form than its parameters, "
