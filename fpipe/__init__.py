@@ -22,6 +22,7 @@ from fpipe._planning.balance import balance as balance
 from fpipe._planning.costs import LayerCosts as LayerCosts
 from fpipe._planning.layer_costs import layer_costs as layer_costs
 from fpipe._planning.prediction import Prediction as Prediction
+from fpipe._planning.shards import shards_svg as shards_svg
 from fpipe._split.mark import cut as cut
 from fpipe._split.split import Split as Split
 from fpipe._split.split import split as split

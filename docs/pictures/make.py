@@ -10,7 +10,11 @@ import re
 from typing import Any, cast
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+import fpipe
 from fpipe.schedules import (
     NAMES,
     Action,
@@ -110,6 +114,26 @@ def cut_graphs() -> dict[str, str]:
     }
 
 
+def shards() -> dict[str, str]:
+    """The parameters of two layers on two stages of two devices, in three ways."""
+    devices = np.array(jax.devices()[:4]).reshape(2, 2)
+    own = {"up": np.zeros((8, 32), np.float32), "down": np.zeros((32, 8), np.float32)}
+    ways = {
+        "rows": ("data", None),
+        "fully_sharded": ("data", {"up": P(None, "data"), "down": P("data")}),
+        "tensor_parallel": ("model", {"up": P(None, "model"), "down": P("model")}),
+    }
+    drawings = {}
+    for way, (axis, spec) in ways.items():
+        layer = fpipe.Layer(lambda params, x: x, name="mlp", spec=spec)
+        mesh = Mesh(devices, ("stage", axis))
+        pipe = fpipe.Pipe([layer, layer], mesh=mesh)
+        params = pipe.place((own, own))
+        stages = {f"stage {k}": tree for k, tree in enumerate(params)}
+        drawings[f"shards_{way}.svg"] = fpipe.shards_svg(stages)
+    return drawings
+
+
 def pictures() -> dict[str, str]:
     """All pictures, by the name of the file."""
     pieces = {f"microbatches_{m}": one_batch(m) for m in (1, 4, 16)}
@@ -119,10 +143,12 @@ def pictures() -> dict[str, str]:
         **drawn(4, pieces),
         **drawn(17, remat),
         "recorded.svg": recorded(),
+        **shards(),
         **cut_graphs(),
     }
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 4)
     for name, text in pictures().items():
         (HERE / name).write_text(text, encoding="utf-8")
