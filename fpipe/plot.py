@@ -7,6 +7,7 @@
 """
 
 import importlib
+import itertools
 import os
 import pathlib
 import textwrap
@@ -30,6 +31,8 @@ SUFFIXES = (".svg", ".png", ".pdf")
 """The suffixes of the files that `save` writes."""
 WIDTH = 12.0
 """The width of a new figure, in inches."""
+# The height of the row of a copy engine; that of a device is 1.
+_THIN = 0.3
 
 
 def draw(
@@ -66,19 +69,23 @@ def draw(
     if ax is None:
         ax = _new_axes(shown)
     ax.set_xlim(0, shown.span or 1.0)
-    ax.set_ylim(len(shown.titles) - 0.5, -0.5)
-    for row in range(len(shown.titles)):
-        ax.broken_barh([(0, shown.span)], (row - 0.46, 0.92), facecolors=IDLE, zorder=0)
+    heights = _heights(shown)
+    *tops, bottom = itertools.accumulate(heights, initial=0.0)
+    ax.set_ylim(bottom, 0.0)
+    for top, height in zip(tops, heights, strict=True):
+        place = (top + 0.04 * height, 0.92 * height)
+        ax.broken_barh([(0, shown.span)], place, facecolors=IDLE, zorder=0)
     # Of a row's height 0.92 is drawn on; what is beneath takes the foot of that.
-    height = 0.64 if shown.beneath else 0.92
+    share = 0.64 if shown.beneath else 0.92
     plain = {"edgecolors": "white", "linewidth": 0.4}
     faint = {"edgecolors": INK, "linewidth": 0.4, "alpha": 0.45}
-    _draw_boxes(ax, shown, shown.boxes, -0.46, height, plain)
-    _draw_boxes(ax, shown, shown.beneath, -0.44 + height, 0.88 - height, faint)
-    size = _draw_labels(ax, shown, height)
+    _draw_boxes(ax, shown, shown.boxes, 0.04, share, plain)
+    _draw_boxes(ax, shown, shown.beneath, 0.06 + share, 0.88 - share, faint)
+    size = _draw_labels(ax, shown, share)
+    named = [n for n, row in enumerate(shown.rows) if not row.thin]
     ax.set_yticks(
-        range(len(shown.titles)),
-        shown.titles,
+        [tops[n] + heights[n] / 2 for n in named],
+        [shown.rows[n].title for n in named],
         fontsize=max(size, 5.0),
     )
     ax.set_xticks(shown.ticks(14))
@@ -95,9 +102,14 @@ def draw(
     return ax
 
 
+def _heights(shown: Picture) -> list[float]:
+    """The height of each row, in those of a device."""
+    return [_THIN if row.thin else 1.0 for row in shown.rows]
+
+
 def _new_axes(shown: Picture) -> "Axes":
     """Axes of a new figure that is as high as its rows need."""
-    count = len(shown.titles)
+    count = sum(_heights(shown))
     row = 0.36 if count <= 16 else 0.2
     if shown.beneath:
         row *= 1.4
@@ -113,10 +125,12 @@ def _draw_boxes(
     shown: Picture,
     boxes: tuple[Box, ...],
     top: float,
-    height: float,
+    share: float,
     style: dict[str, Any],
 ) -> None:
-    """Draw boxes at this place of their rows."""
+    """Draw boxes at this share of the height of their rows, from this top on."""
+    heights = _heights(shown)
+    tops = list(itertools.accumulate(heights, initial=0.0))
     # One collection for all boxes of a colour: one for each box would take minutes.
     groups: dict[tuple[int, Kind, int], list[tuple[float, float]]] = {}
     for box in boxes:
@@ -124,22 +138,27 @@ def _draw_boxes(
         group.append((box.start, box.end - box.start))
     for (row, kind, chunk), spans in sorted(groups.items()):
         fill = shown.fill(kind, chunk)
-        ax.broken_barh(spans, (row + top, height), facecolors=fill, **style)
+        place = (tops[row] + top * heights[row], share * heights[row])
+        ax.broken_barh(spans, place, facecolors=fill, **style)
 
 
-def _draw_labels(ax: "Axes", shown: Picture, height: float) -> float:
+def _draw_labels(ax: "Axes", shown: Picture, share: float) -> float:
     """Write the numbers of the microbatches where they fit; the size of the letters."""
     position = ax.get_position()
     inches = ax.get_figure(root=True).get_size_inches()  # pyright: ignore[reportOptionalMemberAccess]
     points = 72 * position.width * inches[0] / (shown.span or 1.0)
-    row = 72 * position.height * inches[1] / len(shown.titles)
-    size = min(9.0, row * 0.65 * height)
+    heights = _heights(shown)
+    tops = list(itertools.accumulate(heights, initial=0.0))
+    row = 72 * position.height * inches[1] / tops[-1]
+    size = min(9.0, row * 0.65 * share)
     for box in shown.boxes:
+        if shown.rows[box.row].thin:
+            continue
         label = str(box.microbatch)
         if len(label) * size * 0.62 + 1.5 <= (box.end - box.start) * points:
             ax.text(
                 (box.start + box.end) / 2,
-                box.row - 0.46 + height / 2,
+                tops[box.row] + 0.04 + share / 2,
                 label,
                 ha="center",
                 va="center_baseline",

@@ -25,6 +25,7 @@ from fpipe.schedules._generators.v_shaped import v_min as v_min
 from fpipe.schedules._generators.v_shaped import zb_v as zb_v
 from fpipe.schedules._names import NAMES as NAMES
 from fpipe.schedules._names import named as named
+from fpipe.schedules._offload import offload as offload
 from fpipe.schedules._recording import ProgramRun as ProgramRun
 from fpipe.schedules._recording import Recording as Recording
 from fpipe.schedules._recording import Transfer as Transfer

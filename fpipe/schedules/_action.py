@@ -7,25 +7,30 @@ An action is one kind of work for one stage and one microbatch:
 A backward is either one whole, `B`, or two halves: `I` makes the gradient of the
 stage's input, which the stage before waits for, and `W` makes the gradient of its
 weights, which nobody waits for. A backward that needs its forward's residuals again
-makes them itself, or has them made by an action of its own before it, `R`.
+makes them itself, or has them made by an action of its own before it, `R`. What a
+forward left may wait for its backward in the memory of the host: `O` copies it there
+and `L` back.
 """
 
 from typing import Literal, NamedTuple, TypeAlias
 
-Kind: TypeAlias = Literal["F", "R", "B", "I", "W"]
-"""What an action does: forward, recomputation, whole backward, input gradient, weight
-gradient."""
+Kind: TypeAlias = Literal["F", "O", "L", "R", "B", "I", "W"]
+"""What an action does: forward, copy to the host, copy back, recomputation, whole
+backward, input gradient, weight gradient."""
 
 # In an order in which the actions of one stage and one microbatch may run.
-KINDS: tuple[Kind, ...] = ("F", "R", "B", "I", "W")
+KINDS: tuple[Kind, ...] = ("F", "O", "L", "R", "B", "I", "W")
+# What copy engines do, while the device does something else.
+COPIES: tuple[Kind, ...] = ("O", "L")
 
 
 class Action(NamedTuple):
     """One piece of work on one device.
 
     Attributes:
-        kind: `"F"` forward, `"R"` recomputation of a forward for its backward, `"B"`
-            full backward, `"I"` input gradient only, `"W"` weight gradient only.
+        kind: `"F"` forward, `"O"` copy of what it left to the host, `"L"` copy back,
+            `"R"` recomputation of a forward for its backward, `"B"` full backward,
+            `"I"` input gradient only, `"W"` weight gradient only.
         stage: the stage `s`, `0 <= s < S`.
         microbatch: the microbatch `i`, `0 <= i < m`.
     """

@@ -12,7 +12,7 @@ import numbers
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple, TypeAlias
 
-from fpipe.schedules._action import Action
+from fpipe.schedules._action import COPIES, Action
 from fpipe.schedules._checks import shown
 from fpipe.schedules._rules import Held
 
@@ -74,6 +74,8 @@ class Costs:
         memory_r: what a microbatch holds from the start of its `R` to the end of its
             `B` or `I`: the residuals, where `memory` is its saved input; left out, all
             of `memory`.
+        offload: one copy of what a microbatch holds between a device and its host, an
+            `O` or `L`; each direction has a copy engine, which makes one at a time.
         launch: the host's time for an action, one number. No action starts before it is
             launched; the host does not wait for what it has launched.
         launchers: `"one"` thread launches the actions of all devices, one after the
@@ -94,6 +96,7 @@ class Costs:
     memory_w: Cost | None = None
     R: Cost | None = None
     memory_r: Cost | None = None
+    offload: Cost = 0.0
     launch: float = 0.0
     launchers: str = "one"
 
@@ -118,6 +121,8 @@ class Costs:
         """The cost of one action."""
         if action.kind == "B" and self.B is None:
             return _of_stage(self.I, action.stage) + _of_stage(self.W, action.stage)
+        if action.kind in COPIES:
+            return _of_stage(self.offload, action.stage)
         if action.kind == "R" and self.R is None:
             return _of_stage(self.F, action.stage)
         return _of_stage(getattr(self, action.kind), action.stage)

@@ -15,6 +15,7 @@ it would run otherwise, or earlier; so no step makes the schedule slower, whatev
 costs are.
 """
 
+import math
 from collections.abc import Collection
 
 from fpipe.schedules._action import Action
@@ -139,10 +140,11 @@ def _with_recomputations(
 
 def _fill_gaps(schedule: Schedule, costs: Costs, ahead: int) -> Schedule:
     """The schedule with recomputations moved into the gaps that it has now."""
-    events: list[list[Event]] = [[] for _ in schedule.actions]
-    for event in simulate(schedule, costs).events:
-        events[event.device].append(event)
-    rows = [_fill_gaps_of_row(row, costs, ahead) for row in events]
+    events = {event.action: event for event in simulate(schedule, costs).events}
+    rows = [
+        _fill_gaps_of_row([events[action] for action in row], costs, ahead)
+        for row in schedule.actions
+    ]
     return Schedule(rows, schedule.stage_to_device, schedule.name)
 
 
@@ -160,20 +162,31 @@ def _fill_gaps_of_row(row: list[Event], costs: Costs, ahead: int) -> list[Action
     recomputations = [n for n, event in enumerate(row) if event.action.kind == "R"]
     moved: set[int] = set()
     new: list[Action] = []
-    done: set[Action] = set()
+    # For each pair of stage and microbatch from when on it can be recomputed.
+    ready_at: dict[tuple[int, int], float] = {}
+    copied = {event.action[1:] for event in row if event.action.kind == "L"}
     first = 0
     free_at = 0.0
     for place, event in enumerate(row):
         while first < len(recomputations) and recomputations[first] <= place:
             first += 1
-        if event.start > free_at:
+        kind = event.action.kind
+        if kind == "L":
+            # The device goes on while it is copied back.
+            new.append(event.action)
+            ready_at[event.action[1:]] = event.end
+            continue
+        # At an `O` the device waits for its end.
+        goes_on_at = max(free_at, event.end if kind == "O" else event.start)
+        if goes_on_at > free_at:
             behind = recomputations[first : first + TRIED + len(moved)]
             for n in [n for n in behind if n not in moved][:TRIED]:
                 action = row[n].action
-                end = free_at + costs.of(action)
                 if max(held[place:n], default=0) > ahead:
                     break
-                if end > event.start or action._replace(kind="F") not in done:
+                start = max(free_at, ready_at.get(action[1:], math.inf))
+                end = start + costs.of(action)
+                if end > goes_on_at:
                     continue
                 new.append(action)
                 moved.add(n)
@@ -181,8 +194,9 @@ def _fill_gaps_of_row(row: list[Event], costs: Costs, ahead: int) -> list[Action
                 held[place:n] = [count + 1 for count in held[place:n]]
         if place not in moved:
             new.append(event.action)
-            done.add(event.action)
-        free_at = event.end
+        if kind == "F" and event.action[1:] not in copied:
+            ready_at[event.action[1:]] = event.end
+        free_at = max(goes_on_at, event.end)
     return new
 
 

@@ -6,10 +6,12 @@ is a list with that index. With two stages and three microbatches:
 
               stage 0      stage 1
     F        0   1   2    3   4   5
-    R        6   7   8    9  10  11
-    B       12  13  14   15  16  17
-    I       18  19  20   21  22  23
-    W       24  25  26   27  28  29
+    O        6   7   8    9  10  11
+    L       12  13  14   15  16  17
+    R       18  19  20   21  22  23
+    B       24  25  26   27  28  29
+    I       30  31  32   33  34  35
+    W       36  37  38   39  40  41
 
 The numbers of one kind follow each other, and so do those of one kind and stage. `size`
 is the number of pairs of stage and microbatch, here 6: adding it leads to the next kind
@@ -28,7 +30,24 @@ from fpipe.schedules._schedule import Schedule
 # For each device the numbers of its actions, in order.
 Rows: TypeAlias = list[list[int]]
 
-F, R, B, I, W = range(len(KINDS))  # noqa: E741 - the letter of the literature
+F, O, L, R, B, I, W = range(len(KINDS))  # noqa: E741 - the letter of the literature
+
+
+@dataclasses.dataclass(frozen=True)
+class Copies:
+    """What the copy engines of the devices do.
+
+    Attributes:
+        needs: for each action the one of its own stage that may still run when the
+            device comes to it, or -1: the `F` of an `O`, the `O` of an `L`, the `L` of
+            an `R`, `B` or `I`.
+        out: the numbers of the `O`.
+        back: the numbers of the `L`.
+    """
+
+    needs: list[int]
+    out: range
+    back: range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +132,22 @@ class Numbering:
                     meeting[number % self.size] = number
         return meeting
 
+    def copies(self, rows: Rows) -> Copies | None:
+        """What the copy engines do; `None` where there is nothing for them."""
+        size = self.size
+        out = range(O * size, (O + 1) * size)
+        back = range(L * size, (L + 1) * size)
+        needs = [-1] * (len(KINDS) * size)
+        for row in rows:
+            for number in row:
+                if number in out:
+                    pair = number % size
+                    needs[number] = F * size + pair
+                    needs[L * size + pair] = number
+                    for kind in (R, B, I):
+                        needs[kind * size + pair] = L * size + pair
+        return Copies(needs, out, back) if max(needs) >= 0 else None
+
     def durations(self, costs: Costs) -> list[float]:
         """How long each action takes, by its number."""
         durations: list[float] = []
@@ -155,6 +190,7 @@ def play(
     durations: Sequence[float],
     latencies: Sequence[float],
     launched: Sequence[float] | None = None,
+    copies: Copies | None = None,
 ) -> Played | None:
     """Run every action as soon as its device is free and what it needs is there.
 
@@ -167,6 +203,7 @@ def play(
         durations: of each action.
         latencies: of what each action needs of another stage.
         launched: for each action when the host has launched it; left out, at once.
+        copies: what the copy engines do, where they do something.
 
     Returns:
         When everything ran; `None` if it is a deadlock.
@@ -187,6 +224,8 @@ def play(
     # By the action that is missing, the device that waits. There is one at most: an
     # action meets the need of one other stage.
     waiting: dict[int, int] = {}
+    out_free_at = [0.0] * len(rows)
+    back_free_at = [0.0] * len(rows)
     ready = list(range(len(rows)))
     while ready:
         device = ready.pop()
@@ -205,6 +244,26 @@ def play(
                 arrival += latencies[action]
                 if arrival > time:
                     time = arrival
+            if copies is not None:
+                need = copies.needs[action]
+                launch = launched[action] if launched is not None else 0.0
+                if action in copies.out:
+                    # From the end of its forward on; here the device waits for it.
+                    start = max(ends[need], out_free_at[device], launch)
+                    end = out_free_at[device] = start + durations[action]
+                    starts[action], ends[action] = start, end
+                    order.append(action)
+                    time = max(time, end)
+                    continue
+                if action in copies.back:
+                    # From here on; the device goes on.
+                    start = max(time, back_free_at[device], launch)
+                    end = back_free_at[device] = start + durations[action]
+                    starts[action], ends[action] = start, end
+                    order.append(action)
+                    continue
+                if need >= 0 and ends[need] > time:
+                    time = ends[need]
             if launched is not None and launched[action] > time:
                 time = launched[action]
             starts[action] = time

@@ -25,6 +25,16 @@ no cotangent, so it runs while the cotangent is still on its way:
                 the saved   the
                  input   residuals
 
+What a forward left may wait in the host's memory, `O` and `L` copy it there and back:
+
+    stage 1      F ----> O ----> L ----> R or B
+
+A device has a copy engine for each direction, and computes meanwhile. The places of
+`O` and `L` in its row say when its memory is free and when it is taken. The copy of an
+`O` starts when its forward has ended, and at the place of the `O` the device waits for
+its end. The copy of an `L` starts at its place, and the device waits for its end at the
+`R`, `B` or `I`. So what a device holds follows from its row, however fast it copies.
+
 Two things are not rules. A device runs its actions in the order of its row, but that
 order is the choice of a schedule. And microbatches do not need each other: a model with
 state needs its forwards in order, which only such a model asks for.
@@ -56,12 +66,15 @@ class Need:
 # The needs of an action stand in the order in which a pipeline meets them.
 _BACKWARD = (
     Need(kinds=("F",), offset=0),
+    Need(kinds=("L",), offset=0),
     Need(kinds=("R",), offset=0),
     Need(kinds=("B", "I"), offset=+1),
 )
 NEEDS: dict[Kind, tuple[Need, ...]] = {
     "F": (Need(kinds=("F",), offset=-1),),
-    "R": (Need(kinds=("F",), offset=0),),
+    "O": (Need(kinds=("F",), offset=0),),
+    "L": (Need(kinds=("O",), offset=0),),
+    "R": (Need(kinds=("F",), offset=0), Need(kinds=("L",), offset=0)),
     "B": _BACKWARD,
     "I": _BACKWARD,
     "W": (Need(kinds=("I",), offset=0),),
@@ -69,7 +82,7 @@ NEEDS: dict[Kind, tuple[Need, ...]] = {
 
 
 # The kinds that a stage and microbatch may have or lack, in a schedule with backwards.
-OPTIONAL: tuple[Kind, ...] = ("R",)
+OPTIONAL: tuple[Kind, ...] = ("O", "L", "R")
 
 
 class Held(enum.Enum):
@@ -88,11 +101,15 @@ class Held(enum.Enum):
 # nothing waits for them any more.
 HELD_AFTER: dict[Kind, Held] = {
     "F": Held.FORWARD,
+    "O": Held.NOTHING,
+    "L": Held.FORWARD,
     "R": Held.RECOMPUTED,
     "B": Held.NOTHING,
     "I": Held.WEIGHT,
     "W": Held.NOTHING,
 }
+# These take memory when they start. The others give it back, when they end.
+TAKE_MEMORY: tuple[Kind, ...] = ("F", "L", "R")
 
 
 def needs(action: Action, present: Container[Action]) -> list[Action]:

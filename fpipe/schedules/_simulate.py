@@ -4,11 +4,9 @@ In: a `Schedule` and `Costs`. Out: a `Timeline`; `_timeline.py` has an example.
 The clock itself is in `_numbering.py`.
 """
 
-import itertools
-
 from fpipe.schedules._checks import check_type
 from fpipe.schedules._costs import Costs
-from fpipe.schedules._numbering import Numbering, Played, Rows, play
+from fpipe.schedules._numbering import Copies, Numbering, Played, Rows, play
 from fpipe.schedules._schedule import Schedule
 from fpipe.schedules._timeline import Event, Launch, Timeline
 
@@ -16,6 +14,10 @@ from fpipe.schedules._timeline import Event, Launch, Timeline
 def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     """Run a schedule on paper: every action starts when its device is free, its inputs
     are there, and the host has launched it.
+
+    Copies to the host run on an engine of the device for each direction. An `O` starts
+    when its `F` has ended, and its device waits for it where it stands in the row. An
+    `L` starts where it stands; the device waits for it at the backward that needs it.
 
     Arguments:
         schedule: any `Schedule`.
@@ -42,18 +44,20 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
         launched = [0.0] * len(crossing)
         for launch in launches:
             launched[numbering.number(launch.action)] = launch.end
+    copies = numbering.copies(rows)
     played = play(
         rows,
         crossing,
         numbering.durations(costs),
         numbering.latencies(costs, schedule.stage_to_device),
         launched,
+        copies,
     )
     assert played is not None, "a deadlock, which `Schedule` refuses"
     starts = played.starts
     # Ties go by device, except that what waits for an action that takes no time is
     # behind it.
-    rank = _rank_at_equal_starts(rows, crossing, played)
+    rank = _rank_at_equal_starts(rows, crossing, copies, played)
     order = sorted(
         (starts[number], rank[number], device, position, number)
         for device, row in enumerate(rows)
@@ -89,7 +93,9 @@ def _launches(schedule: Schedule, costs: Costs) -> tuple[Launch, ...]:
     return tuple(launches)
 
 
-def _rank_at_equal_starts(rows: Rows, crossing: list[int], played: Played) -> list[int]:
+def _rank_at_equal_starts(
+    rows: Rows, crossing: list[int], copies: Copies | None, played: Played
+) -> list[int]:
     """For each action how many of those that start with it are before it.
 
     Only an action that takes no time is before another that starts with it.
@@ -101,10 +107,32 @@ def _rank_at_equal_starts(rows: Rows, crossing: list[int], played: Played) -> li
     # As a rule everything takes time, and all ranks are 0.
     if all(starts[number] < ends[number] for number in played.order):
         return rank
-    previous = {b: a for row in rows for a, b in itertools.pairwise(row)}
+    before = _waited_for_in_row(rows, copies)
     # In the order of play, what an action waits for has its rank already.
     for number in played.order:
-        for first in (crossing[number], previous.get(number, -1)):
+        for first in (crossing[number], *before[number]):
             if first >= 0 and starts[first] == starts[number]:
                 rank[number] = max(rank[number], rank[first] + 1)
     return rank
+
+
+def _waited_for_in_row(rows: Rows, copies: Copies | None) -> dict[int, list[int]]:
+    """For each action those of its device that it waits for directly."""
+    before: dict[int, list[int]] = {}
+    for row in rows:
+        computed = copied_out = copied_back = -1
+        for number in row:
+            if copies is None:
+                before[number] = [computed]
+                computed = number
+                continue
+            waits = before[number] = [copies.needs[number], copied_out]
+            if number in copies.out:
+                copied_out = number
+            elif number in copies.back:
+                waits += [computed, copied_back]
+                copied_back = number
+            else:
+                waits.append(computed)
+                computed = number
+    return before

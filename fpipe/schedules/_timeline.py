@@ -8,14 +8,14 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from fpipe.schedules._action import Action
+from fpipe.schedules._action import COPIES, KINDS, Action, Kind
 from fpipe.schedules._checks import check_int, check_positive, check_type
 from fpipe.schedules._costs import StageMemory
 from fpipe.schedules._html import as_html
-from fpipe.schedules._rules import HELD_AFTER, Held
+from fpipe.schedules._rules import HELD_AFTER, TAKE_MEMORY, Held
 from fpipe.schedules._trace import Span, trace
 
 
@@ -87,24 +87,30 @@ class Timeline:
 
     @property
     def idle(self) -> tuple[float, ...]:
-        """For each device the makespan minus its work."""
-        work = [0.0] * self.devices
-        for event in self.events:
-            work[event.device] += event.end - event.start
+        """For each device the makespan minus its work; copies are none of it."""
         makespan = self.makespan
-        return tuple(makespan - w for w in work)
+        return tuple(makespan - work for work in self._work)
 
     @property
     def bubble(self) -> float:
         """The idle share of device time, 0 to 1."""
-        work = sum(event.end - event.start for event in self.events)
+        work = sum(self._work)
         total = self.makespan * self.devices
         return 1.0 - work / total if total else 0.0
 
     @property
+    def _work(self) -> list[float]:
+        work = [0.0] * self.devices
+        for event in self.events:
+            if event.action.kind not in COPIES:
+                work[event.device] += event.end - event.start
+        return work
+
+    @property
     def peak_live(self) -> tuple[int, ...]:
         """For each device the most (stage, microbatch) pairs held at once, from `F` to
-        `B` or `W`.
+        `B` or `W`, without those that are in the host's memory, from the end of `O` to
+        the start of `L`.
         """
         return self._peak(set(Held) - {Held.NOTHING})
 
@@ -183,7 +189,12 @@ class Timeline:
         check_positive("to_trace", "unit", unit)
         return trace(
             [*(f"device {device}" for device in range(self.devices)), *self._hosts()],
-            {"actions": self._spans(), "launches": self._launch_spans()},
+            {
+                "actions": self._spans(set(KINDS) - set(COPIES)),
+                "copies to the host": self._spans({"O"}),
+                "copies back": self._spans({"L"}),
+                "launches": self._launch_spans(),
+            },
             unit,
         )
 
@@ -218,9 +229,11 @@ class Timeline:
     def _repr_html_(self) -> str:
         return as_html(self)
 
-    def _spans(self) -> list[Span]:
+    def _spans(self, kinds: Collection[Kind] = KINDS) -> list[Span]:
         spans: list[Span] = []
         for device, action, start, end in self.events:
+            if action.kind not in kinds:
+                continue
             shown = {"stage": action.stage, "microbatch": action.microbatch}
             spans.append(Span(device, action.name, action.kind, start, end, shown))
         return spans
@@ -249,13 +262,28 @@ def held_changes(events: Sequence[Event], devices: int) -> list[list[HeldChange]
         NOTHING -> FORWARD, NOTHING -> FORWARD, FORWARD -> NOTHING
     """
     # A device runs one action after the other, so at equal starts its events already
-    # stand in their order; times alone cannot tell it where an action takes none.
+    # stand in their order; times alone cannot tell it where an action takes none. An
+    # action has ended when the next one starts: a clock may tell a little more.
     in_order = sorted(events, key=lambda event: event.start)
+    times: list[float] = []
+    next_start = [math.inf] * devices
+    for event in reversed(in_order):
+        kind = event.action.kind
+        if kind in TAKE_MEMORY:
+            times.append(event.start)
+        elif kind in COPIES:
+            times.append(event.end)
+        else:
+            times.append(min(event.end, next_start[event.device]))
+        if kind not in COPIES:
+            next_start[event.device] = event.start
+    times.reverse()
     # By pair of stage and microbatch, which is on one device.
     held: dict[tuple[int, int], Held] = {}
     changes: list[list[HeldChange]] = [[] for _ in range(devices)]
-    for device, (kind, stage, microbatch), _, _ in in_order:
+    for n in sorted(range(len(times)), key=times.__getitem__):
+        kind, stage, microbatch = in_order[n].action
         before = held.get((stage, microbatch), Held.NOTHING)
         after = held[stage, microbatch] = HELD_AFTER[kind]
-        changes[device].append(HeldChange(stage, before, after))
+        changes[in_order[n].device].append(HeldChange(stage, before, after))
     return changes

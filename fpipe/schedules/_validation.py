@@ -6,15 +6,15 @@ thousands of microbatches, so their loops see a pair of stage and microbatch as 
 number, its *cell*, and the kinds of it as bits. With three stages:
 
                      stage 0   stage 1   stage 2
-    microbatch 0        0         1         2
-    microbatch 1        3         4         5           bits: F 1, R 2, B 4, I 8, W 16
+    microbatch 0        0         1         2           bits: F 1, O 2, L 4, R 8,
+    microbatch 1        3         4         5                 B 16, I 32, W 64
 """
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from fpipe.schedules._action import KINDS, Action, Kind
+from fpipe.schedules._action import COPIES, KINDS, Action, Kind
 from fpipe.schedules._checks import shown
 from fpipe.schedules._rules import NEEDS, OPTIONAL, crossing_need, needs
 
@@ -58,7 +58,7 @@ def check_complete(rows: Rows, stage_to_device: Sequence[int]) -> None:
     # By cell; a dict, since a wrong microbatch may be a very large number.
     kinds_of: dict[int, int] = {}
     last = next(row[0] for row in rows if row)
-    backwards = False
+    backwards = copies = False
     for device, row in enumerate(rows):
         for position, action in enumerate(row):
             kind, stage, microbatch = action
@@ -82,6 +82,8 @@ def check_complete(rows: Rows, stage_to_device: Sequence[int]) -> None:
             kinds_of[cell] = kinds | bit
             if kind != "F":
                 backwards = True
+            if kind in COPIES:
+                copies = True
             if microbatch > last.microbatch:
                 last = action
 
@@ -102,6 +104,13 @@ def check_complete(rows: Rows, stage_to_device: Sequence[int]) -> None:
             raise ValueError(
                 f"`Schedule`: stage {stage}, microbatch {microbatch} has {present}; a "
                 "schedule with backwards needs F with either B, or both I and W"
+            )
+        if copies and bool(kinds & BITS["O"]) != bool(kinds & BITS["L"]):
+            microbatch, stage = divmod(cell, stages)
+            here, lacks = ("O", "L") if kinds & BITS["O"] else ("L", "O")
+            raise ValueError(
+                f"`Schedule`: stage {stage}, microbatch {microbatch} has {here} and no "
+                f"{lacks}; what goes to the host comes back"
             )
     if not all(rows):
         raise ValueError(
@@ -155,8 +164,8 @@ def _coded_needs(stages: int) -> dict[Kind, list[_CodedNeeds]]:
 
         F   stage 0: own cell has nothing      and own cell has 128
             stage 1: own cell has nothing      and cell - 1 has 1
-        I   stage 1: own cell has 1 and 2      and cell + 1 has 4 or 8
-            stage 2: own cell has 1 and 2      and own cell has 128
+        I   stage 1: own cell has 1, 4, 8      and cell + 1 has 16 or 32
+            stage 2: own cell has 1, 4, 8      and own cell has 128
 
     Where there is no other stage to wait for, the need is one that is always met, so
     that the loop that reads them has no branch for less.

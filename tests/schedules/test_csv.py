@@ -51,23 +51,33 @@ def shuffled(devices, virtual, microbatches, backwards, rng):
         (s, i): rng.random() < 0.5 for s in range(last + 1) for i in range(microbatches)
     }
     recomputed = {pair for pair in split if rng.random() < 0.4}
+    copied = {pair for pair in split if rng.random() < 0.4 and backwards}
     waiting: dict = {("F", 0, i): None for i in range(microbatches)}
     rows: list[list[tuple[str, int, int]]] = [[] for _ in range(devices)]
+    # Pairs of which the cotangent is there, and what the forward left.
+    cotangents, home = set(), set()
     while waiting:
         kind, s, i = action = rng.choice(sorted(waiting))
         del waiting[action]
         rows[stage_to_device[s]].append(action)
-        backward = s if kind == "F" and s == last else s - 1 if kind in "BI" else -1
         if kind == "F" and s < last:
             waiting["F", s + 1, i] = None
-        if kind == "R":
-            waiting["I" if split[s, i] else "B", s, i] = None
-        if backward >= 0 and backwards:
-            pair = (backward, i)
-            kind_of_backward = "I" if split[pair] else "B"
-            waiting["R" if pair in recomputed else kind_of_backward, *pair] = None
+        if kind in "FO" and (s, i) in copied:
+            waiting["O" if kind == "F" else "L", s, i] = None
+        elif kind in "FL":
+            home.add((s, i))
         if kind == "I":
             waiting["W", s, i] = None
+        if kind == "F" and s == last:
+            cotangents.add((s, i))
+        elif kind in "BI" and s:
+            cotangents.add((s - 1, i))
+        for pair in home & cotangents if backwards else ():
+            home.discard(pair)
+            kind_of_backward = "I" if split[pair] else "B"
+            waiting["R" if pair in recomputed else kind_of_backward, *pair] = None
+        if kind == "R":
+            waiting["I" if split[s, i] else "B", s, i] = None
     return Schedule(rows, stage_to_device)
 
 
@@ -204,4 +214,4 @@ def test_large_tables_are_cheap():
 def test_the_random_schedules_are_varied():
     made = [shuffled(3, 2, 3, True, random.Random(seed)) for seed in range(20)]
     assert len({s.actions for s in made}) == 20
-    assert {a.kind for s in made for row in s.actions for a in row} == set("FRBIW")
+    assert {a.kind for s in made for row in s.actions for a in row} == set("FOLRBIW")

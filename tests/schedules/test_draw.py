@@ -1,5 +1,6 @@
 """Drawings of timelines: text, SVG, and what matplotlib makes."""
 
+import collections
 import itertools
 import json
 import re
@@ -76,6 +77,10 @@ def measured(timeline, start, scale):
 
 
 TIMELINES = {
+    "offloaded": simulate(
+        schedules.offload(schedules.zb_v(2, 4), memory=4, costs=Costs(offload=0.7)),
+        Costs(offload=0.7),
+    ),
     "launched": simulate(schedules.zb_v(2, 4), Costs(launch=0.4)),
     "launched by several": simulate(
         schedules.one_f_one_b(3, 4), Costs(launch=0.7, launchers="per_device")
@@ -121,6 +126,17 @@ def test_text_as_drawn():
         4, 3""")
 
 
+def test_copies_as_drawn():
+    costs = Costs(offload=1)
+    schedule = schedules.offload(schedules.eager_1f1b(2, 4), memory=2, costs=costs)
+    assert draw(simulate(schedule, costs)) == textwrap.dedent("""\
+        device 0  F0 F1    F2 B0--- F3       B1--- B2--- B3---
+          to host       O1             O3
+        from host                         L1       L3
+        device 1     F0 B0--- F1 B1--- F2 B2--- F3 B3---
+        eager_1f1b, offload: makespan 15, bubble 20.0%, peak live microbatches 2, 1""")
+
+
 def test_launches_as_drawn():
     schedule = schedules.one_f_one_b(2, 2)
     assert draw(simulate(schedule, Costs(launch=1))) == textwrap.dedent("""\
@@ -150,7 +166,7 @@ def test_no_line_is_wider_than_asked_for(name, width):
     timeline = TIMELINES[name]
     lines = draw(timeline, width=width).splitlines()
     assert max(map(len, lines)) <= width
-    rows = timeline.devices + timeline.threads
+    rows = len(picture(timeline, "").rows)
     assert len(lines) > rows
     assert "".join("".join(lines[rows:]).split()) == "".join(
         picture(timeline, "").caption.split()
@@ -275,10 +291,11 @@ NS = "{http://www.w3.org/2000/svg}"
 
 
 def told(timeline):
-    """What is said of each box, and when it is."""
+    """What is said of each box, in which row, and when it is."""
+    engines = {"O": " to host", "L": " from host"}
     events = [
-        (e.action.kind, e.action[1:], f"device {e.device}", e.start, e.end)
-        for e in timeline.events
+        (k, pair, f"device {d}{engines.get(k, '')}", start, end)
+        for d, (k, *pair), start, end in timeline.events
     ]
     host = "host {}" if timeline.threads > 1 else "host"
     return events + [
@@ -308,14 +325,8 @@ def test_svg_has_a_box_for_each_event(name, width):
     assert root.attrib["width"] == str(width)
     height = float(root.attrib["height"])
     rows = rows_of(text)
-    assert sorted(map(len, rows)) == sorted(
-        n
-        for d in range(timeline.devices)
-        if (n := sum(e.device == d for e in timeline.events))
-    ) + sorted(
-        sum(launch.thread == n for launch in timeline.launches)
-        for n in range(timeline.threads)
-    )
+    each = collections.Counter(row for _, _, row, *_ in told(timeline))
+    assert sorted(map(len, rows)) == sorted(each.values())
     start = timeline.start
     titles = sorted(title for row in rows for *_, title in row)
     assert titles == sorted(
@@ -468,7 +479,7 @@ def brightness(colour):
 
 @pytest.mark.parametrize("chunks", [1, 2, 4, 8])
 def test_dark_text_on_every_box_is_readable(chunks):
-    shown = Picture((), 1, 1.0, chunks, KINDS, "")
+    shown = Picture((), (), 1.0, chunks, KINDS, "")
     fills = [shown.fill(kind, chunk) for kind in KINDS for chunk in range(chunks)]
     assert len(set(fills)) == len(fills)
     for fill in fills:
@@ -482,7 +493,7 @@ def test_dark_text_on_every_box_is_readable(chunks):
 
 @given(st.floats(1e-9, 1e9), st.integers(1, 20))
 def test_ticks_are_few_and_round(span, most):
-    ticks = Picture((), 1, span, 1, ("F",), "").ticks(most)
+    ticks = Picture((), (), span, 1, ("F",), "").ticks(most)
     assert ticks[0] == 0
     assert span / 10 <= ticks[-1] * (1 + 1e-9) or most < 3
     assert ticks[-1] <= span * (1 + 1e-9)
@@ -504,7 +515,7 @@ def test_chunks_are_counted_on_each_device():
 def test_axes_have_a_box_for_each_event(name):
     timeline = TIMELINES[name]
     ax = fpipe.plot.draw(timeline)
-    rows = timeline.devices + timeline.threads
+    rows = len(picture(timeline, "").rows)
     boxes = [path for c in ax.collections[rows:] for path in c.get_paths()]
     assert len(boxes) == len(timeline.events) + len(timeline.launches)
     start = timeline.start
@@ -516,7 +527,7 @@ def test_axes_have_a_box_for_each_event(name):
     )
     assert [t.get_text() for t in ax.get_yticklabels()] == [
         *(f"device {d}" for d in range(timeline.devices)),
-        *sorted({row for _, _, row, *_ in told(timeline) if "host" in row}),
+        *sorted({row for _, _, row, *_ in told(timeline) if row.startswith("host")}),
     ]
     assert ax.get_title(loc="left").replace("\n", " ") == picture(timeline, "").caption
     bottom, top = ax.get_ylim()

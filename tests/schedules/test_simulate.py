@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fpipe import schedules
 from fpipe.schedules import Action, Costs, Event, Kind, Schedule, Timeline, simulate
+from fpipe.schedules._action import KINDS as ALL_KINDS
 
 PLACEMENTS = {
     "one": lambda d: range(d),
@@ -32,6 +33,7 @@ def some_schedule(
     backwards=True,
     choose=lambda n: 0,
     recomputed=lambda s, i: False,
+    offloaded=lambda s, i: False,
 ):
     """A valid schedule: of the actions that could run next, `choose` picks one until
     none is left.
@@ -48,6 +50,10 @@ def some_schedule(
     if backwards:
         todo += [Action(k, s, i) for s, i in pairs for k in KINDS[is_split(s, i)]]
         todo += [Action("R", s, i) for s, i in pairs if recomputed(s, i)]
+        copied = [pair for pair in pairs if offloaded(*pair)]
+        todo += [
+            action for p in copied for action in (Action("O", *p), Action("L", *p))
+        ]
     everything = set(todo)
     rows, done = [[] for _ in range(devices)], set()
     while todo:
@@ -70,11 +76,12 @@ def needs(a, stages, everything):
         return [[Action("I", s, i)]]
     if kind == "F":
         return [[Action("F", s - 1, i)]] if s else []
-    if kind == "R":
-        return [[Action("F", s, i)]]
+    if kind in "OL":
+        return [[Action("F" if kind == "O" else "O", s, i)]]
     later = [[Action("B", s + 1, i), Action("I", s + 1, i)]] if s + 1 < stages else []
-    own = [[Action("F", s, i)], [Action("R", s, i)]]
-    return [*(need for need in own if need[0] in everything), *later]
+    own = [[Action(k, s, i)] for k in ("F", "L", "R") if k != kind]
+    own = [need for need in own if need[0] in everything]
+    return own if kind == "R" else [*own, *later]
 
 
 def number(cost, stage):
@@ -100,9 +107,9 @@ def oracle(schedule, costs):
     stage_to_device, stages = schedule.stage_to_device, schedule.stages
     actions = [a for row in schedule.actions for a in row]
     took = {
-        a: number(getattr(costs, a.kind), a.stage)
+        a: number(getattr(costs, "offload" if a.kind in "OL" else a.kind), a.stage)
         for a in actions
-        if getattr(costs, a.kind) is not None
+        if a.kind in "OL" or getattr(costs, a.kind) is not None
     }
     took |= {
         a: number(costs.F, a.stage) for a in actions if a.kind == "R" and a not in took
@@ -112,7 +119,7 @@ def oracle(schedule, costs):
         for a in actions
         if a not in took
     }
-    arcs = [(x, y, 0.0) for row in schedule.actions for x, y in itertools.pairwise(row)]
+    arcs = [arc for row in schedule.actions for arc in arcs_of_row(row)]
     for y in actions:
         others = [x for x in itertools.chain(*needs(y, stages, took)) if x in took]
         arcs += [
@@ -136,6 +143,50 @@ def oracle(schedule, costs):
     return {a: (start[a], start[a] + took[a]) for a in actions}
 
 
+def arcs_of_row(row):
+    """What of a row waits for what: a device and its two copy engines."""
+    arcs, last, device = [], {}, []
+    for a in row:
+        # An `O` starts whatever the device does, which then waits for it.
+        if a.kind != "O":
+            arcs += [(x, a, 0.0) for x in device]
+        if a.kind in "OL":
+            arcs += [(last[a.kind], a, 0.0)] if a.kind in last else []
+            last[a.kind] = a
+        device = device if a.kind == "L" else [*device, a] if a.kind == "O" else [a]
+    return arcs
+
+
+def peaks_in_time(schedule, costs, times):
+    """As `peaks`, from when things run, where each takes some time."""
+    memory, live = [], []
+    for row in schedule.actions:
+        held = []
+        for kind, s, i in row:
+            if kind != "F":
+                continue
+            at = {k: times[Action(k, s, i)] for k in ALL_KINDS if (k, s, i) in row}
+            back = at.get("B") or at.get("I")
+            used = at["R"][0] if "R" in at else back[1] if back else math.inf
+            size = number(costs.memory, s)
+            held.append((at["F"][0], at["O"][1] if "O" in at else used, size))
+            if "L" in at:
+                held.append((at["L"][0], used, size))
+            again = costs.memory if costs.memory_r is None else costs.memory_r
+            if "R" in at:
+                assert back
+                held.append((used, back[1], number(again, s)))
+            later = costs.memory if costs.memory_w is None else costs.memory_w
+            if "W" in at:
+                held.append((at["I"][1], at["W"][1], number(later, s)))
+        sums = [
+            [size for start, end, size in held if start <= t < end] for t, *_ in held
+        ]
+        memory.append(max(map(sum, sums)))
+        live.append(max(map(len, sums)))
+    return memory, tuple(live)
+
+
 def peaks(schedule, costs):
     """The most memory and the most pairs held on each device, replayed from the
     device's row alone.
@@ -145,7 +196,7 @@ def peaks(schedule, costs):
     for row in schedule.actions:
         held, most, most_live, most_sets, sets = {}, 0.0, 0, 0, set()
         for kind, s, i in row:
-            if kind in "BW":
+            if kind in "BWO":
                 del held[s, i]
             else:
                 cost = own.get(kind)
@@ -166,11 +217,26 @@ def check(schedule, costs):
     assert len(timeline.events) == len(expected)
     assert timeline.makespan == max(end for _, end in expected.values())
     memory, live, recomputed = peaks(schedule, costs)
+    if any(a.kind == "O" for a in expected):
+        # What a device holds is never more than its row says.
+        assert all(a <= b for a, b in zip(timeline.peak_live, live, strict=True))
+        pairs = zip(timeline.peak_memory, memory, strict=True)
+        assert all(a <= b + 1e-9 for a, b in pairs)
+        # At one moment, what a recomputation gives back and what a copy takes have no
+        # order.
+        if costs.memory_r is None and all(a < b for a, b in expected.values()):
+            memory, live = peaks_in_time(schedule, costs, expected)
+        else:
+            memory, live = timeline.peak_memory, timeline.peak_live
     assert timeline.peak_live == live
     assert timeline.peak_recomputed == recomputed
     assert timeline.peak_memory == pytest.approx(memory)
     for d, row in enumerate(schedule.actions):
-        assert tuple(e.action for e in timeline.events if e.device == d) == row
+        ran = [e.action for e in timeline.events if e.device == d]
+        for kinds in ("FRBIW", "O", "L"):
+            assert [a for a in ran if a.kind in kinds] == [
+                a for a in row if a.kind in kinds
+            ]
     # In an order in which they can run, whatever takes no time.
     done = set()
     for e in timeline.events:
@@ -183,7 +249,11 @@ def check(schedule, costs):
         e.start for e in timeline.events
     )
     work = [
-        sum(e.end - e.start for e in timeline.events if e.device == d)
+        sum(
+            e.end - e.start
+            for e in timeline.events
+            if e.device == d and e.action.kind not in "OL"
+        )
         for d in range(schedule.devices)
     ]
     assert timeline.idle == pytest.approx([timeline.makespan - w for w in work])
@@ -237,6 +307,7 @@ def schedules_and_costs(draw):
     )
     random = draw(st.randoms(use_true_random=False))
     share = draw(st.sampled_from([0.0, 0.5, 1.0]))
+    away = draw(st.sampled_from([0.0, 0.3, 0.8]))
     schedule = some_schedule(
         devices,
         microbatches,
@@ -245,6 +316,7 @@ def schedules_and_costs(draw):
         draw(st.booleans()),
         random.randrange,
         recomputed=lambda s, i: random.random() < share,
+        offloaded=lambda s, i: random.random() < away,
     )
     one = st.one_of(st.just(0.0), st.integers(0, 3), st.floats(0, 5))
     cost = st.one_of(
@@ -261,6 +333,7 @@ def schedules_and_costs(draw):
         draw(optional),
         R=draw(optional),
         memory_r=draw(optional),
+        offload=draw(cost),
         launch=draw(st.one_of(st.just(0.0), st.integers(1, 3), st.floats(0, 2))),
         launchers=draw(st.sampled_from(["one", "per_device"])),
     )
@@ -350,7 +423,7 @@ def test_costs_are_values():
     assert Costs(B=[5, 6]).of(Action("B", 1, 0)) == 6.0
 
 
-PER_STAGE = ["F", "B", "I", "W", "memory", "memory_w", "R", "memory_r"]
+PER_STAGE = ["F", "B", "I", "W", "memory", "memory_w", "R", "memory_r", "offload"]
 FIELDS = [*PER_STAGE, "transfer", "launch"]
 
 
@@ -511,3 +584,49 @@ def test_more_microbatches_do_not_help_where_the_host_is_the_bound():
 
     assert min((4, 8, 16, 32, 64), key=lambda m: makespan(m, 0.0)) == 64
     assert min((4, 8, 16, 32, 64), key=lambda m: makespan(m, 0.5)) == 8
+
+
+@pytest.mark.quick
+def test_copies_by_hand():
+    """The first copy starts behind its forward, the second behind the first; the third
+    forward waits for the first copy, the backward for the copy back.
+    """
+    row = ["F0", "F1", "O0", "F2", "O1", "L0", "B2", "B0", "L1", "B1"]
+    schedule = Schedule([[(a[0], 0, int(a[1])) for a in row]])
+    timeline = simulate(schedule, Costs(F=1, B=2, offload=3))
+    assert {str(e.action): (e.start, e.end) for e in timeline.events} == {
+        "F(0,0)": (0, 1),
+        "F(0,1)": (1, 2),
+        "O(0,0)": (1, 4),
+        "F(0,2)": (4, 5),
+        "O(0,1)": (4, 7),
+        "L(0,0)": (7, 10),
+        "B(0,2)": (7, 9),
+        "B(0,0)": (10, 12),
+        "L(0,1)": (12, 15),
+        "B(0,1)": (15, 17),
+    }
+    assert (timeline.makespan, timeline.idle) == (17.0, (8.0,))
+    # F(0,0) and F(0,1); F(0,1) and F(0,2); F(0,2) and what comes back; and so on.
+    assert (timeline.peak_live, timeline.peak_memory) == ((2,), (2.0,))
+    # Nothing is waited for where copies take no time.
+    assert simulate(schedule, Costs(F=1, B=2)).makespan == 9.0
+
+
+@pytest.mark.quick
+def test_what_is_on_its_way_to_the_host_is_still_held():
+    """F(0,2) starts while the first copy is under way, and before F(0,1) has ended its
+    own; with fast copies the first has gone by then.
+    """
+    row = ["F0", "F1", "F2", "O0", "L0", "B1", "B2", "B0"]
+    schedule = Schedule([[(a[0], 0, int(a[1])) for a in row]])
+    for offload, live in ((3.0, 3), (0.5, 2)):
+        timeline = simulate(schedule, Costs(F=1, B=2, offload=offload))
+        away = next(e.end for e in timeline.events if e.action.kind == "O")
+        assert away == 1.0 + offload
+        # It comes back when F(0,2) has ended, and the third makes three again.
+        back = next(e.start for e in timeline.events if e.action.kind == "L")
+        assert back == max(3.0, away)
+        assert timeline.peak_live == (3,)
+        events = tuple(e for e in timeline.events if e.action.kind != "L")
+        assert dataclasses.replace(timeline, events=events).peak_live == (live,)

@@ -48,15 +48,20 @@ def arrows(kinds):
     }
 
 
-@pytest.mark.parametrize("optional", ["", "R"])
+@pytest.mark.parametrize("optional", ["", "R", "OL", "OLR"])
 @pytest.mark.parametrize("backward", "BI")
 def test_the_rules_are_those_of_the_drawing(backward, optional):
     kinds = (*(WHOLE if backward == "B" else SPLIT), *optional)
     drawn = {("F1", "F0"), ("F2", "F1")}
     drawn |= {(f"{backward}{s}", f"F{s}") for s in range(3)}
-    if "R" in optional:
-        drawn |= {(f"R{s}", f"F{s}") for s in range(3)}
-        drawn |= {(f"{backward}{s}", f"R{s}") for s in range(3)}
+    for s in range(3):
+        if "R" in optional:
+            drawn |= {(f"R{s}", f"F{s}"), (f"{backward}{s}", f"R{s}")}
+        if "L" in optional:
+            drawn |= {(f"O{s}", f"F{s}"), (f"L{s}", f"O{s}")}
+            drawn |= {(f"{backward}{s}", f"L{s}")}
+        if optional == "OLR":
+            drawn |= {(f"R{s}", f"L{s}")}
     drawn |= {(f"{backward}{s}", f"{backward}{s + 1}") for s in range(2)}
     if backward == "I":
         drawn |= {(f"W{s}", f"I{s}") for s in range(3)}
@@ -136,6 +141,13 @@ LEGAL = {
         ),
         (0, 1, 2),
     ),
+    "offloaded": (
+        parse(
+            "0F0 0F1 0O0 0F2 0O1 0L0 0B0 0L1 0I1 0W1 0B2",
+            "1F0 1O0 1L0 1R0 1B0 1F1 1O1 1F2 1L1 1R1 1I1 1W1 1B2",
+        ),
+        (0, 1),
+    ),
     "V": (
         parse(
             "0F0 0F1 3F0 3I0 3W0 3F1 3I1 0I0 0W0 0B1 3W1",
@@ -178,7 +190,7 @@ def runnable(action, ran, stages, everything):
 
 def before(kind):
     """The optional kinds, and `F`, that come before a kind on its stage."""
-    order = "FR"
+    order = "FOLR"
     return order[: order.index(kind)] if kind in order else order
 
 
@@ -195,10 +207,11 @@ def complete(rows, stage_to_device):
         for s in range(len(stage_to_device))
         for i in range(m)
     }
-    return kinds == {"F"} or kinds <= {"FB", "FIW", "FRB", "FRIW"}
+    whole = re.compile("F(OL)?R?(B|IW)")
+    return kinds == {"F"} or all(whole.fullmatch(k) for k in kinds)
 
 
-LABEL = r"([FRBIW])\((\d+),(\d+)\)"
+LABEL = r"([FOLRBIW])\((\d+),(\d+)\)"
 STUCK = re.compile(rf"(?:device \d+ at|after) {LABEL}")
 AWAITED = re.compile(rf"waits for {LABEL}")
 
@@ -242,7 +255,7 @@ def check(rows, stage_to_device):
     assert not runnable(stuck[0], ran, len(stage_to_device), everything)
     assert (
         runnable(stuck[0], ran | {awaited[0]}, len(stage_to_device), everything)
-        or stuck[0][0] in "BI"
+        or stuck[0][0] in "BIRL"
     ), told
     for d, k, s, i, p in re.findall(rf"device (\d+) at {LABEL}, position (\d+)", told):
         assert rows[int(d)][int(p)] == (k, int(s), int(i))
@@ -272,6 +285,15 @@ def test_without_any_one_action(name):
             broken = [*rows[:d], row[:p] + row[p + 1 :], *rows[d + 1 :]]
             if a.kind == "R":
                 assert check(broken, stage_to_device)
+                continue
+            if a.kind in "OL":
+                other = "L" if a.kind == "O" else "O"
+                with raises(
+                    ValueError,
+                    f"`Schedule`: stage {a.stage}, microbatch {a.microbatch} has "
+                    f"{other} and no {a.kind}; what goes to the host comes back",
+                ):
+                    Schedule(broken, stage_to_device)
                 continue
             had = rf"stage {a.stage}, microbatch {a.microbatch} has F"
             with pytest.raises(
@@ -348,7 +370,7 @@ def test_with_any_kind_stage_or_microbatch_changed(name):
 
 
 @each
-@pytest.mark.parametrize("kinds", ["W", "I", "B", "F", "BI", "BIW", "R"])
+@pytest.mark.parametrize("kinds", ["W", "I", "B", "F", "BI", "BIW", "R", "OL", "O"])
 def test_without_a_kind_altogether(name, kinds):
     rows, stage_to_device = LEGAL[name]
     left = [[a for a in row if a.kind not in kinds] for row in rows]
@@ -481,6 +503,29 @@ BROKEN = {
     "R without a backward": (
         [[("F", 0, 0), ("R", 0, 0)]],
         f"stage 0, microbatch 0 has F and R; {WHOLE_OR_HALVES}",
+    ),
+    "O without L": (
+        [[("F", 0, 0), ("O", 0, 0), ("B", 0, 0)]],
+        "stage 0, microbatch 0 has O and no L; what goes to the host comes back",
+    ),
+    "O in a schedule of forwards": (
+        [[("F", 0, 0), ("O", 0, 0), ("L", 0, 0)]],
+        f"stage 0, microbatch 0 has F and O and L; {WHOLE_OR_HALVES}",
+    ),
+    "L before O": (
+        [[("F", 0, 0), ("L", 0, 0), ("O", 0, 0), ("B", 0, 0)]],
+        "deadlock: device 0 at L(0,0), position 1, waits for O(0,0), which device 0 "
+        "itself has later, at position 2",
+    ),
+    "L after R": (
+        [[("F", 0, 0), ("O", 0, 0), ("R", 0, 0), ("L", 0, 0), ("B", 0, 0)]],
+        "deadlock: device 0 at R(0,0), position 2, waits for L(0,0), which device 0 "
+        "itself has later, at position 3",
+    ),
+    "L after I": (
+        [[(k, 0, 0) for k in "FOILW"]],
+        "deadlock: device 0 at I(0,0), position 2, waits for L(0,0), which device 0 "
+        "itself has later, at position 3",
     ),
     "R before F": (
         [[("R", 0, 0), ("F", 0, 0), ("B", 0, 0)]],
@@ -669,7 +714,7 @@ WRONG = {
     ),
     "an unhashable kind": (
         [[(["F"], 0, 0)]],
-        "position 0 is of kind ['F']; the kinds are F, R, B, I, W",
+        "position 0 is of kind ['F']; the kinds are F, O, L, R, B, I, W",
     ),
 }
 
@@ -690,7 +735,7 @@ def test_an_unknown_kind():
     with raises(
         ValueError,
         "`Schedule(actions=...)`: device 0, position 0 is of kind 'X'; the kinds are "
-        "F, R, B, I, W",
+        "F, O, L, R, B, I, W",
     ):
         Schedule([[("X", 0, 0)]])
 

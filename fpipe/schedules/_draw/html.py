@@ -9,6 +9,7 @@ so it is text: the first columns of the first devices, and the caption.
     1f1b: makespan 6189, bubble 3.1%, peak live microbatches 64, 63, 62, 61, …
 """
 
+from fpipe.schedules._draw.picture import picture
 from fpipe.schedules._draw.svg import svg
 from fpipe.schedules._draw.text import draw
 from fpipe.schedules._html import as_html, preformatted
@@ -45,10 +46,11 @@ def html(what: Schedule | Timeline) -> str:
     if len(timeline.events) <= ACTIONS and len(timeline.name) <= NAME:
         return svg(timeline)
     lines = draw(timeline, WIDTH).splitlines()
-    count = timeline.devices + timeline.threads
+    count = len(picture(timeline, "html").rows)
     rows, caption = lines[:count], " ".join(lines[count:])
     if len(rows) > DEVICES:
-        rows = [*rows[:DEVICES], f"and {len(rows) - DEVICES} more devices"]
+        more = "devices" if count == timeline.devices else "rows"
+        rows = [*rows[:DEVICES], f"and {len(rows) - DEVICES} more {more}"]
     if len(caption) > CAPTION:
         caption = f"{caption[: CAPTION - 1]}…"
     return preformatted("\n".join([*rows, caption]))

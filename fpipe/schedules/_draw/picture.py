@@ -10,7 +10,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from fpipe.schedules._action import KINDS, Kind
+from fpipe.schedules._action import COPIES, KINDS, Kind
 from fpipe.schedules._checks import shown
 from fpipe.schedules._schedule import Schedule
 from fpipe.schedules._simulate import simulate
@@ -18,16 +18,22 @@ from fpipe.schedules._timeline import Timeline
 
 WORDS: dict[Kind, str] = {
     "F": "forward (F)",
+    "O": "to the host (O)",
+    "L": "from the host (L)",
     "R": "recomputation (R)",
     "B": "backward (B)",
     "I": "input gradient (I)",
     "W": "weight gradient (W)",
 }
+# What the copy engines are called.
+ENGINES: dict[Kind, str] = {"O": "to host", "L": "from host"}
 LIGHTER = "lighter: later stages of the device"
 # Okabe and Ito's colours, which the colour-blind tell apart; all are light enough for
 # dark text.
 COLOURS: dict[Kind, str] = {
     "F": "#56b4e9",
+    "O": "#b0a8a0",
+    "L": "#8fa876",
     "R": "#f0e442",
     "B": "#e69f00",
     "I": "#d684b3",
@@ -43,7 +49,7 @@ class Box(NamedTuple):
     """One event, drawn.
 
     Attributes:
-        row: its row: a device, or behind these a thread that launches.
+        row: its number among the rows of the picture.
         start: from the start of the timeline.
         end: from the start of the timeline.
         kind: its colour.
@@ -61,24 +67,36 @@ class Box(NamedTuple):
     microbatch: int
 
 
+class Row(NamedTuple):
+    """What boxes stand in, one below the other.
+
+    Attributes:
+        title: of a device, a copy engine or a thread of the host.
+        thin: whether it is a copy engine, which is drawn thin below its device.
+    """
+
+    title: str
+    thin: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class Picture:
     """A timeline, ready to be drawn by anything.
 
     Attributes:
         boxes: in the order of the events, then of the launches.
-        devices: the number of devices.
+        rows: devices, each with its copy engines behind it where they copy anything,
+            then threads that launch.
         span: the makespan.
         chunks: the most stages on a device.
         kinds: those that occur.
         caption: name, makespan, bubble, peak of live microbatches.
         beneath: the boxes of the timeline that this one is laid over.
-        threads: the number of rows below the devices, one for each thread that
-            launches.
+        threads: the number of threads that launch.
     """
 
     boxes: tuple[Box, ...]
-    devices: int
+    rows: tuple[Row, ...]
     span: float
     chunks: int
     kinds: tuple[Kind, ...]
@@ -86,20 +104,16 @@ class Picture:
     beneath: tuple[Box, ...] = ()
     threads: int = 0
 
-    @property
-    def titles(self) -> tuple[str, ...]:
-        """What stands before each row."""
-        devices = [f"device {device}" for device in range(self.devices)]
-        if self.threads == 1:
-            return (*devices, "host")
-        return (*devices, *(f"host {thread}" for thread in range(self.threads)))
+    def is_launch(self, box: Box) -> bool:
+        """Whether a box is the launch of an action, and not the action."""
+        return box.row >= len(self.rows) - self.threads
 
     def tooltip(self, box: Box) -> str:
         """Everything about a box."""
-        launch = "" if box.row < self.devices else "launch of "
+        launch = "launch of " if self.is_launch(box) else ""
         return (
             f"{launch}{box.kind} of stage {box.stage}, microbatch {box.microbatch}, "
-            f"{self.titles[box.row]}: {box.start:g} to {box.end:g}"
+            f"{self.rows[box.row].title}: {box.start:g} to {box.end:g}"
         )
 
     def fill(self, kind: Kind, chunk: int) -> str:
@@ -136,11 +150,12 @@ def picture(
         over: another one, which this one is laid over.
     """
     timeline = _read_timeline(what, call)
-    boxes = _boxes(timeline, scale=1.0)
-    threads = timeline.threads
+    table = _RowTable.of([timeline])
     beneath: tuple[Box, ...] = ()
     span = timeline.makespan
     caption = _caption(timeline)
+    scale = 1.0
+    other: Timeline | None = None
     if over is not None:
         other = _read_timeline(over, f"{call}(over=...)")
         if other.devices != timeline.devices:
@@ -152,23 +167,24 @@ def picture(
         work = sum(event.end - event.start for event in timeline.events)
         other_work = sum(event.end - event.start for event in other.events)
         scale = work / other_work if min(work, other_work) > 0 else 1.0
-        beneath = _boxes(other, scale)
+        table = _RowTable.of([timeline, other])
+        beneath = _boxes(other, scale, table)
         span = max(span, other.makespan * scale)
-        threads = max(threads, other.threads)
         caption += f"; over {_caption(other)}"
         if not math.isclose(scale, 1.0):
             caption += f"; 1 there is {scale:.3g} here"
+    boxes = _boxes(timeline, 1.0, table)
     # Of both timelines, so that one legend serves both.
     kinds = {box.kind for box in (*boxes, *beneath)}
     return Picture(
         boxes=boxes,
-        devices=timeline.devices,
+        rows=table.rows,
         span=span,
         chunks=1 + max(box.chunk for box in (*boxes, *beneath)),
         kinds=tuple(kind for kind in KINDS if kind in kinds),
         caption=caption,
         beneath=beneath,
-        threads=threads,
+        threads=table.threads,
     )
 
 
@@ -184,7 +200,53 @@ def _read_timeline(what: Schedule | Timeline, call: str) -> Timeline:
     return timeline
 
 
-def _boxes(timeline: Timeline, scale: float) -> tuple[Box, ...]:
+@dataclasses.dataclass(frozen=True)
+class _RowTable:
+    """In which row what is drawn.
+
+    Attributes:
+        rows: all of them.
+        device_rows: for each device its row.
+        copy_rows: for each device that copies and each direction, `O` and `L`, its row.
+        threads: the number of threads that launch, which have the last rows.
+    """
+
+    rows: tuple[Row, ...]
+    device_rows: tuple[int, ...]
+    copy_rows: dict[tuple[int, Kind], int]
+    threads: int
+
+    @staticmethod
+    def of(timelines: list[Timeline]) -> "_RowTable":
+        """The rows that these timelines need, which have the same devices."""
+        copying = {
+            event.device
+            for timeline in timelines
+            for event in timeline.events
+            if event.action.kind in COPIES
+        }
+        threads = max(timeline.threads for timeline in timelines)
+        rows: list[Row] = []
+        device_rows: list[int] = []
+        copy_rows: dict[tuple[int, Kind], int] = {}
+        for device in range(timelines[0].devices):
+            device_rows.append(len(rows))
+            rows.append(Row(f"device {device}"))
+            for kind in COPIES if device in copying else ():
+                copy_rows[device, kind] = len(rows)
+                rows.append(Row(f"device {device} {ENGINES[kind]}", thin=True))
+        names = (
+            f"host {thread}" if threads > 1 else "host" for thread in range(threads)
+        )
+        rows.extend(Row(name) for name in names)
+        return _RowTable(tuple(rows), tuple(device_rows), copy_rows, threads)
+
+    def row_of(self, device: int, kind: Kind) -> int:
+        """The row of an action."""
+        return self.copy_rows.get((device, kind), self.device_rows[device])
+
+
+def _boxes(timeline: Timeline, scale: float, table: _RowTable) -> tuple[Box, ...]:
     # A timeline need not begin at 0.
     first = timeline.start
     # The chunks of a device are those of its stages that occur, in their order.
@@ -196,12 +258,10 @@ def _boxes(timeline: Timeline, scale: float) -> tuple[Box, ...]:
         for stages in stages_of
         for chunk, stage in enumerate(sorted(stages))
     }
+    first_thread = len(table.rows) - table.threads
     rows = [
-        *timeline.events,
-        *(
-            launch._replace(thread=timeline.devices + launch.thread)
-            for launch in timeline.launches
-        ),
+        *((table.row_of(e.device, e.action.kind), *e[1:]) for e in timeline.events),
+        *((first_thread + e.thread, *e[1:]) for e in timeline.launches),
     ]
     return tuple(
         Box(

@@ -6,6 +6,7 @@ axis of time, a legend.
 """
 
 import dataclasses
+import itertools
 import textwrap
 
 from fpipe.schedules._action import Kind
@@ -32,7 +33,8 @@ from fpipe.schedules._schedule import Schedule
 from fpipe.schedules._timeline import Timeline
 
 SMALLEST = 200
-FOOT = 0.4  # of a row's height, for what is beneath
+FOOT = 0.4  # of a row's height, for what is beneath, added to it
+THIN = 0.3  # of a row's height, for a copy engine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,22 +44,26 @@ class _Layout:
     Attributes:
         left: of the boxes; the names of the devices end before it.
         right: of the boxes.
-        top: of the first row.
-        row: the height of a row.
-        foot: the part of that height, from below, for what is beneath.
+        tops: of the rows.
+        heights: of the rows.
+        foot: the part of a height, from below, for what is beneath.
         scale: pixels a unit of time.
     """
 
     left: float
     right: float
-    top: float
-    row: float
+    tops: tuple[float, ...]
+    heights: tuple[float, ...]
     foot: float
     scale: float
 
     def x(self, time: float) -> float:
         """Where a time is."""
         return self.left + time * self.scale
+
+    def foot_of(self, row: int) -> float:
+        """The part of a row's height for what is beneath."""
+        return self.foot * self.heights[row]
 
 
 def svg(
@@ -66,9 +72,9 @@ def svg(
     """Draw a schedule, or a timeline, as an SVG document.
 
     A row for each device, a box for each event with the number of its microbatch, a
-    colour for each kind, lighter for the later stages of a device. Where launches take
-    time there is a row for each thread that launches. A pointer on a box shows all
-    about it.
+    colour for each kind, lighter for the later stages of a device. Copies to the host
+    and back are thin rows below their device. Where launches take time there is a row
+    for each thread that launches. A pointer on a box shows all about it.
 
     Arguments:
         what: a `Schedule` (drawn with a forward of 1 and a backward of 2) or a
@@ -91,37 +97,43 @@ def svg(
         )
     shown = picture(what, "svg", over)
     # Lower rows for many devices, so that 64 of them are 704 pixels and fit a screen.
-    count = len(shown.titles)
-    row = 26.0 if count <= 16 else 17.0 if count <= 40 else 11.0
-    letters = min(SIZE, row - 2)
-    foot = FOOT * row if shown.beneath else 0.0
+    count = len([row for row in shown.rows if not row.thin])
+    height = 26.0 if count <= 16 else 17.0 if count <= 40 else 11.0
+    letters = min(SIZE, height - 2)
+    foot = FOOT / (1 + FOOT) if shown.beneath else 0.0
+    heights = tuple(
+        height * (THIN if row.thin else 1.0) / (1.0 - foot) for row in shown.rows
+    )
     # SVG wraps no text and does not tell its width, so that is estimated by `LETTER`.
     caption = textwrap.wrap(
         shown.caption,
         int((width - 2 * MARGIN) / (SIZE * LETTER)),
         break_on_hyphens=False,
     )
-    left = MARGIN + LETTER * letters * max(map(len, shown.titles)) + 6
+    titles = [row.title for row in shown.rows if not row.thin]
+    left = MARGIN + LETTER * letters * max(map(len, titles)) + 6
+    top = MARGIN + LINE * len(caption)
+    *tops, bottom = itertools.accumulate(heights, initial=top)
     layout = _Layout(
         left=left,
         right=width - MARGIN,
-        top=MARGIN + LINE * len(caption),
-        row=row + foot,
+        tops=tuple(tops),
+        heights=heights,
         foot=foot,
         scale=(width - left - MARGIN) / (shown.span or 1.0),
     )
-    bottom = layout.top + layout.row * count
 
     # Later parts lie over earlier ones: the grey of idle time, boxes, labels on them.
     parts = [
         text(MARGIN, MARGIN + SIZE + LINE * n, line) for n, line in enumerate(caption)
     ]
-    for n, title in enumerate(shown.titles):
-        y = layout.top + layout.row * n
-        parts.append(rect(left, y + 1, width - left - MARGIN, layout.row - 2, IDLE))
-        middle = y + layout.row / 2 + letters * 0.35
+    for row, y, height in zip(shown.rows, tops, heights, strict=True):
+        parts.append(rect(left, y + 1, width - left - MARGIN, height - 2, IDLE))
+        if row.thin:
+            continue
+        middle = y + height / 2 + letters * 0.35
         style = f'text-anchor="end" font-size="{letters:g}"'
-        parts.append(text(left - 6, middle, title, style))
+        parts.append(text(left - 6, middle, row.title, style))
     parts += _boxes(shown, layout)
     parts += _labels(shown, layout)
     parts += _boxes_beneath(shown, layout)
@@ -132,10 +144,10 @@ def svg(
 
 
 def _boxes(shown: Picture, layout: _Layout) -> list[str]:
-    height = layout.row - 2 - layout.foot
     groups: dict[str, list[str]] = {}
     for box in shown.boxes:
-        y = layout.top + layout.row * box.row + 1
+        y = layout.tops[box.row] + 1
+        height = layout.heights[box.row] - 2 - layout.foot_of(box.row)
         fill = shown.fill(box.kind, box.chunk)
         groups.setdefault(fill, []).append(_box(shown, box, layout, y, height))
     return _grouped(groups, style="")
@@ -144,9 +156,10 @@ def _boxes(shown: Picture, layout: _Layout) -> list[str]:
 def _boxes_beneath(shown: Picture, layout: _Layout) -> list[str]:
     groups: dict[str, list[str]] = {}
     for box in shown.beneath:
-        y = layout.top + layout.row * (box.row + 1) - layout.foot
+        foot = layout.foot_of(box.row)
+        y = layout.tops[box.row] + layout.heights[box.row] - foot
         fill = shown.fill(box.kind, box.chunk)
-        drawn = _box(shown, box, layout, y, layout.foot - 1.5)
+        drawn = _box(shown, box, layout, y, max(foot - 1.5, 1.0))
         groups.setdefault(fill, []).append(drawn)
     style = f' fill-opacity="0.45" stroke="{INK}" stroke-width="0.6"'
     return _grouped(groups, style)
@@ -172,17 +185,20 @@ def _box(shown: Picture, box: Box, layout: _Layout, y: float, height: float) -> 
 
 
 def _labels(shown: Picture, layout: _Layout) -> list[str]:
-    size = min(SIZE, layout.row - layout.foot - 4)
+    # The first row is one of a device.
+    height = layout.heights[0] - layout.foot_of(0)
+    size = min(SIZE, height - 4)
     # Without pointer events, a pointer on a label still shows the box's tooltip.
     parts = [f'<g text-anchor="middle" font-size="{size:g}" pointer-events="none">']
     for box in shown.boxes:
+        if shown.rows[box.row].thin:
+            continue
         label = str(box.microbatch)
         width = (box.end - box.start) * layout.scale
         # A label that does not fit is left out: a part of `12` would be another number.
         if len(label) * size * LETTER + 2 <= width:
             x = layout.left + (box.start + box.end) / 2 * layout.scale
-            y = layout.top + layout.row * box.row
-            y += (layout.row - layout.foot) / 2 + size * 0.35
+            y = layout.tops[box.row] + height / 2 + size * 0.35
             parts.append(text(x, y, label))
     return [*parts, "</g>"]
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from fpipe.schedules._action import Kind
 from fpipe.schedules._checks import check_bool, check_int
-from fpipe.schedules._draw.picture import Box, Picture, picture
+from fpipe.schedules._draw.picture import Box, Picture, Row, picture
 from fpipe.schedules._schedule import Schedule
 from fpipe.schedules._timeline import Timeline
 
@@ -23,6 +23,8 @@ from fpipe.schedules._timeline import Timeline
 # other drawings.
 SHADES: dict[Kind, tuple[int, int]] = {
     "F": (75, 153),
+    "O": (145, 188),
+    "L": (108, 151),
     "R": (227, 229),
     "B": (214, 223),
     "I": (175, 219),
@@ -78,8 +80,9 @@ def draw(
 
     Each box is as wide as its action is long; `F3` is the forward of microbatch 3.
     Where a device has several stages the stage stands before the letter. A box too
-    small for that has the letter alone. Where launches take time there is a line for
-    each thread that launches.
+    small for that has the letter alone. A device that copies to its host has a line for
+    each direction. Where launches take time there is a line for each thread that
+    launches.
 
     Arguments:
         what: a `Schedule` (drawn with a forward of 1 and a backward of 2) or a
@@ -116,7 +119,8 @@ def draw(
     layers = [_labelled(shown, shown.boxes)]
     if over is not None:
         layers.append(_labelled(shown, shown.beneath))
-    title = 1 + max(map(len, shown.titles))
+    title = 1 + max(len(row.title) for row in shown.rows if not row.thin)
+    title = max(title, 1 + max(len(_short(row)) for row in shown.rows))
     room = width - title
     scale = _scale(shown.span, layers, room)
     if fit and shown.span:
@@ -127,8 +131,9 @@ def draw(
 
     # A line for each row, or two with `over`: that of the row, then that beneath.
     lines: list[_Line] = []
-    for row in shown.titles:
-        titles = [row.ljust(title), "over".rjust(title - 1).ljust(title)]
+    for row in shown.rows:
+        name = _short(row).rjust(title - 1) if row.thin else row.title
+        titles = [name.ljust(title), "over".rjust(title - 1).ljust(title)]
         lines += [
             _Line(one, [" "] * columns, [0] * columns) for one in titles[: len(layers)]
         ]
@@ -153,11 +158,16 @@ def draw(
     return "\n".join(texts)
 
 
+def _short(row: Row) -> str:
+    """The title of a row below its device."""
+    return row.title.split(" ", 2)[2] if row.thin else row.title
+
+
 def _labelled(shown: Picture, boxes: tuple[Box, ...]) -> list[_Labelled]:
     labelled: list[_Labelled] = []
     for box in boxes:
         # One thread launches for all devices, so there the stage has to be told too.
-        of_all = box.row >= shown.devices > shown.threads
+        of_all = shown.is_launch(box) and len(shown.rows) > 2 * shown.threads
         stage = box.stage if shown.chunks > 1 or of_all else ""
         labelled.append(_Labelled(box, f"{stage}{box.kind}{box.microbatch}"))
     return labelled
