@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import serialization
 
@@ -167,3 +168,31 @@ def test_flax_saves_whole_leaves(executor):
             serialization.from_state_dict(
                 placed["blocks"], {"b": plain["out"]} | {"w": plain["out"]}
             )
+
+
+def test_orbax_saves_blocks_as_they_lie_and_whole_leaves_of_what_is_gathered(tmp_path):
+    pipe, (placed, grads) = pipe_of("placed"), placed_step("placed")
+    own = optax.adam(0.1)
+    tx = fpipe.optim.per_stage(own)
+    with jax.numpy_dtype_promotion("standard"):
+        _, moments = tx.update(grads, tx.init(placed), placed)
+    here = {"params": placed, "moments": moments}
+    whole = {"params": pipe.gather(placed), "moments": fpipe.optim.gather(moments)}
+    plain = {"params": PARAMS, "moments": own.init(PARAMS)}
+    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, plain)
+    with ocp.StandardCheckpointer() as files:
+        files.save(tmp_path / "blocks", here)
+        files.save(tmp_path / "whole", whole)
+        files.wait_until_finished()
+        again = files.restore(tmp_path / "blocks", here)
+        of_plain = files.restore(tmp_path / "whole", shapes)
+    # Each block on its device.
+    assert_same(jax.device_get(again), jax.device_get(here))
+    devices = [[a.devices() for a in jax.tree.leaves(tree)] for tree in (again, here)]
+    assert devices[0] == devices[1]
+    # The plain model loads the other one, and a pipe what the plain model has.
+    assert jax.tree.structure(of_plain) == jax.tree.structure(plain)
+    assert_same(of_plain, whole)
+    back = pipe.place(of_plain["params"])
+    moved = fpipe.optim.place(of_plain["moments"], back, tx)
+    assert_same(jax.device_get((back, moved)), jax.device_get((placed, moments)))
