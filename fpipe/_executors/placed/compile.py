@@ -190,11 +190,7 @@ def traced_runs(
             for n, (source, target) in enumerate(
                 zip(item.sources, item.outs, strict=True)
             ):
-                shape = held[source]
-                if item.sendings:
-                    whole = item.sendings[n].shape(shape.shape)
-                    shape = shape.update(shape=whole)
-                held[target] = placed(shape, target)
+                held[target] = placed(item.shape(n, held[source]), target)
             continue
         call: Any = item.call
         args = tuple(argument(slot) for slot in item.ins)

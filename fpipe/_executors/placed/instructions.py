@@ -38,6 +38,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 from jax.sharding import Sharding
 
 from fpipe._core.pytrees import PyTree, Shape, fill_gradient
@@ -105,6 +106,13 @@ class Move:
             self.ins[end - to.parts]
             for end, to in zip(ends, self.sendings, strict=True)
         )
+
+    def shape(self, n: int, source: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        """What comes to be in `outs[n]`, from the shape in `sources[n]`."""
+        if not self.sendings:
+            return source
+        # What is cut for its way to another mesh is put together there.
+        return source.update(shape=self.sendings[n].shape(source.shape))
 
 
 @dataclasses.dataclass(frozen=True)

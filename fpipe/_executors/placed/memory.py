@@ -112,12 +112,7 @@ def levels(
             for n, (source, target) in enumerate(
                 zip(item.sources, item.outs, strict=True)
             ):
-                # What is cut for its way to another mesh is put together there.
-                shape = held[source]
-                if item.sendings:
-                    whole = item.sendings[n].shape(shape.shape)
-                    shape = shape.update(shape=whole)
-                take(target, shape)
+                take(target, item.shape(n, held[source]))
         else:
             # What a program consumes is gone before its results are there.
             run = traces[number]
