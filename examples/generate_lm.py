@@ -15,7 +15,7 @@ this machine, or else simulated CPU devices.
 import argparse
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,7 @@ import fpipe
 
 # --- the model, as functions of one place or of many ----------------------------------
 #
-# The parameters are those of `train_lm.py`'s Flax modules. A layer sees the prompt, and
+# The parameters are those of `train_lm.py`'s Flax module. A layer sees the prompt, and
 # then one byte at a time; `step` is the place of the first byte that it sees.
 
 
@@ -77,7 +77,7 @@ def head(temperature: float) -> Callable[..., Any]:
     # It is chosen here, on the last device: bytes go back to the first, and not scores.
     def choose(params, x, *, borrowed, side, step):
         table = borrowed["embed"]["table"]["embedding"]
-        scores = norm(params["LayerNorm_0"], x[:, -1]) @ table.T
+        scores = norm(params, x[:, -1]) @ table.T
         if not temperature:
             return jnp.argmax(scores, -1)[:, None].astype(jnp.int32)
 
@@ -113,8 +113,15 @@ def layers_of(params: Sequence[Any], temperature: float) -> list[fpipe.Layer]:
 # --- the parameters -------------------------------------------------------------------
 
 
-def load(folder: pathlib.Path) -> list[Any]:
-    """The parameters of the last checkpoint, one entry for each layer."""
+def by_layer(params: Mapping[str, Any]) -> list[Any]:
+    """The parameters of the Flax module, one entry for each layer."""
+    blocks = sum(name.startswith("block_") for name in params)
+    names = ["embed", *[f"block_{n}" for n in range(blocks)], "norm"]
+    return [params[name] for name in names]
+
+
+def load(folder: pathlib.Path) -> dict[str, Any]:
+    """The parameters of the last checkpoint."""
     handler = ocp.PyTreeCheckpointHandler()
     with ocp.CheckpointManager(folder.resolve(), item_handlers=handler) as saved:
         step = saved.latest_step()
@@ -132,11 +139,9 @@ def load(folder: pathlib.Path) -> list[Any]:
         return saved.restore(step, args=args)["params"]
 
 
-def random_params(args: argparse.Namespace) -> tuple[Any, ...]:
-    shape = argparse.Namespace(**vars(args), dropout=0.0)
-    tokens = jax.ShapeDtypeStruct((1, args.context), jnp.int32)
-    model = fpipe.sequential(train_lm.gpt(shape))
-    return model.init(jax.random.key(args.seed), tokens)
+def random_params(args: argparse.Namespace) -> dict[str, Any]:
+    init = train_lm.init_of(argparse.Namespace(**vars(args), dropout=0.0))
+    return jax.jit(init)(jax.random.key(args.seed))
 
 
 # --- decoding -------------------------------------------------------------------------
@@ -300,7 +305,8 @@ def main() -> None:
     devices = jax.devices()[: args.stages]
     if len(devices) < args.stages:
         raise SystemExit(f"--stages {args.stages}: there are {len(devices)} devices")
-    params = load(args.checkpoints) if args.checkpoints else random_params(args)
+    whole = load(args.checkpoints) if args.checkpoints else random_params(args)
+    params = by_layer(whole)
     count = bytes_to_write(args, params)
 
     layers = layers_of(params, args.temperature)

@@ -1,21 +1,25 @@
 """Train a small GPT on English text, byte by byte, cut over several devices.
 
-The model is made of Flax modules: an embedding, blocks of causal attention, and a head
-that uses the embedding's table again, from another device. The text is the language
-reference of Python, which every Python brings along (`pydoc_data.topics`). With
-`--executor scan` (default) the whole training step, optimizer included, is one jitted
-program; with `--executor placed` each stage has programs of its own. Both print the
-same losses.
+The model is a Flax module: an embedding, blocks of causal attention, and a head that
+uses the embedding's table again, from another device. `fpipe.value_and_grad` cuts its
+loss function into stages. The text is the language reference of Python, which every
+Python brings along (`pydoc_data.topics`). With `--executor scan` (default) the whole
+training step, optimizer included, is one jitted program; with `--executor placed` each
+stage has programs of its own. Both print the same losses.
 
 Run it with no argument. It uses the GPUs of this machine, or else simulated CPU
-devices. With `--checkpoints FOLDER` it saves as it goes and goes on from what it finds
-there, whatever executor and number of stages made it.
+devices. With `--executor placed --mesh 2,2,2` each of two stages has four devices: two
+share the rows of a microbatch, and two the heads and hidden units of each block. With
+`--checkpoints FOLDER` it saves as it goes and goes on from what it finds there,
+whatever executor, mesh and number of stages made it.
 """
 
 import argparse
+import math
 import pathlib
 import pydoc_data.topics
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,10 +30,9 @@ import orbax.checkpoint as ocp
 import tqdm
 from flax import linen as nn
 from flax.training.train_state import TrainState
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import fpipe
-import fpipe.flax
 import fpipe.optim
 
 # --- the model ------------------------------------------------------------------------
@@ -38,22 +41,25 @@ BYTES = 256
 
 
 class Embed(nn.Module):
-    """Bytes and their places as vectors."""
+    """Bytes and their places as vectors, and the table's score for each byte."""
 
     width: int
     context: int
     rate: float
 
-    @nn.compact
-    def __call__(self, tokens, train):
-        places = self.param(
+    def setup(self):
+        self.table = nn.Embed(BYTES, self.width)
+        self.places = self.param(
             "places", nn.initializers.normal(0.02), (self.context, self.width)
         )
-        x = (
-            nn.Embed(BYTES, self.width, name="table")(tokens)
-            + places[: tokens.shape[1]]
-        )
-        return nn.Dropout(self.rate)(x, deterministic=not train)
+        self.drop = nn.Dropout(self.rate)
+
+    def __call__(self, tokens, train):
+        x = self.table(tokens) + self.places[: tokens.shape[1]]
+        return self.drop(x, deterministic=not train)
+
+    def scores(self, x):
+        return self.table.attend(x)
 
 
 class Block(nn.Module):
@@ -72,34 +78,79 @@ class Block(nn.Module):
         return x + drop(nn.Dense(x.shape[-1])(y))
 
 
-class Head(nn.Module):
-    """A score for each byte, by the embedding's table."""
+class GPT(nn.Module):
+    """A score for each byte that may follow, at each place."""
 
+    blocks: int
     width: int
+    heads: int
+    context: int
+    rate: float
 
     @nn.compact
-    def __call__(self, x):
-        return nn.Embed(BYTES, self.width, name="table").attend(nn.LayerNorm()(x))
+    def __call__(self, tokens, train=False):
+        embed = Embed(self.width, self.context, self.rate, name="embed")
+        x = embed(tokens, train)
+        for n in range(self.blocks):
+            x = Block(self.heads, self.rate, name=f"block_{n}")(x, train)
+        return embed.scores(nn.LayerNorm(name="norm")(x))
 
 
-def gpt(args: argparse.Namespace) -> list[fpipe.Layer]:
-    """The layers, in order. The head owns its norm and borrows the table."""
-    tokens = jax.ShapeDtypeStruct((1, args.context), jnp.int32)
-    hidden = jax.ShapeDtypeStruct((1, args.context, args.width), jnp.float32)
-    block = fpipe.flax.layer(Block(args.heads, args.dropout), hidden)
-    return [
-        fpipe.flax.layer(
-            Embed(args.width, args.context, args.dropout), tokens, name="embed"
-        ),
-        *[block] * args.blocks,
-        fpipe.flax.layer(
-            Head(args.width), name="head", rngs=(), borrow={"table": "embed/table"}
-        ),
-    ]
+def model_of(args: argparse.Namespace) -> GPT:
+    return GPT(args.blocks, args.width, args.heads, args.context, args.dropout)
 
 
-def cross_entropy(scores, targets):
-    return optax.softmax_cross_entropy_with_integer_labels(scores, targets).mean()
+def init_of(args: argparse.Namespace) -> Callable[..., Any]:
+    """The function that makes the parameters."""
+
+    def init(key):
+        tokens = jnp.zeros((1, args.context), jnp.int32)
+        return model_of(args).init(key, tokens)["params"]
+
+    return init
+
+
+def loss_of(args: argparse.Namespace) -> Callable[..., Any]:
+    """The mean loss of the next byte; with a key there is dropout."""
+    model = model_of(args)
+
+    def loss_fn(params, tokens, targets, key=None):
+        rngs = None if key is None else {"dropout": key}
+        scores: Any = model.apply(
+            {"params": params}, tokens, train=key is not None, rngs=rngs
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels
+        return losses(scores, targets).mean()
+
+    return loss_fn
+
+
+# Columns of the first products, rows of those behind (Shoeybi et al., arXiv
+# 1909.08053): of attention that is the heads. What is not named is whole everywhere.
+COLUMNS, ROWS = PartitionSpec(None, "model"), PartitionSpec("model")
+SPECS = {
+    "query/kernel": COLUMNS,
+    "key/kernel": COLUMNS,
+    "value/kernel": COLUMNS,
+    "query/bias": ROWS,
+    "key/bias": ROWS,
+    "value/bias": ROWS,
+    "out/kernel": ROWS,
+    "Dense_0/kernel": COLUMNS,
+    "Dense_0/bias": ROWS,
+    "Dense_1/kernel": ROWS,
+}
+
+
+def specs_of(params: Any) -> Any:
+    """How each parameter lies over the axis `"model"`."""
+
+    def spec(path, array):
+        del array
+        name = jax.tree_util.keystr(path[-2:], simple=True, separator="/")
+        return SPECS.get(name, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(spec, params)
 
 
 # --- the data -------------------------------------------------------------------------
@@ -128,6 +179,14 @@ def batch_of(
 
 
 # --- training -------------------------------------------------------------------------
+
+
+def sizes(text: str) -> tuple[int, int, int]:
+    """Of the axes of a mesh."""
+    stage, data, model = map(int, text.split(","))
+    if min(stage, data, model) < 1:
+        raise ValueError(text)
+    return stage, data, model
 
 
 def arguments() -> argparse.Namespace:
@@ -163,6 +222,12 @@ def arguments() -> argparse.Namespace:
         default=4,
         help="microbatches that a batch is cut into, a divisor of it",
     )
+    add(
+        "--mesh",
+        type=sizes,
+        default=None,
+        help="stages, devices that share rows, devices that share parameters: 2,2,2",
+    )
     add("--steps", type=int, default=400, help="training steps in all")
     add("--batch", type=int, default=32, help="windows per step")
     add("--rate", type=float, default=3e-3, help="peak learning rate of AdamW")
@@ -194,38 +259,69 @@ def arguments() -> argparse.Namespace:
     ):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: at least 1")
-    if args.stages > args.blocks + 2:
-        parser.error(
-            f"--stages {args.stages}: the model has only {args.blocks + 2} layers"
-        )
+    if args.mesh is not None:
+        args.stages = args.mesh[0]
+    if args.stages > args.blocks:
+        parser.error(f"--stages {args.stages}: the model has {args.blocks} blocks")
     if args.width % args.heads:
         parser.error(f"--heads {args.heads}: a divisor of the width {args.width}")
     if args.batch % args.chunks:
         parser.error(f"--chunks {args.chunks}: a divisor of the batch {args.batch}")
+    _, data, model = args.mesh or (0, 1, 1)
+    if args.batch // args.chunks % data:
+        parser.error(
+            f"--mesh: {data} devices share the {args.batch // args.chunks} rows of a "
+            "microbatch: a divisor of them is needed"
+        )
+    if args.executor == "scan" and model > 1:
+        parser.error("--mesh: parameters are shared with --executor placed alone")
+    if args.heads % model:
+        parser.error(
+            f"--mesh: {model} devices share the {args.heads} heads: a divisor of them "
+            "is needed"
+        )
     return args
 
 
-def build(args: argparse.Namespace) -> fpipe.Pipe:
-    """The model over GPUs if there are some, else over simulated CPU devices; blocks as
-    even as can be.
+def build(args: argparse.Namespace) -> fpipe.ValueAndGrad:
+    """The loss function in stages, over GPUs if there are some, else over simulated CPU
+    devices.
     """
-    jax.config.update("jax_num_cpu_devices", args.stages)
-    layers, devices = gpt(args), jax.devices()[: args.stages]
-    rest = len(layers) % args.stages
-    balance = [len(layers) // args.stages + (s < rest) for s in range(args.stages)]
-    if args.stages % len(devices):
+    wanted = args.stages if args.mesh is None else math.prod(args.mesh)
+    jax.config.update("jax_num_cpu_devices", wanted)
+    devices = jax.devices()[:wanted]
+    mesh = None if args.mesh is None else mesh_of(devices, args)
+    if mesh is None and args.stages % len(devices):
         raise SystemExit(
             f"--stages {args.stages}: a multiple of the {len(devices)} devices is "
             "needed"
         )
+    params = jax.eval_shape(init_of(args), jax.random.key(0))
+    shared = mesh is not None and args.executor == "placed"
     # On fewer devices than stages each has several of them.
-    schedule = "eager_1f1b" if args.stages == len(devices) else "interleaved_1f1b"
-    return fpipe.Pipe(
-        layers, balance, devices, args.chunks, schedule=schedule, executor=args.executor
+    several = mesh is None and args.stages > len(devices)
+    return fpipe.value_and_grad(
+        loss_of(args),
+        devices=devices if mesh is None else None,
+        mesh=mesh,
+        specs=specs_of(params) if shared else None,
+        stages=args.stages,
+        balance=[1] * args.stages,
+        chunks=args.chunks,
+        schedule="interleaved_1f1b" if several else "eager_1f1b",
+        executor=args.executor,
+        init=init_of(args),
     )
 
 
-def start(pipe: fpipe.Pipe, args: argparse.Namespace) -> TrainState:
+def mesh_of(devices: Sequence[Any], args: argparse.Namespace) -> Mesh:
+    wanted = math.prod(args.mesh)
+    if len(devices) < wanted:
+        raise SystemExit(f"--mesh: {wanted} devices, here are {len(devices)}")
+    return Mesh(np.reshape(np.asarray(devices), args.mesh), ("stage", "data", "model"))
+
+
+def start(pipeline: fpipe.ValueAndGrad, args: argparse.Namespace) -> TrainState:
     """Parameters and optimizer; weights of more than one axis decay."""
     rate = optax.warmup_cosine_decay_schedule(
         0.0, args.rate, max(args.steps // 10, 1), max(args.steps, 2)
@@ -234,38 +330,46 @@ def start(pipe: fpipe.Pipe, args: argparse.Namespace) -> TrainState:
         rate, weight_decay=0.01, mask=lambda p: jax.tree.map(lambda a: a.ndim > 1, p)
     )
     tx = fpipe.optim.per_stage(optax.chain(optax.clip_by_global_norm(1.0), adamw))
-    params = pipe.init(
-        jax.random.key(args.seed),
-        jax.ShapeDtypeStruct((args.batch, args.context), jnp.int32),
-    )
-    state = TrainState.create(apply_fn=pipe, params=params, tx=tx)
-    if pipe.mesh is not None:
-        # It comes out of the first step on the mesh: going in elsewhere the step would
-        # be compiled twice.
-        state = state.replace(
-            step=jax.device_put(jnp.int32(0), NamedSharding(pipe.mesh, PartitionSpec()))
-        )
-    return state
+    params = pipeline.init(jax.random.key(args.seed), *shapes(args))
+    state = TrainState.create(apply_fn=model_of(args).apply, params=params, tx=tx)
+    return counted(pipeline, state, 0)
 
 
-def stepper(pipe: fpipe.Pipe):
-    """`step(state, x, target, key) -> (state, loss)`: one program, or the stages'
+def shapes(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Of a batch's windows, and of what follows each byte."""
+    tokens = jax.ShapeDtypeStruct((args.batch, args.context), jnp.int32)
+    return tokens, tokens
+
+
+def counted(pipeline: fpipe.ValueAndGrad, state: TrainState, step: int) -> TrainState:
+    """A state after so many steps."""
+    mesh = pipeline.pipe.mesh
+    if mesh is None or pipeline.pipe.executor != "scan":
+        return state.replace(step=step)
+    # It comes out of a step on the mesh: going in elsewhere the step would be compiled
+    # twice.
+    place = NamedSharding(mesh, PartitionSpec())
+    return state.replace(step=jax.device_put(jnp.int32(step), place))
+
+
+def stepper(pipeline: fpipe.ValueAndGrad) -> Callable[..., Any]:
+    """`step(state, tokens, targets, key) -> (state, loss)`: one program, or the stages'
     programs.
     """
-    value_and_grad = pipe.value_and_grad(cross_entropy)
 
     def step(
-        state: TrainState, x: Any, target: Any, key: Any
+        state: TrainState, tokens: Any, targets: Any, key: Any
     ) -> tuple[TrainState, Any]:
-        loss, grads = value_and_grad(state.params, x, target, key=key, train=True)
+        loss, grads = pipeline(state.params, tokens, targets, key=key)
         return state.apply_gradients(grads=grads), loss
 
-    return jax.jit(step, donate_argnums=0) if pipe.executor == "scan" else step
+    one = pipeline.pipe.executor == "scan"
+    return jax.jit(step, donate_argnums=0) if one else step
 
 
-def train(pipe: fpipe.Pipe, args: argparse.Namespace) -> TrainState:
+def train(pipeline: fpipe.ValueAndGrad, args: argparse.Namespace) -> TrainState:
     """The trained state; what there is of it after Ctrl-C."""
-    state, key = start(pipe, args), jax.random.key(args.seed)
+    state, key = start(pipeline, args), jax.random.key(args.seed)
     data, held_out = text()
     saved = (
         None
@@ -273,18 +377,16 @@ def train(pipe: fpipe.Pipe, args: argparse.Namespace) -> TrainState:
         else ocp.CheckpointManager(args.checkpoints.resolve())
     )
     if saved is not None and saved.latest_step() is not None:
-        state = load(saved, pipe, state)
+        state = load(saved, pipeline, state, args)
         print(f"going on from step {int(state.step)} of {args.checkpoints}")
-    count = sum(
-        a.size for layer in pipe.gather(state.params) for a in jax.tree.leaves(layer)
-    )
+    count = sum(a.size for a in jax.tree.leaves(pipeline.split.param_shapes))
     print(
-        f"GPT of {args.blocks} blocks, {count:,} parameters; layers per stage "
-        f"{list(pipe.balance)}, {args.executor}"
+        f"GPT of {args.blocks} blocks, {count:,} parameters; {args.stages} stages, "
+        f"{args.executor}"
     )
 
-    step, evaluate = stepper(pipe), pipe.evaluate(cross_entropy)
-    evaluate = jax.jit(evaluate) if pipe.executor == "scan" else evaluate
+    step, evaluate = stepper(pipeline), pipeline.evaluate
+    evaluate = jax.jit(evaluate) if args.executor == "scan" else evaluate
     others = [batch_of(held_out, n, args) for n in range(4)]
     first = int(state.step)
     bar = tqdm.tqdm(total=args.steps, initial=first, desc="training", unit="step")
@@ -309,7 +411,7 @@ def train(pipe: fpipe.Pipe, args: argparse.Namespace) -> TrainState:
                     steps_per_s=f"{(n - first) / (time.perf_counter() - started):.1f}"
                 )
                 if saved is not None:
-                    save(saved, pipe, state)
+                    save(saved, pipeline, state)
     except KeyboardInterrupt:
         bar.write(f"stopped after {int(state.step)} steps")
     bar.close()
@@ -318,46 +420,53 @@ def train(pipe: fpipe.Pipe, args: argparse.Namespace) -> TrainState:
     return state
 
 
-# --- checkpoints, as for the plain composition: one entry per layer -------------------
+# --- checkpoints, as of the model without a pipeline ----------------------------------
 
 
-def save(saved: ocp.CheckpointManager, pipe: fpipe.Pipe, state: TrainState) -> None:
-    saved.save(int(state.step), args=ocp.args.StandardSave(plain(pipe, state)))
+def save(
+    saved: ocp.CheckpointManager, pipeline: fpipe.ValueAndGrad, state: TrainState
+) -> None:
+    saved.save(int(state.step), args=ocp.args.StandardSave(plain(pipeline, state)))
 
 
-def plain(pipe: fpipe.Pipe, state: TrainState) -> dict[str, Any]:
+def plain(pipeline: fpipe.ValueAndGrad, state: TrainState) -> dict[str, Any]:
     """What goes on disk."""
     moments = fpipe.optim.gather(state.opt_state)
     return {
-        "params": pipe.gather(state.params),
+        "params": pipeline.gather(state.params),
         "optimizer": moments,
         "step": jnp.asarray(state.step),
     }
 
 
 def load(
-    saved: ocp.CheckpointManager, pipe: fpipe.Pipe, state: TrainState
+    saved: ocp.CheckpointManager,
+    pipeline: fpipe.ValueAndGrad,
+    state: TrainState,
+    args: argparse.Namespace,
 ) -> TrainState:
     """The last checkpoint, in the place of a state that has just been made."""
-    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, plain(pipe, state))
-    found: Any = saved.restore(
-        saved.latest_step(), args=ocp.args.StandardRestore(shapes)
-    )
-    params = pipe.place(found["params"])
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, plain(pipeline, state))
+    found: Any = saved.restore(saved.latest_step(), args=ocp.args.StandardRestore(like))
+    params = pipeline.place(found["params"], *shapes(args))
     moments = fpipe.optim.place(found["optimizer"], params)
-    return state.replace(params=params, opt_state=moments, step=int(found["step"]))
+    state = state.replace(params=params, opt_state=moments)
+    return counted(pipeline, state, int(found["step"]))
 
 
 # --- the end --------------------------------------------------------------------------
 
 
-def written(pipe: fpipe.Pipe, state: TrainState, args: argparse.Namespace) -> str:
-    """What the model writes, byte by byte, by the plain composition of its layers."""
-    model, params = fpipe.sequential(pipe.layers), pipe.gather(state.params)
+def written(
+    pipeline: fpipe.ValueAndGrad, state: TrainState, args: argparse.Namespace
+) -> str:
+    """What the model writes, byte by byte, on one device."""
+    model, params = model_of(args), pipeline.gather(state.params)
 
     @jax.jit
     def following(window, length, key):
-        scores = model(params, window[None])[0, length - 1]
+        scores: Any = model.apply({"params": params}, window[None])
+        scores = scores[0, length - 1]
         return jax.random.categorical(key, scores / 0.8)
 
     out = list(b"The ")
@@ -373,9 +482,9 @@ def written(pipe: fpipe.Pipe, state: TrainState, args: argparse.Namespace) -> st
 def main() -> None:
     args = arguments()
     try:
-        pipe = build(args)
-        state = train(pipe, args)
-        print(f"\n{written(pipe, state, args)}")
+        pipeline = build(args)
+        state = train(pipeline, args)
+        print(f"\n{written(pipeline, state, args)}")
     except KeyboardInterrupt:
         raise SystemExit("stopped") from None
 

@@ -50,8 +50,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from flax import linen as nn
 
 import fpipe
+import fpipe.flax
 from fpipe._executors.placed import dispatch
 
 DEVICES, CHUNKS = 4, 8
@@ -134,6 +137,37 @@ class Example:
         )
 
 
+class Head(nn.Module):
+    """A score for each byte, by the embedding's table."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Embed(256, self.width, name="table").attend(nn.LayerNorm()(x))
+
+
+def gpt(module: Any, sizes: argparse.Namespace) -> list[fpipe.Layer]:
+    """The modules of the language model as layers; the head borrows the table."""
+    tokens = jax.ShapeDtypeStruct((1, sizes.context), jnp.int32)
+    hidden = jax.ShapeDtypeStruct((1, sizes.context, sizes.width), jnp.float32)
+    embed = module.Embed(sizes.width, sizes.context, sizes.dropout)
+    block = fpipe.flax.layer(module.Block(sizes.heads, sizes.dropout), hidden)
+    head = fpipe.flax.layer(
+        Head(sizes.width), name="head", rngs=(), borrow={"table": "embed/table"}
+    )
+    return [
+        fpipe.flax.layer(embed, tokens, name="embed"),
+        *[block] * sizes.blocks,
+        head,
+    ]
+
+
+def cross_entropy(scores, targets):
+    losses = optax.softmax_cross_entropy_with_integer_labels
+    return losses(scores, targets).mean()
+
+
 def example(name: str, scale: int) -> Example:
     """The model of an example file; `scale` makes it and its batch larger. "dense" is a
     tiny one, in no file.
@@ -170,7 +204,7 @@ def example(name: str, scale: int) -> Example:
             blocks=6, width=32 * scale, heads=2, context=32 * scale, dropout=0.05
         )
         x = rng.integers(256, size=(2 * CHUNKS, sizes.context + 1)).astype(np.int32)
-        return Example(module.gpt(sizes), x[:, :-1], x[:, 1:], module.cross_entropy)
+        return Example(gpt(module, sizes), x[:, :-1], x[:, 1:], cross_entropy)
     x = rng.normal(size=(4 * CHUNKS * scale, module.SIZE, module.SIZE, 1)).astype(
         np.float32
     )

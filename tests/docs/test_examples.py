@@ -274,10 +274,10 @@ def test_the_language_model_prints_the_same_losses_with_both_executors(
 
     want, printed = losses()
     assert list(want) == ["3", "6"]
-    assert "2 blocks, 10,944 parameters; layers per stage [2, 2], scan" in printed
+    assert "2 blocks, 10,944 parameters; 2 stages, scan" in printed
     shutil.rmtree(tmp_path / "6")
-    # Another executor and number of stages go on where that one was.
-    again, printed = losses("--executor", "placed", "--stages", 3)
+    # Another executor goes on where that one was, with four devices for a stage.
+    again, printed = losses("--executor", "placed", "--mesh", "2,2,2")
     assert "going on from step 3" in printed
     assert again == {"6": want["6"]}
     # Text is written with what has been trained.
@@ -291,6 +291,28 @@ def test_the_language_model_prints_the_same_losses_with_both_executors(
         assert re.search(
             rf"^ *{devices}: [\d,]+ bytes a sec", done.stdout, re.MULTILINE
         )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stages", "5"], "--stages 5: the model has 4 blocks"),
+        (["--mesh", "2,2"], "argument --mesh: invalid sizes value: '2,2'"),
+        (["--mesh", "2,3,1"], "--mesh: 3 devices share the 8 rows of a microbatch"),
+        (
+            ["--executor", "placed", "--mesh", "2,1,3"],
+            "--mesh: 3 devices share the 4 heads",
+        ),
+        (
+            ["--mesh", "2,1,2"],
+            "--mesh: parameters are shared with --executor placed alone",
+        ),
+    ],
+)
+def test_wrong_flags_of_the_language_model_get_one_line(inside, arguments, message):
+    done = inside("examples/train_lm.py", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
 
 
 @pytest.fixture
@@ -313,15 +335,16 @@ def test_what_is_generated_is_what_the_trained_modules_say(language_model):
         generate.random_params(shape),
     )
     prompt = np.array([[84, 104, 101], [73, 102, 32]], np.int32)
-    layers = generate.layers_of(params, 0.0)
+    layers = generate.layers_of(generate.by_layer(params), 0.0)
     keys = jax.random.split(jax.random.key(0), 2)
-    written = generate.on_one_device(layers, params, prompt, keys, 5)()
-    modules = train.gpt(argparse.Namespace(**vars(shape), dropout=0.0))
-    scores = jax.jit(fpipe.sequential(modules).__call__)
+    own = generate.by_layer(params)
+    written = generate.on_one_device(layers, own, prompt, keys, 5)()
+    model = train.model_of(argparse.Namespace(**vars(shape), dropout=0.0))
+    scores = jax.jit(model.apply)
     seen = np.zeros((2, 8), np.int32)
     seen[:, :3] = prompt
     for n in range(3, 8):
-        seen[:, n] = np.asarray(scores(params, seen))[:, n - 1].argmax(-1)
+        seen[:, n] = np.asarray(scores({"params": params}, seen))[:, n - 1].argmax(-1)
     assert written.tokens.tolist() == seen[:, 3:].tolist()
 
 
