@@ -33,6 +33,7 @@ from fpipe._core.pytrees import (
     strong,
 )
 from fpipe._executors.call import check_chunks
+from fpipe._executors.gradients import unscale_and_add
 from fpipe._executors.placed.dispatch import Dispatch
 from fpipe._executors.placement import Place, Unshard
 from fpipe._executors.scan.packing import Packed
@@ -245,10 +246,21 @@ class ValueAndGrad:
         pieces, loss = pipe.layers, self._function.loss
         assert isinstance(pieces, Split)
         step = pipe.value_and_grad(
-            as_returned, loss.has_aux, loss.reduction, frozen=self._frozen
+            as_returned,
+            loss.has_aux,
+            loss.reduction,
+            self._argnums,
+            frozen=self._frozen,
         )
         evaluate = pipe.evaluate(as_returned, loss.has_aux, loss.reduction)
         return _Built(pieces, pipe, step, evaluate, set())
+
+    @property
+    def _argnums(self) -> int | tuple[int, ...]:
+        """What the pipe differentiates: the parameters, and all of the batch if the
+        gradient of an argument of it is asked.
+        """
+        return (0, 1) if self._function.of_batch else 0
 
     def _called(
         self,
@@ -379,17 +391,22 @@ class ValueAndGrad:
 
         Returns:
             `(loss, grads)`, or `((loss, aux), grads)` with `has_aux`. The gradients
-            have the structure and the devices of the parameters.
+            have the structure and the devices of the parameters. If `argnums` is a
+            sequence, `grads` is a tuple: the gradients of these arguments, in order.
 
         Raises:
             TypeError, ValueError: an argument is wrong, such as parameters that are not
                 placed.
         """
         built, call, mine = self._called("step", args, kwargs, _OF_CALL, shapes=False)
+        # Added here: they are a tuple as the user has it, and not as the pipe has it.
+        given = mine.pop("grads", None)
         with self._naming("step"):
-            return built.step(
+            value, found = built.step(
                 call.params, call.x, key=call.key, state=call.state, **mine
             )
+            grads = self._function.gradients(call, found)
+            return value, unscale_and_add(grads, None, given, "`grads=`")
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the loss alone, by forwards only.
@@ -422,8 +439,8 @@ class ValueAndGrad:
         """
         args = self._with_shapes("step.plan", args, kwargs)
         built, call, mine = self._called("step.plan", args, kwargs, _OF_PLAN)
-        frozen: dict[str, Any] = {"frozen": self._frozen}
-        options = self._of_step(call) | frozen | mine
+        asked: dict[str, Any] = {"frozen": self._frozen, "argnums": self._argnums}
+        options = self._of_step(call) | asked | mine
         with self._naming("step.plan"):
             return built.pipe.plan(call.params, call.x, **options)
 
@@ -447,8 +464,8 @@ class ValueAndGrad:
         if not isinstance(params, Packed):
             params = shapes_of(params)
             params = jax.eval_shape(pipe.place, params) if pipe.mesh else params
-        frozen: dict[str, Any] = {"frozen": self._frozen}
-        options = self._of_step(call) | frozen | mine
+        asked: dict[str, Any] = {"frozen": self._frozen, "argnums": self._argnums}
+        options = self._of_step(call) | asked | mine
         with self._naming("step.compile"):
             return pipe.compile(params, call.x, **options)
 
@@ -540,7 +557,7 @@ class ValueAndGrad:
 
 def value_and_grad(
     loss_fn: Callable[..., Any],
-    argnums: int = 0,
+    argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     *,
     devices: Iterable[Place] | None = None,
@@ -578,7 +595,9 @@ def value_and_grad(
             whole to every microbatch. Bools, strings and `None` are static. If an
             argument is named `key`, it is a PRNG key, and microbatch `i` gets
             `fold_in(fold_in(key, 0), i)`.
-        argnums: the position of the model's parameters, a pytree. Default 0.
+        argnums: the position of the model's parameters, a pytree. Default 0. Or several
+            positions, of which the first is that of the parameters and the others are
+            of the batch. Then the gradients are a tuple, in this order.
         has_aux: whether `loss_fn` returns `(loss, aux)`. The `aux` of the microbatches
             is stacked, or, in an `fpipe.PerRow`, concatenated. Default `False`.
         devices, chunks: as for `fpipe.Pipe`.

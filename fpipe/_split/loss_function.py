@@ -47,12 +47,15 @@ class LossCall:
         x: the other arguments by name, but for the key and the state.
         key: the key; `None`: the call gives none.
         state: the state; `None`: the function has none.
+        of_batch: the arguments of the batch of which gradients are asked, as they were
+            given, by name.
     """
 
     params: PyTree
     x: dict[str, PyTree]
     key: Any
     state: PyTree
+    of_batch: dict[str, PyTree]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +64,16 @@ class LossFunction:
 
     Attributes:
         loss: the function, and what it returns.
-        argnum: which of its positional parameters is the model's parameters.
+        argnums: the positional parameters of which gradients are asked. The first one
+            is the model's parameters, all others are arguments of the batch.
+        as_tuple: whether the gradients are a tuple, as `jax.grad` has it for `argnums`
+            that are a sequence.
         static: the names of arguments that are not traced.
     """
 
     loss: Loss
-    argnum: int
+    argnums: tuple[int, ...]
+    as_tuple: bool
     static: frozenset[str]
 
     @classmethod
@@ -76,16 +83,20 @@ class LossFunction:
         """From the arguments of `fpipe.value_and_grad`.
 
         Raises:
-            TypeError: the function has no such parameters, or arrays of its own.
+            TypeError: the function has no such parameters, or arrays of its own; there
+                is no gradient of one of them.
             ValueError: a static argument that it has not.
         """
         _check_arrays(loss.fn)
-        if type(argnums) is not int or argnums < 0:
+        as_tuple = isinstance(argnums, Sequence) and not isinstance(argnums, str)
+        numbers: tuple[Any, ...] = tuple(argnums) if as_tuple else (argnums,)
+        are_numbers = all(type(n) is int and n >= 0 for n in numbers)
+        if not numbers or not are_numbers or len(set(numbers)) < len(numbers):
             raise TypeError(
                 f"`fpipe.value_and_grad(argnums={shown(argnums)})`: the number of the "
                 "argument that is the model's parameters, one pytree: of several trees "
-                "make one, such as `(encoder, decoder)`; for gradients of the batch "
-                "write `fpipe.Pipe(fpipe.split(...))`, whose argnums have it"
+                "make one, such as `(encoder, decoder)`; or several numbers, the "
+                "parameters' first, for gradients of arguments of the batch too"
             )
         names = (
             (static_argnames,) if isinstance(static_argnames, str) else static_argnames
@@ -97,7 +108,7 @@ class LossFunction:
                 f"`fpipe.value_and_grad(static_argnames={shown(static_argnames)})`: "
                 'names of arguments, such as ("causal",)'
             )
-        made = cls(loss, argnums, frozenset(names))
+        made = cls(loss, numbers, as_tuple, frozenset(names))
         try:
             parameters = made.signature.parameters
         except (TypeError, ValueError) as error:
@@ -106,12 +117,19 @@ class LossFunction:
                 f"that says how it is called ({error}): wrap it, "
                 "`lambda params, batch: loss_fn(params, batch)`"
             ) from None
-        if argnums >= len(made._positional):
+        if max(numbers) >= len(made._positional):
             raise TypeError(
-                f"`fpipe.value_and_grad(loss_fn, argnums={argnums})`: {made.name!r} "
-                f"takes {made.signature}, which has no such positional parameter for "
-                "the model's parameters: it is called as `loss_fn(params, *batch)`"
+                f"`fpipe.value_and_grad(loss_fn, argnums={shown(argnums)})`: "
+                f"{made.name!r} takes {made.signature}, which has no such positional "
+                "parameter: it is called as `loss_fn(params, *batch)`"
             )
+        for name in made.of_batch:
+            if name in made.static or (made._has(name) and name in (KEY, STATE)):
+                raise TypeError(
+                    f"`fpipe.value_and_grad(loss_fn, argnums={shown(argnums)})`: "
+                    f"{name!r} of {made.name!r} has no gradient: it is static, a key, "
+                    "or the state"
+                )
         unknown = sorted(made.static - set(parameters) | made.static & {made.of_params})
         if unknown:
             raise ValueError(
@@ -141,9 +159,19 @@ class LossFunction:
         return [n for n, p in self.signature.parameters.items() if p.kind in kinds]
 
     @property
+    def argnum(self) -> int:
+        """Which of the positional parameters is the model's parameters."""
+        return self.argnums[0]
+
+    @property
     def of_params(self) -> str:
         """The name of the argument that is the model's parameters."""
         return self._positional[self.argnum]
+
+    @functools.cached_property
+    def of_batch(self) -> tuple[str, ...]:
+        """The names of the arguments of the batch of which gradients are asked."""
+        return tuple(self._positional[n] for n in self.argnums[1:])
 
     @functools.cached_property
     def draws(self) -> bool:
@@ -182,6 +210,9 @@ class LossFunction:
         state: PyTree = None,
     ) -> Any:
         """Run it on a microbatch, and check what it returns."""
+        if self.of_batch:
+            # The pipe differentiates all of `x`. What nobody asks for is cut off.
+            x = {n: a if n in self.of_batch else _constant(a) for n, a in x.items()}
         arguments = {**x, self.of_params: params}
         if key is not None:
             arguments[KEY] = key
@@ -238,7 +269,7 @@ class LossFunction:
 
     def __reduce__(self) -> Any:
         # A signature may hold what does not pickle.
-        return LossFunction, (self.loss, self.argnum, self.static)
+        return LossFunction, (self.loss, self.argnums, self.as_tuple, self.static)
 
     # --- its calls ---
 
@@ -277,7 +308,32 @@ class LossFunction:
                 f"`{name}(params, *batch)`: the batch of {self.name!r} has no array "
                 "with rows; a pipeline needs one, to cut it into microbatches"
             )
-        return LossCall(params, x, key, state)
+        missing = [at for at in self.of_batch if at not in arguments]
+        if missing:
+            raise TypeError(
+                f"`{name}(...)`: the call gives no {missing[0]!r}, of which "
+                "`fpipe.value_and_grad(argnums=...)` asks for the gradient"
+            )
+        given = {at: arguments[at] for at in self.of_batch}
+        return LossCall(params, x, key, state, given)
+
+    def gradients(self, call: LossCall, found: PyTree) -> PyTree:
+        """The gradients as the user asked for them.
+
+        Arguments:
+            found: those of the parameters, or with gradients of the batch a pair of
+                that and those of `x`.
+        """
+        if not self.as_tuple:
+            return found
+        if not self.of_batch:
+            return (found,)
+        of_params, of_x = found
+        of_batch = [
+            jax.tree.map(_own_gradient, call.of_batch[at], of_x[at], is_leaf=is_wrapper)
+            for at in self.of_batch
+        ]
+        return (of_params, *of_batch)
 
     def _bound(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], name: str, shapes: bool
@@ -310,6 +366,20 @@ class LossFunction:
 
 def _unchanged(result: Any) -> Any:
     return result
+
+
+def _constant(tree: PyTree) -> PyTree:
+    """An argument of which there is no gradient."""
+    return jax.tree.map(
+        lambda leaf: jax.lax.stop_gradient(leaf) if is_array(leaf) else leaf, tree
+    )
+
+
+def _own_gradient(given: Any, gradient: Any) -> Any:
+    """The gradient of a leaf of the batch. A number was wrapped for the pipe."""
+    if isinstance(gradient, NoChunk) and not is_wrapper(given):
+        return gradient.value
+    return gradient
 
 
 # A layer returns no `PerRow`, which is for the aux of a loss.

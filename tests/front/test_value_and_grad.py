@@ -503,6 +503,30 @@ def test_a_stage_on_several_devices(executor):
     assert_same(jax.device_get(step.gather(grads)), jax.device_get(want_grads))
 
 
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_gradients_of_the_batch(executor):
+    """Of arrays cut by rows, of a number, and in the order that is asked."""
+    batch, weight = batch_of()
+    step = step_of(executor, argnums=(0, 3, 1), cuts=["blocks/2"])
+    placed = step.place(params_of(), batch, weight, 0.5)
+    run = jax.jit(step) if executor == "scan" else step
+    (value, _), grads = run(placed, batch, weight, 0.5)
+    plain = jax.jit(jax.value_and_grad(loss_fn, argnums=(0, 3, 1), has_aux=True))
+    (want, _), want_grads = plain(params_of(), batch, weight, 0.5)
+    assert_same(value, want)
+    assert_same((step.gather(grads[0]), *grads[1:]), want_grads)
+    if executor == "placed":
+        # Added to those of an earlier call; an argument may be given by name.
+        _, twice = step(placed, weight=weight, batch=batch, scale=0.5, grads=grads)
+        assert_same(twice[1:], jax.tree.map(lambda g: 2 * g, grads[1:]))
+        assert step.compile(placed, batch, weight, 0.5) > 0
+        # One, as a sequence.
+        _, one = step_of(argnums=[0], cuts=["blocks/2"])(placed, batch, weight)
+        assert_same(one, (in_plain_jax(loss_fn, params_of(), batch, weight)[1],))
+        with pytest.raises(TypeError, match="gives no 'scale', of which"):
+            step(placed, batch, weight)
+
+
 # --- errors ---
 
 
@@ -514,7 +538,11 @@ def test_arguments_that_are_wrong():
     refused("is not callable", fn=params_of())
     refused("has_aux is a bool", has_aux=1.0)
     refused("reduction='median'", ValueError, reduction="median")
-    refused("one pytree: of several trees", argnums=(0, 1))
+    refused("one pytree: of several trees", argnums=(0, 0))
+    refused("one pytree: of several trees", argnums=())
+    refused("no such positional parameter", argnums=(0, 7))
+    static: Any = {"argnums": (0, 3), "static_argnames": "scale"}
+    refused("'scale' of 'loss_fn' has no gradient", **static)
     refused("no such positional parameter", argnums=7)
     refused("names of arguments", static_argnames=3)
     refused("'causl' is no argument", ValueError, static_argnames="causl")
