@@ -88,7 +88,7 @@ def paths(given: Sequence[str]) -> str:
 def numbers(given: Iterable[int]) -> str:
     """Numbers in a cell: `0, 2-5`."""
     spans: list[list[int]] = []
-    for n in sorted(given):
+    for n in sorted(set(given)):
         if spans and n == spans[-1][1] + 1:
             spans[-1][1] = n
         else:

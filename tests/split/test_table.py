@@ -93,7 +93,7 @@ def test_for_a_notebook_and_in_one_line():
 
 
 def test_cells():
-    assert numbers([3, 1, 2, 7, 5, 8]) == "1-3, 5, 7-8"
+    assert numbers([3, 1, 2, 7, 5, 8, 3]) == "1-3, 5, 7-8"
     assert paths([]) == ""
     assert paths([""]) == "(all)"
     assert paths(["h/0/b", "h/0/w"]) == "h/0/(b w)"
