@@ -299,9 +299,9 @@ def tune(
     chosen = sorted(own & set(options))
     if chosen:
         raise TypeError(
-            f"`fpipe.tune(..., {chosen[0]}=...)`: tune chooses it; what it may choose "
-            "from are `schedules=`, `checkpoints=` and "
-            "`chunks=`, and a function in place of layers makes pipes as it likes"
+            f"`fpipe.tune(..., {chosen[0]}=...)`: tune chooses it. Limit the choice by "
+            "`schedules=`, `checkpoints=` and `chunks=`, or give a function that makes "
+            "the pipe in place of layers"
         )
     known = inspect.signature(Pipe).parameters
     strange = [name for name in options if name not in known]
@@ -553,8 +553,8 @@ class _OfFunction(_Source):
             )
         if arguments:
             raise TypeError(
-                "`fpipe.tune(f, x)`: the function makes the pipe, so "
-                f"{sorted(arguments)} belong into it"
+                "`fpipe.tune(f, x)`: the function makes the pipe, so set "
+                f"{sorted(arguments)} in the function"
             )
         # A function that does not name an argument does not depend on it. It is asked
         # for each combination all the same.

@@ -147,8 +147,8 @@ class ValueAndGrad:
         if self._built is None:
             raise ValueError(
                 f"`step.{name}`: there is none before the shapes are known: call "
-                "`step.place(params, batch)` or `step.plan(params, batch)` first; "
-                "shapes will do for the batch, and in `plan` for both"
+                "`step.place(params, batch)` or `step.plan(params, batch)` first. The "
+                "batch may be shapes; for `plan` the parameters may be shapes too"
             )
         return self._built
 
@@ -221,9 +221,9 @@ class ValueAndGrad:
             same = places[0] == places[1]
         if not same:
             raise ValueError(
-                f"`{name}(...)`: called so, {self._function.name!r} uses values in "
+                f"`{name}(...)`: for this call, {self._function.name!r} uses values in "
                 "other pieces than when it was cut, and placed parameters do not fit: "
-                "make another step, and place by such a call first"
+                "make another step, and call its `place` with these arguments first"
             )
         made.modes.update(before.modes)
         return made

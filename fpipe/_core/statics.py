@@ -186,9 +186,9 @@ def check_leaves(tree: PyTree, name: str, where: str = "") -> None:
         at = f"{where}`{name}{jax.tree_util.keystr(path)}`"
         if is_array(leaf) and not _has_dtype(leaf):
             raise TypeError(
-                f"{at} is an array of {leaf.dtype}, which JAX has not: numbers, "
-                "booleans and keys are its dtypes. Leave it out, or give what is the "
-                "same for all rows as static leaves, such as a tuple of strings"
+                f"{at} is an array of {leaf.dtype}, a dtype that JAX does not have: "
+                "its arrays hold numbers, booleans or keys. Leave it out. If it is the "
+                "same for all rows, a static leaf will do, such as a tuple of strings"
             )
         fault = None if is_array(leaf) else find_fault(leaf)
         if fault is None:

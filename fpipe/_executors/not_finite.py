@@ -38,7 +38,7 @@ def check_finite(tree: Any, call: str) -> None:
             else:
                 continue
             raise NotFiniteError(
-                f"invalid value ({found}) in what the {call} of a Pipe with "
-                'executor="scan" returned, and no operation of the layers, run one by '
-                "one, made it; `Pipe(..., detect_anomaly=True)` names the layer"
+                f"invalid value ({found}) in the result of the {call} of a Pipe with "
+                'executor="scan". The layers, run one by one, made no such value. '
+                "`Pipe(..., detect_anomaly=True)` names the layer"
             )

@@ -76,8 +76,8 @@ class Placement:
             if any(part is not None for part in place.spec):
                 raise ValueError(
                     f"`devices`: the sharding {place.spec} says how arrays are cut, "
-                    "but a stage's place is a mesh alone: give the mesh, and say by "
-                    "`fpipe.Layer(spec=...)` how parameters are cut"
+                    "but a stage needs only a mesh: give the mesh, and shard "
+                    "parameters by `fpipe.Layer(spec=...)`"
                 )
             place = place.mesh
         if isinstance(place, Mesh):

@@ -314,8 +314,8 @@ def check_donated(kind: CallKind, args: Args, inputs: Inputs, model: Model) -> N
         if Share.ROWS in shares:
             raise ValueError(
                 "`pipe(params, x, donate_state=True)`: the state of layer "
-                f"{k} {model.layers[k].name!r} is whole, and every microbatch reads "
-                "its rows of it; give a piece for each, as "
+                f"{k} {model.layers[k].name!r} is in one piece, and every microbatch "
+                "reads its own rows of it; give one piece for each microbatch, as "
                 "`pipe.init_state(fpipe.Microbatches([…]))` makes them"
             )
 
@@ -344,8 +344,8 @@ def check_consumed(args: Args) -> None:
     for name, tree in inputs.items():
         if not consumed.isdisjoint(map(id, jax.tree.leaves(tree))):
             raise ValueError(
-                f"{call}: an array of `state` stands in `{name}` too; make an array "
-                "for each"
+                f"{call}: an array of `state` is in `{name}` too, and donating it "
+                "would delete it there; copy it"
             )
     if len(consumed) < len(arrays):
         raise ValueError(
@@ -396,8 +396,8 @@ def check_backwards(schedule: Schedule) -> None:
     """Refuse to differentiate by a schedule without backwards."""
     if not schedule.backwards:
         raise ValueError(
-            f"the schedule {schedule.name!r} has forwards only, and gradients are "
-            "asked for; give it a B for every F"
+            f"the schedule {schedule.name!r} has forwards only, and the call computes "
+            "gradients; give it a B for every F"
         )
 
 

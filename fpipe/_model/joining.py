@@ -358,15 +358,15 @@ def check_alike(pieces: Sequence[Shape], name: str, join: Join) -> None:
         if piece.spec != first.spec:
             raise ValueError(
                 f"{name} of microbatch {i} is {describe(piece.tree)}, that of "
-                f"microbatch 0 {describe(first.tree)}: they are put together again, so "
-                "structure and static leaves must not depend on the number of rows"
+                f"microbatch 0 {describe(first.tree)}: they are joined, so structure "
+                "and static leaves must not depend on the number of rows"
             )
         for k, (a, b) in enumerate(zip(piece.leaves, first.leaves, strict=True)):
             if a.dtype != b.dtype:
                 raise ValueError(
                     f"{name} of microbatch {i} has a {describe(a)} where that of "
-                    f"microbatch 0 has a {describe(b)}: they are put together again, "
-                    "so the dtype must not depend on the number of rows"
+                    f"microbatch 0 has a {describe(b)}: they are joined, so the dtype "
+                    "must not depend on the number of rows"
                 )
             part = join.part_of(k, i)[1]
             if kept(a.shape, part) != kept(b.shape, part):

@@ -422,7 +422,7 @@ def checked_names(value: Iterable[str], where: str) -> tuple[str, ...]:
         if not isinstance(name, str):
             raise TypeError(f"{where}: names must be strings, got {shown(name)}")
     if len(set(result)) < len(result):
-        raise ValueError(f"{where}: a name is there twice in {list(result)}")
+        raise ValueError(f"{where}: a name occurs twice in {list(result)}")
     return result
 
 

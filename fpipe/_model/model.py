@@ -197,8 +197,8 @@ class Model:
                     raise ValueError(
                         f"`{name}=` was given, but no layer asks for it: a layer asks "
                         "by a keyword-only parameter, `def f(params, x, *, "
-                        f"{name})`, or `fpipe.Layer(f, needs=[{name!r}])`. Of a "
-                        "Flax module it is `fpipe.flax.layer(module, side={...})`"
+                        f"{name})`, or `fpipe.Layer(f, needs=[{name!r}])`. For a "
+                        "Flax module write `fpipe.flax.layer(module, side={...})`"
                     )
             if value is None and need.required:
                 for k, layer in enumerate(self.layers):

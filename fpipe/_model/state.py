@@ -106,8 +106,8 @@ def check_overwritten(layers: Sequence[Layer], state: Sequence[PyTree] | None) -
             if not is_inexact(a):
                 raise ValueError(
                     f"{who} declares `overwrite={_shown(layer)}`, but "
-                    f"`state[{k}]{jax.tree_util.keystr(path)}` is {describe(a)}: what "
-                    "a backward makes are floats; name the entries that it makes"
+                    f"`state[{k}]{jax.tree_util.keystr(path)}` is {describe(a)}: a "
+                    "backward makes only floats; name only the entries that it makes"
                 )
         missing = sorted({*_names(layer)} - found)
         if missing:
@@ -298,5 +298,5 @@ def refuse_followed_rows(
         f"for {rows[0]} rows and {describe(many)} for {sum(rows)}, and all "
         f"{len(rows)} microbatches would share its entries; write "
         "`fpipe.Layer(..., state_rows=True)`, and each microbatch gets those of its "
-        "own rows (`state_rows=False`: they are meant to share them)"
+        "own rows (or `state_rows=False`, if they should share them)"
     )

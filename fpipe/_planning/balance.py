@@ -143,8 +143,8 @@ def balance(
     if known is None:
         if x is None:
             raise TypeError(
-                "`balance(layers, x)`: layers need a batch, or its shapes; without one "
-                "give costs"
+                "`balance(layers, x)`: layers need a batch `x`, or its shapes; or give "
+                "costs in place of layers"
             )
         known = layer_costs(
             layers,
@@ -159,8 +159,8 @@ def balance(
     else:
         if any(given is not None for given in (x, side, params, compute_dtype)):
             raise TypeError(
-                "`balance(costs, ...)`: x, side, params and compute_dtype go with "
-                "layers, not with their costs"
+                "`balance(costs, ...)`: x, side, params and compute_dtype are only for "
+                "layers; leave them out with costs"
             )
         if by not in (None, "memory") and UNITS[by] != known.unit:
             raise ValueError(

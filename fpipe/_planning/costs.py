@@ -110,8 +110,8 @@ class LayerCosts:
                 isinstance(one, Sent) for one in sent
             ):
                 raise TypeError(
-                    f"`LayerCosts({name}={shown(sent)})`: what `layer_costs` makes is "
-                    "needed"
+                    f"`LayerCosts({name}={shown(sent)})`: entries that `layer_costs` "
+                    "made are needed"
                 )
         if not count:
             raise ValueError("`LayerCosts(names=())`: at least one layer is needed")

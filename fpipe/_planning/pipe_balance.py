@@ -89,8 +89,8 @@ def _found(
     )
     if not isinstance(by, str) or by not in UNITS:
         raise TypeError(
-            f"{call} and `sample`: a sample is there to find a balance by: "
-            f"{', '.join(map(repr, UNITS))}"
+            f"{call} and `sample`: a sample is only for a balance that is computed: "
+            f"{', '.join(map(repr, UNITS))}; leave one of the two out"
         )
     if sample is None:
         raise TypeError(

@@ -108,7 +108,7 @@ def places_in(cuts: Cuts, first: Traced, traced: Traced) -> tuple[int, ...]:
             raise ValueError(
                 f"`fpipe.cut(h)`: the function has {len(cuts.places)} marks when it is "
                 f"split, but {len(places)} when it is traced for this call: all traces "
-                "(other shapes, `train`, no key) have the same marks"
+                "(other shapes, `train`, no key) need the same marks"
             )
         return tuple(places)
     if traced.form == first.form:
@@ -122,14 +122,14 @@ def places_in(cuts: Cuts, first: Traced, traced: Traced) -> tuple[int, ...]:
             raise ValueError(
                 "`fpipe.split(fn)`: traced for this call (other shapes, `train`, no "
                 "key) the function reads a state before each place of a cut, and makes "
-                "its new value behind it; each array of a state is read and written in "
-                "one piece: split it with an example of this call, such as `train=True`"
+                "its new value after it. One piece must read and write each array of a "
+                "state: split it with an example of this call, such as `train=True`"
             )
         if place is None or (found and place <= found[-1]):
             raise ValueError(
                 "`fpipe.split(fn)`: traced for this call (other shapes, `train`, no "
                 "key) the function uses its parameters in another order than when it "
-                "was split, so the cuts are not there: mark them, `h = fpipe.cut(h)`"
+                "was split, so its cuts are not found: mark them by `h = fpipe.cut(h)`"
             )
         found.append(place)
     return tuple(found)
@@ -144,9 +144,9 @@ def _refuse_marks_inside(traced: Traced) -> None:
         if mark is not None:
             raise ValueError(
                 f"`fpipe.cut(h)`{at_line(mark.where)} stands inside a `{node.name}`"
-                f"{at_line(node.where)}, which runs as one operation: put it before or "
-                "behind the loop, the branch or the "
-                "function with its own derivative"
+                f"{at_line(node.where)}, which runs as one operation: put the mark "
+                "before or after the loop, the branch or the function with its own "
+                "derivative"
             )
 
 
@@ -168,8 +168,8 @@ def _places_of_paths(
             some = ", ".join(map(repr, function.paths[:5]))
             raise ValueError(
                 f"`fpipe.split(cuts=[{shown(path)}])`: {what}; the paths are {some}"
-                f"{', …' if len(function.paths) > 5 else ''}, and a prefix goes by "
-                "whole parts"
+                f"{', …' if len(function.paths) > 5 else ''}. A prefix consists of "
+                "whole parts: 'h/1' is no prefix of 'h/10'"
             )
         # The first piece begins where the function does.
         if min(uses) > beginning:
@@ -177,8 +177,8 @@ def _places_of_paths(
             if place is None:
                 raise ValueError(
                     f"`fpipe.split(cuts=[{shown(path)}])`: a state is read before each "
-                    "place there, and its new value is made behind it; each array of a "
-                    "state is read and written in one piece: cut at another path"
+                    "place there, and its new value is made after it. One piece must "
+                    "read and write each array of a state: cut at another path"
                 )
             found.add(place)
     return sorted(found)

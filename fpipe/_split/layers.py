@@ -470,7 +470,7 @@ class _StateShapes:
         if not only_shapes():
             raise ValueError(
                 "`init_state(x)`: the pieces of a function that was split make no "
-                "state: make it as for the function itself, and give it to calls"
+                "state: make the state of the function itself, and give it to calls"
             )
         inputs = x.kind.x if self.number else Shape.of(rejoined(x, side))
         shapes = self.cut.function.state_of(inputs).leaves

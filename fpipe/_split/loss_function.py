@@ -94,9 +94,9 @@ class LossFunction:
         if not numbers or not are_numbers or len(set(numbers)) < len(numbers):
             raise TypeError(
                 f"`fpipe.value_and_grad(argnums={shown(argnums)})`: the number of the "
-                "argument that is the model's parameters, one pytree: of several trees "
-                "make one, such as `(encoder, decoder)`; or several numbers, the "
-                "parameters' first, for gradients of arguments of the batch too"
+                "argument that is the model's parameters, one pytree. Put several "
+                "trees into one, such as `(encoder, decoder)`. Or several numbers, the "
+                "parameters' first: for gradients of arguments of the batch too"
             )
         names = (
             (static_argnames,) if isinstance(static_argnames, str) else static_argnames
@@ -296,8 +296,8 @@ class LossFunction:
         if self.stateful and state is None:
             raise TypeError(
                 f"`{name}(...)`: {self.name!r} has an argument `state`, which every "
-                "microbatch gets from the one before it: give it, or call the argument "
-                "otherwise"
+                "microbatch gets from the one before it: give it, or rename the "
+                "argument"
             )
         x = {
             at: self._static(at, value) if at in self.static else _as_data(at, value)
@@ -426,8 +426,9 @@ def _as_data(name: str, tree: PyTree) -> PyTree:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise TypeError(
                 f"`step(...)`: {name!r} has a PRNG key, with which all microbatches "
-                "would draw the same: call the argument `key`, of which each gets its "
-                "own; or `fpipe.NoChunk(key)`, if that is meant"
+                "would draw the same numbers. Name the argument `key`, and each "
+                "microbatch gets a key of its own; or give `fpipe.NoChunk(key)`, if "
+                "all should share it"
             )
         return NoChunk(leaf)
 

@@ -44,8 +44,8 @@ def note_kept(name: str, traced: Traced) -> None:
     if traced.kept:
         warn(
             f"`fpipe.split(fn)`: {name!r} keeps {traced.kept} of its trace in a list, "
-            "an attribute or a cache. It is a name without a value, of one trace of "
-            "several, and cannot be used again: return it"
+            "an attribute or a cache. It has no value, and cannot be used after the "
+            "trace: return it"
         )
 
 
@@ -116,8 +116,8 @@ def note_narrow_loss(name: str, traced: Traced) -> None:
             warn(
                 f"`fpipe.split(fn)`: {name!r} returns a number that is {width} from "
                 f"its last reduction on, `{node.name}`{at_line(node.where)}, with two "
-                "or three digits: cast what is reduced, such as the logits, by "
-                "`.astype(jnp.float32)`"
+                "or three digits: cast the values before the reduction, such as the "
+                "logits, by `.astype(jnp.float32)`"
             )
             return
 

@@ -75,8 +75,8 @@ def note_rows(function: Function, kind: Kind, twice: Kind, traced: Traced) -> No
         warn(
             f"`fpipe.split(fn)`: {name!r} can be traced with {rows} rows, but not with "
             f"{2 * rows}{at_line(line_of(error))}: {type(error).__name__}: {text}. If "
-            "a number of rows is written into the function, it runs microbatches of "
-            "that number alone: write `x.shape[0]` in its place"
+            "the function has a fixed number of rows, it only runs microbatches of "
+            "that number: write `x.shape[0]` in its place"
         )
         return
     first, second = (inline(one.jaxpr, keep_rules=False) for one in (traced, other))
@@ -236,8 +236,8 @@ class RowUse:
             if factor in (self.rows, count):
                 warn(
                     f"`fpipe.split(fn)`: {self.name!r} divides a sum over its rows by "
-                    f"{factor:g}{at_line(node.where)}, however many there are. Over "
-                    "microbatches of fewer rows that is no mean: divide by "
+                    f"{factor:g}{at_line(node.where)}, for any number of rows. With "
+                    "fewer rows in a microbatch the result is no mean: divide by "
                     "`x.shape[0]`, or write `jnp.mean`"
                 )
                 return True
@@ -259,7 +259,7 @@ class RowUse:
             and_more = f" (and {len(more)} more)" if more else ""
             warn(
                 f"`fpipe.split(fn)`: in {self.name!r} a row depends on other rows by "
-                f"{what}{and_more}. In a pipeline these are the rows of its "
+                f"{what}{and_more}. In a pipeline a row sees only the rows of its "
                 "microbatch, not of the batch, as in a batch norm: so the result "
                 "depends on `chunks`"
             )
@@ -300,9 +300,9 @@ class RowUse:
             warn(
                 f"`fpipe.split(fn)`: {self.name!r} returns a number made of all its "
                 f"rows by `{by.name}`{at_line(by.where)}{behind}, which is no sum or "
-                "mean over them. A pipe has one of each microbatch, and their mean is "
-                "another number than that of the batch: return sums, or what each row "
-                'gives, and weigh them in the loss (`reduction="weighted"`)'
+                "mean over them. A pipe computes it for each microbatch, and the mean "
+                "over microbatches is not its value for the batch: return sums, or "
+                'values of rows, and weigh them in the loss (`reduction="weighted"`)'
             )
             return
 

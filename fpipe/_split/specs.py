@@ -54,7 +54,7 @@ def specs_of(given: PyTree, params: PyTree) -> Specs:
     except ValueError as error:
         raise ValueError(
             "`fpipe.split(specs=...)`: they have another form than the parameters, "
-            f"{describe(shapes_of(params))}; of what is as it comes write `None`"
+            f"{describe(shapes_of(params))}; write `None` for an array without a spec"
         ) from error
     mine = tuple(
         annotation if spec is None else spec

@@ -260,7 +260,7 @@ def _refuse(paths: Sequence[str], first: Sequence[int], last: Sequence[float]) -
         if end < start:
             raise ValueError(
                 f"`fpipe.split(fn)`: the state {path!r} is read in piece {int(end)}, "
-                f"but its new value is made of what piece {start} computes, and each "
-                "array of a state is read and written in one piece: cut before the one "
-                "or behind the other, not between them"
+                f"but its new value is made of what piece {start} computes. One piece "
+                "must read and write each array of a state: cut before the read or "
+                "after the write, not between them"
             )

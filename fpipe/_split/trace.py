@@ -400,9 +400,9 @@ def trace_function(
     if is_traced(list(graph.consts.values())):
         raise ValueError(
             f"`fpipe.split(fn)`: {name!r} closes over a value of a trace around it "
-            "(`jax.jit`, `jax.grad`), or of an earlier trace of its own, which it has "
-            "put into a list, an attribute or a cache: give it as a parameter or in "
-            "`x`, or split outside of the trace"
+            "(`jax.jit`, `jax.grad`), or of an earlier trace of its own, kept in a "
+            "list, an attribute or a cache: give the value as a parameter or in `x`, "
+            "or call `fpipe.split` outside the trace"
         )
     kept = watch.kept()
     rest = iter(graph.inputs)

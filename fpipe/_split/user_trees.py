@@ -166,7 +166,7 @@ class FunctionTrees(UserTrees):
         if state is None and self.model.stateful:
             raise ValueError(
                 "`fpipe.Pipe(split)`: the function that was split has state: pass "
-                "`state=`, its own tree, and take the new state back"
+                "`state=`, its own tree; the call returns the new state"
             )
         return state_by_layer(self.split, state)
 

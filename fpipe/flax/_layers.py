@@ -300,8 +300,8 @@ def layers(
             if owner.asks("state"):
                 raise ValueError(
                     f"`fpipe.flax.layers`: layer {owner.name!r} is there again as "
-                    f"layer {position}, but it has state, which has one place only; "
-                    "make it two modules"
+                    f"layer {position}, but it has state, which two layers cannot "
+                    "share; make two modules"
                 )
             borrow = (Borrow((), owner.name, ()),)
             made = _module_layer(module, dataclasses.replace(options, borrow=borrow))
@@ -472,8 +472,8 @@ def _trace_layer(
     if missing or init is None:
         raise ValueError(
             f"`fpipe.flax.layers(model, x)`: layer {position} {layer.name!r} "
-            f"{' and '.join(missing)}, so nobody knows what comes out of it; leave x "
-            "out, and give it to `fpipe.flax.layer(module, x)` where it is needed"
+            f"{' and '.join(missing)}, so the shapes of its output are not known; "
+            "leave x out, and give it to `fpipe.flax.layer(module, x)` where needed"
         )
 
     def run(

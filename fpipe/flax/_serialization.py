@@ -48,7 +48,7 @@ def _split_blocks(target: RowBlocks, state: Any) -> RowBlocks:
         raise ValueError(
             f"`flax.serialization.from_state_dict(...)`: at {where}: an "
             f"fpipe.RowBlocks of the shape {target.shape} is restored from a whole "
-            f"array, got {describe(state)}: a state of another model"
+            f"array, got {describe(state)}; it is a state of another model"
         )
     return target.of_whole(np.asarray(state))
 
@@ -124,8 +124,8 @@ def _check(where: str, value: Any, target: Packed, entry: Entry) -> None:
     if not is_array(value) or value.shape != shape:
         raise ValueError(
             f"`flax.serialization.from_state_dict(...)`: at {where}: {name} is "
-            f"{describe(value)}, and the target has the shape {shape} there: "
-            "a state of another model"
+            f"{describe(value)}, and the target has the shape {shape} there; "
+            "it is a state of another model"
         )
     if value.dtype != dtype:
         raise ValueError(

@@ -563,9 +563,8 @@ def _split_layer(
     if layer.asks("state") and _is_empty(state):
         raise ValueError(
             f"`fpipe.flax.split_variables`: layer {position} {layer.name!r} has state, "
-            "but the variables have none; give the other collections beside the "
-            "parameters, or say `state=False` where there are none, as of gradients "
-            "and moments"
+            "but the variables have none; give the other collections too, or "
+            "`state=False` for variables without state, such as gradients and moments"
         )
     return params, None if _is_empty(state) else state
 
@@ -652,7 +651,7 @@ def _refuse_missing(layer: Layer, position: int, missing: Sequence[str]) -> NoRe
         where = f" at {' and '.join(repr(str(p)) for p in layer.apply.places)}"
     raise ValueError(
         f"`fpipe.flax.split_variables`: layer {position} {layer.name!r} has "
-        f"{list(missing)}, the variables have not{where}"
+        f"{list(missing)}, which the variables lack{where}"
     )
 
 

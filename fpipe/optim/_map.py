@@ -363,7 +363,7 @@ def _check_devices(trees: Sequence[PyTree], nodes: Sequence[Sequence[_Node]]) ->
                 f"{root.devices[k]}, but "
                 f"{leaf_name(f'trees[{m}]', other[alike[0].first + k])} is on "
                 f"{alike[0].devices[k]}: a tree of another pipe, or one that is not "
-                "placed; give all as one pipe has them, by `pipe.place(params)` and "
+                "placed; place all trees for one pipe, by `pipe.place(params)` and "
                 "`fpipe.optim.place(state, params)`"
             )
 
@@ -395,11 +395,11 @@ def _check_moves(run: PlacedFunction) -> None:
 def _check_share(size: int) -> None:
     if size > _LARGEST_SHARE:
         raise ValueError(
-            f"`{_CALL}`: f makes something of leaves of several devices that no device "
-            f"has by itself: {size} bytes of leaves would go to one device, and "
-            f"{_LARGEST_SHARE} may. Return numbers, or trees whose leaves are made of "
-            "those in their place; what needs whole leaves of several stages belongs "
-            "behind `pipe.gather(params)`"
+            f"`{_CALL}`: f combines leaves of several devices on one device: that "
+            f"device would get {size} bytes of other devices' leaves, and the limit is "
+            f"{_LARGEST_SHARE}. Return numbers, or trees in which each leaf is made of "
+            "the given leaves in its place; for anything else write "
+            "`f(pipe.gather(params))`"
         )
 
 

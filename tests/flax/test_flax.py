@@ -1171,9 +1171,8 @@ def test_variables_that_do_not_fit_the_layers():
     with raises(
         ValueError,
         "`fpipe.flax.split_variables`: layer 1 'layers_1' has state, but the variables "
-        "have none; give the other collections "
-        "beside the parameters, or say `state=False` where there are none, as of "
-        "gradients and moments",
+        "have none; give the other collections too, or `state=False` for variables "
+        "without state, such as gradients and moments",
     ):
         fpipe.flax.split_variables(model, {"params": variables["params"]})
     params, state = fpipe.flax.split_variables(
@@ -1232,8 +1231,8 @@ def test_variables_that_do_not_fit_the_layers():
             )
     with raises(
         ValueError,
-        "`fpipe.flax.split_variables`: layer 0 'layers_0' has ['bias', 'kernel'], the "
-        "variables have not",
+        "`fpipe.flax.split_variables`: layer 0 'layers_0' has ['bias', 'kernel'], "
+        "which the variables lack",
     ):
         fpipe.flax.split_variables(model, {"layers": {}})
 
@@ -1434,19 +1433,19 @@ def test_what_is_no_module_or_does_not_belong_together():
     )
     with pytest.raises(
         ValueError,
-        match="layer 0 'stash' asks for 'carry', so nobody knows what comes out of it",
+        match="layer 0 'stash' asks for 'carry', so the shapes of its output are not",
     ):
         fpipe.flax.layers([stash, nn.Dense(3)], X)
     with pytest.raises(
         ValueError,
         match="'Dense_of_typo' borrows from 'typo', which is no earlier layer, so "
-        "nobody",
+        "the shapes",
     ):
         fpipe.flax.layers([nn.Dense(3), fpipe.flax.tied(nn.Dense(3), "typo")], X)
     bare = fpipe.Layer(lambda params, x, *, state: (x, state), name="bare")
     with pytest.raises(
         ValueError,
-        match="layer 0 'bare' has no init and has no init_state, so nobody knows",
+        match="layer 0 'bare' has no init and has no init_state, so the shapes",
     ):
         fpipe.flax.layers([bare, nn.Dense(3)], X)
     for module in (nn.Dense(3), one, nn.Sequential([nn.Dense(3)])):

@@ -277,7 +277,7 @@ def test_a_forward_only_schedule_gives_no_gradients_of_zero():
     params = pipe.place((jnp.ones(4), jnp.ones(4)))
     assert float(pipe.evaluate(jnp.mean)(params, X)) == pytest.approx(0, abs=1e-6)
     with pytest.raises(
-        ValueError, match="has forwards only, and gradients are asked for"
+        ValueError, match="has forwards only, and the call computes gradients"
     ):
         pipe.value_and_grad(jnp.mean)(params, X)
 

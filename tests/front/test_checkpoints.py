@@ -522,8 +522,8 @@ def test_what_flax_restores_is_of_the_same_model():
     for wrong, message in (
         (
             {**state, "1": {"w": np.zeros(5, np.float32)}},
-            "[1]['w'] is float32[5], and the target has the shape (10,) there: a "
-            "state of another model",
+            "[1]['w'] is float32[5], and the target has the shape (10,) there; it is "
+            "a state of another model",
         ),
         (
             {**state, "2": {"w": np.zeros(5, np.float16)}},

@@ -231,7 +231,7 @@ def test_forwards_alone(model):
     )
     assert_same(pipe(placed, case.x, **needs), case.reference(params, case.x, **needs))
     with pytest.raises(
-        ValueError, match="has forwards only, and gradients are asked for"
+        ValueError, match="has forwards only, and the call computes gradients"
     ):
         pipe.value_and_grad(mse)(placed, case.x, case.target, **needs)
 

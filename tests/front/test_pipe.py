@@ -213,7 +213,7 @@ WRONG = {
             "balance": [4],
         },
         ValueError,
-        "says how arrays are cut, but a stage's place is a mesh alone",
+        "says how arrays are cut, but a stage needs only a mesh",
     ),
 }
 
@@ -915,8 +915,8 @@ def test_a_schedule_of_forwards_evaluates_and_refuses_gradients():
         case.reference.evaluate(mse)(params, case.x, case.target),
     )
     text = (
-        "the schedule 'forwards' has forwards only, and gradients are asked for; give "
-        "it a B for every F"
+        "the schedule 'forwards' has forwards only, and the call computes gradients; "
+        "give it a B for every F"
     )
     with pytest.raises(ValueError, match=text):
         pipe.value_and_grad(mse)(placed, case.x, case.target)

@@ -204,8 +204,8 @@ def test_wrong_arguments():
         fpipe.tune(fpipe.Pipe(LAYERS), X)  # type: ignore[arg-type]
     with raises(
         TypeError,
-        "`fpipe.tune(f, x)`: the function makes the pipe, so ['executor'] belong into "
-        "it",
+        "`fpipe.tune(f, x)`: the function makes the pipe, so set ['executor'] in the "
+        "function",
     ):
         fpipe.tune(lambda: None, X, executor="scan")  # type: ignore[arg-type,return-value]
     with raises(

@@ -538,8 +538,8 @@ def test_arguments_that_are_wrong():
     refused("is not callable", fn=params_of())
     refused("has_aux is a bool", has_aux=1.0)
     refused("reduction='median'", ValueError, reduction="median")
-    refused("one pytree: of several trees", argnums=(0, 0))
-    refused("one pytree: of several trees", argnums=())
+    refused("one pytree. Put several trees", argnums=(0, 0))
+    refused("one pytree. Put several trees", argnums=())
     refused("no such positional parameter", argnums=(0, 7))
     static: Any = {"argnums": (0, 3), "static_argnames": "scale"}
     refused("'scale' of 'loss_fn' has no gradient", **static)

@@ -377,8 +377,8 @@ def test_what_cannot_be_donated_is_refused():
     call = "`pipe(params, x, donate_state=True)`: "
     with raises(
         ValueError,
-        f"{call}the state of layer 0 'remembering' is whole, and every microbatch "
-        "reads its rows of it; give a piece for each, as "
+        f"{call}the state of layer 0 'remembering' is in one piece, and every "
+        "microbatch reads its own rows of it; give one piece for each microbatch, as "
         "`pipe.init_state(fpipe.Microbatches([…]))` makes them",
     ):
         pipe(params, x, state=state, donate_state=True)
@@ -395,7 +395,8 @@ def test_what_cannot_be_donated_is_refused():
         # XLA has words of its own for this, or ends the process.
         with raises(
             ValueError,
-            f"{call}an array of `state` stands in `x` too; make an array for each",
+            f"{call}an array of `state` is in `x` too, and donating it would delete "
+            "it there; copy it",
         ):
             each(own, pieces, state=(pieces, None), donate_state=True)
         with raises(

@@ -418,7 +418,7 @@ def test_what_is_no_layer_is_refused_in_words(case):
 def test_a_name_that_is_there_twice_is_refused(field):
     given = untyped({field: ["a", "b", "a"]})
     text = (
-        f"`fpipe.Layer({field}=...)` of layer 'carried': a name is there twice in "
+        f"`fpipe.Layer({field}=...)` of layer 'carried': a name occurs twice in "
         "['a', 'b', 'a']"
     )
     with raises(ValueError, text):

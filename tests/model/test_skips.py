@@ -500,7 +500,7 @@ ISOLATIONS = {
     "twice": (
         lambda: first.isolate(ONE, only=["a", "a"]),
         ValueError,
-        "`isolate(only=...)` of layer 'first': a name is there twice in ['a', 'a']",
+        "`isolate(only=...)` of layer 'first': a name occurs twice in ['a', 'a']",
     ),
 }
 

@@ -189,11 +189,11 @@ def test_only_numbers_cross(executor):
     assert_same(sums, jnp.full((2, 160), 160.0), 0)
     with raises(
         ValueError,
-        f"{CALL}f makes something of leaves of several devices that no device has by "
-        f"itself: {102400 if executor == 'placed' else 204800} bytes of leaves would "
-        "go to one device, and 65536 may. Return numbers, or trees whose leaves are "
-        "made of those in their place; what needs whole leaves of several stages "
-        "belongs behind `pipe.gather(params)`",
+        f"{CALL}f combines leaves of several devices on one device: that device would "
+        f"get {102400 if executor == 'placed' else 204800} bytes of other devices' "
+        "leaves, and the limit is 65536. Return numbers, or trees in which each leaf "
+        "is made of the given leaves in its place; for anything else write "
+        "`f(pipe.gather(params))`",
     ):
         fpipe.optim.map(jnp.concatenate, params)
 
@@ -228,8 +228,8 @@ def test_trees_of_other_pipes(executor):
     eval_params = optax.contrib.schedule_free_eval_params
     if executor == "placed":
         fix = (
-            ": a tree of another pipe, or one that is not placed; give all as one pipe "
-            "has them, by `pipe.place(params)` and `fpipe.optim.place(state, params)`"
+            ": a tree of another pipe, or one that is not placed; place all trees for "
+            "one pipe, by `pipe.place(params)` and `fpipe.optim.place(state, params)`"
         )
         wrong = [
             ("trees[0][2]['b'] is on cpu:0, but trees[1][2]['b'] is on cpu:1", other),

@@ -778,7 +778,7 @@ WRONG = [
     (
         {"layers": [1, 1], "x": shape(2, 2)},
         TypeError,
-        "go with layers, not with their costs",
+        "are only for layers; leave them out with costs",
     ),
     ({"layers": [1, 1], "stages": 3}, ValueError, "there are 2 layers for 3 stages"),
     (
@@ -895,8 +895,8 @@ def test_wrong_samples():
         fpipe.Pipe(layers, "flops")
     with pytest.raises(
         TypeError,
-        match=r"`Pipe\(balance=\[1, 1\]\)` and `sample`: a sample is there to find a "
-        r"balance by",
+        match=r"`Pipe\(balance=\[1, 1\]\)` and `sample`: a sample is only for a "
+        r"balance that is computed",
     ):
         fpipe.Pipe(layers, [1, 1], sample=shape(2, W))
     with pytest.raises(

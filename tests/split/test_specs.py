@@ -138,7 +138,7 @@ def test_specs_that_do_not_fit_are_refused():
     with raises(
         ValueError,
         "`fpipe.split(specs=...)`: they have another form than the parameters, "
-        f"{shapes}; of what is as it comes write `None`",
+        f"{shapes}; write `None` for an array without a spec",
     ):
         place({"blocks": COLUMNS})
     with raises(

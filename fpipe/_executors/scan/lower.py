@@ -238,10 +238,10 @@ def _refuse_callbacks(work: Work) -> None:
             if who:
                 raise NotImplementedError(
                     f"{who} has a `jax.pure_callback` (or `io_callback`): with "
-                    'executor="scan" JAX calls no Python for a result where the mesh '
-                    'has other axes than "stage". Take a mesh of that axis alone, or '
-                    'executor="placed"; `jax.debug.print` and `jax.debug.callback` '
-                    "return nothing, and work"
+                    'executor="scan" JAX refuses callbacks that return something if '
+                    'the mesh has other axes than "stage". Use a mesh with that axis '
+                    'alone, or executor="placed". `jax.debug.print` and '
+                    "`jax.debug.callback` return nothing, so they work"
                 )
 
 

@@ -552,9 +552,9 @@ def test_wrong_meshes_are_refused():
         fpipe.Pipe(layers, devices=[PAIR, Mesh(DEVICES[1:3], ("data",))])
     with raises(
         ValueError,
-        f"`devices`: the sharding {P('data')} says how arrays are cut, but a "
-        "stage's place is a mesh alone: give the mesh, and say by "
-        "`fpipe.Layer(spec=...)` how parameters are cut",
+        f"`devices`: the sharding {P('data')} says how arrays are cut, but a stage "
+        "needs only a mesh: give the mesh, and shard parameters by "
+        "`fpipe.Layer(spec=...)`",
     ):
         fpipe.Pipe(layers, devices=[NamedSharding(PAIR, P("data"))] * 2)
     with raises(

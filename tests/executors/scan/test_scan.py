@@ -825,7 +825,7 @@ def test_schedules_that_cannot_run():
     pipe = pipe_of([dense()] * 4, schedule="forward_only")
     placed = pipe.init(jax.random.key(0), x)
     with pytest.raises(
-        ValueError, match="has forwards only, and gradients are asked for"
+        ValueError, match="has forwards only, and the call computes gradients"
     ):
         pipe.value_and_grad(lambda y: jnp.mean(y))(placed, x)
     assert pipe(placed, x).shape == (4, WIDTH)
