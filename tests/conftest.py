@@ -1,15 +1,18 @@
 """Four simulated CPU devices, quick compilation, and a cache of it for all runs."""
 
+import functools
 import gc
 import os
 import pathlib
 import signal
+from unittest import mock
 
 import beartype
 import beartype.claw
 import hypothesis
 import jax
 import pytest
+from jax._src.interpreters import mlir
 
 # Tests compile thousands of small programs and run each a few times, so they ask XLA
 # for code that is made fast, not for fast code: without optimization, without the
@@ -80,6 +83,12 @@ def pytest_collection_modifyitems(items):
                 item.own_markers.remove(mark)
 
 
+# JAX makes a context of MLIR for each program and loads all dialects into it, which
+# takes as long as to lower a small program. The programs of a module share one.
+shared_context = functools.cache(mlir.make_ir_context)
+mock.patch.object(mlir, "make_ir_context", shared_context).start()
+
+
 # Each young collection walks what a few layers leave when they are traced. JAX makes so
 # many small objects that it is a twentieth of all time by default.
 gc.set_threshold(50_000, 20, 20)
@@ -89,12 +98,13 @@ gc.set_threshold(50_000, 20, 20)
 def small_heap():
     """What a module leaves is given back, or looked at no more.
 
-    JAX keeps what it has traced and lowered, with a context of MLIR for each program:
-    some gigabytes in the end, in which each further program takes twice as long, and
-    millions of objects that each collection would walk over.
+    JAX keeps what it has traced and lowered: some gigabytes in the end, in which each
+    further program takes twice as long, and millions of objects that each collection
+    would walk over.
     """
     yield
     jax.clear_caches()
+    shared_context.cache_clear()
     gc.collect()
     gc.freeze()
 

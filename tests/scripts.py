@@ -174,6 +174,9 @@ def run(
 if __name__ == "__main__":
     for name in LIBRARIES:
         importlib.import_module(name)
+    # Programs share a context, as in `tests/conftest.py`.
+    mlir = importlib.import_module("jax._src.interpreters.mlir")
+    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
     gc.freeze()  # what is looked at is copied
     # A script finds fpipe compiled, also where Python is to leave no files beside it.
     sys.dont_write_bytecode, sys.pycache_prefix = False, str(ROOT / ".cache" / "python")

@@ -499,8 +499,13 @@ def test_layers_are_flattened_and_keep_their_names():
 # --- parameters and state ---
 
 
-@pytest.mark.parametrize("shapes", [False, True], ids=["arrays", "shapes"])
-@pytest.mark.parametrize("model", models())
+@pytest.mark.parametrize(
+    ("model", "shapes"),
+    [
+        *((model, False) for model in models()),
+        *((model, True) for model in ("nested", "tied", "stateful", "sided")),
+    ],
+)
 def test_init_equals_that_of_sequential_and_lives_on_each_layers_device(model, shapes):
     layers = models()[model]
     case = Case(layers, chunks=3)

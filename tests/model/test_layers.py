@@ -191,8 +191,13 @@ RUNNABLE = [
 ]
 
 
-@both
-@pytest.mark.parametrize("case", RUNNABLE)
+@pytest.mark.parametrize(
+    ("case", "make"),
+    [
+        *((case, fpipe.Pipe) for case in RUNNABLE),
+        *((case, fpipe.sequential) for case in RUNNABLE[::4]),
+    ],
+)
 def test_functions_of_every_kind_run(make, case):
     f, needs = NEEDS[case]
     pipe, x = make([f]), jnp.arange(1.0, 4).reshape(3, 1)

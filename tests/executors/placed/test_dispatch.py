@@ -328,8 +328,16 @@ SILENT = {
 }
 
 
-@pytest.mark.parametrize("devices", [[0, 1], [0, 0]], ids=str)
-@pytest.mark.parametrize("which", [*CALLING, *(f"silent {name}" for name in SILENT)])
+@pytest.mark.parametrize(
+    ("which", "devices"),
+    [
+        *((which, [0, 1]) for which in CALLING),
+        *((f"silent {name}", [0, 1]) for name in SILENT),
+        ("io_callback", [0, 0]),
+        ("checkpoint", [0, 0]),
+        ("silent plain", [0, 0]),
+    ],
+)
 def test_auto_takes_threads_where_a_layer_calls_python_and_there_are_devices(
     which, devices
 ):
