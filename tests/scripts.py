@@ -29,6 +29,7 @@ import tempfile
 import threading
 import traceback
 import warnings
+from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Scripts share compiled programs with each other, and with earlier runs. No test reads
@@ -175,7 +176,7 @@ if __name__ == "__main__":
     for name in LIBRARIES:
         importlib.import_module(name)
     # Programs share a context, as in `tests/conftest.py`.
-    mlir = importlib.import_module("jax._src.interpreters.mlir")
+    mlir: Any = importlib.import_module("jax._src.interpreters.mlir")
     mlir.make_ir_context = functools.cache(mlir.make_ir_context)
     gc.freeze()  # what is looked at is copied
     # A script finds fpipe compiled, also where Python is to leave no files beside it.

@@ -19,6 +19,7 @@ from tests.helpers import (
     dense,
     models,
     mse,
+    noise,
     turned,
 )
 
@@ -393,9 +394,7 @@ def test_dropout_masks_are_equal_whatever_the_partition(schedule, cut, checkpoin
     """The very same masks, not only close values: a product of masks is exact."""
     layers = [
         fpipe.Layer(
-            lambda p, x, *, key: (
-                x * p * jax.random.bernoulli(key, 0.5, x.shape).astype(x.dtype)
-            )
+            lambda p, x, *, key: x * p * (noise(key, x.shape) > 0).astype(x.dtype)
         )
     ] * 4
     x, params = jnp.ones((6, 8)), (jnp.float32(1),) * 4
