@@ -22,7 +22,9 @@ from fpipe.schedules import (
     Event,
     Schedule,
     Timeline,
+    early_recompute,
     named,
+    offload,
     simulate,
     svg,
     zero_bubble,
@@ -52,6 +54,13 @@ def schedules() -> dict[str, Timeline]:
         made[f"{name}_latency"] = at_unit_costs(
             named(name, DEVICES, MICROBATCHES), transfer=0.25
         )
+    whole = named("1f1b", DEVICES, MICROBATCHES)
+    made["recompute_late"] = recomputing(1)
+    made["recompute_early"] = simulate(early_recompute(whole))
+    copying = Costs(offload=1)
+    eager = named("eager_1f1b", DEVICES, MICROBATCHES)
+    made["offload"] = simulate(offload(eager, memory=4, costs=copying), copying)
+    made["launch"] = simulate(eager, Costs(launch=0.75))
     made["zero_bubble"] = at_unit_costs(zero_bubble(DEVICES, MICROBATCHES, memory=3))
     return made
 

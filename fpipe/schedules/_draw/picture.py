@@ -32,12 +32,12 @@ LIGHTER = "lighter: later stages of the device"
 # dark text.
 COLOURS: dict[Kind, str] = {
     "F": "#56b4e9",
-    "O": "#b0a8a0",
-    "L": "#8fa876",
     "R": "#f0e442",
     "B": "#e69f00",
     "I": "#d684b3",
     "W": "#19aa82",
+    "O": "#b0a8a0",
+    "L": "#8fa876",
 }
 INK = "#1a1a1a"
 IDLE = "#efefef"
