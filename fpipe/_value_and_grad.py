@@ -596,8 +596,8 @@ def value_and_grad(
             argument is named `key`, it is a PRNG key, and microbatch `i` gets
             `fold_in(fold_in(key, 0), i)`.
         argnums: the position of the model's parameters, a pytree. Default 0. Or several
-            positions, of which the first is that of the parameters and the others are
-            of the batch. Then the gradients are a tuple, in this order.
+            positions: first that of the parameters, then positions in the batch. Then
+            the gradients are a tuple, in this order.
         has_aux: whether `loss_fn` returns `(loss, aux)`. The `aux` of the microbatches
             is stacked, or, in an `fpipe.PerRow`, concatenated. Default `False`.
         devices, chunks: as for `fpipe.Pipe`.

@@ -28,9 +28,10 @@ class Action(NamedTuple):
     """One piece of work on one device.
 
     Attributes:
-        kind: `"F"` forward, `"O"` copy of what it left to the host, `"L"` copy back,
-            `"R"` recomputation of a forward for its backward, `"B"` full backward,
-            `"I"` input gradient only, `"W"` weight gradient only.
+        kind: `"F"` forward, `"O"` copy of the forward's residuals to the host, `"L"`
+            copy of these back to the device, `"R"` recomputation of a forward for its
+            backward, `"B"` full backward, `"I"` input gradient only, `"W"` weight
+            gradient only.
         stage: the stage `s`, `0 <= s < S`.
         microbatch: the microbatch `i`, `0 <= i < m`.
     """

@@ -53,38 +53,39 @@ class StageMemory(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What each action takes, in any unit of time, and what it holds, in any unit of
-    memory.
+    """The times of actions, and the memory that microbatches hold.
 
-    Each is one number, or one number per stage; `transfer` and `launch` are one number.
-    All are finite and not negative.
+    Times are in any one unit, and memory in any one unit. Each cost is one number, or a
+    sequence of one number per stage; `transfer` and `launch` are one number. All
+    numbers are finite and not negative.
 
     Arguments:
-        F: a forward.
-        B: a full backward; left out it is `I + W`.
-        I: an input gradient.
-        W: a weight gradient.
-        transfer: latency between two different devices.
-        memory: what a microbatch holds on a stage from the start of its `F` to the end
-            of its `B` or `I`.
-        memory_w: what it holds from there to the end of its `W`; left out, all of
+        F: the time of a forward.
+        B: the time of a full backward. Default: `I + W`.
+        I: the time of an input gradient.
+        W: the time of a weight gradient.
+        transfer: the latency between two different devices. Default 0.
+        memory: the memory that a microbatch holds on a stage from the start of its `F`
+            to the end of its `B` or `I`. Default 1.
+        memory_w: the memory that it holds from there to the end of its `W`. Default:
             `memory`.
-        R: a recomputation; left out, `F`. A `B` or `I` behind an `R` takes as long as
-            one that recomputes nothing.
-        memory_r: what a microbatch holds from the start of its `R` to the end of its
-            `B` or `I`: the residuals, where `memory` is its saved input; left out, all
-            of `memory`.
-        offload: one copy of what a microbatch holds between a device and its host, an
-            `O` or `L`; each direction has a copy engine, which makes one at a time.
-        launch: the host's time for an action, one number. No action starts before it is
-            launched; the host does not wait for what it has launched.
-        launchers: `"one"` thread launches the actions of all devices, one after the
-            other, or `"per_device"` one those of each.
+        R: the time of a recomputation. Default: `F`. A `B` or `I` after an `R`
+            recomputes nothing, so its time has no recomputation in it.
+        memory_r: the memory that a microbatch holds from the start of its `R` to the
+            end of its `B` or `I`. With an `R`, `memory` is the saved input, and
+            `memory_r` the residuals. Default: `memory`.
+        offload: the time of one copy of a microbatch's memory between a device and its
+            host, an `O` or `L`. A device has one copy engine per direction, which makes
+            one copy at a time. Default 0.
+        launch: the host's time to launch an action. An action starts after it has been
+            launched. The host does not wait for the actions that it has launched.
+            Default 0.
+        launchers: `"one"` (default): one thread launches the actions of all devices,
+            one after the other. `"per_device"`: each device has a thread of its own.
 
     Raises:
-        TypeError: something that is neither a number nor a sequence of numbers.
-        ValueError: a number that is negative, infinite or NaN, or launchers of another
-            name.
+        TypeError: a cost is neither a number nor a sequence of numbers.
+        ValueError: a number is negative, infinite or NaN, or `launchers` is unknown.
     """
 
     F: Cost = 1.0
@@ -118,7 +119,7 @@ class Costs:
             object.__setattr__(self, field.name, read_numbers(call, each, value))
 
     def of(self, action: Action) -> float:
-        """The cost of one action."""
+        """The time of one action."""
         if action.kind == "B" and self.B is None:
             return _of_stage(self.I, action.stage) + _of_stage(self.W, action.stage)
         if action.kind in COPIES:
@@ -128,7 +129,7 @@ class Costs:
         return _of_stage(getattr(self, action.kind), action.stage)
 
     def holds(self, stage: int) -> StageMemory:
-        """What a microbatch holds on a stage."""
+        """The memory that a microbatch holds on a stage."""
         full = self.memory
         weight = full if self.memory_w is None else self.memory_w
         recomputed = full if self.memory_r is None else self.memory_r
@@ -139,8 +140,10 @@ class Costs:
         )
 
     def check(self, stages: int) -> None:
-        """Refuse costs per stage that are not those of `stages` stages, with a
-        `ValueError`.
+        """Check that costs per stage have one number for each of `stages` stages.
+
+        Raises:
+            ValueError: a cost has another number of entries.
         """
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

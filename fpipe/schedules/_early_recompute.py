@@ -39,29 +39,29 @@ def early_recompute(
     pairs: Collection[tuple[int, int]] | None = None,
     ahead: int = 1,
 ) -> Schedule:
-    """The schedule with the recomputations of its backwards as actions `R`.
+    """Make the recomputations of backwards actions of their own, `R`.
 
-    A backward that recomputes needs its cotangent only after the recomputation, which
-    may run while the cotangent is on its way. Never slower than the schedule whose
-    backwards recompute, under the same costs: there a `B` or `I` costs its `R` more.
-    Under 1F1B the idle time is `(D-1)(F+B)`, in which `B` recomputes nothing.
+    A backward needs its cotangent only after its recomputation. So an `R` can run while
+    the cotangent is on its way. Under the same costs the result is never slower than
+    the given schedule with recomputation inside `B` or `I`. Under 1F1B the idle time is
+    `(D-1)(F+B)`, where `B` is the time of a backward without recomputation.
 
     Arguments:
         schedule: any `Schedule` without `R`.
-        costs: `R` by default takes as long as `F`, and `B` and `I` recompute nothing;
-            default `Costs()`.
-        pairs: the (stage, microbatch) pairs whose backwards recompute; default all.
-        ahead: how many recomputed microbatches a device may hold beside that of the
-            backward that runs, where that makes the step shorter; with 0 every `R` is
-            right before its backward.
+        costs: the costs of the actions, where `B` and `I` recompute nothing. Default
+            `Costs()`, where an `R` takes as long as an `F`.
+        pairs: the (stage, microbatch) pairs whose backwards recompute. Default: all.
+        ahead: the number of recomputed microbatches that a device may hold in addition
+            to that of the running backward, if that makes the step shorter. With 0
+            every `R` is right before its backward. Default 1.
 
     Returns:
-        The `Schedule`; `Timeline.peak_recomputed` of it is at most `1 + ahead`.
+        A `Schedule`. Its `Timeline.peak_recomputed` is at most `1 + ahead`.
 
     Raises:
-        TypeError: something of the wrong type.
-        ValueError: a schedule that has `R` already, costs for another number of stages,
-            or pairs that are not in the schedule.
+        TypeError: an argument has a wrong type.
+        ValueError: the schedule has `R` already, `costs` are for another number of
+            stages, or a pair is not in the schedule.
 
     Example:
         >>> schedule = fpipe.schedules.one_f_one_b(devices=2, microbatches=2)

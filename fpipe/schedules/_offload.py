@@ -45,26 +45,30 @@ def offload(
     memory: float | Sequence[float],
     costs: Costs | None = None,
 ) -> Schedule:
-    """The schedule within a memory limit: what its forwards leave goes to the host's
-    memory, and comes back before it is needed.
+    """Keep a schedule within a memory limit, by copies to the host's memory.
 
-    Those go that wait longest for their backward. The limit is kept however long a copy
-    takes; the step takes longer where copies are too slow.
+    The residuals of some forwards, or their saved inputs, go to the host by an `O`.
+    They come back by an `L` before their backward. Those that wait longest for their
+    backward go. The limit holds for any time of a copy, but slow copies make the step
+    longer. After PipeOffload (Wan et al., arXiv 2503.01328).
 
     Arguments:
         schedule: any `Schedule` without `O` and `L`.
-        memory: the most that a device may hold, in the unit of `costs.memory`, which by
-            default is a (stage, microbatch) pair: one number, or one per device.
-        costs: `offload` is the time of a copy; default `Costs()`.
+        memory: the memory limit of a device, in the unit of `costs.memory`: one number,
+            or one per device. With the default costs the unit is one (stage,
+            microbatch) pair.
+        costs: the costs of the actions; `costs.offload` is the time of a copy. Default
+            `Costs()`.
 
     Returns:
-        The `Schedule`, whose `Timeline.peak_memory` is at most `memory`; the given one
-        where that keeps the limit.
+        A `Schedule` whose `Timeline.peak_memory` is at most `memory`. It is the given
+        schedule if that keeps the limit already.
 
     Raises:
-        TypeError: something of the wrong type.
-        ValueError: a schedule that has `O` already, costs or limits of another length,
-            or a limit out of reach; the message says the smallest.
+        TypeError: an argument has a wrong type.
+        ValueError: the schedule has `O` already, `costs` or `memory` has a wrong number
+            of entries, or the limit is too low; the message gives the lowest possible
+            limit.
 
     Example:
         >>> schedule = fpipe.schedules.gpipe(devices=1, microbatches=4)

@@ -12,22 +12,25 @@ from fpipe.schedules._timeline import Event, Launch, Timeline
 
 
 def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
-    """Run a schedule on paper: every action starts when its device is free, its inputs
-    are there, and the host has launched it.
+    """Compute when each action of a schedule runs, under given costs.
 
-    Copies to the host run on an engine of the device for each direction. An `O` starts
-    when its `F` has ended, and its device waits for it where it stands in the row. An
-    `L` starts where it stands; the device waits for it at the backward that needs it.
+    An action starts when its device is free, its inputs are there, and the host has
+    launched it. Copies to the host run on a copy engine of the device, one for each
+    direction. An `O` starts when its `F` has ended; its device waits for it at its
+    position in the row. An `L` starts at its position in the row; the device waits for
+    it at the backward that needs it.
 
     Arguments:
         schedule: any `Schedule`.
-        costs: default `Costs()`, a forward of 1 and a backward of 2.
+        costs: the costs of the actions. Default `Costs()`: a forward takes 1 and a
+            backward 2.
 
     Returns:
-        The `Timeline`.
+        A `Timeline`, in the unit of `costs`.
 
     Raises:
-        ValueError: costs per stage, but not as many as there are stages.
+        TypeError: `schedule` is no `Schedule`, or `costs` are no `Costs`.
+        ValueError: a cost has one number per stage for another number of stages.
     """
     check_type("`simulate(schedule)`", schedule, Schedule)
     if costs is not None:

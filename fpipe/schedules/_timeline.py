@@ -1,4 +1,4 @@
-"""Timelines: what ran when, whether it was simulated or measured.
+"""Timelines: the actions of a run with their times, simulated or measured.
 
 `one_f_one_b(2, 2)`, with a forward of 1 and a backward of 2:
 
@@ -32,9 +32,10 @@ class Launch(NamedTuple):
     """The launch of one action by the host.
 
     Attributes:
-        thread: the thread's number: 0, or that of the device whose actions it launches.
-        action: what is launched.
-        start, end: when.
+        thread: the thread's number: 0, or the number of the device that it launches
+            for.
+        action: the action that is launched.
+        start, end: the times of the launch itself, in the timeline's unit.
     """
 
     thread: int
@@ -45,17 +46,17 @@ class Launch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """What ran when, predicted or measured.
+    """The actions of a run with their times, predicted or measured.
 
     Arguments:
-        events: in the order in which they start, ties by device; where actions take no
-            time, what waits for another comes after it.
-        devices: `D`.
-        name: for drawings.
-        memory: for each stage what a microbatch holds there from `F` to `B`, `I` or
-            `R`, and from `I` to `W`, or a `StageMemory`; left out, 1 and 1.
-        launches: of the actions by the host, in their order; none where they take no
-            time.
+        events: the actions, sorted by start and then by device. If actions take no
+            time, an action comes after those that it waits for.
+        devices: `D`, the number of devices.
+        name: the name in drawings.
+        memory: for each stage, the memory that a microbatch holds from `F` to `B`, `I`
+            or `R`, and from `I` to `W`; or a `StageMemory`. Default: 1 and 1.
+        launches: the launches of the actions by the host, in order. Empty if launches
+            take no time.
     """
 
     events: tuple[Event, ...]
@@ -77,17 +78,17 @@ class Timeline:
 
     @property
     def makespan(self) -> float:
-        """From the first start to the last end."""
+        """The time from the first start to the last end."""
         return max(event.end for event in self.events) - self.start
 
     @property
     def threads(self) -> int:
-        """The number of threads that launch, as far as they are known."""
+        """The number of threads that launch actions; 0 if no launches are known."""
         return 1 + max((launch.thread for launch in self.launches), default=-1)
 
     @property
     def idle(self) -> tuple[float, ...]:
-        """For each device the makespan minus its work; copies are none of it."""
+        """For each device, the makespan minus its work. Copies do not count as work."""
         makespan = self.makespan
         return tuple(makespan - work for work in self._work)
 
@@ -108,23 +109,26 @@ class Timeline:
 
     @property
     def peak_live(self) -> tuple[int, ...]:
-        """For each device the most (stage, microbatch) pairs held at once, from `F` to
-        `B` or `W`, without those that are in the host's memory, from the end of `O` to
-        the start of `L`.
+        """For each device, the most (stage, microbatch) pairs held at once.
+
+        A pair is held from `F` to `B` or `W`. It does not count while it is in the
+        host's memory, from the end of `O` to the start of `L`.
         """
         return self._peak(set(Held) - {Held.NOTHING})
 
     @property
     def peak_recomputed(self) -> tuple[int, ...]:
-        """For each device the most (stage, microbatch) pairs held at once from `R` to
-        `B` or `I`: sets of residuals that were made again.
+        """For each device, the most recomputed (stage, microbatch) pairs held at once.
+
+        Such a pair is held from `R` to `B` or `I`.
         """
         return self._peak({Held.RECOMPUTED})
 
     @property
     def peak_memory(self) -> tuple[float, ...]:
-        """For each device the most memory held at once; forwards alone hold theirs to
-        the end.
+        """For each device, the most memory held at once.
+
+        Without backwards, forwards hold their memory to the end.
         """
         peak = [0.0] * self.devices
         for device, changes in enumerate(held_changes(self.events, self.devices)):
@@ -180,11 +184,13 @@ class Timeline:
         return memory.of(held)
 
     def to_trace(self, unit: float = 1e6) -> str:
-        """The timeline as JSON that https://ui.perfetto.dev and `chrome://tracing`
-        show, a process for each device, and for each thread that launches.
+        """The timeline as a JSON trace.
+
+        https://ui.perfetto.dev and `chrome://tracing` show it. It has a process for
+        each device, and for each thread that launches actions.
 
         Arguments:
-            unit: microseconds that a unit of time takes; the default is for seconds.
+            unit: the microseconds in a unit of time. The default is right for seconds.
         """
         check_positive("to_trace", "unit", unit)
         return trace(
@@ -199,11 +205,11 @@ class Timeline:
         )
 
     def metrics(self) -> dict[str, float]:
-        """The timeline in numbers, for a logger.
+        """The timeline as a dict of numbers, for a logger.
 
         Returns:
-            `step`: the makespan, in the timeline's own unit of time; `bubble`: the idle
-            share of device time, 0 to 1; `peak_live`: the most microbatches that a
+            `step`: the makespan, in the timeline's own unit of time. `bubble`: the idle
+            share of device time, 0 to 1. `peak_live`: the most microbatches that a
             device holds at once.
 
         Raises:

@@ -27,18 +27,21 @@ CAPTION = 600
 
 
 def html(what: Schedule | Timeline) -> str:
-    """Draw a schedule, or a timeline, as HTML, as a notebook shows it.
+    """Draw a schedule, or a timeline, as HTML. Notebooks show this drawing.
 
-    It is the drawing of `svg` while there are at most 1000 actions, and else the
-    beginning of that of `draw`: its size has a bound, however large the schedule is.
+    Up to 1000 actions it is the drawing of `svg`. For more it is the beginning of the
+    drawing of `draw`, so the size of the HTML is bounded.
 
     Arguments:
-        what: a `Schedule` (drawn with a forward of 1 and a backward of 2) or a
-            `Timeline`.
+        what: a `Schedule` or a `Timeline`. In a schedule a forward takes 1 unit of time
+            and a backward 2.
+
+    Returns:
+        The HTML, without scripts or style sheets.
 
     Raises:
-        TypeError: neither a `Schedule` nor a `Timeline`.
-        ValueError: a timeline without events.
+        TypeError: `what` is neither a `Schedule` nor a `Timeline`.
+        ValueError: the timeline has no events.
     """
     timeline = simulate(what) if isinstance(what, Schedule) else what
     if not isinstance(timeline, Timeline) or not timeline.events:

@@ -71,23 +71,27 @@ def svg(
 ) -> str:
     """Draw a schedule, or a timeline, as an SVG document.
 
-    A row for each device, a box for each event with the number of its microbatch, a
-    colour for each kind, lighter for the later stages of a device. Copies to the host
-    and back are thin rows below their device. Where launches take time there is a row
-    for each thread that launches. A pointer on a box shows all about it.
+    Each device has a row, and each event a box with the number of its microbatch. The
+    colour of a box shows the kind of action; later stages of a device have lighter
+    colours. Copies to the host and back are thin rows below their device. If launches
+    take time, each launching thread has a row. A tooltip on a box has its details.
 
     Arguments:
-        what: a `Schedule` (drawn with a forward of 1 and a backward of 2) or a
-            `Timeline`.
-        width: in pixels; the height follows from the number of devices.
-        over: another schedule or timeline, such as the simulated one of what was
-            recorded: outlines at the foot of each row. A unit of its time is as long as
-            makes the work of both the same.
+        what: a `Schedule` or a `Timeline`. In a schedule a forward takes 1 unit of time
+            and a backward 2.
+        width: the width in pixels, at least 200. The height depends on the number of
+            devices.
+        over: another schedule or timeline to compare with, such as the simulation of a
+            recording. It is drawn as outlines at the bottom of each row. Its time is
+            scaled so that the work of both is equal.
+
+    Returns:
+        The SVG document.
 
     Raises:
-        TypeError: neither a `Schedule` nor a `Timeline`.
-        ValueError: a width below 200, a timeline without events, or one over another
-            with more or fewer devices.
+        TypeError: `what` is neither a `Schedule` nor a `Timeline`.
+        ValueError: `width` is below 200, a timeline has no events, or `what` and `over`
+            have different numbers of devices.
     """
     if type(width) not in (int, float):
         raise TypeError(f"`svg(width={shown_value(width)})`: a number of pixels")

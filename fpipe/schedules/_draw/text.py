@@ -78,29 +78,32 @@ def draw(
 ) -> str:
     """Draw a schedule, or a timeline, for a terminal.
 
-    Each box is as wide as its action is long; `F3` is the forward of microbatch 3.
-    Where a device has several stages the stage stands before the letter. A box too
-    small for that has the letter alone. A device that copies to its host has a line for
-    each direction. Where launches take time there is a line for each thread that
-    launches.
+    The width of a box is the time of its action. `F3` is the forward of microbatch 3.
+    If a device has several stages, the stage is before the letter: `2F3`. A box that is
+    too small for its label has only the letter. A device that copies to its host has a
+    line for each direction. If launches take time, each launching thread has a line.
 
     Arguments:
-        what: a `Schedule` (drawn with a forward of 1 and a backward of 2) or a
-            `Timeline`.
-        width: at most this many characters a line; what does not fit is cut with `…`.
-        colour: a colour for each kind, with a second shade for every other stage of a
-            device, or where a device has one stage, for every other microbatch; `None`:
-            if standard output is a terminal and the variable `NO_COLOR` is not set.
-        over: another schedule or timeline, such as the simulated one of what was
-            recorded. Each device has a second line for it, in which a unit of time is
-            as long as makes the work of both the same.
-        fit: whether all of it is to fit into the width, with smaller boxes, rather than
-            be cut.
+        what: a `Schedule` or a `Timeline`. In a schedule a forward takes 1 unit of time
+            and a backward 2.
+        width: the largest number of characters in a line. Longer lines end in `…`.
+        colour: whether each kind of action has a colour. Every other stage of a device
+            has a second shade; if a device has one stage, every other microbatch has.
+            `None`: only if standard output is a terminal and the environment variable
+            `NO_COLOR` is not set. Default `False`.
+        over: another schedule or timeline to compare with, such as the simulation of a
+            recording. Each device has a second line for it. Its time is scaled so that
+            the work of both is equal.
+        fit: whether the boxes shrink until the whole drawing fits into `width`. Default
+            `False`: long lines are cut.
+
+    Returns:
+        The drawing, as lines of text.
 
     Raises:
-        TypeError: neither a `Schedule` nor a `Timeline`.
-        ValueError: a width below 1, a timeline without events, or one over another with
-            more or fewer devices.
+        TypeError: `what` is neither a `Schedule` nor a `Timeline`.
+        ValueError: `width` is below 1, a timeline has no events, or `what` and `over`
+            have different numbers of devices.
 
     Example:
         >>> schedule = fpipe.schedules.gpipe(devices=2, microbatches=2)
