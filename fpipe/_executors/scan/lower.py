@@ -102,6 +102,7 @@ from fpipe._model.stages import (
     FIRST,
     INDEX,
     LOSS,
+    SIDE,
     TARGETS,
     WEIGHT,
     Leaf,
@@ -163,14 +164,15 @@ def lower(
     if shared:
         _refuse_callbacks(work)
     buffers = place_bundles(work, position)
-    # Only the first unit reads `x` and only the last one the targets, so all other
-    # devices would hold them for nothing. What goes whole to every microbatch stays
-    # whole, and side inputs may have readers on all devices.
-    cut = inputs.cut
+    # Only the first unit reads `x` and only the last one the targets, and a side input
+    # may have one reader too. All other devices would hold them for nothing. What goes
+    # whole to every microbatch stays whole, and so does what several stages read.
+    cut, readers = inputs.cut, _readers_of_side(work)
     spread = frozenset(
         InputStack(leaf, shape)
-        for port in (X, TARGETS)
+        for port in (X, SIDE, TARGETS)
         for leaf in inputs.cut_leaves(port)
+        if port != SIDE or len(readers.get(leaf, ())) == 1
         for shape, own in enumerate(cut.alike)
         # One microbatch alone is on each device in either way.
         if len(own) > 1 and is_large(inputs.stack(leaf, shape), schedule.devices)
@@ -699,15 +701,15 @@ class _PhaseEntries:
     Attributes:
         ops: by number.
         arrivals: for each wire the slots where bundles arrive.
-        feeds: by the port that they bring, the shape of the microbatches, and the kind
-            of action that reads it.
+        feeds: by the port that they bring, the stage and the kind of action that read
+            it, and the shape of the microbatches.
     """
 
     def __init__(self, operations: Operations) -> None:
         self.operations = operations
         self.ops: dict[int, _OpEntries] = {}
         self.arrivals: dict[WireName, list[_Entry]] = defaultdict(list)
-        self.feeds: dict[tuple[Port, int, Kind], _FeedEntries] = {}
+        self.feeds: dict[tuple[Port, int, int, Kind], _FeedEntries] = {}
 
     def enter(self, action: Action, tick: int, device: int) -> None:
         """Enter what a device does in a tick."""
@@ -726,13 +728,11 @@ class _PhaseEntries:
             own.order = min(own.order, order)
             own.stages.add(s)
             own.runs.append(_Entry(tick, device, found.arguments[i]))
-            # What a feed must have brought by this tick. One device reads `x`, another
-            # the targets, so a feed has one reader.
+            # What a feed must have brought by this tick. What it brings is read by one
+            # stage alone.
             for stack in found.fed:
-                port = stack.leaf.port
-                reader = units.device[0 if port == X else -1]
-                name = (port, stack.shape, kind)
-                feed = self.feeds.setdefault(name, _FeedEntries(reader))
+                name = (stack.leaf.port, s, stack.shape, kind)
+                feed = self.feeds.setdefault(name, _FeedEntries(device))
                 feed.stacks.add(stack)
                 feed.read_in[tick] = self.operations.places[i]
             # The slot where a bundle arrives is told to the receiver, in the tick in
@@ -751,7 +751,7 @@ class _PhaseEntries:
             How many ticks that takes before tick 0. Such ticks have negative numbers.
         """
         lead = 0
-        for (_, shape, _), feed in self.feeds.items():
+        for (*_, shape, _), feed in self.feeds.items():
             count = len(self.operations.alike[shape])
             times = sorted(feed.read_in)
             order = [feed.read_in[t] for t in times]
@@ -811,6 +811,19 @@ class _PhaseEntries:
             for tick, numbers in own.moves:
                 table[:, lead + tick, feed.piece] = numbers
                 table[:, lead + tick, feed.moves] = 1
+
+
+def _readers_of_side(work: Work) -> dict[Leaf, set[int]]:
+    """The stages that read each array of the side inputs."""
+    readers: dict[Leaf, set[int]] = {}
+    for group in work.groups:
+        for unit in group.units:
+            for program in unit.programs.values():
+                for value in program.ins:
+                    if isinstance(value, Input) and value.leaf.port == SIDE:
+                        stages = readers.setdefault(value.leaf, set())
+                        stages.add(unit.stage.pipe_stage)
+    return readers
 
 
 def _segment(ticks: Ticks, operations: Operations) -> Segment:

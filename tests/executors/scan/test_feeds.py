@@ -175,6 +175,38 @@ def test_only_what_is_large_lies_over_the_devices(monkeypatch):
     ]  # bias, image, scale
 
 
+@pytest.mark.usefixtures("all_large")
+def test_side_inputs_with_one_reader_are_fed():
+    """What two stages read lies on every device."""
+
+    def add(w, x, *, side):
+        return x @ w + side["one"] + side["both"]
+
+    def scale(w, x, *, side):
+        return x @ w * side["both"]
+
+    def make(key, x):
+        return noise(key, (WIDTH, WIDTH)) * 0.3
+
+    def square(y):
+        return jnp.mean(y**2)
+
+    layers = [dense(), fpipe.Layer(scale, make), fpipe.Layer(add, make), dense()]
+    keys = jax.random.split(jax.random.key(3), 3)
+    x, one, both = (noise(key, (7, WIDTH)) for key in keys)
+    side = {"one": one, "both": both}
+    ref, pipe = fpipe.sequential(layers, chunks=4), pipe_of(layers, (1, 1, 1, 1), 4)
+    params = ref.init(jax.random.key(1), x, side)
+    placed = pipe.place(params)
+    value, grads = pipe.value_and_grad(square)(placed, x, side=side)
+    want = ref.value_and_grad(square)(params, x, side=side)
+    assert_same((value, pipe.gather(grads)), want)
+    fed = {str(stack.leaf) for stack in machine_of(pipe).spread}
+    assert fed == {"x[0]", "side[1]"}  # both, one
+    outside = jax.grad(lambda side: square(pipe(placed, x, side)))(side)
+    assert_same(outside, jax.grad(lambda side: square(ref(params, x, side)))(side))
+
+
 def test_a_reader_that_is_far_at_the_start_gets_ticks_before(monkeypatch):
     """Stage 0 on the last device: the first microbatch, on device 0, has one device to
     go before anything runs.
