@@ -26,7 +26,7 @@ Here the host looks once, at the codes, when the call has its results.
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -450,10 +450,11 @@ class Detector:
         if numbers:
             taps = _codes(gradients[1].tap, self._cut(args))
             gradients[1] = gradients[1].value
+        named = {n: gradients[n] for n in argnums}
         bad_sums = {
             f"argument {n}{jax.tree_util.keystr(path)}": is_bad(array)
-            for n in argnums
-            for path, array in jax.tree_util.tree_leaves_with_path(gradients[n])
+            for n, tree in _as_numbered(named, args)
+            for path, array in jax.tree_util.tree_leaves_with_path(tree)
             if is_array(array) and is_inexact(array)
         }
         self._report(
@@ -587,8 +588,11 @@ class Detector:
         # In the order of cause: forwards, the whole loss, backwards, what a pull-back
         # was given, sums of gradients. Only the first of these is said.
         evidence = jax.tree.map(np.asarray, evidence)
+        side_inputs = "its side inputs"
+        if self.model.one_key:
+            side_inputs = "what the call gives it, of `x` or of the side inputs,"
         explainer = Explainer(
-            tuple(layer.name for layer in self.model.layers), self.balance
+            tuple(layer.name for layer in self.model.layers), self.balance, side_inputs
         )
         text = None
         if evidence.faults is not None and evidence.faults.any():
@@ -625,3 +629,16 @@ class Detector:
                     )
                     break
         return None if text is None else f"`{self.call}(detect_anomaly=True)`: {text}"
+
+
+def _as_numbered(
+    gradients: Mapping[int, PyTree], args: Args
+) -> Iterator[tuple[int, PyTree]]:
+    """Gradients by the numbers that a user counts: what of `x` goes straight to layers
+    comes behind all others.
+    """
+    for n, tree in gradients.items():
+        if n == len(args.numbered):
+            yield 1, tree.x
+        else:
+            yield n, tree

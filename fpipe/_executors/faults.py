@@ -113,10 +113,12 @@ class Explainer:
     Arguments:
         names: of the layers.
         balance: layers per stage; `None` without stages.
+        side_inputs: what the side inputs of a layer are called.
     """
 
     names: tuple[str, ...]
     balance: tuple[int, ...] | None
+    side_inputs: str = "its side inputs"
 
     def explain_forward(self, codes: np.ndarray) -> str:
         """The sentence for the forward codes of all microbatches, of shape `(m,)`, one
@@ -144,7 +146,7 @@ class Explainer:
             before = {
                 ForwardPart.PARAMS: "its parameters",
                 ForwardPart.BORROWED: "its borrowed parameters",
-                ForwardPart.SIDE: "its side inputs",
+                ForwardPart.SIDE: self.side_inputs,
                 ForwardPart.INPUT: "its input" if layer else "the call's x",
                 ForwardPart.STATE: "its state",
             }
@@ -191,7 +193,7 @@ class Explainer:
             names = {
                 BackwardPart.PARAMS: "its parameters",
                 BackwardPart.BORROWED: "its borrowed parameters",
-                BackwardPart.SIDE: "its side inputs",
+                BackwardPart.SIDE: self.side_inputs,
                 BackwardPart.INPUT: "its input",
             }
         return (

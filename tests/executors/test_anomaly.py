@@ -353,9 +353,7 @@ def test_a_gradient_that_nobody_asks_for_is_no_fault(make):
     ]
     pipe = make(layers, chunks=2, detect_anomaly=True)
     params = pipe.init(jax.random.key(0), x)
-    pipe.value_and_grad(loss_fn, frozen=lambda path, a: path == "0")(
-        params, x, x
-    )
+    pipe.value_and_grad(loss_fn, frozen=lambda path, a: path == "0")(params, x, x)
     with pytest.raises(FloatingPointError, match=fault):
         pipe.value_and_grad(loss_fn)(params, x, x)
 

@@ -236,3 +236,15 @@ def test_masks_are_the_same_for_every_cut():
     for one, executor in ((split, "placed"), (split, "scan"), (other, "placed")):
         pipe = pipe_of(one, executor, devices=jax.devices()[: len(one)])
         assert_same(jax.device_get(pipe(pipe.place(params), x, key=key)), want)
+
+
+def test_a_fault_in_an_input_that_goes_straight():
+    pipe = pipe_of(split_of(), detect_anomaly=True)
+    params, x = pipe.place(params_of()), batch_of(6)
+    bad = x | {"target": fpipe.Chunk(x["target"].value.at[0, 3].set(jnp.nan), 1)}
+    step = pipe.value_and_grad(loss, argnums=(0, 1))
+    text = r"stage 2, .* microbatch 1, .* what the call gives it, of `x` or"
+    with pytest.raises(FloatingPointError, match=text):
+        step(params, bad)
+    _, (_, of_x) = step(params, x)
+    assert jax.tree.map(jnp.shape, of_x) == jax.tree.map(jnp.shape, x)
