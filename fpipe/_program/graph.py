@@ -101,7 +101,11 @@ class Node:
 
     def reading(self, ins: tuple[int, ...]) -> "Node":
         """The same equation on other values."""
-        return dataclasses.replace(self, ins=ins)
+        new = dataclasses.replace(self, ins=ins)
+        # What is inside is read once.
+        if "bodies" in vars(self):
+            vars(new)["bodies"] = self.bodies
+        return new
 
     @functools.cached_property
     def bodies(self) -> tuple["Graph", ...]:

@@ -460,13 +460,13 @@ class _Opener(Rewriter):
             for v, outer in zip(body.inputs, node.ins[:constants], strict=False)
             if self._params_of(outer)
         }
-        if not stacks:
-            return []
         known = {
             v
             for v, outer in zip(body.inputs, node.ins, strict=True)
             if self._known(outer) is not None
         }
+        if not stacks or not known:
+            return []
         carry = list(zip(body.inputs[constants:], body.outputs[:carried], strict=False))
         # A part of the carry that is known in one round is known in the next, if it
         # goes on from what is known.
@@ -578,7 +578,7 @@ class _Opener(Rewriter):
         if _has_loop_over(body, stacks):
             return True
         numbers = {v for v, outer in pairs if self._known(outer) is not None}
-        if _only_indexed(body, stacks, _made_of(body, numbers)):
+        if numbers and _only_indexed(body, stacks, _made_of(body, numbers)):
             return True
         leaves = frozenset[int]().union(*map(self._params_of, node.ins))
         if leaves & self._cut_leaves and leaves - self._cut_leaves:
@@ -726,19 +726,17 @@ class _Opener(Rewriter):
         """Rows of a parameter: a root, or a part of one."""
         leaf = self._leaf_of[v]
         self._asked.setdefault(leaf, set()).add(part)
+        whole = Rows(leaf, part.start, part.stop, part.axis)
+        if whole in self._values:
+            return self._values[whole]
         for root in self._parts[leaf]:
-            if not root.whole and root.part == part:
-                return self._values[root]
-            if not root.whole and root.has(
-                Rows(leaf, part.start, part.stop, part.axis)
-            ):
+            if not root.whole and root.has(whole):
                 start = part.start - root.start
                 inside = Part(part.axis, start, start + part.count)
                 return self.rows(self._values[root], inside, scope)
-        whole = Rows(leaf, part.start, part.stop, part.axis)
-        inside = [root for root in self._parts[leaf] if whole.has(root)]
-        if sum(root.count for root in inside) == part.count:
-            blocks = [self._values[root] for root in inside]
+        inner = [root for root in self._parts[leaf] if whole.has(root)]
+        if sum(root.count for root in inner) == part.count:
+            blocks = [self._values[root] for root in inner]
             return self._join(blocks, part.axis, scope)
         return self._slice(v, part, scope)
 
@@ -858,6 +856,8 @@ def _only_indexed(body: Graph, stacks: set[int], numbers: set[int]) -> dict[int,
 
 def _has_loop_over(body: Graph, stacked: set[int]) -> bool:
     """Whether a loop in a body runs over rows of some of its values."""
+    if not any(node.name == "scan" or is_remat(node) for node in body.nodes):
+        return False
     stacked = set(stacked)
     for node in body.nodes:
         if node.name == "scan":

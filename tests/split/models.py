@@ -246,6 +246,31 @@ def batch_norm() -> Example:
     )
 
 
+def _stacked_norms(params, x, *, state, train=False):
+    def layer(h, own):
+        p, old = own
+        h = h @ p["w"]
+        mean = jnp.mean(h, 0) if train else old
+        h = h + jnp.tanh((h - mean) * p["scale"])
+        return h, 0.9 * old + 0.1 * mean if train else old
+
+    return jax.lax.scan(layer, x, (params, state))
+
+
+def stacked_norms() -> Example:
+    """A loop over four stacked layers, each with a running mean in a stacked state."""
+    params = {"w": weights(4, WIDTH, WIDTH), "scale": weights(4, WIDTH, seed=1)}
+    return Example(
+        _stacked_norms,
+        params,
+        weights(6, WIDTH, seed=3),
+        ("w/2",),
+        marks=3,
+        needs={"train": True},
+        state=weights(4, WIDTH, seed=2),
+    )
+
+
 def _encoder_decoder(params, x):
     bias = jnp.tanh(params["bias"])
 

@@ -2,9 +2,9 @@
 
     python -m tests.split.table
 
-prints for each row whether loss, gradients and outputs are those of the function
-itself, microbatch by microbatch. It takes some minutes; the tests take one schedule for
-each model and executor.
+prints for each run whether loss, gradients and outputs are those of the function
+itself, microbatch by microbatch, and then the table of `docs/split.md`. It takes some
+minutes; the tests take one schedule for each model and executor.
 """
 
 import dataclasses
@@ -18,10 +18,30 @@ import jax
 
 import fpipe
 from tests.helpers import assert_same
-from tests.split.models import EXAMPLES, Example, batch_norm, loss, plain
+from tests.split.models import (
+    EXAMPLES,
+    Example,
+    batch_norm,
+    loss,
+    plain,
+    stacked_norms,
+)
 
 EXECUTORS = ("placed", "scan")
-MODELS = {**EXAMPLES, "batch_norm": batch_norm}
+MODELS = {**EXAMPLES, "batch_norm": batch_norm, "stacked_norms": stacked_norms}
+
+# What the page calls them.
+TITLES = {
+    "residual_mlp": "an MLP with residuals",
+    "u_net": "a U-Net",
+    "gpt": "a GPT with a tied embedding, a mask and dropout",
+    "two_inputs": "two inputs, side inputs, a dict of outputs",
+    "scanned": "a scan over four checkpointed blocks, with dropout",
+    "encoder_decoder": "an encoder and a decoder with one bias",
+    "integers": "integers between pieces",
+    "batch_norm": "batch norms with state and dropout",
+    "stacked_norms": "a scan over four layers with stacked state",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +108,8 @@ def step_of(example: Example, split: fpipe.Split, executor: str, name: str) -> A
     y = pipe(placed, example.x, **needs)
     if example.state is not None:
         value, state = value
-        assert_same(jax.device_get(state), jax.device_get(y[1]))
+        y = y[0], pipe.gather_state(y[1])
+        assert_same(pipe.gather_state(state), y[1])
     return value, jax.device_get(y), pipe.gather(grads)
 
 
@@ -117,13 +138,32 @@ def main(names: list[str]) -> None:
     form = "{:16} {:8} {:17} {:>5} {:>6} {:>8} {:>7}"
     head = ("model", "executor", "schedule", "equal", "pieces", "crossing", "split")
     print(form.format(*head))
+    lines = []
     for name in names or MODELS:
+        rows = list[Row]()
         for row in measured(name):
+            rows.append(row)
             equal = "no" if row.wrong else "yes"
             sizes = (row.pieces, f"{row.crossing} B", f"{row.seconds:.2f} s")
-            print(form.format(name, row.executor, row.schedule, equal, *sizes))
+            cells = (name, row.executor, row.schedule, equal, *sizes)
+            print(form.format(*cells), flush=True)
             if row.wrong:
                 print(f"    {row.wrong}")
+        lines.append(_line(name, rows))
+    print(
+        "\n| model | pieces | bytes between pieces | runs | equal | seconds to split |"
+    )
+    print("|---|---|---|---|---|---|")
+    print("\n".join(lines))
+
+
+def _line(name: str, rows: list[Row]) -> str:
+    """A model's line in the page."""
+    equal = sum(not row.wrong for row in rows)
+    every = "all" if equal == len(rows) else str(equal)
+    one = rows[0]
+    cells = (one.pieces, one.crossing, len(rows), every, f"{one.seconds:.2f}")
+    return f"| {TITLES[name]} | {' | '.join(map(str, cells))} |"
 
 
 if __name__ == "__main__":
