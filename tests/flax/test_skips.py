@@ -110,7 +110,9 @@ def by_hand(layers, params, state, x, train):
     return x, new
 
 
-@pytest.mark.parametrize("executor", ["placed", "scan"])
+@pytest.mark.parametrize(
+    "executor", ["placed", pytest.param("scan", marks=pytest.mark.full)]
+)
 def test_linen_modules_with_skips_and_state(executor):
     layers = layers_of("linen")
     assert list(map(needs_of, layers)) == [

@@ -779,7 +779,9 @@ def test_the_ends_of_a_skip_may_share_a_stage(run, balance):
     check("a pytree", run, balance)
 
 
-@pytest.mark.parametrize("executor", ["placed", "scan"])
+@pytest.mark.parametrize(
+    "executor", ["placed", pytest.param("scan", marks=pytest.mark.full)]
+)
 def test_the_last_reader_may_peek(executor):
     popping, peeking = (
         fpipe.Pipe(model("the output", last_peeks), chunks=3, executor=executor)
