@@ -27,8 +27,8 @@ class TraceWatch:
 
     def see(self, value: Any) -> None:
         """Watch the trace that a value is of."""
-        # JAX offers no way to ask, but for `jax.checking_leaks`, under which everything
-        # is traced and compiled again. Without the attribute nothing is found.
+        # JAX only offers `jax.checking_leaks`, under which everything is traced and
+        # compiled again. Without the attribute nothing is found.
         trace = getattr(value, "_trace", None)
         if trace is not None:
             self._trace = weakref.ref(trace)

@@ -159,8 +159,8 @@ class _WatchedLayer:
         if self.last:
             y = wide_output(y, self.compute_dtype)
 
-        # It is a fault of this layer if something that it made is not finite. What it
-        # was given is noted with it, for the sentence.
+        # It is a fault of this layer if something that it made is not finite. The
+        # values that it was given are kept too, for the message.
         found = {
             ForwardPart.OUTPUT: is_bad(y),
             ForwardPart.STASHED: is_bad(stashed),
@@ -171,7 +171,7 @@ class _WatchedLayer:
             ForwardPart.INPUT: is_bad(x.value),
             ForwardPart.STATE: is_bad(needs.get("state")),
         }
-        # A state may begin with an infinity, for a running minimum.
+        # A state may begin with an infinity, for example a running minimum.
         bad_state = found[ForwardPart.NEW_STATE] & ~found[ForwardPart.STATE]
         bad = found[ForwardPart.OUTPUT] | found[ForwardPart.STASHED] | bad_state
         fault = jnp.where(bad, FORWARD.encode(x.layer, found), 0)
@@ -312,8 +312,8 @@ def tap_gradients(
             parts[n] if a.perturbed else None
             for n, a in zip(numbers, floats, strict=True)
         ]
-        # A gradient that the call does not ask for is not looked at, for it would be
-        # computed only for that.
+        # A gradient that the call does not ask for is not checked, because it would be
+        # computed only for the check.
         outputs = (tap.value, *(a.value for a in floats))
         return outputs, (layer.value, _AskedParts(tuple(asked)))
 

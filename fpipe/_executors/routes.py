@@ -1,9 +1,9 @@
 """Who makes and who reads everything that goes through a pipeline.
 
 In: the stages of a model, in order; the placed executor's stages, or the scan
-executor's units. Out: `Routes`, which both lowerings ask, so that neither decides by
-itself where a value comes from. For three stages, of which the first stashes the skip
-"a" and the last pops it and borrows the parameters of layer 0:
+executor's units. Out: `Routes`. Both lowerings ask it where a value comes from, and
+neither decides that itself. For three stages, where the first stashes the skip "a", and
+the last pops it and borrows the parameters of layer 0:
 
     what                     made by    read by                owner of its gradient
     -----------------------  ---------  ---------------------  ---------------------

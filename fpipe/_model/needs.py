@@ -1,8 +1,8 @@
 """The needs: everything that enters a layer or the loss, in one table.
 
-A layer is called as `f(params, x, **needs)`, the loss as `loss_fn(y, *targets)`. What
-each of these is, who gives it, what of it a microbatch gets and whether a gradient goes
-back through it stands in `TABLE` and nowhere else. A new need is a row here, and its
+A layer is called as `f(params, x, **needs)`, the loss as `loss_fn(y, *targets)`.
+`TABLE` says of each of these who gives it, which share a microbatch gets, and whether a
+gradient goes back through it. No other place says it. A new need is a row here, and its
 name in the signatures of the calls:
 
     name      given by     a microbatch gets   gradient   a layer gets without it
@@ -63,7 +63,7 @@ class Need:
 
     Attributes:
         giver: who gives it.
-        share: what of it a microbatch gets.
+        share: the share that a microbatch gets.
         differentiable: whether a gradient goes back through it.
         cast: whether its real floats are cast to the dtype that the model computes
             in (`Pipe(compute_dtype=...)`).

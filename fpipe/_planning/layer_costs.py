@@ -165,7 +165,7 @@ def costs_of(
     if params is not None:
         check_params(model, params, "`layer_costs(params=...)`")
         params = tuple(map_arrays(strong, numbers_as_arrays(p)) for p in params)
-    # The first microbatch stands for all. The others are as large, but for the last.
+    # The first microbatch stands for all. Only the last one may be smaller.
     first = CallShapes.of(args.x, args.needs, chunks).first
     traces = LayerTraces(model, *first, params)
     work = _work(traces, gauge, () if params is None else params)

@@ -444,7 +444,7 @@ class _Search:
             if too_large or no_better or math.isinf(bound[0]):
                 continue
             self._nodes_left -= 1
-            # A copy, for the other branches of this node start from `used` again.
+            # A copy, because the other branches of this node start from `used` again.
             then = used.copy()
             then[device] += self._memory[s][start, end]
             self._visit(s + 1, [*ends, end], new, then)

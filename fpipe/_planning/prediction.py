@@ -104,16 +104,16 @@ class DeviceRow:
 
 @dataclasses.dataclass(frozen=True)
 class InputRow:
-    """A leaf of `x`, `side` or the targets, and what of it a microbatch gets.
+    """A leaf of `x`, `side` or the targets, and a microbatch's share of it.
 
     Attributes:
         name: such as `x`, `side['mask']` or `targets[0]`.
         value: an array's dtype and shape, or the type of a static leaf.
-        gets: what of it a microbatch gets: `"rows"`, all of it (`"whole"`), the same
-            (`"static"`: it is a part of what is compiled), or one of several
-            (`"ready"`: the microbatches are ready-made).
-        axis: of its rows, if it is cut.
-        rows: of each microbatch, if it is cut.
+        gets: the share of a microbatch: its `"rows"`, the `"whole"` leaf, the leaf as a
+            constant of the programs (`"static"`), or one of several ready-made
+            microbatches (`"ready"`).
+        axis: the axis of its rows, if it is cut.
+        rows: the number of rows of each microbatch, if it is cut.
     """
 
     name: str
@@ -124,7 +124,7 @@ class InputRow:
 
     @property
     def share(self) -> str:
-        """What of it a microbatch gets, in words."""
+        """The share of a microbatch, in words."""
         if self.gets == "static":
             return "all of it, static"
         if self.gets == "whole":

@@ -339,8 +339,8 @@ def bind(node: Node, inputs: Sequence[Any], **changed: Any) -> Sequence[Any]:
     # Some primitives (calls with their own derivatives) are bound to functions, not to
     # the jaxprs that their equations hold; `get_bind_params` makes them again.
     params = {**eqn.primitive.get_bind_params(eqn.params), **changed}
-    # What held when the user's layer was traced must hold when its equation is traced
-    # again; the mesh too, but for axes that a `shard_map` around it has taken since.
+    # An equation is traced again under the settings of the layer's first trace. That
+    # includes the mesh, except axes that a `shard_map` around it has taken since.
     here = jax.sharding.get_abstract_mesh()
     with eqn.ctx.manager:
         there = jax.sharding.get_abstract_mesh()

@@ -116,7 +116,7 @@ class _Splitter:
     """One stage while it is split.
 
     Attributes:
-        names: what the backward's programs call the values that they take, but for
+        names: the names of the values that the backward's programs take, except
             cotangents.
         terms: for each cotangent in the graph those that come in; it is their sum.
         loss: the cotangent of the loss, which is a constant.
@@ -144,7 +144,7 @@ class _Splitter:
         )
         # Each value that the backward takes by one name. Those that it has anyway come
         # first, so that nothing is kept twice: an input's name wins over an output's.
-        # What goes to the user is no name, for the user may donate it before the
+        # The user's outputs are no names, because the user may donate them before the
         # backward runs.
         self.names: dict[int, ProgramValue] = {
             v: Output(leaf)
@@ -268,7 +268,7 @@ class _Splitter:
         joint = self.joint
         # An output that is an input as it is, a boundary that a layer passes on for
         # example, is no output of the program: `jit` would copy it. The user's outputs
-        # are outputs all the same, for the user needs a copy.
+        # are outputs all the same, because the user needs a copy.
         inputs: dict[ProgramValue, int] = {
             Input(leaf): v for leaf, v in joint.inputs.items()
         }

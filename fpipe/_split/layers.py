@@ -102,7 +102,7 @@ class CutFunction:
 
     @cached_property
     def through_first(self) -> "CutFunction":
-        """The same pieces, of which the first one gets all of `x`."""
+        """The same pieces, but the first one gets all of `x`."""
         made = dataclasses.replace(self, straight=False)
         for name in ("_placed", "_first", "cuts", "in_own_dtypes", "state_owners"):
             made.__dict__[name] = getattr(self, name)

@@ -44,7 +44,7 @@ class LossCall:
 
     Attributes:
         params: the parameters.
-        x: the other arguments by name, but for the key and the state.
+        x: the other arguments by name, without the key and the state.
         key: the key; `None`: the call gives none.
         state: the state; `None`: the function has none.
         of_batch: the arguments of the batch of which gradients are asked, as they were
@@ -311,8 +311,8 @@ class LossFunction:
         missing = [at for at in self.of_batch if at not in arguments]
         if missing:
             raise TypeError(
-                f"`{name}(...)`: the call gives no {missing[0]!r}, of which "
-                "`fpipe.value_and_grad(argnums=...)` asks for the gradient"
+                f"`{name}(...)`: the call gives no {missing[0]!r}, and "
+                "`fpipe.value_and_grad(argnums=...)` asks for its gradient"
             )
         given = {at: arguments[at] for at in self.of_batch}
         return LossCall(params, x, key, state, given)

@@ -103,7 +103,7 @@ class ModuleFunction(abc.ABC):
         name: the layer's.
         calling: how the module is called.
         borrow: parts of the parameters that other layers own.
-        output: what of the module's result is the layer's output.
+        output: the part of the module's result that is the layer's output.
         particular: whether the user said how this one module is called, or where it is:
             then a tuple is no output by itself.
         places: where its variables are in those of the whole model; `()`: at the

@@ -236,8 +236,9 @@ def live_operations(
     operations: Sequence[Operation], outputs: Iterable[int]
 ) -> tuple[Operation, ...]:
     """The operations that some values need, and those with effects."""
-    # Each conditional was one equation, all of whose results JAX kept if any was read.
-    # Opened, what makes the others is dead. Effects (`jax.debug.print`) stay.
+    # A conditional was one equation, and JAX kept all its results if any was read. Now
+    # that it is opened, the operations of unread results are dead. Effects
+    # (`jax.debug.print`) stay.
     needed = set(outputs)
     live = list[Operation]()
     for operation in reversed(operations):

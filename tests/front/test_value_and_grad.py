@@ -523,7 +523,7 @@ def test_gradients_of_the_batch(executor):
         # One, as a sequence.
         _, one = step_of(argnums=[0], cuts=["blocks/2"])(placed, batch, weight)
         assert_same(one, (in_plain_jax(loss_fn, params_of(), batch, weight)[1],))
-        with pytest.raises(TypeError, match="gives no 'scale', of which"):
+        with pytest.raises(TypeError, match="gives no 'scale', and"):
             step(placed, batch, weight)
 
 

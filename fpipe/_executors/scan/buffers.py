@@ -94,7 +94,7 @@ def edge_colors(edges: Sequence[Edge]) -> list[int]:
         if color > max(len(edge_at[source]), len(edge_at[target])):
             # No colour is free at both ends, but `color` is at the source and `other`
             # at the target. Swap the two along the path that starts at the target with
-            # `color`: it never comes to the source, for the graph has two sides.
+            # `color`. It never reaches the source, because the graph is bipartite.
             color = first_free(edge_at[source])
             other = first_free(edge_at[target])
             path: list[int] = []

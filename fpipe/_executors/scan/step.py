@@ -171,8 +171,8 @@ class Step:
             left: Sequence[Sequence[Array]],
             cotangents: Sequence[Array],
         ) -> list[Array]:
-            # Cotangents are cut as `y` was put together. Those of integers stay as they
-            # are, for nobody reads them.
+            # Cotangents are cut as `y` was joined. Those of integers are not cut,
+            # because nothing reads them.
             inputs = self._cut(given)
             for k, a in enumerate(self.out[Y].leaves):
                 if is_inexact(a):
