@@ -147,7 +147,7 @@ class Pipe(Call):
             Default for `"scan"`: a mesh of the devices with only the axis `"stage"`.
         data_axes: the names of mesh axes that share out the rows of each microbatch.
             Gradients are summed over these axes once per step. Default: `("data",)` if
-            there is such an axis. `"scan"` takes no other value.
+            there is such an axis.
         unshard: how often a parameter is gathered that a spec shards over one of
             `data_axes`. `"step"` (default): once for all actions of a call. `"action"`:
             once in each action, which takes less memory and more time. In both, its
@@ -368,6 +368,7 @@ class Pipe(Call):
                 self.balance,
                 stage_to_device,
                 self.mesh,
+                self.data_axes,
                 scheduling,
                 remat,
                 self.chunks,

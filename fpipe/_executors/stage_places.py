@@ -56,11 +56,6 @@ def stage_placements(
             'are given as one mesh with an axis "stage", `mesh=`'
         )
     axes = as_data_axes(data_axes, places if mesh is None else [mesh])
-    if executor == "scan" and not {*axes} <= {"data"}:
-        raise ValueError(
-            f'`Pipe(executor="scan", data_axes={shown(axes)})`: the scan '
-            'executor shares rows over an axis "data", and no other'
-        )
     return as_placements(places, axes), axes
 
 

@@ -57,7 +57,7 @@ from fpipe._executors.request import (
 from fpipe._executors.scan.clock import Ran
 from fpipe._executors.scan.feeds import is_large
 from fpipe._executors.scan.lower import lower
-from fpipe._executors.scan.mesh import DATA, by_stage, on_mesh, replicated
+from fpipe._executors.scan.mesh import by_stage, on_mesh, replicated
 from fpipe._executors.scan.packing import Packed, Packing
 from fpipe._executors.scan.parameters import Parameters
 from fpipe._executors.scan.plan_data import plan_data
@@ -71,6 +71,7 @@ from fpipe._model.needs import INPUTS
 from fpipe._model.remat import Remat
 from fpipe._model.stages import Leaf, Port, Y, cut_stages
 from fpipe._model.state import stacked_state
+from fpipe._program.over_mesh import devices_over
 from fpipe.schedules import Schedule
 
 # Programs of calls that one pipe keeps, and traces that do not depend on a loss.
@@ -79,7 +80,12 @@ _TRACES = 1024
 
 
 class Scan:
-    """The scan executor of one pipe; see `fpipe._executors.protocol.Executor`."""
+    """The scan executor of one pipe; see `fpipe._executors.protocol.Executor`.
+
+    Arguments:
+        mesh: its axis "stage" has the places of stages.
+        data: its axes over which rows are shared.
+    """
 
     def __init__(
         self,
@@ -87,12 +93,14 @@ class Scan:
         balance: tuple[int, ...],
         stage_to_device: tuple[int, ...],
         mesh: Mesh,
+        data: tuple[str, ...],
         scheduling: Scheduling,
         remat: Remat,
         chunks: int,
         kept: Recent | None = None,
     ) -> None:
         self.mesh = mesh
+        self._data = data
         self.parameters = Parameters(model, balance, stage_to_device, mesh)
         self.stages = cut_stages(model, balance)
         self.stage_to_device = stage_to_device
@@ -354,16 +362,17 @@ class Scan:
                 request,
                 packing,
                 state,
-                # Sums over a sharded batch need recomputations inlined; see `row_sums`.
-                self.mesh.shape.get(DATA, 1) > 1,
+                devices_over(self.mesh, self._data),
                 self._traces,
                 len(self.mesh.axis_names) > 1,
+                self.mesh.devices.flat[0].platform == "cpu",
             )
         for text in (*machine.warnings, *unmade_states(kind, inputs, self._model)):
             warn(text)
         return Step(
             machine,
             self.mesh,
+            self._data,
             inputs,
             request,
             self._model,

@@ -82,7 +82,6 @@ from fpipe._executors.scan.machine import (
     WholeInput,
     Write,
 )
-from fpipe._executors.scan.mesh import DATA
 from fpipe._executors.scan.storage import (
     Storage,
     as_stored,
@@ -94,6 +93,7 @@ from fpipe._executors.stage_places import AXIS
 from fpipe._model.loss import sum_dtype
 from fpipe._model.stages import Leaf
 from fpipe._program.host_calls import Failures, Logged
+from fpipe._program.over_mesh import devices_over
 from fpipe._program.row_sums import RowSum, find_row_sum, sum_rows_apart, values_read
 
 Array: TypeAlias = jax.Array
@@ -208,20 +208,27 @@ class Interpreter:
 
     Arguments:
         number: which of the machine's segments.
+        data: the axes of the mesh over which rows are shared.
         clock: who is told when each operation starts and ends.
     """
 
     def __init__(
-        self, machine: Machine, number: int, mesh: Mesh, clock: Clock | None
+        self,
+        machine: Machine,
+        number: int,
+        mesh: Mesh,
+        data: tuple[str, ...],
+        clock: Clock | None,
     ) -> None:
         self.machine = machine
         self.segment = machine.segments[number]
         self.last = number == len(machine.segments) - 1
         self.mesh = mesh
         self.clock = clock
-        shards = mesh.shape.get(DATA, 1)
+        self.data = data
+        self.shards = devices_over(mesh, data)
         self.storage = {
-            name: Storage(pool.avals, machine.rows, shards)
+            name: Storage(pool.avals, machine.rows, self.shards)
             for name, pool in machine.pools.items()
         }
         # Each segment carries only the sums and outputs that its own operations change.
@@ -464,8 +471,8 @@ class Interpreter:
                 carry[gradient] = jnp.zeros(of.shape, sum_dtype(of.dtype))
                 continue
             # One part for each shard of the batch, added up at the end.
-            zeros = jnp.zeros((self.mesh.shape[DATA], *of.shape), sum_dtype(of.dtype))
-            carry[gradient] = jax.lax.with_sharding_constraint(zeros, P(DATA))
+            zeros = jnp.zeros((self.shards, *of.shape), sum_dtype(of.dtype))
+            carry[gradient] = jax.lax.with_sharding_constraint(zeros, P(self.data))
         for maximum in self.maxima:
             assert machine.state is not None
             of = machine.state.rows[maximum.row]
@@ -787,7 +794,7 @@ class Interpreter:
         for a smaller microbatch whose rows the axis does not divide: it adds what it
         makes to the first part.)
         """
-        size = self.mesh.shape.get(DATA, 1)
+        size = self.shards
         if size == 1:
             return {}
         found: dict[SummedGradient, dict[Op, RowSum]] = {}
@@ -831,9 +838,9 @@ class Interpreter:
         given = dict(zip(terms, made[len(wanted) :], strict=True))
         values = made[: len(wanted)]
         for n, own in parts.items():
-            values[n] = sum_rows_apart(own, given, DATA)
+            values[n] = sum_rows_apart(own, given, self.data)
         for n in alone:
-            values[n] = _first_part(values[n], self.mesh.shape[DATA])
+            values[n] = _first_part(values[n], self.shards)
         return values
 
     def _shape_of(self, gradient: SummedGradient) -> Any:

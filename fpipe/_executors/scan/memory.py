@@ -30,7 +30,6 @@ from fpipe._executors.scan.machine import (
     InputStack,
     SavedPool,
 )
-from fpipe._executors.scan.mesh import DATA
 from fpipe._executors.scan.packing import Row
 from fpipe._executors.scan.step import Step
 from fpipe._executors.scan.storage import Storage, is_key
@@ -45,7 +44,7 @@ def held(step: Step) -> Mapping[Role, int]:
     machine = step.machine
     inputs = step.inputs
     devices = step.mesh.shape[AXIS]
-    shards = step.mesh.shape.get(DATA, 1)
+    shards = step.shards
 
     def storage(kinds: tuple[Avals, ...]) -> Storage:
         return Storage(kinds, machine.rows, shards)
@@ -114,7 +113,7 @@ def held(step: Step) -> Mapping[Role, int]:
 
 def held_on_host(step: Step) -> int:
     """The bytes of buffers in the host's memory, for each device."""
-    shards = step.mesh.shape.get(DATA, 1)
+    shards = step.shards
     # One slot more than the pool has: for what nobody reads.
     return sum(
         (pool.slots + 1)

@@ -23,9 +23,6 @@ from fpipe._executors.stage_places import AXIS
 from fpipe._model.layer import Layer
 from fpipe._model.specs import is_spec
 
-# The axis over which a batch is sharded, if the mesh has it.
-DATA = "data"
-
 
 def as_mesh(devices: Sequence[Any], mesh: Mesh | None, stages: int) -> Mesh:
     """The mesh that a pipe runs on: the user's, or one of the devices that its schedule

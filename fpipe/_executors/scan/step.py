@@ -45,7 +45,7 @@ from fpipe._executors.scan.machine import (
     OutputBuffer,
     RowGradient,
 )
-from fpipe._executors.scan.mesh import DATA, by_stage
+from fpipe._executors.scan.mesh import by_stage
 from fpipe._executors.scan.packing import Entry
 from fpipe._executors.scan.storage import is_key
 from fpipe._executors.stage_places import AXIS
@@ -63,6 +63,7 @@ from fpipe._model.microbatch import Ready, Rows, Whole
 from fpipe._model.model import Model
 from fpipe._model.stages import AUX, LOSS, WEIGHT, Leaf, Port, Y
 from fpipe._model.state import stacked_state, unstacked_state
+from fpipe._program.over_mesh import devices_over
 
 Array: TypeAlias = jax.Array
 
@@ -75,6 +76,7 @@ class Step:
     """A call's program.
 
     Attributes:
+        data: the axes of the mesh over which rows are shared.
         outs: the shapes of what the last unit returns, for a microbatch of each shape.
         state_given: the structure of the states that the call is given.
         donates_state: whether a forward consumes the given states.
@@ -83,6 +85,7 @@ class Step:
 
     machine: Machine
     mesh: Mesh
+    data: tuple[str, ...]
     inputs: Inputs
     request: Request
     model: Model
@@ -95,6 +98,11 @@ class Step:
     def clocked(self) -> "Step":
         """The same, telling a clock."""
         return dataclasses.replace(self, clock=Clock())
+
+    @property
+    def shards(self) -> int:
+        """Over how many devices the rows of a microbatch are shared."""
+        return devices_over(self.mesh, self.data)
 
     @property
     def m(self) -> int:
@@ -234,7 +242,7 @@ class Step:
             assert self.state_given is not None
             trees = self.state_given.unpack(state)
             rows = list(packing.pack([stacked_state(tree) for tree in trees]))
-        run = Interpreter(self.machine, segment, self.mesh, self.clock)
+        run = Interpreter(self.machine, segment, self.mesh, self.data, self.clock)
         return run(params, rows, inputs, left)
 
     # --- what goes in ---
@@ -270,7 +278,7 @@ class Step:
     def _laid(self, stack: Array, axis: int | None, name: InputStack) -> Array:
         """Microbatches as they lie on the mesh.
 
-        Every microbatch's rows are sharded over the mesh's data axis, if there is one.
+        Every microbatch's rows are sharded over the mesh's data axes, if there are any.
         A microbatch is consecutive rows: in a batch that is sharded as it comes, it
         would lie on one shard alone, and the others would have nothing to do.
 
@@ -278,14 +286,14 @@ class Step:
             stack: on a first axis.
             axis: of the rows of one, if they have any.
         """
-        shards = self.mesh.shape.get(DATA, 1)
+        shards = self.shards
         spread = name in self.machine.spread
-        spec: list[str | None] = [AXIS if spread else None]
+        spec: list[Any] = [AXIS if spread else None]
         spec += [None] * (stack.ndim - 1)
         if axis is not None and shards > 1 and not is_key(stack.dtype):
             rows_axis = 1 + axis % (stack.ndim - 1)
             if stack.shape[rows_axis] % shards == 0:
-                spec[rows_axis] = DATA
+                spec[rows_axis] = self.data
         # Devices hold equally many microbatches, so some behind the last one are
         # padding. No feed brings them.
         devices, count = self.machine.devices, stack.shape[0]

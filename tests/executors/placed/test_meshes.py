@@ -583,12 +583,6 @@ def test_wrong_meshes_are_refused():
         'given as one mesh with an axis "stage", `mesh=`',
     ):
         fpipe.Pipe(layers, devices=[PAIR] * 2, executor="scan")
-    with raises(
-        ValueError,
-        "`Pipe(executor=\"scan\", data_axes=('model',))`: the scan executor shares "
-        'rows over an axis "data", and no other',
-    ):
-        fpipe.Pipe(layers, mesh=MODEL, executor="scan", data_axes=("model",))
 
 
 def test_rows_that_devices_cannot_share_are_refused():

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fpipe
@@ -735,13 +735,22 @@ def test_a_sharded_batch_is_data_parallelism_around_the_pipeline(model, checkpoi
         else x
     )
     mesh, ref = data_mesh(), fpipe.sequential(layers, chunks=4)
+    axis = "data"
+    if model == "different":  # any name will do
+        axis, mesh = "rows", Mesh(mesh.devices, ("rows", "stage"))
     pipe = fpipe.Pipe(
-        layers, [2, 2], chunks=4, executor="scan", mesh=mesh, checkpoint=checkpoint
+        layers,
+        [2, 2],
+        chunks=4,
+        executor="scan",
+        mesh=mesh,
+        data_axes=(axis,),
+        checkpoint=checkpoint,
     )
     params = ref.init(jax.random.key(0), x)
     placed, sharded = (
         pipe.place(params),
-        jax.device_put(x, NamedSharding(mesh, P("data"))),
+        jax.device_put(x, NamedSharding(mesh, P(axis))),
     )
     run = jax.jit(pipe.value_and_grad(lambda y: jnp.mean(y**2)))
     value, grads = run(placed, sharded)
@@ -758,6 +767,34 @@ def test_a_sharded_batch_is_data_parallelism_around_the_pipeline(model, checkpoi
     assert (
         all_["all-reduce"] == 3
     )  # that one, the losses over the stages, and all gradients together
+
+
+def test_rows_that_move_between_devices_are_refused():
+    """On CPUs the step would hang."""
+
+    def moved(w, x):
+        return jnp.roll(x @ w, 1, axis=0)
+
+    layer = fpipe.Layer(moved, lambda key, x: jnp.eye(x.shape[-1]), name="moved")
+    x = noise(jax.random.key(0), (8, WIDTH))
+    pipe = fpipe.Pipe([dense(), layer], chunks=2, executor="scan", mesh=data_mesh())
+    params = pipe.init(jax.random.key(0), x)
+    with pytest.raises(NotImplementedError) as caught:
+        pipe(params, x)
+    assert re.fullmatch(
+        r"layer 1 'moved': `slice` at \S*test_scan.py:\d+ \(moved\) moves rows of a "
+        r"microbatch, which devices share\. With executor=\"scan\" the devices of a "
+        r"CPU would wait for each other for ever\. Take executor=\"placed\", or "
+        r"`data_axes=\(\)`, or move rows before the pipe",
+        str(caught.value),
+    )
+    # Nobody shares rows that the axis does not divide.
+    three = x[:6]
+    alone = dataclasses.replace(pipe, data_axes=())
+    want = fpipe.sequential([dense(), layer], chunks=2)
+    gathered = pipe.gather(params)
+    assert_same(pipe(params, three), want(gathered, three))
+    assert_same(alone(params, x), want(gathered, x))
 
 
 def test_a_batch_of_another_size_than_the_data_axis_still_works():
