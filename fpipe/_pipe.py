@@ -73,9 +73,7 @@ from fpipe._executors.scheduling import Scheduling
 from fpipe._executors.sequential import PlainExecutor
 from fpipe._executors.stage_places import stage_placements, stage_tracing
 from fpipe._executors.tracers import TracedCallError, only_shapes
-from fpipe._model.batch_norm import deferred
 from fpipe._model.frozen import Frozen, FrozenLeaves, check_frozen
-from fpipe._model.function_layers import model_of, params_by_layer
 from fpipe._model.layer import Layer
 from fpipe._model.loss import Loss, Reduction, as_loss
 from fpipe._model.microbatch import CallShapes
@@ -240,13 +238,6 @@ class Pipe(Call):
                 f'`Pipe(executor={shown(executor)})`: the executor is "placed" or '
                 '"scan"'
             )
-        listed = layers if isinstance(layers, (tuple, list)) else ()
-        if any(isinstance(layer, Split) for layer in listed):
-            raise TypeError(
-                "`Pipe([split, ...])`: a function that was split is all that a pipe "
-                "runs: write `Pipe(split)`, and make what comes before or behind a "
-                "part of the function"
-            )
         if not is_one_of(dispatch, DISPATCH):
             raise ValueError(
                 f"`Pipe(dispatch={shown(dispatch)})`: one of "
@@ -264,34 +255,20 @@ class Pipe(Call):
             "Pipe", "deferred_batch_norm", deferred_batch_norm
         )
         detect_anomaly = as_bool("Pipe", "detect_anomaly", detect_anomaly)
-        model = model_of(layers, compute_dtype)
+        trees = trees_of(layers, compute_dtype, deferred_batch_norm, chunks)
+        model, layers = trees.model, trees.layers
         scheduling = Scheduling.of(schedule)
         remat = Remat.of(checkpoint)
-        # As they were given: `dataclasses.replace` defers them again.
-        if not isinstance(layers, Split):
-            layers = model.layers
-        elif deferred_batch_norm:
-            raise ValueError(
-                "`Pipe(split, deferred_batch_norm=True)`: a function that was split "
-                "has no layers of batch norm: give layers to `Pipe`"
-            )
-        if deferred_batch_norm:
-            model = Model(deferred(layers, "Pipe"), compute_dtype)
         placements, data_axes = stage_placements(executor, devices, mesh, data_axes)
         # 3. The cut. The order matters. The schedule and the devices decide the number
         # of stages. That number decides the device of each stage, and so the number of
         # devices that are used.
-        trees = trees_of(layers, model, compute_dtype, chunks)
-        known = params_by_layer(layers, None)
+        known = trees.known_params
         uncut = PipeSetup(model, scheduling, remat, placements, chunks, known)
         with set_aside(), stage_tracing(executor, placements, mesh):
-            # A function that was split knows the costs of its pieces.
-            if isinstance(layers, Split) and balance is None and sample is None:
-                balance = layers.balance(uncut.stages)
-            if sample is not None:
-                needs = call_needs(side=sample_side)
-                sample, given = trees.inputs(sample, needs)
-                sample_side = given["side"]
+            if balance is None and sample is None:
+                balance = trees.balance(uncut.stages)
+            sample, sample_side = trees.sample(sample, sample_side)
             balance = given_balance(balance, sample, sample_side, uncut)
         stage_to_device = scheduling.stage_to_device(
             len(balance), len(placements), chunks
@@ -304,10 +281,10 @@ class Pipe(Call):
             refuse_specs(model.layers, mesh)
         elif mesh is not None:
             check_size(mesh, len(own), len(balance))
-        if isinstance(layers, Split) and executor == "placed":
+        if executor == "placed":
             homes = [placements[d] for d in stage_to_device]
             pairs = zip(homes, balance, strict=True)
-            layers.check_places([home for home, n in pairs for _ in range(n)])
+            trees.check_places([home for home, n in pairs for _ in range(n)])
         # 4. The value, field by field, past the freezing.
         check_process()
         fields = {

@@ -23,11 +23,15 @@ from typing import Any
 
 from fpipe._core.pytrees import PyTree, pack
 from fpipe._executors.call import Args, Result
+from fpipe._executors.placement import Placement
 from fpipe._executors.scan.packing import Packed
+from fpipe._model.batch_norm import deferred
 from fpipe._model.frozen import Frozen
-from fpipe._model.function_layers import params_by_layer, state_by_layer
+from fpipe._model.function_layers import model_of, params_by_layer, state_by_layer
+from fpipe._model.layer import Layer
 from fpipe._model.microbatch import CallShapes
 from fpipe._model.model import Model, Put
+from fpipe._model.needs import call_needs
 from fpipe._model.stages import SIDE, Leaf, X
 from fpipe._model.straight import StraightInputs, arrays_in_place, rejoined
 from fpipe._split.init import Init, make_state
@@ -35,18 +39,38 @@ from fpipe._split.split import Split
 
 
 def trees_of(
-    layers: Iterable[Any], model: Model, compute_dtype: Any, chunks: int
+    layers: Iterable[Any], compute_dtype: Any, deferred_batch_norm: bool, chunks: int
 ) -> "UserTrees":
     """The adapter between a user of layers, or of a function that was split, and the
     layers.
 
     Arguments:
-        model: the layers.
-        compute_dtype, chunks: as for `Pipe`, checked.
+        layers, compute_dtype, deferred_batch_norm, chunks: as for `Pipe`; all but the
+            layers are checked.
+
+    Raises:
+        TypeError, ValueError: no such layers.
     """
+    listed = layers if isinstance(layers, (tuple, list)) else ()
+    if any(isinstance(layer, Split) for layer in listed):
+        raise TypeError(
+            "`Pipe([split, ...])`: a function that was split is all that a pipe "
+            "runs: write `Pipe(split)`, and make what comes before or behind a "
+            "part of the function"
+        )
+    model = model_of(layers, compute_dtype)
     if isinstance(layers, Split):
+        if deferred_batch_norm:
+            raise ValueError(
+                "`Pipe(split, deferred_batch_norm=True)`: a function that was split "
+                "has no layers of batch norm: give layers to `Pipe`"
+            )
         return FunctionTrees(model, layers, compute_dtype, chunks)
-    return UserTrees(model)
+    # As they were given: `dataclasses.replace` defers them again.
+    given = model.layers
+    if deferred_batch_norm:
+        model = Model(deferred(given, "Pipe"), compute_dtype)
+    return UserTrees(model, given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +78,37 @@ class UserTrees:
     """Of layers: they take the user's trees as these are.
 
     Attributes:
-        model: the layers.
+        model: the layers, as they run.
+        layers: as the user has them.
     """
 
     model: Model
+    layers: tuple[Layer, ...] | Split
+
+    # --- before there is a call ---
+
+    @property
+    def known_params(self) -> Sequence[PyTree] | None:
+        """Shapes of the parameters, one entry per layer, where these are known."""
+        return None
+
+    def balance(self, stages: int) -> tuple[int, ...] | None:
+        """The best balance, where what layers cost is known."""
+        del stages
+        return None
+
+    def sample(self, x: PyTree, side: PyTree) -> tuple[PyTree, PyTree]:
+        """A sample of a batch, and of side inputs; `None`: not given."""
+        return x, side
+
+    def check_places(self, homes: Sequence[Placement]) -> None:
+        """Check that parameters fit the places of their layers, as far as it is
+        known how they are cut.
+
+        Raises:
+            ValueError: they do not.
+        """
+        del homes
 
     # --- from the user to the layers ---
 
@@ -149,13 +200,33 @@ class FunctionTrees(UserTrees):
     """Of a function that was split: they are the function's own.
 
     Attributes:
-        split: its pieces.
         compute_dtype, chunks: as for `Pipe`.
     """
 
-    split: Split
+    layers: Split
     compute_dtype: Any
     chunks: int
+
+    @property
+    def split(self) -> Split:
+        """The function's pieces."""
+        return self.layers
+
+    @property
+    def known_params(self) -> Sequence[PyTree] | None:
+        return self.split.params(self.split.param_shapes)
+
+    def balance(self, stages: int) -> tuple[int, ...] | None:
+        return self.split.balance(stages)
+
+    def sample(self, x: PyTree, side: PyTree) -> tuple[PyTree, PyTree]:
+        if x is None:
+            return x, side
+        x, needs = self.inputs(x, call_needs(side=side))
+        return x, needs["side"]
+
+    def check_places(self, homes: Sequence[Placement]) -> None:
+        self.split.check_places(homes)
 
     def params(self, params: Any) -> Any:
         if isinstance(params, Packed):
