@@ -15,6 +15,9 @@ it would run otherwise, or earlier; so no step makes the schedule slower, whatev
 costs are.
 """
 
+import bisect
+import dataclasses
+import functools
 import math
 from collections.abc import Collection
 
@@ -26,8 +29,9 @@ from fpipe.schedules._simulate import simulate
 from fpipe.schedules._timeline import Event
 
 # Passes over a schedule. What moves into a gap lets others start earlier, which opens
-# and closes gaps; after a few passes hardly anything moves.
-PASSES = 8
+# and closes gaps. Over random costs the first pass makes a step 1.0 % shorter, the
+# second 0.1 %, and eight passes 0.02 % more.
+PASSES = 2
 # How many recomputations are tried for a gap, the nearest first.
 TRIED = 4
 
@@ -117,7 +121,7 @@ def _read_pairs(
 
 
 def _fill_all_gaps(schedule: Schedule, costs: Costs, ahead: int) -> Schedule:
-    """The schedule with recomputations moved into gaps until there is none for them."""
+    """The schedule with recomputations moved into gaps, also into those that open."""
     for _ in range(PASSES):
         moved = _fill_gaps(schedule, costs, ahead)
         if moved == schedule:
@@ -158,46 +162,78 @@ def _fill_gaps_of_row(row: list[Event], costs: Costs, ahead: int) -> list[Action
     """
     # Gap by gap, from the left. What moves keeps its place in `row` until the end, so
     # that all gaps are those of the same timeline.
-    held = _recomputed_at(row)
-    recomputations = [n for n, event in enumerate(row) if event.action.kind == "R"]
-    moved: set[int] = set()
-    new: list[Action] = []
-    # For each pair of stage and microbatch from when on it can be recomputed.
-    ready_at: dict[tuple[int, int], float] = {}
+    filler = _GapFiller(row, costs, ahead, _recomputed_at(row))
     copied = {event.action[1:] for event in row if event.action.kind == "L"}
-    first = 0
+    new: list[Action] = []
     free_at = 0.0
     for place, event in enumerate(row):
-        while first < len(recomputations) and recomputations[first] <= place:
-            first += 1
-        kind = event.action.kind
+        kind, *pair = event.action
         if kind == "L":
             # The device goes on while it is copied back.
             new.append(event.action)
-            ready_at[event.action[1:]] = event.end
+            filler.ready_at[tuple(pair)] = event.end
             continue
         # At an `O` the device waits for its end.
         goes_on_at = max(free_at, event.end if kind == "O" else event.start)
         if goes_on_at > free_at:
-            behind = recomputations[first : first + TRIED + len(moved)]
-            for n in [n for n in behind if n not in moved][:TRIED]:
-                action = row[n].action
-                if max(held[place:n], default=0) > ahead:
-                    break
-                start = max(free_at, ready_at.get(action[1:], math.inf))
-                end = start + costs.of(action)
-                if end > goes_on_at:
-                    continue
-                new.append(action)
-                moved.add(n)
-                free_at = end
-                held[place:n] = [count + 1 for count in held[place:n]]
-        if place not in moved:
+            new += filler.fill(place, free_at, goes_on_at)
+        if place not in filler.moved:
             new.append(event.action)
-        if kind == "F" and event.action[1:] not in copied:
-            ready_at[event.action[1:]] = event.end
+        if kind == "F" and tuple(pair) not in copied:
+            filler.ready_at[tuple(pair)] = event.end
         free_at = max(goes_on_at, event.end)
     return new
+
+
+@dataclasses.dataclass
+class _GapFiller:
+    """Which recomputations of a device have moved.
+
+    Attributes:
+        row: the device's events, in the order of its row.
+        costs: what the actions take.
+        ahead: as for `early_recompute`.
+        held: for each place how many recomputed microbatches are held there.
+        moved: the places of those that have moved.
+        ready_at: for each pair of stage and microbatch from when on it can be
+            recomputed.
+    """
+
+    row: list[Event]
+    costs: Costs
+    ahead: int
+    held: list[int]
+    moved: set[int] = dataclasses.field(default_factory=set)
+    ready_at: dict[tuple[int, ...], float] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def _places(self) -> list[int]:
+        """Those of the recomputations."""
+        return [n for n, event in enumerate(self.row) if event.action.kind == "R"]
+
+    def fill(self, place: int, start: float, end: float) -> list[Action]:
+        """The recomputations that move into the gap before a place."""
+        new: list[Action] = []
+        for behind in self._next(place):
+            action = self.row[behind].action
+            # From here to its own place there is one more.
+            if max(self.held[place:behind]) > self.ahead:
+                break
+            ready_at = self.ready_at.get(action[1:], math.inf)
+            done_at = max(start, ready_at) + self.costs.of(action)
+            if done_at > end:
+                continue
+            new.append(action)
+            start = done_at
+            self.moved.add(behind)
+            self.held[place:behind] = [n + 1 for n in self.held[place:behind]]
+        return new
+
+    def _next(self, place: int) -> list[int]:
+        """The places of the next few recomputations that have not moved."""
+        first = bisect.bisect_right(self._places, place)
+        few = self._places[first : first + TRIED + len(self.moved)]
+        return [n for n in few if n not in self.moved][:TRIED]
 
 
 def _recomputed_at(row: list[Event]) -> list[int]:
