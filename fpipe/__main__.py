@@ -245,7 +245,8 @@ def _measure(
         cost: value if cost == "transfer" else value / per_device
         for cost, value in costs.items()
     }
-    timeline = simulate(schedule, Costs(**of_stage))
+    # These are costs, and `launchers` is none.
+    timeline = simulate(schedule, Costs(**of_stage))  # pyright: ignore[reportArgumentType]
     makespan = timeline.makespan
     peak = max(timeline.peak_live) / per_device
     # Thirds do not add up to the last digit: no idle time must not read as 1e-14.

@@ -1,6 +1,7 @@
 """Train models that others wrote, and compare with plain JAX.
 
-    python -m venv models && models/bin/pip install -r requirements.txt
+    python -m venv models && models/bin/pip install uv
+    models/bin/uv pip install --python models/bin/python -r requirements.txt
     PYTHONPATH=../.. models/bin/python check.py [gpt2 t5 …]
 
 For each model, executor and schedule: the loss and gradients of one step, the
