@@ -52,6 +52,12 @@ from fpipe._split.by_rows import (
     sources,
     taken_parts,
 )
+from fpipe._split.loop_bodies import (
+    decided_by,
+    has_loop_over,
+    indexed,
+    numbers_of_rounds,
+)
 from fpipe._split.mark import Mark, mark_inside, mark_of
 from fpipe._split.stacks import Roots, Rows, divided
 
@@ -440,10 +446,10 @@ class _Opener(Rewriter):
             for v in node.ins[first:]
             if self._params_of(v) and self._is_divisible(v, 0)
         ]
-        indexed = self._read_by_index(node)
-        stacked += indexed
+        by_index = self._read_by_index(node)
+        stacked += by_index
         shared = self._bytes_of_params(
-            [v for v in node.ins[:first] if v not in indexed]
+            [v for v in node.ins[:first] if v not in by_index]
         )
         return bool(stacked) and self._bytes_of_params(stacked) >= (
             shared * node.body_runs
@@ -453,31 +459,18 @@ class _Opener(Rewriter):
         """The stacks of parameters that a loop reads by the number of its round, as a
         `fori_loop` does.
         """
-        constants, carried = scan_parts(node)
+        constants, _ = scan_parts(node)
         (body,) = node.bodies
         stacks = {
             v: outer
             for v, outer in zip(body.inputs, node.ins[:constants], strict=False)
             if self._params_of(outer)
         }
-        known = {
-            v
-            for v, outer in zip(body.inputs, node.ins, strict=True)
-            if self._known(outer) is not None
-        }
+        pairs = zip(body.inputs, node.ins, strict=True)
+        known = {v for v, outer in pairs if self._known(outer) is not None}
         if not stacks or not known:
             return []
-        carry = list(zip(body.inputs[constants:], body.outputs[:carried], strict=False))
-        # A part of the carry that is known in one round is known in the next, if it
-        # goes on from what is known.
-        lost: set[int] = set()
-        while True:
-            numbers = _made_of(body, known - lost)
-            unknown = {v for v, new in carry if v in numbers and new not in numbers}
-            if not unknown:
-                break
-            lost |= unknown
-        by_rows = _only_indexed(body, set(stacks), numbers)
+        by_rows = indexed(body, set(stacks), numbers_of_rounds(node, known))
         return [
             stacks[v]
             for v, axis in by_rows.items()
@@ -496,7 +489,7 @@ class _Opener(Rewriter):
                 if self._params_of(outer)
             }
             numbers = {v for v, a in body.avals.items() if _is_index(a)}
-            taken = [stacks[v] for v in _only_indexed(body, set(stacks), numbers)]
+            taken = [stacks[v] for v in indexed(body, set(stacks), numbers)]
             if 2 * self._bytes_of_params(taken) > self._bytes:
                 self._whole_loops.append(WholeLoop(node, None))
             return
@@ -575,10 +568,10 @@ class _Opener(Rewriter):
         (body,) = node.bodies
         pairs = list(zip(body.inputs, node.ins, strict=True))
         stacks = {v for v, outer in pairs if self._leaves.get(outer)}
-        if _has_loop_over(body, stacks):
+        if has_loop_over(body, stacks):
             return True
         numbers = {v for v, outer in pairs if self._known(outer) is not None}
-        if numbers and _only_indexed(body, stacks, _made_of(body, numbers)):
+        if numbers and indexed(body, stacks, decided_by(body, numbers)):
             return True
         leaves = frozenset[int]().union(*map(self._params_of, node.ins))
         if leaves & self._cut_leaves and leaves - self._cut_leaves:
@@ -807,70 +800,3 @@ class _Opener(Rewriter):
 def _is_index(a: Any) -> bool:
     """Whether a value may be the number of a layer."""
     return not a.shape and jnp.issubdtype(a.dtype, np.integer)
-
-
-def _made_of(body: Graph, known: Iterable[int]) -> set[int]:
-    """The values of a loop's body that some values, and what is written in it, alone
-    decide.
-    """
-    found = {*known, *body.consts}
-    for node in body.nodes:
-        if not node.bodies and not node.eqn.effects and found.issuperset(node.ins):
-            found.update(node.outs)
-    return found
-
-
-def _only_indexed(body: Graph, stacks: set[int], numbers: set[int]) -> dict[int, int]:
-    """Of some values those that a body reads only by taking rows of them by an index
-    that is known, each with the axis.
-
-    Arguments:
-        numbers: the values that are known.
-    """
-    axes: dict[int, set[int | None]] = {}
-    for node in body.nodes:
-        read = stacks.intersection(node.ins)
-        inside: dict[int, int] = {}
-        if is_remat(node) and read:
-            (inner,) = node.bodies
-            pairs = list(zip(inner.inputs, node.ins, strict=True))
-            mine = {v for v, outer in pairs if outer in read}
-            own = _made_of(inner, (v for v, outer in pairs if outer in numbers))
-            found = _only_indexed(inner, mine, own)
-            inside = {outer: found[v] for v, outer in pairs if v in found}
-        for v in read:
-            axis = inside.get(v)
-            if v == node.ins[0] and node.ins.count(v) == 1:
-                cut = indexed_axis(node, body.avals[v].shape)
-                if cut is not None and node.ins[index_operand(node, cut)] in numbers:
-                    axis = cut
-            axes.setdefault(v, set()).add(axis)
-    for v in stacks.intersection(body.outputs):
-        axes.setdefault(v, set()).add(None)
-    return {
-        v: axis
-        for v, (axis, *others) in ((v, tuple(own)) for v, own in axes.items())
-        if axis is not None and not others
-    }
-
-
-def _has_loop_over(body: Graph, stacked: set[int]) -> bool:
-    """Whether a loop in a body runs over rows of some of its values."""
-    if not any(node.name == "scan" or is_remat(node) for node in body.nodes):
-        return False
-    stacked = set(stacked)
-    for node in body.nodes:
-        if node.name == "scan":
-            if not stacked.isdisjoint(node.ins[sum(scan_parts(node)) :]):
-                return True
-        elif (
-            not node.bodies and len(node.outs) == 1 and not stacked.isdisjoint(node.ins)
-        ):
-            if body.avals[node.outs[0]].ndim and goes_by_rows(node, body.avals, 0):
-                stacked.update(node.outs)
-        elif is_remat(node):
-            (inner,) = node.bodies
-            pairs = zip(inner.inputs, node.ins, strict=True)
-            if _has_loop_over(inner, {v for v, outer in pairs if outer in stacked}):
-                return True
-    return False

@@ -164,6 +164,15 @@ def counted_loop(params, x):
     return jax.lax.fori_loop(0, 4, body, x)
 
 
+def numbered(params, x):
+    """Rounds that compute with their number."""
+
+    def body(i, h):
+        return layer(h, jax.tree.map(lambda a: a[i], params)) * (1.0 + 0.5 * i)
+
+    return jax.lax.fori_loop(0, 4, body, x)
+
+
 def checkpointed_numbers(params, x):
     """The same from a list of numbers, each layer checkpointed."""
 
@@ -212,6 +221,7 @@ LOOPS = {
     "by index": (by_index, STACK, 4, {"b": 4, "w": 4}),
     "last layer first": (last_layer_first, STACK, 4, {"b": 4, "w": 4}),
     "counted": (counted_loop, STACK, 4, {"b": 4, "w": 4}),
+    "numbered": (numbered, STACK, 4, {"b": 4, "w": 4}),
     "numbers": (checkpointed_numbers, STACK, 4, {"b": 4, "w": 4}),
     "another axis": (on_another_axis, ON_AXIS_1, 4, {"b": 4, "w": 4}),
     "index of axis": (by_index_on_another_axis, ON_AXIS_1, 4, {"b": 4, "w": 4}),
