@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 
 import fpipe
 import fpipe.optim
-from fpipe.schedules import Schedule, early_recompute, one_f_one_b
+from fpipe.schedules import Schedule, early_recompute, offload, one_f_one_b
 from tests.helpers import Case, assert_same, dense, models, mse, raises
 
 DEVICES = jax.devices()
@@ -165,10 +165,10 @@ WRONG = {
         "kind R, which can be simulated and drawn",
     ),
     "function of what no executor runs": (
-        {"schedule": lambda d, m: early_recompute(one_f_one_b(d, m))},
+        {"chunks": 8, "schedule": lambda d, m: offload(one_f_one_b(d, m), memory=1)},
         ValueError,
-        "`Pipe(schedule=...)`: the schedule '1f1b, early recomputation' has actions of "
-        "kind R, which can be simulated and drawn",
+        "`Pipe(schedule=...)`: the schedule '1f1b, offload' has actions of kind O, L, "
+        "which can be simulated and drawn",
     ),
     "schedule made": (
         {"schedule": lambda d, m: d * m},
