@@ -418,25 +418,26 @@ def promotion():
         yield
 
 
-def test_optimizers_keep_what_is_cut(promotion):
-    layer = fpipe.Layer(
-        multiplied, lambda key, x: noise(key, (WIDE, WIDE)), spec=COLUMNS
-    )
+@pytest.mark.parametrize(
+    ("mesh", "spec"), [(MODEL, COLUMNS), (DATA, P("data"))], ids=["model", "data"]
+)
+def test_optimizers_keep_what_is_cut(promotion, mesh, spec):
+    layer = fpipe.Layer(multiplied, lambda key, x: noise(key, (WIDE, WIDE)), spec=spec)
     layers = [layer, dataclasses.replace(layer, spec=None)]
     x = noise(jax.random.key(1), (4, WIDE))
-    pipe = fpipe.Pipe(layers, chunks=2, mesh=MODEL)
+    pipe = fpipe.Pipe(layers, chunks=2, mesh=mesh)
     params = pipe.init(jax.random.key(0), x)
     whole = jax.tree.map(np.asarray, params)
     plain = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2))
     tx = fpipe.optim.per_stage(plain)
     state = tx.init(params)
     moments = [a for a in jax.tree.leaves(state) if a.ndim]
-    assert [a.sharding.spec for a in moments] == [COLUMNS, P()] * 2
+    assert [a.sharding.spec for a in moments] == [spec, P()] * 2
     grads = pipe.value_and_grad(mse)(params, x, x)[1]
     updates, state = tx.update(grads, state, params)
-    assert [a.sharding.spec for a in jax.tree.leaves(updates)] == [COLUMNS, P()]
+    assert [a.sharding.spec for a in jax.tree.leaves(updates)] == [spec, P()]
     moments = [a for a in jax.tree.leaves(state) if a.ndim]
-    assert [a.sharding.spec for a in moments] == [COLUMNS, P()] * 2
+    assert [a.sharding.spec for a in moments] == [spec, P()] * 2
     _, gradients = fpipe.sequential(layers, chunks=2).value_and_grad(mse)(whole, x, x)
     want, after = plain.update(gradients, plain.init(whole), whole)
     assert_same(updates, want)
