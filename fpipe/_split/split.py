@@ -6,6 +6,7 @@ the layers' parameters, and back. The steps, one module each:
 
     mark.py      `fpipe.cut`, which an author writes into the function
     trace.py     the function's graph, whose inputs have names
+    opening.py   loops over layers, written out; stacked parameters and state by rows
     cuts.py      the places: marks, paths of parameters, or the best narrow places
     state.py     the piece of each array of the state
     pieces.py    the equations, the inputs and the outputs of each piece
