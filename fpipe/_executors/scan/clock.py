@@ -159,12 +159,10 @@ class Ran:
             events[a] = Event(device, a, start[a], end[a])
             programs.append(ProgramRun(device, a.name, start[a], end[a]))
         return Recording(
-            completed(self.schedule, order, events),
-            self.schedule.devices,
-            f"{self.schedule.name}, recorded",
-            (),
-            tuple(sorted(programs, key=lambda p: p.start)),
-            (),
-            self.places,
+            events=completed(self.schedule, order, events),
+            devices=self.schedule.devices,
+            name=f"{self.schedule.name}, recorded",
+            programs=tuple(sorted(programs, key=lambda p: p.start)),
+            places=self.places,
             peak_bytes=self.peak_bytes,
         )
