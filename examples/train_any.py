@@ -180,8 +180,8 @@ def pipelined_loop(args: argparse.Namespace) -> Loop:
         step, evaluate = jax.jit(step), jax.jit(evaluate)
 
     def gather(state):
-        moments = fpipe.optim.gather(state.opt_state)
         params = pipeline.gather(state.params)
+        moments = fpipe.optim.gather(state.opt_state, params)
         return state.replace(params=params, opt_state=moments)
 
     def place(state):

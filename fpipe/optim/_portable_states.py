@@ -46,7 +46,7 @@ from fpipe.optim._transform import PerStage, engine_of
 
 @explicit_transfers()
 @off_callers_mesh
-def gather(state: PyTree) -> PyTree:
+def gather(state: PyTree, params: PyTree = None) -> PyTree:
     """An optimizer state in the form of plain optax, on one device.
 
     It is the state that plain optax has for `pipe.gather(params)`. A checkpoint in this
@@ -55,11 +55,13 @@ def gather(state: PyTree) -> PyTree:
 
     Arguments:
         state: a state of `per_stage`, or of plain optax over an `fpipe.Packed`.
+        params: what `pipe.gather(params)`, or `step.gather(params)`, gave. The state
+            comes to the device of these parameters.
 
     Returns:
-        A copy of the state, unpacked. Every array is on the device of the first array,
-        or on the first device of the mesh. If the mesh spans several processes, every
-        array is on every device.
+        A copy of the state, unpacked. Without `params` every array is on the device of
+        the state's first array, or on the first device of the mesh. If the mesh spans
+        several processes, every array is on every device.
     """
     mesh = mesh_of(state)
     assert mesh is None or isinstance(mesh, Mesh)  # this is no trace
@@ -69,11 +71,17 @@ def gather(state: PyTree) -> PyTree:
         # What is not packed is whole on every device.
         return state if mesh is None else _unpack_on(mesh)(Bundle.of(state)).tree
     arrays, spec = pack(unpack_tree(state))
-    if mesh is not None:
-        return joined(spec.unpack(Placement.of(mesh.devices.flat[0]).own(arrays)))
-    devices = [d for a in arrays if isinstance(a, jax.Array) for d in a.devices()]
-    own = Placement.of(devices[0]).own(arrays) if devices else arrays
+    device = _first_device(params)
+    if device is None:
+        device = _first_device(arrays) if mesh is None else mesh.devices.flat[0]
+    own = arrays if device is None else Placement.of(device).own(arrays)
     return joined(spec.unpack(own))
+
+
+def _first_device(tree: PyTree) -> jax.Device | None:
+    """A device of the first array of a tree, if there is one."""
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    return next(iter(arrays[0].devices())) if arrays else None
 
 
 @functools.lru_cache(8)

@@ -171,6 +171,27 @@ def test_modules_and_optimizers_of_nnx(executor):
     assert_same(pipe.gather(trained), optax.apply_updates(params, updates))
 
 
+@pytest.mark.quick
+def test_a_gathered_state_comes_to_its_parameters():
+    """The first array of the state need not be on the first device of the pipe."""
+
+    def loss_fn(params, x):
+        return jnp.mean((jnp.tanh(x @ params["z_first"]) @ params["a_last"]) ** 2)
+
+    x = jnp.ones((4, 3))
+    devices = jax.devices()[:2]
+    step = fpipe.value_and_grad(loss_fn, devices=devices, chunks=2)
+    params = step.place({"z_first": jnp.eye(3), "a_last": jnp.ones((3, 2))}, x)
+    assert params["a_last"].devices() == {devices[1]}
+    adam = optax.adam(1e-2)
+    state = fpipe.optim.per_stage(adam).init(params)
+    whole = step.gather(params)
+    moments = fpipe.optim.gather(state, whole)
+    places = {d for a in jax.tree.leaves((whole, moments)) for d in a.devices()}
+    assert places == {devices[0]}
+    assert_same(moments, adam.init(whole))
+
+
 def _numbers(state):
     """A state on the host, with numbers for its keys."""
     keys = jax.dtypes.prng_key
