@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fpipe._core.pytrees import Bundle, PyTree, is_array, is_traced, pack
 from fpipe._core.settings import explicit_transfers
-from fpipe._executors.placement import Placement
+from fpipe._executors.placement import Device, Placement
 from fpipe._split.stacks import RowBlocks, is_row_blocks, joined
 from fpipe.optim._blocks import on_whole_leaves, split_state
 from fpipe.optim._leaf_devices import (
@@ -78,7 +78,7 @@ def gather(state: PyTree, params: PyTree = None) -> PyTree:
     return joined(spec.unpack(own))
 
 
-def _first_device(tree: PyTree) -> jax.Device | None:
+def _first_device(tree: PyTree) -> Device | None:
     """A device of the first array of a tree, if there is one."""
     arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
     return next(iter(arrays[0].devices())) if arrays else None

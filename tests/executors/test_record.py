@@ -34,8 +34,8 @@ M = 4
 X = jnp.arange(M, dtype=jnp.float32)[:, None] + jnp.zeros(
     (1, 2)
 )  # a row for each microbatch: its number
-TIMES = {"F": 0.004, "I": 0.006, "W": 0.005}
-LEAST = {**TIMES, "B": 0.006}  # its two callbacks may run at once
+TIMES: dict[str, Any] = {"F": 0.004, "I": 0.006, "W": 0.005}
+LEAST: dict[str, Any] = {**TIMES, "B": 0.006}  # its two callbacks may run at once
 
 
 @pytest.fixture(autouse=True)
