@@ -172,7 +172,7 @@ def picture(
         span = max(span, other.makespan * scale)
         caption += f"; over {_caption(other)}"
         if not math.isclose(scale, 1.0):
-            caption += f"; 1 there is {scale:.3g} here"
+            caption += f"; drawn {scale:.3g} times as long"
     boxes = _boxes(timeline, 1.0, table)
     # Of both timelines, so that one legend serves both.
     kinds = {box.kind for box in (*boxes, *beneath)}
