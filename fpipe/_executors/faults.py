@@ -158,8 +158,8 @@ class Explainer:
             )
         else:
             cause = (
-                "of finite inputs: look for a division, a logarithm or an overflow in "
-                "it; `jax.debug_nans` names the operation"
+                "but its inputs are: look for a division, a logarithm or an overflow "
+                "in it; `jax.debug_nans` names the operation"
             )
         return (
             f"{self._title(layer)}, microbatch {microbatch}, forward (F): {made} is "

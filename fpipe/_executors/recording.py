@@ -136,7 +136,7 @@ def record(pipe: Any) -> Iterator[Recording]:
             "`fpipe.record(pipe)`: no call of this pipe has run in the block. Call the "
             "pipe, or a function that "
             "`pipe.value_and_grad` or `pipe.evaluate` made of it, in the block and in "
-            "its thread; a pipe made anew "
+            "its thread; a copy of it "
             "(`dataclasses.replace`, `copy`) is another pipe"
         )
 

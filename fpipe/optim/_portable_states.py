@@ -175,8 +175,8 @@ def _joined_anywhere(state: PyTree) -> PyTree:
 
 
 _FIX = (
-    "load it with the model and the transformation that it was saved with, or begin "
-    "anew with `tx.init(params)`"
+    "load it with the model and the transformation that it was saved with, or start "
+    "again with `tx.init(params)`"
 )
 
 

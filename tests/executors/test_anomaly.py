@@ -63,7 +63,7 @@ CASES = {
     FINE: ({}, None),
     "output": (
         {"side": 1},
-        FRAGILE + r"forward \(F\): its output is not finite, of finite inputs",
+        FRAGILE + r"forward \(F\): its output is not finite, but its inputs are",
     ),
     "input": (
         {"side": 2},
@@ -75,8 +75,8 @@ CASES = {
     ),
     "loss": (
         {"target": 7},
-        r"stage 3, the loss, microbatch 2, forward \(F\): the loss is not finite, of "
-        r"finite",
+        r"stage 3, the loss, microbatch 2, forward \(F\): the loss is not finite, but "
+        r"its inputs are",
     ),
     "loss_backward": (
         {"target": 8},

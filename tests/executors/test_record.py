@@ -362,7 +362,7 @@ NONE = (
     "`fpipe.record(pipe)`: no call of this pipe has run in the block. Call the pipe, "
     "or a function that "
     "`pipe.value_and_grad` or `pipe.evaluate` made of it, in the block and in its "
-    "thread; a pipe made anew "
+    "thread; a copy of it "
     "(`dataclasses.replace`, `copy`) is another pipe"
 )
 

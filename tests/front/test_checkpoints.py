@@ -334,8 +334,8 @@ def test_killed_while_it_saves(tmp_path):
 
 CALL = "`fpipe.optim.place(state, params, tx)`: "
 FIX = (
-    "; load it with the model and the transformation that it was saved with, or begin "
-    "anew with `tx.init(params)`"
+    "; load it with the model and the transformation that it was saved with, or start "
+    "again with `tx.init(params)`"
 )
 
 
