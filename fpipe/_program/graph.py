@@ -128,6 +128,11 @@ class Node:
         return ""
 
     @property
+    def rank(self) -> int:
+        """The number of axes of its first result."""
+        return self.eqn.outvars[0].aval.ndim
+
+    @property
     def body_runs(self) -> int:
         """How often it runs its bodies. A `while` counts as once: nobody knows."""
         # For work that is counted: a lower bound for a `while` is better than none.

@@ -211,7 +211,7 @@ def indexed_axis(node: Node, shape: Sequence[int]) -> int | None:
         numbers = params["dimension_numbers"]
         own = (axis,) == numbers.start_index_map == numbers.collapsed_slice_dims
         # Behind the first axis that of the rows has to be gone.
-        gone = not axis or node.eqn.outvars[0].aval.ndim == len(shape) - 1
+        gone = not axis or node.rank == len(shape) - 1
         return axis if own and gone and params["slice_sizes"][axis] == 1 else None
     return axis
 

@@ -549,8 +549,8 @@ def test_variables_that_are_at_no_path():
     lacking = {"params": {**variables["params"], "head": {"kernel": jnp.ones((3, 2))}}}
     with raises(
         ValueError,
-        "`fpipe.flax.split_variables`: layer 2 'Dense' has ['bias'], the variables "
-        "have not at 'head'",
+        "`fpipe.flax.split_variables`: layer 2 'Dense' has ['bias'], which the "
+        "variables lack at 'head'",
     ):
         split(layers("h/0", "h/1", "head", x=x), lacking)
     shared = (

@@ -464,7 +464,7 @@ def test_per_row_aux_keeps_its_structure_over_ragged_rows():
         return y.mean(), {"a": fpipe.PerRow(y), **odd}
 
     pipe = fpipe.Pipe([fpipe.fn(lambda x: x)], chunks=2)
-    with pytest.raises(ValueError, match=r"aux of microbatch 1 is .* put together"):
+    with pytest.raises(ValueError, match=r"aux of microbatch 1 is .* are joined"):
         pipe.evaluate(loss, has_aux=True)(((),), jnp.ones((3, 2)))
 
 

@@ -419,7 +419,7 @@ def test_errors_name_the_smaller_microbatch():
         return y.mean(), {"a": fpipe.PerRow(y), **odd}
 
     pipe = pipe_of([fpipe.fn(jnp.sin)] * 2, 2)
-    with pytest.raises(ValueError, match=r"aux of microbatch 1 is .* put together"):
+    with pytest.raises(ValueError, match=r"aux of microbatch 1 is .* are joined"):
         pipe.evaluate(unlike, has_aux=True)(pipe.place(((), ())), rows(0, 3))
 
 
