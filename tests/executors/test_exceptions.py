@@ -162,7 +162,7 @@ def left():
     return names, len(jax.live_arrays())
 
 
-@pytest.mark.quick(cases=3)
+@pytest.mark.quick(cases=2)
 @pytest.mark.usefixtures("watchdog", "unlogged")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("schedule", ["zb_h1", "1f1b"])

@@ -190,7 +190,7 @@ def sequential():
     )
 
 
-@pytest.mark.quick
+@pytest.mark.quick(cases=1)
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_a_linen_sequential_is_what_it_is_without_a_pipeline(executor):
     model = sequential()
@@ -1554,7 +1554,7 @@ def fp8_loop(model, variables, x, target, steps):
     return losses, state.params
 
 
-@pytest.mark.quick(cases=2)
+@pytest.mark.quick(cases=1)
 @pytest.mark.parametrize("executor", [*EXECUTORS, "sequential"])
 def test_fp8_scales_move_as_in_plain_flax(executor):
     op = functools.partial(Fp8DirectDotGeneralOp, amax_history_length=4)

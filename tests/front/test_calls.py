@@ -134,7 +134,7 @@ REDUCTIONS = {
 }
 
 
-@pytest.mark.quick(cases=3)
+@pytest.mark.quick(cases=2)
 @pytest.mark.parametrize(
     ("reduction", "chunks"),
     [("mean", 3), ("mean", 4), ("sum", 3), ("weighted", 3), ("weighted", 1)],

@@ -279,7 +279,7 @@ def test_another_scale_compiles_nothing(caplog):
 # --- sums over calls ---
 
 
-@pytest.mark.quick
+@pytest.mark.quick(cases=1)
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_gradients_add_up_over_calls(executor):
     case = Case([dense()] * 4, 4, rows=8)

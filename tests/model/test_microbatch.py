@@ -534,7 +534,7 @@ def sequence_by_hand(params, x, side, target, bounds):
 LAYERS = [sequence_layer, sequence_layer, sequence_head]
 
 
-@pytest.mark.quick
+@pytest.mark.quick(cases=1)
 @executors
 def test_rows_lie_on_the_axis_of_a_chunk(executor):
     make, n = EXECUTORS[executor], SEQUENCE_ROWS

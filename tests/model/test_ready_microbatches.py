@@ -79,7 +79,7 @@ def by_hand(params, x, mask, target, weight):
     return sum(totals) / sum(weights), auxes
 
 
-@pytest.mark.quick
+@pytest.mark.quick(cases=1)
 @every
 def test_a_weighted_loss_is_exact_over_lengths_that_differ(executor):
     params, x, mask, target, weight = case()

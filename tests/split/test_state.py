@@ -44,7 +44,7 @@ def evaluated(example):
     return jax.jit(example.fn)(example.params, example.x, state=example.state)[0]
 
 
-@pytest.mark.quick
+@pytest.mark.quick(cases=1)
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_a_pipe_hands_state_on_as_the_function_does(executor):
     """Trained with dropout on five rows, the last microbatch smaller; then evaluated
