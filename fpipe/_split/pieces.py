@@ -306,7 +306,7 @@ def _piece(
 ) -> Piece:
     """The piece `k`, which makes the values that others want of it."""
     graph, maker = traced.graph, traced.graph.maker
-    root_of = {v: root for root, v in enumerate(traced.params)}
+    root_of = traced.root_of
     # What it reads and no piece makes.
     of_call = {*traced.x, *traced.side}
     forced = [

@@ -216,6 +216,11 @@ class Traced:
         return Roots(self.roots, self.state_roots)
 
     @cached_property
+    def root_of(self) -> dict[int, int]:
+        """The number of each parameter's root, by its value."""
+        return {v: root for root, v in enumerate(self.params)}
+
+    @cached_property
     def live(self) -> tuple[Node, ...]:
         """The equations that the outputs and the new state need, and those with
         effects.
