@@ -731,6 +731,8 @@ class Pipe(Call):
         speed: float | Sequence[float] | None = None,
         latency: float = 0.0,
         bandwidth: float | None = None,
+        launch: float | None = None,
+        host_bandwidth: float | None = None,
         optimizer: float = 2.0,
         memory: float | Sequence[float] | None = None,
         compiled: bool = False,
@@ -762,6 +764,12 @@ class Pipe(Call):
                 stage has a mesh, all its devices together count as one.
             latency, bandwidth: the latency in seconds, and the bytes per second,
                 between devices. They need times in seconds. Default: 0, and no limit.
+            launch: the host's seconds to launch an action: its program, and the
+                transfer of its result. It needs times in seconds. A recording has it as
+                `launch_seconds` in its `metrics()`. Default: with `by="time"` it is
+                measured; otherwise 0. Under the scan executor there are no launches.
+            host_bandwidth: the bytes per second between a device and the memory of its
+                host, for schedules that copy there. Default: no limit.
             optimizer: bytes of optimizer state for each byte of parameters. Default 2,
                 as for Adam.
             memory: bytes that a device has, one number or one for each device. A step
@@ -802,6 +810,8 @@ class Pipe(Call):
             bandwidth=bandwidth,
             memory=memory,
             optimizer=optimizer,
+            launch=launch,
+            host_bandwidth=host_bandwidth,
         )
         # A plan is of a training step, so there must be something to differentiate.
         fn = mean_square if loss_fn is None else loss_fn

@@ -33,6 +33,7 @@ from fpipe._executors.scan.packing import Packed
 from fpipe._executors.scheduling import Scheduling
 from fpipe._executors.stage_places import stage_places
 from fpipe._model.batch_norm import deferred
+from fpipe._model.frozen import Frozen, check_frozen
 from fpipe._model.function_layers import (
     FunctionLayers,
     inputs_by_layer,
@@ -229,10 +230,14 @@ def tune(
     speed: float | Sequence[float] | None = None,
     latency: float = 0.0,
     bandwidth: float | None = None,
+    launch: float | None = None,
+    host_bandwidth: float | None = None,
     optimizer: float = 2.0,
     compiled: bool = False,
     has_aux: bool = False,
     reduction: Reduction = "mean",
+    argnums: int | Sequence[int] = 0,
+    frozen: Frozen | None = None,
     side: PyTree = None,
     key: Any = None,
     state: PyTree = None,
@@ -259,7 +264,7 @@ def tune(
             of these arguments.
         x, targets, side, key, state, train, step, params: as for `Pipe.plan`, as arrays
             or as shapes.
-        loss_fn, has_aux, reduction: as for `Pipe.plan`.
+        loss_fn, has_aux, reduction, argnums, frozen: as for `Pipe.plan`.
 
     Other Arguments:
         memory: bytes that a device has, one number or one for each device. Default: no
@@ -270,8 +275,11 @@ def tune(
             divisors of the number of rows, from the number of devices to eight times
             that number.
         schedules, checkpoints: the schedules and checkpoint modes to try, one or
-            several.
-        by, speed, latency, bandwidth, optimizer, compiled: as for `Pipe.plan`.
+            several. Default: `"gpipe"`, `"1f1b"`, `"eager_1f1b"`, `"zb_h1"`, and
+            `"interleaved_1f1b"` and `"zb_v"` if there are layers enough for several
+            stages on each device; `"never"`, `"except_last"` and `"always"`.
+        by, speed, latency, bandwidth, launch, host_bandwidth, optimizer, compiled: as
+            for `Pipe.plan`.
         options: other arguments of `Pipe`, such as `executor="scan"` or
             `compute_dtype=`, except `balance`, `sample` and `sample_side`.
 
@@ -328,10 +336,13 @@ def tune(
         speed=speed,
         latency=latency,
         bandwidth=bandwidth,
+        launch=launch,
+        host_bandwidth=host_bandwidth,
         memory=memory,
         optimizer=optimizer,
     )
     _check_candidates(chunks, schedules, checkpoints)
+    check_frozen("fpipe.tune", frozen)
     # Every candidate runs one training step, as shapes.
     fn = mean_square if loss_fn is None else loss_fn
     loss = as_loss("tune", fn, has_aux, reduction)
@@ -344,7 +355,8 @@ def tune(
     if isinstance(layers, Iterable):
         dtype = as_compute_dtype("Pipe", options.get("compute_dtype"))
         x, needs = inputs_by_layer(layers, x, needs, 1, dtype)
-    request = StepRequest(Args(params, x, targets, needs, state), loss)
+    args = Args(params, x, targets, needs, state)
+    request = StepRequest(args, loss, argnums, frozen)
     if isinstance(layers, Iterable):
         # An iterator could be read once only; a function's pieces stay what they are.
         if not isinstance(layers, FunctionLayers):
@@ -354,6 +366,9 @@ def tune(
         source = _OfFunction(layers, request, wanted, options)
     if chunks is None:
         chunks = _divisors(request.args, len(devices))
+    if schedules is SCHEDULES:
+        # One that was named and does not go is told; of the others nobody asked.
+        schedules = [name for name in SCHEDULES if source.has_layers_for(name)]
     # By number of microbatches first, because each number needs new traces of layers.
     every = itertools.product(
         _several(chunks), _several(checkpoints), _several(schedules)
@@ -435,6 +450,16 @@ class _Source(abc.ABC):
     def pipe(self, setup: _Setup) -> Pipe:
         """The pipe of a combination of options."""
 
+    def has_layers_for(self, schedule: str) -> bool:
+        """Whether a schedule makes stages of so many layers on these devices."""
+        del schedule  # a function makes what it makes
+        return True
+
+    def step_of(self, pipe: Pipe) -> StepRequest:
+        """The step, with what is frozen as the layers of a pipe have it."""
+        frozen = pipe._layer_frozen(self.step.frozen)
+        return dataclasses.replace(self.step, frozen=frozen)
+
     @abc.abstractmethod
     def prediction(self, pipe: Pipe, setup: _Setup) -> Prediction:
         """The predicted time and memory of the pipe."""
@@ -513,7 +538,18 @@ class _OfLayers(_Source):
 
     def prediction(self, pipe: Pipe, setup: _Setup) -> Prediction:
         known = KnownLayers(self._model, self._traces, self._costs_of(setup))
-        return pipe._plan(self.step, self.options, known)
+        return pipe._plan(self.step_of(pipe), self.options, known)
+
+    def has_layers_for(self, schedule: str) -> bool:
+        """Whether a schedule makes stages of so many layers on these devices."""
+        scheduling, devices = Scheduling.of(schedule), len(self._devices)
+        try:
+            stages = scheduling.stages(devices, 1, len(self._model.layers))
+            used = scheduling.stage_to_device(stages, devices, 1)
+        except ValueError:
+            return False
+        # All stages on one of several devices are no pipeline.
+        return devices == 1 or max(used) > 0
 
     def _costs_of(self, setup: _Setup) -> LayerCosts:
         """The costs of the layers, counted once for each number of microbatches.
@@ -576,5 +612,6 @@ class _OfFunction(_Source):
         del setup  # pipes may differ in anything, and share nothing
         args = self.step.args
         x, needs = pipe._trees.inputs(args.x, args.needs)
-        step = dataclasses.replace(self.step, args=args._replace(x=x, needs=needs))
+        args = args._replace(x=x, needs=needs)
+        step = dataclasses.replace(self.step_of(pipe), args=args)
         return pipe._plan(step, self.options)

@@ -62,6 +62,8 @@ _OF_PLAN = (
     "speed",
     "latency",
     "bandwidth",
+    "launch",
+    "host_bandwidth",
     "optimizer",
     "memory",
     "compiled",
@@ -431,8 +433,8 @@ class ValueAndGrad:
                 left out. Parameters may be `None` if there is an `init=`.
 
         Other Arguments:
-            by, speed, latency, bandwidth, optimizer, memory, compiled: as for
-                `Pipe.plan`.
+            by, speed, latency, bandwidth, launch, host_bandwidth, optimizer, memory,
+                compiled: as for `Pipe.plan`.
 
         Returns:
             A `fpipe.Prediction`.
@@ -480,8 +482,8 @@ class ValueAndGrad:
 
         Other Arguments:
             chunks, schedules, checkpoints: the values to try, as for `fpipe.tune`.
-            memory, by, speed, latency, bandwidth, optimizer, compiled: as for
-                `fpipe.tune`.
+            memory, by, speed, latency, bandwidth, launch, host_bandwidth, optimizer,
+                compiled: as for `fpipe.tune`.
 
         Returns:
             A `fpipe.Tuning`.
@@ -491,7 +493,9 @@ class ValueAndGrad:
         # The options that `tune` chooses are not passed on.
         chosen = ("balance", "chunks", "checkpoint", "schedule")
         options = {k: v for k, v in self._options.items() if k not in chosen}
-        options |= self._of_step(call) | {"params": built.split.param_shapes} | mine
+        asked: dict[str, Any] = {"frozen": self._frozen, "argnums": self._argnums}
+        options |= self._of_step(call) | asked | mine
+        options["params"] = built.split.param_shapes
         with self._naming("step.tune"):
             return tune(built.split, call.x, **options)
 

@@ -5,6 +5,7 @@ prediction knows nothing else of either. For two stages on two devices, `1f1b`, 
 microbatches:
 
     executor           "placed"
+    launchers          "one"
     stages             stage 0 (layers 0, 1), stage 1 (layers 2, 3)
     schedule           F 0 0, F 0 1, B 0 0, B 0 1 on device 0; …
     microbatch_rows    (8, 8)
@@ -103,6 +104,8 @@ class PlanData:
 
     Attributes:
         executor: its name, as in `Pipe(executor=...)`.
+        launchers: whether one thread launches all actions, or one for each device, as
+            in `fpipe.schedules.Costs`; `None`: the call is one program.
         stages: those of the pipe.
         schedule: for this number of microbatches.
         scheduling: what makes it for other numbers.
@@ -116,6 +119,7 @@ class PlanData:
     """
 
     executor: Literal["placed", "scan"]
+    launchers: Literal["one", "per_device"] | None
     stages: tuple[Stage, ...]
     schedule: Schedule
     scheduling: Scheduling

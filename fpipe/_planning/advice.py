@@ -11,7 +11,7 @@ equal layers, cut as [4, 1, 1]:
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from fpipe._planning.prediction import DeviceRow, StageRow
-from fpipe._planning.text import size
+from fpipe._planning.text import quantity, size
 from fpipe.schedules import Timeline
 
 # The thresholds are for what a reader would act on. A cut between layers is hardly ever
@@ -86,6 +86,29 @@ def advise_more_microbatches(
             f"microbatches are few for {len(stages)} "
             f"stages; chunks={found[0]} makes it {found[1]:.0%}"
         )
+
+
+def warn_of_slow_launches(
+    timeline: Timeline, without: Callable[[], Timeline]
+) -> Iterator[str]:
+    """A host that launches more slowly than devices work.
+
+    Arguments:
+        timeline: in seconds.
+        without: the same, if launches took no time. It is asked only if there are some.
+    """
+    if not timeline.launches:
+        return
+    shortest = without().makespan
+    if shortest >= timeline.makespan * (1 - _BETTER):
+        return
+    busy = quantity(timeline.busiest_thread, "second")
+    step = quantity(timeline.makespan, "second")
+    yield (
+        f"host-bound: {busy} of {step} go by in launches, and the step would take "
+        f"{quantity(shortest, 'second')} without them: take fewer microbatches, fewer "
+        'stages on a device, whole backwards, or executor="scan"'
+    )
 
 
 def advise_equal_pieces(microbatch_rows: Sequence[int]) -> Iterator[str]:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from fpipe._core.checks import as_int, is_at_least
 from fpipe._core.errors import shown
+from fpipe._planning.text import quantity
 
 
 class Sent(NamedTuple):
@@ -70,6 +71,8 @@ class LayerCosts:
             arrays. Parameters of one owner with the same readers are one entry.
         microbatches: the number of microbatches that the batch was cut into.
         checkpoint: as in `Pipe`; `saved` depends on it.
+        launch: the host's seconds to launch an action, as in `Pipe.plan`. Measured with
+            `by="time"`; otherwise 0.
     """
 
     names: tuple[str, ...]
@@ -87,6 +90,7 @@ class LayerCosts:
     borrowed: tuple[Sent, ...] = ()
     microbatches: int = 1
     checkpoint: str | Callable[..., Any] = "except_last"
+    launch: float = 0.0
 
     def __post_init__(self) -> None:
         names = self.names
@@ -101,6 +105,10 @@ class LayerCosts:
         if not is_at_least(self.inputs, 0):
             raise ValueError(
                 f"`LayerCosts(inputs={shown(self.inputs)})`: bytes, 0 or more"
+            )
+        if not is_at_least(self.launch, 0):
+            raise ValueError(
+                f"`LayerCosts(launch={shown(self.launch)})`: seconds, 0 or more"
             )
         if not isinstance(self.unit, str):
             raise TypeError(f"`LayerCosts(unit={shown(self.unit)})`: a string")
@@ -178,6 +186,8 @@ class LayerCosts:
             f"work in {self.unit}, memory in MiB, for one of {self.microbatches} "
             "microbatches"
         )
+        if self.launch:
+            lines.append(f"launch of an action: {quantity(self.launch, 'second')}")
         return "\n".join(lines)
 
 

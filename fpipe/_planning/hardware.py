@@ -3,7 +3,7 @@
 `pipe.plan(..., speed=2e12, memory=[8e9, 4e9])` on two devices becomes
 
     Hardware(speed=(2e12, 2e12), latency=0.0, bandwidth=None,
-             memory=(8e9, 4e9), optimizer=2.0)
+             memory=(8e9, 4e9), optimizer=2.0, launch=None, host_bandwidth=None)
 
 Three public functions take these numbers. They are checked here and nowhere else, with
 the name of the function that the user called in the message.
@@ -29,6 +29,9 @@ class Hardware:
         bandwidth: bytes per second from a device to another; `None`: no limit.
         memory: bytes of each device, infinity for no limit; `None`: no limits.
         optimizer: bytes of optimizer state for each byte of parameters.
+        launch: seconds of the host for the launch of an action; `None`: not known.
+        host_bandwidth: bytes per second between a device and its host; `None`: no
+            limit.
     """
 
     speed: tuple[float, ...] | None = None
@@ -36,6 +39,8 @@ class Hardware:
     bandwidth: float | None = None
     memory: tuple[float, ...] | None = None
     optimizer: float = 2.0
+    launch: float | None = None
+    host_bandwidth: float | None = None
 
     @classmethod
     def checked(
@@ -48,6 +53,8 @@ class Hardware:
         bandwidth: Any = None,
         memory: Any = None,
         optimizer: Any = 2.0,
+        launch: Any = None,
+        host_bandwidth: Any = None,
         speed_name: str = "speed",
     ) -> "Hardware":
         """From what a user gave.
@@ -60,12 +67,21 @@ class Hardware:
         Raises:
             ValueError: something is not a number, or out of range.
         """
-        if not is_at_least(latency, 0):
-            raise ValueError(f"`{call}(latency={shown(latency)})`: a number, 0 or more")
-        if bandwidth is not None and not (is_number(bandwidth) and bandwidth > 0):
-            raise ValueError(
-                f"`{call}(bandwidth={shown(bandwidth)})`: bytes per second, more than 0"
-            )
+        # Left out, a launch is measured; 0 says that it takes no time.
+        launched = 0.0 if launch is None else launch
+        for name, value in (("latency", latency), ("launch", launched)):
+            if not is_at_least(value, 0):
+                raise ValueError(
+                    f"`{call}({name}={shown(value)})`: a number, 0 or more"
+                )
+        for name, value in (
+            ("bandwidth", bandwidth),
+            ("host_bandwidth", host_bandwidth),
+        ):
+            if value is not None and not (is_number(value) and value > 0):
+                raise ValueError(
+                    f"`{call}({name}={shown(value)})`: bytes per second, more than 0"
+                )
         if not is_at_least(optimizer, 0):
             raise ValueError(
                 f"`{call}(optimizer={shown(optimizer)})`: bytes of state for each "
@@ -78,6 +94,8 @@ class Hardware:
             bandwidth,
             _for_each_device(call, "memory", memory, devices),
             optimizer,
+            launch,
+            host_bandwidth,
         )
 
     def memory_of(self, device: int) -> int | None:
@@ -139,9 +157,11 @@ class PlanOptions:
         # be in seconds.
         own = Hardware.checked(call, devices, **hardware)
         options = cls(own, by, as_bool(call, "compiled", compiled))
-        if options.unit == "FLOP" and (own.latency or own.bandwidth is not None):
+        of_seconds = ("latency", "bandwidth", "launch", "host_bandwidth")
+        given = [f"{name}=..." for name in of_seconds if getattr(own, name)]
+        if options.unit == "FLOP" and given:
             raise ValueError(
-                f"`{call}(latency=..., bandwidth=...)`: seconds cannot be weighed "
+                f"`{call}({', '.join(given)})`: seconds cannot be weighed "
                 "against FLOPs: give `speed=` too, in FLOP/s, "
                 'or by="time"'
             )

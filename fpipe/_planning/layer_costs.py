@@ -12,7 +12,7 @@ rows:
 import dataclasses
 import statistics
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 
@@ -31,6 +31,7 @@ from fpipe._core.pytrees import (
     zeros,
 )
 from fpipe._executors.call import Args, check_chunks, check_params
+from fpipe._executors.placement import Placement
 from fpipe._model.function_layers import inputs_by_layer, model_of, params_by_layer
 from fpipe._model.loss import sum_dtype
 from fpipe._model.microbatch import CallShapes, cut_inputs
@@ -40,7 +41,7 @@ from fpipe._model.remat import Policy, Remat
 from fpipe._model.stages import Leaf
 from fpipe._planning.costs import LayerCosts, Sent
 from fpipe._planning.layer_traces import LayerTrace, LayerTraces, bytes_of
-from fpipe._planning.work import Counted, count, durations
+from fpipe._planning.work import Counted, Measured, count, runs, transfer_launch
 from fpipe._program.code import Cotangent, Input, ProgramValue
 from fpipe.schedules import Kind
 
@@ -99,7 +100,8 @@ def layer_costs(
             are XLA's counts for the lowered forward and backward. The body of a
             `lax.scan` counts as often as it runs. Work inside a foreign call, such as a
             Pallas kernel or a callback, is not counted. `"time"` is in seconds: the
-            medians of runs on one device, after a warm-up. `"memory"` counts no work,
+            medians of runs on one device, after a warm-up. The host's time to launch a
+            program is measured too (`launch`). `"memory"` counts no work,
             only memory.
         side: side inputs, or their shapes. Default: none.
         chunks: the number of microbatches that the batch is cut into, as for `Pipe`.
@@ -169,6 +171,7 @@ def costs_of(
     first = CallShapes.of(args.x, args.needs, chunks).first
     traces = LayerTraces(model, *first, params)
     work = _work(traces, gauge, () if params is None else params)
+    boundaries = list(map(bytes_of, traces.boundaries))
     # A stage keeps less than its layers one by one: what a layer hands to the next is
     # often a residual of both. How much less is told from each pair of neighbours,
     # which makes it a sum over spans, as the balance needs it. Tracing every span would
@@ -180,12 +183,11 @@ def costs_of(
     for k in range(len(traces.layers) - 1):
         together = traces.pair(k).kept_bytes(_not_kept(k))
         shared.append(residuals[k] + residuals[k + 1] - together)
-    # One more than layers: the first is the model's input.
-    boundaries = list(map(bytes_of, traces.boundaries))
+    # Of boundaries there is one more than of layers: the first is the model's input.
     return LayerCosts(
         names=tuple(layer.name for layer in model.layers),
-        forward=tuple(forward for forward, _ in work),
-        backward=tuple(backward for _, backward in work),
+        forward=tuple(layer.forward for layer in work),
+        backward=tuple(layer.backward for layer in work),
         unit=UNITS[gauge.by],
         params=tuple(map(bytes_of, traces.params)),
         gradients=tuple(map(_gradient_bytes, traces.params)),
@@ -201,6 +203,7 @@ def costs_of(
         borrowed=_borrowed(traces),
         microbatches=cut_inputs(args._replace(targets=()).inputs, chunks).m,
         checkpoint=remat.option,
+        launch=_launch(work, boundaries, gauge) if gauge.by == "time" else 0.0,
     )
 
 
@@ -259,16 +262,29 @@ def _borrowed(traces: LayerTraces) -> tuple[Sent, ...]:
 # --- work ---
 
 
+class LayerWork(NamedTuple):
+    """What a layer takes.
+
+    Attributes:
+        forward, backward: in the unit of the gauge.
+        launch: seconds of the host for both programs, if they are measured.
+    """
+
+    forward: float
+    backward: float
+    launch: float = 0.0
+
+
 def _work(
     traces: LayerTraces, gauge: Gauge, params: Sequence[PyTree]
-) -> list[tuple[float, float]]:
-    """Forward and backward of each layer. Layers that are equal, or different functions
-    that compute the same, are counted or measured once.
+) -> list[LayerWork]:
+    """The work of each layer. Layers that are equal, or different functions that
+    compute the same, are counted or measured once.
     """
     if gauge.by == "memory":
-        return [(0.0, 0.0)] * len(traces.layers)
-    by_key: dict[Hashable, tuple[float, float]] = {}
-    by_computation: dict[Hashable, tuple[float, float]] = {}
+        return [LayerWork(0.0, 0.0)] * len(traces.layers)
+    by_key: dict[Hashable, LayerWork] = {}
+    by_computation: dict[Hashable, LayerWork] = {}
     for layer in traces.layers:
         if layer.key in by_key:
             continue
@@ -284,14 +300,30 @@ def _work(
                 forward, backward = (
                     0.0 if p is None else count(p[1], what) for p in programs
                 )
-                by_computation[computes] = forward, backward
+                by_computation[computes] = LayerWork(forward, backward)
         by_key[layer.key] = by_computation[computes]
     return [by_key[layer.key] for layer in traces.layers]
 
 
-def _seconds(
-    layer: LayerTrace, params: Sequence[PyTree], gauge: Gauge
-) -> tuple[float, float]:
+def _launch(
+    work: Sequence[LayerWork], boundaries: Sequence[int], gauge: Gauge
+) -> float:
+    """The seconds of the host for an action, in the mean: those of its program, and of
+    the transfer of what it hands on.
+    """
+    # A program takes as long to launch whatever is in it, so that a layer stands for a
+    # stage. Of transfers too: a boundary in the middle stands for all.
+    programs = sum(layer.launch for layer in work) / (2 * len(work))
+    source = jax.devices()[0] if gauge.device is None else gauge.device
+    others = [device for device in jax.local_devices() if device != source]
+    handed = boundaries[len(boundaries) // 2]
+    if not others or not handed or not isinstance(source, jax.Device):
+        return programs
+    places = Placement.of(source), Placement.of(others[0])
+    return programs + transfer_launch(handed, *places)
+
+
+def _seconds(layer: LayerTrace, params: Sequence[PyTree], gauge: Gauge) -> LayerWork:
     """The seconds of a layer's forward and of its backward: medians, after a warm-up.
 
     Arguments:
@@ -313,7 +345,9 @@ def _seconds(
         known |= {Input(Leaf(port, n)): a for n, a in enumerate(placed)}
     kinds: tuple[Kind, Kind] = ("F", "B")
     forward, backward = (_median(layer, kind, known, gauge, device) for kind in kinds)
-    return forward, backward
+    return LayerWork(
+        forward.seconds, backward.seconds, forward.launch + backward.launch
+    )
 
 
 def _median(
@@ -322,11 +356,11 @@ def _median(
     known: dict[ProgramValue, Any],
     gauge: Gauge,
     device: Any,
-) -> float:
-    """The seconds of one of the programs; what it makes is put into `known`."""
+) -> Measured:
+    """The time of one of the programs; what it makes is put into `known`."""
     found = layer.programs.program(kind)
     if found is None:
-        return 0.0
+        return Measured(0.0, 0.0)
     program, code = found
     for value in program.ins:
         if isinstance(value, Cotangent):
@@ -335,10 +369,13 @@ def _median(
             known[value] = jax.device_put(zeros(shape), device)
     call = code.compile()
     arguments = [known[value] for value in program.ins]
-    times = durations(call, lambda: arguments, _WARM_UP, gauge.repeats)
+    times = runs(call, lambda: arguments, _WARM_UP, gauge.repeats)
     # The backward takes what the forward has made.
     known |= dict(zip(program.outs, call(*arguments), strict=True))
     for value, other in program.aliases.items():
         if other in known:
             known[value] = known[other]
-    return statistics.median(times)
+    return Measured(
+        statistics.median(time.seconds for time in times),
+        statistics.median(time.launch for time in times),
+    )

@@ -6,6 +6,7 @@ cost. Out: a `Prediction`, whose rows are those of its tables.
 
     work of each program          counted or measured     work.py
     how long each action takes    FLOPs / speed           _work_table
+    how long its launch takes     given or measured       _launch
     when each action runs         simulated               fpipe.schedules.simulate
     what each device holds        told by the executor    PlanData.devices
     what would be better          sentences               advice.py
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 from fpipe._core.caches import Recent
 from fpipe._core.pytrees import PyTree, describe, is_array, is_inexact, pack
 from fpipe._executors.call import Args
-from fpipe._executors.plan_data import DeviceMemory, PlanData
+from fpipe._executors.plan_data import DeviceMemory, PlanData, Work
 from fpipe._executors.request import schedule_of
 from fpipe._model.microbatch import Ready, Rows, Whole, input_leaves_of
 from fpipe._model.model import Model
@@ -37,6 +38,7 @@ from fpipe._planning.advice import (
     advise_more_microbatches,
     warn_of_repeated_devices,
     warn_of_short_memory,
+    warn_of_slow_launches,
 )
 from fpipe._planning.balance import best_balance
 from fpipe._planning.costs import LayerCosts
@@ -51,7 +53,7 @@ from fpipe._planning.prediction import (
 )
 from fpipe._planning.span_tables import SpanTables
 from fpipe._planning.text import option_name
-from fpipe._planning.work import count, seconds
+from fpipe._planning.work import Measured, count, measure, transfer_launch
 from fpipe.schedules import Costs, Kind, simulate
 
 # The work of each kind of action on each stage, for one microbatch.
@@ -88,11 +90,22 @@ def predict(
     if layers is None:
         model, microbatches = data.stages[0].model, data.schedule.microbatches
         layers = costs_of(model, args, microbatches, data.remat)
-    stages = _stage_rows(data, args.params, layers, _work_table(data, options))
+    measured = _measured(data) if options.by == "time" else None
+    work = _work_table(data, options, measured)
+    stages = _stage_rows(data, args.params, layers, work)
     action_costs = _simulation_costs(stages, options.hardware)
+    if data.launchers is not None:
+        launch = options.hardware.launch
+        if launch is None:
+            launch = 0.0 if measured is None else _launch(data, stages, measured)
+        action_costs = dataclasses.replace(
+            action_costs, launch=launch, launchers=data.launchers
+        )
+    unlaunched = dataclasses.replace(action_costs, launch=0.0)
     timeline = simulate(data.schedule, action_costs)
     devices = tuple(_device_row(row, options.hardware) for row in data.devices)
     advice = [
+        *warn_of_slow_launches(timeline, lambda: simulate(data.schedule, unlaunched)),
         *advise_balance(
             stages, lambda: _best_balance(data, layers, stages, options.hardware)
         ),
@@ -162,12 +175,23 @@ def mean_square(y: PyTree) -> Any:
 # --- work ---
 
 
-def _work_table(data: PlanData, options: PlanOptions) -> WorkTable:
-    """The work of each kind of action on each stage."""
-    every = [work for works in data.work.values() for work in works]
-    if options.by == "time":
-        amounts = seconds(every)
+def _measured(data: PlanData) -> dict[Work, Measured]:
+    """What each program takes on its device."""
+    return measure([work for works in data.work.values() for work in works])
+
+
+def _work_table(
+    data: PlanData, options: PlanOptions, measured: Mapping[Work, Measured] | None
+) -> WorkTable:
+    """The work of each kind of action on each stage.
+
+    Arguments:
+        measured: the time of each program, where work is time.
+    """
+    if measured is not None:
+        amounts = {work: measured[work].seconds for work in measured}
     else:
+        every = [work for works in data.work.values() for work in works]
         # What computes the same is one function, and counted once.
         distinct = {work.function: work for work in every}
         flops = {f: count(work.code, "flops") for f, work in distinct.items()}
@@ -179,6 +203,28 @@ def _work_table(data: PlanData, options: PlanOptions) -> WorkTable:
             total /= speed[data.schedule.stage_to_device[stage]]
         table[kind, stage] = total
     return table
+
+
+def _launch(
+    data: PlanData, stages: Sequence[StageRow], measured: Mapping[Work, Measured]
+) -> float:
+    """The seconds of the host for an action, in the mean: those of its program, and of
+    the transfer of its boundary.
+    """
+    # Skips, borrowed parameters and what comes before the first action are left out:
+    # most models have none of the first two, and the last is there once.
+    place = {stage: works[0].placement for (_, stage), works in data.work.items()}
+    times: list[float] = []
+    for (kind, stage), works in data.work.items():
+        # What is handed on, and to whom: the cotangent of a boundary is as large.
+        target = stage + 1 if kind == "F" else stage - 1
+        handed = stages[min(stage, target)].boundary if target >= 0 else 0
+        time = sum(measured[work].launch for work in works)
+        crosses = target in place and place[target] != place[stage]
+        if kind in ("F", "B", "I") and crosses and handed:
+            time += transfer_launch(handed, place[stage], place[target])
+        times.append(time)
+    return sum(times) / len(times) if times else 0.0
 
 
 def _simulation_costs(stages: Sequence[StageRow], hardware: Hardware) -> Costs:
@@ -308,7 +354,9 @@ def _with_more_microbatches(
 ) -> Iterator[tuple[int, float]]:
     """Larger numbers of microbatches that divide the batch, with the bubble of each."""
     # With the same costs for each action: on half the rows all take about half, and the
-    # bubble is a share of the step.
+    # bubble is a share of the step. But a launch takes as long as before, so that it
+    # takes twice as long beside them.
+    launch = costs.launch / data.schedule.microbatches
     rows, m = sum(data.microbatch_rows), 2 * data.schedule.microbatches
     stage_to_device = data.schedule.stage_to_device
     while m <= rows and rows % m == 0:
@@ -319,5 +367,6 @@ def _with_more_microbatches(
         # is no fault of the call that is planned: there is only no advice to give.
         except Exception:
             return
-        yield m, simulate(schedule, costs).bubble
+        smaller = dataclasses.replace(costs, launch=launch * m)
+        yield m, simulate(schedule, smaller).bubble
         m *= 2

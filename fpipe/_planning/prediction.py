@@ -265,9 +265,15 @@ class Prediction:
             event._replace(start=event.start / scale, end=event.end / scale)
             for event in self.timeline.events
         )
+        launches = tuple(
+            launch._replace(start=launch.start / scale, end=launch.end / scale)
+            for launch in self.timeline.launches
+        )
         # The picture has whole numbers of columns, so times in a readable unit.
         name = f"{self.timeline.name}, in {unit}"
-        return dataclasses.replace(self.timeline, events=events, name=name)
+        return dataclasses.replace(
+            self.timeline, events=events, launches=launches, name=name
+        )
 
     def __str__(self) -> str:
         parts = [_head(self)]

@@ -19,12 +19,13 @@ agree).
 import concurrent.futures
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 from fpipe._core.pytrees import on_host
-from fpipe._executors.placement import as_argument, zeros_at
+from fpipe._executors.placement import Placement, as_argument, zeros_at
 from fpipe._executors.plan_data import Work
 from fpipe._program.code import Code
 from fpipe._program.control_flow import calls_host, has_loop
@@ -33,7 +34,7 @@ from fpipe._program.graph import Graph, Node, evaluate
 # The names of XLA's counts.
 Counted: TypeAlias = Literal["flops", "bytes accessed"]
 
-# How often `seconds` runs a program, after one time that is not counted.
+# How often `measure` runs a program, after one time that is not counted.
 _REPEATS = 7
 
 
@@ -103,13 +104,25 @@ def _count_apart(node: Node, what: Counted) -> float:
 # --- measuring ---
 
 
-def durations(
+class Measured(NamedTuple):
+    """A run of a program, or what several of them take.
+
+    Attributes:
+        seconds: from its launch to its end.
+        launch: those of the host, until it may go on.
+    """
+
+    seconds: float
+    launch: float
+
+
+def runs(
     call: Callable[..., Any],
     arguments: Callable[[], Sequence[Any]],
     warm_up: int,
     repeats: int,
-) -> list[float]:
-    """The seconds of some runs, after some that are not counted.
+) -> list[Measured]:
+    """What some runs take, after some that are not counted.
 
     Arguments:
         arguments: makes those of a run, for a run may consume them.
@@ -120,12 +133,21 @@ def durations(
         given = arguments()
         jax.block_until_ready(given)
         started = time.perf_counter()
-        jax.block_until_ready(call(*given))
-        times.append(time.perf_counter() - started)
+        made = call(*given)
+        launched = time.perf_counter()
+        jax.block_until_ready(made)
+        times.append(Measured(time.perf_counter() - started, launched - started))
     return times[warm_up:]
 
 
-def seconds(every: Sequence[Work]) -> dict[Work, float]:
+def transfer_launch(nbytes: int, source: Placement, target: Placement) -> float:
+    """The seconds of the host for a transfer of some bytes from a place to another."""
+    shape = jax.ShapeDtypeStruct((nbytes,), jnp.uint8, sharding=source.sharding)
+    array = zeros_at(shape)
+    return _least(runs(lambda a: target.put([a]), lambda: [array], 1, _REPEATS)).launch
+
+
+def measure(every: Sequence[Work]) -> dict[Work, Measured]:
     """The shortest time of some runs of each program, on zeros.
 
     What else the machine does only adds to a run, so the shortest ones of two programs
@@ -151,8 +173,8 @@ def seconds(every: Sequence[Work]) -> dict[Work, float]:
 
 def _shortest(
     compiled: Any, shapes: Sequence[jax.ShapeDtypeStruct], infos: Sequence[Any]
-) -> float:
-    """The seconds of the shortest of some runs.
+) -> Measured:
+    """The seconds of the shortest of some runs, and of the shortest launch.
 
     Arguments:
         shapes: of the arguments, and where they lie.
@@ -167,4 +189,8 @@ def _shortest(
             for shape, info, array in zip(shapes, infos, arrays, strict=True)
         ]
 
-    return min(durations(compiled, arguments, 1, _REPEATS))
+    return _least(runs(compiled, arguments, 1, _REPEATS))
+
+
+def _least(times: Sequence[Measured]) -> Measured:
+    return Measured(min(t.seconds for t in times), min(t.launch for t in times))

@@ -63,11 +63,13 @@ class Recording(Timeline):
         devices: `D`, the number of devices.
         name: the name in drawings.
         memory: as in `Timeline`.
+        launches: the time that the host took for each program of an action and for each
+            transfer of its results. Empty if the call was one program.
         programs: all program runs, also those that belong to no action.
         transfers: all transfers between devices.
         places: a description of each device.
-        host: the seconds that the host took to issue programs and transfers. `None` if
-            the call was one program.
+        host: the seconds that the host took to issue programs and transfers, with the
+            time of the recording. `None` if the call was one program.
         peak_bytes: for each device, the most bytes in use since the process began, as
             the device reports them. Empty if a device does not report them (CPUs).
         calls: a recording of each call.
@@ -91,7 +93,9 @@ class Recording(Timeline):
             device holds at once. `transfer_bytes`: the bytes that went between devices
             (left out under scan, where transfers are parts of the program).
             `host_seconds`: the time that the host took to issue the call, with the time
-            of the recording (left out under scan). `peak_bytes`: the most bytes in use
+            of the recording (left out under scan). `launch_seconds`: the time that it
+            took for an action, in the mean, without the recording (left out under
+            scan). `peak_bytes`: the most bytes in use
             on the fullest device since the process began (left out on CPUs).
 
         Raises:
@@ -101,6 +105,8 @@ class Recording(Timeline):
         if self.host is not None:
             found["transfer_bytes"] = sum(t.bytes for t in self.transfers)
             found["host_seconds"] = self.host
+        if self.launches:
+            found["launch_seconds"] = self.launch
         if self.peak_bytes:
             found["peak_bytes"] = max(self.peak_bytes)
         return found
@@ -151,7 +157,12 @@ class Recording(Timeline):
         names: list[str] = []
         for device, place in enumerate(self.places or [""] * self.devices):
             names.append(f"device {device} ({place})" if place else f"device {device}")
-        return trace(names, {"programs": programs, "transfers": transfers}, unit)
+        rows = {
+            "programs": programs,
+            "transfers": transfers,
+            "launches": self._launch_spans(),
+        }
+        return trace([*names, *self._hosts()], rows, unit)
 
     # A recording is filled when its block ends, so it is equal only to itself.
     def __eq__(self, other: object) -> bool:

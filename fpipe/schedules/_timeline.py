@@ -29,7 +29,8 @@ class Event(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """The launch of one action by the host.
+    """The host's work to launch one action. A measured action has several of these: the
+    dispatch of its program, and of each transfer of its results.
 
     Attributes:
         thread: the thread's number: 0, or the number of the device that it launches
@@ -56,7 +57,7 @@ class Timeline:
         memory: for each stage, the memory that a microbatch holds from `F` to `B`, `I`
             or `R`, and from `I` to `W`; or a `StageMemory`. Default: 1 and 1.
         launches: the launches of the actions by the host, in order. Empty if launches
-            take no time.
+            take no time, or are not known.
     """
 
     events: tuple[Event, ...]
@@ -85,6 +86,27 @@ class Timeline:
     def threads(self) -> int:
         """The number of threads that launch actions; 0 if no launches are known."""
         return 1 + max((launch.thread for launch in self.launches), default=-1)
+
+    @property
+    def launch(self) -> float:
+        """The host's time to launch an action, in the mean; 0 if no launches are known.
+        `Costs(launch=...)` takes it.
+        """
+        launched = {launch.action for launch in self.launches}
+        if not launched:
+            return 0.0
+        total = sum(launch.end - launch.start for launch in self.launches)
+        return total / len(launched)
+
+    @property
+    def busiest_thread(self) -> float:
+        """The time that the busiest launching thread works; 0 if no launches are
+        known.
+        """
+        busy = [0.0] * self.threads
+        for launch in self.launches:
+            busy[launch.thread] += launch.end - launch.start
+        return max(busy, default=0.0)
 
     @property
     def idle(self) -> tuple[float, ...]:

@@ -22,7 +22,7 @@ import fpipe
 import fpipe.plot
 from fpipe._executors.placed.dispatch import ReadyPlan
 from fpipe._executors.placed.instructions import Half, Run
-from fpipe._executors.placed.watch import Lane, Seen, Watch, WatchedCall
+from fpipe._executors.placed.watch import Lane, Seen, Span, Watch, WatchedCall
 from fpipe._executors.scan import clock as _clock
 from fpipe.schedules import Action, Costs, Event, Timeline, draw, simulate, svg
 from tests.executors.helpers import observing, placed_executor, plan_of
@@ -611,7 +611,7 @@ def test_what_is_seen_late_is_put_right():
         if getattr(item, "action", None)
     }
     numbers = sorted(bound.probes)
-    issued = {n: 0.1 * k for k, n in enumerate(numbers)}
+    issued = {n: Span(0.1 * k, 0.1 * k + 0.05) for k, n in enumerate(numbers)}
     ended = {n: 10.0 + k for k, n in enumerate(numbers)}
     ended[of["F", 0, 0]] = 99.0  # its thread overslept
     ran = WatchedCall(
@@ -622,8 +622,24 @@ def test_what_is_seen_late_is_put_right():
         {n: [1] * len(plan.instructions[n].outs) for n in numbers},
         host=0.0,
         peak_bytes=(),
+        threaded=False,
     )
     timeline = ran.timeline()
+    # The host launched a program, and behind a forward of the first stage a transfer.
+    for event in timeline.events:
+        own = [la for la in timeline.launches if la.action == event.action]
+        assert len(own) == 2 - event.action.stage
+        assert all(la.end - la.start == pytest.approx(0.05) for la in own)
+        assert own[0].end <= event.end
+    assert timeline.launch == pytest.approx(0.075)
+    assert timeline.busiest_thread == pytest.approx(0.05 * len(timeline.launches))
+    # Where devices have threads, that of the target issues a transfer.
+    threads = dataclasses.replace(ran, threaded=True).timeline()
+    assert {(la.thread, la.action.stage) for la in threads.launches} == {
+        (0, 0),
+        (1, 0),
+        (1, 1),
+    }
     check_devices(timeline)
     check_dependencies(timeline, 2)
     at: Any = {e.action: e for e in timeline.events}
@@ -631,6 +647,44 @@ def test_what_is_seen_late_is_put_right():
     (first, *_) = [t for t in timeline.transfers if "mb0" in t.what[0]]
     assert first.start == at["F", 0, 0].end
     assert first.end == at["F", 1, 0].start
+
+
+def test_where_the_host_is_the_bound_predictions_have_the_order_of_recordings(
+    monkeypatch,
+):
+    """More microbatches mean less idle time, and more launches, here slow ones."""
+
+    def slow(call):
+        def sleeping(*arrays):
+            time.sleep(0.003)
+            return call(*arrays)
+
+        return sleeping
+
+    watched = Watch.watched
+    monkeypatch.setattr(
+        Watch,
+        "watched",
+        lambda self, step: watched(self, step.with_call(slow(step.call))),
+    )
+    x = jnp.ones((16, 4))
+    recorded, predicted, without = [], [], []
+    launch = None
+    for m in (2, 4, 8, 16):
+        pipe = fpipe.Pipe([dense()] * 2, chunks=m, schedule="1f1b")
+        params = pipe.init(jax.random.key(0), x)
+        _, timeline = pipe.record(pipe.value_and_grad(jnp.mean), params, x)
+        launch = timeline.launch if launch is None else launch
+        # A program, and half of the time a transfer of what it made.
+        assert timeline.launch >= 1.5 * 0.003
+        recorded.append(timeline.makespan)
+        # The work is little beside the launches, as it is in truth.
+        predicted.append(pipe.plan(None, x, speed=1e6, launch=launch).step)
+        batch = Costs(F=1 / m, B=2 / m)
+        without.append(simulate(pipe.make_schedule(m), batch).makespan)
+    assert recorded == sorted(recorded)
+    assert predicted == sorted(predicted)
+    assert without == sorted(without, reverse=True)
 
 
 # --- numbers for a logger ---
@@ -649,7 +703,9 @@ def test_a_recorded_step_in_numbers(executor, monkeypatch):
     # What stands there is known, and what is not known does not stand there.
     names = {"step_seconds", "bubble", "peak_live"}
     if executor == "placed":
-        names |= {"transfer_bytes", "host_seconds"}
+        names |= {"transfer_bytes", "host_seconds", "launch_seconds"}
+        launches = found["launch_seconds"] * len(timeline.events)
+        assert 0.0 < launches < found["host_seconds"]
         # Two microbatches of two rows go over, and their cotangents come back.
         assert found["transfer_bytes"] == (2 + 2) * 2 * 4 * 4
         assert found["host_seconds"] > 0
@@ -673,7 +729,7 @@ def test_the_host_time_of_a_pull_back_counts_too():
     assert len(timeline.calls) == 1
     (bound,) = placed_executor(pipe)._plans.values()
     halves = [
-        WatchedCall(bound.plan, half, {}, {}, {}, host, (n,))
+        WatchedCall(bound.plan, half, {}, {}, {}, host, (n,), threaded=False)
         for half, host, n in [(Half.FORWARD, 0.5, 3), (Half.BACKWARD, 0.25, 4)]
     ]
     whole = halves[0].joined(halves[1])
@@ -757,8 +813,14 @@ def test_a_trace_has_every_program_and_every_transfer():
     spans = [e for e in found if e["ph"] == "X"]
     names = {e["pid"]: e["args"]["name"] for e in found if e["name"] == "process_name"}
     assert names == {
-        d: f"device {d} ({device})" for d, device in enumerate(pipe.devices)
+        **{d: f"device {d} ({device})" for d, device in enumerate(pipe.devices)},
+        **{3 + d: f"host {d}" for d in range(3)},
     }
+    launches = [(e["pid"], e["name"]) for e in spans if e["cat"] == "launch"]
+    assert sorted(launches) == sorted(
+        (3 + launch.thread, launch.action.name) for launch in timeline.launches
+    )
+    assert {name for _, name in launches} == {e.action.name for e in timeline.events}
     actions = {(e["name"], e["cat"], e["pid"]): e for e in spans if e["cat"] in "FBIW"}
     assert set(actions) == {
         (e.action.name, e.action.kind, e.device) for e in timeline.events

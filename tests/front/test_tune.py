@@ -75,6 +75,40 @@ def test_of_those_that_take_as_long_the_one_that_needs_less_memory_is_first():
     assert tuning.best.schedule == "1f1b"
 
 
+def test_slow_launches_set_a_limit_to_microbatches():
+    def chosen(**hardware):
+        tuning = fpipe.tune(
+            [dense()] * 2,
+            X,
+            devices=jax.devices()[:2],
+            speed=1e6,
+            schedules="1f1b",
+            checkpoints="never",
+            **hardware,
+        )
+        return tuning.best.chunks
+
+    assert (chosen(), chosen(launch=1e-4)) == (16, 4)
+
+
+def test_schedules_that_nobody_asked_for_need_layers_enough():
+    """Two layers make no two stages on each of two devices."""
+    devices = jax.devices()[:2]
+    few = fpipe.tune([dense()] * 2, X, devices=devices, chunks=2, checkpoints="never")
+    names = {c.schedule for c in few.candidates}
+    assert names == {"gpipe", "1f1b", "eager_1f1b", "zb_h1"}
+    assert not any(c.refused for c in few.candidates)
+    (asked,) = fpipe.tune(
+        [dense()] * 2,
+        X,
+        devices=devices,
+        chunks=2,
+        schedules="interleaved_1f1b",
+        checkpoints="never",
+    ).candidates
+    assert "at least 2 stages on each device" in asked.refused
+
+
 def test_a_memory_limit_rules_out_and_says_how_much_is_missing():
     free = fpipe.tune(LAYERS, X, devices=jax.devices()[:3], **TWO)
     peaks = sorted(

@@ -463,6 +463,17 @@ def test_tuning_finds_another_pipe_of_the_same_pieces():
     assert {c.schedule for c in tuning.candidates} == {"gpipe", "zb_h1"}
     tuned = step.with_pipe(tuning.pipe)
     assert tuned.pipe == tuning.pipe
+    # A candidate is predicted as the step is, with all its gradients.
+    every = step_of(
+        init=init, chunks=2, argnums=(0, 2), frozen=lambda path, array: path == "embed"
+    )
+    (found,) = every.tune(
+        None, batch, weight, chunks=3, schedules="gpipe", checkpoints="never"
+    ).candidates
+    assert found.prediction is not None
+    assert found.pipe is not None
+    plan = every.with_pipe(found.pipe).plan(None, batch, weight)
+    assert found.prediction.as_dict() == plan.as_dict()
     batch, weight = batch_of()
     params = tuned.place(params_of(), batch, weight)
     (value, aux), _ = tuned(params, batch, weight)

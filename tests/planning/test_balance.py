@@ -497,6 +497,10 @@ def test_time_is_measured(monkeypatch):
     assert known.unit == "second"
     assert known.forward == pytest.approx((0.03, 0.01, 0.01, 0.01, 0.01))
     assert known.backward == (0.0,) * 5  # no parameters, so nothing to differentiate
+    # A program that calls Python runs in the thread that launches it: here the mean of
+    # five forwards and as many backwards.
+    assert known.launch == pytest.approx(0.07 / 10)
+    assert "launch of an action: 7 ms" in str(known)
     assert fpipe.balance(layers, shape(2, 3), by="time", stages=2) in [(1, 4), (2, 3)]
 
 

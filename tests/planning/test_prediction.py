@@ -290,6 +290,10 @@ def test_measured_work_is_that_of_the_stages(monkeypatch):
     assert plan.unit == "second"
     assert plan.stages[0].work["F"] == pytest.approx(0.001)
     assert plan.stages[1].work["F"] == pytest.approx(0.02)
+    # A program that calls Python runs in the thread that launches it. Of four programs
+    # two sleep, and nothing else takes time.
+    assert plan.timeline.launch == pytest.approx((0.001 + 0.02) / 4)
+    assert pipe.plan(None, X, by="time", launch=0.0).timeline.launches == ()
 
 
 def test_what_is_drawn_of_a_plan_is_its_timeline():
@@ -391,6 +395,26 @@ def test_a_balance_is_better_if_it_recomputes_less():
     assert (
         better.step < 0.9 * fpipe.Pipe(layers, [1, 2, 1], chunks=8).plan(None, X).step
     )
+
+
+def test_a_host_that_is_the_bound_is_told():
+    """Two devices run eight actions each, of about 1 ms; each launch takes 3 ms."""
+    pipe = fpipe.Pipe([dense()] * 2, chunks=4, checkpoint="never", schedule="1f1b")
+    speed = pipe.plan(None, X).stages[0].work["F"] * 1e3
+    slow = pipe.plan(None, X, speed=speed, launch=3e-3)
+    (text,) = (text for text in slow.warnings if text.startswith("host-bound"))
+    assert "host-bound: 48 ms of 49" in text
+    assert f"would take {1e3 * pipe.plan(None, X, speed=speed).step:.3g} ms" in text
+    # More microbatches would only be more launches.
+    assert not any("are few" in text for text in slow.warnings)
+    # Each device has a thread where layers call Python; a program of scan is launched
+    # once.
+    threads = dataclasses.replace(pipe, dispatch="thread_per_device")
+    found = threads.plan(None, X, speed=speed, launch=3e-3)
+    assert (slow.timeline.threads, found.timeline.threads) == (1, 2)
+    assert found.step < 0.6 * slow.step
+    scan = dataclasses.replace(pipe, executor="scan")
+    assert scan.plan(None, X, speed=speed, launch=3e-3).timeline.launches == ()
 
 
 def test_few_microbatches_are_told_with_how_many_would_do():
@@ -564,10 +588,12 @@ def test_wrong_arguments():
         "seconds cannot be weighed against FLOPs: give `speed=` too, in FLOP/s, or "
         'by="time"'
     )
-    with raises(ValueError, f"`pipe.plan(latency=..., bandwidth=...)`: {text}"):
-        pipe.plan(None, X, bandwidth=1e9)
-    with raises(ValueError, f"`pipe.plan(latency=..., bandwidth=...)`: {text}"):
+    with raises(ValueError, f"`pipe.plan(bandwidth=..., launch=...)`: {text}"):
+        pipe.plan(None, X, bandwidth=1e9, launch=1e-5)
+    with raises(ValueError, f"`pipe.plan(latency=...)`: {text}"):
         pipe.plan(None, X, latency=1e-6)
+    with raises(ValueError, "`pipe.plan(launch=-1)`: a number, 0 or more"):
+        pipe.plan(None, X, launch=-1)
     with raises(ValueError, "`pipe.plan(bandwidth=0)`: bytes per second, more than 0"):
         pipe.plan(None, X, bandwidth=0)
     with raises(

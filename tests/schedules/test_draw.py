@@ -146,8 +146,8 @@ def test_launches_as_drawn():
         1f1b: makespan 11, bubble 45.5%, peak live microbatches 2, 1""")
     costs = Costs(launch=0.5, launchers="per_device")
     assert draw(simulate(schedule, costs)).splitlines()[2:4] == [
-        "host 0   F FBB",
-        "host 1   F BFB",
+        "host 0   F0 F1 B0 B1",
+        "host 1   F0 B0 F1 B1",
     ]
 
 

@@ -204,7 +204,7 @@ class ReadyPlan:
         # that the inputs still wait for.
         probes = self.probes  # compiles everything, before the clock starts
         jax.block_until_ready([array for array in slots if array is not None])
-        with Watch(self.plan, probes) as watch:
+        with Watch(self.plan, probes, self.threaded) as watch:
             shares = with_calls(self.shares[half], watch.watched)
             started = time.perf_counter()
             self.issue(shares, slots)

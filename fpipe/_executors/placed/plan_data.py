@@ -57,6 +57,7 @@ def plan_data(
     microbatches = bound.plan.schedule.microbatches
     return PlanData(
         executor="placed",
+        launchers="per_device" if bound.threaded else "one",
         stages=bound.layout.stages,
         schedule=bound.plan.schedule,
         scheduling=scheduling,

@@ -12,13 +12,14 @@ behind, and its end is waited for.
 
 What is seen, for the first instructions of a plan of two stages:
 
-    number  instruction                       lane            issued  ended  bytes moved
-    0       cpu:0: F(0,0) (w0, x) -> y        cpu:0           0.00    0.31
-    2       cpu:0 -> cpu:1: y -> y'           cpu:0 to cpu:1  0.02    0.35   [96]
-    4       cpu:1: F(1,0) (w1, y') -> z       cpu:1           0.03    0.70
+    number  instruction                  lane            issued        ended  moved
+    0       cpu:0: F(0,0) (w0, x) -> y   cpu:0           0.00 to 0.01  0.31
+    2       cpu:0 -> cpu:1: y -> y'      cpu:0 to cpu:1  0.02 to 0.03  0.35   [96]
+    4       cpu:1: F(1,0) (w1, y') -> z  cpu:1           0.03 to 0.04  0.70
 
 and `WatchedCall.timeline` makes of it when each of them ran: a program starts when it
-is issued, its device is free and its inputs are there, so `F(1,0)` ran from 0.35.
+is issued, its device is free and its inputs are there, so `F(1,0)` ran from 0.35. What
+its program and the transfers of its results took to issue is the launch of an action.
 
 The calling thread cannot wait itself: while it waited for one result it would not issue
 the next program, and a recorded call would run in another order than the others.
@@ -46,7 +47,16 @@ from fpipe._executors.placed.instructions import (
 from fpipe._executors.placed.threads import Call, Step
 from fpipe._executors.placement import Placement
 from fpipe._executors.recording import completed, peak_bytes
-from fpipe.schedules import Action, Event, ProgramRun, Recording, Transfer
+from fpipe.schedules import Action, Event, Launch, ProgramRun, Recording, Transfer
+
+
+class Span(NamedTuple):
+    """From when to when an instruction ran, or was issued, in seconds of
+    `time.perf_counter`.
+    """
+
+    start: float
+    end: float
 
 
 class Probe(NamedTuple):
@@ -141,6 +151,11 @@ class Lane:
 class Watch:
     """Watches one run of a plan; as a context, until everything has run.
 
+    Arguments:
+        plan: what runs.
+        probes: how the end of each instruction is learnt.
+        threaded: whether each device has a dispatching thread.
+
     Attributes:
         issued, ended: when, by the number of the instruction.
         host: seconds that issuing took.
@@ -148,14 +163,15 @@ class Watch:
         failures: what went wrong on a device.
     """
 
-    def __init__(self, plan: Plan, probes: Mapping[int, Probe]) -> None:
-        self.issued: dict[int, float] = {}
+    def __init__(self, plan: Plan, probes: Mapping[int, Probe], threaded: bool) -> None:
+        self.issued: dict[int, Span] = {}
         self.ended: dict[int, float] = {}
         self.host = 0.0
         self.moved: dict[int, list[int]] = {}
         self.failures: list[Failure] = []
         self._plan = plan
         self._probes = probes
+        self._threaded = threaded
         # A lane for what cannot overlap, no lane for each instruction: there are
         # thousands of them, and a lane that waits for one array keeps few alive.
         self._lanes: dict[Hashable, Lane] = {}
@@ -175,8 +191,10 @@ class Watch:
         put = self._lanes[self._lane_key(step.item)].queue.put
 
         def watched(*arrays: Any) -> Sequence[Any]:
-            self.issued[number] = time.perf_counter()
+            started = time.perf_counter()
             made = call(*arrays)
+            # Here, so that what the recording itself does is no part of it.
+            self.issued[number] = Span(started, time.perf_counter())
             array = made[result]
             # Some programs run in the thread that calls them. Then nobody has to wake
             # up to see the end. A key can be waited for, and cannot be asked.
@@ -215,6 +233,7 @@ class Watch:
             self.moved,
             self.host,
             _peak_bytes(_devices_of(self._plan)),
+            self._threaded,
         )
 
     def __enter__(self) -> "Watch":
@@ -251,11 +270,12 @@ class WatchedCall:
 
     plan: Plan
     half: Half
-    issued: Mapping[int, float]
+    issued: Mapping[int, Span]
     ended: Mapping[int, float]
     moved: Mapping[int, Sequence[int]]
     host: float
     peak_bytes: tuple[int, ...]
+    threaded: bool
 
     def joined(self, later: object) -> "WatchedCall | None":
         """A forward with its pull-back, as one call; `None` if these are two calls."""
@@ -271,6 +291,7 @@ class WatchedCall:
             {**self.moved, **later.moved},
             self.host + later.host,
             later.peak_bytes,
+            self.threaded,
         )
 
     def timeline(self) -> Recording:
@@ -324,12 +345,43 @@ class WatchedCall:
             events=completed(schedule, self._actions(), events),
             devices=schedule.devices,
             name=f"{schedule.name}, recorded",
+            launches=self._launches(zero, device_of),
             programs=tuple(programs),
             transfers=tuple(transfers),
             places=tuple(names_of.get(d, "") for d in range(schedule.devices)),
             host=self.host,
             peak_bytes=self.peak_bytes,
         )
+
+    def _launches(
+        self, zero: float, device_of: Mapping[Placement, int]
+    ) -> tuple[Launch, ...]:
+        """What the host did for each action: it issued its program, and the transfers
+        of what that makes.
+
+        Arguments:
+            zero: the first start.
+            device_of: as `_devices_of` gives it.
+        """
+        action_of: dict[int, Action] = {}
+        launches: list[Launch] = []
+        for number, item in enumerate(self.plan.instructions):
+            if isinstance(item, Free) or number not in self.issued:
+                continue
+            if isinstance(item, Run):
+                action = item.action
+            else:
+                # The arrays of a transfer may be of several actions: it is issued
+                # behind the last of them.
+                makers = [action_of[slot] for slot in item.ins if slot in action_of]
+                action = makers[-1] if makers else None
+            if action is None:
+                continue
+            action_of |= dict.fromkeys(item.outs, action)
+            thread = device_of[item.placement] if self.threaded else 0
+            start, end = self.issued[number]
+            launches.append(Launch(thread, action, start - zero, end - zero))
+        return tuple(sorted(launches, key=lambda launch: launch.start))
 
     def _actions(self) -> list[Action]:
         """The actions of this run in order, also those that have nothing to run."""
@@ -340,7 +392,7 @@ class WatchedCall:
         forward = self.half is Half.FORWARD
         return [action for action in order if (action.kind == "F") == forward]
 
-    def _spans(self) -> dict[int, "_Span"]:
+    def _spans(self) -> dict[int, Span]:
         """From when to when each instruction ran, by its number.
 
         A start is not seen. It is computed: the latest of the instruction's issue and
@@ -376,10 +428,10 @@ class WatchedCall:
             for earlier in before[number]:
                 ends[earlier] = min(ends[earlier], ends[number])
         return {
-            number: _Span(
+            number: Span(
                 max(
                     [
-                        self.issued[number],
+                        self.issued[number].start,
                         *(ends[earlier] for earlier in before[number]),
                     ]
                 ),
@@ -395,13 +447,6 @@ def _peak_bytes(places: Iterable[Placement]) -> tuple[int, ...]:
     """
     found = [peak_bytes(place.devices) for place in places]
     return tuple(map(max, found)) if all(found) else ()
-
-
-class _Span(NamedTuple):
-    """From when to when an instruction ran, in seconds of `time.perf_counter`."""
-
-    start: float
-    end: float
 
 
 def _devices_of(plan: Plan) -> dict[Placement, int]:

@@ -47,6 +47,7 @@ def plan_data(
     """
     return PlanData(
         executor="scan",
+        launchers=None,
         stages=stages,
         schedule=schedule,
         scheduling=scheduling,

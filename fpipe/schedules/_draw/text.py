@@ -125,7 +125,7 @@ def draw(
     title = 1 + max(len(row.title) for row in shown.rows if not row.thin)
     title = max(title, 1 + max(len(_short(row)) for row in shown.rows))
     room = width - title
-    scale = _scale(shown.span, layers, room)
+    scale = _scale(shown, layers, room)
     if fit and shown.span:
         # A box has a column at least.
         scale = min(scale, (room - 1) / shown.span)
@@ -176,8 +176,30 @@ def _labelled(shown: Picture, boxes: tuple[Box, ...]) -> list[_Labelled]:
     return labelled
 
 
-def _scale(span: float, layers: list[list[_Labelled]], room: int) -> float:
+def _scale(shown: Picture, layers: list[list[_Labelled]], room: int) -> float:
     """Columns a unit of time."""
+    span = shown.span
+    launches: list[list[_Labelled]] = []
+    actions: list[list[_Labelled]] = []
+    for layer in layers:
+        launches.append([one for one in layer if shown.is_launch(one.box)])
+        actions.append([one for one in layer if not shown.is_launch(one.box)])
+    scales = _scales(actions)
+    if not scales:
+        return max(room, 1) / span if span else 1.0
+    scale = max(scales.values())
+    # Measured launches are short: they stretch the actions to twice at most.
+    for_launches = max(_scales(launches).values(), default=0.0)
+    scale = max(scale, min(for_launches, 2 * scale))
+    if span * scale <= room:
+        return scale
+    return max(room / span, min(scale, WIDEST / max(scales)))
+
+
+def _scales(layers: list[list[_Labelled]]) -> dict[float, float]:
+    """For the usual length of each kind of box on each stage, the columns a unit of
+    time that it needs.
+    """
     # Enough for the labels of each kind and stage in a box of that kind's usual length,
     # and a column between boxes. The usual length, not the shortest: one short event of
     # a measured timeline must not stretch all.
@@ -188,17 +210,13 @@ def _scale(span: float, layers: list[list[_Labelled]], room: int) -> float:
             group = (n, box.kind, box.stage)
             sizes.setdefault(group, []).append(box.end - box.start)
             longest[group] = max(longest.get(group, 0), len(label))
-    usual: dict[tuple[int, Kind, int], float] = {}
+    scales: dict[float, float] = {}
     for group, lengths in sizes.items():
-        median = statistics.median_high(lengths)
-        if median > 0:
-            usual[group] = median
-    if not usual:
-        return max(room, 1) / span if span else 1.0
-    scale = max((longest[group] + 1) / size for group, size in usual.items())
-    if span * scale <= room:
-        return scale
-    return max(room / span, min(scale, WIDEST / max(usual.values())))
+        usual = statistics.median_high(lengths)
+        if usual > 0:
+            scale = (longest[group] + 1) / usual
+            scales[usual] = max(scale, scales.get(usual, 0.0))
+    return scales
 
 
 def _paint(text: str, shades: list[int]) -> str:
