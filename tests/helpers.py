@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import beartype
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Inexact
 
 import fpipe
@@ -233,6 +234,31 @@ def cached() -> fpipe.Layer:
     return fpipe.Layer(
         apply, scale_init, name="cached", init_state=init_state, state_rows=True
     )
+
+
+def sharded(
+    layers: list[fpipe.Layer], axes: Iterable[str] = ("data", "model")
+) -> list[fpipe.Layer]:
+    """The same model with its parameters sharded over some axes of 2 devices: over
+    those of the model by columns and by rows in turn, over those of data where it is by
+    columns, and a scale over both.
+    """
+    data = "data" if "data" in axes else None
+    model = "model" if "model" in axes else None
+    both = tuple(axis for axis in (data, model) if axis is not None)
+
+    def spec_of(n, layer):
+        if layer.name == "bare":
+            return None
+        if layer.name not in ("dense", "embed"):
+            return P(both) if n % 2 else P(model)
+        columns = {"w": P(data, model), "b": P(model)}
+        return {"w": P(model), "b": None} if n % 2 else columns
+
+    return [
+        dataclasses.replace(layer, spec=spec_of(n, layer))
+        for n, layer in enumerate(layers)
+    ]
 
 
 def turned(layers: list[fpipe.Layer]) -> list[fpipe.Layer]:

@@ -1,6 +1,9 @@
 """The one invariant: a `Pipe` computes what `fpipe.sequential` computes."""
 
+import functools
 import itertools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +23,10 @@ from tests.helpers import (
     models,
     mse,
     noise,
+    sharded,
     turned,
 )
+from tests.scripts import run
 
 # Every balance of up to four stages: 8 for four layers, 15 for five. 7 is coprime to
 # both, so that neighbours differ. The table has 8 cuts; the one model of five layers
@@ -42,6 +47,13 @@ POLICIES = {
     ),
 }
 MODELS = models() | {"cached": [dense(6), bare(), cached(), dense()]}
+# The axes of each of two stages, and how many devices share them.
+MESHES = {
+    "no mesh": {},
+    "data": {"data": 2},
+    "model": {"model": 2},
+    "data x model": {"data": 2, "model": 2},
+}
 TABLE = {
     # Each row compiles a model anew. "cached" has all that "plain" has, "stateful" has
     # a dropout too, "jump1" and "jump3" are as "jump2", and "nested" is cut in all ways
@@ -57,64 +69,129 @@ TABLE = {
     "executor": ["placed", "scan"],
     "loss": ["inside", "outside", "per row"],
     "inputs": ["cut", "ready", "turned"],
+    "mesh": list(MESHES),
 }
 
 
-def repeats(row: dict) -> bool:
-    """Whether a smaller cut gives the same balance: a schedule with several stages on
-    a device has one of the four even balances.
+@functools.cache
+def balances_of(layers: int, schedule: str, mesh: str = "no mesh") -> list[tuple]:
+    """The balances that a schedule can have: even ones where a device has several
+    stages. A mesh is one of two stages, or of two devices' stages.
     """
-    several = "schedule" in row and NAMES[row["schedule"]].per_device != 1
-    return several and row.get("cut", 0) > 3
+    several = NAMES[schedule].per_device != 1
+    counts = range(2, 5, 2) if several else range(1, 5)
+    if mesh != "no mesh":
+        counts = [4 if several else 2]
+    return [b for b in BALANCES[layers] if len(b) in counts]
+
+
+def differs(row: dict) -> bool:
+    """Whether no smaller cut gives the same pipe. Columns may be missing."""
+    schedule, mesh = row.get("schedule", "gpipe"), row.get("mesh", "no mesh")
+    return row.get("cut", 0) < len(balances_of(4, schedule, mesh))
+
+
+def runs(row: dict) -> bool:
+    """Whether devices can share the rows of each microbatch. Under the scan executor
+    each has all of those that do not divide.
+    """
+    if "data" not in row["mesh"] or row["executor"] == "scan":
+        return True
+    each = -(-row["rows"] // row["chunks"])
+    return each % 2 == row["rows"] % 2 == 0
 
 
 def covering(table: dict[str, list], seed: int = 0) -> list[dict]:
-    """Rows in which every pair of values of two columns occurs, but for those that
-    repeat another: greedy, the best of some random rows.
+    """Rows in which every pair of values of two columns occurs that makes a difference:
+    greedy. A row starts from a pair that is missing, and each of its other values is
+    changed as long as that brings more missing pairs; the best of three is taken.
     """
     rng = np.random.default_rng(seed)
-    names = list(table)
+    names, sizes = list(table), [len(values) for values in table.values()]
+    columns = list(itertools.combinations(range(len(names)), 2))
+
+    def named(row):
+        return {name: table[name][k] for name, k in zip(names, row, strict=True)}
+
+    def is_row(row):
+        return runs(named(row)) and differs(named(row))
+
+    def covered(row):
+        return {(a, row[a], b, row[b]) for a, b in columns} & pairs
+
     pairs = {
         (a, i, b, j)
-        for a, b in itertools.combinations(names, 2)
-        for i in range(len(table[a]))
-        for j in range(len(table[b]))
-        if not repeats({a: table[a][i], b: table[b][j]})
+        for a, b in columns
+        for i in range(sizes[a])
+        for j in range(sizes[b])
+        if differs({names[a]: table[names[a]][i], names[b]: table[names[b]][j]})
     }
     rows = []
     while pairs:
-        first = min(pairs)
-        best, gain = None, -1
-        for _ in range(150):
-            row = {n: int(rng.integers(len(table[n]))) for n in names}
-            row[first[0]], row[first[2]] = first[1], first[3]
-            covered = {
-                (a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2)
-            } & pairs
-            if len(covered) > gain:
-                best, gain = (row, covered), len(covered)
-        assert best is not None
-        rows.append({n: table[n][k] for n, k in best[0].items()})
-        pairs -= best[1]
+        a, i, b, j = min(pairs)
+        best, most = [], 0
+        for _ in range(3):
+            row = None
+            while row is None or not is_row(row):
+                row = [int(rng.integers(size)) for size in sizes]
+                row[a], row[b] = i, j
+            count, before = len(covered(row)), 0
+            while count > before:
+                before = count
+                for c in rng.permutation(len(names)):
+                    if c in (a, b):
+                        continue
+                    for value in range(sizes[c]):
+                        other = [*row[:c], value, *row[c + 1 :]]
+                        if is_row(other) and len(covered(other)) > count:
+                            row, count = other, len(covered(other))
+            if count > most:
+                best, most = row, count
+        rows.append(named(best))
+        pairs -= covered(best)
     return rows
 
 
-def pipe_of(layers, cut, chunks, checkpoint, schedule, executor="placed"):
-    """A pipe with that cut; where a device has several stages, one with an even number
-    of them.
-    """
-    balances, several = BALANCES[len(layers)], NAMES[schedule].per_device != 1
-    if several:
-        balances = [b for b in balances if len(b) % 2 == 0]
+def mesh_size(axes: dict[str, int]) -> int:
+    """The number of devices of a mesh of two stages."""
+    return 2 * math.prod(axes.values())
+
+
+def mesh_of(axes: dict[str, int]) -> Mesh:
+    """A mesh of two stages."""
+    devices = np.array(jax.devices()[: mesh_size(axes)])
+    return Mesh(devices.reshape(2, *axes.values()), ("stage", *axes))
+
+
+def pipe_of(
+    layers,
+    cut,
+    chunks,
+    checkpoint,
+    schedule,
+    executor="placed",
+    mesh="no mesh",
+):
+    """A pipe with that cut, on one device for each stage or on a mesh."""
+    balances = balances_of(len(layers), schedule, mesh)
     balance = balances[cut * 7 % len(balances)]
+    several = NAMES[schedule].per_device != 1
+    places: dict[str, Any] = {
+        "devices": jax.devices()[: len(balance) // 2 if several else len(balance)]
+    }
+    if MESHES[mesh]:
+        unshard = "action" if chunks % 2 else "step"
+        places = {"mesh": mesh_of(MESHES[mesh]), "unshard": unshard}
+        # The scan executor keeps parameters whole.
+        layers = layers if executor == "scan" else sharded(layers, MESHES[mesh])
     return fpipe.Pipe(
         layers,
         balance,
-        jax.devices()[: len(balance) // 2 if several else len(balance)],
         chunks=chunks,
         checkpoint=POLICIES.get(checkpoint, checkpoint),
         schedule=schedule,
         executor=executor,
+        **places,
     )
 
 
@@ -183,15 +260,21 @@ def gathered(pipe, got):
 
 
 def check_row(
-    model, cut, chunks, rows, checkpoint, schedule, executor, loss, inputs="cut"
+    model,
+    cut,
+    chunks,
+    rows,
+    checkpoint,
+    schedule,
+    executor,
+    loss,
+    inputs="cut",
+    mesh="no mesh",
 ):
     layers = MODELS[model]
     layers = turned(layers) if inputs == "turned" else layers
-    check(
-        Case(layers, chunks, rows, inputs=inputs),
-        pipe_of(layers, cut, chunks, checkpoint, schedule, executor),
-        loss,
-    )
+    pipe = pipe_of(layers, cut, chunks, checkpoint, schedule, executor, mesh)
+    check(Case(layers, chunks, rows, inputs=inputs), pipe, loss)
 
 
 def test_the_balances_are_all_there():
@@ -237,68 +320,44 @@ def test_forwards_alone(model):
         pipe.value_and_grad(mse)(placed, case.x, case.target, **needs)
 
 
+ROWS = covering(TABLE, seed=1)
+
+
+def needs_eight_devices(row: dict) -> bool:
+    """Whether the mesh of a row has more devices than there are in this process."""
+    return mesh_size(MESHES[row["mesh"]]) > 4
+
+
+def test_the_rows_have_every_pair_of_options():
+    seen = {
+        pair for row in ROWS for pair in itertools.combinations(sorted(row.items()), 2)
+    }
+    for name, options in TABLE.items():
+        for mesh in MESHES:
+            for option in options:
+                row = dict([(name, option), ("mesh", mesh)])
+                if name != "mesh" and differs(row):
+                    assert tuple(sorted(row.items())) in seen
+    assert {needs_eight_devices(row) for row in ROWS} == {False, True}
+
+
 @pytest.mark.parametrize(
-    "row", covering(TABLE, seed=7), ids=lambda r: "-".join(str(v) for v in r.values())
+    "row",
+    [row for row in ROWS if not needs_eight_devices(row)],
+    ids=lambda r: "-".join(str(v) for v in r.values()),
 )
 def test_every_pair(row):
     check_row(**row)
 
 
-def a_mesh(axis):
-    """Two stages on two devices each."""
-    return Mesh(np.array(jax.devices()).reshape(2, 2), ("stage", axis))
-
-
-OVER_MESHES = {
-    "model": list(models()),
-    "axis": ["data", "model"],
-    "schedule": TABLE["schedule"],
-    "checkpoint": TABLE["checkpoint"],
-    "loss": TABLE["loss"],
-    "inputs": TABLE["inputs"],
-}
-
-
-def each_once(table):
-    """Rows in which every value occurs."""
-    for n in range(max(map(len, table.values()))):
-        yield {name: values[n % len(values)] for name, values in table.items()}
-
-
-def check_over_mesh(model, axis, schedule, checkpoint, loss, inputs):
-    layers = models()[model]
-    layers = turned(layers) if inputs == "turned" else layers
-    several = NAMES[schedule].per_device != 1
-    pipe = fpipe.Pipe(
-        layers,
-        [1, 1, 1, len(layers) - 3] if several else [2, len(layers) - 2],
-        chunks=2,
-        checkpoint=POLICIES.get(checkpoint, checkpoint),
-        schedule=schedule,
-        mesh=a_mesh(axis),
-    )
-    check(Case(layers, chunks=2, rows=8, inputs=inputs), pipe, loss)
-
-
-@pytest.mark.parametrize(
-    "row",
-    [[*each_once(OVER_MESHES)][n] for n in (2, 5, 7, 8)],
-    ids=lambda r: "-".join(r.values()),
-)
-def test_stages_on_two_devices(row):
-    check_over_mesh(**row)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(
-    "row", covering(OVER_MESHES), ids=lambda r: "-".join(r.values())
-)
-def test_every_pair_over_meshes(row):
-    check_over_mesh(**row)
+def test_every_pair_over_eight_devices():
+    """The other rows, in a process that has as many."""
+    script = run(["-m", "tests.front.eight_devices"])
+    assert script.returncode == 0, script.stdout + script.stderr
 
 
 def product(model):
-    names = [n for n in TABLE if n != "model"]
+    names = [n for n in TABLE if n not in ("model", "mesh")]
     for values in itertools.product(*(TABLE[n] for n in names)):
         yield {"model": model} | dict(zip(names, values, strict=True))
 
