@@ -61,17 +61,18 @@ from fpipe._executors.placement import (
     Unshard,
     as_placements,
     first_placements,
+    sub_meshes,
 )
 from fpipe._executors.programs import Layout
 from fpipe._executors.progress import Progress, as_progress
 from fpipe._executors.protocol import Executor
 from fpipe._executors.recording import record
 from fpipe._executors.scan.executor import Scan
-from fpipe._executors.scan.mesh import as_mesh, check_size, refuse_specs
+from fpipe._executors.scan.mesh import as_mesh, check_size
 from fpipe._executors.scan.packing import Packed
 from fpipe._executors.scheduling import Scheduling
 from fpipe._executors.sequential import PlainExecutor
-from fpipe._executors.stage_places import stage_placements, stage_tracing
+from fpipe._executors.stage_places import AXIS, stage_placements, stage_tracing
 from fpipe._executors.tracers import TracedCallError, only_shapes
 from fpipe._model.frozen import Frozen, FrozenLeaves, check_frozen
 from fpipe._model.layer import Layer
@@ -278,13 +279,14 @@ class Pipe(Call):
         # The scan executor always runs on a mesh. Plain devices become a mesh.
         if executor == "scan":
             mesh = as_mesh(own, mesh, len(balance))
-            refuse_specs(model.layers, mesh)
         elif mesh is not None:
             check_size(mesh, len(own), len(balance))
-        if executor == "placed":
-            homes = [placements[d] for d in stage_to_device]
-            pairs = zip(homes, balance, strict=True)
-            trees.check_places([home for home, n in pairs for _ in range(n)])
+        homes = placements
+        if executor == "scan":
+            assert mesh is not None
+            homes = tuple(map(Placement.of, sub_meshes(mesh, AXIS)))
+        pairs = zip(stage_to_device, balance, strict=True)
+        trees.check_places([homes[d] for d, n in pairs for _ in range(n)])
         # 4. The value, field by field, past the freezing.
         check_process()
         fields = {
@@ -349,6 +351,7 @@ class Pipe(Call):
                 scheduling,
                 remat,
                 self.chunks,
+                self.unshard,
                 kept,
             )
         placements = as_placements(self.devices, self.data_axes)

@@ -14,7 +14,7 @@ nothing moves between them.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -148,20 +148,13 @@ class Placement:
     def cut_by(self, spec: P) -> NamedSharding:
         """How an array lies that is cut over axes of the mesh."""
         assert self.mesh is not None
-        parts = list(spec)
-        while parts and parts[-1] is None:  # JAX takes `P("a")` and `P("a", None)`
-            parts.pop()  # for two
-        return NamedSharding(self.mesh, P(*parts))
+        return NamedSharding(self.mesh, without_axes(spec, ()))
 
     def gathered(self, lies: Sharding) -> Sharding:
         """How an array lies that is gathered over the axes of rows."""
         if not isinstance(lies, NamedSharding) or not self.data:
             return lies
-        parts = [
-            tuple(name for name in axes_in(part) if name not in self.data)
-            for part in lies.spec
-        ]
-        return self.cut_by(P(*[_part(names) for names in parts]))
+        return self.cut_by(without_axes(lies.spec, self.data))
 
     def by_rows(self, axis: int | None) -> Sharding:
         """How an array lies whose rows are shared; `None`: it has none."""
@@ -265,6 +258,17 @@ class Placement:
 def axes_in(part: Any) -> tuple[str, ...]:
     """The axes that an entry of a spec names."""
     return (part,) if isinstance(part, str) else tuple(part or ())
+
+
+def without_axes(spec: P, axes: Collection[str]) -> P:
+    """A spec that names some axes no more, in the one form that JAX has for it."""
+    parts = [
+        _part(tuple(name for name in axes_in(part) if name not in axes))
+        for part in spec
+    ]
+    while parts and parts[-1] is None:  # JAX takes `P("a")` and `P("a", None)`
+        parts.pop()  # for two
+    return P(*parts)
 
 
 def _part(names: tuple[str, ...]) -> Any:

@@ -17,6 +17,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fpipe._core.pytrees import PyTree
 
+WHOLE = PartitionSpec()
+"""The spec of an array that is whole on each device."""
+
 
 def is_spec(value: Any) -> bool:
     """Whether a value is a leaf of a tree of specs, and not a tree of such."""

@@ -33,13 +33,15 @@ from fpipe._core.pytrees import (
     strong,
 )
 from fpipe._executors.scan.mesh import by_stage
-from fpipe._executors.scan.packing import Entry, Packing, Row
+from fpipe._executors.scan.packing import Entry, Packing
 from fpipe._executors.scan.packing import Packed as Packed
+from fpipe._executors.scan.packing import Row as Row
 from fpipe._executors.scan.storage import as_stored as as_stored
 from fpipe._executors.scan.storage import from_stored as from_stored
 from fpipe._executors.scan.storage import stored_shape as stored_shape
 from fpipe._executors.stage_places import AXIS as AXIS
 from fpipe._model.function_layers import OwnTree
+from fpipe._model.specs import WHOLE
 from fpipe.optim._seen_leaves import Path, SeenLeaves, leaf_name, no_update
 
 _Args = ParamSpec("_Args")
@@ -132,14 +134,17 @@ def shapes_unpacked(tree: PyTree) -> PyTree:
     )
 
 
-def constrain_to_stages(rows: Sequence[Any], mesh: AnyMesh | None) -> tuple[Any, ...]:
-    """Rows, laid over the stages of the mesh."""
+def constrain_to_stages(
+    rows: Sequence[Any], forms: Sequence[Row], mesh: AnyMesh | None
+) -> tuple[Any, ...]:
+    """Rows, laid over the stages of the mesh, and cut as their forms say."""
     if mesh is None:
         return tuple(rows)
-    sharding = by_stage(mesh)
     return tuple(
-        jax.lax.with_sharding_constraint(row, sharding) if np.ndim(row) else row
-        for row in rows
+        jax.lax.with_sharding_constraint(row, by_stage(mesh, form.spec))
+        if np.ndim(row)
+        else row
+        for row, form in zip(rows, forms, strict=True)
     )
 
 
@@ -493,7 +498,7 @@ class StateTemplate:
                 for entry in row.entries
             ]
             rows.append(jnp.stack(blocks))
-        return Packed(constrain_to_stages(rows, mesh), packing)
+        return Packed(constrain_to_stages(rows, packing.rows, mesh), packing)
 
     def _rows_like(
         self, old: Row, state_entry: Mapping[Entry, Entry], shapes: Sequence[Shape]
@@ -520,13 +525,14 @@ class StateTemplate:
             # Like the parameters if it can be, so that a moment lies as they do; else a
             # stack without padding, if all have one shape; else flat, as parameters of
             # several shapes are.
+            spec = WHOLE
             if own == parameter:
-                shape = old.shape
+                shape, spec = old.shape, old.spec
             elif len(set(own)) == 1:
                 shape = own[0]
             else:
                 shape = (max(int(np.prod(s, dtype=np.int64)) for s in own),)
-            yield Row(shape, dtype, entries)
+            yield Row(shape, dtype, entries, spec)
 
 
 def _leaves_in_cells(tree: PyTree) -> list[tuple[Path, Any]]:

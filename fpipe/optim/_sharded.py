@@ -34,6 +34,7 @@ from fpipe.optim._packed import (
     Cell,
     PackedLeaf,
     PackedOutput,
+    Row,
     WholeOutput,
     as_stored,
     constrain_to_stages,
@@ -156,7 +157,9 @@ class ShardedCall:
             made, whole = self.update.run(shared, devices)
         else:
             made, whole = _run_on_mesh(self.update, rows, shared, self.mesh)
-        return list(constrain_to_stages(made, self.mesh)), [strong(a) for a in whole]
+        forms = self.update.row_forms
+        laid = constrain_to_stages(made, forms, self.mesh)
+        return list(laid), [strong(a) for a in whole]
 
     def _spread(self, rows: Sequence[Any]) -> list[Any]:
         """The rows, with a zero that stands for a whole one spread over the devices."""
@@ -221,6 +224,16 @@ class ShardedUpdate:
             lambda device, blocks: self._make_blocks(device, known, blocks)
         )
         return blocks, whole
+
+    @property
+    def row_forms(self) -> list[Row]:
+        """The forms of the rows that are made, of all packed outputs."""
+        return [
+            row
+            for out in self.packed
+            for row, dtype in zip(out.packing.rows, self.row_dtypes(out), strict=True)
+            if dtype is not None
+        ]
 
     def row_dtypes(self, out: PackedOutput) -> list[Any]:
         """The dtype of each row; `None` for one in which nothing is."""

@@ -28,12 +28,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, Sharding
-from jax.sharding import PartitionSpec as P
 
 from fpipe._core.pytrees import PyTree, Shape, Spec, aval, eval_shape, pack
+from fpipe._executors.parameter_cuts import add_parts
 from fpipe._executors.placed.instructions import CallValue, JoinedGradient, Slot
 from fpipe._executors.placed.work import CallWork
-from fpipe._executors.placement import Placement, axes_in
+from fpipe._executors.placement import Placement
 from fpipe._executors.request import CallKind
 from fpipe._model.joining import Apart, Concatenated, Join, check_alike
 from fpipe._model.loss import Loss, divided, sum_dtype, wide
@@ -360,18 +360,9 @@ def _add_parts(call: CallWork) -> dict[tuple[int, Leaf], Slot]:
         if not leaves:
             continue
 
-        shardings = call.shardings
-        add = [
-            _part_adder(
-                shardings.gathered(leaf, placement),
-                shardings.param(leaf, placement),
-                placement,
-            )
-            for leaf in leaves
-        ]
-
-        def add_parts(*parts: Any, add: list[Any] = add) -> list[Any]:
-            return [own(part) for own, part in zip(add, parts, strict=True)]
+        add = _parts_adder(
+            [call.shardings.param(leaf, placement) for leaf in leaves], placement
+        )
 
         ins = [sums[stage, leaf] for leaf in leaves]
         outs = [
@@ -384,49 +375,31 @@ def _add_parts(call: CallWork) -> dict[tuple[int, Leaf], Slot]:
             )
             for leaf in leaves
         ]
-        call.add_unscheduled("add parts", add_parts, ins, outs, placement, lie)
+        call.add_unscheduled("add parts", add, ins, outs, placement, lie)
         sums.update(zip([(stage, leaf) for leaf in leaves], outs, strict=True))
     return sums
 
 
-def _part_adder(
-    gathered: Sharding, total: Sharding, placement: Placement
-) -> Callable[[Any], Any]:
-    """A function that adds up the parts that devices have of a sum.
-
-    Of a gradient whose parameter is cut over an axis of rows each device gets its own
-    piece of the sum. XLA on CPUs would give it the sum, and cut that: so the collective
-    is named.
+def _parts_adder(
+    totals: Sequence[Sharding], placement: Placement
+) -> Callable[..., list[Any]]:
+    """A function that adds up the parts that devices have of sums.
 
     Arguments:
-        gathered: how the sum would lie whole over the axes of rows.
-        total: how it is to lie.
+        totals: how each sum is to lie.
     """
-    assert isinstance(gathered, NamedSharding)
-    assert isinstance(total, NamedSharding)
-    rows = {*placement.data}
-    cut = [n for n, part in enumerate(total.spec) if not rows.isdisjoint(axes_in(part))]
-    if len(cut) != 1:
-        return lambda part: part.sum(0)
-    (axis,) = cut
-    along = axes_in(total.spec[axis])
-    names = tuple(name for name in along if name in rows)
-    # If the axes of rows come first, pieces of pieces lie in another order.
-    if along[-len(names) :] != names:
-        return lambda part: part.sum(0)
-    others = tuple(name for name in placement.data if name not in names)
+    mesh = placement.mesh
+    assert mesh is not None
+    specs = [total.spec for total in totals if isinstance(total, NamedSharding)]
+    axes = {*mesh.axis_names}
 
-    def own_piece(part: Any) -> Any:
-        mine = part[0] if not others else jax.lax.psum(part[0], others)
-        return jax.lax.psum_scatter(mine, names, scatter_dimension=axis, tiled=True)
+    def add_each(*parts: Any) -> list[Any]:
+        return [
+            add_parts(part, spec, placement.data, axes, mesh)
+            for part, spec in zip(parts, specs, strict=True)
+        ]
 
-    return jax.shard_map(
-        own_piece,
-        mesh=placement.mesh,
-        in_specs=P(placement.data, *gathered.spec),
-        out_specs=total.spec,
-        check_vma=False,
-    )
+    return add_each
 
 
 def _gradient_finisher(

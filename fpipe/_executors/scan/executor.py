@@ -36,6 +36,7 @@ from fpipe._core.pytrees import (
 from fpipe._core.settings import debugging, settings
 from fpipe._executors.call import Args, Result
 from fpipe._executors.not_finite import check_finite
+from fpipe._executors.placement import Unshard
 from fpipe._executors.plan_data import PlanData
 from fpipe._executors.progress import Progress
 from fpipe._executors.protocol import FirstHalf
@@ -85,6 +86,7 @@ class Scan:
     Arguments:
         mesh: its axis "stage" has the places of stages.
         data: its axes over which rows are shared.
+        unshard: how often parameters are gathered that are cut over axes of rows.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Scan:
         scheduling: Scheduling,
         remat: Remat,
         chunks: int,
+        unshard: Unshard,
         kept: Recent | None = None,
     ) -> None:
         self.mesh = mesh
@@ -110,6 +113,7 @@ class Scan:
         self.owner = self
         self._model = model
         self._remat = remat
+        self._unshard: Unshard = unshard
         self._steps = Recent(_STEPS)
         self._traces = Recent(_TRACES) if kept is None else kept
 
@@ -266,7 +270,7 @@ class Scan:
             args: arrays or their shapes, of parameters as for the plain composition.
             compiled: whether to compile the program, for the memory that it needs.
         """
-        args = args._replace(params=eval_shape(self.parameters.place, args.params))
+        args = args._replace(params=self.parameters.shapes(args.params))
         step = self._loss_step(args, loss, argnums)
         size = None
         if compiled:
@@ -339,7 +343,10 @@ class Scan:
         check_static(args, self.param_shapes(args.params))
         # Shapes alone decide all of this. What cannot run is refused before a layer is
         # traced.
-        units, packing = self.parameters.packing(args.params.packing.shapes)
+        given_packing = args.params.packing
+        units, packing = self.parameters.packing(
+            given_packing.shapes, given_packing.specs
+        )
         inputs = inputs_of(self._model, args, packing.shapes, self.chunks)
         schedule = self.schedule(inputs.cut.m)
         if kind.differentiates:
@@ -373,6 +380,7 @@ class Scan:
             machine,
             self.mesh,
             self._data,
+            self._unshard,
             inputs,
             request,
             self._model,
@@ -387,7 +395,11 @@ class Scan:
         inputs = args.inputs
         given = {Port(name): self.bring(pack(inputs[name])[0]) for name in INPUTS}
         self.parameters.check_devices(args.params.arrays, "a call's params")
-        rows = on_mesh(args.params.arrays, self.mesh, lambda _: by_stage(self.mesh))
+        lie = self.parameters.shardings(args.params.packing)
+        rows = [
+            on_mesh([a], self.mesh, lambda _, to=to: to)[0]
+            for a, to in zip(args.params.arrays, lie, strict=True)
+        ]
         return rows, self.bring(state), given
 
     def _run(

@@ -45,6 +45,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from fpipe._core.pytrees import on_host
+from fpipe._executors.parameter_cuts import add_parts
+from fpipe._executors.placement import Unshard, without_axes
 from fpipe._executors.scan.clock import Clock
 from fpipe._executors.scan.machine import (
     Add,
@@ -209,6 +211,7 @@ class Interpreter:
     Arguments:
         number: which of the machine's segments.
         data: the axes of the mesh over which rows are shared.
+        unshard: how often parameters are gathered that are cut over these.
         clock: who is told when each operation starts and ends.
     """
 
@@ -218,6 +221,7 @@ class Interpreter:
         number: int,
         mesh: Mesh,
         data: tuple[str, ...],
+        unshard: Unshard,
         clock: Clock | None,
     ) -> None:
         self.machine = machine
@@ -226,6 +230,7 @@ class Interpreter:
         self.mesh = mesh
         self.clock = clock
         self.data = data
+        self.unshard = unshard
         self.shards = devices_over(mesh, data)
         self.storage = {
             name: Storage(pool.avals, machine.rows, self.shards)
@@ -394,6 +399,12 @@ class Interpreter:
         for row, owner, borrower, aval in self.machine.loans:
             own = self.machine.params.rows[row].take(params[row], aval.shape)
             loans.append(jax.lax.ppermute(own, AXIS, [(owner, borrower)]))
+        if self.unshard == "step":
+            params = [self._gathered(r, block) for r, block in enumerate(params)]
+            loans = [
+                self._gathered(loan.row, array)
+                for loan, array in zip(self.machine.loans, loans, strict=True)
+            ]
         start = self._start(state, inputs, left)
         # `lax.scan` carries a list: a dictionary would have to have sortable keys.
         names = list(start)
@@ -468,11 +479,15 @@ class Interpreter:
             of = self._shape_of(gradient)
             if gradient not in self.parts:
                 # Gradients in 16 bits are summed in 32, and cast once, in the end.
-                carry[gradient] = jnp.zeros(of.shape, sum_dtype(of.dtype))
+                zeros = jnp.zeros(of.shape, sum_dtype(of.dtype))
+                carry[gradient] = _cut(zeros, self._spec_of(gradient))
                 continue
             # One part for each shard of the batch, added up at the end.
             zeros = jnp.zeros((self.shards, *of.shape), sum_dtype(of.dtype))
-            carry[gradient] = jax.lax.with_sharding_constraint(zeros, P(self.data))
+            whole = without_axes(self._spec_of(gradient), self.data)
+            carry[gradient] = jax.lax.with_sharding_constraint(
+                zeros, P(self.data, *whole)
+            )
         for maximum in self.maxima:
             assert machine.state is not None
             of = machine.state.rows[maximum.row]
@@ -748,9 +763,11 @@ class Interpreter:
         match source:
             case Parameter(row, aval):
                 packed = self.machine.params.rows[row]
-                return packed.take(given.params[row], aval.shape)
+                block = packed.take(given.params[row], aval.shape)
+                return self._gathered(row, block)
             case BorrowedParameter(loan):
-                return given.loans[loan]
+                row = self.machine.loans[loan].row
+                return self._gathered(row, given.loans[loan])
             case State(row, aval):
                 return self._state(row, aval.shape, carry)
             case StatePart(row, aval, part, shape):
@@ -776,6 +793,14 @@ class Interpreter:
                 pieces = given.inputs[stack]
                 place = arguments[argument]
                 return jax.lax.dynamic_index_in_dim(pieces, place, keepdims=False)
+
+    def _gathered(self, row: int, block: Array) -> Array:
+        """A block of parameters as operations read it: whole over the axes of rows."""
+        spec = self.machine.params.rows[row].spec
+        if not spec:
+            return block
+        whole = without_axes(spec, self.data)
+        return jax.lax.with_sharding_constraint(block, whole)
 
     # --- gradients ---
 
@@ -855,6 +880,16 @@ class Interpreter:
             case InputGradient(leaf):
                 return self.machine.inputs[leaf]
 
+    def _spec_of(self, gradient: SummedGradient) -> P:
+        """How what a gradient is of is cut."""
+        match gradient:
+            case RowGradient(row):
+                return self.machine.params.rows[row].spec
+            case LoanGradient(loan):
+                return self.machine.params.rows[self.machine.loans[loan].row].spec
+            case InputGradient():
+                return P()
+
     def _add_up(
         self, carry: Carry, returned: Sequence[SummedGradient]
     ) -> dict[SummedGradient, Array]:
@@ -863,7 +898,8 @@ class Interpreter:
         """
         # The one sum over the data axis of the whole step.
         own = {
-            g: carry[g].sum(0) if g in self.parts else carry[g] for g in self.gradients
+            g: self._total(g, carry[g]) if g in self.parts else carry[g]
+            for g in self.gradients
         }
         out: dict[SummedGradient, Array] = {}
         for gradient in returned:
@@ -884,6 +920,12 @@ class Interpreter:
                 out[RowGradient(row)] = _added(out[RowGradient(row)], back)
         return out
 
+    def _total(self, gradient: SummedGradient, parts: Array) -> Array:
+        """The parts of a gradient added up, and cut as its parameter is."""
+        spec = self._spec_of(gradient)
+        axes = {*self.mesh.axis_names} - {AXIS}
+        return _cut(add_parts(parts, spec, self.data, axes), spec)
+
     def _everywhere(self, value: Array) -> Array:
         """What some devices wrote, on all of them; the others have zeros."""
         if self.machine.devices == 1:
@@ -892,6 +934,11 @@ class Interpreter:
         if value.dtype == jnp.bool_:
             return jax.lax.psum(value.astype(jnp.uint8), AXIS) > 0
         return jax.lax.psum(value, AXIS)
+
+
+def _cut(array: Array, spec: P) -> Array:
+    """An array cut by a spec; if that names no axis, XLA decides."""
+    return jax.lax.with_sharding_constraint(array, spec) if spec else array
 
 
 def _beginning(part: Part, microbatch: Array) -> list[Array]:

@@ -23,6 +23,8 @@ import jax
 import numpy as np
 
 from fpipe._core.pytrees import nbytes
+from fpipe._executors.parameter_cuts import axes_of
+from fpipe._executors.placement import without_axes
 from fpipe._executors.plan_data import Role
 from fpipe._executors.scan.machine import (
     Avals,
@@ -37,6 +39,7 @@ from fpipe._executors.stage_places import AXIS
 from fpipe._model.loss import sum_dtype
 from fpipe._model.needs import ROW_INPUTS
 from fpipe._model.stages import Port
+from fpipe._program.over_mesh import devices_over
 
 
 def held(step: Step) -> Mapping[Role, int]:
@@ -49,23 +52,43 @@ def held(step: Step) -> Mapping[Role, int]:
     def storage(kinds: tuple[Avals, ...]) -> Storage:
         return Storage(kinds, machine.rows, shards)
 
+    rows = machine.params.rows
+
+    # Bytes of what is cut as a row is, and of that gathered over the axes of data.
+    def cut(row: Row, size: int) -> int:
+        return size // devices_over(step.mesh, axes_of(row.spec))
+
+    def gathered(row: Row, size: int) -> int:
+        spec = without_axes(row.spec, step.data)
+        return size // devices_over(step.mesh, axes_of(spec))
+
+    by_rows = [row for row in rows if without_axes(row.spec, step.data) != row.spec]
+    at_once = step.unshard == "step"
     # All devices run the same program, so all have an array for what one borrows.
-    lent = sum(nbytes(loan.aval) for loan in machine.loans)
+    lent = sum(
+        (gathered if at_once else cut)(rows[loan.row], nbytes(loan.aval))
+        for loan in machine.loans
+    )
+    whole = sum(gathered(row, nbytes(row)) for row in by_rows if at_once)
     roles: dict[Role, int] = {
-        "parameters": sum(map(nbytes, machine.params.rows)) + lent,
+        "parameters": owned_bytes(step) + whole + lent,
         "boundaries": 0,
         "residuals": 0,
     }
     # Sums of gradients: of each row, of each loan at its borrower, of whole inputs.
     if step.request.differentiates:
-        rows = machine.params.rows
-        names = step.gradient_names
-        returned = [rows[name] for name in names if isinstance(name, int)]
-        returned = [*returned, *machine.inputs.values()]
-        roles["gradients"] = sum(_bytes_of_sum(loan.aval) for loan in machine.loans)
-        for a in returned:
+        returned = [rows[n] for n in step.gradient_names if isinstance(n, int)]
+        roles["gradients"] = sum(
+            gathered(rows[loan.row], _bytes_of_sum(loan.aval)) for loan in machine.loans
+        )
+        for row in returned:
+            roles["gradients"] += gathered(row, _bytes_of_sum(row))
+            # The sum of a device's own rows is still there when its piece of the whole
+            # sum is made, and one in float32 when the 16-bit gradient is.
+            if row in by_rows or sum_dtype(row.dtype) != row.dtype:
+                roles["gradients"] += cut(row, nbytes(row))
+        for a in machine.inputs.values():
             roles["gradients"] += _bytes_of_sum(a)
-            # A sum in float32 is still there when the 16-bit gradient is made of it.
             if sum_dtype(a.dtype) != a.dtype:
                 roles["gradients"] += nbytes(a)
     # Pools are there from the first tick to the last, filled or not. Skips wait in the
@@ -109,6 +132,14 @@ def held(step: Step) -> Mapping[Role, int]:
                 a = inputs.stack(stack.leaf, stack.shape)
                 roles["inputs"] += nbytes(a) // machine.counts[stack.shape]
     return roles
+
+
+def owned_bytes(step: Step) -> int:
+    """The bytes of parameters on each device, as they lie between steps."""
+    return sum(
+        nbytes(row) // devices_over(step.mesh, axes_of(row.spec))
+        for row in step.machine.params.rows
+    )
 
 
 def held_on_host(step: Step) -> int:

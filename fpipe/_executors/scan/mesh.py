@@ -20,8 +20,7 @@ from jax.sharding import PartitionSpec as P
 from fpipe._core.meshes import AnyMesh, is_explicit, to_device
 from fpipe._core.pytrees import Tracer
 from fpipe._executors.stage_places import AXIS
-from fpipe._model.layer import Layer
-from fpipe._model.specs import is_spec
+from fpipe._model.specs import WHOLE
 
 
 def as_mesh(devices: Sequence[Any], mesh: Mesh | None, stages: int) -> Mesh:
@@ -56,39 +55,20 @@ def check_size(mesh: Mesh, places: int, stages: int) -> None:
         )
 
 
-def refuse_specs(layers: Sequence[Layer], mesh: Mesh) -> None:
-    """Refuse layers that say how their parameters are cut over a mesh: each device of a
-    place has all of them.
-
-    Raises:
-        ValueError: one does.
-    """
-    if len(mesh.axis_names) == 1:
-        return
-    for k, layer in enumerate(layers):
-        specs = jax.tree.leaves(layer.spec, is_leaf=is_spec)
-        cuts = [spec for spec in specs if spec and any(spec)]
-        if cuts:
-            raise ValueError(
-                f'`Pipe(executor="scan", mesh=...)`: layer {k} {layer.name!r} is to '
-                f"be cut by {cuts[0]}, but the scan executor keeps parameters whole on "
-                'each device of a stage: take `executor="placed"`, or leave out '
-                "`Layer(spec=...)` or `specs=`, and say in the layer by "
-                "`jax.lax.with_sharding_constraint` how its work is divided"
-            )
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     """On every device."""
     return NamedSharding(mesh, P())
 
 
-def by_stage(mesh: AnyMesh) -> NamedSharding:
-    """The first axis over the places of the stages."""
+def by_stage(mesh: AnyMesh, spec: P = WHOLE) -> NamedSharding:
+    """The first axis over the places of the stages, and the others as a spec cuts
+    them.
+    """
     # On a mesh of one place JAX returns `P()` for what went in as `P("stage")`. The two
     # mean the same there but are different to `jit`: the parameters that a step returns
     # would compile the next step again.
-    return NamedSharding(mesh, P(AXIS) if mesh.shape[AXIS] > 1 else P())
+    first = AXIS if mesh.shape[AXIS] > 1 else None
+    return NamedSharding(mesh, P(first, *spec) if first or spec else P())
 
 
 def on_device(a: Any, device: Any) -> Any:

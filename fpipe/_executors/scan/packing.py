@@ -15,6 +15,14 @@ longest. Two layers on two devices, each with a bias (array 0) and a weight (arr
 
     row 0   float32[2, 9]      layer 0 array 1      layer 1 array 1     the weights, of
     row 1   float32[2, 3]      layer 0 array 0      layer 1 array 0     9 and 6 numbers
+
+An array that is cut over other axes of the mesh keeps its axes, so it is never
+flattened: it shares a row with arrays of its own shape and spec alone. Where a stage
+has none of these, its devices hold zeros. With the second weight cut by columns:
+
+    row 0   float32[2, 3, 2]   nothing              layer 1 array 1     P(None, "model")
+    row 1   float32[2, 9]      layer 0 array 1      layer 1 array 0     flat, padded
+    row 2   float32[2, 3]      layer 0 array 0      nothing
 """
 
 import dataclasses
@@ -27,10 +35,12 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from fpipe._core.pytrees import PyTree, Shape, Spec, nbytes, pack
 from fpipe._executors.scan.units import Units
 from fpipe._model.function_layers import OwnTree
+from fpipe._model.specs import WHOLE
 
 # An array: a layer, and the array's number among the layer's own.
 Entry: TypeAlias = tuple[int, int]
@@ -50,11 +60,13 @@ class Row:
     Attributes:
         shape: of each device's block; flat if the arrays differ.
         entries: the array that each device has there, if any.
+        spec: how a block is cut over the axes of the mesh beside that of the stages.
     """
 
     shape: tuple[int, ...]
     dtype: Any
     entries: tuple[Entry | None, ...]
+    spec: P = WHOLE
 
     @property
     def is_empty(self) -> bool:
@@ -96,8 +108,14 @@ class Packing:
     own: OwnTree | None = None
 
     @classmethod
-    def of(cls, units: Units, shapes: Sequence[Shape]) -> "Packing":
-        """Rows for the parameters (or states) of all layers.
+    def of(
+        cls,
+        units: Units,
+        shapes: Sequence[Shape],
+        specs: Mapping[Entry, P] | None = None,
+    ) -> "Packing":
+        """Rows for the parameters (or states) of all layers; `specs` are of those
+        arrays that are cut.
 
         Cores and whole stages are sorted by their position on the device; all ends go
         together. For the model in `units.py`, each of whose layers has one array:
@@ -123,7 +141,7 @@ class Packing:
                     group[device].append((k, n))
         rows: list[Row] = []
         for key in sorted(groups):
-            rows += _rows(groups[key], shapes)
+            rows += _rows(groups[key], shapes, specs or {})
         return cls(tuple(shapes), tuple(rows))
 
     @property
@@ -174,6 +192,15 @@ class Packing:
             for r, row in enumerate(self.rows)
             for d, entry in enumerate(row.entries)
             if entry
+        }
+
+    @cached_property
+    def specs(self) -> Mapping[Entry, P]:
+        """How those arrays are cut that are."""
+        return {
+            e: self.rows[row].spec
+            for e, (row, _) in self.where.items()
+            if self.rows[row].spec
         }
 
     @cached_property
@@ -287,25 +314,43 @@ class Packing:
         )
 
 
-def _rows(group: Sequence[Sequence[Entry]], shapes: Sequence[Shape]) -> list[Row]:
+def _rows(
+    group: Sequence[Sequence[Entry]],
+    shapes: Sequence[Shape],
+    specs: Mapping[Entry, P],
+) -> list[Row]:
     """Rows for the arrays of several devices: in their order if they are alike, else
-    the largest first.
+    first those that are cut, each kind by itself, and then the largest first.
     """
 
     def aval(entry: Entry) -> jax.ShapeDtypeStruct:
         return shapes[entry[0]].leaves[entry[1]]
 
-    kinds = [[(aval(e).shape, aval(e).dtype) for e in entries] for entries in group]
+    def spec(entry: Entry) -> P:
+        return specs.get(entry, WHOLE)
+
+    kinds = [
+        [(aval(e).shape, aval(e).dtype, spec(e)) for e in entries] for entries in group
+    ]
     # A device may have nothing here: an end is on the first and the last one only.
     some = [own for own in kinds if own]
     if some and all(own == some[0] for own in some):
         sorts = [group]
     else:
-        # Large beside large, so that little is padded. A row has one dtype.
         sorts = []
-        for dtype in sorted({str(dtype) for own in kinds for _, dtype in own}):
+        # A flat array could not be cut along an axis of its own.
+        for kind in dict.fromkeys(kind for own in kinds for kind in own if kind[2]):
+            sorts.append(
+                [
+                    [e for e, own in zip(entries, row, strict=True) if own == kind]
+                    for entries, row in zip(group, kinds, strict=True)
+                ]
+            )
+        # Large beside large, so that little is padded. A row has one dtype.
+        for dtype in sorted({str(kind[1]) for own in kinds for kind in own}):
             of_dtype = [
-                [e for e in entries if str(aval(e).dtype) == dtype] for entries in group
+                [e for e in entries if str(aval(e).dtype) == dtype and not spec(e)]
+                for entries in group
             ]
             sorts.append([sorted(own, key=lambda e: -aval(e).size) for own in of_dtype])
     # The n-th array of each device goes into the n-th row; some have fewer.
@@ -317,7 +362,8 @@ def _rows(group: Sequence[Sequence[Entry]], shapes: Sequence[Shape]) -> list[Row
             shape = avals[0].shape
             if any(a.shape != shape for a in avals):
                 shape = (max(a.size for a in avals),)
-            rows.append(Row(shape, avals[0].dtype, entries))
+            cut = next(spec(e) for e in entries if e)
+            rows.append(Row(shape, avals[0].dtype, entries, cut))
     return rows
 
 

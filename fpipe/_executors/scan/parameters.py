@@ -5,13 +5,14 @@ and back. `place` runs on each process for the devices that it has; `gather` is 
 program, which the mesh runs together.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from fpipe._core.caches import Key, Recent
 from fpipe._core.meshes import no_mesh
@@ -26,10 +27,12 @@ from fpipe._core.pytrees import (
     map_arrays,
     pack,
 )
+from fpipe._executors.parameter_cuts import axes_of, param_shardings
+from fpipe._executors.placement import Placement, sub_meshes, without_axes
 from fpipe._executors.scan.mesh import by_stage, on_device, replicated
-from fpipe._executors.scan.packing import Packed, Packing
+from fpipe._executors.scan.packing import Entry, Packed, Packing
 from fpipe._executors.scan.units import Units, cut_units
-from fpipe._executors.stage_places import columns
+from fpipe._executors.stage_places import AXIS, columns
 from fpipe._model.model import Model
 
 # Packings, and programs that unpack, that one pipe keeps.
@@ -64,19 +67,70 @@ class Parameters:
             [device for device in column if device.process_index == process]
             for column in columns(mesh)
         ]
-        self._devices_of: list[list[Any]] = []
+        # For each place the mesh of its other axes, over which parameters may be cut.
+        self._places = [Placement.of(place) for place in sub_meshes(mesh, AXIS)]
+        self._place_of: list[int] = []
         for layers, place in zip(self._balance, self._stage_to_device, strict=True):
-            self._devices_of += [self._columns[place]] * layers
+            self._place_of += [place] * layers
+        self._devices_of = [self._columns[place] for place in self._place_of]
 
-    def packing(self, shapes: Sequence[Shape]) -> tuple[Units, Packing]:
-        """How parameters of these shapes are cut into units and packed."""
+    def packing(
+        self, shapes: Sequence[Shape], specs: Mapping[Entry, P]
+    ) -> tuple[Units, Packing]:
+        """How parameters of these shapes are cut into units and packed.
+
+        Arguments:
+            specs: of those that are cut over axes of the mesh beside that of stages.
+        """
         shapes = tuple(shapes)
 
         def make() -> tuple[Units, Packing]:
-            units = cut_units(self._model, self._balance, self._stage_to_device, shapes)
-            return units, Packing.of(units, shapes)
+            cuts: list[list[tuple[int, P]]] = [[] for _ in shapes]
+            for (layer, n), spec in specs.items():
+                cuts[layer].append((n, spec))
+            units = cut_units(
+                self._model,
+                self._balance,
+                self._stage_to_device,
+                shapes,
+                [tuple(sorted(cut, key=lambda own: own[0])) for cut in cuts],
+            )
+            return units, Packing.of(units, shapes, specs)
 
-        return self._kept.get(Key(shapes), make)
+        return self._kept.get(Key((shapes, frozenset(specs.items()))), make)
+
+    def shapes(self, params: Sequence[PyTree]) -> Packed:
+        """What `place` would give, as shapes; parameters are arrays or their shapes."""
+        packing = self._packing_of(params)
+        return Packed(
+            tuple(
+                jax.ShapeDtypeStruct(
+                    (len(self._columns), *row.shape),
+                    row.dtype,
+                    sharding=by_stage(self.mesh, row.spec),
+                )
+                for row in packing.rows
+            ),
+            packing,
+        )
+
+    def _packing_of(self, params: Sequence[PyTree]) -> Packing:
+        """How given parameters are packed."""
+        specs: dict[Entry, P] = {}
+        for k, own in enumerate(params):
+            home = self._places[self._place_of[k]]
+            if home.mesh is None:
+                continue
+            layer = self._model.layers[k]
+            lie = param_shardings(layer, f"layer {k} {layer.name!r}", own, home)
+            # JAX writes no axis of one device in a spec.
+            alone = [name for name, size in home.mesh.shape.items() if size == 1]
+            for n, sharding in enumerate(lie):
+                assert isinstance(sharding, NamedSharding)
+                spec = without_axes(sharding.spec, alone)
+                if spec:
+                    specs[k, n] = spec
+        return self.packing([Shape.of(own) for own in params], specs)[1]
 
     def make_state(self, layer: int, f: Callable[[Any], PyTree], key: Any) -> PyTree:
         """Run `f(key)` where a layer belongs. A process that has no part of the layer
@@ -105,13 +159,14 @@ class Parameters:
         made there and joined to arrays over the mesh. To stack all of them first would
         need a device that holds the whole model.
         """
-        packing = self.packing([Shape.of(p) for p in params])[1]
+        packing = self._packing_of(params)
         if is_traced(params):
-            sharding = by_stage(self.mesh)
             rows = packing.pack(params)
             placed = [
-                a if row.is_empty else jax.lax.with_sharding_constraint(a, sharding)
-                for row, a in zip(packing.rows, rows, strict=True)
+                a if row.is_empty else jax.lax.with_sharding_constraint(a, lies)
+                for row, a, lies in zip(
+                    packing.rows, rows, self.shardings(packing), strict=True
+                )
             ]
             return Packed(tuple(placed), packing)
         # Arrays that a trace has from outside are placed outside of it.
@@ -120,26 +175,38 @@ class Parameters:
 
     def _joined(self, params: Sequence[PyTree], packing: Packing) -> Packed:
         """The blocks of each place, made there and joined to arrays over the mesh."""
-        sharding = by_stage(self.mesh)
         shards: list[list[Any]] = [[] for _ in packing.rows]
+        lie = self.shardings(packing)
         for place, devices in enumerate(self._columns):
             # Each process makes the blocks of its own devices. It may have arrays for
             # their layers alone: of the others `make` returns shapes.
             if not devices:
                 continue
             entries = [row.entries[place] for row in packing.rows if not row.is_empty]
-            # The blocks are made on the first device: the others get copies.
+            # The blocks are made on the first device: the others get copies, or their
+            # parts.
             with jax.default_device(devices[0]):
                 own = {
                     k: map_arrays(lambda a, to=devices[0]: on_device(a, to), params[k])
                     for k in {entry[0] for entry in entries if entry}
                 }
                 blocks = packing.blocks(place, own)
-            for row, shard, block in zip(packing.rows, shards, blocks, strict=True):
-                if not row.is_empty:
-                    shard += [jax.device_put(block[None], device) for device in devices]
+            for row, shard, block, sharding in zip(
+                packing.rows, shards, blocks, lie, strict=True
+            ):
+                if row.is_empty:
+                    continue
+                shape = (len(self._columns), *row.shape)
+                parts = sharding.addressable_devices_indices_map(shape)
+                for device in devices:
+                    own_part = block
+                    if row.spec:
+                        index = parts[device]
+                        assert index is not None
+                        own_part = block[index[1:]]
+                    shard.append(jax.device_put(own_part[None], device))
         arrays = []
-        for row, shard in zip(packing.rows, shards, strict=True):
+        for row, shard, sharding in zip(packing.rows, shards, lie, strict=True):
             shape = (len(self._columns), *row.shape)
             arrays.append(
                 np.zeros(shape, row.dtype)
@@ -147,6 +214,10 @@ class Parameters:
                 else jax.make_array_from_single_device_arrays(shape, sharding, shard)
             )
         return Packed(tuple(arrays), packing)
+
+    def shardings(self, packing: Packing) -> list[NamedSharding]:
+        """How each row lies."""
+        return [by_stage(self.mesh, row.spec) for row in packing.rows]
 
     def check_devices(self, arrays: Sequence[Any], call: str) -> None:
         """Refuse rows that lie on other devices than this pipe's mesh, or on the same
@@ -186,9 +257,10 @@ class Parameters:
             for entry, a in given.items()
         ]
         rows = packing.pack(packing.trees(filled))
+        lie = self.shardings(packing)
         return Packed(
             tuple(
-                jax.device_put(a, by_stage(self.mesh))
+                jax.device_put(a, lie[r])
                 if r in kept
                 else np.zeros(a.shape, jax.dtypes.float0)
                 for r, a in enumerate(rows)
@@ -257,7 +329,12 @@ class Parameters:
                 f"has {len(self._model.layers)}"
             )
         # They fit if this pipe would pack arrays of their shapes into the same rows.
-        if self.packing(shapes)[1] != params.packing:
+        specs = params.packing.specs
+        named = {name for spec in specs.values() for name in axes_of(spec)}
+        if (
+            not named <= {*self.mesh.axis_names}
+            or self.packing(shapes, specs)[1] != params.packing
+        ):
             raise ValueError(
                 f"{call}: these parameters are packed for another partition; write "
                 "`pipe.place(other.gather(params))`, "

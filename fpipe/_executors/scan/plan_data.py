@@ -20,7 +20,7 @@ from fpipe._core.pytrees import nbytes, on_host
 from fpipe._executors.placement import Placement
 from fpipe._executors.plan_data import DeviceMemory, PlanData, Work, closed_over
 from fpipe._executors.scan.machine import Machine
-from fpipe._executors.scan.memory import held, held_on_host
+from fpipe._executors.scan.memory import held, held_on_host, owned_bytes
 from fpipe._executors.scan.step import Step
 from fpipe._executors.scheduling import Scheduling
 from fpipe._executors.stage_places import columns
@@ -148,7 +148,7 @@ def _memory(step: Step, compiled_bytes: int | None) -> tuple[DeviceMemory, ...]:
             device=number,
             name=str(device),
             roles=roles,
-            owned=sum(nbytes(row) for row in step.machine.params.rows),
+            owned=owned_bytes(step),
             temporary=temporary,
             moment="all along",
             host=held_on_host(step),

@@ -30,6 +30,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fpipe._core.pytrees import Shape, Spec, eval_shape, is_inexact, pack
+from fpipe._executors.placement import Unshard
 from fpipe._executors.request import Inputs, Request
 from fpipe._executors.scan.clock import Clock
 from fpipe._executors.scan.feeds import share
@@ -77,6 +78,7 @@ class Step:
 
     Attributes:
         data: the axes of the mesh over which rows are shared.
+        unshard: how often parameters are gathered that are cut over these.
         outs: the shapes of what the last unit returns, for a microbatch of each shape.
         state_given: the structure of the states that the call is given.
         donates_state: whether a forward consumes the given states.
@@ -86,6 +88,7 @@ class Step:
     machine: Machine
     mesh: Mesh
     data: tuple[str, ...]
+    unshard: Unshard
     inputs: Inputs
     request: Request
     model: Model
@@ -242,7 +245,9 @@ class Step:
             assert self.state_given is not None
             trees = self.state_given.unpack(state)
             rows = list(packing.pack([stacked_state(tree) for tree in trees]))
-        run = Interpreter(self.machine, segment, self.mesh, self.data, self.clock)
+        run = Interpreter(
+            self.machine, segment, self.mesh, self.data, self.unshard, self.clock
+        )
         return run(params, rows, inputs, left)
 
     # --- what goes in ---
@@ -434,10 +439,10 @@ class Step:
                 gradient = made.gradients.get(RowGradient(name))
                 if gradient is None:
                     # Asked for, but nothing depends on it.
-                    zeros = jnp.zeros((self.mesh.shape[AXIS], *of.shape))
-                    gradient = jax.lax.with_sharding_constraint(
-                        zeros, by_stage(self.mesh)
-                    )
+                    gradient = jnp.zeros((self.mesh.shape[AXIS], *of.shape))
+                gradient = jax.lax.with_sharding_constraint(
+                    gradient, by_stage(self.mesh, of.spec)
+                )
             if weight is not None:
                 gradient = divided(wide(gradient), weight)
             out.append(gradient.astype(of.dtype))

@@ -17,7 +17,7 @@ parameters stack without padding. Where the stages have no common core each is o
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 from typing import Literal, TypeAlias
 
@@ -57,11 +57,17 @@ def cut_units(
     balance: Sequence[int],
     stage_to_device: Sequence[int],
     shapes: Sequence[Shape],
+    cuts: Sequence[Hashable],
 ) -> Units:
-    """Cut a model into units; `shapes` are those of each layer's parameters."""
+    """Cut a model into units.
+
+    Arguments:
+        shapes, cuts: of each layer's parameters, and how they are cut over the mesh:
+            equal for layers that are cut alike.
+    """
     # How many layers do not belong to a core: `head` before that of the first stage,
     # `tail` behind that of the last.
-    ends = _ends(model, balance, shapes)
+    ends = _ends(model, balance, list(zip(shapes, cuts, strict=True)))
     last = len(balance) - 1
     sizes: list[int] = []
     roles: list[Role] = []
@@ -98,10 +104,13 @@ def cut_units(
 
 
 def _ends(
-    model: Model, balance: Sequence[int], shapes: Sequence[Shape]
+    model: Model, balance: Sequence[int], params: Sequence[Hashable]
 ) -> tuple[int, int] | None:
     """How many layers stand before the core of the first stage and behind that of the
     last; `None` without a core.
+
+    Arguments:
+        params: equal for layers whose parameters are alike.
     """
     # One stage has nobody to be equal to.
     if len(balance) < 2:
@@ -115,9 +124,9 @@ def _ends(
             len(layer.stash),
             len(layer.pop) + len(layer.peek),
             layer.asks("state"),
-            shape,
+            own,
         )
-        for layer, shape in zip(model.layers, shapes, strict=True)
+        for layer, own in zip(model.layers, params, strict=True)
     ]
     rows = []
     start = 0
