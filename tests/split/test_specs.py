@@ -84,6 +84,22 @@ def test_parameters_and_gradients_lie_as_they_are_told(placed_by):
     assert_same(step.gather(placed), PARAMS)
 
 
+def test_packed_parameters_lie_as_they_are_told():
+    step = fpipe.value_and_grad(
+        loss_fn, mesh=MODEL, chunks=2, specs=SPECS, executor="scan"
+    )
+    placed = step.place(PARAMS, X, Y)
+    loss, grads = step(placed, X, Y)
+    for packed in (placed, grads):
+        specs = [P(*a.sharding.spec[1:]) for a in packed.arrays]
+        assert sorted(map(str, specs)) == sorted(
+            map(str, [COLUMNS, ROWS, P("model"), P("model")])
+        )
+    want = jax.value_and_grad(loss_fn)(PARAMS, X, Y)
+    assert_same((loss, step.gather(grads)), want)
+    assert_same(step.gather(placed), PARAMS)
+
+
 def test_what_a_function_says_of_a_parameter_is_no_equation():
     """Flax constrains annotated parameters wherever they are used, also in loops. That
     would cut again what has been gathered for a program.
@@ -125,10 +141,8 @@ def test_one_spec_says_it_of_all():
 
 
 def test_specs_that_do_not_fit_are_refused():
-    def place(specs, mesh=MODEL, executor="placed"):
-        step = fpipe.value_and_grad(
-            loss_fn, chunks=2, specs=specs, mesh=mesh, executor=executor
-        )
+    def place(specs, mesh=MODEL):
+        step = fpipe.value_and_grad(loss_fn, chunks=2, specs=specs, mesh=mesh)
         return step.place(PARAMS, X, Y)
 
     shapes = (
@@ -166,12 +180,3 @@ def test_specs_that_do_not_fit_are_refused():
         "divide its shape (1, 8, 4) over the mesh {'model': 3}",
     ):
         place(SPECS, mesh=three)
-    with raises(
-        ValueError,
-        "`Pipe(executor=\"scan\", mesh=...)`: layer 0 'blocks' is to be cut by "
-        f"{ROWS}, but the scan executor keeps parameters whole on each device of a "
-        'stage: take `executor="placed"`, or leave out `Layer(spec=...)` or `specs=`, '
-        "and say in the layer by `jax.lax.with_sharding_constraint` how its work is "
-        "divided",
-    ):
-        place(SPECS, executor="scan")

@@ -22,6 +22,14 @@ import fpipe
 import fpipe.optim
 from fpipe._executors.placed.compile import compile_plan
 from fpipe._executors.placed.instructions import Run
+from tests.executors.cut_layers import (
+    COLUMNS,
+    FULLY_SHARDED,
+    ROWS,
+    WIDE,
+    gpt_block,
+    multiplied,
+)
 from tests.executors.helpers import placed_executor, plan_of
 from tests.helpers import (
     Case,
@@ -186,43 +194,6 @@ def normed():
     return fpipe.Layer(apply, lambda key, x: jnp.full(x.shape[-1], 0.5), name="normed")
 
 
-WIDE = 8
-COLUMNS, ROWS = P(None, "model"), P("model")
-
-
-def gpt_block():
-    """A transformer's block with Megatron's sharding: columns of what goes in, rows of
-    what comes out of attention and of the perceptron.
-    """
-
-    def normalized(scale, x):
-        centred = x - x.mean(-1, keepdims=True)
-        return scale * centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
-
-    def apply(p, x):
-        h = normalized(p["before"], x)
-        q, k, v = (jnp.einsum("btd,dhk->bthk", h, p[name]) for name in "qkv")
-        weights = jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", q, k), axis=-1)
-        mixed = jnp.einsum("bhts,bshk->bthk", weights, v)
-        x = x + jnp.einsum("bthk,hkd->btd", mixed, p["out"])
-        return x + jax.nn.relu(normalized(p["between"], x) @ p["up"]) @ p["down"]
-
-    shapes = {"q": (WIDE, 4, 2), "k": (WIDE, 4, 2), "v": (WIDE, 4, 2)}
-    shapes |= {"out": (4, 2, WIDE), "up": (WIDE, 2 * WIDE), "down": (2 * WIDE, WIDE)}
-
-    def init(key, x):
-        keys = jax.random.split(key, len(shapes))
-        made = {
-            name: noise(own, shape)
-            for own, (name, shape) in zip(keys, shapes.items(), strict=True)
-        }
-        return made | {"before": jnp.ones(WIDE), "between": jnp.ones(WIDE)}
-
-    spec = {**dict.fromkeys(["q", "k", "v", "up"], COLUMNS), "out": ROWS, "down": ROWS}
-    spec |= {"before": None, "between": None}
-    return fpipe.Layer(apply, init, name="block", spec=spec)
-
-
 def test_tensor_parallel_blocks_reduce_twice_in_each_direction():
     blocks = [gpt_block()] * 2
     x = noise(jax.random.key(1), (4, 3, WIDE))
@@ -242,21 +213,6 @@ def test_tensor_parallel_blocks_reduce_twice_in_each_direction():
     plans = placed_executor(pipe)._plans.values()
     step(params, x, x)
     assert len(placed_executor(pipe)._plans.values()) == len(plans)
-
-
-SHARDED = {"up": P(None, "data"), "down": P("data"), "bias": None}
-
-
-def perceptron(params, x):
-    return x + jnp.tanh(x @ params["up"] + params["bias"]) @ params["down"]
-
-
-def init_perceptron(key, x):
-    up, down = noise(key, (WIDE, 2 * WIDE)), noise(key, (2 * WIDE, WIDE))
-    return {"up": up, "down": down, "bias": jnp.ones(2 * WIDE)}
-
-
-FULLY_SHARDED = fpipe.Layer(perceptron, init_perceptron, name="mlp", spec=SHARDED)
 
 
 @pytest.mark.parametrize(
@@ -331,10 +287,6 @@ def test_arrays_say_how_they_are_cut():
             tuple(map(np.asarray, whole)), x, x
         ),
     )
-
-
-def multiplied(w, x):
-    return jnp.tanh(x @ w)
 
 
 # --- transfers ---

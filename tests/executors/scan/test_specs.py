@@ -1,0 +1,253 @@
+"""Parameters that are cut over the other axes of a mesh: the same numbers, what crosses
+devices and how often, and what each device holds.
+"""
+
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from optax.tree_utils import tree_get
+
+import fpipe
+import fpipe.optim
+from tests.executors.cut_layers import (
+    COLUMNS,
+    FULLY_SHARDED,
+    ROWS,
+    WIDE,
+    gpt_block,
+    multiplied,
+)
+from tests.executors.scan.test_scan import collectives, loop_body, text_of
+from tests.helpers import assert_same, dense, mse, noise, raises
+
+DEVICES = np.array(jax.devices())
+DATA = Mesh(DEVICES.reshape(2, 2), ("stage", "data"))
+MODEL = Mesh(DEVICES.reshape(2, 2).T, ("model", "stage"))
+
+
+def square(spec=None, name="square"):
+    return fpipe.Layer(
+        multiplied, lambda key, x: noise(key, (WIDE, WIDE)), name=name, spec=spec
+    )
+
+
+def specs_of(packed):
+    """How the rows lie, without the axis of stages."""
+    specs = [a.sharding.spec for a in packed.arrays]
+    assert all(spec[0] == "stage" for spec in specs)
+    return [P(*spec[1:]) for spec in specs]
+
+
+def step_of(pipe, x):
+    """The parameters of a step and its text, when it gives what `sequential` gives and
+    its gradients lie as the parameters do.
+    """
+    params = pipe.init(jax.random.key(0), x)
+    step = jax.jit(pipe.value_and_grad(mse, argnums=(0, 1)))
+    program = step.lower(params, x, x).compile()
+    loss, (grads, of_x) = step(params, x, x)
+    assert specs_of(grads) == specs_of(params)
+    plain = fpipe.sequential(pipe.layers, chunks=pipe.chunks)
+    want = plain.value_and_grad(mse, argnums=(0, 1))(pipe.gather(params), x, x)
+    assert_same((loss, (pipe.gather(grads), of_x)), want)
+    return params, text_of(program)
+
+
+# --- what crosses, and how often ---
+
+
+@pytest.mark.quick
+def test_tensor_parallel_blocks_reduce_twice_in_each_direction():
+    pipe = fpipe.Pipe(
+        [gpt_block()] * 2, chunks=2, mesh=MODEL, executor="scan", checkpoint="never"
+    )
+    x = noise(jax.random.key(1), (4, 3, WIDE))
+    params, text = step_of(pipe, x)
+    assert params.padding == 0
+    assert specs_of(params).count(COLUMNS) == 4
+    assert specs_of(params).count(ROWS) == 2
+    # One block on each stage, whose forward and backward stand in the loop once. The
+    # boundaries move from stage to stage, and back.
+    assert collectives(loop_body(text)) == {"all-reduce": 4, "collective-permute": 2}
+
+
+@pytest.mark.parametrize(
+    ("unshard", "in_loop", "outside"), [("step", 0, 4), ("action", 8, 0)]
+)
+def test_sharded_parameters_are_gathered_and_their_gradients_scattered_once(
+    unshard, in_loop, outside
+):
+    pipe = fpipe.Pipe(
+        [FULLY_SHARDED] * 4,
+        [2, 2],
+        chunks=4,
+        mesh=DATA,
+        executor="scan",
+        unshard=unshard,
+        checkpoint="always",
+    )
+    params, text = step_of(pipe, noise(jax.random.key(1), (8, WIDE)))
+    assert specs_of(params) == [P(), P("data"), P(None, "data")] * 2
+    # Two layers on each stage, with two such parameters each. The forward and the
+    # backward stand in the loop once.
+    inside, all_ = collectives(loop_body(text)), collectives(text.splitlines())
+    assert inside["all-gather"] == in_loop
+    assert all_["all-gather"] == in_loop + outside
+    assert (inside["reduce-scatter"], all_["reduce-scatter"]) == (0, 4)
+
+
+# --- stages that differ ---
+
+
+def reading(spec):
+    """A layer that borrows what another one owns and cuts."""
+
+    def apply(w, x, *, borrowed):
+        return jnp.tanh(x @ borrowed["embed"].T) @ w
+
+    init = square().init
+    return fpipe.Layer(apply, init, name="reading", spec=spec, borrow=("embed",))
+
+
+def kept(params, x, *, carry):
+    return x, fpipe.stash(carry, "x", x)
+
+
+def added(params, x, *, carry):
+    found, carry = fpipe.pop(carry, "x")
+    return x + found, carry
+
+
+def test_different_stages_share_no_row_of_what_is_cut():
+    first = fpipe.Layer(kept, lambda key, x: None, stash=("x",))
+    last = fpipe.Layer(added, lambda key, x: None, pop=("x",))
+    layers = [square(COLUMNS, "embed"), first, dense(WIDE), reading(ROWS), last]
+    # The last microbatch is smaller.
+    x = noise(jax.random.key(1), (5, WIDE))
+    pipe = fpipe.Pipe(layers, [2, 3], chunks=2, mesh=MODEL, executor="scan")
+    params, _ = step_of(pipe, x)
+    assert specs_of(params) == [COLUMNS, ROWS, P(), P()]
+    assert params.padding == 4 * (2 * WIDE * WIDE + WIDE * WIDE + WIDE)
+
+
+# --- all else that a pipe does ---
+
+
+def test_calls_from_outside():
+    layers = [square(P("data")), square()]
+    x = noise(jax.random.key(1), (4, WIDE))
+    pipe = fpipe.Pipe(layers, chunks=2, mesh=DATA, executor="scan")
+    params = pipe.init(jax.random.key(0), x)
+    whole = pipe.gather(params)
+    plain = fpipe.sequential(layers, chunks=2)
+    # Placed inside of a program too.
+    again = jax.jit(pipe.place)(tuple(map(np.asarray, whole)))
+    assert [a.sharding for a in again.arrays] == [a.sharding for a in params.arrays]
+    assert_same(pipe.evaluate(mse)(again, x, x), plain.evaluate(mse)(whole, x, x))
+
+    def loss_of(run):
+        return lambda params: mse(run(params, x), jnp.ones_like(x))
+
+    got, want = jax.grad(loss_of(pipe))(params), jax.grad(loss_of(plain))(whole)
+    assert specs_of(got) == specs_of(params) == [P("data"), P()]
+    assert_same(pipe.gather(got), want)
+
+
+def test_arrays_say_how_they_are_cut():
+    whole = [noise(jax.random.key(n), (WIDE, WIDE)) for n in (2, 3)]
+    whole[1] = jax.device_put(whole[1], NamedSharding(MODEL, COLUMNS))
+    pipe = fpipe.Pipe([multiplied] * 2, mesh=MODEL, executor="scan")
+    params = pipe.place(tuple(whole))
+    assert specs_of(params) == [COLUMNS, P()]
+    # A device of the second stage holds its columns alone.
+    for device, columns in zip(
+        MODEL.devices[:, 1], (slice(4), slice(4, 8)), strict=True
+    ):
+        (part,) = [s for s in params.arrays[0].addressable_shards if s.device == device]
+        assert_same(part.data[0], np.asarray(whole[1])[:, columns])
+    assert_same(pipe.gather(params), tuple(map(np.asarray, whole)))
+
+
+@pytest.fixture
+def promotion():
+    """`optax` raises floats to integer powers, which strict promotion refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def test_optimizers_keep_what_is_cut(promotion):
+    layers = [square(COLUMNS), square()]
+    x = noise(jax.random.key(1), (4, WIDE))
+    pipe = fpipe.Pipe(layers, chunks=2, mesh=MODEL, executor="scan")
+    params = pipe.init(jax.random.key(0), x)
+    whole = pipe.gather(params)
+    plain = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2))
+    tx = fpipe.optim.per_stage(plain)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        grads = pipe.value_and_grad(mse)(params, x, x)[1]
+        return tx.update(grads, state, params)
+
+    updates, after = step(params, state)
+    for tree in (updates, tree_get(state, "mu"), tree_get(after, "nu")):
+        assert specs_of(tree) == [COLUMNS, P()]
+    # What a step returns does not compile it again.
+    step(jax.tree.map(jnp.add, params, updates), after)
+    assert cast("Any", step)._cache_size() == 1
+    _, gradients = fpipe.sequential(layers, chunks=2).value_and_grad(mse)(whole, x, x)
+    want, state = plain.update(gradients, plain.init(whole), whole)
+    assert_same(pipe.gather(updates), want)
+    assert_same(fpipe.optim.gather(after), state)
+    again = fpipe.optim.place(fpipe.optim.gather(after), params)
+    assert specs_of(tree_get(again, "mu")) == [COLUMNS, P()]
+
+
+def test_a_plan_counts_what_each_device_holds():
+    x = jax.ShapeDtypeStruct((8, WIDE), jnp.float32)
+    size = 4 * WIDE * WIDE
+
+    def row_of(spec, mesh, **options):
+        pipe = fpipe.Pipe([square(spec)] * 2, mesh=mesh, executor="scan", **options)
+        return pipe.plan(None, x, optimizer=2).devices[0].memory
+
+    cut = row_of(COLUMNS, MODEL)
+    assert (cut["parameters"], cut["optimizer"]) == (size // 2, size)
+    assert cut["gradients"] == size // 2
+    gathered = row_of(P("data"), DATA)
+    assert (gathered["parameters"], gathered["optimizer"]) == (size * 3 // 2, size)
+    assert gathered["gradients"] == size * 3 // 2
+    each = row_of(P("data"), DATA, unshard="action")
+    assert (each["parameters"], each["gradients"]) == (size // 2, size * 3 // 2)
+
+
+def test_what_does_not_fit_is_refused():
+    def pipe_of(mesh, spec):
+        return fpipe.Pipe([square(spec), square()], mesh=mesh, executor="scan")
+
+    whole = (jnp.eye(WIDE), jnp.eye(WIDE))
+    with raises(
+        ValueError,
+        f"layer 0 'square': its `spec` {P('columns')} of params names the axis "
+        "'columns', but the mesh of its stage has ('model',)",
+    ):
+        pipe_of(MODEL, P("columns")).place(whole)
+    # Over one device of each stage nothing is cut.
+    alone = pipe_of(Mesh(DEVICES[:2], ("stage",)), COLUMNS)
+    assert specs_of(alone.place(whole)) == [P()]
+    # Parameters that are cut over axes that another pipe's mesh lacks.
+    other = pipe_of(Mesh(MODEL.devices, ("columns", "stage")), None)
+    with raises(
+        ValueError,
+        "a call's params: these parameters are packed for another "
+        "partition; write `pipe.place(other.gather(params))`, where `other` is the "
+        "pipe that placed them",
+    ):
+        other.evaluate(mse)(pipe_of(MODEL, COLUMNS).place(whole), whole[0], whole[0])
