@@ -44,18 +44,18 @@ def specs_of(packed):
     return [P(*spec[1:]) for spec in specs]
 
 
-def step_of(pipe, x):
+def step_of(pipe, x, argnums=(0, 1)):
     """The parameters of a step and its text, when it gives what `sequential` gives and
     its gradients lie as the parameters do.
     """
     params = pipe.init(jax.random.key(0), x)
-    step = jax.jit(pipe.value_and_grad(mse, argnums=(0, 1)))
+    step = jax.jit(pipe.value_and_grad(mse, argnums=argnums))
     program = step.lower(params, x, x).compile()
-    loss, (grads, of_x) = step(params, x, x)
+    loss, (grads, *others) = step(params, x, x)
     assert specs_of(grads) == specs_of(params)
     plain = fpipe.sequential(pipe.layers, chunks=pipe.chunks)
-    want = plain.value_and_grad(mse, argnums=(0, 1))(pipe.gather(params), x, x)
-    assert_same((loss, (pipe.gather(grads), of_x)), want)
+    want = plain.value_and_grad(mse, argnums=argnums)(pipe.gather(params), x, x)
+    assert_same((loss, (pipe.gather(grads), *others)), want)
     return params, text_of(program)
 
 
@@ -92,7 +92,7 @@ def test_sharded_parameters_are_gathered_and_their_gradients_scattered_once(
         unshard=unshard,
         checkpoint="always",
     )
-    params, text = step_of(pipe, noise(jax.random.key(1), (8, WIDE)))
+    params, text = step_of(pipe, noise(jax.random.key(1), (8, WIDE)), (0,))
     assert specs_of(params) == [P(), P("data"), P(None, "data")] * 2
     # Two layers on each stage, with two such parameters each. The forward and the
     # backward stand in the loop once.
