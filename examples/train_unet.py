@@ -9,10 +9,11 @@ it to the one that pops it.
 
 Run it with no argument. It uses the GPUs of this machine, or else simulated CPU
 devices. It ends with two pictures: patches before and after, and the recorded timeline
-of the last step over its simulation.
+of the last step over its simulation at the same speed.
 """
 
 import argparse
+import dataclasses
 import pathlib
 import time
 from collections.abc import Iterator
@@ -240,6 +241,10 @@ def arguments() -> argparse.Namespace:
 def build(args: argparse.Namespace) -> fpipe.Pipe:
     """The U-Net, cut over GPUs if there are some, else over simulated CPU devices."""
     jax.config.update("jax_num_cpu_devices", args.stages)
+    # Simulated devices share the cores of the machine. So a thread for each of them
+    # runs its programs itself: then the recording sees each program end when it ends.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    simulated = jax.default_backend() == "cpu"
     layers = unet(args.depth, args.blocks, args.channels)
     return fpipe.Pipe(
         layers,
@@ -255,6 +260,7 @@ def build(args: argparse.Namespace) -> fpipe.Pipe:
         chunks=args.chunks,
         checkpoint=args.checkpoint,
         schedule=args.schedule,
+        dispatch="thread_per_device" if simulated else "auto",
     )
 
 
@@ -323,16 +329,11 @@ def train(pipe: fpipe.Pipe, args: argparse.Namespace):
 
 
 def draw_patches(images: dict[str, np.ndarray], path: pathlib.Path) -> None:
-    """A column for each kind of image, a row for each chosen patch: of each photograph
-    the two with the most detail.
+    """A column for each kind of image, and a row for each of the four patches with the
+    most detail.
     """
     clean = images["clean"]
-    halves = np.split(detail(clean), 2)
-    chosen = [
-        half * len(details) + n
-        for half, details in enumerate(halves)
-        for n in np.argsort(details)[-2:]
-    ]
+    chosen = np.argsort(-detail(clean))[:4]
     figure = matplotlib.figure.Figure(
         figsize=(2 * len(images), 2.3 * len(chosen)), layout="constrained"
     )
@@ -347,6 +348,27 @@ def draw_patches(images: dict[str, np.ndarray], path: pathlib.Path) -> None:
     for ax, name in zip(grid[0], images, strict=True):
         ax.set_title(name)
     figure.savefig(path, dpi=150)
+
+
+def predict(pipe: fpipe.Pipe, params, timeline, args: argparse.Namespace):
+    """The simulated step. The speed of its devices is the mean of the recorded step, so
+    that the two pictures differ only in when each action runs, and how long it takes
+    beside the others.
+    """
+    batch = jax.ShapeDtypeStruct((args.batch, args.size, args.size, 3), jnp.float32)
+    key = jax.random.key(args.seed)
+
+    def simulated(speed):
+        return pipe.plan(
+            params, batch, batch, loss_fn=mse, key=key, train=True, speed=speed
+        ).timeline
+
+    def work(timeline):
+        return sum(event.end - event.start for event in timeline.events)
+
+    speed = work(simulated(1.0)) / work(timeline)
+    name = f"{args.schedule}, predicted for {speed / 1e9:.3g} GFLOP/s a device"
+    return dataclasses.replace(simulated(speed), name=name)
 
 
 def report(pipe: fpipe.Pipe, params, timeline, args: argparse.Namespace) -> None:
@@ -364,11 +386,8 @@ def report(pipe: fpipe.Pipe, params, timeline, args: argparse.Namespace) -> None
     draw_patches({"noisy": noisy, "denoised": denoised, "clean": clean}, args.out)
     print(f"noisy, denoised and clean patches: {args.out}")
     if timeline is not None:
-        batch = jax.ShapeDtypeStruct((args.batch, *noisy.shape[1:]), jnp.float32)
-        key = jax.random.key(args.seed)
-        plan = pipe.plan(params, batch, batch, loss_fn=mse, key=key, train=True)
         path = args.out.with_name(f"{args.out.stem}_timeline.png")
-        fpipe.plot.save(timeline, path, over=plan.timeline)
+        fpipe.plot.save(timeline, path, over=predict(pipe, params, timeline, args))
         print(f"the last step over its simulation: {path}\n")
     microbatches = -(-args.batch // -(-args.batch // args.chunks))
     print(fpipe.schedules.draw(pipe.make_schedule(microbatches)))

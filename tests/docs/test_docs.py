@@ -128,6 +128,26 @@ def test_modules_that_a_page_names_are_there(page):
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
+def prose(page):
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_names_in_the_tour_are_there():
+    """Modules by the ends of their paths, and classes, also those of a code block."""
+    sources = [*(ROOT / "fpipe").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    classes = set(re.findall(r"^class (\w+)", "\n".join(map(_text, sources)), re.M))
+    modules = {path.name for path in sources}
+    for page in (DOCS / "architecture.md", DOCS / "contributing.md"):
+        named = re.findall(r"`(\w+\.py|[A-Z]\w*[a-z]\w*)`", prose(page.read_text()))
+        assert named
+        assert [name for name in named if name not in classes | modules] == []
+
+
+def _text(path):
+    return path.read_text()
+
+
 def test_both_tables_for_torch_say_the_same():
     """The README's is a part of the page's."""
 

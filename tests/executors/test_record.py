@@ -21,7 +21,7 @@ import pytest
 import fpipe
 import fpipe.plot
 from fpipe._executors.placed.dispatch import ReadyPlan
-from fpipe._executors.placed.instructions import Half, Run
+from fpipe._executors.placed.instructions import Half, Move, Run
 from fpipe._executors.placed.watch import Lane, Seen, Span, Watch, WatchedCall
 from fpipe._executors.scan import clock as _clock
 from fpipe.schedules import Action, Costs, Event, Timeline, draw, simulate, svg
@@ -614,6 +614,8 @@ def test_what_is_seen_late_is_put_right():
     issued = {n: Span(0.1 * k, 0.1 * k + 0.05) for k, n in enumerate(numbers)}
     ended = {n: 10.0 + k for k, n in enumerate(numbers)}
     ended[of["F", 0, 0]] = 99.0  # its thread overslept
+    moves = [n for n in numbers if isinstance(plan.instructions[n], Move)]
+    ended[moves[1]] = 99.0
     ran = WatchedCall(
         plan,
         Half.WHOLE,
@@ -647,6 +649,11 @@ def test_what_is_seen_late_is_put_right():
     (first, *_) = [t for t in timeline.transfers if "mb0" in t.what[0]]
     assert first.start == at["F", 0, 0].end
     assert first.end == at["F", 1, 0].start
+    # Of a transfer that was seen late the start is known, and the program that needs it
+    # keeps its time.
+    (second, *_) = [t for t in timeline.transfers if "mb1" in t.what[0]]
+    assert second.start == second.end == at["F", 0, 1].end
+    assert at["F", 1, 1].start < at["F", 1, 1].end
 
 
 def test_where_the_host_is_the_bound_predictions_have_the_order_of_recordings(

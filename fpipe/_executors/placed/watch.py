@@ -396,12 +396,15 @@ class WatchedCall:
         """From when to when each instruction ran, by its number.
 
         A start is not seen. It is computed: the latest of the instruction's issue and
-        the ends of what it waits for. An end that was seen late is put right first:
+        the ends of what it waits for. An end that was seen late is put right first, of
+        a program to the end of what needs it, of a transfer to its own start:
 
             number  instruction        waits for  seen   put right
             0       cpu:0: F(0,0)                 0.90   0.35
             2       cpu:0 -> cpu:1     0          0.35   0.35
             4       cpu:1: F(1,0)      2          0.70   0.70
+            5       cpu:1 -> cpu:0     4          1.20   0.70
+            7       cpu:0: B(0,0)      5          1.10   1.10
         """
         code = {
             number: item
@@ -427,18 +430,17 @@ class WatchedCall:
         for number in reversed(code):
             for earlier in before[number]:
                 ends[earlier] = min(ends[earlier], ends[number])
-        return {
-            number: Span(
-                max(
-                    [
-                        self.issued[number].start,
-                        *(ends[earlier] for earlier in before[number]),
-                    ]
-                ),
-                ends[number],
-            )
-            for number in code
-        }
+        spans: dict[int, Span] = {}
+        for number, item in code.items():
+            earlier = [spans[n].end for n in before[number]]
+            start = max([self.issued[number].start, *earlier])
+            # All that is known of a late end is that it lies between the start and
+            # `ends`. A transfer is short beside the program that needs it. With the
+            # late end that program would seem to take no time.
+            late = ends[number] < self.ended[number]
+            end = start if late and isinstance(item, Move) else ends[number]
+            spans[number] = Span(start, end)
+        return spans
 
 
 def _peak_bytes(places: Iterable[Placement]) -> tuple[int, ...]:
