@@ -649,11 +649,14 @@ def test_what_is_seen_late_is_put_right():
     (first, *_) = [t for t in timeline.transfers if "mb0" in t.what[0]]
     assert first.start == at["F", 0, 0].end
     assert first.end == at["F", 1, 0].start
-    # Of a transfer that was seen late the start is known, and the program that needs it
-    # keeps its time.
+    # What was seen late in succession: a transfer takes no time, programs share it.
     (second, *_) = [t for t in timeline.transfers if "mb1" in t.what[0]]
     assert second.start == second.end == at["F", 0, 1].end
     assert at["F", 1, 1].start < at["F", 1, 1].end
+    ended[of["F", 0, 1]] = 99.0
+    at = {e.action: e for e in dataclasses.replace(ran, ended=ended).timeline().events}
+    one, other = at["F", 0, 1], at["F", 1, 1]
+    assert one.start < one.end <= other.start < other.end
 
 
 def test_where_the_host_is_the_bound_predictions_have_the_order_of_recordings(

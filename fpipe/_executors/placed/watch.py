@@ -396,15 +396,14 @@ class WatchedCall:
         """From when to when each instruction ran, by its number.
 
         A start is not seen. It is computed: the latest of the instruction's issue and
-        the ends of what it waits for. An end that was seen late is put right first, of
-        a program to the end of what needs it, of a transfer to its own start:
+        the ends of what it waits for. An end that was seen late is put right first:
 
             number  instruction        waits for  seen   put right
             0       cpu:0: F(0,0)                 0.90   0.35
             2       cpu:0 -> cpu:1     0          0.35   0.35
-            4       cpu:1: F(1,0)      2          0.70   0.70
+            4       cpu:1: F(1,0)      2          1.20   0.70
             5       cpu:1 -> cpu:0     4          1.20   0.70
-            7       cpu:0: B(0,0)      5          1.10   1.10
+            7       cpu:0: B(0,0)      5          1.05   1.05
         """
         code = {
             number: item
@@ -425,20 +424,28 @@ class WatchedCall:
             for slot in item.outs:
                 maker[slot] = number
         # An end is seen late at times (a thread has to wake up for it), but it is never
-        # later than that of what needs it.
+        # later than that of what needs it. `behind` counts the programs that still have
+        # to run after an instruction until this latest moment.
         ends = {number: self.ended[number] for number in code}
+        behind = dict.fromkeys(code, 0)
         for number in reversed(code):
+            count = behind[number] + isinstance(code[number], Run)
             for earlier in before[number]:
-                ends[earlier] = min(ends[earlier], ends[number])
+                if ends[number] < ends[earlier]:
+                    ends[earlier], behind[earlier] = ends[number], count
+                elif ends[number] == ends[earlier] < self.ended[earlier]:
+                    behind[earlier] = max(behind[earlier], count)
         spans: dict[int, Span] = {}
         for number, item in code.items():
             earlier = [spans[n].end for n in before[number]]
             start = max([self.issued[number].start, *earlier])
-            # All that is known of a late end is that it lies between the start and
-            # `ends`. A transfer is short beside the program that needs it. With the
-            # late end that program would seem to take no time.
-            late = ends[number] < self.ended[number]
-            end = start if late and isinstance(item, Move) else ends[number]
+            end = ends[number]
+            if end < self.ended[number]:
+                # All that is known of a late end is that it lies between the start and
+                # `ends`. Programs that follow one another there share the time. A
+                # transfer is short beside them.
+                end = start + (end - start) / (1 + behind[number])
+                end = start if isinstance(item, Move) else end
             spans[number] = Span(start, end)
         return spans
 
