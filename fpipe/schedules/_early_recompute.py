@@ -16,17 +16,15 @@ costs are.
 """
 
 import bisect
-import dataclasses
-import functools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from fpipe.schedules._action import Action
 from fpipe.schedules._checks import check_int, check_type, shown
+from fpipe.schedules._clock import Clock, Run
 from fpipe.schedules._costs import Costs
+from fpipe.schedules._numbering import B, F, I, L, O, R, Rows, W
 from fpipe.schedules._schedule import Schedule
-from fpipe.schedules._simulate import simulate
-from fpipe.schedules._timeline import Event
 
 # Passes over a schedule. What moves into a gap lets others start earlier, which opens
 # and closes gaps. Over random costs the first pass makes a step 1.0 % shorter, the
@@ -82,148 +80,150 @@ def early_recompute(
         raise ValueError(
             f"`early_recompute(schedule)`: the schedule {schedule.name!r} has R already"
         )
+    # In numbers, and only what is found in the end as a schedule, which is checked.
+    clock = Clock(schedule, costs)
+    size = clock.numbering.size
     backwards = {
-        action[1:]
-        for row in schedule.actions
-        for action in row
-        if action.kind in ("B", "I")
+        R * size + number % size
+        for row in clock.rows
+        for number in row
+        if B * size <= number < W * size
     }
-    chosen = _read_pairs(schedule, pairs, backwards)
-    rows = [_with_recomputations(row, chosen) for row in schedule.actions]
-    name = f"{schedule.name}, early recomputation"
-    found = Schedule(rows, schedule.stage_to_device, name)
-    makespan = simulate(found, costs).makespan
+    recomputed = backwards
+    if pairs is not None:
+        recomputed = _read_pairs(schedule, pairs, backwards, clock)
+    found = clock.run(
+        [_with_recomputations(row, recomputed, size) for row in clock.rows]
+    )
     # What is recomputed long before its backward takes memory, so it has to pay.
     for more in range(1, ahead + 1):
-        moved = _fill_all_gaps(found, costs, more)
-        shorter = simulate(moved, costs).makespan
-        if shorter < makespan:
-            found, makespan = moved, shorter
-    return found
+        moved = _fill_all_gaps(found, clock, more)
+        if moved.makespan < found.makespan:
+            found = moved
+    name = f"{schedule.name}, early recomputation"
+    return Schedule(clock.actions(found.rows), schedule.stage_to_device, name)
 
 
 def _read_pairs(
     schedule: Schedule,
-    pairs: Collection[tuple[int, int]] | None,
-    backwards: set[tuple[int, int]],
-) -> set[tuple[int, int]]:
-    if pairs is None:
-        return backwards
-    chosen: set[tuple[int, int]] = set()
+    pairs: Collection[tuple[int, int]],
+    backwards: set[int],
+    clock: Clock,
+) -> set[int]:
+    """The recomputations that are asked for."""
+    chosen: set[int] = set()
     for pair in pairs:
-        if not isinstance(pair, (tuple, list)) or tuple(pair) not in backwards:
+        number = None
+        if isinstance(pair, (tuple, list)) and [type(n) for n in pair] == [int, int]:
+            stage, microbatch = pair
+            if 0 <= microbatch < clock.numbering.microbatches and stage >= 0:
+                number = clock.numbering.number(Action("R", stage, microbatch))
+        if number not in backwards:
             raise ValueError(
                 f"`early_recompute(pairs=...)`: the schedule {schedule.name!r} has no "
                 f"backward of a stage and microbatch {shown(pair)}"
             )
-        chosen.add((pair[0], pair[1]))
+        chosen.add(number)
     return chosen
 
 
-def _fill_all_gaps(schedule: Schedule, costs: Costs, ahead: int) -> Schedule:
-    """The schedule with recomputations moved into gaps, also into those that open."""
+def _fill_all_gaps(run: Run, clock: Clock, ahead: int) -> Run:
+    """The rows with recomputations moved into gaps, also into those that open."""
     for _ in range(PASSES):
-        moved = _fill_gaps(schedule, costs, ahead)
-        if moved == schedule:
+        moved = _fill_gaps(run, clock, ahead)
+        if moved == run.rows:
             break
-        schedule = moved
-    return schedule
+        run = clock.run(moved)
+    return run
 
 
 def _with_recomputations(
-    row: Collection[Action], pairs: set[tuple[int, int]]
-) -> list[Action]:
+    row: Sequence[int], recomputed: set[int], size: int
+) -> list[int]:
     """A row with each `R` right before its backward."""
-    new: list[Action] = []
-    for action in row:
-        if action.kind in ("B", "I") and action[1:] in pairs:
-            new.append(action._replace(kind="R"))
-        new.append(action)
+    new: list[int] = []
+    for number in row:
+        kind, pair = divmod(number, size)
+        recomputation = R * size + pair
+        if kind in (B, I) and recomputation in recomputed:
+            new.append(recomputation)
+        new.append(number)
     return new
 
 
-def _fill_gaps(schedule: Schedule, costs: Costs, ahead: int) -> Schedule:
-    """The schedule with recomputations moved into the gaps that it has now."""
-    events = {event.action: event for event in simulate(schedule, costs).events}
-    rows = [
-        _fill_gaps_of_row([events[action] for action in row], costs, ahead)
-        for row in schedule.actions
-    ]
-    return Schedule(rows, schedule.stage_to_device, schedule.name)
+def _fill_gaps(run: Run, clock: Clock, ahead: int) -> Rows:
+    """The rows with recomputations moved into the gaps that they have now."""
+    size = clock.numbering.size
+    return [_GapFiller(row, run, clock, ahead, size).filled() for row in run.rows]
 
 
-def _fill_gaps_of_row(row: list[Event], costs: Costs, ahead: int) -> list[Action]:
-    """The actions of a device, with recomputations moved into its gaps.
+class _GapFiller:
+    """Moves recomputations of a device into its gaps.
 
     Arguments:
-        row: the device's events, in the order of its row.
-        costs: what the actions take.
+        row: the device's actions, in order.
+        run: when they run.
+        clock: knows what they take.
         ahead: as for `early_recompute`.
-    """
-    # Gap by gap, from the left. What moves keeps its place in `row` until the end, so
-    # that all gaps are those of the same timeline.
-    filler = _GapFiller(row, costs, ahead, _recomputed_at(row))
-    copied = {event.action[1:] for event in row if event.action.kind == "L"}
-    new: list[Action] = []
-    free_at = 0.0
-    for place, event in enumerate(row):
-        kind, *pair = event.action
-        if kind == "L":
-            # The device goes on while it is copied back.
-            new.append(event.action)
-            filler.ready_at[tuple(pair)] = event.end
-            continue
-        # At an `O` the device waits for its end.
-        goes_on_at = max(free_at, event.end if kind == "O" else event.start)
-        if goes_on_at > free_at:
-            new += filler.fill(place, free_at, goes_on_at)
-        if place not in filler.moved:
-            new.append(event.action)
-        if kind == "F" and tuple(pair) not in copied:
-            filler.ready_at[tuple(pair)] = event.end
-        free_at = max(goes_on_at, event.end)
-    return new
-
-
-@dataclasses.dataclass
-class _GapFiller:
-    """Which recomputations of a device have moved.
-
-    Attributes:
-        row: the device's events, in the order of its row.
-        costs: what the actions take.
-        ahead: as for `early_recompute`.
-        held: for each place how many recomputed microbatches are held there.
-        moved: the places of those that have moved.
-        ready_at: for each pair of stage and microbatch from when on it can be
-            recomputed.
+        size: the number of pairs of stage and microbatch.
     """
 
-    row: list[Event]
-    costs: Costs
-    ahead: int
-    held: list[int]
-    moved: set[int] = dataclasses.field(default_factory=set)
-    ready_at: dict[tuple[int, ...], float] = dataclasses.field(default_factory=dict)
+    def __init__(
+        self, row: Sequence[int], run: Run, clock: Clock, ahead: int, size: int
+    ) -> None:
+        self.row, self.ahead, self.size = row, ahead, size
+        self.starts, self.ends = run.played.starts, run.played.ends
+        self.durations = clock.durations
+        # For each place how many recomputed microbatches are held there.
+        self.held = _recomputed_at(row, size)
+        # The places of the recomputations, and of those that have moved.
+        self.places = [
+            n for n, number in enumerate(row) if R * size <= number < (R + 1) * size
+        ]
+        self.moved: set[int] = set()
+        # By pair of stage and microbatch, from when on it can be recomputed.
+        self.ready_at: dict[int, float] = {}
 
-    @functools.cached_property
-    def _places(self) -> list[int]:
-        """Those of the recomputations."""
-        return [n for n, event in enumerate(self.row) if event.action.kind == "R"]
+    def filled(self) -> list[int]:
+        """The actions in their new order."""
+        # Gap by gap, from the left. What moves keeps its place in `row` until the end,
+        # so that all gaps are those of the same timeline.
+        size = self.size
+        copied = {number % size for number in self.row if number // size == L}
+        new: list[int] = []
+        free_at = 0.0
+        for place, number in enumerate(self.row):
+            kind, pair = divmod(number, size)
+            end = self.ends[number]
+            if kind == L:
+                # The device goes on while it is copied back.
+                new.append(number)
+                self.ready_at[pair] = end
+                continue
+            # At an `O` the device waits for its end.
+            goes_on_at = max(free_at, end if kind == O else self.starts[number])
+            if goes_on_at > free_at:
+                new += self.fill(place, free_at, goes_on_at)
+            if place not in self.moved:
+                new.append(number)
+            if kind == F and pair not in copied:
+                self.ready_at[pair] = end
+            free_at = max(goes_on_at, end)
+        return new
 
-    def fill(self, place: int, start: float, end: float) -> list[Action]:
+    def fill(self, place: int, start: float, end: float) -> list[int]:
         """The recomputations that move into the gap before a place."""
-        new: list[Action] = []
+        new: list[int] = []
         for behind in self._next(place):
-            action = self.row[behind].action
+            number = self.row[behind]
             # From here to its own place there is one more.
             if max(self.held[place:behind]) > self.ahead:
                 break
-            ready_at = self.ready_at.get(action[1:], math.inf)
-            done_at = max(start, ready_at) + self.costs.of(action)
+            ready_at = self.ready_at.get(number % self.size, math.inf)
+            done_at = max(start, ready_at) + self.durations[number]
             if done_at > end:
                 continue
-            new.append(action)
+            new.append(number)
             start = done_at
             self.moved.add(behind)
             self.held[place:behind] = [n + 1 for n in self.held[place:behind]]
@@ -231,23 +231,27 @@ class _GapFiller:
 
     def _next(self, place: int) -> list[int]:
         """The places of the next few recomputations that have not moved."""
-        first = bisect.bisect_right(self._places, place)
-        few = self._places[first : first + TRIED + len(self.moved)]
-        return [n for n in few if n not in self.moved][:TRIED]
+        few: list[int] = []
+        for n in range(bisect.bisect_right(self.places, place), len(self.places)):
+            if self.places[n] not in self.moved:
+                few.append(self.places[n])
+                if len(few) == TRIED:
+                    break
+        return few
 
 
-def _recomputed_at(row: list[Event]) -> list[int]:
+def _recomputed_at(row: Sequence[int], size: int) -> list[int]:
     """For each place of a row how many recomputed microbatches are held there."""
     counts: list[int] = []
     held = 0
-    recomputed: set[tuple[int, int]] = set()
-    for event in row:
-        kind, stage, microbatch = event.action
-        if kind == "R":
-            recomputed.add((stage, microbatch))
+    recomputed: set[int] = set()
+    for number in row:
+        kind, pair = divmod(number, size)
+        if kind == R:
+            recomputed.add(pair)
             held += 1
         counts.append(held)
         # Until its backward ends, which is still of that place.
-        if kind in ("B", "I") and (stage, microbatch) in recomputed:
+        if kind in (B, I) and pair in recomputed:
             held -= 1
     return counts

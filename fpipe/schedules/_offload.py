@@ -23,14 +23,16 @@ import heapq
 import itertools
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
-from fpipe.schedules._action import COPIES, Action
+from fpipe.schedules._action import COPIES, KINDS
 from fpipe.schedules._checks import check_type, shown
+from fpipe.schedules._clock import Clock, Run
 from fpipe.schedules._costs import Costs, read_numbers
+from fpipe.schedules._numbering import B, F, I, L, O, R, Rows
 from fpipe.schedules._rules import HELD_AFTER, Held
 from fpipe.schedules._schedule import Schedule
-from fpipe.schedules._simulate import simulate
 
 # Rounding breaks no limit.
 ROUNDING = 1.0 + 1e-9
@@ -84,8 +86,11 @@ def offload(
         raise ValueError(
             f"`offload(schedule)`: the schedule {schedule.name!r} has O already"
         )
-    rows = _timed_rows(schedule, costs)
-    smallest = [row.smallest_limit() for row in rows]
+    # In numbers, and only what is found in the end as a schedule, which is checked.
+    clock = Clock(schedule, costs)
+    free = clock.run(clock.rows)
+    rows = _timed_rows(free, clock, costs)
+    smallest = [row.smallest_limit for row in rows]
     for device, least in enumerate(smallest):
         if least > limits[device] * ROUNDING:
             every = ", ".join(f"{least:g}" for least in smallest)
@@ -94,29 +99,38 @@ def offload(
                 f"{least:g}, whatever goes to the host; all devices: {every}"
             )
 
-    found: Schedule | None = None
+    shortest = free.makespan * ROUNDING
+    found: Rows | None = None
     makespan = math.inf
-    shortest = simulate(schedule, costs).makespan * ROUNDING
+    tried: set[tuple[int, ...]] = set()
     for reserve in RESERVES:
+        gone = [
+            row.choose(limit, reserve) for row, limit in zip(rows, limits, strict=True)
+        ]
+        if not any(gone):
+            return schedule
+        # More room for those that are on their way may be more than there is.
+        key = tuple(stay.made for stays in gone for stay in stays)
+        if key in tried:
+            continue
+        tried.add(key)
         for way in WAYS:
             made = [
-                row.within(limit, reserve, way)
-                for row, limit in zip(rows, limits, strict=True)
+                row.place(stays, limit, way)
+                for row, stays, limit in zip(rows, gone, limits, strict=True)
             ]
-            if tuple(map(tuple, made)) == schedule.actions:
+            if made == clock.rows:
                 return schedule
-            tried = Schedule(
-                made, schedule.stage_to_device, f"{schedule.name}, offload"
-            )
-            ends_at = simulate(tried, costs).makespan
+            ends_at = clock.run(made).makespan
             if ends_at < makespan / ROUNDING:
-                found, makespan = tried, ends_at
+                found, makespan = made, ends_at
             if makespan <= shortest:
                 break
         if makespan <= shortest:
             break
     assert found is not None
-    return found
+    name = f"{schedule.name}, offload"
+    return Schedule(clock.actions(found), schedule.stage_to_device, name)
 
 
 def _read_limits(devices: int, memory: Any) -> tuple[float, ...]:
@@ -155,51 +169,70 @@ class _Stay:
     """What a forward leaves, from there to what needs it first.
 
     Attributes:
-        stage, microbatch: whose.
+        pair: the number of its stage and microbatch.
         made: the place of the `F` in its row.
         used: that of the `R`, `B` or `I`.
         size: what it holds.
         copying: the time of a copy.
     """
 
-    stage: int
-    microbatch: int
+    pair: int
     made: int
     used: int
     size: float
     copying: float
 
 
-def _timed_rows(schedule: Schedule, costs: Costs) -> list["_TimedRow"]:
-    events = {event.action: event for event in simulate(schedule, costs).events}
+def _timed_rows(run: Run, clock: Clock, costs: Costs) -> list["_TimedRow"]:
+    """The rows of a schedule without copies, with the times of a run."""
+    numbering = clock.numbering
+    size, microbatches = numbering.size, numbering.microbatches
+    memory = [costs.holds(stage) for stage in range(numbering.stages)]
+    # What a stage holds after each kind of action.
+    held_after = [[m.of(HELD_AFTER[kind]) for m in memory] for kind in KINDS]
+    forward = [m.of(Held.FORWARD) for m in memory]
+    starts, ends = run.played.starts, run.played.ends
     rows: list[_TimedRow] = []
-    for row in schedule.actions:
-        place = {action: n for n, action in enumerate(row)}
-        stays: list[_Stay] = []
-        for action, made in place.items():
-            if action.kind != "F":
-                continue
-            uses = [place.get(action._replace(kind=kind)) for kind in ("R", "B", "I")]
-            used = next((use for use in uses if use is not None), None)
-            if used is not None:
-                stays.append(
-                    _Stay(
-                        action.stage,
-                        action.microbatch,
-                        made,
-                        used,
-                        size=costs.holds(action.stage).of(Held.FORWARD),
-                        copying=costs.of(action._replace(kind="O")),
-                    )
-                )
+    for row in run.rows:
+        # Between two actions of a pair it holds what the first of them left, and while
+        # one runs the larger of before and after. `more` is by how much more is held at
+        # a place than at the one before.
+        more = [0.0] * (len(row) + 1)
+        held: dict[int, float] = {}
+        made: dict[int, int] = {}
+        used: dict[int, int] = {}
+        for place, number in enumerate(row):
+            kind, pair = divmod(number, size)
+            last = held.get(pair, 0.0)
+            now = held_after[kind][pair // microbatches]
+            most = max(last, now)
+            more[place] += most - last
+            more[place + 1] += now - most
+            held[pair] = now
+            if kind == F:
+                made[pair] = place
+            elif kind in (R, B, I):
+                used.setdefault(pair, place)
+        stays = [
+            _Stay(
+                pair,
+                place,
+                used[pair],
+                size=forward[pair // microbatches],
+                copying=clock.durations[O * size + pair],
+            )
+            for pair, place in made.items()
+            if pair in used
+        ]
         rows.append(
             _TimedRow(
                 row,
-                schedule.stages,
                 stays,
-                costs,
-                starts=[events[action].start for action in row],
-                ends=[events[action].end for action in row],
+                more,
+                O * size,
+                L * size,
+                starts=[starts[number] for number in row],
+                ends=[ends[number] for number in row],
             )
         )
     return rows
@@ -211,28 +244,22 @@ class _TimedRow:
 
     Attributes:
         actions: in order.
-        stages: of the schedule.
         stays: what its forwards leave, in the order of the forwards.
-        costs: what it all holds.
+        more: by how much more is held while an action runs than while the one before
+            does.
+        first_out, first_back: the number of the `O` and of the `L` of pair 0.
         starts, ends: of the actions.
     """
 
-    actions: tuple[Action, ...]
-    stages: int
+    actions: list[int]
     stays: list[_Stay]
-    costs: Costs
+    more: list[float]
+    first_out: int
+    first_back: int
     starts: list[float]
     ends: list[float]
 
-    def within(self, limit: float, reserve: int, way: _Way) -> list[Action]:
-        """The row with `O` and `L` that keep the limit."""
-        largest = max((stay.size for stay in self.stays), default=0.0)
-        least = self.smallest_limit()
-        gone = self._choose(max(limit - reserve * largest, least))
-        if not gone:
-            return list(self.actions)
-        return self._place(gone, limit, way)
-
+    @cached_property
     def smallest_limit(self) -> float:
         """The least that the device holds at some time, with all gone that can be."""
         return max(self._held(self.stays))
@@ -243,29 +270,26 @@ class _TimedRow:
         Arguments:
             gone: what is there only while its `F` runs, and what needs it.
         """
-        # Between two actions of a pair it holds what the first of them left, and while
-        # one runs the larger of before and after.
-        memory = [self.costs.holds(stage) for stage in range(self.stages)]
-        # By how much more is held at a place than at the one before.
-        more = [0.0] * (len(self.actions) + 1)
-        held: dict[tuple[int, int], float] = {}
-        for place, (kind, stage, microbatch) in enumerate(self.actions):
-            last = held.get((stage, microbatch), 0.0)
-            now = memory[stage].of(HELD_AFTER[kind])
-            most = max(last, now)
-            more[place] += most - last
-            more[place + 1] += now - most
-            held[stage, microbatch] = now
+        more = list(self.more)
         for stay in gone:
             more[stay.made + 1] -= stay.size
             more[stay.used] += stay.size
         return list(itertools.accumulate(more[:-1]))
 
+    @cached_property
+    def _held_by_all(self) -> list[float]:
+        return self._held(())
+
+    def choose(self, limit: float, reserve: int) -> list[_Stay]:
+        """What goes, so that as many more as `reserve` have room."""
+        largest = max((stay.size for stay in self.stays), default=0.0)
+        return self._choose(max(limit - reserve * largest, self.smallest_limit))
+
     def _choose(self, limit: float) -> list[_Stay]:
         """What goes: whenever something has no room, what is needed last."""
         # As a cache that knows the future (Belady, 1966). Each stay has one use, so
         # what has gone comes back only for that.
-        held = self._held(())
+        held = self._held_by_all
         excess = [amount - limit * ROUNDING for amount in held]
         by_made = {stay.made: stay for stay in self.stays}
         waiting: list[tuple[int, int]] = []
@@ -287,8 +311,10 @@ class _TimedRow:
                 heapq.heappush(waiting, (-by_made[place].used, place))
         return sorted(gone, key=lambda stay: stay.made)
 
-    def _place(self, gone: list[_Stay], limit: float, way: _Way) -> list[Action]:
+    def place(self, gone: list[_Stay], limit: float, way: _Way) -> list[int]:
         """The row with an `O` and an `L` for what goes."""
+        if not gone:
+            return self.actions
         room = [limit * ROUNDING - amount for amount in self._held(gone)]
         # For each stay the place before which its `O` stands, and its `L`.
         out = {stay.made: stay.made + 1 for stay in gone}
@@ -314,15 +340,16 @@ class _TimedRow:
             put()
         # What would go and come back at one place stays, if there is room.
         stays = {stay.made for stay in gone if out[stay.made] >= back[stay.made]}
-        before: list[list[Action]] = [[] for _ in self.actions]
+        before: list[list[int]] = [[] for _ in self.actions]
         moving = [stay for stay in gone if stay.made not in stays]
         for stay in moving:
-            before[out[stay.made]].append(Action("O", stay.stage, stay.microbatch))
+            before[out[stay.made]].append(self.first_out + stay.pair)
         for stay in sorted(moving, key=lambda stay: stay.used):
-            before[back[stay.made]].append(Action("L", stay.stage, stay.microbatch))
-        new: list[Action] = []
-        for copies, action in zip(before, self.actions, strict=True):
-            new += [*copies, action]
+            before[back[stay.made]].append(self.first_back + stay.pair)
+        new: list[int] = []
+        for copies, number in zip(before, self.actions, strict=True):
+            new += copies
+            new.append(number)
         return new
 
     def _wanted_out(self, gone: list[_Stay]) -> list[tuple[_Stay, int]]:
