@@ -12,7 +12,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-from tests.front.test_equal import ROWS, check_row, needs_eight_devices
+from tests.front.test_equal import ROWS, check_row, needs_eight_devices  # noqa: E402
 
 if __name__ == "__main__":
     warnings.simplefilter("error")

@@ -335,7 +335,7 @@ def test_the_rows_have_every_pair_of_options():
     for name, options in TABLE.items():
         for mesh in MESHES:
             for option in options:
-                row = dict([(name, option), ("mesh", mesh)])
+                row = {name: option, "mesh": mesh}
                 if name != "mesh" and differs(row):
                     assert tuple(sorted(row.items())) in seen
     assert {needs_eight_devices(row) for row in ROWS} == {False, True}
