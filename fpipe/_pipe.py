@@ -37,6 +37,13 @@ from fpipe._core.pytrees import (
 )
 from fpipe._core.settings import explicit_transfers
 from fpipe._core.statics import check_leaves
+from fpipe._executors.added_actions import (
+    Offload,
+    Recompute,
+    as_offload,
+    as_recompute,
+    with_actions,
+)
 from fpipe._executors.anomaly import Detector
 from fpipe._executors.call import (
     Args,
@@ -168,6 +175,17 @@ class Pipe(Call):
         deferred_batch_norm: whether batch norms update their running statistics once
             per call, with the statistics of the whole batch. It holds for layers with
             `fpipe.Layer(defer=...)`. Default `False`: once per microbatch.
+        recompute: when a backward's recomputation runs. `"with_backward"` (default):
+            as a part of the backward. `"early"`: as an action of its own, which may run
+            while the backward's cotangent is on its way; see
+            `fpipe.schedules.early_recompute`. The schedule gets an action for each
+            backward that recomputes by `checkpoint`. A schedule that has such actions
+            already is left as it is.
+        offload: the largest number of microbatches that a device holds, or a sequence
+            of one number for each device. What the forwards of others leave waits in
+            the memory of the host; see `fpipe.schedules.offload`. A device with several
+            stages counts a microbatch once on each. Default `None`: nothing is copied
+            to the host.
         detect_anomaly: whether a call that makes a NaN or an infinity raises
             `FloatingPointError`. The error names the first stage, layer and microbatch
             that made one, forward or backward. Inside `jax.jit` see `raise_anomaly`.
@@ -211,6 +229,8 @@ class Pipe(Call):
     compute_dtype: Any
     deferred_batch_norm: bool
     detect_anomaly: bool
+    recompute: Recompute
+    offload: Offload
 
     def __init__(
         self,
@@ -228,6 +248,8 @@ class Pipe(Call):
         compute_dtype: Any = None,
         deferred_batch_norm: bool = False,
         detect_anomaly: bool = False,
+        recompute: Recompute = "with_backward",
+        offload: int | Sequence[int] | None = None,
         *,
         sample: PyTree = None,
         sample_side: PyTree = None,
@@ -256,6 +278,8 @@ class Pipe(Call):
             "Pipe", "deferred_batch_norm", deferred_batch_norm
         )
         detect_anomaly = as_bool("Pipe", "detect_anomaly", detect_anomaly)
+        recompute = as_recompute(recompute)
+        limit = as_offload(offload)
         trees = trees_of(layers, compute_dtype, deferred_batch_norm, chunks)
         model, layers = trees.model, trees.layers
         scheduling = Scheduling.of(schedule)
@@ -275,6 +299,11 @@ class Pipe(Call):
             len(balance), len(placements), chunks
         )
         placements = first_placements(placements, 1 + max(stage_to_device))
+        if isinstance(limit, tuple) and len(limit) != len(placements):
+            raise ValueError(
+                f"`Pipe(offload={shown(offload)})`: {len(limit)} numbers for "
+                f"{len(placements)} devices"
+            )
         own = tuple(p.place for p in placements)
         # The scan executor always runs on a mesh. Plain devices become a mesh.
         if executor == "scan":
@@ -304,6 +333,8 @@ class Pipe(Call):
             "compute_dtype": compute_dtype,
             "deferred_batch_norm": deferred_batch_norm,
             "detect_anomaly": detect_anomaly,
+            "recompute": recompute,
+            "offload": limit,
         }
         for name, value in fields.items():
             object.__setattr__(self, name, value)
@@ -336,8 +367,10 @@ class Pipe(Call):
         """
         # From the fields, and not handed over by `__init__`, because `plan` makes
         # executors too.
-        scheduling = Scheduling.of(self.schedule)
         remat = Remat.of(self.checkpoint)
+        scheduling = with_actions(
+            Scheduling.of(self.schedule), remat, self.recompute, self.offload
+        )
         # Kept, because a schedule that is a function may take long.
         stage_to_device = self._stage_to_device
         if self.executor == "scan":
@@ -405,6 +438,8 @@ class Pipe(Call):
             "compute_dtype": None,
             "deferred_batch_norm": False,
             "detect_anomaly": False,
+            "recompute": "with_backward",
+            "offload": None,
         }
         for name, default in rare.items():
             if getattr(self, name) != default:

@@ -32,6 +32,7 @@ from fpipe._core.pytrees import (
     shapes_of,
     strong,
 )
+from fpipe._executors.added_actions import Recompute
 from fpipe._executors.call import check_chunks
 from fpipe._executors.gradients import unscale_and_add
 from fpipe._executors.placed.dispatch import Dispatch
@@ -584,6 +585,8 @@ def value_and_grad(
     compute_dtype: Any = None,
     deferred_batch_norm: bool = False,
     detect_anomaly: bool = False,
+    recompute: Recompute = "with_backward",
+    offload: int | Sequence[int] | None = None,
 ) -> ValueAndGrad:
     """Run a loss function as a pipeline, in place of `jax.value_and_grad(loss_fn)`.
 
@@ -623,6 +626,7 @@ def value_and_grad(
         balance, checkpoint, schedule, executor, dispatch: as for `fpipe.Pipe`.
         mesh, data_axes, unshard: as for `fpipe.Pipe`.
         compute_dtype, detect_anomaly: as for `fpipe.Pipe`.
+        recompute, offload: as for `fpipe.Pipe`.
         deferred_batch_norm: must be `False`, because it needs layers.
 
     Returns:
@@ -678,6 +682,8 @@ def value_and_grad(
         "unshard": unshard,
         "compute_dtype": compute_dtype,
         "detect_anomaly": detect_anomaly,
+        "recompute": recompute,
+        "offload": offload,
     }
     cutting = {"stages": stages, "cuts": cuts, "specs": specs}
     return ValueAndGrad(function, cutting, options, frozen, init)

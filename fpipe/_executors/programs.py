@@ -57,6 +57,7 @@ from fpipe._program.trace import (
     trace_stage,
 )
 from fpipe.schedules import Action, Kind
+from fpipe.schedules._rules import OPTIONAL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +98,16 @@ def split_pairs(order: Iterable[Action]) -> frozenset[tuple[int, int]]:
     return frozenset((a.stage, a.microbatch) for a in order if a.kind == "I")
 
 
+def apart_pairs(order: Iterable[Action]) -> frozenset[tuple[int, int]]:
+    """The (stage, microbatch) pairs whose recomputation is an action of its own."""
+    return frozenset((a.stage, a.microbatch) for a in order if a.kind == "R")
+
+
 def direct_pairs(
     order: Iterable[Action], placements: Sequence[Hashable]
 ) -> frozenset[tuple[int, int]]:
     """The (stage, microbatch) pairs whose backward, or input gradient, is what their
-    device runs next after the forward.
+    device runs next after the forward, an own recomputation and copies of others aside.
 
     To keep all residuals of these costs no memory: a recomputation would make them
     again at once. For 1F1B and ZB-H1 they are all pairs of the last stage:
@@ -113,8 +119,10 @@ def direct_pairs(
     found = set()
     for action in order:
         placement = placements[action.stage]
-        forward = Action("F", action.stage, action.microbatch)
-        if action.kind in "BI" and last.get(placement) == forward:
+        own = last.get(placement) == action._replace(kind="F")
+        if action.kind in OPTIONAL and own == (action.kind == "R"):
+            continue
+        if action.kind in "BI" and own:
             found.add((action.stage, action.microbatch))
         last[placement] = action
     return frozenset(found)
@@ -152,7 +160,8 @@ class Programs:
     Arguments:
         routes: the stages in order, and what goes between them.
         form: how the executor wants them.
-        direct, split: (stage, microbatch) pairs, see `direct_pairs` and `split_pairs`.
+        direct, split, apart: (stage, microbatch) pairs, see `direct_pairs`,
+            `split_pairs` and `apart_pairs`.
         remat: which backwards recompute their forward.
         inputs: the shapes of the call's inputs, and how they are cut.
         request: what the call asks for.
@@ -166,6 +175,7 @@ class Programs:
         form: ProgramForm,
         direct: Set[tuple[int, int]],
         split: Set[tuple[int, int]],
+        apart: Set[tuple[int, int]],
         remat: Remat,
         inputs: Inputs,
         request: Request,
@@ -178,6 +188,7 @@ class Programs:
         self._form = form
         self._direct = direct
         self._split = split
+        self._apart = apart
         self._remat = remat
         self._kept = kept
         # For a mean each microbatch's loss is weighted by its share of the rows, and so
@@ -255,7 +266,8 @@ class Programs:
         # microbatch's share.
         scale = self.scales[i] if stage.last else 1.0
         split = (s, i) in self._split
-        key = (id(joint), scale, counts, split)
+        apart = (s, i) in self._apart
+        key = (id(joint), scale, counts, split, apart)
         if key in self._programs:
             return self._programs[key].by_kind
         whole = self._form.whole_inputs
@@ -265,6 +277,7 @@ class Programs:
             stage=stage.pipe_stage,
             cotangent_counts=counts,
             split_backward=split,
+            recompute_apart=apart,
             inline_remats=self._form.inline_remats,
             loss_cotangent=scale,
             # What the user gets unchanged: states, and the `y` of a single microbatch,

@@ -22,7 +22,6 @@ from typing import Any, TypeAlias
 
 from fpipe._core.errors import shown
 from fpipe.schedules import NAMES, Schedule, named
-from fpipe.schedules._rules import OPTIONAL
 
 Generator: TypeAlias = Callable[[int, int], Schedule]
 
@@ -47,7 +46,7 @@ class Scheduling(abc.ABC):
         """From what a user gave.
 
         Raises:
-            ValueError: no such name, or a schedule that no executor runs.
+            ValueError: no such name.
             TypeError: none of the three.
         """
         expected = (
@@ -59,7 +58,6 @@ class Scheduling(abc.ABC):
                 raise ValueError(f"`Pipe(schedule={shown(option)})`: {expected}")
             return _ByName(option)
         if isinstance(option, Schedule):
-            _check_runs(option)
             return _Fixed(option)
         if not callable(option):
             raise TypeError(f"`Pipe(schedule={shown(option)})`: {expected}")
@@ -256,17 +254,4 @@ class _ByFunction(Scheduling):
                 f"`Pipe(schedule=...)`: the function returned {shown(schedule)}, no "
                 "fpipe.schedules.Schedule"
             )
-        _check_runs(schedule)
         return schedule
-
-
-def _check_runs(schedule: Schedule) -> None:
-    """Refuse a schedule with kinds of action that executors do not run."""
-    present = {action.kind for row in schedule.actions for action in row}
-    kinds = ", ".join(kind for kind in OPTIONAL if kind in present)
-    if kinds:
-        raise ValueError(
-            f"`Pipe(schedule=...)`: the schedule {schedule.name!r} has actions of kind "
-            f"{kinds}, which can be simulated and drawn, but no executor runs them "
-            "yet: give the schedule that it was made of"
-        )

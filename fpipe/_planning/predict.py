@@ -233,7 +233,7 @@ def _simulation_costs(stages: Sequence[StageRow], hardware: Hardware) -> Costs:
     lag = hardware.latency
     if hardware.bandwidth is not None:
         lag += max((row.boundary for row in stages), default=0) / hardware.bandwidth
-    work = {kind: [row.work.get(kind, 0.0) for row in stages] for kind in "FIW"}
+    work = {kind: [row.work.get(kind, 0.0) for row in stages] for kind in "FRIW"}
     # The simulation takes one cost per kind and stage. A schedule may have whole
     # backwards of some microbatches and halves of others; where a stage has no whole
     # one, its cost does not matter, and the sum is what it would be.
@@ -241,7 +241,9 @@ def _simulation_costs(stages: Sequence[StageRow], hardware: Hardware) -> Costs:
     whole = [
         row.work.get("B", i + w) for row, (i, w) in zip(stages, halves, strict=True)
     ]
-    return Costs(F=work["F"], B=whole, I=work["I"], W=work["W"], transfer=lag)
+    return Costs(
+        F=work["F"], B=whole, I=work["I"], W=work["W"], R=work["R"], transfer=lag
+    )
 
 
 # --- rows ---

@@ -45,8 +45,8 @@ class StageRow:
         first: its first layer.
         layers: their names.
         params: how many numbers the parameters that it owns have.
-        work: of each kind of action that it has, `"F"`, `"B"`, `"I"`, `"W"`,
-            recomputation included.
+        work: of each kind of action that it has, `"F"`, `"R"`, `"B"`,
+            `"I"`, `"W"`. Where there is no `"R"`, backwards include recomputation.
         boundary: bytes that it hands to the next stage.
         stashed, popped: what leaves for later stages past the boundary, and what comes
             from earlier ones.
@@ -328,7 +328,7 @@ def _stage_table(prediction: Prediction) -> Table:
     """A line for each stage."""
     stages = prediction.stages
     # Only the kinds that the schedule has: B, or I and W.
-    kinds = [kind for kind in "FBIW" if any(kind in row.work for row in stages)]
+    kinds = [kind for kind in "FRBIW" if any(kind in row.work for row in stages)]
     most = max((row.total for row in stages), default=0.0)
     scale, unit = scaled(most, prediction.unit)
     head = ["stage", "device", "layers", "parameters"]

@@ -66,6 +66,16 @@ class Residual:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Recomputed:
+    """A value that `R` makes again for the backward; a stage's are numbered."""
+
+    number: int
+
+    def __str__(self) -> str:
+        return f"recomputed {self.number}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Handed:
     """A value that `I` hands to `W`; the stage's handed values are numbered."""
 
@@ -106,9 +116,10 @@ class GradientSum:
         return f"sum {self.leaf}"
 
 
-ProgramValue: TypeAlias = (
-    Input | Output | Residual | Handed | Cotangent | Gradient | GradientSum
-)
+# What stays on its stage: it goes from one of its programs to another.
+Inside: TypeAlias = Residual | Recomputed | Handed
+
+ProgramValue: TypeAlias = Input | Output | Inside | Cotangent | Gradient | GradientSum
 
 
 # --- a program ---

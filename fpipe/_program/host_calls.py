@@ -40,6 +40,7 @@ _LOGGER = logging.getLogger(__name__)
 
 _DOING = {
     "F": "in",
+    "R": "in the recomputation of",
     "B": "in the backward of",
     "I": "in the input gradient of",
     "W": "in the weight gradient of",

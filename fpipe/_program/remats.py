@@ -15,7 +15,8 @@ take the part that makes input gradients and leave the rest to `W`:
 
 The barriers stand for what the one equation did: XLA removes a computation that it
 finds equal to another one, and would keep the forward's `h` in place of computing it
-again.
+again. Where the recomputation is a program of its own, `R`, there is no forward beside
+it, so it needs no barriers.
 """
 
 import dataclasses
@@ -28,12 +29,15 @@ from fpipe._program.rewriting import Rewriter
 from fpipe._program.trace import JointStage
 
 
-def inline_remats(joint: JointStage) -> JointStage:
+def inline_remats(joint: JointStage, barriers: bool = True) -> JointStage:
     """A joint graph with the recomputations of its backward inlined.
 
     A `jax.checkpoint` that depends on no cotangent is of the forward, and stays.
+
+    Arguments:
+        barriers: whether XLA must not see that a recomputation is one.
     """
-    inliner = _Inliner(joint)
+    inliner = _Inliner(joint, barriers)
     graph = inliner.rewrite(joint.graph)
     # The results of what was inlined have other numbers now, for all who look them up.
     renamed = inliner.renamed
@@ -52,9 +56,10 @@ class _Inliner(Rewriter):
         backward: values that depend on a cotangent.
     """
 
-    def __init__(self, joint: JointStage) -> None:
+    def __init__(self, joint: JointStage, barriers: bool) -> None:
         super().__init__(joint.graph)
         self.backward = set(joint.cotangents.values())
+        self._barriers = barriers
         self._recomputing = False
 
     def add(self, node: Node) -> None:
@@ -78,7 +83,9 @@ class _Inliner(Rewriter):
         around, self._recomputing = self._recomputing, True
         # Before each input, for what is recomputed from one without a barrier would be
         # found equal to the forward's. Cotangents could do without; it costs nothing.
-        args = [self._behind_barrier(v) for v in node.ins]
+        args = list(node.ins)
+        if self._barriers:
+            args = [self._behind_barrier(v) for v in node.ins]
         # A layer under `jax.checkpoint` in a stage under `jax.checkpoint` is a
         # recomputation in a recomputation: the body is added by `add` again.
         outs = self.call(body, args, node)

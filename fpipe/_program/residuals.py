@@ -67,6 +67,10 @@ class BackwardPart:
     nodes: Set[Node]
     values: Set[int]
 
+    def without(self, other: "BackwardPart") -> "BackwardPart":
+        """What is not in another part."""
+        return BackwardPart(self.nodes - other.nodes, self.values - other.values)
+
 
 @dataclasses.dataclass(frozen=True)
 class Backward:
@@ -82,12 +86,20 @@ class Backward:
     takes: Sequence[int]
 
 
-def backward_part(graph: Graph, cotangents: Iterable[int]) -> BackwardPart:
-    """The equations and values that only a backward has."""
+def backward_part(
+    graph: Graph, cotangents: Iterable[int], recomputed: bool = True
+) -> BackwardPart:
+    """The equations and values that only a backward has.
+
+    Arguments:
+        recomputed: whether what is recomputed is among them; else what depends on a
+            cotangent alone.
+    """
     nodes = set[Node]()
     values = set(cotangents)
     for node in graph.nodes:
-        if node.recomputes or not values.isdisjoint(node.ins):
+        again = recomputed and node.recomputes
+        if again or not values.isdisjoint(node.ins):
             nodes.add(node)
             values.update(node.outs)
     return BackwardPart(nodes, values)

@@ -1,5 +1,5 @@
 """A stage's graph split into the programs of its actions: `F` and `B`, or `F`, `I`,
-`W`.
+`W`, and `R` where a recomputation is an action of its own.
 
 In comes the joint graph of a stage, forward and backward together, out go its programs.
 For a stage in the middle, `y = tanh(x @ w)`:
@@ -17,6 +17,14 @@ or, with a backward in halves,
 
 What the backward reads of the forward goes by the name that it has anyway, as `y[0]`
 here; only what has none becomes a residual.
+
+With a recomputation of its own, `F` keeps `x[0]` alone, and
+
+    | R       | params[0], x[0]                  | recomputed 0                       |
+    | B       | params[0], x[0], recomputed 0,   | gradient x[0], sum params[0]       |
+    |         | cotangent y[0], sum params[0]    |                                    |
+
+What `R` returns for the backward is again a cheapest cut, of all that is recomputed.
 """
 
 import collections
@@ -36,6 +44,7 @@ from fpipe._program.code import (
     Output,
     Program,
     ProgramValue,
+    Recomputed,
     Residual,
     Window,
 )
@@ -60,6 +69,8 @@ class SplitSpec:
         cotangent_counts: how many cotangents each output leaf gets (summed in the
             program); none is zero.
         split_backward: whether the backward is split into `I` and `W`.
+        recompute_apart: whether what the backward recomputes is a program of its own,
+            `R`.
         inline_remats: whether recomputations are inlined, so that equations in them can
             be told apart; a split backward needs that too.
         loss_cotangent: baked into the last stage's backward.
@@ -75,6 +86,7 @@ class SplitSpec:
     stage: int
     cotangent_counts: tuple[tuple[Leaf, int], ...]
     split_backward: bool = False
+    recompute_apart: bool = False
     inline_remats: bool = False
     loss_cotangent: float = 1.0
     returned: frozenset[Leaf] = frozenset()
@@ -106,7 +118,9 @@ def split_stage(
         compile_code: makes, or finds, the function of a code. Without it the programs
             have codes alone.
     """
-    if spec.split_backward or spec.inline_remats:
+    if spec.recompute_apart:
+        joint = inline_remats(joint, barriers=False)
+    elif spec.split_backward or spec.inline_remats:
         joint = inline_remats(joint)
     splitter = _Splitter(joint, spec, compile_code)
     return StagePrograms(splitter.split(), tuple(splitter.warnings))
@@ -138,9 +152,20 @@ class _Splitter:
         # are the same for all microbatches, and so is what is made from them.
         varying = [v for leaf, v in joint.inputs.items() if leaf not in constant]
         self.per_microbatch = dependents(self.graph, varying)
-        self.part = backward_part(self.graph, joint.cotangents.values())
+        cotangents = joint.cotangents.values()
+        self.part = backward_part(self.graph, cotangents)
+        late = self.part
+        if spec.recompute_apart:
+            late = backward_part(self.graph, cotangents, recomputed=False)
         self.backward = cut_off_backward(
-            self.graph, joint.gradients.values(), self.part, self.per_microbatch
+            self.graph, joint.gradients.values(), late, self.per_microbatch
+        )
+        # `R` is cut off the forward in the same way: what the backward takes of it are
+        # its results.
+        again = self.part.without(late)
+        recomputed = [v for v in self.backward.takes if v in again.values]
+        self.recomputation = cut_off_backward(
+            self.graph, recomputed, again, self.per_microbatch
         )
         # Each value that the backward takes by one name. Those that it has anyway come
         # first, so that nothing is kept twice: an input's name wins over an output's.
@@ -152,9 +177,12 @@ class _Splitter:
             if leaf not in spec.returned
         }
         self.names |= {v: Input(leaf) for leaf, v in joint.inputs.items()}
+        self.recomputed = {v: Recomputed(n) for n, v in enumerate(recomputed)}
+        self.names |= self.recomputed
         named = self.names.keys() | joint.cotangents.values()
         # Only what has no name yet is returned by `F` for the backward alone.
-        self.residuals = [v for v in self.backward.takes if v not in named]
+        taken = {*self.backward.takes, *self.recomputation.takes}
+        self.residuals = sorted(taken - named)
         self.names |= {v: Residual(n) for n, v in enumerate(self.residuals)}
         # A leaf that several stages read has a cotangent from each. They come in one by
         # one, and are added in the program: no dispatch for additions, and no
@@ -181,6 +209,11 @@ class _Splitter:
                 summed.append(leaf)
             else:
                 returned[Gradient(leaf)] = v
+        if self.recomputation.nodes:
+            given: dict[ProgramValue, int] = {
+                name: v for v, name in self.recomputed.items()
+            }
+            programs["R"] = self._backward("R", self.recomputation.nodes, given, [])
         if returned or summed:
             if self.spec.split_backward:
                 programs |= self._halves(returned, summed)
@@ -303,7 +336,7 @@ class _Splitter:
         returned: Mapping[ProgramValue, int],
         summed: Sequence[Leaf],
     ) -> Program:
-        """A backward, or half of one.
+        """A backward, half of one, or what it recomputes.
 
         Arguments:
             returned: what goes out as it is.

@@ -10,6 +10,7 @@ schedule, and only the last of them becomes a `Schedule` again. `one_f_one_b(2, 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -60,6 +61,29 @@ class Run:
         if rank is None:
             return sorted(numbers, key=starts.__getitem__)
         return sorted(numbers, key=lambda number: (starts[number], rank[number]))
+
+    def launch_order(self) -> list[int]:
+        """All actions in an order in which one thread can launch them.
+
+        A copy is launched right behind what stands before it in its row: by then its
+        device has room for what comes back, or needs the room of what goes.
+        """
+        copies = self.copies
+        if copies is None:
+            return self.order()
+        behind: dict[int, int] = {}
+        for row in self.rows:
+            for before, number in itertools.pairwise(row):
+                if number in copies.out or number in copies.back:
+                    behind[before] = number
+        order: list[int] = []
+        for number in self.order():
+            if number in copies.out or number in copies.back:
+                continue
+            order.append(number)
+            while order[-1] in behind:
+                order.append(behind[order[-1]])
+        return order
 
     def _rank_at_equal_starts(self) -> list[int] | None:
         """For each action how many of those that start with it are before it; `None`:
@@ -173,7 +197,7 @@ class Clock:
         # under the default costs, whatever the costs are here.
         played = play(rows, self._crossing, *self._default_costs, None, copies)
         assert played is not None, "a deadlock, which `Schedule` refuses"
-        order = Run(rows, self._crossing, copies, played, []).order()
+        order = Run(rows, self._crossing, copies, played, []).launch_order()
         of_devices = self._costs.launchers == "per_device"
         free_at = [0.0] * len(rows)
         launches: list[NumberLaunch] = []

@@ -4,6 +4,7 @@ In: a `Schedule` and `Costs`. Out: a `Timeline`; `_timeline.py` has an example.
 The clock itself is in `_clock.py`.
 """
 
+from fpipe.schedules._action import Action
 from fpipe.schedules._checks import check_type
 from fpipe.schedules._clock import Clock
 from fpipe.schedules._costs import Costs
@@ -59,3 +60,11 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     )
     memory = tuple(costs.holds(stage) for stage in range(schedule.stages))
     return Timeline(tuple(events), schedule.devices, schedule.name, memory, launches)
+
+
+def launch_order(schedule: Schedule) -> list[Action]:
+    """One order for all devices, in which one thread can launch their actions."""
+    # That of the simulation under the default costs, whatever the costs are.
+    clock = Clock(schedule, Costs())
+    action_of = clock.action_of
+    return [action_of[number] for number in clock.run(clock.rows).launch_order()]

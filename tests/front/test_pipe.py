@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 
 import fpipe
 import fpipe.optim
-from fpipe.schedules import Schedule, early_recompute, offload, one_f_one_b
+from fpipe.schedules import Schedule
 from tests.helpers import Case, assert_same, dense, models, mse, raises
 
 DEVICES = jax.devices()
@@ -158,17 +158,25 @@ WRONG = {
         TypeError,
         "`Pipe(schedule=3)`: one of 'gpipe', '1f1b', 'eager_1f1b'",
     ),
-    "schedule that no executor runs": (
-        {"schedule": early_recompute(one_f_one_b(2, 4))},
+    "recompute": (
+        {"recompute": "late"},
         ValueError,
-        "`Pipe(schedule=...)`: the schedule '1f1b, early recomputation' has actions of "
-        "kind R, which can be simulated and drawn",
+        "`Pipe(recompute='late')`: one of 'with_backward', 'early'",
     ),
-    "function of what no executor runs": (
-        {"chunks": 8, "schedule": lambda d, m: offload(one_f_one_b(d, m), memory=1)},
+    "offload": (
+        {"offload": 0},
         ValueError,
-        "`Pipe(schedule=...)`: the schedule '1f1b, offload' has actions of kind O, L, "
-        "which can be simulated and drawn",
+        "`Pipe(offload=0)`: offload must be at least 1",
+    ),
+    "offload type": (
+        {"offload": 1.5},
+        TypeError,
+        "`Pipe(offload=1.5)`: offload must be an int",
+    ),
+    "offload of other devices": (
+        {"offload": [1, 2, 3]},
+        ValueError,
+        "`Pipe(offload=[1, 2, 3])`: 3 numbers for 2 devices",
     ),
     "schedule made": (
         {"schedule": lambda d, m: d * m},

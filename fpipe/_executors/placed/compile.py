@@ -21,7 +21,7 @@ from jax.sharding import Sharding
 
 from fpipe._core.errors import add_note
 from fpipe._core.pytrees import on_host
-from fpipe._executors.placed.instructions import Free, Move, Plan
+from fpipe._executors.placed.instructions import Copy, Free, Move, Plan
 from fpipe._executors.placement import Placement, as_argument
 from fpipe._executors.progress import Progress
 
@@ -191,6 +191,11 @@ def traced_runs(
                 zip(item.sources, item.outs, strict=True)
             ):
                 held[target] = placed(item.shape(n, held[source]), target)
+            continue
+        if isinstance(item, Copy):
+            for source, target in zip(item.ins, item.outs, strict=True):
+                shape = argument(source)
+                held[target] = shape.update(sharding=item.lies(shape.sharding))
             continue
         call: Any = item.call
         args = tuple(argument(slot) for slot in item.ins)

@@ -33,6 +33,7 @@ from fpipe._core.pytrees import eval_shape, is_inexact
 from fpipe._core.settings import debugging
 from fpipe._executors.placed.compile import Progress, compile_plan
 from fpipe._executors.placed.instructions import (
+    Copy,
     GradientTree,
     Half,
     Instruction,
@@ -60,6 +61,9 @@ DISPATCH: tuple[Dispatch, ...] = get_args(Dispatch)
 
 _KINDS = {
     "F": "forward",
+    "O": "copy to the host",
+    "L": "copy from the host",
+    "R": "recomputation",
     "B": "backward",
     "I": "input gradient",
     "W": "weight gradient",
@@ -288,9 +292,10 @@ class ReadyPlan:
 
     def _described(self, item: Instruction) -> str:
         """An instruction in words, for notes on errors."""
-        if not isinstance(item, Run):
+        if not isinstance(item, Run | Copy):
             return "a transfer"
         if item.action is None:
+            assert isinstance(item, Run)
             return f"{item.name!r} on {item.placement}"
         kind, stage, microbatch = item.action
         layers = self.layout.stages[stage].described

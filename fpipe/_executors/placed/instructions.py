@@ -47,7 +47,7 @@ from fpipe._executors.plan_data import Role
 from fpipe._executors.transfers import Sending
 from fpipe._model.stages import Leaf
 from fpipe._program.code import Code, ProgramValue
-from fpipe.schedules import Action, Schedule
+from fpipe.schedules import Action, Kind, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +116,39 @@ class Move:
 
 
 @dataclasses.dataclass(frozen=True)
+class Copy:
+    """Copy arrays between a device and the memory of its host.
+
+    Attributes:
+        ins: the slots that are read.
+        outs: those that are written; they have consecutive numbers.
+        placement: the device, or the devices.
+        action: an `O` of the schedule, which copies to the host, or an `L`.
+    """
+
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    placement: Placement
+    action: Action
+
+    @property
+    def to_host(self) -> bool:
+        """Whether it copies to the host, and not back."""
+        return self.action.kind == "O"
+
+    def lies(self, sharding: Sharding) -> Sharding:
+        """How a copy lies of what lies by some sharding."""
+        kind = "pinned_host" if self.to_host else "device"
+        return sharding.with_memory_kind(kind)
+
+    def copied(self, *arrays: Any) -> list[Any]:
+        """The copies."""
+        # Each by its own sharding: of some arrays over a mesh XLA decides how they lie.
+        targets = [self.lies(array.sharding) for array in arrays]
+        return jax.device_put(list(arrays), targets)
+
+
+@dataclasses.dataclass(frozen=True)
 class Free:
     """Drop the references to arrays. JAX frees an array when its last use is over.
 
@@ -126,7 +159,7 @@ class Free:
     slots: tuple[int, ...]
 
 
-Instruction: TypeAlias = Run | Move | Free
+Instruction: TypeAlias = Run | Move | Copy | Free
 
 
 # What a slot can hold. These names are equal in every run and in every process, so that
@@ -204,6 +237,28 @@ class Number:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class OnHost:
+    """What a stage keeps for its backward, while that waits in the host's memory."""
+
+    of: "Value"
+    stage: int
+
+    def __str__(self) -> str:
+        return f"{self.of} on the host"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BroughtBack:
+    """What a stage keeps for its backward, back from the host's memory."""
+
+    of: "Value"
+    stage: int
+
+    def __str__(self) -> str:
+        return f"{self.of} back"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class SentPart:
     """A part of a value that is cut for its way to another placement."""
 
@@ -222,6 +277,8 @@ Value: TypeAlias = (
     | GatheredParam
     | CallValue
     | Number
+    | OnHost
+    | BroughtBack
     | SentPart
 )
 
@@ -302,6 +359,10 @@ class Half(enum.Enum):
     BACKWARD = "backward"
 
 
+# What runs in the first half, the forward: the copies of what forwards leave too.
+FIRST_HALF: tuple[Kind, ...] = ("F", "O")
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Instructions in order, and the slots of what comes in and goes out.
@@ -368,6 +429,8 @@ class Plan:
                 doing = item.action or item.name
                 line = f"{item.placement}: {doing} ({names(item.ins)}) -> "
                 lines.append(line + names(item.outs))
+            elif isinstance(item, Copy):
+                lines.append(f"{item.placement}: {item.action} {names(item.ins)}")
             elif isinstance(item, Move):
                 sources = dict.fromkeys(
                     str(self.slots[slot].placement) for slot in item.ins
@@ -379,7 +442,9 @@ class Plan:
         return "\n".join(lines)
 
 
-def add_frees(code: Sequence[Run | Move], keep: Iterable[int]) -> list[Instruction]:
+def add_frees(
+    code: Sequence[Run | Move | Copy], keep: Iterable[int]
+) -> list[Instruction]:
     """Add a `Free` after the last use of each slot that is not kept.
 
     Behind each instruction, here of a forward of two stages that keeps `z`, stands:

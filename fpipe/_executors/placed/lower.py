@@ -37,7 +37,9 @@ from fpipe._executors.placed.epilogue import (
     reduce_loss,
 )
 from fpipe._executors.placed.instructions import (
+    FIRST_HALF,
     CallValue,
+    Copy,
     Feed,
     Move,
     OutputTree,
@@ -49,12 +51,13 @@ from fpipe._executors.placed.instructions import (
     read_from_outside,
 )
 from fpipe._executors.placed.shardings import Shardings
-from fpipe._executors.placed.work import CallWork, Work
+from fpipe._executors.placed.work import CallWork, CopyWork, Work
 from fpipe._executors.placement import Placement
 from fpipe._executors.programs import (
     Layout,
     ProgramForm,
     Programs,
+    apart_pairs,
     direct_pairs,
     split_pairs,
 )
@@ -63,7 +66,8 @@ from fpipe._executors.transfers import Sending
 from fpipe._model.remat import Remat
 from fpipe._model.stages import Leaf, Y
 from fpipe._program.code import Cotangent
-from fpipe.schedules import Action, Schedule, simulate
+from fpipe.schedules import Action, Kind, Schedule
+from fpipe.schedules._simulate import launch_order
 
 
 def lower(
@@ -107,7 +111,15 @@ def lower(
             },
         )
     programs = Programs(
-        layout.routes, form, direct, split, remat, inputs, request, kept
+        layout.routes,
+        form,
+        direct,
+        split,
+        apart_pairs(order),
+        remat,
+        inputs,
+        request,
+        kept,
     )
     shardings = Shardings(layout, inputs, params)
     call = CallWork(layout, programs, shardings)
@@ -117,7 +129,7 @@ def lower(
     cotangents: list[Slot] = []
     gradients: dict[Leaf, Slot] = {}
     if request.kind is CallKind.PULL_BACK:
-        call.add(action for action in order if action.kind == "F")
+        call.add(action for action in order if action.kind in FIRST_HALF)
         y = join_outputs(call)
         states = finish_states(call)
         # The second half is issued when the pull-back is called. It starts from what
@@ -127,7 +139,7 @@ def lower(
             if is_inexact(shape):
                 value = CallValue(Cotangent(Leaf(Y, k)))
                 cotangents.append(Slot(value, layout.placements[-1], "inputs"))
-        call.add(action for action in order if action.kind != "F")
+        call.add(action for action in order if action.kind not in FIRST_HALF)
         gradients = finish_gradients(call, None)
     else:
         call.add(order)
@@ -206,26 +218,26 @@ def issue_order(schedule: Schedule, kind: CallKind) -> list[Action]:
         order      F(0,0) F(0,1) F(1,0) B(1,0) B(0,0) F(1,1) B(1,1) B(0,1)
     """
     if kind is CallKind.GRADIENT:
-        return [event.action for event in simulate(schedule).events]
+        return launch_order(schedule)
     # Other calls run parts of the schedule. A pull-back runs each device's backwards
     # behind all of its forwards, in the order that they have in the schedule.
-    forwards = [[a for a in row if a.kind == "F"] for row in schedule.actions]
-    backwards = [[a for a in row if a.kind != "F"] for row in schedule.actions]
+    first: tuple[Kind, ...] = FIRST_HALF if kind is CallKind.PULL_BACK else ("F",)
+    forwards = [[a for a in row if a.kind in first] for row in schedule.actions]
+    backwards = [[a for a in row if a.kind not in first] for row in schedule.actions]
     if kind is not CallKind.PULL_BACK:
         backwards = [[] for _ in forwards]
     rows = [[*f, *b] for f, b in zip(forwards, backwards, strict=True)]
-    part = Schedule(rows, schedule.stage_to_device)
-    order = [event.action for event in simulate(part).events]
+    order = launch_order(Schedule(rows, schedule.stage_to_device))
     # The last stage may start its backwards while earlier devices still run forwards.
     # The halves are issued apart, so the forwards are put first (a stable sort).
-    return sorted(order, key=lambda action: action.kind != "F")
+    return sorted(order, key=lambda action: action.kind not in first)
 
 
 def add_moves(
-    work: Sequence[Work],
+    work: Sequence[Work | CopyWork],
     numbers: dict[Slot, int],
     send: Callable[[Slot, Placement], Sending] | None = None,
-) -> list[Run | Move]:
+) -> list[Run | Move | Copy]:
     """The second pass: moves before the programs that need them, and slots as numbers.
 
     A move is as late as it can be, right before the first program that needs it. So a
@@ -240,11 +252,17 @@ def add_moves(
             to be cut for that is cut right behind the program that makes it: later, the
             reader would wait for what its maker runs in between.
     """
-    code: list[Run | Move] = []
+    code: list[Run | Move | Copy] = []
     made_by: dict[int, int] = {}
     cuts: dict[int, list[Run]] = {}
     for item in work:
         placement = item.placement
+        if isinstance(item, CopyWork):
+            # Both ends are on one placement, so nothing has to come there.
+            ins = tuple(numbers[slot] for slot in item.ins)
+            outs = tuple(numbers.setdefault(slot, len(numbers)) for slot in item.outs)
+            code.append(Copy(ins, outs, placement, item.action))
+            continue
         # For each copy that is missing here, what it is a copy of. All of them go in
         # one `Move`: one call of `device_put` for a list costs less than one for each.
         reads = [slot.on(placement) for slot in item.ins]
@@ -298,7 +316,7 @@ def add_moves(
             code.append(run)
     if not cuts:
         return code
-    with_cuts: list[Run | Move] = [*cuts.get(-1, ())]
+    with_cuts: list[Run | Move | Copy] = [*cuts.get(-1, ())]
     for n, entry in enumerate(code):
         with_cuts += [entry, *cuts.get(n, ())]
     return with_cuts

@@ -28,7 +28,14 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from fpipe._core.pytrees import device_bytes, host_bytes
 from fpipe._executors.placed.compile import traced_runs
-from fpipe._executors.placed.instructions import Free, Move, Plan, Run
+from fpipe._executors.placed.instructions import (
+    Copy,
+    Free,
+    Instruction,
+    Move,
+    Plan,
+    Run,
+)
 from fpipe._executors.placement import Placement
 from fpipe._executors.plan_data import Role
 
@@ -113,6 +120,11 @@ def levels(
                 zip(item.sources, item.outs, strict=True)
             ):
                 take(target, item.shape(n, held[source]))
+        elif isinstance(item, Copy):
+            for source, target in zip(item.ins, item.outs, strict=True):
+                shape = held[source]
+                lies = item.lies(shape.sharding or plan.sharding(source))
+                take(target, shape.update(sharding=lies))
         else:
             # What a program consumes is gone before its results are there.
             run = traces[number]
@@ -151,22 +163,30 @@ def peaks(
         if isinstance(item, Run):
             own = temporary(number)
             doing = str(item.action or item.name)
+        elif isinstance(item, Copy):
+            doing = str(item.action)
         now = Peak(dict(level[item.placement]), own, doing)
         if item.placement not in found or now.total > found[item.placement].total:
             found[item.placement] = now
     return found
 
 
+def _uses_host(item: Instruction) -> bool:
+    """Whether an instruction puts something into the host's memory."""
+    if isinstance(item, Run):
+        return item.code is not None and bool(item.code.on_host)
+    return isinstance(item, Copy) and item.to_host
+
+
 def most_on_host(
     plan: Plan, shapes: Mapping[int, jax.ShapeDtypeStruct]
 ) -> dict[Placement, int]:
-    """The most bytes that each placement has in its host's memory: residuals that a
-    policy moves there. They wait for their backwards, and are not at the moment of a
-    device's peak alone.
+    """The most bytes that each placement has in its host's memory: what a policy or an
+    `O` moves there. It waits for its backwards, and is not at the moment of a device's
+    peak alone.
     """
     found: dict[Placement, int] = {}
-    runs = (item for item in plan.instructions if isinstance(item, Run))
-    if not any(run.code is not None and run.code.on_host for run in runs):
+    if not any(_uses_host(item) for item in plan.instructions):
         return found
     for _, level in levels(plan, shapes, frozenset(), host_bytes):
         for placement, roles in level.items():

@@ -20,7 +20,7 @@ has its rows of each of them. Cut by rows as a whole, a piece of consecutive row
 lie on few devices, and had to be sent to the others.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
@@ -30,6 +30,7 @@ from fpipe._executors.placed.instructions import (
     CallValue,
     GatheredParam,
     JoinedGradient,
+    OnHost,
     SentPart,
     Slot,
     StageValue,
@@ -41,7 +42,7 @@ from fpipe._executors.transfers import Sending, sending
 from fpipe._model.microbatch import Rows
 from fpipe._model.needs import Share
 from fpipe._model.stages import Leaf
-from fpipe._program.code import GradientSum, Handed, Input, ProgramValue, Residual
+from fpipe._program.code import GradientSum, Input, Inside, ProgramValue
 
 Shape = tuple[int, ...]
 
@@ -74,6 +75,15 @@ class Shardings:
         self._shapes[slot] = shape
         if slot.placement.mesh is not None:
             self.known[slot] = sharding
+
+    def add_copies(self, slots: Iterable[Slot], copies: Iterable[Slot]) -> None:
+        """Note that arrays on a mesh are copied to the host's memory or back."""
+        for slot, copy in zip(slots, copies, strict=True):
+            host = isinstance(copy.value, OnHost)
+            lies = self.known[slot].with_memory_kind(
+                "pinned_host" if host else "device"
+            )
+            self.add(copy, self._shapes[slot], lies)
 
     def rows(self, microbatch: int) -> int:
         """The rows of a microbatch; 0: it has none."""
@@ -164,7 +174,7 @@ class Shardings:
             total = self.gathered(value.leaf, placement)
             assert isinstance(total, NamedSharding)
             return placement.cut_by(P(placement.data, *total.spec))
-        if not isinstance(value, Residual | Handed) and (
+        if not isinstance(value, Inside) and (
             value.leaf.port.kind == "state" and not _has_rows(self._inputs, value.leaf)
         ):
             return placement.sharding

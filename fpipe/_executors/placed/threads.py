@@ -35,7 +35,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 
 from fpipe._core.settings import CallerContext
-from fpipe._executors.placed.instructions import Free, Half, Move, Plan, Run
+from fpipe._executors.placed.instructions import Copy, Free, Half, Move, Plan, Run
 from fpipe._executors.placement import Placement
 from fpipe._executors.transfers import Sending, receive
 
@@ -82,7 +82,7 @@ class Step(NamedTuple):
     """
 
     number: int
-    item: Run | Move
+    item: Run | Move | Copy
     issue: Issue
     waits: tuple[int, ...]
     posts: tuple[Post, ...]
@@ -137,7 +137,7 @@ def divide(
     # Who makes each slot, who reads it, where each thread uses it last, and whether
     # the plan frees it.
     thread_of: dict[Placement, int] = {}
-    work: list[tuple[int, int, Run | Move]] = []
+    work: list[tuple[int, int, Run | Move | Copy]] = []
     maker: dict[int, int] = {}
     readers: dict[int, set[int]] = defaultdict(set)
     last_use: dict[tuple[int, int], int] = {}
@@ -230,8 +230,10 @@ def _span(slots: Sequence[int]) -> slice:
     return span
 
 
-def _mover(move: Move) -> Call:
-    """The call of a move."""
+def _mover(move: Move | Copy) -> Call:
+    """The call of a move, or of a copy."""
+    if isinstance(move, Copy):
+        return move.copied
     if move.sendings:
         return functools.partial(_received, move.sendings)
     put = move.placement.put

@@ -2,9 +2,9 @@
 
 Devices run behind the thread that dispatches to them. So each instruction is stamped
 when it is issued, and what it makes goes to a thread that waits until it is there and
-looks at the clock. There is such a *lane* for each device, and one for each way between
-devices: what stands in a lane ends in the order in which it was issued. A lane holds
-one array at a time.
+looks at the clock. There is such a *lane* for each device, one for each way between
+devices, and one for each way between a device and its host: what stands in a lane ends
+in the order in which it was issued. A lane holds one array at a time.
 
 What a later program consumes (a sum of gradients is donated to the next backward)
 cannot be waited for. There a tiny program that reads it, the *mark*, is issued right
@@ -37,6 +37,8 @@ import jax
 from jax.sharding import Sharding
 
 from fpipe._executors.placed.instructions import (
+    FIRST_HALF,
+    Copy,
     Free,
     Half,
     Instruction,
@@ -260,6 +262,8 @@ class Watch:
         assert not isinstance(item, Free)
         if isinstance(item, Run):
             return item.placement
+        if isinstance(item, Copy):
+            return item.placement, item.to_host
         sources = frozenset(self._plan.slots[slot].placement for slot in item.ins)
         return item.placement, sources
 
@@ -330,6 +334,10 @@ class WatchedCall:
                     )
                     transfers.append(transfer)
                 continue
+            if isinstance(item, Copy):
+                device = schedule.stage_to_device[item.action.stage]
+                events[item.action] = Event(device, item.action, start, end)
+                continue
             assert isinstance(item, Run)
             if item.action is None:
                 device = device_of[item.placement]
@@ -390,7 +398,7 @@ class WatchedCall:
         if not splits or self.half is Half.WHOLE:
             return order
         forward = self.half is Half.FORWARD
-        return [action for action in order if (action.kind == "F") == forward]
+        return [a for a in order if (a.kind in FIRST_HALF) == forward]
 
     def _spans(self) -> dict[int, Span]:
         """From when to when each instruction ran, by its number.
@@ -413,14 +421,15 @@ class WatchedCall:
         # What each instruction waits for: those that make its inputs, and what its
         # device runs before.
         maker: dict[int, int] = {}
-        last_on: dict[Placement, int] = {}
+        last_on: dict[Hashable, int] = {}
         before: dict[int, list[int]] = {}
         for number, item in code.items():
             before[number] = [maker[slot] for slot in item.ins if slot in maker]
-            if isinstance(item, Run):
-                if item.placement in last_on:
-                    before[number].append(last_on[item.placement])
-                last_on[item.placement] = number
+            if isinstance(item, Run | Copy):
+                way = (item.placement, isinstance(item, Copy) and item.action.kind)
+                if way in last_on:
+                    before[number].append(last_on[way])
+                last_on[way] = number
             for slot in item.outs:
                 maker[slot] = number
         # An end is seen late at times (a thread has to wake up for it), but it is never

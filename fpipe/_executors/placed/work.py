@@ -29,9 +29,11 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from fpipe._executors.placed.instructions import (
+    BroughtBack,
     CallValue,
     GatheredParam,
     Number,
+    OnHost,
     Slot,
     StageValue,
     StartedSum,
@@ -48,15 +50,15 @@ from fpipe._program.code import (
     Cotangent,
     Gradient,
     GradientSum,
-    Handed,
     Input,
+    Inside,
     Output,
     Program,
     ProgramValue,
-    Residual,
 )
 from fpipe._program.over_mesh import GatheredArgument, MeshForm, row_sums
 from fpipe.schedules import Action
+from fpipe.schedules._action import COPIES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,23 @@ class Work:
     code: Code | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class CopyWork:
+    """Arrays to copy between a device and its host's memory.
+
+    Attributes:
+        action: an `O` or an `L`.
+        ins: what is copied.
+        outs: the copies.
+        placement: the device.
+    """
+
+    action: Action
+    ins: tuple[Slot, ...]
+    outs: tuple[Slot, ...]
+    placement: Placement
+
+
 class CallWork:
     """The work of a call, as the actions go by.
 
@@ -99,6 +118,9 @@ class CallWork:
         constants: host values by slot.
         held: for each (stage, microbatch) the slots of what its programs read and made,
             on the stage's placement.
+        copies: for each (stage, microbatch) the slots that were copied to the host or
+            back, with the copies that its programs read in their place.
+        on_host: the slots that an offloading policy has filled on the host.
         sums: the gradients accumulated so far, by stage and leaf.
         states: of each layer whose state goes from microbatch to microbatch, as they
             go by.
@@ -116,10 +138,12 @@ class CallWork:
         self.shardings = shardings
         self.inputs = programs.inputs
         self.microbatches = programs.inputs.cut.m
-        self.work: list[Work] = []
+        self.work: list[Work | CopyWork] = []
         self.feeds: dict[Slot, Leaf] = {}
         self.constants: dict[Slot, Any] = {}
         self.held: dict[tuple[int, int], dict[ProgramValue, Slot]] = {}
+        self.copies: dict[tuple[int, int], dict[Slot, Slot]] = {}
+        self.on_host: set[Slot] = set()
         self.sums: dict[tuple[int, Leaf], Slot] = {}
         self.states: dict[int, tuple[Slot, ...]] = {}
         self.gathered: set[Slot] = set()
@@ -145,6 +169,8 @@ class CallWork:
         for action in actions:
             if action.kind == "F":
                 self._forward(action)
+            elif action.kind in COPIES:
+                self._copy(action)
             else:
                 self._backward(action)
 
@@ -206,8 +232,40 @@ class CallWork:
                 held[Output(Leaf(port, k))] for k in range(count)
             )
 
+    def _copy(self, action: Action) -> None:
+        """Copy what a forward left for its backward to the host, or back."""
+        kind, stage, microbatch = action
+        copies = self.copies.setdefault((stage, microbatch), {})
+        # The arrays of this microbatch alone: parameters, batches and sums are one
+        # array for all of them. What a policy has moved to the host is there already.
+        held = self.held[stage, microbatch]
+        programs = self.programs.of(stage, microbatch)
+        kept = dict.fromkeys(
+            held[value]
+            for own, program in programs.items()
+            if own != "F"
+            for value in program.ins
+            if value in held
+        )
+        slots = [
+            slot
+            for slot in kept
+            if isinstance(slot.value, StageValue) and slot not in self.on_host
+        ]
+        ins, outs = [], []
+        for slot in slots:
+            ins.append(copies.get(slot, slot))
+            copy = OnHost if kind == "O" else BroughtBack
+            outs.append(slot._replace(value=copy(slot.value, stage)))
+        copies.update(zip(slots, outs, strict=True))
+        if slots:
+            placement = self.layout.placements[stage]
+            if placement.mesh is not None:
+                self.shardings.add_copies(slots, outs)
+            self.work.append(CopyWork(action, tuple(ins), tuple(outs), placement))
+
     def _backward(self, action: Action) -> None:
-        """Run `B`, `I` or `W` on what the forward left and on cotangents."""
+        """Run `R`, `B`, `I` or `W` on what the forward left and on cotangents."""
         kind, stage, microbatch = action
         program = self.programs.of(stage, microbatch).get(kind)
         if program is None:  # nothing is asked for that it would compute
@@ -215,6 +273,7 @@ class CallWork:
         placement = self.layout.placements[stage]
         last = self.layout.stages[stage].last
         held = self.held[stage, microbatch]
+        copies = self.copies.get((stage, microbatch), {})
         self._start_sums(stage, program)
         ins = []
         for value in program.ins:
@@ -232,7 +291,7 @@ class CallWork:
             elif isinstance(value, GradientSum):
                 slot = self.sums[stage, value.leaf]
             else:
-                slot = held[value]
+                slot = copies.get(held[value], held[value])
             ins.append(slot)
             # A gradient may be this cotangent unchanged (of `x + f(p)` that of `x`). It
             # is not returned, only named: `jit` copies an argument that it returns.
@@ -261,6 +320,8 @@ class CallWork:
             slot = Slot(StageValue(value, stage, microbatch), placement, role)
             outs.append(slot)
             held[value] = slot
+        if program.code is not None:
+            self.on_host.update(outs[n] for n in program.code.on_host)
         for value, same in program.aliases.items():
             held[value] = held[same]
         call = program.call
@@ -314,7 +375,7 @@ class CallWork:
             lies = self.shardings.result(value, shape, microbatch, placement, is_apart)
             # Over other axes than those of rows, what stays on the stage lies as the
             # layers have it.
-            inside = isinstance(value, Residual | Handed)
+            inside = isinstance(value, Inside)
             free = inside and placement.has_other_axes and n not in on_host
             if n in on_host:
                 lies = lies.with_memory_kind("pinned_host")
@@ -492,7 +553,7 @@ def _role(value: ProgramValue, stage: int, last: bool) -> Role:
     Cotangents of boundaries count as boundaries: they too are as large as an
     activation, and cross to a neighbour.
     """
-    if isinstance(value, Residual | Handed):
+    if isinstance(value, Inside):
         return "residuals"
     port = value.leaf.port
     if port.kind == "skip":

@@ -45,6 +45,7 @@ from fpipe._program.code import (
     Gradient,
     Handed,
     Input,
+    Inside,
     Output,
     Program,
     ProgramValue,
@@ -258,7 +259,7 @@ class UnitWork:
         """A value without the names of layers and skips, so that equal units call it
         the same: not "array 0 of layer 5" but "array 0 of the unit's first layer".
         """
-        if isinstance(value, Residual | Handed):
+        if isinstance(value, Inside):
             return value
         (kind, of), k = value.leaf
         stage = self.stage
@@ -373,7 +374,7 @@ def find_work(
         ),
     )
     programs = Programs(
-        Routes(units.stages), form, direct, split, remat, inputs, request, kept
+        Routes(units.stages), form, direct, split, set(), remat, inputs, request, kept
     )
     # The kinds that run: a call without gradients has the forwards alone.
     kinds: dict[tuple[int, int], set[Kind]] = defaultdict(set)

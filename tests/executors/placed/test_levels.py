@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import fpipe
-from fpipe._core.pytrees import Shape
+from fpipe._core.pytrees import Shape, device_bytes, host_bytes
 from fpipe._executors.call import Args
 from fpipe._executors.placed.dispatch import with_calls
 from fpipe._executors.placed.instructions import Free, Half
@@ -26,7 +26,8 @@ from tests.planning.test_prediction import ROWS, WIDTH, X, skips
 
 
 def held(old):
-    """The bytes on each device, each buffer once, without those of arrays of before.
+    """The bytes on each device and in its host's memory, each buffer once, without
+    those of arrays of before.
 
     Other tests have left thousands, and to ask each takes long.
     """
@@ -42,23 +43,31 @@ def held(old):
             # Numpy's memory may be that of several CPU devices.
             if (device, a.unsafe_buffer_pointer()) not in seen:
                 seen.add((device, a.unsafe_buffer_pointer()))
-                found[device] = found.get(device, 0) + a.nbytes
+                here, there = found.get(device, (0, 0))
+                # Of a shard JAX tells it by the sharding, and not always by the type.
+                on_host = array.sharding.memory_kind == "pinned_host"
+                size = (0, a.nbytes) if on_host else (a.nbytes, 0)
+                found[device] = here + size[0], there + size[1]
     return found
 
 
 def alive(pipe, params, x, target, devices, old):
-    """What is alive on some devices after each instruction of a step: as predicted, and
-    as it is; and the arrays that it begins with.
+    """What is alive on some devices, and on their hosts, after each instruction of a
+    step: as predicted, and as it is; and the arrays that it begins with.
     """
     loss = as_loss("value_and_grad", mse, False, "mean")
     bound = placed_executor(pipe).ready_plan(Args(params, x, (target,)), loss, (0,))
     plan = bound.plan
     kept = {f.slot for f in plan.feeds} | set(plan.constants)
-    want = [
-        {place.device: sum(roles.values()) for place, roles in now.items()}
-        for n, now in levels(plan, bound.shapes, kept)
-        if n >= 0 and not isinstance(plan.instructions[n], Free)
-    ]
+    want = [{} for item in plan.instructions if not isinstance(item, Free)]
+    for count in (device_bytes, host_bytes):
+        after = iter(want)
+        for n, now in levels(plan, bound.shapes, kept, count):
+            if n >= 0 and not isinstance(plan.instructions[n], Free):
+                found = next(after)
+                for place, roles in now.items():
+                    before = found.get(place.device, ())
+                    found[place.device] = (*before, sum(roles.values()))
 
     got = []
 
@@ -78,9 +87,20 @@ def alive(pipe, params, x, target, devices, old):
     given = [a for a in slots if a is not None]
     gc.collect()
     before = held(old)
-    others = {d: before.get(d, 0) - sum(bytes_on(a, d) for a in given) for d in devices}
+    others = {
+        d: before.get(d, (0, 0))[0] - sum(bytes_on(a, d) for a in given)
+        for d in devices
+    }
     bound.issue(with_calls(bound.shares[Half.WHOLE], watched), slots)
-    return want, [{d: now.get(d, 0) - others[d] for d in devices} for now in got], given
+    nothing = (0, 0)
+    got = [
+        {
+            d: (now.get(d, nothing)[0] - others[d], now.get(d, nothing)[1])
+            for d in devices
+        }
+        for now in got
+    ]
+    return want, got, given
 
 
 def bytes_on(array, device):
@@ -90,26 +110,36 @@ def bytes_on(array, device):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "checkpoint"),
+    ("schedule", "checkpoint", "options"),
     [
-        ("gpipe", "always"),
-        ("gpipe", "never"),
-        ("eager_1f1b", "except_last"),
-        ("zb_h1", "always"),
-        ("zb_h1", "never"),
-        ("interleaved_1f1b", "except_last"),
-        ("interleaved_1f1b", "never"),
-        ("dualpipe_v", "always"),
+        ("gpipe", "always", {}),
+        ("gpipe", "never", {}),
+        ("eager_1f1b", "except_last", {}),
+        ("zb_h1", "always", {}),
+        ("zb_h1", "never", {}),
+        ("interleaved_1f1b", "except_last", {}),
+        ("interleaved_1f1b", "never", {}),
+        ("dualpipe_v", "always", {}),
+        ("gpipe", "never", {"offload": 2}),
+        ("eager_1f1b", "except_last", {"recompute": "early", "offload": 2}),
+        ("zb_h1", "always", {"recompute": "early"}),
+        ("interleaved_1f1b", "never", {"offload": 3}),
     ],
 )
 def test_what_is_alive_is_predicted_to_the_byte_at_every_instruction(
-    schedule, checkpoint
+    schedule, checkpoint, options
 ):
     old = jax.live_arrays()
     several = schedule in ("interleaved_1f1b", "dualpipe_v")
     balance = [2, 2, 2, 1] if several else [2, 2, 3]
     pipe = fpipe.Pipe(
-        skips(), balance, jax.devices()[: 2 if several else 3], 4, checkpoint, schedule
+        skips(),
+        balance,
+        jax.devices()[: 2 if several else 3],
+        4,
+        checkpoint,
+        schedule,
+        **options,
     )
     x = jnp.ones((ROWS, WIDTH))
     target = jax.device_put(
@@ -128,20 +158,23 @@ def test_what_is_alive_is_predicted_to_the_byte_at_every_instruction(
         d: sum(a.nbytes for a in given if a.devices() == {d}) for d in pipe.devices
     }
     for d in pipe.devices:
-        assert rows[str(d)].peak == max(start[d], *(now[d] for now in want))
+        assert rows[str(d)].peak == max(start[d], *(now[d][0] for now in want))
+        assert rows[str(d)].host == max(now[d][1] for now in want)
+    assert any(row.host for row in rows.values()) == ("offload" in options)
 
 
 @pytest.mark.parametrize(
-    ("axis", "checkpoint", "spec", "unshard"),
+    ("axis", "checkpoint", "spec", "unshard", "options"),
     [
-        ("data", "never", None, "step"),
-        ("model", "always", None, "step"),
-        ("data", "except_last", P("data"), "step"),
-        ("data", "except_last", P("data"), "action"),
+        ("data", "never", None, "step", {}),
+        ("model", "always", None, "step", {}),
+        ("data", "except_last", P("data"), "step", {}),
+        ("data", "except_last", P("data"), "action", {}),
+        ("data", "always", None, "step", {"recompute": "early", "offload": 1}),
     ],
 )
 def test_what_a_device_of_a_mesh_holds_is_predicted_to_the_byte(
-    axis, checkpoint, spec, unshard
+    axis, checkpoint, spec, unshard, options
 ):
     old = jax.live_arrays()
     devices = np.array(jax.devices()).reshape(2, 2)
@@ -152,6 +185,7 @@ def test_what_a_device_of_a_mesh_holds_is_predicted_to_the_byte(
         checkpoint=checkpoint,
         unshard=unshard,
         mesh=Mesh(devices, ("stage", axis)),
+        **options,
     )
     # On a device that is not looked at.
     x = jax.device_put(np.ones((ROWS, WIDTH), np.float32), devices[1, 1])
