@@ -176,7 +176,7 @@ WRONG = {
     "offload of other devices": (
         {"offload": [1, 2, 3]},
         ValueError,
-        "`Pipe(offload=[1, 2, 3])`: 3 numbers for 2 devices",
+        "`Pipe(offload=[1, 2, 3])`: 3 numbers for 4 devices",
     ),
     "schedule made": (
         {"schedule": lambda d, m: d * m},

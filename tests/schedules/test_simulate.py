@@ -90,7 +90,14 @@ def number(cost, stage):
 
 def launched(schedule, costs):
     """When each action has been launched: on its thread one after the other."""
-    order = [(e.device, e.action) for e in simulate(schedule).events]
+    order = []
+    for device, action, *_ in simulate(schedule).events:
+        if action.kind not in "OL":
+            row = schedule.actions[device]
+            behind = row[row.index(action) + 1 :]
+            # A copy right behind what stands before it in its row.
+            copies = itertools.takewhile(lambda a: a.kind in "OL", behind)
+            order += [(device, a) for a in (action, *copies)]
     ends, counts = {}, {}
     for device, action in order:
         thread = 0 if costs.launchers == "one" else device
