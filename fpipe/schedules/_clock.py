@@ -71,11 +71,12 @@ class Run:
         copies = self.copies
         if copies is None:
             return self.order()
-        behind: dict[int, int] = {}
-        for row in self.rows:
-            for before, number in itertools.pairwise(row):
-                if number in copies.out or number in copies.back:
-                    behind[before] = number
+        behind = {
+            before: number
+            for row in self.rows
+            for before, number in itertools.pairwise(row)
+            if number in copies.out or number in copies.back
+        }
         order: list[int] = []
         for number in self.order():
             if number in copies.out or number in copies.back:
