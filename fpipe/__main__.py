@@ -12,6 +12,7 @@ zb_h1                             1         7     1   14.3%          2
 """
 
 import argparse
+import dataclasses
 import math
 import os
 import pathlib
@@ -21,9 +22,24 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from fpipe.plot import SUFFIXES, save
-from fpipe.schedules import NAMES, Costs, Schedule, Timeline, draw, named, simulate
+from fpipe.schedules import (
+    NAMES,
+    Costs,
+    Schedule,
+    Timeline,
+    draw,
+    early_recompute,
+    named,
+    offload,
+    simulate,
+)
+from fpipe.schedules._costs import LAUNCHERS
 
 WIDTH = 120
+# The costs of the actions of a stage. Others are of a device or of the host.
+OF_STAGES = ("F", "B", "I", "W", "R", "offload")
+# Half of what a device would hold, as a limit: no number of microbatches is below 0.
+HALF = -1.0
 # Microseconds of a trace for a unit of time: viewers show milliseconds.
 UNIT = 1000.0
 
@@ -145,10 +161,32 @@ def _add_sizes(parser: argparse.ArgumentParser, virtual: str) -> None:
 def _add_costs(parser: argparse.ArgumentParser, what: str) -> None:
     default = (
         "F=1,I=1,W=1,transfer=0, and B is I + W; where B is given alone, I and W are "
-        "halves of it"
+        "halves of it; R=F, offload=0, launch=0, launchers=one"
+    )
+    more = (
+        "R is a recomputation, offload a copy to the host or back: the bytes of a "
+        "microbatch by the bandwidth; launch is the host's time for an action, and "
+        f"launchers {' or '.join(LAUNCHERS)}"
     )
     parser.add_argument(
-        "--costs", type=_read_costs, default={}, help=f"{what} (default: {default})"
+        "--costs",
+        type=_read_costs,
+        default={},
+        help=f"{what}; {more} (default: {default})",
+    )
+    parser.add_argument(
+        "--recompute",
+        choices=("early", "with_backward"),
+        help="backwards recompute, as actions of their own that may run early, or as a "
+        "part of the backward (default: they recompute nothing)",
+    )
+    parser.add_argument(
+        "--offload",
+        type=_read_limit,
+        metavar="N",
+        help="the most microbatches that a device holds, each on all its stages, or "
+        "half: half of those that it would hold; others are copied to the host "
+        "(default: nothing is copied)",
     )
 
 
@@ -156,11 +194,40 @@ def _draw_schedule(arguments: argparse.Namespace) -> str:
     schedule = named(
         arguments.name, arguments.devices, arguments.microbatches, arguments.virtual
     )
-    timeline = simulate(schedule, Costs(**arguments.costs))
+    schedule, costs = _with_actions(schedule, Costs(**arguments.costs), arguments)
+    timeline = simulate(schedule, costs)
     if arguments.out is not None:
         _write(arguments.out, schedule, timeline)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
     return draw(timeline, width=max(width, 1), colour=None)
+
+
+def _with_actions(
+    schedule: Schedule, costs: Costs, arguments: argparse.Namespace
+) -> tuple[Schedule, Costs]:
+    """The schedule with the recomputations and copies that are asked for, and what its
+    actions take then.
+    """
+    if not schedule.backwards:
+        return schedule, costs
+    if arguments.offload is not None:
+        per_device = schedule.stages // schedule.devices
+        limit = arguments.offload * per_device
+        if arguments.offload == HALF:
+            limit = max(simulate(schedule, costs).peak_live) // 2
+        schedule = offload(schedule, memory=limit, costs=costs)
+    if arguments.recompute == "early":
+        schedule = early_recompute(schedule, costs)
+    if arguments.recompute == "with_backward":
+        longer = {
+            kind: getattr(costs, kind) + (costs.F if costs.R is None else costs.R)
+            for kind in ("I", "B")
+            if getattr(costs, kind) is not None
+        }
+        if "B" not in longer:
+            longer["B"] = longer["I"] + costs.W
+        costs = dataclasses.replace(costs, **longer)
+    return schedule, costs
 
 
 def _write(path: pathlib.Path, schedule: Schedule, timeline: Timeline) -> None:
@@ -207,7 +274,11 @@ def _compare_schedules(arguments: argparse.Namespace) -> str:
         if not schedule.backwards:
             left_out.append(f"{name}: forwards alone")
             continue
-        makespan, row = _measure(name, schedule, costs)
+        try:
+            makespan, row = _measure(name, schedule, costs, arguments)
+        except ValueError as error:
+            left_out.append(f"{name}: {' '.join(str(error).split())}")
+            continue
         rows.append((makespan, row))
     # Where makespans are equal but for rounding, the order of the names.
     rows.sort(key=lambda row: float(f"{row[0]:.9g}"))
@@ -231,7 +302,10 @@ def _compare_schedules(arguments: argparse.Namespace) -> str:
 
 
 def _measure(
-    name: str, schedule: Schedule, costs: dict[str, float]
+    name: str,
+    schedule: Schedule,
+    costs: dict[str, Any],
+    arguments: argparse.Namespace,
 ) -> tuple[float, _Row]:
     """The makespan of a schedule, and its row of the table.
 
@@ -239,14 +313,14 @@ def _measure(
         name: of the schedule.
         schedule: itself.
         costs: of all the stages of a device together.
+        arguments: of the command.
     """
     per_device = schedule.stages // schedule.devices
     of_stage = {
-        cost: value if cost == "transfer" else value / per_device
+        cost: value / per_device if cost in OF_STAGES else value
         for cost, value in costs.items()
     }
-    # These are costs, and `launchers` is none.
-    timeline = simulate(schedule, Costs(**of_stage))  # pyright: ignore[reportArgumentType]
+    timeline = simulate(*_with_actions(schedule, Costs(**of_stage), arguments))
     makespan = timeline.makespan
     peak = max(timeline.peak_live) / per_device
     # Thirds do not add up to the last digit: no idle time must not read as 1e-14.
@@ -274,14 +348,37 @@ def _read_count(text: str) -> int:
     return value
 
 
-def _read_costs(text: str) -> dict[str, float]:
+def _read_limit(text: str) -> float:
+    """The most microbatches that a device holds."""
+    if text == "half":
+        return HALF
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(
+            f"a number more than 0, or half, is needed, not {text!r}"
+        )
+    return value
+
+
+def _read_costs(text: str) -> dict[str, Any]:
     """`F=1,B=2` as keywords of `Costs`."""
-    known = ("F", "B", "I", "W", "transfer")
-    costs: dict[str, float] = {}
+    known = (*OF_STAGES, "transfer", "launch")
+    costs: dict[str, Any] = {}
     for part in text.split(","):
         name, equals, number = (piece.strip() for piece in part.partition("="))
-        if not equals or name not in known:
+        if name == "launchers" and name not in costs:
+            if number not in LAUNCHERS:
+                raise argparse.ArgumentTypeError(
+                    f"{part!r}: launchers is {' or '.join(LAUNCHERS)}"
+                )
+            costs[name] = number
+            continue
+        if not equals or name not in (*known, "launchers"):
             forms = ", ".join(f"{cost}=number" for cost in known)
+            forms += f", launchers={'|'.join(LAUNCHERS)}"
             raise argparse.ArgumentTypeError(f"{part!r} is not one of {forms}")
         if name in costs:
             raise argparse.ArgumentTypeError(f"{name} is there twice in {text!r}")

@@ -75,6 +75,8 @@ COSTS = {
     "B=1,I=2,W=3": Costs(B=1, I=2, W=3),
     "F=0,I=0,W=0": Costs(F=0, I=0, W=0),
     "F=1e-3": Costs(F=0.001),
+    "launch=.5,launchers=per_device": Costs(launch=0.5, launchers="per_device"),
+    "launchers=one, launch=2": Costs(launch=2),
 }
 
 
@@ -84,6 +86,34 @@ def test_costs(capsys, text):
     assert printed(capsys, "schedule", "1f1b", *SIZES, "--costs", text) == (
         draw(simulate(schedule, COSTS[text])) + "\n"
     )
+
+
+def test_recomputations_and_copies(capsys):
+    """As the functions make them; `half` is of what the schedule would hold."""
+    schedule, costs = schedules.one_f_one_b(4, 8), Costs(B=2, R=1.5, offload=0.5)
+    given = ["schedule", "1f1b", *SIZES, "--costs", "B=2,R=1.5,offload=.5"]
+    early = schedules.early_recompute(schedule, costs)
+    halved = schedules.offload(schedule, memory=2, costs=costs)
+    both = schedules.early_recompute(halved, costs)
+    inside = Costs(I=2.5, B=3.5)
+    for options, made, taken in [
+        (["--recompute", "early"], early, costs),
+        (["--recompute", "with_backward"], schedule, inside),
+        (["--offload", "2"], halved, costs),
+        (["--offload", "half"], halved, costs),
+        (["--offload", "half", "--recompute", "early"], both, costs),
+    ]:
+        out = printed(capsys, *given, *options)
+        assert out == draw(simulate(made, taken)) + "\n"
+    # One stage of two counts half, and what takes no copies is left out with a reason.
+    costs = ["--costs", "offload=1"]
+    text = printed(capsys, "compare", *SIZES, *costs, "--offload", "half")
+    rows = table(text)
+    for name in ("gpipe", "1f1b", "interleaved_1f1b"):
+        made = schedules.named(name, 4, 8)
+        plain = max(simulate(made).peak_live) * made.devices / made.stages
+        assert float(rows[name][-1]) <= plain / 2
+    assert "\nzb_h1: `offload(memory=" in text
 
 
 FORWARDS = schedules.Schedule([[("F", 0, 0)]])
@@ -286,6 +316,14 @@ WRONG = {
         ["compare", *SIZES, "--costs", "F=1,F=2"],
         "--costs: F is there twice",
     ),
+    "launchers": (
+        ["compare", *SIZES, "--costs", "launchers=two"],
+        "--costs: 'launchers=two': launchers is one or per_device",
+    ),
+    "limit": (
+        ["compare", *SIZES, "--offload", "0"],
+        "--offload: a number more than 0, or half, is needed, not '0'",
+    ),
     "cost empty": (["compare", *SIZES, "--costs", ""], "--costs: '' is not one of"),
     "cost trailing": (
         ["compare", *SIZES, "--costs", "F=1,"],
@@ -342,6 +380,7 @@ def test_help_tells_each_default(capsys, command):
     flags = re.split(r"\n  (?=-|name)", text)[1:]
     assert {re.split(r"[ ,]", flag)[0] for flag in flags if "--help" not in flag} == (
         {"--devices", "--microbatches", "--virtual", "--costs"}
+        | {"--recompute", "--offload"}
         | ({"name", "--out"} if command == "schedule" else set())
     )
     for flag in flags:
