@@ -9,12 +9,13 @@ import warnings
 
 import jax
 
-jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
+from tests.front.test_equal import ROWS, check_row, needs_eight_devices
 
-from tests.front.test_equal import ROWS, check_row, needs_eight_devices  # noqa: E402
 
-if __name__ == "__main__":
+def main() -> int:
+    """How many rows are wrong."""
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
     wrong = 0
@@ -25,4 +26,8 @@ if __name__ == "__main__":
             wrong += 1
             print(row)
             traceback.print_exc(file=sys.stdout)
-    sys.exit(wrong)
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main())
