@@ -155,10 +155,10 @@ class Pipe(Call):
             Gradients are summed over these axes once per step. Default: `("data",)` if
             there is such an axis.
         unshard: how often a parameter is gathered that a spec shards over one of
-            `data_axes`. `"step"` (default): once for all actions of a call. `"action"`:
-            once in each action, which takes less memory and more time. In both, its
-            gradient is summed on each device and scattered once per step. Only placed
-            pipes over meshes read it.
+            `data_axes`. `"step"` (default): once for all actions of a call, and its
+            gradient is scattered once, after the last backward. `"action"`: once in
+            each action, and under `"placed"` each backward scatters its gradient. That
+            takes less memory and more time. Only pipes over meshes read it.
         dispatch: the threads that dispatch programs to the devices. `"one_thread"` is
             the calling thread, in clock order. `"thread_per_device"` starts a thread
             for each device, and ends it with the call. It keeps devices busy when a

@@ -9,17 +9,15 @@ sharding for each array. On a mesh data=2 x model=2, of a layer whose spec is
 """
 
 import functools
-from collections.abc import Collection, Sequence
-from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from fpipe._core.pytrees import PyTree, describe
-from fpipe._executors.placement import Placement, axes_in, without_axes
+from fpipe._executors.placement import Placement
 from fpipe._model.layer import Layer
-from fpipe._model.specs import annotated_specs, spread_specs
+from fpipe._model.specs import annotated_specs, axes_in, spread_specs
 
 
 def param_shardings(
@@ -115,51 +113,6 @@ def sharding_at(
         return place.sharding
     cut = place.cut_by(sharding.spec)
     return cut if _divides(cut, shape) else place.sharding
-
-
-def add_parts(
-    parts: Any,
-    total: P,
-    data: Sequence[str],
-    axes: Collection[str],
-    mesh: Mesh | None = None,
-) -> Any:
-    """The parts that devices have of the gradient of a parameter, added up.
-
-    Of a gradient whose parameter is cut over an axis of rows each device gets its own
-    piece of the sum. XLA on CPUs would give it the sum, and cut that: so the collective
-    is named.
-
-    Arguments:
-        parts: on a first axis, which lies over the axes of rows `data`.
-        total: how the parameter is cut.
-        axes: of the mesh of its stage.
-        mesh: default the one in the context.
-    """
-    rows = {*data}
-    cut = [n for n, part in enumerate(total) if not rows.isdisjoint(axes_in(part))]
-    if len(cut) != 1:
-        return parts.sum(0)
-    (axis,) = cut
-    along = axes_in(total[axis])
-    names = tuple(name for name in along if name in rows)
-    # If the axes of rows come first, pieces of pieces lie in another order.
-    if along[-len(names) :] != names:
-        return parts.sum(0)
-    others = tuple(name for name in data if name not in names)
-
-    def own_piece(part: Any) -> Any:
-        mine = part[0] if not others else jax.lax.psum(part[0], others)
-        return jax.lax.psum_scatter(mine, names, scatter_dimension=axis, tiled=True)
-
-    return jax.shard_map(
-        own_piece,
-        mesh=mesh,
-        in_specs=P(tuple(data), *without_axes(total, data)),
-        out_specs=total,
-        axis_names={*axes},
-        check_vma=False,
-    )(parts)
 
 
 def axes_of(spec: P) -> list[str]:

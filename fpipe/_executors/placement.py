@@ -14,7 +14,7 @@ nothing moves between them.
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -34,6 +34,7 @@ from fpipe._core.errors import shown
 from fpipe._core.meshes import no_mesh, to_device
 from fpipe._core.pytrees import PyTree, copied, is_traced, on_host, pack, zeros
 from fpipe._executors.transfers import bring
+from fpipe._model.specs import without_axes
 from fpipe._program.over_mesh import devices_over
 
 # `jax.Device` is a variable to type checkers: jaxlib does not declare it as a class.
@@ -253,27 +254,6 @@ class Placement:
         for at, device in np.ndenumerate(self.mesh.devices):
             grid[at] = device.platform, device.id
         return _restore_mesh, (grid, self.mesh.axis_names, self.data)
-
-
-def axes_in(part: Any) -> tuple[str, ...]:
-    """The axes that an entry of a spec names."""
-    return (part,) if isinstance(part, str) else tuple(part or ())
-
-
-def without_axes(spec: P, axes: Collection[str]) -> P:
-    """A spec that names some axes no more, in the one form that JAX has for it."""
-    parts = [
-        _part(tuple(name for name in axes_in(part) if name not in axes))
-        for part in spec
-    ]
-    while parts and parts[-1] is None:  # JAX takes `P("a")` and `P("a", None)`
-        parts.pop()  # for two
-    return P(*parts)
-
-
-def _part(names: tuple[str, ...]) -> Any:
-    """The entry of a spec that names some axes, as JAX writes it."""
-    return names if len(names) > 1 else next(iter(names), None)
 
 
 def as_argument(shape: jax.ShapeDtypeStruct) -> Any:

@@ -10,6 +10,7 @@ order of `jax.tree.leaves`. Of the tree `{"w": {"q": a, "k": b}, "bias": c}`
 `None` is what nothing says anything of: an array then lies as it comes.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -72,3 +73,24 @@ def _said(node: Any) -> PartitionSpec | None:
         return None
     rules = dict(metadata.get("sharding_rules") or ())
     return PartitionSpec(*[rules.get(name, name) for name in said])
+
+
+def axes_in(part: Any) -> tuple[str, ...]:
+    """The axes that an entry of a spec names."""
+    return (part,) if isinstance(part, str) else tuple(part or ())
+
+
+def without_axes(spec: PartitionSpec, axes: Collection[str]) -> PartitionSpec:
+    """A spec that names some axes no more, in the one form that JAX has for it."""
+    parts = [
+        _part(tuple(name for name in axes_in(part) if name not in axes))
+        for part in spec
+    ]
+    while parts and parts[-1] is None:  # JAX takes `P("a")` and `P("a", None)`
+        parts.pop()  # for two
+    return PartitionSpec(*parts)
+
+
+def _part(names: tuple[str, ...]) -> Any:
+    """The entry of a spec that names some axes, as JAX writes it."""
+    return names if len(names) > 1 else next(iter(names), None)

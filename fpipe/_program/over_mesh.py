@@ -12,7 +12,8 @@ over two devices with two of four rows each:
     sum params[0], in and out    [2, 3, 5] one part on each device, of its own rows
 
 As written XLA would add the parts up in each backward. They are added up once, behind
-the last one (`row_sums.py` says why that is the same).
+the last one (`row_sums.py` says why that is the same). Or each backward scatters them,
+so that a device has no more than its piece of a sum between two of them.
 """
 
 import dataclasses
@@ -29,7 +30,13 @@ from fpipe._core.pytrees import on_host
 from fpipe._core.settings import donated
 from fpipe._program.code import Code
 from fpipe._program.host_calls import Failures
-from fpipe._program.row_sums import RowSum, find_row_sum, sum_rows_apart, values_read
+from fpipe._program.row_sums import (
+    RowSum,
+    add_parts,
+    find_row_sum,
+    sum_rows_apart,
+    values_read,
+)
 
 
 class GatheredArgument(NamedTuple):
@@ -37,6 +44,15 @@ class GatheredArgument(NamedTuple):
 
     argument: int
     lies: Sharding
+
+
+class ScatteredSum(NamedTuple):
+    """A sum of a program, by its number among these, and how it is cut over axes of
+    rows.
+    """
+
+    sum: int
+    spec: P
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +69,8 @@ class MeshForm:
             the pieces of all microbatches on a first axis: so a device needs no more
             than its rows of each.
         gathered: those that it gathers before it reads them.
+        scattered: those of the code's sums of which each device gets its piece of what
+            the program adds.
     """
 
     mesh: Mesh
@@ -62,6 +80,7 @@ class MeshForm:
     rows: int
     stacked: frozenset[int] = frozenset()
     gathered: tuple[GatheredArgument, ...] = ()
+    scattered: tuple[ScatteredSum, ...] = ()
 
     @property
     def parts(self) -> int:
@@ -93,8 +112,10 @@ def row_sums(code: Code, rows: int, parts: int) -> dict[int, RowSum]:
 
 def compile_over(code: Code, form: MeshForm) -> Callable[..., Sequence[Any]]:
     """The function under `jax.jit`, for this mesh alone."""
-    found = row_sums(code, form.rows, form.parts) if form.apart else {}
-    apart: Mapping[int, RowSum] = {n: found[n] for n in sorted(form.apart)}
+    pieces = dict(form.scattered)
+    summed = sorted(form.apart | pieces.keys())
+    found = row_sums(code, form.rows, form.parts) if summed else {}
+    apart: Mapping[int, RowSum] = {n: found[n] for n in summed}
     # The values that these are made of are asked for beside the results. Nobody reads
     # the sums over all rows then, so XLA leaves them out.
     terms = list(dict.fromkeys(v for s in apart.values() for v in values_read(s)))
@@ -128,7 +149,11 @@ def compile_over(code: Code, form: MeshForm) -> Callable[..., Sequence[Any]]:
         given = dict(zip(terms, made[len(results) :], strict=True))
         made = made[: len(results)]
         for n, own in apart.items():
-            made[len(code.outs) + n] = sum_rows_apart(own, given, form.data, form.mesh)
+            parts = sum_rows_apart(own, given, form.data, form.mesh)
+            if n in pieces:
+                axes = form.mesh.axis_names
+                parts = add_parts(parts, pieces[n], form.data, axes, form.mesh)
+            made[len(code.outs) + n] = parts
         made = code.added(made, arrays)
         return made if failures is None else _together(failures, made, form)
 

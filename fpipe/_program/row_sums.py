@@ -18,13 +18,14 @@ of 4 parts: `transpose(dot_general(dy[0:2], x[0:2]))`, and so on.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from fpipe._model.specs import axes_in, without_axes
 from fpipe._program.graph import Graph, Node, bind, is_zero
 
 # Equations of one array that commute with a sum over parts. (A cast to fewer bits does
@@ -223,3 +224,48 @@ def sum_rows_apart(
                 check_vma=False,
             )
             return over_devices(*(values[v] for v in node.ins))
+
+
+def add_parts(
+    parts: Any,
+    total: P,
+    data: Sequence[str],
+    axes: Collection[str],
+    mesh: Mesh | None = None,
+) -> Any:
+    """The parts that devices have of the gradient of a parameter, added up.
+
+    Of a gradient whose parameter is cut over an axis of rows each device gets its own
+    piece of the sum. XLA on CPUs would give it the sum, and cut that: so the collective
+    is named.
+
+    Arguments:
+        parts: on a first axis, which lies over the axes of rows `data`.
+        total: how the parameter is cut.
+        axes: of the mesh of its stage.
+        mesh: default the one in the context.
+    """
+    rows = {*data}
+    cut = [n for n, part in enumerate(total) if not rows.isdisjoint(axes_in(part))]
+    if len(cut) != 1:
+        return parts.sum(0)
+    (axis,) = cut
+    along = axes_in(total[axis])
+    names = tuple(name for name in along if name in rows)
+    # If the axes of rows come first, pieces of pieces lie in another order.
+    if along[-len(names) :] != names:
+        return parts.sum(0)
+    others = tuple(name for name in data if name not in names)
+
+    def own_piece(part: Any) -> Any:
+        mine = part[0] if not others else jax.lax.psum(part[0], others)
+        return jax.lax.psum_scatter(mine, names, scatter_dimension=axis, tiled=True)
+
+    return jax.shard_map(
+        own_piece,
+        mesh=mesh,
+        in_specs=P(tuple(data), *without_axes(total, data)),
+        out_specs=total,
+        axis_names={*axes},
+        check_vma=False,
+    )(parts)

@@ -30,7 +30,6 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, Sharding
 
 from fpipe._core.pytrees import PyTree, Shape, Spec, aval, eval_shape, pack
-from fpipe._executors.parameter_cuts import add_parts
 from fpipe._executors.placed.instructions import CallValue, JoinedGradient, Slot
 from fpipe._executors.placed.work import CallWork
 from fpipe._executors.placement import Placement
@@ -42,6 +41,7 @@ from fpipe._model.needs import Share
 from fpipe._model.stages import AUX, LOSS, WEIGHT, Leaf, Port, Stage, Y
 from fpipe._model.wrappers import Microbatches
 from fpipe._program.code import Gradient, Output
+from fpipe._program.row_sums import add_parts
 
 
 class SlotTree(NamedTuple):

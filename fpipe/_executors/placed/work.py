@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, Sharding
 
 from fpipe._executors.placed.instructions import (
     BroughtBack,
@@ -56,7 +56,12 @@ from fpipe._program.code import (
     Program,
     ProgramValue,
 )
-from fpipe._program.over_mesh import GatheredArgument, MeshForm, row_sums
+from fpipe._program.over_mesh import (
+    GatheredArgument,
+    MeshForm,
+    ScatteredSum,
+    row_sums,
+)
 from fpipe.schedules import Action
 from fpipe.schedules._action import COPIES
 
@@ -128,6 +133,7 @@ class CallWork:
         shardings: how arrays lie over the meshes of stages; empty where each is on one
             device.
         apart: by stage, the leaves whose gradients are kept as parts over its devices.
+        scattered: by stage, those whose gradients each backward scatters.
     """
 
     def __init__(
@@ -147,11 +153,20 @@ class CallWork:
         self.sums: dict[tuple[int, Leaf], Slot] = {}
         self.states: dict[int, tuple[Slot, ...]] = {}
         self.gathered: set[Slot] = set()
-        self.apart: dict[int, frozenset[Leaf]] = {
-            stage.index: self._kept_apart(stage.index)
-            for stage in layout.stages
-            if layout.placements[stage.index].parts > 1
-        }
+        self.apart: dict[int, frozenset[Leaf]] = {}
+        self.scattered: dict[int, frozenset[Leaf]] = {}
+        for stage in layout.stages:
+            place = layout.placements[stage.index]
+            if place.parts == 1:
+                continue
+            apart = self._summed_apart(stage.index)
+            scattered = frozenset[Leaf]()
+            if layout.unshard == "action":
+                scattered = frozenset(
+                    leaf for leaf in apart if shardings.is_cut_by_rows(leaf, place)
+                )
+            self.apart[stage.index] = apart - scattered
+            self.scattered[stage.index] = scattered
         self._over_meshes: dict[tuple[int, MeshForm], Any] = {}
         # All parameters are feeds, also those that no program reads: so the arrays of a
         # call fill the first slots in the order in which they come.
@@ -397,6 +412,7 @@ class CallWork:
                 and self.shardings.is_stacked(value.leaf, placement)
             ),
             self._gathered_in(program, placement),
+            self._scattered_by(program, stage),
         )
         # The same code runs for all microbatches of one shape.
         key = (id(code), form)
@@ -418,13 +434,25 @@ class CallWork:
             and self.shardings.is_cut_by_rows(value.leaf, placement)
         )
 
+    def _scattered_by(self, program: Program, stage: int) -> tuple[ScatteredSum, ...]:
+        """The sums whose parts a program scatters itself."""
+        scattered = self.scattered.get(stage, ())
+        sums = [v.leaf for v in program.outs if isinstance(v, GradientSum)]
+        found: list[ScatteredSum] = []
+        for n, leaf in enumerate(sums):
+            if leaf in scattered:
+                lies = self.shardings.param(leaf, self.layout.placements[stage])
+                assert isinstance(lies, NamedSharding)
+                found.append(ScatteredSum(n, lies.spec))
+        return tuple(found)
+
     def is_apart(self, stage: int, value: ProgramValue) -> bool:
         """Whether a value is a sum that each device has a part of."""
         return isinstance(value, GradientSum) and value.leaf in self.apart.get(
             stage, ()
         )
 
-    def _kept_apart(self, stage: int) -> frozenset[Leaf]:
+    def _summed_apart(self, stage: int) -> frozenset[Leaf]:
         """The leaves whose gradients a stage's programs sum apart on each device: those
         for which all of them can.
         """

@@ -45,8 +45,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from fpipe._core.pytrees import on_host
-from fpipe._executors.parameter_cuts import add_parts
-from fpipe._executors.placement import Unshard, without_axes
+from fpipe._executors.placement import Unshard
 from fpipe._executors.scan.clock import Clock
 from fpipe._executors.scan.machine import (
     Add,
@@ -93,10 +92,17 @@ from fpipe._executors.scan.storage import (
 )
 from fpipe._executors.stage_places import AXIS
 from fpipe._model.loss import sum_dtype
+from fpipe._model.specs import without_axes
 from fpipe._model.stages import Leaf
 from fpipe._program.host_calls import Failures, Logged
 from fpipe._program.over_mesh import devices_over
-from fpipe._program.row_sums import RowSum, find_row_sum, sum_rows_apart, values_read
+from fpipe._program.row_sums import (
+    RowSum,
+    add_parts,
+    find_row_sum,
+    sum_rows_apart,
+    values_read,
+)
 
 Array: TypeAlias = jax.Array
 

@@ -24,7 +24,6 @@ import numpy as np
 
 from fpipe._core.pytrees import nbytes
 from fpipe._executors.parameter_cuts import axes_of
-from fpipe._executors.placement import without_axes
 from fpipe._executors.plan_data import Role
 from fpipe._executors.scan.machine import (
     Avals,
@@ -38,6 +37,7 @@ from fpipe._executors.scan.storage import Storage, is_key
 from fpipe._executors.stage_places import AXIS
 from fpipe._model.loss import sum_dtype
 from fpipe._model.needs import ROW_INPUTS
+from fpipe._model.specs import without_axes
 from fpipe._model.stages import Port
 from fpipe._program.over_mesh import devices_over
 

@@ -28,12 +28,13 @@ from fpipe._core.pytrees import (
     pack,
 )
 from fpipe._executors.parameter_cuts import axes_of, param_shardings
-from fpipe._executors.placement import Placement, sub_meshes, without_axes
+from fpipe._executors.placement import Placement, sub_meshes
 from fpipe._executors.scan.mesh import by_stage, on_device, replicated
 from fpipe._executors.scan.packing import Entry, Packed, Packing
 from fpipe._executors.scan.units import Units, cut_units
 from fpipe._executors.stage_places import AXIS, columns
 from fpipe._model.model import Model
+from fpipe._model.specs import without_axes
 
 # Packings, and programs that unpack, that one pipe keeps.
 _KEPT = 32

@@ -216,16 +216,38 @@ def test_tensor_parallel_blocks_reduce_twice_in_each_direction():
 
 
 @pytest.mark.parametrize(
-    ("unshard", "chunks", "gathered"),
+    ("unshard", "chunks", "crossing"),
     [
         # Two layers with two of such parameters.
-        ("step", 4, {("gather parameters", "all-gather"): 4}),
-        ("step", 1, {("gather parameters", "all-gather"): 4}),
-        ("action", 4, {("F", "all-gather"): 16, ("B", "all-gather"): 16}),
+        (
+            "step",
+            4,
+            {
+                ("gather parameters", "all-gather"): 4,
+                ("add parts", "reduce-scatter"): 4,
+            },
+        ),
+        (
+            "step",
+            1,
+            {
+                ("gather parameters", "all-gather"): 4,
+                ("add parts", "reduce-scatter"): 4,
+            },
+        ),
+        (
+            "action",
+            4,
+            {
+                ("F", "all-gather"): 16,
+                ("B", "all-gather"): 16,
+                ("B", "reduce-scatter"): 16,
+            },
+        ),
     ],
 )
-def test_sharded_parameters_are_gathered_and_their_gradients_scattered_once(
-    unshard, chunks, gathered
+def test_sharded_parameters_are_gathered_and_their_gradients_scattered(
+    unshard, chunks, crossing
 ):
     layers = [FULLY_SHARDED] * 2
     x = noise(jax.random.key(1), (8, WIDE))
@@ -243,11 +265,10 @@ def test_sharded_parameters_are_gathered_and_their_gradients_scattered_once(
             P(None, "data"),
         ] * 2
     counts = collectives(pipe)
-    scattered = {("add parts", "reduce-scatter"): 4}
     # The gradients of what is whole on each device are added up, those of a stage
     # together.
     added = "B" if chunks == 1 else "add parts"
-    assert counts == {**gathered, **scattered, (added, "all-reduce"): 2}
+    assert counts == {**crossing, (added, "all-reduce"): 2}
 
 
 @pytest.mark.parametrize(
@@ -412,6 +433,12 @@ def test_a_plan_counts_what_each_device_holds():
     held = [a.addressable_data(0).nbytes for a in params]
     assert held == [128, 128]
     assert plan.devices[0].name == "model=2 (cpu:0, cpu:1)"
+    # Of the sums too a device has its pieces alone, if each action gathers.
+    cut = [dataclasses.replace(layer, spec=P("data"))] * 2
+    for unshard, pieces in (("step", 1), ("action", 2)):
+        fully = fpipe.Pipe(cut, chunks=2, mesh=DATA, unshard=unshard)
+        memory = fully.plan(None, jax.ShapeDtypeStruct((8, 8), x.dtype)).devices[0]
+        assert memory.memory["gradients"] == 256 // pieces
 
 
 def test_pipes_over_meshes_are_tuned_and_their_programs_timed():
