@@ -3,6 +3,8 @@ strings and lists of them as they are written, anything else by its type.
 """
 
 import math
+import numbers
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 
@@ -59,3 +61,52 @@ def check_positive(call: str, name: str, value: Any) -> None:
         raise ValueError(
             f"`{call}({name}={value})`: {name} must be finite and more than 0"
         )
+
+
+def read_numbers(call: str, each: str, value: Any) -> float | tuple[float, ...]:
+    """A number as a float, or numbers, one per `each`, as a tuple of floats.
+
+    Arguments:
+        call: what was called, for the message.
+        each: what there may be several numbers for; `""`: there may be one only.
+        value: whatever was given.
+    """
+    # A set has no order that could be that of the stages, and a dict iterates its keys.
+    several = isinstance(value, Iterable) and not isinstance(
+        value, (str, bytes, Mapping, Set)
+    )
+    # An array of numpy without an axis is iterable by its type alone.
+    if several and each and getattr(value, "ndim", 1):
+        return tuple(_read_number(call, each, number) for number in value)
+    return _read_number(call, each, value)
+
+
+def _read_number(call: str, each: str, value: Any) -> float:
+    # `Real` has the numbers of numpy and fractions too. A bool is one by accident.
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        several = f", or one number per {each}" if each else ""
+        raise TypeError(f"`{call}`: a number{several}")
+    if not 0.0 <= float(value) < math.inf:
+        raise ValueError(f"`{call}`: finite and not negative")
+    return float(value)
+
+
+def read_limits(call: str, devices: int, memory: Any) -> tuple[float, ...]:
+    """The memory limit of each device: one number for all, or one for each.
+
+    Arguments:
+        call: the name of what was called with `memory=`, for the message.
+        devices: how many devices there are.
+        memory: whatever was given.
+
+    Example:
+        >>> read_limits("offload", 2, 4)
+        (4.0, 4.0)
+    """
+    given = f"{call}(memory={shown(memory)})"
+    limits = read_numbers(given, "device", memory)
+    if not isinstance(limits, tuple):
+        return (limits,) * devices
+    if len(limits) != devices:
+        raise ValueError(f"`{given}`: {len(limits)} numbers for {devices} devices")
+    return limits

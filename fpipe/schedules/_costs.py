@@ -7,13 +7,11 @@ frozen value of floats and tuples of floats:
 """
 
 import dataclasses
-import math
-import numbers
-from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 from fpipe.schedules._action import COPIES, Action
-from fpipe.schedules._checks import shown
+from fpipe.schedules._checks import read_numbers, shown
 from fpipe.schedules._rules import Held
 
 Cost: TypeAlias = float | Sequence[float]
@@ -152,34 +150,6 @@ class Costs:
                     f"`Costs({field.name}={shown(value)})`: {len(value)} numbers for "
                     f"{stages} stages"
                 )
-
-
-def read_numbers(call: str, each: str, value: Any) -> float | tuple[float, ...]:
-    """A number as a float, or numbers, one per `each`, as a tuple of floats.
-
-    Arguments:
-        call: what was called, for the message.
-        each: what there may be several numbers for; `""`: there may be one only.
-        value: whatever was given.
-    """
-    # A set has no order that could be that of the stages, and a dict iterates its keys.
-    several = isinstance(value, Iterable) and not isinstance(
-        value, (str, bytes, Mapping, Set)
-    )
-    # An array of numpy without an axis is iterable by its type alone.
-    if several and each and getattr(value, "ndim", 1):
-        return tuple(_read_number(call, each, number) for number in value)
-    return _read_number(call, each, value)
-
-
-def _read_number(call: str, each: str, value: Any) -> float:
-    # `Real` has the numbers of numpy and fractions too. A bool is one by accident.
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        several = f", or one number per {each}" if each else ""
-        raise TypeError(f"`{call}`: a number{several}")
-    if not 0.0 <= float(value) < math.inf:
-        raise ValueError(f"`{call}`: finite and not negative")
-    return float(value)
 
 
 def _of_stage(cost: Cost, stage: int) -> float:

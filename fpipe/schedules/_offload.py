@@ -24,12 +24,11 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 from fpipe.schedules._action import COPIES, KINDS
-from fpipe.schedules._checks import check_type, shown
+from fpipe.schedules._checks import check_type, read_limits, shown
 from fpipe.schedules._clock import Clock, Run
-from fpipe.schedules._costs import Costs, read_numbers
+from fpipe.schedules._costs import Costs
 from fpipe.schedules._numbering import B, F, I, L, O, R, Rows
 from fpipe.schedules._rules import HELD_AFTER, Held
 from fpipe.schedules._schedule import Schedule
@@ -81,7 +80,7 @@ def offload(
     costs = Costs() if costs is None else costs
     check_type("`offload(schedule, costs=...)`", costs, Costs)
     costs.check(schedule.stages)
-    limits = _read_limits(schedule.devices, memory)
+    limits = read_limits("offload", schedule.devices, memory)
     if any(action.kind in COPIES for row in schedule.actions for action in row):
         raise ValueError(
             f"`offload(schedule)`: the schedule {schedule.name!r} has O already"
@@ -131,16 +130,6 @@ def offload(
     assert found is not None
     name = f"{schedule.name}, offload"
     return Schedule(clock.actions(found), schedule.stage_to_device, name)
-
-
-def _read_limits(devices: int, memory: Any) -> tuple[float, ...]:
-    call = f"offload(memory={shown(memory)})"
-    limits = read_numbers(call, "device", memory)
-    if not isinstance(limits, tuple):
-        return (limits,) * devices
-    if len(limits) != devices:
-        raise ValueError(f"`{call}`: {len(limits)} numbers for {devices} devices")
-    return limits
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fpipe.schedules._action import KINDS, Action, Kind
-from fpipe.schedules._checks import shown
-from fpipe.schedules._costs import Costs, StageMemory, read_numbers
+from fpipe.schedules._checks import read_limits, shown
+from fpipe.schedules._costs import Costs, StageMemory
 from fpipe.schedules._numbering import Numbering, Played, Rows, play
 from fpipe.schedules._rules import HELD_AFTER, Held
 
@@ -175,7 +175,9 @@ class Problem:
             costs=times,
             memory=held,
             one_microbatch=one_microbatch,
-            limits=_read_limits(devices, memory),
+            limits=(math.inf,) * devices
+            if memory is None
+            else read_limits("zero_bubble", devices, memory),
             durations=numbering.durations(costs),
             latencies=numbering.latencies(costs, stage_to_device),
             held_change=[
@@ -275,18 +277,6 @@ def _held_change(kind: Kind, memory: StageMemory) -> float:
     if kind not in HELD_BEFORE:
         return 0.0
     return memory.of(HELD_AFTER[kind]) - memory.of(HELD_BEFORE[kind])
-
-
-def _read_limits(devices: int, memory: Any) -> tuple[float, ...]:
-    if memory is None:
-        return (math.inf,) * devices
-    call = f"zero_bubble(memory={shown(memory)})"
-    limits = read_numbers(call, "device", memory)
-    if not isinstance(limits, tuple):
-        return (limits,) * devices
-    if len(limits) != devices:
-        raise ValueError(f"`{call}`: {len(limits)} numbers for {devices} devices")
-    return limits
 
 
 def best_first(found: list[Found]) -> list[Found]:
