@@ -5,6 +5,7 @@ import gc
 import os
 import pathlib
 import signal
+import time
 from unittest import mock
 
 import beartype
@@ -68,11 +69,18 @@ def pytest_configure(config):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """`@pytest.mark.quick(cases=3)`: of the cases of a parametrized test, the quick
-    check runs three that are spread over all.
+    check runs three that are spread over all, but none that the full run alone has.
+
+    Tests of scripts come first: then one worker has them all, and the other one need
+    not start a server of its own.
     """
+    items.sort(key=lambda item: not hasattr(item.module, "scripts"))
     cases = {}
     for item in items:
         if mark := item.get_closest_marker("quick"):
+            if item.get_closest_marker("full"):
+                item.own_markers.remove(mark)
+                continue
             test = item.nodeid.partition("[")[0]
             cases.setdefault(test, []).append((item, mark))
     for among in cases.values():
@@ -94,19 +102,33 @@ mock.patch.object(mlir, "make_ir_context", shared_context).start()
 gc.set_threshold(50_000, 20, 20)
 
 
+KEPT = 30.0
+"""For how many seconds of work JAX keeps what it has traced and lowered."""
+
+
+@pytest.fixture(scope="session")
+def last_clearing():
+    """When the heap was made small, in seconds of this process: one entry."""
+    return [time.process_time()]
+
+
 @pytest.fixture(autouse=True, scope="module")
-def small_heap():
-    """What a module leaves is given back, or looked at no more.
+def small_heap(last_clearing):
+    """What modules leave is given back, or looked at no more.
 
     JAX keeps what it has traced and lowered: some gigabytes in the end, in which each
     further program takes twice as long, and millions of objects that each collection
-    would walk over.
+    would walk over. But the small programs that all modules share, such as those of
+    `jnp.ones` and `noise`, are made again after each clearing, so small modules leave
+    theirs to the next.
     """
     yield
-    jax.clear_caches()
-    shared_context.cache_clear()
-    gc.collect()
-    gc.freeze()
+    if time.process_time() - last_clearing[0] > KEPT:
+        jax.clear_caches()
+        shared_context.cache_clear()
+        gc.collect()
+        gc.freeze()
+        last_clearing[0] = time.process_time()
 
 
 @pytest.fixture

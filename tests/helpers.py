@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
@@ -385,6 +386,20 @@ class Case:
             if state
             else None,
         }
+
+
+def in_turn(*columns: Iterable[Any]) -> list[Any]:
+    """Rows of a product for `parametrize`: those in which every value of each column
+    occurs, beside the values of the others in turn. `-m full` runs all rows.
+    """
+    numbers = [range(len(list(column))) for column in columns]
+    most = max(map(len, numbers))
+    once = {tuple(row[n % len(row)] for row in numbers) for n in range(most)}
+    rows = zip(itertools.product(*numbers), itertools.product(*columns), strict=True)
+    return [
+        pytest.param(*row, marks=() if which in once else pytest.mark.full)
+        for which, row in rows
+    ]
 
 
 def eventually(condition: Callable[[], bool]) -> bool:

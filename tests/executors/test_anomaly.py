@@ -18,7 +18,7 @@ from fpipe._executors.faults import FORWARD, Explainer, ForwardPart
 from fpipe._executors.placed.compile import compile_plan
 from fpipe._executors.placed.instructions import Run
 from tests.executors.helpers import placed_executor
-from tests.helpers import WIDTH, add, dense, keep, models, noise, scale_init
+from tests.helpers import WIDTH, add, dense, in_turn, keep, models, noise, scale_init
 
 CALL = r"^`Pipe\(detect_anomaly=True\)`: "
 ROWS, CHUNKS, ROW, BAD = 8, 4, 5, 2  # row 5 is in microbatch 2
@@ -140,8 +140,7 @@ def plain():
     }
 
 
-@pytest.mark.parametrize("executor", ["placed", "scan"])
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(("setting", "executor"), in_turn(SETTINGS, ["placed", "scan"]))
 def test_the_first_fault_is_named(setting, executor, plain):
     pipe = fpipe.Pipe(
         LAYERS,

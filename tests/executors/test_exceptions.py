@@ -20,7 +20,7 @@ from jax.experimental import io_callback
 import fpipe
 from tests.executors.placed.test_dispatch import ERRORS, Host
 from tests.front.test_calls import BoomError, Trigger, notes
-from tests.helpers import assert_same
+from tests.helpers import assert_same, in_turn
 
 ROWS, M = 8, 4
 X = jnp.arange(ROWS, dtype=jnp.float32)[:, None] + jnp.zeros((1, 2))
@@ -57,8 +57,7 @@ BALANCES = {"cores": [2, 2], "two on the last": [1, 1, 2], "no core": [3, 1]}
 
 
 @pytest.mark.parametrize("executor", ["placed", "scan"])
-@pytest.mark.parametrize("balance", BALANCES)
-@pytest.mark.parametrize("kind", ["F", "B"])
+@pytest.mark.parametrize(("balance", "kind"), in_turn(BALANCES, ["F", "B"]))
 def test_a_note_names_the_stage_of_the_pipe(executor, balance, kind):
     """Not the unit that the scan executor makes of a part of a stage."""
     trigger: Any = Trigger()
@@ -164,8 +163,7 @@ def left():
 
 @pytest.mark.quick(cases=2)
 @pytest.mark.usefixtures("watchdog", "unlogged")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("schedule", ["zb_h1", "1f1b"])
+@pytest.mark.parametrize(("mode", "schedule"), in_turn(MODES, ["zb_h1", "1f1b"]))
 def test_an_exception_anywhere_is_the_users_and_says_where(mode, schedule):
     """In every layer, microbatch and kind of action. Under scan on CPU the other
     devices waited for 40 s, and the process was ended.
@@ -285,8 +283,7 @@ INSIDE = {
 
 
 @pytest.mark.usefixtures("watchdog", "unlogged")
-@pytest.mark.parametrize("mode", ["threads", "scan"])
-@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize(("inside", "mode"), in_turn(INSIDE, ["threads", "scan"]))
 def test_an_exception_inside_of_control_flow_says_where(mode, inside):
     trigger: Any = Trigger()
 

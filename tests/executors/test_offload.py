@@ -29,6 +29,7 @@ from tests.helpers import (
     counter,
     dense,
     dropout,
+    in_turn,
     keep,
     mse,
     noise,
@@ -120,20 +121,19 @@ def check(pipe, tolerance=1e-5):
 # --- the same numbers ---
 
 
+WAYS = {
+    "dots": (WAVE, dots(), "1f1b"),
+    "names": (WAVE, names(), "zb_h1"),
+    "own": (OWN, "never", "zb_h1"),
+    "own in a remat": (OWN, "always", "1f1b"),
+    "own in a policy": (OWN, dots(), "1f1b"),
+}
+
+
 @pytest.mark.quick(cases=4)
-@pytest.mark.parametrize("executor", ["placed", "scan"])
-@pytest.mark.parametrize(
-    ("layer", "checkpoint", "schedule"),
-    [
-        (WAVE, dots(), "1f1b"),
-        (WAVE, names(), "zb_h1"),
-        (OWN, "never", "zb_h1"),
-        (OWN, "always", "1f1b"),
-        (OWN, dots(), "1f1b"),
-    ],
-    ids=["dots", "names", "own", "own in a remat", "own in a policy"],
-)
-def test_a_step_equals_that_of_the_plain_layers(layer, checkpoint, schedule, executor):
+@pytest.mark.parametrize(("way", "executor"), in_turn(WAYS, ["placed", "scan"]))
+def test_a_step_equals_that_of_the_plain_layers(way, executor):
+    layer, checkpoint, schedule = WAYS[way]
     check(pipe_of(layer, checkpoint, executor, schedule))
 
 

@@ -10,7 +10,7 @@ import pytest
 from flax import linen, nnx
 
 from fpipe.flax import _batch_norm as fb
-from tests.helpers import WIDTH, assert_same
+from tests.helpers import WIDTH, assert_same, in_turn
 from tests.model.test_batch_norm import KEY, STAT, data, pieces, shaken
 
 
@@ -330,9 +330,12 @@ def stats_of(module):
 
 
 @pytest.mark.usefixtures("promoting")
-@pytest.mark.parametrize("kind", ["one", "axis", "remat", "bfloat16"])
-@pytest.mark.parametrize(("rows", "chunks"), [(6, 1), (10, 4)])
-def test_nnx(kind, rows, chunks):
+@pytest.mark.parametrize(
+    ("kind", "cut"),
+    in_turn(["one", "axis", "remat", "bfloat16"], ["in one piece", "ragged"]),
+)
+def test_nnx(kind, cut):
+    rows, chunks = {"in one piece": (6, 1), "ragged": (10, 4)}[cut]
     x = data(rows)
     plain, deferred = nnx_start(kind), fb.defer_module(nnx_start(kind))
     for node in (plain.norms[0], plain.frozen):

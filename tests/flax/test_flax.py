@@ -29,7 +29,7 @@ from jax.core import Tracer
 import fpipe
 import fpipe.flax
 import fpipe.optim
-from tests.helpers import assert_same, mse, noise, raises
+from tests.helpers import assert_same, in_turn, mse, noise, raises
 
 EXECUTORS = ["placed", "scan"]
 CHUNKS = 2
@@ -227,8 +227,9 @@ def test_init_is_what_flax_makes_with_the_key_of_the_layer():
     jax.tree.map(np.testing.assert_array_equal, params[0], want)
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("stream", ["dropout", "noise"])
+@pytest.mark.parametrize(
+    ("stream", "executor"), in_turn(["dropout", "noise"], EXECUTORS)
+)
 def test_batch_statistics_and_dropout_of_linen(executor, stream):
     """State goes from microbatch to microbatch, a mask comes from call, layer,
     microbatch and stream.
@@ -299,8 +300,7 @@ def test_masks_differ_between_layers_and_microbatches(executor):
     assert fpipe.flax.stream_key(KEY, "dropout") == jax.random.fold_in(KEY, 0x9289EFC9)
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("kind", ["linen", "nnx"])
+@pytest.mark.parametrize(("kind", "executor"), in_turn(["linen", "nnx"], EXECUTORS))
 def test_two_inputs_and_two_outputs(kind, executor):
     pair = (X, 2 * X + 1)
     modules: list[Any] = (
@@ -1055,14 +1055,12 @@ NORMED = {
 }
 
 
-@pytest.mark.parametrize(
-    ("executor", "checkpoint"), list(zip(EXECUTORS, ["always", "never"], strict=True))
-)
-@pytest.mark.parametrize("kind", NORMED)
-def test_deferred_statistics_are_those_of_the_whole_batch(kind, executor, checkpoint):
+@pytest.mark.parametrize(("kind", "executor"), in_turn(NORMED, EXECUTORS))
+def test_deferred_statistics_are_those_of_the_whole_batch(kind, executor):
     """As Flax has them after one call with all rows; outputs and gradients are those of
     the plain composition.
     """
+    checkpoint = {"placed": "always", "scan": "never"}[executor]
     layers = fpipe.flax.layers(NORMED[kind](), None if kind != "linen" else X)
     options: dict[str, Any] = {"chunks": 4, "deferred_batch_norm": True}
     pipe = fpipe.Pipe(
@@ -1136,8 +1134,7 @@ def test_deferred_layers_are_values_too():
         assert one.model == two.model
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("kind", ["linen", "nnx"])
+@pytest.mark.parametrize(("kind", "executor"), in_turn(["linen", "nnx"], EXECUTORS))
 def test_a_checkpoint_goes_both_ways(kind, executor):
     model, variables = stateful(kind)
     layers = fpipe.flax.layers(model, X)

@@ -4,6 +4,7 @@ number of processes is the same.
 
 import contextlib
 import faulthandler
+import functools
 import os
 import pathlib
 import signal
@@ -68,7 +69,9 @@ PARTITIONS = {
 }
 
 
+@functools.cache
 def pipe_of(name):
+    """The pipe of a partition. All tests share it, and what it has compiled."""
     options = dict(PARTITIONS[name])
     devices = [
         jax.devices()[n] for n in options.pop("devices", range(len(options["balance"])))
@@ -76,6 +79,7 @@ def pipe_of(name):
     return fpipe.Pipe(LAYERS, devices=devices, chunks=4, **options)
 
 
+@functools.cache
 def transformation():
     """Frozen parameters, the norm of all gradients, two moments."""
     tx = optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-2))
@@ -106,6 +110,13 @@ def train(pipe, now, steps=2):
         updates, moments = tx.update(grads, moments, params)
         params, step = fpipe.optim.apply_updates(params, updates), step + 1
     return params, state, moments, key, step
+
+
+@functools.cache
+def trained(name):
+    """The pipe of a partition, and what there is after two steps."""
+    pipe = pipe_of(name)
+    return pipe, train(pipe, start(pipe))
 
 
 def canonical(pipe, now):
@@ -145,8 +156,7 @@ def promotion():
 @pytest.fixture(scope="module")
 def uninterrupted(promotion):
     """Four steps, and what is after two."""
-    pipe = pipe_of("placed")
-    half = train(pipe, start(pipe))
+    pipe, half = trained("placed")
     return canonical(pipe, half), canonical(pipe, train(pipe, half))
 
 
@@ -160,9 +170,9 @@ def uninterrupted(promotion):
     ],
 )
 def test_training_goes_on_in_another_form(before, after, uninterrupted, tmp_path):
-    one, other = pipe_of(before), pipe_of(after)
+    (one, half), other = trained(before), pipe_of(after)
     with ocp.CheckpointManager(tmp_path) as manager:
-        save(manager, one, train(one, start(one)))
+        save(manager, one, half)
         loaded = load(manager, other)
     exact = before == after == "placed"
     assert_same(
@@ -562,9 +572,9 @@ def work(address, process, folder):
 
 
 def test_two_processes_load_and_save(uninterrupted, tmp_path):
-    pipe, folder = pipe_of("placed"), tmp_path / "run"
+    (pipe, half), folder = trained("placed"), tmp_path / "run"
     with ocp.CheckpointManager(folder) as manager:
-        save(manager, pipe, train(pipe, start(pipe)))
+        save(manager, pipe, half)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"

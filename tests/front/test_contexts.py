@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 import fpipe
 import fpipe.optim
-from tests.helpers import assert_same, eventually, raises
+from tests.helpers import assert_same, eventually, in_turn, raises
 
 EXECUTORS = ("placed", "scan")
 
@@ -166,19 +166,17 @@ SENSES = {
 }
 
 
-@pytest.mark.parametrize("sense", SENSES)
 @pytest.mark.parametrize(
-    ("executor", "dispatch"),
-    [("placed", "one_thread"), ("placed", "thread_per_device"), ("scan", "auto")],
+    ("dispatch", "sense"), in_turn(["one_thread", "thread_per_device", "scan"], SENSES)
 )
-def test_an_operation_that_makes_a_nan_is_named(executor, dispatch, sense):
+def test_an_operation_that_makes_a_nan_is_named(dispatch, sense):
     """In threads nothing was looked for, or an exception of JAX's own came out."""
     value = -1.0 if sense.startswith("nans") else 0.0
     pipe = pipe_of(
         [lambda p, x: x * p, fpipe.fn(lambda x: jnp.log(x))],
-        executor,
+        "scan" if dispatch == "scan" else "placed",
         balance=[1, 1],
-        dispatch=dispatch,
+        dispatch="auto" if dispatch == "scan" else dispatch,
     )
     params = pipe.place((jnp.ones(()), ()))
     step = pipe.value_and_grad(jnp.mean)
@@ -277,8 +275,9 @@ def square(y, target):
     return ((y - target) ** 2).sum()
 
 
-def plan_everything(x, key, state):
-    """A balance and a tuning, the same for a pipe and for the composition."""
+def plan_everything(x, key):
+    """A balance and a tuning, which know no executor."""
+    state = fpipe.sequential(CALLED, chunks=2).init_state(x)
     devices = jax.devices()[:2]
     tuning = fpipe.tune(
         CALLED,
@@ -294,7 +293,7 @@ def plan_everything(x, key, state):
     # runs, and under `debug_nans` no buffer is donated.
     assert tuning.best.prediction is not None
     cut = fpipe.balance(CALLED, x, devices=devices, chunks=2)
-    return np.array([*cut, tuning.best.chunks])
+    return [*cut, tuning.best.chunks]
 
 
 def call_everything(model, x, key, cotangent):
@@ -303,7 +302,6 @@ def call_everything(model, x, key, cotangent):
     needs = {"key": key, "state": state}
     whole = model.gather(params)
     out = {"init": whole, "state": state, "place": model.gather(model.place(whole))}
-    out["plan"] = plan_everything(x, key, state)
     out["call"] = model(params, x, **needs)
     out["evaluate"] = model.evaluate(square)(params, x, x, **needs)
     step = model.value_and_grad(square, argnums=(0, 1))
@@ -388,6 +386,12 @@ def plain_results():
     return call_everything(fpipe.sequential(CALLED, chunks=2), *arguments())
 
 
+@pytest.fixture(scope="module")
+def plain_plan():
+    """What is planned under no context."""
+    return plan_everything(*arguments()[:2])
+
+
 def arguments():
     x = jnp.linspace(0.1, 0.9, 8, dtype=float).reshape(4, 2)
     return x, jax.random.key(5), jnp.ones_like(x)
@@ -403,11 +407,19 @@ def test_every_call_holds_under_every_context(executor, name, plain_results):
         assert_same(got[call], result)
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_every_call_holds_under_contexts_that_change_numbers(executor):
-    pipe = pipe_of(CALLED, executor, balance=[1, 1])
+@pytest.mark.parametrize("name", QUIET)
+def test_a_balance_and_a_tuning_hold_under_every_context(name, plain_plan):
+    given = arguments()[:2]
+    with QUIET[name]():
+        assert plan_everything(*given) == plain_plan
+
+
+def test_every_call_holds_under_contexts_that_change_numbers(plain_plan):
     with other_numbers():
         want = call_everything(fpipe.sequential(CALLED, chunks=2), *arguments())
-        got = call_everything(pipe, *arguments())
-    for call, result in want.items():
-        assert_same(got[call], result)
+        assert plan_everything(*arguments()[:2]) == plain_plan
+        for executor in EXECUTORS:
+            pipe = pipe_of(CALLED, executor, balance=[1, 1])
+            got = call_everything(pipe, *arguments())
+            for call, result in want.items():
+                assert_same(got[call], result)

@@ -20,7 +20,7 @@ from flax.training.train_state import TrainState
 import fpipe
 import fpipe.optim
 from fpipe.optim._update_graph import Equation
-from tests.helpers import assert_same, dense, mse, noise, raises
+from tests.helpers import assert_same, dense, in_turn, mse, noise, raises
 
 
 @pytest.fixture(autouse=True)
@@ -461,8 +461,7 @@ FROZEN = {
 }
 
 
-@pytest.mark.parametrize("frozen", FROZEN)
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize(("executor", "frozen"), in_turn(EXECUTORS, FROZEN))
 def test_frozen_leaves_have_no_state_and_do_not_change(executor, frozen):
     pipe, start = pipe_of(executor), whole()
     params = pipe.place(start)

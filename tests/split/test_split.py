@@ -13,7 +13,7 @@ import pytest
 import fpipe
 import fpipe.optim
 from fpipe.testing import assert_equals_sequential
-from tests.helpers import assert_same
+from tests.helpers import assert_same, in_turn
 from tests.split.models import EXAMPLES, gpt, loss, plain, residual_mlp, rows
 
 EXECUTORS = ("placed", "scan")
@@ -44,8 +44,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize(("name", "executor"), in_turn(WAYS, EXECUTORS))
 def test_a_pipe_computes_what_the_function_computes(name, executor):
     example = EXAMPLES[name]()
     how, schedules = WAYS[name]

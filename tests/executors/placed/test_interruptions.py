@@ -21,7 +21,7 @@ from tests.front.test_calls import (
     warm,
     with_params,
 )
-from tests.helpers import assert_same
+from tests.helpers import assert_same, in_turn
 
 
 @pytest.mark.parametrize("given", ["arrays", "shapes"])
@@ -106,8 +106,9 @@ def wait(item, slots):
 
 
 @pytest.mark.parametrize("way", ["forward", "backward"])
-@pytest.mark.parametrize("stage", range(STAGES))
-@pytest.mark.parametrize("microbatch", range(MICROBATCHES))
+@pytest.mark.parametrize(
+    ("microbatch", "stage"), in_turn(range(MICROBATCHES), range(STAGES))
+)
 def test_an_exception_while_running_keeps_its_text_and_says_where(
     way, stage, microbatch
 ):

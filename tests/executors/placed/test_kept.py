@@ -13,7 +13,7 @@ from fpipe._executors.placed.instructions import Run
 from fpipe._executors.scheduling import Scheduling
 from fpipe._planning.span_tables import SpanTables
 from tests.executors.helpers import observing, plan_of
-from tests.helpers import Case, models
+from tests.helpers import Case, in_turn, models
 from tests.planning.test_balance import spans
 
 
@@ -83,8 +83,10 @@ def test_residuals_are_what_the_plan_keeps(name, balance):
     assert kept == want
 
 
-@pytest.mark.parametrize("checkpoint", ["never", "always", "except_last"])
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "eager_1f1b"])
+@pytest.mark.parametrize(
+    ("schedule", "checkpoint"),
+    in_turn(["gpipe", "1f1b", "eager_1f1b"], ["never", "always", "except_last"]),
+)
 def test_a_pipe_holds_no_more_than_the_balance_says(schedule, checkpoint):
     layers, balance = models()["jump2"], [1, 1, 2]
     case = Case(layers, chunks=5)
