@@ -26,8 +26,17 @@ from jax.sharding import PartitionSpec as P
 
 import fpipe
 
+CHECKPOINTS = ("never", "always")
 
-def times(width: int, tokens: int, m: int, repeats: int, counts: list[int]) -> None:
+
+def times(
+    width: int,
+    tokens: int,
+    m: int,
+    repeats: int,
+    counts: list[int],
+    checkpoints: list[str],
+) -> None:
     x, t = map(
         jnp.asarray,
         np.random.default_rng(0).standard_normal((2, 32, tokens, width), np.float32),
@@ -41,7 +50,7 @@ def times(width: int, tokens: int, m: int, repeats: int, counts: list[int]) -> N
         "runs on one core"
     )
     print("checkpoint   stages   seconds   over plain")
-    for checkpoint in ("never", "always"):
+    for checkpoint in checkpoints:
         plain = unpipelined(checkpoint == "always", m)
         runs = {0: functools.partial(plain, params, x, t)}
         for stages in counts:
@@ -80,7 +89,7 @@ def memory(width: int, tokens: int, rows: int) -> None:
         "eager_1f1b; MiB of one device"
     )
     print("checkpoint     m   temporary   compile s   parameters   inputs and targets")
-    for checkpoint in ("never", "always"):
+    for checkpoint in CHECKPOINTS:
         for m in (8, 32, 128, 512):
             pipe = fpipe.Pipe(
                 layers, [2] * 4, chunks=m, checkpoint=checkpoint, executor="scan"
@@ -127,6 +136,9 @@ def main() -> None:
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument(
+        "--checkpoints", nargs="+", choices=CHECKPOINTS, default=CHECKPOINTS
+    )
+    parser.add_argument(
         "--memory", action="store_true", help="the second table, with all cores"
     )
     options = parser.parse_args()
@@ -143,6 +155,7 @@ def main() -> None:
             options.microbatches,
             options.repeats,
             options.stages,
+            options.checkpoints,
         )
 
 

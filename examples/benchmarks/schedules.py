@@ -142,7 +142,7 @@ def agrees(
     return True
 
 
-def time_table(sizes: list[int], unit: float, repeats: int) -> None:
+def time_table(names: list[str], sizes: list[int], unit: float, repeats: int) -> None:
     print(
         f"F = I = W = {unit * 1e3:g} ms for each device; 'uneven': "
         f"{', '.join(f'{u:g}' for u in UNEVEN)} units"
@@ -150,7 +150,7 @@ def time_table(sizes: list[int], unit: float, repeats: int) -> None:
     print(
         "schedule             m   simulated ms   measured ms   ratio   order   global"
     )
-    rows = [(name, stages_of(name), None) for name in NAMES]
+    rows = [(name, stages_of(name), None) for name in names]
     rows += [(name, DEVICES, UNEVEN) for name in ("1f1b", "eager_1f1b")]
     for name, stages, uneven in rows:
         units = uneven or [DEVICES / stages] * stages
@@ -434,6 +434,13 @@ def main() -> None:
         default=256,
         help="of the products in the last table (default: %(default)s)",
     )
+    parser.add_argument(
+        "--timed",
+        nargs="+",
+        choices=NAMES,
+        default=NAMES,
+        help="schedules of the first table (default: all)",
+    )
     args = parser.parse_args()
     if args.repeats < 1:
         parser.exit(2, f"--repeats {args.repeats}: at least 1\n")
@@ -449,7 +456,7 @@ def main() -> None:
         f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {DEVICES} devices, "
         f"medians of {args.repeats}"
     )
-    time_table(args.sizes, args.unit / 1e3, args.repeats)
+    time_table(args.timed, args.sizes, args.unit / 1e3, args.repeats)
     memory_table(max(args.sizes))
     dispatch_table(args.unit / 1e3, args.repeats, args.width)
 

@@ -640,7 +640,7 @@ def parts(args: argparse.Namespace, simulated: bool, on_gpu: bool) -> list[bool]
     unit, good = args.unit / 1e3, []
     if args.quick:
         return [
-            placed_table(["dense"], ["1f1b", "zb_h1"], ["except_last"]),
+            placed_table(["dense"], ["zb_h1"], ["except_last"]),
             scan_table(["dense"], ["eager_1f1b"], ["always"]),
             order_table(
                 [("gpipe", "always"), ("eager_1f1b", "never")], unit, args.repeats

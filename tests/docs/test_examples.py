@@ -152,26 +152,32 @@ def test_the_benchmark_of_splits_runs():
     assert re.findall(row, done.stdout, re.MULTILINE) == ["8", "10"]
 
 
-def test_the_benchmark_of_schedules_runs():
-    done = run(
-        "examples/benchmarks/schedules.py",
-        "--repeats",
-        1,
-        "--unit",
-        4,
-        "--sizes",
-        4,
-        "--width",
-        8,
-    )
+# Each schedule compiles programs of its own to be timed. These have one stage a device
+# and two, whole backwards and split ones.
+TIMED = ["eager_1f1b", "v_half"]
+
+
+@pytest.mark.parametrize(
+    "timed",
+    [
+        pytest.param(TIMED, id="some"),
+        pytest.param(
+            [n for n in fpipe.schedules.NAMES if n not in (*TIMED, "forward_only")],
+            id="others",
+            marks=pytest.mark.full,
+        ),
+    ],
+)
+def test_the_benchmark_of_schedules_runs(timed):
+    small = ["--repeats", 1, "--unit", 4, "--sizes", 4, "--width", 8]
+    done = run("examples/benchmarks/schedules.py", *small, "--timed", *timed)
     assert done.returncode == 0, done.stderr
+    for name in timed:  # started in its order
+        row = rf"^{name} +4 .* 1/1 +[01]/1$"
+        assert re.search(row, done.stdout, re.MULTILINE), name
     for name in set(fpipe.schedules.NAMES) - {"forward_only"}:
-        assert re.search(rf"^{name} +4 .* 1/1 +[01]/1$", done.stdout, re.MULTILINE), (
-            name
-        )  # started in its order
-        assert re.search(rf"^{name} .* yes$", done.stdout, re.MULTILINE), (
-            name
-        )  # holds what the formula says
+        # holds what the formula says
+        assert re.search(rf"^{name} .* yes$", done.stdout, re.MULTILINE), name
     assert re.search(r"^tiny stages, host us an action +\d", done.stdout, re.MULTILINE)
 
 
@@ -195,31 +201,16 @@ def test_the_benchmark_of_two_processes_runs():
     ), done.stdout
 
 
-def test_the_benchmark_of_one_device_runs():
-    done = run(
-        "examples/benchmarks/one_device.py",
-        "--width",
-        16,
-        "--tokens",
-        8,
-        "--repeats",
-        1,
-        "--microbatches",
-        2,
-        "--stages",
-        2,
-    )
+@pytest.mark.parametrize(
+    "checkpoint", ["always", pytest.param("never", marks=pytest.mark.full)]
+)
+def test_the_benchmark_of_one_device_runs(checkpoint):
+    small = ["--width", 16, "--tokens", 8, "--repeats", 1, "--microbatches", 2]
+    small += ["--stages", 2, "--checkpoints", checkpoint]
+    done = run("examples/benchmarks/one_device.py", *small)
     assert done.returncode == 0, done.stderr
-    assert (
-        len(
-            re.findall(
-                r"^(?:never|always) +(?:plain|2) +\d\S+ +\d\.\d\d$",
-                done.stdout,
-                re.MULTILINE,
-            )
-        )
-        == 4
-    )
+    rows = rf"^{checkpoint} +(plain|2) +\d\S+ +\d\.\d\d$"
+    assert re.findall(rows, done.stdout, re.MULTILINE) == ["plain", "2"]
 
 
 def test_plans_say_what_is_measured():
@@ -230,10 +221,7 @@ def test_plans_say_what_is_measured():
         done.stdout,
         re.MULTILINE,
     )
-    assert (arrays[0], scan[0]) == (
-        "8",
-        "1",
-    )  # two schedules on four devices; a program
+    assert (arrays[0], scan[0]) == ("4", "1")  # four devices; a program
     assert abs(float(arrays[1]) - 1) <= 0.05
     assert abs(float(scan[1]) - 1) <= 0.05
     assert "pairs in the right order: 1 of 1, goal all: yes" in done.stdout
@@ -406,12 +394,16 @@ def test_the_resnet_trains_with_running_statistics():
     assert "loss=" in done.stderr
 
 
-def test_a_resnet_of_101_layers_has_33_skips(inside):
-    done = inside("examples/train_resnet.py", "--layers", "101", "--steps", "0")
+@pytest.mark.parametrize(
+    ("layers", "count", "skips"),
+    [(26, 84, 8), pytest.param(101, 334, 33, marks=pytest.mark.full)],
+)
+def test_a_deep_resnet_has_a_skip_for_each_of_its_blocks(inside, layers, count, skips):
+    done = inside("examples/train_resnet.py", "--layers", layers, "--steps", "0")
     assert done.returncode == 0, done.stderr
-    assert "ResNet-101: 334 layers in 4 stages" in done.stdout
+    assert f"ResNet-{layers}: {count} layers in 4 stages" in done.stdout
     assert re.search(
-        r"^33 skips, [1-3] of them from one stage to another$",
+        rf"^{skips} skips, [1-3] of them from one stage to another$",
         done.stdout,
         re.MULTILINE,
     )
