@@ -66,6 +66,15 @@ def pytest_configure(config):
             config.addinivalue_line("filterwarnings", f"ignore:{message}")
 
 
+def runs_scripts(module):
+    """Whether a module of tests imports what runs scripts."""
+    from tests import scripts  # it reads the flags that are set above
+
+    return any(
+        value is scripts or value is scripts.run for value in vars(module).values()
+    )
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """`@pytest.mark.quick(cases=3)`: of the cases of a parametrized test, the quick
@@ -74,7 +83,7 @@ def pytest_collection_modifyitems(items):
     Tests of scripts come first: then one worker has them all, and the other one need
     not start a server of its own.
     """
-    items.sort(key=lambda item: not hasattr(item.module, "scripts"))
+    items.sort(key=lambda item: not runs_scripts(item.module))
     cases = {}
     for item in items:
         if mark := item.get_closest_marker("quick"):
