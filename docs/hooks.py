@@ -15,6 +15,7 @@ API = ROOT / "docs" / "api.md"
 FACADES = (
     "fpipe",
     "fpipe.schedules",
+    "fpipe.distributed",
     "fpipe.flax",
     "fpipe.optim",
     "fpipe.plot",

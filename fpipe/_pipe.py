@@ -29,7 +29,6 @@ from fpipe._core.forks import check_process
 from fpipe._core.meshes import in_trace, set_aside
 from fpipe._core.pytrees import (
     PyTree,
-    copied,
     is_traced,
     map_arrays,
     numbers_as_arrays,
@@ -585,7 +584,7 @@ class Pipe(Call):
         donate = as_bool("place", "donate", donate)
         check_leaves(tuple(params), "params")
         # A process of several has shapes for the layers of the others.
-        several = self.mesh is not None and self.mesh.is_multi_process
+        several = self._executor.is_over_processes
         shapes = any(
             isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(params)
         )
@@ -643,7 +642,7 @@ class Pipe(Call):
         own = self._trees.state(state)
         check_process()
         with self._context(), explicit_transfers():
-            return joined(self._trees.own_state(copied(self._executor.collect(own))))
+            return joined(self._trees.own_state(self._executor.gather_state(own)))
 
     # --- calls ---
 

@@ -70,7 +70,7 @@ class Eager:
         collect = self.executor.collect
         state = args.state
         if state is not None:
-            state = tuple(map(collect, state))
+            state = self.executor.gather_state(state)
         moved = {name: collect(tree) for name, tree in args.inputs.items()}
         # Of traced parameters, `gather` leaves the place to the compiler.
         params = tuple(map(collect, self.executor.gather(args.params)))

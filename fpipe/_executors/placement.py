@@ -32,7 +32,8 @@ from jax.sharding import PartitionSpec as P
 
 from fpipe._core.errors import shown
 from fpipe._core.meshes import no_mesh, to_device
-from fpipe._core.pytrees import PyTree, copied, is_traced, on_host, pack, zeros
+from fpipe._core.processes import ghost, is_here, processes_of
+from fpipe._core.pytrees import PyTree, aval, copied, is_traced, on_host, pack, zeros
 from fpipe._executors.transfers import bring
 from fpipe._model.specs import without_axes
 from fpipe._program.over_mesh import devices_over
@@ -120,6 +121,16 @@ class Placement:
     def device(self) -> Device:
         """Its first device."""
         return self.devices[0]
+
+    @functools.cached_property
+    def processes(self) -> frozenset[int]:
+        """The processes that its devices are of."""
+        return processes_of(self.sharding)
+
+    @functools.cached_property
+    def is_here(self) -> bool:
+        """Whether this process has devices of it."""
+        return is_here(self.sharding)
 
     @functools.cached_property
     def place(self) -> Device | Mesh:
@@ -215,13 +226,18 @@ class Placement:
     def put_tree(
         self, tree: PyTree, own: bool, shardings: Sequence[Sharding] | None = None
     ) -> PyTree:
-        """A pytree's arrays on this place; what is no array stays.
+        """A pytree's arrays on this place; what is no array stays. In a process that
+        has no part of it they are ghosts, whatever is given.
 
         Arguments:
             own: whether they are to have memory of their own.
             shardings: as for `take`.
         """
         arrays, spec = pack(tree)
+        if not self.is_here:
+            lie = shardings or [self.sharding] * len(arrays)
+            pairs = zip(map(aval, arrays), lie, strict=True)
+            return spec.unpack([ghost(a.shape, a.dtype, to) for a, to in pairs])
         take = self.own if own else self.take
         return spec.unpack(take(arrays, shardings))
 

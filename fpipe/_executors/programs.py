@@ -35,6 +35,7 @@ import numpy as np
 from jax.sharding import AbstractMesh
 
 from fpipe._core.caches import Key, Recent
+from fpipe._core.processes import first_devices
 from fpipe._core.pytrees import Shape, is_inexact
 from fpipe._core.settings import debugging
 from fpipe._executors.placement import Placement, Unshard
@@ -80,6 +81,37 @@ class Layout:
     def has_meshes(self) -> bool:
         """Whether a stage is on several devices."""
         return any(place.mesh is not None for place in self.placements)
+
+    @functools.cached_property
+    def is_over_processes(self) -> bool:
+        """Whether a stage is in another process."""
+        own = frozenset({jax.process_index()})
+        return any(place.processes != own for place in self.placements)
+
+    @functools.cached_property
+    def firsts(self) -> tuple[Placement, ...]:
+        """For each process its first device: of the first stage that it has a part of,
+        if there is one.
+        """
+        return tuple(
+            next(
+                (
+                    Placement.of(device)
+                    for place in self.placements
+                    for device in place.devices
+                    if device.process_index == first.process_index
+                ),
+                Placement.of(first),
+            )
+            for first in first_devices()
+        )
+
+    @functools.cached_property
+    def first(self) -> Placement:
+        """The first device of this process."""
+        if not self.is_over_processes:
+            return Placement.of(self.placements[0].device)
+        return next(place for place in self.firsts if place.is_here)
 
     @functools.cached_property
     def routes(self) -> Routes:

@@ -53,6 +53,7 @@ class Executor(Protocol):
         stage_to_device: for each stage the number of its device.
         chunks: the number of microbatches asked for.
         owner: what tells the calls of this pipe from others in a recording.
+        is_over_processes: whether a stage has devices of another process.
     """
 
     stages: tuple[Stage, ...]
@@ -60,6 +61,9 @@ class Executor(Protocol):
     stage_to_device: tuple[int, ...]
     chunks: int
     owner: Any
+
+    @property
+    def is_over_processes(self) -> bool: ...
 
     def schedule(self, microbatches: int) -> Schedule:
         """The schedule for that many microbatches, checked against the model."""
@@ -160,7 +164,13 @@ class Executor(Protocol):
     # --- without jit ---
 
     def collect(self, tree: PyTree) -> PyTree:
-        """Arrays where `gather` puts parameters."""
+        """The caller's arrays where `gather` puts parameters."""
+        ...
+
+    def gather_state(self, state: PyTree) -> PyTree:
+        """The states of all layers where `gather` puts parameters, in memory of their
+        own.
+        """
         ...
 
     def deliver(self, tree: PyTree) -> PyTree:

@@ -75,8 +75,12 @@ def refuse_tracers(tree: PyTree) -> None:
             )
 
 
-def refuse_shapes(arrays: Sequence[Any]) -> None:
-    """A call takes arrays alone, while a plan may be made from their shapes."""
+def refuse_shapes(arrays: Sequence[Any], why: str = "") -> None:
+    """A call takes arrays alone, while a plan may be made from their shapes.
+
+    Arguments:
+        why: why this process needs the arrays, if others do not.
+    """
     # By their few classes first: a call asks this of all its parameters.
     if not any(
         issubclass(kind, jax.ShapeDtypeStruct) for kind in set(map(type, arrays))
@@ -84,6 +88,6 @@ def refuse_shapes(arrays: Sequence[Any]) -> None:
         return
     shape = next(a for a in arrays if isinstance(a, jax.ShapeDtypeStruct))
     raise TypeError(
-        f"a Pipe was called with the shape {shape} in place of an array; use "
-        "`jax.eval_shape` for shapes"
+        f"a Pipe was called with the shape {shape} in place of an array; "
+        + (f"{why}, in this process" if why else "use `jax.eval_shape` for shapes")
     )

@@ -135,15 +135,23 @@ def receive(sendings: Sequence[Sending], arrays: Sequence[Any]) -> list[Any]:
     received = []
     for to in sendings:
         shards = [next(put) for _ in to.copies or (None,)]
-        if to.copies is None or isinstance(to.target, SingleDeviceSharding):
+        if to.copies is None:
             received += shards
-            continue
-        received.append(
-            jax.make_array_from_single_device_arrays(
-                to.shape(shards[0].shape), to.target, shards
-            )
-        )
+        else:
+            shape = to.shape(shards[0].shape)
+            received.append(joined(shape, shards[0].dtype, to.target, shards))
     return received
+
+
+def joined(
+    shape: tuple[int, ...], dtype: Any, target: Sharding, shards: Sequence[Any]
+) -> Any:
+    """An array of what each device of this process has of it."""
+    if isinstance(target, SingleDeviceSharding) and shards:
+        return shards[0]
+    return jax.make_array_from_single_device_arrays(
+        shape, target, list(shards), dtype=dtype
+    )
 
 
 def bring(arrays: Sequence[Any], targets: Sequence[Sharding]) -> list[Any]:

@@ -77,6 +77,7 @@ NUMBER = 1
     [
         "fpipe",
         "fpipe.schedules",
+        "fpipe.distributed",
         "fpipe.flax",
         "fpipe.optim",
         "fpipe.plot",
@@ -93,7 +94,8 @@ def test_the_names_are_those_that_python_sees(module):
         if getattr(value, "__module__", "").startswith("fpipe")
     }
     own = {name for name in own if not name.startswith("_")}
-    if module not in ("fpipe.plot", "fpipe.testing"):  # these import what they use
+    # These import what they use.
+    if module not in ("fpipe.distributed", "fpipe.plot", "fpipe.testing"):
         assert own <= set(hooks().public(module))
 
 

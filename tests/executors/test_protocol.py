@@ -29,6 +29,7 @@ DEVICES_ONLY = {
     "compile",
     "plan_data",
     "collect",
+    "gather_state",
     "deliver",
     "deliver_state",
     "spread",
@@ -62,7 +63,7 @@ def test_the_reference_has_those_that_need_no_devices(name):
 
 
 def test_the_interface_is_what_planning_and_the_pipe_use():
-    assert len(METHODS) == 21
+    assert len(METHODS) == 22
     assert set(METHODS) > DEVICES_ONLY
 
 

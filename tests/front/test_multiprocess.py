@@ -3,95 +3,21 @@ pipeline, and no hang when one dies.
 """
 
 import contextlib
-import json
 import os
-import pathlib
 import re
 import signal
-import socket
 import subprocess
 import sys
-import threading
-from queue import Queue
 
 import jax
 import pytest
 import yaml
 
 from tests.front.multiprocess_worker import PROBLEMS, decoded
+from tests.front.workers import ROOT, Workers
 from tests.helpers import HANG, assert_same, mse
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-class Workers:
-    """Two worker processes, which are gone when the `with` block ends."""
-
-    def __init__(self, folder, *arguments):
-        address = f"127.0.0.1:{free_port()}"
-        self.errors = [folder / f"stderr{k}" for k in range(2)]
-        self.lines, self.processes = Queue(), []
-        for k, path in enumerate(self.errors):
-            command = [
-                sys.executable,
-                "-m",
-                "tests.front.multiprocess_worker",
-                "--coordinator",
-                address,
-                "--process",
-                str(k),
-            ]
-            with path.open("w") as file:
-                process = subprocess.Popen(
-                    [*command, *arguments],
-                    cwd=ROOT,
-                    stdout=subprocess.PIPE,
-                    stderr=file,
-                    text=True,
-                )
-            self.processes.append(process)
-            threading.Thread(
-                target=self._read, args=(k, process.stdout), daemon=True
-            ).start()
-
-    def _read(self, k, file):
-        with file:
-            for line in file:
-                if line.startswith("{"):  # gloo prints too
-                    self.lines.put((k, json.loads(line)))
-        self.lines.put((k, None))
-
-    def ends(self):
-        """The exit status of each."""
-        return [process.wait(HANG) for process in self.processes]
-
-    def all_lines(self):
-        """What each printed, at its end."""
-        found, running = ([], []), 2
-        while running:
-            k, line = self.lines.get(timeout=HANG)
-            if line is None:
-                running -= 1
-            else:
-                found[k].append(line)
-        errors = "\n".join(path.read_text() for path in self.errors)
-        assert self.ends() == [0, 0], errors
-        return found
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            process.wait()
+WORKER = "tests.front.multiprocess_worker"
 
 
 def reference(problem):
@@ -116,7 +42,7 @@ def reference(problem):
     [(1, ["uniform", "different", "interleaved"]), (2, ["different"])],
 )
 def test_two_processes_compute_what_one_does(tmp_path, devices, names):
-    with Workers(tmp_path, "--devices", str(devices), *names) as workers:
+    with Workers(WORKER, 2, tmp_path, "--devices", str(devices), *names) as workers:
         wanted = {name: reference(PROBLEMS[name]) for name in names}
         found = workers.all_lines()
     for n, name in enumerate(names):
@@ -143,7 +69,7 @@ def test_two_processes_compute_what_one_does(tmp_path, devices, names):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_process_ends_the_other(tmp_path, victim):
-    with Workers(tmp_path, "--shutdown", "6", "forever") as workers:
+    with Workers(WORKER, 2, tmp_path, "--shutdown", "6", "forever") as workers:
         steps = [-1, -1]
         while min(steps) < 3:
             k, line = workers.lines.get(timeout=HANG)

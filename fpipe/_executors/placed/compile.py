@@ -32,7 +32,7 @@ def compile_plan(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[int, Any]:
-    """Compile what a plan runs.
+    """Compile what a plan runs in this process.
 
     Tracing and lowering are Python and done here, one after the other; XLA's part runs
     in threads. `jax.jit` finds the results when the plan is run.
@@ -64,6 +64,8 @@ def compile_plan(
     with concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
         try:
             for run in traced_runs(plan, shapes, results_of):
+                if not run.key.placement.is_here:
+                    continue
                 key_of[run.number] = run.key
                 if run.key in lowered:
                     continue
@@ -98,6 +100,25 @@ def compile_plan(
             pool.shutdown(cancel_futures=True)
             raise
     return {number: compiled[key] for number, key in key_of.items()}
+
+
+def slot_shapes(
+    plan: Plan, shapes: Mapping[int, jax.ShapeDtypeStruct]
+) -> dict[int, jax.ShapeDtypeStruct]:
+    """The shapes of what is in all slots of a plan, from those of its inputs."""
+    found = dict(shapes)
+    made = {run.number: run.made for run in traced_runs(plan, shapes)}
+    for number, item in enumerate(plan.instructions):
+        if isinstance(item, Move):
+            for n, (here, there) in enumerate(
+                zip(item.sources, item.outs, strict=True)
+            ):
+                found[there] = item.shape(n, found[here])
+        elif isinstance(item, Copy):
+            found.update(zip(item.outs, [found[slot] for slot in item.ins], strict=True))
+        elif not isinstance(item, Free):
+            found.update(zip(item.outs, made[number], strict=True))
+    return found
 
 
 class ProgramKey(NamedTuple):
@@ -171,8 +192,11 @@ def traced_runs(
     makers: dict[int, tuple[ProgramKey, int]] = {}
 
     def argument(slot: int) -> jax.ShapeDtypeStruct:
+        # Of a program that another process compiles the guess has to do.
         if results_of is not None and slot in makers:
             key, n = makers.pop(slot)
+            if not key.placement.is_here:
+                return held[slot]
             held[slot] = held[slot].update(sharding=results_of(key)[n])
         return held[slot]
 

@@ -29,9 +29,11 @@ from jax.sharding import SingleDeviceSharding
 
 from fpipe._core.errors import add_note
 from fpipe._core.meshes import is_explicit
+from fpipe._core.processes import alive, connect, ghost, is_here, meet
 from fpipe._core.pytrees import eval_shape, is_inexact
 from fpipe._core.settings import debugging
-from fpipe._executors.placed.compile import Progress, compile_plan
+from fpipe._executors.placed.compile import Progress, compile_plan, slot_shapes
+from fpipe._executors.placed.crossing import Crossing, agree, links_of
 from fpipe._executors.placed.instructions import (
     Copy,
     GradientTree,
@@ -48,6 +50,7 @@ from fpipe._executors.placement import Placement
 from fpipe._executors.programs import Layout
 from fpipe._executors.recording import Recorder, recorders_of
 from fpipe._executors.request import Inputs
+from fpipe._executors.tracers import refuse_shapes
 from fpipe._model.stages import Leaf, Port
 
 # Who dispatches. One thread is enough where a dispatch returns at once. A thread for
@@ -93,7 +96,7 @@ class InputTransfer(NamedTuple):
         # Most of a decoding step's inputs are the caches that the last one left here.
         # To put 48 of them where they are takes 760 µs, to see that they are there 8 µs
         # (measured on jax 0.10.2, CPU).
-        here = list(arrays)
+        here = [self._given(n, array) for n, array in enumerate(arrays)]
         away = [n for n, array in enumerate(here) if not self._is_here(n, array)]
         if not away:
             return here
@@ -106,6 +109,28 @@ class InputTransfer(NamedTuple):
         for n, array in zip(away, taken, strict=True):
             here[n] = array
         return here
+
+    def _given(self, n: int, array: Any) -> Any:
+        """The `n`-th array as this process has it.
+
+        Raises:
+            TypeError: it has a shape alone.
+            ValueError: it has a part of it alone.
+        """
+        if isinstance(array, jax.ShapeDtypeStruct):
+            refuse_shapes([array], f"{self.leaves[n]} is read on {self.placement}")
+        if not isinstance(array, jax.Array) or array.is_fully_addressable:
+            return array
+        if array.sharding.device_set == self.targets[n].device_set:
+            return array
+        if array.is_fully_replicated and is_here(array.sharding):
+            return array.addressable_data(0)
+        raise ValueError(
+            f"a Pipe was called with {self.leaves[n]} over devices of several "
+            f"processes ({array.sharding}), but {self.placement} reads all of it; give "
+            "the whole array in the process that reads it, and its shape "
+            "(jax.ShapeDtypeStruct) in the others"
+        )
 
     def _is_here(self, n: int, array: Any) -> bool:
         """Whether the `n`-th array is on the placement, and bound to it."""
@@ -143,6 +168,8 @@ class ReadyPlan:
         shapes: those of all inputs, by slot.
         residuals: the slots that the backward half reads and does not make.
         initial: what all slots hold before a call: constants, and `None`.
+        ghosts: what a call returns and another process has, by slot.
+        crossings: the moves between processes, by the number of their instruction.
         gradients: those of each argument that the call asks for.
     """
 
@@ -154,6 +181,8 @@ class ReadyPlan:
     shapes: Mapping[int, jax.ShapeDtypeStruct]
     residuals: tuple[int, ...]
     initial: tuple[Any, ...]
+    ghosts: Mapping[int, Any]
+    crossings: Mapping[int, Crossing]
     gradients: tuple[GradientTree, ...]
 
     def are_placed(self, params: Sequence[Any]) -> bool:
@@ -174,7 +203,7 @@ class ReadyPlan:
         self, params: Sequence[Any], others: Mapping[Port, Sequence[Any]]
     ) -> list[Any]:
         """Fresh slots with the inputs in them, each put where it is read."""
-        slots = list(self.initial)
+        slots = self.fresh_slots()
         # Parameters are where they belong (the executor has checked that), and there
         # are many of them: one slice, no `device_put`.
         slots[: len(params)] = params
@@ -182,6 +211,13 @@ class ReadyPlan:
             given = [others[leaf.port][leaf.number] for leaf in transfer.leaves]
             for slot, array in zip(transfer.slots, transfer.bring(given), strict=True):
                 slots[slot] = array
+        return slots
+
+    def fresh_slots(self) -> list[Any]:
+        """What all slots hold before a call."""
+        slots = list(self.initial)
+        for slot, own in self.ghosts.items():
+            slots[slot] = alive(own)
         return slots
 
     def compile(
@@ -193,6 +229,8 @@ class ReadyPlan:
 
     def run(self, slots: list[Any], half: Half = Half.WHOLE) -> list[Any]:
         """Issue the plan, or a half of it, on slots; returns the slots."""
+        if self.layout.is_over_processes:
+            self._joined  # noqa: B018 - once, before the first run
         recorders = recorders_of(self.layout)
         if recorders:
             self._record(slots, half, recorders)
@@ -270,15 +308,43 @@ class ReadyPlan:
         # depends on its settings, such as `jax.enable_x64`, and they do not have them.
         # A single thread is the caller's, so it may call the `jit` functions, which
         # trace and compile what is still missing.
-        compiled = self._compiled if self.threaded else {}
+        # Over processes everything is compiled before the first transfer.
+        ahead = self.threaded or self.layout.is_over_processes
+        compiled = self._compiled if ahead else {}
+
+        def shared(half: Half) -> tuple[Share, ...]:
+            return divide(self.plan, half, self.threaded, compiled, self.crossings)
+
         # Only a differentiated call has a backward half.
         if self.plan.backward == len(self.plan.instructions):
-            whole = divide(self.plan, Half.WHOLE, self.threaded, compiled)
+            whole = shared(Half.WHOLE)
             return {Half.WHOLE: whole, Half.FORWARD: whole, Half.BACKWARD: ()}
-        return {
-            half: divide(self.plan, half, self.threaded, compiled)
-            for half in (Half.FORWARD, Half.BACKWARD)
-        }
+        return {half: shared(half) for half in (Half.FORWARD, Half.BACKWARD)}
+
+    @functools.cached_property
+    def _joined(self) -> None:
+        """What all processes do together before the first run: they compare the plan,
+        each compiles its programs, and they try the ways that arrays will take.
+        """
+        agree(self.plan, self.layout, slot_shapes(self.plan, self.shapes))
+        failed: Exception | None = None
+        try:
+            self._compiled  # noqa: B018 - kept
+        except Exception as error:
+            failed = error
+        # The others would wait for a process that stops here.
+        told = meet(
+            [failed is not None], lambda: "all processes to compile their programs"
+        )
+        if failed is not None:
+            raise failed
+        others = [process for process, (bad,) in enumerate(told) if bad]
+        if others:
+            raise RuntimeError(
+                f"process {others[0]} could not compile its programs of this call; its "
+                "own error says why"
+            )
+        connect(links_of(self.plan))
 
     @functools.cached_property
     def _compiled(self) -> Mapping[int, Any]:
@@ -293,7 +359,9 @@ class ReadyPlan:
     def _described(self, item: Instruction) -> str:
         """An instruction in words, for notes on errors."""
         if not isinstance(item, Run | Copy):
-            return "a transfer"
+            number = self.plan.instructions.index(item)
+            found = self.crossings.get(number)
+            return "a transfer" if found is None else found.what
         if item.action is None:
             assert isinstance(item, Run)
             return f"{item.name!r} on {item.placement}"
@@ -354,9 +422,9 @@ def bind(
     initial: list[Any] = [None] * len(plan.slots)
     shapes: dict[int, jax.ShapeDtypeStruct] = {}
     for slot, value in plan.constants.items():
-        array = constant(value, plan.slots[slot].placement)
-        initial[slot] = array
-        shapes[slot] = jax.ShapeDtypeStruct(array.shape, array.dtype)
+        shapes[slot] = jax.ShapeDtypeStruct(value.shape, value.dtype)
+        if plan.slots[slot].placement.is_here:
+            initial[slot] = constant(value, plan.slots[slot].placement)
 
     # The inputs: parameters stay where they are, the rest is grouped by placement.
     shardings: list[Any] = []
@@ -371,7 +439,7 @@ def bind(
         if leaf.port.kind == "params":
             assert slot == len(shardings), "parameters fill the first slots, in order"
             shardings.append(plan.sharding(slot))
-        else:
+        elif placement.is_here:
             together.setdefault(placement, []).append((leaf, slot))
     transfers = [
         InputTransfer(
@@ -392,9 +460,28 @@ def bind(
     backward = plan.instructions[plan.backward :]
     residuals = read_from_outside(backward) - set(plan.constants) - set(plan.cotangents)
 
+    # What other processes have, and what goes between.
+    ghosts: dict[int, Any] = {}
+    crossings: dict[int, Crossing] = {}
+    if layout.is_over_processes:
+        every = slot_shapes(plan, shapes)
+        for slot in _returned(plan):
+            if not plan.slots[slot].placement.is_here:
+                shape = every[slot]
+                ghosts[slot] = ghost(shape.shape, shape.dtype, plan.sharding(slot))
+        crossings = {
+            number: Crossing.of(plan, item, every)
+            for number, item in enumerate(plan.instructions)
+            if isinstance(item, Move) and item.crosses
+        }
+
     # On one device programs run one after the other whoever dispatches them, so threads
     # would only cost.
-    runs = [item for item in plan.instructions if isinstance(item, Run)]
+    runs = [
+        item
+        for item in plan.instructions
+        if isinstance(item, Run) and item.placement.is_here
+    ]
     several_devices = len({run.placement for run in runs}) > 1
     wanted = dispatch == "thread_per_device" or (
         dispatch == "auto" and any(run.calls_host for run in runs)
@@ -411,5 +498,14 @@ def bind(
         shapes=shapes,
         residuals=tuple(sorted(residuals)),
         initial=tuple(initial),
+        ghosts=ghosts,
+        crossings=crossings,
         gradients=gradients,
     )
+
+
+def _returned(plan: Plan) -> list[int]:
+    """The slots of what a call returns."""
+    trees = [plan.y, plan.loss, plan.aux, *plan.state.values()]
+    slots = [slot for tree in trees if tree is not None for slot in tree.slots]
+    return [*slots, *plan.gradients.values()]

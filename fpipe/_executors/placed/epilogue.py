@@ -31,7 +31,7 @@ from jax.sharding import NamedSharding, Sharding
 
 from fpipe._core.pytrees import PyTree, Shape, Spec, aval, eval_shape, pack
 from fpipe._executors.placed.instructions import CallValue, JoinedGradient, Slot
-from fpipe._executors.placed.work import CallWork
+from fpipe._executors.placed.work import CallWork, Work
 from fpipe._executors.placement import Placement
 from fpipe._executors.request import CallKind
 from fpipe._model.joining import Apart, Concatenated, Join, check_alike
@@ -157,6 +157,23 @@ def reduce_loss(call: CallWork, loss: Loss) -> ReducedLoss:
         found = whole[len(whole) - len(outs) :]
         aux = SlotTree(Shape(join.whole, found), tuple(outs))
     return ReducedLoss(SlotTree(first[LOSS], (total,)), weight, aux)
+
+
+def deliver(call: CallWork, loss: SlotTree, aux: SlotTree | None) -> list[Slot]:
+    """Copies of the loss and of aux in every process; returns their slots. They are
+    small, and a user looks at them wherever the script runs.
+    """
+    layout = call.layout
+    if not layout.is_over_processes:
+        return []
+    slots = (*loss.slots, *(() if aux is None else aux.slots))
+    copies: list[Slot] = []
+    for first in layout.firsts:
+        if first.processes <= layout.placements[-1].processes:
+            continue
+        call.work.append(Work("tell the loss", None, (), (), first, slots))
+        copies += [slot.on(first) for slot in slots]
+    return copies
 
 
 def finish_states(call: CallWork) -> dict[int, SlotTree]:

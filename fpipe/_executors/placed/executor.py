@@ -14,7 +14,6 @@ every stage, so it takes long; a training loop finds its plan from the second st
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -26,10 +25,12 @@ from jax.sharding import NamedSharding, Sharding
 from fpipe._core.caches import Key, Recent
 from fpipe._core.errors import shown, warn
 from fpipe._core.meshes import is_explicit, no_mesh, set_aside
+from fpipe._core.processes import ghost
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
     Spec,
+    eval_shape,
     is_array,
     is_inexact,
     pack,
@@ -38,6 +39,7 @@ from fpipe._core.pytrees import (
 from fpipe._core.settings import settings
 from fpipe._executors.call import Args, Result, check_params
 from fpipe._executors.parameter_cuts import param_shardings, sharding_at
+from fpipe._executors.placed.crossing import fetch
 from fpipe._executors.placed.dispatch import Dispatch, ReadyPlan, bind
 from fpipe._executors.placed.instructions import GradientTree, Half, Plan
 from fpipe._executors.placed.lower import lower
@@ -137,6 +139,11 @@ class Placed:
         self._programs = Recent(_PROGRAMS) if kept is None else kept
         self._constants: dict[tuple[Any, Placement], Any] = {}
 
+    @property
+    def is_over_processes(self) -> bool:
+        """Whether a stage has devices of another process."""
+        return self.layout.is_over_processes
+
     def schedule(self, microbatches: int) -> Schedule:
         """The schedule for that many microbatches, checked against the model."""
         return schedule_of(
@@ -173,8 +180,12 @@ class Placed:
         return self.layout.home(layer).put_tree(made, own=True)
 
     def _make_at(self, layer: int, make: Callable[[Any], PyTree], key: Any) -> PyTree:
-        """Run `make(key)` on the first device of a layer's place."""
+        """Run `make(key)` on the first device of a layer's place; in a process that has
+        no part of it, only its shapes are found.
+        """
         home = self.layout.home(layer)
+        if not home.is_here:
+            return eval_shape(make, key)
         # Made there, and not made on the first device and moved: that device would need
         # room for every layer in turn. The default device does not move a committed
         # key, so the key is put there first.
@@ -200,13 +211,17 @@ class Placed:
         return param_shardings(own, call, params, self.layout.home(layer))
 
     def gather(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
-        """The parameters on the first device."""
-        return tuple(self._first.put_tree(p, own=True) for p in params)
+        """The parameters on the first device of this process."""
+        return tuple(self._fetch(tree, own=True) for tree in params)
 
-    @functools.cached_property
-    def _first(self) -> Placement:
-        """The first device of the first place."""
-        return Placement.of(self.layout.placements[0].device)
+    def _fetch(self, tree: PyTree, own: bool) -> PyTree:
+        """A pytree's arrays on the first device of this process; see
+        `Placement.put_tree`.
+        """
+        if self.layout.is_over_processes:
+            arrays, spec = pack(tree)
+            tree = spec.unpack(fetch(arrays, self.layout.firsts))
+        return self.layout.first.put_tree(tree, own=own)
 
     def check_params(self, params: Any, call: str) -> None:
         """Refuse parameters that do not have one entry per layer. Where they are is
@@ -231,7 +246,7 @@ class Placed:
         (`Scan` puts them on its mesh here, before the call is a `custom_vjp`.) But a
         sharding that is part of a type goes: the gradient would have to have it.
         """
-        return [self._first.take([a])[0] if is_explicit(a) else a for a in arrays]
+        return [self.layout.first.take([a])[0] if is_explicit(a) else a for a in arrays]
 
     def forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         """`(y, state)`."""
@@ -325,8 +340,12 @@ class Placed:
     # --- without jit ---
 
     def collect(self, tree: PyTree) -> PyTree:
-        """Arrays on the first device."""
-        return self._first.put_tree(tree, own=False)
+        """The caller's arrays on the first device of this process."""
+        return self.layout.first.put_tree(tree, own=False)
+
+    def gather_state(self, state: PyTree) -> PyTree:
+        """The states of all layers on the first device of this process."""
+        return self._fetch(state, own=True)
 
     def deliver(self, tree: PyTree) -> PyTree:
         """Arrays on the device of the last stage."""
@@ -345,6 +364,16 @@ class Placed:
         spread = []
         for k, tree in enumerate(gradients):
             arrays, treedef = jax.tree.flatten(tree)
+            if not self.layout.home(k).is_here:
+                own = zip(arrays, jax.tree.leaves(params[k]), strict=True)
+                arrays = [
+                    a
+                    if a.dtype == jax.dtypes.float0
+                    else ghost(a.shape, a.dtype, like.sharding)
+                    for a, like in own
+                ]
+                spread.append(treedef.unflatten(arrays))
+                continue
             # `float0` has no place: JAX has no arrays of it.
             there = [n for n, a in enumerate(arrays) if a.dtype != jax.dtypes.float0]
             own = jax.tree.leaves(params[k])
@@ -364,7 +393,10 @@ class Placed:
         params, params_def = jax.tree.flatten(args.params)
         packs = self._packs(args)
         flat_params = (params, params_def)
-        refuse_shapes([*params, *[a for arrays, _ in packs.values() for a in arrays]])
+        # A process may have shapes of what it does not read; its plan knows which.
+        refuse_shapes(params)
+        if not self.layout.is_over_processes:
+            refuse_shapes([a for arrays, _ in packs.values() for a in arrays])
         bound = self._find(kind, args, loss, asked, flat_params, packs)
         check_consumed(args)
         # The key of a plan has no shardings in it, because another sharding of the
@@ -610,14 +642,14 @@ class _SecondHalf:
         refuse_tracers(cotangents)
         plan = self.bound.plan
         # Slots of its own for each call: JAX may call a pull-back twice.
-        slots = list(self.bound.initial)
+        slots = self.bound.fresh_slots()
         for n, array in zip(self.bound.residuals, residuals, strict=True):
             slots[n] = array
         assert plan.y is not None
         # The cotangents of the states follow those of `y`; nothing goes through them.
         pairs = zip(cotangents, plan.y.shape.leaves, strict=False)
         carrying = [whole_cotangent(c, a) for c, a in pairs if is_inexact(a)]
-        if carrying:
+        if carrying and plan.slots[plan.cotangents[0]].placement.is_here:
             placement = plan.slots[plan.cotangents[0]].placement
             for n, array in zip(plan.cotangents, placement.take(carrying), strict=True):
                 slots[n] = array

@@ -89,12 +89,15 @@ class Move:
         placement: where the arrays go.
         sendings: where some placements are meshes, how each array comes there: it has
             as many of `ins` as it is sent in parts. Empty: each goes as it is.
+        crosses: whether the arrays come from another process. Then they come from one
+            placement, and every process issues the move.
     """
 
     ins: tuple[int, ...]
     outs: tuple[int, ...]
     placement: Placement
     sendings: tuple[Sending, ...] = ()
+    crosses: bool = False
 
     @property
     def sources(self) -> tuple[int, ...]:

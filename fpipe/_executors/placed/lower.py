@@ -31,6 +31,7 @@ from fpipe._core.caches import Recent
 from fpipe._core.pytrees import is_inexact
 from fpipe._executors.placed.epilogue import (
     SlotTree,
+    deliver,
     finish_gradients,
     finish_states,
     join_outputs,
@@ -126,6 +127,7 @@ def lower(
 
     # The first pass.
     y = loss = aux = weight = None
+    told: list[Slot] = []
     cotangents: list[Slot] = []
     gradients: dict[Leaf, Slot] = {}
     if request.kind is CallKind.PULL_BACK:
@@ -147,6 +149,7 @@ def lower(
             y = join_outputs(call)
         else:
             loss, weight, aux = reduce_loss(call, request.loss)
+            told += deliver(call, loss, aux)
         states = finish_states(call)
         if request.kind.differentiates:
             gradients = finish_gradients(call, weight)
@@ -166,6 +169,7 @@ def lower(
     # first, and nothing that is returned is ever freed.
     returned = [tree for tree in (y, loss, aux, *states.values()) if tree is not None]
     keep = {numbers[slot] for tree in returned for slot in tree.slots}
+    keep.update(numbers[slot] for slot in told)
     # A constant is the same array in the next call. A call begins with a copy of the
     # list of slots, so a `Free` would not harm the next one; it would only cost time.
     keep.update(numbers[slot] for slot in (*gradients.values(), *call.constants))
@@ -174,6 +178,13 @@ def lower(
 
     def numbered(tree: SlotTree) -> OutputTree:
         return OutputTree(tree.shape, tuple(numbers[slot] for slot in tree.slots))
+
+    def as_told(tree: SlotTree) -> OutputTree:
+        """What every process has a copy of: the one of this process."""
+        if not layout.is_over_processes or layout.placements[-1].is_here:
+            return numbered(tree)
+        own = tuple(slot.on(layout.first) for slot in tree.slots)
+        return numbered(tree._replace(slots=own))
 
     return Plan(
         schedule=schedule,
@@ -192,8 +203,8 @@ def lower(
         backward=len(forward),
         cotangents=tuple(numbers[slot] for slot in cotangents),
         y=None if y is None else numbered(y),
-        loss=None if loss is None else numbered(loss),
-        aux=None if aux is None else numbered(aux),
+        loss=None if loss is None else as_told(loss),
+        aux=None if aux is None else as_told(aux),
         state={layer: numbered(tree) for layer, tree in states.items()},
         gradients={leaf: numbers[slot] for leaf, slot in gradients.items()},
         warnings=tuple(programs.warnings),
@@ -275,26 +286,37 @@ def add_moves(
             here = slot.on(placement)
             if here not in numbers:
                 copies[here] = slot
-        sendings: list[Sending] = []
-        sources: list[int] = []
-        for slot in copies.values():
-            if send is None:
-                sources.append(numbers[slot])
-                continue
-            to = send(slot, placement)
-            sendings.append(to)
-            if not to.cuts:
-                sources.append(numbers[slot])
-                continue
-            cut = _cut(slot, to, numbers)
-            sources += cut.outs
-            # An input has no maker in this code.
-            cuts.setdefault(made_by.get(numbers[slot], len(code) - 1), []).append(cut)
-        for slot in (*copies, *item.outs):
+        moves: list[Move] = []
+        for group in _together(copies, placement):
+            sendings: list[Sending] = []
+            sources: list[int] = []
+            for slot in group.values():
+                if send is None:
+                    sources.append(numbers[slot])
+                    continue
+                to = send(slot, placement)
+                sendings.append(to)
+                if not to.cuts:
+                    sources.append(numbers[slot])
+                    continue
+                cut = _cut(slot, to, numbers)
+                sources += cut.outs
+                # An input has no maker in this code.
+                maker = made_by.get(numbers[slot], len(code) - 1)
+                cuts.setdefault(maker, []).append(cut)
+            for here in group:
+                numbers[here] = len(numbers)
+            move = Move(
+                tuple(sources),
+                tuple(numbers[here] for here in group),
+                placement,
+                tuple(sendings),
+                crosses=_crosses(next(iter(group.values())).placement, placement),
+            )
+            moves.append(move)
+        for slot in item.outs:
             numbers[slot] = len(numbers)
-        if copies:
-            targets = tuple(numbers[here] for here in copies)
-            code.append(Move(tuple(sources), targets, placement, tuple(sendings)))
+        code += moves
         call = item.call
         if call is not None:
             if not item.ins and placement.mesh is None:
@@ -320,6 +342,23 @@ def add_moves(
     for n, entry in enumerate(code):
         with_cuts += [entry, *cuts.get(n, ())]
     return with_cuts
+
+
+def _crosses(source: Placement, target: Placement) -> bool:
+    """Whether what goes from one placement to another leaves a process."""
+    return len(source.processes | target.processes) > 1
+
+
+def _together(copies: Mapping[Slot, Slot], target: Placement) -> list[dict[Slot, Slot]]:
+    """The copies that one move makes: all within a process, and those from each
+    placement of other processes. A transfer between processes goes one way.
+    """
+    groups: dict[Placement | None, dict[Slot, Slot]] = {}
+    for here, slot in copies.items():
+        crosses = _crosses(slot.placement, target)
+        group = groups.setdefault(slot.placement if crosses else None, {})
+        group[here] = slot
+    return list(groups.values())
 
 
 def _cut(slot: Slot, to: Sending, numbers: dict[Slot, int]) -> Run:

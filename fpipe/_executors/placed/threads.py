@@ -122,21 +122,27 @@ class Share(NamedTuple):
 
 
 def divide(
-    plan: Plan, half: Half, threaded: bool, compiled: Mapping[int, Call]
+    plan: Plan,
+    half: Half,
+    threaded: bool,
+    compiled: Mapping[int, Call],
+    crossings: Mapping[int, Call],
 ) -> tuple[Share, ...]:
-    """Divide a plan, or a half of it, among threads.
+    """Divide what this process does of a plan, or of a half of it, among threads.
 
     Arguments:
         threaded: whether each placement has a thread; else there is one for all.
         compiled: what to call in place of the call of a run, by the number of its
             instruction.
+        crossings: the calls of the moves between processes. One thread makes them all,
+            for every process makes them in one order.
 
     Returns:
         The share of each thread that has something to do.
     """
     # Who makes each slot, who reads it, where each thread uses it last, and whether
     # the plan frees it.
-    thread_of: dict[Placement, int] = {}
+    thread_of: dict[Placement | None, int] = {}
     work: list[tuple[int, int, Run | Move | Copy]] = []
     maker: dict[int, int] = {}
     readers: dict[int, set[int]] = defaultdict(set)
@@ -147,9 +153,13 @@ def divide(
         if isinstance(item, Free):
             freed.update(item.slots)
             continue
+        crosses = number in crossings
+        if not crosses and not item.placement.is_here:
+            continue
         thread = 0
         if threaded:
-            thread = thread_of.setdefault(item.placement, len(thread_of))
+            place = None if crosses else item.placement
+            thread = thread_of.setdefault(place, len(thread_of))
         work.append((number, thread, item))
         for slot in item.ins:
             readers[slot].add(thread)
@@ -183,9 +193,10 @@ def divide(
             for reader in readers[slot] - {thread}:
                 posted[reader].append(slot)
         posts = [Post(reader, tuple(posted[reader])) for reader in sorted(posted)]
-        call = (
-            compiled.get(number, item.call) if isinstance(item, Run) else _mover(item)
-        )
+        if isinstance(item, Run):
+            call = compiled.get(number, item.call)
+        else:
+            call = crossings.get(number) or _mover(item)
         issue = (_reader(item.ins), call, _span(item.outs), tuple(frees[number]))
         steps[thread].append(Step(number, item, issue, tuple(waits), tuple(posts)))
 
@@ -203,8 +214,9 @@ def divide(
             for slot in sorted(maker)
             if maker[slot] == thread and slot not in freed
         ]
+        crosses = own[0].number in crossings
         share = Share(
-            f"fpipe {own[0].item.placement}",
+            "fpipe transfers" if crosses else f"fpipe {own[0].item.placement}",
             tuple(own),
             tuple(starts),
             tuple(slot for slot in starts if slot in freed),

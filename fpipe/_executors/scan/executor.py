@@ -27,6 +27,7 @@ from fpipe._core.pytrees import (
     PyTree,
     Shape,
     aval,
+    copied,
     eval_shape,
     fill_gradient,
     is_inexact,
@@ -117,6 +118,11 @@ class Scan:
         self._unshard: Unshard = unshard
         self._steps = Recent(_STEPS)
         self._traces = Recent(_TRACES) if kept is None else kept
+
+    @property
+    def is_over_processes(self) -> bool:
+        """Whether a stage has devices of another process."""
+        return self.mesh.is_multi_process
 
     def schedule(self, microbatches: int) -> Schedule:
         """The schedule for that many microbatches, checked against the model."""
@@ -296,6 +302,10 @@ class Scan:
         if several:
             return spec.unpack(on_mesh(arrays, self.mesh, self._replicated))
         return spec.unpack(jax.device_put(arrays, self.mesh.devices.flat[0]))
+
+    def gather_state(self, state: PyTree) -> PyTree:
+        """The states of all layers, as `collect` puts arrays."""
+        return copied(self.collect(state))
 
     def deliver(self, tree: PyTree) -> PyTree:
         """Arrays on every device."""

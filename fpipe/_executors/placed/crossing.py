@@ -1,0 +1,269 @@
+"""Moves between processes: how one is issued, and what all processes do before the
+first.
+
+In: the moves of a plan whose arrays come from another process, and the shapes of what
+is in its slots. Out: for each a `Crossing`, which every process of the job calls, in
+the order of the plan, whether or not it has a part in it:
+
+    cpu:0 -> cpu:2048: y[0] stage0 mb0
+    process 0    sends its array          gets a ghost
+    process 1    gives a ghost            gets the array
+    process 2    gives a ghost            gets a ghost
+
+A `device_put` that one process leaves out gives another one the wrong data, silently
+(see `fpipe._core.processes`). So before a plan runs for the first time, the processes
+compare it, and an error says what differs.
+"""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from fpipe._core.processes import (
+    Link,
+    connect,
+    digest,
+    ghost,
+    is_ghost,
+    is_here,
+    meet,
+    put_across,
+)
+from fpipe._core.pytrees import is_traced
+from fpipe._executors.placed.instructions import Move, Plan, Run
+from fpipe._executors.placement import Placement
+from fpipe._executors.programs import Layout
+from fpipe._executors.transfers import Copy, Sending, joined
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Crossing:
+    """A move between processes, ready to be issued: from arrays to arrays.
+
+    Attributes:
+        sendings: how each array goes.
+        given: for each part that is sent a ghost, where this process has none of it;
+            else `None`.
+        what: what is moved, as plans name it.
+    """
+
+    sendings: tuple[Sending, ...]
+    given: tuple[Any, ...]
+    what: str
+
+    @classmethod
+    def of(
+        cls, plan: Plan, move: Move, shapes: Mapping[int, jax.ShapeDtypeStruct]
+    ) -> "Crossing":
+        """A move of a plan.
+
+        Arguments:
+            shapes: those of what is sent, by slot.
+        """
+        sendings = move.sendings or tuple(
+            Sending((), plan.sharding(here), plan.sharding(there), None)
+            for here, there in zip(move.ins, move.outs, strict=True)
+        )
+        given = tuple(
+            None
+            if is_here(plan.sharding(slot))
+            else ghost(shapes[slot].shape, shapes[slot].dtype, plan.sharding(slot))
+            for slot in move.ins
+        )
+        names = ", ".join(plan.slots[slot].name for slot in move.outs)
+        source = plan.slots[move.ins[0]].placement
+        told = ", ".join(map(str, sorted(source.processes)))
+        what = f"the transfer of {names} from {source} (process {told})"
+        return cls(sendings, given, f"{what} to {move.placement}")
+
+    def __call__(self, *arrays: Any) -> list[Any]:
+        """Issue it."""
+        parts = [
+            array if own is None else own
+            for own, array in zip(self.given, arrays, strict=True)
+        ]
+        # One `device_put` for all that goes from the same devices to the same ones.
+        whole: list[Any] = []
+        rest = iter(parts)
+        of_each = [[next(rest) for _ in range(to.parts)] for to in self.sendings]
+        for to, own in zip(self.sendings, of_each, strict=True):
+            if to.copies is None:
+                whole += own
+        targets = [to.target for to in self.sendings if to.copies is None]
+        put = iter(put_across(whole, targets, self._describe) if whole else [])
+        return [
+            next(put) if to.copies is None else self._copied(to, own, to.copies)
+            for to, own in zip(self.sendings, of_each, strict=True)
+        ]
+
+    def _copied(self, to: Sending, parts: Sequence[Any], copies: Sequence[Copy]) -> Any:
+        """An array that is sent device by device."""
+        shards: list[Any] = []
+        for n, (device, block) in enumerate(copies):
+            part, target = parts[block], SingleDeviceSharding(device)
+            sources = list(part.sharding.device_set)
+            sources.sort(key=lambda source: source.id)
+            source = sources[n % len(sources)]
+            shard = _on(part, source)
+            if source.process_index == device.process_index:
+                shards.append(
+                    jax.device_put(shard, target) if is_here(target) else None
+                )
+            else:
+                shards += put_across([shard], [target], self._describe)
+        shape = to.shape(parts[0].shape)
+        own = [
+            shard
+            for shard, (device, _) in zip(shards, copies, strict=True)
+            if device.process_index == jax.process_index()
+        ]
+        return joined(shape, parts[0].dtype, to.target, own)
+
+    def _describe(self) -> str:
+        return self.what
+
+
+def _on(array: Any, device: Any) -> Any:
+    """What a device has of an array that is whole on each of its devices."""
+    for shard in array.addressable_shards:
+        if shard.device == device:
+            return shard.data
+    return ghost(array.shape, array.dtype, SingleDeviceSharding(device))
+
+
+def fetch(arrays: Sequence[Any], firsts: Sequence[Placement]) -> list[Any]:
+    """Arrays that lie on the places of several processes, on the first device of each.
+
+    Every process calls it, with the same arrays.
+
+    Arguments:
+        firsts: the first device of each process.
+    """
+    found = list(arrays)
+    # From each device in turn, in an order that all processes have.
+    groups: dict[Any, list[int]] = {}
+    for n, array in enumerate(arrays):
+        if not isinstance(array, jax.Array) or is_traced(array):
+            continue
+        groups.setdefault(min(array.devices(), key=lambda d: d.id), []).append(n)
+    links = [
+        Link(source, first.device)
+        for source in groups
+        for first in firsts
+        if source.process_index != first.device.process_index
+    ]
+    if not links:
+        return found
+    meet([0], lambda: "all processes to gather arrays")
+    connect(links)
+    for source, numbers in groups.items():
+        whole = [_whole(arrays[n], source) for n in numbers]
+        for first in firsts:
+            if source.process_index == first.device.process_index:
+                own = whole
+            else:
+                own = put_across(
+                    whole,
+                    [first.sharding] * len(whole),
+                    lambda source=source: f"arrays that are gathered from {source}",
+                )
+            if first.is_here:
+                for n, array in zip(numbers, own, strict=True):
+                    found[n] = array
+    return found
+
+
+def _whole(array: Any, device: Any) -> Any:
+    """All of an array on one of its devices."""
+    target = SingleDeviceSharding(device)
+    if array.sharding == target:
+        return array
+    if is_ghost(array):
+        return ghost(array.shape, array.dtype, target)
+    return jax.device_put(array, target)
+
+
+def links_of(plan: Plan) -> list[Link]:
+    """The ways between processes that a plan's moves take, in order."""
+    found: dict[Link, None] = {}
+    for item in plan.instructions:
+        if not isinstance(item, Move) or not item.crosses:
+            continue
+        for source in plan.slots[item.ins[0]].placement.devices:
+            for target in item.placement.devices:
+                if source.process_index != target.process_index:
+                    found[Link(source, target)] = None
+    return list(found)
+
+
+def agree(
+    plan: Plan, layout: Layout, shapes: Mapping[int, jax.ShapeDtypeStruct]
+) -> None:
+    """All processes have the same plan; they wait for each other.
+
+    Arguments:
+        shapes: of what is in the slots.
+
+    Raises:
+        ValueError: they have not, in each of them.
+    """
+    parts = {
+        "the versions of jax and fpipe": [jax.__version__, _version()],
+        "the stages": [
+            f"{stage.index} {stage.described} {place}"
+            for stage, place in zip(layout.stages, layout.placements, strict=True)
+        ],
+        "the schedule": [str(row) for row in plan.schedule.actions],
+        "the shapes of arrays": [
+            f"{slot} {shape.shape} {shape.dtype}"
+            for slot, shape in sorted(shapes.items())
+        ],
+        "the instructions of the plan": [str(plan)],
+        "what the layers compute": _computed(plan),
+    }
+    told = meet(
+        [digest("\n".join(lines)) for lines in parts.values()],
+        lambda: "all processes to make the same call",
+    )
+    differing = [
+        name
+        for name, numbers in zip(parts, told.T, strict=True)
+        if len(set(numbers.tolist())) > 1
+    ]
+    if not differing:
+        return
+    others = [p for p, row in enumerate(told) if row.tolist() != told[0].tolist()]
+    raise ValueError(
+        f"the processes have made different calls: in {_listed(others)} "
+        f"{' and '.join(differing)} differ from process 0; all processes run the same "
+        "script, with the same pipe, and make the same calls in the same order"
+    )
+
+
+def _listed(processes: Sequence[int]) -> str:
+    names = ", ".join(map(str, processes))
+    return f"process{'es' if len(processes) > 1 else ''} {names}"
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("fpipe")
+    except importlib.metadata.PackageNotFoundError:  # run from its source
+        return ""
+
+
+def _computed(plan: Plan) -> list[str]:
+    """The operations of the programs, by name: all that is told in every process
+    alike.
+    """
+    lines: dict[int, str] = {}
+    for item in plan.instructions:
+        code = item.code if isinstance(item, Run) else None
+        if isinstance(item, Run) and code is not None and id(code) not in lines:
+            names = [node.name for node in code.graph.nodes]
+            lines[id(code)] = f"{item.name} {' '.join(names)}"
+    return list(lines.values())

@@ -1,0 +1,134 @@
+"""Joining the processes of one pipeline.
+
+In: what `jax.distributed.initialize` takes. Out: JAX joined to the other processes, and
+set up so that arrays can go from one to another:
+
+    import fpipe.distributed
+
+    fpipe.distributed.initialize("10.0.0.1:5700", num_processes=2, process_id=0)
+    jax.devices()          those of both processes, in the same order in both
+
+Between GPUs JAX needs nothing else. Between CPUs its collectives are gloo's, and a
+transfer needs a port in each process that the others can reach.
+"""
+
+import os
+import socket
+import sys
+import traceback
+from types import TracebackType
+from typing import Any
+
+import jax
+
+from fpipe._core import watchdog
+from fpipe._core.checks import is_number
+from fpipe._core.errors import shown
+
+_ADDRESS = "FPIPE_TRANSFER_ADDRESS"
+
+
+def initialize(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout: float | None = 300.0,
+    transfer_address: str | None = None,
+    **options: Any,
+) -> None:
+    """Join the other processes: `jax.distributed.initialize`, and what a pipe needs.
+
+    Call it before anything uses a device. Beside joining, it does four things. It has
+    CPUs use gloo for collectives. It gives this process an address for transfers
+    between CPUs. It starts a watchdog, which ends this process if another one does not
+    send what a placed pipe waits for. And it ends this process at once when the script
+    raises: an ordinary exit would wait for the others, which wait for this process.
+
+    Arguments:
+        coordinator_address: `"host:port"` of process 0; left out, JAX finds it, as
+            under Slurm.
+        num_processes: how many processes there are; left out, JAX finds it.
+        process_id: the number of this process, from 0; left out, JAX finds it.
+
+    Other Arguments:
+        timeout: seconds that a process waits for another one before the watchdog ends
+            it, default 300. Whatever keeps one process from its next call counts, also
+            compiling or writing a checkpoint. `None`: no watchdog.
+        transfer_address: `"host:port"` at which other processes reach this one, for
+            transfers between CPUs. Default: the environment variable
+            `FPIPE_TRANSFER_ADDRESS`, else a free port of the address from which this
+            machine reaches the coordinator.
+        options: further arguments of `jax.distributed.initialize`, such as
+            `heartbeat_timeout_seconds`.
+
+    Raises:
+        TypeError, ValueError: `timeout` or `transfer_address` is wrong.
+        RuntimeError: JAX has been used before.
+    """
+    if timeout is not None and not (is_number(timeout) and timeout > 0):
+        raise ValueError(
+            f"`distributed.initialize(timeout={shown(timeout)})`: seconds, more than "
+            "0, or None for no watchdog"
+        )
+    given = transfer_address or os.environ.get(_ADDRESS)
+    address = _free_address(coordinator_address) if given is None else _checked(given)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # JAX publishes what is configured here, so a port of 0 would be found by nobody.
+    jax.config.update("jax_cross_host_transfer_socket_address", address)
+    host = address.rpartition(":")[0]
+    jax.config.update("jax_cross_host_transport_addresses", ",".join([f"{host}:0"] * 4))
+    jax.distributed.initialize(
+        coordinator_address, num_processes, process_id, **options
+    )
+    if timeout is not None:
+        watchdog.start(float(timeout))
+    sys.excepthook = _end
+
+
+def _checked(address: Any) -> str:
+    """An address that a user gives."""
+    host, colon, port = str(address).rpartition(":")
+    if not (isinstance(address, str) and host and colon and port.isdigit()):
+        raise ValueError(
+            f"`distributed.initialize(transfer_address={shown(address)})`: an address "
+            'such as "10.0.0.2:5701" is needed'
+        )
+    if int(port) == 0:
+        raise ValueError(
+            f"`distributed.initialize(transfer_address={shown(address)})`: the others "
+            "are told this port, so it cannot be 0"
+        )
+    return address
+
+
+def _free_address(coordinator: str | None) -> str:
+    """An address of this machine that the others can reach, with a free port."""
+    host = "127.0.0.1"
+    try:
+        if coordinator is None:
+            host = socket.gethostbyname(socket.gethostname())
+        else:
+            # Nothing is sent: the system says from where it would be.
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                probe.connect((coordinator.rpartition(":")[0], 9))
+                host = probe.getsockname()[0]
+    except OSError:  # no name, no route: one machine
+        pass
+    with socket.socket() as free:
+        free.bind((host, 0))
+        return f"{host}:{free.getsockname()[1]}"
+
+
+def _end(
+    kind: type[BaseException], error: BaseException, where: TracebackType | None
+) -> None:
+    """Show an exception that nobody caught, and end the process.
+
+    At an ordinary exit JAX waits for the other processes, and these wait for this one
+    in the middle of a step.
+    """
+    traceback.print_exception(kind, error, where)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)

@@ -1,0 +1,338 @@
+"""What `test_processes.py` has several processes compute, and what one computes: each
+case has both, side by side.
+
+A process runs the cases that it is told, in order, and prints what it has of the
+results as JSON lines; where another process has an array, it prints `None`.
+"""
+
+import argparse
+import dataclasses
+import faulthandler
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+import fpipe
+import fpipe.distributed
+from tests.helpers import (
+    HANG,
+    Case,
+    add,
+    borrower,
+    counter,
+    dense,
+    dropout,
+    keep,
+    mse,
+    owner,
+    sided,
+)
+
+
+def encoded(tree):
+    """The leaves of a pytree; `None` for those of other processes. Floats survive JSON
+    exactly.
+    """
+    return [
+        None
+        if isinstance(a, jax.Array) and not a.addressable_shards
+        else {
+            "dtype": str(a.dtype),
+            "shape": a.shape,
+            "values": np.asarray(a).ravel().tolist(),
+        }
+        for a in jax.tree.leaves(tree)
+    ]
+
+
+def decoded(leaves, like):
+    """The inverse, in the structure of another pytree."""
+    arrays = [np.array(a["values"], a["dtype"]).reshape(a["shape"]) for a in leaves]
+    return jax.tree.unflatten(jax.tree.structure(like), arrays)
+
+
+def shape_of(array):
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+# --- what is run ---
+
+# A skip over several stages, a tied weight, states, dropout, a width of its own, and a
+# side input: no two stages are alike.
+DIFFERENT = [
+    owner(),
+    keep(),
+    counter(),
+    dense(6),
+    dense(),
+    add(),
+    sided(),
+    dropout(),
+    borrower(),
+]
+CASE = Case(DIFFERENT, chunks=4, rows=8)
+PLAIN = Case([dense()] * 4, chunks=4, rows=8)
+
+
+def loss_and_rows(y, t):
+    return mse(y, t), {"rows": jnp.sum(y, -1)}
+
+
+def pipe_of(case, devices, **options):
+    return fpipe.Pipe(case.layers, devices=devices, chunks=case.chunks, **options)
+
+
+def trained(case, devices, loss=mse, argnums=0, step_options=None, **options):
+    """A training step: what it returns, everything gathered."""
+    pipe = pipe_of(case, devices, **options)
+    step = pipe.value_and_grad(loss, argnums=argnums, **(step_options or {}))
+    needs = case.needs
+    if needs["state"] is not None:
+        key, x, side = jax.random.key(0), case.x, case.side
+        needs["state"] = pipe.init_state(x, side=side, params=None, key=key)
+    params = pipe.init(jax.random.key(0), case.x, side=case.side)
+    found, grads = step(params, case.x, case.target, **needs)
+    if needs["state"] is not None:
+        found = (found[0], pipe.gather_state(found[1]))
+    own = grads if isinstance(argnums, int) else grads[0]
+    rest = () if isinstance(argnums, int) else grads[1:]
+    return found, pipe.gather(own), rest
+
+
+def reference(case, loss=mse, argnums=0, step_options=None):
+    step = case.reference.value_and_grad(loss, argnums=argnums, **(step_options or {}))
+    needs = case.needs
+    train = needs.pop("train")
+    found, grads = jax.jit(
+        lambda p, needs: step(p, case.x, case.target, train=train, **needs)
+    )(case.params(), needs)
+    if isinstance(argnums, int):
+        return found, grads, ()
+    return found, grads[0], grads[1:]
+
+
+def called(devices):
+    """Calls without gradients, and one that JAX differentiates; a process gives shapes
+    of what it does not read.
+    """
+    pipe = pipe_of(PLAIN, devices)
+    params = pipe.place(PLAIN.params())
+    x, t = PLAIN.x, PLAIN.target
+    first = jax.process_index() == devices[0].process_index
+    last = jax.process_index() == devices[-1].process_index
+    x = x if first else shape_of(x)
+    t = t if last else shape_of(t)
+    y = pipe(params, x)
+    loss, aux = pipe.evaluate(loss_and_rows, has_aux=True)(params, x, t)
+    # A cotangent is made where `y` is.
+    grads = jax.grad(lambda p: jnp.sum(pipe(p, PLAIN.x) ** 2))(params)
+    return y, loss, aux, pipe.gather(grads)
+
+
+def called_reference():
+    whole, params = PLAIN.reference, PLAIN.params()
+    loss, aux = jax.jit(whole.evaluate(loss_and_rows, has_aux=True))(
+        params, PLAIN.x, PLAIN.target
+    )
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(whole(p, PLAIN.x) ** 2)))(params)
+    return jax.jit(whole)(params, PLAIN.x), loss, aux, grads
+
+
+@fpipe.skippable(stash=["key", "nothing"])
+def send(params, x, *, carry):
+    del params
+    carry = fpipe.stash(carry, "key", jax.random.key(jnp.int32(x.shape[0])))
+    return 2 * x, fpipe.stash(carry, "nothing", x[:, :0])
+
+
+@fpipe.skippable(pop=["key", "nothing"])
+def get(params, x, *, carry):
+    del params
+    key, carry = fpipe.pop(carry, "key")
+    nothing, carry = fpipe.pop(carry, "nothing")
+    return x * jax.random.uniform(key, x.shape) + nothing.sum(), carry
+
+
+def empty(key, x):
+    return ()
+
+
+SEND, GET = (dataclasses.replace(layer, init=empty) for layer in (send, get))
+STRANGE = Case([SEND, dense(), GET], chunks=2, rows=4)
+
+
+def strange(devices):
+    """What cannot be sent as it is: a typed key, and an array without elements."""
+    pipe = pipe_of(STRANGE, devices, balance=[1, 2])
+    params = pipe.place(STRANGE.params())
+    loss, grads = pipe.value_and_grad(mse)(params, STRANGE.x, STRANGE.target)
+    return loss, pipe.gather(grads)
+
+
+def strange_reference():
+    step = jax.jit(STRANGE.reference.value_and_grad(mse))
+    return step(STRANGE.params(), STRANGE.x, STRANGE.target)
+
+
+def perceptron(params, x, t):
+    h = x
+    for w in params["blocks"]:
+        h = fpipe.cut(jnp.tanh(h @ w))
+    return jnp.mean((h @ params["head"] - t) ** 2)
+
+
+def perceptron_params():
+    w = np.linspace(-1, 1, 16, dtype=np.float32).reshape(4, 4)
+    return {"blocks": [w, w[::-1], w.T], "head": w}
+
+
+def split(devices):
+    step = fpipe.value_and_grad(perceptron, devices=devices, chunks=2)
+    params = step.place(perceptron_params(), PLAIN.x, PLAIN.target)
+    loss, grads = step(params, PLAIN.x, PLAIN.target)
+    return loss, step.gather(grads)
+
+
+def split_reference():
+    args = perceptron_params(), PLAIN.x, PLAIN.target
+    return jax.jit(jax.value_and_grad(perceptron))(*args)
+
+
+def over_meshes(devices):
+    """Stages on several devices; of two pipes, one with stages of two sizes."""
+    found = []
+    half = len(devices) // 2
+    ends = [Mesh(np.array(devices[:half]), "data"), Mesh(devices[half:], "data")]
+    for places in (ends, [ends[0], devices[-1]]):
+        pipe = pipe_of(CASE, places, balance=[5, 4])
+        params = pipe.place(CASE.params())
+        needs = CASE.needs | {
+            "state": pipe.init_state(CASE.x, side=CASE.side, params=params)
+        }
+        step = pipe.value_and_grad(mse)
+        (loss, state), grads = step(params, CASE.x, CASE.target, **needs)
+        found.append((loss, pipe.gather_state(state), pipe.gather(grads)))
+    return found
+
+
+def over_meshes_reference():
+    (loss, state), grads, _ = reference(CASE)
+    return [(loss, state, grads)] * 2
+
+
+def disagreed(devices):
+    """Each process has another balance; afterwards they agree."""
+    mine = [1, 3] if jax.process_index() == 0 else [3, 1]
+    params = PLAIN.params()
+    told = []
+    for balance in (mine, [2, 2]):
+        pipe = pipe_of(PLAIN, devices, balance=balance)
+        try:
+            loss = pipe.evaluate(mse)(pipe.place(params), PLAIN.x, PLAIN.target)
+        except ValueError as error:
+            told.append(str(error))
+        else:
+            return told, loss
+    raise AssertionError(told)
+
+
+@dataclasses.dataclass(frozen=True)
+class Of:
+    """A case.
+
+    Attributes:
+        run: what several processes compute, from their devices; one of each of two
+            processes, unless `whole`.
+        reference: what one computes; `None`: the test knows it.
+    """
+
+    run: Callable[[list[Any]], Any]
+    reference: Callable[[], Any] | None
+    whole: bool = False
+
+
+def schedule_case(name):
+    case = dataclasses.replace(PLAIN, layers=[dense()] * 8)
+    return Of(
+        lambda devices: trained(case, devices, schedule=name), lambda: reference(case)
+    )
+
+
+CASES = {
+    "step": Of(
+        lambda devices: trained(
+            CASE, devices, loss_and_rows, (0, 1), {"has_aux": True}, balance=[5, 4]
+        ),
+        lambda: reference(CASE, loss_and_rows, (0, 1), {"has_aux": True}),
+    ),
+    "threads": Of(
+        lambda devices: trained(
+            CASE, devices, dispatch="thread_per_device", checkpoint="always"
+        ),
+        lambda: reference(CASE),
+    ),
+    "calls": Of(called, called_reference),
+    "strange": Of(strange, strange_reference),
+    "split": Of(split, split_reference),
+    "meshes": Of(over_meshes, over_meshes_reference, whole=True),
+    "disagree": Of(disagreed, None),
+    **{f"schedule {name}": schedule_case(name) for name in fpipe.schedules.NAMES},
+}
+
+
+def parsed():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--coordinator")
+    parser.add_argument("--process", type=int)
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--timeout", type=float, default=HANG)
+    parser.add_argument("what", nargs="+")
+    return parser.parse_args()
+
+
+def main():
+    args = parsed()
+    faulthandler.dump_traceback_later(HANG - 60, exit=True)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", args.devices)
+    jax.config.update(
+        "jax_compilation_cache_dir",
+        str(pathlib.Path(__file__).parents[2] / ".cache" / "jax"),
+    )
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    fpipe.distributed.initialize(
+        args.coordinator,
+        args.processes,
+        args.process,
+        timeout=args.timeout,
+        initialization_timeout=HANG,
+    )
+    for name in args.what:
+        started = time.monotonic()
+        case = CASES[name]
+        devices = jax.devices() if case.whole else jax.devices()[:: args.devices]
+        found = encoded_case(name, case.run(devices))
+        seconds = time.monotonic() - started
+        print(json.dumps({"case": name, "seconds": seconds, **found}), flush=True)
+    jax.distributed.shutdown()
+
+
+def encoded_case(name, found):
+    if name == "disagree":
+        told, loss = found
+        return {"told": told, "leaves": encoded(loss)}
+    return {"leaves": encoded(found)}
+
+
+if __name__ == "__main__":
+    main()
