@@ -89,33 +89,33 @@ def pipe_of(case, devices, **options):
     return fpipe.Pipe(case.layers, devices=devices, chunks=case.chunks, **options)
 
 
-def trained(case, devices, loss=mse, argnums=0, step_options=None, **options):
-    """A training step: what it returns, everything gathered."""
+def trained(case, devices, loss=mse, given=None, **options):
+    """A training step: what it returns, everything gathered.
+
+    Arguments:
+        given: of `value_and_grad`.
+    """
     pipe = pipe_of(case, devices, **options)
-    step = pipe.value_and_grad(loss, argnums=argnums, **(step_options or {}))
     needs = case.needs
-    if needs["state"] is not None:
-        key, x, side = jax.random.key(0), case.x, case.side
-        needs["state"] = pipe.init_state(x, side=side, params=None, key=key)
     params = pipe.init(jax.random.key(0), case.x, side=case.side)
+    if needs["state"] is not None:
+        needs["state"] = pipe.init_state(case.x, side=case.side)
+    step = pipe.value_and_grad(loss, **(given or {}))
     found, grads = step(params, case.x, case.target, **needs)
     if needs["state"] is not None:
         found = (found[0], pipe.gather_state(found[1]))
-    own = grads if isinstance(argnums, int) else grads[0]
-    rest = () if isinstance(argnums, int) else grads[1:]
-    return found, pipe.gather(own), rest
+    if given is None:
+        return found, pipe.gather(grads)
+    return found, (pipe.gather(grads[0]), *grads[1:])
 
 
-def reference(case, loss=mse, argnums=0, step_options=None):
-    step = case.reference.value_and_grad(loss, argnums=argnums, **(step_options or {}))
+def reference(case, loss=mse, given=None):
+    step = case.reference.value_and_grad(loss, **(given or {}))
     needs = case.needs
     train = needs.pop("train")
-    found, grads = jax.jit(
-        lambda p, needs: step(p, case.x, case.target, train=train, **needs)
-    )(case.params(), needs)
-    if isinstance(argnums, int):
-        return found, grads, ()
-    return found, grads[0], grads[1:]
+    return jax.jit(lambda p, needs: step(p, case.x, case.target, train=train, **needs))(
+        case.params(), needs
+    )
 
 
 def called(devices):
@@ -223,7 +223,7 @@ def over_meshes(devices):
 
 
 def over_meshes_reference():
-    (loss, state), grads, _ = reference(CASE)
+    (loss, state), grads = reference(CASE)
     return [(loss, state, grads)] * 2
 
 
@@ -250,27 +250,28 @@ class Of:
     Attributes:
         run: what several processes compute, from their devices; one of each of two
             processes, unless `whole`.
-        reference: what one computes; `None`: the test knows it.
+        reference: what one computes.
     """
 
     run: Callable[[list[Any]], Any]
-    reference: Callable[[], Any] | None
+    reference: Callable[[], Any]
     whole: bool = False
 
 
-def schedule_case(name):
-    case = dataclasses.replace(PLAIN, layers=[dense()] * 8)
+ALL = {"has_aux": True, "argnums": (0, 1)}
+
+
+def by(name):
+    """A step by a schedule."""
     return Of(
-        lambda devices: trained(case, devices, schedule=name), lambda: reference(case)
+        lambda devices: trained(PLAIN, devices, schedule=name), lambda: reference(PLAIN)
     )
 
 
 CASES = {
     "step": Of(
-        lambda devices: trained(
-            CASE, devices, loss_and_rows, (0, 1), {"has_aux": True}, balance=[5, 4]
-        ),
-        lambda: reference(CASE, loss_and_rows, (0, 1), {"has_aux": True}),
+        lambda devices: trained(CASE, devices, loss_and_rows, ALL, balance=[5, 4]),
+        lambda: reference(CASE, loss_and_rows, ALL),
     ),
     "threads": Of(
         lambda devices: trained(
@@ -282,8 +283,8 @@ CASES = {
     "strange": Of(strange, strange_reference),
     "split": Of(split, split_reference),
     "meshes": Of(over_meshes, over_meshes_reference, whole=True),
-    "disagree": Of(disagreed, None),
-    **{f"schedule {name}": schedule_case(name) for name in fpipe.schedules.NAMES},
+    "disagree": Of(disagreed, lambda: None),
+    **{f"by {name}": by(name) for name in fpipe.schedules.NAMES},
 }
 
 
@@ -321,17 +322,13 @@ def main():
         started = time.monotonic()
         case = CASES[name]
         devices = jax.devices() if case.whole else jax.devices()[:: args.devices]
-        found = encoded_case(name, case.run(devices))
+        found = case.run(devices)
         seconds = time.monotonic() - started
-        print(json.dumps({"case": name, "seconds": seconds, **found}), flush=True)
+        line = {"case": name, "seconds": seconds}
+        if name == "disagree":
+            line["told"], found = found
+        print(json.dumps({**line, "leaves": encoded(found)}), flush=True)
     jax.distributed.shutdown()
-
-
-def encoded_case(name, found):
-    if name == "disagree":
-        told, loss = found
-        return {"told": told, "leaves": encoded(loss)}
-    return {"leaves": encoded(found)}
 
 
 if __name__ == "__main__":

@@ -6,19 +6,17 @@ from tests.front.process_cases import CASES, decoded
 from tests.front.workers import Workers
 from tests.helpers import assert_same
 
-CASES_OF_PAIR = [name for name in CASES if name != "disagree"]
-
-
-def arguments(count, devices):
-    return "tests.front.process_cases", count, devices
+WORKER = "tests.front.process_cases"
 
 
 def run(folder, count, devices, names):
-    """What each process printed, by case."""
+    """What one process computes, and what each of several printed, by case."""
     flags = ("--processes", str(count), "--devices", str(devices))
-    with Workers("tests.front.process_cases", count, folder, *flags, *names) as workers:
+    with Workers(WORKER, count, folder, *flags, *names) as workers:
+        by_schedule = CASES["by gpipe"].reference()
         wanted = {
-            name: CASES[name].reference() for name in names if CASES[name].reference
+            name: by_schedule if name.startswith("by ") else CASES[name].reference()
+            for name in names
         }
         found = workers.all_lines()
     return wanted, [{line["case"]: line for line in lines} for lines in found]
@@ -42,6 +40,8 @@ def assert_computed(wanted, found):
 
 def test_two_processes_compute_what_one_does(tmp_path):
     wanted, found = run(tmp_path, 2, 2, list(CASES))
+    told = [lines.pop("disagree")["told"] for lines in found]
+    del wanted["disagree"]
     assert_computed(wanted, found)
     # The loss is in both, `y` and the gradient of `x` where they are made.
     for process, lines in enumerate(found):
@@ -49,3 +49,10 @@ def test_two_processes_compute_what_one_does(tmp_path):
         assert (y is None) == (process == 0)
         assert None not in rest
         assert (lines["step"]["leaves"][-1] is None) == (process == 1)
+    differ = (
+        "the processes have made different calls: in process 1 the stages, the "
+        "instructions of the plan, what the layers compute differ from process 0; all "
+        "processes run the same script, with the same pipe, and make the same calls in "
+        "the same order"
+    )
+    assert told == [[differ], [differ]]

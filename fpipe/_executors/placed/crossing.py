@@ -239,7 +239,7 @@ def agree(
     others = [p for p, row in enumerate(told) if row.tolist() != told[0].tolist()]
     raise ValueError(
         f"the processes have made different calls: in {_listed(others)} "
-        f"{' and '.join(differing)} differ from process 0; all processes run the same "
+        f"{', '.join(differing)} differ from process 0; all processes run the same "
         "script, with the same pipe, and make the same calls in the same order"
     )
 
