@@ -116,7 +116,7 @@ def test_nobody_imports_the_leaves():
 
 
 def test_the_leaves_are_those_of_the_documentation():
-    names = {"__main__", "flax", "optim", "plot", "testing"}
+    names = {"__main__", "distributed", "flax", "optim", "plot", "testing"}
     assert {f"fpipe.{name}" for name in names} == leaf_rooms(HOUSE)
 
 
