@@ -213,7 +213,8 @@ def rooms_entered(tests: Sources, texts: Sources) -> dict[str, set[str]]:
     rooms = {module: room_of(module, texts) for module in texts}
     holders: Graph = {}  # of each private name, the rooms that have it
     for module, text in texts.items():
-        for name in set(re.findall(r"\b_\w*[^\W_]\b", text)):
+        # `os._exit` is Python's.
+        for name in set(re.findall(r"(?<!\bos\.)\b_\w*[^\W_]\b", text)):
             holders.setdefault(name, set()).add(rooms[module])
     found: Graph = {}
     for test, text in tests.items():
