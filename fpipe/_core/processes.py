@@ -31,6 +31,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from fpipe._core.pytrees import is_traced
 from fpipe._core.watchdog import Describe, expect, waiting
 
 Device: TypeAlias = Any
@@ -122,11 +123,12 @@ _connected: set[Link] = set()
 def connect(links: Iterable[Link]) -> None:
     """Send something tiny over each link that is new, one after the other.
 
-    Every process calls it, with the same links, when all have met.
+    Every process calls it, with the same links, when it has compiled what it will run.
     """
-    for link in links:
-        if link in _connected:
-            continue
+    new = [link for link in dict.fromkeys(links) if link not in _connected]
+    if new:
+        meet([digest(str(new))], lambda: "all processes to connect")
+    for link in new:
         _connected.add(link)
         source, target = map(SingleDeviceSharding, link)
         if is_here(source):
@@ -177,6 +179,53 @@ def put_across(
     for n, impl in keys.items():
         made[n] = jax.random.wrap_key_data(made[n], impl=impl)
     return made
+
+
+def fetch(arrays: Sequence[Any], firsts: Sequence[Device]) -> list[Any]:
+    """Arrays on devices of several processes, on one device of each process.
+
+    Every process calls it, with the same arrays.
+
+    Arguments:
+        firsts: the device of each process.
+    """
+    found = list(arrays)
+    # From each device in turn, in an order that all processes have.
+    groups: dict[Device, list[int]] = {}
+    for n, array in enumerate(arrays):
+        if isinstance(array, jax.Array) and not is_traced(array):
+            source = min(array.devices(), key=lambda device: device.id)
+            groups.setdefault(source, []).append(n)
+    connect(
+        Link(source, first)
+        for source in groups
+        for first in firsts
+        if source.process_index != first.process_index
+    )
+    for source, numbers in groups.items():
+        whole = [_whole(arrays[n], source) for n in numbers]
+        for first in firsts:
+            own = whole
+            if source.process_index != first.process_index:
+                own = put_across(
+                    whole,
+                    [SingleDeviceSharding(first)] * len(whole),
+                    lambda source=source: f"what is gathered from {source}",
+                )
+            if first.process_index == jax.process_index():
+                for n, array in zip(numbers, own, strict=True):
+                    found[n] = array
+    return found
+
+
+def _whole(array: Any, device: Device) -> Any:
+    """All of an array on one of its devices."""
+    target = SingleDeviceSharding(device)
+    if array.sharding == target:
+        return array
+    if is_ghost(array):
+        return ghost(array.shape, array.dtype, target)
+    return jax.device_put(array, target)
 
 
 def _empty(array: Any, target: Sharding) -> Any:

@@ -23,6 +23,7 @@ import numpy as np
 
 from fpipe._core.checks import is_number
 from fpipe._core.errors import shown
+from fpipe._core.processes import is_here
 from fpipe._core.pytrees import PyTree, describe, is_traced
 from fpipe._core.settings import debugging
 from fpipe._model.loss import divided, wide
@@ -50,6 +51,9 @@ def unscale_and_add(gradients: PyTree, scale: Any, given: PyTree, call: str) -> 
         if g.dtype != jax.dtypes.float0:
             groups.setdefault(None if is_traced(g) else g.sharding, []).append(n)
     for where, numbers in groups.items():
+        # Another process has them, and does this.
+        if where is not None and not is_here(where):
+            continue
         # A scale may come from the device of the loss, or from the host.
         own = scale
         if where is not None and scale is not None and not is_traced(scale):

@@ -194,11 +194,16 @@ class Placement:
     def take(
         self, arrays: Sequence[Any], shardings: Sequence[Sharding] | None = None
     ) -> list[Any]:
-        """Arrays of the caller on this place, whatever mesh they lie over.
+        """Arrays of the caller on this place, whatever mesh they lie over. In a process
+        that has no part of it they are ghosts, whatever is given.
 
         Arguments:
             shardings: how they are to lie over its mesh; default whole on each device.
         """
+        if not self.is_here:
+            lie = shardings or [self.sharding] * len(arrays)
+            pairs = zip(map(aval, arrays), lie, strict=True)
+            return [ghost(a.shape, a.dtype, to) for a, to in pairs]
         if self.mesh is None:
             return to_device(arrays, self.device)
         return bring(arrays, shardings or [self.sharding] * len(arrays))
@@ -226,18 +231,13 @@ class Placement:
     def put_tree(
         self, tree: PyTree, own: bool, shardings: Sequence[Sharding] | None = None
     ) -> PyTree:
-        """A pytree's arrays on this place; what is no array stays. In a process that
-        has no part of it they are ghosts, whatever is given.
+        """A pytree's arrays on this place; what is no array stays.
 
         Arguments:
             own: whether they are to have memory of their own.
             shardings: as for `take`.
         """
         arrays, spec = pack(tree)
-        if not self.is_here:
-            lie = shardings or [self.sharding] * len(arrays)
-            pairs = zip(map(aval, arrays), lie, strict=True)
-            return spec.unpack([ghost(a.shape, a.dtype, to) for a, to in pairs])
         take = self.own if own else self.take
         return spec.unpack(take(arrays, shardings))
 

@@ -26,6 +26,8 @@ from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from fpipe._core.meshes import is_explicit
+from fpipe._core.processes import ghost, is_here, put_across
+from fpipe._core.watchdog import Describe
 
 Index: TypeAlias = tuple[tuple[int, int], ...]
 """A block of an array: from where to where on each axis."""
@@ -141,6 +143,79 @@ def receive(sendings: Sequence[Sending], arrays: Sequence[Any]) -> list[Any]:
             shape = to.shape(shards[0].shape)
             received.append(joined(shape, shards[0].dtype, to.target, shards))
     return received
+
+
+def send_across(
+    sendings: Sequence[Sending], arrays: Sequence[Any], describe: Describe
+) -> list[Any]:
+    """`receive` from another process: every process calls it, and gives ghosts where it
+    has none of the arrays.
+
+    Arguments:
+        arrays: all on the devices of one place.
+        describe: says what they are, if they do not come.
+    """
+    rest = iter(arrays)
+    of_each = [[next(rest) for _ in range(to.parts)] for to in sendings]
+    # One `device_put` for all that goes from the same devices to the same ones.
+    whole: list[Any] = []
+    targets: list[Sharding] = []
+    for to, parts in zip(sendings, of_each, strict=True):
+        if to.copies is None:
+            whole += parts
+            targets.append(to.target)
+    put = iter(put_across(whole, targets, describe))
+    return [
+        next(put) if to.copies is None else _copied(to, parts, to.copies, describe)
+        for to, parts in zip(sendings, of_each, strict=True)
+    ]
+
+
+def _copied(
+    to: Sending, parts: Sequence[Any], copies: Sequence[Copy], describe: Describe
+) -> Any:
+    """An array of another process that is sent device by device."""
+    sources = sorted(parts[0].sharding.device_set, key=lambda device: device.id)
+    own: list[Any] = []
+    for n, (device, block) in enumerate(copies):
+        source = sources[n % len(sources)]
+        part = _on(parts[block], source)
+        target = SingleDeviceSharding(device)
+        if source.process_index != device.process_index:
+            (part,) = put_across([part], [target], describe)
+        elif is_here(target):
+            part = jax.device_put(part, target)
+        if is_here(target):
+            own.append(part)
+    return joined(to.shape(parts[0].shape), parts[0].dtype, to.target, own)
+
+
+def _on(array: Any, device: Any) -> Any:
+    """What a device has of an array that is whole on each of its devices."""
+    for shard in array.addressable_shards:
+        if shard.device == device:
+            return shard.data
+    return ghost(array.shape, array.dtype, SingleDeviceSharding(device))
+
+
+def bring_across(
+    arrays: Sequence[Any], targets: Sequence[Sharding], describe: Describe
+) -> list[Any]:
+    """`bring` from another process: every process calls it, and gives ghosts where it
+    has none of the arrays.
+
+    Arguments:
+        arrays: all on the devices of one place.
+        describe: says what they are, if they do not come.
+    """
+    sendings = [
+        sending(array.shape, array.sharding, target)
+        for array, target in zip(arrays, targets, strict=True)
+    ]
+    parts: list[Any] = []
+    for array, to in zip(arrays, sendings, strict=True):
+        parts += _cutter(to)(array) if to.cuts else [array]
+    return send_across(sendings, parts, describe)
 
 
 def joined(

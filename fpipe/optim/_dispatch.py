@@ -12,6 +12,8 @@ clips three gradients by their global norm (the plan in `_programs.py`) dispatch
 """
 
 import enum
+import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -27,10 +29,11 @@ from jax.sharding import (
     SingleDeviceSharding,
 )
 
+from fpipe._core.processes import Link, alive, connect, ghost
 from fpipe._core.pytrees import strong
 from fpipe._core.settings import donated
-from fpipe._executors.transfers import bring
-from fpipe.optim._leaf_devices import Home, device_of
+from fpipe._executors.transfers import bring, bring_across
+from fpipe.optim._leaf_devices import Home, device_of, is_home_here, whole_at
 from fpipe.optim._partition import partition
 from fpipe.optim._programs import Part, ProgramPlan, Slot, plan_programs
 from fpipe.optim._update_graph import UpdateGraph, run_operations
@@ -62,11 +65,14 @@ class Input(NamedTuple):
             wherever it is.
         donate: whether it may be overwritten.
         tree: the tree that it is of.
+        is_given: whether the caller gave it in this call, and each of several processes
+            has one of its own.
     """
 
     owner: Home | None
     donate: bool = False
     tree: Tree | None = None
+    is_given: bool = False
 
 
 class Output(NamedTuple):
@@ -107,15 +113,27 @@ class PlacedFunction:
             for part in cut.parts
         ]
         self._devices = tuple(devices)
+        # What each program would give, where another process runs it.
+        self._ghosts = [
+            None
+            if is_home_here(devices[part.device])
+            else _ghosts(cut, part, devices[part.device], outputs)
+            for part in cut.parts
+        ]
         self._donated = sorted({slot for part in cut.parts for slot in part.donates})
         # What moves before each program, and after the last. A `device_put` of several
         # arrays costs the host little more than one of a single array, so that there is
         # one for each device.
-        self._moves: list[dict[int, list[int]]] = [
+        self._moves: list[dict[Way, list[int]]] = [
             {} for _ in range(len(self.calls) + 1)
         ]
         for move in cut.moves:
-            self._moves[move.before].setdefault(move.target, []).append(move.slot)
+            way = Way(None, move.target)
+            if move.source is not None and _crosses(
+                devices[move.source], devices[move.target]
+            ):
+                way = Way(move.source, move.target)
+            self._moves[move.before].setdefault(way, []).append(move.slot)
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         """Run it on arrays of the form that it was traced for; nothing waits."""
@@ -123,12 +141,18 @@ class PlacedFunction:
         arrays: _Arrays = {(slot, None): array for slot, array in enumerate(inputs)}
         if self._donated:
             self._copy_repeated(inputs, arrays)
+        if any(own is not None for own in self._ghosts):
+            connect(self._links)
         # `_moves` has one more entry than there are programs: that of the outputs.
-        for moves, part, call in zip(
-            self._moves, self.cut.parts, self.calls, strict=False
+        for moves, part, call, ghosts in zip(
+            self._moves, self.cut.parts, self.calls, self._ghosts, strict=False
         ):
             self._move(moves, arrays)
-            results = call(*(_find(arrays, slot, part.device) for slot in part.takes))
+            if ghosts is None:
+                taken = (_find(arrays, slot, part.device) for slot in part.takes)
+                results = call(*taken)
+            else:
+                results = list(map(alive, ghosts))
             arrays.update(
                 zip([(slot, None) for slot in part.gives], results, strict=True)
             )
@@ -144,17 +168,74 @@ class PlacedFunction:
             if count[id(inputs[slot])] > 1:
                 arrays[slot, None] = jnp.copy(inputs[slot])
 
-    def _move(self, moves: dict[int, list[int]], arrays: _Arrays) -> None:
-        for device, slots in moves.items():
+    @functools.cached_property
+    def _links(self) -> list[Link]:
+        """The ways between processes that arrays take."""
+        return [
+            Link(source, target)
+            for moves in self._moves
+            for way in moves
+            if way.source is not None
+            for source in _devices_of(self._devices[way.source])
+            for target in _devices_of(self._devices[way.target])
+            if source.process_index != target.process_index
+        ]
+
+    def _move(self, moves: "dict[Way, list[int]]", arrays: _Arrays) -> None:
+        for (source, device), slots in moves.items():
             home = self._devices[device]
             given = [arrays[slot, None] for slot in slots]
-            if isinstance(home, Mesh):
+            if source is not None:
+                put = bring_across(
+                    given,
+                    [whole_at(home)] * len(given),
+                    lambda source=source, home=home: (
+                        f"an update's numbers from {self._devices[source]} to {home}"
+                    ),
+                )
+            elif not is_home_here(home):
+                continue
+            elif isinstance(home, Mesh):
                 put = bring(given, [NamedSharding(home, PartitionSpec())] * len(given))
             elif any(len(a.devices()) > 1 for a in given if isinstance(a, jax.Array)):
                 put = bring(given, [SingleDeviceSharding(home)] * len(given))
             else:
                 put = jax.device_put(given, home)
             arrays.update(zip([(slot, device) for slot in slots], put, strict=True))
+
+
+class Way(NamedTuple):
+    """Where arrays move to, and where they come from, if that is another process."""
+
+    source: int | None
+    target: int
+
+
+def _devices_of(home: Home) -> list[Any]:
+    return list(home.devices.flat) if isinstance(home, Mesh) else [home]
+
+
+def _crosses(source: Home, target: Home) -> bool:
+    """Whether an array leaves its process on the way."""
+    devices = (*_devices_of(source), *_devices_of(target))
+    return len({device.process_index for device in devices}) > 1
+
+
+def _ghosts(
+    cut: ProgramPlan, part: Part, home: Home, outputs: Sequence[Output]
+) -> list[Any]:
+    """What the program of a part gives, as other processes know it."""
+    found = []
+    for number in part.gives:
+        slot = cut.slots[number]
+        avals = [cut.graph.avals[v] for v in slot.values]
+        shape = avals[0].shape
+        if slot.bundled:
+            shape = (sum(math.prod(a.shape) for a in avals),)
+        output = None if slot.output is None else outputs[slot.output]
+        lies = None if output is None else output.lies
+        found.append(ghost(shape, avals[0].dtype, lies or whole_at(home)))
+    return found
 
 
 def _find(arrays: _Arrays, slot: int, device: int) -> Any:
@@ -179,7 +260,10 @@ def divide(
     # The owner of an input is the device that works on it, and `found_on` is where the
     # array is now. They differ for a count of steps: all devices own it (`None`), and
     # it is found on the first one, from where it is copied.
-    found_on = [device_of(a) for a in arrays]
+    found_on = [
+        None if i.is_given else device_of(a)
+        for i, a in zip(inputs, arrays, strict=True)
+    ]
     devices = [first, *(output.device for output in outputs)]
     devices += [d for d in (*(i.owner for i in inputs), *found_on) if d is not None]
     devices = list(dict.fromkeys(devices))
@@ -251,8 +335,12 @@ def _jit_part(
         lies: list[Sharding | None] = []
         for slot in gives:
             output = None if slot.output is None else outputs[slot.output]
-            here = output is not None and output.device == device
-            lies.append(output.lies if output is not None and here else None)
+            if output is not None and output.device == device:
+                lies.append(output.lies)
+            else:
+                # Another process has to know how it lies.
+                alone = jax.process_count() == 1
+                lies.append(None if alone else whole_at(device))
         return jax.jit(run, donate_argnums=donated(overwritten), out_shardings=lies)
     if not takes:
         # Without arguments nothing else says where it runs.

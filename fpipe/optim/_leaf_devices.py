@@ -5,12 +5,19 @@ as `({"w": on device 0}, {"w": on device 1})`; out come devices, one for each le
 a transformation sees: `[device 0, device 1]`.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import (
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 
+from fpipe._core.processes import first_devices, is_here, processes_of
 from fpipe._core.pytrees import PyTree, aval, is_array, nbytes
 from fpipe._executors.placement import Device
 from fpipe._executors.tracers import only_shapes
@@ -39,6 +46,42 @@ def device_of(array: Any) -> Home | None:
         return next(iter(devices))
     mesh = getattr(array.sharding, "mesh", None)
     return mesh if isinstance(mesh, Mesh) else None
+
+
+def whole_at(home: Home) -> Sharding:
+    """How an array lies that is whole on each device of a home."""
+    if isinstance(home, Mesh):
+        return NamedSharding(home, PartitionSpec())
+    return SingleDeviceSharding(home)
+
+
+def is_home_here(home: Home) -> bool:
+    """Whether this process has devices of a home."""
+    return is_here(whole_at(home))
+
+
+def over_processes(homes: Iterable[Home | None]) -> bool:
+    """Whether homes are in several processes."""
+    found = {
+        process
+        for home in homes
+        if home is not None
+        for process in processes_of(whole_at(home))
+    }
+    return len(found) > 1
+
+
+def first_of_each(homes: Iterable[Home | None]) -> list[Device]:
+    """For each process the first of its devices that is among some homes, or its first
+    one.
+    """
+    found: dict[int, Device] = {}
+    for home in homes:
+        if home is not None:
+            devices = home.devices.flat if isinstance(home, Mesh) else [home]
+            for device in devices:
+                found.setdefault(device.process_index, device)
+    return [found.get(d.process_index, d) for d in first_devices()]
 
 
 def array_form(array: Any) -> Hashable:

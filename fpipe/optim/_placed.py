@@ -24,6 +24,7 @@ from fpipe.optim._leaf_devices import (
     first_device,
     lies_like,
     new_state_places,
+    over_processes,
     parameter_devices,
     state_owners,
 )
@@ -131,7 +132,8 @@ def plan_update(
     # Extra arguments (a loss, a learning rate) are like the numbers of a state.
     for array in pack(extra)[0]:
         large = nbytes(array) > SMALL
-        inputs.append(Input(device_of(array) if large else None))
+        given = over_processes(devices) and not large
+        inputs.append(Input(device_of(array) if large else None, is_given=given))
     outputs = [
         Output(home, Tree.GRADIENTS, lies_like(like.shape, home, like))
         for home, like in zip(devices, shown, strict=True)

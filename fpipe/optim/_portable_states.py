@@ -16,14 +16,18 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fpipe._core.processes import fetch
 from fpipe._core.pytrees import Bundle, PyTree, is_array, is_traced, pack
 from fpipe._core.settings import explicit_transfers
 from fpipe._executors.placement import Device, Placement
 from fpipe._split.stacks import RowBlocks, is_row_blocks, joined
 from fpipe.optim._blocks import on_whole_leaves, split_state
 from fpipe.optim._leaf_devices import (
+    device_of,
     first_device,
+    first_of_each,
     lies_like,
+    over_processes,
     parameter_devices,
 )
 from fpipe.optim._packed import (
@@ -61,11 +65,17 @@ def gather(state: PyTree, params: PyTree = None) -> PyTree:
     Returns:
         A copy of the state, unpacked. Without `params` every array is on the device of
         the state's first array, or on the first device of the mesh. If the mesh spans
-        several processes, every array is on every device.
+        several processes, every array is on every device. A state that is placed over
+        several processes is gathered in each of them.
     """
     mesh = mesh_of(state)
     assert mesh is None or isinstance(mesh, Mesh)  # this is no trace
     leaves = jax.tree.leaves(state)
+    homes = [device_of(a) for a in leaves]
+    if mesh is None and over_processes(homes):
+        arrays, spec = pack(state)
+        state = spec.unpack(fetch(arrays, first_of_each(homes)))
+        leaves = jax.tree.leaves(state)
     if not all(a.is_fully_addressable for a in leaves if isinstance(a, jax.Array)):
         # An array is spread over several processes, so `device_put` cannot fetch it.
         # What is not packed is whole on every device.

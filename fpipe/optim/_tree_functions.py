@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from fpipe._core.caches import Key, Recent
+from fpipe._core.processes import fetch
 from fpipe._core.pytrees import (
     PyTree,
     is_array,
@@ -27,7 +28,9 @@ from fpipe.optim._leaf_devices import (
     array_form,
     device_of,
     first_device,
+    first_of_each,
     lies_like,
+    over_processes,
     parameter_devices,
     refuse_tracers,
 )
@@ -157,7 +160,8 @@ def global_norm(tree: PyTree) -> Any:
             are not counted.
 
     Returns:
-        A scalar. For placed trees it is on the device of the first leaf.
+        A scalar. For placed trees it is on the device of the first leaf. Over several
+        processes each has it, on the first of its own devices.
 
     Raises:
         TypeError: placed arrays are given inside `jax.jit`.
@@ -212,4 +216,8 @@ def _reduce(call: str, f: Callable[[Sequence[Any]], Any], tree: PyTree) -> Any:
 
     # The name of the call stands for `f`: each call has one.
     key = (call, settings(), tuple(map(array_form, arrays)))
-    return _plans.get(Key(key), plan)(arrays)[0]
+    made = _plans.get(Key(key), plan)(arrays)
+    owners = [device_of(a) for a in arrays]
+    if over_processes(owners):
+        made = fetch(made, first_of_each(owners))
+    return made[0]

@@ -21,23 +21,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import SingleDeviceSharding
 
-from fpipe._core.processes import (
-    Link,
-    connect,
-    digest,
-    ghost,
-    is_ghost,
-    is_here,
-    meet,
-    put_across,
-)
-from fpipe._core.pytrees import is_traced
+from fpipe._core.processes import Link, digest, ghost, is_here, meet
 from fpipe._executors.placed.instructions import Move, Plan, Run
-from fpipe._executors.placement import Placement
 from fpipe._executors.programs import Layout
-from fpipe._executors.transfers import Copy, Sending, joined
+from fpipe._executors.transfers import Sending, send_across
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,105 +74,10 @@ class Crossing:
             array if own is None else own
             for own, array in zip(self.given, arrays, strict=True)
         ]
-        # One `device_put` for all that goes from the same devices to the same ones.
-        whole: list[Any] = []
-        rest = iter(parts)
-        of_each = [[next(rest) for _ in range(to.parts)] for to in self.sendings]
-        for to, own in zip(self.sendings, of_each, strict=True):
-            if to.copies is None:
-                whole += own
-        targets = [to.target for to in self.sendings if to.copies is None]
-        put = iter(put_across(whole, targets, self._describe) if whole else [])
-        return [
-            next(put) if to.copies is None else self._copied(to, own, to.copies)
-            for to, own in zip(self.sendings, of_each, strict=True)
-        ]
-
-    def _copied(self, to: Sending, parts: Sequence[Any], copies: Sequence[Copy]) -> Any:
-        """An array that is sent device by device."""
-        shards: list[Any] = []
-        for n, (device, block) in enumerate(copies):
-            part, target = parts[block], SingleDeviceSharding(device)
-            sources = list(part.sharding.device_set)
-            sources.sort(key=lambda source: source.id)
-            source = sources[n % len(sources)]
-            shard = _on(part, source)
-            if source.process_index == device.process_index:
-                shards.append(
-                    jax.device_put(shard, target) if is_here(target) else None
-                )
-            else:
-                shards += put_across([shard], [target], self._describe)
-        shape = to.shape(parts[0].shape)
-        own = [
-            shard
-            for shard, (device, _) in zip(shards, copies, strict=True)
-            if device.process_index == jax.process_index()
-        ]
-        return joined(shape, parts[0].dtype, to.target, own)
+        return send_across(self.sendings, parts, self._describe)
 
     def _describe(self) -> str:
         return self.what
-
-
-def _on(array: Any, device: Any) -> Any:
-    """What a device has of an array that is whole on each of its devices."""
-    for shard in array.addressable_shards:
-        if shard.device == device:
-            return shard.data
-    return ghost(array.shape, array.dtype, SingleDeviceSharding(device))
-
-
-def fetch(arrays: Sequence[Any], firsts: Sequence[Placement]) -> list[Any]:
-    """Arrays that lie on the places of several processes, on the first device of each.
-
-    Every process calls it, with the same arrays.
-
-    Arguments:
-        firsts: the first device of each process.
-    """
-    found = list(arrays)
-    # From each device in turn, in an order that all processes have.
-    groups: dict[Any, list[int]] = {}
-    for n, array in enumerate(arrays):
-        if not isinstance(array, jax.Array) or is_traced(array):
-            continue
-        groups.setdefault(min(array.devices(), key=lambda d: d.id), []).append(n)
-    links = [
-        Link(source, first.device)
-        for source in groups
-        for first in firsts
-        if source.process_index != first.device.process_index
-    ]
-    if not links:
-        return found
-    meet([0], lambda: "all processes to gather arrays")
-    connect(links)
-    for source, numbers in groups.items():
-        whole = [_whole(arrays[n], source) for n in numbers]
-        for first in firsts:
-            if source.process_index == first.device.process_index:
-                own = whole
-            else:
-                own = put_across(
-                    whole,
-                    [first.sharding] * len(whole),
-                    lambda source=source: f"arrays that are gathered from {source}",
-                )
-            if first.is_here:
-                for n, array in zip(numbers, own, strict=True):
-                    found[n] = array
-    return found
-
-
-def _whole(array: Any, device: Any) -> Any:
-    """All of an array on one of its devices."""
-    target = SingleDeviceSharding(device)
-    if array.sharding == target:
-        return array
-    if is_ghost(array):
-        return ghost(array.shape, array.dtype, target)
-    return jax.device_put(array, target)
 
 
 def links_of(plan: Plan) -> list[Link]:

@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, Sharding
 from fpipe._core.caches import Key, Recent
 from fpipe._core.errors import shown, warn
 from fpipe._core.meshes import is_explicit, no_mesh, set_aside
-from fpipe._core.processes import ghost
+from fpipe._core.processes import fetch
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
@@ -39,7 +39,6 @@ from fpipe._core.pytrees import (
 from fpipe._core.settings import settings
 from fpipe._executors.call import Args, Result, check_params
 from fpipe._executors.parameter_cuts import param_shardings, sharding_at
-from fpipe._executors.placed.crossing import fetch
 from fpipe._executors.placed.dispatch import Dispatch, ReadyPlan, bind
 from fpipe._executors.placed.instructions import GradientTree, Half, Plan
 from fpipe._executors.placed.lower import lower
@@ -220,7 +219,9 @@ class Placed:
         """
         if self.layout.is_over_processes:
             arrays, spec = pack(tree)
-            tree = spec.unpack(fetch(arrays, self.layout.firsts))
+            tree = spec.unpack(
+                fetch(arrays, [first.device for first in self.layout.firsts])
+            )
         return self.layout.first.put_tree(tree, own=own)
 
     def check_params(self, params: Any, call: str) -> None:
@@ -364,16 +365,6 @@ class Placed:
         spread = []
         for k, tree in enumerate(gradients):
             arrays, treedef = jax.tree.flatten(tree)
-            if not self.layout.home(k).is_here:
-                own = zip(arrays, jax.tree.leaves(params[k]), strict=True)
-                arrays = [
-                    a
-                    if a.dtype == jax.dtypes.float0
-                    else ghost(a.shape, a.dtype, like.sharding)
-                    for a, like in own
-                ]
-                spread.append(treedef.unflatten(arrays))
-                continue
             # `float0` has no place: JAX has no arrays of it.
             there = [n for n, a in enumerate(arrays) if a.dtype != jax.dtypes.float0]
             own = jax.tree.leaves(params[k])
