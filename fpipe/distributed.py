@@ -12,6 +12,8 @@ Between GPUs JAX needs nothing else. Between CPUs its collectives are gloo's, an
 transfer needs a port in each process that the others can reach.
 """
 
+import atexit
+import math
 import os
 import socket
 import sys
@@ -24,6 +26,7 @@ import jax
 from fpipe._core import watchdog
 from fpipe._core.checks import is_number
 from fpipe._core.errors import shown
+from fpipe._core.processes import meet
 
 _ADDRESS = "FPIPE_TRANSFER_ADDRESS"
 
@@ -81,9 +84,24 @@ def initialize(
     jax.distributed.initialize(
         coordinator_address, num_processes, process_id, **options
     )
-    if timeout is not None:
-        watchdog.start(float(timeout))
+    watchdog.start(math.inf if timeout is None else float(timeout))
     sys.excepthook = _end
+    # Before JAX's own: what is registered last is called first.
+    atexit.register(shutdown)
+
+
+def shutdown() -> None:
+    """Leave the other processes: all of them call it, at the end of the script.
+
+    It waits until what the processes have sent to each other has arrived, and then
+    calls `jax.distributed.shutdown`. JAX alone would end while a transfer is on its
+    way, and the exit of a process would hang. An ordinary exit calls it too.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    watchdog.drain()
+    meet([0], lambda: "all processes to reach the end of the script")
+    jax.distributed.shutdown()
 
 
 def _checked(address: Any) -> str:

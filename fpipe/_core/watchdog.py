@@ -59,7 +59,7 @@ class Watchdog:
     """Looks at what is expected, in a thread of its own.
 
     Arguments:
-        timeout: seconds that the first one may take.
+        timeout: seconds that the first one may take; infinity: any number.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -67,10 +67,13 @@ class Watchdog:
         self._new: queue.SimpleQueue[Expected | Wait] = queue.SimpleQueue()
         self._arrays: deque[Expected] = deque()
         self._waits: list[Wait] = []
+        self._asked = 0
+        self._come = 0
         threading.Thread(target=self._work, name="fpipe watchdog", daemon=True).start()
 
     def expect(self, array: Any, describe: Describe) -> None:
         """An array is to come."""
+        self._asked += 1
         self._new.put(Expected(array, describe, time.monotonic()))
 
     @contextlib.contextmanager
@@ -82,6 +85,11 @@ class Watchdog:
             yield
         finally:
             wait.since = float("inf")  # it is over
+
+    def drain(self) -> None:
+        """Wait until all arrays have come."""
+        while self._come < self._asked:
+            time.sleep(_INTERVAL)
 
     def _work(self) -> None:
         arrived = 0.0  # when the last array came
@@ -95,6 +103,7 @@ class Watchdog:
                 self._add(self._new.get())
             while self._arrays and _has_come(self._arrays[0]):
                 self._arrays.popleft()
+                self._come += 1
                 arrived = time.monotonic()
             self._waits = [w for w in self._waits if w.since < float("inf")]
             late = [(w.describe, w.since) for w in self._waits]
@@ -114,11 +123,16 @@ class Watchdog:
 
 def _has_come(expected: Expected) -> bool:
     """Whether an array is there, or never will be."""
+    array = expected.array
     try:
-        if not expected.array.is_ready():
+        # A deleted one was donated to a program, which waits for it now.
+        if not (array.is_deleted() or array.is_ready()):
             return False
-        expected.array.block_until_ready()
+        if not array.is_deleted():
+            array.block_until_ready()
     except Exception as error:
+        if array.is_deleted():
+            return True
         # JAX raises it where the array is used, without saying what it was.
         text = str(error).partition("\n")[0]
         print(f"{PREFIX}{expected.describe()} failed: {text}", file=sys.stderr)
@@ -147,6 +161,12 @@ def start(timeout: float) -> None:
         _watchdogs[0].timeout = timeout
     else:
         _watchdogs.append(Watchdog(timeout))
+
+
+def drain() -> None:
+    """Wait until everything has come that other processes have sent."""
+    if _watchdogs:
+        _watchdogs[0].drain()
 
 
 def expect(array: Any, describe: Describe) -> None:

@@ -288,6 +288,19 @@ CASES = {
 }
 
 
+def train_for_ever(how):
+    """Steps until one process dies; by itself, if it is to raise."""
+    pipe = fpipe.Pipe([dense()] * 2, devices=jax.devices(), chunks=2)
+    case = Case([dense()] * 2, chunks=2, rows=4)
+    params, step = pipe.place(case.params()), pipe.value_and_grad(mse)
+    for n in range(10**9):
+        if how == "raise" and n == 4 and jax.process_index() == 1:
+            raise ArithmeticError("a script that raises")
+        loss, _ = step(params, case.x, case.target)
+        print(json.dumps({"step": n, "loss": float(loss)}), flush=True)
+        time.sleep(0.05)
+
+
 def parsed():
     parser = argparse.ArgumentParser()
     parser.add_argument("--coordinator")
@@ -319,6 +332,8 @@ def main():
         initialization_timeout=HANG,
     )
     for name in args.what:
+        if name in ("train", "raise"):
+            train_for_ever(name)
         started = time.monotonic()
         case = CASES[name]
         devices = jax.devices() if case.whole else jax.devices()[:: args.devices]
@@ -328,7 +343,7 @@ def main():
         if name == "disagree":
             line["told"], found = found
         print(json.dumps({**line, "leaves": encoded(found)}), flush=True)
-    jax.distributed.shutdown()
+    fpipe.distributed.shutdown()
 
 
 if __name__ == "__main__":

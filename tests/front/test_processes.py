@@ -2,9 +2,14 @@
 error in place of a hang.
 """
 
+import re
+import signal
+
+import pytest
+
 from tests.front.process_cases import CASES, decoded
 from tests.front.workers import Workers
-from tests.helpers import assert_same
+from tests.helpers import HANG, assert_same
 
 WORKER = "tests.front.process_cases"
 
@@ -56,3 +61,37 @@ def test_two_processes_compute_what_one_does(tmp_path):
         "the same order"
     )
     assert told == [[differ], [differ]]
+
+
+# What the process that is left prints. A stopped one is ended by nobody but the
+# watchdog of the other; it names what did not come.
+ENDS = {
+    "killed": "JaxRuntimeError|another task died",
+    "raises": "JaxRuntimeError|another task died",
+    "stopped": r"fpipe: this process has waited 3 s for the transfer of y\[0\] stage0 "
+    r"mb[01] from cpu:0 \(process 0\) to cpu:\d+; it ends",
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_process_that_is_no_more_ends_the_other(tmp_path, how):
+    victim = 0 if how == "stopped" else 1
+    timeout = "3" if how == "stopped" else str(HANG)
+    flags = ("--processes", "2", "--timeout", timeout)
+    what = "raise" if how == "raises" else "train"
+    with Workers(WORKER, 2, tmp_path, *flags, what) as workers:
+        steps = [-1, -1]
+        while min(steps) < 3:
+            k, line = workers.lines.get(timeout=HANG)
+            assert line is not None, workers.errors[k].read_text()
+            steps[k] = line["step"]
+        dead, left = workers.processes[victim], workers.processes[1 - victim]
+        if how != "raises":
+            sent = signal.SIGKILL if how == "killed" else signal.SIGSTOP
+            dead.send_signal(sent)
+        assert left.wait(HANG) != 0
+        if how == "raises":
+            assert dead.wait(HANG) == 1
+            told = workers.errors[victim].read_text()
+            assert "ArithmeticError: a script that raises" in told
+    assert re.search(ENDS[how], workers.errors[1 - victim].read_text())
