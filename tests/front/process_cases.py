@@ -284,7 +284,11 @@ CASES = {
     "split": Of(split, split_reference),
     "meshes": Of(over_meshes, over_meshes_reference, whole=True),
     "disagree": Of(disagreed, lambda: None),
-    **{f"by {name}": by(name) for name in fpipe.schedules.NAMES},
+    **{
+        f"by {name}": by(name)
+        for name in fpipe.schedules.NAMES
+        if name != "forward_only"
+    },
 }
 
 
