@@ -115,7 +115,9 @@ def slot_shapes(
             ):
                 found[there] = item.shape(n, found[here])
         elif isinstance(item, Copy):
-            found.update(zip(item.outs, [found[slot] for slot in item.ins], strict=True))
+            found.update(
+                zip(item.outs, [found[slot] for slot in item.ins], strict=True)
+            )
         elif not isinstance(item, Free):
             found.update(zip(item.outs, made[number], strict=True))
     return found
