@@ -14,7 +14,8 @@ the structures that the caller knows.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
 
 import jax
 import numpy as np
@@ -57,6 +58,7 @@ from fpipe._executors.request import (
     wanted_leaves,
 )
 from fpipe._executors.scan.clock import Ran
+from fpipe._executors.scan.exchanges import refuse_exchanges
 from fpipe._executors.scan.feeds import is_large
 from fpipe._executors.scan.lower import lower
 from fpipe._executors.scan.mesh import by_stage, on_mesh, replicated
@@ -80,6 +82,9 @@ from fpipe.schedules._rules import OPTIONAL
 # Programs of calls that one pipe keeps, and traces that do not depend on a loss.
 _STEPS = 32
 _TRACES = 1024
+
+# The functions of a step.
+Function: TypeAlias = Literal["forward", "backward", "loss"]
 
 
 class Scan:
@@ -262,10 +267,10 @@ class Scan:
         """
         del threads
         step = self._loss_step(args, loss, argnums)
-        program = step.forward if loss is None else step.loss
+        name = "forward" if loss is None else "loss"
         if progress is not None:
             progress(0, 1)
-        program.lower(*self._arrays(args)).compile()
+        self._compiled(step, name, *self._arrays(args))
         if progress is not None:
             progress(1, 1)
         return 1
@@ -283,7 +288,7 @@ class Scan:
         step = self._loss_step(args, loss, argnums)
         size = None
         if compiled:
-            program = step.loss.lower(*self._arrays(args)).compile()
+            program = self._compiled(step, "loss", *self._arrays(args))
             analysis = program.memory_analysis()
             # An output that takes the place of a donated argument counts once.
             size = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
@@ -415,11 +420,47 @@ class Scan:
         ]
         return rows, self.bring(state), given
 
-    def _run(
-        self, step: Step, name: Literal["forward", "backward", "loss"], *arrays: Any
-    ) -> Any:
+    def _compiled(self, step: Step, name: Function, *arrays: Any) -> Any:
+        """A function of a step, compiled; refused if it would hang."""
+        program = getattr(step, name).lower(*arrays).compile()
+        if self._exchanges_hang and name not in step.checked:
+            refuse_exchanges(program.as_text(), self.mesh)
+            step.checked.add(name)
+        return program
+
+    @cached_property
+    def _exchanges_hang(self) -> bool:
+        """Whether devices of one stage that exchange pieces of arrays would wait for
+        those of other stages.
+
+        Where they share rows alone, what moves rows is refused before it is compiled.
+        """
+        parts = self.mesh.shape[AXIS] * devices_over(self.mesh, self._data)
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        return on_cpu and self.mesh.shape[AXIS] > 1 and self.mesh.size > parts
+
+    def _refuse_exchanges(self, step: Step, name: Function, arrays: Any) -> None:
+        """Refuse a program that would hang, before it is called."""
+        if not self._exchanges_hang or name in step.checked:
+            return
+        if not is_traced(arrays):
+            # The call finds what is compiled here.
+            self._compiled(step, name, *arrays)
+            return
+        # Only compiling tells what XLA makes of a layer. In a trace the program will be
+        # a part of another one, so it is compiled for this alone; on CPUs, and once.
+        params, *others = arrays
+        lie = self.parameters.shardings(step.machine.params)
+        rows = [
+            jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=to)
+            for a, to in zip(params, lie, strict=True)
+        ]
+        self._compiled(step, name, rows, *jax.tree.map(aval, others))
+
+    def _run(self, step: Step, name: Function, *arrays: Any) -> Any:
         """Call a function of a step, and look for NaNs in the result if JAX does."""
         refuse_shapes(jax.tree.leaves(arrays))
+        self._refuse_exchanges(step, name, arrays)
         if not debugging() or is_traced(arrays):
             return self._dispatch(step, name, *arrays)
         # JAX would look for NaNs in what the program returns, and run it again without
@@ -431,9 +472,7 @@ class Scan:
         check_finite(out[:2] if name == "forward" else out, name)
         return out
 
-    def _dispatch(
-        self, step: Step, name: Literal["forward", "backward", "loss"], *arrays: Any
-    ) -> Any:
+    def _dispatch(self, step: Step, name: Function, *arrays: Any) -> Any:
         """Call a function of a step; recorded, where somebody records."""
         # The program without a clock, unless somebody records.
         recorders = recorders_of(self)

@@ -83,6 +83,7 @@ class Step:
         state_given: the structure of the states that the call is given.
         donates_state: whether a forward consumes the given states.
         clock: who is told when each operation starts and ends.
+        checked: those of its functions that have been compiled and would not hang.
     """
 
     machine: Machine
@@ -96,6 +97,7 @@ class Step:
     state_given: Spec | None = None
     donates_state: bool = False
     clock: Clock | None = None
+    checked: set[str] = dataclasses.field(default_factory=set)
 
     @cached_property
     def clocked(self) -> "Step":

@@ -251,3 +251,53 @@ def test_what_does_not_fit_is_refused():
         "pipe that placed them",
     ):
         other.evaluate(mse)(pipe_of(MODEL, COLUMNS).place(whole), whole[0], whole[0])
+
+
+# --- what would hang on CPUs ---
+
+
+def fused(split):
+    """A layer whose product with columns has three parts."""
+
+    def apply(p, x):
+        a, b, c = split(x, p["columns"])
+        return jnp.tanh(a * b + c) @ p["rows"]
+
+    def init(key, x):
+        columns, rows = noise(key, (WIDE, 3 * WIDE)), noise(key, (WIDE, WIDE))
+        return {"columns": columns, "rows": rows}
+
+    spec = {"columns": COLUMNS, "rows": ROWS}
+    return fpipe.Layer(apply, init, name="fused", spec=spec)
+
+
+def as_it_is(x, w):
+    return jnp.split(x @ w, 3, axis=-1)
+
+
+def whole(x, w):
+    h = jax.lax.with_sharding_constraint(x @ w, P())
+    return jax.lax.with_sharding_constraint(jnp.split(h, 3, axis=-1), P())
+
+
+def test_exchanges_within_a_stage_are_refused():
+    x = noise(jax.random.key(1), (4, WIDE))
+    pipe = fpipe.Pipe([fused(as_it_is)] * 2, chunks=2, mesh=MODEL, executor="scan")
+    params = pipe.init(jax.random.key(0), x)
+    for evaluate in (pipe.evaluate(mse), jax.jit(pipe.evaluate(mse))):
+        with raises(
+            NotImplementedError,
+            '`Pipe(executor="scan", mesh=...)`: `split` in stage0-1 F: devices of one '
+            "stage would exchange pieces of an array that is cut along an axis. With "
+            'executor="scan" the devices of a CPU would wait for each other for ever. '
+            "Give parts an axis of their own and cut another one, as of a weight of "
+            "shape (width, 3, width) for a query, a key and a value; or make what goes "
+            "in and what comes out whole, by `jax.lax.with_sharding_constraint(h, "
+            'jax.sharding.PartitionSpec())`; or take executor="placed"',
+        ):
+            evaluate(params, x, x)
+    cured = fpipe.Pipe([fused(whole)] * 2, chunks=2, mesh=MODEL, executor="scan")
+    placed = cured.init(jax.random.key(0), x)
+    plain = fpipe.sequential([fused(as_it_is)] * 2, chunks=2)
+    want = plain.evaluate(mse)(pipe.gather(params), x, x)
+    assert_same(cured.evaluate(mse)(placed, x, x), want)
