@@ -14,7 +14,6 @@ the structures that the caller knows.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -423,13 +422,12 @@ class Scan:
     def _compiled(self, step: Step, name: Function, *arrays: Any) -> Any:
         """A function of a step, compiled; refused if it would hang."""
         program = getattr(step, name).lower(*arrays).compile()
-        if self._exchanges_hang and name not in step.checked:
+        if self._may_hang(step) and name not in step.checked:
             refuse_exchanges(program.as_text(), self.mesh)
             step.checked.add(name)
         return program
 
-    @cached_property
-    def _exchanges_hang(self) -> bool:
+    def _may_hang(self, step: Step) -> bool:
         """Whether devices of one stage that exchange pieces of arrays would wait for
         those of other stages.
 
@@ -437,11 +435,12 @@ class Scan:
         """
         parts = self.mesh.shape[AXIS] * devices_over(self.mesh, self._data)
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        return on_cpu and self.mesh.shape[AXIS] > 1 and self.mesh.size > parts
+        shared = self.mesh.size > parts or bool(step.machine.params.specs)
+        return on_cpu and self.mesh.shape[AXIS] > 1 and shared
 
     def _refuse_exchanges(self, step: Step, name: Function, arrays: Any) -> None:
         """Refuse a program that would hang, before it is called."""
-        if not self._exchanges_hang or name in step.checked:
+        if name in step.checked or not self._may_hang(step):
             return
         if not is_traced(arrays):
             # The call finds what is compiled here.

@@ -83,6 +83,7 @@ from fpipe._executors.scan.machine import (
     WholeInput,
     Write,
 )
+from fpipe._executors.scan.packing import Row
 from fpipe._executors.scan.storage import (
     Storage,
     as_stored,
@@ -92,7 +93,7 @@ from fpipe._executors.scan.storage import (
 )
 from fpipe._executors.stage_places import AXIS
 from fpipe._model.loss import sum_dtype
-from fpipe._model.specs import without_axes
+from fpipe._model.specs import axes_in, without_axes
 from fpipe._model.stages import Leaf
 from fpipe._program.host_calls import Failures, Logged
 from fpipe._program.over_mesh import devices_over
@@ -366,12 +367,13 @@ class Interpreter:
     # --- on one device ---
 
     def _unsharded(self, block: Array) -> Array:
-        """A flat block of states, whole on each device of the other axes.
+        """A flat block, whole on each device of the other axes.
 
-        XLA would shard it as the rows of a batch are, and shift its ends between
-        devices where a layer's state is cut out. On CPUs such a `collective-permute`
-        waits for all devices of the mesh, those of other stages too, which do something
-        else: a deadlock. A gather waits for the devices of its own stage alone.
+        XLA would shard it as the rows of a batch are, or as some parameter is, and
+        shift its ends between devices where an array is cut out. On CPUs such a
+        `collective-permute` waits for all devices of the mesh, those of other stages
+        too, which do something else: a deadlock. A gather waits for the devices of its
+        own stage alone.
         """
         if len(self.mesh.axis_names) == 1 or block.ndim != 1 or is_key(block.dtype):
             return block
@@ -380,10 +382,14 @@ class Interpreter:
     def _state(self, row: int, shape: tuple[int, ...], carry: Carry) -> Array:
         """A state, out of its block."""
         assert self.machine.state is not None
-        packed, block = self.machine.state.rows[row], carry[StateBlock(row)]
+        packed = self.machine.state.rows[row]
+        return self._taken(packed, carry[StateBlock(row)], shape)
+
+    def _taken(self, row: Row, block: Array, shape: tuple[int, ...]) -> Array:
+        """An array out of its block."""
         if block.shape == shape:
             return block
-        flat = packed.take(self._unsharded(block), (math.prod(shape),))
+        flat = row.take(self._unsharded(block), (math.prod(shape),))
         return self._unsharded(flat).reshape(shape)
 
     def _scan(
@@ -403,7 +409,8 @@ class Interpreter:
         # devices get an array for it, of zeros if they borrow nothing.
         loans = []
         for row, owner, borrower, aval in self.machine.loans:
-            own = self.machine.params.rows[row].take(params[row], aval.shape)
+            packed = self.machine.params.rows[row]
+            own = self._taken(packed, params[row], aval.shape)
             loans.append(jax.lax.ppermute(own, AXIS, [(owner, borrower)]))
         if self.unshard == "step":
             params = [self._gathered(r, block) for r, block in enumerate(params)]
@@ -483,17 +490,11 @@ class Interpreter:
             carry[buffer] = jnp.zeros(shape, piece.dtype)
         for gradient in self.gradients:
             of = self._shape_of(gradient)
-            if gradient not in self.parts:
-                # Gradients in 16 bits are summed in 32, and cast once, in the end.
-                zeros = jnp.zeros(of.shape, sum_dtype(of.dtype))
-                carry[gradient] = _cut(zeros, self._spec_of(gradient))
-                continue
             # One part for each shard of the batch, added up at the end.
-            zeros = jnp.zeros((self.shards, *of.shape), sum_dtype(of.dtype))
-            whole = without_axes(self._spec_of(gradient), self.data)
-            carry[gradient] = jax.lax.with_sharding_constraint(
-                zeros, P(self.data, *whole)
-            )
+            parts = (self.shards,) if gradient in self.parts else ()
+            # Gradients in 16 bits are summed in 32, and cast once, in the end.
+            zeros = jnp.zeros((*parts, *of.shape), sum_dtype(of.dtype))
+            carry[gradient] = self._as_summed(gradient, zeros)
         for maximum in self.maxima:
             assert machine.state is not None
             of = machine.state.rows[maximum.row]
@@ -725,8 +726,14 @@ class Interpreter:
                     )
                 case Add(gradient, n):
                     # Parts have one more axis, that of the shards.
-                    add = jax.vmap(_added) if gradient in self.parts else _added
-                    carry[buffer] = add(carry[buffer], values[n])
+                    apart = gradient in self.parts
+                    total, value = carry[buffer], values[n]
+                    if total.shape != value.shape:
+                        # Flat, and whole before it goes to its place in the block.
+                        parts = value.shape[:1] if apart else ()
+                        value = self._as_summed(gradient, value.reshape(*parts, -1))
+                    add = jax.vmap(_added) if apart else _added
+                    carry[buffer] = add(total, value)
                 case Write(_, n, argument, adds):
                     value = as_stored(values[n])
                     place = arguments[argument]
@@ -769,8 +776,8 @@ class Interpreter:
         match source:
             case Parameter(row, aval):
                 packed = self.machine.params.rows[row]
-                block = packed.take(given.params[row], aval.shape)
-                return self._gathered(row, block)
+                own = self._taken(packed, given.params[row], aval.shape)
+                return self._gathered(row, own)
             case BorrowedParameter(loan):
                 row = self.machine.loans[loan].row
                 return self._gathered(row, given.loans[loan])
@@ -805,6 +812,13 @@ class Interpreter:
         spec = self.machine.params.rows[row].spec
         if not spec:
             return block
+        # Where the axes of rows come first, devices hold pieces that do not lie side by
+        # side. To put these together XLA would exchange some, see `exchanges.py`; of
+        # the whole array each device takes its own.
+        apart = [n for n, part in enumerate(spec) if _comes_first(part, self.data)]
+        if apart:
+            parts = [None if n in apart else part for n, part in enumerate(spec)]
+            block = jax.lax.with_sharding_constraint(block, P(*parts))
         whole = without_axes(spec, self.data)
         return jax.lax.with_sharding_constraint(block, whole)
 
@@ -886,6 +900,21 @@ class Interpreter:
             case InputGradient(leaf):
                 return self.machine.inputs[leaf]
 
+    def _as_summed(self, gradient: SummedGradient, total: Array) -> Array:
+        """A sum as it lies during a step: whole over the axes of rows.
+
+        Left to itself XLA would cut what is added as the gradient is cut in the end,
+        and with it what that is made of.
+        """
+        spec = self._spec_of(gradient)
+        if gradient in self.parts:
+            spec = P(self.data, *without_axes(spec, self.data))
+        elif spec:
+            spec = without_axes(spec, self.data)
+        else:
+            return self._unsharded(total)
+        return jax.lax.with_sharding_constraint(total, spec)
+
     def _spec_of(self, gradient: SummedGradient) -> P:
         """How what a gradient is of is cut."""
         match gradient:
@@ -903,10 +932,7 @@ class Interpreter:
         owners, and those of inputs are summed over the devices.
         """
         # The one sum over the data axis of the whole step.
-        own = {
-            g: self._total(g, carry[g]) if g in self.parts else carry[g]
-            for g in self.gradients
-        }
+        own = {g: self._total(g, carry[g]) for g in self.gradients}
         out: dict[SummedGradient, Array] = {}
         for gradient in returned:
             # Only borrowers have a gradient for this row. It begins with zeros, and
@@ -927,10 +953,13 @@ class Interpreter:
         return out
 
     def _total(self, gradient: SummedGradient, parts: Array) -> Array:
-        """The parts of a gradient added up, and cut as its parameter is."""
-        spec = self._spec_of(gradient)
-        axes = {*self.mesh.axis_names} - {AXIS}
-        return _cut(add_parts(parts, spec, self.data, axes), spec)
+        """A gradient with its parts added up, cut as its parameter is."""
+        # Said of what leaves the loop, or XLA would cut what is summed in it, too.
+        spec, parts = self._spec_of(gradient), self._as_summed(gradient, parts)
+        if gradient in self.parts:
+            axes = {*self.mesh.axis_names} - {AXIS}
+            parts = add_parts(parts, spec, self.data, axes)
+        return jax.lax.with_sharding_constraint(parts, spec) if spec else parts
 
     def _everywhere(self, value: Array) -> Array:
         """What some devices wrote, on all of them; the others have zeros."""
@@ -942,9 +971,10 @@ class Interpreter:
         return jax.lax.psum(value, AXIS)
 
 
-def _cut(array: Array, spec: P) -> Array:
-    """An array cut by a spec; if that names no axis, XLA decides."""
-    return jax.lax.with_sharding_constraint(array, spec) if spec else array
+def _comes_first(part: Any, data: tuple[str, ...]) -> bool:
+    """Whether an entry of a spec names an axis of rows before another one."""
+    of_rows = [name in data for name in axes_in(part)]
+    return of_rows != sorted(of_rows)
 
 
 def _beginning(part: Part, microbatch: Array) -> list[Array]:

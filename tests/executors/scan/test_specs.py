@@ -102,6 +102,32 @@ def test_sharded_parameters_are_gathered_and_their_gradients_scattered_once(
     assert (inside["reduce-scatter"], all_["reduce-scatter"]) == (0, 4)
 
 
+@pytest.mark.parametrize("spec", [P(("model", "data")), P(("data", "model"))])
+def test_pieces_of_pieces_are_gathered_and_scattered_where_they_belong(spec):
+    mesh = Mesh(DEVICES.reshape(1, 2, 2), ("stage", "data", "model"))
+    pipe = fpipe.Pipe(
+        [square(spec)], chunks=2, mesh=mesh, executor="scan", unshard="action"
+    )
+    x = noise(jax.random.key(1), (8, WIDE))
+    params = pipe.init(jax.random.key(0), x)
+    assert params.arrays[0].sharding.spec == P(None, *spec)
+    got = pipe.value_and_grad(mse)(params, x, x)
+    assert got[1].arrays[0].sharding == params.arrays[0].sharding
+    want = fpipe.sequential(pipe.layers, chunks=2).value_and_grad(mse)
+    whole = pipe.gather(params)
+    assert_same((got[0], pipe.gather(got[1])), want(whole, x, x))
+
+
+def test_rows_that_the_axis_does_not_divide():
+    """Each device has them all. The gradients are cut when the step ends, and nothing
+    that they are made of is.
+    """
+    layers = [square(P(None, "data")), square(P("data"), "other")]
+    pipe = fpipe.Pipe(layers, chunks=3, mesh=DATA, executor="scan")
+    _, text = step_of(pipe, noise(jax.random.key(1), (3, WIDE)), (0,))
+    assert collectives(loop_body(text)) == {"collective-permute": 2}
+
+
 # --- stages that differ ---
 
 
