@@ -8,8 +8,8 @@ training step, optimizer included, is one jitted program; with `--executor place
 stage has programs of its own. Both print the same losses.
 
 Run it with no argument. It uses the GPUs of this machine, or else simulated CPU
-devices. With `--executor placed --mesh 2,2,2` each of two stages has four devices: two
-share the rows of a microbatch, and two the heads and hidden units of each block. With
+devices. With `--mesh 2,2,2` each of two stages has four devices: two share the rows of
+a microbatch, and two the heads and hidden units of each block. With
 `--checkpoints FOLDER` it saves as it goes and goes on from what it finds there,
 whatever executor, mesh and number of stages made it.
 """
@@ -273,8 +273,6 @@ def arguments() -> argparse.Namespace:
             f"--mesh: {data} devices share the {args.batch // args.chunks} rows of a "
             "microbatch: a divisor of them is needed"
         )
-    if args.executor == "scan" and model > 1:
-        parser.error("--mesh: parameters are shared with --executor placed alone")
     if args.heads % model:
         parser.error(
             f"--mesh: {model} devices share the {args.heads} heads: a divisor of them "
@@ -297,14 +295,13 @@ def build(args: argparse.Namespace) -> fpipe.ValueAndGrad:
             "needed"
         )
     params = jax.eval_shape(init_of(args), jax.random.key(0))
-    shared = mesh is not None and args.executor == "placed"
     # On fewer devices than stages each has several of them.
     several = mesh is None and args.stages > len(devices)
     return fpipe.value_and_grad(
         loss_of(args),
         devices=devices if mesh is None else None,
         mesh=mesh,
-        specs=specs_of(params) if shared else None,
+        specs=None if mesh is None else specs_of(params),
         stages=args.stages,
         balance=[1] * args.stages,
         chunks=args.chunks,

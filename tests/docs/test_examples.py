@@ -287,14 +287,7 @@ def test_the_language_model_prints_the_same_losses_with_both_executors(
         (["--stages", "5"], "--stages 5: the model has 4 blocks"),
         (["--mesh", "2,2"], "argument --mesh: invalid sizes value: '2,2'"),
         (["--mesh", "2,3,1"], "--mesh: 3 devices share the 8 rows of a microbatch"),
-        (
-            ["--executor", "placed", "--mesh", "2,1,3"],
-            "--mesh: 3 devices share the 4 heads",
-        ),
-        (
-            ["--mesh", "2,1,2"],
-            "--mesh: parameters are shared with --executor placed alone",
-        ),
+        (["--mesh", "2,1,3"], "--mesh: 3 devices share the 4 heads"),
     ],
 )
 def test_wrong_flags_of_the_language_model_get_one_line(inside, arguments, message):
