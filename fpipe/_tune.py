@@ -276,7 +276,7 @@ def tune(
             that number.
         schedules, checkpoints: the schedules and checkpoint modes to try, one or
             several. Default: `"gpipe"`, `"1f1b"`, `"eager_1f1b"`, `"zb_h1"`, and
-            `"interleaved_1f1b"` and `"zb_v"` if there are layers enough for several
+            `"interleaved_1f1b"` and `"zb_v"` if there are enough layers for several
             stages on each device; `"never"`, `"except_last"` and `"always"`.
         by, speed, latency, bandwidth, launch, host_bandwidth, optimizer, compiled: as
             for `Pipe.plan`.

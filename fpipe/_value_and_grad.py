@@ -434,8 +434,8 @@ class ValueAndGrad:
                 left out. Parameters may be `None` if there is an `init=`.
 
         Other Arguments:
-            by, speed, latency, bandwidth, launch, host_bandwidth, optimizer, memory,
-                compiled: as for `Pipe.plan`.
+            by, speed, latency, bandwidth, launch: as for `Pipe.plan`.
+            host_bandwidth, optimizer, memory, compiled: as for `Pipe.plan`.
 
         Returns:
             A `fpipe.Prediction`.
@@ -483,8 +483,8 @@ class ValueAndGrad:
 
         Other Arguments:
             chunks, schedules, checkpoints: the values to try, as for `fpipe.tune`.
-            memory, by, speed, latency, bandwidth, launch, host_bandwidth, optimizer,
-                compiled: as for `fpipe.tune`.
+            memory, by, speed, latency, bandwidth, launch: as for `fpipe.tune`.
+            host_bandwidth, optimizer, compiled: as for `fpipe.tune`.
 
         Returns:
             A `fpipe.Tuning`.

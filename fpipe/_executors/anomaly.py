@@ -63,8 +63,8 @@ from fpipe._model.wrappers import Microbatches, NoChunk
 
 _LOGGER = logging.getLogger("fpipe")
 
-# Whose gradient is looked at in the backward of a layer. What a layer pops or peeks
-# counts as its input: an earlier layer made it too.
+# The inputs of a layer whose gradients are checked in its backward. Skips that a layer
+# pops or peeks at count as its input, because an earlier layer made them too.
 _TAPPED = {
     "params": BackwardPart.PARAMS,
     "x": BackwardPart.INPUT,
@@ -121,8 +121,8 @@ class _WatchedLayer:
 
     def __call__(self, params: PyTree, x: Watched, **needs: Any) -> Any:
         # What the layer is given goes through the tap first. Then it is cast, here and
-        # not by the model: so the gradients that are looked at are those that the layer
-        # gives to its uncast inputs, as a call returns them.
+        # not by the model. So the gradients that are checked are those of the uncast
+        # inputs, as a call returns them.
         values = {"params": params, "x": x.value}
         values |= {name: needs.pop(name) for name in list(needs) if name in _TAPPED}
         tapped, tap = tap_gradients(values, x.tap, x.layer)
@@ -146,8 +146,9 @@ class _WatchedLayer:
             return result  # It is wrong; the model checks it, and its error says so.
         stashed = returned.get("carry")
         if isinstance(stashed, dict):
-            # A peeked skip is checked to be the very one that the layer was given, so
-            # the one from before the tap goes back, if the layer has let it be.
+            # A layer must return a peeked skip unchanged, and that is checked by
+            # identity. So if the layer did not change it, the one from before the tap
+            # is returned.
             peeked = {name: inputs["carry"][name] for name in self.layer.peek}
             returned["carry"] = {
                 name: values["carry"][name]
@@ -188,7 +189,8 @@ class _WatchedLoss:
     weighted: bool
 
     def __call__(self, y: Watched, *targets: PyTree) -> Any:
-        # The last tap goes nowhere: with the loss the backward begins, without a fault.
+        # Nothing reads the last tap: the backward begins with the loss, without a
+        # fault.
         tapped, _ = tap_gradients({"x": y.value, "side": targets}, y.tap, y.layer)
         result = self.fn(tapped["x"], *tapped["side"])
         aux = None
@@ -340,8 +342,9 @@ def tap_gradients(
         found[BackwardPart.PENDING] = bad_input_only
         code = jnp.where(bad, BACKWARD.encode(layer, found), 0)
         code = jnp.broadcast_to(code.astype(tap.dtype), tap.shape)
-        # A pending fault of a later layer is confirmed if of this layer more is asked
-        # for than the gradient of its input: that is made out of the infinite one.
+        # A pending fault of a later layer is confirmed if the call asks for more of
+        # this layer than the gradient of its input, because that is made from the
+        # infinite gradient.
         if later is not None:
             if set(by_part) - {BackwardPart.INPUT}:
                 later = confirm(later)
@@ -421,13 +424,14 @@ class Detector:
             watching = _WatchedLoss(loss.fn, loss.has_aux, loss.reduction == "weighted")
             loss = dataclasses.replace(loss, fn=watching, has_aux=True)
         if argnums and 1 not in argnums:
-            # Of x the tap alone is asked for: all of its own arrays are frozen, so no
-            # more products are computed than without a detector.
+            # Of `x` only the gradient of the tap is asked for. Its own arrays are
+            # frozen, so no more products are computed than without a detector.
             argnums = (*argnums, 1)
             frozen |= {Leaf(X, k) for k in range(len(pack(args.x)[0]))}
         return args._replace(x=x, frozen=frozen), loss, argnums
 
-    # What a detector looks at lies where the call left it, and comes to the host.
+    # The arrays that a detector checks are on devices, where the call left them. They
+    # are copied to the host.
     @explicit_transfers()
     def loss(
         self,
@@ -541,7 +545,8 @@ class Detector:
             # all that follow.
             faults, taps = kept
             bad = is_bad(list(cotangents))
-            # What was said of the forward is not said again of what follows from it.
+            # A fault that was reported for the forward is not reported again for what
+            # follows from it.
             self._report(Evidence(bad_cotangent=bad & (faults == 0).all()))
             del taps
             codes = jnp.where((faults != 0) | bad, REPORTED, 0).astype(jnp.float32)
@@ -585,8 +590,9 @@ class Detector:
 
     def _verdict(self, evidence: Evidence) -> str | None:
         """What there is to say of a call, if anything is wrong."""
-        # In the order of cause: forwards, the whole loss, backwards, what a pull-back
-        # was given, sums of gradients. Only the first of these is said.
+        # A fault may cause the next one in this order: forwards, the whole loss,
+        # backwards, the cotangents of a pull-back, sums of gradients. Only the first is
+        # reported.
         evidence = jax.tree.map(np.asarray, evidence)
         side_inputs = "its side inputs"
         if self.model.one_key:
@@ -634,8 +640,8 @@ class Detector:
 def _as_numbered(
     gradients: Mapping[int, PyTree], args: Args
 ) -> Iterator[tuple[int, PyTree]]:
-    """Gradients by the numbers that a user counts: what of `x` goes straight to layers
-    comes behind all others.
+    """Gradients in the order of the user's `argnums`. Parts of `x` that go straight to
+    layers come after all others.
     """
     for n, tree in gradients.items():
         if n == len(args.numbered):

@@ -261,8 +261,8 @@ class Call(abc.ABC):
                 args = self._checked(Args(params, x, targets, needs, state))
                 check_argnums(argnums, numbers, args)
                 if frozen is not None:
-                    # Only then, because the shapes of all parameters take as long to
-                    # find as everything else that a call does before it dispatches.
+                    # Only then: to find the shapes of all parameters takes as long as
+                    # everything else that a call does before it dispatches.
                     shapes = self._param_shapes(args.params)
                     args = args._replace(frozen=which.of(shapes))
                 # The executor does not know `loss_scale` and `grads`. The scale is a

@@ -72,6 +72,7 @@ class Eager:
         if state is not None:
             state = self.executor.gather_state(state)
         moved = {name: collect(tree) for name, tree in args.inputs.items()}
-        # Of traced parameters, `gather` leaves the place to the compiler.
+        # If parameters are traced, `gather` does not move them: the compiler decides
+        # where they are.
         params = tuple(map(collect, self.executor.gather(args.params)))
         return args._replace(params=params, state=state).with_inputs(moved)

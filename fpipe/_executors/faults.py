@@ -1,8 +1,8 @@
 """A fault as one number, and the sentence that is said of it.
 
-Programs carry the first fault of a microbatch as one number, and 0 is none. The layer's
-position is in front, and behind it is one bit for each thing that has a NaN or an
-infinity. Layer 2 of a model made an infinite output of an infinite input:
+Programs carry the first fault of a microbatch as one number, and 0 is none. It has the
+layer's position in its high bits, and below it one bit for each thing that has a NaN or
+an infinity. Layer 2 of a model made an infinite output of an infinite input:
 
     layer | state input side borrowed params | new state  stashed  output
       2   |   0     1    0      0       0    |     0         0       1
@@ -47,9 +47,9 @@ class ForwardPart(enum.IntFlag):
 class BackwardPart(enum.IntFlag):
     """What has a gradient that is not finite, when a layer's backward has run.
 
-    A layer may well have an infinite derivative that is not used: that of the call's
-    `x`, if only parameters are differentiated. So a fault of nothing but the input is
-    `PENDING` until an earlier layer makes a gradient that is asked for out of it.
+    A layer may have an infinite derivative that nobody uses: that of the call's `x`, if
+    only parameters are differentiated. So a fault of the input alone is `PENDING`,
+    until an earlier layer makes from it a gradient that the call asks for.
     """
 
     # `PENDING` is the highest bit, so that arithmetic on arrays can test it and take it

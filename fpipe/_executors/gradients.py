@@ -1,5 +1,5 @@
-"""What becomes of the gradients of a call: those of a scaled loss are divided, and they
-are added to given ones.
+"""The last step of a call's gradients: those of a scaled loss are divided by the scale,
+and gradients of earlier calls are added.
 
 Gradients lie where their parameters do, and a program runs on one set of devices. So
 there is one program for each place. With `loss_scale=1024` and `grads=(g0, g1)`:
@@ -69,9 +69,9 @@ def as_scale(value: Any) -> Any:
     """A loss scale as a 0-d array.
 
     Raises:
-        TypeError: it is no real number.
-        ValueError: it is zero, negative or not finite. What is on a device is not
-            looked at: that would wait for it.
+        TypeError: it is no real number. ValueError: it is zero, negative or not finite.
+        The value of an array on a device is not checked, because that would wait for
+        it.
     """
     if is_number(value) and not (math.isfinite(value) and value > 0):
         raise ValueError(
@@ -140,7 +140,7 @@ def _checked(given: PyTree, gradients: PyTree, call: str) -> Sequence[Any]:
         jax.tree_util.tree_leaves_with_path(gradients), old, strict=True
     ):
         where = f"{call}: at {jax.tree_util.keystr(path)}"
-        # A Python number has neither.
+        # A Python number has no shape and no dtype.
         if (g.shape, g.dtype) != tuple(getattr(before, a, None) for a in _TYPE):
             raise ValueError(
                 f"{where} they are {describe(before)}, but the gradient is "

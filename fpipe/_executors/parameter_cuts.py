@@ -23,9 +23,9 @@ from fpipe._model.specs import annotated_specs, axes_in, spread_specs
 def param_shardings(
     layer: Layer, call: str, params: PyTree, place: Placement
 ) -> list[Sharding]:
-    """How the parameters of a layer are put on a mesh: as its `spec` says, or what they
-    are annotated with; of what neither names as it is cut now, if the mesh has these
-    axes too; else whole on each device.
+    """How the parameters of a layer are put on a mesh: as its `spec` says, or as they
+    are annotated. Parameters that neither names keep the sharding that they have, if
+    the mesh has these axes. All others are whole on each device.
 
     Arguments:
         call: names the layer, for errors.

@@ -1,4 +1,4 @@
-"""Where a stage lives. The one module that turns a placement into what `jax.device_put`
+"""Where a stage lives. Only this module turns a placement into what `jax.device_put`
 takes.
 
 In: what a user gives as `devices`, for example `jax.devices()[:2]`, or a mesh with an
@@ -273,8 +273,8 @@ class Placement:
 
 
 def as_argument(shape: jax.ShapeDtypeStruct) -> Any:
-    """What a program is lowered for: a shape with its sharding, or, where that is in
-    the host's memory, zeros.
+    """An argument that a program is lowered for: a shape with its sharding, or zeros,
+    if the sharding is in the host's memory.
 
     Of a shape on one device JAX takes the device, and not the kind of its memory (jax
     0.10.2), so that only an array gives the program that a call will run.

@@ -63,7 +63,7 @@ class Work:
 
 
 def closed_over(code: Code) -> list[Any]:
-    """The arrays that a program closes over: they are part of what is compiled. Numbers
+    """The arrays that a program closes over: they are part of what is compiled. Scalars
     are not among them.
     """
     used = {v for node in code.nodes for v in node.ins} | {*code.outs, *code.sums}

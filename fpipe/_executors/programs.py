@@ -141,8 +141,8 @@ def direct_pairs(
     """The (stage, microbatch) pairs whose backward, or input gradient, is what their
     device runs next after the forward, an own recomputation and copies of others aside.
 
-    To keep all residuals of these costs no memory: a recomputation would make them
-    again at once. For 1F1B and ZB-H1 they are all pairs of the last stage:
+    For these pairs all residuals may be kept at no cost: a recomputation would make
+    them again at once. For 1F1B and ZB-H1 they are all pairs of the last stage:
 
         device 1 of 2, 1F1B      F0 B0 F1 B1     (1, 0) and (1, 1)
         device 1 of 2, GPipe     F0 F1 B0 B1     none
@@ -182,7 +182,7 @@ class ProgramForm:
 
 
 def _where(stage: Stage, microbatch: int) -> str:
-    """Where an error is, behind the name of the layer."""
+    """The words that follow the name of the layer in an error: where it was."""
     return f", stage {stage.pipe_stage}, microbatch {microbatch}"
 
 

@@ -1,4 +1,5 @@
-"""How far a compilation is: a function of `(done, total)`, or a bar on stderr.
+"""Reports how far a compilation is: to a function of `(done, total)`, or as a bar on
+stderr.
 
 compiling [###############...............] 12/24
 """

@@ -21,9 +21,9 @@ from fpipe._model.loss import Loss
 from fpipe._model.stages import Leaf, Stage
 from fpipe.schedules import Schedule
 
-# What the backward half makes of what the first half left and the cotangents of the
-# arrays of `y`: for each array that can be differentiated its gradient, or `None` for
-# zero.
+# The backward half of a call, as a function of the residuals of the first half and of
+# the cotangents of the arrays of `y`. For each array that can be differentiated it
+# returns the gradient, or `None` for zero.
 SecondHalf: TypeAlias = Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]]
 
 
@@ -174,11 +174,13 @@ class Executor(Protocol):
         ...
 
     def deliver(self, tree: PyTree) -> PyTree:
-        """What the last layer or the loss gives, where a call leaves it."""
+        """The result of the last layer or of the loss, on the device where a call
+        leaves it.
+        """
         ...
 
     def deliver_state(self, state: Sequence[PyTree]) -> tuple[PyTree, ...]:
-        """The states of all layers where a call leaves them."""
+        """The states of all layers, on the devices where a call leaves them."""
         ...
 
     def spread(self, gradients: Sequence[PyTree], params: Any) -> Any:
@@ -194,7 +196,7 @@ class Executor(Protocol):
     def plan_data(
         self, args: Args, loss: Loss, argnums: tuple[int, ...], compiled: bool
     ) -> PlanData:
-        """What it tells of a call with a loss, for a prediction.
+        """What is known of a call with a loss, for a prediction.
 
         Arguments:
             args: the call's, arrays or their shapes; parameters have one entry per

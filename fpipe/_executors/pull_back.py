@@ -32,7 +32,7 @@ from fpipe._model.stages import Port
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
 class _PullBack:
-    """What the forward rule leaves for the backward rule beside arrays.
+    """What the forward rule hands to the backward rule, other than arrays.
 
     Residuals are a pytree of arrays, so this is one without leaves. It compares by
     identity, because arrays among `zeros` cannot be compared as one truth value.
@@ -64,8 +64,9 @@ def differentiable_call(
         leaves += [(leaf,) for leaf in input_leaves(Port(name), tree)]
     arrays, spec = pack((varied, fixed))
     # The structure of what a rule returned last: `custom_vjp` hands on arrays alone,
-    # and an output may have static leaves. It is known when one of the two has run, and
-    # JAX decides which: `primal`, if nothing is differentiated after all.
+    # and an output may have static leaves. It is known when one of the two functions
+    # has run. JAX decides which one runs: `primal`, if nothing is differentiated after
+    # all.
     returned: list[Spec] = []
 
     def args_of(values: Sequence[Any]) -> Args:

@@ -1,9 +1,9 @@
 """Recording: calls of one pipe, made in a block, and what really ran in them.
 
 `fpipe.record(pipe)` puts a `Recorder` up for its block. An executor that makes a call
-asks `recorders_of` who wants it. If there is anybody, it runs the call so that it can
-see when what ran, and adds what it has seen, a `RecordedCall`, to each recorder. When
-the block ends, each of them becomes a `fpipe.schedules.Recording`.
+asks `recorders_of` who wants it. If there are recorders, it runs the call in a way that
+shows when each program ran, and adds the result, a `RecordedCall`, to each of them.
+When the block ends, each of them becomes a `fpipe.schedules.Recording`.
 
     with fpipe.record(pipe) as timeline:    Recorder(owner, calls=[])
         step(params, x)                         calls=[whole]

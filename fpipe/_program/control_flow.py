@@ -82,8 +82,9 @@ def content_dependents(nodes: Iterable[Node], values: Iterable[int]) -> set[int]
         h, w16s = jax.lax.scan(body, x, ws)
 
     `w16s` is a result of the same equation as `h`, and still only a copy of the
-    weights: it does not depend on `x`. Nor does the choice of a branch count: weights
-    that a `cond` passes through are weights, whatever decides about it.
+    weights: it does not depend on `x`. The value that chooses a branch does not count
+    either: weights that a `cond` passes through are weights, whatever chooses the
+    branch.
     """
     found = set(values)
     for node in nodes:
@@ -114,8 +115,8 @@ def _through(node: Node, depends: Sequence[bool]) -> list[bool]:
         return _through_loop(body, depends[-len(ins) :], constants, carried)
     if is_remat(node):
         return _through_body(node.bodies[0], depends)
-    # Of what is foreign all results depend: a warning too few is better than a wrong
-    # one.
+    # All results of a foreign call count as dependent: a missing warning is better than
+    # a wrong one.
     return [True] * len(node.outs)
 
 

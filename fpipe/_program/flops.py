@@ -1,4 +1,5 @@
-"""FLOPs of equations, by rules: what decides is the products.
+"""FLOPs of equations, counted by rules. In most models matrix products are nearly all
+of them.
 
 In: a node of a graph. Out: a number, for example
 
@@ -9,10 +10,10 @@ In: a node of a graph. Out: a number, for example
     scan         of 10 rounds            10 times what its body takes
 
 This counts the forward of one equation, so that a function can be cut at any of its
-thousands of equations. XLA counts a program that is there, forward and backward
-(`fpipe._planning.work`): that is what balances, plans and tuning go by. To lower each
-equation of a large function by itself would take minutes. The two agree in matrix
-products and convolutions, and nearly in the rest (XLA counts an `exp` apart).
+thousands of equations. Balances, plans and tuning use XLA's count of whole programs,
+forward and backward (`fpipe._planning.work`). To lower each equation of a large
+function by itself would take minutes. The two agree in matrix products and
+convolutions, and nearly in the rest (XLA counts an `exp` apart).
 """
 
 import math

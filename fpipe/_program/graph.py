@@ -1,7 +1,7 @@
 """A traced function as a flat graph of equations, and how parts of it are run.
 
-In comes a function of flat arrays, out goes a `Graph`: numbered values, and the
-equations between them in order. `lambda x, w: [jnp.tanh(x @ w) * 2.0]` becomes
+In: a function of flat arrays. Out: a `Graph`, which is numbered values and the
+equations between them, in order. `lambda x, w: [jnp.tanh(x @ w) * 2.0]` becomes
 
     | equation          | reads | makes |
     |-------------------|-------|-------|      inputs   0, 1
@@ -13,7 +13,7 @@ A graph can be cut anywhere: a part of it is run by binding its equations one af
 other under a new trace. Jaxprs are never constructed, so nothing here depends on how a
 release of JAX builds them.
 
-This room is the only one that reads jaxprs or binds equations. What the others need:
+This module is the only one that reads jaxprs or binds equations. It offers the others:
 
     trace, inline               a function as a closed jaxpr, and that as a graph
     needed_nodes, ancestors     slices
@@ -117,8 +117,8 @@ class Node:
         """The line of the user's that made it, such as `model.py:12 (attention)`; `""`
         if the trace does not know.
         """
-        # What is inside of a call knows the lines inside alone: JAX keeps its trace for
-        # other calls.
+        # An equation inside a call knows only its line in the called function, because
+        # JAX reuses the trace for other calls.
         for eqn in (self.eqn, *self.calls):
             traceback = getattr(eqn.source_info, "traceback", None)
             frames = getattr(traceback, "frames", ())

@@ -13,14 +13,14 @@ what both need, `I` hands over. For `y = tanh(x @ w1) @ w2`, where the backward 
     | dw2 = dot h dy     | W    | takes h from the forward, dy from outside       |
     | dw1 = dot x ds     | W    | takes x from outside, ds from I                 |
 
-Where one equation gives input and weight gradients together, a `scan` for example, it
-cannot be halved. `I` runs it and makes these weight gradients too: to hand them to `W`
-would keep an array of the weights' size waiting for each microbatch.
+An equation that gives input and weight gradients together, a `scan` for example, cannot
+be halved. `I` runs it and makes these weight gradients too. If `I` handed them to `W`,
+an array as large as the weights would wait for each microbatch.
 
 The halves are slices of one traced backward: `I` is what the input gradients are made
-from, `W` the rest. To differentiate twice, once for each half, computes much twice. On
-a stage of four layers, whose backward has 8 matrix products, `VJP.with_refs` did 4 in
-`I` and 7 in `W`, the slices 4 and 4 (measured on jax 0.10.2, CPU).
+from, `W` the rest. Differentiating twice, once for each half, would compute much twice.
+On a stage of four layers, whose backward has 8 matrix products, `VJP.with_refs` did 4
+in `I` and 7 in `W`, the slices 4 and 4 (measured on jax 0.10.2, CPU).
 """
 
 import dataclasses
@@ -64,7 +64,8 @@ def halve_backward(
         per_microbatch: the values that depend on the microbatch or on a cotangent.
     """
     part = dataclasses.replace(graph, nodes=tuple(backward.nodes))
-    # First as if nothing were made early: only this shows what `W` would be handed.
+    # First assume that nothing is made early: only this shows what `I` would hand to
+    # `W`.
     first = _InputHalf(part, input_gradients, backward, summed, per_microbatch)
     # Results of equations that are more than one operation: control flow, and calls of
     # something foreign. `I` makes a weight gradient early if `W` would be handed such a
@@ -86,7 +87,7 @@ def halve_backward(
             for u in first.rest([v]).handed
         )
     }
-    # What is made early is one more thing that `I` is for, so `I` is sliced again.
+    # `I` has to make these gradients too, so it is sliced again.
     if early:
         targets = [*input_gradients, *(v for v in weight_gradients if v in early)]
         first = _InputHalf(part, targets, backward, summed, per_microbatch)
@@ -155,8 +156,9 @@ class _InputHalf:
             return True  # Made from weights alone: not kept for each microbatch.
         # A change of form is made again if that keeps fewer bytes: a cotangent is
         # handed as the row that it was, not as the matrix that it was broadcast to, but
-        # as the bfloat16 that it was cast to, not as the float32. What came back from
-        # the host's memory comes once more: `W` waits, and meanwhile the host keeps it.
+        # as the bfloat16 that it was cast to, not as the float32. A value that `I` has
+        # copied from the host's memory is copied once more by `W`: until then only the
+        # host keeps it.
         if node.name not in FORM_CHANGES and node.name != "device_put":
             return False
         avals = self._part.avals

@@ -127,9 +127,10 @@ class Failures:
     def throw(self, *_: Any) -> Any:
         """On each device, when all have looked: raise it."""
         with self._lock:
-            # The first to throw takes it away, and not the first to look: callbacks of
-            # this run may be called until all have looked. Nor the last to throw: the
-            # first may be in the next run by then, and have something new.
+            # The first device that throws clears what is kept. The first that looks
+            # must not clear it, because callbacks of this run may be called until all
+            # have looked. The last that throws must not clear it either, because the
+            # first one may have begun the next run by then and kept something new.
             if self._throws == 0:
                 self._thrown = self._kept or "an exception in another process"
                 self._kept = ""
@@ -162,14 +163,15 @@ class Logged:
     """In place of `Failures` where no device can ask the host: what callbacks have
     raised is logged.
 
-    JAX refuses callbacks that return something there, so no number is wrong.
+    Where this is used JAX refuses callbacks that return something. So an exception in a
+    callback makes no result wrong.
     """
 
     any = False
 
     def keep(self, text: str) -> None:
         """Log what a callback raised."""
-        # No warning: as an error it would be raised here.
+        # This is no warning, because Python may be set to raise warnings as errors.
         _LOGGER.error("%s", text)
 
 
@@ -271,8 +273,8 @@ class _Binder:
             callback = self._guarded(params["callback"], results, layer)
             return bind(node, [*inputs, *self.numbers], callback=callback)
         if node.name == "debug_print":
-            # It has a format in place of a function, and that may not fit. On arrays
-            # that are there the equation prints at once.
+            # A `jax.debug.print` has a format in place of a function, and the format
+            # may not fit. If the arrays are concrete, the equation prints at once.
             jax.debug.callback(
                 self._guarded(lambda *own: bind(node, own), [], layer),
                 *inputs,
@@ -300,7 +302,7 @@ class _Binder:
         if node.name in ("custom_jvp_call", "custom_vjp_call"):
             # Nothing is differentiated any more.
             return self._function(node.bodies[0], layer)(*inputs)
-        # What is foreign: a `shard_map`, a kernel.
+        # Anything else that has a body: a `shard_map`, a kernel.
         return bind(node, inputs)
 
     def _function(self, body: Graph, layer: int | None) -> Callable[..., list[Any]]:
@@ -361,7 +363,8 @@ class _Binder:
 
         def guarded(*args: Any) -> Any:
             *own, first, microbatch = args
-            # What would be called with zeros in place of numbers is not called.
+            # After an exception zeros stand in place of results. A callback is not
+            # called with these.
             if failures is not None and failures.any:
                 return zeros()
             try:
@@ -369,7 +372,8 @@ class _Binder:
             except Exception as error:
                 text = _told(error)
             except BaseException as error:
-                # A Ctrl-C, which waits like any other exception where it must.
+                # A Ctrl-C too: in a program of several devices it waits like any other
+                # exception.
                 if failures is None:
                     raise
                 text = _told(error)

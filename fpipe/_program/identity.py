@@ -9,9 +9,10 @@ identity is the list of equations in a numbering of its own: for `tanh(x @ w)`
     wanted     3
     constants  none
 
-Constants and parameters count by content where that can be told, otherwise as the
-very object that they are. An error to one side costs a compilation, to the other it
-would run the wrong program: in doubt two things differ.
+Constants and parameters are compared by content where that is possible, and otherwise
+as objects. If equal things are taken for different ones, a program is compiled once too
+often. If different things were taken for equal ones, the wrong program would run. So in
+doubt two things differ.
 
 The text of a jaxpr would not do: it leaves out the content of constants, and prints
 functions by their addresses.
@@ -27,8 +28,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from fpipe._core.pytrees import on_host
 from fpipe._program.graph import Graph, Node, inline, trace
 
-# How to differentiate a custom function: made anew by each trace, and of no use in
-# programs that are only run.
+# Parameters that say how to differentiate a custom function. Each trace makes new ones,
+# and a program that is only run does not need them.
 _RULES = ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd")
 
 # Types whose equal values are the same, and quick to tell.

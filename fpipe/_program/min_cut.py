@@ -15,12 +15,12 @@ To cut `p` costs 8, to cut `m` and `t` 9: `p` is kept, and both are made again. 
 that cannot be made again hang on the source. Among cheapest cuts the one nearest to the
 sink is taken: it leaves least to make again.
 
-A greedy walk would not do: neither `m` alone nor `t` alone costs more than `p`, both
-together do.
+To decide about one value at a time would not do: neither `m` nor `t` alone costs more
+than `p`, but both together do.
 
 The network is searched from the sink, and made where the search comes to. In a long
-function what a piece needs is often found near by: `h = g + f(...)` is not made again
-from `g`, for `f(...)` would have to be kept, so nothing before it is looked at.
+function the search often ends early: `h = g + f(...)` is not made again from `g`,
+because `f(...)` would have to be kept, so nothing before `h` is looked at.
 """
 
 import collections

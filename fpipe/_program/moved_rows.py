@@ -8,10 +8,10 @@ takes some rows away, adds some, or changes their order by a fixed pattern. Of
     | dot_general | x, w  | 2     | 0       |                         |
     | slice       | 2     | 3     | 0       | takes the last: is found |
 
-Where devices share rows, XLA makes such an equation of exchanges between neighbours. An
-index by an array, a sort, a mean over rows are other collectives, and are not looked
-for. What becomes of rows in an equation that is not known here is not followed: one too
-few is better than a wrong one.
+Where devices share rows, XLA turns such an equation into exchanges between neighbours.
+An index by an array, a sort, or a mean over rows becomes another collective, so these
+are not looked for. If an equation is not known here, the rows of its results are not
+followed: to miss an equation that moves rows is better than to name a wrong one.
 """
 
 import dataclasses
@@ -98,7 +98,8 @@ def _axis_after(
     if node.name == "unstack":
         return axis - (params["axis"] < axis)
     if node.name in ("reshape", "squeeze", "expand_dims"):
-        # An axis with the same numbers before it, and as many on it.
+        # The axis of the result that has the same length, and as many numbers before
+        # it.
         ahead = math.prod(before[:axis])
         for k, length in enumerate(after):
             if length == before[axis] and math.prod(after[:k]) == ahead:

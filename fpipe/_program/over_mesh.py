@@ -11,9 +11,10 @@ over two devices with two of four rows each:
     cotangent y[0]               [4, 5]    by rows
     sum params[0], in and out    [2, 3, 5] one part on each device, of its own rows
 
-As written XLA would add the parts up in each backward. They are added up once, behind
-the last one (`row_sums.py` says why that is the same). Or each backward scatters them,
-so that a device has no more than its piece of a sum between two of them.
+If the code ran as written, XLA would add the parts up in each backward. Here they are
+added up once, after the last one (`row_sums.py` says why the result is the same). Or
+each backward scatters them, so that between two of them a device only has its piece of
+a sum.
 """
 
 import dataclasses
@@ -116,8 +117,8 @@ def compile_over(code: Code, form: MeshForm) -> Callable[..., Sequence[Any]]:
     summed = sorted(form.apart | pieces.keys())
     found = row_sums(code, form.rows, form.parts) if summed else {}
     apart: Mapping[int, RowSum] = {n: found[n] for n in summed}
-    # The values that these are made of are asked for beside the results. Nobody reads
-    # the sums over all rows then, so XLA leaves them out.
+    # The program also returns the values that these sums are made of. Then nobody reads
+    # the sums over all rows, so XLA leaves them out.
     terms = list(dict.fromkeys(v for s in apart.values() for v in values_read(s)))
 
     def cut(n: int, array: Any, index: Any) -> Any:
@@ -132,7 +133,7 @@ def compile_over(code: Code, form: MeshForm) -> Callable[..., Sequence[Any]]:
         by_rows = NamedSharding(form.mesh, P(*[None] * window.axis, form.data))
         return jax.lax.with_sharding_constraint(piece, by_rows)
 
-    # One device that raised alone would be waited for by the others.
+    # If one device raised alone, the others would wait for it.
     failures = None if code.guard is None else Failures(form.mesh.size)
 
     def call(*given_arrays: Any) -> list[Any]:
@@ -167,8 +168,9 @@ def compile_over(code: Code, form: MeshForm) -> Callable[..., Sequence[Any]]:
 
 def _together(failures: Failures, made: list[Any], form: MeshForm) -> list[Any]:
     """The results of a program, or on all its devices what a callback has raised."""
-    # The devices ask when they have their parts of the results. Of some results it is
-    # not known here which parts that are, and keys are no numbers.
+    # Each device asks when it has its parts of the results. Some results cannot be used
+    # for this: it is not known here how XLA has cut them, or they are keys and no
+    # numbers.
     asked: list[int] = []
     specs: list[P] = []
     for n, (array, lies) in enumerate(zip(made, form.results, strict=True)):
@@ -186,7 +188,7 @@ def _together(failures: Failures, made: list[Any], form: MeshForm) -> list[Any]:
         out_specs=P(),
         check_vma=False,
     )(*(made[n] for n in asked))
-    # What is returned needs the answer, or XLA might drop the question.
+    # The returned arrays depend on the answer. Otherwise XLA might remove the question.
     first = made[asked[0]]
     made[asked[0]] = jnp.where(raised == 0, first, jnp.zeros_like(first))
     return made

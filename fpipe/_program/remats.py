@@ -39,7 +39,8 @@ def inline_remats(joint: JointStage, barriers: bool = True) -> JointStage:
     """
     inliner = _Inliner(joint, barriers)
     graph = inliner.rewrite(joint.graph)
-    # The results of what was inlined have other numbers now, for all who look them up.
+    # The results of inlined equations have new numbers. Every place that looks them up
+    # needs these.
     renamed = inliner.renamed
     return dataclasses.replace(
         joint,
@@ -81,8 +82,9 @@ class _Inliner(Rewriter):
     def _add_body(self, node: Node) -> None:
         (body,) = node.bodies
         around, self._recomputing = self._recomputing, True
-        # Before each input, for what is recomputed from one without a barrier would be
-        # found equal to the forward's. Cotangents could do without; it costs nothing.
+        # A barrier stands before each input: without it XLA would find that a
+        # recomputed value equals that of the forward. Cotangents need no barrier, but
+        # one costs nothing.
         args = list(node.ins)
         if self._barriers:
             args = [self._behind_barrier(v) for v in node.ins]

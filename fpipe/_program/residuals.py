@@ -1,7 +1,7 @@
 """What a forward keeps for its backward: the fewest bytes, as a minimum cut.
 
-In comes the joint graph of a stage, forward and backward together; out go the equations
-of the backward, and the values that it takes from outside. For `y = tanh(x @ cast(w))`:
+In: the joint graph of a stage, forward and backward together. Out: the equations of the
+backward, and the values that it takes from outside. For `y = tanh(x @ cast(w))`:
 
     | equation             | made from       | kind     |
     |----------------------|-----------------|----------|
@@ -23,11 +23,11 @@ makes `w'` and `r` again:
   barrier), so a checkpoint of the forward is left alone.
 - What is made from *parameters* alone is made again, never kept: a copy of the weights,
   cast or transposed, would be kept once for each microbatch in flight.
-- Of what depends on the *microbatch* it keeps those values that have the fewest bytes
-  and from which all else that the backward reads is cheap to make again. Cheap are
-  changes of form, and what works number by number: that is bound by memory, so that to
-  compute a tanh again takes less time than to write and read its result. Sums and
-  products are not cheap.
+- Among the values that depend on the *microbatch* it keeps a set of the fewest bytes
+  from which everything else that the backward reads is cheap to make again. Changes of
+  form are cheap, and so are operations that work number by number. The latter are bound
+  by memory: to compute a tanh again takes less time than to write and read its result.
+  Sums and products are not cheap.
 - An equation with effects runs once. Those of the backward, `jax.debug.print` in a
   recomputation for example, belong to it although nothing reads them.
 """
@@ -46,10 +46,10 @@ FORM_CHANGES = {
     "optimization_barrier", "reshape", "rev", "squeeze", "transpose",
 }
 
-# Equations that work number by number, or select. A list of what is cheap, not of what
-# is expensive: a primitive that nobody thought of is kept, which costs memory but never
-# a second matrix product. Random bits are not here, so a dropout mask is kept, not
-# drawn again.
+# Equations that work number by number, or select. This is a list of what is cheap, not
+# of what is expensive. So the result of a primitive that is in no list is kept: that
+# costs memory, but never a second matrix product. Random bits are not here, so a
+# dropout mask is kept, not drawn again.
 _ELEMENTWISE = {
     "abs", "add", "add_any", "and", "cbrt", "ceil", "clamp", "cos", "div", "eq", "erf",
     "exp", "exp2", "expm1", "floor", "ge", "gt", "imag", "integer_pow", "iota",
@@ -124,8 +124,9 @@ def cut_off_backward(
     effects = [n for n in graph.nodes if n in part.nodes and n.eqn.effects]
     roots = [*gradients, *(v for node in effects for v in node.ins)]
     kept = _cheapest_to_keep(graph, roots, part, per_microbatch)
-    # From there towards the inputs: each value is taken from outside if it is kept or
-    # comes in, else its equation is one of the backward, and what that reads is next.
+    # Go from there towards the inputs. A value that is kept, or is an input, is taken
+    # from outside. Otherwise its equation is one of the backward, and the values that
+    # it reads are next.
     takes = set[int]()
     makes = set[int]()
     pending = roots
@@ -153,14 +154,15 @@ def _cheapest_to_keep(
 ) -> set[int]:
     """The values of the forward that are kept for a backward that makes `roots`."""
     candidates = per_microbatch - part.values - graph.consts.keys()
-    # What the equations of the backward read of the forward; and the roots, for what a
-    # `print` in a recomputation shows may be a value of the forward.
+    # The values of the forward that the equations of the backward read. The roots are
+    # among them, because a `print` in a recomputation may show a value of the forward.
     reads = set(roots)
     for node in needed_nodes(graph, roots):
         if node in part.nodes:
             reads.update(node.ins)
-    # What is not a candidate is free where a value is made again: parameters and what
-    # is made of them are there, or are made again too.
+    # Values that are no candidates cost nothing when another value is made again from
+    # them: parameters are there anyway, and what is made of parameters is made again
+    # too.
     remade_from = {
         v: [u for u in node.ins if u in candidates]
         for node in graph.nodes
@@ -168,10 +170,10 @@ def _cheapest_to_keep(
         for v in node.outs
         if v in candidates and not node.eqn.effects
     }
-    # At least 1: an edge of capacity 0 is cut wherever it stands, so an array without
-    # elements would be kept for nothing. Bytes alone decide, not FLOPs: to add the two
-    # would need the speeds of the device.
-    # What an offloading policy has moved to the host takes nothing of the device.
+    # At least 1: a cut through an edge of capacity 0 costs nothing, so an array without
+    # elements would be kept although nobody needs it. Bytes alone decide, not FLOPs: to
+    # add the two would need the speeds of the device. A value that an offloading policy
+    # has moved to the host takes no memory of the device.
     costs = {v: max(1, device_bytes(graph.avals[v])) for v in candidates}
     needed = sorted(reads & candidates)
     return cheapest(costs.__getitem__, remade_from.get, needed)

@@ -110,7 +110,7 @@ class Rewriter:
             around = "/".join(filter(None, (scope, node.scope)))
             inside = (*node.calls, *calls)
             new = Node(node.eqn, ins, outs, node.recomputes, around, inside)
-            # What is inside is read once for all rounds of a loop.
+            # The body of a loop is read once for all rounds.
             vars(new)["bodies"] = node.bodies
             add(new)
         return list(self.current(first + v for v in body.outputs))

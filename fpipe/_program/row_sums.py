@@ -88,8 +88,8 @@ def find_row_sum(
         `None` if that cannot be told.
     """
     # From the gradient backwards through linear equations, until an equation that sums
-    # over rows is found. Any equation that is not known ends the search: the value is
-    # summed as written then, which is right too, and slower.
+    # over rows is found. Any equation that is not known ends the search. The value is
+    # then summed as written, which is right too, but slower.
     maker = {v: node for node in nodes for v in node.outs}
 
     def linear(node: Node, operand: int) -> RowSum | None:
@@ -126,10 +126,10 @@ def _row_axes(
 ) -> tuple[int | None, ...] | None:
     """The axis of each operand over which an equation sums and along which rows lie.
 
-    Rows are told by the length of the axis alone: `rows`, or a multiple where rows and
-    tokens were merged by a reshape. Another axis that happens to be as long is no
-    error, for a sum over any axis can be cut into parts: only the parts do not lie
-    where they are wanted, so that XLA moves them first.
+    An axis of rows is recognised by its length alone: `rows`, or a multiple of it where
+    a reshape has merged rows and tokens. If another axis happens to be as long, the
+    result is still right, because a sum over any axis can be cut into parts. But those
+    parts are on other devices, so XLA moves them first.
     """
     shapes = [graph.avals[v].shape for v in node.ins]
     params = node.eqn.params
@@ -149,7 +149,7 @@ def _row_axes(
         if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
             return None
         numbers = params["dimension_numbers"]
-        # What a convolution sums over is its features; in a weight gradient the rows.
+        # A convolution sums over its features. In a weight gradient these are the rows.
         a, b = numbers.lhs_spec[1], numbers.rhs_spec[1]
         return (a, b) if has_rows(0, a) else None
     if node.name in ("scatter-add", "scatter_add") and is_zero(graph, node.ins[0]):
@@ -205,8 +205,8 @@ def sum_rows_apart(
                 else values[v]
                 for n, v in enumerate(node.ins)
             ]
-            # The parts are a new axis, and the equation knows nothing of it; `vmap`
-            # gives it a batching rule, in place of changing its axes here.
+            # The parts are a new axis, which the equation does not know. JAX's batching
+            # rule, by `vmap`, changes its axes.
             mapped = [0 if n == operand else None for n in range(len(operands))]
             return jax.vmap(lambda *arrays: bind(node, arrays)[0], mapped)(*operands)
         case Contraction(node, row_axes):

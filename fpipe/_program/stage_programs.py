@@ -1,8 +1,8 @@
 """A stage's graph split into the programs of its actions: `F` and `B`, or `F`, `I`,
 `W`, and `R` where a recomputation is an action of its own.
 
-In comes the joint graph of a stage, forward and backward together, out go its programs.
-For a stage in the middle, `y = tanh(x @ w)`:
+In: the joint graph of a stage, forward and backward together. Out: its programs. For a
+stage in the middle, `y = tanh(x @ w)`:
 
     | program | takes                            | returns                            |
     |---------|----------------------------------|------------------------------------|
@@ -15,16 +15,16 @@ or, with a backward in halves,
     | I       | params[0], y[0], cotangent y[0]  | gradient x[0], handed 0            |
     | W       | x[0], handed 0, sum params[0]    | sum params[0]                      |
 
-What the backward reads of the forward goes by the name that it has anyway, as `y[0]`
-here; only what has none becomes a residual.
+If a value of the forward that the backward reads already has a name, such as `y[0]`
+here, the backward takes it by this name. Only values without a name become residuals.
 
-With a recomputation of its own, `F` keeps `x[0]` alone, and
+If the recomputation is an action of its own, `F` keeps only `x[0]`, and
 
     | R       | params[0], x[0]                  | recomputed 0                       |
     | B       | params[0], x[0], recomputed 0,   | gradient x[0], sum params[0]       |
     |         | cotangent y[0], sum params[0]    |                                    |
 
-What `R` returns for the backward is again a cheapest cut, of all that is recomputed.
+What `R` returns for the backward is a cheapest cut too, among all recomputed values.
 """
 
 import collections
@@ -184,8 +184,8 @@ class _Splitter:
         taken = {*self.backward.takes, *self.recomputation.takes}
         self.residuals = sorted(taken - named)
         self.names |= {v: Residual(n) for n, v in enumerate(self.residuals)}
-        # A leaf that several stages read has a cotangent from each. They come in one by
-        # one, and are added in the program: no dispatch for additions, and no
+        # If several stages read a leaf, each sends a cotangent. The program takes all
+        # of them and adds them, so that additions need no dispatch of their own, and no
         # accumulator.
         counts = dict(spec.cotangent_counts)
         self.terms = {
@@ -313,8 +313,8 @@ class _Splitter:
         passed_on |= {Residual(n): v for n, v in enumerate(self.residuals)}
         outs, aliases = self._separate_aliases(passed_on, inputs)
         outs |= for_user
-        # Outputs and residuals decide what runs, not the order of the graph: what only
-        # the backward reads and makes again is left to it.
+        # The program runs what its outputs and residuals need. Values that only the
+        # backward reads, and makes again, are not computed here.
         effects = {
             node
             for node in self.graph.nodes
@@ -359,8 +359,8 @@ class _Splitter:
                 ins |= dict.fromkeys(self.terms[v], v)
             else:
                 constants[v] = 0.0
-        # What goes out as it came in needs no array of its own, except for the user,
-        # who may donate it.
+        # If a returned value is one of the arguments, it needs no array of its own. A
+        # value for the user does, because the user may donate it.
         passed_on: dict[ProgramValue, int] = {}
         for_user: dict[ProgramValue, int] = {}
         for name, v in returned.items():
@@ -381,8 +381,8 @@ class _Splitter:
     ) -> tuple[dict[ProgramValue, int], dict[ProgramValue, ProgramValue]]:
         """The names of new values, and those of values that have a name already.
 
-        What comes in as a term of a sum, or whole, is not the graph's value: then the
-        program makes it, and it needs a place.
+        An argument that is a term of a sum, or a whole array, is not yet the graph's
+        value. The program makes that value, and so it needs a place.
         """
         counts = collections.Counter(ins.values())
         first_name = {

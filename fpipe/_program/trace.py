@@ -103,7 +103,8 @@ def trace_stage(
             port: shape.spec.unpack([next(rest) for _ in shape.leaves])
             for port, shape in given.items()
         }
-        # What leaves a stage is sent, or lies beside what was: all of it on devices.
+        # Everything that leaves a stage is on devices, because it is sent, or kept next
+        # to what was sent.
         results = off_host(stage.run(trees, loss, where))
         out.update({port: Shape.of(tree) for port, tree in results.items()})
         return [array for tree in results.values() for array in pack(tree)[0]]
@@ -177,10 +178,10 @@ def differentiate(
     inner = split if remat is None else jax.checkpoint(split, policy=remat.policy)
     count = len(flat.inputs)
 
-    # One trace of forward and backward: only so one can see which values of the forward
-    # the backward reads. A function that `jax.vjp` returns is a pytree of residuals;
-    # the weights, and casts of them, are among these, and `jit` copies what it returns:
-    # that would be a copy of the weights for each microbatch.
+    # Forward and backward are one trace. Two traces would not show which values of the
+    # forward the backward reads. A function that `jax.vjp` returns is a pytree of
+    # residuals; the weights, and casts of them, are among these, and `jit` copies what
+    # it returns: that would be a copy of the weights for each microbatch.
     def joint(*arguments: Any) -> list[Any]:
         values = arguments[:count]
         primal, pull_back, rest = jax.vjp(

@@ -75,7 +75,7 @@ def split_variables(
         TypeError: `variables` is no dict.
         ValueError: a variable belongs to no layer, or to two. The state of a layer is
             missing, or a variable that the module is known to have. A path leads to
-            nothing. A stack has not one row for each of its layers. With
+            nothing. A stack does not have one row for each of its layers. With
             `deferred_batch_norm`, a module does not show its norms.
 
     Example:
