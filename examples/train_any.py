@@ -14,6 +14,7 @@ on with the checkpoints of all others.
 """
 
 import argparse
+import dataclasses
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -306,8 +307,14 @@ def picture(
     # Above each image there is room for what is read.
     tiles = np.pad(held_out.images[shown, :, :, 0], [(0, 0), (4, 0), (1, 1)])
     tiles = tiles.reshape(rows, columns, high, wide).swapaxes(1, 2)
-    figure = matplotlib.figure.Figure((10, 6))
-    above = figure.add_axes((0.02, 0.45, 0.96, 0.53))
+    figure = matplotlib.figure.Figure((10, 6.4))
+    above = figure.add_axes((0.02, 0.45, 0.96, 0.48))
+    above.set_title(
+        f"held-out digits, and what is read: {wrong.sum()} mistakes of {len(wrong)}, "
+        "in red",
+        loc="left",
+        fontsize=10,
+    )
     above.imshow(tiles.reshape(rows * high, columns * wide), cmap="gray_r")
     above.set_axis_off()
     for n, own in enumerate(shown):
@@ -317,7 +324,11 @@ def picture(
             column * wide + 4, row * high + 3, str(read[own]), fontsize=9, color=color
         )
     if plan is not None:
-        fpipe.plot.draw(plan.timeline, figure.add_axes((0.08, 0.12, 0.9, 0.25)))
+        # The plan has FLOPs for time: only their ratios say something here.
+        timeline = dataclasses.replace(
+            plan.timeline, name=f"a step as planned, in FLOPs: {plan.timeline.name}"
+        )
+        fpipe.plot.draw(timeline, figure.add_axes((0.08, 0.12, 0.9, 0.25)))
     return figure
 
 

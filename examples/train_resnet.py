@@ -407,12 +407,8 @@ def train(
     return params, state
 
 
-def accuracy(
-    pipe: fpipe.Pipe, params, state, images: np.ndarray, labels: np.ndarray
-) -> float:
-    """The share of the images that are read right, with the norms' running
-    statistics.
-    """
+def read_digits(pipe: fpipe.Pipe, params, state, images: np.ndarray) -> np.ndarray:
+    """What is read in the images, with the norms' running statistics."""
     more = (
         -len(images) % pipe.chunks
     )  # blank images: the scan executor's microbatches have equal size
@@ -422,7 +418,7 @@ def accuracy(
         state=state,
         train=False,
     )
-    return float(np.mean(np.asarray(logits)[: len(labels)].argmax(-1) == labels))
+    return np.asarray(logits)[: len(images)].argmax(-1)
 
 
 def main() -> None:
@@ -433,8 +429,11 @@ def main() -> None:
         if args.steps:
             images, held_out, labels, held_out_labels = digits()
             params, state = train(pipe, images, labels, args)
-            right = accuracy(pipe, params, state, held_out, held_out_labels)
+            read = read_digits(pipe, params, state, held_out)
+            right = np.mean(read == held_out_labels)
             print(f"held-out digits: {right:.2%} of {len(held_out)} are read right")
+            print("the first of them", *held_out_labels[:20])
+            print("are read as      ", *read[:20])
         microbatches = -(-args.batch // -(-args.batch // args.chunks))
         print(f"\n{fpipe.schedules.draw(pipe.make_schedule(microbatches))}")
     except KeyboardInterrupt:

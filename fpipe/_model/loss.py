@@ -163,8 +163,8 @@ def _check_per_row(wrapper: PerRow) -> None:
         if not getattr(leaf, "shape", ()):
             raise TypeError(
                 "`loss_fn` returned an `fpipe.PerRow` in aux of "
-                f"{describe(leaf)}, which has no rows; without it aux is stacked "
-                "over microbatches"
+                f"{describe(leaf)}, which has no rows; leave the wrapper out, and aux "
+                "is stacked over microbatches"
             )
 
 

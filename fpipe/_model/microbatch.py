@@ -356,14 +356,15 @@ def _ready_leaves(where: str, ready: Microbatches, start: int) -> Iterator[Input
         if spec != packs[0][1]:
             raise ValueError(
                 f"`{where}`: the ready-made microbatch {i} is {describe(bare[i])}, but "
-                f"microbatch 0 is {describe(bare[0])}: structure and static leaves are "
-                "those of all"
+                f"microbatch 0 is {describe(bare[0])}: all need the same structure and "
+                "static leaves"
             )
         for a, first in zip(arrays, packs[0][0], strict=True):
             if aval(a).dtype != aval(first).dtype:
                 raise ValueError(
                     f"`{where}`: the ready-made microbatch {i} has a {describe(a)} "
-                    f"where microbatch 0 has a {describe(first)}: they have one dtype"
+                    f"where microbatch 0 has a {describe(first)}: all need the same "
+                    "dtype"
                 )
     k = 0
     for at, leaf in _named(where, ready[0]):

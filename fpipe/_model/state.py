@@ -217,8 +217,8 @@ def check_pieces_of_state(
             if spec != structure or [a.dtype for a in arrays] != dtypes:
                 raise ValueError(
                     f"{what}: the state of microbatch {i} is {describe(piece)}, but "
-                    f"that of microbatch 0 is {describe(own[0])}: structure, static "
-                    "leaves and dtypes are those of all"
+                    f"that of microbatch 0 is {describe(own[0])}: all need the same "
+                    "structure, static leaves and dtypes"
                 )
 
 

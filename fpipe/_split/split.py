@@ -619,7 +619,7 @@ def split(
     if not callable(fn) and not isinstance(fn, Layer):
         raise TypeError(
             f"`fpipe.split(fn)`: fn is a function `fn(params, x)`, got {shown(fn)}; "
-            "`fpipe.Pipe(layers)` takes layers, and a split, as they are"
+            "layers, or a split, are for `fpipe.Pipe`"
         )
     with noting(
         "`fpipe.split(fn)` takes a function of its parameters, such as `module.apply` "
@@ -630,8 +630,8 @@ def split(
     if refused:
         raise TypeError(
             f"`fpipe.split(fn)`: {layer.name!r} asks for {', '.join(refused)}, and a "
-            "function that is split can have the needs side, key, state, train and "
-            "step alone"
+            "function that is split can only have the needs side, key, state, train "
+            "and step"
         )
     if layer.finish or layer.overwrite:
         raise TypeError(

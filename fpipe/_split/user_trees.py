@@ -54,8 +54,8 @@ def trees_of(
     listed = layers if isinstance(layers, (tuple, list)) else ()
     if any(isinstance(layer, Split) for layer in listed):
         raise TypeError(
-            "`Pipe([split, ...])`: a function that was split is all that a pipe "
-            "runs: write `Pipe(split)`, and make what comes before or behind a "
+            "`Pipe([split, ...])`: a function that was split takes the place of all "
+            "layers: write `Pipe(split)`, and make what comes before or after it a "
             "part of the function"
         )
     model = model_of(layers, compute_dtype)

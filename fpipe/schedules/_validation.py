@@ -110,7 +110,7 @@ def check_complete(rows: Rows, stage_to_device: Sequence[int]) -> None:
             here, lacks = ("O", "L") if kinds & BITS["O"] else ("L", "O")
             raise ValueError(
                 f"`Schedule`: stage {stage}, microbatch {microbatch} has {here} and no "
-                f"{lacks}; what goes to the host comes back"
+                f"{lacks}; each O needs an L"
             )
     if not all(rows):
         raise ValueError(

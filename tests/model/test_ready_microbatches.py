@@ -339,25 +339,25 @@ WRONG = {
         lambda: call(fpipe.Microbatches([{"a": A}, {"b": A}])),
         ValueError,
         "`x`: the ready-made microbatch 1 is {'b': float32[2,3]}, but microbatch 0 is "
-        "{'a': float32[2,3]}: structure and static leaves are those of all",
+        "{'a': float32[2,3]}: all need the same structure and static leaves",
     ),
     "static leaves": (
         lambda: call(fpipe.Microbatches([(A, 1), (A, 2)])),
         ValueError,
         "`x`: the ready-made microbatch 1 is (float32[2,3], 2), but microbatch 0 is "
-        "(float32[2,3], 1): structure and static leaves are those of all",
+        "(float32[2,3], 1): all need the same structure and static leaves",
     ),
     "dtypes": (
         lambda: call(fpipe.Microbatches([A, A.astype(jnp.int32)])),
         ValueError,
         "`x`: the ready-made microbatch 1 has a int32[2,3] where microbatch 0 has a "
-        "float32[2,3]: they have one dtype",
+        "float32[2,3]: all need the same dtype",
     ),
     "nested": (
         lambda: call({"a": fpipe.Microbatches([A, [fpipe.NoChunk(A)]])}),
         ValueError,
         "`x['a']`: the ready-made microbatch 1 is [float32[2,3]], but microbatch 0 is "
-        "float32[2,3]: structure and static leaves are those of all",
+        "float32[2,3]: all need the same structure and static leaves",
     ),
     "whole inside": (
         lambda: call(fpipe.Microbatches([[fpipe.NoChunk(A)]])),
@@ -391,7 +391,7 @@ WRONG = {
         lambda: aux_of(lambda y: (y.sum(), [fpipe.PerRow({"a": y.sum()})])),
         TypeError,
         "`loss_fn` returned an `fpipe.PerRow` in aux of float32[], which has no rows; "
-        "without it aux is stacked over microbatches",
+        "leave the wrapper out, and aux is stacked over microbatches",
     ),
     "a chunk in aux": (
         lambda: aux_of(lambda y: (y.sum(), fpipe.Chunk(y, 1))),

@@ -291,7 +291,7 @@ def test_without_any_one_action(name):
                 with raises(
                     ValueError,
                     f"`Schedule`: stage {a.stage}, microbatch {a.microbatch} has "
-                    f"{other} and no {a.kind}; what goes to the host comes back",
+                    f"{other} and no {a.kind}; each O needs an L",
                 ):
                     Schedule(broken, stage_to_device)
                 continue
@@ -506,7 +506,7 @@ BROKEN = {
     ),
     "O without L": (
         [[("F", 0, 0), ("O", 0, 0), ("B", 0, 0)]],
-        "stage 0, microbatch 0 has O and no L; what goes to the host comes back",
+        "stage 0, microbatch 0 has O and no L; each O needs an L",
     ),
     "O in a schedule of forwards": (
         [[("F", 0, 0), ("O", 0, 0), ("L", 0, 0)]],

@@ -312,7 +312,7 @@ def test_pipes_refuse_what_a_split_function_has_not():
     split = example.split()
     with pytest.raises(ValueError, match="deferred_batch_norm"):
         fpipe.Pipe(split, deferred_batch_norm=True)
-    with pytest.raises(TypeError, match="is all that a pipe runs"):
+    with pytest.raises(TypeError, match="takes the place of all layers"):
         fpipe.Pipe([split, fpipe.fn(jnp.tanh)])
     pipe = pipe_of(split, "placed")
     with pytest.raises(TypeError, match="shapes have nothing that can be placed"):
