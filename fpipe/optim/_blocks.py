@@ -1,10 +1,10 @@
 """Stacked leaves whose rows lie on several devices, as a transformation sees them.
 
-In comes a transformation, and trees with an `fpipe.RowBlocks` in the place of a leaf.
-It is shown the whole leaf, so that LAMB, Adafactor and block clipping do what they do
-on `pipe.gather(params)`; what it keeps for the leaf is in blocks again. In the trace
-that are joins and slices, and the leaf would go to one device. So the trace is divided:
-of a leaf in two blocks, clipped by its norm,
+In: a transformation, and trees with an `fpipe.RowBlocks` in the place of a leaf. The
+transformation is shown the whole leaf, so that LAMB, Adafactor and block clipping do
+what they do on `pipe.gather(params)`. What it keeps for the leaf is in blocks again. In
+the trace these are joins and slices, which would bring the leaf to one device. So each
+operation is divided. For a leaf in two blocks that is clipped by its norm:
 
     | operation          |     becomes     | of block 0         | of block 1         |
     |--------------------|                 |--------------------|--------------------|
@@ -42,8 +42,8 @@ from fpipe.optim._update_graph import (
     live_operations,
 )
 
-# Operations that make each number of their result of the numbers in its place, and of
-# single ones.
+# Operations that work number by number: each number of the result comes from the
+# numbers in the same place, and from scalars.
 # fmt: off
 _ELEMENTWISE = frozenset((
     "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2",
@@ -93,7 +93,9 @@ def split_updates(updates: PyTree, like: PyTree) -> PyTree:
 
 
 def split_state(state: PyTree, params: PyTree) -> PyTree:
-    """What a state keeps for the rows of a leaf, in blocks where the parameters are."""
+    """The parts of a state that belong to the rows of a leaf, in blocks if the
+    parameters are.
+    """
     named = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_row_blocks)[0]
     if not any(isinstance(leaf, RowBlocks) for _, leaf in named):
         return state
@@ -129,8 +131,8 @@ def on_whole_leaves(tx: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def split_result(result: PyTree, given: PyTree) -> PyTree:
-    """What a function made of whole leaves, in blocks wherever it, or a part of it, has
-    the structure of a part of what it was given.
+    """The result of a function of whole leaves. If the result, or a part of it, has the
+    structure of a part of the arguments, it is in blocks like that part.
     """
     known: dict[Any, PyTree] = {}
 
@@ -426,7 +428,8 @@ class _Divider:
     def _add_product(
         self, node: Node, ins: tuple[int, ...], v: int, guards: tuple[Guard, ...]
     ) -> bool:
-        """A product of matrices: over rows it is a sum, of rows it is in blocks.
+        """A product of matrices. If the rows are contracted it is a sum over blocks,
+        and otherwise its result is in blocks.
 
         Arguments:
             v: an operand that is in blocks.

@@ -1,10 +1,10 @@
 """A function of arrays on several devices, compiled and dispatched program by program.
 
-In comes a function of flat arrays and the devices of its arrays, out goes a
-`PlacedFunction`. It is traced and divided once, for arrays of one form, and then called
-with any of these: programs are dispatched in the order of the plan, arrays are moved
-just before the program that reads them, and nothing waits for a result. A call that
-clips three gradients by their global norm (the plan in `_programs.py`) dispatches
+In: a function of flat arrays and the devices of its arrays. Out: a `PlacedFunction`. It
+is traced and divided once, for arrays of one form, and then called with any of these:
+programs are dispatched in the order of the plan, arrays are moved just before the
+program that reads them, and nothing waits for a result. A call that clips three
+gradients by their global norm (the plan in `_programs.py`) dispatches
 
     program of device 1: its sum     program of device 2: its sum
     move both sums to device 0       program of device 0: the norm
@@ -46,13 +46,13 @@ _Arrays: TypeAlias = dict[tuple[int, int | None], Any]
 class Tree(enum.Enum):
     """A tree that goes in and comes out again, changed.
 
-    An output that is an input, unchanged, is the very array if both are of one tree and
-    that is donated. Else it is copied: if what comes out is donated later, what went in
-    stays.
+    If an output is an unchanged input, it is the same array, provided that both are of
+    one tree which is donated. Otherwise it is copied, so that a later donation of the
+    output does not delete the input.
     """
 
-    # Parameters are of no tree: whoever gets an update may overwrite it, and the
-    # parameters still need their own arrays then.
+    # Parameters are of no tree: the caller may overwrite an update, and the parameters
+    # must keep their own arrays.
     GRADIENTS = enum.auto()  # They come out as updates.
     STATE = enum.auto()
 

@@ -1,8 +1,8 @@
 """The devices of placed leaves: found, and checked where they must agree.
 
-In come trees of parameters, gradients and states with leaves on several devices, such
-as `({"w": on device 0}, {"w": on device 1})`; out come devices, one for each leaf that
-a transformation sees: `[device 0, device 1]`.
+In: trees of parameters, gradients and states with leaves on several devices, such as
+`({"w": on device 0}, {"w": on device 1})`. Out: devices, one for each leaf that a
+transformation sees: `[device 0, device 1]`.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
@@ -36,8 +36,8 @@ FIX = (
 def device_of(array: Any) -> Home | None:
     """The one device that an array is committed to, or its mesh, if there is one.
 
-    An array that is not committed is where it is by chance, and JAX moves it to
-    whatever it is combined with: nothing can be placed by it.
+    JAX may move an array that is not committed to the device of any array that it is
+    combined with. So its present device says nothing about where it belongs.
     """
     if not isinstance(array, jax.Array) or not array.committed:
         return None
@@ -85,7 +85,9 @@ def first_of_each(homes: Iterable[Home | None]) -> list[Device]:
 
 
 def array_form(array: Any) -> Hashable:
-    """What a plan is specialised on, of an array: two of one form have one plan."""
+    """The properties of an array that a plan depends on: arrays with equal forms share
+    a plan.
+    """
     weak = getattr(array, "weak_type", False)
     home = device_of(array)
     lies = array.sharding if isinstance(home, Mesh) else home
@@ -186,8 +188,8 @@ def state_owners(
             # the next one itself. Anything large stays where it is.
             owners.append(device if nbytes(aval(leaf)) > SMALL else None)
             continue
-        # It could be moved here, and nobody would notice. But most often all of the
-        # state is of another partition, which `place` moves at once.
+        # It could be moved here without an error. But in most cases the whole state is
+        # of another partition, and `place` moves all of it at once.
         if device != devices[parameter]:
             name = leaf_name("params", seen.seen_paths[parameter])
             raise ValueError(

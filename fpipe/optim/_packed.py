@@ -7,8 +7,8 @@ two devices, and a moment of them, are
     parameters   row 0: | device 0: w of layer 0 | device 1: w of layer 1, padded |
     moment       row 1: | device 0: moment 0     | device 1: moment 1, padded     |
 
-A transformation is shown the four leaves; `Cell`s remember where each lies. What it
-makes of them is packed like the parameters again, if it has leaves in the same places.
+A transformation is shown the four leaves; `Cell`s remember where each lies. Its results
+are packed like the parameters again, if they have leaves in the same places.
 """
 
 import dataclasses
@@ -227,7 +227,7 @@ class Rows:
                 cell = Cell(number[r], device, packing.rows[r], shape)
                 leaves.append(PackedLeaf(shape, node.arrays[r].dtype, cell))
             else:
-                leaves.append(node.arrays[r])  # Of what is not trained.
+                leaves.append(node.arrays[r])  # It is not trained.
         return packing.shown_spec.unpack(leaves)
 
 
@@ -345,8 +345,8 @@ def update_outputs(like: PyTree, seen: SeenLeaves) -> PyTree:
 def state_outputs(
     state: PyTree, templates: Sequence["StateTemplate"], first: int
 ) -> PyTree:
-    """The outputs that are a new state: what is like the parameters is packed like
-    them, and all devices have the rest.
+    """The outputs that are a new state. Parts with the structure of the parameters are
+    packed like them, and all devices have the rest.
 
     Arguments:
         state: shapes.
@@ -536,7 +536,7 @@ class StateTemplate:
 
 
 def _leaves_in_cells(tree: PyTree) -> list[tuple[Path, Any]]:
-    """What lies in cells, of a state that is like the parameters."""
+    """The parts of a state like the parameters that lie in cells."""
     named = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [(path, leaf) for path, leaf in named if _lies_in_a_cell(leaf)]
 
@@ -555,7 +555,9 @@ def _find_template(
 def pack_state(
     state: PyTree, templates: Sequence[StateTemplate], mesh: AnyMesh | None
 ) -> PyTree:
-    """A state with everything that is like the parameters packed like them."""
+    """A state in which every part with the structure of the parameters is packed like
+    them.
+    """
 
     def pack_node(node: Any) -> Any:
         template = _find_template(templates, node)
@@ -575,8 +577,8 @@ def check_packing(templates: Sequence[StateTemplate], state: PyTree, fix: str) -
         if not isinstance(node, Packed):
             continue
         # The leaves may be right and their places wrong: the same layers on other
-        # devices. What crosses a mesh is gathered on every device, so the update would
-        # hold the whole state on each of them; `place` moves it outside.
+        # devices. The update would gather everything that crosses the mesh, so every
+        # device would hold the whole state. `place` moves the state before the update.
         tree = node.packing.shown_shapes
         if not any(
             template.fits(tree) and template.packing_of(tree) == node.packing

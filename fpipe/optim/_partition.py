@@ -1,9 +1,10 @@
-"""Which device computes what of an update, and which values cross: plain data.
+"""Which device computes which operation of an update, and which values cross: plain
+data.
 
-In comes a traced update and the *owner* of each input: the device that holds the leaf,
-or `None` for a value that all devices have (the count of steps, a learning rate). Out
-comes a `Partition`: the owner of each operation, and the values that other devices
-read. Clipping by the global norm, over two devices with a gradient each:
+In: a traced update and the *owner* of each input: the device that holds the leaf, or
+`None` for a value that all devices have (the count of steps, a learning rate). Out: a
+`Partition`: the owner of each operation, and the values that other devices read.
+Clipping by the global norm, over two devices with a gradient each:
 
     | operation         | reads     | owner  | round |
     |-------------------|-----------|--------|-------|
@@ -164,8 +165,8 @@ def _operation_owner(
     meeting_device: int | None,
 ) -> int | None:
     """The device that runs an operation; `None` for all that read its result."""
-    # The cases are in order of cost: never move a large array if it can be helped, then
-    # as few crossings as can be, then as few programs as can be.
+    # The cases are in order of cost: move no large array if possible, then make as few
+    # crossings as possible, then as few programs as possible.
     held = [
         _Held(owners[v], nbytes(graph.avals[v]))
         for v in dict.fromkeys(operation.reads)

@@ -1,8 +1,8 @@
 """`init` and `update` for the placed executor: leaves lie on several devices.
 
-In come a transformation and trees with each leaf on one device, out goes a
-`PlacedTransformation`, made once for trees of one form and called for all of them. With
-Adam over two devices, the flat arrays of `update` and their owners are
+In: a transformation and trees with each leaf on one device. Out: a
+`PlacedTransformation`, which is made once for trees of one form and called for all of
+them. With Adam over two devices, the flat arrays of `update` and their owners are
 
     gradient 0, gradient 1, count, mu 0, mu 1, nu 0, nu 1, parameter 0, parameter 1
              0           1   all      0     1     0     1            0            1
@@ -62,9 +62,9 @@ class PlacedTransformation:
         Arguments:
             state, extra: the arrays of the trees that the plan was made for.
         """
-        # Parameters say what is frozen or an integer, and so needs no update. Without
-        # them (`params=None` is allowed by optax) the gradients have the same
-        # structure.
+        # Parameters show which leaves need no update, because they are frozen or
+        # integers. Without them (`params=None` is allowed by optax) the gradients have
+        # the same structure.
         leaves = jax.tree.leaves(grads if params is None else params)
         gradients = self.seen.select_gradients(grads)
         parameters = [] if params is None else self.seen.select(leaves)
@@ -74,8 +74,8 @@ class PlacedTransformation:
 
 
 def plan_init(tx: Any, params: PyTree, frozen: Frozen | None) -> PlacedTransformation:
-    """The initial state: what is of a parameter on its device, the rest on the first
-    one.
+    """The initial state: the parts that belong to a parameter on its device, the rest
+    on the first device.
     """
     seen = SeenLeaves.of(params, frozen)
     leaves = jax.tree.leaves(params)

@@ -1,7 +1,7 @@
 """A divided update as programs for the placed executor: plain data.
 
-In comes a `Partition`, out goes a `ProgramPlan`. What a device runs in one round is one
-compiled program; between programs arrays move. Clipping by the global norm over three
+In: a `Partition`. Out: a `ProgramPlan`. The operations of a device in one round are one
+compiled program. Between programs arrays move. Clipping by the global norm over three
 devices becomes six programs:
 
     | round | device | takes                    | gives               |
@@ -247,8 +247,8 @@ def _exports(
     avals = partition.graph.avals
     makers = _makers(partition)
     read = {v for draft in drafts.values() for v in draft.reads if v in makers}
-    # What stays on its device is not worth a copy into a bundle, and neither is what is
-    # large.
+    # Values that stay on their device are not copied into a bundle, and neither are
+    # large ones: the copy would cost more than it saves.
     crossing = {c.value for c in partition.crossings}
     single = list[tuple[_Key, tuple[int, ...]]]()
     bundles: dict[tuple[_Key, str], list[int]] = {}
@@ -282,7 +282,8 @@ def _moves(
     for position, part in enumerate(parts):
         for slot in part.takes:
             add(part.round, slot, part.device, position)
-    # Outputs that are made are made where they are wanted; only handed ones may move.
+    # An output that a program makes is made where it is wanted. Only outputs that are
+    # inputs may move.
     for slot, device in outputs:
         if slot < len(graph.inputs):
             add(0, slot, device, len(parts))
@@ -302,10 +303,10 @@ def _with_donations(
     It is the last to read them, and gives an array of that shape: others would be
     donated in vain, and XLA warns of that.
     """
-    # JAX donates what it is told to, and deletes it, so an array that is still read
-    # would be an error in a later program: each condition below is one way to be still
-    # read, or to be donated in vain. Arrays between programs are left out: most are
-    # numbers, and all are freed when the call returns.
+    # JAX deletes every donated array. If a later program still reads it, that is an
+    # error. Each condition below excludes one way in which an array is still read, or
+    # is donated in vain. Arrays between programs are left out: most are numbers, and
+    # all are freed when the call returns.
     last_reader: dict[int, int] = {}
     for position, part in enumerate(parts):
         last_reader.update(dict.fromkeys(part.takes, position))

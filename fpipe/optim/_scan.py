@@ -1,8 +1,8 @@
 """`init` and `update` for the scan executor: parameters are `fpipe.Packed`.
 
-In come a transformation and packed trees, out go packed trees. All is traced, inside
-of the user's `jax.jit` or of one of our own, and becomes one program. For two layers
-with a weight each, Adam's state goes in and comes out as
+In: a transformation and packed trees. Out: packed trees. Everything is traced, inside
+the user's `jax.jit` or one of our own, and becomes one program. For two layers with a
+weight each, Adam's state goes in and comes out as
 
     ScaleByAdamState(count=int32[], mu=Packed(float32[2, 16]), nu=Packed(...))
 
@@ -38,8 +38,8 @@ def init(
     tx: Any, params: PyTree, frozen: Frozen | None, mesh: AnyMesh | None
 ) -> PyTree:
     """The initial state; what is like the parameters is packed like them."""
-    # Rows go in as they are. What the transformation is shown are shapes, and the
-    # leaves are cut out of the rows inside of the program, by the device that has them.
+    # Rows go in as they are. The transformation is shown shapes. Inside the program,
+    # the device that has a leaf cuts it out of its row.
     rows = Rows()
     leaves = rows.add(params)
     seen = SeenLeaves.of(leaves, frozen)

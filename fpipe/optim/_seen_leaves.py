@@ -194,8 +194,8 @@ def parameters_of_state(paths: Sequence[Path], state: PyTree) -> list[int | None
     """For each leaf of a state the number of the parameter that it belongs to.
 
     optax keeps a moment of each parameter under the parameter's own path, after a path
-    of its own: `[0].mu[1]['w']` is of `[1]['w']`. What ends with no parameter's path
-    (the count of steps) is of none.
+    of its own: `[0].mu[1]['w']` is of `[1]['w']`. A leaf whose path ends with no
+    parameter's path (the count of steps) belongs to none.
     """
     number = {path: n for n, path in enumerate(paths)}
     found = []

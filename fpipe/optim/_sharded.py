@@ -1,18 +1,18 @@
 """A divided update as one program over a mesh, for the scan executor.
 
-In come a traced update, rows over the mesh and the cells of its inputs in them; out
-come rows again. All devices run one program, `jax.shard_map` over the mesh, and each
-works on the leaves in its own blocks: where devices have different work to do, a
-`jax.lax.switch` on the number of the device chooses it. Clipping by the global norm,
-over two devices, is
+In: a traced update, rows over the mesh, and the cells of its inputs in them. Out: rows
+again. All devices run one program, `jax.shard_map` over the mesh, and each works on the
+leaves in its own blocks: where devices have different work to do, a `jax.lax.switch` on
+the number of the device chooses it. Clipping by the global norm, over two devices, is
 
     switch:      device 0 computes s0 from its blocks, device 1 computes s1
     all_gather:  every device has [s0, s1]
     all:         n = sqrt(s0 + s1)
     switch:      device 0 makes its blocks of the updates from n, device 1 its own
 
-What a device computes for an exchange, and needs again afterwards, it computes again:
-to carry it out of the one `switch` into the other would take a block on all devices.
+If a device needs a value both for an exchange and after it, it computes the value
+twice. To carry the value from one `switch` to the other would take a block on all
+devices.
 """
 
 import dataclasses
@@ -120,8 +120,9 @@ class ShardedCall:
         asked, treedef = jax.tree.flatten(outputs)
         packed = [out for out in asked if isinstance(out, PackedOutput)]
         whole = [out for out in asked if isinstance(out, WholeOutput)]
-        # What all are to have is read by one device more than there are: then it is
-        # exchanged in any case, and is known outside of the branches of the devices.
+        # If all devices must have an output, it gets one additional reader, which is no
+        # device. So it is exchanged in any case, and is known outside the branches of
+        # the devices.
         readers: list[Sequence[int]] = [range(count + 1) for _ in graph.outputs]
         for out in packed:
             for numbers in out.numbers:
@@ -369,7 +370,7 @@ def _device_count(rows: Sequence[Any]) -> int:
 
 
 class LoopedDevices:
-    """Devices one after the other, without a mesh: for shapes, or where nothing is in
+    """Runs devices one after the other, without a mesh: for shapes, or if nothing is in
     rows.
 
     `jax.eval_shape` of packed shapes comes here: there are no arrays that could say

@@ -1,9 +1,9 @@
 """`init` and `update` of a transformation, traced between flat leaves.
 
-In come a transformation and the leaves that it is given, out goes a
-`TracedTransformation`. The arguments of `update` are flattened in the order gradients,
-state, parameters, extra arguments; the outputs are the updates and the arrays of the
-new state. For `optax.sgd(0.1, momentum=0.9)` and two parameters:
+In: a transformation and the leaves that it is given. Out: a `TracedTransformation`. The
+arguments of `update` are flattened in the order gradients, state, parameters, extra
+arguments; the outputs are the updates and the arrays of the new state. For
+`optax.sgd(0.1, momentum=0.9)` and two parameters:
 
     leaves:  gradient 0, gradient 1, trace 0, trace 1, parameter 0, parameter 1
     outputs: update 0, update 1, new trace 0, new trace 1
@@ -56,8 +56,8 @@ def trace_init(
     states: list[PyTree] = []
 
     def init(*leaves: Any) -> list[Any]:
-        # A state may hold Python's numbers. They come out of a program as arrays, and
-        # so that all states have one structure they are arrays from the beginning.
+        # A state may hold Python numbers, which come out of a program as arrays. They
+        # are made arrays here, so that the first state has the structure of all others.
         state = numbers_as_arrays(tx.init(seen.seen_tree(leaves)))
         # Shapes, because tracers must not outlive their trace.
         states.append(shapes_of(state))
