@@ -1,4 +1,5 @@
-"""Which of the units in a row, pieces or what lies between two places, make a stage.
+"""How many consecutive units make a stage. A unit is a piece, or the equations between
+two places.
 
 In: the FLOPs of each unit, and the values that units hand on to others. Out: how many
 units each stage has. Four units, on two stages:
@@ -12,9 +13,9 @@ units each stage has. Four units, on two stages:
     (2, 2)    4                8 + 4     this one: FLOPs and bytes are not added up
     (3, 1)    6                8
 
-A value goes straight to each stage that reads it, once, however many units in it do,
-and over the stages between without a cost. So what a cut costs depends on where both
-ends of a stage are, and not on the place alone.
+A value goes straight to each stage that reads it, and it goes there once, however many
+units of the stage read it. It costs nothing in the stages between. So the cost of a cut
+depends on both ends of a stage, and not on the place alone.
 
 `fpipe.balance` (`fpipe._planning.partition`) solves the same problem for stages of any
 cost, by tables of all spans. A function may have thousands of places, and tables of
@@ -28,9 +29,9 @@ import numpy as np
 
 from fpipe._planning.costs import Sent
 
-# Of the balances whose most expensive stage costs at most so much more than the best,
-# the one with the least traffic is taken. Without it one that is a bit better by the
-# count of FLOPs would be cut inside a block, over which several arrays go.
+# Among the balances whose most expensive stage costs at most this share more than the
+# best, the one with the least traffic is taken. Without this slack, to gain a few FLOPs
+# a block would be cut in its middle, which several arrays cross.
 SLACK = 0.05
 
 # Sums of floats that differ by less than that share are equal.
@@ -59,7 +60,7 @@ def best_balance(
 
 
 def _least_most(ends: np.ndarray, stages: int) -> float:
-    """The cost of the most expensive stage where that is least.
+    """The least possible cost of the most expensive stage.
 
     Arguments:
         ends: what the units before each place cost together.
@@ -102,10 +103,10 @@ def _possible_starts(ends: np.ndarray, stages: int, limit: float) -> list[_Range
     units = len(ends) - 1
     firsts, lasts = [units], [0]
     for left in range(1, stages + 1):
-        # As early as the stages behind allow; each of the stages before has a unit.
+        # As early as the later stages allow. Each earlier stage has at least one unit.
         earliest = int(np.searchsorted(ends, ends[firsts[-1]] - limit))
         firsts.append(max(earliest, stages - left))
-        # As late as the stages before allow; each of the stages behind has a unit.
+        # As late as the earlier stages allow. Each later stage has at least one unit.
         latest = int(np.searchsorted(ends, ends[lasts[-1]] + limit, "right")) - 1
         lasts.append(min(latest, units - stages + left))
     ranges = map(_Range, reversed(firsts), lasts)

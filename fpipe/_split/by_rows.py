@@ -1,4 +1,5 @@
-"""Operations that go by rows: of which rows of their operands theirs are made.
+"""Operations that work row by row: from which rows of the operands a row of the result
+is made.
 
 In: an equation, and a `Part` of its result, which is some rows on one of its axes. Out:
 the parts of its operands that it is made of. With `w` of [4, 3, 5]
@@ -124,8 +125,8 @@ def sources(node: Node, avals: Mapping[int, Any], part: Part) -> dict[int, Part]
 def _sources_of_reshape(
     old: Sequence[int], new: Sequence[int], part: Part
 ) -> dict[int, Part] | None:
-    """Rows are numbers that follow each other, behind as many axes of the same size in
-    all.
+    """A row is consecutive numbers, and the axes before it have the same sizes in all
+    arrays.
     """
     axis = _same_axis(old, new, part.axis)
     if axis is None or not math.prod(old):

@@ -1,4 +1,4 @@
-"""What goes over the places where a function may be cut, in bytes.
+"""How many bytes cross each place where a function may be cut.
 
 In: a trace. Out: for each place the bytes of the data that are made before it and used
 behind it. Of `h = x @ w; y = relu(h) * h`, with 100 bytes in each value, there go
@@ -7,10 +7,10 @@ behind it. Of `h = x @ w; y = relu(h) * h`, with 100 bytes in each value, there 
              x      h      h, relu(h)    y
     bytes    100    100    100           100
 
-for `relu(h)` is not sent: it is made again from `h`, which is.
+because `relu(h)` is not sent: it is made again from `h`, which is sent.
 
-These are estimates: for each value by itself it is decided what is sent for it. What
-is sent in the end is found for each piece, for all that it reads (`pieces.py`).
+These are estimates: each value is looked at by itself. Which values are sent in the end
+is decided for all values that a piece reads together (`pieces.py`).
 """
 
 import bisect
@@ -64,8 +64,8 @@ class Crossing:
 
     @cached_property
     def bytes(self) -> np.ndarray:
-        """The bytes of data that go over each place, `(equations + 1,)`. Where a cut
-        would divide a state there is no end of them.
+        """The bytes of data that cross each place, `(equations + 1,)`. Infinite where a
+        cut would divide a state.
         """
         count = len(self.traced.graph.nodes)
         last = dict[int, int]()

@@ -10,8 +10,8 @@ from a mask,
     given     x          1 KiB  -> 0
               x['mask']   32 B  -> 0, 1
 
-A value is called by its path, if it is an input of the function, and else by the
-operation that makes it, for a trace does not know the names of variables.
+An input of the function is called by its path. Any other value is called by the
+operation that makes it, because a trace does not know the names of variables.
 """
 
 import dataclasses

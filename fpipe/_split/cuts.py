@@ -8,9 +8,10 @@ stands before it belongs to the piece before. For an encoder and a decoder
     2  tanh
     3  dot_general   "dec/w"       first use of dec/w
 
-the path "dec" gives the place 3: of the places from 2 to 3, which lie behind the first
-use of the last parameter before "dec" and not behind that of its own first, it is the
-narrowest one, over which the fewest bytes of data go; of equal ones the last.
+the path "dec" gives the place 3. The places 2 and 3 are possible: they lie after the
+first use of the last parameter before "dec", and not after the first use of "dec"
+itself. Of these the narrowest place is taken, which the fewest bytes of data cross, and
+the last one of equally narrow places.
 
 A function is traced again for other shapes, for evaluation, and so on. Where that trace
 has the same equations, the places are the same. Else marks are looked for again, and
@@ -32,8 +33,9 @@ from fpipe._split.mark import mark_inside
 from fpipe._split.state import StateSides, StateSpans
 from fpipe._split.trace import Function, Traced
 
-# A place in a module is narrow if no more goes over it than before the module or behind
-# it, or little more: a mask that is read for the last time there makes no difference.
+# A place in a module is narrow if hardly more bytes cross it than cross the two ends of
+# the module. The tolerance is for small values, such as a mask that is read for the
+# last time there.
 _NARROW = 1.1
 
 # A module with more than this share of all FLOPs may be cut anywhere.
@@ -256,7 +258,7 @@ def _between_modules(
     for root, use in traced.first_uses.items():
         rows = traced.roots[root]
         module = modules[rows.leaf]
-        # The root of the tree is none: what is right under it may be all there is.
+        # The root of the tree is no module: all parameters may be directly under it.
         if module or not rows.whole:
             key = (module, None if rows.whole else rows.start)
             spans.setdefault(key, []).append(use)
@@ -281,12 +283,13 @@ def _modules(paths: Sequence[str]) -> list[str]:
 def _narrow_places(
     function: Function, crossing: Crossing, places: Sequence[int]
 ) -> list[int]:
-    """Some places without those in the middle of a module over which more goes than
-    before it and behind it.
+    """The given places, except those in the middle of a module that more bytes cross
+    than cross its two ends.
 
-    In a block of a transformer the residual stream and what is added to it go over
-    every place but its ends. In a U-Net more and more goes over the places towards its
-    middle, and yet it is cut there: its encoder is no small part of it.
+    In a block of a transformer two values cross every place but its ends: the residual
+    stream, and what is added to it. In a U-Net more and more bytes cross the places
+    towards its middle. It is cut there all the same, because its encoder is no small
+    part of it.
     """
     across, work = crossing.bytes, np.cumsum([0.0, *_work(crossing.traced)])
     ends = [0, *places, len(work) - 1]

@@ -11,8 +11,8 @@ are a tuple of the leaves that it owns; what crosses a cut is
 
 and its state is a tuple of the leaves of the state that it reads and writes.
 
-A layer gets nothing but these, so a `Boundary` says which trace it comes from: for
-evaluation, or a smaller last microbatch, the same pieces are those of another trace.
+A layer gets nothing but these. So a `Boundary` says which trace it comes from: for
+evaluation, or a smaller last microbatch, the pieces come from another trace.
 """
 
 import dataclasses
@@ -394,8 +394,9 @@ def _param_owners(cut: CutFunction, traces: Sequence[CutTrace]) -> Owners:
             for root in piece.params:
                 readers.setdefault(root, set()).add(k)
     owner = {root: min(pieces) for root, pieces in readers.items()}
-    # What nobody reads has a gradient of zeros: rows beside those before them, others
-    # in the first piece. Roots are in the order of their rows.
+    # A parameter that nobody reads has a gradient of zeros. Its owner is the first
+    # piece, or for rows of a stack the owner of the rows before them. Roots are in the
+    # order of their rows.
     home: dict[int, int] = {}
     for root, rows in enumerate(cut.roots):
         owner.setdefault(root, home.get(rows.leaf, 0))
@@ -452,7 +453,7 @@ def _names(
         # A tree that is an array has no paths.
         name = given or "/".join(shared) or "piece"
         names.append(name if k in lending else re.sub(r"\d+", "*", name))
-    # Who lends is borrowed of by name, so that must be its own.
+    # Layers borrow by the name of the owner, so this name must be unique.
     return tuple(
         f"{name} #{k}" if k in lending and names.count(name) > 1 else name
         for k, name in enumerate(names)

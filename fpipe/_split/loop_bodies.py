@@ -51,8 +51,8 @@ def numbers_of_rounds(node: Node, known: set[int]) -> set[int]:
 
 
 def indexed(body: Graph, stacks: set[int], numbers: set[int]) -> dict[int, int]:
-    """Of some values those that a body reads only by taking rows of them by an index
-    that is known, each with the axis.
+    """Those of the given values of which a body reads nothing but rows, taken by a
+    known index. Each is given with the axis of these rows.
 
     Arguments:
         numbers: the values that are known.

@@ -276,7 +276,7 @@ class LossFunction:
     def call(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], name: str, shapes: bool
     ) -> LossCall:
-        """A call, its arguments told apart.
+        """A call, with its arguments sorted by their kind.
 
         Arguments:
             name: what was called, such as `step`, for errors.

@@ -1,4 +1,4 @@
-"""What a function does that is likely to be meant otherwise in a pipeline.
+"""Finds what a function does that is probably not meant in a pipeline.
 
 In: a cut function. Out: warnings, at the line of the user's that splits it:
 
@@ -20,7 +20,8 @@ from fpipe._core.pytrees import is_array, is_inexact, nbytes
 from fpipe._program.graph import Node
 from fpipe._split.trace import Function, Traced
 
-# Closed-over arrays of more bytes are told: they are constants of the programs.
+# Closed-over arrays of more bytes get a warning, because they are constants of the
+# programs.
 _LARGE_CONSTANTS = 2**20
 
 # Operations of one array of the data that change neither what it says nor, much, its
@@ -40,7 +41,7 @@ REDUCTIONS = frozenset((
 
 
 def note_kept(name: str, traced: Traced) -> None:
-    """Warn of what is left of the trace."""
+    """Warn of values of the trace that the function has kept."""
     if traced.kept:
         warn(
             f"`fpipe.split(fn)`: {name!r} keeps {traced.kept} of its trace in a list, "

@@ -21,9 +21,10 @@ So of `jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params)[0]` with tw
     | dot_general  | 5, 6     | 7     |
     | tanh         | 7        | 8     |
 
-Pieces of several rounds are written out too. As a loop, the rows of their weights would
-be values that the loop makes, and be kept for the backward of each microbatch beside
-the weights; and a piece of one round would be no loop, so that it had another program.
+Pieces of several rounds are written out too. If they stayed loops, the loop would make
+the rows of their weights, and each microbatch would keep these for its backward, in
+addition to the weights. A piece of one round would be no loop, and so have another
+program.
 """
 
 import dataclasses
@@ -377,22 +378,23 @@ class _Opener(Rewriter):
         if node.name in ("scan", "while"):
             self._look_at_rows(node)
         if (name := mark_of(node)) is not None:
-            # A mark is no equation: a backward would keep the marked value beside the
-            # one that comes in, which is the same.
+            # A mark is left out. As an equation it would make a second value, equal to
+            # the first, and a backward would keep both.
             self.renamed[node.outs[0]] = node.ins[0]
             self._marks.append(Mark(len(self.nodes), name))
             self._unchecked.append((node, node.ins[0]))
         elif node.name == "sharding_constraint" and self._is_of_parameter(node):
-            # Flax constrains annotated parameters where they are used. They lie so
-            # already, or were gathered.
+            # Flax puts a sharding constraint on annotated parameters where they are
+            # used. It is left out: they have this sharding already, or were gathered on
+            # purpose.
             self.renamed[node.outs[0]] = node.ins[0]
         elif node.name == "scan" and self._is_opened_loop(node):
             self._open_loop(node)
         elif is_remat(node) and self._is_opened_checkpoint(node):
             self._open_checkpoint(node)
         elif is_remat(node) and self._in_loop and not node.eqn.params["prevent_cse"]:
-            # What a loop kept apart: XLA would find the forward's computation equal to
-            # the recomputation, and keep that.
+            # The loop kept the recomputation apart. Without it XLA would find that it
+            # equals the forward's computation, and keep the result of that.
             self.keep(dataclasses.replace(node, eqn=self._kept_apart(node)))
         elif not self._takes_rows(node):
             self.keep(node)
@@ -478,8 +480,8 @@ class _Opener(Rewriter):
         ]
 
     def _look_at_rows(self, node: Node) -> None:
-        """Keep in mind a loop over most of the parameters that needs all of them in
-        each round, or takes them as nobody knows.
+        """Note a loop over most of the parameters that needs all of them in each round,
+        or takes them in an unknown way.
         """
         if node.name == "while":
             body, ins = while_body(node)

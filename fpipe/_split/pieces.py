@@ -1,4 +1,5 @@
-"""What each piece of a cut trace runs, what it reads, and what it hands on.
+"""The equations of each piece of a cut trace, the values that it reads, and those that
+it hands on.
 
 In: a trace and the places of its cuts. Out: for each piece a `Piece`. A function of two
 layers with a mask `m = x > 0`, cut between them,
@@ -207,9 +208,9 @@ def straight_inputs(
     """The arrays of `x`, by their numbers in it, that go straight from the call to all
     pieces that read them: what pieces behind the first one read.
 
-    But a float that the first one reads too goes by way of it. Pieces would else make
-    again whatever is cheap to make of `x`, such as the sum of a residual, and equal
-    blocks would not be equal pieces.
+    An array of floats that the first piece reads too is sent on by the first piece.
+    Otherwise pieces would make again whatever is cheap to make from `x`, such as the
+    sum of a residual, and equal blocks would not be equal pieces.
 
     Arguments:
         leaves: shapes of the arrays of `x`.

@@ -11,8 +11,8 @@ longer in the second trace has rows. Of `h - jnp.mean(h, 0)`, with `h = x @ w`,
     | div         | [3]       | [3]       |         | by the reduce_sum   |
     | sub         | [2,3]     | [4,3]     | 0       | reads that: a note  |
 
-What is inside of loops, branches and checkpointed functions is not looked at: a note
-too few is better than a wrong one.
+Equations inside loops, branches and checkpointed functions are not checked: a missing
+warning is better than a wrong one.
 """
 
 import dataclasses
@@ -88,7 +88,7 @@ def note_rows(function: Function, kind: Kind, twice: Kind, traced: Traced) -> No
 
 
 def _note_fixed_results(name: str, rows: int, traced: Traced, other: Traced) -> None:
-    """Warn of what is returned for as many rows, however many go in."""
+    """Warn of a result that has the same number of rows, however many go in."""
     for v, w in zip(traced.outputs, other.outputs, strict=True):
         a, b = traced.graph.avals[v], other.graph.avals[w]
         if v in traced.of_data and a.shape[:1] == b.shape[:1] == (rows,) != (1,):
@@ -290,7 +290,7 @@ class RowUse:
             reduced = self.reduced.get(v)
             if reduced is None or self.graph.avals[v].shape or reduced.bent is None:
                 continue
-            # The caller gets that of each microbatch, and sees what it is.
+            # The caller gets one value for each microbatch, and sees what it is.
             if is_aux(self.graph.maker.get(v)):
                 continue
             by, bent = reduced.by, reduced.bent

@@ -9,8 +9,8 @@ piece's arrays theirs. With two of four layers in each piece, and
     blocks [4,8,8]    [2,8,8] P(,, "model")       [2,8,8] P(,, "model")
     out    [8,3]                                  [8,3]   P("model")
 
-the first axis of `blocks` has the layers, which pieces divide among them already: no
-axis of a mesh can cut it as well.
+the first axis of `blocks` has the layers, which pieces divide among them already: so no
+axis of a mesh can cut it too.
 """
 
 from collections.abc import Sequence
