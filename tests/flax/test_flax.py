@@ -32,6 +32,10 @@ import fpipe.optim
 from tests.helpers import assert_same, in_turn, mse, noise, raises
 
 EXECUTORS = ["placed", "scan"]
+# What the modules of a layer compute does not depend on the executor: such tests run
+# one of them, and the full run both.
+PLACED = ["placed", pytest.param("scan", marks=pytest.mark.full)]
+SCAN = ["scan", pytest.param("placed", marks=pytest.mark.full)]
 CHUNKS = 2
 X = noise(jax.random.key(1), (8, 3))
 TARGET = jnp.cos(X)
@@ -280,7 +284,7 @@ def test_batch_statistics_and_dropout_of_linen(executor, stream):
     assert_same((y, same), (want, now))
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("executor", SCAN)
 def test_masks_differ_between_layers_and_microbatches(executor):
     layers = fpipe.flax.layers([nn.Dropout(0.5), nn.Dropout(0.5)])
     pipe = pipe_of([layers[0]], executor, stages=1)
@@ -408,7 +412,7 @@ def test_a_tuple_or_dict_is_one_input_of_a_module_with_one():
         assert_same(sequential(({},), x), jax.tree.map(jnp.sin, x))
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("executor", PLACED)
 def test_scanned_rematerialised_and_shared_modules_inside_a_layer(executor):
     module = Scanned()
     layers = fpipe.flax.layers([module, nn.Dense(3)], X)
@@ -566,7 +570,7 @@ def test_an_nnx_sequential_is_what_it_is_without_a_pipeline(executor):
     assert_same(same, state, 0.0)
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("executor", SCAN)
 def test_batch_statistics_and_dropout_of_nnx(executor):
     modules = [NBlock(nnx.Rngs(0)), NBlock(nnx.Rngs(1))]
     layers = fpipe.flax.layers(modules)
@@ -1507,7 +1511,7 @@ def test_the_core_does_not_know_flax():
 # --- state of rows ---
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("executor", PLACED)
 def test_a_collection_may_have_an_entry_for_each_row(executor):
     module = Remembering()
     layers = [fpipe.flax.layer(module, X, state_rows=True, name=name) for name in "ab"]

@@ -244,18 +244,9 @@ def started(seen, schedule):
 
 
 @pytest.mark.quick(cases=3)
+# `test_record.py` has all schedules.
 @pytest.mark.parametrize(
-    "schedule",
-    [
-        "gpipe",
-        "1f1b",
-        "eager_1f1b",
-        "interleaved_1f1b",
-        "looped_bfs",
-        "zb_h1",
-        "zb_v",
-        "dualpipe_v",
-    ],
+    "schedule", ["eager_1f1b", "interleaved_1f1b", "zb_h1", "dualpipe_v"]
 )
 def test_each_device_starts_its_actions_in_the_schedules_order(schedule):
     host = Host()
