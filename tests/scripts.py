@@ -5,10 +5,10 @@ What goes out is what `subprocess.run` gives:
 
     run(["-m", "fpipe", "schedule", "gpipe"], folder).stdout
 
-To import JAX, Flax, Optax and Orbax takes longer than most scripts do. A server imports
-them once, and each script runs in a fork of it. The server has asked JAX for no devices
-and knows no fpipe: a script finds what a new interpreter has after these imports. What
-an import does, and what Python does with its flags, is tested with new interpreters.
+To import JAX, Flax, Optax, Orbax and fpipe takes longer than most scripts do. A server
+imports them once, and each script runs in a fork of it. The server has asked JAX for no
+devices: a script finds what a new interpreter has after these imports. What an import
+does, and what Python does with its flags, is tested with new interpreters.
 """
 
 import atexit
@@ -48,6 +48,7 @@ ENVIRONMENT = {
 }
 LIBRARIES = ["jax", "flax.linen", "flax.nnx", "optax", "orbax.checkpoint"]
 LIBRARIES += ["matplotlib.pyplot", "PIL.Image", "sklearn.datasets", "tqdm"]
+OWN = ["fpipe", "fpipe.flax", "fpipe.optim"]
 LONGEST = 600.0  # seconds; a script that takes longer hangs
 
 
@@ -175,12 +176,14 @@ def run(
 if __name__ == "__main__":
     for name in LIBRARIES:
         importlib.import_module(name)
+    # What fpipe compiles to is kept, also where Python is to leave no files beside it.
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(ROOT / ".cache" / "python")
+    for name in OWN:
+        importlib.import_module(name)
     # Programs share a context, as in `tests/conftest.py`.
     mlir: Any = importlib.import_module("jax._src.interpreters.mlir")
     mlir.make_ir_context = functools.cache(mlir.make_ir_context)
     gc.freeze()  # what is looked at is copied
-    # A script finds fpipe compiled, also where Python is to leave no files beside it.
-    sys.dont_write_bytecode, sys.pycache_prefix = False, str(ROOT / ".cache" / "python")
     code = exit_code(next_script())
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -12,6 +12,7 @@ from tests import scripts
 
 FRESH = """
 import json, os, sys, __main__
+import fpipe
 from jax._src import xla_bridge
 
 print(json.dumps({
@@ -19,13 +20,13 @@ print(json.dumps({
     "beside": sys.path[0],
     "folder": os.getcwd(),
     "main": __main__.__dict__ is globals(),
-    "of fpipe": sorted(name for name in sys.modules if name.startswith("fpipe")),
+    "left": [os.environ.get("LEFT"), hasattr(fpipe, "left")],
     "devices": bool(xla_bridge._backends),
     "input": sys.stdin.read(),
 }))
 os.environ["LEFT"] = "behind"
 os.chdir("/")
-import fpipe
+fpipe.left = "behind"
 """
 
 
