@@ -34,6 +34,7 @@ STAGES = 3
 WIDTH = 4
 
 
+@functools.cache
 def layers():
     """One parameter that is a scalar, and shapes that differ."""
     scale = fpipe.Layer(
@@ -42,6 +43,7 @@ def layers():
     return [dense(), dense(6), scale, dense()]
 
 
+@functools.cache
 def pipe_of(executor, count=STAGES):
     balance = {1: [4], 2: [2, 2], 3: [1, 2, 1]}[count]
     return fpipe.Pipe(layers(), balance, chunks=2, executor=executor)
@@ -52,10 +54,16 @@ TARGET = jnp.cos(X)
 EXECUTORS = ["placed", "scan"]
 
 
+@functools.cache
+def made():
+    """The parameters on the host."""
+    params = fpipe.sequential(layers(), chunks=2).init(jax.random.key(0), X)
+    return jax.tree.map(np.asarray, params)
+
+
 def whole():
-    """The parameters as plain optax sees them."""
-    made = fpipe.sequential(layers(), chunks=2).init(jax.random.key(0), X)
-    return jax.device_put(jax.tree.map(np.asarray, made), jax.devices()[0])
+    """The parameters as plain optax sees them; each test may donate its own."""
+    return jax.device_put(jax.tree.map(np.array, made()), jax.devices()[0])
 
 
 def grads_of(params, step):
