@@ -270,6 +270,26 @@ def test_each_layer_has_its_row_of_what_is_stacked():
     assert fpipe.flax.merge_variables(layers, *split) == shapes
 
 
+def test_parts_of_a_nested_stack_are_layers_of_their_own():
+    """Two layers for each row, and a stack deep in the model in each collection."""
+    rows = {"kernel": noise(KEY, (2, 3, 3)), "bias": noise(KEY, (2, 3))}
+    stats = {"mean": noise(KEY, (2, 3)), "var": jnp.ones((2, 3))}
+    norm = {"scale": noise(KEY, (2, 3)), "bias": noise(KEY, (2, 3))}
+    variables = {
+        "params": {"body": {"blocks": {"up": rows, "norm": norm}}},
+        "batch_stats": {"body": {"blocks": {"norm": stats}}},
+    }
+    layers = [
+        fpipe.flax.layer(nn.Dense(3), stacked="body/blocks/up"),
+        fpipe.flax.layer(nn.BatchNorm(), stacked="body/blocks/norm"),
+    ] * 2
+    params, state = fpipe.flax.split_variables(layers, variables)
+    row = functools.partial(jax.tree.map, lambda a: a[1])
+    assert_same(params[2:], (row(rows), row(norm)), 0.0)
+    assert_same(state[2:], (None, {"batch_stats": row(stats)}), 0.0)
+    assert_same(fpipe.flax.merge_variables(layers, params, state), variables, 0.0)
+
+
 class NBlock(nnx.Module):
     def __init__(self, rngs):
         self.norm = nnx.BatchNorm(WIDTH, rngs=rngs)
@@ -609,3 +629,22 @@ def test_deferred_statistics_need_to_know_their_norms():
         "layers of the pipe, made with a sample, `fpipe.flax.layer(module, x)`",
     ):
         fpipe.flax.split_variables(layers, variables, deferred_batch_norm=True)
+
+
+def test_deferred_statistics_of_modules_are_those_of_their_layers():
+    """Or modules that show no norms without a sample are refused."""
+    x, norm = noise(KEY, (8, WIDTH)), nn.BatchNorm(use_running_average=False)
+    variables = jax.jit(nn.Sequential([nn.Dense(WIDTH), norm]).init)(KEY, x)
+    split = functools.partial(fpipe.flax.split_variables, deferred_batch_norm=True)
+    layers = fpipe.flax.layers([nn.Dense(WIDTH), norm], x)
+    params, state = split(layers, variables)
+    assert_same(split([nn.Dense(WIDTH), norm], variables), (params, state), 0.0)
+    pipe = fpipe.sequential(layers, chunks=2, deferred_batch_norm=True)
+    assert_same(state, pipe.init_state(x), 0.0)
+    _, whole, _ = whole_model()
+    block = {
+        kind: {"layers_0": values["transformer"]["h"]["0"]}
+        for kind, values in whole.items()
+    }
+    with pytest.raises(ValueError, match="does not show the norms that they belong to"):
+        split([Block()], block)

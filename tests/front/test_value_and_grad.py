@@ -3,7 +3,9 @@ batch where the function is a mean over rows, and microbatch by microbatch else.
 """
 
 import collections
+import gc
 import inspect
+import math
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import Primitive
 from jax.sharding import PartitionSpec
 
 import fpipe
@@ -330,6 +333,47 @@ def test_parameters_are_made_where_they_live(executor):
         assert jax.tree.map(lambda a: a.devices(), params) == jax.tree.map(
             lambda a: a.devices(), placed
         )
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_no_device_holds_more_than_its_own_parameters(executor):
+    """Not while they are made either: each array looks at what is alive by then."""
+    held = []
+
+    def bytes_by_device():
+        found = collections.Counter[jax.Device]()
+        for array in jax.live_arrays():
+            share = math.prod(array.sharding.shard_shape(array.shape))
+            for device in array.devices():
+                found[device] += share * array.dtype.itemsize
+        return found
+
+    def look(a):
+        held.append(bytes_by_device() - before)
+        return a
+
+    looking = Primitive("looking")
+    looking.def_impl(look)
+    looking.def_abstract_eval(lambda a: a)
+
+    def init(key):
+        keys = jax.random.split(key, 6)
+        return [looking.bind(jax.random.normal(k, (32, 32))) for k in keys]
+
+    def chain(params, x):
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return jnp.mean(x**2)
+
+    step = step_of(executor, chain, has_aux=False, init=init)
+    gc.collect()
+    before = bytes_by_device()
+    params = step.init(jax.random.key(0), jax.ShapeDtypeStruct((6, 32), jnp.float32))
+    one = 32 * 32 * 4
+    for now in (*held, bytes_by_device() - before):
+        assert max(now.values()) < 3 * one + one / 2  # with keys
+    assert [sum(now.values()) // one for now in held] == [1, 2, 3, 4, 5, 6]
+    assert_same(step.gather(params), jax.device_get(init(jax.random.key(0))), 0.0)
 
 
 def test_a_piece_makes_its_own_parameters_alone():
