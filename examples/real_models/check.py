@@ -3,11 +3,14 @@
     python -m venv models && models/bin/pip install uv
     models/bin/uv pip install --python models/bin/python -r requirements.txt
     PYTHONPATH=../.. models/bin/python check.py [gpt2 t5 …]
+    PYTHONPATH=../.. models/bin/python check.py --page
 
 For each model, executor and schedule: the loss and gradients of one step, the
 parameters after three steps of Adam, and a checkpoint that the model's own library
 writes and reads. A row is printed for each, with what a step sends between devices and
 how long the first ones took; the exit status is 1 if something is not equal.
+
+With `--page` it runs the code of "Your own model" instead: `page.py`.
 
 What a user writes is `train` below: the lines marked with a number, and no others, are
 not in the plain loop.
@@ -28,10 +31,10 @@ import warnings
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
-from models import MODELS, RealModel, as_numpy
+import page
+from models import MODELS, RealModel
+from plain import PlainStep, difference
 
 import fpipe
 import fpipe.optim
@@ -112,75 +115,22 @@ def train(model: RealModel, executor: str, schedule: str) -> Trained:
 
 
 def plain(model: RealModel) -> Trained:
-    """Three steps in plain JAX: microbatch by microbatch, and the mean of all."""
+    """Three steps in plain JAX."""
     batch = arguments_of(model)
-    has_state = "state" in batch
-    one = jax.jit(jax.value_and_grad(model.loss_fn, has_aux=has_state))
-
-    def microbatch(i: int) -> dict[str, Any]:
-        pieces = {}
-        for name, value in batch.items():
-            if name == "key":
-                value = jax.random.fold_in(jax.random.fold_in(value, 0), i)
-            elif name != "state":
-                value = jnp.split(value, CHUNKS)[i]
-            pieces[name] = value
-        return pieces
-
-    def step(params: Any) -> tuple[Any, Any]:
-        made = []
-        for i in range(CHUNKS):
-            loss, grads = one(params, **microbatch(i))
-            if has_state:  # from microbatch to microbatch
-                loss, batch["state"] = loss
-            made.append((loss, grads))
-        # Microbatches have equally many rows.
-        mean = jax.tree.map(lambda *a: sum(a) / CHUNKS, *made)
-        return ((mean[0], batch["state"]) if has_state else mean[0]), mean[1]
-
     params, tx = model.params, optimizer()
     update = jax.jit(tx.update)
     moments = tx.init(params)
+    step = PlainStep(model.loss_fn, CHUNKS)
     firsts = []
     for _ in range(STEPS):
-        loss, grads = step(params)
+        loss, grads = step(params, batch)
+        if "state" in batch:
+            batch["state"] = loss[1]
         updates, moments = update(grads, moments, params)
         params = optax.apply_updates(params, updates)
         firsts = firsts or [(loss, grads)]
     ((loss, grads),) = firsts
     return Trained(loss, grads, params)
-
-
-def difference(got, want) -> float:
-    """The largest `max|a-b| / max|b|` of a leaf.
-
-    Raises:
-        AssertionError: other structures, shapes or dtypes; numbers that are none.
-    """
-    got, want = as_numpy(got), as_numpy(want)
-    if jax.tree.structure(got) != jax.tree.structure(want):
-        raise AssertionError("structures differ")
-    scale = max(np.abs(b).max(initial=0) for b in jax.tree.leaves(want))
-    worst, zeros = 0.0, 0
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(want)]
-    leaves = zip(paths, jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
-    for path, a, b in leaves:
-        if (a.shape, a.dtype) != (b.shape, b.dtype):
-            raise AssertionError(f"{a.dtype}{a.shape} and {b.dtype}{b.shape}")
-        if not np.isfinite(a).all():
-            raise AssertionError("not finite")
-        largest = np.abs(b).max(initial=0)
-        # What is zero but for rounding, such as the gradient of the bias of an
-        # attention's keys, has no digits to compare.
-        if largest < 1e-5 * scale:
-            largest, zeros = 1e-2 * scale, zeros + 1
-        error = np.abs(a - b).max(initial=0) / max(largest, 1e-30)
-        if error > 1e-5:
-            print(f"    {jax.tree_util.keystr(path)}: {error:.1e} of {largest:.1e}")
-        worst = max(worst, error)
-    if zeros > len(jax.tree.leaves(want)) // 5:
-        raise AssertionError(f"{zeros} arrays are zero: there is nothing to compare")
-    return float(worst)
 
 
 def main() -> int:
@@ -189,10 +139,13 @@ def main() -> int:
     parser.add_argument("models", nargs="*", default=list(MODELS))
     parser.add_argument("--limit", type=float, default=1e-5)
     parser.add_argument("--notes", action="store_true", help="print warnings")
+    parser.add_argument("--page", action="store_true", help="run the page's code")
     arguments = parser.parse_args()
     # Before the first array: two devices, and programs that compile quickly.
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     jax.config.update("jax_num_cpu_devices", 2)
+    if arguments.page:
+        return min(page.check(arguments.limit), 1)
     print(
         "model                 library       executor  schedule  loss     grads    "
         "3 steps  checkpoint  crossing   split  first step"

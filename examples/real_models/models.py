@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 ROWS = 8
@@ -437,8 +436,3 @@ MODELS = {
     "penzai": penzai_llama,
     "gemma": gemma,
 }
-
-
-def as_numpy(tree: Any) -> Any:
-    """Arrays of the host."""
-    return jax.tree.map(np.asarray, tree)
