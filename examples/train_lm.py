@@ -481,7 +481,7 @@ def main() -> None:
     try:
         pipeline = build(args)
         state = train(pipeline, args)
-        print(f"\n{written(pipeline, state, args)}")
+        print(f"\nwhat the model writes:\n\n{written(pipeline, state, args)}")
     except KeyboardInterrupt:
         raise SystemExit("stopped") from None
 
