@@ -307,7 +307,7 @@ def picture(
     # Above each image there is room for what is read.
     tiles = np.pad(held_out.images[shown, :, :, 0], [(0, 0), (4, 0), (1, 1)])
     tiles = tiles.reshape(rows, columns, high, wide).swapaxes(1, 2)
-    figure = matplotlib.figure.Figure((10, 6.4))
+    figure = matplotlib.figure.Figure((10, 6))
     above = figure.add_axes((0.02, 0.45, 0.96, 0.48))
     above.set_title(
         f"held-out digits, and what is read: {wrong.sum()} mistakes of {len(wrong)}, "
