@@ -368,7 +368,11 @@ class Pipe(Call):
         # executors too.
         remat = Remat.of(self.checkpoint)
         scheduling = with_actions(
-            Scheduling.of(self.schedule), remat, self.recompute, self.offload
+            Scheduling.of(self.schedule),
+            remat,
+            self.recompute,
+            self.offload,
+            in_units=self.executor == "scan",
         )
         # Kept, because a schedule that is a function may take long.
         stage_to_device = self._stage_to_device

@@ -53,12 +53,22 @@ def as_offload(option: Any) -> Offload:
 
 
 def with_actions(
-    scheduling: Scheduling, remat: Remat, recompute: Recompute, limit: Offload
+    scheduling: Scheduling,
+    remat: Remat,
+    recompute: Recompute,
+    limit: Offload,
+    in_units: bool,
 ) -> Scheduling:
-    """What makes the same schedules with recomputations and copies in them."""
+    """What makes the same schedules with recomputations and copies in them.
+
+    Arguments:
+        in_units: whether stages run in units, as under scan. Then only the last unit of
+            a stage has its backward right behind its forward, and the others recompute.
+    """
     if recompute == "with_backward" and limit is None:
         return scheduling
-    return _WithActions(scheduling.option, scheduling, remat, recompute, limit)
+    option = scheduling.option
+    return _WithActions(option, scheduling, remat, recompute, limit, in_units)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +79,14 @@ class _WithActions(Scheduling):
         base: what makes them without.
         remat: which backwards recompute.
         recompute, limit: the pipe's options.
+        in_units: as for `with_actions`.
     """
 
     base: Scheduling
     remat: Remat
     recompute: Recompute
     limit: Offload
+    in_units: bool
 
     def stages(self, available: int, chunks: int, layers: int) -> int:
         return self.base.stages(available, chunks, layers)
@@ -103,8 +115,10 @@ class _WithActions(Scheduling):
 
     def _recomputing(self, schedule: Schedule) -> Sequence[tuple[int, int]]:
         """The pairs of stage and microbatch whose backwards recompute."""
-        rows = itertools.chain(*schedule.actions)
-        direct = direct_pairs(rows, schedule.stage_to_device)
+        direct: frozenset[tuple[int, int]] = frozenset()
+        if not self.in_units:
+            rows = itertools.chain(*schedule.actions)
+            direct = direct_pairs(rows, schedule.stage_to_device)
         m = schedule.microbatches
         return [
             (s, i)

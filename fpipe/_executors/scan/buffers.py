@@ -35,6 +35,7 @@ from fpipe._executors.scan.machine import (
     LocalPool,
     Outbox,
     PoolName,
+    RecomputedPool,
     SavedPool,
     WireName,
 )
@@ -42,6 +43,7 @@ from fpipe._executors.scan.values import (
     ActivationValue,
     Group,
     HandedValue,
+    RecomputedValue,
     SavedValue,
     SentValue,
     Value,
@@ -309,6 +311,7 @@ def _choose_pools(
             # bundles of one form share a pool without padding.
             saved = SavedPool(role, unit.recomputes)
             pool_of[group, SavedValue(u), u] = saved
+            pool_of[group, RecomputedValue(u), u] = RecomputedPool(role)
             pool_of[group, HandedValue(u), u] = HandedPool(role, unit.recomputes)
     return pool_of
 

@@ -76,7 +76,7 @@ from fpipe._model.stages import Leaf, Port, Y, cut_stages
 from fpipe._model.state import stacked_state
 from fpipe._program.over_mesh import devices_over
 from fpipe.schedules import Schedule
-from fpipe.schedules._rules import OPTIONAL
+from fpipe.schedules._action import COPIES
 
 # Programs of calls that one pipe keeps, and traces that do not depend on a loss.
 _STEPS = 32
@@ -600,12 +600,13 @@ def _gradient(found: Any, a: Any) -> Any:
 
 
 def _check_runs(schedule: Schedule) -> None:
-    """Refuse a schedule with kinds of action that the machine does not have."""
+    """Refuse a schedule with copies to the host."""
     present = {action.kind for row in schedule.actions for action in row}
-    kinds = ", ".join(kind for kind in OPTIONAL if kind in present)
+    kinds = ", ".join(kind for kind in COPIES if kind in present)
     if kinds:
         raise ValueError(
             f"the schedule {schedule.name!r} has actions of kind {kinds}, which "
-            '`executor="scan"` does not run; take `executor="placed"`, or leave them '
-            "out"
+            '`executor="scan"` does not run: in its one program XLA decides when a '
+            "copy runs. Take a policy of `jax.checkpoint_policies` that offloads, or "
+            '`executor="placed"`'
         )

@@ -208,7 +208,7 @@ def lower(
         pools[name] = Pool(count + unread, tuple(buffers.kinds[name]))
     # With a phase for each direction every wire carries something in nearly every tick.
     # It then runs unasked, which lets XLA move it beside the other phase.
-    always = all(len(loop.phases) == 2 for loop in ticks)
+    always = all(len(loop.phases) > 1 for loop in ticks)
     # A wire without a pool is one by which nothing comes that anybody reads.
     wires = {
         name: Wire(tuple(sorted(pairs)), pools[name].avals, always)
@@ -779,7 +779,7 @@ class _PhaseEntries:
                 continue
             # On one device an embedding runs before the core that reads it, and its
             # backward after the core's.
-            order = ("FBIW".index(kind), u if kind == "F" else -u)
+            order = ("FRBIW".index(kind), -u if kind in "BIW" else u)
             own = self.ops.get(found.number)
             if own is None:
                 own = self.ops[found.number] = _OpEntries(found.op, order, set(), [])

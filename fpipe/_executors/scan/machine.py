@@ -117,6 +117,13 @@ class SavedPool:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class RecomputedPool:
+    """The pool of what each `R` makes again for its backward."""
+
+    role: Role
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class HandedPool:
     """The pool of what each `I` hands to its `W`."""
 
@@ -124,7 +131,7 @@ class HandedPool:
     recomputes: bool
 
 
-PoolName: TypeAlias = WireName | LocalPool | SavedPool | HandedPool
+PoolName: TypeAlias = WireName | LocalPool | SavedPool | RecomputedPool | HandedPool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

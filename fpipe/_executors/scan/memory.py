@@ -29,6 +29,7 @@ from fpipe._executors.scan.machine import (
     Avals,
     HandedPool,
     InputStack,
+    RecomputedPool,
     SavedPool,
 )
 from fpipe._executors.scan.packing import Row
@@ -94,7 +95,7 @@ def held(step: Step) -> Mapping[Role, int]:
     # Pools are there from the first tick to the last, filled or not. Skips wait in the
     # same pools as boundaries, and are counted among them.
     for name, pool in machine.pools.items():
-        saved = isinstance(name, SavedPool | HandedPool)
+        saved = isinstance(name, SavedPool | RecomputedPool | HandedPool)
         of = storage(pool.avals)
         # What goes to the host is on the device until the end of its phase.
         size = pool.slots * of.slot_bytes + of.slot_host_bytes

@@ -3,14 +3,14 @@
 In: the actions of each device, in order. Out: `Ticks`, a table with a row for each tick
 and an entry for each of its phases and each device.
 
-A tick has one phase or two. In each phase a device runs at most one action, and what an
+A tick has one phase, or two, or three. In each phase a device runs at most one action, and what an
 action sends arrives at the end of its phase. Two forms come from the same `Schedule`,
 the order of every device kept:
 
 - one action in each tick;
 - at most one forward and then one backward (or half of one) in each tick, which lets a
   forward on one device run beside a backward on another without either waiting for the
-  other's kind.
+  other's kind. Recomputations that are actions have a phase between the two.
 
 `eager_1f1b` on two devices with three microbatches, in both forms:
 
@@ -49,8 +49,9 @@ from fpipe.schedules._rules import crossing_need
 Phase: TypeAlias = tuple[Action | None, ...]
 
 # The kinds that may run in each phase of a tick.
-ONE_ACTION = ("FBIW",)
+ONE_ACTION = ("FRBIW",)
 FORWARD_THEN_BACKWARD = ("F", "BIW")
+FORWARD_RECOMPUTATION_BACKWARD = ("F", "R", "BIW")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +104,10 @@ def ticks_of(
     # What the stages really cost is not known here, so these are the usual ratios.
     # Recomputing takes another forward.
     costs = Costs(F=1.0, B=2.0, I=1.0, W=1.0)
-    if recomputes:
-        costs = Costs(F=1.0, B=3.0, I=2.0, W=1.0)
     rows = schedule.actions
+    apart = any(action.kind == "R" for row in rows for action in row)
+    if recomputes and not apart:
+        costs = Costs(F=1.0, B=3.0, I=2.0, W=1.0)
     loops: list[Sequence[Sequence[Action]]] = [rows]
     if forwards_alone:
         loops = [[[a for a in row if a.kind == "F"] for row in rows]]
@@ -123,8 +125,9 @@ def cheapest(actions: Sequence[Sequence[Action]], costs: Costs) -> Ticks:
     best = lock_step(actions, ONE_ACTION)
     # Forwards alone, or backwards alone, have nothing to put into the other phase.
     kinds = {a.kind for row in actions for a in row}
-    if "F" in kinds and len(kinds) > 1:
-        other = lock_step(actions, FORWARD_THEN_BACKWARD)
+    phases = FORWARD_RECOMPUTATION_BACKWARD if "R" in kinds else FORWARD_THEN_BACKWARD
+    if len(kinds & set("FR")) and len(kinds) > 1:
+        other = lock_step(actions, phases)
         if other.cost(costs) < best.cost(costs):
             return other
     return best

@@ -15,7 +15,8 @@ together. Two equal layers on two devices, whose backwards recompute, are four u
     CotangentValue(1, y, 0)    B of unit 1  nobody: unit 0 has no parameters
 
 The loss recomputes nothing, for its backward follows its forward directly. What its
-forward keeps for that is a bundle too, and so is what an `I` hands to its `W`.
+forward keeps for that is a bundle too, and so is what an `R` makes again for its
+backward, and what an `I` hands to its `W`.
 """
 
 import dataclasses
@@ -31,6 +32,7 @@ from fpipe._core.pytrees import HostShape, on_host
 from fpipe._executors.programs import (
     ProgramForm,
     Programs,
+    apart_pairs,
     direct_pairs,
     split_pairs,
 )
@@ -49,6 +51,7 @@ from fpipe._program.code import (
     Output,
     Program,
     ProgramValue,
+    Recomputed,
     Residual,
 )
 from fpipe._program.trace import FlatStage, JointStage
@@ -61,9 +64,10 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 # input, under whichever name it asks.
 EARLIER: Mapping[Kind, tuple[Kind, ...]] = {
     "F": ("F",),
-    "B": ("F", "B"),
-    "I": ("F", "I"),
-    "W": ("F", "I", "W"),
+    "R": ("F", "R"),
+    "B": ("F", "R", "B"),
+    "I": ("F", "R", "I"),
+    "W": ("F", "R", "I", "W"),
 }
 
 
@@ -101,6 +105,13 @@ class SavedValue:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class RecomputedValue:
+    """What a unit's `R` makes again for its backward."""
+
+    unit: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class HandedValue:
     """What a unit's `I` hands to its `W`."""
 
@@ -109,7 +120,7 @@ class HandedValue:
 
 # What goes to other units, and what stays in its own.
 SentValue: TypeAlias = ActivationValue | CotangentValue
-KeptValue: TypeAlias = SavedValue | HandedValue
+KeptValue: TypeAlias = SavedValue | RecomputedValue | HandedValue
 Value: TypeAlias = SentValue | KeptValue
 V = TypeVar("V", bound=Value)
 
@@ -216,6 +227,12 @@ class UnitWork:
         return tuple(saved)
 
     @cached_property
+    def recomputed(self) -> tuple[ProgramValue, ...]:
+        """What `R` makes again for the backward."""
+        program = self.programs.get("R")
+        return () if program is None else program.outs
+
+    @cached_property
     def handed(self) -> tuple[ProgramValue, ...]:
         """What `I` hands to `W`."""
         taken = self.taken.get("W", ())
@@ -230,7 +247,8 @@ class UnitWork:
         elif isinstance(value, Output):
             found = self.flat.out[value.leaf.port].leaves[value.leaf.number]
         else:
-            program = self.programs["F" if isinstance(value, Residual) else "I"]
+            kinds: dict[Any, Kind] = {Residual: "F", Recomputed: "R"}
+            program = self.programs[kinds.get(type(value), "I")]
             assert program.code is not None
             n = program.code.outs[program.outs.index(value)]
             found = program.code.graph.avals[n]
@@ -364,6 +382,7 @@ def find_work(
         for s, i in direct_pairs(order, schedule.stage_to_device)
     }
     split = {(u, i) for s, i in split_pairs(order) for u in units.of_stage[s]}
+    apart = {(u, i) for s, i in apart_pairs(order) for u in units.of_stage[s]}
     form = ProgramForm(
         whole_inputs=False,
         inline_remats=opened,
@@ -374,7 +393,7 @@ def find_work(
         ),
     )
     programs = Programs(
-        Routes(units.stages), form, direct, split, set(), remat, inputs, request, kept
+        Routes(units.stages), form, direct, split, apart, remat, inputs, request, kept
     )
     # The kinds that run: a call without gradients has the forwards alone.
     kinds: dict[tuple[int, int], set[Kind]] = defaultdict(set)
@@ -446,6 +465,8 @@ def _group(
                 of_kind[kind] = ()
             if kind in "BI":
                 of_kind[kind] = _cotangents(programs, works, u, kind, i)
+            if kind == "R":
+                keeps |= _kept(kind, RecomputedValue(u), unit, unit.recomputed)
             if kind == "I":
                 keeps |= _kept(kind, HandedValue(u), unit, unit.handed)
         sent.append(of_kind)
