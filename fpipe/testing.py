@@ -11,6 +11,8 @@ error that names the first difference:
 The strategies need hypothesis; the assertion does not.
 """
 
+import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +24,7 @@ import numpy as np
 from fpipe._core.checks import as_bool, as_int, is_at_least
 from fpipe._core.errors import shown
 from fpipe._core.pytrees import PyTree, describe, is_array, is_inexact
+from fpipe._executors.added_actions import RECOMPUTE
 from fpipe._executors.call import as_argnums
 from fpipe._executors.sequential import sequential
 from fpipe._model.layer import Layer
@@ -427,6 +430,8 @@ def schedules(
     microbatches: int,
     split: bool = False,
     in_order: bool = True,
+    recompute: bool = False,
+    offload: bool = False,
 ) -> "SearchStrategy[Schedule]":
     """A hypothesis strategy for random valid schedules.
 
@@ -438,12 +443,16 @@ def schedules(
         split: whether backwards are cut into `I` and `W`.
         in_order: whether each stage runs its forwards in the order of the microbatches.
             Layers with state need that.
+        recompute: whether some microbatches have an `R` on some stages.
+        offload: whether some microbatches have an `O` and an `L` on some stages.
     """
     from hypothesis import strategies as st
 
     call = "fpipe.testing.schedules"
     microbatches = as_int(call, "microbatches", microbatches)
     split, in_order = as_bool(call, "split", split), as_bool(call, "in_order", in_order)
+    recompute = as_bool(call, "recompute", recompute)
+    offload = as_bool(call, "offload", offload)
     if not isinstance(stage_to_device, Sequence) or not all(
         type(device) is int and device >= 0 for device in stage_to_device
     ):
@@ -451,29 +460,37 @@ def schedules(
             f"`{call}(stage_to_device={shown(stage_to_device)})`: the device of each "
             "stage, ints from 0"
         )
-    kinds: tuple[Kind, ...] = ("F", "I", "W") if split else ("F", "B")
-    actions = [
-        Action(kind, stage, i)
-        for stage in range(len(stage_to_device))
-        for i in range(microbatches)
-        for kind in kinds
-    ]
-    # The rules of a schedule, and on top of them the order that state asks for. Any
-    # order in which each action follows those that it waits for is a valid schedule.
-    waits_for = {action: needed_actions(action, set(actions)) for action in actions}
-    if in_order:
-        for action, others in waits_for.items():
-            if action.kind == "F" and action.microbatch:
-                others.append(action._replace(microbatch=action.microbatch - 1))
+
+    def draw_actions(rng: Any) -> list[Action]:
+        """The actions of a schedule, in no order."""
+        actions: list[Action] = []
+        for stage in range(len(stage_to_device)):
+            for i in range(microbatches):
+                kinds: tuple[Kind, ...] = ("F", "I", "W") if split else ("F", "B")
+                if recompute and rng.randrange(2):
+                    kinds = (*kinds, "R")
+                if offload and rng.randrange(2):
+                    kinds = (*kinds, "O", "L")
+                actions += [Action(kind, stage, i) for kind in kinds]
+        return actions
 
     @st.composite
     def draw_schedule(draw: "DrawFn") -> Schedule:
         # One seed, and not a draw for each action, which hypothesis would record and
         # shrink one by one.
         rng = draw(st.randoms(use_true_random=False))
+        left = draw_actions(rng)
+        # The rules of a schedule, and on top of them the order that state asks for. Any
+        # order in which each action follows those that it waits for is a valid
+        # schedule.
+        present = set(left)
+        waits_for = {action: needed_actions(action, present) for action in left}
+        if in_order:
+            for action, others in waits_for.items():
+                if action.kind == "F" and action.microbatch:
+                    others.append(action._replace(microbatch=action.microbatch - 1))
         rows: list[list[Action]] = [[] for _ in range(1 + max(stage_to_device))]
         done = set[Action]()
-        left = list(actions)
         while left:
             # One global order, cut into one row for each device: it is a proof that the
             # rows cannot wait for each other in a circle.
@@ -497,7 +514,8 @@ def partitions(
 ) -> "SearchStrategy[Pipe]":
     """A hypothesis strategy for random pipes over given layers.
 
-    It draws balance, devices, chunks, checkpoint mode, and a named or random schedule.
+    It draws balance, devices, chunks, checkpoint mode, a named or random schedule, and
+    what `recompute` and `offload` add to it.
 
     Arguments:
         layers: as for `Pipe`.
@@ -543,10 +561,14 @@ def partitions(
         if schedule is None:
             m = cut_inputs({"x": x}, chunks).m
             split = draw(st.booleans())
-            fixed = draw(schedules(range(len(balance)), m, split=split))
+            more = draw(st.booleans())
+            random = schedules(
+                range(len(balance)), m, split, recompute=more, offload=more and not scan
+            )
+            fixed = draw(random)
             # Construction asks with `chunks`, a call with the number of pieces.
             schedule = fixed if m == chunks else "gpipe"
-        return Pipe(
+        pipe = Pipe(
             layers,
             balance,
             places,
@@ -554,6 +576,20 @@ def partitions(
             checkpoint=draw(st.sampled_from(modes)),
             schedule=schedule,
             executor=executor,
+            recompute=draw(st.sampled_from(RECOMPUTE)),
         )
+        # Of a random schedule what is copied is drawn with it.
+        copies = not scan and isinstance(schedule, str) and draw(st.booleans())
+        return _within_least_limit(pipe, cut_inputs({"x": x}, chunks).m, copies)
 
     return draw_pipe()
+
+
+def _within_least_limit(pipe: Pipe, microbatches: int, copies: bool) -> Pipe:
+    """A pipe that copies to the host as much as it can, or the given one."""
+    for limit in range(1, microbatches + 1) if copies else ():
+        limited = dataclasses.replace(pipe, offload=limit)
+        with contextlib.suppress(ValueError):
+            limited.make_schedule(microbatches)
+            return limited
+    return pipe

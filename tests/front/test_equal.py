@@ -1,5 +1,6 @@
 """The one invariant: a `Pipe` computes what `fpipe.sequential` computes."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -12,7 +13,7 @@ import pytest
 from jax.sharding import Mesh
 
 import fpipe
-from fpipe.schedules import NAMES
+from fpipe.schedules import NAMES, named, offload
 from tests.helpers import (
     Case,
     assert_same,
@@ -70,6 +71,8 @@ TABLE = {
     "loss": ["inside", "outside", "per row"],
     "inputs": ["cut", "ready", "turned"],
     "mesh": list(MESHES),
+    # What `recompute` and `offload` add to the schedule.
+    "actions": ["none", "early", "offload", "both"],
 }
 
 
@@ -86,7 +89,12 @@ def balances_of(layers: int, schedule: str, mesh: str = "no mesh") -> list[tuple
 
 
 def differs(row: dict) -> bool:
-    """Whether no smaller cut gives the same pipe. Columns may be missing."""
+    """Whether no smaller cut gives the same pipe, and the executor runs it. Columns may
+    be missing.
+    """
+    copies = row.get("actions") in ("offload", "both")
+    if copies and row.get("executor") == "scan":
+        return False
     schedule, mesh = row.get("schedule", "gpipe"), row.get("mesh", "no mesh")
     return row.get("cut", 0) < len(balances_of(4, schedule, mesh))
 
@@ -171,6 +179,7 @@ def pipe_of(
     schedule,
     executor="placed",
     mesh="no mesh",
+    actions="none",
 ):
     """A pipe with that cut, on one device for each stage or on a mesh."""
     balances = balances_of(len(layers), schedule, mesh)
@@ -184,6 +193,12 @@ def pipe_of(
         places = {"mesh": mesh_of(MESHES[mesh]), "unshard": unshard}
         # The scan executor keeps parameters whole.
         layers = layers if executor == "scan" else sharded(layers, MESHES[mesh])
+    if actions in ("early", "both"):
+        places["recompute"] = "early"
+    if actions in ("offload", "both"):
+        each = NAMES[schedule].per_device or len(balance) // 2
+        devices = len(balance) // each
+        places["offload"] = least_limit(schedule, devices, each, chunks)
     return fpipe.Pipe(
         layers,
         balance,
@@ -193,6 +208,17 @@ def pipe_of(
         executor=executor,
         **places,
     )
+
+
+@functools.cache
+def least_limit(schedule, devices, each, chunks):
+    """The smallest limit that all batches of at most so many microbatches keep."""
+    for limit in itertools.count(1):
+        with contextlib.suppress(ValueError):
+            for m in range(1, chunks + 1):
+                offload(named(schedule, devices, m, each), memory=limit)
+            return limit
+    raise AssertionError("all microbatches are within some limit")
 
 
 def errors_of_rows(y, t):
@@ -270,10 +296,11 @@ def check_row(
     loss,
     inputs="cut",
     mesh="no mesh",
+    actions="none",
 ):
     layers = MODELS[model]
     layers = turned(layers) if inputs == "turned" else layers
-    pipe = pipe_of(layers, cut, chunks, checkpoint, schedule, executor, mesh)
+    pipe = pipe_of(layers, cut, chunks, checkpoint, schedule, executor, mesh, actions)
     check(Case(layers, chunks, rows, inputs=inputs), pipe, loss)
 
 
@@ -357,7 +384,7 @@ def test_every_pair_over_eight_devices():
 
 
 def product(model):
-    names = [n for n in TABLE if n not in ("model", "mesh")]
+    names = [n for n in TABLE if n not in ("model", "mesh", "actions")]
     for values in itertools.product(*(TABLE[n] for n in names)):
         yield {"model": model} | dict(zip(names, values, strict=True))
 

@@ -43,6 +43,11 @@ def offloads(pipe):
     return "offload" in str(pipe.checkpoint) and cuts(pipe)
 
 
+def adds(pipe):
+    """Whether a pipe adds actions to its schedule."""
+    return (pipe.recompute == "early" or pipe.offload is not None) and cuts(pipe)
+
+
 def check(data, executor, form, wanted=all_of, pipes=all_of, most=6):
     """In float64: where a random model's gradients cancel, float32 leaves nothing to
     compare.
@@ -142,7 +147,7 @@ def in_pieces(pipe, state):
 )
 @given(st.data())
 def test_a_random_model_on_a_random_partition(executor, form, data):
-    pipes = offloads if form == "pieces" else cuts
+    pipes = {"pieces": offloads, "ready": adds}.get(form, cuts)
     check(data, executor, form, has_all, pipes, most=4)
 
 

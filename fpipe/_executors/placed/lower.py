@@ -164,6 +164,10 @@ def lower(
     send = shardings.sent if layout.has_meshes else None
     first = add_moves(call.work[:half], numbers, send)
     second = add_moves(call.work[half:], numbers, send)
+    for item in call.work:
+        # What is copied may have come by a move.
+        if isinstance(item, CopyWork) and item.placement.mesh is not None:
+            shardings.add_copies(item.ins, item.outs)
 
     # The third pass. Two halves are two runs: what the second one reads outlives the
     # first, and nothing that is returned is ever freed.

@@ -275,8 +275,6 @@ class CallWork:
         copies.update(zip(slots, outs, strict=True))
         if slots:
             placement = self.layout.placements[stage]
-            if placement.mesh is not None:
-                self.shardings.add_copies(slots, outs)
             self.work.append(CopyWork(action, tuple(ins), tuple(outs), placement))
 
     def _backward(self, action: Action) -> None:

@@ -3,9 +3,9 @@
 In: the actions of each device, in order. Out: `Ticks`, a table with a row for each tick
 and an entry for each of its phases and each device.
 
-A tick has one phase, or two, or three. In each phase a device runs at most one action, and what an
-action sends arrives at the end of its phase. Two forms come from the same `Schedule`,
-the order of every device kept:
+A tick has one phase, or two, or three. In each phase a device runs at most one action,
+and what an action sends arrives at the end of its phase. Two forms come from the same
+`Schedule`, the order of every device kept:
 
 - one action in each tick;
 - at most one forward and then one backward (or half of one) in each tick, which lets a
