@@ -221,21 +221,26 @@ def test_random_schedules_are_valid_and_of_every_kind():
     """`Schedule` refuses invalid ones; forwards keep their order where asked; orders no
     generator makes are among them.
     """
-    seen, permuted = set(), False
+    seen, permuted, added = set(), False, set()
 
     @FEW
     @given(st.data())
     def draw(data):
         nonlocal permuted
         where = data.draw(st.sampled_from([(0, 1, 2), (0, 1, 0), (0, 1, 1, 0)]))
-        split, in_order = data.draw(st.booleans()), data.draw(st.booleans())
+        split, in_order, more = (data.draw(st.booleans()) for _ in range(3))
         schedule = data.draw(
-            fpipe.testing.schedules(where, 3, split=split, in_order=in_order)
+            fpipe.testing.schedules(
+                where, 3, split, in_order, recompute=more, offload=more
+            )
         )
         assert schedule.stage_to_device == where
         assert schedule.microbatches == 3
         kinds = {a.kind for row in schedule.actions for a in row}
-        assert kinds == ({"F", "I", "W"} if split else {"F", "B"})
+        backwards = {"F", "I", "W"} if split else {"F", "B"}
+        # Which pairs have more is drawn too.
+        assert backwards <= kinds <= backwards | (set("ROL") if more else set())
+        added.update(kinds - backwards)
         orders = [schedule.order("F", s) for s in range(len(where))]
         ordered = all(list(o) == sorted(o) for o in orders)
         assert ordered or not in_order
@@ -244,6 +249,7 @@ def test_random_schedules_are_valid_and_of_every_kind():
 
     draw()
     assert permuted
+    assert added == set("ROL")
     assert len(seen) > 30
 
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 import fpipe
 from fpipe._executors.scan import machine as machine_module
@@ -79,3 +80,30 @@ def test_pools_and_wires_are_as_drawn():
     machine = machine_for("eager_1f1b")
     assert machine.pools[forward].slots == 3 + 1
     assert all(wire.always for wire in machine.wires.values())
+
+
+def test_a_device_has_one_set_of_residuals_more_for_recomputations():
+    def residuals(m, **options):
+        pipe = fpipe.Pipe(
+            [dense()] * 2,
+            chunks=m,
+            checkpoint="always",
+            schedule="eager_1f1b",
+            executor="scan",
+            **options,
+        )
+        x = jax.ShapeDtypeStruct((2 * m, 4), jnp.float32)
+        (row, _) = pipe.plan(None, x, loss_fn=lambda y: jnp.mean(y**2)).devices
+        return row.memory.get("residuals", 0)
+
+    for m in (4, 8):
+        more = residuals(m, recompute="early") - residuals(m)
+        assert more == 2 * 4 * 4
+
+
+def test_copies_to_the_host_are_refused_by_name():
+    pipe = fpipe.Pipe(
+        [dense()] * 2, chunks=4, executor="scan", schedule="gpipe", offload=2
+    )
+    with pytest.raises(ValueError, match="'gpipe, offload' has actions of kind O, L"):
+        pipe.make_schedule(4)

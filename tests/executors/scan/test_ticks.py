@@ -13,7 +13,7 @@ from fpipe._executors.scan.ticks import (
     cheapest,
     lock_step,
 )
-from fpipe.schedules import NAMES, Action, Costs, named
+from fpipe.schedules import NAMES, Action, Costs, early_recompute, named
 
 
 def schedule_of(name, devices, m):
@@ -41,6 +41,23 @@ def test_what_both_forms_cost(name):
     )
     assert both == LOCK_STEP[name]
     assert cheapest(schedule.actions, costs).cost(costs) == min(both)
+
+
+def test_a_recomputation_has_a_phase_between_forwards_and_backwards():
+    schedule = early_recompute(schedule_of("eager_1f1b", 2, 3))
+    ticks = cheapest(schedule.actions, Costs())
+    drawn = [
+        [" ".join(str(a or "-") for a in phase) for phase in row] for row in ticks.rows
+    ]
+    assert ticks.phases == ("F", "R", "BIW")
+    # Of each phase devices 0 and 1.
+    assert drawn == [
+        ["F(0,0) -", "- -", "- -"],
+        ["F(0,1) F(1,0)", "- R(1,0)", "- B(1,0)"],
+        ["F(0,2) F(1,1)", "R(0,0) R(1,1)", "B(0,0) B(1,1)"],
+        ["- F(1,2)", "R(0,1) R(1,2)", "B(0,1) B(1,2)"],
+        ["- -", "R(0,2) -", "B(0,2) -"],
+    ]
 
 
 @pytest.mark.quick
