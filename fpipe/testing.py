@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from fpipe._core.checks import as_bool, as_int, is_at_least
 from fpipe._core.errors import shown
 from fpipe._core.pytrees import PyTree, describe, is_array, is_inexact
 from fpipe._executors.added_actions import RECOMPUTE
 from fpipe._executors.call import as_argnums
+from fpipe._executors.placement import UNSHARD
 from fpipe._executors.sequential import sequential
 from fpipe._model.layer import Layer
 from fpipe._model.loss import Reduction, as_loss
@@ -511,27 +513,34 @@ def partitions(
     x: PyTree,
     executor: str = "placed",
     devices: Sequence[Any] | None = None,
+    mesh: Mesh | None = None,
 ) -> "SearchStrategy[Pipe]":
     """A hypothesis strategy for random pipes over given layers.
 
     It draws balance, devices, chunks, checkpoint mode, a named or random schedule, and
     what `recompute` and `offload` add to it.
+    Over a mesh it draws no devices: the mesh has them, and as many stages as its axis
+    `"stage"` is long. It draws how often sharded parameters are gathered.
 
     Arguments:
-        layers: as for `Pipe`.
-        x: an input, or its shapes. Its rows limit the number of microbatches.
+        layers: as for `Pipe`; over a mesh at least one for each stage.
+        x: an input, or its shapes. Its rows limit the number of microbatches. Over a
+            mesh with an axis `"data"` they must be a multiple of its size.
         executor: as for `Pipe`.
         devices: the devices to choose from. Default: all of `jax.devices()`.
+        mesh: as for `Pipe`, in place of `devices`.
     """
     from hypothesis import strategies as st
 
     # Refused here, before anything is drawn: layers, executor, devices, and an input
     # that cannot be cut.
-    Pipe(layers, [len(list(layers))], devices, executor=executor)
+    count = len(list(layers))
+    stages = 1 if mesh is None else dict(mesh.shape).get("stage", 1)
+    even = [1] * (stages - 1) + [count - stages + 1]
+    Pipe(layers, even, devices, executor=executor, mesh=mesh)
     cut = cut_inputs({"x": x}, 1)
     # Where nothing is cut there are as many microbatches as there are.
     rows = sum(cut.rows) or cut.m
-    count = len(layers)
     choice = list(jax.devices() if devices is None else devices)
     modes = [
         "always",
@@ -542,20 +551,34 @@ def partitions(
     ]
     scan = executor == "scan"
     chunk_counts = list(range(1, rows + 1)) if cut.rows else [cut.m]
+    if mesh is not None:
+        shared = dict(mesh.shape).get("data", 1)
+        # Rows that cannot be shared are refused by the first call.
+        chunk_counts = [
+            chunks
+            for chunks in chunk_counts
+            for of in [cut_inputs({"x": x}, chunks)]
+            if all(size % shared == 0 for size in of.rows or of.row_counts)
+        ] or chunk_counts[:1]
     # Four stages at most: they have every kind of boundary, from the first stage,
     # between inner ones, and to the last.
     most_cuts = min(3, count - 1, len(choice) - 1)
 
     @st.composite
     def draw_pipe(draw: "DrawFn") -> Pipe:
-        cuts = sorted(draw(st.sets(st.integers(1, count - 1), max_size=most_cuts)))
+        fewest, most = (0, most_cuts) if mesh is None else (stages - 1, stages - 1)
+        drawn = st.sets(st.integers(1, count - 1), min_size=fewest, max_size=most)
+        cuts = sorted(draw(drawn if most else st.just(())))
         balance = [b - a for a, b in zip([0, *cuts], [*cuts, count], strict=True)]
         chunks = draw(st.sampled_from(chunk_counts))
-        if scan:
+        places: dict[str, Any]
+        if mesh is not None:
+            places = {"mesh": mesh, "unshard": draw(st.sampled_from(UNSHARD))}
+        elif scan:
             # A mesh holds each device once; the placed executor also takes repeats.
-            places = choice[: len(balance)]
+            places = {"devices": choice[: len(balance)]}
         else:
-            places = [draw(st.sampled_from(choice)) for _ in balance]
+            places = {"devices": [draw(st.sampled_from(choice)) for _ in balance]}
         names = ["gpipe", "1f1b", "eager_1f1b", "zb_h1", None]
         schedule: Any = draw(st.sampled_from(names))
         if schedule is None:
@@ -571,12 +594,12 @@ def partitions(
         pipe = Pipe(
             layers,
             balance,
-            places,
             chunks=chunks,
             checkpoint=draw(st.sampled_from(modes)),
             schedule=schedule,
             executor=executor,
             recompute=draw(st.sampled_from(RECOMPUTE)),
+            **places,
         )
         # Of a random schedule what is copied is drawn with it.
         copies = not scan and isinstance(schedule, str) and draw(st.booleans())

@@ -10,6 +10,7 @@ order of `jax.tree.leaves`. Of the tree `{"w": {"q": a, "k": b}, "bias": c}`
 `None` is what nothing says anything of: an array then lies as it comes.
 """
 
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -61,7 +62,7 @@ def _said(node: Any) -> PartitionSpec | None:
     ask = getattr(node, "get_partition_spec", None)
     if callable(ask):
         spec = ask()
-        return spec if isinstance(spec, PartitionSpec) else None
+        return _translated(spec, node) if isinstance(spec, PartitionSpec) else None
     ask = getattr(node, "get_metadata", None)
     if not callable(ask):
         return None
@@ -73,6 +74,20 @@ def _said(node: Any) -> PartitionSpec | None:
         return None
     rules = dict(metadata.get("sharding_rules") or ())
     return PartitionSpec(*[rules.get(name, name) for name in said])
+
+
+def _translated(spec: PartitionSpec, box: Any) -> PartitionSpec:
+    """Logical names of Flax as axes of a mesh: by the rules of their box, or those of
+    `nn.logical_axis_rules` around the call. Without rules they stay names.
+    """
+    # Flax's own function. The module of a box is loaded, and Flax need not be
+    # installed.
+    module: Any = sys.modules.get(type(box).__module__)
+    translate = getattr(module, "logical_to_mesh_axes", None)
+    if translate is None:
+        return spec
+    rules = getattr(box, "rules", None) or module.get_logical_axis_rules()
+    return translate(spec, rules) if rules else spec
 
 
 def axes_in(part: Any) -> tuple[str, ...]:

@@ -155,3 +155,17 @@ def test_logical_names_are_translated_by_flax():
     specs = logical_to_mesh(nn.get_partition_spec(params), rules)
     step = fpipe.value_and_grad(loss_fn, mesh=MODEL, chunks=2, stages=2, specs=specs)
     assert specs_in(step.place(params, X)) == BOTH
+    # By the rules around the call, or, which goes before them, those of the module.
+    step = fpipe.value_and_grad(loss_fn, mesh=MODEL, chunks=2, stages=2)
+    with nn.logical_axis_rules(rules):
+        placed = step.place(params, X)
+    assert specs_in(placed) == BOTH
+    loss, grads = step(placed, X)
+    assert specs_in(grads) == BOTH
+    assert_same((loss, step.gather(grads)), jax.value_and_grad(loss_fn)(params, X))
+    ruled = fpipe.flax.layer(
+        block(annotate=functools.partial(nn.with_logical_partitioning, rules=rules))
+    )
+    pipe = fpipe.Pipe([ruled] * 2, mesh=MODEL, chunks=2)
+    with nn.logical_axis_rules([("hidden", None)]):
+        assert specs_in(pipe.init(KEY, X)) == BOTH

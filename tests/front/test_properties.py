@@ -2,17 +2,21 @@
 of the case.
 """
 
+import dataclasses
 import functools
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import fpipe.testing
 from tests.helpers import noise, turned
 
-WIDTH = 3
+WIDTH = 4
 SLOW = (
     HealthCheck.too_slow,
     HealthCheck.data_too_large,
@@ -22,6 +26,8 @@ SLOW = (
 # microbatches; or cut, beside states of rows in pieces, which a second call goes on
 # with, as decoding does.
 FORMS = ["cut", "turned", "ready", "pieces"]
+AXES = [None, "data", "model"]
+"""That of a mesh of two stages on two devices each; `None`: no mesh."""
 
 
 def has_all(layers):
@@ -48,24 +54,42 @@ def adds(pipe):
     return (pipe.recompute == "early" or pipe.offload is not None) and cuts(pipe)
 
 
-def check(data, executor, form, wanted=all_of, pipes=all_of, most=6):
+def sharded(layers, axis, data):
+    """Random layers whose weights are sharded over an axis."""
+    spec = data.draw(st.sampled_from([P(axis), P(None, axis)]))
+    return [
+        dataclasses.replace(layer, spec={"w": spec, "b": None})
+        if layer.init(jax.random.key(0), None)
+        else layer
+        for layer in layers
+    ]
+
+
+def check(data, executor, form, axis, wanted=all_of, pipes=all_of, most=6):
     """In float64: where a random model's gradients cancel, float32 leaves nothing to
     compare.
     """
     with jax.enable_x64(True):
-        _check(data, executor, form, wanted, pipes, most)
+        _check(data, executor, form, axis, wanted, pipes, most)
 
 
-def _check(data, executor, form, wanted, pipes, most):
+def _check(data, executor, form, axis, wanted, pipes, most):
     layers = data.draw(fpipe.testing.models(WIDTH, most).filter(wanted))
-    rows = data.draw(st.integers(1, 7))
+    mesh = None
+    if axis is not None:
+        mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("stage", axis))
+        if executor == "placed":
+            layers = sharded(layers, axis, data)
+    shared = 2 if axis == "data" else 1
+    rows = shared * data.draw(st.integers(1, 7 // shared))
     x, target, side = (noise(jax.random.key(k), (rows, WIDTH)) for k in range(3))
     if form == "turned":
         layers = turned(layers)
         x, target = (fpipe.Chunk(a.T, axis=1) for a in (x, target))
     elif form == "ready":
         # Of any number of rows.
-        sizes = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
+        drawn = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
+        sizes = [shared * size for size in drawn]
         x, target, side = (
             fpipe.Microbatches(
                 [
@@ -75,7 +99,7 @@ def _check(data, executor, form, wanted, pipes, most):
             )
             for k in range(3)
         )
-    partitions = fpipe.testing.partitions(layers, x, executor)
+    partitions = fpipe.testing.partitions(layers, x, executor, mesh=mesh)
     pipe = data.draw(partitions.filter(pipes))
     reduction = data.draw(st.sampled_from(["mean", "sum", "weighted"]))
     needs = {"side": side, "key": jax.random.key(4)}
@@ -136,8 +160,17 @@ def in_pieces(pipe, state):
 
 
 # Of "cut" alone the table of `test_equal.py` has most rows.
-@pytest.mark.parametrize("form", FORMS[1:])
-@pytest.mark.parametrize("executor", ["placed", "scan"])
+@pytest.mark.parametrize(
+    ("executor", "form", "axis"),
+    [
+        ("placed", "turned", "data"),
+        ("placed", "ready", "model"),
+        ("placed", "pieces", None),
+        ("scan", "turned", None),
+        ("scan", "ready", "data"),
+        ("scan", "pieces", "model"),
+    ],
+)
 @settings(
     max_examples=1,
     deadline=None,
@@ -146,9 +179,9 @@ def in_pieces(pipe, state):
     suppress_health_check=SLOW,
 )
 @given(st.data())
-def test_a_random_model_on_a_random_partition(executor, form, data):
+def test_a_random_model_on_a_random_partition(executor, form, axis, data):
     pipes = {"pieces": offloads, "ready": adds}.get(form, cuts)
-    check(data, executor, form, has_all, pipes, most=4)
+    check(data, executor, form, axis, has_all, pipes, most=4)
 
 
 @pytest.mark.full
@@ -156,4 +189,5 @@ def test_a_random_model_on_a_random_partition(executor, form, data):
 @settings(max_examples=1000, deadline=None, suppress_health_check=SLOW)
 @given(st.data())
 def test_many_random_models_on_random_partitions(executor, data):
-    check(data, executor, data.draw(st.sampled_from(FORMS)))
+    form, axis = data.draw(st.sampled_from(FORMS)), data.draw(st.sampled_from(AXES))
+    check(data, executor, form, axis)
