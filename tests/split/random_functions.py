@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import fpipe
 from fpipe._split.stacks import joined
@@ -367,10 +368,13 @@ def of_pieces(case: Case, split: fpipe.Split) -> Any:
     return value, y, joined(split.tree(grads))
 
 
-def of_pipe(case: Case, split: fpipe.Split) -> Any:
-    """The same of a pipe on two devices."""
-    devices = jax.devices()[: min(2, len(split))]
-    pipe = fpipe.Pipe(split, devices=devices, chunks=3, **case.options)
+def of_pipe(case: Case, split: fpipe.Split, axis: str | None = None) -> Any:
+    """The same of a pipe on two devices, or on two meshes with an axis."""
+    places: dict[str, Any] = {"devices": jax.devices()[: min(2, len(split))]}
+    if axis is not None:
+        four = np.array(jax.devices()[:4]).reshape(2, 2)
+        places = {"mesh": Mesh(four, ("stage", axis))}
+    pipe = fpipe.Pipe(split, chunks=3, **places, **case.options)
     placed, needs = pipe.place(case.params), asked(case, split)
     value, grads = pipe.value_and_grad(loss)(placed, case.x, **needs)
     y = pipe(placed, case.x, **needs)
