@@ -330,7 +330,6 @@ def main() -> None:
     written = with_a_pipeline(pipe, placed, tokens, keys, count)
     expected = plain()
 
-    print("the first sequences:\n")
     for row in written.tokens[:3]:
         print(args.prompt + bytes(row.tolist()).decode(errors="replace"), end="\n\n")
     same = np.mean(written.tokens == expected.tokens)
