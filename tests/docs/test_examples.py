@@ -213,6 +213,18 @@ def test_the_benchmark_of_one_device_runs(checkpoint):
     assert re.findall(rows, done.stdout, re.MULTILINE) == ["plain", "2"]
 
 
+def test_the_benchmark_of_recomputations_runs():
+    small = ["--width", 8, "--tokens", 4, "--blocks", 1, "--microbatches", 3]
+    small += ["--repeats", 1, "--unit", 2, "--schedules", "1f1b", "--options", "early"]
+    done = run("examples/benchmarks/recompute.py", *small, "--transformer", "1f1b")
+    assert done.returncode == 0, done.stderr
+    slept = r"^1f1b +(\w+) +\d+ +\d+ +\d+\.\d\d$"
+    found = re.findall(slept, done.stdout, re.MULTILINE)
+    assert found == ["with_backward", "early"]
+    steps = r"^([a-z, _]+\w) +\d+\.\d{3} +\d+\.\d\d$"
+    assert re.findall(steps, done.stdout, re.MULTILINE) == found
+
+
 def test_plans_say_what_is_measured():
     done = run("examples/benchmarks/truth.py", "--quick", "--unit", 6)
     assert done.returncode == 0, done.stdout + done.stderr
