@@ -851,7 +851,7 @@ def fingerprint(tree):
 
 @executors
 @pytest.mark.parametrize("unequal", [False, True])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.full)])
 def test_every_leaf_is_cut_as_it_says_or_named(executor, unequal, seed):
     rng = random.Random(f"{executor} {seed}")
     n, chunks = rng.randint(2, 7), rng.randint(2, 4)
