@@ -412,11 +412,13 @@ class Scan:
         inputs = args.inputs
         given = {Port(name): self.bring(pack(inputs[name])[0]) for name in INPUTS}
         self.parameters.check_devices(args.params.arrays, "a call's params")
-        lie = self.parameters.shardings(args.params.packing)
-        rows = [
-            on_mesh([a], self.mesh, lambda _, to=to: to)[0]
-            for a, to in zip(args.params.arrays, lie, strict=True)
-        ]
+        rows = []
+        for row, array in zip(
+            args.params.packing.rows, args.params.arrays, strict=True
+        ):
+            rows += on_mesh(
+                [array], self.mesh, lambda _, spec=row.spec: by_stage(self.mesh, spec)
+            )
         return rows, self.bring(state), given
 
     def _compiled(self, step: Step, name: Function, *arrays: Any) -> Any:
