@@ -344,8 +344,8 @@ def test_states_that_do_not_fit_are_refused(make):
     )
     refused(
         "state: layer 0 'remembering': the state of microbatch 1 is int32[2,4], but "
-        "that of microbatch 0 is float32[2,4]: structure, static leaves and dtypes are "
-        "those of all",
+        "that of microbatch 0 is float32[2,4]: all need the same structure, static "
+        "leaves and dtypes",
         ready,
         (fpipe.Microbatches([pieces[0][0], jnp.ones((2, 4), jnp.int32)]), None),
     )
