@@ -281,8 +281,10 @@ class Pipe(Call):
         limit = as_offload(offload)
         trees = trees_of(layers, compute_dtype, deferred_batch_norm, chunks)
         model, layers = trees.model, trees.layers
-        scheduling = Scheduling.of(schedule)
         remat = Remat.of(checkpoint)
+        scheduling = with_actions(
+            Scheduling.of(schedule), remat, recompute, limit, executor == "scan"
+        )
         placements, data_axes = stage_placements(executor, devices, mesh, data_axes)
         # 3. The cut. The order matters. The schedule and the devices decide the number
         # of stages. That number decides the device of each stage, and so the number of

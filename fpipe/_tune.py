@@ -27,6 +27,13 @@ from fpipe._core.checks import as_bool, as_compute_dtype, is_one_of
 from fpipe._core.errors import shown
 from fpipe._core.meshes import in_tracing_context
 from fpipe._core.pytrees import PyTree
+from fpipe._executors.added_actions import (
+    RECOMPUTE,
+    Recompute,
+    as_offload,
+    as_recompute,
+    with_actions,
+)
 from fpipe._executors.call import Args, Call, check_chunks
 from fpipe._executors.placement import as_placements
 from fpipe._executors.scan.packing import Packed
@@ -47,7 +54,7 @@ from fpipe._model.model import Model
 from fpipe._model.needs import call_needs
 from fpipe._model.remat import Remat
 from fpipe._pipe import EXECUTORS, Pipe
-from fpipe._planning.balance import best_balance
+from fpipe._planning.balance import DoesNotFitError, best_balance
 from fpipe._planning.balance import stage_devices as balance_devices
 from fpipe._planning.costs import LayerCosts
 from fpipe._planning.hardware import PlanOptions
@@ -75,6 +82,7 @@ class Candidate(NamedTuple):
         pipe: the `Pipe`, ready to use. `None` if the combination is not possible.
         prediction: the `Prediction` of a training step. `None` if there is none.
         refused: why the combination cannot be used; empty if it can.
+        recompute, offload: as for `Pipe`.
     """
 
     schedule: Any
@@ -83,6 +91,8 @@ class Candidate(NamedTuple):
     pipe: Pipe | None = None
     prediction: Prediction | None = None
     refused: str = ""
+    recompute: str = "with_backward"
+    offload: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +148,13 @@ class Tuning:
         own = best.prediction
         assert own is not None
         # First what it takes, then what each other choice would cost, one at a time.
+        options = f"chunks={best.chunks}, checkpoint={best.checkpoint!r}"
+        if best.recompute != "with_backward":
+            options += f", recompute={best.recompute!r}"
+        if best.offload is not None:
+            options += f", offload={best.offload!r}"
         lines = [
-            f"{best.schedule}, chunks={best.chunks}, checkpoint={best.checkpoint!r}: "
-            f"step {quantity(own.step, self.unit)}, "
+            f"{best.schedule}, {options}: step {quantity(own.step, self.unit)}, "
             f"bubble {own.bubble:.0%}, peak {size(own.peak)}"
         ]
         for field, noun in _CHOICES:
@@ -158,7 +172,9 @@ class Tuning:
         # is the next best. A candidate that differs in two choices would not tell the
         # effect of either.
         best, own = self.best, self.best.prediction
-        others = [name for name, _ in _CHOICES if name != field]
+        # But when something is recomputed belongs to whether it is.
+        with_it = {field, "recompute"} if field == "checkpoint" else {field}
+        others = [name for name, _ in _CHOICES if name not in with_it]
         for c in self.candidates[1:]:
             alike = all(getattr(c, name) == getattr(best, name) for name in others)
             if c.refused or c.prediction is None or own is None or not alike:
@@ -191,12 +207,15 @@ class Tuning:
 
     def _table(self) -> Table:
         """A row for each candidate."""
-        head = ["schedule", "chunks", "checkpoint", "balance"]
-        head += ["step", "bubble", "peak", ""]
+        head = ["schedule", "chunks", "checkpoint"]
+        # `Table` leaves out a column in which all cells are empty.
+        head += ["recompute", "offload", "balance", "step", "bubble", "peak", ""]
         rows = []
         for c in self.candidates:
             balance = "" if c.pipe is None else str(list(c.pipe.balance))
-            row = [str(c.schedule), str(c.chunks), str(c.checkpoint), balance]
+            row = [str(c.schedule), str(c.chunks), str(c.checkpoint)]
+            row.append("early" if c.recompute == "early" else "")
+            row += ["" if c.offload is None else str(c.offload), balance]
             if c.prediction is None:
                 row += ["", "", ""]
             else:
@@ -204,14 +223,18 @@ class Tuning:
                 step = quantity(own.step, self.unit)
                 row += [step, f"{own.bubble:.1%}", size(own.peak)]
             rows.append([*row, c.refused])
-        return Table(head, rows, left=(0, 2, 3, 7))
+        return Table(head, rows, left=(0, 2, 3, 5, 9))
 
+
+# What of a device's memory may wait in the memory of the host.
+_COPIED = ("residuals", "boundaries", "skips")
 
 # The fields that tell candidates apart, and what they are called in sentences.
 _CHOICES = (
     ("schedule", "schedule"),
     ("chunks", "number of microbatches"),
     ("checkpoint", "checkpoint mode"),
+    ("recompute", "time of recomputations"),
 )
 
 
@@ -226,6 +249,8 @@ def tune(
     chunks: int | Iterable[int] | None = None,
     schedules: Any = SCHEDULES,
     checkpoints: Any = CHECKPOINTS,
+    recomputes: Any = None,
+    offloads: Any = None,
     by: Literal["flops", "time"] = "flops",
     speed: float | Sequence[float] | None = None,
     latency: float = 0.0,
@@ -278,6 +303,11 @@ def tune(
             several. Default: `"gpipe"`, `"1f1b"`, `"eager_1f1b"`, `"zb_h1"`, and
             `"interleaved_1f1b"` and `"zb_v"` if there are enough layers for several
             stages on each device; `"never"`, `"except_last"` and `"always"`.
+        recomputes: the values of `recompute` to try, one or several. Default: both, if
+            the checkpoint mode recomputes anything and the executor runs them.
+        offloads: the values of `offload` to try, one or several. Default: `None`; and
+            for a candidate that does not fit into `memory`, the largest number of live
+            microbatches with which it fits.
         by, speed, latency, bandwidth, launch, host_bandwidth, optimizer, compiled: as
             for `Pipe.plan`.
         options: other arguments of `Pipe`, such as `executor="scan"` or
@@ -304,12 +334,13 @@ def tune(
     if mesh is not None:
         devices = stage_places(mesh, devices, options.get("executor", "placed"))
     own = {"balance", "schedule", "checkpoint", "sample", "sample_side"}
+    own |= {"recompute", "offload"}
     chosen = sorted(own & set(options))
     if chosen:
         raise TypeError(
             f"`fpipe.tune(..., {chosen[0]}=...)`: tune chooses it. Limit the choice by "
-            "`schedules=`, `checkpoints=` and `chunks=`, or give a function that makes "
-            "the pipe in place of layers"
+            "`schedules=`, `checkpoints=`, `recomputes=`, `offloads=` and `chunks=`, "
+            "or give a function that makes the pipe in place of layers"
         )
     known = inspect.signature(Pipe).parameters
     strange = [name for name in options if name not in known]
@@ -341,7 +372,7 @@ def tune(
         memory=memory,
         optimizer=optimizer,
     )
-    _check_candidates(chunks, schedules, checkpoints)
+    _check_candidates(chunks, schedules, checkpoints, recomputes, offloads)
     check_frozen("fpipe.tune", frozen)
     # Every candidate runs one training step, as shapes.
     fn = mean_square if loss_fn is None else loss_fn
@@ -373,7 +404,13 @@ def tune(
     every = itertools.product(
         _several(chunks), _several(checkpoints), _several(schedules)
     )
-    tried = [source.candidate(_Setup(s, c, n)) for n, c, s in every]
+    tried: list[Candidate] = []
+    for n, checkpoint, schedule in every:
+        for recompute in source.recomputes(recomputes, checkpoint):
+            setup = _Setup(schedule, checkpoint, n, recompute)
+            for limit in _limits(offloads):
+                given = setup._replace(offload=limit)
+                tried += source.candidates(given, copies=offloads is None)
     if not tried:
         raise ValueError(
             "`fpipe.tune(...)`: nothing to try: schedules, checkpoints and chunks need "
@@ -382,7 +419,15 @@ def tune(
     return Tuning(tuple(sorted(tried, key=_rank)), wanted.unit)
 
 
-def _check_candidates(chunks: Any, schedules: Any, checkpoints: Any) -> None:
+def _limits(offloads: Any) -> list[Any]:
+    """The values of `offload` that are tried in any case."""
+    # A list of limits, and not one limit for each device.
+    return list(offloads) if isinstance(offloads, (list, tuple)) else [offloads]
+
+
+def _check_candidates(
+    chunks: Any, schedules: Any, checkpoints: Any, recomputes: Any, offloads: Any
+) -> None:
     """Refuse options that no pipe takes. Without this check they would come back as
     candidates that do not fit.
     """
@@ -392,6 +437,10 @@ def _check_candidates(chunks: Any, schedules: Any, checkpoints: Any) -> None:
         Scheduling.of(schedule)
     for checkpoint in _several(checkpoints):
         Remat.of(checkpoint)
+    for recompute in _several(recomputes) if recomputes is not None else ():
+        as_recompute(recompute)
+    for limit in _limits(offloads):
+        as_offload(limit)
 
 
 def _rank(c: Candidate) -> tuple[int, float, int]:
@@ -433,6 +482,15 @@ class _Setup(NamedTuple):
     schedule: Any
     checkpoint: Any
     chunks: int
+    recompute: Recompute = "with_backward"
+    offload: Any = None
+
+
+class _Tried(NamedTuple):
+    """A candidate, and whether all that it lacks is memory."""
+
+    candidate: Candidate
+    too_large: bool
 
 
 class _Source(abc.ABC):
@@ -464,12 +522,78 @@ class _Source(abc.ABC):
     def prediction(self, pipe: Pipe, setup: _Setup) -> Prediction:
         """The predicted time and memory of the pipe."""
 
-    def candidate(self, setup: _Setup) -> Candidate:
+    def chooses(self, option: str) -> bool:
+        """Whether an option of the pipe makes a difference."""
+        del option
+        return True
+
+    def recomputes(self, asked: Any, checkpoint: Any) -> list[Recompute]:
+        """The values of `recompute` to try.
+
+        Arguments:
+            asked: what the user asks for; `None`: nothing.
+        """
+        if asked is not None:
+            return _several(asked)
+        recomputes = Remat.of(checkpoint).option != "never"
+        if recomputes and self.chooses("recompute"):
+            return list(RECOMPUTE)
+        return ["with_backward"]
+
+    def candidates(self, setup: _Setup, copies: bool) -> list[Candidate]:
+        """The candidate of a combination; none where it is one that nobody asked for
+        and that no executor runs.
+
+        Arguments:
+            copies: whether to add one that is too large with copies to the host.
+        """
+        tried = self._tried(setup)
+        asked = setup.recompute == "with_backward" and setup.offload is None
+        if not asked and tried.candidate.prediction is None and not tried.too_large:
+            return []
+        found = [tried.candidate]
+        if copies and tried.too_large and self.chooses("offload"):
+            found += self._with_copies(setup, tried.candidate)
+        return found
+
+    def _with_copies(self, setup: _Setup, plain: Candidate) -> list[Candidate]:
+        """A candidate that is too large, with as few copies to the host as make it fit.
+
+        Arguments:
+            plain: without copies.
+        """
+        # A device has two stages at most, under a schedule with a name.
+        high = 2 * setup.chunks + 1
+        if plain.prediction is not None:
+            high = max(plain.prediction.timeline.peak_live)
+            # What copies cannot take away must fit anyhow.
+            for row in plain.prediction.devices:
+                if row.missing > sum(row.memory.get(role, 0) for role in _COPIED):
+                    return []
+        # Fewer live microbatches take less memory, until fewer cannot be.
+        found: Candidate | None = None
+        low = 0
+        while high - low > 1:
+            middle = (low + high) // 2
+            tried = self._tried(setup._replace(offload=middle))
+            if tried.too_large:
+                high = middle
+                continue
+            low = middle
+            if not tried.candidate.refused:
+                found = tried.candidate
+        return [] if found is None else [found]
+
+    def _tried(self, setup: _Setup) -> "_Tried":
         """The pipe and its prediction, or the reason why there is none: too few layers,
         a batch that cannot be cut into these microbatches, or no cut that fits.
         """
         none = Candidate(
-            option_name(setup.schedule), option_name(setup.checkpoint), setup.chunks
+            option_name(setup.schedule),
+            option_name(setup.checkpoint),
+            setup.chunks,
+            recompute=setup.recompute,
+            offload=setup.offload,
         )
         # A `TypeError` is raised: it says that the arguments of `tune` are wrong, and
         # then they are wrong for all candidates.
@@ -477,7 +601,9 @@ class _Source(abc.ABC):
             pipe = self.pipe(setup)
             prediction = self.prediction(pipe, setup)
         except ValueError as error:
-            return none._replace(refused=str(error).splitlines()[0])
+            refused = str(error).splitlines()[0]
+            too_large = isinstance(error, DoesNotFitError)
+            return _Tried(none._replace(refused=refused), too_large)
         # A pipe that is too large is kept with its prediction. If no candidate fits, a
         # user needs to know how many bytes are missing.
         worst = max(prediction.devices, key=lambda row: row.missing)
@@ -485,7 +611,8 @@ class _Source(abc.ABC):
         if worst.missing:
             missing = size(worst.missing)
             refused = f"does not fit: short by {missing} on device {worst.device}"
-        return none._replace(pipe=pipe, prediction=prediction, refused=refused)
+        found = none._replace(pipe=pipe, prediction=prediction, refused=refused)
+        return _Tried(found, too_large=bool(refused))
 
 
 class _OfLayers(_Source):
@@ -518,7 +645,14 @@ class _OfLayers(_Source):
     def pipe(self, setup: _Setup) -> Pipe:
         # The balance differs between candidates. The schedule decides the number of
         # stages; the checkpoint mode and the memory limits decide which cuts fit.
-        costs, scheduling = self._costs_of(setup), Scheduling.of(setup.schedule)
+        costs = self._costs_of(setup)
+        scheduling = with_actions(
+            Scheduling.of(setup.schedule),
+            Remat.of(setup.checkpoint),
+            as_recompute(setup.recompute),
+            as_offload(setup.offload),
+            in_units=self._arguments.get("executor") == "scan",
+        )
         stage_to_device = balance_devices(costs, scheduling, None, len(self._devices))
         # By work alone. The prediction counts the traffic between stages.
         hardware = dataclasses.replace(
@@ -533,6 +667,8 @@ class _OfLayers(_Source):
             setup.chunks,
             setup.checkpoint,
             setup.schedule,
+            recompute=setup.recompute,
+            offload=setup.offload,
             **self._arguments,
         )
 
@@ -598,6 +734,10 @@ class _OfFunction(_Source):
         every = any(p.kind is p.VAR_KEYWORD for p in named.values())
         self._f = f
         self._names = [name for name in _Setup._fields if every or name in named]
+
+    def chooses(self, option: str) -> bool:
+        """Whether an option of the pipe makes a difference."""
+        return option in self._names
 
     def pipe(self, setup: _Setup) -> Pipe:
         pipe = self._f(**{name: getattr(setup, name) for name in self._names})

@@ -70,7 +70,14 @@ _OF_PLAN = (
     "compiled",
 )
 _OF_COMPILE = ("loss_scale", "threads", "progress")
-_OF_TUNE = (*_OF_PLAN, "chunks", "schedules", "checkpoints")
+_OF_TUNE = (
+    *_OF_PLAN,
+    "chunks",
+    "schedules",
+    "checkpoints",
+    "recomputes",
+    "offloads",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -483,6 +490,7 @@ class ValueAndGrad:
 
         Other Arguments:
             chunks, schedules, checkpoints: the values to try, as for `fpipe.tune`.
+            recomputes, offloads: the values to try, as for `fpipe.tune`.
             memory, by, speed, latency, bandwidth, launch: as for `fpipe.tune`.
             host_bandwidth, optimizer, compiled: as for `fpipe.tune`.
 
@@ -492,7 +500,7 @@ class ValueAndGrad:
         args = self._with_shapes("step.tune", args, kwargs)
         built, call, mine = self._called("step.tune", args, kwargs, _OF_TUNE)
         # The options that `tune` chooses are not passed on.
-        chosen = ("balance", "chunks", "checkpoint", "schedule")
+        chosen = ("balance", "chunks", "checkpoint", "schedule", "recompute", "offload")
         options = {k: v for k, v in self._options.items() if k not in chosen}
         asked: dict[str, Any] = {"frozen": self._frozen, "argnums": self._argnums}
         options |= self._of_step(call) | asked | mine

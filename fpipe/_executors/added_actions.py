@@ -33,23 +33,23 @@ RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
 Offload: TypeAlias = int | tuple[int, ...] | None
 
 
-def as_recompute(option: Any) -> Recompute:
-    """What `Pipe(recompute=...)` was given, checked."""
+def as_recompute(option: Any, call: str = "Pipe") -> Recompute:
+    """What `Pipe(recompute=...)`, or another call, was given, checked."""
     if not is_one_of(option, RECOMPUTE):
         raise ValueError(
-            f"`Pipe(recompute={shown(option)})`: one of "
+            f"`{call}(recompute={shown(option)})`: one of "
             f"{', '.join(map(repr, RECOMPUTE))}"
         )
     return option
 
 
-def as_offload(option: Any) -> Offload:
-    """What `Pipe(offload=...)` was given, checked."""
+def as_offload(option: Any, call: str = "Pipe") -> Offload:
+    """What `Pipe(offload=...)`, or another call, was given, checked."""
     if option is None:
         return None
     if isinstance(option, (list, tuple)):
-        return tuple(as_int("Pipe", "offload", limit) for limit in option)
-    return as_int("Pipe", "offload", option)
+        return tuple(as_int(call, "offload", limit) for limit in option)
+    return as_int(call, "offload", option)
 
 
 def with_actions(

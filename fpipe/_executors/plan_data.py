@@ -86,7 +86,7 @@ class DeviceMemory:
         temporary: bytes that a program needs for itself; `None`: nothing was compiled.
         moment: what runs then.
         host: the most bytes of residuals that wait in the host's memory, where an
-            offloading policy moves them. No part of what the device holds.
+            offloading policy or an `O` moves them. No part of what the device holds.
     """
 
     device: int
@@ -115,6 +115,8 @@ class PlanData:
         work: for each kind of action and stage the programs that its first microbatch
             runs. What has nothing to compute is not there.
         devices: a row for each device.
+        copied: for each stage that copies what a forward left to the host, the bytes of
+            one copy.
         warnings: what the user should know.
     """
 
@@ -127,4 +129,5 @@ class PlanData:
     microbatch_rows: tuple[int, ...]
     work: Mapping[tuple[Kind, int], tuple[Work, ...]]
     devices: tuple[DeviceMemory, ...]
+    copied: Mapping[int, int]
     warnings: tuple[str, ...]

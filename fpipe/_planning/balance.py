@@ -22,9 +22,15 @@ from fpipe._core.checks import is_number, is_one_of
 from fpipe._core.errors import shown
 from fpipe._core.meshes import in_tracing_context
 from fpipe._core.pytrees import PyTree
+from fpipe._executors.added_actions import (
+    Recompute,
+    as_offload,
+    as_recompute,
+    with_actions,
+)
 from fpipe._executors.call import check_chunks
 from fpipe._executors.scheduling import Generator, Scheduling
-from fpipe._model.remat import Policy
+from fpipe._model.remat import Policy, Remat
 from fpipe._planning.costs import LayerCosts
 from fpipe._planning.hardware import Hardware
 from fpipe._planning.layer_costs import UNITS, BalanceBy, layer_costs
@@ -32,6 +38,10 @@ from fpipe._planning.partition import PartitionTask, Shortage, Table, best_cut
 from fpipe._planning.span_tables import SpanTables
 from fpipe._planning.text import option_name
 from fpipe.schedules import Schedule
+
+
+class DoesNotFitError(ValueError):
+    """No cut fits into the memory of the devices."""
 
 
 @in_tracing_context
@@ -49,6 +59,9 @@ def balance(
     chunks: int | None = None,
     checkpoint: str | Policy | None = None,
     schedule: str | Schedule | Generator = "eager_1f1b",
+    recompute: Recompute = "with_backward",
+    offload: int | Sequence[int] | None = None,
+    host_bandwidth: float | None = None,
     side: PyTree = None,
     params: Sequence[PyTree] | None = None,
     compute_dtype: Any = None,
@@ -93,6 +106,12 @@ def balance(
         checkpoint, schedule, compute_dtype: as for `Pipe`. They determine which
             forwards run twice, how many microbatches a stage holds, and how many stages
             each device has.
+        recompute, offload: as for `Pipe`. Microbatches in the memory of the host take
+            no memory of the device. Each recomputation that runs early holds the
+            residuals of a microbatch.
+        host_bandwidth: bytes per second between a device and its host, in each
+            direction. With `offload` a stage then takes at least as long as its copies.
+            Default: copies take no time.
         side, params: as for `layer_costs`.
 
     These count as the memory of a stage:
@@ -137,7 +156,10 @@ def balance(
         raise ValueError(
             f"`balance(by={shown(by)})`: one of {', '.join(map(repr, UNITS))}"
         )
-    scheduling = Scheduling.of(schedule)
+    recompute, limit = (
+        as_recompute(recompute, "balance"),
+        as_offload(offload, "balance"),
+    )
     if chunks is not None:
         chunks = check_chunks("balance", chunks)
     if known is None:
@@ -170,6 +192,14 @@ def balance(
             known = dataclasses.replace(known, microbatches=chunks)
         if checkpoint is not None:
             known = dataclasses.replace(known, checkpoint=checkpoint)
+    # As under the placed executor: which executor will run is not known here.
+    scheduling = with_actions(
+        Scheduling.of(schedule),
+        Remat.of(known.checkpoint),
+        recompute,
+        limit,
+        in_units=False,
+    )
     # Then the hardware. The schedule says which device a stage runs on.
     stage_to_device = stage_devices(known, scheduling, stages, devices)
     hardware = Hardware.checked(
@@ -179,17 +209,19 @@ def balance(
         bandwidth=bandwidth,
         memory=memory,
         optimizer=optimizer,
+        host_bandwidth=host_bandwidth,
         speed_name="speeds",
     )
     by_memory = by == "memory"
     # Transfers take seconds. FLOPs or bytes need a speed before they can be added to
     # seconds. Costs that the user gave count as seconds.
     counted = known.unit in ("FLOP", "byte") and not by_memory
-    if bandwidth is not None and speeds is None and counted:
+    links = {"bandwidth": bandwidth, "host_bandwidth": host_bandwidth}
+    given = [f"{name}=..." for name, value in links.items() if value is not None]
+    if given and speeds is None and counted:
         raise ValueError(
-            "`balance(bandwidth=...)`: bytes per second cannot be weighed against "
-            f"{known.unit}s: give `speeds=` too, in "
-            f"{known.unit}s per second"
+            f"`balance({', '.join(given)})`: bytes per second cannot be weighed "
+            f"against {known.unit}s: give `speeds=` too, in {known.unit}s per second"
         )
     return best_balance(known, scheduling, stage_to_device, hardware, by_memory)
 
@@ -229,6 +261,9 @@ def best_balance(
         time = tables.work(s) / speed
         if hardware.bandwidth is not None:
             time = time + tables.link(s) / hardware.bandwidth
+        if hardware.host_bandwidth is not None:
+            # Copies run beside the work. A device waits for them if they take longer.
+            time = np.maximum(time, tables.copied(s) / hardware.host_bandwidth)
         return time
 
     # Without limits the memory tables are not even made: they need the schedule.
@@ -243,7 +278,7 @@ def best_balance(
     cut = best_cut(task)
     # The error names the cut that lacks least, and how many bytes it lacks.
     if isinstance(cut, Shortage):
-        raise ValueError(_does_not_fit(cut, costs, scheduling))
+        raise DoesNotFitError(_does_not_fit(cut, costs, scheduling))
     return cut
 
 

@@ -93,7 +93,7 @@ def predict(
     measured = _measured(data) if options.by == "time" else None
     work = _work_table(data, options, measured)
     stages = _stage_rows(data, args.params, layers, work)
-    action_costs = _simulation_costs(stages, options.hardware)
+    action_costs = _simulation_costs(stages, options.hardware, data.copied)
     if data.launchers is not None:
         launch = options.hardware.launch
         if launch is None:
@@ -227,8 +227,14 @@ def _launch(
     return sum(times) / len(times) if times else 0.0
 
 
-def _simulation_costs(stages: Sequence[StageRow], hardware: Hardware) -> Costs:
-    """What an action takes: a stage has whole backwards, or halves, or both."""
+def _simulation_costs(
+    stages: Sequence[StageRow], hardware: Hardware, copied: Mapping[int, int]
+) -> Costs:
+    """What an action takes: a stage has whole backwards, or halves, or both.
+
+    Arguments:
+        copied: the bytes of a copy to the host, by stage.
+    """
     # All transfers take as long as the one of the largest boundary.
     lag = hardware.latency
     if hardware.bandwidth is not None:
@@ -241,8 +247,15 @@ def _simulation_costs(stages: Sequence[StageRow], hardware: Hardware) -> Costs:
     whole = [
         row.work.get("B", i + w) for row, (i, w) in zip(stages, halves, strict=True)
     ]
+    bandwidth = hardware.host_bandwidth or math.inf
     return Costs(
-        F=work["F"], B=whole, I=work["I"], W=work["W"], R=work["R"], transfer=lag
+        F=work["F"],
+        B=whole,
+        I=work["I"],
+        W=work["W"],
+        R=work["R"],
+        transfer=lag,
+        offload=[copied.get(row.stage, 0) / bandwidth for row in stages],
     )
 
 

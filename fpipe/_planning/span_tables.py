@@ -99,12 +99,16 @@ class Holding(NamedTuple):
     does the scan executor).
 
     Attributes:
-        live: from the stage's forward to the end of its backward.
+        live: from the stage's forward to the end of its backward, but not while it is
+            in the memory of the host.
+        recomputed: from its recomputation to the end of its backward; 1 if that is a
+            part of the backward.
         arrived: what waits here because it goes here, besides what is live.
         made: what waits here because it was made here, besides what is live.
     """
 
     live: int
+    recomputed: int
     arrived: Waiting
     made: Waiting
 
@@ -155,6 +159,11 @@ class SpanTables:
         """The schedule, made when it is first looked at: a large one takes its time."""
         return self._scheduling.make(self._stage_to_device, self._microbatches)
 
+    @cached_property
+    def _kinds(self) -> set[str]:
+        """The kinds of actions of the schedule."""
+        return {action.kind for row in self._schedule.actions for action in row}
+
     def work(self, s: int) -> Table:
         """Forward, backward, and the forward again where it is recomputed, of a
         microbatch in the mean.
@@ -167,13 +176,22 @@ class SpanTables:
             return forward
         # Where a forward is directly followed by its backward, nothing is recomputed:
         # which pairs these are depends on the stage, so that its work does too.
-        order = itertools.chain(*self._schedule.actions)
-        direct = direct_pairs(order, self._stage_to_device)
-        recomputed = sum(
-            self._remat.recomputes(i, self._microbatches, (s, i) in direct)
-            for i in range(self._microbatches)
-        )
+        if "R" in self._kinds:
+            # An `R` is there for each backward that recomputes.
+            recomputed = len(self._schedule.order("R", s))
+        else:
+            order = itertools.chain(*self._schedule.actions)
+            direct = direct_pairs(order, self._stage_to_device)
+            recomputed = sum(
+                self._remat.recomputes(i, self._microbatches, (s, i) in direct)
+                for i in range(self._microbatches)
+            )
         return forward * (1 + recomputed / self._microbatches) + backward
+
+    def copied(self, s: int) -> Table:
+        """Bytes that go to the host in each direction, of a microbatch in the mean."""
+        share = len(self._schedule.order("O", s)) / self._microbatches
+        return share * self._held_after_forward()
 
     def received(self, s: int) -> Table:
         """Bytes that come in from other devices in a microbatch's forward; as many go
@@ -210,24 +228,33 @@ class SpanTables:
         # Of what is borrowed a copy, and the gradient of it, are on this device.
         fixed = params * (1 + self._optimizer)
         fixed += summed(costs.gradients) + 2 * self._borrowed
-        # What two neighbours share is kept once, if both are inside: in `[i, j]` these
-        # are the pairs that begin with the layers i, …, j - 2.
-        residuals = summed(costs.residuals)
-        residuals[:, 1:] -= summed(costs.shared)[:, :-1]
         holding = self.holding(s)
-        if self._remat.option == "never":
-            held, working = residuals, 0
-        else:
-            held = self.before + self.skips_in + summed(costs.saved)
-            # The residuals of the microbatch at work; with `except_last` those of the
-            # last one may be there too.
+        held = self._held_after_forward()
+        working: Table | float = 0.0
+        if self._remat.option != "never":
+            # The residuals of the microbatch at work, or of those that are recomputed
+            # early; with `except_last` those of the last one may be there too.
             last_too = self._remat.option == "except_last" and holding.live > 1
-            working = residuals * (2 if last_too else 1)
+            working = self._residuals() * (holding.recomputed + last_too)
         # The executors let things wait at different ends: take the worse of the two.
         waiting = np.maximum(
             self._waiting_bytes(holding.arrived), self._waiting_bytes(holding.made)
         )
         return fixed + held * holding.live + working + waiting + ends
+
+    def _residuals(self) -> Table:
+        """Bytes of the residuals of a microbatch."""
+        # What two neighbours share is kept once, if both are inside: in `[i, j]` these
+        # are the pairs that begin with the layers i, …, j - 2.
+        residuals = summed(self._costs.residuals)
+        residuals[:, 1:] -= summed(self._costs.shared)[:, :-1]
+        return residuals
+
+    def _held_after_forward(self) -> Table:
+        """Bytes that a microbatch holds from its forward on."""
+        if self._remat.option == "never":
+            return self._residuals()
+        return self.before + self.skips_in + summed(self._costs.saved)
 
     def _waiting_bytes(self, waiting: Waiting) -> Table:
         """The bytes of what waits, for each span."""
@@ -244,7 +271,19 @@ class SpanTables:
         # stage before has made it" and "this stage's backward has ended". Cotangents
         # have the size of what they are cotangents of, so they count as that.
         times, last = self._times, len(self._stage_to_device) - 1
-        live = _most_between(times.begun[[s]], times.back_done[[s]])
+        held = _most_between(times.begun[[s]], times.back_done[[s]])
+        live = held
+        if "O" in self._kinds:
+            # A copy to the host is the end of one stay, and a copy back the start of
+            # another.
+            starts = np.concatenate([times.begun[s], times.back_from_host[s]])
+            ends = np.concatenate([times.back_done[s], times.on_host[s]])
+            live = _most_between(starts[None], ends[None])
+        recomputed = 1
+        if "R" in self._kinds:
+            # One that recomputes nothing holds its residuals, too.
+            early = _most_between(times.recomputed[[s]], times.used[[s]])
+            recomputed = max(1, early)
         neighbour_before = slice(max(0, s - 1), s)
         neighbour_behind = slice(s + 1, min(last, s + 1) + 1)
         # Skips may come from any earlier stage, and go to any later one.
@@ -255,7 +294,7 @@ class SpanTables:
         def arrived(before: slice) -> int:
             """Made by an earlier stage and not yet gone back: some of them are live."""
             return max(
-                0, _most_between(times.made[before], times.back_done[[s]]) - live
+                0, _most_between(times.made[before], times.back_done[[s]]) - held
             )
 
         def cotangents_arrived(behind: slice) -> int:
@@ -269,6 +308,7 @@ class SpanTables:
 
         return Holding(
             live,
+            recomputed,
             arrived=Waiting(
                 before=arrived(neighbour_before),
                 skips_in=arrived(all_before),
@@ -289,26 +329,52 @@ class SpanTables:
         # A backward in halves begins with `I` and is done with `W`: until then the
         # microbatch holds what `W` reads.
         begun, made, back_done = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-        back_begun = np.full(shape, np.inf)
+        # What has no such time is there at no time.
+        back_begun, on_host, back_from_host, recomputed, used = (
+            np.full(shape, np.inf) for _ in range(5)
+        )
         for _, (kind, s, i), start, end in simulate(self._schedule).events:
-            if kind == "F":
-                begun[s, i] = start
-                made[s, i] = end
-            else:
-                back_begun[s, i] = min(back_begun[s, i], start)
-                back_done[s, i] = max(back_done[s, i], end)
-        return _Times(begun, made, back_begun, back_done)
+            match kind:
+                case "F":
+                    begun[s, i], made[s, i] = start, end
+                case "O":
+                    on_host[s, i] = end
+                case "L":
+                    back_from_host[s, i] = start
+                case "R":
+                    recomputed[s, i] = start
+                case "B" | "I" | "W":
+                    back_begun[s, i] = min(back_begun[s, i], start)
+                    back_done[s, i] = max(back_done[s, i], end)
+                    if kind != "W":
+                        used[s, i] = end
+        return _Times(
+            begun,
+            made,
+            back_begun,
+            back_done,
+            on_host,
+            back_from_host,
+            recomputed,
+            used,
+        )
 
 
 class _Times(NamedTuple):
     """For each stage and microbatch when its forward begins and ends, and when its
-    backward does.
+    backward does; when it is in the memory of the host, and when it begins to come
+    back; when its recomputation begins, and the action ends that reads what that made.
+    What there is not is at infinity.
     """
 
     begun: np.ndarray
     made: np.ndarray
     back_begun: np.ndarray
     back_done: np.ndarray
+    on_host: np.ndarray
+    back_from_host: np.ndarray
+    recomputed: np.ndarray
+    used: np.ndarray
 
 
 def _most_between(starts: np.ndarray, ends: np.ndarray) -> int:
@@ -323,6 +389,9 @@ def _most_between(starts: np.ndarray, ends: np.ndarray) -> int:
     # so 2 is the most. It is reached at a start, so only these are looked at.
     most = 0
     for start, end in itertools.product(np.sort(starts, 1), np.sort(ends, 1)):
+        start = start[np.isfinite(start)]
+        if not len(start):
+            continue
         started = np.arange(1, len(start) + 1)
         ended = np.searchsorted(end, start, side="right")
         most = max(most, int(np.max(started - ended)))

@@ -372,6 +372,7 @@ def test_balance_and_tune_count_the_memory_of_devices_alone():
         schedules=["gpipe"],
         chunks=[4],
         checkpoints=[POLICIES.dots_saveable, dots()],
+        recomputes="with_backward",
     )
     # Work and time are the same, so memory decides, and the less is better.
     better, worse = found.candidates

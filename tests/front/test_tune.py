@@ -15,6 +15,7 @@ TWO = {
     "schedules": ["gpipe", "1f1b"],
     "checkpoints": ["never", "always"],
     "chunks": [2, 8],
+    "recomputes": "with_backward",
 }
 
 
@@ -109,20 +110,89 @@ def test_schedules_that_nobody_asked_for_need_layers_enough():
     assert "at least 2 stages on each device" in asked.refused
 
 
+def test_copies_to_the_host_are_as_few_as_keep_the_limit():
+    """Against the plans of all limits; the balance is fixed."""
+
+    def make(schedule, checkpoint, chunks, offload=None):
+        return fpipe.Pipe(
+            [dense()] * 4,
+            [2, 2],
+            devices=jax.devices()[:2],
+            chunks=chunks,
+            checkpoint=checkpoint,
+            schedule=schedule,
+            offload=offload,
+        )
+
+    peaks = {k: make("gpipe", "never", 4, k).plan(None, X).peak for k in range(1, 5)}
+    assert len(set(peaks.values())) > 2
+    for k in (1, 2):
+        limit = peaks[k]
+        (plain, copied) = sorted(
+            fpipe.tune(
+                make, X, memory=limit, schedules="gpipe", checkpoints="never", chunks=4
+            ).candidates,
+            key=lambda c: c.offload is not None,
+        )
+        assert "short by" in plain.refused
+        assert copied.refused == ""
+        assert copied.offload == max(n for n in peaks if peaks[n] <= limit)
+    # Where not even all copies would do there is no such candidate, and none of those
+    # that fit anyway is tried with copies.
+    for limit in (peaks[1] // 2, peaks[4]):
+        tuning = fpipe.tune(
+            make, X, memory=limit, schedules="gpipe", checkpoints="never", chunks=4
+        )
+        assert [c.offload for c in tuning.candidates] == [None]
+
+
+def test_recomputation_is_tried_early_where_there_is_any():
+    tuning = fpipe.tune(
+        [dense()] * 2, X, schedules="1f1b", checkpoints=["never", "always"], chunks=4
+    )
+    steps = {
+        (c.checkpoint, c.recompute): c.prediction.step
+        for c in tuning.candidates
+        if c.prediction is not None
+    }
+    assert set(steps) == {
+        ("never", "with_backward"),
+        ("always", "with_backward"),
+        ("always", "early"),
+    }
+    assert steps["always", "early"] < steps["always", "with_backward"]
+    assert "early" in str(tuning)
+    (asked,) = fpipe.tune(
+        [dense()] * 2,
+        X,
+        schedules="1f1b",
+        checkpoints="always",
+        chunks=4,
+        recomputes="early",
+        offloads=[1],
+    ).candidates
+    assert asked.pipe is not None
+    assert (asked.pipe.recompute, asked.pipe.offload) == ("early", 1)
+
+
 def test_a_memory_limit_rules_out_and_says_how_much_is_missing():
     free = fpipe.tune(LAYERS, X, devices=jax.devices()[:3], **TWO)
     peaks = sorted(
         c.prediction.peak for c in free.candidates if c.prediction is not None
     )
     limit = peaks[3]
-    tuning = fpipe.tune(LAYERS, X, devices=jax.devices()[:3], memory=limit, **TWO)
+    tuning = fpipe.tune(
+        LAYERS, X, devices=jax.devices()[:3], memory=limit, offloads=[None], **TWO
+    )
     fitting = [c for c in tuning.candidates if not c.refused]
     assert fitting
     assert all(c.prediction is not None and c.prediction.peak <= limit for c in fitting)
     refused = [c for c in tuning.candidates if c.refused]
     assert refused == list(tuning.candidates[len(fitting) :])
     assert all("short by" in c.refused for c in refused)
-    none = fpipe.tune(LAYERS, X, devices=jax.devices()[:3], memory=100, **TWO)
+    none = fpipe.tune(
+        LAYERS, X, devices=jax.devices()[:3], memory=100, offloads=[None], **TWO
+    )
     with pytest.raises(
         ValueError,
         match=r"`fpipe.tune\(\.\.\.\)`: no candidate fits; the nearest: .*short by",
@@ -268,6 +338,7 @@ def test_parameters_may_be_packed():
         "devices": jax.devices()[:3],
         "schedules": "1f1b",
         "checkpoints": "always",
+        "recomputes": "with_backward",
         "chunks": 4,
     }
     (got,), (want,) = (

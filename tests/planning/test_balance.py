@@ -17,10 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fpipe
+from fpipe._executors.added_actions import RECOMPUTE
 from fpipe._executors.scheduling import Scheduling
 from fpipe._planning.costs import Sent
 from fpipe._planning.partition import PartitionTask, Shortage, best_cut
 from fpipe._planning.span_tables import SpanTables, arriving, leaving, summed
+from fpipe.schedules import offload, one_f_one_b, simulate
 from tests.helpers import Case, Clock, add, dense, keep, models, mse, noise, raises
 
 W = 8
@@ -932,3 +934,88 @@ def test_wrong_samples():
         "(in `Pipe(sample=..., sample_side=...)`: `x` is the sample, and `side` is "
         "`sample_side`)"
     ]
+
+
+# --- copies to the host, and recomputations that run early ---
+
+THREE = (0, 1, 2)
+
+
+def test_what_is_on_the_host_or_recomputed_early_counts_as_long_as_it_is_there():
+    known = fpipe.LayerCosts.given([1.0] * 4)
+    known = dataclasses.replace(known, microbatches=8, checkpoint="always")
+    for name in ("gpipe", "1f1b", "eager_1f1b"):
+        for recompute in RECOMPUTE:
+            for limit in (None, 1, 3):
+                pipe = fpipe.Pipe(
+                    [fpipe.fn(jnp.tanh)] * 3,
+                    devices=jax.devices()[:3],
+                    checkpoint="always",
+                    schedule=name,
+                    recompute=recompute,
+                    offload=limit,
+                )
+                made = pipe.make_schedule(8)
+                timeline = simulate(made)
+                tables = SpanTables(known, THREE, Scheduling.of(made), 0.0)
+                holding = [tables.holding(s) for s in THREE]
+                assert tuple(h.live for h in holding) == timeline.peak_live
+                assert [h.recomputed for h in holding] == [
+                    max(1, peak) for peak in timeline.peak_recomputed
+                ]
+
+
+def test_with_copies_the_cut_is_the_one_that_brute_force_finds():
+    """Six layers on three devices, each with residuals that take more than its work."""
+    work, residuals, params = [4, 1, 2, 1, 3, 1], [5, 9, 2, 7, 1, 4], [3, 1, 2, 1, 1, 2]
+    none = (0,) * 6
+    known = dataclasses.replace(
+        fpipe.LayerCosts.given(work),
+        params=params,
+        gradients=none,
+        residuals=residuals,
+        microbatches=6,
+        checkpoint="never",
+    )
+    plain = one_f_one_b(3, 6)
+    limit, bandwidth = 34.0, 1.0
+    for live in (None, 2, 1):
+        made = plain if live is None else offload(plain, memory=live)
+        peaks = simulate(made).peak_live
+        shares = [len(made.order("O", s)) / 6 for s in THREE]
+
+        def cost(sizes, shares=shares):
+            return max(
+                max(sum(work[i:j]), share * sum(residuals[i:j]) / bandwidth)
+                for share, (i, j) in zip(shares, spans(sizes), strict=True)
+            )
+
+        def fits(sizes, peaks=peaks):
+            return all(
+                sum(params[i:j]) + peak * sum(residuals[i:j]) <= limit
+                for peak, (i, j) in zip(peaks, spans(sizes), strict=True)
+            )
+
+        fitting = [sizes for sizes in cuts(6, 3) if fits(sizes)]
+
+        def found(live=live):
+            return fpipe.balance(
+                known,
+                stages=3,
+                schedule="1f1b",
+                offload=live,
+                memory=limit,
+                optimizer=0.0,
+                host_bandwidth=bandwidth,
+            )
+
+        if not fitting:
+            assert live is None
+            with pytest.raises(ValueError, match="does not fit"):
+                found()
+            continue
+        cut = found()
+        assert cut in fitting
+        assert cost(cut) == min(map(cost, fitting))
+        # Without the time of copies another cut would be the best.
+        assert live != 1 or cost(cut) > max(sum(work[i:j]) for i, j in spans(cut))

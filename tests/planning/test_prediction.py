@@ -417,6 +417,21 @@ def test_a_host_that_is_the_bound_is_told():
     assert scan.plan(None, X, speed=speed, launch=3e-3).timeline.launches == ()
 
 
+def test_copies_to_the_host_take_their_bytes_and_time():
+    pipe = fpipe.Pipe(
+        [dense()] * 2, chunks=4, checkpoint="never", schedule="gpipe", offload=1
+    )
+    plan = pipe.plan(None, X, speed=1e6, host_bandwidth=1e6)
+    copies = {e.action.kind: e for e in plan.timeline.events if e.action.stage == 0}
+    copied = round(1e6 * (copies["O"].end - copies["O"].start))
+    # The tanh of a microbatch of four rows, which its gradient needs.
+    assert copied == (ROWS // 4) * WIDTH * 4
+    assert copies["L"].end - copies["L"].start == pytest.approx(copied / 1e6)
+    assert plan.devices[0].host == len(plan.schedule.order("O", 0)) * copied
+    # Without a bandwidth nothing waits for them.
+    assert pipe.plan(None, X, speed=1e6).step < plan.step
+
+
 def test_few_microbatches_are_told_with_how_many_would_do():
     layers = [dense()] * 4
     few = fpipe.Pipe(layers, chunks=2).plan(None, X).warnings

@@ -192,3 +192,26 @@ def most_on_host(
         for placement, roles in level.items():
             found[placement] = max(found.get(placement, 0), sum(roles.values()))
     return found
+
+
+def copied_bytes(
+    plan: Plan, shapes: Mapping[int, jax.ShapeDtypeStruct]
+) -> dict[int, int]:
+    """For each stage with an `O` the bytes of its first copy, on one device."""
+    first: dict[int, Copy] = {}
+    for item in plan.instructions:
+        if isinstance(item, Copy) and item.to_host:
+            first.setdefault(item.action.stage, item)
+    wanted = {slot for item in first.values() for slot in item.ins}
+    sizes: dict[int, int] = {}
+    for run in traced_runs(plan, shapes) if wanted else ():
+        item = plan.instructions[run.number]
+        assert isinstance(item, Run)
+        for slot, shape in zip(item.outs, run.made, strict=True):
+            if slot in wanted:
+                own = on_one_device(shape, plan.sharding(slot))
+                sizes[slot] = device_bytes(own)
+    return {
+        stage: sum(sizes.get(slot, 0) for slot in item.ins)
+        for stage, item in first.items()
+    }

@@ -24,7 +24,12 @@ from fpipe._executors.call import Args
 from fpipe._executors.placed.compile import compile_plan, traced_runs
 from fpipe._executors.placed.dispatch import ReadyPlan
 from fpipe._executors.placed.instructions import Plan, Run
-from fpipe._executors.placed.memory import most_on_host, on_one_device, peaks
+from fpipe._executors.placed.memory import (
+    copied_bytes,
+    most_on_host,
+    on_one_device,
+    peaks,
+)
 from fpipe._executors.placement import Placement
 from fpipe._executors.plan_data import DeviceMemory, PlanData, Work, closed_over
 from fpipe._executors.scheduling import Scheduling
@@ -65,6 +70,7 @@ def plan_data(
         microbatch_rows=cut_inputs(args.inputs, microbatches).rows,
         work=_work(bound),
         devices=_memory(bound, args, compiled),
+        copied=copied_bytes(bound.plan, bound.shapes),
         warnings=bound.plan.warnings,
     )
 

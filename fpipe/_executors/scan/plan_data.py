@@ -55,6 +55,7 @@ def plan_data(
         microbatch_rows=step.inputs.cut.rows,
         work=_work(step),
         devices=_memory(step, compiled_bytes),
+        copied={},
         warnings=tuple(step.machine.warnings),
     )
 
