@@ -796,12 +796,16 @@ def test_a_recording_is_drawn_with_all_its_events(schedule, tmp_path):
         assert [w.rstrip("-") for w in text[2 * d + 1].split()[1:]] == own or set(
             own
         ) == {w.rstrip("-") for w in text[2 * d + 1].split()[1:]}
-    for drawing, titles in ((svg(timeline), n), (svg(timeline, over=made), 2 * n)):
+    # The launches of the recording are drawn too, in rows of their own.
+    launches = len(timeline.launches)
+    for drawing, events in ((svg(timeline), n), (svg(timeline, over=made), 2 * n)):
         root = ET.fromstring(drawing)
-        assert len(list(root.iter("{http://www.w3.org/2000/svg}title"))) == titles
+        titles = len(list(root.iter("{http://www.w3.org/2000/svg}title")))
+        assert titles == events + launches
     axes = fpipe.plot.draw(timeline, over=made)
-    drawn = sum(len(c.get_paths()) for c in axes.collections) - made.devices
-    assert drawn == 2 * n
+    rows = made.devices + timeline.threads
+    drawn = sum(len(c.get_paths()) for c in axes.collections) - rows
+    assert drawn == 2 * n + launches
     fpipe.plot.save(timeline, tmp_path / "a.svg", over=made)
     assert (tmp_path / "a.svg").read_text() == svg(timeline, over=made)
 
