@@ -395,8 +395,11 @@ class PackedForm:
         if not self.absent:
             # Enough to tell two packings apart in an error of JAX, on few lines.
             rows = [
-                " | ".join("-" if e is None else self.packing.name(e) for e in entries)
-                for entries in (row.entries for row in self.packing.rows[:8])
+                " | ".join(
+                    "-" if e is None else self.packing.name(e) for e in row.entries
+                )
+                + (f" cut by {row.spec}" if row.spec else "")
+                for row in self.packing.rows[:8]
             ]
             more = ["…"] if len(self.packing.rows) > 8 else []
             return f"a packing with the rows {', '.join([*rows, *more])}"

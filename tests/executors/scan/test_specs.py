@@ -198,6 +198,10 @@ def test_arrays_say_how_they_are_cut():
         (part,) = [s for s in params.arrays[0].addressable_shards if s.device == device]
         assert_same(part.data[0], np.asarray(whole[1])[:, columns])
     assert_same(pipe.gather(params), tuple(map(np.asarray, whole)))
+    # What JAX shows of two trees that are cut otherwise tells them apart.
+    assert repr(params.form) == (
+        f"a packing with the rows - | [1] cut by {COLUMNS}, [0] | -"
+    )
 
 
 @pytest.fixture
