@@ -3,6 +3,7 @@ plan, and the instructions that it issues.
 """
 
 import contextlib
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -37,6 +38,28 @@ def scan_executor(pipe: fpipe.Pipe) -> Scan:
 def plan_of(pipe: fpipe.Pipe) -> Plan:
     """The first of the plans that a placed pipe has made."""
     return placed_executor(pipe)._plans.values()[0].plan
+
+
+def collectives(pipe):
+    """How often a step runs each collective, by its kind and the program's kind: of the
+    compiled programs, each as often as it runs. Those of single numbers (a loss) are
+    not counted.
+    """
+    bound = placed_executor(pipe)._plans.values()[-1]
+    counts = Counter()
+    for n, program in compile_plan(bound.plan, bound.shapes).items():
+        run = bound.plan.instructions[n]
+        assert isinstance(run, Run)
+        name = run.action.kind if run.action else run.name
+        for line in (program.as_text() or "").splitlines():
+            found = re.search(
+                r" = (.*) (all-reduce|all-gather|all-to-all|reduce-scatter|"
+                r"collective-permute)(-start)?\(",
+                line,
+            )
+            if found and re.search(r"\[\d", found[1]):
+                counts[name, found[2]] += 1
+    return counts
 
 
 def machine_of(pipe: fpipe.Pipe) -> Machine:

@@ -5,7 +5,6 @@ each device holds, and that the host waits for nothing.
 import dataclasses
 import functools
 import pickle
-import re
 import threading
 from collections import Counter
 from typing import Any, cast
@@ -20,8 +19,6 @@ from jax.sharding import PartitionSpec as P
 
 import fpipe
 import fpipe.optim
-from fpipe._executors.placed.compile import compile_plan
-from fpipe._executors.placed.instructions import Run
 from tests.executors.cut_layers import (
     COLUMNS,
     FULLY_SHARDED,
@@ -30,7 +27,7 @@ from tests.executors.cut_layers import (
     gpt_block,
     multiplied,
 )
-from tests.executors.helpers import placed_executor, plan_of
+from tests.executors.helpers import collectives, placed_executor, plan_of
 from tests.helpers import (
     Case,
     assert_same,
@@ -41,6 +38,7 @@ from tests.helpers import (
     noise,
     raises,
 )
+from tests.scripts import run
 
 DEVICES = np.array(jax.devices())
 DATA = Mesh(DEVICES.reshape(2, 2), ("stage", "data"))
@@ -54,28 +52,6 @@ PLACES = {
     "from one": {"devices": [DEVICES[3], PAIR]},
     "same": {"devices": [Mesh(DEVICES.reshape(2, 2), ("data", "model"))] * 2},
 }
-
-
-def collectives(pipe):
-    """How often a step runs each collective, by its kind and the program's kind: of the
-    compiled programs, each as often as it runs. Those of single numbers (a loss) are
-    not counted.
-    """
-    bound = placed_executor(pipe)._plans.values()[-1]
-    counts = Counter()
-    for n, program in compile_plan(bound.plan, bound.shapes).items():
-        run = bound.plan.instructions[n]
-        assert isinstance(run, Run)
-        name = run.action.kind if run.action else run.name
-        for line in (program.as_text() or "").splitlines():
-            found = re.search(
-                r" = (.*) (all-reduce|all-gather|all-to-all|reduce-scatter|"
-                r"collective-permute)(-start)?\(",
-                line,
-            )
-            if found and re.search(r"\[\d", found[1]):
-                counts[name, found[2]] += 1
-    return counts
 
 
 # --- the numbers ---
@@ -213,6 +189,11 @@ def test_tensor_parallel_blocks_reduce_twice_in_each_direction():
     plans = placed_executor(pipe)._plans.values()
     step(params, x, x)
     assert len(placed_executor(pipe)._plans.values()) == len(plans)
+
+
+def test_blocks_that_share_rows_and_parameters_gather_nothing():
+    script = run(["-m", "tests.executors.placed.eight_devices"])
+    assert script.returncode == 0, script.stdout + script.stderr
 
 
 @pytest.mark.parametrize(
