@@ -154,7 +154,7 @@ def test_a_plan_is_divided_as_it_is_drawn_in_the_module():
     pipe, params = bare(x)
     pipe(params, x)
     plan = plan_of(pipe)
-    shares = divide(plan, Half.WHOLE, True, {})
+    shares = divide(plan, Half.WHOLE, True, {}, {})
     issued = [item for item in plan.instructions if not isinstance(item, Free)]
     made, moved, left = (plan.slots[item.outs[0]] for item in issued)
     w0, w1, x0 = plan.slots[:3]
@@ -179,7 +179,7 @@ def test_a_plan_is_divided_as_it_is_drawn_in_the_module():
         (4, 1, set(), [], {w1, moved}),
     ]
     assert [named(share.leaves) for share in shares] == [set(), {left}]
-    (whole,) = divide(plan, Half.WHOLE, False, {})
+    (whole,) = divide(plan, Half.WHOLE, False, {}, {})
     assert [(step.number, step.waits, step.posts) for step in whole.steps] == [
         (number, (), ()) for number in (0, 2, 4)
     ]
