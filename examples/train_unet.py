@@ -387,7 +387,9 @@ def report(pipe: fpipe.Pipe, params, timeline, args: argparse.Namespace) -> None
     print(f"noisy, denoised and clean patches: {args.out}")
     if timeline is not None:
         path = args.out.with_name(f"{args.out.stem}_timeline.png")
-        fpipe.plot.save(timeline, path, over=predict(pipe, params, timeline, args))
+        # Without the rows of the host: a thread for each device, in place of one.
+        shown = dataclasses.replace(timeline, launches=())
+        fpipe.plot.save(shown, path, over=predict(pipe, params, timeline, args))
         print(f"the last step over its simulation: {path}\n")
     microbatches = -(-args.batch // -(-args.batch // args.chunks))
     print(fpipe.schedules.draw(pipe.make_schedule(microbatches)))
