@@ -192,6 +192,20 @@ class RowUse:
         return found
 
     @cached_property
+    def means(self) -> set[int]:
+        """The values that are divided by the number of rows, and what is made of these.
+        Another number, as in `jnp.mean(error**2) / 2`, is a factor of the loss, also
+        where it is the number of rows by chance.
+        """
+        divided: list[int] = []
+        for node in self.graph.nodes:
+            if node.name in ("div", "mul") and node.ins[0] in self.reduced:
+                by = node.ins[1]
+                if _differ(self.graph.consts.get(by), self.twice.consts.get(by)):
+                    divided.extend(node.outs)
+        return dependents(self.graph, divided)
+
+    @cached_property
     def into_state(self) -> set[int]:
         """The values that new state is made of. A batch norm takes the mean of rows and
         hands it on as state: what that means in a pipeline is known of layers.
@@ -227,7 +241,9 @@ class RowUse:
             number = self.graph.consts.get(node.ins[1])
             if number is None or np.ndim(number) or self.rows < 2:
                 continue
-            if np.any(number != self.twice.consts.get(node.ins[1])):
+            if node.ins[0] in self.means:
+                continue
+            if _differ(number, self.twice.consts.get(node.ins[1])):
                 continue
             count = (
                 self.graph.avals[by.ins[0]].size // self.graph.avals[by.outs[0]].size
@@ -317,3 +333,8 @@ def _is_linear(node: Node, reading: list[int]) -> bool:
         return node.ins[1] not in reading
     # By a condition that knows nothing of the rows.
     return node.name == "select_n" and node.ins[0] not in reading
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether a constant is another one in the second trace."""
+    return one is not None and bool(np.any(one != other))

@@ -126,6 +126,9 @@ def _grouped(params, x):
 # Nothing is said of these.
 QUIET = {
     "a mean": lambda p, x: jnp.mean(x @ p["w"]) * 2.0 + 1.0,
+    "a factor of a mean that is the number of rows": lambda p, x: (
+        (jnp.mean(x @ p["w"]) + jnp.mean(x)) / 4
+    ),
     "a mean of losses": lambda p, x: jnp.mean(
         -jax.nn.log_softmax(x @ p["w"])[jnp.arange(x.shape[0]), 0]
     ),
