@@ -67,6 +67,7 @@ from fpipe._executors.placement import (
     Unshard,
     as_placements,
     first_placements,
+    over_processes,
     sub_meshes,
 )
 from fpipe._executors.programs import Layout
@@ -351,7 +352,10 @@ class Pipe(Call):
         object.__setattr__(self, "_stage_to_device", stage_to_device)
         # The detector runs a changed model, like any other model. Without the option
         # the programs have no checks.
-        detector = Detector("Pipe", model, balance, chunks) if detect_anomaly else None
+        detector = None
+        if detect_anomaly:
+            apart = executor == "placed" and over_processes(placements)
+            detector = Detector("Pipe", model, balance, chunks, apart)
         object.__setattr__(self, "_detector", detector)
         runs = model if detector is None else detector.watched
         made = self._make_executor(runs, None)

@@ -66,6 +66,12 @@ def ghost(shape: Sequence[int], dtype: Any, sharding: Sharding) -> jax.Array:
     )
 
 
+def unknown_flag(array: jax.Array) -> jax.Array:
+    """A truth value that the process of an array has."""
+    device = min(array.devices(), key=lambda device: device.id)
+    return ghost((), np.bool_, SingleDeviceSharding(device))
+
+
 def alive(own: jax.Array) -> jax.Array:
     """A ghost that may be handed out again: whoever had it may have donated it."""
     if own.is_deleted():
@@ -84,7 +90,7 @@ def first_devices() -> list[Device]:
 # --- all processes together ---
 
 
-def meet(numbers: Sequence[int], describe: Describe) -> np.ndarray:
+def meet(numbers: Sequence[int] | np.ndarray, describe: Describe) -> np.ndarray:
     """What each process gives; all of them wait here for each other.
 
     Arguments:
@@ -106,6 +112,31 @@ def meet(numbers: Sequence[int], describe: Describe) -> np.ndarray:
 @functools.lru_cache(maxsize=1)
 def _everywhere(mesh: Mesh) -> Any:
     return jax.jit(lambda array: array, out_shardings=NamedSharding(mesh, P()))
+
+
+def share(arrays: Sequence[Any]) -> list[np.ndarray]:
+    """The numbers of small arrays, in every process. Each has them from a process that
+    has the array; all wait for each other.
+    """
+    # As float64, two words each, which holds every float32 and int32.
+    words: list[np.ndarray] = []
+    for array in arrays:
+        own = np.zeros(array.shape) if is_ghost(array) else np.asarray(array)
+        words.append(np.array([not is_ghost(array)], np.uint32))
+        words.append(own.astype(np.float64).reshape(-1).view(np.uint32))
+    rows = meet(
+        np.concatenate([*words, np.zeros(1, np.uint32)]),
+        lambda: "all processes to tell what their part of the call has made",
+    )
+    found = []
+    start = 0
+    for array in arrays:
+        end = start + 1 + 2 * array.size
+        row = rows[int(np.argmax(rows[:, start])), start + 1 : end]
+        numbers = np.ascontiguousarray(row).view(np.float64)
+        found.append(numbers.reshape(array.shape).astype(array.dtype))
+        start = end
+    return found
 
 
 def digest(text: str) -> int:

@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fpipe._core.processes import ghost, is_ghost, share, unknown_flag
 from fpipe._core.pytrees import (
     PyTree,
     float0_like,
@@ -235,6 +236,10 @@ def _spread(zeros: Callable[..., Any], cut: Cut) -> Any:
 
 def _codes(tap: Any, cut: Cut) -> Any:
     """The codes of the microbatches, from a tap's gradient."""
+    # To index an array of another process would end this one: the numbers are not
+    # committed.
+    if (unknown := next(filter(is_ghost, jax.tree.leaves(tap)), None)) is not None:
+        return ghost((cut.m,), unknown.dtype, unknown.sharding)
     if cut.ready:
         codes = [jnp.zeros(()) if _is_zero(code) else code for code in tap]
         return jnp.stack(codes)
@@ -396,6 +401,8 @@ class Detector:
         model: the layers as they were given.
         balance: layers per stage; `None` without stages.
         chunks: the number of microbatches asked for.
+        over_processes: whether what a call makes is in several processes, each of
+            which looks at what it has.
         found: the first fault of traced calls that was not raised yet.
     """
 
@@ -403,6 +410,7 @@ class Detector:
     model: Model
     balance: tuple[int, ...] | None
     chunks: int
+    over_processes: bool = False
     found: list[str] = dataclasses.field(
         default_factory=list, compare=False, repr=False
     )
@@ -456,7 +464,11 @@ class Detector:
             gradients[1] = gradients[1].value
         named = {n: gradients[n] for n in argnums}
         bad_sums = {
-            f"argument {n}{jax.tree_util.keystr(path)}": is_bad(array)
+            f"argument {n}{jax.tree_util.keystr(path)}": (
+                # Another process looks. (A program of a ghost and an array that is not
+                # committed ends the process when it is called again, jax 0.10.2.)
+                unknown_flag(array) if is_ghost(array) else is_bad(array)
+            )
             for n, tree in _as_numbered(named, args)
             for path, array in jax.tree_util.tree_leaves_with_path(tree)
             if is_array(array) and is_inexact(array)
@@ -576,6 +588,9 @@ class Detector:
         if is_traced(evidence):
             jax.debug.callback(self._note, evidence)
             return
+        if self.over_processes:
+            arrays, structure = jax.tree.flatten(evidence)
+            evidence = structure.unflatten(share(arrays))
         text = self._verdict(evidence)
         if text is not None:
             raise FloatingPointError(text)

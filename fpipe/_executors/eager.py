@@ -54,8 +54,8 @@ class Eager:
             for n, g in zip(argnums, result.gradients, strict=True)
         )
         return Result(
-            self.executor.deliver(result.loss),
-            self.executor.deliver(result.aux),
+            self.executor.tell(result.loss),
+            self.executor.tell(result.aux),
             self.executor.deliver_state(result.state),
             gradients,
         )

@@ -385,6 +385,12 @@ def as_data_axes(data: Any, places: Iterable[Any] | None) -> tuple[str, ...]:
     return axes
 
 
+def over_processes(places: Iterable[Placement]) -> bool:
+    """Whether a place has devices of another process than this one."""
+    own = frozenset({jax.process_index()})
+    return any(place.processes != own for place in places)
+
+
 def as_places(devices: Iterable[Place] | None) -> list[Place]:
     """What a user gives as `devices`, as a list; default `jax.devices()`.
 

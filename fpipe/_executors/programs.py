@@ -38,7 +38,7 @@ from fpipe._core.caches import Key, Recent
 from fpipe._core.processes import first_devices
 from fpipe._core.pytrees import Shape, is_inexact
 from fpipe._core.settings import debugging
-from fpipe._executors.placement import Placement, Unshard
+from fpipe._executors.placement import Placement, Unshard, over_processes
 from fpipe._executors.request import CallKind, Inputs, Request
 from fpipe._executors.routes import Routes
 from fpipe._model.joining import Apart, Concatenated, Join, Stacked
@@ -85,8 +85,7 @@ class Layout:
     @functools.cached_property
     def is_over_processes(self) -> bool:
         """Whether a stage is in another process."""
-        own = frozenset({jax.process_index()})
-        return any(place.processes != own for place in self.placements)
+        return over_processes(self.placements)
 
     @functools.cached_property
     def firsts(self) -> tuple[Placement, ...]:

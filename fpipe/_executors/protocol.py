@@ -174,9 +174,11 @@ class Executor(Protocol):
         ...
 
     def deliver(self, tree: PyTree) -> PyTree:
-        """The result of the last layer or of the loss, on the device where a call
-        leaves it.
-        """
+        """The result of the last layer, on the device where a call leaves it."""
+        ...
+
+    def tell(self, tree: PyTree) -> PyTree:
+        """A loss and its aux, on the device where a call leaves them."""
         ...
 
     def deliver_state(self, state: Sequence[PyTree]) -> tuple[PyTree, ...]:

@@ -31,6 +31,7 @@ DEVICES_ONLY = {
     "collect",
     "gather_state",
     "deliver",
+    "tell",
     "deliver_state",
     "spread",
 }
@@ -63,7 +64,7 @@ def test_the_reference_has_those_that_need_no_devices(name):
 
 
 def test_the_interface_is_what_planning_and_the_pipe_use():
-    assert len(METHODS) == 22
+    assert len(METHODS) == 23
     assert set(METHODS) > DEVICES_ONLY
 
 

@@ -17,10 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import fpipe
 import fpipe.distributed
+import fpipe.optim
 from tests.helpers import (
     HANG,
     Case,
@@ -79,6 +82,7 @@ DIFFERENT = [
 ]
 CASE = Case(DIFFERENT, chunks=4, rows=8)
 PLAIN = Case([dense()] * 4, chunks=4, rows=8)
+SMALL = Case([counter(), dense()], chunks=2, rows=4)
 
 
 def loss_and_rows(y, t):
@@ -119,8 +123,8 @@ def reference(case, loss=mse, given=None):
 
 
 def called(devices):
-    """Calls without gradients, and one that JAX differentiates; a process gives shapes
-    of what it does not read.
+    """Calls without gradients; a process gives shapes of what it does not read. JAX
+    differentiates none.
     """
     pipe = pipe_of(PLAIN, devices)
     params = pipe.place(PLAIN.params())
@@ -131,9 +135,8 @@ def called(devices):
     t = t if last else shape_of(t)
     y = pipe(params, x)
     loss, aux = pipe.evaluate(loss_and_rows, has_aux=True)(params, x, t)
-    # A cotangent is made where `y` is.
-    grads = jax.grad(lambda p: jnp.sum(pipe(p, PLAIN.x) ** 2))(params)
-    return y, loss, aux, pipe.gather(grads)
+    told = told_of(lambda: jax.grad(lambda p: jnp.sum(pipe(p, PLAIN.x)))(params))
+    return [told], (y, loss, aux)
 
 
 def called_reference():
@@ -141,8 +144,7 @@ def called_reference():
     loss, aux = jax.jit(whole.evaluate(loss_and_rows, has_aux=True))(
         params, PLAIN.x, PLAIN.target
     )
-    grads = jax.jit(jax.grad(lambda p: jnp.sum(whole(p, PLAIN.x) ** 2)))(params)
-    return jax.jit(whole)(params, PLAIN.x), loss, aux, grads
+    return jax.jit(whole)(params, PLAIN.x), loss, aux
 
 
 @fpipe.skippable(stash=["key", "nothing"])
@@ -203,6 +205,113 @@ def split(devices):
 def split_reference():
     args = perceptron_params(), PLAIN.x, PLAIN.target
     return jax.jit(jax.value_and_grad(perceptron))(*args)
+
+
+def optimizer():
+    return optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-2))
+
+
+@jax.numpy_dtype_promotion("standard")  # optax needs it
+def optimized(devices):
+    """Two steps of an optimizer that looks at all gradients together."""
+    pipe = pipe_of(PLAIN, devices)
+    params, step = pipe.place(PLAIN.params()), pipe.value_and_grad(mse)
+    tx = fpipe.optim.per_stage(optimizer(), donate=("grads", "state"))
+    state, norms = tx.init(params), []
+    scale = fpipe.optim.DynamicLossScale()
+    for _ in range(2):
+        loss, grads = step(params, PLAIN.x, PLAIN.target, loss_scale=scale.scale)
+        scale = scale.adjusted(grads)
+        norms.append(fpipe.optim.global_norm(grads))
+        # The loss is an array of this process, and goes through.
+        updates, state = tx.update(grads, state, params, value=loss)
+        params = fpipe.optim.apply_updates(params, updates)
+    whole = fpipe.optim.gather(state)
+    state = fpipe.optim.place(whole, params, tx)
+    return (
+        norms,
+        scale.steps,
+        pipe.gather(params),
+        fpipe.optim.gather(state),
+    )
+
+
+@jax.numpy_dtype_promotion("standard")
+def optimized_reference():
+    params, tx, norms = PLAIN.params(), optimizer(), []
+    state, step = tx.init(params), jax.jit(PLAIN.reference.value_and_grad(mse))
+    for _ in range(2):
+        _, grads = step(params, PLAIN.x, PLAIN.target)
+        norms.append(optax.tree.norm(grads))
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return norms, jnp.int32(2), params, state
+
+
+def told_of(f):
+    try:
+        f()
+    except (FloatingPointError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError(f)
+
+
+def anomalous(devices):
+    """A NaN that one process makes is an error in all, and so is one in a backward; a
+    call without one is as always.
+    """
+    layers = [dense(), fpipe.fn(jnp.sqrt), dense()]
+    pipe = fpipe.Pipe(
+        layers, devices=devices, balance=[2, 1], chunks=2, detect_anomaly=True
+    )
+    case = Case(layers, chunks=2, rows=4)
+    params, step = pipe.place(case.params()), pipe.value_and_grad(mse)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    told = [
+        told_of(lambda: step(params, -10 * jnp.abs(case.x), case.target)),
+        told_of(lambda: step(zero, case.x, case.target)),
+    ]
+    one = fpipe.Pipe([dense()] * 2, devices=devices, chunks=2, detect_anomaly=True)
+    params = one.place(Case([dense()] * 2, chunks=2, rows=4).params())
+    loss, _ = one.value_and_grad(mse)(params, case.x, case.target)
+    return told, loss
+
+
+def anomalous_reference():
+    case = Case([dense()] * 2, chunks=2, rows=4)
+    return jax.jit(case.reference.evaluate(mse))(case.params(), case.x, case.target)
+
+
+def without_jit(devices):
+    """Each process runs all layers by itself."""
+    with jax.disable_jit():
+        return trained(SMALL, devices)
+
+
+def misfed(devices):
+    """The process that reads an input has only its shape, or a part of it."""
+    pipe = pipe_of(PLAIN, devices)
+    params = pipe.place(PLAIN.params())
+    step = pipe.evaluate(mse)
+    mesh = Mesh(np.array(devices), "data")
+    spread = jax.make_array_from_process_local_data(
+        NamedSharding(mesh, P("data")), np.ones((4, 4), np.float32)
+    )
+    told = []
+    if jax.process_index() == devices[0].process_index:
+        told = [
+            told_of(lambda x=x: step(params, x, PLAIN.target))
+            for x in (shape_of(PLAIN.x), spread)
+        ]
+    whole = jax.make_array_from_process_local_data(
+        NamedSharding(mesh, P()), np.asarray(PLAIN.x)
+    )
+    return told, step(params, whole, PLAIN.target)
+
+
+def misfed_reference():
+    step = jax.jit(PLAIN.reference.evaluate(mse))
+    return step(PLAIN.params(), PLAIN.x, PLAIN.target)
 
 
 def over_meshes(devices):
@@ -282,6 +391,10 @@ CASES = {
     "calls": Of(called, called_reference),
     "strange": Of(strange, strange_reference),
     "split": Of(split, split_reference),
+    "optimizer": Of(optimized, optimized_reference),
+    "anomalies": Of(anomalous, anomalous_reference),
+    "without jit": Of(without_jit, lambda: reference(SMALL)),
+    "inputs": Of(misfed, misfed_reference),
     "meshes": Of(over_meshes, over_meshes_reference, whole=True),
     "disagree": Of(disagreed, lambda: None),
     **{
@@ -303,6 +416,10 @@ def train_for_ever(how):
         loss, _ = step(params, case.x, case.target)
         print(json.dumps({"step": n, "loss": float(loss)}), flush=True)
         time.sleep(0.05)
+
+
+# These return what errors say, and the rest.
+TELLING = {"calls", "disagree", "anomalies", "inputs"}
 
 
 def parsed():
@@ -344,7 +461,7 @@ def main():
         found = case.run(devices)
         seconds = time.monotonic() - started
         line = {"case": name, "seconds": seconds}
-        if name == "disagree":
+        if name in TELLING:
             line["told"], found = found
         print(json.dumps({**line, "leaves": encoded(found)}), flush=True)
     fpipe.distributed.shutdown()

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tests.front.process_cases import CASES, decoded
+from tests.front.process_cases import CASES, TELLING, decoded
 from tests.front.workers import Workers
 from tests.helpers import HANG, assert_same
 
@@ -45,7 +45,7 @@ def assert_computed(wanted, found):
 
 def test_two_processes_compute_what_one_does(tmp_path):
     wanted, found = run(tmp_path, 2, 2, list(CASES))
-    told = [lines.pop("disagree")["told"] for lines in found]
+    told = {name: [lines[name]["told"] for lines in found] for name in TELLING}
     del wanted["disagree"]
     assert_computed(wanted, found)
     # The loss is in both, `y` and the gradient of `x` where they are made.
@@ -60,7 +60,24 @@ def test_two_processes_compute_what_one_does(tmp_path):
         "processes run the same script, with the same pipe, and make the same calls in "
         "the same order"
     )
-    assert told == [[differ], [differ]]
+    assert told["disagree"] == [[differ], [differ]]
+    (refused,) = told["calls"][0]
+    assert told["calls"][1] == [refused]
+    assert "over several processes was called under `jax.grad`" in refused
+    # All say the same, the first one because its layers made it, the other because it
+    # was told.
+    made, in_backward = told["anomalies"][0]
+    assert told["anomalies"][1] == [made, in_backward]
+    assert "layer 1 'sqrt'" in made
+    assert "stage 0" in made
+    assert "microbatch 0" in made
+    assert "backward" in in_backward
+    # Only the process that reads it has to have it.
+    of_shape, of_part = told["inputs"][0]
+    assert told["inputs"][1] == []
+    assert "TypeError: a Pipe was called with the shape" in of_shape
+    assert "x[0] is read on" in of_shape
+    assert "ValueError: a Pipe was called with x[0] over devices of several" in of_part
 
 
 # What the process that is left prints. A stopped one is ended by nobody but the

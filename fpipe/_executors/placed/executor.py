@@ -273,6 +273,17 @@ class Placed:
         self, args: Args, leaves: Sequence[tuple[Leaf, ...]], asked: Sequence[bool]
     ) -> FirstHalf:
         """All forwards of the schedule, in its order."""
+        # What follows the call is computed in every process, and those that have no
+        # part of `y` would end in it: of an array that it does not have, and one that
+        # is not committed (a cotangent of 1), JAX makes a program that ends the process
+        # when it is called again (jax 0.10.2).
+        if self.is_over_processes:
+            raise TypeError(
+                "a placed Pipe over several processes was called under `jax.grad` or "
+                "`jax.vjp`: `y` is in the process of the last stage alone; write the "
+                "step with `pipe.value_and_grad(loss_fn)`, or take "
+                '`Pipe(..., executor="scan")`'
+            )
 
         # Placed parameters are plain arrays, so each holds one leaf. What JAX does not
         # differentiate is not wanted, and nothing is computed for it.
@@ -351,6 +362,13 @@ class Placed:
     def deliver(self, tree: PyTree) -> PyTree:
         """Arrays on the device of the last stage."""
         return self.layout.placements[-1].put_tree(tree, own=True)
+
+    def tell(self, tree: PyTree) -> PyTree:
+        """Arrays on the device of the last stage, or on one of this process, if that is
+        in another one.
+        """
+        last = self.layout.placements[-1]
+        return (last if last.is_here else self.layout.first).put_tree(tree, own=True)
 
     def deliver_state(self, state: Sequence[PyTree]) -> tuple[PyTree, ...]:
         """The state of each layer on its device."""
@@ -640,7 +658,7 @@ class _SecondHalf:
         # The cotangents of the states follow those of `y`; nothing goes through them.
         pairs = zip(cotangents, plan.y.shape.leaves, strict=False)
         carrying = [whole_cotangent(c, a) for c, a in pairs if is_inexact(a)]
-        if carrying and plan.slots[plan.cotangents[0]].placement.is_here:
+        if carrying:
             placement = plan.slots[plan.cotangents[0]].placement
             for n, array in zip(plan.cotangents, placement.take(carrying), strict=True):
                 slots[n] = array

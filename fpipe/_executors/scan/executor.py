@@ -316,6 +316,10 @@ class Scan:
         arrays, spec = pack(tree)
         return spec.unpack(jax.device_put(arrays, replicated(self.mesh)))
 
+    def tell(self, tree: PyTree) -> PyTree:
+        """Arrays on every device."""
+        return self.deliver(tree)
+
     def deliver_state(self, state: Sequence[PyTree]) -> tuple[PyTree, ...]:
         """The states of all layers on every device."""
         return tuple(map(self.deliver, state))
