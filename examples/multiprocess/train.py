@@ -4,15 +4,17 @@ Run this same script once for every process, with the same flags but for `--proc
 `launch.py` does so on one machine; the README beside it has the lines for Slurm and
 Kubernetes. Under Slurm and Open MPI the flags for joining may be left out.
 
-The whole training step, optimizer included, is one program: the pipeline runs inside
-`jax.jit`, and adam updates the packed parameters where they lie.
+With `--executor placed` each process compiles and runs the programs of its own stages,
+and updates its own parameters. With `--executor scan` the whole training step,
+optimizer included, is one program: the pipeline runs inside `jax.jit`, and adam updates
+the packed parameters where they lie.
 """
 
 import argparse
 import functools
-import os
 import time
-import traceback
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fpipe
+import fpipe.distributed
+import fpipe.optim
 
 # --- the model ------------------------------------------------------------------------
 
@@ -74,16 +78,15 @@ def cross_entropy(logits, labels):
 
 def join(args: argparse.Namespace) -> None:
     """Join the other processes. Nothing before this may use a device."""
-    jax.config.update(
-        "jax_cpu_collectives_implementation", "gloo"
-    )  # says nothing to GPUs
     # JAX's preemption service would catch SIGTERM, for scripts that then save a
     # checkpoint. This one may simply end.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(
+    # From now on a script that raises ends at once, and the others with it.
+    fpipe.distributed.initialize(
         args.coordinator,
         args.processes,
         args.process,
+        timeout=args.patience,
         heartbeat_timeout_seconds=args.patience,
         shutdown_timeout_seconds=args.patience,
     )
@@ -104,13 +107,59 @@ def say(text: str) -> None:
 # --- training -------------------------------------------------------------------------
 
 
+Step: TypeAlias = Callable[[Any, Any, np.ndarray, np.ndarray], tuple[Any, Any, Any]]
+"""From parameters, moments, images and labels to new parameters and moments, and the
+loss.
+"""
+
+
+def placed_step(pipe: fpipe.Pipe, params: Any, rate: float) -> tuple[Any, Step]:
+    """The moments of adam, and a step: the pipe's own programs, and those of adam on
+    each device.
+    """
+    adam = fpipe.optim.per_stage(optax.adam(rate), donate=("grads", "state"))
+    loss_and_gradients = pipe.value_and_grad(cross_entropy)
+
+    def step(params: Any, moments: Any, x: Any, labels: Any) -> tuple[Any, Any, Any]:
+        loss, gradients = loss_and_gradients(params, x, labels)
+        updates, moments = adam.update(gradients, moments, params)
+        params = fpipe.optim.apply_updates(params, updates, donate=("params",))
+        return params, moments, loss
+
+    return adam.init(params), step
+
+
+def scan_step(pipe: fpipe.Pipe, params: Any, rate: float) -> tuple[Any, Step]:
+    """The moments of adam, and a step that is one program of all processes."""
+    adam = optax.adam(rate)
+    # The moments lie beside their parameters. Adam's counter has no device yet.
+    moments = jax.tree.map(
+        lambda a: (
+            a if isinstance(a.sharding, NamedSharding) else on_all(pipe, np.asarray(a))
+        ),
+        adam.init(params),
+    )
+    loss_and_gradients = pipe.value_and_grad(cross_entropy)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def program(params: Any, moments: Any, x: Any, labels: Any) -> Any:
+        loss, gradients = loss_and_gradients(params, x, labels)
+        updates, moments = adam.update(gradients, moments, params)
+        return optax.apply_updates(params, updates), moments, loss
+
+    def step(params: Any, moments: Any, x: Any, labels: Any) -> tuple[Any, Any, Any]:
+        return program(params, moments, on_all(pipe, x), on_all(pipe, labels))
+
+    return moments, step
+
+
 def train(args: argparse.Namespace) -> None:
     pipe = fpipe.Pipe(
         classifier(args),
         devices=jax.devices(),
         chunks=args.chunks,
         schedule=args.schedule,
-        executor="scan",
+        executor=args.executor,
     )
     say(
         f"{jax.process_count()} processes, {len(pipe.devices)} {jax.default_backend()} "
@@ -126,30 +175,15 @@ def train(args: argparse.Namespace) -> None:
         jax.random.key(args.seed),
         jax.ShapeDtypeStruct((args.batch, images.shape[1]), jnp.float32),
     )
-    adam = optax.adam(args.rate)
-    # The moments lie beside their parameters. Adam's counter has no device yet.
-    moments = jax.tree.map(
-        lambda a: (
-            a if isinstance(a.sharding, NamedSharding) else on_all(pipe, np.asarray(a))
-        ),
-        adam.init(params),
-    )
-    loss_and_gradients = pipe.value_and_grad(cross_entropy)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, moments, x, labels):
-        loss, gradients = loss_and_gradients(params, x, labels)
-        updates, moments = adam.update(gradients, moments, params)
-        return optax.apply_updates(params, updates), moments, loss
+    make_step = placed_step if args.executor == "placed" else scan_step
+    moments, step = make_step(pipe, params, args.rate)
 
     # The same seed in every process, so the same batches.
     random = np.random.default_rng(args.seed)
     started = time.monotonic()
     for n in range(args.steps):
         rows = random.choice(count, args.batch, replace=False)
-        params, moments, loss = step(
-            params, moments, on_all(pipe, images[rows]), on_all(pipe, labels[rows])
-        )
+        params, moments, loss = step(params, moments, images[rows], labels[rows])
         if n % args.every == 0 or n == args.steps - 1:
             # Every process waits here, so none runs far ahead of the others.
             say(
@@ -157,7 +191,7 @@ def train(args: argparse.Namespace) -> None:
                 f"{time.monotonic() - started:.1f} s"
             )
 
-    # All parameters on every device: for a checkpoint, or to go on without a pipeline.
+    # All parameters in every process: for a checkpoint, or to go on without a pipeline.
     whole = jax.tree.map(np.asarray, pipe.gather(params))
     if jax.process_index() == 0:
         logits = jax.jit(fpipe.sequential(classifier(args)))(whole, images[count:])
@@ -188,6 +222,12 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument(
         "--process", type=int, help="the number of this one, from 0; left out: detected"
+    )
+    parser.add_argument(
+        "--executor",
+        default="placed",
+        choices=["placed", "scan"],
+        help="what runs the pipeline",
     )
     parser.add_argument(
         "--patience",
@@ -230,14 +270,8 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     args = parsed()
     join(args)
-    try:
-        train(args)
-    except BaseException:
-        # An ordinary exit would first wait for the others, and they wait for this
-        # process in the middle of a step.
-        traceback.print_exc()
-        os._exit(1)
-    jax.distributed.shutdown()  # waits until all are here
+    train(args)
+    fpipe.distributed.shutdown()  # waits until all are here
 
 
 if __name__ == "__main__":

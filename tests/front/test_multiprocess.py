@@ -136,8 +136,10 @@ def is_alive(pid):
     return True
 
 
-def test_the_example_trains():
-    command = [*LAUNCH, "-n", "2", "--timeout", str(HANG), *TINY]
+@pytest.mark.parametrize("executor", ["placed", "scan"])
+def test_the_example_trains(executor):
+    command = [*LAUNCH, "-n", "2", "--timeout", str(HANG), "--executor", executor]
+    command += TINY
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
