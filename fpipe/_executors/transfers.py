@@ -146,14 +146,17 @@ def receive(sendings: Sequence[Sending], arrays: Sequence[Any]) -> list[Any]:
 
 
 def send_across(
-    sendings: Sequence[Sending], arrays: Sequence[Any], describe: Describe
+    sendings: Sequence[Sending],
+    arrays: Sequence[Any],
+    describe: Describe,
+    owned: bool = False,
 ) -> list[Any]:
     """`receive` from another process: every process calls it, and gives ghosts where it
     has none of the arrays.
 
     Arguments:
         arrays: all on the devices of one place.
-        describe: says what they are, if they do not come.
+        describe, owned: as for `put_across`.
     """
     rest = iter(arrays)
     of_each = [[next(rest) for _ in range(to.parts)] for to in sendings]
@@ -164,7 +167,7 @@ def send_across(
         if to.copies is None:
             whole += parts
             targets.append(to.target)
-    put = iter(put_across(whole, targets, describe))
+    put = iter(put_across(whole, targets, describe, owned))
     return [
         next(put) if to.copies is None else _copied(to, parts, to.copies, describe)
         for to, parts in zip(sendings, of_each, strict=True)

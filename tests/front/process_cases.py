@@ -248,6 +248,21 @@ def optimized_reference():
     return norms, jnp.int32(2), params, state
 
 
+def recorded(devices):
+    """A recording is the same in all processes, and has what happened in each."""
+    pipe = pipe_of(PLAIN, devices, schedule="1f1b", balance=[2, 2])
+    params = pipe.place(PLAIN.params())
+    step = pipe.value_and_grad(mse)
+    (loss, _), timeline = pipe.record(step, params, PLAIN.x, PLAIN.target)
+    told = [
+        *sorted(f"{e.action} on {e.device}" for e in timeline.events),
+        *sorted(f"{t.source} to {t.target}: {t.bytes}" for t in timeline.transfers),
+        # Both have all times on one clock.
+        repr(sorted(event.end for event in timeline.events)),
+    ]
+    return told, loss
+
+
 def told_of(f):
     try:
         f()
@@ -394,6 +409,7 @@ CASES = {
     "optimizer": Of(optimized, optimized_reference),
     "anomalies": Of(anomalous, anomalous_reference),
     "without jit": Of(without_jit, lambda: reference(SMALL)),
+    "recording": Of(recorded, misfed_reference),
     "inputs": Of(misfed, misfed_reference),
     "meshes": Of(over_meshes, over_meshes_reference, whole=True),
     "disagree": Of(disagreed, lambda: None),
@@ -418,8 +434,8 @@ def train_for_ever(how):
         time.sleep(0.05)
 
 
-# These return what errors say, and the rest.
-TELLING = {"calls", "disagree", "anomalies", "inputs"}
+# These return what errors or recordings say, and the rest.
+TELLING = {"recording", "calls", "disagree", "anomalies", "inputs"}
 
 
 def parsed():

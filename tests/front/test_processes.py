@@ -72,6 +72,16 @@ def test_two_processes_compute_what_one_does(tmp_path):
     assert "stage 0" in made
     assert "microbatch 0" in made
     assert "backward" in in_backward
+    # A microbatch's boundary and its cotangent are 2 x 4 floats; the loss is one.
+    assert told["recording"][0] == told["recording"][1]
+    assert told["recording"][0][:-1] == [
+        *sorted(
+            f"{kind}({s},{i}) on {s}" for kind in "BF" for s in (0, 1) for i in range(4)
+        ),
+        *["0 to 1: 32"] * 4,
+        *["1 to 0: 32"] * 4,
+        "1 to 0: 4",
+    ]
     # Only the process that reads it has to have it.
     of_shape, of_part = told["inputs"][0]
     assert told["inputs"][1] == []

@@ -37,11 +37,14 @@ class Crossing:
         given: for each part that is sent a ghost, where this process has none of it;
             else `None`.
         what: what is moved, as plans name it.
+        owned: whether the arrays are the plan's alone. The parameters and what a call
+            returns are not: the caller may donate them.
     """
 
     sendings: tuple[Sending, ...]
     given: tuple[Any, ...]
     what: str
+    owned: bool
 
     @classmethod
     def of(
@@ -66,7 +69,9 @@ class Crossing:
         source = plan.slots[move.ins[0]].placement
         told = ", ".join(map(str, sorted(source.processes)))
         what = f"the transfer of {names} from {source} (process {told})"
-        return cls(sendings, given, f"{what} to {move.placement}")
+        theirs = {feed.slot for feed in plan.feeds}.union(plan.returned)
+        owned = theirs.isdisjoint(move.ins)
+        return cls(sendings, given, f"{what} to {move.placement}", owned)
 
     def __call__(self, *arrays: Any) -> list[Any]:
         """Issue it."""
@@ -74,7 +79,7 @@ class Crossing:
             array if own is None else own
             for own, array in zip(self.given, arrays, strict=True)
         ]
-        return send_across(self.sendings, parts, self._describe)
+        return send_across(self.sendings, parts, self._describe, self.owned)
 
     def _describe(self) -> str:
         return self.what

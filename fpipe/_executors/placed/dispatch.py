@@ -30,7 +30,7 @@ from jax.sharding import SingleDeviceSharding
 from fpipe._core.errors import add_note
 from fpipe._core.meshes import is_explicit
 from fpipe._core.processes import alive, connect, ghost, is_here, meet
-from fpipe._core.pytrees import eval_shape, is_inexact
+from fpipe._core.pytrees import eval_shape, is_inexact, nbytes
 from fpipe._core.settings import debugging
 from fpipe._executors.placed.compile import Progress, compile_plan, slot_shapes
 from fpipe._executors.placed.crossing import Crossing, agree, links_of
@@ -262,6 +262,8 @@ class ReadyPlan:
             finally:
                 del watch, error  # no circle through the traceback
         call = watch.call(half)
+        if self.layout.is_over_processes:
+            call = call.merged(self._sizes)
         for recorder in recorders:
             recorder.add(call)
 
@@ -350,6 +352,16 @@ class ReadyPlan:
     def _compiled(self) -> Mapping[int, Any]:
         """The compiled program of each run, by the number of its instruction."""
         return compile_plan(self.plan, self.shapes)
+
+    @functools.cached_property
+    def _sizes(self) -> Mapping[int, Sequence[int]]:
+        """The bytes of each array of each transfer."""
+        shapes = slot_shapes(self.plan, self.shapes)
+        return {
+            number: [nbytes(shapes[slot]) for slot in item.outs]
+            for number, item in enumerate(self.plan.instructions)
+            if isinstance(item, Move)
+        }
 
     @functools.cached_property
     def probes(self) -> Mapping[int, Probe]:
@@ -465,7 +477,7 @@ def bind(
     crossings: dict[int, Crossing] = {}
     if layout.is_over_processes:
         every = slot_shapes(plan, shapes)
-        for slot in _returned(plan):
+        for slot in plan.returned:
             if not plan.slots[slot].placement.is_here:
                 shape = every[slot]
                 ghosts[slot] = ghost(shape.shape, shape.dtype, plan.sharding(slot))
@@ -502,10 +514,3 @@ def bind(
         crossings=crossings,
         gradients=gradients,
     )
-
-
-def _returned(plan: Plan) -> list[int]:
-    """The slots of what a call returns."""
-    trees = [plan.y, plan.loss, plan.aux, *plan.state.values()]
-    slots = [slot for tree in trees if tree is not None for slot in tree.slots]
-    return [*slots, *plan.gradients.values()]

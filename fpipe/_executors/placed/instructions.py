@@ -34,6 +34,7 @@ it, and a program `zeros` makes the sum that the first one adds to.
 
 import dataclasses
 import enum
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -413,6 +414,13 @@ class Plan:
     def sharding(self, slot: int) -> Sharding:
         """How the array of a slot lies."""
         return self.shardings.get(slot, self.slots[slot].placement.sharding)
+
+    @functools.cached_property
+    def returned(self) -> tuple[int, ...]:
+        """The slots of what a call returns."""
+        trees = [self.y, self.loss, self.aux, *self.state.values()]
+        slots = [slot for tree in trees if tree is not None for slot in tree.slots]
+        return (*slots, *self.gradients.values())
 
     def numbers(self, half: Half) -> range:
         """The numbers of the instructions of a half, or of all."""

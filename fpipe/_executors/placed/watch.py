@@ -34,8 +34,10 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Sharding
 
+from fpipe._core.processes import clock_offsets, gather_floats
 from fpipe._executors.placed.instructions import (
     FIRST_HALF,
     Copy,
@@ -71,7 +73,7 @@ class Probe(NamedTuple):
 
 
 def probes_of(plan: Plan, compiled: Mapping[int, Any]) -> dict[int, Probe]:
-    """For each instruction that makes something how to learn its end.
+    """For each instruction that makes something in this process how to learn its end.
 
     Arguments:
         compiled: the program of each run, by the number of its instruction.
@@ -96,7 +98,7 @@ def probes_of(plan: Plan, compiled: Mapping[int, Any]) -> dict[int, Probe]:
 
     probes: dict[int, Probe] = {}
     for number, item in enumerate(plan.instructions):
-        if isinstance(item, Free) or not item.outs:
+        if isinstance(item, Free) or not item.outs or not item.placement.is_here:
             continue
         # Any result that stays will do: all results of a program are there at once.
         stays = [k for k, slot in enumerate(item.outs) if slot not in consumed]
@@ -296,6 +298,39 @@ class WatchedCall:
             self.host + later.host,
             later.peak_bytes,
             self.threaded,
+        )
+
+    def merged(self, sizes: Mapping[int, Sequence[int]]) -> "WatchedCall":
+        """What all processes have seen, on the clock of the first. Every process calls
+        it, and gets the same.
+
+        Arguments:
+            sizes: the bytes of each array of each transfer.
+        """
+        seen = np.full((len(self.plan.instructions), 3), np.nan)
+        for number, ended in self.ended.items():
+            issued = self.issued[number]
+            seen[number] = issued.start, issued.end, ended
+        rows = gather_floats(
+            np.array([*seen.reshape(-1), self.host]),
+            lambda: "all processes to tell what they have recorded",
+        )
+        hosts = rows[:, -1]
+        times = rows[:, :-1] - clock_offsets()[:, None]
+        times = times.reshape(len(rows), *seen.shape)
+        issued_by_all: dict[int, Span] = {}
+        ended_by_all: dict[int, float] = {}
+        for of_process in times:
+            for number in np.flatnonzero(~np.isnan(of_process[:, 0])).tolist():
+                start, end, ended = of_process[number].tolist()
+                issued_by_all[number] = Span(start, end)
+                ended_by_all[number] = ended
+        return dataclasses.replace(
+            self,
+            issued=dict(sorted(issued_by_all.items())),
+            ended=dict(sorted(ended_by_all.items())),
+            moved=sizes,
+            host=float(hosts.max()),
         )
 
     def timeline(self) -> Recording:
