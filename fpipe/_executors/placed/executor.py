@@ -125,6 +125,13 @@ class Placed:
         dispatch: Dispatch,
         kept: Recent | None = None,
     ) -> None:
+        for place in layout.placements:
+            if len(place.processes) > 1:
+                raise ValueError(
+                    f'`Pipe(executor="placed")`: the stage on {place} has devices of '
+                    f"the processes {sorted(place.processes)}; all devices of a stage "
+                    'are of one process, or take `executor="scan"`'
+                )
         self.layout = layout
         # Recordings tell pipes apart by the identity of this object.
         self.owner = layout
