@@ -225,6 +225,22 @@ def test_the_benchmark_of_recomputations_runs():
     assert re.findall(steps, done.stdout, re.MULTILINE) == found
 
 
+def test_what_fits_is_found_to_the_byte():
+    """A plan of the model that was found has the bytes that were found, and one more
+    block is too many.
+    """
+    done = run("examples/what_fits.py", "--small", "--check")
+    assert done.returncode == 0, done.stderr
+    row = r"^\[(\d), (\d)\]: (fits|does not fit), peak (\d+) bytes; found (\d+)$"
+    fits, more = re.findall(row, done.stdout, re.MULTILINE)
+    assert (fits[2], more[2]) == ("fits", "does not fit")
+    assert (int(more[0]), more[1]) == (int(fits[0]) + 1, fits[1])
+    assert int(fits[3]) == int(fits[4]) <= 2**18 < int(more[3])
+    # Two equal halves of four microbatches are faster than one device.
+    (speed,) = re.findall(r"^ +2 +4 +(\d\.\d{3}) +nan ", done.stdout, re.MULTILINE)
+    assert 1 < float(speed) < 2
+
+
 def test_plans_say_what_is_measured():
     done = run("examples/benchmarks/truth.py", "--quick", "--unit", 6)
     assert done.returncode == 0, done.stdout + done.stderr
