@@ -12,6 +12,7 @@ import argparse
 import functools
 import itertools
 import statistics
+import tempfile
 import time
 
 import jax
@@ -172,24 +173,53 @@ def seconds_to_split(blocks):
 def stage_seconds(pipe, params, x):
     """What a microbatch takes on each stage, forward and backward."""
     plan = pipe.plan(params, x, by="time")
-    return [sum(stage.work.values()) for stage in plan.stages]
+    return [stage.total for stage in plan.stages]
 
 
-def most_expensive_stage(name, fn, params, x, cuts):
+def stage_contents(pipe, params, x):
+    """What tells the stages of one function apart: stages that agree in all of it run
+    the same operations, whoever cut them.
+    """
+
+    def nbytes(crossings):
+        return sum(crossing.bytes for crossing in crossings)
+
+    return [
+        (
+            stage.params,
+            tuple(sorted(stage.work.items())),
+            stage.boundary,
+            nbytes(stage.stashed),
+            nbytes(stage.popped),
+        )
+        for stage in pipe.plan(params, x).stages
+    ]
+
+
+def cuts_by_hand(pieces, params, x, most):
+    """The balances of the pieces whose most expensive stage takes the least by the sums
+    of what the pieces take alone, and the best one by FLOPs.
+    """
+    times = fpipe.layer_costs(pieces, x, by="time")
+    work = [f + b for f, b in zip(times.forward, times.backward, strict=True)]
+
+    def most_expensive(ends):
+        return max(sum(work[a:b]) for a, b in itertools.pairwise(ends))
+
+    every = [
+        (0, *inner, len(work))
+        for inner in itertools.combinations(range(1, len(work)), STAGES - 1)
+    ]
+    best = sorted(every, key=most_expensive)[:most]
+    balances = [tuple(b - a for a, b in itertools.pairwise(ends)) for ends in best]
+    return list(dict.fromkeys([tuple(pieces.balance(STAGES)), *balances]))
+
+
+def most_expensive_stage(name, fn, params, x, cuts, rounds):
     devices = jax.devices()[:STAGES]
     what = {"devices": devices, "checkpoint": "never", "chunks": 1}
     automatic = fpipe.split(fn, params, x)
     pieces = fpipe.split(fn, params, x, cuts=cuts)
-    times = fpipe.layer_costs(pieces, x, by="time")
-    work = [f + b for f, b in zip(times.forward, times.backward, strict=True)]
-    # The best by the sums of what pieces take alone; a few of them are measured.
-    by_hand = sorted(
-        (
-            max(sum(work[a:b]) for a, b in itertools.pairwise((0, *ends, len(work)))),
-            tuple(b - a for a, b in itertools.pairwise((0, *ends, len(work)))),
-        )
-        for ends in itertools.combinations(range(1, len(work)), STAGES - 1)
-    )
     pipes = {
         "itself": fpipe.Pipe(automatic, **what),
         f"stages={STAGES}": fpipe.Pipe(
@@ -199,18 +229,18 @@ def most_expensive_stage(name, fn, params, x, cuts):
             automatic, balance="time", sample=x, **what
         ),
     }
-    # And the one that is best by FLOPs.
-    for balance in [pieces.balance(STAGES), *(sizes for _, sizes in by_hand[:2])]:
+    for balance in cuts_by_hand(pieces, params, x, most=5):
         pipes[f"by hand {list(balance)}"] = fpipe.Pipe(pieces, balance, **what)
-    found = {how: [] for how in pipes}
-    for _ in range(3):
+    stages = {how: stage_contents(pipe, params, x) for how, pipe in pipes.items()}
+    # What else the machine does only adds to a run. A stage counts with its shortest
+    # time, and a stage that several cuts have is one stage: it has one time.
+    shortest = {}
+    for _ in range(rounds):
         for how, pipe in pipes.items():
-            found[how].append(stage_seconds(pipe, params, x))
-    # What else the machine does only adds to a run: of each stage the shortest time,
-    # of these the most expensive.
-    most = {
-        how: max(map(min, zip(*rounds, strict=True))) for how, rounds in found.items()
-    }
+            times = stage_seconds(pipe, params, x)
+            for stage, seconds in zip(stages[how], times, strict=True):
+                shortest[stage] = min(seconds, shortest.get(stage, seconds))
+    most = {how: max(shortest[stage] for stage in stages[how]) for how in pipes}
     best = min(seconds for how, seconds in most.items() if "hand" in how)
     for how, seconds in most.items():
         balance = list(pipes[how].balance)
@@ -303,11 +333,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=330, help="of the large GPT")
     parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=8, help="of all stages")
     tables = ("seconds", "stages", "host")
     parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
     args = parser.parse_args()
     # Before anything asks for devices.
     jax.config.update("jax_num_cpu_devices", STAGES)
+    # A stage that is measured again is compiled once.
+    folder = tempfile.TemporaryDirectory()
+    jax.config.update("jax_compilation_cache_dir", folder.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     print(f"jax {jax.__version__}, {jax.devices()[0].platform}")
     if "seconds" in args.tables:
         print("\nCPU seconds")
@@ -318,7 +353,7 @@ def main():
         print(f"\nS={STAGES}, milliseconds of the most expensive stage")
         print("model  cut                      balance                 ms  ratio")
         for name, model in small_models().items():
-            most_expensive_stage(name, *model)
+            most_expensive_stage(name, *model, args.rounds)
     if "host" in args.tables:
         print(f"\nS={STAGES}, m={CHUNKS}")
         print("layers               programs  us/action  ratio")
