@@ -353,7 +353,7 @@ def main():
         print(f"\nS={STAGES}, milliseconds of the most expensive stage")
         print("model  cut                      balance                 ms  ratio")
         for name, model in small_models().items():
-            most_expensive_stage(name, *model, args.rounds)
+            most_expensive_stage(name, *model, rounds=args.rounds)
     if "host" in args.tables:
         print(f"\nS={STAGES}, m={CHUNKS}")
         print("layers               programs  us/action  ratio")
