@@ -11,6 +11,7 @@ expensive stage is made as cheap as can be, and traffic decides among equals.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -33,11 +34,21 @@ from fpipe._executors.scheduling import Generator, Scheduling
 from fpipe._model.remat import Policy, Remat
 from fpipe._planning.costs import LayerCosts
 from fpipe._planning.hardware import Hardware
-from fpipe._planning.layer_costs import UNITS, BalanceBy, layer_costs
+from fpipe._planning.layer_costs import (
+    UNITS,
+    BalanceBy,
+    SpanWork,
+    cost_request,
+    costs_and_spans,
+)
 from fpipe._planning.partition import PartitionTask, Shortage, Table, best_cut
-from fpipe._planning.span_tables import SpanTables
+from fpipe._planning.span_tables import MeasuredSpans, SpanTables
 from fpipe._planning.text import option_name
 from fpipe.schedules import Schedule
+
+# So often `measured_balance` looks for the best cut and measures its stages: each stage
+# has to be compiled.
+_ROUNDS = 8
 
 
 class DoesNotFitError(ValueError):
@@ -69,7 +80,8 @@ def balance(
     """The number of layers in each stage, for `Pipe(balance=...)`.
 
     The cut makes the most expensive stage as cheap as possible. Without memory limits
-    the search is exact. Costs come from shapes alone; only `by="time"` runs the layers.
+    the search is exact. Costs come from shapes alone; only `by="time"` runs the layers,
+    and the stages of the best cuts.
 
     The cost of a stage is the work of its layers divided by the speed of its device.
     With `bandwidth`, the transfer time at both ends of the stage is added. Among cuts
@@ -151,7 +163,7 @@ def balance(
         (2, 3)
     """
     # First the costs: given ones, or those of the layers.
-    known = _known_costs(layers)
+    known, work = _known_costs(layers), None
     if by is not None and not is_one_of(by, UNITS):
         raise ValueError(
             f"`balance(by={shown(by)})`: one of {', '.join(map(repr, UNITS))}"
@@ -168,7 +180,7 @@ def balance(
                 "`balance(layers, x)`: layers need a batch `x`, or its shapes; or give "
                 "costs in place of layers"
             )
-        known = layer_costs(
+        request = cost_request(
             layers,
             x,
             by="flops" if by is None else by,
@@ -178,6 +190,7 @@ def balance(
             checkpoint="except_last" if checkpoint is None else checkpoint,
             compute_dtype=compute_dtype,
         )
+        known, work = costs_and_spans(*request)
     else:
         if any(given is not None for given in (x, side, params, compute_dtype)):
             raise TypeError(
@@ -223,7 +236,41 @@ def balance(
             f"`balance({', '.join(given)})`: bytes per second cannot be weighed "
             f"against {known.unit}s: give `speeds=` too, in {known.unit}s per second"
         )
+    if by == "time" and work is not None:
+        return measured_balance(known, work, scheduling, stage_to_device, hardware)
     return best_balance(known, scheduling, stage_to_device, hardware, by_memory)
+
+
+def measured_balance(
+    costs: LayerCosts,
+    work: SpanWork,
+    scheduling: Scheduling,
+    stage_to_device: tuple[int, ...],
+    hardware: Hardware,
+) -> tuple[int, ...]:
+    """The best balance by the times of whole stages.
+
+    The stages of the best cut are measured, and the search begins again with what is
+    known now, until the best cut has been measured altogether. In a round each stage of
+    a cut is measured at most once, and equal stages once for all.
+
+    Arguments:
+        work: measures layers that follow each other.
+    """
+    layers = range(len(costs.names))
+    found = {(k, k + 1): (costs.forward[k], costs.backward[k]) for k in layers}
+    for _ in range(_ROUNDS):
+        spans = MeasuredSpans(found)
+        cut = best_balance(costs, scheduling, stage_to_device, hardware, spans=spans)
+        ends = itertools.pairwise(itertools.accumulate(cut, initial=0))
+        unknown = [span for span in ends if span not in found]
+        if not unknown:
+            return cut
+        for span in unknown:
+            measured = work.work(*span)
+            found[span] = measured.forward, measured.backward
+    spans = MeasuredSpans(found, only=True)
+    return best_balance(costs, scheduling, stage_to_device, hardware, spans=spans)
 
 
 def best_balance(
@@ -232,17 +279,20 @@ def best_balance(
     stage_to_device: tuple[int, ...],
     hardware: Hardware,
     by_memory: bool = False,
+    spans: MeasuredSpans | None = None,
 ) -> tuple[int, ...]:
     """`balance` of checked arguments.
 
     Arguments:
         stage_to_device: the device of each stage.
         by_memory: whether a stage costs the memory that it needs, not its work.
+        spans: what was measured of stages, beside the layers.
 
     Raises:
         ValueError: no cut fits into the memory.
     """
-    tables = SpanTables(costs, stage_to_device, scheduling, hardware.optimizer)
+    optimizer = hardware.optimizer
+    tables = SpanTables(costs, stage_to_device, scheduling, optimizer, spans)
     devices = 1 + max(stage_to_device)
     limits = hardware.memory or (math.inf,) * devices
 

@@ -10,7 +10,6 @@ rows:
 """
 
 import dataclasses
-import statistics
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -41,7 +40,7 @@ from fpipe._model.remat import Policy, Remat
 from fpipe._model.stages import Leaf
 from fpipe._planning.costs import LayerCosts, Sent
 from fpipe._planning.layer_traces import LayerTrace, LayerTraces, bytes_of
-from fpipe._planning.work import Counted, Measured, count, runs, transfer_launch
+from fpipe._planning.work import Counted, Measured, count, least, runs, transfer_launch
 from fpipe._program.code import Cotangent, Input, ProgramValue
 from fpipe.schedules import Kind
 
@@ -100,9 +99,9 @@ def layer_costs(
             are XLA's counts for the lowered forward and backward. The body of a
             `lax.scan` counts as often as it runs. Work inside a foreign call, such as a
             Pallas kernel or a callback, is not counted. `"time"` is in seconds: the
-            medians of runs on one device, after a warm-up. The host's time to launch a
-            program is measured too (`launch`). `"memory"` counts no work,
-            only memory.
+            shortest of some runs on one device, after a warm-up. The host's time to
+            launch a program is measured too (`launch`). `"memory"` counts no work, only
+            memory.
         side: side inputs, or their shapes. Default: none.
         chunks: the number of microbatches that the batch is cut into, as for `Pipe`.
             Default: 1, so `x` is one microbatch.
@@ -129,16 +128,53 @@ def layer_costs(
         >>> costs.forward, costs.params
         ((144.0, 144.0), (36, 36))
     """
-    if not is_one_of(by, UNITS):
-        raise ValueError(
-            f"`layer_costs(by={shown(by)})`: one of {', '.join(map(repr, UNITS))}"
-        )
     if type(repeats) is not int or repeats < 1:
         raise ValueError(f"`layer_costs(repeats={shown(repeats)})`: an int, at least 1")
     if not isinstance(device, (jax.Device, jax.sharding.Sharding, type(None))):
         raise TypeError(
             f"`layer_costs(device={shown(device)})`: a jax.Device, such as "
             "`jax.devices()[0]`"
+        )
+    request = cost_request(
+        layers,
+        x,
+        by=by,
+        side=side,
+        chunks=chunks,
+        params=params,
+        checkpoint=checkpoint,
+        compute_dtype=compute_dtype,
+        train=train,
+    )
+    return costs_of(*request._replace(gauge=Gauge(by, device, repeats)))
+
+
+class CostRequest(NamedTuple):
+    """Checked arguments: those of `costs_of`."""
+
+    model: Model
+    args: Args
+    chunks: int
+    remat: Remat
+    gauge: Gauge
+
+
+def cost_request(
+    layers: Iterable[Any],
+    x: PyTree,
+    *,
+    by: BalanceBy,
+    side: PyTree,
+    chunks: int,
+    params: Sequence[PyTree] | None,
+    checkpoint: str | Policy,
+    compute_dtype: Any,
+    train: bool = True,
+) -> CostRequest:
+    """The arguments of `layer_costs`, checked."""
+    if not is_one_of(by, UNITS):
+        raise ValueError(
+            f"`layer_costs(by={shown(by)})`: one of {', '.join(map(repr, UNITS))}"
         )
     chunks, remat = check_chunks("layer_costs", chunks), Remat.of(checkpoint)
     dtype = as_compute_dtype("layer_costs", compute_dtype)
@@ -147,7 +183,7 @@ def layer_costs(
     needs: Mapping[str, Any] = call_needs(side=side, train=train)
     x, needs = inputs_by_layer(layers, x, needs, chunks, dtype)
     args = Args(params, x, needs=needs)
-    return costs_of(model, args, chunks, remat, Gauge(by, device, repeats))
+    return CostRequest(model, args, chunks, remat, Gauge(by))
 
 
 def costs_of(
@@ -163,6 +199,17 @@ def costs_of(
         args: `x`, `params` (`None`: those that `init` makes) and needs; no key and no
             step: what layers cost does not depend on them.
     """
+    return costs_and_spans(model, args, chunks, remat, gauge)[0]
+
+
+def costs_and_spans(
+    model: Model,
+    args: Args,
+    chunks: int,
+    remat: Remat,
+    gauge: Gauge,
+) -> tuple[LayerCosts, "SpanWork"]:
+    """`costs_of`, and the work of layers that follow each other, by request."""
     params = args.params
     if params is not None:
         check_params(model, params, "`layer_costs(params=...)`")
@@ -170,7 +217,11 @@ def costs_of(
     # The first microbatch stands for all. Only the last one may be smaller.
     first = CallShapes.of(args.x, args.needs, chunks).first
     traces = LayerTraces(model, *first, params)
-    work = _work(traces, gauge, () if params is None else params)
+    spans = SpanWork(traces, gauge, () if params is None else params)
+    # By memory alone no work is looked at.
+    work = [LayerWork(0.0, 0.0)] * len(traces.layers)
+    if gauge.by != "memory":
+        work = [spans.work(k, k + 1) for k in range(len(traces.layers))]
     boundaries = list(map(bytes_of, traces.boundaries))
     # A stage keeps less than its layers one by one: what a layer hands to the next is
     # often a residual of both. How much less is told from each pair of neighbours,
@@ -181,10 +232,10 @@ def costs_of(
         residuals.append(layer.programs.kept_bytes(_not_kept(k)))
     shared = []
     for k in range(len(traces.layers) - 1):
-        together = traces.pair(k).kept_bytes(_not_kept(k))
+        together = traces.span(k, k + 2).programs.kept_bytes(_not_kept(k))
         shared.append(residuals[k] + residuals[k + 1] - together)
     # Of boundaries there is one more than of layers: the first is the model's input.
-    return LayerCosts(
+    costs = LayerCosts(
         names=tuple(layer.name for layer in model.layers),
         forward=tuple(layer.forward for layer in work),
         backward=tuple(layer.backward for layer in work),
@@ -205,6 +256,7 @@ def costs_of(
         checkpoint=remat.option,
         launch=_launch(work, boundaries, gauge) if gauge.by == "time" else 0.0,
     )
+    return costs, spans
 
 
 def _not_kept(layer: int) -> tuple[str, ...]:
@@ -275,34 +327,44 @@ class LayerWork(NamedTuple):
     launch: float = 0.0
 
 
-def _work(
-    traces: LayerTraces, gauge: Gauge, params: Sequence[PyTree]
-) -> list[LayerWork]:
-    """The work of each layer. Layers that are equal, or different functions that
-    compute the same, are counted or measured once.
+class SpanWork:
+    """The work of layers, and of layers that follow each other as one stage.
+
+    Arguments:
+        params: those of all layers, or none.
     """
-    if gauge.by == "memory":
-        return [LayerWork(0.0, 0.0)] * len(traces.layers)
-    by_key: dict[Hashable, LayerWork] = {}
-    by_computation: dict[Hashable, LayerWork] = {}
-    for layer in traces.layers:
-        if layer.key in by_key:
-            continue
+
+    def __init__(
+        self, traces: LayerTraces, gauge: Gauge, params: Sequence[PyTree]
+    ) -> None:
+        self._traces, self._gauge, self._params = traces, gauge, params
+        self._by_key: dict[Hashable, LayerWork] = {}
+        self._by_computation: dict[Hashable, LayerWork] = {}
+
+    def work(self, start: int, end: int) -> LayerWork:
+        """The work of layers `start` to `end - 1`. Layers that are equal, or different
+        functions that compute the same, are counted or measured once.
+        """
+        layer = self._traces.span(start, end)
+        if layer.key in self._by_key:
+            return self._by_key[layer.key]
         # The same function written twice makes layers that are not equal. Their codes
         # are, and it is lowering and measuring that take long.
         programs = [layer.programs.program("F"), layer.programs.program("B")]
         computes = tuple(None if p is None else p[1].identity for p in programs)
-        if computes not in by_computation:
-            if gauge.by == "time":
-                by_computation[computes] = _seconds(layer, params, gauge)
+        if computes not in self._by_computation:
+            if self._gauge.by == "time":
+                found = _seconds(layer, self._params, self._gauge)
             else:
-                what: Counted = "flops" if gauge.by == "flops" else "bytes accessed"
+                by_flops = self._gauge.by == "flops"
+                what: Counted = "flops" if by_flops else "bytes accessed"
                 forward, backward = (
                     0.0 if p is None else count(p[1], what) for p in programs
                 )
-                by_computation[computes] = LayerWork(forward, backward)
-        by_key[layer.key] = by_computation[computes]
-    return [by_key[layer.key] for layer in traces.layers]
+                found = LayerWork(forward, backward)
+            self._by_computation[computes] = found
+        self._by_key[layer.key] = self._by_computation[computes]
+        return self._by_key[layer.key]
 
 
 def _launch(
@@ -324,7 +386,7 @@ def _launch(
 
 
 def _seconds(layer: LayerTrace, params: Sequence[PyTree], gauge: Gauge) -> LayerWork:
-    """The seconds of a layer's forward and of its backward: medians, after a warm-up.
+    """The seconds of a layer's forward and of its backward.
 
     Arguments:
         params: those of all layers, or none. What is no array is zeros.
@@ -344,13 +406,13 @@ def _seconds(layer: LayerTrace, params: Sequence[PyTree], gauge: Gauge) -> Layer
         placed = to_device(arrays, device)
         known |= {Input(Leaf(port, n)): a for n, a in enumerate(placed)}
     kinds: tuple[Kind, Kind] = ("F", "B")
-    forward, backward = (_median(layer, kind, known, gauge, device) for kind in kinds)
+    forward, backward = (_run(layer, kind, known, gauge, device) for kind in kinds)
     return LayerWork(
         forward.seconds, backward.seconds, forward.launch + backward.launch
     )
 
 
-def _median(
+def _run(
     layer: LayerTrace,
     kind: Kind,
     known: dict[ProgramValue, Any],
@@ -375,7 +437,4 @@ def _median(
     for value, other in program.aliases.items():
         if other in known:
             known[value] = known[other]
-    return Measured(
-        statistics.median(time.seconds for time in times),
-        statistics.median(time.launch for time in times),
-    )
+    return least(times)

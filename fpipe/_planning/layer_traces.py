@@ -101,13 +101,13 @@ class SpanPrograms:
 
 
 class LayerTrace(NamedTuple):
-    """One layer.
+    """One layer, or some that follow each other, as one stage.
 
     Attributes:
         key: equal for layers that are equal in all that decides their costs.
         inputs: the shapes that go in.
         wanted: the input leaves that get a gradient.
-        programs: those of the first layer with this key.
+        programs: those of the first layer, or layers, with this key.
     """
 
     key: Hashable
@@ -156,7 +156,7 @@ class LayerTraces:
         # a gradient depends on the leaf's cotangent.
         self._reached: dict[tuple[Port, int], bool] = {}
         self._known: dict[Hashable, SpanPrograms] = {}
-        self._pairs: dict[Hashable, SpanPrograms] = {}
+        self._spans: dict[Hashable, LayerTrace] = {}
         # In order: what a layer takes is what earlier ones have made.
         self.layers: list[LayerTrace] = []
         for stage in self._stages:
@@ -267,39 +267,46 @@ class LayerTraces:
         layer = self.layers[k]
         return self._differentiate(self._stages[k], layer.inputs, layer.wanted, remat)
 
-    def pair(self, k: int) -> SpanPrograms:
-        """Layers `k` and `k + 1` as one stage; equal pairs once for all."""
-        a, b = self.layers[k], self.layers[k + 1]
+    def span(self, start: int, end: int) -> LayerTrace:
+        """Layers `start` to `end - 1` as one stage. Of equal spans the first that was
+        asked for, with its names.
+        """
+        span = range(start, end)
+        if len(span) == 1:
+            return self.layers[start]
         routes, layers = self.model.routes, self.model.layers
-        # What decides the programs of a pair besides its layers: which skips of the
-        # first end in the second, and go on from there; which lends to which.
+        # What decides the programs besides the layers: which skips end in the span, and
+        # go on from there; which layer lends to which.
         between = []
-        for name in layers[k].stash:
-            readers = routes[skip_of(layers[k], name)].readers
-            if k + 1 in readers:
-                between.append((name, max(readers) > k + 1))
+        for n in span:
+            for name in layers[n].stash:
+                readers = routes[skip_of(layers[n], name)].readers
+                inside = tuple(r - start for r in readers if r in span)
+                if inside:
+                    between.append((n - start, name, inside, max(readers) >= end))
         lent = tuple(
-            (n, owner - k)
-            for n in (k, k + 1)
+            (n - start, owner - start)
+            for n in span
             for _, owner in self.model.borrows[n]
-            if owner in (k, k + 1)
+            if owner in span
         )
-        key = (a.key, b.key, tuple(between), lent)
-        if key not in self._pairs:
-            # The pair is the second stage, or the first if nothing stands before it.
-            sizes = [n for n in (k, 2, len(layers) - k - 2) if n]
-            stage = cut_stages(self.model, sizes)[1 if k else 0]
+        key = (*(self.layers[n].key for n in span), tuple(between), lent)
+        if key not in self._spans:
+            # The span is the second stage, or the first if nothing stands before it.
+            sizes = [n for n in (start, len(span), len(layers) - end) if n]
+            stage = cut_stages(self.model, sizes)[1 if start else 0]
             given = self._given(stage)
-            # Of the boundary inside the pair no gradient leaves it: its input is that
-            # of the first layer. Skips between the two are no inputs either.
-            wanted = {leaf for leaf in a.wanted if leaf.port == X}
-            for leaf in a.wanted | b.wanted:
-                if leaf.port in given and leaf.port != X:
-                    wanted.add(leaf)
-            self._pairs[key] = self._differentiate(
-                stage, given, frozenset(wanted), None
-            )
-        return self._pairs[key]
+            # No gradient leaves through a boundary inside the span: its input is that
+            # of the first layer. Skips between its layers are no inputs either.
+            wanted = {leaf for leaf in self.layers[start].wanted if leaf.port == X}
+            for n in span:
+                for leaf in self.layers[n].wanted:
+                    if leaf.port in given and leaf.port != X:
+                        wanted.add(leaf)
+            of_span = frozenset(wanted)
+            programs = self._differentiate(stage, given, of_span, None)
+            self._spans[key] = LayerTrace(key, given, of_span, programs)
+        return self._spans[key]
 
 
 def shape_of_made(layer: int, make: Callable[[Any], PyTree], key: Any) -> PyTree:

@@ -22,9 +22,9 @@ from fpipe._executors.scheduling import Scheduling
 from fpipe._model.model import Model
 from fpipe._model.needs import call_needs, stand_ins
 from fpipe._model.remat import Remat
-from fpipe._planning.balance import best_balance, stage_devices
+from fpipe._planning.balance import best_balance, measured_balance, stage_devices
 from fpipe._planning.hardware import Hardware
-from fpipe._planning.layer_costs import UNITS, Gauge, costs_of
+from fpipe._planning.layer_costs import UNITS, Gauge, costs_and_spans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _found(
     args = Args(pipe.params, sample, needs=needs)
     gauge = Gauge(by, pipe.placements[0].device)
     try:
-        costs = costs_of(pipe.model, args, pipe.chunks, pipe.remat, gauge)
+        costs, work = costs_and_spans(pipe.model, args, pipe.chunks, pipe.remat, gauge)
     except Exception as error:
         # What goes wrong here is told in the words of a call: `x` and `side`.
         if sample_side is not None:
@@ -116,6 +116,9 @@ def _found(
     stage_to_device = stage_devices(
         costs, pipe.scheduling, pipe.stages, len(pipe.placements)
     )
+    if by == "time":
+        scheduling = pipe.scheduling
+        return measured_balance(costs, work, scheduling, stage_to_device, Hardware())
     by_memory = by == "memory"
     return best_balance(costs, pipe.scheduling, stage_to_device, Hardware(), by_memory)
 

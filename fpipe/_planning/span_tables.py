@@ -25,8 +25,10 @@ Tables are whole arrays, and not functions of a span: the partition reads all sp
 every stage, and numpy makes them in one go.
 """
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -113,12 +115,49 @@ class Holding(NamedTuple):
     made: Waiting
 
 
+@dataclasses.dataclass(frozen=True)
+class MeasuredSpans:
+    """The work of spans of layers that ran as one stage.
+
+    It is not the sum of what the layers take: a program fuses operations of several
+    layers, and finds in its caches what the layer before has made.
+
+    Attributes:
+        work: for the span of layers `i, …, j - 1`, at `(i, j)`, its forward and its
+            backward.
+        only: no other spans count: they cost infinity. Otherwise they cost the sums of
+            their layers, times the least ratio of a measured span to its sum: low, so
+            that none is left out that may be better than those that were measured.
+    """
+
+    work: Mapping[tuple[int, int], tuple[float, float]]
+    only: bool = False
+
+    def tables(self, forward: Table, backward: Table) -> tuple[Table, Table]:
+        """Tables of the sums over spans, with what is known instead."""
+        total = forward + backward
+        ratios = [
+            sum(work) / total[span]
+            for span, work in self.work.items()
+            if total[span] > 0
+        ]
+        scale = min(ratios, default=1.0)
+        found = []
+        for n, sums in enumerate((forward, backward)):
+            table = np.full_like(sums, math.inf) if self.only else sums * scale
+            for span, work in self.work.items():
+                table[span] = work[n]
+            found.append(table)
+        return found[0], found[1]
+
+
 class SpanTables:
     """What each span of layers costs as one of the stages.
 
     Arguments:
         stage_to_device: the device of each stage.
         optimizer: bytes of optimizer state for each byte of parameters.
+        spans: the work of spans that was measured, if any was.
 
     Attributes:
         before, behind: bytes of the boundary before a span, and of the one behind it.
@@ -131,8 +170,10 @@ class SpanTables:
         stage_to_device: tuple[int, ...],
         scheduling: Scheduling,
         optimizer: float,
+        spans: "MeasuredSpans | None" = None,
     ) -> None:
         self._costs, self._stage_to_device = costs, stage_to_device
+        self._spans = spans
         self._scheduling, self._optimizer = scheduling, optimizer
         self._remat = Remat.of(costs.checkpoint)
         self._microbatches = costs.microbatches
@@ -169,6 +210,8 @@ class SpanTables:
         microbatch in the mean.
         """
         forward, backward = summed(self._costs.forward), summed(self._costs.backward)
+        if self._spans is not None:
+            forward, backward = self._spans.tables(forward, backward)
         if not any(self._costs.forward):
             # Costs that the user gave are of all that a layer does.
             return backward

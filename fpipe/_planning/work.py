@@ -144,7 +144,7 @@ def transfer_launch(nbytes: int, source: Placement, target: Placement) -> float:
     """The seconds of the host for a transfer of some bytes from a place to another."""
     shape = jax.ShapeDtypeStruct((nbytes,), jnp.uint8, sharding=source.sharding)
     array = zeros_at(shape)
-    return _least(runs(lambda a: target.put([a]), lambda: [array], 1, _REPEATS)).launch
+    return least(runs(lambda a: target.put([a]), lambda: [array], 1, _REPEATS)).launch
 
 
 def measure(every: Sequence[Work]) -> dict[Work, Measured]:
@@ -189,8 +189,9 @@ def _shortest(
             for shape, info, array in zip(shapes, infos, arrays, strict=True)
         ]
 
-    return _least(runs(compiled, arguments, 1, _REPEATS))
+    return least(runs(compiled, arguments, 1, _REPEATS))
 
 
-def _least(times: Sequence[Measured]) -> Measured:
+def least(times: Sequence[Measured]) -> Measured:
+    """The shortest run, and the shortest launch."""
     return Measured(min(t.seconds for t in times), min(t.launch for t in times))

@@ -19,7 +19,10 @@ from hypothesis import strategies as st
 import fpipe
 from fpipe._executors.added_actions import RECOMPUTE
 from fpipe._executors.scheduling import Scheduling
+from fpipe._planning.balance import measured_balance
 from fpipe._planning.costs import Sent
+from fpipe._planning.hardware import Hardware
+from fpipe._planning.layer_costs import LayerWork
 from fpipe._planning.partition import PartitionTask, Shortage, best_cut
 from fpipe._planning.span_tables import SpanTables, arriving, leaving, summed
 from fpipe.schedules import offload, one_f_one_b, simulate
@@ -504,6 +507,41 @@ def test_time_is_measured(monkeypatch):
     assert known.launch == pytest.approx(0.07 / 10)
     assert "launch of an action: 7 ms" in str(known)
     assert fpipe.balance(layers, shape(2, 3), by="time", stages=2) in [(1, 4), (2, 3)]
+
+
+class Stages:
+    """Stages whose times are no sums of those of their layers."""
+
+    def __init__(self, time):
+        self.time, self.asked = time, []
+
+    def work(self, start, end):
+        self.asked.append((start, end))
+        return LayerWork(self.time(start, end), 0.0)
+
+
+def measured(layers, stages, count):
+    known = costs(layers, checkpoint="never")
+    places = tuple(range(count))
+    return measured_balance(known, stages, Scheduling.of("1f1b"), places, Hardware())
+
+
+def test_stages_of_the_best_cut_are_measured_until_none_can_be_better():
+    times = {(0, 2): 3.1, (2, 4): 5.0, (0, 3): 3.9, (1, 4): 4.5}
+    stages = Stages(lambda *span: times[span])
+    # By the sums (2, 2) is the best, 3 and 3.
+    assert measured((2.0, 1.0, 1.0, 2.0), stages, 2) == (3, 1)
+    assert stages.asked[:2] == [(0, 2), (2, 4)]
+    assert sorted(stages.asked) == sorted({*stages.asked})
+
+
+def test_when_cuts_have_been_measured_often_enough_the_best_of_them_is_taken():
+    # Each stage takes longer than its sum, so that the next cut always looks better.
+    stages = Stages(lambda start, end: 50.0 + start + end)
+    first, second = measured((1.0,) * 30, stages, 2)
+    assert len(stages.asked) == 16
+    ends = [end for start, end in stages.asked if start == 0]
+    assert (first, second) == (min(ends), 30 - min(ends))
 
 
 def test_time_of_layers_of_every_kind():
