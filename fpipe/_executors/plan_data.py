@@ -83,7 +83,8 @@ class DeviceMemory:
         roles: bytes of the arrays that are there, by what they are for.
         owned: bytes of the parameters that live there: an optimizer's state is a
             multiple of them.
-        temporary: bytes that a program needs for itself; `None`: nothing was compiled.
+        temporary: bytes that a program needs for itself; `None`: nothing was compiled,
+            or another process compiles it.
         moment: what runs then.
         host: the most bytes of residuals that wait in the host's memory, where an
             offloading policy or an `O` moves them. No part of what the device holds.

@@ -30,6 +30,7 @@ from fpipe._executors.added_actions import (
     with_actions,
 )
 from fpipe._executors.call import check_chunks
+from fpipe._executors.placement import Placement
 from fpipe._executors.scheduling import Generator, Scheduling
 from fpipe._model.remat import Policy, Remat
 from fpipe._planning.costs import LayerCosts
@@ -37,6 +38,7 @@ from fpipe._planning.hardware import Hardware
 from fpipe._planning.layer_costs import (
     UNITS,
     BalanceBy,
+    Gauge,
     SpanWork,
     cost_request,
     costs_and_spans,
@@ -190,6 +192,9 @@ def balance(
             checkpoint="except_last" if checkpoint is None else checkpoint,
             compute_dtype=compute_dtype,
         )
+        if isinstance(devices, Iterable) and request.gauge.by == "time":
+            places = [Placement.of(device) for device in devices]
+            request = request._replace(gauge=Gauge.over("time", places))
         known, work = costs_and_spans(*request)
     else:
         if any(given is not None for given in (x, side, params, compute_dtype)):

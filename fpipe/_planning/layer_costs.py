@@ -30,7 +30,7 @@ from fpipe._core.pytrees import (
     zeros,
 )
 from fpipe._executors.call import Args, check_chunks, check_params
-from fpipe._executors.placement import Placement
+from fpipe._executors.placement import Placement, over_processes
 from fpipe._model.function_layers import inputs_by_layer, model_of, params_by_layer
 from fpipe._model.loss import sum_dtype
 from fpipe._model.microbatch import CallShapes, cut_inputs
@@ -40,7 +40,15 @@ from fpipe._model.remat import Policy, Remat
 from fpipe._model.stages import Leaf
 from fpipe._planning.costs import LayerCosts, Sent
 from fpipe._planning.layer_traces import LayerTrace, LayerTraces, bytes_of
-from fpipe._planning.work import Counted, Measured, count, least, runs, transfer_launch
+from fpipe._planning.work import (
+    Counted,
+    Measured,
+    count,
+    least,
+    of_first_process,
+    runs,
+    transfer_launch,
+)
 from fpipe._program.code import Cotangent, Input, ProgramValue
 from fpipe.schedules import Kind
 
@@ -59,11 +67,23 @@ _WARM_UP = 2
 
 @dataclasses.dataclass(frozen=True)
 class Gauge:
-    """How the work of a layer is told: see `layer_costs`."""
+    """How the work of a layer is told: see `layer_costs`.
+
+    Attributes:
+        together: whether all processes measure, and take what process 0 finds.
+    """
 
     by: BalanceBy = "flops"
     device: Any = None
     repeats: int = 10
+    together: bool = False
+
+    @classmethod
+    def over(cls, by: BalanceBy, places: Sequence[Placement]) -> "Gauge":
+        """For stages on some places, of one process or of several."""
+        if over_processes(places):
+            return cls(by, jax.local_devices()[0], together=True)
+        return cls(by, places[0].device if places else None)
 
 
 _FLOPS = Gauge()
@@ -111,7 +131,8 @@ def layer_costs(
             Otherwise, and for all other inputs, it runs with zeros.
         checkpoint, compute_dtype: as for `Pipe`.
         train: the value for layers that ask for `train`. Default `True`.
-        device: the device that `"time"` runs on. Default: the first of `jax.devices()`.
+        device: the device that `"time"` runs on. Default: the first of
+            `jax.local_devices()`.
         repeats: the number of runs of each layer for `"time"`. Default 10.
 
     Returns:
@@ -355,6 +376,8 @@ class SpanWork:
         if computes not in self._by_computation:
             if self._gauge.by == "time":
                 found = _seconds(layer, self._params, self._gauge)
+                if self._gauge.together:
+                    found = LayerWork(*of_first_process(found))
             else:
                 by_flops = self._gauge.by == "flops"
                 what: Counted = "flops" if by_flops else "bytes accessed"
@@ -376,13 +399,13 @@ def _launch(
     # A program takes as long to launch whatever is in it, so that a layer stands for a
     # stage. Of transfers too: a boundary in the middle stands for all.
     programs = sum(layer.launch for layer in work) / (2 * len(work))
-    source = jax.devices()[0] if gauge.device is None else gauge.device
+    source = jax.local_devices()[0] if gauge.device is None else gauge.device
     others = [device for device in jax.local_devices() if device != source]
     handed = boundaries[len(boundaries) // 2]
-    if not others or not handed or not isinstance(source, jax.Device):
-        return programs
-    places = Placement.of(source), Placement.of(others[0])
-    return programs + transfer_launch(handed, *places)
+    if others and handed and isinstance(source, jax.Device):
+        places = Placement.of(source), Placement.of(others[0])
+        programs += transfer_launch(handed, *places)
+    return of_first_process([programs])[0] if gauge.together else programs
 
 
 def _seconds(layer: LayerTrace, params: Sequence[PyTree], gauge: Gauge) -> LayerWork:
@@ -393,7 +416,7 @@ def _seconds(layer: LayerTrace, params: Sequence[PyTree], gauge: Gauge) -> Layer
     """
     # Everything that the programs may take, by name: the inputs now, what the forward
     # makes when it has run.
-    device = jax.devices()[0] if gauge.device is None else gauge.device
+    device = jax.local_devices()[0] if gauge.device is None else gauge.device
     known: dict[ProgramValue, Any] = {}
     for port, shape in layer.inputs.items():
         arrays = [zeros(a) for a in shape.leaves]

@@ -101,7 +101,7 @@ def _found(
     needs = call_needs(side=sample_side, train=True)
     _check_side(needs, pipe.model)
     args = Args(pipe.params, sample, needs=needs)
-    gauge = Gauge(by, pipe.placements[0].device)
+    gauge = Gauge.over(by, pipe.placements)
     try:
         costs, work = costs_and_spans(pipe.model, args, pipe.chunks, pipe.remat, gauge)
     except Exception as error:

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from fpipe._core.caches import Recent
 from fpipe._core.pytrees import PyTree, describe, is_array, is_inexact, pack
 from fpipe._executors.call import Args
+from fpipe._executors.placement import over_processes
 from fpipe._executors.plan_data import DeviceMemory, PlanData, Work
 from fpipe._executors.request import schedule_of
 from fpipe._model.microbatch import Ready, Rows, Whole, input_leaves_of
@@ -53,7 +54,13 @@ from fpipe._planning.prediction import (
 )
 from fpipe._planning.span_tables import SpanTables
 from fpipe._planning.text import option_name
-from fpipe._planning.work import Measured, count, measure, transfer_launch
+from fpipe._planning.work import (
+    Measured,
+    count,
+    measure,
+    of_first_process,
+    transfer_launch,
+)
 from fpipe.schedules import Costs, Kind, simulate
 
 # The work of each kind of action on each stage, for one microbatch.
@@ -222,9 +229,15 @@ def _launch(
         time = sum(measured[work].launch for work in works)
         crosses = target in place and place[target] != place[stage]
         if kind in ("F", "B", "I") and crosses and handed:
-            time += transfer_launch(handed, place[stage], place[target])
+            ends = place[stage], place[target]
+            # One between two processes is not measured: both would have to issue it.
+            if all(end.is_here for end in ends):
+                time += transfer_launch(handed, *ends)
         times.append(time)
-    return sum(times) / len(times) if times else 0.0
+    launch = sum(times) / len(times) if times else 0.0
+    if over_processes(place.values()):
+        (launch,) = of_first_process([launch])
+    return launch
 
 
 def _simulation_costs(

@@ -23,9 +23,16 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from fpipe._core.processes import gather_floats
 from fpipe._core.pytrees import on_host
-from fpipe._executors.placement import Placement, as_argument, zeros_at
+from fpipe._executors.placement import (
+    Placement,
+    as_argument,
+    over_processes,
+    zeros_at,
+)
 from fpipe._executors.plan_data import Work
 from fpipe._program.code import Code
 from fpipe._program.control_flow import calls_host, has_loop
@@ -153,8 +160,12 @@ def measure(every: Sequence[Work]) -> dict[Work, Measured]:
     What else the machine does only adds to a run, so the shortest ones of two programs
     can be compared, wherever they were measured. Stages that compute the same on one
     device are measured once.
+
+    Over several processes each one measures the programs of its own devices, and all
+    are told of all.
     """
-    distinct = {(work.function, work.placement): work for work in every}
+    everywhere = {(work.function, work.placement): work for work in every}
+    distinct = {key: work for key, work in everywhere.items() if work.placement.is_here}
     # Tracing and lowering are Python, one after the other; XLA compiles in threads.
     traces = [
         work.function.trace(*map(as_argument, work.arguments))
@@ -168,6 +179,16 @@ def measure(every: Sequence[Work]) -> dict[Work, Measured]:
         distinct.items(), traces, programs, strict=True
     ):
         found[key] = _shortest(program, work.arguments, traced.args_info[0])
+    if over_processes(work.placement for work in every):
+        # All processes have the same programs, in one order.
+        owners = [min(work.placement.processes) for work in everywhere.values()]
+        own = [found.get(key, Measured(0.0, 0.0)) for key in everywhere]
+        rows = gather_floats(np.array(own).reshape(-1), _measuring)
+        each = rows.reshape(len(rows), -1, 2)
+        found = {
+            key: Measured(*map(float, each[owner, n]))
+            for n, (key, owner) in enumerate(zip(everywhere, owners, strict=True))
+        }
     return {work: found[work.function, work.placement] for work in every}
 
 
@@ -190,6 +211,17 @@ def _shortest(
         ]
 
     return least(runs(compiled, arguments, 1, _REPEATS))
+
+
+def of_first_process(numbers: Sequence[float]) -> list[float]:
+    """The numbers of process 0, in every process: what is decided by them has to be
+    the same everywhere.
+    """
+    return [float(n) for n in gather_floats(np.array(numbers), _measuring)[0]]
+
+
+def _measuring() -> str:
+    return "all processes to measure"
 
 
 def least(times: Sequence[Measured]) -> Measured:

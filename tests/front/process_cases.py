@@ -329,6 +329,35 @@ def misfed_reference():
     return step(PLAIN.params(), PLAIN.x, PLAIN.target)
 
 
+def measured(devices):
+    """What is measured is one number for all processes. Each of these has another layer
+    that takes long.
+    """
+    longest = 0 if jax.process_index() == 0 else 3
+
+    def layer(n):
+        def wait(a):
+            time.sleep(0.03 if n == longest else 0.001)
+            return np.asarray(a)
+
+        return fpipe.fn(lambda x: jax.pure_callback(wait, shape_of(x), x))
+
+    layers = [layer(n) for n in range(4)]
+    pipe = fpipe.Pipe(layers, "time", devices=devices, chunks=4, sample=PLAIN.x)
+    alone = fpipe.balance(layers, PLAIN.x, by="time", devices=devices, chunks=4)
+    plain = pipe_of(PLAIN, devices)
+    params = plain.place(PLAIN.params())
+    plan = plain.plan(params, PLAIN.x, by="time", compiled=True)
+    told = [
+        pipe.balance,
+        alone,
+        [stage.total for stage in plan.stages],
+        plan.timeline.makespan,
+    ]
+    temporary = ["temporary" in row.memory for row in plan.devices]
+    return [told, temporary], plain.evaluate(mse)(params, PLAIN.x, PLAIN.target)
+
+
 def over_meshes(devices):
     """Stages on several devices; of two pipes, one with stages of two sizes."""
     found = []
@@ -410,6 +439,7 @@ CASES = {
     "anomalies": Of(anomalous, anomalous_reference),
     "without jit": Of(without_jit, lambda: reference(SMALL)),
     "recording": Of(recorded, misfed_reference),
+    "measured": Of(measured, misfed_reference),
     "inputs": Of(misfed, misfed_reference),
     "meshes": Of(over_meshes, over_meshes_reference, whole=True),
     "disagree": Of(disagreed, lambda: None),
@@ -435,7 +465,7 @@ def train_for_ever(how):
 
 
 # These return what errors or recordings say, and the rest.
-TELLING = {"recording", "calls", "disagree", "anomalies", "inputs"}
+TELLING = {"recording", "measured", "calls", "disagree", "anomalies", "inputs"}
 
 
 def parsed():

@@ -82,6 +82,13 @@ def test_two_processes_compute_what_one_does(tmp_path):
         *["1 to 0: 32"] * 4,
         "1 to 0: 4",
     ]
+    # Process 0 has decided: its first layer is the one that takes long.
+    (same, first), (as_well, second) = told["measured"]
+    assert same == as_well
+    assert same[:2] == [[1, 3], [1, 3]]
+    assert min(same[2]) > 0
+    # Each knows what XLA needs on its own device.
+    assert (first, second) == ([True, False], [False, True])
     # Only the process that reads it has to have it.
     of_shape, of_part = told["inputs"][0]
     assert told["inputs"][1] == []

@@ -97,8 +97,9 @@ def _memory(bound: ReadyPlan, args: Args, compiled: bool) -> tuple[DeviceMemory,
     programs = compile_plan(plan, bound.shapes) if compiled else {}
 
     def temporary(number: int) -> int:
-        # Not every backend of XLA has the analysis.
-        analysis = programs[number].memory_analysis() if compiled else None
+        # Not every backend of XLA has the analysis. What runs in another process is
+        # compiled there.
+        analysis = programs[number].memory_analysis() if number in programs else None
         return 0 if analysis is None else analysis.temp_size_in_bytes
 
     found = peaks(plan, bound.shapes, kept_slots(bound, args), temporary)
@@ -133,7 +134,7 @@ def _memory(bound: ReadyPlan, args: Args, compiled: bool) -> tuple[DeviceMemory,
                 name=str(place),
                 roles=roles,
                 owned=owned_by[place],
-                temporary=peak.temporary if compiled else None,
+                temporary=peak.temporary if compiled and place.is_here else None,
                 moment=peak.doing,
                 host=host.get(place, 0),
             )
