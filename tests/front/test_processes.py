@@ -97,6 +97,12 @@ def test_two_processes_compute_what_one_does(tmp_path):
     assert "ValueError: a Pipe was called with x[0] over devices of several" in of_part
 
 
+@pytest.mark.parametrize("count", [3, 4])
+def test_more_processes_compute_what_one_does(tmp_path, count):
+    names = ["by 1f1b", "split", "threads"]
+    assert_computed(*run(tmp_path, count, 1, names))
+
+
 # What the process that is left prints. A stopped one is ended by nobody but the
 # watchdog of the other; it names what did not come.
 ENDS = {
