@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+import fpipe
 from tests.front.process_cases import CASES, TELLING, decoded
 from tests.front.workers import Workers
 from tests.helpers import HANG, assert_same
@@ -18,7 +19,7 @@ def run(folder, count, devices, names):
     """What one process computes, and what each of several printed, by case."""
     flags = ("--processes", str(count), "--devices", str(devices))
     with Workers(WORKER, count, folder, *flags, *names) as workers:
-        by_schedule = CASES["by gpipe"].reference()
+        by_schedule = CASES["by 1f1b"].reference()
         wanted = {
             name: by_schedule if name.startswith("by ") else CASES[name].reference()
             for name in names
@@ -43,8 +44,20 @@ def assert_computed(wanted, found):
             assert filled == whole, name
 
 
-def test_two_processes_compute_what_one_does(tmp_path):
-    wanted, found = run(tmp_path, 2, 2, list(CASES))
+@pytest.mark.parametrize(
+    "schedules",
+    [
+        pytest.param(["1f1b", "interleaved_1f1b", "zb_v"], id="some"),
+        pytest.param(fpipe.schedules.NAMES, id="all", marks=pytest.mark.full),
+    ],
+)
+def test_two_processes_compute_what_one_does(tmp_path, schedules):
+    names = [
+        name
+        for name in CASES
+        if not name.startswith("by ") or name.removeprefix("by ") in schedules
+    ]
+    wanted, found = run(tmp_path, 2, 2, names)
     told = {name: [lines[name]["told"] for lines in found] for name in TELLING}
     del wanted["disagree"]
     assert_computed(wanted, found)
@@ -99,7 +112,7 @@ def test_two_processes_compute_what_one_does(tmp_path):
 
 @pytest.mark.parametrize("count", [3, 4])
 def test_more_processes_compute_what_one_does(tmp_path, count):
-    names = ["by 1f1b", "split", "threads"]
+    names = ["by 1f1b", "split"]
     assert_computed(*run(tmp_path, count, 1, names))
 
 
