@@ -28,7 +28,7 @@ from fpipe.schedules import Action, Costs, Event, Timeline, draw, simulate, svg
 from tests.executors.helpers import observing, placed_executor, plan_of
 from tests.executors.placed.test_dispatch import ERRORS, Host
 from tests.front.test_calls import BoomError, Trigger, notes
-from tests.helpers import Case, dense, eventually, models, mse, raises
+from tests.helpers import Case, Clock, dense, eventually, models, mse, raises
 
 M = 4
 X = jnp.arange(M, dtype=jnp.float32)[:, None] + jnp.zeros(
@@ -666,11 +666,15 @@ def test_what_is_seen_late_is_put_right():
 def test_where_the_host_is_the_bound_predictions_have_the_order_of_recordings(
     monkeypatch,
 ):
-    """More microbatches mean less idle time, and more launches, here slow ones."""
+    """More microbatches mean less idle time, and more launches, here slow ones, on a
+    clock that nothing else moves.
+    """
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
 
     def slow(call):
         def sleeping(*arrays):
-            time.sleep(0.003)
+            clock.sleep(0.003)
             return call(*arrays)
 
         return sleeping
