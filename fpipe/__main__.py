@@ -99,7 +99,7 @@ def _parser() -> _Parser:
     one.add_argument("name", help=f"one of {', '.join(NAMES)} (required)")
     _add_sizes(
         one,
-        "stages per device (default: what the schedule prescribes, 2 where it takes "
+        "stages per device (default: the schedule's own number, or 2 if it takes "
         "several)",
     )
     _add_costs(
@@ -123,9 +123,8 @@ def _parser() -> _Parser:
     )
     _add_costs(
         many,
-        "times of the actions of all the stages of a device together, so that each "
-        "schedule has the same work, and of a "
-        "transfer between devices",
+        "times of the actions of all the stages of a device together (so each "
+        "schedule has the same work), and of a transfer between devices",
     )
     return parser
 
@@ -160,13 +159,13 @@ def _add_sizes(parser: argparse.ArgumentParser, virtual: str) -> None:
 
 def _add_costs(parser: argparse.ArgumentParser, what: str) -> None:
     default = (
-        "F=1,I=1,W=1,transfer=0, and B is I + W; where B is given alone, I and W are "
-        "halves of it; R=F, offload=0, launch=0, launchers=one"
+        "F=1,I=1,W=1,transfer=0, and B is I + W; if B is given alone, I and W are "
+        "half of it each; R=F, offload=0, launch=0, launchers=one"
     )
     more = (
-        "R is a recomputation, offload a copy to the host or back: the bytes of a "
-        "microbatch by the bandwidth; launch is the host's time for an action, and "
-        f"launchers {' or '.join(LAUNCHERS)}"
+        "R is a recomputation; offload is one copy of a microbatch to the host or "
+        "back, its bytes divided by the bandwidth; launch is the host's time to launch "
+        f"an action; launchers is {' or '.join(LAUNCHERS)} (threads that launch)"
     )
     parser.add_argument(
         "--costs",
@@ -177,16 +176,16 @@ def _add_costs(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--recompute",
         choices=("early", "with_backward"),
-        help="backwards recompute, as actions of their own that may run early, or as a "
-        "part of the backward (default: they recompute nothing)",
+        help="backwards recompute: early, as actions of their own, or with_backward, "
+        "as a part of the backward (default: they recompute nothing)",
     )
     parser.add_argument(
         "--offload",
         type=_read_limit,
         metavar="N",
-        help="the most microbatches that a device holds, each on all its stages, or "
-        "half: half of those that it would hold; others are copied to the host "
-        "(default: nothing is copied)",
+        help="the most microbatches that a device holds, each on all its stages; or "
+        "the word half, for half of the number without copies; others are copied to "
+        "the host (default: nothing is copied)",
     )
 
 
@@ -358,7 +357,7 @@ def _read_limit(text: str) -> float:
         value = math.nan
     if not (math.isfinite(value) and value > 0):
         raise argparse.ArgumentTypeError(
-            f"a number more than 0, or half, is needed, not {text!r}"
+            f"a number above 0, or the word half, is needed, not {text!r}"
         )
     return value
 
@@ -372,7 +371,7 @@ def _read_costs(text: str) -> dict[str, Any]:
         if name == "launchers" and name not in costs:
             if number not in LAUNCHERS:
                 raise argparse.ArgumentTypeError(
-                    f"{part!r}: launchers is {' or '.join(LAUNCHERS)}"
+                    f"{part!r}: launchers must be {' or '.join(LAUNCHERS)}"
                 )
             costs[name] = number
             continue
@@ -390,7 +389,7 @@ def _read_costs(text: str) -> dict[str, Any]:
             ) from None
         if not (math.isfinite(value) and value >= 0):
             raise argparse.ArgumentTypeError(
-                f"{part!r}: a cost is finite and not negative"
+                f"{part!r}: a cost must be finite and not negative"
             )
         costs[name] = value
     if "B" in costs:

@@ -146,19 +146,19 @@ class Pipe(Call):
             called again when a batch is cut.
         executor: `"placed"` (default) runs one program for each stage and kind of
             action, and dispatches them to the devices. `"scan"` runs the whole call as
-            one program, which can be inside `jax.jit` and run on several processes. Its
-            parameters are `fpipe.Packed`.
+            one program, which can be inside `jax.jit`. Its parameters are
+            `fpipe.Packed`. Both run on one process or on several.
         mesh: a `jax.sharding.Mesh` with an axis `"stage"`, in place of `devices`. Each
             stage lives on the mesh of the other axes, which are automatic axes.
             Default for `"scan"`: a mesh of the devices with only the axis `"stage"`.
         data_axes: the names of mesh axes that share out the rows of each microbatch.
             Gradients are summed over these axes once per step. Default: `("data",)` if
             there is such an axis.
-        unshard: how often a parameter is gathered that a spec shards over one of
-            `data_axes`. `"step"` (default): once for all actions of a call, and its
-            gradient is scattered once, after the last backward. `"action"`: once in
-            each action, and under `"placed"` each backward scatters its gradient. That
-            takes less memory and more time. Only pipes over meshes read it.
+        unshard: how often a parameter is gathered if its spec shards it over one of
+            `data_axes`. `"step"` (default): once for all actions of a call. Its
+            gradient is then scattered once, after the last backward. `"action"`: once
+            in each action, which takes less memory and more time. Under `"placed"` each
+            backward then scatters the gradient. Without a mesh the option does nothing.
         dispatch: the threads that dispatch programs to the devices. `"one_thread"` is
             the calling thread, in clock order. `"thread_per_device"` starts a thread
             for each device, and ends it with the call. It keeps devices busy when a
@@ -176,16 +176,16 @@ class Pipe(Call):
             per call, with the statistics of the whole batch. It holds for layers with
             `fpipe.Layer(defer=...)`. Default `False`: once per microbatch.
         recompute: when a backward's recomputation runs. `"with_backward"` (default):
-            as a part of the backward. `"early"`: as an action of its own, which may run
-            while the backward's cotangent is on its way; see
-            `fpipe.schedules.early_recompute`. The schedule gets an action for each
-            backward that recomputes by `checkpoint`. A schedule that has such actions
-            already is left as it is.
+            as a part of the backward. `"early"`: as an action of its own, `R`, which
+            may run while the backward's cotangent is on its way; see
+            `fpipe.schedules.early_recompute`. The schedule gets an `R` for each
+            backward that recomputes by `checkpoint`. A schedule that has an `R` already
+            stays as it is.
         offload: the largest number of microbatches that a device holds, or a sequence
-            of one number for each device. What the forwards of others leave waits in
-            the memory of the host; see `fpipe.schedules.offload`. A device with several
-            stages counts a microbatch once on each. Default `None`: nothing is copied
-            to the host.
+            of one number for each device. The residuals of all other microbatches wait
+            in the memory of the host; see `fpipe.schedules.offload`. A device with
+            several stages counts a microbatch once for each stage. Default `None`:
+            nothing is copied to the host. Only `executor="placed"` can copy.
         detect_anomaly: whether a call that makes a NaN or an infinity raises
             `FloatingPointError`. The error names the first stage, layer and microbatch
             that made one, forward or backward. Inside `jax.jit` see `raise_anomaly`.
@@ -614,8 +614,9 @@ class Pipe(Call):
     def gather(self, params: Any) -> Any:
         """A copy of the parameters on the first device: the exact inverse of `place`.
 
-        It has the form of the plain composition's parameters. With a mesh over several
-        processes the copy is on every device.
+        It has the form of the plain composition's parameters. If the pipe runs on
+        several processes, each of them gets a copy: on its own first device under
+        `"placed"`, on every device under `"scan"`.
 
         Arguments:
             params: placed parameters, or their gradients.
@@ -636,8 +637,9 @@ class Pipe(Call):
     def gather_state(self, state: PyTree) -> PyTree:
         """A copy of the state on the first device.
 
-        It has the form of the plain composition's state. With a mesh over several
-        processes the copy is on every device.
+        It has the form of the plain composition's state. If the pipe runs on several
+        processes, each of them gets a copy: on its own first device under `"placed"`,
+        on every device under `"scan"`.
 
         Arguments:
             state: a state from a call, or from `init_state`.

@@ -304,7 +304,7 @@ def tune(
             `"interleaved_1f1b"` and `"zb_v"` if there are enough layers for several
             stages on each device; `"never"`, `"except_last"` and `"always"`.
         recomputes: the values of `recompute` to try, one or several. Default: both, if
-            the checkpoint mode recomputes anything and the executor runs them.
+            the checkpoint mode recomputes anything.
         offloads: the values of `offload` to try, one or several. Default: `None`; and
             for a candidate that does not fit into `memory`, the largest number of live
             microbatches with which it fits.

@@ -42,26 +42,30 @@ def initialize(
 ) -> None:
     """Join the other processes: `jax.distributed.initialize`, and what a pipe needs.
 
-    Call it before anything uses a device. Beside joining, it does four things. It has
-    CPUs use gloo for collectives. It gives this process an address for transfers
-    between CPUs. It starts a watchdog, which ends this process if another one does not
-    send what a placed pipe waits for. And it ends this process at once when the script
-    raises: an ordinary exit would wait for the others, which wait for this process.
+    Call it before anything uses a device. Besides joining, it does four things:
+
+    - It makes CPUs use gloo for collectives.
+    - It gives this process an address for transfers between CPUs.
+    - It starts a watchdog, which ends this process if another process does not send
+      what a placed pipe waits for.
+    - If the script raises an exception, it ends this process at once. An ordinary exit
+      would wait for the others, which wait for this process.
 
     Arguments:
-        coordinator_address: `"host:port"` of process 0; left out, JAX finds it, as
-            under Slurm.
-        num_processes: how many processes there are; left out, JAX finds it.
-        process_id: the number of this process, from 0; left out, JAX finds it.
+        coordinator_address: `"host:port"` of process 0. Default: JAX finds it, for
+            example under Slurm.
+        num_processes: the number of processes. Default: JAX finds it.
+        process_id: the number of this process, from 0. Default: JAX finds it.
 
     Other Arguments:
-        timeout: seconds that a process waits for another one before the watchdog ends
-            it, default 300. Whatever keeps one process from its next call counts, also
-            compiling or writing a checkpoint. `None`: no watchdog.
+        timeout: the seconds that this process waits for another one before the watchdog
+            ends it. Default 300. The wait includes all that the other process does
+            before its next call, such as compiling or writing a checkpoint. `None`: no
+            watchdog.
         transfer_address: `"host:port"` at which other processes reach this one, for
             transfers between CPUs. Default: the environment variable
-            `FPIPE_TRANSFER_ADDRESS`, else a free port of the address from which this
-            machine reaches the coordinator.
+            `FPIPE_TRANSFER_ADDRESS`. If that is not set: a free port of the address
+            from which this machine reaches the coordinator.
         options: further arguments of `jax.distributed.initialize`, such as
             `heartbeat_timeout_seconds`.
 
@@ -91,11 +95,11 @@ def initialize(
 
 
 def shutdown() -> None:
-    """Leave the other processes: all of them call it, at the end of the script.
+    """Leave the other processes. Every process calls it, at the end of the script.
 
-    It waits until what the processes have sent to each other has arrived, and then
-    calls `jax.distributed.shutdown`. JAX alone would end while a transfer is on its
-    way, and the exit of a process would hang. An ordinary exit calls it too.
+    It waits until all transfers between the processes have arrived. Then it calls
+    `jax.distributed.shutdown`. That function alone would not wait for a transfer, and
+    the exit of a process would hang. An ordinary exit of Python calls `shutdown` too.
     """
     if not jax.distributed.is_initialized():
         return

@@ -517,10 +517,9 @@ def partitions(
 ) -> "SearchStrategy[Pipe]":
     """A hypothesis strategy for random pipes over given layers.
 
-    It draws balance, devices, chunks, checkpoint mode, a named or random schedule, and
-    what `recompute` and `offload` add to it.
-    Over a mesh it draws no devices: the mesh has them, and as many stages as its axis
-    `"stage"` is long. It draws how often sharded parameters are gathered.
+    It draws balance, devices, chunks, checkpoint mode, a named or random schedule,
+    `recompute` and `offload`. Over a mesh it draws no devices, and there are as many
+    stages as the axis `"stage"` is long. It draws `unshard` then.
 
     Arguments:
         layers: as for `Pipe`; over a mesh at least one for each stage.

@@ -318,11 +318,11 @@ WRONG = {
     ),
     "launchers": (
         ["compare", *SIZES, "--costs", "launchers=two"],
-        "--costs: 'launchers=two': launchers is one or per_device",
+        "--costs: 'launchers=two': launchers must be one or per_device",
     ),
     "limit": (
         ["compare", *SIZES, "--offload", "0"],
-        "--offload: a number more than 0, or half, is needed, not '0'",
+        "--offload: a number above 0, or the word half, is needed, not '0'",
     ),
     "cost empty": (["compare", *SIZES, "--costs", ""], "--costs: '' is not one of"),
     "cost trailing": (

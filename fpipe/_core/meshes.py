@@ -88,7 +88,7 @@ def set_aside(
             f"`jax.set_mesh` of {found.size} ({_sizes(found)}): JAX does not change "
             "the number of devices within a program. Call the jitted function under "
             "`with jax.set_mesh(pipe.mesh):`, or without a mesh; outside of `jax.jit` "
-            "a Pipe may be called under any"
+            "a Pipe may be called under any mesh"
         )
     return jax.sharding.use_abstract_mesh(own)
 

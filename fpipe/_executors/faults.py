@@ -198,10 +198,10 @@ class Explainer:
             }
         return (
             f"{self._title(layer)}, microbatch {microbatch}, backward (B): the "
-            f"gradient of {_name_parts(parts, names)} is not finite, of finite "
-            "cotangents: a derivative is infinite (sqrt, a norm or a division at 0) or "
-            "overflows; keep its argument away from there with `jnp.where` before the "
-            "function"
+            f"gradient of {_name_parts(parts, names)} is not finite, but the "
+            "cotangents are: a derivative is infinite (sqrt, a norm or a division at "
+            "0) or overflows; keep the argument of that function away from there, with "
+            "`jnp.where` before the function"
             f"{_name_microbatches(codes)}"
         )
 

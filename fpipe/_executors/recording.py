@@ -85,7 +85,8 @@ def record(pipe: Any) -> Iterator[Recording]:
     returns when everything has run. Its results are the same as without a recording.
     Calls of other pipes, and calls in other threads, are not recorded. The forward and
     the pull-back of a differentiated call are one timeline if they run in the same
-    block, one directly after the other.
+    block, one directly after the other. If a placed pipe runs on several processes,
+    each of them gets the same timeline.
 
     Arguments:
         pipe: a `Pipe`.
@@ -97,7 +98,9 @@ def record(pipe: Any) -> Iterator[Recording]:
 
     Raises:
         TypeError: `pipe` is no `Pipe`.
-        ValueError: no call of this pipe has run in the block.
+        ValueError: no call of this pipe has run in the block. Or, with
+            `executor="scan"`, the call is inside `jax.jit`, the mesh has other axes
+            than `"stage"`, or there are several processes.
 
     Example:
         >>> def init(key, x):

@@ -362,8 +362,8 @@ def unmade_states(kind: CallKind, inputs: Inputs, model: Model) -> list[str]:
     return [
         f"the layers {[model.layers[k].name for k in layers]} have state that a "
         "backward makes (`overwrite=`), but a call that is differentiated from outside "
-        "returns its state before that: it stays as it was; write the step with "
-        "`pipe.value_and_grad(loss_fn)`"
+        "returns its state before the backward, so this state stays as it was; write "
+        "the step with `pipe.value_and_grad(loss_fn)`"
     ]
 
 

@@ -65,9 +65,9 @@ from fpipe._model.state import (
 from fpipe._model.wrappers import Microbatches
 
 _OF_SPLIT = (
-    "; `split.params(params)` makes it of the function's own tree (and `split.state` "
-    "that of a state), or write `fpipe.sequential([split.function])`, whose parameters "
-    "are `(params,)`"
+    "; `split.params(params)` makes it of the function's own tree (for a state, "
+    "`split.state(state)`). Or write `fpipe.sequential([split.function])`, whose "
+    "parameters are `(params,)`"
 )
 
 

@@ -123,8 +123,8 @@ def _refuse_bracketed_paths(
         if isinstance(found, (bool, np.bool_)) and found:
             raise ValueError(
                 f"`frozen(path, array)`: it freezes {shown(bracketed)}, but that path "
-                f'is written "{path_of(path)}", as `jax.tree_util.keystr(path, '
-                'simple=True, separator="/")` does; by such paths it freezes nothing'
+                f'is written "{path_of(path)}", as by `jax.tree_util.keystr(path, '
+                'simple=True, separator="/")`, so the function would freeze nothing'
             )
 
 

@@ -297,6 +297,6 @@ def refuse_followed_rows(
         f"layer {k} {layer.name!r}: its state follows the rows: it is {describe(few)} "
         f"for {rows[0]} rows and {describe(many)} for {sum(rows)}, and all "
         f"{len(rows)} microbatches would share its entries; write "
-        "`fpipe.Layer(..., state_rows=True)`, and each microbatch gets those of its "
-        "own rows (or `state_rows=False`, if they should share them)"
+        "`fpipe.Layer(..., state_rows=True)`, and each microbatch gets the entries of "
+        "its own rows (or `state_rows=False`, if all should share all entries)"
     )

@@ -131,8 +131,8 @@ def warn_of_repeated_devices(places: int, devices: int) -> Iterator[str]:
     if devices < places:
         yield (
             f"{places} devices of the schedule are {devices} in truth: the step and "
-            "the bubble are predicted as if each were a "
-            "device of its own, so the step takes longer; memory is right"
+            f"the bubble are predicted for {places} separate devices, so the real step "
+            "takes longer; the predicted memory is right"
         )
 
 

@@ -93,10 +93,11 @@ class LossFunction:
         are_numbers = all(type(n) is int and n >= 0 for n in numbers)
         if not numbers or not are_numbers or len(set(numbers)) < len(numbers):
             raise TypeError(
-                f"`fpipe.value_and_grad(argnums={shown(argnums)})`: the number of the "
-                "argument that is the model's parameters, one pytree. Put several "
-                "trees into one, such as `(encoder, decoder)`. Or several numbers, the "
-                "parameters' first: for gradients of arguments of the batch too"
+                f"`fpipe.value_and_grad(argnums={shown(argnums)})`: give the number of "
+                "the argument that is the model's parameters, one pytree. Put several "
+                "trees into one, such as `(encoder, decoder)`. For gradients of "
+                "arguments of the batch too, give several numbers, first that of the "
+                "parameters"
             )
         names = (
             (static_argnames,) if isinstance(static_argnames, str) else static_argnames
@@ -225,8 +226,8 @@ class LossFunction:
             add_note(
                 error,
                 f"in the trace of {self.name!r}{at_line(line_of(error))}, where the "
-                "arrays and the numbers of the batch have no values: an argument whose "
-                "value decides what is computed is named in "
+                "arrays and the numbers of the batch have no values. If the value of "
+                "an argument decides what is computed, name the argument in "
                 "`fpipe.value_and_grad(static_argnames=...)`",
             )
             raise

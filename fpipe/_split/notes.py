@@ -45,8 +45,8 @@ def note_kept(name: str, traced: Traced) -> None:
     if traced.kept:
         warn(
             f"`fpipe.split(fn)`: {name!r} keeps {traced.kept} of its trace in a list, "
-            "an attribute or a cache. It has no value, and cannot be used after the "
-            "trace: return it"
+            "an attribute or a cache. An array of a trace has no value, and cannot be "
+            "used after the trace: return it"
         )
 
 
@@ -91,15 +91,15 @@ def note_whole_loops(name: str, traced: Traced) -> None:
         if loop.rows_by is None:
             warn(
                 f"`fpipe.split(fn)`: {name!r} takes stacked parameters by an index in "
-                f"a {where}. How many rounds it has a trace does not know, so it is "
-                "one operation, in one piece: write `jax.lax.fori_loop` with its ends "
-                "as Python numbers, or `jax.lax.scan` over the parameters"
+                f"a {where}. The trace does not know the number of its rounds, so the "
+                "loop is one operation, in one piece: write `jax.lax.fori_loop` with "
+                "Python numbers as bounds, or `jax.lax.scan` over the parameters"
             )
         else:
             by = f"`{loop.rows_by.name}`{at_line(loop.rows_by.where)}"
             warn(
                 f"`fpipe.split(fn)`: {name!r} runs over stacked parameters in a "
-                f"{where}, but each row is made by {by} of all of them. So pieces "
+                f"{where}, but {by} makes each row from all rows. So pieces "
                 "cannot have rows of their own: give the function the parameters in "
                 "the order and the form in which the loop takes them"
             )
@@ -116,9 +116,9 @@ def note_narrow_loss(name: str, traced: Traced) -> None:
         if node is not None and width is not None:
             warn(
                 f"`fpipe.split(fn)`: {name!r} returns a number that is {width} from "
-                f"its last reduction on, `{node.name}`{at_line(node.where)}, with two "
-                "or three digits: cast the values before the reduction, such as the "
-                "logits, by `.astype(jnp.float32)`"
+                f"its last reduction on, `{node.name}`{at_line(node.where)}, so it has "
+                "only two or three digits: before the reduction cast the values, such "
+                "as the logits, by `.astype(jnp.float32)`"
             )
             return
 

@@ -88,9 +88,13 @@ class Split(FunctionLayers):
         return _layers_of(self.cut)
 
     def layers_in(self, dtype: Any) -> tuple[Layer, ...]:
-        """The pieces of the function computed in a dtype (`None`: its own) as a `Pipe`
-        runs them: arrays of `x` that later pieces read come straight to these, as
-        `inputs` gives them.
+        """The pieces of the function as a `Pipe` runs them.
+
+        A later piece that reads an array of `x` gets it straight from the call, as
+        `inputs` gives it, and not through the pieces before.
+
+        Arguments:
+            dtype: the dtype that the function computes in. `None`: its own.
         """
         return self.computing_in(dtype)._straight_layers
 
@@ -235,12 +239,12 @@ class Split(FunctionLayers):
     def inputs(
         self, x: PyTree, needs: Mapping[str, PyTree], chunks: int, dtype: Any
     ) -> tuple[PyTree, dict[str, PyTree]]:
-        """The batch and the needs of a call as the layers of a `Pipe` take them: see
-        `fpipe._model.straight`.
+        """The batch and the needs of a call, in the form that the layers of a `Pipe`
+        take; see `fpipe._model.straight`.
 
         Arguments:
             needs: what the call gives, by the names of the needs.
-            dtype: what the function computes in; `None`: its own.
+            dtype: the dtype that the function computes in. `None`: its own.
 
         Raises:
             TypeError, ValueError: they cannot be cut into microbatches; side inputs
@@ -596,7 +600,7 @@ def split(
 
     Raises:
         TypeError: `fn` is no function, has parameters that are no needs, or has a need
-            that cannot be split. `specs` has something else than specs.
+            that cannot be split. `specs` contains something that is no spec.
         ValueError: a path in `cuts` names no parameter. `specs` has another form than
             `params`, or shards the rows of stacked parameters. There are too few places
             to cut at. A mark is inside a loop, a branch, a checkpointed function or a

@@ -101,9 +101,9 @@ def layer(
             to go with `x`.
         output: the part of the module's result that is the layer's output: an index or
             a name, as in `result[0]`, or a function of the result. With an index or a
-            name equal layers stay equal, and are traced once. Default: the whole
-            result. But if `inputs`, `side`, `path` or `stacked` is given, a tuple
-            without `output` is an error.
+            name, equal layers stay equal and are traced once. Default: the whole
+            result. But if `inputs`, `side`, `path` or `stacked` is given, and the
+            result is a tuple, `output` is required.
         path: the place of the module's variables in those of the whole model, the same
             in every collection: `"transformer/h/0"`. Or a dict with the place of each
             part: `{"wte": "transformer/wte"}`. `split_variables` and `merge_variables`

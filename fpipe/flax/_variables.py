@@ -74,8 +74,8 @@ def split_variables(
     Raises:
         TypeError: `variables` is no dict.
         ValueError: a variable belongs to no layer, or to two. The state of a layer is
-            missing, or a variable that the module is known to have. A path leads to
-            nothing. A stack does not have one row for each of its layers. With
+            missing, or a variable of its module is missing. Nothing is at a layer's
+            path. A stack does not have one row for each of its layers. With
             `deferred_batch_norm`, a module does not show its norms.
 
     Example:
@@ -475,7 +475,7 @@ class Whole:
                 lacking = [k for k in users if k not in rows]
                 raise ValueError(
                     f"`fpipe.flax.merge_variables`: the layers {users} have "
-                    f"stacked={str(place)!r}, but {names!r} of them is no stack: "
+                    f"stacked={str(place)!r}, but {names!r} cannot be stacked: "
                     + (f"{lacking} lack it" if lacking else "structures differ")
                 )
             value = values[0]
@@ -520,10 +520,10 @@ def _refuse_shared(
     one, other = found_layers[first].name, found_layers[second].name
     raise ValueError(
         f"`fpipe.flax.{what}_variables`: layer {first} {one!r} and layer {second} "
-        f"{other!r} share {'/'.join(path)!r}; what is used twice is "
-        "`fpipe.flax.tied(module, owner)` in the second place; a module that has a "
-        "part of what is at its path gets a sample, `fpipe.flax.layer(module, x, "
-        "path=...)`, or names the parts, `path={'wte': 'transformer/wte'}`"
+        f"{other!r} share {'/'.join(path)!r}. If a module is used twice, write "
+        "`fpipe.flax.tied(module, owner)` in the second place. If a module has only a "
+        "part of what is at its path, give a sample, `fpipe.flax.layer(module, x, "
+        "path=...)`, or name its parts, `path={'wte': 'transformer/wte'}`"
     )
 
 

@@ -49,9 +49,9 @@ def offload(
     """Keep a schedule within a memory limit, by copies to the host's memory.
 
     The residuals of some forwards, or their saved inputs, go to the host by an `O`.
-    They come back by an `L` before their backward. Those that wait longest for their
-    backward go. The limit holds for any time of a copy, but slow copies make the step
-    longer. After PipeOffload (Wan et al., arXiv 2503.01328).
+    They come back by an `L` before their backward. The residuals that wait longest for
+    their backward are copied. The limit holds for any time of a copy, but slow copies
+    make the step longer. After PipeOffload (Wan et al., arXiv 2503.01328).
 
     Arguments:
         schedule: any `Schedule` without `O` and `L`.

@@ -93,10 +93,10 @@ class Recording(Timeline):
             device holds at once. `transfer_bytes`: the bytes that went between devices
             (left out under scan, where transfers are parts of the program).
             `host_seconds`: the time that the host took to issue the call, with the time
-            of the recording (left out under scan). `launch_seconds`: the time that it
-            took for an action, in the mean, without the recording (left out under
-            scan). `peak_bytes`: the most bytes in use
-            on the fullest device since the process began (left out on CPUs).
+            of the recording (left out under scan). `launch_seconds`: the mean time that
+            the host took to launch an action, without the time of the recording (left
+            out under scan). `peak_bytes`: the most bytes in use on the fullest device
+            since the process began (left out on CPUs).
 
         Raises:
             ValueError: the block of `fpipe.record` has not ended yet.

@@ -17,9 +17,9 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
 
     An action starts when its device is free, its inputs are there, and the host has
     launched it. Copies to the host run on a copy engine of the device, one for each
-    direction. An `O` starts when its `F` has ended; its device waits for it at its
-    position in the row. An `L` starts at its position in the row; the device waits for
-    it at the backward that needs it.
+    direction. An `O` starts when its `F` has ended. At the `O` in its row the device
+    waits until the copy is done. An `L` starts at its position in the row. The device
+    waits for this copy at the backward that needs it.
 
     Arguments:
         schedule: any `Schedule`.

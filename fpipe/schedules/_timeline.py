@@ -29,8 +29,10 @@ class Event(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """The host's work to launch one action. A measured action has several of these: the
-    dispatch of its program, and of each transfer of its results.
+    """The host's work to launch one action.
+
+    A measured action has several launches: one of its program, and one of each transfer
+    of its results.
 
     Attributes:
         thread: the thread's number: 0, or the number of the device that it launches
@@ -89,7 +91,7 @@ class Timeline:
 
     @property
     def launch(self) -> float:
-        """The host's time to launch an action, in the mean; 0 if no launches are known.
+        """The host's mean time to launch an action; 0 if no launches are known.
         `Costs(launch=...)` takes it.
         """
         launched = {launch.action for launch in self.launches}

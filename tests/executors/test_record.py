@@ -817,7 +817,8 @@ def test_a_recording_is_drawn_with_all_its_events(schedule, tmp_path):
 def test_over_as_many_devices_and_the_same_work():
     with raises(
         ValueError,
-        "`draw(over=...)`: a timeline of 2 devices lies over one of as many, not 3",
+        "`draw(over=...)`: both need the same number of devices, but one has 2 and "
+        "`over` has 3",
     ):
         draw(MEASURED, over=fpipe.schedules.gpipe(3, 2))
     with raises(

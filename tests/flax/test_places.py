@@ -574,10 +574,11 @@ def test_variables_that_are_at_no_path():
     ):
         split(layers("h/0", "h/1", "head", x=x), lacking)
     shared = (
-        "layer 0 'Dense' and layer 1 'Dense' share 'h/0/kernel'; what is used twice is "
-        "`fpipe.flax.tied(module, owner)` in the second place; a module that has a "
-        "part of what is at its path gets a sample, `fpipe.flax.layer(module, x, "
-        "path=...)`, or names the parts, `path={'wte': 'transformer/wte'}`"
+        "layer 0 'Dense' and layer 1 'Dense' share 'h/0/kernel'. If a module is used "
+        "twice, write `fpipe.flax.tied(module, owner)` in the second place. If a "
+        "module has only a part of what is at its path, give a sample, "
+        "`fpipe.flax.layer(module, x, path=...)`, or name its parts, `path={'wte': "
+        "'transformer/wte'}`"
     )
     with raises(ValueError, f"`fpipe.flax.split_variables`: {shared}"):
         split(layers("h/0", "h/0"), variables)
@@ -608,7 +609,7 @@ def test_rows_that_are_not_those_of_the_layers():
     with raises(
         ValueError,
         "`fpipe.flax.merge_variables`: the layers [0, 1, 2] have stacked='h', but "
-        "'params/h/bias' of them is no stack: [1] lack it",
+        "'params/h/bias' cannot be stacked: [1] lack it",
     ):
         fpipe.flax.merge_variables(layers, (row, {}, row))
     with raises(

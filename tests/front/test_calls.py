@@ -1348,8 +1348,8 @@ WRONG_PARAMS = {
         lambda p: ({**p[0], "tag": "left"}, p[1]),
         TypeError,
         "params of layer 0 'dense' hold 'left', no array; `params = "
-        "pipe.place(params)` makes arrays of numbers, and what is "
-        "fixed belongs into the layer's function (functools.partial)",
+        "pipe.place(params)` makes arrays of numbers; bind other constants to the "
+        "layer's function (functools.partial)",
     ),
     "number": (
         lambda p: (p[0], {**p[1], "scale": 1.0}),

@@ -534,8 +534,8 @@ def test_a_path_in_brackets_freezes_nothing_and_is_refused():
     with raises(
         ValueError,
         "`frozen(path, array)`: it freezes \"[0]['b']\", but that path is written "
-        '"0/b", as `jax.tree_util.keystr(path, simple=True, separator="/")` does; by '
-        "such paths it freezes nothing",
+        '"0/b", as by `jax.tree_util.keystr(path, simple=True, separator="/")`, so the '
+        "function would freeze nothing",
     ):
         step(lambda path, array: path.startswith("[0]"))
     # One that takes paths apart cannot read brackets, and need not.

@@ -222,8 +222,9 @@ def test_state_that_follows_the_rows_of_ready_made_microbatches_is_refused(execu
         ValueError,
         f"layer 0 'follows': its state follows the rows: it is {shape} for 2 rows and "
         f"float32[4,{WIDTH}] for 4, and all 2 microbatches would share its entries; "
-        "write `fpipe.Layer(..., state_rows=True)`, and each microbatch gets those of "
-        "its own rows (or `state_rows=False`, if they should share them)",
+        "write `fpipe.Layer(..., state_rows=True)`, and each microbatch gets the "
+        "entries of its own rows (or `state_rows=False`, if all should share all "
+        "entries)",
     ):
         pipe = make(None)
         pipe(pipe.place(params), x, state=state)

@@ -130,7 +130,7 @@ class Placed:
                 raise ValueError(
                     f'`Pipe(executor="placed")`: the stage on {place} has devices of '
                     f"the processes {sorted(place.processes)}; all devices of a stage "
-                    'are of one process, or take `executor="scan"`'
+                    'must be of one process. `executor="scan"` has no such limit'
                 )
         self.layout = layout
         # Recordings tell pipes apart by the identity of this object.
@@ -589,9 +589,8 @@ class Placed:
                     if not is_array(array):
                         raise TypeError(
                             f"{layer} hold {shown(array)}, no array; `params = "
-                            "pipe.place(params)` makes arrays of numbers, and what is "
-                            "fixed belongs into the layer's function "
-                            "(functools.partial)"
+                            "pipe.place(params)` makes arrays of numbers; bind other "
+                            "constants to the layer's function (functools.partial)"
                         )
                     if isinstance(array, jax.ShapeDtypeStruct) or home.holds(array):
                         continue

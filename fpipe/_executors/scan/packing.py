@@ -405,8 +405,8 @@ class PackedForm:
             return f"a packing with the rows {', '.join([*rows, *more])}"
         return (
             f"gradients without those of the frozen {self.absent_names}; to update the "
-            "others, `fpipe.optim.per_stage(tx, frozen=...)`, with the `frozen` of "
-            "`value_and_grad`, shows the optimizer those alone"
+            "others, write `fpipe.optim.per_stage(tx, frozen=...)`, with the `frozen` "
+            "of `value_and_grad`"
         )
 
 

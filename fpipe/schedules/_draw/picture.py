@@ -160,8 +160,8 @@ def picture(
         other = _read_timeline(over, f"{call}(over=...)")
         if other.devices != timeline.devices:
             raise ValueError(
-                f"`{call}(over=...)`: a timeline of {timeline.devices} devices lies "
-                f"over one of as many, not {other.devices}"
+                f"`{call}(over=...)`: both need the same number of devices, but one "
+                f"has {timeline.devices} and `over` has {other.devices}"
             )
         # The same work in both, so that what differs is when it is done.
         work = sum(event.end - event.start for event in timeline.events)

@@ -114,8 +114,8 @@ def interleaved_1f1b(devices: int, microbatches: int, virtual: int = 2) -> Sched
     Megatron takes rounds of `D` microbatches through all chunks, and requires that `m`
     is a multiple of `D`. Here any `m` is cut into `max(1, m//D)` rounds. They are as
     equal as possible, with the longer ones first; the longest has `r = ceil(m / max(1,
-    m//D))` microbatches. If `D` divides `m`, the order is Megatron's. Otherwise the
-    idle time is as short.
+    m//D))` microbatches. If `D` divides `m`, the order is Megatron's. The
+    formula below holds for any `m`.
 
     The idle time is `((D-1) + (v-1) max(D-m, 0)) (F+B)/v`. The peak is `min(v*m,
     (v-1)r + 2(D-1-d) + 1)` live chunks. With one stage per device this is eager 1F1B.

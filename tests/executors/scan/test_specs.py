@@ -320,9 +320,9 @@ def test_exchanges_within_a_stage_are_refused():
             '`Pipe(executor="scan", mesh=...)`: `split` in stage0-1 F: devices of one '
             "stage would exchange pieces of an array that is cut along an axis. With "
             'executor="scan" the devices of a CPU would wait for each other for ever. '
-            "Give parts an axis of their own and cut another one, as of a weight of "
-            "shape (width, 3, width) for a query, a key and a value; or make what goes "
-            "in and what comes out whole, by `jax.lax.with_sharding_constraint(h, "
+            "Give the parts of a joined weight an axis of their own, and cut another "
+            "axis: query, key and value in the shape (width, 3, width). Or make the "
+            "array whole before and after, by `jax.lax.with_sharding_constraint(h, "
             'jax.sharding.PartitionSpec())`; or take executor="placed"',
         ):
             evaluate(params, x, x)
