@@ -332,6 +332,8 @@ class ValueAndGrad:
     def gather(self, params: Any) -> PyTree:
         """A copy of the parameters on the first device: the inverse of `place`.
 
+        For several processes see `Pipe.gather`.
+
         Arguments:
             params: placed parameters, or their gradients.
 

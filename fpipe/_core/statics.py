@@ -91,7 +91,7 @@ def find_fault(value: Any) -> Fault | None:
         return Fault(
             value,
             "its values may change",
-            "arrays are leaves of their own: of another library, as "
+            "give an array as a leaf of its own; convert one of another library by "
             "`numpy.asarray(...)`",
         )
     if not _is_hashable(value):

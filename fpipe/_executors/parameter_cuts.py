@@ -74,8 +74,8 @@ def cut_as_said(
     assert place.mesh is not None
     if P.UNCONSTRAINED in spec:
         raise ValueError(
-            f"{where} leaves an axis unconstrained, but a parameter lies as it is "
-            "told: write `None`, or the name of an axis"
+            f"{where} leaves an axis unconstrained, but a parameter needs a fixed "
+            "sharding: write `None`, or the name of an axis"
         )
     if len(spec) > len(shape):
         raise ValueError(

@@ -91,9 +91,9 @@ class Layer:
         spec: how the parameters are sharded over the axes of a stage's mesh (tensor
             parallelism). A `jax.sharding.PartitionSpec` holds for all parameters. A
             tree of specs has the form of the parameters, or of the upper part of their
-            tree; `None` in it leaves a parameter as it is given: as a box of Flax
-            around the array says, or as the array lies. A stage on one device ignores
-            `spec`.
+            tree; `None` in it leaves a parameter as it is given: with the spec of
+            a Flax box around the array, or else with the array's own sharding. A stage
+            on one device ignores `spec`.
         namespaces: the namespace of each isolated skip; `isolate` sets it.
 
     Raises:

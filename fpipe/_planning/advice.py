@@ -144,7 +144,7 @@ def warn_of_short_memory(devices: Sequence[DeviceRow]) -> Iterator[str]:
             cure = _CURES.get(largest, "more devices, or a balance with memory=")
             yield (
                 f"device {row.device} ({row.name}) is short of {size(row.missing)}; "
-                f"most of it is {largest}: {cure}"
+                f"most of its memory is {largest}: {cure}"
             )
 
 

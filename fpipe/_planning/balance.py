@@ -82,8 +82,8 @@ def balance(
     """The number of layers in each stage, for `Pipe(balance=...)`.
 
     The cut makes the most expensive stage as cheap as possible. Without memory limits
-    the search is exact. Costs come from shapes alone; only `by="time"` runs the layers,
-    and the stages of the best cuts.
+    the search is exact. Costs come from shapes alone; only `by="time"` runs programs:
+    the layers, and then the stages of the best cuts.
 
     The cost of a stage is the work of its layers divided by the speed of its device.
     With `bandwidth`, the transfer time at both ends of the stage is added. Among cuts

@@ -240,10 +240,9 @@ class _Splitter:
         if early:
             self.warnings.append(
                 f"stage {self.spec.stage}: I makes {len(early)} of its {len(summed)} "
-                "weight gradients, and W the rest, for one equation (a lax.scan, a "
+                "weight gradients, and W the rest, because one equation (a lax.scan, a "
                 "lax.cond, a custom call) gives them together with an input gradient; "
-                "a "
-                "schedule that delays W gains less here"
+                "a schedule that delays W gains less here"
             )
         # A stage whose input has no gradient, the first one for example, has no `I`,
         # and one whose weight gradients are all made early has no `W`.

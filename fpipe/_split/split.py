@@ -590,9 +590,10 @@ def split(
         specs: how parameters are sharded over the meshes of stages, as for
             `Layer(spec=...)`. A `jax.sharding.PartitionSpec` holds for all parameters.
             A tree of specs has the form of `params`, or of the upper part of the tree;
-            `None` in it leaves a parameter as it is given: as a box of Flax around the
-            array says, or as the array lies. For stacked parameters the first entry of
-            a spec is `None`, because their rows belong to several stages.
+            `None` in it leaves a parameter as it is given: with the spec of a Flax box
+            around the array, or else with the array's own sharding. For stacked
+            parameters the first entry of a spec is `None`, because their rows belong to
+            several stages.
 
     Returns:
         A `Split`. The cuts are the same for all shapes and modes. The function is

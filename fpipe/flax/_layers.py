@@ -276,8 +276,8 @@ def layers(
     for module in modules:
         if isinstance(module, type) and issubclass(module, nn.Module):
             raise TypeError(
-                f"`fpipe.flax.layers(model)`: got the class {module.__name__}; a "
-                f"module is made of it, `{module.__name__}(...)`"
+                f"`fpipe.flax.layers(model)`: got the class {module.__name__}; make a "
+                f"module of it, `{module.__name__}(...)`"
             )
     _check_shared(modules)
     result: list[Layer] = []

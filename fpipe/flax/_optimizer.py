@@ -85,8 +85,8 @@ class Parameters(nnx.Module):
         if paths != self._paths:
             wrong = sorted(set(paths) ^ set(self._paths))
             raise ValueError(
-                "`fpipe.flax.Parameters.gradients(grads)`: not of these parameters, "
-                f"which differ in {wrong or 'their order'}; give it what "
+                "`fpipe.flax.Parameters.gradients(grads)`: gradients and parameters "
+                f"differ in {wrong or 'their order'}; give it what "
                 "`pipe.value_and_grad` returns for `model.params`"
             )
         arrays = zip(paths, pack(grads)[0], strict=True)

@@ -139,9 +139,10 @@ def merge_variables(
 
     Returns:
         For linen modules, `{"params": {"layers_0": …}, "batch_stats": {…}}`. For NNX
-        modules, nested dicts for `nnx.update(model, …)`. A layer of a list that is no
-        Flax module has its parameters there unchanged, and its state in a collection
-        `"state"`. So has an NNX module in a list with linen modules.
+        modules, nested dicts for `nnx.update(model, …)`. In a list, a layer that is no
+        Flax module has its parameters unchanged under its own path, and its state in a
+        collection `"state"`. The same holds for an NNX module in a list with linen
+        modules.
 
     Raises:
         TypeError: `params` are packed.

@@ -54,8 +54,8 @@ def gather(state: PyTree, params: PyTree = None) -> PyTree:
     """An optimizer state in the form of plain optax, on one device.
 
     It is the state that plain optax has for `pipe.gather(params)`. A checkpoint in this
-    form of one partition or executor loads in another: `place(gather(state), params,
-    tx)`.
+    form, made with one partition or executor, loads with another: `place(gather(state),
+    params, tx)`.
 
     Arguments:
         state: a state of `per_stage`, or of plain optax over an `fpipe.Packed`.

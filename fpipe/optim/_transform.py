@@ -203,9 +203,9 @@ def per_stage(
     With `executor="scan"`, `update` can be called inside your own `jax.jit`. Outside,
     it is compiled by itself. Every part of the state with the structure of the
     parameters is an `fpipe.Packed`: each device holds and updates the state of its own
-    stages, and only numbers cross devices. Optimizers that work number by number (SGD,
-    Adam) do not need `per_stage` here: they take the `Packed` directly, if no parameter
-    is frozen.
+    stages, and only numbers cross devices. Optimizers that work element by element
+    (SGD, Adam) do not need `per_stage` here: they take the `Packed` directly, if no
+    parameter is frozen.
 
     Arguments:
         tx: the transformation.

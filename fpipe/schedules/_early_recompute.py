@@ -53,9 +53,9 @@ def early_recompute(
         costs: the costs of the actions, where `B` and `I` recompute nothing. Default
             `Costs()`, where an `R` takes as long as an `F`.
         pairs: the (stage, microbatch) pairs whose backwards recompute. Default: all.
-        ahead: the number of recomputed microbatches that a device may hold in addition
-            to that of the running backward, if that makes the step shorter. With 0
-            every `R` is right before its backward. Default 1.
+        ahead: the number of recomputed microbatches that a device may hold besides the
+            microbatch of the running backward. It holds them only if the step is then
+            shorter. With 0 every `R` is right before its backward. Default 1.
 
     Returns:
         A `Schedule`. Its `Timeline.peak_recomputed` is at most `1 + ahead`.

@@ -336,7 +336,7 @@ def test_two_inputs_and_two_outputs(kind, executor):
 def test_a_class_is_no_module():
     with raises(
         TypeError,
-        "`fpipe.flax.layers(model)`: got the class Dense; a module is made of it, "
+        "`fpipe.flax.layers(model)`: got the class Dense; make a module of it, "
         "`Dense(...)`",
     ):
         fpipe.flax.layers([nn.Dense, nn.relu])
@@ -1021,8 +1021,7 @@ def test_an_nnx_optimizer_where_nothing_is_trained(executor):
 def test_gradients_of_another_model_for_an_nnx_optimizer():
     model = fpipe.flax.Parameters(({"kernel": jnp.ones((2, 2))}, ()))
     message = (
-        "`fpipe.flax.Parameters.gradients(grads)`: not of these parameters, which "
-        "differ in "
+        "`fpipe.flax.Parameters.gradients(grads)`: gradients and parameters differ in "
         "[\"[0]['bias']\", \"[0]['kernel']\"]; give it what `pipe.value_and_grad` "
         "returns for `model.params`"
     )

@@ -485,7 +485,8 @@ def test_too_little_memory_is_told_with_what_is_missing():
     plan = pipe.plan(None, X, memory=[1e9, peak - 8, 1e9])
     (text,) = (t for t in plan.warnings if "short of" in t)
     assert text.startswith(
-        "device 1 (cpu:1) is short of 8 B; most of it is boundaries: more chunks"
+        "device 1 (cpu:1) is short of 8 B; most of its memory is boundaries: more "
+        "chunks"
     )
     assert [d.missing for d in plan.devices] == [0, 8, 0]
 

@@ -122,8 +122,8 @@ def _read_placement(devices: int, placement: Any, virtual: int) -> tuple[int, ..
         raise TypeError(f"{call}: {choices}")
     if set(stage_to_device) != set(range(devices)):
         raise ValueError(
-            f"{call}: each of the devices 0 to {devices - 1} has a stage, and there "
-            "are no others"
+            f"{call}: each of the devices 0 to {devices - 1} must have a stage, and "
+            "there are no other devices"
         )
     return stage_to_device
 

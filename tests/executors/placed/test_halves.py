@@ -191,8 +191,8 @@ def test_a_scan_gives_both_in_i_and_the_plan_says_so():
     params = pipe.init(jax.random.key(0), x)
     with pytest.warns(
         UserWarning,
-        match=r"stage 1: I makes 1 of its 1 weight gradients, and W the rest, for one "
-        r"equation",
+        match=r"stage 1: I makes 1 of its 1 weight gradients, and W the rest, because "
+        r"one equation",
     ):
         got = pipe.value_and_grad(mse)(params, x, x)
     want = fpipe.sequential(layers, chunks=3).value_and_grad(mse)(

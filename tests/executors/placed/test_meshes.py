@@ -603,8 +603,8 @@ def test_specs_that_do_not_fit_are_refused():
     with raises(
         ValueError,
         f"layer 0 'mlp': its `spec` {P(P.UNCONSTRAINED)} of params['w'] leaves an axis "
-        "unconstrained, but a parameter lies as it is told: write `None`, or the name "
-        "of an axis",
+        "unconstrained, but a parameter needs a fixed sharding: write `None`, or the "
+        "name of an axis",
     ):
         pipe_of(P(P.UNCONSTRAINED)).place(params)
     with raises(
