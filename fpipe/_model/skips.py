@@ -160,8 +160,9 @@ def pop(carry: Mapping[str, PyTree], name: str) -> tuple[PyTree, dict[str, PyTre
 
 
 def peek(carry: Mapping[str, PyTree], name: str) -> PyTree:
-    """Read a skip and leave it for others: later layers may peek at it too, and the
-    last one of all may pop it.
+    """Read a skip, and leave it in the carry.
+
+    Later layers may peek at it too, and the last reader may pop it.
 
     Arguments:
         carry: the layer's carry.

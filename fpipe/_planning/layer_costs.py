@@ -119,9 +119,9 @@ def layer_costs(
             are XLA's counts for the lowered forward and backward. The body of a
             `lax.scan` counts as often as it runs. Work inside a foreign call, such as a
             Pallas kernel or a callback, is not counted. `"time"` is in seconds: the
-            shortest of some runs on one device, after a warm-up. The host's time to
-            launch a program is measured too (`launch`). `"memory"` counts no work, only
-            memory.
+            shortest of `repeats` runs on one device, after a warm-up. The host's time
+            to launch an action is measured too (`launch`). `"memory"` counts no work,
+            only memory.
         side: side inputs, or their shapes. Default: none.
         chunks: the number of microbatches that the batch is cut into, as for `Pipe`.
             Default: 1, so `x` is one microbatch.
