@@ -282,6 +282,14 @@ class RowBlocks:
         """The dtype of the blocks."""
         return self.blocks[0].dtype
 
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        # numpy would make an array of one object.
+        raise TypeError(
+            "a `RowBlocks` is no array: its rows are in blocks, which may be on "
+            "several devices; `pipe.gather(...)` or `step.gather(...)` joins them, or "
+            "`blocks.join()` if all are on one device"
+        )
+
     def join(self) -> Any:
         """All rows as one array.
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
@@ -196,3 +197,9 @@ def test_orbax_saves_blocks_as_they_lie_and_whole_leaves_of_what_is_gathered(tmp
     back = pipe.place(of_plain["params"])
     moved = fpipe.optim.place(of_plain["moments"], back, tx)
     assert_same(jax.device_get((back, moved)), jax.device_get((placed, moments)))
+
+
+def test_numpy_takes_no_blocks_for_an_array():
+    blocks = pipe_of("placed").place(PARAMS)["blocks"]["b"]
+    with pytest.raises(TypeError, match=r"a `RowBlocks` is no array: .*`step.gather"):
+        np.asarray(blocks)
