@@ -34,7 +34,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from fpipe._core.pytrees import copied, is_traced
+from fpipe._core.pytrees import Tracer, copied, is_traced
 from fpipe._core.watchdog import Describe, expect, waiting
 
 Device: TypeAlias = Any
@@ -54,7 +54,9 @@ def is_here(sharding: Sharding) -> bool:
 
 def is_ghost(array: Any) -> bool:
     """Whether this process knows an array by its shape alone."""
-    return isinstance(array, jax.Array) and not is_here(array.sharding)
+    if not isinstance(array, jax.Array) or isinstance(array, Tracer):
+        return False
+    return not is_here(array.sharding)
 
 
 def processes_of(sharding: Sharding) -> frozenset[int]:

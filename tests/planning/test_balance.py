@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import fpipe
 from fpipe._executors.added_actions import RECOMPUTE
 from fpipe._executors.scheduling import Scheduling
-from fpipe._planning.balance import measured_balance
+from fpipe._planning.balance import DoesNotFitError, measured_balance
 from fpipe._planning.costs import Sent
 from fpipe._planning.hardware import Hardware
 from fpipe._planning.layer_costs import LayerWork
@@ -279,7 +279,7 @@ def test_a_limit_moves_layers():
 def test_what_does_not_fit_says_how_much_is_missing_and_what_to_do():
     known = costs([1, 1, 1], params=[MIB, 4 * MIB, MIB], checkpoint="never")
     with raises(
-        ValueError,
+        DoesNotFitError,
         "`balance(...)`: does not fit: short by 3.5 MiB on stage 1 (device 1); give "
         "more devices, more chunks, "
         "checkpoint='always', or a schedule that holds fewer microbatches than "
@@ -287,7 +287,7 @@ def test_what_does_not_fit_says_how_much_is_missing_and_what_to_do():
     ):
         fpipe.balance(known, stages=3, memory=0.5 * MIB, optimizer=0)
     with raises(
-        ValueError,
+        DoesNotFitError,
         "`balance(...)`: does not fit: short by 1 MiB on device 1; give more devices, "
         "more chunks, or a schedule that holds "
         "fewer microbatches than 'interleaved_1f1b'",

@@ -190,8 +190,9 @@ def readers_of_jaxprs(texts):
             yield module
 
 
-# `bind` there is of signatures, not of primitives.
+# `bind` there is of signatures, or of a socket, not of primitives.
 BIND_SIGNATURES = {
+    "fpipe.distributed",
     "fpipe._model.loss",
     "fpipe._model.remat",
     "fpipe._split.loss_function",

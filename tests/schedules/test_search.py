@@ -315,13 +315,13 @@ ERRORS = {
     ),
     "no stage": (
         ValueError,
-        "each of the devices 0 to 1 has a stage",
+        "each of the devices 0 to 1 must have a stage",
         (2, 4),
         {"placement": (0, 0)},
     ),
     "no such device": (
         ValueError,
-        "each of the devices 0 to 1 has a stage",
+        "each of the devices 0 to 1 must have a stage",
         (2, 4),
         {"placement": (0, 1, 2)},
     ),
