@@ -41,11 +41,25 @@ def table_of(joint, split_backward):
     }
 
 
+# Releases of JAX spell the derivative of `jnp.tanh` in different equations. Its own
+# rule makes the drawings below hold for all of them.
+@jax.custom_jvp
+def tanh(x):
+    return jnp.tanh(x)
+
+
+@tanh.defjvp
+def tanh_jvp(primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    y = jnp.tanh(x)
+    return y, tangent - tangent * y * y
+
+
 @shaped
 def dense(
     w: Float[Array, "in out"], x: Float[Array, "rows in"]
 ) -> Float[Array, "rows out"]:
-    return jnp.tanh(x @ w)
+    return tanh(x @ w)
 
 
 def test_forward_and_backward():
@@ -54,7 +68,7 @@ def test_forward_and_backward():
         "B": (
             "params 1[0] x[0] cotangent y[0] y[0] sum params 1[0]",
             "gradient x[0] sum params 1[0]",
-            "sub mul mul add_any dot_general transpose dot_general",
+            "neg mul mul add_any dot_general transpose dot_general",
         ),
     }
 
@@ -65,7 +79,7 @@ def test_a_backward_in_halves():
         (
             "params 1[0] cotangent y[0] y[0]",
             "gradient x[0] handed 0",
-            "sub mul mul add_any dot_general",
+            "neg mul mul add_any dot_general",
         ),
         ("x[0] handed 0 sum params 1[0]", "sum params 1[0]", "dot_general transpose"),
     )
@@ -75,12 +89,12 @@ def test_what_is_made_from_parameters_is_made_again():
     """`w'` and `r` of the drawing in `fpipe._program.residuals`."""
 
     def layer(w, x):
-        return jnp.tanh(x @ w.astype(jnp.float32))
+        return tanh(x @ w.astype(jnp.float32))
 
     half = jax.ShapeDtypeStruct((4, 4), jnp.bfloat16)
     taken, _, nodes = table_of(joint_of(layer, half), split_backward=False)["B"]
     assert taken == "params 1[0] x[0] cotangent y[0] y[0] sum params 1[0]"
-    assert nodes.split()[:2] == ["convert_element_type", "sub"]
+    assert nodes.split()[:2] == ["convert_element_type", "neg"]
 
 
 def test_what_has_no_name_is_a_residual():
