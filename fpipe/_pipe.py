@@ -1,13 +1,11 @@
 """`Pipe`: a model cut into stages on devices, run by a schedule.
 
-This module checks the user's arguments, decides the balance and the devices if they are
-not given, and hands calls to one of the two executors. For five layers on two of eight
-devices:
+This module has the methods that a user calls. The work is done elsewhere:
 
-    Pipe(layers, devices=jax.devices(), balance=[2, 3], chunks=8)
-        stage_to_device    (0, 1)            the schedule decides it
-        devices            the first two     as many as the schedule uses
-        stages             layers 0-1, layers 2-4
+    _pipe_arguments.py        checks the arguments, and finds the cut into stages
+    _pipe_executor.py         makes the executor of a cut
+    _split/user_trees.py      converts the user's trees to those of the layers, and back
+    _executors/runner.py      runs a call
 
 Calls, gradients and losses are in `fpipe._executors.call.Call`, the base class that
 `fpipe.sequential` shares.
@@ -19,79 +17,45 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from fpipe._core.caches import Recent
-from fpipe._core.checks import as_bool, as_compute_dtype, as_int, is_one_of
+from fpipe._core.checks import as_bool, as_int
 from fpipe._core.errors import shown
 from fpipe._core.forks import check_process
-from fpipe._core.meshes import in_trace, set_aside
-from fpipe._core.pytrees import (
-    PyTree,
-    is_traced,
-    map_arrays,
-    numbers_as_arrays,
-    strong,
-)
+from fpipe._core.meshes import in_trace
+from fpipe._core.pytrees import PyTree, map_arrays, numbers_as_arrays, strong
 from fpipe._core.settings import explicit_transfers
 from fpipe._core.statics import check_leaves
-from fpipe._executors.added_actions import (
-    Offload,
-    Recompute,
-    as_offload,
-    as_recompute,
-    with_actions,
-)
-from fpipe._executors.anomaly import Detector
+from fpipe._executors.added_actions import Offload, Recompute
 from fpipe._executors.call import (
     Args,
     Call,
     Result,
     as_argnums,
     check_argnums,
-    check_chunks,
     check_params,
     checked,
     scaled,
 )
-from fpipe._executors.eager import Eager, without_jit
-from fpipe._executors.not_finite import NotFiniteError
-from fpipe._executors.placed.dispatch import DISPATCH, Dispatch
-from fpipe._executors.placed.executor import Placed
-from fpipe._executors.placement import (
-    UNSHARD,
-    Device,
-    Place,
-    Placement,
-    Unshard,
-    as_placements,
-    first_placements,
-    over_processes,
-    sub_meshes,
-)
-from fpipe._executors.programs import Layout
+from fpipe._executors.placed.dispatch import Dispatch
+from fpipe._executors.placement import Device, Place, Placement, Unshard
 from fpipe._executors.progress import Progress, as_progress
 from fpipe._executors.protocol import Executor
 from fpipe._executors.recording import record
-from fpipe._executors.scan.executor import Scan
-from fpipe._executors.scan.mesh import as_mesh, check_size
+from fpipe._executors.runner import Runner
 from fpipe._executors.scan.packing import Packed
-from fpipe._executors.scheduling import Scheduling
-from fpipe._executors.sequential import PlainExecutor
-from fpipe._executors.stage_places import AXIS, stage_placements, stage_tracing
-from fpipe._executors.tracers import TracedCallError, only_shapes
 from fpipe._model.frozen import Frozen, FrozenLeaves, check_frozen
 from fpipe._model.layer import Layer
 from fpipe._model.loss import Loss, Reduction, as_loss
 from fpipe._model.microbatch import CallShapes
 from fpipe._model.model import Model
 from fpipe._model.needs import call_needs, check_key
-from fpipe._model.remat import Policy, Remat
-from fpipe._model.stages import cut_stages
+from fpipe._model.remat import Policy
+from fpipe._pipe_arguments import PipeCut, PipeOptions, cut_pipe
+from fpipe._pipe_executor import make_executor, make_runner
+from fpipe._pipe_text import pipe_text
 from fpipe._planning.hardware import PlanOptions
 from fpipe._planning.layer_costs import BalanceBy
-from fpipe._planning.pipe_balance import PipeSetup, given_balance
 from fpipe._planning.predict import KnownLayers, mean_square, predict
 from fpipe._planning.prediction import Prediction
 from fpipe._planning.step_request import StepRequest
@@ -100,8 +64,6 @@ from fpipe._split.split import Split
 from fpipe._split.stacks import joined
 from fpipe._split.user_trees import FunctionTrees, UserTrees, trees_of
 from fpipe.schedules import Recording, Schedule
-
-EXECUTORS = ("placed", "scan")
 
 
 # A dataclass for its comparison, its hash and `dataclasses.replace`. `__init__` is
@@ -254,218 +216,82 @@ class Pipe(Call):
         sample: PyTree = None,
         sample_side: PyTree = None,
     ) -> None:
-        # 1. Arguments that can be checked alone. Wrong values are refused here, at the
-        # user's line, and not in the first call.
-        if not is_one_of(executor, EXECUTORS):
-            raise ValueError(
-                f'`Pipe(executor={shown(executor)})`: the executor is "placed" or '
-                '"scan"'
-            )
-        if not is_one_of(dispatch, DISPATCH):
-            raise ValueError(
-                f"`Pipe(dispatch={shown(dispatch)})`: one of "
-                f"{', '.join(map(repr, DISPATCH))}"
-            )
-        if not is_one_of(unshard, UNSHARD):
-            raise ValueError(
-                f"`Pipe(unshard={shown(unshard)})`: one of "
-                f"{', '.join(map(repr, UNSHARD))}"
-            )
-        # 2. Each argument as a checked value of its own type.
-        compute_dtype = as_compute_dtype("Pipe", compute_dtype)
-        chunks = check_chunks("Pipe", chunks)
-        deferred_batch_norm = as_bool(
-            "Pipe", "deferred_batch_norm", deferred_batch_norm
+        options = PipeOptions.checked(
+            chunks=chunks,
+            checkpoint=checkpoint,
+            schedule=schedule,
+            executor=executor,
+            dispatch=dispatch,
+            unshard=unshard,
+            compute_dtype=compute_dtype,
+            deferred_batch_norm=deferred_batch_norm,
+            detect_anomaly=detect_anomaly,
+            recompute=recompute,
+            offload=offload,
         )
-        detect_anomaly = as_bool("Pipe", "detect_anomaly", detect_anomaly)
-        recompute = as_recompute(recompute)
-        limit = as_offload(offload)
-        trees = trees_of(layers, compute_dtype, deferred_batch_norm, chunks)
-        model, layers = trees.model, trees.layers
-        remat = Remat.of(checkpoint)
-        scheduling = with_actions(
-            Scheduling.of(schedule), remat, recompute, limit, executor == "scan"
+        trees = trees_of(
+            layers, options.compute_dtype, options.deferred_batch_norm, options.chunks
         )
-        placements, data_axes = stage_placements(executor, devices, mesh, data_axes)
-        # 3. The cut. The order matters. The schedule and the devices decide the number
-        # of stages. That number decides the device of each stage, and so the number of
-        # devices that are used.
-        known = trees.known_params
-        uncut = PipeSetup(model, scheduling, remat, placements, chunks, known)
-        with set_aside(), stage_tracing(executor, placements, mesh):
-            if balance is None and sample is None:
-                balance = trees.balance(uncut.stages)
-            sample, sample_side = trees.sample(sample, sample_side)
-            balance = given_balance(balance, sample, sample_side, uncut)
-        stage_to_device = scheduling.stage_to_device(
-            len(balance), len(placements), chunks
+        cut = cut_pipe(
+            trees,
+            options,
+            devices=devices,
+            mesh=mesh,
+            data_axes=data_axes,
+            balance=balance,
+            sample=sample,
+            sample_side=sample_side,
         )
-        placements = first_placements(placements, 1 + max(stage_to_device))
-        if isinstance(limit, tuple) and len(limit) != len(placements):
-            raise ValueError(
-                f"`Pipe(offload={shown(offload)})`: {len(limit)} numbers for "
-                f"{len(placements)} devices"
-            )
-        own = tuple(p.place for p in placements)
-        # The scan executor always runs on a mesh. Plain devices become a mesh.
-        if executor == "scan":
-            mesh = as_mesh(own, mesh, len(balance))
-        elif mesh is not None:
-            check_size(mesh, len(own), len(balance))
-        homes = placements
-        if executor == "scan":
-            assert mesh is not None
-            homes = tuple(map(Placement.of, sub_meshes(mesh, AXIS)))
-        pairs = zip(stage_to_device, balance, strict=True)
-        trees.check_places([homes[d] for d, n in pairs for _ in range(n)])
-        # 4. The value, field by field, past the freezing.
         check_process()
+        # The value, field by field, past the freezing.
         fields = {
-            "layers": layers,
-            "balance": balance,
-            "devices": own,
-            "chunks": chunks,
-            "checkpoint": remat.option,
+            "layers": trees.layers,
+            "balance": cut.balance,
+            "devices": cut.devices,
+            "chunks": options.chunks,
+            "checkpoint": options.remat.option,
             "schedule": schedule,
             "executor": executor,
             "dispatch": dispatch,
-            "mesh": mesh,
-            "data_axes": data_axes,
+            "mesh": cut.mesh,
+            "data_axes": cut.data_axes,
             "unshard": unshard,
-            "compute_dtype": compute_dtype,
-            "deferred_batch_norm": deferred_batch_norm,
-            "detect_anomaly": detect_anomaly,
-            "recompute": recompute,
-            "offload": limit,
+            "compute_dtype": options.compute_dtype,
+            "deferred_batch_norm": options.deferred_batch_norm,
+            "detect_anomaly": options.detect_anomaly,
+            "recompute": options.recompute,
+            "offload": options.offload,
         }
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
-        # The executor and the detector of anomalies are no part of the value.
+        # What follows from the value, and is no part of it.
         self.model: Model
         self._trees: UserTrees
-        self._stage_to_device: tuple[int, ...]
+        self._options: PipeOptions
+        self._cut: PipeCut
         self._executor: Executor
-        self._eager: Eager
-        self._detector: Detector | None
-        object.__setattr__(self, "model", model)
-        object.__setattr__(self, "_trees", trees)
-        object.__setattr__(self, "_stage_to_device", stage_to_device)
-        # The detector runs a changed model, like any other model. Without the option
-        # the programs have no checks.
-        detector = None
-        if detect_anomaly:
-            apart = executor == "placed" and over_processes(placements)
-            detector = Detector("Pipe", model, balance, chunks, apart)
-        object.__setattr__(self, "_detector", detector)
-        runs = model if detector is None else detector.watched
-        made = self._make_executor(runs, None)
-        object.__setattr__(self, "_executor", made)
-        eager = Eager(made, PlainExecutor(runs, chunks))
-        object.__setattr__(self, "_eager", eager)
-
-    def _make_executor(self, model: Model, kept: Recent | None) -> Executor:
-        """The executor that runs a model with the options of this pipe.
-
-        Arguments:
-            kept: traces and programs that are shared with other pipes of the same
-                layers; `None` shares nothing.
-        """
-        # From the fields, and not handed over by `__init__`, because `plan` makes
-        # executors too.
-        remat = Remat.of(self.checkpoint)
-        scheduling = with_actions(
-            Scheduling.of(self.schedule),
-            remat,
-            self.recompute,
-            self.offload,
-            in_units=self.executor == "scan",
-        )
-        # Kept, because a schedule that is a function may take long.
-        stage_to_device = self._stage_to_device
-        if self.executor == "scan":
-            assert self.mesh is not None, "one was made of the devices"
-            return Scan(
-                model,
-                self.balance,
-                stage_to_device,
-                self.mesh,
-                self.data_axes,
-                scheduling,
-                remat,
-                self.chunks,
-                self.unshard,
-                kept,
-            )
-        placements = as_placements(self.devices, self.data_axes)
-        # One place for each stage, by the schedule's map.
-        layout = Layout(
-            cut_stages(model, self.balance),
-            tuple(placements[d] for d in stage_to_device),
-            self.unshard,
-        )
-        return Placed(
-            layout,
-            scheduling,
-            stage_to_device,
-            remat,
-            self.chunks,
-            self.dispatch,
-            kept,
-        )
+        self._runner: Runner
+        runner = make_runner(trees.model, options, cut)
+        derived = {
+            "model": trees.model,
+            "_trees": trees,
+            "_options": options,
+            "_cut": cut,
+            "_executor": runner.executor,
+            "_runner": runner,
+        }
+        for name, value in (fields | derived).items():
+            object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
         """What it is, on one screen, however many layers it has."""
-        # A model may have hundreds of layers: the beginning and the end are shown.
-        names = [layer.name for layer in self.layers]
-        shown = ", ".join(names if len(names) <= 8 else [*names[:6], "…", names[-1]])
-        schedule = getattr(self.schedule, "name", self.schedule)
-        schedule = getattr(schedule, "__name__", schedule)
-        checkpoint = getattr(self.checkpoint, "__name__", self.checkpoint)
-        places = list(map(str, as_placements(self.devices, self.data_axes)))
-        # The same device several times is how a pipeline is tried without more
-        # hardware.
-        if len(set(places)) == 1:
-            places = (
-                [f"{places[0]}"]
-                if len(places) == 1
-                else [f"{places[0]} x {len(places)}"]
-            )
-        elif len(places) > 8:
-            places = [*places[:6], "…", places[-1]]
-        balance = list(map(str, self.balance))
-        if len(balance) > 16:
-            balance = [*balance[:14], "…", balance[-1]]
-        lines = [
-            f"{len(names)} layers ({shown})",
-            f"balance=[{', '.join(balance)}], devices=[{', '.join(places)}]",
-            f"chunks={self.chunks}, schedule={schedule!r}, checkpoint={checkpoint!r}",
-            f"executor={self.executor!r}, dispatch={self.dispatch!r}",
-        ]
-        # Options that most pipes leave alone are shown where they are used.
-        rare = {
-            "unshard": "step",
-            "compute_dtype": None,
-            "deferred_batch_norm": False,
-            "detect_anomaly": False,
-            "recompute": "with_backward",
-            "offload": None,
-        }
-        for name, default in rare.items():
-            if getattr(self, name) != default:
-                lines[-1] += f", {name}={getattr(self, name)!r}"
-        return "Pipe(\n  " + ",\n  ".join(lines) + "\n)"
+        return pipe_text(self._options, self._cut, self.layers)
 
     def __reduce__(self) -> Any:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         # A `jax.Device` cannot be pickled: it belongs to a running process. A placement
-        # is written as platform and id, and finds the device again, or says which is
-        # missing. A mesh is written as a grid of them.
-        fields["devices"] = as_placements(self.devices, self.data_axes)
-        if self.mesh is not None:
-            grid = np.empty(self.mesh.devices.shape, object)
-            for at, device in np.ndenumerate(self.mesh.devices):
-                grid[at] = Placement.of(device)
-            fields["mesh"] = (grid, self.mesh.axis_names, self.mesh.axis_types)
+        # is written as platforms and ids, and finds the devices again, or says which is
+        # missing.
+        fields["devices"] = self._cut.placements
+        fields["mesh"] = None if self.mesh is None else Placement.of(self.mesh)
         return _unpickled, (fields,)
 
     def make_schedule(self, microbatches: int) -> Schedule:
@@ -670,8 +496,8 @@ class Pipe(Call):
             FloatingPointError: a call made a NaN or an infinity; the first one is
                 named.
         """
-        if self._detector is not None:
-            self._detector.raise_found()
+        if self._runner.detector is not None:
+            self._runner.detector.raise_found()
 
     def compile(
         self,
@@ -755,8 +581,10 @@ class Pipe(Call):
                 leaves = which.of(self._param_shapes(args.params))
                 args, loss = scaled(args._replace(frozen=leaves), loss, loss_scale)
                 args, numbers = self._trees.asked(args, numbers)
-            if self._detector is not None:
-                args, loss, numbers = self._detector.watch_call(args, loss, numbers)
+            if self._runner.detector is not None:
+                args, loss, numbers = self._runner.detector.watch_call(
+                    args, loss, numbers
+                )
             # The programs serve calls with `jit`, so they are compiled with it.
             with jax.disable_jit(False), explicit_transfers():
                 return self._executor.compile(args, loss, numbers, threads, report)
@@ -906,10 +734,10 @@ class Pipe(Call):
         # shared.
         if known is not None:
             model = known.model
-            executor = self._make_executor(model, known.traces)
-        elif self._detector is not None:
+            executor = make_executor(model, self._options, self._cut, known.traces)
+        elif self._runner.detector is not None:
             # The programs are those of the model alone.
-            executor = self._make_executor(model, None)
+            executor = make_executor(model, self._options, self._cut)
         with executor.tracing():
             args, numbers = step.resolved(model, self.chunks)
             args, numbers = self._trees.asked(args, numbers)
@@ -987,71 +815,21 @@ class Pipe(Call):
 
     def _forward(self, args: Args) -> tuple[PyTree, PyTree]:
         """`(y, states)` of a call without a loss."""
-        y, states = self._layer_forward(args)
+        y, states = self._runner.forward(args)
         return y, self._trees.own_state(states)
-
-    def _layer_forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
-        """The same, with the states by layer."""
-        try:
-            if self._detector is not None:
-                return self._detector.forward(self._run_forward, args)
-            return self._run_forward(args)
-        except TracedCallError:
-            # `jax.eval_shape` traces as `jax.jit` does, and a placed pipe cannot be
-            # traced. But shapes are those of the plain composition, which can.
-            if only_shapes():
-                return PlainExecutor(self.model, self.chunks).forward(args)
-            raise
-
-    def _run_forward(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
-        """A forward, which keeps residuals only if it is being differentiated.
-
-        Under `jax.grad` the arguments are tracers. Then residuals are kept for a
-        pull-back.
-        """
-        if without_jit():
-            return self._eager.forward(args)
-        try:
-            if is_traced(args):
-                return self._executor.differentiable(args)
-            return self._executor.forward(args)
-        except NotFiniteError:
-            # The layers one by one, in which JAX finds the operation.
-            self._eager.forward(args)
-            raise
 
     def _loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
         """A call with a loss, its gradients by `argnums`; `()` is the loss alone."""
         args, numbers = self._trees.asked(args, argnums)
-        result = self._layer_loss(args, loss, numbers)
+        result = self._runner.loss(args, loss, numbers)
         return self._trees.own_result(result, argnums)
-
-    def _layer_loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
-        """The same, with the gradients of parameters by layer."""
-        try:
-            if self._detector is not None:
-                return self._detector.loss(self._run_loss, args, loss, argnums)
-            return self._run_loss(args, loss, argnums)
-        except TracedCallError:
-            if only_shapes():
-                return PlainExecutor(self.model, self.chunks).loss(args, loss, argnums)
-            raise
-
-    def _run_loss(self, args: Args, loss: Loss, argnums: tuple[int, ...]) -> Result:
-        if without_jit():
-            return self._eager.loss(args, loss, argnums)
-        try:
-            return self._executor.loss(args, loss, argnums)
-        except NotFiniteError:
-            self._eager.loss(args, loss, argnums)
-            raise
 
 
 def _unpickled(fields: dict[str, Any]) -> Pipe:
     """A pipe from its pickle, on the devices of this process."""
-    fields = fields | {"devices": tuple(place.place for place in fields["devices"])}
-    if fields["mesh"] is not None:
-        grid, names, types = fields["mesh"]
-        devices = np.array([place.device for place in grid.flat]).reshape(grid.shape)
-        fields["mesh"] = Mesh(devices, names, axis_types=types)
-    return Pipe(**fields)
+    mesh = fields["mesh"]
+    places = {
+        "devices": tuple(place.place for place in fields["devices"]),
+        "mesh": None if mesh is None else mesh.place,
+    }
+    return Pipe(**fields | places)

@@ -53,7 +53,8 @@ from fpipe._model.microbatch import cut_inputs
 from fpipe._model.model import Model
 from fpipe._model.needs import call_needs
 from fpipe._model.remat import Remat
-from fpipe._pipe import EXECUTORS, Pipe
+from fpipe._pipe import Pipe
+from fpipe._pipe_arguments import EXECUTORS
 from fpipe._planning.balance import DoesNotFitError, best_balance
 from fpipe._planning.balance import stage_devices as balance_devices
 from fpipe._planning.costs import LayerCosts

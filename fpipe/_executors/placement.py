@@ -269,7 +269,8 @@ class Placement:
         grid = np.empty(self.mesh.devices.shape, object)
         for at, device in np.ndenumerate(self.mesh.devices):
             grid[at] = device.platform, device.id
-        return _restore_mesh, (grid, self.mesh.axis_names, self.data)
+        mesh = self.mesh
+        return _restore_mesh, (grid, mesh.axis_names, mesh.axis_types, self.data)
 
 
 def as_argument(shape: jax.ShapeDtypeStruct) -> Any:
@@ -306,12 +307,15 @@ def _restore(platform: str, number: int) -> Placement:
 
 
 def _restore_mesh(
-    grid: np.ndarray, names: tuple[str, ...], data: tuple[str, ...]
+    grid: np.ndarray,
+    names: tuple[str, ...],
+    types: tuple[AxisType, ...],
+    data: tuple[str, ...],
 ) -> Placement:
     devices = np.empty(grid.shape, object)
     for at, known in np.ndenumerate(grid):
         devices[at] = _device(*known)
-    return Placement.of(Mesh(devices, names), data)
+    return Placement.of(Mesh(devices, names, axis_types=types), data)
 
 
 def _device(platform: str, number: int) -> Device:
