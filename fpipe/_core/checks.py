@@ -1,4 +1,4 @@
-"""Arguments of public functions as checked values: bools, ints and numbers.
+"""Arguments of public functions as checked values: bools, ints, numbers and names.
 
     as_bool("Pipe", "detect_anomaly", "yes")
         TypeError: `Pipe(detect_anomaly='yes')`: detect_anomaly is True or False
@@ -31,6 +31,30 @@ def is_bool(value: Any) -> bool:
 def is_one_of(value: Any, names: Iterable[str]) -> bool:
     """Whether a value is one of some names; an array is none, and has no truth."""
     return isinstance(value, str) and value in names
+
+
+def as_names(value: Iterable[str], where: str) -> tuple[str, ...]:
+    """A tuple of names, or an error that says what is wrong with it.
+
+    A string is refused although it is iterable: `stash="skip"` would declare the four
+    skips "s", "k", "i" and "p".
+    """
+    if isinstance(value, str):
+        raise TypeError(
+            f"{where}: got the string {shown(value)} where a list of names belongs: "
+            "write "
+            f"[{shown(value)}]"
+        )
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{where}: a list of names belongs here, got {shown(value)}")
+    # An iterator can be read once, so a tuple is made before anything is checked.
+    result = tuple(value)
+    for name in result:
+        if not isinstance(name, str):
+            raise TypeError(f"{where}: names must be strings, got {shown(name)}")
+    if len(set(result)) < len(result):
+        raise ValueError(f"{where}: a name occurs twice in {list(result)}")
+    return result
 
 
 def as_bool(call: str, name: str, value: Any) -> bool:

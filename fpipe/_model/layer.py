@@ -8,27 +8,26 @@ the signature:
     @fpipe.skippable(stash=["a"], pop=["b"])
     def cross(params, x, *, carry): …         needs ("carry",), returns y, carry
 
-`call_layer` runs a layer on one microbatch and checks what the layer returns. A mistake
-in a user's function is an error at the first trace, and the error names the layer.
+`fpipe._model.signatures` reads the signatures, and `fpipe._model.layer_calls` runs a
+layer.
 """
 
 import dataclasses
 import functools
 import importlib
-import inspect
 import operator
 import sys
-import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 
-from fpipe._core.errors import a_type, shown
-from fpipe._core.pytrees import PyTree, describe, is_array, is_inexact
-from fpipe._core.statics import check_leaves
-from fpipe._model.needs import BY_NAME, NEEDS, Giver
-from fpipe._model.skips import Namespace, Scope, scoped
+from fpipe._core.checks import as_names
+from fpipe._core.errors import shown
+from fpipe._core.pytrees import PyTree
+from fpipe._model.needs import NEEDS
+from fpipe._model.signatures import check_function, function_name, signature_needs
+from fpipe._model.skips import Namespace
 from fpipe._model.specs import is_spec
 
 
@@ -150,7 +149,7 @@ class Layer:
         for field in ("stash", "pop", "peek", "borrow"):
             put(
                 field,
-                checked_names(
+                as_names(
                     getattr(self, field),
                     f"`fpipe.Layer({field}=...)` of layer {self.name!r}",
                 ),
@@ -195,7 +194,7 @@ class Layer:
         if self.overwrite is not True:
             names = () if self.overwrite is False else self.overwrite
             where = f"`fpipe.Layer(overwrite=...)` of layer {self.name!r}"
-            put("overwrite", checked_names(names, where))
+            put("overwrite", as_names(names, where))
         of_state = self.init_state or self.finish or self.overwrite
         of_state = of_state or self.state_rows is not None
         if of_state and not self.asks("state"):
@@ -210,9 +209,7 @@ class Layer:
         # equal.
         if self.needs is None:
             return signature_needs(self.apply, self.name)
-        given = checked_names(
-            self.needs, f"`fpipe.Layer(needs=...)` of layer {self.name!r}"
-        )
+        given = as_names(self.needs, f"`fpipe.Layer(needs=...)` of layer {self.name!r}")
         unknown = [n for n in given if n not in NEEDS]
         if unknown:
             raise TypeError(
@@ -291,7 +288,7 @@ class Layer:
         chosen = (
             mine
             if only is None
-            else checked_names(only, f"`isolate(only=...)` of layer {self.name!r}")
+            else as_names(only, f"`isolate(only=...)` of layer {self.name!r}")
         )
         for name in chosen:
             if name not in mine:
@@ -316,46 +313,8 @@ def _unpickled(fields: dict[str, Any], name: tuple[str, str] | None) -> Layer:
     return Layer(**fields)
 
 
-def function_name(f: Callable[..., Any]) -> str:
-    """The name that a person would call a function by."""
-    # A partial of a partial too. What has no name, such as a callable object, is called
-    # by its class.
-    while isinstance(f, functools.partial):
-        f = f.func
-    return getattr(f, "__name__", type(f).__name__)
-
-
-def inside_of(f: Any) -> Iterator[Any]:
-    """A callable, and what it calls in the end: the `func` of a partial, the object of
-    a method, what `jax.jit`, `jax.vmap` and decorators show as `__wrapped__`.
-    """
-    while f is not None:
-        yield f
-        if isinstance(f, functools.partial):
-            f = f.func
-        elif isinstance(f, types.MethodType):
-            f = f.__self__
-        else:
-            f = getattr(f, "__wrapped__", None)
-
-
-def _is_object(f: Any) -> bool:
-    """Whether what is called in the end is an object with `__call__`, not a function:
-    then keywords with defaults are its options, and no needs.
-    """
-    while True:
-        if isinstance(f, functools.partial):
-            f = f.func
-        elif getattr(f, "__wrapped__", None) is not None:
-            f = f.__wrapped__
-        else:
-            return not (inspect.isroutine(f) or isinstance(f, type))
-
-
 def _check_function(f: Callable[..., Any], call: str) -> None:
-    """Refuse what looks like a function and has more than its call: that would be
-    lost.
-    """
+    """Refuse what looks like a function and has more than its call."""
     if isinstance(f, Layer):
         raise TypeError(
             f"{call}: {f.name!r} is an fpipe.Layer already, and its init, state, skips "
@@ -363,217 +322,7 @@ def _check_function(f: Callable[..., Any], call: str) -> None:
             "use it as it is; `dataclasses.replace(layer, name=...)` changes a part of "
             "it"
         )
-    outer: Any = None
-    for inner in inside_of(f):
-        kind = type(inner)
-        # The method of a linen module, `module.apply`, takes its parameters as an
-        # argument, as a layer does. That of an NNX module has them in the module.
-        method = isinstance(outer, types.MethodType) and not has_floats(inner)
-        # By name, as the core imports no Flax; what else Flax has, such as `nnx.jit` of
-        # a function, is a function.
-        if not method and any(
-            base.__name__ == "Module" and base.__module__.startswith("flax.")
-            for base in kind.__mro__
-        ):
-            raise TypeError(
-                f"{call}: a {kind.__name__} is a Flax module, whose parameters would "
-                "not be seen: write "
-                "`fpipe.flax.layer(module)`, or `fpipe.flax.layers(...)` for a "
-                "Sequential or a list of modules"
-            )
-        if has_floats(inner):
-            cure = "`fpipe.Layer(lambda f, x: f(x), init=lambda key, x: f)`"
-            if any(b.__module__.startswith("equinox") for b in kind.__mro__):
-                cure = (
-                    "`params, static = eqx.partition(f, eqx.is_inexact_array)`, and "
-                    "`fpipe.Layer(lambda params, x: eqx.combine(params, static)(x), "
-                    "init=lambda key, x: params)`"
-                )
-            raise TypeError(
-                f"{call}: {a_type(inner)} is a pytree with arrays, which would be "
-                "constants and not train. As parameters, where `f` is that object: "
-                f"{cure}. Constants on purpose: `fpipe.fn(lambda x: f(x))`"
-            )
-        outer = inner
-
-
-def has_floats(f: Any) -> bool:
-    """Whether a callable is a pytree with arrays that could be trained."""
-    return any(is_array(a) and is_inexact(a) for a in jax.tree.leaves(f))
-
-
-def checked_names(value: Iterable[str], where: str) -> tuple[str, ...]:
-    """A tuple of names, or an error that says what is wrong with it.
-
-    A string is refused although it is iterable: `stash="skip"` would declare the four
-    skips "s", "k", "i" and "p".
-    """
-    if isinstance(value, str):
-        raise TypeError(
-            f"{where}: got the string {shown(value)} where a list of names belongs: "
-            "write "
-            f"[{shown(value)}]"
-        )
-    if not isinstance(value, Iterable):
-        raise TypeError(f"{where}: a list of names belongs here, got {shown(value)}")
-    # An iterator can be read once, so a tuple is made before anything is checked.
-    result = tuple(value)
-    for name in result:
-        if not isinstance(name, str):
-            raise TypeError(f"{where}: names must be strings, got {shown(name)}")
-    if len(set(result)) < len(result):
-        raise ValueError(f"{where}: a name occurs twice in {list(result)}")
-    return result
-
-
-def signature_needs(
-    f: Callable[..., Any], name: str, given: tuple[str, ...] = ("params", "x")
-) -> tuple[str, ...]:
-    """The needs that a function's signature names after the positional parameters
-    `given`.
-
-    Raises:
-        TypeError: too few or too many positional parameters, a need as a positional
-            parameter, a required keyword that is no need.
-    """
-    parameters = _parameters(f)
-    # Built-in functions may have no signature; they ask for nothing.
-    if parameters is None:
-        return ()
-    # Each check below is for one mistake that was likely enough to deserve its own
-    # words, the most specific first: (key, x), a need before the `*`, too few
-    # parameters, too many, a keyword that nobody would give a value.
-    head = ", ".join(given)
-    positional = [
-        p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    if [p.name for p in positional[:2]] == ["key", "x"] and len(given) == 2:
-        raise TypeError(
-            f"layer {name!r}: `{name}(key, x)` looks like an init: a layer is called "
-            f"as `f({head})`, and its init is the "
-            "second argument, `fpipe.Layer(f, init)`"
-        )
-    for p in positional:
-        if p.name in NEEDS:
-            raise TypeError(
-                f"layer {name!r}: the need {p.name!r} is a positional parameter; make "
-                "it keyword-only, after a bare "
-                f"`*`: `def {name}({head}, *, {p.name})`"
-            )
-    # `*args` may take the parameters and the input: nothing can be said against it.
-    variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    if len(positional) < len(given) and not variadic:
-        one = len(positional) == 1 and len(given) == 2
-        hint = (
-            f"; for a function without parameters write `fpipe.fn({name})`"
-            if one
-            else ""
-        )
-        raise TypeError(
-            f"layer {name!r} takes {len(positional)} positional parameter(s), but it "
-            f"is called as `f({head})`{hint}"
-        )
-    required = [p.name for p in positional[len(given) :] if p.default is p.empty]
-    if required:
-        raise TypeError(
-            f"layer {name!r}: a layer is `f({head}, **needs)`, but {required} are "
-            "required positional parameters too; "
-            "bind them with functools.partial"
-        )
-    keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
-    for p in keywords:
-        if p.name not in NEEDS and p.default is p.empty:
-            raise TypeError(
-                f"layer {name!r}: the keyword-only parameter {p.name!r} has no default "
-                "and is no need; the needs are "
-                f"{', '.join(NEEDS)}. Bind it with functools.partial"
-            )
-    # A keyword with a default that is no need stays what it is: an option of the layer.
-    # So do all that have a default, of an object: `key=None` of a module's `__call__`
-    # says nothing of whether this one draws.
-    if _is_object(f):
-        keywords = [p for p in keywords if p.default is p.empty]
-    return tuple(n for n in NEEDS if any(p.name == n for p in keywords))
-
-
-def keyword_needs(f: Callable[..., Any]) -> tuple[str, ...]:
-    """The needs among the keyword-only parameters of an `init` or `init_state`."""
-    return tuple(
-        p.name
-        for p in _parameters(f) or ()
-        if p.kind is p.KEYWORD_ONLY and p.name in NEEDS
-    )
-
-
-def defaults_of(f: Callable[..., Any]) -> dict[str, bool]:
-    """The needs that a function's signature names, and whether each has a default of
-    its own: `{"step": False}` of `def f(params, x, *, step)`. A wrapper that takes
-    `**needs` shows none.
-    """
-    return {
-        p.name: p.default is not p.empty
-        for p in _parameters(f) or ()
-        if p.name in NEEDS
-    }
-
-
-def without_missing(
-    given: Mapping[str, Any], f: Callable[..., Any], who: str, name: str, head: str
-) -> dict[str, Any]:
-    """The needs that a function is called with: what the call gave nothing for is left
-    out, where the function's own default holds then.
-
-    Arguments:
-        given: by the names of the needs; `None`: nothing.
-        f: the layer's function, or its `init`.
-        who: what it is, in errors; `name` its name, and `head` its positional
-            parameters.
-
-    Raises:
-        ValueError: a need without default that cannot be missing.
-    """
-    # By identity: an array of numpy compares with `None` entry by entry.
-    if all(value is not None for value in given.values()):
-        return dict(given)
-    defaults = defaults_of(f)
-    passed = {}
-    for need, value in given.items():
-        if value is None and BY_NAME[need].giver is Giver.CALL:
-            if need in defaults and not defaults[need] and BY_NAME[need].required:
-                usual = "0" if need == "step" else "None"
-                raise ValueError(
-                    f"{who} asks for the need {need!r}, which this call was not given: "
-                    f"pass `{need}=...`, or give the parameter a default: "
-                    f"`def {name}({head}, *, {need}={usual})`"
-                )
-            # Of a wrapper that takes `**needs` nobody sees a default. What a layer
-            # cannot do without is left out there too; then Python itself complains.
-            if defaults.get(need, BY_NAME[need].required):
-                continue
-        passed[need] = value
-    return passed
-
-
-def _parameters(f: Callable[..., Any]) -> list[inspect.Parameter] | None:
-    """A function's parameters, without those bound by keyword in a partial; `None` for
-    a builtin without signature.
-    """
-    try:
-        parameters = inspect.signature(f).parameters.values()
-    except (TypeError, ValueError):
-        return None
-    # `inspect.signature` gives a bound keyword as one with a default. Under `jax.jit` a
-    # partial stands behind `__wrapped__`.
-    bound: set[str] = set()
-    inner: Any = f
-    while True:
-        if isinstance(inner, functools.partial):
-            bound.update(inner.keywords)
-            inner = inner.func
-        elif hasattr(inner, "__wrapped__"):
-            inner = inner.__wrapped__
-        else:
-            return [p for p in parameters if p.name not in bound]
+    check_function(f, call)
 
 
 def as_layer(value: Any) -> Layer:
@@ -698,7 +447,7 @@ def skippable(
     # Checked when the decorator is written and not when it is applied: the error then
     # points at the line with the mistake.
     declared = {
-        field: checked_names(value, f"`fpipe.skippable({field}=...)`")
+        field: as_names(value, f"`fpipe.skippable({field}=...)`")
         for field, value in (("stash", stash), ("pop", pop), ("peek", peek))
     }
 
@@ -715,120 +464,3 @@ def skippable(
         )
 
     return declare
-
-
-class LayerCall(NamedTuple):
-    """What a layer is called with, on one microbatch.
-
-    Attributes:
-        carry: the skips that it pops or peeks, by its own names.
-        needs: the values of the other needs that it asks for, by name.
-    """
-
-    params: PyTree
-    x: PyTree
-    carry: Mapping[str, PyTree]
-    needs: Mapping[str, PyTree]
-
-
-class LayerResult(NamedTuple):
-    """What a layer returned.
-
-    Attributes:
-        stashed: the skips that it stashed, by its own names.
-        state: its new state; `None` for a layer without.
-    """
-
-    y: PyTree
-    stashed: dict[str, PyTree]
-    state: PyTree
-
-
-def call_layer(layer: Layer, index: int, call: LayerCall) -> LayerResult:
-    """Run one layer on one microbatch and check everything that it returns.
-
-    Arguments:
-        index: the layer's place among all layers, for errors.
-    """
-    who = f"layer {index} {layer.name!r}"
-    # 1. What the call gave nothing for.
-    needs = without_missing(call.needs, layer.apply, who, layer.name, "params, x")
-    if layer.asks("carry"):
-        # 2. A dict of the layer's own: what the function does to it stays with it.
-        needs["carry"] = dict(call.carry)
-    scope = Scope(who, tuple(layer.stash), tuple(layer.pop), tuple(layer.peek))
-    with scoped(scope):
-        result = layer.apply(call.params, call.x, **needs)
-    # 3. What came back. Without carry and state anything goes, also a tuple: it is `y`.
-    returns = [name for name in ("carry", "state") if layer.asks(name)]
-    if not returns:
-        check_leaves(result, "y", f"{who}: ")
-        return LayerResult(result, {}, None)
-    form = f"({', '.join(['y', *returns])})"
-    # `type` and not `isinstance`: a named tuple is more likely to be a `y` whose carry
-    # was forgotten.
-    if type(result) is not tuple or len(result) != 1 + len(returns):
-        if type(result) is tuple:
-            got = f"a tuple of {len(result)}"
-        else:
-            got = f"{describe(result)}, no tuple"
-        raise TypeError(
-            f"{who} declares {' and '.join(returns)} and must return `{form}`, but "
-            f"returned {got}"
-        )
-    returned = dict(zip(returns, result[1:], strict=True))
-    stashed: dict[str, PyTree] = {}
-    if "carry" in returned:
-        stashed = _checked_carry(layer, who, form, call.carry, returned["carry"])
-    check_leaves(result[0], "y", f"{who}: ")
-    check_leaves(stashed, "carry", f"{who}: ")
-    check_leaves(returned.get("state"), "state", f"{who}: ")
-    return LayerResult(result[0], stashed, returned.get("state"))
-
-
-def _checked_carry(
-    layer: Layer, who: str, form: str, given: Mapping[str, PyTree], carry: Any
-) -> dict[str, PyTree]:
-    """The skips that a layer stashed, from the carry that it returned.
-
-    The rules are the same as those of `stash` and `pop`, and are checked here again:
-    the carry is a plain dict, and a layer may change it without these functions.
-
-    Arguments:
-        form: how the layer returns it, for errors.
-        given: the carry that the layer was called with.
-    """
-    if not isinstance(carry, dict):
-        raise TypeError(
-            f"{who} must return `{form}`, but its carry is {describe(carry)}, no dict"
-        )
-    for name in layer.pop:
-        if name in carry:
-            raise ValueError(
-                f"{who} declares pop={list(layer.pop)} but never popped {name!r}: it "
-                "is still in the carry "
-                f"that it returned. Write `{name}, carry = fpipe.pop(carry, "
-                f"{name!r})`, or declare it as peek"
-            )
-    for name in layer.stash:
-        if name not in carry:
-            raise ValueError(
-                f"{who} declares stash={list(layer.stash)} but did not stash {name!r}: "
-                f"`return y, fpipe.stash(carry, {name!r}, value)`"
-            )
-    for name in layer.peek:
-        # By identity, as values are traced. Another value would be lost: a skip goes
-        # from the layer that stashed it straight to each reader, not through this one.
-        if name in carry and carry[name] is not given[name]:
-            raise ValueError(
-                f"{who} declares peek={list(layer.peek)} but returned another value of "
-                f"{name!r}"
-            )
-    extra = sorted(map(str, set(carry) - set(layer.stash) - set(layer.peek)))
-    if extra:
-        raise ValueError(
-            f"{who} returned the undeclared skips {extra}; it declares "
-            f"stash={list(layer.stash)}: add them to "
-            "`@fpipe.skippable(stash=...)`"
-        )
-    return {name: carry[name] for name in layer.stash}

@@ -36,19 +36,12 @@ from fpipe._core.pytrees import (
 from fpipe._core.settings import settings
 from fpipe._core.statics import check_leaves
 from fpipe._model.joining import check_output_axes
-from fpipe._model.layer import (
-    Layer,
-    LayerCall,
-    LayerResult,
-    call_layer,
-    defaults_of,
-    flatten_layers,
-    keyword_needs,
-    without_missing,
-)
+from fpipe._model.layer import Layer, flatten_layers
+from fpipe._model.layer_calls import LayerCall, LayerResult, call_layer
 from fpipe._model.microbatch import BatchShapes
 from fpipe._model.needs import BY_NAME, Share, stand_ins
 from fpipe._model.scopes import scope_of
+from fpipe._model.signatures import defaults_of, keyword_needs, without_missing
 from fpipe._model.skip_routes import (
     Skip,
     SkipRoute,

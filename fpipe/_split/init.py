@@ -37,9 +37,10 @@ from fpipe._core.pytrees import (
     zeros,
 )
 from fpipe._model.function_layers import FunctionLayers
-from fpipe._model.layer import Layer, keyword_needs
+from fpipe._model.layer import Layer
 from fpipe._model.microbatch import BatchShapes
 from fpipe._model.model import Model, Put
+from fpipe._model.signatures import keyword_needs
 from fpipe._model.wrappers import unwrapped
 from fpipe._program.graph import Graph, Node, evaluate, inline, needed_nodes, trace
 

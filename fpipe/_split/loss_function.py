@@ -27,9 +27,10 @@ import jax.numpy as jnp
 
 from fpipe._core.errors import a_type, add_note, at_line, line_of, shown
 from fpipe._core.pytrees import PyTree, describe, is_array
-from fpipe._model.layer import Layer, function_name, has_floats, inside_of
+from fpipe._model.layer import Layer
 from fpipe._model.loss import Loss
 from fpipe._model.needs import BY_NAME
+from fpipe._model.signatures import function_name, has_floats, inside_of
 from fpipe._model.wrappers import Microbatches, NoChunk, PerRow, is_wrapper
 from fpipe._split.mark import as_aux
 from fpipe._split.trace import UNKNOWN_VALUES

@@ -40,7 +40,8 @@ from fpipe._core.pytrees import (
     pack,
     path_of,
 )
-from fpipe._model.layer import Layer, LayerCall, call_layer
+from fpipe._model.layer import Layer
+from fpipe._model.layer_calls import LayerCall, call_layer
 from fpipe._model.microbatch import Whole, cut_inputs
 from fpipe._model.model import cast, wide_output
 from fpipe._program.graph import (

@@ -19,9 +19,9 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from fpipe._core.checks import as_names
 from fpipe._core.errors import shown
 from fpipe._core.pytrees import PyTree, describe
-from fpipe._model.layer import checked_names
 
 # The arguments that Flax modules use, and whether they are true in training.
 SWITCHES = {
@@ -209,7 +209,7 @@ def find_calling(
 
     # 1. The arguments that the user names.
     if inputs is not None and not isinstance(inputs, str):
-        inputs = checked_names(inputs, f"{call}: inputs=")
+        inputs = as_names(inputs, f"{call}: inputs=")
         if not inputs:
             raise ValueError(f"{call}: inputs=() names no argument")
     side_inputs = _side_inputs(side, call)

@@ -20,8 +20,9 @@ from flax import nnx
 from fpipe._core.errors import noting, shown
 from fpipe._core.pytrees import PyTree, describe, eval_shape, is_array, shapes_of
 from fpipe._core.statics import check_leaves
-from fpipe._model.layer import Layer, fn, function_name, keyword_needs
+from fpipe._model.layer import Layer, fn
 from fpipe._model.needs import stand_ins
+from fpipe._model.signatures import function_name, keyword_needs
 from fpipe.flax._borrow import Borrow, Path, parse_borrow
 from fpipe.flax._function import ModuleOptions, Output
 from fpipe.flax._linen import linen_layer, modules_inside

@@ -25,8 +25,9 @@ import jax
 from flax import linen as nn
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
+from fpipe._core.checks import as_names
 from fpipe._core.pytrees import PyTree, eval_shape, shapes_of
-from fpipe._model.layer import Layer, checked_names
+from fpipe._model.layer import Layer
 from fpipe.flax._batch_norm import defer_stats, deferred_apply, finish_stats
 from fpipe.flax._borrow import Path, check_fit, keep_own, lend, misfit
 from fpipe.flax._calling import find_method
@@ -378,9 +379,9 @@ def linen_layer(module: nn.Module, options: ModuleOptions) -> Layer:
     calling = options.find_calling(method, fields)
     streams = collections = None
     if options.rngs is not None:
-        streams = checked_names(options.rngs, f"{call}: rngs=")
+        streams = as_names(options.rngs, f"{call}: rngs=")
     if options.state is not None:
-        collections = checked_names(options.state, f"{call}: state=")
+        collections = as_names(options.state, f"{call}: state=")
     known = collections is not None or options.x is not None
     function = LinenFunction(
         options.name,
