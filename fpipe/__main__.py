@@ -42,6 +42,17 @@ OF_STAGES = ("F", "B", "I", "W", "R", "offload")
 HALF = -1.0
 # Microseconds of a trace for a unit of time: viewers show milliseconds.
 UNIT = 1000.0
+# Below the options, where the lines of a table are kept.
+EPILOG = """\
+{what}
+  F, I, W    a forward, and the two halves of a backward (default: 1 each)
+  B          a whole backward (default: I + W; I and W are half of a given B)
+  R          a recomputation (default: F)
+  transfer   of an array to another device (default: 0)
+  offload    one copy of a microbatch to the host, or back (default: 0)
+  launch     the host's time to launch an action (default: 0)
+  launchers  one thread launches for all devices, or per_device (default: one)
+"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -102,9 +113,7 @@ def _parser() -> _Parser:
         "stages per device (default: the schedule's own number, or 2 if it takes "
         "several)",
     )
-    _add_costs(
-        one, "times of the actions of a stage, and of a transfer between devices"
-    )
+    _add_costs(one, "Costs, in any unit of time; those of actions are of one stage:")
     one.add_argument(
         "--out",
         type=_read_out,
@@ -123,8 +132,8 @@ def _parser() -> _Parser:
     )
     _add_costs(
         many,
-        "times of the actions of all the stages of a device together (so each "
-        "schedule has the same work), and of a transfer between devices",
+        "Costs, in any unit of time; those of actions are of all the stages of a\n"
+        "device together, so that each schedule has the same work:",
     )
     return parser
 
@@ -133,7 +142,10 @@ def _add_command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], str], what: str
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(
-        name, help=what, description=f"{what[0].upper()}{what[1:]}."
+        name,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     return parser
@@ -158,20 +170,14 @@ def _add_sizes(parser: argparse.ArgumentParser, virtual: str) -> None:
 
 
 def _add_costs(parser: argparse.ArgumentParser, what: str) -> None:
-    default = (
-        "F=1,I=1,W=1,transfer=0, and B is I + W; if B is given alone, I and W are "
-        "half of it each; R=F, offload=0, launch=0, launchers=one"
-    )
-    more = (
-        "R is a recomputation; offload is one copy of a microbatch to the host or "
-        "back, its bytes divided by the bandwidth; launch is the host's time to launch "
-        f"an action; launchers is {' or '.join(LAUNCHERS)} (threads that launch)"
-    )
+    parser.epilog = EPILOG.format(what=what)
     parser.add_argument(
         "--costs",
         type=_read_costs,
         default={},
-        help=f"{what}; {more} (default: {default})",
+        metavar="NAME=NUMBER,...",
+        help="what things take, such as F=1,I=1.2,W=0.9,transfer=0.1: see the list "
+        "below (default: that of each)",
     )
     parser.add_argument(
         "--recompute",
@@ -293,9 +299,9 @@ def _compare_schedules(arguments: argparse.Namespace) -> str:
         lines += ["", "left out:", *left_out]
     lines += [
         "",
-        "idle: time of a device, on average",
-        "peak live: microbatches held, each on all the stages of a device, where there "
-        "are most of them",
+        "idle: how long a device does nothing, the mean over all devices",
+        "peak live: microbatches that the fullest device holds; one that it holds on "
+        "one of its two stages counts half",
     ]
     return "\n".join(lines)
 

@@ -27,6 +27,9 @@ from fpipe.schedules._draw.picture import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# What it imports, such as `svg`, has its home elsewhere.
+__all__ = ["SUFFIXES", "WIDTH", "draw", "save"]
+
 SUFFIXES = (".svg", ".png", ".pdf")
 """The suffixes of the files that `save` writes."""
 WIDTH = 12.0

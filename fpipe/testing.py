@@ -41,6 +41,9 @@ from fpipe.schedules._rules import needs as needed_actions
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
 
+# What it imports, such as `Pipe`, has its home elsewhere.
+__all__ = ["assert_equals_sequential", "models", "partitions", "schedules"]
+
 
 def assert_equals_sequential(
     pipe: Pipe,

@@ -1,5 +1,6 @@
 """The command line: what it prints, writes and refuses."""
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -385,6 +386,12 @@ def test_help_tells_each_default(capsys, command):
     )
     for flag in flags:
         assert "--help" in flag or "(default" in flag or "(required)" in flag, flag
+    # A line for each cost, or for several, with the default.
+    told = re.findall(r"^  (\S+(?:, \S+)*)  .*\(default: ", text, re.MULTILINE)
+    costs = {field.name for field in dataclasses.fields(Costs)}
+    assert set(", ".join(told).split(", ")) == {
+        name for name in costs if not name.startswith("memory")
+    }
 
 
 def test_nothing_asked_for(capsys):

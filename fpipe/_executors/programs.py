@@ -266,6 +266,16 @@ class Programs:
         direct = (s, i) in self._direct
         return self._remat.recomputes(i, self.inputs.cut.m, direct)
 
+    def _keeps_many(self, s: int) -> bool:
+        """Whether a stage keeps residuals that recomputation would save: some backward
+        neither recomputes nor follows its forward directly.
+        """
+        m = self.inputs.cut.m
+        return any(
+            (s, i) not in self._direct and not self._remat.recomputes(i, m, False)
+            for i in range(m)
+        )
+
     def readers(self, s: int, leaf: Leaf, i: int) -> list[tuple[int, Leaf]]:
         """The stages that have a gradient for an output leaf, with their name for it:
         each sends a cotangent back. A stage that reads an array but does not
@@ -332,6 +342,7 @@ class Programs:
             ),
             windows=tuple(self._windows(s, i).items()),
             accumulate=whole and several,
+            keeps_many=self._keeps_many(s),
             places=self._places,
         )
 

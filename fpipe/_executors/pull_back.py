@@ -28,6 +28,12 @@ from fpipe._executors.protocol import Executor, SecondHalf
 from fpipe._executors.request import differentiable_inputs, input_leaves
 from fpipe._model.stages import Port
 
+_NO_FORWARD_MODE = (
+    "fpipe: over a call of a Pipe `jax.grad`, `jax.vjp` and `jax.value_and_grad` work, "
+    "and forward mode (`jax.jvp`, `jax.jacfwd`) does not, because the call has a "
+    "backward of its own; `fpipe.sequential` supports both"
+)
+
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,7 +115,12 @@ def differentiable_call(
 
     f = jax.custom_vjp(primal)
     f.defvjp(forward, backward, symbolic_zeros=True)
-    flat = f(*executor.bring(arrays))
+    try:
+        flat = f(*executor.bring(arrays))
+    except TypeError as error:
+        if "custom_vjp" in str(error):  # JAX's own refusal of forward mode
+            error.add_note(_NO_FORWARD_MODE)
+        raise
     return returned[-1].unpack(flat)
 
 

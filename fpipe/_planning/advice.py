@@ -126,13 +126,13 @@ def warn_of_repeated_devices(places: int, devices: int) -> Iterator[str]:
 
     Arguments:
         places: the devices of the schedule.
-        devices: how many there are in truth.
+        devices: how many different ones these are.
     """
     if devices < places:
         yield (
-            f"{places} devices of the schedule are {devices} in truth: the step and "
-            f"the bubble are predicted for {places} separate devices, so the real step "
-            "takes longer; the predicted memory is right"
+            f"the schedule has {places} devices, and `devices=` names only {devices} "
+            f"different ones: the step and the bubble are predicted for {places}, so "
+            "the real step takes longer; the predicted memory is right"
         )
 
 

@@ -79,6 +79,8 @@ class SplitSpec:
         donated: input leaves that the forward consumes.
         windows: what the programs take whole, and cut their piece out of.
         accumulate: whether constant leaves' gradients are added to a sum that comes in.
+        keeps_many: whether residuals of several microbatches are there at a time, so
+            that weights among them are worth a warning.
         places: of the pipe, for exceptions in the Python that programs call; `None`:
             the programs will not run.
     """
@@ -93,6 +95,7 @@ class SplitSpec:
     donated: frozenset[Leaf] = frozenset()
     windows: tuple[tuple[ProgramValue, Window], ...] = ()
     accumulate: bool = False
+    keeps_many: bool = True
     places: Places | None = None
 
 
@@ -198,7 +201,8 @@ class _Splitter:
     def split(self) -> dict[Kind, Program]:
         """The programs by kind."""
         programs: dict[Kind, Program] = {"F": self._forward()}
-        self._warn_of_kept_weights()
+        if self.spec.keeps_many:
+            self._warn_of_kept_weights()
         # Gradients of what is the same for all microbatches are summed over them (those
         # of states, which are their new values, go into a maximum). The others go out,
         # one for each microbatch.
@@ -289,9 +293,8 @@ class _Splitter:
         self.warnings += [
             f"stage {self.spec.stage} keeps {self.graph.avals[v].str_short()} per "
             "microbatch, made from parameters alone inside a lax.scan or lax.cond; "
-            "make "
-            "it outside (cast the stacked parameters before the scan, for example), or "
-            "use checkpoint='always'"
+            "make it outside (cast the stacked parameters before the scan, for "
+            "example), or use checkpoint='always'"
             for v in suspects
             if v in from_params
         ]

@@ -94,7 +94,9 @@ def test_the_names_are_those_that_python_sees(module):
         if getattr(value, "__module__", "").startswith("fpipe")
     }
     own = {name for name in own if not name.startswith("_")}
-    # These import what they use.
+    # These import what they use, and say what is their own.
+    if module in ("fpipe.plot", "fpipe.testing"):
+        assert sorted(seen["__all__"]) == sorted(hooks().public(module))
     if module not in ("fpipe.distributed", "fpipe.plot", "fpipe.testing"):
         assert own <= set(hooks().public(module))
 

@@ -83,8 +83,19 @@ def test_weights_and_values_made_from_weights_are_not_kept_per_microbatch(
 
 
 @pytest.mark.filterwarnings("default:stage 0 keeps")
-@pytest.mark.parametrize("cast", [True, False])
-def test_a_cast_inside_a_scan_is_the_exception_and_a_warning_names_the_cure(cast):
+@pytest.mark.parametrize(
+    ("cast", "checkpoint", "schedule"),
+    [
+        (True, "never", "gpipe"),
+        (False, "never", "gpipe"),
+        # The residuals of one microbatch at a time: recomputing would save nothing.
+        (True, "never", "1f1b"),
+        (True, "always", "gpipe"),
+    ],
+)
+def test_a_cast_inside_a_scan_is_the_exception_and_a_warning_names_the_cure(
+    cast, checkpoint, schedule
+):
     def layer(ws, x):
         def body(x, w):
             return jnp.tanh(x @ w.astype(jnp.bfloat16)) if cast else jnp.tanh(
@@ -96,10 +107,12 @@ def test_a_cast_inside_a_scan_is_the_exception_and_a_warning_names_the_cure(cast
             jnp.float32
         )
 
-    pipe = fpipe.Pipe([fpipe.Layer(layer)], [1], chunks=2, checkpoint="never")
+    pipe = fpipe.Pipe(
+        [fpipe.Layer(layer)], [1], chunks=2, checkpoint=checkpoint, schedule=schedule
+    )
     params = pipe.place((jnp.ones((3, W, W)),))
     step = pipe.value_and_grad(jnp.mean)
-    if cast:
+    if (cast, checkpoint, schedule) == (True, "never", "gpipe"):
         with pytest.warns(
             UserWarning,
             match=r"stage 0 keeps bfloat16\[3,16,16\] per microbatch.*cast the stacked",
@@ -115,7 +128,9 @@ def test_a_branch_that_keeps_weights_is_warned_about_too():
             x[0, 0] > 0, lambda x: jnp.sin(x @ jnp.cos(w)), lambda x: x, x
         )
 
-    pipe = fpipe.Pipe([fpipe.Layer(layer)], [1], chunks=2, checkpoint="never")
+    pipe = fpipe.Pipe(
+        [fpipe.Layer(layer)], [1], chunks=2, checkpoint="never", schedule="gpipe"
+    )
     with pytest.warns(
         UserWarning, match=r"keeps float32\[16,16\] per microbatch.*lax.cond"
     ):

@@ -776,8 +776,8 @@ def test_drawn_over_the_simulated_one_as_text():
         "device 1      F0- B0-- F1- B1--\n"
         "    over    F0 B0--- F1 B1---\n"
         "measured: makespan 0.112, bubble 39.3%, peak live microbatches 2, 1; over "
-        "1f1b: makespan 9, bubble 33.3%, peak live\n"
-        "microbatches 2, 1; drawn 0.0113 times as long"
+        "1f1b (makespan 9, bubble 33.3%, peak live\n"
+        "microbatches 2, 1; scaled by 0.0113 to equal work)"
     )
 
 

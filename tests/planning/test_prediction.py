@@ -473,10 +473,11 @@ def test_devices_that_are_one_are_told():
     for devices, count in (([one] * 4, 1), ([one, two] * 2, 2)):
         told = fpipe.Pipe(layers, [1] * 4, devices, chunks=16).plan(None, X).warnings
         assert any(
-            f"4 devices of the schedule are {count} in truth" in text for text in told
+            f"has 4 devices, and `devices=` names only {count} different" in text
+            for text in told
         ), told
     apart = fpipe.Pipe(layers, [1] * 4, chunks=16).plan(None, X).warnings
-    assert not any("in truth" in text for text in apart)
+    assert not any("different ones" in text for text in apart)
 
 
 def test_too_little_memory_is_told_with_what_is_missing():

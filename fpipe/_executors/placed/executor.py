@@ -265,16 +265,7 @@ class Placed:
 
     def differentiable(self, args: Args) -> tuple[PyTree, tuple[PyTree, ...]]:
         """`(y, state)` of a call with traced arguments."""
-        try:
-            return differentiable_call(self, args)
-        except TypeError as error:
-            if "custom_vjp" in str(error):  # JAX's own refusal of forward mode
-                error.add_note(
-                    "fpipe: a placed Pipe supports `jax.grad`, `jax.vjp` and "
-                    "`jax.value_and_grad`; `fpipe.sequential` "
-                    "supports every transformation"
-                )
-            raise
+        return differentiable_call(self, args)
 
     def first_half(
         self, args: Args, leaves: Sequence[tuple[Leaf, ...]], asked: Sequence[bool]

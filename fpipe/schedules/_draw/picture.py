@@ -170,9 +170,10 @@ def picture(
         table = _RowTable.of([timeline, other])
         beneath = _boxes(other, scale, table)
         span = max(span, other.makespan * scale)
-        caption += f"; over {_caption(other)}"
+        numbers = _numbers(other)
         if not math.isclose(scale, 1.0):
-            caption += f"; drawn {scale:.3g} times as long"
+            numbers += f"; scaled by {scale:.3g} to equal work"
+        caption += f"; over {other.name} ({numbers})"
     boxes = _boxes(timeline, 1.0, table)
     # Of both timelines, so that one legend serves both.
     kinds = {box.kind for box in (*boxes, *beneath)}
@@ -278,10 +279,14 @@ def _boxes(timeline: Timeline, scale: float, table: _RowTable) -> tuple[Box, ...
 
 
 def _caption(timeline: Timeline) -> str:
+    return f"{timeline.name}: {_numbers(timeline)}"
+
+
+def _numbers(timeline: Timeline) -> str:
+    makespan = timeline.makespan
+    # A measured makespan has more digits than anybody reads.
+    digits = f"{makespan:.5g}" if makespan < 1e4 else f"{makespan:g}"
     # Rounding may leave a bubble a little below nothing.
     bubble = max(timeline.bubble, 0.0)
     live = ", ".join(map(str, timeline.peak_live))
-    return (
-        f"{timeline.name}: makespan {timeline.makespan:g}, bubble {bubble:.1%}, "
-        f"peak live microbatches {live}"
-    )
+    return f"makespan {digits}, bubble {bubble:.1%}, peak live microbatches {live}"

@@ -969,6 +969,11 @@ def test_second_derivatives_in_jit(schedule):
     plain = fpipe.sequential([layer] * 2, chunks=2)
     pipe = pipe_of([layer] * 2, (1, 1), chunks=2, schedule=schedule)
     run = jax.jit(second, static_argnums=0)
-    got = run(pipe, pipe.place(params), pipe.place(direction), x)
+    placed = pipe.place(params)
+    got = run(pipe, placed, pipe.place(direction), x)
     want = run(plain, params, direction, x)
     assert_same(tuple(map(pipe.gather, got)), want)
+    # Forward mode over the call itself is JAX's refusal, with a note of what works.
+    with pytest.raises(TypeError, match="custom_vjp") as caught:
+        jax.jvp(lambda x: pipe(placed, x), (x,), (x,))
+    assert "`fpipe.sequential` supports both" in caught.value.__notes__[0]
