@@ -171,8 +171,8 @@ def traced_runs(
 
     Arguments:
         shapes: those of the plan's inputs, by slot.
-        results_of: how the results of a program lie of which XLA decides; it has been
-            yielded by then. Default the plan's guess.
+        results_of: how those results of a program lie for which XLA decides. It is
+            called after the program was yielded. Default the plan's guess.
     """
 
     # The very arguments that a call will have, weak types too. If they differed in

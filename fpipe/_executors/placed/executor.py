@@ -251,8 +251,9 @@ class Placed:
     def bring(self, arrays: Sequence[Any]) -> list[Any]:
         """Inputs stay where they are: a plan moves them to the stages that read them.
 
-        (`Scan` puts them on its mesh here, before the call is a `custom_vjp`.) But a
-        sharding that is part of a type goes: the gradient would have to have it.
+        (`Scan` puts them on its mesh here, before the call is a `custom_vjp`.) But no
+        array keeps explicit axes: they are a part of its type, and so its gradient
+        would need them too.
         """
         return [self.layout.first.take([a])[0] if is_explicit(a) else a for a in arrays]
 
@@ -456,7 +457,7 @@ class Placed:
         """
         refuse_tracers([params[0], *[arrays for arrays, _ in packs.values()]])
         # Everything that a trace depends on. Static leaves are in the structures.
-        # Settings of JAX are among it, because a trace bakes them in: a call under
+        # Settings of JAX belong to it, because a trace bakes them in: a call under
         # `jax.enable_x64` has another plan.
         try:
             key = Key(

@@ -378,9 +378,9 @@ class Plan:
         instructions: everything, in the order in which it is issued.
         slots: what each slot holds.
         shardings: how the arrays of slots on meshes lie.
-        free: the slots of which XLA decides that; `shardings` has a guess.
-        stacks: of inputs whose pieces are put in their slots stacked, how many there
-            are.
+        free: the slots whose sharding XLA decides; `shardings` has a guess.
+        stacks: for each slot of an input that holds its pieces as a stack, how many
+            pieces these are.
         feeds: the inputs; parameters first, in the slots 0, 1, ….
         constants: slots with a value known when planning.
         backward: the number of the first instruction of the backward half (of a

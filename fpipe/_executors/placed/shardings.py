@@ -17,7 +17,7 @@ over that axis where actions read it: `P(None, "model")`.
 What crosses stages has a sharding that is known before anything is compiled, so that a
 transfer can be planned. A batch of several microbatches is stacked, so that each device
 has its rows of each of them. Cut by rows as a whole, a piece of consecutive rows would
-lie on few devices, and had to be sent to the others.
+lie on few devices, and would have to be sent to the others.
 """
 
 from collections.abc import Iterable, Mapping
@@ -55,8 +55,8 @@ class Shardings:
 
     Attributes:
         known: by slot, of those on meshes.
-        free: the slots of which XLA decides; `known` has a guess.
-        stacks: of the slots of stacked inputs the number of microbatches.
+        free: the slots whose sharding XLA decides; `known` has a guess.
+        stacks: for each slot of a stacked input the number of microbatches.
     """
 
     def __init__(

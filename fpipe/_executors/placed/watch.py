@@ -439,9 +439,9 @@ class WatchedCall:
         """From when to when each instruction ran, by its number.
 
         A start is not seen. It is computed: the latest of the instruction's issue and
-        the ends of what it waits for. An end that was seen late is put right first:
+        the ends of what it waits for. An end that was seen late is corrected first:
 
-            number  instruction        waits for  seen   put right
+            number  instruction        waits for  seen   corrected
             0       cpu:0: F(0,0)                 0.90   0.35
             2       cpu:0 -> cpu:1     0          0.35   0.35
             4       cpu:1: F(1,0)      2          1.20   0.70

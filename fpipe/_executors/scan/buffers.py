@@ -5,7 +5,7 @@ In: the work of a call, and when each action runs. Out: `Buffers`, in four passe
 1. `_color_wires`: what each action sends from device to device is an edge of a graph;
    the edges are coloured into the fewest wires.
 2. `_choose_pools`: what comes by a wire waits in the wire's pool. What stays on its
-   device waits where the reader's like look for theirs.
+   device waits where units that are equal to the reader look for theirs.
 3. `_fill_slots`: a bundle has a slot from its arrival to its last use. These intervals
    are coloured into the fewest slots, so that memory does not grow with the number of
    microbatches if what is in flight does not.
@@ -274,8 +274,8 @@ def _choose_pools(
     """The pool in which each group's bundle waits for each unit that reads it.
 
     Equal units are to run one operation, which takes from one pool. So what stays on
-    its device (the input of the first core, made by the end before it) waits where the
-    reader's like look for what comes by a wire.
+    its device (the input of the first core, made by the end before it) waits where
+    units that are equal to the reader look for what comes by a wire.
 
     In the machine that `machine.py` draws both cores read from one pool, although
     nothing comes to the first of them by a wire:
@@ -285,7 +285,8 @@ def _choose_pools(
         unit 2, a core    unit 1                by the wire      WireName("forward", 0)
         unit 3, the loss  unit 2                on its device    LocalPool("forward")
 
-    Nobody like the loss reads from a wire, so what it reads has a pool of its own.
+    No unit that is equal to the loss reads from a wire, so what the loss reads has a
+    pool of its own.
     """
     pool_of: dict[tuple[Group, Value, int], PoolName] = {}
     pool_of_like: dict[Hashable, PoolName] = {}

@@ -14,9 +14,8 @@ and the event that becomes of them if the first stamp of all was at 7.000:
     Stamp(tick=1, phase=0, device=1, end=0, time=7.250)    F0 on device 1,
     Stamp(tick=1, phase=0, device=1, end=1, time=7.262)    from 0.250 to 0.262
 
-Which action it was is in
-the segment, by tick, phase and device; if several units belong to it, each has stamps,
-and the action lasts from the first to the last.
+The segment says which action that was, by tick, phase and device. If an action has
+several units, each has stamps, and the action lasts from the first to the last.
 """
 
 import dataclasses

@@ -134,8 +134,7 @@ class Staged:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Turn:
     """A number that keeps the collectives of a tick in one order, see
-    `_move_in_turn`. It
-    is always zero, which XLA cannot know.
+    `_move_in_turn`. It is always zero, which XLA cannot know.
     """
 
 
@@ -259,9 +258,9 @@ class Interpreter:
             self.states = [StateBlock(r) for r in range(len(machine.state.rows))]
         self.maxima = [buffer for buffer in changed if isinstance(buffer, StateMaximum)]
         self.parts = self._find_row_sums(ops)
-        # An exception in a layer's callback waits until all devices can raise it. Over
-        # a mesh with other axes too JAX refuses callbacks that return something, and to
-        # ask whether there was one is such a callback.
+        # An exception in a layer's callback waits until all devices can raise it. To
+        # ask whether there was one takes a callback that returns something, and JAX
+        # refuses such callbacks over a mesh that has other axes too.
         self.failures: Failures | Logged | None = None
         if any(op.code is not None and op.code.guard is not None for op in ops):
             alone = mesh.size == mesh.shape[AXIS]
@@ -468,7 +467,7 @@ class Interpreter:
                 carry[HostSlots(name)] = list(left[n][len(device) :])
                 continue
             carry[name] = [empty((pool.slots, *a.shape), a.dtype) for a in device]
-            # One more: where nothing is staged, what goes to the host goes there.
+            # One slot more, for the junk of the phases in which nothing is staged.
             carry[HostSlots(name)] = [
                 empty_on_host((pool.slots + 1, *a.shape), a.dtype) for a in host
             ]
@@ -520,8 +519,8 @@ class Interpreter:
         phase = self.segment.phases[p]
         for feed in phase.feeds:
             self._move_feed(feed, carry, row[p], given)
-        # One slot goes to the host for a phase, not one for each operation, for most of
-        # these do not run.
+        # In each phase one slot goes to the host, and not one for each operation,
+        # because most operations do not run.
         staged = dict.fromkeys(s for entry in phase.ops for s in _staged(entry.op))
         for name in staged:
             carry[name] = self._nothing_staged(name.pool)
@@ -903,8 +902,8 @@ class Interpreter:
     def _as_summed(self, gradient: SummedGradient, total: Array) -> Array:
         """A sum as it lies during a step: whole over the axes of rows.
 
-        Left to itself XLA would cut what is added as the gradient is cut in the end,
-        and with it what that is made of.
+        Left to itself XLA would cut each summand as the finished gradient is cut, and
+        also the values that the summand is computed from.
         """
         spec = self._spec_of(gradient)
         if gradient in self.parts:
@@ -916,7 +915,7 @@ class Interpreter:
         return jax.lax.with_sharding_constraint(total, spec)
 
     def _spec_of(self, gradient: SummedGradient) -> P:
-        """How what a gradient is of is cut."""
+        """The spec of the row, the loan or the input that a gradient belongs to."""
         match gradient:
             case RowGradient(row):
                 return self.machine.params.rows[row].spec
@@ -954,7 +953,8 @@ class Interpreter:
 
     def _total(self, gradient: SummedGradient, parts: Array) -> Array:
         """A gradient with its parts added up, cut as its parameter is."""
-        # Said of what leaves the loop, or XLA would cut what is summed in it, too.
+        # This cuts what leaves the loop. Without `_as_summed` XLA would also cut what
+        # is summed inside of it.
         spec, parts = self._spec_of(gradient), self._as_summed(gradient, parts)
         if gradient in self.parts:
             axes = {*self.mesh.axis_names} - {AXIS}
@@ -1003,8 +1003,8 @@ def _staged(op: Op) -> list[Staged]:
 
 
 def _where(condition: Array, values: list[Any]) -> list[Any]:
-    """The buffers if a condition holds. They wait for it; what is on the host is left
-    alone, for nothing is computed there.
+    """The buffers, zeros unless a condition holds, so that they wait for it. What is
+    on the host stays as it is, because nothing is computed there.
     """
     return jax.tree.map(
         lambda a: a if on_host(a) else jnp.where(condition, a, jnp.zeros_like(a)),

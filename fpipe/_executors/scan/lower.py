@@ -117,7 +117,7 @@ def lower(
         and leaf not in stacked
         and isinstance(cut.splits[port.kind].sources[leaf.number], Rows)
     )
-    # To make the segments fills `operations.loans`, `.outputs` and `.inputs`, which are
+    # Making the segments fills `operations.loans`, `.outputs` and `.inputs`, which are
     # read below: an operation is made when the first action asks for it.
     operations = Operations(work, buffers, params, state, sliced, spread)
     segments = tuple(make_segment(loop, operations) for loop in ticks)
@@ -130,7 +130,7 @@ def lower(
     # With a phase for each direction every wire carries something in nearly every tick.
     # It then runs unasked, which lets XLA move it beside the other phase.
     always = all(len(loop.phases) > 1 for loop in ticks)
-    # A wire without a pool is one by which nothing comes that anybody reads.
+    # A wire has no pool if nobody reads what comes by it.
     wires = {
         name: Wire(tuple(sorted(pairs)), pools[name].avals, always)
         for name, pairs in buffers.pairs.items()

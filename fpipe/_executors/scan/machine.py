@@ -22,12 +22,12 @@ these are the rows of device 0, without the operations that it never runs.
 
 The first number of an operation is 1 where it runs, the second is the microbatch, and
 the others are slots: `stage0 F` puts the microbatch's input into a slot of the pool
-`WireName("forward", 0)`, `stage0-1 F` takes it from there, keeps its output for the
-backward, sends it, and puts it where the loss would find it on the last device (here
-nobody does: slot 1 of `LocalPool("forward")` is for that). Of a wire the first number
-is the slot where its bundle arrives on this device, the second whether anything is sent
-at all. Nothing arrives by `forward 0` on device 0, so it goes to slot 2, for what
-nobody reads.
+`WireName("forward", 0)`. `stage0-1 F` takes it from there, keeps its output for the
+backward, sends it, and puts it where the loss finds it on the last device. On device 0
+nobody reads that, so it goes to slot 1 of `LocalPool("forward")`. Of a wire the first
+number is the slot where its bundle arrives on this device, the second is 1 where any
+device sends something. No device sends anything to device 0 by `forward 0`, and a
+`ppermute` then delivers zeros: these go to slot 2, which nobody reads.
 
 The words of this room, each for one thing:
 
@@ -51,9 +51,10 @@ The words of this room, each for one thing:
       device 0 <--backward 0-- device 1 <--backward 0-- device 2
       device 0 ----------------forward 1--------------> device 2      a skip
 
-- *shape*: of a microbatch, by number: the last one of a batch may be smaller, and
-  ready-made ones are as they are. Each shape has operations of its own, and a stack of
-  each input and output; a slot or an outbox has room for the largest.
+- *shape*: microbatches may have several shapes, which are numbered: the last one of a
+  batch may be smaller, and ready-made ones may differ. Each shape has operations of its
+  own, and a stack of each input and output. A slot or an outbox has room for the
+  largest.
 - *feed*: brings a large input to the device that reads it, one microbatch at a time.
   Each device holds its share of the microbatches (`feeds.py`).
 - *loan*: a parameter that another device's stage uses too. It is sent once, before the
@@ -425,7 +426,7 @@ class SetStatePart:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Maximise:
-    """A value takes the place of what is less."""
+    """Each number of a value replaces the number in the buffer, if that is smaller."""
 
     buffer: StateMaximum
     value: int

@@ -1,11 +1,10 @@
-"""The operations of a call: programs from which everything is taken out that only one
-unit has.
+"""The operations of a call: the programs of its units, without what only one unit has.
 
 In: the programs of units, and where their values wait. Out: `Op`s, and for each unit
 and microbatch the numbers that are left.
 
-What is taken out are layers, slots and microbatches. It becomes numbers in the table.
-So equal units give equal operations, and the program has one of them. For unit 1 of the
+Layers, slots and microbatches are taken out, and become numbers in the table. So equal
+units give equal operations, and the program has one of them. For unit 1 of the
 machine that `machine.py` draws (the first layer), kind `F`, `Operations.find` gives
 
     op          stage0-1 F, equal to that of unit 2
@@ -106,7 +105,7 @@ class PlaceNumber:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerNumber:
-    """The number of a layer, which it folds into its key, or says where it is by."""
+    """The number of a layer, for its key, or for the place in an error."""
 
     layer: int
 

@@ -49,7 +49,7 @@ class Location(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """What arrays have in common that lie side by side in one array of a slot."""
+    """What the arrays that lie side by side in one array of a slot have in common."""
 
     host: bool
     dtype: str
@@ -91,8 +91,10 @@ class Storage:
 
     @cached_property
     def _sizes(self) -> frozenset[int]:
-        """The numbers of rows by which arrays with rows are told. Of several only those
-        that lie on all shards alike: the rows of others lie on each device anyway.
+        """The lengths of a first axis by which arrays with rows are told from others.
+
+        If microbatches differ in size, only those sizes count that the shards divide:
+        the rows of others are whole on each device.
         """
         even = frozenset(n for n in self.rows if n % self.shards == 0)
         return even if even and len(set(self.rows)) > 1 else frozenset(self.rows)

@@ -189,7 +189,7 @@ class _PhaseEntries:
                 table[device, lead + tick, runs] = 1
                 table[device, lead + tick, first : first + len(numbers)] = numbers
         for wire, slot, used in code.wires:
-            # What comes where nothing was sent goes to the slot of what nobody reads.
+            # Where nothing was sent junk arrives, for the slot that nobody reads.
             table[:, :, slot] = self.operations.buffers.counts[wire]
             for tick, device, (number,) in self.arrivals[wire]:
                 table[device, lead + tick, slot] = number

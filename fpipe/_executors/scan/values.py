@@ -257,7 +257,8 @@ class UnitWork:
 
     @cached_property
     def identity(self) -> Hashable:
-        """Equal for units whose programs compute the same, from and to the same.
+        """Equal for units whose programs compute the same, and call what they read and
+        make by the same names.
 
         This decides which units share an operation. Layers are not compared: the Python
         functions of two layers may be different objects and compute the same.
@@ -406,7 +407,7 @@ def find_work(
     for i in range(inputs.cut.m):
         ran = [frozenset(kinds[s, i]) for s in range(len(units.of_stage))]
         traced = [id(programs.of(u, i)) for u in range(len(units.stages))]
-        # Of one shape, for their pieces of the inputs lie by shape.
+        # All are of one shape, because pieces of inputs are stacked by shape.
         microbatches[inputs.cut.like[i], *ran, *traced].append(i)
     groups = []
     for own in microbatches.values():
