@@ -13,7 +13,9 @@ each a list of equations with names for what goes in and out.
     code            a program; what it computes, as a function that can be compiled
     identity        codes of different stages that compute the same
     control_flow    what goes on inside of loops and branches
+    retracing       loops, branches and calls with other equations in them
     row_sums        weight gradients as sums over each device's rows
+    whole_axes      equations that move numbers along an axis which devices share
 
 A stage is cut as a graph, not by `jax.vjp` in one program and its pull-back in another:
 the residuals of a pull-back hold the weights and casts of them, and programs copy what

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from fpipe._core.pytrees import on_host
 from fpipe._core.settings import donated
 from fpipe._model.stages import Leaf
-from fpipe._program.graph import Graph, Node, evaluate
+from fpipe._program.graph import Bind, Graph, Node, bind, evaluate
 from fpipe._program.host_calls import Failures, Guard, Logged, evaluate_guarded
 from fpipe._program.identity import identity
 
@@ -259,6 +259,7 @@ class Code:
         wanted: Sequence[int],
         failures: Failures | Logged | None = None,
         cut: Callable[[int, Any, Any], Any] | None = None,
+        bind: Bind = bind,
     ) -> list[Any]:
         """Values of the graph, from the arguments.
 
@@ -269,6 +270,7 @@ class Code:
                 device by device start from other values.
             cut: `cut(n, array, index)` is the piece of the `n`-th argument that has a
                 window, if it is not what the window cuts out of a whole array.
+            bind: runs an equation.
         """
         # A constant fill, for example the cotangent of an output that nobody reads, is
         # made here, so that XLA can fold it. As an argument it would be an array to
@@ -292,7 +294,7 @@ class Code:
                 )
             given[v] = given[v] + piece if v in given else piece
         if self.guard is None:
-            return evaluate(self.graph, self.nodes, given, wanted)
+            return evaluate(self.graph, self.nodes, given, wanted, bind)
         return evaluate_guarded(
             self.graph,
             self.nodes,
@@ -301,6 +303,7 @@ class Code:
             self.guard,
             [arrays[self.guard.first], arrays[self.guard.index]],
             failures,
+            bind,
         )
 
     @property

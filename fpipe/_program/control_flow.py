@@ -36,6 +36,17 @@ def asks_host(nodes: Iterable[Node]) -> bool:
     )
 
 
+def has_own_devices(nodes: Iterable[Node]) -> bool:
+    """Whether an equation says what each device does: a `shard_map`, or Python that is
+    called.
+    """
+    return calls_host(nodes) or any(
+        node.name == "shard_map"
+        or any(has_own_devices(body.nodes) for body in node.bodies)
+        for node in nodes
+    )
+
+
 def has_loop(node: Node) -> bool:
     """Whether an equation is a loop, or has one in it."""
     return node.name in ("scan", "while") or any(

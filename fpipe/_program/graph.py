@@ -28,7 +28,7 @@ This module is the only one that reads jaxprs or binds equations. It offers the 
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -355,8 +355,16 @@ def bind(node: Node, inputs: Sequence[Any], **changed: Any) -> Sequence[Any]:
     return result if eqn.primitive.multiple_results else (result,)
 
 
+# How one equation is run: `bind`, or what does something more.
+Bind: TypeAlias = Callable[[Node, Sequence[Any]], Sequence[Any]]
+
+
 def evaluate(
-    graph: Graph, nodes: Iterable[Node], given: Mapping[int, Any], wanted: Iterable[int]
+    graph: Graph,
+    nodes: Iterable[Node],
+    given: Mapping[int, Any],
+    wanted: Iterable[int],
+    bind: Bind = bind,
 ) -> list[Any]:
     """Run equations one after the other and return the wanted values."""
     # Values are not dropped when they are last read: this runs under a trace, where

@@ -33,8 +33,9 @@ import numpy as np
 
 from fpipe._core.errors import PREFIX
 from fpipe._model.scopes import LOSS_SCOPE, layer_in
-from fpipe._program.control_flow import calls_host, is_remat, scan_parts
-from fpipe._program.graph import Graph, Node, bind, inline
+from fpipe._program.control_flow import calls_host
+from fpipe._program.graph import Bind, Graph, Node, bind
+from fpipe._program.retracing import retrace
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -221,14 +222,16 @@ def evaluate_guarded(
     guard: Guard,
     numbers: Sequence[Any],
     failures: Failures | Logged | None,
+    bind: Bind = bind,
 ) -> list[Any]:
     """`evaluate`, with guarded callbacks.
 
     Arguments:
         numbers: the first layer of the stage, and the microbatch.
         failures: where exceptions are kept; `None`: they are raised.
+        bind: runs an equation that calls no Python.
     """
-    binder = _Binder(guard, numbers, failures)
+    binder = _Binder(guard, numbers, failures, bind)
     return binder.run(graph, nodes, given, wanted, None)
 
 
@@ -241,6 +244,7 @@ class _Binder:
     guard: Guard
     numbers: Sequence[Any]
     failures: Failures | Logged | None
+    bind: Bind
 
     def run(
         self,
@@ -257,7 +261,7 @@ class _Binder:
             if calls_host([node]):
                 results = self._bind(node, inputs, layer)
             else:
-                results = bind(node, inputs)
+                results = self.bind(node, inputs)
             values.update(zip(node.outs, results, strict=True))
         return [values[v] for v in wanted]
 
@@ -283,27 +287,9 @@ class _Binder:
                 partitioned=params["partitioned"],
             )
             return []
-        # Jaxprs are not constructed, so an equation with a body is written once more,
-        # and JAX traces the body with the guarded callbacks in it. The numbers are
-        # values of the trace outside, which it finds by itself.
-        if node.name == "scan":
-            return self._scan(node, inputs, layer)
-        if node.name == "while":
-            return self._while(node, inputs, layer)
-        if node.name == "cond":
-            number, *rest = inputs
-            branches = [self._function(body, layer) for body in node.bodies]
-            return jax.lax.switch(number, branches, *rest)
-        if is_remat(node):
-            # The barrier is what keeps a recomputation from being found equal to what
-            # the forward has computed.
-            inputs = jax.lax.optimization_barrier(list(inputs))
-            return self._function(node.bodies[0], layer)(*inputs)
-        if node.name in ("custom_jvp_call", "custom_vjp_call"):
-            # Nothing is differentiated any more.
-            return self._function(node.bodies[0], layer)(*inputs)
-        # Anything else that has a body: a `shard_map`, a kernel.
-        return bind(node, inputs)
+        # An equation with a body is written once more, with the guarded callbacks in
+        # it. The numbers are values of the trace outside.
+        return retrace(node, inputs, lambda body: self._function(body, layer))
 
     def _function(self, body: Graph, layer: int | None) -> Callable[..., list[Any]]:
         """A body as a function."""
@@ -313,44 +299,6 @@ class _Binder:
             return self.run(body, body.nodes, given, body.outputs, layer)
 
         return run
-
-    def _scan(
-        self, node: Node, inputs: Sequence[Any], layer: int | None
-    ) -> Sequence[Any]:
-        params = node.eqn.params
-        constants, carried = scan_parts(node)
-        step = self._function(node.bodies[0], layer)
-        fixed = inputs[:constants]
-
-        def body(carry: list[Any], rows: list[Any]) -> tuple[list[Any], list[Any]]:
-            results = step(*fixed, *carry, *rows)
-            return results[:carried], results[carried:]
-
-        carry, rows = jax.lax.scan(
-            body,
-            list(inputs[constants : constants + carried]),
-            list(inputs[constants + carried :]),
-            length=params["length"],
-            reverse=params["reverse"],
-            unroll=params.get("unroll", 1),
-        )
-        return [*carry, *rows]
-
-    def _while(
-        self, node: Node, inputs: Sequence[Any], layer: int | None
-    ) -> Sequence[Any]:
-        # Its operands: the constants of the condition, those of the body, the carry.
-        params = node.eqn.params
-        test, step = (inline(params[name]) for name in ("cond_jaxpr", "body_jaxpr"))
-        carried = len(node.outs)
-        of_test = inputs[: len(test.inputs) - carried]
-        of_step = inputs[len(of_test) : len(inputs) - carried]
-        goes_on, body = self._function(test, layer), self._function(step, layer)
-        return jax.lax.while_loop(
-            lambda carry: goes_on(*of_test, *carry)[0],
-            lambda carry: body(*of_step, *carry),
-            list(inputs[len(inputs) - carried :]),
-        )
 
     def _guarded(
         self, function: Callable[..., Any], results: Sequence[Any], layer: int | None

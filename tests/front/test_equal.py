@@ -180,7 +180,6 @@ def pipe_of(
     executor="placed",
     mesh="no mesh",
     actions="none",
-    rows=8,
 ):
     """A pipe with that cut, on one device for each stage or on a mesh."""
     balances = balances_of(len(layers), schedule, mesh)
@@ -192,9 +191,7 @@ def pipe_of(
     if MESHES[mesh]:
         unshard = "action" if chunks % 2 else "step"
         places = {"mesh": mesh_of(MESHES[mesh]), "unshard": unshard}
-        # What the scan executor refuses on CPUs keeps its parameters whole.
-        if executor == "placed" or not exchanges(layers, rows, chunks, mesh):
-            layers = sharded(layers, MESHES[mesh])
+        layers = sharded(layers, MESHES[mesh])
     if actions in ("early", "both"):
         places["recompute"] = "early"
     if actions in ("offload", "both"):
@@ -210,18 +207,6 @@ def pipe_of(
         executor=executor,
         **places,
     )
-
-
-def exchanges(layers, rows, chunks, mesh) -> bool:
-    """Whether XLA has the devices of one stage exchange pieces of what is sharded: a
-    layer takes some of the columns that they share, or they share no rows, so that
-    columns can lie in two ways.
-    """
-    if "model" not in mesh:
-        return False
-    shares_rows = -(-rows // chunks) % 2 == rows % 2 == 0
-    takes_columns = any(layer.name in ("split", "bare") for layer in layers)
-    return takes_columns or ("data" in mesh and not shares_rows)
 
 
 @functools.cache
@@ -314,9 +299,7 @@ def check_row(
 ):
     layers = MODELS[model]
     layers = turned(layers) if inputs == "turned" else layers
-    pipe = pipe_of(
-        layers, cut, chunks, checkpoint, schedule, executor, mesh, actions, rows
-    )
+    pipe = pipe_of(layers, cut, chunks, checkpoint, schedule, executor, mesh, actions)
     check(Case(layers, chunks, rows, inputs=inputs), pipe, loss)
 
 

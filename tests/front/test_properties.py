@@ -78,8 +78,7 @@ def _check(data, executor, form, axis, wanted, pipes, most):
     mesh = None
     if axis is not None:
         mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("stage", axis))
-        if executor == "placed":
-            layers = sharded(layers, axis, data)
+        layers = sharded(layers, axis, data)
     shared = 2 if axis == "data" else 1
     rows = shared * data.draw(st.integers(1, 7 // shared))
     x, target, side = (noise(jax.random.key(k), (rows, WIDTH)) for k in range(3))

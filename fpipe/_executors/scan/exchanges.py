@@ -1,13 +1,13 @@
 """Exchanges between devices of one stage that would hang on CPUs.
 
 In: the text of a compiled program, and its mesh. Out: what makes such exchanges, by
-stage, kind of action and equation. Of `jnp.split(x @ w, 3, axis=1)` with `w` cut by
-columns, over the mesh stage=2 x model=2:
+stage, kind of action and equation. Of a layer that calls `jax.lax.ppermute` by itself,
+over the mesh stage=2 x model=2:
 
-    %a = f32[4,8] collective-permute(%b), source_target_pairs={{0,1},{2,3}},
-        metadata={op_name="jit(loss)/while/body/cond/branch_1_fun/stage0-1 F/split"}
+    %a = f32[4,8] collective-permute(%b), source_target_pairs={{0,1},{1,0},{2,3},{3,2}},
+        metadata={op_name="jit(loss)/while/body/cond/branch_1_fun/stage0-1 F/ppermute"}
 
-    ["`split` in stage0-1 F"]
+    ["`ppermute` in stage0-1 F"]
 
 Each operation of a stage is a branch of a conditional, and at one tick stages take
 different branches. A collective in a branch has to wait for the devices of its own
@@ -15,6 +15,10 @@ stage alone. All-reduce, all-gather, reduce-scatter and all-to-all do: they name
 of devices. A collective-permute names pairs, and XLA for CPUs has it wait for every
 device of the program (jax 0.10.2). What goes from stage to stage is a
 collective-permute too, but all devices come by there.
+
+Equations that move numbers along an axis run so that XLA exchanges nothing, see
+`whole_axes.py`. So little is left that is refused: what a layer sends by itself, and
+arrays that it cuts first along one axis of the mesh and then along another.
 """
 
 import re
@@ -70,12 +74,10 @@ def refuse_exchanges(text: str, mesh: Mesh) -> None:
         shown = ", ".join(found if len(found) <= 4 else [*found[:4], "…"])
         raise NotImplementedError(
             f'`Pipe(executor="scan", mesh=...)`: {shown}: devices of one stage would '
-            "exchange pieces of an array that is cut along an axis. With "
-            'executor="scan" the devices of a CPU would wait for each other for ever. '
-            "Give the parts of a joined weight an axis of their own, and cut another "
-            "axis: query, key and value in the shape (width, 3, width). Or make the "
-            "array whole before and after, by `jax.lax.with_sharding_constraint(h, "
-            'jax.sharding.PartitionSpec())`; or take executor="placed"'
+            'exchange parts of an array. With executor="scan" the devices of a CPU '
+            "would wait for each other for ever. Make the array whole before, by "
+            "`jax.lax.with_sharding_constraint(h, jax.sharding.PartitionSpec())`; or "
+            'take executor="placed"'
         )
 
 

@@ -60,7 +60,7 @@ from fpipe._executors.scan.clock import Ran
 from fpipe._executors.scan.exchanges import refuse_exchanges
 from fpipe._executors.scan.feeds import is_large
 from fpipe._executors.scan.lower import lower
-from fpipe._executors.scan.mesh import by_stage, on_mesh, replicated
+from fpipe._executors.scan.mesh import by_stage, on_mesh, replicated, waits_for_all
 from fpipe._executors.scan.packing import Packed, Packing
 from fpipe._executors.scan.parameters import Parameters
 from fpipe._executors.scan.plan_data import plan_data
@@ -393,7 +393,6 @@ class Scan:
                 devices_over(self.mesh, self._data),
                 self._traces,
                 len(self.mesh.axis_names) > 1,
-                self.mesh.devices.flat[0].platform == "cpu",
             )
         for text in (*machine.warnings, *unmade_states(kind, inputs, self._model)):
             warn(text)
@@ -428,32 +427,23 @@ class Scan:
     def _compiled(self, step: Step, name: Function, *arrays: Any) -> Any:
         """A function of a step, compiled; refused if it would hang."""
         program = getattr(step, name).lower(*arrays).compile()
-        if self._may_hang(step) and name not in step.checked:
+        if waits_for_all(self.mesh) and name not in step.checked:
             refuse_exchanges(program.as_text(), self.mesh)
             step.checked.add(name)
         return program
 
-    def _may_hang(self, step: Step) -> bool:
-        """Whether devices of one stage that exchange pieces of arrays would wait for
-        those of other stages.
-
-        Where they share rows alone, what moves rows is refused before it is compiled.
-        """
-        parts = self.mesh.shape[AXIS] * devices_over(self.mesh, self._data)
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        shared = self.mesh.size > parts or bool(step.machine.params.specs)
-        return on_cpu and self.mesh.shape[AXIS] > 1 and shared
-
     def _refuse_exchanges(self, step: Step, name: Function, arrays: Any) -> None:
         """Refuse a program that would hang, before it is called."""
-        if name in step.checked or not self._may_hang(step):
+        if name in step.checked or not waits_for_all(self.mesh):
             return
         if not is_traced(arrays):
             # The call finds what is compiled here.
             self._compiled(step, name, *arrays)
             return
-        # Only compiling tells what XLA makes of a layer. In a trace the program will be
-        # a part of another one, so it is compiled for this alone; on CPUs, and once.
+        if step.exchanges_nothing:
+            return
+        # Only compiling tells what XLA makes of any layer. In a trace the program will
+        # be a part of another one, so it is compiled for this alone; on CPUs, and once.
         params, *others = arrays
         lie = self.parameters.shardings(step.machine.params)
         rows = [

@@ -83,6 +83,7 @@ from fpipe._executors.scan.machine import (
     WholeInput,
     Write,
 )
+from fpipe._executors.scan.mesh import waits_for_all
 from fpipe._executors.scan.packing import Row
 from fpipe._executors.scan.storage import (
     Storage,
@@ -95,6 +96,8 @@ from fpipe._executors.stage_places import AXIS
 from fpipe._model.loss import sum_dtype
 from fpipe._model.specs import axes_in, without_axes
 from fpipe._model.stages import Leaf
+from fpipe._program.control_flow import has_own_devices
+from fpipe._program.graph import Bind, bind
 from fpipe._program.host_calls import Failures, Logged
 from fpipe._program.over_mesh import devices_over
 from fpipe._program.row_sums import (
@@ -104,6 +107,7 @@ from fpipe._program.row_sums import (
     sum_rows_apart,
     values_read,
 )
+from fpipe._program.whole_axes import WholeAxes
 
 Array: TypeAlias = jax.Array
 
@@ -258,6 +262,8 @@ class Interpreter:
             self.states = [StateBlock(r) for r in range(len(machine.state.rows))]
         self.maxima = [buffer for buffer in changed if isinstance(buffer, StateMaximum)]
         self.parts = self._find_row_sums(ops)
+        # The axes that are left to XLA.
+        self._free = {n: s for n, s in mesh.shape.items() if n != AXIS}
         # An exception in a layer's callback waits until all devices can raise it. To
         # ask whether there was one takes a callback that returns something, and JAX
         # refuses such callbacks over a mesh that has other axes too.
@@ -872,13 +878,11 @@ class Interpreter:
                     parts[n] = self.parts[target.buffer][op]
                 else:
                     alone.append(n)
-        if not parts and not alone:
-            return code(*arrays, failures=self.failures)
         # `terms` are the values that the sums are made of. They are asked for beside
         # the outputs. Nobody reads the sums over all rows then, so XLA leaves them out.
         wanted = [*code.outs, *code.sums]
         terms = list(dict.fromkeys(v for p in parts.values() for v in values_read(p)))
-        made = code.values(arrays, [*wanted, *terms], self.failures)
+        made = self._values(op, arrays, [*wanted, *terms])
         given = dict(zip(terms, made[len(wanted) :], strict=True))
         values = made[: len(wanted)]
         for n, own in parts.items():
@@ -886,6 +890,51 @@ class Interpreter:
         for n in alone:
             values[n] = _first_part(values[n], self.shards)
         return values
+
+    def _values(
+        self, op: Op, arrays: Sequence[Array], wanted: Sequence[int]
+    ) -> list[Any]:
+        """Values of an operation's code.
+
+        If devices cannot share the rows of its microbatch, each computes all of it.
+        XLA would use the idle axes to cut other axes of arrays, in several ways, and
+        exchange parts between these.
+        """
+        code, taken = op.code, frozenset(self.data)
+        assert code is not None
+        is_idle = (
+            op.rows % self.shards > 0
+            and self._free.keys() > taken
+            and not code.on_host
+            and not has_own_devices(code.nodes)
+        )
+        if not is_idle:
+            return code.values(arrays, wanted, self.failures, bind=self._bind())
+
+        def alone(numbers: Sequence[Array]) -> list[Array]:
+            own = [
+                from_stored(a, like) for a, like in zip(numbers, arrays, strict=True)
+            ]
+            made = code.values(own, wanted, self.failures, bind=self._bind(taken))
+            return [as_stored(jnp.asarray(a)) for a in made]
+
+        run = jax.shard_map(
+            alone, in_specs=P(), out_specs=P(), axis_names=taken, check_vma=False
+        )
+        made = run([as_stored(a) for a in arrays])
+        avals = [code.graph.avals[v] for v in wanted]
+        return [from_stored(a, like) for a, like in zip(made, avals, strict=True)]
+
+    def _bind(self, taken: frozenset[str] = frozenset()) -> Bind:
+        """How equations are run.
+
+        Arguments:
+            taken: axes that a `shard_map` around them has taken.
+        """
+        if not taken and not waits_for_all(self.mesh):
+            return bind
+        left = self._free.keys() - taken
+        return WholeAxes(tuple(self._free[name] for name in sorted(left)), taken)
 
     def _shape_of(self, gradient: SummedGradient) -> Any:
         """What a gradient is the gradient of: a row, a lent array or an input. Callers

@@ -13,10 +13,7 @@ is drawn). The passes:
 
 from collections.abc import Mapping
 
-import jax
-
 from fpipe._core.caches import Recent
-from fpipe._core.errors import at_line
 from fpipe._core.pytrees import Shape
 from fpipe._executors.request import CallKind, Inputs, Request
 from fpipe._executors.scan.buffers import place_bundles
@@ -40,12 +37,10 @@ from fpipe._model.microbatch import Rows
 from fpipe._model.model import LAYER_CALL
 from fpipe._model.needs import ROW_INPUTS
 from fpipe._model.remat import Remat
-from fpipe._model.scopes import LOSS_SCOPE, layer_in
 from fpipe._model.stages import SIDE, TARGETS, Leaf, Port, Stage, X
 from fpipe._program.code import Input
 from fpipe._program.control_flow import asks_host
 from fpipe._program.graph import called, inline
-from fpipe._program.moved_rows import find_moved_rows
 from fpipe._program.trace import FlatStage
 from fpipe.schedules import Action, Schedule
 
@@ -61,7 +56,6 @@ def lower(
     shards: int,
     kept: Recent,
     shared: bool,
-    on_cpus: bool,
 ) -> tuple[Machine, tuple[Mapping[Port, Shape], ...]]:
     """Lower a call. Also what the last unit returns for a microbatch of each shape.
 
@@ -70,7 +64,6 @@ def lower(
         shards: over how many devices the rows of a microbatch are shared. Over several,
             sums over rows need recomputations inlined; see `row_sums`.
         kept: the traces of earlier calls.
-        on_cpus: whether the mesh is of CPU devices.
     """
     opened = shards > 1
     # When each action runs. Whether backwards recompute is asked for a typical
@@ -90,8 +83,6 @@ def lower(
     work = find_work(units, schedule, position, remat, inputs, request, opened, kept)
     if shared:
         _refuse_callbacks(work)
-    if opened and on_cpus:
-        _refuse_moved_rows(work, shards)
     buffers = place_bundles(work, position)
     # Only the first unit reads `x` and only the last one the targets, and a side input
     # may have one reader too. All other devices would hold them for nothing. What goes
@@ -174,56 +165,6 @@ def _refuse_callbacks(work: Work) -> None:
                     'alone, or executor="placed". `jax.debug.print` and '
                     "`jax.debug.callback` return nothing, so they work"
                 )
-
-
-def _refuse_moved_rows(work: Work, shards: int) -> None:
-    """Refuse layers, or a loss, that move rows which devices share.
-
-    XLA exchanges them by a `collective-permute`. On CPUs that waits for all devices of
-    the mesh, those of other stages too, which do something else: the step would hang.
-    """
-    cut = work.programs.inputs.cut
-    for group in work.groups:
-        i = group.microbatches[0]
-        if cut.weights[i] % shards:
-            continue  # each device has all of them
-        for u, unit in enumerate(work.units.stages):
-            flat = work.programs.flat(u, i)
-            graph = inline(flat.closed)
-            rows_on = {
-                v: axis
-                for v, leaf, shape in zip(
-                    graph.inputs, flat.inputs, flat.shapes, strict=True
-                )
-                if leaf not in flat.constant
-                and (axis := _rows_of(work, u, leaf, shape, cut.weights[i])) is not None
-            }
-            moving = find_moved_rows(graph, rows_on)
-            if moving is None:
-                continue
-            layer = layer_in(moving.scope)
-            who = "the loss function"
-            if layer is not None and layer != LOSS_SCOPE:
-                who = f"layer {layer} {unit.model.layers[layer].name!r}"
-            raise NotImplementedError(
-                f"{who}: `{moving.name}`{at_line(moving.where)} moves rows of a "
-                'microbatch, which devices share. With executor="scan" the devices of '
-                "a CPU would wait for each other for ever. Take "
-                'executor="placed", or `data_axes=()`, or move rows before the pipe'
-            )
-
-
-def _rows_of(
-    work: Work, u: int, leaf: Leaf, shape: jax.ShapeDtypeStruct, rows: int
-) -> int | None:
-    """The axis on which rows of a microbatch lie in what enters a unit."""
-    kind = leaf.port.kind
-    if kind not in (*ROW_INPUTS, "skip"):
-        return None
-    if work.programs.routes.is_given(u, leaf.port):
-        source = work.programs.inputs.cut.splits[kind].sources[leaf.number]
-        return source.axis if isinstance(source, Rows) else None
-    return 0 if shape.shape[:1] == (rows,) else None
 
 
 def _asks_host(stage: Stage, flat: FlatStage) -> str:

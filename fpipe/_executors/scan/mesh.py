@@ -55,6 +55,14 @@ def check_size(mesh: Mesh, places: int, stages: int) -> None:
         )
 
 
+def waits_for_all(mesh: Mesh) -> bool:
+    """Whether devices of one stage that exchange parts of an array wait for those of
+    other stages, see `exchanges.py`.
+    """
+    on_cpus = mesh.devices.flat[0].platform == "cpu"
+    return on_cpus and 1 < mesh.shape[AXIS] < mesh.size
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """On every device."""
     return NamedSharding(mesh, P())

@@ -65,6 +65,7 @@ from fpipe._model.model import Model
 from fpipe._model.stages import AUX, LOSS, WEIGHT, Leaf, Port, Y
 from fpipe._model.state import stacked_state, unstacked_state
 from fpipe._program.over_mesh import devices_over
+from fpipe._program.whole_axes import exchanges_nothing
 
 Array: TypeAlias = jax.Array
 
@@ -108,6 +109,27 @@ class Step:
     def shards(self) -> int:
         """Over how many devices the rows of a microbatch are shared."""
         return devices_over(self.mesh, self.data)
+
+    @cached_property
+    def exchanges_nothing(self) -> bool:
+        """Whether it is known, before XLA compiles it, that the devices of one stage
+        exchange no parts of arrays (see `exchanges.py`).
+
+        They share one axis, every equation is known, and bundles of several kinds do
+        not lie side by side in an array, where XLA may cut these in other places.
+        """
+        codes = [
+            entry.op.code
+            for segment in self.machine.segments
+            for phase in segment.phases
+            for entry in phase.ops
+            if entry.op.code is not None
+        ]
+        return (
+            len(self.mesh.axis_names) == 2
+            and all(len({*pool.avals}) == 1 for pool in self.machine.pools.values())
+            and all(exchanges_nothing(code.nodes) for code in codes)
+        )
 
     @property
     def m(self) -> int:

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import fpipe
 import fpipe.testing
+from fpipe._executors.scan.exchanges import find_exchanges
 from tests.executors.helpers import machine_of, scan_executor
 from tests.executors.scan.poison import poison
 from tests.helpers import (
@@ -769,32 +770,22 @@ def test_a_sharded_batch_is_data_parallelism_around_the_pipeline(model, checkpoi
     )  # that one, the losses over the stages, and all gradients together
 
 
-def test_rows_that_move_between_devices_are_refused():
-    """On CPUs the step would hang."""
+def test_rows_move_between_devices():
+    """As XLA does it by itself the step would hang on CPUs."""
 
     def moved(w, x):
-        return jnp.roll(x @ w, 1, axis=0)
+        return jnp.roll(x @ w, 1, axis=0) * jnp.cumsum(x, 0)
 
     layer = fpipe.Layer(moved, lambda key, x: jnp.eye(x.shape[-1]), name="moved")
     x = noise(jax.random.key(0), (8, WIDTH))
-    pipe = fpipe.Pipe([dense(), layer], chunks=2, executor="scan", mesh=data_mesh())
+    mesh = data_mesh()
+    pipe = fpipe.Pipe([dense(), layer], chunks=2, executor="scan", mesh=mesh)
     params = pipe.init(jax.random.key(0), x)
-    with pytest.raises(NotImplementedError) as caught:
-        pipe(params, x)
-    assert re.fullmatch(
-        r"layer 1 'moved': `slice` at \S*test_scan.py:\d+ \(moved\) moves rows of a "
-        r"microbatch, which devices share\. With executor=\"scan\" the devices of a "
-        r"CPU would wait for each other for ever\. Take executor=\"placed\", or "
-        r"`data_axes=\(\)`, or move rows before the pipe",
-        str(caught.value),
-    )
-    # Nobody shares rows that the axis does not divide.
-    three = x[:6]
-    alone = dataclasses.replace(pipe, data_axes=())
-    want = fpipe.sequential([dense(), layer], chunks=2)
-    gathered = pipe.gather(params)
-    assert_same(pipe(params, three), want(gathered, three))
-    assert_same(alone(params, x), want(gathered, x))
+    step = jax.jit(pipe.value_and_grad(mse))
+    assert find_exchanges(text_of(step.lower(params, x, x).compile()), mesh) == []
+    got = step(params, x, x)
+    want = fpipe.sequential([dense(), layer], chunks=2).value_and_grad(mse)
+    assert_same((got[0], pipe.gather(got[1])), want(pipe.gather(params), x, x))
 
 
 def test_a_batch_of_another_size_than_the_data_axis_still_works():
