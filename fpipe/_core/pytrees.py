@@ -400,11 +400,31 @@ def copied(tree: PyTree) -> PyTree:
     # Without a program to compile, as `jnp.copy` would be one for each shape. It does
     # not copy numpy's arrays (jax 0.10.2), which nothing here deletes.
     leaves, treedef = jax.tree.flatten(tree)
-    own = [n for n, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+    own: list[int] = []
+    for n, leaf in enumerate(leaves):
+        if not isinstance(leaf, jax.Array):
+            continue
+        if is_traced(leaf) or leaf.is_fully_addressable:
+            own.append(n)
+        else:
+            leaves[n] = _copied_part(leaf)
     copies = jax.device_put([leaves[n] for n in own], may_alias=False)
     for n, copy in zip(own, copies, strict=True):
         leaves[n] = copy
     return treedef.unflatten(leaves)
+
+
+def _copied_part(array: jax.Array) -> jax.Array:
+    """A copy of an array that is not in this process alone: each process copies what it
+    has. `device_put` refuses such an array without a sharding (jax 0.10.2).
+    """
+    shards = [shard.data for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(
+        array.shape,
+        array.sharding,
+        jax.device_put(shards, may_alias=False),
+        dtype=array.dtype,
+    )
 
 
 def map_arrays(f: Callable[[Any], Any], tree: PyTree) -> PyTree:

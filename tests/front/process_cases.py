@@ -451,6 +451,19 @@ CASES = {
 }
 
 
+def checkpoints():
+    """The module with the cases of checkpoints, by the names of its functions. Orbax
+    takes two seconds to import, so the other workers do without.
+    """
+    from tests.front import process_checkpoints
+
+    return process_checkpoints
+
+
+CHECKPOINTS = ("continued", "loaded", "save_for_ever")
+"""Cases of `process_checkpoints`, which are given the folder."""
+
+
 def train_for_ever(how):
     """Steps until one process dies; by itself, if it is to raise."""
     pipe = fpipe.Pipe([dense()] * 2, devices=jax.devices(), chunks=2)
@@ -475,6 +488,7 @@ def parsed():
     parser.add_argument("--processes", type=int)
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=HANG)
+    parser.add_argument("--folder", type=pathlib.Path)
     parser.add_argument("what", nargs="+")
     return parser.parse_args()
 
@@ -502,9 +516,12 @@ def main():
         if name in ("train", "raise"):
             train_for_ever(name)
         started = time.monotonic()
-        case = CASES[name]
-        devices = jax.devices() if case.whole else jax.devices()[:: args.devices]
-        found = case.run(devices)
+        if name in CHECKPOINTS:
+            found = getattr(checkpoints(), name)(args.folder)
+        else:
+            case = CASES[name]
+            every = 1 if case.whole else args.devices
+            found = case.run(jax.devices()[::every])
         seconds = time.monotonic() - started
         line = {"case": name, "seconds": seconds}
         if name in TELLING:

@@ -5,9 +5,7 @@ number of processes is the same.
 import contextlib
 import faulthandler
 import functools
-import os
 import pathlib
-import signal
 import socket
 import subprocess
 import sys
@@ -32,7 +30,6 @@ from tests.helpers import (
     counter,
     dense,
     dropout,
-    eventually,
     mse,
     raises,
 )
@@ -270,74 +267,6 @@ def test_on_disk_is_one_entry_per_layer(tmp_path):
         == len(found[0]["moments"][1][0]["mu"])
         == len(LAYERS)
     )
-
-
-# --- interrupted ---
-
-
-SAVE = """
-import itertools, sys, pathlib, jax, jax.numpy as jnp, orbax.checkpoint as ocp, fpipe
-layer = fpipe.Layer(lambda p, x: x @ p, lambda key, x: jnp.zeros((512, 512)))
-pipe = fpipe.Pipe([layer] * 4, [2, 2], chunks=2)
-params = pipe.init(jax.random.key(0), jnp.zeros((4, 512)))
-manager = ocp.CheckpointManager(sys.argv[1])
-for step in itertools.count():
-    tree = pipe.gather(jax.tree.map(lambda a: a + step, params))
-    manager.save(step, args=ocp.args.StandardSave(tree))
-    manager.wait_until_finished()
-"""
-
-
-def unfinished(folder):
-    """Whether a save is under way."""
-    return any("tmp" in path.name for path in folder.iterdir())
-
-
-def caught(process, folder):
-    """Whether the process stands still within a save, the third or a later one."""
-    assert process.poll() is None
-    names = {path.name for path in folder.iterdir()}
-    if not names >= {"1", "2"} or not unfinished(folder):
-        return False
-    os.kill(process.pid, signal.SIGSTOP)  # to look at it in peace
-    _, status = os.waitpid(process.pid, os.WUNTRACED)
-    assert os.WIFSTOPPED(status)
-    if unfinished(folder):
-        return True
-    os.kill(process.pid, signal.SIGCONT)
-    return False
-
-
-def test_killed_while_it_saves(tmp_path):
-    """The last whole checkpoint is there, and loads; the next one is saved beside what
-    is left.
-    """
-    folder = tmp_path / "run"
-    folder.mkdir()
-    code = f"import jax; jax.config.update('jax_num_cpu_devices', 2){SAVE}"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)], cwd=ROOT
-    ) as process:
-        try:
-            assert eventually(lambda: caught(process, folder)), "no save was caught"
-        finally:
-            process.kill()
-    assert process.returncode == -signal.SIGKILL
-    assert unfinished(folder)
-    pipe = fpipe.Pipe([fpipe.Layer(lambda p, x: x @ p)] * 4, [1, 3], chunks=2)
-    with ocp.CheckpointManager(folder) as manager:
-        step = manager.latest_step()
-        assert step is not None
-        assert step >= 2
-        like = (np.zeros((512, 512), np.float32),) * 4
-        saved = manager.restore(step, args=ocp.args.StandardRestore(like))
-        assert_same(pipe.gather(pipe.place(saved)), tuple(a + step for a in like), 0)
-        manager.save(step + 1, args=ocp.args.StandardSave(like))
-        manager.wait_until_finished()
-        assert manager.latest_step() == step + 1
-        assert_same(
-            manager.restore(step + 1, args=ocp.args.StandardRestore(like)), like, 0
-        )
 
 
 # --- of something else ---

@@ -2,15 +2,20 @@
 error in place of a hang.
 """
 
+import os
 import re
 import signal
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import fpipe
-from tests.front.process_cases import CASES, TELLING, decoded
+from tests.front.process_cases import CASES, CHECKPOINTS, TELLING, decoded
+from tests.front.process_checkpoints import Run
 from tests.front.workers import Workers
-from tests.helpers import HANG, assert_same
+from tests.helpers import HANG, assert_same, eventually
 
 WORKER = "tests.front.process_cases"
 
@@ -18,11 +23,13 @@ WORKER = "tests.front.process_cases"
 def run(folder, count, devices, names):
     """What one process computes, and what each of several printed, by case."""
     flags = ("--processes", str(count), "--devices", str(devices))
+    flags = (*flags, "--folder", str(folder))
     with Workers(WORKER, count, folder, *flags, *names) as workers:
         by_schedule = CASES["by 1f1b"].reference()
         wanted = {
             name: by_schedule if name.startswith("by ") else CASES[name].reference()
             for name in names
+            if name not in CHECKPOINTS
         }
         found = workers.all_lines()
     return wanted, [{line["case"]: line for line in lines} for lines in found]
@@ -51,13 +58,18 @@ def assert_computed(wanted, found):
         pytest.param(fpipe.schedules.NAMES, id="all", marks=pytest.mark.full),
     ],
 )
-def test_two_processes_compute_what_one_does(tmp_path, schedules):
+def test_processes_compute_what_one_does(tmp_path, schedules):
     names = [
         name
         for name in CASES
         if not name.startswith("by ") or name.removeprefix("by ") in schedules
     ]
-    wanted, found = run(tmp_path, 2, 2, names)
+    # A checkpoint of one process, which two continue and save, and then three.
+    alone = Run(jax.devices()[:3], [1, 1, 2])
+    alone.train(1)
+    alone.save(tmp_path / "one", 1)
+    first = alone.canonical
+    wanted, found = run(tmp_path, 2, 2, [*names, "continued"])
     told = {name: [lines[name]["told"] for lines in found] for name in TELLING}
     del wanted["disagree"]
     assert_computed(wanted, found)
@@ -108,12 +120,86 @@ def test_two_processes_compute_what_one_does(tmp_path, schedules):
     assert "TypeError: a Pipe was called with the shape" in of_shape
     assert "x[0] is read on" in of_shape
     assert "ValueError: a Pipe was called with x[0] over devices of several" in of_part
+    of_three = run(tmp_path, 3, 1, [*MORE, "loaded"])
+    assert_computed(*of_three)
+    assert_continued(alone, tmp_path, first, found, of_three[1])
 
 
-@pytest.mark.parametrize("count", [3, 4])
-def test_more_processes_compute_what_one_does(tmp_path, count):
-    names = ["by 1f1b", "split"]
-    assert_computed(*run(tmp_path, count, 1, names))
+def assert_continued(alone, folder, first, of_two, of_three):
+    """Every byte that processes have saved is what others load, in each of them.
+
+    Arguments:
+        alone: of one process.
+        first: what it has saved.
+        of_two, of_three: what the processes have printed.
+    """
+    for lines in of_two:
+        loaded, saved, by_scan = decoded(lines["continued"]["leaves"], [first] * 3)
+        assert_same(loaded, first, 0)
+        assert_same(by_scan, saved, 0)
+        alone.load(folder / "two", 2)
+        assert_same(alone.canonical, saved, 0)
+    alone.train(3)
+    for lines in of_three:
+        loaded, trained = decoded(lines["loaded"]["leaves"], [first] * 2)
+        assert_same(loaded, saved, 0)
+        assert_same(trained, alone.canonical)
+
+
+MORE = ["by 1f1b", "split"]
+
+
+def test_four_processes_compute_what_one_does(tmp_path):
+    assert_computed(*run(tmp_path, 4, 1, MORE))
+
+
+def is_unfinished(folder):
+    """Whether a save is under way."""
+    return any("tmp" in path.name for path in folder.iterdir())
+
+
+def is_caught(process, folder):
+    """Whether the process stands still within a save, the third or a later one."""
+    assert process.poll() is None
+    names = {path.name for path in folder.iterdir()}
+    if not names >= {"1", "2"} or not is_unfinished(folder):
+        return False
+    os.kill(process.pid, signal.SIGSTOP)  # to look at it in peace
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+    if is_unfinished(folder):
+        return True
+    os.kill(process.pid, signal.SIGCONT)
+    return False
+
+
+def test_one_is_killed_while_all_save(tmp_path):
+    """The last whole checkpoint is there, and loads; the next one is saved beside what
+    is left.
+    """
+    folder = tmp_path / "run"
+    folder.mkdir()
+    flags = ("--processes", "2", "--folder", str(folder), "save_for_ever")
+    with Workers(WORKER, 2, tmp_path, *flags) as workers:
+        saving, other = workers.processes
+        caught = eventually(lambda: is_caught(saving, folder))
+        assert caught, workers.errors[0].read_text()
+        saving.kill()
+        assert saving.wait(HANG) == -signal.SIGKILL
+        assert other.wait(HANG) != 0
+    assert is_unfinished(folder)
+    like = (np.zeros((256, 256), np.float32),) * 2
+    with ocp.CheckpointManager(folder) as manager:
+        step = manager.latest_step()
+        assert step is not None
+        assert step >= 2
+        saved = manager.restore(step, args=ocp.args.StandardRestore(like))
+        assert_same(saved, tuple(a + step for a in like), 0)
+        manager.save(step + 1, args=ocp.args.StandardSave(like))
+        manager.wait_until_finished()
+        assert manager.latest_step() == step + 1
+        again = manager.restore(step + 1, args=ocp.args.StandardRestore(like))
+        assert_same(again, like, 0)
 
 
 # What the process that is left prints. A stopped one is ended by nobody but the
