@@ -32,7 +32,7 @@ from jax.sharding import PartitionSpec as P
 
 from fpipe._core.errors import shown
 from fpipe._core.meshes import no_mesh, to_device
-from fpipe._core.processes import ghost, is_here, processes_of
+from fpipe._core.processes import ghost, is_here, is_shared, lay, processes_of
 from fpipe._core.pytrees import PyTree, aval, copied, is_traced, on_host, pack, zeros
 from fpipe._executors.transfers import bring
 from fpipe._model.specs import without_axes
@@ -123,6 +123,12 @@ class Placement:
         return self.devices[0]
 
     @functools.cached_property
+    def own_device(self) -> Device:
+        """Its first device that is of this process; its first one, if none is."""
+        own = self.sharding.addressable_devices
+        return next((d for d in self.devices if d in own), self.device)
+
+    @functools.cached_property
     def processes(self) -> frozenset[int]:
         """The processes that its devices are of."""
         return processes_of(self.sharding)
@@ -180,8 +186,10 @@ class Placement:
         return self.sharding.with_memory_kind("pinned_host")
 
     def as_default(self) -> Any:
-        """A context in which new arrays are made here, on the first of its devices."""
-        return jax.default_device(self.device)
+        """A context in which new arrays are made here, on the first of its devices that
+        are of this process.
+        """
+        return jax.default_device(self.own_device)
 
     def put(self, arrays: Sequence[Any]) -> list[Any]:
         """Arrays on this place, without a copy where they are there already."""
@@ -189,6 +197,8 @@ class Placement:
         # (measured on jax 0.10.2, CPU). Every boundary of every microbatch is one.
         if self.mesh is None:
             return jax.device_put(list(arrays), self.device)
+        if is_shared(self.sharding):
+            return [lay(array, self.sharding) for array in arrays]
         return jax.device_put(list(arrays), self.sharding)
 
     def take(

@@ -22,11 +22,18 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
-from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from fpipe._core.meshes import is_explicit
-from fpipe._core.processes import ghost, is_here, put_across
+from fpipe._core.processes import (
+    ghost,
+    is_here,
+    is_shared,
+    lay,
+    processes_of,
+    put_across,
+)
 from fpipe._core.watchdog import Describe
 
 Index: TypeAlias = tuple[tuple[int, int], ...]
@@ -164,14 +171,37 @@ def send_across(
     whole: list[Any] = []
     targets: list[Sharding] = []
     for to, parts in zip(sendings, of_each, strict=True):
-        if to.copies is None:
+        if _goes_at_once(to):
             whole += parts
             targets.append(to.target)
     put = iter(put_across(whole, targets, describe, owned))
-    return [
-        next(put) if to.copies is None else _copied(to, parts, to.copies, describe)
-        for to, parts in zip(sendings, of_each, strict=True)
-    ]
+    sent: list[Any] = []
+    for to, parts in zip(sendings, of_each, strict=True):
+        if _goes_at_once(to):
+            sent.append(next(put))
+        elif to.copies is None:
+            sent.append(_shard_by_shard(to, parts[0], describe, owned))
+        else:
+            sent.append(_copied(to, parts, to.copies, describe))
+    return sent
+
+
+def _goes_at_once(to: Sending) -> bool:
+    """Whether one `device_put` sends all shards: JAX refuses it where a process is on
+    both ends.
+    """
+    ends = processes_of(to.made), processes_of(to.target)
+    return to.copies is None and ends[0].isdisjoint(ends[1])
+
+
+def _shard_by_shard(to: Sending, array: Any, describe: Describe, owned: bool) -> Any:
+    """An array whose shards go to the devices in the same places, some of them in the
+    process that they are in already.
+    """
+    own: list[Any] = []
+    for source, target in zip(_in_order(to.made), _in_order(to.target), strict=True):
+        own += _to_device(_on(array, source), source, target, describe, owned)
+    return joined(array.shape, array.dtype, to.target, own)
 
 
 def _copied(
@@ -181,24 +211,40 @@ def _copied(
     sources = sorted(parts[0].sharding.device_set, key=lambda device: device.id)
     own: list[Any] = []
     for n, (device, block) in enumerate(copies):
-        source = sources[n % len(sources)]
+        # All of them have all blocks. One of the same process need not send any.
+        near = [s for s in sources if s.process_index == device.process_index]
+        source = near[0] if near else sources[n % len(sources)]
         part = _on(parts[block], source)
-        target = SingleDeviceSharding(device)
-        if source.process_index != device.process_index:
-            (part,) = put_across([part], [target], describe)
-        elif is_here(target):
-            part = jax.device_put(part, target)
-        if is_here(target):
-            own.append(part)
+        own += _to_device(part, source, device, describe)
     return joined(to.shape(parts[0].shape), parts[0].dtype, to.target, own)
 
 
+def _to_device(
+    part: Any, source: Any, device: Any, describe: Describe, owned: bool = False
+) -> list[Any]:
+    """What one device has, on another one; nothing, if that is of another process."""
+    target = SingleDeviceSharding(device)
+    if source.process_index != device.process_index:
+        (part,) = put_across([part], [target], describe, owned)
+    elif is_here(target):
+        part = jax.device_put(part, target)
+    return [part] if is_here(target) else []
+
+
+def _in_order(sharding: Sharding) -> list[Any]:
+    """The devices of a sharding in the order of its mesh."""
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        return list(sharding.mesh.devices.flat)
+    return list(sharding.device_set)
+
+
 def _on(array: Any, device: Any) -> Any:
-    """What a device has of an array that is whole on each of its devices."""
+    """What a device has of an array."""
     for shard in array.addressable_shards:
         if shard.device == device:
             return shard.data
-    return ghost(array.shape, array.dtype, SingleDeviceSharding(device))
+    shape = array.sharding.shard_shape(array.shape)
+    return ghost(shape, array.dtype, SingleDeviceSharding(device))
 
 
 def bring_across(
@@ -244,6 +290,9 @@ def bring(arrays: Sequence[Any], targets: Sequence[Sharding]) -> list[Any]:
         # the same devices that is a program.
         source = array.sharding if isinstance(array, jax.Array) else None
         if source == target:
+            continue
+        if is_shared(target):
+            out[n] = lay(array, target)
             continue
         if (
             not isinstance(source, NamedSharding | SingleDeviceSharding)

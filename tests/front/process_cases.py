@@ -358,26 +358,51 @@ def measured(devices):
     return [told, temporary], plain.evaluate(mse)(params, PLAIN.x, PLAIN.target)
 
 
+def trained_on(places):
+    """A step whose stages are on these places, and an update of the parameters."""
+    pipe = pipe_of(CASE, places, balance=[5, 4])
+    params = pipe.place(CASE.params())
+    state = pipe.init_state(CASE.x, side=CASE.side, params=params)
+    step = pipe.value_and_grad(mse)
+    needs = CASE.needs | {"state": state}
+    (loss, state), grads = step(params, CASE.x, CASE.target, **needs)
+    return pipe, params, [loss, pipe.gather_state(state), pipe.gather(grads)], grads
+
+
 def over_meshes(devices):
-    """Stages on several devices; of two pipes, one with stages of two sizes."""
-    found = []
+    """Stages on several devices: of a process each, of two sizes, and both stages in
+    both processes. Of the last, the shards of a boundary go from either process to the
+    other.
+    """
     half = len(devices) // 2
     ends = [Mesh(np.array(devices[:half]), "data"), Mesh(devices[half:], "data")]
-    for places in (ends, [ends[0], devices[-1]]):
-        pipe = pipe_of(CASE, places, balance=[5, 4])
-        params = pipe.place(CASE.params())
-        needs = CASE.needs | {
-            "state": pipe.init_state(CASE.x, side=CASE.side, params=params)
-        }
-        step = pipe.value_and_grad(mse)
-        (loss, state), grads = step(params, CASE.x, CASE.target, **needs)
-        found.append((loss, pipe.gather_state(state), pipe.gather(grads)))
-    return found
+    both = [Mesh(devices[::2], "data"), Mesh(devices[:0:-2], "data")]
+    found = [trained_on(ends)[2], trained_on([both[0], devices[-1]])[2]]
+    pipe, params, last, grads = trained_on(both)
+    tx = fpipe.optim.per_stage(optimizer())
+    with jax.numpy_dtype_promotion("standard"):
+        updates, state = tx.update(grads, tx.init(params), params)
+    norm = fpipe.optim.global_norm(grads)
+    moments = fpipe.optim.gather(state)
+    return [*found, last], norm, pipe.gather(updates), moments
 
 
 def over_meshes_reference():
     (loss, state), grads = reference(CASE)
-    return [(loss, state, grads)] * 2
+    tx, params = optimizer(), CASE.params()
+    with jax.numpy_dtype_promotion("standard"):
+        updates, moments = jax.jit(tx.update)(grads, tx.init(params), params)
+    return [[loss, state, grads]] * 3, optax.tree.norm(grads), updates, moments
+
+
+def over_pairs(devices):
+    """Each stage in two of four processes, which are not those of the other stage."""
+    return trained_on([Mesh(devices[:2], "data"), Mesh(devices[2:], "data")])[2]
+
+
+def over_pairs_reference():
+    (loss, state), grads = reference(CASE)
+    return [loss, state, grads]
 
 
 def disagreed(devices):
@@ -404,11 +429,13 @@ class Of:
         run: what several processes compute, from their devices; one of each of two
             processes, unless `whole`.
         reference: what one computes.
+        processes: how many at least.
     """
 
     run: Callable[[list[Any]], Any]
     reference: Callable[[], Any]
     whole: bool = False
+    processes: int = 2
 
 
 ALL = {"has_aux": True, "argnums": (0, 1)}
@@ -442,6 +469,7 @@ CASES = {
     "measured": Of(measured, misfed_reference),
     "inputs": Of(misfed, misfed_reference),
     "meshes": Of(over_meshes, over_meshes_reference, whole=True),
+    "pairs": Of(over_pairs, over_pairs_reference, whole=True, processes=4),
     "disagree": Of(disagreed, lambda: None),
     **{
         f"by {name}": by(name)

@@ -129,10 +129,9 @@ def save_for_ever(folder: pathlib.Path):
     )
     pipe = fpipe.Pipe([layer] * 2, devices=jax.devices(), chunks=1)
     params = pipe.init(jax.random.key(0), jnp.zeros((4, 256)))
+    whole = jax.device_get(pipe.gather(params))
     with ocp.CheckpointManager(folder.absolute()) as manager:
         for step in itertools.count():
-            tree = jax.tree.map(
-                lambda a, n=step: a + n, jax.device_get(pipe.gather(params))
-            )
+            tree = tuple(array + step for array in whole)
             manager.save(step, args=ocp.args.StandardSave(tree))
             manager.wait_until_finished()

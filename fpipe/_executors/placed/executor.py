@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, Sharding
 from fpipe._core.caches import Key, Recent
 from fpipe._core.errors import shown, warn
 from fpipe._core.meshes import is_explicit, no_mesh, set_aside
-from fpipe._core.processes import fetch
+from fpipe._core.processes import fetch, own_copy
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
@@ -125,13 +125,6 @@ class Placed:
         dispatch: Dispatch,
         kept: Recent | None = None,
     ) -> None:
-        for place in layout.placements:
-            if len(place.processes) > 1:
-                raise ValueError(
-                    f'`Pipe(executor="placed")`: the stage on {place} has devices of '
-                    f"the processes {sorted(place.processes)}; all devices of a stage "
-                    'must be of one process. `executor="scan"` has no such limit'
-                )
         self.layout = layout
         # Recordings tell pipes apart by the identity of this object.
         self.owner = layout
@@ -186,8 +179,8 @@ class Placed:
         return self.layout.home(layer).put_tree(made, own=True)
 
     def _make_at(self, layer: int, make: Callable[[Any], PyTree], key: Any) -> PyTree:
-        """Run `make(key)` on the first device of a layer's place; in a process that has
-        no part of it, only its shapes are found.
+        """Run `make(key)` on the first device of a layer's place that is of this
+        process; in a process that has no part of it, only its shapes are found.
         """
         home = self.layout.home(layer)
         if not home.is_here:
@@ -196,7 +189,7 @@ class Placed:
         # room for every layer in turn. The default device does not move a committed
         # key, so the key is put there first.
         with no_mesh(), home.as_default():
-            device = Placement.of(home.device)
+            device = Placement.of(home.own_device)
             return make(None if key is None else device.take([key])[0])
 
     def place(self, params: Sequence[PyTree], donate: bool) -> tuple[PyTree, ...]:
@@ -309,10 +302,10 @@ class Placed:
         bound.run(slots)
         plan = bound.plan
         assert plan.loss is not None
-        aux = plan.aux.read(slots) if plan.aux else None
+        aux = _own(plan.aux.read(slots)) if plan.aux else None
         state = self._state(plan, slots)
         gradients = tuple([tree.read(slots) for tree in bound.gradients])
-        return Result(plan.loss.read(slots), aux, state, gradients)
+        return Result(_own(plan.loss.read(slots)), aux, state, gradients)
 
     def compile(
         self,
@@ -367,7 +360,8 @@ class Placed:
         in another one.
         """
         last = self.layout.placements[-1]
-        return (last if last.is_here else self.layout.first).put_tree(tree, own=True)
+        alone = last.processes == {jax.process_index()}
+        return (last if alone else self.layout.first).put_tree(tree, own=True)
 
     def deliver_state(self, state: Sequence[PyTree]) -> tuple[PyTree, ...]:
         """The state of each layer on its device."""
@@ -600,6 +594,13 @@ class Placed:
         return tuple(
             plan.state[k].read(slots) if k in plan.state else None for k in layers
         )
+
+
+def _own(tree: PyTree) -> PyTree:
+    """What every process has a copy of, as arrays of this process: those of a stage
+    with devices of several processes are whole on each of them.
+    """
+    return jax.tree.map(own_copy, tree)
 
 
 def _check_rows(inputs: Inputs, place: Placement) -> None:

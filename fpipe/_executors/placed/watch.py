@@ -323,8 +323,12 @@ class WatchedCall:
         for of_process in times:
             for number in np.flatnonzero(~np.isnan(of_process[:, 0])).tolist():
                 start, end, ended = of_process[number].tolist()
-                issued_by_all[number] = Span(start, end)
-                ended_by_all[number] = ended
+                # Several processes run what a stage over all of them computes.
+                others = issued_by_all.get(number, Span(start, end))
+                issued_by_all[number] = Span(
+                    min(start, others.start), max(end, others.end)
+                )
+                ended_by_all[number] = max(ended, ended_by_all.get(number, ended))
         return dataclasses.replace(
             self,
             issued=dict(sorted(issued_by_all.items())),
