@@ -539,6 +539,7 @@ def main():
         args.process,
         timeout=args.timeout,
         initialization_timeout=HANG,
+        heartbeat_timeout_seconds=HANG,
     )
     for name in args.what:
         if name in ("train", "raise"):
