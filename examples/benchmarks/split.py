@@ -112,9 +112,83 @@ def u_net_params(levels, width):
     }
 
 
+def residual_net(params, x):
+    """Levels of residual blocks; each level has half the rows and columns."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+
+    def conv(h, w, stride=1):
+        strides = (stride, stride)
+        return jax.lax.conv_general_dilated(
+            h, w, strides, "SAME", dimension_numbers=numbers
+        )
+
+    h = jax.nn.relu(conv(x, params["stem"]))
+    for p in params["h"]:
+        stride = 2 if "short" in p else 1
+        f = conv(jax.nn.relu(conv(h, p["a"], stride) * p["g"]), p["b"])
+        h = jax.nn.relu(f + (conv(h, p["short"], stride) if "short" in p else h))
+    return h.mean((1, 2)) @ params["head"]
+
+
+def residual_net_params(levels, blocks, width):
+    def own(given, made):
+        p = {
+            "a": shape(3, 3, given, made),
+            "g": shape(made),
+            "b": shape(3, 3, made, made),
+        }
+        return p if given == made else p | {"short": shape(1, 1, given, made)}
+
+    widths = [width * 2**n for n in range(levels)]
+    before = [widths[0], *widths[:-1]]
+    h = [
+        own(given if n == 0 else made, made)
+        for given, made in zip(before, widths, strict=True)
+        for n in range(blocks)
+    ]
+    return {"stem": shape(3, 3, 3, width), "h": h, "head": shape(widths[-1], 10)}
+
+
+def mixer(params, x):
+    """Mixes positions, then channels. Each level has a fourth of the positions."""
+    h = x @ params["embed"]
+    for p in params["h"]:
+        if "join" in p:
+            rows, positions, width = h.shape
+            h = h.reshape(rows, positions // 4, 4 * width) @ p["join"]
+        f = norm(p, h).swapaxes(1, 2) @ p["down"]
+        h = h + (jax.nn.gelu(f) @ p["up"]).swapaxes(1, 2)
+        h = h + jax.nn.gelu(norm(p, h) @ p["wide"]) @ p["narrow"]
+    return norm(params, h).mean(1) @ params["head"]
+
+
+def mixer_params(levels, blocks, positions, width):
+    found = []
+    for n in range(levels):
+        own = {
+            "g": shape(width),
+            "down": shape(positions, positions),
+            "up": shape(positions, positions),
+            "wide": shape(width, 4 * width),
+            "narrow": shape(4 * width, width),
+        }
+        first = {"join": shape(2 * width, width)} if n else {}
+        found += [own | first, *[own] * (blocks - 1)]
+        positions, width = positions // 4, 2 * width
+    last = width // 2
+    first = last // 2 ** (levels - 1)
+    return {
+        "embed": shape(48, first),
+        "h": found,
+        "g": shape(last),
+        "head": shape(last, 10),
+    }
+
+
 def small_models():
     """Each with its parameters, a microbatch, and where one would cut it by hand."""
     blocks, levels = 8, 3
+    mixers, residuals = (mixer_params(3, 3, 256, 64), residual_net_params(4, 2, 16))
     return {
         "GPT": (
             gpt,
@@ -132,6 +206,18 @@ def small_models():
                 *[f"decode/{n}" for n in range(levels)],
                 "head",
             ],
+        ),
+        "ResNet": (
+            residual_net,
+            residuals,
+            shape(4, 32, 32, 3),
+            [*[f"h/{n}" for n in range(len(residuals["h"]))], "head"],
+        ),
+        "Mixer": (
+            mixer,
+            mixers,
+            shape(4, 256, 48),
+            [*[f"h/{n}" for n in range(len(mixers["h"]))], "head"],
         ),
     }
 
@@ -198,7 +284,7 @@ def stage_contents(pipe, params, x):
 
 def cuts_by_hand(pieces, params, x, most):
     """The balances of the pieces whose most expensive stage takes the least by the sums
-    of what the pieces take alone, and the best one by FLOPs.
+    of what the pieces take alone, and the one that `split.balance` finds.
     """
     times = fpipe.layer_costs(pieces, x, by="time")
     work = [f + b for f, b in zip(times.forward, times.backward, strict=True)]
@@ -215,6 +301,15 @@ def cuts_by_hand(pieces, params, x, most):
     return list(dict.fromkeys([tuple(pieces.balance(STAGES)), *balances]))
 
 
+def with_all_stages(stages):
+    """A few pipes that have every stage of all pipes."""
+    left, chosen = set(itertools.chain(*stages.values())), []
+    while left:
+        chosen.append(max(stages, key=lambda how: len(left.intersection(stages[how]))))
+        left.difference_update(stages[chosen[-1]])
+    return chosen
+
+
 def most_expensive_stage(name, fn, params, x, cuts, rounds):
     devices = jax.devices()[:STAGES]
     what = {"devices": devices, "checkpoint": "never", "chunks": 1}
@@ -225,19 +320,21 @@ def most_expensive_stage(name, fn, params, x, cuts, rounds):
         f"stages={STAGES}": fpipe.Pipe(
             fpipe.split(fn, params, x, stages=STAGES), **what
         ),
-        'itself, balance="time"': fpipe.Pipe(
-            automatic, balance="time", sample=x, **what
-        ),
     }
+    for by in ("flops", "time"):
+        pipes[f'itself, balance="{by}"'] = fpipe.Pipe(
+            automatic, balance=by, sample=x, **what
+        )
     for balance in cuts_by_hand(pieces, params, x, most=5):
         pipes[f"by hand {list(balance)}"] = fpipe.Pipe(pieces, balance, **what)
     stages = {how: stage_contents(pipe, params, x) for how, pipe in pipes.items()}
     # What else the machine does only adds to a run. A stage counts with its shortest
     # time, and a stage that several cuts have is one stage: it has one time.
     shortest = {}
+    measured = with_all_stages(stages)
     for _ in range(rounds):
-        for how, pipe in pipes.items():
-            times = stage_seconds(pipe, params, x)
+        for how in measured:
+            times = stage_seconds(pipes[how], params, x)
             for stage, seconds in zip(stages[how], times, strict=True):
                 shortest[stage] = min(seconds, shortest.get(stage, seconds))
     most = {how: max(shortest[stage] for stage in stages[how]) for how in pipes}
@@ -335,6 +432,8 @@ def main():
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=8, help="of all stages")
     tables = ("seconds", "stages", "host")
+    models = small_models()
+    parser.add_argument("--models", nargs="+", choices=models, default=list(models))
     parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
     args = parser.parse_args()
     # Before anything asks for devices.
@@ -352,8 +451,8 @@ def main():
     if "stages" in args.tables:
         print(f"\nS={STAGES}, milliseconds of the most expensive stage")
         print("model  cut                      balance                 ms  ratio")
-        for name, model in small_models().items():
-            most_expensive_stage(name, *model, rounds=args.rounds)
+        for name in args.models:
+            most_expensive_stage(name, *models[name], rounds=args.rounds)
     if "host" in args.tables:
         print(f"\nS={STAGES}, m={CHUNKS}")
         print("layers               programs  us/action  ratio")

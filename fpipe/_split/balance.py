@@ -1,7 +1,7 @@
 """How many consecutive units make a stage. A unit is a piece, or the equations between
 two places.
 
-In: the FLOPs of each unit, and the values that units hand on to others. Out: how many
+In: what each unit costs, and the values that units hand on to others. Out: how many
 units each stage has. Four units, on two stages:
 
     work   [2, 2, 2, 2]
@@ -10,7 +10,7 @@ units each stage has. Four units, on two stages:
 
     balance   most expensive   bytes between stages
     (1, 3)    6                8
-    (2, 2)    4                8 + 4     this one: FLOPs and bytes are not added up
+    (2, 2)    4                8 + 4     this one: costs and bytes are not added up
     (3, 1)    6                8
 
 A value goes straight to each stage that reads it, and it goes there once, however many
@@ -30,7 +30,7 @@ import numpy as np
 from fpipe._planning.costs import Sent
 
 # Among the balances whose most expensive stage costs at most this share more than the
-# best, the one with the least traffic is taken. Without this slack, to gain a few FLOPs
+# best, the one with the least traffic is taken. Without this slack, to gain a little,
 # a block would be cut in its middle, which several arrays cross.
 SLACK = 0.05
 
@@ -49,7 +49,7 @@ def best_balance(
     first stage is largest, and so on.
 
     Arguments:
-        work: the FLOPs of each unit.
+        work: what each unit costs.
         sent: values that units hand to later ones.
         stages: as many as units at most.
     """

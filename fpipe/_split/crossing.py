@@ -39,6 +39,15 @@ CHEAP = frozenset((
 # fmt: on
 
 
+_FORMS = ("expand_dims", "reshape", "squeeze", "transpose")
+
+
+def is_form(traced: Traced, v: int) -> bool:
+    """Whether a value has the numbers of another one in another form."""
+    node = traced.graph.maker.get(v)
+    return node is not None and node.name in _FORMS
+
+
 def remade_from(traced: Traced, v: int) -> tuple[int, ...] | None:
     """The values of the data from which a value is made by a cheap operation, and by
     nothing else that would have to be sent; `None`: it is not.
@@ -115,6 +124,18 @@ class Crossing:
                         found[v] = tuple(sent)
         return found
 
+    @cached_property
+    def made_where_read(self) -> frozenset[int]:
+        """The values that a piece makes itself, because they are made of fewer bytes,
+        or are another form of as many.
+        """
+        return frozenset(
+            v
+            for v, sent in self._sent_for.items()
+            if sum(map(self._bytes_of, sent)) < self._bytes_of(v)
+            or (sent != (v,) and is_form(self.traced, v))
+        )
+
     def _reads(self) -> Iterator[tuple[int, int]]:
         """The values of the data, each with the position of an equation that reads it;
         outputs are read at the end.
@@ -122,6 +143,9 @@ class Crossing:
         traced = self.traced
         # What makes new state alone goes over no cut: see `state.py`.
         for node in filter(traced.live_for_y.__contains__, traced.live):
+            # What is made where it is read reads there.
+            if self.made_where_read.issuperset(node.outs):
+                continue
             for v in node.ins:
                 if v in traced.of_data:
                     yield v, traced.position[node]

@@ -17,6 +17,7 @@ operation that makes it, because a trace does not know the names of variables.
 import dataclasses
 import enum
 from collections.abc import Sequence
+from functools import cached_property
 
 import jax
 
@@ -48,6 +49,7 @@ class PieceNode:
             that it reads.
         state: paths of the arrays of the state that it reads and writes.
         flops: of its forward.
+        cost: what it takes in a step that trains (`fpipe._program.roofline`).
         again: bytes of what it makes again.
     """
 
@@ -56,6 +58,7 @@ class PieceNode:
     borrowed: tuple[str, ...]
     state: tuple[str, ...]
     flops: float
+    cost: float
     again: int
 
 
@@ -142,6 +145,12 @@ class CutGraph:
     again: tuple[MadeAgain, ...]
     borrowed: tuple[BorrowedParameter, ...]
     given: tuple[GivenInput, ...]
+
+    @cached_property
+    def shares(self) -> tuple[float, ...]:
+        """The share of each piece in what all cost, from 0 to 1."""
+        total = sum(piece.cost for piece in self.pieces) or 1.0
+        return tuple(piece.cost / total for piece in self.pieces)
 
 
 def values_and_inputs(

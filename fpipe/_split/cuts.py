@@ -26,7 +26,6 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 from fpipe._core.errors import at_line, shown
-from fpipe._program.flops import flops
 from fpipe._split.balance import best_balance
 from fpipe._split.crossing import Crossing
 from fpipe._split.mark import mark_inside
@@ -38,7 +37,7 @@ from fpipe._split.trace import Function, Traced
 # last time there.
 _NARROW = 1.1
 
-# A module with more than this share of all FLOPs may be cut anywhere.
+# A module with more than this share of the whole cost may be cut anywhere.
 _LARGE = 0.5
 
 
@@ -291,7 +290,7 @@ def _narrow_places(
     towards its middle. It is cut there all the same, because its encoder is no small
     part of it.
     """
-    across, work = crossing.bytes, np.cumsum([0.0, *_work(crossing.traced)])
+    across, work = crossing.bytes, np.cumsum([0.0, *_work(crossing)])
     ends = [0, *places, len(work) - 1]
     dropped = set[int]()
     for uses in _uses_by_path(function, crossing.traced).values():
@@ -316,20 +315,26 @@ def _uses_by_path(function: Function, traced: Traced) -> dict[str, list[int]]:
     return {path: uses for path, uses in found.items() if min(uses) < max(uses)}
 
 
-def _work(traced: Traced) -> np.ndarray:
-    """The FLOPs at each equation. What needs no data is made where it is used."""
+def _work(crossing: Crossing) -> np.ndarray:
+    """What the equations cost that run at each place. What needs no data, or costs less
+    to make than to send, runs where it is used.
+    """
+    traced, moved = crossing.traced, crossing.made_where_read
     found = np.zeros(len(traced.graph.nodes))
-    for node in traced.live:
+    used_at = dict[int, int]()
+    for node in reversed(traced.live):
         at = traced.position[node]
-        if traced.of_data.isdisjoint(node.outs):
-            at = min(traced.used_at.get(v, at) for v in node.outs)
-        found[at] += flops(node)
+        if traced.of_data.isdisjoint(node.outs) or moved.issuperset(node.outs):
+            at = min((used_at[v] for v in node.outs if v in used_at), default=at)
+        found[at] += traced.costs[node]
+        for v in node.ins:
+            used_at[v] = min(at, used_at.get(v, at))
     return found
 
 
 def _best_places(crossing: Crossing, places: Sequence[int], stages: int) -> list[int]:
     """Of some places those that `best_balance` cuts at."""
-    parts = np.split(_work(crossing.traced), places)
+    parts = np.split(_work(crossing), places)
     work = [float(part.sum()) for part in parts]
     sizes = best_balance(work, crossing.sent(places), stages)
     return [places[end - 1] for end in itertools.accumulate(sizes[:-1])]

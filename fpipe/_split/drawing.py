@@ -137,7 +137,7 @@ class Drawing:
     Attributes:
         names: of what comes in and goes out, beside the first and the last box.
         notes: the titles of arcs that have no room for a label.
-        rows: of each piece its number, name, FLOPs and parameters.
+        rows: of each piece its number, name, FLOPs, share of the time, and parameters.
         bottom: where what stands below the boxes ends.
     """
 
@@ -199,7 +199,7 @@ def _caption(graph: CutGraph) -> str:
 
 def _boxes(graph: CutGraph, flows: Sequence["_Flow"], foot: float) -> tuple[Box, ...]:
     count = len(graph.pieces)
-    most = max(piece.flops for piece in graph.pieces) or 1.0
+    most = max(graph.shares) or 1.0
     name = max(width_of(piece.name) for piece in graph.pieces) + 2 * _CLEAR
     # So wide that labels fit, as far as there is room for that.
     labels = [(width_of(f.label) + _GAP) / (f.span[1] - f.span[0]) for f in flows]
@@ -213,9 +213,10 @@ def _boxes(graph: CutGraph, flows: Sequence["_Flow"], foot: float) -> tuple[Box,
             foot,
             column - _GAP,
             46.0 if named else 32.0,
-            piece.flops / most,
+            graph.shares[k] / most,
             (str(k), piece.name) if named else (str(k),),
-            f"piece {k}, {piece.name}: {quantity(piece.flops, 'FLOP')}",
+            f"piece {k}, {piece.name}: {quantity(piece.flops, 'FLOP')}, "
+            f"{graph.shares[k]:.1%} of the time",
         )
         for k, piece in enumerate(graph.pieces)
     )
@@ -228,6 +229,7 @@ def _rows(graph: CutGraph) -> tuple[tuple[str, ...], ...]:
             str(k),
             short(piece.name, NAME),
             quantity(piece.flops, "FLOP"),
+            f"{graph.shares[k]:.1%}",
             paths(piece.owned),
         )
         for k, piece in enumerate(graph.pieces)

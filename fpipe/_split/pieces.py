@@ -39,7 +39,7 @@ from fpipe._planning.costs import Sent
 from fpipe._program.flops import flops
 from fpipe._program.graph import Node
 from fpipe._program.min_cut import cheapest
-from fpipe._split.crossing import CHEAP, remade_from
+from fpipe._split.crossing import CHEAP, is_form, remade_from
 from fpipe._split.trace import Traced
 
 # A value of parameters alone is made at their owner if it has so many times fewer
@@ -58,7 +58,7 @@ class Piece:
             makes it, in the order of first use.
         given: the arrays of `x` and of the side inputs that it reads of the call.
         key, step: whether it reads the key, or the step.
-        flops: what it takes.
+        flops: of its forward.
         again: the values of the data that it makes again, which an earlier piece has
             made.
     """
@@ -99,6 +99,12 @@ class CutTrace:
         """For each piece whether it reads something that comes as side inputs."""
         values = {*self.traced.side, *(self.traced.x[n] for n in self.straight)}
         return tuple(not values.isdisjoint(piece.given) for piece in self.pieces)
+
+    @cached_property
+    def costs(self) -> tuple[float, ...]:
+        """What each piece takes in a step that trains, with what it makes again."""
+        costs = self.traced.costs
+        return tuple(sum(costs[n] for n in piece.nodes) for piece in self.pieces)
 
     @cached_property
     def _readers(self) -> dict[int, list[int]]:
@@ -377,6 +383,10 @@ def _cheapest_to_send(
     """
 
     def cost(v: int) -> int:
-        return 0 if v in free else nbytes(traced.graph.avals[v])
+        if v in free:
+            return 0
+        # What has only another form is sent in its first one, if that costs the same:
+        # others may read that too, and then both are one array.
+        return 2 * nbytes(traced.graph.avals[v]) + is_form(traced, v)
 
     return cheapest(cost, lambda v: remade_from(traced, v), foreign)

@@ -3,9 +3,9 @@
 In: a cut function as a graph. Out: four tables. Of two blocks that add a bias, which
 is made from a mask,
 
-    piece  name  parameters     FLOPs  boundary  made again
-        0  h/*   h/0/w       34 kFLOP
-        1  h/*   h/1/w       34 kFLOP     1 KiB       128 B
+    piece  name  parameters     FLOPs   time  boundary  made again
+        0  h/*   h/0/w       34 kFLOP  50.0%
+        1  h/*   h/1/w       34 kFLOP  50.0%     1 KiB       128 B
 
     crosses  array            bytes  from  to        made at      why
     add      float32[2,16,8]  1 KiB  0     the next  model.py:12  read there alone
@@ -28,7 +28,7 @@ from fpipe._split.cut_graph import CutGraph, Reason, Value
 
 # What a cell has room for, so that lines have 100 columns.
 NAME = 20
-_PATHS = 34
+_PATHS = 32
 _WHERE = 20
 
 
@@ -57,13 +57,14 @@ def _pieces(graph: CutGraph) -> Table:
                 paths(piece.borrowed),
                 paths(piece.state),
                 quantity(piece.flops, "FLOP"),
-                size(near) if k else "",
+                f"{graph.shares[k]:.1%}",
+                size(near) if k and near else "",
                 f"{size(sum(c.value.bytes for c in far))} of {sources}" if far else "",
                 size(piece.again) if piece.again else "",
             )
         )
     head = ("piece", "name", "parameters", "borrows", "state", "FLOPs")
-    head += ("boundary", "skips", "made again")
+    head += ("time", "boundary", "skips", "made again")
     return Table(head, cells, left=(1, 2, 3, 4))
 
 

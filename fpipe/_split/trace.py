@@ -44,6 +44,7 @@ from fpipe._model.layer import Layer
 from fpipe._model.layer_calls import LayerCall, call_layer
 from fpipe._model.microbatch import Whole, cut_inputs
 from fpipe._model.model import cast, wide_output
+from fpipe._planning.hardware import machine
 from fpipe._program.graph import (
     Graph,
     Node,
@@ -53,6 +54,7 @@ from fpipe._program.graph import (
     replay,
     trace,
 )
+from fpipe._program.roofline import RECOMPUTED, costs
 from fpipe._split.mark import Mark
 from fpipe._split.opening import Checkpoint, Stacks, WholeLoop, open_trace
 from fpipe._split.stacks import Roots, Rows
@@ -291,6 +293,15 @@ class Traced:
             for v in node.ins:
                 if at is not None and v not in self.of_data:
                     found[v] = min(at, found.get(v, at))
+        return found
+
+    @cached_property
+    def costs(self) -> dict[Node, float]:
+        """What each equation takes in a step that trains: see `_program.roofline`."""
+        found = costs(self.graph, self.live, self.params, machine())
+        for node in self.checkpoints.keys() & found.keys():
+            if not self.of_params.isdisjoint(node.outs):
+                found[node] *= RECOMPUTED
         return found
 
     def run(

@@ -95,6 +95,16 @@ def random_layers(seed):
     return run, params, shape(2, widths[0])
 
 
+def costs_without_again(cut):
+    """What pieces cost; what several make counts where it is made first."""
+    costs, seen = [], set()
+    for piece in cut.pieces:
+        own = set(piece.nodes) - seen
+        seen |= own
+        costs.append(sum(cut.traced.costs[node] for node in own))
+    return costs
+
+
 @pytest.mark.parametrize("seed", range(25))
 def test_no_cut_of_a_function_is_better(seed):
     """By what pieces take and receive, which is found when they are cut."""
@@ -106,7 +116,7 @@ def test_no_cut_of_a_function_is_better(seed):
         tried = {}
         for places in itertools.combinations(whole.cut.cuts.places, stages - 1):
             cut = cut_trace(traced, places)
-            costs = [piece.flops for piece in cut.pieces]
+            costs = costs_without_again(cut)
             bytes_between = sum(cut.bytes_of(list(p.takes)) for p in cut.pieces)
             tried[places] = max(costs), bytes_between
         own = fpipe.split(run, params, x, stages=stages).cut.cuts.places
@@ -114,3 +124,74 @@ def test_no_cut_of_a_function_is_better(seed):
         most, bytes_between = tried[own]
         assert most <= limit
         assert bytes_between == min(b for m, b in tried.values() if m <= limit)
+
+
+def levels(params, x):
+    """Convolutions with 16 channels, then as many FLOPs with 64."""
+    h = x
+    for n, kernel in enumerate(params):
+        if n == 2:
+            h = jnp.tile(h[:, ::4, ::4], 4)
+        numbers = ("NHWC", "HWIO", "NHWC")
+        h = jax.lax.conv_general_dilated(
+            h, kernel, (1, 1), "SAME", dimension_numbers=numbers
+        )
+    return h
+
+
+def test_few_channels_take_longer_than_their_flops():
+    def kernel(channels):
+        return jax.ShapeDtypeStruct((3, 3, channels, channels), jnp.float32)
+
+    params = [kernel(16)] * 2 + [kernel(64)] * 4
+    x = jax.ShapeDtypeStruct((4, 32, 32, 16), jnp.float32)
+    split = fpipe.split(levels, params, x)
+    trace = split.cut.trace(split.cut.first)
+    flops = [piece.flops for piece in trace.pieces]
+    assert max(flops) <= 1.01 * min(flops)
+    assert best_balance(flops, trace.sent, 2) == (3, 3)
+    # Two of them take as long as four others.
+    assert split.balance(2) == (2, 4)
+    assert fpipe.Pipe(split, devices=[jax.devices()[0]] * 2).balance == (2, 4)
+    in_two = fpipe.split(levels, params, x, stages=2)
+    assert in_two.cut.cuts.places == (split.cut.cuts.places[1],)
+
+
+def test_cuts_follow_the_kind_of_device(monkeypatch):
+    """On a GPU a product is faster beside the memory, so that others weigh more."""
+
+    def run(params, x):
+        for w in params[:2]:
+            x = x @ w
+        for scale in params[2:]:
+            x = jnp.sin(x * scale)
+        return x
+
+    def shape(*sizes):
+        return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+    params = [shape(512, 512)] * 2 + [shape(1, 512)] * 6
+    found = {}
+    for kind in ("cpu", "gpu", "tpu", "a new kind"):
+        monkeypatch.setattr(jax, "default_backend", lambda kind=kind: kind)
+        split = fpipe.split(run, params, shape(1024, 512))
+        found[kind] = split.balance(2)
+    assert found["cpu"] == (1, 7)
+    assert found["gpu"] == found["a new kind"]
+    assert found["gpu"][0] > 1
+
+
+def test_a_value_in_two_forms_is_sent_once():
+    """A level of a U-Net reads in rows of two what another one reads as it is."""
+
+    def run(params, x):
+        h = jnp.tanh(x @ params["a"])
+        low = h.reshape(len(x), -1, 2, 4).sum(2)
+        low = jnp.tanh(low @ params["b"])
+        return jnp.concatenate([jnp.repeat(low, 2, 1), h], -1) @ params["c"]
+
+    params = {name: jnp.ones((4, 4)) for name in "ab"} | {"c": jnp.ones((8, 4))}
+    split = fpipe.split(run, params, jnp.ones((2, 8, 4)), cuts=["b", "c"])
+    sent = split.cut.trace(split.cut.first).sent
+    assert sent[0] == Sent(0, (1, 2), 4 * 2 * 8 * 4)
+    assert len(sent) == 2

@@ -45,7 +45,8 @@ X = GivenInput("x", 64, (0,))
 
 def made(pieces, *values, borrowed=(), given=(X,)):
     nodes = tuple(
-        PieceNode(f"h/{k}", (f"h/{k}/w",), (), (), 10.0 + k, 0) for k in range(pieces)
+        PieceNode(f"h/{k}", (f"h/{k}/w",), (), (), 10.0 + k, 20.0 + k, 0)
+        for k in range(pieces)
     )
     return CutGraph("model", nodes, values, (), borrowed, given)
 
@@ -178,9 +179,9 @@ def test_a_u_net_is_drawn_as_one():
     assert words_of(shown) == ["skip 0 32 B", "skip 1 32 B"]
     assert [arrow.way for arrow in shown.arrows] == [Way.GIVEN] + [Way.BOUNDARY] * 5
     assert shown.boxes[4].filled == 1.0
-    assert shown.boxes[0].filled == pytest.approx(10 / 14)
+    assert shown.boxes[0].filled == pytest.approx(20 / 24)
     assert shown.boxes[1].lines == ("1", "h/1")
-    assert shown.rows[1] == ("1", "h/1", "11 FLOP", "h/1/w")
+    assert shown.rows[1] == ("1", "h/1", "11 FLOP", "19.1%", "h/1/w")
     assert shown.caption == "model: 5 pieces, 192 B go between them"
 
 

@@ -20,8 +20,8 @@ def tables(split):
 @pytest.mark.quick
 def test_what_crosses_and_why():
     pieces, crosses, given, again = tables(gpt().split())
-    head = ["piece", "name", "parameters", "borrows", "FLOPs", "boundary", "skips"]
-    assert pieces[0] == [*head, "made again"]
+    head = ["piece", "name", "parameters", "borrows", "FLOPs", "time", "boundary"]
+    assert pieces[0] == [*head, "skips", "made again"]
     assert [row[1] for row in pieces[1:]] == ["embed", "block *", "block *", "piece"]
     assert pieces[2][2] == "h/0/(out qkv)"
     assert pieces[4][2] == "embed"
@@ -69,7 +69,7 @@ def test_an_input_that_crosses_is_called_by_its_path():
 def test_a_function_that_is_not_cut_has_one_table():
     split = fpipe.split(lambda p, x: x @ p["w"], {"w": jnp.eye(3)}, jnp.ones((2, 3)))
     (rows,) = tables(split)
-    assert rows[1] == ["0", "w", "w", "36 FLOP"]
+    assert rows[1] == ["0", "w", "w", "36 FLOP", "100.0%"]
 
 
 def test_a_function_with_its_own_derivative_has_its_name():
@@ -99,4 +99,4 @@ def test_cells():
     assert paths(["h/0/b", "h/0/w"]) == "h/0/(b w)"
     assert paths(["h/0", "h"]) == "h/0 h"
     long = [f"encoder/block/{n}/attention" for n in range(9)]
-    assert paths(long) == "encoder/block/(0/attention 1/att…)"
+    assert paths(long) == "encoder/block/(0/attention 1/a…)"
