@@ -149,3 +149,10 @@ def interruptible():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def promotion():
+    """`optax` raises floats to integer powers, which strict promotion refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fpipe
+from tests.front.workers import encoded
 from tests.helpers import (
     HANG,
     Case,
@@ -60,24 +61,6 @@ PROBLEMS = {
     "different": Problem(DIFFERENT, {2: [4, 4], 4: [2, 2, 2, 2]}),
     "interleaved": Problem([dense()] * 8, {2: [2] * 4, 4: [1] * 8}, "interleaved_1f1b"),
 }
-
-
-def encoded(tree):
-    """The leaves of a pytree; floats survive JSON exactly."""
-    return [
-        {
-            "dtype": str(a.dtype),
-            "shape": a.shape,
-            "values": np.asarray(a).ravel().tolist(),
-        }
-        for a in jax.tree.leaves(tree)
-    ]
-
-
-def decoded(leaves, like):
-    """The inverse, in the structure of another pytree."""
-    arrays = [np.array(a["values"], a["dtype"]).reshape(a["shape"]) for a in leaves]
-    return jax.tree.unflatten(jax.tree.structure(like), arrays)
 
 
 def recording(layers, seen):

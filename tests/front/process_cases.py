@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 import fpipe
 import fpipe.distributed
 import fpipe.optim
+from tests.front.workers import encoded
 from tests.helpers import (
     HANG,
     Case,
@@ -37,28 +38,6 @@ from tests.helpers import (
     owner,
     sided,
 )
-
-
-def encoded(tree):
-    """The leaves of a pytree; `None` for those of other processes. Floats survive JSON
-    exactly.
-    """
-    return [
-        None
-        if isinstance(a, jax.Array) and not a.addressable_shards
-        else {
-            "dtype": str(a.dtype),
-            "shape": a.shape,
-            "values": np.asarray(a).ravel().tolist(),
-        }
-        for a in jax.tree.leaves(tree)
-    ]
-
-
-def decoded(leaves, like):
-    """The inverse, in the structure of another pytree."""
-    arrays = [np.array(a["values"], a["dtype"]).reshape(a["shape"]) for a in leaves]
-    return jax.tree.unflatten(jax.tree.structure(like), arrays)
 
 
 def shape_of(array):

@@ -13,8 +13,8 @@ import jax
 import pytest
 import yaml
 
-from tests.front.multiprocess_worker import PROBLEMS, decoded
-from tests.front.workers import ROOT, Workers
+from tests.front.multiprocess_worker import PROBLEMS
+from tests.front.workers import ROOT, Workers, decoded
 from tests.helpers import HANG, assert_same, mse
 
 WORKER = "tests.front.multiprocess_worker"

@@ -12,9 +12,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 import fpipe
-from tests.front.process_cases import CASES, CHECKPOINTS, TELLING, decoded
+from tests.front.process_cases import CASES, CHECKPOINTS, TELLING
 from tests.front.process_checkpoints import Run
-from tests.front.workers import Workers
+from tests.front.workers import Workers, decoded
 from tests.helpers import HANG, assert_same, eventually
 
 WORKER = "tests.front.process_cases"

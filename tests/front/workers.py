@@ -1,5 +1,5 @@
 """Worker processes of the tests: started together, read line by line, and gone at the
-end.
+end; and arrays as these lines have them.
 """
 
 import json
@@ -10,9 +10,34 @@ import sys
 import threading
 from queue import Queue
 
+import jax
+import numpy as np
+
 from tests.helpers import HANG
 
 ROOT = pathlib.Path(__file__).parents[2]
+
+
+def encoded(tree):
+    """The leaves of a pytree; `None` for those of other processes. Floats survive JSON
+    exactly.
+    """
+    return [
+        None
+        if isinstance(a, jax.Array) and not a.addressable_shards
+        else {
+            "dtype": str(a.dtype),
+            "shape": a.shape,
+            "values": np.asarray(a).ravel().tolist(),
+        }
+        for a in jax.tree.leaves(tree)
+    ]
+
+
+def decoded(leaves, like):
+    """The inverse, in the structure of another pytree."""
+    arrays = [np.array(a["values"], a["dtype"]).reshape(a["shape"]) for a in leaves]
+    return jax.tree.unflatten(jax.tree.structure(like), arrays)
 
 
 def free_port():

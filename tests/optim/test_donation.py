@@ -16,11 +16,7 @@ from tests.helpers import dense, mse, noise
 WIDTH = 4
 
 
-@pytest.fixture(autouse=True)
-def promotion():
-    """`optax` raises floats to integer powers, which strict promotion refuses."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("promotion")
 
 
 def aligned(array):

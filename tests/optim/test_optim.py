@@ -22,12 +22,7 @@ import fpipe.optim
 from fpipe.optim._update_graph import Equation
 from tests.helpers import assert_same, dense, in_turn, mse, noise, raises
 
-
-@pytest.fixture(autouse=True)
-def promotion():
-    """`optax` raises floats to integer powers, which strict promotion refuses."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("promotion")
 
 
 STAGES = 3

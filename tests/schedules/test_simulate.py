@@ -98,12 +98,13 @@ def launched(schedule, costs):
             # A copy right behind what stands before it in its row.
             copies = itertools.takewhile(lambda a: a.kind in "OL", behind)
             order += [(device, a) for a in (action, *copies)]
-    ends, counts = {}, {}
+    ends, free_at = {}, {}
     for device, action in order:
         thread = 0 if costs.launchers == "one" else device
-        counts[thread] = counts.get(thread, 0) + 1
-        # A sum and no product: it rounds in the same way.
-        ends[action] = sum([costs.launch] * counts[thread])
+        # One addition after the other: a product rounds in another way, and so does
+        # `sum` from Python 3.12 on.
+        free_at[thread] = free_at.get(thread, 0.0) + costs.launch
+        ends[action] = free_at[thread]
     return ends
 
 

@@ -21,11 +21,7 @@ from tests.split.models import loss, residual_mlp, weights
 EXECUTORS = ("placed", "scan")
 
 
-@pytest.fixture(autouse=True)
-def promotion():
-    """`optax` raises floats to integer powers, which strict promotion refuses."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("promotion")
 
 
 def placed_step(executor):

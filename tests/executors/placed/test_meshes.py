@@ -365,13 +365,6 @@ def test_what_a_callback_raises_is_raised_by_all_devices(place):
 # --- memory, recordings, optimizers ---
 
 
-@pytest.fixture
-def promotion():
-    """`optax` raises floats to integer powers, which strict promotion refuses."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 @pytest.mark.parametrize(
     ("mesh", "spec"), [(MODEL, COLUMNS), (DATA, P("data"))], ids=["model", "data"]
 )

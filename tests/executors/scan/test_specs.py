@@ -205,13 +205,6 @@ def test_arrays_say_how_they_are_cut():
     )
 
 
-@pytest.fixture
-def promotion():
-    """`optax` raises floats to integer powers, which strict promotion refuses."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 def test_optimizers_keep_what_is_cut(promotion):
     layers = [square(COLUMNS), square()]
     x = noise(jax.random.key(1), (4, WIDE))
