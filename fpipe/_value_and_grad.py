@@ -14,6 +14,7 @@ They are cut at the same places, so placed parameters fit all of them.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -54,6 +55,9 @@ from fpipe._split.split import Split, split
 from fpipe._split.trace import Kind
 from fpipe._tune import Tuning, tune
 from fpipe.schedules import Schedule
+
+# What messages of a pipe say of placing, with one pair of parentheses inside at most.
+_PIPE_PLACE = re.compile(r"\bpipe\.place\(((?:[^()]|\([^()]*\))*)\)")
 
 # The arguments of these methods besides those of the loss function. If the function has
 # an argument of the same name, the value goes to the function.
@@ -292,13 +296,14 @@ class ValueAndGrad:
 
     @contextmanager
     def _naming(self, name: str) -> Iterator[None]:
-        """Add a note to errors of the pipe: the names that are different here."""
+        """Give errors of the pipe the names that are different here."""
         try:
             yield
         except (TypeError, ValueError) as error:
             text = str(error)
             if "pipe.place(" in text:
-                error.add_note("fpipe: here it is `step.place(params, batch)`")
+                # A user of this function has no pipe, but the step.
+                error.args = (_PIPE_PLACE.sub(r"step.place(\1, batch)", text),)
             elif "`x[" in text:
                 error.add_note(
                     f"fpipe: in `{name}(...)` `x` has the batch's arguments by name, "

@@ -148,7 +148,9 @@ def _draw_boxes(
 def _draw_labels(ax: "Axes", shown: Picture, share: float) -> float:
     """Write the numbers of the microbatches where they fit; the size of the letters."""
     position = ax.get_position()
-    inches = ax.get_figure(root=True).get_size_inches()  # pyright: ignore[reportOptionalMemberAccess]
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    inches = figure.get_size_inches()
     points = 72 * position.width * inches[0] / (shown.span or 1.0)
     heights = _heights(shown)
     tops = list(itertools.accumulate(heights, initial=0.0))

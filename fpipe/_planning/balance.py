@@ -48,7 +48,7 @@ from fpipe._planning.span_tables import MeasuredSpans, SpanTables
 from fpipe._planning.text import option_name
 from fpipe.schedules import Schedule
 
-# So often `measured_balance` looks for the best cut and measures its stages: each stage
+# So often `found_balance` looks for the best cut and measures its stages: each stage
 # has to be compiled.
 _ROUNDS = 8
 
@@ -241,27 +241,33 @@ def balance(
             f"`balance({', '.join(given)})`: bytes per second cannot be weighed "
             f"against {known.unit}s: give `speeds=` too, in {known.unit}s per second"
         )
-    if by == "time" and work is not None:
-        return measured_balance(known, work, scheduling, stage_to_device, hardware)
-    return best_balance(known, scheduling, stage_to_device, hardware, by_memory)
+    return found_balance(known, work, scheduling, stage_to_device, hardware, by_memory)
 
 
-def measured_balance(
+def found_balance(
     costs: LayerCosts,
-    work: SpanWork,
+    work: SpanWork | None,
     scheduling: Scheduling,
     stage_to_device: tuple[int, ...],
     hardware: Hardware,
+    by_memory: bool = False,
 ) -> tuple[int, ...]:
-    """The best balance by the times of whole stages.
+    """The best balance, by the times of whole stages if these can be measured.
 
-    The stages of the best cut are measured, and the search begins again with what is
-    known now, until the best cut has been measured altogether. In a round each stage of
-    a cut is measured at most once, and equal stages once for all.
+    Without `work` it is the one that the costs of layers give. With it, the stages of
+    the best cut are measured, and the search begins again with what is known now, until
+    the best cut has been measured altogether. In a round each stage of a cut is
+    measured at most once, and equal stages once for all.
 
     Arguments:
-        work: measures layers that follow each other.
+        work: measures layers that follow each other; `None`: nothing does.
+        stage_to_device, by_memory: as for `best_balance`.
+
+    Raises:
+        ValueError: no cut fits into the memory.
     """
+    if work is None:
+        return best_balance(costs, scheduling, stage_to_device, hardware, by_memory)
     layers = range(len(costs.names))
     found = {(k, k + 1): (costs.forward[k], costs.backward[k]) for k in layers}
     for _ in range(_ROUNDS):

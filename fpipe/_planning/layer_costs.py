@@ -229,8 +229,10 @@ def costs_and_spans(
     chunks: int,
     remat: Remat,
     gauge: Gauge,
-) -> tuple[LayerCosts, "SpanWork"]:
-    """`costs_of`, and the work of layers that follow each other, by request."""
+) -> tuple[LayerCosts, "SpanWork | None"]:
+    """`costs_of`, and what measures layers that follow each other, by request; `None`
+    if nothing is measured.
+    """
     params = args.params
     if params is not None:
         check_params(model, params, "`layer_costs(params=...)`")
@@ -277,7 +279,7 @@ def costs_and_spans(
         checkpoint=remat.option,
         launch=_launch(work, boundaries, gauge) if gauge.by == "time" else 0.0,
     )
-    return costs, spans
+    return costs, spans if gauge.by == "time" else None
 
 
 def _not_kept(layer: int) -> tuple[str, ...]:

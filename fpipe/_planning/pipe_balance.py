@@ -22,7 +22,7 @@ from fpipe._executors.scheduling import Scheduling
 from fpipe._model.model import Model
 from fpipe._model.needs import call_needs, stand_ins
 from fpipe._model.remat import Remat
-from fpipe._planning.balance import best_balance, measured_balance, stage_devices
+from fpipe._planning.balance import found_balance, stage_devices
 from fpipe._planning.hardware import Hardware
 from fpipe._planning.layer_costs import UNITS, Gauge, costs_and_spans
 
@@ -116,11 +116,10 @@ def _found(
     stage_to_device = stage_devices(
         costs, pipe.scheduling, pipe.stages, len(pipe.placements)
     )
-    if by == "time":
-        scheduling = pipe.scheduling
-        return measured_balance(costs, work, scheduling, stage_to_device, Hardware())
     by_memory = by == "memory"
-    return best_balance(costs, pipe.scheduling, stage_to_device, Hardware(), by_memory)
+    return found_balance(
+        costs, work, pipe.scheduling, stage_to_device, Hardware(), by_memory
+    )
 
 
 def _check_side(needs: Mapping[str, PyTree], model: Model) -> None:

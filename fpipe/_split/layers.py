@@ -196,9 +196,9 @@ class CutFunction:
 
     def trace(self, kind: Kind) -> CutTrace:
         """The pieces of the function, traced for microbatches of one kind."""
-        key = self._key(kind)
+        key, straight = self._key(kind), self.straight_of(kind)
         if key not in self._traces:
-            self._traces[key] = self._cut(kind, self.straight_of(kind))
+            self._traces[key] = self._cut(kind, straight)
         return self._traces[key]
 
     def _cut(self, kind: Kind, straight: frozenset[int] | None) -> CutTrace:
@@ -215,10 +215,11 @@ class CutFunction:
             return None
         if kind.x.spec not in self._straight:
             alike = [one for one in _modes(self, kind) if one.x.spec == kind.x.spec]
-            self._straight[kind.x.spec] = straight_inputs(
+            self._straight[kind.x.spec], traces = straight_inputs(
                 kind.x.leaves,
                 lambda numbers: [self._cut(one, numbers) for one in alike],
             )
+            self._traces.update(zip(map(self._key, alike), traces, strict=True))
         return self._straight[kind.x.spec]
 
     def fits(self, kind: Kind) -> bool:

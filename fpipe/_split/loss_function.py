@@ -220,7 +220,9 @@ class LossFunction:
             arguments[KEY] = key
         if self.stateful:
             arguments[STATE] = state
-        bound = inspect.BoundArguments(self.signature, arguments)  # pyright: ignore[reportArgumentType] - it is asked by name
+        # It looks arguments up by name, so that any dict will do.
+        ordered: Any = arguments
+        bound = inspect.BoundArguments(self.signature, ordered)
         try:
             result = self.loss.fn(*bound.args, **bound.kwargs)
         except UNKNOWN_VALUES as error:

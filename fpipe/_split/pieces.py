@@ -210,9 +210,10 @@ def cut_trace(
 
 def straight_inputs(
     leaves: Sequence[Any], cut: Callable[[frozenset[int]], Sequence[CutTrace]]
-) -> frozenset[int]:
+) -> tuple[frozenset[int], list[CutTrace]]:
     """The arrays of `x`, by their numbers in it, that go straight from the call to all
-    pieces that read them: what pieces behind the first one read.
+    pieces that read them: what pieces behind the first one read. Also the traces of the
+    function, cut so.
 
     An array of floats that the first piece reads too is sent on by the first piece.
     Otherwise pieces would make again whatever is cheap to make from `x`, such as the
@@ -236,7 +237,9 @@ def straight_inputs(
         if not through_first and not any(0 in own for own in readers.values()):
             through_first = set(sorted(later & floats)[:1])
         if not through_first:
-            return frozenset(later)
+            # The others go to the first piece in any case, so that no piece changes.
+            found = frozenset(later)
+            return found, [dataclasses.replace(t, straight=found) for t in traces]
         straight -= through_first
 
 

@@ -249,7 +249,8 @@ class RowUse:
                 self.graph.avals[by.ins[0]].size // self.graph.avals[by.outs[0]].size
             )
             factor = float(number) if node.name == "div" else 1 / (float(number) or 1)
-            if factor in (self.rows, count):
+            # Half a sum of squares is a loss also of two rows, and of two numbers.
+            if factor in (self.rows, count) and factor != 2:
                 warn(
                     f"`fpipe.split(fn)`: {self.name!r} divides a sum over its rows by "
                     f"{factor:g}{at_line(node.where)}, for any number of rows. With "

@@ -627,7 +627,8 @@ def test_calls_that_are_wrong():
         step.init(jax.random.key(0), batch, weight)
     with pytest.raises(ValueError, match="on the wrong device") as caught:
         step(params, batch, weight)
-    assert "fpipe: here it is `step.place(params, batch)`" in caught.value.__notes__
+    place = "put them there with `params = step.place(params, batch)`"
+    assert str(caught.value).endswith(place)
     placed = step.place(params, batch, weight)
     with pytest.raises(ValueError, match=r"`x.*` of shape .* has") as caught:
         step(placed, batch, weight[:3])

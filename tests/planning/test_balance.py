@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import fpipe
 from fpipe._executors.added_actions import RECOMPUTE
 from fpipe._executors.scheduling import Scheduling
-from fpipe._planning.balance import DoesNotFitError, measured_balance
+from fpipe._planning.balance import DoesNotFitError, found_balance
 from fpipe._planning.costs import Sent
 from fpipe._planning.hardware import Hardware
 from fpipe._planning.layer_costs import LayerWork
@@ -523,7 +523,7 @@ class Stages:
 def measured(layers, stages, count):
     known = costs(layers, checkpoint="never")
     places = tuple(range(count))
-    return measured_balance(known, stages, Scheduling.of("1f1b"), places, Hardware())
+    return found_balance(known, stages, Scheduling.of("1f1b"), places, Hardware())
 
 
 def test_stages_of_the_best_cut_are_measured_until_none_can_be_better():

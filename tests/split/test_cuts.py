@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import fpipe
+from fpipe._split import layers
+from fpipe._split.pieces import cut_trace
 from tests.split.models import EXAMPLES, gpt, residual_mlp, two_inputs, u_net
 
 X = jnp.ones((2, 3))
@@ -96,6 +98,28 @@ def test_a_key_that_a_later_piece_draws_from_comes_from_the_first():
     first, second = split.layers_in(None)
     assert (first.needs, second.needs) == (("key",), ("key",))
     assert split.cut.trace(split.cut.first).stashes == ((), ())
+
+
+def test_a_trace_is_cut_once_to_find_what_goes_straight(monkeypatch):
+    """The cut that shows that nothing more goes through the first piece is kept: each
+    piece is as if it were cut with the inputs that go straight at last.
+    """
+    cuts = []
+
+    def counted(*args):
+        cuts.append(args)
+        return cut_trace(*args)
+
+    monkeypatch.setattr(layers, "cut_trace", counted)
+    split = gpt().split()
+    found = split.cut.trace(split.cut.first)
+    # With and without a key, trained and evaluated.
+    assert len(cuts) == 4
+    assert found.straight == {0}  # the mask
+    traced, places = split.cut.placed(split.cut.first)
+    again = cut_trace(traced, places, split.cut.state_owners, found.straight)
+    for piece, other in zip(found.pieces, again.pieces, strict=True):
+        assert vars(piece) == vars(other)
 
 
 def test_equal_pieces_are_equal():

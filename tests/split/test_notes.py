@@ -159,6 +159,17 @@ def test_what_is_right_is_not_noted(name):
     assert noted(QUIET[name]) == []
 
 
+def test_half_a_sum_of_two_rows_is_no_mean():
+    def squares(params, x):
+        return jnp.sum((x @ params["w"]) ** 2)
+
+    assert noted(lambda p, x: squares(p, x) / 2, x=X[:2]) == []
+    assert noted(lambda p, x: 0.5 * squares(p, x), x=X[:2]) == []
+    # There are six numbers.
+    (note,) = noted(lambda p, x: squares(p, x) / 6, x=X[:2])
+    assert "divides a sum over its rows by 6" in note
+
+
 def test_inputs_that_go_whole_to_every_microbatch_are_no_rows():
     def fn(params, x):
         h, table = x

@@ -188,6 +188,41 @@ def finish_states(call: CallWork) -> dict[int, SlotTree]:
     return states
 
 
+class _StateArray(NamedTuple):
+    """An array of a state as it leaves the call.
+
+    Attributes:
+        share: `ROWS`: the rows of all microbatches, joined. `WHOLE`: the sum that the
+            backwards have made, if they made one. Otherwise what the last microbatch
+            left.
+        slots: what it is made of.
+        shapes: the shapes in these slots.
+        left: its shape as the last microbatch left it.
+    """
+
+    share: Share
+    slots: Sequence[Slot]
+    shapes: Sequence[jax.ShapeDtypeStruct]
+    left: jax.ShapeDtypeStruct
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is in a slot already.
+
+        The array that a call was given (`WHOLE`) is no array that it returns: the user
+        may donate the one, and read the other.
+        """
+        return len(self.slots) == 1 and self.share is not Share.WHOLE
+
+    def made_of(self, pieces: Sequence[Any]) -> Any:
+        """The array, of the arrays in the slots."""
+        if not pieces:
+            return jnp.zeros(self.left.shape, self.left.dtype)
+        if self.share is Share.WHOLE:
+            return pieces[0].astype(self.left.dtype)
+        return jnp.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+
+
 def _finish_state(call: CallWork, stage: Stage, layer: int) -> SlotTree:
     """The state of a layer as it leaves the call."""
     port = Port("state", layer)
@@ -195,54 +230,40 @@ def _finish_state(call: CallWork, stage: Stage, layer: int) -> SlotTree:
     left = [call.programs.flat(stage.index, i).out[port] for i in range(m)]
     if call.inputs.state_pieces[layer]:
         return _finish_pieces(call, stage, layer, left)
-    shares = call.inputs.shares[layer]
     makes = call.programs.request.kind is CallKind.GRADIENT
-    # The slots that each array is made of, and their shapes.
-    columns: list[list[Slot]] = []
-    shapes: list[jax.ShapeDtypeStruct] = []
-    for k, share in enumerate(shares):
+    arrays: list[_StateArray] = []
+    for k, share in enumerate(call.inputs.shares[layer]):
         leaf = Leaf(port, k)
-        whole = left[-1].leaves[k]
+        last = left[-1].leaves[k]
         if share is Share.ROWS:
-            columns.append(_of_all_microbatches(call, stage.index, [leaf]))
-            shapes += [piece.leaves[k] for piece in left]
+            slots = _of_all_microbatches(call, stage.index, [leaf])
+            shapes = [piece.leaves[k] for piece in left]
         elif share is Share.WHOLE and makes:
             # Nothing at all, where no gradient depends on it.
             slot = call.sums.get((stage.index, leaf))
-            columns.append([] if slot is None else [slot])
-            wide = whole.update(dtype=sum_dtype(whole.dtype)) if m > 1 else whole
-            shapes += [] if slot is None else [wide]
+            slots = [] if slot is None else [slot]
+            wide = last.update(dtype=sum_dtype(last.dtype)) if m > 1 else last
+            shapes = [wide] * len(slots)
         else:
-            columns.append([call.held[stage.index, m - 1][Output(leaf)]])
-            shapes.append(whole)
-    ins = [slot for column in columns for slot in column]
-    # The array that a call was given is no array that it returns: the user may donate
-    # the one, and read the other.
-    as_it_is = all(len(column) == 1 for column in columns)
-    as_it_is = as_it_is and Share.WHOLE not in shares
-    if as_it_is and stage.model.layers[layer].finish is None:
+            slots, shapes = [call.held[stage.index, m - 1][Output(leaf)]], [last]
+        arrays.append(_StateArray(share, slots, shapes, last))
+    ins = [slot for array in arrays for slot in array.slots]
+    if stage.model.layers[layer].finish is None and all(a.is_held for a in arrays):
         return SlotTree(left[-1], tuple(ins))
     placement = call.layout.home(layer)
-    counts = [len(column) for column in columns]
     finished: list[Spec] = []
 
-    def finish(*arrays: Any) -> list[Any]:
-        rest = iter(arrays)
-        whole = []
-        for of, share, count in zip(left[-1].leaves, shares, counts, strict=True):
-            pieces = [next(rest) for _ in range(count)]
-            if not pieces:
-                whole.append(jnp.zeros(of.shape, of.dtype))
-            elif share is Share.WHOLE:
-                whole.append(pieces[0].astype(of.dtype))
-            else:
-                whole.append(jnp.concatenate(pieces) if count > 1 else pieces[0])
+    def finish(*values: Any) -> list[Any]:
+        rest = iter(values)
+        whole = [a.made_of([next(rest) for _ in a.slots]) for a in arrays]
         state = left[-1].spec.unpack(whole)
         flat, spec = pack(stage.model.finish({layer: state})[layer])
         finished.append(spec)
         return flat
 
-    made = jax.eval_shape(finish, *shapes)
+    made = jax.eval_shape(
+        finish, *(shape for array in arrays for shape in array.shapes)
+    )
     shape = Shape(finished[-1], tuple(map(aval, made)))
     outs = [
         Slot(CallValue(Output(Leaf(port, k))), placement, "outputs")
