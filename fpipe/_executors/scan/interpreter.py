@@ -496,7 +496,7 @@ class Interpreter:
         for gradient in self.gradients:
             of = self._shape_of(gradient)
             # One part for each shard of the batch, added up at the end.
-            parts = (self.shards,) if gradient in self.parts else ()
+            parts = (self.shards,) if self._has_parts(gradient) else ()
             # Gradients in 16 bits are summed in 32, and cast once, in the end.
             zeros = jnp.zeros((*parts, *of.shape), sum_dtype(of.dtype))
             carry[gradient] = self._as_summed(gradient, zeros)
@@ -731,7 +731,7 @@ class Interpreter:
                     )
                 case Add(gradient, n):
                     # Parts have one more axis, that of the shards.
-                    apart = gradient in self.parts
+                    apart = self._has_parts(gradient)
                     total, value = carry[buffer], values[n]
                     if total.shape != value.shape:
                         # Flat, and whole before it goes to its place in the block.
@@ -739,6 +739,8 @@ class Interpreter:
                         value = self._as_summed(gradient, value.reshape(*parts, -1))
                     add = jax.vmap(_added) if apart else _added
                     carry[buffer] = add(total, value)
+                    if self._is_scattered(gradient):
+                        carry[buffer] = self._as_summed(gradient, carry[buffer])
                 case Write(_, n, argument, adds):
                     value = as_stored(values[n])
                     place = arguments[argument]
@@ -865,19 +867,24 @@ class Interpreter:
 
     def _compute(self, op: Op, arrays: Sequence[Array]) -> list[Any]:
         """What an operation's code makes: arrays, or constants of Python. Of a gradient
-        that is kept as parts, instead of the sum over rows, the parts.
+        that is kept as parts, instead of the sum over rows, the parts; of one that is
+        scattered its piece on each device.
         """
         code = op.code
         assert code is not None
         parts: dict[int, RowSum] = {}
         alone: list[int] = []
+        scattered: dict[int, SummedGradient] = {}
         for target in op.targets:
-            if isinstance(target, Add) and target.buffer in self.parts:
-                n = target.value - len(op.sources)
-                if op in self.parts[target.buffer]:
-                    parts[n] = self.parts[target.buffer][op]
-                else:
-                    alone.append(n)
+            if not isinstance(target, Add):
+                continue
+            gradient, n = target.buffer, target.value - len(op.sources)
+            if self._is_scattered(gradient):
+                scattered[n] = gradient
+            if op in self.parts.get(gradient, {}):
+                parts[n] = self.parts[gradient][op]
+            elif self._has_parts(gradient):
+                alone.append(n)
         # `terms` are the values that the sums are made of. They are asked for beside
         # the outputs. Nobody reads the sums over all rows then, so XLA leaves them out.
         wanted = [*code.outs, *code.sums]
@@ -887,8 +894,14 @@ class Interpreter:
         values = made[: len(wanted)]
         for n, own in parts.items():
             values[n] = sum_rows_apart(own, given, self.data)
+            if n in scattered:
+                values[n] = self._added_up(scattered[n], values[n])
         for n in alone:
             values[n] = _first_part(values[n], self.shards)
+        for n in scattered.keys() - parts.keys():
+            # Each device has made the sum over all rows. It adds its piece of it.
+            whole = without_axes(self._spec_of(scattered[n]), self.data)
+            values[n] = jax.lax.with_sharding_constraint(values[n], whole)
         return values
 
     def _values(
@@ -963,6 +976,17 @@ class Interpreter:
             return self._unsharded(total)
         return jax.lax.with_sharding_constraint(total, spec)
 
+    def _is_scattered(self, gradient: SummedGradient) -> bool:
+        """Whether each backward scatters what it adds, so that a device never has more
+        than its piece of the sum.
+        """
+        named = {name for part in self._spec_of(gradient) for name in axes_in(part)}
+        return self.unshard == "action" and not named.isdisjoint(self.data)
+
+    def _has_parts(self, gradient: SummedGradient) -> bool:
+        """Whether the sum of a gradient is kept as parts, one for each shard."""
+        return gradient in self.parts and not self._is_scattered(gradient)
+
     def _spec_of(self, gradient: SummedGradient) -> P:
         """The spec of the row, the loan or the input that a gradient belongs to."""
         match gradient:
@@ -1005,10 +1029,18 @@ class Interpreter:
         # This cuts what leaves the loop. Without `_as_summed` XLA would also cut what
         # is summed inside of it.
         spec, parts = self._spec_of(gradient), self._as_summed(gradient, parts)
-        if gradient in self.parts:
-            axes = {*self.mesh.axis_names} - {AXIS}
-            parts = add_parts(parts, spec, self.data, axes)
+        if self._has_parts(gradient):
+            parts = self._added_up(gradient, parts)
         return jax.lax.with_sharding_constraint(parts, spec) if spec else parts
+
+    def _added_up(self, gradient: SummedGradient, parts: Array) -> Array:
+        """The parts of a gradient added up: of what is cut over the axes of rows each
+        device gets its piece.
+        """
+        spec, axes = self._spec_of(gradient), {*self.mesh.axis_names} - {AXIS}
+        # Of 16 bits the parts are added up in 32, as all else.
+        wide = parts.astype(sum_dtype(parts.dtype))
+        return add_parts(wide, spec, self.data, axes)
 
     def _everywhere(self, value: Array) -> Array:
         """What some devices wrote, on all of them; the others have zeros."""

@@ -77,16 +77,19 @@ def held(step: Step) -> Mapping[Role, int]:
         "residuals": 0,
     }
     # Sums of gradients: of each row, of each loan at its borrower, of whole inputs.
+    # What is gathered once is scattered once, and what each action gathers each
+    # backward scatters.
     if step.request.differentiates:
+        summed = gathered if at_once else cut
         returned = [rows[n] for n in step.gradient_names if isinstance(n, int)]
         roles["gradients"] = sum(
-            gathered(rows[loan.row], _bytes_of_sum(loan.aval)) for loan in machine.loans
+            summed(rows[loan.row], _bytes_of_sum(loan.aval)) for loan in machine.loans
         )
         for row in returned:
-            roles["gradients"] += gathered(row, _bytes_of_sum(row))
+            roles["gradients"] += summed(row, _bytes_of_sum(row))
             # The sum of a device's own rows is still there when its piece of the whole
             # sum is made, and one in float32 when the 16-bit gradient is.
-            if row in by_rows or sum_dtype(row.dtype) != row.dtype:
+            if (row in by_rows and at_once) or sum_dtype(row.dtype) != row.dtype:
                 roles["gradients"] += cut(row, nbytes(row))
         for a in machine.inputs.values():
             roles["gradients"] += _bytes_of_sum(a)

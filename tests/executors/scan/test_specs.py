@@ -66,22 +66,31 @@ def step_of(pipe, x, argnums=(0, 1)):
 @pytest.mark.quick
 def test_tensor_parallel_blocks_reduce_twice_in_each_direction():
     pipe = fpipe.Pipe(
-        [gpt_block()] * 2, chunks=2, mesh=MODEL, executor="scan", checkpoint="never"
+        [gpt_block()] * 4,
+        [2, 2],
+        chunks=2,
+        mesh=MODEL,
+        executor="scan",
+        checkpoint="always",
     )
     x = noise(jax.random.key(1), (4, 3, WIDE))
     params, text = step_of(pipe, x)
     assert params.padding == 0
-    assert specs_of(params).count(COLUMNS) == 4
-    assert specs_of(params).count(ROWS) == 2
-    # One block on each stage, whose forward and backward stand in the loop once. The
-    # boundaries move from stage to stage, and back.
-    assert collectives(loop_body(text)) == {"all-reduce": 4, "collective-permute": 2}
+    assert specs_of(params).count(COLUMNS) == 8
+    assert specs_of(params).count(ROWS) == 4
+    # Two blocks on each stage, whose forward and backward stand in the loop once: two
+    # each of a block, and once more in a recomputation, but for the last, which makes
+    # the output. The boundaries move from stage to stage, and back.
+    assert collectives(loop_body(text)) == {
+        "all-reduce": 4 + 4 + 3,
+        "collective-permute": 2,
+    }
 
 
 @pytest.mark.parametrize(
     ("unshard", "in_loop", "outside"), [("step", 0, 4), ("action", 8, 0)]
 )
-def test_sharded_parameters_are_gathered_and_their_gradients_scattered_once(
+def test_sharded_parameters_are_gathered_and_their_gradients_scattered(
     unshard, in_loop, outside
 ):
     pipe = fpipe.Pipe(
@@ -100,7 +109,15 @@ def test_sharded_parameters_are_gathered_and_their_gradients_scattered_once(
     inside, all_ = collectives(loop_body(text)), collectives(text.splitlines())
     assert inside["all-gather"] == in_loop
     assert all_["all-gather"] == in_loop + outside
-    assert (inside["reduce-scatter"], all_["reduce-scatter"]) == (0, 4)
+    # They are scattered where they are gathered, and the backward alone scatters.
+    assert all_["reduce-scatter"] == 4
+    assert inside["reduce-scatter"] == (4 if unshard == "action" else 0)
+    assert inside["all-reduce"] == 1  # the loss of a microbatch
+    sums = [line for line in text.splitlines() if " while(" in line]
+    # What the loop carries: sums whose parts lie apart, and sums that lie in pieces.
+    whole, piece = f"f32[1,{WIDE},{2 * WIDE}]", f"f32[{WIDE},{WIDE}]"
+    assert any(piece in line for line in sums) == (unshard == "action")
+    assert any(whole in line for line in sums) == (unshard == "step")
 
 
 @pytest.mark.parametrize("spec", [P(("model", "data")), P(("data", "model"))])
@@ -249,7 +266,7 @@ def test_a_plan_counts_what_each_device_holds():
     assert (gathered["parameters"], gathered["optimizer"]) == (size * 3 // 2, size)
     assert gathered["gradients"] == size * 3 // 2
     each = row_of(P("data"), DATA, unshard="action")
-    assert (each["parameters"], each["gradients"]) == (size // 2, size * 3 // 2)
+    assert (each["parameters"], each["gradients"]) == (size // 2, size // 2)
 
 
 def test_what_does_not_fit_is_refused():
