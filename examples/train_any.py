@@ -325,9 +325,12 @@ def picture(
         )
     if plan is not None:
         # The plan has FLOPs for time: only their ratios say something here.
-        timeline = dataclasses.replace(
-            plan.timeline, name=f"a step as planned, in FLOPs: {plan.timeline.name}"
+        events = tuple(
+            event._replace(start=event.start / 1e6, end=event.end / 1e6)
+            for event in plan.timeline.events
         )
+        name = f"a step as planned, in MFLOP: {plan.timeline.name}"
+        timeline = dataclasses.replace(plan.timeline, events=events, name=name)
         fpipe.plot.draw(timeline, figure.add_axes((0.08, 0.12, 0.9, 0.25)))
     return figure
 
