@@ -9,12 +9,15 @@ sharding for each array. On a mesh data=2 x model=2, of a layer whose spec is
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
-from fpipe._core.pytrees import PyTree, describe
+from fpipe._core.meshes import no_mesh
+from fpipe._core.pytrees import PyTree, describe, eval_shape, pack
 from fpipe._executors.placement import Placement
 from fpipe._model.layer import Layer
 from fpipe._model.specs import annotated_specs, axes_in, spread_specs
@@ -57,6 +60,34 @@ def param_shardings(
             own = getattr(leaf, "sharding", None)
             found.append(sharding_at(own, leaf.shape, place))
     return found
+
+
+def make_cut(
+    layer: Layer, call: str, make: Callable[[Any], PyTree], key: Any, place: Placement
+) -> PyTree | None:
+    """Run `make(key)`, which makes the parameters of a layer, so that each device of a
+    mesh makes its own parts: no device ever has all of what is cut.
+
+    Arguments:
+        call: as for `param_shardings`.
+
+    Returns:
+        `None` if nothing is cut, if the mesh has devices of other processes, or if
+        `make` needs the numbers of its key and cannot be traced.
+    """
+    if place.mesh is None or place.processes != {jax.process_index()}:
+        return None
+    try:
+        shapes, spec = pack(eval_shape(make, key))
+    except jax.errors.JAXTypeError:
+        return None
+    lie = param_shardings(layer, call, spec.unpack(shapes), place)
+    if all(sharding == place.sharding for sharding in lie):
+        return None
+    own_key = None if key is None else place.take([key])[0]
+    with no_mesh():
+        made = jax.jit(lambda key: pack(make(key))[0], out_shardings=lie)(own_key)
+    return spec.unpack(made)
 
 
 def cut_as_said(

@@ -38,7 +38,7 @@ from fpipe._core.pytrees import (
 )
 from fpipe._core.settings import settings
 from fpipe._executors.call import Args, Result, check_params
-from fpipe._executors.parameter_cuts import param_shardings, sharding_at
+from fpipe._executors.parameter_cuts import make_cut, param_shardings, sharding_at
 from fpipe._executors.placed.dispatch import Dispatch, ReadyPlan, bind
 from fpipe._executors.placed.instructions import GradientTree, Half, Plan
 from fpipe._executors.placed.lower import lower
@@ -167,6 +167,11 @@ class Placed:
         self, layer: int, make: Callable[[Any], PyTree], key: Any
     ) -> PyTree:
         """Run `make(key)` where a layer lives."""
+        own = self.stages[0].model.layers[layer]
+        home = self.layout.home(layer)
+        made = make_cut(own, f"layer {layer} {own.name!r}", make, key, home)
+        if made is not None:
+            return made
         made = self._make_at(layer, make, key)
         return self._at_home(layer, made, own=True)
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fpipe._core.caches import Key, Recent
-from fpipe._core.meshes import no_mesh
+from fpipe._core.meshes import is_explicit, no_mesh
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
@@ -24,13 +24,12 @@ from fpipe._core.pytrees import (
     eval_shape,
     float0_like,
     is_traced,
-    map_arrays,
     pack,
 )
-from fpipe._executors.parameter_cuts import axes_of, param_shardings
+from fpipe._executors.parameter_cuts import axes_of, make_cut, param_shardings
 from fpipe._executors.placement import Placement, sub_meshes
 from fpipe._executors.scan.mesh import by_stage, on_device, replicated
-from fpipe._executors.scan.packing import Entry, Packed, Packing
+from fpipe._executors.scan.packing import Entry, Packed, Packing, Row
 from fpipe._executors.scan.units import Units, cut_units
 from fpipe._executors.stage_places import AXIS, columns
 from fpipe._model.model import Model
@@ -150,6 +149,11 @@ class Parameters:
         here = self._devices_of[layer]
         if not here:
             return eval_shape(f, key)
+        own = self._model.layers[layer]
+        home = self._places[self._place_of[layer]]
+        cut = make_cut(own, f"layer {layer} {own.name!r}", f, key, home)
+        if cut is not None:
+            return cut
         with no_mesh(), jax.default_device(here[0]):
             return f(None if key is None else on_device(key, here[0]))
 
@@ -178,34 +182,23 @@ class Parameters:
         """The blocks of each place, made there and joined to arrays over the mesh."""
         shards: list[list[Any]] = [[] for _ in packing.rows]
         lie = self.shardings(packing)
+        leaves = [pack(own)[0] for own in params]
         for place, devices in enumerate(self._columns):
             # Each process makes the blocks of its own devices. It may have arrays for
             # their layers alone: of the others `make` returns shapes.
             if not devices:
                 continue
-            entries = [row.entries[place] for row in packing.rows if not row.is_empty]
-            # The blocks are made on the first device: the others get copies, or their
-            # parts.
-            with jax.default_device(devices[0]):
-                own = {
-                    k: map_arrays(lambda a, to=devices[0]: on_device(a, to), params[k])
-                    for k in {entry[0] for entry in entries if entry}
-                }
-                blocks = packing.blocks(place, own)
-            for row, shard, block, sharding in zip(
-                packing.rows, shards, blocks, lie, strict=True
-            ):
+            for row, shard, sharding in zip(packing.rows, shards, lie, strict=True):
                 if row.is_empty:
                     continue
-                shape = (len(self._columns), *row.shape)
-                parts = sharding.addressable_devices_indices_map(shape)
-                for device in devices:
-                    own_part = block
-                    if row.spec:
-                        index = parts[device]
-                        assert index is not None
-                        own_part = block[index[1:]]
-                    shard.append(jax.device_put(own_part[None], device))
+                entry = row.entries[place]
+                array = None if entry is None else leaves[entry[0]][entry[1]]
+                if row.spec:
+                    shard += self._parts(row, array, devices, sharding)
+                else:
+                    # The block is made on the first device: the others get copies.
+                    block = _block(row, array, devices[0])[None]
+                    shard += [jax.device_put(block, device) for device in devices]
         arrays = []
         for row, shard, sharding in zip(packing.rows, shards, lie, strict=True):
             shape = (len(self._columns), *row.shape)
@@ -215,6 +208,27 @@ class Parameters:
                 else jax.make_array_from_single_device_arrays(shape, sharding, shard)
             )
         return Packed(tuple(arrays), packing)
+
+    def _parts(
+        self, row: Row, array: Any, devices: Sequence[Any], sharding: NamedSharding
+    ) -> list[Any]:
+        """What each device has of a row that is cut: no device ever has all of it.
+
+        Arguments:
+            array: that of the row which these devices have; `None`: zeros stand there.
+        """
+        shape = (len(self._columns), *row.shape)
+        indices = sharding.addressable_devices_indices_map(shape)
+        parts = []
+        for device in devices:
+            index = indices[device]
+            assert index is not None
+            if array is None:
+                with jax.default_device(device):
+                    parts.append(jnp.zeros(sharding.shard_shape(shape), row.dtype))
+            else:
+                parts.append(_part(array, index[1:], device)[None])
+        return parts
 
     def shardings(self, packing: Packing) -> list[NamedSharding]:
         """How each row lies."""
@@ -341,6 +355,26 @@ class Parameters:
                 "`pipe.place(other.gather(params))`, "
                 "where `other` is the pipe that placed them"
             )
+
+
+def _block(row: Row, array: Any, device: Any) -> Any:
+    """An array as a block of a row, made on a device; `None`: zeros."""
+    with jax.default_device(device):
+        if array is None:
+            return jnp.zeros(row.shape, row.dtype)
+        return row.put(on_device(array, device))
+
+
+def _part(array: Any, index: tuple[slice, ...], device: Any) -> Any:
+    """A device's part of an array: the one that it has already, or a piece that is made
+    where the array is.
+    """
+    if is_explicit(array) or not getattr(array, "is_fully_addressable", True):
+        return on_device(array, device)[index]
+    for own in getattr(array, "addressable_shards", ()):
+        if own.device == device and own.index == index:
+            return own.data
+    return on_device(array[index], device)
 
 
 def _names(mesh: Mesh) -> str:

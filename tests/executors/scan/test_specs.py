@@ -2,6 +2,7 @@
 devices and how often, and what each device holds.
 """
 
+import dataclasses
 from typing import Any, cast
 
 import jax
@@ -15,6 +16,7 @@ from optax.tree_utils import tree_get
 
 import fpipe
 import fpipe.optim
+from fpipe._executors.scan import parameters
 from fpipe._executors.scan.exchanges import find_exchanges
 from tests.executors.cut_layers import (
     COLUMNS,
@@ -220,6 +222,40 @@ def test_arrays_say_how_they_are_cut():
     assert repr(params.form) == (
         f"a packing with the rows - | [1] cut by {COLUMNS}, [0] | -"
     )
+
+
+def test_no_device_has_all_of_what_is_cut(monkeypatch):
+    wide, seen = 56, set()
+    made_part = parameters._part
+
+    def looked(*args):
+        arrays = [a for a in jax.live_arrays() if a.dtype == jnp.float32]
+        seen.update(s.data.shape for a in arrays for s in a.addressable_shards)
+        return made_part(*args)
+
+    monkeypatch.setattr(parameters, "_part", looked)
+    layer = dataclasses.replace(
+        square(COLUMNS), init=lambda key, x: noise(key, (wide, wide))
+    )
+    pipe = fpipe.Pipe([layer] * 2, mesh=MODEL, executor="scan")
+    key, x = jax.random.key(0), jnp.ones((1, wide))
+    params = pipe.init(key, x)
+    # Halves, and no whole ones.
+    assert (wide, wide // 2) in seen
+    assert (wide, wide) not in seen
+    want = fpipe.sequential(pipe.layers).init(key, x)
+    whole = pipe.gather(params)
+    assert_same(whole, want)
+    given = tuple(map(np.array, whole))
+    del want, whole
+    pipe.place(given)
+    assert (wide, wide) not in seen
+    # An `init` that cannot be traced runs as it is, and what it makes is cut then.
+    concrete = dataclasses.replace(
+        layer, init=lambda key, x: jnp.eye(wide) * float(jax.random.normal(key))
+    )
+    pipe = dataclasses.replace(pipe, layers=[concrete] * 2)
+    assert specs_of(pipe.init(key, x)) == [COLUMNS]
 
 
 def test_optimizers_keep_what_is_cut(promotion):
