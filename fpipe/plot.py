@@ -159,7 +159,7 @@ def _draw_labels(ax: "Axes", shown: Picture, share: float) -> float:
     for box in shown.boxes:
         if shown.rows[box.row].thin:
             continue
-        label = str(box.microbatch)
+        label = box.short_label
         if len(label) * size * 0.62 + 1.5 <= (box.end - box.start) * points:
             ax.text(
                 (box.start + box.end) / 2,

@@ -27,7 +27,7 @@ from fpipe._executors.scheduling import Scheduling
 from fpipe._model.remat import Remat
 from fpipe._model.stages import Stage
 from fpipe._program.code import Code
-from fpipe.schedules import Kind, Schedule
+from fpipe.schedules import Action, Kind, Schedule
 
 # What an array is for. `boundaries` and `skips` cross stages, cotangents included;
 # `outputs` are states, losses and `y`; `constants` are arrays that layers close over.
@@ -115,6 +115,10 @@ class PlanData:
             if everything goes whole to every microbatch.
         work: for each kind of action and stage the programs that its first microbatch
             runs. What has nothing to compute is not there.
+        fused: the actions that run as one program, program by program. They are
+            launched together.
+        programs: how many different programs the call compiles.
+        launches: how many programs and transfers it launches.
         devices: a row for each device.
         copied: for each stage that copies what a forward left to the host, the bytes of
             one copy.
@@ -129,6 +133,9 @@ class PlanData:
     remat: Remat
     microbatch_rows: tuple[int, ...]
     work: Mapping[tuple[Kind, int], tuple[Work, ...]]
+    fused: tuple[tuple[Action, ...], ...]
+    programs: int
+    launches: int
     devices: tuple[DeviceMemory, ...]
     copied: Mapping[int, int]
     warnings: tuple[str, ...]

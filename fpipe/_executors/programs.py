@@ -46,6 +46,7 @@ from fpipe._model.microbatch import Rows
 from fpipe._model.needs import Share
 from fpipe._model.remat import Remat
 from fpipe._model.stages import INDEX, KEY, TARGETS, Leaf, Port, Stage, X, Y
+from fpipe._program.chain import Chain
 from fpipe._program.code import Code, Cotangent, Input, Program, ProgramValue, Window
 from fpipe._program.host_calls import Places
 from fpipe._program.over_mesh import MeshForm, compile_over
@@ -236,6 +237,7 @@ class Programs:
         self._flats: dict[tuple[int, int], FlatStage] = {}
         self._joints: dict[tuple[int, int, bool], JointStage] = {}
         self._programs: dict[Hashable, StagePrograms] = {}
+        self._chains: dict[Chain, Callable[..., Sequence[Any]]] = {}
         # Whether a gradient depends on the cotangent of a stage's output. Stages with
         # frozen parameters alone, in front, have no backward at all.
         reach: dict[tuple[int, Leaf], bool] = {}
@@ -373,6 +375,16 @@ class Programs:
             return compile_over(code, form)
         key = Key((debugging(), form.identity(code)))
         return self._kept.get(key, lambda: compile_over(code, form))
+
+    def chained(
+        self, stages: Iterable[int], chain: Chain
+    ) -> Callable[..., Sequence[Any]]:
+        """The function of several programs of some stages that run as one."""
+        if any(self._has_loss(s) for s in stages):
+            if chain not in self._chains:
+                self._chains[chain] = chain.compile()
+            return self._chains[chain]
+        return self._kept.get(Key((debugging(), chain)), chain.compile)
 
     # --- tracing ---
 

@@ -62,6 +62,7 @@ from fpipe._planning.work import (
     transfer_launch,
 )
 from fpipe.schedules import Costs, Kind, simulate
+from fpipe.schedules._simulate import simulate_fused
 
 # The work of each kind of action on each stage, for one microbatch.
 WorkTable: TypeAlias = Mapping[tuple[Kind, int], float]
@@ -109,7 +110,7 @@ def predict(
             action_costs, launch=launch, launchers=data.launchers
         )
     unlaunched = dataclasses.replace(action_costs, launch=0.0)
-    timeline = simulate(data.schedule, action_costs)
+    timeline = simulate_fused(data.schedule, action_costs, data.fused)
     devices = tuple(_device_row(row, options.hardware) for row in data.devices)
     advice = [
         *warn_of_slow_launches(timeline, lambda: simulate(data.schedule, unlaunched)),
@@ -137,6 +138,8 @@ def predict(
         schedule=data.schedule,
         timeline=timeline,
         compiled=options.compiled,
+        programs=data.programs,
+        launches=data.launches,
         warnings=(*data.warnings, *advice),
     )
 

@@ -163,6 +163,10 @@ class Prediction:
         timeline: the simulated timeline, from the work of the stages.
         compiled: whether the devices' rows count `temporary` memory, the memory that
             compiled programs need for themselves.
+        programs: how many different programs a step compiles.
+        launches: how many programs and transfers a step launches, optimizer aside. It
+            is 1 where a step is one program. Actions that run as one program are
+            launched once.
         warnings: sentences about possible improvements, each with its cure.
     """
 
@@ -176,6 +180,8 @@ class Prediction:
     schedule: Schedule
     timeline: Timeline
     compiled: bool
+    programs: int = 1
+    launches: int = 1
     warnings: tuple[str, ...] = ()
 
     @property
@@ -215,6 +221,8 @@ class Prediction:
             "bubble": self.bubble,
             "peak_live": list(self.timeline.peak_live),
             "compiled": self.compiled,
+            "programs": self.programs,
+            "launches": self.launches,
             "stages": stages,
             "devices": [
                 {

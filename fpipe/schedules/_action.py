@@ -12,6 +12,7 @@ forward left may wait for its backward in the memory of the host: `O` copies it 
 and `L` back.
 """
 
+from collections.abc import Iterable
 from typing import Literal, NamedTuple, TypeAlias
 
 Kind: TypeAlias = Literal["F", "O", "L", "R", "B", "I", "W"]
@@ -50,3 +51,8 @@ class Action(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.kind}({self.stage},{self.microbatch})"
+
+
+def joined_names(actions: Iterable[Action]) -> str:
+    """The name of a program of several actions: `stage2 F mb3 + stage2 B mb3`."""
+    return " + ".join(action.name for action in actions)

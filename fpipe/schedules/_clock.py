@@ -11,7 +11,7 @@ schedule, and only the last of them becomes a `Schedule` again. `one_f_one_b(2, 
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -138,6 +138,7 @@ class Clock:
         schedule: says the stages, their devices, and the kinds that each pair has. Rows
             may have more `R`, `O` and `L`.
         costs: of the actions.
+        fused: the actions that are launched together, group by group.
 
     Attributes:
         numbering: of the actions.
@@ -145,11 +146,21 @@ class Clock:
         durations: of each action.
     """
 
-    def __init__(self, schedule: Schedule, costs: Costs) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        costs: Costs,
+        fused: Iterable[Sequence[Action]] = (),
+    ) -> None:
         self.numbering = Numbering(schedule.stages, schedule.microbatches)
         self.rows = self.numbering.rows(schedule)
         self.durations = self.numbering.durations(costs)
         self._schedule, self._costs = schedule, costs
+        number = self.numbering.number
+        # Of each action behind the first of its group, the first.
+        self._launched_with = {
+            number(action): number(group[0]) for group in fused for action in group[1:]
+        }
         self._stage_to_device = schedule.stage_to_device
         self._crossing = self.numbering.crossing_needs(self.rows)
         self._latencies = self.numbering.latencies(costs, schedule.stage_to_device)
@@ -164,6 +175,8 @@ class Clock:
             launched = [0.0] * len(self._crossing)
             for launch in launches:
                 launched[launch.number] = launch.end
+            for later, first in self._launched_with.items():
+                launched[later] = launched[first]
         played = play(
             rows, self._crossing, self.durations, self._latencies, launched, copies
         )
@@ -203,6 +216,8 @@ class Clock:
         free_at = [0.0] * len(rows)
         launches: list[NumberLaunch] = []
         for number in order:
+            if number in self._launched_with:
+                continue
             stage = number % self.numbering.size // self.numbering.microbatches
             thread = self._stage_to_device[stage] if of_devices else 0
             start = free_at[thread]

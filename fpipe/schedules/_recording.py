@@ -20,7 +20,8 @@ class ProgramRun(NamedTuple):
 
     Attributes:
         device: the number of the device in the schedule.
-        name: `stage2 F mb3` for an action; for another program, what it does.
+        name: `stage2 F mb3` for an action, `stage2 F mb3 + stage2 B mb3` for a program
+            of two actions; for another program, what it does.
         start, end: times in seconds.
     """
 
@@ -65,6 +66,7 @@ class Recording(Timeline):
         memory: as in `Timeline`.
         launches: the time that the host took for each program of an action and for each
             transfer of its results. Empty if the call was one program.
+        fused: as in `Timeline`.
         programs: all program runs, also those that belong to no action.
         transfers: all transfers between devices.
         places: a description of each device.
@@ -121,8 +123,8 @@ class Recording(Timeline):
         """
         check_positive("to_trace", "unit", unit)
         # Programs of the schedule's actions are events already, with more details.
-        of_schedule = {event.action.name for event in self.events}
         programs = self._spans()
+        of_schedule = {span.name for span in programs}
         for program in self.programs:
             if program.name not in of_schedule:
                 programs.append(

@@ -4,6 +4,8 @@ In: a `Schedule` and `Costs`. Out: a `Timeline`; `_timeline.py` has an example.
 The clock itself is in `_clock.py`.
 """
 
+from collections.abc import Iterable, Sequence
+
 from fpipe.schedules._action import Action
 from fpipe.schedules._checks import check_type
 from fpipe.schedules._clock import Clock
@@ -36,10 +38,21 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     check_type("`simulate(schedule)`", schedule, Schedule)
     if costs is not None:
         check_type("`simulate(schedule, costs)`", costs, Costs)
-    costs = Costs() if costs is None else costs
+    return simulate_fused(schedule, Costs() if costs is None else costs, ())
+
+
+def simulate_fused(
+    schedule: Schedule, costs: Costs, fused: Iterable[Sequence[Action]]
+) -> Timeline:
+    """Compute when each action runs where some run as one program.
+
+    Arguments:
+        fused: the actions of each such program, which are launched together. Nobody
+            waits for them longer than if they were apart.
+    """
     costs.check(schedule.stages)
     # In numbers, played by the clock, and back as actions.
-    clock = Clock(schedule, costs)
+    clock = Clock(schedule, costs, fused)
     run = clock.run(clock.rows)
     action_of = clock.action_of
     device_of: dict[int, int] = {}

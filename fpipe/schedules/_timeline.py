@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from fpipe.schedules._action import COPIES, KINDS, Action, Kind
+from fpipe.schedules._action import COPIES, KINDS, Action, Kind, joined_names
 from fpipe.schedules._checks import check_int, check_positive, check_type
 from fpipe.schedules._costs import StageMemory
 from fpipe.schedules._html import as_html
@@ -47,6 +47,17 @@ class Launch(NamedTuple):
     end: float
 
 
+class Bar(NamedTuple):
+    """What drawings and traces show as one bar: an action, or several that ran as one
+    program.
+    """
+
+    device: int
+    actions: tuple[Action, ...]
+    start: float
+    end: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Timeline:
     """The actions of a run with their times, predicted or measured.
@@ -60,6 +71,9 @@ class Timeline:
             or `R`, and from `I` to `W`; or a `StageMemory`. Default: 1 and 1.
         launches: the launches of the actions by the host, in order. Empty if launches
             take no time, or are not known.
+        fused: the actions that ran as one program, group by group, as drawings show
+            them. When one of them ends and the next one starts is not known; their
+            times divide that of the program as the default `Costs` do.
     """
 
     events: tuple[Event, ...]
@@ -67,6 +81,7 @@ class Timeline:
     name: str = "custom"
     memory: tuple[StageMemory | tuple[float, float], ...] = ()
     launches: tuple[Launch, ...] = ()
+    fused: tuple[tuple[Action, ...], ...] = ()
 
     def __post_init__(self) -> None:
         check_type("`Timeline(events=...)`", self.events, tuple)
@@ -261,12 +276,27 @@ class Timeline:
 
     def _spans(self, kinds: Collection[Kind] = KINDS) -> list[Span]:
         spans: list[Span] = []
-        for device, action, start, end in self.events:
-            if action.kind not in kinds:
+        for device, actions, start, end in self.bars():
+            first = actions[0]
+            if first.kind not in kinds:
                 continue
-            shown = {"stage": action.stage, "microbatch": action.microbatch}
-            spans.append(Span(device, action.name, action.kind, start, end, shown))
+            shown = {"stage": first.stage, "microbatch": first.microbatch}
+            name = joined_names(actions)
+            spans.append(Span(device, name, first.kind, start, end, shown))
         return spans
+
+    def bars(self) -> list[Bar]:
+        """One for each event, and one for all events of a program, in order."""
+        firsts = {group[0]: group for group in self.fused}
+        behind = {action for group in self.fused for action in group[1:]}
+        ends = {e.action: e.end for e in self.events} if behind else {}
+        bars: list[Bar] = []
+        for device, action, start, end in self.events:
+            if action in behind:
+                continue
+            actions = firsts.get(action, (action,))
+            bars.append(Bar(device, actions, start, ends.get(actions[-1], end)))
+        return bars
 
 
 class HeldChange(NamedTuple):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 import fpipe
+from fpipe._executors.placed import lower
 from fpipe._executors.placed.compile import compile_plan
 from fpipe._executors.placed.dispatch import ReadyPlan
 from fpipe._executors.placed.executor import Placed
@@ -50,7 +51,7 @@ def collectives(pipe):
     for n, program in compile_plan(bound.plan, bound.shapes).items():
         run = bound.plan.instructions[n]
         assert isinstance(run, Run)
-        name = run.action.kind if run.action else run.name
+        name = "".join(action.kind for action in run.actions) or run.name
         for line in (program.as_text() or "").splitlines():
             found = re.search(
                 r" = (.*) (all-reduce|all-gather|all-to-all|reduce-scatter|"
@@ -65,6 +66,14 @@ def collectives(pipe):
 def machine_of(pipe: fpipe.Pipe) -> Machine:
     """The last of the machines that a scan pipe has made."""
     return scan_executor(pipe)._steps.values()[-1].machine
+
+
+@contextlib.contextmanager
+def unfused() -> Iterator[None]:
+    """Each action of the plans that are made meanwhile has a program of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lower, "fuse", lambda work, *_: list(work))
+        yield
 
 
 @contextlib.contextmanager
@@ -105,7 +114,7 @@ def products(
     width: int = 8,
 ) -> Counter[tuple[str, int]]:
     """Matrix products of a training step by (kind, stage), in the compiled programs
-    that it runs.
+    that it runs where each action has one of its own.
     """
     balance = [1] * len(layers) if balance is None else balance
     pipe = fpipe.Pipe(
@@ -113,14 +122,13 @@ def products(
     )
     x = jnp.ones((2 * chunks, width))
     params = pipe.init(jax.random.key(0), x)
-    pipe.compile(params, x, loss_fn=lambda y: jnp.mean(y**2), argnums=wrt)
+    with unfused():
+        pipe.compile(params, x, loss_fn=lambda y: jnp.mean(y**2), argnums=wrt)
     bound = placed_executor(pipe)._plans.values()[0]
     counts: Counter[tuple[str, int]] = Counter()
     for n, program in compile_plan(bound.plan, bound.shapes).items():
         item = bound.plan.instructions[n]
         assert isinstance(item, Run)
-        if item.action is not None:
-            counts[item.action.kind, item.action.stage] += program.as_text().count(
-                " dot("
-            )
+        for action in item.actions:
+            counts[action.kind, action.stage] += program.as_text().count(" dot(")
     return counts

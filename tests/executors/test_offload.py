@@ -259,8 +259,10 @@ def test_both_halves_of_a_backward_read_from_the_host():
         read = [
             plan.slots[slot].name
             for item in plan.instructions
-            if isinstance(item, Run) and item.action == Action(kind, 0, 0)
-            for slot in item.ins
+            if isinstance(item, Run)
+            for part in item.parts
+            if part.action == Action(kind, 0, 0)
+            for slot in part.ins
         ]
         found[kind] = {name for name in read if name.startswith("residual")}
     # The first product of each of the two layers.

@@ -120,6 +120,17 @@ def check_devices(timeline):
         assert all(p.start <= p.end for p in own)
 
 
+def bar_name(bar):
+    return " + ".join(action.name for action in bar.actions)
+
+
+def neighbours(schedule):
+    """The actions of one microbatch that follow each other on a device."""
+    rows = schedule.actions
+    pairs = {pair for row in rows for pair in itertools.pairwise(row)}
+    return {(a, b) for a, b in pairs if a.microbatch == b.microbatch}
+
+
 # --- what is recorded ---
 
 
@@ -139,9 +150,14 @@ def test_a_recorded_step_is_the_schedule(schedule):
     assert min(p.start for p in timeline.programs) == 0.0
     assert timeline.peak_live == simulate(made).peak_live
     jax.tree.map(np.testing.assert_array_equal, got, want)
-    assert {e.action.name for e in timeline.events} <= {
+    assert {bar_name(bar) for bar in timeline.bars()} <= {
         p.name for p in timeline.programs
     }
+    # Of the last stage's actions that follow each other two are one program.
+    assert all(group in neighbours(made) for group in timeline.fused)
+    direct = sum(pair[0][:2] == ("F", made.stages - 1) for pair in neighbours(made))
+    lasts = sum(group[0][:2] == ("F", made.stages - 1) for group in timeline.fused)
+    assert lasts == (direct if 2 * direct >= M else 0)
     assert timeline.places == tuple(str(d) for d in pipe.devices)
 
 
@@ -445,16 +461,16 @@ def test_an_exception_on_a_device_says_where(monkeypatch):
 
     def broken(self, seen):
         plan = plan_of(pipe)
-        action = getattr(plan.instructions[seen.number], "action", None)
-        wait(self, seen._replace(array=Bad()) if action == ("F", 1, 1) else seen)
+        actions = getattr(plan.instructions[seen.number], "actions", ())
+        wait(self, seen._replace(array=Bad()) if ("F", 1, 1) in actions else seen)
 
     with monkeypatch.context() as patch, raises(BoomError, "on the device") as caught:
         patch.setattr(Watch, "wait", broken)
         pipe.record(step, params, x)
     (note,) = notes(caught.value)
     assert note.startswith(
-        "fpipe: while running the forward of stage 1 (layer 1 'dense'), microbatch 1, "
-        "on"
+        "fpipe: while running the forward and backward of stage 1 (layer 1 'dense'), "
+        "microbatch 1, on"
     )
     assert pipe.record(step, params, x)[1].events
 
@@ -610,9 +626,10 @@ def test_what_is_seen_late_is_put_right():
     (bound,) = placed_executor(pipe)._plans.values()
     plan = bound.plan
     of = {
-        item.action: n
+        action: n
         for n, item in enumerate(plan.instructions)
-        if getattr(item, "action", None)
+        if isinstance(item, Run)
+        for action in item.actions
     }
     numbers = sorted(bound.probes)
     issued = {n: Span(0.1 * k, 0.1 * k + 0.05) for k, n in enumerate(numbers)}
@@ -785,7 +802,7 @@ def test_drawn_over_the_simulated_one_as_text():
 def test_a_recording_is_drawn_with_all_its_events(schedule, tmp_path):
     timeline, pipe, _, _ = slept(schedule)
     made = pipe.make_schedule(M)
-    n = len(timeline.events)
+    n, beneath = len(timeline.bars()), len(timeline.events)
     text = draw(timeline, width=1000, over=made).splitlines()
     labels = [
         f"{s if made.stages > made.devices else ''}{k}{i}"
@@ -802,14 +819,15 @@ def test_a_recording_is_drawn_with_all_its_events(schedule, tmp_path):
         ) == {w.rstrip("-") for w in text[2 * d + 1].split()[1:]}
     # The launches of the recording are drawn too, in rows of their own.
     launches = len(timeline.launches)
-    for drawing, events in ((svg(timeline), n), (svg(timeline, over=made), 2 * n)):
+    both = n + beneath
+    for drawing, events in ((svg(timeline), n), (svg(timeline, over=made), both)):
         root = ET.fromstring(drawing)
         titles = len(list(root.iter("{http://www.w3.org/2000/svg}title")))
         assert titles == events + launches
     axes = fpipe.plot.draw(timeline, over=made)
     rows = made.devices + timeline.threads
     drawn = sum(len(c.get_paths()) for c in axes.collections) - rows
-    assert drawn == 2 * n + launches
+    assert drawn == both + launches
     fpipe.plot.save(timeline, tmp_path / "a.svg", over=made)
     assert (tmp_path / "a.svg").read_text() == svg(timeline, over=made)
 
@@ -843,23 +861,20 @@ def test_a_trace_has_every_program_and_every_transfer():
     assert sorted(launches) == sorted(
         (3 + launch.thread, launch.action.name) for launch in timeline.launches
     )
-    assert {name for _, name in launches} == {e.action.name for e in timeline.events}
+    bars = timeline.bars()
+    assert {name for _, name in launches} == {bar.actions[0].name for bar in bars}
     actions = {(e["name"], e["cat"], e["pid"]): e for e in spans if e["cat"] in "FBIW"}
-    assert set(actions) == {
-        (e.action.name, e.action.kind, e.device) for e in timeline.events
-    }
-    for e in timeline.events:
-        shown = actions[e.action.name, e.action.kind, e.device]
-        assert shown["args"] == {
-            "stage": e.action.stage,
-            "microbatch": e.action.microbatch,
-        }
+    assert set(actions) == {(bar_name(e), e.actions[0].kind, e.device) for e in bars}
+    for e in bars:
+        first = e.actions[0]
+        shown = actions[bar_name(e), first.kind, e.device]
+        assert shown["args"] == {"stage": first.stage, "microbatch": first.microbatch}
         assert math.isclose(shown["ts"], e.start * 1e6)
         assert math.isclose(shown["dur"], (e.end - e.start) * 1e6)
     assert sum(e["cat"] == "transfer" for e in spans) == len(timeline.transfers)
     assert (
         sum(e["cat"] == "around" for e in spans)
-        == len(timeline.programs) - len(timeline.events)
+        == len(timeline.programs) - len(bars)
         > 0
     )
     for _, row in itertools.groupby(

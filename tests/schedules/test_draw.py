@@ -1,6 +1,7 @@
 """Drawings of timelines: text, SVG, and what matplotlib makes."""
 
 import collections
+import dataclasses
 import itertools
 import json
 import re
@@ -149,6 +150,29 @@ def test_launches_as_drawn():
         "host 0   F0 F1 B0 B1",
         "host 1   F0 B0 F1 B1",
     ]
+
+
+def test_actions_of_one_program_are_one_bar_with_both_names():
+    timeline = simulate(schedules.one_f_one_b(2, 2))
+    pairs = [(Action("F", 1, i), Action("B", 1, i)) for i in range(2)]
+    fused = dataclasses.replace(timeline, fused=tuple(pairs))
+    assert draw(fused).splitlines()[:2] == [
+        "device 0 F0 F1       B0---    B1---",
+        "device 1       F0+B0--- F1+B1---".replace("      ", "   ", 1),
+    ]
+    root = ET.fromstring(svg(fused))
+    tag = "{http://www.w3.org/2000/svg}"
+    titles = [str(title.text) for title in root.iter(f"{tag}title")]
+    assert "F of stage 1 and B of stage 1, microbatch 0, device 1: 1 to 4" in titles
+    assert len(titles) == len(timeline.events) - 2
+    assert "F+B 1" in [label.text for label in root.iter(f"{tag}text")]
+    spans = [e for e in json.loads(fused.to_trace())["traceEvents"] if e["ph"] == "X"]
+    assert [e["dur"] for e in spans if e["name"] == "stage1 F mb0 + stage1 B mb0"] == [
+        3e6
+    ]
+    # What is known of each action is known as before.
+    assert fused.peak_live == timeline.peak_live
+    assert fused.bubble == timeline.bubble
 
 
 def test_measured_times_are_drawn_as_predicted_ones():

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fpipe import schedules
 from fpipe.schedules import Action, Costs, Event, Kind, Schedule, Timeline, simulate
 from fpipe.schedules._action import KINDS as ALL_KINDS
+from fpipe.schedules._simulate import simulate_fused
 
 PLACEMENTS = {
     "one": lambda d: range(d),
@@ -638,3 +639,23 @@ def test_what_is_on_its_way_to_the_host_is_still_held():
         assert timeline.peak_live == (3,)
         events = tuple(e for e in timeline.events if e.action.kind != "L")
         assert dataclasses.replace(timeline, events=events).peak_live == (live,)
+
+
+def test_actions_of_one_program_are_launched_once():
+    schedule = schedules.one_f_one_b(2, 2)
+    pairs = [(Action("F", 1, i), Action("B", 1, i)) for i in range(2)]
+    costs = Costs(launch=2)
+    apart, fused = simulate(schedule, costs), simulate_fused(schedule, costs, pairs)
+    launched = [launch.action for launch in apart.launches]
+    behind = [second for _, second in pairs]
+    assert [launch.action for launch in fused.launches] == [
+        action for action in launched if action not in behind
+    ]
+    assert fused.launches[-1].end == apart.launches[-1].end - 4
+    # A program starts when it is launched, and its second action right behind.
+    at = {event.action: event for event in fused.events}
+    for first, second in pairs:
+        assert at[second].start == at[first].end
+    assert fused.makespan < apart.makespan
+    # Where launches take no time, nothing changes.
+    assert simulate_fused(schedule, Costs(), pairs) == simulate(schedule)

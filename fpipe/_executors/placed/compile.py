@@ -231,7 +231,7 @@ def traced_runs(
                 *(types.get(slot, held[slot]) for slot in item.ins)
             )
         # The results of a trace do not say where they are, but their values do.
-        moved = {} if item.code is None else item.code.on_host
+        moved = item.on_host
         for n, (slot, shape) in enumerate(
             zip(item.outs, traces[key].out_info, strict=True)
         ):

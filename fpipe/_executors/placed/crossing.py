@@ -160,8 +160,10 @@ def _computed(plan: Plan) -> list[str]:
     """
     lines: dict[int, str] = {}
     for item in plan.instructions:
-        code = item.code if isinstance(item, Run) else None
-        if isinstance(item, Run) and code is not None and id(code) not in lines:
-            names = [node.name for node in code.graph.nodes]
-            lines[id(code)] = f"{item.name} {' '.join(names)}"
+        if not isinstance(item, Run):
+            continue
+        for part in item.parts:
+            if id(part.code) not in lines:
+                names = [node.name for node in part.code.graph.nodes]
+                lines[id(part.code)] = f"{item.name} {' '.join(names)}"
     return list(lines.values())

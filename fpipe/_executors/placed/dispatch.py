@@ -52,6 +52,7 @@ from fpipe._executors.recording import Recorder, recorders_of
 from fpipe._executors.request import Inputs
 from fpipe._executors.tracers import refuse_shapes
 from fpipe._model.stages import Leaf, Port
+from fpipe.schedules._action import joined_names
 
 # Who dispatches. One thread is enough where a dispatch returns at once. A thread for
 # each device costs more on the host, and is needed where a dispatch may wait for the
@@ -374,15 +375,21 @@ class ReadyPlan:
             number = self.plan.instructions.index(item)
             found = self.crossings.get(number)
             return "a transfer" if found is None else found.what
-        if item.action is None:
+        actions = item.actions if isinstance(item, Run) else (item.action,)
+        if not actions:
             assert isinstance(item, Run)
             return f"{item.name!r} on {item.placement}"
-        kind, stage, microbatch = item.action
-        layers = self.layout.stages[stage].described
-        return (
-            f"the {_KINDS[kind]} of stage {stage} ({layers}), microbatch {microbatch}, "
-            f"on {item.placement}"
+        # By stage: the actions of one program are of one microbatch.
+        of_stages: dict[int, list[str]] = {}
+        for kind, stage, _ in actions:
+            of_stages.setdefault(stage, []).append(_KINDS[kind])
+        doing = " and ".join(
+            f"the {' and '.join(kinds)} of stage {stage} "
+            f"({self.layout.stages[stage].described})"
+            for stage, kinds in of_stages.items()
         )
+        microbatch = actions[0].microbatch
+        return f"{doing}, microbatch {microbatch}, on {item.placement}"
 
 
 def with_calls(
@@ -400,10 +407,10 @@ def _annotated(step: Step) -> Call:
     item, call = step.item, step.call
     if isinstance(item, Move):
         name = f"transfer to {item.placement}"
-    elif item.action is None:
-        name = f"{item.name} on {item.placement}"
-    else:
+    elif isinstance(item, Copy):
         name = item.action.name
+    else:
+        name = joined_names(item.actions) or f"{item.name} on {item.placement}"
 
     def annotated(*arrays: Any) -> Sequence[Any]:
         with jax.profiler.TraceAnnotation(name):

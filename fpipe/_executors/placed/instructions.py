@@ -10,12 +10,9 @@ A training step of two stages with one microbatch, as `str(plan)` shows it:
     cpu:0: F(0,0) (params 0[0], x[0]) -> y[0] stage0 mb0
     free params 0[0]
     cpu:0 -> cpu:1: y[0] stage0 mb0
-    cpu:1: F(1,0) (params 1[0], y[0] stage0 mb0, targets[0])
-        -> loss[0] stage1 mb0, residual 0 stage1 mb0
-    free targets[0]
-    cpu:1: B(1,0) (params 1[0], y[0] stage0 mb0, residual 0 stage1 mb0)
-        -> gradient x[0] stage1 mb0, sum params 1[0] stage1 mb0
-    free params 1[0], y[0] stage0 mb0, residual 0 stage1 mb0
+    cpu:1: F(1,0) B(1,0) (params 1[0], y[0] stage0 mb0, targets[0])
+        -> loss[0] stage1 mb0, gradient x[0] stage1 mb0, sum params 1[0] stage1 mb0
+    free params 1[0], y[0] stage0 mb0, targets[0]
     cpu:1 -> cpu:0: gradient x[0] stage1 mb0
     free gradient x[0] stage1 mb0
     cpu:0: B(0,0) (x[0], gradient x[0] stage1 mb0, y[0] stage0 mb0)
@@ -25,7 +22,8 @@ A training step of two stages with one microbatch, as `str(plan)` shows it:
     free loss[0] stage1 mb0
 
 (Each instruction is one line; they are broken here.) A moved array keeps its name:
-`y[0] stage0 mb0` is one slot on `cpu:0` and another one on `cpu:1`.
+`y[0] stage0 mb0` is one slot on `cpu:0` and another one on `cpu:1`. The forward and the
+backward of the last stage are one program.
 
 In the drawing, `free params 0[0]` drops the plan's reference; the caller has another.
 With one microbatch the backward *makes* `sum params 1[0]`. With several, each adds to
@@ -52,8 +50,27 @@ from fpipe.schedules import Action, Kind, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """An action, as a part of the program that runs it.
+
+    Attributes:
+        action: of the schedule.
+        code: what it computes, as data.
+        call: the code under `jax.jit`, as a program of its own.
+        ins, outs: the slots of what it reads and makes. What one part of a program
+            makes for the next alone has slots too, and they stay empty.
+    """
+
+    action: Action
+    code: Code
+    call: Callable[..., Sequence[Any]]
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
-    """Run a program on its placement.
+    """Run a program on its placement: an action of the schedule, several, or none.
 
     Attributes:
         name: the program's, such as `stage2_F`.
@@ -62,11 +79,10 @@ class Run:
         ins, outs: the slots that it reads, and those that it writes, which have
             consecutive numbers.
         placement: where it runs.
-        action: of the schedule; `None` for the work around the schedule.
+        parts: the actions that it runs, in their order; none for the work around the
+            schedule.
         calls_host: whether the program calls Python while it runs.
         donates: those of `ins` whose arrays it consumes.
-        code: what the program computes, as data; `None` for the work around the
-            schedule.
     """
 
     name: str
@@ -74,10 +90,40 @@ class Run:
     ins: tuple[int, ...]
     outs: tuple[int, ...]
     placement: Placement
-    action: Action | None = None
+    parts: tuple[Part, ...] = ()
     calls_host: bool = False
     donates: tuple[int, ...] = ()
-    code: Code | None = None
+
+    @property
+    def actions(self) -> tuple[Action, ...]:
+        """The actions that it runs."""
+        return tuple(part.action for part in self.parts)
+
+    @property
+    def doing(self) -> str:
+        """What it does: its actions, or its name where it has none."""
+        return " ".join(map(str, self.actions)) or self.name
+
+    @property
+    def on_host(self) -> Mapping[int, Any]:
+        """The types of those results that lie in the host's memory, by number."""
+        # A program of several actions has none.
+        return self.parts[0].code.on_host if len(self.parts) == 1 else {}
+
+    @property
+    def inside(self) -> dict[int, jax.ShapeDtypeStruct]:
+        """The shapes of what stays inside of it, by slot."""
+        outs = {*self.outs}
+        found: dict[int, jax.ShapeDtypeStruct] = {}
+        for part in self.parts if len(self.parts) > 1 else ():
+            avals = part.code.graph.avals
+            values = (*part.code.outs, *part.code.sums)
+            for slot, value in zip(part.outs, values, strict=True):
+                if slot not in outs:
+                    found[slot] = jax.ShapeDtypeStruct(
+                        avals[value].shape, avals[value].dtype
+                    )
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -437,8 +483,7 @@ class Plan:
         lines = []
         for item in self.instructions:
             if isinstance(item, Run):
-                doing = item.action or item.name
-                line = f"{item.placement}: {doing} ({names(item.ins)}) -> "
+                line = f"{item.placement}: {item.doing} ({names(item.ins)}) -> "
                 lines.append(line + names(item.outs))
             elif isinstance(item, Copy):
                 lines.append(f"{item.placement}: {item.action} {names(item.ins)}")

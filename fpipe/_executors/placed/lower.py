@@ -37,6 +37,7 @@ from fpipe._executors.placed.epilogue import (
     join_outputs,
     reduce_loss,
 )
+from fpipe._executors.placed.fuse import fuse
 from fpipe._executors.placed.instructions import (
     FIRST_HALF,
     CallValue,
@@ -44,6 +45,7 @@ from fpipe._executors.placed.instructions import (
     Feed,
     Move,
     OutputTree,
+    Part,
     Plan,
     Run,
     SentPart,
@@ -155,6 +157,15 @@ def lower(
             gradients = finish_gradients(call, weight)
         half = len(call.work)
 
+    # What is read of a half, or of all, when it is done.
+    trees = [tree for tree in (y, loss, aux, *states.values()) if tree is not None]
+    returned = [slot for tree in trees for slot in tree.slots]
+    returned += [*told, *gradients.values()]
+    left = {slot.value for slot in returned}
+    later = {slot.value for item in call.work[half:] for slot in item.reads}
+    work = fuse(call.work[:half], left | later, programs, shardings)
+    work_behind = fuse(call.work[half:], left, programs, shardings)
+
     # What is there before anything runs has the first numbers; parameters are the first
     # of these, so that a call can put them in with one slice.
     given = [*call.feeds, *call.constants, *cotangents]
@@ -162,8 +173,8 @@ def lower(
     # The second pass. Both halves share the numbers: what the first half moved to a
     # placement is not moved there again by the second.
     send = shardings.sent if layout.has_meshes else None
-    first = add_moves(call.work[:half], numbers, send)
-    second = add_moves(call.work[half:], numbers, send)
+    first = add_moves(work, numbers, send)
+    second = add_moves(work_behind, numbers, send)
     for item in call.work:
         # What is copied may have come by a move.
         if isinstance(item, CopyWork) and item.placement.mesh is not None:
@@ -171,12 +182,10 @@ def lower(
 
     # The third pass. Two halves are two runs: what the second one reads outlives the
     # first, and nothing that is returned is ever freed.
-    returned = [tree for tree in (y, loss, aux, *states.values()) if tree is not None]
-    keep = {numbers[slot] for tree in returned for slot in tree.slots}
-    keep.update(numbers[slot] for slot in told)
+    keep = {numbers[slot] for slot in returned}
     # A constant is the same array in the next call. A call begins with a copy of the
     # list of slots, so a `Free` would not harm the next one; it would only cost time.
-    keep.update(numbers[slot] for slot in (*gradients.values(), *call.constants))
+    keep.update(numbers[slot] for slot in call.constants)
     forward = add_frees(first, keep | read_from_outside(second))
     backward = add_frees(second, keep)
 
@@ -320,6 +329,10 @@ def add_moves(
             moves.append(move)
         for slot in item.outs:
             numbers[slot] = len(numbers)
+        parts = item.parts or ((item,) if item.action is not None else ())
+        for part in parts:
+            for slot in part.outs:
+                numbers.setdefault(slot, len(numbers))
         code += moves
         call = item.call
         if call is not None:
@@ -333,10 +346,9 @@ def add_moves(
                 ins=tuple([numbers[here] for here in reads]),
                 outs=tuple([numbers[slot] for slot in item.outs]),
                 placement=placement,
-                action=item.action,
+                parts=tuple([_part(part, numbers) for part in parts]),
                 calls_host=item.calls_host,
                 donates=tuple(numbers[slot] for slot in item.donates),
-                code=item.code,
             )
             made_by.update(dict.fromkeys(run.outs, len(code)))
             code.append(run)
@@ -346,6 +358,20 @@ def add_moves(
     for n, entry in enumerate(code):
         with_cuts += [entry, *cuts.get(n, ())]
     return with_cuts
+
+
+def _part(item: Work, numbers: Mapping[Slot, int]) -> Part:
+    """An action of a program, with numbers in place of slots."""
+    assert item.action is not None
+    assert item.code is not None
+    assert item.call is not None
+    return Part(
+        item.action,
+        item.code,
+        item.call,
+        tuple([numbers[slot.on(item.placement)] for slot in item.ins]),
+        tuple([numbers[slot] for slot in item.outs]),
+    )
 
 
 def _crosses(source: Placement, target: Placement) -> bool:

@@ -141,12 +141,15 @@ def peaks(
     shapes: Mapping[int, jax.ShapeDtypeStruct],
     kept: Set[int],
     temporary: Callable[[int], int] = lambda number: 0,
+    inside: bool = True,
 ) -> dict[Placement, Peak]:
     """The peak of each placement.
 
     Arguments:
         shapes, kept: as for `levels`.
         temporary: what a run needs for itself, by the number of its instruction.
+        inside: whether what one action of a program leaves for the next one there
+            counts as an array; if not, it is in `temporary`.
     """
     # Only the placement of an instruction can have become fuller by it.
     found: dict[Placement, Peak] = {}
@@ -160,12 +163,17 @@ def peaks(
             continue
         own = 0
         doing = "a transfer"
+        roles = dict(level[item.placement])
         if isinstance(item, Run):
             own = temporary(number)
-            doing = str(item.action or item.name)
+            doing = item.doing
+            for slot, shape in item.inside.items() if inside else ():
+                role = plan.slots[slot].role
+                size = device_bytes(on_one_device(shape, plan.sharding(slot)))
+                roles[role] = roles.get(role, 0) + size
         elif isinstance(item, Copy):
             doing = str(item.action)
-        now = Peak(dict(level[item.placement]), own, doing)
+        now = Peak(roles, own, doing)
         if item.placement not in found or now.total > found[item.placement].total:
             found[item.placement] = now
     return found
@@ -174,7 +182,7 @@ def peaks(
 def _uses_host(item: Instruction) -> bool:
     """Whether an instruction puts something into the host's memory."""
     if isinstance(item, Run):
-        return item.code is not None and bool(item.code.on_host)
+        return bool(item.on_host)
     return isinstance(item, Copy) and item.to_host
 
 

@@ -23,7 +23,7 @@ from fpipe._core.pytrees import aval, nbytes, pack
 from fpipe._executors.call import Args
 from fpipe._executors.placed.compile import compile_plan, traced_runs
 from fpipe._executors.placed.dispatch import ReadyPlan
-from fpipe._executors.placed.instructions import Plan, Run
+from fpipe._executors.placed.instructions import Copy, Move, Plan, Run
 from fpipe._executors.placed.memory import (
     copied_bytes,
     most_on_host,
@@ -60,6 +60,9 @@ def plan_data(
     """
     # As many chunks as there are microbatches cut a batch as it was cut.
     microbatches = bound.plan.schedule.microbatches
+    runs = [item for item in bound.plan.instructions if isinstance(item, Run)]
+    moves = [i for i in bound.plan.instructions if isinstance(i, Move | Copy)]
+    keys = {traced.key for traced in traced_runs(bound.plan, bound.shapes)}
     return PlanData(
         executor="placed",
         launchers="per_device" if bound.threaded else "one",
@@ -69,6 +72,9 @@ def plan_data(
         remat=remat,
         microbatch_rows=cut_inputs(args.inputs, microbatches).rows,
         work=_work(bound),
+        fused=tuple(run.actions for run in runs if len(run.parts) > 1),
+        programs=len(keys),
+        launches=len(runs) + len(moves),
         devices=_memory(bound, args, compiled),
         copied=copied_bytes(bound.plan, bound.shapes),
         warnings=bound.plan.warnings,
@@ -81,13 +87,20 @@ def _work(bound: ReadyPlan) -> dict[tuple[Kind, int], tuple[Work, ...]]:
     for traced in traced_runs(bound.plan, bound.shapes):
         run = bound.plan.instructions[traced.number]
         assert isinstance(run, Run)
-        action, code = run.action, run.code
-        # The first microbatch stands for all: a prediction wants the usual piece of a
-        # batch, and only the last one may be smaller.
-        if action is None or code is None or (action.kind, action.stage) in found:
-            continue
-        work = Work(code, run.call, traced.key.shapes, run.placement)
-        found[action.kind, action.stage] = (work,)
+        # What a part reads comes in, or another part makes it.
+        held = dict(zip(run.ins, traced.key.shapes, strict=True))
+        for slot, shape in run.inside.items():
+            held[slot] = shape.update(sharding=bound.plan.sharding(slot))
+        held |= zip(run.outs, traced.made, strict=True)
+        for part in run.parts:
+            action = part.action
+            # The first microbatch stands for all: a prediction wants the usual piece of
+            # a batch, and only the last one may be smaller.
+            if (action.kind, action.stage) in found:
+                continue
+            shapes = tuple(held[slot] for slot in part.ins)
+            work = Work(part.code, part.call, shapes, run.placement)
+            found[action.kind, action.stage] = (work,)
     return found
 
 
@@ -102,7 +115,9 @@ def _memory(bound: ReadyPlan, args: Args, compiled: bool) -> tuple[DeviceMemory,
         analysis = programs[number].memory_analysis() if number in programs else None
         return 0 if analysis is None else analysis.temp_size_in_bytes
 
-    found = peaks(plan, bound.shapes, kept_slots(bound, args), temporary)
+    # What stays inside a program is part of what XLA says that it needs.
+    inside = not compiled
+    found = peaks(plan, bound.shapes, kept_slots(bound, args), temporary, inside)
     host = most_on_host(plan, bound.shapes)
     # A placement may be several devices of the schedule; it is named by the first.
     device_of: dict[Placement, int] = {}
@@ -146,10 +161,11 @@ def _constant_bytes(plan: Plan, place: Placement) -> int:
     """The bytes of the arrays that programs close over. Each program that is compiled
     for a device has them for itself.
     """
-    codes: dict[int, Code] = {}
+    codes: dict[tuple[int, int], Code] = {}
     for run in plan.instructions:
-        if isinstance(run, Run) and run.code is not None and run.placement == place:
-            codes[id(run.call)] = run.code
+        if isinstance(run, Run) and run.placement == place:
+            for n, part in enumerate(run.parts):
+                codes[id(run.call), n] = part.code
     return sum(nbytes(a) for code in codes.values() for a in closed_over(code))
 
 

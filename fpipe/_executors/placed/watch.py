@@ -27,6 +27,7 @@ the next program, and a recorded call would run in another order than the others
 
 import dataclasses
 import functools
+import itertools
 import queue
 import threading
 import time
@@ -51,7 +52,16 @@ from fpipe._executors.placed.instructions import (
 from fpipe._executors.placed.threads import Call, Step
 from fpipe._executors.placement import Placement
 from fpipe._executors.recording import completed, peak_bytes
-from fpipe.schedules import Action, Event, Launch, ProgramRun, Recording, Transfer
+from fpipe.schedules import (
+    Action,
+    Costs,
+    Event,
+    Launch,
+    ProgramRun,
+    Recording,
+    Transfer,
+)
+from fpipe.schedules._action import joined_names
 
 
 class Span(NamedTuple):
@@ -349,6 +359,7 @@ class WatchedCall:
         events: dict[Action, Event] = {}
         programs: list[ProgramRun] = []
         transfers: list[Transfer] = []
+        fused: list[tuple[Action, ...]] = []
         for number, span in spans.items():
             item = plan.instructions[number]
             start = span.start - zero
@@ -378,13 +389,15 @@ class WatchedCall:
                 events[item.action] = Event(device, item.action, start, end)
                 continue
             assert isinstance(item, Run)
-            if item.action is None:
-                device = device_of[item.placement]
-                programs.append(ProgramRun(device, item.name, start, end))
-            else:
-                device = schedule.stage_to_device[item.action.stage]
-                programs.append(ProgramRun(device, item.action.name, start, end))
-                events[item.action] = Event(device, item.action, start, end)
+            device = device_of[item.placement]
+            name = joined_names(item.actions) or item.name
+            if item.parts:
+                device = schedule.stage_to_device[item.actions[0].stage]
+            programs.append(ProgramRun(device, name, start, end))
+            if len(item.parts) > 1:
+                fused.append(item.actions)
+            for event in _shared(device, item.actions, start, end):
+                events[event.action] = event
         programs.sort(key=lambda program: (program.start, program.device))
         transfers.sort(key=lambda transfer: (transfer.start, transfer.target))
         names_of = {device: str(place) for place, device in device_of.items()}
@@ -393,6 +406,7 @@ class WatchedCall:
             devices=schedule.devices,
             name=f"{schedule.name}, recorded",
             launches=self._launches(zero, device_of),
+            fused=tuple(fused),
             programs=tuple(programs),
             transfers=tuple(transfers),
             places=tuple(names_of.get(d, "") for d in range(schedule.devices)),
@@ -415,8 +429,10 @@ class WatchedCall:
         for number, item in enumerate(self.plan.instructions):
             if isinstance(item, Free) or number not in self.issued:
                 continue
+            action: Action | None
             if isinstance(item, Run):
-                action = item.action
+                # A program of several actions is launched once.
+                action = item.actions[0] if item.parts else None
             else:
                 # The arrays of a transfer may be of several actions: it is issued
                 # behind the last of them.
@@ -498,6 +514,26 @@ class WatchedCall:
         return spans
 
 
+def _shared(
+    device: int, actions: Sequence[Action], start: float, end: float
+) -> list[Event]:
+    """The events of the actions that a program runs.
+
+    Where one action ends in a program and the next one starts cannot be seen. They
+    share its time as the default costs have it: a backward takes twice a forward.
+    """
+    costs = Costs()
+    weights = [costs.of(action) for action in actions]
+    ends = [
+        start + (end - start) * weight / sum(weights)
+        for weight in itertools.accumulate(weights)
+    ]
+    # Rounding must not move the end of the program.
+    ends[-1:] = [end] * bool(ends)
+    starts = [start, *ends[:-1]]
+    return [Event(device, *of) for of in zip(actions, starts, ends, strict=False)]
+
+
 def _peak_bytes(places: Iterable[Placement]) -> tuple[int, ...]:
     """For each placement the most bytes in use on one of its devices; empty if one of
     them does not tell.
@@ -512,7 +548,7 @@ def _devices_of(plan: Plan) -> dict[Placement, int]:
     """
     devices: dict[Placement, int] = {}
     for item in plan.instructions:
-        if isinstance(item, Run) and item.action is not None:
-            device = plan.schedule.stage_to_device[item.action.stage]
+        if isinstance(item, Run) and item.parts:
+            device = plan.schedule.stage_to_device[item.actions[0].stage]
             devices[item.placement] = min(devices.get(item.placement, device), device)
     return devices

@@ -77,7 +77,11 @@ class Work:
         placement: where it runs.
         brings: values that later work reads on this placement; they are moved together
             with `ins`.
-        action, calls_host, donates, code: as in `Run`.
+        action: of the schedule; `None` for the work around the schedule, and for
+            several actions in one program.
+        calls_host, donates: as in `Run`.
+        code: what the program of an action computes.
+        parts: the actions of a program of several, in their order.
     """
 
     name: str
@@ -90,6 +94,12 @@ class Work:
     calls_host: bool = False
     donates: tuple[Slot, ...] = ()
     code: Code | None = None
+    parts: tuple["Work", ...] = ()
+
+    @property
+    def reads(self) -> tuple[Slot, ...]:
+        """What it needs on its placement, also for later work."""
+        return (*self.ins, *self.brings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +117,11 @@ class CopyWork:
     ins: tuple[Slot, ...]
     outs: tuple[Slot, ...]
     placement: Placement
+
+    @property
+    def reads(self) -> tuple[Slot, ...]:
+        """What it copies."""
+        return self.ins
 
 
 class CallWork:

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from fpipe.schedules._action import COPIES, KINDS, Kind
+from fpipe.schedules._action import COPIES, KINDS, Action, Kind
 from fpipe.schedules._checks import shown
 from fpipe.schedules._schedule import Schedule
 from fpipe.schedules._simulate import simulate
@@ -55,7 +55,8 @@ class Box(NamedTuple):
         kind: its colour.
         chunk: which of the device's stages it is of, from 0: its shade.
         stage: its stage.
-        microbatch: its label.
+        microbatch: its microbatch.
+        behind: what runs behind it in the same program.
     """
 
     row: int
@@ -65,6 +66,19 @@ class Box(NamedTuple):
     chunk: int
     stage: int
     microbatch: int
+    behind: tuple[Action, ...] = ()
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """The kinds of all that runs in it."""
+        return [self.kind, *(action.kind for action in self.behind)]
+
+    @property
+    def short_label(self) -> str:
+        """Its microbatch; the kinds too where the colour tells the first alone."""
+        if not self.behind:
+            return str(self.microbatch)
+        return f"{'+'.join(self.kinds)} {self.microbatch}"
 
 
 class Row(NamedTuple):
@@ -111,8 +125,11 @@ class Picture:
     def tooltip(self, box: Box) -> str:
         """Everything about a box."""
         launch = "launch of " if self.is_launch(box) else ""
+        doing = f"{launch}{box.kind} of stage {box.stage}"
+        for action in box.behind:
+            doing += f" and {action.kind} of stage {action.stage}"
         return (
-            f"{launch}{box.kind} of stage {box.stage}, microbatch {box.microbatch}, "
+            f"{doing}, microbatch {box.microbatch}, "
             f"{self.rows[box.row].title}: {box.start:g} to {box.end:g}"
         )
 
@@ -261,20 +278,21 @@ def _boxes(timeline: Timeline, scale: float, table: _RowTable) -> tuple[Box, ...
     }
     first_thread = len(table.rows) - table.threads
     rows = [
-        *((table.row_of(e.device, e.action.kind), *e[1:]) for e in timeline.events),
-        *((first_thread + e.thread, *e[1:]) for e in timeline.launches),
+        *((table.row_of(b.device, b.actions[0].kind), *b[1:]) for b in timeline.bars()),
+        *((first_thread + e.thread, (e.action,), *e[2:]) for e in timeline.launches),
     ]
     return tuple(
         Box(
             row=row,
             start=(start - first) * scale,
             end=(end - first) * scale,
-            kind=action.kind,
-            chunk=chunks[action.stage],
-            stage=action.stage,
-            microbatch=action.microbatch,
+            kind=actions[0].kind,
+            chunk=chunks[actions[0].stage],
+            stage=actions[0].stage,
+            microbatch=actions[0].microbatch,
+            behind=actions[1:],
         )
-        for row, action, start, end in rows
+        for row, actions, start, end in rows
     )
 
 

@@ -197,7 +197,7 @@ def _labels(shown: Picture, layout: _Layout) -> list[str]:
     for box in shown.boxes:
         if shown.rows[box.row].thin:
             continue
-        label = str(box.microbatch)
+        label = box.short_label
         width = (box.end - box.start) * layout.scale
         # A label that does not fit is left out: a part of `12` would be another number.
         if len(label) * size * LETTER + 2 <= width:

@@ -63,7 +63,7 @@ class _Line:
             return
         # A column is left free behind it, but it has one at least.
         room = max(end - start - 1, 1)
-        text = label if len(label) <= room else box.kind
+        text = label if len(label) <= room else "".join(box.kinds)[:room]
         text = text.ljust(min(room, columns - start), "-")[: columns - start]
         self.characters[start : start + len(text)] = text
         self.shades[start : start + len(text)] = [shade] * len(text)
@@ -171,8 +171,13 @@ def _labelled(shown: Picture, boxes: tuple[Box, ...]) -> list[_Labelled]:
     for box in boxes:
         # One thread launches for all devices, so there the stage has to be told too.
         of_all = shown.is_launch(box) and len(shown.rows) > 2 * shown.threads
-        stage = box.stage if shown.chunks > 1 or of_all else ""
-        labelled.append(_Labelled(box, f"{stage}{box.kind}{box.microbatch}"))
+        several = shown.chunks > 1 or of_all
+        stage = box.stage if several else ""
+        label = f"{stage}{box.kind}{box.microbatch}"
+        for action in box.behind:
+            stage = action.stage if several else ""
+            label += f"+{stage}{action.kind}{action.microbatch}"
+        labelled.append(_Labelled(box, label))
     return labelled
 
 

@@ -426,14 +426,19 @@ def test_an_exception_at_dispatch_stops_all_threads():
 
     def observer(item, slots):
         del slots
-        if getattr(item, "action", None) == ("B", 2, 1):
+        if at in getattr(item, "actions", ()):
             raise BoomError("here")
 
-    with raises(BoomError, "here") as caught, observing(observer):
-        step(params, case.x, case.target)
-    assert threads() == []
-    (note,) = notes(caught.value)
-    assert "the backward of stage 2 (layer 2 'dense'), microbatch 1, on" in note
+    # The last stage runs both in one program.
+    for at, said in (
+        (("B", 2, 1), "the backward of stage 2"),
+        (("B", 3, 1), "the forward and backward of stage 3"),
+    ):
+        with raises(BoomError, "here") as caught, observing(observer):
+            step(params, case.x, case.target)
+        assert threads() == []
+        (note,) = notes(caught.value)
+        assert f"{said} (layer {at[1]} 'dense'), microbatch 1, on" in note
     assert_same(step(params, case.x, case.target), want)
 
 
@@ -584,7 +589,7 @@ def test_the_matmul_precision_of_the_calling_thread_is_kept():
         str(jax.make_jaxpr(item.call)(*args))
         for bound in placed_executor(pipe)._plans.values()
         for item, args in runs(bound)
-        if item.action is not None
+        if item.parts
     }
     assert texts
     assert all("Precision.HIGHEST" in text for text in texts)

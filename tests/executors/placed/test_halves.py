@@ -202,9 +202,10 @@ def test_a_scan_gives_both_in_i_and_the_plan_says_so():
     plan = plan_of(pipe)
     assert plan.warnings
     kinds = {
-        (item.action.kind, item.action.stage)
+        (action.kind, action.stage)
         for item in plan.instructions
-        if isinstance(item, Run) and item.action
+        if isinstance(item, Run)
+        for action in item.actions
     }
     assert ("I", 1) in kinds
     assert ("W", 1) not in kinds  # nothing is left for it
@@ -362,10 +363,9 @@ def programs(pipe):
     """For each kind the stages that share a program."""
     calls: dict[tuple[str, int], set[int]] = {}
     for item in plan_of(pipe).instructions:
-        if isinstance(item, Run) and item.action is not None:
-            calls.setdefault((item.action.kind, id(item.call)), set()).add(
-                item.action.stage
-            )
+        for part in item.parts if isinstance(item, Run) else ():
+            kind, stage, _ = part.action
+            calls.setdefault((kind, id(part.call)), set()).add(stage)
     return sorted((kind, sorted(stages)) for (kind, _), stages in calls.items())
 
 
@@ -451,10 +451,10 @@ def test_shared_programs_are_compiled_once_for_each_device():
     )
     assert traced == [(k, count) for k in range(count + 1)]
     assert len(pipe.devices) == 4
-    # F and B of the stages in the middle on four devices, of the first and of the last
-    # on one; on every device the zeros of its accumulators, one program for each stage,
-    # and the loss.
-    assert count == 2 * 4 + 2 + 2 + 8 + 1
+    # F and B of the stages in the middle on four devices, of the first on one; those of
+    # the last in one program; on every device the zeros of its accumulators, one
+    # program for each stage, and the loss.
+    assert count == 2 * 4 + 2 + 1 + 8 + 1
 
 
 class Constant:

@@ -40,7 +40,7 @@ def held(pipe, step):
                     a.nbytes,
                 )
         moments.append(
-            (item.action.kind if isinstance(item, Run) and item.action else "", now)
+            (item.actions[0].kind if isinstance(item, Run) and item.parts else "", now)
         )
 
     with observing(look):

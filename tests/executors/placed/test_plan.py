@@ -30,9 +30,10 @@ def record(run):
 
 def actions(run):
     return [
-        item.action
+        action
         for item, _ in record(run)
-        if isinstance(item, Run) and item.action is not None
+        if isinstance(item, Run)
+        for action in item.actions
     ]
 
 
@@ -177,6 +178,7 @@ def test_each_slot_is_made_once_and_freed_once_after_its_last_use():
         plan = plan_of(pipe)
         made = [feed.slot for feed in plan.feeds] + list(plan.constants)
         dead: set[int] = set()
+        inside: set[int] = set()
         for item in plan.instructions:
             if isinstance(item, Free):
                 assert not dead.intersection(item.slots), name
@@ -185,11 +187,16 @@ def test_each_slot_is_made_once_and_freed_once_after_its_last_use():
             assert not dead.intersection(item.ins), name
             assert set(item.ins) <= set(made), name
             made += item.outs
+            if isinstance(item, Run):
+                # What stays inside a program is in no slot.
+                inside.update(item.inside)
         assert len(set(made)) == len(made), name
+        assert not inside & set(made), name
         outputs = {
             n for out in (plan.loss, *plan.state.values()) if out for n in out.slots
         } | set(plan.gradients.values())
-        assert set(range(len(plan.slots))) == dead | outputs | set(plan.constants), name
+        held = dead | outputs | set(plan.constants)
+        assert set(range(len(plan.slots))) == held | inside, name
         assert not dead & outputs, name
 
 
