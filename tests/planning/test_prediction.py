@@ -398,12 +398,14 @@ def test_a_balance_is_better_if_it_recomputes_less():
 
 
 def test_a_host_that_is_the_bound_is_told():
-    """Two devices run eight actions each, of about 1 ms; each launch takes 3 ms."""
+    """Two devices run eight actions each, of about 1 ms; each launch takes 3 ms. The
+    second device runs two actions at a time.
+    """
     pipe = fpipe.Pipe([dense()] * 2, chunks=4, checkpoint="never", schedule="1f1b")
     speed = pipe.plan(None, X).stages[0].work["F"] * 1e3
     slow = pipe.plan(None, X, speed=speed, launch=3e-3)
     (text,) = (text for text in slow.warnings if text.startswith("host-bound"))
-    assert "host-bound: 48 ms of 49" in text
+    assert "host-bound: 36 ms of 38" in text
     assert f"would take {1e3 * pipe.plan(None, X, speed=speed).step:.3g} ms" in text
     # More microbatches would only be more launches.
     assert not any("are few" in text for text in slow.warnings)
@@ -412,7 +414,7 @@ def test_a_host_that_is_the_bound_is_told():
     threads = dataclasses.replace(pipe, dispatch="thread_per_device")
     found = threads.plan(None, X, speed=speed, launch=3e-3)
     assert (slow.timeline.threads, found.timeline.threads) == (1, 2)
-    assert found.step < 0.6 * slow.step
+    assert found.step < 0.7 * slow.step
     scan = dataclasses.replace(pipe, executor="scan")
     assert scan.plan(None, X, speed=speed, launch=3e-3).timeline.launches == ()
 

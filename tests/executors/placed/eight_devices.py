@@ -25,7 +25,8 @@ def main() -> None:
     assert_same(got, plain.value_and_grad(mse)(pipe.gather(params), x, x))
     counts = collectives(pipe)
     assert {kind for _, kind in counts} == {"all-reduce"}, counts
-    assert counts["F", "all-reduce"] == 8, counts
+    assert counts["F", "all-reduce"] == 4, counts
+    assert counts["FB", "all-reduce"] == 8, counts
     assert counts["add parts", "all-reduce"] == 2, counts
 
 
