@@ -1,0 +1,35 @@
+"""What calls do over meshes, with both executors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import fpipe
+from tests.executors.cut_layers import FULLY_SHARDED, WIDE
+from tests.helpers import assert_same, mse, noise
+
+DATA = Mesh(np.array(jax.devices()).reshape(2, 2), ("stage", "data"))
+
+
+@pytest.mark.parametrize("executor", ["placed", "scan"])
+def test_half_precision_with_frozen_parameters(executor):
+    """Each backward scatters the gradients, which are summed in float32."""
+    layers, half = [FULLY_SHARDED] * 2, jnp.bfloat16
+    x = noise(jax.random.key(1), (8, WIDE))
+    options = {"chunks": 2, "compute_dtype": half}
+    pipe = fpipe.Pipe(layers, mesh=DATA, executor=executor, unshard="action", **options)
+    params = pipe.init(jax.random.key(0), x)
+    frozen = ({"up": True, "down": False, "bias": False}, False)
+    got = pipe.value_and_grad(mse, frozen=frozen)(params, x, x)
+    plain = fpipe.sequential(layers, **options).value_and_grad(mse, frozen=frozen)
+    whole = pipe.gather(params)
+    assert_same((got[0], pipe.gather(got[1])), plain(whole, x, x), 2e-2)
+    # What is trained lies as its parameter does.
+    arrays = [a for a in jax.tree.leaves(got[1]) if isinstance(a, jax.Array)]
+    specs = {a.sharding.spec for a in arrays}
+    cut = {P("data"), P(None, "data")}
+    along_stages = {P("stage", *spec) for spec in cut}
+    assert cut <= specs or along_stages <= specs
