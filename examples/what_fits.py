@@ -108,7 +108,14 @@ class Way(NamedTuple):
 
 WAYS = (
     Way("nothing", lambda d: {"schedule": "1f1b", "checkpoint": "never"}),
-    Way("recomputation", lambda d: {"schedule": "1f1b", "checkpoint": "always"}),
+    Way(
+        "recomputation",
+        lambda d: {
+            "schedule": "1f1b",
+            "checkpoint": "always",
+            "recompute": "with_backward",
+        },
+    ),
     Way(
         "early recomputation",
         lambda d: {

@@ -137,12 +137,16 @@ class Pipe(Call):
         deferred_batch_norm: whether batch norms update their running statistics once
             per call, with the statistics of the whole batch. It holds for layers with
             `fpipe.Layer(defer=...)`. Default `False`: once per microbatch.
-        recompute: when a backward's recomputation runs. `"with_backward"` (default):
-            as a part of the backward. `"early"`: as an action of its own, `R`, which
-            may run while the backward's cotangent is on its way; see
+        recompute: when a backward's recomputation runs. `"with_backward"`: as a part of
+            the backward. `"early"`: as an action of its own, `R`, which may run while
+            the backward's cotangent is on its way; see
             `fpipe.schedules.early_recompute`. The schedule gets an `R` for each
-            backward that recomputes by `checkpoint`. A schedule that has an `R` already
-            stays as it is.
+            backward that recomputes by `checkpoint`; under `"placed"` none right before
+            a backward whose cotangent its own device has made. A schedule that has an
+            `R` already stays as it is. `"auto"` (default) is what was measured to be
+            better: `"early"` under `"placed"`, and `"with_backward"` under `"scan"`. It
+            leaves a `Schedule` that is given as data as it is. Early recomputation
+            holds the residuals of at most one more microbatch on a device.
         offload: the largest number of microbatches that a device holds, or a sequence
             of one number for each device. The residuals of all other microbatches wait
             in the memory of the host; see `fpipe.schedules.offload`. A device with
@@ -210,7 +214,7 @@ class Pipe(Call):
         compute_dtype: Any = None,
         deferred_batch_norm: bool = False,
         detect_anomaly: bool = False,
-        recompute: Recompute = "with_backward",
+        recompute: Recompute = "auto",
         offload: int | Sequence[int] | None = None,
         *,
         sample: PyTree = None,

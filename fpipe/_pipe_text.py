@@ -22,7 +22,7 @@ RARE = {
     "compute_dtype": None,
     "deferred_batch_norm": False,
     "detect_anomaly": False,
-    "recompute": "with_backward",
+    "recompute": "auto",
     "offload": None,
 }
 

@@ -28,7 +28,7 @@ from fpipe._core.errors import shown
 from fpipe._core.meshes import in_tracing_context
 from fpipe._core.pytrees import PyTree
 from fpipe._executors.added_actions import (
-    RECOMPUTE,
+    EXPLICIT_RECOMPUTE,
     Recompute,
     as_offload,
     as_recompute,
@@ -83,7 +83,8 @@ class Candidate(NamedTuple):
         pipe: the `Pipe`, ready to use. `None` if the combination is not possible.
         prediction: the `Prediction` of a training step. `None` if there is none.
         refused: why the combination cannot be used; empty if it can.
-        recompute, offload: as for `Pipe`.
+        recompute: as for `Pipe`. `"auto"` if nothing is recomputed.
+        offload: as for `Pipe`.
     """
 
     schedule: Any
@@ -92,7 +93,7 @@ class Candidate(NamedTuple):
     pipe: Pipe | None = None
     prediction: Prediction | None = None
     refused: str = ""
-    recompute: str = "with_backward"
+    recompute: str = "auto"
     offload: Any = None
 
 
@@ -150,8 +151,8 @@ class Tuning:
         assert own is not None
         # First what it takes, then what each other choice would cost, one at a time.
         options = f"chunks={best.chunks}, checkpoint={best.checkpoint!r}"
-        if best.recompute != "with_backward":
-            options += f", recompute={best.recompute!r}"
+        if when := _when_recomputed(best):
+            options += f", recompute={when!r}"
         if best.offload is not None:
             options += f", offload={best.offload!r}"
         lines = [
@@ -215,7 +216,7 @@ class Tuning:
         for c in self.candidates:
             balance = "" if c.pipe is None else str(list(c.pipe.balance))
             row = [str(c.schedule), str(c.chunks), str(c.checkpoint)]
-            row.append("early" if c.recompute == "early" else "")
+            row.append(_when_recomputed(c))
             row += ["" if c.offload is None else str(c.offload), balance]
             if c.prediction is None:
                 row += ["", "", ""]
@@ -225,6 +226,11 @@ class Tuning:
                 row += [step, f"{own.bubble:.1%}", size(own.peak)]
             rows.append([*row, c.refused])
         return Table(head, rows, left=(0, 2, 3, 5, 9))
+
+
+def _when_recomputed(c: Candidate) -> str:
+    """When a candidate recomputes, if it does, and if it was chosen."""
+    return "" if c.checkpoint == "never" or c.recompute == "auto" else c.recompute
 
 
 # What of a device's memory may wait in the memory of the host.
@@ -304,8 +310,8 @@ def tune(
             several. Default: `"gpipe"`, `"1f1b"`, `"eager_1f1b"`, `"zb_h1"`, and
             `"interleaved_1f1b"` and `"zb_v"` if there are enough layers for several
             stages on each device; `"never"`, `"except_last"` and `"always"`.
-        recomputes: the values of `recompute` to try, one or several. Default: both, if
-            the checkpoint mode recomputes anything.
+        recomputes: the values of `recompute` to try, one or several. Default:
+            `"with_backward"` and `"early"`, if the checkpoint mode recomputes anything.
         offloads: the values of `offload` to try, one or several. Default: `None`; and
             for a candidate that does not fit into `memory`, the largest number of live
             microbatches with which it fits.
@@ -483,7 +489,7 @@ class _Setup(NamedTuple):
     schedule: Any
     checkpoint: Any
     chunks: int
-    recompute: Recompute = "with_backward"
+    recompute: Recompute = "auto"
     offload: Any = None
 
 
@@ -538,8 +544,8 @@ class _Source(abc.ABC):
             return _several(asked)
         recomputes = Remat.of(checkpoint).option != "never"
         if recomputes and self.chooses("recompute"):
-            return list(RECOMPUTE)
-        return ["with_backward"]
+            return list(EXPLICIT_RECOMPUTE)
+        return ["auto"]
 
     def candidates(self, setup: _Setup, copies: bool) -> list[Candidate]:
         """The candidate of a combination; none where it is one that nobody asked for
@@ -549,7 +555,7 @@ class _Source(abc.ABC):
             copies: whether to add one that is too large with copies to the host.
         """
         tried = self._tried(setup)
-        asked = setup.recompute == "with_backward" and setup.offload is None
+        asked = setup.recompute != "early" and setup.offload is None
         if not asked and tried.candidate.prediction is None and not tried.too_large:
             return []
         found = [tried.candidate]

@@ -600,7 +600,7 @@ def value_and_grad(
     compute_dtype: Any = None,
     deferred_batch_norm: bool = False,
     detect_anomaly: bool = False,
-    recompute: Recompute = "with_backward",
+    recompute: Recompute = "auto",
     offload: int | Sequence[int] | None = None,
 ) -> ValueAndGrad:
     """Run a loss function as a pipeline, in place of `jax.value_and_grad(loss_fn)`.

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from fpipe._core.checks import as_bool, as_int, is_at_least
 from fpipe._core.errors import shown
 from fpipe._core.pytrees import PyTree, describe, is_array, is_inexact
-from fpipe._executors.added_actions import RECOMPUTE
+from fpipe._executors.added_actions import EXPLICIT_RECOMPUTE
 from fpipe._executors.call import as_argnums
 from fpipe._executors.placement import UNSHARD
 from fpipe._executors.sequential import sequential
@@ -600,7 +600,7 @@ def partitions(
             checkpoint=draw(st.sampled_from(modes)),
             schedule=schedule,
             executor=executor,
-            recompute=draw(st.sampled_from(RECOMPUTE)),
+            recompute=draw(st.sampled_from(EXPLICIT_RECOMPUTE)),
             **places,
         )
         # Of a random schedule what is copied is drawn with it.

@@ -8,10 +8,12 @@ device, with three microbatches:
     gpipe         F0 F1 F2 B0 B1 B2
     offload       F0 F1 O1 F2 B0 L1 B1 B2           two are on the device at most
     recompute     F0 F1 O1 F2 R0 B0 L1 R1 B1 B2     the last one recomputes nothing
+    and only      F0 F1 O1 F2 B0 L1 B1 B2           no backward waits for another device
 
 In this order, because a limit that can be kept stays so: an `R` between its `L` and its
 backward moves nothing else. Which backwards recompute is asked of `Remat`, as the
-executors do.
+executors do. With a second device behind this one its `R` stay: they run while the
+cotangents of the second device are on their way.
 """
 
 import dataclasses
@@ -26,9 +28,14 @@ from fpipe._executors.scheduling import Scheduling
 from fpipe._model.remat import Remat
 from fpipe.schedules import Schedule, early_recompute, offload
 
-# Whether recomputations are actions of their own.
-Recompute: TypeAlias = Literal["with_backward", "early"]
+# Whether recomputations are actions of their own. What `"auto"` is was measured, see
+# `docs/benchmarks.md`. Under placed early recomputation is faster. Under scan it is not
+# with the default schedule: all devices wait for the slowest one in each tick, and the
+# residuals would go through one more buffer.
+Recompute: TypeAlias = Literal["auto", "early", "with_backward"]
 RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
+# The two that `"auto"` chooses between.
+EXPLICIT_RECOMPUTE: tuple[Recompute, ...] = ("with_backward", "early")
 # How many microbatches a device holds at most, or each device.
 Offload: TypeAlias = int | tuple[int, ...] | None
 
@@ -65,10 +72,13 @@ def with_actions(
         in_units: whether stages run in units, as under scan. Then only the last unit of
             a stage has its backward right behind its forward, and the others recompute.
     """
-    if recompute == "with_backward" and limit is None:
-        return scheduling
     option = scheduling.option
-    return _WithActions(option, scheduling, remat, recompute, limit, in_units)
+    # Who gives a schedule as data has said what runs when.
+    named = not isinstance(option, Schedule)
+    early = recompute == "early" or (recompute == "auto" and named and not in_units)
+    if not early and limit is None:
+        return scheduling
+    return _WithActions(option, scheduling, remat, early, limit, in_units)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +88,14 @@ class _WithActions(Scheduling):
     Attributes:
         base: what makes them without.
         remat: which backwards recompute.
-        recompute, limit: the pipe's options.
+        early: whether recomputations are actions of their own.
+        limit: the pipe's `offload`.
         in_units: as for `with_actions`.
     """
 
     base: Scheduling
     remat: Remat
-    recompute: Recompute
+    early: bool
     limit: Offload
     in_units: bool
 
@@ -108,10 +119,22 @@ class _WithActions(Scheduling):
                 add_note(error, f"for `Pipe(offload={self.limit!r})`")
                 raise
         present = {action.kind for row in schedule.actions for action in row}
-        if self.recompute == "early" and "R" not in present:
-            pairs = self._recomputing(schedule)
-            schedule = early_recompute(schedule, pairs=pairs) if pairs else schedule
+        if self.early and "R" not in present:
+            schedule = self._with_recomputations(schedule)
         return schedule
+
+    def _with_recomputations(self, schedule: Schedule) -> Schedule:
+        """The schedule with an `R` for each backward that recomputes, where that can
+        gain anything.
+        """
+        pairs, places = self._recomputing(schedule), schedule.stage_to_device
+        if self.in_units:
+            # All stages, for those that have the same actions share their code.
+            return early_recompute(schedule, pairs=pairs) if pairs else schedule
+        if not any(_waits(stage, places) for stage, _ in pairs):
+            return schedule
+        # All are put in and simulated, before some are left out.
+        return _only_where_some_wait(early_recompute(schedule, pairs=pairs))
 
     def _recomputing(self, schedule: Schedule) -> Sequence[tuple[int, int]]:
         """The pairs of stage and microbatch whose backwards recompute."""
@@ -126,3 +149,29 @@ class _WithActions(Scheduling):
             for i in range(m)
             if self.remat.recomputes(i, m, (s, i) in direct)
         ]
+
+
+def _waits(stage: int, stage_to_device: Sequence[int]) -> bool:
+    """Whether the cotangents of a stage come from another device."""
+    behind = stage_to_device[stage + 1 : stage + 2]
+    return any(device != stage_to_device[stage] for device in behind)
+
+
+def _only_where_some_wait(schedule: Schedule) -> Schedule:
+    """A schedule without the `R` that can gain nothing: right in front of a backward
+    whose cotangent the device has made itself, before. Both are then ready at the same
+    time, and as one program they keep what they can in registers.
+    """
+    places = schedule.stage_to_device
+    rows = [
+        [
+            action
+            for action, following in zip(row, [*row[1:], None], strict=True)
+            if action.kind != "R"
+            or _waits(action.stage, places)
+            or following is None
+            or following[1:] != action[1:]
+        ]
+        for row in schedule.actions
+    ]
+    return Schedule(rows, places, schedule.name)

@@ -72,7 +72,7 @@ def balance(
     chunks: int | None = None,
     checkpoint: str | Policy | None = None,
     schedule: str | Schedule | Generator = "eager_1f1b",
-    recompute: Recompute = "with_backward",
+    recompute: Recompute = "auto",
     offload: int | Sequence[int] | None = None,
     host_bandwidth: float | None = None,
     side: PyTree = None,
@@ -120,9 +120,9 @@ def balance(
         checkpoint, schedule, compute_dtype: as for `Pipe`. They determine which
             forwards run twice, how many microbatches a stage holds, and how many stages
             each device has.
-        recompute, offload: as for `Pipe`. Microbatches in the memory of the host take
-            no memory of the device. Each recomputation that runs early holds the
-            residuals of a microbatch.
+        recompute, offload: as for `Pipe` with `executor="placed"`. Microbatches in the
+            memory of the host take no memory of the device. Each recomputation that
+            runs early holds the residuals of a microbatch.
         host_bandwidth: bytes per second between a device and its host, in each
             direction. With `offload` a stage then takes at least as long as its copies.
             Default: copies take no time.

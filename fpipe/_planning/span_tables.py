@@ -219,16 +219,12 @@ class SpanTables:
             return forward
         # Where a forward is directly followed by its backward, nothing is recomputed:
         # which pairs these are depends on the stage, so that its work does too.
-        if "R" in self._kinds:
-            # An `R` is there for each backward that recomputes.
-            recomputed = len(self._schedule.order("R", s))
-        else:
-            order = itertools.chain(*self._schedule.actions)
-            direct = direct_pairs(order, self._stage_to_device)
-            recomputed = sum(
-                self._remat.recomputes(i, self._microbatches, (s, i) in direct)
-                for i in range(self._microbatches)
-            )
+        order = itertools.chain(*self._schedule.actions)
+        direct = direct_pairs(order, self._stage_to_device)
+        recomputed = sum(
+            self._remat.recomputes(i, self._microbatches, (s, i) in direct)
+            for i in range(self._microbatches)
+        )
         return forward * (1 + recomputed / self._microbatches) + backward
 
     def copied(self, s: int) -> Table:
@@ -322,11 +318,8 @@ class SpanTables:
             starts = np.concatenate([times.begun[s], times.back_from_host[s]])
             ends = np.concatenate([times.back_done[s], times.on_host[s]])
             live = _most_between(starts[None], ends[None])
-        recomputed = 1
-        if "R" in self._kinds:
-            # One that recomputes nothing holds its residuals, too.
-            early = _most_between(times.recomputed[[s]], times.used[[s]])
-            recomputed = max(1, early)
+        # One that recomputes nothing holds its residuals, too.
+        recomputed = max(1, _most_between(times.recomputed[[s]], times.used[[s]]))
         neighbour_before = slice(max(0, s - 1), s)
         neighbour_behind = slice(s + 1, min(last, s + 1) + 1)
         # Skips may come from any earlier stage, and go to any later one.
@@ -390,6 +383,7 @@ class SpanTables:
                     back_begun[s, i] = min(back_begun[s, i], start)
                     back_done[s, i] = max(back_done[s, i], end)
                     if kind != "W":
+                        recomputed[s, i] = min(recomputed[s, i], start)
                         used[s, i] = end
         return _Times(
             begun,

@@ -311,9 +311,12 @@ def test_a_forward_and_its_pull_back_are_one_timeline(executor):
     with fpipe.record(pipe) as timeline:
         y, pull = jax.vjp(lambda p: pipe(p, x), params)
         first, again = pull(y), pull(y)
-    assert [len(call.events) for call in timeline.calls] == [8, 4]
+    # Of the first stage and the first microbatch `"placed"` recomputes apart.
+    again = executor == "placed"
+    assert [len(call.events) for call in timeline.calls] == [8 + again, 4 + again]
     assert [e.action.kind for e in timeline.calls[0].events].count("F") == 4
-    assert {e.action.kind for e in timeline.events} == {"B"}  # the last call
+    # The last call.
+    assert {e.action.kind for e in timeline.events} == {"B", *"R" * again}
     jax.tree.map(np.testing.assert_array_equal, first, again)
     check_dependencies(timeline.calls[0], 2)
 
@@ -349,9 +352,10 @@ def test_a_timeline_is_empty_until_the_block_ends_and_then_the_last_of_all_calls
         pipe.value_and_grad(jnp.mean)(params, x)
         other(params, x)
         assert timeline.events == ()
-    assert [len(call.events) for call in timeline.calls] == [4, 4, 4, 8]
+    # One of four backwards recomputes, in an action of its own.
+    assert [len(call.events) for call in timeline.calls] == [4, 4, 4, 8 + 1]
     assert timeline.events == timeline.calls[-1].events
-    assert timeline.name == "eager_1f1b, recorded"
+    assert timeline.name == "eager_1f1b, early recomputation, recorded"
     pipe(params, x)
     assert len(timeline.calls) == 4
 
@@ -706,7 +710,9 @@ def test_where_the_host_is_the_bound_predictions_have_the_order_of_recordings(
     recorded, predicted, without = [], [], []
     launch = None
     for m in (2, 4, 8, 16):
-        pipe = fpipe.Pipe([dense()] * 2, chunks=m, schedule="1f1b")
+        pipe = fpipe.Pipe(
+            [dense()] * 2, chunks=m, schedule="1f1b", checkpoint="never"
+        )
         params = pipe.init(jax.random.key(0), x)
         _, timeline = pipe.record(pipe.value_and_grad(jnp.mean), params, x)
         launch = timeline.launch if launch is None else launch

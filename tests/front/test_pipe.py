@@ -161,7 +161,7 @@ WRONG = {
     "recompute": (
         {"recompute": "late"},
         ValueError,
-        "`Pipe(recompute='late')`: one of 'with_backward', 'early'",
+        "`Pipe(recompute='late')`: one of 'auto', 'early', 'with_backward'",
     ),
     "offload": (
         {"offload": 0},
@@ -942,8 +942,8 @@ def test_forwards_out_of_order_are_refused_where_layers_have_state():
     case = Case(layers, 2)
     pipe = fpipe.Pipe(layers, [1, 3], chunks=2, schedule=permuted)
     text = (
-        r"the schedule 'permuted' runs the forwards of stage 0 in the order \(1, 0\); "
-        r"layers with state need them in the "
+        r"the schedule 'permuted, early recomputation' runs the forwards of stage 0 "
+        r"in the order \(1, 0\); layers with state need them in the "
         "order of the microbatches"
     )
     with pytest.raises(ValueError, match=text):

@@ -156,7 +156,7 @@ def test_recomputation_is_tried_early_where_there_is_any():
         if c.prediction is not None
     }
     assert set(steps) == {
-        ("never", "with_backward"),
+        ("never", "auto"),
         ("always", "with_backward"),
         ("always", "early"),
     }
@@ -204,7 +204,7 @@ def test_a_memory_limit_rules_out_and_says_how_much_is_missing():
 def test_it_says_why():
     tuning = fpipe.tune(LAYERS, X, devices=jax.devices()[:3], **TWO)
     text = str(tuning)
-    assert text.startswith("schedule  chunks  checkpoint  balance")
+    assert text.startswith("schedule  chunks  checkpoint  recompute      balance")
     assert len(text.splitlines()) == (1 + 8) + 1 + len(tuning.why.splitlines())
     best, why = tuning.best, tuning.why
     assert why.startswith(

@@ -129,6 +129,7 @@ def test_work_is_that_of_the_products_and_time_that_of_the_simulation():
     costs = fpipe.schedules.Costs(
         F=[row.work["F"] for row in plan.stages],
         B=[row.work["B"] for row in plan.stages],
+        R=0,
         transfer=0,
     )
     timeline = fpipe.schedules.simulate(pipe.make_schedule(8), costs)

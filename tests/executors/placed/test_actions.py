@@ -78,9 +78,9 @@ def test_what_a_pipe_adds_to_its_schedule():
     gpipe = schedules.gpipe(2, M)
     found = schedule_of(schedule="gpipe", recompute="early", offload=2)
     assert schedules.simulate(found).peak_live == (2, 2)
-    # By default the last microbatch recomputes nothing, nor does what is direct.
-    assert [found.order("R", stage) for stage in range(2)] == [(0, 1, 2)] * 2
-    assert schedule_of(schedule="1f1b", recompute="early").order("R", 1) == ()
+    # By default the last microbatch recomputes nothing. The last stage waits for no
+    # cotangent, so that its backwards recompute themselves.
+    assert [found.order("R", stage) for stage in range(2)] == [(0, 1, 2), ()]
     assert schedule_of(schedule=gpipe, checkpoint="never", recompute="early") == gpipe
     given = early("gpipe")
     assert schedule_of(schedule=given, recompute="early") == given
@@ -89,6 +89,31 @@ def test_what_a_pipe_adds_to_its_schedule():
     with pytest.raises(ValueError, match="device 1 holds at least 2") as raised:
         schedule_of(schedule="zb_h1", offload=1)
     assert "for `Pipe(offload=1)`" in str(raised.value.__notes__)
+
+
+def test_what_auto_adds():
+    def added(layers=4, devices=4, m=M, **options):
+        devices = jax.devices()[:devices]
+        pipe = fpipe.Pipe(LAYERS * (layers // 2), devices=devices, chunks=m, **options)
+        assert pipe.recompute == "auto"
+        schedule = pipe.make_schedule(m)
+        return [schedule.order("R", stage) for stage in range(schedule.stages)]
+
+    # Each backward that recomputes, if its cotangent comes from another device.
+    for name in ("gpipe", "1f1b", "eager_1f1b", "zb_h1"):
+        assert added(schedule=name) == [(0, 1, 2)] * 3 + [()], name
+    assert added(checkpoint="always") == [(0, 1, 2, 3)] * 3 + [()]
+    # One microbatch has its backward right behind its forward, on all stages.
+    for options in ({"checkpoint": "never"}, {"checkpoint": "always", "m": 1}):
+        assert added(**options) == [()] * 4
+    assert added(devices=1, schedule="gpipe") == [()]
+    # Two devices, and one of them has the stages 1 and 2.
+    assert added(devices=2, schedule="zb_v") == [(0, 1, 2), (), (0, 1, 2), ()]
+    # What is given as data runs as it is; a function is asked for what it makes.
+    assert added(schedule=schedules.gpipe(4, M)) == [()] * 4
+    assert added(schedule=schedules.gpipe) == [(0, 1, 2)] * 3 + [()]
+    # In lock step nothing is gained.
+    assert added(executor="scan") == [()] * 4
 
 
 # --- when it runs ---
@@ -125,7 +150,9 @@ def test_a_recording_has_all_actions_in_the_order_of_the_schedule(dispatch):
         for action in row:
             if action.kind == "L":
                 assert events[action._replace(kind="O")].end <= events[action].start
-                assert events[action].end <= events[action._replace(kind="R")].start
+                # Stage 1 recomputes in its backwards.
+                reader = action._replace(kind="B" if action.stage else "R")
+                assert events[action].end <= events[reader].start
     # Copies are no transfers between devices.
     assert all(t.source != t.target for t in recording.transfers)
 

@@ -8,6 +8,7 @@ import fpipe
 from fpipe._executors.scan import machine as machine_module
 from fpipe._executors.scan.machine import LocalPool, SavedPool, WireName
 from tests.executors.helpers import machine_of
+from tests.executors.placed.test_recomputation import two_products
 from tests.helpers import dense
 
 
@@ -99,6 +100,29 @@ def test_a_device_has_one_set_of_residuals_more_for_recomputations():
     for m in (4, 8):
         more = residuals(m, recompute="early") - residuals(m)
         assert more == 2 * 4 * 4
+
+
+def test_what_r_has_recomputed_b_reads():
+    """Counted in the whole step: a backward that recomputes again has more products."""
+
+    def traced(**options):
+        layer = two_products()
+        pipe = fpipe.Pipe(
+            [layer] * 2, chunks=3, schedule="gpipe", executor="scan", **options
+        )
+        x = jax.ShapeDtypeStruct((6, 8), jnp.float32)
+        params = pipe.init(jax.random.key(0), x)
+        step = pipe.value_and_grad(lambda y: jnp.mean(y**2))
+        products = str(jax.make_jaxpr(step)(params, x)).count("dot_general[")
+        machine = machine_of(pipe)
+        phases = [phase for segment in machine.segments for phase in segment.phases]
+        return products, [op.op.name[-1] for phase in phases for op in phase.ops]
+
+    inside, kinds = traced(checkpoint="always")
+    assert "R" not in kinds
+    early, with_r = traced(checkpoint="always", recompute="early")
+    assert sorted(with_r) == sorted([*kinds, *"R" * with_r.count("R")]) != sorted(kinds)
+    assert early == inside > traced(checkpoint="never")[0]
 
 
 def test_copies_to_the_host_are_refused_by_name():
