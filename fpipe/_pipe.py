@@ -151,7 +151,7 @@ class Pipe(Call):
             of one number for each device. The residuals of all other microbatches wait
             in the memory of the host; see `fpipe.schedules.offload`. A device with
             several stages counts a microbatch once for each stage. Default `None`:
-            nothing is copied to the host. Only `executor="placed"` can copy.
+            nothing is copied to the host.
         detect_anomaly: whether a call that makes a NaN or an infinity raises
             `FloatingPointError`. The error names the first stage, layer and microbatch
             that made one, forward or backward. Inside `jax.jit` see `raise_anomaly`.

@@ -588,7 +588,7 @@ def partitions(
             split = draw(st.booleans())
             more = draw(st.booleans())
             random = schedules(
-                range(len(balance)), m, split, recompute=more, offload=more and not scan
+                range(len(balance)), m, split, recompute=more, offload=more
             )
             fixed = draw(random)
             # Construction asks with `chunks`, a call with the number of pieces.
@@ -604,7 +604,7 @@ def partitions(
             **places,
         )
         # Of a random schedule what is copied is drawn with it.
-        copies = not scan and isinstance(schedule, str) and draw(st.booleans())
+        copies = isinstance(schedule, str) and draw(st.booleans())
         return _within_least_limit(pipe, cut_inputs({"x": x}, chunks).m, copies)
 
     return draw_pipe()

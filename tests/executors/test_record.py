@@ -710,9 +710,7 @@ def test_where_the_host_is_the_bound_predictions_have_the_order_of_recordings(
     recorded, predicted, without = [], [], []
     launch = None
     for m in (2, 4, 8, 16):
-        pipe = fpipe.Pipe(
-            [dense()] * 2, chunks=m, schedule="1f1b", checkpoint="never"
-        )
+        pipe = fpipe.Pipe([dense()] * 2, chunks=m, schedule="1f1b", checkpoint="never")
         params = pipe.init(jax.random.key(0), x)
         _, timeline = pipe.record(pipe.value_and_grad(jnp.mean), params, x)
         launch = timeline.launch if launch is None else launch

@@ -89,12 +89,7 @@ def balances_of(layers: int, schedule: str, mesh: str = "no mesh") -> list[tuple
 
 
 def differs(row: dict) -> bool:
-    """Whether no smaller cut gives the same pipe, and the executor runs it. Columns may
-    be missing.
-    """
-    copies = row.get("actions") in ("offload", "both")
-    if copies and row.get("executor") == "scan":
-        return False
+    """Whether no smaller cut gives the same pipe. Columns may be missing."""
     schedule, mesh = row.get("schedule", "gpipe"), row.get("mesh", "no mesh")
     return row.get("cut", 0) < len(balances_of(4, schedule, mesh))
 

@@ -8,7 +8,8 @@ In: the work of a call, and when each action runs. Out: `Buffers`, in four passe
    device waits where units that are equal to the reader look for theirs.
 3. `_fill_slots`: a bundle has a slot from its arrival to its last use. These intervals
    are coloured into the fewest slots, so that memory does not grow with the number of
-   microbatches if what is in flight does not.
+   microbatches if what is in flight does not. A bundle that is on the host meanwhile
+   has a slot until it goes there, one on the host, and one from when it is back.
 4. `_unite_destinations`: an operation that serves several units puts its bundle
    wherever one of them does.
 
@@ -20,14 +21,21 @@ for the work, one for the wires):
     microbatch 0     tick 0, forward     tick 1, backward         1 to 6        0
     microbatch 1     tick 1, forward     tick 2, backward        5 to 10        1
     microbatch 2     tick 2, forward     tick 3, backward        9 to 14        0
+
+If the schedule copies microbatch 0 of that layer to the host, the bundle leaves behind
+the phase that reads it forward, and is back before the one that reads it backward:
+
+    microbatch 0     in its slot 1 to 4, on the host 5 to 4
 """
 
 import dataclasses
 import heapq
+import itertools
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar, get_args
 
+from fpipe._core.pytrees import on_host
 from fpipe._executors.scan.machine import (
     Avals,
     Direction,
@@ -51,8 +59,10 @@ from fpipe._executors.scan.values import (
 )
 from fpipe._model.stages import Leaf, X, Y
 from fpipe._program.code import Cotangent, Input, Output
-from fpipe.schedules import Action, Kind
+from fpipe.schedules import Action, Kind, Schedule
 
+# The kinds of actions that read what was on the host.
+BACK: tuple[Kind, ...] = ("R", "B", "I")
 Edge = tuple[int, int]
 K = TypeVar("K", bound=Hashable)
 
@@ -152,11 +162,41 @@ def slots(intervals: Iterable[tuple[int, int, K]]) -> tuple[dict[K, int], int]:
 class Place(NamedTuple):
     """Where the bundles of a value wait: in a pool of a device. Each microbatch's
     bundle has a slot of its own there, while it waits.
+
+    Attributes:
+        returned: whether it has been on the host, and is back in another slot.
     """
 
     pool: PoolName
     device: int
     value: Value
+    returned: bool = False
+
+
+class Absence(NamedTuple):
+    """When what a microbatch holds on a stage is on the host: from the end of a phase
+    to that of another.
+    """
+
+    gone: int
+    back: int
+
+
+class Trip(NamedTuple):
+    """A bundle that goes to the host and comes back.
+
+    Attributes:
+        stage: the one whose schedule says so.
+        slot, on_host, slot_again: of the pool, on the host, and of the pool again.
+    """
+
+    stage: int
+    pool: PoolName
+    device: int
+    absence: Absence
+    slot: int
+    on_host: int
+    slot_again: int
 
 
 # Where an operation puts a bundle: into a pool of its own device, or on a wire.
@@ -179,6 +219,8 @@ class Buffers:
         destinations: where the operation that makes a group's bundle puts it, which may
             be in more places than it is read (see `_unite_destinations`).
         arrivals: where it really waits on other devices.
+        trips: all bundles that are on the host meanwhile.
+        host_counts: how many slots each pool has on the host.
     """
 
     pairs: Mapping[WireName, set[Edge]]
@@ -188,13 +230,44 @@ class Buffers:
     kinds: Mapping[PoolName, Mapping[Avals, None]]
     destinations: Mapping[tuple[Group, Value], tuple[Destination, ...]]
     arrivals: Mapping[tuple[Group, Value], tuple[Place, ...]]
+    trips: tuple[Trip, ...]
+    host_counts: Mapping[PoolName, int]
 
 
-def place_bundles(work: Work, position: Mapping[Action, int]) -> Buffers:
+def absences(
+    schedule: Schedule, position: Mapping[Action, int]
+) -> dict[tuple[int, int], Absence]:
+    """When what a microbatch holds on a stage is on the host, by the two.
+
+    A copy runs behind the operations of a phase. One to the host is behind the forward,
+    one back is as late as it can be: in front of the phase that reads it. So a device
+    makes at most one in each direction behind a phase, and holds no more than the
+    schedule says.
+    """
+    found: dict[tuple[int, int], Absence] = {}
+    for kind, s, i in itertools.chain(*schedule.actions):
+        backwards = [Action(k, s, i) for k in BACK if Action(k, s, i) in position]
+        if kind != "O" or not backwards:
+            continue
+        absence = Absence(
+            position[Action("F", s, i)], min(map(position.__getitem__, backwards)) - 1
+        )
+        # With nothing between the two there is no time to copy.
+        if absence.gone < absence.back:
+            found[s, i] = absence
+    return found
+
+
+def place_bundles(
+    work: Work,
+    position: Mapping[Action, int],
+    away: Mapping[tuple[int, int], Absence],
+) -> Buffers:
     """Find the buffers of a call.
 
     Arguments:
         position: the phase in which each action runs, counted through.
+        away: what `absences` finds.
     """
     # Activations and cotangents are coloured apart. In ticks of two phases each
     # direction has its own phase, and one wire for both would have to run in both.
@@ -207,16 +280,28 @@ def place_bundles(work: Work, position: Mapping[Action, int]) -> Buffers:
     slot_of: dict[Place, dict[int, int]] = defaultdict(dict)
     counts: dict[PoolName, int] = {}
     kinds: dict[PoolName, dict[Avals, None]] = defaultdict(dict)
-    intervals = _find_intervals(work, position, pool_of, kinds)
+    intervals, absent = _find_intervals(work, position, pool_of, kinds, away)
     for (pool, device), own in intervals.items():
         found, count = slots(own)
         # Every device runs the same program, so all have as many slots as the one that
         # needs most.
         counts[pool] = max(counts.get(pool, 0), count)
-        for (value, i), slot in found.items():
-            slot_of[Place(pool, device, value)][i] = slot
+        for stay, slot in found.items():
+            place = Place(pool, device, stay.value, stay.returned)
+            slot_of[place][stay.microbatch] = slot
+    trips, host_counts = _find_trips(absent, slot_of)
     destinations, arrivals = _unite_destinations(work, pool_of, slot_of)
-    return Buffers(pairs, pool_of, slot_of, counts, kinds, destinations, arrivals)
+    return Buffers(
+        pairs,
+        pool_of,
+        slot_of,
+        counts,
+        kinds,
+        destinations,
+        arrivals,
+        trips,
+        host_counts,
+    )
 
 
 def _color_wires(
@@ -334,44 +419,133 @@ def _name_at_reader(work: Work, group: Group, value: SentValue, t: int) -> Hasha
     return reader.identity, reader.relative(Cotangent(leaf)), number
 
 
+class _Stay(NamedTuple):
+    """A microbatch's bundle in a pool."""
+
+    value: Value
+    microbatch: int
+    returned: bool
+
+
+class _Absent(NamedTuple):
+    """A microbatch's bundle on the host, and the stage whose schedule says so."""
+
+    value: Value
+    microbatch: int
+    stage: int
+    absence: Absence
+
+
+# By pool and device from when to when something is there.
+_Stays: TypeAlias = dict[tuple[PoolName, int], list[tuple[int, int, _Stay]]]
+_Absents: TypeAlias = dict[tuple[PoolName, int], list[tuple[int, int, _Absent]]]
+
+
 def _find_intervals(
     work: Work,
     position: Mapping[Action, int],
     pool_of: Mapping[tuple[Group, Value, int], PoolName],
     kinds: dict[PoolName, dict[Avals, None]],
-) -> Mapping[tuple[PoolName, int], list[tuple[int, int, tuple[Value, int]]]]:
-    """For each pool and device from when to when each microbatch's bundle is there.
+    away: Mapping[tuple[int, int], Absence],
+) -> tuple[_Stays, _Absents]:
+    """For each pool and device from when to when each microbatch's bundle is there, and
+    from when to when it is on the host.
 
     Time counts two for each phase: `2p` is the work of phase `p`, `2p + 1` are its
     wires. So a slot that is read for the last time in the work of a phase can be filled
     again by a wire at the end of that phase, but not by another operation in it, which
-    might run before the one that reads.
+    might run before the one that reads. A copy to the host reads in the work of its
+    phase, and one back arrives like what comes by a wire.
 
     Arguments:
         kinds: gets the kinds of bundles in each pool.
     """
     units = work.units
-    intervals: dict[tuple[PoolName, int], list[tuple[int, int, tuple[Value, int]]]] = (
-        defaultdict(list)
-    )
+    intervals: _Stays = defaultdict(list)
+    absent: _Absents = defaultdict(list)
     for group, bundle in work.made():
         value = bundle.value
         stage = units.stage_of[value.unit]
         # Several units of a device may read it from one pool. Then it waits there once,
         # until the last of them has read it.
-        uses: dict[tuple[PoolName, int], list[tuple[Kind, int]]] = defaultdict(list)
+        reads_at: dict[tuple[PoolName, int], list[tuple[Kind, int]]] = defaultdict(list)
         for t, reads in bundle.readers:
             place = pool_of[group, value, t], units.device[t]
             for kind in reads:
-                uses[place].append((kind, units.stage_of[t]))
-        for (pool, device), actions in uses.items():
+                reads_at[place].append((kind, units.stage_of[t]))
+        for (pool, device), actions in reads_at.items():
             kinds[pool][bundle.avals] = None
             arrives_later = device != units.device[value.unit]
             for i in group.microbatches:
                 start = 2 * position[Action(bundle.kind, stage, i)] + arrives_later
-                end = 2 * max(position[Action(kind, s, i)] for kind, s in actions)
-                intervals[pool, device].append((start, end, (value, i)))
-    return intervals
+                uses = [Action(kind, s, i) for kind, s in actions]
+                end = 2 * max(position[use] for use in uses)
+                own = intervals[pool, device]
+                found = _absence(start, uses, position, away)
+                # What a policy moves to the host is there already, in the same slot.
+                if found is None or any(map(on_host, bundle.avals)):
+                    own.append((start, end, _Stay(value, i, False)))
+                    continue
+                s, (gone, back) = found
+                own.append((start, 2 * gone, _Stay(value, i, False)))
+                own.append((2 * back + 1, end, _Stay(value, i, True)))
+                whose = _Absent(value, i, s, Absence(gone, back))
+                absent[pool, device].append((2 * gone + 1, 2 * back, whose))
+    return intervals, absent
+
+
+def _absence(
+    start: int,
+    uses: Sequence[Action],
+    position: Mapping[Action, int],
+    away: Mapping[tuple[int, int], Absence],
+) -> tuple[int, Absence] | None:
+    """The stage that has a bundle on the host for a while, and when; `None`: none has.
+
+    Forwards must read it before, and everything else behind. Another stage of the same
+    device may read the same skip in between: then it stays.
+
+    Arguments:
+        start: when it is made, or arrives.
+    """
+    for use in uses:
+        absence = away.get((use.stage, use.microbatch))
+        if absence is None or use.kind == "F" or start > 2 * absence.gone:
+            continue
+        if all(
+            position[other] <= absence.gone
+            if other.kind == "F"
+            else position[other] > absence.back
+            for other in uses
+        ):
+            return use.stage, absence
+    return None
+
+
+def _find_trips(
+    absent: _Absents, slot_of: Mapping[Place, Mapping[int, int]]
+) -> tuple[tuple[Trip, ...], dict[PoolName, int]]:
+    """What goes to the host, with slots there, and how many slots each pool has."""
+    trips: list[Trip] = []
+    counts: dict[PoolName, int] = {}
+    for (pool, device), own in absent.items():
+        found, count = slots(own)
+        counts[pool] = max(counts.get(pool, 0), count)
+        for (value, i, stage, absence), slot in found.items():
+            place = Place(pool, device, value)
+            again = place._replace(returned=True)
+            trips.append(
+                Trip(
+                    stage,
+                    pool,
+                    device,
+                    absence,
+                    slot_of[place][i],
+                    slot,
+                    slot_of[again][i],
+                )
+            )
+    return tuple(trips), counts
 
 
 def _unite_destinations(

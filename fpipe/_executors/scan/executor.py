@@ -76,7 +76,6 @@ from fpipe._model.stages import Leaf, Port, Y, cut_stages
 from fpipe._model.state import stacked_state
 from fpipe._program.over_mesh import devices_over
 from fpipe.schedules import Schedule
-from fpipe.schedules._action import COPIES
 
 # Programs of calls that one pipe keeps, and traces that do not depend on a loss.
 _STEPS = 32
@@ -130,11 +129,9 @@ class Scan:
 
     def schedule(self, microbatches: int) -> Schedule:
         """The schedule for that many microbatches, checked against the model."""
-        schedule = schedule_of(
+        return schedule_of(
             self.scheduling, self.stage_to_device, self.stages, microbatches
         )
-        _check_runs(schedule)
-        return schedule
 
     def context(self) -> AbstractContextManager[Any]:
         """The context of JAX in which it traces and runs, whatever is the caller's."""
@@ -593,16 +590,3 @@ def _gradient(found: Any, a: Any) -> Any:
     if found is None and is_inexact(a):
         return jax.device_put(np.zeros(a.shape, a.dtype))
     return found
-
-
-def _check_runs(schedule: Schedule) -> None:
-    """Refuse a schedule with copies to the host."""
-    present = {action.kind for row in schedule.actions for action in row}
-    kinds = ", ".join(kind for kind in COPIES if kind in present)
-    if kinds:
-        raise ValueError(
-            f"the schedule {schedule.name!r} has actions of kind {kinds}, which "
-            '`executor="scan"` does not run: in its one program XLA decides when a '
-            "copy runs. Take a policy of `jax.checkpoint_policies` that offloads, or "
-            '`executor="placed"`'
-        )

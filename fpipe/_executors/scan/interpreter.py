@@ -9,6 +9,7 @@ buffers (see `machine.py`) to their arrays:
     WireName("forward", 0)    a pool          arrays with an axis of slots
     SavedPool("core", True)   a pool          arrays with an axis of slots
     HostSlots(SavedPool(...)) of a pool       its arrays that are on the host
+    CopiedSlots(SavedPool())  of a pool       what an `O` has copied to the host
     Outbox(WireName(...))     an outbox       the arrays of one bundle
     InTransit(feed)           a feed          the arrays of one microbatch
     Turn()                    see `_move_in_turn` a number
@@ -66,6 +67,7 @@ from fpipe._executors.scan.machine import (
     OutputBuffer,
     Parameter,
     Part,
+    PhaseCode,
     PoolName,
     Put,
     RowGradient,
@@ -79,6 +81,7 @@ from fpipe._executors.scan.machine import (
     StatePart,
     SummedGradient,
     TableOp,
+    TableReturn,
     TableWire,
     WholeInput,
     Write,
@@ -127,6 +130,13 @@ class HostSlots:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class CopiedSlots:
+    """The slots of a pool in the host's memory, for bundles that wait there."""
+
+    pool: PoolName
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Staged:
     """What goes to a slot on the host at the end of the phase: arrays, still on the
     device, and behind them the number of the slot.
@@ -150,6 +160,7 @@ class ClockToken:
 Buffer: TypeAlias = (
     PoolName
     | HostSlots
+    | CopiedSlots
     | Staged
     | Outbox
     | InTransit
@@ -469,14 +480,21 @@ class Interpreter:
                 layout.shapes[layout.on_device :],
             )
             if left:
+                copied = len(device) + len(host)
                 carry[name] = list(left[n][: len(device)])
-                carry[HostSlots(name)] = list(left[n][len(device) :])
+                carry[HostSlots(name)] = list(left[n][len(device) : copied])
+                if pool.on_host:
+                    carry[CopiedSlots(name)] = list(left[n][copied:])
                 continue
             carry[name] = [empty((pool.slots, *a.shape), a.dtype) for a in device]
             # One slot more, for the junk of the phases in which nothing is staged.
             carry[HostSlots(name)] = [
                 empty_on_host((pool.slots + 1, *a.shape), a.dtype) for a in host
             ]
+            if pool.on_host:
+                carry[CopiedSlots(name)] = [
+                    empty_on_host((pool.on_host + 1, *a.shape), a.dtype) for a in device
+                ]
         used = {entry.wire for phase in self.segment.phases for entry in phase.wires}
         for name in machine.wires:
             if name in used:
@@ -540,6 +558,7 @@ class Interpreter:
                 self._operate_timed(self.clock, entry, carry, own, given, runs, when)
         for name in staged:
             self._store_on_host(name, carry)
+        self._copy(phase, carry, row[p])
         for wire in phase.wires:
             self._deliver(wire, carry, row[p, wire.slot], row[p, wire.carries])
 
@@ -642,9 +661,56 @@ class Interpreter:
             for slots, a in zip(carry[name], arrays, strict=True)
         ]
 
+    def _copy(self, phase: PhaseCode, carry: Carry, row: Array) -> None:
+        """Slots go to the host and come back, on each device as the table says."""
+        # First everything is read, then written: what goes may have the slot that what
+        # comes back is to have, and the other way round on the host.
+        leaving = [
+            [_at(slots, row[copy.slot]) for slots in carry[copy.pool]]
+            for copy in phase.copies
+        ]
+        for back in phase.returns:
+            copied = carry[CopiedSlots(back.pool)]
+
+            def bring(
+                pool: list[Array],
+                back: TableReturn = back,
+                copied: list[Array] = copied,
+            ) -> list[Array]:
+                return [
+                    jax.lax.dynamic_update_index_in_dim(
+                        slots,
+                        jax.device_put(
+                            _at(there, row[back.on_host]), jax.memory.Space.Device
+                        ),
+                        row[back.slot],
+                        0,
+                    )
+                    for slots, there in zip(pool, copied, strict=True)
+                ]
+
+            carry[back.pool] = jax.lax.cond(
+                row[back.runs] > 0, bring, lambda pool: pool, carry[back.pool]
+            )
+        # Without a conditional, which must return nothing on the host (see above).
+        for copy, arrays in zip(phase.copies, leaving, strict=True):
+            name = CopiedSlots(copy.pool)
+            carry[name] = [
+                jax.lax.dynamic_update_index_in_dim(
+                    there,
+                    jax.device_put(a, jax.memory.Space.Host),
+                    row[copy.on_host],
+                    0,
+                )
+                for there, a in zip(carry[name], arrays, strict=True)
+            ]
+
     def _pool(self, name: PoolName, carry: Carry) -> list[Array]:
-        """All arrays of a pool, in the order of its layout."""
-        return [*carry[name], *carry[HostSlots(name)]]
+        """All arrays of a pool, in the order of its layout; behind them those that are
+        copied to the host.
+        """
+        copied = carry.get(CopiedSlots(name), [])
+        return [*carry[name], *carry[HostSlots(name)], *copied]
 
     # --- what is computed ---
 
@@ -1081,6 +1147,11 @@ def _staged(op: Op) -> list[Staged]:
         for target in op.targets
         if isinstance(target, Put) and any(map(on_host, target.avals))
     ]
+
+
+def _at(slots: Array, slot: Array) -> Array:
+    """One slot of a pool's array, with its axis."""
+    return jax.lax.dynamic_slice_in_dim(slots, slot, 1)
 
 
 def _where(condition: Array, values: list[Any]) -> list[Any]:

@@ -11,12 +11,13 @@ is drawn). The passes:
     table.py        operations, ticks   ->  columns, and the numbers in them
 """
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 from fpipe._core.caches import Recent
 from fpipe._core.pytrees import Shape
 from fpipe._executors.request import CallKind, Inputs, Request
-from fpipe._executors.scan.buffers import place_bundles
+from fpipe._executors.scan.buffers import Absence, Trip, absences, place_bundles
 from fpipe._executors.scan.feeds import is_large
 from fpipe._executors.scan.machine import (
     InputStack,
@@ -83,7 +84,7 @@ def lower(
     work = find_work(units, schedule, position, remat, inputs, request, opened, kept)
     if shared:
         _refuse_callbacks(work)
-    buffers = place_bundles(work, position)
+    buffers = place_bundles(work, position, absences(schedule, position))
     # Only the first unit reads `x` and only the last one the targets, and a side input
     # may have one reader too. All other devices would hold them for nothing. What goes
     # whole to every microbatch stays whole, and so does what several stages read.
@@ -111,13 +112,17 @@ def lower(
     # Making the segments fills `operations.loans`, `.outputs` and `.inputs`, which are
     # read below: an operation is made when the first action asks for it.
     operations = Operations(work, buffers, params, state, sliced, spread)
-    segments = tuple(make_segment(loop, operations) for loop in ticks)
+    first, segments = 0, []
+    for loop in ticks:
+        segments.append(make_segment(loop, operations, first))
+        first += len(loop.rows) * len(loop.phases)
     pools: dict[PoolName, Pool] = {}
     for name, count in buffers.counts.items():
         # What stays in its unit is always read; for the rest there is a slot of what
         # nobody reads.
         unread = isinstance(name, WireName | LocalPool)
-        pools[name] = Pool(count + unread, tuple(buffers.kinds[name]))
+        on_host = buffers.host_counts.get(name, 0)
+        pools[name] = Pool(count + unread, tuple(buffers.kinds[name]), on_host)
     # With a phase for each direction every wire carries something in nearly every tick.
     # It then runs unasked, which lets XLA move it beside the other phase.
     always = all(len(loop.phases) > 1 for loop in ticks)
@@ -131,7 +136,7 @@ def lower(
         devices=schedule.devices,
         counts=tuple(map(len, cut.alike)),
         rows=tuple(cut.weights[own[0]] for own in cut.alike),
-        segments=segments,
+        segments=tuple(segments),
         pools=pools,
         wires=wires,
         params=params,
@@ -142,10 +147,23 @@ def lower(
         sliced=sliced,
         spread=spread,
         overwritten=frozenset(operations.overwritten),
+        copied=_copied_pools(buffers.trips),
         warnings=tuple(work.programs.warnings),
     )
     last = len(units.stages) - 1
     return machine, tuple(work.programs.flat(last, own[0]).out for own in cut.alike)
+
+
+def _copied_pools(trips: Sequence[Trip]) -> dict[int, list[PoolName]]:
+    """For each stage the pools of which it copies a slot to the host, for the first
+    microbatch that it copies.
+    """
+    firsts: dict[int, Absence] = {}
+    pools: dict[int, list[PoolName]] = defaultdict(list)
+    for trip in trips:
+        if firsts.setdefault(trip.stage, trip.absence) == trip.absence:
+            pools[trip.stage].append(trip.pool)
+    return dict(pools)
 
 
 def _refuse_callbacks(work: Work) -> None:

@@ -497,6 +497,28 @@ class TableWire(NamedTuple):
     carries: int
 
 
+class TableCopy(NamedTuple):
+    """What copies a slot of a pool to the host's memory, and its columns in the table:
+    the slot, and the one on the host. It copies in every tick: where there is nothing
+    to copy, to a slot on the host that nobody reads.
+    """
+
+    pool: PoolName
+    slot: int
+    on_host: int
+
+
+class TableReturn(NamedTuple):
+    """What copies back, and its columns in the table: the one that is 1 where it does,
+    the slot on the host, and that of the pool.
+    """
+
+    pool: PoolName
+    runs: int
+    on_host: int
+    slot: int
+
+
 class Feed(NamedTuple):
     """What brings the pieces of large inputs to the actions of one kind.
 
@@ -516,7 +538,8 @@ class Feed(NamedTuple):
 
 class PhaseCode(NamedTuple):
     """What the program does in one phase of every tick: first feeds move, then
-    operations run in this order, then wires carry.
+    operations run in this order, then slots go to the host and come back, then wires
+    carry.
 
     The order within a phase is the same on all devices, for it is the order of the
     program. So an operation that reads what another makes on the same device in the
@@ -526,6 +549,8 @@ class PhaseCode(NamedTuple):
     ops: tuple[TableOp, ...]
     wires: tuple[TableWire, ...]
     feeds: tuple[Feed, ...]
+    copies: tuple[TableCopy, ...] = ()
+    returns: tuple[TableReturn, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -571,10 +596,13 @@ class Pool:
             the schedule needs: such a bundle goes to the last slot, so that writing it
             needs no conditional of its own.
         avals: the arrays of each kind of bundle.
+        on_host: how many slots there are in the host's memory, for bundles that an `O`
+            copies there and an `L` back.
     """
 
     slots: int
     avals: tuple[Avals, ...]
+    on_host: int = 0
 
 
 class Loan(NamedTuple):
@@ -608,6 +636,8 @@ class Machine:
         spread: those inputs that are too large for every device to hold: each has its
             share of the microbatches, and feeds bring them.
         overwritten: the arrays of states that backwards make, by layer and number.
+        copied: for each stage that copies to the host the pools of which it copies a
+            slot.
         warnings: what the user should know.
     """
 
@@ -625,6 +655,7 @@ class Machine:
     sliced: frozenset[Leaf]
     spread: frozenset[InputStack]
     overwritten: frozenset[Entry]
+    copied: dict[int, list[PoolName]]
     warnings: Sequence[str]
 
     @property

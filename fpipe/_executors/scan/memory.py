@@ -150,11 +150,25 @@ def held_on_host(step: Step) -> int:
     """The bytes of buffers in the host's memory, for each device."""
     shards = step.shards
     # One slot more than the pool has: for what nobody reads.
-    return sum(
-        (pool.slots + 1)
-        * Storage(pool.avals, step.machine.rows, shards).slot_host_bytes
-        for pool in step.machine.pools.values()
-    )
+    total = 0
+    for pool in step.machine.pools.values():
+        storage = Storage(pool.avals, step.machine.rows, shards)
+        total += (pool.slots + 1) * storage.slot_host_bytes
+        if pool.on_host:
+            total += (pool.on_host + 1) * storage.slot_bytes
+    return total
+
+
+def copied_bytes(step: Step) -> Mapping[int, int]:
+    """For each stage that copies to the host, the bytes of one copy."""
+    pools = step.machine.pools
+    return {
+        stage: sum(
+            Storage(pools[name].avals, step.machine.rows, step.shards).slot_bytes
+            for name in names
+        )
+        for stage, names in step.machine.copied.items()
+    }
 
 
 def _bytes_of_sum(a: jax.ShapeDtypeStruct | Row) -> int:

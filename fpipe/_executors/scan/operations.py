@@ -271,6 +271,9 @@ class Operations:
                     # have a reader (the loss reads what the last core makes, and
                     # nobody reads there what the first one makes) there is no slot.
                     slot_of = self.buffers.slot_of.get(place, {})
+                    if kind != "F":
+                        back = place._replace(returned=True)
+                        slot_of = {**slot_of, **self.buffers.slot_of.get(back, {})}
                     unread = self.buffers.counts[pool]
                     columns.append([slot_of.get(i, unread) for i in group.microbatches])
         numbers = zip(*columns, strict=True)

@@ -20,7 +20,12 @@ from fpipe._core.pytrees import nbytes, on_host
 from fpipe._executors.placement import Placement
 from fpipe._executors.plan_data import DeviceMemory, PlanData, Work, closed_over
 from fpipe._executors.scan.machine import Machine
-from fpipe._executors.scan.memory import held, held_on_host, owned_bytes
+from fpipe._executors.scan.memory import (
+    copied_bytes,
+    held,
+    held_on_host,
+    owned_bytes,
+)
 from fpipe._executors.scan.step import Step
 from fpipe._executors.scheduling import Scheduling
 from fpipe._executors.stage_places import columns
@@ -58,7 +63,7 @@ def plan_data(
         programs=1,
         launches=1,
         devices=_memory(step, compiled_bytes),
-        copied={},
+        copied=copied_bytes(step),
         warnings=tuple(step.machine.warnings),
     )
 

@@ -18,14 +18,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fpipe._executors.scan.buffers import Trip
 from fpipe._executors.scan.feeds import feed_steps
 from fpipe._executors.scan.machine import (
     Feed,
     InputStack,
     Op,
     PhaseCode,
+    PoolName,
     Segment,
+    TableCopy,
     TableOp,
+    TableReturn,
     TableWire,
     WireName,
 )
@@ -80,6 +84,15 @@ class _FeedEntries:
     moves: list[tuple[int, list[int]]] = dataclasses.field(default_factory=list)
 
 
+class _PoolCopy(NamedTuple):
+    """The copies of a pool by number: a stage of several units may copy several bundles
+    of one pool.
+    """
+
+    pool: PoolName
+    number: int
+
+
 class _PhaseEntries:
     """What is to be in the table for one phase of each tick.
 
@@ -92,6 +105,7 @@ class _PhaseEntries:
         arrivals: for each wire the slots where bundles arrive.
         feeds: by the port that they bring, the stage and the kind of action that read
             it, and the shape of the microbatches.
+        copies, returns: the slots that go to the host, and those that come back.
     """
 
     def __init__(self, operations: Operations) -> None:
@@ -99,6 +113,8 @@ class _PhaseEntries:
         self.ops: dict[int, _OpEntries] = {}
         self.arrivals: dict[WireName, list[_Entry]] = defaultdict(list)
         self.feeds: dict[tuple[Port, int, int, Kind], _FeedEntries] = {}
+        self.copies: dict[_PoolCopy, list[_Entry]] = defaultdict(list)
+        self.returns: dict[_PoolCopy, list[_Entry]] = defaultdict(list)
 
     def enter(self, action: Action, tick: int, device: int) -> None:
         """Enter what a device does in a tick."""
@@ -132,6 +148,14 @@ class _PhaseEntries:
                 entry = _Entry(tick, place.device, [slot])
                 self.arrivals[place.pool].append(entry)
 
+    def copy(self, trip: Trip, tick: int) -> None:
+        """Enter that a bundle goes to the host."""
+        _enter_copy(self.copies, trip, tick, [trip.slot, trip.on_host])
+
+    def bring_back(self, trip: Trip, tick: int) -> None:
+        """Enter that a bundle comes back."""
+        _enter_copy(self.returns, trip, tick, [1, trip.on_host, trip.slot_again])
+
     def move_feeds(self, devices: int) -> int:
         """Find when feeds move: in each tick in which something is read, and in as many
         before the first of these as the farthest microbatch has to go.
@@ -154,7 +178,7 @@ class _PhaseEntries:
         """Give out columns; also how many there are.
 
         In the order of the drawing in `machine.py`: for each operation whether it runs,
-        then its arguments; for each wire and feed two.
+        then its arguments; for each wire and feed two; for each copy two or three.
         """
         column = itertools.count()
         ops = []
@@ -174,7 +198,17 @@ class _PhaseEntries:
             )
             for (*_, kind), own in self.feeds.items()
         ]
-        return PhaseCode(tuple(ops), tuple(wires), tuple(feeds)), next(column)
+        copies = [
+            TableCopy(own.pool, next(column), next(column)) for own in self.copies
+        ]
+        returns = [
+            TableReturn(own.pool, next(column), next(column), next(column))
+            for own in self.returns
+        ]
+        code = PhaseCode(
+            tuple(ops), tuple(wires), tuple(feeds), tuple(copies), tuple(returns)
+        )
+        return code, next(column)
 
     def fill(self, table: np.ndarray, code: PhaseCode, lead: int) -> None:
         """Write the entries.
@@ -196,14 +230,44 @@ class _PhaseEntries:
                 # A wire carries on all devices or on none: it is a collective. A device
                 # to which nothing is sent gets something too, for the spare slot.
                 table[:, lead + tick, used] = 1
+        for copy, own in zip(code.copies, self.copies.values(), strict=True):
+            # Where nothing is copied something goes to the slot that nobody reads.
+            table[:, :, copy.on_host] = self.operations.buffers.host_counts[copy.pool]
+            _write(table, own, copy.slot, lead)
+        for back, own in zip(code.returns, self.returns.values(), strict=True):
+            _write(table, own, back.runs, lead)
         for feed, own in zip(code.feeds, self.feeds.values(), strict=True):
             for tick, numbers in own.moves:
                 table[:, lead + tick, feed.piece] = numbers
                 table[:, lead + tick, feed.moves] = 1
 
 
-def make_segment(ticks: Ticks, operations: Operations) -> Segment:
-    """One loop: what its phases do, and the table."""
+def _enter_copy(
+    entries: dict[_PoolCopy, list[_Entry]],
+    trip: Trip,
+    tick: int,
+    numbers: Sequence[int],
+) -> None:
+    """Enter a copy of a bundle, behind those of the same pool in the same tick."""
+    for n in itertools.count():
+        own = entries[_PoolCopy(trip.pool, n)]
+        if all((e.tick, e.device) != (tick, trip.device) for e in own):
+            own.append(_Entry(tick, trip.device, numbers))
+            return
+
+
+def _write(table: np.ndarray, entries: list[_Entry], first: int, lead: int) -> None:
+    """Write entries into the columns from the first one on."""
+    for tick, device, numbers in entries:
+        table[device, lead + tick, first : first + len(numbers)] = numbers
+
+
+def make_segment(ticks: Ticks, operations: Operations, first: int = 0) -> Segment:
+    """One loop: what its phases do, and the table.
+
+    Arguments:
+        first: the number of its first phase, counted through all loops.
+    """
     # First enter all actions; what a phase does is known only behind the last one.
     devices = len(ticks.rows[0][0])
     phases = [_PhaseEntries(operations) for _ in ticks.phases]
@@ -212,6 +276,15 @@ def make_segment(ticks: Ticks, operations: Operations) -> Segment:
             for device, action in enumerate(actions):
                 if action is not None:
                     phase.enter(action, tick, device)
+    count = len(ticks.rows) * len(phases)
+    for trip in operations.buffers.trips:
+        for behind, enter in (
+            (trip.absence.gone, _PhaseEntries.copy),
+            (trip.absence.back, _PhaseEntries.bring_back),
+        ):
+            if first <= behind < first + count:
+                tick, p = divmod(behind - first, len(phases))
+                enter(phases[p], trip, tick)
     # All phases begin in the same tick, so the feed that needs most ticks before the
     # first action gives their number; in these nothing runs.
     lead = max(phase.move_feeds(devices) for phase in phases)

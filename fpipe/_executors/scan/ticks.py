@@ -42,7 +42,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from fpipe.schedules import Action, Costs, Schedule
-from fpipe.schedules._action import KINDS
+from fpipe.schedules._action import COPIES, KINDS
 from fpipe.schedules._rules import crossing_need
 
 # Action or nothing, for each device.
@@ -104,7 +104,8 @@ def ticks_of(
     # What the stages really cost is not known here, so these are the usual ratios.
     # Recomputing takes another forward.
     costs = Costs(F=1.0, B=2.0, I=1.0, W=1.0)
-    rows = schedule.actions
+    # Copies to the host take no turn: a device makes them between two phases.
+    rows = [[a for a in row if a.kind not in COPIES] for row in schedule.actions]
     apart = any(action.kind == "R" for row in rows for action in row)
     if recomputes and not apart:
         costs = Costs(F=1.0, B=3.0, I=2.0, W=1.0)

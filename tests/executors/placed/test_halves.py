@@ -113,7 +113,9 @@ def test_without_remat_f_i_and_w_are_a_plain_step():
 
 
 def test_recomputation_is_done_once_and_in_i():
-    counts = products([chain(2), chain(3), chain(2)], "always", split_gpipe, wrt=(0, 1))
+    counts = products(
+        [chain(2), chain(3), chain(2)], "always", split_gpipe(3, M), wrt=(0, 1)
+    )
     for s, n in enumerate((2, 3, 2)):
         assert (
             counts["I", s] == 2 * n * M
@@ -153,7 +155,7 @@ def test_a_policy_decides_what_i_recomputes():
     layers = [fpipe.Layer(layer, chain(2).init)] * 2
     policies = jax.checkpoint_policies
     nothing, kept = (
-        products(layers, policy, split_gpipe)["W", 0]
+        products(layers, policy, split_gpipe(2, M))["W", 0]
         for policy in (
             policies.nothing_saveable,
             policies.save_only_these_names("kept"),

@@ -1,5 +1,6 @@
 """NaN wherever nothing has been put: what a test of idle ticks runs under."""
 
+import jax
 import jax.numpy as jnp
 
 from fpipe._executors.scan import interpreter
@@ -17,6 +18,9 @@ def poison(monkeypatch):
         fill = jnp.nan if jnp.issubdtype(dtype, jnp.inexact) else 1
         return jnp.full(shape, fill, dtype)
 
+    def nan_on_host(shape, dtype):
+        return jax.device_put(nan(shape, dtype), jax.memory.Space.Host)
+
     run_phase = interpreter.Interpreter._run_phase
 
     def poisoned_phase(self, p, tick, row, carry, given):
@@ -26,5 +30,6 @@ def poison(monkeypatch):
         run_phase(self, p, tick, row, carry, given)
 
     monkeypatch.setattr(interpreter, "empty", nan)
+    monkeypatch.setattr(interpreter, "empty_on_host", nan_on_host)
     monkeypatch.setattr(interpreter.Interpreter, "_run_phase", poisoned_phase)
     return filled

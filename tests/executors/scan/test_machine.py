@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import pytest
 
 import fpipe
 from fpipe._executors.scan import machine as machine_module
@@ -123,11 +122,3 @@ def test_what_r_has_recomputed_b_reads():
     early, with_r = traced(checkpoint="always", recompute="early")
     assert sorted(with_r) == sorted([*kinds, *"R" * with_r.count("R")]) != sorted(kinds)
     assert early == inside > traced(checkpoint="never")[0]
-
-
-def test_copies_to_the_host_are_refused_by_name():
-    pipe = fpipe.Pipe(
-        [dense()] * 2, chunks=4, executor="scan", schedule="gpipe", offload=2
-    )
-    with pytest.raises(ValueError, match="'gpipe, offload' has actions of kind O, L"):
-        pipe.make_schedule(4)
