@@ -46,6 +46,7 @@ from fpipe._executors.placement import (
 from fpipe._executors.scan.mesh import as_mesh, check_size
 from fpipe._executors.scheduling import Scheduling
 from fpipe._executors.stage_places import AXIS, stage_placements, stage_tracing
+from fpipe._model.microbatch import cut_inputs
 from fpipe._model.remat import Policy, Remat
 from fpipe._planning.layer_costs import BalanceBy
 from fpipe._planning.pipe_balance import PipeSetup, given_balance
@@ -209,6 +210,11 @@ def cut_pipe(
             f"`Pipe(offload={shown(list(limit))})`: {len(limit)} numbers for "
             f"{len(placements)} devices"
         )
+    # A limit that no schedule keeps is an error here, if the number of microbatches is
+    # known. Otherwise it is one in the first call.
+    m = _known_microbatches(options, sample)
+    if limit is not None and m is not None:
+        scheduling.make(stage_to_device, m)
     homes = placements
     if executor == "scan":
         # It always runs on a mesh. Plain devices become a mesh.
@@ -220,3 +226,14 @@ def cut_pipe(
     pairs = zip(stage_to_device, counts, strict=True)
     trees.check_places([homes[d] for d, n in pairs for _ in range(n)])
     return PipeCut(counts, stage_to_device, placements, mesh, axes)
+
+
+def _known_microbatches(options: PipeOptions, sample: PyTree) -> int | None:
+    """The number of microbatches of every call, or of the sample; `None`: only a batch
+    gives it.
+    """
+    if isinstance(options.schedule, Schedule):
+        return options.schedule.microbatches
+    if sample is not None:
+        return cut_inputs({"x": sample}, options.chunks).m
+    return 1 if options.chunks == 1 else None

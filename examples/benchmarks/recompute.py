@@ -6,7 +6,8 @@
    the backward and as an action of its own.
 2. A transformer of four stages on the devices of the machine (on a CPU, simulated ones,
    where only the sum of all work can be seen): seconds of a step, for each option in
-   turn, over those of `recompute="with_backward"`.
+   turn, over those of `recompute="with_backward"`. `--executor scan` times the other
+   executor.
 """
 
 import argparse
@@ -77,10 +78,10 @@ def time_sleeping(names: list[str], m: int, unit: float, repeats: int) -> None:
                 recompute=recompute,
             )
             schedule = pipe.make_schedule(m)
-            # On the last stage what follows its forward directly recomputes nothing,
-            # and has no `R`.
-            recomputing = [1.0] * (DEVICES - 1) + [0.0 if name != "gpipe" else 1.0]
-            inside = [n if recompute == "with_backward" else 0.0 for n in recomputing]
+            # The last stage has no `R`: its backwards wait for no cotangent. Those that
+            # follow their forward directly recompute nothing.
+            apart = [recompute == "early"] * (DEVICES - 1) + [name != "gpipe"]
+            inside = [0.0 if n else 1.0 for n in apart]
             costs = schedules.Costs(
                 F=unit,
                 I=[unit * (1 + n) for n in inside],
@@ -117,6 +118,7 @@ def time_transformer(
     tokens: int,
     m: int,
     repeats: int,
+    executor: str,
 ) -> None:
     rows = np.random.default_rng(0).standard_normal((2, 4 * m, tokens, width))
     x, t = map(jnp.asarray, rows.astype(np.float32))
@@ -129,11 +131,13 @@ def time_transformer(
             [blocks] * DEVICES,
             chunks=m,
             schedule=schedule,
+            executor=executor,
             **{"checkpoint": "always", **OPTIONS[name]},
         )
         if params is None:
             params = pipe.init(jax.random.key(0), x)
-        steps[name] = pipe.value_and_grad(loss_fn)
+        step = pipe.value_and_grad(loss_fn)
+        steps[name] = jax.jit(step) if executor == "scan" else step
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for n in range(repeats + 1):
         for name, step in steps.items():
@@ -142,8 +146,8 @@ def time_transformer(
             if n:  # the first compiles
                 taken[name].append(time.perf_counter() - start)
     print(
-        f"{schedule}, {blocks} blocks of width {width} a stage, m={m} of 4 x {tokens} "
-        f"tokens: medians of {repeats} alternating runs"
+        f"{executor}, {schedule}, {blocks} blocks of width {width} a stage, m={m} of "
+        f"4 x {tokens} tokens: medians of {repeats} alternating runs"
     )
     print("option            seconds   over with_backward")
     base = statistics.median(taken["with_backward"])
@@ -166,6 +170,7 @@ def main() -> None:
     others = [name for name in OPTIONS if name != "with_backward"]
     parser.add_argument("--options", nargs="*", default=others, choices=others)
     parser.add_argument("--transformer", nargs="*", default=["1f1b", "eager_1f1b"])
+    parser.add_argument("--executor", choices=["placed", "scan"], default="placed")
     arguments = parser.parse_args()
     m, repeats = arguments.microbatches, arguments.repeats
     if len(jax.devices()) < DEVICES:
@@ -182,6 +187,7 @@ def main() -> None:
             arguments.tokens,
             m,
             repeats,
+            arguments.executor,
         )
 
 

@@ -89,6 +89,13 @@ def test_what_a_pipe_adds_to_its_schedule():
     with pytest.raises(ValueError, match="device 1 holds at least 2") as raised:
         schedule_of(schedule="zb_h1", offload=1)
     assert "for `Pipe(offload=1)`" in str(raised.value.__notes__)
+    # Where the number of microbatches is known it is an error of the construction.
+    for options in (
+        {"schedule": schedules.zb_h1(2, M)},
+        {"schedule": "zb_h1", "sample": jax.ShapeDtypeStruct((2 * M, 8), jnp.float32)},
+    ):
+        with pytest.raises(ValueError, match="device 1 holds at least 2"):
+            fpipe.Pipe(LAYERS, chunks=M, offload=1, **options)
 
 
 def test_what_auto_adds():
