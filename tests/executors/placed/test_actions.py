@@ -1,6 +1,7 @@
 """Recomputations and copies to the host as actions of their own: `R`, `O` and `L`."""
 
 from collections import Counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,10 +91,12 @@ def test_what_a_pipe_adds_to_its_schedule():
         schedule_of(schedule="zb_h1", offload=1)
     assert "for `Pipe(offload=1)`" in str(raised.value.__notes__)
     # Where the number of microbatches is known it is an error of the construction.
-    for options in (
+    x = jax.ShapeDtypeStruct((2 * M, 8), jnp.float32)
+    known: list[dict[str, Any]] = [
         {"schedule": schedules.zb_h1(2, M)},
-        {"schedule": "zb_h1", "sample": jax.ShapeDtypeStruct((2 * M, 8), jnp.float32)},
-    ):
+        {"schedule": "zb_h1", "sample": x},
+    ]
+    for options in known:
         with pytest.raises(ValueError, match="device 1 holds at least 2"):
             fpipe.Pipe(LAYERS, chunks=M, offload=1, **options)
 
@@ -111,8 +114,8 @@ def test_what_auto_adds():
         assert added(schedule=name) == [(0, 1, 2)] * 3 + [()], name
     assert added(checkpoint="always") == [(0, 1, 2, 3)] * 3 + [()]
     # One microbatch has its backward right behind its forward, on all stages.
-    for options in ({"checkpoint": "never"}, {"checkpoint": "always", "m": 1}):
-        assert added(**options) == [()] * 4
+    assert added(checkpoint="never") == [()] * 4
+    assert added(checkpoint="always", m=1) == [()] * 4
     assert added(devices=1, schedule="gpipe") == [()]
     # Two devices, and one of them has the stages 1 and 2.
     assert added(devices=2, schedule="zb_v") == [(0, 1, 2), (), (0, 1, 2), ()]

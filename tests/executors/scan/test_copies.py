@@ -1,5 +1,7 @@
 """`O` and `L` under the scan executor: slots that go to the host's memory, and back."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,11 @@ BUNDLE = 2 * 4 * 4
 
 
 def pipe_of(**options):
-    given = {"schedule": "gpipe", "checkpoint": "never", "executor": "scan"}
+    given: dict[str, Any] = {
+        "schedule": "gpipe",
+        "checkpoint": "never",
+        "executor": "scan",
+    }
     return fpipe.Pipe(LAYERS, chunks=M, **(given | options))
 
 
