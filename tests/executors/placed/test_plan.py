@@ -10,7 +10,7 @@ import pytest
 import fpipe
 from fpipe._executors.placed import instructions
 from fpipe._executors.placed.instructions import Free, Move, Run
-from fpipe.schedules._simulate import launch_order
+from fpipe.schedules import Costs, simulate
 from tests.executors.helpers import observing, plan_of
 from tests.helpers import Case, add, assert_same, keep, look, models, mse
 
@@ -276,7 +276,8 @@ def waiting(schedule, microbatches):
     pipe = fpipe.Pipe(widening(), chunks=microbatches, **options)
     last = STAGES - 1
     most = made = read = 0
-    for kind, stage, _ in launch_order(pipe.make_schedule(microbatches)):
+    timeline = simulate(pipe.make_schedule(microbatches), Costs(launch=1e-9))
+    for kind, stage, _ in [launch.action for launch in timeline.launches]:
         if (kind, stage) == ("F", last):
             most = max(most, made - read)
         made += (kind, stage) == ("B", last)
