@@ -3,6 +3,7 @@ number of processes is the same.
 """
 
 import contextlib
+import dataclasses
 import faulthandler
 import functools
 import pathlib
@@ -19,6 +20,8 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import serialization
 from flax.training.train_state import TrainState
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import fpipe
 import fpipe.flax
@@ -233,6 +236,37 @@ def test_inside_jit(tmp_path):
         params, saved["state"], moments, jax.random.wrap_key_data(saved["key"])
     )
     assert_same(canonical(pipe, (*again, 2)), canonical(pipe, (*step(*now), 2)), 0)
+
+
+def test_a_train_state_whose_parameters_are_cut(tmp_path):
+    layer = dataclasses.replace(dense(), spec={"w": P(None, "model"), "b": None})
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("stage", "model"))
+    pipe = fpipe.Pipe([layer] * 2, chunks=4, executor="scan", mesh=mesh)
+    x = jnp.ones((ROWS, WIDTH))
+    tx = fpipe.optim.per_stage(optax.adam(1e-2))
+    state = TrainState.create(
+        apply_fn=pipe, params=pipe.init(jax.random.key(0), x), tx=tx
+    )
+
+    @jax.jit
+    def step(state):
+        _, grads = pipe.value_and_grad(mse)(state.params, x, jnp.sin(x))
+        return state.apply_gradients(grads=grads)
+
+    half = step(state)
+    tree = {
+        "params": pipe.gather(half.params),
+        "moments": fpipe.optim.gather(half.opt_state),
+    }
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(1, args=ocp.args.StandardSave(tree))
+        saved = manager.restore(1, args=ocp.args.StandardRestore(tree))
+    params = pipe.place(saved["params"])
+    moments = fpipe.optim.place(saved["moments"], params, tx)
+    loaded = half.replace(params=params, opt_state=moments)
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(half), strict=True):
+        assert np.ndim(a) == 0 or a.sharding == b.sharding
+    assert_same(step(loaded), step(half), 0)
 
 
 @pytest.mark.parametrize("name", PARTITIONS)
