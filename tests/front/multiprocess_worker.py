@@ -8,11 +8,12 @@ import faulthandler
 import json
 import pathlib
 import time
+from typing import Any
 
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fpipe
@@ -33,11 +34,16 @@ from tests.helpers import (
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A model, how it is cut over 2 or over 4 devices, and the schedule."""
+    """A model, how it is cut over 2 or over 4 devices, and the schedule.
+
+    Attributes:
+        shared: whether each stage has two devices, over which parameters are cut.
+    """
 
     layers: list[fpipe.Layer]
     balance: dict[int, list[int]]
     schedule: str = "eager_1f1b"
+    shared: bool = False
 
     @property
     def case(self) -> Case:
@@ -56,7 +62,9 @@ DIFFERENT = [
     dropout(),
     borrower(),
 ]
+BY_COLUMNS = dataclasses.replace(dense(), spec={"w": P(None, "model"), "b": None})
 PROBLEMS = {
+    "shared": Problem([BY_COLUMNS] * 4, {4: [2, 2]}, shared=True),
     "uniform": Problem([dense()] * 4, {2: [2, 2], 4: [1, 1, 1, 1]}),
     "different": Problem(DIFFERENT, {2: [4, 4], 4: [2, 2, 2, 2]}),
     "interleaved": Problem([dense()] * 8, {2: [2] * 4, 4: [1] * 8}, "interleaved_1f1b"),
@@ -82,10 +90,14 @@ def solve(name):
     problem, made = PROBLEMS[name], []
     case = problem.case
     devices = jax.devices()
+    over: dict[str, Any] = {"devices": devices}
+    if problem.shared:
+        grid = np.array(devices).reshape(-1, 2)
+        over = {"mesh": Mesh(grid, ("stage", "model"))}
     pipe = fpipe.Pipe(
         recording(case.layers, made),
         problem.balance[len(devices)],
-        devices,
+        **over,
         chunks=case.chunks,
         schedule=problem.schedule,
         executor="scan",

@@ -39,7 +39,7 @@ def reference(problem):
 
 @pytest.mark.parametrize(
     ("devices", "names"),
-    [(1, ["uniform", "different", "interleaved"]), (2, ["different"])],
+    [(1, ["uniform", "different", "interleaved"]), (2, ["different", "shared"])],
 )
 def test_two_processes_compute_what_one_does(tmp_path, devices, names):
     with Workers(WORKER, 2, tmp_path, "--devices", str(devices), *names) as workers:
@@ -56,6 +56,10 @@ def test_two_processes_compute_what_one_does(tmp_path, devices, names):
                 assert_same(decoded(got["call"], step), step)
             if "grad" in got:
                 assert_same(decoded(got["grad"], grad), grad)
+        # Devices that share a layer make their parts of it, in a program.
+        if PROBLEMS[name].shared:
+            assert [got["made"] for got in both] == [[], []]
+            continue
         balance = PROBLEMS[name].balance[2 * devices]
         owners = [
             s % (2 * devices) // devices
