@@ -21,6 +21,7 @@ from fpipe._core.processes import first_devices, is_here, processes_of
 from fpipe._core.pytrees import PyTree, aval, is_array, nbytes
 from fpipe._executors.placement import Device
 from fpipe._executors.tracers import only_shapes
+from fpipe._model.specs import without_axes
 from fpipe.optim._partition import SMALL
 from fpipe.optim._seen_leaves import Path, SeenLeaves, leaf_name, parameters_of_state
 
@@ -95,8 +96,8 @@ def array_form(array: Any) -> Hashable:
 
 
 def lies_like(shape: Any, home: Home, like: Any = None) -> Sharding | None:
-    """How an array is to lie at a home that is a mesh: as another one of its shape
-    does, or whole on each device. `None`: the home is one device.
+    """How an array is to lie at a home that is a mesh: as another one does that has its
+    shape, or one axis more; else whole on each device. `None`: the home is one device.
 
     Arguments:
         shape: its shape.
@@ -106,7 +107,23 @@ def lies_like(shape: Any, home: Home, like: Any = None) -> Sharding | None:
         return None
     if like is not None and like.shape == shape:
         return like.sharding
-    return NamedSharding(home, PartitionSpec())
+    return NamedSharding(home, _spec_without_axis(shape, like))
+
+
+def _spec_without_axis(shape: Sequence[int], like: Any) -> PartitionSpec:
+    """How an array is cut that has all axes of another one but one, as factored moments
+    have (Adafactor). If two axes are as long it is not known which one is left out.
+    """
+    sharding = getattr(like, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return PartitionSpec()
+    parts = [*sharding.spec, *[None] * (like.ndim - len(sharding.spec))]
+    found = {
+        without_axes(PartitionSpec(*parts[:n], *parts[n + 1 :]), ())
+        for n in range(like.ndim)
+        if (*like.shape[:n], *like.shape[n + 1 :]) == tuple(shape)
+    }
+    return found.pop() if len(found) == 1 else PartitionSpec()
 
 
 def first_device(devices: Sequence[Home]) -> Home:

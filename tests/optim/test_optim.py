@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
+from jax.sharding import Mesh, PartitionSpec
 
 import fpipe
 import fpipe.optim
@@ -898,3 +899,28 @@ def test_constants_of_each_leaf_stay_apart():
     tx = fpipe.optim.per_stage(transformation(lambda params: (), update))
     updates = jax.jit(tx.update)(params, tx.init(params))[0]
     assert_same(pipe.gather(updates), update(pipe.gather(params), ())[0])
+
+
+def test_factored_moments_are_cut_as_their_parameters_are():
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("stage", "model"))
+    layer = fpipe.Layer(
+        lambda w, x: x + jnp.tanh(x @ w) @ w.T,
+        lambda key, x: jax.random.normal(key, (4, 6)),
+        spec=PartitionSpec(None, "model"),
+    )
+    pipe = fpipe.Pipe([layer] * 2, chunks=2, mesh=mesh)
+    x = jnp.ones((4, 4))
+    params = pipe.init(jax.random.key(0), x)
+    plain = optax.adafactor(1e-2, min_dim_size_to_factor=2)
+    tx = fpipe.optim.per_stage(plain)
+    state = tx.init(params)
+    _, grads = pipe.value_and_grad(mse)(params, x, jnp.sin(x))
+    updates, after = tx.update(grads, state, params)
+    whole = pipe.gather(params)
+    want, _ = plain.update(pipe.gather(grads), plain.init(whole), whole)
+    assert_same(pipe.gather(updates), want)
+    again = fpipe.optim.place(fpipe.optim.gather(after), params)
+    for found in (state, after, again):
+        factored = {a.shape: a.sharding.spec for a in jax.tree.leaves(found) if a.ndim}
+        assert factored[4,] == PartitionSpec()
+        assert factored[6,] == PartitionSpec("model")
