@@ -13,6 +13,7 @@ buffers (see `machine.py`) to their arrays:
     Outbox(WireName(...))     an outbox       the arrays of one bundle
     InTransit(feed)           a feed          the arrays of one microbatch
     Turn()                    see `_move_in_turn` a number
+    Reads(SavedPool(...))     in a tick       a number, see `_after_reads`
     ClockToken()              for a clock     a number
     OutputBuffer(loss[0])     an output       an array with an axis of microbatches
     RowGradient(0)            a gradient      an array, the sum so far
@@ -36,8 +37,9 @@ dictionary of tracers, and the program holds what they leave in it.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -153,6 +155,15 @@ class Turn:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Reads:
+    """A number from the operations that have read a pool since it was changed last, in
+    the same tick: see `_after_reads`. It is always zero, too.
+    """
+
+    pool: PoolName
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class ClockToken:
     """What goes from one call of the clock to the next, to keep their order."""
 
@@ -165,6 +176,7 @@ Buffer: TypeAlias = (
     | Outbox
     | InTransit
     | Turn
+    | Reads
     | ClockToken
     | OutputBuffer
     | SummedGradient
@@ -213,11 +225,40 @@ class _Given(NamedTuple):
     fed: dict[FedPiece, Array]
 
 
-def empty(shape: tuple[int, ...], dtype: Any) -> Array:
+def own_zeros() -> Iterator[Array]:
+    """Zeros that XLA takes for different numbers.
+
+    It makes one array of all that are filled with the same number, and copies it into
+    each buffer before a loop starts. A buffer that is filled with a zero of its own is
+    filled where it lies.
+    """
+    zero = jax.lax.optimization_barrier(jnp.int32(0))
+    return (zero < -n for n in itertools.count())
+
+
+def filled(shape: tuple[int, ...], dtype: Any, zero: Array) -> Array:
+    """A buffer of zeros, all of them the one that is given."""
+    return jnp.full(shape, zero.astype(dtype))
+
+
+def empty(shape: tuple[int, ...], dtype: Any, zero: Array, alone: bool) -> Array:
     """What lies in a buffer before anything is put there. No result depends on it:
     tests put NaN here.
+
+    Arguments:
+        zero: see `own_zeros`.
+        alone: whether the mesh has only the axis of stages.
     """
-    return jnp.empty(shape, dtype)
+    # Over a data axis XLA would allocate it for all rows, and then cut out those of the
+    # device.
+    if not alone:
+        return filled(shape, dtype, zero)
+    # Accelerators leave it as it is. XLA for CPUs can only fill.
+    return jax.lax.platform_dependent(
+        zero,
+        cpu=lambda zero: filled(shape, dtype, zero),
+        default=lambda _: jax.lax.empty(shape, dtype),
+    )
 
 
 def empty_on_host(shape: tuple[int, ...], dtype: Any) -> Array:
@@ -252,6 +293,7 @@ class Interpreter:
         self.clock = clock
         self.data = data
         self.unshard = unshard
+        self.alone = mesh.size == mesh.shape[AXIS]
         self.shards = devices_over(mesh, data)
         self.storage = {
             name: Storage(pool.avals, machine.rows, self.shards)
@@ -280,8 +322,8 @@ class Interpreter:
         # refuses such callbacks over a mesh that has other axes too.
         self.failures: Failures | Logged | None = None
         if any(op.code is not None and op.code.guard is not None for op in ops):
-            alone = mesh.size == mesh.shape[AXIS]
-            self.failures = Failures(len(mesh.local_devices)) if alone else Logged()
+            count = len(mesh.local_devices)
+            self.failures = Failures(count) if self.alone else Logged()
 
     # --- outside the mesh ---
 
@@ -471,6 +513,11 @@ class Interpreter:
         """The buffers before the first tick, `left` if a segment was before this."""
         # Slots that nobody has filled yet may hold anything. Outputs and sums must
         # begin with zeros, also on devices that write none: devices are added up.
+        zeros = own_zeros()
+
+        def own_empty(shape: tuple[int, ...], dtype: Any) -> Array:
+            return empty(shape, dtype, next(zeros), self.alone)
+
         machine = self.machine
         carry: Carry = {}
         for n, (name, pool) in enumerate(machine.pools.items()):
@@ -486,7 +533,7 @@ class Interpreter:
                 if pool.on_host:
                     carry[CopiedSlots(name)] = list(left[n][copied:])
                 continue
-            carry[name] = [empty((pool.slots, *a.shape), a.dtype) for a in device]
+            carry[name] = [own_empty((pool.slots, *a.shape), a.dtype) for a in device]
             # One slot more, for the junk of the phases in which nothing is staged.
             carry[HostSlots(name)] = [
                 empty_on_host((pool.slots + 1, *a.shape), a.dtype) for a in host
@@ -499,25 +546,27 @@ class Interpreter:
         for name in machine.wires:
             if name in used:
                 bundle = self.storage[name].layout.shapes
-                carry[Outbox(name)] = [empty(a.shape, a.dtype) for a in bundle]
+                carry[Outbox(name)] = [own_empty(a.shape, a.dtype) for a in bundle]
         for phase in self.segment.phases:
             for feed in phase.feeds:
                 given = [inputs[stack] for stack in feed.stacks]
-                carry[InTransit(feed)] = [empty(a.shape[1:], a.dtype) for a in given]
+                pieces = [own_empty(a.shape[1:], a.dtype) for a in given]
+                carry[InTransit(feed)] = pieces
         carry[Turn()] = jnp.int32(0)
         if self.clock is not None:
             carry[ClockToken()] = jnp.int32(0)
         for buffer in self.outputs:
             piece = stored_shape(machine.outputs[buffer])
             shape = (machine.counts[buffer.shape], *piece.shape)
-            carry[buffer] = jnp.zeros(shape, piece.dtype)
+            carry[buffer] = filled(shape, piece.dtype, next(zeros))
         for gradient in self.gradients:
             of = self._shape_of(gradient)
             # One part for each shard of the batch, added up at the end.
             parts = (self.shards,) if self._has_parts(gradient) else ()
             # Gradients in 16 bits are summed in 32, and cast once, in the end.
-            zeros = jnp.zeros((*parts, *of.shape), sum_dtype(of.dtype))
-            carry[gradient] = self._as_summed(gradient, zeros)
+            shape, dtype = (*parts, *of.shape), sum_dtype(of.dtype)
+            total = filled(shape, dtype, next(zeros))
+            carry[gradient] = self._as_summed(gradient, total)
         for maximum in self.maxima:
             assert machine.state is not None
             of = machine.state.rows[maximum.row]
@@ -622,6 +671,7 @@ class Interpreter:
     ) -> None:
         """What the outboxes hold goes to the pools of the receivers."""
         wire = self.machine.wires[entry.wire]
+        read = self._after_reads([entry.wire], carry)
 
         # The outbox is only read, so it is no part of what the conditional returns.
         def move(pool: list[Array]) -> tuple[list[Array]]:
@@ -636,10 +686,11 @@ class Interpreter:
         # Without a conditional XLA may run the transfer beside the next phase. Where
         # nothing was sent, junk goes to a slot that nobody reads.
         if wire.always:
+            slot = slot + read
             (carry[entry.wire],) = move(carry[entry.wire])
         else:
             (carry[entry.wire],) = self._move_in_turn(
-                used, carry, move, lambda pool: (pool,), carry[entry.wire]
+                used - read, carry, move, lambda pool: (pool,), carry[entry.wire]
             )
 
     # --- what goes to the host ---
@@ -647,7 +698,8 @@ class Interpreter:
     def _nothing_staged(self, pool: PoolName) -> list[Array]:
         """What is staged where no operation runs: anything, for the last slot."""
         layout = self.storage[pool].layout
-        arrays = [empty(a.shape, a.dtype) for a in layout.shapes[layout.on_device :]]
+        own = layout.shapes[layout.on_device :]
+        arrays = [empty(a.shape, a.dtype, jnp.bool_(False), self.alone) for a in own]
         return [*arrays, jnp.int32(self.machine.pools[pool].slots)]
 
     def _store_on_host(self, staged: Staged, carry: Carry) -> None:
@@ -758,17 +810,36 @@ class Interpreter:
         changed: set[Buffer] = {target.buffer for target in op.targets}
         changed.update(_staged(op))
         names = [name for name in carry if name in changed]
+        runs &= self._after_reads(names, carry) == 0
+        zero = carry[Turn()]
 
-        def run(arrays: list[Any]) -> list[Any]:
+        def run(arrays: list[Any]) -> tuple[list[Any], Array]:
             own = carry | dict(zip(names, arrays, strict=True))
             with jax.named_scope(op.name):
                 self._apply(op, own, row[entry.arguments :], given)
-            return [own[name] for name in names]
+            return [own[name] for name in names], jnp.int32(0)
 
-        new = jax.lax.cond(
-            runs, run, lambda arrays: arrays, [carry[name] for name in names]
+        new, read = jax.lax.cond(
+            runs,
+            run,
+            lambda arrays: (arrays, zero),
+            [carry[name] for name in names],
         )
         carry.update(zip(names, new, strict=True))
+        for pool in dict.fromkeys(s.pool for s in op.sources if isinstance(s, Held)):
+            if pool not in changed:
+                carry[Reads(pool)] = carry.get(Reads(pool), jnp.int32(0)) + read
+
+    def _after_reads(self, changed: Sequence[Buffer], carry: Carry) -> Array:
+        """A zero that is there when all operations that have read these pools are done.
+
+        What changes a pool has to need it. XLA updates a pool in place only if it knows
+        that nobody reads the old one afterwards, and by itself it knows no order of two
+        conditionals of which neither needs what the other makes. Without this zero a
+        wire whose pool backwards read copied it at each tick, whole.
+        """
+        reads = [carry.pop(Reads(name), None) for name in changed]
+        return sum((a for a in reads if a is not None), jnp.int32(0))
 
     def _apply(self, op: Op, carry: Carry, arguments: Array, given: _Given) -> None:
         """What an operation does, once it runs: take values, compute, and put them into

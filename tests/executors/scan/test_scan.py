@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 import fpipe
 import fpipe.testing
 from fpipe._executors.scan.exchanges import find_exchanges
+from fpipe.schedules import NAMES, named
 from tests.executors.helpers import machine_of, scan_executor
 from tests.executors.scan.poison import poison
 from tests.helpers import (
@@ -565,21 +566,26 @@ def test_no_conditional_has_more_than_two_branches():
         )
 
 
-@pytest.mark.parametrize("checkpoint", ["always", "never"])
-def test_buffers_are_updated_in_place(checkpoint):
-    """No parameter, gradient or pool is copied in the loop; nor is a parameter cut out
-    of a stack of them.
+IN_PLACE = [(name, "never") for name in NAMES if name != "forward_only"]
+IN_PLACE += [("interleaved_1f1b", "always")]
+
+
+@pytest.mark.parametrize(("schedule", "checkpoint"), IN_PLACE)
+def test_buffers_are_updated_in_place(schedule, checkpoint):
+    """No parameter, gradient or pool is copied, in the loop or before it; nor is a
+    parameter cut out of a stack of them in the loop.
     """
     width, rows = 24, 6  # sizes that nothing else has
+    stages = len(named(schedule, 2, 4).stage_to_device)
     layers = [dense(width)] * 4
     pipe = pipe_of(
         layers,
+        [4 // stages] * stages,
         devices=jax.devices()[:2],
-        schedule="interleaved_1f1b",
+        schedule=schedule,
         checkpoint=checkpoint,
-        chunks=4,
     )
-    x = jnp.ones((4 * rows, width))
+    x = jax.ShapeDtypeStruct((4 * rows, width), jnp.float32)
     placed = pipe.init(jax.random.key(0), x)
     text = text_of(compiled(pipe, lambda y: jnp.mean(y**2), placed, x))
     body = loop_body(text)
@@ -593,7 +599,24 @@ def test_buffers_are_updated_in_place(checkpoint):
     slots = {pool.slots for pool in machine_of(pipe).pools.values()}
     pools = "|".join(rf"f32\[{n},{rows},{width}\]" for n in slots)
     assert any(re.search(pools, line) for line in body)
-    assert not [line for line in body if re.search(rf"= (?:{pools})\S* copy\(", line)]
+    copies = rf"= (?:{weights}|{pools})\S* copy\("
+    assert not [line for line in text.splitlines() if re.search(copies, line)]
+
+
+def test_accelerators_fill_no_pool():
+    """They leave what nobody has put there as it is."""
+    pipe = pipe_of([dense()] * 4)
+    x = jax.ShapeDtypeStruct((8, WIDTH), jnp.float32)
+    step = jax.jit(pipe.value_and_grad(lambda y: jnp.mean(y**2)))
+    traced = step.trace(pipe.init(jax.random.key(0), x), x)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    pools = machine_of(pipe).pools.values()
+    for pool in pools:
+        for a in pool.avals[0]:
+            slots = "x".join(map(str, (pool.slots, *a.shape)))
+            assert f"@AllocateBuffer() : () -> tensor<{slots}xf32>" in text
+            filled = rf"broadcast_in_dim.*\(tensor<f32>\) -> tensor<{slots}xf32>"
+            assert not re.search(filled, text)
 
 
 # --- idle ticks ---
