@@ -342,8 +342,8 @@ def main() -> None:
         speed = args.sequences * (count - 1) / run.seconds
         host = 1e3 * run.host / max(count - 1, 1)
         print(
-            f"{name:>10}: {speed:,.0f} bytes a second, {host:.2f} ms of the host for "
-            "a byte of each"
+            f"{name:>10}: {speed:,.0f} bytes a second; the host takes {host:.2f} ms "
+            "for the next byte of all sequences"
         )
 
 
