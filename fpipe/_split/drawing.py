@@ -77,7 +77,7 @@ class Box:
     """A piece.
 
     Attributes:
-        filled: its FLOPs beside those of the most expensive piece, 0 to 1.
+        filled: its time beside that of the most expensive piece, 0 to 1.
         lines: what stands in it.
         title: everything about it.
     """

@@ -35,7 +35,7 @@ MOST_PIECES = 24
 
 BOX = "#e3f1fa"
 FILLED = "#a9d5ef"
-FILLED_WORDS = "FLOPs beside the most expensive piece"
+FILLED_WORDS = "time, beside the most expensive piece"
 # How round the corners of arcs are.
 _CORNER = 6.0
 
