@@ -9,6 +9,7 @@ import pytest
 
 import fpipe
 from fpipe._split.balance import SLACK, Sent, best_balance
+from fpipe._split.crossing import Crossing
 from fpipe._split.pieces import cut_trace
 
 
@@ -187,11 +188,18 @@ def test_a_value_in_two_forms_is_sent_once():
     def run(params, x):
         h = jnp.tanh(x @ params["a"])
         low = h.reshape(len(x), -1, 2, 4).sum(2)
-        low = jnp.tanh(low @ params["b"])
-        return jnp.concatenate([jnp.repeat(low, 2, 1), h], -1) @ params["c"]
+        low = jnp.tanh(jnp.tanh(low @ params["b"]) @ params["c"])
+        return jnp.concatenate([jnp.repeat(low, 2, 1), h], -1) @ params["d"]
 
-    params = {name: jnp.ones((4, 4)) for name in "ab"} | {"c": jnp.ones((8, 4))}
-    split = fpipe.split(run, params, jnp.ones((2, 8, 4)), cuts=["b", "c"])
-    sent = split.cut.trace(split.cut.first).sent
-    assert sent[0] == Sent(0, (1, 2), 4 * 2 * 8 * 4)
-    assert len(sent) == 2
+    params = {name: jnp.ones((4, 4)) for name in "abc"} | {"d": jnp.ones((8, 4))}
+    split = fpipe.split(run, params, jnp.ones((2, 8, 4)), cuts=["b", "c", "d"])
+    trace = split.cut.trace(split.cut.first)
+    low, high = 4 * 2 * 4 * 4, 4 * 2 * 8 * 4
+    assert sorted(trace.sent) == [
+        Sent(0, (1, 3), high),
+        Sent(1, (2,), low),
+        Sent(2, (3,), low),
+    ]
+    # This is known before it is cut: what is joined again reads where it is read.
+    places = split.cut.cuts.places
+    assert sorted(Crossing(trace.traced).sent(places)) == sorted(trace.sent)
