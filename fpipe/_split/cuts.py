@@ -290,7 +290,7 @@ def _narrow_places(
     towards its middle. It is cut there all the same, because its encoder is no small
     part of it.
     """
-    across, work = crossing.bytes, np.cumsum([0.0, *_work(crossing)])
+    across, work = crossing.bytes, np.cumsum([0.0, *work_at_places(crossing)])
     ends = [0, *places, len(work) - 1]
     dropped = set[int]()
     for uses in _uses_by_path(function, crossing.traced).values():
@@ -315,7 +315,7 @@ def _uses_by_path(function: Function, traced: Traced) -> dict[str, list[int]]:
     return {path: uses for path, uses in found.items() if min(uses) < max(uses)}
 
 
-def _work(crossing: Crossing) -> np.ndarray:
+def work_at_places(crossing: Crossing) -> np.ndarray:
     """What the equations cost that run at each place. What needs no data, or costs less
     to make than to send, runs where it is used.
     """
@@ -334,7 +334,7 @@ def _work(crossing: Crossing) -> np.ndarray:
 
 def _best_places(crossing: Crossing, places: Sequence[int], stages: int) -> list[int]:
     """Of some places those that `best_balance` cuts at."""
-    parts = np.split(_work(crossing), places)
+    parts = np.split(work_at_places(crossing), places)
     work = [float(part.sum()) for part in parts]
     sizes = best_balance(work, crossing.sent(places), stages)
     return [places[end - 1] for end in itertools.accumulate(sizes[:-1])]

@@ -5,11 +5,13 @@ import random
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import fpipe
 from fpipe._split.balance import SLACK, Sent, best_balance
 from fpipe._split.crossing import Crossing
+from fpipe._split.cuts import work_at_places
 from fpipe._split.pieces import cut_trace
 
 
@@ -200,6 +202,8 @@ def test_a_value_in_two_forms_is_sent_once():
         Sent(1, (2,), low),
         Sent(2, (3,), low),
     ]
-    # This is known before it is cut: what is joined again reads where it is read.
-    places = split.cut.cuts.places
-    assert sorted(Crossing(trace.traced).sent(places)) == sorted(trace.sent)
+    # This is known before it is cut: what is joined again runs where it is read.
+    places, crossing = split.cut.cuts.places, Crossing(trace.traced)
+    assert sorted(crossing.sent(places)) == sorted(trace.sent)
+    work = [part.sum() for part in np.split(work_at_places(crossing), places)]
+    np.testing.assert_allclose(work, trace.costs, rtol=1e-12)
