@@ -128,7 +128,8 @@ class Pipe(Call):
             dispatch waits for its program, and costs more time on the host. `"auto"`
             (default) uses threads if a layer calls Python while it runs
             (`jax.pure_callback`, `io_callback`, `jax.debug.print`), because such a
-            dispatch waits.
+            dispatch waits; and if the first calls show that launches are slow, devices
+            wait for them, and threads make them shorter.
         compute_dtype: the dtype for mixed precision, `jnp.bfloat16`, or `jnp.float16`
             with a `loss_scale`. Layers get parameters, inputs, skips and side inputs in
             this dtype, if they are real floats. States are not cast. Boundaries have

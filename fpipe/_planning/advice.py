@@ -8,7 +8,7 @@ equal layers, cut as [4, 1, 1]:
     expensive one take 1.0 times
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from fpipe._planning.prediction import DeviceRow, StageRow
 from fpipe._planning.text import quantity, size
@@ -24,6 +24,8 @@ _IDLE = 0.2
 
 # What is proposed gains at least that share.
 _BETTER = 0.05
+# What JAX calls GPUs.
+_GPUS = frozenset({"gpu", "cuda", "rocm"})
 
 # Microbatches for each stage, beyond which more gain little: with 4 the bubble of 1F1B,
 # (D - 1) / (m + D - 1), is less than a fifth.
@@ -89,13 +91,14 @@ def advise_more_microbatches(
 
 
 def warn_of_slow_launches(
-    timeline: Timeline, without: Callable[[], Timeline]
+    timeline: Timeline, without: Callable[[], Timeline], platforms: Collection[str]
 ) -> Iterator[str]:
     """A host that launches more slowly than devices work.
 
     Arguments:
         timeline: in seconds.
         without: the same, if launches took no time. It is asked only if there are some.
+        platforms: of the devices, as JAX names them.
     """
     if not timeline.launches:
         return
@@ -104,11 +107,17 @@ def warn_of_slow_launches(
         return
     busy = quantity(timeline.busiest_thread, "second")
     step = quantity(timeline.makespan, "second")
-    yield (
+    text = (
         f"host-bound: {busy} of {step} go by in launches, and the step would take "
         f"{quantity(shortest, 'second')} without them: take fewer microbatches, fewer "
         'stages on a device, whole backwards, or executor="scan"'
     )
+    if _GPUS.intersection(platforms):
+        text += (
+            "; the environment variable PJRT_GPU_ENABLE_ASYNC_DISPATCH=1, set before "
+            "JAX starts, has it launch for each GPU in a thread of its own"
+        )
+    yield text
 
 
 def advise_equal_pieces(microbatch_rows: Sequence[int]) -> Iterator[str]:

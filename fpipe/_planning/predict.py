@@ -113,7 +113,15 @@ def predict(
     timeline = simulate_fused(data.schedule, action_costs, data.fused)
     devices = tuple(_device_row(row, options.hardware) for row in data.devices)
     advice = [
-        *warn_of_slow_launches(timeline, lambda: simulate(data.schedule, unlaunched)),
+        *warn_of_slow_launches(
+            timeline,
+            lambda: simulate(data.schedule, unlaunched),
+            {
+                device.platform
+                for works in data.work.values()
+                for device in works[0].placement.devices
+            },
+        ),
         *advise_balance(
             stages, lambda: _best_balance(data, layers, stages, options.hardware)
         ),

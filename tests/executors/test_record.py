@@ -629,7 +629,7 @@ def test_what_is_seen_late_is_put_right():
     pipe(params, x)
     (bound,) = placed_executor(pipe)._plans.values()
     plan = bound.plan
-    of = {
+    of: Any = {
         action: n
         for n, item in enumerate(plan.instructions)
         if isinstance(item, Run)

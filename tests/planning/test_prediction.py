@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import fpipe
+from fpipe._planning.advice import warn_of_slow_launches
 from fpipe._planning.text import Table, size
 from fpipe.schedules import svg
 from tests.helpers import Clock, add, counter, dense, dropout, keep, look, mse, raises
@@ -407,9 +408,15 @@ def test_a_host_that_is_the_bound_is_told():
     slow = pipe.plan(None, X, speed=speed, launch=3e-3)
     (text,) = (text for text in slow.warnings if text.startswith("host-bound"))
     assert "host-bound: 36 ms of 38" in text
-    assert f"would take {1e3 * pipe.plan(None, X, speed=speed).step:.3g} ms" in text
+    fast = pipe.plan(None, X, speed=speed)
+    assert f"would take {1e3 * fast.step:.3g} ms" in text
     # More microbatches would only be more launches.
     assert not any("are few" in text for text in slow.warnings)
+    # What helps on GPUs alone.
+    assert "PJRT_GPU_ENABLE_ASYNC_DISPATCH" not in text
+    (told,) = warn_of_slow_launches(slow.timeline, lambda: fast.timeline, {"cuda"})
+    assert told.startswith(f"{text}; ")
+    assert "PJRT_GPU_ENABLE_ASYNC_DISPATCH=1, set before JAX starts" in told
     # Each device has a thread where layers call Python; a program of scan is launched
     # once.
     threads = dataclasses.replace(pipe, dispatch="thread_per_device")

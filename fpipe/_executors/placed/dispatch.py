@@ -44,6 +44,7 @@ from fpipe._executors.placed.instructions import (
     Run,
     read_from_outside,
 )
+from fpipe._executors.placed.pace import Pace, clock
 from fpipe._executors.placed.threads import Call, Crew, Share, Step, divide
 from fpipe._executors.placed.watch import Probe, Watch, probes_of
 from fpipe._executors.placement import Placement
@@ -176,7 +177,7 @@ class ReadyPlan:
 
     plan: Plan
     layout: Layout
-    threaded: bool
+    pace: Pace
     shardings: list[Any]
     transfers: tuple[InputTransfer, ...]
     shapes: Mapping[int, jax.ShapeDtypeStruct]
@@ -235,6 +236,11 @@ class ReadyPlan:
         recorders = recorders_of(self.layout)
         if recorders:
             self._record(slots, half, recorders)
+        elif self.pace.is_open and half is Half.WHOLE:
+            shares = self.shares[half]
+            self.pace.look(
+                lambda watched: self.issue(with_calls(shares, watched), slots), clock
+            )
         else:
             self.issue(self.shares[half], slots)
         return slots
@@ -247,8 +253,9 @@ class ReadyPlan:
         # that the inputs still wait for.
         probes = self.probes  # compiles everything, before the clock starts
         jax.block_until_ready([array for array in slots if array is not None])
-        with Watch(self.plan, probes, self.threaded) as watch:
-            shares = with_calls(self.shares[half], watch.watched)
+        threaded = self.threaded
+        with Watch(self.plan, probes, threaded) as watch:
+            shares = with_calls(self._shares(threaded)[half], watch.watched)
             started = time.perf_counter()
             self.issue(shares, slots)
             watch.host = time.perf_counter() - started
@@ -278,7 +285,8 @@ class ReadyPlan:
         profiled = getattr(jax.profiler.TraceAnnotation, "is_enabled", None)
         if profiled is None or profiled():
             shares = with_calls(shares, _annotated)
-        if self.threaded:
+        # A single share needs no thread of its own.
+        if len(shares) > 1:
             failure = Crew(shares).run(slots)
             if failure is None:
                 return
@@ -304,19 +312,38 @@ class ReadyPlan:
                 add_note(error, f"while dispatching {self._described(step.item)}")
                 raise
 
-    @functools.cached_property
+    @property
+    def threaded(self) -> bool:
+        """Whether each device has a dispatching thread."""
+        return self.pace.threaded
+
+    @property
     def shares(self) -> Mapping[Half, tuple[Share, ...]]:
         """What each thread issues, for each half that a call may run."""
+        return self._shares(self.threaded)
+
+    def _shares(self, threaded: bool) -> Mapping[Half, tuple[Share, ...]]:
+        return self._threads_shares if threaded else self._one_share
+
+    @functools.cached_property
+    def _threads_shares(self) -> Mapping[Half, tuple[Share, ...]]:
+        return self._divided(threaded=True)
+
+    @functools.cached_property
+    def _one_share(self) -> Mapping[Half, tuple[Share, ...]]:
+        return self._divided(threaded=False)
+
+    def _divided(self, threaded: bool) -> Mapping[Half, tuple[Share, ...]]:
         # Threads call what is compiled here, in the thread of the caller: tracing
         # depends on its settings, such as `jax.enable_x64`, and they do not have them.
         # A single thread is the caller's, so it may call the `jit` functions, which
         # trace and compile what is still missing.
         # Over processes everything is compiled before the first transfer.
-        ahead = self.threaded or self.layout.is_over_processes
+        ahead = threaded or self.layout.is_over_processes
         compiled = self._compiled if ahead else {}
 
         def shared(half: Half) -> tuple[Share, ...]:
-            return divide(self.plan, half, self.threaded, compiled, self.crossings)
+            return divide(self.plan, half, threaded, compiled, self.crossings)
 
         # Only a differentiated call has a backward half.
         if self.plan.backward == len(self.plan.instructions):
@@ -508,10 +535,13 @@ def bind(
     # While JAX looks for NaNs it waits for each result, and only the functions that a
     # single thread calls say which operation made one: threads call compiled programs.
     wanted = wanted and not debugging()
+    # All processes would have to take the same choice at the same call.
+    measured = dispatch == "auto" and several_devices and not debugging()
+    measured = measured and not layout.is_over_processes and not wanted
     return ReadyPlan(
         plan=plan,
         layout=layout,
-        threaded=wanted and several_devices,
+        pace=Pace(threaded=wanted and several_devices, is_open=measured),
         shardings=shardings,
         transfers=tuple(transfers),
         shapes=shapes,
