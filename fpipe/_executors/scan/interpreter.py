@@ -1099,12 +1099,15 @@ class Interpreter:
                 return self.machine.inputs[leaf]
 
     def _as_summed(self, gradient: SummedGradient, total: Array) -> Array:
-        """A sum as it lies during a step: whole over the axes of rows.
+        """A sum as it lies during a step: whole over the axes of rows, if it is not
+        scattered.
 
         Left to itself XLA would cut each summand as the finished gradient is cut, and
         also the values that the summand is computed from.
         """
         spec = self._spec_of(gradient)
+        if self._is_scattered(gradient):
+            return jax.lax.with_sharding_constraint(total, spec)
         if gradient in self.parts:
             spec = P(self.data, *without_axes(spec, self.data))
         elif spec:

@@ -120,6 +120,8 @@ def test_sharded_parameters_are_gathered_and_their_gradients_scattered(
     whole, piece = f"f32[1,{WIDE},{2 * WIDE}]", f"f32[{WIDE},{WIDE}]"
     assert any(piece in line for line in sums) == (unshard == "action")
     assert any(whole in line for line in sums) == (unshard == "step")
+    # In the pieces of the parameters, and of no other axis.
+    assert not any(f"f32[{WIDE // 2},{2 * WIDE}]" in line for line in sums)
 
 
 @pytest.mark.parametrize("spec", [P(("model", "data")), P(("data", "model"))])
