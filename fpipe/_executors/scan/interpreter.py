@@ -956,15 +956,21 @@ class Interpreter:
         spec = self.machine.params.rows[row].spec
         if not spec:
             return block
-        # Where the axes of rows come first, devices hold pieces that do not lie side by
-        # side. To put these together XLA would exchange some, see `exchanges.py`; of
-        # the whole array each device takes its own.
-        apart = [n for n, part in enumerate(spec) if _comes_first(part, self.data)]
-        if apart:
-            parts = [None if n in apart else part for n, part in enumerate(spec)]
-            block = jax.lax.with_sharding_constraint(block, P(*parts))
+        # To put pieces together that do not lie side by side XLA would exchange some,
+        # see `exchanges.py`; of the whole array each device takes its own.
+        apart = self._cut_apart(spec)
+        if apart != spec:
+            block = jax.lax.with_sharding_constraint(block, apart)
         whole = without_axes(spec, self.data)
         return jax.lax.with_sharding_constraint(block, whole)
+
+    def _cut_apart(self, spec: P) -> P:
+        """A spec without the entries in which the axes of rows come before others:
+        there a device's piece does not lie within what it has of the array that is
+        whole over these axes.
+        """
+        parts = [None if _comes_first(part, self.data) else part for part in spec]
+        return without_axes(P(*parts), ())
 
     # --- gradients ---
 
@@ -1035,10 +1041,13 @@ class Interpreter:
                 values[n] = self._added_up(scattered[n], values[n])
         for n in alone:
             values[n] = _first_part(values[n], self.shards)
-        for n in scattered.keys() - parts.keys():
-            # Each device has made the sum over all rows. It adds its piece of it.
-            whole = without_axes(self._spec_of(scattered[n]), self.data)
-            values[n] = jax.lax.with_sharding_constraint(values[n], whole)
+        for n, gradient in scattered.items():
+            spec = self._spec_of(gradient)
+            apart = self._cut_apart(spec)
+            if n not in parts or apart != spec:
+                # Each device has the sum over all rows, and adds its piece of it.
+                whole = without_axes(apart, self.data)
+                values[n] = jax.lax.with_sharding_constraint(values[n], whole)
         return values
 
     def _values(
