@@ -19,7 +19,7 @@ import socket
 import sys
 import traceback
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -27,6 +27,7 @@ from fpipe._core import watchdog
 from fpipe._core.checks import is_number
 from fpipe._core.errors import shown
 from fpipe._core.processes import meet
+from fpipe._core.pytrees import is_traced
 
 _ADDRESS = "FPIPE_TRANSFER_ADDRESS"
 
@@ -47,7 +48,7 @@ def initialize(
     - It makes CPUs use gloo for collectives.
     - It gives this process an address for transfers between CPUs.
     - It starts a watchdog, which ends this process if another process does not send
-      what a placed pipe waits for.
+      what a placed pipe waits for, or what `watched` is told of.
     - If the script raises an exception, it ends this process at once. An ordinary exit
       would wait for the others, which wait for this process.
 
@@ -92,6 +93,43 @@ def initialize(
     sys.excepthook = _end
     # Before JAX's own: what is registered last is called first.
     atexit.register(shutdown)
+
+
+_T = TypeVar("_T")
+
+
+def watched(tree: _T, what: str = "the results of a step") -> _T:
+    """Tell the watchdog of arrays that other processes have a part in.
+
+    A placed pipe tells it of all that it waits for. The programs of a scan pipe are
+    the script's own, so the script tells it, once a step:
+
+        loss = fpipe.distributed.watched(loss, f"step {n}")
+
+    If the arrays are not there `timeout` seconds after those of the last call
+    (`initialize`), the watchdog ends this process, and prints `what`. Nothing waits
+    here. Without a watchdog nothing happens.
+
+    Arguments:
+        tree: what a program of all processes returns; the loss will do.
+        what: the words that are printed.
+
+    Returns:
+        The same tree.
+
+    Raises:
+        TypeError: it was called inside `jax.jit`, where nothing runs yet.
+    """
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    if is_traced(arrays):
+        raise TypeError(
+            "`fpipe.distributed.watched(tree)`: it was called inside `jax.jit` or "
+            "another transformation, where there are no arrays yet; call it with what "
+            "the program returns"
+        )
+    for array in arrays:
+        watchdog.expect(array, lambda: what)
+    return tree
 
 
 def shutdown() -> None:

@@ -16,7 +16,12 @@ from two_processes import replies, serve
 import fpipe
 
 BLOCKS, HEADS = 8, 8
-BALANCE = {"gpipe": [4, 4], "eager_1f1b": [4, 4], "interleaved_1f1b": [2, 2, 2, 2]}
+BALANCE = {
+    "gpipe": [4, 4],
+    "1f1b": [4, 4],
+    "eager_1f1b": [4, 4],
+    "interleaved_1f1b": [2, 2, 2, 2],
+}
 
 
 def init(key, x):

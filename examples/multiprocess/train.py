@@ -12,6 +12,7 @@ the packed parameters where they lie.
 
 import argparse
 import functools
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -20,7 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import sklearn.datasets
+from jax.experimental.multihost_utils import reached_preemption_sync_point
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -78,9 +81,10 @@ def cross_entropy(logits, labels):
 
 def join(args: argparse.Namespace) -> None:
     """Join the other processes. Nothing before this may use a device."""
-    # JAX's preemption service would catch SIGTERM, for scripts that then save a
-    # checkpoint. This one may simply end.
-    jax.config.update("jax_enable_preemption_service", False)
+    # JAX's preemption service catches SIGTERM, for scripts that then save a checkpoint.
+    # Without checkpoints this one simply ends.
+    preemption = args.checkpoints is not None
+    jax.config.update("jax_enable_preemption_service", preemption)
     # From now on a script that raises ends at once, and the others with it.
     fpipe.distributed.initialize(
         args.coordinator,
@@ -102,6 +106,40 @@ def say(text: str) -> None:
     """Print, in one process."""
     if jax.process_index() == 0:
         print(text, flush=True)
+
+
+# --- checkpoints ----------------------------------------------------------------------
+
+
+def canonical(pipe: fpipe.Pipe, params: Any, moments: Any) -> Any:
+    """What a checkpoint holds, in every process: any number of them can load it."""
+    tree = {"params": pipe.gather(params), "moments": fpipe.optim.gather(moments)}
+    return jax.device_get(tree)
+
+
+def save(
+    saved: ocp.CheckpointManager, step: int, pipe: fpipe.Pipe, params: Any, moments: Any
+) -> None:
+    """All processes call it; the first one writes."""
+    tree = canonical(pipe, params, moments)
+    saved.save(step, args=ocp.args.StandardSave(tree))
+    saved.wait_until_finished()
+
+
+def load(
+    saved: ocp.CheckpointManager, pipe: fpipe.Pipe, params: Any, moments: Any
+) -> tuple[Any, Any, int]:
+    """Parameters, moments and the number of the next step, of the last checkpoint if
+    there is one.
+    """
+    step = saved.latest_step()
+    if step is None:
+        return params, moments, 0
+    like = ocp.args.StandardRestore(canonical(pipe, params, moments))
+    tree = saved.restore(step, args=like)
+    say(f"continues with step {step}")
+    params = pipe.place(tree["params"])
+    return params, fpipe.optim.place(tree["moments"], params), step
 
 
 # --- training -------------------------------------------------------------------------
@@ -148,7 +186,9 @@ def scan_step(pipe: fpipe.Pipe, params: Any, rate: float) -> tuple[Any, Step]:
         return optax.apply_updates(params, updates), moments, loss
 
     def step(params: Any, moments: Any, x: Any, labels: Any) -> tuple[Any, Any, Any]:
-        return program(params, moments, on_all(pipe, x), on_all(pipe, labels))
+        made = program(params, moments, on_all(pipe, x), on_all(pipe, labels))
+        # A placed pipe tells the watchdog by itself.
+        return fpipe.distributed.watched(made, "a training step")
 
     return moments, step
 
@@ -177,11 +217,15 @@ def train(args: argparse.Namespace) -> None:
     )
     make_step = placed_step if args.executor == "placed" else scan_step
     moments, step = make_step(pipe, params, args.rate)
+    saved, first = None, 0
+    if args.checkpoints is not None:
+        saved = ocp.CheckpointManager(args.checkpoints.resolve())
+        params, moments, first = load(saved, pipe, params, moments)
 
-    # The same seed in every process, so the same batches.
-    random = np.random.default_rng(args.seed)
     started = time.monotonic()
-    for n in range(args.steps):
+    for n in range(first, args.steps):
+        # The same seed in every process, so the same batches.
+        random = np.random.default_rng((args.seed, n))
         rows = random.choice(count, args.batch, replace=False)
         params, moments, loss = step(params, moments, images[rows], labels[rows])
         if n % args.every == 0 or n == args.steps - 1:
@@ -190,6 +234,13 @@ def train(args: argparse.Namespace) -> None:
                 f"step {n}: loss {float(loss):.4f} after "
                 f"{time.monotonic() - started:.1f} s"
             )
+        # True in all processes after the same step, when one of them has got SIGTERM.
+        if saved is not None and reached_preemption_sync_point(n):
+            save(saved, n + 1, pipe, params, moments)
+            say(f"preempted: saved after step {n}")
+            return
+    if saved is not None:
+        save(saved, args.steps, pipe, params, moments)
 
     # All parameters in every process: for a checkpoint, or to go on without a pipeline.
     whole = jax.tree.map(np.asarray, pipe.gather(params))
@@ -250,6 +301,13 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100, help="training steps")
     parser.add_argument(
         "--every", type=int, default=20, help="steps between two lines of output"
+    )
+    parser.add_argument(
+        "--checkpoints",
+        type=pathlib.Path,
+        metavar="FOLDER",
+        help="save here at the end and on SIGTERM, and continue from what is here; "
+        "a folder that all processes see",
     )
     parser.add_argument(
         "--rate", type=float, default=1e-3, help="learning rate of adam"

@@ -34,6 +34,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from fpipe._core.errors import add_note
 from fpipe._core.pytrees import Tracer, copied, is_traced
 from fpipe._core.watchdog import Describe, expect, waiting
 
@@ -150,7 +151,15 @@ def meet(numbers: Sequence[int] | np.ndarray, describe: Describe) -> np.ndarray:
         array = jax.make_array_from_process_local_data(
             NamedSharding(mesh, P("process")), given
         )
-        return np.asarray(_everywhere(mesh)(array))
+        try:
+            return np.asarray(_everywhere(mesh)(array))
+        except jax.errors.JaxRuntimeError as error:
+            add_note(
+                error,
+                f"this process has waited for {describe()}; another one has ended or "
+                "does not answer, and what it printed says why",
+            )
+            raise
 
 
 @functools.lru_cache(maxsize=1)

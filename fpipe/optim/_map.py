@@ -27,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fpipe._core.caches import Key, Recent
 from fpipe._core.errors import shown
 from fpipe._core.meshes import AnyMesh
+from fpipe._core.processes import fetch
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
@@ -42,6 +43,7 @@ from fpipe._core.pytrees import (
 )
 from fpipe._core.settings import explicit_transfers, settings
 from fpipe._core.statics import check_leaves
+from fpipe._executors.placement import Device
 from fpipe._program.identity import traced_identity
 from fpipe._split.stacks import joined
 from fpipe.optim._blocks import divide_leaves, split_result
@@ -51,6 +53,8 @@ from fpipe.optim._leaf_devices import (
     array_form,
     device_of,
     first_device,
+    first_of_each,
+    over_processes,
     refuse_tracers,
 )
 from fpipe.optim._packed import (
@@ -109,7 +113,8 @@ def map(f: Callable[..., PyTree], *trees: PyTree) -> PyTree:  # noqa: A001
         The result of `f`. A tree with the structure of a given tree, or of the
         parameters in a state, is placed or packed like that tree. A value made of the
         leaves of one device stays on that device. Any other value, such as a norm, is
-        on the device of the first leaf, or replicated over the mesh.
+        on the device of the first leaf, or replicated over the mesh. Over several
+        processes each has such a value, on the first of its own devices.
 
     Raises:
         TypeError: `f` is no function, placed trees are given inside `jax.jit`, or a
@@ -210,13 +215,23 @@ class _PlacedMap:
     Attributes:
         run: from the arrays of the trees to those of the result.
         result: the structure of the result.
+        shared: the numbers of results that belong to the leaves of no device.
+        firsts: for each process the device on which it gets these; empty: there is one
+            process.
     """
 
     run: PlacedFunction
     result: Spec
+    shared: tuple[int, ...]
+    firsts: tuple[Device, ...]
 
     def __call__(self, arrays: list[Any]) -> PyTree:
-        return with_float0(self.result.unpack(self.run(arrays)))
+        made = self.run(arrays)
+        if self.firsts and self.shared:
+            own = fetch([made[n] for n in self.shared], self.firsts)
+            for n, array in zip(self.shared, own, strict=True):
+                made[n] = array
+        return with_float0(self.result.unpack(made))
 
 
 def _plan_placed(trees: Sequence[PyTree], traced: _Traced) -> _PlacedMap:
@@ -242,7 +257,9 @@ def _plan_placed(trees: Sequence[PyTree], traced: _Traced) -> _PlacedMap:
     outputs = [Output(first if device is None else device) for device in found]
     run = divide(graph, arrays, [Input(o) for o in owners], outputs, first)
     _check_moves(run)
-    return _PlacedMap(run, pack(traced.result)[1])
+    shared = tuple(n for n, device in enumerate(found) if device is None)
+    firsts = tuple(first_of_each(devices)) if over_processes(devices) else ()
+    return _PlacedMap(run, pack(traced.result)[1], shared, firsts)
 
 
 class _Node(NamedTuple):

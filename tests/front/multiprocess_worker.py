@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fpipe
+import fpipe.distributed
 from tests.front.workers import encoded
 from tests.helpers import (
     HANG,
@@ -166,7 +167,7 @@ def train_for_ever():
     )
     x, target = on_all(pipe.mesh, case.x, case.target)
     for n in range(10**9):
-        loss, grads = step(params, x, target)
+        loss, grads = fpipe.distributed.watched(step(params, x, target), "a step")
         params = jax.tree.map(lambda p, g: p - 0.01 * g, params, grads)
         print(json.dumps({"step": n, "loss": float(loss)}), flush=True)
         time.sleep(0.05)
@@ -178,11 +179,11 @@ def main():
     parser.add_argument("--process", type=int)
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--shutdown", type=int, default=HANG)
+    parser.add_argument("--timeout", type=float, default=HANG)
     parser.add_argument("what", nargs="+")
     args = parser.parse_args()
     faulthandler.dump_traceback_later(HANG - 60)
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_num_cpu_devices", args.devices)
     jax.config.update(
         "jax_compilation_cache_dir",
@@ -191,12 +192,13 @@ def main():
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
-    jax.distributed.initialize(
+    fpipe.distributed.initialize(
         args.coordinator,
         2,
         args.process,
+        timeout=args.timeout,
         initialization_timeout=HANG,
-        heartbeat_timeout_seconds=60,
+        heartbeat_timeout_seconds=HANG,
         shutdown_timeout_seconds=args.shutdown,
     )
     for what in args.what:
@@ -210,7 +212,7 @@ def main():
             ),
             flush=True,
         )
-    jax.distributed.shutdown()
+    fpipe.distributed.shutdown()
 
 
 if __name__ == "__main__":

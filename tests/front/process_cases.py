@@ -13,6 +13,7 @@ import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -87,18 +88,26 @@ def trained(case, devices, loss=mse, given=None, **options):
     found, grads = step(params, case.x, case.target, **needs)
     if needs["state"] is not None:
         found = (found[0], pipe.gather_state(found[1]))
-    if given is None:
-        return found, pipe.gather(grads)
+    if "argnums" not in (given or {}):
+        return found, told_frozen(pipe.gather(grads))
     return found, (pipe.gather(grads[0]), *grads[1:])
+
+
+def told_frozen(grads):
+    """Gradients with `False` in place of what is frozen, which JSON would lose."""
+    return jax.tree.map(
+        lambda g: np.zeros((), bool) if g.dtype == jax.dtypes.float0 else g, grads
+    )
 
 
 def reference(case, loss=mse, given=None):
     step = case.reference.value_and_grad(loss, **(given or {}))
     needs = case.needs
     train = needs.pop("train")
-    return jax.jit(lambda p, needs: step(p, case.x, case.target, train=train, **needs))(
-        case.params(), needs
-    )
+    found, grads = jax.jit(
+        lambda p, needs: step(p, case.x, case.target, train=train, **needs)
+    )(case.params(), needs)
+    return found, told_frozen(grads)
 
 
 def called(devices):
@@ -202,6 +211,7 @@ def optimized(devices):
         loss, grads = step(params, PLAIN.x, PLAIN.target, loss_scale=scale.scale)
         scale = scale.adjusted(grads)
         norms.append(fpipe.optim.global_norm(grads))
+        norms.append(fpipe.optim.map(optax.tree.norm, params))
         # The loss is an array of this process, and goes through.
         updates, state = tx.update(grads, state, params, value=loss)
         params = fpipe.optim.apply_updates(params, updates)
@@ -221,7 +231,7 @@ def optimized_reference():
     state, step = tx.init(params), jax.jit(PLAIN.reference.value_and_grad(mse))
     for _ in range(2):
         _, grads = step(params, PLAIN.x, PLAIN.target)
-        norms.append(optax.tree.norm(grads))
+        norms += [optax.tree.norm(grads), optax.tree.norm(params)]
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
     return norms, jnp.int32(2), params, state
@@ -337,9 +347,11 @@ def measured(devices):
     return [told, temporary], plain.evaluate(mse)(params, PLAIN.x, PLAIN.target)
 
 
-def trained_on(places):
-    """A step whose stages are on these places, and an update of the parameters."""
-    pipe = pipe_of(CASE, places, balance=[5, 4])
+def trained_on(places, balance=(5, 4)):
+    """A pipe whose stages are on these places, its parameters, what a step gives, and
+    the gradients where they are.
+    """
+    pipe = pipe_of(CASE, places, balance=list(balance))
     params = pipe.place(CASE.params())
     state = pipe.init_state(CASE.x, side=CASE.side, params=params)
     step = pipe.value_and_grad(mse)
@@ -376,28 +388,42 @@ def over_meshes_reference():
 
 def over_pairs(devices):
     """Each stage in two of four processes, which are not those of the other stage."""
-    return trained_on([Mesh(devices[:2], "data"), Mesh(devices[2:], "data")])[2]
+    of_stages = np.array(devices).reshape(2, 2, 2)
+    return trained_on([Mesh(own, ("data", "model")) for own in of_stages])[2]
 
 
-def over_pairs_reference():
+def over_chain(devices):
+    """Stages in the processes 0 and 1, in 0 alone, and in 1 and 2."""
+    first, last = Mesh(devices[0:3:2], "data"), Mesh(devices[3:5], "data")
+    return trained_on([first, devices[1], last], (4, 3, 2))[2]
+
+
+def over_more_reference():
     (loss, state), grads = reference(CASE)
     return [loss, state, grads]
 
 
 def disagreed(devices):
-    """Each process has another balance; afterwards they agree."""
-    mine = [1, 3] if jax.process_index() == 0 else [3, 1]
-    params = PLAIN.params()
-    told = []
-    for balance in (mine, [2, 2]):
-        pipe = pipe_of(PLAIN, devices, balance=balance)
-        try:
-            loss = pipe.evaluate(mse)(pipe.place(params), PLAIN.x, PLAIN.target)
-        except ValueError as error:
-            told.append(str(error))
-        else:
-            return told, loss
-    raise AssertionError(told)
+    """The second process has another balance, schedule, layer and version of fpipe,
+    each in a call of its own; afterwards they agree.
+    """
+    second = jax.process_index() == 1
+    another = dense(activation=jnp.sin if second else jnp.tanh)
+
+    def loss_of(pipe):
+        params = pipe.place(PLAIN.params())
+        return pipe.evaluate(mse)(params, PLAIN.x, PLAIN.target)
+
+    pipes = [
+        pipe_of(PLAIN, devices, balance=[3, 1] if second else [1, 3]),
+        pipe_of(PLAIN, devices, schedule="gpipe" if second else "1f1b"),
+        fpipe.Pipe([another] * 4, devices=devices, chunks=4),
+    ]
+    told = [told_of(lambda pipe=pipe: loss_of(pipe)) for pipe in pipes]
+    version = "0.2" if second else "0.1"
+    with mock.patch("importlib.metadata.version", return_value=version):
+        told.append(told_of(lambda: loss_of(pipe_of(PLAIN, devices))))
+    return told, loss_of(pipe_of(PLAIN, devices, balance=[2, 2]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -418,6 +444,7 @@ class Of:
 
 
 ALL = {"has_aux": True, "argnums": (0, 1)}
+FROZEN = {"frozen": lambda path, leaf: path.startswith("3/") or path == "4/w"}
 
 
 def by(name):
@@ -434,9 +461,13 @@ CASES = {
     ),
     "threads": Of(
         lambda devices: trained(
-            CASE, devices, dispatch="thread_per_device", checkpoint="always"
+            CASE,
+            devices,
+            given=FROZEN,
+            dispatch="thread_per_device",
+            checkpoint="always",
         ),
-        lambda: reference(CASE),
+        lambda: reference(CASE, given=FROZEN),
     ),
     "calls": Of(called, called_reference),
     "strange": Of(strange, strange_reference),
@@ -448,7 +479,8 @@ CASES = {
     "measured": Of(measured, misfed_reference),
     "inputs": Of(misfed, misfed_reference),
     "meshes": Of(over_meshes, over_meshes_reference, whole=True),
-    "pairs": Of(over_pairs, over_pairs_reference, whole=True, processes=4),
+    "pairs": Of(over_pairs, over_more_reference, whole=True, processes=4),
+    "chain": Of(over_chain, over_more_reference, whole=True, processes=3),
     "disagree": Of(disagreed, lambda: None),
     **{
         f"by {name}": by(name)

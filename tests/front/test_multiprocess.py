@@ -90,6 +90,20 @@ def test_a_dead_process_ends_the_other(tmp_path, victim):
     )
 
 
+def test_the_watchdog_ends_a_step_that_waits(tmp_path):
+    """The other process has stopped, and JAX does not say so."""
+    with Workers(WORKER, 2, tmp_path, "--timeout", "3", "forever") as workers:
+        steps = [-1, -1]
+        while min(steps) < 3:
+            k, line = workers.lines.get(timeout=HANG)
+            assert line is not None, workers.errors[k].read_text()
+            steps[k] = line["step"]
+        workers.processes[0].send_signal(signal.SIGSTOP)
+        assert workers.processes[1].wait(HANG) == 1
+    told = "fpipe: this process has waited 3 s for a step; it ends"
+    assert told in workers.errors[1].read_text()
+
+
 # --- the example ---
 
 LAUNCH = [sys.executable, "examples/multiprocess/launch.py"]
@@ -102,8 +116,6 @@ TINY = [
     "16",
     "--chunks",
     "2",
-    "--steps",
-    "20",
     "--every",
     "19",
     "--rate",
@@ -140,36 +152,40 @@ def is_alive(pid):
     return True
 
 
-@pytest.mark.parametrize("executor", ["placed", "scan"])
-def test_the_example_trains(executor):
-    command = [*LAUNCH, "-n", "2", "--timeout", str(HANG), "--executor", executor]
-    command += TINY
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    env = os.environ | cache
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=HANG + 60,
-        env=env,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "2 processes, 2 cpu devices, layers of the stages: [2, 2]" in done.stdout
-    losses = [
-        float(text)
-        for text in re.findall(r"^step \d+: loss (\S+)", done.stdout, re.MULTILINE)
-    ]
-    assert len(losses) == 2
-    assert losses[1] < 0.9 * losses[0]
+def losses(text):
+    return re.findall(r"^step (\d+): loss (\S+)", text, re.MULTILINE)
+
+
+def test_the_example_is_preempted_and_continues(tmp_path, monkeypatch):
+    """SIGTERM to one process: all save after the same step, and others continue, here
+    under the other executor.
+    """
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    flags = [*TINY, "--timeout", str(HANG), "--checkpoints", str(tmp_path / "run")]
+    with launched(*flags, "--executor", "placed", "--steps", "1000000") as run:
+        launcher, pids = run
+        text = ""
+        while not losses(text):
+            line = launcher.stdout.readline()
+            assert line, launcher.stderr.read()
+            text += line
+        os.kill(pids[1], signal.SIGTERM)
+        rest, error = launcher.communicate(timeout=HANG)
+    assert launcher.returncode == 0, error
+    assert "2 processes, 2 cpu devices, layers of the stages: [2, 2]" in text
+    (saved,) = re.findall(r"^preempted: saved after step (\d+)$", rest, re.MULTILINE)
+    first = int(saved) + 1
+    flags += ["--executor", "scan", "--steps", str(first + 20)]
+    with launched(*flags) as (launcher, _):
+        rest, error = launcher.communicate(timeout=HANG)
+    assert launcher.returncode == 0, error
+    assert f"continues with step {first}" in rest
+    *_, (last, loss) = losses(rest)
+    assert int(last) == first + 19
+    assert float(loss) < 0.9 * float(losses(text)[0][1])
     assert re.search(
-        r"^held-out accuracy \S+, norm of the parameters \S+$",
-        done.stdout,
-        re.MULTILINE,
+        r"^held-out accuracy \S+, norm of the parameters \S+$", rest, re.MULTILINE
     )
 
 

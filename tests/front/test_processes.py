@@ -79,14 +79,16 @@ def test_processes_compute_what_one_does(tmp_path, schedules):
         y, *rest = lines["calls"]["leaves"]
         assert (y is None) == (process == 0)
         assert None not in rest
+        # Norms, and all that is gathered.
+        assert None not in lines["optimizer"]["leaves"]
         assert (lines["step"]["leaves"][-1] is None) == (process == 1)
-    differ = (
-        "the processes have made different calls: in process 1 the stages, the "
-        "instructions of the plan, what the layers compute differ from process 0; all "
-        "processes run the same script, with the same pipe, and make the same calls in "
-        "the same order"
-    )
-    assert told["disagree"] == [[differ], [differ]]
+    assert told["disagree"][0] == told["disagree"][1]
+    for text, differing in zip(told["disagree"][0], DIFFERING, strict=True):
+        assert text == (
+            "ValueError: the processes have made different calls: in process 1 "
+            f"{differing} differ from process 0; all processes run the same script, "
+            "with the same pipe, and make the same calls in the same order"
+        )
     (refused,) = told["calls"][0]
     assert told["calls"][1] == [refused]
     assert "over several processes was called under `jax.grad`" in refused
@@ -121,9 +123,18 @@ def test_processes_compute_what_one_does(tmp_path, schedules):
     assert "TypeError: a Pipe was called with the shape" in of_shape
     assert "x[0] is read on" in of_shape
     assert "ValueError: a Pipe was called with x[0] over devices of several" in of_part
-    of_three = run(tmp_path, 3, 1, [*MORE, "loaded"])
+    of_three = run(tmp_path, 3, 2, [*MORE, "chain", "loaded"])
     assert_computed(*of_three)
     assert_continued(alone, tmp_path, one, found, of_three[1])
+
+
+# What differs with another balance, schedule, layer and version.
+DIFFERING = [
+    "the stages, the instructions of the plan, what the layers compute",
+    "the schedule",
+    "what the layers compute",
+    "the versions of jax and fpipe",
+]
 
 
 def assert_continued(alone, folder, first, of_two, of_three):
@@ -151,7 +162,7 @@ MORE = ["by 1f1b", "split"]
 
 
 def test_four_processes_compute_what_one_does(tmp_path):
-    assert_computed(*run(tmp_path, 4, 1, [*MORE, "pairs"]))
+    assert_computed(*run(tmp_path, 4, 2, [*MORE, "pairs"]))
 
 
 def is_unfinished(folder):

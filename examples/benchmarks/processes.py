@@ -1,0 +1,208 @@
+"""The placed executor over two processes, beside scan and torch: a training step, the
+transfer of a boundary, and the time of the host per action.
+
+Model, sizes and clock are those of `two_processes.py`: 8 transformer blocks in float32,
+the loss and all gradients of a step, two processes that are each pinned to one core. In
+alternating rounds of one run:
+
+1. `fpipe.Pipe(executor="placed")` over both processes, for each schedule.
+2. The same pipe under `"scan"`.
+3. `torch.distributed.pipelining` on the same cores, without remat.
+4. The unpipelined steps of both libraries on the first core alone.
+
+`share` is the share of the ideal speed-up, `2 m / (m + 1)`, that a pipe has over the
+unpipelined step of its library; `over torch` is the time over that of torch's fastest
+pipeline. Then come, for each `m`:
+
+- the time of one transfer of a boundary, from its start to its arrival, while nothing
+  else runs;
+- the time that a process takes to issue a step, per action that it issues, of a model
+  whose programs take next to none, beside a pipe of two devices in one process.
+
+`--quick` only shows that everything runs.
+"""
+
+import argparse
+import os
+import pathlib
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+
+from two_processes import (
+    QUICK,
+    TORCH_SCHEDULES,
+    Row,
+    WorkerError,
+    Workers,
+    cpu_model,
+    ideal,
+    measure,
+    torch_python,
+    warm_up,
+)
+
+SCHEDULES = ("eager_1f1b", "1f1b", "interleaved_1f1b")
+
+
+def step_rows(args: argparse.Namespace) -> list[Row]:
+    """The steps that are compared."""
+    rows: list[Row] = []
+    for m in args.microbatches:
+        for checkpoint in args.checkpoints:
+            rows.append(("jax", "", checkpoint, m))
+            for schedule in args.schedules:
+                rows += [
+                    (library, schedule, checkpoint, m) for library in ("jax", "placed")
+                ]
+        if not args.no_torch:
+            rows += [
+                ("torch", schedule, "never", m) for schedule in ("", *TORCH_SCHEDULES)
+            ]
+    return rows
+
+
+def print_steps(seconds: dict[Row, float], m: int) -> None:
+    """A table of the steps with so many microbatches."""
+    rows = [row for row in seconds if row[-1] == m]
+    torch = [seconds[row] for row in rows if row[0] == "torch" and row[1]]
+    print(f"{'':44s} seconds   speed-up   ideal   share   over scan   over torch")
+    for row in rows:
+        library, schedule, checkpoint, _ = row
+        executor = "scan" if library == "jax" and schedule else library
+        label = f"{executor} {schedule or 'unpipelined'}"
+        line = f"{label + ', remat' * (checkpoint == 'always'):44s} {seconds[row]:7.3f}"
+        if not schedule:
+            print(line)
+            continue
+        base = "torch" if library == "torch" else "jax"
+        speed_up = seconds[base, "", checkpoint, m] / seconds[row]
+        top = ideal(schedule, m)
+        line += f"   {speed_up:8.2f}   {top:5.2f}   {speed_up / top:5.0%}"
+        scan = seconds.get(("jax", schedule, checkpoint, m))
+        line += f"   {seconds[row] / scan:9.2f}" if scan else " " * 12
+        if torch and checkpoint == "never":
+            line += f"   {seconds[row] / min(torch):10.2f}"
+        print(line.rstrip())
+
+
+def spans(workers: Workers, name: str, repeats: int) -> list[list[tuple[float, float]]]:
+    """From when to when each process took, for each repeat."""
+    workers.ask(f"warm {name}")
+    found = []
+    for _ in range(repeats):
+        answers = workers.ask(f"run {name}")
+        found.append([(float(start), float(end)) for start, end in answers])
+    return found
+
+
+def print_costs(workers: Workers, args: argparse.Namespace, m: int) -> None:
+    """The cost of a transfer and of the host, with so many microbatches."""
+    repeats = 10 * args.repeats
+    sent = spans(workers, f"transfer,never,{m}", repeats)
+    took = statistics.median(
+        max(end for _, end in both) - min(start for start, _ in both) for both in sent
+    )
+    size = args.batch // m * args.tokens * args.width * 4
+    print(f"a transfer of {size / 2**20:.2f} MiB: {1e3 * took:.2f} ms")
+    # A process issues F and B of each microbatch for each stage that it has.
+    for name, stages in (("host_of_two", 1), ("host_of_one", 2)):
+        of_first = [both[0] for both in spans(workers, f"{name},never,{m}", repeats)]
+        each = statistics.median(end - start for start, end in of_first)
+        actions = 2 * m * stages
+        where = "two processes" if stages == 1 else "one process"
+        print(f"host time in {where}: {1e6 * each / actions:.0f} us an action")
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    show = "(default: %(default)s)"
+    parser.add_argument("--width", type=int, default=512, help=f"by 8 {show}")
+    parser.add_argument("--batch", type=int, default=32, help=f"sequences {show}")
+    parser.add_argument("--tokens", type=int, default=128, help=f"of each {show}")
+    parser.add_argument(
+        "--microbatches", type=int, nargs="+", default=[8, 16], help="(default: 8 16)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help=f"rounds {show}")
+    parser.add_argument(
+        "--schedules",
+        nargs="+",
+        choices=SCHEDULES,
+        default=["eager_1f1b"],
+        help="(default: eager_1f1b)",
+    )
+    modes = ("never", "always")
+    parser.add_argument(
+        "--checkpoints", nargs="+", choices=modes, default=["never"], help=show
+    )
+    venv = pathlib.Path.home() / ".cache" / "fpipe" / "torch-venv"
+    parser.add_argument("--torch-venv", type=pathlib.Path, default=venv, help=show)
+    parser.add_argument("--no-torch", action="store_true", help="leave torch out")
+    parser.add_argument(
+        "--timeout", type=float, default=600, help=f"seconds for a worker {show}"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, one round")
+    if parser.parse_args().quick:
+        parser.set_defaults(**QUICK)  # what is given on the command line still counts
+    args = parser.parse_args()
+    if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
+        parser.exit(2, "this needs Linux and two cores, to pin processes to cores\n")
+    if args.width < 8 or args.width % 8:
+        parser.exit(2, f"--width {args.width}: a multiple of 8\n")
+    for m in args.microbatches:
+        if m < 2 or m % 2 or args.batch % m:
+            parser.exit(
+                2, f"--microbatches {m}: even, and a divisor of --batch {args.batch}\n"
+            )
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    pythons = {"jax": sys.executable, "placed": sys.executable}
+    if not args.no_torch:
+        pythons["torch"] = torch_python(args.torch_venv.expanduser(), args.timeout)
+    options = {key: getattr(args, key) for key in ("width", "batch", "tokens")}
+    workers: dict[str, Workers] = {}
+    try:
+        versions = {}
+        for library, python in pythons.items():
+            workers[library] = Workers(library, python, cores, options, args.timeout)
+            versions[" ".join(workers[library].ask()[0])] = None
+        print(
+            f"{', '.join(versions)}, Python {platform.python_version()}, "
+            f"{cpu_model()}, {os.cpu_count()} cores, workers on "
+            f"cores {cores[0]} and {cores[1]}\n8 blocks, width {args.width}, "
+            f"{args.batch} x {args.tokens} tokens, "
+            f"float32; medians of {args.repeats} alternating rounds",
+            flush=True,
+        )
+        rows = step_rows(args)
+        warm_up(rows, workers)
+        seconds = measure(rows, workers, args.repeats)
+        for m in args.microbatches:
+            print(f"\nm={m}, microbatches of {args.batch // m} x {args.tokens} tokens")
+            print_steps(seconds, m)
+            print_costs(workers["placed"], args, m)
+    finally:
+        for pair in workers.values():
+            pair.close()
+
+
+def main() -> None:
+    args = parsed()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    except (WorkerError, subprocess.SubprocessError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
