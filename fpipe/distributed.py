@@ -27,7 +27,11 @@ from fpipe._core import watchdog
 from fpipe._core.checks import is_number
 from fpipe._core.errors import shown
 from fpipe._core.processes import meet
-from fpipe._core.pytrees import is_traced
+from fpipe._core.pytrees import PyTree, is_traced, pack
+from fpipe._core.settings import explicit_transfers
+from fpipe._executors.scan.packing import Packed
+from fpipe._executors.transfers import spread_evenly
+from fpipe._split.stacks import joined
 
 _ADDRESS = "FPIPE_TRANSFER_ADDRESS"
 
@@ -130,6 +134,40 @@ def watched(tree: _T, what: str = "the results of a step") -> _T:
     for array in arrays:
         watchdog.expect(array, lambda: what)
     return tree
+
+
+def spread(tree: PyTree) -> PyTree:
+    """The arrays of a placed pipe, each over all devices of all processes.
+
+    It is for checkpoints of a model that is too large to be gathered. A library that
+    saves arrays over several processes, such as orbax, then has every process write
+    its parts; arrays as a placed pipe has them it refuses. All processes call it. No
+    device holds a whole array, unless no axis of it can be divided.
+
+    `pipe.place` and `fpipe.optim.place` take such arrays, of any number of processes.
+
+    Arguments:
+        tree: parameters, states or gradients of a placed pipe, or a state of
+            `per_stage`.
+
+    Returns:
+        The same tree, with whole leaves in place of `fpipe.RowBlocks`. An array is cut
+        along its longest axis that the number of devices divides, and is whole on each
+        device if there is none.
+
+    Raises:
+        TypeError: an `fpipe.Packed` is given, or it was called inside `jax.jit`.
+    """
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Packed))
+    if is_traced(tree) or any(isinstance(node, Packed) for node in nodes):
+        raise TypeError(
+            "`fpipe.distributed.spread(tree)`: it is for arrays of a placed pipe, "
+            "outside of `jax.jit`. An `fpipe.Packed` lies over all devices already; "
+            "save it as it is, or save `pipe.gather(params)`"
+        )
+    arrays, spec = pack(tree)
+    with explicit_transfers():
+        return joined(spec.unpack(spread_evenly(arrays)))
 
 
 def shutdown() -> None:

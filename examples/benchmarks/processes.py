@@ -9,10 +9,13 @@ alternating rounds of one run:
 2. The same pipe under `"scan"`.
 3. `torch.distributed.pipelining` on the same cores, without remat.
 4. The unpipelined steps of both libraries on the first core alone.
+5. The unpipelined step of JAX in both processes at once, each with the whole batch.
 
 `share` is the share of the ideal speed-up, `2 m / (m + 1)`, that a pipe has over the
-unpipelined step of its library; `over torch` is the time over that of torch's fastest
-pipeline. Then come, for each `m`:
+unpipelined step of its library. No pipe can have more than the share of 5: what two
+busy cores lose to each other (memory, clock rate, threads of one core). `of cores` is
+the share over that. `over torch` is the time over that of torch's fastest pipeline.
+Then come, for each `m`:
 
 - the time of one transfer of a boundary, from its start to its arrival, while nothing
   else runs;
@@ -45,6 +48,7 @@ from two_processes import (
 )
 
 SCHEDULES = ("eager_1f1b", "1f1b", "interleaved_1f1b")
+IN_BOTH = "in_both"
 
 
 def step_rows(args: argparse.Namespace) -> list[Row]:
@@ -52,14 +56,15 @@ def step_rows(args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     for m in args.microbatches:
         for checkpoint in args.checkpoints:
-            rows.append(("jax", "", checkpoint, m))
+            rows += [("jax", "", checkpoint, m), ("jax", IN_BOTH, checkpoint, m)]
             for schedule in args.schedules:
                 rows += [
                     (library, schedule, checkpoint, m) for library in ("jax", "placed")
                 ]
         if not args.no_torch:
             rows += [
-                ("torch", schedule, "never", m) for schedule in ("", *TORCH_SCHEDULES)
+                ("torch", schedule, "never", m)
+                for schedule in ("", *args.torch_schedules)
             ]
     return rows
 
@@ -68,23 +73,28 @@ def print_steps(seconds: dict[Row, float], m: int) -> None:
     """A table of the steps with so many microbatches."""
     rows = [row for row in seconds if row[-1] == m]
     torch = [seconds[row] for row in rows if row[0] == "torch" and row[1]]
-    print(f"{'':44s} seconds   speed-up   ideal   share   over scan   over torch")
+    columns = "seconds  speed-up  ideal  share  of cores  over scan  over torch"
+    print(f"{'':36s} {columns}")
     for row in rows:
         library, schedule, checkpoint, _ = row
-        executor = "scan" if library == "jax" and schedule else library
-        label = f"{executor} {schedule or 'unpipelined'}"
-        line = f"{label + ', remat' * (checkpoint == 'always'):44s} {seconds[row]:7.3f}"
-        if not schedule:
-            print(line)
-            continue
-        base = "torch" if library == "torch" else "jax"
-        speed_up = seconds[base, "", checkpoint, m] / seconds[row]
-        top = ideal(schedule, m)
-        line += f"   {speed_up:8.2f}   {top:5.2f}   {speed_up / top:5.0%}"
-        scan = seconds.get(("jax", schedule, checkpoint, m))
-        line += f"   {seconds[row] / scan:9.2f}" if scan else " " * 12
-        if torch and checkpoint == "never":
-            line += f"   {seconds[row] / min(torch):10.2f}"
+        took = seconds[row]
+        executor = "scan" if library == "jax" and schedule in SCHEDULES else library
+        label = f"{executor} {schedule.replace('_both', ' both') or 'unpipelined'}"
+        line = f"{label + ', remat' * (checkpoint == 'always'):36s} {took:7.3f}"
+        of = "torch" if library == "torch" else "jax"
+        base = seconds[of, "", checkpoint, m]
+        if schedule == IN_BOTH:
+            line += f"  {'':8s}  {'':5s}  {base / took:5.0%}"
+        elif schedule:
+            top = ideal(schedule, m)
+            both = base / seconds["jax", IN_BOTH, checkpoint, m]
+            share = base / took / top
+            line += f"  {base / took:8.2f}  {top:5.2f}  {share:5.0%}"
+            line += f"  {share / both:8.0%}" if library != "torch" else " " * 10
+            scan = seconds.get(("jax", schedule, checkpoint, m))
+            line += f"  {took / scan:9.2f}" if scan else " " * 11
+            if torch and checkpoint == "never":
+                line += f"  {took / min(torch):10.2f}"
         print(line.rstrip())
 
 
@@ -140,6 +150,13 @@ def parsed() -> argparse.Namespace:
         "--checkpoints", nargs="+", choices=modes, default=["never"], help=show
     )
     venv = pathlib.Path.home() / ".cache" / "fpipe" / "torch-venv"
+    parser.add_argument(
+        "--torch-schedules",
+        nargs="+",
+        choices=TORCH_SCHEDULES,
+        default=TORCH_SCHEDULES,
+        help="(default: all)",
+    )
     parser.add_argument("--torch-venv", type=pathlib.Path, default=venv, help=show)
     parser.add_argument("--no-torch", action="store_true", help="leave torch out")
     parser.add_argument(

@@ -79,6 +79,26 @@ def own_copy(array: Any) -> Any:
     return array
 
 
+def whole_here(array: Any) -> Any:
+    """An array of this process, of one that has devices in all of them. Every process
+    calls it, with the same arrays in the same order.
+    """
+    if not isinstance(array, jax.Array) or is_traced(array):
+        return array
+    sharding = array.sharding
+    if not is_shared(sharding) or len(processes_of(sharding)) < jax.process_count():
+        return array
+    if not array.is_fully_replicated:
+        array = _reshard_to(NamedSharding(sharding.mesh, P()))(array)
+    return array.addressable_data(0)
+
+
+def host_copy(array: Any) -> Any:
+    """`whole_here` in the host's memory; another array stays where it is."""
+    whole = whole_here(array)
+    return array if whole is array else np.asarray(whole)
+
+
 def lay(array: Any, target: Sharding) -> jax.Array:
     """An array on devices of several processes, each of which gives all of it.
 

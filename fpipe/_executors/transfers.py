@@ -22,12 +22,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from fpipe._core.meshes import is_explicit
 from fpipe._core.processes import (
+    Link,
+    connect,
     ghost,
+    is_ghost,
     is_here,
     is_shared,
     lay,
@@ -263,8 +267,43 @@ def bring_across(
     ]
     parts: list[Any] = []
     for array, to in zip(arrays, sendings, strict=True):
-        parts += _cutter(to)(array) if to.cuts else [array]
+        if to.cuts and is_ghost(array):
+            shapes = [tuple(b - a for a, b in cut) for cut in to.cuts]
+            parts += [ghost(shape, array.dtype, to.made) for shape in shapes]
+        else:
+            parts += _cutter(to)(array) if to.cuts else [array]
     return send_across(sendings, parts, describe)
+
+
+def spread_evenly(arrays: Sequence[Any]) -> list[Any]:
+    """Arrays over all devices of all processes, each along the longest axis that can be
+    divided. Every process calls it, with the same arrays; what is no array of JAX
+    stays.
+    """
+    mesh = Mesh(np.array(jax.devices()), "device")
+    spread = list(arrays)
+    for n, array in enumerate(arrays):
+        if not isinstance(array, jax.Array):
+            continue
+        axes = [k for k, size in enumerate(array.shape) if size % mesh.size == 0]
+        along = max(axes, key=lambda k: array.shape[k], default=None)
+        spec = P() if along is None else P(*[None] * along, "device")
+        target = NamedSharding(mesh, spec)
+        if array.sharding.device_set == target.device_set:
+            spread[n] = lay(array, target)
+            continue
+        connect(
+            Link(source, device)
+            for source in sorted(array.sharding.device_set, key=lambda d: d.id)
+            for device in jax.devices()
+            if source.process_index != device.process_index
+        )
+        (spread[n],) = bring_across([array], [target], _spreading)
+    return spread
+
+
+def _spreading() -> str:
+    return "arrays that are spread over all devices"
 
 
 def joined(

@@ -16,7 +16,7 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fpipe._core.processes import fetch
+from fpipe._core.processes import fetch, host_copy, whole_here
 from fpipe._core.pytrees import Bundle, PyTree, is_array, is_traced, pack
 from fpipe._core.settings import explicit_transfers
 from fpipe._executors.placement import Device, Placement
@@ -145,6 +145,7 @@ def place(
         # Whole on all devices of the mesh first: then `jit` runs there, and each device
         # cuts out its block. Arrays on one device alone would be refused beside a mesh.
         if mesh is not None and not is_traced((state, params)):
+            arrays = list(map(host_copy, arrays))
             arrays = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec()))
         templates = templates_of(params)
         return jax.jit(lambda a: pack_state(spec.unpack(a), templates, mesh))(arrays)
@@ -164,7 +165,7 @@ def place(
             like = None if parameter is None else arrays[parameter]
             lies = lies_like(leaf.shape, device, like)
             put = place.take if donate else place.own
-            leaves[n] = put([leaf], None if lies is None else [lies])[0]
+            leaves[n] = put([whole_here(leaf)], None if lies is None else [lies])[0]
     return treedef.unflatten(leaves)
 
 

@@ -17,6 +17,7 @@ import optax
 import orbax.checkpoint as ocp
 
 import fpipe
+import fpipe.distributed
 import fpipe.optim
 from tests.helpers import WIDTH, counter, dense, mse
 
@@ -84,9 +85,27 @@ class Run:
         with ocp.CheckpointManager(folder.absolute()) as manager:
             manager.save(step, args=ocp.args.StandardSave(self.canonical))
 
-    def load(self, folder: pathlib.Path, step: int):
+    @property
+    def spread(self):
+        """The same, and no device or process has all of it."""
+        tree = {
+            "params": self.params,
+            "state": self.state,
+            "moments": self.moments,
+            "key": np.asarray(jax.random.key_data(self.key)),
+        }
+        return fpipe.distributed.spread(tree)
+
+    def save_spread(self, folder: pathlib.Path, step: int):
         with ocp.CheckpointManager(folder.absolute()) as manager:
-            saved = manager.restore(step, args=ocp.args.StandardRestore(self.canonical))
+            manager.save(step, args=ocp.args.StandardSave(self.spread))
+
+    def load(self, folder: pathlib.Path, step: int, spread: bool = False):
+        like = self.spread if spread else self.canonical
+        with ocp.CheckpointManager(folder.absolute()) as manager:
+            saved = manager.restore(step, args=ocp.args.StandardRestore(like))
+        if spread:
+            saved["state"] = self.pipe.gather_state(saved["state"])
         self.params = self.pipe.place(saved["params"])
         self.state = saved["state"]
         self.moments = fpipe.optim.place(saved["moments"], self.params, self.tx)
@@ -104,6 +123,7 @@ def continued(folder: pathlib.Path):
     run.train(2)
     run.save(folder / "two", 2)
     found.append(run.canonical)
+    run.save_spread(folder / "spread", 2)
     scan = Run(devices[:: len(devices) // 2], [3, 1], executor="scan")
     scan.load(folder / "two", 2)
     return [*found, scan.canonical]
@@ -116,6 +136,8 @@ def loaded(folder: pathlib.Path):
     run = Run(devices[:: len(devices) // count], [1] * (count - 1) + [5 - count])
     run.load(folder / "two", 2)
     found = [run.canonical]
+    run.load(folder / "spread", 2, spread=True)
+    found.append(run.canonical)
     run.train(3)
     return [*found, run.canonical]
 

@@ -147,14 +147,16 @@ def assert_continued(alone, folder, first, of_two, of_three):
     """
     alone.load(folder / "two", 2)
     saved = alone.canonical
+    alone.load(folder / "spread", 2)
+    assert_same(alone.canonical, saved, 0)
     for lines in of_two:
         loaded, *both = decoded(lines["continued"]["leaves"], [first] * 3)
         assert_same(loaded, first, 0)
         assert_same(both, [saved] * 2, 0)
     alone.train(3)
     for lines in of_three:
-        loaded, trained = decoded(lines["loaded"]["leaves"], [first] * 2)
-        assert_same(loaded, saved, 0)
+        *both, trained = decoded(lines["loaded"]["leaves"], [first] * 3)
+        assert_same(both, [saved] * 2, 0)
         assert_same(trained, alone.canonical)
 
 

@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, Sharding
 from fpipe._core.caches import Key, Recent
 from fpipe._core.errors import shown, warn
 from fpipe._core.meshes import is_explicit, no_mesh, set_aside
-from fpipe._core.processes import fetch, own_copy
+from fpipe._core.processes import fetch, is_ghost, own_copy, whole_here
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
@@ -33,6 +33,7 @@ from fpipe._core.pytrees import (
     eval_shape,
     is_array,
     is_inexact,
+    map_arrays,
     pack,
     shapes_of,
 )
@@ -199,7 +200,25 @@ class Placed:
 
     def place(self, params: Sequence[PyTree], donate: bool) -> tuple[PyTree, ...]:
         """The parameters of each layer on its device."""
-        return tuple(self._at_home(k, p, own=not donate) for k, p in enumerate(params))
+        placed = []
+        for k, tree in enumerate(params):
+            # All processes come by here, layer by layer.
+            own = map_arrays(whole_here, tree)
+            self._refuse_ghosts(k, own)
+            placed.append(self._at_home(k, own, own=not donate))
+        return tuple(placed)
+
+    def _refuse_ghosts(self, layer: int, params: PyTree) -> None:
+        """Refuse arrays that another process has, and this one is to get: it would wait
+        for a process that sends nothing.
+        """
+        if self.layout.home(layer).is_here and any(map(is_ghost, pack(params)[0])):
+            name = self.stages[0].model.layers[layer].name
+            raise ValueError(
+                f"`place(params)`: params of layer {layer} {name!r} are in another "
+                "process; gather them in all processes with the pipe that has placed "
+                "them: `pipe.place(other.gather(params))`"
+            )
 
     def _at_home(self, layer: int, params: PyTree, own: bool) -> PyTree:
         """The parameters of a layer where it lives, cut over its mesh as they say."""

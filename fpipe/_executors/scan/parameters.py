@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from fpipe._core.caches import Key, Recent
 from fpipe._core.meshes import is_explicit, no_mesh
+from fpipe._core.processes import host_copy
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
@@ -183,6 +184,9 @@ class Parameters:
         shards: list[list[Any]] = [[] for _ in packing.rows]
         lie = self.shardings(packing)
         leaves = [pack(own)[0] for own in params]
+        if self.mesh.is_multi_process:
+            # All processes come by here. On the host there is room for all layers.
+            leaves = [list(map(host_copy, own)) for own in leaves]
         for place, devices in enumerate(self._columns):
             # Each process makes the blocks of its own devices. It may have arrays for
             # their layers alone: of the others `make` returns shapes.
