@@ -51,21 +51,18 @@ SCHEDULES = ("eager_1f1b", "1f1b", "interleaved_1f1b")
 IN_BOTH = "in_both"
 
 
-def step_rows(args: argparse.Namespace) -> list[Row]:
-    """The steps that are compared."""
+def step_rows(args: argparse.Namespace, m: int) -> list[Row]:
+    """The steps with so many microbatches that are compared."""
     rows: list[Row] = []
-    for m in args.microbatches:
-        for checkpoint in args.checkpoints:
-            rows += [("jax", "", checkpoint, m), ("jax", IN_BOTH, checkpoint, m)]
-            for schedule in args.schedules:
-                rows += [
-                    (library, schedule, checkpoint, m) for library in ("jax", "placed")
-                ]
-        if not args.no_torch:
+    for checkpoint in args.checkpoints:
+        rows += [("jax", "", checkpoint, m), ("jax", IN_BOTH, checkpoint, m)]
+        for schedule in args.schedules:
             rows += [
-                ("torch", schedule, "never", m)
-                for schedule in ("", *args.torch_schedules)
+                (library, schedule, checkpoint, m) for library in ("jax", "placed")
             ]
+    if not args.no_torch:
+        of_torch = ("", *args.torch_schedules)
+        rows += [("torch", schedule, "never", m) for schedule in of_torch]
     return rows
 
 
@@ -198,13 +195,14 @@ def run(args: argparse.Namespace) -> None:
             f"float32; medians of {args.repeats} alternating rounds",
             flush=True,
         )
-        rows = step_rows(args)
-        warm_up(rows, workers)
-        seconds = measure(rows, workers, args.repeats)
         for m in args.microbatches:
+            rows = step_rows(args, m)
+            warm_up(rows, workers)
+            seconds = measure(rows, workers, args.repeats)
             print(f"\nm={m}, microbatches of {args.batch // m} x {args.tokens} tokens")
             print_steps(seconds, m)
             print_costs(workers["placed"], args, m)
+            sys.stdout.flush()
     finally:
         for pair in workers.values():
             pair.close()

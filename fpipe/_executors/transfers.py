@@ -74,6 +74,14 @@ class Sending:
         """How many arrays are sent."""
         return max(1, len(self.cuts))
 
+    @functools.cached_property
+    def goes_at_once(self) -> bool:
+        """Whether one `device_put` sends all shards to other processes: JAX refuses it
+        where a process is on both ends.
+        """
+        ends = processes_of(self.made), processes_of(self.target)
+        return self.copies is None and ends[0].isdisjoint(ends[1])
+
     def shape(self, part: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the array, from that of the first part."""
         if not self.cuts:
@@ -175,27 +183,19 @@ def send_across(
     whole: list[Any] = []
     targets: list[Sharding] = []
     for to, parts in zip(sendings, of_each, strict=True):
-        if _goes_at_once(to):
+        if to.goes_at_once:
             whole += parts
             targets.append(to.target)
     put = iter(put_across(whole, targets, describe, owned))
     sent: list[Any] = []
     for to, parts in zip(sendings, of_each, strict=True):
-        if _goes_at_once(to):
+        if to.goes_at_once:
             sent.append(next(put))
         elif to.copies is None:
             sent.append(_shard_by_shard(to, parts[0], describe, owned))
         else:
             sent.append(_copied(to, parts, to.copies, describe))
     return sent
-
-
-def _goes_at_once(to: Sending) -> bool:
-    """Whether one `device_put` sends all shards: JAX refuses it where a process is on
-    both ends.
-    """
-    ends = processes_of(to.made), processes_of(to.target)
-    return to.copies is None and ends[0].isdisjoint(ends[1])
 
 
 def _shard_by_shard(to: Sending, array: Any, describe: Describe, owned: bool) -> Any:

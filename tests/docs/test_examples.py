@@ -181,6 +181,20 @@ def test_the_benchmark_of_schedules_runs(timed):
     assert re.search(r"^tiny stages, host us an action +\d", done.stdout, re.MULTILINE)
 
 
+# Its clock is that of the benchmark below, and to compile all steps takes a minute.
+@pytest.mark.full
+def test_the_benchmark_of_processes_runs():
+    small = ["--width", 8, "--batch", 2, "--tokens", 4, "--microbatches", 2]
+    done = run("examples/benchmarks/processes.py", *small, "--repeats", 1, "--no-torch")
+    assert done.returncode == 0, done.stderr
+    rows = r"^(scan|placed) eager_1f1b +\d\S+ +\d\S+ +1\.33 +\d+% +\d+% +\d+\.\d\d$"
+    assert re.findall(rows, done.stdout, re.MULTILINE) == ["scan", "placed"]
+    assert re.search(r"^a transfer of 0\.00 MiB: \d", done.stdout, re.MULTILINE)
+    for where in ("two processes", "one process"):
+        row = rf"^host time in {where}: \d+ us an action$"
+        assert re.search(row, done.stdout, re.MULTILINE), where
+
+
 def test_the_benchmark_of_two_processes_runs():
     flags = [
         "--quick",
