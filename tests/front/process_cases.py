@@ -112,7 +112,7 @@ def reference(case, loss=mse, given=None):
 
 def called(devices):
     """Calls without gradients; a process gives shapes of what it does not read. JAX
-    differentiates none.
+    differentiates none, and nobody places what another one has.
     """
     pipe = pipe_of(PLAIN, devices)
     params = pipe.place(PLAIN.params())
@@ -123,8 +123,12 @@ def called(devices):
     t = t if last else shape_of(t)
     y = pipe(params, x)
     loss, aux = pipe.evaluate(loss_and_rows, has_aux=True)(params, x, t)
-    told = told_of(lambda: jax.grad(lambda p: jnp.sum(pipe(p, PLAIN.x)))(params))
-    return [told], (y, loss, aux)
+    turned = pipe_of(PLAIN, devices[::-1])
+    told = [
+        told_of(lambda: jax.grad(lambda p: jnp.sum(pipe(p, PLAIN.x)))(params)),
+        told_of(lambda: turned.place(params)),
+    ]
+    return told, (y, loss, aux)
 
 
 def called_reference():
