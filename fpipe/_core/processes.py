@@ -89,6 +89,7 @@ def whole_here(array: Any) -> Any:
     if not is_shared(sharding) or len(processes_of(sharding)) < jax.process_count():
         return array
     if not array.is_fully_replicated:
+        assert isinstance(sharding, NamedSharding)
         array = _reshard_to(NamedSharding(sharding.mesh, P()))(array)
     return array.addressable_data(0)
 

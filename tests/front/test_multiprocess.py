@@ -165,6 +165,8 @@ def test_the_example_is_preempted_and_continues(tmp_path, monkeypatch):
     flags = [*TINY, "--timeout", str(HANG), "--checkpoints", str(tmp_path / "run")]
     with launched(*flags, "--executor", "placed", "--steps", "1000000") as run:
         launcher, pids = run
+        assert launcher.stdout is not None
+        assert launcher.stderr is not None
         text = ""
         while not losses(text):
             line = launcher.stdout.readline()

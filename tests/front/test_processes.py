@@ -109,6 +109,7 @@ def test_processes_compute_what_one_does(tmp_path, schedules):
         *sorted(
             f"{kind}({s},{i}) on {s}" for kind in "BF" for s in (0, 1) for i in range(4)
         ),
+        *[f"R(0,{i}) on 0" for i in range(3)],
         *["0 to 1: 32"] * 4,
         *["1 to 0: 32"] * 4,
         "1 to 0: 4",
