@@ -99,6 +99,8 @@ def check_dependencies(timeline, stages):
             needs = [Action("F", s - 1, i)]
         elif kind == "W":
             needs = [Action("I", s, i)]
+        elif kind == "R":
+            needs = [Action("F", s, i)]
         else:
             needs = [
                 Action("F", s, i),
@@ -312,11 +314,11 @@ def test_a_forward_and_its_pull_back_are_one_timeline(executor):
         y, pull = jax.vjp(lambda p: pipe(p, x), params)
         first, again = pull(y), pull(y)
     # Of the first stage and the first microbatch `"placed"` recomputes apart.
-    again = executor == "placed"
-    assert [len(call.events) for call in timeline.calls] == [8 + again, 4 + again]
+    apart = executor == "placed"
+    assert [len(call.events) for call in timeline.calls] == [8 + apart, 4 + apart]
     assert [e.action.kind for e in timeline.calls[0].events].count("F") == 4
     # The last call.
-    assert {e.action.kind for e in timeline.events} == {"B", *"R" * again}
+    assert {e.action.kind for e in timeline.events} == {"B", *"R" * apart}
     jax.tree.map(np.testing.assert_array_equal, first, again)
     check_dependencies(timeline.calls[0], 2)
 
