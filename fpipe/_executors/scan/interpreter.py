@@ -3,22 +3,7 @@ mesh axis `"stage"`.
 
 In: a `Machine`, and the arrays of a call. Out: outputs, gradients and states.
 
-What a device holds from tick to tick is its *carry*, a dictionary from the names of
-buffers (see `machine.py`) to their arrays:
-
-    WireName("forward", 0)    a pool          arrays with an axis of slots
-    SavedPool("core", True)   a pool          arrays with an axis of slots
-    HostSlots(SavedPool(...)) of a pool       its arrays that are on the host
-    CopiedSlots(SavedPool())  of a pool       what an `O` has copied to the host
-    Outbox(WireName(...))     an outbox       the arrays of one bundle
-    InTransit(feed)           a feed          the arrays of one microbatch
-    Turn()                    see `_move_in_turn` a number
-    Reads(SavedPool(...))     in a tick       a number, see `_after_reads`
-    ClockToken()              for a clock     a number
-    OutputBuffer(loss[0])     an output       an array with an axis of microbatches
-    RowGradient(0)            a gradient      an array, the sum so far
-    StateBlock(0)             a state         an array
-    StateMaximum(0)           a state         an array, the maximum so far
+What a device holds from tick to tick is its *carry*, see `carry.py`.
 
 Every operation is a `lax.cond` whose other branch passes its buffers on. XLA then
 updates them in place; a `lax.switch` over several operations would copy every buffer at
@@ -36,10 +21,8 @@ table are traced arrays by then. So the `carry` that the methods change in place
 dictionary of tracers, and the program holds what they leave in it.
 """
 
-import dataclasses
 import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -49,26 +32,32 @@ from jax.sharding import PartitionSpec as P
 
 from fpipe._core.pytrees import on_host
 from fpipe._executors.placement import Unshard
+from fpipe._executors.scan.carry import (
+    Buffer,
+    Carry,
+    ClockToken,
+    CopiedSlots,
+    HostSlots,
+    InTransit,
+    Reads,
+    Staged,
+    Turn,
+    pool_arrays,
+)
 from fpipe._executors.scan.clock import Clock
+from fpipe._executors.scan.computing import Computer
 from fpipe._executors.scan.machine import (
     Add,
-    BorrowedParameter,
     FedPiece,
     Feed,
     Held,
     InputGradient,
-    InputPiece,
-    InputRows,
-    InputStack,
     LoanGradient,
     Machine,
     Maximise,
-    Number,
     Op,
     Outbox,
     OutputBuffer,
-    Parameter,
-    Part,
     PhaseCode,
     PoolName,
     Put,
@@ -76,118 +65,29 @@ from fpipe._executors.scan.machine import (
     Send,
     SetState,
     SetStatePart,
-    Source,
-    State,
     StateBlock,
     StateMaximum,
-    StatePart,
     SummedGradient,
     TableOp,
     TableReturn,
     TableWire,
-    WholeInput,
     Write,
 )
-from fpipe._executors.scan.mesh import waits_for_all
-from fpipe._executors.scan.packing import Row
-from fpipe._executors.scan.storage import (
-    Storage,
-    as_stored,
-    from_stored,
-    is_key,
-    stored_shape,
+from fpipe._executors.scan.reading import (
+    Given,
+    GivenInputs,
+    Reader,
+    beginning,
+    unsharded,
 )
+from fpipe._executors.scan.storage import Storage, as_stored, from_stored, stored_shape
+from fpipe._executors.scan.summing import GradientSums, combined, everywhere
 from fpipe._executors.stage_places import AXIS
 from fpipe._model.loss import sum_dtype
-from fpipe._model.specs import axes_in, without_axes
-from fpipe._model.stages import Leaf
-from fpipe._program.control_flow import has_own_devices
-from fpipe._program.graph import Bind, bind
 from fpipe._program.host_calls import Failures, Logged
 from fpipe._program.over_mesh import devices_over
-from fpipe._program.row_sums import (
-    RowSum,
-    add_parts,
-    find_row_sum,
-    sum_rows_apart,
-    values_read,
-)
-from fpipe._program.whole_axes import WholeAxes
 
 Array: TypeAlias = jax.Array
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class InTransit:
-    """What a feed has on its way."""
-
-    feed: Feed
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class HostSlots:
-    """Those arrays of a pool that are in the host's memory."""
-
-    pool: PoolName
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class CopiedSlots:
-    """The slots of a pool in the host's memory, for bundles that wait there."""
-
-    pool: PoolName
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Staged:
-    """What goes to a slot on the host at the end of the phase: arrays, still on the
-    device, and behind them the number of the slot.
-    """
-
-    pool: PoolName
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Turn:
-    """A number that keeps the collectives of a tick in one order, see
-    `_move_in_turn`. It is always zero, which XLA cannot know.
-    """
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Reads:
-    """A number from the operations that have read a pool since it was changed last, in
-    the same tick: see `_after_reads`. It is always zero, too.
-    """
-
-    pool: PoolName
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ClockToken:
-    """What goes from one call of the clock to the next, to keep their order."""
-
-
-Buffer: TypeAlias = (
-    PoolName
-    | HostSlots
-    | CopiedSlots
-    | Staged
-    | Outbox
-    | InTransit
-    | Turn
-    | Reads
-    | ClockToken
-    | OutputBuffer
-    | SummedGradient
-    | StateBlock
-    | StateMaximum
-)
-Carry: TypeAlias = dict[Buffer, Any]
-
-
-# What a call gives: inputs as they are, and pieces of those that are cut.
-GivenInputs: TypeAlias = Mapping[Leaf | InputStack, Array]
 
 
 class SegmentResult(NamedTuple):
@@ -207,22 +107,6 @@ class SegmentResult(NamedTuple):
     state: list[Array]
     made: dict[int, Array]
     left: list[list[Array]]
-
-
-class _Given(NamedTuple):
-    """What the operations of a phase take from outside.
-
-    Attributes:
-        params: the device's block of each row.
-        loans: the parameters that are lent.
-        inputs: the call's inputs.
-        fed: what feeds have brought.
-    """
-
-    params: Sequence[Array]
-    loans: Sequence[Array]
-    inputs: GivenInputs
-    fed: dict[FedPiece, Array]
 
 
 def own_zeros() -> Iterator[Array]:
@@ -304,19 +188,12 @@ class Interpreter:
         # and would carry zeros.
         ops = [entry.op for phase in self.segment.phases for entry in phase.ops]
         changed = dict.fromkeys(t.buffer for op in ops for t in op.targets)
-        self.gradients: list[SummedGradient] = [
-            buffer
-            for buffer in changed
-            if isinstance(buffer, RowGradient | LoanGradient | InputGradient)
-        ]
+        self.sums = GradientSums(machine, mesh, data, unshard, ops)
         self.outputs = [buffer for buffer in machine.outputs if buffer in changed]
         self.states: list[StateBlock] = []
         if machine.state is not None:
             self.states = [StateBlock(r) for r in range(len(machine.state.rows))]
         self.maxima = [buffer for buffer in changed if isinstance(buffer, StateMaximum)]
-        self.parts = self._find_row_sums(ops)
-        # The axes that are left to XLA.
-        self._free = {n: s for n, s in mesh.shape.items() if n != AXIS}
         # An exception in a layer's callback waits until all devices can raise it. To
         # ask whether there was one takes a callback that returns something, and JAX
         # refuses such callbacks over a mesh that has other axes too.
@@ -324,6 +201,8 @@ class Interpreter:
         if any(op.code is not None and op.code.guard is not None for op in ops):
             count = len(mesh.local_devices)
             self.failures = Failures(count) if self.alone else Logged()
+        self.reader = Reader(machine, mesh, data, self.storage)
+        self.computer = Computer(self.sums, self.failures)
 
     # --- outside the mesh ---
 
@@ -347,7 +226,7 @@ class Interpreter:
         # has: that goes back to the owner's block before it leaves the mesh.
         whole: list[SummedGradient] = []
         rows = set[int]()
-        for gradient in self.gradients:
+        for gradient in self.sums.gradients:
             if isinstance(gradient, InputGradient):
                 whole.append(gradient)
             elif isinstance(gradient, LoanGradient):
@@ -374,12 +253,15 @@ class Interpreter:
             states = None if state is None else [a[0] for a in state]
             carry = self._scan(table[0], blocks, states, arrays, before)
             # Behind the loop the devices bring together what they have made.
-            outputs = [self._everywhere(carry[buffer]) for buffer in self.outputs]
-            gradients = self._add_up(carry, [*of_rows, *whole])
+            outputs = [
+                everywhere(carry[buffer], self.machine.devices)
+                for buffer in self.outputs
+            ]
+            gradients = self.sums.add_up(carry, [*of_rows, *whole])
             after: list[list[Array]] = []
             if not self.last:
                 after = [
-                    [a[None] for a in self._pool(name, carry)]
+                    [a[None] for a in pool_arrays(name, carry)]
                     for name in self.machine.pools
                 ]
                 after += [[carry[block][None]] for block in self.states]
@@ -424,32 +306,6 @@ class Interpreter:
 
     # --- on one device ---
 
-    def _unsharded(self, block: Array) -> Array:
-        """A flat block, whole on each device of the other axes.
-
-        XLA would shard it as the rows of a batch are, or as some parameter is, and
-        shift its ends between devices where an array is cut out. On CPUs such a
-        `collective-permute` waits for all devices of the mesh, those of other stages
-        too, which do something else: a deadlock. A gather waits for the devices of its
-        own stage alone.
-        """
-        if len(self.mesh.axis_names) == 1 or block.ndim != 1 or is_key(block.dtype):
-            return block
-        return jax.lax.with_sharding_constraint(block, P())
-
-    def _state(self, row: int, shape: tuple[int, ...], carry: Carry) -> Array:
-        """A state, out of its block."""
-        assert self.machine.state is not None
-        packed = self.machine.state.rows[row]
-        return self._taken(packed, carry[StateBlock(row)], shape)
-
-    def _taken(self, row: Row, block: Array, shape: tuple[int, ...]) -> Array:
-        """An array out of its block."""
-        if block.shape == shape:
-            return block
-        flat = row.take(self._unsharded(block), (math.prod(shape),))
-        return self._unsharded(flat).reshape(shape)
-
     def _scan(
         self,
         table: Array,
@@ -468,12 +324,12 @@ class Interpreter:
         loans = []
         for row, owner, borrower, aval in self.machine.loans:
             packed = self.machine.params.rows[row]
-            own = self._taken(packed, params[row], aval.shape)
+            own = self.reader.taken(packed, params[row], aval.shape)
             loans.append(jax.lax.ppermute(own, AXIS, [(owner, borrower)]))
         if self.unshard == "step":
-            params = [self._gathered(r, block) for r, block in enumerate(params)]
+            params = [self.reader.gathered(r, block) for r, block in enumerate(params)]
             loans = [
-                self._gathered(loan.row, array)
+                self.reader.gathered(loan.row, array)
                 for loan, array in zip(self.machine.loans, loans, strict=True)
             ]
         start = self._start(state, inputs, left)
@@ -485,7 +341,7 @@ class Interpreter:
             number, row = now
             carry = dict(zip(names, values, strict=True))
             for p in range(len(self.segment.phases)):
-                given = _Given(params, loans, inputs, {})
+                given = Given(params, loans, inputs, {})
                 self._run_phase(p, number, row, carry, given)
             return [carry[name] for name in names], None
 
@@ -559,14 +415,14 @@ class Interpreter:
             piece = stored_shape(machine.outputs[buffer])
             shape = (machine.counts[buffer.shape], *piece.shape)
             carry[buffer] = filled(shape, piece.dtype, next(zeros))
-        for gradient in self.gradients:
-            of = self._shape_of(gradient)
+        for gradient in self.sums.gradients:
+            of = self.sums.shape_of(gradient)
             # One part for each shard of the batch, added up at the end.
-            parts = (self.shards,) if self._has_parts(gradient) else ()
+            parts = (self.shards,) if self.sums.has_parts(gradient) else ()
             # Gradients in 16 bits are summed in 32, and cast once, in the end.
             shape, dtype = (*parts, *of.shape), sum_dtype(of.dtype)
             total = filled(shape, dtype, next(zeros))
-            carry[gradient] = self._as_summed(gradient, total)
+            carry[gradient] = self.sums.as_summed(gradient, total)
         for maximum in self.maxima:
             assert machine.state is not None
             of = machine.state.rows[maximum.row]
@@ -576,11 +432,11 @@ class Interpreter:
                 (carry[block],) = left[len(machine.pools) + n]
             else:
                 assert state is not None
-                carry[block] = self._unsharded(state[n])
+                carry[block] = unsharded(state[n], self.mesh)
         return carry
 
     def _run_phase(
-        self, p: int, tick: Array, row: Array, carry: Carry, given: _Given
+        self, p: int, tick: Array, row: Array, carry: Carry, given: Given
     ) -> None:
         """One phase of a tick: feeds move, operations run, wires carry.
 
@@ -638,7 +494,7 @@ class Interpreter:
         )
         return tuple(moved)
 
-    def _move_feed(self, feed: Feed, carry: Carry, row: Array, given: _Given) -> None:
+    def _move_feed(self, feed: Feed, carry: Carry, row: Array, given: Given) -> None:
         """What a feed has on its way moves on by one device. What was there before is
         what the reader reads.
         """
@@ -757,13 +613,6 @@ class Interpreter:
                 for there, a in zip(carry[name], arrays, strict=True)
             ]
 
-    def _pool(self, name: PoolName, carry: Carry) -> list[Array]:
-        """All arrays of a pool, in the order of its layout; behind them those that are
-        copied to the host.
-        """
-        copied = carry.get(CopiedSlots(name), [])
-        return [*carry[name], *carry[HostSlots(name)], *copied]
-
     # --- what is computed ---
 
     def _operate_timed(
@@ -772,7 +621,7 @@ class Interpreter:
         entry: TableOp,
         carry: Carry,
         row: Array,
-        given: _Given,
+        given: Given,
         runs: Array,
         when: tuple[Array, int],
     ) -> None:
@@ -801,7 +650,7 @@ class Interpreter:
         carry[ClockToken()] = clock.stamp(runs, where, 1, token, made)
 
     def _operate(
-        self, entry: TableOp, carry: Carry, row: Array, given: _Given, runs: Array
+        self, entry: TableOp, carry: Carry, row: Array, given: Given, runs: Array
     ) -> None:
         """An operation, where it `runs`."""
         op = entry.op
@@ -838,17 +687,20 @@ class Interpreter:
         conditionals of which neither needs what the other makes. Without this zero a
         wire whose pool backwards read copied it at each tick, whole.
         """
-        reads = [carry.pop(Reads(name), None) for name in changed]
-        return sum((a for a in reads if a is not None), jnp.int32(0))
+        read = jnp.int32(0)
+        for name in changed:
+            if isinstance(name, PoolName):
+                read += carry.pop(Reads(name), 0)
+        return read
 
-    def _apply(self, op: Op, carry: Carry, arguments: Array, given: _Given) -> None:
+    def _apply(self, op: Op, carry: Carry, arguments: Array, given: Given) -> None:
         """What an operation does, once it runs: take values, compute, and put them into
         the buffers in `carry`.
         """
         # Values by number, as targets count them: sources, then what the code makes.
-        values = [self._fetch(s, carry, arguments, given) for s in op.sources]
+        values = [self.reader.fetch(s, carry, arguments, given) for s in op.sources]
         if op.code is not None:
-            values += self._compute(op, [values[n] for n in op.code_inputs])
+            values += self.computer.compute(op, [values[n] for n in op.code_inputs])
         for target in op.targets:
             buffer = target.buffer
             match target:
@@ -867,17 +719,7 @@ class Interpreter:
                         avals, bundle, carry[buffer]
                     )
                 case Add(gradient, n):
-                    # Parts have one more axis, that of the shards.
-                    apart = self._has_parts(gradient)
-                    total, value = carry[buffer], values[n]
-                    if total.shape != value.shape:
-                        # Flat, and whole before it goes to its place in the block.
-                        parts = value.shape[:1] if apart else ()
-                        value = self._as_summed(gradient, value.reshape(*parts, -1))
-                    add = jax.vmap(_added) if apart else _added
-                    carry[buffer] = add(total, value)
-                    if self._is_scattered(gradient):
-                        carry[buffer] = self._as_summed(gradient, carry[buffer])
+                    carry[buffer] = self.sums.add(gradient, carry[buffer], values[n])
                 case Write(_, n, argument, adds):
                     value = as_stored(values[n])
                     place = arguments[argument]
@@ -893,11 +735,11 @@ class Interpreter:
                     value, block = values[n], carry[buffer]
                     # A block that layers of several shapes share is longer and flat.
                     if value.shape != block.shape:
-                        flat = self._unsharded(value.reshape(-1))
+                        flat = unsharded(value.reshape(-1), self.mesh)
                         value = jax.lax.dynamic_update_slice_in_dim(block, flat, 0, 0)
-                    carry[buffer] = self._unsharded(value)
+                    carry[buffer] = unsharded(value, self.mesh)
                 case Maximise(_, n):
-                    carry[buffer] = _combined(jnp.maximum, carry[buffer], values[n])
+                    carry[buffer] = combined(jnp.maximum, carry[buffer], values[n])
                 case SetStatePart(block, n, whole, part):
                     # Only this part is written, in place: the others are those of
                     # microbatches that may not have been here yet.
@@ -905,318 +747,9 @@ class Interpreter:
                     row = self.machine.state.rows[block.row]
                     state = row.take(carry[buffer], whole.shape)
                     value = values[n].reshape(part.sizes)
-                    place = _beginning(part, arguments[0])
+                    place = beginning(part, arguments[0])
                     state = jax.lax.dynamic_update_slice(state, value, place)
-                    carry[buffer] = self._unsharded(row.put(state))
-
-    def _fetch(
-        self, source: Source, carry: Carry, arguments: Array, given: _Given
-    ) -> Array:
-        """The value of a source.
-
-        Called inside the operation's conditional, so that a device that does not run
-        the operation does not read its slots either.
-        """
-        match source:
-            case Parameter(row, aval):
-                packed = self.machine.params.rows[row]
-                own = self._taken(packed, given.params[row], aval.shape)
-                return self._gathered(row, own)
-            case BorrowedParameter(loan):
-                row = self.machine.loans[loan].row
-                return self._gathered(row, given.loans[loan])
-            case State(row, aval):
-                return self._state(row, aval.shape, carry)
-            case StatePart(row, aval, part, shape):
-                state = self._state(row, aval.shape, carry)
-                place = _beginning(part, arguments[0])
-                own = jax.lax.dynamic_slice(state, place, part.sizes)
-                return own.reshape(shape)
-            case Number(argument):
-                # As `jax.random.fold_in` takes it.
-                return arguments[argument].astype(jnp.uint32)
-            case Held(pool, argument, avals, k):
-                slot = arguments[argument]
-                return self.storage[pool].take(avals, k, self._pool(pool, carry), slot)
-            case FedPiece():
-                return given.fed[source]
-            case WholeInput(leaf):
-                return given.inputs[leaf]
-            case InputRows(leaf, axis, stride, count):
-                start = arguments[0] * stride
-                whole = given.inputs[leaf]
-                return jax.lax.dynamic_slice_in_dim(whole, start, count, axis)
-            case InputPiece(stack, argument):
-                pieces = given.inputs[stack]
-                place = arguments[argument]
-                return jax.lax.dynamic_index_in_dim(pieces, place, keepdims=False)
-
-    def _gathered(self, row: int, block: Array) -> Array:
-        """A block of parameters as operations read it: whole over the axes of rows."""
-        spec = self.machine.params.rows[row].spec
-        if not spec:
-            return block
-        # To put pieces together that do not lie side by side XLA would exchange some,
-        # see `exchanges.py`; of the whole array each device takes its own.
-        apart = self._cut_apart(spec)
-        if apart != spec:
-            block = jax.lax.with_sharding_constraint(block, apart)
-        whole = without_axes(spec, self.data)
-        return jax.lax.with_sharding_constraint(block, whole)
-
-    def _cut_apart(self, spec: P) -> P:
-        """A spec without the entries in which the axes of rows come before others:
-        there a device's piece does not lie within what it has of the array that is
-        whole over these axes.
-        """
-        parts = [None if _comes_first(part, self.data) else part for part in spec]
-        return without_axes(P(*parts), ())
-
-    # --- gradients ---
-
-    def _find_row_sums(
-        self, ops: Sequence[Op]
-    ) -> dict[SummedGradient, dict[Op, RowSum]]:
-        """The gradients that are kept as parts over the mesh's data axis, with how each
-        operation makes them.
-
-        A weight's gradient is a sum over rows, and the rows lie on several devices of
-        the data axis. As written XLA adds up over that axis in each operation, once for
-        each microbatch. With parts the sum has one more axis, which is sharded like the
-        rows, and is added up once, behind the last tick. `row_sums.py` finds the
-        equation that can be cut so. If it finds none in one of the operations that add
-        to a gradient, the gradient is kept whole in all of them. (Not if that one is
-        for a smaller microbatch whose rows the axis does not divide: it adds what it
-        makes to the first part.)
-        """
-        size = self.shards
-        if size == 1:
-            return {}
-        found: dict[SummedGradient, dict[Op, RowSum]] = {}
-        as_one = set[SummedGradient]()
-        for op in ops:
-            for target in op.targets:
-                if not isinstance(target, Add) or op.code is None:
-                    continue
-                # Targets count the sources first, so this is the code's own value.
-                code = op.code
-                value = (*code.outs, *code.sums)[target.value - len(op.sources)]
-                parts = find_row_sum(code.graph, code.nodes, value, op.rows, size)
-                if parts is None and op.rows % size == 0:
-                    as_one.add(target.buffer)
-                elif parts is not None:
-                    found.setdefault(target.buffer, {})[op] = parts
-        return {name: of for name, of in found.items() if name not in as_one}
-
-    def _compute(self, op: Op, arrays: Sequence[Array]) -> list[Any]:
-        """What an operation's code makes: arrays, or constants of Python. Of a gradient
-        that is kept as parts, instead of the sum over rows, the parts; of one that is
-        scattered its piece on each device.
-        """
-        code = op.code
-        assert code is not None
-        parts: dict[int, RowSum] = {}
-        alone: list[int] = []
-        scattered: dict[int, SummedGradient] = {}
-        for target in op.targets:
-            if not isinstance(target, Add):
-                continue
-            gradient, n = target.buffer, target.value - len(op.sources)
-            if self._is_scattered(gradient):
-                scattered[n] = gradient
-            if op in self.parts.get(gradient, {}):
-                parts[n] = self.parts[gradient][op]
-            elif self._has_parts(gradient):
-                alone.append(n)
-        # `terms` are the values that the sums are made of. They are asked for beside
-        # the outputs. Nobody reads the sums over all rows then, so XLA leaves them out.
-        wanted = [*code.outs, *code.sums]
-        terms = list(dict.fromkeys(v for p in parts.values() for v in values_read(p)))
-        made = self._values(op, arrays, [*wanted, *terms])
-        given = dict(zip(terms, made[len(wanted) :], strict=True))
-        values = made[: len(wanted)]
-        for n, own in parts.items():
-            values[n] = sum_rows_apart(own, given, self.data)
-            if n in scattered:
-                values[n] = self._added_up(scattered[n], values[n])
-        for n in alone:
-            values[n] = _first_part(values[n], self.shards)
-        for n, gradient in scattered.items():
-            spec = self._spec_of(gradient)
-            apart = self._cut_apart(spec)
-            if n not in parts or apart != spec:
-                # Each device has the sum over all rows, and adds its piece of it.
-                whole = without_axes(apart, self.data)
-                values[n] = jax.lax.with_sharding_constraint(values[n], whole)
-        return values
-
-    def _values(
-        self, op: Op, arrays: Sequence[Array], wanted: Sequence[int]
-    ) -> list[Any]:
-        """Values of an operation's code.
-
-        If devices cannot share the rows of its microbatch, each computes all of it.
-        XLA would use the idle axes to cut other axes of arrays, in several ways, and
-        exchange parts between these.
-        """
-        code, taken = op.code, frozenset(self.data)
-        assert code is not None
-        is_idle = (
-            op.rows % self.shards > 0
-            and self._free.keys() > taken
-            and not code.on_host
-            and not has_own_devices(code.nodes)
-        )
-        if not is_idle:
-            return code.values(arrays, wanted, self.failures, bind=self._bind())
-
-        def alone(numbers: Sequence[Array]) -> list[Array]:
-            own = [
-                from_stored(a, like) for a, like in zip(numbers, arrays, strict=True)
-            ]
-            made = code.values(own, wanted, self.failures, bind=self._bind(taken))
-            return [as_stored(jnp.asarray(a)) for a in made]
-
-        run = jax.shard_map(
-            alone, in_specs=P(), out_specs=P(), axis_names=taken, check_vma=False
-        )
-        made = run([as_stored(a) for a in arrays])
-        avals = [code.graph.avals[v] for v in wanted]
-        return [from_stored(a, like) for a, like in zip(made, avals, strict=True)]
-
-    def _bind(self, taken: frozenset[str] = frozenset()) -> Bind:
-        """How equations are run.
-
-        Arguments:
-            taken: axes that a `shard_map` around them has taken.
-        """
-        if not taken and not waits_for_all(self.mesh):
-            return bind
-        left = self._free.keys() - taken
-        return WholeAxes(tuple(self._free[name] for name in sorted(left)), taken)
-
-    def _shape_of(self, gradient: SummedGradient) -> Any:
-        """What a gradient is the gradient of: a row, a lent array or an input. Callers
-        take its shape and dtype.
-        """
-        match gradient:
-            case RowGradient(row):
-                return self.machine.params.rows[row]
-            case LoanGradient(loan):
-                return self.machine.loans[loan].aval
-            case InputGradient(leaf):
-                return self.machine.inputs[leaf]
-
-    def _as_summed(self, gradient: SummedGradient, total: Array) -> Array:
-        """A sum as it lies during a step: whole over the axes of rows, if it is not
-        scattered.
-
-        Left to itself XLA would cut each summand as the finished gradient is cut, and
-        also the values that the summand is computed from.
-        """
-        spec = self._spec_of(gradient)
-        if self._is_scattered(gradient):
-            return jax.lax.with_sharding_constraint(total, spec)
-        if gradient in self.parts:
-            spec = P(self.data, *without_axes(spec, self.data))
-        elif spec:
-            spec = without_axes(spec, self.data)
-        else:
-            return self._unsharded(total)
-        return jax.lax.with_sharding_constraint(total, spec)
-
-    def _is_scattered(self, gradient: SummedGradient) -> bool:
-        """Whether each backward scatters what it adds, so that a device never has more
-        than its piece of the sum.
-        """
-        named = {name for part in self._spec_of(gradient) for name in axes_in(part)}
-        return self.unshard == "action" and not named.isdisjoint(self.data)
-
-    def _has_parts(self, gradient: SummedGradient) -> bool:
-        """Whether the sum of a gradient is kept as parts, one for each shard."""
-        return gradient in self.parts and not self._is_scattered(gradient)
-
-    def _spec_of(self, gradient: SummedGradient) -> P:
-        """The spec of the row, the loan or the input that a gradient belongs to."""
-        match gradient:
-            case RowGradient(row):
-                return self.machine.params.rows[row].spec
-            case LoanGradient(loan):
-                return self.machine.params.rows[self.machine.loans[loan].row].spec
-            case InputGradient():
-                return P()
-
-    def _add_up(
-        self, carry: Carry, returned: Sequence[SummedGradient]
-    ) -> dict[SummedGradient, Array]:
-        """The gradients to return: parts are added up, those of loans go back to their
-        owners, and those of inputs are summed over the devices.
-        """
-        # The one sum over the data axis of the whole step.
-        own = {g: self._total(g, carry[g]) for g in self.gradients}
-        out: dict[SummedGradient, Array] = {}
-        for gradient in returned:
-            # Only borrowers have a gradient for this row. It begins with zeros, and
-            # theirs are added below.
-            if gradient not in own:
-                of = self._shape_of(gradient)
-                out[gradient] = jnp.zeros(of.shape, sum_dtype(of.dtype))
-            elif isinstance(gradient, InputGradient):
-                out[gradient] = self._everywhere(own[gradient])
-            else:
-                out[gradient] = own[gradient]
-        # On all devices but the owner a returned loan is zeros, which change nothing.
-        for gradient in self.gradients:
-            if isinstance(gradient, LoanGradient):
-                row, owner, borrower, _ = self.machine.loans[gradient.loan]
-                back = jax.lax.ppermute(own[gradient], AXIS, [(borrower, owner)])
-                out[RowGradient(row)] = _added(out[RowGradient(row)], back)
-        return out
-
-    def _total(self, gradient: SummedGradient, parts: Array) -> Array:
-        """A gradient with its parts added up, cut as its parameter is."""
-        # This cuts what leaves the loop. Without `_as_summed` XLA would also cut what
-        # is summed inside of it.
-        spec, parts = self._spec_of(gradient), self._as_summed(gradient, parts)
-        if self._has_parts(gradient):
-            parts = self._added_up(gradient, parts)
-        return jax.lax.with_sharding_constraint(parts, spec) if spec else parts
-
-    def _added_up(self, gradient: SummedGradient, parts: Array) -> Array:
-        """The parts of a gradient added up: of what is cut over the axes of rows each
-        device gets its piece.
-        """
-        spec, axes = self._spec_of(gradient), {*self.mesh.axis_names} - {AXIS}
-        # Of 16 bits the parts are added up in 32, as all else.
-        wide = parts.astype(sum_dtype(parts.dtype))
-        return add_parts(wide, spec, self.data, axes)
-
-    def _everywhere(self, value: Array) -> Array:
-        """What some devices wrote, on all of them; the others have zeros."""
-        if self.machine.devices == 1:
-            return value
-        # A `psum` is exact here, for all but one add zero; of booleans there is none.
-        if value.dtype == jnp.bool_:
-            return jax.lax.psum(value.astype(jnp.uint8), AXIS) > 0
-        return jax.lax.psum(value, AXIS)
-
-
-def _comes_first(part: Any, data: tuple[str, ...]) -> bool:
-    """Whether an entry of a spec names an axis of rows before another one."""
-    of_rows = [name in data for name in axes_in(part)]
-    return of_rows != sorted(of_rows)
-
-
-def _beginning(part: Part, microbatch: Array) -> list[Array]:
-    """Where a microbatch's part of an array begins, on each axis."""
-    first = microbatch * part.stride
-    return [first, *[jnp.zeros_like(first)] * (len(part.sizes) - 1)]
-
-
-def _first_part(value: Array, parts: int) -> Array:
-    """A sum as parts of which all but the first are zero."""
-    first = jax.lax.broadcasted_iota(jnp.int32, (parts, *value.shape), 0) == 0
-    return jnp.where(first, value[None], jnp.zeros_like(value))
+                    carry[buffer] = unsharded(row.put(state), self.mesh)
 
 
 def _staged(op: Op) -> list[Staged]:
@@ -1245,24 +778,3 @@ def _where(condition: Array, values: list[Any]) -> list[Any]:
         lambda a: a if on_host(a) else jnp.where(condition, a, jnp.zeros_like(a)),
         values,
     )
-
-
-def _added(total: Array, value: Array) -> Array:
-    """A sum in a row's block."""
-    return _combined(jnp.add, total, value)
-
-
-def _combined(f: Callable[[Array, Array], Array], total: Array, value: Array) -> Array:
-    """A block of a row with a value added, or whatever `f` does.
-
-    The block may be longer and flat: where the stages' arrays differ in shape,
-    `packing.py` flattens them and pads to the longest.
-    """
-    value = value.astype(total.dtype)
-    if value.shape == total.shape:
-        return f(total, value)
-    flat = value.reshape(-1)
-    if flat.shape == total.shape:
-        return f(total, flat)
-    size = flat.shape[0]
-    return total.at[:size].set(f(total[:size], flat))

@@ -34,11 +34,7 @@ from fpipe._executors.placement import Unshard
 from fpipe._executors.request import Inputs, Request
 from fpipe._executors.scan.clock import Clock
 from fpipe._executors.scan.feeds import share
-from fpipe._executors.scan.interpreter import (
-    GivenInputs,
-    Interpreter,
-    SegmentResult,
-)
+from fpipe._executors.scan.interpreter import Interpreter, SegmentResult
 from fpipe._executors.scan.machine import (
     InputGradient,
     InputStack,
@@ -48,6 +44,7 @@ from fpipe._executors.scan.machine import (
 )
 from fpipe._executors.scan.mesh import by_stage
 from fpipe._executors.scan.packing import Entry
+from fpipe._executors.scan.reading import GivenInputs
 from fpipe._executors.scan.storage import is_key
 from fpipe._executors.stage_places import AXIS
 from fpipe._model.joining import (
