@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from two_processes import replies, serve
+from two_processes import ALONE, IN_BOTH, replies, serve
 
 import fpipe
 
@@ -119,7 +119,7 @@ class Maker:
         computes.
         """
         shape = jax.ShapeDtypeStruct(self.arrays.shape[1:], jnp.float32)
-        if schedule in ("unpipelined", "in_both"):
+        if schedule in ("unpipelined", IN_BOTH):
             # The latter shows what the two cores do for each other's speed.
             if self.rank and schedule == "unpipelined":
                 return lambda: None, 0, 0
@@ -127,6 +127,19 @@ class Maker:
                 keys = [jax.random.fold_in(self.key, k) for k in range(BLOCKS)]
                 self.params[schedule] = [init(key, shape) for key in keys]
             call = unpipelined(checkpoint == "always", m)
+            x, t = map(jnp.asarray, self.arrays)
+        elif schedule.startswith(ALONE):
+            pipe = fpipe.Pipe(
+                self.layers[: BLOCKS // 2],
+                devices=jax.local_devices(),
+                balance=[BLOCKS // 2],
+                chunks=m,
+                checkpoint=checkpoint,
+                schedule=schedule.removeprefix(ALONE),
+                executor="scan",
+            )
+            self.params[schedule] = pipe.init(self.key, shape)
+            call = jax.jit(pipe.value_and_grad(loss_fn))
             x, t = map(jnp.asarray, self.arrays)
         else:
             pipe = fpipe.Pipe(

@@ -35,6 +35,7 @@ import subprocess
 import sys
 
 from two_processes import (
+    IN_BOTH,
     QUICK,
     TORCH_SCHEDULES,
     Row,
@@ -48,7 +49,6 @@ from two_processes import (
 )
 
 SCHEDULES = ("eager_1f1b", "1f1b", "interleaved_1f1b")
-IN_BOTH = "in_both"
 
 
 def step_rows(args: argparse.Namespace, m: int) -> list[Row]:

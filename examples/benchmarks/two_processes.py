@@ -24,6 +24,13 @@ ScheduleInterleavedZeroBubble does cut its backwards, so it may pass the latter.
 torch` is the time over that of torch's fastest pipeline at the same `m`: below 1 is
 faster than torch.
 
+`--alone` shows what bounds the pipeline. `in_both` is the unpipelined step on both
+cores at the same time: what they share (caches, memory) makes each slower.
+`stage_alone_gpipe` is half of the model on each core at the same time, as a pipeline of
+one stage: the programs of a stage, with residuals that wait in pools, and nothing that
+is sent. The speed-up of these rows is what a pipeline of two such stages would reach if
+sending cost nothing.
+
 The defaults are the large size; the small one is `--width 128 --tokens 64`; `--quick`
 only shows that everything runs.
 """
@@ -50,6 +57,9 @@ HERE = pathlib.Path(__file__).parent
 TORCH = "2.13.0"
 SCHEDULES = ("gpipe", "eager_1f1b", "interleaved_1f1b")
 TORCH_SCHEDULES = ("ScheduleGPipe", "Schedule1F1B", "ScheduleInterleavedZeroBubble")
+# Rows of what runs without a pipeline on both cores at the same time: the unpipelined
+# step, and one stage with its residuals in pools as a schedule of one device has them.
+IN_BOTH, ALONE = "in_both", "stage_alone_"
 INTERLEAVED = ("interleaved_1f1b", "ScheduleInterleavedZeroBubble")
 QUICK = {"width": 32, "batch": 8, "tokens": 16, "microbatches": [4], "repeats": 1}
 
@@ -266,8 +276,12 @@ def all_rows(args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     for m in args.microbatches:
         for checkpoint in args.checkpoints:
+            alone = (
+                (IN_BOTH, f"{ALONE}gpipe", f"{ALONE}eager_1f1b") if args.alone else ()
+            )
             rows += [
-                ("jax", schedule, checkpoint, m) for schedule in ("", *args.schedules)
+                ("jax", schedule, checkpoint, m)
+                for schedule in ("", *args.schedules, *alone)
             ]
         if not args.no_torch:
             rows += [
@@ -299,6 +313,8 @@ def warm_up(rows: list[Row], workers: dict[str, Workers]) -> None:
             flush=True,
         )
         got = [float(word) for word in workers[library].ask(f"warm {name_of(row)}")[0]]
+        if row[1].startswith(ALONE):
+            continue  # half of the model
         model = "torch" if library == "torch" else "jax"
         expected = want.setdefault(model, got)
         if not all(
@@ -345,6 +361,10 @@ def print_tables(seconds: dict[Row, float], args: argparse.Namespace) -> None:
             text = f"{label:44s} {seconds[row]:7.3f}"
             speed_up = seconds[library, "", checkpoint, m] / seconds[row]
             top = ideal(schedule, m)
+            if schedule == IN_BOTH:
+                speed_up *= top
+            elif schedule.startswith(ALONE):
+                speed_up *= top / 2
             text += (
                 f"   {speed_up:8.2f}   {top:5.2f}   {speed_up / top:5.0%}"
                 if schedule
@@ -408,6 +428,11 @@ def parsed() -> argparse.Namespace:
         default=venv,
         metavar="PATH",
         help="(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--alone",
+        action="store_true",
+        help="also what bounds a pipeline (default: %(default)s)",
     )
     parser.add_argument(
         "--no-torch", action="store_true", help="leave torch out (default: %(default)s)"

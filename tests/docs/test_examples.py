@@ -207,12 +207,27 @@ def test_the_benchmark_of_two_processes_runs():
         "eager_1f1b",
         "--checkpoints",
         "never",
+        "--alone",
     ]
     done = run("examples/benchmarks/two_processes.py", *flags)
     assert done.returncode == 0, done.stderr
-    assert re.search(
-        r"^jax eager_1f1b +\d\S+ +\d\S+ +1\.60 +\d+%", done.stdout, re.MULTILINE
-    ), done.stdout
+    for row in ("eager_1f1b", "in_both", "stage_alone_gpipe"):
+        assert re.search(
+            rf"^jax {row} +\d\S+ +\d\S+ +1\.60 +\d+%", done.stdout, re.MULTILINE
+        ), done.stdout
+
+
+def test_the_benchmark_of_peers_runs():
+    """With fpipe alone: the others would have to be installed."""
+    small = ["--arrays", 2, "--repeats", 1, "--width", 4, "--rows", 8]
+    done = run("examples/benchmarks/peers.py", "--peers", "fpipe", *small)
+    assert done.returncode == 0, done.stderr
+    for checkpoint in ("never", "always"):
+        name = rf"^fpipe \S+ jax \S+ {checkpoint}"
+        times = rf"{name} +2( +\d+\.\d+){{4}}$"
+        assert re.search(times, done.stdout, re.MULTILINE), done.stdout
+        size = rf"{name} +\d+ +\d+\.\d$"
+        assert re.search(size, done.stdout, re.MULTILINE), done.stdout
 
 
 @pytest.mark.parametrize(

@@ -597,8 +597,9 @@ class Interpreter:
                     for slots, there in zip(pool, copied, strict=True)
                 ]
 
+            read = self._after_reads([back.pool], carry)
             carry[back.pool] = jax.lax.cond(
-                row[back.runs] > 0, bring, lambda pool: pool, carry[back.pool]
+                row[back.runs] > read, bring, lambda pool: pool, carry[back.pool]
             )
         # Without a conditional, which must return nothing on the host (see above).
         for copy, arrays in zip(phase.copies, leaving, strict=True):

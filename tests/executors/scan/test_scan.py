@@ -566,8 +566,14 @@ def test_no_conditional_has_more_than_two_branches():
         )
 
 
-IN_PLACE = [(name, "never") for name in NAMES if name != "forward_only"]
-IN_PLACE += [("interleaved_1f1b", "always")]
+# Those with operations and phases like another one's are left to `-m full`.
+ALIKE = ("1f1b", "zb_h2", "v_half", "v_min")
+IN_PLACE = [
+    pytest.param(name, "never", marks=[pytest.mark.full] * (name in ALIKE))
+    for name in NAMES
+    if name != "forward_only"
+]
+IN_PLACE.append(pytest.param("interleaved_1f1b", "always"))
 
 
 @pytest.mark.parametrize(("schedule", "checkpoint"), IN_PLACE)
