@@ -117,7 +117,7 @@ class _Watch:
             return call
 
         def watched(*arrays: Any) -> Sequence[Any]:
-            before = self._last.get(item.placement)
+            before: Any = self._last.get(item.placement)
             # Keys cannot be asked, and what was consumed is not there.
             if hasattr(before, "is_ready") and not before.is_deleted():
                 self.launches += 1
