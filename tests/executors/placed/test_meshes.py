@@ -225,7 +225,8 @@ def test_blocks_that_share_rows_and_parameters_gather_nothing():
             4,
             {
                 ("F", "all-gather"): 8,
-                ("B", "all-gather"): 8,
+                ("B", "all-gather"): 4,
+                ("R", "all-gather"): 4,
                 ("B", "reduce-scatter"): 8,
                 # One program gathers once for both.
                 ("FB", "all-gather"): 8,
