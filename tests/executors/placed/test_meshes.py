@@ -453,7 +453,8 @@ def test_a_recording_names_meshes():
     params = pipe.init(jax.random.key(0), x)
     _, recording = pipe.record(pipe.value_and_grad(mse), params, x, x)
     assert recording.places == ("data=2 (cpu:0, cpu:1)", "cpu:2")
-    assert len(recording.events) == 8
+    # The first stage recomputes one of its two microbatches.
+    assert len(recording.events) == 8 + 1
     moved = Counter((t.source, t.target) for t in recording.transfers)
     assert moved == {(0, 1): 2, (1, 0): 2}
 
