@@ -21,6 +21,7 @@ looked at from then on, so a plan changes twice at most. Results do not depend o
 
 import dataclasses
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ class Seen(NamedTuple):
 
     Attributes:
         seconds: until everything was launched.
-        launches: the programs launched on a device that had run another one before.
+        launches: those on a device whose program before can be asked.
         idle: how many of these found that one done.
     """
 
@@ -117,16 +118,22 @@ class _Watch:
             return call
 
         def watched(*arrays: Any) -> Sequence[Any]:
-            before: Any = self._last.get(item.placement)
+            # Only as long as the plan itself keeps it: to look must take no memory.
+            before: Any = self._last.get(item.placement, _nothing)()
             # Keys cannot be asked, and what was consumed is not there.
             if hasattr(before, "is_ready") and not before.is_deleted():
                 self.launches += 1
                 self.idle += before.is_ready()
             made = call(*arrays)
-            self._last[item.placement] = made[0] if made else None
+            # The last result: a sum is kept longest.
+            self._last[item.placement] = weakref.ref(made[-1]) if made else _nothing
             return made
 
         return watched
+
+
+def _nothing() -> None:
+    return None
 
 
 def clock() -> float:
