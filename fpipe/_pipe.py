@@ -120,16 +120,17 @@ class Pipe(Call):
         unshard: how often a parameter is gathered if its spec shards it over one of
             `data_axes`. `"step"` (default): once for all actions of a call. Its
             gradient is then scattered once, after the last backward. `"action"`: once
-            in each action, which takes less memory and more time. Under `"placed"` each
-            backward then scatters the gradient. Without a mesh the option does nothing.
+            in each action, which takes less memory and more time. Each backward then
+            scatters the gradient. Without a mesh the option does nothing.
         dispatch: the threads that dispatch programs to the devices. `"one_thread"` is
             the calling thread, in clock order. `"thread_per_device"` starts a thread
             for each device, and ends it with the call. It keeps devices busy when a
             dispatch waits for its program, and costs more time on the host. `"auto"`
             (default) uses threads if a layer calls Python while it runs
             (`jax.pure_callback`, `io_callback`, `jax.debug.print`), because such a
-            dispatch waits; and if the first calls show that launches are slow, devices
-            wait for them, and threads make them shorter.
+            dispatch waits. It also measures the first calls. If launches are slow and
+            devices wait for them, it tries threads, and keeps them if a call is then
+            launched in less time.
         compute_dtype: the dtype for mixed precision, `jnp.bfloat16`, or `jnp.float16`
             with a `loss_scale`. Layers get parameters, inputs, skips and side inputs in
             this dtype, if they are real floats. States are not cast. Boundaries have

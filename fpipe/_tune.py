@@ -292,8 +292,8 @@ def tune(
     Arguments:
         layers: layers or an `fpipe.Split`, as for `Pipe`. Each balance is then found by
             FLOPs, under the memory limit. Or a function `f(schedule=, checkpoint=,
-            chunks=) -> Pipe`, which may choose the balance itself, and may ignore some
-            of these arguments.
+            chunks=, recompute=, offload=) -> Pipe`, with any of these parameters. It
+            may choose the balance itself.
         x, targets, side, key, state, train, step, params: as for `Pipe.plan`, as arrays
             or as shapes.
         loss_fn, has_aux, reduction, argnums, frozen: as for `Pipe.plan`.

@@ -141,8 +141,8 @@ def spread(tree: PyTree) -> PyTree:
 
     It is for checkpoints of a model that is too large to be gathered. A library that
     saves arrays over several processes, such as orbax, then has every process write
-    its parts; arrays as a placed pipe has them it refuses. All processes call it. No
-    device holds a whole array, unless no axis of it can be divided.
+    its parts. Such a library refuses arrays that lie as in a placed pipe. All processes
+    call `spread`. No device holds a whole array, unless no axis of it can be divided.
 
     `pipe.place` and `fpipe.optim.place` take such arrays, of any number of processes.
 

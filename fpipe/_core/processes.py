@@ -12,15 +12,16 @@ An array goes to another process by `jax.device_put`, which has rules of its own
 (jax 0.10.2):
 
 - Every process issues every transfer, also those between two others, in one order. JAX
-  numbers them in each process; where one is left out, data go astray.
+  numbers them in each process. If a process leaves one out, the numbers no longer
+  agree, and a receiver gets the data of another transfer.
 - One `device_put` goes one way: from some devices to others, never both ways.
-- The first transfer to a process waits for the sender. So programs are compiled and
-  everybody is there (`meet`) before the first one, and a tiny one goes before all
-  others (`connect`).
-- An array that is donated before it has gone is lost: nothing holds it. So what
-  somebody else may donate is copied, and the copy is sent.
-- Arrays without elements never come, and typed keys are refused. `put_across` makes the
-  one anew and sends the numbers of the other.
+- The first transfer to a process waits for the sender. So before the first one all
+  programs are compiled, and the processes wait for each other (`meet`). Then a tiny
+  array goes before all others (`connect`).
+- An array that is donated before it has gone is lost: nothing holds it. So if somebody
+  else may donate an array, a copy is sent.
+- An array without elements never arrives. `put_across` makes it anew on the other side.
+- Typed keys are refused. `put_across` sends their numbers.
 """
 
 import functools
@@ -71,7 +72,9 @@ def is_shared(sharding: Sharding) -> bool:
 
 
 def own_copy(array: Any) -> Any:
-    """An array of this process, of one that is whole on devices of several."""
+    """The process's own copy of an array that is whole on devices of several processes.
+    Another array stays as it is.
+    """
     if not isinstance(array, jax.Array) or is_traced(array):
         return array
     if is_shared(array.sharding) and array.is_fully_replicated:
@@ -80,8 +83,9 @@ def own_copy(array: Any) -> Any:
 
 
 def whole_here(array: Any) -> Any:
-    """An array of this process, of one that has devices in all of them. Every process
-    calls it, with the same arrays in the same order.
+    """A whole copy in this process of an array that all processes have parts of.
+    Another array stays as it is. Every process makes this call, with the same arrays in
+    the same order.
     """
     if not isinstance(array, jax.Array) or is_traced(array):
         return array
@@ -101,10 +105,11 @@ def host_copy(array: Any) -> Any:
 
 
 def lay(array: Any, target: Sharding) -> jax.Array:
-    """An array on devices of several processes, each of which gives all of it.
+    """An array on devices of several processes. Each process gives all of it.
 
-    `device_put` takes only numpy arrays there, and may compare them between all
-    processes of the job, where some make no such call (jax 0.10.2).
+    `device_put` is no help: to such devices it takes only numpy arrays, and it may
+    compare them between all processes of the job. Some processes make no such call, and
+    the others would wait for them (jax 0.10.2).
     """
     if isinstance(array, jax.Array) and array.sharding.device_set == target.device_set:
         return _reshard_to(target)(array)
@@ -121,7 +126,7 @@ def lay(array: Any, target: Sharding) -> jax.Array:
 
 @functools.lru_cache(maxsize=256)
 def _reshard_to(target: Sharding) -> Any:
-    """A program of all processes of a sharding, that lays an array so."""
+    """A program that gives an array this sharding. All its processes run it."""
     return jax.jit(lambda array: array, out_shardings=target)
 
 

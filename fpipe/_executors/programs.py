@@ -522,7 +522,7 @@ class Programs:
         return not (self._has_rows(leaf) and self.inputs.cut.m > 1)
 
     def _has_rows(self, leaf: Leaf) -> bool:
-        """Whether a leaf is of a state of which each microbatch has its own rows."""
+        """Whether a leaf is of a state that has rows, which microbatches share out."""
         return leaf.port.kind == "state" and self.inputs.share(leaf) is Share.ROWS
 
     # --- keeping ---

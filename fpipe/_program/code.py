@@ -181,7 +181,7 @@ class Arg(NamedTuple):
         value: the graph's value that it is. Several arguments may have the same: then
             that is their sum. `None` for a number that is no value of the graph: it
             cuts windows, or says where Python was called.
-        window: set if the argument is a whole array, of which this is the piece.
+        window: set if the argument is a whole array: the piece of it that is read.
     """
 
     value: int | None

@@ -10,10 +10,10 @@ In: a node of a graph. Out: a number, for example
     scan         of 10 rounds            10 times what its body takes
 
 This counts the forward of one equation. `roofline.py` makes a cost of it, by which a
-function can be cut at any of its thousands of equations. Balances, plans and tuning use
-XLA's count of whole programs, forward and backward (`fpipe._planning.work`). To lower
-each equation of a large function by itself would take minutes. The two agree in matrix
-products and convolutions, and nearly in the rest (XLA counts an `exp` apart).
+function can be cut at any of its thousands of equations. `fpipe.balance`, plans and
+tuning use XLA's count of whole programs, forward and backward (`fpipe._planning.work`).
+To lower each equation of a large function by itself would take minutes. The two agree
+in matrix products and convolutions, and nearly in the rest (XLA counts an `exp` apart).
 """
 
 import math

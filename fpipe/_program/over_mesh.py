@@ -70,8 +70,8 @@ class MeshForm:
             the pieces of all microbatches on a first axis: so a device needs no more
             than its rows of each.
         gathered: those that it gathers before it reads them.
-        scattered: those of the code's sums of which each device gets its piece of what
-            the program adds.
+        scattered: those of the code's sums that are scattered: each device gets its
+            piece of what the program adds.
     """
 
     mesh: Mesh

@@ -96,7 +96,7 @@ class _Inliner(Rewriter):
         self.backward.update(outs)
 
     def _behind_barrier(self, v: int) -> int:
-        """A value of which XLA does not see where it comes from."""
+        """The same value, but XLA does not see where it comes from."""
         made = self.apply(jax.lax.optimization_barrier, [v], "barrier", "")
         self.avals[made] = self.avals[v]
         return made

@@ -116,8 +116,9 @@ def moved_axes(node: Node, sizes: Collection[int] = ()) -> MovedAxes | None:
 
 
 def exchanges_nothing(nodes: Iterable[Node]) -> bool:
-    """Whether it is known of all equations that devices which share one axis exchange
-    nothing by a `collective-permute`, run so. What is not known may exchange.
+    """Whether devices that share one axis exchange nothing by a `collective-permute`,
+    if these equations run as in `WholeAxes`. An equation that is not known may exchange
+    something.
     """
     return all(
         exchanges_nothing(inner for body in node.bodies for inner in body.nodes)

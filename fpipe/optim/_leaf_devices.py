@@ -96,12 +96,14 @@ def array_form(array: Any) -> Hashable:
 
 
 def lies_like(shape: Any, home: Home, like: Any = None) -> Sharding | None:
-    """How an array is to lie at a home that is a mesh: as another one does that has its
-    shape, or one axis more; else whole on each device. `None`: the home is one device.
+    """How an array is to lie at a home that is a mesh. `None`: the home is one device.
+
+    The array lies as `like` does, if `like` has the same shape, or one axis more.
+    Otherwise it is whole on each device.
 
     Arguments:
-        shape: its shape.
-        like: an array, the parameter for example that a moment is of.
+        shape: the shape of the array.
+        like: another array. For a moment of an optimizer, its parameter.
     """
     if not isinstance(home, Mesh):
         return None
@@ -111,8 +113,8 @@ def lies_like(shape: Any, home: Home, like: Any = None) -> Sharding | None:
 
 
 def _spec_without_axis(shape: Sequence[int], like: Any) -> PartitionSpec:
-    """How an array is cut that has all axes of another one but one, as factored moments
-    have (Adafactor). If two axes are as long it is not known which one is left out.
+    """How an array is cut that lacks one axis of another array, as factored moments do
+    (Adafactor). If two axes are equally long, it is not known which one is missing.
     """
     sharding = getattr(like, "sharding", None)
     if not isinstance(sharding, NamedSharding):
@@ -138,7 +140,7 @@ def first_device(devices: Sequence[Home]) -> Home:
 def parameter_devices(
     call: str, arrays: Sequence[Any], paths: Sequence[Path]
 ) -> list[Home]:
-    """The device of each parameter, all of which have to be placed.
+    """The device of each parameter. All parameters have to be placed.
 
     Arguments:
         call: what was called, for the error.

@@ -1,4 +1,4 @@
-"""Who dispatches a plan, decided by what its launches take.
+"""Who dispatches a plan, decided by how long its launches take.
 
 One thread launches the programs of all devices in turn, and as a rule runs ahead of
 them: when it launches a program, the device still works at the one before. Where

@@ -174,8 +174,8 @@ class Place(NamedTuple):
 
 
 class Absence(NamedTuple):
-    """When what a microbatch holds on a stage is on the host: from the end of a phase
-    to that of another.
+    """When what a microbatch holds on a stage is on the host: from the end of the phase
+    `gone` to the end of the phase `back`.
     """
 
     gone: int
@@ -214,8 +214,8 @@ class Buffers:
             none.
         counts: how many slots each pool has.
         kinds: the kinds of bundles in each pool, in the order in which they were
-            found: a mapping to `None`, for a set has no order and all processes must
-            lay out their slots alike.
+            found. It is a mapping to `None`, because a set has no order, and all
+            processes must lay out their slots alike.
         destinations: where the operation that makes a group's bundle puts it, which may
             be in more places than it is read (see `_unite_destinations`).
         arrivals: where it really waits on other devices.
@@ -237,12 +237,12 @@ class Buffers:
 def absences(
     schedule: Schedule, position: Mapping[Action, int]
 ) -> dict[tuple[int, int], Absence]:
-    """When what a microbatch holds on a stage is on the host, by the two.
+    """When what a microbatch holds on a stage is on the host, by stage and microbatch.
 
-    A copy runs behind the operations of a phase. One to the host is behind the forward,
-    one back is as late as it can be: in front of the phase that reads it. So a device
-    makes at most one in each direction behind a phase, and holds no more than the
-    schedule says.
+    A copy runs after the operations of a phase. A copy to the host follows the forward.
+    A copy back is as late as it can be: right before the phase that reads it. So a
+    device makes at most one copy in each direction after a phase, and holds no more
+    than the schedule says.
     """
     found: dict[tuple[int, int], Absence] = {}
     for kind, s, i in itertools.chain(*schedule.actions):

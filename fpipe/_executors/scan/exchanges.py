@@ -14,7 +14,7 @@ different branches. A collective in a branch has to wait for the devices of its 
 stage alone. All-reduce, all-gather, reduce-scatter and all-to-all do: they name groups
 of devices. A collective-permute names pairs, and XLA for CPUs has it wait for every
 device of the program (jax 0.10.2). What goes from stage to stage is a
-collective-permute too, but all devices come by there.
+collective-permute too, but every device runs that one.
 
 Equations that move numbers along an axis run so that XLA exchanges nothing, see
 `whole_axes.py`. So little is left that is refused: what a layer sends by itself, and

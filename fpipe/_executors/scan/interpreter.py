@@ -684,8 +684,8 @@ class Interpreter:
         """A zero that is there when all operations that have read these pools are done.
 
         What changes a pool has to need it. XLA updates a pool in place only if it knows
-        that nobody reads the old one afterwards, and by itself it knows no order of two
-        conditionals of which neither needs what the other makes. Without this zero a
+        that nobody reads the old one afterwards. By itself it knows no order of two
+        conditionals if neither needs what the other makes. Without this zero a
         wire whose pool backwards read copied it at each tick, whole.
         """
         read = jnp.int32(0)

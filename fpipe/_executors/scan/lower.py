@@ -155,8 +155,8 @@ def lower(
 
 
 def _copied_pools(trips: Sequence[Trip]) -> dict[int, list[PoolName]]:
-    """For each stage the pools of which it copies a slot to the host, for the first
-    microbatch that it copies.
+    """For each stage that copies to the host, the pools whose slots it copies for the
+    first microbatch. `copied_bytes` counts one copy by these.
     """
     firsts: dict[int, Absence] = {}
     pools: dict[int, list[PoolName]] = defaultdict(list)

@@ -541,7 +541,7 @@ class PhaseCode(NamedTuple):
     operations run in this order, then slots go to the host and come back, then wires
     carry.
 
-    The order within a phase is the same on all devices, for it is the order of the
+    The order within a phase is the same on all devices: it is the order of the
     program. So an operation that reads what another makes on the same device in the
     same phase (the core behind the embedding) stands behind it.
     """
@@ -636,8 +636,7 @@ class Machine:
         spread: those inputs that are too large for every device to hold: each has its
             share of the microbatches, and feeds bring them.
         overwritten: the arrays of states that backwards make, by layer and number.
-        copied: for each stage that copies to the host the pools of which it copies a
-            slot.
+        copied: for each stage that copies to the host, the pools whose slots it copies.
         warnings: what the user should know.
     """
 

@@ -278,8 +278,8 @@ class Step:
 
         What is cut here gets a first axis of microbatches, for each shape of these.
         Where such a stack lies over the devices this axis is padded to a multiple of
-        their number. What goes whole to every microbatch stays as it is, and so does
-        that of which operations slice rows.
+        their number. What goes whole to every microbatch stays as it is. So does an
+        array whose rows are sliced by operations.
         """
         cut = self.inputs.cut
         out: dict[Leaf | InputStack, Array] = {}

@@ -14,7 +14,7 @@ together. Two equal layers on two devices, whose backwards recompute, are four u
     CotangentValue(2, y, 1)    B of unit 2  B of unit 1          goes to device 0
     CotangentValue(1, y, 0)    B of unit 1  nobody: unit 0 has no parameters
 
-The loss recomputes nothing, for its backward follows its forward directly. What its
+The loss recomputes nothing: its backward follows its forward directly. What its
 forward keeps for that is a bundle too, and so is what an `R` makes again for its
 backward, and what an `I` hands to its `W`.
 """

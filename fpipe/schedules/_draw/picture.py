@@ -75,7 +75,9 @@ class Box(NamedTuple):
 
     @property
     def short_label(self) -> str:
-        """Its microbatch; the kinds too where the colour tells the first alone."""
+        """Its microbatch. A box of several actions has their kinds too, because its
+        colour tells only the first one.
+        """
         if not self.behind:
             return str(self.microbatch)
         return f"{'+'.join(self.kinds)} {self.microbatch}"
