@@ -56,7 +56,7 @@ def _named(value: Any) -> Any:
 
 
 def _shortened(values: Sequence[Any], most: int) -> str:
-    """A list, of which the beginning and the end are shown if it is long."""
+    """A list. If it is long, only its beginning and its end are shown."""
     texts = list(map(str, values))
     if len(texts) > most:
         texts = [*texts[: most - 2], "…", texts[-1]]

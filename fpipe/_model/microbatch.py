@@ -47,7 +47,7 @@ class Whole:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """An array of the call of which a microbatch gets its rows, on an axis."""
+    """An array of the call. A microbatch gets its own rows of it, on an axis."""
 
     array: int
     axis: int

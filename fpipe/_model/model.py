@@ -148,7 +148,7 @@ class Model:
         return Model, (self.layers, self.compute_dtype, self.one_key)
 
     def key_number(self, layer: int) -> int:
-        """The number of which a layer's key is made."""
+        """The number that a layer's key is made from."""
         return 0 if self.one_key else layer
 
     @functools.cached_property

@@ -62,7 +62,7 @@ class ShardedArray:
 
     @property
     def cut(self) -> tuple[int, ...]:
-        """The axes of which a device holds a part."""
+        """The axes that are cut, so that a device holds a part."""
         return tuple(
             axis
             for axis, length in enumerate(self.shape)

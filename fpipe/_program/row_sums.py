@@ -235,9 +235,9 @@ def add_parts(
 ) -> Any:
     """The parts that devices have of the gradient of a parameter, added up.
 
-    Of a gradient whose parameter is cut over an axis of rows each device gets its own
-    piece of the sum. XLA on CPUs would give it the sum, and cut that: so the collective
-    is named.
+    If a parameter is cut over an axis of rows, each device gets its own piece of the
+    gradient's sum. XLA on CPUs would give each device the whole sum, and then cut it.
+    So the collective is named.
 
     Arguments:
         parts: on a first axis, which lies over the axes of rows `data`.

@@ -48,7 +48,7 @@ class LossCall:
         x: the other arguments by name, without the key and the state.
         key: the key; `None`: the call gives none.
         state: the state; `None`: the function has none.
-        of_batch: the arguments of the batch of which gradients are asked, as they were
+        of_batch: the arguments of the batch whose gradients are asked for, as they were
             given, by name.
     """
 
@@ -65,7 +65,7 @@ class LossFunction:
 
     Attributes:
         loss: the function, and what it returns.
-        argnums: the positional parameters of which gradients are asked. The first one
+        argnums: the positional parameters whose gradients are asked for. The first one
             is the model's parameters, all others are arguments of the batch.
         as_tuple: whether the gradients are a tuple, as `jax.grad` has it for `argnums`
             that are a sequence.
@@ -172,7 +172,7 @@ class LossFunction:
 
     @functools.cached_property
     def of_batch(self) -> tuple[str, ...]:
-        """The names of the arguments of the batch of which gradients are asked."""
+        """The names of the arguments of the batch whose gradients are asked for."""
         return tuple(self._positional[n] for n in self.argnums[1:])
 
     @functools.cached_property
@@ -373,7 +373,7 @@ def _unchanged(result: Any) -> Any:
 
 
 def _constant(tree: PyTree) -> PyTree:
-    """An argument of which there is no gradient."""
+    """An argument that has no gradient."""
     return jax.tree.map(
         lambda leaf: jax.lax.stop_gradient(leaf) if is_array(leaf) else leaf, tree
     )

@@ -128,7 +128,7 @@ class Opened:
 
 @dataclasses.dataclass(frozen=True)
 class Stacks:
-    """Inputs of a trace of which rows may be read.
+    """Inputs of a trace whose rows may be read one by one.
 
     Attributes:
         params, state: the values of these arrays.

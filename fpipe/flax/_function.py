@@ -199,8 +199,8 @@ class ModuleFunction(abc.ABC):
 
         Raises:
             TypeError: a module that takes a carry and returns none.
-            ValueError: a tuple of which nobody said what the output is, or without that
-                entry.
+            ValueError: the module returns a tuple, and nobody said which entry is the
+                output, or the tuple lacks that entry.
         """
         if not self.calling.carry:
             return (self._output_of(y),)

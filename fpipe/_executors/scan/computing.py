@@ -49,9 +49,9 @@ class Computer:
         self._free = {n: s for n, s in self.mesh.shape.items() if n != AXIS}
 
     def compute(self, op: Op, arrays: Sequence[Array]) -> list[Any]:
-        """What an operation's code makes: arrays, or constants of Python. Of a gradient
-        that is kept as parts, instead of the sum over rows, the parts; of one that is
-        scattered its piece on each device.
+        """What an operation's code makes: arrays, or constants of Python. A gradient
+        that is kept as parts comes as these parts, and not as the sum over rows. If a
+        gradient is scattered, each device has its piece.
         """
         code = op.code
         assert code is not None
@@ -137,6 +137,6 @@ class Computer:
 
 
 def _first_part(value: Array, parts: int) -> Array:
-    """A sum as parts of which all but the first are zero."""
+    """A sum as parts: the first part is the sum, all others are zero."""
     first = jax.lax.broadcasted_iota(jnp.int32, (parts, *value.shape), 0) == 0
     return jnp.where(first, value[None], jnp.zeros_like(value))
