@@ -294,7 +294,7 @@ def tap_gradients(
 ) -> tuple[dict[str, PyTree], Any]:
     """The same values and tap, with a pull-back that looks at gradients.
 
-    The pull-back of this identity runs behind the layer's own backward: the cotangents
+    The pull-back of this identity runs after the layer's own backward: the cotangents
     that it gets are the layer's gradients of what it was given.
 
         forward     values, tap  ->  the same

@@ -172,7 +172,7 @@ def completed(
     first moment when it may run.
 
     Arguments:
-        order: all actions, each behind what it needs.
+        order: all actions, each after what it needs.
         found: those that ran.
     """
     # A recording has an event for every action of its schedule, so that it can be drawn

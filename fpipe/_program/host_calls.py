@@ -91,7 +91,7 @@ class Failures:
     """What callbacks have raised in a program of several devices.
 
     The program asks at its end, on each device, whether there is something (`look`).
-    The answers are added up over the devices: that is a collective, so behind it all
+    The answers are added up over the devices: that is a collective, so after it all
     callbacks of all devices have been called, and all devices know. Then each of them
     calls `throw`, so that none is left waiting for another:
 
@@ -122,7 +122,7 @@ class Failures:
             self._kept = self._kept or text
 
     def look(self, *_: Any) -> Any:
-        """On a device, behind its last tick: whether something is kept."""
+        """On a device, after its last tick: whether something is kept."""
         return np.int32(self.any)
 
     def throw(self, *_: Any) -> Any:

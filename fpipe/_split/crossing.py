@@ -1,7 +1,7 @@
 """How many bytes cross each place where a function may be cut.
 
 In: a trace. Out: for each place the bytes of the data that are made before it and used
-behind it. Of `h = x @ w; y = relu(h) * h`, with 100 bytes in each value, there go
+after it. Of `h = x @ w; y = relu(h) * h`, with 100 bytes in each value, there go
 
     place    0      1      2             3             4
              x      h      h, relu(h)    y

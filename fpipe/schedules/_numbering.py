@@ -174,7 +174,7 @@ class Played(NamedTuple):
     """When everything ran.
 
     Attributes:
-        order: the actions, each behind what it waits for.
+        order: the actions, each after what it waits for.
         starts: by action.
         ends: by action.
     """

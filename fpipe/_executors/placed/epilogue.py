@@ -1,4 +1,4 @@
-"""What runs behind the actions of a schedule: the outputs of all microbatches joined,
+"""What runs after the actions of a schedule: the outputs of all microbatches joined,
 the loss reduced, states finished, and gradients summed at their owners.
 
 Each function adds its programs to the work of the call, and returns the slots of what

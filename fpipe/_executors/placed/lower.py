@@ -1,12 +1,12 @@
 """From a schedule to a plan, in three passes.
 
 1. The actions, in one order for all devices, become *work*: programs that read and make
-   values wherever these are (`work.py`). Behind them stand programs that join outputs
+   values wherever these are (`work.py`). After them come programs that join outputs
    and reduce losses and gradients (`epilogue.py`).
 2. What a program reads elsewhere is moved before it runs: straight from the placement
    that made it, once for each placement that reads it, all that a program needs from
    elsewhere together. Slots get numbers.
-3. Every slot is freed behind its last use.
+3. Every slot is freed after its last use.
 
 For a forward of two stages with one microbatch:
 

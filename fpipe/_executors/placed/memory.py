@@ -1,7 +1,7 @@
 """What is alive while a plan runs, read off the plan.
 
 The instructions are gone through with the sizes of their slots. An array is alive from
-the instruction that makes it to the `Free` behind its last use. That is also when
+the instruction that makes it to the `Free` after its last use. That is also when
 memory is taken and given back: an allocator works in the order of dispatch. A donated
 array gives its place to what is made.
 

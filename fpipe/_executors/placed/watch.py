@@ -8,7 +8,7 @@ in the order in which it was issued. A lane holds one array at a time.
 
 What a later program consumes (a sum of gradients is donated to the next backward)
 cannot be waited for. There a tiny program that reads it, the *mark*, is issued right
-behind, and its end is waited for.
+after, and its end is waited for.
 
 What is seen, for the first instructions of a plan of two stages:
 

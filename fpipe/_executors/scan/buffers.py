@@ -22,7 +22,7 @@ for the work, one for the wires):
     microbatch 1     tick 1, forward     tick 2, backward        5 to 10        1
     microbatch 2     tick 2, forward     tick 3, backward        9 to 14        0
 
-If the schedule copies microbatch 0 of that layer to the host, the bundle leaves behind
+If the schedule copies microbatch 0 of that layer to the host, the bundle leaves after
 the phase that reads it forward, and is back before the one that reads it backward:
 
     microbatch 0     in its slot 1 to 4, on the host 5 to 4
@@ -502,7 +502,7 @@ def _absence(
 ) -> tuple[int, Absence] | None:
     """The stage that has a bundle on the host for a while, and when; `None`: none has.
 
-    Forwards must read it before, and everything else behind. Another stage of the same
+    Forwards must read it before, and everything else after. Another stage of the same
     device may read the same skip in between: then it stays.
 
     Arguments:

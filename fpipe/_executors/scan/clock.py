@@ -5,7 +5,7 @@ In: a step's program. Out: for each of its actions a start and an end.
 A machine is one program, and nobody outside can tell when its parts run. So a second
 program is compiled for recording, which calls the host before and after each operation.
 What the calls get and return ties them to the operation: the one before waits for what
-the operation reads, the operation for that call, and the one behind for what the
+the operation reads, the operation for that call, and the one after for what the
 operation wrote.
 
 The stamps of the forward that device 1 runs in tick 1 of the first table in `ticks.py`,
@@ -105,7 +105,7 @@ class Ran:
     Attributes:
         step: the program that ran, by which a pull-back finds its forward.
         places: the names of the devices.
-        peak_bytes: of each device, behind the run.
+        peak_bytes: of each device, after the run.
         backward: whether this is the pull-back of an earlier run.
     """
 

@@ -10,7 +10,7 @@ updates them in place; a `lax.switch` over several operations would copy every b
 each tick (measured on jax 0.10.2, CPU).
 
 What a policy offloads leaves an operation on the device, and goes to a slot on the host
-behind the operations of the phase, so that no conditional returns anything on the host.
+after the operations of the phase, so that no conditional returns anything on the host.
 XLA for GPUs refuses to compile one that does, or copies the whole pool from host to
 host at each tick. Like this it copies one slot, and the pool is nowhere but on the host
 (read off what it compiles for an H200, jax 0.10.2).

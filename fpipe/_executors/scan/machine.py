@@ -58,7 +58,7 @@ The words of this room, each for one thing:
 - *feed*: brings a large input to the device that reads it, one microbatch at a time.
   Each device holds its share of the microbatches (`feeds.py`).
 - *loan*: a parameter that another device's stage uses too. It is sent once, before the
-  first tick, and its gradient goes back once, behind the last.
+  first tick, and its gradient goes back once, after the last.
 - *row*: an array with an axis of devices, which holds one parameter (or state) of each
   (`packing.py`).
 

@@ -7,7 +7,7 @@ loan:
 
     in the loop     RowGradient(0)     float32[2, 3, 3], a part for each shard
                     LoanGradient(0)    the same on the borrower's device
-    behind it       both added up over the axis; the loan's goes to the owner of row 0,
+    after it        both added up over the axis; the loan's goes to the owner of row 0,
                     where it is added
 """
 
@@ -79,7 +79,7 @@ class GradientSums:
         A weight's gradient is a sum over rows, and the rows lie on several devices of
         the data axis. As written XLA adds up over that axis in each operation, once for
         each microbatch. With parts the sum has one more axis, which is sharded like the
-        rows, and is added up once, behind the last tick. `row_sums.py` finds the
+        rows, and is added up once, after the last tick. `row_sums.py` finds the
         equation that can be cut so. If it finds none in one of the operations that add
         to a gradient, the gradient is kept whole in all of them. (Not if that one is
         for a smaller microbatch whose rows the axis does not divide: it adds what it
