@@ -108,9 +108,10 @@ class Pipe(Call):
             `devices` for which it makes one stage for each entry of `balance`. It is
             called again when a batch is cut.
         executor: `"placed"` (default) runs one program for each stage and kind of
-            action, and dispatches them to the devices. `"scan"` runs the whole call as
-            one program, which can be inside `jax.jit`. Its parameters are
-            `fpipe.Packed`. Both run on one process or on several.
+            action, and dispatches these programs to the devices. Some actions that
+            follow each other share a program. `"scan"` runs the whole call as one
+            program, which can be inside `jax.jit`. Its parameters are `fpipe.Packed`.
+            Both run on one process or on several.
         mesh: a `jax.sharding.Mesh` with an axis `"stage"`, in place of `devices`. Each
             stage lives on the mesh of the other axes, which are automatic axes.
             Default for `"scan"`: a mesh of the devices with only the axis `"stage"`.
