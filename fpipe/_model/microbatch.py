@@ -92,8 +92,8 @@ class Split:
                 return source.array
 
     def place(self, array: int) -> tuple[int, int | None]:
-        """The inverse: which array of a microbatch, and of which one if it is
-        ready-made.
+        """The inverse: the array's number in a microbatch, and the number of that
+        microbatch if it is ready-made.
         """
         for k, source in enumerate(self.sources):
             if isinstance(source, Ready):

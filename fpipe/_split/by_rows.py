@@ -78,7 +78,7 @@ def joined_parts(node: Node, avals: Mapping[int, Any]) -> list[Part]:
 
 
 def goes_by_rows(node: Node, avals: Mapping[int, Any], axis: int) -> Mapping[int, Part]:
-    """For each operand, by its number, the part of which an equation makes its first
+    """For each operand, by its number, the part that an equation needs for its first
     rows on an axis; none: it does not go by rows.
     """
     shape = avals[node.outs[0]].shape

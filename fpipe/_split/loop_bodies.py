@@ -34,7 +34,7 @@ def numbers_of_rounds(node: Node, known: set[int]) -> set[int]:
     """The values of a loop's body that are known in each of its rounds.
 
     Arguments:
-        known: the inputs of the body of which the loop's operands are known.
+        known: the inputs of the body that get known operands of the loop.
     """
     constants, carried = scan_parts(node)
     (body,) = node.bodies
@@ -51,8 +51,8 @@ def numbers_of_rounds(node: Node, known: set[int]) -> set[int]:
 
 
 def indexed(body: Graph, stacks: set[int], numbers: set[int]) -> dict[int, int]:
-    """Those of the given values of which a body reads nothing but rows, taken by a
-    known index. Each is given with the axis of these rows.
+    """The stacks that a body reads only by rows, taken by a known index. Each comes
+    with the axis of these rows.
 
     Arguments:
         numbers: the values that are known.
