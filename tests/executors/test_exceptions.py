@@ -100,7 +100,8 @@ def test_a_warning_names_the_stage_of_the_pipe(executor):
 
     plain = fpipe.Layer(lambda p, x: jnp.tanh(p * x), name="plain")
     layers = [plain, plain, plain, fpipe.Layer(scanned)]
-    pipe = fpipe.Pipe(layers, [2, 2], chunks=M, checkpoint="never", executor=executor)
+    options: dict[str, Any] = {"checkpoint": "never", "schedule": "gpipe"}
+    pipe = fpipe.Pipe(layers, [2, 2], chunks=M, executor=executor, **options)
     params = pipe.place((jnp.ones(()),) * 3 + (jnp.ones((3, 2, 2)),))
     with pytest.warns(UserWarning, match="keeps") as caught:
         pipe.value_and_grad(jnp.mean)(params, X)
