@@ -178,6 +178,9 @@ def taken_parts(
     if node.name == "split" and params["axis"] == 0:
         ends = np.cumsum([0, *params["sizes"]]).tolist()
         return [Part(0, a, b) for a, b in itertools.pairwise(ends)]
+    # `for w in stack`, from JAX 0.12 on.
+    if node.name == "unstack" and params["axis"] == 0:
+        return [Part(0, n, n + 1) for n in range(shape[0])]
     axis = indexed_axis(node, shape)
     if axis is None:
         return []
