@@ -25,6 +25,7 @@ import jax
 
 from fpipe._core.errors import shown
 from fpipe._executors.call import Call
+from fpipe._executors.placement import Placement
 from fpipe.schedules import Action, Event, Recording, Schedule
 from fpipe.schedules._rules import needs
 
@@ -88,6 +89,9 @@ def record(pipe: Any) -> Iterator[Recording]:
     block, one directly after the other. If a placed pipe runs on several processes,
     each of them gets the same timeline.
 
+    A stage on several devices is one row of the timeline. An action runs there from the
+    start on the first of these devices to the end on the last.
+
     Arguments:
         pipe: a `Pipe`.
 
@@ -99,8 +103,10 @@ def record(pipe: Any) -> Iterator[Recording]:
     Raises:
         TypeError: `pipe` is no `Pipe`.
         ValueError: no call of this pipe has run in the block. Or, with
-            `executor="scan"`, the call is inside `jax.jit`, the mesh has other axes
-            than `"stage"`, or there are several processes.
+            `executor="scan"`, the call is inside `jax.jit`, or there are several
+            processes.
+        NotImplementedError: with `executor="scan"` devices of one stage would wait for
+            each other for ever, see the page on troubleshooting.
 
     Example:
         >>> def init(key, x):
@@ -144,16 +150,16 @@ def record(pipe: Any) -> Iterator[Recording]:
         )
 
 
-def peak_bytes(devices: Iterable[Any]) -> tuple[int, ...]:
-    """For each device the most bytes in use since the process began; empty if one of
-    them does not tell.
+def peak_bytes(places: Iterable[Placement]) -> tuple[int, ...]:
+    """For each placement the most bytes in use on one of its devices since the process
+    began; empty if a device does not tell.
     """
     found: list[int] = []
-    for device in devices:
-        known = _memory_stats(device)
-        if "peak_bytes_in_use" not in known:
+    for place in places:
+        known = [_memory_stats(device) for device in place.devices]
+        if not all("peak_bytes_in_use" in stats for stats in known):
             return ()
-        found.append(int(known["peak_bytes_in_use"]))
+        found.append(max(int(stats["peak_bytes_in_use"]) for stats in known))
     return tuple(found)
 
 

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import fpipe
 import fpipe.plot
@@ -24,11 +26,24 @@ from fpipe._executors.placed.dispatch import ReadyPlan
 from fpipe._executors.placed.instructions import Half, Move, Run
 from fpipe._executors.placed.watch import Lane, Seen, Span, Watch, WatchedCall
 from fpipe._executors.scan import clock as _clock
+from fpipe._executors.scan import executor as _executor
+from fpipe._executors.scan.machine import Segment
 from fpipe.schedules import Action, Costs, Event, Timeline, draw, simulate, svg
+from tests.executors.cut_layers import COLUMNS, FULLY_SHARDED, ROWS, WIDE
 from tests.executors.helpers import observing, placed_executor, plan_of
 from tests.executors.placed.test_dispatch import ERRORS, Host
 from tests.front.test_calls import BoomError, Trigger, notes
-from tests.helpers import Case, Clock, dense, eventually, models, mse, raises
+from tests.helpers import (
+    Case,
+    Clock,
+    assert_same,
+    dense,
+    eventually,
+    models,
+    mse,
+    noise,
+    raises,
+)
 
 M = 4
 X = jnp.arange(M, dtype=jnp.float32)[:, None] + jnp.zeros(
@@ -199,15 +214,97 @@ def test_the_clock_is_asked_when_the_inputs_of_an_operation_are_there(monkeypatc
     pipe, params, x = small(executor="scan")
     seen, stamp = [], _clock.Clock.stamp
 
-    def looked(self, runs, where, end, token, after):
+    def looked(self, runs, where, end, token, after, axes):
         seen.append((end, len(after)))
-        return stamp(self, runs, where, end, token, after)
+        return stamp(self, runs, where, end, token, after, axes)
 
     monkeypatch.setattr(_clock.Clock, "stamp", looked)
     pipe.record(pipe.evaluate(jnp.mean), params, x)
     starts, ends = ([n for end, n in seen if end == which] for which in (0, 1))
     assert ends == [1] * len(ends)
     assert max(starts) > 0
+
+
+MEGATRON = dataclasses.replace(
+    FULLY_SHARDED, spec={"up": COLUMNS, "down": ROWS, "bias": P("model")}
+)
+MESHES: dict[str, Any] = {
+    "rows": (("stage", "data"), FULLY_SHARDED, {"spec": None}, "step"),
+    "parameters": (("model", "stage"), MEGATRON, {}, "step"),
+    "both, by step": (("stage", "data"), FULLY_SHARDED, {}, "step"),
+    "both, by action": (("data", "stage"), FULLY_SHARDED, {}, "action"),
+}
+
+
+@pytest.mark.parametrize("kind", MESHES)
+def test_the_scan_executor_is_recorded_over_meshes(kind, monkeypatch):
+    names, layer, changes, unshard = MESHES[kind]
+    layers = [dataclasses.replace(layer, **changes)] * 2
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2), names)
+    pipe = fpipe.Pipe(layers, chunks=2, mesh=mesh, unshard=unshard, executor="scan")
+    x = noise(jax.random.key(1), (8, WIDE))
+    params = pipe.init(jax.random.key(0), x)
+    checked, check = [], _executor.refuse_exchanges
+
+    def noted(text, mesh):
+        checked.append(text)
+        check(text, mesh)
+
+    monkeypatch.setattr(_executor, "refuse_exchanges", noted)
+    monkeypatch.setattr(
+        "fpipe._executors.recording._memory_stats",
+        lambda device: {"peak_bytes_in_use": 100 + device.id},
+    )
+    step = pipe.value_and_grad(mse, argnums=(0, 1))
+    want = step(params, x, x)
+    got, timeline = pipe.record(step, params, x, x)
+    # The same arrays, which lie in the same way.
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    assert all(
+        a.dtype == b.dtype and a.sharding.is_equivalent_to(b.sharding, a.ndim)
+        for a, b in pairs
+    )
+    loss, (of_params, of_x) = got
+    plain = fpipe.sequential(layers, chunks=2).value_and_grad(mse, argnums=(0, 1))
+    found = (loss, (pipe.gather(of_params), of_x))
+    assert_same(found, plain(pipe.gather(params), x, x))
+    # A row for each stage, and each action once.
+    assert timeline.devices == 2
+    assert rows(timeline) == pipe.make_schedule(2).actions
+    ran = sorted(program.name for program in timeline.programs)
+    assert ran == sorted(event.action.name for event in timeline.events)
+    check_dependencies(timeline, 2)
+    check_devices(timeline)
+    assert all(event.start < event.end for event in timeline.events)
+    # Stages have the fullest of their devices.
+    along = names.index("stage")
+    other = names[1 - along]
+    first, last = np.moveaxis(mesh.devices, along, 0)
+    assert timeline.places == tuple(
+        f"{other}=2 ({devices[0]}, {devices[1]})" for devices in (first, last)
+    )
+    assert timeline.peak_bytes == (100 + first[1].id, 103)
+    # The program with the clock is another one, and was looked at too.
+    assert len(checked) == 2
+    assert checked[0] != checked[1]
+
+
+def test_an_action_on_several_devices_lasts_from_the_first_start_to_the_last_end():
+    schedule = fpipe.schedules.named("gpipe", 1, 2)
+    f0, f1 = (Action("F", 0, i) for i in range(2))
+    segment = Segment((), (((f0,),), ((f1,),)), np.zeros(0))
+    # Of two devices; the second starts later, and ends later.
+    times = {(0, 0): (7.0, 7.25), (0, 1): (8.0, 8.5), (1, 0): (9.0, 9.25)}
+    times[1, 1] = (9.5, 9.75)
+    stamps = [
+        _clock.Stamp(tick, 0, 0, end, time)
+        for (tick, end), own in times.items()
+        for time in own
+    ]
+    ran = _clock.Ran(schedule, None, (segment,), (tuple(stamps),), (), False, ())
+    found = [(e.action, e.start, e.end) for e in ran.timeline().events]
+    assert found[:2] == [(f0, 0.0, 1.5), (f1, 2.0, 2.75)]
 
 
 def test_transfers_are_those_of_the_plan_and_stand_between_what_makes_and_reads_them():
@@ -406,25 +503,15 @@ def test_what_is_no_pipe_is_an_error():
         pass
 
 
-@pytest.mark.parametrize("why", ["jit", "mesh"])
-def test_what_the_scan_executor_cannot_record_says_so(why):
-    mesh = jax.make_mesh(
-        (2, 2), ("data", "stage"), axis_types=(jax.sharding.AxisType.Auto,) * 2
-    )
-    pipe, params, x = small(executor="scan", mesh=mesh if why == "mesh" else None)
-    reason = {
-        "jit": "the call is inside `jax.jit`, or under another transformation; make it "
-        "outside",
-        "mesh": "the mesh has other axes than 'stage'; record over a mesh of that axis "
-        "alone",
-    }[why]
+def test_what_the_scan_executor_cannot_record_says_so():
+    pipe, params, x = small(executor="scan")
     text = (
-        f'`fpipe.record(pipe)` of a Pipe with executor="scan": {reason}. '
-        "`jax.profiler.trace` works there: its operations are "
-        "named `stage2 F`"
+        '`fpipe.record(pipe)` of a Pipe with executor="scan": the call is inside '
+        "`jax.jit`, or under another transformation; make it outside. "
+        "`jax.profiler.trace` works there: its operations are named `stage2 F`"
     )
     with raises(ValueError, text), fpipe.record(pipe):
-        (jax.jit(pipe.__call__) if why == "jit" else pipe)(params, x)
+        jax.jit(pipe.__call__)(params, x)
 
 
 def test_an_exception_in_a_layer_ends_the_call_and_is_not_recorded():

@@ -133,7 +133,6 @@ def public_calls(
         if planned:
             pipe.compile(placed, x, target, loss_fn=mse, state=state, **needs)
             pipe.plan(placed, x, target, loss_fn=mse, state=state, **needs)
-        if planned and pipe.mesh is not WIDE:  # not recorded over a data axis
             (value, _), events = pipe.record(
                 step, placed, x, target, state=state, **needs
             )

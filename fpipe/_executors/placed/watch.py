@@ -31,7 +31,7 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -246,7 +246,7 @@ class Watch:
             self.ended,
             self.moved,
             self.host,
-            _peak_bytes(_devices_of(self._plan)),
+            peak_bytes(_devices_of(self._plan)),
             self._threaded,
         )
 
@@ -532,14 +532,6 @@ def _shared(
     ends[-1:] = [end] * bool(ends)
     starts = [start, *ends[:-1]]
     return [Event(device, *of) for of in zip(actions, starts, ends, strict=False)]
-
-
-def _peak_bytes(places: Iterable[Placement]) -> tuple[int, ...]:
-    """For each placement the most bytes in use on one of its devices; empty if one of
-    them does not tell.
-    """
-    found = [peak_bytes(place.devices) for place in places]
-    return tuple(map(max, found)) if all(found) else ()
 
 
 def _devices_of(plan: Plan) -> dict[Placement, int]:

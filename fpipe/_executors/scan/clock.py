@@ -16,6 +16,11 @@ and the event that becomes of them if the first stamp of all was at 7.000:
 
 The segment says which action that was, by tick, phase and device. If an action has
 several units, each has stamps, and the action lasts from the first to the last.
+
+Over a mesh whose stages have several devices each of them makes these stamps, with the
+number of its stage's place. An action starts when the first device starts it, and ends
+when the last one has. Devices of a stage wait for each other before a stamp: what it
+waits for is a sum over them.
 """
 
 import dataclasses
@@ -27,6 +32,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from fpipe._executors.recording import completed
 from fpipe._executors.scan.machine import Segment
@@ -69,9 +75,13 @@ class Clock:
         end: int,
         token: Any,
         after: Sequence[Any],
+        axes: frozenset[str],
     ) -> Any:
         """Inside a program: where it `runs`, a stamp for tick, phase and device, when
         the token and all of `after` are there.
+
+        Arguments:
+            axes: those of the mesh that devices of one stage share.
 
         Returns:
             The next token.
@@ -86,16 +96,37 @@ class Clock:
 
         # A token goes in and out, so that the calls of one device keep their order.
         def ask(token: Any) -> Any:
-            # One element of each array will do: it is there when the array is.
-            probes = [a.reshape(-1)[:1] for a in after]
+            probes = [_probe(a, bool(axes)) for a in after]
             numbers = jnp.stack([jnp.asarray(n, jnp.int32) for n in (*where, end)])
+            return call(numbers, token, probes)
+
+        def call(numbers: Any, token: Any, probes: Sequence[Any]) -> Any:
             return jax.pure_callback(
                 look, jax.ShapeDtypeStruct((), jnp.int32), numbers, token, *probes
+            )
+
+        # JAX calls no host where XLA shards by itself, so each device calls alone.
+        if axes:
+            call = jax.shard_map(
+                call, in_specs=P(), out_specs=P(), axis_names=axes, check_vma=False
             )
 
         # Devices that do not run the operation do not call: a call is slow, and idle
         # ticks are many.
         return jax.lax.cond(runs, ask, lambda token: token, token)
+
+
+def _probe(a: Any, is_shared: bool) -> Any:
+    """A number, or an array of one, that is there when an array is.
+
+    Arguments:
+        is_shared: whether the array may be cut over devices of one stage.
+    """
+    if not is_shared:
+        return a.reshape(-1)[:1]
+    # One element would have to come from the device that has it: an exchange that hangs
+    # on CPUs (`exchanges.py`). For a sum XLA adds up one number of each device.
+    return jnp.sum(jnp.real(a).astype(jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +135,8 @@ class Ran:
 
     Attributes:
         step: the program that ran, by which a pull-back finds its forward.
-        places: the names of the devices.
-        peak_bytes: of each device, after the run.
+        places: the names of the stages' places.
+        peak_bytes: of the fullest device of each place, after the run.
         backward: whether this is the pull-back of an earlier run.
     """
 

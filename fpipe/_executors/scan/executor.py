@@ -474,17 +474,18 @@ class Scan:
         clocked = step.clocked
         assert clocked.clock is not None
         # Compiled first, so that no recording has the time for that in it.
-        f = getattr(clocked, name).lower(*arrays).compile()
+        f = self._compiled(clocked, name, *arrays)
         out, stamps = clocked.clock.run(f, *jax.block_until_ready(arrays))
         n = int(name == "backward")
+        places = self.parameters.places
         ran = Ran(
             self.schedule(step.m),
             step,
             (step.machine.segments[n],),
             (tuple(stamps),),
-            tuple(map(str, self.mesh.devices.flat)),
+            tuple(map(str, places)),
             name == "backward",
-            peak_bytes(self.mesh.devices.flat),
+            peak_bytes(places),
         )
         for recorder in recorders:
             recorder.add(ran)
@@ -493,8 +494,7 @@ class Scan:
     def _check_recordable(self, arrays: Any) -> None:
         """Refuse to record where the host cannot be asked.
 
-        Under a trace nothing runs yet. A stamp has the number of a place on the axis of
-        stages, and no number on other axes. And a clock collects the stamps of its own
+        Under a trace nothing runs yet. And a clock collects the stamps of its own
         process alone.
         """
         why = ""
@@ -502,11 +502,6 @@ class Scan:
             why = (
                 "the call is inside `jax.jit`, or under another transformation; make "
                 "it outside"
-            )
-        elif self.mesh.size > self.mesh.shape[AXIS]:
-            why = (
-                f"the mesh has other axes than {AXIS!r}; record over a mesh of that "
-                "axis alone"
             )
         elif jax.process_count() > 1:
             why = "there are several processes; record in one"

@@ -178,6 +178,8 @@ class Interpreter:
         self.data = data
         self.unshard = unshard
         self.alone = mesh.size == mesh.shape[AXIS]
+        # The axes that devices of one stage share.
+        self.shared = frozenset(mesh.axis_names) - {AXIS}
         self.shards = devices_over(mesh, data)
         self.storage = {
             name: Storage(pool.avals, machine.rows, self.shards)
@@ -640,15 +642,16 @@ class Interpreter:
             return
         where = (*when, jax.lax.axis_index(AXIS))
         pools = dict.fromkeys(s.pool for s in op.sources if isinstance(s, Held))
-        reads = [a for pool in pools for a in carry[pool]]
+        # A slot of a pool will do.
+        reads = [a[:1] for pool in pools for a in carry[pool]]
         reads += [as_stored(a) for a in given.fed.values()]
-        token = clock.stamp(runs, where, 0, carry[ClockToken()], reads)
+        token = clock.stamp(runs, where, 0, carry[ClockToken()], reads, self.shared)
         self._operate(entry, carry, row, given, runs & (token >= 0))
         # One array that it writes is enough: a conditional ends as a whole.
         written = [carry[target.buffer] for target in op.targets]
         written += [carry[staged] for staged in _staged(op)]
         made = jax.tree.leaves(written)[:1]
-        carry[ClockToken()] = clock.stamp(runs, where, 1, token, made)
+        carry[ClockToken()] = clock.stamp(runs, where, 1, token, made, self.shared)
 
     def _operate(
         self, entry: TableOp, carry: Carry, row: Array, given: Given, runs: Array

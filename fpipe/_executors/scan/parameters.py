@@ -69,7 +69,7 @@ class Parameters:
             for column in columns(mesh)
         ]
         # For each place the mesh of its other axes, over which parameters may be cut.
-        self._places = [Placement.of(place) for place in sub_meshes(mesh, AXIS)]
+        self.places = [Placement.of(place) for place in sub_meshes(mesh, AXIS)]
         self._place_of: list[int] = []
         for layers, place in zip(self._balance, self._stage_to_device, strict=True):
             self._place_of += [place] * layers
@@ -119,7 +119,7 @@ class Parameters:
         """How given parameters are packed."""
         specs: dict[Entry, P] = {}
         for k, own in enumerate(params):
-            home = self._places[self._place_of[k]]
+            home = self.places[self._place_of[k]]
             if home.mesh is None:
                 continue
             layer = self._model.layers[k]
@@ -151,7 +151,7 @@ class Parameters:
         if not here:
             return eval_shape(f, key)
         own = self._model.layers[layer]
-        home = self._places[self._place_of[layer]]
+        home = self.places[self._place_of[layer]]
         cut = make_cut(own, f"layer {layer} {own.name!r}", f, key, home)
         if cut is not None:
             return cut
