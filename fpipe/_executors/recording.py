@@ -89,8 +89,9 @@ def record(pipe: Any) -> Iterator[Recording]:
     block, one directly after the other. If a placed pipe runs on several processes,
     each of them gets the same timeline.
 
-    A stage on several devices is one row of the timeline. An action runs there from the
-    start on the first of these devices to the end on the last.
+    A stage on several devices is one row of the timeline. An action ends there when the
+    last of these devices has ended it. With `executor="scan"` it starts when the first
+    of them starts it, otherwise when all of them have its inputs and are free.
 
     Arguments:
         pipe: a `Pipe`.

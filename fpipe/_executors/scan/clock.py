@@ -19,8 +19,8 @@ several units, each has stamps, and the action lasts from the first to the last.
 
 Over a mesh whose stages have several devices each of them makes these stamps, with the
 number of its stage's place. An action starts when the first device starts it, and ends
-when the last one has. Devices of a stage wait for each other before a stamp: what it
-waits for is a sum over them.
+when the last one has. Where an array is cut over these devices, they wait for each
+other before a stamp, because it waits for a sum over them.
 """
 
 import dataclasses
@@ -124,8 +124,8 @@ def _probe(a: Any, is_shared: bool) -> Any:
     """
     if not is_shared:
         return a.reshape(-1)[:1]
-    # One element would have to come from the device that has it: an exchange that hangs
-    # on CPUs (`exchanges.py`). For a sum XLA adds up one number of each device.
+    # For one element XLA would gather the whole array. For a sum it adds up one number
+    # of each device.
     return jnp.sum(jnp.real(a).astype(jnp.float32))
 
 
