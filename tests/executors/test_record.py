@@ -237,6 +237,15 @@ MESHES: dict[str, Any] = {
 }
 
 
+@functools.cache
+def step_of_perceptrons():
+    """What all of these pipes compute."""
+    plain = fpipe.sequential([FULLY_SHARDED] * 2, chunks=2)
+    x = noise(jax.random.key(1), (8, WIDE))
+    params = plain.init(jax.random.key(0), x)
+    return plain.value_and_grad(mse, argnums=(0, 1))(params, x, x)
+
+
 @pytest.mark.parametrize("kind", MESHES)
 def test_the_scan_executor_is_recorded_over_meshes(kind, monkeypatch):
     names, layer, changes, unshard = MESHES[kind]
@@ -267,9 +276,7 @@ def test_the_scan_executor_is_recorded_over_meshes(kind, monkeypatch):
         for a, b in pairs
     )
     loss, (of_params, of_x) = got
-    plain = fpipe.sequential(layers, chunks=2).value_and_grad(mse, argnums=(0, 1))
-    found = (loss, (pipe.gather(of_params), of_x))
-    assert_same(found, plain(pipe.gather(params), x, x))
+    assert_same((loss, (pipe.gather(of_params), of_x)), step_of_perceptrons())
     # A row for each stage, and each action once.
     assert timeline.devices == 2
     assert rows(timeline) == pipe.make_schedule(2).actions

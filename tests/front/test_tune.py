@@ -1,12 +1,19 @@
 """Tuning: the best of all candidates, by the same predictions as `Pipe.plan` makes."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import fpipe
 from fpipe.schedules import one_f_one_b
-from tests.helpers import add, dense, keep, mse, raises
+from tests.executors.cut_layers import COLUMNS, FULLY_SHARDED, ROWS, WIDE
+from tests.helpers import add, assert_same, dense, keep, mse, noise, raises
 from tests.schedules.test_draw import Page
 
 X = jax.ShapeDtypeStruct((16, 4), jnp.float32)
@@ -328,6 +335,78 @@ def test_devices_are_those_of_a_mesh():
     tuning = fpipe.tune(LAYERS, X, executor="scan", mesh=mesh, memory=1e9, **TWO)
     assert tuning.pipe.mesh == mesh
     assert not any(c.refused for c in tuning.candidates)
+
+
+MESHES = {
+    # Rows and parameters over an axis of data; parameters over another one.
+    "data": FULLY_SHARDED,
+    "model": dataclasses.replace(
+        FULLY_SHARDED, spec={"up": COLUMNS, "down": ROWS, "bias": P("model")}
+    ),
+}
+
+
+def held(tree, device):
+    """The bytes that a device has of arrays."""
+    return sum(
+        shard.data.nbytes
+        for a in jax.tree.leaves(tree)
+        for shard in a.addressable_shards
+        if shard.device == device
+    )
+
+
+@functools.cache
+def step_of_perceptrons():
+    """What all pipes over these meshes compute."""
+    plain = fpipe.sequential([FULLY_SHARDED] * 2, chunks=2)
+    x = noise(jax.random.key(1), (8, WIDE))
+    params = plain.init(jax.random.key(0), x)
+    return plain.value_and_grad(mse)(params, x, x)
+
+
+@pytest.mark.parametrize("executor", ["placed", "scan"])
+@pytest.mark.parametrize("axis", MESHES)
+def test_candidates_over_meshes_run_and_need_what_was_predicted(axis, executor):
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("stage", axis))
+    layers = [MESHES[axis]] * 2
+    x = noise(jax.random.key(1), (8, WIDE))
+    tuning = fpipe.tune(
+        layers,
+        jax.ShapeDtypeStruct(x.shape, x.dtype),
+        mesh=mesh,
+        executor=executor,
+        unshard="action",
+        chunks=2,
+        schedules=["1f1b"],
+        checkpoints=["never", "always"],
+        recomputes="with_backward",
+    )
+    assert [c.refused for c in tuning.candidates] == ["", ""]
+    for candidate in tuning.candidates:
+        pipe, predicted = candidate.pipe, candidate.prediction
+        assert pipe is not None
+        assert predicted is not None
+        assert pipe.plan(None, x).as_dict() == predicted.as_dict()
+        params = pipe.init(jax.random.key(0), x)
+        step = pipe.value_and_grad(mse)
+        # What XLA says of the best program as a whole.
+        if executor == "scan" and candidate is tuning.best:
+            step = jax.jit(step).lower(params, x, x).compile()
+            sizes = step.memory_analysis()
+            assert sizes is not None
+            total = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
+            total += sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
+            compiled = pipe.plan(None, x, x, loss_fn=mse, compiled=True, optimizer=0)
+            assert [row.peak for row in compiled.devices] == [total] * 4
+        loss, grads = step(params, x, x)
+        assert_same((loss, pipe.gather(grads)), step_of_perceptrons())
+        # Under scan there is a row for each device of a stage.
+        assert {row.device for row in predicted.devices} == {0, 1}
+        for row in predicted.devices:
+            for device in mesh.devices[row.device]:
+                assert row.memory["parameters"] == held(params, device)
+                assert row.memory["gradients"] == held(grads, device)
 
 
 def test_parameters_may_be_packed():
