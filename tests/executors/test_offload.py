@@ -214,7 +214,8 @@ def on_the_host():
 
 
 def test_residuals_are_on_the_host_until_the_backward():
-    pipe = pipe_of(schedule="gpipe")
+    # A recomputation of its own would read the first ones before the last ones come.
+    pipe = pipe_of(schedule="gpipe", recompute="with_backward")
     params = pipe.init(jax.random.key(0), X)
     step = pipe.value_and_grad(loss_of)
     jax.block_until_ready(step(params, X))
@@ -245,7 +246,7 @@ def test_both_halves_of_a_backward_read_from_the_host():
         return h @ params["b"] + jnp.sin(h)
 
     layer = fpipe.Layer(twice, lambda key, x: {"a": init(key, x), "b": init(key, x)})
-    pipe = pipe_of(layer, schedule="zb_h1")
+    pipe = pipe_of(layer, schedule="zb_h1", recompute="with_backward")
     params = pipe.init(jax.random.key(0), X)
     step = pipe.value_and_grad(loss_of, argnums=(0, 1))
     reference = fpipe.sequential(pipe.layers, chunks=4)
@@ -342,8 +343,10 @@ def test_a_plan_counts_the_memory_of_devices_and_of_the_host_apart():
     piece = ROWS // 4 * WIDTH * 4
     x = jax.ShapeDtypeStruct(X.shape, X.dtype)
     for executor in ("placed", "scan"):
-        there = pipe_of(checkpoint=POLICIES.dots_saveable, executor=executor)
-        here = pipe_of(executor=executor)
+        # A recomputation of its own would bring them back before the backward.
+        options = {"executor": executor, "recompute": "with_backward"}
+        there = pipe_of(checkpoint=POLICIES.dots_saveable, **options)
+        here = pipe_of(**options)
         kept, moved = there.plan(None, x), here.plan(None, x)
         assert "host" not in str(kept)
         assert {device.host for device in kept.devices} == {0}
