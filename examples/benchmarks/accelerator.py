@@ -10,6 +10,9 @@ the plain composition
 beside the unpipelined jitted step that adds up
    gradients over the microbatches: medians over alternating repeats.
 3. Dispatch: how long the host is busy with a step, while the device works.
+
+`--launch` runs a comparison in place of these: what a launch costs, and which flags and
+ways to dispatch change that (`_launch.py`).
 """
 
 import argparse
@@ -18,6 +21,7 @@ import functools
 import statistics
 import time
 
+import _launch
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,7 +184,19 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--only", choices=["equality", "time"])
+    launch = parser.add_argument_group("--launch, and what it takes")
+    launch.add_argument(
+        "--launch", action="store_true", help="compare variants of launching"
+    )
+    launch.add_argument(
+        "--budget", type=float, default=360, help="seconds for all cases together"
+    )
+    launch.add_argument("--size", choices=_launch.SIZES, default="full")
+    for name, known in (("models", _launch.MODELS), ("variants", _launch.VARIANTS)):
+        launch.add_argument(f"--{name}", nargs="+", choices=known, default=list(known))
     options = parser.parse_args()
+    if options.launch:
+        raise SystemExit(_launch.compare(options))
     devices = jax.devices()
     print(
         f"jax {jax.__version__}, {len(devices)} x {devices[0].device_kind} "

@@ -242,6 +242,45 @@ def test_the_benchmark_of_one_device_runs(checkpoint):
     assert re.findall(rows, done.stdout, re.MULTILINE) == ["plain", "2"]
 
 
+@pytest.mark.parametrize(
+    ("variant", "row"),
+    [
+        pytest.param("async", "not on cpu", id="async"),
+        # Each is a process more.
+        *(
+            pytest.param(
+                variant,
+                rf"{launches}( +\d\S+){{7}} +- +-",
+                id=variant,
+                marks=pytest.mark.full,
+            )
+            for variant, launches in (("apart", 21), ("plain_unrolled", 1))
+        ),
+    ],
+)
+def test_the_benchmark_of_launches_runs(variant, row):
+    small = ["--launch", "--size", "tiny", "--models", "small", "--repeats", 1]
+    done = run("examples/benchmarks/accelerator.py", *small, "--variants", variant)
+    assert done.returncode == 0, done.stderr
+    # Of the 16 actions of a step, ten run in two programs.
+    default = r"^small  default +13( +\d\S+){7} +- +-$"
+    assert re.search(default, done.stdout, re.MULTILINE), done.stdout
+    assert re.search(rf"^small  {variant} +{row}$", done.stdout, re.MULTILINE)
+    counts = r"^small  default +(\S+) +(\d+)( +\d\S*){4}$"
+    found = re.findall(counts, done.stdout, re.MULTILINE)
+    assert sum((kinds.count("+") + 1) * int(n) for kinds, n, _ in found) == 16
+    assert done.stdout.count("not judged here") == 3
+
+
+def test_the_benchmark_of_launches_names_what_the_budget_leaves_out():
+    small = ["--launch", "--size", "tiny", "--models", "small", "unet"]
+    done = run("examples/benchmarks/accelerator.py", *small, "--budget", 0)
+    assert done.returncode == 0, done.stderr
+    left = r"^(small|unet) +(\w+) +left out: the budget is spent$"
+    found = re.findall(left, done.stdout, re.MULTILINE)
+    assert len(found) == len({*found}) == 18
+
+
 def test_the_benchmark_of_recomputations_runs():
     small = ["--width", 8, "--tokens", 4, "--blocks", 1, "--microbatches", 3]
     small += ["--repeats", 1, "--unit", 2, "--schedules", "1f1b", "--options", "early"]
