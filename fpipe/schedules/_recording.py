@@ -97,8 +97,9 @@ class Recording(Timeline):
             `host_seconds`: the time that the host took to issue the call, with the time
             of the recording (left out under scan). `launch_seconds`: the mean time that
             the host took to launch an action, or several that are one program, without
-            the time of the recording (left out under scan). `peak_bytes`: the most bytes
-            in use on the fullest device since the process began (left out on CPUs).
+            the time of the recording (left out under scan). `peak_bytes`: the most
+            bytes in use on the fullest device since the process began (left out on
+            CPUs).
 
         Raises:
             ValueError: the block of `fpipe.record` has not ended yet.
