@@ -27,8 +27,8 @@ from fpipe._split.mark import cut as cut
 from fpipe._split.split import Split as Split
 from fpipe._split.split import split as split
 from fpipe._split.stacks import RowBlocks as RowBlocks
-from fpipe._tune import Candidate as Candidate
-from fpipe._tune import Tuning as Tuning
 from fpipe._tune import tune as tune
+from fpipe._tuning import Candidate as Candidate
+from fpipe._tuning import Tuning as Tuning
 from fpipe._value_and_grad import ValueAndGrad as ValueAndGrad
 from fpipe._value_and_grad import value_and_grad as value_and_grad

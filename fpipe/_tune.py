@@ -1,4 +1,5 @@
-"""`tune`: choose balance, chunks, schedule and checkpoint mode by prediction.
+"""`tune`: choose balance, chunks, schedule and checkpoint mode by prediction, or among
+the best predictions by measured steps.
 
 Every combination of schedule, checkpoint mode and number of chunks is a `Candidate`: a
 pipe and its prediction, or the reason why there is none. Six equal layers on three
@@ -11,6 +12,9 @@ devices of 10,000 bytes:
 
 All combinations are tried, because a search could miss the best one. They share the
 expensive parts of a prediction: the traces of the layers, and the counts of their work.
+
+    _tuning.py             candidates, and what is found, as text
+    _measured_steps.py     runs candidates
 """
 
 import abc
@@ -23,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from fpipe._core.caches import Recent
-from fpipe._core.checks import as_bool, as_compute_dtype, is_one_of
+from fpipe._core.checks import as_bool, as_compute_dtype, as_int, is_one_of
 from fpipe._core.errors import shown
 from fpipe._core.meshes import in_tracing_context
 from fpipe._core.pytrees import PyTree
@@ -39,6 +43,7 @@ from fpipe._executors.placement import as_placements
 from fpipe._executors.scan.packing import Packed
 from fpipe._executors.scheduling import Scheduling
 from fpipe._executors.stage_places import stage_places
+from fpipe._measured_steps import Failed, StepTime, measured_steps
 from fpipe._model.batch_norm import deferred
 from fpipe._model.frozen import Frozen, check_frozen
 from fpipe._model.function_layers import (
@@ -63,8 +68,8 @@ from fpipe._planning.layer_costs import costs_of
 from fpipe._planning.predict import KnownLayers, mean_square
 from fpipe._planning.prediction import Prediction
 from fpipe._planning.step_request import StepRequest
-from fpipe._planning.text import Table, option_name, quantity, size
-from fpipe.schedules._html import escape
+from fpipe._planning.text import option_name, size
+from fpipe._tuning import Candidate, Tuning, predicted_order
 
 # The defaults of `schedules` and `checkpoints`.
 SCHEDULES = ("gpipe", "1f1b", "eager_1f1b", "zb_h1", "interleaved_1f1b", "zb_v")
@@ -75,174 +80,8 @@ CHECKPOINTS = ("never", "except_last", "always")
 _TRACES = 4096
 
 
-class Candidate(NamedTuple):
-    """One combination of options of a pipe, with its prediction.
-
-    Attributes:
-        schedule, checkpoint, chunks: as for `Pipe`. A function is given by its name.
-        pipe: the `Pipe`, ready to use. `None` if the combination is not possible.
-        prediction: the `Prediction` of a training step. `None` if there is none.
-        refused: why the combination cannot be used; empty if it can.
-        recompute: as for `Pipe`. `"auto"` if nothing is recomputed.
-        offload: as for `Pipe`.
-    """
-
-    schedule: Any
-    checkpoint: Any
-    chunks: int
-    pipe: Pipe | None = None
-    prediction: Prediction | None = None
-    refused: str = ""
-    recompute: str = "auto"
-    offload: Any = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    """All candidates, the best first. It prints as a table.
-
-    Attributes:
-        candidates: first the candidates that fit into memory, sorted by the time of a
-            step. Then the candidates that are too large, sorted by the bytes that they
-            lack. Then the combinations that are not possible.
-        unit: the unit of times, `"FLOP"` or `"second"`.
-    """
-
-    candidates: tuple[Candidate, ...]
-    unit: str
-
-    @property
-    def best(self) -> Candidate:
-        """The fastest candidate that fits into memory.
-
-        Raises:
-            ValueError: no candidate fits.
-        """
-        first = self.candidates[0]
-        if first.pipe is None or first.refused:
-            raise ValueError(
-                f"`fpipe.tune(...)`: no candidate fits; the nearest: {first.refused}"
-            )
-        return first
-
-    @property
-    def pipe(self) -> Pipe:
-        """The pipe of the fastest candidate that fits into memory.
-
-        Raises:
-            ValueError: no candidate fits.
-        """
-        found = self.best.pipe
-        assert found is not None
-        return found
-
-    @property
-    def why(self) -> str:
-        """The reasons for the best candidate, as text.
-
-        It says how much slower the next best schedule, number of microbatches and
-        checkpoint mode are.
-
-        Raises:
-            ValueError: no candidate fits.
-        """
-        best = self.best
-        own = best.prediction
-        assert own is not None
-        # First what it takes, then what each other choice would cost, one at a time.
-        options = f"chunks={best.chunks}, checkpoint={best.checkpoint!r}"
-        if when := _when_recomputed(best):
-            options += f", recompute={when!r}"
-        if best.offload is not None:
-            options += f", offload={best.offload!r}"
-        lines = [
-            f"{best.schedule}, {options}: step {quantity(own.step, self.unit)}, "
-            f"bubble {own.bubble:.0%}, peak {size(own.peak)}"
-        ]
-        for field, noun in _CHOICES:
-            lines += self._next_best(field, noun)
-        short = [c for c in self.candidates if c.refused and c.prediction is not None]
-        if short:
-            lines.append(f"{len(short)} candidates do not fit")
-        return "\n- ".join(lines)
-
-    def _next_best(self, field: str, noun: str) -> list[str]:
-        """How the best candidate compares with the next best one that differs from it
-        in one choice.
-        """
-        # Candidates are in order, so the first one that is equal in all other choices
-        # is the next best. A candidate that differs in two choices would not tell the
-        # effect of either.
-        best, own = self.best, self.best.prediction
-        # But when something is recomputed belongs to whether it is.
-        with_it = {field, "recompute"} if field == "checkpoint" else {field}
-        others = [name for name, _ in _CHOICES if name not in with_it]
-        for c in self.candidates[1:]:
-            alike = all(getattr(c, name) == getattr(best, name) for name in others)
-            if c.refused or c.prediction is None or own is None or not alike:
-                continue
-            longer = c.prediction.step / own.step - 1 if own.step else 0.0
-            # A difference that would be printed as 0.0 % is none.
-            if longer > 0.0005:
-                return [
-                    f"the next best {noun} ({getattr(c, field)}) takes "
-                    f"{longer:.1%} longer"
-                ]
-            return [
-                f"the {noun} {getattr(c, field)} takes as long, and needs "
-                f"{size(c.prediction.peak)}"
-            ]
-        return []
-
-    def __str__(self) -> str:
-        # `why` raises if no candidate fits. The table gives each one's reason.
-        lines = str(self._table())
-        return lines if self.candidates[0].refused else f"{lines}\n\n{self.why}"
-
-    def _repr_html_(self) -> str:
-        lines = self._table().html()
-        if self.candidates[0].refused:
-            return lines
-        first, *reasons = self.why.split("\n- ")
-        items = [f"<li>{escape(text)}</li>" for text in reasons]
-        return "\n".join([lines, f"<p>{escape(first)}</p>", "<ul>", *items, "</ul>"])
-
-    def _table(self) -> Table:
-        """A row for each candidate."""
-        head = ["schedule", "chunks", "checkpoint"]
-        # `Table` leaves out a column in which all cells are empty.
-        head += ["recompute", "offload", "balance", "step", "bubble", "peak", ""]
-        rows = []
-        for c in self.candidates:
-            balance = "" if c.pipe is None else str(list(c.pipe.balance))
-            row = [str(c.schedule), str(c.chunks), str(c.checkpoint)]
-            row.append(_when_recomputed(c))
-            row += ["" if c.offload is None else str(c.offload), balance]
-            if c.prediction is None:
-                row += ["", "", ""]
-            else:
-                own = c.prediction
-                step = quantity(own.step, self.unit)
-                row += [step, f"{own.bubble:.1%}", size(own.peak)]
-            rows.append([*row, c.refused])
-        return Table(head, rows, left=(0, 2, 3, 5, 9))
-
-
-def _when_recomputed(c: Candidate) -> str:
-    """When a candidate recomputes, if it does, and if it was chosen."""
-    return "" if c.checkpoint == "never" or c.recompute == "auto" else c.recompute
-
-
 # What of a device's memory may wait in the memory of the host.
 _COPIED = ("residuals", "boundaries", "skips")
-
-# The fields that tell candidates apart, and what they are called in sentences.
-_CHOICES = (
-    ("schedule", "schedule"),
-    ("chunks", "number of microbatches"),
-    ("checkpoint", "checkpoint mode"),
-    ("recompute", "time of recomputations"),
-)
 
 
 @in_tracing_context
@@ -266,6 +105,7 @@ def tune(
     host_bandwidth: float | None = None,
     optimizer: float = 2.0,
     compiled: bool = False,
+    measure: int = 0,
     has_aux: bool = False,
     reduction: Reduction = "mean",
     argnums: int | Sequence[int] = 0,
@@ -280,10 +120,12 @@ def tune(
 ) -> Tuning:
     """Choose balance, chunks, schedule and checkpoint mode by prediction.
 
+    With `measure=k` it runs the best `k`, and chooses by what they take.
+
     `tune` predicts a training step for every combination, as `Pipe.plan` does. It sorts
     the combinations that fit into `memory` by the time of a step. If two take the same
     time, the one with less memory is first. Predictions come from shapes alone; only
-    `by="time"` runs programs.
+    `by="time"` and `measure` run programs.
 
     A prediction does not know that small microbatches keep a device less busy;
     `by="time"` measures this. It does not know the memory that programs need for
@@ -317,15 +159,25 @@ def tune(
             microbatches with which it fits.
         by, speed, latency, bandwidth, launch, host_bandwidth, optimizer, compiled: as
             for `Pipe.plan`.
+        measure: the number of candidates to run. The first ones by prediction, of those
+            that fit, are compiled and run some training steps each, in turns. The one
+            with the shortest step is the best. They run with `params`, `x` and the
+            other inputs if these are arrays, otherwise with zeros. One candidate's
+            parameters are on the devices at a time, without an optimizer's state. A
+            candidate that fails is refused with the first line of its error. Default 0:
+            nothing runs.
         options: other arguments of `Pipe`, such as `executor="scan"` or
             `compute_dtype=`, except `balance`, `sample` and `sample_side`.
 
     Returns:
         A `Tuning`. `tuning.pipe` is the best pipe, and `print(tuning)` shows the table
-        of candidates and the reasons for the best.
+        of candidates and the reasons for the best. With `measure` it shows predicted
+        and measured steps, and says where they differ by more than 25 %. Predictions in
+        FLOPs are compared by their order and ratios alone.
 
     Raises:
         TypeError, ValueError: there is nothing to try, or an argument is wrong.
+        RuntimeError: all candidates failed that were to be measured.
 
     Example:
         >>> make = lambda key, x: jnp.eye(3)
@@ -363,6 +215,7 @@ def tune(
         )
     for name in ("deferred_batch_norm", "detect_anomaly"):
         as_bool("fpipe.tune", name, options.get(name, False))
+    measure = as_int("fpipe.tune", "measure", measure, least=0)
     devices = jax.devices() if devices is None else devices
     as_placements(devices)
     devices = list(devices)
@@ -384,10 +237,11 @@ def tune(
     # Every candidate runs one training step, as shapes.
     fn = mean_square if loss_fn is None else loss_fn
     loss = as_loss("tune", fn, has_aux, reduction)
+    own_params = params
     if isinstance(params, Packed):
         params = params.packing.whole
     elif isinstance(layers, Iterable):
-        params = params_by_layer(layers, params)
+        own_params = params = params_by_layer(layers, params)
         state = state_by_layer(layers, state)
     needs: Mapping[str, Any] = call_needs(side=side, key=key, train=train, step=step)
     if isinstance(layers, Iterable):
@@ -423,7 +277,28 @@ def tune(
             "`fpipe.tune(...)`: nothing to try: schedules, checkpoints and chunks need "
             "an entry each"
         )
-    return Tuning(tuple(sorted(tried, key=_rank)), wanted.unit)
+    tried.sort(key=_rank)
+    return Tuning.of(tried, wanted.unit, _measured(tried[:measure], source, own_params))
+
+
+def _measured(
+    candidates: Sequence[Candidate], source: "_Source", params: Any
+) -> list[StepTime | Failed]:
+    """What a step of each candidate takes, of those that fit: these are the first ones.
+
+    Raises:
+        RuntimeError: all fail.
+    """
+    pipes = [c.pipe for c in candidates if c.pipe is not None and not c.refused]
+    steps = [(pipe, source.step_of(pipe)) for pipe in pipes]
+    found = measured_steps(steps, params)
+    failed = [time for time in found if isinstance(time, Failed)]
+    if failed and len(failed) == len(found):
+        raise RuntimeError(
+            f"`fpipe.tune(measure=...)`: all {len(found)} candidates failed that were "
+            f"to be measured; the first: {failed[0].error}"
+        )
+    return found
 
 
 def _limits(offloads: Any) -> list[Any]:
@@ -459,9 +334,7 @@ def _rank(c: Candidate) -> tuple[int, float, int]:
         return 2, 0.0, 0
     if c.refused:
         return 1, max(d.missing for d in c.prediction.devices), 0
-    # Sums of floats differ in their last digits. Steps that differ only there count as
-    # equal, and memory decides between them.
-    return 0, float(f"{c.prediction.step:.9e}"), c.prediction.peak
+    return 0, *predicted_order(c)
 
 
 def _several(options: Any) -> list[Any]:
@@ -521,7 +394,7 @@ class _Source(abc.ABC):
         return True
 
     def step_of(self, pipe: Pipe) -> StepRequest:
-        """The step, with what is frozen as the layers of a pipe have it."""
+        """The step as the layers of a pipe take it."""
         frozen = pipe._layer_frozen(self.step.frozen)
         return dataclasses.replace(self.step, frozen=frozen)
 
@@ -757,8 +630,11 @@ class _OfFunction(_Source):
 
     def prediction(self, pipe: Pipe, setup: _Setup) -> Prediction:
         del setup  # pipes may differ in anything, and share nothing
+        return pipe._plan(self.step_of(pipe), self.options)
+
+    def step_of(self, pipe: Pipe) -> StepRequest:
+        """The step as the layers of a pipe take it."""
         args = self.step.args
         x, needs = pipe._trees.inputs(args.x, args.needs)
         args = args._replace(x=x, needs=needs)
-        step = dataclasses.replace(self.step_of(pipe), args=args)
-        return pipe._plan(step, self.options)
+        return dataclasses.replace(super().step_of(pipe), args=args)

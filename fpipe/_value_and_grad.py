@@ -53,7 +53,8 @@ from fpipe._split.layers import PieceLayer
 from fpipe._split.loss_function import LossCall, LossFunction, as_returned
 from fpipe._split.split import Split, split
 from fpipe._split.trace import Kind
-from fpipe._tune import Tuning, tune
+from fpipe._tune import tune
+from fpipe._tuning import Tuning
 from fpipe.schedules import Schedule
 
 # What messages of a pipe say of placing, with one pair of parentheses inside at most.
@@ -81,6 +82,7 @@ _OF_TUNE = (
     "checkpoints",
     "recomputes",
     "offloads",
+    "measure",
 )
 
 
@@ -500,6 +502,7 @@ class ValueAndGrad:
             recomputes, offloads: the values to try, as for `fpipe.tune`.
             memory, by, speed, latency, bandwidth, launch: as for `fpipe.tune`.
             host_bandwidth, optimizer, compiled: as for `fpipe.tune`.
+            measure: the number of candidates to run, as for `fpipe.tune`.
 
         Returns:
             A `fpipe.Tuning`.
@@ -511,7 +514,9 @@ class ValueAndGrad:
         options = {k: v for k, v in self._options.items() if k not in chosen}
         asked: dict[str, Any] = {"frozen": self._frozen, "argnums": self._argnums}
         options |= self._of_step(call) | asked | mine
-        options["params"] = built.split.param_shapes
+        # Only a measured step looks at numbers.
+        measured = bool(mine.get("measure"))
+        options["params"] = call.params if measured else built.split.param_shapes
         with self._naming("step.tune"):
             return tune(built.split, call.x, **options)
 

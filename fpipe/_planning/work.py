@@ -144,6 +144,8 @@ def runs(
         launched = time.perf_counter()
         jax.block_until_ready(made)
         times.append(Measured(time.perf_counter() - started, launched - started))
+        # The next run may need the memory.
+        del given, made
     return times[warm_up:]
 
 

@@ -1,0 +1,257 @@
+"""What a training step of each of several pipes takes, measured on their devices.
+
+In: pipes, each with its step; parameters, states and inputs may be shapes. Out: for
+each pipe a `StepTime`, or why it failed:
+
+    1f1b      StepTime(seconds=1.9e-3, launch=0.4e-3)
+    zb_h1     Failed("XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory …")
+
+The pipes take turns, so that a machine that becomes slower does so for all of them:
+
+    turn 0    1f1b  zb_h1  gpipe      each compiles, then a few steps
+    turn 1    1f1b  zb_h1  gpipe      a few steps
+
+Parameters are placed for a turn and go when it ends: at no time are those of two pipes
+on the devices.
+
+Over several processes all make the same steps in the same order. The times are those
+of process 0. A pipe that has failed in one process has failed in all.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+from fpipe._core.processes import gather_floats, is_ghost
+from fpipe._core.pytrees import (
+    PyTree,
+    map_arrays,
+    numbers_as_arrays,
+    pack,
+    shapes_of,
+    strong,
+    zeros,
+    zeros_like,
+)
+from fpipe._core.settings import explicit_transfers
+from fpipe._executors.call import Args
+from fpipe._executors.placed.pace import LOOKED_AT
+from fpipe._executors.scan.packing import Packed
+from fpipe._pipe import Pipe
+from fpipe._planning.step_request import StepRequest
+from fpipe._planning.work import Measured, least, runs
+
+StepTime: TypeAlias = Measured
+
+# How often each pipe has its turn, and how many of its steps count in each.
+_TURNS = 3
+_STEPS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """A pipe whose step raised an error.
+
+    Attributes:
+        error: its type and the first line of its message.
+    """
+
+    error: str
+
+
+def measured_steps(
+    steps: Sequence[tuple[Pipe, StepRequest]], params: Any
+) -> list[StepTime | Failed]:
+    """The shortest of some steps of each pipe, and the shortest launch.
+
+    Arguments:
+        steps: pipes over the same layers, each with its training step.
+        params: what the user gave: one entry per layer, or packed. Zeros stand for
+            shapes, and for what this process does not have.
+    """
+    given = _by_layer(params)
+    if any(pipe._executor.is_over_processes for pipe, _ in steps):
+        # A parameter that some processes make is made by all of them.
+        here = given is not None and _is_here(given)
+        if not _gathered([float(here)]).all():
+            given = None
+    measured: list[list[StepTime]] = [[] for _ in steps]
+    failed: dict[int, Failed] = {}
+    ready: dict[int, _Step] = {}
+    for turn in range(_TURNS):
+        for n, (pipe, request) in enumerate(steps):
+            if n in failed:
+                continue
+            found: StepTime | Failed
+            # Whatever a layer raises: the others may run all the same. The error itself
+            # is not kept, because its frames would keep arrays.
+            try:
+                with _context(pipe):
+                    if turn == 0:
+                        ready[n] = _Step.of(pipe, request)
+                    found = ready[n].take_turn(given, turn)
+            except Exception as error:
+                found = Failed(_first_line(error))
+            found = _of_all_processes(pipe, found)
+            if isinstance(found, Failed):
+                failed[n] = found
+            else:
+                measured[n].append(found)
+    return [
+        failed[n] if n in failed else least(times) for n, times in enumerate(measured)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """The training step of a pipe.
+
+    Attributes:
+        args: with inputs that are arrays; parameters and states may be shapes.
+        numbers: of the arguments that are differentiated.
+    """
+
+    pipe: Pipe
+    request: StepRequest
+    args: Args
+    numbers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, pipe: Pipe, request: StepRequest) -> "_Step":
+        """The step with all shapes known."""
+        with pipe._executor.tracing():
+            args, numbers = request.resolved(pipe.model, pipe.chunks)
+            args, numbers = pipe._trees.asked(args, numbers)
+        inputs = _without_shapes((args.x, args.targets, dict(args.needs)))
+        x, targets, needs = inputs
+        args = args._replace(x=x, targets=targets, needs=needs)
+        return cls(pipe, request, args, numbers)
+
+    def take_turn(self, given: Sequence[PyTree] | None, turn: int) -> StepTime:
+        """Some steps, with parameters that are there as long as the turn."""
+        warm_up = 1
+        # The first call compiles. The next ones may find out how it is dispatched.
+        if (
+            turn == 0
+            and self.pipe.executor == "placed"
+            and self.pipe.dispatch == "auto"
+        ):
+            warm_up = 2 * (1 + LOOKED_AT)
+        with explicit_transfers():
+            params, state = self._placed(given), self._state()
+        arguments = (params, state)
+        return least(runs(self, lambda: arguments, warm_up, _STEPS))
+
+    def __call__(self, params: Any, state: PyTree) -> list[Any]:
+        """A step. It returns the arrays that this process can wait for."""
+        args = self.args._replace(params=params, state=state)
+        result = self.pipe._runner.loss(args, self.request.loss, self.numbers)
+        return [a for a in jax.tree.leaves(result) if not is_ghost(a)]
+
+    def _placed(self, given: Sequence[PyTree] | None) -> Any:
+        """The parameters where the pipe has them."""
+        executor, made = self.pipe._executor, []
+        with executor.tracing():
+            for k, shapes in enumerate(self.args.params):
+                own = None if given is None else given[k]
+                if own is not None and _is_here(own):
+                    made.append(map_arrays(strong, numbers_as_arrays(own)))
+                    continue
+
+                def make(key: Any, shapes: PyTree = shapes) -> PyTree:
+                    del key
+                    return zeros_like(shapes)
+
+                made.append(executor.make_params(k, make, jax.random.key(0)))
+        # A step consumes no parameters, so what lies there already need not be copied.
+        return executor.place(tuple(made), donate=True)
+
+    def _state(self) -> PyTree:
+        """The state, where the pipe has it if it is made here."""
+        if self.args.state is None:
+            return None
+        executor, made = self.pipe._executor, []
+        with executor.tracing():
+            for k, own in enumerate(self.args.state):
+                if _is_here(own):
+                    made.append(own)
+                    continue
+
+                def make(key: Any, shapes: PyTree = own) -> PyTree:
+                    del key
+                    return zeros_like(shapes_of(shapes))
+
+                made.append(executor.make_state(k, make, jax.random.key(0)))
+        return tuple(made)
+
+
+@contextlib.contextmanager
+def _context(pipe: Pipe) -> Iterator[None]:
+    """What a step runs in: the pipe's own context. The caller's settings are for
+    programs of the caller, and not for steps on zeros.
+    """
+    with (
+        pipe._context(),
+        jax.disable_jit(False),
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+    ):
+        yield
+
+
+def _by_layer(params: Any) -> Sequence[PyTree] | None:
+    """What the user gave, one entry per layer; packed parameters in the memory of the
+    host, which has room for them.
+    """
+    if not isinstance(params, Packed):
+        return params
+    packing = params.packing
+    if not all(map(_is_here, params.arrays)):
+        return None
+    rows = [np.asarray(row) for row in params.arrays]
+    return packing.trees([packing.take(rows, entry) for entry in packing.entries])
+
+
+def _is_here(tree: PyTree) -> bool:
+    """Whether all arrays of a tree are arrays, and whole in this process."""
+    return all(
+        not isinstance(a, jax.ShapeDtypeStruct)
+        and getattr(a, "is_fully_addressable", True)
+        for a in pack(tree)[0]
+    )
+
+
+def _without_shapes(tree: Any) -> Any:
+    """Zeros in place of shapes."""
+    return jax.tree.map(
+        lambda a: zeros(a) if isinstance(a, jax.ShapeDtypeStruct) else a, tree
+    )
+
+
+def _of_all_processes(pipe: Pipe, found: StepTime | Failed) -> StepTime | Failed:
+    """What process 0 has measured, unless the pipe has failed in one of them."""
+    if not pipe._executor.is_over_processes:
+        return found
+    failed = isinstance(found, Failed)
+    own = [float(failed), *((0.0, 0.0) if isinstance(found, Failed) else found)]
+    rows = _gathered(own)
+    if isinstance(found, Failed):
+        return found
+    others = [n for n, row in enumerate(rows) if row[0]]
+    if others:
+        return Failed(f"an error in process {others[0]}")
+    return StepTime(*map(float, rows[0][1:]))
+
+
+def _gathered(numbers: Sequence[float]) -> np.ndarray:
+    """The numbers of all processes, one row for each."""
+    return gather_floats(np.array(numbers), lambda: "all processes to measure steps")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
