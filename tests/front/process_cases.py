@@ -341,11 +341,24 @@ def measured(devices):
     plain = pipe_of(PLAIN, devices)
     params = plain.place(PLAIN.params())
     plan = plain.plan(params, PLAIN.x, by="time", compiled=True)
+    tuning = fpipe.tune(
+        PLAIN.layers,
+        PLAIN.x,
+        PLAIN.target,
+        loss_fn=mse,
+        params=PLAIN.params() if jax.process_index() else None,
+        devices=devices,
+        chunks=4,
+        schedules=["1f1b", "gpipe"],
+        checkpoints="never",
+        measure=2,
+    )
     told = [
         pipe.balance,
         alone,
         [stage.total for stage in plan.stages],
         plan.timeline.makespan,
+        [[c.schedule, c.measured, c.launched] for c in tuning.candidates],
     ]
     temporary = ["temporary" in row.memory for row in plan.devices]
     return [told, temporary], plain.evaluate(mse)(params, PLAIN.x, PLAIN.target)

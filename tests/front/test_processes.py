@@ -119,6 +119,8 @@ def test_processes_compute_what_one_does(tmp_path, schedules):
     assert same == as_well
     assert same[:2] == [[1, 3], [1, 3]]
     assert min(same[2]) > 0
+    (_, *shortest), (_, *longest) = same[4]
+    assert longest[0] >= shortest[0] >= shortest[1] > 0
     # Each knows what XLA needs on its own device.
     assert (first, second) == ([True, False], [False, True])
     # Only the process that reads it has to have it.
