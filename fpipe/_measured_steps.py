@@ -15,13 +15,14 @@ Parameters are placed for a turn and go when it ends: at no time are those of tw
 on the devices.
 
 Over several processes all make the same steps in the same order. The times are those
-of process 0. A pipe that has failed in one process has failed in all.
+of process 0. A pipe whose parameters have no room in one process has failed in all; an
+error in a step is raised.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import numpy as np
@@ -43,9 +44,11 @@ from fpipe._executors.placed.pace import LOOKED_AT
 from fpipe._executors.scan.packing import Packed
 from fpipe._pipe import Pipe
 from fpipe._planning.step_request import StepRequest
-from fpipe._planning.work import Measured, least, runs
+from fpipe._planning.work import Measured, least, of_first_process, runs
 
 StepTime: TypeAlias = Measured
+
+_Result = TypeVar("_Result")
 
 # How often each pipe has its turn, and how many of its steps count in each.
 _TURNS = 3
@@ -86,17 +89,14 @@ def measured_steps(
         for n, (pipe, request) in enumerate(steps):
             if n in failed:
                 continue
-            found: StepTime | Failed
-            # Whatever a layer raises: the others may run all the same. The error itself
-            # is not kept, because its frames would keep arrays.
-            try:
-                with _context(pipe):
-                    if turn == 0:
-                        ready[n] = _Step.of(pipe, request)
-                    found = ready[n].take_turn(given, turn)
-            except Exception as error:
-                found = Failed(_first_line(error))
-            found = _of_all_processes(pipe, found)
+            with _context(pipe):
+                if n not in ready:
+                    made = _attempt(pipe, lambda p=pipe, r=request: _Step.of(p, r))
+                    if isinstance(made, Failed):
+                        failed[n] = made
+                        continue
+                    ready[n] = made
+                found = ready[n].turn(given, is_first=turn == 0)
             if isinstance(found, Failed):
                 failed[n] = found
             else:
@@ -131,20 +131,28 @@ class _Step:
         args = args._replace(x=x, targets=targets, needs=needs)
         return cls(pipe, request, args, numbers)
 
-    def take_turn(self, given: Sequence[PyTree] | None, turn: int) -> StepTime:
+    def turn(self, given: Sequence[PyTree] | None, is_first: bool) -> StepTime | Failed:
         """Some steps, with parameters that are there as long as the turn."""
         warm_up = 1
         # The first call compiles. The next ones may find out how it is dispatched.
-        if (
-            turn == 0
-            and self.pipe.executor == "placed"
-            and self.pipe.dispatch == "auto"
-        ):
+        if is_first and self.pipe.executor == "placed" and self.pipe.dispatch == "auto":
             warm_up = 2 * (1 + LOOKED_AT)
+        arguments = _attempt(self.pipe, lambda: self._arguments(given))
+        if isinstance(arguments, Failed):
+            return arguments
+        if not self.pipe._executor.is_over_processes:
+            return _attempt(
+                self.pipe, lambda: least(runs(self, lambda: arguments, warm_up, _STEPS))
+            )
+        # While they wait for each other no process can tell the others of an error. So
+        # it is raised, as by a call.
+        found = least(runs(self, lambda: arguments, warm_up, _STEPS))
+        return StepTime(*of_first_process(found))
+
+    def _arguments(self, given: Sequence[PyTree] | None) -> tuple[Any, PyTree]:
+        """Parameters and state, where they live."""
         with explicit_transfers():
-            params, state = self._placed(given), self._state()
-        arguments = (params, state)
-        return least(runs(self, lambda: arguments, warm_up, _STEPS))
+            return self._placed(given), self._state()
 
     def __call__(self, params: Any, state: PyTree) -> list[Any]:
         """A step. It returns the arrays that this process can wait for."""
@@ -232,19 +240,20 @@ def _without_shapes(tree: Any) -> Any:
     )
 
 
-def _of_all_processes(pipe: Pipe, found: StepTime | Failed) -> StepTime | Failed:
-    """What process 0 has measured, unless the pipe has failed in one of them."""
-    if not pipe._executor.is_over_processes:
-        return found
-    failed = isinstance(found, Failed)
-    own = [float(failed), *((0.0, 0.0) if isinstance(found, Failed) else found)]
-    rows = _gathered(own)
-    if isinstance(found, Failed):
-        return found
-    others = [n for n, row in enumerate(rows) if row[0]]
-    if others:
-        return Failed(f"an error in process {others[0]}")
-    return StepTime(*map(float, rows[0][1:]))
+def _attempt(pipe: Pipe, f: Callable[[], _Result]) -> _Result | Failed:
+    """What a function returns, or its error, of this process or of another one."""
+    made: _Result | Failed
+    # Whatever a layer raises: the other pipes may run all the same. The error itself is
+    # not kept, because its frames would keep arrays.
+    try:
+        made = f()
+    except Exception as error:
+        made = Failed(_first_line(error))
+    if pipe._executor.is_over_processes:
+        others = np.flatnonzero(_gathered([float(isinstance(made, Failed))]))
+        if others.size and not isinstance(made, Failed):
+            return Failed(f"an error in process {others[0]}")
+    return made
 
 
 def _gathered(numbers: Sequence[float]) -> np.ndarray:

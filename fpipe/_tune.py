@@ -164,8 +164,8 @@ def tune(
             with the shortest step is the best. They run with `params`, `x` and the
             other inputs if these are arrays, otherwise with zeros. One candidate's
             parameters are on the devices at a time, without an optimizer's state. A
-            candidate that fails is refused with the first line of its error. Default 0:
-            nothing runs.
+            candidate that fails is refused with the first line of its error; over
+            several processes what a step raises is raised. Default 0: nothing runs.
         options: other arguments of `Pipe`, such as `executor="scan"` or
             `compute_dtype=`, except `balance`, `sample` and `sample_side`.
 
