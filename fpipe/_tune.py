@@ -21,7 +21,7 @@ import abc
 import dataclasses
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -84,7 +84,6 @@ _TRACES = 4096
 _COPIED = ("residuals", "boundaries", "skips")
 
 
-@in_tracing_context
 def tune(
     layers: Iterable[Any] | Callable[..., Pipe],
     x: PyTree,
@@ -237,18 +236,60 @@ def tune(
     # Every candidate runs one training step, as shapes.
     fn = mean_square if loss_fn is None else loss_fn
     loss = as_loss("tune", fn, has_aux, reduction)
-    own_params = params
-    if isinstance(params, Packed):
-        params = params.packing.whole
-    elif isinstance(layers, Iterable):
-        own_params = params = params_by_layer(layers, params)
-        state = state_by_layer(layers, state)
-    needs: Mapping[str, Any] = call_needs(side=side, key=key, train=train, step=step)
-    if isinstance(layers, Iterable):
-        dtype = as_compute_dtype("Pipe", options.get("compute_dtype"))
-        x, needs = inputs_by_layer(layers, x, needs, 1, dtype)
+    needs = call_needs(side=side, key=key, train=train, step=step)
     args = Args(params, x, targets, needs, state)
     request = StepRequest(args, loss, argnums, frozen)
+    values = _Values(chunks, schedules, checkpoints, recomputes, offloads)
+    tried, source = _search(layers, request, devices, wanted, values, options)
+    if not tried:
+        raise ValueError(
+            "`fpipe.tune(...)`: nothing to try: schedules, checkpoints and chunks need "
+            "an entry each"
+        )
+    given = params if isinstance(params, Packed) else source.step.args.params
+    times = _measured(_steps_of(tried[:measure], source), given)
+    return Tuning.of(tried, wanted.unit, times)
+
+
+class _Values(NamedTuple):
+    """The values to try; `None` stands for the default. The names are those of the
+    arguments of `tune`.
+    """
+
+    chunks: Any
+    schedules: Any
+    checkpoints: Any
+    recomputes: Any
+    offloads: Any
+
+
+# Steps are not measured in this context: a pipe would compile once more outside of it.
+@in_tracing_context
+def _search(
+    layers: Any,
+    step: StepRequest,
+    devices: Sequence[Any],
+    wanted: PlanOptions,
+    values: _Values,
+    options: dict[str, Any],
+) -> tuple[list[Candidate], "_Source"]:
+    """All candidates, in the order of their predictions, and what they come from.
+
+    Arguments:
+        layers, options: as for `tune`.
+        step: what the user gave.
+    """
+    args = step.args
+    if isinstance(args.params, Packed):
+        args = args._replace(params=args.params.packing.whole)
+    elif isinstance(layers, Iterable):
+        params = params_by_layer(layers, args.params)
+        args = args._replace(params=params, state=state_by_layer(layers, args.state))
+    if isinstance(layers, Iterable):
+        dtype = as_compute_dtype("Pipe", options.get("compute_dtype"))
+        x, needs = inputs_by_layer(layers, args.x, args.needs, 1, dtype)
+        args = args._replace(x=x, needs=needs)
+    request = dataclasses.replace(step, args=args)
     if isinstance(layers, Iterable):
         # An iterator could be read once only; a function's pieces stay what they are.
         if not isinstance(layers, FunctionLayers):
@@ -256,6 +297,7 @@ def tune(
         source = _OfLayers(layers, request, devices, wanted, options)
     else:
         source = _OfFunction(layers, request, wanted, options)
+    chunks, schedules = values.chunks, values.schedules
     if chunks is None:
         chunks = _divisors(request.args, len(devices))
     if schedules is SCHEDULES:
@@ -263,34 +305,35 @@ def tune(
         schedules = [name for name in SCHEDULES if source.has_layers_for(name)]
     # By number of microbatches first, because each number needs new traces of layers.
     every = itertools.product(
-        _several(chunks), _several(checkpoints), _several(schedules)
+        _several(chunks), _several(values.checkpoints), _several(schedules)
     )
     tried: list[Candidate] = []
     for n, checkpoint, schedule in every:
-        for recompute in source.recomputes(recomputes, checkpoint):
+        for recompute in source.recomputes(values.recomputes, checkpoint):
             setup = _Setup(schedule, checkpoint, n, recompute)
-            for limit in _limits(offloads):
+            for limit in _limits(values.offloads):
                 given = setup._replace(offload=limit)
-                tried += source.candidates(given, copies=offloads is None)
-    if not tried:
-        raise ValueError(
-            "`fpipe.tune(...)`: nothing to try: schedules, checkpoints and chunks need "
-            "an entry each"
-        )
-    tried.sort(key=_rank)
-    return Tuning.of(tried, wanted.unit, _measured(tried[:measure], source, own_params))
+                tried += source.candidates(given, copies=values.offloads is None)
+    return sorted(tried, key=_rank), source
+
+
+@in_tracing_context
+def _steps_of(
+    candidates: Sequence[Candidate], source: "_Source"
+) -> list[tuple[Pipe, StepRequest]]:
+    """The steps to measure: those of candidates that fit, which are the first ones."""
+    pipes = [c.pipe for c in candidates if c.pipe is not None and not c.refused]
+    return [(pipe, source.step_of(pipe)) for pipe in pipes]
 
 
 def _measured(
-    candidates: Sequence[Candidate], source: "_Source", params: Any
+    steps: Sequence[tuple[Pipe, StepRequest]], params: Any
 ) -> list[StepTime | Failed]:
-    """What a step of each candidate takes, of those that fit: these are the first ones.
+    """What each step takes.
 
     Raises:
         RuntimeError: all fail.
     """
-    pipes = [c.pipe for c in candidates if c.pipe is not None and not c.refused]
-    steps = [(pipe, source.step_of(pipe)) for pipe in pipes]
     found = measured_steps(steps, params)
     failed = [time for time in found if isinstance(time, Failed)]
     if failed and len(failed) == len(found):
