@@ -123,6 +123,9 @@ class _Step:
     @classmethod
     def of(cls, pipe: Pipe, request: StepRequest) -> "_Step":
         """The step with all shapes known."""
+        # That of the call, so that a later one finds its programs.
+        loss = dataclasses.replace(request.loss, call="value_and_grad")
+        request = dataclasses.replace(request, loss=loss)
         with pipe._executor.tracing():
             args, numbers = request.resolved(pipe.model, pipe.chunks)
             args, numbers = pipe._trees.asked(args, numbers)

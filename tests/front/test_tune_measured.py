@@ -241,6 +241,23 @@ def test_of_a_function_the_steps_are_measured_too(clock):
     assert_same(jax.device_get(made[0]), jax.device_get(loss_fn(params, x)))
 
 
+def test_what_was_compiled_serves_the_chosen_pipe(clock):
+    clock(lambda pipe: 1.0, run=True)
+    traced = []
+
+    def loss_fn(y):
+        traced.append(y.shape)
+        return jnp.mean(y**2)
+
+    x = jnp.ones((4, 4))
+    options = {**GIVEN, "schedules": "1f1b"}
+    pipe = fpipe.tune(LAYERS, x, loss_fn=loss_fn, measure=1, **options).pipe
+    params = pipe.init(jax.random.key(0), x)
+    before = len(traced)
+    pipe.value_and_grad(loss_fn)(params, x)
+    assert len(traced) == before > 0
+
+
 def test_wrong_numbers_of_candidates():
     with raises(ValueError, "`fpipe.tune(measure=-1)`: measure must be at least 0"):
         fpipe.tune(LAYERS, X, measure=-1)
