@@ -73,7 +73,8 @@ def compare(rank: int, size: Size) -> None:
     want = F.mse_loss(plain(x), t)
     want.backward()
     squares = sum(float(p.grad.square().sum()) for p in plain.parameters())
-    peers.check(*values.tolist(), (float(want.detach()), squares))
+    own_loss, own_squares = values.tolist()
+    peers.check(own_loss, own_squares, (float(want.detach()), squares))
 
 
 def work(rank: int, port: int, options: dict[str, Any], results: Any) -> None:

@@ -29,7 +29,7 @@ counts. What moves:
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from fpipe._core.pytrees import is_inexact, nbytes
@@ -128,7 +128,7 @@ class _Values:
 
     machine: Machine
     bytes: Mapping[int, int]
-    with_gradient: Collection[int]
+    with_gradient: Set[int]
     readers: Mapping[int, Sequence[Node]]
 
     @classmethod

@@ -6,6 +6,7 @@ made it: where its types are on the host, and what a GPU would be told.
 """
 
 import pickle
+from typing import Any
 
 import jax
 import jax.monitoring
@@ -344,7 +345,8 @@ def test_a_plan_counts_the_memory_of_devices_and_of_the_host_apart():
     x = jax.ShapeDtypeStruct(X.shape, X.dtype)
     for executor in ("placed", "scan"):
         # A recomputation of its own would bring them back before the backward.
-        options = {"executor": executor, "recompute": "with_backward"}
+        options: dict[str, Any] = {"executor": executor}
+        options["recompute"] = "with_backward"
         there = pipe_of(checkpoint=POLICIES.dots_saveable, **options)
         here = pipe_of(**options)
         kept, moved = there.plan(None, x), here.plan(None, x)

@@ -123,7 +123,7 @@ def own_zeros() -> Iterator[Array]:
 def filled(shape: tuple[int, ...], dtype: Any, zero: Array) -> Array:
     """A buffer of zeros, all of them the one that is given."""
     # Numbers with a type of their own, such as Flax's scales of fp8, are not cast.
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
         return jnp.zeros(shape, dtype)
     return jnp.full(shape, zero.astype(dtype))
 
