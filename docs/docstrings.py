@@ -30,4 +30,22 @@ class Docstrings(griffe.Extension):
             text = re.sub(
                 r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE
             )
-            obj.docstring.value = hooks.linked(text, self.names)
+            obj.docstring.value = hooks.linked(_as_griffe_reads(text), self.names)
+
+
+def _as_griffe_reads(text: str) -> str:
+    """What griffe would read in another way than it is meant.
+
+    It takes what stands before a colon in `Returns:` as the type. With nothing before
+    it, the annotation is the type. And in `Attributes:` it takes all but the first word
+    before a colon as the type, so several names stay one word.
+    """
+    text = re.sub(r"^(Returns:\n +)(?=\S)", r"\1: ", text, flags=re.MULTILINE)
+    section = re.search(r"^Attributes:\n(?:(?:    .*)?\n?)*", text, re.MULTILINE)
+    if section is None:
+        return text
+    names = re.compile(r"^    (\w+(?:, \w+)+):", re.MULTILINE)
+    joined = names.sub(
+        lambda found: f"    {found[1].replace(' ', chr(0xA0))}:", section[0]
+    )
+    return text.replace(section[0], joined)

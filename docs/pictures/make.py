@@ -33,6 +33,15 @@ from fpipe.schedules import (
 HERE = pathlib.Path(__file__).parent
 DEVICES, MICROBATCHES = 4, 8
 SCALE = 22  # pixels for a unit of time
+# Those of longer timelines, so that none is wider than a page. What is compared has one
+# scale.
+SCALES = {
+    "1f1b_latency": 20,
+    "eager_1f1b_latency": 20,
+    "recompute_late": 18,
+    "recompute_early": 18,
+    "launch": 15,
+}
 BESIDE = 88  # pixels for the names of the devices and the margins
 # what the forwards of a whole batch take on a device, in the pictures of
 # docs/concepts.md
@@ -148,7 +157,11 @@ def pictures() -> dict[str, str]:
     pieces = {f"microbatches_{m}": one_batch(m) for m in (1, 4, 16)}
     remat = {"remat_never": recomputing(0), "remat_always": recomputing(1)}
     return {
-        **drawn(SCALE, schedules()),
+        **{
+            file: text
+            for name, timeline in schedules().items()
+            for file, text in drawn(SCALES.get(name, SCALE), {name: timeline}).items()
+        },
         **drawn(4, pieces),
         **drawn(17, remat),
         "recorded.svg": recorded(),

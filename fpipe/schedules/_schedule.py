@@ -135,10 +135,11 @@ class Schedule:
         one step. The cell `2F0` is stage 2, forward, microbatch 0. Lines end in a
         single newline character.
 
-        >>> schedule = fpipe.schedules.one_f_one_b(devices=2, microbatches=2)
-        >>> print(schedule.to_csv(), end="")
-        0F0,0F1,,0B0,,0B1
-        ,1F0,1B0,1F1,1B1
+        Example:
+            >>> schedule = fpipe.schedules.one_f_one_b(devices=2, microbatches=2)
+            >>> print(schedule.to_csv(), end="")
+            0F0,0F1,,0B0,,0B1
+            ,1F0,1B0,1F1,1B1
         """
         # A clock in which every action takes one step. If a device cannot run its next
         # action yet, the cell is empty; torch reads such cells as waiting.
