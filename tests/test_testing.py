@@ -2,6 +2,7 @@
 when not.
 """
 
+import dataclasses
 import subprocess
 import sys
 
@@ -122,7 +123,9 @@ def changed(pipe, **change):
 
     executor_copy = object.__new__(Wrong)
     executor_copy.__dict__.update(executor.__dict__)
+    runner = dataclasses.replace(pipe._runner, executor=executor_copy)
     object.__setattr__(pipe, "_executor", executor_copy)
+    object.__setattr__(pipe, "_runner", runner)
     return pipe
 
 

@@ -256,7 +256,8 @@ def test_whoever_takes_a_split_takes_one_with_state():
         ((_, state), _), recording = pipe.record(step, placed, x, **needs)
         with pytest.raises(FloatingPointError, match="layer 1 'b', microbatch 0"):
             step(pipe.place(nan), x, **needs)
-    assert len(recording.events) == 12
+    # Three microbatches on two stages; the first stage recomputes all but the last.
+    assert len(recording.events) == 3 * 2 * 2 + 2
     # The state keeps its dtypes.
     shapes = [(a.shape, a.dtype) for a in jax.tree.leaves(example.state)]
     assert [(a.shape, a.dtype) for a in jax.tree.leaves(state)] == shapes
