@@ -26,7 +26,7 @@ import jax
 from fpipe._core import watchdog
 from fpipe._core.checks import is_number
 from fpipe._core.errors import shown
-from fpipe._core.processes import meet
+from fpipe._core.processes import arrive
 from fpipe._core.pytrees import PyTree, is_traced, pack
 from fpipe._core.settings import explicit_transfers
 from fpipe._executors.scan.packing import Packed
@@ -167,7 +167,10 @@ def spread(tree: PyTree) -> PyTree:
         )
     arrays, spec = pack(tree)
     with explicit_transfers():
-        return joined(spec.unpack(spread_evenly(arrays)))
+        made = spread_evenly(arrays)
+        if jax.process_count() > 1:
+            arrive(made, lambda: "all processes to have what is spread")
+        return joined(spec.unpack(made))
 
 
 def shutdown() -> None:
@@ -179,8 +182,7 @@ def shutdown() -> None:
     """
     if not jax.distributed.is_initialized():
         return
-    watchdog.drain()
-    meet([0], lambda: "all processes to reach the end of the script")
+    arrive((), lambda: "all processes to reach the end of the script")
     jax.distributed.shutdown()
 
 

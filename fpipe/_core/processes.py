@@ -37,7 +37,7 @@ from jax.sharding import PartitionSpec as P
 
 from fpipe._core.errors import add_note
 from fpipe._core.pytrees import Tracer, copied, is_traced
-from fpipe._core.watchdog import Describe, expect, waiting
+from fpipe._core.watchdog import Describe, drain, expect, waiting
 
 Device: TypeAlias = Any
 
@@ -186,6 +186,23 @@ def meet(numbers: Sequence[int] | np.ndarray, describe: Describe) -> np.ndarray:
                 "does not answer, and what it printed says why",
             )
             raise
+
+
+def arrive(received: Any, describe: Describe) -> None:
+    """Wait until what was sent has arrived, in every process.
+
+    Between CPUs a collective holds a thread of JAX on each device of its process, and
+    what this process sends needs a thread too. So a process that meets the others over
+    all its devices, as the save of a checkpoint does, may never send the rest to a
+    slower one. This one holds a thread of one device alone.
+
+    Arguments:
+        received: the arrays that were sent to this process, in any pytree.
+    """
+    with waiting(describe):
+        jax.block_until_ready(received)
+    drain()
+    meet([0], describe)
 
 
 @functools.lru_cache(maxsize=1)

@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, Sharding
 from fpipe._core.caches import Key, Recent
 from fpipe._core.errors import shown, warn
 from fpipe._core.meshes import is_explicit, no_mesh, set_aside
-from fpipe._core.processes import fetch, is_ghost, own_copy, whole_here
+from fpipe._core.processes import arrive, fetch, is_ghost, own_copy, whole_here
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
@@ -235,18 +235,16 @@ class Placed:
 
     def gather(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
         """The parameters on the first device of this process."""
-        return tuple(self._fetch(tree, own=True) for tree in params)
+        return self._fetch(tuple(params))
 
-    def _fetch(self, tree: PyTree, own: bool) -> PyTree:
-        """A pytree's arrays on the first device of this process; see
-        `Placement.put_tree`.
-        """
+    def _fetch(self, tree: PyTree) -> Any:
+        """A pytree's arrays on the first device of this process."""
         if self.layout.is_over_processes:
             arrays, spec = pack(tree)
-            tree = spec.unpack(
-                fetch(arrays, [first.device for first in self.layout.firsts])
-            )
-        return self.layout.first.put_tree(tree, own=own)
+            own = fetch(arrays, [first.device for first in self.layout.firsts])
+            arrive(own, lambda: "all processes to have what is gathered")
+            tree = spec.unpack(own)
+        return self.layout.first.put_tree(tree, own=True)
 
     def check_params(self, params: Any, call: str) -> None:
         """Refuse parameters that do not have one entry per layer. Where they are is
@@ -373,7 +371,7 @@ class Placed:
 
     def gather_state(self, state: PyTree) -> PyTree:
         """The states of all layers on the first device of this process."""
-        return self._fetch(state, own=True)
+        return self._fetch(state)
 
     def deliver(self, tree: PyTree) -> PyTree:
         """Arrays on the device of the last stage."""
