@@ -29,9 +29,7 @@ import argparse
 import os
 import pathlib
 import platform
-import signal
 import statistics
-import subprocess
 import sys
 
 from two_processes import (
@@ -39,10 +37,10 @@ from two_processes import (
     QUICK,
     TORCH_SCHEDULES,
     Row,
-    WorkerError,
     Workers,
     cpu_model,
     ideal,
+    main,
     measure,
     torch_python,
     warm_up,
@@ -208,16 +206,5 @@ def run(args: argparse.Namespace) -> None:
             pair.close()
 
 
-def main() -> None:
-    args = parsed()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        sys.exit("stopped")
-    except (WorkerError, subprocess.SubprocessError) as error:
-        sys.exit(str(error))
-
-
 if __name__ == "__main__":
-    main()
+    main(run, parsed())

@@ -498,8 +498,8 @@ def run(args: argparse.Namespace) -> None:
             pair.close()
 
 
-def main() -> None:
-    args = parsed()
+def main(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Run a benchmark; whatever ends it ends its processes too."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         run(args)
@@ -510,4 +510,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(run, parsed())
