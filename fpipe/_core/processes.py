@@ -375,6 +375,13 @@ def fetch(arrays: Sequence[Any], firsts: Sequence[Device]) -> list[Any]:
     return found
 
 
+def gather(arrays: Sequence[Any], firsts: Sequence[Device]) -> list[Any]:
+    """As `fetch`, and no process goes on before all of them have the arrays."""
+    found = fetch(arrays, firsts)
+    arrive(found, lambda: "all processes to have what is gathered")
+    return found
+
+
 class _Holder(NamedTuple):
     """Who has an array.
 

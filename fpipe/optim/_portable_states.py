@@ -16,7 +16,8 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fpipe._core.processes import arrive, fetch, host_copy, whole_here
+from fpipe._core.processes import gather as gather_arrays
+from fpipe._core.processes import host_copy, whole_here
 from fpipe._core.pytrees import Bundle, PyTree, is_array, is_traced, pack
 from fpipe._core.settings import explicit_transfers
 from fpipe._executors.placement import Device, Placement
@@ -74,9 +75,7 @@ def gather(state: PyTree, params: PyTree = None) -> PyTree:
     homes = [device_of(a) for a in leaves]
     if mesh is None and over_processes(homes):
         arrays, spec = pack(state)
-        own = fetch(arrays, first_of_each(homes))
-        arrive(own, lambda: "all processes to have what is gathered")
-        state = spec.unpack(own)
+        state = spec.unpack(gather_arrays(arrays, first_of_each(homes)))
         leaves = jax.tree.leaves(state)
     if not all(a.is_fully_addressable for a in leaves if isinstance(a, jax.Array)):
         # An array is spread over several processes, so `device_put` cannot fetch it.

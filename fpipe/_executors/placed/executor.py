@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, Sharding
 from fpipe._core.caches import Key, Recent
 from fpipe._core.errors import shown, warn
 from fpipe._core.meshes import is_explicit, no_mesh, set_aside
-from fpipe._core.processes import arrive, fetch, is_ghost, own_copy, whole_here
+from fpipe._core.processes import gather, is_ghost, own_copy, whole_here
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
@@ -241,9 +241,8 @@ class Placed:
         """A pytree's arrays on the first device of this process."""
         if self.layout.is_over_processes:
             arrays, spec = pack(tree)
-            own = fetch(arrays, [first.device for first in self.layout.firsts])
-            arrive(own, lambda: "all processes to have what is gathered")
-            tree = spec.unpack(own)
+            firsts = [first.device for first in self.layout.firsts]
+            tree = spec.unpack(gather(arrays, firsts))
         return self.layout.first.put_tree(tree, own=True)
 
     def check_params(self, params: Any, call: str) -> None:
