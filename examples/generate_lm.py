@@ -151,7 +151,7 @@ class Written(NamedTuple):
     """What a decoder has written.
 
     Attributes:
-        tokens: for each sequence the bytes behind the prompt.
+        tokens: for each sequence the bytes after the prompt.
         seconds: for the bytes after the first.
         host: seconds of work of the calling thread in these.
     """
@@ -162,7 +162,7 @@ class Written(NamedTuple):
 
 
 def decode(call: Callable[..., Any], x: Any, state: Any, count: int) -> Written:
-    """`count` bytes behind the prompt `x`.
+    """`count` bytes after the prompt `x`.
 
     Arguments:
         call: `call(x, state, step) -> (x, state)`.
@@ -293,7 +293,7 @@ def bytes_to_write(args: argparse.Namespace, params: Sequence[Any]) -> int:
     room = places - prompt + 1
     if not max(args.count, 1) <= room:
         raise SystemExit(
-            f"--count {args.count} behind a prompt of {prompt} bytes: the model sees "
+            f"--count {args.count} after a prompt of {prompt} bytes: the model sees "
             f"{places}"
         )
     return args.count or room

@@ -125,8 +125,9 @@ def loss_of(args: argparse.Namespace) -> Callable[..., Any]:
     return loss_fn
 
 
-# Columns of the first products, rows of those behind (Shoeybi et al., arXiv
-# 1909.08053): of attention that is the heads. What is not named is whole everywhere.
+# The first matrix of a pair is cut by columns, the second one by rows (Shoeybi et al.,
+# arXiv 1909.08053). So devices share the heads of attention. A parameter that is not
+# named here is whole on each device.
 COLUMNS, ROWS = PartitionSpec(None, "model"), PartitionSpec("model")
 SPECS = {
     "query/kernel": COLUMNS,

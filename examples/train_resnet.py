@@ -29,8 +29,8 @@ import fpipe.optim
 
 # --- the model ------------------------------------------------------------------------
 
-# Blocks of each level. With a convolution before and a dense layer behind they are so
-# many layers with weights.
+# The blocks of each level, by the number of layers with weights: three in each block, a
+# convolution before the blocks and a dense layer after them.
 FORMS = {
     8: (1, 1),
     14: (1, 1, 1, 1),
@@ -42,7 +42,7 @@ FORMS = {
 
 
 class Conv(NamedTuple):
-    """A convolution without bias: the norm behind it would take that away."""
+    """A convolution without bias: the norm after it would take that away."""
 
     channels: int
     side: int

@@ -1,11 +1,11 @@
 """Train a U-Net with long skips, cut over several devices, to remove noise from
 photographs.
 
-The network is the one of torchgpipe's U-Net benchmark: at every level conv blocks (3x3
-convolution without bias, dropout 0.1, instance norm, leaky ReLU 0.01), a stashed skip,
-a pooling; then the way back up, each level popping its skip. The widest skip is the
-outermost: it crosses the whole pipeline, and goes straight from the device that stashes
-it to the one that pops it.
+The network is the one of torchgpipe's U-Net benchmark. On the way down each level has
+conv blocks (3x3 convolution without bias, dropout 0.1, instance norm, leaky ReLU 0.01),
+stashes a skip, and pools. On the way up each level pops its skip. The outermost skip is
+the widest. It goes straight from the device that stashes it to the one that pops it,
+past the whole pipeline.
 
 Run it with no argument. It uses the GPUs of this machine, or else simulated CPU
 devices. It ends with two pictures: patches before and after, and the recorded timeline

@@ -37,7 +37,7 @@ def embedding(words: int, width: int) -> fpipe.Layer:
 
 
 def transformer_block(heads: int) -> fpipe.Layer:
-    """Causal attention and a perceptron, each behind a norm and beside a residual."""
+    """Causal attention and a perceptron, each after a norm and beside a residual."""
 
     def init(key, x):
         width = x.shape[-1]

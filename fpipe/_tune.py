@@ -1,9 +1,9 @@
 """`tune`: choose balance, chunks, schedule and checkpoint mode by prediction, or among
 the best predictions by measured steps.
 
-Every combination of schedule, checkpoint mode and number of chunks is a `Candidate`: a
-pipe and its prediction, or the reason why there is none. Six equal layers on three
-devices of 10,000 bytes:
+Every combination of schedule, checkpoint mode and number of microbatches is a
+`Candidate`: a pipe and its prediction, or the reason why there is none. Six equal
+layers on three devices of 10,000 bytes:
 
     schedule  chunks  checkpoint  balance          step  bubble      peak
     1f1b           8  never       [2, 2, 2]  25.4 kFLOP   24.3%  7.93 KiB
@@ -119,7 +119,7 @@ def tune(
 ) -> Tuning:
     """Choose balance, chunks, schedule and checkpoint mode by prediction.
 
-    With `measure=k` it runs the best `k`, and chooses by what they take.
+    With `measure=k` it runs the best `k`, and chooses by their measured steps.
 
     `tune` predicts a training step for every combination, as `Pipe.plan` does. It sorts
     the combinations that fit into `memory` by the time of a step. If two take the same

@@ -216,9 +216,10 @@ class Call(abc.ABC):
                 simple=True, separator="/")` writes such a path.) Or it is a pytree of
                 bools in the structure of the parameters or of the upper part of their
                 tree: `(True, False, {"w": True, "b": False})`. No gradient is computed
-                for them. Theirs are `float0`, as for integers. In an `fpipe.Packed`
-                they may share an array with other gradients; they are zero there, and
-                `pipe.gather` returns `float0`. Default: none.
+                for them: `float0` stands in its place, as for integers. In an
+                `fpipe.Packed` they may share an array with other parameters; their
+                gradients are then zeros, and `pipe.gather` returns `float0`. Default:
+                none.
 
         Returns:
             `f(params, x, *targets, side=None, key=None, state=None, train=False,

@@ -3,8 +3,8 @@ split into the programs of its actions.
 
 In: the stages with their routes, the shapes of a call's inputs, what it asks for, and
 which backwards the schedule splits. Out: for each stage and microbatch its programs by
-kind of action. Microbatches of one shape share them. For two stages and a batch of
-7 rows in 3 chunks (pieces of 3, 3 and 1 rows), everything recomputed:
+kind of action. Microbatches of one shape share them. For two stages and a batch of 7
+rows in 3 microbatches (of 3, 3 and 1 rows), everything recomputed:
 
                    microbatch 0   microbatch 1   microbatch 2
     stage 0        F, B of f32[3] the same       F, B of f32[1]

@@ -1,7 +1,7 @@
 """The reference: what a `Pipe` must compute, as the plain composition of its layers.
 
 In: the same `Args` as an executor takes. Out: the same outputs, loss, states and
-gradients, by a loop over microbatches. With four rows in two chunks:
+gradients, by a loop over microbatches. With four rows in two microbatches:
 
     microbatch 0    rows 0-1    state 0 -> state 1    value 0, gradient 0
     microbatch 1    rows 2-3    state 1 -> state 2    value 1, gradient 1

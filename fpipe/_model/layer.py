@@ -1,4 +1,4 @@
-"""Layers: pure functions `f(params, x, **needs)`, and the frozen record behind one.
+"""Layers: pure functions `f(params, x, **needs)`, and the frozen record of one.
 
 In: functions, as users write them, or `Layer`s. Out: `Layer`s, whose needs are read off
 the signature:
@@ -235,7 +235,7 @@ class Layer:
 
     def __reduce__(self) -> Any:
         # `pickle` writes a function as its module and name, and checks that the name
-        # leads back to the same object. Behind a decorator it does not:
+        # leads back to the same object. Under a decorator it does not:
         #     @fpipe.skippable(stash=["skip"])
         #     def encode(params, x, *, carry): ...      # `module.encode` is now a Layer
         # So the name is written in the place of the function, and read back as that

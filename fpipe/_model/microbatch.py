@@ -118,7 +118,8 @@ class Cut:
         weights: of each microbatch in a mean: its rows.
         row_counts: of each microbatch; empty if `x` has none.
         like: for each microbatch the first one with the same shapes. Microbatches of
-            equal shapes have the same programs: of ten rows in four chunks 0 or 3.
+            equal shapes have the same programs: of ten rows in four microbatches 0 or
+            3.
         ready: whether any of them are ready-made.
     """
 

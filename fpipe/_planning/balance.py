@@ -143,8 +143,8 @@ def balance(
 
     If a device has several stages, the stages are balanced, not the devices. A skip
     between two stages of one device counts as traffic too. A memory limit holds for the
-    sum of a device's stages. A search under memory limits is exact for small problems
-    (see `fpipe/_planning/partition.py`); for large ones the best cut that was found is
+    sum of a device's stages. A search under memory limits is exact for small problems.
+    For large ones it stops after 50,000 steps, and the best cut that it has found is
     taken.
 
     Returns:

@@ -240,7 +240,7 @@ class Split(FunctionLayers):
         self, x: PyTree, needs: Mapping[str, PyTree], chunks: int, dtype: Any
     ) -> tuple[PyTree, dict[str, PyTree]]:
         """The batch and the needs of a call, in the form that the layers of a `Pipe`
-        take; see `fpipe._model.straight`.
+        take. An array of `x` that later pieces read becomes a side input.
 
         Arguments:
             needs: what the call gives, by the names of the needs.
@@ -398,8 +398,8 @@ class Split(FunctionLayers):
         """The number of pieces in each stage, for a number of stages.
 
         The most expensive stage takes as little time as possible, estimated from the
-        trace (see `fpipe.split`). Among the balances in which it takes at most 5 % more
-        the one with the fewest bytes between stages is taken.
+        trace (see `fpipe.split`). A balance may make it up to 5 % longer if fewer bytes
+        then go between stages.
 
         Arguments:
             stages: the number of stages, at least 1.

@@ -46,12 +46,12 @@ class DynamicLossScale:
     1710.03740](https://arxiv.org/abs/1710.03740)), section 3.2.
 
     Arguments:
-        scale: the scale; default 2**15.
-        steps: the number of calls with finite gradients since the scale last changed;
-            default 0.
-        period: the number of such calls after which the scale grows; default 2000.
+        scale: the scale. Default `2**15`.
+        steps: the number of calls with finite gradients since the scale last changed.
+            Default 0.
+        period: the number of such calls after which the scale grows. Default 2000.
         factor: the scale is multiplied by this number when it grows, and divided by it
-            after an overflow; default 2.
+            after an overflow. Default 2.
 
     Example:
         >>> import fpipe.optim

@@ -20,7 +20,13 @@ from fpipe.schedules._trace import Span, trace
 
 
 class Event(NamedTuple):
-    """One action with its device, start and end."""
+    """One action with its device, start and end.
+
+    Attributes:
+        device: the index of the device, `0 <= d < D`.
+        action: the `Action` that ran.
+        start, end: its times, in the timeline's unit.
+    """
 
     device: int
     action: Action
@@ -225,8 +231,8 @@ class Timeline:
     def to_trace(self, unit: float = 1e6) -> str:
         """The timeline as a JSON trace.
 
-        https://ui.perfetto.dev and `chrome://tracing` show it. It has a process for
-        each device, and for each thread that launches actions.
+        [Perfetto](https://ui.perfetto.dev) and `chrome://tracing` show it. It has a
+        process for each device, and for each thread that launches actions.
 
         Arguments:
             unit: the microseconds in a unit of time. The default is right for seconds.

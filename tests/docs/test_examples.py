@@ -442,11 +442,11 @@ def test_the_generator_refuses_what_does_not_fit(inside, language_model, tmp_pat
         ({"stages": 2}, "--stages 2: the model has only 1 blocks"),
         (
             {"count": 62},
-            "--count 62 behind a prompt of 4 bytes: the model sees 64",
+            "--count 62 after a prompt of 4 bytes: the model sees 64",
         ),
         (
             {"prompt": "é" * 33},
-            "--count 0 behind a prompt of 66 bytes: the model sees 64",
+            "--count 0 after a prompt of 66 bytes: the model sees 64",
         ),
     ]:
         with pytest.raises(SystemExit, match=re.escape(message)):

@@ -2,9 +2,9 @@
 
 In: a call's `Args`. The arguments' structure, shapes and dtypes are the key of a plan:
 
-    FORWARD of f32[8,4], 4 chunks   -> plan 0: 12 instructions
-    GRADIENT of f32[8,4], 4 chunks  -> plan 1: 31 instructions
-    GRADIENT of f32[6,4], 4 chunks  -> plan 2: …
+    FORWARD of f32[8,4], 4 microbatches   -> plan 0: 12 instructions
+    GRADIENT of f32[8,4], 4 microbatches  -> plan 1: 31 instructions
+    GRADIENT of f32[6,4], 4 microbatches  -> plan 2: …
 
 Out: what the plan's slots hold when its instructions have been issued: arrays that JAX
 is still computing.

@@ -73,8 +73,11 @@ def zero_bubble(
             microbatch alone needs. The message says how much that is.
 
     Example:
-        `fpipe.Pipe(..., schedule=functools.partial(zero_bubble, costs=costs,
-        memory=6))`
+        >>> costs = fpipe.schedules.Costs(F=1, I=1, W=1)
+        >>> print(fpipe.schedules.zero_bubble(2, 3, costs, memory=2))
+        XXX
+        >>> search = functools.partial(fpipe.schedules.zero_bubble, costs=costs)
+        >>> pipe = fpipe.Pipe([fpipe.fn(jnp.sin)] * 2, chunks=3, schedule=search)
     """
     sizes = {"devices": devices, "microbatches": microbatches, "virtual": virtual}
     for name, value in sizes.items():
