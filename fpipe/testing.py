@@ -498,7 +498,7 @@ def schedules(
         done = set[Action]()
         while left:
             # One global order, cut into one row for each device: it is a proof that the
-            # rows cannot wait for each other in a circle.
+            # rows cannot wait for each other in a cycle.
             ready = [action for action in left if done.issuperset(waits_for[action])]
             chosen = ready[rng.randrange(len(ready))]
             rows[stage_to_device[chosen.stage]].append(chosen)

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tokenize
 
-from tests.house import FRONT, circle, floors, room_graph, room_of, sources
+from tests.house import FRONT, cycle, floors, room_graph, room_of, sources
 
 BLANK = {
     tokenize.COMMENT,
@@ -175,7 +175,7 @@ def figures(checkout: pathlib.Path) -> list[tuple[str, str]]:
         ("code tokens a line", f"{tokens / code:.1f}"),
         ("comment lines / code lines", f"{100 * comments / code:.1f} %"),
         ("rooms", str(len(rooms))),
-        ("floors", "a circle" if circle(rooms) else str(len(floors(texts)))),
+        ("floors", "a cycle" if cycle(rooms) else str(len(floors(texts)))),
         ("modules of the front", str(len(front))),
         ("modules that name the need `side`", str(len(side))),
         *first_step(checkout, "placed"),

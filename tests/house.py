@@ -119,8 +119,8 @@ def leaf_rooms(texts: Sources) -> set[str]:
     return {room for room in rooms if not is_private(room)}
 
 
-def circle(graph: Graph) -> list[str]:
-    """Nodes of a graph that form a circle; empty where there is none."""
+def cycle(graph: Graph) -> list[str]:
+    """Nodes of a graph that form a cycle; empty where there is none."""
     done: set[str] = set()
     path: list[str] = []
 
@@ -151,7 +151,7 @@ def floors(texts: Sources) -> list[list[str]]:
     levels = []
     while left:
         level = sorted(room for room in left if not graph[room] & left - {room})
-        assert level, f"rooms in a circle: {sorted(left)}"
+        assert level, f"rooms in a cycle: {sorted(left)}"
         levels.append(level)
         left -= set(level)
     return [*levels, sorted(leaves)] if leaves else levels

@@ -1,6 +1,6 @@
 """Scripts as users run them, each in a process that begins with JAX imported.
 
-What comes in is what stands behind `python` on a command line, and a folder to run in.
+What comes in is what stands after `python` on a command line, and a folder to run in.
 What goes out is what `subprocess.run` gives:
 
     run(["-m", "fpipe", "schedule", "gpipe"], folder).stdout

@@ -13,7 +13,7 @@ import fpipe
 from tests.house import (
     FRONT,
     Sources,
-    circle,
+    cycle,
     drawing,
     floors,
     foreign_imports,
@@ -38,9 +38,9 @@ MOST_FLOORS = 7
 MOST_ROOMS = 15
 
 
-def test_rooms_have_no_circle():
-    assert circle(room_graph(HOUSE)) == []
-    assert circle(
+def test_rooms_have_no_cycle():
+    assert cycle(room_graph(HOUSE)) == []
+    assert cycle(
         room_graph(
             {
                 "fpipe._a": "",
@@ -52,15 +52,15 @@ def test_rooms_have_no_circle():
     ) == ["fpipe._a", "fpipe._b", "fpipe._a"]
 
 
-def test_modules_of_a_room_have_no_circle():
-    assert circle(module_graph(HOUSE)) == []
+def test_modules_of_a_room_have_no_cycle():
+    assert cycle(module_graph(HOUSE)) == []
     made_up = {
         "fpipe._a": "",
         "fpipe._a.x": "def f():\n    from fpipe._a.y import g",
         "fpipe._a.y": "from fpipe._a import x",
     }
-    assert circle(room_graph(made_up)) == []
-    assert circle(module_graph(made_up)) == ["fpipe._a.x", "fpipe._a.y", "fpipe._a.x"]
+    assert cycle(room_graph(made_up)) == []
+    assert cycle(module_graph(made_up)) == ["fpipe._a.x", "fpipe._a.y", "fpipe._a.x"]
 
 
 def test_the_executors_do_not_know_each_other():

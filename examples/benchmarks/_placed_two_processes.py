@@ -1,4 +1,4 @@
-"""The worker of `processes.py` that runs the placed executor, of which there are two.
+"""A worker of `processes.py` that runs the placed executor. There are two of them.
 
 It has two devices, and a pipe over both processes uses the first of each.
 """

@@ -14,7 +14,7 @@ for each stage where a device has two),
 (`jax.live_arrays()`) right after each
    forward is dispatched, in a model without sleep. Counted are the inputs of stages
    that get them from another device; the first stage cuts its own out of the batch, and
-   a stage behind one on the same device reads that one's output. Gradients of inputs
+   a stage after one on the same device reads that one's output. Gradients of inputs
    are not counted (one waits where it was made until the other device takes it). The
    formula is the simulated timeline's peak for the same stages, from the start of `F`
    to the end of `B` or `W`.

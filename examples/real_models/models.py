@@ -55,7 +55,7 @@ def _entropy(logits: Any, labels: Any) -> Any:
 
 
 def _moved(params: Any) -> Any:
-    """Parameters away from where they start: behind zeros nothing has a gradient."""
+    """Parameters away from where they start: what feeds a zero has no gradient."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(3), len(leaves))
     moved = [

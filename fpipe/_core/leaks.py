@@ -39,7 +39,7 @@ class TraceWatch:
         # that there is nothing to look for.
         if not self._values():
             return []
-        # Those in circles of objects that nobody holds will go too.
+        # Those in cycles of objects that nobody holds will go too.
         gc.collect()
         return self._values()
 

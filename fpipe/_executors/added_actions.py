@@ -12,7 +12,7 @@ device, with three microbatches:
 
 In this order, because a limit that can be kept stays so: an `R` between its `L` and its
 backward moves nothing else. Which backwards recompute is asked of `Remat`, as the
-executors do. With a second device behind this one its `R` stay: they run while the
+executors do. With a second device after this one its `R` stay: they run while the
 cotangents of the second device are on their way.
 """
 
@@ -70,7 +70,7 @@ def with_actions(
 
     Arguments:
         in_units: whether stages run in units, as under scan. Then only the last unit of
-            a stage has its backward right behind its forward, and the others recompute.
+            a stage has its backward right after its forward, and the others recompute.
     """
     option = scheduling.option
     # Who gives a schedule as data has said what runs when.
@@ -153,8 +153,8 @@ class _WithActions(Scheduling):
 
 def _waits(stage: int, stage_to_device: Sequence[int]) -> bool:
     """Whether the cotangents of a stage come from another device."""
-    behind = stage_to_device[stage + 1 : stage + 2]
-    return any(device != stage_to_device[stage] for device in behind)
+    after = stage_to_device[stage + 1 : stage + 2]
+    return any(device != stage_to_device[stage] for device in after)
 
 
 def _only_where_some_wait(schedule: Schedule) -> Schedule:

@@ -65,7 +65,7 @@ class Args(NamedTuple):
 
     @property
     def arguments(self) -> tuple[PyTree, ...]:
-        """All that gradients are found for: those of `numbered`, and behind them the
+        """All that gradients are found for: those of `numbered`, and after them the
         side inputs, which `argnums` cannot name.
         """
         return (*self.numbered, self.needs["side"])

@@ -124,7 +124,7 @@ class Explainer:
         """The sentence for the forward codes of all microbatches, of shape `(m,)`, one
         at least not 0.
         """
-        # The first microbatch with a fault, whatever schedule ran. The position behind
+        # The first microbatch with a fault, whatever schedule ran. The position after
         # the last layer is the loss, which has an output and two inputs of other names.
         microbatch = int(np.flatnonzero(codes)[0])
         layer, parts = FORWARD.decode(int(codes[microbatch]))

@@ -516,7 +516,7 @@ class Programs:
 
     def _returned_state(self, leaf: Leaf) -> bool:
         """Whether a leaf is of a state, and the user gets it as a stage leaves it."""
-        # What is joined, or made by the backward, is put together behind all stages.
+        # What is joined, or made by the backward, is put together after all stages.
         if leaf.port.kind != "state" or leaf in self.inputs.overwritten:
             return False
         return not (self._has_rows(leaf) and self.inputs.cut.m > 1)

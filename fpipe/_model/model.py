@@ -222,8 +222,8 @@ class Model:
             params: parameters by layer, those of borrowed layers included.
             x: the boundary before the first layer of the span.
             skips: what earlier layers stashed.
-            state: state by layer; it is put behind `stop_gradient`, and so is what
-                comes out.
+            state: state by layer. `stop_gradient` is applied to it, and to what comes
+                out.
             needs: this microbatch's share of what the call gives, by need. The key is
                 the call's: layer `l` on microbatch `i` gets `fold_in(fold_in(key, l),
                 i)`: nothing but these three decides a dropout mask. (With `one_key` it
@@ -247,7 +247,7 @@ class Model:
                 if BY_NAME[name].cast:
                     asked[name] = cast(asked[name], self.compute_dtype)
             if layer.asks("state"):
-                # Behind `stop_gradient` on both sides: 1F1B starts the backward of a
+                # Under `stop_gradient` on both sides: 1F1B starts the backward of a
                 # microbatch before the forward of the next, so none can go through it.
                 # What a backward makes has a "gradient", which is its new value.
                 asked["state"] = map_state(layer, _state_in, state[k])

@@ -1,4 +1,4 @@
-"""What a function's signature, and what stands behind it, says of a layer.
+"""What the signature of a function says of a layer.
 
 In: functions as users write them. Out: the needs that they name, and errors for what
 cannot be a layer's function:
@@ -240,8 +240,8 @@ def _parameters(f: Callable[..., Any]) -> list[inspect.Parameter] | None:
         parameters = inspect.signature(f).parameters.values()
     except (TypeError, ValueError):
         return None
-    # `inspect.signature` gives a bound keyword as one with a default. Under `jax.jit` a
-    # partial stands behind `__wrapped__`.
+    # `inspect.signature` gives a bound keyword as one with a default. What `jax.jit` has
+    # wrapped, such as a partial, is in `__wrapped__`.
     bound: set[str] = set()
     inner: Any = f
     while True:

@@ -159,7 +159,7 @@ def find_skip_routes(layers: Sequence[Layer]) -> dict[Skip, SkipRoute]:
                 mismatches.append(
                     Mismatch(Problem.STASHED_TWICE, position, "stash", skip, maker)
                 )
-    # A skip that is only peeked at is freed behind its last reader: the layers of a
+    # A skip that is only peeked at is freed after its last reader: the layers of a
     # decoder that all read the same need not be told which of them is the last one.
     for skip, maker in makers.items():
         if skip not in poppers and not readers[skip]:

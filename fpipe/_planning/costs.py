@@ -6,7 +6,7 @@ matrices (64 to 256 and back), and a head that borrows the table of the embeddin
     names       ("embed", "block", "head")
     forward     (96.0, 2105344.0, 4194304.0)    FLOP for one microbatch
     params      (262144, 131072, 0)             bytes that the layer owns
-    boundaries  (8192, 8192, 131072)            bytes behind each layer
+    boundaries  (8192, 8192, 131072)            bytes after each layer
     borrowed    (Sent(source=0, readers=(2,), bytes=262144),)
 
 A stage is a span of layers, and what it costs is found from these numbers by sums and

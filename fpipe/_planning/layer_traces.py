@@ -125,7 +125,7 @@ class LayerTraces:
 
     Attributes:
         layers: the trace of each layer.
-        boundaries: shapes before each layer, and behind the last.
+        boundaries: shapes before each layer, and after the last.
         skips: the shape of each skip.
         params, states: shapes by layer.
     """
@@ -152,7 +152,7 @@ class LayerTraces:
         self.boundaries: list[Shape] = [Shape.of(x)]
         self.skips: dict[Skip, Shape] = {}
         self._stages = cut_stages(model, [1] * len(model.layers))
-        # Of what crosses between layers, by the layer behind it for a boundary: whether
+        # Of what crosses between layers, by the layer after it for a boundary: whether
         # a gradient depends on the leaf's cotangent.
         self._reached: dict[tuple[Port, int], bool] = {}
         self._known: dict[Hashable, SpanPrograms] = {}
@@ -163,7 +163,7 @@ class LayerTraces:
             self.layers.append(self._next(stage))
 
     def _next(self, stage: Stage) -> LayerTrace:
-        """Trace a layer, or find the trace of an equal one, and go behind it."""
+        """Trace a layer, or find the trace of an equal one, and go on after it."""
         (k,) = stage.span
         # What decides the trace, without where the layer stands in the model.
         given, local = self._given(stage), _local_names(stage)

@@ -141,9 +141,9 @@ def _min_max(tables: Sequence[Table], layers: int) -> list[np.ndarray]:
 def _min_max_ends(tables: Sequence[Table], rows: Sequence[np.ndarray]) -> list[int]:
     """Where each stage ends in a cut that has the least largest entry."""
     ends: list[int] = []
-    for table, behind in zip(tables, rows[1:], strict=True):
+    for table, after in zip(tables, rows[1:], strict=True):
         start = ends[-1] if ends else 0
-        ends.append(int(np.argmin(np.maximum(table[start], behind))))
+        ends.append(int(np.argmin(np.maximum(table[start], after))))
     return ends
 
 
@@ -320,7 +320,7 @@ def _search(partition: _Partition, nodes: int) -> tuple[int, ...] | Shortage:
     layers, costs, best = partition.task.layers, partition.costs, partition.best
 
     # Three ways to lead the search. The bound of a branch is exact for the stages
-    # behind it, limits on devices left out, which makes it a good one. Branches come
+    # after it, limits on devices left out, which makes it a good one. Branches come
     # in the order of their bounds, so that the first cut found is a good one too.
 
     def by_cost(node: _Node) -> Iterator[_Branch]:
@@ -399,7 +399,7 @@ class _Search:
             # Of any span that begins at `i` or later.
             least = np.minimum.accumulate(table.min(1)[::-1])[::-1]
             each = self._least_of_each[-1].copy()
-            # A stage has at least one layer, so the stages behind it begin at the next.
+            # A stage has at least one layer, so the stages after it begin at the next.
             each[d, :-1] = np.maximum(each[d, :-1], each[d, 1:]) + least[:-1]
             each[d, -1] = np.inf
             self._least_of_each.append(each)

@@ -191,12 +191,12 @@ def _filled(array: ShardedArray, device: Any, x: float, y: float, colour: str) -
         start, end = array.parts[device][axis]
         length = max(array.shape[axis], 1)
         spans.append((start / length, end / length))
-    (above, below), (before, behind) = spans
+    (above, below), (before, after) = spans
     block = ", ".join(f"{start}:{end}" for start, end in array.parts[device])
     title = escape(f"{device}: {array.name}, [{block}]")
     return (
         f'<rect x="{x + _WIDTH * before:.2f}" y="{y + _HEIGHT * above:.2f}" '
-        f'width="{_WIDTH * (behind - before):.2f}" '
+        f'width="{_WIDTH * (after - before):.2f}" '
         f'height="{_HEIGHT * (below - above):.2f}" fill="{colour}" stroke="{INK}" '
         f'stroke-width="0.6"><title>{title}</title></rect>'
     )

@@ -52,12 +52,12 @@ def summed(values: Sequence[float]) -> Table:
 
 def arriving(layers: int, sends: Sequence[Sent]) -> Table:
     """What spans receive from layers outside: once, however many layers in the span
-    read it. Readers may stand before or behind the source.
+    read it. Readers may stand before or after the source.
     """
     table = np.zeros((layers + 1, layers + 1))
     for source, readers, size in sends:
         for before, reader in itertools.pairwise([-1, *sorted(readers)]):
-            # The spans whose first reader this is: they begin behind the reader before.
+            # The spans whose first reader this is: they begin after the reader before.
             table[before + 1 : reader + 1, reader + 1 :] += size
             # Those of them that have the source inside receive nothing.
             first, last = min(reader, source), max(reader, source)
@@ -82,13 +82,13 @@ class Waiting(NamedTuple):
     Attributes:
         before: boundaries from the stage before, or their cotangents.
         skips_in: skips that come in, or their cotangents.
-        behind: boundaries to the stage behind, or their cotangents.
+        after: boundaries to the stage after, or their cotangents.
         skips_out: skips that go out, or their cotangents.
     """
 
     before: int
     skips_in: int
-    behind: int
+    after: int
     skips_out: int
 
 
@@ -160,7 +160,7 @@ class SpanTables:
         spans: the work of spans that was measured, if any was.
 
     Attributes:
-        before, behind: bytes of the boundary before a span, and of the one behind it.
+        before, after: bytes of the boundary before a span, and of the one after it.
         skips_in, skips_out: bytes of the skips that come in, and of those that go out.
     """
 
@@ -192,8 +192,8 @@ class SpanTables:
         # returns goes to no stage.
         self.before = np.zeros((count + 1, count + 1))
         self.before[1:count] = np.array(costs.boundaries[:-1])[:, None]
-        self.behind = np.zeros((count + 1, count + 1))
-        self.behind[:, 1:count] = np.array(costs.boundaries[:-1])[None, :]
+        self.after = np.zeros((count + 1, count + 1))
+        self.after[:, 1:count] = np.array(costs.boundaries[:-1])[None, :]
 
     @cached_property
     def _schedule(self) -> Schedule:
@@ -249,7 +249,7 @@ class SpanTables:
             s + 1 < len(self._stage_to_device)
             and self._stage_to_device[s + 1] != self._stage_to_device[s]
         )
-        return self.received(s) + self._sent_out + self.behind * apart
+        return self.received(s) + self._sent_out + self.after * apart
 
     def memory(self, s: int) -> Table:
         """Bytes that the stage needs on its device."""
@@ -259,7 +259,7 @@ class SpanTables:
         costs, params = self._costs, summed(self._costs.params)
         # The batch, which lies on the first stage, and one of each array that comes and
         # goes.
-        ends = self.before + self.behind + self.skips_in + self.skips_out
+        ends = self.before + self.after + self.skips_in + self.skips_out
         ends[0] += self._microbatches * costs.inputs
         if not self._schedule.backwards:
             in_flight = self.skips_in * len(self._stage_to_device)
@@ -300,7 +300,7 @@ class SpanTables:
         return (
             self.before * waiting.before
             + self.skips_in * waiting.skips_in
-            + self.behind * waiting.behind
+            + self.after * waiting.after
             + self.skips_out * waiting.skips_out
         )
 
@@ -321,11 +321,11 @@ class SpanTables:
         # One that recomputes nothing holds its residuals, too.
         recomputed = max(1, _most_between(times.recomputed[[s]], times.used[[s]]))
         neighbour_before = slice(max(0, s - 1), s)
-        neighbour_behind = slice(s + 1, min(last, s + 1) + 1)
+        neighbour_after = slice(s + 1, min(last, s + 1) + 1)
         # Skips may come from any earlier stage, and go to any later one.
-        all_before, all_behind = slice(0, s), slice(s + 1, last + 1)
+        all_before, all_after = slice(0, s), slice(s + 1, last + 1)
         if not self._costs.skips:
-            all_before = all_behind = slice(0)
+            all_before = all_after = slice(0)
 
         def arrived(before: slice) -> int:
             """Made by an earlier stage and not yet gone back: some of them are live."""
@@ -333,14 +333,14 @@ class SpanTables:
                 0, _most_between(times.made[before], times.back_done[[s]]) - held
             )
 
-        def cotangents_arrived(behind: slice) -> int:
-            return _most_between(times.back_done[behind], times.back_done[[s]])
+        def cotangents_arrived(after: slice) -> int:
+            return _most_between(times.back_done[after], times.back_done[[s]])
 
         def cotangents_made(before: slice) -> int:
             return _most_between(times.back_done[[s]], times.back_begun[before])
 
-        def made(behind: slice) -> int:
-            return _most_between(times.made[[s]], times.begun[behind])
+        def made(after: slice) -> int:
+            return _most_between(times.made[[s]], times.begun[after])
 
         return Holding(
             live,
@@ -348,14 +348,14 @@ class SpanTables:
             arrived=Waiting(
                 before=arrived(neighbour_before),
                 skips_in=arrived(all_before),
-                behind=cotangents_arrived(neighbour_behind),
-                skips_out=cotangents_arrived(all_behind),
+                after=cotangents_arrived(neighbour_after),
+                skips_out=cotangents_arrived(all_after),
             ),
             made=Waiting(
                 before=cotangents_made(neighbour_before),
                 skips_in=cotangents_made(all_before),
-                behind=made(neighbour_behind),
-                skips_out=made(all_behind),
+                after=made(neighbour_after),
+                skips_out=made(all_after),
             ),
         )
 

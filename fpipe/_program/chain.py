@@ -37,7 +37,7 @@ class Chain:
     Attributes:
         calls: the programs.
         takes: for each of them the numbers of what it takes. The arguments of the chain
-            have the first numbers; behind them come the results of each program.
+            have the first numbers; after them come the results of each program.
         counts: how many results each has.
         returns: the numbers of what the chain returns.
         donates: the arguments that it consumes.

@@ -55,7 +55,7 @@ def has_loop(node: Node) -> bool:
 
 
 def scan_parts(node: Node) -> tuple[int, int]:
-    """How many of the first operands of a `scan` are constants, and how many behind
+    """How many of the first operands of a `scan` are constants, and how many after
     them its carry.
     """
     # The names of a scan's parameters are not stable, so its operands are told apart by

@@ -73,7 +73,7 @@ class Places:
         Arguments:
             kind: of action.
             layer: or `LOSS_SCOPE`; `None`: it is not known which one of the stage.
-            first: the first layer of the stage, or of the part of it that ran; behind
+            first: the first layer of the stage, or of the part of it that ran; after
                 the last one for a part that has the loss alone.
         """
         stage = self.stage_of[min(first, len(self.stage_of) - 1)]
@@ -195,7 +195,7 @@ class Guard:
     index: int
 
     def distance(self, node: Node) -> int | None:
-        """How far a node's layer is behind the first of its stage; or `LOSS_SCOPE`."""
+        """A node's layer, counted from the first of its stage; or `LOSS_SCOPE`."""
         layer = layer_in(node.scope)
         if layer is None or layer == LOSS_SCOPE:
             return layer

@@ -87,7 +87,7 @@ class _Inliner(Rewriter):
         # one costs nothing.
         args = list(node.ins)
         if self._barriers:
-            args = [self._behind_barrier(v) for v in node.ins]
+            args = [self._after_barrier(v) for v in node.ins]
         # A layer under `jax.checkpoint` in a stage under `jax.checkpoint` is a
         # recomputation in a recomputation: the body is added by `add` again.
         outs = self.call(body, args, node)
@@ -95,7 +95,7 @@ class _Inliner(Rewriter):
         self.renamed.update(zip(node.outs, outs, strict=True))
         self.backward.update(outs)
 
-    def _behind_barrier(self, v: int) -> int:
+    def _after_barrier(self, v: int) -> int:
         """The same value, but XLA does not see where it comes from."""
         made = self.apply(jax.lax.optimization_barrier, [v], "barrier", "")
         self.avals[made] = self.avals[v]

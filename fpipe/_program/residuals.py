@@ -19,7 +19,7 @@ The backward reads `w'`, `r`, `y` and `x`. It takes `w`, `y` and `x` from outsid
 makes `w'` and `r` again:
 
 - *Backward* is what depends on a cotangent, and what a `jax.checkpoint` recomputes. It
-  is never kept. XLA keeps a recomputation only while it is one equation (or behind a
+  is never kept. XLA keeps a recomputation only while it is one equation (or after a
   barrier), so a checkpoint of the forward is left alone.
 - What is made from *parameters* alone is made again, never kept: a copy of the weights,
   cast or transposed, would be kept once for each microbatch in flight.

@@ -195,7 +195,7 @@ def differentiate(
             next(primal) if yes else next(rest) for yes in has_cotangent
         ] + gradients
 
-    # The cotangents are arguments behind the inputs, one for each output that has one.
+    # The cotangents are arguments after the inputs, one for each output that has one.
     carrying = [
         (leaf, jax.ShapeDtypeStruct(shape.shape, shape.dtype))
         for leaf, shape, yes in zip(
@@ -219,8 +219,8 @@ def differentiate(
         for n, v in zip(asked, made, strict=True)
         if not is_zero(graph, v)
     }
-    # A cotangent that no gradient depends on is not asked for, so that the stages
-    # behind do not make it.
+    # A cotangent that no gradient depends on is not asked for, so that later stages do
+    # not make it.
     reached = ancestors(graph, gradients.values())
     return JointStage(
         flat,

@@ -71,16 +71,16 @@ def _least_most(ends: np.ndarray, stages: int) -> float:
     units = len(ends) - 1
     best = ends[-1] - ends[:units]
     for left in range(1, stages):
-        last = units - left  # Each stage behind has a unit.
+        last = units - left  # Each stage after has a unit.
         start, end = np.arange(last), np.arange(1, last + 1)
-        behind = best[1 : last + 1]
-        meet = np.searchsorted(ends[end] - behind, ends[start])
+        after = best[1 : last + 1]
+        meet = np.searchsorted(ends[end] - after, ends[start])
         found = np.full(last, np.inf)
         for at in (meet - 1, meet):
             # Its own unit at least, and not those that others need.
             at = np.clip(at, start, last - 1)
             own = ends[end[at]] - ends[start]
-            found = np.minimum(found, np.maximum(own, behind[at]))
+            found = np.minimum(found, np.maximum(own, after[at]))
         best = found
     return float(best[0])
 
@@ -167,7 +167,7 @@ class _Leanest:
         return tuple(found)
 
     def _move_to(self, start: int) -> None:
-        """Go from the place behind a unit to the one before it."""
+        """Go from the place after a unit to the one before it."""
         for reader, size in self._made[start]:
             self._arriving[reader] -= size
         for later, size in self._read[start]:

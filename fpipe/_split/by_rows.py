@@ -58,7 +58,7 @@ class Part:
 
 
 def joined_axis(node: Node) -> int | None:
-    """The axis on which an equation puts its operands one behind the other; `None`: it
+    """The axis on which an equation puts its operands one after the other; `None`: it
     is no join.
     """
     params = node.eqn.params
@@ -139,7 +139,7 @@ def _sources_of_reshape(
 
 
 def _same_axis(old: Sequence[int], new: Sequence[int], axis: int) -> int | None:
-    """The axis before a reshape that begins where one behind it does."""
+    """The axis before a reshape that begins where one after it does."""
     outside = math.prod(new[:axis])
     found = [n for n in range(len(old)) if math.prod(old[:n]) == outside]
     # An axis of one row is none.
@@ -214,7 +214,7 @@ def indexed_axis(node: Node, shape: Sequence[int]) -> int | None:
     if node.name == "gather":
         numbers = params["dimension_numbers"]
         own = (axis,) == numbers.start_index_map == numbers.collapsed_slice_dims
-        # Behind the first axis that of the rows has to be gone.
+        # After the first axis that of the rows has to be gone.
         gone = not axis or node.rank == len(shape) - 1
         return axis if own and gone and params["slice_sizes"][axis] == 1 else None
     return axis

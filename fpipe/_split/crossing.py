@@ -106,7 +106,7 @@ class Crossing:
 
     @cached_property
     def _sent_for(self) -> dict[int, tuple[int, ...]]:
-        """For each value of the data what is sent if it is read behind a cut: itself,
+        """For each value of the data what is sent if it is read after a cut: itself,
         or what it is made again from, if that has no more bytes.
         """
         # Side inputs go to every piece that reads them, over no cut.
@@ -172,12 +172,12 @@ class Crossing:
         return sorted(set(self.traced.first_uses.values()))
 
     def narrowest_before(self, use: int, sides: StateSides = ANYWHERE) -> int | None:
-        """Of the places behind the first use before that one, the narrowest; of equal
+        """Of the places after the first use before that one, the narrowest; of equal
         ones the last. Those between rounds of a loop come before those in a round.
         `None`: each divides a state.
 
         Arguments:
-            sides: the leaves of the state that are used before it and behind it.
+            sides: the leaves of the state that are used before it and after it.
         """
         at = bisect.bisect_left(self.uses, use)
         first, last = self.state.between(sides)

@@ -47,10 +47,10 @@ class Cuts:
 
     Attributes:
         places: in the first trace, in order.
-        names: of each piece behind a place, as its author called it; `""`: not at all.
+        names: of each piece after a place, as its author called it; `""`: not at all.
         marked: whether marks say where.
         before: for each place the roots (parameters, and rows of parameters) that are
-            first used behind it, in that order.
+            first used after it, in that order.
         state: for each place the leaves of the state on its two sides.
     """
 

@@ -87,7 +87,7 @@ class Mark:
     """A mark in a graph.
 
     Attributes:
-        place: the number of the first equation behind it.
+        place: the number of the first equation after it.
         name: as its author called it; `""`: not at all.
     """
 

@@ -25,7 +25,7 @@ from fpipe._split.trace import Function, Traced
 _LARGE_CONSTANTS = 2**20
 
 # Operations of one array of the data that change neither what it says nor, much, its
-# size: what is behind the last reduction of a loss.
+# size: what is after the last reduction of a loss.
 # fmt: off
 _SCALINGS = frozenset((
     "broadcast_in_dim", "convert_element_type", "copy", "div", "mul", "neg", "reshape",
@@ -125,7 +125,7 @@ def note_narrow_loss(name: str, traced: Traced) -> None:
 
 def _last_reduction(traced: Traced, v: int) -> tuple[Node | None, str | None]:
     """The last reduction that a number comes from, and the dtype of less than 32 bits
-    that it has there or behind.
+    that it has there or later.
     """
     graph, width = traced.graph, None
     while True:

@@ -6,7 +6,7 @@ computation, in which
 - a `scan` over stacked parameters, or one with a mark in its body, is written out round
   by round. A round reads its own rows of what the loop runs over;
 - rows of a stacked parameter are inputs of their own, wherever they come from: a round
-  of a loop, a slice, an index that the trace knows, also behind a cast;
+  of a loop, a slice, an index that the trace knows, also after a cast;
 - so are rows of a stacked state, and the rows that the function returns for them;
 - a `jax.checkpoint` that spans the model, or in which there is a mark, is written out,
   and remembered: what of it is in one piece is checkpointed there by itself.
@@ -144,7 +144,7 @@ class Stacks:
 
     @property
     def values(self) -> tuple[int, ...]:
-        """All of them: here a state is a leaf behind those of the parameters."""
+        """All of them: here a state is a leaf after those of the parameters."""
         return (*self.params, *self.state)
 
     def separate(self, leaves: Iterable[Rows]) -> Roots:
@@ -356,7 +356,7 @@ class _Opener(Rewriter):
                 self._leaf_of[self.renamed[v]] = leaf
 
     def _join(self, values: Sequence[int], axis: int, scope: str) -> int:
-        """Some values one behind the other."""
+        """Some values one after the other."""
 
         def join(*arrays: Any) -> Any:
             return jnp.concatenate(arrays, axis)

@@ -155,7 +155,7 @@ class CutTrace:
         )
 
     def _goes_on(self, v: int, maker: int) -> bool:
-        """Whether a value is a part of the boundary behind its maker."""
+        """Whether a value is a part of the boundary after its maker."""
         return v in self.traced.of_data and self._readers[v] == [maker + 1]
 
     @cached_property
@@ -212,7 +212,7 @@ def straight_inputs(
     leaves: Sequence[Any], cut: Callable[[frozenset[int]], Sequence[CutTrace]]
 ) -> tuple[frozenset[int], list[CutTrace]]:
     """The arrays of `x`, by their numbers in it, that go straight from the call to all
-    pieces that read them: what pieces behind the first one read. Also the traces of the
+    pieces that read them: what pieces after the first one read. Also the traces of the
     function, cut so.
 
     An array of floats that the first piece reads too is sent on by the first piece.

@@ -127,7 +127,7 @@ class Reduced:
 
     Attributes:
         by: the reduction.
-        bent: the first equation behind it that is not linear, or the reduction itself;
+        bent: the first equation after it that is not linear, or the reduction itself;
             `None`: it is linear.
     """
 
@@ -311,12 +311,12 @@ class RowUse:
             if is_aux(self.graph.maker.get(v)):
                 continue
             by, bent = reduced.by, reduced.bent
-            behind = ""
+            after = ""
             if bent is not by:
-                behind = f" and then `{bent.name}`{at_line(bent.where)}"
+                after = f" and then `{bent.name}`{at_line(bent.where)}"
             warn(
                 f"`fpipe.split(fn)`: {self.name!r} returns a number made of all its "
-                f"rows by `{by.name}`{at_line(by.where)}{behind}, which is no sum or "
+                f"rows by `{by.name}`{at_line(by.where)}{after}, which is no sum or "
                 "mean over them. A pipe computes it for each microbatch, and the mean "
                 "over microbatches is not its value for the batch: return sums, or "
                 'values of rows, and weigh them in the loss (`reduction="weighted"`)'

@@ -2,7 +2,7 @@
 
 In: the traces of a function, for training and for evaluation, and where each is cut.
 Out: for each leaf of the state the number of a piece. For a batch norm that is cut
-behind its statistics
+after its statistics
 
     equation                 piece    training            evaluation
     mean(h)                  0        read by the update  -
@@ -149,7 +149,7 @@ class StateSpans:
 
     def divided(self, count: int) -> np.ndarray:
         """Of the places below `count` those at which it cannot be cut: a leaf is read
-        before, and what its new value takes is made behind.
+        before, and what its new value is made of comes after.
         """
         steps = np.zeros(count + 1, int)
         for written, read in zip(self.written, self.read, strict=True):
@@ -159,7 +159,7 @@ class StateSpans:
         return np.cumsum(steps)[:count] > 0
 
     def sides(self, place: int) -> "StateSides":
-        """Which leaves are used before a place, and which behind it."""
+        """Which leaves are used before a place, and which after it."""
         return StateSides(
             tuple(n for n, read in enumerate(self.read) if read <= place),
             tuple(n for n, written in enumerate(self.written) if written > place),
@@ -168,18 +168,18 @@ class StateSpans:
     def between(self, sides: "StateSides") -> tuple[int, float]:
         """The first and the last place that has some leaves on the same sides."""
         first = max((self.written[leaf] for leaf in sides.before), default=0)
-        last = min((self.read[leaf] - 1 for leaf in sides.behind), default=math.inf)
+        last = min((self.read[leaf] - 1 for leaf in sides.after), default=math.inf)
         return first, last
 
 
 @dataclasses.dataclass(frozen=True)
 class StateSides:
-    """The leaves of the state that are used before a place, and those behind it; others
+    """The leaves of the state that are used before a place, and those after it; others
     may be used on either side.
     """
 
     before: tuple[int, ...]
-    behind: tuple[int, ...]
+    after: tuple[int, ...]
 
 
 ANYWHERE = StateSides((), ())

@@ -134,7 +134,7 @@ def _row(value: Value, source: str, to: str, why: Reason) -> tuple[str, ...]:
 
 
 def _given(graph: CutGraph) -> Table:
-    """A row for each input that the call gives to pieces behind the first one."""
+    """A row for each input that the call gives to pieces after the first one."""
     rows = [
         (short(own.name, NAME), own.array, size(own.bytes), numbers(own.readers))
         for own in graph.given

@@ -328,14 +328,14 @@ class Traced:
 
         made = {**self.graph.consts, **given}
         groups = [(key, list(part)) for key, part in itertools.groupby(nodes, inside)]
-        # What is read behind each group.
+        # What is read after each group.
         needed = set(wanted)
         later = list[set[int]]()
         for _, part in reversed(groups):
             later.append(set(needed))
             needed.update(v for node in part for v in node.ins)
-        for (around, part), behind in zip(groups, reversed(later), strict=True):
-            outs = [v for node in part for v in node.outs if v in behind]
+        for (around, part), after in zip(groups, reversed(later), strict=True):
+            outs = [v for node in part for v in node.outs if v in after]
             if not around:
                 results = replay(self.graph, part, made, outs)
             else:

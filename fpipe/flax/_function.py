@@ -1,4 +1,4 @@
-"""The common part of linen and NNX layers: the user's options, and the function behind
+"""The common part of linen and NNX layers: the user's options, and the function of
 the layer.
 
     fpipe.flax.layer(nn.BatchNorm(), train="not frozen")
@@ -194,7 +194,7 @@ class ModuleFunction(abc.ABC):
         return (y, *returned) if returned else y
 
     def picked(self, y: Any) -> tuple[PyTree, ...]:
-        """The layer's output, out of what the module returned; behind it the carry, if
+        """The layer's output, out of what the module returned; after it the carry, if
         the module takes one.
 
         Raises:

@@ -204,7 +204,7 @@ class _Blocks:
 
     Attributes:
         values: the value of each block.
-        axis: on which they are one behind the other.
+        axis: on which they are one after the other.
     """
 
     values: tuple[int, ...]
@@ -361,7 +361,7 @@ class _Divider:
                 before = sum(a < axis for a in params["axes"])
                 self.blocks[out] = _Blocks(made, axis - before)
         elif node.name == "reshape":
-            # Blocks of rows are blocks of numbers, one behind the other.
+            # Blocks of rows are blocks of numbers, one after the other.
             outside, width = math.prod(old[:axis]), math.prod(old[axis + 1 :])
             ends = [n for n in range(len(shape)) if math.prod(shape[:n]) == outside]
             to = max(ends, default=0)
@@ -459,7 +459,7 @@ class _Divider:
             n = batch[own].index(axis)
             self.blocks[out] = _Blocks(each([numbers[n] for numbers in batch]), n)
         else:
-            # Behind the axes of the batch come those of the left, then of the right.
+            # After the axes of the batch come those of the left, then of the right.
             free = [
                 (side, a)
                 for side, u in enumerate(ins)

@@ -45,7 +45,7 @@ class Assignment(NamedTuple):
     Attributes:
         owner: its device.
         round: values cross between rounds. As late as can be: what other devices wait
-            for is in an early program of its own, and not behind other work.
+            for is in an early program of its own, and not after other work.
     """
 
     owner: int

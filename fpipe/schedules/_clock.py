@@ -53,7 +53,7 @@ class Run:
 
     def order(self) -> list[int]:
         """All actions by their start. Ties go by device, except that what waits for an
-        action that takes no time is behind it.
+        action that takes no time is after it.
         """
         # Row by row, so that a stable sort keeps devices and positions in order.
         numbers = [number for row in self.rows for number in row]
@@ -65,13 +65,13 @@ class Run:
     def launch_order(self) -> list[int]:
         """All actions in an order in which one thread can launch them.
 
-        A copy is launched right behind what stands before it in its row: by then its
+        A copy is launched right after what stands before it in its row: by then its
         device has room for what comes back, or needs the room of what goes.
         """
         copies = self.copies
         if copies is None:
             return self.order()
-        behind = {
+        after = {
             before: number
             for row in self.rows
             for before, number in itertools.pairwise(row)
@@ -82,8 +82,8 @@ class Run:
             if number in copies.out or number in copies.back:
                 continue
             order.append(number)
-            while order[-1] in behind:
-                order.append(behind[order[-1]])
+            while order[-1] in after:
+                order.append(after[order[-1]])
         return order
 
     def _rank_at_equal_starts(self) -> list[int] | None:
@@ -157,7 +157,7 @@ class Clock:
         self.durations = self.numbering.durations(costs)
         self._schedule, self._costs = schedule, costs
         number = self.numbering.number
-        # Of each action behind the first of its group, the first.
+        # Of each action after the first of its group, the first.
         self._launched_with = {
             number(action): number(group[0]) for group in fused for action in group[1:]
         }

@@ -214,10 +214,10 @@ class _GapFiller:
     def fill(self, place: int, start: float, end: float) -> list[int]:
         """The recomputations that move into the gap before a place."""
         new: list[int] = []
-        for behind in self._next(place):
-            number = self.row[behind]
+        for after in self._next(place):
+            number = self.row[after]
             # From here to its own place there is one more.
-            if max(self.held[place:behind]) > self.ahead:
+            if max(self.held[place:after]) > self.ahead:
                 break
             ready_at = self.ready_at.get(number % self.size, math.inf)
             done_at = max(start, ready_at) + self.durations[number]
@@ -225,8 +225,8 @@ class _GapFiller:
                 continue
             new.append(number)
             start = done_at
-            self.moved.add(behind)
-            self.held[place:behind] = [n + 1 for n in self.held[place:behind]]
+            self.moved.add(after)
+            self.held[place:after] = [n + 1 for n in self.held[place:after]]
         return new
 
     def _next(self, place: int) -> list[int]:

@@ -250,7 +250,7 @@ class _Wait:
         device: its index.
         action: the first action that it can never run.
         need: the first thing that the action waits for.
-        holder: the device that has `need`, in its row behind what it is stuck at.
+        holder: the device that has `need`, in its row after what it is stuck at.
     """
 
     device: int
@@ -277,19 +277,19 @@ def _find_waits(
     return waits
 
 
-def _shortest_circle(waits: dict[int, _Wait]) -> list[_Wait]:
+def _shortest_cycle(waits: dict[int, _Wait]) -> list[_Wait]:
     """The devices that wait for one another, from the lowest of them on."""
-    # Most stuck devices wait behind a circle and not in it: to name one of those would
-    # send the reader to the wrong row. Two circles may be there at once; the shortest
-    # is the easiest to understand.
-    circles: list[list[int]] = []
+    # Most stuck devices wait for a device of a cycle, and are not in the cycle: to name
+    # one of those would send the reader to the wrong row. Two cycles may be there at
+    # once; the shortest is the easiest to understand.
+    cycles: list[list[int]] = []
     for device in waits:
         path = [device]
-        # What a stuck device waits for is on a stuck device, so this ends in a circle.
+        # What a stuck device waits for is on a stuck device, so this ends in a cycle.
         while (device := waits[device].holder) not in path:
             path.append(device)
-        circles.append(path[path.index(device) :])
-    shortest = min(circles, key=lambda circle: (len(circle), circle))
+        cycles.append(path[path.index(device) :])
+    shortest = min(cycles, key=lambda cycle: (len(cycle), cycle))
     return [waits[device] for device in shortest]
 
 
@@ -301,15 +301,15 @@ def _tell_deadlock(rows: Rows, waits: dict[int, _Wait]) -> str:
     #   has at position 2, after F(1,1), which waits for F(0,1), which device 0 has
     #   at position 2, after B(0,0), where this began
     #
-    # Each link names the need and what stands before it. A long circle is cut in the
+    # Each link names the need and what stands before it. A long cycle is cut in the
     # middle.
-    circle = _shortest_circle(waits)
-    first = circle[0]
+    cycle = _shortest_cycle(waits)
+    first = cycle[0]
     story = [
         f"device {first.device} at {first.action}, position "
         f"{rows[first.device].index(first.action)},"
     ]
-    for wait in circle:
+    for wait in cycle:
         position = rows[wait.holder].index(wait.need)
         if wait.holder == wait.device:
             story.append(
@@ -319,18 +319,18 @@ def _tell_deadlock(rows: Rows, waits: dict[int, _Wait]) -> str:
             continue
         link = f"{wait.need}, which device {wait.holder} has at position {position}"
         front = waits[wait.holder].action
-        behind = f", after {front}" if front != wait.need else ""
+        after = f", after {front}" if front != wait.need else ""
         if wait.holder == first.device:
-            link += f"{behind}, where this began"
-        elif behind:
-            link += f"{behind}, which"
+            link += f"{after}, where this began"
+        elif after:
+            link += f"{after}, which"
         else:
             link += " and which"
         story.append(link)
-    if len(circle) > 6:
-        story[4:-2] = [f"… ({len(circle) - 5} devices more), which"]
+    if len(cycle) > 6:
+        story[4:-2] = [f"… ({len(cycle) - 5} devices more), which"]
 
-    others = len(waits) - len(circle)
+    others = len(waits) - len(cycle)
     if others == 1:
         story[-1] += "; 1 more device is stuck"
     elif others:

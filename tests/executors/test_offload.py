@@ -63,7 +63,7 @@ def init(key, x):
 
 
 def wave(w, x):
-    """A product of which the backward needs the number itself."""
+    """A product whose backward needs the number itself."""
     h = checkpoint_name(x @ w, "product")
     return jnp.tanh(checkpoint_name(jnp.sin(h), "saved")) + jnp.cos(h)
 

@@ -751,7 +751,7 @@ def test_what_is_seen_late_is_put_right():
         threaded=False,
     )
     timeline = ran.timeline()
-    # The host launched a program, and behind a forward of the first stage a transfer.
+    # The host launched a program, and after a forward of the first stage a transfer.
     for event in timeline.events:
         own = [la for la in timeline.launches if la.action == event.action]
         assert len(own) == 2 - event.action.stage

@@ -76,7 +76,7 @@ NETS = [
     "frozen",
     "bfloat16",
 ]
-# In the others a norm stands behind another, whose microbatches are not the whole
+# In the others a norm stands after another, whose microbatches are not the whole
 # batch.
 ALONE = [kind for kind in NETS if kind not in ("first of two", "scan")]
 

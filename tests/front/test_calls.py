@@ -167,7 +167,7 @@ def test_a_weighted_loss_is_not_the_mean_of_means():
 
 
 def test_the_weight_carries_no_gradient():
-    """`(sum, weight)` of which both depend on y: the weight counts, and is not
+    """`(sum, weight)`, which both depend on y: the weight counts, and is not
     differentiated.
     """
     pipe = fresh([fpipe.Layer(lambda p, x: x * p), fpipe.Layer(lambda p, x: x + p)])
@@ -775,7 +775,7 @@ def test_parameters_that_nothing_uses_get_zeros(argnums):
 
 
 @pytest.mark.parametrize("checkpoint", ["always", "never"])
-def test_parameters_behind_stop_gradient_get_zeros(checkpoint):
+def test_parameters_under_stop_gradient_get_zeros(checkpoint):
     frozen = fpipe.Layer(
         lambda p, x: jnp.tanh(x @ jax.lax.stop_gradient(p["w"]) + p["b"]), dense().init
     )

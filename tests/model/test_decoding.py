@@ -103,7 +103,7 @@ def whole(tree):
 
 
 def decode(call, params, x, state, side=None, count=4, **options):
-    """`count` tokens behind the prompt, one array for each, and the last state."""
+    """`count` tokens after the prompt, one array for each, and the last state."""
     tokens, step = [], 0
     for _ in range(count):
         new, state = call(params, x, state=state, side=side, step=step, **options)

@@ -792,7 +792,7 @@ def test_the_last_reader_may_peek(executor):
     if executor == "scan":
         run = jax.jit(run, static_argnums=0)
     assert_same(run(peeking, placed), run(popping, placed))
-    # Behind its last reader it is freed, as if that had popped it.
+    # After its last reader it is freed, as if that had popped it.
     held = [
         pipe.plan(PARAMS, X, jnp.cos(X), loss_fn=mse).devices
         for pipe in (popping, peeking)

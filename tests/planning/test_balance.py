@@ -612,17 +612,17 @@ def test_skips_of_a_u_net_and_borrowed_weights():
     tied = fpipe.layer_costs(models()["tied"], shape(6, 4))
     # Of two arrays one is read.
     assert tied.borrowed == (Sent(0, (3,), 4 * 16),)
-    # The inner pair stays together where bytes are dear.
-    dear = dataclasses.replace(
+    # The inner pair stays together where bytes are expensive.
+    expensive = dataclasses.replace(
         known,
         forward=(1.0,) * 6,
         backward=(0.0,) * 6,
         unit="second",
         checkpoint="never",
     )
-    assert fpipe.balance(dear, stages=2, bandwidth=40.0) == (2, 4)
+    assert fpipe.balance(expensive, stages=2, bandwidth=40.0) == (2, 4)
     assert fpipe.balance(
-        dataclasses.replace(dear, skips=()), stages=2, bandwidth=40.0
+        dataclasses.replace(expensive, skips=()), stages=2, bandwidth=40.0
     ) == (3, 3)
 
 

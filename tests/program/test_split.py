@@ -103,7 +103,7 @@ def test_what_has_no_name_is_a_residual():
     assert "residual 0" in table["B"][0]
 
 
-def test_a_recomputation_is_inlined_behind_barriers():
+def test_a_recomputation_is_inlined_after_barriers():
     """The drawing in `fpipe._program.remats`."""
     remat = Remat.of("always")
     joint = joint_of(lambda w, x: jnp.sin(x @ w), W, remat)

@@ -54,7 +54,7 @@ def shuffled(devices, virtual, microbatches, backwards, rng):
     copied = {pair for pair in split if rng.random() < 0.4 and backwards}
     waiting: dict = {("F", 0, i): None for i in range(microbatches)}
     rows: list[list[tuple[str, int, int]]] = [[] for _ in range(devices)]
-    # Pairs of which the cotangent is there, and what the forward left.
+    # Pairs whose cotangent is there, and what the forward left.
     cotangents, home = set(), set()
     while waiting:
         kind, s, i = action = rng.choice(sorted(waiting))

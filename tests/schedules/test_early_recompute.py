@@ -103,7 +103,7 @@ def test_never_slower_for_any_schedule_with_a_name(name):
 
 
 def test_what_is_recomputed_in_a_gap_must_pay():
-    """Behind a last stage that recomputes nothing there are gaps for others."""
+    """After a last stage that recomputes nothing there are gaps for others."""
     schedule = named("1f1b", 4, 8)
     some = [(s, i) for s in range(3) for i in range(8)]
     makespans = {}

@@ -28,7 +28,7 @@ COSTS = {
         memory=UNEVEN[:s],
         memory_w=0.4,
     ),
-    "dear split": lambda s: Costs(F=1.0, B=1.7, I=1.2, W=0.8, transfer=0.1),
+    "expensive split": lambda s: Costs(F=1.0, B=1.7, I=1.2, W=0.8, transfer=0.1),
     "free": lambda s: Costs(F=0, I=0, W=0),
 }
 

@@ -95,9 +95,9 @@ def launched(schedule, costs):
     for device, action, *_ in simulate(schedule).events:
         if action.kind not in "OL":
             row = schedule.actions[device]
-            behind = row[row.index(action) + 1 :]
-            # A copy right behind what stands before it in its row.
-            copies = itertools.takewhile(lambda a: a.kind in "OL", behind)
+            after = row[row.index(action) + 1 :]
+            # A copy right after what stands before it in its row.
+            copies = itertools.takewhile(lambda a: a.kind in "OL", after)
             order += [(device, a) for a in (action, *copies)]
     ends, free_at = {}, {}
     for device, action in order:
@@ -585,7 +585,7 @@ def test_one_device_is_bound_by_its_host_or_by_its_work():
 
 
 def test_more_microbatches_do_not_help_where_the_host_is_the_bound():
-    """24 units of work a device, in `m` pieces, of which 16 take 64 to launch."""
+    """24 units of work a device, in `m` pieces; 16 pieces take 64 to launch."""
 
     def makespan(m, launch):
         costs = Costs(F=8 / m, B=16 / m, launch=launch)
@@ -597,7 +597,7 @@ def test_more_microbatches_do_not_help_where_the_host_is_the_bound():
 
 @pytest.mark.quick
 def test_copies_by_hand():
-    """The first copy starts behind its forward, the second behind the first; the third
+    """The first copy starts after its forward, the second after the first; the third
     forward waits for the first copy, the backward for the copy back.
     """
     row = ["F0", "F1", "O0", "F2", "O1", "L0", "B2", "B0", "L1", "B1"]
@@ -647,12 +647,12 @@ def test_actions_of_one_program_are_launched_once():
     costs = Costs(launch=2)
     apart, fused = simulate(schedule, costs), simulate_fused(schedule, costs, pairs)
     launched = [launch.action for launch in apart.launches]
-    behind = [second for _, second in pairs]
+    after = [second for _, second in pairs]
     assert [launch.action for launch in fused.launches] == [
-        action for action in launched if action not in behind
+        action for action in launched if action not in after
     ]
     assert fused.launches[-1].end == apart.launches[-1].end - 4
-    # A program starts when it is launched, and its second action right behind.
+    # A program starts when it is launched, and its second action right after.
     at = {event.action: event for event in fused.events}
     for first, second in pairs:
         assert at[second].start == at[first].end

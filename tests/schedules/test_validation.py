@@ -590,7 +590,7 @@ def test_a_device_without_a_stage_is_refused():
         Schedule([[("F", 0, 0)], [], [("F", 1, 0)]], [0, 2])
 
 
-def test_a_deadlock_names_its_root_and_not_those_who_wait_behind_it():
+def test_a_deadlock_names_its_root_and_not_those_who_wait_after_it():
     rows = [list(row) for row in schedules.one_f_one_b(64, 64).actions]
     rows[63][0], rows[63][1] = rows[63][1], rows[63][0]
     with raises(
@@ -628,7 +628,7 @@ def test_of_two_reasons_alike_a_deadlock_names_the_one_on_the_lower_device():
         Schedule(parse("0F0 0W0 0I0", "1F0 1W0 1I0"))
 
 
-def test_a_long_circle_is_cut_in_the_middle():
+def test_a_long_cycle_is_cut_in_the_middle():
     rows = [[("F", d + 64, 0), ("F", d, 0)] for d in range(64)]
     rows[0] = [("F", 64, 0), ("F", 0, 0)]
     with raises(

@@ -63,7 +63,7 @@ def loss(y: Any) -> Any:
 
 def plain(example: Example, params: Any, size: int) -> tuple[Any, Any]:
     """The loss and the outputs of the function itself, on microbatches of so many
-    rows. With state the outputs are a pair with that behind the last one.
+    rows. With state the outputs are a pair with that after the last one.
     """
     state = example.state
     count = jax.tree.leaves(example.x)[0].shape[0]
@@ -195,7 +195,7 @@ def _scanned(params, x, *, key=None, train=False):
 
 
 def scanned() -> Example:
-    """A loop over four stacked blocks, each checkpointed, with a mark behind each."""
+    """A loop over four stacked blocks, each checkpointed, with a mark after each."""
     params = {
         "in": weights(WIDTH, WIDTH),
         "blocks": {"w": weights(4, WIDTH, WIDTH), "b": weights(4, WIDTH, seed=1)},

@@ -198,7 +198,7 @@ def test_by_itself_it_is_cut_between_modules():
 
 
 def test_by_itself_it_is_cut_where_the_residual_stream_alone_goes_over():
-    """Before and behind the two halves of each block, and not inside of them."""
+    """Before and after the two halves of each block, and not inside of them."""
 
     def run(params, x):
         for p in params["h"]:

@@ -64,7 +64,7 @@ def of_function(split, x, **needs: Any):
 
 @pytest.mark.quick
 def test_what_goes_straight():
-    """What pieces behind the first one read, but no floats that the first one reads
+    """What pieces after the first one read, but no floats that the first one reads
     too; of the plain layers nothing does.
     """
     split = split_of()

@@ -52,8 +52,8 @@ def same_as_function(fn, params, x, split, limit=1e-5):
 # --- where it is cut ---
 
 
-def test_by_itself_a_loop_is_cut_behind_every_round():
-    """And not in a round, where as few bytes go over behind its first operation."""
+def test_by_itself_a_loop_is_cut_after_every_round():
+    """And not in a round, where as few bytes go over after its first operation."""
 
     def fn(params, x):
         def body(h, p):
@@ -134,7 +134,7 @@ def reverse_with_results(params, x):
 
 
 def stacked_inside(params, x):
-    """Layers that the function itself stacks, behind a cast."""
+    """Layers that the function itself stacks, after a cast."""
     cast = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
     stack = jax.tree.map(lambda *rows: jnp.stack(rows), *cast)
     return scan_of(stack, x.astype(jnp.bfloat16)).astype(jnp.float32)
@@ -151,7 +151,7 @@ def by_index(params, x):
 
 
 def last_layer_first(params, x):
-    """A loop over rows in the other order, behind a cast."""
+    """A loop over rows in the other order, after a cast."""
     return scan_of(jax.tree.map(lambda a: (0.5 * a)[::-1], params), x)
 
 

@@ -119,7 +119,7 @@ def in_the_loop(params, x, *, state, train=False, reverse=False):
     return jax.lax.scan(body, x, (params, state), reverse=reverse)
 
 
-def behind_the_loop(params, x, *, state, train=False):
+def after_the_loop(params, x, *, state, train=False):
     def body(h, layer):
         p, old = layer
         return normed(h, p, old, train)
@@ -149,7 +149,7 @@ def read_as_a_whole(params, x, *, state, train=False):
         (in_the_loop, True),
         (in_the_loop, False),
         (functools.partial(in_the_loop, reverse=True), True),
-        (behind_the_loop, True),
+        (after_the_loop, True),
         (written_alone, True),
         (read_as_a_whole, True),
     ],
@@ -203,7 +203,7 @@ def decode(params, x, *, state):
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
-def test_a_cache_of_rows_may_be_stacked_behind_the_rows(executor):
+def test_a_cache_of_rows_may_be_stacked_after_the_rows(executor):
     """Microbatches have their rows, and pieces the layers of their rounds."""
     params, x = weights(2, W, W), weights(5, W)
     cache = weights(5, 2, W, seed=1)

@@ -118,7 +118,7 @@ def test_a_flax_model_with_batch_norms():
 
 
 def test_new_state_is_made_in_the_piece_that_reads_the_old_one():
-    """The updates are written at the end of the function, behind all cuts."""
+    """The updates are written at the end of the function, after all cuts."""
 
     def fn(params, x, *, state):
         first = jnp.tanh(x @ params["a"]) + state["shift"]
@@ -160,7 +160,7 @@ def test_new_state_is_made_in_the_piece_that_reads_the_old_one():
 
 
 def test_what_a_state_is_made_of_is_sent_as_small_as_it_gets():
-    """The mean of a layer of the first piece, written behind the cut, and not all of
+    """The mean of a layer of the first piece, written after the cut, and not all of
     the layer.
     """
 

@@ -268,7 +268,7 @@ class ReadyPlan:
             try:
                 raise error
             finally:
-                del watch, error  # no circle through the traceback
+                del watch, error  # no cycle through the traceback
         call = watch.call(half)
         if self.layout.is_over_processes:
             call = call.merged(self._sizes)
@@ -296,7 +296,7 @@ class ReadyPlan:
             try:
                 raise failure.error
             finally:
-                # No circle through the traceback: what the run held is dropped now.
+                # No cycle through the traceback: what the run held is dropped now.
                 del failure
         # One thread: there is one share at most. `step` is what the loop had reached
         # when it raised.

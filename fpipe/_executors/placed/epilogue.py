@@ -443,7 +443,7 @@ def _parts_adder(
 def _gradient_finisher(
     shapes: Sequence[jax.ShapeDtypeStruct], counts: Sequence[int]
 ) -> Callable[..., list[Any]]:
-    """A function of `counts[n]` terms of each gradient, and perhaps a weight behind
+    """A function of `counts[n]` terms of each gradient, and perhaps a weight after
     them, that returns the gradients in their own dtype.
     """
 

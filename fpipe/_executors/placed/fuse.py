@@ -38,7 +38,7 @@ from fpipe._executors.programs import Programs
 from fpipe._program.chain import Chain
 from fpipe.schedules._rules import StageKind
 
-# What runs on a device behind what.
+# What runs on a device after what.
 Link: TypeAlias = tuple[StageKind, StageKind]
 
 

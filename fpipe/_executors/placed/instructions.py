@@ -233,7 +233,7 @@ class StartedSum:
     """Zeros that a stage adds its gradients to.
 
     A sum has a new slot after each backward that adds to it (a `StageValue`), because a
-    slot is written once. The array behind it is the same memory: it is donated.
+    slot is written once. The memory stays the same: the array is donated.
     """
 
     leaf: Leaf
@@ -503,14 +503,14 @@ def add_frees(
 ) -> list[Instruction]:
     """Add a `Free` after the last use of each slot that is not kept.
 
-    Behind each instruction, here of a forward of two stages that keeps `z`, stands:
+    After each instruction, here of a forward of two stages that keeps `z`, stands:
 
         F: x -> y            free x
         move: y -> y'        free y
         F: y' -> z           free y'
     """
     # Read backwards, the first time that a slot appears is its last use. A slot that is
-    # made and never read is freed right behind what makes it.
+    # made and never read is freed right after what makes it.
     seen = set(keep)
     reverse: list[Instruction] = []
     for item in reversed(code):

@@ -98,7 +98,7 @@ def lower(
         params: for each array of parameters on a mesh how the caller has it.
     """
     # Which programs there are. What a program computes depends on the order: a backward
-    # right behind its forward recomputes nothing.
+    # right after its forward recomputes nothing.
     order = issue_order(schedule, request.kind)
     direct = direct_pairs(order, layout.placements)
     split = split_pairs(order)
@@ -164,7 +164,7 @@ def lower(
     left = {slot.value for slot in returned}
     later = {slot.value for item in call.work[half:] for slot in item.reads}
     work = fuse(call.work[:half], left | later, programs, shardings)
-    work_behind = fuse(call.work[half:], left, programs, shardings)
+    work_after = fuse(call.work[half:], left, programs, shardings)
 
     # What is there before anything runs has the first numbers; parameters are the first
     # of these, so that a call can put them in with one slice.
@@ -174,7 +174,7 @@ def lower(
     # placement is not moved there again by the second.
     send = shardings.sent if layout.has_meshes else None
     first = add_moves(work, numbers, send)
-    second = add_moves(work_behind, numbers, send)
+    second = add_moves(work_after, numbers, send)
     for item in call.work:
         # What is copied may have come by a move.
         if isinstance(item, CopyWork) and item.placement.mesh is not None:
@@ -244,7 +244,7 @@ def issue_order(schedule: Schedule, kind: CallKind) -> list[Action]:
     if kind is CallKind.GRADIENT:
         return launch_order(schedule)
     # Other calls run parts of the schedule. A pull-back runs each device's backwards
-    # behind all of its forwards, in the order that they have in the schedule.
+    # after all of its forwards, in the order that they have in the schedule.
     first: tuple[Kind, ...] = FIRST_HALF if kind is CallKind.PULL_BACK else ("F",)
     forwards = [[a for a in row if a.kind in first] for row in schedule.actions]
     backwards = [[a for a in row if a.kind not in first] for row in schedule.actions]
@@ -273,7 +273,7 @@ def add_moves(
         numbers: those of the slots that there are so far; new ones are added. A slot
             that has a number has been filled.
         send: how an array comes to another placement, where some are meshes. What has
-            to be cut for that is cut right behind the program that makes it: later, the
+            to be cut for that is cut right after the program that makes it: later, the
             reader would wait for what its maker runs in between.
     """
     code: list[Run | Move | Copy] = []

@@ -29,7 +29,7 @@ from fpipe._executors.placed.instructions import Run
 from fpipe._executors.placed.threads import Call, Step
 from fpipe._executors.placement import Placement
 
-# How many calls are looked at under each choice, behind one that is not.
+# How many calls are looked at under each choice, after one that is not.
 LOOKED_AT = 3
 # The shortest launch, in seconds, for which threads are tried. They hand arrays to each
 # other and share Python's lock, which costs tens of microseconds for each launch.

@@ -6,7 +6,7 @@ it. Then each device has a thread, so that the others do not stand idle meanwhil
 
 Each thread issues its share of the plan, in the plan's order, and has slots of its own.
 What another thread needs is posted to that thread's inbox. A thread waits only for what
-stands earlier in the plan, so the threads can never wait for each other in a circle.
+stands earlier in the plan, so the threads can never wait for each other in a cycle.
 
 Two stages on two devices, forward only, divided between two threads. The thread of the
 target issues a move:
@@ -168,7 +168,7 @@ def divide(
             maker[slot] = thread
             last_use[thread, slot] = number
 
-    # A `Free` of the plan stands behind the last use of all threads. Each thread frees
+    # A `Free` of the plan stands after the last use of all threads. Each thread frees
     # its own reference after its own last use, and also that to an array of another
     # thread that the plan keeps. What no thread makes and the plan does not free is the
     # caller's, and stays.

@@ -1,6 +1,6 @@
 """When the instructions of a plan run: the placed executor's side of `fpipe.record`.
 
-Devices run behind the thread that dispatches to them. So each instruction is stamped
+Devices run later than the thread dispatches to them. So each instruction is stamped
 when it is issued, and what it makes goes to a thread that waits until it is there and
 looks at the clock. There is such a *lane* for each device, one for each way between
 devices, and one for each way between a device and its host: what stands in a lane ends
@@ -233,7 +233,7 @@ class Watch:
                 array.block_until_ready()
             self.ended[number] = time.perf_counter() if ended is None else ended
         except Exception as error:
-            # The lane goes on: what stands behind must be waited for too, or the call
+            # The lane goes on: what comes next must be waited for too, or the call
             # would return while devices still work for it.
             self.failures.append(Failure(number, error))
 
@@ -435,7 +435,7 @@ class WatchedCall:
                 action = item.actions[0] if item.parts else None
             else:
                 # The arrays of a transfer may be of several actions: it is issued
-                # behind the last of them.
+                # after the last of them.
                 makers = [action_of[slot] for slot in item.ins if slot in action_of]
                 action = makers[-1] if makers else None
             if action is None:
@@ -488,17 +488,17 @@ class WatchedCall:
             for slot in item.outs:
                 maker[slot] = number
         # An end is seen late at times (a thread has to wake up for it), but it is never
-        # later than that of what needs it. `behind` counts the programs that still have
+        # later than that of what needs it. `after` counts the programs that still have
         # to run after an instruction until this latest moment.
         ends = {number: self.ended[number] for number in code}
-        behind = dict.fromkeys(code, 0)
+        after = dict.fromkeys(code, 0)
         for number in reversed(code):
-            count = behind[number] + isinstance(code[number], Run)
+            count = after[number] + isinstance(code[number], Run)
             for earlier in before[number]:
                 if ends[number] < ends[earlier]:
-                    ends[earlier], behind[earlier] = ends[number], count
+                    ends[earlier], after[earlier] = ends[number], count
                 elif ends[number] == ends[earlier] < self.ended[earlier]:
-                    behind[earlier] = max(behind[earlier], count)
+                    after[earlier] = max(after[earlier], count)
         spans: dict[int, Span] = {}
         for number, item in code.items():
             earlier = [spans[n].end for n in before[number]]
@@ -508,7 +508,7 @@ class WatchedCall:
                 # All that is known of a late end is that it lies between the start and
                 # `ends`. Programs that follow one another there share the time. A
                 # transfer is short beside them.
-                end = start + (end - start) / (1 + behind[number])
+                end = start + (end - start) / (1 + after[number])
                 end = start if isinstance(item, Move) else end
             spans[number] = Span(start, end)
         return spans

@@ -60,7 +60,7 @@ class CopiedSlots:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Staged:
     """What goes to a slot on the host at the end of the phase: arrays, still on the
-    device, and behind them the number of the slot.
+    device, and after them the number of the slot.
     """
 
     pool: PoolName
@@ -106,7 +106,7 @@ Carry: TypeAlias = dict[Buffer, Any]
 
 
 def pool_arrays(name: PoolName, carry: Carry) -> list[Array]:
-    """All arrays of a pool, in the order of its layout; behind them those that are
+    """All arrays of a pool, in the order of its layout; after them those that are
     copied to the host.
     """
     copied = carry.get(CopiedSlots(name), [])

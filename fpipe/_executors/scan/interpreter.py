@@ -257,7 +257,7 @@ class Interpreter:
             blocks = [a[0] for a in params]
             states = None if state is None else [a[0] for a in state]
             carry = self._scan(table[0], blocks, states, arrays, before)
-            # Behind the loop the devices bring together what they have made.
+            # After the loop the devices bring together what they have made.
             outputs = [
                 everywhere(carry[buffer], self.machine.devices)
                 for buffer in self.outputs
@@ -448,7 +448,7 @@ class Interpreter:
         Arguments:
             row: of the table, for all phases of the tick.
         """
-        # Feeds before operations: what is read now has to be here. Wires behind them:
+        # Feeds before operations: what is read now has to be here. Wires after them:
         # what an action sends is there in the next phase, as `ticks.py` counts on.
         phase = self.segment.phases[p]
         for feed in phase.feeds:
@@ -510,7 +510,7 @@ class Interpreter:
         own = row[feed.piece]
 
         def move(come: list[Array]) -> tuple[list[Array], list[Array]]:
-            # `own` is the piece of its own that a device puts in now. Behind its last
+            # `own` is the piece of its own that a device puts in now. After its last
             # one it stands for none: the device passes on what has come.
             here = []
             for stack, a in zip(feed.stacks, come, strict=True):

@@ -191,7 +191,7 @@ def _asks_host(stage: Stage, flat: FlatStage) -> str:
     for k, body in zip(stage.span, bodies, strict=False):
         if asks_host(body.nodes):
             return f"layer {k} {stage.model.layers[k].name!r}"
-    # What is behind the layers.
+    # What is after the layers.
     return "the loss function" if asks_host(inline(flat.closed).nodes) else ""
 
 

@@ -543,7 +543,7 @@ class PhaseCode(NamedTuple):
 
     The order within a phase is the same on all devices: it is the order of the
     program. So an operation that reads what another makes on the same device in the
-    same phase (the core behind the embedding) stands behind it.
+    same phase (the core after the embedding) stands after it.
     """
 
     ops: tuple[TableOp, ...]

@@ -243,7 +243,7 @@ class Operations:
         op = Op(
             kind,
             tuple(sources),
-            # What goes to the host goes there behind the operation (`interpreter.py`).
+            # What goes to the host goes there after the operation (`interpreter.py`).
             None if program.code is None else kept_on_device(program.code),
             tuple(number[unit.resolve(kind, value)] for value in program.ins),
             tuple(targets),

@@ -1,6 +1,6 @@
 """`PlanData` of the scan executor: read off the machine of a step.
 
-A stage is one unit of the machine or several (an embedding, and the blocks behind it).
+A stage is one unit of the machine or several (an embedding, and the blocks after it).
 An action of the stage runs an operation of each of them; its work is their codes
 together. For the model in `units.py` (an embedding, six blocks and a head on three
 devices):

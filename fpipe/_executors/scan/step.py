@@ -321,7 +321,7 @@ class Step:
             rows_axis = 1 + axis % (stack.ndim - 1)
             if stack.shape[rows_axis] % shards == 0:
                 spec[rows_axis] = self.data
-        # Devices hold equally many microbatches, so some behind the last one are
+        # Devices hold equally many microbatches, so some after the last one are
         # padding. No feed brings them.
         devices, count = self.machine.devices, stack.shape[0]
         missing = share(count, devices) * devices - count

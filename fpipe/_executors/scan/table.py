@@ -248,7 +248,7 @@ def _enter_copy(
     tick: int,
     numbers: Sequence[int],
 ) -> None:
-    """Enter a copy of a bundle, behind those of the same pool in the same tick."""
+    """Enter a copy of a bundle, after those of the same pool in the same tick."""
     for n in itertools.count():
         own = entries[_PoolCopy(trip.pool, n)]
         if all((e.tick, e.device) != (tick, trip.device) for e in own):
@@ -268,7 +268,7 @@ def make_segment(ticks: Ticks, operations: Operations, first: int = 0) -> Segmen
     Arguments:
         first: the number of its first phase, counted through all loops.
     """
-    # First enter all actions; what a phase does is known only behind the last one.
+    # First enter all actions; what a phase does is known only after the last one.
     devices = len(ticks.rows[0][0])
     phases = [_PhaseEntries(operations) for _ in ticks.phases]
     for tick, row in enumerate(ticks.rows):
@@ -278,12 +278,12 @@ def make_segment(ticks: Ticks, operations: Operations, first: int = 0) -> Segmen
                     phase.enter(action, tick, device)
     count = len(ticks.rows) * len(phases)
     for trip in operations.buffers.trips:
-        for behind, enter in (
+        for after, enter in (
             (trip.absence.gone, _PhaseEntries.copy),
             (trip.absence.back, _PhaseEntries.bring_back),
         ):
-            if first <= behind < first + count:
-                tick, p = divmod(behind - first, len(phases))
+            if first <= after < first + count:
+                tick, p = divmod(after - first, len(phases))
                 enter(phases[p], trip, tick)
     # All phases begin in the same tick, so the feed that needs most ticks before the
     # first action gives their number; in these nothing runs.

@@ -140,7 +140,7 @@ def lock_step(actions: Sequence[Sequence[Action]], phases: tuple[str, ...]) -> T
 
     The order of a device's row is never changed: its memory depends on it, and a model
     with states needs its forwards in order. An action that cannot run yet holds up all
-    behind it.
+    after it.
     """
     # A need that is not among these actions was met in an earlier loop: backwards alone
     # need forwards that have all run.

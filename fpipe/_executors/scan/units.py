@@ -2,7 +2,7 @@
 
 In: a model and its balance. Out: `Units`, the stages' pieces as stages of their own.
 
-A model is often a stack of equal blocks with an embedding before it and a head behind
+A model is often a stack of equal blocks with an embedding before it and a head after
 it. Cut into stages, the first and the last one differ from the others, though most of
 their work is the same. So a stage becomes a row of units: the first stage an `end` (its
 input, and the embedding) and a `core`, the last a core and an `end` (the head and the
@@ -66,7 +66,7 @@ def cut_units(
             equal for layers that are cut alike.
     """
     # How many layers do not belong to a core: `head` before that of the first stage,
-    # `tail` behind that of the last.
+    # `tail` after that of the last.
     ends = _ends(model, balance, list(zip(shapes, cuts, strict=True)))
     last = len(balance) - 1
     sizes: list[int] = []
@@ -106,7 +106,7 @@ def cut_units(
 def _ends(
     model: Model, balance: Sequence[int], params: Sequence[Hashable]
 ) -> tuple[int, int] | None:
-    """How many layers stand before the core of the first stage and behind that of the
+    """How many layers stand before the core of the first stage and after that of the
     last; `None` without a core.
 
     Arguments:

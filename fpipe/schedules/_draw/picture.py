@@ -56,7 +56,7 @@ class Box(NamedTuple):
         chunk: which of the device's stages it is of, from 0: its shade.
         stage: its stage.
         microbatch: its microbatch.
-        behind: what runs behind it in the same program.
+        after: what runs after it in the same program.
     """
 
     row: int
@@ -66,19 +66,19 @@ class Box(NamedTuple):
     chunk: int
     stage: int
     microbatch: int
-    behind: tuple[Action, ...] = ()
+    after: tuple[Action, ...] = ()
 
     @property
     def kinds(self) -> list[Kind]:
         """The kinds of all that runs in it."""
-        return [self.kind, *(action.kind for action in self.behind)]
+        return [self.kind, *(action.kind for action in self.after)]
 
     @property
     def short_label(self) -> str:
         """Its microbatch. A box of several actions has their kinds too, because its
         colour tells only the first one.
         """
-        if not self.behind:
+        if not self.after:
             return str(self.microbatch)
         return f"{'+'.join(self.kinds)} {self.microbatch}"
 
@@ -101,7 +101,7 @@ class Picture:
 
     Attributes:
         boxes: in the order of the events, then of the launches.
-        rows: devices, each with its copy engines behind it where they copy anything,
+        rows: devices, each with its copy engines after it where they copy anything,
             then threads that launch.
         span: the makespan.
         chunks: the most stages on a device.
@@ -128,7 +128,7 @@ class Picture:
         """Everything about a box."""
         launch = "launch of " if self.is_launch(box) else ""
         doing = f"{launch}{box.kind} of stage {box.stage}"
-        for action in box.behind:
+        for action in box.after:
             doing += f" and {action.kind} of stage {action.stage}"
         return (
             f"{doing}, microbatch {box.microbatch}, "
@@ -292,7 +292,7 @@ def _boxes(timeline: Timeline, scale: float, table: _RowTable) -> tuple[Box, ...
             chunk=chunks[actions[0].stage],
             stage=actions[0].stage,
             microbatch=actions[0].microbatch,
-            behind=actions[1:],
+            after=actions[1:],
         )
         for row, actions, start, end in rows
     )

@@ -61,7 +61,7 @@ class _Line:
         if start >= columns:
             self.characters[-1] = "…"
             return
-        # A column is left free behind it, but it has one at least.
+        # A column is left free after it, but it has one at least.
         room = max(end - start - 1, 1)
         text = label if len(label) <= room else "".join(box.kinds)[:room]
         text = text.ljust(min(room, columns - start), "-")[: columns - start]
@@ -174,7 +174,7 @@ def _labelled(shown: Picture, boxes: tuple[Box, ...]) -> list[_Labelled]:
         several = shown.chunks > 1 or of_all
         stage = box.stage if several else ""
         label = f"{stage}{box.kind}{box.microbatch}"
-        for action in box.behind:
+        for action in box.after:
             stage = action.stage if several else ""
             label += f"+{stage}{action.kind}{action.microbatch}"
         labelled.append(_Labelled(box, label))

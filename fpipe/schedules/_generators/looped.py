@@ -303,7 +303,7 @@ def _alternate(
         warm_up: for each device how many forwards come before the first pair of a
             forward and a backward.
         weight_lag: left out, a backward is a `B`. Else it is an `I`, and on each device
-            a `W` comes right behind the `I` that is that many later than its own.
+            a `W` comes right after the `I` that is that many later than its own.
     """
     # Two rows of four microbatches, cut into warm-up, pairs and drain:
     #

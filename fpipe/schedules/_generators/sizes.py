@@ -46,7 +46,7 @@ def even_rounds(devices: int, microbatches: int) -> list[range]:
     after a warm-up that is as long as the first.
     """
     # `even_rounds(4, 9)`: two rounds, of 5 and 4. Rounds of `D` alone, as in Megatron,
-    # would leave one of 1 behind.
+    # would leave a round of 1.
     rounds = max(1, microbatches // devices)
     size, longer = divmod(microbatches, rounds)
     ends = [size * k + min(k, longer) for k in range(rounds + 1)]

@@ -8,7 +8,7 @@ moving, to an end of the stretch that it is in (Nowicki and Smutnicki, 1996) or 
 With the critical path in capitals, a stretch of it on each of two devices:
 
     device 0   F0 F1 f2 . . .  b0 b1 b2
-    device 1   .  .  F0 F1 B0 B1 ...        F1 may move before F0, or behind B0 or B1
+    device 1   .  .  F0 F1 B0 B1 ...        F1 may move before F0, or after B0 or B1
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from fpipe.schedules._search.problem import Found, Problem
 
 
 def _fusible(problem: Problem, rows: Rows) -> list[int]:
-    """The pairs of stage and microbatch whose `W` is right behind their `I`, where a
+    """The pairs of stage and microbatch whose `W` is right after their `I`, where a
     `B` takes less than both.
     """
     size = problem.numbering.size
@@ -66,7 +66,7 @@ class _Budget:
 
 
 def toggle(problem: Problem, found: Found) -> Found:
-    """Fuse an `I` and the `W` right behind it to a `B`, or split a `B`, where the
+    """Fuse an `I` and the `W` right after it to a `B`, or split a `B`, where the
     makespan gains.
     """
     size = problem.numbering.size

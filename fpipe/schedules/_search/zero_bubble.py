@@ -73,11 +73,13 @@ def zero_bubble(
             microbatch alone needs. The message says how much that is.
 
     Example:
-        >>> costs = fpipe.schedules.Costs(F=1, I=1, W=1)
-        >>> print(fpipe.schedules.zero_bubble(2, 3, costs, memory=2))
-        XXX
-        >>> search = functools.partial(fpipe.schedules.zero_bubble, costs=costs)
-        >>> pipe = fpipe.Pipe([fpipe.fn(jnp.sin)] * 2, chunks=3, schedule=search)
+        >>> print(fpipe.schedules.zero_bubble(devices=2, microbatches=3, memory=2))
+        0: F0 F1 I0 W0 F2 I1 W1 I2 W2
+        1: F0 I0 F1 I1 W0 F2 I2 W1 W2
+        >>> import functools
+        >>> search = functools.partial(fpipe.schedules.zero_bubble, memory=2)
+        >>> devices = [jax.devices()[0]] * 2
+        >>> pipe = fpipe.Pipe([fpipe.fn(jnp.sin)] * 2, devices=devices, schedule=search)
     """
     sizes = {"devices": devices, "microbatches": microbatches, "virtual": virtual}
     for name, value in sizes.items():

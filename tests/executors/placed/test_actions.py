@@ -113,7 +113,7 @@ def test_what_auto_adds():
     for name in ("gpipe", "1f1b", "eager_1f1b", "zb_h1"):
         assert added(schedule=name) == [(0, 1, 2)] * 3 + [()], name
     assert added(checkpoint="always") == [(0, 1, 2, 3)] * 3 + [()]
-    # One microbatch has its backward right behind its forward, on all stages.
+    # One microbatch has its backward right after its forward, on all stages.
     assert added(checkpoint="never") == [()] * 4
     assert added(checkpoint="always", m=1) == [()] * 4
     assert added(devices=1, schedule="gpipe") == [()]

@@ -106,7 +106,7 @@ def test_without_remat_f_i_and_w_are_a_plain_step():
 
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(params, x).compile()
     assert counts.total() == M * str(step.as_text()).count(" dot(")
-    # Three products for each weight, of which one in each of F, I and W.
+    # Three products for each weight: one in each of F, I and W.
     assert counts == {
         (kind, s): M * n for kind in "FIW" for s, n in enumerate((2, 3, 2))
     }

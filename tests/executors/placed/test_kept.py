@@ -107,7 +107,7 @@ def test_a_pipe_holds_no_more_than_the_balance_says(schedule, checkpoint):
         )  # recomputed within a program
         ends = (
             2
-            * (tables.before + tables.behind + tables.skips_in + tables.skips_out)[i, j]
+            * (tables.before + tables.after + tables.skips_in + tables.skips_out)[i, j]
         )
         there = (
             sum(tables.holding(s).arrived) * 2 * 4 * 4

@@ -103,7 +103,7 @@ def test_what_is_not_asked_for_is_not_computed():
 
 
 @pytest.mark.parametrize("checkpoint", ["never", "always"])
-def test_parameters_behind_stop_gradient_cost_no_weight_gradient(checkpoint):
+def test_parameters_under_stop_gradient_cost_no_weight_gradient(checkpoint):
     frozen = fpipe.Layer(
         lambda p, x: jnp.tanh(x @ jax.lax.stop_gradient(p)), lambda key, x: jnp.eye(W)
     )

@@ -307,7 +307,7 @@ def test_the_same_with_bfloat16_and_integers():
 
 @pytest.mark.usefixtures("all_large")
 def test_a_program_from_the_compilation_cache_keeps_the_order_of_what_moves():
-    """Six moves in a phase, none of which needs another's result. The second program is
+    """Six moves in a phase, and none needs another's result. The second program is
     loaded; without an order among them the devices then wait for each other in
     different ones (jax 0.10.2), which ends the process.
     """

@@ -137,7 +137,7 @@ def test_a_step_is_that_of_the_plain_composition(monkeypatch, reduction):
 
 
 def test_a_call_and_its_pull_back_are_those_of_the_plain_composition():
-    """With outputs on several axes, of which one is a mean, inside of `jax.jit`."""
+    """With outputs on several axes, one of them a mean, inside of `jax.jit`."""
 
     def head(p, x, *, side):
         y = x * p + side["whole"]

@@ -481,7 +481,7 @@ def test_what_is_packed_is_not_placed_again():
 
 
 def test_ends_share_an_array_and_padding_is_reported():
-    # An embedding of 40 rows before the blocks and a head of 12 columns behind them:
+    # An embedding of 40 rows before the blocks and a head of 12 columns after them:
     # 160 and 48 numbers share a row.
     embed, head = (
         fpipe.Layer(lambda p, x: p[x], name="embed"),
@@ -942,7 +942,7 @@ def test_it_is_a_value():
 
 
 def test_stages_that_send_different_values_on_one_wire():
-    """Two equal stages, one of which sends its boundary where the other sends its skip:
+    """Two equal stages. One sends its boundary where the other sends its skip:
     they do not share an operation.
     """
     layers = models()["nested"]

@@ -63,7 +63,7 @@ def test_a_recomputation_has_a_phase_between_forwards_and_backwards():
 @pytest.mark.quick
 @pytest.mark.parametrize("form", [ONE_ACTION, FORWARD_THEN_BACKWARD])
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "forward_only"])
-def test_every_action_runs_once_in_order_behind_what_it_needs(name, form):
+def test_every_action_runs_once_in_order_after_what_it_needs(name, form):
     for devices, m in [(1, 1), (2, 4), (3, 7), (4, 8)]:
         schedule = schedule_of(name, devices, m)
         ticks = lock_step(schedule.actions, form)
