@@ -240,8 +240,8 @@ def _parameters(f: Callable[..., Any]) -> list[inspect.Parameter] | None:
         parameters = inspect.signature(f).parameters.values()
     except (TypeError, ValueError):
         return None
-    # `inspect.signature` gives a bound keyword as one with a default. What `jax.jit` has
-    # wrapped, such as a partial, is in `__wrapped__`.
+    # `inspect.signature` gives a bound keyword as one with a default. `__wrapped__` is
+    # what `jax.jit` has wrapped, such as a partial.
     bound: set[str] = set()
     inner: Any = f
     while True:

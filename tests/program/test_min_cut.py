@@ -53,8 +53,8 @@ def test_no_set_is_cheaper():
 
 @pytest.mark.quick
 def test_an_activation_is_made_again_from_what_is_smaller():
-    # 0: a product; 1: tanh of it, expensive; 2, 3, 4: sums and products of those, cheap,
-    # all needed.
+    # 0: a product; 1: tanh of it, expensive; 2, 3, 4: sums and products of those, which
+    # are cheap, all needed.
     again = {2: [0], 3: [1, 2], 4: [0, 3]}
     assert cheapest(lambda v: 4, again.get, [1, 2, 3, 4]) == {0, 1}
     # Bytes decide: a mask of one byte is kept, not the four bytes that it is made from.
