@@ -70,20 +70,13 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", STAGES)
     version = importlib.metadata.version("fpipe")
     for checkpoint in ("never", "always"):
-        times = {}
-        for arrays in options["arrays"]:
-            step, _ = made(Size(arrays, 4, 4 * CHUNKS), checkpoint)
-            steps = peers.timed(step, options["repeats"], lambda: None)
-            times[arrays] = peers.together([steps])
-        compare(Size(2, 4, 4 * CHUNKS), checkpoint)
-        step, _ = made(Size(5, options["width"], options["rows"]), checkpoint)
-        answer = {
-            "name": f"fpipe {version}, jax {jax.__version__}, {checkpoint}",
-            "times": times,
-            "lines": peers.user_lines(__file__),
-            "peak": peers.peak_bytes(step) / 2**20,
-        }
-        print(json.dumps(answer))
+        peers.answer(
+            options,
+            f"fpipe {version}, jax {jax.__version__}, {checkpoint}",
+            __file__,
+            lambda size, checkpoint=checkpoint: made(size, checkpoint)[0],
+            lambda size, checkpoint=checkpoint: compare(size, checkpoint),
+        )
 
 
 if __name__ == "__main__":

@@ -165,6 +165,26 @@ class Maker:
         return lambda: jax.block_until_ready(step()), loss, squares(grads)
 
 
+def barrier_over(devices):
+    """A function that waits for all processes.
+
+    Arguments:
+        devices: one of each process.
+    """
+    mesh = Mesh(np.array(devices), ("process",), axis_types=(AxisType.Auto,))
+    one = jax.make_array_from_process_local_data(
+        NamedSharding(mesh, P("process")), np.ones(1, np.float32)
+    )
+    total = jax.jit(jnp.sum)
+
+    def barrier() -> None:
+        jax.block_until_ready(total(one))
+
+    # The first one compiles.
+    barrier()
+    return barrier
+
+
 def main() -> None:
     options = json.loads(sys.argv[1])
     reply = replies()
@@ -174,16 +194,7 @@ def main() -> None:
         address, num_processes=2, process_id=rank, initialization_timeout=120
     )
     assert len(jax.devices()) == 2, jax.devices()
-    mesh = Mesh(np.array(jax.devices()), ("process",), axis_types=(AxisType.Auto,))
-    one = jax.make_array_from_process_local_data(
-        NamedSharding(mesh, P("process")), np.ones(1, np.float32)
-    )
-    total = jax.jit(jnp.sum)
-
-    def barrier() -> None:
-        jax.block_until_ready(total(one))
-
-    barrier()
+    barrier = barrier_over(jax.devices())
     reply("jax", jax.__version__)
     serve(reply, Maker(rank, **options), barrier)
 

@@ -9,7 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _jax_two_processes import BALANCE, BLOCKS, apply, init, loss_fn
+from _jax_two_processes import BALANCE, BLOCKS, apply, barrier_over, init, loss_fn
 from jax.sharding import SingleDeviceSharding
 from two_processes import replies, serve
 
@@ -101,17 +101,7 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", 2)
     rank, address = options.pop("rank"), f"127.0.0.1:{options.pop('port')}"
     fpipe.distributed.initialize(address, 2, rank, initialization_timeout=120)
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[::2]), "process")
-    by_process = jax.sharding.PartitionSpec("process")
-    one = jax.make_array_from_process_local_data(
-        jax.sharding.NamedSharding(mesh, by_process), np.ones(1, np.float32)
-    )
-    total = jax.jit(jnp.sum)
-
-    def barrier() -> None:
-        jax.block_until_ready(total(one))
-
-    barrier()
+    barrier = barrier_over(jax.devices()[::2])
     reply("jax", jax.__version__)
     serve(reply, Maker(rank, **options), barrier)
 

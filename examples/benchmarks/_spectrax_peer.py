@@ -99,20 +99,8 @@ def squares(grads) -> float:
 def main() -> None:
     options = json.loads(sys.argv[1])
     jax.config.update("jax_num_cpu_devices", STAGES)
-    times = {}
-    for arrays in options["arrays"]:
-        step, _ = made(Size(arrays, 4, 4 * CHUNKS))
-        steps = peers.timed(step, options["repeats"], lambda: None)
-        times[arrays] = peers.together([steps])
-    compare(Size(2, 4, 4 * CHUNKS))
-    step, _ = made(Size(5, options["width"], options["rows"]))
-    answer = {
-        "name": f"SpectraX {spx.__version__}, jax {jax.__version__}",
-        "times": times,
-        "lines": peers.user_lines(__file__),
-        "peak": peers.peak_bytes(step) / 2**20,
-    }
-    print(json.dumps(answer))
+    name = f"SpectraX {spx.__version__}, jax {jax.__version__}"
+    peers.answer(options, name, __file__, lambda size: made(size)[0], compare)
 
 
 if __name__ == "__main__":

@@ -151,6 +151,31 @@ def user_lines(file: str) -> int:
     return sum(bool(line) and not line.startswith("#") for line in own)
 
 
+def answer(
+    options: dict[str, Any],
+    name: str,
+    file: str,
+    made: Callable[[Size], Callable[[], Any]],
+    compare: Callable[[Size], None],
+) -> None:
+    """Measure a peer that is one process, and print what the parent reads.
+
+    Arguments:
+        name, file: of the peer, and of its worker.
+        made: a step of a size, which waits for its results.
+        compare: checks the results of such a step.
+    """
+    times = {}
+    for arrays in options["arrays"]:
+        step = made(Size(arrays, 4, 4 * CHUNKS))
+        times[arrays] = together([timed(step, options["repeats"], lambda: None)])
+    compare(Size(2, 4, 4 * CHUNKS))
+    step = made(Size(5, options["width"], options["rows"]))
+    peak = peak_bytes(step) / 2**20
+    own = {"name": name, "times": times, "lines": user_lines(file), "peak": peak}
+    print(json.dumps(own))
+
+
 # --- the parent's side ---
 
 
