@@ -19,30 +19,26 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.sharding import NamedSharding, Sharding
 
 from fpipe._core.caches import Key, Recent
-from fpipe._core.errors import shown, warn
+from fpipe._core.errors import warn
 from fpipe._core.meshes import is_explicit, no_mesh, set_aside
-from fpipe._core.processes import gather, is_ghost, own_copy, whole_here
+from fpipe._core.processes import own_copy
 from fpipe._core.pytrees import (
     PyTree,
     Shape,
     Spec,
-    eval_shape,
     is_array,
     is_inexact,
-    map_arrays,
     pack,
     shapes_of,
 )
 from fpipe._core.settings import settings
 from fpipe._executors.call import Args, Result, check_params
-from fpipe._executors.parameter_cuts import make_cut, param_shardings, sharding_at
 from fpipe._executors.placed.dispatch import Dispatch, ReadyPlan, bind
 from fpipe._executors.placed.instructions import GradientTree, Half, Plan
 from fpipe._executors.placed.lower import lower
+from fpipe._executors.placed.parameters import Parameters
 from fpipe._executors.placed.plan_data import plan_data
 from fpipe._executors.placement import Placement
 from fpipe._executors.plan_data import PlanData
@@ -130,6 +126,7 @@ class Placed:
         # Recordings tell pipes apart by the identity of this object.
         self.owner = layout
         self.stages = layout.stages
+        self.parameters = Parameters(layout)
         self.scheduling = scheduling
         self.stage_to_device = stage_to_device
         self.chunks = chunks
@@ -168,82 +165,21 @@ class Placed:
         self, layer: int, make: Callable[[Any], PyTree], key: Any
     ) -> PyTree:
         """Run `make(key)` where a layer lives."""
-        own = self.stages[0].model.layers[layer]
-        home = self.layout.home(layer)
-        made = make_cut(own, f"layer {layer} {own.name!r}", make, key, home)
-        if made is not None:
-            return made
-        made = self._make_at(layer, make, key)
-        return self._at_home(layer, made, own=True)
+        return self.parameters.make(layer, make, key)
 
     def make_state(self, layer: int, make: Callable[[Any], PyTree], key: Any) -> PyTree:
         """Run `make(key)` where a layer lives; over a mesh its state is whole on each
         device.
         """
-        made = self._make_at(layer, make, key)
-        # A user's `init_state` may return an array that the user keeps.
-        return self.layout.home(layer).put_tree(made, own=True)
-
-    def _make_at(self, layer: int, make: Callable[[Any], PyTree], key: Any) -> PyTree:
-        """Run `make(key)` on the first device of a layer's place that is of this
-        process; in a process that has no part of it, only its shapes are found.
-        """
-        home = self.layout.home(layer)
-        if not home.is_here:
-            return eval_shape(make, key)
-        # Made there, and not made on the first device and moved: that device would need
-        # room for every layer in turn. The default device does not move a committed
-        # key, so the key is put there first.
-        with no_mesh(), home.as_default():
-            device = Placement.of(home.own_device)
-            return make(None if key is None else device.take([key])[0])
+        return self.parameters.make_state(layer, make, key)
 
     def place(self, params: Sequence[PyTree], donate: bool) -> tuple[PyTree, ...]:
         """The parameters of each layer on its device."""
-        placed = []
-        for k, tree in enumerate(params):
-            # All processes come by here, layer by layer.
-            own = map_arrays(whole_here, tree)
-            self._refuse_ghosts(k, own)
-            placed.append(self._at_home(k, own, own=not donate))
-        return tuple(placed)
-
-    def _refuse_ghosts(self, layer: int, params: PyTree) -> None:
-        """Refuse arrays that another process has, and this one is to get: it would wait
-        for a process that sends nothing.
-        """
-        if self.layout.home(layer).is_here and any(map(is_ghost, pack(params)[0])):
-            name = self.stages[0].model.layers[layer].name
-            raise ValueError(
-                f"`place(params)`: params of layer {layer} {name!r} are in another "
-                "process; gather them in all processes with the pipe that has placed "
-                "them: `pipe.place(other.gather(params))`"
-            )
-
-    def _at_home(self, layer: int, params: PyTree, own: bool) -> PyTree:
-        """The parameters of a layer where it lives, cut over its mesh as they say."""
-        home = self.layout.home(layer)
-        if home.mesh is None:
-            return home.put_tree(params, own=own)
-        return home.put_tree(params, own, self._shardings(layer, params))
-
-    def _shardings(self, layer: int, params: PyTree) -> list[Sharding]:
-        """How the parameters of a layer are put on its mesh."""
-        own = self.stages[0].model.layers[layer]
-        call = f"layer {layer} {own.name!r}"
-        return param_shardings(own, call, params, self.layout.home(layer))
+        return self.parameters.place(params, donate)
 
     def gather(self, params: Sequence[PyTree]) -> tuple[PyTree, ...]:
         """The parameters on the first device of this process."""
-        return self._fetch(tuple(params))
-
-    def _fetch(self, tree: PyTree) -> Any:
-        """A pytree's arrays on the first device of this process."""
-        if self.layout.is_over_processes:
-            arrays, spec = pack(tree)
-            firsts = [first.device for first in self.layout.firsts]
-            tree = spec.unpack(gather(arrays, firsts))
-        return self.layout.first.put_tree(tree, own=True)
+        return self.parameters.gather(tuple(params))
 
     def check_params(self, params: Any, call: str) -> None:
         """Refuse parameters that do not have one entry per layer. Where they are is
@@ -370,7 +306,7 @@ class Placed:
 
     def gather_state(self, state: PyTree) -> PyTree:
         """The states of all layers on the first device of this process."""
-        return self._fetch(state)
+        return self.parameters.gather(state)
 
     def deliver(self, tree: PyTree) -> PyTree:
         """Arrays on the device of the last stage."""
@@ -394,18 +330,7 @@ class Placed:
         self, gradients: Sequence[PyTree], params: Sequence[PyTree]
     ) -> tuple[PyTree, ...]:
         """The gradients of each layer on its device."""
-        spread = []
-        for k, tree in enumerate(gradients):
-            arrays, treedef = jax.tree.flatten(tree)
-            # `float0` has no place: JAX has no arrays of it.
-            there = [n for n, a in enumerate(arrays) if a.dtype != jax.dtypes.float0]
-            own = jax.tree.leaves(params[k])
-            shardings = [own[n].sharding for n in there]
-            put = self.layout.home(k).take([arrays[n] for n in there], shardings)
-            for n, array in zip(there, put, strict=True):
-                arrays[n] = array
-            spread.append(treedef.unflatten(arrays))
-        return tuple(spread)
+        return self.parameters.spread(gradients, params)
 
     # --- plans ---
 
@@ -426,7 +351,7 @@ class Placed:
         # right device (a mesh of one) must find the same plan. So they are compared
         # here, and only if one differs, all parameters are looked at closely.
         if not bound.are_placed(params):
-            self._check_placed(args.params)
+            self.parameters.check_placed(args.params)
             # They may be on a mesh of the one device, whose axes are explicit.
             if any(map(is_explicit, params)):
                 homes = [
@@ -485,7 +410,7 @@ class Placed:
                     asked.key,
                     params[1],
                     _types(params[0]),
-                    self._param_shardings(args.params),
+                    self.parameters.shardings(args.params),
                     tuple(
                         [
                             (port, spec, _types(arrays))
@@ -505,7 +430,7 @@ class Placed:
     ) -> ReadyPlan:
         """A new plan, bound. This is where a call is checked against the model."""
         check_static(args, args.params)
-        self._check_placed(args.params)
+        self.parameters.check_placed(args.params)
         model = self.stages[0].model
         params = [Shape.of(p) for p in args.params]
         inputs = inputs_of(model, args, params, self.chunks)
@@ -529,7 +454,7 @@ class Placed:
                 inputs,
                 request,
                 self._programs,
-                dict(self._param_shardings(args.params)),
+                dict(self.parameters.shardings(args.params)),
             )
         for text in (*plan.warnings, *unmade_states(kind, inputs, model)):
             warn(text)
@@ -550,32 +475,6 @@ class Placed:
             tuple(gradients),
         )
 
-    def _param_shardings(
-        self, params: Sequence[PyTree]
-    ) -> tuple[tuple[Leaf, NamedSharding], ...]:
-        """How the parameters lie that are on meshes; a shape lies as `place` would put
-        it.
-        """
-        if not self.layout.has_meshes:
-            return ()
-        found = []
-        for k, tree in enumerate(params):
-            home = self.layout.home(k)
-            if home.mesh is None:
-                continue
-            arrays = jax.tree.leaves(tree)
-            if any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays):
-                shardings = self._shardings(k, tree)
-            else:
-                shardings = [
-                    sharding_at(getattr(a, "sharding", None), np.shape(a), home)
-                    for a in arrays
-                ]
-            for n, lies in enumerate(shardings):
-                assert isinstance(lies, NamedSharding)
-                found.append((Leaf(Port("params", k), n), lies))
-        return tuple(found)
-
     def _constant(self, value: Any, placement: Placement) -> Any:
         """A host value where it is read, put there once for all plans."""
         if (value, placement) not in self._constants:
@@ -585,30 +484,6 @@ class Placed:
             refuse_tracers(placed)
             self._constants[value, placement] = placed
         return self._constants[value, placement]
-
-    def _check_placed(self, params: Sequence[PyTree]) -> None:
-        """Every array of the parameters is on its layer's device."""
-        for stage in self.stages:
-            for k in stage.span:
-                home = self.layout.home(k)
-                layer = f"params of layer {k} {stage.model.layers[k].name!r}"
-                for array in jax.tree.leaves(params[k]):
-                    if not is_array(array):
-                        raise TypeError(
-                            f"{layer} hold {shown(array)}, no array; `params = "
-                            "pipe.place(params)` makes arrays of numbers; bind other "
-                            "constants to the layer's function (functools.partial)"
-                        )
-                    if isinstance(array, jax.ShapeDtypeStruct) or home.holds(array):
-                        continue
-                    where = f"the host ({type(array)})"
-                    if isinstance(array, jax.Array):
-                        where = ", ".join(map(str, array.devices()))
-                    raise ValueError(
-                        f"{layer} are on the wrong device: {where}, but stage "
-                        f"{stage.index} is on {home}; put "
-                        "them there with `params = pipe.place(params)`"
-                    )
 
     def _state(self, plan: Plan, slots: Sequence[Any]) -> tuple[PyTree, ...]:
         layers = range(len(self.stages[0].model.layers))
