@@ -10,7 +10,7 @@ arrays:
     Outbox(WireName(...))     an outbox       the arrays of one bundle
     InTransit(feed)           a feed          the arrays of one microbatch
     Turn()                    for collectives a number
-    Reads(SavedPool(...))     in a tick       a number, see `_after_reads`
+    Reads(SavedPool(...))     in a tick       a number, see `after_reads`
     ClockToken()              for a clock     a number
     OutputBuffer(loss[0])     an output       an array with an axis of microbatches
     RowGradient(0)            a gradient      an array, the sum so far
@@ -19,9 +19,11 @@ arrays:
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 from fpipe._executors.scan.machine import (
     Feed,
@@ -69,14 +71,14 @@ class Staged:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Turn:
     """A number that keeps the collectives of a tick in one order, see
-    `_move_in_turn` in `interpreter.py`. It is always zero, which XLA cannot know.
+    `_move_in_turn` in `moving.py`. It is always zero, which XLA cannot know.
     """
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reads:
     """A number from the operations that have read a pool since it was changed last, in
-    the same tick: see `_after_reads`. It is always zero, too.
+    the same tick: see `after_reads`. It is always zero, too.
     """
 
     pool: PoolName
@@ -111,3 +113,18 @@ def pool_arrays(name: PoolName, carry: Carry) -> list[Array]:
     """
     copied = carry.get(CopiedSlots(name), [])
     return [*carry[name], *carry[HostSlots(name)], *copied]
+
+
+def after_reads(changed: Sequence[Buffer], carry: Carry) -> Array:
+    """A zero that is there when all operations that have read these pools are done.
+
+    What changes a pool has to need it. XLA updates a pool in place only if it knows
+    that nobody reads the old one afterwards. By itself it knows no order of two
+    conditionals if neither needs what the other makes. Without this zero a
+    wire whose pool backwards read copied it at each tick, whole.
+    """
+    read = jnp.int32(0)
+    for name in changed:
+        if isinstance(name, PoolName):
+            read += carry.pop(Reads(name), 0)
+    return read

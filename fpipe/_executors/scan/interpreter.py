@@ -21,8 +21,7 @@ table are traced arrays by then. So the `carry` that the methods change in place
 dictionary of tracers, and the program holds what they leave in it.
 """
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -42,14 +41,13 @@ from fpipe._executors.scan.carry import (
     Reads,
     Staged,
     Turn,
+    after_reads,
     pool_arrays,
 )
 from fpipe._executors.scan.clock import Clock
 from fpipe._executors.scan.computing import Computer
 from fpipe._executors.scan.machine import (
     Add,
-    FedPiece,
-    Feed,
     Held,
     InputGradient,
     LoanGradient,
@@ -58,8 +56,6 @@ from fpipe._executors.scan.machine import (
     Op,
     Outbox,
     OutputBuffer,
-    PhaseCode,
-    PoolName,
     Put,
     RowGradient,
     Send,
@@ -69,10 +65,9 @@ from fpipe._executors.scan.machine import (
     StateMaximum,
     SummedGradient,
     TableOp,
-    TableReturn,
-    TableWire,
     Write,
 )
+from fpipe._executors.scan.moving import Mover, staged_by
 from fpipe._executors.scan.reading import (
     Given,
     GivenInputs,
@@ -80,7 +75,16 @@ from fpipe._executors.scan.reading import (
     beginning,
     unsharded,
 )
-from fpipe._executors.scan.storage import Storage, as_stored, from_stored, stored_shape
+from fpipe._executors.scan.storage import (
+    Storage,
+    as_stored,
+    empty,
+    empty_on_host,
+    filled,
+    from_stored,
+    own_zeros,
+    stored_shape,
+)
 from fpipe._executors.scan.summing import GradientSums, combined, everywhere
 from fpipe._executors.stage_places import AXIS
 from fpipe._model.loss import sum_dtype
@@ -107,51 +111,6 @@ class SegmentResult(NamedTuple):
     state: list[Array]
     made: dict[int, Array]
     left: list[list[Array]]
-
-
-def own_zeros() -> Iterator[Array]:
-    """Zeros that XLA takes for different numbers.
-
-    It makes one array of all that are filled with the same number, and copies it into
-    each buffer before a loop starts. A buffer that is filled with a zero of its own is
-    filled where it lies.
-    """
-    zero = jax.lax.optimization_barrier(jnp.int32(0))
-    return (zero < -n for n in itertools.count())
-
-
-def filled(shape: tuple[int, ...], dtype: Any, zero: Array) -> Array:
-    """A buffer of zeros, all of them the one that is given."""
-    # Numbers with a type of their own, such as Flax's scales of fp8, are not cast.
-    if jnp.issubdtype(dtype, jax.dtypes.extended):
-        return jnp.zeros(shape, dtype)
-    return jnp.full(shape, zero.astype(dtype))
-
-
-def empty(shape: tuple[int, ...], dtype: Any, zero: Array, alone: bool) -> Array:
-    """What lies in a buffer before anything is put there. No result depends on it:
-    tests put NaN here.
-
-    Arguments:
-        zero: see `own_zeros`.
-        alone: whether the mesh has only the axis of stages.
-    """
-    # Over a data axis XLA would allocate it for all rows, and then cut out those of the
-    # device.
-    if not alone:
-        return filled(shape, dtype, zero)
-    # Accelerators leave it as it is. XLA for CPUs can only fill.
-    return jax.lax.platform_dependent(
-        zero,
-        cpu=lambda zero: filled(shape, dtype, zero),
-        default=lambda _: jax.lax.empty(shape, dtype),
-    )
-
-
-def empty_on_host(shape: tuple[int, ...], dtype: Any) -> Array:
-    """The same in the host's memory."""
-    # XLA would fill `jnp.empty` on the device, all slots at once, and copy it.
-    return jax.device_put(jax.lax.empty(shape, dtype), jax.memory.Space.Host)
 
 
 class Interpreter:
@@ -208,6 +167,7 @@ class Interpreter:
             self.failures = Failures(count) if self.alone else Logged()
         self.reader = Reader(machine, mesh, data, self.storage)
         self.computer = Computer(self.sums, self.failures)
+        self.mover = Mover(machine, self.storage, self.alone)
 
     # --- outside the mesh ---
 
@@ -452,12 +412,12 @@ class Interpreter:
         # what an action sends is there in the next phase, as `ticks.py` counts on.
         phase = self.segment.phases[p]
         for feed in phase.feeds:
-            self._move_feed(feed, carry, row[p], given)
+            self.mover.move_feed(feed, carry, row[p], given)
         # In each phase one slot goes to the host, and not one for each operation,
         # because most operations do not run.
-        staged = dict.fromkeys(s for entry in phase.ops for s in _staged(entry.op))
+        staged = dict.fromkeys(s for entry in phase.ops for s in staged_by(entry.op))
         for name in staged:
-            carry[name] = self._nothing_staged(name.pool)
+            carry[name] = self.mover.nothing_staged(name.pool)
         for entry in phase.ops:
             own = row[p]
             runs = own[entry.runs] > 0
@@ -467,159 +427,10 @@ class Interpreter:
                 when = (tick, p)
                 self._operate_timed(self.clock, entry, carry, own, given, runs, when)
         for name in staged:
-            self._store_on_host(name, carry)
-        self._copy(phase, carry, row[p])
+            self.mover.store_on_host(name, carry)
+        self.mover.copy(phase, carry, row[p])
         for wire in phase.wires:
-            self._deliver(wire, carry, row[p, wire.slot], row[p, wire.carries])
-
-    # --- what moves ---
-
-    def _move_in_turn(
-        self,
-        used: Array,
-        carry: Carry,
-        move: Callable[[list[Array]], tuple[Any, ...]],
-        stay: Callable[[list[Array]], tuple[Any, ...]],
-        arrays: list[Array],
-    ) -> tuple[Any, ...]:
-        """`move(arrays)` where the table says so, on every device or on none; else
-        `stay(arrays)`.
-
-        One after the other: each hands on a zero, the turn, that the next one needs.
-        XLA would keep the order of independent conditionals too, but not on CPU in a
-        program that was loaded from the compilation cache (jax 0.10.2), where devices
-        then wait for each other in different ones.
-        """
-        turn = carry[Turn()]
-        *moved, carry[Turn()] = jax.lax.cond(
-            used > turn,
-            lambda own: (*move(own), jnp.int32(0)),
-            lambda own: (*stay(own), turn),
-            arrays,
-        )
-        return tuple(moved)
-
-    def _move_feed(self, feed: Feed, carry: Carry, row: Array, given: Given) -> None:
-        """What a feed has on its way moves on by one device. What was there before is
-        what the reader reads.
-        """
-        devices = self.machine.devices
-        # All pieces go the same way round, so that each step is one `ppermute`. The
-        # reader is the end of the way: it sends nothing on.
-        pairs = [(d, (d - 1) % devices) for d in range(devices) if d != feed.reader]
-        own = row[feed.piece]
-
-        def move(come: list[Array]) -> tuple[list[Array], list[Array]]:
-            # `own` is the piece of its own that a device puts in now. After its last
-            # one it stands for none: the device passes on what has come.
-            here = []
-            for stack, a in zip(feed.stacks, come, strict=True):
-                share = given.inputs[stack]
-                puts = own < share.shape[0]
-                piece = jax.lax.dynamic_index_in_dim(share, own, keepdims=False)
-                here.append(jnp.where(puts, piece, a))
-            return [jax.lax.ppermute(a, AXIS, pairs) for a in here], here
-
-        name = InTransit(feed)
-        carry[name], here = self._move_in_turn(
-            row[feed.moves], carry, move, lambda come: (come, come), carry[name]
-        )
-        for stack, piece in zip(feed.stacks, here, strict=True):
-            given.fed[FedPiece(stack, feed.kind)] = piece
-
-    def _deliver(
-        self, entry: TableWire, carry: Carry, slot: Array, used: Array
-    ) -> None:
-        """What the outboxes hold goes to the pools of the receivers."""
-        wire = self.machine.wires[entry.wire]
-        read = self._after_reads([entry.wire], carry)
-
-        # The outbox is only read, so it is no part of what the conditional returns.
-        def move(pool: list[Array]) -> tuple[list[Array]]:
-            sent = carry[Outbox(entry.wire)]
-            arrived = [jax.lax.ppermute(a, AXIS, wire.pairs) for a in sent]
-            filled = [
-                jax.lax.dynamic_update_index_in_dim(slots, a, slot, 0)
-                for slots, a in zip(pool, arrived, strict=True)
-            ]
-            return (filled,)
-
-        # Without a conditional XLA may run the transfer beside the next phase. Where
-        # nothing was sent, junk goes to a slot that nobody reads.
-        if wire.always:
-            slot = slot + read
-            (carry[entry.wire],) = move(carry[entry.wire])
-        else:
-            (carry[entry.wire],) = self._move_in_turn(
-                used - read, carry, move, lambda pool: (pool,), carry[entry.wire]
-            )
-
-    # --- what goes to the host ---
-
-    def _nothing_staged(self, pool: PoolName) -> list[Array]:
-        """What is staged where no operation runs: anything, for the last slot."""
-        layout = self.storage[pool].layout
-        own = layout.shapes[layout.on_device :]
-        arrays = [empty(a.shape, a.dtype, jnp.bool_(False), self.alone) for a in own]
-        return [*arrays, jnp.int32(self.machine.pools[pool].slots)]
-
-    def _store_on_host(self, staged: Staged, carry: Carry) -> None:
-        """What is staged goes to its slot on the host."""
-        *arrays, slot = carry.pop(staged)
-        name = HostSlots(staged.pool)
-        carry[name] = [
-            jax.lax.dynamic_update_index_in_dim(
-                slots, jax.device_put(a[None], jax.memory.Space.Host), slot, 0
-            )
-            for slots, a in zip(carry[name], arrays, strict=True)
-        ]
-
-    def _copy(self, phase: PhaseCode, carry: Carry, row: Array) -> None:
-        """Slots go to the host and come back, on each device as the table says."""
-        # First everything is read, then written: what goes may have the slot that what
-        # comes back is to have, and the other way round on the host.
-        leaving = [
-            [_at(slots, row[copy.slot]) for slots in carry[copy.pool]]
-            for copy in phase.copies
-        ]
-        for back in phase.returns:
-            copied = carry[CopiedSlots(back.pool)]
-
-            def bring(
-                pool: list[Array],
-                back: TableReturn = back,
-                copied: list[Array] = copied,
-            ) -> list[Array]:
-                return [
-                    jax.lax.dynamic_update_index_in_dim(
-                        slots,
-                        jax.device_put(
-                            _at(there, row[back.on_host]), jax.memory.Space.Device
-                        ),
-                        row[back.slot],
-                        0,
-                    )
-                    for slots, there in zip(pool, copied, strict=True)
-                ]
-
-            read = self._after_reads([back.pool], carry)
-            carry[back.pool] = jax.lax.cond(
-                row[back.runs] > read, bring, lambda pool: pool, carry[back.pool]
-            )
-        # Without a conditional, which must return nothing on the host (see above).
-        for copy, arrays in zip(phase.copies, leaving, strict=True):
-            name = CopiedSlots(copy.pool)
-            carry[name] = [
-                jax.lax.dynamic_update_index_in_dim(
-                    there,
-                    jax.device_put(a, jax.memory.Space.Host),
-                    row[copy.on_host],
-                    0,
-                )
-                for there, a in zip(carry[name], arrays, strict=True)
-            ]
-
-    # --- what is computed ---
+            self.mover.deliver(wire, carry, row[p, wire.slot], row[p, wire.carries])
 
     def _operate_timed(
         self,
@@ -652,7 +463,7 @@ class Interpreter:
         self._operate(entry, carry, row, given, runs & (token >= 0))
         # One array that it writes is enough: a conditional ends as a whole.
         written = [carry[target.buffer] for target in op.targets]
-        written += [carry[staged] for staged in _staged(op)]
+        written += [carry[staged] for staged in staged_by(op)]
         made = jax.tree.leaves(written)[:1]
         carry[ClockToken()] = clock.stamp(runs, where, 1, token, made, self.shared)
 
@@ -664,9 +475,9 @@ class Interpreter:
         # The conditional carries what the operation changes, and nothing else: XLA
         # updates that in place, and would copy what only passes through.
         changed: set[Buffer] = {target.buffer for target in op.targets}
-        changed.update(_staged(op))
+        changed.update(staged_by(op))
         names = [name for name in carry if name in changed]
-        runs &= self._after_reads(names, carry) == 0
+        runs &= after_reads(names, carry) == 0
         zero = carry[Turn()]
 
         def run(arrays: list[Any]) -> tuple[list[Any], Array]:
@@ -685,20 +496,6 @@ class Interpreter:
         for pool in dict.fromkeys(s.pool for s in op.sources if isinstance(s, Held)):
             if pool not in changed:
                 carry[Reads(pool)] = carry.get(Reads(pool), jnp.int32(0)) + read
-
-    def _after_reads(self, changed: Sequence[Buffer], carry: Carry) -> Array:
-        """A zero that is there when all operations that have read these pools are done.
-
-        What changes a pool has to need it. XLA updates a pool in place only if it knows
-        that nobody reads the old one afterwards. By itself it knows no order of two
-        conditionals if neither needs what the other makes. Without this zero a
-        wire whose pool backwards read copied it at each tick, whole.
-        """
-        read = jnp.int32(0)
-        for name in changed:
-            if isinstance(name, PoolName):
-                read += carry.pop(Reads(name), 0)
-        return read
 
     def _apply(self, op: Op, carry: Carry, arguments: Array, given: Given) -> None:
         """What an operation does, once it runs: take values, compute, and put them into
@@ -757,24 +554,6 @@ class Interpreter:
                     place = beginning(part, arguments[0])
                     state = jax.lax.dynamic_update_slice(state, value, place)
                     carry[buffer] = unsharded(row.put(state), self.mesh)
-
-
-def _staged(op: Op) -> list[Staged]:
-    """Where an operation leaves what goes to the host.
-
-    No other that runs in the same phase on the same device leaves anything there: the
-    units of a stage, an end and a core, have pools of their own.
-    """
-    return [
-        Staged(target.buffer)
-        for target in op.targets
-        if isinstance(target, Put) and any(map(on_host, target.avals))
-    ]
-
-
-def _at(slots: Array, slot: Array) -> Array:
-    """One slot of a pool's array, with its axis."""
-    return jax.lax.dynamic_slice_in_dim(slots, slot, 1)
 
 
 def _where(condition: Array, values: list[Any]) -> list[Any]:

@@ -23,11 +23,14 @@ each, where its rows are.
 
 Arrays that an offloading policy has moved to the host share none with others. They are
 the last arrays of a slot.
+
+The functions at the end make what lies in a buffer before anything is put there.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -275,3 +278,50 @@ def from_stored(array: Any, aval: Any) -> Any:
         return array
     implementation = jax.random.key_impl(jnp.zeros((), aval.dtype))
     return jax.random.wrap_key_data(array, impl=implementation)
+
+
+def own_zeros() -> Iterator[jax.Array]:
+    """Zeros that XLA takes for different numbers.
+
+    It makes one array of all that are filled with the same number, and copies it into
+    each buffer before a loop starts. A buffer that is filled with a zero of its own is
+    filled where it lies.
+    """
+    zero = jax.lax.optimization_barrier(jnp.int32(0))
+    return (zero < -n for n in itertools.count())
+
+
+def filled(shape: tuple[int, ...], dtype: Any, zero: jax.Array) -> jax.Array:
+    """A buffer of zeros, all of them the one that is given."""
+    # Numbers with a type of their own, such as Flax's scales of fp8, are not cast.
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
+        return jnp.zeros(shape, dtype)
+    return jnp.full(shape, zero.astype(dtype))
+
+
+def empty(
+    shape: tuple[int, ...], dtype: Any, zero: jax.Array, alone: bool
+) -> jax.Array:
+    """What lies in a buffer before anything is put there. No result depends on it:
+    tests put NaN here.
+
+    Arguments:
+        zero: see `own_zeros`.
+        alone: whether the mesh has only the axis of stages.
+    """
+    # Over a data axis XLA would allocate it for all rows, and then cut out those of the
+    # device.
+    if not alone:
+        return filled(shape, dtype, zero)
+    # Accelerators leave it as it is. XLA for CPUs can only fill.
+    return jax.lax.platform_dependent(
+        zero,
+        cpu=lambda zero: filled(shape, dtype, zero),
+        default=lambda _: jax.lax.empty(shape, dtype),
+    )
+
+
+def empty_on_host(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """The same in the host's memory."""
+    # XLA would fill `jnp.empty` on the device, all slots at once, and copy it.
+    return jax.device_put(jax.lax.empty(shape, dtype), jax.memory.Space.Host)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from fpipe._executors.scan import interpreter
+from fpipe._executors.scan import interpreter, moving
 from fpipe._executors.scan.machine import Outbox
 
 
@@ -29,7 +29,8 @@ def poison(monkeypatch):
                 carry[name] = [nan(a.shape, a.dtype) for a in arrays]
         run_phase(self, p, tick, row, carry, given)
 
-    monkeypatch.setattr(interpreter, "empty", nan)
+    for module in (interpreter, moving):
+        monkeypatch.setattr(module, "empty", nan)
     monkeypatch.setattr(interpreter, "empty_on_host", nan_on_host)
     monkeypatch.setattr(interpreter.Interpreter, "_run_phase", poisoned_phase)
     return filled
